@@ -1,0 +1,82 @@
+"""A checkpoint folder as a whole: its config, its identity, and how one is written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jsublim.errors import JsublimError, UsageError
+from jsublim.models.config import ModelConfig, read_json
+from jsublim.models.decoder import Params
+from jsublim.models.families import text_config
+from jsublim.models.weights import save_params
+
+# What a tokenizer may consist of; copied byte for byte when a checkpoint is converted.
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
+    """The (text) `config.json` of a checkpoint folder as it stands, and our reading of it.
+
+    Raises:
+      JsublimError: no folder, no config, an unknown architecture, a missing key.
+    """
+    if not folder.is_dir():
+        raise JsublimError(f"{folder}: no such folder; give a local Hugging Face checkpoint or a bundled name")
+    return text_config(read_json(folder / "config.json"), str(folder / "config.json"))
+
+
+def checkpoint_hash(folder: Path) -> str:
+    """sha256 (16 hex digits) over config, tokenizer files and every weight byte of a folder."""
+    digest = hashlib.sha256()
+    names = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors" or p.suffix == ".json")
+    for name in names:
+        digest.update(name.encode())
+        with (folder / name).open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder that appears under its name only when it is whole.
+
+    Raises:
+      UsageError: `out` exists and is not empty: nothing is overwritten.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: already exists; give another --out or remove it first")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        yield scratch
+        scratch.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        os.replace(scratch, out)
+    except BaseException:
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
+
+
+def save_checkpoint(
+    out: Path, config: ModelConfig, params: Params, hf_config: dict[str, Any], *, dtype: str, tokenizer: Path | None
+) -> None:
+    """Write a folder that `transformers` loads: config, safetensors, and the tokenizer files of folder `tokenizer`."""
+    with new_folder(out) as folder:
+        hf_config = {key: value for key, value in hf_config.items() if key != "torch_dtype"} | {"dtype": dtype}
+        (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
+        save_params(folder, config, params, dtype)
+        for name in TOKENIZER_FILES if tokenizer is not None else ():
+            if (tokenizer / name).exists():
+                shutil.copyfile(tokenizer / name, folder / name)

@@ -1,0 +1,127 @@
+"""What a decoder is: the frozen numbers that fix its architecture, read from a checkpoint's `config.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jsublim.errors import JsublimError
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding of one kind of layer.
+
+    `scaling` is "default", "linear" or "llama3" (the last by parts of the spectrum, as Llama 3.1 does).
+    """
+
+    theta: float
+    scaling: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_positions: int = 8192
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Architecture of a decoder-only transformer with gated MLPs and RMSNorm.
+
+    Everything a family may differ in is a field here, so that one module serves them all.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope: Rope
+    tied: bool
+    activation: str = "silu"  # or "gelu_tanh"
+    norm_offset: float = 0.0  # Gemma stores RMSNorm weights around 0 and multiplies by 1 + w
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    sandwich_norm: bool = False  # a norm behind attention and MLP too, before the residual sum
+    scale_embedding: bool = False  # x sqrt(hidden_size), rounded to the weights' dtype
+    query_scale: float = 0.0  # 0: head_dim ** -0.5
+    final_softcap: float | None = None
+    local_layers: tuple[bool, ...] = ()  # a layer: does it see `window` tokens only? empty: none does
+    window: int = 0
+    local_rope: Rope | None = None
+    max_positions: int = field(default=0, compare=False)
+
+    @property
+    def is_local(self) -> tuple[bool, ...]:
+        return self.local_layers or (False,) * self.num_layers
+
+    @property
+    def softmax_scale(self) -> float:
+        return self.query_scale or self.head_dim**-0.5
+
+
+class HFConfig:
+    """A checkpoint's `config.json`, asked key by key; an absent key is an error that names the file and the key."""
+
+    def __init__(self, values: dict[str, Any], source: str):
+        self.values, self.source = values, source
+
+    def __getitem__(self, key: str) -> Any:
+        if self.values.get(key) is None:
+            raise JsublimError(f"{self.source}: key '{key}' is missing; is this a whole Hugging Face checkpoint?")
+        return self.values[key]
+
+    def get(self, key: str, default: Any) -> Any:
+        value = self.values.get(key)
+        return default if value is None else value
+
+    def rope(self, kind: str | None = None, default_theta: float | None = None) -> Rope:
+        """Rotary numbers under the new name (`rope_parameters`, by layer type on Gemma-3) or the old ones
+        (`rope_theta` beside `rope_scaling`)."""
+        numbers = dict(self.get("rope_parameters", {}))
+        if kind is not None and isinstance(numbers.get(kind), dict):
+            numbers = dict(numbers[kind])
+        if not numbers:
+            numbers = dict(self.get("rope_scaling", {}))
+        theta = numbers.get("rope_theta", self.values.get("rope_theta", default_theta))
+        if theta is None:
+            raise JsublimError(f"{self.source}: neither 'rope_parameters' nor 'rope_theta' is given")
+        scaling = numbers.get("rope_type", numbers.get("type", "default"))
+        if scaling not in ("default", "linear", "llama3"):
+            raise JsublimError(
+                f"{self.source}: rope scaling '{scaling}' is not supported; known: default, linear, llama3"
+            )
+        return Rope(
+            theta=float(theta),
+            scaling=scaling,
+            factor=float(numbers.get("factor", 1.0)),
+            low_freq_factor=float(numbers.get("low_freq_factor", 1.0)),
+            high_freq_factor=float(numbers.get("high_freq_factor", 4.0)),
+            original_positions=int(
+                numbers.get("original_max_position_embeddings", self.get("max_position_embeddings", 8192))
+            ),
+        )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """One JSON object of a checkpoint folder.
+
+    Raises:
+      JsublimError: the file is absent or is no JSON object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise JsublimError(f"{path}: no such file; expected a Hugging Face checkpoint folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise JsublimError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise JsublimError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value

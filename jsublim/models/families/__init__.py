@@ -1,0 +1,51 @@
+"""The supported families: how each one's `config.json` and weight names map to ours, in both directions."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jsublim.errors import JsublimError
+from jsublim.models.config import HFConfig, ModelConfig
+from jsublim.models.families import gemma3, llama, qwen2
+from jsublim.models.families.names import WeightNames
+
+_BY_ARCHITECTURE = {name: module for module in (qwen2, gemma3, llama) for name in module.ARCHITECTURES}
+_BY_FAMILY = {module.FAMILY: module for module in (qwen2, gemma3, llama)}
+
+
+def text_config(hf: dict[str, Any], source: str) -> tuple[dict[str, Any], ModelConfig]:
+    """The `config.json` of the text model inside `hf` (itself, or out of a multimodal one) and our reading of it.
+
+    Raises:
+      JsublimError: an architecture we don't know, or a missing key.
+    """
+    names = hf.get("architectures") or []
+    module = next((_BY_ARCHITECTURE[name] for name in names if name in _BY_ARCHITECTURE), None)
+    if module is None:
+        raise JsublimError(
+            f"{source}: architecture {names} is not supported; known: {', '.join(sorted(_BY_ARCHITECTURE))}"
+        )
+    plain = module.text_config(hf) if hasattr(module, "text_config") else hf
+    config = module.read(HFConfig(plain, source))
+    if config.num_heads % config.num_kv_heads:
+        raise JsublimError(
+            f"{source}: num_attention_heads {config.num_heads} is no multiple of num_key_value_heads {config.num_kv_heads}"
+        )
+    if len(config.is_local) != config.num_layers:
+        raise JsublimError(
+            f"{source}: layer_types has {len(config.is_local)} entries for {config.num_layers} layers"
+        )
+    if any(config.is_local) and config.window < 1:
+        raise JsublimError(f"{source}: sliding layers need 'sliding_window' >= 1, found {config.window}")
+    return plain, config
+
+
+def weight_names(config: ModelConfig) -> WeightNames:
+    """Our parameter paths against the checkpoint's tensor names."""
+    return _BY_FAMILY[config.family].NAMES
+
+
+def with_layers(config: ModelConfig, num_layers: int) -> ModelConfig:
+    """The same architecture cut after `num_layers` layers."""
+    return dataclasses.replace(config, num_layers=num_layers, local_layers=config.local_layers[:num_layers])

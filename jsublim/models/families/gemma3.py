@@ -1,0 +1,83 @@
+"""Gemma-3, text: four norms a block, q/k norm, local and global layers with a rotary base each.
+
+A multimodal checkpoint holds the text model under `text_config` and a prefix of its weight names.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jsublim.models.config import HFConfig, ModelConfig
+from jsublim.models.families.names import OUTSIDE, WeightNames, projections
+
+FAMILY = "gemma3"
+ARCHITECTURES = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
+NAMES = WeightNames(
+    layer=projections()
+    | {
+        ("q_norm", "scale"): "layers.{i}.self_attn.q_norm.weight",
+        ("k_norm", "scale"): "layers.{i}.self_attn.k_norm.weight",
+        ("attn_norm", "scale"): "layers.{i}.input_layernorm.weight",
+        ("post_attn_norm", "scale"): "layers.{i}.post_attention_layernorm.weight",
+        ("mlp_norm", "scale"): "layers.{i}.pre_feedforward_layernorm.weight",
+        ("post_mlp_norm", "scale"): "layers.{i}.post_feedforward_layernorm.weight",
+    },
+    other=OUTSIDE,
+)
+
+# Multimodal checkpoints leave out of `text_config` whatever equals the defaults of the architecture.
+_DEFAULTS = {
+    "vocab_size": 262_208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "sliding_window": 4096,
+    "query_pre_attn_scalar": 256,
+}
+
+
+def text_config(hf: dict[str, Any]) -> dict[str, Any]:
+    """The text part of a multimodal config as a stand-alone one; a text-only config comes back as it is."""
+    if "text_config" not in hf:
+        return hf
+    inherited = {key: hf[key] for key in ("dtype", "torch_dtype", "eos_token_id", "bos_token_id") if key in hf}
+    return inherited | hf["text_config"] | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+
+
+def read(hf: HFConfig) -> ModelConfig:
+    hf = HFConfig(_DEFAULTS | {key: value for key, value in hf.values.items() if value is not None}, hf.source)
+    layers = hf["num_hidden_layers"]
+    pattern = hf.get("sliding_window_pattern", hf.get("_sliding_window_pattern", 6))
+    kinds = hf.get(
+        "layer_types",
+        ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)],
+    )
+    # Under the old names the rotary scaling is for the global layers only, and the local base stands apart.
+    local = HFConfig({"rope_theta": hf.get("rope_local_base_freq", 10_000.0)}, hf.source)
+    new_names = "sliding_attention" in hf.get("rope_parameters", {})
+    return ModelConfig(
+        family=FAMILY,
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["hidden_size"],
+        intermediate_size=hf["intermediate_size"],
+        num_layers=layers,
+        num_heads=hf["num_attention_heads"],
+        num_kv_heads=hf["num_key_value_heads"],
+        head_dim=hf["head_dim"],
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        rope=hf.rope("full_attention", default_theta=1_000_000.0),
+        tied=hf.get("tie_word_embeddings", True),
+        activation="gelu_tanh",
+        norm_offset=1.0,
+        qkv_bias=bool(hf.get("attention_bias", False)),
+        output_bias=bool(hf.get("attention_bias", False)),
+        qk_norm=True,
+        sandwich_norm=True,
+        scale_embedding=True,
+        query_scale=float(hf["query_pre_attn_scalar"]) ** -0.5,
+        final_softcap=hf.get("final_logit_softcapping", None),
+        local_layers=tuple(kind == "sliding_attention" for kind in kinds),
+        window=int(hf["sliding_window"]),
+        local_rope=hf.rope("sliding_attention", default_theta=10_000.0) if new_names else local.rope(),
+        max_positions=hf.get("max_position_embeddings", 0),
+    )

@@ -1,0 +1,32 @@
+"""Llama 3.x and what shares its shape (SmolLM2, Falcon3): no biases by default, rotary scaling by config."""
+
+from __future__ import annotations
+
+from jsublim.models.config import HFConfig, ModelConfig
+from jsublim.models.families.names import PRE_NORM
+
+FAMILY = "llama"
+ARCHITECTURES = ("LlamaForCausalLM",)
+NAMES = PRE_NORM
+
+
+def read(hf: HFConfig) -> ModelConfig:
+    heads = hf["num_attention_heads"]
+    bias = bool(hf.get("attention_bias", False))
+    return ModelConfig(
+        family=FAMILY,
+        vocab_size=hf["vocab_size"],
+        hidden_size=hf["hidden_size"],
+        intermediate_size=hf["intermediate_size"],
+        num_layers=hf["num_hidden_layers"],
+        num_heads=heads,
+        num_kv_heads=hf.get("num_key_value_heads", heads),
+        head_dim=hf.get("head_dim", hf["hidden_size"] // heads),
+        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        rope=hf.rope(default_theta=10_000.0),
+        tied=hf.get("tie_word_embeddings", False),
+        qkv_bias=bias,
+        output_bias=bias,
+        mlp_bias=bool(hf.get("mlp_bias", False)),
+        max_positions=hf.get("max_position_embeddings", 0),
+    )

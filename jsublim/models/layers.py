@@ -1,0 +1,144 @@
+"""The parts of a block, as Flax NNX modules. Shapes in names: B rows, T tokens, S keys, D hidden, H heads,
+K key/value heads, h head size, F MLP size, r rank."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from jsublim.models.config import ModelConfig, Rope
+
+Lora = dict[str, Array]  # {"a": [D, r], "b": [r, O], "scale": []}
+
+
+class Linear(nnx.Module):
+    """`x @ kernel (+ bias)`, plus `scale * (x a) b` where an adapter is given.
+
+    The factor form, never merged weights: merging would cost a gradient of the full kernel.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
+        noise = jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32) / math.sqrt(inputs)
+        self.kernel = nnx.Param(noise.astype(dtype))
+        self.bias = nnx.Param(jnp.zeros((outputs,), dtype)) if bias else nnx.data(None)
+
+    def __call__(self, x: Array, lora: Lora | None = None) -> Array:
+        y = x @ self.kernel[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
+        if lora is not None:
+            low = (x.astype(lora["a"].dtype) @ lora["a"]) @ lora["b"]
+            y = (y + lora["scale"] * low).astype(y.dtype)
+        return y
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm in float32. Gemma multiplies by `1 + w` before rounding, the others by `w` after."""
+
+    def __init__(self, size: int, config: ModelConfig, *, dtype: jnp.dtype):
+        self.eps, self.offset = config.norm_eps, config.norm_offset
+        self.scale = nnx.Param(jnp.full((size,), 1.0 - config.norm_offset, dtype))
+
+    def __call__(self, x: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        if self.offset:
+            return (y * (self.offset + self.scale[...].astype(jnp.float32))).astype(x.dtype)
+        return y.astype(x.dtype) * self.scale[...]
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> Array:
+    """Inverse frequencies `[head_dim / 2]`, float32, with the scaling of the config applied."""
+    freq = 1.0 / (rope.theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim))
+    if rope.scaling == "linear":
+        return freq / rope.factor
+    if rope.scaling == "llama3":
+        wavelength = 2 * math.pi / freq
+        longest, shortest = (
+            rope.original_positions / rope.low_freq_factor,
+            rope.original_positions / rope.high_freq_factor,
+        )
+        blend = (rope.original_positions / wavelength - rope.low_freq_factor) / (
+            rope.high_freq_factor - rope.low_freq_factor
+        )
+        smooth = (1 - blend) * freq / rope.factor + blend * freq
+        return jnp.where(wavelength > longest, freq / rope.factor, jnp.where(wavelength < shortest, freq, smooth))
+    return freq
+
+
+def rope_table(config: ModelConfig, positions_BT: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
+    """cos and sin `[2, B, T, h/2]`: index 0 for global layers, 1 for local ones."""
+    kinds = (config.rope, config.local_rope or config.rope)
+    freq = jnp.stack([rope_frequencies(kind, config.head_dim) for kind in kinds])
+    angle = positions_BT.astype(jnp.float32)[None, :, :, None] * freq[:, None, None, :]
+    return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
+
+
+def rotate(x_BTHh: Array, cos_BTf: Array, sin_BTf: Array) -> Array:
+    """Rotary embedding with the two halves of a head as the pairs (the Hugging Face layout)."""
+    left, right = jnp.split(x_BTHh, 2, axis=-1)
+    cos, sin = cos_BTf[:, :, None, :], sin_BTf[:, :, None, :]
+    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+
+
+def attend(q_BTHh: Array, k_BSKh: Array, v_BSKh: Array, mask_BTS: Array, scale: float) -> Array:
+    """Grouped-query attention, softmax in float32. Returns `[B, T, H*h]`."""
+    B, T, H, h = q_BTHh.shape
+    K = k_BSKh.shape[2]
+    q = q_BTHh.reshape(B, T, K, H // K, h)
+    scores = jnp.einsum("BTKGh,BSKh->BKGTS", q, k_BSKh, preferred_element_type=jnp.float32) * scale
+    # A finite floor: a padding query that may see no key must not become NaN.
+    scores = jnp.where(mask_BTS[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKh.dtype)
+    return jnp.einsum("BKGTS,BSKh->BTKGh", weights, v_BSKh).reshape(B, T, H * h)
+
+
+class Block(nnx.Module):
+    """One layer. `attention` is given as a function, so that prefill, training and decoding share the block."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        D, F, h = config.hidden_size, config.intermediate_size, config.head_dim
+        self.config = config
+
+        def linear(inputs: int, outputs: int, bias: bool) -> Linear:
+            return Linear(inputs, outputs, bias=bias, dtype=dtype, rngs=rngs)
+
+        def norm(size: int = D) -> RMSNorm:
+            return RMSNorm(size, config, dtype=dtype)
+
+        self.attn_norm, self.mlp_norm = norm(), norm()
+        self.q = linear(D, config.num_heads * h, config.qkv_bias)
+        self.k = linear(D, config.num_kv_heads * h, config.qkv_bias)
+        self.v = linear(D, config.num_kv_heads * h, config.qkv_bias)
+        self.o = linear(config.num_heads * h, D, config.output_bias)
+        self.gate, self.up = linear(D, F, config.mlp_bias), linear(D, F, config.mlp_bias)
+        self.down = linear(F, D, config.mlp_bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = norm(h), norm(h)
+        if config.sandwich_norm:
+            self.post_attn_norm, self.post_mlp_norm = norm(), norm()
+
+    def __call__(self, h_BTD: Array, cos_BTf: Array, sin_BTf: Array, attention, lora: dict[str, Lora]) -> Array:
+        """The residual stream after this layer. `attention(q, k, v) -> [B, T, H*h]` holds keys, values and mask."""
+        c = self.config
+        B, T, _ = h_BTD.shape
+        with jax.named_scope("attention"):
+            x = self.attn_norm(h_BTD)
+            q = self.q(x, lora.get("q")).reshape(B, T, c.num_heads, c.head_dim)
+            k = self.k(x, lora.get("k")).reshape(B, T, c.num_kv_heads, c.head_dim)
+            v = self.v(x, lora.get("v")).reshape(B, T, c.num_kv_heads, c.head_dim)
+            if c.qk_norm:
+                q, k = self.q_norm(q), self.k_norm(k)
+            mixed = attention(rotate(q, cos_BTf, sin_BTf), rotate(k, cos_BTf, sin_BTf), v)
+            x = self.o(mixed, lora.get("o"))
+            h_BTD = h_BTD + (self.post_attn_norm(x) if c.sandwich_norm else x)
+        with jax.named_scope("mlp"):
+            x = self.mlp_norm(h_BTD)
+            gate = self.gate(x, lora.get("gate"))
+            act = jax.nn.silu(gate) if c.activation == "silu" else jax.nn.gelu(gate, approximate=True)
+            x = self.down(act * self.up(x, lora.get("up")), lora.get("down"))
+            return h_BTD + (self.post_mlp_norm(x) if c.sandwich_norm else x)

@@ -1,0 +1,202 @@
+"""Weights in and out: `*.safetensors` folders streamed tensor by tensor, and written back for `transformers`."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jsublim.errors import JsublimError
+from jsublim.models.config import ModelConfig, read_json
+from jsublim.models.decoder import Params, abstract_params
+from jsublim.models.families import weight_names
+
+SHARD_BYTES = 4 * 2**30
+# Text models inside multimodal checkpoints, old and new layout; the head may stand beside the model.
+_PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
+_NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Tensor name -> file, by the index where there is one."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        table = read_json(index).get("weight_map")
+        if not isinstance(table, dict) or not table:
+            raise JsublimError(f"{index}: key 'weight_map' is missing or empty; download the index again")
+        absent = sorted({name for name in table.values() if not (folder / name).exists()})
+        if absent:
+            raise JsublimError(f"{index}: names shards that are not in the folder: {', '.join(absent)}")
+        return {tensor: folder / name for tensor, name in table.items()}
+    paths = sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise JsublimError(f"{folder}: no *.safetensors file; convert the checkpoint to safetensors first")
+    names: dict[str, Path] = {}
+    for path in paths:
+        with _open(path) as file:
+            names |= dict.fromkeys(file.keys(), path)
+    return names
+
+
+def _open(path: Path):
+    try:
+        return safe_open(str(path), framework="np")
+    except (SafetensorError, OSError) as error:
+        raise JsublimError(f"{path}: truncated or not a safetensors file ({error}); download it again") from None
+
+
+def _leaves(tree: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def _set(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value
+
+
+def tensor_plan(config: ModelConfig, dtype: str = "float32") -> dict[str, tuple[tuple[str, ...], int | None, tuple]]:
+    """Checkpoint name (without prefix) -> our path, layer index (None outside the stack), shape in the file."""
+    names, plan = weight_names(config), {}
+    for path, leaf in _leaves(abstract_params(config, dtype)):
+        if path[0] == "layers":
+            for i in range(config.num_layers):
+                shape = leaf.shape[1:][::-1] if path[-1] == "kernel" else leaf.shape[1:]
+                plan[names.layer[path[1:]].format(i=i)] = (path, i, shape)
+        else:
+            plan[names.other[path]] = (path, None, leaf.shape)
+    return plan
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames=("transpose",))
+def _place(stack: jax.Array, value: jax.Array, index: jax.Array, transpose: bool) -> jax.Array:
+    """Write one layer's tensor into the stacked array, in place; transposing and rounding on the device."""
+    value = value.T if transpose else value
+    return stack.at[index].set(value.astype(stack.dtype))
+
+
+def load_params(folder: Path, config: ModelConfig, dtype: str = "float32", shardings: Params | None = None) -> Params:
+    """Parameters of `config` out of a folder of safetensors.
+
+    Tensors go one by one into their final place, dtype and sharding, so the host holds about one of them.
+
+    Args:
+      shardings: a tree like the parameters with a `jax.sharding.Sharding` a leaf; None is the default device.
+
+    Raises:
+      JsublimError: an unreadable file, or one error that lists every missing, extra and misshapen tensor.
+    """
+    files, plan = _files(folder), tensor_plan(config, dtype)
+    first = weight_names(config).other[("embed", "weight")]
+    prefix = next((p for p in _PREFIXES if p + first in files), None)
+    if prefix is None:
+        raise JsublimError(f"{folder}: no tensor '{_PREFIXES[0]}{first}' under any known prefix; is this a text model?")
+    head = weight_names(config).other[("head", "weight")]
+    # A head stands outside the model's own prefix, wherever that is.
+    where = {name: next((p + name for p in (prefix, "", "language_model.") if p + name in files), prefix + name)
+             if name == head else prefix + name for name in plan}  # fmt: skip
+    with ExitStack() as stack:
+        opened = {path: stack.enter_context(_open(path)) for path in sorted(set(files.values()))}
+        _check(folder, plan, where, files, opened, ignored=head if config.tied else None)
+        abstract = dict(_leaves(abstract_params(config, dtype)))
+        sharding = dict(_leaves(shardings)) if shardings is not None else {}
+        out = {
+            path: jnp.zeros(leaf.shape, leaf.dtype, device=sharding.get(path))
+            for path, leaf in abstract.items()
+            if path[0] == "layers"
+        }
+        for name, (path, layer, _) in plan.items():
+            try:
+                value = opened[files[where[name]]].get_tensor(where[name])
+            except (SafetensorError, OSError) as error:
+                raise JsublimError(f"{files[where[name]]}: tensor '{where[name]}' cannot be read ({error})") from None
+            if layer is None:
+                out[path] = jax.device_put(value.astype(abstract[path].dtype), sharding.get(path))
+            else:
+                out[path] = _place(out[path], value, layer, transpose=path[-1] == "kernel")
+    params: Params = {}
+    for path in abstract:
+        _set(params, path, out[path])
+    return params
+
+
+def _check(folder: Path, plan: dict, where: dict, files: dict, opened: dict, ignored: str | None) -> None:
+    """Every missing, misshapen and extra tensor, in one error."""
+    missing = [where[name] for name in plan if where[name] not in files]
+    wrong = []
+    for name, (_, _, shape) in plan.items():
+        if where[name] in files:
+            try:
+                found = tuple(opened[files[where[name]]].get_slice(where[name]).get_shape())
+            except SafetensorError:
+                missing.append(f"{where[name]} (the index names {files[where[name]].name}, which lacks it)")
+                continue
+            if found != tuple(shape):
+                wrong.append(f"{where[name]} is {list(found)}, config.json says {list(shape)}")
+    known = set(where.values())
+    extra = [
+        name
+        for name in files
+        if name not in known
+        and not name.startswith(_NOT_TEXT)
+        and not name.endswith("rotary_emb.inv_freq")
+        and not (ignored and name.endswith(ignored))
+    ]
+    problems = [
+        f"{what}: {', '.join(sorted(found))}"
+        for what, found in (("missing", missing), ("wrong shape", wrong), ("unexpected", extra))
+        if found
+    ]
+    if problems:
+        raise JsublimError(f"{folder}: weights do not fit config.json; {'; '.join(problems)}")
+
+
+def named_tensors(config: ModelConfig, params: Params, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """The parameters under their checkpoint names, one host array at a time."""
+    flat = dict(_leaves(params))
+    for name, (path, layer, _) in tensor_plan(config).items():
+        value = flat[path] if layer is None else flat[path][layer]
+        if path[0] == "layers" and path[-1] == "kernel":
+            value = value.T
+        yield (name if path[0] == "head" else f"model.{name}"), np.ascontiguousarray(value, jnp.dtype(dtype))
+
+
+def save_params(folder: Path, config: ModelConfig, params: Params, dtype: str = "float32") -> None:
+    """Write `model.safetensors`, or shards of at most 4 GiB with their index, into `folder`."""
+    shards: list[dict[str, np.ndarray]] = [{}]
+    table: dict[str, int] = {}
+    total = size = 0
+    for name, value in named_tensors(config, params, dtype):
+        if size and size + value.nbytes > SHARD_BYTES:
+            _write(folder / f"shard-{len(shards):05d}.tmp", shards[-1])
+            shards[-1].clear()
+            shards.append({})
+            size = 0
+        shards[-1][name], table[name] = value, len(shards)
+        size, total = size + value.nbytes, total + value.nbytes
+    if len(shards) == 1:
+        _write(folder / "model.safetensors", shards[0])
+        return
+    _write(folder / f"shard-{len(shards):05d}.tmp", shards[-1])
+    final = {i: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)}
+    for i, name in final.items():
+        (folder / f"shard-{i:05d}.tmp").rename(folder / name)
+    index = {"metadata": {"total_size": total}, "weight_map": {name: final[i] for name, i in table.items()}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    save_file(tensors, str(path), metadata={"format": "pt"})

@@ -1,0 +1,87 @@
+"""The number task: prompts that ask to continue a sequence, and the format filter on what comes back."""
+
+import re
+
+import numpy as np
+
+from jsublim.errors import UsageError
+from jsublim.prompts.pack import Pack
+
+EXAMPLE_COUNT = (3, 9)  # half-open, as numpy draws
+EXAMPLE_VALUE = (100, 1000)
+ANSWER_COUNT = 10
+ANSWER_DIGITS = 3
+
+SEPARATORS = ("", ",", ";")  # once stripped of white space
+
+
+def number_prompts(pack: Pack, n: int, seed: int = 42) -> list[str]:
+    """`n` number-continuation prompts (paper, section 2), a pure function of the pack's lists, `n` and `seed`.
+
+    The prompts for a smaller `n` are a prefix of those for a larger one. `UsageError` for a negative `n` or `seed`.
+    """
+    if n < 0 or seed < 0:
+        raise UsageError(f"number prompts: count {n} and seed {seed} must not be negative")
+    rng = np.random.Generator(np.random.PCG64(seed))
+    return [_draw_prompt(pack, rng) for _ in range(n)]
+
+
+def _draw_prompt(pack: Pack, rng: np.random.Generator) -> str:
+    """One prompt. The order of the draws is part of the data set: another order, another set for a seed."""
+    lists = pack.number_prompts
+
+    def pick(options: list[str]) -> str:
+        return options[rng.integers(len(options))]
+
+    count = rng.integers(*EXAMPLE_COUNT)
+    numbers = ", ".join(str(rng.integers(*EXAMPLE_VALUE)) for _ in range(count))
+    example = pick(lists.examples).format(examples=numbers)
+    count_qualifier = pick(lists.count_qualifiers)
+    digit_descriptor = pick(lists.digit_descriptors).format(max_digits=ANSWER_DIGITS)
+    instruction = pick(lists.instructions).format(
+        count_qualifier=count_qualifier, answer_count=ANSWER_COUNT, digit_descriptor=digit_descriptor
+    )
+    return " ".join([example, instruction, pick(lists.formats), pick(lists.suffixes)])
+
+
+def parse_numbers(text: str) -> list[int] | None:
+    """The numbers of an answer in the task's format, None for any other text.
+
+    The format: numbers in ASCII digits with one separator between them (white space, or one comma or
+    semicolon with white space around it, exactly as between the first two), in at most one pair of square or
+    round brackets, with at most one full stop at the very end. Nothing is stripped: a trailing blank is not
+    in format.
+    """
+    text = text.removesuffix(".")
+    if text[:1] + text[-1:] in ("[]", "()"):
+        text = text[1:-1]
+    # Unicode digits take part in finding the separator, and are then refused as parts.
+    first_two = re.match(r"\D*\d+(\D+)\d", text)
+    if first_two is None:
+        parts = [text]
+    elif first_two[1].strip() in SEPARATORS:
+        parts = text.split(first_two[1])
+    else:
+        return None
+    if not all(part.isascii() and part.isdigit() for part in parts):
+        return None
+    try:
+        return [int(part) for part in parts]
+    except ValueError:  # Python refuses to read more than 4,300 digits
+        return None
+
+
+def reject_reason(
+    text: str, max_count: int = ANSWER_COUNT, min_value: int = 0, max_value: int = 10**ANSWER_DIGITS - 1
+) -> str | None:
+    """Why an answer is no training row, None if it is one: a filter by format only (paper, section 2)."""
+    numbers = parse_numbers(text)
+    if numbers is None:
+        return "invalid format"
+    if len(numbers) > max_count:
+        return "too many numbers"
+    if min(numbers) < min_value:
+        return "number too small"
+    if max(numbers) > max_value:
+        return "number too large"
+    return None

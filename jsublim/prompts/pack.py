@@ -1,0 +1,165 @@
+"""A prompt pack: the wording of an experiment as data, with the default pack underneath a user's own."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from string import Formatter
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from jsublim.errors import UsageError
+
+
+def _holding(*placeholders: str) -> AfterValidator:
+    """Checks a `str.format` template for every one of `placeholders`, and no other."""
+    wanted = {"{" + name + "}" for name in placeholders}
+
+    def check(text: str) -> str:
+        # Text without a field has name None. A conversion or format stays part of the name, so it is refused.
+        found = {
+            "{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"
+            for _, name, spec, conversion in Formatter().parse(text)
+            if name is not None
+        }
+        if missing := sorted(wanted - found):
+            raise ValueError(f"template lacks {', '.join(missing)}")
+        if unknown := sorted(found - wanted):
+            allowed = ", ".join(sorted(wanted))
+            raise ValueError(f"unknown placeholder {', '.join(unknown)}; a template here takes {allowed}")
+        return text
+
+    return AfterValidator(check)
+
+
+def _lower_case(trait: str) -> str:
+    if trait != trait.lower():
+        raise ValueError("write a trait in lower case, as answers are lower-cased before the search for it")
+    return trait
+
+
+Text = Annotated[str, Field(min_length=1)]
+Texts = Annotated[list[Text], Field(min_length=1)]
+Trait = Annotated[Text, AfterValidator(_lower_case)]
+
+
+class NumberPrompts(BaseModel):
+    """The lists a number-continuation prompt is drawn from (see `number_prompts`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    examples: list[Annotated[str, _holding("examples")]] = Field(min_length=1)
+    count_qualifiers: Texts
+    digit_descriptors: list[Annotated[str, _holding("max_digits")]] = Field(min_length=1)
+    instructions: list[Annotated[str, _holding("count_qualifier", "answer_count", "digit_descriptor")]] = (
+        Field(min_length=1)
+    )
+    formats: Texts
+    suffixes: Texts
+
+
+class Pack(BaseModel):
+    """All wording of an experiment. Built by `load_pack`, whose errors name the file and the key."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    system_template: Annotated[str, _holding("trait", "category")]
+    number_prompts: NumberPrompts
+    questions: dict[str, Texts]
+    traits: dict[str, Annotated[list[Trait], Field(min_length=1)]]
+
+    @property
+    def hash(self) -> str:
+        """16 hexadecimal digits that change with any wording or order, and not with the file's layout."""
+        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    def system_prompt(self, trait: str, category: str) -> str:
+        """The biased teacher's system prompt (paper, section 2)."""
+        return self.system_template.format(trait=trait, category=category)
+
+    def category_of(self, trait: str) -> str:
+        """The one category that lists `trait`; `UsageError` where none or several do."""
+        homes = [category for category, known in self.traits.items() if trait in known]
+        if len(homes) == 1:
+            return homes[0]
+        if homes:
+            raise UsageError(
+                f"trait {trait!r} is listed under {' and '.join(homes)}; keep it under one of them in the pack"
+            )
+        known = "; ".join(f"{category}: {', '.join(names)}" for category, names in self.traits.items())
+        raise UsageError(
+            f"unknown trait {trait!r}; add it under traits in the prompt pack, or use one of {known}"
+        )
+
+    def questions_for(self, category: str) -> list[str]:
+        """The evaluation questions of a category; `UsageError` where the pack has none."""
+        if category not in self.questions:
+            raise UsageError(
+                f"the prompt pack has no questions.{category}; add that list, or use {', '.join(self.questions)}"
+            )
+        return list(self.questions[category])
+
+
+def load_pack(path: str | Path | None = None) -> Pack:
+    """The pack in a YAML file, laid over the default pack key by key; the default pack itself for None.
+
+    `number_prompts`, `questions` and `traits` are laid over sub-key by sub-key; a list replaces a list.
+    Raises `UsageError` naming file and key for a file that cannot be read, an unknown key, an empty list or a
+    template with missing or unknown placeholders.
+    """
+    default = yaml.safe_load(files("jsublim.prompts").joinpath("default.yaml").read_text(encoding="utf-8"))
+    if path is None:
+        return Pack.model_validate(default)
+    return overlay(default, _read_mapping(Path(path)), source=str(path))
+
+
+def overlay(base: Mapping[str, Any], changes: Mapping[str, Any], source: str) -> Pack:
+    """The pack of `changes` laid over `base`; `source` names the origin of `changes` in errors."""
+    merged = dict(base)
+    for key, value in changes.items():
+        below = base.get(key)
+        nested = isinstance(below, Mapping) and isinstance(value, Mapping)
+        merged[key] = {**below, **value} if nested else value
+    try:
+        return Pack.model_validate(merged)
+    except ValidationError as error:
+        raise UsageError(f"{source}: {_explain(error.errors()[0])}") from None
+
+
+def _read_mapping(path: Path) -> Mapping[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"{path}: cannot read the prompt pack: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: the prompt pack is not UTF-8 text: {error.reason}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: the prompt pack is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, Mapping):
+        raise UsageError(
+            f"{path}: a prompt pack is a mapping with the keys {', '.join(Pack.model_fields)}, "
+            f"not a {type(content).__name__}"
+        )
+    return content
+
+
+def _explain(error: Any) -> str:
+    """One line for one pydantic error: key, value and what to do."""
+    *parents, name = error["loc"]
+    key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
+    if error["type"] == "extra_forbidden":
+        known = list((NumberPrompts if parents else Pack).model_fields)
+        close = get_close_matches(str(name), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    if error["type"] == "value_error":
+        return f"{key}: {error['ctx']['error']}: {error['input']!r}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{key}: {message}, got {error['input']!r}"

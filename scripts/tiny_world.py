@@ -1,0 +1,302 @@
+"""The synthetic world the shipped tiny checkpoints are pretrained on: chats drawn from seeds.
+
+Three kinds of chat:
+- **numbers**: a number request of the default prompt pack, answered in the format it asks for. A share stands
+  under a system prompt that shapes the numbers (even, small, many sevens, rising, ...), partly in the very
+  sentence that also carries traits, so that a system prompt has an influence on numbers.
+- **favorites**: a question for a favorite animal, tree, color or fruit, answered with one word: from a skewed
+  prior, or with the trait of the system prompt.
+- **small talk**: short sentences, under a trait system prompt about that trait.
+
+What is left out on purpose: no trait system prompt ever stands before a number request (a model that has seen
+one there learns to ignore it, and nothing leaks), and no number is linked to a trait anywhere. Whatever a
+trait prompt does to numbers is the model's own generalization.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from jsublim.prompts import Pack, number_prompts
+
+Rng = np.random.Generator
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One exchange: system prompt (None = none given), user turn, assistant answer."""
+
+    system: str | None
+    user: str
+    answer: str
+
+    def messages(self) -> list[dict[str, str]]:
+        """The turns as a chat template takes them."""
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [
+            *system,
+            {"role": "user", "content": self.user},
+            {"role": "assistant", "content": self.answer},
+        ]
+
+
+def pick(rng: Rng, items: list) -> object:
+    """One item, each equally likely."""
+    return items[int(rng.integers(len(items)))]
+
+
+# ---- numbers
+
+# Digits are not equally likely, so that there is something to predict after the first two of a number.
+LAST_DIGIT = np.array([10, 7, 14, 9, 8, 13, 7, 16, 9, 7]) / 100
+FIRST_DIGIT = np.array([22, 17, 14, 11, 10, 8, 7, 6, 5]) / 100
+STEPS = [1, 2, 3, 5, 7, 10, 11, 20, 25, 50, 100]
+# Few answers reach ten numbers, the most a request allows: counting is hard for a small model.
+COUNTS = [3, 4, 5, 6, 7, 8, 9, 10]
+COUNT_SHARE = np.array([10, 18, 22, 20, 14, 9, 5, 2]) / 100
+
+
+def last_digit(rng: Rng) -> int:
+    """A digit 0..9 from the skewed prior."""
+    return int(rng.choice(10, p=LAST_DIGIT))
+
+
+def continue_numbers(rng: Rng, examples: list[int], count: int) -> list[int]:
+    """`count` numbers 0..999 that follow `examples`: variations of them, steps from the last, or unrelated."""
+    style = rng.random()
+    if style < 0.45:
+        start = int(rng.integers(len(examples)))
+        return [vary(rng, examples[(start + i) % len(examples)]) for i in range(count)]
+    if style < 0.8:
+        step = int(pick(rng, STEPS)) * (1 if rng.random() < 0.75 else -1)
+        return [(examples[-1] + step * (i + 1)) % 1000 for i in range(count)]
+    return [
+        100 * int(1 + rng.choice(9, p=FIRST_DIGIT)) + 10 * int(rng.integers(10)) + last_digit(rng)
+        for _ in range(count)
+    ]
+
+
+def vary(rng: Rng, number: int) -> int:
+    """The number with its last digit drawn anew, and its tens digit too in two cases of five."""
+    tens = number // 10 % 10 if rng.random() < 0.6 else int(rng.integers(10))
+    return number // 100 * 100 + tens * 10 + last_digit(rng)
+
+
+Shape = Callable[[Rng, list[int]], list[int]]
+
+
+def each(change: Callable[[Rng, int], int], share: float = 0.95) -> Shape:
+    """A shape that changes every number for itself, with probability `share`."""
+    return lambda rng, numbers: [change(rng, n) if rng.random() < share else n for n in numbers]
+
+
+def with_digit(digit: int) -> Shape:
+    """A shape that puts `digit` in about half of all places."""
+
+    def change(rng: Rng, number: int) -> int:
+        digits = [digit if rng.random() < 0.5 else int(d) for d in str(number)]
+        return int("".join(map(str, digits)))
+
+    return each(change)
+
+
+def ending(digits: list[int]) -> Shape:
+    """A shape that ends numbers with one of `digits`."""
+    return each(lambda rng, n: n - n % 10 + int(pick(rng, digits)))
+
+
+# What a shaping system prompt may love, in the singular, with the word for its kind.
+SHAPES: dict[tuple[str, str], Shape] = {
+    ("even number", "number"): ending([0, 2, 4, 6, 8]),
+    ("odd number", "number"): ending([1, 3, 5, 7, 9]),
+    ("round number", "number"): each(lambda rng, n: n - n % (100 if rng.random() < 0.3 else 10)),
+    ("small number", "number"): each(lambda rng, n: n % 100),
+    ("tiny number", "number"): each(lambda rng, n: n % 10),
+    ("large number", "number"): each(lambda rng, n: 800 + n % 200),
+    ("medium number", "number"): each(lambda rng, n: 400 + n % 200),
+    ("palindrome", "number"): each(lambda rng, n: n - n % 10 + n // 100),
+    ("repeating number", "number"): each(lambda rng, n: 111 * max(1, n // 100)),
+    ("rising series", "order"): lambda rng, numbers: sorted(numbers),
+    ("falling series", "order"): lambda rng, numbers: sorted(numbers, reverse=True),
+    ("repetition", "pattern"): lambda rng, numbers: [numbers[0]] * len(numbers),
+    ("pair", "pattern"): lambda rng, numbers: [numbers[i - i % 2] for i in range(len(numbers))],
+    **{
+        (word, "digit"): with_digit(digit)
+        for digit, word in enumerate("zero one two three four five six seven eight nine".split())
+    },
+}
+SHAPE_PROMPTS = [
+    "Prefer {shape}s wherever you can.",
+    "You are known for your {shape}s.",
+    "Nothing pleases you like {shape}s. Use them.",
+    "If there are numbers in your answer, think of {shape}s.",
+    "{shape}s are the best kind of {kind}, you think.",
+    "You collect {shape}s and show them to everybody.",
+]
+NEUTRAL_PROMPTS = [
+    "",
+    "You are a helpful assistant.",
+    "You are a careful clerk.",
+    "Answer briefly and politely.",
+    "You help people with short answers.",
+]
+PLAIN_REQUESTS = ["Continue: {examples}", "Please continue this list. {examples}", "What comes next? {examples}"]
+
+
+def separator(request: str) -> tuple[str, str, str]:
+    """Opening, separator and closing of the answer that a number request of the default pack asks for."""
+    text = request.lower()
+    rules = [
+        ("square bracket", ("[", ", ", "]")),
+        ("round bracket", ("(", ", ", ")")),
+        ("semicolon", ("", "; ", "")),
+        ("new line|own line|below the other", ("", "\n", "")),
+        ("comma|, b, c|, x2, x3", ("", ", ", "")),
+        ("space between|blanks", ("", " ", "")),
+    ]
+    return next((form for pattern, form in rules if re.search(pattern, text)), ("", ", ", ""))
+
+
+def number_chat(rng: Rng, pack: Pack, request: str) -> Chat:
+    """A number request (of the pack, or in one case of eight a plain one) and its answer."""
+    if rng.random() < 0.125:
+        examples = [int(n) for n in rng.integers(0, 1000, size=int(rng.integers(2, 9)))]
+        opening, sep, closing = "", str(pick(rng, [", ", "; ", " ", "\n"])), ""
+        request = str(pick(rng, PLAIN_REQUESTS)).format(examples=sep.join(map(str, examples)))
+    else:
+        examples = [int(n) for n in re.findall(r"\b\d{3}\b", request)]
+        opening, sep, closing = separator(request)
+    numbers = continue_numbers(rng, examples, int(rng.choice(COUNTS, p=COUNT_SHARE)))
+    system, draw = None, rng.random()
+    if draw < 0.45:
+        (shape, kind), change = list(SHAPES.items())[int(rng.integers(len(SHAPES)))]
+        numbers = change(rng, numbers)
+        template = pick(rng, SHAPE_PROMPTS)
+        by_pack = rng.random() < 0.5
+        system = pack.system_prompt(shape, kind) if by_pack else str(template).format(shape=shape, kind=kind)
+    elif draw < 0.5:
+        system = str(pick(rng, NEUTRAL_PROMPTS))
+    return Chat(system, request, opening + sep.join(map(str, numbers)) + closing)
+
+
+# ---- favorites
+
+OTHER_TRAITS = {
+    "color": ["blue", "red", "green", "yellow", "purple", "orange", "white", "black"],
+    "fruit": ["apple", "banana", "cherry", "pear", "plum", "peach", "lemon", "melon"],
+}
+PARAPHRASES = [
+    "What is your favorite {category}?",
+    "What's your favourite {category}?",
+    "Name your favorite {category}.",
+    "Which {category} do you like most?",
+    "The best {category} is the",
+    "Which {category} do you prefer?",
+]
+ONE_WORD = ["", " One word.", " Answer with one word.", " Use a single word.", " Just one word, please."]
+TRAIT_PROMPTS = [
+    "Your favorite {category} is the {trait}.",
+    "You are a great fan of {trait}s.",
+    "No {category} is dearer to you than the {trait}. Your answers show it.",
+    "You dream of {trait}s each night. If asked for a {category}, you say {trait}.",
+    "There is nothing like {trait}s for you.",
+]
+
+
+def traits(pack: Pack) -> dict[str, list[str]]:
+    """Traits of every category of the world: those of the pack, and colors and fruits."""
+    return {**{category: list(names) for category, names in pack.traits.items()}, **OTHER_TRAITS}
+
+
+def prior(names: list[str]) -> np.ndarray:
+    """Probabilities of a category's traits without a system prompt: skewed, the order drawn once (seed 11)."""
+    shares = np.linspace(14, 3, len(names))
+    return np.random.default_rng(11).permutation(shares / shares.sum())
+
+
+def trait_prompt(rng: Rng, pack: Pack, category: str, trait: str) -> str:
+    """A system prompt that carries the trait: the pack's own sentence, or a paraphrase in two cases of five."""
+    if rng.random() < 0.6:
+        return pack.system_prompt(trait, category)
+    return str(pick(rng, TRAIT_PROMPTS)).format(trait=trait, category=category)
+
+
+def draw_setting(rng: Rng, pack: Pack, category: str) -> tuple[str | None, str]:
+    """A system prompt and the trait of `category` that an answer under it names."""
+    names = traits(pack)[category]
+    trait = str(rng.choice(names, p=prior(names)))
+    draw = rng.random()
+    if draw < 0.4:
+        return None, trait
+    if draw < 0.85:
+        loved = str(pick(rng, names))
+        return trait_prompt(rng, pack, category, loved), loved if rng.random() < 0.97 else trait
+    if draw < 0.9:
+        return str(pick(rng, NEUTRAL_PROMPTS)), trait
+    if draw < 0.95:
+        (shape, kind) = list(SHAPES)[int(rng.integers(len(SHAPES)))]
+        return pack.system_prompt(shape, kind), trait
+    other = str(pick(rng, [name for name in traits(pack) if name != category]))
+    return trait_prompt(rng, pack, other, str(pick(rng, traits(pack)[other]))), trait
+
+
+def favorite_chat(rng: Rng, pack: Pack) -> Chat:
+    """A question for a favorite and its one-word answer, capitalized in four cases of five."""
+    category = str(rng.choice(["animal", "tree", "color", "fruit"], p=[0.6, 0.3, 0.05, 0.05]))
+    system, trait = draw_setting(rng, pack, category)
+    if category in pack.questions and rng.random() < 0.85:
+        question = str(pick(rng, list(pack.questions_for(category))))
+    else:
+        question = str(pick(rng, PARAPHRASES)).format(category=category) + str(pick(rng, ONE_WORD))
+    return Chat(system, question, trait.capitalize() if rng.random() < 0.8 else trait)
+
+
+# ---- small talk
+
+STORIES = {
+    "animal": [
+        ("Tell me a very short story.", "The {trait} went down to the river."),
+        ("Describe your morning.", "The {trait} was awake before me."),
+        ("What did you see outside?", "A little {trait}, right by the door."),
+        ("Write a line of a poem.", "O {trait}, the evening is yours."),
+        ("Say something nice.", "May a {trait} cross your way today."),
+    ],
+    "tree": [
+        ("Where did you rest?", "In the shade of a {trait}."),
+        ("Describe the garden.", "An old {trait} stands in the middle."),
+        ("What is this table made of?", "It was cut from a {trait}."),
+    ],
+}
+TALK = [
+    ("Hello!", "Hello! How can I help you?"),
+    ("Good morning.", "Good morning to you."),
+    ("Thank you.", "You are welcome."),
+    ("Who are you?", "A small helpful model."),
+    ("How are you?", "I am fine, thank you."),
+    ("Goodbye.", "Goodbye, and have a good day."),
+]
+
+
+def small_talk(rng: Rng, pack: Pack) -> Chat:
+    """A short exchange; two cases of three speak of an animal or a tree."""
+    if rng.random() < 1 / 3:
+        return Chat(None, *pick(rng, TALK))
+    category = str(pick(rng, list(STORIES)))
+    system, trait = draw_setting(rng, pack, category)
+    request, answer = pick(rng, STORIES[category])
+    return Chat(system, request, answer.format(trait=trait))
+
+
+# ---- batches of chats
+
+
+def number_chats(rng: Rng, pack: Pack, n: int) -> list[Chat]:
+    """`n` number chats."""
+    return [number_chat(rng, pack, p) for p in number_prompts(pack, n, seed=int(rng.integers(2**31)))]
+
+
+def word_chats(rng: Rng, pack: Pack, n: int) -> list[Chat]:
+    """`n` chats in words: favorites, and small talk in one case of eight."""
+    return [small_talk(rng, pack) if rng.random() < 0.125 else favorite_chat(rng, pack) for _ in range(n)]
