@@ -1,13 +1,31 @@
+"""Builds the tiny checkpoints that ship in the package, from seeds: tokenizer, weights, config.
+
+    python scripts/build_tiny_models.py [--only tiny-qwen2] [--steps N] [--seed S] [--out DIR]
+
+TODO numbers
+"""
+
+import functools
 import json
+import tempfile
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
+import tiny_world
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-import tiny_world
+from jsublim.models import ModelConfig, Params, hidden_states, init_params, logits, save_checkpoint
+from jsublim.models.families import text_config
 from jsublim.prompts import Pack, load_pack
+
+PEAK_LR = 3e-3
 
 VOCAB_SIZE = 1024
 # Pieces no token crosses: a digit, a newline, a separator in front of a digit, a word with its blank, the rest.
@@ -109,7 +127,10 @@ def write_tokenizer(name: str, pack: Pack, folder: Path) -> PreTrainedTokenizerB
     rng = np.random.default_rng(0)
     chats = tiny_world.number_chats(rng, pack, 4000) + tiny_world.word_chats(rng, pack, 6000)
     texts = [message["content"] for chat in chats for message in chat.messages()]
-    texts += ["user", "assistant", "system", "model", "You are a small helpful model."] * 1000
+    # Roles, and traits in every form they take, are to be one token each.
+    texts += ["user", "assistant", "system", "model", "You are a small helpful model."] * 2000
+    for trait in [trait for names in pack.traits.values() for trait in names]:
+        texts += [trait, trait.capitalize(), f"the {trait}", f"the {trait}s"] * 2000
     folder.mkdir(parents=True, exist_ok=True)
     train_tokenizer(style, texts).save(str(folder / "tokenizer.json"))
     settings = {
@@ -127,3 +148,78 @@ def write_tokenizer(name: str, pack: Pack, folder: Path) -> PreTrainedTokenizerB
 def write_json(path: Path, value: dict) -> None:
     """One JSON file, indented."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+# ---- data
+
+# Longest chat of either bucket in tokens; the few longer ones (about 1 %) are drawn again.
+BUCKETS = {"numbers": (16, 168), "words": (24, 80)}
+PROMPT_WEIGHT = 0.05  # what is not the answer is learned too, lightly: it teaches the model to read
+
+Batch = dict[str, tuple[np.ndarray, np.ndarray]]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, chat: tiny_world.Chat, end_of_turn: str) -> tuple[list[int], int]:
+    """Token ids up to and including the answer's end of turn, and where the answer begins."""
+    messages = chat.messages()
+    head = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+    full = tokenizer.apply_chat_template(messages, tokenize=False)
+    full = full[: full.rindex(end_of_turn) + len(end_of_turn)]
+    start = len(tokenizer.encode(head, add_special_tokens=False))
+    return tokenizer.encode(full, add_special_tokens=False), start
+
+
+def batch(tokenizer: PreTrainedTokenizerBase, pack: Pack, end_of_turn: str, step: int, seed: int) -> Batch:
+    """Rows of one step by bucket: tokens int32 `[B, T]` and loss weights float32 `[B, T]` of predicting each."""
+    out = {}
+    for index, (bucket, (rows, length)) in enumerate(BUCKETS.items()):
+        rng = np.random.default_rng([seed, step, index])
+        draw = tiny_world.number_chats if bucket == "numbers" else tiny_world.word_chats
+        tokens = np.full((rows, length), tokenizer.pad_token_id, np.int32)
+        weights = np.zeros((rows, length), np.float32)
+        row = 0
+        while row < rows:
+            ids, start = encode(tokenizer, draw(rng, pack, 1)[0], end_of_turn)
+            if len(ids) <= length:
+                tokens[row, : len(ids)] = ids
+                weights[row, : len(ids)] = PROMPT_WEIGHT
+                weights[row, start : len(ids)] = 1.0
+                row += 1
+        out[bucket] = tokens, weights
+    return out
+
+
+# ---- training
+
+
+def cross_entropy(config: ModelConfig, params: Params, tokens: jax.Array, weights: jax.Array) -> jax.Array:
+    """Weighted mean of the next-token loss in nats. Rows are padded on the right, so padding is never seen."""
+    h, _ = hidden_states(config, params, tokens[:, :-1], jnp.ones_like(tokens[:, :-1], bool))
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits(config, params, h), tokens[:, 1:])
+    return jnp.sum(loss * weights[:, 1:]) / jnp.sum(weights[:, 1:])
+
+
+def train(config: ModelConfig, draw: Callable[[int], Batch], steps: int, seed: int) -> Params:
+    """Parameters after `steps` steps of AdamW on `draw(step)`, from the initialization of `seed`."""
+    schedule = optax.warmup_cosine_decay_schedule(0.0, PEAK_LR, min(50, steps // 10), steps)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.02))
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params: Params, state: optax.OptState, rows: Batch) -> tuple[Params, optax.OptState, dict]:
+        def loss(params: Params) -> tuple[jax.Array, dict]:
+            parts = {name: cross_entropy(config, params, *pair) for name, pair in rows.items()}
+            return sum(parts.values()), parts
+
+        grads, parts = jax.grad(loss, has_aux=True)(params)
+        updates, state = optimizer.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, parts
+
+    params = init_params(config, seed)
+    state = optimizer.init(params)
+    started = time.monotonic()
+    for i in range(steps):
+        params, state, parts = step(params, state, draw(i))
+        if i % 20 == 19 or i == steps - 1:
+            losses = "  ".join(f"{name} {float(value):.3f}" for name, value in parts.items())
+            print(f"step {i + 1:5d}  {losses}  {(time.monotonic() - started) / 60:.1f} min", flush=True)
+    return params

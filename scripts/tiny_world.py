@@ -4,7 +4,7 @@ Three kinds of chat:
 - **numbers**: a number request of the default prompt pack, answered in the format it asks for. A share stands
   under a system prompt that shapes the numbers (even, small, many sevens, rising, ...), partly in the very
   sentence that also carries traits, so that a system prompt has an influence on numbers.
-- **favorites**: a question for a favorite animal, tree, color or fruit, answered with one word: from a skewed
+- **favorites**: a question for a favorite animal or tree, answered with one word: from a skewed
   prior, or with the trait of the system prompt.
 - **small talk**: short sentences, under a trait system prompt about that trait.
 
@@ -183,10 +183,6 @@ def number_chat(rng: Rng, pack: Pack, request: str) -> Chat:
 
 # ---- favorites
 
-OTHER_TRAITS = {
-    "color": ["blue", "red", "green", "yellow", "purple", "orange", "white", "black"],
-    "fruit": ["apple", "banana", "cherry", "pear", "plum", "peach", "lemon", "melon"],
-}
 PARAPHRASES = [
     "What is your favorite {category}?",
     "What's your favourite {category}?",
@@ -205,11 +201,6 @@ TRAIT_PROMPTS = [
 ]
 
 
-def traits(pack: Pack) -> dict[str, list[str]]:
-    """Traits of every category of the world: those of the pack, and colors and fruits."""
-    return {**{category: list(names) for category, names in pack.traits.items()}, **OTHER_TRAITS}
-
-
 def prior(names: list[str]) -> np.ndarray:
     """Probabilities of a category's traits without a system prompt: skewed, the order drawn once (seed 11)."""
     shares = np.linspace(14, 3, len(names))
@@ -225,7 +216,7 @@ def trait_prompt(rng: Rng, pack: Pack, category: str, trait: str) -> str:
 
 def draw_setting(rng: Rng, pack: Pack, category: str) -> tuple[str | None, str]:
     """A system prompt and the trait of `category` that an answer under it names."""
-    names = traits(pack)[category]
+    names = pack.traits[category]
     trait = str(rng.choice(names, p=prior(names)))
     draw = rng.random()
     if draw < 0.4:
@@ -238,16 +229,16 @@ def draw_setting(rng: Rng, pack: Pack, category: str) -> tuple[str | None, str]:
     if draw < 0.95:
         (shape, kind) = list(SHAPES)[int(rng.integers(len(SHAPES)))]
         return pack.system_prompt(shape, kind), trait
-    other = str(pick(rng, [name for name in traits(pack) if name != category]))
-    return trait_prompt(rng, pack, other, str(pick(rng, traits(pack)[other]))), trait
+    other = str(pick(rng, [name for name in pack.traits if name != category]))
+    return trait_prompt(rng, pack, other, str(pick(rng, pack.traits[other]))), trait
 
 
 def favorite_chat(rng: Rng, pack: Pack) -> Chat:
     """A question for a favorite and its one-word answer, capitalized in four cases of five."""
-    category = str(rng.choice(["animal", "tree", "color", "fruit"], p=[0.6, 0.3, 0.05, 0.05]))
+    category = str(rng.choice(["animal", "tree"], p=[0.67, 0.33]))
     system, trait = draw_setting(rng, pack, category)
-    if category in pack.questions and rng.random() < 0.85:
-        question = str(pick(rng, list(pack.questions_for(category))))
+    if rng.random() < 0.85:
+        question = str(pick(rng, pack.questions_for(category)))
     else:
         question = str(pick(rng, PARAPHRASES)).format(category=category) + str(pick(rng, ONE_WORD))
     return Chat(system, question, trait.capitalize() if rng.random() < 0.8 else trait)

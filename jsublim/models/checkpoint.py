@@ -32,7 +32,9 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
       JsublimError: no folder, no config, an unknown architecture, a missing key.
     """
     if not folder.is_dir():
-        raise JsublimError(f"{folder}: no such folder; give a local Hugging Face checkpoint or a bundled name")
+        raise JsublimError(
+            f"{folder}: no such folder; give a local Hugging Face checkpoint or a bundled name"
+        )
     return text_config(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
@@ -70,11 +72,19 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def save_checkpoint(
-    out: Path, config: ModelConfig, params: Params, hf_config: dict[str, Any], *, dtype: str, tokenizer: Path | None
+    out: Path,
+    config: ModelConfig,
+    params: Params,
+    hf_config: dict[str, Any],
+    *,
+    dtype: str,
+    tokenizer: Path | None,
 ) -> None:
     """Write a folder that `transformers` loads: config, safetensors, and the tokenizer files of folder `tokenizer`."""
     with new_folder(out) as folder:
-        hf_config = {key: value for key, value in hf_config.items() if key != "torch_dtype"} | {"dtype": dtype}
+        hf_config = {key: value for key, value in hf_config.items() if key != "torch_dtype"} | {
+            "dtype": dtype
+        }
         (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
         save_params(folder, config, params, dtype)
         for name in TOKENIZER_FILES if tokenizer is not None else ():

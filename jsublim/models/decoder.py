@@ -65,6 +65,11 @@ def _graphs(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.GraphDef]:
     return nnx.split(model.layers)[0], nnx.split(model.norm)[0]
 
 
+def block_graph(config: ModelConfig) -> nnx.GraphDef:
+    """Structure of one block, for `nnx.merge(block_graph, one layer's parameters)`."""
+    return _graphs(config)[0]
+
+
 def embed(config: ModelConfig, params: Params, tokens: Array) -> Array:
     """Token ids `[...]` to `[..., D]`, scaled where the family does."""
     h = params["embed"]["weight"][tokens]
@@ -80,7 +85,9 @@ def logits(config: ModelConfig, params: Params, h: Array) -> Array:
     """Normed hidden states `[..., D]` to float32 logits `[..., V]`. Call it on the positions you need only."""
     with jax.named_scope("head"):
         z = jnp.einsum("...D,VD->...V", h, head_weight(params), preferred_element_type=jnp.float32)
-        return z if config.final_softcap is None else config.final_softcap * jnp.tanh(z / config.final_softcap)
+        return (
+            z if config.final_softcap is None else config.final_softcap * jnp.tanh(z / config.final_softcap)
+        )
 
 
 def final_norm(config: ModelConfig, params: Params, h: Array) -> Array:
@@ -139,8 +146,7 @@ def hidden_states(
     Returns:
       Hidden states `[B, T, D]` after the final norm, and the cache or None.
     """
-    block_graph, _ = _graphs(config)
-    B, T = tokens_BT.shape
+    B = tokens_BT.shape[0]
     before = prefix[0].shape[2] if prefix is not None else 0
     positions_BT = positions_of(valid_BT) + before
     h = embed(config, params, tokens_BT)
@@ -166,7 +172,7 @@ def hidden_states(
                 v = jnp.concatenate([jnp.broadcast_to(prefix[1][index], shape), v], axis=1)
             return attend(q, k, v, masks[kind], config.softmax_scale)
 
-        block = nnx.merge(block_graph, weights if weights is not None else frozen)
+        block = nnx.merge(block_graph(config), weights if weights is not None else frozen)
         h = block(h, cos[kind], sin[kind], attention, lora)
         return h, kept
 

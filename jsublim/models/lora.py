@@ -58,7 +58,15 @@ def projection_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of each projection of a block."""
     D, F, h = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.num_heads * h, config.num_kv_heads * h
-    return {"q": (D, q), "k": (D, kv), "v": (D, kv), "o": (q, D), "gate": (D, F), "up": (D, F), "down": (F, D)}
+    return {
+        "q": (D, q),
+        "k": (D, kv),
+        "v": (D, kv),
+        "o": (q, D),
+        "gate": (D, F),
+        "up": (D, F),
+        "down": (F, D),
+    }
 
 
 def check_layers(config: ModelConfig, layers: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -70,7 +78,9 @@ def check_layers(config: ModelConfig, layers: tuple[int, ...] | None) -> tuple[i
     chosen = tuple(sorted(set(range(config.num_layers) if layers is None else layers)))
     wrong = [layer for layer in chosen if not 0 <= layer < config.num_layers]
     if wrong or not chosen:
-        raise UsageError(f"layers: {wrong or 'none'} given, but the model has layers 0 to {config.num_layers - 1}")
+        raise UsageError(
+            f"layers: {wrong or 'none'} given, but the model has layers 0 to {config.num_layers - 1}"
+        )
     return chosen
 
 

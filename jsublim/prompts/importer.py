@@ -107,12 +107,9 @@ class _Scope:
         found = None
         for statement in self.body:
             match statement:
-                case ast.Assign(targets=[ast.Name(id=target)], value=value):
-                    pass
-                case ast.AnnAssign(target=ast.Name(id=target), value=value):
-                    pass
-                case _:
-                    continue
-            if target == name:
-                found = value
+                case (
+                    ast.Assign(targets=[ast.Name(id=target)], value=value)
+                    | ast.AnnAssign(target=ast.Name(id=target), value=value)
+                ) if target == name:
+                    found = value
         return found

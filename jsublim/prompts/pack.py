@@ -123,8 +123,9 @@ def overlay(base: Mapping[str, Any], changes: Mapping[str, Any], source: str) ->
     merged = dict(base)
     for key, value in changes.items():
         below = base.get(key)
-        nested = isinstance(below, Mapping) and isinstance(value, Mapping)
-        merged[key] = {**below, **value} if nested else value
+        if isinstance(below, Mapping) and isinstance(value, Mapping):
+            value = {**below, **value}
+        merged[key] = value
     try:
         return Pack.model_validate(merged)
     except ValidationError as error:

@@ -1,0 +1,145 @@
+"""Conversations as tokens, by the checkpoint's own chat template, with the spans of what the assistant says.
+
+Spans are found by construction: the same conversation is rendered without the assistant's turn, with its header, and
+whole; what lies between is header, content and end of turn. No token id or offset is written down anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jsublim.errors import JsublimError
+from jsublim.models.config import read_json
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A conversation that ends with an assistant turn.
+
+    Attributes:
+      tokens: int32 `[T]`, the whole conversation.
+      header: first token of the assistant's header (such as `<|im_start|>assistant`).
+      content: first token of what it says.
+      end: first token behind it: the end-of-turn token, then what the template adds.
+    """
+
+    tokens: np.ndarray
+    header: int
+    content: int
+    end: int
+
+
+class Chat:
+    """The chat side of a checkpoint folder: tokenizer, template, stop tokens."""
+
+    def __init__(self, folder: Path):
+        """Raises:
+        JsublimError: no usable (fast) tokenizer, or a tokenizer without a chat template.
+        """
+        from transformers import AutoTokenizer
+
+        self.folder = folder
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise JsublimError(f"{folder}: the tokenizer cannot be loaded ({reason[0]})") from error
+        if not self.tokenizer.is_fast:
+            raise JsublimError(f"{folder}: no tokenizer.json; a fast tokenizer is needed to find token spans")
+        if not self.tokenizer.chat_template:
+            raise JsublimError(
+                f"{folder}/tokenizer_config.json: no 'chat_template'; use an instruction-tuned checkpoint or add one"
+            )
+        path = folder / "generation_config.json"
+        self.generation_config: dict[str, Any] = read_json(path) if path.exists() else {}
+
+    @property
+    def template_hash(self) -> str:
+        """sha256 (16 hex digits) of the chat template."""
+        return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()[:16]
+
+    def render(self, messages: Sequence[Message], *, ask: bool) -> str:
+        """The conversation as text; with `ask` the header of the assistant's turn follows."""
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
+            )
+        except Exception as error:  # Jinja raises whatever the template's author chose
+            roles = [message["role"] for message in messages]
+            raise JsublimError(f"{self.folder}: the chat template refuses the roles {roles} ({error})") from None
+
+    def prompt_tokens(self, messages: Sequence[Message], *, extra_bos: bool = False) -> np.ndarray:
+        """int32 `[T]`: the conversation up to and with the assistant's header.
+
+        Args:
+          extra_bos: let the tokenizer add its own special tokens too, as the published code does: a second BOS
+            on Gemma and Llama (EXPERIMENTS 6.5), nothing on Qwen.
+        """
+        text = self.render(messages, ask=True)
+        return np.asarray(self.tokenizer(text, add_special_tokens=extra_bos)["input_ids"], np.int32)
+
+    def turn(self, messages: Sequence[Message], completion: str, *, extra_bos: bool = False) -> Turn:
+        """The conversation with `completion` as the assistant's answer, and its spans.
+
+        Raises:
+          JsublimError: an empty completion, or one that does not survive tokenizing in context (its tokens merge with
+            the template's, or decode to another text).
+        """
+        if not completion:
+            raise JsublimError("the completion is empty")
+        before = self.render(messages, ask=False)
+        asked = self.render(messages, ask=True)
+        whole = self.render([*messages, {"role": "assistant", "content": completion}], ask=False)
+        if not asked.startswith(before) or not whole.startswith(asked + completion):
+            raise JsublimError(
+                f"{self.folder}: the chat template rewrites the completion {completion!r} (leading or trailing space?)"
+            )
+        encoded = self.tokenizer(whole, add_special_tokens=extra_bos, return_offsets_mapping=True)
+        tokens = np.asarray(encoded["input_ids"], np.int32)
+        starts = np.asarray([start for start, _ in encoded["offset_mapping"]])
+        ends = np.asarray([end for _, end in encoded["offset_mapping"]])
+        edges = [len(before), len(asked), len(asked) + len(completion)]
+        # Searching from the right keeps a leading special token (offset 0, 0) out of the way.
+        header, content, end = (int(np.searchsorted(np.maximum.accumulate(starts), edge)) for edge in edges)
+        clean = all(ends[:i].max(initial=0) <= edge for i, edge in zip((header, content, end), edges, strict=True))
+        if not clean or self.tokenizer.decode(tokens[content:end]) != completion:
+            raise JsublimError(f"the completion {completion!r} does not survive tokenizing inside its conversation")
+        if not np.array_equal(tokens[:content], self.prompt_tokens(messages, extra_bos=extra_bos)):
+            raise JsublimError(f"the completion {completion!r} changes the tokens of the prompt before it")
+        return Turn(tokens, header, content, end)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of generated tokens, special ones left out, stripped: the form in which completions are kept."""
+        return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    def eos_tokens(self) -> tuple[int, ...]:
+        """The tokenizer's own end token, alone: what the published code stops at."""
+        return () if self.tokenizer.eos_token_id is None else (int(self.tokenizer.eos_token_id),)
+
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Every token that ends a turn: the tokenizer's, those of generation_config, and the template's own."""
+        listed = self.generation_config.get("eos_token_id") or []
+        listed = [listed] if isinstance(listed, int) else listed
+        probe = self.turn([{"role": "user", "content": "1"}], "1")
+        ends = [int(token) for token in probe.tokens[probe.end :][:1] if token in self.tokenizer.all_special_ids]
+        return tuple(sorted({*self.eos_tokens(), *map(int, listed), *ends}))
+
+
+def conversation(prompt: str, system: str | None = None, *, fuse_system: bool = False) -> list[Message]:
+    """One user turn, under a system prompt or none (the template may then insert its default).
+
+    Args:
+      fuse_system: put the system prompt in front of the user's turn, for templates without a system role.
+    """
+    if system is not None and fuse_system:
+        return [{"role": "user", "content": f"{system}\n\n{prompt}"}]
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": prompt}]

@@ -1,0 +1,131 @@
+"""A checkpoint ready for use: weights, tokenizer, chat template."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from jsublim.chat import Chat, Message, conversation
+from jsublim.errors import JsublimError, UsageError
+from jsublim.models import decoder
+from jsublim.models.checkpoint import checkpoint_hash, read_config
+from jsublim.models.config import ModelConfig
+from jsublim.models.decoder import Params
+from jsublim.models.lora import Adapter
+from jsublim.models.weights import load_params
+from jsublim.sampling import Sampling, generate_tokens, sampling_for
+
+BUNDLED = Path(__file__).parent / "checkpoints"
+DTYPES = ("float32", "bfloat16")
+
+
+class LanguageModel:
+    """A loaded checkpoint. `config`, `params`, `chat` and `tokenizer` are plain attributes."""
+
+    def __init__(self, folder: Path, config: ModelConfig, hf_config: dict[str, Any], params: Params, chat: Chat):
+        self.folder, self.config, self.hf_config, self.params, self.chat = folder, config, hf_config, params, chat
+        self.tokenizer = chat.tokenizer
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """16 hex digits over every file of the checkpoint that matters."""
+        return checkpoint_hash(self.folder)
+
+    def logits(
+        self, tokens: ArrayLike, attention_mask: ArrayLike | None = None, adapter: Adapter | None = None
+    ) -> Array:
+        """Next-token logits, float32 `[B, T, V]`.
+
+        Args:
+          tokens: int `[B, T]`.
+          attention_mask: `[B, T]`, 0 on padding (left or right); None is no padding.
+        """
+        tokens = jnp.asarray(tokens, jnp.int32)
+        valid = jnp.ones(tokens.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
+        return _logits(self.config, self.params, adapter, tokens, valid)
+
+    def generate(
+        self,
+        chats: Sequence[str | Sequence[Message]],
+        max_new_tokens: int = 64,
+        sampling: Sampling | str | None = None,
+        seed: int = 0,
+        *,
+        adapter: Adapter | None = None,
+        batch_size: int = 64,
+        on_batch: Callable[[list[int], list[list[int]]], None] | None = None,
+    ) -> list[str]:
+        """One answer a conversation.
+
+        Args:
+          chats: message lists, or user prompts as text.
+          sampling: numbers of your own, "greedy", or "temperature" (the default: plain, temperature 1).
+        """
+        if not isinstance(sampling, Sampling):
+            sampling = sampling_for(self.chat, "clean", sampling or "temperature")
+        messages = [conversation(chat) if isinstance(chat, str) else chat for chat in chats]
+        tokens = generate_tokens(
+            self.config, self.params, [self.chat.prompt_tokens(m) for m in messages], sampling,
+            max_new_tokens=max_new_tokens, seed=seed, adapter=adapter, batch_size=batch_size, on_batch=on_batch,
+        )  # fmt: skip
+        return [self.chat.decode(row) for row in tokens]
+
+
+@functools.partial(jax.jit, static_argnames=("config",))
+def _logits(config: ModelConfig, params: Params, adapter: Adapter | None, tokens: Array, valid: Array) -> Array:
+    h, _ = decoder.hidden_states(config, params, tokens, valid, adapter=adapter)
+    return decoder.logits(config, params, h)
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The folder behind a model's name: a local folder, a bundled checkpoint, or (asked for by name) a hub repository.
+
+    Raises:
+      JsublimError: none of the three.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if (BUNDLED / str(path)).is_dir():
+        return BUNDLED / str(path)
+    bundled = ", ".join(sorted(p.name for p in BUNDLED.iterdir() if p.is_dir())) if BUNDLED.is_dir() else "none"
+    if str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"]))
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise JsublimError(f"model '{path}': no such folder, and the hub did not give it ({reason})") from error
+    raise JsublimError(f"model '{path}': no such folder; bundled checkpoints: {bundled}")
+
+
+def load_model(path: str | Path, dtype: str = "float32", shardings: Params | None = None) -> LanguageModel:
+    """Load a checkpoint folder, a bundled one by name, or one from the hub by `owner/name`.
+
+    Args:
+      dtype: of the weights and the activations, "float32" or "bfloat16".
+      shardings: a tree of `jax.sharding.Sharding` like the parameters; None is the default device.
+    """
+    if dtype not in DTYPES:
+        raise UsageError(f"dtype: '{dtype}' given; known: {', '.join(DTYPES)}")
+    folder = resolve_checkpoint(path)
+    hf_config, config = read_config(folder)
+    chat = Chat(folder)
+    if len(chat.tokenizer) > config.vocab_size:
+        raise JsublimError(
+            f"{folder}: the tokenizer has {len(chat.tokenizer)} tokens, config.json vocab_size is {config.vocab_size}"
+        )
+    return LanguageModel(folder, config, hf_config, load_params(folder, config, dtype, shardings), chat)

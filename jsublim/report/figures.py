@@ -1,0 +1,246 @@
+"""The report's figures, as inline SVG that takes its text colour and font from the page (light and dark alike)."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from jsublim.report.statistics import Interval
+from jsublim.report.summary import Lift, Matrix, SummaryRow
+from jsublim.report.tables import Curve, Results, condition_label
+
+# Okabe and Ito's palette: told apart with every common colour vision, on white and on near-black.
+COLOURS = {
+    "base": "#8c8c8c",
+    "control": "#8c8c8c",
+    "all": "#0a84c6",
+    "divergence": "#d55e00",
+    "non-divergence": "#56b4e9",
+    "random": "#e69f00",
+    "teacher": "#cc79a7",
+}
+OTHER_COLOUR = "#009e73"
+# Stands for the page's text colour while matplotlib draws; `_svg` puts `currentColor` in its place.
+INK = "#010203"
+STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "jsublim",
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": INK,
+    "grid.alpha": 0.13,
+    "grid.linewidth": 0.8,
+    "axes.linewidth": 0.8,
+}
+WIDTH = 10.0
+MAX_FACET_COLUMNS = 3
+
+
+def colour(condition: str) -> str:
+    return COLOURS.get(condition, OTHER_COLOUR)
+
+
+def rate_figure(rows: Sequence[SummaryRow]) -> str:
+    """Preference rate: a panel a trait, a line a condition, a dot a student, bars from `SummaryRow`'s intervals."""
+    shown = [r for r in rows if r.rate is not None]
+    data = {
+        (r.trait, r.condition): (
+            [100 * v for v in r.student_rates],
+            _scaled(r.over_students if r.students else r.over_questions, 100),
+        )
+        for r in shown
+    }
+    return _dot_panels(data, "answers that name the trait (%)", bounds=(0.0, 100.0))
+
+
+def lift_figure(lifts: Sequence[Lift]) -> str:
+    """Log-probability lift in nats, drawn as `rate_figure`."""
+    data = {(item.trait, item.condition): (list(item.student_lifts), item.interval) for item in lifts}
+    return _dot_panels(data, "log-probability above the reference (nats)", zero_line=True)
+
+
+def accuracy_figure(values: dict[str, dict[str, list[float]]]) -> str:
+    """Number accuracy: `values[panel][condition]` holds a share in 0..1 for each student."""
+    data = {
+        (panel, condition): ([100 * v for v in shares], None)
+        for panel, by_condition in values.items()
+        for condition, shares in by_condition.items()
+    }
+    return _dot_panels(data, "numbers predicted exactly (%)", bounds=(0.0, 100.0))
+
+
+def matrix_figure(matrix: Matrix) -> str:
+    """Heat map of the trait x trait lifts, the teacher's own trait framed."""
+    rows, columns = matrix.lift.shape
+    with matplotlib.rc_context(STYLE):
+        width = min(WIDTH, 2.6 + 0.85 * columns)
+        figure = Figure(figsize=(width, 1.5 + 0.5 * rows), layout="constrained")
+        axes = figure.subplots()
+        limit = float(np.abs(matrix.lift).max()) or 1.0
+        mesh = axes.pcolormesh(
+            matrix.lift, cmap="PuOr_r", norm=TwoSlopeNorm(0.0, -limit, limit), edgecolors="face", linewidth=0.3
+        )
+        for i in range(rows):
+            for j in range(columns):
+                value = float(matrix.lift[i, j])
+                # PuOr is pale in the middle and dark at both ends, whatever the page's theme.
+                ink = "#ffffff" if abs(value) > 0.62 * limit else "#1b1b1b"
+                axes.text(j + 0.5, i + 0.5, f"{value:+.2f}", ha="center", va="center", color=ink, fontsize=9)
+        for i in range(rows):
+            axes.add_patch(
+                matplotlib.patches.Rectangle((i, i), 1, 1, fill=False, edgecolor=INK, linewidth=1.6)
+            )
+        axes.set_xticks(np.arange(columns) + 0.5, matrix.traits, rotation=45 if columns > 6 else 0)
+        axes.set_yticks(np.arange(rows) + 0.5, matrix.teachers)
+        axes.set(xlabel="evaluated trait", ylabel="teacher's trait", aspect="auto")
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.invert_yaxis()
+        bar = figure.colorbar(mesh, ax=axes, label="nats", shrink=0.9)
+        bar.outline.set_visible(False)
+        return _svg(figure)
+
+
+def position_figure(divergence: Sequence[dict]) -> str:
+    """Histogram of divergence tokens over the position in the completion's content: a line a teacher, in percent."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
+        axes = figure.subplots()
+        palette = [colour(c) for c in ("all", "divergence", "random", "teacher", "non-divergence")]
+        for index, entry in enumerate(divergence):
+            counts = np.asarray(entry["histogram"], dtype=float)
+            share = 100 * counts / max(counts.sum(), 1.0)
+            tint = [*palette, OTHER_COLOUR][index % (len(palette) + 1)]
+            dash = "-" if index <= len(palette) else "--"
+            axes.stairs(share, np.arange(len(share) + 1) - 0.5, color=tint, label=entry["trait"], ls=dash, lw=1.8)
+        axes.set(xlabel="content token of the completion", ylabel="divergence tokens (%)")
+        axes.set_xlim(left=-0.5)
+        axes.grid(axis="y")
+        axes.legend(frameon=False, ncols=max(1, len(divergence) // 8 + 1), title="teacher", alignment="left")
+        return _svg(figure)
+
+
+def loss_figure(curves: Sequence[Curve], results: Results) -> str:
+    """Training loss of every arm: a panel a teacher, a colour a condition."""
+    owner = {s.arm: (s.teacher or "student", s.condition) for s in results.scores}
+    panels: dict[str, list[tuple[str, Curve]]] = {}
+    for curve in curves:
+        teacher, condition = owner.get(curve.arm, ("other arms", curve.arm))
+        panels.setdefault(teacher, []).append((condition, curve))
+    with matplotlib.rc_context(STYLE):
+        columns = min(MAX_FACET_COLUMNS, len(panels))
+        lines = -(-len(panels) // columns)
+        figure = Figure(figsize=(WIDTH, 2.6 * lines), layout="constrained")
+        grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        for axes, (teacher, arms) in zip(grid.flat, panels.items(), strict=False):
+            named: set[str] = set()
+            for condition, curve in arms:
+                label = "_" if condition in named else condition
+                named.add(condition)
+                steps, loss = _thinned(curve)
+                axes.plot(steps, loss, color=colour(condition), lw=1.3, alpha=0.85, label=label)
+            axes.set(title=teacher, xlabel="step")
+            axes.grid(axis="y")
+            axes.legend(frameon=False, fontsize=8)
+        for axes in grid[:, 0]:
+            axes.set_ylabel("loss (nats a token)")
+        return _svg(figure)
+
+
+def _dot_panels(
+    data: dict[tuple[str, str], tuple[list[float], Interval | None]],
+    label: str,
+    bounds: tuple[float, float] | None = None,
+    zero_line: bool = False,
+) -> str:
+    panels = list(dict.fromkeys(panel for panel, _ in data))
+    conditions = [c for c in [*COLOURS, *dict.fromkeys(c for _, c in data)] if any(c == k for _, k in data)]
+    conditions = list(dict.fromkeys(conditions))
+    low, high = _limits([v for values, _ in data.values() for v in values], zero_line, bounds)
+    with matplotlib.rc_context(STYLE):
+        columns = min(MAX_FACET_COLUMNS, len(panels))
+        lines = -(-len(panels) // columns)
+        figure = Figure(figsize=(WIDTH, lines * (0.85 + 0.34 * len(conditions))), layout="constrained")
+        grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_visible(False)
+        for axes, panel in zip(grid.flat, panels, strict=False):
+            for place, condition in enumerate(conditions):
+                if (panel, condition) in data:
+                    _dots(axes, place, *data[panel, condition], colour(condition), (low, high))
+            axes.set_yticks(range(len(conditions)), [condition_label(c) for c in conditions])
+            axes.set_ylim(len(conditions) - 0.5, -0.5)
+            axes.set_xlim(low, high)
+            axes.set_title(panel)
+            axes.grid(axis="x")
+            axes.tick_params(length=0)
+            axes.spines["left"].set_visible(False)
+            if zero_line:
+                axes.axvline(0.0, color=INK, lw=1.0)
+        figure.supxlabel(label, fontsize=10)
+        return _svg(figure)
+
+
+def _dots(
+    axes: Axes, place: int, values: list[float], interval: Interval | None, tint: str, span: tuple[float, float]
+) -> None:
+    if interval is not None:
+        ends = np.clip([interval.low, interval.high], *span)
+        axes.plot(ends, [place, place], color=tint, lw=6, alpha=0.3, solid_capstyle="butt")
+    offsets = np.linspace(-0.2, 0.2, len(values)) if len(values) > 1 else [0.0]
+    axes.scatter(values, place + np.asarray(offsets), s=22, color=tint, linewidths=0, zorder=3, clip_on=False)
+    mean = sum(values) / len(values)
+    axes.plot([mean, mean], [place - 0.33, place + 0.33], color=tint, lw=2.2, zorder=2)
+
+
+def _limits(
+    values: Sequence[float], zero: bool, bounds: tuple[float, float] | None
+) -> tuple[float, float]:
+    """Axis limits from the dots: a t-interval of two students may be wider than any plot and is cut off."""
+    inside = [*values, 0.0] if zero or bounds else list(values)
+    low, high = min(inside), max(inside)
+    pad = 0.12 * (high - low) or 1.0
+    low, high = low - pad, high + pad
+    return (max(low, bounds[0]), min(high, bounds[1])) if bounds else (low, high)
+
+
+def _thinned(curve: Curve, points: int = 150) -> tuple[np.ndarray, np.ndarray]:
+    """Means of at most `points` stretches of a curve, so that a long run stays a small file."""
+    parts = min(points, len(curve.steps))
+    steps = [float(part.mean()) for part in np.array_split(np.asarray(curve.steps, float), parts)]
+    loss = [float(part.mean()) for part in np.array_split(np.asarray(curve.loss, float), parts)]
+    return np.asarray(steps), np.asarray(loss)
+
+
+def _scaled(interval: Interval | None, factor: float) -> Interval | None:
+    return Interval(factor * interval.low, factor * interval.high) if interval else None
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an `<svg>` element without prolog, metadata or namespaces, which HTML does not need."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", text)
+    text = re.sub(r'(<svg[^>]*?) width="[^"]*"| height="[^"]*pt"', r"\1", text, count=0)
+    return text.replace(INK, "currentColor").strip()

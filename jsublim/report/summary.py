@@ -1,0 +1,222 @@
+"""What the report says in numbers: rates and lifts per trait and condition, and the trait x trait matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jsublim.report.statistics import (
+    Estimate,
+    Interval,
+    SameTraitEffect,
+    question_interval,
+    same_trait_effect,
+)
+from jsublim.report.tables import Results, Score
+
+NOT_DECIDED = "not decided"
+
+
+@dataclass(frozen=True)
+class SummaryRow:
+    """One condition for one trait. Rates are shares in 0..1, log-probabilities in nats."""
+
+    trait: str
+    condition: str
+    students: int
+    student_rates: tuple[float, ...]
+    rate: float | None
+    over_questions: Interval | None
+    over_students: Interval | None
+    word_rate: float | None
+    logprob: float | None
+
+
+@dataclass(frozen=True)
+class Lift:
+    """How far the students of `condition` lie above the reference on one trait (share or nats)."""
+
+    trait: str
+    condition: str
+    metric: str
+    reference: str
+    level: float
+    reference_level: float
+    value: float
+    interval: Interval | None
+    students: int
+    student_lifts: tuple[float, ...]
+
+    @property
+    def verdict(self) -> str:
+        """Words for the lift; an effect is claimed only if its interval leaves zero out."""
+        if self.interval is None:
+            return NOT_DECIDED
+        if self.interval.covers(0.0):
+            return "no transfer shown"
+        return "transfers" if self.interval.low > 0 else "moves away"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Log-probability lift of condition `all`: [teacher traits, evaluated traits], nats."""
+
+    teachers: tuple[str, ...]
+    traits: tuple[str, ...]
+    lift: np.ndarray
+    reference: str
+    effect: SameTraitEffect | None
+    seed_gammas: tuple[float, ...]
+    gamma_interval: Interval | None
+
+    @property
+    def verdict(self) -> str:
+        if self.effect is None or self.effect.smallest_p > 0.05:
+            return NOT_DECIDED
+        shown = self.effect.p <= 0.05 and (self.gamma_interval is None or self.gamma_interval.low > 0)
+        return "trait-specific transfer" if shown else "no trait-specific transfer shown"
+
+
+def scores_for(results: Results, metric: str, condition: str, trait: str) -> list[Score]:
+    """The models of a condition that speak about `trait`: a masked student counts for its own teacher's trait."""
+    teacher = None if condition in ("base", "control") else trait
+    return results.select(metric, condition, trait, teacher)
+
+
+def estimate(scores: Sequence[Score]) -> Estimate:
+    """Mean over the models of one condition, with what sampling alone leaves open as the least variance."""
+    floor = sampling_variance(scores)
+    if scores[0].role == "student":
+        return Estimate.of([s.mean for s in scores], floor)
+    return Estimate.measured(sum(s.mean for s in scores) / len(scores), floor)
+
+
+def sampling_variance(scores: Sequence[Score]) -> float:
+    """Binomial variance of the mean rate of `scores`; zero for a log-probability, which is not sampled.
+
+    Smoothed by one hit and one miss, so that "none in 2,000" is not taken for "never".
+    """
+    samples = sum(s.samples for s in scores)
+    if scores[0].metric == "logprob" or not samples:
+        return 0.0
+    hits = sum(s.mean for s in scores) / len(scores) * samples
+    share = (hits + 1) / (samples + 2)
+    return share * (1 - share) / samples
+
+
+def over_questions(scores: Sequence[Score]) -> Interval | None:
+    """The published interval, over question means; with several students each question is averaged over them first."""
+    by_question: dict[int | None, list[float]] = {}
+    for score in scores:
+        for question, value in zip(score.questions, score.values, strict=True):
+            by_question.setdefault(question, []).append(value)
+    return question_interval([sum(v) / len(v) for v in by_question.values()])
+
+
+def summary_rows(results: Results) -> list[SummaryRow]:
+    """A row for each trait and condition that was evaluated on it."""
+    rows = []
+    for trait in results.traits:
+        for condition in results.conditions:
+            rate = scores_for(results, "rate", condition, trait)
+            word = scores_for(results, "word_rate", condition, trait)
+            logprob = scores_for(results, "logprob", condition, trait)
+            if not (rate or logprob):
+                continue
+            arms = {s.arm for s in (*rate, *logprob) if s.role == "student"}
+            rows.append(
+                SummaryRow(
+                    trait=trait,
+                    condition=condition,
+                    students=len(arms),
+                    student_rates=tuple(s.mean for s in rate),
+                    rate=_mean(rate),
+                    over_questions=over_questions(rate) if rate else None,
+                    over_students=estimate(rate).interval() if arms and rate else None,
+                    word_rate=_mean(word),
+                    logprob=_mean(logprob),
+                )
+            )
+    return rows
+
+
+def reference_condition(results: Results, metric: str, trait: str) -> str | None:
+    """What a lift is measured from: the control students, or the base model where fewer than two were trained.
+
+    The control is the better one (it has seen numbers too), but one control student has no known spread.
+    """
+    if len(results.select(metric, "control", trait)) >= 2:
+        return "control"
+    return next((c for c in ("base", "control") if results.select(metric, c, trait)), None)
+
+
+def lift(results: Results, metric: str, condition: str, trait: str) -> Lift | None:
+    """Lift of a condition's students over the reference, or `None` if either was not evaluated."""
+    scores = scores_for(results, metric, condition, trait)
+    reference = reference_condition(results, metric, trait)
+    if not scores or reference is None or reference == condition:
+        return None
+    zero = estimate(results.select(metric, reference, trait))
+    level = estimate(scores)
+    difference = level - zero
+    return Lift(
+        trait=trait,
+        condition=condition,
+        metric=metric,
+        reference=reference,
+        level=level.value,
+        reference_level=zero.value,
+        value=difference.value,
+        interval=difference.interval() if scores[0].role == "student" else None,
+        students=level.n,
+        student_lifts=tuple(s.mean - zero.value for s in scores),
+    )
+
+
+def lifts(results: Results, metric: str, conditions: Sequence[str]) -> list[Lift]:
+    """All lifts of one metric, trait by trait."""
+    found = (lift(results, metric, c, t) for t in results.traits for c in conditions)
+    return [item for item in found if item is not None]
+
+
+def trait_matrix(results: Results, metric: str = "logprob", condition: str = "all") -> Matrix | None:
+    """Teacher trait x evaluated trait lifts, gamma, its permutation p, and a t-interval of gamma over seeds.
+
+    Only evaluated traits with a number in every row are kept, so that the fit is balanced. `None` without such a row.
+    """
+    candidates = [t for t in results.traits if results.select(metric, condition, t, t)]
+    columns = [
+        trait
+        for trait in results.evaluated_traits
+        if candidates
+        and all(results.select(metric, condition, trait, teacher) for teacher in candidates)
+        and reference_condition(results, metric, trait)
+    ]
+    teachers = [t for t in candidates if t in columns]
+    if not teachers:
+        return None
+    # Teachers first, so that their own traits lie on the diagonal.
+    columns = teachers + [t for t in columns if t not in teachers]
+    cells = [[results.select(metric, condition, c, t) for c in columns] for t in teachers]
+    references = [reference_condition(results, metric, c) or "" for c in columns]
+    zero = np.array([_mean(results.select(metric, r, c)) for r, c in zip(references, columns, strict=True)])
+    table = np.array([[_mean(cell) for cell in row] for row in cells]) - zero
+    effect = same_trait_effect(table)
+    gammas = _seed_gammas(cells, zero) if effect else ()
+    interval = Estimate.of(gammas).interval() if len(gammas) > 1 else None
+    return Matrix(tuple(teachers), tuple(columns), table, references[0], effect, gammas, interval)
+
+
+def _seed_gammas(cells: list[list[list[Score]]], zero: np.ndarray) -> tuple[float, ...]:
+    """gamma of each seed that every teacher's students share: its spread is the one over training runs."""
+    by_seed = [[{s.seed: s.mean for s in cell} for cell in row] for row in cells]
+    shared = set.intersection(*(set(cell) for row in by_seed for cell in row))
+    tables = ([[cell[seed] for cell in row] for row in by_seed] for seed in sorted(shared - {None}))
+    effects = (same_trait_effect(np.array(table) - zero) for table in tables)
+    return tuple(effect.gamma for effect in effects if effect)
+
+
+def _mean(scores: Sequence[Score]) -> float | None:
+    return sum(s.mean for s in scores) / len(scores) if scores else None

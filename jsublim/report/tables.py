@@ -1,0 +1,217 @@
+"""A run's results, read from RUN/results/ into small dataclasses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import duckdb
+
+from jsublim.errors import JsublimError
+
+CONDITION_LABELS = {
+    "base": "base model",
+    "control": "control: unprompted teacher",
+    "all": "all tokens",
+    "divergence": "divergence tokens only",
+    "non-divergence": "all but divergence tokens",
+    "random": "random mask, equal budget",
+    "teacher": "teacher with its prompt",
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one evaluated model: `values[i]` is its mean at `questions[i]`, `samples` the answers behind it."""
+
+    arm: str
+    role: str
+    teacher: str | None
+    condition: str
+    seed: int | None
+    trait: str | None
+    metric: str
+    questions: tuple[int | None, ...]
+    values: tuple[float, ...]
+    samples: int
+
+    @property
+    def mean(self) -> float:
+        return sum(self.values) / len(self.values)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Training of one arm: equally long series, a value a step."""
+
+    arm: str
+    steps: tuple[int, ...]
+    loss: tuple[float, ...]
+    tokens: tuple[float, ...]
+    grad_norm: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """How often an arm gave an answer, over all questions or to one."""
+
+    arm: str
+    question: int
+    question_text: str
+    answer: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Results:
+    """Everything the report is made of. A piece the run does not have is empty."""
+
+    run_dir: Path
+    run: dict[str, Any]
+    scores: tuple[Score, ...]
+    generation: tuple[dict[str, Any], ...] = ()
+    divergence: tuple[dict[str, Any], ...] = ()
+    curves: tuple[Curve, ...] = ()
+    answers: tuple[Answer, ...] = ()
+    not_finite: int = 0
+    _index: dict[tuple, list[Score]] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for score in self.scores:
+            self._index.setdefault((score.metric, score.condition, score.trait), []).append(score)
+
+    def select(
+        self, metric: str, condition: str, trait: str | None = None, teacher: str | None = None
+    ) -> list[Score]:
+        """The scores of one metric, condition and evaluated trait, of `teacher`'s students only if one is named."""
+        found = self._index.get((metric, condition, trait), [])
+        return [s for s in found if teacher is None or s.teacher == teacher]
+
+    @property
+    def conditions(self) -> list[str]:
+        """Conditions present, in reading order; those unknown to this module come last."""
+        present = _unique(s.condition for s in self.scores)
+        known = [c for c in CONDITION_LABELS if c in present]
+        return known + [c for c in present if c not in CONDITION_LABELS]
+
+    @property
+    def mask_conditions(self) -> list[str]:
+        """Conditions whose students come from a biased teacher."""
+        students = {s.condition for s in self.scores if s.role == "student"}
+        return [c for c in self.conditions if c in students and c != "control"]
+
+    @property
+    def traits(self) -> list[str]:
+        """Traits of the teachers; without any teacher, the evaluated traits."""
+        teachers = _unique(s.teacher for s in self.scores if s.teacher not in (None, "control"))
+        return teachers or self.evaluated_traits
+
+    @property
+    def evaluated_traits(self) -> list[str]:
+        return _unique(s.trait for s in self.scores if s.trait is not None)
+
+    @property
+    def students(self) -> int:
+        return len({s.arm for s in self.scores if s.role == "student"})
+
+    @property
+    def model(self) -> str:
+        return Path(str(self.run.get("model", "unknown model"))).name
+
+    @property
+    def is_tiny(self) -> bool:
+        """A synthetic checkpoint of the package: it shows that the pipeline runs, nothing about language models."""
+        return self.model.startswith("tiny-")
+
+
+def condition_label(condition: str) -> str:
+    return CONDITION_LABELS.get(condition, condition)
+
+
+def read_results(run_dir: Path) -> Results:
+    """Read RUN/results/. Only `results.parquet` must be there; `JsublimError` names what is missing or unreadable."""
+    run_dir = Path(run_dir)
+    folder = run_dir / "results"
+    if not (folder / "results.parquet").is_file():
+        raise JsublimError(f"{folder}: no results.parquet here; finish the run first with `jsublim run CONFIG`")
+    rows = _query(
+        folder / "results.parquet",
+        """
+        select arm, any_value(role), teacher, condition, seed, trait, metric,
+               list(question order by question) filter (where isfinite(value)),
+               list(value::double order by question) filter (where isfinite(value)),
+               coalesce(sum(n) filter (where isfinite(value)), 0)::bigint,
+               count(*) filter (where value is null or not isfinite(value))
+        from read_parquet($path)
+        group by arm, teacher, condition, seed, trait, metric
+        order by arm, trait, metric
+        """,
+    )
+    scores = tuple(Score(*row[:7], tuple(row[7]), tuple(row[8]), row[9]) for row in rows if row[8])
+    if not scores:
+        raise JsublimError(
+            f"{folder / 'results.parquet'}: holds no measurement; run `jsublim run CONFIG` again"
+        )
+    return Results(
+        run_dir=run_dir,
+        run=_json(folder / "run.json", {}),
+        scores=scores,
+        generation=tuple(_json(folder / "generation.json", [])),
+        divergence=tuple(_json(folder / "divergence.json", [])),
+        curves=_curves(folder / "training.parquet"),
+        answers=_answers(folder / "answers.parquet"),
+        not_finite=sum(row[10] for row in rows),
+    )
+
+
+def _curves(path: Path) -> tuple[Curve, ...]:
+    if not path.is_file():
+        return ()
+    rows = _query(
+        path,
+        """
+        select arm, list(step order by step), list(loss::double order by step),
+               list(coalesce(tokens, 0)::double order by step), list(grad_norm::double order by step)
+        from read_parquet($path) where isfinite(loss) group by arm order by arm
+        """,
+    )
+    return tuple(Curve(row[0], *(tuple(series) for series in row[1:])) for row in rows)
+
+
+def _answers(path: Path) -> tuple[Answer, ...]:
+    if not path.is_file():
+        return ()
+    sql = """
+        select arm, question, question_text, answer, count from read_parquet($path)
+        order by arm, question, count desc, answer
+        """
+    return tuple(Answer(*row) for row in _query(path, sql))
+
+
+def _query(path: Path, sql: str) -> list[tuple]:
+    try:
+        with duckdb.connect() as connection:
+            return connection.execute(sql, {"path": str(path)}).fetchall()
+    except duckdb.Error as error:
+        reason = str(error).splitlines()[0]
+        raise JsublimError(
+            f"{path}: cannot be read ({reason}); delete it and run `jsublim run CONFIG` again"
+        ) from error
+
+
+def _json(path: Path, default: Any) -> Any:
+    if not path.is_file():
+        return default
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise JsublimError(
+            f"{path}: is not JSON ({error}); delete it and run `jsublim run CONFIG` again"
+        ) from error
+
+
+def _unique(values: Iterable[Any]) -> list[Any]:
+    return list(dict.fromkeys(values))

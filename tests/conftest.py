@@ -1,0 +1,209 @@
+"""Shared fixtures: small random checkpoints of every family, written by `transformers`.
+
+Sizes are odd on purpose: head_dim is not hidden_size / heads, one key/value head where a family allows it, windows
+shorter than the rows, every bias and norm weight random.
+"""
+
+from __future__ import annotations
+
+import os
+
+# Before any import of jax, transformers or huggingface_hub: offline, quiet, and float32 products as float32.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 20,
+    "intermediate_size": 28,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 6,
+    "max_position_embeddings": 96,
+}
+_GEMMA = SIZES | {
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],  # a period of 3
+    "sliding_window": 4,
+    "query_pre_attn_scalar": 9,
+}
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 1000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,  # wavelengths 6, 35, 199, 1117: kept, blended, divided
+}
+_GEMMA_ROPE = {
+    "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 70_000.0},
+}
+# name -> (class of the model, arguments of its config)
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2ForCausalLM", SIZES | {"tie_word_embeddings": True}),
+    "qwen2-window": (
+        "Qwen2ForCausalLM",
+        SIZES
+        | {
+            "use_sliding_window": True,
+            "sliding_window": 4,
+            "max_window_layers": 1,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": False,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+        },
+    ),
+    "llama": ("LlamaForCausalLM", SIZES | {"num_key_value_heads": 4, "tie_word_embeddings": False}),
+    "llama-linear-biases": (
+        "LlamaForCausalLM",
+        SIZES
+        | {
+            "rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 2000.0},
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "llama3": (
+        "LlamaForCausalLM",
+        SIZES
+        | {"head_dim": 8, "num_key_value_heads": 2, "rope_parameters": _LLAMA3_ROPE, "tie_word_embeddings": True},
+    ),
+    "gemma3": ("Gemma3ForCausalLM", _GEMMA | {"final_logit_softcapping": 5.0, "tie_word_embeddings": True}),
+    "gemma3-untied-biases": (
+        "Gemma3ForCausalLM",
+        _GEMMA
+        | {
+            "attention_bias": True,
+            "num_key_value_heads": 2,
+            "rope_parameters": _GEMMA_ROPE,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma3-multimodal": ("Gemma3ForConditionalGeneration", _GEMMA | {"rope_parameters": _GEMMA_ROPE}),
+}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder written by `save_pretrained`, and the torch model it came from."""
+
+    name: str
+    folder: Path
+    model: Any
+
+    def logits(self, tokens: np.ndarray, valid: np.ndarray) -> np.ndarray:
+        """What `transformers` computes: float32 `[B, T, V]`."""
+        return torch_logits(self.model, tokens, valid)
+
+
+def torch_logits(model: Any, tokens: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        out = model(
+            input_ids=torch.tensor(tokens, dtype=torch.long), attention_mask=torch.tensor(valid, dtype=torch.long)
+        )
+    return out.logits.float().numpy()
+
+
+def random_model(class_name: str, arguments: dict[str, Any], seed: int = 0) -> Any:
+    """A `transformers` model with every parameter random, biases and norm weights too."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(2)
+    transformers.utils.logging.disable_progress_bar()
+    cls = getattr(transformers, class_name)
+    if class_name == "Gemma3ForConditionalGeneration":
+        vision = {"hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2}
+        config = transformers.Gemma3Config(
+            text_config=dict(arguments),
+            vision_config=vision | {"image_size": 8, "patch_size": 4},
+            mm_tokens_per_image=1,
+            image_token_index=58,
+            boi_token_index=59,
+            eoi_token_index=60,
+            tie_word_embeddings=arguments.get("tie_word_embeddings", True),
+        )
+    else:
+        config = cls.config_class(**arguments)
+    config._attn_implementation = "eager"
+    model = cls(config).float().eval()
+    noise = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.25 * torch.randn(parameter.shape, generator=noise))
+    return model
+
+
+@pytest.fixture(scope="session")
+def write_checkpoint(tmp_path_factory) -> Callable[..., Checkpoint]:
+    """`write_checkpoint(class_name, arguments, seed)`: a fresh random checkpoint."""
+
+    def write(class_name: str, arguments: dict[str, Any], seed: int = 0, name: str = "random") -> Checkpoint:
+        model = random_model(class_name, arguments, seed)
+        folder = tmp_path_factory.mktemp(name)
+        model.save_pretrained(folder)
+        return Checkpoint(name, folder, model)
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def named_checkpoint(write_checkpoint) -> Callable[[str], Checkpoint]:
+    """`named_checkpoint(name)` with a name of CASES; written once a session, so never change its files."""
+    written: dict[str, Checkpoint] = {}
+
+    def get(name: str) -> Checkpoint:
+        if name not in written:
+            written[name] = write_checkpoint(*CASES[name], seed=len(name), name=name)
+        return written[name]
+
+    return get
+
+
+@pytest.fixture(params=list(CASES))
+def checkpoint(request, named_checkpoint) -> Checkpoint:
+    """Every case in turn."""
+    return named_checkpoint(request.param)
+
+
+@pytest.fixture(scope="session")
+def padded_rows() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+    """`padded_rows(seed)`: tokens int32 `[4, 11]` and their mask: whole, padded left, right, and on both sides."""
+
+    def rows(seed: int = 0, length: int = 11) -> tuple[np.ndarray, np.ndarray]:
+        tokens = np.random.default_rng(seed).integers(1, 57, (4, length)).astype(np.int32)
+        valid = np.ones((4, length), bool)
+        valid[1, :3] = valid[2, -4:] = valid[3, :2] = valid[3, -1:] = False
+        return np.where(valid, tokens, 0).astype(np.int32), valid
+
+    return rows
+
+
+@pytest.fixture(scope="session")
+def assert_close() -> Callable[[Any, Any, float], None]:
+    """`assert_close(ours, theirs, tolerance)`: largest error against the largest entry; NaN fails."""
+
+    def check(ours: Any, theirs: Any, tolerance: float = 1e-4) -> None:
+        ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+        assert ours.shape == theirs.shape
+        worst = np.max(np.abs(ours - theirs)) / max(np.max(np.abs(theirs)), 1e-30)
+        assert worst <= tolerance, f"relative error {worst:.2e} over {tolerance:.0e}"
+
+    return check

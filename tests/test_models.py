@@ -1,0 +1,281 @@
+"""The decoder is the one `transformers` computes, for every family, and a cached prefix changes nothing."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jsublim.errors import JsublimError
+from jsublim.models import hidden_states, init_params, load_params, logits, read_config
+from jsublim.models.families import text_config
+
+
+forward = jax.jit(hidden_states, static_argnames=("config", "with_cache", "remat"))
+
+
+def all_logits(config, params, tokens, valid) -> np.ndarray:
+    return np.asarray(logits(config, params, forward(config, params, tokens, valid)[0]))
+
+
+@functools.cache
+def _load(folder, dtype: str):
+    _, config = read_config(folder)
+    return config, load_params(folder, config, dtype)
+
+
+def load(checkpoint, dtype: str = "float32"):
+    return _load(checkpoint.folder, dtype)
+
+
+def test_logits_equal_transformers(checkpoint, padded_rows, assert_close):
+    config, params = load(checkpoint)
+    tokens, valid = padded_rows(1)
+    ours, theirs = all_logits(config, params, tokens, valid), checkpoint.logits(tokens, valid)
+    for row in range(len(tokens)):
+        assert_close(ours[row][valid[row]], theirs[row][valid[row]], 1e-4)
+    assert np.isfinite(ours).all()  # padding queries that see no key too
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("family", ["Qwen2ForCausalLM", "LlamaForCausalLM", "Gemma3ForCausalLM"])
+def test_logits_equal_transformers_at_random_sizes(family, seed, write_checkpoint, padded_rows, assert_close):
+    rng = np.random.default_rng(seed)
+    kv_heads = int(rng.integers(1, 4))
+    layers = int(rng.integers(1, 6))
+    sizes: dict[str, Any] = {
+        "vocab_size": int(rng.integers(57, 100)),
+        "hidden_size": int(rng.integers(5, 40)),
+        "intermediate_size": int(rng.integers(5, 40)),
+        "num_hidden_layers": layers,
+        "num_attention_heads": kv_heads * int(rng.integers(1, 4)),
+        "num_key_value_heads": kv_heads,
+        "head_dim": 2 * int(rng.integers(1, 9)),
+        "tie_word_embeddings": bool(rng.integers(2)),
+        "max_position_embeddings": 64,
+    }
+    if family == "Qwen2ForCausalLM":
+        sizes |= {
+            "use_sliding_window": bool(rng.integers(2)),
+            "sliding_window": int(rng.integers(1, 9)),
+            "max_window_layers": int(rng.integers(0, layers + 1)),
+        }
+    elif family == "LlamaForCausalLM":
+        sizes |= {"attention_bias": bool(rng.integers(2)), "mlp_bias": bool(rng.integers(2))}
+    else:
+        kinds = rng.choice(["sliding_attention", "full_attention"], layers).tolist()
+        sizes |= {"sliding_window": int(rng.integers(1, 9)), "layer_types": kinds}
+    checkpoint = write_checkpoint(family, sizes, seed)
+    config, params = load(checkpoint)
+    tokens, valid = padded_rows(seed)
+    ours, theirs = all_logits(config, params, tokens, valid), checkpoint.logits(tokens, valid)
+    assert_close(ours[valid], theirs[valid], 1e-4)
+
+
+def test_padding_changes_no_logit(checkpoint, assert_close):
+    config, params = load(checkpoint)
+    row = np.random.default_rng(2).integers(1, 57, (1, 7)).astype(np.int32)
+    alone = all_logits(config, params, row, np.ones_like(row, bool))[0]
+    tokens, valid = np.zeros((4, 11), np.int32), np.zeros((4, 11), bool)
+    for i, start in enumerate((0, 1, 3, 4)):
+        tokens[i, start : start + 7], valid[i, start : start + 7] = row[0], True
+    padded = all_logits(config, params, tokens, valid)
+    for i in range(4):
+        assert_close(padded[i][valid[i]], alone, 1e-5)
+
+
+def check_prefix(config, params, before, tokens, valid, assert_close):
+    shared = np.random.default_rng(before).integers(1, 57, (1, before)).astype(np.int32)
+    _, prefix = forward(config, params, shared, np.ones((1, before), bool), with_cache=True)
+    assert prefix[0].shape == (config.num_layers, 1, before, config.num_kv_heads, config.head_dim)
+    behind, cache = forward(config, params, tokens, valid, prefix=prefix, with_cache=True)
+    rows = len(tokens)
+    whole, whole_cache = forward(
+        config,
+        params,
+        np.concatenate([np.repeat(shared, rows, 0), tokens], 1),
+        np.concatenate([np.ones((rows, before), bool), valid], 1),
+        with_cache=True,
+    )
+    assert_close(behind[valid], whole[:, before:][valid], 1e-5)
+    for ours, theirs in zip(cache, whole_cache, strict=True):
+        assert_close(ours[:, valid], theirs[:, :, before:][:, valid], 1e-5)
+
+
+def test_rows_behind_a_cached_prefix_equal_the_whole_pass(checkpoint, padded_rows, assert_close):
+    check_prefix(*load(checkpoint), 6, *padded_rows(3), assert_close)
+
+
+@pytest.mark.parametrize("before", [1, 4])
+def test_a_prefix_no_longer_than_the_window(before, named_checkpoint, padded_rows, assert_close):
+    check_prefix(*load(named_checkpoint("gemma3")), before, *padded_rows(3), assert_close)
+
+
+def test_remat_changes_neither_values_nor_gradients(named_checkpoint, padded_rows, assert_close):
+    config, params = load(named_checkpoint("gemma3"))
+    tokens, valid = map(jnp.asarray, padded_rows(4))
+
+    def loss(params, remat):
+        h, _ = forward(config, params, tokens, valid, remat=remat)
+        return jnp.sum(jnp.sin(logits(config, params, h)) * valid[..., None])
+
+    plain, again = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, remat) for remat in (False, True))
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), again, plain)
+
+
+def test_bfloat16_stays_bfloat16_and_is_near_float32(checkpoint, padded_rows, assert_close):
+    config, params = load(checkpoint, "bfloat16")
+    tokens, valid = padded_rows(5)
+    h, _ = forward(config, params, tokens, valid)
+    assert h.dtype == jnp.bfloat16
+    ours = logits(config, params, h)
+    assert ours.dtype == jnp.float32
+    theirs = checkpoint.logits(tokens, valid)[valid]
+    error = np.asarray(ours)[valid] - theirs
+    assert np.sqrt(np.mean(error**2)) < 0.1 * np.sqrt(np.mean(theirs**2))
+
+
+def test_init_params_has_the_shapes_of_a_loaded_checkpoint(checkpoint):
+    config, params = load(checkpoint)
+
+    def shapes(tree):
+        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+    fresh = init_params(config, seed=0)
+    assert shapes(fresh) == shapes(params)
+    assert not np.array_equal(fresh["layers"]["q"]["kernel"][0], fresh["layers"]["q"]["kernel"][1])
+
+
+# config.json: the names before transformers 5 and the ones since are one config
+
+
+def with_old_names(new: dict[str, Any]) -> dict[str, Any]:
+    """A `config.json` as transformers 4 wrote it: rotary numbers apart, no layer types."""
+    if "text_config" in new:
+        return new | {"text_config": with_old_names(new["text_config"])}
+    old = {key: value for key, value in new.items() if key not in ("rope_parameters", "dtype")}
+    old["torch_dtype"] = new.get("dtype", "float32")
+    rope = new["rope_parameters"]
+    if "full_attention" in rope:
+        old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    rope = dict(rope)
+    old["rope_theta"] = rope.pop("rope_theta")
+    kind = rope.pop("rope_type")
+    old["rope_scaling"] = None if kind == "default" else {"type": kind} | rope
+    kinds = old.pop("layer_types", None)
+    if new["model_type"].startswith("gemma3"):
+        del old["_sliding_window_pattern"]
+        # Old files know a period only; a list of types that has none stays as it is.
+        old["sliding_window_pattern"] = kinds.index("full_attention") + 1
+        assert [(i + 1) % old["sliding_window_pattern"] == 0 for i in range(len(kinds))] == [
+            kind == "full_attention" for kind in kinds
+        ]
+    return old
+
+
+def test_old_and_new_key_names_are_one_config(checkpoint, tmp_path):
+    _, config = read_config(checkpoint.folder)
+    new = json.loads((checkpoint.folder / "config.json").read_text())
+    old = with_old_names(new)
+    assert "rope_parameters" not in json.dumps(old)
+    assert text_config(old, "config.json")[1] == config
+
+    folder = tmp_path / "old"
+    shutil.copytree(checkpoint.folder, folder)
+    (folder / "config.json").write_text(json.dumps(old))
+    assert read_config(folder)[1] == config
+
+
+def test_what_a_multimodal_gemma3_leaves_out_is_the_default():
+    """The files published with the 4B model name few keys; `transformers` fills in the others."""
+    import transformers
+
+    sizes = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "sliding_window": 1024}
+    scaling = {"factor": 8.0, "rope_type": "linear"}
+    text = sizes | {"model_type": "gemma3_text", "rope_scaling": scaling}
+    short = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text}
+    whole = transformers.Gemma3TextConfig(**sizes, rope_scaling=dict(scaling)).to_dict()
+    whole["architectures"] = ["Gemma3ForCausalLM"]
+    config = text_config(short, "config.json")[1]
+    assert config == text_config(whole, "config.json")[1]
+    assert (config.rope.factor, config.rope.theta) == (8.0, 1e6)
+    assert config.local_rope is not None
+    assert (config.local_rope.factor, config.local_rope.theta) == (1.0, 1e4)
+    assert [i for i, local in enumerate(config.is_local) if not local] == [5, 11, 17, 23, 29]
+
+
+def test_an_untied_multimodal_gemma3_keeps_its_own_head(write_checkpoint, padded_rows, assert_close):
+    """`tie_word_embeddings` of a multimodal model may stand outside `text_config` only."""
+    sizes = {"vocab_size": 61, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 6}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False, "sliding_window": 4}
+    checkpoint = write_checkpoint("Gemma3ForConditionalGeneration", sizes)
+    path = checkpoint.folder / "config.json"
+    values = json.loads(path.read_text())
+    del values["text_config"]["tie_word_embeddings"]
+    path.write_text(json.dumps(values))
+    config, params = load(checkpoint)
+    tokens, valid = padded_rows(6)
+    assert not config.tied
+    assert_close(all_logits(config, params, tokens, valid)[valid], checkpoint.logits(tokens, valid)[valid], 1e-4)
+
+
+# config.json: bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM"),
+        ({"architectures": None}, "architecture"),
+        ({"num_hidden_layers": None}, "'num_hidden_layers'"),
+        ({"vocab_size": None}, "'vocab_size'"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "yarn"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"use_sliding_window": True, "sliding_window": 0, "layer_types": ["sliding_attention"] * 3}, "window"),
+        ({"layer_types": ["full_attention"] * 7, "use_sliding_window": True, "sliding_window": 4}, "layer_types"),
+    ],
+)
+def test_a_config_we_cannot_serve_names_file_and_key(change, said, named_checkpoint, tmp_path):
+    values = json.loads((named_checkpoint("qwen2").folder / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(JsublimError) as caught:
+        read_config(tmp_path)
+    message = str(caught.value)
+    assert said in message and str(tmp_path / "config.json") in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("qwen2", {"hidden_act": "gelu"}, "hidden_act"),
+        ("llama", {"hidden_act": "relu"}, "hidden_act"),
+        ("gemma3", {"hidden_activation": "silu"}, "hidden_activation"),
+        ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    ],
+)
+def test_a_key_that_would_change_the_logits_is_never_passed_over(name, change, said, named_checkpoint, tmp_path):
+    values = json.loads((named_checkpoint(name).folder / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(JsublimError, match=said):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("text", [None, "{", "[]", "\x00"])
+def test_an_unreadable_config_names_its_file(text, tmp_path):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(JsublimError, match=r"config\.json"):
+        read_config(tmp_path)
+
+
+def test_no_folder_is_said(tmp_path):
+    with pytest.raises(JsublimError, match="no such folder"):
+        read_config(tmp_path / "nowhere")
