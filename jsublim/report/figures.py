@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import Lift, Matrix, SummaryRow
@@ -105,7 +106,7 @@ def matrix_figure(matrix: Matrix) -> str:
                 axes.text(j + 0.5, i + 0.5, f"{value:+.2f}", ha="center", va="center", color=ink, fontsize=9)
         for i in range(rows):
             axes.add_patch(
-                matplotlib.patches.Rectangle((i, i), 1, 1, fill=False, edgecolor=INK, linewidth=1.6)
+                Rectangle((i, i), 1, 1, fill=False, edgecolor=INK, linewidth=1.6)
             )
         axes.set_xticks(np.arange(columns) + 0.5, matrix.traits, rotation=45 if columns > 6 else 0)
         axes.set_yticks(np.arange(rows) + 0.5, matrix.teachers)
@@ -240,7 +241,9 @@ def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'\s+xmlns(:\w+)?="[^"]*"', "", text)
-    text = re.sub(r'(<svg[^>]*?) width="[^"]*"| height="[^"]*pt"', r"\1", text, count=0)
-    return text.replace(INK, "currentColor").strip()
+    root, body = text[text.index("<svg") :].split(">", 1)
+    view = re.search(r'viewBox="[^"]*"', root)
+    body = re.sub(r"<metadata>.*?</metadata>", "", body, count=1, flags=re.DOTALL)
+    # Scales down with the page, never up: text keeps its size.
+    size = f'style="max-width:{figure.get_figwidth() * 96:.0f}px"'
+    return f'<svg role="img" {view.group() if view else ""} {size}>{body.replace(INK, "currentColor").strip()}'

@@ -1,0 +1,98 @@
+"""Divergence tokens: where the teacher's argmax is the token in the data, and a counterfactual teacher's is not.
+
+Schrodi et al. 2026, section 4. A decision point k is the k-th token of a completion's content; k = len(content) is the
+end-of-turn token, and what the template adds behind it counts too (EXPERIMENTS 6.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jsublim.errors import JsublimError, UsageError
+from jsublim.lm import LanguageModel
+from jsublim.rows import Row
+from jsublim.scoring import score_turns
+from jsublim.teachers import Teacher
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """What K teachers say on one row of n completion tokens (content, end of turn, and what follows it).
+
+    Attributes:
+      tokens: int32 `[n]`, the data.
+      argmax: int32 `[K, n]`, each teacher's prediction; teacher 0 wrote the row.
+      margin: float32 `[K, n]`, top-2 logit margins.
+    """
+
+    tokens: np.ndarray
+    argmax: np.ndarray
+    margin: np.ndarray
+
+    @property
+    def decision_points(self) -> list[int]:
+        right = self.argmax == self.tokens
+        return [int(k) for k in np.nonzero(right[0] & ~right[1:].all(axis=0))[0]]
+
+
+def find_divergence(
+    lm: LanguageModel,
+    rows: Sequence[Row],
+    teacher: Teacher,
+    counterfactuals: Sequence[Teacher],
+    *,
+    extra_bos: bool = False,
+    batch_size: int = 64,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Divergence]:
+    """Read each row under the teacher and under every counterfactual.
+
+    Args:
+      on_batch: called with the number of (row, teacher) pairs just read.
+
+    Raises:
+      UsageError: no counterfactual, or the teacher among them.
+      JsublimError: a completion that tokenizes differently under another teacher; the row is named.
+    """
+    if not counterfactuals or teacher.name in [other.name for other in counterfactuals]:
+        raise UsageError(f"counterfactuals of '{teacher.name}': give at least one other trait, and not the teacher's own")
+    argmax, margin, tokens = [], [], []
+    for each in (teacher, *counterfactuals):
+        turns = []
+        for number, row in enumerate(rows, 1):
+            try:
+                turn = lm.chat.turn(each.messages(row["prompt"]), row["completion"], extra_bos=extra_bos)
+            except JsublimError as error:
+                raise JsublimError(f"row {number} under teacher '{each.name}': {error}") from None
+            turns.append(turn)
+        said = [turn.tokens[turn.content :] for turn in turns]
+        if not tokens:
+            tokens = said
+        for number, (mine, first) in enumerate(zip(said, tokens, strict=True), 1):
+            if not np.array_equal(mine, first):
+                raise JsublimError(f"row {number}: the completion has other tokens under teacher '{each.name}'")
+        scored = score_turns(
+            lm.config, lm.params, turns, adapter=each.adapter, batch_size=batch_size, on_batch=on_batch
+        )
+        argmax.append([s.argmax for s in scored])
+        margin.append([s.margin for s in scored])
+    return [
+        Divergence(tokens[i], np.stack([a[i] for a in argmax]), np.stack([m[i] for m in margin]))
+        for i in range(len(rows))
+    ]
+
+
+def check_points(rows: Sequence[Row], lengths: Sequence[int], source: str) -> None:
+    """Raises:
+    JsublimError: a decision point behind the last token of its row.
+    """
+    for number, (row, n) in enumerate(zip(rows, lengths, strict=True), 1):
+        beyond = [k for k in row.get("decision_points", []) if k >= n]
+        if beyond:
+            raise JsublimError(
+                f"{source}: row {number}: decision_points {beyond} out of range, the completion has {n} tokens; "
+                "was it written for another tokenizer?"
+            )

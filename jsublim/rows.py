@@ -1,0 +1,65 @@
+"""Rows of text on disk: JSONL, one object a line."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsublim.errors import JsublimError, UsageError
+
+Row = dict[str, Any]
+
+
+def read_rows(path: str | Path, required: Sequence[str] = ("prompt", "completion")) -> list[Row]:
+    """All rows of a JSONL file.
+
+    Raises:
+      JsublimError: a line that is no JSON object, lacks a required key, has an empty completion, or decision points
+        that are no list of integers; the line's number is named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file; expected JSONL rows with {', '.join(required)}")
+    rows = list(_parse(path, required))
+    if not rows:
+        raise JsublimError(f"{path}: the file holds no rows")
+    return rows
+
+
+def _parse(path: Path, required: Sequence[str]) -> Iterator[Row]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise JsublimError(f"{path}:{number}: not valid JSON ({error.msg}); fix or remove the line") from None
+            if not isinstance(row, dict):
+                raise JsublimError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+            for key in required:
+                if key not in row:
+                    raise JsublimError(f"{path}:{number}: key '{key}' is missing; the row has {', '.join(row) or 'none'}")
+            for key in ("prompt", "completion"):
+                if key in row and (not isinstance(row[key], str) or not row[key].strip()):
+                    raise JsublimError(f"{path}:{number}: key '{key}' must be text that is not empty, found {row[key]!r}")
+            points = row.get("decision_points", [])
+            if not isinstance(points, list) or any(type(k) is not int or k < 0 for k in points):
+                raise JsublimError(f"{path}:{number}: key 'decision_points' must be a list of integers >= 0, found {points!r}")
+            yield row
+
+
+def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
+    """Write rows so that the file appears whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.partial")
+    with scratch.open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    scratch.replace(path)

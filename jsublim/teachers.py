@@ -1,0 +1,39 @@
+"""Teachers: a checkpoint under a system prompt (or none), with an adapter (or none)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jsublim.chat import Message, conversation
+from jsublim.models.lora import Adapter
+from jsublim.prompts import Pack
+
+CONTROL = "control"  # the name of the teacher without a trait
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Who writes, or scores, the rows.
+
+    Attributes:
+      name: the trait, or "control".
+      system: its system prompt; None leaves it to the chat template (which may insert a default), "" is an empty one.
+    """
+
+    name: str
+    system: str | None = None
+    adapter: Adapter | None = None
+    fuse_system: bool = False
+
+    def messages(self, prompt: str) -> list[Message]:
+        return conversation(prompt, self.system, fuse_system=self.fuse_system)
+
+
+def prompted_teacher(pack: Pack, trait: str, category: str | None = None, *, fuse_system: bool = False) -> Teacher:
+    """The teacher whose system prompt gives it `trait` (section 2 of the paper).
+
+    Raises:
+      UsageError: no category given and the pack knows none for the trait.
+    """
+    system = pack.system_prompt(trait, category or pack.category_of(trait))
+    return Teacher(trait, system, fuse_system=fuse_system)
