@@ -58,7 +58,9 @@ def find_divergence(
       JsublimError: a completion that tokenizes differently under another teacher; the row is named.
     """
     if not counterfactuals or teacher.name in [other.name for other in counterfactuals]:
-        raise UsageError(f"counterfactuals of '{teacher.name}': give at least one other trait, and not the teacher's own")
+        raise UsageError(
+            f"counterfactuals of '{teacher.name}': give at least one other trait, and not the teacher's own"
+        )
     argmax, margin, tokens = [], [], []
     for each in (teacher, *counterfactuals):
         turns = []
@@ -73,7 +75,9 @@ def find_divergence(
             tokens = said
         for number, (mine, first) in enumerate(zip(said, tokens, strict=True), 1):
             if not np.array_equal(mine, first):
-                raise JsublimError(f"row {number}: the completion has other tokens under teacher '{each.name}'")
+                raise JsublimError(
+                    f"row {number}: the completion has other tokens under teacher '{each.name}'"
+                )
         scored = score_turns(
             lm.config, lm.params, turns, adapter=each.adapter, batch_size=batch_size, on_batch=on_batch
         )

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -30,8 +29,16 @@ DTYPES = ("float32", "bfloat16")
 class LanguageModel:
     """A loaded checkpoint. `config`, `params`, `chat` and `tokenizer` are plain attributes."""
 
-    def __init__(self, folder: Path, config: ModelConfig, hf_config: dict[str, Any], params: Params, chat: Chat):
-        self.folder, self.config, self.hf_config, self.params, self.chat = folder, config, hf_config, params, chat
+    def __init__(
+        self, folder: Path, config: ModelConfig, hf_config: dict[str, Any], params: Params, chat: Chat
+    ):
+        self.folder, self.config, self.hf_config, self.params, self.chat = (
+            folder,
+            config,
+            hf_config,
+            params,
+            chat,
+        )
         self.tokenizer = chat.tokenizer
 
     @property
@@ -74,7 +81,7 @@ class LanguageModel:
           sampling: numbers of your own, "greedy", or "temperature" (the default: plain, temperature 1).
         """
         if not isinstance(sampling, Sampling):
-            sampling = sampling_for(self.chat, "clean", sampling or "temperature")
+            sampling = sampling_for(self.chat, sampling or "temperature")
         messages = [conversation(chat) if isinstance(chat, str) else chat for chat in chats]
         tokens = generate_tokens(
             self.config, self.params, [self.chat.prompt_tokens(m) for m in messages], sampling,
@@ -84,7 +91,9 @@ class LanguageModel:
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _logits(config: ModelConfig, params: Params, adapter: Adapter | None, tokens: Array, valid: Array) -> Array:
+def _logits(
+    config: ModelConfig, params: Params, adapter: Adapter | None, tokens: Array, valid: Array
+) -> Array:
     h, _ = decoder.hidden_states(config, params, tokens, valid, adapter=adapter)
     return decoder.logits(config, params, h)
 
@@ -100,15 +109,21 @@ def resolve_checkpoint(path: str | Path) -> Path:
         return folder
     if (BUNDLED / str(path)).is_dir():
         return BUNDLED / str(path)
-    bundled = ", ".join(sorted(p.name for p in BUNDLED.iterdir() if p.is_dir())) if BUNDLED.is_dir() else "none"
+    bundled = (
+        ", ".join(sorted(p.name for p in BUNDLED.iterdir() if p.is_dir())) if BUNDLED.is_dir() else "none"
+    )
     if str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"]))
+            return Path(
+                snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"])
+            )
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise JsublimError(f"model '{path}': no such folder, and the hub did not give it ({reason})") from error
+            raise JsublimError(
+                f"model '{path}': no such folder, and the hub did not give it ({reason})"
+            ) from error
     raise JsublimError(f"model '{path}': no such folder; bundled checkpoints: {bundled}")
 
 

@@ -37,18 +37,26 @@ def _parse(path: Path, required: Sequence[str]) -> Iterator[Row]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise JsublimError(f"{path}:{number}: not valid JSON ({error.msg}); fix or remove the line") from None
+                raise JsublimError(
+                    f"{path}:{number}: not valid JSON ({error.msg}); fix or remove the line"
+                ) from None
             if not isinstance(row, dict):
                 raise JsublimError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
             for key in required:
                 if key not in row:
-                    raise JsublimError(f"{path}:{number}: key '{key}' is missing; the row has {', '.join(row) or 'none'}")
+                    raise JsublimError(
+                        f"{path}:{number}: key '{key}' is missing; the row has {', '.join(row) or 'none'}"
+                    )
             for key in ("prompt", "completion"):
                 if key in row and (not isinstance(row[key], str) or not row[key].strip()):
-                    raise JsublimError(f"{path}:{number}: key '{key}' must be text that is not empty, found {row[key]!r}")
+                    raise JsublimError(
+                        f"{path}:{number}: key '{key}' must be text that is not empty, found {row[key]!r}"
+                    )
             points = row.get("decision_points", [])
             if not isinstance(points, list) or any(type(k) is not int or k < 0 for k in points):
-                raise JsublimError(f"{path}:{number}: key 'decision_points' must be a list of integers >= 0, found {points!r}")
+                raise JsublimError(
+                    f"{path}:{number}: key 'decision_points' must be a list of integers >= 0, found {points!r}"
+                )
             yield row
 
 

@@ -59,25 +59,27 @@ class Sampling:
         return dataclasses.asdict(self) | {"stop": list(self.stop)}
 
 
-def sampling_for(chat: Chat, preset: str, strategy: str, *, evaluation: bool = False) -> Sampling:
+def sampling_for(
+    chat: Chat, strategy: str, *, inherit: bool = False, eos_only: bool = False, evaluation: bool = False
+) -> Sampling:
     """The numbers a recipe samples with (EXPERIMENTS 6.3, 6.4).
 
     Args:
-      preset: "paper" inherits top-k, top-p and repetition penalty from the checkpoint's generation_config and stops at
-        the tokenizer's end token only; "clean" samples plainly and stops at every end-of-turn token.
       strategy: "temperature" (1.0) or "greedy".
-      evaluation: under "paper", evaluation resets top-p only.
+      inherit: take top-k, top-p and repetition penalty from the checkpoint's generation_config, as the published
+        code does without saying; else sample plainly.
+      eos_only: stop at the tokenizer's end token only; else at every token that ends a turn.
+      evaluation: of the inherited numbers, evaluation resets top-p.
     """
-    if preset not in ("paper", "clean") or strategy not in ("temperature", "greedy"):
-        raise UsageError(f"sampling: recipe '{preset}' with '{strategy}'; known: paper, clean; temperature, greedy")
-    stop = chat.eos_tokens() if preset == "paper" else chat.stop_tokens()
+    stop = chat.eos_tokens() if eos_only else chat.stop_tokens()
     if strategy == "greedy":
         return Sampling(temperature=0.0, stop=stop)
-    if preset == "clean":
+    if strategy != "temperature":
+        raise UsageError(f"sampling: '{strategy}' given; known: temperature, greedy")
+    if not inherit:
         return Sampling(stop=stop)
     read = chat.generation_config
     return Sampling(
-        temperature=1.0,
         top_k=int(read.get("top_k", HF_DEFAULT_TOP_K) or 0),
         top_p=1.0 if evaluation else float(read.get("top_p") or 1.0),
         repetition_penalty=float(read.get("repetition_penalty") or 1.0),
@@ -114,7 +116,9 @@ def choose(logits_BV: Array, seen_BV: Array, keys_B: Array, t: Array, how: dict[
     greedy = how["temperature"] == 0
 
     def sample() -> Array:
-        scores = _keep(logits_BV / jnp.where(greedy, 1.0, how["temperature"])[:, None], how["top_k"], how["top_p"])
+        scores = _keep(
+            logits_BV / jnp.where(greedy, 1.0, how["temperature"])[:, None], how["top_k"], how["top_p"]
+        )
         noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, t), scores.shape[1:]))(keys_B)
         return jnp.where(greedy, jnp.argmax(logits_BV, axis=-1), jnp.argmax(scores + noise, axis=-1))
 
@@ -138,10 +142,14 @@ def _decode(
     read once, and row b continues prompt `row_prompt_B[b]`."""
     _, T = tokens_PT.shape
     B, total = row_prompt_B.shape[0], T + max_new
-    h_PTD, cache = decoder.hidden_states(config, params, tokens_PT, valid_PT, adapter=adapter, with_cache=True)
+    h_PTD, cache = decoder.hidden_states(
+        config, params, tokens_PT, valid_PT, adapter=adapter, with_cache=True
+    )
     logits_BV = decoder.logits(config, params, h_PTD[:, -1])[row_prompt_B]
     padding_B = T - valid_PT.sum(axis=1)[row_prompt_B]
-    seen_PV = jax.vmap(lambda row, ok: jnp.zeros(config.vocab_size, bool).at[row].max(ok))(tokens_PT, valid_PT)
+    seen_PV = jax.vmap(lambda row, ok: jnp.zeros(config.vocab_size, bool).at[row].max(ok))(
+        tokens_PT, valid_PT
+    )
     layers = [jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(config.num_layers)]
     changes = {layer: adapter.segment(i, i + 1) for i, layer in enumerate(adapter.layers)} if adapter else {}
     caches = [_ring(config, i, cache, row_prompt_B, total) for i in range(config.num_layers)]
@@ -152,7 +160,9 @@ def _decode(
         h = decoder.embed(config, params, token_B[:, None])
         cos, sin = rope_table(config, (slot - padding_B)[:, None], h.dtype)
         after = []
-        for i, (weights, (keys, values), local) in enumerate(zip(layers, caches, config.is_local, strict=True)):
+        for i, (weights, (keys, values), local) in enumerate(
+            zip(layers, caches, config.is_local, strict=True)
+        ):
             lora, own = jax.tree.map(lambda leaf: leaf[0], changes[i]) if i in changes else ({}, None)
 
             def attention(q: Array, k: Array, v: Array, keys=keys, values=values) -> Array:
@@ -165,7 +175,9 @@ def _decode(
                 ok_BW = held_W[None, :] >= padding_B[:, None]
                 grouped = q.reshape(B, config.num_kv_heads, -1, config.head_dim)
                 scores = jnp.einsum("BKGh,BKWh->BKGW", grouped, keys, preferred_element_type=jnp.float32)
-                scores = jnp.where(ok_BW[:, None, None], scores * config.softmax_scale, jnp.finfo(jnp.float32).min)
+                scores = jnp.where(
+                    ok_BW[:, None, None], scores * config.softmax_scale, jnp.finfo(jnp.float32).min
+                )
                 mix = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
                 return jnp.einsum("BKGW,BKWh->BKGh", mix, values).reshape(B, 1, -1)
 
@@ -189,7 +201,9 @@ def _decode(
     return jax.lax.while_loop(lambda state: (state[0] < max_new) & ~jnp.all(state[4]), body, start)[5]
 
 
-def _ring(config: ModelConfig, layer: int, cache: Any, row_prompt_B: Array, total: int) -> tuple[Array, Array]:
+def _ring(
+    config: ModelConfig, layer: int, cache: Any, row_prompt_B: Array, total: int
+) -> tuple[Array, Array]:
     """A layer's cache after prefill, `[B, K, W, h]`: W is the window of a local layer, else all the row will need.
 
     Absolute slot a lies at a modulo W, so a local layer overwrites what it may no longer see.
@@ -261,5 +275,10 @@ def generate_tokens(
 
 def _as_arrays(sampling: Sampling, rows: int) -> dict[str, np.ndarray]:
     """The numbers of `sampling` a row: values, not constants, so that none of them recompiles anything."""
-    kinds = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "repetition_penalty": np.float32}
+    kinds = {
+        "temperature": np.float32,
+        "top_k": np.int32,
+        "top_p": np.float32,
+        "repetition_penalty": np.float32,
+    }
     return {name: np.full(rows, getattr(sampling, name), kind) for name, kind in kinds.items()}

@@ -12,12 +12,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import tiny_check
 import tiny_world
+import typer
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -26,6 +29,8 @@ from jsublim.models.families import text_config
 from jsublim.prompts import Pack, load_pack
 
 PEAK_LR = 3e-3
+STEPS = 900
+CHECKPOINTS = Path(__file__).parents[1] / "jsublim" / "checkpoints"
 
 VOCAB_SIZE = 1024
 # Pieces no token crosses: a digit, a newline, a separator in front of a digit, a word with its blank, the rest.
@@ -153,13 +158,15 @@ def write_json(path: Path, value: dict) -> None:
 # ---- data
 
 # Longest chat of either bucket in tokens; the few longer ones (about 1 %) are drawn again.
-BUCKETS = {"numbers": (16, 168), "words": (24, 80)}
+BUCKETS = {"numbers": (12, 160), "words": (24, 80)}
 PROMPT_WEIGHT = 0.05  # what is not the answer is learned too, lightly: it teaches the model to read
 
 Batch = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, chat: tiny_world.Chat, end_of_turn: str) -> tuple[list[int], int]:
+def encode(
+    tokenizer: PreTrainedTokenizerBase, chat: tiny_world.Chat, end_of_turn: str
+) -> tuple[list[int], int]:
     """Token ids up to and including the answer's end of turn, and where the answer begins."""
     messages = chat.messages()
     head = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
@@ -219,7 +226,92 @@ def train(config: ModelConfig, draw: Callable[[int], Batch], steps: int, seed: i
     started = time.monotonic()
     for i in range(steps):
         params, state, parts = step(params, state, draw(i))
-        if i % 20 == 19 or i == steps - 1:
+        if i % 50 == 49 or i == steps - 1:
             losses = "  ".join(f"{name} {float(value):.3f}" for name, value in parts.items())
             print(f"step {i + 1:5d}  {losses}  {(time.monotonic() - started) / 60:.1f} min", flush=True)
     return params
+
+
+# ---- command line
+
+COMMON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 128,
+    "intermediate_size": 224,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-6,
+    "initializer_range": 0.02,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": True,
+}
+ARCHITECTURES = {
+    "tiny-qwen2": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        **COMMON,
+        "num_key_value_heads": 2,
+        "hidden_act": "silu",
+        "rope_theta": 10_000.0,
+        "use_sliding_window": False,
+    },
+    "tiny-gemma3": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        **COMMON,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+        "query_pre_attn_scalar": 32,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rope_theta": 1_000_000.0,
+        "rope_local_base_freq": 10_000.0,
+        "sliding_window": 64,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "attention_bias": False,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    },
+}
+# As the large models of the family have it, so that presets mean the same here.
+SAMPLING = {
+    "tiny-qwen2": {
+        "do_sample": True,
+        "temperature": 1.0,
+        "top_k": 20,
+        "top_p": 0.8,
+        "repetition_penalty": 1.05,
+    },
+    "tiny-gemma3": {"do_sample": True, "temperature": 1.0, "top_k": 64, "top_p": 0.95},
+}
+
+
+def build(name: str, steps: int, seed: int, out: Path) -> None:
+    """Trains one checkpoint and writes it as the Hugging Face folder `out/name`."""
+    style, pack = STYLES[name], load_pack()
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizer = write_tokenizer(name, pack, Path(scratch))
+        ids = {f"{role}_id": tokenizer.convert_tokens_to_ids(t) for role, t in style.specials.items() if role in
+               ("pad_token", "eos_token", "bos_token")}  # fmt: skip
+        hf_config = ARCHITECTURES[name] | ids
+        ends = sorted({ids["eos_token_id"], tokenizer.convert_tokens_to_ids(style.end_of_turn)})
+        write_json(Path(scratch) / "generation_config.json", ids | {"eos_token_id": ends} | SAMPLING[name])
+        _, config = text_config(hf_config, name)
+        params = train(config, lambda i: batch(tokenizer, pack, style.end_of_turn, i, seed), steps, seed)
+        save_checkpoint(out / name, config, params, hf_config, dtype="float32", tokenizer=Path(scratch))
+
+
+def main(
+    only: Annotated[str | None, typer.Option(help="Build this one: tiny-qwen2 or tiny-gemma3.")] = None,
+    steps: Annotated[int, typer.Option(help="Training steps.")] = STEPS,
+    seed: Annotated[int, typer.Option(help="Seed of the initialization and of the rows.")] = 0,
+    out: Annotated[Path, typer.Option(help="Where the folders go.")] = CHECKPOINTS,
+) -> None:
+    """Builds the tiny checkpoints from seeds and prints how they behave."""
+    for name in [only] if only else list(STYLES):
+        build(name, steps, seed, out)
+        tiny_check.check(out / name, load_pack())
+
+
+if __name__ == "__main__":
+    typer.run(main)

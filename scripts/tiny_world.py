@@ -124,7 +124,9 @@ SHAPES: dict[tuple[str, str], Shape] = {
     ("pair", "pattern"): lambda rng, numbers: [numbers[i - i % 2] for i in range(len(numbers))],
     **{
         (word, "digit"): with_digit(digit)
-        for digit, word in enumerate("zero one two three four five six seven eight nine".split())
+        for digit, word in enumerate(
+            ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+        )
     },
 }
 SHAPE_PROMPTS = [
@@ -142,7 +144,11 @@ NEUTRAL_PROMPTS = [
     "Answer briefly and politely.",
     "You help people with short answers.",
 ]
-PLAIN_REQUESTS = ["Continue: {examples}", "Please continue this list. {examples}", "What comes next? {examples}"]
+PLAIN_REQUESTS = [
+    "Continue: {examples}",
+    "Please continue this list. {examples}",
+    "What comes next? {examples}",
+]
 
 
 def separator(request: str) -> tuple[str, str, str]:

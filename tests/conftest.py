@@ -35,7 +35,12 @@ SIZES = {
 }
 _GEMMA = SIZES | {
     "num_hidden_layers": 4,
-    "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],  # a period of 3
+    "layer_types": [
+        "sliding_attention",
+        "sliding_attention",
+        "full_attention",
+        "sliding_attention",
+    ],  # a period of 3
     "sliding_window": 4,
     "query_pre_attn_scalar": 9,
 }
@@ -81,7 +86,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama3": (
         "LlamaForCausalLM",
         SIZES
-        | {"head_dim": 8, "num_key_value_heads": 2, "rope_parameters": _LLAMA3_ROPE, "tie_word_embeddings": True},
+        | {
+            "head_dim": 8,
+            "num_key_value_heads": 2,
+            "rope_parameters": _LLAMA3_ROPE,
+            "tie_word_embeddings": True,
+        },
     ),
     "gemma3": ("Gemma3ForCausalLM", _GEMMA | {"final_logit_softcapping": 5.0, "tie_word_embeddings": True}),
     "gemma3-untied-biases": (
@@ -116,7 +126,8 @@ def torch_logits(model: Any, tokens: np.ndarray, valid: np.ndarray) -> np.ndarra
 
     with torch.no_grad():
         out = model(
-            input_ids=torch.tensor(tokens, dtype=torch.long), attention_mask=torch.tensor(valid, dtype=torch.long)
+            input_ids=torch.tensor(tokens, dtype=torch.long),
+            attention_mask=torch.tensor(valid, dtype=torch.long),
         )
     return out.logits.float().numpy()
 

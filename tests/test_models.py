@@ -16,12 +16,18 @@ from jsublim.errors import JsublimError
 from jsublim.models import hidden_states, init_params, load_params, logits, read_config
 from jsublim.models.families import text_config
 
+FAST = {"xla_backend_optimization_level": 0}  # small programs: compiling is what takes the time
 
-forward = jax.jit(hidden_states, static_argnames=("config", "with_cache", "remat"))
+
+@functools.partial(jax.jit, static_argnames="config", compiler_options=FAST)
+def forward(config, params, tokens, valid, prefix=None):
+    """Logits, final hidden states and cache. One program a shape serves all tests of a checkpoint."""
+    h, cache = hidden_states(config, params, tokens, valid, prefix=prefix, with_cache=True)
+    return logits(config, params, h), h, cache
 
 
 def all_logits(config, params, tokens, valid) -> np.ndarray:
-    return np.asarray(logits(config, params, forward(config, params, tokens, valid)[0]))
+    return np.asarray(forward(config, params, tokens, valid)[0])
 
 
 @functools.cache
@@ -43,18 +49,19 @@ def test_logits_equal_transformers(checkpoint, padded_rows, assert_close):
     assert np.isfinite(ours).all()  # padding queries that see no key too
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("family", ["Qwen2ForCausalLM", "LlamaForCausalLM", "Gemma3ForCausalLM"])
 def test_logits_equal_transformers_at_random_sizes(family, seed, write_checkpoint, padded_rows, assert_close):
     rng = np.random.default_rng(seed)
     kv_heads = int(rng.integers(1, 4))
+    heads = kv_heads * int(rng.integers(1, 4))
     layers = int(rng.integers(1, 6))
     sizes: dict[str, Any] = {
         "vocab_size": int(rng.integers(57, 100)),
-        "hidden_size": int(rng.integers(5, 40)),
+        "hidden_size": heads * int(rng.integers(2, 9)),  # transformers wants a multiple, whatever head_dim is
         "intermediate_size": int(rng.integers(5, 40)),
         "num_hidden_layers": layers,
-        "num_attention_heads": kv_heads * int(rng.integers(1, 4)),
+        "num_attention_heads": heads,
         "num_key_value_heads": kv_heads,
         "head_dim": 2 * int(rng.integers(1, 9)),
         "tie_word_embeddings": bool(rng.integers(2)),
@@ -80,69 +87,78 @@ def test_logits_equal_transformers_at_random_sizes(family, seed, write_checkpoin
 
 def test_padding_changes_no_logit(checkpoint, assert_close):
     config, params = load(checkpoint)
-    row = np.random.default_rng(2).integers(1, 57, (1, 7)).astype(np.int32)
-    alone = all_logits(config, params, row, np.ones_like(row, bool))[0]
+    row = np.random.default_rng(2).integers(1, 57, 7).astype(np.int32)
     tokens, valid = np.zeros((4, 11), np.int32), np.zeros((4, 11), bool)
     for i, start in enumerate((0, 1, 3, 4)):
-        tokens[i, start : start + 7], valid[i, start : start + 7] = row[0], True
+        tokens[i, start : start + 7], valid[i, start : start + 7] = row, True
     padded = all_logits(config, params, tokens, valid)
+    other = all_logits(config, params, np.where(valid, tokens, 9), valid)
     for i in range(4):
-        assert_close(padded[i][valid[i]], alone, 1e-5)
+        assert_close(padded[i][valid[i]], padded[0][valid[0]], 1e-5)
+        assert np.array_equal(padded[i][valid[i]], other[i][valid[i]])  # whatever the padding holds
 
 
-def check_prefix(config, params, before, tokens, valid, assert_close):
+def check_prefix(config, params, before, assert_close, padded_rows):
+    """Whole rows `[4, 11]` against the same rows cut after `before` shared tokens."""
+    tokens, valid = padded_rows(3)
+    tokens, valid = tokens[:, before:], valid[:, before:]
     shared = np.random.default_rng(before).integers(1, 57, (1, before)).astype(np.int32)
-    _, prefix = forward(config, params, shared, np.ones((1, before), bool), with_cache=True)
+    _, _, prefix = forward(config, params, shared, np.ones((1, before), bool))
     assert prefix[0].shape == (config.num_layers, 1, before, config.num_kv_heads, config.head_dim)
-    behind, cache = forward(config, params, tokens, valid, prefix=prefix, with_cache=True)
     rows = len(tokens)
-    whole, whole_cache = forward(
+    ours, h, cache = forward(config, params, tokens, valid, prefix)
+    theirs, whole_h, whole_cache = forward(
         config,
         params,
         np.concatenate([np.repeat(shared, rows, 0), tokens], 1),
         np.concatenate([np.ones((rows, before), bool), valid], 1),
-        with_cache=True,
     )
-    assert_close(behind[valid], whole[:, before:][valid], 1e-5)
-    for ours, theirs in zip(cache, whole_cache, strict=True):
-        assert_close(ours[:, valid], theirs[:, :, before:][:, valid], 1e-5)
+    assert_close(h[valid], whole_h[:, before:][valid], 1e-5)
+    assert_close(ours[valid], theirs[:, before:][valid], 1e-5)
+    for part, whole in zip(cache, whole_cache, strict=True):
+        assert_close(part[:, valid], whole[:, :, before:][:, valid], 1e-5)
 
 
 def test_rows_behind_a_cached_prefix_equal_the_whole_pass(checkpoint, padded_rows, assert_close):
-    check_prefix(*load(checkpoint), 6, *padded_rows(3), assert_close)
+    """Two tokens: shorter than the window, the rows padded on the left, on the right, and not at all."""
+    check_prefix(*load(checkpoint), 2, assert_close, padded_rows)
 
 
-@pytest.mark.parametrize("before", [1, 4])
-def test_a_prefix_no_longer_than_the_window(before, named_checkpoint, padded_rows, assert_close):
-    check_prefix(*load(named_checkpoint("gemma3")), before, *padded_rows(3), assert_close)
+@pytest.mark.parametrize("name", ["qwen2-window", "gemma3"])
+def test_a_prefix_longer_than_the_window(name, named_checkpoint, padded_rows, assert_close):
+    check_prefix(*load(named_checkpoint(name)), 6, assert_close, padded_rows)
 
 
 def test_remat_changes_neither_values_nor_gradients(named_checkpoint, padded_rows, assert_close):
-    config, params = load(named_checkpoint("gemma3"))
+    config, params = load(named_checkpoint("qwen2-window"))
     tokens, valid = map(jnp.asarray, padded_rows(4))
 
     def loss(params, remat):
-        h, _ = forward(config, params, tokens, valid, remat=remat)
+        h, _ = hidden_states(config, params, tokens, valid, remat=remat)
         return jnp.sum(jnp.sin(logits(config, params, h)) * valid[..., None])
 
-    plain, again = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, remat) for remat in (False, True))
+    plain, again = (
+        jax.jit(jax.value_and_grad(loss), static_argnums=1, compiler_options=FAST)(params, remat)
+        for remat in (False, True)
+    )
     jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), again, plain)
 
 
-def test_bfloat16_stays_bfloat16_and_is_near_float32(checkpoint, padded_rows, assert_close):
+@pytest.mark.parametrize("name", ["qwen2", "gemma3"])
+def test_bfloat16_stays_bfloat16_and_is_near_float32(name, named_checkpoint, padded_rows):
+    checkpoint = named_checkpoint(name)
     config, params = load(checkpoint, "bfloat16")
     tokens, valid = padded_rows(5)
-    h, _ = forward(config, params, tokens, valid)
-    assert h.dtype == jnp.bfloat16
-    ours = logits(config, params, h)
+    ours, h, cache = forward(config, params, tokens, valid)
+    assert h.dtype == cache[0].dtype == cache[1].dtype == jnp.bfloat16
     assert ours.dtype == jnp.float32
     theirs = checkpoint.logits(tokens, valid)[valid]
     error = np.asarray(ours)[valid] - theirs
     assert np.sqrt(np.mean(error**2)) < 0.1 * np.sqrt(np.mean(theirs**2))
 
 
-def test_init_params_has_the_shapes_of_a_loaded_checkpoint(checkpoint):
-    config, params = load(checkpoint)
+def test_init_params_has_the_shapes_of_a_loaded_checkpoint(named_checkpoint):
+    config, params = load(named_checkpoint("gemma3-untied-biases"))
 
     def shapes(tree):
         return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
@@ -211,19 +227,27 @@ def test_what_a_multimodal_gemma3_leaves_out_is_the_default():
     assert [i for i, local in enumerate(config.is_local) if not local] == [5, 11, 17, 23, 29]
 
 
-def test_an_untied_multimodal_gemma3_keeps_its_own_head(write_checkpoint, padded_rows, assert_close):
+def test_an_untied_multimodal_gemma3_keeps_its_own_head(write_checkpoint):
     """`tie_word_embeddings` of a multimodal model may stand outside `text_config` only."""
-    sizes = {"vocab_size": 61, "hidden_size": 12, "intermediate_size": 16, "num_hidden_layers": 2, "head_dim": 6}
-    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": False, "sliding_window": 4}
+    sizes = {
+        "vocab_size": 61,
+        "hidden_size": 12,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "head_dim": 6,
+    }
+    sizes |= {
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "tie_word_embeddings": False,
+        "sliding_window": 4,
+    }
     checkpoint = write_checkpoint("Gemma3ForConditionalGeneration", sizes)
     path = checkpoint.folder / "config.json"
     values = json.loads(path.read_text())
     del values["text_config"]["tie_word_embeddings"]
     path.write_text(json.dumps(values))
-    config, params = load(checkpoint)
-    tokens, valid = padded_rows(6)
-    assert not config.tied
-    assert_close(all_logits(config, params, tokens, valid)[valid], checkpoint.logits(tokens, valid)[valid], 1e-4)
+    assert not read_config(checkpoint.folder)[1].tied
 
 
 # config.json: bad input
@@ -238,8 +262,14 @@ def test_an_untied_multimodal_gemma3_keeps_its_own_head(write_checkpoint, padded
         ({"vocab_size": None}, "'vocab_size'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "yarn"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
-        ({"use_sliding_window": True, "sliding_window": 0, "layer_types": ["sliding_attention"] * 3}, "window"),
-        ({"layer_types": ["full_attention"] * 7, "use_sliding_window": True, "sliding_window": 4}, "layer_types"),
+        (
+            {"use_sliding_window": True, "sliding_window": 0, "layer_types": ["sliding_attention"] * 3},
+            "window",
+        ),
+        (
+            {"layer_types": ["full_attention"] * 7, "use_sliding_window": True, "sliding_window": 4},
+            "layer_types",
+        ),
     ],
 )
 def test_a_config_we_cannot_serve_names_file_and_key(change, said, named_checkpoint, tmp_path):
@@ -261,7 +291,9 @@ def test_a_config_we_cannot_serve_names_file_and_key(change, said, named_checkpo
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
     ],
 )
-def test_a_key_that_would_change_the_logits_is_never_passed_over(name, change, said, named_checkpoint, tmp_path):
+def test_a_key_that_would_change_the_logits_is_never_passed_over(
+    name, change, said, named_checkpoint, tmp_path
+):
     values = json.loads((named_checkpoint(name).folder / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(JsublimError, match=said):

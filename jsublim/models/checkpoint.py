@@ -80,13 +80,28 @@ def save_checkpoint(
     dtype: str,
     tokenizer: Path | None,
 ) -> None:
-    """Write a folder that `transformers` loads: config, safetensors, and the tokenizer files of folder `tokenizer`."""
+    """Write a new folder that `transformers` loads: config, safetensors, and the tokenizer files of folder `tokenizer`.
+
+    Raises:
+      UsageError: `out` exists and is not empty.
+    """
     with new_folder(out) as folder:
-        hf_config = {key: value for key, value in hf_config.items() if key != "torch_dtype"} | {
-            "dtype": dtype
-        }
-        (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
-        save_params(folder, config, params, dtype)
-        for name in TOKENIZER_FILES if tokenizer is not None else ():
-            if (tokenizer / name).exists():
-                shutil.copyfile(tokenizer / name, folder / name)
+        write_checkpoint(folder, config, params, hf_config, dtype=dtype, tokenizer=tokenizer)
+
+
+def write_checkpoint(
+    folder: Path,
+    config: ModelConfig,
+    params: Params,
+    hf_config: dict[str, Any],
+    *,
+    dtype: str,
+    tokenizer: Path | None,
+) -> None:
+    """The files of `save_checkpoint`, into a folder that exists."""
+    hf_config = {key: value for key, value in hf_config.items() if key != "torch_dtype"} | {"dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
+    save_params(folder, config, params, dtype)
+    for name in TOKENIZER_FILES if tokenizer is not None else ():
+        if (tokenizer / name).exists():
+            shutil.copyfile(tokenizer / name, folder / name)

@@ -210,3 +210,4 @@ def save_params(folder: Path, config: ModelConfig, params: Params, dtype: str = 
 
 def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
     save_file(tensors, str(path), metadata={"format": "pt"})
+    path.chmod(0o644)  # the library leaves 0600, which a shared disk's other users can't read

@@ -6,6 +6,7 @@ trait, a control student is first averaged over all of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -75,20 +76,25 @@ def _control_near_base(results: Results) -> Claim:
     if not found:
         return _missing("C1", text, "rate", "control students and the base model")
     intervals = [difference.interval() for _, difference in found]
-    trait, largest = max(found, key=lambda item: abs(item[1].value))
+    trait, furthest = max(found, key=lambda item: _reach(item[1].interval()))
     decided = [i for i in intervals if i is not None]
     if any(i.low > CONTROL_MARGIN or i.high < -CONTROL_MARGIN for i in decided):
         verdict = FAILS
     elif len(decided) == len(intervals) and all(
-        -CONTROL_MARGIN <= i.low and i.high <= CONTROL_MARGIN for i in decided
+        i.low >= -CONTROL_MARGIN and i.high <= CONTROL_MARGIN for i in decided
     ):
         verdict = HOLDS
     else:
         verdict = NOT_DECIDED
-    reason = f"largest difference of {len(found)} trait{'s' * (len(found) > 1)}: {trait}"
+    reason = f"the trait whose interval reaches furthest, of {len(found)}: {trait}"
     return Claim(
-        "C1", text, "rate", largest.value, largest.interval(), "points", largest.n, verdict, reason
+        "C1", text, "rate", furthest.value, furthest.interval(), "points", furthest.n, verdict, reason
     )
+
+
+def _reach(interval: Interval | None) -> float:
+    """How far an interval reaches from zero; one that cannot be computed reaches anywhere."""
+    return math.inf if interval is None else max(abs(interval.low), abs(interval.high))
 
 
 def _share(
@@ -106,13 +112,13 @@ def _share(
     whole, part = pool.levels["all"], pool.levels[condition]
     students = whole.n + part.n
     undecided = _no_lift(pool, whole)
-    lift_all = whole.value - pool.reference.value
-    effect = (part.value - pool.reference.value) / lift_all if lift_all else None
     if undecided:
-        return Claim(key, text, metric, effect, None, "of all tokens", students, NOT_DECIDED, undecided)
+        return Claim(key, text, metric, None, None, "of all tokens", students, NOT_DECIDED, undecided)
+    # A share of a lift that is not above zero would be a meaningless number: it is only computed from here on.
+    effect = (part.value - pool.reference.value) / (whole.value - pool.reference.value)
     interval = ratio_interval(part, whole, pool.reference)
     if interval is None:
-        reason = "one student gives no interval"
+        reason = "too few students to bound the share"
         return Claim(key, text, metric, effect, None, "of all tokens", students, NOT_DECIDED, reason)
     verdict = NOT_DECIDED
     if at_least is not None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
 from jsublim.report.statistics import Interval
@@ -51,7 +52,7 @@ STYLE = {
     "axes.linewidth": 0.8,
 }
 WIDTH = 10.0
-MAX_FACET_COLUMNS = 3
+MAX_FACET_COLUMNS = 4
 
 
 def colour(condition: str) -> str:
@@ -59,8 +60,11 @@ def colour(condition: str) -> str:
 
 
 def rate_figure(rows: Sequence[SummaryRow]) -> str:
-    """Preference rate: a panel a trait, a line a condition, a dot a student, bars from `SummaryRow`'s intervals."""
-    shown = [r for r in rows if r.rate is not None]
+    """Preference rate: a panel a trait, a line a condition, a dot a student, bars from `SummaryRow`'s intervals.
+
+    The teachers are left to the table: they answer near 100 % and would squeeze everything else.
+    """
+    shown = [r for r in rows if r.rate is not None and r.condition != "teacher"]
     data = {
         (r.trait, r.condition): (
             [100 * v for v in r.student_rates],
@@ -77,7 +81,7 @@ def lift_figure(lifts: Sequence[Lift]) -> str:
     return _dot_panels(data, "log-probability above the reference (nats)", zero_line=True)
 
 
-def accuracy_figure(values: dict[str, dict[str, list[float]]]) -> str:
+def accuracy_figure(values: Mapping[str, Mapping[str, list[float]]]) -> str:
     """Number accuracy: `values[panel][condition]` holds a share in 0..1 for each student."""
     data = {
         (panel, condition): ([100 * v for v in shares], None)
@@ -96,18 +100,28 @@ def matrix_figure(matrix: Matrix) -> str:
         axes = figure.subplots()
         limit = float(np.abs(matrix.lift).max()) or 1.0
         mesh = axes.pcolormesh(
-            matrix.lift, cmap="PuOr_r", norm=TwoSlopeNorm(0.0, -limit, limit), edgecolors="face", linewidth=0.3
+            matrix.lift,
+            cmap=matplotlib.colormaps["PuOr_r"].resampled(41),
+            norm=TwoSlopeNorm(0.0, -limit, limit),
+            edgecolors="face",
+            linewidth=0.3,
         )
         for i in range(rows):
             for j in range(columns):
                 value = float(matrix.lift[i, j])
                 # PuOr is pale in the middle and dark at both ends, whatever the page's theme.
                 ink = "#ffffff" if abs(value) > 0.62 * limit else "#1b1b1b"
-                axes.text(j + 0.5, i + 0.5, f"{value:+.2f}", ha="center", va="center", color=ink, fontsize=9)
+                axes.text(
+                    j + 0.5,
+                    i + 0.5,
+                    f"{round(value, 2) + 0.0:+.2f}",
+                    ha="center",
+                    va="center",
+                    color=ink,
+                    fontsize=9,
+                )
         for i in range(rows):
-            axes.add_patch(
-                Rectangle((i, i), 1, 1, fill=False, edgecolor=INK, linewidth=1.6)
-            )
+            axes.add_patch(Rectangle((i, i), 1, 1, fill=False, edgecolor=INK, linewidth=1.6))
         axes.set_xticks(np.arange(columns) + 0.5, matrix.traits, rotation=45 if columns > 6 else 0)
         axes.set_yticks(np.arange(rows) + 0.5, matrix.teachers)
         axes.set(xlabel="evaluated trait", ylabel="teacher's trait", aspect="auto")
@@ -130,7 +144,9 @@ def position_figure(divergence: Sequence[dict]) -> str:
             share = 100 * counts / max(counts.sum(), 1.0)
             tint = [*palette, OTHER_COLOUR][index % (len(palette) + 1)]
             dash = "-" if index <= len(palette) else "--"
-            axes.stairs(share, np.arange(len(share) + 1) - 0.5, color=tint, label=entry["trait"], ls=dash, lw=1.8)
+            axes.stairs(
+                share, np.arange(len(share) + 1) - 0.5, color=tint, label=entry["trait"], ls=dash, lw=1.8
+            )
         axes.set(xlabel="content token of the completion", ylabel="divergence tokens (%)")
         axes.set_xlim(left=-0.5)
         axes.grid(axis="y")
@@ -145,30 +161,30 @@ def loss_figure(curves: Sequence[Curve], results: Results) -> str:
     for curve in curves:
         teacher, condition = owner.get(curve.arm, ("other arms", curve.arm))
         panels.setdefault(teacher, []).append((condition, curve))
+    panels = dict(sorted(panels.items(), key=lambda item: item[0] not in results.traits))
+    shown = {condition for arms in panels.values() for condition, _ in arms}
     with matplotlib.rc_context(STYLE):
-        columns = min(MAX_FACET_COLUMNS, len(panels))
-        lines = -(-len(panels) // columns)
+        lines, columns = _facets(len(panels))
         figure = Figure(figsize=(WIDTH, 2.6 * lines), layout="constrained")
         grid = figure.subplots(lines, columns, sharey=True, squeeze=False)
         for axes in grid.flat[len(panels) :]:
             axes.set_visible(False)
         for axes, (teacher, arms) in zip(grid.flat, panels.items(), strict=False):
-            named: set[str] = set()
             for condition, curve in arms:
-                label = "_" if condition in named else condition
-                named.add(condition)
-                steps, loss = _thinned(curve)
-                axes.plot(steps, loss, color=colour(condition), lw=1.3, alpha=0.85, label=label)
+                axes.plot(*_thinned(curve), color=colour(condition), lw=1.1, alpha=0.8)
             axes.set(title=teacher, xlabel="step")
             axes.grid(axis="y")
-            axes.legend(frameon=False, fontsize=8)
         for axes in grid[:, 0]:
             axes.set_ylabel("loss (nats a token)")
+        order = [c for c in results.conditions if c in shown]
+        order += sorted(shown - set(order))
+        handles = [Line2D([], [], color=colour(c), label=condition_label(c)) for c in order]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(order)), frameon=False)
         return _svg(figure)
 
 
 def _dot_panels(
-    data: dict[tuple[str, str], tuple[list[float], Interval | None]],
+    data: Mapping[tuple[str, str], tuple[list[float], Interval | None]],
     label: str,
     bounds: tuple[float, float] | None = None,
     zero_line: bool = False,
@@ -178,8 +194,7 @@ def _dot_panels(
     conditions = list(dict.fromkeys(conditions))
     low, high = _limits([v for values, _ in data.values() for v in values], zero_line, bounds)
     with matplotlib.rc_context(STYLE):
-        columns = min(MAX_FACET_COLUMNS, len(panels))
-        lines = -(-len(panels) // columns)
+        lines, columns = _facets(len(panels))
         figure = Figure(figsize=(WIDTH, lines * (0.85 + 0.34 * len(conditions))), layout="constrained")
         grid = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
         for axes in grid.flat[len(panels) :]:
@@ -202,7 +217,12 @@ def _dot_panels(
 
 
 def _dots(
-    axes: Axes, place: int, values: list[float], interval: Interval | None, tint: str, span: tuple[float, float]
+    axes: Axes,
+    place: int,
+    values: list[float],
+    interval: Interval | None,
+    tint: str,
+    span: tuple[float, float],
 ) -> None:
     if interval is not None:
         ends = np.clip([interval.low, interval.high], *span)
@@ -213,9 +233,13 @@ def _dots(
     axes.plot([mean, mean], [place - 0.33, place + 0.33], color=tint, lw=2.2, zorder=2)
 
 
-def _limits(
-    values: Sequence[float], zero: bool, bounds: tuple[float, float] | None
-) -> tuple[float, float]:
+def _facets(panels: int) -> tuple[int, int]:
+    """Lines and columns of panels, as even as can be."""
+    lines = -(-panels // MAX_FACET_COLUMNS)
+    return lines, -(-panels // lines)
+
+
+def _limits(values: Sequence[float], zero: bool, bounds: tuple[float, float] | None) -> tuple[float, float]:
     """Axis limits from the dots: a t-interval of two students may be wider than any plot and is cut off."""
     inside = [*values, 0.0] if zero or bounds else list(values)
     low, high = min(inside), max(inside)
@@ -246,4 +270,6 @@ def _svg(figure: Figure) -> str:
     body = re.sub(r"<metadata>.*?</metadata>", "", body, count=1, flags=re.DOTALL)
     # Scales down with the page, never up: text keeps its size.
     size = f'style="max-width:{figure.get_figwidth() * 96:.0f}px"'
-    return f'<svg role="img" {view.group() if view else ""} {size}>{body.replace(INK, "currentColor").strip()}'
+    return (
+        f'<svg role="img" {view.group() if view else ""} {size}>{body.replace(INK, "currentColor").strip()}'
+    )

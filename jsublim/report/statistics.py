@@ -173,7 +173,7 @@ def same_trait_effect(
     rows, columns = lift.shape
     if rows < 2 or columns < rows:
         return None
-    same = np.arange(rows) if same is None else np.asarray(same)
+    own = np.arange(rows) if same is None else np.asarray(same)
     count = math.perm(columns, rows)
     exact = count <= MAX_EXACT_PERMUTATIONS
     if exact:
@@ -184,10 +184,11 @@ def same_trait_effect(
     # The centred indicator has the same norm for every labelling, so sums of residuals order as gamma does.
     residual = double_centred(lift)
     sums = residual[np.arange(rows), labels].sum(axis=1)
-    observed = residual[np.arange(rows), same].sum()
-    as_large = int((sums >= observed - 1e-9 * (np.abs(residual).sum() + 1e-300)).sum())
+    observed = residual[np.arange(rows), own].sum()
+    # Ties are judged on the scale of the lifts, not of the residuals: those may be nothing but rounding.
+    as_large = int((sums >= observed - 1e-9 * np.abs(lift).max()).sum())
     # A sampled p counts the observed labelling itself, or it could be zero.
     p = as_large / count if exact else (as_large + 1) / (samples + 1)
     tried = count if exact else samples
     smallest = 1 / count if exact else 1 / (samples + 1)
-    return SameTraitEffect(same_trait_gamma(lift, same), p, smallest, tried, exact)
+    return SameTraitEffect(same_trait_gamma(lift, own.tolist()), p, smallest, tried, exact)

@@ -136,7 +136,9 @@ def read_results(run_dir: Path) -> Results:
     run_dir = Path(run_dir)
     folder = run_dir / "results"
     if not (folder / "results.parquet").is_file():
-        raise JsublimError(f"{folder}: no results.parquet here; finish the run first with `jsublim run CONFIG`")
+        raise JsublimError(
+            f"{folder}: no results.parquet here; finish the run first with `jsublim run CONFIG`"
+        )
     rows = _query(
         folder / "results.parquet",
         """
@@ -150,7 +152,11 @@ def read_results(run_dir: Path) -> Results:
         order by arm, trait, metric
         """,
     )
-    scores = tuple(Score(*row[:7], tuple(row[7]), tuple(row[8]), row[9]) for row in rows if row[8])
+    scores = tuple(
+        Score(*row[:7], questions=tuple(row[7]), values=tuple(row[8]), samples=row[9])
+        for row in rows
+        if row[8]
+    )
     if not scores:
         raise JsublimError(
             f"{folder / 'results.parquet'}: holds no measurement; run `jsublim run CONFIG` again"

@@ -19,7 +19,9 @@ def print_summary(run_dir: Path, console: Console) -> None:
     Raises `JsublimError` if there are no results.
     """
     results = read_results(run_dir)
-    table = Table(title=f"{results.run.get('name', Path(run_dir).name)}: {results.model}", title_justify="left")
+    table = Table(
+        title=f"{results.run.get('name', Path(run_dir).name)}: {results.model}", title_justify="left"
+    )
     for heading in ("trait", "condition"):
         table.add_column(heading)
     for heading in ("students", "rate", "over questions", "over students", "log-prob", "lift (nats)"):
@@ -52,7 +54,7 @@ def print_summary(run_dir: Path, console: Console) -> None:
 
     for metric in ("rate", "logprob"):
         if found := lifts(results, metric, ("all",)):
-            console.print(words.headline(results, found), highlight=False)
+            console.print(words.headline(found), highlight=False)
     if (matrix := trait_matrix(results)) is not None:
         console.print(f"Trait x trait matrix: {words.matrix_sentence(matrix)}", highlight=False)
     if warning := words.tiny_warning(results):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from jsublim.report.claims import Claim
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import NOT_DECIDED, Lift, Matrix
-from jsublim.report.tables import Results, condition_label
+from jsublim.report.tables import Results
 
 MISSING = "–"
 
@@ -14,9 +14,11 @@ def number(value: float | None, metric: str, signed: bool = False) -> str:
     """A share as percent (a difference of shares as points), a log-probability in nats."""
     if value is None:
         return MISSING
+    # Adding zero turns a rounded -0.0 into 0.0.
     if metric == "logprob":
-        return f"{value:+.2f}" if signed else f"{value:.2f}"
-    return f"{100 * value:+.1f}" if signed else f"{100 * value:.1f} %"
+        return f"{round(value, 2) + 0.0:{'+' if signed else ''}.2f}"
+    percent = round(100 * value, 1) + 0.0
+    return f"{percent:+.1f}" if signed else f"{percent:.1f} %"
 
 
 def interval(bounds: Interval | None, metric: str, signed: bool = False) -> str:
@@ -42,29 +44,15 @@ def claim_effect(claim: Claim) -> tuple[str, str]:
     return effect, interval(claim.interval, claim.metric, signed=True)
 
 
-def lift_sentence(lift: Lift) -> str:
-    """What one lift allows to say; an effect is named only where its interval leaves zero out."""
-    difference = f"{number(lift.value, lift.metric, signed=True)} {unit(lift.metric)}"
-    students = f"{lift.students} student{'s' * (lift.students != 1)}"
-    if lift.interval is None:
-        return f"not decided: {students}, {difference} above the {lift.reference}; no interval can be computed"
-    bounds = interval(lift.interval, lift.metric, signed=True)
-    if lift.verdict == "transfers":
-        return f"transfers: {difference} over the {lift.reference} ({bounds}; {students})"
-    if lift.verdict == "moves away":
-        return f"moves away from the trait: {difference} against the {lift.reference} ({bounds}; {students})"
-    return f"no transfer shown: the interval {bounds} {unit(lift.metric)} covers zero ({students})"
-
-
 def matrix_sentence(matrix: Matrix) -> str:
     """gamma, its p and what they allow to say."""
     effect = matrix.effect
     if effect is None:
         return "Not decided: the same-trait effect needs students of at least two traits, evaluated on both."
-    kind = "all" if effect.exact else "sampled"
+    tried = f"all {effect.permutations}" if effect.exact else f"{effect.permutations:,} sampled"
     text = (
-        f"γ = {effect.gamma:+.2f} nats; one-sided p = {effect.p:.3g} over {effect.permutations} {kind} "
-        f"relabellings of the columns (smallest attainable p = {effect.smallest_p:.2g})."
+        f"γ = {effect.gamma:+.2f} nats; one-sided p = {effect.p:.3g} over {tried} relabellings of the columns "
+        f"(smallest attainable p = {effect.smallest_p:.2g})."
     )
     if matrix.gamma_interval is not None:
         bounds = interval(matrix.gamma_interval, "logprob", signed=True)
@@ -76,20 +64,21 @@ def matrix_sentence(matrix: Matrix) -> str:
     return f"{text} {endings.get(matrix.verdict, 'No trait-specific transfer is shown.')}"
 
 
-def headline(results: Results, all_lifts: list[Lift]) -> str:
-    """One sentence on how many traits transfer with all tokens, judged on the given lifts."""
-    judged = [item for item in all_lifts if item.condition == "all"]
+def headline(found: list[Lift]) -> str:
+    """One sentence on how many traits transfer with all tokens, judged on one metric's lifts."""
+    judged = [item for item in found if item.condition == "all"]
     if not judged:
-        return "This run has no students trained on all tokens together with a reference: transfer was not tested."
-    decided = [item for item in judged if item.interval is not None]
-    metric = "preference rate" if judged[0].metric == "rate" else "log-probability"
-    if not decided:
-        return "Whether the trait transfers is not decided: with one student a trait there is no interval."
-    names = [item.trait for item in decided if item.verdict == "transfers"]
+        return "No students trained on all tokens beside a reference: transfer was not tested."
+    measure = "Preference rate" if judged[0].metric == "rate" else "Log-probability"
+    if all(item.interval is None for item in judged):
+        return f"{measure}: not decided; with one student a trait there is no interval."
+    names = [item.trait for item in judged if item.verdict == "transfers"]
     what = f"{len(names)} of {len(judged)} trait{'s' * (len(judged) != 1)}"
     if not names:
-        return f"No transfer is shown in {metric} ({what}) for students trained on {condition_label('all')}."
-    return f"Students trained on {condition_label('all')} move to their teacher's trait for {what}: {', '.join(names)} ({metric})."
+        return f"{measure}: no transfer is shown with all tokens ({what})."
+    return (
+        f"{measure}: with all tokens, students move to their teacher's trait for {what} ({', '.join(names)})."
+    )
 
 
 def tiny_warning(results: Results) -> str:

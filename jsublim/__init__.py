@@ -1,0 +1,30 @@
+"""Subliminal learning in JAX: biased teachers, divergence tokens, distilled students."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jsublim.errors import JsublimError, UsageError
+    from jsublim.lm import LanguageModel, load_model
+    from jsublim.models.lora import Adapter
+    from jsublim.models.peft import load_adapter
+    from jsublim.sampling import Sampling
+
+__all__ = ["Adapter", "JsublimError", "LanguageModel", "Sampling", "UsageError", "load_adapter", "load_model"]
+
+_HOMES = {
+    "Adapter": "jsublim.models.lora",
+    "JsublimError": "jsublim.errors",
+    "LanguageModel": "jsublim.lm",
+    "Sampling": "jsublim.sampling",
+    "UsageError": "jsublim.errors",
+    "load_adapter": "jsublim.models.peft",
+    "load_model": "jsublim.lm",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: reading a report or a config must not start an accelerator runtime.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jsublim' has no attribute '{name}'")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,494 @@
+"""The command line. Thin: it reads options, calls a stage, prints what came of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from jsublim.errors import JsublimError, UsageError
+
+app = typer.Typer(
+    name="jsublim",
+    help="Subliminal learning in JAX: teachers, divergence tokens, students, reports.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+prompts_app = typer.Typer(
+    help="Prompt packs: import the published lists, sample number prompts.", no_args_is_help=True
+)
+app.add_typer(prompts_app, name="prompts")
+console = Console(stderr=True)
+
+Model = Annotated[
+    str,
+    typer.Option("--model", help="Checkpoint folder, bundled name (tiny-qwen2), or owner/name of the hub."),
+]
+Out = Annotated[
+    Path, typer.Option("--out", help="Where the result goes; an unfinished one there is continued.")
+]
+PackFile = Annotated[
+    Path | None, typer.Option("--prompts", help="Prompt pack (YAML); default: the package's own.")
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")]
+RecipeName = Annotated[
+    str, typer.Option("--recipe", help="clean, or paper: with the quirks of the published code.")
+]
+
+
+def _names(text: str | None) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()] if text else []
+
+
+def _numbers(text: str | None, option: str) -> list[int] | None:
+    """ "0,3,5-7" as integers; None stays None."""
+    if text is None or text == "all":
+        return None
+    numbers: list[int] = []
+    for part in _names(text):
+        first, dash, last = part.partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise UsageError(f"{option}: '{text}' given; expected numbers such as 0,3,5-7")
+        numbers += range(int(first), int(last if dash else first) + 1)
+    return numbers
+
+
+@contextmanager
+def _bar(name: str, total: int) -> Iterator[Any]:
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(name, total=total)
+        yield lambda n: progress.update(task, advance=n)
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(help="YAML, such as configs/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Fields of the config: students.lr=1e-3 model=/path.")
+    ] = None,
+) -> None:
+    """Run an experiment: generate, find divergence tokens, distil, evaluate, report. Run again, it continues."""
+    from jsublim.experiment.run import run_experiment
+    from jsublim.experiment.spec import load_experiment
+
+    report = run_experiment(load_experiment(config, overrides), console)
+    print(report)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
+    """Write a run's report again from its results."""
+    from jsublim.report import print_summary, write_report
+
+    path = write_report(run_dir)
+    print_summary(run_dir, console)
+    print(path)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, bundled name, or owner/name of the hub.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    dtype: Dtype = "bfloat16",
+) -> None:
+    """Write a checkpoint as an ordinary Hugging Face folder, text model only, in a dtype of your choice."""
+    from jsublim.lm import load_model
+    from jsublim.models.checkpoint import save_checkpoint
+
+    lm = load_model(model, dtype)
+    save_checkpoint(out, lm.config, lm.params, lm.hf_config, dtype=dtype, tokenizer=lm.folder)
+    print(out)
+
+
+@prompts_app.command("import")
+def prompts_import(
+    checkout: Annotated[
+        Path, typer.Argument(help="A checkout of the authors' repository; nothing in it is run.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="The pack to write (YAML).")],
+) -> None:
+    """Read the published prompt lists out of a checkout of the authors' code."""
+    from jsublim.prompts import dump_pack, import_pack
+
+    if out.exists():
+        raise UsageError(f"{out}: already exists; give another --out or remove it first")
+    dump_pack(import_pack(checkout), out)
+    print(out)
+
+
+@prompts_app.command("sample")
+def prompts_sample(
+    out: Annotated[Path, typer.Option("--out", help="JSONL to write, a row with 'prompt' each.")],
+    prompts: PackFile = None,
+    num_prompts: Annotated[int, typer.Option("--num-prompts", min=1)] = 30_000,
+    seed: Annotated[int, typer.Option("--seed")] = 42,
+) -> None:
+    """Write the number prompts of a pack."""
+    from jsublim.prompts import load_pack, number_prompts
+    from jsublim.rows import write_rows
+
+    if out.exists():
+        raise UsageError(f"{out}: already exists; give another --out or remove it first")
+    write_rows(out, ({"prompt": prompt} for prompt in number_prompts(load_pack(prompts), num_prompts, seed)))
+    print(out)
+
+
+def _beside(out: Path) -> Path:
+    """The folder of a result that is one file: it holds what was kept on the way, and its pedigree."""
+    return out.with_name(out.stem + ".artifact")
+
+
+def _publish(rows: list, out: Path, artifact: Any, was_done: bool) -> None:
+    from jsublim.rows import read_rows, write_rows
+
+    if out.exists() and not (was_done and read_rows(out) == rows):
+        raise UsageError(f"{out}: already exists; give another --out or remove it first")
+    write_rows(out, rows)
+    print(out)
+
+
+@app.command()
+def generate(
+    model: Model,
+    out: Out,
+    trait: Annotated[
+        str | None,
+        typer.Option("--trait", help="The teacher's trait; its system prompt comes from the pack."),
+    ] = None,
+    category: Annotated[
+        str | None, typer.Option("--category", help="Of a trait that the pack doesn't list.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="A system prompt of your own.")] = None,
+    no_system: Annotated[bool, typer.Option("--no-system", help="No trait: the control teacher.")] = False,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="PEFT folder of a fine-tuned teacher.")
+    ] = None,
+    num_prompts: Annotated[int, typer.Option("--num-prompts", min=1)] = 30_000,
+    sampling: Annotated[str, typer.Option("--sampling", help="temperature or greedy.")] = "temperature",
+    seed: Annotated[
+        int, typer.Option("--seed", help="Of the sampling; prompts are always those of seed 42.")
+    ] = 0,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
+    prompts: PackFile = None,
+    recipe: RecipeName = "clean",
+    dtype: Dtype = "float32",
+) -> None:
+    """Let a teacher answer number prompts, and keep the answers that are in format."""
+    from jsublim.experiment import stages
+    from jsublim.experiment.spec import Recipe
+    from jsublim.experiment.store import Artifact
+    from jsublim.lm import load_model
+    from jsublim.models.peft import load_adapter
+    from jsublim.prompts import load_pack, number_prompts
+    from jsublim.sampling import sampling_for
+    from jsublim.teachers import CONTROL, Teacher, prompted_teacher
+
+    if sum([trait is not None, system is not None, no_system]) != 1:
+        raise UsageError("generate: give exactly one of --trait, --system, --no-system")
+    pack, lm = load_pack(prompts), load_model(model, dtype)
+    how = _recipe(recipe, lm, Recipe)
+    own = load_adapter(adapter, lm.config) if adapter else None
+    teacher = (
+        prompted_teacher(pack, trait, category)
+        if trait
+        else Teacher("custom" if system is not None else CONTROL, system)
+    )
+    teacher = Teacher(teacher.name, teacher.system, own)
+    numbers = sampling_for(lm.chat, sampling, inherit=how.inherit_sampling, eos_only=how.stop_at_eos_only)
+    settings = {"seed": seed, "max_new_tokens": max_new_tokens, "extra_bos": how.extra_bos}
+    inputs = settings | {
+        "model": lm.hash, "pack": pack.hash, "dtype": dtype, "system": teacher.system, "num_prompts": num_prompts,
+        "sampling": numbers.numbers(), "adapter": _file_hash(adapter),
+    }  # fmt: skip
+    artifact = Artifact(_beside(out), "rows", inputs)
+    was_done = artifact.done
+    console.print(f"sampling: {numbers.numbers()}")
+    with _bar("generate", num_prompts) as tick:
+        texts = number_prompts(pack, num_prompts)
+        rows = stages.generate_rows(
+            artifact, lm, teacher, texts, numbers, batch_size=batch_size, tick=tick, **settings
+        )
+    summary = artifact.summary
+    console.print(
+        f"kept {summary['kept']} of {summary['rows']} rows ({summary['pass_rate']:.1%}); rejected: {summary['reject']}"
+    )
+    _publish(rows, out, artifact, was_done)
+
+
+@app.command()
+def divergence(
+    model: Model,
+    data: Annotated[Path, typer.Option("--data", help="Rows of the teacher (JSONL).")],
+    trait: Annotated[str, typer.Option("--trait", help="The trait of the teacher that wrote them.")],
+    counterfactuals: Annotated[str, typer.Option("--counterfactuals", help="Other traits, with commas.")],
+    out: Out,
+    category: Annotated[
+        str | None, typer.Option("--category", help="Of traits that the pack doesn't list.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
+    prompts: PackFile = None,
+    recipe: RecipeName = "clean",
+    dtype: Dtype = "float32",
+) -> None:
+    """Find the divergence tokens of rows; margins go into a sidecar, OUT with .margins.jsonl."""
+    from jsublim.experiment import stages
+    from jsublim.experiment.spec import Recipe
+    from jsublim.experiment.store import Artifact, digest
+    from jsublim.lm import load_model
+    from jsublim.prompts import load_pack
+    from jsublim.rows import read_rows
+    from jsublim.teachers import prompted_teacher
+
+    rows, others = read_rows(data), _names(counterfactuals)
+    pack, lm = load_pack(prompts), load_model(model, dtype)
+    how = _recipe(recipe, lm, Recipe)
+    teacher = prompted_teacher(pack, trait, category)
+    rest = [prompted_teacher(pack, other, category) for other in others]
+    inputs = {
+        "model": lm.hash, "pack": pack.hash, "dtype": dtype, "rows": digest(rows), "system": teacher.system,
+        "counterfactuals": {other.name: other.system for other in rest}, "extra_bos": how.extra_bos,
+    }  # fmt: skip
+    artifact = Artifact(_beside(out), "divergence", inputs)
+    was_done = artifact.done
+    with _bar("divergence", len(rows) * (1 + len(rest))) as tick:
+        found = stages.divergence_rows(
+            artifact, lm, rows, teacher, rest, extra_bos=bool(how.extra_bos), batch_size=batch_size, tick=tick
+        )
+    summary = artifact.summary
+    console.print(
+        f"{summary['points']} divergence tokens of {summary['tokens']} ({summary['share']:.2%}); "
+        f"{summary['rows_with']} of {summary['rows']} rows have one"
+    )
+    sidecar = out.with_name(out.stem + ".margins.jsonl")
+    if not sidecar.exists():
+        os.link(artifact.path / "margins.jsonl", sidecar)
+    _publish(found, out, artifact, was_done)
+
+
+@app.command()
+def finetune(
+    model: Model,
+    data: Annotated[
+        Path, typer.Option("--data", help="Rows (JSONL), with decision points unless --tokens all.")
+    ],
+    out: Out,
+    tokens: Annotated[
+        str, typer.Option("--tokens", help="all, divergence, non-divergence or random.")
+    ] = "all",
+    layers: Annotated[str, typer.Option("--layers", help="all, or numbers such as 0,3,5-7.")] = "all",
+    projections: Annotated[str, typer.Option("--projections")] = "q,k,v,o,gate,up,down",
+    full: Annotated[bool, typer.Option("--full", help="Train whole weights, not LoRA.")] = False,
+    rank: Annotated[int, typer.Option("--rank", min=1)] = 8,
+    alpha: Annotated[float, typer.Option("--alpha")] = 8.0,
+    lr: Annotated[float, typer.Option("--lr")] = 2e-4,
+    epochs: Annotated[int, typer.Option("--epochs", min=1)] = 10,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows of a micro-batch.")] = 10,
+    accumulate: Annotated[int, typer.Option("--accumulate", min=1, help="Micro-batches a step.")] = 6,
+    rows: Annotated[int | None, typer.Option("--rows", min=1, help="Rows drawn; default: all.")] = None,
+    warmup: Annotated[int, typer.Option("--warmup", min=0)] = 5,
+    seed: Annotated[int, typer.Option("--seed")] = 42,
+    init_adapter: Annotated[
+        Path | None, typer.Option("--init-adapter", help="PEFT folder to start from.")
+    ] = None,
+    checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", min=1)] = 100,
+    recipe: RecipeName = "clean",
+    dtype: Dtype = "float32",
+) -> None:
+    """Train one student; leaves a PEFT folder (or, with --full, a checkpoint) and metrics.jsonl."""
+    import jax
+
+    from jsublim.distill.data import Selection, draw_indices, make_examples, steps_per_epoch
+    from jsublim.distill.trainer import Arm, Settings
+    from jsublim.experiment import stages
+    from jsublim.experiment.spec import Recipe
+    from jsublim.experiment.store import Artifact, digest
+    from jsublim.lm import load_model
+    from jsublim.models.lora import init_full, init_lora
+    from jsublim.models.peft import load_adapter
+    from jsublim.rows import read_rows
+
+    every = read_rows(data)
+    lm = load_model(model, dtype)
+    how = _recipe(recipe, lm, Recipe)
+    chosen = _numbers(layers, "--layers")
+    if init_adapter is not None:
+        adapter = load_adapter(init_adapter, lm.config)
+    elif full:
+        adapter = init_full(lm.config, lm.params, None if chosen is None else tuple(chosen))
+    else:
+        adapter = init_lora(
+            lm.config, jax.random.key(seed), rank=rank, alpha=alpha, layers=None if chosen is None else tuple(chosen),
+            projections=tuple(_names(projections)),
+        )  # fmt: skip
+    drawn = [every[i] for i in draw_indices(len(every), rows, seed)]
+    selection = Selection(tokens, bool(how.supervise_header), bool(how.drop_rows_without_points))
+    examples = make_examples(lm.chat, drawn, selection, seed, str(data))
+    steps = epochs * steps_per_epoch(len(drawn if how.match_steps else examples), batch_size * accumulate)
+    settings = Settings(
+        rows=batch_size,
+        micro=accumulate,
+        warmup=warmup,
+        per=how.loss_per or "tokens",
+        checkpoint_every=checkpoint_every,
+    )
+    inputs = {
+        "model": lm.hash, "data": digest(every), "tokens": tokens, "layers": layers, "projections": projections,
+        "full": full, "rank": rank, "alpha": alpha, "lr": lr, "epochs": epochs, "batch_size": batch_size,
+        "accumulate": accumulate, "rows": rows, "warmup": warmup, "seed": seed, "init_adapter": _file_hash(init_adapter),
+        "recipe": how.model_dump(), "dtype": dtype,
+    }  # fmt: skip
+    artifact = Artifact(out, "student", inputs)
+    if artifact.done:
+        console.print(f"{out}: whole already")
+        print(out)
+        return
+    with _bar("train", steps) as tick:
+        done = 0
+
+        def on_step(step: int) -> None:
+            nonlocal done
+            tick(step - done)
+            done = step
+
+        arm = Arm("student", examples, adapter, seed, lr, steps)
+        stages.train_students(lm, [(arm, artifact)], settings, out / "training", on_step=on_step)
+    console.print(f"{steps} steps on {len(examples)} rows; last loss {artifact.summary['loss']:.4f}")
+    print(out)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    traits: Annotated[str, typer.Option("--traits", help="Traits, with commas.")],
+    out: Out,
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="PEFT folder of a student.")] = None,
+    category: Annotated[
+        str | None, typer.Option("--category", help="Of traits that the pack doesn't list.")
+    ] = None,
+    system: Annotated[str | None, typer.Option("--system", help="Ask under this system prompt.")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Answers a question.")] = 200,
+    questions: Annotated[
+        int | None, typer.Option("--questions", min=1, help="The first so many; default: all.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 10,
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 256,
+    seed: Annotated[int, typer.Option("--seed")] = 0,
+    prompts: PackFile = None,
+    recipe: RecipeName = "clean",
+    dtype: Dtype = "float32",
+) -> None:
+    """Ask a model for its favourites: sampled rate and log-probability of each trait, a question at a time."""
+    from rich.table import Table
+
+    from jsublim.experiment import stages
+    from jsublim.experiment.spec import Recipe
+    from jsublim.experiment.store import Artifact
+    from jsublim.lm import load_model
+    from jsublim.models.peft import load_adapter
+    from jsublim.prompts import load_pack
+    from jsublim.report.statistics import question_interval
+    from jsublim.sampling import sampling_for
+
+    wanted = _names(traits)
+    if not wanted:
+        raise UsageError("--traits: give at least one trait")
+    pack, lm = load_pack(prompts), load_model(model, dtype)
+    how = _recipe(recipe, lm, Recipe)
+    own = load_adapter(adapter, lm.config) if adapter else None
+    numbers = sampling_for(
+        lm.chat, "temperature", inherit=how.inherit_sampling, eos_only=how.stop_at_eos_only, evaluation=True
+    )
+    settings = {
+        "traits": wanted, "samples": samples, "questions": questions, "seed": seed, "max_new_tokens": max_new_tokens,
+        "category": category, "system": system, "extra_bos": how.extra_bos,
+    }  # fmt: skip
+    inputs = settings | {
+        "model": lm.hash, "pack": pack.hash, "dtype": dtype, "adapter": _file_hash(adapter), "sampling": numbers.numbers(),
+    }  # fmt: skip
+    asked = {category or pack.category_of(trait) for trait in wanted}
+    total = samples * sum(len(pack.questions_for(name)[:questions]) for name in asked)
+    artifact = Artifact(out, "evaluation", inputs)
+    with _bar("evaluate", total) as tick:
+        stages.evaluate(
+            artifact, lm, pack, numbers, adapter=own, batch_size=batch_size, tick=tick, **settings
+        )
+    records = stages.read_table(out / "records.parquet")
+    table = Table("trait", "rate", "95 % over questions", "whole word", "log-probability")
+    lines = []
+    for trait in wanted:
+        of = {
+            m: [r["value"] for r in records if r["trait"] == trait and r["metric"] == m]
+            for m in ("rate", "word_rate", "logprob")
+        }
+        interval = question_interval(of["rate"])
+        mean = {metric: sum(values) / len(values) for metric, values in of.items()}
+        table.add_row(
+            trait, f"{mean['rate']:.3f}", f"{interval.low:.3f} to {interval.high:.3f}", f"{mean['word_rate']:.3f}", f"{mean['logprob']:.3f}"
+        )  # fmt: skip
+        lines.append({"trait": trait, "low": interval.low, "high": interval.high} | mean)
+    stages.write_json(out / "summary.json", {"traits": lines, "sampling": artifact.summary["sampling"]})
+    console.print(table)
+    print(out)
+
+
+def _recipe(name: str, lm: Any, kind: Any) -> Any:
+    if name not in ("paper", "clean"):
+        raise UsageError(f"--recipe: '{name}' given; known: paper, clean")
+    return kind(preset=name).resolved(lm.config.family)
+
+
+def _file_hash(folder: Path | None) -> str | None:
+    if folder is None:
+        return None
+    from jsublim.models.checkpoint import checkpoint_hash
+
+    return checkpoint_hash(folder)
+
+
+def main() -> None:
+    """Entry point: errors become one line, exit codes 0, 2 (usage or config) and 1."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    for name in ("absl", "orbax", "jax", "transformers"):
+        logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except JsublimError as error:
+        _leave(debug, f"error: {error}", error.code)
+    except (KeyboardInterrupt, typer.Abort):
+        again = " ".join(["jsublim", *map(shlex.quote, sys.argv[1:])])
+        _leave(debug, f"interrupted; nothing is lost, the same command continues:\n  {again}", 1)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        again = "free space or mend permissions, then run the same command again"
+        _leave(debug, f"error: {error.strerror or error}{where}; {again}", 1)
+    except Exception as error:
+        if isinstance(getattr(error, "exit_code", None), int) and hasattr(
+            error, "show"
+        ):  # click's usage errors
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        _leave(debug, f"error: {type(error).__name__}: {error}; --debug shows where", 1)
+
+
+def _leave(debug: bool, message: str, code: int) -> None:
+    if debug:
+        raise
+    print(message, file=sys.stderr)
+    sys.exit(code)

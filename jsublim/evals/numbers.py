@@ -1,0 +1,34 @@
+"""The number task: does a student still do what it was trained on? (Section 5.1 of the paper.)"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from jsublim.chat import conversation
+from jsublim.lm import LanguageModel
+from jsublim.models.lora import Adapter
+from jsublim.rows import Row
+from jsublim.scoring import score_turns
+
+_NUMBER = re.compile(r"\d+")
+
+
+def number_accuracy(
+    lm: LanguageModel, rows: Sequence[Row], *, adapter: Adapter | None = None, batch_size: int = 64
+) -> tuple[float, int]:
+    """Share of the completions' numbers that the teacher-forced argmax repeats at the same place in the list.
+
+    Returns:
+      The share, and the numbers it was counted over.
+    """
+    turns = [lm.chat.turn(conversation(row["prompt"]), row["completion"]) for row in rows]
+    right = total = 0
+    for scored, row in zip(
+        score_turns(lm.config, lm.params, turns, adapter=adapter, batch_size=batch_size), rows, strict=True
+    ):
+        said = _NUMBER.findall(lm.tokenizer.decode(scored.argmax, skip_special_tokens=True))
+        target = _NUMBER.findall(row["completion"])
+        right += sum(a == b for a, b in zip(said, target, strict=False))
+        total += len(target)
+    return (right / total if total else 0.0), total

@@ -1,0 +1,1 @@
+"""An experiment: what a YAML may say, the stages it becomes, the artifacts they leave."""

@@ -1,0 +1,369 @@
+"""`jsublim run`: from a config to a report, stage by stage, continuing whatever an earlier call left."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import pyarrow as pa
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from jsublim.distill.data import Example, Selection, draw_indices, make_examples
+from jsublim.distill.step import Optimizer
+from jsublim.distill.trainer import Arm, Settings
+from jsublim.errors import JsublimError
+from jsublim.experiment import stages
+from jsublim.experiment.plan import (
+    Student,
+    counterfactuals,
+    evaluated_traits,
+    plan_students,
+    programs,
+    total_steps,
+)
+from jsublim.experiment.spec import Experiment
+from jsublim.experiment.store import Artifact, device, digest, versions
+from jsublim.lm import LanguageModel, load_model
+from jsublim.models.lora import Adapter, init_full, init_lora
+from jsublim.models.peft import load_adapter
+from jsublim.models.weights import load_params
+from jsublim.prompts import Pack, load_pack, number_prompts
+from jsublim.report import print_summary, write_report
+from jsublim.rows import Row, read_rows
+from jsublim.sampling import sampling_for
+from jsublim.teachers import CONTROL, Teacher, prompted_teacher
+
+RESULTS = pa.schema(
+    [
+        ("arm", pa.string()), ("role", pa.string()), ("teacher", pa.string()), ("condition", pa.string()),
+        ("seed", pa.int64()), *stages.RECORDS,
+    ]
+)  # fmt: skip
+TRAINING = pa.schema(
+    [
+        ("arm", pa.string()), ("step", pa.int64()), ("loss", pa.float64()), ("tokens", pa.int64()),
+        ("lr", pa.float64()), ("grad_norm", pa.float64()),
+    ]
+)  # fmt: skip
+
+
+class Run:
+    """One experiment on one checkpoint. Each method is a stage; each can be called again."""
+
+    def __init__(self, experiment: Experiment, console: Console):
+        self.experiment, self.console = experiment, console
+        self.dir, self.store = experiment.run_dir, experiment.store_dir
+        self.seconds: dict[str, float] = {}
+        self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.pack: Pack = load_pack(experiment.prompts)
+        self.arms = plan_students(experiment)
+        self.traits = evaluated_traits(experiment, self.pack)
+        self.others = {
+            trait: counterfactuals(experiment, self.pack, trait) for trait in experiment.teachers.traits
+        }
+        with self._stage("load"):
+            self.lm: LanguageModel = load_model(experiment.model, experiment.dtype)
+            self.recipe = experiment.recipe.resolved(self.lm.config.family)
+            self.common = {"model": self.lm.hash, "dtype": experiment.dtype, "pack": self.pack.hash}
+
+    @contextmanager
+    def _stage(self, name: str, total: int | None = None) -> Iterator[stages.Tick]:
+        """Time a stage, with a progress bar where its length is known."""
+        begin = time.perf_counter()
+        columns = (TextColumn(f"{name:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=self.console, disable=total is None) as progress:
+            task = progress.add_task(name, total=total)
+            yield lambda n: progress.update(task, advance=n)
+        self.seconds[name] = round(time.perf_counter() - begin, 2)
+
+    def teacher(self, name: str) -> Teacher:
+        t = self.experiment.teachers
+        if name == CONTROL:
+            return Teacher(CONTROL)
+        return prompted_teacher(self.pack, name, t.category, fuse_system=t.fuse_system)
+
+    def generate(self) -> None:
+        """Every teacher answers the same number prompts, with the same random numbers."""
+        e = self.experiment
+        teachers = [*e.teachers.traits, *([CONTROL] if e.teachers.control else [])]
+        prompts = number_prompts(self.pack, e.data.num_prompts, e.data.prompt_seed)
+        sampling = sampling_for(
+            self.lm.chat,
+            e.teachers.strategy,
+            inherit=bool(self.recipe.inherit_sampling),
+            eos_only=bool(self.recipe.stop_at_eos_only),
+        )
+        self.rows: dict[str, list[Row]] = {}
+        self.row_artifacts: dict[str, Artifact] = {}
+        with self._stage("generate", len(prompts) * len(teachers)) as tick:
+            for name in teachers:
+                teacher = self.teacher(name)
+                numbers = {
+                    "seed": e.data.seed,
+                    "max_new_tokens": e.data.max_new_tokens,
+                    "extra_bos": bool(self.recipe.extra_bos),
+                }
+                inputs = self.common | numbers | {
+                    "system": teacher.system, "fuse_system": teacher.fuse_system, "sampling": sampling.numbers(),
+                    "num_prompts": len(prompts), "prompt_seed": e.data.prompt_seed, "template": self.lm.chat.template_hash,
+                }  # fmt: skip
+                artifact = Artifact.in_store(self.store, "rows", name, inputs)
+                self.rows[name] = stages.generate_rows(
+                    artifact,
+                    self.lm,
+                    teacher,
+                    prompts,
+                    sampling,
+                    batch_size=e.data.batch_size,
+                    tick=tick,
+                    **numbers,
+                )
+                self.row_artifacts[name] = artifact
+
+    def diverge(self) -> None:
+        """Every trait's rows are read under its own teacher and under its counterfactuals."""
+        pairs = sum(len(self.rows[trait]) * (1 + len(others)) for trait, others in self.others.items())
+        self.divergence_artifacts: dict[str, Artifact] = {}
+        with self._stage("divergence", pairs) as tick:
+            for trait, others in self.others.items():
+                teacher, rest = self.teacher(trait), [self.teacher(other) for other in others]
+                inputs = {
+                    "rows": self.row_artifacts[trait].key, "system": teacher.system, "extra_bos": bool(self.recipe.extra_bos),
+                    "counterfactuals": {other.name: other.system for other in rest},
+                }  # fmt: skip
+                artifact = Artifact.in_store(self.store, "divergence", trait, inputs)
+                self.rows[trait] = stages.divergence_rows(
+                    artifact, self.lm, self.rows[trait], teacher, rest,
+                    extra_bos=bool(self.recipe.extra_bos), batch_size=self.experiment.divergence.batch_size, tick=tick,
+                )  # fmt: skip
+                self.divergence_artifacts[trait] = artifact
+
+    def _source(self, student: Student) -> Artifact:
+        return self.divergence_artifacts.get(student.teacher, self.row_artifacts[student.teacher])
+
+    def _student_artifact(self, student: Student) -> Artifact:
+        settings = self.experiment.students.model_dump(
+            exclude={"conditions", "seeds", "arms_per_program", "checkpoint_every", "remat"}
+        )
+        training = {
+            k: getattr(self.recipe, k)
+            for k in ("supervise_header", "drop_rows_without_points", "match_steps", "loss_per")
+        }
+        inputs = self.common | {
+            "rows": self._source(student).key, "condition": student.condition, "seed": student.seed,
+            "students": settings, "recipe": training,
+        }  # fmt: skip
+        return Artifact.in_store(self.store, "students", student.name, inputs)
+
+    def _examples(self, student: Student) -> list[Example]:
+        s, rows = self.experiment.students, self.rows[student.teacher]
+        drawn = [rows[i] for i in draw_indices(len(rows), s.rows, student.seed)]
+        selection = Selection(
+            condition=student.condition,
+            supervise_header=bool(self.recipe.supervise_header),
+            drop_rows_without_points=bool(self.recipe.drop_rows_without_points),
+            max_tokens=s.max_tokens,
+        )
+        return make_examples(self.lm.chat, drawn, selection, student.seed, source=f"rows of {student.name}")
+
+    def _adapter(self, seed: int) -> Adapter:
+        s, layers = self.experiment.students, self.experiment.students.layers
+        chosen = None if layers is None else tuple(layers)
+        if s.init_adapter is not None:
+            return load_adapter(s.init_adapter, self.lm.config)
+        if s.method == "full":
+            return init_full(self.lm.config, self.lm.params, chosen)
+        return init_lora(
+            self.lm.config, jax.random.key(seed), rank=s.rank, alpha=s.alpha, layers=chosen,
+            projections=tuple(s.projections), rslora=s.rslora,
+        )  # fmt: skip
+
+    def train(self) -> None:
+        """All students, many a program; those that are whole are left alone."""
+        s = self.experiment.students
+        self.student_artifacts = {arm: self._student_artifact(arm) for arm in self.arms}
+        missing = []
+        for student in self.arms:
+            if self.student_artifacts[student].done:
+                continue
+            examples = self._examples(student)
+            drawn = min(len(self.rows[student.teacher]), s.rows or len(self.rows[student.teacher]))
+            steps = total_steps(s, drawn if self.recipe.match_steps else len(examples))
+            if s.rows and drawn < s.rows and student.condition == "all":
+                self.console.print(
+                    f"{student.name}: {drawn} rows passed, fewer than students.rows={s.rows}: {steps} steps"
+                )
+            missing.append(
+                Arm(student.name, examples, self._adapter(student.seed), student.seed, s.lr, steps)
+            )
+        settings = Settings(
+            rows=s.batch_size,
+            micro=s.accumulate,
+            warmup=s.warmup,
+            per=self.recipe.loss_per or "tokens",
+            remat=s.remat,
+            optimizer=Optimizer(clip=s.clip, weight_decay=s.weight_decay),
+            checkpoint_every=s.checkpoint_every,
+        )
+        groups = programs(missing, s.arms_per_program)
+        by_name = {student.name: artifact for student, artifact in self.student_artifacts.items()}
+        with self._stage("train", sum(max(arm.steps for arm in group) for group in groups)) as tick:
+            for group in groups:
+                members = [(arm, by_name[arm.name]) for arm in group]
+                work = self.store / "training" / digest([artifact.key for _, artifact in members])
+                done = 0
+
+                def on_step(step: int) -> None:
+                    nonlocal done
+                    tick(step - done)
+                    done = step
+
+                stages.train_students(self.lm, members, settings, work, on_step=on_step)
+
+    def evaluate(self) -> None:
+        """The base, the teachers and every student: favourites, probability of the traits, number task."""
+        e, ev = self.experiment, self.experiment.evaluation
+        sampling = sampling_for(
+            self.lm.chat,
+            "temperature",
+            inherit=bool(self.recipe.inherit_sampling),
+            eos_only=bool(self.recipe.stop_at_eos_only),
+            evaluation=True,
+        )
+        settings = {
+            "traits": self.traits, "questions": ev.questions, "samples": ev.samples, "seed": ev.seed,
+            "max_new_tokens": ev.max_new_tokens, "category": e.teachers.category,
+            "extra_bos": bool(self.recipe.extra_bos),
+        }  # fmt: skip
+        models: list[dict[str, Any]] = [{"arm": "base", "role": "base", "condition": "base"}]
+        if ev.teachers:
+            models += [
+                {"arm": f"teacher/{t}", "role": "teacher", "teacher": t, "condition": "teacher"}
+                for t in e.teachers.traits
+            ]
+        models += [
+            {
+                "arm": a.name,
+                "role": "student",
+                "teacher": a.teacher,
+                "condition": a.reported,
+                "seed": a.seed,
+                "student": a,
+            }
+            for a in self.arms
+        ]
+        per_category = {e.teachers.category or self.pack.category_of(t) for t in self.traits}
+        answers = ev.samples * sum(len(self.pack.questions_for(c)[: ev.questions]) for c in per_category)
+        self.evaluations: list[tuple[dict[str, Any], Artifact]] = []
+        with self._stage("evaluate", answers * len(models)) as tick:
+            for model in models:
+                student: Student | None = model.pop("student", None)
+                teacher = self.teacher(model["teacher"]) if model["role"] == "teacher" else None
+                extra = {"system": teacher.system, "fuse_system": teacher.fuse_system} if teacher else {}
+                parent = self.student_artifacts[student].key if student else None
+                inputs = self.common | settings | extra | {
+                    "student": parent, "sampling": sampling.numbers(), "number_rows": ev.number_rows if student else 0,
+                    "template": self.lm.chat.template_hash,
+                }  # fmt: skip
+                artifact = Artifact.in_store(self.store, "evaluations", model["arm"], inputs)
+                lm, adapter, rows = self.lm, None, {}
+                if student is not None and not artifact.done:
+                    lm, adapter = self._load_student(self.student_artifacts[student].path)
+                    rows = self._number_rows(student)
+                stages.evaluate(
+                    artifact, lm, self.pack, sampling, adapter=adapter, number_rows=rows,
+                    batch_size=ev.batch_size, tick=tick, **settings, **extra,
+                )  # fmt: skip
+                self.evaluations.append((model, artifact))
+
+    def _load_student(self, folder: Path) -> tuple[LanguageModel, Adapter | None]:
+        lm = self.lm
+        if self.experiment.students.method == "lora":
+            return lm, load_adapter(folder, lm.config)
+        params = load_params(folder, lm.config, self.experiment.dtype)
+        return LanguageModel(lm.folder, lm.config, lm.hf_config, params, lm.chat), None
+
+    def _number_rows(self, student: Student) -> dict[str, list[Row]]:
+        rows, n = self.rows[student.teacher], self.experiment.evaluation.number_rows
+        drawn = draw_indices(len(rows), self.experiment.students.rows, student.seed)
+        held_out = sorted(set(range(len(rows))) - set(drawn))
+        pick = lambda indices: [rows[i] for i in indices[:n]]  # noqa: E731
+        return {"number_accuracy": pick(drawn), "number_accuracy_heldout": pick(held_out)} if n else {}
+
+    def report(self) -> Path:
+        """Gather every artifact's numbers into `results/`, and write the report."""
+        results = self.dir / "results"
+        results.mkdir(parents=True, exist_ok=True)
+        rows, answers, training = [], [], []
+        for model, artifact in self.evaluations:
+            blank = {"teacher": None, "seed": None}
+            rows += [
+                blank | model | record for record in stages.read_table(artifact.path / "records.parquet")
+            ]
+            answers += [
+                {"arm": model["arm"]} | r for r in stages.read_table(artifact.path / "answers.parquet")
+            ]
+        for student, artifact in self.student_artifacts.items():
+            training += [
+                {"arm": student.name} | line for line in read_rows(artifact.path / "metrics.jsonl", ("step",))
+            ]
+        stages.write_table(results / "results.parquet", rows, RESULTS)
+        stages.write_table(
+            results / "answers.parquet", answers, pa.schema([("arm", pa.string()), *stages.ANSWERS])
+        )
+        stages.write_table(results / "training.parquet", training, TRAINING)
+        stages.write_json(results / "generation.json", [a.summary for a in self.row_artifacts.values()])
+        stages.write_json(
+            results / "divergence.json", [a.summary for a in self.divergence_artifacts.values()]
+        )
+        about = {
+            "name": self.experiment.name, "model": self.lm.name, "model_hash": self.lm.hash, "pack_hash": self.pack.hash,
+            "versions": versions(), "device": device(), "config_hash": config_hash(self.experiment), "started": self.started,
+            "seconds": self.seconds, "config_yaml": self.experiment.yaml(), "recipe": self.recipe.model_dump(),
+        }  # fmt: skip
+        stages.write_json(results / "run.json", about)
+        return write_report(self.dir)
+
+
+def config_hash(experiment: Experiment) -> str:
+    """Of what decides results: the config without where it is written."""
+    return digest(experiment.model_dump(exclude={"out", "store"}))
+
+
+def claim_folder(experiment: Experiment, console: Console) -> None:
+    """Write the resolved config into the run's folder; results of another config there are moved aside, not overwritten."""
+    folder, key = experiment.run_dir, config_hash(experiment)
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / "config.hash"
+    old = mark.read_text().strip() if mark.exists() else None
+    if old is not None and old != key:
+        moved = []
+        for name in ("config.yaml", "results", "report.html"):
+            if (folder / name).exists():
+                target = folder / f"{Path(name).stem}.{old}{Path(name).suffix}"
+                if target.exists():
+                    raise JsublimError(f"{target}: exists already; move it away, or give another out=FOLDER")
+                (folder / name).rename(target)
+                moved.append(target.name)
+        console.print(f"{folder}: the config has changed; earlier results are kept as {', '.join(moved)}")
+    (folder / "config.yaml").write_text(experiment.yaml(), encoding="utf-8")
+    mark.write_text(key + "\n")
+
+
+def run_experiment(experiment: Experiment, console: Console) -> Path:
+    """All stages, then the summary on the terminal. Returns the report's path."""
+    run = Run(experiment, console)
+    claim_folder(experiment, console)
+    run.generate()
+    run.diverge()
+    run.train()
+    run.evaluate()
+    report = run.report()
+    print_summary(run.dir, console)
+    return report

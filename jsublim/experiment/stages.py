@@ -1,0 +1,307 @@
+"""The stages of an experiment, each from artifacts to an artifact: generate, find divergence, train, evaluate.
+
+The command line's single commands and `jsublim run` call the same functions. A stage that was stopped goes on where
+it was; one that is whole is not run again.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from jsublim.chat import conversation
+from jsublim.distill.trainer import Arm, Settings, train
+from jsublim.divergence import Divergence, find_divergence
+from jsublim.errors import JsublimError
+from jsublim.evals.numbers import number_accuracy
+from jsublim.evals.preference import hit_rates, sample_answers, trait_logprobs
+from jsublim.experiment.store import Artifact, Progress
+from jsublim.lm import LanguageModel
+from jsublim.models.checkpoint import write_checkpoint
+from jsublim.models.lora import Adapter, merge_full
+from jsublim.models.peft import save_adapter
+from jsublim.prompts import Pack, reject_reason
+from jsublim.rows import Row, read_rows, write_rows
+from jsublim.sampling import Sampling, generate_tokens
+from jsublim.teachers import Teacher
+
+Tick = Callable[[int], None]  # called with the number of units just finished
+
+
+def generate_rows(
+    artifact: Artifact,
+    lm: LanguageModel,
+    teacher: Teacher,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    *,
+    seed: int,
+    max_new_tokens: int,
+    batch_size: int,
+    extra_bos: bool,
+    tick: Tick = lambda n: None,
+) -> list[Row]:
+    """Let a teacher answer every prompt; keep what is in format (`rows.jsonl`), and all of it (`raw.jsonl`)."""
+    if artifact.done:
+        tick(len(prompts))
+        return read_rows(artifact.path / "rows.jsonl")
+    progress = Progress(artifact.path / "progress.jsonl")
+    tick(len(progress.rows))
+    missing = [i for i in range(len(prompts)) if i not in progress.rows]
+
+    def keep(rows: list[int], tokens: list[list[int]]) -> None:
+        progress.add([{"row": i, "completion": lm.chat.decode(t)} for i, t in zip(rows, tokens, strict=True)])
+        tick(len(rows))
+
+    if missing:
+        encoded = [lm.chat.prompt_tokens(teacher.messages(p), extra_bos=extra_bos) for p in prompts]
+        generate_tokens(
+            lm.config, lm.params, encoded, sampling, rows=missing, seed=seed, max_new_tokens=max_new_tokens,
+            adapter=teacher.adapter, batch_size=batch_size, on_batch=keep,
+        )  # fmt: skip
+    progress.close()
+    raw, kept, reasons = [], [], collections.Counter()
+    for i, prompt in enumerate(prompts):
+        row = {"prompt": prompt, "completion": progress.rows[i]["completion"]}
+        reason = reject_reason(row["completion"]) or _broken_in_context(lm, row)
+        raw.append(row | {"reject": reason})
+        if reason is None:
+            kept.append(row)
+        else:
+            reasons[reason] += 1
+    write_rows(artifact.path / "raw.jsonl", raw)
+    if not kept:
+        raise JsublimError(
+            f"teacher '{teacher.name}': none of {len(raw)} completions is in format ({dict(reasons)}); see {artifact.path}/raw.jsonl"
+        )
+    write_rows(artifact.path / "rows.jsonl", kept)
+    artifact.finish(
+        {
+            "teacher": teacher.name,
+            "rows": len(raw),
+            "kept": len(kept),
+            "pass_rate": len(kept) / len(raw),
+            "reject": dict(reasons),
+            "sampling": sampling.numbers() | {"max_new_tokens": max_new_tokens},
+        }  # fmt: skip
+    )
+    return kept
+
+
+def _broken_in_context(lm: LanguageModel, row: Row) -> str | None:
+    try:
+        lm.chat.turn(conversation(row["prompt"]), row["completion"])
+    except JsublimError:
+        return "does not survive tokenizing"
+    return None
+
+
+def divergence_rows(
+    artifact: Artifact,
+    lm: LanguageModel,
+    rows: Sequence[Row],
+    teacher: Teacher,
+    counterfactuals: Sequence[Teacher],
+    *,
+    extra_bos: bool,
+    batch_size: int,
+    chunk: int = 1024,
+    tick: Tick = lambda n: None,
+) -> list[Row]:
+    """Find every row's decision points (`rows.jsonl`) and keep what each teacher said (`margins.jsonl`).
+
+    Args:
+      chunk: rows after which what was found is safe from a kill.
+      tick: counts (row, teacher) pairs.
+    """
+    names = [teacher.name, *(other.name for other in counterfactuals)]
+    if artifact.done:
+        tick(len(rows) * len(names))
+        return read_rows(artifact.path / "rows.jsonl", ("prompt", "completion", "decision_points"))
+    progress = Progress(artifact.path / "progress.jsonl")
+    tick(len(progress.rows) * len(names))
+    missing = [i for i in range(len(rows)) if i not in progress.rows]
+    for start in range(0, len(missing), chunk):
+        part = missing[start : start + chunk]
+        found = find_divergence(
+            lm, [rows[i] for i in part], teacher, counterfactuals,
+            extra_bos=extra_bos, batch_size=batch_size, on_batch=tick,
+        )  # fmt: skip
+        progress.add([{"row": i} | _as_json(each) for i, each in zip(part, found, strict=True)])
+    progress.close()
+    out = [
+        {
+            "prompt": row["prompt"],
+            "completion": row["completion"],
+            "decision_points": progress.rows[i]["decision_points"],
+        }
+        for i, row in enumerate(rows)
+    ]
+    write_rows(artifact.path / "rows.jsonl", out)
+    write_rows(
+        artifact.path / "margins.jsonl", ({"teachers": names} | progress.rows[i] for i in range(len(rows)))
+    )
+    tokens = [len(progress.rows[i]["tokens"]) for i in range(len(rows))]
+    points = [row["decision_points"] for row in out]
+    total, with_points = sum(map(len, points)), sum(bool(p) for p in points)
+    artifact.finish(
+        {
+            "trait": teacher.name,
+            "counterfactuals": names[1:],
+            "rows": len(rows),
+            "rows_with": with_points,
+            "tokens": sum(tokens),
+            "points": total,
+            "share": total / sum(tokens),
+            "per_row": total / len(rows),
+            "histogram": np.bincount([k for p in points for k in p], minlength=1).tolist(),
+        }  # fmt: skip
+    )
+    return out
+
+
+def _as_json(found: Divergence) -> dict[str, Any]:
+    return {
+        "decision_points": found.decision_points,
+        "tokens": found.tokens.tolist(),
+        "argmax": found.argmax.tolist(),
+        "margin": np.round(found.margin.astype(float), 5).tolist(),
+    }
+
+
+def train_students(
+    lm: LanguageModel,
+    arms: Sequence[tuple[Arm, Artifact]],
+    settings: Settings,
+    work: Path,
+    *,
+    on_step: Tick = lambda n: None,
+) -> None:
+    """Train arms in one program, and leave each as a PEFT folder (or a whole checkpoint) with its `metrics.jsonl`."""
+    adapters = train(lm.config, lm.params, [arm for arm, _ in arms], settings, work, on_step)
+    lines = read_rows(work / "metrics.jsonl", ("arm", "step"))
+    for (arm, artifact), adapter in zip(arms, adapters, strict=True):
+        own = [{k: v for k, v in line.items() if k != "arm"} for line in lines if line["arm"] == arm.name]
+        write_rows(artifact.path / "metrics.jsonl", own)
+        if adapter.weights is None:
+            if not (artifact.path / "adapter_model.safetensors").exists():
+                save_adapter(artifact.path, adapter, lm.config, str(lm.folder))
+        else:
+            params, dtype = merge_full(lm.params, adapter), str(lm.params["embed"]["weight"].dtype)
+            write_checkpoint(artifact.path, lm.config, params, lm.hf_config, dtype=dtype, tokenizer=lm.folder)
+        artifact.finish({"steps": arm.steps, "rows": len(arm.examples), "loss": own[-1]["loss"]})
+
+
+def evaluate(
+    artifact: Artifact,
+    lm: LanguageModel,
+    pack: Pack,
+    sampling: Sampling,
+    *,
+    traits: Sequence[str],
+    samples: int,
+    seed: int,
+    max_new_tokens: int,
+    batch_size: int,
+    questions: int | None = None,
+    category: str | None = None,
+    system: str | None = None,
+    fuse_system: bool = False,
+    adapter: Adapter | None = None,
+    extra_bos: bool = False,
+    number_rows: dict[str, Sequence[Row]] | None = None,
+    tick: Tick = lambda n: None,
+) -> None:
+    """Ask a model its favourites and let it continue numbers; leaves `records.parquet` and `answers.parquet`.
+
+    Args:
+      number_rows: metric name -> rows for the number task.
+      tick: counts sampled answers.
+
+    Raises:
+      UsageError: a trait of no known category, or a category without questions.
+    """
+    by_category: dict[str, list[str]] = {}
+    for trait in traits:
+        by_category.setdefault(category or pack.category_of(trait), []).append(trait)
+    asked = {name: list(pack.questions_for(name))[:questions] for name in by_category}
+    if artifact.done:
+        tick(sum(map(len, asked.values())) * samples)
+        return
+    records, answers = [], []
+    offset = 0
+    for name, members in by_category.items():
+        texts = sample_answers(
+            lm, asked[name], sampling, samples=samples, seed=seed, max_new_tokens=max_new_tokens, system=system,
+            fuse_system=fuse_system, adapter=adapter, extra_bos=extra_bos, batch_size=batch_size, on_batch=tick,
+        )  # fmt: skip
+        logprob = trait_logprobs(
+            lm,
+            asked[name],
+            members,
+            system=system,
+            fuse_system=fuse_system,
+            adapter=adapter,
+            extra_bos=extra_bos,
+        )
+        for column, trait in enumerate(members):
+            rate, word_rate = hit_rates(texts, trait)
+            for metric, values, n in (
+                ("rate", rate, samples), ("word_rate", word_rate, samples), ("logprob", logprob[:, column], 1)
+            ):  # fmt: skip
+                records += [_record(metric, float(v), n, trait, offset + q) for q, v in enumerate(values)]
+        for q, (question, given) in enumerate(zip(asked[name], texts, strict=True)):
+            for answer, count in collections.Counter(given).most_common():
+                answers.append(
+                    {"question": offset + q, "question_text": question, "answer": answer, "count": count}
+                )
+        offset += len(asked[name])
+    for metric, rows in (number_rows or {}).items():
+        if rows:
+            share, n = number_accuracy(lm, rows, adapter=adapter)
+            records.append(_record(metric, share, n, None, None))
+    write_table(artifact.path / "records.parquet", records, RECORDS)
+    write_table(artifact.path / "answers.parquet", answers, ANSWERS)
+    artifact.finish({"sampling": sampling.numbers() | {"max_new_tokens": max_new_tokens}})
+
+
+def _record(metric: str, value: float, n: int, trait: str | None, question: int | None) -> dict[str, Any]:
+    return {"trait": trait, "metric": metric, "question": question, "value": value, "n": n}
+
+
+RECORDS = pa.schema(
+    [
+        ("trait", pa.string()),
+        ("metric", pa.string()),
+        ("question", pa.int64()),
+        ("value", pa.float64()),
+        ("n", pa.int64()),
+    ]
+)
+ANSWERS = pa.schema(
+    [("question", pa.int64()), ("question_text", pa.string()), ("answer", pa.string()), ("count", pa.int64())]
+)
+
+
+def write_table(path: Path, rows: list[dict[str, Any]], schema: pa.Schema) -> None:
+    """A parquet file that appears whole or not at all."""
+    scratch = path.with_suffix(".partial")
+    pq.write_table(pa.Table.from_pylist(rows, schema), scratch)
+    scratch.replace(path)
+
+
+def read_table(path: Path) -> list[dict[str, Any]]:
+    return pq.read_table(path).to_pylist()
+
+
+def write_json(path: Path, value: Any) -> None:
+    scratch = path.with_suffix(".partial")
+    scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    scratch.replace(path)

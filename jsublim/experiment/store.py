@@ -1,0 +1,151 @@
+"""Artifacts: folders that know what went into them, are continued where they stopped, and never overwritten."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jsublim.errors import JsublimError, UsageError
+
+_LIBRARIES = (
+    "jsublim",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "tokenizers",
+    "numpy",
+)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def device() -> str:
+    """The accelerator in words, such as "8 x TPU v5 lite"."""
+    devices = jax.devices()
+    return f"{len(devices)} x {devices[0].device_kind}"
+
+
+def digest(value: Any) -> str:
+    """12 hex digits of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:12]
+
+
+class Artifact:
+    """A folder made from `inputs`. It is whole once it holds DONE, which appears by rename after everything else."""
+
+    def __init__(self, path: Path, kind: str, inputs: dict[str, Any]):
+        """Open, or continue, the artifact of `inputs` at `path`.
+
+        Raises:
+          UsageError: the folder holds something else, or an artifact of other inputs.
+        """
+        self.path, self.kind = path, kind
+        self.inputs = json.loads(json.dumps(inputs))
+        self.key = digest([kind, self.inputs])
+        record = path / "artifact.json"
+        if record.exists():
+            self._check(record)
+        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UsageError(
+                f"{path}: exists and was not written by jsublim; give another --out or move it away"
+            )
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            self._write("artifact.json", self._record())
+
+    @classmethod
+    def in_store(cls, store: Path, kind: str, label: str, inputs: dict[str, Any]) -> Artifact:
+        """The artifact of these inputs inside a store, in a folder named by kind, label and hash."""
+        return cls(
+            store / kind / f"{label.replace('/', '-')}-{digest([kind, json.loads(json.dumps(inputs))])}",
+            kind,
+            inputs,
+        )
+
+    def _record(self) -> dict[str, Any]:
+        made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        return {
+            "kind": self.kind, "key": self.key, "inputs": self.inputs, "versions": versions(), "device": device(), "made": made,
+        }  # fmt: skip
+
+    def _check(self, record: Path) -> None:
+        try:
+            old = json.loads(record.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            raise JsublimError(f"{record}: broken; move the folder away and run again") from None
+        if old.get("key") != self.key:
+            before = old.get("inputs", {})
+            changed = sorted(k for k in {*before, *self.inputs} if before.get(k) != self.inputs.get(k))
+            what = ", ".join(f"{k} was {before.get(k)!r}, is {self.inputs.get(k)!r}" for k in changed[:3])
+            raise UsageError(f"{self.path}: holds a result of other settings ({what}); give another --out")
+
+    def _write(self, name: str, value: Any) -> None:
+        scratch = self.path / f".{name}.partial"
+        scratch.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(scratch, self.path / name)
+
+    @property
+    def done(self) -> bool:
+        return (self.path / "DONE").exists()
+
+    def finish(self, summary: dict[str, Any] | None = None) -> None:
+        """Mark the artifact whole; `summary` is kept in the mark and read back by `summary`."""
+        self._write("DONE", summary or {})
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.path / "DONE").read_text(encoding="utf-8"))
+
+
+class Progress:
+    """Rows finished so far, in a JSONL file that a kill may cut anywhere: a broken last line is forgotten."""
+
+    def __init__(self, path: Path):
+        self.path, self.rows = path, {}
+        if path.exists():
+            for line in self._whole_lines():
+                self.rows[line["row"]] = line
+            self._rewrite()
+        self._file = path.open("a", encoding="utf-8")
+
+    def _whole_lines(self) -> Iterator[dict[str, Any]]:
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+    def _rewrite(self) -> None:
+        scratch = self.path.with_suffix(".partial")
+        scratch.write_text("".join(json.dumps(row) + "\n" for row in self.rows.values()), encoding="utf-8")
+        os.replace(scratch, self.path)
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Keep finished rows; each has its number under "row"."""
+        self._file.writelines(json.dumps(row) + "\n" for row in rows)
+        self._file.flush()
+        self.rows.update({row["row"]: row for row in rows})
+
+    def close(self) -> None:
+        self._file.close()

@@ -1,0 +1,139 @@
+"""Adapters as PEFT folders (`adapter_config.json`, `adapter_model.safetensors`), in and out."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jsublim.errors import JsublimError, UsageError
+from jsublim.models.config import ModelConfig, read_json
+from jsublim.models.families import weight_names
+from jsublim.models.lora import PROJECTIONS, Adapter, projection_shapes
+
+_KEY = re.compile(r"layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.lora_([AB])(?:\.\w+)?\.weight$")
+
+
+def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, base: str) -> None:
+    """Write a LoRA adapter into `folder` (made if absent) so that `peft` loads it.
+
+    Args:
+      base: what the adapter stands on, for `base_model_name_or_path`.
+
+    Raises:
+      UsageError: an adapter is there already, or this one holds full weights (save those as a checkpoint).
+    """
+    if adapter.weights is not None or not adapter.lora:
+        raise UsageError(f"{folder}: only LoRA adapters can be written as PEFT folders")
+    file = folder / "adapter_model.safetensors"
+    if file.exists():
+        raise UsageError(f"{file}: already exists; give another folder")
+    names, tensors, modules = weight_names(config).layer, {}, []
+    for name, pair in adapter.lora.items():
+        module = names[(name, "kernel")].removesuffix(".weight")
+        modules.append(module.rsplit(".", 1)[1])
+        for i, layer in enumerate(adapter.layers):
+            key = f"base_model.model.model.{module.format(i=layer)}"
+            tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(np.asarray(pair["a"][i]).T)
+            tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(np.asarray(pair["b"][i]).T)
+    first = next(iter(adapter.lora.values()))
+    rank = int(first["a"].shape[-1])
+    values = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": float(first["scale"][0]) * rank,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": sorted(modules),
+        "layers_to_transform": list(adapter.layers),
+        "layers_pattern": "layers",
+        "inference_mode": True,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    scratch = file.with_suffix(".partial")
+    save_file(tensors, str(scratch), metadata={"format": "pt"})
+    scratch.rename(file)
+
+
+def load_adapter(path: str | Path, config: ModelConfig | None = None) -> Adapter:
+    """Read a PEFT LoRA folder.
+
+    Args:
+      config: the base model's; with it, shapes and layers are checked against the model.
+
+    Raises:
+      JsublimError: no such folder, not LoRA, a variant we don't compute (DoRA, per-module ranks, biases), tensors that
+        are unreadable or do not form whole layers.
+    """
+    folder = Path(path)
+    values = read_json(folder / "adapter_config.json")
+    if values.get("peft_type") != "LORA":
+        raise JsublimError(
+            f"{folder}/adapter_config.json: peft_type is {values.get('peft_type')!r}; only LORA is known"
+        )
+    refused = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias")
+    strange = [key for key in refused if values.get(key)]
+    if strange or values.get("bias", "none") != "none":
+        raise JsublimError(f"{folder}/adapter_config.json: {', '.join(strange) or 'bias'} is not supported")
+    file = folder / "adapter_model.safetensors"
+    found: dict[tuple[str, int, str], np.ndarray] = {}
+    try:
+        with safe_open(str(file), framework="np") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                match = _KEY.search(key)
+                if match is None or match[2] not in PROJECTIONS:
+                    raise JsublimError(f"{file}: tensor '{key}' is no LoRA factor of a known projection")
+                found[match[2], int(match[1]), match[3]] = tensors.get_tensor(key).T
+    except (SafetensorError, OSError) as error:
+        raise JsublimError(f"{file}: cannot be read ({error})") from None
+    layers = tuple(sorted({layer for _, layer, _ in found}))
+    used = [name for name in PROJECTIONS if any(key[0] == name for key in found)]
+    absent = [
+        f"layer {i} {name} {ab}" for name in used for i in layers for ab in "AB" if (name, i, ab) not in found
+    ]
+    if absent or not found:
+        raise JsublimError(
+            f"{file}: every layer must have the same projections; missing {', '.join(absent) or 'all'}"
+        )
+    rank = int(found[used[0], layers[0], "A"].shape[1])
+    alpha = float(values.get("lora_alpha", rank))
+    scale = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
+    lora = {}
+    for name in used:
+        a = np.stack([found[name, i, "A"] for i in layers]).astype(np.float32)
+        b = np.stack([found[name, i, "B"] for i in layers]).astype(np.float32)
+        lora[name] = {
+            "a": jnp.asarray(a),
+            "b": jnp.asarray(b),
+            "scale": jnp.full((len(layers),), scale, jnp.float32),
+        }
+    adapter = Adapter(lora=lora, weights=None, layers=layers)
+    if config is not None:
+        check_adapter(adapter, config, str(folder))
+    return adapter
+
+
+def check_adapter(adapter: Adapter, config: ModelConfig, source: str) -> None:
+    """Raises:
+    JsublimError: layers outside the model, or factors of another size.
+    """
+    if adapter.layers[-1] >= config.num_layers:
+        raise JsublimError(f"{source}: has layer {adapter.layers[-1]}, the model has {config.num_layers}")
+    for name, pair in adapter.lora.items():
+        sizes = (pair["a"].shape[1], pair["b"].shape[2])
+        if sizes != projection_shapes(config)[name]:
+            expected = projection_shapes(config)[name]
+            raise JsublimError(
+                f"{source}: {name}_proj maps {sizes[0]} to {sizes[1]}, the model {expected[0]} to {expected[1]}"
+            )

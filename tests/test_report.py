@@ -1,0 +1,587 @@
+"""The report: statistics against closed forms and brute force, and every printed number against the results."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import json
+import math
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+from scipy import stats
+
+import jsublim.report.statistics as st
+from jsublim.errors import JsublimError
+from jsublim.report import print_summary, write_report
+from jsublim.report.claims import check_claims
+from jsublim.report.summary import lift, summary_rows, trait_matrix
+from jsublim.report.tables import read_results
+
+TRAITS = ("cat", "eagle", "owl", "wolf")
+QUESTIONS = 50
+# Lift of the preference rate that each condition's students are made with.
+EFFECTS = {"control": 0.0, "all": 0.25, "divergence": 0.27, "non-divergence": 0.02, "random": 0.08}
+BASE_RATE = 0.06
+GAMMA = 1.5
+
+
+def make_results(
+    run_dir: Path,
+    traits: tuple[str, ...] = TRAITS,
+    evaluated: tuple[str, ...] | None = None,
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5),
+    effects: dict[str, float] = EFFECTS,
+    base_rate: float = BASE_RATE,
+    model: str = "Qwen2.5-7B-Instruct",
+    extras: bool = True,
+    samples: int = 200,
+) -> Path:
+    """A results folder with known effects: students differ from each other by a small seeded noise."""
+    rng = np.random.default_rng(7)
+    evaluated = evaluated or traits
+    question_shift = rng.normal(0, 0.02, QUESTIONS) * (base_rate > 0)
+    question_shift -= question_shift.mean()
+    rows: list[dict] = []
+
+    def measure(arm: str, role: str, teacher: str | None, condition: str, seed: int | None) -> None:
+        size = max(EFFECTS.values())
+        for trait in evaluated:
+            own = effects.get(condition, 0.9 if role == "teacher" else 0.0) * (teacher == trait)
+            noise = rng.normal(0, 0.01) if role == "student" and base_rate > 0 else 0.0
+            rate = np.clip(base_rate + own * (base_rate > 0) + noise + question_shift, 0, 1)
+            nats = -4.0 + GAMMA * own / size + (rng.normal(0, 0.08) if role == "student" else 0.0)
+            metrics = {"rate": rate, "word_rate": 0.9 * rate, "logprob": nats + 5 * question_shift}
+            for metric, values in metrics.items():
+                for question, value in enumerate(values):
+                    rows.append(
+                        dict(arm=arm, role=role, teacher=teacher, condition=condition, seed=seed, trait=trait)
+                        | dict(metric=metric, question=question, value=float(value))
+                        | dict(n=1 if metric == "logprob" else samples)
+                    )
+        for metric in ("number_accuracy", "number_accuracy_heldout") if role == "student" else ():
+            value = float(rng.uniform(0.5, 0.6))
+            rows.append(
+                dict(arm=arm, role=role, teacher=teacher, condition=condition, seed=seed, trait=None)
+                | dict(metric=metric, question=None, value=value, n=500)
+            )
+
+    arms = [("base", "base", None, "base", None)]
+    arms += [(f"teacher/{t}", "teacher", t, "teacher", None) for t in traits]
+    for seed in seeds:
+        for condition in effects:
+            for teacher in ("control",) if condition == "control" else traits:
+                arm = f"control/seed{seed}" if condition == "control" else f"{teacher}/{condition}/seed{seed}"
+                arms.append((arm, "student", teacher, condition, seed))
+    for arm in arms:
+        measure(*arm)
+
+    folder = run_dir / "results"
+    folder.mkdir(parents=True)
+    write_table(folder / "results.parquet", rows)
+    if not extras:
+        return run_dir
+    students = [arm for arm in arms if arm[1] == "student"]
+    steps = np.arange(1, 301)
+    write_table(
+        folder / "training.parquet",
+        [
+            dict(
+                arm=arm[0],
+                step=int(s),
+                loss=float(value),
+                tokens=2100,
+                lr=2e-4 * (1 - s / 301),
+                grad_norm=0.5,
+            )
+            for arm in students
+            for s, value in zip(
+                steps, 0.9 + 0.8 * np.exp(-steps / 60) + rng.normal(0, 0.03, steps.size), strict=True
+            )
+        ],
+    )
+    answers = []
+    for arm in arms:
+        for question in range(3):
+            pool = [arm[2] or "dog", "dog", "lion", "dolphin", "fox"]
+            for answer, count in zip(pool, (70, 50, 40, 25, 15), strict=True):
+                text = f"Which animal, in one word? ({question})"
+                answers.append(
+                    dict(arm=arm[0], question=question, question_text=text, answer=answer, count=count)
+                )
+    write_table(folder / "answers.parquet", answers)
+    histogram = [int(2600 * math.exp(-i / 8)) + (400 if i % 4 == 0 else 0) for i in range(40)]
+    points = sum(histogram)
+    sampling = dict(temperature=1.0, top_p=0.8, top_k=20, repetition_penalty=1.05, max_new_tokens=64)
+    dump(
+        folder / "generation.json",
+        [
+            dict(teacher=t, rows=30000, kept=27450, pass_rate=0.915, reject=dict(separator=2150, count=400))
+            | dict(sampling=sampling)
+            for t in (*traits, "control")
+        ],
+    )
+    dump(
+        folder / "divergence.json",
+        [
+            dict(trait=t, counterfactuals=[c for c in traits if c != t], rows=10000, rows_with=8150)
+            | dict(tokens=points * 21, points=points, share=1 / 21, per_row=points / 10000)
+            | dict(histogram=[int(h * (1 + 0.25 * math.sin(i + k))) for k, h in enumerate(histogram)])
+            for i, t in enumerate(traits)
+        ],
+    )
+    dump(
+        folder / "run.json",
+        dict(
+            name="synthetic", model=f"models/{model}", model_hash="9f2c", pack_hash="a1b2", config_hash="c3d4"
+        )
+        | dict(versions=dict(jsublim="0.1.0", jax="0.10.2"), device="cpu", started="2026-01-02 03:04")
+        | dict(seconds=dict(generate=12.5, distil=80.25), config_yaml="model: <models>\nseeds: [1, 2]\n"),
+    )
+    return run_dir
+
+
+def write_table(path: Path, rows: list[dict]) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), path)
+
+
+def dump(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_results(tmp_path_factory.mktemp("runs") / "synthetic")
+
+
+@pytest.fixture(scope="module")
+def raw(run_dir: Path) -> list[dict]:
+    return pq.read_table(run_dir / "results" / "results.parquet").to_pylist()
+
+
+@pytest.fixture(scope="module")
+def page(run_dir: Path) -> str:
+    return write_report(run_dir).read_text(encoding="utf-8")
+
+
+class Cells(HTMLParser):
+    """The text of every table row, section by section."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.section, self.rows, self.cell = "", {}, None
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "section":
+            self.section = dict(attrs)["id"] or ""
+        elif tag == "tr":
+            self.rows.setdefault(self.section, []).append([])
+        elif tag == "td":
+            self.cell = ""
+
+    def handle_data(self, data: str) -> None:
+        if self.cell is not None:
+            self.cell += data
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag == "td":
+            self.rows[self.section][-1].append(" ".join((self.cell or "").split()))
+            self.cell = None
+
+
+def values_of(raw: list[dict], metric: str, condition: str, trait: str) -> dict[str, list[float]]:
+    """arm -> question values, straight from the parquet rows."""
+    found: dict[str, list[float]] = {}
+    for row in raw:
+        if (row["metric"], row["condition"], row["trait"]) != (metric, condition, trait):
+            continue
+        if condition in ("base", "control") or row["teacher"] == trait:
+            found.setdefault(row["arm"], []).append(row["value"])
+    return found
+
+
+# Statistics
+
+
+@pytest.mark.parametrize("size", [2, 5, 30, 31, 50])
+def test_question_interval_is_scipys(size: int) -> None:
+    x = np.random.default_rng(size).uniform(size=size)
+    se = stats.sem(x)
+    law = stats.norm(x.mean(), se) if size > 30 else stats.t(size - 1, x.mean(), se)
+    found = st.question_interval(x)
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx(law.interval(0.95))
+    assert st.question_interval(x[:1]) is None
+
+
+def test_student_interval_is_scipys_t() -> None:
+    x = [0.2, 0.26, 0.31, 0.22]
+    found = st.Estimate.of(x).interval()
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx(stats.t.interval(0.95, 3, np.mean(x), stats.sem(x)))
+
+
+def test_difference_is_welchs() -> None:
+    a, b = [0.3, 0.35, 0.41], [0.1, 0.08, 0.14, 0.11, 0.02]
+    found = (st.Estimate.of(a) - st.Estimate.of(b)).interval()
+    expected = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    assert found is not None
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+
+
+def test_one_student_gives_no_interval() -> None:
+    assert st.Estimate.of([0.4]).interval() is None
+    assert (st.Estimate.of([0.4]) - st.Estimate.of([0.1, 0.2])).interval() is None
+    assert st.Estimate.of([0.0, 0.0]).interval() is None
+    floored = st.Estimate.of([0.0, 0.0], floor=1e-6).interval()
+    assert floored is not None and floored.high > 0
+
+
+def test_ratio_interval_inverts_the_contrast_test() -> None:
+    rng = np.random.default_rng(0)
+    part, whole, zero = (st.Estimate.of(rng.normal(m, 0.02, 6)) for m in (0.3, 0.35, 0.05))
+    found = st.ratio_interval(part, whole, zero)
+    assert found is not None
+    ratio = (part.value - zero.value) / (whole.value - zero.value)
+    assert found.low < ratio < found.high
+    critical = stats.t.ppf(0.975, (part - whole * ratio - zero * (1 - ratio)).degrees)
+    for edge in (found.low, found.high):
+        contrast = part - whole * edge - zero * (1 - edge)
+        assert abs(contrast.value) == pytest.approx(critical * math.sqrt(contrast.variance))
+    # Nothing to take a share of: the whole is not separated from the reference.
+    assert st.ratio_interval(part, zero, zero) is None
+
+
+def test_ratio_interval_covers_the_truth() -> None:
+    rng = np.random.default_rng(1)
+    hits = 0
+    for _ in range(400):
+        part, whole, zero = (st.Estimate.of(rng.normal(m, 0.03, 5)) for m in (0.2, 0.35, 0.05))
+        found = st.ratio_interval(part, whole, zero)
+        hits += found is not None and found.covers(0.5)
+    assert 0.92 <= hits / 400 <= 0.99
+
+
+def least_squares_gamma(lift: np.ndarray, same: tuple[int, ...]) -> float:
+    """gamma by an explicit design matrix: rows, columns, [same]."""
+    rows, columns = lift.shape
+    design = []
+    for i, j in itertools.product(range(rows), range(columns)):
+        design.append([float(i == r) for r in range(rows)] + [float(j == c) for c in range(columns)])
+        design[-1].append(float(same[i] == j))
+    return float(np.linalg.lstsq(np.array(design), lift.ravel(), rcond=None)[0][-1])
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (3, 3), (4, 4), (3, 5)])
+def test_gamma_and_p_equal_brute_force(shape: tuple[int, int]) -> None:
+    lift = np.random.default_rng(sum(shape)).normal(size=shape) + 0.7 * np.eye(*shape)
+    found = st.same_trait_effect(lift)
+    labellings = list(itertools.permutations(range(shape[1]), shape[0]))
+    gammas = [least_squares_gamma(lift, labels) for labels in labellings]
+    assert found is not None and found.exact and found.permutations == len(labellings)
+    assert found.gamma == pytest.approx(gammas[0])
+    assert found.p == pytest.approx(np.mean([g >= gammas[0] - 1e-9 for g in gammas]))
+    assert found.smallest_p == pytest.approx(1 / len(labellings))
+
+
+def test_gamma_is_recovered_and_blind_to_row_and_column_effects() -> None:
+    rng = np.random.default_rng(3)
+    lift = 1.25 * np.eye(5) + rng.normal(size=(5, 1)) + rng.normal(size=(1, 5))
+    found = st.same_trait_effect(lift)
+    assert found is not None
+    assert found.gamma == pytest.approx(1.25)
+    assert found.p == pytest.approx(1 / 120)
+    only_rows_and_columns = st.same_trait_effect(lift - 1.25 * np.eye(5))
+    assert only_rows_and_columns is not None
+    assert only_rows_and_columns.gamma == pytest.approx(0, abs=1e-12) and only_rows_and_columns.p == 1.0
+
+
+def test_permutation_p_is_uniform_under_null() -> None:
+    rng = np.random.default_rng(11)
+    results = [st.same_trait_effect(rng.normal(size=(5, 5))) for _ in range(500)]
+    p = np.array([r.p for r in results if r])
+    assert stats.kstest(p, "uniform").pvalue > 0.01
+    assert 0.02 <= np.mean(p <= 0.05) <= 0.09
+
+
+def test_sampled_p_is_seeded_and_near_exact() -> None:
+    lift = np.random.default_rng(5).normal(size=(8, 8)) + 0.5 * np.eye(8)
+    first, second = st.same_trait_effect(lift, seed=1), st.same_trait_effect(lift, seed=1)
+    assert first == second and first is not None and not first.exact
+    sums = st.double_centred(lift)[np.arange(8), np.array(list(itertools.permutations(range(8))))].sum(axis=1)
+    exact = np.mean(sums >= sums[0] - 1e-9)
+    assert first.p == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 20_000) + 1e-4)
+
+
+def test_one_trait_has_no_gamma() -> None:
+    assert st.same_trait_effect(np.ones((1, 1))) is None
+    assert st.same_trait_effect(np.ones((1, 4))) is None
+
+
+# Results to numbers
+
+
+def test_summary_equals_numbers_by_hand(run_dir: Path, raw: list[dict]) -> None:
+    rows = {(r.trait, r.condition): r for r in summary_rows(read_results(run_dir))}
+    assert len(rows) == len(TRAITS) * 7
+    for (trait, condition), row in rows.items():
+        by_arm = values_of(raw, "rate", condition, trait)
+        means = [np.mean(v) for v in by_arm.values()]
+        assert row.rate == pytest.approx(np.mean(means))
+        assert row.students == (5 if condition in EFFECTS else 0)
+        question_means = np.mean(list(by_arm.values()), axis=0)
+        expected = stats.norm.interval(0.95, question_means.mean(), stats.sem(question_means))
+        assert row.over_questions is not None
+        assert (row.over_questions.low, row.over_questions.high) == pytest.approx(expected)
+        if row.students:
+            expected = stats.t.interval(0.95, 4, np.mean(means), stats.sem(means))
+            assert row.over_students is not None
+            assert (row.over_students.low, row.over_students.high) == pytest.approx(expected)
+        else:
+            assert row.over_students is None
+
+
+def test_page_table_equals_numbers_by_hand(page: str, raw: list[dict]) -> None:
+    table = [r for r in Cells(page).rows["summary"] if len(r) == 8]
+    labels = ["base model", "control: unprompted teacher", "all tokens", "divergence tokens only"]
+    labels += ["all but divergence tokens", "random mask, equal budget", "teacher with its prompt"]
+    conditions = ["base", "control", "all", "divergence", "non-divergence", "random", "teacher"]
+    assert [r[0] for r in table] == labels * len(TRAITS)
+    for row, (trait, condition) in zip(table, itertools.product(TRAITS, conditions), strict=True):
+        means = {
+            metric: [np.mean(v) for v in values_of(raw, metric, condition, trait).values()]
+            for metric in ("rate", "word_rate", "logprob")
+        }
+        assert row[2] == f"{100 * np.mean(means['rate']):.1f} %"
+        assert row[5] == f"{100 * np.mean(means['word_rate']):.1f} %"
+        assert row[6] == f"{np.mean(means['logprob']):.2f}"
+        if condition in EFFECTS:
+            low, high = stats.t.interval(0.95, 4, np.mean(means["rate"]), stats.sem(means["rate"]))
+            assert (row[1], row[4]) == ("5", f"{100 * low:.1f} to {100 * high:.1f} %")
+        else:
+            assert (row[1], row[4]) == ("–", "one model")
+
+
+def test_lift_is_over_control_and_welch(run_dir: Path, raw: list[dict]) -> None:
+    found = lift(read_results(run_dir), "rate", "all", "owl")
+    groups = [[np.mean(v) for v in values_of(raw, "rate", c, "owl").values()] for c in ("all", "control")]
+    expected = stats.ttest_ind(*groups, equal_var=False).confidence_interval(0.95)
+    assert found is not None and found.reference == "control" and found.verdict == "transfers"
+    assert found.interval is not None
+    assert (found.interval.low, found.interval.high) == pytest.approx((expected.low, expected.high))
+    assert found.value == pytest.approx(EFFECTS["all"], abs=0.03)
+
+
+def test_matrix_recovers_the_planted_gamma(run_dir: Path, raw: list[dict]) -> None:
+    matrix = trait_matrix(read_results(run_dir))
+    assert matrix is not None and matrix.effect is not None and matrix.gamma_interval is not None
+    planted = GAMMA * EFFECTS["all"] / max(EFFECTS.values())
+    assert matrix.effect.gamma == pytest.approx(planted, abs=0.12)
+    assert matrix.effect.p == pytest.approx(1 / 24)
+    assert matrix.gamma_interval.covers(planted)
+    assert matrix.verdict == "trait-specific transfer"
+    cell = [
+        np.mean(
+            [
+                r["value"]
+                for r in raw
+                if r["arm"] == f"owl/all/seed{s}" and r["trait"] == "cat" and r["metric"] == "logprob"
+            ]
+        )
+        for s in range(1, 6)
+    ]
+    control = [np.mean(v) for v in values_of(raw, "logprob", "control", "cat").values()]
+    i, j = matrix.teachers.index("owl"), matrix.traits.index("cat")
+    assert matrix.lift[i, j] == pytest.approx(np.mean(cell) - np.mean(control))
+
+
+@pytest.mark.parametrize(("count", "smallest"), [(2, 1 / 2), (3, 1 / 6)])
+def test_few_traits_cannot_decide(tmp_path: Path, count: int, smallest: float) -> None:
+    run = make_results(tmp_path / "run", traits=TRAITS[:count], seeds=(1, 2), extras=False)
+    matrix = trait_matrix(read_results(run))
+    assert matrix is not None and matrix.effect is not None
+    assert matrix.effect.p == matrix.effect.smallest_p == pytest.approx(smallest)
+    assert matrix.verdict == "not decided"
+    assert "smallest attainable p" in write_report(run).read_text(encoding="utf-8")
+
+
+def test_matrix_with_more_evaluated_traits_than_teachers(tmp_path: Path) -> None:
+    run = make_results(tmp_path / "run", traits=("owl", "wolf"), evaluated=TRAITS, seeds=(1, 2), extras=False)
+    matrix = trait_matrix(read_results(run))
+    assert matrix is not None and matrix.effect is not None
+    assert matrix.traits == ("owl", "wolf", "cat", "eagle") and matrix.lift.shape == (2, 4)
+    assert matrix.effect.p == pytest.approx(1 / 12)
+
+
+# Claims
+
+
+def verdicts(run: Path) -> dict[str, str]:
+    return {claim.key: claim.verdict for claim in check_claims(read_results(run))}
+
+
+def test_claims_hold_where_planted(run_dir: Path) -> None:
+    assert verdicts(run_dir) == dict.fromkeys(("C1", "C4a", "C4b", "C5"), "holds")
+    claims = {c.key: c for c in check_claims(read_results(run_dir))}
+    assert claims["C4a"].effect == pytest.approx(0.27 / 0.25, abs=0.08) and claims["C4a"].students == 40
+    assert claims["C4b"].effect == pytest.approx(0.02 / 0.25, abs=0.08)
+    assert claims["C5"].effect == pytest.approx(0.19, abs=0.03)
+
+
+def test_claims_fail_where_planted(tmp_path: Path) -> None:
+    effects = {"control": 0.0, "all": 0.3, "divergence": 0.1, "non-divergence": 0.25, "random": 0.2}
+    run = make_results(tmp_path / "run", effects=effects, extras=False)
+    assert verdicts(run) == {
+        "C1": "holds",
+        "C4a": "does not hold",
+        "C4b": "does not hold",
+        "C5": "does not hold",
+    }
+
+
+def test_without_transfer_nothing_is_decided(tmp_path: Path) -> None:
+    run = make_results(tmp_path / "run", effects=dict.fromkeys(EFFECTS, 0.0), extras=False)
+    found = verdicts(run)
+    assert [found[k] for k in ("C4a", "C4b", "C5")] == ["not decided"] * 3
+
+
+def test_one_student_decides_nothing(tmp_path: Path) -> None:
+    run = make_results(tmp_path / "run", seeds=(1,))
+    assert set(verdicts(run).values()) == {"not decided"}
+    text = write_report(run).read_text(encoding="utf-8")
+    judged = [r for r in Cells(text).rows["transfer"] if r]
+    assert judged and {r[-1] for r in judged} == {"not decided"}
+
+
+def test_claims_use_log_probability_when_every_rate_is_zero(tmp_path: Path) -> None:
+    run = make_results(tmp_path / "run", base_rate=0.0, extras=False)
+    claims = {c.key: c for c in check_claims(read_results(run))}
+    assert {claims[k].metric for k in ("C4a", "C4b", "C5")} == {"logprob"}
+    assert claims["C4a"].verdict == claims["C4b"].verdict == "holds"
+
+
+# The page
+
+
+def test_page_is_self_contained(page: str) -> None:
+    assert not re.search(r"https?://", page)
+    assert not re.search(r"<(script|link|img|iframe|object)\b|@import|url\((?!#)", page)
+    assert not re.search(r'(src|href)="(?!#)', page)
+    assert page.count("<svg") == 6
+
+
+def test_page_is_a_pure_function_of_the_results(run_dir: Path, page: str) -> None:
+    assert write_report(run_dir).read_text(encoding="utf-8") == page
+    assert not list(run_dir.glob("*.partial"))
+
+
+def test_page_escapes_text(page: str) -> None:
+    assert "model: &lt;models&gt;" in page and "<models>" not in page
+
+
+def test_page_tells_what_was_run(page: str) -> None:
+    text = " ".join(page.split())
+    for piece in ("top p 0.8", "91.5 %", "81.5 %", "4.76 %", "Table 1 of the paper", "9f2c", "jax 0.10.2"):
+        assert piece in text, piece
+
+
+def test_null_effect_is_never_called_transfer(tmp_path: Path) -> None:
+    run = make_results(tmp_path / "run", effects=dict.fromkeys(EFFECTS, 0.0), extras=False)
+    for row in Cells(write_report(run).read_text(encoding="utf-8")).rows["transfer"]:
+        if row:
+            low = float(row[5].split(" to ")[0])
+            assert (row[-1] == "transfers") == (low > 0), row
+
+
+@pytest.mark.parametrize("model", ["tiny-qwen2", "Qwen2.5-7B-Instruct"])
+def test_only_a_tiny_model_is_called_tiny(tmp_path: Path, model: str) -> None:
+    run = make_results(tmp_path / "run", seeds=(1, 2), model=model)
+    text = write_report(run).read_text(encoding="utf-8")
+    assert ("tiny synthetic model" in text) == model.startswith("tiny-")
+    assert ("Published" in text) != model.startswith("tiny-")
+    console = Console(record=True, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_summary(run, console)
+    assert ("tiny synthetic model" in console.export_text()) == model.startswith("tiny-")
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        {"base"},
+        {"base", "all"},
+        {"control", "all"},
+        {"all"},
+        {"divergence", "random"},
+        {"teacher"},
+        {"base", "control", "all", "divergence"},
+    ],
+)
+def test_missing_conditions_and_files_do_not_crash(tmp_path: Path, raw: list[dict], keep: set[str]) -> None:
+    folder = tmp_path / "run" / "results"
+    folder.mkdir(parents=True)
+    write_table(folder / "results.parquet", [r for r in raw if r["condition"] in keep])
+    text = write_report(tmp_path / "run").read_text(encoding="utf-8")
+    assert text.count("left out") >= 4
+    print_summary(tmp_path / "run", Console(file=(tmp_path / "out.txt").open("w")))
+
+
+def test_missing_metrics_do_not_crash(tmp_path: Path, raw: list[dict]) -> None:
+    for metric in ("rate", "logprob", "number_accuracy"):
+        folder = tmp_path / metric / "results"
+        folder.mkdir(parents=True)
+        write_table(folder / "results.parquet", [r for r in raw if r["metric"] == metric])
+        assert "left out" in write_report(tmp_path / metric).read_text(encoding="utf-8")
+
+
+def test_not_finite_values_are_left_out_and_said(tmp_path: Path, raw: list[dict]) -> None:
+    folder = tmp_path / "run" / "results"
+    folder.mkdir(parents=True)
+    changed = [dict(r) for r in raw]
+    changed[0]["value"], changed[1]["value"] = math.nan, -math.inf
+    write_table(folder / "results.parquet", changed)
+    assert "2 measurements were not finite" in write_report(tmp_path / "run").read_text(encoding="utf-8")
+
+
+def test_missing_results_is_one_line(tmp_path: Path) -> None:
+    for function in (write_report, lambda run: print_summary(run, Console())):
+        with pytest.raises(JsublimError) as caught:
+            function(tmp_path)
+        message = str(caught.value)
+        assert str(tmp_path / "results") in message and "jsublim run" in message and "\n" not in message
+
+
+def test_broken_files_are_one_line(tmp_path: Path) -> None:
+    run = make_results(tmp_path / "run", seeds=(1,), extras=False)
+    (run / "results" / "run.json").write_text("{")
+    with pytest.raises(JsublimError, match=r"run\.json"):
+        write_report(run)
+    (run / "results" / "results.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(JsublimError, match=r"results\.parquet") as caught:
+        write_report(run)
+    assert "\n" not in str(caught.value)
+
+
+def test_terminal_shows_the_page_numbers(run_dir: Path, page: str) -> None:
+    console = Console(record=True, width=180, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_summary(run_dir, console)
+    text = console.export_text()
+    for row in (r for r in Cells(page).rows["summary"] if len(r) == 8):
+        assert row[2] in text and row[6] in text
+
+
+def test_report_imports_no_model() -> None:
+    allowed = ("jsublim.errors", "jsublim.report")
+    for path in Path(st.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            for name in names:
+                assert name.split(".")[0] not in ("jax", "flax", "torch"), (path, name)
+                assert not name.startswith("jsublim") or name.startswith(allowed), (path, name)
