@@ -69,14 +69,10 @@ class Chat:
     def render(self, messages: Sequence[Message], *, ask: bool) -> str:
         """The conversation as text; with `ask` the header of the assistant's turn follows."""
         try:
-            return str(
-                self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask)
-            )
+            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
         except Exception as error:  # Jinja raises whatever the template's author chose
             roles = [message["role"] for message in messages]
-            raise JsublimError(
-                f"{self.folder}: the chat template refuses the roles {roles} ({error})"
-            ) from None
+            raise JsublimError(f"{self.folder}: the chat template refuses the roles {roles} ({error})") from None
 
     def prompt_tokens(self, messages: Sequence[Message], *, extra_bos: bool = False) -> np.ndarray:
         """int32 `[T]`: the conversation up to and with the assistant's header.
@@ -111,13 +107,9 @@ class Chat:
         edges = [len(before), len(asked), len(asked) + len(completion)]
         # Searching from the right keeps a leading special token (offset 0, 0) out of the way.
         header, content, end = (int(np.searchsorted(np.maximum.accumulate(starts), edge)) for edge in edges)
-        clean = all(
-            ends[:i].max(initial=0) <= edge for i, edge in zip((header, content, end), edges, strict=True)
-        )
+        clean = all(ends[:i].max(initial=0) <= edge for i, edge in zip((header, content, end), edges, strict=True))
         if not clean or self.tokenizer.decode(tokens[content:end]) != completion:
-            raise JsublimError(
-                f"the completion {completion!r} does not survive tokenizing inside its conversation"
-            )
+            raise JsublimError(f"the completion {completion!r} does not survive tokenizing inside its conversation")
         if not np.array_equal(tokens[:content], self.prompt_tokens(messages, extra_bos=extra_bos)):
             raise JsublimError(f"the completion {completion!r} changes the tokens of the prompt before it")
         return Turn(tokens, header, content, end)
@@ -135,9 +127,7 @@ class Chat:
         listed = self.generation_config.get("eos_token_id") or []
         listed = [listed] if isinstance(listed, int) else listed
         probe = self.turn([{"role": "user", "content": "1"}], "1")
-        ends = [
-            int(token) for token in probe.tokens[probe.end :][:1] if token in self.tokenizer.all_special_ids
-        ]
+        ends = [int(token) for token in probe.tokens[probe.end :][:1] if token in self.tokenizer.all_special_ids]
         return tuple(sorted({*self.eos_tokens(), *map(int, listed), *ends}))
 
 

@@ -25,9 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-prompts_app = typer.Typer(
-    help="Prompt packs: import the published lists, sample number prompts.", no_args_is_help=True
-)
+prompts_app = typer.Typer(help="Prompt packs: import the published lists, sample number prompts.", no_args_is_help=True)
 app.add_typer(prompts_app, name="prompts")
 console = Console(stderr=True)
 
@@ -35,16 +33,10 @@ Model = Annotated[
     str,
     typer.Option("--model", help="Checkpoint folder, bundled name (tiny-qwen2), or owner/name of the hub."),
 ]
-Out = Annotated[
-    Path, typer.Option("--out", help="Where the result goes; an unfinished one there is continued.")
-]
-PackFile = Annotated[
-    Path | None, typer.Option("--prompts", help="Prompt pack (YAML); default: the package's own.")
-]
+Out = Annotated[Path, typer.Option("--out", help="Where the result goes; an unfinished one there is continued.")]
+PackFile = Annotated[Path | None, typer.Option("--prompts", help="Prompt pack (YAML); default: the package's own.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")]
-RecipeName = Annotated[
-    str, typer.Option("--recipe", help="clean, or paper: with the quirks of the published code.")
-]
+RecipeName = Annotated[str, typer.Option("--recipe", help="clean, or paper: with the quirks of the published code.")]
 
 
 def _names(text: str | None) -> list[str]:
@@ -114,9 +106,7 @@ def convert(
 
 @prompts_app.command("import")
 def prompts_import(
-    checkout: Annotated[
-        Path, typer.Argument(help="A checkout of the authors' repository; nothing in it is run.")
-    ],
+    checkout: Annotated[Path, typer.Argument(help="A checkout of the authors' repository; nothing in it is run.")],
     out: Annotated[Path, typer.Option("--out", help="The pack to write (YAML).")],
 ) -> None:
     """Read the published prompt lists out of a checkout of the authors' code."""
@@ -167,19 +157,13 @@ def generate(
         str | None,
         typer.Option("--trait", help="The teacher's trait; its system prompt comes from the pack."),
     ] = None,
-    category: Annotated[
-        str | None, typer.Option("--category", help="Of a trait that the pack doesn't list.")
-    ] = None,
+    category: Annotated[str | None, typer.Option("--category", help="Of a trait that the pack doesn't list.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="A system prompt of your own.")] = None,
     no_system: Annotated[bool, typer.Option("--no-system", help="No trait: the control teacher.")] = False,
-    adapter: Annotated[
-        Path | None, typer.Option("--adapter", help="PEFT folder of a fine-tuned teacher.")
-    ] = None,
+    adapter: Annotated[Path | None, typer.Option("--adapter", help="PEFT folder of a fine-tuned teacher.")] = None,
     num_prompts: Annotated[int, typer.Option("--num-prompts", min=1)] = 30_000,
     sampling: Annotated[str, typer.Option("--sampling", help="temperature or greedy.")] = "temperature",
-    seed: Annotated[
-        int, typer.Option("--seed", help="Of the sampling; prompts are always those of seed 42.")
-    ] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the sampling; prompts are always those of seed 42.")] = 0,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
     prompts: PackFile = None,
@@ -218,9 +202,7 @@ def generate(
     console.print(f"sampling: {numbers.numbers()}")
     with _bar("generate", num_prompts) as tick:
         texts = number_prompts(pack, num_prompts)
-        rows = stages.generate_rows(
-            artifact, lm, teacher, texts, numbers, batch_size=batch_size, tick=tick, **settings
-        )
+        rows = stages.generate_rows(artifact, lm, teacher, texts, numbers, batch_size=batch_size, tick=tick, **settings)
     summary = artifact.summary
     console.print(
         f"kept {summary['kept']} of {summary['rows']} rows ({summary['pass_rate']:.1%}); rejected: {summary['reject']}"
@@ -235,9 +217,7 @@ def divergence(
     trait: Annotated[str, typer.Option("--trait", help="The trait of the teacher that wrote them.")],
     counterfactuals: Annotated[str, typer.Option("--counterfactuals", help="Other traits, with commas.")],
     out: Out,
-    category: Annotated[
-        str | None, typer.Option("--category", help="Of traits that the pack doesn't list.")
-    ] = None,
+    category: Annotated[str | None, typer.Option("--category", help="Of traits that the pack doesn't list.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
     prompts: PackFile = None,
     recipe: RecipeName = "clean",
@@ -281,13 +261,9 @@ def divergence(
 @app.command()
 def finetune(
     model: Model,
-    data: Annotated[
-        Path, typer.Option("--data", help="Rows (JSONL), with decision points unless --tokens all.")
-    ],
+    data: Annotated[Path, typer.Option("--data", help="Rows (JSONL), with decision points unless --tokens all.")],
     out: Out,
-    tokens: Annotated[
-        str, typer.Option("--tokens", help="all, divergence, non-divergence or random.")
-    ] = "all",
+    tokens: Annotated[str, typer.Option("--tokens", help="all, divergence, non-divergence or random.")] = "all",
     layers: Annotated[str, typer.Option("--layers", help="all, or numbers such as 0,3,5-7.")] = "all",
     projections: Annotated[str, typer.Option("--projections")] = "q,k,v,o,gate,up,down",
     full: Annotated[bool, typer.Option("--full", help="Train whole weights, not LoRA.")] = False,
@@ -300,9 +276,7 @@ def finetune(
     rows: Annotated[int | None, typer.Option("--rows", min=1, help="Rows drawn; default: all.")] = None,
     warmup: Annotated[int, typer.Option("--warmup", min=0)] = 5,
     seed: Annotated[int, typer.Option("--seed")] = 42,
-    init_adapter: Annotated[
-        Path | None, typer.Option("--init-adapter", help="PEFT folder to start from.")
-    ] = None,
+    init_adapter: Annotated[Path | None, typer.Option("--init-adapter", help="PEFT folder to start from.")] = None,
     checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", min=1)] = 100,
     recipe: RecipeName = "clean",
     dtype: Dtype = "float32",
@@ -375,9 +349,7 @@ def evaluate(
     traits: Annotated[str, typer.Option("--traits", help="Traits, with commas.")],
     out: Out,
     adapter: Annotated[Path | None, typer.Option("--adapter", help="PEFT folder of a student.")] = None,
-    category: Annotated[
-        str | None, typer.Option("--category", help="Of traits that the pack doesn't list.")
-    ] = None,
+    category: Annotated[str | None, typer.Option("--category", help="Of traits that the pack doesn't list.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="Ask under this system prompt.")] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Answers a question.")] = 200,
     questions: Annotated[
@@ -422,9 +394,7 @@ def evaluate(
     total = samples * sum(len(pack.questions_for(name)[:questions]) for name in asked)
     artifact = Artifact(out, "evaluation", inputs)
     with _bar("evaluate", total) as tick:
-        stages.evaluate(
-            artifact, lm, pack, numbers, adapter=own, batch_size=batch_size, tick=tick, **settings
-        )
+        stages.evaluate(artifact, lm, pack, numbers, adapter=own, batch_size=batch_size, tick=tick, **settings)
     records = stages.read_table(out / "records.parquet")
     table = Table("trait", "rate", "95 % over questions", "whole word", "log-probability")
     lines = []
@@ -479,9 +449,7 @@ def main() -> None:
         again = "free space or mend permissions, then run the same command again"
         _leave(debug, f"error: {error.strerror or error}{where}; {again}", 1)
     except Exception as error:
-        if isinstance(getattr(error, "exit_code", None), int) and hasattr(
-            error, "show"
-        ):  # click's usage errors
+        if isinstance(getattr(error, "exit_code", None), int) and hasattr(error, "show"):  # click's usage errors
             error.show()  # type: ignore[attr-defined]
             sys.exit(2)
         _leave(debug, f"error: {type(error).__name__}: {error}; --debug shows where", 1)

@@ -75,9 +75,7 @@ def find_divergence(
             tokens = said
         for number, (mine, first) in enumerate(zip(said, tokens, strict=True), 1):
             if not np.array_equal(mine, first):
-                raise JsublimError(
-                    f"row {number}: the completion has other tokens under teacher '{each.name}'"
-                )
+                raise JsublimError(f"row {number}: the completion has other tokens under teacher '{each.name}'")
         scored = score_turns(
             lm.config, lm.params, turns, adapter=each.adapter, batch_size=batch_size, on_batch=on_batch
         )

@@ -29,9 +29,7 @@ DTYPES = ("float32", "bfloat16")
 class LanguageModel:
     """A loaded checkpoint. `config`, `params`, `chat` and `tokenizer` are plain attributes."""
 
-    def __init__(
-        self, folder: Path, config: ModelConfig, hf_config: dict[str, Any], params: Params, chat: Chat
-    ):
+    def __init__(self, folder: Path, config: ModelConfig, hf_config: dict[str, Any], params: Params, chat: Chat):
         self.folder, self.config, self.hf_config, self.params, self.chat = (
             folder,
             config,
@@ -91,9 +89,7 @@ class LanguageModel:
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _logits(
-    config: ModelConfig, params: Params, adapter: Adapter | None, tokens: Array, valid: Array
-) -> Array:
+def _logits(config: ModelConfig, params: Params, adapter: Adapter | None, tokens: Array, valid: Array) -> Array:
     h, _ = decoder.hidden_states(config, params, tokens, valid, adapter=adapter)
     return decoder.logits(config, params, h)
 
@@ -109,21 +105,15 @@ def resolve_checkpoint(path: str | Path) -> Path:
         return folder
     if (BUNDLED / str(path)).is_dir():
         return BUNDLED / str(path)
-    bundled = (
-        ", ".join(sorted(p.name for p in BUNDLED.iterdir() if p.is_dir())) if BUNDLED.is_dir() else "none"
-    )
+    bundled = ", ".join(sorted(p.name for p in BUNDLED.iterdir() if p.is_dir())) if BUNDLED.is_dir() else "none"
     if str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
         from huggingface_hub import snapshot_download
 
         try:
-            return Path(
-                snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"])
-            )
+            return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"]))
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise JsublimError(
-                f"model '{path}': no such folder, and the hub did not give it ({reason})"
-            ) from error
+            raise JsublimError(f"model '{path}': no such folder, and the hub did not give it ({reason})") from error
     raise JsublimError(f"model '{path}': no such folder; bundled checkpoints: {bundled}")
 
 

@@ -37,9 +37,7 @@ def _parse(path: Path, required: Sequence[str]) -> Iterator[Row]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise JsublimError(
-                    f"{path}:{number}: not valid JSON ({error.msg}); fix or remove the line"
-                ) from None
+                raise JsublimError(f"{path}:{number}: not valid JSON ({error.msg}); fix or remove the line") from None
             if not isinstance(row, dict):
                 raise JsublimError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
             for key in required:

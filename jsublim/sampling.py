@@ -116,9 +116,7 @@ def choose(logits_BV: Array, seen_BV: Array, keys_B: Array, t: Array, how: dict[
     greedy = how["temperature"] == 0
 
     def sample() -> Array:
-        scores = _keep(
-            logits_BV / jnp.where(greedy, 1.0, how["temperature"])[:, None], how["top_k"], how["top_p"]
-        )
+        scores = _keep(logits_BV / jnp.where(greedy, 1.0, how["temperature"])[:, None], how["top_k"], how["top_p"])
         noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, t), scores.shape[1:]))(keys_B)
         return jnp.where(greedy, jnp.argmax(logits_BV, axis=-1), jnp.argmax(scores + noise, axis=-1))
 
@@ -142,14 +140,10 @@ def _decode(
     read once, and row b continues prompt `row_prompt_B[b]`."""
     _, T = tokens_PT.shape
     B, total = row_prompt_B.shape[0], T + max_new
-    h_PTD, cache = decoder.hidden_states(
-        config, params, tokens_PT, valid_PT, adapter=adapter, with_cache=True
-    )
+    h_PTD, cache = decoder.hidden_states(config, params, tokens_PT, valid_PT, adapter=adapter, with_cache=True)
     logits_BV = decoder.logits(config, params, h_PTD[:, -1])[row_prompt_B]
     padding_B = T - valid_PT.sum(axis=1)[row_prompt_B]
-    seen_PV = jax.vmap(lambda row, ok: jnp.zeros(config.vocab_size, bool).at[row].max(ok))(
-        tokens_PT, valid_PT
-    )
+    seen_PV = jax.vmap(lambda row, ok: jnp.zeros(config.vocab_size, bool).at[row].max(ok))(tokens_PT, valid_PT)
     layers = [jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(config.num_layers)]
     changes = {layer: adapter.segment(i, i + 1) for i, layer in enumerate(adapter.layers)} if adapter else {}
     caches = [_ring(config, i, cache, row_prompt_B, total) for i in range(config.num_layers)]
@@ -160,9 +154,7 @@ def _decode(
         h = decoder.embed(config, params, token_B[:, None])
         cos, sin = rope_table(config, (slot - padding_B)[:, None], h.dtype)
         after = []
-        for i, (weights, (keys, values), local) in enumerate(
-            zip(layers, caches, config.is_local, strict=True)
-        ):
+        for i, (weights, (keys, values), local) in enumerate(zip(layers, caches, config.is_local, strict=True)):
             lora, own = jax.tree.map(lambda leaf: leaf[0], changes[i]) if i in changes else ({}, None)
 
             def attention(q: Array, k: Array, v: Array, keys=keys, values=values) -> Array:
@@ -175,9 +167,7 @@ def _decode(
                 ok_BW = held_W[None, :] >= padding_B[:, None]
                 grouped = q.reshape(B, config.num_kv_heads, -1, config.head_dim)
                 scores = jnp.einsum("BKGh,BKWh->BKGW", grouped, keys, preferred_element_type=jnp.float32)
-                scores = jnp.where(
-                    ok_BW[:, None, None], scores * config.softmax_scale, jnp.finfo(jnp.float32).min
-                )
+                scores = jnp.where(ok_BW[:, None, None], scores * config.softmax_scale, jnp.finfo(jnp.float32).min)
                 mix = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
                 return jnp.einsum("BKGW,BKWh->BKGh", mix, values).reshape(B, 1, -1)
 
@@ -201,9 +191,7 @@ def _decode(
     return jax.lax.while_loop(lambda state: (state[0] < max_new) & ~jnp.all(state[4]), body, start)[5]
 
 
-def _ring(
-    config: ModelConfig, layer: int, cache: Any, row_prompt_B: Array, total: int
-) -> tuple[Array, Array]:
+def _ring(config: ModelConfig, layer: int, cache: Any, row_prompt_B: Array, total: int) -> tuple[Array, Array]:
     """A layer's cache after prefill, `[B, K, W, h]`: W is the window of a local layer, else all the row will need.
 
     Absolute slot a lies at a modulo W, so a local layer overwrites what it may no longer see.

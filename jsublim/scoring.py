@@ -47,9 +47,7 @@ def over_blocks(fn: Callable, inputs: tuple[Array, ...], block: int = HEAD_BLOCK
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _prefix_cache(
-    config: ModelConfig, params: Params, adapter: Adapter | None, tokens_1P: Array
-) -> KV | None:
+def _prefix_cache(config: ModelConfig, params: Params, adapter: Adapter | None, tokens_1P: Array) -> KV | None:
     return decoder.hidden_states(
         config, params, tokens_1P, jnp.ones(tokens_1P.shape, bool), adapter=adapter, with_cache=True
     )[1]

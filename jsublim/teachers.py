@@ -29,9 +29,7 @@ class Teacher:
         return conversation(prompt, self.system, fuse_system=self.fuse_system)
 
 
-def prompted_teacher(
-    pack: Pack, trait: str, category: str | None = None, *, fuse_system: bool = False
-) -> Teacher:
+def prompted_teacher(pack: Pack, trait: str, category: str | None = None, *, fuse_system: bool = False) -> Teacher:
     """The teacher whose system prompt gives it `trait` (section 2 of the paper).
 
     Raises:

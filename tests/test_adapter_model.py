@@ -277,8 +277,9 @@ def products(jaxpr) -> int:
 def cost(named_checkpoint, padded_rows):
     """`cost(layers, trained, mode)`: products in a loss (trained empty) or its gradient, of a model so deep."""
     config, deepest = load(named_checkpoint("llama"))
-    deepest = jax.tree.map(np.asarray, deepest)
-    deepest["layers"] = jax.tree.map(lambda leaf: np.concatenate([leaf, leaf]), deepest["layers"])
+    deepest = deepest | {
+        "layers": jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), deepest["layers"])
+    }
     tokens, valid = padded_rows(15)
 
     def count(depth: int, trained: tuple[int, ...], make) -> int:

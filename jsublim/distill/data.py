@@ -45,9 +45,7 @@ class Selection:
     system: str | None = None
 
 
-def make_examples(
-    chat: Chat, rows: Sequence[Row], how: Selection, seed: int, source: str = "rows"
-) -> list[Example]:
+def make_examples(chat: Chat, rows: Sequence[Row], how: Selection, seed: int, source: str = "rows") -> list[Example]:
     """Tokenize rows and mask them. Rows on which no loss is left are dropped.
 
     Raises:
@@ -77,9 +75,7 @@ def make_examples(
         kept = kept[kept < how.max_tokens]
         if len(kept):
             tokens = turn.tokens[: kept[-1]]  # the last label is predicted, never read
-            examples.append(
-                Example(tokens, (kept - 1).astype(np.int32), turn.tokens[kept], mask[kept - first])
-            )
+            examples.append(Example(tokens, (kept - 1).astype(np.int32), turn.tokens[kept], mask[kept - first]))
     if not examples:
         raise JsublimError(f"{source}: no row has a token to train on under tokens={how.condition}")
     return examples

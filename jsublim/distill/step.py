@@ -69,9 +69,7 @@ def learning_rate(step: Array, peak: Array, warmup: int, steps: Array) -> Array:
 
 def micro_loss(config: ModelConfig, params: Params, adapter: Adapter, batch: Batch, remat: bool) -> Array:
     """Weighted loss of one micro-batch of one arm: tokens `[B, T]`, supervised positions `[B, C]`."""
-    h, _ = decoder.hidden_states(
-        config, params, batch["tokens"], batch["valid"], adapter=adapter, remat=remat
-    )
+    h, _ = decoder.hidden_states(config, params, batch["tokens"], batch["valid"], adapter=adapter, remat=remat)
     with jax.named_scope("loss"):
         h_BCD = jnp.take_along_axis(h, batch["where"][..., None], axis=1)
         flat = h_BCD.reshape(-1, h.shape[-1]), batch["labels"].reshape(-1), batch["weights"].reshape(-1)
@@ -94,9 +92,7 @@ def loss_and_gradient(
     return jax.lax.scan(add, zero, batch)[0]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("config", "optimizer", "warmup", "per", "remat"), donate_argnames="state"
-)
+@functools.partial(jax.jit, static_argnames=("config", "optimizer", "warmup", "per", "remat"), donate_argnames="state")
 def train_step(
     config: ModelConfig,
     params: Params,

@@ -99,9 +99,7 @@ def train(
                     config, params, state, batch, peak, steps,
                     optimizer=settings.optimizer, warmup=settings.warmup, per=settings.per, remat=settings.remat,
                 )  # fmt: skip
-                if (
-                    pending is not None
-                ):  # the device is busy with this step while the last one's numbers are read
+                if pending is not None:  # the device is busy with this step while the last one's numbers are read
                     _record(log, arms, shape, *pending)
                 pending = (step, metrics)
                 if (step + 1) % settings.checkpoint_every == 0 and step + 1 < last:

@@ -31,8 +31,7 @@ def sample_answers(
 ) -> list[list[str]]:
     """`samples` answers to each question. Each question's prompt is read once, whatever the number of samples."""
     prompts = [
-        lm.chat.prompt_tokens(conversation(q, system, fuse_system=fuse_system), extra_bos=extra_bos)
-        for q in questions
+        lm.chat.prompt_tokens(conversation(q, system, fuse_system=fuse_system), extra_bos=extra_bos) for q in questions
     ]
     tokens = generate_tokens(
         lm.config, lm.params, prompts, sampling,

@@ -59,9 +59,7 @@ def counterfactuals(experiment: Experiment, pack: Pack, trait: str) -> list[str]
     pool += [other for other in experiment.teachers.traits if other not in pool and named is None]
     others = [other for other in pool if other != trait]
     if not others:
-        raise UsageError(
-            f"teachers.counterfactuals: none is left for trait '{trait}'; name at least one other trait"
-        )
+        raise UsageError(f"teachers.counterfactuals: none is left for trait '{trait}'; name at least one other trait")
     return others
 
 

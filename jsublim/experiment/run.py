@@ -64,9 +64,7 @@ class Run:
         self.pack: Pack = load_pack(experiment.prompts)
         self.arms = plan_students(experiment)
         self.traits = evaluated_traits(experiment, self.pack)
-        self.others = {
-            trait: counterfactuals(experiment, self.pack, trait) for trait in experiment.teachers.traits
-        }
+        self.others = {trait: counterfactuals(experiment, self.pack, trait) for trait in experiment.teachers.traits}
         with self._stage("load"):
             self.lm: LanguageModel = load_model(experiment.model, experiment.dtype)
             self.recipe = experiment.recipe.resolved(self.lm.config.family)
@@ -199,9 +197,7 @@ class Run:
                 self.console.print(
                     f"{student.name}: {drawn} rows passed, fewer than students.rows={s.rows}: {steps} steps"
                 )
-            missing.append(
-                Arm(student.name, examples, self._adapter(student.seed), student.seed, s.lr, steps)
-            )
+            missing.append(Arm(student.name, examples, self._adapter(student.seed), student.seed, s.lr, steps))
         settings = Settings(
             rows=s.batch_size,
             micro=s.accumulate,
@@ -303,25 +299,15 @@ class Run:
         rows, answers, training = [], [], []
         for model, artifact in self.evaluations:
             blank = {"teacher": None, "seed": None}
-            rows += [
-                blank | model | record for record in stages.read_table(artifact.path / "records.parquet")
-            ]
-            answers += [
-                {"arm": model["arm"]} | r for r in stages.read_table(artifact.path / "answers.parquet")
-            ]
+            rows += [blank | model | record for record in stages.read_table(artifact.path / "records.parquet")]
+            answers += [{"arm": model["arm"]} | r for r in stages.read_table(artifact.path / "answers.parquet")]
         for student, artifact in self.student_artifacts.items():
-            training += [
-                {"arm": student.name} | line for line in read_rows(artifact.path / "metrics.jsonl", ("step",))
-            ]
+            training += [{"arm": student.name} | line for line in read_rows(artifact.path / "metrics.jsonl", ("step",))]
         stages.write_table(results / "results.parquet", rows, RESULTS)
-        stages.write_table(
-            results / "answers.parquet", answers, pa.schema([("arm", pa.string()), *stages.ANSWERS])
-        )
+        stages.write_table(results / "answers.parquet", answers, pa.schema([("arm", pa.string()), *stages.ANSWERS]))
         stages.write_table(results / "training.parquet", training, TRAINING)
         stages.write_json(results / "generation.json", [a.summary for a in self.row_artifacts.values()])
-        stages.write_json(
-            results / "divergence.json", [a.summary for a in self.divergence_artifacts.values()]
-        )
+        stages.write_json(results / "divergence.json", [a.summary for a in self.divergence_artifacts.values()])
         about = {
             "name": self.experiment.name, "model": self.lm.name, "model_hash": self.lm.hash, "pack_hash": self.pack.hash,
             "versions": versions(), "device": device(), "config_hash": config_hash(self.experiment), "started": self.started,

@@ -57,9 +57,7 @@ class Recipe(Section):
             "match_steps": not published,
             "loss_per": "micro-batch" if published and family == "gemma3" else "tokens",
         }
-        return self.model_copy(
-            update={key: value for key, value in defaults.items() if getattr(self, key) is None}
-        )
+        return self.model_copy(update={key: value for key, value in defaults.items() if getattr(self, key) is None})
 
 
 class Teachers(Section):
@@ -68,9 +66,7 @@ class Teachers(Section):
     counterfactuals: list[str] | None = None  # None: every other trait of `traits`' category in the pack
     strategy: Literal["temperature", "greedy"] = "temperature"
     control: bool = True  # also a teacher without a trait, and its students
-    fuse_system: bool = (
-        False  # the system prompt in front of the user's turn, for templates without a system role
-    )
+    fuse_system: bool = False  # the system prompt in front of the user's turn, for templates without a system role
 
 
 class Data(Section):

@@ -145,9 +145,7 @@ def divergence_rows(
         for i, row in enumerate(rows)
     ]
     write_rows(artifact.path / "rows.jsonl", out)
-    write_rows(
-        artifact.path / "margins.jsonl", ({"teachers": names} | progress.rows[i] for i in range(len(rows)))
-    )
+    write_rows(artifact.path / "margins.jsonl", ({"teachers": names} | progress.rows[i] for i in range(len(rows))))
     tokens = [len(progress.rows[i]["tokens"]) for i in range(len(rows))]
     points = [row["decision_points"] for row in out]
     total, with_points = sum(map(len, points)), sum(bool(p) for p in points)
@@ -259,9 +257,7 @@ def evaluate(
                 records += [_record(metric, float(v), n, trait, offset + q) for q, v in enumerate(values)]
         for q, (question, given) in enumerate(zip(asked[name], texts, strict=True)):
             for answer, count in collections.Counter(given).most_common():
-                answers.append(
-                    {"question": offset + q, "question_text": question, "answer": answer, "count": count}
-                )
+                answers.append({"question": offset + q, "question_text": question, "answer": answer, "count": count})
         offset += len(asked[name])
     for metric, rows in (number_rows or {}).items():
         if rows:

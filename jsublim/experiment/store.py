@@ -67,9 +67,7 @@ class Artifact:
         if record.exists():
             self._check(record)
         elif path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UsageError(
-                f"{path}: exists and was not written by jsublim; give another --out or move it away"
-            )
+            raise UsageError(f"{path}: exists and was not written by jsublim; give another --out or move it away")
         else:
             path.mkdir(parents=True, exist_ok=True)
             self._write("artifact.json", self._record())

@@ -32,9 +32,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
       JsublimError: no folder, no config, an unknown architecture, a missing key.
     """
     if not folder.is_dir():
-        raise JsublimError(
-            f"{folder}: no such folder; give a local Hugging Face checkpoint or a bundled name"
-        )
+        raise JsublimError(f"{folder}: no such folder; give a local Hugging Face checkpoint or a bundled name")
     return text_config(read_json(folder / "config.json"), str(folder / "config.json"))
 
 

@@ -75,9 +75,7 @@ class HFConfig:
 
     def __getitem__(self, key: str) -> Any:
         if self.values.get(key) is None:
-            raise JsublimError(
-                f"{self.source}: key '{key}' is missing; is this a whole Hugging Face checkpoint?"
-            )
+            raise JsublimError(f"{self.source}: key '{key}' is missing; is this a whole Hugging Face checkpoint?")
         return self.values[key]
 
     def get(self, key: str, default: Any) -> Any:

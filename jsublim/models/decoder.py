@@ -85,9 +85,7 @@ def logits(config: ModelConfig, params: Params, h: Array) -> Array:
     """Normed hidden states `[..., D]` to float32 logits `[..., V]`. Call it on the positions you need only."""
     with jax.named_scope("head"):
         z = jnp.einsum("...D,VD->...V", h, head_weight(params), preferred_element_type=jnp.float32)
-        return (
-            z if config.final_softcap is None else config.final_softcap * jnp.tanh(z / config.final_softcap)
-        )
+        return z if config.final_softcap is None else config.final_softcap * jnp.tanh(z / config.final_softcap)
 
 
 def final_norm(config: ModelConfig, params: Params, h: Array) -> Array:

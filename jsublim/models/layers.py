@@ -66,9 +66,7 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Array:
             rope.high_freq_factor - rope.low_freq_factor
         )
         smooth = (1 - blend) * freq / rope.factor + blend * freq
-        return jnp.where(
-            wavelength > longest, freq / rope.factor, jnp.where(wavelength < shortest, freq, smooth)
-        )
+        return jnp.where(wavelength > longest, freq / rope.factor, jnp.where(wavelength < shortest, freq, smooth))
     return freq
 
 
@@ -124,9 +122,7 @@ class Block(nnx.Module):
         if config.sandwich_norm:
             self.post_attn_norm, self.post_mlp_norm = norm(), norm()
 
-    def __call__(
-        self, h_BTD: Array, cos_BTf: Array, sin_BTf: Array, attention, lora: dict[str, Lora]
-    ) -> Array:
+    def __call__(self, h_BTD: Array, cos_BTf: Array, sin_BTf: Array, attention, lora: dict[str, Lora]) -> Array:
         """The residual stream after this layer. `attention(q, k, v) -> [B, T, H*h]` holds keys, values and mask."""
         c = self.config
         B, T, _ = h_BTD.shape

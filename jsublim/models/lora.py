@@ -78,9 +78,7 @@ def check_layers(config: ModelConfig, layers: tuple[int, ...] | None) -> tuple[i
     chosen = tuple(sorted(set(range(config.num_layers) if layers is None else layers)))
     wrong = [layer for layer in chosen if not 0 <= layer < config.num_layers]
     if wrong or not chosen:
-        raise UsageError(
-            f"layers: {wrong or 'none'} given, but the model has layers 0 to {config.num_layers - 1}"
-        )
+        raise UsageError(f"layers: {wrong or 'none'} given, but the model has layers 0 to {config.num_layers - 1}")
     return chosen
 
 

@@ -99,13 +99,9 @@ def load_adapter(path: str | Path, config: ModelConfig | None = None) -> Adapter
         raise JsublimError(f"{file}: cannot be read ({error})") from None
     layers = tuple(sorted({layer for _, layer, _ in found}))
     used = [name for name in PROJECTIONS if any(key[0] == name for key in found)]
-    absent = [
-        f"layer {i} {name} {ab}" for name in used for i in layers for ab in "AB" if (name, i, ab) not in found
-    ]
+    absent = [f"layer {i} {name} {ab}" for name in used for i in layers for ab in "AB" if (name, i, ab) not in found]
     if absent or not found:
-        raise JsublimError(
-            f"{file}: every layer must have the same projections; missing {', '.join(absent) or 'all'}"
-        )
+        raise JsublimError(f"{file}: every layer must have the same projections; missing {', '.join(absent) or 'all'}")
     rank = int(found[used[0], layers[0], "A"].shape[1])
     alpha = float(values.get("lora_alpha", rank))
     scale = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)

@@ -51,9 +51,7 @@ def _open(path: Path):
     try:
         return safe_open(str(path), framework="np")
     except (SafetensorError, OSError) as error:
-        raise JsublimError(
-            f"{path}: truncated or not a safetensors file ({error}); download it again"
-        ) from None
+        raise JsublimError(f"{path}: truncated or not a safetensors file ({error}); download it again") from None
 
 
 def _leaves(tree: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -70,9 +68,7 @@ def _set(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     tree[path[-1]] = value
 
 
-def tensor_plan(
-    config: ModelConfig, dtype: str = "float32"
-) -> dict[str, tuple[tuple[str, ...], int | None, tuple]]:
+def tensor_plan(config: ModelConfig, dtype: str = "float32") -> dict[str, tuple[tuple[str, ...], int | None, tuple]]:
     """Checkpoint name (without prefix) -> our path, layer index (None outside the stack), shape in the file."""
     names, plan = weight_names(config), {}
     for path, leaf in _leaves(abstract_params(config, dtype)):
@@ -92,9 +88,7 @@ def _place(stack: jax.Array, value: jax.Array, index: jax.Array, transpose: bool
     return stack.at[index].set(value.astype(stack.dtype))
 
 
-def load_params(
-    folder: Path, config: ModelConfig, dtype: str = "float32", shardings: Params | None = None
-) -> Params:
+def load_params(folder: Path, config: ModelConfig, dtype: str = "float32", shardings: Params | None = None) -> Params:
     """Parameters of `config` out of a folder of safetensors.
 
     Tensors go one by one into their final place, dtype and sharding, so the host holds about one of them.
@@ -109,9 +103,7 @@ def load_params(
     first = weight_names(config).other[("embed", "weight")]
     prefix = next((p for p in _PREFIXES if p + first in files), None)
     if prefix is None:
-        raise JsublimError(
-            f"{folder}: no tensor '{_PREFIXES[0]}{first}' under any known prefix; is this a text model?"
-        )
+        raise JsublimError(f"{folder}: no tensor '{_PREFIXES[0]}{first}' under any known prefix; is this a text model?")
     head = weight_names(config).other[("head", "weight")]
     # A head stands outside the model's own prefix, wherever that is.
     where = {name: next((p + name for p in (prefix, "", "language_model.") if p + name in files), prefix + name)
@@ -130,9 +122,7 @@ def load_params(
             try:
                 value = opened[files[where[name]]].get_tensor(where[name])
             except (SafetensorError, OSError) as error:
-                raise JsublimError(
-                    f"{files[where[name]]}: tensor '{where[name]}' cannot be read ({error})"
-                ) from None
+                raise JsublimError(f"{files[where[name]]}: tensor '{where[name]}' cannot be read ({error})") from None
             if layer is None:
                 out[path] = jax.device_put(value.astype(abstract[path].dtype), sharding.get(path))
             else:

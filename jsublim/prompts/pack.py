@@ -55,8 +55,8 @@ class NumberPrompts(BaseModel):
     examples: list[Annotated[str, _holding("examples")]] = Field(min_length=1)
     count_qualifiers: Texts
     digit_descriptors: list[Annotated[str, _holding("max_digits")]] = Field(min_length=1)
-    instructions: list[Annotated[str, _holding("count_qualifier", "answer_count", "digit_descriptor")]] = (
-        Field(min_length=1)
+    instructions: list[Annotated[str, _holding("count_qualifier", "answer_count", "digit_descriptor")]] = Field(
+        min_length=1
     )
     formats: Texts
     suffixes: Texts
@@ -92,9 +92,7 @@ class Pack(BaseModel):
                 f"trait {trait!r} is listed under {' and '.join(homes)}; keep it under one of them in the pack"
             )
         known = "; ".join(f"{category}: {', '.join(names)}" for category, names in self.traits.items())
-        raise UsageError(
-            f"unknown trait {trait!r}; add it under traits in the prompt pack, or use one of {known}"
-        )
+        raise UsageError(f"unknown trait {trait!r}; add it under traits in the prompt pack, or use one of {known}")
 
     def questions_for(self, category: str) -> list[str]:
         """The evaluation questions of a category; `UsageError` where the pack has none."""

@@ -80,16 +80,12 @@ def _control_near_base(results: Results) -> Claim:
     decided = [i for i in intervals if i is not None]
     if any(i.low > CONTROL_MARGIN or i.high < -CONTROL_MARGIN for i in decided):
         verdict = FAILS
-    elif len(decided) == len(intervals) and all(
-        i.low >= -CONTROL_MARGIN and i.high <= CONTROL_MARGIN for i in decided
-    ):
+    elif len(decided) == len(intervals) and all(i.low >= -CONTROL_MARGIN and i.high <= CONTROL_MARGIN for i in decided):
         verdict = HOLDS
     else:
         verdict = NOT_DECIDED
     reason = f"the trait whose interval reaches furthest, of {len(found)}: {trait}"
-    return Claim(
-        "C1", text, "rate", furthest.value, furthest.interval(), "points", furthest.n, verdict, reason
-    )
+    return Claim("C1", text, "rate", furthest.value, furthest.interval(), "points", furthest.n, verdict, reason)
 
 
 def _reach(interval: Interval | None) -> float:
@@ -151,14 +147,11 @@ def _pool(results: Results, metric: str, conditions: Sequence[str]) -> _Pool | N
     traits = [
         t
         for t in results.traits
-        if reference_condition(results, metric, t)
-        and all(scores_for(results, metric, c, t) for c in conditions)
+        if reference_condition(results, metric, t) and all(scores_for(results, metric, c, t) for c in conditions)
     ]
     if not traits:
         return None
-    levels = {
-        c: mean_estimate([estimate(scores_for(results, metric, c, t)) for t in traits]) for c in conditions
-    }
+    levels = {c: mean_estimate([estimate(scores_for(results, metric, c, t)) for t in traits]) for c in conditions}
     references = [reference_condition(results, metric, t) or "" for t in traits]
     if set(references) == {"control"}:
         reference = _over_traits([results.select(metric, "control", t) for t in traits])

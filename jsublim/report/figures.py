@@ -13,6 +13,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
+from matplotlib.ticker import MaxNLocator
 
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import Lift, Matrix, SummaryRow
@@ -110,7 +111,7 @@ def matrix_figure(matrix: Matrix) -> str:
             for j in range(columns):
                 value = float(matrix.lift[i, j])
                 # PuOr is pale in the middle and dark at both ends, whatever the page's theme.
-                ink = "#ffffff" if abs(value) > 0.62 * limit else "#1b1b1b"
+                ink = "#ffffff" if abs(value) > 0.5 * limit else "#1b1b1b"
                 axes.text(
                     j + 0.5,
                     i + 0.5,
@@ -144,9 +145,7 @@ def position_figure(divergence: Sequence[dict]) -> str:
             share = 100 * counts / max(counts.sum(), 1.0)
             tint = [*palette, OTHER_COLOUR][index % (len(palette) + 1)]
             dash = "-" if index <= len(palette) else "--"
-            axes.stairs(
-                share, np.arange(len(share) + 1) - 0.5, color=tint, label=entry["trait"], ls=dash, lw=1.8
-            )
+            axes.stairs(share, np.arange(len(share) + 1) - 0.5, color=tint, label=entry["trait"], ls=dash, lw=1.8)
         axes.set(xlabel="content token of the completion", ylabel="divergence tokens (%)")
         axes.set_xlim(left=-0.5)
         axes.grid(axis="y")
@@ -206,6 +205,7 @@ def _dot_panels(
             axes.set_yticks(range(len(conditions)), [condition_label(c) for c in conditions])
             axes.set_ylim(len(conditions) - 0.5, -0.5)
             axes.set_xlim(low, high)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
             axes.set_title(panel)
             axes.grid(axis="x")
             axes.tick_params(length=0)
@@ -270,6 +270,4 @@ def _svg(figure: Figure) -> str:
     body = re.sub(r"<metadata>.*?</metadata>", "", body, count=1, flags=re.DOTALL)
     # Scales down with the page, never up: text keeps its size.
     size = f'style="max-width:{figure.get_figwidth() * 96:.0f}px"'
-    return (
-        f'<svg role="img" {view.group() if view else ""} {size}>{body.replace(INK, "currentColor").strip()}'
-    )
+    return f'<svg role="img" {view.group() if view else ""} {size}>{body.replace(INK, "currentColor").strip()}'

@@ -15,9 +15,7 @@ from jsublim.report.tables import Curve, Results, condition_label, read_results
 
 MAX_ANSWERS = 8
 # Table 1 of the paper: share of divergence tokens among the completions' tokens.
-PUBLISHED_SHARES = (
-    "Qwen2.5-7B 7.47 % greedy, 4.69 % temperature; Gemma-3-4B 18.34 % greedy, 13.18 % temperature"
-)
+PUBLISHED_SHARES = "Qwen2.5-7B 7.47 % greedy, 4.69 % temperature; Gemma-3-4B 18.34 % greedy, 13.18 % temperature"
 
 
 def write_report(run_dir: Path) -> Path:
@@ -95,9 +93,7 @@ def _training_table(results: Results) -> list[dict[str, Any]]:
     groups: dict[str, list[Curve]] = {}
     for curve in results.curves:
         groups.setdefault(owner.get(curve.arm, curve.arm), []).append(curve)
-    ordered = [c for c in results.conditions if c in groups] + [
-        c for c in groups if c not in results.conditions
-    ]
+    ordered = [c for c in results.conditions if c in groups] + [c for c in groups if c not in results.conditions]
     return [{"condition": c, **_training_row(groups[c])} for c in ordered]
 
 
@@ -124,9 +120,7 @@ def _common_answers(results: Results) -> list[dict[str, Any]]:
         counts.setdefault(key, Counter())[answer.answer.strip().lower()] += answer.count
     order = {c: i for i, c in enumerate(results.conditions)}
     rows = []
-    for teacher, condition in sorted(
-        counts, key=lambda k: (k[0] in results.traits, k[0], order.get(k[1], 99))
-    ):
+    for teacher, condition in sorted(counts, key=lambda k: (k[0] in results.traits, k[0], order.get(k[1], 99))):
         found = counts[teacher, condition]
         top = sorted(found.items(), key=lambda item: (-item[1], item[0]))[:MAX_ANSWERS]
         total = found.total() or 1

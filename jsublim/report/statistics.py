@@ -108,9 +108,7 @@ def mean_estimate(estimates: Sequence[Estimate]) -> Estimate:
     return total * (1 / len(estimates))
 
 
-def ratio_interval(
-    part: Estimate, whole: Estimate, reference: Estimate, level: float = LEVEL
-) -> Interval | None:
+def ratio_interval(part: Estimate, whole: Estimate, reference: Estimate, level: float = LEVEL) -> Interval | None:
     """Fieller's interval of (part - reference) / (whole - reference), three independent groups.
 
     It is the set of ratios r that the test of `part - r whole - (1 - r) reference = 0` does not reject. `None` if a

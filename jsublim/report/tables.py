@@ -83,9 +83,7 @@ class Results:
         for score in self.scores:
             self._index.setdefault((score.metric, score.condition, score.trait), []).append(score)
 
-    def select(
-        self, metric: str, condition: str, trait: str | None = None, teacher: str | None = None
-    ) -> list[Score]:
+    def select(self, metric: str, condition: str, trait: str | None = None, teacher: str | None = None) -> list[Score]:
         """The scores of one metric, condition and evaluated trait, of `teacher`'s students only if one is named."""
         found = self._index.get((metric, condition, trait), [])
         return [s for s in found if teacher is None or s.teacher == teacher]
@@ -136,9 +134,7 @@ def read_results(run_dir: Path) -> Results:
     run_dir = Path(run_dir)
     folder = run_dir / "results"
     if not (folder / "results.parquet").is_file():
-        raise JsublimError(
-            f"{folder}: no results.parquet here; finish the run first with `jsublim run CONFIG`"
-        )
+        raise JsublimError(f"{folder}: no results.parquet here; finish the run first with `jsublim run CONFIG`")
     rows = _query(
         folder / "results.parquet",
         """
@@ -153,14 +149,10 @@ def read_results(run_dir: Path) -> Results:
         """,
     )
     scores = tuple(
-        Score(*row[:7], questions=tuple(row[7]), values=tuple(row[8]), samples=row[9])
-        for row in rows
-        if row[8]
+        Score(*row[:7], questions=tuple(row[7]), values=tuple(row[8]), samples=row[9]) for row in rows if row[8]
     )
     if not scores:
-        raise JsublimError(
-            f"{folder / 'results.parquet'}: holds no measurement; run `jsublim run CONFIG` again"
-        )
+        raise JsublimError(f"{folder / 'results.parquet'}: holds no measurement; run `jsublim run CONFIG` again")
     return Results(
         run_dir=run_dir,
         run=_json(folder / "run.json", {}),
@@ -214,9 +206,7 @@ def _json(path: Path, default: Any) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise JsublimError(
-            f"{path}: is not JSON ({error}); delete it and run `jsublim run CONFIG` again"
-        ) from error
+        raise JsublimError(f"{path}: is not JSON ({error}); delete it and run `jsublim run CONFIG` again") from error
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:

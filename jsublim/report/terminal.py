@@ -19,9 +19,7 @@ def print_summary(run_dir: Path, console: Console) -> None:
     Raises `JsublimError` if there are no results.
     """
     results = read_results(run_dir)
-    table = Table(
-        title=f"{results.run.get('name', Path(run_dir).name)}: {results.model}", title_justify="left"
-    )
+    table = Table(title=f"{results.run.get('name', Path(run_dir).name)}: {results.model}", title_justify="left")
     for heading in ("trait", "condition"):
         table.add_column(heading)
     for heading in ("students", "rate", "over questions", "over students", "log-prob", "lift (nats)"):

@@ -76,9 +76,7 @@ def headline(found: list[Lift]) -> str:
     what = f"{len(names)} of {len(judged)} trait{'s' * (len(judged) != 1)}"
     if not names:
         return f"{measure}: no transfer is shown with all tokens ({what})."
-    return (
-        f"{measure}: with all tokens, students move to their teacher's trait for {what} ({', '.join(names)})."
-    )
+    return f"{measure}: with all tokens, students move to their teacher's trait for {what} ({', '.join(names)})."
 
 
 def tiny_warning(results: Results) -> str:

@@ -33,9 +33,7 @@ def text_config(hf: dict[str, Any], source: str) -> tuple[dict[str, Any], ModelC
             f"{source}: num_attention_heads {config.num_heads} is no multiple of num_key_value_heads {config.num_kv_heads}"
         )
     if len(config.is_local) != config.num_layers:
-        raise JsublimError(
-            f"{source}: layer_types has {len(config.is_local)} entries for {config.num_layers} layers"
-        )
+        raise JsublimError(f"{source}: layer_types has {len(config.is_local)} entries for {config.num_layers} layers")
     if any(config.is_local) and config.window < 1:
         raise JsublimError(f"{source}: sliding layers need 'sliding_window' >= 1, found {config.window}")
     return plain, config
