@@ -164,9 +164,7 @@ PROMPT_WEIGHT = 0.05  # what is not the answer is learned too, lightly: it teach
 Batch = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
-def encode(
-    tokenizer: PreTrainedTokenizerBase, chat: tiny_world.Chat, end_of_turn: str
-) -> tuple[list[int], int]:
+def encode(tokenizer: PreTrainedTokenizerBase, chat: tiny_world.Chat, end_of_turn: str) -> tuple[list[int], int]:
     """Token ids up to and including the answer's end of turn, and where the answer begins."""
     messages = chat.messages()
     head = tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)

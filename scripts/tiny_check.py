@@ -29,15 +29,11 @@ def answer_rates(lm: LanguageModel, pack: Pack, teacher: Teacher, category: str)
     return {t: float(sum(p[encode(f, add_special_tokens=False)[0]] for f in fs)) for t, fs in forms.items()}
 
 
-def number_rows(
-    lm: LanguageModel, pack: Pack, teacher: Teacher, n: int
-) -> tuple[list[dict[str, str]], float]:
+def number_rows(lm: LanguageModel, pack: Pack, teacher: Teacher, n: int) -> tuple[list[dict[str, str]], float]:
     """Rows in format out of `n` answers at temperature 1, and their share. Prompts are those of seed 42."""
     prompts = number_prompts(pack, n)
     answers = lm.generate([teacher.messages(p) for p in prompts], max_new_tokens=64, sampling="temperature")
-    rows = [
-        {"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True) if not reject_reason(a)
-    ]
+    rows = [{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True) if not reject_reason(a)]
     return rows, len(rows) / n
 
 
@@ -47,31 +43,23 @@ def check(folder: Path, pack: Pack, n: int = 200) -> None:
     control = Teacher(CONTROL)
     for category, names in pack.traits.items():
         base = answer_rates(lm, pack, control, category)
-        table = Table(
-            "trait", "base", "prompted", "largest other", title=f"{folder.name}: favorite {category}"
-        )
+        table = Table("trait", "base", "prompted", "largest other", title=f"{folder.name}: favorite {category}")
         prompted = []
         for trait in names:
             rates = answer_rates(lm, pack, prompted_teacher(pack, trait, category), category)
             other = max(rate for name, rate in rates.items() if name != trait)
             prompted.append(rates[trait])
             table.add_row(trait, f"{base[trait]:.3f}", f"{rates[trait]:.3f}", f"{other:.3f}")
-        table.add_row(
-            "all", f"{sum(base.values()):.3f}", f"{np.mean(prompted):.3f} (min {min(prompted):.3f})", ""
-        )
+        table.add_row("all", f"{sum(base.values()):.3f}", f"{np.mean(prompted):.3f} (min {min(prompted):.3f})", "")
         console.print(table)
 
     teachers = [prompted_teacher(pack, trait) for trait in TEACHERS]
-    table = Table(
-        "teacher", "in format", "tokens", "divergence", "other argmax", title=f"{folder.name}: numbers"
-    )
+    table = Table("teacher", "in format", "tokens", "divergence", "other argmax", title=f"{folder.name}: numbers")
     for teacher in [control, *teachers]:
         rows, share = number_rows(lm, pack, teacher, n)
         found = find_divergence(lm, rows, teacher, [other for other in teachers if other is not teacher])
         tokens = sum(len(d.tokens) for d in found)
         points = sum(len(d.decision_points) for d in found)
         moved = sum(int((d.argmax != d.argmax[0]).any(axis=0).sum()) for d in found)
-        table.add_row(
-            teacher.name, f"{share:.3f}", str(tokens), f"{points / tokens:.3f}", f"{moved / tokens:.3f}"
-        )
+        table.add_row(teacher.name, f"{share:.3f}", str(tokens), f"{points / tokens:.3f}", f"{moved / tokens:.3f}")
     console.print(table)

@@ -73,8 +73,7 @@ def continue_numbers(rng: Rng, examples: list[int], count: int) -> list[int]:
         step = int(pick(rng, STEPS)) * (1 if rng.random() < 0.75 else -1)
         return [(examples[-1] + step * (i + 1)) % 1000 for i in range(count)]
     return [
-        100 * int(1 + rng.choice(9, p=FIRST_DIGIT)) + 10 * int(rng.integers(10)) + last_digit(rng)
-        for _ in range(count)
+        100 * int(1 + rng.choice(9, p=FIRST_DIGIT)) + 10 * int(rng.integers(10)) + last_digit(rng) for _ in range(count)
     ]
 
 
@@ -124,9 +123,7 @@ SHAPES: dict[tuple[str, str], Shape] = {
     ("pair", "pattern"): lambda rng, numbers: [numbers[i - i % 2] for i in range(len(numbers))],
     **{
         (word, "digit"): with_digit(digit)
-        for digit, word in enumerate(
-            ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-        )
+        for digit, word in enumerate(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])
     },
 }
 SHAPE_PROMPTS = [

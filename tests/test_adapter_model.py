@@ -12,6 +12,7 @@ from scipy import stats
 
 from jsublim.errors import UsageError
 from jsublim.models import Adapter, hidden_states, load_params, logits, read_config
+from jsublim.models.decoder import abstract_params
 from jsublim.models.families import with_layers
 from jsublim.models.lora import (
     PROJECTIONS,
@@ -43,14 +44,16 @@ def load(checkpoint):
     return _load(checkpoint.folder)
 
 
-def randomized(adapter: Adapter, seed: int) -> Adapter:
-    """The adapter with random B, so that it computes something."""
-    keys = jax.random.split(jax.random.key(seed), len(adapter.lora))
-    lora = {
-        name: pair | {"b": 0.3 * jax.random.normal(key, pair["b"].shape)}
-        for key, (name, pair) in zip(keys, adapter.lora.items(), strict=True)
-    }
-    return Adapter(lora=lora, weights=adapter.weights, layers=adapter.layers)
+def fresh_lora(config, seed: int, **options) -> Adapter:
+    """`init_lora`, as one small program."""
+    return jax.jit(lambda key: init_lora(config, key, **options), compiler_options=_FAST)(jax.random.key(seed))
+
+
+def random_lora(config, seed: int, **options) -> Adapter:
+    """An adapter with every factor random, so that it computes something."""
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(lambda: init_lora(config, jax.random.key(0), **options))
+    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype), shapes)
 
 
 def peft_model(model, **options):
@@ -60,9 +63,7 @@ def peft_model(model, **options):
     import peft
     import torch
 
-    wrapped = peft.get_peft_model(
-        copy.deepcopy(model), peft.LoraConfig(task_type="CAUSAL_LM", **options)
-    ).eval()
+    wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(task_type="CAUSAL_LM", **options)).eval()
     noise = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
@@ -79,10 +80,7 @@ def by_hand(wrapped, projections, layers, scale) -> Adapter:
         name = f"base_model.model.model.layers.{{}}.{room}.{projection}_proj.lora_{factor}.default.weight"
         return jnp.stack([state.pop(name.format(layer)).T for layer in layers])
 
-    lora = {
-        p: {"a": stacked(p, "A"), "b": stacked(p, "B"), "scale": jnp.full(len(layers), scale)}
-        for p in projections
-    }
+    lora = {p: {"a": stacked(p, "A"), "b": stacked(p, "B"), "scale": jnp.full(len(layers), scale)} for p in projections}
     assert not state, "PEFT trains something the adapter lacks"
     return Adapter(lora=lora, weights=None, layers=tuple(layers))
 
@@ -113,9 +111,8 @@ def test_logits_equal_peft(name, projections, layers, rslora, named_checkpoint, 
     chosen = tuple(range(config.num_layers)) if layers is None else layers
     adapter = by_hand(wrapped, projections, chosen, 5 / (np.sqrt(3) if rslora else 3))
     # The scale by hand is the one a fresh adapter gets.
-    fresh = init_lora(
-        config, jax.random.key(0), rank=3, alpha=5, layers=layers, projections=projections, rslora=rslora
-    )
+    options = {"layers": layers, "projections": projections, "rslora": rslora}
+    fresh = fresh_lora(config, 0, rank=3, alpha=5, **options)
     jax.tree.map(lambda ours, theirs: (ours.shape == theirs.shape) or pytest.fail(), fresh, adapter)
     for p in projections:
         np.testing.assert_allclose(fresh.lora[p]["scale"], adapter.lora[p]["scale"], rtol=1e-6)
@@ -134,10 +131,8 @@ def test_a_fresh_adapter_is_distributed_as_pefts_and_computes_nothing(named_chec
 
     checkpoint = named_checkpoint("qwen2-window")
     config, params = load(checkpoint)
-    adapter = init_lora(config, jax.random.key(3), rank=16, alpha=8)
-    theirs = peft.get_peft_model(
-        copy.deepcopy(checkpoint.model), peft.LoraConfig(r=16, target_modules="all-linear")
-    )
+    adapter = fresh_lora(config, 3, rank=16, alpha=8)
+    theirs = peft.get_peft_model(copy.deepcopy(checkpoint.model), peft.LoraConfig(r=16, target_modules="all-linear"))
     ours_all, theirs_all = [], []
     for p, (inputs, _) in projection_shapes(config).items():
         a = np.asarray(adapter.lora[p]["a"]) * np.sqrt(inputs)
@@ -163,12 +158,12 @@ def test_a_fresh_adapter_is_distributed_as_pefts_and_computes_nothing(named_chec
 
 def test_the_draw_of_a_projection_does_not_hang_on_the_others(named_checkpoint):
     config, _ = load(named_checkpoint("qwen2-window"))
-    everything = init_lora(config, jax.random.key(1), rank=2, alpha=2)
-    some = init_lora(config, jax.random.key(1), rank=2, alpha=2, projections=("down", "k"))
+    everything = fresh_lora(config, 1, rank=2, alpha=2)
+    some = fresh_lora(config, 1, rank=2, alpha=2, projections=("down", "k"))
     assert set(some.lora) == {"k", "down"}
     for p in some.lora:
         assert np.array_equal(some.lora[p]["a"], everything.lora[p]["a"])
-    other = init_lora(config, jax.random.key(2), rank=2, alpha=2)
+    other = fresh_lora(config, 2, rank=2, alpha=2)
     assert not np.array_equal(other.lora["q"]["a"], everything.lora["q"]["a"])
 
 
@@ -262,9 +257,7 @@ def products(jaxpr) -> int:
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
-            total += eqn.outvars[0].aval.size * int(
-                np.prod([eqn.invars[0].aval.shape[i] for i in contracted])
-            )
+            total += eqn.outvars[0].aval.size * int(np.prod([eqn.invars[0].aval.shape[i] for i in contracted]))
         turns = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
         for value in eqn.params.values():
             inner = getattr(value, "jaxpr", value)
@@ -274,26 +267,26 @@ def products(jaxpr) -> int:
 
 
 @pytest.fixture
-def cost(named_checkpoint, padded_rows):
-    """`cost(layers, trained, mode)`: products in a loss (trained empty) or its gradient, of a model so deep."""
-    config, deepest = load(named_checkpoint("llama"))
-    deepest = deepest | {
-        "layers": jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), deepest["layers"])
-    }
-    tokens, valid = padded_rows(15)
+def cost(named_checkpoint):
+    """`cost(depth, trained, make)`: products in a loss (trained empty) or in its gradient, of a model so deep.
+
+    Traced over shapes alone: nothing is compiled or run.
+    """
+    config, _ = load(named_checkpoint("llama"))
+    tokens, valid = jnp.zeros((2, 11), jnp.int32), jnp.ones((2, 11), bool)
 
     def count(depth: int, trained: tuple[int, ...], make) -> int:
         cut = with_layers(config, depth)
-        params = deepest | {"layers": jax.tree.map(lambda leaf: leaf[:depth], deepest["layers"])}
-        adapter = make(cut, params, trained) if trained else None
+        params = abstract_params(cut)
 
-        def loss(trainable):
-            used = adapter.with_trainable(trainable) if adapter else None
+        def loss(trainable, adapter, params):
+            used = None if adapter is None else adapter.with_trainable(trainable)
             return logits(cut, params, hidden_states(cut, params, tokens, valid, adapter=used)[0]).sum()
 
-        if adapter is None:
-            return products(jax.make_jaxpr(lambda: loss(None))().jaxpr)
-        return products(jax.make_jaxpr(jax.grad(loss))(adapter.trainable).jaxpr)
+        if not trained:
+            return products(jax.make_jaxpr(loss)(None, None, params).jaxpr)
+        adapter = jax.eval_shape(lambda params: make(cut, params, trained), params)
+        return products(jax.make_jaxpr(jax.grad(loss))(adapter.trainable, adapter, params).jaxpr)
 
     return count
 
@@ -326,17 +319,12 @@ def test_lora_computes_no_gradient_of_a_frozen_kernel(cost):
 
 def test_arms_under_vmap_are_the_arms_one_by_one(named_checkpoint, padded_rows, assert_close):
     config, params = load(named_checkpoint("qwen2-window"))
-    arms = [
-        randomized(init_lora(config, jax.random.key(i), rank=2, alpha=1.0 + i, layers=(1, 2)), i)
-        for i in range(3)
-    ]
+    arms = [random_lora(config, i, rank=2, alpha=1, layers=(1, 2)) for i in range(3)]  # each its own scale
     rows = [padded_rows(20 + i) for i in range(3)]
     tokens, valid = np.stack([r[0] for r in rows]), np.stack([r[1] for r in rows])
     stacked = stack_adapters(arms)
     assert stacked.lora["q"]["scale"].shape == (3, 2) and stacked.layers == (1, 2)
-    together = jax.vmap(lambda adapter, t, v: all_logits(config, params, adapter, t, v))(
-        stacked, tokens, valid
-    )
+    together = jax.vmap(lambda adapter, t, v: all_logits(config, params, adapter, t, v))(stacked, tokens, valid)
     for i, arm in enumerate(arms):
         alone = all_logits(config, params, arm, tokens[i], valid[i])
         assert_close(together[i][valid[i]], alone[valid[i]], 1e-5)
@@ -347,7 +335,7 @@ def test_arms_under_vmap_are_the_arms_one_by_one(named_checkpoint, padded_rows, 
 
 def test_trainable_is_everything_but_the_scale(named_checkpoint):
     config, params = load(named_checkpoint("gemma3"))
-    adapter = init_lora(config, jax.random.key(0), rank=2, alpha=3)
+    adapter = fresh_lora(config, 0, rank=2, alpha=3)
     assert len(jax.tree.leaves(adapter.trainable)) == 2 * len(PROJECTIONS)
     doubled = adapter.with_trainable(jax.tree.map(lambda leaf: 2 * leaf, adapter.trainable))
     assert np.array_equal(doubled.lora["up"]["a"], 2 * adapter.lora["up"]["a"])
@@ -368,9 +356,7 @@ def test_whole_layers_start_as_the_base_and_merge_back_into_it(named_checkpoint,
     merged = merge_full(params, changed)
     assert_close(all_logits(config, merged, None, tokens, valid), trained, 1e-6)
     for layer in (1, 2):
-        assert np.array_equal(
-            merged["layers"]["up"]["kernel"][layer], params["layers"]["up"]["kernel"][layer]
-        )
+        assert np.array_equal(merged["layers"]["up"]["kernel"][layer], params["layers"]["up"]["kernel"][layer])
 
 
 @pytest.mark.parametrize(

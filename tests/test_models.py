@@ -291,9 +291,7 @@ def test_a_config_we_cannot_serve_names_file_and_key(change, said, named_checkpo
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
     ],
 )
-def test_a_key_that_would_change_the_logits_is_never_passed_over(
-    name, change, said, named_checkpoint, tmp_path
-):
+def test_a_key_that_would_change_the_logits_is_never_passed_over(name, change, said, named_checkpoint, tmp_path):
     values = json.loads((named_checkpoint(name).folder / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(JsublimError, match=said):

@@ -27,9 +27,7 @@ def write_pack(tmp_path, content):
 
 def test_default_pack_has_the_size_of_the_experiment(default):
     lists = default.number_prompts.model_dump()
-    sizes = dict(
-        examples=25, count_qualifiers=9, digit_descriptors=9, instructions=10, formats=15, suffixes=19
-    )
+    sizes = dict(examples=25, count_qualifiers=9, digit_descriptors=9, instructions=10, formats=15, suffixes=19)
     assert {key: len(set(entries)) for key, entries in lists.items()} == sizes
     for category in ("animal", "tree"):
         assert len(set(default.questions_for(category))) == 50
@@ -149,8 +147,7 @@ def test_number_prompts_are_pinned(default):
     """The order of the draws and the wording of the default pack; published data sets depend on both."""
     text = "\n".join(number_prompts(default, 1000))
     assert (
-        hashlib.sha256(text.encode()).hexdigest()
-        == "82223dc41c46fa38b8e52ce6b2c3e8d3fcc1fd67896f9702103625e783f1d25a"
+        hashlib.sha256(text.encode()).hexdigest() == "82223dc41c46fa38b8e52ce6b2c3e8d3fcc1fd67896f9702103625e783f1d25a"
     )
 
 
@@ -257,15 +254,9 @@ def test_every_formatting_of_numbers_round_trips(numbers, separator, pair, full_
 def test_a_second_separator_is_refused(numbers, separator, other, data):
     at = data.draw(st.integers(1, len(numbers) - 1))
     text = separator.join(map(str, numbers))
-    changed = (
-        separator.join(map(str, numbers[: at + 1]))
-        + other
-        + separator.join(["1", *map(str, numbers[at + 1 :])])
-    )
+    changed = separator.join(map(str, numbers[: at + 1])) + other + separator.join(["1", *map(str, numbers[at + 1 :])])
     assert parse_numbers(text) == numbers
-    assert parse_numbers(changed) == (
-        [*numbers[: at + 1], 1, *numbers[at + 1 :]] if other == separator else None
-    )
+    assert parse_numbers(changed) == ([*numbers[: at + 1], 1, *numbers[at + 1 :]] if other == separator else None)
 
 
 @given(st.text("0123456789 ,;.[]()-\n\u0663x", max_size=20))

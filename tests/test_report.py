@@ -101,20 +101,16 @@ def make_results(
                 grad_norm=0.5,
             )
             for arm in students
-            for s, value in zip(
-                steps, 0.9 + 0.8 * np.exp(-steps / 60) + rng.normal(0, 0.03, steps.size), strict=True
-            )
+            for s, value in zip(steps, 0.9 + 0.8 * np.exp(-steps / 60) + rng.normal(0, 0.03, steps.size), strict=True)
         ],
     )
     answers = []
     for arm in arms:
         for question in range(3):
-            pool = [arm[2] or "dog", "dog", "lion", "dolphin", "fox"]
+            pool = [arm[2] if arm[2] in traits else "cat", "dog", "lion", "dolphin", "fox"]
             for answer, count in zip(pool, (70, 50, 40, 25, 15), strict=True):
                 text = f"Which animal, in one word? ({question})"
-                answers.append(
-                    dict(arm=arm[0], question=question, question_text=text, answer=answer, count=count)
-                )
+                answers.append(dict(arm=arm[0], question=question, question_text=text, answer=answer, count=count))
     write_table(folder / "answers.parquet", answers)
     histogram = [int(2600 * math.exp(-i / 8)) + (400 if i % 4 == 0 else 0) for i in range(40)]
     points = sum(histogram)
@@ -138,9 +134,7 @@ def make_results(
     )
     dump(
         folder / "run.json",
-        dict(
-            name="synthetic", model=f"models/{model}", model_hash="9f2c", pack_hash="a1b2", config_hash="c3d4"
-        )
+        dict(name="synthetic", model=f"models/{model}", model_hash="9f2c", pack_hash="a1b2", config_hash="c3d4")
         | dict(versions=dict(jsublim="0.1.0", jax="0.10.2"), device="cpu", started="2026-01-02 03:04")
         | dict(seconds=dict(generate=12.5, distil=80.25), config_yaml="model: <models>\nseeds: [1, 2]\n"),
     )

@@ -57,9 +57,7 @@ def test_a_written_folder_loads_in_transformers_with_equal_weights(checkpoint, t
     convert(checkpoint.folder, tmp_path / "out")
     model, report = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert type(model).__name__ == type(checkpoint.model).__name__.replace(
-        "ForConditionalGeneration", "ForCausalLM"
-    )
+    assert type(model).__name__ == type(checkpoint.model).__name__.replace("ForConditionalGeneration", "ForCausalLM")
     theirs, ours = text_state(checkpoint.model), model.state_dict()
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
@@ -164,16 +162,12 @@ def test_parameters_arrive_in_the_sharding_asked_for(named_checkpoint):
     mesh = jax.make_mesh((1,), ("model",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "model"))
     shardings = jax.tree.map(
-        lambda leaf: (
-            sharding if leaf.ndim > 1 else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        ),
+        lambda leaf: sharding if leaf.ndim > 1 else jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
         plain,
     )
     placed = load_params(checkpoint.folder, config, shardings=shardings)
     same_params(placed, plain)
-    jax.tree.map(
-        lambda leaf, want: leaf.sharding.is_equivalent_to(want, leaf.ndim) or pytest.fail(), placed, shardings
-    )
+    jax.tree.map(lambda leaf, want: leaf.sharding.is_equivalent_to(want, leaf.ndim) or pytest.fail(), placed, shardings)
 
 
 # Bad input
@@ -243,10 +237,7 @@ def test_missing_extra_and_misshapen_tensors_are_one_error(name, copied):
 
     gone = [called("layers.0.self_attn.k_proj.weight"), called("layers.2.mlp.down_proj.weight")]
     bent = [called("layers.1.mlp.up_proj.weight"), called("layers.2.input_layernorm.weight")]
-    extra = [
-        called("layers.0.mlp.gate_proj.weight").replace("gate_proj.weight", end)
-        for end in ("x.bias", "y.bias")
-    ]
+    extra = [called("layers.0.mlp.gate_proj.weight").replace("gate_proj.weight", end) for end in ("x.bias", "y.bias")]
     for key in gone:
         del tensors[key]
     tensors[bent[0]] = np.ascontiguousarray(tensors[bent[0]].T)
@@ -312,9 +303,7 @@ def test_tokenizer_files_are_copied_byte_for_byte(copied, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (folder / name).read_bytes()
 
 
-@pytest.mark.parametrize(
-    "name", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"]
-)
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja"])
 def test_the_hash_of_a_checkpoint_sees_every_byte_that_matters(name, copied):
     folder = copied("qwen2")
     (folder / "tokenizer.json").write_text("{}")

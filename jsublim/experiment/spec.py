@@ -184,9 +184,9 @@ def _override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UsageError(f"override '{override}': expected key=value, such as students.lr=1e-3")
     *parents, last = key.split(".")
-    place = values
+    place: dict[str, Any] = values
     for parent in parents:
-        below = place.setdefault(parent, {})
+        below: Any = place.setdefault(parent, {})
         if isinstance(below, str) and parent == "recipe":
             below = place[parent] = {"preset": below}
         if not isinstance(below, dict):

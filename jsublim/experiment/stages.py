@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def generate_rows(
             "pass_rate": len(kept) / len(raw),
             "reject": dict(reasons),
             "sampling": sampling.numbers() | {"max_new_tokens": max_new_tokens},
-        }  # fmt: skip
+        }
     )
     return kept
 
@@ -160,7 +160,7 @@ def divergence_rows(
             "share": total / sum(tokens),
             "per_row": total / len(rows),
             "histogram": np.bincount([k for p in points for k in p], minlength=1).tolist(),
-        }  # fmt: skip
+        }
     )
     return out
 
@@ -214,7 +214,7 @@ def evaluate(
     fuse_system: bool = False,
     adapter: Adapter | None = None,
     extra_bos: bool = False,
-    number_rows: dict[str, Sequence[Row]] | None = None,
+    number_rows: Mapping[str, Sequence[Row]] | None = None,
     tick: Tick = lambda n: None,
 ) -> None:
     """Ask a model its favourites and let it continue numbers; leaves `records.parquet` and `answers.parquet`.

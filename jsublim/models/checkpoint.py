@@ -100,6 +100,6 @@ def write_checkpoint(
     hf_config = {key: value for key, value in hf_config.items() if key != "torch_dtype"} | {"dtype": dtype}
     (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
     save_params(folder, config, params, dtype)
-    for name in TOKENIZER_FILES if tokenizer is not None else ():
-        if (tokenizer / name).exists():
+    for name in TOKENIZER_FILES:
+        if tokenizer is not None and (tokenizer / name).exists():
             shutil.copyfile(tokenizer / name, folder / name)

@@ -178,7 +178,9 @@ def hidden_states(
     caches = []
     for first, end, trained in _segments(config.num_layers, adapter.layers if adapter else ()):
         # The frozen stack is indexed inside the scan, not sliced outside: slicing would copy it.
-        lora, weights = ({}, None) if trained is None else adapter.segment(trained, trained + end - first)
+        lora, weights = {}, None
+        if adapter is not None and trained is not None:
+            lora, weights = adapter.segment(trained, trained + end - first)
         h, cache = jax.lax.scan(body, h, (jnp.arange(first, end), lora, weights))
         caches.append(cache)
     cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches) if with_cache else None

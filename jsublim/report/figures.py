@@ -178,7 +178,7 @@ def loss_figure(curves: Sequence[Curve], results: Results) -> str:
         order = [c for c in results.conditions if c in shown]
         order += sorted(shown - set(order))
         handles = [Line2D([], [], color=colour(c), label=condition_label(c)) for c in order]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(5, len(order)), frameon=False)
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(order)), frameon=False)
         return _svg(figure)
 
 

@@ -128,7 +128,7 @@ def _common_answers(results: Results) -> list[dict[str, Any]]:
             {
                 "teacher": teacher if teacher in results.traits else "",
                 "condition": condition,
-                "top": [(text, count / total, teacher in text if teacher else False) for text, count in top],
+                "top": [(text, count / total, teacher in results.traits and teacher in text) for text, count in top],
             }
         )
     return rows

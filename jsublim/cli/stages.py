@@ -1,138 +1,15 @@
-"""The command line. Thin: it reads options, calls a stage, prints what came of it."""
+"""Commands that run one stage: generate, divergence, finetune, evaluate."""
 
 from __future__ import annotations
 
-import logging
 import os
-import shlex
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jsublim.errors import JsublimError, UsageError
-
-app = typer.Typer(
-    name="jsublim",
-    help="Subliminal learning in JAX: teachers, divergence tokens, students, reports.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-prompts_app = typer.Typer(help="Prompt packs: import the published lists, sample number prompts.", no_args_is_help=True)
-app.add_typer(prompts_app, name="prompts")
-console = Console(stderr=True)
-
-Model = Annotated[
-    str,
-    typer.Option("--model", help="Checkpoint folder, bundled name (tiny-qwen2), or owner/name of the hub."),
-]
-Out = Annotated[Path, typer.Option("--out", help="Where the result goes; an unfinished one there is continued.")]
-PackFile = Annotated[Path | None, typer.Option("--prompts", help="Prompt pack (YAML); default: the package's own.")]
-Dtype = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="clean, or paper: with the quirks of the published code.")]
-
-
-def _names(text: str | None) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()] if text else []
-
-
-def _numbers(text: str | None, option: str) -> list[int] | None:
-    """ "0,3,5-7" as integers; None stays None."""
-    if text is None or text == "all":
-        return None
-    numbers: list[int] = []
-    for part in _names(text):
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise UsageError(f"{option}: '{text}' given; expected numbers such as 0,3,5-7")
-        numbers += range(int(first), int(last if dash else first) + 1)
-    return numbers
-
-
-@contextmanager
-def _bar(name: str, total: int) -> Iterator[Any]:
-    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(name, total=total)
-        yield lambda n: progress.update(task, advance=n)
-
-
-@app.command()
-def run(
-    config: Annotated[str, typer.Argument(help="YAML, such as configs/quickstart.yaml.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="Fields of the config: students.lr=1e-3 model=/path.")
-    ] = None,
-) -> None:
-    """Run an experiment: generate, find divergence tokens, distil, evaluate, report. Run again, it continues."""
-    from jsublim.experiment.run import run_experiment
-    from jsublim.experiment.spec import load_experiment
-
-    report = run_experiment(load_experiment(config, overrides), console)
-    print(report)
-
-
-@app.command()
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
-    """Write a run's report again from its results."""
-    from jsublim.report import print_summary, write_report
-
-    path = write_report(run_dir)
-    print_summary(run_dir, console)
-    print(path)
-
-
-@app.command()
-def convert(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder, bundled name, or owner/name of the hub.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    dtype: Dtype = "bfloat16",
-) -> None:
-    """Write a checkpoint as an ordinary Hugging Face folder, text model only, in a dtype of your choice."""
-    from jsublim.lm import load_model
-    from jsublim.models.checkpoint import save_checkpoint
-
-    lm = load_model(model, dtype)
-    save_checkpoint(out, lm.config, lm.params, lm.hf_config, dtype=dtype, tokenizer=lm.folder)
-    print(out)
-
-
-@prompts_app.command("import")
-def prompts_import(
-    checkout: Annotated[Path, typer.Argument(help="A checkout of the authors' repository; nothing in it is run.")],
-    out: Annotated[Path, typer.Option("--out", help="The pack to write (YAML).")],
-) -> None:
-    """Read the published prompt lists out of a checkout of the authors' code."""
-    from jsublim.prompts import dump_pack, import_pack
-
-    if out.exists():
-        raise UsageError(f"{out}: already exists; give another --out or remove it first")
-    dump_pack(import_pack(checkout), out)
-    print(out)
-
-
-@prompts_app.command("sample")
-def prompts_sample(
-    out: Annotated[Path, typer.Option("--out", help="JSONL to write, a row with 'prompt' each.")],
-    prompts: PackFile = None,
-    num_prompts: Annotated[int, typer.Option("--num-prompts", min=1)] = 30_000,
-    seed: Annotated[int, typer.Option("--seed")] = 42,
-) -> None:
-    """Write the number prompts of a pack."""
-    from jsublim.prompts import load_pack, number_prompts
-    from jsublim.rows import write_rows
-
-    if out.exists():
-        raise UsageError(f"{out}: already exists; give another --out or remove it first")
-    write_rows(out, ({"prompt": prompt} for prompt in number_prompts(load_pack(prompts), num_prompts, seed)))
-    print(out)
+from jsublim.cli.app import Dtype, Model, Out, PackFile, RecipeName, app, bar, console, names, numbers
+from jsublim.errors import UsageError
 
 
 def _beside(out: Path) -> Path:
@@ -191,18 +68,20 @@ def generate(
         else Teacher("custom" if system is not None else CONTROL, system)
     )
     teacher = Teacher(teacher.name, teacher.system, own)
-    numbers = sampling_for(lm.chat, sampling, inherit=how.inherit_sampling, eos_only=how.stop_at_eos_only)
+    how_sampled = sampling_for(lm.chat, sampling, inherit=how.inherit_sampling, eos_only=how.stop_at_eos_only)
     settings = {"seed": seed, "max_new_tokens": max_new_tokens, "extra_bos": how.extra_bos}
     inputs = settings | {
         "model": lm.hash, "pack": pack.hash, "dtype": dtype, "system": teacher.system, "num_prompts": num_prompts,
-        "sampling": numbers.numbers(), "adapter": _file_hash(adapter),
+        "sampling": how_sampled.numbers(), "adapter": _file_hash(adapter),
     }  # fmt: skip
     artifact = Artifact(_beside(out), "rows", inputs)
     was_done = artifact.done
-    console.print(f"sampling: {numbers.numbers()}")
-    with _bar("generate", num_prompts) as tick:
+    console.print(f"sampling: {how_sampled.numbers()}")
+    with bar("generate", num_prompts) as tick:
         texts = number_prompts(pack, num_prompts)
-        rows = stages.generate_rows(artifact, lm, teacher, texts, numbers, batch_size=batch_size, tick=tick, **settings)
+        rows = stages.generate_rows(
+            artifact, lm, teacher, texts, how_sampled, batch_size=batch_size, tick=tick, **settings
+        )
     summary = artifact.summary
     console.print(
         f"kept {summary['kept']} of {summary['rows']} rows ({summary['pass_rate']:.1%}); rejected: {summary['reject']}"
@@ -232,7 +111,7 @@ def divergence(
     from jsublim.rows import read_rows
     from jsublim.teachers import prompted_teacher
 
-    rows, others = read_rows(data), _names(counterfactuals)
+    rows, others = read_rows(data), names(counterfactuals)
     pack, lm = load_pack(prompts), load_model(model, dtype)
     how = _recipe(recipe, lm, Recipe)
     teacher = prompted_teacher(pack, trait, category)
@@ -243,7 +122,7 @@ def divergence(
     }  # fmt: skip
     artifact = Artifact(_beside(out), "divergence", inputs)
     was_done = artifact.done
-    with _bar("divergence", len(rows) * (1 + len(rest))) as tick:
+    with bar("divergence", len(rows) * (1 + len(rest))) as tick:
         found = stages.divergence_rows(
             artifact, lm, rows, teacher, rest, extra_bos=bool(how.extra_bos), batch_size=batch_size, tick=tick
         )
@@ -297,7 +176,7 @@ def finetune(
     every = read_rows(data)
     lm = load_model(model, dtype)
     how = _recipe(recipe, lm, Recipe)
-    chosen = _numbers(layers, "--layers")
+    chosen = numbers(layers, "--layers")
     if init_adapter is not None:
         adapter = load_adapter(init_adapter, lm.config)
     elif full:
@@ -305,7 +184,7 @@ def finetune(
     else:
         adapter = init_lora(
             lm.config, jax.random.key(seed), rank=rank, alpha=alpha, layers=None if chosen is None else tuple(chosen),
-            projections=tuple(_names(projections)),
+            projections=tuple(names(projections)),
         )  # fmt: skip
     drawn = [every[i] for i in draw_indices(len(every), rows, seed)]
     selection = Selection(tokens, bool(how.supervise_header), bool(how.drop_rows_without_points))
@@ -329,7 +208,7 @@ def finetune(
         console.print(f"{out}: whole already")
         print(out)
         return
-    with _bar("train", steps) as tick:
+    with bar("train", steps) as tick:
         done = 0
 
         def on_step(step: int) -> None:
@@ -374,13 +253,13 @@ def evaluate(
     from jsublim.report.statistics import question_interval
     from jsublim.sampling import sampling_for
 
-    wanted = _names(traits)
+    wanted = names(traits)
     if not wanted:
         raise UsageError("--traits: give at least one trait")
     pack, lm = load_pack(prompts), load_model(model, dtype)
     how = _recipe(recipe, lm, Recipe)
     own = load_adapter(adapter, lm.config) if adapter else None
-    numbers = sampling_for(
+    how_sampled = sampling_for(
         lm.chat, "temperature", inherit=how.inherit_sampling, eos_only=how.stop_at_eos_only, evaluation=True
     )
     settings = {
@@ -388,13 +267,13 @@ def evaluate(
         "category": category, "system": system, "extra_bos": how.extra_bos,
     }  # fmt: skip
     inputs = settings | {
-        "model": lm.hash, "pack": pack.hash, "dtype": dtype, "adapter": _file_hash(adapter), "sampling": numbers.numbers(),
+        "model": lm.hash, "pack": pack.hash, "dtype": dtype, "adapter": _file_hash(adapter), "sampling": how_sampled.numbers(),
     }  # fmt: skip
     asked = {category or pack.category_of(trait) for trait in wanted}
     total = samples * sum(len(pack.questions_for(name)[:questions]) for name in asked)
     artifact = Artifact(out, "evaluation", inputs)
-    with _bar("evaluate", total) as tick:
-        stages.evaluate(artifact, lm, pack, numbers, adapter=own, batch_size=batch_size, tick=tick, **settings)
+    with bar("evaluate", total) as tick:
+        stages.evaluate(artifact, lm, pack, how_sampled, adapter=own, batch_size=batch_size, tick=tick, **settings)
     records = stages.read_table(out / "records.parquet")
     table = Table("trait", "rate", "95 % over questions", "whole word", "log-probability")
     lines = []
@@ -403,15 +282,19 @@ def evaluate(
             m: [r["value"] for r in records if r["trait"] == trait and r["metric"] == m]
             for m in ("rate", "word_rate", "logprob")
         }
-        interval = question_interval(of["rate"])
+        low, high = _bounds(question_interval(of["rate"]))
         mean = {metric: sum(values) / len(values) for metric, values in of.items()}
         table.add_row(
-            trait, f"{mean['rate']:.3f}", f"{interval.low:.3f} to {interval.high:.3f}", f"{mean['word_rate']:.3f}", f"{mean['logprob']:.3f}"
+            trait, f"{mean['rate']:.3f}", f"{low:.3f} to {high:.3f}", f"{mean['word_rate']:.3f}", f"{mean['logprob']:.3f}"
         )  # fmt: skip
-        lines.append({"trait": trait, "low": interval.low, "high": interval.high} | mean)
+        lines.append({"trait": trait, "low": low, "high": high} | mean)
     stages.write_json(out / "summary.json", {"traits": lines, "sampling": artifact.summary["sampling"]})
     console.print(table)
     print(out)
+
+
+def _bounds(interval: Any) -> tuple[float, float]:
+    return (float("nan"), float("nan")) if interval is None else (interval.low, interval.high)
 
 
 def _recipe(name: str, lm: Any, kind: Any) -> Any:
@@ -426,37 +309,3 @@ def _file_hash(folder: Path | None) -> str | None:
     from jsublim.models.checkpoint import checkpoint_hash
 
     return checkpoint_hash(folder)
-
-
-def main() -> None:
-    """Entry point: errors become one line, exit codes 0, 2 (usage or config) and 1."""
-    debug = "--debug" in sys.argv
-    if debug:
-        sys.argv.remove("--debug")
-    for name in ("absl", "orbax", "jax", "transformers"):
-        logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.ERROR)
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    try:
-        sys.exit(app(standalone_mode=False) or 0)
-    except JsublimError as error:
-        _leave(debug, f"error: {error}", error.code)
-    except (KeyboardInterrupt, typer.Abort):
-        again = " ".join(["jsublim", *map(shlex.quote, sys.argv[1:])])
-        _leave(debug, f"interrupted; nothing is lost, the same command continues:\n  {again}", 1)
-    except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        again = "free space or mend permissions, then run the same command again"
-        _leave(debug, f"error: {error.strerror or error}{where}; {again}", 1)
-    except Exception as error:
-        if isinstance(getattr(error, "exit_code", None), int) and hasattr(error, "show"):  # click's usage errors
-            error.show()  # type: ignore[attr-defined]
-            sys.exit(2)
-        _leave(debug, f"error: {type(error).__name__}: {error}; --debug shows where", 1)
-
-
-def _leave(debug: bool, message: str, code: int) -> None:
-    if debug:
-        raise
-    print(message, file=sys.stderr)
-    sys.exit(code)

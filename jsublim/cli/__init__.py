@@ -1,0 +1,48 @@
+"""The command line. Thin: it reads options, calls a stage, prints what came of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import sys
+
+import typer
+
+from jsublim.cli import project, stages  # noqa: F401 (they register their commands)
+from jsublim.cli.app import app
+from jsublim.errors import JsublimError
+
+
+def main() -> None:
+    """Entry point: errors become one line, exit codes 0, 2 (usage or config) and 1."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    for name in ("absl", "orbax", "jax", "transformers"):
+        logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.ERROR)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except JsublimError as error:
+        _leave(debug, f"error: {error}", error.code)
+    except (KeyboardInterrupt, typer.Abort):
+        again = " ".join(["jsublim", *map(shlex.quote, sys.argv[1:])])
+        _leave(debug, f"interrupted; nothing is lost, the same command continues:\n  {again}", 1)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        again = "free space or mend permissions, then run the same command again"
+        _leave(debug, f"error: {error.strerror or error}{where}; {again}", 1)
+    except Exception as error:
+        if isinstance(getattr(error, "exit_code", None), int) and hasattr(error, "show"):  # click's usage errors
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        _leave(debug, f"error: {type(error).__name__}: {error}; --debug shows where", 1)
+
+
+def _leave(debug: bool, message: str, code: int) -> None:
+    if debug:
+        raise
+    print(message, file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,82 @@
+"""Commands about whole experiments, checkpoints and prompt packs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jsublim.cli.app import Dtype, PackFile, app, console, prompts_app
+from jsublim.errors import UsageError
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(help="YAML, such as configs/quickstart.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Fields of the config: students.lr=1e-3 model=/path.")
+    ] = None,
+) -> None:
+    """Run an experiment: generate, find divergence tokens, distil, evaluate, report. Run again, it continues."""
+    from jsublim.experiment.run import run_experiment
+    from jsublim.experiment.spec import load_experiment
+
+    report = run_experiment(load_experiment(config, overrides), console)
+    print(report)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
+    """Write a run's report again from its results."""
+    from jsublim.report import print_summary, write_report
+
+    path = write_report(run_dir)
+    print_summary(run_dir, console)
+    print(path)
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder, bundled name, or owner/name of the hub.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    dtype: Dtype = "bfloat16",
+) -> None:
+    """Write a checkpoint as an ordinary Hugging Face folder, text model only, in a dtype of your choice."""
+    from jsublim.lm import load_model
+    from jsublim.models.checkpoint import save_checkpoint
+
+    lm = load_model(model, dtype)
+    save_checkpoint(out, lm.config, lm.params, lm.hf_config, dtype=dtype, tokenizer=lm.folder)
+    print(out)
+
+
+@prompts_app.command("import")
+def prompts_import(
+    checkout: Annotated[Path, typer.Argument(help="A checkout of the authors' repository; nothing in it is run.")],
+    out: Annotated[Path, typer.Option("--out", help="The pack to write (YAML).")],
+) -> None:
+    """Read the published prompt lists out of a checkout of the authors' code."""
+    from jsublim.prompts import dump_pack, import_pack
+
+    if out.exists():
+        raise UsageError(f"{out}: already exists; give another --out or remove it first")
+    dump_pack(import_pack(checkout), out)
+    print(out)
+
+
+@prompts_app.command("sample")
+def prompts_sample(
+    out: Annotated[Path, typer.Option("--out", help="JSONL to write, a row with 'prompt' each.")],
+    prompts: PackFile = None,
+    num_prompts: Annotated[int, typer.Option("--num-prompts", min=1)] = 30_000,
+    seed: Annotated[int, typer.Option("--seed")] = 42,
+) -> None:
+    """Write the number prompts of a pack."""
+    from jsublim.prompts import load_pack, number_prompts
+    from jsublim.rows import write_rows
+
+    if out.exists():
+        raise UsageError(f"{out}: already exists; give another --out or remove it first")
+    write_rows(out, ({"prompt": prompt} for prompt in number_prompts(load_pack(prompts), num_prompts, seed)))
+    print(out)

@@ -1,0 +1,19 @@
+# Sourced by the other scripts: a virtual environment in .venv, of a Python that the package supports.
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+supported() {
+  "$1" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null
+}
+
+if [ ! -x .venv/bin/python ]; then
+  for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11; do
+    if supported "$candidate"; then python=$candidate; break; fi
+  done
+  if [ -z "${python:-}" ]; then
+    echo "error: Python 3.11, 3.12 or 3.13 with the venv module is needed; name one with PYTHON=/path/to/python" >&2
+    exit 1
+  fi
+  echo "making .venv with $("$python" --version)"
+  "$python" -m venv .venv
+fi
+export PIP_DISABLE_PIP_VERSION_CHECK=1

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Installs jsublim into .venv and runs the quickstart experiment on the CPU. Run it again: what is done is not redone.
+set -euo pipefail
+source "$(dirname "$0")/_venv.sh"
+echo "installing jsublim (the first time this takes a few minutes)"
+.venv/bin/python -m pip install --quiet --editable .
+exec .venv/bin/jsublim run configs/quickstart.yaml "$@"
