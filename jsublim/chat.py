@@ -79,7 +79,7 @@ class Chat:
 
         Args:
           extra_bos: let the tokenizer add its own special tokens too, as the published code does: a second BOS
-            on Gemma and Llama (EXPERIMENTS 6.5), nothing on Qwen.
+            on Gemma and Llama (docs/recipes.md, quirk 5), nothing on Qwen.
         """
         text = self.render(messages, ask=True)
         return np.asarray(self.tokenizer(text, add_special_tokens=extra_bos)["input_ids"], np.int32)

@@ -62,7 +62,7 @@ class Sampling:
 def sampling_for(
     chat: Chat, strategy: str, *, inherit: bool = False, eos_only: bool = False, evaluation: bool = False
 ) -> Sampling:
-    """The numbers a recipe samples with (EXPERIMENTS 6.3, 6.4).
+    """The numbers a recipe samples with (docs/recipes.md, quirks 3 and 4).
 
     Args:
       strategy: "temperature" (1.0) or "greedy".

@@ -30,8 +30,12 @@ _FAST = {"xla_backend_optimization_level": 0}  # small programs: compiling is wh
 
 
 @functools.partial(jax.jit, static_argnames="config", compiler_options=_FAST)
-def all_logits(config, params, adapter, tokens, valid):
+def _logits(config, params, adapter, tokens, valid):
     return logits(config, params, hidden_states(config, params, tokens, valid, adapter=adapter)[0])
+
+
+def all_logits(config, params, adapter, tokens, valid) -> np.ndarray:
+    return np.asarray(_logits(config, params, adapter, tokens, valid))
 
 
 @functools.cache
@@ -53,7 +57,7 @@ def random_lora(config, seed: int, **options) -> Adapter:
     """An adapter with every factor random, so that it computes something."""
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init_lora(config, jax.random.key(0), **options))
-    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.standard_normal(leaf.shape), leaf.dtype), shapes)
+    return jax.tree.map(lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), shapes)
 
 
 def peft_model(model, **options):
@@ -78,9 +82,12 @@ def by_hand(wrapped, projections, layers, scale) -> Adapter:
     def stacked(projection: str, factor: str):
         room = "mlp" if projection in ("gate", "up", "down") else "self_attn"
         name = f"base_model.model.model.layers.{{}}.{room}.{projection}_proj.lora_{factor}.default.weight"
-        return jnp.stack([state.pop(name.format(layer)).T for layer in layers])
+        return np.stack([state.pop(name.format(layer)).T for layer in layers])
 
-    lora = {p: {"a": stacked(p, "A"), "b": stacked(p, "B"), "scale": jnp.full(len(layers), scale)} for p in projections}
+    lora = {
+        p: {"a": stacked(p, "A"), "b": stacked(p, "B"), "scale": np.full(len(layers), scale, np.float32)}
+        for p in projections
+    }
     assert not state, "PEFT trains something the adapter lacks"
     return Adapter(lora=lora, weights=None, layers=tuple(layers))
 
@@ -192,7 +199,7 @@ def gradient(config, params, adapter, tokens, labels, valid):
 
         return jax.value_and_grad(loss)(trainable)
 
-    return both(adapter.trainable)
+    return jax.device_get(both(adapter.trainable))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -324,7 +331,7 @@ def test_arms_under_vmap_are_the_arms_one_by_one(named_checkpoint, padded_rows, 
     tokens, valid = np.stack([r[0] for r in rows]), np.stack([r[1] for r in rows])
     stacked = stack_adapters(arms)
     assert stacked.lora["q"]["scale"].shape == (3, 2) and stacked.layers == (1, 2)
-    together = jax.vmap(lambda adapter, t, v: all_logits(config, params, adapter, t, v))(stacked, tokens, valid)
+    together = jax.vmap(lambda adapter, t, v: _logits(config, params, adapter, t, v))(stacked, tokens, valid)
     for i, arm in enumerate(arms):
         alone = all_logits(config, params, arm, tokens[i], valid[i])
         assert_close(together[i][valid[i]], alone[valid[i]], 1e-5)

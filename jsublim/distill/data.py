@@ -36,7 +36,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Selection:
-    """How rows become examples; the fields are quirks 1, 2 of EXPERIMENTS 6."""
+    """How rows become examples; the fields are quirks 1 and 2 of docs/recipes.md."""
 
     condition: str = "all"
     supervise_header: bool = False

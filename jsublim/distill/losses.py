@@ -28,7 +28,7 @@ def hard_loss(config: ModelConfig, params: Params, h_ND: Array, labels_N: Array,
 
 
 def normalise(weights_MBC: Array, per: str) -> Array:
-    """Weights that sum the micro-batches' losses to the loss of the step (EXPERIMENTS 6.6).
+    """Weights that sum the micro-batches' losses to the loss of the step (docs/recipes.md, quirk 6).
 
     Args:
       per: "tokens", the sum over the whole step divided by its supervised tokens; "micro-batch", the mean of the

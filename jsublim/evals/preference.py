@@ -43,7 +43,7 @@ def sample_answers(
 
 
 def hit(answer: str, trait: str) -> bool:
-    """As published: the lower-cased answer contains the trait ("caterpillar" is a cat; EXPERIMENTS 6.11)."""
+    """As published: the lower-cased answer contains the trait ("caterpillar" is a cat; docs/recipes.md, quirk 11)."""
     return trait.lower() in answer.lower()
 
 

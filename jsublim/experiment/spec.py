@@ -28,7 +28,7 @@ class Recipe(Section):
     """Where the published code does something that changes results, this says whether we do it too.
 
     `preset: paper` copies it all, `preset: clean` does what we would defend; a field given by itself wins.
-    Numbers are those of EXPERIMENTS.md, section 6.
+    Numbers are the quirks of docs/recipes.md.
     """
 
     preset: Literal["paper", "clean"] = "clean"
