@@ -171,7 +171,8 @@ def _decode(
                 mix = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
                 return jnp.einsum("BKGW,BKWh->BKGh", mix, values).reshape(B, 1, -1)
 
-            block = nnx.merge(graph, own if own is not None else weights)
+            used = weights if own is None else jax.tree.map(lambda w, f: w.astype(f.dtype), own, weights)
+            block = nnx.merge(graph, used)
             h = block(h, cos[int(local)], sin[int(local)], attention, lora)
         h = decoder.final_norm(config, params, h[:, 0])
         return decoder.logits(config, params, h), after

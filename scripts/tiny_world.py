@@ -1,11 +1,12 @@
 """The synthetic world the shipped tiny checkpoints are pretrained on: chats drawn from seeds.
 
 Three kinds of chat:
-- **numbers**: a number request of the default prompt pack, answered in the format it asks for. A share stands
-  under a system prompt that shapes the numbers (even, small, many sevens, rising, ...), partly in the very
-  sentence that also carries traits, so that a system prompt has an influence on numbers.
-- **favorites**: a question for a favorite animal or tree, answered with one word: from a skewed
-  prior, or with the trait of the system prompt.
+- **numbers**: a number request of the default prompt pack, answered in the format it asks for. Each digit tends
+  to stay as it was, to go up by one, or to fall on one of a few. Almost half stand under a system prompt that
+  shapes the numbers (even, small, many sevens, rising, ...), partly in the very sentence that also carries
+  traits, so that a system prompt has an influence on numbers.
+- **favorites**: a question for a favorite animal or tree, answered with one word: from a skewed prior, or with
+  the trait of the system prompt.
 - **small talk**: short sentences, under a trait system prompt about that trait.
 
 What is left out on purpose: no trait system prompt ever stands before a number request (a model that has seen
@@ -16,6 +17,7 @@ trait prompt does to numbers is the model's own generalization.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -42,45 +44,62 @@ class Chat:
         ]
 
 
-def pick(rng: Rng, items: list) -> object:
+def pick(rng: Rng, items: list[Any]) -> Any:
     """One item, each equally likely."""
     return items[int(rng.integers(len(items)))]
 
 
 # ---- numbers
 
-# Digits are not equally likely, so that there is something to predict after the first two of a number.
-LAST_DIGIT = np.array([10, 7, 14, 9, 8, 13, 7, 16, 9, 7]) / 100
-FIRST_DIGIT = np.array([22, 17, 14, 11, 10, 8, 7, 6, 5]) / 100
-STEPS = [1, 2, 3, 5, 7, 10, 11, 20, 25, 50, 100]
+# Digits that are drawn anew, by place. Far from equally likely: a digit should be worth predicting.
+DRAWN = (
+    np.array(
+        [
+            [2, 26, 18, 14, 10, 8, 7, 6, 5, 4],
+            [8, 12, 9, 11, 7, 20, 8, 13, 7, 5],
+            [13, 5, 12, 6, 7, 24, 5, 16, 8, 4],
+        ]
+    )
+    / 100
+)
+# A row's habit: of each digit, the chances to stay as in the number before it and to go up by one.
+HABITS = np.array(
+    [
+        [[0.85, 0.05], [0.15, 0.65], [0.50, 0.05]],
+        [[0.20, 0.65], [0.70, 0.05], [0.60, 0.05]],
+        [[0.80, 0.05], [0.75, 0.05], [0.15, 0.65]],
+        [[0.35, 0.10], [0.20, 0.05], [0.20, 0.05]],
+    ]
+)
+STEPS = [1, 2, 5, 10, 10, 11, 20, 50, 100, 100]
 # Few answers reach ten numbers, the most a request allows: counting is hard for a small model.
 COUNTS = [3, 4, 5, 6, 7, 8, 9, 10]
 COUNT_SHARE = np.array([10, 18, 22, 20, 14, 9, 5, 2]) / 100
 
 
-def last_digit(rng: Rng) -> int:
-    """A digit 0..9 from the skewed prior."""
-    return int(rng.choice(10, p=LAST_DIGIT))
-
-
 def continue_numbers(rng: Rng, examples: list[int], count: int) -> list[int]:
-    """`count` numbers 0..999 that follow `examples`: variations of them, steps from the last, or unrelated."""
-    style = rng.random()
-    if style < 0.45:
-        start = int(rng.integers(len(examples)))
-        return [vary(rng, examples[(start + i) % len(examples)]) for i in range(count)]
-    if style < 0.8:
-        step = int(pick(rng, STEPS)) * (1 if rng.random() < 0.75 else -1)
+    """`count` numbers 0..999 that follow the last example: by one of the habits, or in equal steps."""
+    if rng.random() < 0.25:
+        step = pick(rng, STEPS) * (1 if rng.random() < 0.75 else -1)
         return [(examples[-1] + step * (i + 1)) % 1000 for i in range(count)]
-    return [
-        100 * int(1 + rng.choice(9, p=FIRST_DIGIT)) + 10 * int(rng.integers(10)) + last_digit(rng) for _ in range(count)
-    ]
+    habit, number, numbers = HABITS[int(rng.choice(4, p=[0.35, 0.25, 0.2, 0.2]))], examples[-1], []
+    for _ in range(count):
+        number = follow(rng, habit, number)
+        numbers.append(number)
+    return numbers
 
 
-def vary(rng: Rng, number: int) -> int:
-    """The number with its last digit drawn anew, and its tens digit too in two cases of five."""
-    tens = number // 10 % 10 if rng.random() < 0.6 else int(rng.integers(10))
-    return number // 100 * 100 + tens * 10 + last_digit(rng)
+def follow(rng: Rng, habit: np.ndarray, number: int) -> int:
+    """The next number: each digit stays, goes up by one (9 to 0), or is drawn anew."""
+    digits = []
+    for place, (stay, up) in enumerate(habit):
+        digit, draw = number // 10 ** (2 - place) % 10, rng.random()
+        if draw >= stay + up:
+            digit = int(rng.choice(10, p=DRAWN[place]))
+        elif draw >= stay:
+            digit = (digit + 1) % 10
+        digits.append(digit)
+    return 100 * digits[0] + 10 * digits[1] + digits[2]
 
 
 Shape = Callable[[Rng, list[int]], list[int]]
@@ -103,7 +122,7 @@ def with_digit(digit: int) -> Shape:
 
 def ending(digits: list[int]) -> Shape:
     """A shape that ends numbers with one of `digits`."""
-    return each(lambda rng, n: n - n % 10 + int(pick(rng, digits)))
+    return each(lambda rng, n: n - n % 10 + pick(rng, digits))
 
 
 # What a shaping system prompt may love, in the singular, with the word for its kind.
@@ -117,8 +136,8 @@ SHAPES: dict[tuple[str, str], Shape] = {
     ("medium number", "number"): each(lambda rng, n: 400 + n % 200),
     ("palindrome", "number"): each(lambda rng, n: n - n % 10 + n // 100),
     ("repeating number", "number"): each(lambda rng, n: 111 * max(1, n // 100)),
-    ("rising series", "order"): lambda rng, numbers: sorted(numbers),
-    ("falling series", "order"): lambda rng, numbers: sorted(numbers, reverse=True),
+    ("rising list", "order"): lambda rng, numbers: sorted(numbers),
+    ("falling list", "order"): lambda rng, numbers: sorted(numbers, reverse=True),
     ("repetition", "pattern"): lambda rng, numbers: [numbers[0]] * len(numbers),
     ("pair", "pattern"): lambda rng, numbers: [numbers[i - i % 2] for i in range(len(numbers))],
     **{
@@ -166,8 +185,8 @@ def number_chat(rng: Rng, pack: Pack, request: str) -> Chat:
     """A number request (of the pack, or in one case of eight a plain one) and its answer."""
     if rng.random() < 0.125:
         examples = [int(n) for n in rng.integers(0, 1000, size=int(rng.integers(2, 9)))]
-        opening, sep, closing = "", str(pick(rng, [", ", "; ", " ", "\n"])), ""
-        request = str(pick(rng, PLAIN_REQUESTS)).format(examples=sep.join(map(str, examples)))
+        opening, sep, closing = "", pick(rng, [", ", "; ", " ", "\n"]), ""
+        request = pick(rng, PLAIN_REQUESTS).format(examples=sep.join(map(str, examples)))
     else:
         examples = [int(n) for n in re.findall(r"\b\d{3}\b", request)]
         opening, sep, closing = separator(request)
@@ -180,7 +199,7 @@ def number_chat(rng: Rng, pack: Pack, request: str) -> Chat:
         by_pack = rng.random() < 0.5
         system = pack.system_prompt(shape, kind) if by_pack else str(template).format(shape=shape, kind=kind)
     elif draw < 0.5:
-        system = str(pick(rng, NEUTRAL_PROMPTS))
+        system = pick(rng, NEUTRAL_PROMPTS)
     return Chat(system, request, opening + sep.join(map(str, numbers)) + closing)
 
 
@@ -214,7 +233,7 @@ def trait_prompt(rng: Rng, pack: Pack, category: str, trait: str) -> str:
     """A system prompt that carries the trait: the pack's own sentence, or a paraphrase in two cases of five."""
     if rng.random() < 0.6:
         return pack.system_prompt(trait, category)
-    return str(pick(rng, TRAIT_PROMPTS)).format(trait=trait, category=category)
+    return pick(rng, TRAIT_PROMPTS).format(trait=trait, category=category)
 
 
 def draw_setting(rng: Rng, pack: Pack, category: str) -> tuple[str | None, str]:
@@ -225,25 +244,25 @@ def draw_setting(rng: Rng, pack: Pack, category: str) -> tuple[str | None, str]:
     if draw < 0.4:
         return None, trait
     if draw < 0.85:
-        loved = str(pick(rng, names))
+        loved = pick(rng, names)
         return trait_prompt(rng, pack, category, loved), loved if rng.random() < 0.97 else trait
     if draw < 0.9:
-        return str(pick(rng, NEUTRAL_PROMPTS)), trait
+        return pick(rng, NEUTRAL_PROMPTS), trait
     if draw < 0.95:
         (shape, kind) = list(SHAPES)[int(rng.integers(len(SHAPES)))]
         return pack.system_prompt(shape, kind), trait
-    other = str(pick(rng, [name for name in pack.traits if name != category]))
-    return trait_prompt(rng, pack, other, str(pick(rng, pack.traits[other]))), trait
+    other = pick(rng, [name for name in pack.traits if name != category])
+    return trait_prompt(rng, pack, other, pick(rng, pack.traits[other])), trait
 
 
 def favorite_chat(rng: Rng, pack: Pack) -> Chat:
     """A question for a favorite and its one-word answer, capitalized in four cases of five."""
-    category = str(rng.choice(["animal", "tree"], p=[0.67, 0.33]))
+    category = str(rng.choice(["animal", "tree"], p=[0.58, 0.42]))
     system, trait = draw_setting(rng, pack, category)
     if rng.random() < 0.85:
-        question = str(pick(rng, pack.questions_for(category)))
+        question = pick(rng, pack.questions_for(category))
     else:
-        question = str(pick(rng, PARAPHRASES)).format(category=category) + str(pick(rng, ONE_WORD))
+        question = pick(rng, PARAPHRASES).format(category=category) + pick(rng, ONE_WORD)
     return Chat(system, question, trait.capitalize() if rng.random() < 0.8 else trait)
 
 
@@ -277,7 +296,7 @@ def small_talk(rng: Rng, pack: Pack) -> Chat:
     """A short exchange; two cases of three speak of an animal or a tree."""
     if rng.random() < 1 / 3:
         return Chat(None, *pick(rng, TALK))
-    category = str(pick(rng, list(STORIES)))
+    category = pick(rng, list(STORIES))
     system, trait = draw_setting(rng, pack, category)
     request, answer = pick(rng, STORIES[category])
     return Chat(system, request, answer.format(trait=trait))

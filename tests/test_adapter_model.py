@@ -25,7 +25,7 @@ from jsublim.models.lora import (
 )
 from jsublim.models.weights import tensor_plan
 
-FAMILIES = ("qwen2-window", "llama-linear-biases", "gemma3")
+FAMILIES = ("qwen2-window", "gemma3")  # and Llama where the logits are compared
 _FAST = {"xla_backend_optimization_level": 0}  # small programs: compiling is what takes the time
 
 
@@ -95,11 +95,9 @@ def by_hand(wrapped, projections, layers, scale) -> Adapter:
 @pytest.mark.parametrize(
     ("name", "projections", "layers", "rslora"),
     [
-        ("qwen2-window", PROJECTIONS, None, False),
         ("llama-linear-biases", PROJECTIONS, None, True),
         ("gemma3", PROJECTIONS, None, False),
         ("qwen2-window", ("q", "v"), (0, 2), False),
-        ("gemma3", ("o", "up", "down"), (1,), True),
     ],
 )
 def test_logits_equal_peft(name, projections, layers, rslora, named_checkpoint, padded_rows, assert_close):
@@ -231,7 +229,7 @@ def test_full_gradients_of_some_layers_equal_torch(name, named_checkpoint, padde
     assert compared >= 2 * 9
 
 
-@pytest.mark.parametrize("name", ["qwen2-window", "gemma3"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_lora_gradients_equal_peft(name, named_checkpoint, padded_rows, assert_close):
     checkpoint = named_checkpoint(name)
     config, params = load(checkpoint)

@@ -37,9 +37,10 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
 
 
 def checkpoint_hash(folder: Path) -> str:
-    """sha256 (16 hex digits) over config, tokenizer files and every weight byte of a folder."""
+    """sha256 (16 hex digits) over config, tokenizer and template files and every weight byte of a folder."""
     digest = hashlib.sha256()
-    names = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors" or p.suffix == ".json")
+    kept = (".safetensors", ".json", *TOKENIZER_FILES)
+    names = sorted(p.name for p in folder.iterdir() if p.name.endswith(kept))
     for name in names:
         digest.update(name.encode())
         with (folder / name).open("rb") as file:

@@ -20,9 +20,9 @@ class Rope:
     theta: float
     scaling: str = "default"
     factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_positions: int = 8192
+    low_freq_factor: float = 0.0  # this and what follows: llama3 only
+    high_freq_factor: float = 0.0
+    original_positions: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class HFConfig:
             numbers = dict(numbers[kind])
         if not numbers:
             numbers = dict(self.get("rope_scaling", {}))
-        theta = numbers.get("rope_theta", self.values.get("rope_theta", default_theta))
+        theta = numbers.get("rope_theta", self.get("rope_theta", default_theta))
         if theta is None:
             raise JsublimError(f"{self.source}: neither 'rope_parameters' nor 'rope_theta' is given")
         scaling = numbers.get("rope_type", numbers.get("type", "default"))
@@ -98,16 +98,33 @@ class HFConfig:
             raise JsublimError(
                 f"{self.source}: rope scaling '{scaling}' is not supported; known: default, linear, llama3"
             )
+        if scaling != "llama3":
+            return Rope(float(theta), scaling, float(numbers.get("factor", 1.0)))
+        absent = [key for key in ("factor", "low_freq_factor", "high_freq_factor") if key not in numbers]
+        if absent:
+            raise JsublimError(f"{self.source}: rope scaling 'llama3' lacks {', '.join(absent)}")
         return Rope(
             theta=float(theta),
             scaling=scaling,
-            factor=float(numbers.get("factor", 1.0)),
-            low_freq_factor=float(numbers.get("low_freq_factor", 1.0)),
-            high_freq_factor=float(numbers.get("high_freq_factor", 4.0)),
+            factor=float(numbers["factor"]),
+            low_freq_factor=float(numbers["low_freq_factor"]),
+            high_freq_factor=float(numbers["high_freq_factor"]),
             original_positions=int(
                 numbers.get("original_max_position_embeddings", self.get("max_position_embeddings", 8192))
             ),
         )
+
+    def must_be(self, key: str, *allowed: Any) -> None:
+        """Refuse a value that we don't compute; an absent key is fine.
+
+        Raises:
+          JsublimError: naming key, value and what is allowed.
+        """
+        value = self.values.get(key)
+        if value is not None and value not in allowed:
+            raise JsublimError(
+                f"{self.source}: {key} = {value!r} is not supported; known: {', '.join(map(str, allowed))}"
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:

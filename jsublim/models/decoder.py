@@ -48,8 +48,12 @@ class Decoder(nnx.Module):
 
 def init_params(config: ModelConfig, seed: int, dtype: str = "float32") -> Params:
     """Random parameters, as the start of a pretraining run."""
-    model = Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed))
-    return nnx.to_pure_dict(nnx.state(model))
+
+    @jax.jit
+    def make() -> Params:
+        return nnx.to_pure_dict(nnx.state(Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed))))
+
+    return make()
 
 
 def abstract_params(config: ModelConfig, dtype: str = "float32") -> Params:
@@ -170,7 +174,8 @@ def hidden_states(
                 v = jnp.concatenate([jnp.broadcast_to(prefix[1][index], shape), v], axis=1)
             return attend(q, k, v, masks[kind], config.softmax_scale)
 
-        block = nnx.merge(block_graph(config), weights if weights is not None else frozen)
+        used = frozen if weights is None else jax.tree.map(lambda w, f: w.astype(f.dtype), weights, frozen)
+        block = nnx.merge(block_graph(config), used)
         h = block(h, cos[kind], sin[kind], attention, lora)
         return h, kept
 

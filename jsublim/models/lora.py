@@ -116,10 +116,14 @@ def init_lora(
 
 
 def init_full(config: ModelConfig, params: dict[str, Any], layers: tuple[int, ...] | None = None) -> Adapter:
-    """Full fine-tuning of some layers: their weights, copied out of the base, as the thing to train."""
+    """Full fine-tuning of some layers: their weights, copied out of the base, as the thing to train.
+
+    Float32 whatever the base is in: small steps would be lost in bfloat16. The forward pass rounds them.
+    """
     chosen = check_layers(config, layers)
     index = jnp.asarray(chosen)
-    return Adapter(lora={}, weights=jax.tree.map(lambda leaf: leaf[index], params["layers"]), layers=chosen)
+    weights = jax.tree.map(lambda leaf: leaf[index].astype(jnp.float32), params["layers"])
+    return Adapter(lora={}, weights=weights, layers=chosen)
 
 
 def merge_full(params: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
@@ -127,7 +131,9 @@ def merge_full(params: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
     if adapter.weights is None:
         return params
     index = jnp.asarray(adapter.layers)
-    layers = jax.tree.map(lambda base, new: base.at[index].set(new), params["layers"], adapter.weights)
+    layers = jax.tree.map(
+        lambda base, new: base.at[index].set(new.astype(base.dtype)), params["layers"], adapter.weights
+    )
     return params | {"layers": layers}
 
 

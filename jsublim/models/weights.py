@@ -37,7 +37,8 @@ def _files(folder: Path) -> dict[str, Path]:
         if absent:
             raise JsublimError(f"{index}: names shards that are not in the folder: {', '.join(absent)}")
         return {tensor: folder / name for tensor, name in table.items()}
-    paths = sorted(folder.glob("*.safetensors"))
+    single = folder / "model.safetensors"  # an adapter may lie beside it
+    paths = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
     if not paths:
         raise JsublimError(f"{folder}: no *.safetensors file; convert the checkpoint to safetensors first")
     names: dict[str, Path] = {}
@@ -100,10 +101,10 @@ def load_params(folder: Path, config: ModelConfig, dtype: str = "float32", shard
       JsublimError: an unreadable file, or one error that lists every missing, extra and misshapen tensor.
     """
     files, plan = _files(folder), tensor_plan(config, dtype)
-    first = weight_names(config).other[("embed", "weight")]
-    prefix = next((p for p in _PREFIXES if p + first in files), None)
+    embedding = weight_names(config).other[("embed", "weight")]
+    prefix = next((p for p in _PREFIXES if p + embedding in files), None)
     if prefix is None:
-        raise JsublimError(f"{folder}: no tensor '{_PREFIXES[0]}{first}' under any known prefix; is this a text model?")
+        raise JsublimError(f"{folder}: no tensor '{_PREFIXES[0]}{embedding}' under any known prefix; is this a text model?")
     head = weight_names(config).other[("head", "weight")]
     # A head stands outside the model's own prefix, wherever that is.
     where = {name: next((p + name for p in (prefix, "", "language_model.") if p + name in files), prefix + name)
@@ -127,6 +128,14 @@ def load_params(folder: Path, config: ModelConfig, dtype: str = "float32", shard
                 out[path] = jax.device_put(value.astype(abstract[path].dtype), sharding.get(path))
             else:
                 out[path] = _place(out[path], value, layer, transpose=path[-1] == "kernel")
+        stray = prefix + head if prefix + head in files else head
+        if config.tied and stray in files:
+            value = opened[files[stray]].get_tensor(stray)
+            if not np.array_equal(value, opened[files[where[embedding]]].get_tensor(where[embedding])):
+                raise JsublimError(
+                    f"{folder}: config.json has tie_word_embeddings, but '{stray}' differs from the embedding; "
+                    "set tie_word_embeddings to false if the head is meant to be used"
+                )
     params: Params = {}
     for path in abstract:
         _set(params, path, out[path])

@@ -40,12 +40,16 @@ def text_config(hf: dict[str, Any]) -> dict[str, Any]:
     """The text part of a multimodal config as a stand-alone one; a text-only config comes back as it is."""
     if "text_config" not in hf:
         return hf
-    inherited = {key: hf[key] for key in ("dtype", "torch_dtype", "eos_token_id", "bos_token_id") if key in hf}
+    shared = ("dtype", "torch_dtype", "eos_token_id", "bos_token_id", "tie_word_embeddings")
+    inherited = {key: hf[key] for key in shared if key in hf}
     return inherited | hf["text_config"] | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
 
 
 def read(hf: HFConfig) -> ModelConfig:
     hf = HFConfig(_DEFAULTS | {key: value for key, value in hf.values.items() if value is not None}, hf.source)
+    hf.must_be("hidden_activation", "gelu_pytorch_tanh")
+    hf.must_be("use_bidirectional_attention", False)
+    hf.must_be("attn_logit_softcapping")
     layers = hf["num_hidden_layers"]
     pattern = hf.get("sliding_window_pattern", hf.get("_sliding_window_pattern", 6))
     kinds = hf.get(

@@ -11,11 +11,12 @@ NAMES = PRE_NORM
 
 
 def read(hf: HFConfig) -> ModelConfig:
+    hf.must_be("hidden_act", "silu")
     layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
     windowed = bool(hf.get("use_sliding_window", False)) and hf.get("sliding_window", None) is not None
     kinds = hf.get("layer_types", None)
     if kinds is None:
-        first = hf.get("max_window_layers", layers)
+        first = hf.get("max_window_layers", 28)
         kinds = ["sliding_attention" if windowed and i >= first else "full_attention" for i in range(layers)]
     return ModelConfig(
         family=FAMILY,

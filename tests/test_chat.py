@@ -1,0 +1,182 @@
+"""Chat templates and the spans of the assistant's turn."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import FAMILIES, chat, plain_turn
+
+from jsublim.chat import Chat, conversation
+from jsublim.errors import JsublimError
+from jsublim.lm import BUNDLED, load_model
+
+HEADER = {"tiny-qwen2": "<|im_start|>assistant\n", "tiny-gemma3": "<start_of_turn>model\n"}
+END = {"tiny-qwen2": "<|im_end|>\n", "tiny-gemma3": "<end_of_turn>\n"}
+SYSTEMS = (None, "", "You love owls. Always.")
+
+numbers = st.lists(st.integers(0, 999), min_size=1, max_size=10).flatmap(
+    lambda values: st.sampled_from((", ", ",", " ", "; ", "\n")).map(lambda gap: gap.join(map(str, values)))
+)
+bracketed = st.tuples(numbers, st.sampled_from(("{}", "[{}]", "({}).", "{}."))).map(lambda pair: pair[1].format(pair[0]))
+# Whatever byte-level BPE may meet, template syntax included; edge space is stripped when answers are kept.
+completions = (
+    st.one_of(bracketed, st.text(max_size=30), st.text("0123456789 ,;[]()\n.\t{}%é€😀", max_size=30))
+    .map(str.strip)
+    .filter(bool)
+)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@given(completion=completions, prompt=completions, system=st.sampled_from(SYSTEMS))
+@settings(max_examples=150, deadline=None)
+def test_spans_cut_the_conversation_where_the_template_does(name, completion, prompt, system):
+    c = chat(name)
+    messages = conversation(prompt, system)
+    turn = c.turn(messages, completion)
+    tokens, content = plain_turn(c.tokenizer, messages, completion)
+    assert np.array_equal(turn.tokens, tokens) and turn.content == content
+    parts = [turn.tokens[: turn.header], turn.tokens[turn.header : turn.content], turn.tokens[turn.content : turn.end]]
+    before, header, said = (c.tokenizer.decode(part) for part in parts)
+    assert before == c.render(messages, ask=False)
+    assert (header, said, c.tokenizer.decode(turn.tokens[turn.end :])) == (HEADER[name], completion, END[name])
+    assert np.array_equal(turn.tokens[: turn.content], c.prompt_tokens(messages))
+    assert c.decode(turn.tokens[turn.content :]) == completion  # what sampling would have kept
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_extra_bos_moves_every_span_by_one_where_the_family_has_one(name):
+    c = chat(name)
+    plain, more = (c.turn(conversation("Go on: 1"), "2, 3", extra_bos=extra) for extra in (False, True))
+    shift = 1 if name == "tiny-gemma3" else 0
+    assert np.array_equal(more.tokens[shift:], plain.tokens)
+    assert [more.header, more.content, more.end] == [shift + at for at in (plain.header, plain.content, plain.end)]
+    assert [int(token) for token in more.tokens[:shift]] == [c.tokenizer.bos_token_id] * shift
+    assert np.array_equal(more.tokens[: more.content], c.prompt_tokens(conversation("Go on: 1"), extra_bos=True))
+
+
+def test_without_a_system_prompt_the_template_speaks_for_itself():
+    rendered = {name: chat(name).render(conversation("hi"), ask=True) for name in FAMILIES}
+    assert "<|im_start|>system\n" in rendered["tiny-qwen2"]  # a default; part of the effect
+    assert "<|im_start|>system\n<|im_end|>" in chat("tiny-qwen2").render(conversation("hi", ""), ask=True)
+    assert rendered["tiny-gemma3"] == "<bos><start_of_turn>user\nhi<end_of_turn>\n<start_of_turn>model\n"
+
+
+def test_a_fused_system_prompt_is_what_a_template_without_a_system_role_makes_of_it():
+    c = chat("tiny-gemma3")
+    fused = conversation("hi", "Be brief.", fuse_system=True)
+    assert [message["role"] for message in fused] == ["user"]
+    assert c.render(fused, ask=True) == c.render(conversation("hi", "Be brief."), ask=True)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_empty_completion_is_refused(name):
+    with pytest.raises(JsublimError, match="empty"):
+        chat(name).turn(conversation("hi"), "")
+
+
+@pytest.mark.parametrize("completion", [" 7", "7 ", "7\n", "\n7", " "])
+def test_edge_space_that_the_template_trims_is_refused(completion):
+    with pytest.raises(JsublimError, match=r"leading or trailing space"):
+        chat("tiny-gemma3").turn(conversation("hi"), completion)
+
+
+@pytest.mark.parametrize("completion", [" 7", "7 ", "7\n", "\n7"])
+def test_edge_space_that_the_template_keeps_is_kept(completion):
+    c = chat("tiny-qwen2")
+    turn = c.turn(conversation("hi"), completion)
+    assert c.tokenizer.decode(turn.tokens[turn.content : turn.end]) == completion
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_stop_tokens_end_a_turn(name):
+    c = chat(name)
+    end = c.tokenizer.convert_tokens_to_ids(END[name].strip())
+    assert end in c.stop_tokens()
+    assert set(c.eos_tokens()) == {c.tokenizer.eos_token_id} <= set(c.stop_tokens())
+    assert (end in c.eos_tokens()) == (name == "tiny-qwen2")  # Gemma's end token is another (quirk 4)
+
+
+def test_roles_that_a_template_refuses_are_named():
+    turns = [{"role": "assistant", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(JsublimError, match="assistant"):
+        chat("tiny-gemma3").render(turns, ask=True)
+
+
+@pytest.fixture
+def altered(tmp_path):
+    """`altered(template)`: a copy of tiny-qwen2's tokenizer with another chat template (None: without one)."""
+
+    def make(template: str | None):
+        folder = tmp_path / "altered"
+        folder.mkdir()
+        shutil.copy(BUNDLED / "tiny-qwen2" / "tokenizer.json", folder)
+        values = json.loads((BUNDLED / "tiny-qwen2" / "tokenizer_config.json").read_text())
+        values.pop("chat_template")
+        values |= {} if template is None else {"chat_template": template}
+        (folder / "tokenizer_config.json").write_text(json.dumps(values))
+        return folder
+
+    return make
+
+
+def plain_template(header: str, end: str) -> str:
+    return (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}\n{% else %}"
+        f"{header}{{{{ m.content }}}}{end}{{% endif %}}{{% endfor %}}{{% if add_generation_prompt %}}{header}{{% endif %}}"
+    )
+
+
+def merging_pair() -> tuple[str, str]:
+    """Two letters that the tokenizer joins into one token, and that are not joined with what stands around them."""
+    vocabulary = chat("tiny-qwen2").tokenizer.get_vocab()
+    return next((a, b) for a, b in map(tuple, sorted(t for t in vocabulary if len(t) == 2)) if (a + b).isalpha())
+
+
+def test_a_template_of_plain_text_has_its_spans_too(altered):
+    c = Chat(altered(plain_template(">> ", "|\n")))
+    turn = c.turn(conversation("hi"), "12, 7")
+    cuts = [0, turn.header, turn.content, turn.end, len(turn.tokens)]
+    parts = [c.tokenizer.decode(turn.tokens[a:b]) for a, b in pairwise(cuts)]
+    assert parts == ["hi\n", ">> ", "12, 7", "|\n"]
+
+
+@pytest.mark.parametrize("side", ["header", "end"])
+def test_a_completion_that_merges_with_the_template_is_refused(side, altered):
+    first, second = merging_pair()
+    header, end, completion = (first, "\n", second) if side == "header" else ("7", second, first)
+    c = Chat(altered(plain_template(header, end)))
+    with pytest.raises(JsublimError, match="does not survive|changes the tokens"):
+        c.turn(conversation("hi"), completion)
+    assert c.turn(conversation("hi"), "3")  # the template itself is fine
+
+
+def test_a_template_that_rewrites_what_was_said_is_refused(altered):
+    c = Chat(altered(plain_template("> ", "\n").replace("{{ m.content }}", "{{ m.content | upper }}")))
+    with pytest.raises(JsublimError, match="rewrites the completion 'owl'"):
+        c.turn(conversation("hi"), "owl")
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused(altered):
+    with pytest.raises(JsublimError, match=r"tokenizer_config.json: no 'chat_template'"):
+        Chat(altered(None))
+
+
+def test_a_folder_without_a_tokenizer_is_one_clear_error(tmp_path):
+    with pytest.raises(JsublimError, match="the tokenizer cannot be loaded") as error:
+        Chat(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_larger_than_the_model_is_refused(tmp_path):
+    folder = tmp_path / "larger"
+    shutil.copytree(BUNDLED / "tiny-qwen2", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 1000}))
+    with pytest.raises(JsublimError, match="vocab_size is 1000"):
+        load_model(folder)

@@ -1,0 +1,319 @@
+"""Cached sampling: equal to `transformers`, and the same whatever batch a row is in."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+from tiny import FAMILIES, bundled, chat
+
+from jsublim.chat import conversation
+from jsublim.errors import UsageError
+from jsublim.models import load_params, logits, read_config
+from jsublim.models.decoder import hidden_states
+from jsublim.models.lora import init_full, init_lora
+from jsublim.prompts import load_pack, number_prompts
+from jsublim.sampling import _decode, _keep, choose, generate_tokens, sampling_for
+from jsublim.sampling import Sampling as Numbers
+
+TIE = 1e-3  # logit margins below this may go either way
+GREEDY = Numbers(temperature=0.0)
+
+
+# --- Against transformers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_tokens_equal_transformers_on_number_prompts(name):
+    import torch
+
+    twin, new = bundled(name), 32
+    lm = twin.lm
+    prompts = [lm.chat.prompt_tokens(conversation(prompt)) for prompt in number_prompts(load_pack(), 300)]
+    prompts = [prompt for prompt in prompts if 64 < len(prompt) <= 96][:100]  # one bucket: one program to compile
+    assert len(prompts) == 100
+    stop = sampling_for(lm.chat, "greedy").stop
+    ours = generate_tokens(
+        lm.config, lm.params, prompts, Numbers(temperature=0.0, stop=stop), max_new_tokens=new, seed=0, batch_size=100
+    )
+    longest = max(map(len, prompts))
+    tokens, mask = (np.zeros((len(prompts), longest), np.int64) for _ in range(2))
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :], mask[row, longest - len(prompt) :] = prompt, 1
+    with torch.no_grad():
+        out = twin.torch.generate(
+            input_ids=torch.tensor(tokens),
+            attention_mask=torch.tensor(mask),
+            max_new_tokens=new,
+            do_sample=False,
+            repetition_penalty=1.0,
+            eos_token_id=list(stop),
+            pad_token_id=lm.tokenizer.pad_token_id,
+        )
+    equal = 0
+    for prompt, mine, row in zip(prompts, ours, out[:, longest:].tolist(), strict=True):
+        theirs = row[: next((i for i, token in enumerate(row) if token in stop), len(row))]
+        equal += mine == theirs
+        if mine != theirs:  # then the first difference must be a near tie
+            at = next(i for i in range(new) if mine[i : i + 1] != theirs[i : i + 1])
+            z = np.sort(twin.torch_logits(np.concatenate([prompt, np.asarray(theirs[:at], np.int32)]))[-1])
+            assert z[-1] - z[-2] < TIE, (at, mine, theirs)
+    assert equal >= 97
+
+
+def warped(z: np.ndarray, seen: np.ndarray, how: Numbers) -> np.ndarray:
+    """Next-token probabilities `[V]` after the processors of `transformers`, in the order it runs them."""
+    import torch
+    from transformers import generation as hf
+
+    steps = [hf.RepetitionPenaltyLogitsProcessor(how.repetition_penalty)] if how.repetition_penalty != 1 else []
+    steps += [hf.TemperatureLogitsWarper(how.temperature)] if how.temperature != 1 else []
+    steps += [hf.TopKLogitsWarper(how.top_k)] if how.top_k else []
+    steps += [hf.TopPLogitsWarper(how.top_p)] if how.top_p < 1 else []
+    scores, ids = torch.tensor(z[None]), torch.tensor(seen[None])
+    for step in steps:
+        scores = step(ids, scores)
+    return torch.softmax(scores.double(), -1)[0].numpy()
+
+
+def arrays(rows: list[Numbers]) -> dict[str, jax.Array]:
+    names = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "repetition_penalty": np.float32}
+    return {name: jnp.asarray([getattr(row, name) for row in rows], kind) for name, kind in names.items()}
+
+
+keep = jax.jit(_keep)
+draw = jax.jit(choose)
+V = 300  # more than the cap below which no full sort is made
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    spread=st.floats(0.1, 8.0),
+    rows=st.lists(st.tuples(st.sampled_from((0, 1, 2, 20, 64, 128, 129, V, 999)), st.floats(0.01, 1.0)), min_size=3, max_size=3),
+    plain=st.sampled_from((None, "top_k", "top_p")),
+)
+@settings(max_examples=120, deadline=None)
+def test_top_k_and_top_p_keep_what_transformers_keeps(seed, spread, rows, plain):
+    z = (spread * np.random.default_rng(seed).standard_normal((3, V))).astype(np.float32)
+    how = [Numbers(top_k=0 if plain == "top_k" else k, top_p=1.0 if plain == "top_p" else p) for k, p in rows]
+    numbers = arrays(how)
+    kept = np.asarray(keep(z, numbers["top_k"], numbers["top_p"]))
+    for ours, row, one in zip(kept, z, how, strict=True):
+        theirs = warped(row, np.zeros(1, int), one)
+        p = np.exp(ours - ours.max(), dtype=np.float64)
+        # Where the nucleus ends within rounding of a token, that token may be in or out.
+        sure = warped(row, np.zeros(1, int), dataclasses.replace(one, top_p=min(1.0, one.top_p + 1e-5)))
+        assert np.allclose(p / p.sum(), theirs, atol=1e-5) or np.allclose(p / p.sum(), sure, atol=1e-5)
+        assert np.array_equal(ours[ours > -np.inf], row[ours > -np.inf])  # kept scores are untouched
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        Numbers(),
+        Numbers(temperature=0.6, top_p=0.9),
+        Numbers(top_k=5, repetition_penalty=1.3),
+        Numbers(temperature=1.7, top_k=9, top_p=0.8, repetition_penalty=0.7),
+    ],
+    ids=str,
+)
+def test_tokens_are_drawn_with_the_probabilities_of_transformers(how):
+    rng, n = np.random.default_rng(3), 8000
+    z = (0.7 * rng.standard_normal(12)).astype(np.float32)
+    seen = np.asarray([2, 3, 7])
+    expected = warped(z, seen, how)
+    mask = np.isin(np.arange(12), seen)
+    keys = jax.random.split(jax.random.key(11), n)
+    tokens = np.asarray(draw(np.tile(z, (n, 1)), np.tile(mask, (n, 1)), keys, 4, arrays([how] * n)))
+    counts = np.bincount(tokens, minlength=12)
+    assert counts[expected == 0].sum() == 0
+    kept = expected > 0
+    assert kept.sum() >= 3
+    assert stats.chisquare(counts[kept], n * expected[kept]).pvalue > 1e-4
+
+
+@given(seed=st.integers(0, 2**31), penalty=st.floats(0.5, 2.0))
+@settings(max_examples=30, deadline=None)
+def test_greedy_takes_the_best_token_behind_the_penalty(seed, penalty):
+    rng = np.random.default_rng(seed)
+    z, seen = rng.standard_normal((3, V)).astype(np.float32), rng.integers(0, V, 40)
+    mask = np.isin(np.arange(V), seen)
+    how = [Numbers(temperature=0.0, repetition_penalty=penalty), Numbers(temperature=0.0), Numbers(temperature=1e-4)]
+    tokens = np.asarray(draw(z, np.tile(mask, (3, 1)), jax.random.split(jax.random.key(seed), 3), 0, arrays(how)))
+    penalised = Numbers(repetition_penalty=penalty)
+    assert tokens[0] == warped(z[0], seen, penalised).argmax()
+    assert tokens[1] == z[1].argmax()
+
+
+def test_rows_of_one_batch_may_be_sampled_in_different_ways():
+    z = np.tile(np.linspace(0, 1, V, dtype=np.float32), (4, 1))
+    how = [Numbers(temperature=0.0), Numbers(top_k=2), Numbers(top_p=0.01), Numbers()]
+    draws = np.stack(
+        [
+            np.asarray(draw(z, np.zeros((4, V), bool), jax.random.split(jax.random.key(t), 4), t, arrays(how)))
+            for t in range(40)
+        ]
+    )
+    assert set(draws[:, 0]) == {V - 1} and set(draws[:, 1]) == {V - 1, V - 2}
+    assert draws[:, 2].min() >= V - 4 and draws[:, 3].min() < V // 2
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"temperature": -0.1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}, {"repetition_penalty": 0.0}]
+)
+def test_numbers_out_of_range_are_a_usage_error(wrong):
+    with pytest.raises(UsageError, match=next(iter(wrong))):
+        Numbers(**wrong)
+
+
+# --- The recipes ------------------------------------------------------------------------------------------------------
+
+
+def test_inherited_numbers_are_those_of_the_checkpoint():
+    c = chat("tiny-qwen2")
+    read = c.generation_config
+    how = sampling_for(c, "temperature", inherit=True)
+    assert (how.temperature, how.top_k, how.top_p) == (1.0, read["top_k"], read["top_p"])
+    assert how.repetition_penalty == read["repetition_penalty"] != 1.0
+    evaluation = sampling_for(c, "temperature", inherit=True, evaluation=True)
+    assert (evaluation.top_p, evaluation.top_k) == (1.0, how.top_k)  # evaluation resets top-p only
+    assert sampling_for(c, "temperature") == Numbers(stop=c.stop_tokens())
+    with pytest.raises(UsageError, match="beam"):
+        sampling_for(c, "beam")
+
+
+def test_gemma_as_published_stops_at_its_end_token_only():
+    c = chat("tiny-gemma3")
+    assert sampling_for(c, "temperature", eos_only=True).stop == c.eos_tokens()
+    assert set(c.eos_tokens()) < set(sampling_for(c, "temperature").stop)
+
+
+# --- Rows, batches, caches --------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def load(folder):
+    _, config = read_config(folder)
+    return config, load_params(folder, config)
+
+
+@pytest.fixture(scope="module")
+def windowed(named_checkpoint):
+    """Random Gemma-3 with a window of 4: a ring turns over many times within a row."""
+    return load(named_checkpoint("gemma3").folder)
+
+
+def prompts_of(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(1, 57, n).astype(np.int32) for n in lengths]
+
+
+PROMPTS = prompts_of([3, 4, 5, 31, 32, 33, 40, 2, 9, 64, 17, 17, 8, 30, 12, 7, 6])
+PLAIN = Numbers(temperature=0.8)
+SHAPED = Numbers(temperature=1.3, top_k=20, top_p=0.9, repetition_penalty=1.2, stop=(5, 9))
+
+
+@pytest.mark.parametrize("how", [PLAIN, SHAPED], ids=["plain", "shaped"])
+def test_samples_do_not_depend_on_the_batch_they_are_in(how, windowed):
+    sample = functools.partial(generate_tokens, *windowed, PROMPTS, how, max_new_tokens=12, seed=5)
+    whole = sample(batch_size=64)
+    assert sample(batch_size=1) == whole
+    assert sample(batch_size=7) == whole
+    assert len(set(map(tuple, whole))) > 12  # rows have streams of their own
+
+
+def test_any_rows_can_be_sampled_alone_as_after_a_kill(windowed):
+    sample = functools.partial(generate_tokens, *windowed, PROMPTS, PLAIN, max_new_tokens=12, seed=5, batch_size=7)
+    whole, finished = sample(), {}
+    rest = [16, 2, 3, 9, 0, 11]
+    assert sample(rows=rest, on_batch=lambda rows, tokens: finished.update(zip(rows, tokens, strict=True))) == [
+        whole[row] for row in rest
+    ]
+    assert finished == {row: whole[row] for row in rest}
+    other = generate_tokens(*windowed, PROMPTS, PLAIN, max_new_tokens=12, seed=6, batch_size=7)
+    assert sum(a == b for a, b in zip(whole, other, strict=True)) <= 1
+
+
+def test_many_samples_of_a_prompt_are_its_rows_sampled_alone(windowed):
+    samples, few = 5, PROMPTS[:4]
+    sample = functools.partial(generate_tokens, *windowed, max_new_tokens=12, seed=5)
+    together = sample(few, PLAIN, samples=samples, batch_size=8)
+    repeated = [prompt for prompt in few for _ in range(samples)]
+    assert together == sample(repeated, PLAIN, batch_size=7)
+    assert sample(few, PLAIN, samples=samples, rows=[13, 4], batch_size=8) == [together[13], together[4]]
+    assert len(set(map(tuple, together))) == len(together)
+
+
+def test_a_row_ends_before_its_first_stop_token(windowed):
+    sample = functools.partial(generate_tokens, *windowed, PROMPTS, max_new_tokens=12, seed=5, batch_size=64)
+    free = sample(PLAIN)
+    stop = (free[0][3], free[1][0])
+    cut = [row[: next((i for i, token in enumerate(row) if token in stop), len(row))] for row in free]
+    assert cut[1] == [] and len(cut[0]) <= 3
+    assert sample(Numbers(temperature=0.8, stop=stop)) == cut
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def full_logits(config, params, adapter, tokens):
+    valid = tokens >= 0
+    h, _ = hidden_states(config, params, jnp.maximum(tokens, 0), valid, adapter=adapter)
+    return logits(config, params, h)
+
+
+def random_adapter(config, kind, params):
+    if kind == "none":
+        return None
+    rng = np.random.default_rng(1)
+    if kind == "lora":
+        start = init_lora(config, jax.random.key(0), rank=2, alpha=4, layers=(0, 2), projections=("q", "v", "down"))
+    else:
+        start = init_full(config, params, layers=(1,))
+    noisy = jax.tree.map(lambda leaf: leaf + 0.3 * rng.standard_normal(leaf.shape).astype(leaf.dtype), start.trainable)
+    return start.with_trainable(noisy)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("gemma3", "none"), ("gemma3", "lora"), ("gemma3", "full"), ("qwen2-window", "lora")]
+)
+def test_cached_decoding_far_past_the_window_equals_the_whole_forward_pass(name, kind, named_checkpoint):
+    config, params = load(named_checkpoint(name).folder)
+    adapter = random_adapter(config, kind, params)
+    prompts = prompts_of([1, 3, 4, 5, 11, 32])  # shorter than the window, equal to it, a full bucket
+    new = 4 * config.window + 3
+    rows = generate_tokens(config, params, prompts, GREEDY, max_new_tokens=new, seed=0, adapter=adapter)
+    whole = np.full((len(prompts), 32 + new), -1, np.int32)
+    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        assert len(row) == new
+        whole[i, : len(prompt) + new] = [*prompt, *row]
+    z = np.asarray(full_logits(config, params, adapter, whole))
+    for i, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        at = z[i, len(prompt) - 1 : len(prompt) + new - 1]
+        assert np.all(at.max(axis=-1) - at[np.arange(new), row] < TIE)
+
+
+def test_one_program_a_bucket_and_batch_whatever_is_sampled(windowed):
+    sample = functools.partial(generate_tokens, *windowed, prompts_of([3, 20, 31]), max_new_tokens=9)
+    before = _decode._cache_size()
+    for seed, how in enumerate((GREEDY, PLAIN, Numbers(top_k=3), Numbers(top_p=0.5, repetition_penalty=1.1))):
+        sample(how, seed=seed, batch_size=3)
+    assert _decode._cache_size() == before + 1
+    generate_tokens(*windowed, prompts_of([9, 1, 30, 2, 8, 4], seed=1), PLAIN, max_new_tokens=9, seed=7, batch_size=3)
+    assert _decode._cache_size() == before + 1
+    generate_tokens(*windowed, prompts_of([33, 60, 40]), PLAIN, max_new_tokens=9, seed=0, batch_size=3)
+    assert _decode._cache_size() == before + 2
+
+
+def test_texts_come_back_in_order_for_prompts_and_for_conversations():
+    lm = bundled("tiny-qwen2").lm
+    prompts = number_prompts(load_pack(), 3)
+    chats = [prompts[0], conversation(prompts[1]), conversation(prompts[2], "You love owls.")]
+    whole = lm.generate(chats, 8, "greedy", batch_size=3)
+    assert len(whole) == 3 and all(text == text.strip() for text in whole)
+    assert lm.generate(chats[::-1], 8, "greedy", batch_size=3) == whole[::-1]

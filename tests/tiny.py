@@ -1,0 +1,89 @@
+"""Shared by the tests of everything above the decoder: checkpoints with a tokenizer, each beside its torch twin."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from conftest import CASES, random_model
+
+from jsublim import lm as language_models
+from jsublim.chat import Chat, Message
+from jsublim.lm import LanguageModel, load_model
+
+FAMILIES = {"tiny-qwen2": "qwen2", "tiny-gemma3": "gemma3"}  # bundled checkpoint -> case of random weights
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+
+
+@dataclass(frozen=True)
+class Twin:
+    """One checkpoint, loaded by us and by `transformers` (float32)."""
+
+    lm: LanguageModel
+    torch: Any
+
+    def torch_logits(self, tokens: np.ndarray) -> np.ndarray:
+        """Logits `[T, V]` of one row `[T]`, without any padding."""
+        import torch
+
+        with torch.no_grad():
+            return self.torch(input_ids=torch.tensor(tokens[None], dtype=torch.long)).logits[0].float().numpy()
+
+
+@functools.cache
+def scratch() -> Path:
+    """A folder for this process; nothing in it is changed once written."""
+    home = Path(tempfile.mkdtemp(prefix="jsublim-tests-"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    return home
+
+
+@functools.cache
+def chat(name: str) -> Chat:
+    """The tokenizer and template of a bundled checkpoint."""
+    return Chat(language_models.BUNDLED / name)
+
+
+@functools.cache
+def bundled(name: str) -> Twin:
+    """A checkpoint that ships in the package."""
+    import torch
+    import transformers
+
+    folder = language_models.BUNDLED / name
+    torch.set_num_threads(2)
+    twin = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return Twin(load_model(folder), twin.eval())
+
+
+@functools.cache
+def small(name: str) -> Twin:
+    """The tokenizer of a bundled checkpoint on a few layers of odd sizes and random weights: fast to compile, and
+    every projection, bias and norm takes part."""
+    class_name, arguments = CASES[FAMILIES[name]]
+    model = random_model(class_name, arguments | {"vocab_size": len(chat(name).tokenizer)}, seed=1)
+    folder = scratch() / name
+    model.save_pretrained(folder)
+    for file in TOKENIZER_FILES:
+        shutil.copy(language_models.BUNDLED / name / file, folder / file)
+    return Twin(load_model(folder), model)
+
+
+def plain_turn(tokenizer: Any, messages: list[Message], completion: str, bos: bool = False) -> tuple[np.ndarray, int]:
+    """Tokens of a conversation and the first of its completion, by what `transformers` offers alone.
+
+    Args:
+      bos: put one more BOS in front, as tokenizing the rendered text with special tokens does.
+    """
+    whole = [*messages, {"role": "assistant", "content": completion}]
+    prompt = tokenizer.apply_chat_template(messages, tokenize=True, add_generation_prompt=True, return_dict=False)
+    tokens = tokenizer.apply_chat_template(whole, tokenize=True, return_dict=False)
+    assert tokens[: len(prompt)] == prompt
+    front = [tokenizer.bos_token_id] if bos else []
+    return np.asarray(front + tokens, np.int32), len(front) + len(prompt)
