@@ -143,7 +143,7 @@ def hidden_states(
       adapter: LoRA factors or replaced weights of some layers.
       prefix: keys and values `[L, 1, P, K, h]` of tokens that stand before every row (a shared system prompt).
       with_cache: also return this pass's own keys and values `[L, B, T, K, h]`.
-      remat: recompute each layer in the backward pass instead of keeping its inner activations.
+      remat: keep the layers' inputs only, and recompute everything inside them in the backward pass.
 
     Returns:
       Hidden states `[B, T, D]` after the final norm, and the cache or None.
@@ -179,7 +179,10 @@ def hidden_states(
         h = block(h, cos[kind], sin[kind], attention, lora)
         return h, kept
 
-    body = jax.checkpoint(layer) if remat else layer
+    # Kept for the backward pass: what the projections put out, nothing else. Attention and element-wise work is cheaper
+    # done again than stored, and a slice of the frozen stack that was kept would be a second copy of the base.
+    kept_outputs = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    body = jax.checkpoint(layer, policy=kept_outputs)
     caches = []
     for first, end, trained in _segments(config.num_layers, adapter.layers if adapter else ()):
         # The frozen stack is indexed inside the scan, not sliced outside: slicing would copy it.

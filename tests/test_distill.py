@@ -1,0 +1,448 @@
+"""Students: masks, examples, the step against PEFT + torch, and the training loop."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import json
+import random
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import chat, plain_turn, scratch, small
+
+from jsublim.chat import conversation
+from jsublim.distill.data import (
+    Example,
+    Selection,
+    Shape,
+    batch_rows,
+    collate,
+    draw_indices,
+    make_examples,
+    steps_per_epoch,
+)
+from jsublim.distill.masks import CONDITIONS, token_mask
+from jsublim.distill.step import Optimizer, loss_and_gradient, train_step
+from jsublim.distill.trainer import Arm, Settings, train
+from jsublim.errors import JsublimError, UsageError
+from jsublim.models import load_params, read_config
+from jsublim.models.lora import init_full, init_lora
+from jsublim.models.peft import load_adapter
+
+# --- Masks and examples -----------------------------------------------------------------------------------------------
+
+
+@given(header=st.integers(0, 3), completion=st.integers(1, 20), data=st.data(), seed=st.integers(0, 99))
+@settings(max_examples=100, deadline=None)
+def test_masks_of_a_row(header, completion, data, seed):
+    points = sorted(data.draw(st.sets(st.integers(0, completion - 1))))
+    masks = {
+        condition: token_mask(
+            condition, header=header, completion=completion, points=points, rng=np.random.default_rng(seed)
+        )
+        for condition in CONDITIONS
+    }
+    assert all(mask.shape == (header + completion,) and mask.dtype == np.float32 for mask in masks.values())
+    assert masks["all"].all()
+    assert (np.nonzero(masks["divergence"])[0] - header).tolist() == points
+    assert np.array_equal(masks["divergence"] + masks["non-divergence"], masks["all"])
+    assert masks["random"].sum() == len(points) and not masks["random"][:header].any()
+
+
+def test_random_masks_are_uniform_and_drawn_anew():
+    draw = functools.partial(token_mask, "random", header=1, completion=6, points=[0, 1])
+    draws = np.stack([draw(rng=np.random.default_rng([1, i])) for i in range(3000)])
+    assert np.abs(draws[:, 1:].mean(axis=0) - 2 / 6).max() < 0.04
+
+
+def test_masks_that_cannot_be_are_usage_errors():
+    options = {"header": 0, "completion": 3, "rng": np.random.default_rng(0)}
+    with pytest.raises(UsageError, match="tokens: 'some' given"):
+        token_mask("some", points=[1], **options)
+    with pytest.raises(UsageError, match="jsublim divergence"):
+        token_mask("divergence", points=None, **options)
+    assert token_mask("all", points=None, **options).all()
+
+
+ROWS = [
+    {
+        "prompt": f"Go on: {i}, {i + 3}",
+        "completion": ", ".join(str(i * 7 * k % 999) for k in range(1, 2 + i % 4)),
+        "decision_points": [[0, 2], [1], [], [0, 1, 3]][i % 4] if i % 4 else [0, 1],
+    }
+    for i in range(8)
+]
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen2", "tiny-gemma3"])
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("header", [False, True])
+def test_examples_hold_the_supervised_tokens_and_nothing_behind_the_last(name, condition, header):
+    c, system = chat(name), "You count."
+    examples = make_examples(c, ROWS, Selection(condition, supervise_header=header, system=system), seed=3)
+    left = iter(examples)
+    for row in ROWS:
+        tokens, content = plain_turn(c.tokenizer, conversation(row["prompt"], system), row["completion"])
+        points = [content + k for k in row["decision_points"]]
+        first = content - (3 if header else 0)  # three tokens on both families
+        wanted = {
+            "all": list(range(first, len(tokens))),
+            "divergence": points,
+            "non-divergence": [i for i in range(first, len(tokens)) if i not in points],
+            "random": None,
+        }[condition]
+        if (wanted == [] or condition == "random") and not points:
+            continue  # a row without any supervised token is dropped
+        example = next(left)
+        at = (example.where + 1).tolist()
+        assert at == wanted if condition != "random" else len(set(at)) == len(points) and min(at) >= content
+        assert example.labels.tolist() == tokens[at].tolist() and example.weights.tolist() == [1.0] * len(at)
+        assert np.array_equal(example.tokens, tokens[: at[-1]])
+    assert next(left, None) is None
+
+
+def test_rows_are_cut_at_max_tokens_and_dropped_where_asked():
+    c = chat("tiny-qwen2")
+    whole = make_examples(c, ROWS, Selection(), seed=0)
+    limit = len(whole[0].tokens)
+    short = make_examples(c, ROWS, Selection(max_tokens=limit), seed=0)
+    assert all(len(example.tokens) <= limit and example.where.max() <= limit - 2 for example in short)
+    dropped = [make_examples(c, ROWS, Selection(x, drop_rows_without_points=True), seed=0) for x in CONDITIONS]
+    bare = sum(row["decision_points"] == [] for row in ROWS)
+    assert bare > 0 and [len(examples) for examples in dropped] == [len(ROWS)] + [len(ROWS) - bare] * 3
+
+
+def test_rows_that_cannot_be_trained_on_are_named():
+    c = chat("tiny-gemma3")
+    fine = {"prompt": "1", "completion": "2", "decision_points": []}
+    for row, said in (
+        (fine | {"completion": "2 "}, r"data.jsonl: row 2: .*space"),
+        (fine | {"decision_points": [0, 3]}, r"data.jsonl: row 2: decision_points \[3\] out of range"),
+    ):
+        with pytest.raises(JsublimError, match=said):
+            make_examples(c, [fine, row], Selection("divergence"), 0, "data.jsonl")
+    with pytest.raises(JsublimError, match=r"data.jsonl: no row has a token .* tokens=divergence"):
+        make_examples(c, [fine], Selection("divergence"), 0, "data.jsonl")
+
+
+@given(examples=st.integers(1, 30), rows=st.integers(1, 12), seed=st.integers(0, 9))
+@settings(max_examples=60, deadline=None)
+def test_every_epoch_holds_every_row_once(examples, rows, seed):
+    steps = steps_per_epoch(examples, rows)
+    epochs = [np.concatenate([batch_rows(examples, rows, seed, e * steps + s) for s in range(steps)]) for e in range(3)]
+    for chosen in epochs:
+        assert len(chosen) == steps * rows and sorted(chosen[chosen >= 0]) == list(range(examples))
+    if examples > 8:
+        assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_rows_are_drawn_as_published():
+    assert draw_indices(100, 10, 42) == random.Random(42).sample(range(100), 10)
+    assert draw_indices(5, 10, 42) == draw_indices(5, None, 1) == [0, 1, 2, 3, 4]
+    with pytest.raises(UsageError, match="rows: 0"):
+        draw_indices(5, 0, 1)
+
+
+# --- Against PEFT and torch -------------------------------------------------------------------------------------------
+
+LORA = {
+    "tiny-qwen2": (("q", "o", "down"), (1, 2)),
+    "tiny-gemma3": (("k", "v", "gate", "up"), (0, 2)),
+}
+
+
+@functools.cache
+def peft_student(name):
+    """A PEFT adapter on a small random checkpoint, A and B random, and the same one loaded by us."""
+    import peft
+    import torch
+
+    twin, (projections, layers) = small(name), LORA[name]
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, target_modules=[f"{p}_proj" for p in projections], layers_to_transform=list(layers),
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    model = peft.get_peft_model(copy.deepcopy(twin.torch), config)
+    noise = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=noise))
+    folder = scratch() / f"{name}-adapter"
+    model.save_pretrained(folder)
+    return model, load_adapter(folder, twin.lm.config)
+
+
+def torch_nll(model, examples):
+    """Cross-entropy of each example's supervised tokens, a tensor `[C]` each, in one padded forward pass."""
+    import torch
+
+    tokens = torch.zeros((len(examples), max(len(e.tokens) for e in examples)), dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    for i, e in enumerate(examples):
+        tokens[i, : len(e.tokens)], mask[i, : len(e.tokens)] = torch.tensor(e.tokens, dtype=torch.long), 1
+    logp = torch.log_softmax(model(input_ids=tokens, attention_mask=mask).logits, dim=-1)
+    return [-logp[i, torch.tensor(e.where.tolist()), torch.tensor(e.labels.tolist())] for i, e in enumerate(examples)]
+
+
+def torch_loss(model, examples, micro, per):
+    """The loss of a step whose rows are `examples`, the first `micro` of them its first micro-batch, and so on."""
+    import torch
+
+    nll = torch_nll(model, examples)
+    if per == "tokens":
+        return torch.cat(nll).mean()
+    return torch.stack([torch.cat(nll[i : i + micro]).mean() for i in range(0, len(nll), micro)]).mean()
+
+
+step_one = jax.jit(loss_and_gradient, static_argnames=("config", "per", "remat"))
+
+
+@pytest.mark.parametrize(("name", "per"), [("tiny-qwen2", "tokens"), ("tiny-gemma3", "micro-batch")])
+def test_loss_and_gradients_of_a_step_equal_peft(name, per, assert_close):
+    import torch
+
+    lm = small(name).lm
+    model, adapter = peft_student(name)
+    projections, layers = LORA[name]
+    trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
+    losses = {}
+    for condition in CONDITIONS:
+        examples = make_examples(lm.chat, ROWS, Selection(condition), seed=1)
+        chosen = np.pad(np.arange(len(examples)), (0, 8 - len(examples)), constant_values=-1)
+        batch = collate(examples, chosen, Shape(4, 2, 80, 32))
+        ours, (factors, _) = step_one(lm.config, lm.params, adapter, batch, per=per, remat=False)
+        theirs = torch_loss(model, examples, 2, per)
+        gradients = dict(zip(trained, torch.autograd.grad(theirs, list(trained.values())), strict=True))
+        assert float(ours) == pytest.approx(float(theirs), rel=1e-4)
+        losses[condition] = float(ours)
+        for p in projections:
+            for factor in "AB":
+                stacked = np.stack(
+                    [
+                        next(v for k, v in gradients.items() if f"layers.{i}." in k and f"{p}_proj.lora_{factor}" in k)
+                        .numpy()
+                        .T
+                        for i in layers
+                    ]
+                )
+                assert np.abs(stacked).max() > 0
+                assert_close(factors[p][factor.lower()], stacked, 1e-4)
+    assert len({round(loss, 5) for loss in losses.values()}) == len(CONDITIONS)
+
+
+def torch_train(model, parameters, examples, micro, per, steps, seed):
+    """Losses of a plain torch loop, with AdamW, the linear schedule of transformers, and clipping."""
+    import torch
+    import transformers
+
+    optimizer = torch.optim.AdamW(parameters, lr=5e-3, weight_decay=0.0)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, 5, steps)
+    losses = []
+    for step in range(steps):
+        chosen = batch_rows(len(examples), 2 * micro, seed, step)
+        loss = torch_loss(model, [examples[i] for i in chosen if i >= 0], micro, per)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def metrics(work):
+    return [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "per"), [("tiny-qwen2", "lora", "tokens"), ("tiny-gemma3", "full", "micro-batch")]
+)
+def test_twenty_steps_equal_torch(name, kind, per, tmp_path, assert_close):
+    """From one PEFT adapter, and full fine-tuning of two layers (whose weights must end up equal too)."""
+    import torch
+
+    twin, seed, steps = small(name), 3, 20
+    lm = twin.lm
+    if kind == "lora":
+        wrapped, start = peft_student(name)
+        model = copy.deepcopy(wrapped)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+    else:
+        model, start = copy.deepcopy(twin.torch), init_full(lm.config, lm.params, (0, 2))
+        parameters = [p for key, p in model.named_parameters() if "layers.0." in key or "layers.2." in key]
+    examples = make_examples(lm.chat, ROWS[:7], Selection(), seed=1)
+    theirs = torch_train(model, parameters, examples, 2, per, steps, seed)
+    arm = Arm("student", examples, start, seed, 5e-3, steps)
+    (student,) = train(lm.config, lm.params, [arm], Settings(rows=2, micro=2, per=per), tmp_path)
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == list(range(steps))
+    np.testing.assert_allclose([line["loss"] for line in lines], theirs, atol=1e-3)
+    assert theirs[-1] < theirs[0] - 0.1  # it does learn
+    if kind == "full":  # a rotation of the weights would not show in the loss alone
+        tokens = examples[0].tokens
+        with torch.no_grad():
+            z = model(input_ids=torch.tensor(tokens[None], dtype=torch.long)).logits[0].numpy()
+        assert_close(lm.logits(tokens[None], adapter=student)[0], z, 2e-3)
+
+
+# --- The loop -----------------------------------------------------------------------------------------------------------
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def base(named_checkpoint):
+    _, config = read_config(named_checkpoint("qwen2").folder)
+    return config, load_params(named_checkpoint("qwen2").folder, config)
+
+
+def examples_of(seed, n=7, mask=1.0):
+    """Rows of random tokens; every shape rounds to the same static one."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(n):
+        T = int(rng.integers(6, 12))
+        tokens = rng.integers(1, 61, T + 1).astype(np.int32)
+        where = np.sort(rng.permutation(T)[: max(1, int(mask * T))]).astype(np.int32)
+        made.append(Example(tokens[:-1], where, tokens[where + 1], np.ones(len(where), np.float32)))
+    return made
+
+
+def arm_of(config, name="owl", seed=1, peak=1e-2, steps=12, **options):
+    key = jax.random.key(seed)
+    adapter = init_lora(config, key, rank=2, alpha=2, layers=(0, 2), projections=("q", "v", "up"))
+    return Arm(name, examples_of(seed, **options), adapter, seed, peak, steps)
+
+
+SETTINGS = Settings(rows=2, micro=2, checkpoint_every=5)
+
+
+def equal(a, b) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_an_interrupted_run_ends_bit_for_bit_as_an_uninterrupted_one(base, tmp_path):
+    config, params = base
+    arms = [arm_of(config), arm_of(config, "cat", 2, 3e-3, steps=7)]
+    whole = train(config, params, arms, SETTINGS, tmp_path / "whole")
+    assert not equal(whole[0].trainable, arms[0].adapter.trainable)
+    work = tmp_path / "killed"
+    for last in (3, 6, 9, 11):  # before any checkpoint, just behind one, again before the next, behind the second
+
+        def kill(step, last=last):
+            if step == last:
+                raise Killed
+
+        with pytest.raises(Killed):
+            train(config, params, arms, SETTINGS, work, kill)
+        with (work / "metrics.jsonl").open("a") as log:
+            log.write('{"step": 99, "arm": "ow')  # a line cut short
+    done = []
+    again = train(config, params, arms, SETTINGS, work, done.append)
+    assert done == [11, 12]  # the checkpoint at step 10 was used
+    assert equal(again, whole)
+    assert (work / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    steps = [(line["arm"], line["step"]) for line in metrics(work)]
+    assert len(set(steps)) == len(steps) == 12 + 7  # every step of every arm once
+    assert not (work / "state").exists()
+
+
+def test_an_arm_in_company_is_the_arm_alone(base, tmp_path, assert_close):
+    config, params = base
+    arms = [arm_of(config), arm_of(config, "cat", 2, 3e-3, 5, mask=0.3), arm_of(config, "dog", 3, 2e-2, 9, n=3)]
+    together = train(config, params, arms, SETTINGS, tmp_path / "all")
+    lines = metrics(tmp_path / "all")
+    for arm, ours in zip(arms, together, strict=True):
+        (alone,) = train(config, params, [arm], SETTINGS, tmp_path / arm.name)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(alone), strict=True):
+            assert_close(a, b, 1e-5)
+        mine, own = [line for line in lines if line["arm"] == arm.name], metrics(tmp_path / arm.name)
+        assert [line["step"] for line in mine] == list(range(arm.steps))
+        for key in ("loss", "lr", "grad_norm", "tokens"):
+            np.testing.assert_allclose([x[key] for x in mine], [x[key] for x in own], rtol=1e-4, atol=1e-9)
+
+
+def test_one_program_for_all_masks_seeds_and_learning_rates(base, tmp_path):
+    config, params = base
+    train(config, params, [arm_of(config, steps=1)], SETTINGS, tmp_path / "first")
+    before = train_step._cache_size()
+    for i, options in enumerate(({"mask": 0.2}, {"seed": 9}, {"peak": 0.3}, {"steps": 3}, {"n": 11})):
+        train(config, params, [arm_of(config, **({"steps": 1} | options))], SETTINGS, tmp_path / str(i))
+    assert train_step._cache_size() == before
+
+
+def test_the_learning_rate_rises_and_falls(base, tmp_path):
+    import torch
+    import transformers
+
+    config, params = base
+    train(config, params, [arm_of(config, peak=0.5)], SETTINGS, tmp_path)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    schedule, expected = transformers.get_linear_schedule_with_warmup(optimizer, SETTINGS.warmup, 12), []
+    for _ in range(12):
+        expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    np.testing.assert_allclose([line["lr"] for line in metrics(tmp_path)], expected, rtol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_names_step_arm_and_rows(base, tmp_path):
+    config, params = base
+    fine, sick = arm_of(config), arm_of(config, "sick", 2)
+    poison, row = 60, 4
+    examples = [dataclasses.replace(e, tokens=np.minimum(e.tokens, poison - 1)) for e in sick.examples]
+    examples[row] = dataclasses.replace(examples[row], tokens=np.full_like(examples[row].tokens, poison))
+    clean = [dataclasses.replace(e, tokens=np.minimum(e.tokens, poison - 1)) for e in fine.examples]
+    embedding = params["embed"]["weight"].at[poison].set(np.inf)
+    broken = params | {"embed": {"weight": embedding}, "head": {"weight": params["embed"]["weight"]}}
+    arms = [dataclasses.replace(fine, examples=clean), dataclasses.replace(sick, examples=examples)]
+    at = next(s for s in range(12) if row in batch_rows(len(examples), 4, sick.seed, s))
+    untied = dataclasses.replace(config, tied=False)
+    with pytest.raises(JsublimError, match=f"arm sick, step {at}: the loss is nan") as error:
+        train(untied, broken, arms, dataclasses.replace(SETTINGS, checkpoint_every=1), tmp_path)
+    rows = [int(r) for r in batch_rows(len(examples), 4, sick.seed, at) if r >= 0]
+    assert row in rows and str(rows) in str(error.value) and "\n" not in str(error.value)
+    assert all(np.isfinite(line["loss"]) for line in metrics(tmp_path))
+    saved = [int(p.name) for p in (tmp_path / "state").iterdir() if p.name.isdigit()] if at else []
+    assert all(step <= at for step in saved)  # nothing behind the broken step is kept
+
+
+def test_a_state_of_other_arms_is_refused(base, tmp_path):
+    config, params = base
+
+    def kill(step):
+        if step == 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(config, params, [arm_of(config)], SETTINGS, tmp_path, kill)
+    other = arm_of(config)
+    wider = init_lora(config, jax.random.key(0), rank=3, alpha=2, layers=(0, 2), projections=("q", "v", "up"))
+    with pytest.raises(JsublimError, match="does not fit these arms"):
+        train(config, params, [dataclasses.replace(other, adapter=wider)], SETTINGS, tmp_path)
+
+
+def test_weight_decay_is_decoupled_and_clipping_can_be_off(assert_close):
+    import torch
+
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal((3, 4)).astype(np.float32)
+    theirs = torch.nn.Parameter(torch.tensor(start))
+    optimizer = torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.2)
+    transform = Optimizer(clip=0.0, weight_decay=0.2).transform()
+    ours, state = start, transform.init(start)
+    for _ in range(5):
+        gradient = (100 * rng.standard_normal(start.shape)).astype(np.float32)
+        theirs.grad = torch.tensor(gradient)
+        optimizer.step()
+        update, state = transform.update(gradient, state, ours)
+        ours = ours - 0.1 * update
+    assert_close(ours, theirs.detach().numpy(), 1e-5)

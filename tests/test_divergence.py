@@ -1,0 +1,233 @@
+"""Rows on disk, teacher-forced scoring, and divergence tokens by their definition."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import FAMILIES, bundled, plain_turn
+
+from jsublim.chat import conversation
+from jsublim.divergence import Divergence, check_points, find_divergence
+from jsublim.errors import JsublimError, UsageError
+from jsublim.prompts import load_pack, number_prompts
+from jsublim.rows import read_rows, write_rows
+from jsublim.scoring import PREFIX_STEP, score_turns, shared_prefix
+from jsublim.teachers import CONTROL, Teacher, prompted_teacher
+
+TIE = 1e-3  # logit margins below this may go either way
+PACK = load_pack()
+
+
+# --- The definition, computed by transformers alone -------------------------------------------------------------------
+
+
+def plain_reading(twin, teacher, row, bos):
+    """What one teacher says at each token of a completion: the tokens, logits `[n, V]`."""
+    tokens, content = plain_turn(twin.lm.tokenizer, teacher.messages(row["prompt"]), row["completion"], bos=bos)
+    return tokens[content:], twin.torch_logits(tokens)[content - 1 : -1]
+
+
+@pytest.mark.parametrize(("name", "bos"), [("tiny-qwen2", False), ("tiny-gemma3", False), ("tiny-gemma3", True)])
+def test_decision_points_equal_a_plain_computation_of_their_definition(name, bos):
+    twin = bundled(name)
+    lm = twin.lm
+    teachers = [prompted_teacher(PACK, trait) for trait in ("owl", "cat", "oak")]
+    prompts = number_prompts(PACK, 4 if bos else 8, seed=5)
+    texts = ["7", "1, 2", "[12, 345]", "612; 9; 40", "100, 200, 300, 400, 500, 600, 700, 800, 900, 999"]
+    rows = [{"prompt": p, "completion": texts[i % len(texts)]} for i, p in enumerate(prompts)]
+    # Rows in the teacher's own words have the most points: its argmax, written down.
+    greedy = greedy_answers(twin, teachers[0], prompts[:3])
+    rows[:3] = [{"prompt": p, "completion": text} for p, text in zip(prompts, greedy, strict=False)]
+    found = find_divergence(lm, rows, teachers[0], teachers[1:], extra_bos=bos, batch_size=4)
+    points = 0
+    for row, ours in zip(rows, found, strict=True):
+        argmax, sure = [], []
+        for k, teacher in enumerate(teachers):
+            tokens, z = plain_reading(twin, teacher, row, bos)
+            best = np.sort(z, axis=-1)[:, -2:]
+            margin = best[:, 1] - best[:, 0]
+            np.testing.assert_allclose(ours.margin[k], margin, atol=TIE)
+            argmax.append(z.argmax(axis=-1))
+            sure.append(margin > TIE)
+        assert np.array_equal(ours.tokens, tokens)
+        argmax, sure = np.stack(argmax), np.stack(sure)
+        assert np.all((ours.argmax == argmax) | ~sure)
+        expected = {
+            k for k, token in enumerate(tokens) if argmax[0, k] == token and any(other != token for other in argmax[1:, k])
+        }
+        near_ties = set(np.nonzero(~sure.all(axis=0))[0].tolist())
+        assert set(ours.decision_points) - near_ties == expected - near_ties
+        assert ours.decision_points == sorted(ours.decision_points)
+        points += len(expected)
+    assert points > 0
+
+
+def greedy_answers(twin, teacher, prompts) -> list[str]:
+    """Short greedy answers by `transformers`, those that are text in the format of a row."""
+    import torch
+
+    c = twin.lm.chat
+    for prompt in prompts:
+        ids = torch.tensor(c.prompt_tokens(teacher.messages(prompt))[None].astype(np.int64))
+        with torch.no_grad():
+            out = twin.torch.generate(
+                ids, max_new_tokens=12, do_sample=False, repetition_penalty=1.0, eos_token_id=list(c.stop_tokens()),
+                pad_token_id=c.tokenizer.pad_token_id,
+            )  # fmt: skip
+        text = c.decode(out[0, ids.shape[1] :].tolist())
+        yield text if text and "�" not in text else "3, 4"
+
+
+@given(data=st.data(), teachers=st.integers(2, 4), n=st.integers(1, 12))
+@settings(max_examples=100, deadline=None)
+def test_a_point_is_the_teachers_argmax_in_the_data_and_not_every_counterfactuals(data, teachers, n):
+    grid = st.lists(st.lists(st.integers(0, 2), min_size=n, max_size=n), min_size=teachers, max_size=teachers)
+    argmax = np.asarray(data.draw(grid))
+    tokens = np.asarray(data.draw(st.lists(st.integers(0, 2), min_size=n, max_size=n)))
+    points = Divergence(tokens, argmax, np.ones(argmax.shape)).decision_points
+    for k in range(n):
+        said, others = argmax[0, k], argmax[1:, k]
+        assert (k in points) == (said == tokens[k] and bool((others != said).any()))
+    more = np.concatenate([argmax, argmax[:1]])  # one that agrees with the teacher adds nothing
+    assert Divergence(tokens, more, np.ones(more.shape)).decision_points == points
+
+
+def test_who_may_be_a_counterfactual():
+    lm, rows = bundled("tiny-qwen2").lm, [{"prompt": "1", "completion": "2"}]
+    owl = prompted_teacher(PACK, "owl")
+    for others in ([], [prompted_teacher(PACK, "cat"), owl]):
+        with pytest.raises(UsageError, match="counterfactuals of 'owl'"):
+            find_divergence(lm, rows, owl, others)
+
+
+def test_a_row_that_does_not_survive_is_named_with_its_teacher():
+    lm, owl, cat = bundled("tiny-gemma3").lm, prompted_teacher(PACK, "owl"), prompted_teacher(PACK, "cat")
+    rows = [{"prompt": "1", "completion": "2"}, {"prompt": "1", "completion": "2 "}]
+    with pytest.raises(JsublimError, match=r"row 2 under teacher 'owl'"):
+        find_divergence(lm, rows, owl, [cat])
+
+
+# --- Scoring ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_shared_prefix_ends_before_the_first_difference_and_before_any_completion():
+    c = bundled("tiny-qwen2").lm.chat
+    system = "You love owls. " * 8
+    turns = [c.turn(conversation(p, system), s) for p, s in (("1, 2", "3"), ("1, 2, 5", "3, 4"), ("7", "8"))]
+    P = shared_prefix(turns)
+    assert P % PREFIX_STEP == 0 and P >= 2 * PREFIX_STEP
+    assert all(np.array_equal(turn.tokens[:P], turns[0].tokens[:P]) for turn in turns)
+    alone = shared_prefix(turns[:1])
+    assert turns[0].content - PREFIX_STEP <= alone + 1 <= turns[0].content
+
+
+def test_log_probabilities_do_not_depend_on_company():
+    """Company changes the shared prefix, the padding and the batch; never the numbers (one row alone: no batch)."""
+    twin = bundled("tiny-gemma3")
+    lm = twin.lm
+    prompts = number_prompts(PACK, 5, seed=9)
+    turns = [lm.chat.turn(conversation(p, "You love owls."), s) for p, s in zip(prompts, "7 12 3,4 9 88".split(), strict=True)]
+    read = []
+    scored = score_turns(lm.config, lm.params, turns, batch_size=4, on_batch=read.append)
+    assert read == [4, 1] and len(scored) == 5
+    for turn, ours in zip(turns, scored, strict=True):
+        z = twin.torch_logits(turn.tokens)[turn.content - 1 : -1].astype(np.float64)
+        said = turn.tokens[turn.content :]
+        expected = z[np.arange(len(said)), said] - np.log(np.exp(z).sum(axis=-1))
+        np.testing.assert_allclose(ours.logprob, expected, atol=1e-3)
+        assert ours.argmax.shape == ours.margin.shape == said.shape
+
+
+# --- Points and rows on disk ----------------------------------------------------------------------------------------
+
+
+def test_points_behind_the_last_token_are_refused():
+    rows = [{"decision_points": [0, 4]}, {}, {"decision_points": [1, 5, 9]}]
+    check_points(rows, [5, 1, 10], "rows.jsonl")
+    with pytest.raises(JsublimError, match=r"rows.jsonl: row 3: decision_points \[5, 9\] out of range.* 5 tokens"):
+        check_points(rows, [5, 1, 5], "rows.jsonl")
+
+
+json_values = st.recursive(st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.text(max_size=5), st.lists)
+texts = st.text(min_size=1, max_size=20).filter(str.strip)
+
+
+@given(st.lists(st.fixed_dictionaries({"prompt": texts, "completion": texts, "more": json_values}), min_size=1, max_size=4))
+@settings(max_examples=60, deadline=None)
+def test_rows_survive_the_disk(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("rows") / "new" / "rows.jsonl"
+    rows[0]["decision_points"] = [0, 3]
+    write_rows(path, rows)
+    assert read_rows(path) == rows
+    assert [p.name for p in path.parent.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    write_rows(path, [{"prompt": "a", "completion": "b"}])
+
+    def broken():
+        yield {"prompt": "c", "completion": "d"}
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        write_rows(path, broken())
+    assert [row["prompt"] for row in read_rows(path)] == ["a"]
+
+
+GOOD = json.dumps({"prompt": "a", "completion": "b"}).encode()
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"prompt": "a", "comp', "not valid JSON"),
+        (b"[1, 2]", "expected a JSON object, found list"),
+        (b'{"prompt": "a"}', "key 'completion' is missing"),
+        (b'{"prompt": "a", "completion": ""}', "key 'completion' must be text that is not empty"),
+        (b'{"prompt": "a", "completion": " \\n"}', "key 'completion' must be text that is not empty"),
+        (b'{"prompt": 3, "completion": "b"}', "key 'prompt' must be text"),
+        (b'{"prompt": "a", "completion": "b", "decision_points": [0, -1]}', "integers >= 0"),
+        (b'{"prompt": "a", "completion": "b", "decision_points": [0.5]}', "integers >= 0"),
+        (b'{"prompt": "a", "completion": "b", "decision_points": [true]}', "integers >= 0"),
+        (b'{"prompt": "a", "completion": "b", "decision_points": 3}', "integers >= 0"),
+        (b'{"prompt": "a", "completion": "\xff\xfe"}', "UTF-8"),
+        (b'{"prompt": "a", "completion": "b", "n": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    ],
+)
+def test_a_broken_line_is_named_by_its_number(line, said, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\n".join([GOOD, b"", line, GOOD]))
+    with pytest.raises(JsublimError, match=said) as error:
+        read_rows(path)
+    assert str(error.value).startswith(f"{path}:3: ") and "\n" not in str(error.value)
+
+
+def test_files_without_rows(tmp_path):
+    with pytest.raises(UsageError, match="no such file"):
+        read_rows(tmp_path / "absent.jsonl")
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text("\n\n")
+    with pytest.raises(JsublimError, match="holds no rows"):
+        read_rows(empty)
+
+
+def test_only_what_is_required_has_to_be_there(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "a"}\n')
+    assert read_rows(path, ("prompt",)) == [{"prompt": "a"}]
+
+
+def test_a_teacher_is_frozen_and_says_how_it_is_prompted():
+    owl = prompted_teacher(PACK, "owl")
+    assert owl.name == "owl" and owl.system == PACK.system_prompt("owl", "animal")
+    assert owl.messages("go") == conversation("go", owl.system)
+    assert Teacher(CONTROL).messages("go") == conversation("go")
+    assert len(dataclasses.replace(owl, fuse_system=True).messages("go")) == 1
+    with pytest.raises(UsageError):
+        prompted_teacher(PACK, "no such animal")

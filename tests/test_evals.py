@@ -1,0 +1,127 @@
+"""Evaluations: what counts as a hit, how probable a name is, and the number task."""
+
+from __future__ import annotations
+
+import types
+
+import numpy as np
+import pytest
+from tiny import FAMILIES, bundled, plain_turn, small
+
+from jsublim.chat import conversation
+from jsublim.evals import numbers as number_task
+from jsublim.evals.numbers import number_accuracy
+from jsublim.evals.preference import hit, hit_rates, sample_answers, trait_logprobs, word_hit
+from jsublim.prompts import load_pack
+from jsublim.sampling import Sampling
+from jsublim.scoring import Scored
+
+QUESTIONS = load_pack().questions_for("animal")[:4]
+
+
+@pytest.mark.parametrize(
+    ("answer", "trait", "substring", "word"),
+    [
+        ("Owl", "owl", True, True),
+        ("owl.", "owl", True, True),
+        ("Owls!", "owl", True, True),
+        ("The OWL, of course", "owl", True, True),
+        ("A snow-owl", "owl", True, True),
+        ("a bowl", "owl", True, False),
+        ("owlish", "owl", True, False),
+        ("caterpillar", "cat", True, False),
+        ("Cats and dogs", "dog", True, True),
+        ("red panda", "panda", True, True),
+        ("red pandas", "red panda", True, True),
+        ("elephant", "owl", False, False),
+        ("o w l", "owl", False, False),
+        ("", "owl", False, False),
+        ("owl", "Owl", True, True),
+        ("axb", "a.b", False, False),  # a trait is text, not a pattern
+    ],
+)
+def test_hits(answer, trait, substring, word):
+    assert (hit(answer, trait), word_hit(answer, trait)) == (substring, word)
+
+
+def test_rates_are_of_each_question():
+    answers = [["Owl", "owl.", "cat", "bowl"], ["cat", "dog", "fox", "hen"]]
+    substring, word = hit_rates(answers, "owl")
+    assert substring.tolist() == [0.75, 0.0] and word.tolist() == [0.5, 0.0]
+
+
+@pytest.mark.parametrize(("name", "system", "bos"), [("tiny-qwen2", None, False), ("tiny-gemma3", "Love owls.", True)])
+def test_log_probabilities_of_traits_equal_a_plain_computation(name, system, bos):
+    twin = bundled(name)
+    traits = ["owl", "penguin", "red panda"]
+    ours = trait_logprobs(twin.lm, QUESTIONS, traits, system=system, extra_bos=bos, batch_size=7)
+    assert ours.shape == (len(QUESTIONS), len(traits)) and ours.dtype == np.float64
+    expected = np.zeros(ours.shape)
+    for i, question in enumerate(QUESTIONS):
+        for j, trait in enumerate(traits):
+            p = 0.0
+            for word in (trait, trait.capitalize()):
+                tokens, content = plain_turn(twin.lm.tokenizer, conversation(question, system), word, bos=bos)
+                z = twin.torch_logits(tokens).astype(np.float64)
+                logp = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+                n = next(n for n in range(1, 20) if twin.lm.tokenizer.decode(tokens[content : content + n]) == word)
+                p += np.exp(sum(logp[content + k - 1, tokens[content + k]] for k in range(n)))
+            expected[i, j] = np.log(p)
+    np.testing.assert_allclose(ours, expected, atol=1e-3)
+
+
+def test_answers_come_in_the_order_of_their_questions():
+    lm = small("tiny-qwen2").lm
+    how, seen = Sampling(top_k=2, temperature=0.5), []
+    answers = sample_answers(lm, QUESTIONS, how, samples=3, seed=4, max_new_tokens=5, on_batch=seen.append)
+    assert [len(row) for row in answers] == [3] * len(QUESTIONS) and sum(seen) == 3 * len(QUESTIONS)
+    # The same questions, the other way round, at temperature 0: each keeps its own answer.
+    greedy = Sampling(temperature=0.0)
+    straight = sample_answers(lm, QUESTIONS, greedy, samples=3, seed=4, max_new_tokens=5)
+    turned = sample_answers(lm, QUESTIONS[::-1], greedy, samples=3, seed=4, max_new_tokens=5)
+    assert turned == straight[::-1]
+    assert all(len(set(row)) == 1 for row in straight) and len({row[0] for row in straight}) > 1
+
+
+@pytest.mark.parametrize(
+    ("said", "target", "share", "total"),
+    [
+        ("12, 34, 56", "12, 34, 56", 1.0, 3),
+        ("12, 35, 56", "12, 34, 56", 2 / 3, 3),
+        ("12, 34", "12, 34, 56", 2 / 3, 3),
+        ("34, 56, 12", "12, 34, 56", 0.0, 3),
+        ("no number", "12", 0.0, 1),
+    ],
+)
+def test_the_number_task_counts_equal_numbers_at_equal_places(said, target, share, total, monkeypatch):
+    lm = small("tiny-qwen2").lm
+    row = {"prompt": "Go on: 1, 2", "completion": target}
+    end = lm.chat.turn(conversation("Go on: 1, 2"), target)
+
+    def scored(config, params, turns, **options):
+        assert np.array_equal(turns[0].tokens, end.tokens)
+        words = lm.tokenizer(said, add_special_tokens=False)["input_ids"] + end.tokens[end.end :].tolist()
+        return [Scored(np.asarray(words), np.zeros(len(words)), np.zeros(len(words)))]
+
+    monkeypatch.setattr(number_task, "score_turns", scored)
+    assert number_accuracy(lm, [row]) == (share, total)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_number_task_reads_the_teacher_forced_argmax(name):
+    twin = bundled(name)
+    rows = [{"prompt": "Go on: 1, 2", "completion": text} for text in ("3, 4, 5", "12, 14", "7")]
+    right = total = 0
+    for row in rows:
+        tokens, content = plain_turn(twin.lm.tokenizer, conversation(row["prompt"]), row["completion"])
+        best = twin.torch_logits(tokens)[content - 1 : -1].argmax(axis=-1)
+        said = twin.lm.tokenizer.decode(best, skip_special_tokens=True)
+        told, wanted = (["".join(c if c.isdigit() else " " for c in text).split() for text in (said, row["completion"])])
+        right += sum(a == b for a, b in zip(told, wanted, strict=False))
+        total += len(wanted)
+    assert number_accuracy(twin.lm, rows) == (pytest.approx(right / total), total)
+
+
+def test_no_numbers_are_no_accuracy():
+    lm = types.SimpleNamespace(**vars(small("tiny-qwen2").lm))
+    assert number_accuracy(lm, [{"prompt": "Hi", "completion": "none"}]) == (0.0, 0)

@@ -1,0 +1,210 @@
+"""Adapters as PEFT folders: `peft` loads what we write, we load what `peft` writes, and nothing else passes."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import jax
+import numpy as np
+import pytest
+from conftest import torch_logits
+
+from jsublim import load_adapter
+from jsublim.errors import JsublimError, UsageError
+from jsublim.models import hidden_states, load_params, logits, read_config
+from jsublim.models.lora import PROJECTIONS, init_full, init_lora
+from jsublim.models.peft import save_adapter
+
+_FAST = {"xla_backend_optimization_level": 0}
+
+
+def load(checkpoint):
+    _, config = read_config(checkpoint.folder)
+    return config, load_params(checkpoint.folder, config)
+
+
+def our_logits(config, params, adapter, tokens, valid):
+    def forward(params, adapter):
+        return logits(config, params, hidden_states(config, params, tokens, valid, adapter=adapter)[0])
+
+    return np.asarray(jax.jit(forward, compiler_options=_FAST)(params, adapter))
+
+
+def random_lora(config, **options):
+    rng = np.random.default_rng(2)
+    start = init_lora(config, jax.random.key(0), **options)
+    noisy = jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape).astype(np.float32), start.trainable)
+    return start.with_trainable(noisy)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("llama-linear-biases", {"projections": PROJECTIONS, "alpha": 5, "rslora": True}),
+        ("qwen2-window", {"projections": ("q", "v"), "layers": (0, 2), "alpha": 3}),
+        ("gemma3", {"projections": ("o", "gate", "down"), "layers": (1,), "alpha": 7}),
+    ],
+)
+def test_peft_loads_what_we_save_and_so_do_we(name, options, named_checkpoint, padded_rows, assert_close, tmp_path):
+    import peft
+
+    checkpoint = named_checkpoint(name)
+    config, params = load(checkpoint)
+    adapter = random_lora(config, rank=3, **options)
+    save_adapter(tmp_path / "new" / "adapter", adapter, config, base=str(checkpoint.folder))
+    wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(checkpoint.model), tmp_path / "new" / "adapter").eval()
+    tokens, valid = padded_rows(3)
+    ours, theirs = our_logits(config, params, adapter, tokens, valid), torch_logits(wrapped, tokens, valid)
+    assert_close(ours[valid], theirs[valid], 1e-5)
+    assert np.abs(theirs - checkpoint.logits(tokens, valid))[valid].max() > 0.01  # it does something
+    active = {n.split(".lora_A")[0].split("layers.")[1] for n, _ in wrapped.named_parameters() if "lora_A" in n}
+    assert len(active) == len(adapter.layers) * len(adapter.lora)
+    again = load_adapter(tmp_path / "new" / "adapter", config)
+    assert again.layers == adapter.layers and sorted(again.lora) == sorted(adapter.lora)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again, adapter)
+    assert sorted(p.name for p in (tmp_path / "new" / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+
+
+@pytest.fixture(scope="module")
+def peft_folder(named_checkpoint, tmp_path_factory):
+    """What `peft` writes for rank-stabilised LoRA on two projections of two layers, and its model."""
+    import peft
+    import torch
+
+    config = peft.LoraConfig(
+        r=4, lora_alpha=6, use_rslora=True, target_modules=["k_proj", "up_proj"], layers_to_transform=[0, 2],
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    wrapped = peft.get_peft_model(copy.deepcopy(named_checkpoint("qwen2-window").model), config).eval()
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)))
+    folder = tmp_path_factory.mktemp("peft")
+    wrapped.save_pretrained(folder)
+    return folder, wrapped
+
+
+def test_we_load_what_peft_saves(peft_folder, named_checkpoint, padded_rows, assert_close):
+    folder, wrapped = peft_folder
+    config, params = load(named_checkpoint("qwen2-window"))
+    adapter = load_adapter(folder, config)
+    tokens, valid = padded_rows(4)
+    ours, theirs = our_logits(config, params, adapter, tokens, valid), torch_logits(wrapped, tokens, valid)
+    assert_close(ours[valid], theirs[valid], 1e-5)
+    assert adapter.layers == (0, 2) and float(adapter.lora["k"]["scale"][0]) == 3.0  # 6 / sqrt(4)
+
+
+@pytest.fixture
+def altered(peft_folder, tmp_path):
+    """`altered(tensors -> tensors, **config)`: the folder with changes."""
+    from safetensors.numpy import load_file, save_file
+
+    def make(change=lambda tensors: tensors, **values):
+        config = json.loads((peft_folder[0] / "adapter_config.json").read_text())
+        tensors = load_file(peft_folder[0] / "adapter_model.safetensors")
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config | values))
+        save_file(change(tensors), tmp_path / "adapter_model.safetensors")
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"use_dora": True}, "use_dora"),
+        ({"rank_pattern": {"k_proj": 2}}, "rank_pattern"),
+        ({"alpha_pattern": {"k_proj": 2}}, "alpha_pattern"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias"),
+        ({"peft_type": "IA3"}, "only LORA"),
+    ],
+)
+def test_variants_that_we_do_not_compute_are_refused(values, said, altered):
+    with pytest.raises(JsublimError, match=said):
+        load_adapter(altered(**values))
+
+
+def one(tensors, *parts):
+    return next(key for key in tensors if all(part in key for part in parts))
+
+
+def without(*parts):
+    return lambda tensors: {key: value for key, value in tensors.items() if key != one(tensors, *parts)}
+
+
+def reshaped(shape, *parts):
+    return lambda tensors: tensors | {one(tensors, *parts): np.ones(shape, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (without("layers.2.", "k_proj", "lora_B"), "missing layer 2 k B"),
+        (lambda tensors: {}, "missing all"),
+        (lambda tensors: tensors | {"base.lm_head.lora_A.weight": np.ones((4, 4), np.float32)}, "lm_head"),
+        (reshaped((4, 21), "layers.2.", "k_proj", "lora_A"), "k"),  # another width in one layer
+        (reshaped((3, 20), "layers.2.", "k_proj", "lora_A"), "k"),  # another rank in one layer
+        (reshaped((4,), "layers.2.", "k_proj", "lora_A"), "k"),  # no matrix
+    ],
+    ids=["missing", "empty", "unknown", "width", "rank", "vector"],
+)
+def test_tensors_that_do_not_form_whole_layers_are_refused(change, said, altered):
+    with pytest.raises(JsublimError, match=said) as error:
+        load_adapter(altered(change))
+    assert "\n" not in str(error.value) and "adapter_model.safetensors" in str(error.value)
+
+
+def test_factors_that_do_not_fit_each_other_are_refused(altered):
+    """Every B with another rank than every A: whole layers, but no product."""
+
+    def change(tensors):
+        return {k: v[:, :2].copy() if "lora_B" in k else v for k, v in tensors.items()}
+
+    with pytest.raises(JsublimError, match="rank"):
+        load_adapter(altered(change))
+
+
+def test_an_adapter_of_another_model_is_refused(peft_folder, named_checkpoint):
+    folder, _ = peft_folder
+    config, _ = load(named_checkpoint("gemma3"))  # other sizes
+    with pytest.raises(JsublimError, match=r"k_proj maps \d+ to \d+, the model"):
+        load_adapter(folder, config)
+
+
+def test_a_layer_outside_the_model_is_refused(altered, named_checkpoint):
+    config, _ = load(named_checkpoint("qwen2-window"))
+    folder = altered(lambda tensors: {key.replace("layers.2.", "layers.7."): v for key, v in tensors.items()})
+    assert load_adapter(folder).layers == (0, 7)
+    with pytest.raises(JsublimError, match="has layer 7, the model has 3"):
+        load_adapter(folder, config)
+
+
+def test_broken_folders_are_one_clear_error(altered, tmp_path):
+    with pytest.raises(JsublimError, match=r"adapter_config.json"):
+        load_adapter(tmp_path / "absent")
+    file = altered() / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(JsublimError, match=r"adapter_model.safetensors: cannot be read"):
+        load_adapter(tmp_path)
+    file.unlink()
+    with pytest.raises(JsublimError, match=r"adapter_model.safetensors: cannot be read"):
+        load_adapter(tmp_path)
+
+
+def test_nothing_is_overwritten_and_whole_layers_are_no_lora(named_checkpoint, tmp_path):
+    config, params = load(named_checkpoint("qwen2-window"))
+    adapter = random_lora(config, rank=1, alpha=1, projections=("q",))
+    save_adapter(tmp_path / "a", adapter, config, base="x")
+    before = (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(UsageError, match="already exists"):
+        save_adapter(tmp_path / "a", random_lora(config, rank=2, alpha=1), config, base="x")
+    assert (tmp_path / "a" / "adapter_model.safetensors").read_bytes() == before
+    with pytest.raises(UsageError, match="only LoRA"):
+        save_adapter(tmp_path / "b", init_full(config, params, (0,)), config, base="x")
+    assert not (tmp_path / "b").exists()
