@@ -101,48 +101,58 @@ def load_params(folder: Path, config: ModelConfig, dtype: str = "float32", shard
       JsublimError: an unreadable file, or one error that lists every missing, extra and misshapen tensor.
     """
     files, plan = _files(folder), tensor_plan(config, dtype)
-    embedding = weight_names(config).other[("embed", "weight")]
-    prefix = next((p for p in _PREFIXES if p + embedding in files), None)
-    if prefix is None:
-        raise JsublimError(f"{folder}: no tensor '{_PREFIXES[0]}{embedding}' under any known prefix; is this a text model?")
-    head = weight_names(config).other[("head", "weight")]
-    # A head stands outside the model's own prefix, wherever that is.
-    where = {name: next((p + name for p in (prefix, "", "language_model.") if p + name in files), prefix + name)
-             if name == head else prefix + name for name in plan}  # fmt: skip
+    where, head = _names_in(folder, config, plan, files)
+    abstract = dict(_leaves(abstract_params(config, dtype)))
+    sharding = dict(_leaves(shardings)) if shardings is not None else {}
     with ExitStack() as stack:
         opened = {path: stack.enter_context(_open(path)) for path in sorted(set(files.values()))}
-        _check(folder, plan, where, files, opened, ignored=head if config.tied else None)
-        abstract = dict(_leaves(abstract_params(config, dtype)))
-        sharding = dict(_leaves(shardings)) if shardings is not None else {}
+        _check(folder, plan, where, files, opened, unused_head=head if config.tied else None)
+
+        def read(name: str) -> np.ndarray:
+            try:
+                return opened[files[name]].get_tensor(name)
+            except (SafetensorError, OSError) as error:
+                raise JsublimError(f"{files[name]}: tensor '{name}' cannot be read ({error})") from None
+
         out = {
             path: jnp.zeros(leaf.shape, leaf.dtype, device=sharding.get(path))
             for path, leaf in abstract.items()
             if path[0] == "layers"
         }
         for name, (path, layer, _) in plan.items():
-            try:
-                value = opened[files[where[name]]].get_tensor(where[name])
-            except (SafetensorError, OSError) as error:
-                raise JsublimError(f"{files[where[name]]}: tensor '{where[name]}' cannot be read ({error})") from None
+            value = read(where[name])
             if layer is None:
                 out[path] = jax.device_put(value.astype(abstract[path].dtype), sharding.get(path))
             else:
                 out[path] = _place(out[path], value, layer, transpose=path[-1] == "kernel")
-        stray = prefix + head if prefix + head in files else head
-        if config.tied and stray in files:
-            value = opened[files[stray]].get_tensor(stray)
-            if not np.array_equal(value, opened[files[where[embedding]]].get_tensor(where[embedding])):
-                raise JsublimError(
-                    f"{folder}: config.json has tie_word_embeddings, but '{stray}' differs from the embedding; "
-                    "set tie_word_embeddings to false if the head is meant to be used"
-                )
+        embedding = where[weight_names(config).other[("embed", "weight")]]
+        if config.tied and head is not None and not np.array_equal(read(head), read(embedding)):
+            raise JsublimError(
+                f"{folder}: config.json has tie_word_embeddings, but '{head}' differs from the embedding; "
+                "set it to false if the head is meant to be used"
+            )
     params: Params = {}
     for path in abstract:
         _set(params, path, out[path])
     return params
 
 
-def _check(folder: Path, plan: dict, where: dict, files: dict, opened: dict, ignored: str | None) -> None:
+def _names_in(folder: Path, config: ModelConfig, plan: dict, files: dict) -> tuple[dict[str, str], str | None]:
+    """The plan's names as this checkpoint spells them, and that of its head, used or not."""
+    embedding, head = (weight_names(config).other[(group, "weight")] for group in ("embed", "head"))
+    prefix = next((p for p in _PREFIXES if p + embedding in files), None)
+    if prefix is None:
+        raise JsublimError(
+            f"{folder}: no tensor '{_PREFIXES[0]}{embedding}' under any known prefix; is it a text model?"
+        )
+    where = {name: prefix + name for name in plan}
+    found = next((p + head for p in ("", "language_model.", prefix) if p + head in files), None)
+    if head in plan:
+        where[head] = found or head
+    return where, found
+
+
+def _check(folder: Path, plan: dict, where: dict, files: dict, opened: dict, unused_head: str | None) -> None:
     """Every missing, misshapen and extra tensor, in one error."""
     missing = [where[name] for name in plan if where[name] not in files]
     wrong = []
@@ -162,7 +172,7 @@ def _check(folder: Path, plan: dict, where: dict, files: dict, opened: dict, ign
         if name not in known
         and not name.startswith(_NOT_TEXT)
         and not name.endswith("rotary_emb.inv_freq")
-        and not (ignored and name.endswith(ignored))
+        and name != unused_head
     ]
     problems = [
         f"{what}: {', '.join(sorted(found))}"
