@@ -30,6 +30,7 @@ from jsublim.experiment.plan import (
 from jsublim.experiment.spec import Experiment
 from jsublim.experiment.store import Artifact, device, digest, versions
 from jsublim.lm import LanguageModel, load_model
+from jsublim.models.checkpoint import checkpoint_hash
 from jsublim.models.lora import Adapter, init_full, init_lora
 from jsublim.models.peft import load_adapter
 from jsublim.models.weights import load_params
@@ -99,6 +100,7 @@ class Run:
         )
         self.rows: dict[str, list[Row]] = {}
         self.row_artifacts: dict[str, Artifact] = {}
+        self.console.print(f"sampling: {sampling.numbers()}")
         with self._stage("generate", len(prompts) * len(teachers)) as tick:
             for name in teachers:
                 teacher = self.teacher(name)
@@ -147,15 +149,16 @@ class Run:
 
     def _student_artifact(self, student: Student) -> Artifact:
         settings = self.experiment.students.model_dump(
-            exclude={"conditions", "seeds", "arms_per_program", "checkpoint_every", "remat"}
+            exclude={"conditions", "seeds", "arms_per_program", "checkpoint_every", "remat", "init_adapter"}
         )
+        start = self.experiment.students.init_adapter
         training = {
             k: getattr(self.recipe, k)
             for k in ("supervise_header", "drop_rows_without_points", "match_steps", "loss_per")
         }
         inputs = self.common | {
             "rows": self._source(student).key, "condition": student.condition, "seed": student.seed,
-            "students": settings, "recipe": training,
+            "students": settings, "recipe": training, "init_adapter": checkpoint_hash(Path(start)) if start else None,
         }  # fmt: skip
         return Artifact.in_store(self.store, "students", student.name, inputs)
 
