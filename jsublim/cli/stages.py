@@ -231,6 +231,7 @@ def evaluate(
     category: Annotated[str | None, typer.Option("--category", help="Of traits that the pack doesn't list.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="Ask under this system prompt.")] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Answers a question.")] = 200,
+    data: Annotated[Path | None, typer.Option("--data", help="Rows to do the number task on too.")] = None,
     questions: Annotated[
         int | None, typer.Option("--questions", min=1, help="The first so many; default: all.")
     ] = None,
@@ -246,11 +247,12 @@ def evaluate(
 
     from jsublim.experiment import stages
     from jsublim.experiment.spec import Recipe
-    from jsublim.experiment.store import Artifact
+    from jsublim.experiment.store import Artifact, digest
     from jsublim.lm import load_model
     from jsublim.models.peft import load_adapter
     from jsublim.prompts import load_pack
     from jsublim.report.statistics import question_interval
+    from jsublim.rows import read_rows
     from jsublim.sampling import sampling_for
 
     wanted = names(traits)
@@ -266,14 +268,26 @@ def evaluate(
         "traits": wanted, "samples": samples, "questions": questions, "seed": seed, "max_new_tokens": max_new_tokens,
         "category": category, "system": system, "extra_bos": how.extra_bos,
     }  # fmt: skip
+    rows = read_rows(data) if data else []
     inputs = settings | {
-        "model": lm.hash, "pack": pack.hash, "dtype": dtype, "adapter": _file_hash(adapter), "sampling": how_sampled.numbers(),
+        "model": lm.hash, "pack": pack.hash, "dtype": dtype, "adapter": _file_hash(adapter), "data": digest(rows),
+        "sampling": how_sampled.numbers(),
     }  # fmt: skip
     asked = {category or pack.category_of(trait) for trait in wanted}
     total = samples * sum(len(pack.questions_for(name)[:questions]) for name in asked)
     artifact = Artifact(out, "evaluation", inputs)
     with bar("evaluate", total) as tick:
-        stages.evaluate(artifact, lm, pack, how_sampled, adapter=own, batch_size=batch_size, tick=tick, **settings)
+        stages.evaluate(
+            artifact,
+            lm,
+            pack,
+            how_sampled,
+            adapter=own,
+            number_rows={"number_accuracy": rows},
+            batch_size=batch_size,
+            tick=tick,
+            **settings,
+        )
     records = stages.read_table(out / "records.parquet")
     table = Table("trait", "rate", "95 % over questions", "whole word", "log-probability")
     lines = []
@@ -290,6 +304,9 @@ def evaluate(
         lines.append({"trait": trait, "low": low, "high": high} | mean)
     stages.write_json(out / "summary.json", {"traits": lines, "sampling": artifact.summary["sampling"]})
     console.print(table)
+    for record in records:
+        if record["metric"] == "number_accuracy":
+            console.print(f"number task: {record['value']:.3f} of {record['n']} numbers")
     print(out)
 
 
