@@ -68,6 +68,8 @@ def train(
     settings: Settings,
     work: Path,
     on_step: Callable[[int], None] | None = None,
+    *,
+    shape: Shape | None = None,
 ) -> list[Adapter]:
     """Train arms to the end of their schedules, continuing from `work` where an earlier call stopped.
 
@@ -77,12 +79,13 @@ def train(
     Args:
       arms: their adapters must have the same structure (layers, projections, rank).
       on_step: called with the number of steps done.
+      shape: of the batches, where several calls are to share one program; None fits these arms.
 
     Raises:
       JsublimError: a loss that is not finite; step, arm and rows are named, and nothing behind it is saved.
     """
     work.mkdir(parents=True, exist_ok=True)
-    shape = Shape.of([arm.examples for arm in arms], settings.micro, settings.rows)
+    shape = shape or Shape.of([arm.examples for arm in arms], settings.micro, settings.rows)
     state = init_state(stack_adapters([arm.adapter for arm in arms]), settings.optimizer)
     last = max(arm.steps for arm in arms)
     peak = jnp.asarray([arm.peak for arm in arms], jnp.float32)

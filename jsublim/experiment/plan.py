@@ -80,5 +80,7 @@ def total_steps(students: Students, rows: int) -> int:
 
 
 def programs(arms: Sequence, size: int) -> list[list]:
-    """Arms in groups of equal size (but for the last), each group one program."""
-    return [list(arms[i : i + size]) for i in range(0, len(arms), size)]
+    """Arms in as few groups of at most `size` as will do, as even as can be, so that one program serves them all."""
+    groups = -(-len(arms) // size)
+    each = -(-len(arms) // groups) if groups else size
+    return [list(arms[i : i + each]) for i in range(0, len(arms), each)]

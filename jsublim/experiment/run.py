@@ -14,7 +14,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jsublim.distill.data import Example, Selection, draw_indices, make_examples
+from jsublim.distill.data import Example, Selection, Shape, draw_indices, make_examples
 from jsublim.distill.step import Optimizer
 from jsublim.distill.trainer import Arm, Settings
 from jsublim.errors import JsublimError
@@ -211,6 +211,7 @@ class Run:
             checkpoint_every=s.checkpoint_every,
         )
         groups = programs(missing, s.arms_per_program)
+        shape = Shape.of([arm.examples for arm in missing], s.accumulate, s.batch_size) if missing else None
         by_name = {student.name: artifact for student, artifact in self.student_artifacts.items()}
         with self._stage("train", sum(max(arm.steps for arm in group) for group in groups)) as tick:
             for group in groups:
@@ -223,7 +224,7 @@ class Run:
                     tick(step - done)
                     done = step
 
-                stages.train_students(self.lm, members, settings, work, on_step=on_step)
+                stages.train_students(self.lm, members, settings, work, shape=shape, on_step=on_step)
 
     def evaluate(self) -> None:
         """The base, the teachers and every student: favourites, probability of the traits, number task."""

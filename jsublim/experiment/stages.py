@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jsublim.chat import conversation
+from jsublim.distill.data import Shape
 from jsublim.distill.trainer import Arm, Settings, train
 from jsublim.divergence import Divergence, find_divergence
 from jsublim.errors import JsublimError
@@ -180,10 +181,11 @@ def train_students(
     settings: Settings,
     work: Path,
     *,
+    shape: Shape | None = None,
     on_step: Tick = lambda n: None,
 ) -> None:
     """Train arms in one program, and leave each as a PEFT folder (or a whole checkpoint) with its `metrics.jsonl`."""
-    adapters = train(lm.config, lm.params, [arm for arm, _ in arms], settings, work, on_step)
+    adapters = train(lm.config, lm.params, [arm for arm, _ in arms], settings, work, on_step, shape=shape)
     lines = read_rows(work / "metrics.jsonl", ("arm", "step"))
     for (arm, artifact), adapter in zip(arms, adapters, strict=True):
         own = [{k: v for k, v in line.items() if k != "arm"} for line in lines if line["arm"] == arm.name]
