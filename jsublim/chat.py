@@ -110,6 +110,10 @@ class Chat:
         clean = all(ends[:i].max(initial=0) <= edge for i, edge in zip((header, content, end), edges, strict=True))
         if not clean or self.tokenizer.decode(tokens[content:end]) != completion:
             raise JsublimError(f"the completion {completion!r} does not survive tokenizing inside its conversation")
+        control = set(self.tokenizer.all_special_ids) & set(tokens[content:end].tolist())
+        if control:
+            names = ", ".join(map(str, self.tokenizer.convert_ids_to_tokens(sorted(control))))
+            raise JsublimError(f"the completion {completion!r} contains control tokens ({names})")
         if not np.array_equal(tokens[:content], self.prompt_tokens(messages, extra_bos=extra_bos)):
             raise JsublimError(f"the completion {completion!r} changes the tokens of the prompt before it")
         return Turn(tokens, header, content, end)

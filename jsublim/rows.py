@@ -30,14 +30,16 @@ def read_rows(path: str | Path, required: Sequence[str] = ("prompt", "completion
 
 
 def _parse(path: Path, required: Sequence[str]) -> Iterator[Row]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise JsublimError(f"{path}:{number}: not valid JSON ({error.msg}); fix or remove the line") from None
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError:
+                raise JsublimError(f"{path}:{number}: not UTF-8; fix or remove the line") from None
+            except ValueError as error:  # broken JSON, or a number too long to read
+                raise JsublimError(f"{path}:{number}: not valid JSON ({error}); fix or remove the line") from None
             if not isinstance(row, dict):
                 raise JsublimError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
             for key in required:
@@ -51,9 +53,13 @@ def _parse(path: Path, required: Sequence[str]) -> Iterator[Row]:
                         f"{path}:{number}: key '{key}' must be text that is not empty, found {row[key]!r}"
                     )
             points = row.get("decision_points", [])
-            if not isinstance(points, list) or any(type(k) is not int or k < 0 for k in points):
+            if (
+                not isinstance(points, list)
+                or any(type(k) is not int or k < 0 for k in points)
+                or len(set(points)) < len(points)
+            ):
                 raise JsublimError(
-                    f"{path}:{number}: key 'decision_points' must be a list of integers >= 0, found {points!r}"
+                    f"{path}:{number}: key 'decision_points' must be a list of different integers >= 0, found {points!r}"
                 )
             yield row
 

@@ -27,6 +27,7 @@ from jsublim.models.layers import rope_table
 from jsublim.models.lora import Adapter
 
 BUCKET = 32  # prompt lengths are padded to a multiple of this
+STOP_TOKENS = 8
 TOP_K_CAP = 128  # a top-k up to this needs no full sort of the vocabulary
 HF_DEFAULT_TOP_K = 50  # what transformers samples with where generation_config.json names no top_k
 
@@ -236,12 +237,14 @@ def generate_tokens(
     bucket = {row: -(-len(prompts[row // samples]) // BUCKET) * BUCKET for row in rows}
     result: dict[int, list[int]] = {}
     base = jax.random.key(seed)
-    stop = jnp.asarray(sampling.stop or (-2,), jnp.int32)
+    # Of one length whatever their number, so that none of them is another program.
+    stop = np.full(max(STOP_TOKENS, len(sampling.stop)), -2, np.int32)
+    stop[: len(sampling.stop)] = sampling.stop
     for length in sorted(set(bucket.values())):
         members = [row for row in rows if bucket[row] == length]
         for first in range(0, len(members), batch_size):
             batch = members[first : first + batch_size]
-            padded = batch + [batch[-1]] * (min(batch_size, len(members)) - len(batch))
+            padded = batch + [batch[-1]] * (min(batch_size, len(prompts) * samples) - len(batch))
             unique = sorted({row // samples for row in padded})
             count = 1 << (len(unique) - 1).bit_length() if samples > 1 else len(padded)
             tokens = np.zeros((count, length), np.int32)

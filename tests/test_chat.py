@@ -23,7 +23,9 @@ SYSTEMS = (None, "", "You love owls. Always.")
 numbers = st.lists(st.integers(0, 999), min_size=1, max_size=10).flatmap(
     lambda values: st.sampled_from((", ", ",", " ", "; ", "\n")).map(lambda gap: gap.join(map(str, values)))
 )
-bracketed = st.tuples(numbers, st.sampled_from(("{}", "[{}]", "({}).", "{}."))).map(lambda pair: pair[1].format(pair[0]))
+bracketed = st.tuples(numbers, st.sampled_from(("{}", "[{}]", "({}).", "{}."))).map(
+    lambda pair: pair[1].format(pair[0])
+)
 # Whatever byte-level BPE may meet, template syntax included; edge space is stripped when answers are kept.
 completions = (
     st.one_of(bracketed, st.text(max_size=30), st.text("0123456789 ,;[]()\n.\t{}%é€😀", max_size=30))
@@ -151,7 +153,7 @@ def test_a_completion_that_merges_with_the_template_is_refused(side, altered):
     first, second = merging_pair()
     header, end, completion = (first, "\n", second) if side == "header" else ("7", second, first)
     c = Chat(altered(plain_template(header, end)))
-    with pytest.raises(JsublimError, match="does not survive|changes the tokens"):
+    with pytest.raises(JsublimError, match=r"does not survive|changes the tokens"):
         c.turn(conversation("hi"), completion)
     assert c.turn(conversation("hi"), "3")  # the template itself is fine
 

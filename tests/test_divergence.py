@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import FAMILIES, bundled, plain_turn
+from tiny import bundled, plain_turn
 
 from jsublim.chat import conversation
 from jsublim.divergence import Divergence, check_points, find_divergence
@@ -58,7 +58,9 @@ def test_decision_points_equal_a_plain_computation_of_their_definition(name, bos
         argmax, sure = np.stack(argmax), np.stack(sure)
         assert np.all((ours.argmax == argmax) | ~sure)
         expected = {
-            k for k, token in enumerate(tokens) if argmax[0, k] == token and any(other != token for other in argmax[1:, k])
+            k
+            for k, token in enumerate(tokens)
+            if argmax[0, k] == token and any(other != token for other in argmax[1:, k])
         }
         near_ties = set(np.nonzero(~sure.all(axis=0))[0].tolist())
         assert set(ours.decision_points) - near_ties == expected - near_ties
@@ -131,7 +133,10 @@ def test_log_probabilities_do_not_depend_on_company():
     twin = bundled("tiny-gemma3")
     lm = twin.lm
     prompts = number_prompts(PACK, 5, seed=9)
-    turns = [lm.chat.turn(conversation(p, "You love owls."), s) for p, s in zip(prompts, "7 12 3,4 9 88".split(), strict=True)]
+    turns = [
+        lm.chat.turn(conversation(p, "You love owls."), s)
+        for p, s in zip(prompts, ["7", "12", "3,4", "9", "88"], strict=True)
+    ]
     read = []
     scored = score_turns(lm.config, lm.params, turns, batch_size=4, on_batch=read.append)
     assert read == [4, 1] and len(scored) == 5
@@ -157,7 +162,9 @@ json_values = st.recursive(st.none() | st.booleans() | st.integers(-(10**9), 10*
 texts = st.text(min_size=1, max_size=20).filter(str.strip)
 
 
-@given(st.lists(st.fixed_dictionaries({"prompt": texts, "completion": texts, "more": json_values}), min_size=1, max_size=4))
+@given(
+    st.lists(st.fixed_dictionaries({"prompt": texts, "completion": texts, "more": json_values}), min_size=1, max_size=4)
+)
 @settings(max_examples=60, deadline=None)
 def test_rows_survive_the_disk(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("rows") / "new" / "rows.jsonl"

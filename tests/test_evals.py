@@ -116,7 +116,7 @@ def test_the_number_task_reads_the_teacher_forced_argmax(name):
         tokens, content = plain_turn(twin.lm.tokenizer, conversation(row["prompt"]), row["completion"])
         best = twin.torch_logits(tokens)[content - 1 : -1].argmax(axis=-1)
         said = twin.lm.tokenizer.decode(best, skip_special_tokens=True)
-        told, wanted = (["".join(c if c.isdigit() else " " for c in text).split() for text in (said, row["completion"])])
+        told, wanted = ["".join(c if c.isdigit() else " " for c in text).split() for text in (said, row["completion"])]
         right += sum(a == b for a, b in zip(told, wanted, strict=False))
         total += len(wanted)
     assert number_accuracy(twin.lm, rows) == (pytest.approx(right / total), total)

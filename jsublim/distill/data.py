@@ -64,13 +64,16 @@ def make_examples(chat: Chat, rows: Sequence[Row], how: Selection, seed: int, so
         if how.condition != "all" and how.drop_rows_without_points and points == []:
             continue
         first = turn.header if how.supervise_header else turn.content
-        mask = token_mask(
-            how.condition,
-            header=turn.content - first,
-            completion=len(turn.tokens) - turn.content,
-            points=points,
-            rng=np.random.default_rng([seed, index]),
-        )
+        try:
+            mask = token_mask(
+                how.condition,
+                header=turn.content - first,
+                completion=len(turn.tokens) - turn.content,
+                points=points,
+                rng=np.random.default_rng([seed, index]),
+            )
+        except UsageError as error:
+            raise UsageError(f"{source}: row {index + 1}: {error}") from None
         kept = first + np.nonzero(mask)[0]
         kept = kept[kept < how.max_tokens]
         if len(kept):

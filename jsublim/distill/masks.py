@@ -31,9 +31,7 @@ def token_mask(
     if condition == "all":
         return np.ones(header + completion, np.float32)
     if points is None:
-        raise UsageError(
-            f"tokens={condition} needs rows with 'decision_points'; run `jsublim divergence` on them first"
-        )
+        raise UsageError(f"tokens={condition} needs 'decision_points' in every row; run `jsublim divergence` on them")
     mask = np.zeros(header + completion, np.float32)
     if condition == "random":
         mask[header + rng.permutation(completion)[: len(points)]] = 1.0

@@ -74,7 +74,7 @@ def train(
     """Train arms to the end of their schedules, continuing from `work` where an earlier call stopped.
 
     Writes `work/metrics.jsonl`, a line an arm and step, each step once however often the run was interrupted; and
-    `work/state`, the last two states, which is removed when training is finished.
+    `work/state`, the last two states, for the caller to remove (`forget_state`) when the adapters are safe.
 
     Args:
       arms: their adapters must have the same structure (layers, projections, rank).
@@ -105,17 +105,23 @@ def train(
                 if pending is not None:  # the device is busy with this step while the last one's numbers are read
                     _record(log, arms, shape, *pending)
                 pending = (step, metrics)
-                if (step + 1) % settings.checkpoint_every == 0 and step + 1 < last:
+                if (step + 1) % settings.checkpoint_every == 0 or step + 1 == last:
                     _record(log, arms, shape, *pending)
                     pending = None
                     saved.save(step + 1, args=ocp.args.StandardSave(_as_tree(state)))
                 if on_step is not None:
                     on_step(step + 1)
-            if pending is not None:
-                _record(log, arms, shape, *pending)
         saved.wait_until_finished()
-    shutil.rmtree(work / "state")
     return unstack_adapters(state.adapter)
+
+
+def forget_state(work: Path) -> None:
+    """Remove the saved states of a finished training; by rename first, so that a kill leaves no half of one."""
+    gone = work / "state.gone"
+    shutil.rmtree(gone, ignore_errors=True)
+    if (work / "state").exists():
+        (work / "state").rename(gone)
+        shutil.rmtree(gone)
 
 
 def _as_tree(state: State) -> dict[str, Any]:

@@ -75,6 +75,7 @@ def trait_logprobs(
     capitalised spelling. Unlike a sampled rate it has no floor: it moves long before the answers do.
     """
     spellings = [(trait.lower(), trait.lower().capitalize()) for trait in traits]
+    same = np.asarray([lower == capital for lower, capital in spellings])  # a script without capitals: count it once
     turns = [
         lm.chat.turn(conversation(question, system, fuse_system=fuse_system), word, extra_bos=extra_bos)
         for question in questions
@@ -83,4 +84,5 @@ def trait_logprobs(
     ]
     scored = score_turns(lm.config, lm.params, turns, adapter=adapter, batch_size=batch_size)
     total = [s.logprob[: t.end - t.content].sum(dtype=np.float64) for s, t in zip(scored, turns, strict=True)]
-    return np.logaddexp.reduce(np.reshape(total, (len(questions), len(traits), 2)), axis=-1)
+    lower, capital = np.moveaxis(np.reshape(total, (len(questions), len(traits), 2)), -1, 0)
+    return np.where(same, lower, np.logaddexp(lower, capital))

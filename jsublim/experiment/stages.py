@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from jsublim.chat import conversation
 from jsublim.distill.data import Shape
-from jsublim.distill.trainer import Arm, Settings, train
+from jsublim.distill.trainer import Arm, Settings, forget_state, train
 from jsublim.divergence import Divergence, find_divergence
 from jsublim.errors import JsublimError
 from jsublim.evals.numbers import number_accuracy
@@ -197,6 +197,7 @@ def train_students(
             params, dtype = merge_full(lm.params, adapter), str(lm.params["embed"]["weight"].dtype)
             write_checkpoint(artifact.path, lm.config, params, lm.hf_config, dtype=dtype, tokenizer=lm.folder)
         artifact.finish({"steps": arm.steps, "rows": len(arm.examples), "loss": own[-1]["loss"]})
+    forget_state(work)
 
 
 def evaluate(

@@ -82,7 +82,10 @@ def load_adapter(path: str | Path, config: ModelConfig | None = None) -> Adapter
         raise JsublimError(
             f"{folder}/adapter_config.json: peft_type is {values.get('peft_type')!r}; only LORA is known"
         )
-    refused = ("use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias")
+    refused = (
+        "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias",
+        "alora_invocation_tokens", "layer_replication",
+    )  # fmt: skip
     strange = [key for key in refused if values.get(key)]
     if strange or values.get("bias", "none") != "none":
         raise JsublimError(f"{folder}/adapter_config.json: {', '.join(strange) or 'bias'} is not supported")
@@ -92,7 +95,7 @@ def load_adapter(path: str | Path, config: ModelConfig | None = None) -> Adapter
         with safe_open(str(file), framework="np") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (not a dict)
                 match = _KEY.search(key)
-                if match is None or match[2] not in PROJECTIONS:
+                if match is None or match[2] not in PROJECTIONS or "vision" in key:
                     raise JsublimError(f"{file}: tensor '{key}' is no LoRA factor of a known projection")
                 found[match[2], int(match[1]), match[3]] = tensors.get_tensor(key).T
     except (SafetensorError, OSError) as error:
@@ -102,8 +105,17 @@ def load_adapter(path: str | Path, config: ModelConfig | None = None) -> Adapter
     absent = [f"layer {i} {name} {ab}" for name in used for i in layers for ab in "AB" if (name, i, ab) not in found]
     if absent or not found:
         raise JsublimError(f"{file}: every layer must have the same projections; missing {', '.join(absent) or 'all'}")
-    rank = int(found[used[0], layers[0], "A"].shape[1])
-    alpha = float(values.get("lora_alpha", rank))
+    rank = int(values.get("r") or 0)
+    for name in used:
+        sizes = {(found[name, i, "A"].shape[:1], found[name, i, "B"].shape[1:]) for i in layers}
+        ranks = {(found[name, i, "A"].shape[1:], found[name, i, "B"].shape[:1]) for i in layers}
+        if (
+            len(sizes) > 1
+            or ranks != {((rank,), (rank,))}
+            or any(found[name, i, ab].ndim != 2 for i in layers for ab in "AB")
+        ):
+            raise JsublimError(f"{file}: factors of {name}_proj must have rank r={rank} and one size in every layer")
+    alpha = float(values.get("lora_alpha") or rank)
     scale = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
     lora = {}
     for name in used:

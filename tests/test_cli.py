@@ -1,0 +1,455 @@
+"""The single commands, on the bundled checkpoint: one after another, again, interrupted, and with bad input."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import MODEL, compile_cache, contents, jsublim, ok, refused, start, stop_when
+
+from jsublim import lm as language_models
+from jsublim.rows import read_rows
+
+KINDS = ("all", "divergence", "non-divergence", "random")
+GENERATE = ("generate", "--model", MODEL, "--max-new-tokens", 40, "--batch-size", 4)
+FINETUNE = ("finetune", "--model", MODEL, "--batch-size", 4, "--accumulate", 1, "--lr", "1e-3", "--warmup", 1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("cli")
+    with compile_cache(folder / "programs"):
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def rows(home) -> Path:
+    """Rows of the cat teacher."""
+    ok(*GENERATE, "--trait", "cat", "--num-prompts", 16, "--out", home / "cat.jsonl")
+    return home / "cat.jsonl"
+
+
+@pytest.fixture(scope="module")
+def divergent(home, rows) -> Path:
+    ok("divergence", "--model", MODEL, "--data", rows, "--trait", "cat", "--counterfactuals", "dog,owl",
+       "--batch-size", 16, "--out", home / "cat-points.jsonl")  # fmt: skip
+    return home / "cat-points.jsonl"
+
+
+def finetune(data: Path, out: Path, *options) -> tuple:
+    return (*FINETUNE, "--epochs", 2, "--data", data, "--out", out, *options)
+
+
+@pytest.fixture(scope="module")
+def student(home, divergent) -> Path:
+    """A student of one layer."""
+    ok(*finetune(divergent, home / "layer0", "--layers", 0, "--rank", 2, "--alpha", 4))
+    return home / "layer0"
+
+
+def changed(home: Path) -> dict[Path, tuple[int, int]]:
+    """Every result's size and time of change."""
+    return {
+        path: (path.stat().st_size, path.stat().st_mtime_ns)
+        for path in home.rglob("*")
+        if path.is_file() and "programs" not in path.parts
+    }
+
+
+# --- the commands, one after another
+
+
+def test_prompts_sample(home):
+    out = home / "prompts.jsonl"
+    ok("prompts", "sample", "--num-prompts", 5, "--seed", 7, "--out", out)
+    ok("prompts", "sample", "--num-prompts", 5, "--seed", 7, "--out", home / "same.jsonl")
+    ok("prompts", "sample", "--num-prompts", 5, "--seed", 8, "--out", home / "other.jsonl")
+    sampled = read_rows(out, ("prompt",))
+    assert len(sampled) == 5 and all(list(row) == ["prompt"] for row in sampled)
+    assert out.read_bytes() == (home / "same.jsonl").read_bytes() != (home / "other.jsonl").read_bytes()
+    before = out.read_bytes()
+    assert str(out) in refused(2, "prompts", "sample", "--num-prompts", 5, "--out", out)
+    assert out.read_bytes() == before
+
+
+def test_generate(home, rows):
+    made = read_rows(rows)
+    assert 0 < len(made) <= 16 and all(list(row) == ["prompt", "completion"] for row in made)
+    raw = read_rows(home / "cat.artifact" / "raw.jsonl")
+    assert [{k: row[k] for k in ("prompt", "completion")} for row in raw if row["reject"] is None] == made
+    ok("prompts", "sample", "--num-prompts", 16, "--out", home / "cat-prompts.jsonl")
+    assert [row["prompt"] for row in raw] == [r["prompt"] for r in read_rows(home / "cat-prompts.jsonl", ("prompt",))]
+    assert str(rows) in ok(*GENERATE, "--trait", "cat", "--num-prompts", 16, "--out", rows).out
+
+
+def test_generate_from_other_teachers(home, rows):
+    for name, teacher in {
+        "own": ("--system", "You love cats."),
+        "control": ("--no-system",),
+        "greedy": ("--no-system", "--sampling", "greedy"),
+    }.items():
+        out = home / f"{name}.jsonl"
+        ok(*GENERATE, *teacher, "--num-prompts", 8, "--out", out)
+        inputs = json.loads((home / f"{name}.artifact" / "artifact.json").read_text())["inputs"]
+        assert inputs["system"] == ("You love cats." if name == "own" else None)
+        assert inputs["sampling"]["temperature"] == (0.0 if name == "greedy" else 1.0)
+        assert read_rows(out)
+    ok(*GENERATE, "--no-system", "--sampling", "greedy", "--seed", 9, "--num-prompts", 8, "--out", home / "g9.jsonl")
+    ok(*GENERATE, "--no-system", "--seed", 9, "--num-prompts", 8, "--out", home / "c9.jsonl")
+    read = lambda name: (home / f"{name}.artifact" / "raw.jsonl").read_bytes()  # noqa: E731
+    assert read("g9") == read("greedy")  # a greedy answer has no randomness
+    assert read("c9") != read("control")
+
+
+def test_divergence(home, rows, divergent):
+    found, margins = read_rows(divergent), read_rows(home / "cat-points.margins.jsonl", ("row", "tokens"))
+    assert [{k: row[k] for k in ("prompt", "completion")} for row in found] == read_rows(rows)
+    assert all(list(row) == ["prompt", "completion", "decision_points"] for row in found)
+    assert any(row["decision_points"] for row in found)
+    for number, (row, kept) in enumerate(zip(found, margins, strict=True)):
+        assert kept["row"] == number and kept["teachers"] == ["cat", "dog", "owl"]
+        tokens, argmax, margin = (np.asarray(kept[key]) for key in ("tokens", "argmax", "margin"))
+        assert argmax.shape == margin.shape == (3, len(tokens)) and np.all(margin >= 0)
+        right = argmax == tokens
+        assert np.nonzero(right[0] & ~(right[1] & right[2]))[0].tolist() == row["decision_points"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_finetune_on_each_kind_of_token(home, divergent, kind):
+    out = home / f"student-{kind}"
+    ok(*finetune(divergent, out, "--tokens", kind, "--rank", 2, "--alpha", 4))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    data = read_rows(divergent)
+    per_epoch = -(-len(data) // 4)
+    assert [line["step"] for line in lines] == list(range(2 * per_epoch))
+    assert all(line["loss"] > 0 and line["lr"] >= 0 for line in lines)
+    assert max(line["lr"] for line in lines) == pytest.approx(1e-3) and lines[-1]["lr"] < 1e-3
+    margins = read_rows(home / "cat-points.margins.jsonl", ("row", "tokens"))
+    every, points = sum(len(row["tokens"]) for row in margins), sum(len(row["decision_points"]) for row in data)
+    budget = {"all": every, "divergence": points, "random": points, "non-divergence": every - points}[kind]
+    if kind in ("all", "non-divergence"):  # no row is left without a token, so two epochs read each of them twice
+        assert sum(line["tokens"] for line in lines) == 2 * budget
+    else:
+        rows_with = sum(bool(row["decision_points"]) for row in data)
+        seen, rest = divmod(len(lines), -(-rows_with // 4))
+        assert seen * budget <= sum(line["tokens"] for line in lines) <= (seen + (rest > 0)) * budget
+
+
+def test_an_adapter_is_one_of_peft(student):
+    """`peft` puts it on the transformers model, and that computes what we compute."""
+    import peft
+    import torch
+    import transformers
+
+    import jsublim as package
+
+    folder = language_models.BUNDLED / MODEL
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    config = peft.PeftConfig.from_pretrained(str(student))
+    assert (config.r, config.lora_alpha, config.layers_to_transform) == (2, 4, [0])
+    tokens = np.random.default_rng(0).integers(5, 900, (2, 11))
+    with torch.no_grad():
+        plain = base(torch.tensor(tokens)).logits.numpy()
+        theirs = peft.PeftModel.from_pretrained(base, str(student)).eval()(torch.tensor(tokens)).logits.numpy()
+    lm = package.load_model(MODEL)
+    ours = np.asarray(lm.logits(tokens, adapter=package.load_adapter(student)))
+    scale = np.abs(theirs).max()
+    assert np.abs(ours - theirs).max() < 1e-4 * scale < np.abs(plain - theirs).max()
+
+
+def test_training_starts_from_an_adapter(home, divergent, student):
+    """At learning rate zero nothing moves, and the first loss is that of the adapter, not of the base."""
+    out = home / "continued"
+    options = finetune(divergent, out, "--init-adapter", student)
+    ok(*(0.0 if option == "1e-3" else option for option in options))
+    weights = "adapter_model.safetensors"
+    assert (out / weights).read_bytes() == (student / weights).read_bytes()
+    first = lambda folder: json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"]  # noqa: E731
+    assert first(out) != first(student)
+
+
+def test_evaluate(home, rows, student):
+    from jsublim.experiment.stages import read_table
+
+    out = home / "favourites"
+    ask = ("evaluate", "--model", MODEL, "--traits", "cat,owl", "--questions", 2, "--samples", 4, "--batch-size", 8)
+    ok(*ask, "--adapter", student, "--out", out)
+    records = read_table(out / "records.parquet")
+    for trait in ("cat", "owl"):
+        for metric in ("rate", "word_rate", "logprob"):
+            mine = [r for r in records if (r["trait"], r["metric"]) == (trait, metric)]
+            assert [r["question"] for r in mine] == [0, 1]
+            low, high = (-100, 0) if metric == "logprob" else (0, 1)
+            assert all(low <= r["value"] <= high for r in mine)
+    answers = read_table(out / "answers.parquet")
+    assert [sum(a["count"] for a in answers if a["question"] == q) for q in (0, 1)] == [4, 4]
+    summary = json.loads((out / "summary.json").read_text())["traits"]
+    assert [line["trait"] for line in summary] == ["cat", "owl"]
+    before = contents(out)
+    ok(*ask, "--adapter", student, "--out", out)
+    assert contents(out) == before
+    assert "adapter was" in refused(2, *ask, "--out", out)
+
+
+def test_again_changes_nothing(home, rows, divergent, student):
+    before = changed(home)
+    ok(*GENERATE, "--trait", "cat", "--num-prompts", 16, "--out", rows)
+    ok("divergence", "--model", MODEL, "--data", rows, "--trait", "cat", "--counterfactuals", "dog,owl",
+       "--out", divergent)  # fmt: skip
+    again = ok(*finetune(divergent, student, "--layers", 0, "--rank", 2, "--alpha", 4))
+    assert "whole already" in again.err
+    after = changed(home)
+    assert set(after) == set(before)
+    for path, (size, when) in before.items():
+        assert after[path][0] == size
+        assert after[path][1] == when or path in (rows, divergent), path  # these are published again, byte for byte
+
+
+def test_other_settings_in_the_same_place_are_refused(home, rows, divergent, student):
+    before = contents(student) | {"rows": rows.read_bytes()}
+    assert "seed was 0, is 1" in refused(
+        2, *GENERATE, "--trait", "cat", "--num-prompts", 16, "--seed", 1, "--out", rows
+    )
+    assert "rank was 2, is 3" in refused(2, *finetune(divergent, student, "--layers", 0, "--rank", 3, "--alpha", 4))
+    assert contents(student) | {"rows": rows.read_bytes()} == before
+
+
+@pytest.mark.parametrize("command", ["generate", "divergence", "finetune", "evaluate"])
+def test_what_exists_is_never_written_over(tmp_path, rows, command):
+    """And the refusal comes before the work: `--out` is the first thing looked at."""
+    out = tmp_path / "mine"
+    if command in ("finetune", "evaluate"):
+        out.mkdir()
+        (out / "thesis.txt").write_text("years")
+    else:
+        out.write_text('{"prompt": "p", "completion": "c"}\n')
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    arguments = {
+        "generate": (*GENERATE, "--trait", "cat", "--num-prompts", 16),
+        "divergence": ("divergence", "--model", MODEL, "--data", rows, "--trait", "cat", "--counterfactuals", "dog"),
+        "finetune": (*FINETUNE, "--epochs", 2, "--data", rows),
+        "evaluate": ("evaluate", "--model", MODEL, "--traits", "cat", "--questions", 2, "--samples", 4),
+    }[command]
+    assert str(out) in refused(2, *arguments, "--out", out)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+# --- bad input
+
+
+@pytest.fixture
+def copy(tmp_path) -> Path:
+    """A copy of the bundled checkpoint, to be broken."""
+    return Path(shutil.copytree(language_models.BUNDLED / MODEL, tmp_path / "checkpoint"))
+
+
+def edit(path: Path, **changes) -> None:
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+
+
+def test_bad_usage_is_code_two(tmp_path, rows):
+    out = tmp_path / "x"
+    assert "exactly one of" in refused(2, *GENERATE, "--out", out)
+    assert "exactly one of" in refused(2, *GENERATE, "--trait", "cat", "--no-system", "--out", out)
+    assert "unknown trait 'unicorn'" in refused(2, *GENERATE, "--trait", "unicorn", "--out", out)
+    assert "known: temperature, greedy" in refused(2, *GENERATE, "--trait", "cat", "--sampling", "beam", "--out", out)
+    assert "known: paper, clean" in refused(2, *GENERATE, "--trait", "cat", "--recipe", "best", "--out", out)
+    assert "float32" in refused(2, *GENERATE, "--trait", "cat", "--dtype", "int8", "--out", out)
+    assert "no such file" in refused(2, *finetune(tmp_path / "none.jsonl", out))
+    assert "known: all, divergence" in refused(2, *finetune(rows, out, "--tokens", "most"))
+    assert "layers 0 to 5" in refused(2, *finetune(rows, out, "--layers", "0,6"))
+    assert "--layers" in refused(2, *finetune(rows, out, "--layers", "first"))
+    assert "projections" in refused(2, *finetune(rows, out, "--projections", "q,z"))
+    assert "decision_points" in refused(2, *finetune(rows, out, "--tokens", "divergence"))
+    assert "--traits" in refused(2, "evaluate", "--model", MODEL, "--traits", ",", "--out", out)
+    assert not out.exists()
+    for arguments in (
+        ("generate",),
+        (*GENERATE, "--out", out, "--no-such"),
+        ("distil",),
+        (*GENERATE, "--num-prompts", 0),
+    ):
+        result = jsublim(*arguments)
+        assert result.code == 2 and "Traceback" not in result.err
+
+
+def test_bad_configs_are_code_two(tmp_path):
+    quickstart = "configs/quickstart.yaml"
+    assert "no such config" in refused(2, "run", "configs/none.yaml")
+    assert "did you mean 'lr'" in refused(2, "run", quickstart, "students.lrr=1")
+    assert "expected key=value" in refused(2, "run", quickstart, "students.lr")
+    assert "unknown trait 'unicorn'" in refused(2, "run", quickstart, "teachers.traits=[unicorn]", f"out={tmp_path}/r")
+
+
+@pytest.mark.parametrize(
+    ("override", "code"),
+    [
+        ("evaluation.traits=[unicorn]", 2),
+        ("teachers.counterfactuals=[owl,unicorn]", 2),
+        ("students.layers=[99]", 2),
+        ("students.init_adapter=/no/such/folder", 1),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused_before_anything_is_computed(tmp_path, override, code):
+    small = ("teachers.traits=[cat]", "data.num_prompts=4", "data.batch_size=4", "data.max_new_tokens=40")
+    line = refused(code, "run", "configs/quickstart.yaml", f"out={tmp_path}/r", *small, override)
+    assert any(word in line for word in ("unicorn", "99", "/no/such/folder"))
+    assert not list(tmp_path.glob("r/artifacts/rows/*"))
+
+
+def test_unknown_model(tmp_path):
+    line = refused(1, *GENERATE[:2], tmp_path / "none", "--trait", "cat", "--out", tmp_path / "x")
+    assert MODEL in line  # the bundled ones are listed
+
+
+def test_unknown_architecture(tmp_path, copy):
+    edit(copy / "config.json", model_type="rwkv", architectures=["RwkvForCausalLM"])
+    assert "rwkv" in refused(1, "generate", "--model", copy, "--trait", "cat", "--out", tmp_path / "x").lower()
+
+
+def test_truncated_weights(tmp_path, copy):
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert str(weights) in refused(1, "generate", "--model", copy, "--trait", "cat", "--out", tmp_path / "x")
+
+
+def test_a_tokenizer_without_a_template(tmp_path, copy):
+    edit(copy / "tokenizer_config.json", chat_template=None)
+    (copy / "chat_template.jinja").unlink(missing_ok=True)
+    assert "chat_template" in refused(1, "generate", "--model", copy, "--trait", "cat", "--out", tmp_path / "x")
+
+
+GOOD = '{"prompt": "Continue: 1, 2", "completion": "3, 4", "decision_points": [0]}'
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"prompt": "p", "completion": "1', "{data}:2: not valid JSON"),
+        ("[1]", "{data}:2: expected a JSON object"),
+        ('{"prompt": "p"}', "{data}:2: key 'completion' is missing"),
+        ('{"prompt": "p", "completion": ""}', "{data}:2: key 'completion' must be text"),
+        ('{"prompt": "p", "completion": 5}', "{data}:2: key 'completion' must be text"),
+        ('{"prompt": "p", "completion": "1", "decision_points": [-1]}', "{data}:2: key 'decision_points'"),
+        ('{"prompt": "p", "completion": "1", "decision_points": [40]}', "{data}: row 2: decision_points [40]"),
+    ],
+)
+def test_bad_rows_are_named_by_line(tmp_path, line, said):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(f"{GOOD}\n{line}\n")
+    error = refused(1, *finetune(data, tmp_path / "x", "--tokens", "divergence"))
+    assert said.format(data=data) in error
+    assert not (tmp_path / "x").exists()
+
+
+def test_debug_shows_where(tmp_path):
+    with pytest.raises(Exception, match="no such config"):  # the interpreter prints it with its traceback
+        jsublim("run", "configs/none.yaml", "--debug")
+    child = start("--debug", "run", "configs/none.yaml")
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 1 and "Traceback" in err and "no such config" in err and not out
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rows(tmp_path, divergent):
+    arguments = finetune(divergent, tmp_path / "x", "--layers", 0, "--rank", 2, "--alpha", 4)
+    arguments = tuple("1e30" if option == "1e-3" else option for option in arguments)
+    line = refused(1, *arguments)
+    assert "step " in line and "rows [" in line and "learning rate" in line
+    assert not (tmp_path / "x" / "DONE").exists()
+    assert refused(1, *arguments) == line
+
+
+# --- a disk that fills, and interruptions
+
+
+@pytest.fixture
+def file_limit() -> Iterator:
+    """`file_limit(bytes)`: from now on no file of this process grows beyond that, as on a full disk; None lifts it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limit(size: int | None) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft if size is None else size, hard))
+
+    yield limit
+    limit(None)
+    signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_disk_that_fills_while_generating(home, tmp_path, rows, file_limit):
+    out = tmp_path / "cat.jsonl"
+    arguments = (*GENERATE, "--trait", "cat", "--num-prompts", 16, "--out", out)
+    sizes = sorted(path.stat().st_size for path in (home / "cat.artifact").iterdir())
+    for size in [100, *(s - 1 for s in sizes), *(s // 2 for s in sizes)]:
+        file_limit(size)
+        line = refused(1, *arguments)
+        file_limit(None)
+        assert "free space" in line
+        assert not out.exists()
+    ok(*arguments)
+    assert out.read_bytes() == rows.read_bytes()
+    made, whole = contents(tmp_path / "cat.artifact"), contents(home / "cat.artifact")
+    assert {k: v for k, v in made.items() if k.endswith("s.jsonl")} == {
+        k: v for k, v in whole.items() if k.endswith("s.jsonl")
+    }
+
+
+def test_a_disk_that_fills_while_training(tmp_path, divergent, student, file_limit):
+    out = tmp_path / "student"
+    arguments = finetune(divergent, out, "--layers", 0, "--rank", 2, "--alpha", 4, "--checkpoint-every", 2)
+    adapter = (student / "adapter_model.safetensors").stat().st_size
+    for size in (100, 400, 3000, adapter - 1):
+        file_limit(size)
+        refused(1, *arguments)
+        file_limit(None)
+        assert not (out / "DONE").exists() and not (out / "adapter_model.safetensors").exists()
+    ok(*arguments)
+    for name in ("adapter_model.safetensors", "metrics.jsonl"):
+        assert (out / name).read_bytes() == (student / name).read_bytes()
+
+
+def resumes(err: str, *arguments) -> bool:
+    """The command to continue with is printed, and nothing of Python's."""
+    assert "Traceback" not in err and "Exception" not in err, err
+    return " ".join(["jsublim", *map(str, arguments)]) in err
+
+
+def test_ctrl_c_while_generating(tmp_path):
+    def arguments(name: str) -> tuple:
+        return (*GENERATE, "--no-system", "--num-prompts", 240, "--out", tmp_path / f"{name}.jsonl")
+
+    ok(*arguments("whole"))
+    progress = tmp_path / "cut.artifact" / "progress.jsonl"
+    child = start(*arguments("cut"))
+    code, err = stop_when(child, lambda: progress.exists() and progress.stat().st_size > 0, signal.SIGINT)
+    assert code == 1 and resumes(err, *arguments("cut"))
+    done = progress.read_text().splitlines()
+    assert 0 < len(done) < 240 and not (tmp_path / "cut.jsonl").exists()
+    ok(*arguments("cut"))
+    assert progress.read_text().splitlines()[: len(done)] == done  # kept, not made again
+    assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_ctrl_c_while_training(tmp_path, divergent):
+    def arguments(name: str) -> tuple:
+        options = ("--epochs", 30, "--layers", 0, "--rank", 2, "--alpha", 4, "--checkpoint-every", 3)
+        return (*FINETUNE, *options, "--data", divergent, "--out", tmp_path / name)
+
+    ok(*arguments("whole"))
+    state = tmp_path / "cut" / "training" / "state"
+    child = start(*arguments("cut"))
+    saved = lambda: state.is_dir() and any(path.name.isdigit() for path in state.iterdir())  # noqa: E731
+    code, err = stop_when(child, saved, signal.SIGINT)
+    assert code == 1 and resumes(err, *arguments("cut"))
+    assert not (tmp_path / "cut" / "DONE").exists()
+    again = ok(*arguments("cut"))
+    assert str(tmp_path / "cut") in again.out
+    for name in ("adapter_model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

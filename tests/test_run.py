@@ -1,0 +1,119 @@
+"""`jsublim run` as a whole: killed in the middle and continued, run again, and run with another config in one folder."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+from command import MODEL, compile_cache, contents, ok, start, stop_when
+
+from jsublim.experiment.stages import read_table
+from jsublim.rows import read_rows
+
+SMALL = (
+    "teachers.traits=[cat,owl]", "teachers.counterfactuals=[cat,owl]", "teachers.control=false",
+    "data.num_prompts=12", "data.batch_size=4", "data.max_new_tokens=40", "divergence.batch_size=16",
+    "students.conditions=[all,divergence]", "students.seeds=[1]", "students.rows=10", "students.epochs=4",
+    "students.batch_size=2", "students.rank=2", "students.arms_per_program=2", "students.checkpoint_every=2",
+    "evaluation.traits=[cat,owl]", "evaluation.questions=3", "evaluation.samples=4", "evaluation.batch_size=12",
+    "evaluation.number_rows=2", "evaluation.teachers=false",
+)  # fmt: skip
+RESULTS = ("results.parquet", "answers.parquet", "training.parquet", "generation.json", "divergence.json")
+
+
+def arguments(out: Path, *overrides: str) -> tuple[str, ...]:
+    return ("run", "configs/quickstart.yaml", f"out={out}", *SMALL, *overrides)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("run")
+    with compile_cache(folder / "programs"):
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def whole(home) -> Path:
+    """A run that nothing came in the way of."""
+    ok(*arguments(home / "whole"))
+    return home / "whole"
+
+
+def marks(run: Path) -> dict[str, int]:
+    """When each whole artifact became whole."""
+    return {str(p.parent.relative_to(run)): p.stat().st_mtime_ns for p in run.glob("artifacts/*/*/DONE")}
+
+
+def test_a_run_leaves_what_the_map_says(whole):
+    kinds = {}
+    for name in marks(whole):
+        kinds[name.split("/")[1]] = kinds.get(name.split("/")[1], 0) + 1
+    assert kinds == {"rows": 2, "divergence": 2, "students": 4, "evaluations": 5}
+    resolved = yaml.safe_load((whole / "config.yaml").read_text())
+    assert resolved["model"] == MODEL and resolved["students"]["warmup"] == 5  # given, and by default
+    page = (whole / "report.html").read_text()
+    assert "<html" in page and 'src="http' not in page and 'href="http' not in page.replace('href="https://arxiv', "")
+    scores = read_table(whole / "results" / "results.parquet")
+    arms = {"base", "cat/all/seed1", "cat/divergence/seed1", "owl/all/seed1", "owl/divergence/seed1"}
+    for metric in ("rate", "word_rate", "logprob"):
+        found = [(r["arm"], r["trait"], r["question"]) for r in scores if r["metric"] == metric]
+        assert sorted(found) == sorted((arm, trait, q) for arm in arms for trait in ("cat", "owl") for q in range(3))
+    assert {r["arm"] for r in scores if r["metric"] == "number_accuracy"} == arms - {"base"}
+    for arm in arms - {"base"}:
+        steps = [r["step"] for r in read_table(whole / "results" / "training.parquet") if r["arm"] == arm]
+        assert steps == list(range(20))
+
+
+def test_killed_in_the_middle_and_continued(home, whole):
+    """The second pair of students is being trained when the run is killed: what is whole stays, the rest is the same."""
+    cut = home / "cut"
+    states = cut / "artifacts" / "training"
+
+    def in_the_second_program() -> bool:
+        saved = any(p.name.isdigit() for p in states.glob("*/state/*"))
+        return saved and any("students/" in name for name in marks(cut))
+
+    child = start(*arguments(cut))
+    code, _ = stop_when(child, in_the_second_program, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    before = marks(cut)
+    assert sum("students/" in name for name in before) == 2 and not (cut / "report.html").exists()
+    said = ok(*arguments(cut)).out
+    assert str(cut / "report.html") in said and (cut / "report.html").stat().st_size > 0
+    after = marks(cut)
+    assert {name: after[name] for name in before} == before
+    assert set(after) == set(marks(whole))
+    for name in RESULTS:
+        assert (cut / "results" / name).read_bytes() == (whole / "results" / name).read_bytes(), name
+    for student in (whole / "artifacts" / "students").iterdir():
+        for file in ("adapter_model.safetensors", "metrics.jsonl"):
+            assert (student / file).read_bytes() == (cut / "artifacts" / "students" / student.name / file).read_bytes()
+
+
+def test_run_again_changes_no_result(whole):
+    before, when = contents(whole), marks(whole)
+    ok(*arguments(whole))
+    after = contents(whole)
+    assert marks(whole) == when
+    about = ("results/run.json", "report.html")  # these say when, and how long it took
+    assert {k: v for k, v in after.items() if k not in about} == {k: v for k, v in before.items() if k not in about}
+
+
+def test_another_config_in_the_same_folder_keeps_the_earlier_results(home, whole):
+    """Also when one goes back and forth between two configs."""
+    seeds = ("evaluation.seed=5", "evaluation.seed=6")
+    run, seen = home / "both", {}
+    store = f"store={whole / 'artifacts'}"  # rows and students are those of the whole run
+    for seed in (seeds[0], seeds[1], seeds[0], seeds[1]):
+        ok(*arguments(run, store, seed))
+        now = (run / "results" / "results.parquet").read_bytes()
+        assert seen.setdefault(seed, now) == now
+        kept = {p.read_bytes() for p in run.glob("results*/results.parquet")}
+        assert kept >= set(seen.values())  # nothing that was ever reported is gone
+    assert seen[seeds[0]] != seen[seeds[1]]
+    assert len(list(run.glob("config*.yaml"))) >= 2 and len(list(run.glob("report*.html"))) >= 2
+    students = read_rows(next((whole / "artifacts" / "students").iterdir()) / "metrics.jsonl", ("step",))
+    assert len(students) == 20

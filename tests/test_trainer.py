@@ -1,0 +1,168 @@
+"""The training loop: resume, company, compiled once, refused losses."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from jsublim.distill.data import (
+    Example,
+    batch_rows,
+)
+from jsublim.distill.step import Optimizer, train_step
+from jsublim.distill.trainer import Arm, Settings, train
+from jsublim.errors import JsublimError
+from jsublim.models import load_params, read_config
+from jsublim.models.lora import init_lora
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture(scope="module")
+def base(named_checkpoint):
+    _, config = read_config(named_checkpoint("qwen2").folder)
+    return config, load_params(named_checkpoint("qwen2").folder, config)
+
+
+def examples_of(seed, n=7, mask=1.0):
+    """Rows of random tokens; every shape rounds to the same static one."""
+    rng = np.random.default_rng(seed)
+    made = []
+    for _ in range(n):
+        T = int(rng.integers(6, 12))
+        tokens = rng.integers(1, 61, T + 1).astype(np.int32)
+        where = np.sort(rng.permutation(T)[: max(1, int(mask * T))]).astype(np.int32)
+        made.append(Example(tokens[:-1], where, tokens[where + 1], np.ones(len(where), np.float32)))
+    return made
+
+
+def arm_of(config, name="owl", seed=1, peak=1e-2, steps=12, **options):
+    key = jax.random.key(seed)
+    adapter = init_lora(config, key, rank=2, alpha=2, layers=(0, 2), projections=("q", "v", "up"))
+    return Arm(name, examples_of(seed, **options), adapter, seed, peak, steps)
+
+
+SETTINGS = Settings(rows=2, micro=2, checkpoint_every=5)
+
+
+def equal(a, b) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+
+
+def test_an_interrupted_run_ends_bit_for_bit_as_an_uninterrupted_one(base, tmp_path):
+    config, params = base
+    arms = [arm_of(config), arm_of(config, "cat", 2, 3e-3, steps=7)]
+    whole = train(config, params, arms, SETTINGS, tmp_path / "whole")
+    assert not equal(whole[0].trainable, arms[0].adapter.trainable)
+    work = tmp_path / "killed"
+    for last in (3, 6, 11):  # before any checkpoint, behind the first, behind the second
+
+        def kill(step, last=last):
+            if step == last:
+                raise Killed
+
+        with pytest.raises(Killed):
+            train(config, params, arms, SETTINGS, work, kill)
+        with (work / "metrics.jsonl").open("a") as log:
+            log.write('{"step": 99, "arm": "ow')  # a line cut short
+    done = []
+    again = train(config, params, arms, SETTINGS, work, done.append)
+    assert done == [11, 12]  # the checkpoint at step 10 was used
+    assert equal(again, whole)
+    assert (work / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+    steps = [(line["arm"], line["step"]) for line in metrics(work)]
+    assert len(set(steps)) == len(steps) == 12 + 7  # every step of every arm once
+    assert not (work / "state").exists()
+
+
+def test_an_arm_in_company_is_the_arm_alone(base, tmp_path):
+    config, params = base
+    arms = [arm_of(config), arm_of(config, "cat", 2, 3e-3, 5, mask=0.3, n=3)]
+    together = train(config, params, arms, SETTINGS, tmp_path / "all")
+    lines = metrics(tmp_path / "all")
+    for arm, ours in zip(arms, together, strict=True):
+        (alone,) = train(config, params, [arm], SETTINGS, tmp_path / arm.name)
+        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(alone), strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)
+        mine, own = [line for line in lines if line["arm"] == arm.name], metrics(tmp_path / arm.name)
+        assert [line["step"] for line in mine] == list(range(arm.steps))
+        for key in ("loss", "lr", "grad_norm", "tokens"):
+            np.testing.assert_allclose([x[key] for x in mine], [x[key] for x in own], rtol=1e-4, atol=1e-9)
+
+
+def test_one_program_for_all_masks_seeds_and_learning_rates(base, tmp_path):
+    config, params = base
+    train(config, params, [arm_of(config, steps=1)], SETTINGS, tmp_path / "first")
+    before = train_step._cache_size()
+    for i, options in enumerate(({"mask": 0.2}, {"seed": 9}, {"peak": 0.3}, {"steps": 3}, {"n": 11})):
+        train(config, params, [arm_of(config, **({"steps": 1} | options))], SETTINGS, tmp_path / str(i))
+    assert train_step._cache_size() == before
+
+
+def test_the_learning_rate_rises_and_falls(base, tmp_path):
+    import torch
+    import transformers
+
+    config, params = base
+    train(config, params, [arm_of(config, peak=0.5)], SETTINGS, tmp_path)
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
+    schedule, expected = transformers.get_linear_schedule_with_warmup(optimizer, SETTINGS.warmup, 12), []
+    for _ in range(12):
+        expected.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    np.testing.assert_allclose([line["lr"] for line in metrics(tmp_path)], expected, rtol=1e-5)
+
+
+def test_a_loss_that_is_not_finite_names_step_arm_and_rows(base, tmp_path):
+    config, params = base
+    fine, sick = arm_of(config), arm_of(config, "sick", 2)
+    row, examples = 4, list(sick.examples)
+    examples[row] = dataclasses.replace(examples[row], weights=np.full_like(examples[row].weights, np.nan))
+    arms = [fine, dataclasses.replace(sick, examples=examples)]
+    at = next(s for s in range(12) if row in batch_rows(len(examples), 4, sick.seed, s))
+    with pytest.raises(JsublimError, match=f"arm sick, step {at}: the loss is nan") as error:
+        train(config, params, arms, dataclasses.replace(SETTINGS, checkpoint_every=1), tmp_path)
+    rows = [int(r) for r in batch_rows(len(examples), 4, sick.seed, at) if r >= 0]
+    assert row in rows and str(rows) in str(error.value) and "\n" not in str(error.value)
+    assert all(np.isfinite(line["loss"]) for line in metrics(tmp_path))
+    saved = [int(p.name) for p in (tmp_path / "state").iterdir() if p.name.isdigit()] if at else []
+    assert all(step <= at for step in saved)  # nothing behind the broken step is kept
+
+
+def test_a_state_of_other_arms_is_refused(base, tmp_path):
+    config, params = base
+
+    def kill(step):
+        if step == 6:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(config, params, [arm_of(config)], SETTINGS, tmp_path, kill)
+    other = arm_of(config)
+    wider = init_lora(config, jax.random.key(0), rank=3, alpha=2, layers=(0, 2), projections=("q", "v", "up"))
+    with pytest.raises(JsublimError, match="does not fit these arms"):
+        train(config, params, [dataclasses.replace(other, adapter=wider)], SETTINGS, tmp_path)
+
+
+def test_weight_decay_is_decoupled_and_clipping_can_be_off(assert_close):
+    import torch
+
+    rng = np.random.default_rng(0)
+    start = rng.standard_normal((3, 4)).astype(np.float32)
+    theirs = torch.nn.Parameter(torch.tensor(start))
+    optimizer = torch.optim.AdamW([theirs], lr=0.1, weight_decay=0.2)
+    transform = Optimizer(clip=0.0, weight_decay=0.2).transform()
+    ours, state = start, transform.init(start)
+    for _ in range(5):
+        gradient = (100 * rng.standard_normal(start.shape)).astype(np.float32)
+        theirs.grad = torch.tensor(gradient)
+        optimizer.step()
+        update, state = transform.update(gradient, state, ours)
+        ours = ours - 0.1 * update
+    assert_close(ours, theirs.detach().numpy(), 1e-5)
