@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import random
 
 import jax
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import chat, plain_turn, scratch, small
+from tiny import chat, metrics, plain_turn, scratch, small
 
 from jsublim.chat import conversation
 from jsublim.distill.data import (
@@ -251,10 +250,6 @@ def torch_train(model, parameters, examples, micro, per, steps, seed):
         schedule.step()
         losses.append(float(loss.detach()))
     return losses
-
-
-def metrics(work):
-    return [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(

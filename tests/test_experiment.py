@@ -223,7 +223,7 @@ def test_steps_of_the_paper():
 def test_programs_hold_every_arm_once_and_in_order(arms, size):
     groups = programs(arms, size)
     assert [arm for group in groups for arm in group] == arms
-    assert all(len(group) == size for group in groups[:-1]) and all(0 < len(group) <= size for group in groups)
+    assert all(0 < len(group) <= size for group in groups) and len(groups) == -(-len(arms) // size)
 
 
 # --- store

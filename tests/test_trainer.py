@@ -7,13 +7,14 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from tiny import metrics
 
 from jsublim.distill.data import (
     Example,
     batch_rows,
 )
 from jsublim.distill.step import Optimizer, train_step
-from jsublim.distill.trainer import Arm, Settings, train
+from jsublim.distill.trainer import Arm, Settings, forget_state, train
 from jsublim.errors import JsublimError
 from jsublim.models import load_params, read_config
 from jsublim.models.lora import init_lora
@@ -77,7 +78,10 @@ def test_an_interrupted_run_ends_bit_for_bit_as_an_uninterrupted_one(base, tmp_p
     assert (work / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
     steps = [(line["arm"], line["step"]) for line in metrics(work)]
     assert len(set(steps)) == len(steps) == 12 + 7  # every step of every arm once
-    assert not (work / "state").exists()
+    (unchanged,) = train(config, params, arms, SETTINGS, work)[:1]  # killed between the last step and the adapters
+    assert equal(unchanged, whole[0])
+    forget_state(work)
+    assert sorted(path.name for path in work.iterdir()) == ["metrics.jsonl"]
 
 
 def test_an_arm_in_company_is_the_arm_alone(base, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import json
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -87,3 +88,8 @@ def plain_turn(tokenizer: Any, messages: list[Message], completion: str, bos: bo
     assert tokens[: len(prompt)] == prompt
     front = [tokenizer.bos_token_id] if bos else []
     return np.asarray(front + tokens, np.int32), len(front) + len(prompt)
+
+
+def metrics(work: Path) -> list[dict[str, Any]]:
+    """The lines of a training's `metrics.jsonl`."""
+    return [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
