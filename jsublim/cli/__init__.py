@@ -24,16 +24,18 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        code = app(standalone_mode=False) or 0
+        if code == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
+        sys.exit(code)
     except JsublimError as error:
         _leave(debug, f"error: {error}", error.code)
     except (KeyboardInterrupt, typer.Abort):
         again = " ".join(["jsublim", *map(shlex.quote, sys.argv[1:])])
-        _leave(debug, f"interrupted; nothing is lost, the same command continues:\n  {again}", 1)
+        _leave(debug, f"interrupted; what was finished is kept, the same command continues:\n  {again}", 1)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        again = "free space or mend permissions, then run the same command again"
-        _leave(debug, f"error: {error.strerror or error}{where}; {again}", 1)
+        _leave(debug, f"error: {error.strerror or error}{where}; mend that, then run the same command again", 1)
     except Exception as error:
         if isinstance(getattr(error, "exit_code", None), int) and hasattr(error, "show"):  # click's usage errors
             error.show()  # type: ignore[attr-defined]

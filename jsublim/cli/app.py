@@ -15,7 +15,7 @@ from jsublim.errors import UsageError
 
 app = typer.Typer(
     name="jsublim",
-    help="Subliminal learning in JAX: teachers, divergence tokens, students, reports.",
+    help="Subliminal learning in JAX: teachers, divergence tokens, students, reports. --debug shows tracebacks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -46,7 +46,7 @@ def numbers(text: str | None, option: str) -> list[int] | None:
     numbers: list[int] = []
     for part in names(text):
         first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdigit() or (dash and not (last.isdigit() and int(first) <= int(last))):
             raise UsageError(f"{option}: '{text}' given; expected numbers such as 0,3,5-7")
         numbers += range(int(first), int(last if dash else first) + 1)
     return numbers

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,10 +11,18 @@ import typer
 from jsublim.cli.app import Dtype, Model, Out, PackFile, RecipeName, app, bar, console, names, numbers
 from jsublim.errors import UsageError
 
+ALL_PROJECTIONS = "q,k,v,o,gate,up,down"
+
 
 def _beside(out: Path) -> Path:
     """The folder of a result that is one file: it holds what was kept on the way, and its pedigree."""
     return out.with_name(out.stem + ".artifact")
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a file that isn't the result of an earlier call, before anything is computed."""
+    if out.exists() and not (_beside(out) / "DONE").exists():
+        raise UsageError(f"{out}: already exists; give another --out or remove it first")
 
 
 def _publish(rows: list, out: Path, artifact: Any, was_done: bool) -> None:
@@ -57,6 +65,7 @@ def generate(
     from jsublim.sampling import sampling_for
     from jsublim.teachers import CONTROL, Teacher, prompted_teacher
 
+    _check_out(out)
     if sum([trait is not None, system is not None, no_system]) != 1:
         raise UsageError("generate: give exactly one of --trait, --system, --no-system")
     pack, lm = load_pack(prompts), load_model(model, dtype)
@@ -111,6 +120,7 @@ def divergence(
     from jsublim.rows import read_rows
     from jsublim.teachers import prompted_teacher
 
+    _check_out(out)
     rows, others = read_rows(data), names(counterfactuals)
     pack, lm = load_pack(prompts), load_model(model, dtype)
     how = _recipe(recipe, lm, Recipe)
@@ -133,7 +143,7 @@ def divergence(
     )
     sidecar = out.with_name(out.stem + ".margins.jsonl")
     if not sidecar.exists():
-        os.link(artifact.path / "margins.jsonl", sidecar)
+        shutil.copyfile(artifact.path / "margins.jsonl", sidecar)
     _publish(found, out, artifact, was_done)
 
 
@@ -144,7 +154,7 @@ def finetune(
     out: Out,
     tokens: Annotated[str, typer.Option("--tokens", help="all, divergence, non-divergence or random.")] = "all",
     layers: Annotated[str, typer.Option("--layers", help="all, or numbers such as 0,3,5-7.")] = "all",
-    projections: Annotated[str, typer.Option("--projections")] = "q,k,v,o,gate,up,down",
+    projections: Annotated[str, typer.Option("--projections")] = ALL_PROJECTIONS,
     full: Annotated[bool, typer.Option("--full", help="Train whole weights, not LoRA.")] = False,
     rank: Annotated[int, typer.Option("--rank", min=1)] = 8,
     alpha: Annotated[float, typer.Option("--alpha")] = 8.0,
@@ -173,6 +183,8 @@ def finetune(
     from jsublim.models.peft import load_adapter
     from jsublim.rows import read_rows
 
+    if init_adapter is not None and (full, rank, alpha, layers, projections) != (False, 8, 8.0, "all", ALL_PROJECTIONS):
+        raise UsageError("--init-adapter brings its own rank, alpha, layers and projections; leave those options out")
     every = read_rows(data)
     lm = load_model(model, dtype)
     how = _recipe(recipe, lm, Recipe)

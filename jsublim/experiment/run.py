@@ -17,7 +17,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from jsublim.distill.data import Example, Selection, Shape, draw_indices, make_examples
 from jsublim.distill.step import Optimizer
 from jsublim.distill.trainer import Arm, Settings
-from jsublim.errors import JsublimError
 from jsublim.experiment import stages
 from jsublim.experiment.plan import (
     Student,
@@ -69,7 +68,19 @@ class Run:
         with self._stage("load"):
             self.lm: LanguageModel = load_model(experiment.model, experiment.dtype)
             self.recipe = experiment.recipe.resolved(self.lm.config.family)
+            self._check()
             self.common = {"model": self.lm.hash, "dtype": experiment.dtype, "pack": self.pack.hash}
+            # Of what decides results: the config without where it is written, the files it names by their content.
+            self.key = digest([experiment.model_dump(exclude={"out", "store"}), self.common])
+
+    def _check(self) -> None:
+        """What a later stage would stumble over, before hours are spent on the earlier ones."""
+        e = self.experiment
+        for trait in self.traits:
+            self.pack.questions_for(e.teachers.category or self.pack.category_of(trait))
+        for name in {*self.others, *(other for others in self.others.values() for other in others)}:
+            self.teacher(name)
+        self._adapter(seed=0)
 
     @contextmanager
     def _stage(self, name: str, total: int | None = None) -> Iterator[stages.Tick]:
@@ -189,10 +200,11 @@ class Run:
         """All students, many a program; those that are whole are left alone."""
         s = self.experiment.students
         self.student_artifacts = {arm: self._student_artifact(arm) for arm in self.arms}
-        missing = []
+        by_name = {student.name: artifact for student, artifact in self.student_artifacts.items()}
+        if all(artifact.done for artifact in by_name.values()):
+            return
+        arms = []
         for student in self.arms:
-            if self.student_artifacts[student].done:
-                continue
             examples = self._examples(student)
             drawn = min(len(self.rows[student.teacher]), s.rows or len(self.rows[student.teacher]))
             steps = total_steps(s, drawn if self.recipe.match_steps else len(examples))
@@ -200,7 +212,7 @@ class Run:
                 self.console.print(
                     f"{student.name}: {drawn} rows passed, fewer than students.rows={s.rows}: {steps} steps"
                 )
-            missing.append(Arm(student.name, examples, self._adapter(student.seed), student.seed, s.lr, steps))
+            arms.append(Arm(student.name, examples, self._adapter(student.seed), student.seed, s.lr, steps))
         settings = Settings(
             rows=s.batch_size,
             micro=s.accumulate,
@@ -210,13 +222,17 @@ class Run:
             optimizer=Optimizer(clip=s.clip, weight_decay=s.weight_decay),
             checkpoint_every=s.checkpoint_every,
         )
-        groups = programs(missing, s.arms_per_program)
-        shape = Shape.of([arm.examples for arm in missing], s.accumulate, s.batch_size) if missing else None
-        by_name = {student.name: artifact for student, artifact in self.student_artifacts.items()}
+        # Shape and company are those of all arms, whole ones too: a run that is continued finds the state it left.
+        shape = Shape.of([arm.examples for arm in arms], s.accumulate, s.batch_size)
+        work_of = lambda group: self.store / "training" / digest([by_name[arm.name].key for arm in group])  # noqa: E731
+        groups = []
+        for group in programs(arms, s.arms_per_program):
+            missing = [arm for arm in group if not by_name[arm.name].done]
+            if missing:
+                groups.append(group if (work_of(group) / "state").exists() else missing)
         with self._stage("train", sum(max(arm.steps for arm in group) for group in groups)) as tick:
             for group in groups:
                 members = [(arm, by_name[arm.name]) for arm in group]
-                work = self.store / "training" / digest([artifact.key for _, artifact in members])
                 done = 0
 
                 def on_step(step: int) -> None:
@@ -224,7 +240,7 @@ class Run:
                     tick(step - done)
                     done = step
 
-                stages.train_students(self.lm, members, settings, work, shape=shape, on_step=on_step)
+                stages.train_students(self.lm, members, settings, work_of(group), shape=shape, on_step=on_step)
 
     def evaluate(self) -> None:
         """The base, the teachers and every student: favourites, probability of the traits, number task."""
@@ -314,21 +330,16 @@ class Run:
         stages.write_json(results / "divergence.json", [a.summary for a in self.divergence_artifacts.values()])
         about = {
             "name": self.experiment.name, "model": self.lm.name, "model_hash": self.lm.hash, "pack_hash": self.pack.hash,
-            "versions": versions(), "device": device(), "config_hash": config_hash(self.experiment), "started": self.started,
+            "versions": versions(), "device": device(), "config_hash": self.key, "started": self.started,
             "seconds": self.seconds, "config_yaml": self.experiment.yaml(), "recipe": self.recipe.model_dump(),
         }  # fmt: skip
         stages.write_json(results / "run.json", about)
         return write_report(self.dir)
 
 
-def config_hash(experiment: Experiment) -> str:
-    """Of what decides results: the config without where it is written."""
-    return digest(experiment.model_dump(exclude={"out", "store"}))
-
-
-def claim_folder(experiment: Experiment, console: Console) -> None:
-    """Write the resolved config into the run's folder; results of another config there are moved aside, not overwritten."""
-    folder, key = experiment.run_dir, config_hash(experiment)
+def claim_folder(experiment: Experiment, key: str, console: Console) -> None:
+    """Write the resolved config into the run's folder; results of another `key` there are moved aside, not overwritten."""
+    folder = experiment.run_dir
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / "config.hash"
     old = mark.read_text().strip() if mark.exists() else None
@@ -336,9 +347,9 @@ def claim_folder(experiment: Experiment, console: Console) -> None:
         moved = []
         for name in ("config.yaml", "results", "report.html"):
             if (folder / name).exists():
-                target = folder / f"{Path(name).stem}.{old}{Path(name).suffix}"
-                if target.exists():
-                    raise JsublimError(f"{target}: exists already; move it away, or give another out=FOLDER")
+                stem, suffix = Path(name).stem, Path(name).suffix
+                taken = len(list(folder.glob(f"{stem}.{old}*{suffix}")))
+                target = folder / f"{stem}.{old}{f'-{taken + 1}' if taken else ''}{suffix}"
                 (folder / name).rename(target)
                 moved.append(target.name)
         console.print(f"{folder}: the config has changed; earlier results are kept as {', '.join(moved)}")
@@ -349,7 +360,7 @@ def claim_folder(experiment: Experiment, console: Console) -> None:
 def run_experiment(experiment: Experiment, console: Console) -> Path:
     """All stages, then the summary on the terminal. Returns the report's path."""
     run = Run(experiment, console)
-    claim_folder(experiment, console)
+    claim_folder(experiment, run.key, console)
     run.generate()
     run.diverge()
     run.train()

@@ -8,16 +8,32 @@ from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from jsublim.distill.masks import CONDITIONS
 from jsublim.errors import UsageError
 from jsublim.models.lora import PROJECTIONS
+from jsublim.teachers import CONTROL
 
 Positive = Annotated[int, Field(ge=1)]
 Condition = Literal["all", "divergence", "non-divergence", "random"]
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
 assert set(CONDITIONS) == set(Condition.__args__) and set(PROJECTIONS) == set(Projection.__args__)  # type: ignore[attr-defined]
+
+
+def _distinct(values: list) -> list:
+    if len(set(values)) < len(values):
+        raise ValueError("an entry is listed twice")
+    return values
+
+
+def _not_control(traits: list[str]) -> list[str]:
+    if CONTROL in traits:
+        raise ValueError(f"'{CONTROL}' is the name of the teacher without a trait")
+    return traits
+
+
+Distinct = AfterValidator(_distinct)
 
 
 class Section(BaseModel):
@@ -61,9 +77,10 @@ class Recipe(Section):
 
 
 class Teachers(Section):
-    traits: list[str] = Field(min_length=1)
+    traits: Annotated[list[str], Distinct, AfterValidator(_not_control)] = Field(min_length=1)
     category: str | None = None  # None: the category that the prompt pack lists the trait under
-    counterfactuals: list[str] | None = None  # None: every other trait of `traits`' category in the pack
+    # None: every other trait that the pack lists in the trait's category, and the other teachers' traits
+    counterfactuals: Annotated[list[str], Distinct] | None = None
     strategy: Literal["temperature", "greedy"] = "temperature"
     control: bool = True  # also a teacher without a trait, and its students
     fuse_system: bool = False  # the system prompt in front of the user's turn, for templates without a system role
@@ -82,8 +99,8 @@ class Scoring(Section):
 
 
 class Students(Section):
-    conditions: list[Condition] = ["all", "divergence", "non-divergence", "random"]
-    seeds: list[int] = Field(default=[42, 43, 44, 45, 46], min_length=1)
+    conditions: Annotated[list[Condition], Distinct] = ["all", "divergence", "non-divergence", "random"]
+    seeds: Annotated[list[int], Distinct] = Field(default=[42, 43, 44, 45, 46], min_length=1)
     rows: Positive | None = 10_000  # rows drawn of those that passed the filter; None: all
     epochs: Positive = 10
     max_steps: Positive | None = None  # a lower limit than the epochs give
@@ -96,7 +113,7 @@ class Students(Section):
     layers: list[int] | None = None
     projections: list[Projection] = list(PROJECTIONS)
     init_adapter: str | None = None
-    lr: float = Field(default=2e-4, gt=0)
+    lr: float = Field(default=2e-4, gt=0, allow_inf_nan=False)
     warmup: int = Field(default=5, ge=0)
     clip: float = Field(default=1.0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -105,9 +122,16 @@ class Students(Section):
     arms_per_program: Positive = 16
     checkpoint_every: Positive = 100
 
+    @model_validator(mode="after")
+    def _adapter_decides(self) -> Students:
+        said = sorted({"method", "rank", "alpha", "rslora", "layers", "projections"} & self.model_fields_set)
+        if self.init_adapter is not None and said:
+            raise ValueError(f"init_adapter brings its own {', '.join(said)}; leave them out")
+        return self
+
 
 class Evaluation(Section):
-    traits: list[str] | None = None  # None: the teachers' traits and their counterfactuals
+    traits: Annotated[list[str], Distinct] | None = None  # None: the teachers' traits and their counterfactuals
     questions: Positive | None = None  # the first so many of a category; None: all
     samples: Positive = 200
     max_new_tokens: Positive = 10

@@ -188,6 +188,8 @@ def train_students(
     adapters = train(lm.config, lm.params, [arm for arm, _ in arms], settings, work, on_step, shape=shape)
     lines = read_rows(work / "metrics.jsonl", ("arm", "step"))
     for (arm, artifact), adapter in zip(arms, adapters, strict=True):
+        if artifact.done:
+            continue
         own = [{k: v for k, v in line.items() if k != "arm"} for line in lines if line["arm"] == arm.name]
         write_rows(artifact.path / "metrics.jsonl", own)
         if adapter.weights is None:

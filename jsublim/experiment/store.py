@@ -66,7 +66,7 @@ class Artifact:
         record = path / "artifact.json"
         if record.exists():
             self._check(record)
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        elif path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - {".artifact.json.partial"}):
             raise UsageError(f"{path}: exists and was not written by jsublim; give another --out or move it away")
         else:
             path.mkdir(parents=True, exist_ok=True)
@@ -92,6 +92,10 @@ class Artifact:
             old = json.loads(record.read_text(encoding="utf-8"))
         except json.JSONDecodeError:
             raise JsublimError(f"{record}: broken; move the folder away and run again") from None
+        if old.get("kind") != self.kind:
+            raise UsageError(
+                f"{self.path}: holds a result of kind {old.get('kind')!r}, not {self.kind!r}; give another --out"
+            )
         if old.get("key") != self.key:
             before = old.get("inputs", {})
             changed = sorted(k for k in {*before, *self.inputs} if before.get(k) != self.inputs.get(k))

@@ -1,0 +1,115 @@
+"""The command line as tests use it: in this process (nothing is compiled twice), or as a child that can be killed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from jsublim.cli import main
+
+ROOT = Path(__file__).parents[1]
+MODEL = "tiny-qwen2"
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended, and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+
+def jsublim(*args: Any) -> Result:
+    """Run one command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        mock.patch.object(sys, "argv", ["jsublim", *map(str, args)]),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        try:
+            main()
+            code = 0
+        except SystemExit as left:
+            code = left.code
+    assert isinstance(code, int)
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+def ok(*args: Any) -> Result:
+    result = jsublim(*args)
+    assert result.code == 0, result.err
+    return result
+
+
+def refused(code: int, *args: Any) -> str:
+    """The one line a command that must fail says, without progress bars and tables."""
+    result = jsublim(*args)
+    assert result.code == code, result
+    assert "Traceback" not in result.err
+    lines = [line for line in result.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and result.err.rstrip().endswith(lines[0]), result.err
+    return lines[0]
+
+
+@contextlib.contextmanager
+def compile_cache(folder: Path) -> Iterator[None]:
+    """Keep compiled programs of this process and its children in `folder`: tests of kills start several processes."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    values = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {key: getattr(jax.config, key) for key in values}
+    with mock.patch.dict(os.environ, {key.upper(): str(value) for key, value in values.items()}):
+        try:
+            for key, value in values.items():
+                jax.config.update(key, value)
+            compilation_cache.reset_cache()
+            yield
+        finally:
+            for key, value in before.items():
+                jax.config.update(key, value)
+            compilation_cache.reset_cache()
+
+
+def start(*args: Any) -> subprocess.Popen:
+    """Run one command as a child of its own, from a shell's point of view."""
+    return subprocess.Popen(
+        [sys.executable, "-c", "from jsublim.cli import main; main()", *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+
+
+def stop_when(child: subprocess.Popen, ready: Callable[[], bool], how: signal.Signals) -> tuple[int, str]:
+    """Signal a child as soon as `ready`, and wait for its end: exit code and standard error."""
+    deadline = time.monotonic() + 180
+    while not ready():
+        assert child.poll() is None, f"ended before it was stopped: {child.communicate()[1]}"
+        assert time.monotonic() < deadline, "never got so far"
+        time.sleep(0.005)
+    child.send_signal(how)
+    _, err = child.communicate(timeout=60)
+    return child.returncode, err
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, to compare what two runs left."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
