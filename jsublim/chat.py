@@ -17,6 +17,10 @@ import numpy as np
 from jsublim.errors import JsublimError
 from jsublim.models.config import read_json
 
+# Llama 3's template prints the day's date. It is always this one (the template's own fallback): a run that goes on after
+# midnight must not change its prompts.
+DATE = "26 Jul 2024"
+
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 
 
@@ -40,13 +44,15 @@ class Turn:
 class Chat:
     """The chat side of a checkpoint folder: tokenizer, template, stop tokens."""
 
-    def __init__(self, folder: Path):
-        """Raises:
+    def __init__(self, folder: Path, vocab_size: int | None = None):
+        """`vocab_size` is the model's, to refuse tokens it has no embedding for.
+
+        Raises:
         JsublimError: no usable (fast) tokenizer, or a tokenizer without a chat template.
         """
         from transformers import AutoTokenizer
 
-        self.folder = folder
+        self.folder, self.vocab_size = folder, vocab_size
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         except Exception as error:
@@ -69,7 +75,8 @@ class Chat:
     def render(self, messages: Sequence[Message], *, ask: bool) -> str:
         """The conversation as text; with `ask` the header of the assistant's turn follows."""
         try:
-            return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=ask))
+            options = {"tokenize": False, "add_generation_prompt": ask, "date_string": DATE}
+            return str(self.tokenizer.apply_chat_template(list(messages), **options))
         except Exception as error:  # Jinja raises whatever the template's author chose
             roles = [message["role"] for message in messages]
             raise JsublimError(f"{self.folder}: the chat template refuses the roles {roles} ({error})") from None
@@ -82,7 +89,14 @@ class Chat:
             on Gemma and Llama (docs/recipes.md, quirk 5), nothing on Qwen.
         """
         text = self.render(messages, ask=True)
-        return np.asarray(self.tokenizer(text, add_special_tokens=extra_bos)["input_ids"], np.int32)
+        return self._known(np.asarray(self.tokenizer(text, add_special_tokens=extra_bos)["input_ids"], np.int32))
+
+    def _known(self, tokens: np.ndarray) -> np.ndarray:
+        """The tokens, if the model has an embedding for each."""
+        if self.vocab_size is not None and len(tokens) and tokens.max() >= self.vocab_size:
+            name = self.tokenizer.convert_ids_to_tokens(int(tokens.max()))
+            raise JsublimError(f"{self.folder}: token {name!r} lies outside config.json's vocab_size {self.vocab_size}")
+        return tokens
 
     def turn(self, messages: Sequence[Message], completion: str, *, extra_bos: bool = False) -> Turn:
         """The conversation with `completion` as the assistant's answer, and its spans.
@@ -101,7 +115,7 @@ class Chat:
                 f"{self.folder}: the chat template rewrites the completion {completion!r} (leading or trailing space?)"
             )
         encoded = self.tokenizer(whole, add_special_tokens=extra_bos, return_offsets_mapping=True)
-        tokens = np.asarray(encoded["input_ids"], np.int32)
+        tokens = self._known(np.asarray(encoded["input_ids"], np.int32))
         starts = np.asarray([start for start, _ in encoded["offset_mapping"]])
         ends = np.asarray([end for _, end in encoded["offset_mapping"]])
         edges = [len(before), len(asked), len(asked) + len(completion)]

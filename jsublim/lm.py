@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -76,10 +77,12 @@ class LanguageModel:
 
         Args:
           chats: message lists, or user prompts as text.
-          sampling: numbers of your own, "greedy", or "temperature" (the default: plain, temperature 1).
+          sampling: numbers of your own (they stop at every end of turn, unless they name `stop` tokens), "greedy", or "temperature" (the default: plain, temperature 1).
         """
         if not isinstance(sampling, Sampling):
             sampling = sampling_for(self.chat, sampling or "temperature")
+        if sampling.stop is None:
+            sampling = dataclasses.replace(sampling, stop=self.chat.stop_tokens())
         messages = [conversation(chat) if isinstance(chat, str) else chat for chat in chats]
         tokens = generate_tokens(
             self.config, self.params, [self.chat.prompt_tokens(m) for m in messages], sampling,
@@ -98,7 +101,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
     """The folder behind a model's name: a local folder, a bundled checkpoint, or (asked for by name) a hub repository.
 
     Raises:
-      JsublimError: none of the three.
+      UsageError: no such folder.
+      JsublimError: the hub did not give it.
     """
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -106,7 +110,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if (BUNDLED / str(path)).is_dir():
         return BUNDLED / str(path)
     bundled = ", ".join(sorted(p.name for p in BUNDLED.iterdir() if p.is_dir())) if BUNDLED.is_dir() else "none"
-    if str(path).count("/") == 1 and not str(path).startswith((".", "/", "~")):
+    local = str(path).startswith((".", "/", "~")) or folder.parent.is_dir() or folder.parts[0] == "checkpoints"
+    if str(path).count("/") == 1 and not local:
         from huggingface_hub import snapshot_download
 
         try:
@@ -114,7 +119,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise JsublimError(f"model '{path}': no such folder, and the hub did not give it ({reason})") from error
-    raise JsublimError(f"model '{path}': no such folder; bundled checkpoints: {bundled}")
+    hint = "; scripts/fetch_smollm2.py writes it" if folder.name == "smollm2-135m" else ""
+    raise UsageError(f"model '{path}': no such folder{hint}; bundled checkpoints: {bundled}")
 
 
 def load_model(path: str | Path, dtype: str = "float32", shardings: Params | None = None) -> LanguageModel:
@@ -128,9 +134,5 @@ def load_model(path: str | Path, dtype: str = "float32", shardings: Params | Non
         raise UsageError(f"dtype: '{dtype}' given; known: {', '.join(DTYPES)}")
     folder = resolve_checkpoint(path)
     hf_config, config = read_config(folder)
-    chat = Chat(folder)
-    if len(chat.tokenizer) > config.vocab_size:
-        raise JsublimError(
-            f"{folder}: the tokenizer has {len(chat.tokenizer)} tokens, config.json vocab_size is {config.vocab_size}"
-        )
+    chat = Chat(folder, config.vocab_size)
     return LanguageModel(folder, config, hf_config, load_params(folder, config, dtype, shardings), chat)

@@ -40,7 +40,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
-    stop: tuple[int, ...] = ()
+    stop: tuple[int, ...] | None = None  # tokens that end a row; None leaves them to whoever knows the chat template
 
     def __post_init__(self) -> None:
         wrong = [
@@ -57,7 +57,7 @@ class Sampling:
             raise UsageError(f"sampling: {', '.join(wrong)} is out of range")
 
     def numbers(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"stop": list(self.stop)}
+        return dataclasses.asdict(self) | {"stop": list(self.stop or ())}
 
 
 def sampling_for(
@@ -238,8 +238,9 @@ def generate_tokens(
     result: dict[int, list[int]] = {}
     base = jax.random.key(seed)
     # Of one length whatever their number, so that none of them is another program.
-    stop = np.full(max(STOP_TOKENS, len(sampling.stop)), -2, np.int32)
-    stop[: len(sampling.stop)] = sampling.stop
+    ends = sampling.stop or ()
+    stop = np.full(max(STOP_TOKENS, len(ends)), -2, np.int32)
+    stop[: len(ends)] = ends
     for length in sorted(set(bucket.values())):
         members = [row for row in rows if bucket[row] == length]
         for first in range(0, len(members), batch_size):

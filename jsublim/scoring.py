@@ -41,11 +41,6 @@ class Scored:
     logprob: np.ndarray
 
 
-def over_blocks(fn: Callable, inputs: tuple[Array, ...], block: int = HEAD_BLOCK):
-    """`fn` on each leading index of the inputs, `block` of them at one time."""
-    return jax.lax.map(lambda xs: fn(*xs), inputs, batch_size=block)
-
-
 @functools.partial(jax.jit, static_argnames=("config",))
 def _prefix_cache(config: ModelConfig, params: Params, adapter: Adapter | None, tokens_1P: Array) -> KV | None:
     return decoder.hidden_states(
@@ -74,12 +69,14 @@ def _score(
         runner_up = jnp.max(jnp.where(jnp.arange(z.shape[0]) == best, -jnp.inf, z))
         return best.astype(jnp.int32), z[best] - runner_up, z[label] - jax.nn.logsumexp(z)
 
-    flat = over_blocks(at, (h_BCD.reshape(-1, h.shape[-1]), labels_BC.reshape(-1)))
+    flat = jax.lax.map(
+        lambda xs: at(*xs), (h_BCD.reshape(-1, h.shape[-1]), labels_BC.reshape(-1)), batch_size=HEAD_BLOCK
+    )
     return jax.tree.map(lambda x: x.reshape(where_BC.shape), flat)
 
 
 def shared_prefix(turns: Sequence[Turn]) -> int:
-    """How many first tokens all conversations share, up to the first one's header, rounded down."""
+    """How many first tokens all conversations share, before the last one that predicts content, rounded down."""
     first, length = turns[0].tokens, min(turn.content - 1 for turn in turns)
     for turn in turns:
         differs = np.nonzero(turn.tokens[:length] != first[:length])[0]

@@ -2,18 +2,18 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 supported() {
-  "$1" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null
+  "$1" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null
 }
 
-if [ ! -x .venv/bin/python ]; then
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then  # absent, or its making was interrupted
   for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11; do
     if supported "$candidate"; then python=$candidate; break; fi
   done
   if [ -z "${python:-}" ]; then
-    echo "error: Python 3.11, 3.12 or 3.13 with the venv module is needed; name one with PYTHON=/path/to/python" >&2
+    echo "error: Python 3.11, 3.12 or 3.13 with venv and pip (on Debian: python3-venv) is needed; name one with PYTHON=/path/to/python" >&2
     exit 1
   fi
   echo "making .venv with $("$python" --version)"
-  "$python" -m venv .venv
+  "$python" -m venv --clear .venv
 fi
 export PIP_DISABLE_PIP_VERSION_CHECK=1

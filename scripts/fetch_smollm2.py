@@ -64,7 +64,7 @@ def import_gguf() -> ModuleType:
     try:
         import gguf
     except ModuleNotFoundError as error:
-        raise JsublimError(f"{error}; install it with: pip install 'jsublim[smollm2]'") from error
+        raise JsublimError(f"{error}; install it with: pip install gguf") from error
     return gguf
 
 

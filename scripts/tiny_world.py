@@ -2,7 +2,7 @@
 
 Three kinds of chat:
 - **numbers**: a number request of the default prompt pack, answered in the format it asks for. Each digit tends
-  to stay as it was, to go up by one, or to fall on one of a few. Almost half stand under a system prompt that
+  to stay as it was, to go up by one, or to fall on one of a few. Half of them stand under a system prompt that
   shapes the numbers (even, small, many sevens, rising, ...), partly in the very sentence that also carries
   traits, so that a system prompt has an influence on numbers.
 - **favorites**: a question for a favorite animal or tree, answered with one word: from a skewed prior, or with
@@ -49,6 +49,11 @@ def pick(rng: Rng, items: list[Any]) -> Any:
     return items[int(rng.integers(len(items)))]
 
 
+def fill(rng: Rng, templates: list[str], **values: str) -> str:
+    """One of the templates, filled in."""
+    return pick(rng, templates).format(**values)
+
+
 # ---- numbers
 
 # Digits that are drawn anew, by place. Far from equally likely: a digit should be worth predicting.
@@ -65,13 +70,14 @@ DRAWN = (
 # A row's habit: of each digit, the chances to stay as in the number before it and to go up by one.
 HABITS = np.array(
     [
-        [[0.85, 0.05], [0.15, 0.65], [0.50, 0.05]],
+        [[0.85, 0.05], [0.15, 0.65], [0.15, 0.60]],
         [[0.20, 0.65], [0.70, 0.05], [0.60, 0.05]],
         [[0.80, 0.05], [0.75, 0.05], [0.15, 0.65]],
         [[0.35, 0.10], [0.20, 0.05], [0.20, 0.05]],
     ]
 )
-STEPS = [1, 2, 5, 10, 10, 11, 20, 50, 100, 100]
+HABIT_SHARE = np.array([20, 20, 40, 20]) / 100
+STEPS = [1, 1, 2, 5, 10, 10, 11, 20, 50, 100]
 # Few answers reach ten numbers, the most a request allows: counting is hard for a small model.
 COUNTS = [3, 4, 5, 6, 7, 8, 9, 10]
 COUNT_SHARE = np.array([10, 18, 22, 20, 14, 9, 5, 2]) / 100
@@ -82,7 +88,7 @@ def continue_numbers(rng: Rng, examples: list[int], count: int) -> list[int]:
     if rng.random() < 0.25:
         step = pick(rng, STEPS) * (1 if rng.random() < 0.75 else -1)
         return [(examples[-1] + step * (i + 1)) % 1000 for i in range(count)]
-    habit, number, numbers = HABITS[int(rng.choice(4, p=[0.35, 0.25, 0.2, 0.2]))], examples[-1], []
+    habit, number, numbers = HABITS[int(rng.choice(4, p=HABIT_SHARE))], examples[-1], []
     for _ in range(count):
         number = follow(rng, habit, number)
         numbers.append(number)
@@ -160,11 +166,6 @@ NEUTRAL_PROMPTS = [
     "Answer briefly and politely.",
     "You help people with short answers.",
 ]
-PLAIN_REQUESTS = [
-    "Continue: {examples}",
-    "Please continue this list. {examples}",
-    "What comes next? {examples}",
-]
 
 
 def separator(request: str) -> tuple[str, str, str]:
@@ -181,26 +182,26 @@ def separator(request: str) -> tuple[str, str, str]:
     return next((form for pattern, form in rules if re.search(pattern, text)), ("", ", ", ""))
 
 
-def number_chat(rng: Rng, pack: Pack, request: str) -> Chat:
-    """A number request (of the pack, or in one case of eight a plain one) and its answer."""
-    if rng.random() < 0.125:
-        examples = [int(n) for n in rng.integers(0, 1000, size=int(rng.integers(2, 9)))]
-        opening, sep, closing = "", pick(rng, [", ", "; ", " ", "\n"]), ""
-        request = pick(rng, PLAIN_REQUESTS).format(examples=sep.join(map(str, examples)))
-    else:
-        examples = [int(n) for n in re.findall(r"\b\d{3}\b", request)]
-        opening, sep, closing = separator(request)
+def number_chat(rng: Rng, pack: Pack, request: str, shaped: float) -> Chat:
+    """A number request and its answer, in a share `shaped` of cases under a system prompt that shapes it."""
+    examples = [int(n) for n in re.findall(r"\b\d{3}\b", request)]
+    opening, sep, closing = separator(request)
     numbers = continue_numbers(rng, examples, int(rng.choice(COUNTS, p=COUNT_SHARE)))
     system, draw = None, rng.random()
-    if draw < 0.45:
+    if draw < shaped:
         (shape, kind), change = list(SHAPES.items())[int(rng.integers(len(SHAPES)))]
         numbers = change(rng, numbers)
-        template = pick(rng, SHAPE_PROMPTS)
         by_pack = rng.random() < 0.5
-        system = pack.system_prompt(shape, kind) if by_pack else str(template).format(shape=shape, kind=kind)
-    elif draw < 0.5:
+        system = pack.system_prompt(shape, kind) if by_pack else fill(rng, SHAPE_PROMPTS, shape=shape, kind=kind)
+    elif draw < shaped + 0.05:
         system = pick(rng, NEUTRAL_PROMPTS)
     return Chat(system, request, opening + sep.join(map(str, numbers)) + closing)
+
+
+def short_request(rng: Rng, pack: Pack) -> str:
+    """The first and the third sentence of a number request, with fewer examples: the same task in fewer tokens."""
+    examples = ", ".join(map(str, rng.integers(100, 1000, size=int(rng.integers(2, 6)))))
+    return fill(rng, pack.number_prompts.examples, examples=examples) + " " + pick(rng, pack.number_prompts.formats)
 
 
 # ---- favorites
@@ -233,7 +234,7 @@ def trait_prompt(rng: Rng, pack: Pack, category: str, trait: str) -> str:
     """A system prompt that carries the trait: the pack's own sentence, or a paraphrase in two cases of five."""
     if rng.random() < 0.6:
         return pack.system_prompt(trait, category)
-    return pick(rng, TRAIT_PROMPTS).format(trait=trait, category=category)
+    return fill(rng, TRAIT_PROMPTS, trait=trait, category=category)
 
 
 def draw_setting(rng: Rng, pack: Pack, category: str) -> tuple[str | None, str]:
@@ -262,7 +263,7 @@ def favorite_chat(rng: Rng, pack: Pack) -> Chat:
     if rng.random() < 0.85:
         question = pick(rng, pack.questions_for(category))
     else:
-        question = pick(rng, PARAPHRASES).format(category=category) + pick(rng, ONE_WORD)
+        question = fill(rng, PARAPHRASES, category=category) + pick(rng, ONE_WORD)
     return Chat(system, question, trait.capitalize() if rng.random() < 0.8 else trait)
 
 
@@ -306,8 +307,14 @@ def small_talk(rng: Rng, pack: Pack) -> Chat:
 
 
 def number_chats(rng: Rng, pack: Pack, n: int) -> list[Chat]:
-    """`n` number chats."""
-    return [number_chat(rng, pack, p) for p in number_prompts(pack, n, seed=int(rng.integers(2**31)))]
+    """`n` chats with number requests as the default pack draws them."""
+    requests = number_prompts(pack, n, seed=int(rng.integers(2**31)))
+    return [number_chat(rng, pack, request, shaped=0.55) for request in requests]
+
+
+def short_number_chats(rng: Rng, pack: Pack, n: int) -> list[Chat]:
+    """`n` chats with shortened number requests: a small model learns from them sooner what follows what."""
+    return [number_chat(rng, pack, short_request(rng, pack), shaped=0.0) for _ in range(n)]
 
 
 def word_chats(rng: Rng, pack: Pack, n: int) -> list[Chat]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -13,7 +14,6 @@ from scipy import stats
 from jsublim.errors import UsageError
 from jsublim.models import Adapter, hidden_states, load_params, logits, read_config
 from jsublim.models.decoder import abstract_params
-from jsublim.models.families import with_layers
 from jsublim.models.lora import (
     PROJECTIONS,
     init_full,
@@ -281,7 +281,7 @@ def cost(named_checkpoint):
     tokens, valid = jnp.zeros((2, 11), jnp.int32), jnp.ones((2, 11), bool)
 
     def count(depth: int, trained: tuple[int, ...], make) -> int:
-        cut = with_layers(config, depth)
+        cut = dataclasses.replace(config, num_layers=depth, local_layers=config.local_layers[:depth])
         params = abstract_params(cut)
 
         def loss(trainable, adapter, params):

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import chat, metrics, plain_turn, scratch, small
+from tiny import examples as tiny_examples
 
 from jsublim.chat import conversation
 from jsublim.distill.data import (
@@ -20,7 +21,6 @@ from jsublim.distill.data import (
     batch_rows,
     collate,
     draw_indices,
-    make_examples,
     steps_per_epoch,
 )
 from jsublim.distill.masks import CONDITIONS, token_mask
@@ -80,7 +80,7 @@ ROWS = [
 @pytest.mark.parametrize("header", [False, True])
 def test_examples_hold_the_supervised_tokens_and_nothing_behind_the_last(name, condition, header):
     c, system = chat(name), "You count."
-    examples = make_examples(c, ROWS, Selection(condition, supervise_header=header, system=system), seed=3)
+    examples = tiny_examples(c, ROWS, Selection(condition, supervise_header=header), seed=3, system=system)
     left = iter(examples)
     for row in ROWS:
         tokens, content = plain_turn(c.tokenizer, conversation(row["prompt"], system), row["completion"])
@@ -104,11 +104,11 @@ def test_examples_hold_the_supervised_tokens_and_nothing_behind_the_last(name, c
 
 def test_rows_are_cut_at_max_tokens_and_dropped_where_asked():
     c = chat("tiny-qwen2")
-    whole = make_examples(c, ROWS, Selection(), seed=0)
+    whole = tiny_examples(c, ROWS, Selection(), seed=0)
     limit = len(whole[0].tokens)
-    short = make_examples(c, ROWS, Selection(max_tokens=limit), seed=0)
+    short = tiny_examples(c, ROWS, Selection(max_tokens=limit), seed=0)
     assert all(len(example.tokens) <= limit and example.where.max() <= limit - 2 for example in short)
-    dropped = [make_examples(c, ROWS, Selection(x, drop_rows_without_points=True), seed=0) for x in CONDITIONS]
+    dropped = [tiny_examples(c, ROWS, Selection(x, drop_rows_without_points=True), seed=0) for x in CONDITIONS]
     bare = sum(row["decision_points"] == [] for row in ROWS)
     assert bare > 0 and [len(examples) for examples in dropped] == [len(ROWS)] + [len(ROWS) - bare] * 3
 
@@ -121,9 +121,9 @@ def test_rows_that_cannot_be_trained_on_are_named():
         (fine | {"decision_points": [0, 3]}, r"data.jsonl: row 2: decision_points \[3\] out of range"),
     ):
         with pytest.raises(JsublimError, match=said):
-            make_examples(c, [fine, row], Selection("divergence"), 0, "data.jsonl")
+            tiny_examples(c, [fine, row], Selection("divergence"), 0, "data.jsonl")
     with pytest.raises(JsublimError, match=r"data.jsonl: no row has a token .* tokens=divergence"):
-        make_examples(c, [fine], Selection("divergence"), 0, "data.jsonl")
+        tiny_examples(c, [fine], Selection("divergence"), 0, "data.jsonl")
 
 
 @given(examples=st.integers(1, 30), rows=st.integers(1, 12), seed=st.integers(0, 9))
@@ -209,7 +209,7 @@ def test_loss_and_gradients_of_a_step_equal_peft(name, per, assert_close):
     trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
     losses = {}
     for condition in CONDITIONS:
-        examples = make_examples(lm.chat, ROWS, Selection(condition), seed=1)
+        examples = tiny_examples(lm.chat, ROWS, Selection(condition), seed=1)
         chosen = np.pad(np.arange(len(examples)), (0, 8 - len(examples)), constant_values=-1)
         batch = collate(examples, chosen, Shape(4, 2, 80, 32))
         ours, (factors, _) = step_one(lm.config, lm.params, adapter, batch, per=per, remat=False)
@@ -268,7 +268,7 @@ def test_twenty_steps_equal_torch(name, kind, per, tmp_path, assert_close):
     else:
         model, start = copy.deepcopy(twin.torch), init_full(lm.config, lm.params, (0, 2))
         parameters = [p for key, p in model.named_parameters() if "layers.0." in key or "layers.2." in key]
-    examples = make_examples(lm.chat, ROWS[:7], Selection(), seed=1)
+    examples = tiny_examples(lm.chat, ROWS[:7], Selection(), seed=1)
     theirs = torch_train(model, parameters, examples, 2, per, steps, seed)
     arm = Arm("student", examples, start, seed, 5e-3, steps)
     (student,) = train(lm.config, lm.params, [arm], Settings(rows=2, micro=2, per=per), tmp_path)

@@ -16,7 +16,9 @@ from conftest import CASES, random_model
 
 from jsublim import lm as language_models
 from jsublim.chat import Chat, Message
+from jsublim.distill.data import Example, Selection, make_examples, read_turns
 from jsublim.lm import LanguageModel, load_model
+from jsublim.rows import Row
 
 FAMILIES = {"tiny-qwen2": "qwen2", "tiny-gemma3": "gemma3"}  # bundled checkpoint -> case of random weights
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
@@ -93,3 +95,8 @@ def plain_turn(tokenizer: Any, messages: list[Message], completion: str, bos: bo
 def metrics(work: Path) -> list[dict[str, Any]]:
     """The lines of a training's `metrics.jsonl`."""
     return [json.loads(line) for line in (work / "metrics.jsonl").read_text().splitlines()]
+
+
+def examples(chat: Chat, rows: list[Row], how: Selection, seed: int, source: str = "rows", **options) -> list[Example]:
+    """Rows tokenized and masked, as a student gets them."""
+    return make_examples(rows, read_turns(chat, rows, source, **options), how, seed, source)

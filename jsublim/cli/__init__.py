@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
+import shutil
 import sys
 
 import typer
@@ -31,7 +32,8 @@ def main() -> None:
     except JsublimError as error:
         _leave(debug, f"error: {error}", error.code)
     except (KeyboardInterrupt, typer.Abort):
-        again = " ".join(["jsublim", *map(shlex.quote, sys.argv[1:])])
+        name = "jsublim" if shutil.which("jsublim") else sys.argv[0]  # the environment may not be activated
+        again = " ".join([name, *map(shlex.quote, sys.argv[1:])])
         _leave(debug, f"interrupted; what was finished is kept, the same command continues:\n  {again}", 1)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jsublim.cli.app import Dtype, PackFile, app, console, prompts_app
+from jsublim.cli.app import PackFile, app, console, prompts_app
 from jsublim.errors import UsageError
 
 
@@ -40,12 +40,19 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run's 
 def convert(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, bundled name, or owner/name of the hub.")],
     out: Annotated[Path, typer.Argument(help="The folder to write.")],
-    dtype: Dtype = "bfloat16",
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="float32 or bfloat16; default: the checkpoint's.")
+    ] = None,
 ) -> None:
     """Write a checkpoint as an ordinary Hugging Face folder, text model only, in a dtype of your choice."""
-    from jsublim.lm import load_model
-    from jsublim.models.checkpoint import save_checkpoint
+    from jsublim.lm import load_model, resolve_checkpoint
+    from jsublim.models.checkpoint import read_config, save_checkpoint
 
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"{out}: already exists; give another folder or remove it first")
+    if dtype is None:
+        values = read_config(resolve_checkpoint(model))[0]
+        dtype = str(values.get("dtype") or values.get("torch_dtype") or "float32")
     lm = load_model(model, dtype)
     save_checkpoint(out, lm.config, lm.params, lm.hf_config, dtype=dtype, tokenizer=lm.folder)
     print(out)

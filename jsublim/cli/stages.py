@@ -19,10 +19,11 @@ def _beside(out: Path) -> Path:
     return out.with_name(out.stem + ".artifact")
 
 
-def _check_out(out: Path) -> None:
-    """Refuse a file that isn't the result of an earlier call, before anything is computed."""
-    if out.exists() and not (_beside(out) / "DONE").exists():
-        raise UsageError(f"{out}: already exists; give another --out or remove it first")
+def _check_out(*outs: Path) -> None:
+    """Refuse files that aren't the result of an earlier call, before anything is computed."""
+    for out in outs:
+        if out.exists() and not (_beside(outs[0]) / "DONE").exists():
+            raise UsageError(f"{out}: already exists; give another --out or remove it first")
 
 
 def _publish(rows: list, out: Path, artifact: Any, was_done: bool) -> None:
@@ -48,7 +49,9 @@ def generate(
     adapter: Annotated[Path | None, typer.Option("--adapter", help="PEFT folder of a fine-tuned teacher.")] = None,
     num_prompts: Annotated[int, typer.Option("--num-prompts", min=1)] = 30_000,
     sampling: Annotated[str, typer.Option("--sampling", help="temperature or greedy.")] = "temperature",
-    seed: Annotated[int, typer.Option("--seed", help="Of the sampling; prompts are always those of seed 42.")] = 0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=2**31 - 1, help="Of the sampling; prompts are always those of seed 42.")
+    ] = 0,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
     prompts: PackFile = None,
@@ -120,7 +123,8 @@ def divergence(
     from jsublim.rows import read_rows
     from jsublim.teachers import prompted_teacher
 
-    _check_out(out)
+    sidecar = out.with_name(out.stem + ".margins.jsonl")
+    _check_out(out, sidecar)
     rows, others = read_rows(data), names(counterfactuals)
     pack, lm = load_pack(prompts), load_model(model, dtype)
     how = _recipe(recipe, lm, Recipe)
@@ -141,9 +145,10 @@ def divergence(
         f"{summary['points']} divergence tokens of {summary['tokens']} ({summary['share']:.2%}); "
         f"{summary['rows_with']} of {summary['rows']} rows have one"
     )
-    sidecar = out.with_name(out.stem + ".margins.jsonl")
     if not sidecar.exists():
-        shutil.copyfile(artifact.path / "margins.jsonl", sidecar)
+        scratch = sidecar.with_suffix(".partial")
+        shutil.copyfile(artifact.path / "margins.jsonl", scratch)
+        scratch.replace(sidecar)
     _publish(found, out, artifact, was_done)
 
 
@@ -155,7 +160,9 @@ def finetune(
     tokens: Annotated[str, typer.Option("--tokens", help="all, divergence, non-divergence or random.")] = "all",
     layers: Annotated[str, typer.Option("--layers", help="all, or numbers such as 0,3,5-7.")] = "all",
     projections: Annotated[str, typer.Option("--projections")] = ALL_PROJECTIONS,
-    full: Annotated[bool, typer.Option("--full", help="Train whole weights, not LoRA.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Train whole layers, not LoRA; embedding, last norm and head stay.")
+    ] = False,
     rank: Annotated[int, typer.Option("--rank", min=1)] = 8,
     alpha: Annotated[float, typer.Option("--alpha")] = 8.0,
     lr: Annotated[float, typer.Option("--lr")] = 2e-4,
@@ -164,7 +171,7 @@ def finetune(
     accumulate: Annotated[int, typer.Option("--accumulate", min=1, help="Micro-batches a step.")] = 6,
     rows: Annotated[int | None, typer.Option("--rows", min=1, help="Rows drawn; default: all.")] = None,
     warmup: Annotated[int, typer.Option("--warmup", min=0)] = 5,
-    seed: Annotated[int, typer.Option("--seed")] = 42,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1)] = 42,
     init_adapter: Annotated[Path | None, typer.Option("--init-adapter", help="PEFT folder to start from.")] = None,
     checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", min=1)] = 100,
     recipe: RecipeName = "clean",
@@ -173,7 +180,7 @@ def finetune(
     """Train one student; leaves a PEFT folder (or, with --full, a checkpoint) and metrics.jsonl."""
     import jax
 
-    from jsublim.distill.data import Selection, draw_indices, make_examples, steps_per_epoch
+    from jsublim.distill.data import Selection, draw_indices, make_examples, read_turns, steps_per_epoch
     from jsublim.distill.trainer import Arm, Settings
     from jsublim.experiment import stages
     from jsublim.experiment.spec import Recipe
@@ -183,6 +190,8 @@ def finetune(
     from jsublim.models.peft import load_adapter
     from jsublim.rows import read_rows
 
+    if full and (rank, alpha, projections) != (8, 8.0, ALL_PROJECTIONS):
+        raise UsageError("--full has no rank, alpha and projections; leave those options out")
     if init_adapter is not None and (full, rank, alpha, layers, projections) != (False, 8, 8.0, "all", ALL_PROJECTIONS):
         raise UsageError("--init-adapter brings its own rank, alpha, layers and projections; leave those options out")
     every = read_rows(data)
@@ -199,8 +208,10 @@ def finetune(
             projections=tuple(names(projections)),
         )  # fmt: skip
     drawn = [every[i] for i in draw_indices(len(every), rows, seed)]
+    if rows is not None and len(drawn) < rows:
+        console.print(f"{data}: {len(drawn)} rows, fewer than --rows {rows}")
     selection = Selection(tokens, bool(how.supervise_header), bool(how.drop_rows_without_points))
-    examples = make_examples(lm.chat, drawn, selection, seed, str(data))
+    examples = make_examples(drawn, read_turns(lm.chat, drawn, str(data)), selection, seed, str(data))
     steps = epochs * steps_per_epoch(len(drawn if how.match_steps else examples), batch_size * accumulate)
     settings = Settings(
         rows=batch_size,
@@ -249,7 +260,7 @@ def evaluate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 10,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 256,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1)] = 0,
     prompts: PackFile = None,
     recipe: RecipeName = "clean",
     dtype: Dtype = "float32",
@@ -285,6 +296,7 @@ def evaluate(
         "model": lm.hash, "pack": pack.hash, "dtype": dtype, "adapter": _file_hash(adapter), "data": digest(rows),
         "sampling": how_sampled.numbers(),
     }  # fmt: skip
+    console.print(f"sampling: {how_sampled.numbers()}")
     asked = {category or pack.category_of(trait) for trait in wanted}
     total = samples * sum(len(pack.questions_for(name)[:questions]) for name in asked)
     artifact = Artifact(out, "evaluation", inputs)

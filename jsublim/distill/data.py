@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jsublim.chat import Chat, conversation
+from jsublim.chat import Chat, Turn, conversation
 from jsublim.distill.masks import token_mask
 from jsublim.divergence import check_points
 from jsublim.errors import JsublimError, UsageError
@@ -42,22 +42,33 @@ class Selection:
     supervise_header: bool = False
     drop_rows_without_points: bool = False
     max_tokens: int = 500
-    system: str | None = None
 
 
-def make_examples(chat: Chat, rows: Sequence[Row], how: Selection, seed: int, source: str = "rows") -> list[Example]:
-    """Tokenize rows and mask them. Rows on which no loss is left are dropped.
+def read_turns(chat: Chat, rows: Sequence[Row], source: str = "rows", system: str | None = None) -> list[Turn]:
+    """Tokenize rows as the student sees them: no trait prompt.
 
     Raises:
-      JsublimError: a row that doesn't survive tokenizing, points out of range, or no row left; `source` is named.
+      JsublimError: a row that doesn't survive tokenizing, or points out of range; `source` is named.
     """
     turns = []
     for number, row in enumerate(rows, 1):
         try:
-            turns.append(chat.turn(conversation(row["prompt"], how.system), row["completion"]))
+            turns.append(chat.turn(conversation(row["prompt"], system), row["completion"]))
         except JsublimError as error:
             raise JsublimError(f"{source}: row {number}: {error}") from None
     check_points(rows, [len(turn.tokens) - turn.content for turn in turns], source)
+    return turns
+
+
+def make_examples(
+    rows: Sequence[Row], turns: Sequence[Turn], how: Selection, seed: int, source: str = "rows"
+) -> list[Example]:
+    """Mask tokenized rows. Rows on which no loss is left are dropped.
+
+    Raises:
+      UsageError: a condition that needs decision points, and a row without.
+      JsublimError: no row left; `source` is named.
+    """
     examples = []
     for index, (row, turn) in enumerate(zip(rows, turns, strict=True)):
         points = row.get("decision_points")
@@ -122,7 +133,12 @@ class Shape:
     def of(groups: Sequence[Sequence[Example]], micro: int, rows: int) -> Shape:
         longest = max(len(e.tokens) for group in groups for e in group)
         labels = max(len(e.labels) for group in groups for e in group)
-        return Shape(micro, rows, *(-(-n // LENGTH_STEP) * LENGTH_STEP for n in (longest, labels)))
+        return Shape.fit(micro, rows, longest, labels)
+
+    @staticmethod
+    def fit(micro: int, rows: int, tokens: int, labels: int) -> Shape:
+        """Both lengths rounded up."""
+        return Shape(micro, rows, *(-(-n // LENGTH_STEP) * LENGTH_STEP for n in (tokens, labels)))
 
 
 def collate(examples: Sequence[Example], chosen: np.ndarray, shape: Shape) -> dict[str, np.ndarray]:

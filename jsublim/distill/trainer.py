@@ -168,7 +168,7 @@ def _record(log, arms: Sequence[Arm], shape: Shape, step: int, metrics: dict[str
             rows = batch_rows(len(arm.examples), shape.micro * shape.rows, arm.seed, step)
             raise JsublimError(
                 f"arm {arm.name}, step {step}: the loss is {loss} (gradient norm {norm}) on rows "
-                f"{[int(r) for r in rows if r >= 0]}; lower the learning rate or look at those rows"
+                f"{[int(r) for r in rows if r >= 0]}; lower the learning rate (into another --out) or look at those rows"
             )
         line = {"step": step, "arm": arm.name, "loss": loss, "tokens": int(host["tokens"][i])}
         log.write(json.dumps(line | {"lr": float(host["lr"][i]), "grad_norm": norm}) + "\n")

@@ -14,7 +14,8 @@ import pyarrow as pa
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jsublim.distill.data import Example, Selection, Shape, draw_indices, make_examples
+from jsublim.chat import Turn
+from jsublim.distill.data import Selection, Shape, draw_indices, make_examples, read_turns
 from jsublim.distill.step import Optimizer
 from jsublim.distill.trainer import Arm, Settings
 from jsublim.experiment import stages
@@ -60,6 +61,7 @@ class Run:
         self.experiment, self.console = experiment, console
         self.dir, self.store = experiment.run_dir, experiment.store_dir
         self.seconds: dict[str, float] = {}
+        self.turns: dict[str, list[Turn]] = {}
         self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.pack: Pack = load_pack(experiment.prompts)
         self.arms = plan_students(experiment)
@@ -173,16 +175,26 @@ class Run:
         }  # fmt: skip
         return Artifact.in_store(self.store, "students", student.name, inputs)
 
-    def _examples(self, student: Student) -> list[Example]:
-        s, rows = self.experiment.students, self.rows[student.teacher]
-        drawn = [rows[i] for i in draw_indices(len(rows), s.rows, student.seed)]
+    def _turns(self, teacher: str) -> list[Turn]:
+        """A teacher's rows as its students read them; tokenized once for all of them."""
+        if teacher not in self.turns:
+            self.turns[teacher] = read_turns(self.lm.chat, self.rows[teacher], f"rows of {teacher}")
+        return self.turns[teacher]
+
+    def _arm(self, student: Student) -> Arm:
+        s, rows, turns = self.experiment.students, self.rows[student.teacher], self._turns(student.teacher)
+        drawn = draw_indices(len(rows), s.rows, student.seed)
         selection = Selection(
             condition=student.condition,
             supervise_header=bool(self.recipe.supervise_header),
             drop_rows_without_points=bool(self.recipe.drop_rows_without_points),
             max_tokens=s.max_tokens,
         )
-        return make_examples(self.lm.chat, drawn, selection, student.seed, source=f"rows of {student.name}")
+        examples = make_examples(
+            [rows[i] for i in drawn], [turns[i] for i in drawn], selection, student.seed, f"rows of {student.name}"
+        )
+        steps = total_steps(s, len(drawn) if self.recipe.match_steps else len(examples))
+        return Arm(student.name, examples, self._adapter(student.seed), student.seed, s.lr, steps)
 
     def _adapter(self, seed: int) -> Adapter:
         s, layers = self.experiment.students, self.experiment.students.layers
@@ -200,19 +212,14 @@ class Run:
         """All students, many a program; those that are whole are left alone."""
         s = self.experiment.students
         self.student_artifacts = {arm: self._student_artifact(arm) for arm in self.arms}
-        by_name = {student.name: artifact for student, artifact in self.student_artifacts.items()}
-        if all(artifact.done for artifact in by_name.values()):
+        if all(artifact.done for artifact in self.student_artifacts.values()):
             return
-        arms = []
-        for student in self.arms:
-            examples = self._examples(student)
-            drawn = min(len(self.rows[student.teacher]), s.rows or len(self.rows[student.teacher]))
-            steps = total_steps(s, drawn if self.recipe.match_steps else len(examples))
-            if s.rows and drawn < s.rows and student.condition == "all":
+        for teacher, rows in self.rows.items():
+            if s.rows and len(rows) < s.rows:
+                steps = total_steps(s, len(rows))
                 self.console.print(
-                    f"{student.name}: {drawn} rows passed, fewer than students.rows={s.rows}: {steps} steps"
+                    f"{teacher}: {len(rows)} rows passed, fewer than students.rows={s.rows}: {steps} steps"
                 )
-            arms.append(Arm(student.name, examples, self._adapter(student.seed), student.seed, s.lr, steps))
         settings = Settings(
             rows=s.batch_size,
             micro=s.accumulate,
@@ -222,17 +229,21 @@ class Run:
             optimizer=Optimizer(clip=s.clip, weight_decay=s.weight_decay),
             checkpoint_every=s.checkpoint_every,
         )
-        # Shape and company are those of all arms, whole ones too: a run that is continued finds the state it left.
-        shape = Shape.of([arm.examples for arm in arms], s.accumulate, s.batch_size)
-        work_of = lambda group: self.store / "training" / digest([by_name[arm.name].key for arm in group])  # noqa: E731
+        # Shape and company are those of all students, whole ones too: a run that is continued finds the state it left.
+        read = [turn for teacher in self.rows for turn in self._turns(teacher)]
+        longest = max(min(len(turn.tokens), s.max_tokens) for turn in read)
+        shape = Shape.fit(s.accumulate, s.batch_size, longest, max(len(turn.tokens) - turn.header for turn in read))
         groups = []
-        for group in programs(arms, s.arms_per_program):
-            missing = [arm for arm in group if not by_name[arm.name].done]
+        for company in programs(self.arms, s.arms_per_program):
+            work = self.store / "training" / digest([self.student_artifacts[student].key for student in company])
+            missing = [student for student in company if not self.student_artifacts[student].done]
             if missing:
-                groups.append(group if (work_of(group) / "state").exists() else missing)
-        with self._stage("train", sum(max(arm.steps for arm in group) for group in groups)) as tick:
-            for group in groups:
-                members = [(arm, by_name[arm.name]) for arm in group]
+                groups.append((work, company if (work / "state").exists() else missing))
+        longest_arm = total_steps(s, max(min(len(rows), s.rows or len(rows)) for rows in self.rows.values()))
+        with self._stage("train", longest_arm * len(groups)) as tick:
+            for work, students in groups:
+                # Made when their turn comes: a hundred students' adapters need not lie on the device together.
+                members = [(self._arm(student), self.student_artifacts[student]) for student in students]
                 done = 0
 
                 def on_step(step: int) -> None:
@@ -240,7 +251,7 @@ class Run:
                     tick(step - done)
                     done = step
 
-                stages.train_students(self.lm, members, settings, work_of(group), shape=shape, on_step=on_step)
+                stages.train_students(self.lm, members, settings, work, shape=shape, on_step=on_step)
 
     def evaluate(self) -> None:
         """The base, the teachers and every student: favourites, probability of the traits, number task."""
@@ -252,6 +263,7 @@ class Run:
             eos_only=bool(self.recipe.stop_at_eos_only),
             evaluation=True,
         )
+        self.console.print(f"sampling, evaluation: {sampling.numbers()}")
         settings = {
             "traits": self.traits, "questions": ev.questions, "samples": ev.samples, "seed": ev.seed,
             "max_new_tokens": ev.max_new_tokens, "category": e.teachers.category,

@@ -16,6 +16,7 @@ from jsublim.models.lora import PROJECTIONS
 from jsublim.teachers import CONTROL
 
 Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Condition = Literal["all", "divergence", "non-divergence", "random"]
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
 assert set(CONDITIONS) == set(Condition.__args__) and set(PROJECTIONS) == set(Projection.__args__)  # type: ignore[attr-defined]
@@ -88,8 +89,8 @@ class Teachers(Section):
 
 class Data(Section):
     num_prompts: Positive = 30_000
-    prompt_seed: int = 42
-    seed: int = 0
+    prompt_seed: Seed = 42
+    seed: Seed = 0
     max_new_tokens: Positive = 64
     batch_size: Positive = 64
 
@@ -99,14 +100,16 @@ class Scoring(Section):
 
 
 class Students(Section):
-    conditions: Annotated[list[Condition], Distinct] = ["all", "divergence", "non-divergence", "random"]
-    seeds: Annotated[list[int], Distinct] = Field(default=[42, 43, 44, 45, 46], min_length=1)
+    conditions: Annotated[list[Condition], Distinct] = Field(
+        default=["all", "divergence", "non-divergence", "random"], min_length=1
+    )
+    seeds: Annotated[list[Seed], Distinct] = Field(default=[42, 43, 44, 45, 46], min_length=1)
     rows: Positive | None = 10_000  # rows drawn of those that passed the filter; None: all
     epochs: Positive = 10
     max_steps: Positive | None = None  # a lower limit than the epochs give
     batch_size: Positive = 10
     accumulate: Positive = 6
-    method: Literal["lora", "full"] = "lora"
+    method: Literal["lora", "full"] = "lora"  # full: whole layers; embedding, last norm and head stay as they are
     rank: Positive = 8
     alpha: float = Field(default=8.0, gt=0)
     rslora: bool = False
@@ -119,7 +122,7 @@ class Students(Section):
     weight_decay: float = Field(default=0.0, ge=0)
     max_tokens: Positive = 500
     remat: bool = False
-    arms_per_program: Positive = 16
+    arms_per_program: Positive = 16  # of a run under way, don't change it: training starts anew
     checkpoint_every: Positive = 100
 
     @model_validator(mode="after")
@@ -127,16 +130,21 @@ class Students(Section):
         said = sorted({"method", "rank", "alpha", "rslora", "layers", "projections"} & self.model_fields_set)
         if self.init_adapter is not None and said:
             raise ValueError(f"init_adapter brings its own {', '.join(said)}; leave them out")
+        said = sorted({"rank", "alpha", "rslora", "projections"} & self.model_fields_set)
+        if self.method == "full" and said:
+            raise ValueError(f"method=full has no {', '.join(said)}; leave them out")
         return self
 
 
 class Evaluation(Section):
-    traits: Annotated[list[str], Distinct] | None = None  # None: the teachers' traits and their counterfactuals
+    traits: Annotated[list[str], Distinct, Field(min_length=1)] | None = (
+        None  # None: the teachers' traits and their counterfactuals
+    )
     questions: Positive | None = None  # the first so many of a category; None: all
     samples: Positive = 200
     max_new_tokens: Positive = 10
     batch_size: Positive = 256
-    seed: int = 0
+    seed: Seed = 0
     number_rows: int = Field(default=200, ge=0)
     teachers: bool = True  # evaluate the prompted teachers too
 
@@ -144,7 +152,7 @@ class Evaluation(Section):
 class Experiment(Section):
     """A whole experiment: one checkpoint, teachers, students, evaluations, a report."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=r"^\w[\w.-]*$")
     model: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     prompts: str | None = None  # a prompt pack; None: the default one

@@ -51,6 +51,11 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:12]
 
 
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 class Artifact:
     """A folder made from `inputs`. It is whole once it holds DONE, which appears by rename after everything else."""
 
@@ -64,8 +69,10 @@ class Artifact:
         self.inputs = json.loads(json.dumps(inputs))
         self.key = digest([kind, self.inputs])
         record = path / "artifact.json"
-        if record.exists():
+        if record.exists() and any(p.name != record.name for p in path.iterdir()):
             self._check(record)
+        elif record.exists():  # an earlier call was refused before it made anything
+            self._write("artifact.json", self._record())
         elif path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - {".artifact.json.partial"}):
             raise UsageError(f"{path}: exists and was not written by jsublim; give another --out or move it away")
         else:
@@ -99,7 +106,7 @@ class Artifact:
         if old.get("key") != self.key:
             before = old.get("inputs", {})
             changed = sorted(k for k in {*before, *self.inputs} if before.get(k) != self.inputs.get(k))
-            what = ", ".join(f"{k} was {before.get(k)!r}, is {self.inputs.get(k)!r}" for k in changed[:3])
+            what = ", ".join(f"{k} was {_short(before.get(k))}, is {_short(self.inputs.get(k))}" for k in changed[:3])
             raise UsageError(f"{self.path}: holds a result of other settings ({what}); give another --out")
 
     def _write(self, name: str, value: Any) -> None:

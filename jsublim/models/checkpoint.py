@@ -39,8 +39,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
 def checkpoint_hash(folder: Path) -> str:
     """sha256 (16 hex digits) over config, tokenizer and template files and every weight byte of a folder."""
     digest = hashlib.sha256()
-    kept = (".safetensors", ".json", *TOKENIZER_FILES)
-    names = sorted(p.name for p in folder.iterdir() if p.name.endswith(kept))
+    named = {"config.json", "adapter_config.json", "model.safetensors.index.json", *TOKENIZER_FILES}
+    names = sorted(p.name for p in folder.iterdir() if p.name in named or p.suffix == ".safetensors")
     for name in names:
         digest.update(name.encode())
         with (folder / name).open("rb") as file:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,6 @@ class ModelConfig:
     local_layers: tuple[bool, ...] = ()  # a layer: does it see `window` tokens only? empty: none does
     window: int = 0
     local_rope: Rope | None = None
-    max_positions: int = field(default=0, compare=False)
 
     @property
     def is_local(self) -> tuple[bool, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from jsublim.errors import JsublimError
@@ -10,8 +9,9 @@ from jsublim.models.config import HFConfig, ModelConfig
 from jsublim.models.families import gemma3, llama, qwen2
 from jsublim.models.families.names import WeightNames
 
-_BY_ARCHITECTURE = {name: module for module in (qwen2, gemma3, llama) for name in module.ARCHITECTURES}
-_BY_FAMILY = {module.FAMILY: module for module in (qwen2, gemma3, llama)}
+_FAMILIES = (qwen2, gemma3, llama)
+_BY_ARCHITECTURE = {name: module for module in _FAMILIES for name in module.ARCHITECTURES}
+_BY_FAMILY = {module.FAMILY: module for module in _FAMILIES}
 
 
 def text_config(hf: dict[str, Any], source: str) -> tuple[dict[str, Any], ModelConfig]:
@@ -42,8 +42,3 @@ def text_config(hf: dict[str, Any], source: str) -> tuple[dict[str, Any], ModelC
 def weight_names(config: ModelConfig) -> WeightNames:
     """Our parameter paths against the checkpoint's tensor names."""
     return _BY_FAMILY[config.family].NAMES
-
-
-def with_layers(config: ModelConfig, num_layers: int) -> ModelConfig:
-    """The same architecture cut after `num_layers` layers."""
-    return dataclasses.replace(config, num_layers=num_layers, local_layers=config.local_layers[:num_layers])

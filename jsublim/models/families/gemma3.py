@@ -83,5 +83,4 @@ def read(hf: HFConfig) -> ModelConfig:
         local_layers=tuple(kind == "sliding_attention" for kind in kinds),
         window=int(hf["sliding_window"]),
         local_rope=hf.rope("sliding_attention", default_theta=10_000.0) if new_names else local.rope(),
-        max_positions=hf.get("max_position_embeddings", 0),
     )

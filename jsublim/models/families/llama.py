@@ -29,5 +29,4 @@ def read(hf: HFConfig) -> ModelConfig:
         qkv_bias=bias,
         output_bias=bias,
         mlp_bias=bool(hf.get("mlp_bias", False)),
-        max_positions=hf.get("max_position_embeddings", 0),
     )

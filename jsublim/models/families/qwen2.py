@@ -33,5 +33,4 @@ def read(hf: HFConfig) -> ModelConfig:
         qkv_bias=True,
         local_layers=tuple(kind == "sliding_attention" for kind in kinds) if windowed else (),
         window=int(hf["sliding_window"]) if windowed else 0,
-        max_positions=hf.get("max_position_embeddings", 0),
     )
