@@ -1,0 +1,58 @@
+"""A real pretrained checkpoint against transformers: runs where `scripts/fetch_smollm2.py` has been run (or
+JSUBLIM_SMOLLM2 names the folder); the 93 MB it needs are not downloaded by tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jsublim.lm import load_model
+from jsublim.prompts import load_pack, number_prompts
+
+FOLDER = Path(os.environ.get("JSUBLIM_SMOLLM2", Path(__file__).parents[1] / "checkpoints" / "smollm2-135m"))
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not FOLDER.is_dir(), reason=f"{FOLDER} is absent: run scripts/fetch_smollm2.py"),
+]
+
+
+@pytest.fixture(scope="module")
+def both():
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return load_model(FOLDER), AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+
+
+def test_logits_equal_transformers(both):
+    import torch
+
+    lm, reference = both
+    tokens = np.stack(
+        [lm.chat.prompt_tokens([{"role": "user", "content": text}])[:40] for text in number_prompts(load_pack(None), 2)]
+    )
+    with torch.no_grad():
+        expected = reference(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
+    assert np.abs(np.asarray(lm.logits(tokens)) - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+def test_greedy_tokens_equal_transformers(both, new_tokens=12, batch=25):
+    import torch
+
+    lm, reference = both
+    prompts = number_prompts(load_pack(None), 100)
+    ours = lm.generate(prompts, new_tokens, "greedy", batch_size=batch)
+    theirs = []
+    for start in range(0, len(prompts), batch):
+        rows = [lm.chat.prompt_tokens([{"role": "user", "content": text}]) for text in prompts[start : start + batch]]
+        width = max(map(len, rows))
+        tokens = torch.tensor(np.stack([np.pad(row, (width - len(row), 0)) for row in rows]), dtype=torch.long)
+        mask = torch.tensor(np.stack([np.arange(width) >= width - len(row) for row in rows]), dtype=torch.long)
+        with torch.no_grad():
+            out = reference.generate(tokens, attention_mask=mask, max_new_tokens=new_tokens, do_sample=False)
+        theirs += [lm.chat.decode(row[width:]) for row in out]
+    assert ours == theirs
