@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter
 
-Batch = dict[str, Array]  # see data.collate; here with a leading arm axis
+Batch = dict[str, Any]  # of arrays: see data.collate; here with a leading arm axis
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ class Adapter:
         return replace(self, lora=lora, weights=weights)
 
 
-Trainable = tuple[dict[str, dict[str, Array]], dict[str, Any] | None]
+Trainable = Any  # (LoRA factors by projection, weights or None): a pytree for optax
 
 
 def projection_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -32,7 +33,7 @@ COLOURS = {
 OTHER_COLOUR = "#009e73"
 # Stands for the page's text colour while matplotlib draws; `_svg` puts `currentColor` in its place.
 INK = "#010203"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "jsublim",
     "font.family": "DejaVu Sans",
