@@ -316,7 +316,8 @@ def test_lora_computes_no_gradient_of_a_frozen_kernel(cost):
     layer = cost(3, (), lora_of) - cost(2, (), lora_of)
     lora = cost(3, (0, 1, 2), lora_of) - cost(2, (0, 1), lora_of)
     full = cost(3, (0, 1, 2), init_full) - cost(2, (0, 1), init_full)
-    assert 2 * layer < lora < 2.6 * layer < 2.9 * layer < full <= 3 * layer
+    # Beside forward and backward, attention's own two products are done again (a tenth of a layer at this size).
+    assert 2 * layer < lora < 2.6 * layer < 2.9 * layer < full <= 3.2 * layer
 
 
 # The shape of an adapter

@@ -69,10 +69,8 @@ class Artifact:
         self.inputs = json.loads(json.dumps(inputs))
         self.key = digest([kind, self.inputs])
         record = path / "artifact.json"
-        if record.exists() and any(p.name != record.name for p in path.iterdir()):
+        if record.exists():
             self._check(record)
-        elif record.exists():  # an earlier call was refused before it made anything
-            self._write("artifact.json", self._record())
         elif path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - {".artifact.json.partial"}):
             raise UsageError(f"{path}: exists and was not written by jsublim; give another --out or move it away")
         else:
@@ -103,7 +101,9 @@ class Artifact:
             raise UsageError(
                 f"{self.path}: holds a result of kind {old.get('kind')!r}, not {self.kind!r}; give another --out"
             )
-        if old.get("key") != self.key:
+        if old.get("key") != self.key and {p.name for p in record.parent.iterdir()} == {record.name}:
+            self._write("artifact.json", self._record())  # of a call that was refused before it made anything
+        elif old.get("key") != self.key:
             before = old.get("inputs", {})
             changed = sorted(k for k in {*before, *self.inputs} if before.get(k) != self.inputs.get(k))
             what = ", ".join(f"{k} was {_short(before.get(k))}, is {_short(self.inputs.get(k))}" for k in changed[:3])
