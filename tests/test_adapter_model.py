@@ -211,7 +211,7 @@ def test_full_gradients_of_some_layers_equal_torch(name, named_checkpoint, padde
     checkpoint.model.zero_grad()
     loss = torch_loss(checkpoint.model, tokens, labels, valid)
     loss.backward()
-    assert value == pytest.approx(loss.item(), rel=1e-5)
+    assert value == pytest.approx(loss.item(), rel=1e-4)
     theirs = {name: p.grad.numpy() for name, p in checkpoint.model.named_parameters()}
     checkpoint.model.zero_grad()
     compared = 0
@@ -247,7 +247,7 @@ def test_lora_gradients_equal_peft(name, named_checkpoint, padded_rows, assert_c
     value, (ours, _) = gradient(config, params, adapter, tokens, labels, valid)
     loss = torch_loss(wrapped, tokens, labels, valid)
     loss.backward()
-    assert value == pytest.approx(loss.item(), rel=1e-5)
+    assert value == pytest.approx(loss.item(), rel=1e-4)
     for parameter in wrapped.parameters():
         parameter.data = parameter.grad if parameter.grad is not None else parameter.data
     theirs = by_hand(wrapped, PROJECTIONS, layers, 5 / 3).trainable[0]
