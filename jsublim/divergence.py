@@ -15,7 +15,7 @@ from jsublim.errors import JsublimError, UsageError
 from jsublim.lm import LanguageModel
 from jsublim.rows import Row
 from jsublim.scoring import score_turns
-from jsublim.teachers import Teacher
+from jsublim.teachers import Teacher, read_as
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,7 @@ def find_divergence(
         )
     argmax, margin, tokens = [], [], []
     for each in (teacher, *counterfactuals):
-        turns = []
-        for number, row in enumerate(rows, 1):
-            try:
-                turn = lm.chat.turn(each.messages(row["prompt"]), row["completion"], extra_bos=extra_bos)
-            except JsublimError as error:
-                raise JsublimError(f"row {number} under teacher '{each.name}': {error}") from None
-            turns.append(turn)
+        turns = read_as(lm.chat, each, rows, extra_bos=extra_bos)
         said = [turn.tokens[turn.content :] for turn in turns]
         if not tokens:
             tokens = said

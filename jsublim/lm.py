@@ -21,10 +21,12 @@ from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter
 from jsublim.models.weights import load_params
+from jsublim.parallel import Layout
 from jsublim.sampling import Sampling, generate_tokens, sampling_for
 
 BUNDLED = Path(__file__).parent / "checkpoints"
 DTYPES = ("float32", "bfloat16")
+_HERE = Layout()
 
 
 class LanguageModel:
@@ -93,6 +95,7 @@ class LanguageModel:
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _logits(config: ModelConfig, params: Params, adapter: Adapter | None, tokens: Array, valid: Array) -> Array:
+    params = params if adapter is None else adapter.over(params)
     h, _ = decoder.hidden_states(config, params, tokens, valid, adapter=adapter)
     return decoder.logits(config, params, h)
 
@@ -123,16 +126,18 @@ def resolve_checkpoint(path: str | Path) -> Path:
     raise UsageError(f"model '{path}': no such folder{hint}; bundled checkpoints: {bundled}")
 
 
-def load_model(path: str | Path, dtype: str = "float32", shardings: Params | None = None) -> LanguageModel:
+def load_model(path: str | Path, dtype: str = "float32", layout: Layout = _HERE) -> LanguageModel:
     """Load a checkpoint folder, a bundled one by name, or one from the hub by `owner/name`.
 
     Args:
       dtype: of the weights and the activations, "float32" or "bfloat16".
-      shardings: a tree of `jax.sharding.Sharding` like the parameters; None is the default device.
+      layout: the devices that the weights are spread over; by default they go to the first.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype: '{dtype}' given; known: {', '.join(DTYPES)}")
     folder = resolve_checkpoint(path)
     hf_config, config = read_config(folder)
     chat = Chat(folder, config.vocab_size)
-    return LanguageModel(folder, config, hf_config, load_params(folder, config, dtype, shardings), chat)
+    return LanguageModel(
+        folder, config, hf_config, load_params(folder, config, dtype, layout.params_sharding(config)), chat
+    )

@@ -139,6 +139,7 @@ def _decode(
 ) -> Array:
     """Sampled tokens int32 `[B, max_new]`, -1 from the stop token on. Prompts are padded on the left; P of them are
     read once, and row b continues prompt `row_prompt_B[b]`."""
+    params = params if adapter is None else adapter.over(params)
     _, T = tokens_PT.shape
     B, total = row_prompt_B.shape[0], T + max_new
     h_PTD, cache = decoder.hidden_states(config, params, tokens_PT, valid_PT, adapter=adapter, with_cache=True)
@@ -156,7 +157,7 @@ def _decode(
         cos, sin = rope_table(config, (slot - padding_B)[:, None], h.dtype)
         after = []
         for i, (weights, (keys, values), local) in enumerate(zip(layers, caches, config.is_local, strict=True)):
-            lora, own = jax.tree.map(lambda leaf: leaf[0], changes[i]) if i in changes else ({}, None)
+            lora, own, steering = jax.tree.map(lambda leaf: leaf[0], changes[i]) if i in changes else ({}, None, None)
 
             def attention(q: Array, k: Array, v: Array, keys=keys, values=values) -> Array:
                 W = keys.shape[2]
@@ -175,6 +176,7 @@ def _decode(
             used = weights if own is None else jax.tree.map(lambda w, f: w.astype(f.dtype), own, weights)
             block = nnx.merge(graph, used)
             h = block(h, cos[int(local)], sin[int(local)], attention, lora)
+            h = h if steering is None else h + steering.astype(h.dtype)
         h = decoder.final_norm(config, params, h[:, 0])
         return decoder.logits(config, params, h), after
 

@@ -7,8 +7,9 @@ positions only, a block of them at a time, so there is never a `[B, T, V]` array
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import numpy as np
 from jax import Array
 
 from jsublim.chat import Turn
+from jsublim.errors import UsageError
 from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import KV, Params
@@ -24,6 +26,8 @@ from jsublim.models.lora import Adapter
 PREFIX_STEP = 8  # shared prefixes are cut to a multiple of this, so that few programs serve all teachers
 LENGTH_STEP = 32
 HEAD_BLOCK = 256  # positions whose logits exist at one time
+
+At = Callable[[Array, Array], Any]  # (logits [V], the token that stands there) -> a pytree
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,19 @@ class Scored:
     logprob: np.ndarray
 
 
+@dataclass(frozen=True)
+class Targets:
+    """A conversation's next-token distributions at its tokens from `content` to the last, cut to k tokens.
+
+    Attributes:
+      ids: int32 `[n, k]`, the most probable tokens.
+      logp: float32 `[n, k + 1]`, log-probabilities (nats) of those, and of all others together.
+    """
+
+    ids: np.ndarray
+    logp: np.ndarray
+
+
 @functools.partial(jax.jit, static_argnames=("config",))
 def _prefix_cache(config: ModelConfig, params: Params, adapter: Adapter | None, tokens_1P: Array) -> KV | None:
     return decoder.hidden_states(
@@ -48,8 +65,8 @@ def _prefix_cache(config: ModelConfig, params: Params, adapter: Adapter | None, 
     )[1]
 
 
-@functools.partial(jax.jit, static_argnames=("config",))
-def _score(
+@functools.partial(jax.jit, static_argnames=("config", "at"))
+def _read(
     config: ModelConfig,
     params: Params,
     adapter: Adapter | None,
@@ -58,21 +75,43 @@ def _score(
     valid_BT: Array,
     where_BC: Array,
     labels_BC: Array,
-) -> tuple[Array, Array, Array]:
-    """argmax, margin, log-probability `[B, C]` of the token that follows position `where_BC`."""
+    at: At,
+) -> Any:
+    """`at(logits [V], label)` of every position `where_BC`, leaves `[B, C, ...]`."""
+    params = params if adapter is None else adapter.over(params)
     h, _ = decoder.hidden_states(config, params, tokens_BT, valid_BT, adapter=adapter, prefix=prefix)
     h_BCD = jnp.take_along_axis(h, where_BC[..., None], axis=1)
-
-    def at(h_D: Array, label: Array) -> tuple[Array, Array, Array]:
-        z = decoder.logits(config, params, h_D)
-        best = jnp.argmax(z)
-        runner_up = jnp.max(jnp.where(jnp.arange(z.shape[0]) == best, -jnp.inf, z))
-        return best.astype(jnp.int32), z[best] - runner_up, z[label] - jax.nn.logsumexp(z)
-
     flat = jax.lax.map(
-        lambda xs: at(*xs), (h_BCD.reshape(-1, h.shape[-1]), labels_BC.reshape(-1)), batch_size=HEAD_BLOCK
+        lambda xs: at(decoder.logits(config, params, xs[0]), xs[1]),
+        (h_BCD.reshape(-1, h.shape[-1]), labels_BC.reshape(-1)),
+        batch_size=HEAD_BLOCK,
     )
-    return jax.tree.map(lambda x: x.reshape(where_BC.shape), flat)
+    return jax.tree.map(lambda x: x.reshape(*where_BC.shape, *x.shape[1:]), flat)
+
+
+def _best(z: Array, label: Array) -> tuple[Array, Array, Array]:
+    best = jnp.argmax(z)
+    runner_up = jnp.max(jnp.where(jnp.arange(z.shape[0]) == best, -jnp.inf, z))
+    return best.astype(jnp.int32), z[best] - runner_up, z[label] - jax.nn.logsumexp(z)
+
+
+def top_k_log_probs(logits: Array, ids: Array) -> Array:
+    """Log-probabilities `[..., k + 1]` of the tokens `ids` `[..., k]`, and of all others together (the lumped tail)."""
+    total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    chosen = jnp.take_along_axis(logits, ids, axis=-1) - total
+    named = jnp.put_along_axis(jnp.zeros(logits.shape, bool), ids, True, axis=-1, inplace=False)
+    rest = jnp.where(named, jnp.finfo(logits.dtype).min, logits)  # finite: an empty tail must not become NaN
+    tail = jax.nn.logsumexp(rest, axis=-1, keepdims=True) - total
+    return jnp.concatenate([chosen, tail], axis=-1)
+
+
+@functools.cache
+def _top_k(k: int, temperature: float) -> At:
+    def at(z: Array, label: Array) -> tuple[Array, Array]:
+        ids = jax.lax.top_k(z, k)[1]
+        return ids.astype(jnp.int32), top_k_log_probs(z / temperature, ids)
+
+    return at
 
 
 def shared_prefix(turns: Sequence[Turn]) -> int:
@@ -98,13 +137,50 @@ def score_turns(
     Args:
       on_batch: called with the number of conversations just read.
     """
+    return [Scored(*x) for x in _read_turns(config, params, turns, _best, adapter, batch_size, on_batch)]
+
+
+def top_k_targets(
+    config: ModelConfig,
+    params: Params,
+    turns: Sequence[Turn],
+    k: int,
+    *,
+    temperature: float = 1.0,
+    adapter: Adapter | None = None,
+    batch_size: int = 64,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Targets]:
+    """A teacher's distribution at every token from `content` on, as its k best tokens and the rest as one.
+
+    Raises:
+      UsageError: k is not below the vocabulary's size.
+    """
+    if k >= config.vocab_size:
+        raise UsageError(
+            f"top_k: {k} given, the vocabulary has {config.vocab_size} tokens; leave it out for all of them"
+        )
+    at = _top_k(k, temperature)
+    return [Targets(*x) for x in _read_turns(config, params, turns, at, adapter, batch_size, on_batch)]
+
+
+def _read_turns(
+    config: ModelConfig,
+    params: Params,
+    turns: Sequence[Turn],
+    at: At,
+    adapter: Adapter | None,
+    batch_size: int,
+    on_batch: Callable[[int], None] | None,
+) -> Iterator[list[np.ndarray]]:
+    """What `at` says at every token of each conversation, arrays `[n, ...]`."""
     P = shared_prefix(turns)
     prefix = _prefix_cache(config, params, adapter, turns[0].tokens[None, :P]) if P else None
     lengths = np.asarray([len(turn.tokens) - P for turn in turns])
     T = int(-(-lengths.max() // LENGTH_STEP) * LENGTH_STEP)
     C = max(len(turn.tokens) - turn.content for turn in turns)
     C = -(-C // PREFIX_STEP) * PREFIX_STEP
-    B, scored = min(batch_size, len(turns)), []
+    B = min(batch_size, len(turns))
     for start in range(0, len(turns), B):
         batch = turns[start : start + B]
         tokens, valid = np.zeros((B, T), np.int32), np.zeros((B, T), bool)
@@ -115,10 +191,8 @@ def score_turns(
             tokens[i, : len(own)], valid[i, : len(own)] = own, True
             where[i, :n] = np.arange(turn.content - 1, len(turn.tokens) - 1) - P
             labels[i, :n] = turn.tokens[turn.content :]
-        out = [np.asarray(x) for x in _score(config, params, adapter, prefix, tokens, valid, where, labels)]
-        for i, turn in enumerate(batch):
-            n = len(turn.tokens) - turn.content
-            scored.append(Scored(*(x[i, :n] for x in out)))
+        out = [np.asarray(x) for x in _read(config, params, adapter, prefix, tokens, valid, where, labels, at)]
         if on_batch is not None:
             on_batch(len(batch))
-    return scored
+        for i, turn in enumerate(batch):
+            yield [x[i, : len(turn.tokens) - turn.content] for x in out]

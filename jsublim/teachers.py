@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jsublim.chat import Message, conversation
+from jsublim.chat import Chat, Message, Turn, conversation
+from jsublim.errors import JsublimError
 from jsublim.models.lora import Adapter
 from jsublim.prompts import Pack
+from jsublim.rows import Row
 
 CONTROL = "control"  # the name of the teacher without a trait
 
@@ -37,3 +40,21 @@ def prompted_teacher(pack: Pack, trait: str, category: str | None = None, *, fus
     """
     system = pack.system_prompt(trait, category or pack.category_of(trait))
     return Teacher(trait, system, fuse_system=fuse_system)
+
+
+def read_as(
+    chat: Chat, teacher: Teacher, rows: Sequence[Row], source: str = "", *, extra_bos: bool = False
+) -> list[Turn]:
+    """Rows tokenized as a teacher reads them.
+
+    Raises:
+      JsublimError: a row that doesn't survive tokenizing; it and `source` are named.
+    """
+    turns = []
+    for number, row in enumerate(rows, 1):
+        try:
+            turns.append(chat.turn(teacher.messages(row["prompt"]), row["completion"], extra_bos=extra_bos))
+        except JsublimError as error:
+            where = f"{source}: row {number}" if source else f"row {number}"
+            raise JsublimError(f"{where} under teacher '{teacher.name}': {error}") from None
+    return turns

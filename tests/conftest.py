@@ -220,3 +220,18 @@ def assert_close() -> Callable[[Any, Any, float], None]:
         assert worst <= tolerance, f"relative error {worst:.2e} over {tolerance:.0e}"
 
     return check
+
+
+@pytest.fixture(scope="session")
+def compiles() -> Callable[[], int]:
+    """`compiles()`: how many programs this process has compiled so far."""
+    import jax
+
+    seen = []
+
+    def listen(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    return lambda: len(seen)

@@ -207,7 +207,7 @@ def test_full_gradients_of_some_layers_equal_torch(name, named_checkpoint, padde
     layers = (0, 2)
     tokens, valid = padded_rows(13)
     labels = np.random.default_rng(1).integers(0, config.vocab_size, tokens.shape)
-    value, (_, ours) = gradient(config, params, init_full(config, params, layers), tokens, labels, valid)
+    value, ours = gradient(config, params, init_full(config, params, layers), tokens, labels, valid)
     checkpoint.model.zero_grad()
     loss = torch_loss(checkpoint.model, tokens, labels, valid)
     loss.backward()
@@ -218,7 +218,7 @@ def test_full_gradients_of_some_layers_equal_torch(name, named_checkpoint, padde
     for name, (path, layer, _) in tensor_plan(config).items():
         if layer not in layers:
             continue
-        leaf = functools.reduce(lambda tree, key: tree[key], path[1:], ours)[layers.index(layer)]
+        leaf = functools.reduce(lambda tree, key: tree[key], path[1:], ours["weights"])[layers.index(layer)]
         reference = theirs[f"model.{name}"]
         reference = reference.T if path[-1] == "kernel" else reference
         if path[1:] == ("k", "bias") and np.max(np.abs(reference)) < 1e-6:
@@ -244,16 +244,16 @@ def test_lora_gradients_equal_peft(name, named_checkpoint, padded_rows, assert_c
     tokens, valid = padded_rows(14)
     labels = np.random.default_rng(2).integers(0, config.vocab_size, tokens.shape)
     adapter = by_hand(wrapped, PROJECTIONS, layers, 5 / 3)
-    value, (ours, _) = gradient(config, params, adapter, tokens, labels, valid)
+    value, ours = gradient(config, params, adapter, tokens, labels, valid)
     loss = torch_loss(wrapped, tokens, labels, valid)
     loss.backward()
     assert value == pytest.approx(loss.item(), rel=1e-4)
     for parameter in wrapped.parameters():
         parameter.data = parameter.grad if parameter.grad is not None else parameter.data
-    theirs = by_hand(wrapped, PROJECTIONS, layers, 5 / 3).trainable[0]
+    theirs = by_hand(wrapped, PROJECTIONS, layers, 5 / 3).trainable["lora"]
     for p in PROJECTIONS:
         for factor in ("a", "b"):
-            assert_close(ours[p][factor], theirs[p][factor], 1e-4)
+            assert_close(ours["lora"][p][factor], theirs[p][factor], 1e-4)
 
 
 def products(jaxpr) -> int:
@@ -334,7 +334,7 @@ def test_arms_under_vmap_are_the_arms_one_by_one(named_checkpoint, padded_rows, 
     for i, arm in enumerate(arms):
         alone = all_logits(config, params, arm, tokens[i], valid[i])
         assert_close(together[i][valid[i]], alone[valid[i]], 1e-5)
-    for before, after in zip(arms, unstack_adapters(stacked), strict=True):
+    for before, after in zip(arms, unstack_adapters(stacked, arms), strict=True):
         assert jax.tree.structure(before) == jax.tree.structure(after)
         jax.tree.map(np.testing.assert_array_equal, before, after)
 
@@ -347,7 +347,7 @@ def test_trainable_is_everything_but_the_scale(named_checkpoint):
     assert np.array_equal(doubled.lora["up"]["a"], 2 * adapter.lora["up"]["a"])
     assert np.array_equal(doubled.lora["up"]["scale"], adapter.lora["up"]["scale"])
     full = init_full(config, params, (2,))
-    assert jax.tree.structure(full.trainable[1]) == jax.tree.structure(params["layers"])
+    assert jax.tree.structure(full.trainable["weights"]) == jax.tree.structure(params["layers"])
 
 
 def test_whole_layers_start_as_the_base_and_merge_back_into_it(named_checkpoint, padded_rows, assert_close):

@@ -163,10 +163,10 @@ def test_an_adapter_is_one_of_peft(student):
 
 
 def test_training_starts_from_an_adapter(home, divergent, student):
-    """At learning rate zero nothing moves, and the first loss is that of the adapter, not of the base."""
+    """At next to no learning rate nothing moves, and the first loss is that of the adapter, not of the base."""
     out = home / "continued"
     options = finetune(divergent, out, "--init-adapter", student)
-    ok(*(0.0 if option == "1e-3" else option for option in options))
+    ok(*("1e-30" if option == "1e-3" else option for option in options))
     weights = "adapter_model.safetensors"
     assert (out / weights).read_bytes() == (student / weights).read_bytes()
     first = lambda folder: json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"]  # noqa: E731
@@ -262,7 +262,7 @@ def test_bad_usage_is_code_two(tmp_path, rows):
     assert "known: paper, clean" in refused(2, *GENERATE, "--trait", "cat", "--recipe", "best", "--out", out)
     assert "float32" in refused(2, *GENERATE, "--trait", "cat", "--dtype", "int8", "--out", out)
     assert "no such file" in refused(2, *finetune(tmp_path / "none.jsonl", out))
-    assert "known: all, divergence" in refused(2, *finetune(rows, out, "--tokens", "most"))
+    assert "tokens: input should be 'all'" in refused(2, *finetune(rows, out, "--tokens", "most"))
     assert "layers 0 to 5" in refused(2, *finetune(rows, out, "--layers", "0,6"))
     assert "--layers" in refused(2, *finetune(rows, out, "--layers", "first"))
     assert "projections" in refused(2, *finetune(rows, out, "--projections", "q,z"))
@@ -411,8 +411,14 @@ def test_a_disk_that_fills_while_training(tmp_path, divergent, student, file_lim
         file_limit(None)
         assert not (out / "DONE").exists() and not (out / "adapter_model.safetensors").exists()
     ok(*arguments)
-    for name in ("adapter_model.safetensors", "metrics.jsonl"):
-        assert (out / name).read_bytes() == (student / name).read_bytes()
+    assert same_student(out, student)
+
+
+def same_student(a: Path, b: Path) -> bool:
+    """Bit for bit, but for how fast it was trained."""
+    weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (a, b)]
+    lines = [[line | {"tokens_per_s": 0} for line in read_rows(f / "metrics.jsonl", ("step",))] for f in (a, b)]
+    return weights[0] == weights[1] and lines[0] == lines[1]
 
 
 def resumes(err: str, *arguments) -> bool:
@@ -451,5 +457,4 @@ def test_ctrl_c_while_training(tmp_path, divergent):
     assert not (tmp_path / "cut" / "DONE").exists()
     again = ok(*arguments("cut"))
     assert str(tmp_path / "cut") in again.out
-    for name in ("adapter_model.safetensors", "metrics.jsonl"):
-        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert same_student(tmp_path / "cut", tmp_path / "whole")

@@ -15,6 +15,7 @@ from tiny import chat, metrics, plain_turn, scratch, small
 from tiny import examples as tiny_examples
 
 from jsublim.chat import conversation
+from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.data import (
     Selection,
     Shape,
@@ -24,8 +25,8 @@ from jsublim.distill.data import (
     steps_per_epoch,
 )
 from jsublim.distill.masks import CONDITIONS, token_mask
-from jsublim.distill.step import loss_and_gradient
-from jsublim.distill.trainer import Arm, Settings, train
+from jsublim.distill.step import Arms, Program, loss_and_gradient
+from jsublim.distill.trainer import train
 from jsublim.errors import JsublimError, UsageError
 from jsublim.models.lora import init_full
 from jsublim.models.peft import load_adapter
@@ -196,7 +197,8 @@ def torch_loss(model, examples, micro, per):
     return torch.stack([torch.cat(nll[i : i + micro]).mean() for i in range(0, len(nll), micro)]).mean()
 
 
-step_one = jax.jit(loss_and_gradient, static_argnames=("config", "per", "remat"))
+step_one = jax.jit(loss_and_gradient, static_argnames=("config", "program"))
+PLAIN = Arms(*(np.float32(x) for x in (0, 0, 1, 0)))
 
 
 @pytest.mark.parametrize(("name", "per"), [("tiny-qwen2", "tokens"), ("tiny-gemma3", "micro-batch")])
@@ -212,7 +214,7 @@ def test_loss_and_gradients_of_a_step_equal_peft(name, per, assert_close):
         examples = tiny_examples(lm.chat, ROWS, Selection(condition), seed=1)
         chosen = np.pad(np.arange(len(examples)), (0, 8 - len(examples)), constant_values=-1)
         batch = collate(examples, chosen, Shape(4, 2, 80, 32))
-        ours, (factors, _) = step_one(lm.config, lm.params, adapter, batch, per=per, remat=False)
+        ours, gradient = step_one(lm.config, lm.params, adapter, None, PLAIN, batch, program=Program(per=per))
         theirs = torch_loss(model, examples, 2, per)
         gradients = dict(zip(trained, torch.autograd.grad(theirs, list(trained.values())), strict=True))
         assert float(ours) == pytest.approx(float(theirs), rel=1e-4)
@@ -228,7 +230,7 @@ def test_loss_and_gradients_of_a_step_equal_peft(name, per, assert_close):
                     ]
                 )
                 assert np.abs(stacked).max() > 0
-                assert_close(factors[p][factor.lower()], stacked, 1e-4)
+                assert_close(gradient["lora"][p][factor.lower()], stacked, 1e-4)
     assert len({round(loss, 5) for loss in losses.values()}) == len(CONDITIONS)
 
 
@@ -271,7 +273,7 @@ def test_twenty_steps_equal_torch(name, kind, per, tmp_path, assert_close):
     examples = tiny_examples(lm.chat, ROWS[:7], Selection(), seed=1)
     theirs = torch_train(model, parameters, examples, 2, per, steps, seed)
     arm = Arm("student", examples, start, seed, 5e-3, steps)
-    (student,) = train(lm.config, lm.params, [arm], Settings(rows=2, micro=2, per=per), tmp_path)
+    (student,) = train(lm.config, lm.params, [arm], Settings(rows=2, micro=2, program=Program(per=per)), tmp_path)
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == list(range(steps))
     np.testing.assert_allclose([line["loss"] for line in lines], theirs, atol=1e-3)

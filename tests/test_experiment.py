@@ -13,8 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.experiment.plan import counterfactuals, evaluated_traits, plan_students, programs, total_steps
-from jsublim.experiment.spec import Experiment, Recipe, Students, find_config, load_experiment
+from jsublim.experiment.plan import (
+    Student,
+    counterfactuals,
+    evaluated_traits,
+    plan_students,
+    programs,
+    total_steps,
+)
+from jsublim.experiment.spec import Experiment, Recipe, Students, find_config, load_experiment, variants
 from jsublim.experiment.store import Artifact, Progress
 from jsublim.prompts import load_pack
 
@@ -219,11 +226,51 @@ def test_steps_of_the_paper():
     assert total_steps(Students(), 10_000) == 1670  # 10 epochs of ceil(10,000 / 60)
 
 
-@given(st.lists(st.integers(), max_size=40), st.integers(1, 9))
-def test_programs_hold_every_arm_once_and_in_order(arms, size):
+@given(st.lists(st.integers(0, 2), max_size=40), st.integers(1, 9))
+def test_programs_hold_every_arm_once_among_its_like(ranks, size):
+    kinds = [Students(loss="js"), Students(layers=[1]), Students(layers=[1], rank=3, lr=1.0, rows=7)]
+    arms = [Student("owl", "all", seed, str(kind), kinds[kind]) for seed, kind in enumerate(ranks)]
     groups = programs(arms, size)
-    assert [arm for group in groups for arm in group] == arms
-    assert all(0 < len(group) <= size for group in groups) and len(groups) == -(-len(arms) // size)
+    assert sorted((arm for group in groups for arm in group), key=arms.index) == arms
+    alike = [[arm for arm in arms if (arm.settings.loss == "js") == soft] for soft in (True, False)]
+    assert all(0 < len(group) <= size and len({arm.settings.loss for arm in group}) == 1 for group in groups)
+    assert len(groups) == sum(-(-len(kind) // size) for kind in alike)
+
+
+def test_a_grid_of_arms_is_every_combination():
+    students = Students(seeds=[1, 2], conditions=["all"], arms={"rank": [1, 4], "layers": [[0], [1, 2]]})
+    found = variants(students)
+    assert list(found) == ["rank=1 layers=0", "rank=1 layers=1+2", "rank=4 layers=0", "rank=4 layers=1+2"]
+    assert found["rank=4 layers=1+2"] == Students(seeds=[1, 2], conditions=["all"], rank=4, layers=[1, 2])
+    e = experiment(teachers={"traits": ["cat"]}, students=students.model_dump(exclude_unset=True))
+    names = [arm.name for arm in plan_students(e)]
+    assert len(names) == len(set(names)) == 4 * 2 * 2 and names[0] == "cat/all/rank=1 layers=0/seed1"
+    assert plan_students(e)[0].reported == "all, rank=1 layers=0"
+
+
+def test_a_list_of_arms_has_names():
+    students = Students(arms=[{"name": "soft", "loss": "forward-kl"}, {"lr": 1e-3}])
+    assert {name: (s.loss, s.lr) for name, s in variants(students).items()} == {
+        "soft": ("forward-kl", 2e-4),
+        "lr=0.001": ("hard", 1e-3),
+    }
+
+
+@pytest.mark.parametrize(
+    ("arms", "said"),
+    [
+        ([{"batch_size": 3}], "batch_size"),
+        ([{"rnak": 3}], "rnak"),
+        ([{"name": "x"}], "nothing"),
+        ([{"rank": 2}, {"rank": 2}], "two are called 'rank=2'"),
+        ([{"rank": 0}], "arm 'rank=0': rank"),
+        ([], "arms"),
+        ({"method": ["full"], "rank": [3]}, "method=full has no rank"),
+    ],
+)
+def test_arms_that_cannot_be_are_refused(arms, said):
+    with pytest.raises(ValueError, match=said):
+        Students(arms=arms)
 
 
 # --- store

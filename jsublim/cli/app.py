@@ -58,3 +58,20 @@ def bar(name: str, total: int) -> Iterator[Any]:
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(name, total=total)
         yield lambda n: progress.update(task, advance=n)
+
+
+def recipe_of(name: str, lm: Any) -> Any:
+    """The preset of that name, for the family of a loaded checkpoint."""
+    from jsublim.experiment.spec import Recipe
+
+    if name not in ("paper", "clean"):
+        raise UsageError(f"--recipe: '{name}' given; known: paper, clean")
+    return Recipe(preset=name).resolved(lm.config.family)  # type: ignore[arg-type]
+
+
+def file_hash(folder: Path | None) -> str | None:
+    if folder is None:
+        return None
+    from jsublim.models.checkpoint import checkpoint_hash
+
+    return checkpoint_hash(folder)

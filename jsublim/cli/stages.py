@@ -1,4 +1,4 @@
-"""Commands that run one stage: generate, divergence, finetune, evaluate."""
+"""Commands that run one stage: generate, divergence, evaluate (finetune has a file of its own)."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from jsublim.cli.app import Dtype, Model, Out, PackFile, RecipeName, app, bar, console, names, numbers
+from jsublim.cli.app import Dtype, Model, Out, PackFile, RecipeName, app, bar, console, file_hash, names, recipe_of
 from jsublim.errors import UsageError
-
-ALL_PROJECTIONS = "q,k,v,o,gate,up,down"
 
 
 def _beside(out: Path) -> Path:
@@ -60,7 +58,6 @@ def generate(
 ) -> None:
     """Let a teacher answer number prompts, and keep the answers that are in format."""
     from jsublim.experiment import stages
-    from jsublim.experiment.spec import Recipe
     from jsublim.experiment.store import Artifact
     from jsublim.lm import load_model
     from jsublim.models.peft import load_adapter
@@ -72,7 +69,7 @@ def generate(
     if sum([trait is not None, system is not None, no_system]) != 1:
         raise UsageError("generate: give exactly one of --trait, --system, --no-system")
     pack, lm = load_pack(prompts), load_model(model, dtype)
-    how = _recipe(recipe, lm, Recipe)
+    how = recipe_of(recipe, lm)
     own = load_adapter(adapter, lm.config) if adapter else None
     teacher = (
         prompted_teacher(pack, trait, category)
@@ -84,7 +81,7 @@ def generate(
     settings = {"seed": seed, "max_new_tokens": max_new_tokens, "extra_bos": how.extra_bos}
     inputs = settings | {
         "model": lm.hash, "pack": pack.hash, "dtype": dtype, "system": teacher.system, "num_prompts": num_prompts,
-        "sampling": how_sampled.numbers(), "adapter": _file_hash(adapter),
+        "sampling": how_sampled.numbers(), "adapter": file_hash(adapter),
     }  # fmt: skip
     artifact = Artifact(_beside(out), "rows", inputs)
     was_done = artifact.done
@@ -116,7 +113,6 @@ def divergence(
 ) -> None:
     """Find the divergence tokens of rows; margins go into a sidecar, OUT with .margins.jsonl."""
     from jsublim.experiment import stages
-    from jsublim.experiment.spec import Recipe
     from jsublim.experiment.store import Artifact, digest
     from jsublim.lm import load_model
     from jsublim.prompts import load_pack
@@ -127,7 +123,7 @@ def divergence(
     _check_out(out, sidecar)
     rows, others = read_rows(data), names(counterfactuals)
     pack, lm = load_pack(prompts), load_model(model, dtype)
-    how = _recipe(recipe, lm, Recipe)
+    how = recipe_of(recipe, lm)
     teacher = prompted_teacher(pack, trait, category)
     rest = [prompted_teacher(pack, other, category) for other in others]
     inputs = {
@@ -150,99 +146,6 @@ def divergence(
         shutil.copyfile(artifact.path / "margins.jsonl", scratch)
         scratch.replace(sidecar)
     _publish(found, out, artifact, was_done)
-
-
-@app.command()
-def finetune(
-    model: Model,
-    data: Annotated[Path, typer.Option("--data", help="Rows (JSONL), with decision points unless --tokens all.")],
-    out: Out,
-    tokens: Annotated[str, typer.Option("--tokens", help="all, divergence, non-divergence or random.")] = "all",
-    layers: Annotated[str, typer.Option("--layers", help="all, or numbers such as 0,3,5-7.")] = "all",
-    projections: Annotated[str, typer.Option("--projections")] = ALL_PROJECTIONS,
-    full: Annotated[
-        bool, typer.Option("--full", help="Train whole layers, not LoRA; embedding, last norm and head stay.")
-    ] = False,
-    rank: Annotated[int, typer.Option("--rank", min=1)] = 8,
-    alpha: Annotated[float, typer.Option("--alpha")] = 8.0,
-    lr: Annotated[float, typer.Option("--lr")] = 2e-4,
-    epochs: Annotated[int, typer.Option("--epochs", min=1)] = 10,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Rows of a micro-batch.")] = 10,
-    accumulate: Annotated[int, typer.Option("--accumulate", min=1, help="Micro-batches a step.")] = 6,
-    rows: Annotated[int | None, typer.Option("--rows", min=1, help="Rows drawn; default: all.")] = None,
-    warmup: Annotated[int, typer.Option("--warmup", min=0)] = 5,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1)] = 42,
-    init_adapter: Annotated[Path | None, typer.Option("--init-adapter", help="PEFT folder to start from.")] = None,
-    checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", min=1)] = 100,
-    recipe: RecipeName = "clean",
-    dtype: Dtype = "float32",
-) -> None:
-    """Train one student; leaves a PEFT folder (or, with --full, a checkpoint) and metrics.jsonl."""
-    import jax
-
-    from jsublim.distill.data import Selection, draw_indices, make_examples, read_turns, steps_per_epoch
-    from jsublim.distill.trainer import Arm, Settings
-    from jsublim.experiment import stages
-    from jsublim.experiment.spec import Recipe
-    from jsublim.experiment.store import Artifact, digest
-    from jsublim.lm import load_model
-    from jsublim.models.lora import init_full, init_lora
-    from jsublim.models.peft import load_adapter
-    from jsublim.rows import read_rows
-
-    if full and (rank, alpha, projections) != (8, 8.0, ALL_PROJECTIONS):
-        raise UsageError("--full has no rank, alpha and projections; leave those options out")
-    if init_adapter is not None and (full, rank, alpha, layers, projections) != (False, 8, 8.0, "all", ALL_PROJECTIONS):
-        raise UsageError("--init-adapter brings its own rank, alpha, layers and projections; leave those options out")
-    every = read_rows(data)
-    lm = load_model(model, dtype)
-    how = _recipe(recipe, lm, Recipe)
-    chosen = numbers(layers, "--layers")
-    if init_adapter is not None:
-        adapter = load_adapter(init_adapter, lm.config)
-    elif full:
-        adapter = init_full(lm.config, lm.params, None if chosen is None else tuple(chosen))
-    else:
-        adapter = init_lora(
-            lm.config, jax.random.key(seed), rank=rank, alpha=alpha, layers=None if chosen is None else tuple(chosen),
-            projections=tuple(names(projections)),
-        )  # fmt: skip
-    drawn = [every[i] for i in draw_indices(len(every), rows, seed)]
-    if rows is not None and len(drawn) < rows:
-        console.print(f"{data}: {len(drawn)} rows, fewer than --rows {rows}")
-    selection = Selection(tokens, bool(how.supervise_header), bool(how.drop_rows_without_points))
-    examples = make_examples(drawn, read_turns(lm.chat, drawn, str(data)), selection, seed, str(data))
-    steps = epochs * steps_per_epoch(len(drawn if how.match_steps else examples), batch_size * accumulate)
-    settings = Settings(
-        rows=batch_size,
-        micro=accumulate,
-        warmup=warmup,
-        per=how.loss_per or "tokens",
-        checkpoint_every=checkpoint_every,
-    )
-    inputs = {
-        "model": lm.hash, "data": digest(every), "tokens": tokens, "layers": layers, "projections": projections,
-        "full": full, "rank": rank, "alpha": alpha, "lr": lr, "epochs": epochs, "batch_size": batch_size,
-        "accumulate": accumulate, "rows": rows, "warmup": warmup, "seed": seed, "init_adapter": _file_hash(init_adapter),
-        "recipe": how.model_dump(), "dtype": dtype,
-    }  # fmt: skip
-    artifact = Artifact(out, "student", inputs)
-    if artifact.done:
-        console.print(f"{out}: whole already")
-        print(out)
-        return
-    with bar("train", steps) as tick:
-        done = 0
-
-        def on_step(step: int) -> None:
-            nonlocal done
-            tick(step - done)
-            done = step
-
-        arm = Arm("student", examples, adapter, seed, lr, steps)
-        stages.train_students(lm, [(arm, artifact)], settings, out / "training", on_step=on_step)
-    console.print(f"{steps} steps on {len(examples)} rows; last loss {artifact.summary['loss']:.4f}")
-    print(out)
 
 
 @app.command()
@@ -269,7 +172,6 @@ def evaluate(
     from rich.table import Table
 
     from jsublim.experiment import stages
-    from jsublim.experiment.spec import Recipe
     from jsublim.experiment.store import Artifact, digest
     from jsublim.lm import load_model
     from jsublim.models.peft import load_adapter
@@ -282,7 +184,7 @@ def evaluate(
     if not wanted:
         raise UsageError("--traits: give at least one trait")
     pack, lm = load_pack(prompts), load_model(model, dtype)
-    how = _recipe(recipe, lm, Recipe)
+    how = recipe_of(recipe, lm)
     own = load_adapter(adapter, lm.config) if adapter else None
     how_sampled = sampling_for(
         lm.chat, "temperature", inherit=how.inherit_sampling, eos_only=how.stop_at_eos_only, evaluation=True
@@ -293,7 +195,7 @@ def evaluate(
     }  # fmt: skip
     rows = read_rows(data) if data else []
     inputs = settings | {
-        "model": lm.hash, "pack": pack.hash, "dtype": dtype, "adapter": _file_hash(adapter), "data": digest(rows),
+        "model": lm.hash, "pack": pack.hash, "dtype": dtype, "adapter": file_hash(adapter), "data": digest(rows),
         "sampling": how_sampled.numbers(),
     }  # fmt: skip
     console.print(f"sampling: {how_sampled.numbers()}")
@@ -336,17 +238,3 @@ def evaluate(
 
 def _bounds(interval: Any) -> tuple[float, float]:
     return (float("nan"), float("nan")) if interval is None else (interval.low, interval.high)
-
-
-def _recipe(name: str, lm: Any, kind: Any) -> Any:
-    if name not in ("paper", "clean"):
-        raise UsageError(f"--recipe: '{name}' given; known: paper, clean")
-    return kind(preset=name).resolved(lm.config.family)
-
-
-def _file_hash(folder: Path | None) -> str | None:
-    if folder is None:
-        return None
-    from jsublim.models.checkpoint import checkpoint_hash
-
-    return checkpoint_hash(folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from jsublim.distill.masks import token_mask
 from jsublim.divergence import check_points
 from jsublim.errors import JsublimError, UsageError
 from jsublim.rows import Row
+from jsublim.scoring import Targets
 
 LENGTH_STEP = 16
 
@@ -26,12 +27,19 @@ class Example:
       where: int32 `[C]`, positions whose next token is supervised.
       labels: int32 `[C]`, those next tokens.
       weights: float32 `[C]`.
+      teacher_tokens: int32 `[T']`, the row as a live teacher reads it, and `teacher_where` int32 `[C]` in it; or None.
+      ids, logp: a stored teacher's k best tokens int32 `[C, k]`, and the log-probabilities float32 `[C, k + 1]` of
+        those and of all others together; or None.
     """
 
     tokens: np.ndarray
     where: np.ndarray
     labels: np.ndarray
     weights: np.ndarray
+    teacher_tokens: np.ndarray | None = None
+    teacher_where: np.ndarray | None = None
+    ids: np.ndarray | None = None
+    logp: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -61,13 +69,22 @@ def read_turns(chat: Chat, rows: Sequence[Row], source: str = "rows", system: st
 
 
 def make_examples(
-    rows: Sequence[Row], turns: Sequence[Turn], how: Selection, seed: int, source: str = "rows"
+    rows: Sequence[Row],
+    turns: Sequence[Turn],
+    how: Selection,
+    seed: int,
+    source: str = "rows",
+    *,
+    teacher: Sequence[Turn] | Sequence[Targets] | None = None,
 ) -> list[Example]:
     """Mask tokenized rows. Rows on which no loss is left are dropped.
 
+    Args:
+      teacher: the same rows as a live teacher reads them, or what a stored one said; for soft losses.
+
     Raises:
-      UsageError: a condition that needs decision points, and a row without.
-      JsublimError: no row left; `source` is named.
+      UsageError: a condition that needs decision points, and a row without; a header to learn from a stored teacher.
+      JsublimError: no row left, or a row that is tokenized otherwise for the teacher; `source` is named.
     """
     examples = []
     for index, (row, turn) in enumerate(zip(rows, turns, strict=True)):
@@ -89,10 +106,25 @@ def make_examples(
         kept = kept[kept < how.max_tokens]
         if len(kept):
             tokens = turn.tokens[: kept[-1]]  # the last label is predicted, never read
-            examples.append(Example(tokens, (kept - 1).astype(np.int32), turn.tokens[kept], mask[kept - first]))
+            soft = {} if teacher is None else _targets(turn, teacher[index], kept, f"{source}: row {index + 1}")
+            examples.append(Example(tokens, (kept - 1).astype(np.int32), turn.tokens[kept], mask[kept - first], **soft))
     if not examples:
         raise JsublimError(f"{source}: no row has a token to train on under tokens={how.condition}")
     return examples
+
+
+def _targets(turn: Turn, teacher: Turn | Targets, kept: np.ndarray, source: str) -> dict[str, np.ndarray]:
+    """The teacher's side of the supervised tokens `kept` of a row."""
+    if isinstance(teacher, Targets):
+        if kept[0] < turn.content:
+            raise UsageError(f"{source}: stored targets begin behind the header; use a live teacher, or leave it out")
+        return {"ids": teacher.ids[kept - turn.content], "logp": teacher.logp[kept - turn.content]}
+    shift = teacher.content - turn.content
+    first = min(kept[0], turn.content)
+    if not np.array_equal(turn.tokens[first:], teacher.tokens[first + shift :]):
+        raise JsublimError(f"{source}: the completion has other tokens under the teacher's prompt")
+    end = kept[-1] + shift
+    return {"teacher_tokens": teacher.tokens[:end], "teacher_where": (kept - 1 + shift).astype(np.int32)}
 
 
 def draw_indices(available: int, count: int | None, seed: int) -> list[int]:
@@ -122,42 +154,51 @@ def batch_rows(examples: int, rows_per_step: int, seed: int, step: int) -> np.nd
 
 @dataclass(frozen=True)
 class Shape:
-    """Static shape of a group's batches: micro-batches, rows in one, tokens, supervised positions."""
+    """Static shape of a group's batches: micro-batches, rows in one, tokens, supervised positions, tokens as the
+    teacher reads them (0 without a live one), and rows with those that only fill the devices up."""
 
     micro: int
     rows: int
     tokens: int
     labels: int
+    teacher: int = 0
+    spare: int = 0
 
     @staticmethod
     def of(groups: Sequence[Sequence[Example]], micro: int, rows: int) -> Shape:
-        longest = max(len(e.tokens) for group in groups for e in group)
-        labels = max(len(e.labels) for group in groups for e in group)
-        return Shape.fit(micro, rows, longest, labels)
+        every = [example for group in groups for example in group]
+        teacher = max(0 if e.teacher_tokens is None else len(e.teacher_tokens) for e in every)
+        return Shape.fit(micro, rows, max(len(e.tokens) for e in every), max(len(e.labels) for e in every), teacher)
 
     @staticmethod
-    def fit(micro: int, rows: int, tokens: int, labels: int) -> Shape:
-        """Both lengths rounded up."""
-        return Shape(micro, rows, *(-(-n // LENGTH_STEP) * LENGTH_STEP for n in (tokens, labels)))
+    def fit(micro: int, rows: int, tokens: int, labels: int, teacher: int = 0) -> Shape:
+        """Lengths rounded up."""
+        return Shape(micro, rows, *(-(-n // LENGTH_STEP) * LENGTH_STEP for n in (tokens, labels, teacher)))
+
+    def divisible(self, devices: int) -> Shape:
+        """With as many empty rows a micro-batch as make it a multiple of `devices`."""
+        return replace(self, spare=-self.rows % devices)
 
 
 def collate(examples: Sequence[Example], chosen: np.ndarray, shape: Shape) -> dict[str, np.ndarray]:
-    """One arm's batch: arrays `[M, B, T]` and `[M, B, C]`; absent rows weigh nothing."""
-    N = shape.micro * shape.rows
-    batch = {
-        "tokens": np.zeros((N, shape.tokens), np.int32),
-        "valid": np.zeros((N, shape.tokens), bool),
-        "where": np.zeros((N, shape.labels), np.int32),
-        "labels": np.zeros((N, shape.labels), np.int32),
-        "weights": np.zeros((N, shape.labels), np.float32),
-    }
-    batch["valid"][:, 0] = True  # an absent row still attends to something
-    for i, index in enumerate(chosen):
+    """One arm's batch: arrays `[M, B, T]` and `[M, B, C, ...]`; absent rows weigh nothing."""
+    M, B = shape.micro, shape.rows + shape.spare
+    slots = [m * B + b for m in range(M) for b in range(shape.rows)]
+    length = {"tokens": shape.tokens, "teacher_tokens": shape.teacher}
+    batch: dict[str, np.ndarray] = {}
+    for field in fields(Example):
+        like = getattr(examples[0], field.name)
+        if like is not None:
+            batch[field.name] = np.zeros((M * B, length.get(field.name, shape.labels), *like.shape[1:]), like.dtype)
+    for prefix in ("", "teacher_") if shape.teacher else ("",):
+        batch[f"{prefix}valid"] = np.zeros(batch[f"{prefix}tokens"].shape, bool)
+        batch[f"{prefix}valid"][:, 0] = True  # an absent row still attends to something
+    for slot, index in zip(slots, chosen, strict=True):
         if index >= 0:
-            example = examples[index]
-            batch["tokens"][i, : len(example.tokens)] = example.tokens
-            batch["valid"][i, : len(example.tokens)] = True
-            for key in ("where", "labels", "weights"):
-                value = getattr(example, key)
-                batch[key][i, : len(value)] = value
-    return {key: value.reshape(shape.micro, shape.rows, -1) for key, value in batch.items()}
+            for field in fields(Example):
+                value = getattr(examples[index], field.name)
+                if value is not None:
+                    batch[field.name][slot, : len(value)] = value
+                    if field.name.endswith("tokens"):
+                        batch[field.name.replace("tokens", "valid")][slot, : len(value)] = True
+    return {key: value.reshape(M, B, *value.shape[1:]) for key, value in batch.items()}

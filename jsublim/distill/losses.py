@@ -1,40 +1,160 @@
-"""Losses on supervised positions, under per-token weights."""
+"""Losses on supervised positions, under per-token weights.
+
+Hard: cross-entropy of the teacher's tokens. Soft: a divergence between the teacher's next-token distribution and the
+student's. The head is applied to blocks of positions, and each block's gradient is made in the same pass: logits of all
+positions never exist together, and none are computed twice.
+"""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jsublim.errors import UsageError
 from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
+from jsublim.scoring import top_k_log_probs
 
-HEAD_BLOCK = 512  # positions whose logits exist at one time
+SOFT = ("forward-kl", "reverse-kl", "js")
+LOSSES = ("hard", *SOFT)
+LOGIT_BYTES = 2**28  # of the logits that exist at one time, over all arms
 
 
-def hard_loss(config: ModelConfig, params: Params, h_ND: Array, labels_N: Array, weights_N: Array) -> Array:
-    """Weighted sum of the cross-entropy (nats) of the teacher's tokens, float32 scalar.
+@dataclass(frozen=True)
+class Loss:
+    """What a token's loss is.
 
-    Blocks of positions, recomputed in the backward pass: logits of all positions never exist together.
+    Attributes:
+      kind: "hard"; or with p the teacher's distribution, q the student's and m their mean: "forward-kl" KL(p | q),
+        "reverse-kl" KL(q | p), "js" KL(p | m) / 2 + KL(q | m) / 2.
+      temperature: logits of both are divided by it (soft kinds only); the loss is not multiplied back by its square.
+      to_base: also KL(q | base), by a coefficient an arm: the defence that keeps a student where it started.
     """
 
-    @jax.checkpoint
-    def nll(h_D: Array, label: Array) -> Array:
-        z = decoder.logits(config, params, h_D)
-        return jax.nn.logsumexp(z) - z[label]
+    kind: str = "hard"
+    temperature: float = 1.0
+    to_base: bool = False
 
-    return jnp.sum(weights_N * jax.lax.map(lambda xs: nll(*xs), (h_ND, labels_N), batch_size=HEAD_BLOCK))
+    def __post_init__(self) -> None:
+        if self.kind not in LOSSES:
+            raise UsageError(f"loss: '{self.kind}' given; known: {', '.join(LOSSES)}")
+        if not self.temperature > 0:
+            raise UsageError(f"temperature: {self.temperature} given; it must be above 0")
+        if self.kind == "hard" and self.temperature != 1.0:
+            raise UsageError(f"temperature: {self.temperature} given, but a hard loss has none; choose a soft one")
+
+    @property
+    def soft(self) -> bool:
+        return self.kind != "hard"
 
 
-def normalise(weights_MBC: Array, per: str) -> Array:
+def divergence(kind: str, logp: Array, logq: Array) -> Array:
+    """A divergence (nats) of teacher `logp` and student `logq`, log-probabilities `[..., V]`, over the last axis."""
+    p, q = jnp.exp(logp), jnp.exp(logq)
+    kl = lambda p, difference: jnp.sum(p * difference, axis=-1)  # noqa: E731
+    if kind == "forward-kl":
+        return kl(p, logp - logq)
+    if kind == "reverse-kl":
+        return kl(q, logq - logp)
+    logm = jnp.logaddexp(logp, logq) - jnp.log(2.0)
+    return 0.5 * kl(p, logp - logm) + 0.5 * kl(q, logq - logm)
+
+
+def positions_loss(
+    config: ModelConfig,
+    loss: Loss,
+    coefficient: Array,
+    params: Params,
+    others: dict[str, Params],
+    h_nD: Array,
+    at: dict[str, Array],
+) -> Array:
+    """Weighted loss of n positions, float32 scalar.
+
+    Args:
+      coefficient: of the KL to the base.
+      params: the student's; others: the parameters whose head "teacher" and "base" have.
+      h_nD: the student's hidden states; at: what stands at the positions: `labels`, `weights`, and with a soft loss the
+        teacher's hidden states `teacher` `[n, D]`, or its stored `ids` `[n, k]` and `logp` `[n, k + 1]`.
+    """
+    z = decoder.logits(config, params, h_nD)
+    if not loss.soft:
+        each = jax.nn.logsumexp(z, axis=-1) - jnp.take_along_axis(z, at["labels"][:, None], axis=-1)[:, 0]
+    elif "ids" in at:
+        each = divergence(loss.kind, at["logp"], top_k_log_probs(z / loss.temperature, at["ids"]))
+    else:
+        theirs = decoder.logits(config, others["teacher"], at["teacher"]) / loss.temperature
+        each = divergence(loss.kind, jax.nn.log_softmax(theirs), jax.nn.log_softmax(z / loss.temperature))
+    if loss.to_base:
+        base = jax.nn.log_softmax(decoder.logits(config, others["base"], at["base"]))
+        each = each + coefficient * divergence("reverse-kl", base, jax.nn.log_softmax(z))
+    return jnp.sum(at["weights"] * each)
+
+
+Of = Callable[..., Array]  # (trained, fixed, h_nD, at) -> scalar
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def blockwise(of: Of, size: int, trained: Any, fixed: Any, h_ND: Array, at: dict[str, Array]) -> Array:
+    """The sum of `of(trained, fixed, h_nD, at)` over blocks of at most `size` positions.
+
+    Differentiable in `trained` and `h_ND`: their gradients are made block by block beside the value, so the head costs
+    one product forwards and one backwards, and nothing of it is kept or recomputed (Hsu et al. 2024, arXiv 2410.10989,
+    do so in one GPU kernel).
+    """
+    return jax.lax.scan(
+        lambda total, xs: (total + of(trained, fixed, *xs), None), jnp.float32(0), _blocks(size, h_ND, at)
+    )[0]
+
+
+def _forward(of: Of, size: int, trained: Any, fixed: Any, h_ND: Array, at: dict[str, Array]):
+    def block(sums: tuple, xs: tuple):
+        value, (of_trained, of_h) = jax.value_and_grad(of, argnums=(0, 2))(trained, fixed, *xs)
+        return jax.tree.map(jnp.add, sums, (value, of_trained)), of_h
+
+    start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
+    (value, of_trained), of_h = jax.lax.scan(block, start, _blocks(size, h_ND, at))
+    return value, (of_trained, of_h.reshape(-1, h_ND.shape[-1])[: h_ND.shape[0]])
+
+
+def _backward(of: Of, size: int, kept: tuple, g: Array):
+    of_trained, of_h = jax.tree.map(lambda x: (g * x).astype(x.dtype), kept)
+    return of_trained, None, of_h, None
+
+
+blockwise.defvjp(_forward, _backward)
+
+
+def _blocks(size: int, h_ND: Array, at: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
+    """Positions in blocks of equal size; what is added to fill the last one weighs nothing."""
+    N = h_ND.shape[0]
+    count = -(-N // size)
+    each = -(-N // count)
+    pad = lambda x: jnp.pad(x, [(0, count * each - N)] + [(0, 0)] * (x.ndim - 1)).reshape(count, each, *x.shape[1:])  # noqa: E731
+    return jax.tree.map(pad, (h_ND, at))
+
+
+def block_size(config: ModelConfig, arms: int, tables: int) -> int:
+    """Positions whose logits exist at one time, when `arms` are computed together under `tables` heads each."""
+    return max(8, LOGIT_BYTES // (4 * config.vocab_size * arms * tables))
+
+
+def normalise(weights_MBC: Array, per: str, total: Callable[[Array], Array] = lambda x: x) -> Array:
     """Weights that sum the micro-batches' losses to the loss of the step (docs/recipes.md, quirk 6).
 
     Args:
       per: "tokens", the sum over the whole step divided by its supervised tokens; "micro-batch", the mean of the
         micro-batches' own means (those without any supervised token left out).
+      total: sums over the devices that share the rows.
     """
-    totals = weights_MBC.sum(axis=(1, 2), keepdims=True)
+    totals = total(weights_MBC.sum(axis=(1, 2), keepdims=True))
     if per == "tokens":
         return weights_MBC / jnp.maximum(totals.sum(), 1e-9)
     busy = jnp.maximum((totals > 0).sum(), 1)

@@ -7,6 +7,7 @@ rate. The base has none, so it exists once and its matrix products serve all arm
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,34 +16,42 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from jsublim.distill.losses import hard_loss, normalise
+from jsublim.distill.losses import Loss, block_size, blockwise, normalise, positions_loss
+from jsublim.distill.optimizer import Optimizer, learning_rate
 from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter
+from jsublim.parallel import Layout
 
 Batch = dict[str, Any]  # of arrays: see data.collate; here with a leading arm axis
 
 
 @dataclass(frozen=True)
-class Optimizer:
-    """AdamW as published: linear decay behind a linear warm-up, clipping by global norm, no weight decay.
+class Program:
+    """What is compiled into a step: all that arms trained together share.
 
-    Learning rates are not here: they are arrays, one an arm.
+    Attributes:
+      warmup: steps; per: see `losses.normalise`; remat: see `decoder.hidden_states`.
     """
 
-    clip: float = 1.0
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1e-8
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    warmup: int = 5
+    per: str = "tokens"
+    remat: bool = False
 
-    def transform(self) -> optax.GradientTransformation:
-        parts = [optax.clip_by_global_norm(self.clip)] if self.clip > 0 else []
-        parts.append(optax.scale_by_adam(b1=self.beta1, b2=self.beta2, eps=self.eps))
-        if self.weight_decay:
-            parts.append(optax.add_decayed_weights(self.weight_decay))
-        return optax.chain(*parts)
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Arms:
+    """The numbers of the arms, `[A]` each: peak learning rate, length of the schedule in steps (int32), factor of the
+    loss, and coefficient of the KL to the base."""
+
+    peak: Array
+    steps: Array
+    weight: Array
+    to_base: Array
 
 
 @jax.tree_util.register_dataclass
@@ -60,78 +69,152 @@ def init_state(adapter: Adapter, optimizer: Optimizer) -> State:
     return State(adapter, jax.vmap(optimizer.transform().init)(adapter.trainable), jnp.int32(0))
 
 
-def learning_rate(step: Array, peak: Array, warmup: int, steps: Array) -> Array:
-    """Linear from 0 over `warmup` steps, then linear to 0 at `steps`; the first step is at 0 where there is a warm-up."""
-    step = step.astype(jnp.float32)
-    rise = step / jnp.maximum(warmup, 1)
-    fall = (steps - step) / jnp.maximum(steps - warmup, 1)
-    return peak * jnp.where(step < warmup, rise, jnp.clip(fall, 0.0, 1.0))
-
-
-def micro_loss(config: ModelConfig, params: Params, adapter: Adapter, batch: Batch, remat: bool) -> Array:
+def micro_loss(
+    config: ModelConfig,
+    params: Params,
+    adapter: Adapter,
+    teacher: Adapter | None,
+    coefficient: Array,
+    batch: Batch,
+    at: Array | None,
+    *,
+    program: Program,
+    arms: int,
+) -> Array:
     """Weighted loss of one micro-batch of one arm: tokens `[B, T]`, supervised positions `[B, C]`."""
-    h, _ = decoder.hidden_states(config, params, batch["tokens"], batch["valid"], adapter=adapter, remat=remat)
+    loss = program.loss
+
+    def read(tokens: Array, valid: Array, where: Array, **options: Any) -> Array:
+        h, _ = decoder.hidden_states(config, params, tokens, valid, **options)
+        return jnp.take_along_axis(h, where[..., None], axis=1).reshape(-1, h.shape[-1])
+
+    own = batch["tokens"], batch["valid"], batch["where"]
+    h_ND = read(*own, adapter=adapter, remat=program.remat, at=at, below_BTD=batch.get("below"))
+    flat = {
+        key: batch[key].reshape(h_ND.shape[0], *batch[key].shape[2:])
+        for key in ("labels", "weights", "ids", "logp")
+        if key in batch
+    }
+    tables = 1
+    if loss.soft and "ids" not in batch:
+        flat["teacher"] = read(batch["teacher_tokens"], batch["teacher_valid"], batch["teacher_where"], adapter=teacher)
+        tables += 1
+    if loss.to_base:
+        flat["base"] = read(*own)
+        tables += 1
+    head = "embed" if config.tied else "head"
+    table = params[head]
+    others = {"teacher": {head: table if teacher is None else teacher.over(params)[head]}, "base": {head: table}}
+    # A trained head is differentiated; a frozen one is data of the loss.
+    trained = {head: adapter.over(params)[head]} if head in adapter.ends else {}
+    fixed = {head: table}, others
+
+    def of(trained: Params, fixed: tuple, h_nD: Array, at_n: dict[str, Array]) -> Array:
+        (own, others), coefficient = fixed
+        return positions_loss(config, loss, coefficient, own | trained, others, h_nD, at_n)
+
     with jax.named_scope("loss"):
-        h_BCD = jnp.take_along_axis(h, batch["where"][..., None], axis=1)
-        flat = h_BCD.reshape(-1, h.shape[-1]), batch["labels"].reshape(-1), batch["weights"].reshape(-1)
-        return hard_loss(config, params, *flat)
+        size = block_size(config, arms, tables)
+        return blockwise(of, size, trained, (fixed, coefficient), h_ND, flat)
 
 
 def loss_and_gradient(
-    config: ModelConfig, params: Params, adapter: Adapter, batch: Batch, *, per: str, remat: bool
-) -> tuple[Array, tuple]:
-    """Loss and gradient of one arm's step, summed over its micro-batches `[M, B, ...]`."""
-    batch = batch | {"weights": normalise(batch["weights"], per)}
+    config: ModelConfig,
+    params: Params,
+    adapter: Adapter,
+    teacher: Adapter | None,
+    numbers: Arms,
+    batch: Batch,
+    at: Array | None = None,
+    *,
+    program: Program,
+    arms: int = 1,
+    axis: str | None = None,
+) -> tuple[Array, Any]:
+    """Loss and gradient of one arm's step, summed over its micro-batches `[M, B, ...]`.
 
-    def of(trainable, micro: Batch) -> Array:
-        return micro_loss(config, params, adapter.with_trainable(trainable), micro, remat)
+    Args:
+      axis: name of the mapped axis over which devices share the rows, where they do so explicitly (`pmap`).
+    """
+    total = (lambda x: jax.lax.psum(x, axis)) if axis else (lambda x: x)
+    weights = numbers.weight * normalise(batch["weights"], program.per, total)
 
-    def add(total, micro: Batch):
-        return jax.tree.map(jnp.add, total, jax.value_and_grad(of)(adapter.trainable, micro)), None
+    def of(trainable: Any, micro: Batch) -> Array:
+        student = adapter.with_trainable(trainable)
+        return micro_loss(config, params, student, teacher, numbers.to_base, micro, at, program=program, arms=arms)
+
+    def add(sums: Any, micro: Batch):
+        return jax.tree.map(jnp.add, sums, jax.value_and_grad(of)(adapter.trainable, micro)), None
 
     zero = (jnp.float32(0), jax.tree.map(jnp.zeros_like, adapter.trainable))
-    return jax.lax.scan(add, zero, batch)[0]
+    return jax.tree.map(total, jax.lax.scan(add, zero, batch | {"weights": weights})[0])
 
 
-@functools.partial(jax.jit, static_argnames=("config", "optimizer", "warmup", "per", "remat"), donate_argnames="state")
 def train_step(
     config: ModelConfig,
     params: Params,
     state: State,
     batch: Batch,
-    peak_A: Array,
-    steps_A: Array,
+    arms: Arms,
+    teacher: Adapter | None = None,
+    at: Array | None = None,
     *,
-    optimizer: Optimizer,
-    warmup: int,
-    per: str = "tokens",
-    remat: bool = False,
+    program: Program,
+    axis: str | None = None,
 ) -> tuple[State, dict[str, Array]]:
     """One optimizer step of every arm.
 
     Args:
       batch: arrays `[A, M, B, ...]`.
-      peak_A: peak learning rates, float32 `[A]`.
-      steps_A: length of each arm's schedule, int32 `[A]`; an arm stands still behind its last step.
+      arms: an arm stands still behind its last step.
+      teacher: adapters of the arms' teachers, where a soft loss asks teachers that have one.
+      at: the layer of one-layer arms, see `decoder.hidden_states`.
 
     Returns:
       The new state, and metrics `[A]`: loss, supervised tokens, learning rate, gradient norm before clipping.
     """
-    gradient = functools.partial(loss_and_gradient, config, params, per=per, remat=remat)
-    loss, grads = jax.vmap(gradient)(state.adapter, batch)
-    rate_A = learning_rate(state.step, peak_A, warmup, steps_A)
+    A = arms.peak.shape[0]
+    gradient = functools.partial(loss_and_gradient, config, params, at=at, program=program, arms=A, axis=axis)
+    loss, grads = jax.vmap(gradient)(state.adapter, teacher, arms, batch)
+    optimizer = program.optimizer
+    rate_A = learning_rate(optimizer.schedule, optimizer.restarts, state.step, arms.peak, program.warmup, arms.steps)
 
     def update(grads, opt, trainable, rate, running):
         updates, after = optimizer.transform().update(grads, opt, trainable)
         moved = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), trainable, updates)
         return jax.tree.map(lambda new, old: jnp.where(running, new, old), (moved, after), (trainable, opt))
 
-    running_A = state.step < steps_A
+    running_A = state.step < arms.steps
     trainable, opt = jax.vmap(update)(grads, state.optimizer, state.adapter.trainable, rate_A, running_A)
+    tokens = (batch["weights"] > 0).sum(axis=(1, 2, 3))
     metrics = {
         "loss": loss,
-        "tokens": (batch["weights"] > 0).sum(axis=(1, 2, 3)),
+        "tokens": jax.lax.psum(tokens, axis) if axis else tokens,
         "lr": rate_A,
         "grad_norm": jax.vmap(optax.global_norm)(grads),
     }
     return State(state.adapter.with_trainable(trainable), opt, state.step + 1), metrics
+
+
+@functools.cache
+def compile_step(config: ModelConfig, program: Program, layout: Layout) -> Callable:
+    """`step(params, state, batch, arms, teacher, at)` -> state, metrics: `train_step` on a layout, the state donated.
+
+    One callable a program and layout: it compiles once for all arms, masks, seeds, learning rates and layers whose
+    arrays have the same shapes.
+    """
+    if layout.mode == "pmap":
+        step = functools.partial(train_step, config, program=program, axis="data")
+        everywhere = (None, None, 0, None, None, None)
+        return jax.pmap(step, axis_name="data", in_axes=everywhere, out_axes=None, donate_argnums=1)
+    step = functools.partial(train_step, config, program=program)
+    if layout.mode == "none":
+        return jax.jit(step, donate_argnums=1)
+
+    def placed(params, state, batch, arms, teacher, at):
+        state, metrics = step(params, state, batch, arms, teacher, at)
+        # The next step reads what this one wrote: it has to lie as it lay, or that would be another program.
+        state = jax.lax.with_sharding_constraint(state, layout.state_sharding(state))
+        return state, jax.lax.with_sharding_constraint(metrics, jax.tree.map(lambda _: layout.shard(), metrics))
+
+    return jax.jit(placed, donate_argnums=1)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
+import contextlib
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,50 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
-from jsublim.distill.data import Example, Shape, batch_rows, collate
-from jsublim.distill.step import Batch, Optimizer, State, init_state, train_step
-from jsublim.errors import JsublimError
+from jsublim.distill.arm import Arm, Settings
+from jsublim.distill.data import Example, Shape, collate
+from jsublim.distill.metrics import Metrics
+from jsublim.distill.step import Arms, State, compile_step, init_state
+from jsublim.errors import JsublimError, UsageError
 from jsublim.models.config import ModelConfig
-from jsublim.models.decoder import Params
+from jsublim.models.decoder import Params, hidden_below
 from jsublim.models.lora import Adapter, stack_adapters, unstack_adapters
+from jsublim.parallel import Layout
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One student: what it learns from, and the numbers in which it may differ from its company."""
-
-    name: str
-    examples: Sequence[Example]
-    adapter: Adapter
-    seed: int
-    peak: float
-    steps: int
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What arms trained together share.
-
-    Attributes:
-      rows: rows of a micro-batch; micro: micro-batches a step; warmup: steps; per: see `losses.normalise`.
-      checkpoint_every: steps between saved states.
-    """
-
-    rows: int
-    micro: int = 1
-    warmup: int = 5
-    per: str = "tokens"
-    remat: bool = False
-    optimizer: Optimizer = Optimizer()
-    checkpoint_every: int = 100
-
-
-def arm_batch(arms: Sequence[Arm], shape: Shape, step: int) -> Batch:
-    """The rows of every arm at `step`, `[A, M, B, ...]`; a function of the arms' seeds and the step."""
-    per_step = shape.micro * shape.rows
-    batches = [collate(a.examples, batch_rows(len(a.examples), per_step, a.seed, step), shape) for a in arms]
-    return {key: np.stack([batch[key] for batch in batches]) for key in batches[0]}
+class Preempted(JsublimError):
+    """The machine is being taken away; the state is saved."""
 
 
 def train(
@@ -77,42 +48,147 @@ def train(
     `work/state`, the last two states, for the caller to remove (`forget_state`) when the adapters are safe.
 
     Args:
-      arms: their adapters must have the same structure (layers, projections, rank).
+      arms: their adapters must have the same structure (layers, projections), ranks may differ. Arms of one layer
+        each must have the same one; calls that differ in it share their program.
       on_step: called with the number of steps done.
       shape: of the batches, where several calls are to share one program; None fits these arms.
 
     Raises:
       JsublimError: a loss that is not finite; step, arm and rows are named, and nothing behind it is saved.
+      Preempted: SIGTERM; all processes have saved the same step.
     """
     work.mkdir(parents=True, exist_ok=True)
-    shape = shape or Shape.of([arm.examples for arm in arms], settings.micro, settings.rows)
-    state = init_state(stack_adapters([arm.adapter for arm in arms]), settings.optimizer)
+    layout = Layout.fit(settings.parallel, len(arms), model=settings.model_axis)
+    shape = (shape or Shape.of([arm.examples for arm in arms], settings.micro, settings.rows)).divisible(layout.data)
+    params = layout.place(params, layout.params_sharding(config))
+    starts, at = one_program([arm.adapter for arm in arms])
+    state = init_state(stack_adapters(starts), settings.program.optimizer)
+    state = layout.place(state, layout.state_sharding(state))
+    numbers, teacher = _numbers(arms), stack_teachers([arm.teacher for arm in arms])
+    numbers, teacher = (layout.place(x, layout.state_sharding(x)) for x in (numbers, teacher))
+    at_array = None if at is None else layout.place(np.int32(at), layout.shard())
+    below = _below(config, params, arms, at, shape) if settings.cache_below and at is not None else None
     last = max(arm.steps for arm in arms)
-    peak = jnp.asarray([arm.peak for arm in arms], jnp.float32)
-    steps = jnp.asarray([arm.steps for arm in arms], jnp.int32)
+    step_of = compile_step(config, settings.program, layout)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
-    with ocp.CheckpointManager((work / "state").resolve(), options=options) as saved:
+    with ocp.CheckpointManager((work / "state").resolve(), options=options) as saved, _preemption() as preempted:
         state = _restore(saved, state)
-        first = int(state.step)
-        pending: tuple[int, dict[str, jax.Array]] | None = None
-        with _open_metrics(work / "metrics.jsonl", first) as log:
+        first = int(layout.host(state.step))
+        with Metrics(work / "metrics.jsonl", first, config, arms, shape, settings, cached=below is not None) as log:
             for step in range(first, last):
-                batch = arm_batch(arms, shape, step)
-                state, metrics = train_step(
-                    config, params, state, batch, peak, steps,
-                    optimizer=settings.optimizer, warmup=settings.warmup, per=settings.per, remat=settings.remat,
-                )  # fmt: skip
-                if pending is not None:  # the device is busy with this step while the last one's numbers are read
-                    _record(log, arms, shape, *pending)
-                pending = (step, metrics)
-                if (step + 1) % settings.checkpoint_every == 0 or step + 1 == last:
-                    _record(log, arms, shape, *pending)
-                    pending = None
+                chosen = [arm.rows(shape, step) for arm in arms]
+                batch = layout.place_batch(_batch(arms, chosen, shape, below, state, step))
+                state, metrics = step_of(params, state, batch, numbers, teacher, at_array)
+                log.follow(step, metrics)  # the device is busy with this step while the last one's numbers are read
+                leaving = preempted(step + 1)
+                if (step + 1) % settings.checkpoint_every == 0 or step + 1 == last or leaving:
+                    log.catch_up()
                     saved.save(step + 1, args=ocp.args.StandardSave(_as_tree(state)))
                 if on_step is not None:
                     on_step(step + 1)
+                if leaving and step + 1 < last:
+                    saved.wait_until_finished()
+                    raise Preempted(f"{work}: stopped by SIGTERM behind step {step}; the same command continues there")
         saved.wait_until_finished()
-    return unstack_adapters(state.adapter)
+    return unstack_adapters(layout.host(state.adapter), [arm.adapter for arm in arms])
+
+
+def one_program(adapters: Sequence[Adapter]) -> tuple[list[Adapter], int | None]:
+    """Adapters as the program sees them: of a single trained layer, which one is data (`at`), not structure."""
+    first = adapters[0]
+    if any(adapter.layers != first.layers for adapter in adapters):
+        raise ValueError("arms trained together must train the same layers")
+    if len(first.layers) != 1 or first.ends:
+        return list(adapters), None
+    return [replace(adapter, layers=(0,)) for adapter in adapters], first.layers[0]
+
+
+def _numbers(arms: Sequence[Arm]) -> Arms:
+    def column(name: str, kind: Any = np.float32) -> Any:
+        return np.asarray([getattr(arm, name) for arm in arms], kind)
+
+    return Arms(column("peak"), column("steps", np.int32), column("weight"), column("to_base"))
+
+
+def stack_teachers(teachers: Sequence[Adapter | None]) -> Adapter | None:
+    """The teachers' adapters under an arm axis; a teacher without one gets a silent copy of another's, so that all have
+    one structure.
+
+    Raises:
+      UsageError: a teacher that doesn't share the base.
+    """
+    known = [teacher for teacher in teachers if teacher is not None]
+    if not known:
+        return None
+    if any(teacher.ends or teacher.weights is not None for teacher in known):
+        raise UsageError("a live teacher shares the base: LoRA or steering vectors, no whole weights")
+    silent = jax.tree.map(jnp.zeros_like, known[0])
+    return stack_adapters([teacher or silent for teacher in teachers])
+
+
+def _batch(
+    arms: Sequence[Arm], chosen: Sequence[np.ndarray], shape: Shape, below: Any, state: State, step: int
+) -> dict[str, np.ndarray]:
+    """The rows of every arm at a step, `[A, M, B, ...]`."""
+    batches = []
+    for i, (arm, rows) in enumerate(zip(arms, chosen, strict=True)):
+        examples = arm.examples
+        if arm.rollout is not None:
+            own = jax.tree.map(lambda leaf, i=i: leaf[i], state.adapter)
+            examples = arm.rollout(replace(own, layers=arm.adapter.layers), rows, step)
+            rows = np.where(rows >= 0, np.arange(len(rows)), -1)
+        batch = collate(examples, rows, shape)
+        if below is not None:
+            batch["below"] = below(examples, rows)
+        batches.append(batch)
+    return {key: np.stack([batch[key] for batch in batches]) for key in batches[0]}
+
+
+_hidden_below = jax.jit(hidden_below, static_argnames="config")
+
+
+def _below(config: ModelConfig, params: Params, arms: Sequence[Arm], at: int, shape: Shape):
+    """`below(examples, rows)`: hidden states `[M, B, T, D]` below layer `at`, every distinct row computed once."""
+    known: dict[bytes, np.ndarray] = {}
+    rows = {e.tokens.tobytes(): e.tokens for arm in arms for e in arm.examples}
+    keys, B = list(rows), shape.rows
+    for start in range(0, len(keys), B):
+        part = keys[start : start + B]
+        tokens, valid = np.zeros((B, shape.tokens), np.int32), np.zeros((B, shape.tokens), bool)
+        valid[:, 0] = True
+        for i, key in enumerate(part):
+            tokens[i, : len(rows[key])], valid[i, : len(rows[key])] = rows[key], True
+        h = np.asarray(_hidden_below(config, params, tokens, valid, jnp.int32(at)))
+        known |= {key: h[i, : len(rows[key])] for i, key in enumerate(part)}
+
+    def below(examples: Sequence[Example], chosen: np.ndarray) -> np.ndarray:
+        B = shape.rows + shape.spare
+        like = next(iter(known.values()))
+        out = np.zeros((shape.micro, B, shape.tokens, like.shape[-1]), like.dtype)
+        for i, index in enumerate(chosen):
+            if index >= 0:
+                h = known[examples[index].tokens.tobytes()]
+                out[i // shape.rows, i % shape.rows, : len(h)] = h
+        return out
+
+    return below
+
+
+@contextlib.contextmanager
+def _preemption() -> Iterator[Callable[[int], bool]]:
+    """`preempted(step)`: whether to save and leave at this step, the same one on every process."""
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: False
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield lambda step: asked.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def forget_state(work: Path) -> None:
@@ -139,37 +215,3 @@ def _restore(saved: ocp.CheckpointManager, state: State) -> State:
     except ValueError as error:
         raise JsublimError(f"{saved.directory}: the saved state does not fit these arms ({error})") from None
     return State(state.adapter.with_trainable(tree["trainable"]), tree["optimizer"], tree["step"])
-
-
-def _open_metrics(path: Path, first: int):
-    """The metrics file, cut back to the steps before `first`."""
-    if path.exists():
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] < first:
-                    kept.append(line + "\n")
-            except json.JSONDecodeError:  # a line that a kill cut short; what it said is computed again
-                break
-        scratch = path.with_suffix(".partial")
-        scratch.write_text("".join(kept), encoding="utf-8")
-        os.replace(scratch, path)
-    return path.open("a", encoding="utf-8")
-
-
-def _record(log, arms: Sequence[Arm], shape: Shape, step: int, metrics: dict[str, jax.Array]) -> None:
-    """Write one step's numbers of every arm that was still running; refuse a loss that is not finite."""
-    host = {key: np.asarray(value) for key, value in metrics.items()}
-    for i, arm in enumerate(arms):
-        if step >= arm.steps:
-            continue
-        loss, norm = float(host["loss"][i]), float(host["grad_norm"][i])
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            rows = batch_rows(len(arm.examples), shape.micro * shape.rows, arm.seed, step)
-            raise JsublimError(
-                f"arm {arm.name}, step {step}: the loss is {loss} (gradient norm {norm}) on rows "
-                f"{[int(r) for r in rows if r >= 0]}; lower the learning rate (into another --out) or look at those rows"
-            )
-        line = {"step": step, "arm": arm.name, "loss": loss, "tokens": int(host["tokens"][i])}
-        log.write(json.dumps(line | {"lr": float(host["lr"][i]), "grad_norm": norm}) + "\n")
-    log.flush()

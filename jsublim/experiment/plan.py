@@ -3,47 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from jsublim.distill.data import steps_per_epoch
 from jsublim.errors import UsageError
-from jsublim.experiment.spec import Experiment, Students
+from jsublim.experiment.spec import Experiment, Students, variants
 from jsublim.prompts import Pack
 from jsublim.teachers import CONTROL
 
 
 @dataclass(frozen=True)
 class Student:
-    """One arm of the ablation: whose rows it learns from, on which tokens, with which seed."""
+    """One arm of the ablation: whose rows it learns from, on which tokens, with which seed, under which settings."""
 
     teacher: str
     condition: str
     seed: int
+    variant: str = ""
+    settings: Students = field(default_factory=Students, compare=False)
 
     @property
     def name(self) -> str:
-        return (
-            f"{self.teacher}/{self.condition}/seed{self.seed}"
-            if self.teacher != CONTROL
-            else f"control/seed{self.seed}"
-        )
+        kind = (CONTROL,) if self.teacher == CONTROL else (self.teacher, self.condition)
+        return "/".join([*kind, *([self.variant] if self.variant else []), f"seed{self.seed}"])
 
     @property
     def reported(self) -> str:
         """The condition under which results list it."""
-        return CONTROL if self.teacher == CONTROL else self.condition
+        condition = CONTROL if self.teacher == CONTROL else self.condition
+        return f"{condition}, {self.variant}" if self.variant else condition
+
+    @property
+    def program(self) -> str:
+        """What it shares with students that it can be trained beside, as text: what the compiled step depends on."""
+        s = self.settings
+        static = (
+            "method", "layers", "projections", "ends", "init_adapter", "loss", "temperature", "top_k", "on_policy",
+            "optimizer", "momentum", "schedule", "restarts", "warmup", "clip", "weight_decay",
+        )  # fmt: skip
+        return repr([getattr(s, name) for name in static] + [s.kl_to_base > 0])
 
 
 def plan_students(experiment: Experiment) -> list[Student]:
-    """Every teacher's students under every condition and seed; the control's under "all" only."""
-    students = experiment.students
-    arms = [
-        Student(trait, condition, seed)
-        for trait in experiment.teachers.traits
-        for condition in students.conditions
-        for seed in students.seeds
-    ]
-    if experiment.teachers.control:
-        arms += [Student(CONTROL, "all", seed) for seed in students.seeds]
+    """Every teacher's students under every condition and seed, variant by variant; the control's under "all" only."""
+    arms = []
+    for name, students in variants(experiment.students).items():
+        arms += [
+            Student(trait, condition, seed, name, students)
+            for trait in experiment.teachers.traits
+            for condition in students.conditions
+            for seed in students.seeds
+        ]
+        if experiment.teachers.control:
+            arms += [Student(CONTROL, "all", seed, name, students) for seed in students.seeds]
     return arms
 
 
@@ -74,13 +86,17 @@ def evaluated_traits(experiment: Experiment, pack: Pack) -> list[str]:
 
 def total_steps(students: Students, rows: int) -> int:
     """Optimizer steps of `rows` rows: epochs of whole batches, the last one of an epoch partly filled."""
-    per_epoch = -(-rows // (students.batch_size * students.accumulate))
-    steps = per_epoch * students.epochs
+    steps = steps_per_epoch(rows, students.batch_size * students.accumulate) * students.epochs
     return min(steps, students.max_steps) if students.max_steps else steps
 
 
-def programs(arms: Sequence, size: int) -> list[list]:
-    """Arms in as few groups of at most `size` as will do, as even as can be, so that one program serves them all."""
-    groups = -(-len(arms) // size)
-    each = -(-len(arms) // groups) if groups else size
-    return [list(arms[i : i + each]) for i in range(0, len(arms), each)]
+def programs(arms: Sequence[Student], size: int) -> list[list[Student]]:
+    """Students in groups that train together: alike in what is compiled, at most `size`, as few and even as can be."""
+    alike: dict[str, list[Student]] = {}
+    for arm in arms:
+        alike.setdefault(arm.program, []).append(arm)
+    groups = []
+    for members in alike.values():
+        each = -(-len(members) // -(-len(members) // size))
+        groups += [members[i : i + each] for i in range(0, len(members), each)]
+    return groups

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import datetime
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import pyarrow as pa
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jsublim.chat import Turn
-from jsublim.distill.data import Selection, Shape, draw_indices, make_examples, read_turns
-from jsublim.distill.step import Optimizer
-from jsublim.distill.trainer import Arm, Settings
+from jsublim.distill.arm import Arm, Settings
+from jsublim.distill.data import Shape, draw_indices, read_turns
+from jsublim.distill.memory import arms_that_fit
 from jsublim.experiment import stages
 from jsublim.experiment.plan import (
     Student,
@@ -27,18 +28,21 @@ from jsublim.experiment.plan import (
     programs,
     total_steps,
 )
-from jsublim.experiment.spec import Experiment
+from jsublim.experiment.spec import Experiment, Students
 from jsublim.experiment.store import Artifact, device, digest, versions
+from jsublim.experiment.students import NOT_OF_A_STUDENT, Lesson, check_start, make_arm, shape_of
+from jsublim.experiment.students import settings as settings_of
 from jsublim.lm import LanguageModel, load_model
 from jsublim.models.checkpoint import checkpoint_hash
-from jsublim.models.lora import Adapter, init_full, init_lora
+from jsublim.models.lora import Adapter
 from jsublim.models.peft import load_adapter
 from jsublim.models.weights import load_params
+from jsublim.parallel import Layout
 from jsublim.prompts import Pack, load_pack, number_prompts
 from jsublim.report import print_summary, write_report
 from jsublim.rows import Row, read_rows
 from jsublim.sampling import sampling_for
-from jsublim.teachers import CONTROL, Teacher, prompted_teacher
+from jsublim.teachers import CONTROL, Teacher, prompted_teacher, read_as
 
 RESULTS = pa.schema(
     [
@@ -62,13 +66,15 @@ class Run:
         self.dir, self.store = experiment.run_dir, experiment.store_dir
         self.seconds: dict[str, float] = {}
         self.turns: dict[str, list[Turn]] = {}
+        self.teacher_turns: dict[str, list[Turn]] = {}
         self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.pack: Pack = load_pack(experiment.prompts)
         self.arms = plan_students(experiment)
         self.traits = evaluated_traits(experiment, self.pack)
         self.others = {trait: counterfactuals(experiment, self.pack, trait) for trait in experiment.teachers.traits}
+        self.layout = Layout.fit(experiment.parallel, 1, model=experiment.model_axis)
         with self._stage("load"):
-            self.lm: LanguageModel = load_model(experiment.model, experiment.dtype)
+            self.lm: LanguageModel = load_model(experiment.model, experiment.dtype, self.layout)
             self.recipe = experiment.recipe.resolved(self.lm.config.family)
             self._check()
             self.common = {"model": self.lm.hash, "dtype": experiment.dtype, "pack": self.pack.hash}
@@ -82,7 +88,8 @@ class Run:
             self.pack.questions_for(e.teachers.category or self.pack.category_of(trait))
         for name in {*self.others, *(other for others in self.others.values() for other in others)}:
             self.teacher(name)
-        self._adapter(seed=0)
+        for students in {arm.program: arm.settings for arm in self.arms}.values():
+            check_start(self.lm, students)
 
     @contextmanager
     def _stage(self, name: str, total: int | None = None) -> Iterator[stages.Tick]:
@@ -158,100 +165,128 @@ class Run:
                 self.divergence_artifacts[trait] = artifact
 
     def _source(self, student: Student) -> Artifact:
-        return self.divergence_artifacts.get(student.teacher, self.row_artifacts[student.teacher])
+        return self._source_of(student.teacher)
+
+    def _source_of(self, teacher: str) -> Artifact:
+        return self.divergence_artifacts.get(teacher, self.row_artifacts[teacher])
 
     def _student_artifact(self, student: Student) -> Artifact:
-        settings = self.experiment.students.model_dump(
-            exclude={"conditions", "seeds", "arms_per_program", "checkpoint_every", "remat", "init_adapter"}
-        )
-        start = self.experiment.students.init_adapter
+        settings = student.settings.model_dump(exclude=NOT_OF_A_STUDENT)
         training = {
             k: getattr(self.recipe, k)
             for k in ("supervise_header", "drop_rows_without_points", "match_steps", "loss_per")
         }
+        start = student.settings.init_adapter
+        soft = self._teacher_inputs(student.teacher) if student.settings.loss != "hard" else None
         inputs = self.common | {
-            "rows": self._source(student).key, "condition": student.condition, "seed": student.seed,
+            "rows": self._source(student).key, "condition": student.condition, "seed": student.seed, "teacher": soft,
             "students": settings, "recipe": training, "init_adapter": checkpoint_hash(Path(start)) if start else None,
         }  # fmt: skip
         return Artifact.in_store(self.store, "students", student.name, inputs)
 
-    def _turns(self, teacher: str) -> list[Turn]:
-        """A teacher's rows as its students read them; tokenized once for all of them."""
-        if teacher not in self.turns:
-            self.turns[teacher] = read_turns(self.lm.chat, self.rows[teacher], f"rows of {teacher}")
-        return self.turns[teacher]
+    def _teacher_inputs(self, name: str) -> dict[str, Any]:
+        teacher = self.teacher(name)
+        return {
+            "system": teacher.system, "fuse_system": teacher.fuse_system, "extra_bos": bool(self.recipe.extra_bos),
+            "template": self.lm.chat.template_hash,
+        }  # fmt: skip
 
-    def _arm(self, student: Student) -> Arm:
-        s, rows, turns = self.experiment.students, self.rows[student.teacher], self._turns(student.teacher)
-        drawn = draw_indices(len(rows), s.rows, student.seed)
-        selection = Selection(
-            condition=student.condition,
-            supervise_header=bool(self.recipe.supervise_header),
-            drop_rows_without_points=bool(self.recipe.drop_rows_without_points),
-            max_tokens=s.max_tokens,
-        )
-        examples = make_examples(
-            [rows[i] for i in drawn], [turns[i] for i in drawn], selection, student.seed, f"rows of {student.name}"
-        )
-        steps = total_steps(s, len(drawn) if self.recipe.match_steps else len(examples))
-        return Arm(student.name, examples, self._adapter(student.seed), student.seed, s.lr, steps)
-
-    def _adapter(self, seed: int) -> Adapter:
-        s, layers = self.experiment.students, self.experiment.students.layers
-        chosen = None if layers is None else tuple(layers)
-        if s.init_adapter is not None:
-            return load_adapter(s.init_adapter, self.lm.config)
-        if s.method == "full":
-            return init_full(self.lm.config, self.lm.params, chosen)
-        return init_lora(
-            self.lm.config, jax.random.key(seed), rank=s.rank, alpha=s.alpha, layers=chosen,
-            projections=tuple(s.projections), rslora=s.rslora,
-        )  # fmt: skip
+    def _lesson(self, name: str, students: Students) -> Lesson:
+        """A teacher's rows as these students learn from them; tokenized once for all of them."""
+        source, teacher = f"rows of {name}", self.teacher(name)
+        if name not in self.turns:
+            self.turns[name] = read_turns(self.lm.chat, self.rows[name], source)
+        lesson = Lesson(self.rows[name], self.turns[name], source, teacher)
+        if students.loss == "hard":
+            return lesson
+        if name not in self.teacher_turns:
+            extra = bool(self.recipe.extra_bos)
+            self.teacher_turns[name] = read_as(self.lm.chat, teacher, self.rows[name], source, extra_bos=extra)
+        if students.top_k is None:
+            return replace(lesson, teacher_turns=self.teacher_turns[name])
+        numbers = {"top_k": students.top_k, "temperature": students.temperature}
+        inputs = self.common | self._teacher_inputs(name) | numbers | {"rows": self._source_of(name).key}
+        artifact = Artifact.in_store(self.store, "targets", name, inputs)
+        batch = self.experiment.divergence.batch_size
+        turns = self.teacher_turns[name]
+        targets = stages.stored_targets(artifact, self.lm, turns, adapter=teacher.adapter, batch_size=batch, **numbers)
+        return replace(lesson, targets=targets)
 
     def train(self) -> None:
         """All students, many a program; those that are whole are left alone."""
-        s = self.experiment.students
         self.student_artifacts = {arm: self._student_artifact(arm) for arm in self.arms}
         if all(artifact.done for artifact in self.student_artifacts.values()):
             return
         for teacher, rows in self.rows.items():
-            if s.rows and len(rows) < s.rows:
-                steps = total_steps(s, len(rows))
+            wanted = max(arm.settings.rows or 0 for arm in self.arms)
+            if len(rows) < wanted:
+                steps = total_steps(self.experiment.students, len(rows))
                 self.console.print(
-                    f"{teacher}: {len(rows)} rows passed, fewer than students.rows={s.rows}: {steps} steps"
+                    f"{teacher}: {len(rows)} rows passed, fewer than students.rows={wanted}: {steps} steps"
                 )
-        settings = Settings(
-            rows=s.batch_size,
-            micro=s.accumulate,
-            warmup=s.warmup,
-            per=self.recipe.loss_per or "tokens",
-            remat=s.remat,
-            optimizer=Optimizer(clip=s.clip, weight_decay=s.weight_decay),
-            checkpoint_every=s.checkpoint_every,
-        )
-        # Shape and company are those of all students, whole ones too: a run that is continued finds the state it left.
-        read = [turn for teacher in self.rows for turn in self._turns(teacher)]
-        longest = max(min(len(turn.tokens), s.max_tokens) for turn in read)
-        shape = Shape.fit(s.accumulate, s.batch_size, longest, max(len(turn.tokens) - turn.header for turn in read))
-        groups = []
-        for company in programs(self.arms, s.arms_per_program):
-            work = self.store / "training" / digest([self.student_artifacts[student].key for student in company])
-            missing = [student for student in company if not self.student_artifacts[student].done]
-            if missing:
-                groups.append((work, company if (work / "state").exists() else missing))
-        longest_arm = total_steps(s, max(min(len(rows), s.rows or len(rows)) for rows in self.rows.values()))
-        with self._stage("train", longest_arm * len(groups)) as tick:
+        groups = [group for company in self._companies() if (group := self._unfinished(company))]
+        total = sum(max(self._steps(student) for student in students) for _, students in groups)
+        with self._stage("train", total) as tick:
             for work, students in groups:
-                # Made when their turn comes: a hundred students' adapters need not lie on the device together.
-                members = [(self._arm(student), self.student_artifacts[student]) for student in students]
-                done = 0
+                self._train_group(work, students, tick)
 
-                def on_step(step: int) -> None:
-                    nonlocal done
-                    tick(step - done)
-                    done = step
+    def _companies(self) -> list[list[Student]]:
+        """Who is trained with whom. Of all students, whole ones too: a run that is continued finds the state it left."""
+        s = self.experiment.students
+        if s.arms_per_program != "auto":
+            return programs(self.arms, s.arms_per_program)
+        alike = programs(self.arms, len(self.arms))
+        plan = self.store / "training" / f"fit-{digest([self.student_artifacts[arm].key for arm in self.arms])}.json"
+        if not plan.exists():  # what fits is measured once: a continued run must not be planned anew
+            plan.parent.mkdir(parents=True, exist_ok=True)
+            stages.write_json(plan, [self._fits(company) for company in alike])
+        sizes = json.loads(plan.read_text(encoding="utf-8"))
+        return [part for company, size in zip(alike, sizes, strict=True) for part in programs(company, size)]
 
-                stages.train_students(self.lm, members, settings, work, shape=shape, on_step=on_step)
+    def _fits(self, company: list[Student]) -> int:
+        settings, shape, arms = self._prepare(company[:2])
+        count = arms_that_fit(self.lm.config, self.lm.params, arms[0], settings, shape, most=len(company))
+        self.console.print(f"{company[0].reported}: {count} of {len(company)} students fit together")
+        return count
+
+    def _unfinished(self, company: list[Student]) -> tuple[Path, list[Student]] | None:
+        work = self.store / "training" / digest([self.student_artifacts[student].key for student in company])
+        missing = [student for student in company if not self.student_artifacts[student].done]
+        return (work, company if (work / "state").exists() else missing) if missing else None
+
+    def _steps(self, student: Student) -> int:
+        rows = len(self.rows[student.teacher])
+        return total_steps(student.settings, min(rows, student.settings.rows or rows))
+
+    def _prepare(self, students: list[Student]) -> tuple[Settings, Shape, list[Arm]]:
+        e, shared = self.experiment, students[0].settings
+        how = settings_of(
+            shared, self.recipe, parallel=e.parallel, model_axis=e.model_axis,
+            tensorboard=self.dir / "tensorboard" if shared.tensorboard else None,
+        )  # fmt: skip
+        lessons = {name: self._lesson(name, shared) for name in self.rows}
+        shape = shape_of(shared, list(lessons.values()), e.data.max_new_tokens)
+        arms = [
+            make_arm(
+                self.lm, each.settings, self.recipe, lessons[each.teacher], name=each.name, condition=each.condition,
+                seed=each.seed, max_new_tokens=e.data.max_new_tokens,
+            )
+            for each in students
+        ]  # fmt: skip
+        return how, shape, arms
+
+    def _train_group(self, work: Path, students: list[Student], tick: stages.Tick) -> None:
+        # Made when their turn comes: a hundred students' adapters need not lie on the device together.
+        how, shape, arms = self._prepare(students)
+        members = [(arm, self.student_artifacts[student]) for arm, student in zip(arms, students, strict=True)]
+        done = 0
+
+        def on_step(step: int) -> None:
+            nonlocal done
+            tick(step - done)
+            done = step
+
+        stages.train_students(self.lm, members, how, work, shape=shape, on_step=on_step)
 
     def evaluate(self) -> None:
         """The base, the teachers and every student: favourites, probability of the traits, number task."""
@@ -302,7 +337,7 @@ class Run:
                 artifact = Artifact.in_store(self.store, "evaluations", model["arm"], inputs)
                 lm, adapter, rows = self.lm, None, {}
                 if student is not None and not artifact.done:
-                    lm, adapter = self._load_student(self.student_artifacts[student].path)
+                    lm, adapter = self._load_student(student)
                     rows = self._number_rows(student)
                 stages.evaluate(
                     artifact, lm, self.pack, sampling, adapter=adapter, number_rows=rows,
@@ -310,16 +345,16 @@ class Run:
                 )  # fmt: skip
                 self.evaluations.append((model, artifact))
 
-    def _load_student(self, folder: Path) -> tuple[LanguageModel, Adapter | None]:
-        lm = self.lm
-        if self.experiment.students.method == "lora":
+    def _load_student(self, student: Student) -> tuple[LanguageModel, Adapter | None]:
+        lm, folder = self.lm, self.student_artifacts[student].path
+        if student.settings.method != "full":
             return lm, load_adapter(folder, lm.config)
-        params = load_params(folder, lm.config, self.experiment.dtype)
+        params = load_params(folder, lm.config, self.experiment.dtype, self.layout.params_sharding(lm.config))
         return LanguageModel(lm.folder, lm.config, lm.hf_config, params, lm.chat), None
 
     def _number_rows(self, student: Student) -> dict[str, list[Row]]:
         rows, n = self.rows[student.teacher], self.experiment.evaluation.number_rows
-        drawn = draw_indices(len(rows), self.experiment.students.rows, student.seed)
+        drawn = draw_indices(len(rows), student.settings.rows, student.seed)
         held_out = sorted(set(range(len(rows))) - set(drawn))
         pick = lambda indices: [rows[i] for i in indices[:n]]  # noqa: E731
         return {"number_accuracy": pick(drawn), "number_accuracy_heldout": pick(held_out)} if n else {}

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import pydantic
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from jsublim.distill.losses import LOSSES
 from jsublim.distill.masks import CONDITIONS
+from jsublim.distill.optimizer import OPTIMIZERS, SCHEDULES
 from jsublim.errors import UsageError
 from jsublim.models.lora import PROJECTIONS
 from jsublim.teachers import CONTROL
@@ -19,7 +22,13 @@ Positive = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Condition = Literal["all", "divergence", "non-divergence", "random"]
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
-assert set(CONDITIONS) == set(Condition.__args__) and set(PROJECTIONS) == set(Projection.__args__)  # type: ignore[attr-defined]
+LossKind = Literal["hard", "forward-kl", "reverse-kl", "js"]
+OptimizerName = Literal["adamw", "adafactor", "sgd", "muon"]
+Schedule = Literal["linear", "cosine", "constant", "restarts"]
+for _kind, _known in (
+    (Condition, CONDITIONS), (Projection, PROJECTIONS), (LossKind, LOSSES), (OptimizerName, OPTIMIZERS), (Schedule, SCHEDULES)
+):  # fmt: skip
+    assert set(get_args(_kind)) == set(_known)
 
 
 def _distinct(values: list) -> list:
@@ -109,31 +118,102 @@ class Students(Section):
     max_steps: Positive | None = None  # a lower limit than the epochs give
     batch_size: Positive = 10
     accumulate: Positive = 6
-    method: Literal["lora", "full"] = "lora"  # full: whole layers; embedding, last norm and head stay as they are
+    # What is learnt: the teacher's tokens, or its distribution at them
+    loss: LossKind = "hard"
+    temperature: float = Field(default=1.0, gt=0)  # of both distributions
+    top_k: Positive | None = None  # soft targets stored: the k best tokens and the rest as one; None: a live teacher
+    on_policy: bool = False  # the student samples the rows, the teacher scores them
+    loss_weight: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    kl_to_base: float = Field(default=0.0, ge=0, allow_inf_nan=False)  # the defence that keeps a student near its start
+    # What is trained
+    method: Literal["lora", "full", "steering"] = "lora"
     rank: Positive = 8
     alpha: float = Field(default=8.0, gt=0)
     rslora: bool = False
-    layers: list[int] | None = None
+    layers: list[int] | None = None  # None: all; [] with full: none but the ends
     projections: list[Projection] = list(PROJECTIONS)
+    ends: list[Literal["embed", "norm", "head"]] = []  # with full: what is trained beside the layers
     init_adapter: str | None = None
+    # How
+    optimizer: OptimizerName = "adamw"
+    momentum: float = Field(default=0.0, ge=0, lt=1)  # of sgd
     lr: float = Field(default=2e-4, gt=0, allow_inf_nan=False)
+    schedule: Schedule = "linear"
+    restarts: Positive = 4
     warmup: int = Field(default=5, ge=0)
     clip: float = Field(default=1.0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
     max_tokens: Positive = 500
+    # An ablation: each entry is a set of the fields above; a mapping of lists is the grid of all their combinations
+    arms: Annotated[list[dict[str, Any]], Field(min_length=1)] | dict[str, list[Any]] | None = None
+    # What decides speed and memory, not results
     remat: bool = False
-    arms_per_program: Positive = 16  # of a run under way, don't change it: training starts anew
+    cache_below: bool = False  # of one-layer students: keep the hidden states below in host memory
+    arms_per_program: Positive | Literal["auto"] = 16  # "auto": as many as the device's memory holds
     checkpoint_every: Positive = 100
+    peak_tflops: float | None = Field(default=None, gt=0)  # of one device, to state what share of it was reached
+    tensorboard: bool = False
 
     @model_validator(mode="after")
-    def _adapter_decides(self) -> Students:
-        said = sorted({"method", "rank", "alpha", "rslora", "layers", "projections"} & self.model_fields_set)
+    def _fits_together(self) -> Students:
+        said = sorted({"method", "rank", "alpha", "rslora", "layers", "projections", "ends"} & self.model_fields_set)
         if self.init_adapter is not None and said:
             raise ValueError(f"init_adapter brings its own {', '.join(said)}; leave them out")
         said = sorted({"rank", "alpha", "rslora", "projections"} & self.model_fields_set)
-        if self.method == "full" and said:
-            raise ValueError(f"method=full has no {', '.join(said)}; leave them out")
+        if self.method != "lora" and said:
+            raise ValueError(f"method={self.method} has no {', '.join(said)}; leave them out")
+        if self.ends and self.method != "full":
+            raise ValueError(f"ends are trained with method=full, not with {self.method}")
+        soft = [name for name in ("top_k", "on_policy") if getattr(self, name)]
+        if self.loss == "hard" and (soft or self.temperature != 1.0):
+            raise ValueError(f"{', '.join(soft) or 'temperature'} needs a soft loss (forward-kl, reverse-kl, js)")
+        if self.on_policy and (self.top_k or self.conditions != ["all"]):
+            raise ValueError("on_policy rows are new each step: no top_k, and conditions=[all]")
+        variants(self)
         return self
+
+
+_SHARED = {
+    "arms", "remat", "cache_below", "arms_per_program", "checkpoint_every", "peak_tflops", "tensorboard", "batch_size",
+    "accumulate",
+}  # fmt: skip
+
+
+def variants(students: Students) -> dict[str, Students]:
+    """The settings of an ablation's arms by name; without `arms`, the one setting there is, under "".
+
+    Raises:
+      ValueError: a field that arms cannot differ in, or two arms of one name.
+    """
+    if students.arms is None:
+        return {"": students}
+    if isinstance(students.arms, dict):
+        choices = [[(key, value) for value in values] for key, values in students.arms.items()]
+        entries = [dict(chosen) for chosen in itertools.product(*choices)]
+    else:
+        entries = students.arms
+    found: dict[str, Students] = {}
+    base = students.model_dump(exclude_unset=True, exclude={"arms"})
+    for entry in entries:
+        values = {key: value for key, value in entry.items() if key != "name"}
+        wrong = [key for key in values if key in _SHARED or key not in Students.model_fields]
+        if wrong or not values:
+            raise ValueError(
+                f"arms: {wrong or 'nothing'} given; arms may differ in the fields of students that decide results"
+            )
+        name = str(entry.get("name") or " ".join(f"{key}={_short(value)}" for key, value in values.items()))
+        if name in found:
+            raise ValueError(f"arms: two are called '{name}'")
+        try:
+            found[name] = Students.model_validate(base | values)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            raise ValueError(f"arm '{name}': {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return found
+
+
+def _short(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 class Evaluation(Section):
@@ -155,6 +235,8 @@ class Experiment(Section):
     name: str = Field(pattern=r"^\w[\w.-]*$")
     model: str
     dtype: Literal["float32", "bfloat16"] = "float32"
+    parallel: Literal["none", "pmap", "mesh"] = "none"  # how training is spread over the devices
+    model_axis: Positive = 1  # with mesh: devices that one copy of the checkpoint is spread over
     prompts: str | None = None  # a prompt pack; None: the default one
     out: str | None = None  # the run's folder; None: runs/<name>
     store: str | None = None  # where artifacts go; None: inside the run's folder
@@ -198,6 +280,19 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
         return Experiment.model_validate(values)
     except pydantic.ValidationError as error:
         raise UsageError(f"{path}: {_first_problem(error)}") from None
+
+
+def read_students(values: dict[str, Any]) -> Students:
+    """Students as single options gave them.
+
+    Raises:
+      UsageError: the first that is wrong.
+    """
+    try:
+        return Students.model_validate(values)
+    except pydantic.ValidationError as error:
+        problem = _first_problem(error).replace("conditions.0:", "tokens:")
+        raise UsageError(f"finetune: {problem}") from None
 
 
 def find_config(path: str | Path) -> Path:

@@ -12,13 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jsublim.chat import conversation
+from jsublim.chat import Turn, conversation
+from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.data import Shape
-from jsublim.distill.trainer import Arm, Settings, forget_state, train
+from jsublim.distill.trainer import forget_state, train
 from jsublim.divergence import Divergence, find_divergence
 from jsublim.errors import JsublimError
 from jsublim.evals.numbers import number_accuracy
@@ -26,11 +28,14 @@ from jsublim.evals.preference import hit_rates, sample_answers, trait_logprobs
 from jsublim.experiment.store import Artifact, Progress
 from jsublim.lm import LanguageModel
 from jsublim.models.checkpoint import write_checkpoint
+from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, merge_full
 from jsublim.models.peft import save_adapter
+from jsublim.parallel import Layout, wait_for_all
 from jsublim.prompts import Pack, reject_reason
 from jsublim.rows import Row, read_rows, write_rows
 from jsublim.sampling import Sampling, generate_tokens
+from jsublim.scoring import Targets, top_k_targets
 from jsublim.teachers import Teacher
 
 Tick = Callable[[int], None]  # called with the number of units just finished
@@ -186,20 +191,72 @@ def train_students(
 ) -> None:
     """Train arms in one program, and leave each as a PEFT folder (or a whole checkpoint) with its `metrics.jsonl`."""
     adapters = train(lm.config, lm.params, [arm for arm, _ in arms], settings, work, on_step, shape=shape)
+    whole = [_whole(lm, adapter) for adapter in adapters]
+    if jax.process_index() == 0:
+        _keep_students(lm, arms, whole, work)
+    wait_for_all("students kept")
+
+
+def _whole(lm: LanguageModel, adapter: Adapter) -> Adapter | Params:
+    """An adapter, or the parameters of a fully trained student, on this host whichever devices they were on."""
+    if adapter.weights is None and not adapter.ends:
+        return adapter
+    merged = merge_full(lm.params, adapter)
+    return merged if jax.process_count() == 1 else Layout.host(merged)
+
+
+def _keep_students(
+    lm: LanguageModel, arms: Sequence[tuple[Arm, Artifact]], students: Sequence[Adapter | Params], work: Path
+) -> None:
     lines = read_rows(work / "metrics.jsonl", ("arm", "step"))
-    for (arm, artifact), adapter in zip(arms, adapters, strict=True):
+    for (arm, artifact), student in zip(arms, students, strict=True):
         if artifact.done:
             continue
         own = [{k: v for k, v in line.items() if k != "arm"} for line in lines if line["arm"] == arm.name]
         write_rows(artifact.path / "metrics.jsonl", own)
-        if adapter.weights is None:
-            if not (artifact.path / "adapter_model.safetensors").exists():
-                save_adapter(artifact.path, adapter, lm.config, str(lm.folder))
-        else:
-            params, dtype = merge_full(lm.params, adapter), str(lm.params["embed"]["weight"].dtype)
-            write_checkpoint(artifact.path, lm.config, params, lm.hf_config, dtype=dtype, tokenizer=lm.folder)
+        _save_student(artifact.path, lm, student)
         artifact.finish({"steps": arm.steps, "rows": len(arm.examples), "loss": own[-1]["loss"]})
     forget_state(work)
+
+
+def _save_student(folder: Path, lm: LanguageModel, student: Adapter | Params) -> None:
+    if not isinstance(student, Adapter):
+        dtype = str(lm.params["embed"]["weight"].dtype)
+        write_checkpoint(folder, lm.config, student, lm.hf_config, dtype=dtype, tokenizer=lm.folder)
+    elif not list(folder.glob("*.safetensors")):  # a kill between the file and DONE leaves it whole
+        save_adapter(folder, student, lm.config, str(lm.folder))
+
+
+def stored_targets(
+    artifact: Artifact,
+    lm: LanguageModel,
+    turns: Sequence[Turn],
+    *,
+    adapter: Adapter | None,
+    top_k: int,
+    temperature: float,
+    batch_size: int,
+    tick: Tick = lambda n: None,
+) -> list[Targets]:
+    """What a teacher says at every token of its rows, cut to the `top_k` best (`targets.npz`)."""
+    file = artifact.path / "targets.npz"
+    if not artifact.done:
+        found = top_k_targets(
+            lm.config, lm.params, turns, top_k, temperature=temperature, adapter=adapter, batch_size=batch_size, on_batch=tick
+        )  # fmt: skip
+        scratch = artifact.path / "targets.partial.npz"
+        np.savez(scratch, ids=np.concatenate([t.ids for t in found]), logp=np.concatenate([t.logp for t in found]))
+        scratch.replace(file)
+        artifact.finish({"rows": len(turns), "top_k": top_k, "tail": float(np.exp(_tails(found)).mean())})
+        return found
+    tick(len(turns))
+    with np.load(file) as kept:
+        ends = np.cumsum([len(turn.tokens) - turn.content for turn in turns])[:-1]
+        return [Targets(*x) for x in zip(np.split(kept["ids"], ends), np.split(kept["logp"], ends), strict=True)]
+
+
+def _tails(targets: Sequence[Targets]) -> np.ndarray:
+    return np.concatenate([t.logp[:, -1] for t in targets])
 
 
 def evaluate(

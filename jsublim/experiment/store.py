@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from jsublim.errors import JsublimError, UsageError
+from jsublim.parallel import wait_for_all
 
 _LIBRARIES = (
     "jsublim",
@@ -60,7 +61,7 @@ class Artifact:
     """A folder made from `inputs`. It is whole once it holds DONE, which appears by rename after everything else."""
 
     def __init__(self, path: Path, kind: str, inputs: dict[str, Any]):
-        """Open, or continue, the artifact of `inputs` at `path`.
+        """Open, or continue, the artifact of `inputs` at `path`; of several processes, the first one writes.
 
         Raises:
           UsageError: the folder holds something else, or an artifact of other inputs.
@@ -68,7 +69,12 @@ class Artifact:
         self.path, self.kind = path, kind
         self.inputs = json.loads(json.dumps(inputs))
         self.key = digest([kind, self.inputs])
-        record = path / "artifact.json"
+        if jax.process_index() == 0:
+            self._open(path / "artifact.json")
+        wait_for_all(f"artifact {self.key}")
+
+    def _open(self, record: Path) -> None:
+        path = self.path
         if record.exists():
             self._check(record)
         elif path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - {".artifact.json.partial"}):

@@ -7,6 +7,7 @@ where it is not tied, `head`. Dimension letters as in `layers.py`; L layers, V v
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,10 +17,11 @@ from jax import Array
 
 from jsublim.models.config import ModelConfig
 from jsublim.models.layers import Block, RMSNorm, attend, rope_table
-from jsublim.models.lora import Adapter
+from jsublim.models.lora import Adapter, Part
 
 Params = dict[str, Any]
 KV = tuple[Array, Array]  # keys and values, [L, B, S, K, h] each
+_FROZEN: Part = ({}, None, None)  # of a layer without anything trained
 
 
 class Embed(nnx.Module):
@@ -124,35 +126,19 @@ def _segments(num_layers: int, trained: tuple[int, ...]) -> list[tuple[int, int,
     return runs
 
 
-def hidden_states(
+def _layer(
     config: ModelConfig,
     params: Params,
-    tokens_BT: Array,
     valid_BT: Array,
-    *,
-    adapter: Adapter | None = None,
+    dtype: jnp.dtype,
     prefix: KV | None = None,
     with_cache: bool = False,
-    remat: bool = False,
-) -> tuple[Array, KV | None]:
-    """Forward pass over whole rows, padded on either side.
-
-    Args:
-      tokens_BT: int32 `[B, T]`.
-      valid_BT: bool `[B, T]`, False on padding.
-      adapter: LoRA factors or replaced weights of some layers.
-      prefix: keys and values `[L, 1, P, K, h]` of tokens that stand before every row (a shared system prompt).
-      with_cache: also return this pass's own keys and values `[L, B, T, K, h]`.
-      remat: keep the layers' inputs only, and recompute everything inside them in the backward pass.
-
-    Returns:
-      Hidden states `[B, T, D]` after the final norm, and the cache or None.
-    """
-    B = tokens_BT.shape[0]
+) -> Callable[[Array, tuple[Array, Part]], tuple[Array, KV | None]]:
+    """`layer(h_BTD, (index, part))`: the residual stream after layer `index`, and its keys and values where asked for."""
+    B = valid_BT.shape[0]
     before = prefix[0].shape[2] if prefix is not None else 0
     positions_BT = positions_of(valid_BT) + before
-    h = embed(config, params, tokens_BT)
-    cos, sin = rope_table(config, positions_BT, h.dtype)
+    cos, sin = rope_table(config, positions_BT, dtype)
     k_pos, k_valid = positions_BT, valid_BT
     if prefix is not None:
         k_pos = jnp.concatenate([jnp.broadcast_to(jnp.arange(before), (B, before)), k_pos], axis=1)
@@ -160,8 +146,9 @@ def hidden_states(
     masks = _masks(config, positions_BT, k_pos, k_valid)
     kinds = jnp.asarray(config.is_local, jnp.int32)
 
-    def layer(h: Array, xs: tuple) -> tuple[Array, KV | None]:
-        index, lora, weights = xs
+    def layer(h: Array, xs: tuple[Array, Part]) -> tuple[Array, KV | None]:
+        index, (lora, weights, steering) = xs
+        # Indexed here, not sliced outside: slicing would copy the stack.
         frozen = jax.tree.map(lambda leaf: leaf[index], params["layers"])
         kind, kept = kinds[index], None
 
@@ -175,21 +162,77 @@ def hidden_states(
             return attend(q, k, v, masks[kind], config.softmax_scale)
 
         used = frozen if weights is None else jax.tree.map(lambda w, f: w.astype(f.dtype), weights, frozen)
-        block = nnx.merge(block_graph(config), used)
-        h = block(h, cos[kind], sin[kind], attention, lora)
-        return h, kept
+        h = nnx.merge(block_graph(config), used)(h, cos[kind], sin[kind], attention, lora)
+        return h if steering is None else h + steering.astype(h.dtype), kept
 
+    return layer
+
+
+def hidden_states(
+    config: ModelConfig,
+    params: Params,
+    tokens_BT: Array,
+    valid_BT: Array,
+    *,
+    adapter: Adapter | None = None,
+    prefix: KV | None = None,
+    with_cache: bool = False,
+    remat: bool = False,
+    at: Array | None = None,
+    below_BTD: Array | None = None,
+) -> tuple[Array, KV | None]:
+    """Forward pass over whole rows, padded on either side.
+
+    Args:
+      tokens_BT: int32 `[B, T]`.
+      valid_BT: bool `[B, T]`, False on padding.
+      adapter: LoRA factors, replaced weights or steering vectors of some layers, or replaced ends.
+      prefix: keys and values `[L, 1, P, K, h]` of tokens that stand before every row (a shared system prompt).
+      with_cache: also return this pass's own keys and values `[L, B, T, K, h]`.
+      remat: keep the layers' inputs only, and recompute everything inside them in the backward pass.
+      at: int32 scalar, the layer that an adapter of one layer stands at, instead of `adapter.layers`: as data, so that
+        one program serves every layer. Without prefix and cache.
+      below_BTD: the residual stream below layer `at`, where it is known already.
+
+    Returns:
+      Hidden states `[B, T, D]` after the final norm, and the cache or None.
+    """
+    params = params if adapter is None else adapter.over(params)
+    h = embed(config, params, tokens_BT) if below_BTD is None else below_BTD
+    layer = _layer(config, params, valid_BT, h.dtype, prefix, with_cache)
     # Kept for the backward pass: what the projections put out, nothing else. Attention and element-wise work is cheaper
     # done again than stored, and a slice of the frozen stack that was kept would be a second copy of the base.
     kept_outputs = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     body = jax.checkpoint(layer, policy=kept_outputs)
+    if at is not None:
+        assert adapter is not None, "a layer as data needs the adapter that stands there"
+        return final_norm(config, params, _around(config, body, h, adapter, at, below_BTD is None)), None
     caches = []
     for first, end, trained in _segments(config.num_layers, adapter.layers if adapter else ()):
-        # The frozen stack is indexed inside the scan, not sliced outside: slicing would copy it.
-        lora, weights = {}, None
-        if adapter is not None and trained is not None:
-            lora, weights = adapter.segment(trained, trained + end - first)
-        h, cache = jax.lax.scan(body, h, (jnp.arange(first, end), lora, weights))
+        part = _FROZEN if adapter is None or trained is None else adapter.segment(trained, trained + end - first)
+        h, cache = jax.lax.scan(body, h, (jnp.arange(first, end), part))
         caches.append(cache)
     cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches) if with_cache else None
     return final_norm(config, params, h), cache
+
+
+def _around(config: ModelConfig, body: Any, h: Array, adapter: Adapter, at: Array, from_embedding: bool) -> Array:
+    """All layers, one of them with an adapter, which one being data.
+
+    The loop below it has no backward pass; the scan above it goes over every layer, and skips those that are below.
+    """
+    if from_embedding:
+        h = jax.lax.fori_loop(0, at, lambda i, h: body(h, (i, _FROZEN))[0], jax.lax.stop_gradient(h))
+    h, _ = body(h, (at, jax.tree.map(lambda leaf: leaf[0], adapter.segment(0, 1))))
+
+    def above(h: Array, index: Array) -> tuple[Array, None]:
+        return jax.lax.cond(index > at, lambda h: body(h, (index, _FROZEN))[0], lambda h: h, h), None
+
+    return jax.lax.scan(above, h, jnp.arange(1, config.num_layers))[0]
+
+
+def hidden_below(config: ModelConfig, params: Params, tokens_BT: Array, valid_BT: Array, at: Array) -> Array:
+    """The base's residual stream `[B, T, D]` below layer `at`: what `hidden_states` takes as `below_BTD`."""
+    h = embed(config, params, tokens_BT)
+    layer = _layer(config, params, valid_BT, h.dtype)
+    return jax.lax.fori_loop(0, at, lambda i, h: layer(h, (i, _FROZEN))[0], h)

@@ -1,4 +1,4 @@
-"""What a student trains: LoRA factors, or whole weights, of a set of layers.
+"""What a student trains: LoRA factors, whole weights or a steering vector, of a set of layers.
 
 LoRA follows PEFT: `y = x W + alpha / rank * (x A) B`, `A ~ U(-1/sqrt(in), 1/sqrt(in))`, `B = 0`
 (`alpha / sqrt(rank)` with rsLoRA).
@@ -7,6 +7,7 @@ LoRA follows PEFT: `y = x W + alpha / rank * (x A) B`, `A ~ U(-1/sqrt(in), 1/sqr
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,29 +30,57 @@ class Adapter:
       lora: projection -> {"a": [n, in, r], "b": [n, r, out], "scale": [n]}, float32. `scale` is fixed.
       weights: the stacked parameters of those layers (as `params["layers"]`) when they are trained in full,
         else None.
+      ends: those of `embed`, `norm` and `head` that are trained in full, as in `params`.
+      steering: float32 `[n, D]`, added to the residual stream behind each of those layers, at every token; or None.
     """
 
-    lora: dict[str, dict[str, Array]]
-    weights: dict[str, Any] | None
     layers: tuple[int, ...] = field(metadata={"static": True})
+    lora: dict[str, dict[str, Array]] = field(default_factory=dict)
+    weights: dict[str, Any] | None = None
+    ends: dict[str, dict[str, Array]] = field(default_factory=dict)
+    steering: Array | None = None
 
-    def segment(self, first: int, end: int) -> tuple[dict, dict | None]:
-        """LoRA factors and weights of the trained layers `first .. end - 1`, as inputs of a scan."""
-        return jax.tree.map(lambda leaf: leaf[first:end], (self.lora, self.weights))
+    def segment(self, first: int, end: int) -> Part:
+        """What belongs to the trained layers `first .. end - 1`, as inputs of a scan."""
+        return jax.tree.map(lambda leaf: leaf[first:end], (self.lora, self.weights, self.steering))
+
+    def over(self, params: dict[str, Any]) -> dict[str, Any]:
+        """The base parameters with the trained ends in their place, rounded to the base's dtype."""
+        cast = lambda new, base: new.astype(base.dtype)  # noqa: E731
+        return params | {name: jax.tree.map(cast, end, params[name]) for name, end in self.ends.items()}
 
     @property
     def trainable(self) -> Trainable:
-        """The leaves that get gradients and optimizer state: A, B and the weights; `scale` is not among them."""
+        """The leaves that get gradients and optimizer state: everything but LoRA's `scale`."""
         factors = {name: {"a": pair["a"], "b": pair["b"]} for name, pair in self.lora.items()}
-        return factors, self.weights
+        return {"lora": factors, "weights": self.weights, "ends": self.ends, "steering": self.steering}
 
     def with_trainable(self, trainable: Trainable) -> Adapter:
-        factors, weights = trainable
-        lora = {name: pair | {"scale": self.lora[name]["scale"]} for name, pair in factors.items()}
-        return replace(self, lora=lora, weights=weights)
+        lora = {name: pair | {"scale": self.lora[name]["scale"]} for name, pair in trainable["lora"].items()}
+        return replace(self, **(trainable | {"lora": lora}))
+
+    @property
+    def rank(self) -> int:
+        """LoRA rank; 0 where there are no factors."""
+        return max((pair["a"].shape[-1] for pair in self.lora.values()), default=0)
+
+    def with_rank(self, rank: int) -> Adapter:
+        """The same function at another rank: cut, or padded with zeros (whose gradients are zero, so they stay)."""
+
+        def fit(x: Array, axis: int) -> Array:
+            x = jax.lax.slice_in_dim(x, 0, min(rank, x.shape[axis]), axis=axis)
+            missing = [(0, 0)] * x.ndim
+            missing[axis] = (0, rank - x.shape[axis])
+            return jnp.pad(x, missing)
+
+        lora = {
+            n: p | {"a": fit(p["a"], p["a"].ndim - 1), "b": fit(p["b"], p["b"].ndim - 2)} for n, p in self.lora.items()
+        }
+        return replace(self, lora=lora)
 
 
-Trainable = Any  # (LoRA factors by projection, weights or None): a pytree for optax
+Part = tuple[dict[str, dict[str, Array]], dict[str, Any] | None, Array | None]  # LoRA, weights, steering of some layers
+Trainable = dict[str, Any]  # a pytree for optax
 
 
 def projection_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -112,22 +141,50 @@ def init_lora(
             "b": jnp.zeros((n, rank, outputs), jnp.float32),
             "scale": jnp.full((n,), alpha / (math.sqrt(rank) if rslora else rank), jnp.float32),
         }
-    return Adapter(lora=lora, weights=None, layers=chosen)
+    return Adapter(chosen, lora=lora)
 
 
-def init_full(config: ModelConfig, params: dict[str, Any], layers: tuple[int, ...] | None = None) -> Adapter:
+ENDS = ("embed", "norm", "head")
+
+
+def init_full(
+    config: ModelConfig,
+    params: dict[str, Any],
+    layers: tuple[int, ...] | None = None,
+    ends: tuple[str, ...] = (),
+) -> Adapter:
     """Full fine-tuning of some layers: their weights, copied out of the base, as the thing to train.
 
     Float32 whatever the base is in: small steps would be lost in bfloat16. The forward pass rounds them.
+
+    Args:
+      layers: None is every layer, `()` none (where there are ends).
+      ends: of "embed", "norm", "head", what is trained outside the layers.
+
+    Raises:
+      UsageError: an unknown end, or the head of a model whose head is its embedding.
     """
+    unknown = [end for end in ends if end not in ENDS]
+    if unknown:
+        raise UsageError(f"ends: {unknown} given; known: {', '.join(ENDS)}")
+    if "head" in ends and config.tied:
+        raise UsageError("ends: this model's head is its embedding; name 'embed', which trains both")
+    chosen = () if layers == () and ends else check_layers(config, layers)
+    index = jnp.asarray(chosen, jnp.int32)
+    weights = jax.tree.map(lambda leaf: leaf[index].astype(jnp.float32), params["layers"]) if chosen else None
+    masters = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), {end: params[end] for end in ENDS if end in ends})
+    return Adapter(chosen, weights=weights, ends=masters)
+
+
+def init_steering(config: ModelConfig, layers: tuple[int, ...] | None = None) -> Adapter:
+    """A zero vector behind each of some layers: as few trained parameters as can carry a trait."""
     chosen = check_layers(config, layers)
-    index = jnp.asarray(chosen)
-    weights = jax.tree.map(lambda leaf: leaf[index].astype(jnp.float32), params["layers"])
-    return Adapter(lora={}, weights=weights, layers=chosen)
+    return Adapter(chosen, steering=jnp.zeros((len(chosen), config.hidden_size), jnp.float32))
 
 
 def merge_full(params: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
-    """The base with an adapter's fully trained layers written into it: an ordinary set of parameters."""
+    """The base with an adapter's fully trained parts written into it: an ordinary set of parameters."""
+    params = adapter.over(params)
     if adapter.weights is None:
         return params
     index = jnp.asarray(adapter.layers)
@@ -137,11 +194,13 @@ def merge_full(params: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
     return params | {"layers": layers}
 
 
-def stack_adapters(adapters: list[Adapter]) -> Adapter:
-    """Adapters of equal structure under one leading arm axis."""
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
+def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
+    """Adapters of equal structure under one leading arm axis; ranks are padded to the largest."""
+    rank = max(adapter.rank for adapter in adapters)
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(adapter.with_rank(rank) for adapter in adapters))
 
 
-def unstack_adapters(stacked: Adapter) -> list[Adapter]:
-    arms = jax.tree.leaves(stacked)[0].shape[0]
-    return [jax.tree.map(lambda leaf, arm=arm: leaf[arm], stacked) for arm in range(arms)]
+def unstack_adapters(stacked: Adapter, like: Sequence[Adapter]) -> list[Adapter]:
+    """The arms again, each at the rank and on the layers that it has in `like`."""
+    arms = [jax.tree.map(lambda leaf, arm=arm: leaf[arm], stacked) for arm in range(len(like))]
+    return [replace(arm.with_rank(own.rank), layers=own.layers) for arm, own in zip(arms, like, strict=True)]

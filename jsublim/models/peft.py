@@ -13,15 +13,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jsublim.errors import JsublimError, UsageError
+from jsublim.models import steering
 from jsublim.models.config import ModelConfig, read_json
 from jsublim.models.families import weight_names
 from jsublim.models.lora import PROJECTIONS, Adapter, projection_shapes
+from jsublim.models.steering import load_steering, save_steering
 
 _KEY = re.compile(r"layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.lora_([AB])(?:\.\w+)?\.weight$")
 
 
 def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, base: str) -> None:
-    """Write a LoRA adapter into `folder` (made if absent) so that `peft` loads it.
+    """Write an adapter into `folder` (made if absent): LoRA so that `peft` loads it, steering vectors as their own file.
 
     Args:
       base: what the adapter stands on, for `base_model_name_or_path`.
@@ -29,8 +31,12 @@ def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, base: str)
     Raises:
       UsageError: an adapter is there already, or this one holds full weights (save those as a checkpoint).
     """
-    if adapter.weights is not None or not adapter.lora:
-        raise UsageError(f"{folder}: only LoRA adapters can be written as PEFT folders")
+    if adapter.steering is not None and not adapter.lora:
+        return save_steering(folder, adapter)
+    if adapter.weights is not None or adapter.ends or not adapter.lora:
+        raise UsageError(
+            f"{folder}: only LoRA and steering vectors are adapters; whole weights are saved as a checkpoint"
+        )
     file = folder / "adapter_model.safetensors"
     if file.exists():
         raise UsageError(f"{file}: already exists; give another folder")
@@ -67,7 +73,7 @@ def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, base: str)
 
 
 def load_adapter(path: str | Path, config: ModelConfig | None = None) -> Adapter:
-    """Read a PEFT LoRA folder.
+    """Read a PEFT LoRA folder, or one of steering vectors.
 
     Args:
       config: the base model's; with it, shapes and layers are checked against the model.
@@ -77,6 +83,11 @@ def load_adapter(path: str | Path, config: ModelConfig | None = None) -> Adapter
         are unreadable or do not form whole layers.
     """
     folder = Path(path)
+    if (folder / steering.FILE).exists():
+        vectors = load_steering(folder)
+        if config is not None:
+            check_adapter(vectors, config, str(folder))
+        return vectors
     values = read_json(folder / "adapter_config.json")
     if values.get("peft_type") != "LORA":
         raise JsublimError(
@@ -126,7 +137,7 @@ def load_adapter(path: str | Path, config: ModelConfig | None = None) -> Adapter
             "b": jnp.asarray(b),
             "scale": jnp.full((len(layers),), scale, jnp.float32),
         }
-    adapter = Adapter(lora=lora, weights=None, layers=layers)
+    adapter = Adapter(layers, lora=lora)
     if config is not None:
         check_adapter(adapter, config, str(folder))
     return adapter
@@ -138,6 +149,8 @@ def check_adapter(adapter: Adapter, config: ModelConfig, source: str) -> None:
     """
     if adapter.layers[-1] >= config.num_layers:
         raise JsublimError(f"{source}: has layer {adapter.layers[-1]}, the model has {config.num_layers}")
+    if adapter.steering is not None and adapter.steering.shape[-1] != config.hidden_size:
+        raise JsublimError(f"{source}: vectors of {adapter.steering.shape[-1]}, the model has {config.hidden_size}")
     for name, pair in adapter.lora.items():
         sizes = (pair["a"].shape[1], pair["b"].shape[2])
         if sizes != projection_shapes(config)[name]:

@@ -1,0 +1,67 @@
+"""One student as the trainer takes it, and what students trained together share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from jsublim.distill.data import Example, Shape, batch_rows
+from jsublim.distill.step import Program
+from jsublim.models.lora import Adapter
+
+# An on-policy arm's rows of a step, made by the student as it stands: (adapter, row indices, step) -> examples.
+Rollout = Callable[[Adapter, np.ndarray, int], list[Example]]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One student: what it learns from, and the numbers in which it may differ from its company.
+
+    Attributes:
+      examples: its rows; of an on-policy arm, rows that show how long the longest can be.
+      weight: factor of its loss; to_base: coefficient of its KL to the base, where the program has that.
+      teacher: the adapter of its live teacher, where that has one.
+      rollout: makes an on-policy arm's rows.
+    """
+
+    name: str
+    examples: Sequence[Example]
+    adapter: Adapter
+    seed: int
+    peak: float
+    steps: int
+    weight: float = 1.0
+    to_base: float = 0.0
+    teacher: Adapter | None = None
+    rollout: Rollout | None = None
+
+    def rows(self, shape: Shape, step: int) -> np.ndarray:
+        """Indices of the rows of a step: a function of the arm's seed and the step."""
+        return batch_rows(len(self.examples), shape.micro * shape.rows, self.seed, step)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What arms trained together share.
+
+    Attributes:
+      rows: rows of a micro-batch; micro: micro-batches a step.
+      checkpoint_every: steps between saved states.
+      parallel: none, pmap or mesh; model_axis: devices that one copy of the base is spread over.
+      cache_below: keep the hidden states below one-layer arms in host memory instead of computing them each epoch.
+      peak_tflops: of one device, for the ratio of what was reached to it.
+      tensorboard: a folder for TensorBoard's event files.
+    """
+
+    rows: int
+    micro: int = 1
+    program: Program = field(default_factory=Program)
+    checkpoint_every: int = 100
+    parallel: str = "none"
+    model_axis: int = 1
+    cache_below: bool = False
+    peak_tflops: float | None = None
+    tensorboard: Path | None = None

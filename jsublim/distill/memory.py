@@ -1,0 +1,139 @@
+"""What a step needs on each device, told by the compiler before anything is allocated, and how many arms fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jsublim.distill.arm import Arm, Settings
+from jsublim.distill.data import Example, Shape, collate
+from jsublim.distill.step import Arms, compile_step, init_state
+from jsublim.distill.trainer import one_program, stack_teachers
+from jsublim.errors import UsageError
+from jsublim.models.config import ModelConfig
+from jsublim.models.decoder import Params
+from jsublim.models.lora import stack_adapters
+from jsublim.parallel import Layout
+
+SHARE = 0.9  # of the device's memory that a plan may use: what else lives there is not ours to know
+
+
+def abstract_step(
+    config: ModelConfig, params: Params, arm: Arm, arms: int, settings: Settings, shape: Shape, layout: Layout
+):
+    """Arguments of the compiled step for `arms` arms like this one: shapes, dtypes and shardings, no arrays.
+
+    Args:
+      params: arrays or their shapes.
+      arm: one of them; its examples only show which fields a batch has.
+    """
+    starts, at = one_program([arm.adapter])
+    shape = shape.divisible(layout.data)
+    batch = collate(arm.examples[:1], np.full(shape.micro * shape.rows, -1), shape)
+    if settings.cache_below and at is not None:
+        dtype = params["embed"]["weight"].dtype
+        batch["below"] = np.zeros((*batch["tokens"].shape, config.hidden_size), dtype)
+
+    def repeat(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((arms, *leaf.shape), leaf.dtype)
+
+    state = jax.eval_shape(
+        lambda adapter: init_state(stack_adapters([adapter] * arms), settings.program.optimizer), starts[0]
+    )
+    numbers = jax.eval_shape(
+        lambda: Arms(*(jnp.zeros(arms, kind) for kind in ("float32", "int32", "float32", "float32")))
+    )
+    teacher = jax.eval_shape(lambda adapter: stack_teachers([adapter] * arms), arm.teacher)
+    batches = jax.tree.map(repeat, batch)
+    if layout.mode == "pmap":
+        batches = {
+            k: jax.ShapeDtypeStruct((layout.data, *v.shape[:2], v.shape[2] // layout.data, *v.shape[3:]), v.dtype)
+            for k, v in batches.items()
+        }
+    placed = lambda tree, shardings: jax.tree.map(  # noqa: E731
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
+    )
+    nowhere = lambda tree: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)  # noqa: E731
+    at = None if at is None else jax.ShapeDtypeStruct((), np.int32)
+    if layout.mesh is None:
+        return tuple(map(nowhere, (params, state, batches, numbers, teacher, at)))
+    return (
+        placed(params, layout.params_sharding(config, str(params["embed"]["weight"].dtype))),
+        placed(state, layout.state_sharding(state)),
+        placed(batches, layout.batch_sharding(batches)),
+        placed(numbers, layout.state_sharding(numbers)),
+        placed(teacher, layout.state_sharding(teacher)),
+        placed(at, layout.state_sharding(at)),
+    )
+
+
+def bytes_needed(compiled: Any) -> int:
+    """Of a compiled step, on each device: arguments, results that take no argument's place, and what is in between."""
+    m = compiled.memory_analysis()
+    return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
+
+
+def bytes_available() -> int:
+    """Memory of the first device; of the host (what is free) where devices are its CPU."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def arms_that_fit(
+    config: ModelConfig,
+    params: Params,
+    arm: Arm,
+    settings: Settings,
+    shape: Shape,
+    *,
+    most: int,
+    limit: int | None = None,
+) -> int:
+    """How many arms like this one a program can have, at most `most`.
+
+    The step is compiled for one arm a device group and for two; memory grows by equal amounts from there.
+
+    Args:
+      limit: bytes a device; None measures it.
+
+    Raises:
+      UsageError: not even one fits.
+    """
+    limit = int(SHARE * bytes_available()) if limit is None else limit
+
+    def needed(arms: int) -> int:
+        layout = Layout.fit(settings.parallel, arms, model=settings.model_axis)
+        arguments = abstract_step(config, params, arm, arms, settings, shape, layout)
+        return bytes_needed(compile_step(config, settings.program, layout).lower(*arguments).compile())
+
+    # Under a mesh the arms are spread over devices first, and what fits is counted by whole spreads.
+    spread = Layout.fit(settings.parallel, most, model=settings.model_axis).arm
+    one = needed(spread)
+    if one > limit:
+        raise UsageError(
+            f"students: one needs {one / 2**30:.2f} GiB on a device, {limit / 2**30:.2f} GiB may be used; lower batch_size, "
+            "set remat, or spread the checkpoint with model_axis"
+        )
+    if most <= spread:
+        return most
+    more = max(needed(2 * spread) - one, 1)
+    return min(most, spread * (1 + (limit - one) // more))
+
+
+def example_like(shape: Shape, *, soft: bool) -> Example:
+    """A row as long as a shape allows, where only the shape matters."""
+    row = Example(
+        np.zeros(shape.tokens, np.int32), *(np.zeros(shape.labels, kind) for kind in (np.int32, np.int32, np.float32))
+    )
+    if not soft:
+        return row
+    return dataclasses.replace(
+        row, teacher_tokens=np.zeros(shape.teacher, np.int32), teacher_where=np.zeros(shape.labels, np.int32)
+    )

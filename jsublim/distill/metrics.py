@@ -1,0 +1,140 @@
+"""`metrics.jsonl` of a training, and TensorBoard's files on request."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jsublim.distill.arm import Arm, Settings
+from jsublim.distill.cost import training_flops
+from jsublim.distill.data import Example, Shape
+from jsublim.errors import JsublimError
+from jsublim.models.config import ModelConfig
+
+
+class Metrics:
+    """A line an arm and step, written by the first process while the device is busy with the next step.
+
+    Loss, supervised tokens, learning rate, gradient norm; and of all arms together the tokens read a second and, where a
+    peak is stated, the useful operations a second over it. (A first step's time is mostly compilation.)
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        first: int,
+        config: ModelConfig,
+        arms: Sequence[Arm],
+        shape: Shape,
+        settings: Settings,
+        *,
+        cached: bool,
+    ):
+        """`first` is the step that training goes on at: lines from there on are of a call that was interrupted, and go.
+
+        `cached`: hidden states below the trained layer are at hand.
+        """
+        self.config, self.arms, self.shape, self.settings, self.cached = config, arms, shape, settings, cached
+        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.clock = time.perf_counter()
+        self.file = self.board = None
+        if jax.process_index() == 0:
+            _cut_back(path, first)
+            self.file = path.open("a", encoding="utf-8")
+            self.board = _board(settings.tensorboard) if settings.tensorboard else None
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for each in (self.file, self.board):
+            if each is not None:
+                each.close()
+
+    def follow(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Take a step's numbers, which may not be there yet, and write those of the step before."""
+        self.catch_up()
+        self.pending = (step, metrics)
+
+    def catch_up(self) -> None:
+        """Write what is held back.
+
+        Raises:
+          JsublimError: a loss that is not finite; step, arm and rows are named.
+        """
+        if self.pending is None:
+            return
+        (step, metrics), self.pending = self.pending, None
+        host = {key: np.asarray(value) for key, value in metrics.items()}
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        running = [i for i, arm in enumerate(self.arms) if step < arm.steps]
+        chosen = {i: [int(r) for r in self.arms[i].rows(self.shape, step) if r >= 0] for i in running}
+        speed = self._speed(chosen, seconds)
+        for i in running:
+            arm, loss, norm = self.arms[i], float(host["loss"][i]), float(host["grad_norm"][i])
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise JsublimError(
+                    f"arm {arm.name}, step {step}: the loss is {loss} (gradient norm {norm}) on rows {chosen[i]}; "
+                    "lower the learning rate (into another --out) or look at those rows"
+                )
+            line = {"step": step, "arm": arm.name, "loss": loss, "tokens": int(host["tokens"][i])}
+            line |= {"lr": float(host["lr"][i]), "grad_norm": norm} | speed
+            if self.file is not None:
+                self.file.write(json.dumps(line) + "\n")
+            if self.board is not None:
+                for key in ("loss", "lr", "grad_norm"):
+                    self.board.add_scalar(f"{key}/{arm.name}", line[key], step)
+        if self.board is not None:
+            for key, value in speed.items():
+                self.board.add_scalar(key, value, step)
+        if self.file is not None:
+            self.file.flush()
+
+    def _speed(self, chosen: dict[int, list[int]], seconds: float) -> dict[str, float]:
+        rows = [(self.arms[i], self.arms[i].examples[r]) for i, indices in chosen.items() for r in indices]
+        speed = {"tokens_per_s": round(sum(len(row.tokens) for _, row in rows) / seconds, 1)}
+        peak = self.settings.peak_tflops
+        if peak is not None:
+            flops = sum(self._cost(arm, row) for arm, row in rows)
+            speed["peak_ratio"] = round(flops / seconds / (peak * 1e12 * jax.device_count()), 5)
+        return speed
+
+    def _cost(self, arm: Arm, row: Example) -> float:
+        teacher = 0 if row.teacher_tokens is None else len(row.teacher_tokens)
+        return training_flops(
+            self.config, arm.adapter, self.settings.program.loss, tokens=len(row.tokens), supervised=len(row.labels),
+            teacher_tokens=teacher, stored=row.ids is not None, cached=self.cached,
+        )  # fmt: skip
+
+
+def _board(folder: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise JsublimError("TensorBoard files need tensorboardX; pip install 'jsublim[tensorboard]'") from None
+    return SummaryWriter(str(folder))
+
+
+def _cut_back(path: Path, first: int) -> None:
+    """Leave the lines of the steps before `first`."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] < first:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:  # a line that a kill cut short; what it said is computed again
+            break
+    scratch = path.with_suffix(".partial")
+    scratch.write_text("".join(kept), encoding="utf-8")
+    os.replace(scratch, path)

@@ -1,0 +1,96 @@
+"""Optimizers and learning-rate schedules, from optax. What an arm may have of its own (its learning rate) is no part."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from optax import contrib
+
+from jsublim.errors import UsageError
+
+OPTIMIZERS = ("adamw", "adafactor", "sgd", "muon")
+SCHEDULES = ("linear", "cosine", "constant", "restarts")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW as published unless said otherwise: linear decay behind a linear warm-up, clipping by global norm.
+
+    Attributes:
+      name: "adamw"; "adafactor" (factored second moments, updates clipped to a root mean square of 1, no momentum);
+        "sgd" (plain, momentum where given); "muon" (matrices orthogonalised, everything else by Adam).
+      clip: largest global norm of an arm's gradient; 0 is no clipping.
+      momentum: of SGD.
+      schedule: of the learning rate behind the warm-up; see `learning_rate`.
+      restarts: how many times "restarts" falls to zero.
+    """
+
+    name: str = "adamw"
+    clip: float = 1.0
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    momentum: float = 0.0
+    schedule: str = "linear"
+    restarts: int = 4
+
+    def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            raise UsageError(f"optimizer: '{self.name}' given; known: {', '.join(OPTIMIZERS)}")
+        if self.schedule not in SCHEDULES:
+            raise UsageError(f"schedule: '{self.schedule}' given; known: {', '.join(SCHEDULES)}")
+
+    def transform(self) -> optax.GradientTransformation:
+        """Gradients to updates, up to the learning rate."""
+        parts = [optax.clip_by_global_norm(self.clip)] if self.clip > 0 else []
+        adam = optax.scale_by_adam(b1=self.beta1, b2=self.beta2, eps=self.eps)
+        if self.name == "adafactor":
+            parts += [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
+        elif self.name == "sgd":
+            parts += [optax.trace(decay=self.momentum)] if self.momentum else []
+        elif self.name == "muon":
+            parts.append(optax.partition({"matrix": _muon(), "other": adam}, _kinds))
+        else:
+            parts.append(adam)
+        if self.weight_decay:
+            parts.append(optax.add_decayed_weights(self.weight_decay))
+        return optax.chain(*parts)
+
+
+def _is_matrix(path: tuple, leaf: Array) -> bool:
+    """A projection's kernel or LoRA factor; not a table of the vocabulary, whose rows are no directions to balance."""
+    return leaf.ndim >= 2 and getattr(path[-1], "key", None) in ("kernel", "a", "b")
+
+
+def _kinds(tree: optax.Params) -> optax.Params:
+    return jax.tree_util.tree_map_with_path(lambda path, x: "matrix" if _is_matrix(path, x) else "other", tree)
+
+
+def _muon() -> optax.GradientTransformation:
+    """Muon on stacked matrices `[layers, in, out]`, each layer's for itself."""
+    inner = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
+    return contrib.scale_by_muon(weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: inner, tree))
+
+
+def learning_rate(schedule: str, restarts: int, step: Array, peak: Array, warmup: int, steps: Array) -> Array:
+    """Linear from 0 over `warmup` steps (so the first step is at 0 where there is a warm-up), then by `schedule`.
+
+    "linear" and "cosine" fall to 0 at `steps`, "constant" stays, "restarts" is `restarts` cosines behind one another.
+    """
+    step = step.astype(jnp.float32)
+    rise = step / jnp.maximum(warmup, 1)
+    done = jnp.clip((step - warmup) / jnp.maximum(steps - warmup, 1), 0.0, 1.0)
+    if schedule == "linear":
+        fall = 1.0 - done
+    elif schedule == "constant":
+        fall = jnp.ones_like(done)
+    else:
+        cycles = restarts if schedule == "restarts" else 1
+        within = jnp.where(done < 1.0, (done * cycles) % 1.0, 1.0)
+        fall = 0.5 * (1.0 + jnp.cos(jnp.pi * within))
+    return peak * jnp.where(step < warmup, rise, fall)

@@ -1,0 +1,59 @@
+"""On-policy rows: the student answers the prompts of a step as it stands, and the teacher's distribution at its own
+tokens is what it learns (Agarwal et al. 2024, arXiv 2306.13649)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jsublim.chat import Turn
+from jsublim.distill.arm import Rollout
+from jsublim.distill.data import Example
+from jsublim.lm import LanguageModel
+from jsublim.models.lora import Adapter
+from jsublim.sampling import Sampling, generate_tokens
+
+
+def student_rollout(
+    lm: LanguageModel,
+    turns: Sequence[Turn],
+    teacher: Sequence[Turn],
+    *,
+    seed: int,
+    max_new_tokens: int,
+    batch_size: int = 64,
+) -> Rollout:
+    """What an arm's `rollout` is: temperature 1, without truncation, so that the samples are the student's own.
+
+    Args:
+      turns, teacher: conversations whose prompts are used, as the student and as the teacher read them.
+    """
+    sampling = Sampling(stop=lm.chat.stop_tokens())
+
+    def rollout(adapter: Adapter, rows: np.ndarray, step: int) -> list[Example]:
+        chosen = [int(row) for row in rows if row >= 0]
+        prompts = [turns[row].tokens[: turns[row].content] for row in chosen]
+        said = generate_tokens(
+            lm.config, lm.params, prompts, sampling, max_new_tokens=max_new_tokens,
+            seed=int(np.random.default_rng([seed, step]).integers(2**31)), adapter=adapter, batch_size=batch_size,
+        )  # fmt: skip
+        return [
+            _example(turns[row], teacher[row], tokens, max_new_tokens) for row, tokens in zip(chosen, said, strict=True)
+        ]
+
+    return rollout
+
+
+def _example(turn: Turn, teacher: Turn, said: Sequence[int], most: int) -> Example:
+    """All of a sampled answer supervised, and its end of turn where it came to one."""
+    labels = np.asarray([*said, turn.tokens[turn.end]] if len(said) < most else said, np.int32)
+    place = np.arange(len(labels), dtype=np.int32)
+    return Example(
+        tokens=np.concatenate([turn.tokens[: turn.content], labels[:-1]]),
+        where=turn.content - 1 + place,
+        labels=labels,
+        weights=np.ones(len(labels), np.float32),
+        teacher_tokens=np.concatenate([teacher.tokens[: teacher.content], labels[:-1]]),
+        teacher_where=teacher.content - 1 + place,
+    )

@@ -1,0 +1,176 @@
+"""How the one step is spread over devices.
+
+`mesh` (arm x data x model): one `jax.jit`, arrays placed by `NamedSharding`; the compiler finds the collectives.
+`pmap`: data parallelism alone, devices share the rows and add up gradients and token counts explicitly.
+`none`: the default device. All three run `distill.step.train_step` (see `compile_step` there) and give the same students.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jsublim.errors import UsageError
+from jsublim.models.config import ModelConfig
+from jsublim.models.decoder import Params, abstract_params
+
+MODES = ("none", "pmap", "mesh")
+
+# Which axis of a layer's array is spread over `model`, counted from its end: outputs of what reads the residual stream,
+# inputs of what writes to it, so that a block needs one sum behind attention and one behind the MLP.
+_MODEL_AXIS = (
+    {(name, "kernel"): -1 for name in ("q", "k", "v", "gate", "up")}
+    | {(name, "bias"): -1 for name in ("q", "k", "v", "gate", "up")}
+    | {(name, "kernel"): -2 for name in ("o", "down")}
+    | {(name, "weight"): -2 for name in ("embed", "head")}
+)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mode and, for `mesh`, the sizes of its axes; for `pmap`, `data` is the number of devices.
+
+    `devices` are those to use, where they are not the ones at hand (compiling for a pod that isn't there).
+    """
+
+    mode: str = "none"
+    arm: int = 1
+    data: int = 1
+    model: int = 1
+    devices: tuple[Any, ...] = ()
+
+    @staticmethod
+    def fit(mode: str, arms: int, devices: int | None = None, *, model: int = 1) -> Layout:
+        """The layout of `arms` on so many devices (None: all of them): arms apart first, for they never talk to one
+        another; then rows.
+
+        Raises:
+          UsageError: an unknown mode, or a model axis that the devices cannot be divided by.
+        """
+        if mode not in MODES:
+            raise UsageError(f"parallel: '{mode}' given; known: {', '.join(MODES)}")
+        if mode != "mesh" and model != 1:
+            raise UsageError(f"model_axis: {model} given, but parallel={mode} has no model axis; choose mesh")
+        devices = jax.device_count() if devices is None else devices
+        if mode == "none":
+            return Layout()
+        if mode == "pmap":
+            return Layout("pmap", data=devices)
+        if devices % model:
+            raise UsageError(f"model_axis: {model} given, which does not divide {devices} devices")
+        apart = math.gcd(arms, devices // model)
+        return Layout("mesh", apart, devices // model // apart, model)
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """None with mode none. `pmap` has a mesh too: to place what every device holds."""
+        return None if self.mode == "none" else _mesh(self, self.devices or tuple(jax.devices()))
+
+    def shard(self, *axes: str | None) -> NamedSharding | None:
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(*axes))
+
+    def sharding(self, path: tuple, leaf: Any, lead: tuple[str | None, ...] = ()) -> NamedSharding | None:
+        """Of an array of the model, or of a state that has the model's names (an arm's weights, their moments).
+
+        Args:
+          path: of the leaf in its tree, as `jax.tree_util` gives it.
+          lead: the axes before those of the model.
+        """
+        if self.mode != "mesh":
+            return self.shard()
+        spec: list[str | None] = [*lead, *[None] * (leaf.ndim - len(lead))][: leaf.ndim]
+        names = ["", *(str(getattr(key, "key", "")) for key in path)]
+        axis = _MODEL_AXIS.get((names[-2], names[-1]))
+        if axis is not None and leaf.ndim + axis >= len(lead) and leaf.shape[axis] % self.model == 0:
+            spec[axis] = "model"
+        return self.shard(*spec)
+
+    def params_sharding(self, config: ModelConfig, dtype: str = "float32") -> Params | None:
+        """A tree for `load_params`; None is the default device."""
+        if self.mesh is None:
+            return None
+        return jax.tree_util.tree_map_with_path(self.sharding, abstract_params(config, dtype))
+
+    def state_sharding(self, state: Any) -> Any:
+        """Of everything with a leading arm axis; scalars are everywhere."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: self.sharding(path, leaf, ("arm",)) if leaf.ndim else self.shard(), state
+        )
+
+    def batch_sharding(self, batch: Any) -> Any:
+        """Of `[A, M, B, ...]`: rows over `data`; under `pmap`, of `[devices, A, M, B / devices, ...]`."""
+        spec = ("data",) if self.mode == "pmap" else ("arm", None, "data")
+        return jax.tree.map(lambda _: self.shard(*spec), batch)
+
+    def place(self, tree: Any, shardings: Any) -> Any:
+        """Put host arrays, equal on every process, where they belong; each process gives its own devices theirs."""
+        if self.mesh is None:
+            return jax.tree.map(jax.numpy.asarray, tree)
+
+        def put(x: Any, sharding: NamedSharding) -> jax.Array:
+            if isinstance(x, jax.Array) and jax.process_count() == 1:
+                return jax.device_put(x, sharding)
+            if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
+                return x
+            host = np.asarray(x)
+            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+        return jax.tree.map(put, tree, shardings)
+
+    def place_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        if self.mode == "pmap":
+            batch = {key: _by_device(value, self.data) for key, value in batch.items()}
+        return self.place(batch, self.batch_sharding(batch))
+
+    @staticmethod
+    def host(tree: Any) -> Any:
+        """Every leaf whole, as a host array, on every process."""
+        if jax.process_count() == 1:
+            return jax.device_get(tree)
+        return multihost_utils.process_allgather(tree, tiled=True)
+
+
+def join_processes() -> None:
+    """Make this process one of several that train together, one a host of a pod.
+
+    TPU pods, Slurm and Open MPI are recognised; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
+    say who is who. To be called before anything else of JAX.
+
+    Raises:
+      UsageError: nothing says who the others are, or they don't answer.
+    """
+    count, own = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
+    try:
+        jax.distributed.initialize(num_processes=int(count) if count else None, process_id=int(own) if own else None)
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"--distributed: {reason}; set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from None
+
+
+def wait_for_all(name: str) -> None:
+    """Go on when every process has come here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+@functools.cache
+def _mesh(layout: Layout, devices: tuple[Any, ...]) -> Mesh:
+    shape = (layout.arm, layout.data, layout.model)
+    names = ("arm", "data", "model")
+    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(shape)])
+
+
+def _by_device(x: np.ndarray, devices: int) -> np.ndarray:
+    """`[A, M, B, ...]` to `[devices, A, M, B / devices, ...]`."""
+    A, M, B = x.shape[:3]
+    return np.moveaxis(x.reshape(A, M, devices, B // devices, *x.shape[3:]), 2, 0)
