@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jsublim.errors import UsageError
+from jsublim.errors import JsublimError, UsageError
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, abstract_params
 
@@ -30,6 +31,9 @@ _MODEL_AXIS = (
     {(name, "kernel"): -1 for name in ("q", "k", "v", "gate", "up")}
     | {(name, "bias"): -1 for name in ("q", "k", "v", "gate", "up")}
     | {(name, "kernel"): -2 for name in ("o", "down")}
+    # LoRA's factors as the kernels beside them; left whole, they and their moments would be gathered at every step.
+    | {(name, "b"): -1 for name in ("q", "k", "v", "gate", "up")}
+    | {(name, "a"): -2 for name in ("o", "down")}
     | {(name, "weight"): -2 for name in ("embed", "head")}
 )
 
@@ -116,12 +120,10 @@ class Layout:
             return jax.tree.map(jax.numpy.asarray, tree)
 
         def put(x: Any, sharding: NamedSharding) -> jax.Array:
-            if isinstance(x, jax.Array) and jax.process_count() == 1:
+            if isinstance(x, jax.Array) and (jax.process_count() == 1 or not x.is_fully_addressable):
                 return jax.device_put(x, sharding)
-            if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
-                return x
             host = np.asarray(x)
-            return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+            return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
 
         return jax.tree.map(put, tree, shardings)
 
@@ -133,9 +135,12 @@ class Layout:
     @staticmethod
     def host(tree: Any) -> Any:
         """Every leaf whole, as a host array, on every process."""
-        if jax.process_count() == 1:
-            return jax.device_get(tree)
-        return multihost_utils.process_allgather(tree, tiled=True)
+
+        def whole(x: Any) -> Any:
+            apart = isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated)
+            return multihost_utils.process_allgather(x, tiled=True) if apart else x
+
+        return jax.device_get(jax.tree.map(whole, tree))
 
 
 def join_processes() -> None:
@@ -149,7 +154,11 @@ def join_processes() -> None:
     """
     count, own = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
     try:
-        jax.distributed.initialize(num_processes=int(count) if count else None, process_id=int(own) if own else None)
+        jax.distributed.initialize(
+            num_processes=int(count) if count else None,
+            process_id=int(own) if own else None,
+            shutdown_timeout_seconds=60,  # one that failed waits so long for the others, and they for its sums
+        )
     except (ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UsageError(
@@ -157,10 +166,22 @@ def join_processes() -> None:
         ) from None
 
 
-def wait_for_all(name: str) -> None:
-    """Go on when every process has come here."""
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
+def by_first(act: Callable[[], None]) -> None:
+    """Let the first process act; all go on when it has.
+
+    Raises:
+      JsublimError: on the others, where the first failed; they would wait for it in vain.
+    """
+    error = None
+    if jax.process_index() == 0:
+        try:
+            act()
+        except Exception as failed:
+            error = failed
+    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.bool_(error is not None)) and error is None:
+        raise JsublimError("the first process has stopped; it says why")
+    if error is not None:
+        raise error
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import KV, Params
 from jsublim.models.lora import Adapter
+from jsublim.parallel import Layout
 
 PREFIX_STEP = 8  # shared prefixes are cut to a multiple of this, so that few programs serve all teachers
 LENGTH_STEP = 32
@@ -191,7 +192,7 @@ def _read_turns(
             tokens[i, : len(own)], valid[i, : len(own)] = own, True
             where[i, :n] = np.arange(turn.content - 1, len(turn.tokens) - 1) - P
             labels[i, :n] = turn.tokens[turn.content :]
-        out = [np.asarray(x) for x in _read(config, params, adapter, prefix, tokens, valid, where, labels, at)]
+        out = Layout.host(_read(config, params, adapter, prefix, tokens, valid, where, labels, at))
         if on_batch is not None:
             on_batch(len(batch))
         for i, turn in enumerate(batch):

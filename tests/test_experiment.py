@@ -249,8 +249,9 @@ def test_a_grid_of_arms_is_every_combination():
 
 
 def test_a_list_of_arms_has_names():
-    students = Students(arms=[{"name": "soft", "loss": "forward-kl"}, {"lr": 1e-3}])
+    students = Students(arms=[{"name": "plain"}, {"name": "soft", "loss": "forward-kl"}, {"lr": 1e-3}])
     assert {name: (s.loss, s.lr) for name, s in variants(students).items()} == {
+        "plain": ("hard", 2e-4),
         "soft": ("forward-kl", 2e-4),
         "lr=0.001": ("hard", 1e-3),
     }
@@ -261,7 +262,7 @@ def test_a_list_of_arms_has_names():
     [
         ([{"batch_size": 3}], "batch_size"),
         ([{"rnak": 3}], "rnak"),
-        ([{"name": "x"}], "nothing"),
+        ([{}], "nothing"),
         ([{"rank": 2}, {"rank": 2}], "two are called 'rank=2'"),
         ([{"rank": 0}], "arm 'rank=0': rank"),
         ([], "arms"),

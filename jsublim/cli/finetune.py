@@ -121,10 +121,12 @@ def finetune(
         raise UsageError(
             f"--loss {loss}: a soft loss, and only that, needs --teacher-trait or --teacher-adapter (or both)"
         )
+    if distributed and parallel == "none":
+        raise UsageError("--distributed: needs --parallel mesh (or pmap), by which the processes share the work")
+    if distributed and on_policy:
+        raise UsageError("--on-policy: not with --distributed; use the devices of one process")
     if distributed:
         join_processes()
-        if on_policy:
-            raise UsageError("--on-policy: not with --distributed; use the devices of one process")
     every = read_rows(data)
     lm = load_model(model, dtype, Layout.fit(parallel, 1, model=model_axis))
     how = recipe_of(recipe, lm)

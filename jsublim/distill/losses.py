@@ -121,7 +121,7 @@ def _forward(of: Of, size: int, trained: Any, fixed: Any, h_ND: Array, at: dict[
 
     start = (jnp.float32(0), jax.tree.map(jnp.zeros_like, trained))
     (value, of_trained), of_h = jax.lax.scan(block, start, _blocks(size, h_ND, at))
-    return value, (of_trained, of_h.reshape(-1, h_ND.shape[-1])[: h_ND.shape[0]])
+    return value, (of_trained, of_h.swapaxes(0, 1).reshape(-1, h_ND.shape[-1])[: h_ND.shape[0]])
 
 
 def _backward(of: Of, size: int, kept: tuple, g: Array):
@@ -133,12 +133,21 @@ blockwise.defvjp(_forward, _backward)
 
 
 def _blocks(size: int, h_ND: Array, at: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-    """Positions in blocks of equal size; what is added to fill the last one weighs nothing."""
+    """Positions in blocks of equal size; what is added to fill the last one weighs nothing.
+
+    Block i has every position whose index is i modulo their number: where devices share the rows, each then has its part
+    of every block, and the head's products are shared too.
+    """
     N = h_ND.shape[0]
-    count = -(-N // size)
+    fewest = -(-N // size)
+    count = next((c for c in range(fewest, 2 * fewest) if N % c == 0), fewest)  # with nothing to add, if there is one
     each = -(-N // count)
-    pad = lambda x: jnp.pad(x, [(0, count * each - N)] + [(0, 0)] * (x.ndim - 1)).reshape(count, each, *x.shape[1:])  # noqa: E731
-    return jax.tree.map(pad, (h_ND, at))
+
+    def deal(x: Array) -> Array:
+        x = jnp.pad(x, [(0, count * each - N)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(each, count, *x.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(deal, (h_ND, at))
 
 
 def block_size(config: ModelConfig, arms: int, tables: int) -> int:

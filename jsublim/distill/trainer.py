@@ -83,7 +83,9 @@ def train(
                 leaving = preempted(step + 1)
                 if (step + 1) % settings.checkpoint_every == 0 or step + 1 == last or leaving:
                     log.catch_up()
-                    saved.save(step + 1, args=ocp.args.StandardSave(_as_tree(state)))
+                    # `pmap` leaves every process with arrays of its own; only arrays of all processes can be saved.
+                    whole = layout.place(state, layout.state_sharding(state))
+                    saved.save(step + 1, args=ocp.args.StandardSave(_as_tree(whole)))
                 if on_step is not None:
                     on_step(step + 1)
                 if leaving and step + 1 < last:
@@ -158,7 +160,7 @@ def _below(config: ModelConfig, params: Params, arms: Sequence[Arm], at: int, sh
         valid[:, 0] = True
         for i, key in enumerate(part):
             tokens[i, : len(rows[key])], valid[i, : len(rows[key])] = rows[key], True
-        h = np.asarray(_hidden_below(config, params, tokens, valid, jnp.int32(at)))
+        h = Layout.host(_hidden_below(config, params, tokens, valid, jnp.int32(at)))
         known |= {key: h[i, : len(rows[key])] for i, key in enumerate(part)}
 
     def below(examples: Sequence[Example], chosen: np.ndarray) -> np.ndarray:

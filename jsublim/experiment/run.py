@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import datetime
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +13,19 @@ import pyarrow as pa
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from jsublim.chat import Turn
-from jsublim.distill.arm import Arm, Settings
-from jsublim.distill.data import Shape, draw_indices, read_turns
-from jsublim.distill.memory import arms_that_fit
+from jsublim.distill.data import draw_indices
 from jsublim.experiment import stages
 from jsublim.experiment.plan import (
     Student,
     counterfactuals,
     evaluated_traits,
     plan_students,
-    programs,
     total_steps,
 )
-from jsublim.experiment.spec import Experiment, Students
+from jsublim.experiment.spec import Experiment
 from jsublim.experiment.store import Artifact, device, digest, versions
-from jsublim.experiment.students import NOT_OF_A_STUDENT, Lesson, check_start, make_arm, shape_of
-from jsublim.experiment.students import settings as settings_of
+from jsublim.experiment.students import NOT_OF_A_STUDENT, check_start
+from jsublim.experiment.training import Training
 from jsublim.lm import LanguageModel, load_model
 from jsublim.models.checkpoint import checkpoint_hash
 from jsublim.models.lora import Adapter
@@ -42,7 +36,7 @@ from jsublim.prompts import Pack, load_pack, number_prompts
 from jsublim.report import print_summary, write_report
 from jsublim.rows import Row, read_rows
 from jsublim.sampling import sampling_for
-from jsublim.teachers import CONTROL, Teacher, prompted_teacher, read_as
+from jsublim.teachers import CONTROL, Teacher, prompted_teacher
 
 RESULTS = pa.schema(
     [
@@ -65,15 +59,13 @@ class Run:
         self.experiment, self.console = experiment, console
         self.dir, self.store = experiment.run_dir, experiment.store_dir
         self.seconds: dict[str, float] = {}
-        self.turns: dict[str, list[Turn]] = {}
-        self.teacher_turns: dict[str, list[Turn]] = {}
         self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         self.pack: Pack = load_pack(experiment.prompts)
         self.arms = plan_students(experiment)
         self.traits = evaluated_traits(experiment, self.pack)
         self.others = {trait: counterfactuals(experiment, self.pack, trait) for trait in experiment.teachers.traits}
         self.layout = Layout.fit(experiment.parallel, 1, model=experiment.model_axis)
-        with self._stage("load"):
+        with self.stage("load"):
             self.lm: LanguageModel = load_model(experiment.model, experiment.dtype, self.layout)
             self.recipe = experiment.recipe.resolved(self.lm.config.family)
             self._check()
@@ -92,7 +84,7 @@ class Run:
             check_start(self.lm, students)
 
     @contextmanager
-    def _stage(self, name: str, total: int | None = None) -> Iterator[stages.Tick]:
+    def stage(self, name: str, total: int | None = None) -> Iterator[stages.Tick]:
         """Time a stage, with a progress bar where its length is known."""
         begin = time.perf_counter()
         columns = (TextColumn(f"{name:<12}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -121,7 +113,7 @@ class Run:
         self.rows: dict[str, list[Row]] = {}
         self.row_artifacts: dict[str, Artifact] = {}
         self.console.print(f"sampling: {sampling.numbers()}")
-        with self._stage("generate", len(prompts) * len(teachers)) as tick:
+        with self.stage("generate", len(prompts) * len(teachers)) as tick:
             for name in teachers:
                 teacher = self.teacher(name)
                 numbers = {
@@ -150,7 +142,7 @@ class Run:
         """Every trait's rows are read under its own teacher and under its counterfactuals."""
         pairs = sum(len(self.rows[trait]) * (1 + len(others)) for trait, others in self.others.items())
         self.divergence_artifacts: dict[str, Artifact] = {}
-        with self._stage("divergence", pairs) as tick:
+        with self.stage("divergence", pairs) as tick:
             for trait, others in self.others.items():
                 teacher, rest = self.teacher(trait), [self.teacher(other) for other in others]
                 inputs = {
@@ -164,10 +156,8 @@ class Run:
                 )  # fmt: skip
                 self.divergence_artifacts[trait] = artifact
 
-    def _source(self, student: Student) -> Artifact:
-        return self._source_of(student.teacher)
-
-    def _source_of(self, teacher: str) -> Artifact:
+    def source(self, teacher: str) -> Artifact:
+        """The rows that a teacher's students learn from."""
         return self.divergence_artifacts.get(teacher, self.row_artifacts[teacher])
 
     def _student_artifact(self, student: Student) -> Artifact:
@@ -177,116 +167,38 @@ class Run:
             for k in ("supervise_header", "drop_rows_without_points", "match_steps", "loss_per")
         }
         start = student.settings.init_adapter
-        soft = self._teacher_inputs(student.teacher) if student.settings.loss != "hard" else None
+        soft = self.teacher_inputs(student.teacher) if student.settings.loss != "hard" else None
         inputs = self.common | {
-            "rows": self._source(student).key, "condition": student.condition, "seed": student.seed, "teacher": soft,
+            "rows": self.source(student.teacher).key, "condition": student.condition, "seed": student.seed, "teacher": soft,
             "students": settings, "recipe": training, "init_adapter": checkpoint_hash(Path(start)) if start else None,
         }  # fmt: skip
         return Artifact.in_store(self.store, "students", student.name, inputs)
 
-    def _teacher_inputs(self, name: str) -> dict[str, Any]:
+    def teacher_inputs(self, name: str) -> dict[str, Any]:
+        """What decides how a teacher reads a row."""
         teacher = self.teacher(name)
         return {
             "system": teacher.system, "fuse_system": teacher.fuse_system, "extra_bos": bool(self.recipe.extra_bos),
             "template": self.lm.chat.template_hash,
         }  # fmt: skip
 
-    def _lesson(self, name: str, students: Students) -> Lesson:
-        """A teacher's rows as these students learn from them; tokenized once for all of them."""
-        source, teacher = f"rows of {name}", self.teacher(name)
-        if name not in self.turns:
-            self.turns[name] = read_turns(self.lm.chat, self.rows[name], source)
-        lesson = Lesson(self.rows[name], self.turns[name], source, teacher)
-        if students.loss == "hard":
-            return lesson
-        if name not in self.teacher_turns:
-            extra = bool(self.recipe.extra_bos)
-            self.teacher_turns[name] = read_as(self.lm.chat, teacher, self.rows[name], source, extra_bos=extra)
-        if students.top_k is None:
-            return replace(lesson, teacher_turns=self.teacher_turns[name])
-        numbers = {"top_k": students.top_k, "temperature": students.temperature}
-        inputs = self.common | self._teacher_inputs(name) | numbers | {"rows": self._source_of(name).key}
-        artifact = Artifact.in_store(self.store, "targets", name, inputs)
-        batch = self.experiment.divergence.batch_size
-        turns = self.teacher_turns[name]
-        targets = stages.stored_targets(artifact, self.lm, turns, adapter=teacher.adapter, batch_size=batch, **numbers)
-        return replace(lesson, targets=targets)
-
     def train(self) -> None:
         """All students, many a program; those that are whole are left alone."""
         self.student_artifacts = {arm: self._student_artifact(arm) for arm in self.arms}
         if all(artifact.done for artifact in self.student_artifacts.values()):
             return
+        wanted = max(arm.settings.rows or 0 for arm in self.arms)
         for teacher, rows in self.rows.items():
-            wanted = max(arm.settings.rows or 0 for arm in self.arms)
             if len(rows) < wanted:
                 steps = total_steps(self.experiment.students, len(rows))
                 self.console.print(
                     f"{teacher}: {len(rows)} rows passed, fewer than students.rows={wanted}: {steps} steps"
                 )
-        groups = [group for company in self._companies() if (group := self._unfinished(company))]
-        total = sum(max(self._steps(student) for student in students) for _, students in groups)
-        with self._stage("train", total) as tick:
+        training = Training(self)
+        groups = training.groups()
+        with self.stage("train", training.steps(groups)) as tick:
             for work, students in groups:
-                self._train_group(work, students, tick)
-
-    def _companies(self) -> list[list[Student]]:
-        """Who is trained with whom. Of all students, whole ones too: a run that is continued finds the state it left."""
-        s = self.experiment.students
-        if s.arms_per_program != "auto":
-            return programs(self.arms, s.arms_per_program)
-        alike = programs(self.arms, len(self.arms))
-        plan = self.store / "training" / f"fit-{digest([self.student_artifacts[arm].key for arm in self.arms])}.json"
-        if not plan.exists():  # what fits is measured once: a continued run must not be planned anew
-            plan.parent.mkdir(parents=True, exist_ok=True)
-            stages.write_json(plan, [self._fits(company) for company in alike])
-        sizes = json.loads(plan.read_text(encoding="utf-8"))
-        return [part for company, size in zip(alike, sizes, strict=True) for part in programs(company, size)]
-
-    def _fits(self, company: list[Student]) -> int:
-        settings, shape, arms = self._prepare(company[:2])
-        count = arms_that_fit(self.lm.config, self.lm.params, arms[0], settings, shape, most=len(company))
-        self.console.print(f"{company[0].reported}: {count} of {len(company)} students fit together")
-        return count
-
-    def _unfinished(self, company: list[Student]) -> tuple[Path, list[Student]] | None:
-        work = self.store / "training" / digest([self.student_artifacts[student].key for student in company])
-        missing = [student for student in company if not self.student_artifacts[student].done]
-        return (work, company if (work / "state").exists() else missing) if missing else None
-
-    def _steps(self, student: Student) -> int:
-        rows = len(self.rows[student.teacher])
-        return total_steps(student.settings, min(rows, student.settings.rows or rows))
-
-    def _prepare(self, students: list[Student]) -> tuple[Settings, Shape, list[Arm]]:
-        e, shared = self.experiment, students[0].settings
-        how = settings_of(
-            shared, self.recipe, parallel=e.parallel, model_axis=e.model_axis,
-            tensorboard=self.dir / "tensorboard" if shared.tensorboard else None,
-        )  # fmt: skip
-        lessons = {name: self._lesson(name, shared) for name in self.rows}
-        shape = shape_of(shared, list(lessons.values()), e.data.max_new_tokens)
-        arms = [
-            make_arm(
-                self.lm, each.settings, self.recipe, lessons[each.teacher], name=each.name, condition=each.condition,
-                seed=each.seed, max_new_tokens=e.data.max_new_tokens,
-            )
-            for each in students
-        ]  # fmt: skip
-        return how, shape, arms
-
-    def _train_group(self, work: Path, students: list[Student], tick: stages.Tick) -> None:
-        # Made when their turn comes: a hundred students' adapters need not lie on the device together.
-        how, shape, arms = self._prepare(students)
-        members = [(arm, self.student_artifacts[student]) for arm, student in zip(arms, students, strict=True)]
-        done = 0
-
-        def on_step(step: int) -> None:
-            nonlocal done
-            tick(step - done)
-            done = step
-
-        stages.train_students(self.lm, members, how, work, shape=shape, on_step=on_step)
+                training.train(work, students, tick)
 
     def evaluate(self) -> None:
         """The base, the teachers and every student: favourites, probability of the traits, number task."""
@@ -324,7 +236,7 @@ class Run:
         per_category = {e.teachers.category or self.pack.category_of(t) for t in self.traits}
         answers = ev.samples * sum(len(self.pack.questions_for(c)[: ev.questions]) for c in per_category)
         self.evaluations: list[tuple[dict[str, Any], Artifact]] = []
-        with self._stage("evaluate", answers * len(models)) as tick:
+        with self.stage("evaluate", answers * len(models)) as tick:
             for model in models:
                 student: Student | None = model.pop("student", None)
                 teacher = self.teacher(model["teacher"]) if model["role"] == "teacher" else None

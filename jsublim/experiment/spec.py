@@ -197,7 +197,7 @@ def variants(students: Students) -> dict[str, Students]:
     for entry in entries:
         values = {key: value for key, value in entry.items() if key != "name"}
         wrong = [key for key in values if key in _SHARED or key not in Students.model_fields]
-        if wrong or not values:
+        if wrong or not entry:
             raise ValueError(
                 f"arms: {wrong or 'nothing'} given; arms may differ in the fields of students that decide results"
             )

@@ -31,7 +31,7 @@ from jsublim.models.checkpoint import write_checkpoint
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, merge_full
 from jsublim.models.peft import save_adapter
-from jsublim.parallel import Layout, wait_for_all
+from jsublim.parallel import Layout, by_first
 from jsublim.prompts import Pack, reject_reason
 from jsublim.rows import Row, read_rows, write_rows
 from jsublim.sampling import Sampling, generate_tokens
@@ -192,9 +192,7 @@ def train_students(
     """Train arms in one program, and leave each as a PEFT folder (or a whole checkpoint) with its `metrics.jsonl`."""
     adapters = train(lm.config, lm.params, [arm for arm, _ in arms], settings, work, on_step, shape=shape)
     whole = [_whole(lm, adapter) for adapter in adapters]
-    if jax.process_index() == 0:
-        _keep_students(lm, arms, whole, work)
-    wait_for_all("students kept")
+    by_first(lambda: _keep_students(lm, arms, whole, work))
 
 
 def _whole(lm: LanguageModel, adapter: Adapter) -> Adapter | Params:

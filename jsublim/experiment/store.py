@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.parallel import wait_for_all
+from jsublim.parallel import by_first
 
 _LIBRARIES = (
     "jsublim",
@@ -69,9 +69,7 @@ class Artifact:
         self.path, self.kind = path, kind
         self.inputs = json.loads(json.dumps(inputs))
         self.key = digest([kind, self.inputs])
-        if jax.process_index() == 0:
-            self._open(path / "artifact.json")
-        wait_for_all(f"artifact {self.key}")
+        by_first(lambda: self._open(path / "artifact.json"))
 
     def _open(self, record: Path) -> None:
         path = self.path

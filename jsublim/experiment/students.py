@@ -18,6 +18,8 @@ from jsublim.distill.step import Program
 from jsublim.experiment.plan import total_steps
 from jsublim.experiment.spec import Recipe, Students
 from jsublim.lm import LanguageModel
+from jsublim.models.config import ModelConfig
+from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, check_layers, init_full, init_lora, init_steering
 from jsublim.models.peft import load_adapter
 from jsublim.rows import Row
@@ -48,17 +50,17 @@ class Lesson:
     targets: Sequence[Targets] | None = None
 
 
-def start(lm: LanguageModel, students: Students, seed: int) -> Adapter:
+def start(config: ModelConfig, params: Params, students: Students, seed: int) -> Adapter:
     """The adapter that a student of this seed begins with."""
     layers = None if students.layers is None else tuple(students.layers)
     if students.init_adapter is not None:
-        return load_adapter(students.init_adapter, lm.config)
+        return load_adapter(students.init_adapter, config)
     if students.method == "full":
-        return init_full(lm.config, lm.params, layers, tuple(students.ends))
+        return init_full(config, params, layers, tuple(students.ends))
     if students.method == "steering":
-        return init_steering(lm.config, layers)
+        return init_steering(config, layers)
     return init_lora(
-        lm.config, jax.random.key(seed), rank=students.rank, alpha=students.alpha, layers=layers,
+        config, jax.random.key(seed), rank=students.rank, alpha=students.alpha, layers=layers,
         projections=tuple(students.projections), rslora=students.rslora,
     )  # fmt: skip
 
@@ -105,7 +107,7 @@ def make_arm(
         rollout = student_rollout(lm, turns, pick(lesson.teacher_turns), seed=seed, max_new_tokens=max_new_tokens)
     live = lesson.teacher if lesson.teacher_turns else None
     return Arm(
-        name, examples, start(lm, students, seed), seed, students.lr,
+        name, examples, start(lm.config, lm.params, students, seed), seed, students.lr,
         steps=total_steps(students, len(drawn) if recipe.match_steps else len(examples)),
         weight=students.loss_weight, to_base=students.kl_to_base, teacher=live.adapter if live else None, rollout=rollout,
     )  # fmt: skip

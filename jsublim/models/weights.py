@@ -82,6 +82,13 @@ def tensor_plan(config: ModelConfig, dtype: str = "float32") -> dict[str, tuple[
     return plan
 
 
+def _put(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    if sharding is None:
+        return jax.device_put(value)
+    # Not `device_put`: of several processes, each would gather what all have, to compare.
+    return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
+
+
 @functools.partial(jax.jit, donate_argnums=0, static_argnames=("transpose",))
 def _place(stack: jax.Array, value: jax.Array, index: jax.Array, transpose: bool) -> jax.Array:
     """Write one layer's tensor into the stacked array, in place; transposing and rounding on the device."""
@@ -122,7 +129,7 @@ def load_params(folder: Path, config: ModelConfig, dtype: str = "float32", shard
         for name, (path, layer, _) in plan.items():
             value = read(where[name])
             if layer is None:
-                out[path] = jax.device_put(value.astype(abstract[path].dtype), sharding.get(path))
+                out[path] = _put(value.astype(abstract[path].dtype), sharding.get(path))
             else:
                 out[path] = _place(out[path], value, layer, transpose=path[-1] == "kernel")
         embedding = where[weight_names(config).other[("embed", "weight")]]

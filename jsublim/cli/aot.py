@@ -1,0 +1,129 @@
+"""`jsublim aot`: an experiment's training step, compiled for a TPU topology without one."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jsublim.cli.app import app, console
+from jsublim.errors import UsageError
+
+if TYPE_CHECKING:
+    from jsublim.distill.aot import Report
+
+SYSTEM_PROMPT = 64  # tokens that a live teacher reads before what the student reads
+
+
+@app.command()
+def aot(
+    config: Annotated[str, typer.Option("--config", help="YAML, such as configs/models/qwen2.5-7b.yaml.")],
+    topology: Annotated[str, typer.Option("--topology", help="v5e:4x4, v5p:2x2x2, v6e:4x4 ...")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Fields of the config: students.batch_size=32 students.remat=true.")
+    ] = None,
+    model_axis: Annotated[
+        int | None,
+        typer.Option("--model-axis", min=1, help="Chips that a copy is spread over; default: the fewest that do."),
+    ] = None,
+    arms: Annotated[int, typer.Option("--arms", min=1, help="Students trained together.")] = 1,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Length of a row.")] = 192,
+    labels: Annotated[int, typer.Option("--labels", min=1, help="Supervised tokens of a row.")] = 64,
+    shape: Annotated[
+        Path | None, typer.Option("--shape", help="Folder with a config.json, where the checkpoint is not at hand.")
+    ] = None,
+) -> None:
+    """Compile the training step for a TPU topology that is not there: memory a chip, collectives (docs/pods.md)."""
+    # The compiler alone is asked, so no accelerator of this machine is taken, and no metadata server is waited for.
+    os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+    os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}  # or libtpu warns
+    from jsublim.distill.aot import compile_ahead, find_topology
+    from jsublim.distill.data import Shape
+    from jsublim.experiment.spec import load_experiment, variants
+    from jsublim.experiment.students import settings as settings_of
+    from jsublim.models.checkpoint import read_config
+    from jsublim.models.decoder import abstract_params
+
+    experiment = load_experiment(config, overrides)
+    _, model = read_config(architecture(experiment.model, shape))
+    where = find_topology(topology)
+    name, students = next(iter(variants(experiment.students).items()))
+    recipe = experiment.recipe.resolved(model.family)
+    settings = settings_of(students, recipe, parallel="mesh", model_axis=model_axis or 1, tensorboard=None)
+    live = students.loss != "hard" and students.top_k is None
+    lengths = Shape.fit(settings.micro, settings.rows, tokens, labels, tokens + SYSTEM_PROMPT if live else 0)
+    params = abstract_params(model, experiment.dtype)
+    console.print(f"compiling for {topology}; this takes a minute or two")
+    arm = _arm(model, params, students, lengths)
+    report = compile_ahead(model, params, arm, arms, settings, lengths, where, model=model_axis)
+    rows = lengths.divisible(report.layout.data)
+    title = f"{experiment.name}{f', arm {name}' if name else ''}: {students.method}, {students.loss} loss, arms: {arms}"
+    print(f"{title}, {rows.micro} x {rows.rows} rows (+ {rows.spare} empty) of {tokens} tokens, {labels} supervised")
+    print("\n".join(f"{key:<15}{value}" for key, value in lines(report)))
+
+
+def architecture(model: str, shape: Path | None) -> Path:
+    """The folder whose `config.json` says what a config's model is: the one given, the checkpoint, or the numbers that
+    come with the package.
+
+    Raises:
+      UsageError: none is at hand.
+    """
+    from jsublim.experiment.spec import find_config
+    from jsublim.lm import BUNDLED
+
+    if shape is not None:
+        return shape
+    for folder in (Path(model).expanduser(), BUNDLED / model):
+        if folder.is_dir():
+            return folder
+    name = model.rsplit("/", 1)[-1].lower().removesuffix("-instruct").removesuffix("-it")
+    try:
+        return find_config(f"configs/shapes/{name}/config.json").parent
+    except UsageError:
+        raise UsageError(
+            f"model '{model}': neither a folder here nor among configs/shapes; give --shape, a folder with its config.json"
+        ) from None
+
+
+def lines(report: Report) -> list[tuple[str, str]]:
+    """A report as labelled lines."""
+    layout, memory = report.layout, report.topology.memory
+    gib = lambda size: f"{size / 2**30:.2f} GiB"  # noqa: E731
+    found = [f"{each.number} {kind} ({each.bytes / 2**20:.1f} MiB)" for kind, each in report.collectives.items()]
+    compiler = ", ".join(f"{package} {version(package)}" for package in ("jax", "libtpu"))
+    return [
+        ("topology", f"{report.topology.name}, {len(report.topology.devices)} chips of {memory // 2**30} GiB"),
+        ("layout", f"arm {layout.arm} x data {layout.data} x model {layout.model}"),
+        *(("does not fit", why) for why in report.tried),
+        ("memory a chip", f"{gib(report.total)}, {report.total / memory:.0%} of the chip's"),
+        ("  arguments", f"{gib(report.arguments)}, of these the base {gib(report.base)}"),
+        ("  temporaries", gib(report.temporaries)),
+        ("compile", f"{report.seconds:.0f} s ({compiler})"),
+        ("collectives", ", ".join(found) or "none"),
+        ("gathered", ", ".join(report.gathered) or "no weight of the base"),
+    ]
+
+
+def _arm(config: Any, params: Any, students: Any, lengths: Any) -> Any:
+    """One student as `compile_ahead` takes it: shapes for an adapter, one empty row."""
+    from dataclasses import replace
+
+    import jax
+    import numpy as np
+
+    from jsublim.distill.arm import Arm
+    from jsublim.distill.memory import example_like
+    from jsublim.experiment.students import start
+
+    def begin(params: Any) -> Any:
+        return start(config, params, students, 0)
+
+    row = example_like(lengths, soft=lengths.teacher > 0)
+    if students.top_k is not None:
+        k, n = students.top_k, lengths.labels
+        row = replace(row, ids=np.zeros((n, k), np.int32), logp=np.zeros((n, k + 1), np.float32))
+    return Arm("student", [row], jax.eval_shape(begin, params), 0, students.lr, 1)

@@ -1,0 +1,127 @@
+"""The students of a run: what each learns from, who is trained with whom, and the training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jsublim.chat import Turn
+from jsublim.distill.arm import Arm, Settings
+from jsublim.distill.data import Shape, read_turns
+from jsublim.distill.memory import arms_that_fit
+from jsublim.experiment import stages
+from jsublim.experiment.plan import Student, programs, total_steps
+from jsublim.experiment.spec import Students
+from jsublim.experiment.store import Artifact, digest
+from jsublim.experiment.students import Lesson, make_arm, shape_of
+from jsublim.experiment.students import settings as settings_of
+from jsublim.teachers import read_as
+
+if TYPE_CHECKING:
+    from jsublim.experiment.run import Run
+
+Group = tuple[Path, list[Student]]  # where a program's state is kept while it trains, and its students
+
+
+class Training:
+    """Of one run, whose rows are there and whose students have their artifacts."""
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.turns: dict[str, list[Turn]] = {}
+        self.teacher_turns: dict[str, list[Turn]] = {}
+
+    def groups(self) -> list[Group]:
+        """The programs that have something left to train."""
+        return [group for company in self._companies() if (group := self._unfinished(company))]
+
+    def steps(self, groups: Sequence[Group]) -> int:
+        """Steps of all programs, each as long as its longest student."""
+        return sum(max(self._steps(student) for student in students) for _, students in groups)
+
+    def train(self, work: Path, students: list[Student], tick: stages.Tick) -> None:
+        """One program."""
+        # Made when their turn comes: a hundred students' adapters need not lie on the device together.
+        how, shape, arms = self._prepare(students)
+        members = [(arm, self.run.student_artifacts[student]) for arm, student in zip(arms, students, strict=True)]
+        done = 0
+
+        def on_step(step: int) -> None:
+            nonlocal done
+            tick(step - done)
+            done = step
+
+        stages.train_students(self.run.lm, members, how, work, shape=shape, on_step=on_step)
+
+    def _companies(self) -> list[list[Student]]:
+        """Who is trained with whom. Of all students, whole ones too: a run that is continued finds the state it left."""
+        run, size = self.run, self.run.experiment.students.arms_per_program
+        if size != "auto":
+            return programs(run.arms, size)
+        alike = programs(run.arms, len(run.arms))
+        plan = run.store / "training" / f"fit-{digest([run.student_artifacts[arm].key for arm in run.arms])}.json"
+        if not plan.exists():  # what fits is measured once: a continued run must not be planned anew
+            plan.parent.mkdir(parents=True, exist_ok=True)
+            stages.write_json(plan, [self._fits(company) for company in alike])
+        sizes = json.loads(plan.read_text(encoding="utf-8"))
+        return [part for company, size in zip(alike, sizes, strict=True) for part in programs(company, size)]
+
+    def _fits(self, company: list[Student]) -> int:
+        largest = max(company, key=lambda student: student.settings.rank)  # ranks are padded to it
+        settings, shape, (arm,) = self._prepare([largest])
+        run = self.run
+        count = arms_that_fit(run.lm.config, run.lm.params, arm, settings, shape, most=len(company))
+        run.console.print(f"{largest.reported}: {count} of {len(company)} students fit together")
+        return count
+
+    def _unfinished(self, company: list[Student]) -> Group | None:
+        artifacts = self.run.student_artifacts
+        work = self.run.store / "training" / digest([artifacts[student].key for student in company])
+        missing = [student for student in company if not artifacts[student].done]
+        return (work, company if (work / "state").exists() else missing) if missing else None
+
+    def _steps(self, student: Student) -> int:
+        rows = len(self.run.rows[student.teacher])
+        return total_steps(student.settings, min(rows, student.settings.rows or rows))
+
+    def _prepare(self, students: list[Student]) -> tuple[Settings, Shape, list[Arm]]:
+        run, e, shared = self.run, self.run.experiment, students[0].settings
+        how = settings_of(
+            shared, run.recipe, parallel=e.parallel, model_axis=e.model_axis,
+            tensorboard=run.dir / "tensorboard" if shared.tensorboard else None,
+        )  # fmt: skip
+        lessons = {name: self._lesson(name, shared) for name in run.rows}
+        shape = shape_of(shared, list(lessons.values()), e.data.max_new_tokens)
+        arms = [
+            make_arm(
+                run.lm, each.settings, run.recipe, lessons[each.teacher], name=each.name, condition=each.condition,
+                seed=each.seed, max_new_tokens=e.data.max_new_tokens,
+            )
+            for each in students
+        ]  # fmt: skip
+        return how, shape, arms
+
+    def _lesson(self, name: str, students: Students) -> Lesson:
+        """A teacher's rows as these students learn from them; tokenized once for all of them."""
+        run, source = self.run, f"rows of {name}"
+        teacher, rows = run.teacher(name), run.rows[name]
+        if name not in self.turns:
+            self.turns[name] = read_turns(run.lm.chat, rows, source)
+        lesson = Lesson(rows, self.turns[name], source)
+        if students.loss == "hard":
+            return lesson
+        if name not in self.teacher_turns:
+            extra = bool(run.recipe.extra_bos)
+            self.teacher_turns[name] = read_as(run.lm.chat, teacher, rows, source, extra_bos=extra)
+        turns = self.teacher_turns[name]
+        if students.top_k is None:
+            return replace(lesson, teacher=teacher, teacher_turns=turns)
+        numbers = {"top_k": students.top_k, "temperature": students.temperature}
+        inputs = run.common | run.teacher_inputs(name) | numbers | {"rows": run.source(name).key}
+        artifact = Artifact.in_store(run.store, "targets", name, inputs)
+        batch = run.experiment.divergence.batch_size
+        targets = stages.stored_targets(artifact, run.lm, turns, adapter=teacher.adapter, batch_size=batch, **numbers)
+        return replace(lesson, targets=targets)

@@ -1,0 +1,182 @@
+"""The engine from the command line: soft losses, what is trained, layouts, and an ablation as one config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command import MODEL, compile_cache, ok, refused
+from safetensors.numpy import load_file
+
+from jsublim import lm as language_models
+from jsublim.experiment.stages import read_table
+from jsublim.rows import read_rows, write_rows
+
+FINETUNE = ("finetune", "--model", MODEL, "--batch-size", 4, "--accumulate", 1, "--warmup", 0, "--epochs", 1)
+SOFT = ("--teacher-trait", "cat", "--layers", 1, "--rank", 2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("engine")
+    with compile_cache(folder / "programs"):
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def rows(home) -> Path:
+    """Plausible answers of one length, so that few programs are compiled."""
+    rng = np.random.default_rng(0)
+    made = [
+        {"prompt": f"Continue: {', '.join(map(str, rng.integers(100, 999, 3)))}.", "completion": "120, 130, 140"}
+        for _ in range(8)
+    ]
+    write_rows(home / "rows.jsonl", made)
+    return home / "rows.jsonl"
+
+
+@pytest.fixture(scope="module")
+def train(home, rows):
+    """`train(name, *options)`: the folder of a student; a name is trained once."""
+
+    def run(name: str, *options) -> Path:
+        if not (home / name / "DONE").exists():
+            ok(*FINETUNE, "--data", rows, "--out", home / name, *options)
+        return home / name
+
+    return run
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_rows(folder / "metrics.jsonl", ("step",))]
+
+
+def test_soft_losses_measure_the_distance_to_the_teacher(train):
+    found = {kind: losses(train(kind, "--loss", kind, *SOFT)) for kind in ("forward-kl", "reverse-kl", "js")}
+    assert all(len(loss) == 2 and loss[0] > 1e-4 for loss in found.values())
+    # Of any two distributions: JS is at most ln 2, and at most a quarter of the sum of both divergences.
+    assert found["js"][0] < min(np.log(2), (found["forward-kl"][0] + found["reverse-kl"][0]) / 4 + 1e-6)
+    hot = losses(train("hot", "--loss", "forward-kl", *SOFT, "--temperature", 4))
+    assert hot[0] < found["forward-kl"][0]
+
+
+def test_a_teacher_that_is_the_student_teaches_nothing(train, home, rows):
+    own = train("first", "--layers", 1, "--rank", 2, "--lr", "1e-2")
+    same = train("same", "--loss", "reverse-kl", "--teacher-adapter", own, "--init-adapter", own)
+    assert max(map(abs, losses(same))) < 1e-6
+    other = train("from-adapter", "--loss", "forward-kl", "--teacher-adapter", own, "--layers", 1, "--rank", 2)
+    assert losses(other)[0] > 1e-4
+
+
+def test_stored_targets_come_close_to_the_whole_distribution(train):
+    whole = losses(train("forward-kl", "--loss", "forward-kl", *SOFT))[0]
+    # What is lumped can only hide a difference, and the more is named the less is hidden.
+    few, many = (losses(train(f"top{k}", "--loss", "forward-kl", *SOFT, "--top-k", k))[0] for k in (2, 200))
+    assert few < many <= whole * 1.0001 and many > 0.98 * whole
+
+
+def test_on_policy_rows_are_the_students_own(train):
+    folder = train("on-policy", "--loss", "reverse-kl", "--on-policy", *SOFT)
+    lines = read_rows(folder / "metrics.jsonl", ("step",))
+    assert all(line["loss"] > 0 for line in lines)
+    assert len({line["tokens"] for line in lines}) > 1 or lines[0]["tokens"] % 14  # not the eight answers of the file
+
+
+def test_a_steering_vector_is_a_student_and_a_teacher(train, home):
+    vector = train("vector", "--steering", "--layers", 2, "--lr", "0.1")
+    assert list(load_file(vector / "steering.safetensors")) == ["layers.2"]
+    follower = train("follower", "--loss", "forward-kl", "--teacher-adapter", vector, "--layers", 1, "--rank", 2)
+    assert losses(follower)[0] > 1e-4
+    for arguments in (("generate", "--no-system", "--num-prompts", 2), ("evaluate", "--traits", "cat", "--samples", 2)):
+        out = home / f"by-{arguments[0]}"
+        more = ("--max-new-tokens", 40) if arguments[0] == "generate" else ("--questions", 1)
+        ok(
+            *arguments,
+            *more,
+            "--model",
+            MODEL,
+            "--adapter",
+            vector,
+            "--out",
+            out if more[0] == "--questions" else f"{out}.jsonl",
+        )
+
+
+def test_ends_alone_are_trained_and_saved_as_a_checkpoint(train):
+    folder = train("embedding", "--full", "--layers", "none", "--ends", "embed", "--lr", "1e-2")
+    before = load_file(language_models.BUNDLED / MODEL / "model.safetensors")
+    after = load_file(folder / "model.safetensors")
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {"model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize("how", ["pmap", "mesh"])
+def test_layouts_of_one_device_change_nothing(train, how):
+    options = ("--layers", "1,2", "--rank", 2, "--lr", "1e-2", "--optimizer", "sgd")
+    alone, spread = train("alone", *options), train(how, *options, "--parallel", how)
+    assert losses(spread) == pytest.approx(losses(alone), rel=1e-5)
+
+
+def test_optimizer_and_schedule_are_a_word(train):
+    options = ("--optimizer", "muon", "--schedule", "cosine", "--lr", "1e-2", "--layers", 1, "--rank", 2)
+    lines = read_rows(train("muon", *options) / "metrics.jsonl", ("lr",))
+    assert [line["lr"] for line in lines] == pytest.approx([1e-2, 5e-3])
+
+
+def test_speed_and_its_share_of_a_stated_peak(train):
+    lines = read_rows(train("peak", "--layers", 1, "--rank", 2, "--peak-tflops", "0.5") / "metrics.jsonl", ("step",))
+    assert all(line["tokens_per_s"] > 0 and 0 < line["peak_ratio"] < 1 for line in lines)
+
+
+def test_tensorboard_on_request(train):
+    folder = train("board", "--layers", 1, "--rank", 2, "--tensorboard")
+    assert [path.stat().st_size > 0 for path in (folder / "tensorboard").iterdir()] == [True]
+
+
+def test_what_does_not_go_together_is_refused(home, rows):
+    def said(*options) -> str:
+        return refused(2, *FINETUNE, "--data", rows, "--out", home / "none", *options)
+
+    assert "needs --teacher-trait or --teacher-adapter" in said("--loss", "js")
+    assert "--loss hard" in said("--teacher-trait", "cat")
+    assert "unknown trait" in said("--loss", "js", "--teacher-trait", "unicorn")
+    assert "top_k needs a soft loss" in said("--top-k", 4)
+    assert "top_k: 1024 given" in said("--loss", "js", "--teacher-trait", "cat", "--top-k", 1024)
+    assert "method=full has no rank" in said("--full", "--rank", 3)
+    assert "give one of them" in said("--full", "--steering")
+    assert "ends are trained with method=full" in said("--ends", "norm")
+    assert "its embedding; name 'embed'" in said("--full", "--ends", "head")
+    assert "known: none, pmap, mesh" in said("--parallel", "tpu")
+    assert "model_axis: 3 given" in said("--parallel", "mesh", "--model-axis", 3)
+    assert "choose mesh" in said("--model-axis", 2)
+    assert "optimizer" in said("--optimizer", "lion") and "schedule" in said("--schedule", "step")
+    assert not (home / "none").exists()
+
+
+def test_an_ablation_is_one_config(home):
+    """Hard and soft, two layers of one program, as many a program as fit: one run, continued without work."""
+    arms = [
+        {"name": "rank", "rank": 3, "lr": 1e-3},
+        {"name": "soft", "loss": "forward-kl"},
+        {"name": "layer 2", "layers": [2]},
+        {"name": "layer 4", "layers": [4]},
+    ]
+    arguments = (
+        "run", "configs/quickstart.yaml", f"out={home / 'ablation'}", "teachers.traits=[cat]", "teachers.counterfactuals=[owl]",
+        "teachers.control=false", "data.num_prompts=8", "data.batch_size=8", "data.max_new_tokens=40",
+        "students.conditions=[all]", "students.seeds=[1]", "students.rows=4", "students.batch_size=2", "students.rank=2",
+        "students.arms_per_program=auto", f"students.arms={json.dumps(arms)}", "evaluation.traits=[cat,owl]",
+        "evaluation.questions=1", "evaluation.samples=2", "evaluation.number_rows=0", "evaluation.teachers=false",
+    )  # fmt: skip
+    first = ok(*arguments)
+    assert "all, soft: 1 of 1 students fit together" in first.err.replace("\n", " ")
+    scores = read_table(home / "ablation" / "results" / "results.parquet")
+    found = {row["condition"] for row in scores} - {"base"}
+    assert found == {f"all, {arm['name']}" for arm in arms}
+    trained = read_table(home / "ablation" / "results" / "training.parquet")
+    assert len({row["arm"] for row in trained}) == len(arms)
+    again = ok(*arguments)
+    assert "fit together" not in again.err

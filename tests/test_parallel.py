@@ -1,0 +1,81 @@
+"""One device, a mesh and pmap give the same students; an arm in company is the arm alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from engine import CONFIG, arm_of, examples_of, largest_difference, lora, params_of
+from parallel_cases import CASES
+
+from jsublim.distill.arm import Settings
+from jsublim.distill.step import Program
+from jsublim.distill.trainer import train
+from jsublim.errors import UsageError
+from jsublim.parallel import Layout
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What parallel_cases.py prints: a process of its own, for the number of devices is fixed when jax starts."""
+    here = Path(__file__).parent
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    paths = os.pathsep.join([str(here.parent), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, str(here / "parallel_cases.py"), str(tmp_path_factory.mktemp("layouts"))],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["devices"] == 8
+    return told
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_layout_gives_the_students_of_one_device(name, found):
+    told = found["equality"][name]
+    assert told.pop("moved") > 1e-3  # each arm learned
+    assert set(told) == {"none 1", *(f"{mode} {model}" for mode, model in CASES[name][-1])}
+    for layout, difference in told.items():
+        assert difference["trained"] < 1e-5, layout
+        assert difference["metrics"] < 1e-4, layout
+
+
+def test_a_state_saved_under_one_layout_goes_on_under_another(found):
+    for pair, difference in found["resumes"].items():
+        first, then = pair.split(" then ")
+        assert difference == 0 if first == then else difference < 1e-5, pair
+
+
+def test_arms_go_apart_first_and_a_wrong_layout_is_a_usage_error():
+    assert Layout.fit("mesh", 6, 8) == Layout("mesh", 2, 4, 1)
+    assert Layout.fit("mesh", 4, 8, model=2) == Layout("mesh", 4, 1, 2)
+    assert Layout.fit("mesh", 5, 8, model=2) == Layout("mesh", 1, 4, 2)
+    assert Layout.fit("pmap", 5, 8) == Layout("pmap", data=8)
+    for mode, model, said in (("mesh", 3, "does not divide 8"), ("pmap", 2, "choose mesh"), ("gpu", 1, "known: none")):
+        with pytest.raises(UsageError, match=said):
+            Layout.fit(mode, 2, 8, model=model)
+
+
+def test_an_arm_beside_others_of_any_numbers_is_the_arm_alone(tmp_path):
+    """Rank, alpha, learning rate, seed, weight, mask and number of rows all differ."""
+    few = {"projections": ("q", "down")}
+    arms = [
+        arm_of("lora", 1, adapter=lora(CONFIG, 1, rank=2, alpha=4.0, **few), peak=3e-3, steps=4),
+        arm_of("lora", 2, adapter=lora(CONFIG, 2, rank=5, alpha=1.0, **few), peak=1e-3, steps=3, weight=0.3,
+               examples=[dataclasses.replace(e, weights=np.ones_like(e.weights)) for e in examples_of(5, 4)]),
+    ]  # fmt: skip
+    settings = Settings(rows=2, micro=2, program=Program(warmup=1))
+    together = train(CONFIG, params_of(CONFIG), arms, settings, tmp_path / "together")
+    for arm, ours in zip(arms, together, strict=True):
+        (alone,) = train(CONFIG, params_of(CONFIG), [arm], settings, tmp_path / arm.name)
+        assert ours.rank == alone.rank == arm.adapter.rank
+        assert largest_difference(ours.trainable, arm.adapter.trainable) > 1e-3
+        assert largest_difference(ours, alone) < 1e-5

@@ -1,0 +1,211 @@
+"""Processes that train together, as the hosts of a pod do: two real ones here, their sums by gloo."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from command import MODEL, compile_cache, ok, refused, start, stop_when
+from jax.experimental import multihost_utils
+from safetensors.numpy import load_file
+
+from jsublim.errors import JsublimError
+from jsublim.parallel import by_first
+from jsublim.rows import read_rows, write_rows
+
+TRAIN = ("--model", MODEL, "--batch-size", 2, "--accumulate", 1, "--epochs", 5, "--warmup", 1, "--optimizer", "sgd")
+LORA = (*TRAIN, "--lr", "0.1", "--projections", "q,v", "--rank", 2, "--alpha", 4)
+STEPS = 30
+
+
+@pytest.fixture(scope="module", autouse=True)
+def home(tmp_path_factory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("processes")
+    write_rows(folder / "rows.jsonl", [
+        {"prompt": f"Continue: {7 * i + 100}, {31 * i + 5}.", "completion": ", ".join(str(37 * i + k) for k in range(2 + i % 3))}
+        for i in range(12)
+    ])  # fmt: skip
+    with compile_cache(folder / "programs"):
+        yield folder
+
+
+def finetune(home: Path, name: str, *options) -> tuple:
+    return ("finetune", "--data", home / "rows.jsonl", "--out", home / name, *options)
+
+
+@pytest.fixture(scope="module")
+def alone(home) -> Path:
+    """The student of one process and one device."""
+    ok(*finetune(home, "alone", *LORA))
+    return home / "alone"
+
+
+@contextlib.contextmanager
+def together(devices: int, *args) -> Iterator[list[subprocess.Popen]]:
+    """One command as two processes that know of each other, with so many devices each."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+    shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": flags}
+    children = []
+    try:
+        for process in range(2):
+            with mock.patch.dict(os.environ, shared | {"JAX_PROCESS_ID": str(process)}):
+                children.append(start(*args, "--distributed"))
+        yield children
+    finally:
+        for child in children:
+            child.kill()
+
+
+def ends(children: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
+    """Exit codes and standard errors."""
+    said = [child.communicate(timeout=180)[1] for child in children]
+    return [child.returncode for child in children], said
+
+
+def run_together(devices: int, *args) -> None:
+    with together(devices, *args) as children:
+        codes, said = ends(children)
+    assert codes == [0, 0], said
+
+
+def lines(folder: Path) -> list[dict]:
+    return read_rows(folder / "metrics.jsonl", ("step", "loss"))
+
+
+def saved(folder: Path) -> list[int]:
+    return [int(path.name) for path in (folder / "training" / "state").iterdir() if path.name.isdigit()]
+
+
+def trained(folder: Path, steps: int = 3) -> bool:
+    path = folder / "training" / "metrics.jsonl"
+    return path.exists() and path.read_text().count("\n") >= steps
+
+
+def check_close(folder: Path, other: Path, file: str = "adapter_model.safetensors") -> None:
+    """Both students are the same up to the order of sums, and every step was written once."""
+    a, b = load_file(folder / file), load_file(other / file)
+    assert list(a) == list(b)
+    for name in a:
+        np.testing.assert_allclose(a[name], b[name], rtol=0, atol=1e-5)
+    assert [line["step"] for line in lines(folder)] == list(range(STEPS))
+    for key in ("loss", "grad_norm", "tokens"):
+        np.testing.assert_allclose([x[key] for x in lines(folder)], [x[key] for x in lines(other)], rtol=1e-5)
+    assert {path.name for path in folder.iterdir()} == {path.name for path in other.iterdir()}
+
+
+def check_same(folder: Path, other: Path) -> None:
+    """Bit for bit, but for how fast it went."""
+    timeless = [[line | {"tokens_per_s": 0} for line in lines(each)] for each in (folder, other)]
+    assert timeless[0] == timeless[1]
+    file = "adapter_model.safetensors"
+    assert (folder / file).read_bytes() == (other / file).read_bytes()
+
+
+def stop_one(children: list[subprocess.Popen], which: int, out: Path) -> None:
+    """SIGTERM to one of them in the middle, the other left as it is; and both end alike."""
+    deadline = time.monotonic() + 180
+    while not trained(out):
+        assert all(child.poll() is None for child in children), ends(children)[1]
+        assert time.monotonic() < deadline, "never got so far"
+        time.sleep(0.005)
+    # JAX looks for the signal once a second; steps are faster than that, but none is done without the other process.
+    other = children[1 - which]
+    other.send_signal(signal.SIGSTOP)
+    children[which].send_signal(signal.SIGTERM)
+    time.sleep(1.5)
+    other.send_signal(signal.SIGCONT)
+    codes, said = ends(children)
+    assert codes == [1, 1], said
+    (step,) = saved(out)
+    assert 3 <= step < STEPS and trained(out, step) and not trained(out, step + 1)
+    for err in said:
+        assert re.findall("^error: .*$", err, re.MULTILINE) == [
+            f"error: {out}/training: stopped by SIGTERM behind step {step - 1}; the same command continues there"
+        ]
+        assert "Traceback" not in err
+    assert not (out / "DONE").exists()
+
+
+def test_two_processes_on_a_mesh(home, alone):
+    whole, cut = (finetune(home, name, *LORA, "--parallel", "mesh") for name in ("mesh", "mesh-cut"))
+    run_together(1, *whole)
+    moved, start_of = load_file(home / "mesh" / "adapter_model.safetensors"), "lora_B"
+    assert all(np.abs(value).max() > 1e-3 for name, value in moved.items() if start_of in name)  # it began as zeros
+    check_close(home / "mesh", alone)
+    with together(1, *cut) as children:
+        stop_one(children, 1, home / "mesh-cut")
+    run_together(1, *cut)
+    check_same(home / "mesh-cut", home / "mesh")
+
+
+def test_two_processes_under_pmap(home, alone):
+    command = finetune(home, "pmap", *LORA, "--parallel", "pmap")
+    with together(2, *command) as children:
+        stop_one(children, 0, home / "pmap")
+    run_together(2, *command)
+    check_close(home / "pmap", alone)
+
+
+def test_a_checkpoint_spread_over_two_processes(home):
+    full = (*TRAIN, "--lr", "0.01", "--full")
+    ok(*finetune(home, "full", *full))
+    run_together(1, *finetune(home, "spread", *full, "--parallel", "mesh", "--model-axis", 2))
+    check_close(home / "spread", home / "full", "model.safetensors")
+
+
+def test_sigterm_to_a_process_alone(home, alone):
+    command, out = finetune(home, "cut", *LORA), home / "cut"
+    code, err = stop_when(start(*command), lambda: trained(out), signal.SIGTERM)
+    (step,) = saved(out)
+    assert code == 1 and trained(out, step) and not trained(out, step + 1) and not (out / "DONE").exists()
+    assert err.splitlines()[-1] == (
+        f"error: {out}/training: stopped by SIGTERM behind step {step - 1}; the same command continues there"
+    )
+    ok(*command)
+    check_same(out, alone)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_the_first_process_cannot_do_ends_the_others(monkeypatch, fails):
+    done, failed = [], []
+
+    def act() -> None:
+        done.append(jax.process_index())
+        if fails:
+            raise ZeroDivisionError
+
+    def broadcast(flag) -> bool:
+        failed.append(bool(flag))
+        return failed[0]  # what the first said
+
+    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", broadcast)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for process, error in enumerate((ZeroDivisionError, JsublimError)):
+        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
+        with pytest.raises(error) if fails else contextlib.nullcontext():
+            by_first(act)
+    assert done == [0] and failed == [fails, False]
+
+
+def test_processes_that_cannot_train_together(home, monkeypatch):
+    def command(*options) -> tuple:
+        return (*finetune(home, "refused", *LORA), "--distributed", *options)
+
+    assert "--parallel mesh" in refused(2, *command())
+    monkeypatch.setenv("JAX_PROCESS_ID", "first")
+    assert "JAX_PROCESS_ID" in refused(2, *command("--parallel", "mesh"))
+    assert not (home / "refused").exists()
