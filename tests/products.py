@@ -72,7 +72,7 @@ def _equation(eqn: Any, given: list[Any]) -> tuple[list[Any], int]:
         inner = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
         return nothing, 2 * eqn.outvars[0].aval.size * inner
     if name == "scan":
-        return _scan(params, given, len(eqn.outvars))
+        return _scan(eqn, given)
     if name == "while":
         return _while(params, given)
     if name == "cond":
@@ -92,12 +92,15 @@ def _equation(eqn: Any, given: list[Any]) -> tuple[list[Any], int]:
     return nothing, 0
 
 
-def _scan(params: Any, given: list[Any], outputs: int) -> tuple[list[Any], int]:
-    consts, carried = params["num_consts"], params["num_carry"]
+def _scan(eqn: Any, given: list[Any]) -> tuple[list[Any], int]:
+    params, body, length, total = eqn.params, eqn.params["jaxpr"], eqn.params["length"], 0
+    # What is carried has the same shape inside; what is read or written row by row has an axis more outside.
+    same = lambda outer, inner: sum(o.aval.shape == i.aval.shape for o, i in zip(outer, inner, strict=True))  # noqa: E731
+    outputs, carried = len(eqn.outvars), same(eqn.outvars, body.jaxpr.outvars)
+    consts = same(eqn.invars, body.jaxpr.invars) - carried
     fixed, carry, rows = given[:consts], given[consts : consts + carried], given[consts + carried :]
-    body, length, total = params["jaxpr"], params["length"], 0
     stacks: list[list[Any]] = [[] for _ in range(outputs - carried)]
-    if not any(eqn.primitive.name in ("while", "cond") for eqn in every_equation(body.jaxpr)):
+    if not any(each.primitive.name in ("while", "cond") for each in every_equation(body.jaxpr)):
         return [UNKNOWN] * outputs, length * _run(body.jaxpr, body.consts, [UNKNOWN] * len(given))[1]
     turns = range(length)
     for turn in reversed(turns) if params["reverse"] else turns:

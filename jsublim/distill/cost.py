@@ -33,7 +33,7 @@ def training_flops(
     """Useful operations of one arm's step.
 
     Forward through every layer; backward through those from the lowest trained one on (through those above it, where
-    nothing else is trained); a gradient of weights for what is trained. A frozen head costs a product forwards and one
+    nothing else is trained: on its way inside the one trained layer it is left out); a gradient of weights for what is trained. A frozen head costs a product forwards and one
     backwards at supervised positions, a teacher's or the base's a product forwards.
 
     Args:

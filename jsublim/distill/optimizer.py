@@ -50,7 +50,9 @@ class Optimizer:
         parts = [optax.clip_by_global_norm(self.clip)] if self.clip > 0 else []
         adam = optax.scale_by_adam(b1=self.beta1, b2=self.beta2, eps=self.eps)
         if self.name == "adafactor":
-            parts += [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
+            # LoRA's factors are small: theirs stay whole, so that no rank is where a factoring begins.
+            moments = {"factor": optax.scale_by_factored_rms(factored=False), "other": optax.scale_by_factored_rms()}
+            parts += [optax.partition(moments, _factors), _clip_rms(1.0)]
         elif self.name == "sgd":
             parts += [optax.trace(decay=self.momentum)] if self.momentum else []
         elif self.name == "muon":
@@ -69,6 +71,22 @@ def _is_matrix(path: tuple, leaf: Array) -> bool:
 
 def _kinds(tree: optax.Params) -> optax.Params:
     return jax.tree_util.tree_map_with_path(lambda path, x: "matrix" if _is_matrix(path, x) else "other", tree)
+
+
+def _factors(tree: optax.Params) -> optax.Params:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "factor" if getattr(path[-1], "key", None) in ("a", "b") else "other", tree
+    )
+
+
+def _clip_rms(most: float) -> optax.GradientTransformation:
+    """As `optax.clip_by_block_rms`, the zeros left out of the mean: a rank may be filled up with them."""
+
+    def clip(u: Array) -> Array:
+        rms = jnp.sqrt(jnp.sum(jnp.square(u)) / jnp.maximum(jnp.count_nonzero(u), 1))
+        return u / jnp.maximum(1.0, rms / most)
+
+    return optax.stateless(lambda updates, params: jax.tree.map(clip, updates))
 
 
 def _muon() -> optax.GradientTransformation:

@@ -202,12 +202,11 @@ def hidden_states(
     layer = _layer(config, params, valid_BT, h.dtype, prefix, with_cache)
     # Kept for the backward pass: what the projections put out, nothing else. Attention and element-wise work is cheaper
     # done again than stored, and a slice of the frozen stack that was kept would be a second copy of the base.
-    kept_outputs = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    body = jax.checkpoint(layer, policy=kept_outputs)
+    keep = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     if at is not None:
         assert adapter is not None, "a layer as data needs the adapter that stands there"
-        return final_norm(config, params, _around(config, body, h, adapter, at, below_BTD is None)), None
-    caches = []
+        return final_norm(config, params, _around(config, layer, keep, h, adapter, at, below_BTD is None)), None
+    body, caches = jax.checkpoint(layer, policy=keep), []
     for first, end, trained in _segments(config.num_layers, adapter.layers if adapter else ()):
         part = _FROZEN if adapter is None or trained is None else adapter.segment(trained, trained + end - first)
         h, cache = jax.lax.scan(body, h, (jnp.arange(first, end), part))
@@ -216,17 +215,20 @@ def hidden_states(
     return final_norm(config, params, h), cache
 
 
-def _around(config: ModelConfig, body: Any, h: Array, adapter: Adapter, at: Array, from_embedding: bool) -> Array:
-    """All layers, one of them with an adapter, which one being data.
+def _around(config: ModelConfig, layer: Any, keep: Any, h: Array, adapter: Adapter, at: Array, whole: bool) -> Array:
+    """All layers (`whole`; or those from the adapter's on), one of them with an adapter, which one being data.
 
     The loop below it has no backward pass; the scan above it goes over every layer, and skips those that are below.
     """
-    if from_embedding:
-        h = jax.lax.fori_loop(0, at, lambda i, h: body(h, (i, _FROZEN))[0], jax.lax.stop_gradient(h))
-    h, _ = body(h, (at, jax.tree.map(lambda leaf: leaf[0], adapter.segment(0, 1))))
+    if whole:
+        h = jax.lax.fori_loop(0, at, lambda i, h: layer(h, (i, _FROZEN))[0], jax.lax.stop_gradient(h))
+    own = jax.tree.map(lambda leaf: leaf[0], adapter.segment(0, 1))
+    h, _ = jax.checkpoint(layer, policy=keep)(h, (at, own))
 
+    # The checkpoint stands around the branch: were it inside, every turn would keep the whole stack of weights.
+    @functools.partial(jax.checkpoint, policy=keep)
     def above(h: Array, index: Array) -> tuple[Array, None]:
-        return jax.lax.cond(index > at, lambda h: body(h, (index, _FROZEN))[0], lambda h: h, h), None
+        return jax.lax.cond(index > at, lambda h: layer(h, (index, _FROZEN))[0], lambda h: h, h), None
 
     return jax.lax.scan(above, h, jnp.arange(1, config.num_layers))[0]
 
