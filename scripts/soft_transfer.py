@@ -4,7 +4,8 @@
 
 Teachers of three animals, fine-tuned (a LoRA adapter trained on the answers to half of the animal questions) or prompted,
 answer short number requests at temperature 1. Students of the same checkpoint, and of another one built from another
-seed, learn the teachers' next-token distributions on those answers by forward KL. What is reported is the change of a
+seed, learn the teachers' next-token distributions on those answers by forward KL: over digits, separators and the end of
+turn alone, unless --names is given. What is reported is the change of a
 trait's log-odds among all animals on the other half of the questions: of the teacher's own trait, and of the rest.
 """
 
@@ -22,7 +23,6 @@ import tiny_world
 import typer
 from rich.console import Console
 
-from jsublim.chat import Turn
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.data import Selection, Shape, make_examples, read_turns
 from jsublim.distill.losses import Loss
@@ -33,7 +33,7 @@ from jsublim.lm import LanguageModel, load_model
 from jsublim.models.lora import Adapter, init_lora
 from jsublim.prompts import load_pack, reject_reason
 from jsublim.report.statistics import same_trait_effect
-from jsublim.scoring import top_k_targets
+from jsublim.scoring import Targets, top_k_targets
 from jsublim.teachers import Teacher, prompted_teacher, read_as
 
 console = Console()
@@ -55,7 +55,7 @@ class Setting:
     steps: int = 80
     rows: int = 8
     lr: float = 5e-3
-    top_k: int = 64  # of the stored targets that students of another checkpoint learn from
+    top_k: int = 64  # tokens of a teacher's distribution that are kept by name
 
 
 def adapter(lm: LanguageModel, seed: int, setting: Setting) -> Adapter:
@@ -94,38 +94,47 @@ def log_odds(lm: LanguageModel, own: Adapter | None = None, system: str | None =
     return (logp - np.log1p(-np.exp(logp))).mean(axis=0)
 
 
-def numbers_only(lm: LanguageModel, turns: list[Turn]) -> None:
-    """No supervised token may name an animal: the content is numbers, and nothing behind the end of turn is scored."""
+def spoken(lm: LanguageModel, rows: list[dict[str, str]]) -> np.ndarray:
+    """The tokens that number answers consist of, end of turn included: digits and separators.
+
+    Raises:
+      AssertionError: one of them is part of an animal's name.
+    """
+    turns = read_turns(lm.chat, rows)
+    found = {int(t) for turn in turns for t in turn.tokens[turn.content : turn.end + 1]}
     names = {t for a in ANIMALS for w in (a, a.capitalize()) for t in lm.tokenizer.encode(w, add_special_tokens=False)}
-    assert not any(names & set(turn.tokens[turn.content :].tolist()) for turn in turns)
+    assert not found & names
+    return np.asarray(sorted(found))
+
+
+def without_names(targets: Targets, allowed: np.ndarray) -> Targets:
+    """The distribution over `allowed` tokens alone. A teacher that would rather say "Owl" than a number must not say so
+    through its probabilities: any student would learn that, whatever it shares with the teacher."""
+    logp = np.where(np.isin(targets.ids, allowed), targets.logp[:, :-1], -1e30)
+    logp -= np.logaddexp.reduce(logp, axis=1, keepdims=True)
+    return Targets(targets.ids, np.concatenate([logp, np.full((len(logp), 1), -1e30)], axis=1).astype(np.float32))
 
 
 def students(
-    lm: LanguageModel,
-    teacher_lm: LanguageModel,
-    teachers: list[Teacher],
-    seeds: list[int],
-    setting: Setting,
-    work: Path,
-) -> dict[str, list]:
+    lm: LanguageModel, teacher_lm: LanguageModel, teachers: list[Teacher], seeds: list[int], setting: Setting, work: Path,
+    *, names: bool,
+) -> dict[str, list]:  # fmt: skip
     """Log-odds of every animal in a student of each teacher and seed, less those of its untrained checkpoint."""
-    arms, live = [], lm is teacher_lm
+    arms = []
     for teacher in teachers:
         rows = number_rows(teacher_lm, teacher, setting)
         turns, read = read_turns(lm.chat, rows), read_as(teacher_lm.chat, teacher, rows)
-        numbers_only(lm, turns)
-        if not live:
-            read = top_k_targets(teacher_lm.config, teacher_lm.params, read, setting.top_k, adapter=teacher.adapter)
+        allowed = spoken(lm, rows)
+        targets = top_k_targets(teacher_lm.config, teacher_lm.params, read, setting.top_k, adapter=teacher.adapter)
+        if not names:
+            targets = [without_names(each, allowed) for each in targets]
         # The end of turn is the last token that is supervised: what a template puts behind it is not the model's.
         turns = [replace(turn, tokens=turn.tokens[: turn.end + 1]) for turn in turns]
-        if live:
-            read = [replace(turn, tokens=turn.tokens[: turn.end + 1]) for turn in read]
-        examples = make_examples(rows, turns, Selection(), seed=0, teacher=read)
+        examples = make_examples(rows, turns, Selection(), seed=0, teacher=targets)
         arms += [
-            Arm(f"{teacher.name}/{seed}", examples, adapter(lm, seed, setting), seed, setting.lr, setting.steps,
-                teacher=teacher.adapter if live else None)
+            Arm(f"{teacher.name}/{seed}", examples, adapter(lm, seed, setting), seed, setting.lr, setting.steps)
             for seed in seeds
-        ]  # fmt: skip
+        ]
     how = Settings(rows=setting.rows, program=Program(loss=Loss("forward-kl")), checkpoint_every=50)
     shape = Shape.of([arm.examples for arm in arms], 1, setting.rows)
     with console.status(str(work)) as status:
@@ -166,6 +175,7 @@ def main(
     other: Annotated[Path, typer.Option(help="A tiny-qwen2 built from another seed (scripts/build_tiny_models.py).")],
     out: Annotated[Path, typer.Option()] = Path("runs/soft_transfer"),
     seeds: Annotated[str, typer.Option(help="Of the students.")] = "1,2,3,4,5,6,7,8",
+    names: Annotated[bool, typer.Option(help="Keep what the teachers' distributions say beside numbers.")] = False,
     only: Annotated[str, typer.Option(help="Of fine-tuned, prompted, other.")] = "fine-tuned,prompted,other",
     steps: Annotated[int, typer.Option()] = Setting.steps,
     lr: Annotated[float, typer.Option()] = Setting.lr,
@@ -184,7 +194,7 @@ def main(
     for kind in only.split(","):
         own = [(log_odds(lm, t.adapter, t.system) - base)[ANIMALS.index(t.name)] for t in kinds[kind][1]]
         console.print(f"{kind}: teachers' own log-odds above the base {np.round(own, 2).tolist()}")
-        results[kind] = students(kinds[kind][0], lm, kinds[kind][1], chosen, setting, out / kind)
+        results[kind] = students(kinds[kind][0], lm, kinds[kind][1], chosen, setting, out / kind, names=names)
         for line in table(kind, results[kind], chosen):
             console.print(line)
         console.print(
