@@ -51,8 +51,8 @@ class Optimizer:
         adam = optax.scale_by_adam(b1=self.beta1, b2=self.beta2, eps=self.eps)
         if self.name == "adafactor":
             # LoRA's factors are small: theirs stay whole, so that no rank is where a factoring begins.
-            moments = {"factor": optax.scale_by_factored_rms(factored=False), "other": optax.scale_by_factored_rms()}
-            parts += [optax.partition(moments, _factors), _clip_rms(1.0)]
+            whole, factored = optax.scale_by_factored_rms(factored=False), optax.scale_by_factored_rms()
+            parts += [optax.partition({"factor": whole, "other": factored}, _factors), _clip_rms(1.0)]
         elif self.name == "sgd":
             parts += [optax.trace(decay=self.momentum)] if self.momentum else []
         elif self.name == "muon":
