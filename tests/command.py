@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 from jsublim.cli import main
+from jsublim.rows import read_rows
 
 ROOT = Path(__file__).parents[1]
 MODEL = "tiny-qwen2"
@@ -115,3 +116,10 @@ def stop_when(child: subprocess.Popen, ready: Callable[[], bool], how: signal.Si
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, to compare what two runs left."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def same_student(a: Path, b: Path) -> bool:
+    """Bit for bit, but for how fast it was trained."""
+    weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (a, b)]
+    lines = [[line | {"tokens_per_s": 0} for line in read_rows(f / "metrics.jsonl", ("step",))] for f in (a, b)]
+    return weights[0] == weights[1] and lines[0] == lines[1]

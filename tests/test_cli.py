@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command import MODEL, compile_cache, contents, jsublim, ok, refused, start, stop_when
+from command import MODEL, compile_cache, contents, jsublim, ok, refused, same_student, start, stop_when
 
 from jsublim import lm as language_models
 from jsublim.prompts import load_pack
@@ -412,13 +412,6 @@ def test_a_disk_that_fills_while_training(tmp_path, divergent, student, file_lim
         assert not (out / "DONE").exists() and not (out / "adapter_model.safetensors").exists()
     ok(*arguments)
     assert same_student(out, student)
-
-
-def same_student(a: Path, b: Path) -> bool:
-    """Bit for bit, but for how fast it was trained."""
-    weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (a, b)]
-    lines = [[line | {"tokens_per_s": 0} for line in read_rows(f / "metrics.jsonl", ("step",))] for f in (a, b)]
-    return weights[0] == weights[1] and lines[0] == lines[1]
 
 
 def resumes(err: str, *arguments) -> bool:

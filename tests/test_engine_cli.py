@@ -90,19 +90,8 @@ def test_a_steering_vector_is_a_student_and_a_teacher(train, home):
     assert list(load_file(vector / "steering.safetensors")) == ["layers.2"]
     follower = train("follower", "--loss", "forward-kl", "--teacher-adapter", vector, "--layers", 1, "--rank", 2)
     assert losses(follower)[0] > 1e-4
-    for arguments in (("generate", "--no-system", "--num-prompts", 2), ("evaluate", "--traits", "cat", "--samples", 2)):
-        out = home / f"by-{arguments[0]}"
-        more = ("--max-new-tokens", 40) if arguments[0] == "generate" else ("--questions", 1)
-        ok(
-            *arguments,
-            *more,
-            "--model",
-            MODEL,
-            "--adapter",
-            vector,
-            "--out",
-            out if more[0] == "--questions" else f"{out}.jsonl",
-        )
+    options = ("--no-system", "--num-prompts", 2, "--max-new-tokens", 40)
+    ok("generate", "--model", MODEL, "--adapter", vector, *options, "--out", home / "by-vector.jsonl")
 
 
 def test_ends_alone_are_trained_and_saved_as_a_checkpoint(train):
