@@ -104,11 +104,11 @@ def main(
         return init_lora(lm.config, jax.random.key(0), rank=rank, alpha=float(rank), layers=layers)
 
     kinds = {
-        "LoRA, all layers": [lora(None)], "LoRA, first layer": [lora((0,))], "LoRA, middle layer": [lora((L // 2,))],
+        "LoRA, first layer": [lora((0,))], "LoRA, middle layer": [lora((L // 2,))],
         "LoRA, last layer": [lora((L - 1,))], "LoRA, last third": [lora(tuple(range(L - L // 3, L)))],
         "all weights of the last layer": [init_full(lm.config, lm.params, (L - 1,))],
     }  # fmt: skip
-    found = {f"{n} students": [lora(None)] * int(n) for n in arms.split(",")} | kinds
+    found = {f"LoRA, all layers, students: {n}": [lora(None)] * int(n) for n in arms.split(",")} | kinds
     table = Table(
         "",
         "s a step",
@@ -127,7 +127,7 @@ def main(
             name, f"{m['seconds']:.4f}", f"{m['tokens_per_s']:,.0f}", f"{m['useful_tflops']:.4f}", ratio, f"{m['gib']:.2f}",
             f"{m['compile_s']:.1f}",
         )  # fmt: skip
-    Console().print(table)
+    Console(width=120).print(table)
     if out is not None:
         out.write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
 
