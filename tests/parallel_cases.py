@@ -16,7 +16,7 @@ import numpy as np
 from engine import CONFIG, arm_of, largest_difference, lora, params_of
 
 from jsublim.distill.arm import Arm, Settings
-from jsublim.distill.losses import Loss
+from jsublim.distill.losses import LOSSES, SOFT, Loss
 from jsublim.distill.optimizer import Optimizer
 from jsublim.distill.step import Program
 from jsublim.distill.trainer import train
@@ -29,6 +29,12 @@ CASES = {
     "full layers and ends": ("full", Loss("js", 2.0), "live", 2, "micro-batch", (("mesh", 2), ("pmap", 1))),
     "steering": ("steering", Loss("hard"), None, 2, "tokens", (("mesh", 4), ("pmap", 1))),
 }
+# Every other loss, for LoRA and for whole layers.
+for _kind, _done in (("lora", "forward-kl"), ("full", "js")):
+    for _loss in LOSSES:
+        if _loss != _done:
+            _soft = "live" if _loss in SOFT else None
+            CASES[f"{_kind}, {_loss}"] = (_kind, Loss(_loss), _soft, 2, "tokens", (("mesh", 2), ("pmap", 1)))
 
 
 class Killed(Exception):
