@@ -245,7 +245,7 @@ def test_a_grid_of_arms_is_every_combination():
     e = experiment(teachers={"traits": ["cat"]}, students=students.model_dump(exclude_unset=True))
     names = [arm.name for arm in plan_students(e)]
     assert len(names) == len(set(names)) == 4 * 2 * 2 and names[0] == "cat/all/rank=1 layers=0/seed1"
-    assert plan_students(e)[0].reported == "all, rank=1 layers=0"
+    assert plan_students(e)[0].reported == "all · rank=1 layers=0"
 
 
 def test_a_list_of_arms_has_names():

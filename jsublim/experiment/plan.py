@@ -31,7 +31,7 @@ class Student:
     def reported(self) -> str:
         """The condition under which results list it."""
         condition = CONTROL if self.teacher == CONTROL else self.condition
-        return f"{condition}, {self.variant}" if self.variant else condition
+        return f"{condition} · {self.variant}" if self.variant else condition
 
     @property
     def program(self) -> str:
