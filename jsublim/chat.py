@@ -7,7 +7,7 @@ whole; what lies between is header, content and end of turn. No token id or offs
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,22 @@ class Chat:
         if not np.array_equal(tokens[:content], self.prompt_tokens(messages, extra_bos=extra_bos)):
             raise JsublimError(f"the completion {completion!r} changes the tokens of the prompt before it")
         return Turn(tokens, header, content, end)
+
+    def turns(
+        self,
+        exchanges: Iterable[tuple[Sequence[Message], str]],
+        where: Callable[[int], str],
+        *,
+        extra_bos: bool = False,
+    ) -> list[Turn]:
+        """`turn` of each (messages, completion); `where(number)`, counted from 1, names one in its error."""
+        turns = []
+        for number, (messages, completion) in enumerate(exchanges, 1):
+            try:
+                turns.append(self.turn(messages, completion, extra_bos=extra_bos))
+            except JsublimError as error:
+                raise JsublimError(f"{where(number)}: {error}") from None
+        return turns
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, special ones left out, stripped: the form in which completions are kept."""

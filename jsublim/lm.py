@@ -19,7 +19,7 @@ from jsublim.models import decoder
 from jsublim.models.checkpoint import checkpoint_hash, read_config
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
-from jsublim.models.lora import Adapter
+from jsublim.models.lora import Adapter, with_ends
 from jsublim.models.weights import load_params
 from jsublim.parallel import Layout
 from jsublim.sampling import Sampling, generate_tokens, sampling_for
@@ -95,7 +95,7 @@ class LanguageModel:
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _logits(config: ModelConfig, params: Params, adapter: Adapter | None, tokens: Array, valid: Array) -> Array:
-    params = params if adapter is None else adapter.over(params)
+    params = with_ends(params, adapter)
     h, _ = decoder.hidden_states(config, params, tokens, valid, adapter=adapter)
     return decoder.logits(config, params, h)
 

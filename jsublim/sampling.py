@@ -24,7 +24,7 @@ from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.layers import rope_table
-from jsublim.models.lora import Adapter
+from jsublim.models.lora import Adapter, with_ends
 
 BUCKET = 32  # prompt lengths are padded to a multiple of this
 STOP_TOKENS = 8
@@ -139,7 +139,7 @@ def _decode(
 ) -> Array:
     """Sampled tokens int32 `[B, max_new]`, -1 from the stop token on. Prompts are padded on the left; P of them are
     read once, and row b continues prompt `row_prompt_B[b]`."""
-    params = params if adapter is None else adapter.over(params)
+    params = with_ends(params, adapter)
     _, T = tokens_PT.shape
     B, total = row_prompt_B.shape[0], T + max_new
     h_PTD, cache = decoder.hidden_states(config, params, tokens_PT, valid_PT, adapter=adapter, with_cache=True)

@@ -21,7 +21,7 @@ from jsublim.errors import UsageError
 from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import KV, Params
-from jsublim.models.lora import Adapter
+from jsublim.models.lora import Adapter, with_ends
 from jsublim.parallel import Layout
 
 PREFIX_STEP = 8  # shared prefixes are cut to a multiple of this, so that few programs serve all teachers
@@ -79,7 +79,7 @@ def _read(
     at: At,
 ) -> Any:
     """`at(logits [V], label)` of every position `where_BC`, leaves `[B, C, ...]`."""
-    params = params if adapter is None else adapter.over(params)
+    params = with_ends(params, adapter)
     h, _ = decoder.hidden_states(config, params, tokens_BT, valid_BT, adapter=adapter, prefix=prefix)
     h_BCD = jnp.take_along_axis(h, where_BC[..., None], axis=1)
     flat = jax.lax.map(

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jsublim.chat import Chat, Message, Turn, conversation
-from jsublim.errors import JsublimError
 from jsublim.models.lora import Adapter
 from jsublim.prompts import Pack
 from jsublim.rows import Row
@@ -50,11 +49,8 @@ def read_as(
     Raises:
       JsublimError: a row that doesn't survive tokenizing; it and `source` are named.
     """
-    turns = []
-    for number, row in enumerate(rows, 1):
-        try:
-            turns.append(chat.turn(teacher.messages(row["prompt"]), row["completion"], extra_bos=extra_bos))
-        except JsublimError as error:
-            where = f"{source}: row {number}" if source else f"row {number}"
-            raise JsublimError(f"{where} under teacher '{teacher.name}': {error}") from None
-    return turns
+    where = f"{source}: " if source else ""
+    exchanges = ((teacher.messages(row["prompt"]), row["completion"]) for row in rows)
+    return chat.turns(
+        exchanges, lambda number: f"{where}row {number} under teacher '{teacher.name}'", extra_bos=extra_bos
+    )

@@ -116,7 +116,7 @@ def test_bad_input_is_one_line(monkeypatch):
 def test_the_smallest_model_axis_that_fits_is_taken(monkeypatch):
     layouts = []
 
-    def compiled(config, params, arm, arms, settings, shape, topology, layout):
+    def compiled(config, params, program, arguments, topology, layout):
         layouts.append((layout.arm, layout.data, layout.model))
         fits = Report(topology, layout, 0, 0, 0, 0, 0.0, {})
         return fits if layout.model >= 4 else "too much"

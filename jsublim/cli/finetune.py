@@ -20,7 +20,7 @@ from jsublim.cli.app import (
     names,
     numbers,
     recipe_of,
-)  # fmt: skip
+)
 from jsublim.errors import UsageError
 
 
@@ -159,14 +159,7 @@ def finetune(
     )
     shape = shape_of(students, [lesson], MAX_NEW_TOKENS)
     with bar("train", arm.steps) as tick:
-        done = 0
-
-        def on_step(step: int) -> None:
-            nonlocal done
-            tick(step - done)
-            done = step
-
-        stages.train_students(lm, [(arm, artifact)], settings, out / "training", shape=shape, on_step=on_step)
+        stages.train_students(lm, [(arm, artifact)], settings, out / "training", shape=shape, tick=tick)
     console.print(f"{arm.steps} steps on {len(arm.examples)} rows; last loss {artifact.summary['loss']:.4f}")
     print(out)
 

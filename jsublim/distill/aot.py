@@ -6,11 +6,12 @@ The compiler that comes with `jax[tpu]` needs no TPU. It shows memory and commun
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ import jax
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.data import Shape
 from jsublim.distill.memory import abstract_step, bytes_needed
-from jsublim.distill.step import compile_step
+from jsublim.distill.step import Program, compile_step
 from jsublim.errors import JsublimError, UsageError
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
@@ -122,10 +123,11 @@ def compile_ahead(
       UsageError: a model axis that the chips cannot be divided by.
     """
     chips, tried = len(topology.devices), []
+    arguments = functools.partial(abstract_step, config, params, arm, arms, settings, shape)
     for axis in [model] if model else model_axes(chips):
         spread = Layout.fit("mesh", arms, chips, model=axis)
         layout = dataclasses.replace(spread, devices=topology.devices)
-        found = _compile(config, params, arm, arms, settings, shape, topology, layout)
+        found = _compile(config, params, settings.program, arguments, topology, layout)
         if isinstance(found, Report):
             return dataclasses.replace(found, tried=tuple(tried))
         tried.append(f"model axis {axis}: {found}")
@@ -155,21 +157,19 @@ def base_bytes(config: ModelConfig, params: Params, layout: Layout) -> int:
 def _compile(
     config: ModelConfig,
     params: Params,
-    arm: Arm,
-    arms: int,
-    settings: Settings,
-    shape: Shape,
+    program: Program,
+    arguments: Callable[[Layout], tuple],
     topology: Topology,
     layout: Layout,
 ) -> Report | str:
-    """The report, or why it does not fit."""
+    """The report, or why it does not fit. `arguments` are `abstract_step`'s on a layout."""
     base = base_bytes(config, params, layout)
     if base > topology.memory:
         return f"the base alone takes {base / GIB:.1f} of {topology.memory / GIB:.0f} GiB a chip"
-    arguments = abstract_step(config, params, arm, arms, settings, shape, layout)
+    given = arguments(layout)
     began = time.perf_counter()
     try:
-        compiled = compile_step(config, settings.program, layout).lower(*arguments).compile()
+        compiled = compile_step(config, program, layout).lower(*given).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

@@ -33,8 +33,9 @@ def training_flops(
     """Useful operations of one arm's step.
 
     Forward through every layer; backward through those from the lowest trained one on (through those above it, where
-    nothing else is trained: on its way inside the one trained layer it is left out); a gradient of weights for what is trained. A frozen head costs a product forwards and one
-    backwards at supervised positions, a teacher's or the base's a product forwards.
+    nothing else is trained: its way inside the one trained layer is left out); a gradient of weights for what is
+    trained. A frozen head costs a product forwards and one backwards at supervised positions, a teacher's or the base's
+    a product forwards.
 
     Args:
       adapter: without an arm axis. Shapes only.

@@ -58,12 +58,8 @@ def read_turns(chat: Chat, rows: Sequence[Row], source: str = "rows", system: st
     Raises:
       JsublimError: a row that doesn't survive tokenizing, or points out of range; `source` is named.
     """
-    turns = []
-    for number, row in enumerate(rows, 1):
-        try:
-            turns.append(chat.turn(conversation(row["prompt"], system), row["completion"]))
-        except JsublimError as error:
-            raise JsublimError(f"{source}: row {number}: {error}") from None
+    exchanges = ((conversation(row["prompt"], system), row["completion"]) for row in rows)
+    turns = chat.turns(exchanges, lambda number: f"{source}: row {number}")
     check_points(rows, [len(turn.tokens) - turn.content for turn in turns], source)
     return turns
 

@@ -72,7 +72,7 @@ def positions_loss(
     loss: Loss,
     coefficient: Array,
     params: Params,
-    others: dict[str, Params],
+    base: Params,
     h_nD: Array,
     at: dict[str, Array],
 ) -> Array:
@@ -80,7 +80,7 @@ def positions_loss(
 
     Args:
       coefficient: of the KL to the base.
-      params: the student's; others: the parameters whose head "teacher" and "base" have.
+      params: the student's; base: the frozen ones, whose head a live teacher has too. Of both, the head only is read.
       h_nD: the student's hidden states; at: what stands at the positions: `labels`, `weights`, and with a soft loss the
         teacher's hidden states `teacher` `[n, D]`, or its stored `ids` `[n, k]` and `logp` `[n, k + 1]`.
     """
@@ -90,11 +90,11 @@ def positions_loss(
     elif "ids" in at:
         each = divergence(loss.kind, at["logp"], top_k_log_probs(z / loss.temperature, at["ids"]))
     else:
-        theirs = decoder.logits(config, others["teacher"], at["teacher"]) / loss.temperature
+        theirs = decoder.logits(config, base, at["teacher"]) / loss.temperature
         each = divergence(loss.kind, jax.nn.log_softmax(theirs), jax.nn.log_softmax(z / loss.temperature))
     if loss.to_base:
-        base = jax.nn.log_softmax(decoder.logits(config, others["base"], at["base"]))
-        each = each + coefficient * divergence("reverse-kl", base, jax.nn.log_softmax(z))
+        start = jax.nn.log_softmax(decoder.logits(config, base, at["base"]))
+        each = each + coefficient * divergence("reverse-kl", start, jax.nn.log_softmax(z))
     return jnp.sum(at["weights"] * each)
 
 

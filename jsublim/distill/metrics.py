@@ -15,7 +15,7 @@ import numpy as np
 
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.cost import training_flops
-from jsublim.distill.data import Example, Shape
+from jsublim.distill.data import Example
 from jsublim.errors import JsublimError
 from jsublim.models.config import ModelConfig
 
@@ -33,7 +33,6 @@ class Metrics:
         first: int,
         config: ModelConfig,
         arms: Sequence[Arm],
-        shape: Shape,
         settings: Settings,
         *,
         cached: bool,
@@ -42,8 +41,8 @@ class Metrics:
 
         `cached`: hidden states below the trained layer are at hand.
         """
-        self.config, self.arms, self.shape, self.settings, self.cached = config, arms, shape, settings, cached
-        self.pending: tuple[int, dict[str, jax.Array]] | None = None
+        self.config, self.arms, self.settings, self.cached = config, arms, settings, cached
+        self.pending: tuple[int, Sequence[np.ndarray], dict[str, jax.Array]] | None = None
         self.clock = time.perf_counter()
         self.file = self.board = None
         if jax.process_index() == 0:
@@ -59,10 +58,10 @@ class Metrics:
             if each is not None:
                 each.close()
 
-    def follow(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Take a step's numbers, which may not be there yet, and write those of the step before."""
+    def follow(self, step: int, rows: Sequence[np.ndarray], metrics: dict[str, jax.Array]) -> None:
+        """Take a step's numbers, which may not be there yet, and each arm's rows; write those of the step before."""
         self.catch_up()
-        self.pending = (step, metrics)
+        self.pending = (step, rows, metrics)
 
     def catch_up(self) -> None:
         """Write what is held back.
@@ -72,12 +71,12 @@ class Metrics:
         """
         if self.pending is None:
             return
-        (step, metrics), self.pending = self.pending, None
+        (step, rows, metrics), self.pending = self.pending, None
         host = {key: np.asarray(value) for key, value in metrics.items()}
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         running = [i for i, arm in enumerate(self.arms) if step < arm.steps]
-        chosen = {i: [int(r) for r in self.arms[i].rows(self.shape, step) if r >= 0] for i in running}
+        chosen = {i: [int(r) for r in rows[i] if r >= 0] for i in running}
         speed = self._speed(chosen, seconds)
         for i in running:
             arm, loss, norm = self.arms[i], float(host["loss"][i]), float(host["grad_norm"][i])

@@ -21,7 +21,7 @@ from jsublim.distill.optimizer import Optimizer, learning_rate
 from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
-from jsublim.models.lora import Adapter
+from jsublim.models.lora import Adapter, with_ends
 from jsublim.parallel import Layout
 
 Batch = dict[str, Any]  # of arrays: see data.collate; here with a leading arm axis
@@ -103,19 +103,17 @@ def micro_loss(
         flat["base"] = read(*own)
         tables += 1
     head = "embed" if config.tied else "head"
-    table = params[head]
-    others = {"teacher": {head: table if teacher is None else teacher.over(params)[head]}, "base": {head: table}}
     # A trained head is differentiated; a frozen one is data of the loss.
-    trained = {head: adapter.over(params)[head]} if head in adapter.ends else {}
-    fixed = {head: table}, others
+    trained = {head: with_ends(params, adapter)[head]} if head in adapter.ends else {}
+    fixed = {head: params[head]}, coefficient
 
     def of(trained: Params, fixed: tuple, h_nD: Array, at_n: dict[str, Array]) -> Array:
-        (own, others), coefficient = fixed
-        return positions_loss(config, loss, coefficient, own | trained, others, h_nD, at_n)
+        base, coefficient = fixed
+        return positions_loss(config, loss, coefficient, base | trained, base, h_nD, at_n)
 
     with jax.named_scope("loss"):
         size = block_size(config, arms, tables)
-        return blockwise(of, size, trained, (fixed, coefficient), h_ND, flat)
+        return blockwise(of, size, trained, fixed, h_ND, flat)
 
 
 def loss_and_gradient(

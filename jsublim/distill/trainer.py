@@ -74,12 +74,14 @@ def train(
     with ocp.CheckpointManager((work / "state").resolve(), options=options) as saved, _preemption() as preempted:
         state = _restore(saved, state)
         first = int(layout.host(state.step))
-        with Metrics(work / "metrics.jsonl", first, config, arms, shape, settings, cached=below is not None) as log:
+        with Metrics(work / "metrics.jsonl", first, config, arms, settings, cached=below is not None) as log:
             for step in range(first, last):
                 chosen = [arm.rows(shape, step) for arm in arms]
                 batch = layout.place_batch(_batch(arms, chosen, shape, below, state, step))
                 state, metrics = step_of(params, state, batch, numbers, teacher, at_array)
-                log.follow(step, metrics)  # the device is busy with this step while the last one's numbers are read
+                log.follow(
+                    step, chosen, metrics
+                )  # the device is busy with this step while the last one's numbers are read
                 leaving = preempted(step + 1)
                 if (step + 1) % settings.checkpoint_every == 0 or step + 1 == last or leaving:
                     log.catch_up()

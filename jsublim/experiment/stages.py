@@ -187,9 +187,20 @@ def train_students(
     work: Path,
     *,
     shape: Shape | None = None,
-    on_step: Tick = lambda n: None,
+    tick: Tick = lambda n: None,
 ) -> None:
-    """Train arms in one program, and leave each as a PEFT folder (or a whole checkpoint) with its `metrics.jsonl`."""
+    """Train arms in one program, and leave each as a PEFT folder (or a whole checkpoint) with its `metrics.jsonl`.
+
+    Args:
+      tick: counts steps; of a training that goes on, those done before come first.
+    """
+    done = 0
+
+    def on_step(step: int) -> None:
+        nonlocal done
+        tick(step - done)
+        done = step
+
     adapters = train(lm.config, lm.params, [arm for arm, _ in arms], settings, work, on_step, shape=shape)
     whole = [_whole(lm, adapter) for adapter in adapters]
     by_first(lambda: _keep_students(lm, arms, whole, work))

@@ -18,6 +18,7 @@ from jsublim.experiment.spec import Students
 from jsublim.experiment.store import Artifact, digest
 from jsublim.experiment.students import Lesson, make_arm, shape_of
 from jsublim.experiment.students import settings as settings_of
+from jsublim.scoring import Targets
 from jsublim.teachers import read_as
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Training:
         self.run = run
         self.turns: dict[str, list[Turn]] = {}
         self.teacher_turns: dict[str, list[Turn]] = {}
+        self.targets: dict[str, list[Targets]] = {}  # by the key of their artifact
 
     def groups(self) -> list[Group]:
         """The programs that have something left to train."""
@@ -47,14 +49,7 @@ class Training:
         # Made when their turn comes: a hundred students' adapters need not lie on the device together.
         how, shape, arms = self._prepare(students)
         members = [(arm, self.run.student_artifacts[student]) for arm, student in zip(arms, students, strict=True)]
-        done = 0
-
-        def on_step(step: int) -> None:
-            nonlocal done
-            tick(step - done)
-            done = step
-
-        stages.train_students(self.run.lm, members, how, work, shape=shape, on_step=on_step)
+        stages.train_students(self.run.lm, members, how, work, shape=shape, tick=tick)
 
     def _companies(self) -> list[list[Student]]:
         """Who is trained with whom. Of all students, whole ones too: a run that is continued finds the state it left."""
@@ -122,6 +117,9 @@ class Training:
         numbers = {"top_k": students.top_k, "temperature": students.temperature}
         inputs = run.common | run.teacher_inputs(name) | numbers | {"rows": run.source(name).key}
         artifact = Artifact.in_store(run.store, "targets", name, inputs)
-        batch = run.experiment.divergence.batch_size
-        targets = stages.stored_targets(artifact, run.lm, turns, adapter=teacher.adapter, batch_size=batch, **numbers)
-        return replace(lesson, targets=targets)
+        if artifact.key not in self.targets:
+            batch = run.experiment.divergence.batch_size
+            self.targets[artifact.key] = stages.stored_targets(
+                artifact, run.lm, turns, adapter=teacher.adapter, batch_size=batch, **numbers
+            )
+        return replace(lesson, targets=self.targets[artifact.key])

@@ -17,7 +17,7 @@ from jax import Array
 
 from jsublim.models.config import ModelConfig
 from jsublim.models.layers import Block, RMSNorm, attend, rope_table
-from jsublim.models.lora import Adapter, Part
+from jsublim.models.lora import Adapter, Part, with_ends
 
 Params = dict[str, Any]
 KV = tuple[Array, Array]  # keys and values, [L, B, S, K, h] each
@@ -197,7 +197,7 @@ def hidden_states(
     Returns:
       Hidden states `[B, T, D]` after the final norm, and the cache or None.
     """
-    params = params if adapter is None else adapter.over(params)
+    params = with_ends(params, adapter)
     h = embed(config, params, tokens_BT) if below_BTD is None else below_BTD
     layer = _layer(config, params, valid_BT, h.dtype, prefix, with_cache)
     # Kept for the backward pass: what the projections put out, nothing else. Attention and element-wise work is cheaper

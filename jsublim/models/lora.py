@@ -44,11 +44,6 @@ class Adapter:
         """What belongs to the trained layers `first .. end - 1`, as inputs of a scan."""
         return jax.tree.map(lambda leaf: leaf[first:end], (self.lora, self.weights, self.steering))
 
-    def over(self, params: dict[str, Any]) -> dict[str, Any]:
-        """The base parameters with the trained ends in their place, rounded to the base's dtype."""
-        cast = lambda new, base: new.astype(base.dtype)  # noqa: E731
-        return params | {name: jax.tree.map(cast, end, params[name]) for name, end in self.ends.items()}
-
     @property
     def trainable(self) -> Trainable:
         """The leaves that get gradients and optimizer state: everything but LoRA's `scale`."""
@@ -182,9 +177,17 @@ def init_steering(config: ModelConfig, layers: tuple[int, ...] | None = None) ->
     return Adapter(chosen, steering=jnp.zeros((len(chosen), config.hidden_size), jnp.float32))
 
 
+def with_ends(params: dict[str, Any], adapter: Adapter | None) -> dict[str, Any]:
+    """The base parameters with an adapter's trained ends in their place, rounded to the base's dtype."""
+    if adapter is None:
+        return params
+    cast = lambda new, base: new.astype(base.dtype)  # noqa: E731
+    return params | {name: jax.tree.map(cast, end, params[name]) for name, end in adapter.ends.items()}
+
+
 def merge_full(params: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
     """The base with an adapter's fully trained parts written into it: an ordinary set of parameters."""
-    params = adapter.over(params)
+    params = with_ends(params, adapter)
     if adapter.weights is None:
         return params
     index = jnp.asarray(adapter.layers)
