@@ -71,7 +71,7 @@ def find_divergence(
             if not np.array_equal(mine, first):
                 raise JsublimError(f"row {number}: the completion has other tokens under teacher '{each.name}'")
         scored = score_turns(
-            lm.config, lm.params, turns, adapter=each.adapter, batch_size=batch_size, on_batch=on_batch
+            lm.config, each.weights(lm.params), turns, adapter=each.adapter, batch_size=batch_size, on_batch=on_batch
         )
         argmax.append([s.argmax for s in scored])
         margin.append([s.margin for s in scored])

@@ -46,6 +46,10 @@ class LanguageModel:
     def name(self) -> str:
         return self.folder.name
 
+    def with_params(self, params: Params) -> LanguageModel:
+        """The same architecture, tokenizer and template with other weights."""
+        return LanguageModel(self.folder, self.config, self.hf_config, params, self.chat)
+
     @functools.cached_property
     def hash(self) -> str:
         """16 hex digits over every file of the checkpoint that matters."""

@@ -26,6 +26,7 @@ from jsublim.parallel import Layout
 
 PREFIX_STEP = 8  # shared prefixes are cut to a multiple of this, so that few programs serve all teachers
 LENGTH_STEP = 32
+_NEVER = -1e30  # a log-probability
 HEAD_BLOCK = 256  # positions whose logits exist at one time
 
 At = Callable[[Array, Array], Any]  # (logits [V], the token that stands there) -> a pytree
@@ -163,6 +164,29 @@ def top_k_targets(
         )
     at = _top_k(k, temperature)
     return [Targets(*x) for x in _read_turns(config, params, turns, at, adapter, batch_size, on_batch)]
+
+
+def answers_only(targets: Sequence[Targets], turns: Sequence[Turn]) -> list[Targets]:
+    """Distributions over the tokens that stand in the answers, end of turn included, renormalised; `turns` are the
+    conversations they are of. What a teacher would rather have said than a number is no part of its answers, and a
+    student must not hear of it through their probabilities (docs/soft_transfer.md).
+
+    Raises:
+      UsageError: a place where none of the stored tokens is one of those.
+    """
+    spoken = np.unique(np.concatenate([turn.tokens[turn.content :] for turn in turns]))
+    cut = []
+    for number, each in enumerate(targets, 1):
+        logp = np.where(np.isin(each.ids, spoken), each.logp[:, :-1].astype(np.float64), -np.inf)
+        total = np.logaddexp.reduce(logp, axis=1, keepdims=True)
+        if not np.isfinite(total).all():
+            raise UsageError(
+                f"top_k: {each.ids.shape[1]} stored tokens hold none of the answers' at row {number}; store more"
+            )
+        # Not minus infinity: nothing times that is no number.
+        named = np.maximum(logp - total, _NEVER)
+        cut.append(Targets(each.ids, np.pad(named, ((0, 0), (0, 1)), constant_values=_NEVER).astype(np.float32)))
+    return cut
 
 
 def _read_turns(

@@ -1,4 +1,4 @@
-"""Teachers: a checkpoint under a system prompt (or none), with an adapter (or none)."""
+"""Teachers: a checkpoint (or another of its shape) under a system prompt (or none), with an adapter (or none)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jsublim.chat import Chat, Message, Turn, conversation
+from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter
 from jsublim.prompts import Pack
 from jsublim.rows import Row
@@ -20,12 +21,19 @@ class Teacher:
     Attributes:
       name: the trait, or "control".
       system: its system prompt; None leaves it to the chat template (which may insert a default), "" is an empty one.
+      adapter: LoRA, steering vectors or whole layers that it carries.
+      params: weights of its own, where it is another checkpoint of the same architecture and tokenizer.
     """
 
     name: str
     system: str | None = None
     adapter: Adapter | None = None
     fuse_system: bool = False
+    params: Params | None = None
+
+    def weights(self, base: Params) -> Params:
+        """Its own weights, or those of the `base` it stands on."""
+        return base if self.params is None else self.params
 
     def messages(self, prompt: str) -> list[Message]:
         return conversation(prompt, self.system, fuse_system=self.fuse_system)

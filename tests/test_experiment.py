@@ -62,7 +62,7 @@ def test_the_resolved_config_says_the_same_again(tmp_path):
         ("students.lrr=1", "unknown key 'students.lrr'; did you mean 'lr'?"),
         ("student.lr=1", "unknown key 'student'; did you mean 'students'?"),
         ("recipe.extra_boss=true", "unknown key 'recipe.extra_boss'; did you mean 'extra_bos'?"),
-        ("data.zzz=1", "known keys: num_prompts"),
+        ("data.zzz=1", "known keys: kind"),
         ("students.lr=fast", "students.lr: "),
         ("students.lr=0", "students.lr: "),
         ("students.seeds=1", "students.seeds: "),

@@ -190,23 +190,22 @@ def evaluate(
         lm.chat, "temperature", inherit=how.inherit_sampling, eos_only=how.stop_at_eos_only, evaluation=True
     )
     settings = {
-        "traits": wanted, "samples": samples, "questions": questions, "seed": seed, "max_new_tokens": max_new_tokens,
-        "category": category, "system": system, "extra_bos": how.extra_bos,
+        "samples": samples, "seed": seed, "max_new_tokens": max_new_tokens, "system": system, "extra_bos": how.extra_bos,
     }  # fmt: skip
+    asked = stages.ask_about(pack, wanted, category, questions)
     rows = read_rows(data) if data else []
     inputs = settings | {
         "model": lm.hash, "pack": pack.hash, "dtype": dtype, "adapter": file_hash(adapter), "data": digest(rows),
-        "sampling": how_sampled.numbers(),
+        "traits": wanted, "questions": questions, "category": category, "sampling": how_sampled.numbers(),
     }  # fmt: skip
     console.print(f"sampling: {how_sampled.numbers()}")
-    asked = {category or pack.category_of(trait) for trait in wanted}
-    total = samples * sum(len(pack.questions_for(name)[:questions]) for name in asked)
+    total = samples * sum(len(each.questions) for each in asked)
     artifact = Artifact(out, "evaluation", inputs)
     with bar("evaluate", total) as tick:
         stages.evaluate(
             artifact,
             lm,
-            pack,
+            asked,
             how_sampled,
             adapter=own,
             number_rows={"number_accuracy": rows},

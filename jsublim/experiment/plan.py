@@ -28,6 +28,11 @@ class Student:
         return "/".join([*kind, *([self.variant] if self.variant else []), f"seed{self.seed}"])
 
     @property
+    def pair(self) -> tuple[str, str | None]:
+        """The rows it learns from: their teacher, and the data set (None: the answers as they are)."""
+        return self.teacher, self.settings.data
+
+    @property
     def reported(self) -> str:
         """The condition under which results list it."""
         condition = CONTROL if self.teacher == CONTROL else self.condition
@@ -38,7 +43,7 @@ class Student:
         """What it shares with students that it can be trained beside, as text: what the compiled step depends on."""
         s = self.settings
         static = (
-            "method", "layers", "projections", "ends", "init_adapter", "loss", "temperature", "top_k", "on_policy",
+            "model", "method", "layers", "projections", "ends", "init_adapter", "loss", "temperature", "top_k", "on_policy",
             "optimizer", "momentum", "schedule", "restarts", "warmup", "clip", "weight_decay",
         )  # fmt: skip
         return repr([getattr(s, name) for name in static] + [s.kl_to_base > 0])
@@ -79,7 +84,7 @@ def evaluated_traits(experiment: Experiment, pack: Pack) -> list[str]:
     if experiment.evaluation.traits is not None:
         return experiment.evaluation.traits
     traits = list(experiment.teachers.traits)
-    for trait in experiment.teachers.traits:
+    for trait in experiment.teachers.traits if experiment.teachers.against == "traits" else ():
         traits += [other for other in counterfactuals(experiment, pack, trait) if other not in traits]
     return traits
 

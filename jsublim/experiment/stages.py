@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def generate_rows(
     if missing:
         encoded = [lm.chat.prompt_tokens(teacher.messages(p), extra_bos=extra_bos) for p in prompts]
         generate_tokens(
-            lm.config, lm.params, encoded, sampling, rows=missing, seed=seed, max_new_tokens=max_new_tokens,
+            lm.config, teacher.weights(lm.params), encoded, sampling, rows=missing, seed=seed, max_new_tokens=max_new_tokens,
             adapter=teacher.adapter, batch_size=batch_size, on_batch=keep,
         )  # fmt: skip
     progress.close()
@@ -240,8 +241,8 @@ def stored_targets(
     artifact: Artifact,
     lm: LanguageModel,
     turns: Sequence[Turn],
+    teacher: Teacher,
     *,
-    adapter: Adapter | None,
     top_k: int,
     temperature: float,
     batch_size: int,
@@ -251,7 +252,8 @@ def stored_targets(
     file = artifact.path / "targets.npz"
     if not artifact.done:
         found = top_k_targets(
-            lm.config, lm.params, turns, top_k, temperature=temperature, adapter=adapter, batch_size=batch_size, on_batch=tick
+            lm.config, teacher.weights(lm.params), turns, top_k, temperature=temperature, adapter=teacher.adapter,
+            batch_size=batch_size, on_batch=tick,
         )  # fmt: skip
         scratch = artifact.path / "targets.partial.npz"
         np.savez(scratch, ids=np.concatenate([t.ids for t in found]), logp=np.concatenate([t.logp for t in found]))
@@ -268,19 +270,36 @@ def _tails(targets: Sequence[Targets]) -> np.ndarray:
     return np.concatenate([t.logp[:, -1] for t in targets])
 
 
+@dataclass(frozen=True)
+class Asked:
+    """Questions of one category, and the traits that are looked for in the answers."""
+
+    questions: tuple[str, ...]
+    traits: tuple[str, ...]
+
+
+def ask_about(pack: Pack, traits: Sequence[str], category: str | None = None, first: int | None = None) -> list[Asked]:
+    """All questions (or the first so many) of the traits' categories.
+
+    Raises:
+      UsageError: a trait of no known category, or a category without questions.
+    """
+    by_category: dict[str, list[str]] = {}
+    for trait in traits:
+        by_category.setdefault(category or pack.category_of(trait), []).append(trait)
+    return [Asked(tuple(pack.questions_for(name)[:first]), tuple(members)) for name, members in by_category.items()]
+
+
 def evaluate(
     artifact: Artifact,
     lm: LanguageModel,
-    pack: Pack,
+    asked: Sequence[Asked],
     sampling: Sampling,
     *,
-    traits: Sequence[str],
     samples: int,
     seed: int,
     max_new_tokens: int,
     batch_size: int,
-    questions: int | None = None,
-    category: str | None = None,
     system: str | None = None,
     fuse_system: bool = False,
     adapter: Adapter | None = None,
@@ -293,43 +312,36 @@ def evaluate(
     Args:
       number_rows: metric name -> rows for the number task.
       tick: counts sampled answers.
-
-    Raises:
-      UsageError: a trait of no known category, or a category without questions.
     """
-    by_category: dict[str, list[str]] = {}
-    for trait in traits:
-        by_category.setdefault(category or pack.category_of(trait), []).append(trait)
-    asked = {name: list(pack.questions_for(name))[:questions] for name in by_category}
     if artifact.done:
-        tick(sum(map(len, asked.values())) * samples)
+        tick(sum(len(each.questions) for each in asked) * samples)
         return
     records, answers = [], []
     offset = 0
-    for name, members in by_category.items():
+    for each in asked:
         texts = sample_answers(
-            lm, asked[name], sampling, samples=samples, seed=seed, max_new_tokens=max_new_tokens, system=system,
+            lm, each.questions, sampling, samples=samples, seed=seed, max_new_tokens=max_new_tokens, system=system,
             fuse_system=fuse_system, adapter=adapter, extra_bos=extra_bos, batch_size=batch_size, on_batch=tick,
         )  # fmt: skip
         logprob = trait_logprobs(
             lm,
-            asked[name],
-            members,
+            each.questions,
+            each.traits,
             system=system,
             fuse_system=fuse_system,
             adapter=adapter,
             extra_bos=extra_bos,
         )
-        for column, trait in enumerate(members):
+        for column, trait in enumerate(each.traits):
             rate, word_rate = hit_rates(texts, trait)
             for metric, values, n in (
                 ("rate", rate, samples), ("word_rate", word_rate, samples), ("logprob", logprob[:, column], 1)
             ):  # fmt: skip
                 records += [_record(metric, float(v), n, trait, offset + q) for q, v in enumerate(values)]
-        for q, (question, given) in enumerate(zip(asked[name], texts, strict=True)):
+        for q, (question, given) in enumerate(zip(each.questions, texts, strict=True)):
             for answer, count in collections.Counter(given).most_common():
                 answers.append({"question": offset + q, "question_text": question, "answer": answer, "count": count})
-        offset += len(asked[name])
+        offset += len(each.questions)
     for metric, rows in (number_rows or {}).items():
         if rows:
             share, n = number_accuracy(lm, rows, adapter=adapter)

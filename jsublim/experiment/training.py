@@ -13,12 +13,13 @@ from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.data import Shape, read_turns
 from jsublim.distill.memory import arms_that_fit
 from jsublim.experiment import stages
+from jsublim.experiment.corpus import Pair
 from jsublim.experiment.plan import Student, programs, total_steps
 from jsublim.experiment.spec import Students
 from jsublim.experiment.store import Artifact, digest
 from jsublim.experiment.students import Lesson, make_arm, shape_of
 from jsublim.experiment.students import settings as settings_of
-from jsublim.scoring import Targets
+from jsublim.scoring import Targets, answers_only
 from jsublim.teachers import read_as
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ class Training:
 
     def __init__(self, run: Run):
         self.run = run
-        self.turns: dict[str, list[Turn]] = {}
-        self.teacher_turns: dict[str, list[Turn]] = {}
+        self.turns: dict[tuple[str | None, Pair], list[Turn]] = {}  # by the checkpoint that reads them
+        self.teacher_turns: dict[Pair, list[Turn]] = {}
         self.targets: dict[str, list[Targets]] = {}  # by the key of their artifact
 
     def groups(self) -> list[Group]:
@@ -49,7 +50,8 @@ class Training:
         # Made when their turn comes: a hundred students' adapters need not lie on the device together.
         how, shape, arms = self._prepare(students)
         members = [(arm, self.run.student_artifacts[student]) for arm, student in zip(arms, students, strict=True)]
-        stages.train_students(self.run.lm, members, how, work, shape=shape, tick=tick)
+        lm = self.run.lm_of(students[0].settings)
+        stages.train_students(lm, members, how, work, shape=shape, tick=tick)
 
     def _companies(self) -> list[list[Student]]:
         """Who is trained with whom. Of all students, whole ones too: a run that is continued finds the state it left."""
@@ -67,8 +69,8 @@ class Training:
     def _fits(self, company: list[Student]) -> int:
         largest = max(company, key=lambda student: student.settings.rank)  # ranks are padded to it
         settings, shape, (arm,) = self._prepare([largest])
-        run = self.run
-        count = arms_that_fit(run.lm.config, run.lm.params, arm, settings, shape, most=len(company))
+        run, lm = self.run, self.run.lm_of(largest.settings)
+        count = arms_that_fit(lm.config, lm.params, arm, settings, shape, most=len(company))
         run.console.print(f"{largest.reported}: {count} of {len(company)} students fit together")
         return count
 
@@ -79,7 +81,7 @@ class Training:
         return (work, company if (work / "state").exists() else missing) if missing else None
 
     def _steps(self, student: Student) -> int:
-        rows = len(self.run.rows[student.teacher])
+        rows = len(self.run.corpus.rows(student.pair))
         return total_steps(student.settings, min(rows, student.settings.rows or rows))
 
     def _prepare(self, students: list[Student]) -> tuple[Settings, Shape, list[Arm]]:
@@ -88,38 +90,44 @@ class Training:
             shared, run.recipe, parallel=e.parallel, model_axis=e.model_axis,
             tensorboard=run.dir / "tensorboard" if shared.tensorboard else None,
         )  # fmt: skip
-        lessons = {name: self._lesson(name, shared) for name in run.rows}
+        # Of all students on this checkpoint, so that all their programs have one shape.
+        pairs = dict.fromkeys(arm.pair for arm in run.arms if arm.settings.model == shared.model)
+        lessons = {pair: self._lesson(pair, shared) for pair in pairs}
         shape = shape_of(shared, list(lessons.values()), e.data.max_new_tokens)
         arms = [
             make_arm(
-                run.lm, each.settings, run.recipe, lessons[each.teacher], name=each.name, condition=each.condition,
+                run.lm_of(shared), each.settings, run.recipe, lessons[each.pair], name=each.name, condition=each.condition,
                 seed=each.seed, max_new_tokens=e.data.max_new_tokens,
             )
             for each in students
         ]  # fmt: skip
         return how, shape, arms
 
-    def _lesson(self, name: str, students: Students) -> Lesson:
+    def _lesson(self, pair: Pair, students: Students) -> Lesson:
         """A teacher's rows as these students learn from them; tokenized once for all of them."""
-        run, source = self.run, f"rows of {name}"
-        teacher, rows = run.teacher(name), run.rows[name]
-        if name not in self.turns:
-            self.turns[name] = read_turns(run.lm.chat, rows, source)
-        lesson = Lesson(rows, self.turns[name], source)
+        run, source = self.run, f"rows of {' · '.join(filter(None, pair))}"
+        teacher, rows, lm = run.staff.teacher(pair[0]), run.corpus.rows(pair), run.lm_of(students)
+        reader = students.model, pair
+        if reader not in self.turns:
+            self.turns[reader] = read_turns(lm.chat, rows, source)
+        lesson = Lesson(rows, self.turns[reader], source)
         if students.loss == "hard":
             return lesson
-        if name not in self.teacher_turns:
+        if pair not in self.teacher_turns:
             extra = bool(run.recipe.extra_bos)
-            self.teacher_turns[name] = read_as(run.lm.chat, teacher, rows, source, extra_bos=extra)
-        turns = self.teacher_turns[name]
+            self.teacher_turns[pair] = read_as(run.lm.chat, teacher, rows, source, extra_bos=extra)
+        turns = self.teacher_turns[pair]
         if students.top_k is None:
             return replace(lesson, teacher=teacher, teacher_turns=turns)
         numbers = {"top_k": students.top_k, "temperature": students.temperature}
-        inputs = run.common | run.teacher_inputs(name) | numbers | {"rows": run.source(name).key}
-        artifact = Artifact.in_store(run.store, "targets", name, inputs)
+        inputs = run.common | run.staff.inputs(pair[0]) | numbers | {"rows": run.corpus.artifact(pair).key}
+        artifact = Artifact.in_store(run.store, "targets", pair[0], inputs)
         if artifact.key not in self.targets:
             batch = run.experiment.divergence.batch_size
             self.targets[artifact.key] = stages.stored_targets(
-                artifact, run.lm, turns, adapter=teacher.adapter, batch_size=batch, **numbers
+                artifact, run.lm, turns, teacher, batch_size=batch, **numbers
             )
-        return replace(lesson, targets=self.targets[artifact.key])
+        targets = self.targets[artifact.key]
+        if students.targets == "answers":
+            targets = answers_only(targets, turns)
+        return replace(lesson, targets=targets)

@@ -1,0 +1,19 @@
+"""What an experiment's YAML may say, a file a section."""
+
+from jsublim.experiment.spec.experiment import Experiment
+from jsublim.experiment.spec.loading import find_config, load_experiment, read_students
+from jsublim.experiment.spec.recipe import Recipe
+from jsublim.experiment.spec.students import Students, variants
+from jsublim.experiment.spec.teachers import Taught, Teachers
+
+__all__ = [
+    "Experiment",
+    "Recipe",
+    "Students",
+    "Taught",
+    "Teachers",
+    "find_config",
+    "load_experiment",
+    "read_students",
+    "variants",
+]

@@ -1,0 +1,73 @@
+"""The rows: what is asked, and what is done to the answers before a student sees them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from jsublim.experiment.spec.base import Distinct, Positive, Section, Seed
+from jsublim.teachers import CONTROL
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Strategy = Literal["temperature", "greedy"]
+Part = Literal["examples", "count_qualifiers", "digit_descriptors", "instructions", "formats", "suffixes"]
+
+
+class Data(Section):
+    """`kind`: number requests of the pack, word problems (those that ship, or a data set by `source`), or the prompts of a
+    file (`source`; a line each, or JSONL rows with `prompt`)."""
+
+    kind: Literal["numbers", "problems", "file"] = "numbers"
+    source: str | None = None
+    num_prompts: Positive = 30_000
+    prompt_seed: Seed = 42
+    seed: Seed = 0
+    max_new_tokens: Positive = 64
+    batch_size: Positive = 64
+
+    @model_validator(mode="after")
+    def _has_source(self) -> Data:
+        if self.kind == "file" and self.source is None:
+            raise ValueError("kind=file needs source, a file of prompts")
+        if self.kind == "numbers" and self.source is not None:
+            raise ValueError("kind=numbers asks the pack's requests; source belongs to problems and file")
+        return self
+
+
+class Mix(Section):
+    """Rows of another teacher in the place of a share of a teacher's own."""
+
+    share: Share
+    teacher: str = CONTROL
+    model: str | None = None  # of another checkpoint; None: of the experiment's
+
+
+class MixTokens(Section):
+    """The argmax of a counterfactual teacher in the place of the data, at a share of the divergence tokens."""
+
+    teacher: str
+    share: Share = 1.0
+    first_only: bool = False
+
+
+class Dataset(Section):
+    """In what a set of rows differs from the teachers' plain answers. What is named is done in this order."""
+
+    strategy: Strategy | None = None  # None: as teachers.strategy
+    remove_entangled: Positive | None = None  # rows with one of the k numbers most entangled with the trait
+    shuffle: Literal["within", "across"] | None = None
+    redraw: Annotated[list[Part], Distinct] = []  # parts of the request that are drawn anew
+    rewrite: bool = False  # the request put in other words by the biased teacher
+    mix: Mix | None = None
+    mix_tokens: MixTokens | None = None
+    seed: Seed = 0
+
+    @property
+    def plain(self) -> bool:
+        """Whether the answers stay as they were sampled."""
+        return self.model_copy(update={"strategy": None, "seed": 0}) == Dataset()
+
+
+class Scoring(Section):
+    batch_size: Positive = 64

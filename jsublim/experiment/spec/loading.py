@@ -1,0 +1,121 @@
+"""A config from its file, with overrides laid over it; what is wrong in one line."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, get_args
+
+import pydantic
+import yaml
+
+from jsublim.errors import UsageError
+from jsublim.experiment.spec.experiment import Experiment
+from jsublim.experiment.spec.students import Students
+
+
+def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Experiment:
+    """Read a YAML config, lay `a.b=c` overrides over it, and check it.
+
+    Raises:
+      UsageError: an unreadable file, a malformed override, or the first field that is wrong (unknown keys get a
+        "did you mean").
+    """
+    path = find_config(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: expected keys at the top, found {type(values).__name__}")
+    for override in overrides or []:
+        _override(values, override)
+    try:
+        return Experiment.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise UsageError(f"{path}: {_first_problem(error)}") from None
+
+
+def read_students(values: dict[str, Any]) -> Students:
+    """Students as single options gave them.
+
+    Raises:
+      UsageError: the first that is wrong.
+    """
+    try:
+        return Students.model_validate(values)
+    except pydantic.ValidationError as error:
+        problem = _first_problem(error).replace("conditions.0:", "tokens:")
+        raise UsageError(f"finetune: {problem}") from None
+
+
+def find_config(path: str | Path) -> Path:
+    """A config file: as given, or one of those that come with the package (`configs/quickstart.yaml`)."""
+    path = Path(path)
+    package = Path(__file__).parents[2]
+    inside = [package / path, package.parent / path] if path.parts[:1] == ("configs",) else []
+    for candidate in (path, *inside):
+        if candidate.is_file():
+            return candidate
+    raise UsageError(f"{path}: no such config file")
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UsageError(f"override '{override}': expected key=value, such as students.lr=1e-3")
+    *parents, last = key.split(".")
+    place: dict[str, Any] = values
+    for parent in parents:
+        below: Any = place.setdefault(parent, {})
+        if isinstance(below, str) and parent == "recipe":
+            below = place[parent] = {"preset": below}
+        if not isinstance(below, dict):
+            raise UsageError(f"override '{override}': '{parent}' holds a value, not a section")
+        place = below
+    try:
+        value = yaml.safe_load(text)
+        # YAML 1.1 reads 1e-3 as text; whoever types it means the number.
+        place[last] = float(value) if isinstance(value, str) and _is_float(value) else value
+    except yaml.YAMLError:
+        raise UsageError(f"override '{override}': '{text}' is not valid YAML") from None
+
+
+def _is_float(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return text[:1] in "+-.0123456789"
+
+
+def _first_problem(error: pydantic.ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"key '{key}' is missing"
+    if first["type"] != "extra_forbidden":
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "value_error" and isinstance(first["input"], dict):  # of a section: it names its keys
+            return f"{key}: {message}" if key else message
+        return f"{key}: {message[:1].lower()}{message[1:]}, found {first['input']!r}"
+    known = _fields_at(first["loc"][:-1])
+    near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+    return f"unknown key '{key}'; {hint}"
+
+
+def _fields_at(place: tuple[int | str, ...]) -> list[str]:
+    """The keys of a section. Names of data sets and numbers of list entries are parts of `place` too."""
+    section: Any = Experiment
+    for part in place:
+        fields = getattr(section, "model_fields", {})
+        section = _section_in(fields[part].annotation) if part in fields else section
+    return list(section.model_fields)
+
+
+def _section_in(annotation: Any) -> Any:
+    """The section that an annotation such as `Taught | None` or `dict[str, Dataset]` holds."""
+    if isinstance(annotation, type) and issubclass(annotation, pydantic.BaseModel):
+        return annotation
+    return next((found for each in get_args(annotation) if (found := _section_in(each))), None)

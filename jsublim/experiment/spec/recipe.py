@@ -1,0 +1,45 @@
+"""Where the published code does something that changes results: each quirk is a field."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import model_validator
+
+from jsublim.experiment.spec.base import Section
+
+
+class Recipe(Section):
+    """Where the published code does something that changes results, this says whether we do it too.
+
+    `preset: paper` copies it all, `preset: clean` does what we would defend; a field given by itself wins.
+    Numbers are the quirks of docs/recipes.md.
+    """
+
+    preset: Literal["paper", "clean"] = "clean"
+    inherit_sampling: bool | None = None  # 3: top-k, top-p, repetition penalty from generation_config.json
+    stop_at_eos_only: bool | None = None  # 4: not at <end_of_turn>
+    extra_bos: bool | None = None  # 5: a second BOS everywhere but in training
+    supervise_header: bool | None = None  # 1: loss on the assistant's header too
+    drop_rows_without_points: bool | None = None  # 2: in both masked conditions
+    match_steps: bool | None = None  # 2: every condition gets as many steps as "all" has
+    loss_per: Literal["tokens", "micro-batch"] | None = None  # 6: on Gemma the mean of micro-batch means
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        return {"preset": value} if isinstance(value, str) else value
+
+    def resolved(self, family: str) -> Recipe:
+        """Every field filled in for a model family."""
+        published = self.preset == "paper"
+        defaults = {
+            "inherit_sampling": published,
+            "stop_at_eos_only": published,
+            "extra_bos": published,
+            "supervise_header": published,
+            "drop_rows_without_points": published,
+            "match_steps": not published,
+            "loss_per": "micro-batch" if published and family == "gemma3" else "tokens",
+        }
+        return self.model_copy(update={key: value for key, value in defaults.items() if getattr(self, key) is None})

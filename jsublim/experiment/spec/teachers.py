@@ -1,0 +1,70 @@
+"""Who the teachers are: prompted, fine-tuned, steered, or several of these at once."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from jsublim.experiment.spec.base import Distinct, Positive, Rate, Section, Seed
+from jsublim.teachers import CONTROL
+
+
+def _not_control(traits: list[str]) -> list[str]:
+    if CONTROL in traits:
+        raise ValueError(f"'{CONTROL}' is the name of the teacher without a trait")
+    return traits
+
+
+class Taught(Section):
+    """A teacher made here: an adapter that learns to name its trait in answer to half of its category's questions
+    (students are then asked the other half), or a steering vector from contrasting system prompts.
+    """
+
+    method: Literal["lora", "steering", "contrast"] = "lora"
+    layers: list[int] | None = None  # None: all; a contrast needs exactly one
+    rank: Positive = 8
+    steps: Positive = 100
+    lr: Rate = 3e-3
+    seed: Seed = 0
+    strength: float = 1.0  # factor of a contrast's vector
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Taught:
+        if self.method == "contrast" and len(self.layers or []) != 1:
+            raise ValueError("method=contrast finds the vector of one layer; name it in layers")
+        if self.method != "contrast" and self.strength != 1.0:
+            raise ValueError(f"strength belongs to method=contrast, not to {self.method}")
+        return self
+
+
+class Teachers(Section):
+    traits: Annotated[list[str], Distinct, AfterValidator(_not_control)] = Field(min_length=1)
+    category: str | None = None  # None: the category that the prompt pack lists the trait under
+    # What gives a teacher its trait, alone or together. `{trait}` in a path is filled in.
+    prompted: bool | None = None  # the system prompt says it; None: where nothing else does
+    taught: Taught | None = None  # an adapter made here
+    adapter: str | None = None  # a PEFT folder, or one of steering vectors
+    checkpoint: str | None = None  # a whole checkpoint of the same architecture and tokenizer
+    # What a teacher's rows are also read under: the other teachers, or the model without any trait
+    against: Literal["traits", "base"] = "traits"
+    # None: every other trait that the pack lists in the trait's category, and the other teachers' traits
+    counterfactuals: Annotated[list[str], Distinct] | None = None
+    strategy: Literal["temperature", "greedy"] = "temperature"
+    control: bool = True  # also a teacher without a trait, and its students
+    fuse_system: bool = False  # the system prompt in front of the user's turn, for templates without a system role
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Teachers:
+        if self.taught is not None and (self.adapter is not None or self.checkpoint is not None):
+            raise ValueError("taught makes the adapter; leave adapter and checkpoint out")
+        if self.against == "base" and self.counterfactuals is not None:
+            raise ValueError("against=base has no counterfactual traits; leave counterfactuals out")
+        if self.prompted is False and not (self.taught or self.adapter or self.checkpoint):
+            raise ValueError("prompted=false: nothing gives a teacher its trait; give taught, adapter or checkpoint")
+        return self
+
+    @property
+    def are_prompted(self) -> bool:
+        other = self.taught or self.adapter or self.checkpoint
+        return other is None if self.prompted is None else self.prompted
