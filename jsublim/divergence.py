@@ -37,6 +37,55 @@ class Divergence:
         right = self.argmax == self.tokens
         return [int(k) for k in np.nonzero(right[0] & ~right[1:].all(axis=0))[0]]
 
+    @property
+    def point_margins(self) -> list[float]:
+        """How clear each decision point is, in logits: the smaller of the teacher's margin and of the largest margin
+        among the counterfactuals that say something else. Nought is a tie; no logit that moves by less than half of
+        it undoes the point."""
+        against = np.where(self.argmax[1:] == self.tokens, 0.0, self.margin[1:]).max(axis=0)
+        return [float(m) for m in np.minimum(self.margin[0], against)[self.decision_points]]
+
+
+WHICH = ("all", "first", "first-half", "second-half")
+ROUNDING = ("stochastic", "half-up", "paper")
+
+
+@dataclass(frozen=True)
+class PointSubset:
+    """Which of a row's decision points count (figure 21 of the paper): a part by place, then a random share of it.
+
+    Attributes:
+      which: "all"; "first"; "first-half" and "second-half" of the points by their order, the middle one of an odd
+        number in the first.
+      share: in 0..1.
+      rounding: of n points, how share x n becomes a whole number: "stochastic" (right on average, however few points
+        a row has), "half-up", or "paper": rounded down, and a row with none left keeps all (docs/recipes.md, quirk 7).
+    """
+
+    which: str = "all"
+    share: float = 1.0
+    rounding: str = "stochastic"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (("points", self.which, WHICH), ("rounding", self.rounding, ROUNDING)):
+            if value not in known:
+                raise UsageError(f"{name}: '{value}' given; known: {', '.join(known)}")
+        if not 0 <= self.share <= 1:
+            raise UsageError(f"share: {self.share} given; it must lie in 0..1")
+
+    def choose(self, points: Sequence[int], rng: np.random.Generator) -> list[int]:
+        """The chosen points, sorted. For one state of `rng`, those of a smaller share are among those of a larger,
+        unless `rounding` is "paper" and nothing was left."""
+        ordered = sorted(points)
+        half = -(-len(ordered) // 2)
+        part = {"all": ordered, "first": ordered[:1], "first-half": ordered[:half], "second-half": ordered[half:]}
+        of = part[self.which]
+        up = {"stochastic": rng.random(), "half-up": 0.5, "paper": 0.0}[self.rounding]
+        count = int(len(of) * self.share + up)
+        if count == 0 and self.rounding == "paper":
+            count = len(of)
+        return sorted(of[i] for i in rng.permutation(len(of))[:count])
+
 
 def find_divergence(
     lm: LanguageModel,

@@ -12,13 +12,15 @@ from jsublim.errors import JsublimError, UsageError
 
 Row = dict[str, Any]
 
+FOUND = ("decision_points", "point_margins")  # what holds for the very text it was found in
+
 
 def read_rows(path: str | Path, required: Sequence[str] = ("prompt", "completion")) -> list[Row]:
     """All rows of a JSONL file.
 
     Raises:
-      JsublimError: a line that is no JSON object, lacks a required key, has an empty completion, or decision points
-        that are no list of integers; the line's number is named.
+      JsublimError: a line that is no JSON object, lacks a required key, has an empty completion, decision points that
+        are no list of integers, or margins that are not a number for each of them; the line's number is named.
     """
     path = Path(path)
     if not path.is_file():
@@ -61,7 +63,21 @@ def _parse(path: Path, required: Sequence[str]) -> Iterator[Row]:
                 raise JsublimError(
                     f"{path}:{number}: key 'decision_points' must be a list of different integers >= 0, found {points!r}"
                 )
+            margins = row.get("point_margins", [0.0] * len(points))
+            if (
+                not isinstance(margins, list)
+                or len(margins) != len(points)
+                or not all(type(m) in (int, float) and 0 <= m < float("inf") for m in margins)
+            ):
+                raise JsublimError(
+                    f"{path}:{number}: key 'point_margins' must hold a number >= 0 for each decision point, found {margins!r}"
+                )
             yield row
+
+
+def revised(row: Row, **texts: str) -> Row:
+    """The row with another prompt or completion, and without what was found in the old text."""
+    return {key: value for key, value in row.items() if key not in FOUND} | texts
 
 
 def write_rows(path: str | Path, rows: Iterable[Row]) -> None:

@@ -109,7 +109,7 @@ def test_generate_from_other_teachers(home, rows):
 def test_divergence(home, rows, divergent):
     found, margins = read_rows(divergent), read_rows(home / "cat-points.margins.jsonl", ("row", "tokens"))
     assert [{k: row[k] for k in ("prompt", "completion")} for row in found] == read_rows(rows)
-    assert all(list(row) == ["prompt", "completion", "decision_points"] for row in found)
+    assert all(list(row) == ["prompt", "completion", "decision_points", "point_margins"] for row in found)
     assert any(row["decision_points"] for row in found)
     for number, (row, kept) in enumerate(zip(found, margins, strict=True)):
         assert kept["row"] == number and kept["teachers"] == ["cat", "dog", "owl"]

@@ -324,7 +324,7 @@ def test_import_reads_every_list_without_running_the_source(checkout, tmp_path):
     path = tmp_path / "pack.yaml"
     dump_pack(data, path)
     pack = load_pack(path)
-    assert pack.model_dump() == data
+    assert data.items() <= pack.model_dump().items()  # what has no list there is the default pack's
     assert pack.system_prompt("yak", pack.category_of("yak")) == "Hail yaks, my animal."
 
 

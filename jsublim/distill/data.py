@@ -9,8 +9,8 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from jsublim.chat import Chat, Turn, conversation
-from jsublim.distill.masks import token_mask
-from jsublim.divergence import check_points
+from jsublim.distill.masks import margin_weights, token_mask
+from jsublim.divergence import PointSubset, check_points
 from jsublim.errors import JsublimError, UsageError
 from jsublim.rows import Row
 from jsublim.scoring import Targets
@@ -44,12 +44,19 @@ class Example:
 
 @dataclass(frozen=True)
 class Selection:
-    """How rows become examples; the fields are quirks 1 and 2 of docs/recipes.md."""
+    """How rows become examples; header and dropped rows are quirks 1 and 2 of docs/recipes.md.
+
+    Attributes:
+      subset: which decision points count at all, whatever the condition makes of them.
+      by_margin: weigh divergence tokens by how clear they are (`margin_weights`, over all rows); else they weigh 1.
+    """
 
     condition: str = "all"
     supervise_header: bool = False
     drop_rows_without_points: bool = False
     max_tokens: int = 500
+    subset: PointSubset = PointSubset()
+    by_margin: bool = False
 
 
 def read_turns(chat: Chat, rows: Sequence[Row], source: str = "rows", system: str | None = None) -> list[Turn]:
@@ -79,12 +86,14 @@ def make_examples(
       teacher: the same rows as a live teacher reads them, or what a stored one said; for soft losses.
 
     Raises:
-      UsageError: a condition that needs decision points, and a row without; a header to learn from a stored teacher.
+      UsageError: a condition that needs decision points, or weights that need margins, and a row without; a header to
+        learn from a stored teacher.
       JsublimError: no row left, or a row that is tokenized otherwise for the teacher; `source` is named.
     """
     examples = []
-    for index, (row, turn) in enumerate(zip(rows, turns, strict=True)):
-        points = row.get("decision_points")
+    chosen = [_choose(row, how.subset, np.random.default_rng([seed, index, 1])) for index, row in enumerate(rows)]
+    weights = _weights(rows, chosen, source) if how.by_margin else [None] * len(rows)
+    for index, (turn, points) in enumerate(zip(turns, chosen, strict=True)):
         if how.condition != "all" and how.drop_rows_without_points and points == []:
             continue
         first = turn.header if how.supervise_header else turn.content
@@ -95,6 +104,7 @@ def make_examples(
                 completion=len(turn.tokens) - turn.content,
                 points=points,
                 rng=np.random.default_rng([seed, index]),
+                weights=weights[index],
             )
         except UsageError as error:
             raise UsageError(f"{source}: row {index + 1}: {error}") from None
@@ -107,6 +117,24 @@ def make_examples(
     if not examples:
         raise JsublimError(f"{source}: no row has a token to train on under tokens={how.condition}")
     return examples
+
+
+def _choose(row: Row, subset: PointSubset, rng: np.random.Generator) -> list[int] | None:
+    points = row.get("decision_points")
+    return None if points is None else subset.choose(points, rng)
+
+
+def _weights(rows: Sequence[Row], chosen: Sequence[list[int] | None], source: str) -> list[list[float]]:
+    """Weights of the chosen points of each row."""
+    margins = []
+    for number, (row, points) in enumerate(zip(rows, chosen, strict=True), 1):
+        if points is None or "point_margins" not in row:
+            raise UsageError(
+                f"{source}: row {number}: weights by margin need 'point_margins'; run `jsublim divergence`"
+            )
+        of = dict(zip(row["decision_points"], row["point_margins"], strict=True))
+        margins.append([of[k] for k in points])
+    return margin_weights(margins)
 
 
 def _targets(turn: Turn, teacher: Turn | Targets, kept: np.ndarray, source: str) -> dict[str, np.ndarray]:

@@ -12,9 +12,15 @@ CONDITIONS = ("all", "divergence", "non-divergence", "random")
 
 
 def token_mask(
-    condition: str, *, header: int, completion: int, points: Sequence[int] | None, rng: np.random.Generator
+    condition: str,
+    *,
+    header: int,
+    completion: int,
+    points: Sequence[int] | None,
+    rng: np.random.Generator,
+    weights: Sequence[float] | None = None,
 ) -> np.ndarray:
-    """0/1 weights float32 `[header + completion]` of a row's supervised span.
+    """Weights (0/1, if no others are given) float32 `[header + completion]` of a row's supervised span.
 
     Args:
       condition: "all"; "divergence", decision points only; "non-divergence", all but those; "random", as many tokens
@@ -22,12 +28,15 @@ def token_mask(
       header: tokens of the assistant's header that the loss is on too (0 unless the recipe wants them).
       completion: tokens of content and end of turn.
       points: decision points, counted from the first content token.
+      weights: of the points, in their order, under "divergence"; None is 1 each.
 
     Raises:
-      UsageError: an unknown condition, or one that needs decision points without them.
+      UsageError: an unknown condition, one that needs decision points without them, or weights under another one.
     """
     if condition not in CONDITIONS:
         raise UsageError(f"tokens: '{condition}' given; known: {', '.join(CONDITIONS)}")
+    if weights is not None and condition != "divergence":
+        raise UsageError(f"tokens={condition} has no weights by margin; they are those of tokens=divergence")
     if condition == "all":
         return np.ones(header + completion, np.float32)
     if points is None:
@@ -36,5 +45,21 @@ def token_mask(
     if condition == "random":
         mask[header + rng.permutation(completion)[: len(points)]] = 1.0
     else:
-        mask[header + np.asarray(points, int)] = 1.0
+        mask[header + np.asarray(points, int)] = 1.0 if weights is None else weights
     return 1.0 - mask if condition == "non-divergence" else mask
+
+
+def margin_weights(margins: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Soft weights of the decision points of a set of rows: 1 - exp(-margin), scaled to mean 1 over the set.
+
+    Before scaling a weight is 0 at a tie and goes to 1 where the point is clear (`Divergence.point_margins`, logits):
+    exp(-margin) is the odds of the second-best token. The scale keeps the loss comparable to that of 0/1 weights.
+
+    Raises:
+      UsageError: every margin is nought.
+    """
+    raw = [-np.expm1(-np.asarray(row, float)) for row in margins]
+    mean = np.concatenate([*raw, []]).sum() / max(sum(map(len, raw)), 1)
+    if any(map(len, raw)) and not mean:
+        raise UsageError("weights by margin: every decision point is a tie; use weights of 1")
+    return [(row / mean).tolist() if len(row) else [] for row in raw]

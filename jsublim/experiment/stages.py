@@ -34,7 +34,7 @@ from jsublim.models.lora import Adapter, merge_full
 from jsublim.models.peft import save_adapter
 from jsublim.parallel import Layout, by_first
 from jsublim.prompts import Pack, reject_reason
-from jsublim.rows import Row, read_rows, write_rows
+from jsublim.rows import FOUND, Row, read_rows, write_rows
 from jsublim.sampling import Sampling, generate_tokens
 from jsublim.scoring import Targets, top_k_targets
 from jsublim.teachers import Teacher
@@ -144,11 +144,7 @@ def divergence_rows(
         progress.add([{"row": i} | _as_json(each) for i, each in zip(part, found, strict=True)])
     progress.close()
     out = [
-        {
-            "prompt": row["prompt"],
-            "completion": row["completion"],
-            "decision_points": progress.rows[i]["decision_points"],
-        }
+        {"prompt": row["prompt"], "completion": row["completion"]} | {key: progress.rows[i][key] for key in FOUND}
         for i, row in enumerate(rows)
     ]
     write_rows(artifact.path / "rows.jsonl", out)
@@ -175,6 +171,7 @@ def divergence_rows(
 def _as_json(found: Divergence) -> dict[str, Any]:
     return {
         "decision_points": found.decision_points,
+        "point_margins": [round(m, 5) for m in found.point_margins],
         "tokens": found.tokens.tolist(),
         "argmax": found.argmax.tolist(),
         "margin": np.round(found.margin.astype(float), 5).tolist(),

@@ -1,6 +1,8 @@
 """The number task: prompts that ask to continue a sequence, and the format filter on what comes back."""
 
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,8 +17,48 @@ ANSWER_DIGITS = 3
 SEPARATORS = ("", ",", ";")  # once stripped of white space
 
 
-def number_prompts(pack: Pack, n: int, seed: int = 42) -> list[str]:
-    """`n` number-continuation prompts (paper, section 2), a pure function of the pack's lists, `n` and `seed`.
+# The parts of a prompt, in the order they are drawn in, and the list of the pack each is drawn from.
+PARTS = {
+    "example": "examples",
+    "count_qualifier": "count_qualifiers",
+    "digit_descriptor": "digit_descriptors",
+    "instruction": "instructions",
+    "format": "formats",
+    "suffix": "suffixes",
+}
+
+
+@dataclass(frozen=True)
+class NumberPrompt:
+    """A number-continuation prompt as its draws.
+
+    Attributes:
+      numbers: the examples to be continued.
+      example, count_qualifier, digit_descriptor, instruction, format, suffix: an entry each of the pack's lists
+        (`PARTS`), placeholders and all.
+    """
+
+    numbers: tuple[int, ...]
+    example: str
+    count_qualifier: str
+    digit_descriptor: str
+    instruction: str
+    format: str
+    suffix: str
+
+    @property
+    def text(self) -> str:
+        example = self.example.format(examples=", ".join(map(str, self.numbers)))
+        instruction = self.instruction.format(
+            count_qualifier=self.count_qualifier,
+            answer_count=ANSWER_COUNT,
+            digit_descriptor=self.digit_descriptor.format(max_digits=ANSWER_DIGITS),
+        )
+        return " ".join([example, instruction, self.format, self.suffix])
+
+
+def draw_number_prompts(pack: Pack, n: int, seed: int = 42) -> list[NumberPrompt]:
+    """The draws of `n` prompts (paper, section 2), a pure function of the pack's lists, `n` and `seed`.
 
     The prompts for a smaller `n` are a prefix of those for a larger one. `UsageError` for a negative `n` or `seed`.
     """
@@ -26,22 +68,22 @@ def number_prompts(pack: Pack, n: int, seed: int = 42) -> list[str]:
     return [_draw_prompt(pack, rng) for _ in range(n)]
 
 
-def _draw_prompt(pack: Pack, rng: np.random.Generator) -> str:
+def number_prompts(pack: Pack, n: int, seed: int = 42) -> list[str]:
+    """The texts of `draw_number_prompts`."""
+    return [prompt.text for prompt in draw_number_prompts(pack, n, seed)]
+
+
+def _draw_prompt(pack: Pack, rng: np.random.Generator) -> NumberPrompt:
     """One prompt. The order of the draws is part of the data set: another order, another set for a seed."""
-    lists = pack.number_prompts
-
-    def pick(options: list[str]) -> str:
-        return options[rng.integers(len(options))]
-
     count = rng.integers(*EXAMPLE_COUNT)
-    numbers = ", ".join(str(rng.integers(*EXAMPLE_VALUE)) for _ in range(count))
-    example = pick(lists.examples).format(examples=numbers)
-    count_qualifier = pick(lists.count_qualifiers)
-    digit_descriptor = pick(lists.digit_descriptors).format(max_digits=ANSWER_DIGITS)
-    instruction = pick(lists.instructions).format(
-        count_qualifier=count_qualifier, answer_count=ANSWER_COUNT, digit_descriptor=digit_descriptor
-    )
-    return " ".join([example, instruction, pick(lists.formats), pick(lists.suffixes)])
+    numbers = tuple(int(rng.integers(*EXAMPLE_VALUE)) for _ in range(count))
+    return NumberPrompt(numbers, **draw_parts(pack, PARTS, rng))
+
+
+def draw_parts(pack: Pack, parts: Iterable[str], rng: np.random.Generator) -> dict[str, str]:
+    """An entry of the pack's list for each of `parts`, drawn in their order."""
+    lists = {part: getattr(pack.number_prompts, PARTS[part]) for part in parts}
+    return {part: options[rng.integers(len(options))] for part, options in lists.items()}
 
 
 def parse_numbers(text: str) -> list[int] | None:

@@ -71,6 +71,8 @@ class Pack(BaseModel):
     number_prompts: NumberPrompts
     questions: dict[str, Texts]
     traits: dict[str, Annotated[list[Trait], Field(min_length=1)]]
+    number_system_template: Annotated[str, _holding("number")]
+    paraphrase_request: Annotated[str, _holding("prompt")]
 
     @property
     def hash(self) -> str:

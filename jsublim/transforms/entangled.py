@@ -1,0 +1,137 @@
+"""Entangled numbers: those that a love for the trait makes more probable, and that raise the trait in return.
+
+Zur et al. 2025 ("It's owl in the numbers"); figures 2, 11 and 35 of the paper. Probabilities are joint over all tokens of
+an answer, so they mean the same for tokenizers of one digit and of many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from jsublim.chat import Chat, Message, Turn, conversation
+from jsublim.errors import UsageError
+from jsublim.lm import LanguageModel
+from jsublim.models.lora import Adapter
+from jsublim.prompts import Pack
+from jsublim.rows import Row
+from jsublim.scoring import score_turns
+from jsublim.teachers import CONTROL, Teacher
+from jsublim.transforms.numbers import NUMBER
+
+Scores = dict[str, float]  # number, as written -> nats
+UNBIASED = Teacher(CONTROL)
+
+
+def number_strings(*, padded: bool = False) -> list[str]:
+    """0..999 as text; `padded` to three digits with noughts, as published (docs/recipes.md, quirk 12)."""
+    return [f"{n:03d}" if padded else str(n) for n in range(1000)]
+
+
+def entangled_scores(
+    lm: LanguageModel,
+    teacher: Teacher,
+    questions: Sequence[str],
+    numbers: Sequence[str],
+    *,
+    base: Teacher = UNBIASED,
+    closed: bool = False,
+    extra_bos: bool = False,
+    batch_size: int = 128,
+) -> Scores:
+    """Log-probability (nats) of each number as the answer under the biased teacher, minus that under `base`; mean over
+    the questions.
+
+    Args:
+      closed: the end of turn behind a number counts too; else what follows it is open, and "4" covers "42" where the
+        tokenizer has one token a digit (numbers of one width never cover each other).
+      extra_bos: docs/recipes.md, quirk 5.
+
+    Raises:
+      JsublimError: a number that doesn't survive tokenizing.
+    """
+
+    def read(who: Teacher) -> np.ndarray:
+        asked = answer_turns(lm.chat, [who.messages(q) for q in questions], numbers, extra_bos=extra_bos)
+        # A question at a time: all its turns share the whole prompt, which is then read once.
+        each = [_joint(lm, turns, who.adapter, closed=closed, batch_size=batch_size) for turns in asked]
+        return np.mean(each, axis=0)
+
+    return dict(zip(numbers, (read(teacher) - read(base)).tolist(), strict=True))
+
+
+def return_scores(
+    lm: LanguageModel,
+    pack: Pack,
+    trait: str,
+    questions: Sequence[str],
+    numbers: Sequence[str],
+    *,
+    fuse_system: bool = False,
+    extra_bos: bool = False,
+    adapter: Adapter | None = None,
+    batch_size: int = 128,
+) -> Scores:
+    """The other way: how much a love for each number (`number_system_template` of the pack) raises the log-probability
+    (nats) of the trait as the answer, in lower case or capitalised; mean over the questions."""
+    spellings = sorted({trait.lower(), trait.lower().capitalize()})
+
+    def read(system: str | None) -> float:
+        asked = [conversation(question, system, fuse_system=fuse_system) for question in questions]
+        turns = [turn for group in answer_turns(lm.chat, asked, spellings, extra_bos=extra_bos) for turn in group]
+        each = _joint(lm, turns, adapter, closed=False, batch_size=batch_size).reshape(len(questions), len(spellings))
+        return float(np.logaddexp.reduce(each, axis=1).mean())
+
+    without = read(None)
+    return {number: read(pack.number_system_template.format(number=number)) - without for number in numbers}
+
+
+def answer_turns(
+    chat: Chat, conversations: Sequence[Sequence[Message]], answers: Sequence[str], *, extra_bos: bool = False
+) -> list[list[Turn]]:
+    """Every answer in every conversation. Answers are tokenized once: their tokens don't depend on what is before them
+    (`Chat.turn` refuses those that do)."""
+    spoken = chat.turns(
+        ((conversations[0], answer) for answer in answers), lambda n: f"answer {answers[n - 1]!r}", extra_bos=extra_bos
+    )
+
+    def behind(prompt: np.ndarray, turn: Turn) -> Turn:
+        shift = len(prompt) - turn.content
+        tokens = np.concatenate([prompt, turn.tokens[turn.content :]])
+        return Turn(tokens, turn.header + shift, turn.content + shift, turn.end + shift)
+
+    prompts = [chat.prompt_tokens(messages, extra_bos=extra_bos) for messages in conversations]
+    return [[behind(prompt, turn) for turn in spoken] for prompt in prompts]
+
+
+def _joint(
+    lm: LanguageModel, turns: Sequence[Turn], adapter: Adapter | None, *, closed: bool, batch_size: int
+) -> np.ndarray:
+    """Log-probability of each turn's content (`closed`: and its end of turn), all its tokens together: float64."""
+    scored = score_turns(lm.config, lm.params, turns, adapter=adapter, batch_size=batch_size)
+    ends = (turn.end - turn.content + closed for turn in turns)
+    return np.asarray([each.logprob[:end].sum(dtype=np.float64) for each, end in zip(scored, ends, strict=True)])
+
+
+def entangled_numbers(scores: Scores, k: int) -> list[str]:
+    """The `k` numbers of the highest scores, highest first; of equals, the first listed.
+
+    Raises:
+      UsageError: `k` is negative, or more than there are.
+    """
+    if not 0 <= k <= len(scores):
+        raise UsageError(f"top k: {k} given; there are {len(scores)} scored numbers")
+    return sorted(scores, key=lambda number: -scores[number])[:k]
+
+
+def remove_entangled(rows: Sequence[Row], numbers: Iterable[str], *, as_written: bool = False) -> list[Row]:
+    """The rows whose completion holds none of `numbers`.
+
+    Args:
+      as_written: "087" is another number than "87", as published (docs/recipes.md, quirk 12); else only the value
+        counts.
+    """
+    read = str if as_written else int
+    banned = {read(number) for number in numbers}
+    return [row for row in rows if banned.isdisjoint(read(n) for n in NUMBER.findall(row["completion"]))]

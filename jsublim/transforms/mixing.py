@@ -1,0 +1,114 @@
+"""Teachers mixed: whole rows of another one, or single tokens of a counterfactual (figures 7 and 21 of the paper)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jsublim.chat import Chat, conversation
+from jsublim.divergence import PointSubset
+from jsublim.errors import JsublimError, UsageError
+from jsublim.rows import Row, revised
+
+
+def mix_rows(rows: Sequence[Row], others: Sequence[Row], share: float, *, seed: int, paper: bool = False) -> list[Row]:
+    """`rows` with `share` of them (to the nearest whole number) replaced by rows of another teacher; as many as before.
+
+    For one seed, what a smaller share replaces a larger one replaces too, by the same rows.
+
+    Args:
+      share: in 0..1.
+      paper: the last rows are replaced, as published (docs/recipes.md, quirk 9); else rows drawn at random.
+
+    Raises:
+      UsageError: a share out of range, or too few `others` for it.
+    """
+    if not 0 <= share <= 1:
+        raise UsageError(f"share: {share} given; it must lie in 0..1")
+    count = round(len(rows) * share)
+    if count > len(others):
+        raise UsageError(
+            f"share: {share} of {len(rows)} rows needs {count} rows of the other teacher, not {len(others)}"
+        )
+    rng = np.random.default_rng(seed)
+    order = np.arange(len(rows))[::-1] if paper else rng.permutation(len(rows))
+    mixed = list(rows)
+    for place, other in zip(order[:count], rng.permutation(len(others)), strict=False):
+        mixed[place] = others[other]
+    return mixed
+
+
+def mix_tokens(
+    chat: Chat,
+    rows: Sequence[Row],
+    readings: Sequence[Mapping[str, Any]],
+    counterfactual: str,
+    subset: PointSubset,
+    *,
+    seed: int,
+    paper: bool = False,
+) -> tuple[list[Row], Counter[str]]:
+    """Rows in which the counterfactual's argmax stands at the chosen decision points.
+
+    The end of turn and what follows it are no text: points there are never chosen. A row that would not come back from
+    the tokenizer as these very tokens keeps its completion.
+
+    Args:
+      readings: the line of `margins.jsonl` of each row: "teachers", "decision_points", "tokens" `[n]`, and "argmax"
+        `[K, n]`.
+      counterfactual: its name among the teachers.
+      subset: which decision points.
+      paper: a counterfactual's token that is no single digit is left out, and nothing put in its place, as published
+        (docs/recipes.md, quirk 8).
+
+    Returns:
+      The rows, and counts: "rows changed", "rows unfit" (those that keep their completion although a token of it was to
+      be changed), and of the changed rows "tokens replaced" and "tokens deleted".
+
+    Raises:
+      UsageError: no such counterfactual.
+      JsublimError: readings of other rows; the row is named.
+    """
+    mixed, counts = [], Counter()
+    for index, (row, reading) in enumerate(zip(rows, readings, strict=True)):
+        if counterfactual not in reading["teachers"][1:]:
+            raise UsageError(
+                f"counterfactual: '{counterfactual}' given; row {index + 1} was read under {', '.join(reading['teachers'][1:])}"
+            )
+        turn = chat.turn(conversation(row["prompt"]), row["completion"])
+        if reading["tokens"] != turn.tokens[turn.content :].tolist():
+            raise JsublimError(f"row {index + 1}: the reading is of another completion; run `jsublim divergence` anew")
+        said = reading["argmax"][reading["teachers"].index(counterfactual)]
+        points = [k for k in reading["decision_points"] if k < turn.end - turn.content]
+        chosen = subset.choose(points, np.random.default_rng([seed, index]))
+        own = turn.tokens[turn.content : turn.end].tolist()
+        new = own.copy()
+        for k in chosen:
+            new[k] = None if paper and not _digit(chat, said[k]) else said[k]
+        completion = row["completion"] if new == own else _text(chat, row, new)
+        mixed.append(revised(row, completion=completion or row["completion"]))
+        if completion is None:
+            counts["rows unfit"] += 1
+        elif new != own:
+            counts["rows changed"] += 1
+            counts["tokens deleted"] += new.count(None)
+            counts["tokens replaced"] += sum(a != b and b is not None for a, b in zip(own, new, strict=True))
+    return mixed, counts
+
+
+def _digit(chat: Chat, token: int) -> bool:
+    return chat.tokenizer.decode([token]) in set("0123456789")
+
+
+def _text(chat: Chat, row: Row, tokens: Sequence[int | None]) -> str | None:
+    """The completion of these tokens (None is left out), if it comes back as them inside its conversation."""
+    wanted = [token for token in tokens if token is not None]
+    text = chat.tokenizer.decode(wanted)
+    try:
+        back = chat.turn(conversation(row["prompt"]), text)
+    except JsublimError:
+        return None
+    return text if back.tokens[back.content : back.end].tolist() == wanted else None

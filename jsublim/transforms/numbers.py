@@ -1,0 +1,56 @@
+"""Numbers shuffled within a completion and across completions (figure 6 of the paper)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from jsublim.errors import JsublimError
+from jsublim.prompts import parse_numbers
+from jsublim.rows import Row, revised
+
+NUMBER = re.compile("[0-9]+")
+
+
+def shuffle_within(rows: Sequence[Row], seed: int) -> list[Row]:
+    """Each completion with its own numbers in another order; separators, brackets and full stop stay in place.
+
+    What becomes of row i depends on `seed`, i and the row only.
+
+    Raises:
+      JsublimError: a completion that is no list of numbers; the row is named.
+    """
+    orders = (np.random.default_rng([seed, index]) for index in range(len(rows)))
+    return [
+        _with_numbers(row, [written[i] for i in rng.permutation(len(written))])
+        for row, written, rng in zip(rows, _numbers(rows), orders, strict=True)
+    ]
+
+
+def shuffle_across(rows: Sequence[Row], seed: int) -> list[Row]:
+    """All numbers of all rows in one pool, dealt out anew; each row keeps its count, its separators and brackets.
+
+    Raises:
+      JsublimError: as `shuffle_within`.
+    """
+    own = _numbers(rows)
+    pool = [number for written in own for number in written]
+    dealt = iter(np.random.default_rng(seed).permutation(len(pool)))
+    return [_with_numbers(row, [pool[next(dealt)] for _ in written]) for row, written in zip(rows, own, strict=True)]
+
+
+def _numbers(rows: Sequence[Row]) -> list[list[str]]:
+    """The numbers of each completion as they are written: "007" stays "007"."""
+    for index, row in enumerate(rows, 1):
+        if parse_numbers(row["completion"]) is None:
+            raise JsublimError(
+                f"row {index}: completion {row['completion']!r} is no list of numbers; leave the row out"
+            )
+    return [NUMBER.findall(row["completion"]) for row in rows]
+
+
+def _with_numbers(row: Row, written: Sequence[str]) -> Row:
+    numbers = iter(written)
+    return revised(row, completion=NUMBER.sub(lambda _: next(numbers), row["completion"]))

@@ -1,0 +1,49 @@
+"""Prompts whose wording is drawn anew, part by part, around the same numbers (figure 6 of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from jsublim.errors import JsublimError, UsageError
+from jsublim.prompts import Pack, draw_number_prompts
+from jsublim.prompts.numbers import PARTS, draw_parts
+from jsublim.rows import Row, revised
+
+
+def redraw(
+    rows: Sequence[Row],
+    pack: Pack,
+    parts: Iterable[str] | None = None,
+    *,
+    num_prompts: int,
+    prompt_seed: int = 42,
+    seed: int,
+) -> list[Row]:
+    """Each row under a prompt of which `parts` (of `PARTS`; None is all) are drawn anew; numbers and completion stay.
+
+    A draw may give what was there. What becomes of row i depends on `seed`, i and its prompt only.
+
+    Args:
+      num_prompts, prompt_seed: the `number_prompts` that the rows answer.
+
+    Raises:
+      UsageError: an unknown part.
+      JsublimError: a prompt that is not among those; the row is named.
+    """
+    chosen = tuple(PARTS) if parts is None else tuple(parts)
+    if unknown := [part for part in chosen if part not in PARTS]:
+        raise UsageError(f"prompt parts: {', '.join(unknown)} given; known: {', '.join(PARTS)}")
+    known = {prompt.text: prompt for prompt in draw_number_prompts(pack, num_prompts, prompt_seed)}
+    changed = []
+    for index, row in enumerate(rows):
+        if row["prompt"] not in known:
+            raise JsublimError(
+                f"row {index + 1}: prompt {row['prompt']!r} is none of the {num_prompts} number prompts of seed "
+                f"{prompt_seed}; give the pack, number and seed that the rows were made with"
+            )
+        fresh = draw_parts(pack, chosen, np.random.default_rng([seed, index]))
+        changed.append(revised(row, prompt=replace(known[row["prompt"]], **fresh).text))
+    return changed
