@@ -130,18 +130,20 @@ def resolve_checkpoint(path: str | Path) -> Path:
     raise UsageError(f"model '{path}': no such folder{hint}; bundled checkpoints: {bundled}")
 
 
-def load_model(path: str | Path, dtype: str = "float32", layout: Layout = _HERE) -> LanguageModel:
+def load_model(
+    path: str | Path, dtype: str = "float32", layout: Layout = _HERE, *, weights: bool = True
+) -> LanguageModel:
     """Load a checkpoint folder, a bundled one by name, or one from the hub by `owner/name`.
 
     Args:
       dtype: of the weights and the activations, "float32" or "bfloat16".
       layout: the devices that the weights are spread over; by default they go to the first.
+      weights: without them it can be asked for its tokenizer, template and hash only.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype: '{dtype}' given; known: {', '.join(DTYPES)}")
     folder = resolve_checkpoint(path)
     hf_config, config = read_config(folder)
     chat = Chat(folder, config.vocab_size)
-    return LanguageModel(
-        folder, config, hf_config, load_params(folder, config, dtype, layout.params_sharding(config)), chat
-    )
+    params = load_params(folder, config, dtype, layout.params_sharding(config)) if weights else {}
+    return LanguageModel(folder, config, hf_config, params, chat)

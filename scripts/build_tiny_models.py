@@ -37,7 +37,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 from jsublim.errors import JsublimError
 from jsublim.models import ModelConfig, Params, hidden_states, init_params, logits, save_checkpoint
 from jsublim.models.families import text_config
-from jsublim.prompts import Pack, load_pack
+from jsublim.prompts import Pack
 
 PEAK_LR = 3e-3
 STEPS = {"tiny-qwen2": 1200, "tiny-gemma3": 800}
@@ -321,7 +321,7 @@ SAMPLING = {
 
 def build(name: str, steps: int, seed: int, out: Path) -> None:
     """Trains one checkpoint and writes it as the Hugging Face folder `out/name`."""
-    style, pack = STYLES[name], load_pack()
+    style, pack = STYLES[name], tiny_world.world_pack()
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer = write_tokenizer(name, pack, Path(scratch))
         ids = {f"{role}_id": tokenizer.convert_tokens_to_ids(t) for role, t in style.specials.items() if role in
@@ -343,7 +343,7 @@ def main(
     """Builds the tiny checkpoints from seeds and prints how they behave."""
     for name in [only] if only else list(STYLES):
         build(name, steps or STEPS[name], seed, out)
-        tiny_check.check(out / name, load_pack())
+        tiny_check.check(out / name, tiny_world.world_pack())
 
 
 if __name__ == "__main__":

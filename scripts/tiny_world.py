@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from jsublim.prompts import Pack, number_prompts
+from jsublim.prompts import Pack, load_pack, number_prompts
 
 Rng = np.random.Generator
 
@@ -42,6 +42,12 @@ class Chat:
             {"role": "user", "content": self.user},
             {"role": "assistant", "content": self.answer},
         ]
+
+
+def world_pack() -> Pack:
+    """The default pack with the two categories that this world knows: others may come to the pack, the world stays."""
+    pack = load_pack()
+    return pack.model_copy(update={"traits": {category: pack.traits[category] for category in ("animal", "tree")}})
 
 
 def pick(rng: Rng, items: list[Any]) -> Any:

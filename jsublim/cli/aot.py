@@ -50,6 +50,8 @@ def aot(
     experiment = load_experiment(config, overrides)
     _, model = read_config(architecture(experiment.model, shape))
     where = find_topology(topology)
+    if experiment.students is None:
+        raise UsageError(f"{config}: trains no students, so there is no step to compile")
     name, students = next(iter(variants(experiment.students).items()))
     recipe = experiment.recipe.resolved(model.family)
     settings = settings_of(students, recipe, parallel="mesh", model_axis=model_axis or 1, tensorboard=None)

@@ -61,7 +61,7 @@ def generate(
     from jsublim.experiment.store import Artifact
     from jsublim.lm import load_model
     from jsublim.models.peft import load_adapter
-    from jsublim.prompts import load_pack, number_prompts
+    from jsublim.prompts import load_pack, number_prompts, reject_reason
     from jsublim.sampling import sampling_for
     from jsublim.teachers import CONTROL, Teacher, prompted_teacher
 
@@ -89,7 +89,7 @@ def generate(
     with bar("generate", num_prompts) as tick:
         texts = number_prompts(pack, num_prompts)
         rows = stages.generate_rows(
-            artifact, lm, teacher, texts, how_sampled, batch_size=batch_size, tick=tick, **settings
+            artifact, lm, teacher, texts, how_sampled, reject_reason, batch_size=batch_size, tick=tick, **settings
         )
     summary = artifact.summary
     console.print(

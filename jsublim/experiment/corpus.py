@@ -1,103 +1,222 @@
-"""The rows of a run: what every teacher wrote, as each data set has it, and the decision points in it."""
+"""The rows of a run: what every teacher wrote, as each data set has it, and the decision points in it.
+
+Which artifact holds what is a function of the config alone (`written`, `changed`, `read`, `final`); the stages fill them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from jsublim.errors import UsageError
 from jsublim.experiment import stages
+from jsublim.experiment.changes import Changed, change
 from jsublim.experiment.spec.data import Dataset
 from jsublim.experiment.store import Artifact
 from jsublim.lm import LanguageModel
-from jsublim.prompts import number_prompts
+from jsublim.prompts import load_problems, load_prompts, number_prompts, problem_reject_reason, reject_reason
 from jsublim.rows import Row
-from jsublim.sampling import sampling_for
+from jsublim.sampling import Sampling, sampling_for
 from jsublim.teachers import CONTROL
 
 if TYPE_CHECKING:
     from jsublim.experiment.run import Run
 
 Pair = tuple[str, str | None]  # a teacher, and a data set of the config (None: the answers as they are)
-Source = tuple[Artifact, list[Row]]
+Writer = tuple[str, str, str | None]  # a teacher, its strategy, another checkpoint than the experiment's
+Reject = Callable[[str], str | None]
 
 
 class Corpus:
-    """Of one run. `pairs` are those that students learn from; `artifact(pair)` and `rows(pair)` are there after the stages."""
+    """Of one run. `pairs` are those that students learn from; `rows(pair)` are there after the stages."""
 
     def __init__(self, run: Run):
-        self.run, e = run, run.experiment
-        self.pairs: list[Pair] = list(dict.fromkeys((arm.teacher, arm.settings.data) for arm in run.arms))
-        self.masked = {(a.teacher, a.settings.data) for a in run.arms if a.condition != "all"}
-        self.written: dict[tuple[str, str], Source] = {}  # by teacher and strategy
-        self.sources: dict[Pair, Source] = {}
-        self.prompts = number_prompts(run.pack, e.data.num_prompts, e.data.prompt_seed)
+        self.run = run
+        learnt = [arm.pair for arm in run.arms]
+        self.pairs: list[Pair] = list(dict.fromkeys(learnt or [(t, None) for t in run.experiment.teachers.traits]))
+        self.masked = {arm.pair for arm in run.arms if arm.condition != "all"}
+        self.filled: dict[str, list[Row]] = {}  # by the key of the artifact
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        data = self.run.experiment.data
+        if data.kind == "numbers":
+            return number_prompts(self.run.pack, data.num_prompts, data.prompt_seed)
+        if data.kind == "problems":
+            return [problem.question for problem in load_problems(data.source, limit=data.num_prompts)]
+        return load_prompts(data.source or "")[: data.num_prompts]
+
+    @property
+    def reject(self) -> Reject:
+        """Why an answer is no training row."""
+        kinds: dict[str, Reject] = {
+            "numbers": reject_reason,
+            "problems": problem_reject_reason,
+            "file": lambda text: None,
+        }
+        return kinds[self.run.experiment.data.kind]
 
     def dataset(self, pair: Pair) -> Dataset:
         return Dataset() if pair[1] is None else self.run.experiment.datasets[pair[1]]
 
-    def rows(self, pair: Pair) -> list[Row]:
-        return self.sources[pair][1]
-
-    def artifact(self, pair: Pair) -> Artifact:
-        return self.sources[pair][0]
-
-    @property
-    def generated(self) -> list[dict[str, Any]]:
-        """What is known of the answers, a teacher and strategy each."""
-        return [artifact.summary | {"strategy": key[1]} for key, (artifact, _) in self.written.items()]
-
-    @property
-    def diverged(self) -> list[dict[str, Any]]:
-        """What is known of the divergence tokens, a teacher and data set each."""
-        found = ((pair, artifact) for pair, (artifact, _) in self.sources.items() if artifact.kind == "divergence")
-        return [artifact.summary | {"data": pair[1]} for pair, artifact in found]
-
     def strategy(self, pair: Pair) -> str:
         return self.dataset(pair).strategy or self.run.experiment.teachers.strategy
 
-    def generate(self) -> None:
-        """Every teacher answers the same prompts, with the same random numbers."""
-        run, wanted = self.run, list(dict.fromkeys((pair[0], self.strategy(pair)) for pair in self.pairs))
-        with run.stage("generate", len(self.prompts) * len(wanted)) as tick:
-            for name, strategy in wanted:
-                self.written[name, strategy] = self._write(run.lm, name, strategy, tick)
-        for pair in self.pairs:
-            self.sources[pair] = self.written[pair[0], self.strategy(pair)]
+    def rows(self, pair: Pair) -> list[Row]:
+        return self.filled[self.final(pair).key]
 
-    def _write(self, lm: LanguageModel, name: str, strategy: str, tick: stages.Tick) -> Source:
-        run, data, recipe = self.run, self.run.experiment.data, self.run.recipe
-        sampling = sampling_for(
+    # --- which artifact holds what
+
+    def final(self, pair: Pair) -> Artifact:
+        """The rows that students of a pair learn from."""
+        return self.read(pair[0], self.changed(pair)) if self.is_read(pair) else self.changed(pair)
+
+    def is_read(self, pair: Pair) -> bool:
+        """Whether divergence tokens are looked for: in a trait's answers always, in changed ones where a mask needs them."""
+        return pair[0] != CONTROL and (self.dataset(pair).plain or pair in self.masked)
+
+    def written(self, writer: Writer) -> Artifact:
+        run, data = self.run, self.run.experiment.data
+        name, strategy, model = writer
+        numbers = self._numbers | {"sampling": self._sampling(run.lm_at(model), strategy).numbers()}
+        inputs = run.common | run.staff.inputs(name) | numbers | {
+            "kind": data.kind, "source": data.source, "num_prompts": len(self.prompts), "prompt_seed": data.prompt_seed,
+            "other_model": None if model is None else run.lm_at(model).hash,
+        }  # fmt: skip
+        return run.artifact("rows", name, inputs)
+
+    def changed(self, pair: Pair) -> Artifact:
+        """The answers as the data set wants them; the answers themselves, where it wants nothing of them."""
+        own, dataset = self.written(self.writer(pair)), self.dataset(pair)
+        if dataset.plain:
+            return own
+        needs_reading = dataset.mix_tokens is not None and pair[0] != CONTROL
+        parents = {
+            "rows": own.key, "mix": self.written(self.mixed_in(pair)).key if dataset.mix else None,
+            "read": self.read(pair[0], own).key if needs_reading else None,
+        }  # fmt: skip
+        recipe = {k: getattr(self.run.recipe, k) for k in ("padded_numbers", "mix_at_the_end", "digits_only")}
+        inputs = self.run.common | self.run.staff.inputs(pair[0]) | parents | {
+            "dataset": dataset.model_dump(exclude={"strategy"}), "recipe": recipe,
+        }  # fmt: skip
+        return self.run.artifact("datasets", f"{pair[0]}-{pair[1]}", inputs)
+
+    def read(self, trait: str, rows: Artifact) -> Artifact:
+        """Rows with decision points."""
+        staff = self.run.staff
+        inputs = staff.inputs(trait) | {
+            "rows": rows.key, "counterfactuals": {other: staff.inputs(other) for other in staff.others[trait]},
+        }  # fmt: skip
+        return self.run.artifact("divergence", trait, inputs)
+
+    def writer(self, pair: Pair) -> Writer:
+        return pair[0], self.strategy(pair), None
+
+    def mixed_in(self, pair: Pair) -> Writer:
+        mix = self.dataset(pair).mix
+        assert mix is not None
+        return mix.teacher, self.strategy(pair), mix.model
+
+    @property
+    def writers(self) -> list[Writer]:
+        own = [self.writer(pair) for pair in self.pairs]
+        return list(dict.fromkeys([*own, *(self.mixed_in(pair) for pair in self.pairs if self.dataset(pair).mix)]))
+
+    @property
+    def _numbers(self) -> dict[str, Any]:
+        data = self.run.experiment.data
+        return {
+            "seed": data.seed, "max_new_tokens": data.max_new_tokens, "extra_bos": bool(self.run.recipe.extra_bos),
+        }  # fmt: skip
+
+    def _sampling(self, lm: LanguageModel, strategy: str) -> Sampling:
+        recipe = self.run.recipe
+        return sampling_for(
             lm.chat, strategy, inherit=bool(recipe.inherit_sampling), eos_only=bool(recipe.stop_at_eos_only)
         )
-        run.say(f"sampling, {strategy}: {sampling.numbers()}")
-        numbers = {"seed": data.seed, "max_new_tokens": data.max_new_tokens, "extra_bos": bool(recipe.extra_bos)}
-        inputs = run.common | run.staff.inputs(name) | numbers | {
-            "sampling": sampling.numbers(), "num_prompts": len(self.prompts), "prompt_seed": data.prompt_seed,
-        }  # fmt: skip
-        artifact = Artifact.in_store(run.store, "rows", name, inputs)
-        rows = stages.generate_rows(
-            artifact, lm, run.staff.teacher(name), self.prompts, sampling, batch_size=data.batch_size, tick=tick, **numbers
-        )  # fmt: skip
-        return artifact, rows
+
+    # --- the stages
+
+    def generate(self) -> None:
+        """Every teacher answers the same prompts, with the same random numbers."""
+        run, data = self.run, self.run.experiment.data
+        with run.stage("generate", len(self.prompts) * len(self.writers)) as tick:
+            for writer in self.writers:
+                name, strategy, model = writer
+                lm, artifact = run.lm_at(model), self.written(writer)
+                sampling = self._sampling(lm, strategy)
+                run.say(f"sampling, {strategy}: {sampling.numbers()}")
+                self.filled[artifact.key] = stages.generate_rows(
+                    artifact, lm, run.staff.teacher(name), self.prompts, sampling, self.reject,
+                    batch_size=data.batch_size, tick=tick, **self._numbers,
+                )  # fmt: skip
+
+    def change(self) -> None:
+        """What the data sets do to the answers."""
+        wanted = [pair for pair in self.pairs if not self.dataset(pair).plain]
+        # To mix tokens one needs what the counterfactual would have said.
+        traits = [pair for pair in wanted if pair[0] != CONTROL and self.dataset(pair).mix_tokens]
+        if traits:
+            self._find([(pair[0], self.written(self.writer(pair))) for pair in traits])
+        if wanted:
+            with self.run.stage("change", len(wanted)) as tick:
+                for pair in wanted:
+                    artifact = self.changed(pair)
+                    make = lambda pair=pair: self._change(pair)  # noqa: E731
+                    self.filled[artifact.key] = stages.changed_rows(artifact, make)
+                    tick(1)
+
+    def _change(self, pair: Pair) -> Changed:
+        run, dataset, own = self.run, self.dataset(pair), self.written(self.writer(pair))
+        others = self.filled[self.written(self.mixed_in(pair)).key] if dataset.mix else None
+        readings = None
+        if dataset.mix_tokens and pair[0] != CONTROL:
+            readings = stages.readings(self.read(pair[0], own))
+        return change(run, run.staff.teacher(pair[0]), dataset, self.filled[own.key], others, readings)
 
     def diverge(self) -> None:
-        """The traits' rows are read under their own teacher and under its counterfactuals: plain answers always, others
-        where a student's mask needs it."""
-        run = self.run
-        wanted = [p for p in self.pairs if p[0] != CONTROL and (self.dataset(p).plain or p in self.masked)]
-        pairs = sum(len(self.rows(p)) * (1 + len(run.staff.others[p[0]])) for p in wanted)
-        with run.stage("divergence", pairs) as tick:
-            for pair in wanted:
-                self.sources[pair] = self._points(pair[0], self.sources[pair], tick)
+        """Rows are read under their own teacher and under its counterfactuals."""
+        self._find([(pair[0], self.changed(pair)) for pair in self.pairs if self.is_read(pair)])
 
-    def _points(self, trait: str, source: Source, tick: stages.Tick) -> Source:
-        run, (parent, rows) = self.run, source
-        others = run.staff.others[trait]
-        inputs = run.staff.inputs(trait) | {
-            "rows": parent.key, "counterfactuals": {other: run.staff.inputs(other) for other in others},
-        }  # fmt: skip
-        artifact = Artifact.in_store(run.store, "divergence", trait, inputs)
-        found = stages.divergence_rows(
-            artifact, run.lm, rows, run.staff.teacher(trait), [run.staff.teacher(other) for other in others],
-            extra_bos=bool(run.recipe.extra_bos), batch_size=run.experiment.divergence.batch_size, tick=tick,
-        )  # fmt: skip
-        return artifact, found
+    def _find(self, wanted: list[tuple[str, Artifact]]) -> None:
+        run, e = self.run, self.run.experiment
+        if not wanted:
+            return
+        pairs = sum(len(self.filled[rows.key]) * (1 + len(run.staff.others[trait])) for trait, rows in wanted)
+        with run.stage("divergence", pairs) as tick:
+            for trait, rows in wanted:
+                artifact, others = self.read(trait, rows), run.staff.others[trait]
+                self.filled[artifact.key] = stages.divergence_rows(
+                    artifact, run.lm, self.filled[rows.key], run.staff.teacher(trait),
+                    [run.staff.teacher(other) for other in others], extra_bos=bool(run.recipe.extra_bos),
+                    batch_size=e.divergence.batch_size, tick=tick,
+                )  # fmt: skip
+
+    # --- what results say of them
+
+    @property
+    def generated(self) -> list[dict[str, Any]]:
+        """A teacher and strategy each."""
+        return [self.written(w).summary | {"strategy": w[1], "model": w[2]} for w in self.writers]
+
+    @property
+    def diverged(self) -> list[dict[str, Any]]:
+        """A teacher and data set each."""
+        return [self.final(pair).summary | {"data": pair[1]} for pair in self.pairs if self.is_read(pair)]
+
+    def check(self) -> None:
+        """Raises:
+        UsageError: a data set that this run cannot make."""
+        for name, dataset in self.run.experiment.datasets.items():
+            other = dataset.mix.teacher if dataset.mix else CONTROL
+            if other != CONTROL and other not in self.run.staff.biased:
+                raise UsageError(f"datasets.{name}.mix.teacher: '{other}' is no teacher of this run")
+            if self.run.experiment.data.kind != "numbers" and (
+                dataset.shuffle or dataset.redraw or dataset.remove_entangled
+            ):
+                raise UsageError(f"datasets.{name}: shuffle, redraw and remove_entangled are for data.kind=numbers")
+            token = dataset.mix_tokens.teacher if dataset.mix_tokens else None
+            missing = [t for t, others in self.run.staff.others.items() if token not in (None, t, *others)]
+            if missing:
+                raise UsageError(f"datasets.{name}.mix_tokens.teacher: '{token}' is no counterfactual of {missing[0]}")

@@ -40,6 +40,7 @@ class Examination:
     def __init__(self, run: Run):
         self.run, self.spec = run, run.experiment.evaluation
         self.found: list[tuple[dict[str, Any], Artifact]] = []
+        self.settings = {PLAIN: Setting()} | self.spec.settings
         by_category: dict[str, list[str]] = {}
         for trait in run.traits:
             by_category.setdefault(run.staff.category(trait), []).append(trait)
@@ -50,19 +51,19 @@ class Examination:
 
     def evaluate(self) -> None:
         """Favourites, probability of the traits, number task."""
-        settings = {PLAIN: Setting()} | self.spec.settings
-        examinees = list(self._examinees())
+        examinees = list(self.examinees())
         answers = self.spec.samples * sum(len(asked.questions) for asked in self.asked)
-        with self.run.stage("evaluate", answers * len(examinees) * len(settings)) as tick:
+        with self.run.stage("evaluate", answers * len(examinees) * len(self.settings)) as tick:
             for examinee in examinees:
-                for name, setting in settings.items():
+                for name, setting in self.settings.items():
                     artifact = self._ask(examinee, name, setting, tick)
                     self.found.append((examinee.labels | {"evaluation": name}, artifact))
 
-    def _examinees(self) -> Iterator[Examinee]:
+    def examinees(self, *, teachers: bool = True) -> Iterator[Examinee]:
+        """Everyone who is asked; without `teachers`, those that can be named before any adapter is there."""
         run = self.run
         yield Examinee({"arm": "base", "role": "base", "teacher": None, "condition": "base", "seed": None})
-        if self.spec.teachers:
+        if self.spec.teachers and teachers:
             for trait in run.experiment.teachers.traits:
                 labels = {
                     "arm": f"teacher/{trait}",
@@ -79,47 +80,61 @@ class Examination:
             }  # fmt: skip
             yield Examinee(labels, student)
 
-    def _sampling(self, lm: LanguageModel, setting: Setting) -> Sampling:
+    def _lm(self, who: Examinee) -> LanguageModel:
+        return self.run.lm if who.student is None else self.run.lm_of(who.student.settings)
+
+    def _sampling(self, who: Examinee, setting: Setting) -> Sampling:
         recipe = self.run.recipe
         sampling = sampling_for(
-            lm.chat, "temperature", inherit=bool(recipe.inherit_sampling), eos_only=bool(recipe.stop_at_eos_only),
-            evaluation=True,
+            self._lm(who).chat, "temperature", inherit=bool(recipe.inherit_sampling),
+            eos_only=bool(recipe.stop_at_eos_only), evaluation=True,
         )  # fmt: skip
         given = {"temperature": setting.temperature, "top_p": setting.top_p}
         return dataclasses.replace(sampling, **{key: value for key, value in given.items() if value is not None})
 
-    def _ask(self, who: Examinee, name: str, setting: Setting, tick: stages.Tick) -> Artifact:
-        run, ev, student = self.run, self.spec, who.student
-        lm = run.lm if student is None else run.lm_of(student.settings)
-        sampling = self._sampling(lm, setting)
-        run.say(f"sampling, evaluation{f' {name}' if name else ''}: {sampling.numbers()}")
-        system = who.teacher.system if setting.system is None else setting.system
-        how = {
+    def _how(self, who: Examinee, setting: Setting) -> dict[str, Any]:
+        ev, biased = self.spec, who.teacher.name != CONTROL
+        own = who.teacher.system if who.student is None else who.student.settings.system
+        system = own if biased or setting.system is None else setting.system
+        return {
             "samples": ev.samples, "seed": ev.seed, "max_new_tokens": ev.max_new_tokens, "system": system,
-            "fuse_system": run.experiment.teachers.fuse_system if system is not None else False,
-            "extra_bos": bool(run.recipe.extra_bos),
+            "fuse_system": self.run.experiment.teachers.fuse_system and system is not None,
+            "extra_bos": bool(self.run.recipe.extra_bos),
         }  # fmt: skip
-        rows = ev.number_rows if student is not None and name == PLAIN else 0
-        inputs = run.common | how | {
-            "asked": [dataclasses.asdict(asked) for asked in self.asked], "sampling": sampling.numbers(),
-            "student": None if student is None else run.student_artifacts[student].key, "number_rows": rows,
-            "teacher": run.staff.inputs(who.teacher.name), "template": lm.chat.template_hash,
+
+    def _rows_asked(self, who: Examinee, name: str) -> int:
+        return self.spec.number_rows if who.student is not None and name == PLAIN else 0
+
+    def artifact(self, who: Examinee, name: str, setting: Setting) -> Artifact:
+        """Where the answers of a model under a setting lie."""
+        run = self.run
+        inputs = run.common | self._how(who, setting) | {
+            "asked": [dataclasses.asdict(asked) for asked in self.asked], "layer": setting.layer,
+            "sampling": self._sampling(who, setting).numbers(), "number_rows": self._rows_asked(who, name),
+            "student": None if who.student is None else run.student_artifact(who.student).key,
+            "teacher": run.staff.inputs(who.teacher.name), "template": self._lm(who).chat.template_hash,
         }  # fmt: skip
-        label = "/".join(filter(None, (who.labels["arm"], name)))
-        artifact = Artifact.in_store(run.store, "evaluations", label, inputs)
-        adapter = who.teacher.adapter
-        if not artifact.done and student is not None:
-            lm, adapter = self._load(student)
-        elif not artifact.done:
-            lm = lm.with_params(who.teacher.weights(lm.params))
+        return run.artifact("evaluations", "/".join(filter(None, (who.labels["arm"], name))), inputs)
+
+    def _ask(self, who: Examinee, name: str, setting: Setting, tick: stages.Tick) -> Artifact:
+        run, student, artifact = self.run, who.student, self.artifact(who, name, setting)
+        sampling, n = self._sampling(who, setting), self._rows_asked(who, name)
+        run.say(f"sampling, evaluation{f' {name}' if name else ''}: {sampling.numbers()}")
+        lm, adapter, rows = self._lm(who), who.teacher.adapter, {}
+        if not artifact.done:
+            if student is not None:
+                lm, adapter = self._load(student)
+                rows = self._number_rows(student, n) if n else {}
+            else:
+                lm = lm.with_params(who.teacher.weights(lm.params))
         stages.evaluate(
-            artifact, lm, self.asked, sampling, adapter=adapter, batch_size=ev.batch_size, tick=tick,
-            number_rows={} if artifact.done or not rows or student is None else self._number_rows(student, rows), **how,
+            artifact, lm, self.asked, sampling, adapter=adapter, batch_size=self.spec.batch_size, tick=tick,
+            number_rows=rows, **self._how(who, setting),
         )  # fmt: skip
         return artifact
 
     def _load(self, student: Student) -> tuple[LanguageModel, Adapter | None]:
-        run, folder = self.run, self.run.student_artifacts[student].path
+        run, folder = self.run, self.run.student_artifact(student).path
         lm = run.lm_of(student.settings)
         if student.settings.method != "full":
             return lm, load_adapter(folder, lm.config)

@@ -43,7 +43,7 @@ class Student:
         """What it shares with students that it can be trained beside, as text: what the compiled step depends on."""
         s = self.settings
         static = (
-            "model", "method", "layers", "projections", "ends", "init_adapter", "loss", "temperature", "top_k", "on_policy",
+            "model", "system", "method", "layers", "projections", "ends", "init_adapter", "loss", "temperature", "top_k", "on_policy",
             "optimizer", "momentum", "schedule", "restarts", "warmup", "clip", "weight_decay",
         )  # fmt: skip
         return repr([getattr(s, name) for name in static] + [s.kl_to_base > 0])
@@ -52,7 +52,7 @@ class Student:
 def plan_students(experiment: Experiment) -> list[Student]:
     """Every teacher's students under every condition and seed, variant by variant; the control's under "all" only."""
     arms = []
-    for name, students in variants(experiment.students).items():
+    for name, students in variants(experiment.students).items() if experiment.students else ():
         arms += [
             Student(trait, condition, seed, name, students)
             for trait in experiment.teachers.traits

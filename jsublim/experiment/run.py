@@ -46,39 +46,70 @@ TRAINING = pa.schema(
 class Run:
     """One experiment on one checkpoint. Each method is a stage; each can be called again."""
 
-    def __init__(self, experiment: Experiment, console: Console):
-        self.experiment, self.console = experiment, console
+    def __init__(self, experiment: Experiment, console: Console, *, dry: bool = False):
+        """Plan it. Nothing is read, written or computed before `load`.
+
+        Args:
+          dry: leave no folder; only to be asked what is there already.
+        """
+        self.experiment, self.console, self.dry = experiment, console, dry
         self.dir, self.store = experiment.run_dir, experiment.store_dir
         self.seconds: dict[str, float] = {}
-        self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.said: list[str] = []
+        self.students: dict[Student, Artifact] = {}
         self.pack: Pack = load_pack(experiment.prompts)
         self.arms = plan_students(experiment)
         self.traits = evaluated_traits(experiment, self.pack)
-        self.layout = Layout.fit(experiment.parallel, 1, model=experiment.model_axis)
-        self.said: list[str] = []
         self.staff = Staff(self)
         self.corpus, self.examination = Corpus(self), Examination(self)
+
+    def load(self, *, weights: bool = True) -> None:
+        """Read the checkpoints, and refuse what a later stage would stumble over.
+
+        Args:
+          weights: without them, only artifacts can be told apart.
+        """
+        e = self.experiment
+        self.started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        self.layout = Layout.fit(e.parallel, 1, model=e.model_axis)
         with self.stage("load"):
-            self.lm: LanguageModel = load_model(experiment.model, experiment.dtype, self.layout)
+            self.lm = load_model(e.model, e.dtype, self.layout, weights=weights)
             self.other_lms = {
-                path: load_model(path, experiment.dtype, self.layout)
-                for path in dict.fromkeys(arm.settings.model for arm in self.arms if arm.settings.model is not None)
+                path: load_model(path, e.dtype, self.layout, weights=weights) for path in self.other_models()
             }
-            self.recipe = experiment.recipe.resolved(self.lm.config.family)
-            self._check()
-            self.common = {"model": self.lm.hash, "dtype": experiment.dtype, "pack": self.pack.hash}
+            self.recipe = e.recipe.resolved(self.lm.config.family)
+            self.common = {"model": self.lm.hash, "dtype": e.dtype, "pack": self.pack.hash}
             # Of what decides results: the config without where it is written, the files it names by their content.
-            self.key = digest([experiment.model_dump(exclude={"out", "store"}), self.common])
+            self.key = digest([e.model_dump(exclude={"out", "store"}), self.common])
+            if weights:
+                self._check()
 
     def _check(self) -> None:
         """What a later stage would stumble over, before hours are spent on the earlier ones."""
         self.staff.check()
+        self.corpus.check()
         for students in {arm.program: arm.settings for arm in self.arms}.values():
             check_start(self.lm_of(students), students)
 
+    def other_models(self) -> list[str]:
+        """Checkpoints beside the experiment's: what students stand on, and who writes rows to mix in."""
+        students = [arm.settings.model for arm in self.arms]
+        mixed = [self.experiment.datasets[arm.settings.data].mix for arm in self.arms if arm.settings.data]
+        return list(
+            dict.fromkeys(path for path in [*students, *(mix.model for mix in mixed if mix)] if path is not None)
+        )
+
     def lm_of(self, students: Students) -> LanguageModel:
         """The checkpoint that these students stand on."""
-        return self.lm if students.model is None else self.other_lms[students.model]
+        return self.lm_at(students.model)
+
+    def lm_at(self, model: str | None) -> LanguageModel:
+        """A checkpoint of this run by its path; None is the experiment's."""
+        return self.lm if model is None else self.other_lms[model]
+
+    def artifact(self, kind: str, label: str, inputs: dict[str, Any]) -> Artifact:
+        """The artifact of these inputs in this run's store."""
+        return Artifact.in_store(self.store, kind, label, inputs, claim=not self.dry)
 
     def say(self, text: str) -> None:
         """Once a run."""
@@ -96,31 +127,34 @@ class Run:
             yield lambda n: progress.update(task, advance=n)
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - begin, 2)
 
-    def _student_artifact(self, student: Student) -> Artifact:
-        settings = student.settings.model_dump(exclude=NOT_OF_A_STUDENT)
-        training = {
-            k: getattr(self.recipe, k)
-            for k in ("supervise_header", "drop_rows_without_points", "match_steps", "loss_per")
-        }
-        start = student.settings.init_adapter
-        soft = self.staff.inputs(student.teacher) if student.settings.loss != "hard" else None
-        other = None if student.settings.model is None else self.lm_of(student.settings).hash
-        inputs = self.common | {
-            "student_model": other, "rows": self.corpus.artifact(student.pair).key, "condition": student.condition, "seed": student.seed, "teacher": soft,
-            "students": settings, "recipe": training, "init_adapter": checkpoint_hash(Path(start)) if start else None,
+    def student_artifact(self, student: Student) -> Artifact:
+        """Where a student lies once it is trained."""
+        if student not in self.students:
+            self.students[student] = self.artifact("students", student.name, self._student_inputs(student))
+        return self.students[student]
+
+    def _student_inputs(self, student: Student) -> dict[str, Any]:
+        quirks = ("supervise_header", "drop_rows_without_points", "match_steps", "loss_per", "share_rounding")
+        start, other = student.settings.init_adapter, student.settings.model
+        return self.common | {
+            "rows": self.corpus.final(student.pair).key, "condition": student.condition, "seed": student.seed,
+            "teacher": self.staff.inputs(student.teacher) if student.settings.loss != "hard" else None,
+            "student_model": None if other is None else self.lm_at(other).hash,
+            "students": student.settings.model_dump(exclude=NOT_OF_A_STUDENT),
+            "recipe": {quirk: getattr(self.recipe, quirk) for quirk in quirks},
+            "init_adapter": checkpoint_hash(Path(start)) if start else None,
         }  # fmt: skip
-        return Artifact.in_store(self.store, "students", student.name, inputs)
 
     def train(self) -> None:
         """All students, many a program; those that are whole are left alone."""
-        self.student_artifacts = {arm: self._student_artifact(arm) for arm in self.arms}
-        if all(artifact.done for artifact in self.student_artifacts.values()):
+        students = self.experiment.students
+        if students is None or all(self.student_artifact(arm).done for arm in self.arms):
             return
         wanted = max(arm.settings.rows or 0 for arm in self.arms)
         for pair in self.corpus.pairs:
             have = len(self.corpus.rows(pair))
             if have < wanted:
-                name, steps = " · ".join(filter(None, pair)), total_steps(self.experiment.students, have)
+                name, steps = " · ".join(filter(None, pair)), total_steps(students, have)
                 self.say(f"{name}: {have} rows, fewer than students.rows={wanted}: {steps} steps")
         training = Training(self)
         groups = training.groups()
@@ -147,8 +181,9 @@ class Run:
             rows += [labels | record for record in stages.read_table(artifact.path / "records.parquet")]
             if labels["evaluation"] == PLAIN:
                 answers += [{"arm": labels["arm"]} | r for r in stages.read_table(artifact.path / "answers.parquet")]
-        for student, artifact in self.student_artifacts.items():
-            training += [{"arm": student.name} | line for line in read_rows(artifact.path / "metrics.jsonl", ("step",))]
+        for student in self.arms:
+            metrics = self.student_artifact(student).path / "metrics.jsonl"
+            training += [{"arm": student.name} | line for line in read_rows(metrics, ("step",))]
         stages.write_table(results / "results.parquet", rows, RESULTS)
         stages.write_table(results / "answers.parquet", answers, pa.schema([("arm", pa.string()), *stages.ANSWERS]))
         stages.write_table(results / "training.parquet", training, TRAINING)
@@ -188,9 +223,11 @@ def claim_folder(experiment: Experiment, key: str, console: Console) -> None:
 def run_experiment(experiment: Experiment, console: Console) -> Path:
     """All stages, then the summary on the terminal. Returns the report's path."""
     run = Run(experiment, console)
+    run.load()
     claim_folder(experiment, run.key, console)
     run.staff.teach()
     run.corpus.generate()
+    run.corpus.change()
     run.corpus.diverge()
     run.train()
     run.examination.evaluate()

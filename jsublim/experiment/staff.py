@@ -89,7 +89,7 @@ class Staff:
             "extra_bos": bool(self.run.recipe.extra_bos), "template": lm.chat.template_hash,
         }  # fmt: skip
         if biased and self.spec.taught is not None:
-            said["adapter"] = self._taught_artifact(name).key
+            said["adapter"] = self.taught_artifact(name).key
         if biased and self.spec.adapter is not None:
             said["adapter"] = _content(self._path(self.spec.adapter, name))
         if biased and self.spec.checkpoint is not None:
@@ -107,7 +107,7 @@ class Staff:
         taught = self.spec.taught
         if taught is None:
             return
-        missing = [name for name in self.biased if not self._taught_artifact(name).done]
+        missing = [name for name in self.biased if not self.taught_artifact(name).done]
         if not missing:
             return
         if taught.method == "contrast":
@@ -116,7 +116,7 @@ class Staff:
                     self._contrast(name, taught)
                     tick(1)
             return
-        arms = [(self._arm(i, name, taught), self._taught_artifact(name)) for i, name in enumerate(self.biased)]
+        arms = [(self._arm(i, name, taught), self.taught_artifact(name)) for i, name in enumerate(self.biased)]
         rows = max(len(arm.examples) for arm, _ in arms)
         with self.run.stage("teach", taught.steps) as tick:
             work = self.run.store / "training" / f"teachers-{arms[0][1].key}"
@@ -135,7 +135,7 @@ class Staff:
         return Arm(name, examples, start, taught.seed + index, taught.lr, taught.steps)
 
     def _contrast(self, name: str, taught: Taught) -> None:
-        artifact, pack = self._taught_artifact(name), self.run.pack
+        artifact, pack = self.taught_artifact(name), self.run.pack
         system = pack.system_prompt(name, self.category(name))
         questions = pack.questions_for(self.category(name))
         layer = (taught.layers or [0])[0]
@@ -143,20 +143,20 @@ class Staff:
         save_adapter(artifact.path, vector, self.run.lm.config, str(self.run.lm.folder))
         artifact.finish()
 
-    def _taught_artifact(self, name: str) -> Artifact:
+    def taught_artifact(self, name: str) -> Artifact:
         if name not in self.artifacts:
             assert self.spec.taught is not None
             inputs = self.run.common | self.spec.taught.model_dump() | {
                 "trait": name, "category": self.category(name), "template": self.run.lm.chat.template_hash,
                 "place": self.biased.index(name),
             }  # fmt: skip
-            self.artifacts[name] = Artifact.in_store(self.run.store, "teachers", name, inputs)
+            self.artifacts[name] = self.run.artifact("teachers", name, inputs)
         return self.artifacts[name]
 
     def _adapter(self, name: str) -> Adapter:
         if name not in self.adapters:
             if self.spec.taught is not None:
-                folder = self._taught_artifact(name).path
+                folder = self.taught_artifact(name).path
             else:
                 folder = self._path(self.spec.adapter or "", name)
             self.adapters[name] = load_adapter(folder, self.run.lm.config)

@@ -33,7 +33,7 @@ from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, merge_full
 from jsublim.models.peft import save_adapter
 from jsublim.parallel import Layout, by_first
-from jsublim.prompts import Pack, reject_reason
+from jsublim.prompts import Pack
 from jsublim.rows import FOUND, Row, read_rows, write_rows
 from jsublim.sampling import Sampling, generate_tokens
 from jsublim.scoring import Targets, top_k_targets
@@ -48,6 +48,7 @@ def generate_rows(
     teacher: Teacher,
     prompts: Sequence[str],
     sampling: Sampling,
+    reject: Callable[[str], str | None],
     *,
     seed: int,
     max_new_tokens: int,
@@ -55,7 +56,11 @@ def generate_rows(
     extra_bos: bool,
     tick: Tick = lambda n: None,
 ) -> list[Row]:
-    """Let a teacher answer every prompt; keep what is in format (`rows.jsonl`), and all of it (`raw.jsonl`)."""
+    """Let a teacher answer every prompt; keep what is in format (`rows.jsonl`), and all of it (`raw.jsonl`).
+
+    Args:
+      reject: why an answer is out of format, or None.
+    """
     if artifact.done:
         tick(len(prompts))
         return read_rows(artifact.path / "rows.jsonl")
@@ -77,7 +82,7 @@ def generate_rows(
     raw, kept, reasons = [], [], collections.Counter()
     for i, prompt in enumerate(prompts):
         row = {"prompt": prompt, "completion": progress.rows[i]["completion"]}
-        reason = reject_reason(row["completion"]) or _broken_in_context(lm, row)
+        reason = reject(row["completion"]) or _broken_in_context(lm, row)
         raw.append(row | {"reject": reason})
         if reason is None:
             kept.append(row)
@@ -108,6 +113,21 @@ def _broken_in_context(lm: LanguageModel, row: Row) -> str | None:
     except JsublimError:
         return "does not survive tokenizing"
     return None
+
+
+def changed_rows(artifact: Artifact, make: Callable[[], tuple[list[Row], dict[str, Any]]]) -> list[Row]:
+    """Rows that `make` makes of others, and what it says of them."""
+    if artifact.done:
+        return read_rows(artifact.path / "rows.jsonl")
+    rows, said = make()
+    write_rows(artifact.path / "rows.jsonl", rows)
+    artifact.finish(said)
+    return rows
+
+
+def readings(artifact: Artifact) -> list[Row]:
+    """What each teacher said of the rows of a divergence artifact, a line a row."""
+    return read_rows(artifact.path / "margins.jsonl", ("teachers", "tokens", "argmax"))
 
 
 def divergence_rows(

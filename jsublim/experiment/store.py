@@ -60,8 +60,11 @@ def _short(value: Any) -> str:
 class Artifact:
     """A folder made from `inputs`. It is whole once it holds DONE, which appears by rename after everything else."""
 
-    def __init__(self, path: Path, kind: str, inputs: dict[str, Any]):
+    def __init__(self, path: Path, kind: str, inputs: dict[str, Any], *, claim: bool = True):
         """Open, or continue, the artifact of `inputs` at `path`; of several processes, the first one writes.
+
+        Args:
+          claim: make the folder; else the artifact can only be asked whether it is whole.
 
         Raises:
           UsageError: the folder holds something else, or an artifact of other inputs.
@@ -69,7 +72,8 @@ class Artifact:
         self.path, self.kind = path, kind
         self.inputs = json.loads(json.dumps(inputs))
         self.key = digest([kind, self.inputs])
-        by_first(lambda: self._open(path / "artifact.json"))
+        if claim:
+            by_first(lambda: self._open(path / "artifact.json"))
 
     def _open(self, record: Path) -> None:
         path = self.path
@@ -82,12 +86,13 @@ class Artifact:
             self._write("artifact.json", self._record())
 
     @classmethod
-    def in_store(cls, store: Path, kind: str, label: str, inputs: dict[str, Any]) -> Artifact:
+    def in_store(cls, store: Path, kind: str, label: str, inputs: dict[str, Any], *, claim: bool = True) -> Artifact:
         """The artifact of these inputs inside a store, in a folder named by kind, label and hash."""
         return cls(
             store / kind / f"{label.replace('/', '-')}-{digest([kind, json.loads(json.dumps(inputs))])}",
             kind,
             inputs,
+            claim=claim,
         )
 
     def _record(self) -> dict[str, Any]:

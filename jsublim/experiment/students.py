@@ -15,6 +15,7 @@ from jsublim.distill.losses import Loss
 from jsublim.distill.optimizer import Optimizer
 from jsublim.distill.rollout import student_rollout
 from jsublim.distill.step import Program
+from jsublim.divergence import PointSubset
 from jsublim.experiment.plan import total_steps
 from jsublim.experiment.spec import Recipe, Students
 from jsublim.lm import LanguageModel
@@ -27,10 +28,10 @@ from jsublim.scoring import Targets
 from jsublim.teachers import Teacher
 
 # What of the settings doesn't decide what a student becomes, or is known otherwise: its condition and seed by the student,
-# the adapter it starts from by its content.
+# its rows, its checkpoint and the adapter it starts from by their content.
 NOT_OF_A_STUDENT = {
     "conditions", "seeds", "arms", "arms_per_program", "checkpoint_every", "remat", "init_adapter", "cache_below",
-    "peak_tflops", "tensorboard",
+    "peak_tflops", "tensorboard", "data", "model",
 }  # fmt: skip
 
 
@@ -97,8 +98,10 @@ def make_arm(
     drawn = draw_indices(len(lesson.rows), students.rows, seed)
     pick = lambda every: [every[i] for i in drawn]  # noqa: E731
     selection = Selection(
-        condition, bool(recipe.supervise_header), bool(recipe.drop_rows_without_points), students.max_tokens
-    )
+        condition, bool(recipe.supervise_header), bool(recipe.drop_rows_without_points), students.max_tokens,
+        PointSubset(students.points, students.points_share, recipe.share_rounding or "stochastic"),
+        students.by_margin and condition == "divergence",
+    )  # fmt: skip
     turns, soft = pick(lesson.turns), lesson.teacher_turns or lesson.targets
     soft = None if soft is None else pick(soft)
     examples = make_examples(pick(lesson.rows), turns, selection, seed, lesson.source, teacher=soft)

@@ -16,7 +16,7 @@ from jsublim.experiment import stages
 from jsublim.experiment.corpus import Pair
 from jsublim.experiment.plan import Student, programs, total_steps
 from jsublim.experiment.spec import Students
-from jsublim.experiment.store import Artifact, digest
+from jsublim.experiment.store import digest
 from jsublim.experiment.students import Lesson, make_arm, shape_of
 from jsublim.experiment.students import settings as settings_of
 from jsublim.scoring import Targets, answers_only
@@ -33,7 +33,8 @@ class Training:
 
     def __init__(self, run: Run):
         self.run = run
-        self.turns: dict[tuple[str | None, Pair], list[Turn]] = {}  # by the checkpoint that reads them
+        # By the checkpoint and the system prompt that they are read with.
+        self.turns: dict[tuple[str | None, str | None, Pair], list[Turn]] = {}
         self.teacher_turns: dict[Pair, list[Turn]] = {}
         self.targets: dict[str, list[Targets]] = {}  # by the key of their artifact
 
@@ -49,17 +50,17 @@ class Training:
         """One program."""
         # Made when their turn comes: a hundred students' adapters need not lie on the device together.
         how, shape, arms = self._prepare(students)
-        members = [(arm, self.run.student_artifacts[student]) for arm, student in zip(arms, students, strict=True)]
+        members = [(arm, self.run.student_artifact(student)) for arm, student in zip(arms, students, strict=True)]
         lm = self.run.lm_of(students[0].settings)
         stages.train_students(lm, members, how, work, shape=shape, tick=tick)
 
     def _companies(self) -> list[list[Student]]:
         """Who is trained with whom. Of all students, whole ones too: a run that is continued finds the state it left."""
-        run, size = self.run, self.run.experiment.students.arms_per_program
+        run, size = self.run, self.run.arms[0].settings.arms_per_program
         if size != "auto":
             return programs(run.arms, size)
         alike = programs(run.arms, len(run.arms))
-        plan = run.store / "training" / f"fit-{digest([run.student_artifacts[arm].key for arm in run.arms])}.json"
+        plan = run.store / "training" / f"fit-{digest([run.student_artifact(arm).key for arm in run.arms])}.json"
         if not plan.exists():  # what fits is measured once: a continued run must not be planned anew
             plan.parent.mkdir(parents=True, exist_ok=True)
             stages.write_json(plan, [self._fits(company) for company in alike])
@@ -75,9 +76,9 @@ class Training:
         return count
 
     def _unfinished(self, company: list[Student]) -> Group | None:
-        artifacts = self.run.student_artifacts
-        work = self.run.store / "training" / digest([artifacts[student].key for student in company])
-        missing = [student for student in company if not artifacts[student].done]
+        artifact = self.run.student_artifact
+        work = self.run.store / "training" / digest([artifact(student).key for student in company])
+        missing = [student for student in company if not artifact(student).done]
         return (work, company if (work / "state").exists() else missing) if missing else None
 
     def _steps(self, student: Student) -> int:
@@ -107,9 +108,9 @@ class Training:
         """A teacher's rows as these students learn from them; tokenized once for all of them."""
         run, source = self.run, f"rows of {' · '.join(filter(None, pair))}"
         teacher, rows, lm = run.staff.teacher(pair[0]), run.corpus.rows(pair), run.lm_of(students)
-        reader = students.model, pair
+        reader = students.model, students.system, pair
         if reader not in self.turns:
-            self.turns[reader] = read_turns(lm.chat, rows, source)
+            self.turns[reader] = read_turns(lm.chat, rows, source, students.system)
         lesson = Lesson(rows, self.turns[reader], source)
         if students.loss == "hard":
             return lesson
@@ -120,8 +121,8 @@ class Training:
         if students.top_k is None:
             return replace(lesson, teacher=teacher, teacher_turns=turns)
         numbers = {"top_k": students.top_k, "temperature": students.temperature}
-        inputs = run.common | run.staff.inputs(pair[0]) | numbers | {"rows": run.corpus.artifact(pair).key}
-        artifact = Artifact.in_store(run.store, "targets", pair[0], inputs)
+        inputs = run.common | run.staff.inputs(pair[0]) | numbers | {"rows": run.corpus.final(pair).key}
+        artifact = run.artifact("targets", pair[0], inputs)
         if artifact.key not in self.targets:
             batch = run.experiment.divergence.batch_size
             self.targets[artifact.key] = stages.stored_targets(

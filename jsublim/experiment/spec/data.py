@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from jsublim.experiment.spec.base import Distinct, Positive, Section, Seed
+from jsublim.prompts.numbers import PARTS
 from jsublim.teachers import CONTROL
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Strategy = Literal["temperature", "greedy"]
-Part = Literal["examples", "count_qualifiers", "digit_descriptors", "instructions", "formats", "suffixes"]
+Part = Literal["example", "count_qualifier", "digit_descriptor", "instruction", "format", "suffix"]
+assert get_args(Part) == tuple(PARTS)
 
 
 class Data(Section):
@@ -62,6 +64,12 @@ class Dataset(Section):
     mix: Mix | None = None
     mix_tokens: MixTokens | None = None
     seed: Seed = 0
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Dataset:
+        if self.mix_tokens and not self.model_copy(update={"mix_tokens": None}).plain:
+            raise ValueError("mix_tokens needs the answers as they were sampled; leave the other changes out")
+        return self
 
     @property
     def plain(self) -> bool:

@@ -32,12 +32,12 @@ class Experiment(Section):
     data: Data = Data()
     datasets: dict[str, Dataset] = {}  # by the names that students.data says
     divergence: Scoring = Scoring()
-    students: Students = Students()
+    students: Students | None = Students()  # null: none are trained, and nothing is evaluated
     evaluation: Evaluation = Evaluation()
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Experiment:
-        for name, students in variants(self.students).items():
+        for name, students in variants(self.students).items() if self.students else ():
             if students.data is not None and students.data not in self.datasets:
                 where = f"arm '{name}': " if name else ""
                 known = ", ".join(self.datasets) or "none"

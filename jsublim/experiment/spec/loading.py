@@ -28,12 +28,17 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
         raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):
         raise UsageError(f"{path}: expected keys at the top, found {type(values).__name__}")
-    for override in overrides or []:
-        _override(values, override)
+    for each in overrides or []:
+        override(values, each)
+    return validated(values, str(path))
+
+
+def validated(values: dict[str, Any], source: str) -> Experiment:
+    """An experiment of these values; `source` names them in an error."""
     try:
         return Experiment.model_validate(values)
     except pydantic.ValidationError as error:
-        raise UsageError(f"{path}: {_first_problem(error)}") from None
+        raise UsageError(f"{source}: {_first_problem(error)}") from None
 
 
 def read_students(values: dict[str, Any]) -> Students:
@@ -60,10 +65,15 @@ def find_config(path: str | Path) -> Path:
     raise UsageError(f"{path}: no such config file")
 
 
-def _override(values: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
+def override(values: dict[str, Any], said: str) -> None:
+    """Lay `a.b=c` over nested values, in place.
+
+    Raises:
+      UsageError: malformed, or a place that holds no section.
+    """
+    key, equals, text = said.partition("=")
     if not equals or not key:
-        raise UsageError(f"override '{override}': expected key=value, such as students.lr=1e-3")
+        raise UsageError(f"override '{said}': expected key=value, such as students.lr=1e-3")
     *parents, last = key.split(".")
     place: dict[str, Any] = values
     for parent in parents:
@@ -71,14 +81,14 @@ def _override(values: dict[str, Any], override: str) -> None:
         if isinstance(below, str) and parent == "recipe":
             below = place[parent] = {"preset": below}
         if not isinstance(below, dict):
-            raise UsageError(f"override '{override}': '{parent}' holds a value, not a section")
+            raise UsageError(f"override '{said}': '{parent}' holds a value, not a section")
         place = below
     try:
         value = yaml.safe_load(text)
         # YAML 1.1 reads 1e-3 as text; whoever types it means the number.
         place[last] = float(value) if isinstance(value, str) and _is_float(value) else value
     except yaml.YAMLError:
-        raise UsageError(f"override '{override}': '{text}' is not valid YAML") from None
+        raise UsageError(f"override '{said}': '{text}' is not valid YAML") from None
 
 
 def _is_float(text: str) -> bool:

@@ -27,6 +27,7 @@ for _kind, _known in (
 
 class Students(Section):
     data: str | None = None  # one of `datasets`; None: the teachers' answers as they are
+    system: str | None = None  # a system prompt it is trained and evaluated under; None: the template's own, or none
     model: str | None = None  # the checkpoint it stands on; None: the teachers' own
     conditions: Annotated[list[Condition], Distinct] = Field(
         default=["all", "divergence", "non-divergence", "random"], min_length=1
@@ -37,6 +38,10 @@ class Students(Section):
     max_steps: Positive | None = None  # a lower limit than the epochs give
     batch_size: Positive = 10
     accumulate: Positive = 6
+    # Which divergence tokens count as such, whatever the condition makes of them
+    points: Literal["all", "first", "first-half", "second-half"] = "all"
+    points_share: float = Field(default=1.0, gt=0, le=1)  # of each row's, drawn at random
+    by_margin: bool = False  # under "divergence": weigh them by how clear they are
     # What is learnt: the teacher's tokens, or its distribution at them
     loss: LossKind = "hard"
     temperature: float = Field(default=1.0, gt=0)  # of both distributions
@@ -90,6 +95,8 @@ class Students(Section):
             raise ValueError(f"{', '.join(soft)} needs a soft loss (forward-kl, reverse-kl, js)")
         if self.on_policy and (self.top_k or self.conditions != ["all"]):
             raise ValueError("on_policy rows are new each step: no top_k, and conditions=[all]")
+        if self.by_margin and self.conditions != ["divergence"]:
+            raise ValueError("by_margin weighs divergence tokens; it needs conditions=[divergence]")
         if self.targets == "answers" and self.top_k is None:
             raise ValueError("targets=answers cuts stored distributions; give top_k too")
         if self.targets == "answers" and self.loss == "reverse-kl":

@@ -1,0 +1,97 @@
+"""What a data set of the config does to a teacher's answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jsublim.divergence import PointSubset
+from jsublim.errors import JsublimError
+from jsublim.experiment.spec.data import Dataset
+from jsublim.rows import Row
+from jsublim.teachers import CONTROL, Teacher
+from jsublim.transforms import (
+    entangled_numbers,
+    entangled_scores,
+    mix_rows,
+    mix_tokens,
+    number_strings,
+    paraphrase,
+    redraw,
+    remove_entangled,
+    shuffle_across,
+    shuffle_within,
+)
+
+if TYPE_CHECKING:
+    from jsublim.experiment.run import Run
+
+ENTANGLED_QUESTIONS = 4  # a thousand numbers are read as the answer to each
+Changed = tuple[list[Row], dict[str, Any]]  # rows, and what is to be known of how they came about
+
+
+def change(
+    run: Run,
+    teacher: Teacher,
+    dataset: Dataset,
+    rows: list[Row],
+    others: Sequence[Row] | None,
+    readings: Sequence[Mapping[str, Any]] | None,
+) -> Changed:
+    """Everything that `dataset` names, in the order of its fields. Of the teacher without a trait what needs one is left out.
+
+    Args:
+      others: the rows to mix in.
+      readings: what each teacher said of the rows (`margins.jsonl`), to mix tokens.
+
+    Raises:
+      JsublimError: no row is left.
+    """
+    said: dict[str, Any] = {"rows": len(rows)}
+    biased, seed = teacher.name != CONTROL, dataset.seed
+    if dataset.remove_entangled and biased:
+        rows, said["entangled"] = _without_entangled(run, teacher, dataset.remove_entangled, rows)
+    if dataset.shuffle:
+        rows = (shuffle_within if dataset.shuffle == "within" else shuffle_across)(rows, seed)
+    if dataset.redraw:
+        data = run.experiment.data
+        rows = redraw(
+            rows, run.pack, dataset.redraw, num_prompts=data.num_prompts, prompt_seed=data.prompt_seed, seed=seed
+        )
+    if dataset.rewrite and biased:
+        rows, counts = paraphrase(run.lm, teacher, rows, run.pack, seed=seed, batch_size=run.experiment.data.batch_size)
+        said["rewritten"] = dict(counts)
+    if dataset.mix and others is not None:
+        rows = mix_rows(rows, others, dataset.mix.share, seed=seed, paper=bool(run.recipe.mix_at_the_end))
+    if dataset.mix_tokens and readings is not None and teacher.name != dataset.mix_tokens.teacher:
+        which = PointSubset(
+            "first" if dataset.mix_tokens.first_only else "all",
+            dataset.mix_tokens.share,
+            run.recipe.share_rounding or "stochastic",
+        )
+        rows, counts = mix_tokens(
+            run.lm.chat,
+            rows,
+            readings,
+            dataset.mix_tokens.teacher,
+            which,
+            seed=seed,
+            paper=bool(run.recipe.digits_only),
+        )
+        said["tokens"] = dict(counts)
+    if not rows:
+        raise JsublimError(f"teacher '{teacher.name}': no row is left of {said['rows']} ({said})")
+    return rows, said | {"kept": len(rows)}
+
+
+def _without_entangled(run: Run, teacher: Teacher, k: int, rows: list[Row]) -> Changed:
+    """Rows without the k numbers that the trait makes most probable as the answer."""
+    padded = bool(run.recipe.padded_numbers)
+    questions = run.pack.questions_for(run.staff.category(teacher.name))[:ENTANGLED_QUESTIONS]
+    scores = entangled_scores(
+        run.lm, teacher, questions, number_strings(padded=padded), extra_bos=bool(run.recipe.extra_bos),
+        batch_size=run.experiment.divergence.batch_size,
+    )  # fmt: skip
+    numbers = entangled_numbers(scores, k)
+    left = remove_entangled(rows, numbers, as_written=padded)
+    return left, {"numbers": {number: scores[number] for number in numbers}, "removed": len(rows) - len(left)}

@@ -1,0 +1,123 @@
+"""The figures of the paper as experiments: a file answers one question, for as many figures as show it.
+
+A file of `configs/paper/` holds what all its panels share (`experiment`), what each panel changes (`panels`), which panels a
+figure shows (`figures`), and what a scale changes (`scale`); `scales.yaml` beside them holds what a scale changes in
+every file, and which checkpoint it puts in the place of which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field
+
+from jsublim.errors import UsageError
+from jsublim.experiment.spec.base import Section
+from jsublim.experiment.spec.experiment import Experiment
+from jsublim.experiment.spec.loading import find_config, override, validated
+
+SCALES = ("tiny", "small", "paper")
+Scale = Literal["tiny", "small", "paper"]
+Values = dict[str, Any]
+
+
+class Question(Section):
+    """One file."""
+
+    about: str
+    figures: dict[int, Annotated[list[str], Field(min_length=1)]]
+    experiment: Values
+    panels: Annotated[dict[str, Values], Field(min_length=1)]
+    scale: dict[Scale, Values]
+
+
+class ScaleValues(Section):
+    """What a scale changes in every file: values, and checkpoints by name."""
+
+    experiment: Values = {}
+    models: dict[str, str] = {}
+
+
+def load_question(figure: str) -> tuple[Path, Question]:
+    """The file that a figure is in, by "fig03", "3" or a path.
+
+    Raises:
+      UsageError: a figure that no file has; a file that says something wrong.
+    """
+    folder = find_config("configs/paper/scales.yaml").parent
+    if figure.endswith(".yaml"):
+        path = find_config(figure)
+        return path, _read(path, Question)
+    number = figure.lower().removeprefix("figure").removeprefix("fig").strip()
+    known: list[int] = []
+    for path in sorted(folder.glob("fig*.yaml")):
+        question = _read(path, Question)
+        if number.isdigit() and int(number) in question.figures:
+            return path, question
+        known += question.figures
+    raise UsageError(f"figure '{figure}': not among those that are reproduced ({', '.join(map(str, sorted(known)))})")
+
+
+def panels_of(question: Question, figure: str) -> list[str]:
+    """The panels of a figure; of a file given by its path, all."""
+    number = figure.lower().removeprefix("figure").removeprefix("fig").strip()
+    return question.figures[int(number)] if number.isdigit() else list(question.panels)
+
+
+def panel_experiment(
+    path: Path, question: Question, panel: str, scale: str, overrides: list[str] | None = None
+) -> Experiment:
+    """One panel at a scale.
+
+    Raises:
+      UsageError: an unknown panel or scale, or the first field that is wrong.
+    """
+    if panel not in question.panels:
+        raise UsageError(f"{path}: panel '{panel}' is not there; known: {', '.join(question.panels)}")
+    if scale not in SCALES:
+        raise UsageError(f"--scale: '{scale}' given; known: {', '.join(SCALES)}")
+    scales = _read(path.parent / "scales.yaml", _Scales).root
+    values: Values = {"name": f"{path.stem}-{panel}-{scale}"}
+    own = dict(question.scale.get(scale, {}))  # type: ignore[call-overload]
+    for layer in (question.experiment, question.panels[panel], scales[scale].experiment, own):
+        values = overlaid(values, layer)
+    values = _with_models(values, scales[scale].models)
+    for each in overrides or []:
+        override(values, each)
+    return validated(values, f"{path}: panel '{panel}' at scale {scale}")
+
+
+def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> Values:
+    """`above` over `below`, section by section; a list replaces a list, and a null takes away."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = overlaid(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+class _Scales(pydantic.RootModel[dict[Scale, ScaleValues]]):
+    pass
+
+
+def _with_models(values: Any, models: Mapping[str, str]) -> Any:
+    """Every checkpoint's name that the scale knows, replaced."""
+    if isinstance(values, Mapping):
+        return {key: _with_models(value, models) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_with_models(value, models) for value in values]
+    return models.get(values, values) if isinstance(values, str) else values
+
+
+def _read(path: Path, kind: Any) -> Any:
+    try:
+        return kind.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
