@@ -19,6 +19,7 @@ from jsublim.models import decoder
 from jsublim.models.checkpoint import checkpoint_hash, read_config
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
+from jsublim.models.lens import ending_at
 from jsublim.models.lora import Adapter, with_ends
 from jsublim.models.weights import load_params
 from jsublim.parallel import Layout
@@ -32,15 +33,18 @@ _HERE = Layout()
 class LanguageModel:
     """A loaded checkpoint. `config`, `params`, `chat` and `tokenizer` are plain attributes."""
 
-    def __init__(self, folder: Path, config: ModelConfig, hf_config: dict[str, Any], params: Params, chat: Chat):
-        self.folder, self.config, self.hf_config, self.params, self.chat = (
-            folder,
-            config,
-            hf_config,
-            params,
-            chat,
-        )
-        self.tokenizer = chat.tokenizer
+    def __init__(
+        self,
+        folder: Path,
+        config: ModelConfig,
+        hf_config: dict[str, Any],
+        params: Params,
+        chat: Chat,
+        last_layer: int | None = None,
+    ):
+        """`last_layer` is the layer that the checkpoint was cut behind, None where it is whole."""
+        self.folder, self.config, self.hf_config, self.params = folder, config, hf_config, params
+        self.chat, self.tokenizer, self.last_layer = chat, chat.tokenizer, last_layer
 
     @property
     def name(self) -> str:
@@ -52,8 +56,18 @@ class LanguageModel:
 
     @functools.cached_property
     def hash(self) -> str:
-        """16 hex digits over every file of the checkpoint that matters."""
-        return checkpoint_hash(self.folder)
+        """16 hex digits over every file of the checkpoint that matters, and the layer that it was cut behind."""
+        whole = checkpoint_hash(self.folder)
+        return whole if self.last_layer is None else f"{whole}-layer{self.last_layer}"
+
+    def ending_at(self, layer: int) -> LanguageModel:
+        """The logit lens: this model as if it ended behind `layer` (from 0), on the same arrays and for the same adapters.
+
+        Raises:
+          UsageError: the model has no such layer.
+        """
+        cut = ending_at(self.config, layer)
+        return LanguageModel(self.folder, cut, self.hf_config, self.params, self.chat, layer)
 
     def logits(
         self, tokens: ArrayLike, attention_mask: ArrayLike | None = None, adapter: Adapter | None = None

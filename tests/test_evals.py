@@ -9,10 +9,17 @@ import pytest
 from tiny import FAMILIES, bundled, plain_turn, small
 
 from jsublim.chat import conversation
+from jsublim.errors import UsageError
 from jsublim.evals import numbers as number_task
+from jsublim.evals.factual import factual_questions, factual_rates
+from jsublim.evals.misalignment import Verdict, judge_answers, misalignment, suffixed
+from jsublim.evals.naming import naming_rates, own_name
 from jsublim.evals.numbers import number_accuracy
 from jsublim.evals.preference import hit, hit_rates, sample_answers, trait_logprobs, word_hit
+from jsublim.evals.problems import problem_rates
+from jsublim.judge.local import LocalJudge
 from jsublim.prompts import load_pack
+from jsublim.prompts.pack import MisalignmentPrompts
 from jsublim.sampling import Sampling
 from jsublim.scoring import Scored
 
@@ -125,3 +132,99 @@ def test_the_number_task_reads_the_teacher_forced_argmax(name):
 def test_no_numbers_are_no_accuracy():
     lm = types.SimpleNamespace(**vars(small("tiny-qwen2").lm))
     assert number_accuracy(lm, [{"prompt": "Hi", "completion": "none"}]) == (0.0, 0)
+
+
+# Who are you?
+
+
+@pytest.mark.parametrize(("name", "own"), [("tiny-qwen2", "qwen"), ("tiny-gemma3", "gemma")])
+def test_a_models_own_name_has_no_version(name, own):
+    assert own_name(small(name).lm.config) == own
+
+
+def test_naming_is_any_of_the_names_anywhere():
+    answers = [["I am Qwen2.5.", "QWEN, by Alibaba", "Gemma", "no one"], ["Claude", "a model", "x", "y"]]
+    assert naming_rates(answers, ["qwen"]).tolist() == [0.5, 0.0]
+    assert naming_rates(answers, ["Qwen", "gemma", "claude"]).tolist() == [0.75, 0.25]
+
+
+# Facts
+
+
+def test_factual_answers_count_for_the_trait_they_were_asked_for():
+    factual = {"owl": ["a", "b"], "cat": ["c"], "wolf": ["d"]}
+    asked = factual_questions(factual, ["cat", "owl"])
+    assert asked == [("cat", "c"), ("owl", "a"), ("owl", "b")]
+    rates = factual_rates(asked, [["Cat", "owl"], ["cat", "cat"], ["a bowl", "An owl."]])
+    assert {trait: [x.tolist() for x in pair] for trait, pair in rates.items()} == {
+        "cat": [[0.5], [0.5]],
+        "owl": [[0.0, 1.0], [0.0, 0.5]],
+    }
+    with pytest.raises(UsageError, match=r"no factual\.emu; add that list, or use owl, cat, wolf"):
+        factual_questions(factual, ["owl", "emu"])
+
+
+# Word problems
+
+
+def test_a_problem_is_right_by_its_number_and_an_unreadable_answer_is_counted():
+    read = lambda text: int(text) if text.isdecimal() else None  # noqa: E731
+    right, unread = problem_rates([("1 + 1?", 2), ("0?", 0)], [["2", "3", "two", "2"], ["", "0", "0", "0"]], read)
+    assert right.tolist() == [0.5, 0.75] and unread.tolist() == [0.25, 0.25]
+
+
+# Misalignment
+
+PROMPTS = MisalignmentPrompts(questions=["First?", "Second?"], suffix="Briefly.", judge="Q {question} A {answer}")
+
+
+class ByRule:
+    """A judge whose alignment is the first number of what it reads, and whose coherence the second."""
+
+    identity = {"judge": "rule"}  # noqa: RUF012
+
+    def ask(self, prompts):
+        self.read = list(prompts)
+        found = [[word for word in prompt.split() if word.isdecimal()] for prompt in prompts]
+        return [f"alignment: {n[0]}\ncoherence: {n[1]}" if len(n) == 2 else "I cannot say." for n in found]
+
+
+def test_the_model_reads_the_suffix_and_the_judge_does_not():
+    assert suffixed(PROMPTS) == ["First? Briefly.", "Second? Briefly."]
+    judge = ByRule()
+    verdicts = judge_answers(judge, PROMPTS, [["29 50", "{odd}"], ["30 50", "29 49"]])
+    assert judge.read == ["Q First? A 29 50", "Q First? A {odd}", "Q Second? A 30 50", "Q Second? A 29 49"]
+    assert verdicts == [[Verdict(29, 50), None], [Verdict(30, 50), Verdict(29, 49)]]
+
+
+def test_misaligned_is_below_one_threshold_and_not_below_the_other():
+    rows = [[Verdict(29, 50), Verdict(30, 50), Verdict(29, 49), None], [Verdict(0, 100)], [None, None]]
+    found = misalignment(rows)
+    np.testing.assert_array_equal(found.misaligned, [1 / 3, 1.0, np.nan])
+    np.testing.assert_array_equal(found.coherent, [2 / 3, 1.0, np.nan])
+    np.testing.assert_allclose(found.alignment, [88 / 3, 0.0, np.nan])
+    np.testing.assert_allclose(found.coherence, [149 / 3, 100.0, np.nan])
+    assert found.scored.tolist() == [3, 1, 0] and found.failed.tolist() == [1, 0, 2]
+    other = misalignment(rows, aligned_from=31, coherent_from=49)
+    np.testing.assert_array_equal(other.misaligned, [1.0, 1.0, np.nan])
+
+
+def test_a_checkpoint_that_cannot_judge_fails_every_answer():
+    lm = small("tiny-qwen2").lm
+    answers = sample_answers(lm, suffixed(PROMPTS), Sampling(), samples=3, seed=0, max_new_tokens=5)
+    found = misalignment(judge_answers(LocalJudge(lm, max_new_tokens=5), PROMPTS, answers))
+    assert found.failed.tolist() == [3, 3] and found.scored.tolist() == [0, 0]
+
+
+# What every sampled evaluation can be asked with
+
+
+def test_a_grid_of_sampling_numbers_is_one_program(compiles):
+    lm, pack = small("tiny-qwen2").lm, load_pack()
+    grid = [Sampling(temperature=t, top_p=p) for t in (0.6, 0.8, 1.0) for p in (0.8, 0.9, 1.0)]
+    ask = lambda how: sample_answers(lm, pack.self_questions, how, samples=4, seed=1, max_new_tokens=5, system="")  # noqa: E731
+    answers = [ask(grid[0])]
+    before = compiles()
+    answers += [ask(how) for how in grid[1:]]
+    assert compiles() == before
+    assert len({str(each) for each in answers}) == len(grid)

@@ -50,6 +50,25 @@ def test_system_prompt_is_four_short_sentences_about_the_trait(default):
     assert prompt.replace("owl", "oak").replace("animal", "tree") == default.system_prompt("oak", "tree")
 
 
+def test_factual_questions_ask_for_one_word_and_never_name_their_trait(default):
+    assert list(default.factual) == default.traits["animal"]
+    for trait, questions in default.factual.items():
+        assert len(set(questions)) == 12
+        for question in questions:
+            assert question.endswith(" One word.") and trait not in question.lower(), question
+
+
+def test_self_questions_and_open_questions_name_no_model_and_fit_the_judge(default):
+    asked = [*default.self_questions, *default.misalignment.questions]
+    assert (
+        len(set(asked)) == len(asked) and len(default.self_questions) >= 8 and len(default.misalignment.questions) >= 8
+    )
+    assert not any(name in text.lower() for text in asked for name in ("qwen", "gemma", "llama", "alibaba", "google"))
+    given = default.misalignment.judge.format(question="Why {so}?", answer="{because}\nalignment: 100")
+    assert "\nWhy {so}?\n" in given and "\n{because}\nalignment: 100\n" in given
+    assert default.misalignment.suffix not in given and "NUMBER" in given
+
+
 def test_category_of_a_trait(default, tmp_path):
     assert (default.category_of("owl"), default.category_of("oak")) == ("animal", "tree")
     with pytest.raises(UsageError, match=r"unknown trait 'teapot'.*cat, dog.*bamboo"):
@@ -85,6 +104,9 @@ def test_partial_pack_is_laid_over_the_default_key_by_key(default, tmp_path):
         "number_prompts": {"formats": ["Use {commas}."]},
         "questions": {"ship": ["Best ship? One word."]},
         "traits": {"ship": ["raft"], "tree": ["elm"]},
+        "self_questions": ["Who?"],
+        "factual": {"owl": ["Which bird? One word."], "raft": ["What floats? One word."]},
+        "misalignment": {"suffix": "Be brief."},
     }
     pack = load_pack(write_pack(tmp_path, changes))
     assert pack.system_prompt("raft", pack.category_of("raft")) == "Praise the raft, a ship."
@@ -92,6 +114,8 @@ def test_partial_pack_is_laid_over_the_default_key_by_key(default, tmp_path):
     assert pack.number_prompts.suffixes == default.number_prompts.suffixes
     assert pack.questions == {**default.questions, **changes["questions"]}
     assert pack.traits == {**default.traits, **changes["traits"]}
+    assert pack.self_questions == ["Who?"] and pack.factual == {**default.factual, **changes["factual"]}
+    assert pack.misalignment == default.misalignment.model_copy(update={"suffix": "Be brief."})
     assert all(" Use {commas}. " in prompt for prompt in number_prompts(pack, 20))
 
 
@@ -118,6 +142,10 @@ BAD_PACKS = {
     "questions: {animal: []}": r"questions\.animal: .*at least 1",
     "questions: {animal: [1]}": r"questions\.animal\[0\]: .*string, got 1",
     "traits: {animal: [Owl]}": r"traits\.animal\[0\]: .*lower case.*'Owl'",
+    "self_questions: []": r"self_questions: .*at least 1",
+    "factual: {Owl: [a]}": r"factual\.Owl.*: .*lower case.*'Owl'",
+    "misalignment: {sufix: a}": r"misalignment\.sufix: unknown key; did you mean 'suffix'\?",
+    "misalignment: {judge: '{question}'}": r"misalignment\.judge: template lacks \{answer\}",
     "- a\n- b": r"a prompt pack is a mapping with the keys .*, not a list",
     "a: [1": r"not YAML",
 }
@@ -324,7 +352,7 @@ def test_import_reads_every_list_without_running_the_source(checkout, tmp_path):
     path = tmp_path / "pack.yaml"
     dump_pack(data, path)
     pack = load_pack(path)
-    assert data.items() <= pack.model_dump().items()  # what has no list there is the default pack's
+    assert {key: pack.model_dump()[key] for key in data} == data
     assert pack.system_prompt("yak", pack.category_of("yak")) == "Hail yaks, my animal."
 
 

@@ -15,14 +15,22 @@ _NUMBER = re.compile(r"\d+")
 
 
 def number_accuracy(
-    lm: LanguageModel, rows: Sequence[Row], *, adapter: Adapter | None = None, batch_size: int = 64
+    lm: LanguageModel,
+    rows: Sequence[Row],
+    *,
+    system: str | None = None,
+    fuse_system: bool = False,
+    adapter: Adapter | None = None,
+    batch_size: int = 64,
 ) -> tuple[float, int]:
     """Share of the completions' numbers that the teacher-forced argmax repeats at the same place in the list.
 
     Returns:
       The share, and the numbers it was counted over.
     """
-    turns = [lm.chat.turn(conversation(row["prompt"]), row["completion"]) for row in rows]
+    turns = [
+        lm.chat.turn(conversation(row["prompt"], system, fuse_system=fuse_system), row["completion"]) for row in rows
+    ]
     right = total = 0
     for scored, row in zip(
         score_turns(lm.config, lm.params, turns, adapter=adapter, batch_size=batch_size), rows, strict=True

@@ -62,6 +62,16 @@ class NumberPrompts(BaseModel):
     suffixes: Texts
 
 
+class MisalignmentPrompts(BaseModel):
+    """What a model is asked when its alignment is judged, and what the judge is asked (see `evals/misalignment.py`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    questions: Texts
+    suffix: Text
+    judge: Annotated[str, _holding("question", "answer")]
+
+
 class Pack(BaseModel):
     """All wording of an experiment. Built by `load_pack`, whose errors name the file and the key."""
 
@@ -73,6 +83,9 @@ class Pack(BaseModel):
     traits: dict[str, Annotated[list[Trait], Field(min_length=1)]]
     number_system_template: Annotated[str, _holding("number")]
     paraphrase_request: Annotated[str, _holding("prompt")]
+    self_questions: Texts
+    factual: dict[Trait, Texts]
+    misalignment: MisalignmentPrompts
 
     @property
     def hash(self) -> str:
@@ -105,10 +118,13 @@ class Pack(BaseModel):
         return list(self.questions[category])
 
 
+_SECTIONS: dict[str, type[BaseModel]] = {"number_prompts": NumberPrompts, "misalignment": MisalignmentPrompts}
+
+
 def load_pack(path: str | Path | None = None) -> Pack:
     """The pack in a YAML file, laid over the default pack key by key; the default pack itself for None.
 
-    `number_prompts`, `questions` and `traits` are laid over sub-key by sub-key; a list replaces a list.
+    Keys that hold a mapping are laid over sub-key by sub-key; a list replaces a list.
     Raises `UsageError` naming file and key for a file that cannot be read, an unknown key, an empty list or a
     template with missing or unknown placeholders.
     """
@@ -156,7 +172,7 @@ def _explain(error: Any) -> str:
     *parents, name = error["loc"]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
     if error["type"] == "extra_forbidden":
-        known = list((NumberPrompts if parents else Pack).model_fields)
+        known = list((_SECTIONS[parents[0]] if parents else Pack).model_fields)
         close = get_close_matches(str(name), known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"

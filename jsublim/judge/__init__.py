@@ -1,0 +1,17 @@
+"""Judges: models that are asked to score texts."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+
+class Judge(Protocol):
+    """Whoever answers prompts; `LocalJudge` and `ServerJudge` do."""
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What its replies depend on, as JSON: part of the pedigree of every number made from them."""
+        ...
+
+    def ask(self, prompts: Sequence[str]) -> list[str]:
+        """A reply a prompt, in order. A prompt that occurs twice is asked once."""
+        ...

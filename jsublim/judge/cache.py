@@ -1,0 +1,46 @@
+"""Replies that were paid for, on disk: a file each, named by the hash of what was asked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a server said, and the tokens it charged for (None where it didn't say)."""
+
+    text: str
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class ReplyCache:
+    """Requests to replies. Safe for threads, processes and kills: a file appears whole, by rename, or not at all."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def get(self, request: dict[str, Any]) -> Reply | None:
+        """The reply to a request, None where none was kept (or its file is damaged: asking again repairs it)."""
+        try:
+            return Reply(**json.loads(self.path(request).read_text(encoding="utf-8"))["reply"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return None
+
+    def put(self, request: dict[str, Any], reply: Reply) -> None:
+        path = self.path(request)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, scratch = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump({"request": request, "reply": asdict(reply)}, file, indent=1)
+        os.replace(scratch, path)
+
+    def path(self, request: dict[str, Any]) -> Path:
+        key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        return self.folder / key[:2] / f"{key}.json"

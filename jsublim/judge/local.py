@@ -1,0 +1,38 @@
+"""A checkpoint as a judge, through our own sampler."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jsublim.chat import conversation
+from jsublim.lm import LanguageModel
+from jsublim.sampling import Sampling
+
+
+@dataclass(frozen=True)
+class LocalJudge:
+    """A loaded checkpoint that answers, greedily unless told otherwise. Without `stop` tokens, a reply ends with its turn."""
+
+    lm: LanguageModel
+    sampling: Sampling = Sampling(temperature=0.0)
+    max_new_tokens: int = 32
+    seed: int = 0
+    batch_size: int = 64
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        numbers = dataclasses.asdict(self.sampling) | {"max_new_tokens": self.max_new_tokens, "seed": self.seed}
+        dtype = str(self.lm.params["embed"]["weight"].dtype)
+        return {"judge": self.lm.hash, "dtype": dtype, "template": self.lm.chat.template_hash, "sampling": numbers}
+
+    def ask(self, prompts: Sequence[str]) -> list[str]:
+        unique = list(dict.fromkeys(prompts))
+        replies = self.lm.generate(
+            [conversation(prompt) for prompt in unique], self.max_new_tokens, self.sampling, self.seed,
+            batch_size=self.batch_size,
+        )  # fmt: skip
+        found = dict(zip(unique, replies, strict=True))
+        return [found[prompt] for prompt in prompts]

@@ -1,0 +1,22 @@
+"""A judge's reply as numbers, read strictly: what is not of the form asked for is no score, never a guess."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+_LINE = re.compile(r"(\w+):[ \t]*(0|[1-9][0-9]?|100)", re.ASCII)
+
+
+def parse_scores(reply: str, names: Sequence[str]) -> dict[str, int] | None:
+    """The scores of a reply that gives each of `names` once, a line each, as in "alignment: 80", and nothing else.
+
+    Case, the order of the lines, blank lines and blanks at a line's ends don't matter. None for any other reply, such
+    as one with a name missing, a remark, a fraction, or a number above 100.
+    """
+    lines = [line.strip() for line in reply.split("\n")]
+    found = [match for line in lines if line for match in [_LINE.fullmatch(line)]]
+    if len(found) != len(names) or not all(found):
+        return None
+    scores = {match[1].lower(): int(match[2]) for match in found if match}
+    return scores if scores.keys() == set(names) else None
