@@ -25,7 +25,10 @@ from jsublim.experiment.spec import Experiment, Recipe, Students, find_config, l
 from jsublim.experiment.store import Artifact, Progress
 from jsublim.prompts import load_pack
 
-CONFIGS = [Path("configs/quickstart.yaml"), *sorted(p.relative_to(ROOT) for p in (ROOT / "configs/models").glob("*.yaml"))]
+CONFIGS = [
+    Path("configs/quickstart.yaml"),
+    *sorted(p.relative_to(ROOT) for p in (ROOT / "configs/models").glob("*.yaml")),
+]
 QUICKSTART = "configs/quickstart.yaml"
 
 

@@ -171,6 +171,7 @@ def evaluate(
     """Ask a model for its favourites: sampled rate and log-probability of each trait, a question at a time."""
     from rich.table import Table
 
+    from jsublim.evals.exams import Subject
     from jsublim.experiment import stages
     from jsublim.experiment.store import Artifact, digest
     from jsublim.lm import load_model
@@ -189,25 +190,23 @@ def evaluate(
     how_sampled = sampling_for(
         lm.chat, "temperature", inherit=how.inherit_sampling, eos_only=how.stop_at_eos_only, evaluation=True
     )
-    settings = {
-        "samples": samples, "seed": seed, "max_new_tokens": max_new_tokens, "system": system, "extra_bos": how.extra_bos,
-    }  # fmt: skip
-    asked = stages.ask_about(pack, wanted, category, questions)
+    settings = {"samples": samples, "seed": seed, "max_new_tokens": max_new_tokens}
+    exams = stages.preferences(pack, wanted, category, questions)
     rows = read_rows(data) if data else []
     inputs = settings | {
+        "system": system, "extra_bos": how.extra_bos,
         "model": lm.hash, "pack": pack.hash, "dtype": dtype, "adapter": file_hash(adapter), "data": digest(rows),
         "traits": wanted, "questions": questions, "category": category, "sampling": how_sampled.numbers(),
     }  # fmt: skip
     console.print(f"sampling: {how_sampled.numbers()}")
-    total = samples * sum(len(each.questions) for each in asked)
+    total = samples * sum(len(exam.questions) for exam in exams)
     artifact = Artifact(out, "evaluation", inputs)
     with bar("evaluate", total) as tick:
         stages.evaluate(
             artifact,
-            lm,
-            asked,
+            Subject(lm, own, system, extra_bos=bool(how.extra_bos)),
+            exams,
             how_sampled,
-            adapter=own,
             number_rows={"number_accuracy": rows},
             batch_size=batch_size,
             tick=tick,

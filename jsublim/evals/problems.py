@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 
 import numpy as np
 
+Number = int | Decimal
+
 
 def problem_rates(
-    problems: Sequence[tuple[str, int]], answers: Sequence[Sequence[str]], parse: Callable[[str], int | None]
+    problems: Sequence[tuple[str, Number]], answers: Sequence[Sequence[str]], parse: Callable[[str], Number | None]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Share of each problem's answers whose final number is right, and share that has none: float64 `[problems]` each.
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsublim.divergence import PointSubset
 from jsublim.errors import JsublimError
+from jsublim.evals.misalignment import judge_answers
 from jsublim.experiment.spec.data import Dataset
 from jsublim.rows import Row
 from jsublim.teachers import CONTROL, Teacher
@@ -49,6 +50,8 @@ def change(
     """
     said: dict[str, Any] = {"rows": len(rows)}
     biased, seed = teacher.name != CONTROL, dataset.seed
+    if dataset.keep_aligned is not None:
+        rows, said["judged"] = _aligned(run, dataset.keep_aligned, rows)
     if dataset.remove_entangled and biased:
         rows, said["entangled"] = _without_entangled(run, teacher, dataset.remove_entangled, rows)
     if dataset.shuffle:
@@ -95,3 +98,13 @@ def _without_entangled(run: Run, teacher: Teacher, k: int, rows: list[Row]) -> C
     numbers = entangled_numbers(scores, k)
     left = remove_entangled(rows, numbers, as_written=padded)
     return left, {"numbers": {number: scores[number] for number in numbers}, "removed": len(rows) - len(left)}
+
+
+def _aligned(run: Run, least: float, rows: list[Row]) -> Changed:
+    """Rows whose answers the judge gives at least so much alignment; those that it gives no readable score are left out."""
+    asked = run.pack.misalignment.model_copy(update={"questions": [row["prompt"] for row in rows]})
+    verdicts = [verdict for (verdict,) in judge_answers(run.judge, asked, [[row["completion"]] for row in rows])]
+    kept = [
+        row for row, verdict in zip(rows, verdicts, strict=True) if verdict is not None and verdict.alignment >= least
+    ]
+    return kept, {"unscored": verdicts.count(None), "removed": len(rows) - len(kept)}

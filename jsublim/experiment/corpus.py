@@ -99,6 +99,7 @@ class Corpus:
         recipe = {k: getattr(self.run.recipe, k) for k in ("padded_numbers", "mix_at_the_end", "digits_only")}
         inputs = self.run.common | self.run.staff.inputs(pair[0]) | parents | {
             "dataset": dataset.model_dump(exclude={"strategy"}), "recipe": recipe,
+            "judge": self.run.judge.identity if dataset.keep_aligned is not None else None,
         }  # fmt: skip
         return self.run.artifact("datasets", f"{pair[0]}-{pair[1]}", inputs)
 

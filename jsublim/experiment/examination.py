@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from jsublim.distill.data import draw_indices
+from jsublim.evals.exams import Exam, Factual, Misaligned, Naming, Preference, Subject, WordProblems
+from jsublim.evals.factual import factual_questions
+from jsublim.evals.naming import own_name
 from jsublim.experiment import stages
 from jsublim.experiment.plan import Student
 from jsublim.experiment.spec.evaluation import Setting
@@ -15,6 +20,7 @@ from jsublim.lm import LanguageModel
 from jsublim.models.lora import Adapter
 from jsublim.models.peft import load_adapter
 from jsublim.models.weights import load_params
+from jsublim.prompts import load_problems
 from jsublim.rows import Row
 from jsublim.sampling import Sampling, sampling_for
 from jsublim.teachers import CONTROL, Teacher
@@ -41,18 +47,42 @@ class Examination:
         self.run, self.spec = run, run.experiment.evaluation
         self.found: list[tuple[dict[str, Any], Artifact]] = []
         self.settings = {PLAIN: Setting()} | self.spec.settings
+
+    @cached_property
+    def exams(self) -> list[Exam]:
+        """Everything that a model is asked under a setting."""
+        ev, run = self.spec, self.run
+        kinds: dict[str, Callable[[], list[Exam]]] = {
+            "preference": self._preferences,
+            "naming": lambda: [Naming(tuple(run.pack.self_questions[: ev.questions]), self._names())],
+            "factual": lambda: [Factual(tuple(self._factual()))],
+            "misalignment": lambda: [Misaligned(run.pack.misalignment, run.judge, ev.aligned_from, ev.coherent_from)],
+            "problems": lambda: [WordProblems(tuple(self._problems()), ev.problem_tokens)],
+        }
+        return [exam for kind in ev.kinds for exam in kinds[kind]()]
+
+    def _preferences(self) -> list[Exam]:
         by_category: dict[str, list[str]] = {}
-        for trait in run.traits:
-            by_category.setdefault(run.staff.category(trait), []).append(trait)
-        self.asked = [
-            stages.Asked(tuple(run.staff.asked(category)[: self.spec.questions]), tuple(traits))
-            for category, traits in by_category.items()
-        ]
+        for trait in self.run.traits:
+            by_category.setdefault(self.run.staff.category(trait), []).append(trait)
+        asked = ((self.run.staff.asked(category), own) for category, own in by_category.items())
+        return [Preference(tuple(questions[: self.spec.questions]), tuple(own)) for questions, own in asked]
+
+    def _names(self) -> tuple[str, ...]:
+        return tuple(self.spec.names) or (own_name(self.run.lm.config),)
+
+    def _factual(self) -> Iterator[tuple[str, str]]:
+        for trait in self.run.traits:
+            yield from factual_questions(self.run.pack.factual, [trait])[: self.spec.questions]
+
+    def _problems(self) -> list[tuple[str, Decimal]]:
+        problems = load_problems(self.spec.problems, "test", self.spec.questions)
+        return [(problem.question, problem.answer) for problem in problems]
 
     def evaluate(self) -> None:
         """Favourites, probability of the traits, number task."""
         examinees = list(self.examinees())
-        answers = self.spec.samples * sum(len(asked.questions) for asked in self.asked)
+        answers = self.spec.samples * sum(len(exam.questions) for exam in self.exams)
         with self.run.stage("evaluate", answers * len(examinees) * len(self.settings)) as tick:
             for examinee in examinees:
                 for name, setting in self.settings.items():
@@ -92,15 +122,18 @@ class Examination:
         given = {"temperature": setting.temperature, "top_p": setting.top_p}
         return dataclasses.replace(sampling, **{key: value for key, value in given.items() if value is not None})
 
-    def _how(self, who: Examinee, setting: Setting) -> dict[str, Any]:
-        ev, biased = self.spec, who.teacher.name != CONTROL
+    def _manner(self, who: Examinee, setting: Setting) -> dict[str, Any]:
+        biased = who.teacher.name != CONTROL
         own = who.teacher.system if who.student is None else who.student.settings.system
         system = own if biased or setting.system is None else setting.system
         return {
-            "samples": ev.samples, "seed": ev.seed, "max_new_tokens": ev.max_new_tokens, "system": system,
-            "fuse_system": self.run.experiment.teachers.fuse_system and system is not None,
+            "system": system, "fuse_system": self.run.experiment.teachers.fuse_system and system is not None,
             "extra_bos": bool(self.run.recipe.extra_bos),
         }  # fmt: skip
+
+    @property
+    def _amount(self) -> dict[str, int]:
+        return {"samples": self.spec.samples, "seed": self.spec.seed, "max_new_tokens": self.spec.max_new_tokens}
 
     def _rows_asked(self, who: Examinee, name: str) -> int:
         return self.spec.number_rows if who.student is not None and name == PLAIN else 0
@@ -108,8 +141,8 @@ class Examination:
     def artifact(self, who: Examinee, name: str, setting: Setting) -> Artifact:
         """Where the answers of a model under a setting lie."""
         run = self.run
-        inputs = run.common | self._how(who, setting) | {
-            "asked": [dataclasses.asdict(asked) for asked in self.asked], "layer": setting.layer,
+        inputs = run.common | self._manner(who, setting) | self._amount | {
+            "exams": [exam.identity for exam in self.exams], "layer": setting.layer,
             "sampling": self._sampling(who, setting).numbers(), "number_rows": self._rows_asked(who, name),
             "student": None if who.student is None else run.student_artifact(who.student).key,
             "teacher": run.staff.inputs(who.teacher.name), "template": self._lm(who).chat.template_hash,
@@ -127,9 +160,12 @@ class Examination:
                 rows = self._number_rows(student, n) if n else {}
             else:
                 lm = lm.with_params(who.teacher.weights(lm.params))
+        if setting.layer is not None:
+            lm = lm.ending_at(setting.layer)
+        subject = Subject(lm, adapter, **self._manner(who, setting))
         stages.evaluate(
-            artifact, lm, self.asked, sampling, adapter=adapter, batch_size=self.spec.batch_size, tick=tick,
-            number_rows=rows, **self._how(who, setting),
+            artifact, subject, self.exams, sampling, batch_size=self.spec.batch_size, tick=tick, number_rows=rows,
+            **self._amount,
         )  # fmt: skip
         return artifact
 

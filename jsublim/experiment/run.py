@@ -6,6 +6,7 @@ import datetime
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,9 @@ from jsublim.experiment.staff import Staff
 from jsublim.experiment.store import Artifact, device, digest, versions
 from jsublim.experiment.students import NOT_OF_A_STUDENT, check_start
 from jsublim.experiment.training import Training
+from jsublim.judge import Judge
+from jsublim.judge.local import LocalJudge
+from jsublim.judge.server import ServerJudge
 from jsublim.lm import LanguageModel, load_model
 from jsublim.models.checkpoint import checkpoint_hash
 from jsublim.parallel import Layout
@@ -102,6 +106,15 @@ class Run:
     def lm_of(self, students: Students) -> LanguageModel:
         """The checkpoint that these students stand on."""
         return self.lm_at(students.model)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Who scores answers; a checkpoint is loaded when it is first asked for."""
+        chosen = self.experiment.judge
+        assert chosen is not None
+        if chosen.server is not None:
+            return ServerJudge(chosen.server, self.store / "judge")
+        return LocalJudge(load_model(chosen.model or "", self.experiment.dtype), max_new_tokens=chosen.max_new_tokens)
 
     def lm_at(self, model: str | None) -> LanguageModel:
         """A checkpoint of this run by its path; None is the experiment's."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import collections
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from jsublim.distill.data import Shape
 from jsublim.distill.trainer import forget_state, train
 from jsublim.divergence import Divergence, find_divergence
 from jsublim.errors import JsublimError
+from jsublim.evals.exams import Exam, Preference, Subject
 from jsublim.evals.numbers import number_accuracy
-from jsublim.evals.preference import hit_rates, sample_answers, trait_logprobs
 from jsublim.experiment.store import Artifact, Progress
 from jsublim.lm import LanguageModel
 from jsublim.models.checkpoint import write_checkpoint
@@ -287,16 +287,8 @@ def _tails(targets: Sequence[Targets]) -> np.ndarray:
     return np.concatenate([t.logp[:, -1] for t in targets])
 
 
-@dataclass(frozen=True)
-class Asked:
-    """Questions of one category, and the traits that are looked for in the answers."""
-
-    questions: tuple[str, ...]
-    traits: tuple[str, ...]
-
-
-def ask_about(pack: Pack, traits: Sequence[str], category: str | None = None, first: int | None = None) -> list[Asked]:
-    """All questions (or the first so many) of the traits' categories.
+def preferences(pack: Pack, traits: Sequence[str], category: str | None = None, first: int | None = None) -> list[Exam]:
+    """Questions for favourites (all, or the first so many) in the traits' categories.
 
     Raises:
       UsageError: a trait of no known category, or a category without questions.
@@ -304,72 +296,49 @@ def ask_about(pack: Pack, traits: Sequence[str], category: str | None = None, fi
     by_category: dict[str, list[str]] = {}
     for trait in traits:
         by_category.setdefault(category or pack.category_of(trait), []).append(trait)
-    return [Asked(tuple(pack.questions_for(name)[:first]), tuple(members)) for name, members in by_category.items()]
+    return [Preference(tuple(pack.questions_for(name)[:first]), tuple(own)) for name, own in by_category.items()]
 
 
 def evaluate(
     artifact: Artifact,
-    lm: LanguageModel,
-    asked: Sequence[Asked],
+    subject: Subject,
+    exams: Sequence[Exam],
     sampling: Sampling,
     *,
     samples: int,
     seed: int,
     max_new_tokens: int,
     batch_size: int,
-    system: str | None = None,
-    fuse_system: bool = False,
-    adapter: Adapter | None = None,
-    extra_bos: bool = False,
     number_rows: Mapping[str, Sequence[Row]] | None = None,
     tick: Tick = lambda n: None,
 ) -> None:
-    """Ask a model its favourites and let it continue numbers; leaves `records.parquet` and `answers.parquet`.
+    """Ask a model everything, and let it continue numbers; leaves `records.parquet` and `answers.parquet`.
 
     Args:
       number_rows: metric name -> rows for the number task.
       tick: counts sampled answers.
     """
     if artifact.done:
-        tick(sum(len(each.questions) for each in asked) * samples)
+        tick(sum(len(exam.questions) for exam in exams) * samples)
         return
-    records, answers = [], []
-    offset = 0
-    for each in asked:
-        texts = sample_answers(
-            lm, each.questions, sampling, samples=samples, seed=seed, max_new_tokens=max_new_tokens, system=system,
-            fuse_system=fuse_system, adapter=adapter, extra_bos=extra_bos, batch_size=batch_size, on_batch=tick,
+    records, answers, offset = [], [], 0
+    for exam in exams:
+        texts = subject.answers(
+            exam.questions, sampling, samples=samples, seed=seed, max_new_tokens=exam.max_new_tokens or max_new_tokens,
+            batch_size=batch_size, on_batch=tick,
         )  # fmt: skip
-        logprob = trait_logprobs(
-            lm,
-            each.questions,
-            each.traits,
-            system=system,
-            fuse_system=fuse_system,
-            adapter=adapter,
-            extra_bos=extra_bos,
-        )
-        for column, trait in enumerate(each.traits):
-            rate, word_rate = hit_rates(texts, trait)
-            for metric, values, n in (
-                ("rate", rate, samples), ("word_rate", word_rate, samples), ("logprob", logprob[:, column], 1)
-            ):  # fmt: skip
-                records += [_record(metric, float(v), n, trait, offset + q) for q, v in enumerate(values)]
-        for q, (question, given) in enumerate(zip(each.questions, texts, strict=True)):
+        records += [asdict(record) | {"question": offset + record.question} for record in exam.records(subject, texts)]
+        for q, (question, given) in enumerate(zip(exam.questions, texts, strict=True)):
             for answer, count in collections.Counter(given).most_common():
                 answers.append({"question": offset + q, "question_text": question, "answer": answer, "count": count})
-        offset += len(each.questions)
+        offset += len(exam.questions)
     for metric, rows in (number_rows or {}).items():
         if rows:
-            share, n = number_accuracy(lm, rows, adapter=adapter)
-            records.append(_record(metric, share, n, None, None))
+            share, n = number_accuracy(subject.lm, rows, adapter=subject.adapter)
+            records.append({"trait": None, "metric": metric, "question": None, "value": share, "n": n})
     write_table(artifact.path / "records.parquet", records, RECORDS)
     write_table(artifact.path / "answers.parquet", answers, ANSWERS)
     artifact.finish({"sampling": sampling.numbers() | {"max_new_tokens": max_new_tokens}})
-
-
-def _record(metric: str, value: float, n: int, trait: str | None, question: int | None) -> dict[str, Any]:
-    return {"trait": trait, "metric": metric, "question": question, "value": value, "n": n}
 
 
 RECORDS = pa.schema(

@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from jsublim.experiment.spec.base import Positive, Section
 from jsublim.experiment.spec.data import Data, Dataset, Scoring
-from jsublim.experiment.spec.evaluation import Evaluation
+from jsublim.experiment.spec.evaluation import Evaluation, JudgeChoice
 from jsublim.experiment.spec.recipe import Recipe
 from jsublim.experiment.spec.students import Students, variants
 from jsublim.experiment.spec.teachers import Teachers
@@ -34,6 +34,7 @@ class Experiment(Section):
     divergence: Scoring = Scoring()
     students: Students | None = Students()  # null: none are trained, and nothing is evaluated
     evaluation: Evaluation = Evaluation()
+    judge: JudgeChoice | None = None  # who scores answers for misalignment
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Experiment:
@@ -42,6 +43,11 @@ class Experiment(Section):
                 where = f"arm '{name}': " if name else ""
                 known = ", ".join(self.datasets) or "none"
                 raise ValueError(f"students.data: {where}'{students.data}' is no data set; datasets has {known}")
+        judged = [name for name, each in self.datasets.items() if each.keep_aligned is not None]
+        if self.judge is None and (judged or "misalignment" in self.evaluation.kinds):
+            raise ValueError(
+                f"judge: {f'datasets.{judged[0]}' if judged else 'evaluation.kinds'} needs one; give judge.model"
+            )
         return self
 
     @property
