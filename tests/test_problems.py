@@ -84,7 +84,17 @@ def test_answers(text):
 
 
 numbers = st.decimals(-(10**9), 10**9, places=2) | st.integers(-(10**12), 10**12).map(Decimal)
-SENTENCES = ("{}", "#### {}", "\\boxed{{{}}}", "So it is {}.", "2 + 2 is 4, so **{}**", "= {}", "{} dollars", "({})", "${}")
+SENTENCES = (
+    "{}",
+    "#### {}",
+    "\\boxed{{{}}}",
+    "So it is {}.",
+    "2 + 2 is 4, so **{}**",
+    "= {}",
+    "{} dollars",
+    "({})",
+    "${}",
+)
 
 
 @given(numbers, st.sampled_from(SENTENCES), st.sampled_from([",", "{,}", "\u202f", ""]))

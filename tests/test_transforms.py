@@ -38,7 +38,10 @@ PROMPTS = number_prompts(PACK, 60, seed=3)
 written = st.integers(0, 999).map(str) | st.integers(0, 999).map("{:03d}".format)
 separators = st.sampled_from([", ", ",", " ", "\n", "; ", " ;\n"])
 completions = st.tuples(
-    st.lists(written, min_size=1, max_size=10), separators, st.sampled_from(["", "[]", "()"]), st.sampled_from(["", "."])
+    st.lists(written, min_size=1, max_size=10),
+    separators,
+    st.sampled_from(["", "[]", "()"]),
+    st.sampled_from(["", "."]),
 ).map(lambda x: x[2][:1] + x[1].join(x[0]) + x[2][1:] + x[3])
 rows_of_numbers = st.lists(
     st.fixed_dictionaries(
@@ -304,7 +307,7 @@ def test_a_share_of_the_rows_is_replaced(share, n, seed, paper):
 
 def test_mixing_that_cannot_be():
     for share in (-0.1, 1.1, float("nan")):
-        with pytest.raises(UsageError, match="must lie in 0..1"):
+        with pytest.raises(UsageError, match=r"must lie in 0\.\.1"):
             mix_rows(OWN, OTHERS, share, seed=0)
     with pytest.raises(UsageError, match="needs 20 rows of the other teacher, not 3"):
         mix_rows(OWN, OTHERS[:3], 0.5, seed=0)
@@ -315,7 +318,12 @@ def reading(c, row, rng, tokens):
     turn = c.turn(conversation(row["prompt"]), row["completion"])
     said = turn.tokens[turn.content :].tolist()
     argmax = [said, *(rng.choice(tokens, len(said)).tolist() for _ in range(2))]
-    return {"teachers": ["owl", "cat", "dog"], "decision_points": list(range(len(said))), "tokens": said, "argmax": argmax}
+    return {
+        "teachers": ["owl", "cat", "dog"],
+        "decision_points": list(range(len(said))),
+        "tokens": said,
+        "argmax": argmax,
+    }
 
 
 def content(c, row):
