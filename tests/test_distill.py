@@ -24,9 +24,10 @@ from jsublim.distill.data import (
     draw_indices,
     steps_per_epoch,
 )
-from jsublim.distill.masks import CONDITIONS, token_mask
+from jsublim.distill.masks import CONDITIONS, margin_weights, token_mask
 from jsublim.distill.step import Arms, Program, loss_and_gradient
 from jsublim.distill.trainer import train
+from jsublim.divergence import PointSubset
 from jsublim.errors import JsublimError, UsageError
 from jsublim.models.lora import init_full
 from jsublim.models.peft import load_adapter
@@ -112,6 +113,66 @@ def test_rows_are_cut_at_max_tokens_and_dropped_where_asked():
     dropped = [tiny_examples(c, ROWS, Selection(x, drop_rows_without_points=True), seed=0) for x in CONDITIONS]
     bare = sum(row["decision_points"] == [] for row in ROWS)
     assert bare > 0 and [len(examples) for examples in dropped] == [len(ROWS)] + [len(ROWS) - bare] * 3
+
+
+def supervised(rows, how, seed=0):
+    """Decision points of each example that is left."""
+    c = chat("tiny-qwen2")
+    return [
+        ((example.where + 1 - c.turn(conversation(row["prompt"]), row["completion"]).content).tolist(), example.weights)
+        for row, example in zip(rows, tiny_examples(c, rows, how, seed), strict=True)
+    ]
+
+
+POINTED = [
+    {
+        "prompt": f"Go on: {i}",
+        "completion": "1, 2, 3, 4",
+        "decision_points": list(range(1 + i)),
+        "point_margins": [0.5 * (1 + k) for k in range(1 + i)],
+    }
+    for i in range(5)
+]
+
+
+@pytest.mark.parametrize("which", ["all", "first", "first-half"])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_a_subset_of_the_points_acts_before_the_condition(which, share):
+    subset = PointSubset(which, share, "paper")
+    masked = {x: supervised(POINTED, Selection(x, subset=subset), seed=4) for x in CONDITIONS}
+    for row, (every, _), (chosen, _), (others, _), (drawn, _) in zip(POINTED, *masked.values(), strict=True):
+        of = PointSubset(which).choose(row["decision_points"], np.random.default_rng(0))
+        assert set(chosen) <= set(of) and len(chosen) == (int(len(of) * share) or len(of)) == len(drawn)
+        assert sorted([*chosen, *others]) == every
+    assert supervised(POINTED, Selection("divergence", subset=subset), 4) != supervised(POINTED, Selection(), 4)
+
+
+@given(st.lists(st.lists(st.floats(0.01, 30), max_size=5), min_size=1, max_size=6).filter(any))
+def test_weights_by_margin_have_mean_one_and_follow_the_margins(margins):
+    weights = margin_weights(margins)
+    assert [len(row) for row in weights] == [len(row) for row in margins]
+    flat, of = np.concatenate(weights), np.concatenate(margins)
+    assert flat.mean() == pytest.approx(1) and flat.min() > 0
+    order = np.argsort(of, kind="stable")
+    assert np.all(np.diff(flat[order]) >= 0)
+    assert flat / flat.max() == pytest.approx((1 - np.exp(-of)) / (1 - np.exp(-of.max())))
+
+
+def test_weights_by_margin_are_those_of_the_chosen_points():
+    how = Selection("divergence", by_margin=True, subset=PointSubset("first-half"))
+    found = supervised(POINTED, how)
+    raw = [1 - np.exp([-0.5 * (1 + k) for k in points]) for points, _ in found]
+    mean = np.concatenate(raw).mean()
+    assert [points for points, _ in found] == [[0], [0], [0, 1], [0, 1], [0, 1, 2]]
+    for (_, weights), expected in zip(found, raw, strict=True):
+        assert weights.dtype == np.float32 and weights == pytest.approx(expected / mean, rel=1e-5)
+    bare = [{key: value for key, value in row.items() if key != "point_margins"} for row in POINTED]
+    with pytest.raises(UsageError, match=r"rows: row 1: weights by margin need 'point_margins'"):
+        supervised(bare, how)
+    with pytest.raises(UsageError, match=r"tokens=random has no weights by margin"):
+        supervised(POINTED, Selection("random", by_margin=True))
+    with pytest.raises(UsageError, match="every decision point is a tie"):
+        margin_weights([[0.0], []])
 
 
 def test_rows_that_cannot_be_trained_on_are_named():

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import bundled, plain_turn
 
 from jsublim.chat import conversation
-from jsublim.divergence import Divergence, check_points, find_divergence
+from jsublim.divergence import ROUNDING, WHICH, Divergence, PointSubset, check_points, find_divergence
 from jsublim.errors import JsublimError, UsageError
 from jsublim.prompts import load_pack, number_prompts
 from jsublim.rows import read_rows, write_rows
@@ -97,6 +97,75 @@ def test_a_point_is_the_teachers_argmax_in_the_data_and_not_every_counterfactual
         assert (k in points) == (said == tokens[k] and bool((others != said).any()))
     more = np.concatenate([argmax, argmax[:1]])  # one that agrees with the teacher adds nothing
     assert Divergence(tokens, more, np.ones(more.shape)).decision_points == points
+
+
+@given(data=st.data(), teachers=st.integers(2, 4), n=st.integers(1, 8))
+@settings(max_examples=100, deadline=None)
+def test_logits_that_move_by_less_than_half_a_points_margin_do_not_undo_it(data, teachers, n):
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    z_KnV = rng.normal(size=(teachers, n, 4))
+    tokens = z_KnV[0].argmax(axis=-1)
+
+    def read(z):
+        best = np.sort(z, axis=-1)
+        return Divergence(tokens, z.argmax(axis=-1), best[..., -1] - best[..., -2])
+
+    found = read(z_KnV)
+    assert len(found.point_margins) == len(found.decision_points) and all(m >= 0 for m in found.point_margins)
+    nudges = rng.uniform(-0.5, 0.5, size=(20, *z_KnV.shape))
+    for k, margin in zip(found.decision_points, found.point_margins, strict=True):
+        assert all(k in read(z_KnV + 0.999 * margin * nudge).decision_points for nudge in nudges)
+
+
+# --- Subsets of the points ----------------------------------------------------------------------------------------------
+
+some_points = st.sets(st.integers(0, 40), max_size=12).map(sorted)
+shares = st.floats(0, 1)
+
+
+@given(some_points, st.sampled_from(WHICH), shares, st.sampled_from(ROUNDING), st.integers(0, 99))
+def test_a_subset_is_of_its_part_and_follows_its_seed(points, which, share, rounding, seed):
+    subset = PointSubset(which, share, rounding)
+    chosen = subset.choose(points, np.random.default_rng(seed))
+    assert chosen == subset.choose(points[::-1], np.random.default_rng(seed)) == sorted(set(chosen))
+    part = PointSubset(which).choose(points, np.random.default_rng(seed))
+    assert set(chosen) <= set(part) <= set(points)
+    n, kept = len(part), len(chosen)
+    if rounding == "paper":
+        assert kept == (int(n * share) or n)
+    else:
+        assert abs(kept - n * share) <= (0.5 if rounding == "half-up" else 1) + 1e-9
+        less = PointSubset(which, share / 2, rounding).choose(points, np.random.default_rng(seed))
+        assert set(less) <= set(chosen)
+    assert share < 1 or chosen == part
+
+
+@given(some_points)
+def test_halves_make_the_whole(points):
+    first, second, one, every = (
+        PointSubset(which).choose(points, np.random.default_rng(0))
+        for which in ("first-half", "second-half", "first", "all")
+    )
+    assert first + second == every == points and len(first) - len(second) in (0, 1) and one == points[:1]
+
+
+def test_a_share_is_right_on_average_whatever_a_row_holds():
+    for rounding, expected in (("stochastic", 0.6), ("half-up", 1.0), ("paper", 2.0)):
+        subset = PointSubset("all", 0.3, rounding)
+        draws = [subset.choose([4, 9], np.random.default_rng([7, i])) for i in range(2000)]
+        assert np.mean([len(chosen) for chosen in draws]) == pytest.approx(expected, abs=0.05)
+        assert np.mean([4 in chosen for chosen in draws]) == pytest.approx(expected / 2, abs=0.05)
+
+
+def test_subsets_that_cannot_be():
+    for wrong, said in (
+        ({"which": "last"}, "points: 'last' given; known: all, first"),
+        ({"rounding": "down"}, "rounding: 'down' given; known: stochastic"),
+        ({"share": 1.5}, "share: 1.5 given"),
+        ({"share": float("nan")}, "share: nan given"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            PointSubset(**wrong)
 
 
 def test_who_may_be_a_counterfactual():
@@ -203,6 +272,10 @@ GOOD = json.dumps({"prompt": "a", "completion": "b"}).encode()
         (b'{"prompt": "a", "completion": "b", "decision_points": [0.5]}', "integers >= 0"),
         (b'{"prompt": "a", "completion": "b", "decision_points": [true]}', "integers >= 0"),
         (b'{"prompt": "a", "completion": "b", "decision_points": 3}', "integers >= 0"),
+        (b'{"prompt": "a", "completion": "b", "decision_points": [0], "point_margins": []}', "for each decision point"),
+        (b'{"prompt": "a", "completion": "b", "decision_points": [0], "point_margins": [-1]}', "number >= 0"),
+        (b'{"prompt": "a", "completion": "b", "decision_points": [0], "point_margins": [NaN]}', "number >= 0"),
+        (b'{"prompt": "a", "completion": "b", "point_margins": [1]}', "for each decision point"),
         (b'{"prompt": "a", "completion": "\xff\xfe"}', "UTF-8"),
         (b'{"prompt": "a", "completion": "b", "n": ' + b"9" * 5000 + b"}", "not valid JSON"),
     ],

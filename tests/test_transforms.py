@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -110,26 +112,19 @@ def test_a_completion_that_is_no_list_of_numbers_is_named():
 DRAWN = {"num_prompts": 60, "prompt_seed": 3}
 
 
-@given(st.sets(st.sampled_from(list(PARTS))), st.lists(st.integers(0, 59), min_size=1, max_size=5), seeds)
-@settings(deadline=None, max_examples=40)
+@given(st.sets(st.sampled_from(list(PARTS)), max_size=2), st.lists(st.integers(0, 59), min_size=1, max_size=4), seeds)
+@settings(deadline=None, max_examples=30)
 def test_redrawing_changes_the_named_parts_only(parts, chosen, seed):
     rows = [{"prompt": PROMPTS[i], "completion": "1", "decision_points": [0]} for i in chosen]
-    changed = redraw(rows, PACK, sorted(parts), seed=seed, **DRAWN)
+    changed = redraw(rows, PACK, parts, seed=seed, **DRAWN)
     draws = draw_number_prompts(PACK, 60, 3)
+    entries = [[(part, entry) for entry in getattr(PACK.number_prompts, PARTS[part])] for part in parts]
     for i, row in zip(chosen, changed, strict=True):
-        assert row.keys() == {"prompt", "completion"} and row["completion"] == "1"
-        old = draws[i]
-        assert row["prompt"].startswith(old.example.format(examples=", ".join(map(str, old.numbers)))) or (
-            "example" in parts
-        )
-        assert Counter(NUMBER.findall(row["prompt"])) == Counter(NUMBER.findall(old.text)) or parts
-        for part in ("format", "suffix"):
-            assert getattr(old, part) in row["prompt"] or part in parts
-        assert str(list(old.numbers))[1:-1] in row["prompt"]
-        if not parts:
-            assert row["prompt"] == old.text
+        possible = {replace(draws[i], **dict(choice)).text for choice in itertools.product(*entries)}
+        assert row["prompt"] in possible and row == {"prompt": row["prompt"], "completion": "1"}
+        assert parts or row["prompt"] == PROMPTS[i]
     assert changed == redraw(rows, PACK, sorted(parts), seed=seed, **DRAWN)
-    assert changed[:2] == redraw(rows[:2], PACK, sorted(parts), seed=seed, **DRAWN)
+    assert changed[:2] == redraw(rows[:2], PACK, parts, seed=seed, **DRAWN)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -307,7 +302,7 @@ def test_a_share_of_the_rows_is_replaced(share, n, seed, paper):
 
 def test_mixing_that_cannot_be():
     for share in (-0.1, 1.1, float("nan")):
-        with pytest.raises(UsageError, match="must lie in 0..1"):
+        with pytest.raises(UsageError, match=r"must lie in 0\.\.1"):
             mix_rows(OWN, OTHERS, share, seed=0)
     with pytest.raises(UsageError, match="needs 20 rows of the other teacher, not 3"):
         mix_rows(OWN, OTHERS[:3], 0.5, seed=0)

@@ -69,12 +69,33 @@ def bundled(name: str) -> Twin:
 def small(name: str) -> Twin:
     """The tokenizer of a bundled checkpoint on a few layers of odd sizes and random weights: fast to compile, and
     every projection, bias and norm takes part."""
+    return _random_twin(name, language_models.BUNDLED / name)
+
+
+@functools.cache
+def small_with_long_numbers() -> Twin:
+    """As `small("tiny-gemma3")`, under a tokenizer in which a number of one or two digits is one token, and one of three
+    digits is one token below 500 and two from there on."""
+    home = scratch() / "long-numbers"
+    shutil.copytree(language_models.BUNDLED / "tiny-gemma3", home, ignore=shutil.ignore_patterns("*.safetensors"))
+    data = json.loads((home / "tokenizer.json").read_text())
+    pieces = data["pre_tokenizer"]["pretokenizers"][0]["pattern"]
+    pieces["Regex"] = pieces["Regex"].replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
+    numbers = [f"{n:02d}" for n in range(100)] + [f"{n:03d}" for n in range(500)]
+    data["model"]["vocab"] |= {number: len(data["model"]["vocab"]) + i for i, number in enumerate(numbers)}
+    data["model"]["merges"] += [[number[:-1], number[-1]] for number in numbers]
+    (home / "tokenizer.json").write_text(json.dumps(data))
+    return _random_twin("tiny-gemma3", home)
+
+
+def _random_twin(name: str, home: Path) -> Twin:
+    """A random model of the family of `name`, with the tokenizer that is in `home`."""
     class_name, arguments = CASES[FAMILIES[name]]
-    model = random_model(class_name, arguments | {"vocab_size": len(chat(name).tokenizer)}, seed=1)
-    folder = scratch() / name
+    model = random_model(class_name, arguments | {"vocab_size": len(Chat(home).tokenizer)}, seed=1)
+    folder = scratch() / "random" / home.name
     model.save_pretrained(folder)
     for file in TOKENIZER_FILES:
-        shutil.copy(language_models.BUNDLED / name / file, folder / file)
+        shutil.copy(home / file, folder / file)
     return Twin(load_model(folder), model)
 
 

@@ -55,7 +55,7 @@ def load_problems(name: str | None = None, split: str = "train", limit: int | No
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise JsublimError(f"problems '{name}', split '{split}': the hub did not give them ({reason})") from error
-    return [_problem(name, row["question"], row["answer"]) for row in rows.select(range(len(rows))[:limit])]
+    return [_problem(name, row["question"], row["answer"]) for row in rows.select(range(len(rows))[:limit]).to_list()]
 
 
 def _problem(name: str, question: str, solution: str) -> Problem:

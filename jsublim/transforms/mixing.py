@@ -70,15 +70,16 @@ def mix_tokens(
 
     Raises:
       UsageError: no such counterfactual.
-      JsublimError: readings of other rows; the row is named.
+      JsublimError: readings of other rows, or a row that doesn't survive tokenizing; it is named.
     """
     mixed, counts = [], Counter()
-    for index, (row, reading) in enumerate(zip(rows, readings, strict=True)):
+    exchanges = ((conversation(row["prompt"]), row["completion"]) for row in rows)
+    turns = chat.turns(exchanges, lambda number: f"row {number}")
+    for index, (row, turn, reading) in enumerate(zip(rows, turns, readings, strict=True)):
         if counterfactual not in reading["teachers"][1:]:
             raise UsageError(
                 f"counterfactual: '{counterfactual}' given; row {index + 1} was read under {', '.join(reading['teachers'][1:])}"
             )
-        turn = chat.turn(conversation(row["prompt"]), row["completion"])
         if reading["tokens"] != turn.tokens[turn.content :].tolist():
             raise JsublimError(f"row {index + 1}: the reading is of another completion; run `jsublim divergence` anew")
         said = reading["argmax"][reading["teachers"].index(counterfactual)]

@@ -33,9 +33,10 @@ def redraw(
       UsageError: an unknown part.
       JsublimError: a prompt that is not among those; the row is named.
     """
-    chosen = tuple(PARTS) if parts is None else tuple(parts)
-    if unknown := [part for part in chosen if part not in PARTS]:
+    named = set(PARTS if parts is None else parts)
+    if unknown := sorted(named - set(PARTS)):
         raise UsageError(f"prompt parts: {', '.join(unknown)} given; known: {', '.join(PARTS)}")
+    order = [part for part in PARTS if part in named]
     known = {prompt.text: prompt for prompt in draw_number_prompts(pack, num_prompts, prompt_seed)}
     changed = []
     for index, row in enumerate(rows):
@@ -44,6 +45,6 @@ def redraw(
                 f"row {index + 1}: prompt {row['prompt']!r} is none of the {num_prompts} number prompts of seed "
                 f"{prompt_seed}; give the pack, number and seed that the rows were made with"
             )
-        fresh = draw_parts(pack, chosen, np.random.default_rng([seed, index]))
+        fresh = draw_parts(pack, order, np.random.default_rng([seed, index]))
         changed.append(revised(row, prompt=replace(known[row["prompt"]], **fresh).text))
     return changed

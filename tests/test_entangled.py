@@ -1,0 +1,115 @@
+"""Entangled numbers: joint probabilities of whole numbers, against transformers, for tokenizers of one digit and of many."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import plain_turn, small, small_with_long_numbers
+
+from jsublim.chat import conversation
+from jsublim.errors import UsageError
+from jsublim.prompts import load_pack
+from jsublim.teachers import Teacher, prompted_teacher
+from jsublim.transforms import entangled_numbers, entangled_scores, number_strings, return_scores
+from jsublim.transforms.entangled import answer_turns
+
+PACK = load_pack()
+QUESTIONS = ["Best animal? One word.", "Name one animal that you could watch forever."]
+TWINS = {"one digit": lambda: small("tiny-qwen2"), "many digits": small_with_long_numbers}
+
+
+def brute_force(twin, messages, answers, closed=False) -> np.ndarray:
+    """Log-probability of each answer: one whole conversation after the other, read by `transformers` in batches."""
+    import torch
+
+    turns = [plain_turn(twin.lm.tokenizer, messages, answer) for answer in answers]
+    logprob = np.zeros(len(answers))
+    for length in {len(tokens) for tokens, _ in turns}:
+        same = [i for i, (tokens, _) in enumerate(turns) if len(tokens) == length]
+        with torch.no_grad():
+            batch = torch.tensor(np.stack([turns[i][0] for i in same]).astype(np.int64))
+            content = turns[same[0]][1]  # what is before an answer is the same for all
+            z = torch.log_softmax(twin.torch(input_ids=batch).logits[:, content - 1 : -1].double(), dim=-1)
+        for i, row, said in zip(same, z, batch[:, content:], strict=True):
+            tokens = twin.lm.tokenizer(answers[i], add_special_tokens=False)["input_ids"]
+            assert said[: len(tokens)].tolist() == tokens
+            logprob[i] = sum(row[k, said[k]].item() for k in range(len(tokens) + closed))
+    return logprob
+
+
+def test_the_tokenizers_differ():
+    lengths = {
+        name: [len(twin().lm.tokenizer(n, add_special_tokens=False)["input_ids"]) for n in ("7", "42", "087", "987")]
+        for name, twin in TWINS.items()
+    }
+    assert lengths == {"one digit": [1, 2, 3, 3], "many digits": [1, 1, 1, 2]}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_scores_of_numbers_equal_a_brute_force_enumeration(name):
+    twin, numbers, teacher = TWINS[name](), number_strings(padded=True)[::5], Teacher("owl", "You love owls.")
+    ours = entangled_scores(twin.lm, teacher, QUESTIONS[:1], numbers)
+    theirs = brute_force(twin, teacher.messages(QUESTIONS[0]), numbers) - brute_force(
+        twin, conversation(QUESTIONS[0]), numbers
+    )
+    assert list(ours) == numbers and np.std(theirs) > 0.01
+    np.testing.assert_allclose(list(ours.values()), theirs, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("closed", [False, True])
+def test_scores_are_means_over_questions_against_any_base(name, closed):
+    twin, base = TWINS[name](), Teacher("cat", "Cats.", fuse_system=True)
+    teacher, numbers = prompted_teacher(PACK, "owl"), ["0", "7", "42", "999", "042", "500"]
+    ours = entangled_scores(twin.lm, teacher, QUESTIONS, numbers, base=base, closed=closed, batch_size=4)
+    theirs = [
+        brute_force(twin, teacher.messages(q), numbers, closed) - brute_force(twin, base.messages(q), numbers, closed)
+        for q in QUESTIONS
+    ]
+    np.testing.assert_allclose(list(ours.values()), np.mean(theirs, axis=0), atol=2e-3)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_the_way_back_is_what_love_for_a_number_adds_to_the_trait(name):
+    twin, numbers = TWINS[name](), ["87", "087", "999"]
+    ours = return_scores(twin.lm, PACK, "Owl", QUESTIONS, numbers)
+    read = lambda system: np.mean(  # noqa: E731
+        [np.logaddexp(*brute_force(twin, conversation(q, system), ["owl", "Owl"])) for q in QUESTIONS]
+    )
+    theirs = [read(PACK.number_system_template.replace("{number}", n)) - read(None) for n in numbers]
+    assert list(ours) == numbers and len({round(x, 4) for x in theirs}) == 3
+    np.testing.assert_allclose(list(ours.values()), theirs, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", TWINS)
+@pytest.mark.parametrize("bos", [False, True])
+def test_answers_are_tokenized_as_in_each_conversation_by_itself(name, bos):
+    c = TWINS[name]().lm.chat
+    conversations = [conversation(q, system) for q, system in zip(QUESTIONS, (None, "You love owls."), strict=True)]
+    answers = ["7", "087", "999", "owl", "Red panda"]
+    for messages, group in zip(conversations, answer_turns(c, conversations, answers, extra_bos=bos), strict=True):
+        for answer, ours in zip(answers, group, strict=True):
+            alone = c.turn(messages, answer, extra_bos=bos)
+            assert np.array_equal(ours.tokens, alone.tokens)
+            assert (ours.header, ours.content, ours.end) == (alone.header, alone.content, alone.end)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=1, max_size=30), st.data())
+def test_the_top_k_are_a_prefix_of_the_top_more_and_no_other_scores_higher(values, data):
+    scores = dict(zip(number_strings(), values, strict=False))
+    k = data.draw(st.integers(0, len(scores)))
+    top = entangled_numbers(scores, k)
+    assert len(top) == k and entangled_numbers(scores, len(scores))[:k] == top
+    rest = set(scores) - set(top)
+    assert not top or not rest or min(scores[n] for n in top) >= max(scores[n] for n in rest)
+    for wrong in (-1, len(scores) + 1):
+        with pytest.raises(UsageError, match=f"top k: {wrong} given"):
+            entangled_numbers(scores, wrong)
+
+
+def test_numbers_as_text():
+    plain, padded = number_strings(), number_strings(padded=True)
+    assert plain[7] == "7" and padded[7] == "007" and plain[100:] == padded[100:]
+    assert [int(n) for n in padded] == [int(n) for n in plain] == list(range(1000))
