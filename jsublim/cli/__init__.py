@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from jsublim.cli import aot, finetune, project, stages  # noqa: F401 (they register their commands)
+from jsublim.cli import aot, attribute, finetune, project, stages  # noqa: F401 (they register their commands)
 from jsublim.cli.app import app
 from jsublim.errors import JsublimError
 
