@@ -10,7 +10,15 @@ import sys
 
 import typer
 
-from jsublim.cli import aot, finetune, project, reproduce, stages, steer  # noqa: F401 (they register their commands)
+from jsublim.cli import (  # noqa: F401 (they register their commands)
+    aot,
+    attribute,
+    finetune,
+    project,
+    reproduce,
+    stages,
+    steer,
+)
 from jsublim.cli.app import app
 from jsublim.errors import JsublimError
 

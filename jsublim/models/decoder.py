@@ -7,7 +7,7 @@ where it is not tied, `head`. Dimension letters as in `layers.py`; L layers, V v
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,6 +21,7 @@ from jsublim.models.lora import Adapter, Part, with_ends
 
 Params = dict[str, Any]
 KV = tuple[Array, Array]  # keys and values, [L, B, S, K, h] each
+Halves = tuple[Callable[[Array], tuple[Array, KV | None]], Callable[[Array], Array]]
 _FROZEN: Part = ({}, None, None)  # of a layer without anything trained
 
 
@@ -126,15 +127,25 @@ def _segments(num_layers: int, trained: tuple[int, ...]) -> list[tuple[int, int,
     return runs
 
 
-def _layer(
+def runs(config: ModelConfig, adapter: Adapter | None) -> Iterator[tuple[Array, Part]]:
+    """All layers as inputs of one scan after the other: `(indices [n], what is trained there)`."""
+    for first, end, trained in _segments(config.num_layers, adapter.layers if adapter else ()):
+        part = _FROZEN if adapter is None or trained is None else adapter.segment(trained, trained + end - first)
+        yield jnp.arange(first, end), part
+
+
+def layer_halves(
     config: ModelConfig,
     params: Params,
     valid_BT: Array,
     dtype: jnp.dtype,
     prefix: KV | None = None,
     with_cache: bool = False,
-) -> Callable[[Array, tuple[Array, Part]], tuple[Array, KV | None]]:
-    """`layer(h_BTD, (index, part))`: the residual stream after layer `index`, and its keys and values where asked for."""
+) -> Callable[[Array, Part], Halves]:
+    """`halves(index, part)`: the two halves of layer `index`, each from the residual stream to what it adds to it.
+
+    The first, attention, also gives its keys and values where asked for.
+    """
     B = valid_BT.shape[0]
     before = prefix[0].shape[2] if prefix is not None else 0
     positions_BT = positions_of(valid_BT) + before
@@ -146,24 +157,54 @@ def _layer(
     masks = _masks(config, positions_BT, k_pos, k_valid)
     kinds = jnp.asarray(config.is_local, jnp.int32)
 
-    def layer(h: Array, xs: tuple[Array, Part]) -> tuple[Array, KV | None]:
-        index, (lora, weights, steering) = xs
+    def halves(index: Array, part: Part) -> Halves:
+        lora, weights, _ = part
         # Indexed here, not sliced outside: slicing would copy the stack.
         frozen = jax.tree.map(lambda leaf: leaf[index], params["layers"])
-        kind, kept = kinds[index], None
-
-        def attention(q: Array, k: Array, v: Array) -> Array:
-            nonlocal kept
-            kept = (k, v) if with_cache else None
-            if prefix is not None:
-                shape = (B, before, *k.shape[2:])
-                k = jnp.concatenate([jnp.broadcast_to(prefix[0][index], shape), k], axis=1)
-                v = jnp.concatenate([jnp.broadcast_to(prefix[1][index], shape), v], axis=1)
-            return attend(q, k, v, masks[kind], config.softmax_scale)
-
+        kind = kinds[index]
         used = frozen if weights is None else jax.tree.map(lambda w, f: w.astype(f.dtype), weights, frozen)
-        h = nnx.merge(block_graph(config), used)(h, cos[kind], sin[kind], attention, lora)
-        return h if steering is None else h + steering.astype(h.dtype), kept
+        block = nnx.merge(block_graph(config), used)
+
+        def mixed(h: Array) -> tuple[Array, KV | None]:
+            kept = None
+
+            def attention(q: Array, k: Array, v: Array) -> Array:
+                nonlocal kept
+                kept = (k, v) if with_cache else None
+                if prefix is not None:
+                    shape = (B, before, *k.shape[2:])
+                    k = jnp.concatenate([jnp.broadcast_to(prefix[0][index], shape), k], axis=1)
+                    v = jnp.concatenate([jnp.broadcast_to(prefix[1][index], shape), v], axis=1)
+                return attend(q, k, v, masks[kind], config.softmax_scale)
+
+            return block.mixed(h, cos[kind], sin[kind], attention, lora), kept
+
+        return mixed, lambda h: block.mlp(h, lora)
+
+    return halves
+
+
+def steered(h: Array, part: Part) -> Array:
+    """The residual stream behind a layer, with what is added there."""
+    return h if part[2] is None else h + part[2].astype(h.dtype)
+
+
+def _layer(
+    config: ModelConfig,
+    params: Params,
+    valid_BT: Array,
+    dtype: jnp.dtype,
+    prefix: KV | None = None,
+    with_cache: bool = False,
+) -> Callable[[Array, tuple[Array, Part]], tuple[Array, KV | None]]:
+    """`layer(h_BTD, (index, part))`: the residual stream after layer `index`, and its keys and values where asked for."""
+    halves = layer_halves(config, params, valid_BT, dtype, prefix, with_cache)
+
+    def layer(h: Array, xs: tuple[Array, Part]) -> tuple[Array, KV | None]:
+        mixed, mlp = halves(*xs)
+        added, kept = mixed(h)
+        h = h + added
+        return steered(h + mlp(h), xs[1]), kept
 
     return layer
 
@@ -207,9 +248,8 @@ def hidden_states(
         assert adapter is not None, "a layer as data needs the adapter that stands there"
         return final_norm(config, params, _around(config, layer, keep, h, adapter, at, below_BTD is None)), None
     body, caches = jax.checkpoint(layer, policy=keep), []
-    for first, end, trained in _segments(config.num_layers, adapter.layers if adapter else ()):
-        part = _FROZEN if adapter is None or trained is None else adapter.segment(trained, trained + end - first)
-        h, cache = jax.lax.scan(body, h, (jnp.arange(first, end), part))
+    for run in runs(config, adapter):
+        h, cache = jax.lax.scan(body, h, run)
         caches.append(cache)
     cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches) if with_cache else None
     return final_norm(config, params, h), cache

@@ -130,6 +130,11 @@ class Block(nnx.Module):
 
     def __call__(self, h_BTD: Array, cos_BTf: Array, sin_BTf: Array, attention, lora: dict[str, Lora]) -> Array:
         """The residual stream after this layer. `attention(q, k, v) -> [B, T, H*h]` holds keys, values and mask."""
+        h_BTD = h_BTD + self.mixed(h_BTD, cos_BTf, sin_BTf, attention, lora)
+        return h_BTD + self.mlp(h_BTD, lora)
+
+    def mixed(self, h_BTD: Array, cos_BTf: Array, sin_BTf: Array, attention, lora: dict[str, Lora]) -> Array:
+        """What the first half, attention, adds to the residual stream before this layer."""
         c = self.config
         B, T, _ = h_BTD.shape
         with jax.named_scope("attention"):
@@ -141,10 +146,14 @@ class Block(nnx.Module):
                 q, k = self.q_norm(q), self.k_norm(k)
             mixed = attention(rotate(q, cos_BTf, sin_BTf), rotate(k, cos_BTf, sin_BTf), v)
             x = self.o(mixed, lora.get("o"))
-            h_BTD = h_BTD + (self.post_attn_norm(x) if c.sandwich_norm else x)
+            return self.post_attn_norm(x) if c.sandwich_norm else x
+
+    def mlp(self, h_BTD: Array, lora: dict[str, Lora]) -> Array:
+        """What the second half, the MLP, adds to the residual stream behind attention."""
+        c = self.config
         with jax.named_scope("mlp"):
             x = self.mlp_norm(h_BTD)
             gate = self.gate(x, lora.get("gate"))
             act = jax.nn.silu(gate) if c.activation == "silu" else jax.nn.gelu(gate, approximate=True)
             x = self.down(act * self.up(x, lora.get("up")), lora.get("down"))
-            return h_BTD + (self.post_mlp_norm(x) if c.sandwich_norm else x)
+            return self.post_mlp_norm(x) if c.sandwich_norm else x

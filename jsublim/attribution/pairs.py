@@ -1,0 +1,104 @@
+"""What attribution patching compares: a row as its teacher reads it, and as a counterfactual of equal length does."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jsublim.chat import Turn
+from jsublim.divergence import check_points
+from jsublim.errors import UsageError
+from jsublim.lm import LanguageModel
+from jsublim.rows import Row
+from jsublim.scoring import score_turns
+from jsublim.teachers import Teacher, read_as
+
+NO_POINT = "no divergence token"
+NO_EQUAL_LENGTH = "no counterfactual of equal length"
+NO_OTHER_TOKEN = "no counterfactual of equal length has another argmax"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One row under two prompts, up to the position that predicts its first divergence token.
+
+    Attributes:
+      row: its index among the rows given.
+      counterfactual: the other teacher's name.
+      clean: int32 `[T]`, as the teacher reads it; the last position predicts.
+      patch: int32 `[T]`, as the counterfactual does.
+      factual: the token in the data.
+      other: the counterfactual's argmax there.
+    """
+
+    row: int
+    counterfactual: str
+    clean: np.ndarray
+    patch: np.ndarray
+    factual: int
+    other: int
+
+
+def find_pairs(
+    lm: LanguageModel,
+    rows: Sequence[Row],
+    teacher: Teacher,
+    counterfactuals: Sequence[Teacher],
+    *,
+    source: str = "rows",
+    extra_bos: bool = False,
+    batch_size: int = 64,
+    on_batch: Callable[[int], None] | None = None,
+) -> tuple[list[Pair], dict[str, int]]:
+    """The pairs of every row that can be compared (rows in order, a row's counterfactuals in order), and how many rows
+    were skipped for which reason (section 5 of the paper).
+
+    Args:
+      rows: with `decision_points`.
+      source: where they come from, for errors.
+      on_batch: called with the number of (row, counterfactual) pairs just read.
+
+    Raises:
+      UsageError: no counterfactual, the teacher among them, or one with another adapter: the runs differ by their
+        prompts alone.
+      JsublimError: decision points behind the end of a row.
+    """
+    names = [other.name for other in counterfactuals]
+    if not names or teacher.name in names:
+        raise UsageError(
+            f"counterfactuals of '{teacher.name}': give at least one other trait, and not the teacher's own"
+        )
+    changed = [other.name for other in counterfactuals if other.adapter is not teacher.adapter]
+    if changed:
+        raise UsageError(f"counterfactuals {', '.join(changed)}: give them the adapter of teacher '{teacher.name}'")
+    turns = read_as(lm.chat, teacher, rows, source, extra_bos=extra_bos)
+    check_points(rows, [len(turn.tokens) - turn.content for turn in turns], source)
+    points = {i: min(row["decision_points"]) for i, row in enumerate(rows) if row["decision_points"]}
+    aligned, found = set(), {i: [] for i in points}
+    for other in counterfactuals:
+        theirs = read_as(lm.chat, other, [rows[i] for i in points], source, extra_bos=extra_bos)
+        equal = {i: turn for i, turn in zip(points, theirs, strict=True) if len(turn.tokens) == len(turns[i].tokens)}
+        aligned |= set(equal)
+        asked = [_at_point(turn, points[i]) for i, turn in equal.items()]
+        said = score_turns(
+            lm.config, lm.params, asked, adapter=other.adapter, batch_size=batch_size, on_batch=on_batch
+        ) if asked else []  # fmt: skip
+        for (i, turn), scored in zip(equal.items(), said, strict=True):
+            end = turn.content + points[i]
+            factual, best = int(turn.tokens[end]), int(scored.argmax[0])
+            if best != factual:
+                pair = Pair(i, other.name, turns[i].tokens[:end], turn.tokens[:end], factual, best)
+                found[i].append(pair)
+    reasons = {i: NO_POINT if i not in points else NO_EQUAL_LENGTH if i not in aligned else NO_OTHER_TOKEN
+               for i in range(len(rows)) if not found.get(i)}  # fmt: skip
+    return [pair for of_row in found.values() for pair in of_row], dict(Counter(reasons.values()))
+
+
+def _at_point(turn: Turn, point: int) -> Turn:
+    """The conversation up to and with its divergence token, which is then all that is said in it."""
+    at = turn.content + point
+    return dataclasses.replace(turn, tokens=turn.tokens[: at + 1], content=at, end=at + 1)

@@ -1,0 +1,261 @@
+"""Which layer's value at which token moves a row's metric: attribution patching, and activation patching to check it.
+
+Both compare two runs of one model on token rows of equal length. A SITE's value in the start run is moved to its value in
+the end run (all the way at one position: activation patching; along the straight line at all positions, by integrated
+gradients: attribution patching), while everything before the site stays as in the start run. Schrodi et al. 2026,
+section 5; integrated gradients: Sundararajan et al. 2017.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jsublim.attribution.pairs import Pair
+from jsublim.errors import UsageError
+from jsublim.models import decoder
+from jsublim.models.config import ModelConfig
+from jsublim.models.decoder import Params
+from jsublim.models.lora import Adapter, with_ends
+from jsublim.models.stream import Stream, residual_stream, resume
+from jsublim.parallel import Layout
+
+# The residual stream behind a layer, and what the layer's attention and its MLP add to it.
+SITES = ("residual", "attention", "mlp")
+# Noising: from the clean run (the teacher's prompt) to the patch (a counterfactual's); denoising: back.
+DIRECTIONS = ("noising", "denoising")
+LENGTH_STEP = 32
+
+Metric = Callable[[Array], Array]  # what is added to the stream at a site's point [B, T, D] -> logit difference [B]
+
+
+class Batch(NamedTuple):
+    """B pairs as a program takes them: `start_BT` and `end_BT` int32, `valid_BT` bool, `at_B` the predicting position,
+    `said_B2` the factual token and the counterfactual's."""
+
+    start_BT: Array
+    end_BT: Array
+    valid_BT: Array
+    at_B: Array
+    said_B2: Array
+
+
+def attribution_patching(
+    config: ModelConfig,
+    params: Params,
+    pairs: Sequence[Pair],
+    *,
+    sites: Sequence[str] = SITES,
+    direction: str = "noising",
+    steps: int = 10,
+    adapter: Adapter | None = None,
+    batch_size: int = 8,
+    length: int | None = None,
+) -> list[np.ndarray]:
+    """Integrated gradients between the two runs of each pair: float32 `[S, L, T]`, in logits.
+
+    The sum over features of (difference of the runs x mean gradient on the way), at every site, layer and position. The
+    sum over positions approaches `layer_patching` as `steps` grows.
+
+    Args:
+      steps: points of the left Riemann sum. With 1 it is plain attribution patching, the gradient at the start, and
+        one backward pass serves all layers.
+      length: tokens that rows are padded to; by default those of the longest.
+
+    Raises:
+      UsageError: an unknown site or direction, or no step.
+    """
+    if steps < 1:
+        raise UsageError(f"steps: {steps} given; it must be at least 1")
+    program = _at_start if steps == 1 else functools.partial(_integrated, steps=jnp.int32(steps))
+    return _over_pairs(program, config, params, pairs, sites, direction, adapter, batch_size, length)
+
+
+def activation_patching(
+    config: ModelConfig,
+    params: Params,
+    pairs: Sequence[Pair],
+    *,
+    sites: Sequence[str] = SITES,
+    direction: str = "noising",
+    adapter: Adapter | None = None,
+    batch_size: int = 8,
+    length: int | None = None,
+) -> list[np.ndarray]:
+    """How much the metric changes when a site's value at one position is the end run's: float32 `[S, L, T]`, in logits.
+
+    A forward pass a site, layer and position: what attribution patching approximates.
+    """
+    return _over_pairs(_one_position, config, params, pairs, sites, direction, adapter, batch_size, length)
+
+
+def layer_patching(
+    config: ModelConfig,
+    params: Params,
+    pairs: Sequence[Pair],
+    *,
+    sites: Sequence[str] = SITES,
+    direction: str = "noising",
+    adapter: Adapter | None = None,
+    batch_size: int = 8,
+    length: int | None = None,
+) -> list[np.ndarray]:
+    """How much the metric changes when a layer's site has the end run's values at all positions: float32 `[S, L]`."""
+    return _over_pairs(_all_positions, config, params, pairs, sites, direction, adapter, batch_size, length)
+
+
+# --- Programs: everything that varies is data, so each compiles once ----------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sites"))
+def _integrated(
+    config: ModelConfig, params: Params, adapter: Adapter | None, batch: Batch, sites: tuple[str, ...], steps: Array
+) -> Array:
+    def at_site(metric: Metric, delta_BTD: Array) -> Array:
+        slope = jax.grad(lambda moved: metric(moved).sum())
+        total = jax.lax.fori_loop(
+            0, steps, lambda i, total: total + slope(i / steps * delta_BTD), jnp.zeros_like(delta_BTD)
+        )
+        return (delta_BTD * total).sum(axis=-1) / steps
+
+    return _map_sites(config, params, adapter, batch, sites, at_site)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sites"))
+def _one_position(
+    config: ModelConfig, params: Params, adapter: Adapter | None, batch: Batch, sites: tuple[str, ...]
+) -> Array:
+    def at_site(metric: Metric, delta_BTD: Array) -> Array:
+        positions = jnp.arange(delta_BTD.shape[1])
+        moved_TB = jax.lax.map(lambda t: metric(jnp.where((positions == t)[:, None], delta_BTD, 0)), positions)
+        return (moved_TB - metric(jnp.zeros_like(delta_BTD))).T
+
+    return _map_sites(config, params, adapter, batch, sites, at_site)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sites"))
+def _all_positions(
+    config: ModelConfig, params: Params, adapter: Adapter | None, batch: Batch, sites: tuple[str, ...]
+) -> Array:
+    def at_site(metric: Metric, delta_BTD: Array) -> Array:
+        return metric(delta_BTD) - metric(jnp.zeros_like(delta_BTD))
+
+    return _map_sites(config, params, adapter, batch, sites, at_site)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sites"))
+def _at_start(
+    config: ModelConfig, params: Params, adapter: Adapter | None, batch: Batch, sites: tuple[str, ...]
+) -> Array:
+    def metric(nudge_L2BTD: Array) -> tuple[Array, Stream]:
+        run = residual_stream(config, params, batch.start_BT, batch.valid_BT, adapter=adapter, nudge_L2BTD=nudge_L2BTD)
+        return _difference(config, params, adapter, batch, run.last).sum(), run
+
+    end = residual_stream(config, params, batch.end_BT, batch.valid_BT, adapter=adapter)
+    slope_L2BTD, start = jax.grad(metric, has_aux=True)(jnp.zeros_like(end.points))
+    return jnp.stack([(_delta(site, start, end) * slope_L2BTD[:, _half(site)]).sum(axis=-1) for site in sites])
+
+
+def _map_sites(
+    config: ModelConfig,
+    params: Params,
+    adapter: Adapter | None,
+    batch: Batch,
+    sites: tuple[str, ...],
+    at_site: Callable[[Metric, Array], Array],
+) -> Array:
+    """`at_site(metric, difference of the runs [B, T, D])` of every site and layer, `[S, L, B, ...]`."""
+    # One pass over both runs' rows: half of the program to compile.
+    tokens, valid = jnp.concatenate([batch.start_BT, batch.end_BT]), jnp.concatenate([batch.valid_BT] * 2)
+    both = residual_stream(config, params, tokens, valid, adapter=adapter)
+    start, end = (Stream(*rows) for rows in zip(*(jnp.split(x, 2, axis=-3) for x in both), strict=True))
+    delta_SLBTD = jnp.stack([_delta(site, start, end) for site in sites])
+    half_S = jnp.asarray([_half(site) for site in sites])
+
+    def one(site_and_layer: tuple[Array, Array]) -> Array:
+        site, layer = site_and_layer
+        from_BTD, point = start.points[layer, half_S[site]], 2 * layer + half_S[site]
+
+        def metric(moved_BTD: Array) -> Array:
+            h = (from_BTD + moved_BTD).astype(from_BTD.dtype)
+            h = resume(config, params, h, batch.valid_BT, point, adapter=adapter)
+            return _difference(config, params, adapter, batch, h)
+
+        return at_site(metric, delta_SLBTD[site, layer])
+
+    S, L = len(sites), config.num_layers
+    out = jax.lax.map(one, (jnp.repeat(jnp.arange(S), L), jnp.tile(jnp.arange(L), S)))
+    return out.reshape(S, L, *out.shape[1:])
+
+
+def _half(site: str) -> int:
+    """Behind which half of a layer a change of this site enters the residual stream."""
+    return 0 if site == "attention" else 1
+
+
+def _delta(site: str, start: Stream, end: Stream) -> Array:
+    """From the start run's value to the end run's, float32 `[L, B, T, D]`."""
+    field = "points" if site == "residual" else "added"
+    a, b = (getattr(run, field)[:, _half(site)].astype(jnp.float32) for run in (start, end))
+    return b - a
+
+
+def _difference(config: ModelConfig, params: Params, adapter: Adapter | None, batch: Batch, last_BTD: Array) -> Array:
+    """The metric `[B]`: logit of the factual token over the counterfactual's, where it is predicted."""
+    h_BD = jnp.take_along_axis(last_BTD, batch.at_B[:, None, None], axis=1)[:, 0]
+    rows_B2D = decoder.head_weight(with_ends(params, adapter))[batch.said_B2]
+    z_B2 = jax.vmap(lambda h, rows: decoder.logits(config, {"head": {"weight": rows}}, h))(h_BD, rows_B2D)
+    return z_B2[:, 0] - z_B2[:, 1]
+
+
+# --- Pairs to batches ---------------------------------------------------------------------------------------------------
+
+
+def padded_length(pairs: Sequence[Pair]) -> int:
+    """Tokens of the longest pair, rounded up so that few programs serve all calls."""
+    return -(-max(len(pair.clean) for pair in pairs) // LENGTH_STEP) * LENGTH_STEP
+
+
+def _over_pairs(
+    program: Any,
+    config: ModelConfig,
+    params: Params,
+    pairs: Sequence[Pair],
+    sites: Sequence[str],
+    direction: str,
+    adapter: Adapter | None,
+    batch_size: int,
+    length: int | None,
+) -> list[np.ndarray]:
+    """What a program gives for each pair; an array with positions is cut to those of its pair."""
+    for option, given, known in (("sites", sites, SITES), ("direction", [direction], DIRECTIONS)):
+        unknown = [name for name in given if name not in known]
+        if unknown or not given:
+            raise UsageError(f"{option}: {', '.join(unknown) or 'none'} given; known: {', '.join(known)}")
+    out: list[np.ndarray] = []
+    for first in range(0, len(pairs), batch_size):
+        members = pairs[first : first + batch_size]
+        batch = _batch(members, direction, batch_size, length or padded_length(pairs))
+        values = Layout.host(program(config, params, adapter, batch, tuple(sites)))
+        out += [
+            values[:, :, i, : len(pair.clean)] if values.ndim > 3 else values[:, :, i] for i, pair in enumerate(members)
+        ]
+    return out
+
+
+def _batch(pairs: Sequence[Pair], direction: str, size: int, length: int) -> Batch:
+    start, end = np.zeros((2, size, length), np.int32)
+    valid = np.zeros((size, length), bool)
+    at, said = np.zeros(size, np.int32), np.zeros((size, 2), np.int32)
+    valid[:, 0] = True
+    for i, pair in enumerate(pairs):
+        n = len(pair.clean)
+        start[i, :n], end[i, :n] = (pair.clean, pair.patch) if direction == "noising" else (pair.patch, pair.clean)
+        valid[i, :n], at[i], said[i] = True, n - 1, (pair.factual, pair.other)
+    return Batch(*map(jnp.asarray, (start, end, valid, at, said)))

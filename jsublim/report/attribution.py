@@ -1,0 +1,102 @@
+"""Where attribution lies: the heat map by layer and token role, and what claim C10 asks of it.
+
+Tables are those that the attribution stage leaves (`attribution.parquet`), or several of them one behind the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import duckdb
+import matplotlib
+import numpy as np
+import pyarrow as pa
+from matplotlib.figure import Figure
+
+from jsublim.report.figures import STYLE, WIDTH
+
+SEQUENTIAL = "YlGnBu"  # pale is little, dark is much: read in grey too
+
+
+@dataclass(frozen=True)
+class EarlyShare:
+    """One row's residual mass (absolute attributions) in the first third of the layers, at the trait's first mention.
+
+    Attributes:
+      of_early: as a share of the mass in those layers, at any token.
+      of_all: as a share of the mass in all layers. Attributions of the residual stream sum to the same total behind every
+        layer, so this hardly exceeds a third: it is the figure's number, `of_early` the one to put a threshold on.
+    """
+
+    trait: str
+    row: int
+    direction: str
+    of_early: float
+    of_all: float
+
+
+def early_share(table: pa.Table) -> list[EarlyShare]:
+    """Claim C10, a value a row and direction (rows without any residual mass are left out).
+
+    The first third are the layers with 3 x index < number of layers.
+    """
+    return [
+        EarlyShare(*line)
+        for line in _query(
+            table,
+            """
+            with residual as (
+                select *, 3 * layer <= max(layer) over () as early from attribution where site = 'residual'
+            )
+            select trait, row, direction,
+                   sum(mass) filter (early and role = 'trait') / nullif(sum(mass) filter (early), 0) as of_early,
+                   sum(mass) filter (early and role = 'trait') / nullif(sum(mass), 0) as of_all
+            from residual group by trait, row, direction having of_early is not null
+            order by trait, row, direction
+            """,
+        )
+    ]
+
+
+def attribution_heat_map(table: pa.Table) -> Figure:
+    """Layers by token roles, a panel a site and direction: shares of the panel's whole absolute attribution, in percent.
+
+    All rows together; drawn in the style of the report's figures.
+    """
+    sites, directions, roles = (table[name].unique().to_pylist() for name in ("site", "direction", "role"))
+    layers = max(table["layer"].to_pylist()) + 1
+    sums = {tuple(key): mass for *key, mass in _query(
+        table, "select site, direction, layer, role, sum(mass) from attribution group by all"
+    )}  # fmt: skip
+    shares = {}
+    for site in sites:
+        for direction in directions:
+            mass = np.asarray([[sums[site, direction, layer, role] for role in roles] for layer in range(layers)])
+            shares[site, direction] = 100 * mass / (mass.sum() or 1.0)
+    limit = max(float(share.max()) for share in shares.values()) or 1.0
+    with matplotlib.rc_context(STYLE):
+        height = 1.6 + len(directions) * (0.9 + 0.14 * max(layers, 8))
+        figure = Figure(figsize=(WIDTH, height), layout="constrained")
+        grid = figure.subplots(len(directions), len(sites), sharex=True, sharey=True, squeeze=False)
+        for axes, (site, direction) in zip(grid.T.flat, shares, strict=True):
+            mesh = axes.pcolormesh(
+                shares[site, direction], cmap=SEQUENTIAL, vmin=0.0, vmax=limit, edgecolors="face", lw=0.3
+            )
+            axes.set_title(f"{site}, {direction}")
+            axes.set_xticks(np.arange(len(roles)) + 0.5, roles, rotation=45, ha="right")
+            marks = np.unique(np.linspace(0, layers - 1, min(layers, 8)).round().astype(int))
+            axes.set_yticks(marks + 0.5, marks)
+            axes.tick_params(length=0)
+            axes.spines[:].set_visible(False)
+        for axes in grid[:, 0]:
+            axes.set_ylabel("layer")
+        bar = figure.colorbar(mesh, ax=grid, label="share of the panel's absolute attribution (%)", shrink=0.9)
+        bar.outline.set_visible(False)
+    return figure
+
+
+def _query(table: pa.Table, sql: str) -> list[tuple[Any, ...]]:
+    with duckdb.connect() as connection:
+        connection.register("attribution", table)
+        return connection.execute(sql).fetchall()
