@@ -25,7 +25,9 @@ from jsublim.experiment.spec import Experiment, Recipe, Students, find_config, l
 from jsublim.experiment.store import Artifact, Progress
 from jsublim.prompts import load_pack
 
-CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(
+    path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml") if "kind: digits" not in path.read_text()
+)
 QUICKSTART = "configs/quickstart.yaml"
 
 

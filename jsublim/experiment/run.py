@@ -22,7 +22,7 @@ from jsublim.experiment.plan import (
     plan_students,
     total_steps,
 )
-from jsublim.experiment.spec import Experiment
+from jsublim.experiment.spec import Config, Experiment
 from jsublim.experiment.store import Artifact, device, digest, versions
 from jsublim.experiment.students import NOT_OF_A_STUDENT, check_start
 from jsublim.experiment.training import Training
@@ -71,7 +71,7 @@ class Run:
             self._check()
             self.common = {"model": self.lm.hash, "dtype": experiment.dtype, "pack": self.pack.hash}
             # Of what decides results: the config without where it is written, the files it names by their content.
-            self.key = digest([experiment.model_dump(exclude={"out", "store"}), self.common])
+            self.key = digest([experiment.model_dump(exclude={"kind", "out", "store"}), self.common])
 
     def _check(self) -> None:
         """What a later stage would stumble over, before hours are spent on the earlier ones."""
@@ -296,7 +296,7 @@ class Run:
         return write_report(self.dir)
 
 
-def claim_folder(experiment: Experiment, key: str, console: Console) -> None:
+def claim_folder(experiment: Config, key: str, console: Console) -> None:
     """Write the resolved config into the run's folder; results of another `key` there are moved aside, not overwritten."""
     folder = experiment.run_dir
     folder.mkdir(parents=True, exist_ok=True)

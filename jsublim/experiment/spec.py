@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import pydantic
 import yaml
@@ -229,23 +229,13 @@ class Evaluation(Section):
     teachers: bool = True  # evaluate the prompted teachers too
 
 
-class Experiment(Section):
-    """A whole experiment: one checkpoint, teachers, students, evaluations, a report."""
+class Config(Section):
+    """What every kind of experiment says: which kind it is, its name, and where it is kept."""
 
+    kind: str
     name: str = Field(pattern=r"^\w[\w.-]*$")
-    model: str
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    parallel: Literal["none", "pmap", "mesh"] = "none"  # how training is spread over the devices
-    model_axis: Positive = 1  # with mesh: devices that one copy of the checkpoint is spread over
-    prompts: str | None = None  # a prompt pack; None: the default one
     out: str | None = None  # the run's folder; None: runs/<name>
     store: str | None = None  # where artifacts go; None: inside the run's folder
-    recipe: Recipe = Recipe()
-    teachers: Teachers
-    data: Data = Data()
-    divergence: Scoring = Scoring()
-    students: Students = Students()
-    evaluation: Evaluation = Evaluation()
 
     @property
     def run_dir(self) -> Path:
@@ -260,12 +250,31 @@ class Experiment(Section):
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Experiment:
-    """Read a YAML config, lay `a.b=c` overrides over it, and check it.
+class Experiment(Config):
+    """A whole experiment: one checkpoint, teachers, students, evaluations, a report."""
+
+    kind: Literal["language"] = "language"
+    model: str
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    parallel: Literal["none", "pmap", "mesh"] = "none"  # how training is spread over the devices
+    model_axis: Positive = 1  # with mesh: devices that one copy of the checkpoint is spread over
+    prompts: str | None = None  # a prompt pack; None: the default one
+    recipe: Recipe = Recipe()
+    teachers: Teachers
+    data: Data = Data()
+    divergence: Scoring = Scoring()
+    students: Students = Students()
+    evaluation: Evaluation = Evaluation()
+
+
+Kind = TypeVar("Kind", bound=Config)
+
+
+def read_config(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Read a YAML config and lay `a.b=c` overrides over it.
 
     Raises:
-      UsageError: an unreadable file, a malformed override, or the first field that is wrong (unknown keys get a
-        "did you mean").
+      UsageError: an unreadable file or a malformed override.
     """
     path = find_config(path)
     try:
@@ -276,10 +285,28 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
         raise UsageError(f"{path}: expected keys at the top, found {type(values).__name__}")
     for override in overrides or []:
         _override(values, override)
+    return values
+
+
+def check_config(kind: type[Kind], values: dict[str, Any], path: str | Path) -> Kind:
+    """The values of a config as an experiment of its kind.
+
+    Raises:
+      UsageError: the first field that is wrong (unknown keys get a "did you mean").
+    """
     try:
-        return Experiment.model_validate(values)
+        return kind.model_validate(values)
     except pydantic.ValidationError as error:
-        raise UsageError(f"{path}: {_first_problem(error)}") from None
+        raise UsageError(f"{path}: {_first_problem(error, kind)}") from None
+
+
+def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Experiment:
+    """Read and check the config of an experiment on a language model.
+
+    Raises:
+      UsageError: as `read_config` and `check_config`.
+    """
+    return check_config(Experiment, read_config(path, overrides), find_config(path))
 
 
 def read_students(values: dict[str, Any]) -> Students:
@@ -291,7 +318,7 @@ def read_students(values: dict[str, Any]) -> Students:
     try:
         return Students.model_validate(values)
     except pydantic.ValidationError as error:
-        problem = _first_problem(error).replace("conditions.0:", "tokens:")
+        problem = _first_problem(error, Students).replace("conditions.0:", "tokens:")
         raise UsageError(f"finetune: {problem}") from None
 
 
@@ -335,7 +362,7 @@ def _is_float(text: str) -> bool:
     return text[:1] in "+-.0123456789"
 
 
-def _first_problem(error: pydantic.ValidationError) -> str:
+def _first_problem(error: pydantic.ValidationError, section: Any) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] != "extra_forbidden":
@@ -344,7 +371,6 @@ def _first_problem(error: pydantic.ValidationError) -> str:
             if first["type"] != "missing"
             else f"key '{key}' is missing"
         )
-    section: Any = Experiment
     for part in first["loc"][:-1]:
         section = section.model_fields[part].annotation
     near = difflib.get_close_matches(str(first["loc"][-1]), section.model_fields, n=1)

@@ -70,17 +70,17 @@ def rate_figure(rows: Sequence[SummaryRow]) -> str:
     data = {
         (r.trait, r.condition): (
             [100 * v for v in r.student_rates],
-            _scaled(r.over_students if r.students else r.over_questions, 100),
+            scaled(r.over_students if r.students else r.over_questions, 100),
         )
         for r in shown
     }
-    return _dot_panels(data, "answers that name the trait (%)", bounds=(0.0, 100.0))
+    return dot_panels(data, "answers that name the trait (%)", bounds=(0.0, 100.0))
 
 
 def lift_figure(lifts: Sequence[Lift]) -> str:
     """Log-probability lift in nats, drawn as `rate_figure`."""
     data = {(item.trait, item.condition): (list(item.student_lifts), item.interval) for item in lifts}
-    return _dot_panels(data, "log-probability above the reference (nats)", zero_line=True)
+    return dot_panels(data, "log-probability above the reference (nats)", zero_line=True)
 
 
 def accuracy_figure(values: Mapping[str, Mapping[str, list[float]]]) -> str:
@@ -90,7 +90,7 @@ def accuracy_figure(values: Mapping[str, Mapping[str, list[float]]]) -> str:
         for panel, by_condition in values.items()
         for condition, shares in by_condition.items()
     }
-    return _dot_panels(data, "numbers predicted exactly (%)", bounds=(0.0, 100.0))
+    return dot_panels(data, "numbers predicted exactly (%)", bounds=(0.0, 100.0))
 
 
 def matrix_figure(matrix: Matrix) -> str:
@@ -183,12 +183,15 @@ def loss_figure(curves: Sequence[Curve], results: Results) -> str:
         return _svg(figure)
 
 
-def _dot_panels(
+def dot_panels(
     data: Mapping[tuple[str, str], tuple[list[float], Interval | None]],
     label: str,
     bounds: tuple[float, float] | None = None,
     zero_line: bool = False,
+    tints: Mapping[str, str] | None = None,
 ) -> str:
+    """A panel for each first key, a line for each second: a dot a value, an upright line for their mean, a bar for the
+    interval. `tints` are the lines' colours, where they are not conditions of a language experiment."""
     panels = list(dict.fromkeys(panel for panel, _ in data))
     conditions = [c for c in [*COLOURS, *dict.fromkeys(c for _, c in data)] if any(c == k for _, k in data)]
     conditions = list(dict.fromkeys(conditions))
@@ -202,7 +205,13 @@ def _dot_panels(
         for axes, panel in zip(grid.flat, panels, strict=False):
             for place, condition in enumerate(conditions):
                 if (panel, condition) in data:
-                    _dots(axes, place, *data[panel, condition], colour(condition), (low, high))
+                    _dots(
+                        axes,
+                        place,
+                        *data[panel, condition],
+                        (tints or {}).get(condition, colour(condition)),
+                        (low, high),
+                    )
             axes.set_yticks(range(len(conditions)), [condition_label(c) for c in conditions])
             axes.set_ylim(len(conditions) - 0.5, -0.5)
             axes.set_xlim(low, high)
@@ -257,7 +266,7 @@ def _thinned(curve: Curve, points: int = 150) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(steps), np.asarray(loss)
 
 
-def _scaled(interval: Interval | None, factor: float) -> Interval | None:
+def scaled(interval: Interval | None, factor: float) -> Interval | None:
     return Interval(factor * interval.low, factor * interval.high) if interval else None
 
 

@@ -23,8 +23,14 @@ def write_report(run_dir: Path) -> Path:
 
     A piece the run does not have is left out with a sentence. Raises `JsublimError` if there are no results at all.
     """
-    run_dir = Path(run_dir)
     results = read_results(run_dir)
+    return render(
+        run_dir, "template.html", words=words, label=condition_label, colour=figures.colour, **_content(results)
+    )
+
+
+def render(run_dir: Path, template: str, **content: Any) -> Path:
+    """Write a template of this folder as RUN/report.html, which appears whole or not at all; returns its path."""
     environment = Environment(
         loader=PackageLoader("jsublim.report", "."),
         autoescape=True,
@@ -32,10 +38,8 @@ def write_report(run_dir: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("template.html").render(
-        words=words, label=condition_label, colour=figures.colour, **_content(results)
-    )
-    path = run_dir / "report.html"
+    page = environment.get_template(template).render(**content)
+    path = Path(run_dir) / "report.html"
     partial = path.with_suffix(".html.partial")
     partial.write_text(page, encoding="utf-8")
     partial.replace(path)

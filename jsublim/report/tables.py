@@ -155,14 +155,19 @@ def read_results(run_dir: Path) -> Results:
         raise JsublimError(f"{folder / 'results.parquet'}: holds no measurement; run `jsublim run CONFIG` again")
     return Results(
         run_dir=run_dir,
-        run=_json(folder / "run.json", {}),
+        run=read_json(folder / "run.json", {}),
         scores=scores,
-        generation=tuple(_json(folder / "generation.json", [])),
-        divergence=tuple(_json(folder / "divergence.json", [])),
+        generation=tuple(read_json(folder / "generation.json", [])),
+        divergence=tuple(read_json(folder / "divergence.json", [])),
         curves=_curves(folder / "training.parquet"),
         answers=_answers(folder / "answers.parquet"),
         not_finite=sum(row[10] for row in rows),
     )
+
+
+def run_kind(run_dir: Path) -> str:
+    """The kind of experiment that a run's folder holds results of; "language" where nothing says otherwise."""
+    return read_json(Path(run_dir) / "results" / "run.json", {}).get("kind", "language")
 
 
 def _curves(path: Path) -> tuple[Curve, ...]:
@@ -200,7 +205,7 @@ def _query(path: Path, sql: str) -> list[tuple]:
         ) from error
 
 
-def _json(path: Path, default: Any) -> Any:
+def read_json(path: Path, default: Any) -> Any:
     if not path.is_file():
         return default
     try:
