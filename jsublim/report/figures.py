@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import Lift, Matrix, SummaryRow
-from jsublim.report.tables import Curve, Results, condition_label
+from jsublim.report.tables import Curve, Results, condition_label, split_condition
 
 # Okabe and Ito's palette: told apart with every common colour vision, on white and on near-black.
 COLOURS = {
@@ -57,8 +57,12 @@ WIDTH = 10.0
 MAX_FACET_COLUMNS = 4
 
 
+# (panel, line) -> a value a dot, and the interval of their mean
+Panels = dict[tuple[str, str], tuple[list[float], Interval | None]]
+
+
 def colour(condition: str) -> str:
-    return COLOURS.get(condition, OTHER_COLOUR)
+    return COLOURS.get(split_condition(condition)[0], OTHER_COLOUR)
 
 
 def rate_figure(rows: Sequence[SummaryRow]) -> str:
@@ -67,7 +71,7 @@ def rate_figure(rows: Sequence[SummaryRow]) -> str:
     The teachers are left to the table: they answer near 100 % and would squeeze everything else.
     """
     shown = [r for r in rows if r.rate is not None and r.condition != "teacher"]
-    data = {
+    data: Panels = {
         (r.trait, r.condition): (
             [100 * v for v in r.student_rates],
             scaled(r.over_students if r.students else r.over_questions, 100),
@@ -83,6 +87,11 @@ def lift_figure(lifts: Sequence[Lift]) -> str:
     return dot_panels(data, "log-probability above the reference (nats)", zero_line=True)
 
 
+def variant_figure(data: Panels) -> str:
+    """Log-probability lift in nats of each student for its own trait: a panel a variant, a line for the tokens it saw."""
+    return dot_panels(data, "log-probability of the own trait above the reference (nats)", zero_line=True)
+
+
 def accuracy_figure(values: Mapping[str, Mapping[str, list[float]]]) -> str:
     """Number accuracy: `values[panel][condition]` holds a share in 0..1 for each student."""
     data = {
@@ -94,7 +103,7 @@ def accuracy_figure(values: Mapping[str, Mapping[str, list[float]]]) -> str:
 
 
 def matrix_figure(matrix: Matrix) -> str:
-    """Heat map of the trait x trait lifts, the teacher's own trait framed."""
+    """Heat map of the trait x trait lifts, the teacher's own trait framed; gamma and its p above."""
     rows, columns = matrix.lift.shape
     with matplotlib.rc_context(STYLE):
         width = min(WIDTH, 2.6 + 0.85 * columns)
@@ -127,6 +136,8 @@ def matrix_figure(matrix: Matrix) -> str:
         axes.set_xticks(np.arange(columns) + 0.5, matrix.traits, rotation=45 if columns > 6 else 0)
         axes.set_yticks(np.arange(rows) + 0.5, matrix.teachers)
         axes.set(xlabel="evaluated trait", ylabel="teacher's trait", aspect="auto")
+        if matrix.effect is not None:
+            axes.set_title(f"γ = {matrix.effect.gamma:+.2f} nats, p = {matrix.effect.p:.3g}")
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.invert_yaxis()
@@ -184,7 +195,7 @@ def loss_figure(curves: Sequence[Curve], results: Results) -> str:
 
 
 def dot_panels(
-    data: Mapping[tuple[str, str], tuple[list[float], Interval | None]],
+    data: Panels,
     label: str,
     bounds: tuple[float, float] | None = None,
     zero_line: bool = False,
