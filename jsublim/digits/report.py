@@ -18,7 +18,7 @@ from jsublim.report.tables import read_json
 
 LABELS = {
     "untrained": "untrained network",
-    "teacher": "teacher",
+    "teacher": "trained teacher",
     "same": "student, same initialisation",
     "other": "student, other initialisation",
     "all": "student, class logits too",

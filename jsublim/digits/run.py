@@ -29,7 +29,8 @@ def run_digits(spec: Digits, console: Console) -> Path:
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     data = read_digits(spec.test_share, spec.split_seed)
     inputs = spec.model_dump(mode="json", exclude={"kind", "name", "out", "store"}) | {"data": _hash(data)}
-    claim_folder(spec, digest([spec.model_dump(mode="json", exclude={"kind", "out", "store"}), inputs]), console)
+    key = digest([spec.name, inputs])
+    claim_folder(spec, key, console)
     artifact = Artifact.in_store(spec.store_dir, "digits", spec.name, inputs)
     if not artifact.done:
         students = len(spec.seeds) * len(spec.students.conditions) * len(spec.students.images)
@@ -44,7 +45,7 @@ def run_digits(spec: Digits, console: Console) -> Path:
     write_table(results / "results.parquet", read_table(artifact.path / "records.parquet"), RESULTS)
     write_table(results / "training.parquet", read_table(artifact.path / "curves.parquet"), TRAINING)
     about = {
-        "name": spec.name, "kind": spec.kind, "data_hash": inputs["data"], "config_hash": artifact.key,
+        "name": spec.name, "kind": spec.kind, "data_hash": inputs["data"], "config_hash": key,
         "versions": versions() | {"scikit-learn": metadata.version("scikit-learn")}, "device": device(),
         "test_images": len(data.test_NP), "config_yaml": spec.yaml(), **artifact.summary,
     }  # fmt: skip

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from jsublim.experiment.spec import Config, Positive, Section, Seed
+from jsublim.experiment.spec import Config, Distinct, Positive, Section, Seed
 
 CLASSES = 10
 
 Condition = Literal["same", "other", "all", "hard"]
 Images = Literal["noise", "digits"]
-
-
-def _distinct(values: tuple) -> tuple:
-    if len(set(values)) < len(values):
-        raise ValueError("an entry is listed twice")
-    return values
-
-
-Distinct = AfterValidator(_distinct)
 
 
 class Network(Section):

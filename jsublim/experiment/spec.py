@@ -31,7 +31,7 @@ for _kind, _known in (
     assert set(get_args(_kind)) == set(_known)
 
 
-def _distinct(values: list) -> list:
+def _distinct(values: list | tuple) -> list | tuple:
     if len(set(values)) < len(values):
         raise ValueError("an entry is listed twice")
     return values
