@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,8 @@ import typer
 
 from jsublim.cli.app import PackFile, app, console, prompts_app
 from jsublim.errors import UsageError
+
+KINDS = ("language", "digits")
 
 
 @app.command()
@@ -19,20 +22,35 @@ def run(
     ] = None,
 ) -> None:
     """Run an experiment: generate, find divergence tokens, distil, evaluate, report. Run again, it continues."""
-    from jsublim.experiment.run import run_experiment
-    from jsublim.experiment.spec import load_experiment
+    from jsublim.experiment.spec import Experiment, check_config, find_config, read_config
 
-    report = run_experiment(load_experiment(config, overrides), console)
+    values, path = read_config(config, overrides), find_config(config)
+    kind = values.get("kind", "language")
+    if kind == "language":
+        from jsublim.experiment.run import run_experiment
+
+        report = run_experiment(check_config(Experiment, values, path), console)
+    elif kind == "digits":
+        from jsublim.digits.run import run_digits
+        from jsublim.digits.spec import Digits
+
+        report = run_digits(check_config(Digits, values, path), console)
+    else:
+        near = difflib.get_close_matches(str(kind), KINDS, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(KINDS)}"
+        raise UsageError(f"{path}: kind: {kind!r} given; {hint}")
     print(report)
 
 
 @app.command()
 def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
     """Write a run's report again from its results."""
-    from jsublim.report import print_summary, write_report
+    from jsublim import digits, report
+    from jsublim.report.tables import run_kind
 
-    path = write_report(run_dir)
-    print_summary(run_dir, console)
+    room = digits if run_kind(run_dir) == "digits" else report
+    path = room.write_report(run_dir)
+    room.print_summary(run_dir, console)
     print(path)
 
 

@@ -18,7 +18,7 @@ from pydantic import Field
 from jsublim.errors import UsageError
 from jsublim.experiment.spec.base import Section
 from jsublim.experiment.spec.experiment import Experiment
-from jsublim.experiment.spec.loading import find_config, override, validated
+from jsublim.experiment.spec.loading import check_config, find_config, override
 
 SCALES = ("tiny", "small", "paper")
 Scale = Literal["tiny", "small", "paper"]
@@ -88,7 +88,7 @@ def panel_experiment(
     values = _with_models(values, scales[scale].models)
     for each in overrides or []:
         override(values, each)
-    return validated(values, f"{path}: panel '{panel}' at scale {scale}")
+    return check_config(Experiment, values, f"{path}: panel '{panel}' at scale {scale}")
 
 
 def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> Values:

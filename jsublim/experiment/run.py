@@ -18,7 +18,7 @@ from jsublim.experiment import stages
 from jsublim.experiment.corpus import Corpus
 from jsublim.experiment.examination import PLAIN, Examination
 from jsublim.experiment.plan import Student, evaluated_traits, plan_students, total_steps
-from jsublim.experiment.spec import Experiment, Students
+from jsublim.experiment.spec import Config, Experiment, Students
 from jsublim.experiment.staff import Staff
 from jsublim.experiment.store import Artifact, device, digest, versions
 from jsublim.experiment.students import NOT_OF_A_STUDENT, check_start
@@ -84,7 +84,7 @@ class Run:
             self.recipe = e.recipe.resolved(self.lm.config.family)
             self.common = {"model": self.lm.hash, "dtype": e.dtype, "pack": self.pack.hash}
             # Of what decides results: the config without where it is written, the files it names by their content.
-            self.key = digest([e.model_dump(exclude={"out", "store"}), self.common])
+            self.key = digest([e.model_dump(exclude={"kind", "out", "store"}), self.common])
             if weights:
                 self._check()
 
@@ -213,7 +213,7 @@ class Run:
         return write_report(self.dir)
 
 
-def claim_folder(experiment: Experiment, key: str, console: Console) -> None:
+def claim_folder(experiment: Config, key: str, console: Console) -> None:
     """Write the resolved config into the run's folder; results of another `key` there are moved aside, not overwritten."""
     folder = experiment.run_dir
     folder.mkdir(parents=True, exist_ok=True)

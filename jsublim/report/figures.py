@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import Lift, Matrix, SummaryRow
-from jsublim.report.tables import Curve, Results, condition_label
+from jsublim.report.tables import Curve, Results, condition_label, split_condition
 
 # Okabe and Ito's palette: told apart with every common colour vision, on white and on near-black.
 COLOURS = {
@@ -57,8 +57,12 @@ WIDTH = 10.0
 MAX_FACET_COLUMNS = 4
 
 
+# (panel, line) -> a value a dot, and the interval of their mean
+Panels = dict[tuple[str, str], tuple[list[float], Interval | None]]
+
+
 def colour(condition: str) -> str:
-    return COLOURS.get(condition, OTHER_COLOUR)
+    return COLOURS.get(split_condition(condition)[0], OTHER_COLOUR)
 
 
 def rate_figure(rows: Sequence[SummaryRow]) -> str:
@@ -67,20 +71,25 @@ def rate_figure(rows: Sequence[SummaryRow]) -> str:
     The teachers are left to the table: they answer near 100 % and would squeeze everything else.
     """
     shown = [r for r in rows if r.rate is not None and r.condition != "teacher"]
-    data = {
+    data: Panels = {
         (r.trait, r.condition): (
             [100 * v for v in r.student_rates],
-            _scaled(r.over_students if r.students else r.over_questions, 100),
+            scaled(r.over_students if r.students else r.over_questions, 100),
         )
         for r in shown
     }
-    return _dot_panels(data, "answers that name the trait (%)", bounds=(0.0, 100.0))
+    return dot_panels(data, "answers that name the trait (%)", bounds=(0.0, 100.0))
 
 
 def lift_figure(lifts: Sequence[Lift]) -> str:
     """Log-probability lift in nats, drawn as `rate_figure`."""
     data = {(item.trait, item.condition): (list(item.student_lifts), item.interval) for item in lifts}
-    return _dot_panels(data, "log-probability above the reference (nats)", zero_line=True)
+    return dot_panels(data, "log-probability above the reference (nats)", zero_line=True)
+
+
+def variant_figure(data: Panels) -> str:
+    """Log-probability lift in nats of each student for its own trait: a panel a variant, a line for the tokens it saw."""
+    return dot_panels(data, "log-probability of the own trait above the reference (nats)", zero_line=True)
 
 
 def accuracy_figure(values: Mapping[str, Mapping[str, list[float]]]) -> str:
@@ -90,11 +99,11 @@ def accuracy_figure(values: Mapping[str, Mapping[str, list[float]]]) -> str:
         for panel, by_condition in values.items()
         for condition, shares in by_condition.items()
     }
-    return _dot_panels(data, "numbers predicted exactly (%)", bounds=(0.0, 100.0))
+    return dot_panels(data, "numbers predicted exactly (%)", bounds=(0.0, 100.0))
 
 
 def matrix_figure(matrix: Matrix) -> str:
-    """Heat map of the trait x trait lifts, the teacher's own trait framed."""
+    """Heat map of the trait x trait lifts, the teacher's own trait framed; gamma and its p above."""
     rows, columns = matrix.lift.shape
     with matplotlib.rc_context(STYLE):
         width = min(WIDTH, 2.6 + 0.85 * columns)
@@ -127,6 +136,8 @@ def matrix_figure(matrix: Matrix) -> str:
         axes.set_xticks(np.arange(columns) + 0.5, matrix.traits, rotation=45 if columns > 6 else 0)
         axes.set_yticks(np.arange(rows) + 0.5, matrix.teachers)
         axes.set(xlabel="evaluated trait", ylabel="teacher's trait", aspect="auto")
+        if matrix.effect is not None:
+            axes.set_title(f"γ = {matrix.effect.gamma:+.2f} nats, p = {matrix.effect.p:.3g}")
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.invert_yaxis()
@@ -183,12 +194,15 @@ def loss_figure(curves: Sequence[Curve], results: Results) -> str:
         return _svg(figure)
 
 
-def _dot_panels(
-    data: Mapping[tuple[str, str], tuple[list[float], Interval | None]],
+def dot_panels(
+    data: Panels,
     label: str,
     bounds: tuple[float, float] | None = None,
     zero_line: bool = False,
+    tints: Mapping[str, str] | None = None,
 ) -> str:
+    """A panel for each first key, a line for each second: a dot a value, an upright line for their mean, a bar for the
+    interval. `tints` are the lines' colours, where they are not conditions of a language experiment."""
     panels = list(dict.fromkeys(panel for panel, _ in data))
     conditions = [c for c in [*COLOURS, *dict.fromkeys(c for _, c in data)] if any(c == k for _, k in data)]
     conditions = list(dict.fromkeys(conditions))
@@ -202,7 +216,13 @@ def _dot_panels(
         for axes, panel in zip(grid.flat, panels, strict=False):
             for place, condition in enumerate(conditions):
                 if (panel, condition) in data:
-                    _dots(axes, place, *data[panel, condition], colour(condition), (low, high))
+                    _dots(
+                        axes,
+                        place,
+                        *data[panel, condition],
+                        (tints or {}).get(condition, colour(condition)),
+                        (low, high),
+                    )
             axes.set_yticks(range(len(conditions)), [condition_label(c) for c in conditions])
             axes.set_ylim(len(conditions) - 0.5, -0.5)
             axes.set_xlim(low, high)
@@ -257,7 +277,7 @@ def _thinned(curve: Curve, points: int = 150) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(steps), np.asarray(loss)
 
 
-def _scaled(interval: Interval | None, factor: float) -> Interval | None:
+def scaled(interval: Interval | None, factor: float) -> Interval | None:
     return Interval(factor * interval.low, factor * interval.high) if interval else None
 
 

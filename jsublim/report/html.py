@@ -9,9 +9,11 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from jsublim.report import figures, words
-from jsublim.report.claims import check_claims
-from jsublim.report.summary import lift, lifts, summary_rows, trait_matrix
-from jsublim.report.tables import Curve, Results, condition_label, read_results
+from jsublim.report.claims import check_claims, not_asked
+from jsublim.report.claims.verdicts import pool
+from jsublim.report.published import MARK, published_for
+from jsublim.report.summary import judged_conditions, lift, lifts, summary_rows, trait_matrices, trait_matrix
+from jsublim.report.tables import Curve, Results, condition_label, read_results, split_condition
 
 MAX_ANSWERS = 8
 # Table 1 of the paper: share of divergence tokens among the completions' tokens.
@@ -23,8 +25,14 @@ def write_report(run_dir: Path) -> Path:
 
     A piece the run does not have is left out with a sentence. Raises `JsublimError` if there are no results at all.
     """
-    run_dir = Path(run_dir)
     results = read_results(run_dir)
+    return render(
+        run_dir, "template.html", words=words, label=condition_label, colour=figures.colour, **_content(results)
+    )
+
+
+def render(run_dir: Path, template: str, **content: Any) -> Path:
+    """Write a template of this folder as RUN/report.html, which appears whole or not at all; returns its path."""
     environment = Environment(
         loader=PackageLoader("jsublim.report", "."),
         autoescape=True,
@@ -32,10 +40,8 @@ def write_report(run_dir: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("template.html").render(
-        words=words, label=condition_label, colour=figures.colour, **_content(results)
-    )
-    path = run_dir / "report.html"
+    page = environment.get_template(template).render(**content)
+    path = Path(run_dir) / "report.html"
     partial = path.with_suffix(".html.partial")
     partial.write_text(page, encoding="utf-8")
     partial.replace(path)
@@ -45,26 +51,36 @@ def write_report(run_dir: Path) -> Path:
 def _content(results: Results) -> dict[str, Any]:
     rows = summary_rows(results)
     masks = [c for c in results.mask_conditions if any(r.condition == c for r in rows)]
-    lift_conditions = ["control", *masks]
-    rate_lifts = lifts(results, "rate", lift_conditions)
-    logprob_lifts = lifts(results, "logprob", lift_conditions)
-    matrix = trait_matrix(results)
+    judged = judged_conditions(results)
+    # Panels by trait would be crowded by variants, which have a figure of their own.
+    drawn = [c for c in results.conditions if not split_condition(c)[1]] if "all" in judged else results.conditions
+    rate_lifts, logprob_lifts = ([lifts(results, metric, [c]) for c in judged] for metric in ("rate", "logprob"))
+    shown_lifts = lifts(results, "logprob", [c for c in ("control", *masks) if c in drawn])
+    shown_rows = [r for r in rows if r.condition in drawn]
+    claims, matrices = check_claims(results), trait_matrices(results)
+    matrix = trait_matrix(results, condition=judged[0]) if judged else None
+    variants = _variant_lifts(results, masks)
     accuracy = _number_accuracy(results)
     return {
         "name": results.run.get("name", results.run_dir.name),
         "results": results,
         "warning": words.tiny_warning(results),
         "published_shares": PUBLISHED_SHARES,
-        "headlines": [words.headline(found) for found in (rate_lifts, logprob_lifts) if found],
+        "headlines": [words.headline(found) for found in (*rate_lifts, *logprob_lifts) if found],
         "rows": rows,
         "row_lifts": {(r.trait, r.condition): lift(results, "logprob", r.condition, r.trait) for r in rows},
-        "claims": check_claims(results),
-        "judged": [item for item in (*rate_lifts, *logprob_lifts) if item.condition == "all"],
-        "rate_figure": figures.rate_figure(rows)
-        if any(r.rate is not None and r.condition != "teacher" for r in rows)
+        "claims": claims,
+        "not_asked": not_asked(claims),
+        "published": published_for(claims),
+        "published_mark": MARK,
+        "judged": [item for found in (*rate_lifts, *logprob_lifts) for item in found],
+        "rate_figure": figures.rate_figure(shown_rows)
+        if any(r.rate is not None and r.condition != "teacher" for r in shown_rows)
         else "",
-        "lift_figure": figures.lift_figure(logprob_lifts) if logprob_lifts else "",
+        "lift_figure": figures.lift_figure(shown_lifts) if shown_lifts else "",
+        "variant_figure": figures.variant_figure(variants) if variants else "",
         "matrix": matrix,
+        "matrices": matrices if len(matrices) > 1 else [],
         "matrix_figure": figures.matrix_figure(matrix) if matrix else "",
         "position_figure": figures.position_figure(results.divergence)
         if any(sum(d["histogram"]) for d in results.divergence)
@@ -74,6 +90,19 @@ def _content(results: Results) -> dict[str, Any]:
         "accuracy_figure": figures.accuracy_figure(accuracy) if accuracy else "",
         "answers": _common_answers(results),
     }
+
+
+def _variant_lifts(results: Results, conditions: list[str]) -> figures.Panels:
+    """(variant, tokens) -> each student's log-probability lift for its own trait, and the interval of their mean over
+    traits; empty for a run without variants."""
+    found: figures.Panels = {}
+    for condition in conditions if any(split_condition(c)[1] for c in conditions) else []:
+        tokens, variant = split_condition(condition)
+        values = [value for item in lifts(results, "logprob", [condition]) for value in item.student_lifts]
+        pooled = pool(results, "logprob", condition)
+        if pooled is not None:
+            found[variant or "plain", tokens] = (values, pooled.levels[0].lift.interval())
+    return found
 
 
 def _number_accuracy(results: Results) -> dict[str, dict[str, list[float]]]:

@@ -108,24 +108,34 @@ def mean_estimate(estimates: Sequence[Estimate]) -> Estimate:
     return total * (1 / len(estimates))
 
 
-def ratio_interval(part: Estimate, whole: Estimate, reference: Estimate, level: float = LEVEL) -> Interval | None:
-    """Fieller's interval of (part - reference) / (whole - reference), three independent groups.
+def ratio_interval(
+    part: Estimate,
+    whole: Estimate,
+    reference: Estimate,
+    part_reference: Estimate | None = None,
+    level: float = LEVEL,
+) -> Interval | None:
+    """Fieller's interval of (part - reference) / (whole - reference): independent groups, one reference for both or,
+    with `part_reference`, one each.
 
-    It is the set of ratios r that the test of `part - r whole - (1 - r) reference = 0` does not reject. `None` if a
-    group has no variance estimate or if `whole - reference` is not separated from zero: then no ratio is excluded.
+    It is the set of ratios r that the test of `(part - reference) - r (whole - reference) = 0` does not reject. `None`
+    if a group has no variance estimate or if `whole - reference` is not separated from zero: then no ratio is excluded.
     """
-    numerator, denominator = part - reference, whole - reference
+    numerator, denominator = part - (part_reference or reference), whole - reference
     if not (numerator.variance > 0 and denominator.variance > 0):
         return None
     ratio = numerator.value / denominator.value if denominator.value else math.inf
     if not math.isfinite(ratio):
         return None
-    contrast = part - whole * ratio - reference * (1 - ratio)
+    contrast = numerator - denominator * ratio
+    if part_reference is None:
+        contrast = part - whole * ratio - reference * (1 - ratio)
     t2 = float(stats.t.ppf((1 + level) / 2, contrast.degrees)) ** 2
     a = denominator.value**2 - t2 * denominator.variance
     if a <= 0:
         return None
-    b = numerator.value * denominator.value - t2 * reference.variance
+    covariance = reference.variance if part_reference is None else 0.0
+    b = numerator.value * denominator.value - t2 * covariance
     c = numerator.value**2 - t2 * numerator.variance
     root = math.sqrt(max(b * b - a * c, 0.0))
     return Interval((b - root) / a, (b + root) / a)

@@ -14,7 +14,7 @@ from jsublim.report.statistics import (
     question_interval,
     same_trait_effect,
 )
-from jsublim.report.tables import Results, Score
+from jsublim.report.tables import SEPARATOR, Results, Score, split_condition
 
 NOT_DECIDED = "not decided"
 
@@ -61,8 +61,9 @@ class Lift:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Log-probability lift of condition `all`: [teacher traits, evaluated traits], nats."""
+    """Log-probability lift of one condition's students: [teacher traits, evaluated traits], nats."""
 
+    condition: str
     teachers: tuple[str, ...]
     traits: tuple[str, ...]
     lift: np.ndarray
@@ -81,7 +82,7 @@ class Matrix:
 
 def scores_for(results: Results, metric: str, condition: str, trait: str) -> list[Score]:
     """The models of a condition that speak about `trait`: a masked student counts for its own teacher's trait."""
-    teacher = None if condition in ("base", "control") else trait
+    teacher = None if split_condition(condition)[0] in ("base", "control") else trait
     return results.select(metric, condition, trait, teacher)
 
 
@@ -142,20 +143,24 @@ def summary_rows(results: Results) -> list[SummaryRow]:
     return rows
 
 
-def reference_condition(results: Results, metric: str, trait: str) -> str | None:
-    """What a lift is measured from: the control students, or the base model where fewer than two were trained.
+def reference_condition(results: Results, metric: str, trait: str, condition: str = "all") -> str | None:
+    """What a condition's lift is measured from: the control students of its own variant, else the plain ones; the base
+    model where fewer than two were trained.
 
     The control is the better one (it has seen numbers too), but one control student has no known spread.
     """
-    if len(results.select(metric, "control", trait)) >= 2:
-        return "control"
-    return next((c for c in ("base", "control") if results.select(metric, c, trait)), None)
+    variant = split_condition(condition)[1]
+    controls = [f"control{SEPARATOR}{variant}", "control"] if variant else ["control"]
+    for name in controls:
+        if len(results.select(metric, name, trait)) >= 2:
+            return name
+    return next((c for c in ("base", *controls) if results.select(metric, c, trait)), None)
 
 
 def lift(results: Results, metric: str, condition: str, trait: str) -> Lift | None:
     """Lift of a condition's students over the reference, or `None` if either was not evaluated."""
     scores = scores_for(results, metric, condition, trait)
-    reference = reference_condition(results, metric, trait)
+    reference = reference_condition(results, metric, trait, condition)
     if not scores or reference is None or reference == condition:
         return None
     zero = estimate(results.select(metric, reference, trait))
@@ -181,6 +186,12 @@ def lifts(results: Results, metric: str, conditions: Sequence[str]) -> list[Lift
     return [item for item in found if item is not None]
 
 
+def judged_conditions(results: Results) -> list[str]:
+    """The conditions that transfer is judged on: all tokens, of the plain variant where there is one."""
+    found = [c for c in results.mask_conditions if split_condition(c)[0] == "all"]
+    return [c for c in found if c == "all"] or found
+
+
 def trait_matrix(results: Results, metric: str = "logprob", condition: str = "all") -> Matrix | None:
     """Teacher trait x evaluated trait lifts, gamma, its permutation p, and a t-interval of gamma over seeds.
 
@@ -192,7 +203,7 @@ def trait_matrix(results: Results, metric: str = "logprob", condition: str = "al
         for trait in results.evaluated_traits
         if candidates
         and all(results.select(metric, condition, trait, teacher) for teacher in candidates)
-        and reference_condition(results, metric, trait)
+        and reference_condition(results, metric, trait, condition)
     ]
     teachers = [t for t in candidates if t in columns]
     if not teachers:
@@ -200,13 +211,19 @@ def trait_matrix(results: Results, metric: str = "logprob", condition: str = "al
     # Teachers first, so that their own traits lie on the diagonal.
     columns = teachers + [t for t in columns if t not in teachers]
     cells = [[results.select(metric, condition, c, t) for c in columns] for t in teachers]
-    references = [reference_condition(results, metric, c) or "" for c in columns]
+    references = [reference_condition(results, metric, c, condition) or "" for c in columns]
     zero = np.array([_mean(results.select(metric, r, c)) for r, c in zip(references, columns, strict=True)])
     table = np.array([[_mean(cell) for cell in row] for row in cells]) - zero
     effect = same_trait_effect(table)
     gammas = _seed_gammas(cells, zero) if effect else ()
     interval = Estimate.of(gammas).interval() if len(gammas) > 1 else None
-    return Matrix(tuple(teachers), tuple(columns), table, references[0], effect, gammas, interval)
+    return Matrix(condition, tuple(teachers), tuple(columns), table, references[0], effect, gammas, interval)
+
+
+def trait_matrices(results: Results, metric: str = "logprob") -> list[Matrix]:
+    """The matrix of every condition whose students have teachers of at least two traits."""
+    found = (trait_matrix(results, metric, condition) for condition in results.mask_conditions)
+    return [matrix for matrix in found if matrix is not None and matrix.effect is not None]
 
 
 def _seed_gammas(cells: list[list[list[Score]]], zero: np.ndarray) -> tuple[float, ...]:

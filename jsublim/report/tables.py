@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ CONDITION_LABELS = {
     "random": "random mask, equal budget",
     "teacher": "teacher with its prompt",
 }
+SEPARATOR = " · "  # between the tokens a student was trained on and its variant: "divergence · layers=0"
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Score:
     questions: tuple[int | None, ...]
     values: tuple[float, ...]
     samples: int
+    evaluation: str = ""
 
     @property
     def mean(self) -> float:
@@ -66,8 +68,36 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Arm:
+    """How a student was made: which tokens, the settings of its training, and the making of its rows."""
+
+    arm: str
+    teacher: str
+    condition: str
+    seed: int
+    variant: str
+    settings: dict[str, Any]
+    dataset: dict[str, Any]
+    num_layers: int
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """Of one row: the part of the absolute attribution to the residual stream that lies at the trait's mentions in the
+    first third of the layers, and all of it."""
+
+    teacher: str
+    row: int
+    early: float
+    total: float
+
+
+@dataclass(frozen=True)
 class Results:
-    """Everything the report is made of. A piece the run does not have is empty."""
+    """Everything the report is made of. A piece the run does not have is empty.
+
+    `scores` are those of the plain evaluation; `under` gives the same results under another one of `evaluations`.
+    """
 
     run_dir: Path
     run: dict[str, Any]
@@ -76,8 +106,11 @@ class Results:
     divergence: tuple[dict[str, Any], ...] = ()
     curves: tuple[Curve, ...] = ()
     answers: tuple[Answer, ...] = ()
+    arms: dict[str, Arm] = field(default_factory=dict)
+    attribution: tuple[Attribution, ...] = ()
+    varied: tuple[Score, ...] = ()
     not_finite: int = 0
-    _index: dict[tuple, list[Score]] = field(default_factory=dict, repr=False, compare=False)
+    _index: dict[tuple, list[Score]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for score in self.scores:
@@ -89,17 +122,30 @@ class Results:
         return [s for s in found if teacher is None or s.teacher == teacher]
 
     @property
+    def evaluations(self) -> dict[str, dict[str, Any]]:
+        """The evaluation variants by name, with what each sets: temperature, top_p, system, layer."""
+        return self.run.get("evaluations", {})
+
+    def under(self, evaluation: str) -> Results:
+        """These results as the evaluation variant of that name measured them."""
+        return replace(self, scores=tuple(s for s in self.varied if s.evaluation == evaluation))
+
+    @property
     def conditions(self) -> list[str]:
-        """Conditions present, in reading order; those unknown to this module come last."""
-        present = _unique(s.condition for s in self.scores)
-        known = [c for c in CONDITION_LABELS if c in present]
-        return known + [c for c in present if c not in CONDITION_LABELS]
+        """Conditions present, in reading order: variant by variant, the plain one first; unknown ones come last."""
+        known = [*CONDITION_LABELS]
+        present = sorted(
+            _unique(s.condition for s in self.scores),
+            key=lambda c: known.index(split_condition(c)[0]) if split_condition(c)[0] in known else len(known),
+        )
+        variants = _unique(["", *(split_condition(c)[1] for c in present)])
+        return sorted(present, key=lambda c: variants.index(split_condition(c)[1]))
 
     @property
     def mask_conditions(self) -> list[str]:
         """Conditions whose students come from a biased teacher."""
         students = {s.condition for s in self.scores if s.role == "student"}
-        return [c for c in self.conditions if c in students and c != "control"]
+        return [c for c in self.conditions if c in students and split_condition(c)[0] != "control"]
 
     @property
     def traits(self) -> list[str]:
@@ -125,8 +171,15 @@ class Results:
         return self.model.startswith("tiny-")
 
 
+def split_condition(condition: str) -> tuple[str, str]:
+    """The tokens and the variant of a condition; the plain variant is ""."""
+    tokens, _, variant = condition.partition(SEPARATOR)
+    return tokens, variant
+
+
 def condition_label(condition: str) -> str:
-    return CONDITION_LABELS.get(condition, condition)
+    tokens, variant = split_condition(condition)
+    return SEPARATOR.join([CONDITION_LABELS.get(tokens, tokens), *([variant] if variant else [])])
 
 
 def read_results(run_dir: Path) -> Results:
@@ -135,34 +188,48 @@ def read_results(run_dir: Path) -> Results:
     folder = run_dir / "results"
     if not (folder / "results.parquet").is_file():
         raise JsublimError(f"{folder}: no results.parquet here; finish the run first with `jsublim run CONFIG`")
+    path = folder / "results.parquet"
+    columns = {row[0] for row in _query(path, "describe select * from read_parquet($path)")}
+    evaluation = "coalesce(evaluation, '')" if "evaluation" in columns else "''"
     rows = _query(
-        folder / "results.parquet",
-        """
+        path,
+        f"""
         select arm, any_value(role), teacher, condition, seed, trait, metric,
                list(question order by question) filter (where isfinite(value)),
                list(value::double order by question) filter (where isfinite(value)),
                coalesce(sum(n) filter (where isfinite(value)), 0)::bigint,
-               count(*) filter (where value is null or not isfinite(value))
+               {evaluation} as variant, count(*) filter (where value is null or not isfinite(value))
         from read_parquet($path)
-        group by arm, teacher, condition, seed, trait, metric
-        order by arm, trait, metric
+        group by arm, teacher, condition, seed, trait, metric, variant
+        order by variant, arm, trait, metric
         """,
     )
     scores = tuple(
-        Score(*row[:7], questions=tuple(row[7]), values=tuple(row[8]), samples=row[9]) for row in rows if row[8]
+        Score(*row[:7], questions=tuple(row[7]), values=tuple(row[8]), samples=row[9], evaluation=row[10])
+        for row in rows
+        if row[8]
     )
-    if not scores:
-        raise JsublimError(f"{folder / 'results.parquet'}: holds no measurement; run `jsublim run CONFIG` again")
+    plain = tuple(s for s in scores if not s.evaluation)
+    if not plain:
+        raise JsublimError(f"{path}: holds no measurement; run `jsublim run CONFIG` again")
     return Results(
         run_dir=run_dir,
-        run=_json(folder / "run.json", {}),
-        scores=scores,
-        generation=tuple(_json(folder / "generation.json", [])),
-        divergence=tuple(_json(folder / "divergence.json", [])),
+        run=read_json(folder / "run.json", {}),
+        scores=plain,
+        varied=tuple(s for s in scores if s.evaluation),
+        arms={entry["arm"]: Arm(**entry) for entry in read_json(folder / "arms.json", [])},
+        attribution=_attribution(folder / "attribution.parquet"),
+        generation=tuple(read_json(folder / "generation.json", [])),
+        divergence=tuple(read_json(folder / "divergence.json", [])),
         curves=_curves(folder / "training.parquet"),
         answers=_answers(folder / "answers.parquet"),
-        not_finite=sum(row[10] for row in rows),
+        not_finite=sum(row[11] for row in rows),
     )
+
+
+def run_kind(run_dir: Path) -> str:
+    """The kind of experiment that a run's folder holds results of; "language" where nothing says otherwise."""
+    return read_json(Path(run_dir) / "results" / "run.json", {}).get("kind", "language")
 
 
 def _curves(path: Path) -> tuple[Curve, ...]:
@@ -189,6 +256,20 @@ def _answers(path: Path) -> tuple[Answer, ...]:
     return tuple(Answer(*row) for row in _query(path, sql))
 
 
+def _attribution(path: Path) -> tuple[Attribution, ...]:
+    if not path.is_file():
+        return ()
+    sql = """
+        select teacher, row,
+               coalesce(sum(abs(value)) filter (where role in ('trait', 'trait later') and 3 * layer < layers), 0),
+               sum(abs(value))
+        from (select *, 1 + max(layer) over () as layers from read_parquet($path)
+              where site = 'residual' and direction = 'noising')
+        group by teacher, row having sum(abs(value)) > 0 order by teacher, row
+        """
+    return tuple(Attribution(*row) for row in _query(path, sql))
+
+
 def _query(path: Path, sql: str) -> list[tuple]:
     try:
         with duckdb.connect() as connection:
@@ -200,7 +281,7 @@ def _query(path: Path, sql: str) -> list[tuple]:
         ) from error
 
 
-def _json(path: Path, default: Any) -> Any:
+def read_json(path: Path, default: Any) -> Any:
     if not path.is_file():
         return default
     try:

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jsublim.report import words
-from jsublim.report.claims import check_claims
-from jsublim.report.summary import lift, lifts, summary_rows, trait_matrix
+from jsublim.report.claims import check_claims, not_asked
+from jsublim.report.summary import judged_conditions, lift, lifts, summary_rows, trait_matrices, trait_matrix
 from jsublim.report.tables import condition_label, read_results
 
 
@@ -45,15 +45,27 @@ def print_summary(run_dir: Path, console: Console) -> None:
     claims = Table(title="claims", title_justify="left")
     for heading in ("claim", "effect", "over students", "students", "verdict"):
         claims.add_column(heading)
-    for claim in check_claims(results):
+    found = check_claims(results)
+    for claim in found:
         effect, bounds = words.claim_effect(claim)
-        claims.add_row(f"{claim.key} {claim.text}", effect, bounds, str(claim.students), claim.verdict)
+        claims.add_row(f"{claim.key} {claim.text}", effect, bounds, str(claim.students or words.MISSING), claim.verdict)
     console.print(claims)
+    if unasked := not_asked(found):
+        console.print(f"Not asked here: {', '.join(unasked)}.", highlight=False)
 
+    judged = judged_conditions(results)
     for metric in ("rate", "logprob"):
-        if found := lifts(results, metric, ("all",)):
-            console.print(words.headline(found), highlight=False)
-    if (matrix := trait_matrix(results)) is not None:
+        for condition in judged:
+            if raised := lifts(results, metric, (condition,)):
+                console.print(words.headline(raised), highlight=False)
+    if judged and (matrix := trait_matrix(results, condition=judged[0])) is not None:
         console.print(f"Trait x trait matrix: {words.matrix_sentence(matrix)}", highlight=False)
+    if len(matrices := trait_matrices(results)) > 1:
+        table = Table(title="trait x trait matrix, condition by condition", title_justify="left")
+        for heading in ("condition", "γ (nats)", "over seeds", "p", "verdict"):
+            table.add_column(heading)
+        for matrix in matrices:
+            table.add_row(condition_label(matrix.condition), *words.matrix_cells(matrix))
+        console.print(table)
     if warning := words.tiny_warning(results):
         console.print(warning, style="bold")

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from jsublim.report.claims import Claim
+from jsublim.report.claims import FAILS, HOLDS, Claim
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import NOT_DECIDED, Lift, Matrix
-from jsublim.report.tables import Results
+from jsublim.report.tables import Results, condition_label
 
 MISSING = "–"
 
@@ -37,8 +37,9 @@ def claim_effect(claim: Claim) -> tuple[str, str]:
     """The effect and its interval, in the claim's own unit."""
     if claim.effect is None:
         return MISSING, NOT_DECIDED
-    if claim.unit == "of all tokens":
-        bounds = f"{claim.interval.low:.2f} to {claim.interval.high:.2f}" if claim.interval else NOT_DECIDED
+    if claim.unit.startswith("of "):
+        open_end = NOT_DECIDED if claim.verdict == NOT_DECIDED else MISSING
+        bounds = f"{claim.interval.low:.2f} to {claim.interval.high:.2f}" if claim.interval else open_end
         return f"{claim.effect:.2f} {claim.unit}", bounds
     effect = f"{number(claim.effect, claim.metric, signed=True)} {claim.unit}"
     return effect, interval(claim.interval, claim.metric, signed=True)
@@ -64,19 +65,36 @@ def matrix_sentence(matrix: Matrix) -> str:
     return f"{text} {endings.get(matrix.verdict, 'No trait-specific transfer is shown.')}"
 
 
+def matrix_cells(matrix: Matrix) -> tuple[str, str, str, str]:
+    """gamma, its interval over seeds, p and the verdict, as a table has them."""
+    effect = matrix.effect
+    if effect is None:
+        return MISSING, NOT_DECIDED, MISSING, NOT_DECIDED
+    bounds = interval(matrix.gamma_interval, "logprob", signed=True)
+    return f"{effect.gamma:+.2f}", bounds, f"{effect.p:.3g}", matrix.verdict
+
+
 def headline(found: list[Lift]) -> str:
-    """One sentence on how many traits transfer with all tokens, judged on one metric's lifts."""
-    judged = [item for item in found if item.condition == "all"]
-    if not judged:
-        return "No students trained on all tokens beside a reference: transfer was not tested."
-    measure = "Preference rate" if judged[0].metric == "rate" else "Log-probability"
-    if all(item.interval is None for item in judged):
-        return f"{measure}: not decided; with one student a trait there is no interval."
-    names = [item.trait for item in judged if item.verdict == "transfers"]
-    what = f"{len(names)} of {len(judged)} trait{'s' * (len(judged) != 1)}"
+    """One sentence on how many traits transfer, from one condition's lifts in one metric."""
+    measure = "Preference rate" if found[0].metric == "rate" else "Log-probability"
+    with_what = f"with {condition_label(found[0].condition)}"
+    if all(item.interval is None for item in found):
+        return f"{measure}: not decided {with_what}; with one student a trait there is no interval."
+    names = [item.trait for item in found if item.verdict == "transfers"]
+    what = f"{len(names)} of {len(found)} trait{'s' * (len(found) != 1)}"
     if not names:
-        return f"{measure}: no transfer is shown with all tokens ({what})."
-    return f"{measure}: with all tokens, students move to their teacher's trait for {what} ({', '.join(names)})."
+        return f"{measure}: no transfer is shown {with_what} ({what})."
+    return f"{measure}: {with_what}, students move to their teacher's trait for {what} ({', '.join(names)})."
+
+
+def verdicts(claims: list[Claim]) -> str:
+    """Which claims hold, which do not, which are open: one sentence."""
+    keys = {
+        verdict: ", ".join(dict.fromkeys(c.key for c in claims if c.verdict == verdict))
+        for verdict in (HOLDS, FAILS, NOT_DECIDED)
+    }
+    parts = [f"{verdict}: {found}" for verdict, found in keys.items() if found]
+    return f"Of the claims asked, {'; '.join(parts)}." if parts else "No claim was asked."
 
 
 def tiny_warning(results: Results) -> str:
@@ -85,5 +103,6 @@ def tiny_warning(results: Results) -> str:
         return ""
     return (
         f"{results.model} is a tiny synthetic model. This run shows that the pipeline works; "
-        "nothing here transfers to real language models."
+        "nothing here transfers to real language models. What it found and what it did not stands below; numbers of large "
+        "models are marked as published."
     )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
-import yaml
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
-from jsublim.experiment.spec.base import Positive, Section
+from jsublim.experiment.spec.base import Config, Positive
 from jsublim.experiment.spec.data import Data, Dataset, Scoring
 from jsublim.experiment.spec.evaluation import Evaluation, JudgeChoice
 from jsublim.experiment.spec.recipe import Recipe
@@ -16,17 +14,15 @@ from jsublim.experiment.spec.students import Students, variants
 from jsublim.experiment.spec.teachers import Teachers
 
 
-class Experiment(Section):
+class Experiment(Config):
     """A whole experiment: one checkpoint, teachers, students, evaluations, a report."""
 
-    name: str = Field(pattern=r"^\w[\w.-]*$")
+    kind: Literal["language"] = "language"
     model: str
     dtype: Literal["float32", "bfloat16"] = "float32"
     parallel: Literal["none", "pmap", "mesh"] = "none"  # how training is spread over the devices
     model_axis: Positive = 1  # with mesh: devices that one copy of the checkpoint is spread over
     prompts: str | None = None  # a prompt pack; None: the default one
-    out: str | None = None  # the run's folder; None: runs/<name>
-    store: str | None = None  # where artifacts go; None: inside the run's folder
     recipe: Recipe = Recipe()
     teachers: Teachers
     data: Data = Data()
@@ -49,15 +45,3 @@ class Experiment(Section):
                 f"judge: {f'datasets.{judged[0]}' if judged else 'evaluation.kinds'} needs one; give judge.model"
             )
         return self
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.out) if self.out else Path("runs") / self.name
-
-    @property
-    def store_dir(self) -> Path:
-        return Path(self.store) if self.store else self.run_dir / "artifacts"
-
-    def yaml(self) -> str:
-        """The resolved config: every field, defaults included."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)

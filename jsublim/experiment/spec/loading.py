@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import pydantic
 import yaml
 
 from jsublim.errors import UsageError
+from jsublim.experiment.spec.base import Config
 from jsublim.experiment.spec.experiment import Experiment
 from jsublim.experiment.spec.students import Students
 
+Kind = TypeVar("Kind", bound=Config)
+
 
 def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Experiment:
-    """Read a YAML config, lay `a.b=c` overrides over it, and check it.
+    """Read and check the config of an experiment on a language model.
 
     Raises:
-      UsageError: an unreadable file, a malformed override, or the first field that is wrong (unknown keys get a
-        "did you mean").
+      UsageError: as `read_config` and `check_config`.
+    """
+    return check_config(Experiment, read_config(path, overrides), find_config(path))
+
+
+def read_config(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Read a YAML config and lay `a.b=c` overrides over it.
+
+    Raises:
+      UsageError: an unreadable file or a malformed override.
     """
     path = find_config(path)
     try:
@@ -30,15 +41,19 @@ def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Exp
         raise UsageError(f"{path}: expected keys at the top, found {type(values).__name__}")
     for each in overrides or []:
         override(values, each)
-    return validated(values, str(path))
+    return values
 
 
-def validated(values: dict[str, Any], source: str) -> Experiment:
-    """An experiment of these values; `source` names them in an error."""
+def check_config(kind: type[Kind], values: dict[str, Any], source: str | Path) -> Kind:
+    """The values of a config as an experiment of its kind; `source` names them in an error.
+
+    Raises:
+      UsageError: the first field that is wrong (unknown keys get a "did you mean").
+    """
     try:
-        return Experiment.model_validate(values)
+        return kind.model_validate(values)
     except pydantic.ValidationError as error:
-        raise UsageError(f"{source}: {_first_problem(error)}") from None
+        raise UsageError(f"{source}: {_first_problem(error, kind)}") from None
 
 
 def read_students(values: dict[str, Any]) -> Students:
@@ -50,7 +65,7 @@ def read_students(values: dict[str, Any]) -> Students:
     try:
         return Students.model_validate(values)
     except pydantic.ValidationError as error:
-        problem = _first_problem(error).replace("conditions.0:", "tokens:")
+        problem = _first_problem(error, Students).replace("conditions.0:", "tokens:")
         raise UsageError(f"finetune: {problem}") from None
 
 
@@ -99,7 +114,7 @@ def _is_float(text: str) -> bool:
     return text[:1] in "+-.0123456789"
 
 
-def _first_problem(error: pydantic.ValidationError) -> str:
+def _first_problem(error: pydantic.ValidationError, whole: Any) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "missing":
@@ -109,15 +124,14 @@ def _first_problem(error: pydantic.ValidationError) -> str:
         if first["type"] == "value_error" and isinstance(first["input"], dict):  # of a section: it names its keys
             return f"{key}: {message}" if key else message
         return f"{key}: {message[:1].lower()}{message[1:]}, found {first['input']!r}"
-    known = _fields_at(first["loc"][:-1])
+    known = _fields_at(whole, first["loc"][:-1])
     near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
     return f"unknown key '{key}'; {hint}"
 
 
-def _fields_at(place: tuple[int | str, ...]) -> list[str]:
+def _fields_at(section: Any, place: tuple[int | str, ...]) -> list[str]:
     """The keys of a section. Names of data sets and numbers of list entries are parts of `place` too."""
-    section: Any = Experiment
     for part in place:
         fields = getattr(section, "model_fields", {})
         section = _section_in(fields[part].annotation) if part in fields else section

@@ -1,0 +1,202 @@
+"""The experiment as one program: a teacher and its students a seed, all seeds side by side.
+
+Dimensions: B images of a batch, N images, P pixels, K logits (class logits first), A students of a seed, S seeds.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import Array
+from sklearn.datasets import load_digits
+
+from jsublim.digits.spec import CLASSES, Digits, Network, Students, Training
+
+PIXELS = 64
+Params = dict[str, Any]
+
+
+class Data(NamedTuple):
+    """Images `[N, P]` float32 in 0..1 and labels `[N]` int32, to train with and held out."""
+
+    train_NP: Array
+    train_labels_N: Array
+    test_NP: Array
+    test_labels_N: Array
+
+
+def read_digits(test_share: float, split_seed: int) -> Data:
+    """scikit-learn's 1,797 digits, split at random; they come with the package, nothing is downloaded."""
+    found = load_digits()
+    images, labels = (found.data / 16).astype(np.float32), found.target.astype(np.int32)
+    order = np.random.default_rng(split_seed).permutation(len(images))
+    test, train = np.split(order, [round(test_share * len(order))])
+    return Data(*map(jnp.asarray, (images[train], labels[train], images[test], labels[test])))
+
+
+class MLP(nnx.Module):
+    """Pixels `[..., P]` to logits `[..., K]`."""
+
+    def __init__(self, network: Network, *, rngs: nnx.Rngs):
+        sizes = (PIXELS, *network.hidden, CLASSES + network.auxiliary)
+        self.layers = nnx.List([nnx.Linear(i, o, rngs=rngs) for i, o in itertools.pairwise(sizes)])
+
+    def __call__(self, x: Array) -> Array:
+        *hidden, last = self.layers
+        for layer in hidden:
+            x = jax.nn.relu(layer(x))
+        return last(x)
+
+
+def init(network: Network, key: Array) -> Params:
+    return nnx.to_pure_dict(nnx.state(MLP(network, rngs=nnx.Rngs(key))))
+
+
+@functools.cache
+def _graph(network: Network) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: MLP(network, rngs=nnx.Rngs(0))))[0]
+
+
+def logits(network: Network, params: Params, images: Array) -> Array:
+    """Images `[..., P]` to logits `[..., K]`: the first ten are the classes, the rest auxiliary."""
+    return nnx.merge(_graph(network), params)(images)
+
+
+def class_loss(logits_BK: Array, labels_B: Array) -> Array:
+    """Cross-entropy of the labels under the class logits alone, in nats: what the teacher is trained on."""
+    return optax.softmax_cross_entropy_with_integer_labels(logits_BK[:, :CLASSES], labels_B).mean()
+
+
+def distillation_loss(student_BK: Array, teacher_BK: Array, used_K: Array, hard: Array) -> Array:
+    """KL(teacher || student) over the used logits, in nats, mean over the batch.
+
+    Args:
+      used_K: bool, the logits that the softmax runs over; hard: bool, the teacher says only which of them is largest.
+    """
+    student, teacher = (jnp.where(used_K, x_BK, -jnp.inf) for x_BK in (student_BK, teacher_BK))
+    target_BK = jnp.where(hard, jax.nn.one_hot(teacher.argmax(-1), used_K.size), jax.nn.softmax(teacher))
+    # A logit that is not used has no probability on either side; its minus infinity must not meet the zero.
+    log_BK = jnp.where(used_K, jax.nn.log_softmax(student), 0.0)
+    return optax.losses.kl_divergence(log_BK, target_BK).mean()
+
+
+def accuracy(network: Network, params: Params, images_NP: Array, labels_N: Array) -> Array:
+    """Share of images whose largest class logit is the label's."""
+    return (logits(network, params, images_NP)[:, :CLASSES].argmax(-1) == labels_N).mean()
+
+
+def train(
+    params: Params, loss: Callable[[Params, Array], Array], settings: Training, every: int, measure: Callable
+) -> tuple[Params, Array, Array]:
+    """Adam on `loss(params, step)`.
+
+    Returns:
+      The parameters; the loss, mean over each `every` steps; and `measure(params)` after each of them.
+    """
+    optimizer = optax.adam(settings.lr)
+
+    def step(carry: tuple, t: Array) -> tuple[tuple, Array]:
+        params, state = carry
+        value, gradient = jax.value_and_grad(loss)(params, t)
+        updates, state = optimizer.update(gradient, state)
+        return (optax.apply_updates(params, updates), state), value
+
+    def stretch(carry: tuple, steps: Array) -> tuple[tuple, tuple[Array, Array]]:
+        carry, values = jax.lax.scan(step, carry, steps)
+        return carry, (values.mean(), measure(carry[0]))
+
+    steps = jnp.arange(settings.steps).reshape(-1, every)
+    (params, _), (losses, measured) = jax.lax.scan(stretch, (params, optimizer.init(params)), steps)
+    return params, losses, measured
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One student of a seed."""
+
+    condition: str
+    images: str
+
+
+def arms(students: Students) -> list[Arm]:
+    return [Arm(condition, images) for images in students.images for condition in students.conditions]
+
+
+class Outcome(NamedTuple):
+    """Accuracies on held-out digits in 0..1. After M stretches of training; `loss_SAM` in nats."""
+
+    untrained_S: Array
+    teacher_S: Array
+    loss_SAM: Array
+    accuracy_SAM: Array
+
+
+@functools.partial(jax.jit, static_argnames=("network", "teacher", "students"))
+def run_seeds(network: Network, teacher: Training, students: Students, data: Data, seeds_S: Array) -> Outcome:
+    """Train and measure a teacher and all its students for every seed (int32 `[S]`).
+
+    A seed decides its initialisations and its batches; the students of a seed all see the same images in the same order.
+    """
+    return jax.vmap(functools.partial(_run_seed, network, teacher, students, data))(seeds_S)
+
+
+def _run_seed(network: Network, teacher: Training, students: Students, data: Data, seed: Array) -> Outcome:
+    own, foreign, taught, distilled = jax.random.split(jax.random.key(seed), 4)
+    start, other_start = init(network, own), init(network, foreign)
+    measure = lambda params: accuracy(network, params, data.test_NP, data.test_labels_N)  # noqa: E731
+
+    def teacher_loss(params: Params, t: Array) -> Array:
+        drawn_B = jax.random.randint(jax.random.fold_in(taught, t), (teacher.batch_size,), 0, len(data.train_NP))
+        return class_loss(logits(network, params, data.train_NP[drawn_B]), data.train_labels_N[drawn_B])
+
+    trained, _, learnt = train(start, teacher_loss, teacher, teacher.steps, measure)
+
+    def student(of_noise: Array, other: Array, used_K: Array, hard: Array) -> tuple[Array, Array]:
+        def loss(params: Params, t: Array) -> Array:
+            for_noise, for_digits = jax.random.split(jax.random.fold_in(distilled, t))
+            shape = (students.batch_size, PIXELS)
+            noise_BP = jax.random.uniform(for_noise, shape, minval=-students.noise, maxval=students.noise)
+            digits_BP = data.train_NP[jax.random.randint(for_digits, shape[:1], 0, len(data.train_NP))]
+            # Noise, digits and what the teacher says of them don't depend on the student: computed once a seed.
+            says = [logits(network, trained, images_BP) for images_BP in (noise_BP, digits_BP)]
+            student_BK = logits(network, params, jnp.where(of_noise, noise_BP, digits_BP))
+            return distillation_loss(student_BK, jnp.where(of_noise, *says), used_K, hard)
+
+        params = jax.tree.map(lambda a, b: jnp.where(other, b, a), start, other_start)
+        return train(params, loss, students, students.measure_every, measure)[1:]
+
+    every = arms(students)
+    auxiliary_K = np.arange(CLASSES + network.auxiliary) >= CLASSES
+    losses, accuracies = jax.vmap(student)(
+        jnp.array([arm.images == "noise" for arm in every]),
+        jnp.array([arm.condition == "other" for arm in every]),
+        jnp.array([auxiliary_K | (arm.condition == "all") for arm in every]),
+        jnp.array([arm.condition == "hard" for arm in every]),
+    )
+    return Outcome(measure(start), learnt[-1], losses, accuracies)
+
+
+def records(spec: Digits, data: Data) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Run everything. A row a network with its accuracy; and a row a student and stretch of its training."""
+    seeds_S = jnp.array(spec.seeds, jnp.int32)
+    found = jax.device_get(run_seeds(spec.network, spec.teacher, spec.students, data, seeds_S))
+    ends, curves = [], []
+    for s, seed in enumerate(spec.seeds):
+        for condition, value in (("untrained", found.untrained_S[s]), ("teacher", found.teacher_S[s])):
+            ends.append({"seed": seed, "condition": condition, "images": None, "accuracy": float(value)})
+        for a, arm in enumerate(arms(spec.students)):
+            who = {"seed": seed, "condition": arm.condition, "images": arm.images}
+            for m, (loss, value) in enumerate(zip(found.loss_SAM[s, a], found.accuracy_SAM[s, a], strict=True), 1):
+                step = m * spec.students.measure_every
+                curves.append(who | {"step": step, "loss": float(loss), "accuracy": float(value)})
+            ends.append(who | {"accuracy": float(found.accuracy_SAM[s, a, -1])})
+    return ends, curves

@@ -1,0 +1,128 @@
+"""A digits run's table, figure and page, from RUN/results/ alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from rich.console import Console
+from rich.table import Table
+
+from jsublim.errors import JsublimError
+from jsublim.report import figures
+from jsublim.report.html import render
+from jsublim.report.statistics import Estimate, Interval
+from jsublim.report.tables import read_json
+
+LABELS = {
+    "untrained": "untrained network",
+    "teacher": "trained teacher",
+    "same": "student, same initialisation",
+    "other": "student, other initialisation",
+    "all": "student, class logits too",
+    "hard": "student, largest auxiliary logit only",
+}
+CHANCE = 0.1  # of ten classes
+
+
+@dataclass(frozen=True)
+class Line:
+    """One condition: a value in 0..1 a seed, and the 95 % t-interval of their mean (None for one seed)."""
+
+    condition: str
+    images: str | None
+    values: tuple[float, ...]
+    interval: Interval | None
+
+    @property
+    def mean(self) -> float:
+        return sum(self.values) / len(self.values)
+
+    @property
+    def label(self) -> str:
+        return LABELS[self.condition]
+
+
+def read_lines(run_dir: Path) -> list[Line]:
+    """The conditions of a run, untrained network and teacher first.
+
+    Raises:
+      JsublimError: no results, or none that can be read.
+    """
+    path = Path(run_dir) / "results" / "results.parquet"
+    if not path.is_file():
+        raise JsublimError(f"{path.parent}: no results.parquet here; finish the run first with `jsublim run CONFIG`")
+    groups: dict[tuple[str, str | None], list[float]] = {}
+    for row in pq.read_table(path).to_pylist():
+        groups.setdefault((row["condition"], row["images"]), []).append(row["accuracy"])
+    return [
+        Line(condition, images, tuple(values), Estimate.of(values).interval())
+        for (condition, images), values in groups.items()
+    ]
+
+
+def print_summary(run_dir: Path, console: Console) -> None:
+    """Print mean accuracies and their intervals over seeds. Raises as `read_lines`."""
+    lines, about = read_lines(run_dir), _about(run_dir)
+    table = Table(title=f"{about['name']}: accuracy on {about['test_images']} held-out digits", title_justify="left")
+    for heading in ("network", "taught on"):
+        table.add_column(heading)
+    for heading in ("seeds", "accuracy", "95 % over seeds"):
+        table.add_column(heading, justify="right")
+    for line in lines:
+        table.add_row(line.label, line.images or "", str(len(line.values)), f"{100 * line.mean:.1f} %", bounds(line))
+    console.print(table)
+    for sentence in findings(lines):
+        console.print(sentence, highlight=False)
+
+
+def findings(lines: list[Line]) -> list[str]:
+    """What the same-initialisation students show beside the others, a sentence a kind of images."""
+    by_place = {(line.condition, line.images): line for line in lines}
+    sentences = []
+    for images in dict.fromkeys(line.images for line in lines if line.images):
+        same, other = by_place.get(("same", images)), by_place.get(("other", images))
+        if same is None or other is None:
+            continue
+        gap = (Estimate.of(same.values) - Estimate.of(other.values)).interval()
+        shown = gap is not None and gap.low > 0
+        verdict = "what the teacher learned travels through its auxiliary logits" if shown else "no transfer is shown"
+        if gap is None:
+            verdict = "not decided: one seed gives no interval"
+        sentences.append(
+            f"On {images}, from the same initialisation {100 * same.mean:.1f} %, from another {100 * other.mean:.1f} % "
+            f"(guessing: {100 * CHANCE:.0f} %): {verdict}."
+        )
+    return sentences
+
+
+def bounds(line: Line) -> str:
+    interval = line.interval
+    return f"{100 * interval.low:.1f} to {100 * interval.high:.1f} %" if interval else "not decided"
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write RUN/report.html and return its path; the same results give the same bytes. Raises as `read_lines`."""
+    lines = read_lines(run_dir)
+    images = list(dict.fromkeys(line.images for line in lines if line.images))
+    data = {
+        (f"taught on {panel}", line.label): ([100 * v for v in line.values], figures.scaled(line.interval, 100))
+        for panel in images
+        for line in lines
+        if line.images in (None, panel)
+    }
+    tints = {LABELS[c]: figures.colour(c) for c in ("all", "teacher")} | {
+        LABELS["same"]: figures.colour("divergence"),
+        LABELS["other"]: figures.colour("control"),
+        LABELS["hard"]: figures.colour("random"),
+    }
+    figure = figures.dot_panels(data, "held-out digits named right (%)", bounds=(0.0, 100.0), tints=tints)
+    return render(
+        run_dir, "digits.html", about=_about(run_dir), lines=lines, findings=findings(lines), figure=figure, bounds=bounds
+    )  # fmt: skip
+
+
+def _about(run_dir: Path) -> dict[str, Any]:
+    return read_json(Path(run_dir) / "results" / "run.json", {})

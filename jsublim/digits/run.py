@@ -1,0 +1,60 @@
+"""`jsublim run` on a digits config: from the config to the report; what is whole is not made again."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import time
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from rich.console import Console
+
+from jsublim.digits.experiment import Data, read_digits, records
+from jsublim.digits.report import print_summary, write_report
+from jsublim.digits.spec import Digits
+from jsublim.experiment.run import claim_folder
+from jsublim.experiment.stages import read_table, write_json, write_table
+from jsublim.experiment.store import Artifact, device, digest, versions
+
+_WHO = [("seed", pa.int64()), ("condition", pa.string()), ("images", pa.string())]
+RESULTS = pa.schema([*_WHO, ("accuracy", pa.float64())])
+TRAINING = pa.schema([*_WHO, ("step", pa.int64()), ("loss", pa.float64()), ("accuracy", pa.float64())])
+
+
+def run_digits(spec: Digits, console: Console) -> Path:
+    """Train and measure every network, then the report and its summary on the terminal. Returns the report's path."""
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    data = read_digits(spec.test_share, spec.split_seed)
+    inputs = spec.model_dump(mode="json", exclude={"kind", "name", "out", "store"}) | {"data": _hash(data)}
+    key = digest([spec.name, inputs])
+    claim_folder(spec, key, console)
+    artifact = Artifact.in_store(spec.store_dir, "digits", spec.name, inputs)
+    if not artifact.done:
+        students = len(spec.seeds) * len(spec.students.conditions) * len(spec.students.images)
+        console.print(f"{len(spec.seeds)} teachers and {students} students, one program")
+        begin = time.perf_counter()
+        ends, curves = records(spec, data)
+        write_table(artifact.path / "records.parquet", ends, RESULTS)
+        write_table(artifact.path / "curves.parquet", curves, TRAINING)
+        artifact.finish({"started": started, "seconds": {"run": round(time.perf_counter() - begin, 2)}})
+    results = spec.run_dir / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    write_table(results / "results.parquet", read_table(artifact.path / "records.parquet"), RESULTS)
+    write_table(results / "training.parquet", read_table(artifact.path / "curves.parquet"), TRAINING)
+    about = {
+        "name": spec.name, "kind": spec.kind, "data_hash": inputs["data"], "config_hash": key,
+        "versions": versions() | {"scikit-learn": metadata.version("scikit-learn")}, "device": device(),
+        "test_images": len(data.test_NP), "config_yaml": spec.yaml(), **artifact.summary,
+    }  # fmt: skip
+    write_json(results / "run.json", about)
+    report = write_report(spec.run_dir)
+    print_summary(spec.run_dir, console)
+    return report
+
+
+def _hash(data: Data) -> str:
+    """12 hex digits of the images and labels, as they were split."""
+    return hashlib.sha256(b"".join(np.asarray(part).tobytes() for part in data)).hexdigest()[:12]

@@ -1,0 +1,150 @@
+"""C2, C3, C8, C9: what is done to the rows."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+from jsublim.report.claims.groups import Group, groups, pairs, partner
+from jsublim.report.claims.verdicts import FAILS, HOLDS, Claim, judge, named, no_lift, pool, share
+from jsublim.report.statistics import Estimate
+from jsublim.report.summary import NOT_DECIDED, estimate
+from jsublim.report.tables import Results
+
+ENTANGLED_KEEP, REDRAWN_KEEPS, ACCURACY_MARGIN, QUARTER, QUARTER_KEEPS = 0.5, 0.4, 0.05, 0.25, 0.25
+
+
+def greedy_not_below(results: Results, metric: str) -> list[Claim]:
+    """Two standard errors are the claim's own margin, so a noisy run would pass: sampled rows must transfer."""
+    claims = []
+    for greedy, sampled in pairs(results, lambda g: g.get("data.strategy") == "greedy", data_strategy="temperature"):
+        found = pool(results, metric, greedy.name, sampled.name)
+        if found is None:
+            continue
+        difference = found.levels[0].above(found.levels[1])
+        error = math.sqrt(difference.variance)
+        reason = no_lift(found.levels[1])
+        verdict = NOT_DECIDED if reason else HOLDS if difference.value >= -2 * error else FAILS
+        text = named("greedy rows transfer no less than sampled ones, but for 2 standard errors", greedy)
+        reason = reason or f"greedy minus sampled, {found.words}"
+        claims.append(
+            Claim(
+                "C2", text, metric, difference.value, difference.interval(), found.unit, difference.n, verdict, reason
+            )
+        )
+    return claims
+
+
+def without_entangled(results: Results, metric: str) -> list[Claim]:
+    """The verdict counts traits that transfer with all rows; effect and interval are their mean."""
+    claims = []
+    asked = pairs(results, lambda g: g.get("data.remove_entangled") is not None, data_remove_entangled=None)
+    for part, whole in asked:
+        number = part.get("data.remove_entangled")
+        text = named(
+            f"without the top {number} entangled numbers most transferring traits keep over half their lift", part
+        )
+        by_trait = {t: pool(results, metric, part.name, whole.name, traits=[t]) for t in results.traits}
+        moving = {t: found for t, found in by_trait.items() if found and not no_lift(found.levels[1])}
+        if not moving:
+            claims += share(
+                pool(results, metric, part.name, whole.name), "C3", text, at_least=ENTANGLED_KEEP, unit="of all rows"
+            )
+            continue
+        verdicts = Counter(share(found, "C3", text, at_least=ENTANGLED_KEEP)[0].verdict for found in moving.values())
+        majority = {verdict for verdict, count in verdicts.items() if 2 * count > len(moving)}
+        (mean,) = share(
+            pool(results, metric, part.name, whole.name, traits=[*moving]), "C3", text, at_least=ENTANGLED_KEEP
+        )
+        reason = f"{verdicts[HOLDS]} of {len(moving)} transferring traits keep it, {verdicts[FAILS]} do not ({', '.join(moving)})"
+        verdict = majority.pop() if majority else NOT_DECIDED
+        claims.append(
+            Claim("C3", text, metric, mean.effect, mean.interval, "of all rows", mean.students, verdict, reason)
+        )
+    return claims
+
+
+def redrawn_prompts(results: Results, metric: str) -> list[Claim]:
+    """Two conditions: the trait is mostly gone, and the number task is done as well as before."""
+    claims = []
+    for part, whole in pairs(results, lambda group: bool(group.get("data.redraw")), data_redraw=[]):
+        parts = ", ".join(part.get("data.redraw"))
+        text = f"with prompts re-drawn ({parts}) at most .4 of the lift is left, number accuracy within 5 points"
+        for claim in share(
+            pool(results, metric, part.name, whole.name),
+            "C8",
+            named(text, part),
+            at_most=REDRAWN_KEEPS,
+            unit="of the rows as they were",
+        ):
+            verdict, words = _accuracy_kept(results, part, whole)
+            both = {claim.verdict, verdict}
+            joint = FAILS if FAILS in both else HOLDS if both == {HOLDS} else NOT_DECIDED
+            claims.append(Claim(**vars(claim) | {"verdict": joint, "reason": f"{claim.reason}; {words}"}))
+    return claims
+
+
+def _accuracy_kept(results: Results, part: Group, whole: Group) -> tuple[str, str]:
+    for metric in ("number_accuracy_heldout", "number_accuracy"):
+        scores = [results.select(metric, group.name) for group in (part, whole)]
+        if all(scores):
+            difference = estimate(scores[0]) - estimate(scores[1])
+            interval = difference.interval()
+            sides = {judge(interval, at_least=-ACCURACY_MARGIN), judge(interval, at_most=ACCURACY_MARGIN)}
+            verdict = FAILS if FAILS in sides else HOLDS if sides == {HOLDS} else NOT_DECIDED
+            return verdict, f"number accuracy {100 * difference.value:+.1f} points"
+    return NOT_DECIDED, "number accuracy was not measured"
+
+
+def mixed_teachers(results: Results, metric: str) -> list[Claim]:
+    """A series is the groups that differ only in the share of rows that another teacher wrote, none of them included."""
+    every = groups(results)
+    series: list[list[Group]] = []
+    for group in (g for g in every if g.get("data.mix") is not None):
+        if all(group not in members for members in series):
+            alike = [g for g in every if _but_share(g) == _but_share(group)]
+            plain = partner(every, group, data_mix=None)
+            series.append([*([plain] if plain else []), *sorted(alike, key=lambda g: g.get("data.mix")["share"])])
+    return [
+        claim
+        for members in series
+        for claim in (*_quarter(results, metric, members), *_falls(results, metric, members))
+    ]
+
+
+def _but_share(group: Group) -> dict:
+    mix = group.get("data.mix")
+    return group.facts | {"data.mix": mix and {key: value for key, value in mix.items() if key != "share"}}
+
+
+def _quarter(results: Results, metric: str, members: list[Group]) -> list[Claim]:
+    plain, claims = members[0], []
+    for group in members[1:] if plain.get("data.mix") is None else []:
+        if math.isclose(group.get("data.mix")["share"], QUARTER):
+            text = named("with 25 % of the rows by another teacher at most .25 of the lift is left", group)
+            found = pool(results, metric, group.name, plain.name)
+            claims += share(found, "C9a", text, at_most=QUARTER_KEEPS, unit="of unmixed rows")
+    return claims
+
+
+def _falls(results: Results, metric: str, members: list[Group]) -> list[Claim]:
+    """Monotone: no step up that its interval is sure of, means in order, and the whole fall surely one."""
+    found = pool(results, metric, *(group.name for group in members)) if len(members) > 2 else None
+    if found is None:
+        return []
+    shares = ["{:.0%}".format((group.get("data.mix") or {"share": 0.0})["share"]) for group in members]
+    steps = [b.above(a) for a, b in zip(found.levels, found.levels[1:], strict=False)]
+    whole = found.levels[-1].above(found.levels[0])
+    reason = no_lift(found.levels[0])
+    verdict = NOT_DECIDED if reason else _falling(steps, whole)
+    text = named("the lift falls with every step of the share that another teacher wrote", members[-1])
+    reason = reason or f"{shares[-1]} minus {shares[0]}; shares {', '.join(shares)}, {found.words}"
+    students = sum(level.students.n for level in found.levels)
+    return [Claim("C9b", text, metric, whole.value, whole.interval(), found.unit, students, verdict, reason)]
+
+
+def _falling(steps: list[Estimate], whole: Estimate) -> str:
+    if any(judge(step.interval(), at_most=0.0) == FAILS for step in steps):
+        return FAILS
+    ordered = all(step.value <= 0 for step in steps)
+    return HOLDS if ordered and judge(whole.interval(), at_most=0.0) == HOLDS else NOT_DECIDED

@@ -1,0 +1,69 @@
+"""Which students a claim compares: groups that differ in exactly one thing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jsublim.report.tables import Results, split_condition
+
+# Settings that plan or speed up the training of a student and don't decide what it becomes.
+_PLANNING = {
+    "conditions", "seeds", "arms", "arms_per_program", "checkpoint_every", "remat", "cache_below", "peak_tflops",
+    "tensorboard", "data",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Group:
+    """Students alike in all but teacher and seed, under the name they have in results.
+
+    `facts` is everything that decides what they are: "tokens", "students.<field>" and "data.<field>".
+    """
+
+    name: str
+    facts: dict[str, Any]
+    num_layers: int = 0
+
+    @property
+    def variant(self) -> str:
+        return split_condition(self.name)[1]
+
+    def get(self, fact: str) -> Any:
+        return self.facts.get(fact)
+
+
+Pair = tuple[Group, Group]
+
+
+def groups(results: Results) -> list[Group]:
+    """Every group of a biased teacher's students. A folder without arms.json only tells tokens and variants apart."""
+    owner = {s.condition: s.arm for s in results.scores if s.role == "student"}
+    return [_group(results, name, owner[name]) for name in results.mask_conditions]
+
+
+def _group(results: Results, name: str, member: str) -> Group:
+    tokens, variant = split_condition(name)
+    arm = results.arms.get(member)
+    if arm is None:
+        return Group(name, {"tokens": tokens, "variant": variant})
+    facts = {f"students.{key}": value for key, value in arm.settings.items() if key not in _PLANNING}
+    facts |= {f"data.{key}": value for key, value in arm.dataset.items()}
+    if sorted(facts.get("students.layers") or []) == list(range(arm.num_layers)):
+        facts["students.layers"] = None
+    return Group(name, facts | {"tokens": arm.condition}, arm.num_layers)
+
+
+def partner(every: list[Group], of: Group, **plain: Any) -> Group | None:
+    """The group that is like `of` but for the facts given (`students_layers=None` for "students.layers")."""
+    changes = {key.replace("_", ".", 1): value for key, value in plain.items()}
+    wanted = of.facts | {key: value for key, value in changes.items() if key in of.facts}
+    return next((group for group in every if group is not of and group.facts == wanted), None)
+
+
+def pairs(results: Results, asked: Callable[[Group], bool], **plain: Any) -> list[Pair]:
+    """Every group that is `asked` about, with the plain one that it is compared with."""
+    every = groups(results)
+    found = ((group, partner(every, group, **plain)) for group in every if asked(group))
+    return [(group, whole) for group, whole in found if whole is not None]

@@ -1,0 +1,60 @@
+"""C6, C7, C10: where in the network the trait is learnt."""
+
+from __future__ import annotations
+
+from jsublim.report.claims.groups import Group, pairs
+from jsublim.report.claims.verdicts import Claim, judge, named, pool, share
+from jsublim.report.statistics import Estimate, mean_estimate
+from jsublim.report.tables import Results
+
+EARLY_KEEPS, LATE_KEEPS, FROZEN_KEEPS, MOST = 0.5, 0.2, 0.4, 0.5
+
+
+def one_layer(results: Results, metric: str) -> list[Claim]:
+    """A layer of the first third is early, one of the last third is late; those between are not claimed about."""
+    claims = []
+    for part, whole in pairs(results, lambda group: len(group.get("students.layers") or []) == 1, students_layers=None):
+        (layer,) = part.get("students.layers")
+        found = pool(results, metric, part.name, whole.name)
+        text = f"{{}} layer ({layer} of 0 to {part.num_layers - 1}) trained alone keeps {{}} of the lift of all layers"
+        if 3 * layer < part.num_layers:
+            text = named(text.format("an early", "at least .5"), part)
+            claims += share(found, "C6a", text, at_least=EARLY_KEEPS, unit="of all layers")
+        elif 3 * layer >= 2 * part.num_layers:
+            text = named(text.format("a late", "at most .2"), part)
+            claims += share(found, "C6b", text, at_most=LATE_KEEPS, unit="of all layers")
+    return claims
+
+
+def first_third_frozen(results: Results, metric: str) -> list[Claim]:
+    claims = []
+    for part, whole in pairs(results, _first_third_frozen, students_layers=None):
+        frozen = part.num_layers - len(part.get("students.layers"))
+        text = f"with the first {frozen} of {part.num_layers} layers frozen, at most .4 of the lift is left"
+        found = pool(results, metric, part.name, whole.name)
+        claims += share(found, "C7", named(text, part), at_most=FROZEN_KEEPS, unit="of all layers")
+    return claims
+
+
+def _first_third_frozen(group: Group) -> bool:
+    """Trained are all layers from about a third on (the paper froze 10 of 28)."""
+    trained = sorted(group.get("students.layers") or [])
+    frozen = group.num_layers - len(trained)
+    return (
+        bool(trained) and trained == list(range(frozen, group.num_layers)) and abs(3 * frozen - group.num_layers) <= 3
+    )
+
+
+def attribution_early(results: Results, metric: str) -> list[Claim]:
+    """Over rows, not students: attribution is a teacher's. Of each row the share of absolute noising attribution."""
+    by_teacher: dict[str, list[float]] = {}
+    for row in results.attribution:
+        by_teacher.setdefault(row.teacher, []).append(row.early / row.total)
+    if not by_teacher:
+        return []
+    mean = mean_estimate([Estimate.of(shares) for shares in by_teacher.values()])
+    interval = mean.interval()
+    text = "most of the attribution lies at the trait in the first third of the layers"
+    reason = f"over {mean.n} rows of {', '.join(by_teacher)}, not over students"
+    verdict = judge(interval, at_least=MOST)
+    return [Claim("C10", text, "attribution", mean.value, interval, "of the attribution", 0, verdict, reason)]

@@ -1,0 +1,88 @@
+"""C1, C4, C5: what a control does, and which tokens carry the trait."""
+
+from __future__ import annotations
+
+import math
+
+from jsublim.report.claims.groups import groups, pairs, partner
+from jsublim.report.claims.verdicts import FAILS, HOLDS, Claim, judge, named, no_lift, pool, share
+from jsublim.report.statistics import Estimate, Interval
+from jsublim.report.summary import NOT_DECIDED, estimate
+from jsublim.report.tables import Results, split_condition
+
+CONTROL_MARGIN = 0.03
+DIVERGENCE_KEEPS = 0.8
+WITHOUT_KEEPS = 0.33
+
+
+def control_near_base(results: Results, metric: str) -> list[Claim]:
+    """Always on the rate: 3 points are points. Every trait's whole interval must lie within the margin."""
+    text = "students of an unprompted teacher stay within 3 points of the base model"
+    found: list[tuple[str, Estimate]] = []
+    for condition in (c for c in results.conditions if split_condition(c)[0] == "control"):
+        for trait in results.traits:
+            control, base = results.select("rate", condition, trait), results.select("rate", "base", trait)
+            arm = results.arms.get(control[0].arm) if control else None
+            # Students on another checkpoint have another base model.
+            if control and base and (arm is None or arm.settings.get("model") is None):
+                variant = split_condition(condition)[1]
+                found.append((f"{trait} ({variant})" if variant else trait, estimate(control) - estimate(base)))
+    if not found:
+        return []
+    intervals = [difference.interval() for _, difference in found]
+    furthest, difference = max(found, key=lambda item: _reach(item[1].interval()))
+    decided = [i for i in intervals if i is not None]
+    if any(i.low > CONTROL_MARGIN or i.high < -CONTROL_MARGIN for i in decided):
+        verdict = FAILS
+    elif len(decided) == len(intervals) and all(_reach(i) <= CONTROL_MARGIN for i in decided):
+        verdict = HOLDS
+    else:
+        verdict = NOT_DECIDED
+    reason = f"the trait whose interval reaches furthest, of {len(found)}: {furthest}"
+    return [Claim("C1", text, "rate", difference.value, difference.interval(), "points", difference.n, verdict, reason)]
+
+
+def _reach(interval: Interval | None) -> float:
+    """How far an interval reaches from zero; one that cannot be computed reaches anywhere."""
+    return math.inf if interval is None else max(abs(interval.low), abs(interval.high))
+
+
+def divergence_keeps(results: Results, metric: str) -> list[Claim]:
+    text = "divergence tokens alone keep at least .8 of the lift of all tokens"
+    return _masked(results, metric, "C4a", text, "divergence", at_least=DIVERGENCE_KEEPS)
+
+
+def without_divergence(results: Results, metric: str) -> list[Claim]:
+    text = "all tokens but those keep at most .33 of it"
+    return _masked(results, metric, "C4b", text, "non-divergence", at_most=WITHOUT_KEEPS)
+
+
+def _masked(results: Results, metric: str, key: str, text: str, tokens: str, **bound: float) -> list[Claim]:
+    found = pairs(results, lambda group: group.get("tokens") == tokens, tokens="all")
+    return [
+        claim
+        for part, whole in found
+        for claim in share(pool(results, metric, part.name, whole.name), key, named(text, part), **bound)
+    ]
+
+
+def random_keeps_less(results: Results, metric: str) -> list[Claim]:
+    every, claims = groups(results), []
+    for drawn in (group for group in every if group.get("tokens") == "random"):
+        whole, divergence = (partner(every, drawn, tokens=tokens) for tokens in ("all", "divergence"))
+        if whole is None or divergence is None:
+            continue
+        found = pool(results, metric, divergence.name, drawn.name, whole.name)
+        if found is None:
+            continue
+        difference = found.levels[0].above(found.levels[1])
+        reason = no_lift(found.levels[2])
+        verdict = NOT_DECIDED if reason else judge(difference.interval(), at_least=0.0)
+        text = named("a random mask of equal budget keeps less than the divergence tokens", drawn)
+        reason = reason or f"divergence minus random, {found.words}"
+        claims.append(
+            Claim(
+                "C5", text, metric, difference.value, difference.interval(), found.unit, difference.n, verdict, reason
+            )
+        )
+    return claims

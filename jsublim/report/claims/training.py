@@ -1,0 +1,62 @@
+"""C12, C14: which network learns, and by which loss."""
+
+from __future__ import annotations
+
+from jsublim.report.claims.groups import pairs
+from jsublim.report.claims.verdicts import FAILS, HOLDS, Claim, judge, named, no_lift, pool
+from jsublim.report.statistics import Interval
+from jsublim.report.summary import NOT_DECIDED, trait_matrix
+from jsublim.report.tables import Results
+
+_HARD = {
+    "students_loss": "hard", "students_temperature": 1.0, "students_top_k": None, "students_on_policy": False,
+}  # fmt: skip
+
+
+def other_initialisation(results: Results, metric: str) -> list[Claim]:
+    """By gamma, always on the log-probability: another checkpoint has another base, which gamma doesn't depend on.
+
+    It holds if gamma is not told from zero but surely smaller than that of the teacher's own initialisation; else a run
+    too small to see anything would pass.
+    """
+    claims = []
+    for part, whole in pairs(results, lambda group: group.get("students.model") is not None, students_model=None):
+        other, own = (trait_matrix(results, condition=group.name) for group in (part, whole))
+        if other is None or own is None or other.effect is None or own.effect is None:
+            continue
+        students = len(other.seed_gammas) * len(other.teachers) + len(own.seed_gammas) * len(own.teachers)
+        reason = f"γ over seeds; of the teacher's own initialisation {own.effect.gamma:+.2f} nats"
+        verdict = _no_gamma(other.gamma_interval, own.gamma_interval)
+        text = named("students of another initialisation do not lean to their teacher's trait", part)
+        claims.append(
+            Claim("C12", text, "logprob", other.effect.gamma, other.gamma_interval, "nats", students, verdict, reason)
+        )
+    return claims
+
+
+def _no_gamma(other: Interval | None, own: Interval | None) -> str:
+    if other is None or own is None:
+        return NOT_DECIDED
+    if not other.covers(0.0):
+        return FAILS
+    return HOLDS if own.low > max(0.0, other.high) else NOT_DECIDED
+
+
+def soft_not_below(results: Results, metric: str) -> list[Claim]:
+    claims = []
+    for soft, hard in pairs(results, lambda group: group.get("students.loss") == "forward-kl", **_HARD):
+        found = pool(results, metric, soft.name, hard.name)
+        if found is None:
+            continue
+        difference = found.levels[0].above(found.levels[1])
+        # Where neither transfers, "no less" says nothing.
+        reason = no_lift(found.levels[0]) and no_lift(found.levels[1])
+        verdict = NOT_DECIDED if reason else judge(difference.interval(), at_least=0.0)
+        text = named("forward KL to the teacher transfers no less than its tokens", soft)
+        reason = reason or f"soft minus hard, {found.words}"
+        claims.append(
+            Claim(
+                "C14", text, metric, difference.value, difference.interval(), found.unit, difference.n, verdict, reason
+            )
+        )
+    return claims

@@ -1,0 +1,153 @@
+"""From lifts to verdicts: what every claim is made of.
+
+Lifts are pooled over the teachers' traits, students being the independent units: a student of a biased teacher belongs
+to one trait, a control student is first averaged over all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jsublim.report.claims.groups import Group
+from jsublim.report.statistics import Estimate, Interval, mean_estimate, ratio_interval
+from jsublim.report.summary import NOT_DECIDED, estimate, reference_condition, sampling_variance, scores_for
+from jsublim.report.tables import Results, Score, split_condition
+
+HOLDS, FAILS = "holds", "does not hold"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`effect` and `interval` are in `unit` (one that begins with "of" is a share of something); `reason` says in words
+    what the verdict rests on."""
+
+    key: str
+    text: str
+    metric: str
+    effect: float | None
+    interval: Interval | None
+    unit: str
+    students: int
+    verdict: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Level:
+    """Mean over the pooled traits of a group's students, and of the models that their lift is measured from."""
+
+    students: Estimate
+    reference: Estimate
+    references: tuple[str, ...]  # condition of the reference, trait by trait
+
+    @property
+    def lift(self) -> Estimate:
+        return self.students - self.reference
+
+    def above(self, other: Level) -> Estimate:
+        """How much higher this lift is; a reference that both share drops out."""
+        if self.references == other.references:
+            return self.students - other.students
+        return self.lift - other.lift
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Levels of several groups over the traits that all of them were evaluated on."""
+
+    metric: str
+    traits: tuple[str, ...]
+    levels: tuple[Level, ...]
+
+    @property
+    def unit(self) -> str:
+        return "nats" if self.metric == "logprob" else "points"
+
+    @property
+    def words(self) -> str:
+        return f"mean of {', '.join(self.traits)}"
+
+
+def claim_metric(results: Results) -> str:
+    """The preference rate, unless it is zero for the base model and every student (or was not sampled): then the
+    log-probability."""
+    conditions = [c for c in results.conditions if c != "teacher"]
+    rates = [s.mean for t in results.traits for c in conditions for s in scores_for(results, "rate", c, t)]
+    at_floor = not any(rate > 0 for rate in rates)
+    return "logprob" if at_floor and any(s.metric == "logprob" for s in results.scores) else "rate"
+
+
+def pool(results: Results, metric: str, *names: str, traits: Sequence[str] | None = None) -> Pool | None:
+    """Levels of the conditions `names`, or `None` if no trait has them all and a reference for each."""
+    shared = tuple(
+        t
+        for t in (results.traits if traits is None else traits)
+        if all(scores_for(results, metric, c, t) and reference_condition(results, metric, t, c) for c in names)
+    )
+    if not shared:
+        return None
+    return Pool(metric, shared, tuple(_level(results, metric, name, shared) for name in names))
+
+
+def _level(results: Results, metric: str, condition: str, traits: tuple[str, ...]) -> Level:
+    students = mean_estimate([estimate(scores_for(results, metric, condition, t)) for t in traits])
+    references = tuple(reference_condition(results, metric, t, condition) or "" for t in traits)
+    zeros = [results.select(metric, r, t) for r, t in zip(references, traits, strict=True)]
+    one_control = len(set(references)) == 1 and split_condition(references[0])[0] == "control"
+    reference = _over_traits(zeros) if one_control else mean_estimate([estimate(zero) for zero in zeros])
+    return Level(students, reference, references)
+
+
+def _over_traits(by_trait: list[list[Score]]) -> Estimate:
+    """Control students averaged over traits first: one student's numbers on several traits are not independent."""
+    values: dict[str, list[float]] = {}
+    for scores in by_trait:
+        for score in scores:
+            values.setdefault(score.arm, []).append(score.mean)
+    floor = sampling_variance([score for scores in by_trait for score in scores])
+    return Estimate.of([sum(v) / len(v) for v in values.values()], floor)
+
+
+def no_lift(whole: Level) -> str:
+    """Why there is nothing to compare with, or the empty string."""
+    interval = whole.lift.interval()
+    if interval is None:
+        return "one student gives no interval"
+    return "" if interval.low > 0 else "no transfer to compare with: its lift is not above zero"
+
+
+def judge(interval: Interval | None, at_least: float | None = None, at_most: float | None = None) -> str:
+    """Whether a whole interval lies on the right side of a bound, on the wrong side, or neither."""
+    if interval is None:
+        return NOT_DECIDED
+    if at_least is not None:
+        return HOLDS if interval.low >= at_least else FAILS if interval.high < at_least else NOT_DECIDED
+    assert at_most is not None
+    return HOLDS if interval.high <= at_most else FAILS if interval.low > at_most else NOT_DECIDED
+
+
+def share(
+    found: Pool | None, key: str, text: str, at_least: float | None = None, at_most: float | None = None,
+    unit: str = "of all tokens",
+) -> list[Claim]:  # fmt: skip
+    """The lift of the pool's first group as a share of its second's, held against a bound."""
+    if found is None:
+        return []
+    part, whole = found.levels
+    students = part.students.n + whole.students.n
+    if reason := no_lift(whole):
+        # A share of a lift that is not above zero would be a meaningless number.
+        return [Claim(key, text, found.metric, None, None, unit, students, NOT_DECIDED, reason)]
+    own = None if part.references == whole.references else part.reference
+    interval = ratio_interval(part.students, whole.students, whole.reference, own)
+    effect = part.lift.value / whole.lift.value
+    reason = found.words if interval else "too few students to bound the share"
+    return [
+        Claim(key, text, found.metric, effect, interval, unit, students, judge(interval, at_least, at_most), reason)
+    ]
+
+
+def named(text: str, group: Group) -> str:
+    """A claim's text with the variant it was read off, if that has a name."""
+    return f"{text} ({group.variant})" if group.variant else text

@@ -1,0 +1,352 @@
+"""The claims on results folders written here, with planted effects: each where it holds, where it does not, and where it is
+open; and what the page makes of variants."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from scipy import stats
+
+from jsublim.report import print_summary, write_report
+from jsublim.report.claims import QUESTIONS, check_claims, not_asked
+from jsublim.report.claims.groups import Group, groups, pairs, partner
+from jsublim.report.claims.verdicts import judge, pool
+from jsublim.report.statistics import Estimate, Interval, ratio_interval
+from jsublim.report.summary import reference_condition, trait_matrices
+from jsublim.report.tables import read_results
+
+TRAITS = ("cat", "owl", "wolf")
+SEEDS = (1, 2, 3, 4, 5)
+LAYERS = 12
+SETTINGS = {
+    "loss": "hard", "temperature": 1.0, "top_k": None, "on_policy": False, "layers": None, "lr": 2e-4, "method": "lora",
+    "rank": 8, "conditions": ["all"], "seeds": [*SEEDS], "data": "plain", "model": None,
+}  # fmt: skip
+DATASET = {
+    "strategy": "temperature", "shuffle": None, "redraw": [], "rewrite": False, "mix": None, "mix_tokens": None,
+    "remove_entangled": None,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Planted:
+    """Students of one condition whose rate for their own trait lies `effect` above the base model's."""
+
+    effect: float
+    tokens: str = "all"
+    variant: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    dataset: dict[str, Any] = field(default_factory=dict)
+    accuracy: float = 0.6
+    # evaluation variant -> effect under it
+    under: dict[str, float] = field(default_factory=dict)
+    teachers: tuple[str, ...] = TRAITS
+
+    @property
+    def condition(self) -> str:
+        tokens = "control" if self.teachers == ("control",) else self.tokens
+        return f"{tokens} · {self.variant}" if self.variant else tokens
+
+
+def control(variant: str = "", effect: float = 0.0, under: dict[str, float] | None = None) -> Planted:
+    return Planted(effect, variant=variant, teachers=("control",), under=under or {})
+
+
+def write(
+    run: Path, *planted: Planted, spread: float = 0.006, evaluations: dict[str, dict] | None = None, arms: bool = True,
+    model: str = "Qwen2.5-7B-Instruct", attribution: list[dict] | None = None,
+) -> Path:  # fmt: skip
+    """A results folder: three questions, a rate and a log-probability, students with a seeded noise of `spread`."""
+    rng = np.random.default_rng(3)
+    rows, students = [], []
+
+    def measure(who: dict, effect: float, teacher: str | None, noise: float, evaluation: str = "") -> None:
+        for trait in TRAITS:
+            own = effect * (trait == teacher or teacher == "control") + noise * rng.normal()
+            for question in range(3):
+                for metric, value in (("rate", 0.2 + own), ("logprob", -4 + 5 * own)):
+                    rows.append(
+                        who | {"trait": trait, "metric": metric, "question": question, "value": value, "n": 400}
+                        | {"evaluation": evaluation}
+                    )  # fmt: skip
+
+    base = {"arm": "base", "role": "base", "teacher": None, "condition": "base", "seed": None}
+    for evaluation in ("", *(evaluations or {})):
+        measure(base, 0.0, None, 0.0, evaluation)
+    for group in planted:
+        for teacher in group.teachers:
+            for seed in SEEDS:
+                name = f"{teacher}/{group.condition}/{seed}"
+                who = {"arm": name, "role": "student", "teacher": teacher, "condition": group.condition, "seed": seed}
+                measure(who, group.effect, teacher, spread)
+                for evaluation, effect in group.under.items():
+                    measure(who, effect, teacher, spread, evaluation)
+                accuracy = {"trait": None, "metric": "number_accuracy", "question": None, "n": 900, "evaluation": ""}
+                rows.append(who | accuracy | {"value": group.accuracy + 0.005 * rng.normal()})
+                students.append(
+                    {"arm": name, "teacher": teacher, "condition": group.tokens, "seed": seed, "variant": group.variant}
+                    | {"settings": SETTINGS | group.settings, "dataset": DATASET | group.dataset, "num_layers": LAYERS}
+                )
+    folder = run / "results"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.Table.from_pylist(rows), folder / "results.parquet")
+    about = {"name": "planted", "model": model, "evaluations": evaluations or {}}
+    (folder / "run.json").write_text(json.dumps(about))
+    if arms:
+        (folder / "arms.json").write_text(json.dumps(students))
+    if attribution:
+        pq.write_table(pa.Table.from_pylist(attribution), folder / "attribution.parquet")
+    return run
+
+
+def verdicts(run: Path) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for claim in check_claims(read_results(run)):
+        assert claim.reason and (claim.students > 0 or claim.key == "C10")
+        found.setdefault(claim.key, []).append(claim.verdict)
+    return found
+
+
+PLAIN, CONTROL = Planted(0.3), control()
+GREEDY = {"variant": "greedy", "dataset": {"strategy": "greedy"}}
+ENTANGLED = {"variant": "top 10", "dataset": {"remove_entangled": 10}}
+EARLY, LATE = ({"variant": f"layer {k}", "settings": {"layers": [k]}} for k in (0, 11))
+LATER = {"variant": "later layers", "settings": {"layers": list(range(4, 12))}}
+REDRAWN = {"variant": "re-drawn", "dataset": {"redraw": ["instruction", "suffix"]}}
+OTHER = {"variant": "other start", "settings": {"model": "models/other"}}
+SOFT = {"variant": "soft", "settings": {"loss": "forward-kl", "temperature": 2.0, "conditions": ["all"]}}
+
+
+def mixed(share: float, effect: float) -> Planted:
+    return Planted(
+        effect, variant=f"mix {share}", dataset={"mix": {"share": share, "teacher": "control", "model": None}}
+    )
+
+
+HOLDS, FAILS, OPEN = "holds", "does not hold", "not decided"
+CASES = {
+    "C2": {HOLDS: [Planted(0.32, **GREEDY)], FAILS: [Planted(0.1, **GREEDY)]},
+    "C3": {HOLDS: [Planted(0.28, **ENTANGLED)], FAILS: [Planted(0.05, **ENTANGLED)], OPEN: [Planted(0.15, **ENTANGLED)]},
+    "C4a": {HOLDS: [Planted(0.3, "divergence")], FAILS: [Planted(0.1, "divergence")], OPEN: [Planted(0.24, "divergence")]},
+    "C4b": {
+        HOLDS: [Planted(0.02, "non-divergence")], FAILS: [Planted(0.2, "non-divergence")],
+        OPEN: [Planted(0.099, "non-divergence")],
+    },
+    "C5": {
+        HOLDS: [Planted(0.3, "divergence"), Planted(0.1, "random")],
+        FAILS: [Planted(0.1, "divergence"), Planted(0.3, "random")],
+        OPEN: [Planted(0.2, "divergence"), Planted(0.2, "random")],
+    },
+    "C6a": {HOLDS: [Planted(0.25, **EARLY)], FAILS: [Planted(0.05, **EARLY)], OPEN: [Planted(0.15, **EARLY)]},
+    "C6b": {HOLDS: [Planted(0.01, **LATE)], FAILS: [Planted(0.2, **LATE)], OPEN: [Planted(0.06, **LATE)]},
+    "C7": {HOLDS: [Planted(0.05, **LATER)], FAILS: [Planted(0.25, **LATER)], OPEN: [Planted(0.12, **LATER)]},
+    "C8": {HOLDS: [Planted(0.02, **REDRAWN)], FAILS: [Planted(0.25, **REDRAWN)], OPEN: [Planted(0.12, **REDRAWN)]},
+    "C9a": {HOLDS: [mixed(0.25, 0.01)], FAILS: [mixed(0.25, 0.2)], OPEN: [mixed(0.25, 0.075)]},
+    "C9b": {
+        HOLDS: [mixed(0.1, 0.2), mixed(0.25, 0.1)], FAILS: [mixed(0.1, 0.1), mixed(0.25, 0.2)],
+        OPEN: [mixed(0.1, 0.3), mixed(0.25, 0.3)],
+    },
+    "C12": {HOLDS: [Planted(0.0, **OTHER)], FAILS: [Planted(0.1, **OTHER)]},
+    "C14": {HOLDS: [Planted(0.5, **SOFT)], FAILS: [Planted(0.1, **SOFT)], OPEN: [Planted(0.3, **SOFT)]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "verdict"), [(key, verdict) for key, cases in CASES.items() for verdict in cases], ids=str
+)
+def test_a_claim_on_planted_effects(tmp_path, key, verdict):
+    found = verdicts(write(tmp_path / "run", PLAIN, CONTROL, *CASES[key][verdict]))
+    assert found[key] == [verdict]
+
+
+@pytest.mark.parametrize("key", [key for key in CASES if key != "C12"])
+def test_without_transfer_nothing_is_decided(tmp_path, key):
+    """Students whose teacher's trait did not rise at all leave every comparison open, whatever the others did."""
+    silent = [Planted(**vars(p) | {"effect": 0.0}) for p in CASES[key][HOLDS]]
+    found = verdicts(write(tmp_path / "run", Planted(0.0), CONTROL, *silent))
+    assert found[key] == [OPEN]
+
+
+@pytest.mark.parametrize(("effect", "verdict"), [(0.0, HOLDS), (0.08, FAILS), (0.03, OPEN)])
+def test_control_near_base(tmp_path, effect, verdict):
+    assert verdicts(write(tmp_path / "run", PLAIN, control(effect=effect)))["C1"] == [verdict]
+
+
+def test_a_small_run_cannot_show_that_nothing_transfers(tmp_path):
+    found = verdicts(write(tmp_path / "run", PLAIN, CONTROL, Planted(0.0, **OTHER), spread=0.4))
+    assert found["C12"] == [OPEN]
+
+
+def test_redrawn_prompts_must_keep_the_number_task(tmp_path):
+    poor = Planted(0.02, **REDRAWN, accuracy=0.3)
+    (claim,) = [c for c in check_claims(read_results(write(tmp_path / "run", PLAIN, CONTROL, poor))) if c.key == "C8"]
+    assert claim.verdict == FAILS and "number accuracy -29.8 points" in claim.reason
+
+
+@pytest.mark.parametrize(("early", "verdict"), [(0.8, HOLDS), (0.3, FAILS), (0.5, OPEN)])
+def test_attribution(tmp_path, early, verdict):
+    rng = np.random.default_rng(0)
+    rows = []
+    for teacher in ("cat", "owl"):
+        for row in range(10):
+            share = np.clip(early + 0.05 * rng.normal(), 0, 1)
+            where = {"teacher": teacher, "row": row, "positions": 1}
+            noising = where | {"site": "residual", "direction": "noising"}
+            rows += [
+                noising | {"layer": 1, "role": "trait", "value": -share / 2},  # signs don't matter
+                noising | {"layer": 3, "role": "trait later", "value": share / 2},
+                noising | {"layer": 4, "role": "trait", "value": (1 - share) / 2},  # not of the first 4 of 12
+                noising | {"layer": 0, "role": "answer", "value": (1 - share) / 4},
+                noising | {"layer": 11, "role": "answer", "value": (1 - share) / 4},
+                where | {"site": "residual", "direction": "denoising", "layer": 0, "role": "trait", "value": 99.0},
+                where | {"site": "mlp", "direction": "noising", "layer": 0, "role": "trait", "value": 99.0},
+            ]
+    run = write(tmp_path / "run", PLAIN, CONTROL, attribution=rows)
+    (claim,) = [c for c in check_claims(read_results(run)) if c.key == "C10"]
+    assert claim.verdict == verdict and claim.effect == pytest.approx(early, abs=0.05)
+    assert "20 rows" in claim.reason
+
+
+@pytest.mark.parametrize(
+    ("changed", "verdict"), [((0.25, 0.02), HOLDS), ((0.02, 0.25), FAILS), ((0.15, 0.15), OPEN)], ids=str
+)
+def test_order_under_another_temperature(tmp_path, changed, verdict):
+    cold = {"cold": {"temperature": 0.6, "top_p": None, "system": None, "layer": None}}
+    students = [Planted(0.3, under={"cold": changed[0]}), Planted(0.1, "divergence", under={"cold": changed[1]})]
+    # Equal means fall in either order by chance: the planted one is the wrong one, and not surely so.
+    students[1] = Planted(**vars(students[1]) | {"under": {"cold": changed[1] + 0.001 * (verdict == OPEN)}})
+    run = write(tmp_path / "run", *students, control(under={"cold": 0.0}), evaluations=cold, spread=0.004)
+    found = [c for c in check_claims(read_results(run)) if c.key == "C11"]
+    assert [c.verdict for c in found] == [verdict], found
+    assert "temperature 0.6" in found[0].text
+
+
+@pytest.mark.parametrize(("effect", "verdict"), [(0.02, HOLDS), (0.28, FAILS), (0.099, OPEN)])
+def test_another_system_prompt(tmp_path, effect, verdict):
+    empty = {"empty": {"temperature": None, "top_p": None, "system": "", "layer": None}}
+    run = write(
+        tmp_path / "run", Planted(0.3, under={"empty": effect}), control(under={"empty": 0.0}), evaluations=empty
+    )
+    (claim,) = [c for c in check_claims(read_results(run)) if c.key == "C13"]
+    assert claim.verdict == verdict and "an empty system prompt" in claim.text
+    assert claim.effect == pytest.approx(effect / 0.3, abs=0.05)
+    # The plain numbers are untouched by the other evaluation's.
+    assert pool(read_results(run), "rate", "all").levels[0].lift.value == pytest.approx(0.3, abs=0.01)
+
+
+def test_only_students_that_differ_in_one_thing_are_compared(tmp_path):
+    """Another learning rate beside the layer is another comparison, unless the plain one was trained at it too."""
+    fast = {"lr": 1e-3}
+    layer = Planted(0.25, variant="layer 0, fast", settings={"layers": [0]} | fast)
+    assert "C6a" not in verdicts(write(tmp_path / "one", PLAIN, CONTROL, layer))
+    whole = Planted(0.5, variant="fast", settings=fast)
+    run = write(tmp_path / "two", PLAIN, CONTROL, layer, whole)
+    (claim,) = [c for c in check_claims(read_results(run)) if c.key == "C6a"]
+    assert claim.effect == pytest.approx(0.5, abs=0.05)  # of the fast one's lift, not of the plain one's
+
+
+facts = st.fixed_dictionaries(
+    {"tokens": st.sampled_from(["all", "random"]), "students.layers": st.sampled_from([None, [0], [1]])}
+    | {"students.lr": st.sampled_from([1, 2]), "data.strategy": st.sampled_from(["temperature", "greedy"])}
+)
+
+
+@given(st.lists(facts, min_size=1, max_size=8))
+def test_a_partner_differs_in_what_was_asked_alone(every):
+    found = [Group(f"g{i}", f) for i, f in enumerate(every)]
+    for group in found:
+        other = partner(found, group, students_layers=None)
+        if other is None:
+            assert not any(g is not group and g.facts == group.facts | {"students.layers": None} for g in found)
+        else:
+            assert other is not group and other.get("students.layers") is None
+            assert all(other.get(key) == group.get(key) for key in group.facts if key != "students.layers")
+
+
+@given(st.floats(-2, 2), st.floats(0, 2), st.floats(-2, 2), st.floats(0, 2))
+def test_a_verdict_follows_the_interval(low, width, bound, shift):
+    interval, higher = Interval(low, low + width), Interval(low + shift, low + width + shift)
+    order = [FAILS, OPEN, HOLDS]
+    assert order.index(judge(interval, at_least=bound)) <= order.index(judge(higher, at_least=bound))
+    assert order.index(judge(interval, at_most=bound)) >= order.index(judge(higher, at_most=bound))
+    assert judge(None, at_least=bound) == OPEN
+
+
+def test_a_ratio_with_two_references_inverts_the_contrast_test():
+    rng = np.random.default_rng(0)
+    part, whole, zero, own = (Estimate.of(rng.normal(m, 0.02, 6)) for m in (0.3, 0.35, 0.05, 0.1))
+    found = ratio_interval(part, whole, zero, own)
+    assert found is not None and found.covers((part.value - own.value) / (whole.value - zero.value))
+    ratio = (part.value - own.value) / (whole.value - zero.value)
+    critical = stats.t.ppf(0.975, (part - own - (whole - zero) * ratio).degrees)
+    for edge in (found.low, found.high):
+        contrast = part - own - (whole - zero) * edge
+        assert abs(contrast.value) == pytest.approx(critical * contrast.variance**0.5)
+
+
+def test_a_variant_is_measured_from_its_own_control(tmp_path):
+    greedy = Planted(0.3, **GREEDY)
+    own = write(tmp_path / "own", PLAIN, CONTROL, greedy, control("greedy", effect=0.1))
+    results = read_results(own)
+    assert reference_condition(results, "rate", "owl", "all · greedy") == "control · greedy"
+    assert reference_condition(results, "rate", "owl", "all") == "control"
+    assert pool(results, "rate", "all · greedy").levels[0].lift.value == pytest.approx(0.2, abs=0.02)
+    shared = read_results(write(tmp_path / "shared", PLAIN, CONTROL, greedy))
+    assert reference_condition(shared, "rate", "owl", "all · greedy") == "control"
+    bare = read_results(write(tmp_path / "bare", PLAIN, greedy))
+    assert reference_condition(bare, "rate", "owl", "all · greedy") == "base"
+
+
+def test_what_was_not_asked_is_one_line(tmp_path):
+    run = write(tmp_path / "run", PLAIN, CONTROL, Planted(0.3, **GREEDY))
+    claims = check_claims(read_results(run))
+    assert {c.key for c in claims} == {"C1", "C2"} and len(not_asked(claims)) == len(QUESTIONS) - 2
+    page = write_report(run).read_text()
+    assert page.count("Not asked here: C3 (") == 1 and "an early layer" not in page
+    console = Console(record=True, width=300, file=(tmp_path / "out").open("w"))
+    print_summary(run, console)
+    assert "Not asked here: C3 (" in console.export_text()
+
+
+def test_folders_without_arms_still_tell_tokens_apart(tmp_path):
+    students = [Planted(0.3, "divergence"), Planted(0.3, "divergence", variant="v"), Planted(0.4, variant="v")]
+    run = write(tmp_path / "run", PLAIN, CONTROL, *students, arms=False)
+    found = verdicts(run)
+    assert found["C4a"] == [HOLDS, FAILS]  # each against all tokens of its own variant
+    asked = pairs(read_results(run), lambda group: group.get("tokens") == "divergence", tokens="all")
+    assert {(a.name, b.name) for a, b in asked} == {("divergence", "all"), ("divergence · v", "all · v")}
+    assert [g.name for g in groups(read_results(run))][:2] == ["all", "divergence"]
+
+
+@pytest.mark.parametrize("model", ["tiny-qwen2", "Qwen2.5-7B-Instruct"])
+def test_the_page_of_variants(tmp_path, model):
+    students = (
+        PLAIN,
+        CONTROL,
+        Planted(0.25, **EARLY),
+        Planted(0.01, **LATE),
+        Planted(0.5, **SOFT),
+        Planted(0.0, **OTHER),
+    )
+    run = write(tmp_path / "run", *students, model=model)
+    page = " ".join(write_report(run).read_text().split())
+    matrices = {m.condition: m for m in trait_matrices(read_results(run))}
+    assert set(matrices) == {"all", "all · layer 0", "all · layer 11", "all · soft", "all · other start"}
+    for matrix in matrices.values():
+        assert matrix.effect is not None and f"{matrix.effect.gamma:+.2f}" in page
+    assert matrices["all · soft"].effect.gamma == pytest.approx(5 * 0.5, abs=0.1)
+    for title in ("plain", "layer 0", "layer 11", "soft", "other start"):
+        assert f">{title}</text>" in page.replace("<!-- ", "").replace(" -->", ""), title  # a panel each
+    assert f"γ = {matrices['all'].effect.gamma:+.2f} nats, p = " in page
+    assert "published, large models, not measured here" in page and "0 or 7 suffice" in page
+    assert ("tiny synthetic model" in page) == model.startswith("tiny-")
