@@ -86,7 +86,12 @@ def attribute_rows(
         i: token_roles(lm.chat, teacher, rows[i], teacher.name, len(own[0].clean) - 1, extra_bos=extra_bos)
         for i, own in of_row.items()
     }
-    how = {"sites": sites, "adapter": teacher.adapter, "batch_size": batch_size, "length": padded_length(pairs)}
+    how: dict[str, Any] = {
+        "sites": sites,
+        "adapter": teacher.adapter,
+        "batch_size": batch_size,
+        "length": padded_length(pairs),
+    }
 
     def attribute(members: list[int]) -> list[dict[str, Any]]:
         found: dict[int, dict[str, Any]] = {i: {"row": i} for i in members}

@@ -155,7 +155,7 @@ class Estimator:
         run, ev = self.run, self.run.experiment.evaluation
         examination = run.examination
         asked, models = (
-            sum(len(each.questions) for each in examination.asked),
+            sum(len(exam.questions) for exam in examination.exams),
             list(examination.examinees(teachers=False)),
         )
         teachers = len(run.experiment.teachers.traits) if ev.teachers else 0

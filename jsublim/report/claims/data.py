@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 
 from jsublim.report.claims.groups import Group, groups, pairs, partner
 from jsublim.report.claims.verdicts import FAILS, HOLDS, Claim, judge, named, no_lift, pool, share
@@ -80,7 +81,7 @@ def redrawn_prompts(results: Results, metric: str) -> list[Claim]:
             verdict, words = _accuracy_kept(results, part, whole)
             both = {claim.verdict, verdict}
             joint = FAILS if FAILS in both else HOLDS if both == {HOLDS} else NOT_DECIDED
-            claims.append(Claim(**vars(claim) | {"verdict": joint, "reason": f"{claim.reason}; {words}"}))
+            claims.append(replace(claim, verdict=joint, reason=f"{claim.reason}; {words}"))
     return claims
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from jsublim.report.claims.groups import groups, pairs, partner
 from jsublim.report.claims.verdicts import FAILS, HOLDS, Claim, judge, named, no_lift, pool, share
@@ -57,7 +58,7 @@ def without_divergence(results: Results, metric: str) -> list[Claim]:
     return _masked(results, metric, "C4b", text, "non-divergence", at_most=WITHOUT_KEEPS)
 
 
-def _masked(results: Results, metric: str, key: str, text: str, tokens: str, **bound: float) -> list[Claim]:
+def _masked(results: Results, metric: str, key: str, text: str, tokens: str, **bound: Any) -> list[Claim]:
     found = pairs(results, lambda group: group.get("tokens") == tokens, tokens="all")
     return [
         claim
