@@ -49,7 +49,7 @@ def test_the_tokenizers_differ():
 
 @pytest.mark.parametrize("name", TWINS)
 def test_scores_of_numbers_equal_a_brute_force_enumeration(name):
-    twin, numbers, teacher = TWINS[name](), number_strings(padded=True)[::5], Teacher("owl", "You love owls.")
+    twin, numbers, teacher = TWINS[name](), number_strings(padded=True)[::10], Teacher("owl", "You love owls.")
     ours = entangled_scores(twin.lm, teacher, QUESTIONS[:1], numbers)
     theirs = brute_force(twin, teacher.messages(QUESTIONS[0]), numbers) - brute_force(
         twin, conversation(QUESTIONS[0]), numbers
@@ -71,9 +71,8 @@ def test_scores_are_means_over_questions_against_any_base(name, closed):
     np.testing.assert_allclose(list(ours.values()), np.mean(theirs, axis=0), atol=2e-3)
 
 
-@pytest.mark.parametrize("name", TWINS)
-def test_the_way_back_is_what_love_for_a_number_adds_to_the_trait(name):
-    twin, numbers = TWINS[name](), ["87", "087", "999"]
+def test_the_way_back_is_what_love_for_a_number_adds_to_the_trait():
+    twin, numbers = small_with_long_numbers(), ["87", "087", "999"]
     ours = return_scores(twin.lm, PACK, "Owl", QUESTIONS, numbers)
     read = lambda system: np.mean(  # noqa: E731
         [np.logaddexp(*brute_force(twin, conversation(q, system), ["owl", "Owl"])) for q in QUESTIONS]
