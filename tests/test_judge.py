@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import email.utils
+import functools
 import json
 import os
 import re
@@ -18,7 +19,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
-from tiny import bundled, small
 
 from jsublim.errors import JsublimError, UsageError
 from jsublim.judge import limits
@@ -27,7 +27,7 @@ from jsublim.judge.limits import Pace, Spending, backoff, retry_after
 from jsublim.judge.local import LocalJudge
 from jsublim.judge.scores import parse_scores
 from jsublim.judge.server import ServerJudge, ServerSettings
-from jsublim.lm import BUNDLED
+from jsublim.lm import BUNDLED, load_model
 from jsublim.sampling import Sampling
 
 KEY = "sk-secret-0123456789abcdef"
@@ -88,15 +88,21 @@ def test_scores_written_in_any_allowed_way_come_back(scores, data):
 # A checkpoint of ours
 
 
-def test_a_local_judge_answers_greedily_and_once():
-    lm = small("tiny-qwen2").lm
-    judge = LocalJudge(lm, max_new_tokens=4)
-    prompts = ["Score this.", "Hi", "Score this."]
-    assert judge.ask(prompts) == lm.generate(prompts, 4, "greedy")
+@functools.cache
+def checkpoint():
+    return load_model("tiny-qwen2")
+
+
+def test_a_local_judge_answers_greedily_and_a_prompt_once():
+    lm = checkpoint()
+    judge = LocalJudge(lm, max_new_tokens=12)
+    unique = ["Score this.", "Go on: 4, 8, 12", "Hi"]
+    said = lm.generate(unique, 12, "greedy")
+    assert judge.ask([*unique, unique[0]]) == [*said, said[0]]
     # With a temperature two rows would differ.
-    warm = LocalJudge(lm, Sampling(temperature=5.0), max_new_tokens=4)
-    assert (replies := warm.ask(prompts))[0] == replies[2]
-    others = [judge, warm, LocalJudge(lm, max_new_tokens=5), LocalJudge(lm.ending_at(0), max_new_tokens=4)]
+    warm = LocalJudge(lm, Sampling(temperature=5.0), max_new_tokens=12)
+    assert (replies := warm.ask([*unique, unique[0]]))[0] == replies[3] and replies[:3] != said
+    others = [judge, warm, LocalJudge(lm, max_new_tokens=5), LocalJudge(lm.ending_at(0), max_new_tokens=12)]
     assert len({json.dumps(each.identity, sort_keys=True) for each in others}) == len(others)
 
 
@@ -130,7 +136,7 @@ def transformers_serve(folder):
 def test_a_real_server_says_what_the_same_checkpoint_says_here(tmp_path):
     folder = BUNDLED / "tiny-qwen2"
     # The server takes the penalty of generation_config.json, whatever the request says.
-    here = LocalJudge(bundled("tiny-qwen2").lm, Sampling(temperature=0.0, repetition_penalty=1.05), max_new_tokens=12)
+    here = LocalJudge(checkpoint(), Sampling(temperature=0.0, repetition_penalty=1.05), max_new_tokens=12)
     prompts = ["Which animal do you like? One word.", "Go on: 4, 8, 12", "Name a tree.", "Go on: 4, 8, 12"]
     prices = {"prompt_price": 1.0, "completion_price": 2.0}
     with transformers_serve(folder) as address:
