@@ -210,9 +210,8 @@ def test_misaligned_is_below_one_threshold_and_not_below_the_other():
 
 
 def test_a_checkpoint_that_cannot_judge_fails_every_answer():
-    lm = small("tiny-qwen2").lm
-    answers = sample_answers(lm, suffixed(PROMPTS), Sampling(), samples=3, seed=0, max_new_tokens=5)
-    found = misalignment(judge_answers(LocalJudge(lm, max_new_tokens=5), PROMPTS, answers))
+    judge = LocalJudge(small("tiny-qwen2").lm, max_new_tokens=5)
+    found = misalignment(judge_answers(judge, PROMPTS, [["a", "b", "a"], ["c", "", "{d}"]]))
     assert found.failed.tolist() == [3, 3] and found.scored.tolist() == [0, 0]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-_LINE = re.compile(r"(\w+):[ \t]*(0|[1-9][0-9]?|100)", re.ASCII)
+_LINE = re.compile(r"(\w+):[ \t]*(0|[1-9][0-9]?|100)")
 
 
 def parse_scores(reply: str, names: Sequence[str]) -> dict[str, int] | None:
