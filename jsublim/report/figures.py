@@ -94,7 +94,7 @@ def variant_figure(data: Panels) -> str:
 
 def accuracy_figure(values: Mapping[str, Mapping[str, list[float]]]) -> str:
     """Number accuracy: `values[panel][condition]` holds a share in 0..1 for each student."""
-    data = {
+    data: Panels = {
         (panel, condition): ([100 * v for v in shares], None)
         for panel, by_condition in values.items()
         for condition, shares in by_condition.items()

@@ -16,12 +16,14 @@ def one_layer(results: Results, metric: str) -> list[Claim]:
     for part, whole in pairs(results, lambda group: len(group.get("students.layers") or []) == 1, students_layers=None):
         (layer,) = part.get("students.layers")
         found = pool(results, metric, part.name, whole.name)
-        text = f"{{}} layer ({layer} of 0 to {part.num_layers - 1}) trained alone keeps {{}} of the lift of all layers"
+        text = (
+            f"layer {layer} of 0 to {part.num_layers - 1} ({{}}), trained alone, keeps {{}} of the lift of all layers"
+        )
         if 3 * layer < part.num_layers:
-            text = named(text.format("an early", "at least .5"), part)
+            text = named(text.format("early", "at least .5"), part)
             claims += share(found, "C6a", text, at_least=EARLY_KEEPS, unit="of all layers")
         elif 3 * layer >= 2 * part.num_layers:
-            text = named(text.format("a late", "at most .2"), part)
+            text = named(text.format("late", "at most .2"), part)
             claims += share(found, "C6b", text, at_most=LATE_KEEPS, unit="of all layers")
     return claims
 
