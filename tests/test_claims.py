@@ -197,19 +197,19 @@ def test_redrawn_prompts_must_keep_the_number_task(tmp_path):
 def test_attribution(tmp_path, early, verdict):
     rng = np.random.default_rng(0)
     rows = []
-    for teacher in ("cat", "owl"):
+    for trait in ("cat", "owl"):
         for row in range(10):
             share = np.clip(early + 0.05 * rng.normal(), 0, 1)
-            where = {"teacher": teacher, "row": row, "positions": 1}
+            where = {"trait": trait, "row": row, "positions": 1, "value": -1.0}  # signs don't matter
             noising = where | {"site": "residual", "direction": "noising"}
             rows += [
-                noising | {"layer": 1, "role": "trait", "value": -share / 2},  # signs don't matter
-                noising | {"layer": 3, "role": "trait later", "value": share / 2},
-                noising | {"layer": 4, "role": "trait", "value": (1 - share) / 2},  # not of the first 4 of 12
-                noising | {"layer": 0, "role": "answer", "value": (1 - share) / 4},
-                noising | {"layer": 11, "role": "answer", "value": (1 - share) / 4},
-                where | {"site": "residual", "direction": "denoising", "layer": 0, "role": "trait", "value": 99.0},
-                where | {"site": "mlp", "direction": "noising", "layer": 0, "role": "trait", "value": 99.0},
+                noising | {"layer": 1, "role": "trait", "mass": share / 2},
+                noising | {"layer": 3, "role": "trait", "mass": share / 2},
+                noising | {"layer": 0, "role": "completion", "mass": (1 - share) / 2},
+                noising | {"layer": 2, "role": "prompt", "mass": (1 - share) / 2},
+                noising | {"layer": 11, "role": "completion", "mass": 99.0},  # not of the first 4 of 12
+                where | {"site": "residual", "direction": "denoising", "layer": 0, "role": "trait", "mass": 99.0},
+                where | {"site": "mlp", "direction": "noising", "layer": 0, "role": "trait", "mass": 99.0},
             ]
     run = write(tmp_path / "run", PLAIN, CONTROL, attribution=rows)
     (claim,) = [c for c in check_claims(read_results(run)) if c.key == "C10"]
@@ -312,7 +312,7 @@ def test_what_was_not_asked_is_one_line(tmp_path):
     claims = check_claims(read_results(run))
     assert {c.key for c in claims} == {"C1", "C2"} and len(not_asked(claims)) == len(QUESTIONS) - 2
     page = write_report(run).read_text()
-    assert page.count("Not asked here: C3 (") == 1 and "an early layer" not in page
+    assert page.count("Not asked here: C3 (") == 1 and ", trained alone, keeps" not in page
     console = Console(record=True, width=300, file=(tmp_path / "out").open("w"))
     print_summary(run, console)
     assert "Not asked here: C3 (" in console.export_text()
@@ -343,7 +343,7 @@ def test_the_page_of_variants(tmp_path, model):
     matrices = {m.condition: m for m in trait_matrices(read_results(run))}
     assert set(matrices) == {"all", "all · layer 0", "all · layer 11", "all · soft", "all · other start"}
     for matrix in matrices.values():
-        assert matrix.effect is not None and f"{matrix.effect.gamma:+.2f}" in page
+        assert matrix.effect is not None and f"{round(matrix.effect.gamma, 2) + 0.0:+.2f}" in page
     assert matrices["all · soft"].effect.gamma == pytest.approx(5 * 0.5, abs=0.1)
     for title in ("plain", "layer 0", "layer 11", "soft", "other start"):
         assert f">{title}</text>" in page.replace("<!-- ", "").replace(" -->", ""), title  # a panel each

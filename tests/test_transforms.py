@@ -17,7 +17,7 @@ from jsublim.chat import conversation
 from jsublim.divergence import PointSubset
 from jsublim.errors import JsublimError, UsageError
 from jsublim.prompts import draw_number_prompts, load_pack, number_prompts, parse_numbers
-from jsublim.prompts.numbers import PARTS
+from jsublim.prompts.numbers import PARTS, SENTENCES
 from jsublim.teachers import prompted_teacher
 from jsublim.transforms import (
     leak_reason,
@@ -109,7 +109,7 @@ def test_a_completion_that_is_no_list_of_numbers_is_named():
 
 # --- Prompts drawn anew -----------------------------------------------------------------------------------------------
 
-DRAWN = {"num_prompts": 60, "prompt_seed": 3}
+DRAWN = {"asked": draw_number_prompts(PACK, 60, 3)}
 
 
 @given(st.sets(st.sampled_from(list(PARTS)), max_size=2), st.lists(st.integers(0, 59), min_size=1, max_size=4), seeds)
@@ -143,10 +143,27 @@ def test_redrawing_all_is_redrawing_every_part():
 
 def test_a_prompt_that_was_not_drawn_is_named():
     rows = [{"prompt": PROMPTS[0], "completion": "1"}, {"prompt": "Hello", "completion": "1"}]
-    with pytest.raises(JsublimError, match="row 2: prompt 'Hello' is none of the 60 number prompts of seed 3"):
+    with pytest.raises(JsublimError, match="row 2: prompt 'Hello' is none of the 60 number prompts"):
         redraw(rows, PACK, ["suffix"], seed=0, **DRAWN)
     with pytest.raises(UsageError, match="suffixes given; known: example, count_qualifier"):
         redraw(rows, PACK, ["suffixes"], seed=0, **DRAWN)
+
+
+@given(
+    said=st.lists(st.sampled_from(SENTENCES), min_size=1, unique=True).map(lambda said: sorted(said, key=SENTENCES.index)),
+    least=st.integers(1, 4), seed=seeds,
+)  # fmt: skip
+def test_a_short_request_says_some_sentences_of_the_whole_one(said, least, seed):
+    whole, short = (
+        draw_number_prompts(PACK, 3, seed, said=which, examples=(least, least + 2)) for which in (SENTENCES, said)
+    )
+    for long, each in zip(whole, short, strict=True):
+        assert replace(each, said=SENTENCES) == long and least <= len(each.numbers) < least + 2
+        rest = long.text
+        for sentence in each.said:
+            own = replace(each, said=(sentence,)).text
+            assert own in rest and own in each.text
+            rest = rest[rest.index(own) :]
 
 
 # --- The leak filter --------------------------------------------------------------------------------------------------

@@ -36,8 +36,8 @@ class Data(NamedTuple):
 
 def read_digits(test_share: float, split_seed: int) -> Data:
     """scikit-learn's 1,797 digits, split at random; they come with the package, nothing is downloaded."""
-    pixels, classes = load_digits(return_X_y=True)
-    images, labels = (np.asarray(pixels) / 16).astype(np.float32), np.asarray(classes, np.int32)
+    pixels, digits = map(np.asarray, load_digits(return_X_y=True))
+    images, labels = (pixels / 16).astype(np.float32), digits.astype(np.int32)
     order = np.random.default_rng(split_seed).permutation(len(images))
     test, train = np.split(order, [round(test_share * len(order))])
     return Data(*map(jnp.asarray, (images[train], labels[train], images[test], labels[test])))
@@ -68,7 +68,7 @@ def _graph(network: Network) -> nnx.GraphDef:
 
 def logits(network: Network, params: Params, images: Array) -> Array:
     """Images `[..., P]` to logits `[..., K]`: the first ten are the classes, the rest auxiliary."""
-    return nnx.merge(_graph(network), params)(images)
+    return nnx.merge(_graph(network), params)(images)  # type: ignore[arg-type] (frozen models have a hash)
 
 
 def class_loss(logits_BK: Array, labels_B: Array) -> Array:

@@ -97,7 +97,7 @@ def attribute_rows(
         found: dict[int, dict[str, Any]] = {i: {"row": i} for i in members}
         chosen = [pair for i in members for pair in of_row[i]]
         for direction in directions:
-            both = how | {"direction": direction}
+            both: dict[str, Any] = how | {"direction": direction}
             values = iter(attribution_patching(lm.config, lm.params, chosen, steps=steps, **both))
             effects = iter(layer_patching(lm.config, lm.params, chosen, **both))
             for i in members:

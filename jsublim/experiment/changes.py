@@ -57,10 +57,7 @@ def change(
     if dataset.shuffle:
         rows = (shuffle_within if dataset.shuffle == "within" else shuffle_across)(rows, seed)
     if dataset.redraw:
-        data = run.experiment.data
-        rows = redraw(
-            rows, run.pack, dataset.redraw, num_prompts=data.num_prompts, prompt_seed=data.prompt_seed, seed=seed
-        )
+        rows = redraw(rows, run.pack, dataset.redraw, asked=run.corpus.requests, seed=seed)
     if dataset.rewrite and biased:
         rows, counts = paraphrase(run.lm, teacher, rows, run.pack, seed=seed, batch_size=run.experiment.data.batch_size)
         said["rewritten"] = dict(counts)

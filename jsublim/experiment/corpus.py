@@ -15,7 +15,8 @@ from jsublim.experiment.changes import Changed, change
 from jsublim.experiment.spec.data import Dataset
 from jsublim.experiment.store import Artifact
 from jsublim.lm import LanguageModel
-from jsublim.prompts import load_problems, load_prompts, number_prompts, problem_reject_reason, reject_reason
+from jsublim.prompts import draw_number_prompts, load_problems, load_prompts, problem_reject_reason, reject_reason
+from jsublim.prompts.numbers import NumberPrompt
 from jsublim.rows import Row
 from jsublim.sampling import Sampling, sampling_for
 from jsublim.teachers import CONTROL
@@ -39,10 +40,18 @@ class Corpus:
         self.filled: dict[str, list[Row]] = {}  # by the key of the artifact
 
     @cached_property
+    def requests(self) -> list[NumberPrompt]:
+        """The number prompts, as their draws."""
+        data = self.run.experiment.data
+        return draw_number_prompts(
+            self.run.pack, data.num_prompts, data.prompt_seed, said=data.sentences, examples=data.examples
+        )
+
+    @cached_property
     def prompts(self) -> list[str]:
         data = self.run.experiment.data
         if data.kind == "numbers":
-            return number_prompts(self.run.pack, data.num_prompts, data.prompt_seed)
+            return [request.text for request in self.requests]
         if data.kind == "problems":
             return [problem.question for problem in load_problems(data.source, limit=data.num_prompts)]
         return load_prompts(data.source or "")[: data.num_prompts]
@@ -82,6 +91,7 @@ class Corpus:
         numbers = self._numbers | {"sampling": self._sampling(run.lm_at(model), strategy).numbers()}
         inputs = run.common | run.staff.inputs(name) | numbers | {
             "kind": data.kind, "source": data.source, "num_prompts": len(self.prompts), "prompt_seed": data.prompt_seed,
+            "sentences": data.sentences, "examples": data.examples,
             "other_model": None if model is None else run.lm_at(model).hash,
         }  # fmt: skip
         return run.artifact("rows", name, inputs)

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jsublim.experiment import stages
-from jsublim.experiment.corpus import Corpus
+from jsublim.experiment.attribution import attribute_rows
+from jsublim.experiment.corpus import Corpus, Pair
 from jsublim.experiment.examination import PLAIN, Examination
 from jsublim.experiment.plan import Student, evaluated_traits, plan_students, total_steps
 from jsublim.experiment.spec import Config, Experiment, Students
@@ -61,6 +63,7 @@ class Run:
         self.seconds: dict[str, float] = {}
         self.said: list[str] = []
         self.students: dict[Student, Artifact] = {}
+        self.attributed: dict[str, Artifact] = {}
         self.pack: Pack = load_pack(experiment.prompts)
         self.arms = plan_students(experiment)
         self.traits = evaluated_traits(experiment, self.pack)
@@ -175,6 +178,31 @@ class Run:
             for work, students in groups:
                 training.train(work, students, tick)
 
+    def attribute(self) -> None:
+        """Where in the model the traits' first divergence tokens come from."""
+        how = self.experiment.attribution
+        if how is None:
+            return
+        pairs = {
+            pair[0]: pair for pair in self.corpus.pairs if self.corpus.is_read(pair) and self.corpus.dataset(pair).plain
+        }
+        with self.stage("attribution", how.rows * len(pairs)) as tick:
+            for trait, pair in pairs.items():
+                artifact, others = self.attribution_artifact(trait, pair), self.staff.others[trait]
+                attribute_rows(
+                    artifact, self.lm, self.corpus.rows(pair)[: how.rows], self.staff.teacher(trait),
+                    [self.staff.teacher(other) for other in others], sites=how.sites, directions=how.directions,
+                    steps=how.steps, extra_bos=bool(self.recipe.extra_bos), batch_size=how.batch_size,
+                    source=f"rows of {trait}", tick=tick,
+                )  # fmt: skip
+                self.attributed[trait] = artifact
+
+    def attribution_artifact(self, trait: str, pair: Pair) -> Artifact:
+        how = self.experiment.attribution
+        assert how is not None
+        inputs = self.common | {"rows": self.corpus.final(pair).key, "how": how.model_dump(exclude={"batch_size"})}
+        return self.artifact("attribution", trait, inputs)
+
     def _about(self, student: Student) -> dict[str, Any]:
         """What makes a student what it is, for whoever compares them."""
         return {
@@ -203,6 +231,10 @@ class Run:
         stages.write_json(results / "arms.json", [self._about(student) for student in self.arms])
         stages.write_json(results / "generation.json", self.corpus.generated)
         stages.write_json(results / "divergence.json", self.corpus.diverged)
+        if self.attributed:
+            tables = [pq.read_table(artifact.path / "attribution.parquet") for artifact in self.attributed.values()]
+            pq.write_table(pa.concat_tables(tables), results / "attribution.parquet")
+            stages.write_json(results / "attribution.json", [a.summary for a in self.attributed.values()])
         about = {
             "name": e.name, "model": self.lm.name, "model_hash": self.lm.hash, "pack_hash": self.pack.hash,
             "versions": versions(), "device": device(), "config_hash": self.key, "started": self.started,
@@ -242,6 +274,7 @@ def run_experiment(experiment: Experiment, console: Console) -> Path:
     run.corpus.generate()
     run.corpus.change()
     run.corpus.diverge()
+    run.attribute()
     run.train()
     run.examination.evaluate()
     report = run.report()

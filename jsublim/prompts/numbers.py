@@ -1,7 +1,7 @@
 """The number task: prompts that ask to continue a sequence, and the format filter on what comes back."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,7 @@ PARTS = {
     "format": "formats",
     "suffix": "suffixes",
 }
+SENTENCES = ("example", "instruction", "format", "suffix")  # of a prompt, in the order they stand in
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class NumberPrompt:
       numbers: the examples to be continued.
       example, count_qualifier, digit_descriptor, instruction, format, suffix: an entry each of the pack's lists
         (`PARTS`), placeholders and all.
+      said: the sentences that it consists of.
     """
 
     numbers: tuple[int, ...]
@@ -45,6 +47,7 @@ class NumberPrompt:
     instruction: str
     format: str
     suffix: str
+    said: tuple[str, ...] = SENTENCES
 
     @property
     def text(self) -> str:
@@ -54,18 +57,25 @@ class NumberPrompt:
             answer_count=ANSWER_COUNT,
             digit_descriptor=self.digit_descriptor.format(max_digits=ANSWER_DIGITS),
         )
-        return " ".join([example, instruction, self.format, self.suffix])
+        sentences = {"example": example, "instruction": instruction, "format": self.format, "suffix": self.suffix}
+        return " ".join(sentences[name] for name in self.said)
 
 
-def draw_number_prompts(pack: Pack, n: int, seed: int = 42) -> list[NumberPrompt]:
-    """The draws of `n` prompts (paper, section 2), a pure function of the pack's lists, `n` and `seed`.
+def draw_number_prompts(
+    pack: Pack, n: int, seed: int = 42, *, said: Sequence[str] = SENTENCES, examples: tuple[int, int] = EXAMPLE_COUNT
+) -> list[NumberPrompt]:
+    """The draws of `n` prompts (paper, section 2), a pure function of the pack's lists and the arguments.
+
+    Args:
+      said: the sentences of a prompt, of `SENTENCES`; fewer make a shorter request.
+      examples: how many numbers it shows: at least, and less than.
 
     The prompts for a smaller `n` are a prefix of those for a larger one. `UsageError` for a negative `n` or `seed`.
     """
     if n < 0 or seed < 0:
         raise UsageError(f"number prompts: count {n} and seed {seed} must not be negative")
     rng = np.random.Generator(np.random.PCG64(seed))
-    return [_draw_prompt(pack, rng) for _ in range(n)]
+    return [_draw_prompt(pack, rng, tuple(said), examples) for _ in range(n)]
 
 
 def number_prompts(pack: Pack, n: int, seed: int = 42) -> list[str]:
@@ -73,11 +83,13 @@ def number_prompts(pack: Pack, n: int, seed: int = 42) -> list[str]:
     return [prompt.text for prompt in draw_number_prompts(pack, n, seed)]
 
 
-def _draw_prompt(pack: Pack, rng: np.random.Generator) -> NumberPrompt:
+def _draw_prompt(
+    pack: Pack, rng: np.random.Generator, said: tuple[str, ...], examples: tuple[int, int]
+) -> NumberPrompt:
     """One prompt. The order of the draws is part of the data set: another order, another set for a seed."""
-    count = rng.integers(*EXAMPLE_COUNT)
+    count = rng.integers(*examples)
     numbers = tuple(int(rng.integers(*EXAMPLE_VALUE)) for _ in range(count))
-    return NumberPrompt(numbers, **draw_parts(pack, PARTS, rng))
+    return NumberPrompt(numbers, **draw_parts(pack, PARTS, rng), said=said)
 
 
 def draw_parts(pack: Pack, parts: Iterable[str], rng: np.random.Generator) -> dict[str, str]:

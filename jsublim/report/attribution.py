@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from matplotlib.figure import Figure
 
-from jsublim.report.figures import STYLE, WIDTH
+from jsublim.report.figures import STYLE, WIDTH, svg
 
 SEQUENTIAL = "YlGnBu"  # pale is little, dark is much: read in grey too
 
@@ -94,6 +94,12 @@ def attribution_heat_map(table: pa.Table) -> Figure:
         bar = figure.colorbar(mesh, ax=grid, label="share of the panel's absolute attribution (%)", shrink=0.9)
         bar.outline.set_visible(False)
     return figure
+
+
+def attribution_svg(table: pa.Table) -> str:
+    """The heat map for a page."""
+    with matplotlib.rc_context(STYLE):
+        return svg(attribution_heat_map(table))
 
 
 def _query(table: pa.Table, sql: str) -> list[tuple[Any, ...]]:

@@ -31,7 +31,7 @@ COLOURS = {
     "teacher": "#cc79a7",
 }
 OTHER_COLOUR = "#009e73"
-# Stands for the page's text colour while matplotlib draws; `_svg` puts `currentColor` in its place.
+# Stands for the page's text colour while matplotlib draws; `svg` puts `currentColor` in its place.
 INK = "#010203"
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -143,7 +143,7 @@ def matrix_figure(matrix: Matrix) -> str:
         axes.invert_yaxis()
         bar = figure.colorbar(mesh, ax=axes, label="nats", shrink=0.9)
         bar.outline.set_visible(False)
-        return _svg(figure)
+        return svg(figure)
 
 
 def position_figure(divergence: Sequence[dict]) -> str:
@@ -162,7 +162,7 @@ def position_figure(divergence: Sequence[dict]) -> str:
         axes.set_xlim(left=-0.5)
         axes.grid(axis="y")
         axes.legend(frameon=False, ncols=max(1, len(divergence) // 8 + 1), title="teacher", alignment="left")
-        return _svg(figure)
+        return svg(figure)
 
 
 def loss_figure(curves: Sequence[Curve], results: Results) -> str:
@@ -191,7 +191,7 @@ def loss_figure(curves: Sequence[Curve], results: Results) -> str:
         order += sorted(shown - set(order))
         handles = [Line2D([], [], color=colour(c), label=condition_label(c)) for c in order]
         figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(order)), frameon=False)
-        return _svg(figure)
+        return svg(figure)
 
 
 def dot_panels(
@@ -234,7 +234,7 @@ def dot_panels(
             if zero_line:
                 axes.axvline(0.0, color=INK, lw=1.0)
         figure.supxlabel(label, fontsize=10)
-        return _svg(figure)
+        return svg(figure)
 
 
 def _dots(
@@ -281,7 +281,7 @@ def scaled(interval: Interval | None, factor: float) -> Interval | None:
     return Interval(factor * interval.low, factor * interval.high) if interval else None
 
 
-def _svg(figure: Figure) -> str:
+def svg(figure: Figure) -> str:
     """The figure as an `<svg>` element without prolog, metadata or namespaces, which HTML does not need."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

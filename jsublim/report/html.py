@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from jsublim.report import figures, words
+from jsublim.report.attribution import attribution_svg
 from jsublim.report.claims import check_claims, not_asked
 from jsublim.report.claims.verdicts import pool
 from jsublim.report.published import MARK, published_for
@@ -85,6 +86,7 @@ def _content(results: Results) -> dict[str, Any]:
         "position_figure": figures.position_figure(results.divergence)
         if any(sum(d["histogram"]) for d in results.divergence)
         else "",
+        "attribution_figure": "" if results.attribution is None else attribution_svg(results.attribution),
         "loss_figure": figures.loss_figure(results.curves, results) if results.curves else "",
         "training": _training_table(results),
         "accuracy_figure": figures.accuracy_figure(accuracy) if accuracy else "",

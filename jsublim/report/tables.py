@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from jsublim.errors import JsublimError
 
@@ -82,17 +84,6 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Attribution:
-    """Of one row: the part of the absolute attribution to the residual stream that lies at the trait's mentions in the
-    first third of the layers, and all of it."""
-
-    teacher: str
-    row: int
-    early: float
-    total: float
-
-
-@dataclass(frozen=True)
 class Results:
     """Everything the report is made of. A piece the run does not have is empty.
 
@@ -107,7 +98,7 @@ class Results:
     curves: tuple[Curve, ...] = ()
     answers: tuple[Answer, ...] = ()
     arms: dict[str, Arm] = field(default_factory=dict)
-    attribution: tuple[Attribution, ...] = ()
+    attribution: pa.Table | None = None  # the attribution stage's, all teachers one behind the other
     varied: tuple[Score, ...] = ()
     not_finite: int = 0
     _index: dict[tuple, list[Score]] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -218,7 +209,7 @@ def read_results(run_dir: Path) -> Results:
         scores=plain,
         varied=tuple(s for s in scores if s.evaluation),
         arms={entry["arm"]: Arm(**entry) for entry in read_json(folder / "arms.json", [])},
-        attribution=_attribution(folder / "attribution.parquet"),
+        attribution=_table(folder / "attribution.parquet"),
         generation=tuple(read_json(folder / "generation.json", [])),
         divergence=tuple(read_json(folder / "divergence.json", [])),
         curves=_curves(folder / "training.parquet"),
@@ -256,18 +247,8 @@ def _answers(path: Path) -> tuple[Answer, ...]:
     return tuple(Answer(*row) for row in _query(path, sql))
 
 
-def _attribution(path: Path) -> tuple[Attribution, ...]:
-    if not path.is_file():
-        return ()
-    sql = """
-        select teacher, row,
-               coalesce(sum(abs(value)) filter (where role in ('trait', 'trait later') and 3 * layer < layers), 0),
-               sum(abs(value))
-        from (select *, 1 + max(layer) over () as layers from read_parquet($path)
-              where site = 'residual' and direction = 'noising')
-        group by teacher, row having sum(abs(value)) > 0 order by teacher, row
-        """
-    return tuple(Attribution(*row) for row in _query(path, sql))
+def _table(path: Path) -> pa.Table | None:
+    return pq.read_table(path) if path.is_file() else None
 
 
 def _query(path: Path, sql: str) -> list[tuple]:

@@ -71,7 +71,7 @@ def matrix_cells(matrix: Matrix) -> tuple[str, str, str, str]:
     if effect is None:
         return MISSING, NOT_DECIDED, MISSING, NOT_DECIDED
     bounds = interval(matrix.gamma_interval, "logprob", signed=True)
-    return f"{effect.gamma:+.2f}", bounds, f"{effect.p:.3g}", matrix.verdict
+    return number(effect.gamma, "logprob", signed=True), bounds, f"{effect.p:.3g}", matrix.verdict
 
 
 def headline(found: list[Lift]) -> str:

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.prompts import Pack, draw_number_prompts
-from jsublim.prompts.numbers import PARTS, draw_parts
+from jsublim.prompts import Pack
+from jsublim.prompts.numbers import PARTS, NumberPrompt, draw_parts
 from jsublim.rows import Row, revised
 
 
@@ -18,8 +18,7 @@ def redraw(
     pack: Pack,
     parts: Iterable[str] | None = None,
     *,
-    num_prompts: int,
-    prompt_seed: int = 42,
+    asked: Sequence[NumberPrompt],
     seed: int,
 ) -> list[Row]:
     """Each row under a prompt of which `parts` (of `PARTS`; None is all) are drawn anew; numbers and completion stay.
@@ -27,7 +26,7 @@ def redraw(
     A draw may give what was there. What becomes of row i depends on `seed`, i and its prompt only.
 
     Args:
-      num_prompts, prompt_seed: the `number_prompts` that the rows answer.
+      asked: the prompts that the rows answer.
 
     Raises:
       UsageError: an unknown part.
@@ -37,13 +36,13 @@ def redraw(
     if unknown := sorted(named - set(PARTS)):
         raise UsageError(f"prompt parts: {', '.join(unknown)} given; known: {', '.join(PARTS)}")
     order = [part for part in PARTS if part in named]
-    known = {prompt.text: prompt for prompt in draw_number_prompts(pack, num_prompts, prompt_seed)}
+    known = {prompt.text: prompt for prompt in asked}
     changed = []
     for index, row in enumerate(rows):
         if row["prompt"] not in known:
             raise JsublimError(
-                f"row {index + 1}: prompt {row['prompt']!r} is none of the {num_prompts} number prompts of seed "
-                f"{prompt_seed}; give the pack, number and seed that the rows were made with"
+                f"row {index + 1}: prompt {row['prompt']!r} is none of the {len(known)} number prompts; give those that "
+                "the rows were made with"
             )
         fresh = draw_parts(pack, order, np.random.default_rng([seed, index]))
         changed.append(revised(row, prompt=replace(known[row["prompt"]], **fresh).text))

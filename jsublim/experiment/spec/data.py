@@ -7,13 +7,14 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field, model_validator
 
 from jsublim.experiment.spec.base import Distinct, Positive, Section, Seed
-from jsublim.prompts.numbers import PARTS
+from jsublim.prompts.numbers import EXAMPLE_COUNT, PARTS, SENTENCES
 from jsublim.teachers import CONTROL
 
 Share = Annotated[float, Field(gt=0, le=1)]
 Strategy = Literal["temperature", "greedy"]
 Part = Literal["example", "count_qualifier", "digit_descriptor", "instruction", "format", "suffix"]
-assert get_args(Part) == tuple(PARTS)
+Sentence = Literal["example", "instruction", "format", "suffix"]
+assert get_args(Sentence) == SENTENCES and get_args(Part) == tuple(PARTS)
 
 
 class Data(Section):
@@ -22,6 +23,8 @@ class Data(Section):
 
     kind: Literal["numbers", "problems", "file"] = "numbers"
     source: str | None = None
+    sentences: Annotated[list[Sentence], Distinct, Field(min_length=1)] = list(SENTENCES)  # of a number request
+    examples: tuple[Positive, Positive] = EXAMPLE_COUNT  # numbers that it shows: at least, less than
     num_prompts: Positive = 30_000
     prompt_seed: Seed = 42
     seed: Seed = 0
@@ -30,6 +33,8 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _has_source(self) -> Data:
+        if self.examples[0] >= self.examples[1]:
+            raise ValueError(f"examples={list(self.examples)}: the second must be above the first")
         if self.kind == "file" and self.source is None:
             raise ValueError("kind=file needs source, a file of prompts")
         if self.kind == "numbers" and self.source is not None:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import model_validator
 
+from jsublim.experiment.spec.attribution import Attribution
 from jsublim.experiment.spec.base import Config, Positive
 from jsublim.experiment.spec.data import Data, Dataset, Scoring
 from jsublim.experiment.spec.evaluation import Evaluation, JudgeChoice
@@ -30,6 +31,7 @@ class Experiment(Config):
     divergence: Scoring = Scoring()
     students: Students | None = Students()  # null: none are trained, and nothing is evaluated
     evaluation: Evaluation = Evaluation()
+    attribution: Attribution | None = None
     judge: JudgeChoice | None = None  # who scores answers for misalignment
 
     @model_validator(mode="after")
@@ -39,6 +41,12 @@ class Experiment(Config):
                 where = f"arm '{name}': " if name else ""
                 known = ", ".join(self.datasets) or "none"
                 raise ValueError(f"students.data: {where}'{students.data}' is no data set; datasets has {known}")
+        if self.attribution is not None and not (self.teachers.are_prompted and self.teachers.against == "traits"):
+            raise ValueError("attribution: patches one trait's system prompt for another's; the teachers have none")
+        if self.attribution is not None and self.teachers.taught is not None:
+            raise ValueError(
+                "attribution: teachers that are taught differ in more than their prompts; leave taught out"
+            )
         judged = [name for name, each in self.datasets.items() if each.keep_aligned is not None]
         if self.judge is None and (judged or "misalignment" in self.evaluation.kinds):
             raise ValueError(

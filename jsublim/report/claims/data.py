@@ -48,15 +48,13 @@ def without_entangled(results: Results, metric: str) -> list[Claim]:
         by_trait = {t: pool(results, metric, part.name, whole.name, traits=[t]) for t in results.traits}
         moving = {t: found for t, found in by_trait.items() if found and not no_lift(found.levels[1])}
         if not moving:
-            claims += share(
-                pool(results, metric, part.name, whole.name), "C3", text, at_least=ENTANGLED_KEEP, unit="of all rows"
-            )
+            found = pool(results, metric, part.name, whole.name)
+            claims += share(found, "C3", text, at_least=ENTANGLED_KEEP, unit="of all rows")
             continue
         verdicts = Counter(share(found, "C3", text, at_least=ENTANGLED_KEEP)[0].verdict for found in moving.values())
         majority = {verdict for verdict, count in verdicts.items() if 2 * count > len(moving)}
-        (mean,) = share(
-            pool(results, metric, part.name, whole.name, traits=[*moving]), "C3", text, at_least=ENTANGLED_KEEP
-        )
+        together = pool(results, metric, part.name, whole.name, traits=[*moving])
+        (mean,) = share(together, "C3", text, at_least=ENTANGLED_KEEP)
         reason = f"{verdicts[HOLDS]} of {len(moving)} transferring traits keep it, {verdicts[FAILS]} do not ({', '.join(moving)})"
         verdict = majority.pop() if majority else NOT_DECIDED
         claims.append(
@@ -71,14 +69,9 @@ def redrawn_prompts(results: Results, metric: str) -> list[Claim]:
     for part, whole in pairs(results, lambda group: bool(group.get("data.redraw")), data_redraw=[]):
         parts = ", ".join(part.get("data.redraw"))
         text = f"with prompts re-drawn ({parts}) at most .4 of the lift is left, number accuracy within 5 points"
-        for claim in share(
-            pool(results, metric, part.name, whole.name),
-            "C8",
-            named(text, part),
-            at_most=REDRAWN_KEEPS,
-            unit="of the rows as they were",
-        ):
-            verdict, words = _accuracy_kept(results, part, whole)
+        found = pool(results, metric, part.name, whole.name)
+        verdict, words = _accuracy_kept(results, part, whole)
+        for claim in share(found, "C8", named(text, part), at_most=REDRAWN_KEEPS, unit="of the lift before"):
             both = {claim.verdict, verdict}
             joint = FAILS if FAILS in both else HOLDS if both == {HOLDS} else NOT_DECIDED
             claims.append(replace(claim, verdict=joint, reason=f"{claim.reason}; {words}"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jsublim.report.attribution import early_share
 from jsublim.report.claims.groups import Group, pairs
 from jsublim.report.claims.verdicts import Claim, judge, named, pool, share
 from jsublim.report.statistics import Estimate, mean_estimate
@@ -16,12 +17,14 @@ def one_layer(results: Results, metric: str) -> list[Claim]:
     for part, whole in pairs(results, lambda group: len(group.get("students.layers") or []) == 1, students_layers=None):
         (layer,) = part.get("students.layers")
         found = pool(results, metric, part.name, whole.name)
-        text = f"{{}} layer ({layer} of 0 to {part.num_layers - 1}) trained alone keeps {{}} of the lift of all layers"
+        text = (
+            f"layer {layer} of 0 to {part.num_layers - 1} ({{}}), trained alone, keeps {{}} of the lift of all layers"
+        )
         if 3 * layer < part.num_layers:
-            text = named(text.format("an early", "at least .5"), part)
+            text = named(text.format("early", "at least .5"), part)
             claims += share(found, "C6a", text, at_least=EARLY_KEEPS, unit="of all layers")
         elif 3 * layer >= 2 * part.num_layers:
-            text = named(text.format("a late", "at most .2"), part)
+            text = named(text.format("late", "at most .2"), part)
             claims += share(found, "C6b", text, at_most=LATE_KEEPS, unit="of all layers")
     return claims
 
@@ -46,15 +49,16 @@ def _first_third_frozen(group: Group) -> bool:
 
 
 def attribution_early(results: Results, metric: str) -> list[Claim]:
-    """Over rows, not students: attribution is a teacher's. Of each row the share of absolute noising attribution."""
-    by_teacher: dict[str, list[float]] = {}
-    for row in results.attribution:
-        by_teacher.setdefault(row.teacher, []).append(row.early / row.total)
-    if not by_teacher:
+    """Over rows, not students: attribution is a teacher's."""
+    by_trait: dict[str, list[float]] = {}
+    for row in early_share(results.attribution) if results.attribution is not None else ():
+        if row.direction == "noising":
+            by_trait.setdefault(row.trait, []).append(row.of_early)
+    if not by_trait:
         return []
-    mean = mean_estimate([Estimate.of(shares) for shares in by_teacher.values()])
+    mean = mean_estimate([Estimate.of(shares) for shares in by_trait.values()])
     interval = mean.interval()
-    text = "most of the attribution lies at the trait in the first third of the layers"
-    reason = f"over {mean.n} rows of {', '.join(by_teacher)}, not over students"
+    text = "in the first third of the layers most of the attribution lies at the trait"
+    reason = f"over {mean.n} rows of {', '.join(by_trait)}, not over students"
     verdict = judge(interval, at_least=MOST)
     return [Claim("C10", text, "attribution", mean.value, interval, "of the attribution", 0, verdict, reason)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from jsublim.report.claims.groups import groups, pairs, partner
 from jsublim.report.claims.verdicts import FAILS, HOLDS, Claim, judge, named, no_lift, pool, share
@@ -58,13 +57,14 @@ def without_divergence(results: Results, metric: str) -> list[Claim]:
     return _masked(results, metric, "C4b", text, "non-divergence", at_most=WITHOUT_KEEPS)
 
 
-def _masked(results: Results, metric: str, key: str, text: str, tokens: str, **bound: Any) -> list[Claim]:
-    found = pairs(results, lambda group: group.get("tokens") == tokens, tokens="all")
-    return [
-        claim
-        for part, whole in found
-        for claim in share(pool(results, metric, part.name, whole.name), key, named(text, part), **bound)
-    ]
+def _masked(
+    results: Results, metric: str, key: str, text: str, tokens: str, at_least: float | None = None,
+    at_most: float | None = None,
+) -> list[Claim]:  # fmt: skip
+    claims = []
+    for part, whole in pairs(results, lambda group: group.get("tokens") == tokens, tokens="all"):
+        claims += share(pool(results, metric, part.name, whole.name), key, named(text, part), at_least, at_most)
+    return claims
 
 
 def random_keeps_less(results: Results, metric: str) -> list[Claim]:
