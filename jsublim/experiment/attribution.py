@@ -86,13 +86,18 @@ def attribute_rows(
         i: token_roles(lm.chat, teacher, rows[i], teacher.name, len(own[0].clean) - 1, extra_bos=extra_bos)
         for i, own in of_row.items()
     }
-    how = {"sites": sites, "adapter": teacher.adapter, "batch_size": batch_size, "length": padded_length(pairs)}
+    how: dict[str, Any] = {
+        "sites": sites,
+        "adapter": teacher.adapter,
+        "batch_size": batch_size,
+        "length": padded_length(pairs),
+    }
 
     def attribute(members: list[int]) -> list[dict[str, Any]]:
         found: dict[int, dict[str, Any]] = {i: {"row": i} for i in members}
         chosen = [pair for i in members for pair in of_row[i]]
         for direction in directions:
-            both = how | {"direction": direction}
+            both: dict[str, Any] = how | {"direction": direction}
             values = iter(attribution_patching(lm.config, lm.params, chosen, steps=steps, **both))
             effects = iter(layer_patching(lm.config, lm.params, chosen, **both))
             for i in members:
