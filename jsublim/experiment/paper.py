@@ -85,6 +85,9 @@ def panel_experiment(
     own = dict(question.scale.get(scale, {}))  # type: ignore[call-overload]
     for layer in (question.experiment, question.panels[panel], scales[scale].experiment, own):
         values = overlaid(values, layer)
+    for named in (values.get("datasets", {}), values.get("evaluation", {}).get("settings", {})):
+        for name in [name for name, value in named.items() if value is None]:
+            del named[name]
     values = _with_models(values, scales[scale].models)
     for each in overrides or []:
         override(values, each)
@@ -92,7 +95,7 @@ def panel_experiment(
 
 
 def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> Values:
-    """`above` over `below`, section by section; a list replaces a list, and a null takes away."""
+    """`above` over `below`, section by section; a list replaces a list. A null takes a data set or a setting away."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
