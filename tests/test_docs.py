@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
+import typer
 import yaml
 from command import ROOT
 
+from jsublim.cli.app import app
+from jsublim.digits.spec import Digits
 from jsublim.experiment.paper import SCALES, load_question, overlaid, panel_experiment
-from jsublim.experiment.spec import Experiment, Recipe, check_config, find_config, read_config
+from jsublim.experiment.spec import Experiment, Recipe, check_config, read_config
 from jsublim.report.claims import QUESTIONS
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -34,22 +36,34 @@ def test_a_config_that_is_shown_is_valid(where, text):
 
 
 def _commands() -> list[list[str]]:
+    """Those that are shown whole, without "..."."""
     lines = [line for _, text in _blocks("sh") for line in text.replace("\\\n", " ").splitlines()]
-    return [shlex.split(line, comments=True) for line in lines if line.startswith("jsublim ")]
+    return [shlex.split(line, comments=True) for line in lines if line.startswith("jsublim ") and " ... " not in line]
 
 
-@pytest.mark.parametrize("words", [pytest.param(words, id=" ".join(words)) for words in _commands()])
-def test_a_run_that_is_shown_has_valid_fields(words):
+COMMANDS = [pytest.param(words, id=" ".join(words)) for words in _commands()]
+KINDS = {"language": Experiment, "digits": Digits}
+
+
+@pytest.mark.parametrize("words", COMMANDS)
+def test_a_command_that_is_shown_is_understood(words):
+    command, rest = typer.main.get_command(app), words[1:]
+    while hasattr(command, "commands"):
+        command, rest = command.commands[rest[0]], rest[1:]
+    command.make_context(words[0], rest)
+
+
+@pytest.mark.parametrize("words", [c for c in COMMANDS if c.values[0][1] in ("run", "reproduce")])
+def test_the_fields_that_a_command_gives_are_valid(words):
     fields = [word for word in words if "=" in word]
     if words[1] == "reproduce":
         scale = words[words.index("--scale") + 1] if "--scale" in words else "tiny"
         path, question = load_question(words[2])
         for panel in question.panels:
             panel_experiment(path, question, panel, scale, fields)
-    elif words[1] == "run" and words[2].startswith("configs/"):
-        values = read_config(words[2], fields)
-        if values.get("kind", "language") == "language":
-            check_config(Experiment, values, find_config(words[2]))
+    else:  # a config that is not ours stands for any
+        values = read_config(words[2] if words[2].startswith("configs/") else "configs/quickstart.yaml", fields)
+        check_config(KINDS[values.get("kind", "language")], values, words[2])
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.name)
@@ -61,20 +75,18 @@ def test_links_to_files_lead_to_files(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "paper").glob("fig*.yaml")), ids=lambda path: path.stem)
 def test_the_map_names_every_figure_and_panel(path):
     _, question = load_question(str(path))
-    row = next(line for line in _map().splitlines() if f"`{path.name}`" in line)
+    row = next(line for line in _map().splitlines() if f"| `{path.name}`" in line)
     figures = {int(number) for number in re.findall(r"\d+", row.split("|")[1])}
     assert figures == set(question.figures)
-    assert {panel for panel in question.panels if f"`{panel}`" in row} == set(question.panels)
+    assert set(re.findall(r"`([^`]+)`", row.split("|")[3])) == {path.name, *question.panels}
 
 
 def test_the_map_names_every_claim_quirk_and_scale():
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in _map().splitlines() if line.startswith("|")]
-    first = [row[0] for row in rows]
-    assert [key for key in first if key in QUESTIONS] == list(QUESTIONS)
-    assert [number for number in first if number in {str(n) for n in range(1, 17)}][-16:] == [
-        str(n) for n in range(1, 17)
-    ]
-    assert all(f"`{scale}`" in first for scale in SCALES)
+    sections = re.split(r"^## ", _map(), flags=re.MULTILINE)
+    first = {text.splitlines()[0]: re.findall(r"^\| (\S+) \|", text, re.MULTILINE) for text in sections}
+    assert first["Claims"] == ["claim", "---", *QUESTIONS]
+    assert first["Quirks"] == ["n", "---", *map(str, range(1, 17))]
+    assert first["How to run"] == ["scale", "---", *(f"`{scale}`" for scale in SCALES)]
 
 
 def test_every_field_of_the_recipe_is_explained():
@@ -83,4 +95,4 @@ def test_every_field_of_the_recipe_is_explained():
 
 
 def _map() -> str:
-    return Path(ROOT / "docs" / "paper_map.md").read_text(encoding="utf-8")
+    return (ROOT / "docs" / "paper_map.md").read_text(encoding="utf-8")
