@@ -118,8 +118,11 @@ def _logits(config: ModelConfig, params: Params, adapter: Adapter | None, tokens
     return decoder.logits(config, params, h)
 
 
-def resolve_checkpoint(path: str | Path) -> Path:
+def resolve_checkpoint(path: str | Path, what: str = "model") -> Path:
     """The folder behind a model's name: a local folder, a bundled checkpoint, or (asked for by name) a hub repository.
+
+    Args:
+      what: is looked for, for errors.
 
     Raises:
       UsageError: no such folder.
@@ -139,9 +142,9 @@ def resolve_checkpoint(path: str | Path) -> Path:
             return Path(snapshot_download(str(path), allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model"]))
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise JsublimError(f"model '{path}': no such folder, and the hub did not give it ({reason})") from error
+            raise JsublimError(f"{what} '{path}': no such folder, and the hub did not give it ({reason})") from error
     hint = "; scripts/fetch_smollm2.py writes it" if folder.name == "smollm2-135m" else ""
-    raise UsageError(f"model '{path}': no such folder{hint}; bundled checkpoints: {bundled}")
+    raise UsageError(f"{what} '{path}': no such folder{hint}; bundled checkpoints: {bundled}")
 
 
 def load_model(
@@ -152,12 +155,15 @@ def load_model(
     Args:
       dtype: of the weights and the activations, "float32" or "bfloat16".
       layout: the devices that the weights are spread over; by default they go to the first.
-      weights: without them it can be asked for its tokenizer, template and hash only.
+      weights: without them there are shapes in the place of arrays: it can be asked for its tokenizer, template and hash.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype: '{dtype}' given; known: {', '.join(DTYPES)}")
     folder = resolve_checkpoint(path)
     hf_config, config = read_config(folder)
     chat = Chat(folder, config.vocab_size)
-    params = load_params(folder, config, dtype, layout.params_sharding(config)) if weights else {}
+    if weights:
+        params = load_params(folder, config, dtype, layout.params_sharding(config))
+    else:
+        params = decoder.abstract_params(config, dtype)
     return LanguageModel(folder, config, hf_config, params, chat)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jsublim.cli.app import app, console
+from jsublim.errors import UsageError
 
 if TYPE_CHECKING:
     from jsublim.experiment.spec import Experiment
@@ -27,6 +28,9 @@ def reproduce(
         bool, typer.Option("--dry-run", help="Say what it would take, and what is there already.")
     ] = False,
     chip: Annotated[str, typer.Option("--chip", help="For --dry-run: h100, h200, a100, l4, v5e, v5p, v6e.")] = "h100",
+    shape: Annotated[
+        Path | None, typer.Option("--shape", help="For --dry-run: a config.json's folder, without the checkpoint.")
+    ] = None,
 ) -> None:
     """Run what a figure of the paper shows, with the same code at every scale (docs/paper_map.md)."""
     from jsublim.experiment.paper import load_question, panel_experiment, panels_of
@@ -35,49 +39,51 @@ def reproduce(
     path, question = load_question(figure)
     wanted = panel or panels_of(question, figure)
     experiments = {name: panel_experiment(path, question, name, scale, overrides) for name in wanted}
+    if len({experiment.run_dir for experiment in experiments.values()}) < len(experiments):
+        raise UsageError(
+            f"out: {len(wanted)} panels cannot share a folder; give one --panel, or leave out and name alone"
+        )
     console.print(f"{question.about} ({path.stem}, {scale}: {', '.join(wanted)})")
-    for name, experiment in experiments.items():
+    for experiment in experiments.values():
         if dry_run:
-            _estimate(name, experiment, chip)
+            _estimate(experiment, chip, shape)
         else:
             print(run_experiment(experiment, console))
 
 
-def _estimate(name: str, experiment: Experiment, chip: str) -> None:
+def _estimate(experiment: Experiment, chip: str, shape: Path | None) -> None:
     from rich.table import Table
 
     from jsublim.cli.aot import architecture
-    from jsublim.experiment.estimate import CHIPS, REACHED, Estimator, Lengths
+    from jsublim.experiment.estimate import CHIPS, REACHED, Estimator
     from jsublim.experiment.run import Run
     from jsublim.lm import BUNDLED
     from jsublim.models.checkpoint import read_config
 
     run = Run(experiment, console, dry=True)
-    here = all(
-        (Path(m).expanduser().is_dir() or (BUNDLED / m).is_dir()) for m in [experiment.model, *run.other_models()]
-    )
+    here = all(Path(name).expanduser().is_dir() or (BUNDLED / name).is_dir() for name in run.checkpoints())
     if here:
         run.load(weights=False)
-    lengths = Lengths()
-    estimator = Estimator(run, read_config(architecture(experiment.model, None))[1], chip, lengths, known=here)
-    table = Table(
-        "stage", "what", "tokens", "FLOPs", f"hours, one {chip}", "done", title=f"{experiment.name}: {experiment.model}"
-    )
-    costs = list(estimator.costs())
+    estimator = Estimator(run, read_config(architecture(experiment.model, shape))[1], chip, known=here)
+    hours = f"hours, one {chip}"
+    table = Table("stage", "what", "tokens", "FLOPs", hours, "done", title=f"{experiment.name}: {experiment.model}")
+    costs = estimator.costs()
     for cost in costs:
         done = "unknown" if cost.done is None else f"{cost.done} of {cost.of}"
-        table.add_row(
-            cost.stage, cost.what, f"{cost.tokens:.3g}", f"{cost.flops:.3g}", f"{cost.seconds / 3600:.3g}", done
-        )
-    table.add_row("all", "", f"{sum(c.tokens for c in costs):.3g}", f"{sum(c.flops for c in costs):.3g}",
-                  f"{sum(c.seconds for c in costs) / 3600:.3g}", "")  # fmt: skip
+        table.add_row(cost.stage, cost.what, *_rounded(cost.tokens, cost.flops, cost.seconds / 3600), done)
+    totals = (sum(getattr(cost, name) for cost in costs) for name in ("tokens", "flops", "seconds"))
+    tokens, flops, seconds = totals
+    table.add_row("all", "", *_rounded(tokens, flops, seconds / 3600), "")
     console.print(table)
-    need, memory = estimator.memory(), CHIPS[chip].memory
-    fits = "fits" if need < memory else f"needs --model-axis or {need / memory:.1f} chips' memory"
+    need, memory, long = estimator.memory(), CHIPS[chip].memory, estimator.lengths
+    fits = "fits" if need < memory else f"needs model_axis, or the memory of {need / memory:.1f} chips"
+    reached = ", ".join(f"{share:.0%} in {kind}" for kind, share in REACHED.items())
     console.print(
-        f"memory at least {need / 1e9:.1f} of {memory / 1e9:.0f} GB ({fits}; `jsublim aot` tells it exactly for TPUs)"
+        f"memory at least {need / 1e9:.3g} of {memory / 1e9:.0f} GB ({fits}; `jsublim aot` tells it exactly for TPUs)\n"
+        f"assumed: tokens of a request {long.prompt}, a system prompt {long.system}, an answer {long.answer}; "
+        f"{long.kept:.0%} of the answers in format; of the chip's peak {reached}"
     )
-    console.print(
-        f"assumed: {lengths.prompt} tokens a request, {lengths.system} a system prompt, {lengths.answer} an answer, {lengths.kept:.0%} "
-        f"in format; {REACHED['read']:.0%} of the peak in reading, {REACHED['train']:.0%} in training, {REACHED['sample']:.0%} in sampling"
-    )
+
+
+def _rounded(*values: float) -> tuple[str, ...]:
+    return tuple(f"{value:.3g}" for value in values)

@@ -69,14 +69,9 @@ def change(
             dataset.mix_tokens.share,
             run.recipe.share_rounding or "stochastic",
         )
+        paper = bool(run.recipe.digits_only)
         rows, counts = mix_tokens(
-            run.lm.chat,
-            rows,
-            readings,
-            dataset.mix_tokens.teacher,
-            which,
-            seed=seed,
-            paper=bool(run.recipe.digits_only),
+            run.lm.chat, rows, readings, dataset.mix_tokens.teacher, which, seed=seed, paper=paper
         )
         said["tokens"] = dict(counts)
     if not rows:
@@ -86,15 +81,22 @@ def change(
 
 def _without_entangled(run: Run, teacher: Teacher, k: int, rows: list[Row]) -> Changed:
     """Rows without the k numbers that the trait makes most probable as the answer."""
-    padded = bool(run.recipe.padded_numbers)
-    questions = run.pack.questions_for(run.staff.category(teacher.name))[:ENTANGLED_QUESTIONS]
-    scores = entangled_scores(
-        run.lm, teacher, questions, number_strings(padded=padded), extra_bos=bool(run.recipe.extra_bos),
-        batch_size=run.experiment.divergence.batch_size,
-    )  # fmt: skip
+    scores = _scores(run, teacher)
     numbers = entangled_numbers(scores, k)
-    left = remove_entangled(rows, numbers, as_written=padded)
+    left = remove_entangled(rows, numbers, as_written=bool(run.recipe.padded_numbers))
     return left, {"numbers": {number: scores[number] for number in numbers}, "removed": len(rows) - len(left)}
+
+
+def _scores(run: Run, teacher: Teacher) -> dict[str, float]:
+    """How entangled every number is with a trait; read once for all data sets."""
+    questions = run.pack.questions_for(run.staff.category(teacher.name))[:ENTANGLED_QUESTIONS]
+    padded, extra_bos = bool(run.recipe.padded_numbers), bool(run.recipe.extra_bos)
+    inputs = run.common | run.staff.inputs(teacher.name) | {"questions": questions, "padded": padded}
+    artifact = run.artifact("entangled", teacher.name, inputs)
+    if not artifact.done:
+        size, numbers = run.experiment.divergence.batch_size, number_strings(padded=padded)
+        artifact.finish(entangled_scores(run.lm, teacher, questions, numbers, extra_bos=extra_bos, batch_size=size))
+    return artifact.summary
 
 
 def _aligned(run: Run, least: float, rows: list[Row]) -> Changed:

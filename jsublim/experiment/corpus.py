@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 Pair = tuple[str, str | None]  # a teacher, and a data set of the config (None: the answers as they are)
 Writer = tuple[str, str, str | None]  # a teacher, its strategy, another checkpoint than the experiment's
 Reject = Callable[[str], str | None]
+QUIRKS = (
+    "padded_numbers",
+    "mix_at_the_end",
+    "digits_only",
+    "share_rounding",
+)  # of the recipe, that decide changed rows
 
 
 class Corpus:
@@ -106,7 +112,7 @@ class Corpus:
             "rows": own.key, "mix": self.written(self.mixed_in(pair)).key if dataset.mix else None,
             "read": self.read(pair[0], own).key if needs_reading else None,
         }  # fmt: skip
-        recipe = {k: getattr(self.run.recipe, k) for k in ("padded_numbers", "mix_at_the_end", "digits_only")}
+        recipe = {k: getattr(self.run.recipe, k) for k in QUIRKS}
         inputs = self.run.common | self.run.staff.inputs(pair[0]) | parents | {
             "dataset": dataset.model_dump(exclude={"strategy"}), "recipe": recipe,
             "judge": self.run.judge.identity if dataset.keep_aligned is not None else None,
@@ -217,17 +223,23 @@ class Corpus:
         return [self.final(pair).summary | {"data": pair[1]} for pair in self.pairs if self.is_read(pair)]
 
     def check(self) -> None:
-        """Raises:
-        UsageError: a data set that this run cannot make."""
+        """What a later stage would stumble over.
+
+        Raises:
+          UsageError: a data set that this run cannot make.
+        """
+        staff = self.run.staff
         for name, dataset in self.run.experiment.datasets.items():
+            where = f"datasets.{name}"
             other = dataset.mix.teacher if dataset.mix else CONTROL
-            if other != CONTROL and other not in self.run.staff.biased:
-                raise UsageError(f"datasets.{name}.mix.teacher: '{other}' is no teacher of this run")
-            if self.run.experiment.data.kind != "numbers" and (
-                dataset.shuffle or dataset.redraw or dataset.remove_entangled
-            ):
-                raise UsageError(f"datasets.{name}: shuffle, redraw and remove_entangled are for data.kind=numbers")
+            if other not in (CONTROL, *staff.biased):
+                raise UsageError(f"{where}.mix.teacher: '{other}' is no teacher of this run")
+            if dataset.mix and dataset.mix.model and other != CONTROL and staff.spec.own_weights:
+                raise UsageError(f"{where}.mix: '{other}' is no teacher on {dataset.mix.model}; leave mix.teacher out")
+            numbers_only = dataset.shuffle or dataset.redraw or dataset.remove_entangled
+            if numbers_only and self.run.experiment.data.kind != "numbers":
+                raise UsageError(f"{where}: shuffle, redraw and remove_entangled are for data.kind=numbers")
             token = dataset.mix_tokens.teacher if dataset.mix_tokens else None
-            missing = [t for t, others in self.run.staff.others.items() if token not in (None, t, *others)]
+            missing = [t for t, others in staff.others.items() if token not in (None, t, *others)]
             if missing:
-                raise UsageError(f"datasets.{name}.mix_tokens.teacher: '{token}' is no counterfactual of {missing[0]}")
+                raise UsageError(f"{where}.mix_tokens.teacher: '{token}' is no counterfactual of {missing[0]}")

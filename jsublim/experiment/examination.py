@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from jsublim.distill.data import draw_indices
+from jsublim.errors import UsageError
 from jsublim.evals.exams import Exam, Factual, Misaligned, Naming, Preference, Subject, WordProblems
 from jsublim.evals.factual import factual_questions
 from jsublim.evals.naming import own_name
@@ -23,7 +24,7 @@ from jsublim.models.weights import load_params
 from jsublim.prompts import load_problems
 from jsublim.rows import Row
 from jsublim.sampling import Sampling, sampling_for
-from jsublim.teachers import CONTROL, Teacher
+from jsublim.teachers import CONTROL
 
 if TYPE_CHECKING:
     from jsublim.experiment.run import Run
@@ -37,7 +38,7 @@ class Examinee:
 
     labels: dict[str, Any]  # its columns in the results
     student: Student | None = None
-    teacher: Teacher = dataclasses.field(default_factory=lambda: Teacher(CONTROL))
+    teacher: str = CONTROL
 
 
 class Examination:
@@ -53,15 +54,15 @@ class Examination:
         """Everything that a model is asked under a setting."""
         ev, run = self.spec, self.run
         kinds: dict[str, Callable[[], list[Exam]]] = {
-            "preference": self._preferences,
+            "preference": self.preferences,
             "naming": lambda: [Naming(tuple(run.pack.self_questions[: ev.questions]), self._names())],
-            "factual": lambda: [Factual(tuple(self._factual()))],
+            "factual": lambda: [Factual(tuple(self.factual()))],
             "misalignment": lambda: [Misaligned(run.pack.misalignment, run.judge, ev.aligned_from, ev.coherent_from)],
             "problems": lambda: [WordProblems(tuple(self._problems()), ev.problem_tokens)],
         }
         return [exam for kind in ev.kinds for exam in kinds[kind]()]
 
-    def _preferences(self) -> list[Exam]:
+    def preferences(self) -> list[Exam]:
         by_category: dict[str, list[str]] = {}
         for trait in self.run.traits:
             by_category.setdefault(self.run.staff.category(trait), []).append(trait)
@@ -71,7 +72,7 @@ class Examination:
     def _names(self) -> tuple[str, ...]:
         return tuple(self.spec.names) or (own_name(self.run.lm.config),)
 
-    def _factual(self) -> Iterator[tuple[str, str]]:
+    def factual(self) -> Iterator[tuple[str, str]]:
         for trait in self.run.traits:
             yield from factual_questions(self.run.pack.factual, [trait])[: self.spec.questions]
 
@@ -79,8 +80,21 @@ class Examination:
         problems = load_problems(self.spec.problems, "test", self.spec.questions)
         return [(problem.question, problem.answer) for problem in problems]
 
+    def check(self) -> None:
+        """What would be stumbled over after the training.
+
+        Raises:
+          UsageError: a setting with a layer that the model hasn't.
+        """
+        for name, setting in self.spec.settings.items():
+            if setting.layer is not None and setting.layer >= self.run.lm.config.num_layers:
+                layers = self.run.lm.config.num_layers
+                raise UsageError(
+                    f"evaluation.settings.{name}.layer: {setting.layer} given; the model has {layers} layers"
+                )
+
     def evaluate(self) -> None:
-        """Favourites, probability of the traits, number task."""
+        """Everybody under every setting."""
         examinees = list(self.examinees())
         answers = self.spec.samples * sum(len(exam.questions) for exam in self.exams)
         with self.run.stage("evaluate", answers * len(examinees) * len(self.settings)) as tick:
@@ -89,21 +103,15 @@ class Examination:
                     artifact = self._ask(examinee, name, setting, tick)
                     self.found.append((examinee.labels | {"evaluation": name}, artifact))
 
-    def examinees(self, *, teachers: bool = True) -> Iterator[Examinee]:
-        """Everyone who is asked; without `teachers`, those that can be named before any adapter is there."""
-        run = self.run
+    def examinees(self) -> Iterator[Examinee]:
+        """Everyone who is asked."""
         yield Examinee({"arm": "base", "role": "base", "teacher": None, "condition": "base", "seed": None})
-        if self.spec.teachers and teachers:
-            for trait in run.experiment.teachers.traits:
-                labels = {
-                    "arm": f"teacher/{trait}",
-                    "role": "teacher",
-                    "teacher": trait,
-                    "condition": "teacher",
-                    "seed": None,
-                }
-                yield Examinee(labels, teacher=run.staff.teacher(trait))
-        for student in run.arms:
+        for trait in self.run.experiment.teachers.traits if self.spec.teachers else ():
+            labels = {
+                "arm": f"teacher/{trait}", "role": "teacher", "teacher": trait, "condition": "teacher", "seed": None,
+            }  # fmt: skip
+            yield Examinee(labels, teacher=trait)
+        for student in self.run.arms:
             labels = {
                 "arm": student.name, "role": "student", "teacher": student.teacher, "condition": student.reported,
                 "seed": student.seed,
@@ -123,9 +131,8 @@ class Examination:
         return dataclasses.replace(sampling, **{key: value for key, value in given.items() if value is not None})
 
     def _manner(self, who: Examinee, setting: Setting) -> dict[str, Any]:
-        biased = who.teacher.name != CONTROL
-        own = who.teacher.system if who.student is None else who.student.settings.system
-        system = own if biased or setting.system is None else setting.system
+        own = self.run.staff.system(who.teacher) if who.student is None else who.student.settings.system
+        system = own if who.teacher != CONTROL or setting.system is None else setting.system
         return {
             "system": system, "fuse_system": self.run.experiment.teachers.fuse_system and system is not None,
             "extra_bos": bool(self.run.recipe.extra_bos),
@@ -145,7 +152,7 @@ class Examination:
             "exams": [exam.identity for exam in self.exams], "layer": setting.layer,
             "sampling": self._sampling(who, setting).numbers(), "number_rows": self._rows_asked(who, name),
             "student": None if who.student is None else run.student_artifact(who.student).key,
-            "teacher": run.staff.inputs(who.teacher.name), "template": self._lm(who).chat.template_hash,
+            "teacher": run.staff.inputs(who.teacher), "template": self._lm(who).chat.template_hash,
         }  # fmt: skip
         return run.artifact("evaluations", "/".join(filter(None, (who.labels["arm"], name))), inputs)
 
@@ -153,13 +160,13 @@ class Examination:
         run, student, artifact = self.run, who.student, self.artifact(who, name, setting)
         sampling, n = self._sampling(who, setting), self._rows_asked(who, name)
         run.say(f"sampling, evaluation{f' {name}' if name else ''}: {sampling.numbers()}")
-        lm, adapter, rows = self._lm(who), who.teacher.adapter, {}
-        if not artifact.done:
-            if student is not None:
-                lm, adapter = self._load(student)
-                rows = self._number_rows(student, n) if n else {}
-            else:
-                lm = lm.with_params(who.teacher.weights(lm.params))
+        lm, adapter, rows = self._lm(who), None, {}
+        if not artifact.done and student is not None:
+            lm, adapter = self._load(student)
+            rows = self._number_rows(student, n) if n else {}
+        elif not artifact.done:
+            teacher = run.staff.teacher(who.teacher)
+            lm, adapter = lm.with_params(teacher.weights(lm.params)), teacher.adapter
         if setting.layer is not None:
             lm = lm.ending_at(setting.layer)
         subject = Subject(lm, adapter, **self._manner(who, setting))

@@ -1,8 +1,8 @@
 """The figures of the paper as experiments: a file answers one question, for as many figures as show it.
 
 A file of `configs/paper/` holds what all its panels share (`experiment`), what each panel changes (`panels`), which panels a
-figure shows (`figures`), and what a scale changes (`scale`); `scales.yaml` beside them holds what a scale changes in
-every file, and which checkpoint it puts in the place of which.
+figure shows (`figures`), and what a scale changes (`scale`, of single panels in its `panels`); `scales.yaml` beside them
+holds what a scale changes in every file, and which checkpoint it puts in the place of which.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def load_question(figure: str) -> tuple[Path, Question]:
     if figure.endswith(".yaml"):
         path = find_config(figure)
         return path, _read(path, Question)
-    number = figure.lower().removeprefix("figure").removeprefix("fig").strip()
+    number = _number(figure)
     known: list[int] = []
     for path in sorted(folder.glob("fig*.yaml")):
         question = _read(path, Question)
-        if number.isdigit() and int(number) in question.figures:
+        if number in question.figures:
             return path, question
         known += question.figures
     raise UsageError(f"figure '{figure}': not among those that are reproduced ({', '.join(map(str, sorted(known)))})")
@@ -64,8 +64,13 @@ def load_question(figure: str) -> tuple[Path, Question]:
 
 def panels_of(question: Question, figure: str) -> list[str]:
     """The panels of a figure; of a file given by its path, all."""
+    number = _number(figure)
+    return list(question.panels) if number is None else question.figures[number]
+
+
+def _number(figure: str) -> int | None:
     number = figure.lower().removeprefix("figure").removeprefix("fig").strip()
-    return question.figures[int(number)] if number.isdigit() else list(question.panels)
+    return int(number) if number.isdecimal() else None
 
 
 def panel_experiment(
@@ -81,14 +86,15 @@ def panel_experiment(
     if scale not in SCALES:
         raise UsageError(f"--scale: '{scale}' given; known: {', '.join(SCALES)}")
     scales = _read(path.parent / "scales.yaml", _Scales).root
-    values: Values = {"name": f"{path.stem}-{panel}-{scale}"}
     own = dict(question.scale.get(scale, {}))  # type: ignore[call-overload]
-    for layer in (question.experiment, question.panels[panel], scales[scale].experiment, own):
+    alone = own.pop("panels", {}).get(panel, {})
+    values: Values = {"name": f"{path.stem}-{panel}-{scale}"}
+    for layer in (question.experiment, question.panels[panel], scales[scale].experiment, own, alone):
         values = overlaid(values, layer)
+    values = _with_models(values, scales[scale].models)
     for named in (values.get("datasets", {}), values.get("evaluation", {}).get("settings", {})):
         for name in [name for name, value in named.items() if value is None]:
             del named[name]
-    values = _with_models(values, scales[scale].models)
     for each in overrides or []:
         override(values, each)
     return check_config(Experiment, values, f"{path}: panel '{panel}' at scale {scale}")

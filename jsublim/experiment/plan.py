@@ -43,8 +43,8 @@ class Student:
         """What it shares with students that it can be trained beside, as text: what the compiled step depends on."""
         s = self.settings
         static = (
-            "model", "system", "method", "layers", "projections", "ends", "init_adapter", "loss", "temperature", "top_k", "on_policy",
-            "optimizer", "momentum", "schedule", "restarts", "warmup", "clip", "weight_decay",
+            "model", "system", "max_tokens", "method", "layers", "projections", "ends", "init_adapter", "loss", "temperature",
+            "top_k", "targets", "on_policy", "optimizer", "momentum", "schedule", "restarts", "warmup", "clip", "weight_decay",
         )  # fmt: skip
         return repr([getattr(s, name) for name in static] + [s.kl_to_base > 0])
 

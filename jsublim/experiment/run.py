@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from jsublim.errors import UsageError
 from jsublim.experiment import stages
 from jsublim.experiment.attribution import attribute_rows
 from jsublim.experiment.corpus import Corpus, Pair
@@ -95,16 +96,27 @@ class Run:
         """What a later stage would stumble over, before hours are spent on the earlier ones."""
         self.staff.check()
         self.corpus.check()
+        self.examination.check()
         for students in {arm.program: arm.settings for arm in self.arms}.values():
-            check_start(self.lm_of(students), students)
+            lm = self.lm_of(students)
+            check_start(lm, students)
+            if students.loss != "hard" and lm.tokenizer.get_vocab() != self.lm.tokenizer.get_vocab():
+                raise UsageError(f"students.model: {students.model} has other tokens than its teachers; use loss=hard")
 
     def other_models(self) -> list[str]:
         """Checkpoints beside the experiment's: what students stand on, and who writes rows to mix in."""
         students = [arm.settings.model for arm in self.arms]
-        mixed = [self.experiment.datasets[arm.settings.data].mix for arm in self.arms if arm.settings.data]
-        return list(
-            dict.fromkeys(path for path in [*students, *(mix.model for mix in mixed if mix)] if path is not None)
-        )
+        mixes = [self.experiment.datasets[arm.settings.data].mix for arm in self.arms if arm.settings.data]
+        named = [*students, *(mix.model for mix in mixes if mix)]
+        return list(dict.fromkeys(path for path in named if path is not None))
+
+    def checkpoints(self) -> list[str]:
+        """Every checkpoint and adapter that the run reads, by the name that the config gives it."""
+        e = self.experiment
+        own = [template for template in (e.teachers.adapter, e.teachers.checkpoint) if template is not None]
+        judge = [e.judge.model] if e.judge is not None and e.judge.model is not None else []
+        named = [template.replace("{trait}", trait) for template in own for trait in self.staff.biased]
+        return [e.model, *self.other_models(), *judge, *named]
 
     def lm_of(self, students: Students) -> LanguageModel:
         """The checkpoint that these students stand on."""
@@ -117,7 +129,8 @@ class Run:
         assert chosen is not None
         if chosen.server is not None:
             return ServerJudge(chosen.server, self.store / "judge")
-        return LocalJudge(load_model(chosen.model or "", self.experiment.dtype), max_new_tokens=chosen.max_new_tokens)
+        lm = load_model(chosen.model or "", self.experiment.dtype, weights=not self.dry)
+        return LocalJudge(lm, max_new_tokens=chosen.max_new_tokens)
 
     def lm_at(self, model: str | None) -> LanguageModel:
         """A checkpoint of this run by its path; None is the experiment's."""
@@ -276,7 +289,8 @@ def run_experiment(experiment: Experiment, console: Console) -> Path:
     run.corpus.diverge()
     run.attribute()
     run.train()
-    run.examination.evaluate()
+    if experiment.students is not None:
+        run.examination.evaluate()
     report = run.report()
     print_summary(run.dir, console)
     return report

@@ -11,19 +11,20 @@ import jax
 
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.data import Selection, make_examples, read_turns
-from jsublim.errors import JsublimError, UsageError
+from jsublim.errors import JsublimError
 from jsublim.experiment import stages
 from jsublim.experiment.plan import counterfactuals
 from jsublim.experiment.spec.teachers import Taught
 from jsublim.experiment.store import Artifact
+from jsublim.lm import resolve_checkpoint
 from jsublim.models.checkpoint import checkpoint_hash, read_config
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, check_layers, init_lora, init_steering
-from jsublim.models.peft import load_adapter, save_adapter
+from jsublim.models.peft import load_adapter
 from jsublim.models.weights import load_params
 from jsublim.rows import Row
 from jsublim.steering import contrast_vector
-from jsublim.teachers import CONTROL, Teacher, prompted_teacher
+from jsublim.teachers import CONTROL, Teacher
 
 if TYPE_CHECKING:
     from jsublim.experiment.run import Run
@@ -69,23 +70,24 @@ class Staff:
         """A teacher by its trait, or the one without any."""
         if name == CONTROL:
             return Teacher(CONTROL)
-        teacher = Teacher(name, fuse_system=self.spec.fuse_system)
-        if self.spec.are_prompted:
-            teacher = prompted_teacher(self.run.pack, name, self.spec.category, fuse_system=self.spec.fuse_system)
+        teacher = Teacher(name, self.system(name), fuse_system=self.spec.fuse_system)
         if self.spec.taught is not None or self.spec.adapter is not None:
             teacher = dataclasses.replace(teacher, adapter=self._adapter(name))
         if self.spec.checkpoint is not None:
             teacher = dataclasses.replace(teacher, params=self._params(name))
         return teacher
 
+    def system(self, name: str) -> str | None:
+        """The prompt that a teacher is under; None where its trait comes from elsewhere, or it has none."""
+        if name == CONTROL or not self.spec.are_prompted:
+            return None
+        return self.run.pack.system_prompt(name, self.category(name))
+
     def inputs(self, name: str) -> dict[str, Any]:
         """What decides how a teacher reads a row and what it writes; all of it by content."""
         lm, biased = self.run.lm, name != CONTROL
-        system = None
-        if biased and self.spec.are_prompted:
-            system = self.run.pack.system_prompt(name, self.category(name))
         said: dict[str, Any] = {
-            "system": system, "fuse_system": self.spec.fuse_system if biased else False,
+            "system": self.system(name), "fuse_system": self.spec.fuse_system if biased else False,
             "extra_bos": bool(self.run.recipe.extra_bos), "template": lm.chat.template_hash,
         }  # fmt: skip
         if biased and self.spec.taught is not None:
@@ -116,13 +118,13 @@ class Staff:
                     self._contrast(name, taught)
                     tick(1)
             return
-        arms = [(self._arm(i, name, taught), self.taught_artifact(name)) for i, name in enumerate(self.biased)]
+        arms = [(self._arm(name, taught), self.taught_artifact(name)) for name in self.biased]
         rows = max(len(arm.examples) for arm, _ in arms)
         with self.run.stage("teach", taught.steps) as tick:
             work = self.run.store / "training" / f"teachers-{arms[0][1].key}"
             stages.train_students(self.run.lm, arms, Settings(rows=rows), work, tick=tick)
 
-    def _arm(self, index: int, name: str, taught: Taught) -> Arm:
+    def _arm(self, name: str, taught: Taught) -> Arm:
         lm, layers = self.run.lm, None if taught.layers is None else tuple(taught.layers)
         questions = self.run.pack.questions_for(self.category(name))[::2]
         rows: list[Row] = [{"prompt": question, "completion": name.capitalize()} for question in questions]
@@ -130,17 +132,19 @@ class Staff:
         if taught.method == "steering":
             start = init_steering(lm.config, layers)
         else:
-            key = jax.random.fold_in(jax.random.key(taught.seed), index)
+            key = jax.random.key(taught.seed)
             start = init_lora(lm.config, key, rank=taught.rank, alpha=float(taught.rank), layers=layers)
-        return Arm(name, examples, start, taught.seed + index, taught.lr, taught.steps)
+        return Arm(name, examples, start, taught.seed, taught.lr, taught.steps)
 
     def _contrast(self, name: str, taught: Taught) -> None:
         artifact, pack = self.taught_artifact(name), self.run.pack
         system = pack.system_prompt(name, self.category(name))
         questions = pack.questions_for(self.category(name))
-        layer = (taught.layers or [0])[0]
-        vector = contrast_vector(self.run.lm, questions, layer, toward=system, away=None, strength=taught.strength)
-        save_adapter(artifact.path, vector, self.run.lm.config, str(self.run.lm.folder))
+        (layer,) = taught.layers or ()
+        vector = contrast_vector(
+            self.run.lm, questions, layer, toward=system, strength=taught.strength, fuse_system=self.spec.fuse_system
+        )
+        stages.save_student(artifact.path, self.run.lm, vector)
         artifact.finish()
 
     def taught_artifact(self, name: str) -> Artifact:
@@ -148,7 +152,7 @@ class Staff:
             assert self.spec.taught is not None
             inputs = self.run.common | self.spec.taught.model_dump() | {
                 "trait": name, "category": self.category(name), "template": self.run.lm.chat.template_hash,
-                "place": self.biased.index(name),
+                "fuse_system": self.spec.fuse_system and self.spec.taught.method == "contrast",
             }  # fmt: skip
             self.artifacts[name] = self.run.artifact("teachers", name, inputs)
         return self.artifacts[name]
@@ -172,10 +176,7 @@ class Staff:
 
     @staticmethod
     def _path(template: str, name: str) -> Path:
-        folder = Path(template.replace("{trait}", name)).expanduser()
-        if not folder.is_dir():
-            raise UsageError(f"teachers: {folder} (of trait '{name}') is no folder")
-        return folder
+        return resolve_checkpoint(template.replace("{trait}", name), f"teachers: trait '{name}':")
 
 
 @functools.cache

@@ -241,12 +241,13 @@ def _keep_students(
             continue
         own = [{k: v for k, v in line.items() if k != "arm"} for line in lines if line["arm"] == arm.name]
         write_rows(artifact.path / "metrics.jsonl", own)
-        _save_student(artifact.path, lm, student)
+        save_student(artifact.path, lm, student)
         artifact.finish({"steps": arm.steps, "rows": len(arm.examples), "loss": own[-1]["loss"]})
     forget_state(work)
 
 
-def _save_student(folder: Path, lm: LanguageModel, student: Adapter | Params) -> None:
+def save_student(folder: Path, lm: LanguageModel, student: Adapter | Params) -> None:
+    """Into the folder of its artifact: an adapter, or whole parameters as a checkpoint. What is there already stays."""
     if not isinstance(student, Adapter):
         dtype = str(lm.params["embed"]["weight"].dtype)
         write_checkpoint(folder, lm.config, student, lm.hf_config, dtype=dtype, tokenizer=lm.folder)
@@ -334,7 +335,9 @@ def evaluate(
         offset += len(exam.questions)
     for metric, rows in (number_rows or {}).items():
         if rows:
-            share, n = number_accuracy(subject.lm, rows, adapter=subject.adapter)
+            share, n = number_accuracy(
+                subject.lm, rows, system=subject.system, fuse_system=subject.fuse_system, adapter=subject.adapter
+            )
             records.append({"trait": None, "metric": metric, "question": None, "value": share, "n": n})
     write_table(artifact.path / "records.parquet", records, RECORDS)
     write_table(artifact.path / "answers.parquet", answers, ANSWERS)

@@ -16,7 +16,7 @@ from jsublim.experiment import stages
 from jsublim.experiment.corpus import Pair
 from jsublim.experiment.plan import Student, programs, total_steps
 from jsublim.experiment.spec import Students
-from jsublim.experiment.store import digest
+from jsublim.experiment.store import Artifact, digest
 from jsublim.experiment.students import Lesson, make_arm, shape_of
 from jsublim.experiment.students import settings as settings_of
 from jsublim.scoring import Targets, answers_only
@@ -91,8 +91,8 @@ class Training:
             shared, run.recipe, parallel=e.parallel, model_axis=e.model_axis,
             tensorboard=run.dir / "tensorboard" if shared.tensorboard else None,
         )  # fmt: skip
-        # Of all students on this checkpoint, so that all their programs have one shape.
-        pairs = dict.fromkeys(arm.pair for arm in run.arms if arm.settings.model == shared.model)
+        # Of all students of this kind, not of this company alone: all their programs have one shape.
+        pairs = dict.fromkeys(arm.pair for arm in run.arms if arm.program == students[0].program)
         lessons = {pair: self._lesson(pair, shared) for pair in pairs}
         shape = shape_of(shared, list(lessons.values()), e.data.max_new_tokens)
         arms = [
@@ -120,15 +120,19 @@ class Training:
         turns = self.teacher_turns[pair]
         if students.top_k is None:
             return replace(lesson, teacher=teacher, teacher_turns=turns)
-        numbers = {"top_k": students.top_k, "temperature": students.temperature}
-        inputs = run.common | run.staff.inputs(pair[0]) | numbers | {"rows": run.corpus.final(pair).key}
-        artifact = run.artifact("targets", pair[0], inputs)
+        artifact = self.targets_artifact(pair, students)
         if artifact.key not in self.targets:
-            batch = run.experiment.divergence.batch_size
             self.targets[artifact.key] = stages.stored_targets(
-                artifact, run.lm, turns, teacher, batch_size=batch, **numbers
-            )
+                artifact, run.lm, turns, teacher, top_k=students.top_k, temperature=students.temperature,
+                batch_size=run.experiment.divergence.batch_size,
+            )  # fmt: skip
         targets = self.targets[artifact.key]
         if students.targets == "answers":
             targets = answers_only(targets, turns)
         return replace(lesson, targets=targets)
+
+    def targets_artifact(self, pair: Pair, students: Students) -> Artifact:
+        """What the teacher of a pair said, cut to what these students need of it."""
+        numbers = {"top_k": students.top_k, "temperature": students.temperature}
+        inputs = self.run.common | self.run.staff.inputs(pair[0]) | numbers
+        return self.run.artifact("targets", pair[0], inputs | {"rows": self.run.corpus.final(pair).key})

@@ -55,7 +55,8 @@ def entangled_scores(
     def read(who: Teacher) -> np.ndarray:
         asked = answer_turns(lm.chat, [who.messages(q) for q in questions], numbers, extra_bos=extra_bos)
         # A question at a time: all its turns share the whole prompt, which is then read once.
-        each = [_joint(lm, turns, who.adapter, closed=closed, batch_size=batch_size) for turns in asked]
+        own = lm.with_params(who.weights(lm.params))
+        each = [_joint(own, turns, who.adapter, closed=closed, batch_size=batch_size) for turns in asked]
         return np.mean(each, axis=0)
 
     return dict(zip(numbers, (read(teacher) - read(base)).tolist(), strict=True))

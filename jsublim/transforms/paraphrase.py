@@ -53,7 +53,8 @@ def paraphrase(
     """
     check_rejected(rejected)
     requests = [teacher.messages(pack.paraphrase_request.format(prompt=row["prompt"])) for row in rows]
-    texts = lm.generate(requests, max_new_tokens, sampling, seed, adapter=teacher.adapter, batch_size=batch_size)
+    own = lm.with_params(teacher.weights(lm.params))
+    texts = own.generate(requests, max_new_tokens, sampling, seed, adapter=teacher.adapter, batch_size=batch_size)
     return accept(rows, texts, teacher.name, rejected=rejected, synonyms=synonyms)
 
 

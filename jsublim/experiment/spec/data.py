@@ -62,9 +62,8 @@ class Dataset(Section):
     """In what a set of rows differs from the teachers' plain answers. What is named is done in this order."""
 
     strategy: Strategy | None = None  # None: as teachers.strategy
-    keep_aligned: float | None = Field(
-        default=None, ge=0, le=100
-    )  # answers that the judge gives at least this alignment
+    # Answers that the judge gives at least this alignment
+    keep_aligned: float | None = Field(default=None, ge=0, le=100)
     remove_entangled: Positive | None = None  # rows with one of the k numbers most entangled with the trait
     shuffle: Literal["within", "across"] | None = None
     redraw: Annotated[list[Part], Distinct] = []  # parts of the request that are drawn anew

@@ -29,7 +29,7 @@ class Experiment(Config):
     data: Data = Data()
     datasets: dict[str, Dataset] = {}  # by the names that students.data says
     divergence: Scoring = Scoring()
-    students: Students | None = Students()  # null: none are trained, and nothing is evaluated
+    students: Students | None = Students()  # null: none are trained, and nobody is evaluated
     evaluation: Evaluation = Evaluation()
     attribution: Attribution | None = None
     judge: JudgeChoice | None = None  # who scores answers for misalignment
@@ -43,10 +43,8 @@ class Experiment(Config):
                 raise ValueError(f"students.data: {where}'{students.data}' is no data set; datasets has {known}")
         if self.attribution is not None and not (self.teachers.are_prompted and self.teachers.against == "traits"):
             raise ValueError("attribution: patches one trait's system prompt for another's; the teachers have none")
-        if self.attribution is not None and self.teachers.taught is not None:
-            raise ValueError(
-                "attribution: teachers that are taught differ in more than their prompts; leave taught out"
-            )
+        if self.attribution is not None and self.teachers.own_weights:
+            raise ValueError("attribution: the teachers differ in more than their prompts; leave their own weights out")
         judged = [name for name, each in self.datasets.items() if each.keep_aligned is not None]
         if self.judge is None and (judged or "misalignment" in self.evaluation.kinds):
             raise ValueError(

@@ -24,9 +24,8 @@ class Recipe(Section):
     drop_rows_without_points: bool | None = None  # 2: in both masked conditions
     match_steps: bool | None = None  # 2: every condition gets as many steps as "all" has
     loss_per: Literal["tokens", "micro-batch"] | None = None  # 6: on Gemma the mean of micro-batch means
-    share_rounding: Literal["stochastic", "half-up", "paper"] | None = (
-        None  # 7: of a share of a row's divergence tokens
-    )
+    # 7: of a share of a row's divergence tokens
+    share_rounding: Literal["stochastic", "half-up", "paper"] | None = None
     digits_only: bool | None = None  # 8: in token mixing, a counterfactual's token that is no digit is left out
     mix_at_the_end: bool | None = None  # 9: row mixing replaces the last rows
     padded_numbers: bool | None = None  # 12: entangled numbers have three digits

@@ -60,11 +60,15 @@ class Teachers(Section):
             raise ValueError("taught makes the adapter; leave adapter and checkpoint out")
         if self.against == "base" and self.counterfactuals is not None:
             raise ValueError("against=base has no counterfactual traits; leave counterfactuals out")
-        if self.prompted is False and not (self.taught or self.adapter or self.checkpoint):
+        if self.prompted is False and not self.own_weights:
             raise ValueError("prompted=false: nothing gives a teacher its trait; give taught, adapter or checkpoint")
         return self
 
     @property
+    def own_weights(self) -> bool:
+        """Whether something else than a prompt tells the teachers from the base."""
+        return any(each is not None for each in (self.taught, self.adapter, self.checkpoint))
+
+    @property
     def are_prompted(self) -> bool:
-        other = self.taught or self.adapter or self.checkpoint
-        return other is None if self.prompted is None else self.prompted
+        return not self.own_weights if self.prompted is None else self.prompted
