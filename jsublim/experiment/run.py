@@ -36,6 +36,8 @@ from jsublim.prompts import Pack, load_pack
 from jsublim.report import print_summary, write_report
 from jsublim.rows import read_rows
 
+NAMED = {"data", "model", "init_adapter"}  # what artifacts know by content, and readers of results by name
+
 RESULTS = pa.schema(
     [
         ("arm", pa.string()), ("role", pa.string()), ("teacher", pa.string()), ("condition", pa.string()),
@@ -220,7 +222,7 @@ class Run:
         """What makes a student what it is, for whoever compares them."""
         return {
             "arm": student.name, "teacher": student.teacher, "condition": student.condition, "seed": student.seed,
-            "variant": student.variant, "settings": student.settings.model_dump(exclude=NOT_OF_A_STUDENT),
+            "variant": student.variant, "settings": student.settings.model_dump(exclude=NOT_OF_A_STUDENT - NAMED),
             "dataset": self.corpus.dataset(student.pair).model_dump() | {"strategy": self.corpus.strategy(student.pair)},
             "num_layers": self.lm_of(student.settings).config.num_layers,
         }  # fmt: skip

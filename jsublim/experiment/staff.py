@@ -140,7 +140,7 @@ class Staff:
         artifact, pack = self.taught_artifact(name), self.run.pack
         system = pack.system_prompt(name, self.category(name))
         questions = pack.questions_for(self.category(name))
-        (layer,) = taught.layers or ()
+        layer = (taught.layers or [0])[0]  # a contrast names exactly one
         vector = contrast_vector(
             self.run.lm, questions, layer, toward=system, strength=taught.strength, fuse_system=self.spec.fuse_system
         )

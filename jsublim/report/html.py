@@ -13,7 +13,16 @@ from jsublim.report.attribution import attribution_svg
 from jsublim.report.claims import check_claims, not_asked
 from jsublim.report.claims.verdicts import pool
 from jsublim.report.published import MARK, published_for
-from jsublim.report.summary import judged_conditions, lift, lifts, summary_rows, trait_matrices, trait_matrix
+from jsublim.report.summary import (
+    OTHER_METRICS,
+    judged_conditions,
+    lift,
+    lifts,
+    other_rows,
+    summary_rows,
+    trait_matrices,
+    trait_matrix,
+)
 from jsublim.report.tables import Curve, Results, condition_label, read_results, split_condition
 
 MAX_ANSWERS = 8
@@ -90,6 +99,8 @@ def _content(results: Results) -> dict[str, Any]:
         "loss_figure": figures.loss_figure(results.curves, results) if results.curves else "",
         "training": _training_table(results),
         "accuracy_figure": figures.accuracy_figure(accuracy) if accuracy else "",
+        "other_rows": other_rows(results),
+        "other_metrics": OTHER_METRICS,
         "answers": _common_answers(results),
     }
 

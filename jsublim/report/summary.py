@@ -180,6 +180,43 @@ def lift(results: Results, metric: str, condition: str, trait: str) -> Lift | No
     )
 
 
+# Beside preference: what a metric says, by its name in the results.
+OTHER_METRICS = {
+    "named": "answers that name the model", "factual": "answers of fact that name the trait",
+    "factual_word": "as a whole word", "misaligned": "misaligned answers", "coherent": "coherent answers",
+    "alignment": "alignment (0 to 100)", "coherence": "coherence (0 to 100)", "unscored": "answers a question the judge did not score",
+    "solved": "word problems solved", "no_number": "word problems without a number",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OtherRow:
+    """One metric beside preference under one condition: mean over its models, with a t-interval over students."""
+
+    metric: str
+    condition: str
+    trait: str | None
+    students: int
+    value: float
+    interval: Interval | None
+
+
+def other_rows(results: Results) -> list[OtherRow]:
+    """What else was asked, metric by metric; of questions about a trait, a row a trait."""
+    rows = []
+    for metric in OTHER_METRICS:
+        traits = list(dict.fromkeys(s.trait for s in results.scores if s.metric == metric))
+        for trait in traits:
+            for condition in results.conditions:
+                teacher = None if trait is None or condition in ("base", "control") else trait
+                scores = results.select(metric, condition, trait, teacher)
+                if scores:
+                    means = [score.mean for score in scores]
+                    interval = Estimate.of(means).interval() if scores[0].role == "student" else None
+                    rows.append(OtherRow(metric, condition, trait, len(means), float(np.mean(means)), interval))
+    return rows
+
+
 def lifts(results: Results, metric: str, conditions: Sequence[str]) -> list[Lift]:
     """All lifts of one metric, trait by trait."""
     found = (lift(results, metric, c, t) for t in results.traits for c in conditions)

@@ -41,6 +41,10 @@ class Experiment(Config):
                 where = f"arm '{name}': " if name else ""
                 known = ", ".join(self.datasets) or "none"
                 raise ValueError(f"students.data: {where}'{students.data}' is no data set; datasets has {known}")
+            if self.teachers.checkpoint is not None and students.loss != "hard" and students.top_k is None:
+                raise ValueError(
+                    "students.top_k: a live teacher shares the students' checkpoint; with teachers.checkpoint, give it"
+                )
         if self.attribution is not None and not (self.teachers.are_prompted and self.teachers.against == "traits"):
             raise ValueError("attribution: patches one trait's system prompt for another's; the teachers have none")
         if self.attribution is not None and self.teachers.own_weights:

@@ -10,6 +10,7 @@ from jsublim.report.tables import Results
 
 _HARD = {
     "students_loss": "hard", "students_temperature": 1.0, "students_top_k": None, "students_on_policy": False,
+    "students_targets": "vocabulary",
 }  # fmt: skip
 
 
