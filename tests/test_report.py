@@ -21,7 +21,7 @@ import jsublim.report.statistics as st
 from jsublim.errors import JsublimError
 from jsublim.report import print_summary, write_report
 from jsublim.report.claims import check_claims
-from jsublim.report.summary import lift, summary_rows, trait_matrix
+from jsublim.report.summary import lift, other_rows, summary_rows, trait_matrix
 from jsublim.report.tables import read_results
 
 TRAITS = ("cat", "eagle", "owl", "wolf")
@@ -532,6 +532,27 @@ def test_missing_metrics_do_not_crash(tmp_path: Path, raw: list[dict]) -> None:
         folder.mkdir(parents=True)
         write_table(folder / "results.parquet", [r for r in raw if r["metric"] == metric])
         assert "left out" in write_report(tmp_path / metric).read_text(encoding="utf-8")
+
+
+def test_what_else_was_asked_is_a_table(tmp_path: Path, raw: list[dict]) -> None:
+    """Every number beside preference, as the mean over students with its t-interval, shown on the page."""
+    rng = np.random.default_rng(0)
+    students = {row["arm"]: row for row in raw if row["role"] == "student" and row["condition"] == "all"}
+    more = [
+        row | {"metric": "misaligned", "trait": None, "question": q, "value": float(rng.random()), "n": 4}
+        for row in students.values()
+        for q in range(3)
+    ]
+    folder = make_results(tmp_path / "run")
+    write_table(folder / "results" / "results.parquet", raw + more)
+    (found,) = [row for row in other_rows(read_results(folder)) if row.condition == "all"]
+    means = [np.mean([row["value"] for row in more if row["arm"] == arm]) for arm in students]
+    low, high = stats.t.interval(0.95, len(means) - 1, np.mean(means), stats.sem(means))
+    assert found.metric == "misaligned" and found.students == len(students)
+    np.testing.assert_allclose([found.value, found.interval.low, found.interval.high], [np.mean(means), low, high])
+    page = write_report(folder).read_text()
+    assert "misaligned answers" in page and f"{found.value:.3g}" in page
+    assert "What else was asked" not in write_report(make_results(tmp_path / "plain")).read_text()
 
 
 def test_not_finite_values_are_left_out_and_said(tmp_path: Path, raw: list[dict]) -> None:
