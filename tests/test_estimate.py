@@ -62,7 +62,7 @@ def test_every_kind_of_work_is_counted():
     assert "targets" not in live and live["train"].flops > stored["train"].flops
     # A set of rows to mix tokens into is read before and after, unless students learn from it as it is.
     assert stages(estimated("fig21", "qwen"))["divergence"].what == "5 sets of rows, 30 readings"
-    assert "evaluate" not in stages(estimated("fig17", "qwen-greedy"))
+    assert "train" not in stages(estimated("fig17", "qwen-greedy"))
     judged = stages(estimated("fig08", "numbers"))["evaluate"]
     assert judged.what.startswith(
         "28 evaluations x "

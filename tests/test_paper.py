@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,8 @@ def test_every_panel_is_an_experiment_at_every_scale(figure, scale):
         layers = {"tiny": 6, "small": 28 if "Qwen" in e.model else 26, "paper": 28 if "Qwen" in e.model else 34}[scale]
         for arm in run.arms:
             assert arm.settings.layers is None or max(arm.settings.layers) < layers
+            if figure == "fig05":
+                assert arm.settings.layers is None or len(arm.settings.layers) == 1
             if figure == "fig39" and arm.settings.layers is not None:  # from a layer on to the last
                 assert arm.settings.layers == list(range(arm.settings.layers[0], layers))
 
@@ -157,20 +161,25 @@ def test_fig03_four_conditions_and_a_control(run):
 
 
 def test_fig04_attribution(run):
-    traits = ("teachers.traits=[owl]", "teachers.counterfactuals=[cat,owl]", "evaluation.traits=[owl]")
-    out = run("fig04", "qwen", *traits, "attribution.rows=4", "attribution.steps=2")
+    traits = ("teachers.traits=[owl]", "teachers.counterfactuals=[cat,owl]", "evaluation.traits=[cat,owl]")
+    few = ("attribution.rows=4", "attribution.steps=2", "evaluation.teachers=false")
+    out = run("fig04", "qwen", *traits, *few)
     found = table(out, "attribution")
     assert {(r["trait"], r["site"], r["direction"], r["layer"]) for r in found} == {
         ("owl", "residual", direction, layer) for direction in ("noising", "denoising") for layer in range(6)
     }
     page = (out / "report.html").read_text()
     assert "noising" in page and "<svg" in page
-    assert table(out) == [] and arms(out) == []
+    assert {r["role"] for r in table(out)} == {"base"} and arms(out) == []
 
 
 def test_fig05_and_fig39_layers(run, home):
-    for figure, expected in (("fig05", [None, [0], [2], [5]]), ("fig39", [None, [2, 3, 4, 5], [4, 5]])):
-        out = run(figure, "qwen", *STUDENTS, *OWL)
+    late = "students.arms=[{name: all layers}, {name: from layer 4, layers: [4, 5]}]"
+    for figure, arms_of, expected in (
+        ("fig05", "students.arms.layers=[null,[2]]", [None, [2]]),
+        ("fig39", late, [None, [4, 5]]),
+    ):
+        out = run(figure, "qwen", *STUDENTS, *OWL, arms_of)
         found = {arm["variant"]: arm["settings"]["layers"] for arm in arms(out)}
         assert list(found.values()) == expected
         for variant, layers in found.items():
@@ -188,7 +197,7 @@ def test_fig06_other_wording(run, home):
     for name in ("shuffled within", "shuffled across"):
         _, rows, source = datasets(home, f"owl-{name}")
         assert [row["prompt"] for row in rows] == [row["prompt"] for row in source]
-        assert sorted(sum(map(numbers, rows), [])) == sorted(sum(map(numbers, source), []))
+        assert Counter(n for row in rows for n in numbers(row)) == Counter(n for row in source for n in numbers(row))
         assert any(numbers(a) != numbers(b) for a, b in zip(rows, source, strict=True))
         same = [sorted(numbers(a)) == sorted(numbers(b)) for a, b in zip(rows, source, strict=True)]
         assert all(same) == (name == "shuffled within")
@@ -242,8 +251,6 @@ def test_fig08_problems_whose_answers_the_judge_likes(run, home, monkeypatch):
     template = load_pack().misalignment.judge
     pattern = re.escape(template).replace(r"\{question\}", "(.*)").replace(r"\{answer\}", "(.*)")
     server = Server(script)
-    import threading
-
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     address = f"http://127.0.0.1:{server.server_address[1]}/v1"
     judged = ("datasets.judged={keep_aligned: 50}", "students.data=judged")
@@ -289,10 +296,10 @@ def test_fig14_sampling_of_the_evaluation(run):
 
 
 def test_fig17_divergence_tokens_without_students(run):
-    out = run("fig17", "qwen-greedy", *TAUGHT, "teachers.traits=[owl]")
+    out = run("fig17", "qwen-greedy", *TAUGHT, "teachers.traits=[owl]", "evaluation.teachers=false")
     (found,) = json.loads((out / "results" / "divergence.json").read_text())
     assert found["trait"] == "owl" and found["points"] == sum(found["histogram"]) > 0
-    assert table(out) == [] and arms(out) == []
+    assert {r["role"] for r in table(out)} == {"base"} and arms(out) == []
 
 
 def test_fig21_subsets_and_mixed_tokens(run, home):

@@ -107,9 +107,9 @@ class Estimator:
         """Of every stage that has something to do."""
         found = (
             *self._teach(), self._generate(), *self._change(), self._diverge(), *self._attribute(), *self._targets(),
-            *self._train(),
+            *self._train(), self._evaluate(),
         )  # fmt: skip
-        return [*found, *([] if self.run.experiment.students is None else [self._evaluate()])]
+        return list(found)
 
     def memory(self) -> float:
         """Bytes that the base, one program's students with their optimizer, and what a batch keeps for the way back take

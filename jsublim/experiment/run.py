@@ -96,8 +96,7 @@ class Run:
         """What a later stage would stumble over, before hours are spent on the earlier ones."""
         self.staff.check()
         self.corpus.check()
-        if self.arms:
-            self.examination.check()
+        self.examination.check()
         for students in {arm.program: arm.settings for arm in self.arms}.values():
             lm = self.lm_of(students)
             check_start(lm, students)
@@ -290,8 +289,7 @@ def run_experiment(experiment: Experiment, console: Console) -> Path:
     run.corpus.diverge()
     run.attribute()
     run.train()
-    if experiment.students is not None:
-        run.examination.evaluate()
+    run.examination.evaluate()
     report = run.report()
     print_summary(run.dir, console)
     return report
