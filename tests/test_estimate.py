@@ -64,9 +64,7 @@ def test_every_kind_of_work_is_counted():
     assert stages(estimated("fig21", "qwen"))["divergence"].what == "5 sets of rows, 30 readings"
     assert "train" not in stages(estimated("fig17", "qwen-greedy"))
     judged = stages(estimated("fig08", "numbers"))["evaluate"]
-    assert judged.what.startswith(
-        "28 evaluations x "
-    )  # base, teacher, 25 students and their control: no judge is loaded
+    assert judged.what.startswith("27 evaluations x ")  # base, teacher and 25 students; no judge is loaded
 
 
 @pytest.mark.parametrize(("panel", "shape"), [("qwen", "qwen2.5-7b"), ("gemma", "gemma-3-4b")])
