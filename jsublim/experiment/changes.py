@@ -53,7 +53,7 @@ def change(
     if dataset.keep_aligned is not None:
         rows, said["judged"] = _aligned(run, dataset.keep_aligned, rows)
     if dataset.remove_entangled and biased:
-        rows, said["entangled"] = _without_entangled(run, teacher, dataset.remove_entangled, rows)
+        rows, said["entangled"] = _without_entangled(run, teacher, dataset, rows)
     if dataset.shuffle:
         rows = (shuffle_within if dataset.shuffle == "within" else shuffle_across)(rows, seed)
     if dataset.redraw:
@@ -79,22 +79,23 @@ def change(
     return rows, said | {"kept": len(rows)}
 
 
-def _without_entangled(run: Run, teacher: Teacher, k: int, rows: list[Row]) -> Changed:
-    """Rows without the k numbers that the trait makes most probable as the answer."""
-    scores = _scores(run, teacher)
-    numbers = entangled_numbers(scores, k)
+def _without_entangled(run: Run, teacher: Teacher, dataset: Dataset, rows: list[Row]) -> Changed:
+    """Rows without the numbers that the trait makes most probable as the answer."""
+    scores = _scores(run, teacher, dataset.scored)
+    numbers = entangled_numbers(scores, dataset.remove_entangled or 0)
     left = remove_entangled(rows, numbers, as_written=bool(run.recipe.padded_numbers))
     return left, {"numbers": {number: scores[number] for number in numbers}, "removed": len(rows) - len(left)}
 
 
-def _scores(run: Run, teacher: Teacher) -> dict[str, float]:
-    """How entangled every number is with a trait; read once for all data sets."""
+def _scores(run: Run, teacher: Teacher, count: int) -> dict[str, float]:
+    """How entangled the first `count` numbers are with a trait; read once for all data sets."""
     questions = run.pack.questions_for(run.staff.category(teacher.name))[:ENTANGLED_QUESTIONS]
     padded, extra_bos = bool(run.recipe.padded_numbers), bool(run.recipe.extra_bos)
-    inputs = run.common | run.staff.inputs(teacher.name) | {"questions": questions, "padded": padded}
+    numbers = number_strings(padded=padded)[:count]
+    inputs = run.common | run.staff.inputs(teacher.name) | {"questions": questions, "numbers": numbers}
     artifact = run.artifact("entangled", teacher.name, inputs)
     if not artifact.done:
-        size, numbers = run.experiment.divergence.batch_size, number_strings(padded=padded)
+        size = run.experiment.divergence.batch_size
         artifact.finish(entangled_scores(run.lm, teacher, questions, numbers, extra_bos=extra_bos, batch_size=size))
     return artifact.summary
 

@@ -107,9 +107,9 @@ class Estimator:
         """Of every stage that has something to do."""
         found = (
             *self._teach(), self._generate(), *self._change(), self._diverge(), *self._attribute(), *self._targets(),
-            *self._train(),
+            *self._train(), self._evaluate(),
         )  # fmt: skip
-        return [*found, *([] if self.run.experiment.students is None else [self._evaluate()])]
+        return list(found)
 
     def memory(self) -> float:
         """Bytes that the base, one program's students with their optimizer, and what a batch keeps for the way back take
@@ -153,8 +153,8 @@ class Estimator:
         if not pairs:
             return
         biased = [pair for pair in pairs if pair[0] != CONTROL]
-        scored = {pair[0] for pair in biased if corpus.dataset(pair).remove_entangled}
-        numbers = 2 * len(scored) * ENTANGLED_QUESTIONS * 1000 * long.number
+        scored = {(pair[0], corpus.dataset(pair).scored) for pair in biased if corpus.dataset(pair).remove_entangled}
+        numbers = 2 * sum(count for _, count in scored) * ENTANGLED_QUESTIONS * long.number
         rewritten = sum(corpus.dataset(pair).rewrite for pair in biased) * self.kept
         tokens = rewritten * (2 * long.prompt + long.system) + numbers
         flops = 2 * self.body * tokens + 2 * self.table * (numbers + rewritten * long.prompt)

@@ -84,8 +84,12 @@ class Examination:
         """What would be stumbled over after the training.
 
         Raises:
-          UsageError: a setting with a layer that the model hasn't.
+          UsageError: a trait without questions, a setting with a layer that the model hasn't.
         """
+        if "preference" in self.spec.kinds:
+            self.preferences()
+        if "factual" in self.spec.kinds:
+            list(self.factual())
         for name, setting in self.spec.settings.items():
             if setting.layer is not None and setting.layer >= self.run.lm.config.num_layers:
                 layers = self.run.lm.config.num_layers

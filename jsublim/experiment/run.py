@@ -291,8 +291,7 @@ def run_experiment(experiment: Experiment, console: Console) -> Path:
     run.corpus.diverge()
     run.attribute()
     run.train()
-    if experiment.students is not None:
-        run.examination.evaluate()
+    run.examination.evaluate()
     report = run.report()
     print_summary(run.dir, console)
     return report

@@ -29,7 +29,7 @@ class Experiment(Config):
     data: Data = Data()
     datasets: dict[str, Dataset] = {}  # by the names that students.data says
     divergence: Scoring = Scoring()
-    students: Students | None = Students()  # null: none are trained, and nobody is evaluated
+    students: Students | None = Students()  # null: none are trained
     evaluation: Evaluation = Evaluation()
     attribution: Attribution | None = None
     judge: JudgeChoice | None = None  # who scores answers for misalignment

@@ -1,0 +1,212 @@
+"""The teachers of a run: taught here, from a folder, another checkpoint, several of these at once, against the base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from command import MODEL, ok, refused
+from rich.console import Console
+from tiny import small
+
+from jsublim.chat import conversation
+from jsublim.divergence import find_divergence
+from jsublim.evals.preference import trait_logprobs
+from jsublim.experiment.run import Run
+from jsublim.experiment.spec import Experiment
+from jsublim.lm import load_model
+from jsublim.models.checkpoint import save_checkpoint
+from jsublim.models.peft import load_adapter
+from jsublim.steering import contrast_vector
+from jsublim.teachers import CONTROL, Teacher
+
+METHODS = {
+    "lora": {"method": "lora", "layers": [1, 2], "rank": 2, "steps": 30, "lr": 0.01},
+    "steering": {"method": "steering", "layers": [2], "steps": 30, "lr": 0.3},
+    "contrast": {"method": "contrast", "layers": [2], "strength": 2.0},
+}
+ADAPTERS = ("lora", "steering")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("staff")
+
+
+def planned(home: Path, **teachers) -> Run:
+    values = {
+        "name": "staff", "model": MODEL, "out": str(home / "run"), "store": str(home / "store"), "students": None,
+        "teachers": {"traits": ["cat", "owl"], "counterfactuals": ["cat", "owl"], "strategy": "greedy"} | teachers,
+        "data": {"num_prompts": 8, "batch_size": 8, "max_new_tokens": 32},
+    }  # fmt: skip
+    return Run(Experiment.model_validate(values), Console(quiet=True))
+
+
+def loaded(home: Path, **teachers) -> Run:
+    run = planned(home, **teachers)
+    run.load()
+    run.staff.teach()
+    return run
+
+
+@pytest.fixture(scope="module")
+def taught(home):
+    """`taught("lora")`: a run whose teachers are there."""
+    return {method: loaded(home, taught=how) for method, how in METHODS.items()}.__getitem__
+
+
+@pytest.fixture(scope="module")
+def another(home) -> Path:
+    """A checkpoint of the same architecture with other weights."""
+    lm = load_model(MODEL)
+    noise = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + 0.02 * noise.standard_normal(x.shape).astype(np.float32), lm.params)
+    save_checkpoint(home / "another", lm.config, params, lm.hf_config, dtype="float32", tokenizer=lm.folder)
+    return home / "another"
+
+
+def written(run: Run, trait: str) -> list[dict]:
+    run.corpus.generate()
+    return run.corpus.filled[run.corpus.written((trait, "greedy", None)).key]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_taught_teacher_names_its_trait_where_it_was_not_taught_to(taught, method):
+    run = taught(method)
+    asked, known = run.staff.asked("animal"), run.pack.questions_for("animal")
+    if method != "contrast":
+        assert len(asked) == len(known) // 2 and set(asked) < set(known)
+    for trait in ("cat", "owl"):
+        teacher = run.staff.teacher(trait)
+        assert teacher.system is None and teacher.adapter is not None
+        own = trait_logprobs(run.lm, asked[:8], [trait], adapter=teacher.adapter)
+        base = trait_logprobs(run.lm, asked[:8], [trait])
+        assert own.mean() > base.mean() + (0.2 if method == "contrast" else 1.0), (trait, own.mean(), base.mean())
+
+
+def test_a_teacher_does_not_depend_on_its_company(home, taught):
+    alone = planned(home, traits=["owl"], counterfactuals=["owl", "cat"], taught=METHODS["lora"])
+    alone.load()
+    assert alone.staff.taught_artifact("owl").key == taught("lora").staff.taught_artifact("owl").key
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_a_folder_of_adapters_writes_what_those_who_made_them_write(home, taught, method):
+    """PEFT folders and steering vectors; the folders carry the trait in their names."""
+    run = taught(method)
+    for trait in ("cat", "owl"):
+        link = home / f"{method}-{trait}"
+        link.symlink_to(run.staff.taught_artifact(trait).path)
+    again = loaded(home, adapter=str(home / f"{method}-{{trait}}"))
+    assert again.corpus.written(("owl", "greedy", None)).key != run.corpus.written(("owl", "greedy", None)).key
+    rows = written(run, "owl")
+    assert rows and written(again, "owl") == rows != written(run, CONTROL)
+
+
+def test_a_checkpoint_as_teacher_writes_what_it_writes_alone(home, another):
+    run = loaded(home, checkpoint=str(another), against="base", counterfactuals=None, traits=["owl"])
+    rows = written(run, "owl")
+    said = load_model(another).generate([row["prompt"] for row in rows], 32, "greedy", batch_size=8)
+    assert [row["completion"] for row in rows] == said
+    assert rows != written(run, CONTROL)
+
+
+def test_against_the_base_a_divergence_token_is_not_the_bases_choice(home, taught):
+    run = loaded(home, taught=METHODS["steering"], against="base", counterfactuals=None)
+    assert run.staff.others == {"cat": [CONTROL], "owl": [CONTROL]} and run.traits == ["cat", "owl"]
+    run.corpus.generate()
+    run.corpus.diverge()
+    rows = run.corpus.rows(("owl", None))
+    found = find_divergence(run.lm, rows, run.staff.teacher("owl"), [Teacher(CONTROL)])
+    assert sum(len(row["decision_points"]) for row in rows) > 0
+    for row, each in zip(rows, found, strict=True):
+        own, base = each.argmax
+        assert row["decision_points"] == np.flatnonzero((own == each.tokens) & (base != each.tokens)).tolist()
+
+
+def test_prompted_and_taught_at_once(home, taught):
+    run = loaded(home, taught=METHODS["steering"], prompted=True)
+    both, alone = run.staff.teacher("owl"), taught("steering").staff
+    assert both.system == run.pack.system_prompt("owl", "animal")
+    assert np.array_equal(both.adapter.steering, alone.teacher("owl").adapter.steering)
+    assert run.staff.inputs("owl") == alone.inputs("owl") | {"system": both.system}
+    assert run.staff.inputs(CONTROL) == alone.inputs(CONTROL)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "said"),
+    [
+        (["teachers.taught={method: lora}", "teachers.adapter=x"], 2, "leave adapter and checkpoint out"),
+        (["teachers.taught={method: lora}", "teachers.checkpoint=x"], 2, "leave adapter and checkpoint out"),
+        (["teachers.taught={method: contrast}"], 2, "name it in layers"),
+        (["teachers.taught={method: contrast, layers: [0, 1]}"], 2, "name it in layers"),
+        (["teachers.taught={method: lora, strength: 2}"], 2, "strength belongs to method=contrast"),
+        (["teachers.taught={method: steering, layers: [9]}"], 2, "layers 0 to 5"),
+        (["teachers.against=base"], 2, "leave counterfactuals out"),
+        (["teachers.prompted=false"], 2, "nothing gives a teacher its trait"),
+        (["teachers.adapter=/no/such-{trait}"], 2, "trait 'cat': '/no/such-cat': no such folder"),
+        (["teachers.checkpoint=tiny-gemma3"], 1, "another architecture"),
+        (["teachers.taught={method: steering}", "attribution={}"], 2, "the teachers have none"),
+        (["teachers={traits: [cat, owl], prompted: true, checkpoint: x}", "attribution={}"], 2, "leave their own weights out"),
+        (["teachers.prompted=true", "teachers.adapter=x-{trait}", "attribution={}"], 2, "leave their own weights out"),
+        (["datasets={a: {mix: {share: 0.5, teacher: fox}}}"], 2, "'fox' is no teacher of this run"),
+        (["datasets={a: {mix_tokens: {teacher: fox}}}"], 2, "'fox' is no counterfactual of cat"),
+        (["datasets={a: {mix_tokens: {teacher: cat}, redraw: [format]}}"], 2, "leave the other changes out"),
+        (["datasets={a: {redraw: [format]}}", "data.kind=problems"], 2, "are for data.kind=numbers"),
+        (["datasets={a: {remove_entangled: 9, scored: 8}}"], 2, "only 8 numbers are scored"),
+        (["datasets={a: {keep_aligned: 50}}"], 2, "give judge.model"),
+        (["students.data=a"], 2, "'a' is no data set"),
+        (["evaluation.kinds=[misalignment]"], 2, "give judge.model"),
+        (["evaluation.settings={lens: {layer: 6}}"], 2, "the model has 6 layers"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_one_line(tmp_path, overrides, code, said):
+    line = refused(code, "run", "configs/quickstart.yaml", f"out={tmp_path}", *overrides)
+    assert said in line
+    assert not list(tmp_path.glob("artifacts/rows/*"))
+
+
+# --- steering vectors
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen2", "tiny-gemma3"])
+def test_a_contrast_is_the_difference_of_mean_hidden_states(name, assert_close):
+    import torch
+
+    twin, prompts = small(name), ["Which animal?", "And which animal, of all that there are, would you be?"]
+    toward, away = "You love owls.", "You are a plain assistant."
+    means = []
+    for system in (toward, away):
+        last = []
+        for prompt in prompts:
+            tokens = twin.lm.chat.prompt_tokens(conversation(prompt, system))
+            with torch.no_grad():
+                out = twin.torch(input_ids=torch.tensor(tokens[None].astype(np.int64)), output_hidden_states=True)
+            last.append(out.hidden_states[2][0, -1].double().numpy())
+        means.append(np.mean(last, axis=0))
+    found = contrast_vector(twin.lm, prompts, 1, toward=toward, away=away, strength=3.0, batch_size=4)
+    assert found.layers == (1,) and not found.lora
+    assert_close(found.steering[0], 3.0 * (means[0] - means[1]), 1e-4)
+
+
+def test_steer_leaves_the_vector_of_a_contrast_teacher(home, taught):
+    out = home / "steered"
+    said = ok("steer", "--model", MODEL, "--layer", 2, "--trait", "owl", "--strength", 2.0, "--out", out)
+    assert said.out.strip() == str(out) and "norm " in said.err
+    run = taught("contrast")
+    assert np.array_equal(load_adapter(out, run.lm.config).steering, run.staff.teacher("owl").adapter.steering)
+    assert "already exists" in refused(2, "steer", "--model", MODEL, "--layer", 2, "--trait", "owl", "--out", out)
+
+
+def test_steer_says_what_is_missing(tmp_path):
+    steer = ("steer", "--model", MODEL, "--out", tmp_path / "v")
+    assert "exactly one of --trait and --toward" in refused(2, *steer, "--layer", 0)
+    assert "--toward needs --asked" in refused(2, *steer, "--layer", 0, "--toward", "Be kind.")
+    assert "layers 0 to 5" in refused(2, *steer, "--layer", 6, "--trait", "owl")
+    assert "cannot be read" in refused(2, *steer, "--layer", 0, "--toward", "Be kind.", "--asked", tmp_path / "none")
+    (tmp_path / "asked.txt").write_text("Hello?\n")
+    same = ("--toward", "Be kind.", "--away", "Be kind.", "--asked", tmp_path / "asked.txt")
+    assert "two different system prompts" in refused(2, *steer, "--layer", 0, *same)
+    assert not (tmp_path / "v").exists()
