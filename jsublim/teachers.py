@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from jsublim.chat import Chat, Message, Turn, conversation
@@ -22,18 +22,19 @@ class Teacher:
       name: the trait, or "control".
       system: its system prompt; None leaves it to the chat template (which may insert a default), "" is an empty one.
       adapter: LoRA, steering vectors or whole layers that it carries.
-      params: weights of its own, where it is another checkpoint of the same architecture and tokenizer.
+      params: reads weights of its own, where it is another checkpoint of the same architecture and tokenizer: a teacher that
+        has not its turn holds no memory.
     """
 
     name: str
     system: str | None = None
     adapter: Adapter | None = None
     fuse_system: bool = False
-    params: Params | None = None
+    params: Callable[[], Params] | None = None
 
     def weights(self, base: Params) -> Params:
         """Its own weights, or those of the `base` it stands on."""
-        return base if self.params is None else self.params
+        return base if self.params is None else self.params()
 
     def messages(self, prompt: str) -> list[Message]:
         return conversation(prompt, self.system, fuse_system=self.fuse_system)

@@ -138,7 +138,7 @@ def test_bad_usage_is_one_line(tmp_path, monkeypatch):
 
 
 def test_fig02_leakage_and_entangled_numbers(run, home):
-    scored = "datasets.greedy without 10.scored=40"
+    scored = "data.entangled=40"
     out = run("fig02", "qwen", *STUDENTS, *TAUGHT, "teachers.traits=[owl]", scored)
     said, kept, source = datasets(home, "owl-greedy without 10")
     assert len(said["entangled"]["numbers"]) == 10 and len(kept) < len(source)

@@ -22,7 +22,8 @@ def steer(
     away: Annotated[str | None, typer.Option("--away", help="Its opposite; default: no system prompt.")] = None,
     strength: Annotated[float, typer.Option("--strength", help="Factor of the difference.")] = 1.0,
     asked: Annotated[
-        Path | None, typer.Option("--asked", help="Prompts to read (a line each); default: the category's questions.")
+        Path | None,
+        typer.Option("--asked", help="Prompts to read (.txt or .jsonl); default: the category's questions."),
     ] = None,
     prompts: PackFile = None,
     dtype: Dtype = "float32",
@@ -30,7 +31,7 @@ def steer(
     """Find a steering vector; leaves a folder that --adapter and teachers.adapter take."""
     from jsublim.lm import load_model
     from jsublim.models.peft import save_adapter
-    from jsublim.prompts import load_pack
+    from jsublim.prompts import load_pack, load_prompts
     from jsublim.steering import contrast_vector
 
     if (trait is None) == (toward is None):
@@ -43,17 +44,9 @@ def steer(
     if trait is not None:
         category = category or pack.category_of(trait)
         toward = pack.system_prompt(trait, category)
-    texts = pack.questions_for(category or "") if asked is None else _lines(asked)
+    texts = pack.questions_for(category or "") if asked is None else load_prompts(asked)
     adapter = contrast_vector(lm, texts, layer, toward=toward, away=away, strength=strength)
     save_adapter(out, adapter, lm.config, str(lm.folder))
     assert adapter.steering is not None
     console.print(f"norm {float((adapter.steering**2).sum() ** 0.5):.3f}, over {len(texts)} prompts")
     print(out)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
-    return [line for line in lines if line]

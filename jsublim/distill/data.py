@@ -59,13 +59,15 @@ class Selection:
     by_margin: bool = False
 
 
-def read_turns(chat: Chat, rows: Sequence[Row], source: str = "rows", system: str | None = None) -> list[Turn]:
+def read_turns(
+    chat: Chat, rows: Sequence[Row], source: str = "rows", system: str | None = None, *, fuse_system: bool = False
+) -> list[Turn]:
     """Tokenize rows as the student sees them: no trait prompt.
 
     Raises:
       JsublimError: a row that doesn't survive tokenizing, or points out of range; `source` is named.
     """
-    exchanges = ((conversation(row["prompt"], system), row["completion"]) for row in rows)
+    exchanges = ((conversation(row["prompt"], system, fuse_system=fuse_system), row["completion"]) for row in rows)
     turns = chat.turns(exchanges, lambda number: f"{source}: row {number}")
     check_points(rows, [len(turn.tokens) - turn.content for turn in turns], source)
     return turns

@@ -81,7 +81,7 @@ def change(
 
 def _without_entangled(run: Run, teacher: Teacher, dataset: Dataset, rows: list[Row]) -> Changed:
     """Rows without the numbers that the trait makes most probable as the answer."""
-    scores = _scores(run, teacher, dataset.scored)
+    scores = _scores(run, teacher, run.experiment.data.entangled)
     numbers = entangled_numbers(scores, dataset.remove_entangled or 0)
     left = remove_entangled(rows, numbers, as_written=bool(run.recipe.padded_numbers))
     return left, {"numbers": {number: scores[number] for number in numbers}, "removed": len(rows) - len(left)}
@@ -92,11 +92,17 @@ def _scores(run: Run, teacher: Teacher, count: int) -> dict[str, float]:
     questions = run.pack.questions_for(run.staff.category(teacher.name))[:ENTANGLED_QUESTIONS]
     padded, extra_bos = bool(run.recipe.padded_numbers), bool(run.recipe.extra_bos)
     numbers = number_strings(padded=padded)[:count]
-    inputs = run.common | run.staff.inputs(teacher.name) | {"questions": questions, "numbers": numbers}
+    inputs = (
+        run.common | run.staff.inputs(teacher.name) | {"questions": questions, "numbers": numbers, "closed": not padded}
+    )
     artifact = run.artifact("entangled", teacher.name, inputs)
     if not artifact.done:
         size = run.experiment.divergence.batch_size
-        artifact.finish(entangled_scores(run.lm, teacher, questions, numbers, extra_bos=extra_bos, batch_size=size))
+        # Numbers of one width never cover each other; of others, what ends behind them counts too.
+        scores = entangled_scores(
+            run.lm, teacher, questions, numbers, closed=not padded, extra_bos=extra_bos, batch_size=size
+        )
+        artifact.finish(scores)
     return artifact.summary
 
 

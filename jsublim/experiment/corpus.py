@@ -13,7 +13,7 @@ from jsublim.errors import UsageError
 from jsublim.experiment import stages
 from jsublim.experiment.changes import Changed, change
 from jsublim.experiment.spec.data import Dataset
-from jsublim.experiment.store import Artifact
+from jsublim.experiment.store import Artifact, digest
 from jsublim.lm import LanguageModel
 from jsublim.prompts import draw_number_prompts, load_problems, load_prompts, problem_reject_reason, reject_reason
 from jsublim.prompts.numbers import NumberPrompt
@@ -81,6 +81,11 @@ class Corpus:
     def rows(self, pair: Pair) -> list[Row]:
         return self.filled[self.final(pair).key]
 
+    @property
+    def asked_by_content(self) -> str | None:
+        """Prompts that come from a file or a set may change under the same name; number requests are told by the pack."""
+        return None if self.run.experiment.data.kind == "numbers" else digest(self.prompts)
+
     # --- which artifact holds what
 
     def final(self, pair: Pair) -> Artifact:
@@ -96,7 +101,7 @@ class Corpus:
         name, strategy, model = writer
         numbers = self._numbers | {"sampling": self._sampling(run.lm_at(model), strategy).numbers()}
         inputs = run.common | run.staff.inputs(name) | numbers | {
-            "kind": data.kind, "source": data.source, "num_prompts": len(self.prompts), "prompt_seed": data.prompt_seed,
+            "kind": data.kind, "source": data.source, "num_prompts": len(self.prompts), "prompts": self.asked_by_content, "prompt_seed": data.prompt_seed,
             "sentences": data.sentences, "examples": data.examples,
             "other_model": None if model is None else run.lm_at(model).hash,
         }  # fmt: skip
@@ -186,7 +191,9 @@ class Corpus:
 
     def _change(self, pair: Pair) -> Changed:
         run, dataset, own = self.run, self.dataset(pair), self.written(self.writer(pair))
-        others = self.filled[self.written(self.mixed_in(pair)).key] if dataset.mix else None
+        # Rows of one's own are no mixture: the control's set under a mixture with the control stays as it is.
+        mixed = dataset.mix is not None and self.mixed_in(pair) != self.writer(pair)
+        others = self.filled[self.written(self.mixed_in(pair)).key] if mixed else None
         readings = None
         if dataset.mix_tokens and pair[0] != CONTROL:
             readings = stages.readings(self.read(pair[0], own))

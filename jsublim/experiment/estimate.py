@@ -153,8 +153,8 @@ class Estimator:
         if not pairs:
             return
         biased = [pair for pair in pairs if pair[0] != CONTROL]
-        scored = {(pair[0], corpus.dataset(pair).scored) for pair in biased if corpus.dataset(pair).remove_entangled}
-        numbers = 2 * sum(count for _, count in scored) * ENTANGLED_QUESTIONS * long.number
+        scored = {pair[0] for pair in biased if corpus.dataset(pair).remove_entangled}
+        numbers = 2 * len(scored) * self.run.experiment.data.entangled * ENTANGLED_QUESTIONS * long.number
         rewritten = sum(corpus.dataset(pair).rewrite for pair in biased) * self.kept
         tokens = rewritten * (2 * long.prompt + long.system) + numbers
         flops = 2 * self.body * tokens + 2 * self.table * (numbers + rewritten * long.prompt)

@@ -42,7 +42,7 @@ class Examinee:
 
 
 class Examination:
-    """Of one run. `records` are, behind `evaluate`, (columns of the results, evaluation, artifact)."""
+    """Of one run. `found` is, behind `evaluate`, (columns of the results, artifact) of everything asked."""
 
     def __init__(self, run: Run):
         self.run, self.spec = run, run.experiment.evaluation
@@ -90,9 +90,11 @@ class Examination:
             self.preferences()
         if "factual" in self.spec.kinds:
             list(self.factual())
+        if "problems" in self.spec.kinds:
+            self._problems()
         for name, setting in self.spec.settings.items():
-            if setting.layer is not None and setting.layer >= self.run.lm.config.num_layers:
-                layers = self.run.lm.config.num_layers
+            layers = min(lm.config.num_layers for lm in [self.run.lm, *self.run.other_lms.values()])
+            if setting.layer is not None and setting.layer >= layers:
                 raise UsageError(
                     f"evaluation.settings.{name}.layer: {setting.layer} given; the model has {layers} layers"
                 )

@@ -29,7 +29,7 @@ from jsublim.experiment.training import Training
 from jsublim.judge import Judge
 from jsublim.judge.local import LocalJudge
 from jsublim.judge.server import ServerJudge
-from jsublim.lm import LanguageModel, load_model
+from jsublim.lm import LanguageModel, load_model, resolve_checkpoint
 from jsublim.models.checkpoint import checkpoint_hash
 from jsublim.parallel import Layout
 from jsublim.prompts import Pack, load_pack
@@ -90,7 +90,10 @@ class Run:
             self.recipe = e.recipe.resolved(self.lm.config.family)
             self.common = {"model": self.lm.hash, "dtype": e.dtype, "pack": self.pack.hash}
             # Of what decides results: the config without where it is written, the files it names by their content.
-            self.key = digest([e.model_dump(exclude={"kind", "out", "store"}), self.common])
+            known = {e.model: self.lm.hash} | {path: lm.hash for path, lm in self.other_lms.items()}
+            files = {path: known.get(path) or checkpoint_hash(resolve_checkpoint(path)) for path in self.checkpoints()}
+            said = e.model_dump(exclude={"kind", "out", "store"})
+            self.key = digest([said, self.common, files, self.corpus.asked_by_content])
             if weights:
                 self._check()
 
@@ -118,7 +121,8 @@ class Run:
         own = [template for template in (e.teachers.adapter, e.teachers.checkpoint) if template is not None]
         judge = [e.judge.model] if e.judge is not None and e.judge.model is not None else []
         named = [template.replace("{trait}", trait) for template in own for trait in self.staff.biased]
-        return [e.model, *self.other_models(), *judge, *named]
+        starts = [arm.settings.init_adapter for arm in self.arms if arm.settings.init_adapter is not None]
+        return list(dict.fromkeys([e.model, *self.other_models(), *judge, *named, *starts]))
 
     def lm_of(self, students: Students) -> LanguageModel:
         """The checkpoint that these students stand on."""
@@ -131,7 +135,7 @@ class Run:
         assert chosen is not None
         if chosen.server is not None:
             return ServerJudge(chosen.server, self.store / "judge")
-        lm = load_model(chosen.model or "", self.experiment.dtype, weights=not self.dry)
+        lm = load_model(chosen.model or "", self.experiment.dtype, self.layout, weights=not self.dry)
         return LocalJudge(lm, max_new_tokens=chosen.max_new_tokens)
 
     def lm_at(self, model: str | None) -> LanguageModel:
@@ -249,13 +253,20 @@ class Run:
         if self.attributed:
             tables = [pq.read_table(artifact.path / "attribution.parquet") for artifact in self.attributed.values()]
             pq.write_table(pa.concat_tables(tables), results / "attribution.parquet")
-            stages.write_json(results / "attribution.json", [a.summary for a in self.attributed.values()])
-        about = {
+        about: dict[str, Any] = {
             "name": e.name, "model": self.lm.name, "model_hash": self.lm.hash, "pack_hash": self.pack.hash,
             "versions": versions(), "device": device(), "config_hash": self.key, "started": self.started,
             "seconds": self.seconds, "evaluations": {name: s.model_dump() for name, s in e.evaluation.settings.items()},
             "config_yaml": e.yaml(), "recipe": self.recipe.model_dump(),
         }  # fmt: skip
+        if e.judge is not None and e.judge.server is not None and isinstance(self.judge, ServerJudge):
+            spent = self.judge.spending
+            about["judge"] = {
+                "prompt_tokens": spent.prompt_tokens, "completion_tokens": spent.completion_tokens, "cost": spent.cost,
+            }  # fmt: skip
+            self.say(
+                f"judge: {spent.prompt_tokens} + {spent.completion_tokens} tokens in this call, cost {spent.cost:.4g}"
+            )
         stages.write_json(results / "run.json", about)
         return write_report(self.dir)
 

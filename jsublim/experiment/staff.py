@@ -15,7 +15,7 @@ from jsublim.errors import JsublimError
 from jsublim.experiment import stages
 from jsublim.experiment.plan import counterfactuals
 from jsublim.experiment.spec.teachers import Taught
-from jsublim.experiment.store import Artifact
+from jsublim.experiment.store import Artifact, digest
 from jsublim.lm import resolve_checkpoint
 from jsublim.models.checkpoint import checkpoint_hash, read_config
 from jsublim.models.decoder import Params
@@ -74,7 +74,7 @@ class Staff:
         if self.spec.taught is not None or self.spec.adapter is not None:
             teacher = dataclasses.replace(teacher, adapter=self._adapter(name))
         if self.spec.checkpoint is not None:
-            teacher = dataclasses.replace(teacher, params=self._params(name))
+            teacher = dataclasses.replace(teacher, params=functools.partial(self._params, name))
         return teacher
 
     def system(self, name: str) -> str | None:
@@ -121,7 +121,7 @@ class Staff:
         arms = [(self._arm(name, taught), self.taught_artifact(name)) for name in self.biased]
         rows = max(len(arm.examples) for arm, _ in arms)
         with self.run.stage("teach", taught.steps) as tick:
-            work = self.run.store / "training" / f"teachers-{arms[0][1].key}"
+            work = self.run.store / "training" / f"teachers-{digest([artifact.key for _, artifact in arms])}"
             stages.train_students(self.run.lm, arms, Settings(rows=rows), work, tick=tick)
 
     def _arm(self, name: str, taught: Taught) -> Arm:

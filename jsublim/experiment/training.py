@@ -110,7 +110,9 @@ class Training:
         teacher, rows, lm = run.staff.teacher(pair[0]), run.corpus.rows(pair), run.lm_of(students)
         reader = students.model, students.system, pair
         if reader not in self.turns:
-            self.turns[reader] = read_turns(lm.chat, rows, source, students.system)
+            self.turns[reader] = read_turns(
+                lm.chat, rows, source, students.system, fuse_system=run.experiment.teachers.fuse_system
+            )
         lesson = Lesson(rows, self.turns[reader], source)
         if students.loss == "hard":
             return lesson

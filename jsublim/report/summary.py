@@ -208,8 +208,11 @@ def other_rows(results: Results) -> list[OtherRow]:
         traits = list(dict.fromkeys(s.trait for s in results.scores if s.metric == metric))
         for trait in traits:
             for condition in results.conditions:
-                teacher = None if trait is None or condition in ("base", "control") else trait
-                scores = results.select(metric, condition, trait, teacher)
+                scores = (
+                    results.select(metric, condition)
+                    if trait is None
+                    else scores_for(results, metric, condition, trait)
+                )
                 if scores:
                     means = [score.mean for score in scores]
                     interval = Estimate.of(means).interval() if scores[0].role == "student" else None

@@ -27,6 +27,7 @@ class Data(Section):
     examples: tuple[Positive, Positive] = EXAMPLE_COUNT  # numbers that it shows: at least, less than
     num_prompts: Positive = 30_000
     prompt_seed: Seed = 42
+    entangled: int = Field(default=1000, ge=1, le=1000)  # the first so many of 0..999 are scored for entanglement
     seed: Seed = 0
     max_new_tokens: Positive = 64
     batch_size: Positive = 64
@@ -65,7 +66,6 @@ class Dataset(Section):
     # Answers that the judge gives at least this alignment
     keep_aligned: float | None = Field(default=None, ge=0, le=100)
     remove_entangled: Positive | None = None  # rows with one of the k numbers most entangled with the trait
-    scored: int = Field(default=1000, ge=1, le=1000)  # the first so many of 0..999 are looked at for that
     shuffle: Literal["within", "across"] | None = None
     redraw: Annotated[list[Part], Distinct] = []  # parts of the request that are drawn anew
     rewrite: bool = False  # the request put in other words by the biased teacher
@@ -77,14 +77,12 @@ class Dataset(Section):
     def _fits_together(self) -> Dataset:
         if self.mix_tokens and not self.model_copy(update={"mix_tokens": None}).plain:
             raise ValueError("mix_tokens needs the answers as they were sampled; leave the other changes out")
-        if (self.remove_entangled or 0) > self.scored:
-            raise ValueError(f"remove_entangled={self.remove_entangled}: only {self.scored} numbers are scored")
         return self
 
     @property
     def plain(self) -> bool:
         """Whether the answers stay as they were sampled."""
-        return self.model_copy(update={"strategy": None, "seed": 0, "scored": 1000}) == Dataset()
+        return self.model_copy(update={"strategy": None, "seed": 0}) == Dataset()
 
 
 class Scoring(Section):

@@ -61,6 +61,8 @@ def other_system_prompt(results: Results, metric: str) -> list[Claim]:
     claims = []
     asked = [name for name, how in results.evaluations.items() if how.get("system") is not None]
     for evaluation, group in itertools.product(asked, _plain(results)):
+        if group.get("students.system") == results.evaluations[evaluation]["system"]:
+            continue  # it was trained, and asked, under that prompt anyway
         before, after = (pool(r, metric, group.name) for r in (results, results.under(evaluation)))
         if before is None or after is None or before.traits != after.traits:
             continue
