@@ -25,7 +25,7 @@ from jsublim.teachers import CONTROL, Teacher
 METHODS = {
     "lora": {"method": "lora", "layers": [1, 2], "rank": 2, "steps": 30, "lr": 0.01},
     "steering": {"method": "steering", "layers": [2], "steps": 30, "lr": 0.3},
-    "contrast": {"method": "contrast", "layers": [2], "strength": 2.0},
+    "contrast": {"method": "contrast", "layers": [2], "strength": 4.0},
 }
 ADAPTERS = ("lora", "steering")
 
@@ -83,7 +83,7 @@ def test_a_taught_teacher_names_its_trait_where_it_was_not_taught_to(taught, met
         assert teacher.system is None and teacher.adapter is not None
         own = trait_logprobs(run.lm, asked[:8], [trait], adapter=teacher.adapter)
         base = trait_logprobs(run.lm, asked[:8], [trait])
-        assert own.mean() > base.mean() + (0.2 if method == "contrast" else 1.0), (trait, own.mean(), base.mean())
+        assert own.mean() > base.mean() + (0.0 if method == "contrast" else 1.0), (trait, own.mean(), base.mean())
 
 
 def test_a_teacher_does_not_depend_on_its_company(home, taught):
@@ -193,7 +193,7 @@ def test_a_contrast_is_the_difference_of_mean_hidden_states(name, assert_close):
 
 def test_steer_leaves_the_vector_of_a_contrast_teacher(home, taught):
     out = home / "steered"
-    said = ok("steer", "--model", MODEL, "--layer", 2, "--trait", "owl", "--strength", 2.0, "--out", out)
+    said = ok("steer", "--model", MODEL, "--layer", 2, "--trait", "owl", "--strength", 4.0, "--out", out)
     assert said.out.strip() == str(out) and "norm " in said.err
     run = taught("contrast")
     assert np.array_equal(load_adapter(out, run.lm.config).steering, run.staff.teacher("owl").adapter.steering)
