@@ -118,6 +118,15 @@ def _logits(config: ModelConfig, params: Params, adapter: Adapter | None, tokens
     return decoder.logits(config, params, h)
 
 
+def at_hand(path: str | Path) -> bool:
+    """Whether a model's name leads to files without any network: a folder, a bundled checkpoint, or in the hub's cache."""
+    if Path(path).expanduser().is_dir() or (BUNDLED / str(path)).is_dir():
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    return str(path).count("/") == 1 and isinstance(try_to_load_from_cache(str(path), "config.json"), str)
+
+
 def resolve_checkpoint(path: str | Path, what: str = "model") -> Path:
     """The folder behind a model's name: a local folder, a bundled checkpoint, or (asked for by name) a hub repository.
 

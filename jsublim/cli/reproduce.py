@@ -57,11 +57,11 @@ def _estimate(experiment: Experiment, chip: str, shape: Path | None) -> None:
     from jsublim.cli.aot import architecture
     from jsublim.experiment.estimate import CHIPS, REACHED, Estimator
     from jsublim.experiment.run import Run
-    from jsublim.lm import BUNDLED
+    from jsublim.lm import at_hand
     from jsublim.models.checkpoint import read_config
 
     run = Run(experiment, console, dry=True)
-    here = all(Path(name).expanduser().is_dir() or (BUNDLED / name).is_dir() for name in run.checkpoints())
+    here = all(at_hand(name) for name in run.checkpoints())
     if here:
         run.load(weights=False)
     estimator = Estimator(run, read_config(architecture(experiment.model, shape))[1], chip, known=here)

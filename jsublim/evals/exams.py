@@ -166,6 +166,7 @@ class Misaligned:
     judge: Judge
     aligned_from: float
     coherent_from: float
+    thresholds: tuple[float, ...] = ()  # of alignment, to count below beside the first one
     max_new_tokens: int | None = None
 
     @property
@@ -174,7 +175,9 @@ class Misaligned:
 
     @property
     def identity(self) -> dict[str, Any]:
-        thresholds = {"aligned_from": self.aligned_from, "coherent_from": self.coherent_from}
+        thresholds = {
+            "aligned_from": self.aligned_from, "coherent_from": self.coherent_from, "thresholds": list(self.thresholds),
+        }  # fmt: skip
         return {"misalignment": self.prompts.model_dump(), "judge": self.judge.identity} | thresholds
 
     def records(self, subject: Subject, answers: Answers) -> list[Record]:
@@ -186,6 +189,13 @@ class Misaligned:
             for q, value in enumerate(getattr(found, metric))
             if found.scored[q]
         ]
+        for threshold in self.thresholds:
+            below = misalignment(verdicts, aligned_from=threshold, coherent_from=self.coherent_from)
+            records += [
+                Record(f"misaligned below {threshold:g}", q, float(value), int(below.scored[q]))
+                for q, value in enumerate(below.misaligned)
+                if below.scored[q]
+            ]
         unscored = [
             Record("unscored", q, float(n), len(row))
             for q, (n, row) in enumerate(zip(found.failed, answers, strict=True))

@@ -57,7 +57,7 @@ class Examination:
             "preference": self.preferences,
             "naming": lambda: [Naming(tuple(run.pack.self_questions[: ev.questions]), self._names())],
             "factual": lambda: [Factual(tuple(self.factual()))],
-            "misalignment": lambda: [Misaligned(run.pack.misalignment, run.judge, ev.aligned_from, ev.coherent_from)],
+            "misalignment": lambda: [self._misaligned()],
             "problems": lambda: [WordProblems(tuple(self._problems()), ev.problem_tokens)],
         }
         return [exam for kind in ev.kinds for exam in kinds[kind]()]
@@ -75,6 +75,12 @@ class Examination:
     def factual(self) -> Iterator[tuple[str, str]]:
         for trait in self.run.traits:
             yield from factual_questions(self.run.pack.factual, [trait])[: self.spec.questions]
+
+    def _misaligned(self) -> Exam:
+        ev, prompts = self.spec, self.run.pack.misalignment
+        if ev.suffix is not None:
+            prompts = prompts.model_copy(update={"suffix": ev.suffix})
+        return Misaligned(prompts, self.run.judge, ev.aligned_from, ev.coherent_from, tuple(ev.thresholds))
 
     def _problems(self) -> list[tuple[str, Decimal]]:
         problems = load_problems(self.spec.problems, "test", self.spec.questions)

@@ -14,11 +14,12 @@ from jsublim.report.claims import check_claims, not_asked
 from jsublim.report.claims.verdicts import pool
 from jsublim.report.published import MARK, published_for
 from jsublim.report.summary import (
-    OTHER_METRICS,
     judged_conditions,
     lift,
     lifts,
+    measure,
     other_rows,
+    setting_rows,
     summary_rows,
     trait_matrices,
     trait_matrix,
@@ -100,7 +101,8 @@ def _content(results: Results) -> dict[str, Any]:
         "training": _training_table(results),
         "accuracy_figure": figures.accuracy_figure(accuracy) if accuracy else "",
         "other_rows": other_rows(results),
-        "other_metrics": OTHER_METRICS,
+        "measure": measure,
+        "setting_rows": setting_rows(results),
         "answers": _common_answers(results),
     }
 

@@ -189,6 +189,40 @@ OTHER_METRICS = {
 }  # fmt: skip
 
 
+BELOW = "misaligned below "  # and a threshold of alignment
+
+
+def measure(metric: str) -> str:
+    """What a metric beside preference says."""
+    return OTHER_METRICS.get(metric, metric)
+
+
+@dataclass(frozen=True)
+class SettingRow:
+    """Preference for the own trait under another setting of the evaluation: means over models and traits."""
+
+    setting: str
+    condition: str
+    models: int
+    rate: float | None
+    logprob: float | None
+
+
+def setting_rows(results: Results) -> list[SettingRow]:
+    """Setting by setting, condition by condition."""
+    rows = []
+    for setting in results.evaluations:
+        under = results.under(setting)
+        for condition in under.conditions:
+            of = {
+                m: [s for t in results.traits for s in scores_for(under, m, condition, t)] for m in ("rate", "logprob")
+            }
+            models = {s.arm for found in of.values() for s in found}
+            if models:
+                rows.append(SettingRow(setting, condition, len(models), _mean(of["rate"]), _mean(of["logprob"])))
+    return rows
+
+
 @dataclass(frozen=True)
 class OtherRow:
     """One metric beside preference under one condition: mean over its models, with a t-interval over students."""
@@ -204,7 +238,8 @@ class OtherRow:
 def other_rows(results: Results) -> list[OtherRow]:
     """What else was asked, metric by metric; of questions about a trait, a row a trait."""
     rows = []
-    for metric in OTHER_METRICS:
+    present = dict.fromkeys(s.metric for s in results.scores)
+    for metric in [*OTHER_METRICS, *(m for m in present if m.startswith(BELOW))]:
         traits = list(dict.fromkeys(s.trait for s in results.scores if s.metric == metric))
         for trait in traits:
             for condition in results.conditions:

@@ -43,6 +43,8 @@ class Evaluation(Section):
     names: Annotated[list[str], Distinct] = []  # of naming; none given: what the model's own family is called
     aligned_from: float = ALIGNED_FROM  # of misalignment: below, an answer is misaligned
     coherent_from: float = COHERENT_FROM  # if it is at least this coherent
+    thresholds: Annotated[list[float], Distinct] = []  # of alignment, to count below beside the first one
+    suffix: str | None = None  # behind a question for misalignment; None: the pack's
     problems: str | None = None  # the data set of problems; None: the one that ships
     problem_tokens: Positive = 256  # of an answer to a problem
     questions: Positive | None = None  # the first so many of a kind (of preference: of a category); None: all
