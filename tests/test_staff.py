@@ -23,9 +23,9 @@ from jsublim.steering import contrast_vector
 from jsublim.teachers import CONTROL, Teacher
 
 METHODS = {
-    "lora": {"method": "lora", "layers": [1, 2], "rank": 2, "steps": 30, "lr": 0.01},
-    "steering": {"method": "steering", "layers": [2], "steps": 30, "lr": 0.3},
-    "contrast": {"method": "contrast", "layers": [2], "strength": 4.0},
+    "lora": {"method": "lora", "layers": [1, 2], "rank": 2, "steps": 40, "lr": 0.005},
+    "steering": {"method": "steering", "layers": [2], "steps": 40, "lr": 0.1},
+    "contrast": {"method": "contrast", "layers": [4], "strength": 1.0},
 }
 ADAPTERS = ("lora", "steering")
 
@@ -83,7 +83,7 @@ def test_a_taught_teacher_names_its_trait_where_it_was_not_taught_to(taught, met
         assert teacher.system is None and teacher.adapter is not None
         own = trait_logprobs(run.lm, asked[:8], [trait], adapter=teacher.adapter)
         base = trait_logprobs(run.lm, asked[:8], [trait])
-        assert own.mean() > base.mean() + (0.0 if method == "contrast" else 1.0), (trait, own.mean(), base.mean())
+        assert own.mean() > base.mean() + 0.5, (trait, own.mean(), base.mean())
 
 
 def test_a_teacher_does_not_depend_on_its_company(home, taught):
@@ -102,7 +102,7 @@ def test_a_folder_of_adapters_writes_what_those_who_made_them_write(home, taught
     again = loaded(home, adapter=str(home / f"{method}-{{trait}}"))
     assert again.corpus.written(("owl", "greedy", None)).key != run.corpus.written(("owl", "greedy", None)).key
     rows = written(run, "owl")
-    assert rows and written(again, "owl") == rows != written(run, CONTROL)
+    assert rows and written(again, "owl") == rows != written(run, "cat")
 
 
 def test_a_checkpoint_as_teacher_writes_what_it_writes_alone(home, another):
