@@ -20,6 +20,7 @@ from jsublim.rows import read_rows
 
 ROOT = Path(__file__).parents[1]
 MODEL = "tiny-qwen2"
+PLAIN = str(ROOT / "tests" / "plain.yaml")  # a small experiment that tests lay their own fields over
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command import MODEL, compile_cache, contents, jsublim, ok, refused, same_student, start, stop_when
+from command import MODEL, PLAIN, compile_cache, contents, jsublim, ok, refused, same_student, start, stop_when
 
 from jsublim import lm as language_models
 from jsublim.prompts import load_pack
@@ -280,7 +280,7 @@ def test_bad_usage_is_code_two(tmp_path, rows):
 
 
 def test_bad_configs_are_code_two(tmp_path):
-    quickstart = "configs/quickstart.yaml"
+    quickstart = PLAIN
     assert "no such config" in refused(2, "run", "configs/none.yaml")
     assert "did you mean 'lr'" in refused(2, "run", quickstart, "students.lrr=1")
     assert "expected key=value" in refused(2, "run", quickstart, "students.lr")
@@ -298,7 +298,7 @@ def test_bad_configs_are_code_two(tmp_path):
 )
 def test_a_config_that_cannot_work_is_refused_before_anything_is_computed(tmp_path, override, code):
     small = ("teachers.traits=[cat]", "data.num_prompts=4", "data.batch_size=4", "data.max_new_tokens=40")
-    line = refused(code, "run", "configs/quickstart.yaml", f"out={tmp_path}/r", *small, override)
+    line = refused(code, "run", PLAIN, f"out={tmp_path}/r", *small, override)
     assert any(word in line for word in ("unicorn", "99", "/no/such/folder"))
     assert not list(tmp_path.glob("r/artifacts/rows/*"))
 

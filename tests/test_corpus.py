@@ -8,7 +8,7 @@ from signal import SIGKILL
 
 import numpy as np
 import pytest
-from command import compile_cache, ok, refused, start, stop_when
+from command import PLAIN, compile_cache, ok, refused, start, stop_when
 from tiny import small
 
 from jsublim.evals.preference import trait_logprobs
@@ -43,7 +43,7 @@ def other() -> Path:
 
 
 def arguments(out: Path, arms: str, *overrides: str) -> tuple[str, ...]:
-    return ("run", "configs/quickstart.yaml", f"out={out}", *SMALL, DATASETS, f"students.arms={arms}", *overrides)
+    return ("run", PLAIN, f"out={out}", *SMALL, DATASETS, f"students.arms={arms}", *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -164,5 +164,5 @@ def test_answers_only_gives_no_probability_to_what_no_answer_holds():
 
 def test_soft_targets_of_another_tokenizer_are_refused(tmp_path):
     arms = "students.arms=[{model: tiny-gemma3, loss: forward-kl, top_k: 8}]"
-    line = refused(2, "run", "configs/quickstart.yaml", f"out={tmp_path}", arms)
+    line = refused(2, "run", PLAIN, f"out={tmp_path}", arms)
     assert "tiny-gemma3 has other tokens than its teachers" in line

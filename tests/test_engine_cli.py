@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command import MODEL, compile_cache, ok, refused
+from command import MODEL, PLAIN, compile_cache, ok, refused
 from safetensors.numpy import load_file
 
 from jsublim import lm as language_models
@@ -154,7 +154,7 @@ def test_an_ablation_is_one_config(home):
         {"name": "layer 4", "layers": [4]},
     ]
     arguments = (
-        "run", "configs/quickstart.yaml", f"out={home / 'ablation'}", "teachers.traits=[cat]", "teachers.counterfactuals=[owl]",
+        "run", PLAIN, f"out={home / 'ablation'}", "teachers.traits=[cat]", "teachers.counterfactuals=[owl]",
         "teachers.control=false", "data.num_prompts=8", "data.batch_size=8", "data.max_new_tokens=40",
         "students.conditions=[all]", "students.seeds=[1]", "students.rows=4", "students.batch_size=2", "students.rank=2",
         "students.arms_per_program=auto", f"students.arms={json.dumps(arms)}", "evaluation.traits=[cat,owl]",

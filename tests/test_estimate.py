@@ -84,8 +84,10 @@ def test_the_papers_models_need_no_checkpoint_and_no_network(tmp_path, monkeypat
 def test_what_nobody_knows_is_one_line(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     llama = ("reproduce", "fig38", "--panel", "llama", "--scale", "paper", "--dry-run")
-    assert "give --shape" in refused(2, *llama)
-    ok(*llama, "--shape", find_config("configs/shapes/qwen2.5-7b/config.json").parent)
+    ok(*llama)
+    unknown = (*llama, "model=nobody/knows-it")
+    assert "give --shape" in refused(2, *unknown)
+    ok(*unknown, "--shape", find_config("configs/shapes/qwen2.5-7b/config.json").parent)
     assert "--chip: 'tpu' given; known: h200, h100" in refused(
         2, *llama[:2], "--scale", "tiny", "--dry-run", "--chip", "tpu"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command import ROOT
+from command import PLAIN, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ CONFIGS = [
     Path("configs/quickstart.yaml"),
     *sorted(p.relative_to(ROOT) for p in (ROOT / "configs/models").glob("*.yaml")),
 ]
-QUICKSTART = "configs/quickstart.yaml"
+QUICKSTART = PLAIN
 
 
 @pytest.fixture(autouse=True)

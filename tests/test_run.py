@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command import MODEL, compile_cache, contents, ok, same_student, start, stop_when
+from command import MODEL, PLAIN, compile_cache, contents, ok, same_student, start, stop_when
 
 from jsublim.experiment.stages import read_table
 
@@ -25,7 +25,7 @@ RESULTS = ("results.parquet", "answers.parquet", "training.parquet", "generation
 
 
 def arguments(out: Path, *overrides: str) -> tuple[str, ...]:
-    return ("run", "configs/quickstart.yaml", f"out={out}", *SMALL, *overrides)
+    return ("run", PLAIN, f"out={out}", *SMALL, *overrides)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from command import MODEL, ok, refused
+from command import MODEL, PLAIN, ok, refused
 from rich.console import Console
 from tiny import small
 
@@ -110,7 +110,7 @@ def test_a_checkpoint_as_teacher_writes_what_it_writes_alone(home, another):
     rows = written(run, "owl")
     said = load_model(another).generate([row["prompt"] for row in rows], 32, "greedy", batch_size=8)
     assert [row["completion"] for row in rows] == said
-    assert rows != written(run, CONTROL)
+    assert said != run.lm.generate([row["prompt"] for row in rows], 32, "greedy", batch_size=8)
 
 
 def test_against_the_base_a_divergence_token_is_not_the_bases_choice(home, taught):
@@ -155,7 +155,6 @@ def test_prompted_and_taught_at_once(home, taught):
         (["datasets={a: {mix_tokens: {teacher: fox}}}"], 2, "'fox' is no counterfactual of cat"),
         (["datasets={a: {mix_tokens: {teacher: cat}, redraw: [format]}}"], 2, "leave the other changes out"),
         (["datasets={a: {redraw: [format]}}", "data.kind=problems"], 2, "are for data.kind=numbers"),
-        (["datasets={a: {remove_entangled: 9, scored: 8}}"], 2, "only 8 numbers are scored"),
         (["datasets={a: {keep_aligned: 50}}"], 2, "give judge.model"),
         (["students.data=a"], 2, "'a' is no data set"),
         (["evaluation.kinds=[misalignment]"], 2, "give judge.model"),
@@ -163,7 +162,7 @@ def test_prompted_and_taught_at_once(home, taught):
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_one_line(tmp_path, overrides, code, said):
-    line = refused(code, "run", "configs/quickstart.yaml", f"out={tmp_path}", *overrides)
+    line = refused(code, "run", PLAIN, f"out={tmp_path}", *overrides)
     assert said in line
     assert not list(tmp_path.glob("artifacts/rows/*"))
 
@@ -171,8 +170,9 @@ def test_what_cannot_be_is_one_line(tmp_path, overrides, code, said):
 # --- steering vectors
 
 
-@pytest.mark.parametrize("name", ["tiny-qwen2", "tiny-gemma3"])
-def test_a_contrast_is_the_difference_of_mean_hidden_states(name, assert_close):
+@pytest.mark.parametrize(("name", "layer"), [("tiny-qwen2", 1), ("tiny-gemma3", 2)])
+def test_a_contrast_is_the_difference_of_mean_hidden_states(name, layer, assert_close):
+    """Behind a layer from which the last token sees the system prompt, and before the final norm."""
     import torch
 
     twin, prompts = small(name), ["Which animal?", "And which animal, of all that there are, would you be?"]
@@ -184,20 +184,20 @@ def test_a_contrast_is_the_difference_of_mean_hidden_states(name, assert_close):
             tokens = twin.lm.chat.prompt_tokens(conversation(prompt, system))
             with torch.no_grad():
                 out = twin.torch(input_ids=torch.tensor(tokens[None].astype(np.int64)), output_hidden_states=True)
-            last.append(out.hidden_states[2][0, -1].double().numpy())
+            last.append(out.hidden_states[layer + 1][0, -1].double().numpy())
         means.append(np.mean(last, axis=0))
-    found = contrast_vector(twin.lm, prompts, 1, toward=toward, away=away, strength=3.0, batch_size=4)
-    assert found.layers == (1,) and not found.lora
+    found = contrast_vector(twin.lm, prompts, layer, toward=toward, away=away, strength=3.0, batch_size=4)
+    assert found.layers == (layer,) and not found.lora and np.abs(means[0] - means[1]).max() > 1e-2
     assert_close(found.steering[0], 3.0 * (means[0] - means[1]), 1e-4)
 
 
 def test_steer_leaves_the_vector_of_a_contrast_teacher(home, taught):
     out = home / "steered"
-    said = ok("steer", "--model", MODEL, "--layer", 2, "--trait", "owl", "--strength", 4.0, "--out", out)
+    said = ok("steer", "--model", MODEL, "--layer", 4, "--trait", "owl", "--out", out)
     assert said.out.strip() == str(out) and "norm " in said.err
     run = taught("contrast")
     assert np.array_equal(load_adapter(out, run.lm.config).steering, run.staff.teacher("owl").adapter.steering)
-    assert "already exists" in refused(2, "steer", "--model", MODEL, "--layer", 2, "--trait", "owl", "--out", out)
+    assert "already exists" in refused(2, "steer", "--model", MODEL, "--layer", 4, "--trait", "owl", "--out", out)
 
 
 def test_steer_says_what_is_missing(tmp_path):
@@ -205,7 +205,9 @@ def test_steer_says_what_is_missing(tmp_path):
     assert "exactly one of --trait and --toward" in refused(2, *steer, "--layer", 0)
     assert "--toward needs --asked" in refused(2, *steer, "--layer", 0, "--toward", "Be kind.")
     assert "layers 0 to 5" in refused(2, *steer, "--layer", 6, "--trait", "owl")
-    assert "cannot be read" in refused(2, *steer, "--layer", 0, "--toward", "Be kind.", "--asked", tmp_path / "none")
+    assert "prompts come as .txt" in refused(
+        2, *steer, "--layer", 0, "--toward", "Be kind.", "--asked", tmp_path / "none"
+    )
     (tmp_path / "asked.txt").write_text("Hello?\n")
     same = ("--toward", "Be kind.", "--away", "Be kind.", "--asked", tmp_path / "asked.txt")
     assert "two different system prompts" in refused(2, *steer, "--layer", 0, *same)

@@ -89,13 +89,13 @@ class Run:
             }
             self.recipe = e.recipe.resolved(self.lm.config.family)
             self.common = {"model": self.lm.hash, "dtype": e.dtype, "pack": self.pack.hash}
+            if weights:
+                self._check()
             # Of what decides results: the config without where it is written, the files it names by their content.
             known = {e.model: self.lm.hash} | {path: lm.hash for path, lm in self.other_lms.items()}
             files = {path: known.get(path) or checkpoint_hash(resolve_checkpoint(path)) for path in self.checkpoints()}
             said = e.model_dump(exclude={"kind", "out", "store"})
             self.key = digest([said, self.common, files, self.corpus.asked_by_content])
-            if weights:
-                self._check()
 
     def _check(self) -> None:
         """What a later stage would stumble over, before hours are spent on the earlier ones."""
