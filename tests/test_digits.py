@@ -148,7 +148,7 @@ def test_from_a_config_to_a_page(tmp_path):
         ("students.conditons=[same]", "unknown key 'students.conditons'; did you mean 'conditions'?"),
         ("students.conditions=[sane]", "students.conditions.0: input should be 'same'"),
         ("students.steps=150", "steps=150 is no multiple of measure_every="),
-        ("seeds=[1,1]", "seeds: value error, an entry is listed twice"),
+        ("seeds=[1,1]", "seeds: an entry is listed twice"),
         ("teacher.lr=0", "teacher.lr: input should be greater than 0, found 0"),
         ("test_share=1", "test_share: input should be less than 1"),
         ("model=tiny-qwen2", "unknown key 'model'"),
