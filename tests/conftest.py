@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -162,6 +163,13 @@ def random_model(class_name: str, arguments: dict[str, Any], seed: int = 0) -> A
         for parameter in model.parameters():
             parameter.add_(0.25 * torch.randn(parameter.shape, generator=noise))
     return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Compiled programs are kept for ever otherwise: a worker that has run most files has no memory maps left for more."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
