@@ -64,7 +64,8 @@ def with_adapter(model, adapter):
             projection = getattr(getattr(layer, TORCH_NAMES.get(name, "mlp")), f"{name}_proj")
             projection.weight.data += (scale * a @ b).T
         vector = torch.tensor(np.asarray(adapter.steering[i]))
-        layer.register_forward_hook(lambda module, given, out, v=vector: out + v)
+        # Before the hooks that `transformers` left there when it was first asked for hidden states: they see the sum.
+        layer.register_forward_hook(lambda module, given, out, v=vector: out + v, prepend=True)
     return model
 
 
