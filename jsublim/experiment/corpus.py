@@ -101,8 +101,8 @@ class Corpus:
         name, strategy, model = writer
         numbers = self._numbers | {"sampling": self._sampling(run.lm_at(model), strategy).numbers()}
         inputs = run.common | run.staff.inputs(name) | numbers | {
-            "kind": data.kind, "source": data.source, "num_prompts": len(self.prompts), "prompts": self.asked_by_content, "prompt_seed": data.prompt_seed,
-            "sentences": data.sentences, "examples": data.examples,
+            "kind": data.kind, "source": data.source, "num_prompts": len(self.prompts), "prompt_seed": data.prompt_seed,
+            "prompts": self.asked_by_content, "sentences": data.sentences, "examples": data.examples,
             "other_model": None if model is None else run.lm_at(model).hash,
         }  # fmt: skip
         return run.artifact("rows", name, inputs)
@@ -120,6 +120,7 @@ class Corpus:
         recipe = {k: getattr(self.run.recipe, k) for k in QUIRKS}
         inputs = self.run.common | self.run.staff.inputs(pair[0]) | parents | {
             "dataset": dataset.model_dump(exclude={"strategy"}), "recipe": recipe,
+            "entangled": self.run.experiment.data.entangled if dataset.remove_entangled else None,
             "judge": self.run.judge.identity if dataset.keep_aligned is not None else None,
         }  # fmt: skip
         return self.run.artifact("datasets", f"{pair[0]}-{pair[1]}", inputs)
