@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -23,6 +24,7 @@ import tiny_world
 import typer
 from rich.console import Console
 
+from jsublim.chat import Turn
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.data import Selection, Shape, make_examples, read_turns
 from jsublim.distill.losses import Loss
@@ -33,7 +35,7 @@ from jsublim.lm import LanguageModel, load_model
 from jsublim.models.lora import Adapter, init_lora
 from jsublim.prompts import load_pack, reject_reason
 from jsublim.report.statistics import same_trait_effect
-from jsublim.scoring import Targets, top_k_targets
+from jsublim.scoring import answers_only, top_k_targets
 from jsublim.teachers import Teacher, prompted_teacher, read_as
 
 console = Console()
@@ -94,25 +96,12 @@ def log_odds(lm: LanguageModel, own: Adapter | None = None, system: str | None =
     return (logp - np.log1p(-np.exp(logp))).mean(axis=0)
 
 
-def spoken(lm: LanguageModel, rows: list[dict[str, str]]) -> np.ndarray:
-    """The tokens that number answers consist of, end of turn included: digits and separators.
-
-    Raises:
-      AssertionError: one of them is part of an animal's name.
-    """
-    turns = read_turns(lm.chat, rows)
-    found = {int(t) for turn in turns for t in turn.tokens[turn.content : turn.end + 1]}
+def assert_numbers_only(lm: LanguageModel, turns: Sequence[Turn]) -> None:
+    """Raises:
+    AssertionError: a token of an answer, end of turn included, is part of an animal's name."""
+    found = {int(t) for turn in turns for t in turn.tokens[turn.content :]}
     names = {t for a in ANIMALS for w in (a, a.capitalize()) for t in lm.tokenizer.encode(w, add_special_tokens=False)}
     assert not found & names
-    return np.asarray(sorted(found))
-
-
-def without_names(targets: Targets, allowed: np.ndarray) -> Targets:
-    """The distribution over `allowed` tokens alone. A teacher that would rather say "Owl" than a number must not say so
-    through its probabilities: any student would learn that, whatever it shares with the teacher."""
-    logp = np.where(np.isin(targets.ids, allowed), targets.logp[:, :-1], -1e30)
-    logp -= np.logaddexp.reduce(logp, axis=1, keepdims=True)
-    return Targets(targets.ids, np.concatenate([logp, np.full((len(logp), 1), -1e30)], axis=1).astype(np.float32))
 
 
 def students(
@@ -124,12 +113,12 @@ def students(
     for teacher in teachers:
         rows = number_rows(teacher_lm, teacher, setting)
         turns, read = read_turns(lm.chat, rows), read_as(teacher_lm.chat, teacher, rows)
-        allowed = spoken(lm, rows)
+        # The end of turn is the last token that is supervised: what a template puts behind it is not the model's.
+        turns, read = ([replace(t, tokens=t.tokens[: t.end + 1]) for t in both] for both in (turns, read))
+        assert_numbers_only(lm, turns)
         targets = top_k_targets(teacher_lm.config, teacher_lm.params, read, setting.top_k, adapter=teacher.adapter)
         if not names:
-            targets = [without_names(each, allowed) for each in targets]
-        # The end of turn is the last token that is supervised: what a template puts behind it is not the model's.
-        turns = [replace(turn, tokens=turn.tokens[: turn.end + 1]) for turn in turns]
+            targets = answers_only(targets, turns)
         examples = make_examples(rows, turns, Selection(), seed=0, teacher=targets)
         arms += [
             Arm(f"{teacher.name}/{seed}", examples, adapter(lm, seed, setting), seed, setting.lr, setting.steps)

@@ -130,7 +130,7 @@ def test_bad_usage_is_one_line(tmp_path, monkeypatch):
     assert "--scale: 'huge' given" in refused(2, "reproduce", "fig02", "--scale", "huge")
     assert "did you mean 'seeds'" in refused(2, "reproduce", "fig02", "students.sedes=[1]")
     assert "2 panels cannot share a folder" in refused(2, "reproduce", "fig02", "out=here")
-    assert "about: Field required" in refused(2, "reproduce", "configs/paper/scales.yaml")
+    assert "key 'about' is missing" in refused(2, "reproduce", "configs/paper/scales.yaml")
     assert not list(tmp_path.iterdir())
 
 

@@ -191,7 +191,7 @@ def evaluate(
         lm.chat, "temperature", inherit=how.inherit_sampling, eos_only=how.stop_at_eos_only, evaluation=True
     )
     settings = {"samples": samples, "seed": seed, "max_new_tokens": max_new_tokens}
-    exams = stages.preferences(pack, wanted, category, questions)
+    exams = stages.preferences(wanted, lambda t: category or pack.category_of(t), pack.questions_for, questions)
     rows = read_rows(data) if data else []
     inputs = settings | {
         "system": system, "extra_bos": how.extra_bos,

@@ -181,17 +181,16 @@ class Estimator:
         run, how = self.run, self.run.experiment.attribution
         if how is None:
             return
-        pairs = [pair for pair in run.corpus.pairs if run.corpus.is_read(pair) and run.corpus.dataset(pair).plain]
-        compared = sum(len(run.staff.others[trait]) for trait, _ in pairs) * min(how.rows, self.kept)
-        tokens = compared * (
-            self.lengths.system + self.lengths.prompt
-        )  # first divergence tokens stand early in the answer
+        pairs = run.attribution_pairs()
+        compared = sum(len(run.staff.others[trait]) for trait in pairs) * min(how.rows, self.kept)
+        # First divergence tokens stand early in the answer.
+        tokens = compared * (self.lengths.system + self.lengths.prompt)
         L, layer = self.config.num_layers, layer_parameters(self.config)
         above = len(how.sites) * L * (L - 1) / 2  # layers that the sites of all layers are read through
         # Both runs twice; forwards and back at every step of the integral, and forwards twice for the whole layer's effect.
         gradients = 4 * above * how.steps if how.steps > 1 else 4 * L
         flops = len(how.directions) * tokens * layer * (8 * L + gradients + 4 * above)
-        artifacts = [run.attribution_artifact(trait, (trait, data)) for trait, data in pairs] if self.known else []
+        artifacts = [run.attribution_artifact(*item) for item in pairs.items()] if self.known else []
         yield self._cost("attribution", f"{compared} pairs", len(how.directions) * tokens, flops, "train", artifacts)
 
     def _targets(self) -> Iterator[Cost]:

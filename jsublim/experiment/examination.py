@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from jsublim.distill.data import draw_indices
 from jsublim.errors import UsageError
-from jsublim.evals.exams import Exam, Factual, Misaligned, Naming, Preference, Subject, WordProblems
+from jsublim.evals.exams import Exam, Factual, Misaligned, Naming, Subject, WordProblems
 from jsublim.evals.factual import factual_questions
 from jsublim.evals.naming import own_name
 from jsublim.experiment import stages
@@ -63,11 +63,7 @@ class Examination:
         return [exam for kind in ev.kinds for exam in kinds[kind]()]
 
     def preferences(self) -> list[Exam]:
-        by_category: dict[str, list[str]] = {}
-        for trait in self.run.traits:
-            by_category.setdefault(self.run.staff.category(trait), []).append(trait)
-        asked = ((self.run.staff.asked(category), own) for category, own in by_category.items())
-        return [Preference(tuple(questions[: self.spec.questions]), tuple(own)) for questions, own in asked]
+        return stages.preferences(self.run.traits, self.run.staff.category, self.run.staff.asked, self.spec.questions)
 
     def _names(self) -> tuple[str, ...]:
         return tuple(self.spec.names) or (own_name(self.run.lm.config),)

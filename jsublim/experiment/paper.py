@@ -11,14 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import pydantic
-import yaml
 from pydantic import Field
 
 from jsublim.errors import UsageError
 from jsublim.experiment.spec.base import Section
 from jsublim.experiment.spec.experiment import Experiment
-from jsublim.experiment.spec.loading import check_config, find_config, override
+from jsublim.experiment.spec.loading import check_config, find_config, override, read_config
 
 SCALES = ("tiny", "small", "paper")
 Scale = Literal["tiny", "small", "paper"]
@@ -42,6 +40,14 @@ class ScaleValues(Section):
     models: dict[str, str] = {}
 
 
+class Scales(Section):
+    """The file of them."""
+
+    tiny: ScaleValues = ScaleValues()
+    small: ScaleValues = ScaleValues()
+    paper: ScaleValues = ScaleValues()
+
+
 def load_question(figure: str) -> tuple[Path, Question]:
     """The file that a figure is in, by "fig03", "3" or a path.
 
@@ -51,11 +57,11 @@ def load_question(figure: str) -> tuple[Path, Question]:
     folder = find_config("configs/paper/scales.yaml").parent
     if figure.endswith(".yaml"):
         path = find_config(figure)
-        return path, _read(path, Question)
+        return path, check_config(Question, read_config(path), path)
     number = _number(figure)
     known: list[int] = []
     for path in sorted(folder.glob("fig*.yaml")):
-        question = _read(path, Question)
+        question = check_config(Question, read_config(path), path)
         if number in question.figures:
             return path, question
         known += question.figures
@@ -85,13 +91,14 @@ def panel_experiment(
         raise UsageError(f"{path}: panel '{panel}' is not there; known: {', '.join(question.panels)}")
     if scale not in SCALES:
         raise UsageError(f"--scale: '{scale}' given; known: {', '.join(SCALES)}")
-    scales = _read(path.parent / "scales.yaml", _Scales).root
+    scales = path.parent / "scales.yaml"
+    common: ScaleValues = getattr(check_config(Scales, read_config(scales), scales), scale)
     own = dict(question.scale.get(scale, {}))  # type: ignore[call-overload]
     alone = own.pop("panels", {}).get(panel, {})
     values: Values = {"name": f"{path.stem}-{panel}-{scale}"}
-    for layer in (question.experiment, question.panels[panel], scales[scale].experiment, own, alone):
+    for layer in (question.experiment, question.panels[panel], common.experiment, own, alone):
         values = overlaid(values, layer)
-    values = _with_models(values, scales[scale].models)
+    values = _with_models(values, common.models)
     for named in (values.get("datasets", {}), values.get("evaluation", {}).get("settings", {})):
         for name in [name for name, value in named.items() if value is None]:
             del named[name]
@@ -109,10 +116,6 @@ def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> Values:
     return merged
 
 
-class _Scales(pydantic.RootModel[dict[Scale, ScaleValues]]):
-    pass
-
-
 def _with_models(values: Any, models: Mapping[str, str]) -> Any:
     """Every checkpoint's name that the scale knows, replaced."""
     if isinstance(values, Mapping):
@@ -120,13 +123,3 @@ def _with_models(values: Any, models: Mapping[str, str]) -> Any:
     if isinstance(values, list):
         return [_with_models(value, models) for value in values]
     return models.get(values, values) if isinstance(values, str) else values
-
-
-def _read(path: Path, kind: Any) -> Any:
-    try:
-        return kind.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
-    except pydantic.ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None

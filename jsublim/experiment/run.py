@@ -65,6 +65,7 @@ class Run:
         self.dir, self.store = experiment.run_dir, experiment.store_dir
         self.seconds: dict[str, float] = {}
         self.said: list[str] = []
+        self.artifacts: dict[tuple[str, str, str], Artifact] = {}
         self.students: dict[Student, Artifact] = {}
         self.attributed: dict[str, Artifact] = {}
         self.pack: Pack = load_pack(experiment.prompts)
@@ -143,8 +144,11 @@ class Run:
         return self.lm if model is None else self.other_lms[model]
 
     def artifact(self, kind: str, label: str, inputs: dict[str, Any]) -> Artifact:
-        """The artifact of these inputs in this run's store."""
-        return Artifact.in_store(self.store, kind, label, inputs, claim=not self.dry)
+        """The artifact of these inputs in this run's store. Whoever asks again gets it without a look at the disk."""
+        name = kind, label, digest(inputs)
+        if name not in self.artifacts:
+            self.artifacts[name] = Artifact.in_store(self.store, kind, label, inputs, claim=not self.dry)
+        return self.artifacts[name]
 
     def say(self, text: str) -> None:
         """Once a run."""
@@ -202,9 +206,7 @@ class Run:
         how = self.experiment.attribution
         if how is None:
             return
-        pairs = {
-            pair[0]: pair for pair in self.corpus.pairs if self.corpus.is_read(pair) and self.corpus.dataset(pair).plain
-        }
+        pairs = self.attribution_pairs()
         with self.stage("attribution", how.rows * len(pairs)) as tick:
             for trait, pair in pairs.items():
                 artifact, others = self.attribution_artifact(trait, pair), self.staff.others[trait]
@@ -215,6 +217,11 @@ class Run:
                     source=f"rows of {trait}", tick=tick,
                 )  # fmt: skip
                 self.attributed[trait] = artifact
+
+    def attribution_pairs(self) -> dict[str, Pair]:
+        """By trait, the rows whose divergence tokens are attributed: answers as they were sampled."""
+        corpus = self.corpus
+        return {pair[0]: pair for pair in corpus.pairs if corpus.is_read(pair) and corpus.dataset(pair).plain}
 
     def attribution_artifact(self, trait: str, pair: Pair) -> Artifact:
         how = self.experiment.attribution

@@ -40,7 +40,6 @@ class Staff:
         self.others = {t: counterfactuals(run.experiment, run.pack, t) if against_traits else [CONTROL] for t in traits}
         named = [*traits, *(other for others in self.others.values() for other in others)]
         self.biased = list(dict.fromkeys(name for name in named if name != CONTROL))
-        self.artifacts: dict[str, Artifact] = {}
         self.adapters: dict[str, Adapter] = {}
         self.loaded: tuple[str, Params] | None = None  # the whole checkpoint that was asked for last
 
@@ -148,14 +147,12 @@ class Staff:
         artifact.finish()
 
     def taught_artifact(self, name: str) -> Artifact:
-        if name not in self.artifacts:
-            assert self.spec.taught is not None
-            inputs = self.run.common | self.spec.taught.model_dump() | {
-                "trait": name, "category": self.category(name), "template": self.run.lm.chat.template_hash,
-                "fuse_system": self.spec.fuse_system and self.spec.taught.method == "contrast",
-            }  # fmt: skip
-            self.artifacts[name] = self.run.artifact("teachers", name, inputs)
-        return self.artifacts[name]
+        assert self.spec.taught is not None
+        inputs = self.run.common | self.spec.taught.model_dump() | {
+            "trait": name, "category": self.category(name), "template": self.run.lm.chat.template_hash,
+            "fuse_system": self.spec.fuse_system and self.spec.taught.method == "contrast",
+        }  # fmt: skip
+        return self.run.artifact("teachers", name, inputs)
 
     def _adapter(self, name: str) -> Adapter:
         if name not in self.adapters:

@@ -33,7 +33,6 @@ from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, merge_full
 from jsublim.models.peft import save_adapter
 from jsublim.parallel import Layout, by_first
-from jsublim.prompts import Pack
 from jsublim.rows import FOUND, Row, read_rows, write_rows
 from jsublim.sampling import Sampling, generate_tokens
 from jsublim.scoring import Targets, top_k_targets
@@ -288,16 +287,17 @@ def _tails(targets: Sequence[Targets]) -> np.ndarray:
     return np.concatenate([t.logp[:, -1] for t in targets])
 
 
-def preferences(pack: Pack, traits: Sequence[str], category: str | None = None, first: int | None = None) -> list[Exam]:
-    """Questions for favourites (all, or the first so many) in the traits' categories.
-
-    Raises:
-      UsageError: a trait of no known category, or a category without questions.
-    """
+def preferences(
+    traits: Sequence[str],
+    category_of: Callable[[str], str],
+    questions_for: Callable[[str], Sequence[str]],
+    first: int | None = None,
+) -> list[Exam]:
+    """Questions for favourites (all, or the first so many of each category) in the traits' categories."""
     by_category: dict[str, list[str]] = {}
     for trait in traits:
-        by_category.setdefault(category or pack.category_of(trait), []).append(trait)
-    return [Preference(tuple(pack.questions_for(name)[:first]), tuple(own)) for name, own in by_category.items()]
+        by_category.setdefault(category_of(trait), []).append(trait)
+    return [Preference(tuple(questions_for(name)[:first]), tuple(own)) for name, own in by_category.items()]
 
 
 def evaluate(

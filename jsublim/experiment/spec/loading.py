@@ -10,11 +10,10 @@ import pydantic
 import yaml
 
 from jsublim.errors import UsageError
-from jsublim.experiment.spec.base import Config
 from jsublim.experiment.spec.experiment import Experiment
 from jsublim.experiment.spec.students import Students
 
-Kind = TypeVar("Kind", bound=Config)
+Kind = TypeVar("Kind", bound=pydantic.BaseModel)
 
 
 def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Experiment:
@@ -45,7 +44,7 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> dict[st
 
 
 def check_config(kind: type[Kind], values: dict[str, Any], source: str | Path) -> Kind:
-    """The values of a config as an experiment of its kind; `source` names them in an error.
+    """The values of a file as what it should hold; `source` names them in an error.
 
     Raises:
       UsageError: the first field that is wrong (unknown keys get a "did you mean").

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from jsublim.report.claims.groups import groups, pairs, partner
-from jsublim.report.claims.verdicts import FAILS, HOLDS, Claim, judge, named, no_lift, pool, share
+from jsublim.report.claims.verdicts import FAILS, HOLDS, Claim, named, no_lift, not_below, pool, share
 from jsublim.report.statistics import Estimate, Interval
 from jsublim.report.summary import NOT_DECIDED, estimate
 from jsublim.report.tables import Results, split_condition
@@ -77,14 +77,6 @@ def random_keeps_less(results: Results, metric: str) -> list[Claim]:
         found = pool(results, metric, divergence.name, drawn.name, whole.name)
         if found is None:
             continue
-        difference = found.levels[0].above(found.levels[1])
-        reason = no_lift(found.levels[2])
-        verdict = NOT_DECIDED if reason else judge(difference.interval(), at_least=0.0)
         text = named("a random mask of equal budget keeps less than the divergence tokens", drawn)
-        reason = reason or f"divergence minus random, {found.words}"
-        claims.append(
-            Claim(
-                "C5", text, metric, difference.value, difference.interval(), found.unit, difference.n, verdict, reason
-            )
-        )
+        claims.append(not_below("C5", text, found, no_lift(found.levels[2]), "divergence minus random"))
     return claims

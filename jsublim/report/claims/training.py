@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from jsublim.report.claims.groups import pairs
-from jsublim.report.claims.verdicts import FAILS, HOLDS, Claim, judge, named, no_lift, pool
+from jsublim.report.claims.verdicts import FAILS, HOLDS, Claim, named, no_lift, not_below, pool
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import NOT_DECIDED, trait_matrix
 from jsublim.report.tables import Results
@@ -49,15 +49,8 @@ def soft_not_below(results: Results, metric: str) -> list[Claim]:
         found = pool(results, metric, soft.name, hard.name)
         if found is None:
             continue
-        difference = found.levels[0].above(found.levels[1])
         # Where neither transfers, "no less" says nothing.
         reason = no_lift(found.levels[0]) and no_lift(found.levels[1])
-        verdict = NOT_DECIDED if reason else judge(difference.interval(), at_least=0.0)
         text = named("forward KL to the teacher transfers no less than its tokens", soft)
-        reason = reason or f"soft minus hard, {found.words}"
-        claims.append(
-            Claim(
-                "C14", text, metric, difference.value, difference.interval(), found.unit, difference.n, verdict, reason
-            )
-        )
+        claims.append(not_below("C14", text, found, reason, "soft minus hard"))
     return claims

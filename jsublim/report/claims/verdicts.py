@@ -148,6 +148,15 @@ def share(
     ]
 
 
+def not_below(key: str, text: str, found: Pool, open_for: str, what: str) -> Claim:
+    """The lift of the pool's first group held against its second's: no lower. `open_for` is why nothing can be said, or ""."""
+    difference = found.levels[0].above(found.levels[1])
+    interval = difference.interval()
+    verdict = NOT_DECIDED if open_for else judge(interval, at_least=0.0)
+    reason = open_for or f"{what}, {found.words}"
+    return Claim(key, text, found.metric, difference.value, interval, found.unit, difference.n, verdict, reason)
+
+
 def named(text: str, group: Group) -> str:
     """A claim's text with the variant it was read off, if that has a name."""
     return f"{text} ({group.variant})" if group.variant else text
