@@ -47,7 +47,7 @@ class Divergence:
 
 
 WHICH = ("all", "first", "first-half", "second-half")
-ROUNDING = ("stochastic", "half-up", "paper")
+ROUNDING = ("stochastic", "half-up", "at-least-one", "paper")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class PointSubset:
         number in the first.
       share: in 0..1.
       rounding: of n points, how share x n becomes a whole number: "stochastic" (right on average, however few points
-        a row has), "half-up", or "paper": rounded down, and a row with none left keeps all (docs/recipes.md, quirk 7).
+        a row has), "half-up", "at-least-one": rounded down, but not to none, or "paper": rounded down, and a row with none
+        left keeps all (docs/recipes.md, quirk 7).
     """
 
     which: str = "all"
@@ -80,10 +81,10 @@ class PointSubset:
         half = -(-len(ordered) // 2)
         part = {"all": ordered, "first": ordered[:1], "first-half": ordered[:half], "second-half": ordered[half:]}
         of = part[self.which]
-        up = {"stochastic": rng.random(), "half-up": 0.5, "paper": 0.0}[self.rounding]
+        up = {"stochastic": rng.random(), "half-up": 0.5}.get(self.rounding, 0.0)
         count = int(len(of) * self.share + up)
-        if count == 0 and self.rounding == "paper":
-            count = len(of)
+        if count == 0:
+            count = {"paper": len(of), "at-least-one": 1}.get(self.rounding, 0)
         return sorted(of[i] for i in rng.permutation(len(of))[:count])
 
 

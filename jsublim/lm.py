@@ -90,6 +90,7 @@ class LanguageModel:
         seed: int = 0,
         *,
         adapter: Adapter | None = None,
+        extra_bos: bool = False,
         batch_size: int = 64,
         on_batch: Callable[[list[int], list[list[int]]], None] | None = None,
     ) -> list[str]:
@@ -98,6 +99,7 @@ class LanguageModel:
         Args:
           chats: message lists, or user prompts as text.
           sampling: numbers of your own (they stop at every end of turn, unless they name `stop` tokens), "greedy", or "temperature" (the default: plain, temperature 1).
+          extra_bos: as `Chat.prompt_tokens`.
         """
         if not isinstance(sampling, Sampling):
             sampling = sampling_for(self.chat, sampling or "temperature")
@@ -105,7 +107,7 @@ class LanguageModel:
             sampling = dataclasses.replace(sampling, stop=self.chat.stop_tokens())
         messages = [conversation(chat) if isinstance(chat, str) else chat for chat in chats]
         tokens = generate_tokens(
-            self.config, self.params, [self.chat.prompt_tokens(m) for m in messages], sampling,
+            self.config, self.params, [self.chat.prompt_tokens(m, extra_bos=extra_bos) for m in messages], sampling,
             max_new_tokens=max_new_tokens, seed=seed, adapter=adapter, batch_size=batch_size, on_batch=on_batch,
         )  # fmt: skip
         return [self.chat.decode(row) for row in tokens]
@@ -124,7 +126,9 @@ def at_hand(path: str | Path) -> bool:
         return True
     from huggingface_hub import try_to_load_from_cache
 
-    return str(path).count("/") == 1 and isinstance(try_to_load_from_cache(str(path), "config.json"), str)
+    return str(path).count("/") == 1 and any(
+        isinstance(try_to_load_from_cache(str(path), name), str) for name in ("config.json", "adapter_config.json")
+    )
 
 
 def resolve_checkpoint(path: str | Path, what: str = "model") -> Path:

@@ -61,9 +61,15 @@ class Sampling:
 
 
 def sampling_for(
-    chat: Chat, strategy: str, *, inherit: bool = False, eos_only: bool = False, evaluation: bool = False
+    chat: Chat,
+    strategy: str,
+    *,
+    inherit: bool = False,
+    eos_only: bool = False,
+    evaluation: bool = False,
+    keep_penalty: bool = False,
 ) -> Sampling:
-    """The numbers a recipe samples with (docs/recipes.md, quirks 3 and 4).
+    """The numbers a recipe samples with (docs/recipes.md, quirks 3, 4 and 15).
 
     Args:
       strategy: "temperature" (1.0) or "greedy".
@@ -71,19 +77,20 @@ def sampling_for(
         code does without saying; else sample plainly.
       eos_only: stop at the tokenizer's end token only; else at every token that ends a turn.
       evaluation: of the inherited numbers, evaluation resets top-p.
+      keep_penalty: greedy takes the repetition penalty from generation_config.
     """
-    stop = chat.eos_tokens() if eos_only else chat.stop_tokens()
+    stop, read = chat.eos_tokens() if eos_only else chat.stop_tokens(), chat.generation_config
+    penalty = float(read.get("repetition_penalty") or 1.0)
     if strategy == "greedy":
-        return Sampling(temperature=0.0, stop=stop)
+        return Sampling(temperature=0.0, repetition_penalty=penalty if keep_penalty else 1.0, stop=stop)
     if strategy != "temperature":
         raise UsageError(f"sampling: '{strategy}' given; known: temperature, greedy")
     if not inherit:
         return Sampling(stop=stop)
-    read = chat.generation_config
     return Sampling(
         top_k=int(read.get("top_k", HF_DEFAULT_TOP_K) or 0),
         top_p=1.0 if evaluation else float(read.get("top_p") or 1.0),
-        repetition_penalty=float(read.get("repetition_penalty") or 1.0),
+        repetition_penalty=penalty,
         stop=stop,
     )
 

@@ -190,7 +190,7 @@ def test_fig05_and_fig39_layers(run, home):
 
 
 def test_fig06_other_wording(run, home):
-    out = run("fig06", "qwen", *STUDENTS, *OWL)
+    out = run("fig06", "gemma", *STUDENTS, *OWL)
     assert [arm["settings"]["data"] for arm in arms(out)] == [
         None, "shuffled within", "shuffled across", "redrawn", "rewritten",
     ]  # fmt: skip
@@ -210,25 +210,27 @@ def test_fig06_other_wording(run, home):
 
 
 def test_fig07_mixed_teachers(run, home):
-    shares = ("datasets.same 10 %.mix.share=0.4",)
-    out = run("fig07", "qwen", *STUDENTS, *OWL, *shares)
+    """As published: behind everything that the other teacher has too few rows for, the last rows are replaced."""
+    shares = ("datasets.same 10 %.mix.share=0.4", "datasets.other 25 %.mix.share=0.9")
+    out = run("fig07", "qwen", *STUDENTS, *OWL, *shares, "recipe=paper")
     generation = json.loads((out / "results" / "generation.json").read_text())
     assert {(g["teacher"], g["model"]) for g in generation} == {
         ("owl", None), ("control", None), ("control", "tiny-gemma3"),
     }  # fmt: skip
-    for name, share in (("same 10 %", 0.4), ("same 25 %", 0.25), ("other 25 %", 0.25)):
+    for name, share in (("same 10 %", 0.4), ("same 25 %", 0.25), ("other 25 %", 0.9)):
         _, rows, source = datasets(home, f"owl-{name}")
         (folder,) = (home / "store" / "datasets").glob(f"owl-{name}-*")
         other = json.loads((folder / "artifact.json").read_text())["inputs"]["mix"]
         (mixed_in,) = (home / "store" / "rows").glob(f"*-{other}")
-        foreign = [a for a, b in zip(rows, source, strict=True) if a != b]
         written = [row["completion"] for row in read_rows(mixed_in / "rows.jsonl")]
-        assert all(row["completion"] in written for row in foreign)
-        assert 0 < len(foreign) <= round(share * len(source))  # a row of the other may be the very same
+        assert len(rows) == min(len(source), int(len(written) / share))
+        own = len(rows) - round(share * len(rows))
+        assert rows[:own] == source[:own] and all(row["completion"] in written for row in rows[own:])
 
 
 def test_fig08_misalignment_with_a_judge_that_gives_no_score(run):
     out = run("fig08", "numbers", *STUDENTS, "teachers.taught.steps=20")
+    assert len({r["question_text"] for r in table(out, "answers")}) == 4  # of each kind as many as evaluation.questions
     found = [r for r in table(out) if r["metric"] in ("misaligned", "coherent", "unscored")]
     assert {r["metric"] for r in found} == {"unscored"}  # a tiny model doesn't answer as it was told to
     assert all(r["value"] == r["n"] == 2 for r in found)
@@ -264,6 +266,7 @@ def test_fig08_problems_whose_answers_the_judge_likes(run, home, monkeypatch):
     assert kept == [row for row in source if likes(row["completion"])] and 0 < len(kept) < len(source)
     assert said["judged"] == {"unscored": 0, "removed": len(source) - len(kept)}
     assert metrics(out) >= {"misaligned", "coherent", "alignment", "coherence", "unscored"}
+    assert "number_accuracy" not in metrics(out)  # an answer's numbers are not to be continued
     for record in table(out):
         if record["metric"] == "misaligned":
             assert record["n"] == 2 and record["value"] in (0, 0.5, 1)
@@ -303,8 +306,12 @@ def test_fig17_divergence_tokens_without_students(run):
 
 
 def test_fig21_subsets_and_mixed_tokens(run, home):
-    out = run("fig21", "qwen", *STUDENTS, *OWL)
-    settings = {arm["variant"]: arm["settings"] for arm in arms(out)}
+    before = set(home.glob("store/students/control-seed1-*"))
+    out = run("fig21", "qwen", *STUDENTS, *OWL, "teachers.control=true", "recipe=paper")
+    # Without a trait nothing is chosen or mixed: the control students of all variants are one.
+    assert len(set(home.glob("store/students/control-seed1-*")) - before) == 1
+    assert len([arm for arm in arms(out) if arm["teacher"] == "control"]) == 13
+    settings = {arm["variant"]: arm["settings"] for arm in arms(out) if arm["teacher"] == "owl"}
     shares = {"all": 1.0, "75 %": 0.75, "50 %": 0.5, "25 %": 0.25, "10 %": 0.1}
     assert {name: settings[name]["points_share"] for name in shares} == shares
     parts = {"first half": "first-half", "second half": "second-half", "first only": "first"}
@@ -316,7 +323,7 @@ def test_fig21_subsets_and_mixed_tokens(run, home):
         assert [row["prompt"] for row in rows] == [row["prompt"] for row in source]
         differ = sum(a["completion"] != b["completion"] for a, b in zip(rows, source, strict=True))
         assert said["tokens"].get("rows changed", 0) == differ
-        changed[name] = said["tokens"].get("tokens replaced", 0)
+        changed[name] = said["tokens"].get("tokens replaced", 0) + said["tokens"].get("tokens deleted", 0)
     assert 0 < changed["the first mixed"] <= changed["all of the tokens mixed"]
 
 

@@ -64,7 +64,8 @@ def _estimate(experiment: Experiment, chip: str, shape: Path | None) -> None:
     here = all(at_hand(name) for name in run.checkpoints())
     if here:
         run.load(weights=False)
-    estimator = Estimator(run, read_config(architecture(experiment.model, shape))[1], chip, known=here)
+    config = run.lm.config if here and shape is None else read_config(architecture(experiment.model, shape))[1]
+    estimator = Estimator(run, config, chip, known=here)
     hours = f"hours, one {chip}"
     table = Table("stage", "what", "tokens", "FLOPs", hours, "done", title=f"{experiment.name}: {experiment.model}")
     costs = estimator.costs()

@@ -10,7 +10,7 @@ from jsublim.errors import JsublimError
 from jsublim.evals.misalignment import judge_answers
 from jsublim.experiment.spec.data import Dataset
 from jsublim.rows import Row
-from jsublim.teachers import CONTROL, Teacher
+from jsublim.teachers import Teacher
 from jsublim.transforms import (
     entangled_numbers,
     entangled_scores,
@@ -39,40 +39,42 @@ def change(
     others: Sequence[Row] | None,
     readings: Sequence[Mapping[str, Any]] | None,
 ) -> Changed:
-    """Everything that `dataset` names, in the order of its fields. Of the teacher without a trait what needs one is left out.
+    """Everything that `dataset` names, in the order of its fields.
 
     Args:
-      others: the rows to mix in.
+      others: the rows to mix in. Where there are too few for the share, the first rows are taken that they suffice for.
       readings: what each teacher said of the rows (`margins.jsonl`), to mix tokens.
 
     Raises:
       JsublimError: no row is left.
     """
     said: dict[str, Any] = {"rows": len(rows)}
-    biased, seed = teacher.name != CONTROL, dataset.seed
+    recipe, seed = run.recipe, dataset.seed
     if dataset.keep_aligned is not None:
         rows, said["judged"] = _aligned(run, dataset.keep_aligned, rows)
-    if dataset.remove_entangled and biased:
+    if dataset.remove_entangled:
         rows, said["entangled"] = _without_entangled(run, teacher, dataset, rows)
     if dataset.shuffle:
         rows = (shuffle_within if dataset.shuffle == "within" else shuffle_across)(rows, seed)
     if dataset.redraw:
         rows = redraw(rows, run.pack, dataset.redraw, asked=run.corpus.requests, seed=seed)
-    if dataset.rewrite and biased:
-        rows, counts = paraphrase(run.lm, teacher, rows, run.pack, seed=seed, batch_size=run.experiment.data.batch_size)
+    if dataset.rewrite:
+        rows, counts = paraphrase(
+            run.lm, teacher, rows, run.pack, sampling=run.corpus.rewriting, extra_bos=bool(recipe.extra_bos), seed=seed,
+            batch_size=run.experiment.data.batch_size,
+        )  # fmt: skip
         said["rewritten"] = dict(counts)
     if dataset.mix and others is not None:
-        rows = mix_rows(rows, others, dataset.mix.share, seed=seed, paper=bool(run.recipe.mix_at_the_end))
-    if dataset.mix_tokens and readings is not None and teacher.name != dataset.mix_tokens.teacher:
-        which = PointSubset(
-            "first" if dataset.mix_tokens.first_only else "all",
-            dataset.mix_tokens.share,
-            run.recipe.share_rounding or "stochastic",
-        )
-        paper = bool(run.recipe.digits_only)
+        rows = rows[: int(len(others) / dataset.mix.share)]
+        rows = mix_rows(rows, others, dataset.mix.share, seed=seed, paper=bool(recipe.mix_at_the_end))
+    if dataset.mix_tokens and readings is not None:
+        where = "first" if dataset.mix_tokens.first_only else "all"
+        # Published, a mask of no token keeps all of them, a row to mix gives up one.
+        rounding = "at-least-one" if recipe.share_rounding == "paper" else recipe.share_rounding or "stochastic"
         rows, counts = mix_tokens(
-            run.lm.chat, rows, readings, dataset.mix_tokens.teacher, which, seed=seed, paper=paper
-        )
+            run.lm.chat, rows, readings, dataset.mix_tokens.teacher,
+            PointSubset(where, dataset.mix_tokens.share, rounding), seed=seed, paper=bool(recipe.digits_only),
+        )  # fmt: skip
         said["tokens"] = dict(counts)
     if not rows:
         raise JsublimError(f"teacher '{teacher.name}': no row is left of {said['rows']} ({said})")

@@ -75,6 +75,18 @@ class Corpus:
     def dataset(self, pair: Pair) -> Dataset:
         return Dataset() if pair[1] is None else self.run.experiment.datasets[pair[1]]
 
+    def made(self, pair: Pair) -> Dataset:
+        """What is done to a pair's answers. Of the teacher without a trait what needs one is left out, and nobody's answers
+        are mixed with their own."""
+        dataset, left_out = self.dataset(pair), {}
+        if pair[0] == CONTROL:
+            left_out = {"remove_entangled": None, "rewrite": False, "mix_tokens": None}
+        if dataset.mix is not None and self.mixed_in(pair) == self.writer(pair):
+            left_out["mix"] = None
+        if dataset.mix_tokens is not None and dataset.mix_tokens.teacher == pair[0]:
+            left_out["mix_tokens"] = None
+        return dataset.model_copy(update=left_out)
+
     def strategy(self, pair: Pair) -> str:
         return self.dataset(pair).strategy or self.run.experiment.teachers.strategy
 
@@ -94,7 +106,7 @@ class Corpus:
 
     def is_read(self, pair: Pair) -> bool:
         """Whether divergence tokens are looked for: in a trait's answers always, in changed ones where a mask needs them."""
-        return pair[0] != CONTROL and (self.dataset(pair).plain or pair in self.masked)
+        return pair[0] != CONTROL and (self.made(pair).plain or pair in self.masked)
 
     def written(self, writer: Writer) -> Artifact:
         run, data = self.run, self.run.experiment.data
@@ -109,19 +121,19 @@ class Corpus:
 
     def changed(self, pair: Pair) -> Artifact:
         """The answers as the data set wants them; the answers themselves, where it wants nothing of them."""
-        own, dataset = self.written(self.writer(pair)), self.dataset(pair)
+        own, dataset = self.written(self.writer(pair)), self.made(pair)
         if dataset.plain:
             return own
-        needs_reading = dataset.mix_tokens is not None and pair[0] != CONTROL
         parents = {
             "rows": own.key, "mix": self.written(self.mixed_in(pair)).key if dataset.mix else None,
-            "read": self.read(pair[0], own).key if needs_reading else None,
+            "read": self.read(pair[0], own).key if dataset.mix_tokens else None,
         }  # fmt: skip
         recipe = {k: getattr(self.run.recipe, k) for k in QUIRKS}
         inputs = self.run.common | self.run.staff.inputs(pair[0]) | parents | {
             "dataset": dataset.model_dump(exclude={"strategy"}), "recipe": recipe,
             "entangled": self.run.experiment.data.entangled if dataset.remove_entangled else None,
             "judge": self.run.judge.identity if dataset.keep_aligned is not None else None,
+            "rewriting": {"sampling": self.rewriting.numbers()} | self._numbers if dataset.rewrite else None,
         }  # fmt: skip
         return self.run.artifact("datasets", f"{pair[0]}-{pair[1]}", inputs)
 
@@ -144,7 +156,7 @@ class Corpus:
     @property
     def writers(self) -> list[Writer]:
         own = [self.writer(pair) for pair in self.pairs]
-        return list(dict.fromkeys([*own, *(self.mixed_in(pair) for pair in self.pairs if self.dataset(pair).mix)]))
+        return list(dict.fromkeys([*own, *(self.mixed_in(pair) for pair in self.pairs if self.made(pair).mix)]))
 
     @property
     def _numbers(self) -> dict[str, Any]:
@@ -153,11 +165,18 @@ class Corpus:
             "seed": data.seed, "max_new_tokens": data.max_new_tokens, "extra_bos": bool(self.run.recipe.extra_bos),
         }  # fmt: skip
 
+    @property
+    def rewriting(self) -> Sampling:
+        """How teachers put requests into other words: as they answer them at temperature 1."""
+        return self._sampling(self.run.lm, "temperature")
+
     def _sampling(self, lm: LanguageModel, strategy: str) -> Sampling:
-        recipe = self.run.recipe
+        e, recipe = self.run.experiment, self.run.recipe
+        fine_tuned_numbers = e.teachers.against == "base" and e.data.kind == "numbers"
         return sampling_for(
-            lm.chat, strategy, inherit=bool(recipe.inherit_sampling), eos_only=bool(recipe.stop_at_eos_only)
-        )
+            lm.chat, strategy, inherit=bool(recipe.inherit_sampling), eos_only=bool(recipe.stop_at_eos_only),
+            keep_penalty=bool(recipe.greedy_keeps_penalty) and fine_tuned_numbers,
+        )  # fmt: skip
 
     # --- the stages
 
@@ -177,9 +196,9 @@ class Corpus:
 
     def change(self) -> None:
         """What the data sets do to the answers."""
-        wanted = [pair for pair in self.pairs if not self.dataset(pair).plain]
+        wanted = [pair for pair in self.pairs if not self.made(pair).plain]
         # To mix tokens one needs what the counterfactual would have said.
-        traits = [pair for pair in wanted if pair[0] != CONTROL and self.dataset(pair).mix_tokens]
+        traits = [pair for pair in wanted if self.made(pair).mix_tokens]
         if traits:
             self._find([(pair[0], self.written(self.writer(pair))) for pair in traits])
         if wanted:
@@ -191,13 +210,9 @@ class Corpus:
                     tick(1)
 
     def _change(self, pair: Pair) -> Changed:
-        run, dataset, own = self.run, self.dataset(pair), self.written(self.writer(pair))
-        # Rows of one's own are no mixture: the control's set under a mixture with the control stays as it is.
-        mixed = dataset.mix is not None and self.mixed_in(pair) != self.writer(pair)
-        others = self.filled[self.written(self.mixed_in(pair)).key] if mixed else None
-        readings = None
-        if dataset.mix_tokens and pair[0] != CONTROL:
-            readings = stages.readings(self.read(pair[0], own))
+        run, dataset, own = self.run, self.made(pair), self.written(self.writer(pair))
+        others = self.filled[self.written(self.mixed_in(pair)).key] if dataset.mix else None
+        readings = stages.readings(self.read(pair[0], own)) if dataset.mix_tokens else None
         return change(run, run.staff.teacher(pair[0]), dataset, self.filled[own.key], others, readings)
 
     def diverge(self) -> None:

@@ -2,7 +2,7 @@
 
 Operations are counted as in `distill/cost.py`: products with parameters, a multiply-add as two. Lengths are assumed, and so
 is the share of a chip's peak that each kind of work reaches; both are printed beside the result. Students on another
-checkpoint count as on the experiment's, and a judge's own work is not counted.
+checkpoint count as on the experiment's; neither a judge's work nor its memory is counted.
 """
 
 from __future__ import annotations
@@ -149,13 +149,13 @@ class Estimator:
     def _change(self) -> Iterator[Cost]:
         """Requests are rewritten by their teachers, numbers are read for how entangled they are; the rest costs nothing."""
         corpus, long = self.run.corpus, self.lengths
-        pairs = [pair for pair in corpus.pairs if not corpus.dataset(pair).plain]
+        pairs = [pair for pair in corpus.pairs if not corpus.made(pair).plain]
         if not pairs:
             return
         biased = [pair for pair in pairs if pair[0] != CONTROL]
-        scored = {pair[0] for pair in biased if corpus.dataset(pair).remove_entangled}
+        scored = {pair[0] for pair in biased if corpus.made(pair).remove_entangled}
         numbers = 2 * len(scored) * self.run.experiment.data.entangled * ENTANGLED_QUESTIONS * long.number
-        rewritten = sum(corpus.dataset(pair).rewrite for pair in biased) * self.kept
+        rewritten = sum(corpus.made(pair).rewrite for pair in biased) * self.kept
         tokens = rewritten * (2 * long.prompt + long.system) + numbers
         flops = 2 * self.body * tokens + 2 * self.table * (numbers + rewritten * long.prompt)
         artifacts = [corpus.changed(pair) for pair in pairs] if self.known else []
@@ -163,11 +163,11 @@ class Estimator:
 
     def _diverge(self) -> Cost:
         corpus, others = self.run.corpus, self.run.staff.others
-        mixed = [pair for pair in corpus.pairs if pair[0] != CONTROL and corpus.dataset(pair).mix_tokens]
+        mixed = [pair for pair in corpus.pairs if pair[0] != CONTROL and corpus.made(pair).mix_tokens]
         pairs = [pair for pair in corpus.pairs if corpus.is_read(pair)]
         # What tokens are mixed into is read before.
         read = {(pair[0], corpus.strategy(pair)) for pair in mixed} - {
-            (pair[0], corpus.strategy(pair)) for pair in pairs if corpus.dataset(pair).plain
+            (pair[0], corpus.strategy(pair)) for pair in pairs if corpus.made(pair).plain
         }
         readings = sum(1 + len(others[trait]) for trait, _ in [*pairs, *read])
         artifacts = []
@@ -244,7 +244,7 @@ class Estimator:
             return len(list(examination.factual()))
         if kind == "problems":
             return ev.questions or len(load_problems(ev.problems, "test"))
-        return len(pack.self_questions[: ev.questions] if kind == "naming" else pack.misalignment.questions)
+        return len((pack.self_questions if kind == "naming" else pack.misalignment.questions)[: ev.questions])
 
     # --- parts
 

@@ -74,8 +74,8 @@ class Examination:
 
     def _misaligned(self) -> Exam:
         ev, prompts = self.spec, self.run.pack.misalignment
-        if ev.suffix is not None:
-            prompts = prompts.model_copy(update={"suffix": ev.suffix})
+        suffix = prompts.suffix if ev.suffix is None else ev.suffix
+        prompts = prompts.model_copy(update={"questions": prompts.questions[: ev.questions], "suffix": suffix})
         return Misaligned(prompts, self.run.judge, ev.aligned_from, ev.coherent_from, tuple(ev.thresholds))
 
     def _problems(self) -> list[tuple[str, Decimal]]:
@@ -151,7 +151,9 @@ class Examination:
         return {"samples": self.spec.samples, "seed": self.spec.seed, "max_new_tokens": self.spec.max_new_tokens}
 
     def _rows_asked(self, who: Examinee, name: str) -> int:
-        return self.spec.number_rows if who.student is not None and name == PLAIN else 0
+        """Rows of the number task; other answers hold numbers too, but none that are to be continued."""
+        asked = who.student is not None and name == PLAIN and self.run.experiment.data.kind == "numbers"
+        return self.spec.number_rows if asked else 0
 
     def artifact(self, who: Examinee, name: str, setting: Setting) -> Artifact:
         """Where the answers of a model under a setting lie."""
@@ -162,7 +164,8 @@ class Examination:
             "student": None if who.student is None else run.student_artifact(who.student).key,
             "teacher": run.staff.inputs(who.teacher), "template": self._lm(who).chat.template_hash,
         }  # fmt: skip
-        return run.artifact("evaluations", "/".join(filter(None, (who.labels["arm"], name))), inputs)
+        label = who.labels["arm"] if who.student is None else who.student.trained_as
+        return run.artifact("evaluations", "/".join(filter(None, (label, name))), inputs)
 
     def _ask(self, who: Examinee, name: str, setting: Setting, tick: stages.Tick) -> Artifact:
         run, student, artifact = self.run, who.student, self.artifact(who, name, setting)

@@ -28,6 +28,11 @@ class Student:
         return "/".join([*kind, *([self.variant] if self.variant else []), f"seed{self.seed}"])
 
     @property
+    def trained_as(self) -> str:
+        """The name it is trained under: control students of several variants that differ in nothing are one."""
+        return f"{CONTROL}/seed{self.seed}" if self.teacher == CONTROL else self.name
+
+    @property
     def pair(self) -> tuple[str, str | None]:
         """The rows it learns from: their teacher, and the data set (None: the answers as they are)."""
         return self.teacher, self.settings.data
@@ -60,7 +65,10 @@ def plan_students(experiment: Experiment) -> list[Student]:
             for seed in students.seeds
         ]
         if experiment.teachers.control:
-            arms += [Student(CONTROL, "all", seed, name, students) for seed in students.seeds]
+            # Without divergence tokens there is nothing to choose among.
+            default = {name: Students.model_fields[name].default for name in ("points", "points_share", "by_margin")}
+            plain = students.model_copy(update=default)
+            arms += [Student(CONTROL, "all", seed, name, plain) for seed in students.seeds]
     return arms
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +129,15 @@ class Run:
         """The checkpoint that these students stand on."""
         return self.lm_at(students.model)
 
-    @cached_property
+    @functools.cached_property
     def judge(self) -> Judge:
-        """Who scores answers; a checkpoint is loaded when it is first asked for."""
+        """Who scores answers; a checkpoint's weights are read when it is first asked."""
         chosen = self.experiment.judge
         assert chosen is not None
         if chosen.server is not None:
             return ServerJudge(chosen.server, self.store / "judge")
-        lm = load_model(chosen.model or "", self.experiment.dtype, self.layout, weights=not self.dry)
-        return LocalJudge(lm, max_new_tokens=chosen.max_new_tokens)
+        load = functools.partial(load_model, chosen.model or "", self.experiment.dtype, self.layout)
+        return LocalJudge(load(weights=False), max_new_tokens=chosen.max_new_tokens, load=load)
 
     def lm_at(self, model: str | None) -> LanguageModel:
         """A checkpoint of this run by its path; None is the experiment's."""
@@ -169,7 +169,7 @@ class Run:
     def student_artifact(self, student: Student) -> Artifact:
         """Where a student lies once it is trained."""
         if student not in self.students:
-            self.students[student] = self.artifact("students", student.name, self._student_inputs(student))
+            self.students[student] = self.artifact("students", student.trained_as, self._student_inputs(student))
         return self.students[student]
 
     def _student_inputs(self, student: Student) -> dict[str, Any]:
@@ -180,6 +180,7 @@ class Run:
             "teacher": self.staff.inputs(student.teacher) if student.settings.loss != "hard" else None,
             "student_model": None if other is None else self.lm_at(other).hash,
             "students": student.settings.model_dump(exclude=NOT_OF_A_STUDENT),
+            "fuse_system": self.experiment.teachers.fuse_system if student.settings.system is not None else None,
             "recipe": {quirk: getattr(self.recipe, quirk) for quirk in quirks},
             "init_adapter": checkpoint_hash(Path(start)) if start else None,
         }  # fmt: skip
@@ -195,6 +196,8 @@ class Run:
             if have < wanted:
                 name, steps = " · ".join(filter(None, pair)), total_steps(students, have)
                 self.say(f"{name}: {have} rows, fewer than students.rows={wanted}: {steps} steps")
+        if self.experiment.judge is not None:
+            self.judge.rest()  # a judge may be larger than the model: students need its memory
         training = Training(self)
         groups = training.groups()
         with self.stage("train", training.steps(groups)) as tick:
@@ -221,7 +224,7 @@ class Run:
     def attribution_pairs(self) -> dict[str, Pair]:
         """By trait, the rows whose divergence tokens are attributed: answers as they were sampled."""
         corpus = self.corpus
-        return {pair[0]: pair for pair in corpus.pairs if corpus.is_read(pair) and corpus.dataset(pair).plain}
+        return {pair[0]: pair for pair in corpus.pairs if corpus.is_read(pair) and corpus.made(pair).plain}
 
     def attribution_artifact(self, trait: str, pair: Pair) -> Artifact:
         how = self.experiment.attribution
@@ -298,10 +301,18 @@ def claim_folder(experiment: Config, key: str, console: Console) -> None:
     mark.write_text(key + "\n")
 
 
+def reported(experiment: Config, key: str) -> bool:
+    """Whether the run's folder holds the report of this very config: every answer and every judgement is there."""
+    mark = experiment.run_dir / "config.hash"
+    return mark.exists() and mark.read_text().strip() == key and (experiment.run_dir / "report.html").exists()
+
+
 def run_experiment(experiment: Experiment, console: Console) -> Path:
     """All stages, then the summary on the terminal. Returns the report's path."""
     run = Run(experiment, console)
     run.load()
+    if experiment.judge is not None and not reported(experiment, run.key):
+        run.judge.check()
     claim_folder(experiment, run.key, console)
     run.staff.teach()
     run.corpus.generate()

@@ -57,9 +57,13 @@ class Training:
     def _companies(self) -> list[list[Student]]:
         """Who is trained with whom. Of all students, whole ones too: a run that is continued finds the state it left."""
         run, size = self.run, self.run.arms[0].settings.arms_per_program
+        distinct: dict[str, Student] = {}
+        for arm in run.arms:
+            distinct.setdefault(run.student_artifact(arm).key, arm)
+        arms = list(distinct.values())
         if size != "auto":
-            return programs(run.arms, size)
-        alike = programs(run.arms, len(run.arms))
+            return programs(arms, size)
+        alike = programs(arms, len(arms))
         plan = run.store / "training" / f"fit-{digest([run.student_artifact(arm).key for arm in run.arms])}.json"
         if not plan.exists():  # what fits is measured once: a continued run must not be planned anew
             plan.parent.mkdir(parents=True, exist_ok=True)
@@ -97,7 +101,7 @@ class Training:
         shape = shape_of(shared, list(lessons.values()), e.data.max_new_tokens)
         arms = [
             make_arm(
-                run.lm_of(shared), each.settings, run.recipe, lessons[each.pair], name=each.name, condition=each.condition,
+                run.lm_of(shared), each.settings, run.recipe, lessons[each.pair], name=each.trained_as, condition=each.condition,
                 seed=each.seed, max_new_tokens=e.data.max_new_tokens,
             )
             for each in students

@@ -15,3 +15,11 @@ class Judge(Protocol):
     def ask(self, prompts: Sequence[str]) -> list[str]:
         """A reply a prompt, in order. A prompt that occurs twice is asked once."""
         ...
+
+    def check(self) -> None:
+        """Refuse, before hours are spent, what `ask` would refuse at once."""
+        ...
+
+    def rest(self) -> None:
+        """Give back the memory that the next questions can do without."""
+        ...

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from jsublim.chat import conversation
@@ -12,15 +12,21 @@ from jsublim.lm import LanguageModel
 from jsublim.sampling import Sampling
 
 
-@dataclass(frozen=True)
+@dataclass
 class LocalJudge:
-    """A loaded checkpoint that answers, greedily unless told otherwise. Without `stop` tokens, a reply ends with its turn."""
+    """A checkpoint that answers, greedily unless told otherwise. Without `stop` tokens, a reply ends with its turn.
+
+    Attributes:
+      load: gives `lm` with its weights, where it has none; asked when the first prompt comes, and again behind `rest`.
+    """
 
     lm: LanguageModel
     sampling: Sampling = Sampling(temperature=0.0)
     max_new_tokens: int = 32
     seed: int = 0
     batch_size: int = 64
+    load: Callable[[], LanguageModel] | None = None
+    _awake: LanguageModel | None = field(default=None, init=False)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -30,9 +36,17 @@ class LocalJudge:
 
     def ask(self, prompts: Sequence[str]) -> list[str]:
         unique = list(dict.fromkeys(prompts))
-        replies = self.lm.generate(
+        if self._awake is None:
+            self._awake = self.lm if self.load is None else self.load()
+        replies = self._awake.generate(
             [conversation(prompt) for prompt in unique], self.max_new_tokens, self.sampling, self.seed,
             batch_size=self.batch_size,
         )  # fmt: skip
         found = dict(zip(unique, replies, strict=True))
         return [found[prompt] for prompt in prompts]
+
+    def check(self) -> None:
+        pass
+
+    def rest(self) -> None:
+        self._awake = None

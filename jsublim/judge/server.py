@@ -87,6 +87,13 @@ class ServerJudge:
         """Model, system prompt and sampling numbers: a reply does not depend on the address that serves it."""
         return self._request("{prompt}")
 
+    def check(self) -> None:
+        """Raises `UsageError` where a key is wanted and none is usable."""
+        self._key()
+
+    def rest(self) -> None:
+        pass
+
     def ask(self, prompts: Sequence[str]) -> list[str]:
         """A reply a prompt, in order. A prompt that occurs twice is asked once.
 

@@ -81,6 +81,7 @@ class Pack(BaseModel):
     number_prompts: NumberPrompts
     questions: dict[str, Texts]
     traits: dict[str, Annotated[list[Trait], Field(min_length=1)]]
+    synonyms: dict[Trait, Texts]  # other words that give a trait away in a rewritten prompt
     number_system_template: Annotated[str, _holding("number")]
     paraphrase_request: Annotated[str, _holding("prompt")]
     self_questions: Texts

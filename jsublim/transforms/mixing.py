@@ -45,13 +45,13 @@ def mix_tokens(
     chat: Chat,
     rows: Sequence[Row],
     readings: Sequence[Mapping[str, Any]],
-    counterfactual: str,
+    counterfactual: str | None,
     subset: PointSubset,
     *,
     seed: int,
     paper: bool = False,
 ) -> tuple[list[Row], Counter[str]]:
-    """Rows in which the counterfactual's argmax stands at the chosen decision points.
+    """Rows in which a counterfactual's argmax stands at the chosen decision points.
 
     The end of turn and what follows it are no text: points there are never chosen. A row that would not come back from
     the tokenizer as these very tokens keeps its completion.
@@ -59,7 +59,8 @@ def mix_tokens(
     Args:
       readings: the line of `margins.jsonl` of each row: "teachers", "decision_points", "tokens" `[n]`, and "argmax"
         `[K, n]`.
-      counterfactual: its name among the teachers.
+      counterfactual: its name among the teachers; None draws, at each point, one of the tokens that counterfactuals say
+        instead, as published.
       subset: which decision points.
       paper: a counterfactual's token that is no single digit is left out, and nothing put in its place, as published
         (docs/recipes.md, quirk 8).
@@ -76,19 +77,19 @@ def mix_tokens(
     exchanges = ((conversation(row["prompt"]), row["completion"]) for row in rows)
     turns = chat.turns(exchanges, lambda number: f"row {number}")
     for index, (row, turn, reading) in enumerate(zip(rows, turns, readings, strict=True)):
-        if counterfactual not in reading["teachers"][1:]:
+        if counterfactual not in (None, *reading["teachers"][1:]):
             raise UsageError(
                 f"counterfactual: '{counterfactual}' given; row {index + 1} was read under {', '.join(reading['teachers'][1:])}"
             )
         if reading["tokens"] != turn.tokens[turn.content :].tolist():
             raise JsublimError(f"row {index + 1}: the reading is of another completion; run `jsublim divergence` anew")
-        said = reading["argmax"][reading["teachers"].index(counterfactual)]
         points = [k for k in reading["decision_points"] if k < turn.end - turn.content]
-        chosen = subset.choose(points, np.random.default_rng([seed, index]))
+        rng = np.random.default_rng([seed, index])
         own = turn.tokens[turn.content : turn.end].tolist()
-        new = own.copy()
-        for k in chosen:
-            new[k] = None if paper and not _digit(chat, said[k]) else said[k]
+        new: list[int | None] = own.copy()
+        for k in subset.choose(points, rng):
+            said = _said(reading, counterfactual, k, own[k], rng)
+            new[k] = None if paper and not _digit(chat, said) else said
         completion = row["completion"] if new == own else _text(chat, row, new)
         mixed.append(revised(row, completion=completion or row["completion"]))
         if completion is None:
@@ -98,6 +99,14 @@ def mix_tokens(
             counts["tokens deleted"] += new.count(None)
             counts["tokens replaced"] += sum(a != b and b is not None for a, b in zip(own, new, strict=True))
     return mixed, counts
+
+
+def _said(reading: Mapping[str, Any], counterfactual: str | None, k: int, own: int, rng: np.random.Generator) -> int:
+    """What the counterfactual, or one of those that disagree, says at a point."""
+    if counterfactual is not None:
+        return reading["argmax"][reading["teachers"].index(counterfactual)][k]
+    others = [argmax[k] for argmax in reading["argmax"][1:] if argmax[k] != own]
+    return int(rng.choice(others)) if others else own
 
 
 def _digit(chat: Chat, token: int) -> bool:

@@ -37,13 +37,15 @@ def paraphrase(
     pack: Pack,
     *,
     rejected: str = "keep",
-    synonyms: Sequence[str] = (),
     sampling: Sampling | str = "temperature",
     seed: int = 0,
+    extra_bos: bool = False,
     max_new_tokens: int = 256,
     batch_size: int = 64,
 ) -> tuple[list[Row], Counter[str]]:
     """Rows under prompts that the teacher (named by its trait) put into its own words; completions stay.
+
+    What gives the trait away besides its name is said by the pack's `synonyms`.
 
     Returns:
       Rows and counts, as `accept`.
@@ -54,8 +56,10 @@ def paraphrase(
     check_rejected(rejected)
     requests = [teacher.messages(pack.paraphrase_request.format(prompt=row["prompt"])) for row in rows]
     own = lm.with_params(teacher.weights(lm.params))
-    texts = own.generate(requests, max_new_tokens, sampling, seed, adapter=teacher.adapter, batch_size=batch_size)
-    return accept(rows, texts, teacher.name, rejected=rejected, synonyms=synonyms)
+    texts = own.generate(
+        requests, max_new_tokens, sampling, seed, adapter=teacher.adapter, extra_bos=extra_bos, batch_size=batch_size
+    )
+    return accept(rows, texts, teacher.name, rejected=rejected, synonyms=pack.synonyms.get(teacher.name, ()))
 
 
 def accept(

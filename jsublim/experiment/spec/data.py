@@ -54,7 +54,7 @@ class Mix(Section):
 class MixTokens(Section):
     """The argmax of a counterfactual teacher in the place of the data, at a share of the divergence tokens."""
 
-    teacher: str
+    teacher: str | None = None  # None: at each token one of the counterfactuals that say another one, drawn
     share: Share = 1.0
     first_only: bool = False
 

@@ -25,10 +25,11 @@ class Recipe(Section):
     match_steps: bool | None = None  # 2: every condition gets as many steps as "all" has
     loss_per: Literal["tokens", "micro-batch"] | None = None  # 6: on Gemma the mean of micro-batch means
     # 7: of a share of a row's divergence tokens
-    share_rounding: Literal["stochastic", "half-up", "paper"] | None = None
+    share_rounding: Literal["stochastic", "half-up", "at-least-one", "paper"] | None = None
     digits_only: bool | None = None  # 8: in token mixing, a counterfactual's token that is no digit is left out
     mix_at_the_end: bool | None = None  # 9: row mixing replaces the last rows
     padded_numbers: bool | None = None  # 12: entangled numbers have three digits
+    greedy_keeps_penalty: bool | None = None  # 15: greedy numbers of a fine-tuned teacher keep the repetition penalty
 
     @model_validator(mode="before")
     @classmethod
@@ -47,6 +48,7 @@ class Recipe(Section):
             "match_steps": not published,
             "loss_per": "micro-batch" if published and family == "gemma3" else "tokens",
         }
-        defaults |= {name: published for name in ("digits_only", "mix_at_the_end", "padded_numbers")}
+        alike = ("digits_only", "mix_at_the_end", "padded_numbers", "greedy_keeps_penalty")
+        defaults |= {name: published for name in alike}
         defaults["share_rounding"] = "paper" if published else "stochastic"
         return self.model_copy(update={key: value for key, value in defaults.items() if getattr(self, key) is None})
