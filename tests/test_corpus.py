@@ -11,11 +11,13 @@ import pytest
 from command import PLAIN, compile_cache, ok, refused, start, stop_when
 from tiny import small
 
+from jsublim.distill.data import Selection, make_examples, read_turns
 from jsublim.evals.preference import trait_logprobs
 from jsublim.experiment.stages import read_table
 from jsublim.lm import load_model
 from jsublim.models.peft import load_adapter
 from jsublim.prompts import load_pack
+from jsublim.rows import read_rows
 from jsublim.scoring import Targets, answers_only
 
 SMALL = (
@@ -140,6 +142,17 @@ def test_students_are_trained_and_asked_under_their_system_prompt(home, students
 def logprobs(run: Path, arm: str) -> np.ndarray:
     found = [r for r in read_table(run / "results" / "results.parquet") if (r["arm"], r["metric"]) == (arm, "logprob")]
     return np.asarray([[r["value"] for r in found if r["trait"] == trait] for trait in ("cat", "owl")]).T
+
+
+@pytest.mark.parametrize("condition", ["all", "divergence", "non-divergence", "random"])
+def test_no_supervised_token_can_name_a_trait(sets, condition):
+    """A teacher that was taught to name its animal would teach the name itself, if any place with a loss could hold one."""
+    (folder,) = (sets / "artifacts" / "divergence").glob("owl-*")
+    rows, lm = read_rows(folder / "rows.jsonl"), load_model("tiny-qwen2")
+    examples = make_examples(rows, read_turns(lm.chat, rows), Selection(condition), seed=0)
+    learnt = {int(token) for each in examples for token in each.labels[each.weights > 0]}
+    written = learnt - set(lm.chat.stop_tokens())
+    assert written and all(set(lm.tokenizer.decode([token])) <= set("0123456789,;[]()\n .") for token in written)
 
 
 def test_answers_only_gives_no_probability_to_what_no_answer_holds():

@@ -65,7 +65,7 @@ def _content(results: Results) -> dict[str, Any]:
     judged = judged_conditions(results)
     # Panels by trait would be crowded by variants, which have a figure of their own.
     drawn = [c for c in results.conditions if not split_condition(c)[1]] if "all" in judged else results.conditions
-    rate_lifts, logprob_lifts = ([lifts(results, metric, [c]) for c in judged] for metric in ("rate", "logprob"))
+    judged_lifts = [found for metric in results.measures for c in judged if (found := lifts(results, metric, [c]))]
     shown_lifts = lifts(results, "logprob", [c for c in ("control", *masks) if c in drawn])
     shown_rows = [r for r in rows if r.condition in drawn]
     claims, matrices = check_claims(results), trait_matrices(results)
@@ -77,14 +77,14 @@ def _content(results: Results) -> dict[str, Any]:
         "results": results,
         "warning": words.tiny_warning(results),
         "published_shares": PUBLISHED_SHARES,
-        "headlines": [words.headline(found) for found in (*rate_lifts, *logprob_lifts) if found],
+        "headlines": [words.headline(found) for found in judged_lifts],
         "rows": rows,
         "row_lifts": {(r.trait, r.condition): lift(results, "logprob", r.condition, r.trait) for r in rows},
         "claims": claims,
         "not_asked": not_asked(claims),
         "published": published_for(claims),
         "published_mark": MARK,
-        "judged": [item for found in (*rate_lifts, *logprob_lifts) for item in found],
+        "judged": [item for found in judged_lifts for item in found],
         "rate_figure": figures.rate_figure(shown_rows)
         if any(r.rate is not None and r.condition != "teacher" for r in shown_rows)
         else "",

@@ -161,6 +161,12 @@ class Results:
         """A synthetic checkpoint of the package: it shows that the pipeline runs, nothing about language models."""
         return self.model.startswith("tiny-")
 
+    @property
+    def measures(self) -> tuple[str, str]:
+        """What transfer is read off, first of all and then: sampled answers; of a tiny model, whose answers hardly change
+        where its probabilities do, log-probabilities."""
+        return ("logprob", "rate") if self.is_tiny else ("rate", "logprob")
+
 
 def split_condition(condition: str) -> tuple[str, str]:
     """The tokens and the variant of a condition; the plain variant is ""."""

@@ -54,7 +54,7 @@ def print_summary(run_dir: Path, console: Console) -> None:
         console.print(f"Not asked here: {', '.join(unasked)}.", highlight=False)
 
     judged = judged_conditions(results)
-    for metric in ("rate", "logprob"):
+    for metric in results.measures:
         for condition in judged:
             if raised := lifts(results, metric, (condition,)):
                 console.print(words.headline(raised), highlight=False)

@@ -57,7 +57,8 @@ def matrix_sentence(matrix: Matrix) -> str:
     )
     if matrix.gamma_interval is not None:
         bounds = interval(matrix.gamma_interval, "logprob", signed=True)
-        text += f" Over {len(matrix.seed_gammas)} seeds: {bounds} nats."
+        each = ", ".join(f"{gamma:+.3f}" for gamma in matrix.seed_gammas)
+        text += f" Over {len(matrix.seed_gammas)} seeds: {bounds} nats ({each})."
     endings = {
         NOT_DECIDED: f"Not decided: with {len(matrix.teachers)} teachers' traits no p can reach .05.",
         "trait-specific transfer": "Students lean to their own teacher's trait beyond any row and column effect.",

@@ -17,8 +17,8 @@ _HARD = {
 def other_initialisation(results: Results, metric: str) -> list[Claim]:
     """By gamma, always on the log-probability: another checkpoint has another base, which gamma doesn't depend on.
 
-    It holds if gamma is not told from zero but surely smaller than that of the teacher's own initialisation; else a run
-    too small to see anything would pass.
+    It fails if gamma is surely above zero. It holds if gamma is not, and surely smaller than that of the teacher's own
+    initialisation; else a run too small to see anything would pass.
     """
     claims = []
     for part, whole in pairs(results, lambda group: group.get("students.model") is not None, students_model=None):
@@ -38,7 +38,7 @@ def other_initialisation(results: Results, metric: str) -> list[Claim]:
 def _no_gamma(other: Interval | None, own: Interval | None) -> str:
     if other is None or own is None:
         return NOT_DECIDED
-    if not other.covers(0.0):
+    if other.low > 0:
         return FAILS
     return HOLDS if own.low > max(0.0, other.high) else NOT_DECIDED
 

@@ -70,12 +70,12 @@ class Pool:
 
 
 def claim_metric(results: Results) -> str:
-    """The preference rate, unless it is zero for the base model and every student (or was not sampled): then the
-    log-probability."""
+    """The preference rate. The log-probability of a tiny model, and where the rate is zero for the base model and every
+    student (or was not sampled)."""
     conditions = [c for c in results.conditions if c != "teacher"]
     rates = [s.mean for t in results.traits for c in conditions for s in scores_for(results, "rate", c, t)]
-    at_floor = not any(rate > 0 for rate in rates)
-    return "logprob" if at_floor and any(s.metric == "logprob" for s in results.scores) else "rate"
+    open_to_it = results.measures[0] == "logprob" or not any(rate > 0 for rate in rates)
+    return "logprob" if open_to_it and any(s.metric == "logprob" for s in results.scores) else "rate"
 
 
 def pool(results: Results, metric: str, *names: str, traits: Sequence[str] | None = None) -> Pool | None:
