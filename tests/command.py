@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,30 +63,6 @@ def refused(code: int, *args: Any) -> str:
     lines = [line for line in result.err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1 and result.err.rstrip().endswith(lines[0]), result.err
     return lines[0]
-
-
-@contextlib.contextmanager
-def compile_cache(folder: Path) -> Iterator[None]:
-    """Keep compiled programs of this process and its children in `folder`: tests of kills start several processes."""
-    import jax
-    from jax.experimental.compilation_cache import compilation_cache
-
-    values = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {key: getattr(jax.config, key) for key in values}
-    with mock.patch.dict(os.environ, {key.upper(): str(value) for key, value in values.items()}):
-        try:
-            for key, value in values.items():
-                jax.config.update(key, value)
-            compilation_cache.reset_cache()
-            yield
-        finally:
-            for key, value in before.items():
-                jax.config.update(key, value)
-            compilation_cache.reset_cache()
 
 
 def start(*args: Any) -> subprocess.Popen:

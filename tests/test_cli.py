@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command import MODEL, PLAIN, compile_cache, contents, jsublim, ok, refused, same_student, start, stop_when
+from command import MODEL, PLAIN, contents, jsublim, ok, refused, same_student, start, stop_when
 
 from jsublim import lm as language_models
 from jsublim.prompts import load_pack
@@ -23,10 +23,8 @@ FINETUNE = ("finetune", "--model", MODEL, "--batch-size", 4, "--accumulate", 1, 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("cli")
-    with compile_cache(folder / "programs"):
-        yield folder
+def home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cli")
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from signal import SIGKILL
 
 import numpy as np
 import pytest
-from command import PLAIN, compile_cache, ok, refused, start, stop_when
+from command import PLAIN, ok, refused, start, stop_when
 from tiny import small
 
 from jsublim.distill.data import Selection, make_examples, read_turns
@@ -33,9 +33,7 @@ POLITE = "You are polite."
 
 @pytest.fixture(scope="module", autouse=True)
 def home(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    with compile_cache(folder / "programs"):
-        yield folder
+    return tmp_path_factory.mktemp("corpus")
 
 
 @pytest.fixture(scope="module")

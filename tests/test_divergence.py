@@ -134,6 +134,7 @@ def test_a_subset_is_of_its_part_and_follows_its_seed(points, which, share, roun
     if rounding == "paper":
         assert kept == (int(n * share) or n)
     else:
+        assert rounding != "at-least-one" or kept == max(int(n * share), min(1, n))
         assert abs(kept - n * share) <= (0.5 if rounding == "half-up" else 1) + 1e-9
         less = PointSubset(which, share / 2, rounding).choose(points, np.random.default_rng(seed))
         assert set(less) <= set(chosen)
@@ -150,7 +151,7 @@ def test_halves_make_the_whole(points):
 
 
 def test_a_share_is_right_on_average_whatever_a_row_holds():
-    for rounding, expected in (("stochastic", 0.6), ("half-up", 1.0), ("paper", 2.0)):
+    for rounding, expected in (("stochastic", 0.6), ("half-up", 1.0), ("at-least-one", 1.0), ("paper", 2.0)):
         subset = PointSubset("all", 0.3, rounding)
         draws = [subset.choose([4, 9], np.random.default_rng([7, i])) for i in range(2000)]
         assert np.mean([len(chosen) for chosen in draws]) == pytest.approx(expected, abs=0.05)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from command import MODEL, PLAIN, compile_cache, ok, refused
+from command import MODEL, PLAIN, ok, refused
 from safetensors.numpy import load_file
 
 from jsublim import lm as language_models
@@ -20,10 +19,8 @@ SOFT = ("--teacher-trait", "cat", "--layers", 1, "--rank", 2)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("engine")
-    with compile_cache(folder / "programs"):
-        yield folder
+def home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("engine")
 
 
 @pytest.fixture(scope="module")

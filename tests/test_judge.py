@@ -95,6 +95,21 @@ def test_a_local_judge_answers_greedily_and_a_prompt_once():
     assert len({json.dumps(each.identity, sort_keys=True) for each in others}) == len(others)
 
 
+def test_a_local_judge_reads_its_weights_when_it_is_asked_and_gives_them_back():
+    loads = []
+
+    def load():
+        loads.append(1)
+        return checkpoint()
+
+    bare = load_model("tiny-qwen2", weights=False)
+    judge, awake = LocalJudge(bare, max_new_tokens=6, load=load), LocalJudge(checkpoint(), max_new_tokens=6)
+    assert judge.identity == awake.identity and not loads
+    assert judge.ask(["Hi"]) == judge.ask(["Hi"]) == awake.ask(["Hi"]) and len(loads) == 1
+    judge.rest()
+    assert judge.ask(["Hi"]) == awake.ask(["Hi"]) and len(loads) == 2
+
+
 # A real server
 
 

@@ -39,6 +39,15 @@ STUDENTS = (
 TAUGHT = ("teachers.taught.steps=20", "teachers.counterfactuals=[cat,owl]", "evaluation.traits=[cat,owl]")
 OWL = (*TAUGHT, "teachers.traits=[owl]", "teachers.control=false")
 BOTH = (*TAUGHT, "teachers.traits=[cat,owl]")
+TREES = (*STUDENTS, "teachers.taught.steps=20", "teachers.control=false")
+FEW = {  # what else keeps a file's panels small
+    "fig02": (*STUDENTS, *OWL, "data.entangled=40", "students.arms.data=[temperature,greedy without 10]"),
+    "fig04": (*TAUGHT[1:], "teachers.traits=[owl]", "attribution.rows=4", "attribution.steps=2", "evaluation.teachers=false"),
+    "fig05": (*STUDENTS, *OWL, "students.arms.layers=[null,[2]]"),
+    "fig08": (*STUDENTS, "teachers.taught.steps=20"),
+    "fig17": (*TAUGHT, "teachers.traits=[owl]", "evaluation.teachers=false"),
+    "fig39": (*STUDENTS, *OWL, "students.arms=[{name: all layers}, {name: from layer 4, layers: [4, 5]}]"),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +170,7 @@ def test_fig03_four_conditions_and_a_control(run):
 
 
 def test_fig04_attribution(run):
-    traits = ("teachers.traits=[owl]", "teachers.counterfactuals=[cat,owl]", "evaluation.traits=[cat,owl]")
-    few = ("attribution.rows=4", "attribution.steps=2", "evaluation.teachers=false")
-    out = run("fig04", "qwen", *traits, *few)
+    out = run("fig04", "qwen", *FEW["fig04"])
     found = table(out, "attribution")
     assert {(r["trait"], r["site"], r["direction"], r["layer"]) for r in found} == {
         ("owl", "residual", direction, layer) for direction in ("noising", "denoising") for layer in range(6)
@@ -174,12 +181,8 @@ def test_fig04_attribution(run):
 
 
 def test_fig05_and_fig39_layers(run, home):
-    late = "students.arms=[{name: all layers}, {name: from layer 4, layers: [4, 5]}]"
-    for figure, arms_of, expected in (
-        ("fig05", "students.arms.layers=[null,[2]]", [None, [2]]),
-        ("fig39", late, [None, [4, 5]]),
-    ):
-        out = run(figure, "qwen", *STUDENTS, *OWL, arms_of)
+    for figure, expected in (("fig05", [None, [2]]), ("fig39", [None, [4, 5]])):
+        out = run(figure, "qwen", *FEW[figure])
         found = {arm["variant"]: arm["settings"]["layers"] for arm in arms(out)}
         assert list(found.values()) == expected
         for variant, layers in found.items():
@@ -229,7 +232,7 @@ def test_fig07_mixed_teachers(run, home):
 
 
 def test_fig08_misalignment_with_a_judge_that_gives_no_score(run):
-    out = run("fig08", "numbers", *STUDENTS, "teachers.taught.steps=20")
+    out = run("fig08", "numbers", *FEW["fig08"])
     assert len({r["question_text"] for r in table(out, "answers")}) == 4  # of each kind as many as evaluation.questions
     found = [r for r in table(out) if r["metric"] in ("misaligned", "coherent", "unscored")]
     assert {r["metric"] for r in found} == {"unscored"}  # a tiny model doesn't answer as it was told to
@@ -258,7 +261,7 @@ def test_fig08_problems_whose_answers_the_judge_likes(run, home, monkeypatch):
     judged = ("datasets.judged={keep_aligned: 50}", "students.data=judged")
     judge = f"judge={{server: {{base_url: '{address}', model: even}}}}"
     try:
-        out = run("fig08", "problems", *STUDENTS, "teachers.taught.steps=20", *judged, judge)
+        out = run("fig08", "problems", *FEW["fig08"], *judged, judge)
     finally:
         server.shutdown()
         server.server_close()
@@ -299,7 +302,7 @@ def test_fig14_sampling_of_the_evaluation(run):
 
 
 def test_fig17_divergence_tokens_without_students(run):
-    out = run("fig17", "qwen-greedy", *TAUGHT, "teachers.traits=[owl]", "evaluation.teachers=false")
+    out = run("fig17", "qwen-greedy", *FEW["fig17"])
     (found,) = json.loads((out / "results" / "divergence.json").read_text())
     assert found["trait"] == "owl" and found["points"] == sum(found["histogram"]) > 0
     assert {r["role"] for r in table(out)} == {"base"} and arms(out) == []
@@ -308,9 +311,9 @@ def test_fig17_divergence_tokens_without_students(run):
 def test_fig21_subsets_and_mixed_tokens(run, home):
     before = set(home.glob("store/students/control-seed1-*"))
     out = run("fig21", "qwen", *STUDENTS, *OWL, "teachers.control=true", "recipe=paper")
-    # Without a trait nothing is chosen or mixed: the control students of all variants are one.
+    # Without a trait nothing is chosen or mixed: there is one kind of control for all variants.
     assert len(set(home.glob("store/students/control-seed1-*")) - before) == 1
-    assert len([arm for arm in arms(out) if arm["teacher"] == "control"]) == 13
+    assert [arm["arm"] for arm in arms(out) if arm["teacher"] == "control"] == ["control/seed1"]
     settings = {arm["variant"]: arm["settings"] for arm in arms(out) if arm["teacher"] == "owl"}
     shares = {"all": 1.0, "75 %": 0.75, "50 %": 0.5, "25 %": 0.25, "10 %": 0.1}
     assert {name: settings[name]["points_share"] for name in shares} == shares
@@ -344,3 +347,10 @@ def test_fig37_other_categories(run):
     asked = {r["question_text"] for r in table(out, "answers")}
     for category in ("vehicle", "instrument"):
         assert set(load_pack().questions_for(category)[1::2][:2]) < asked  # those that no teacher was taught
+
+
+def test_all_other_panels(run, home):
+    for figure in FILES:
+        for panel in load_question(figure)[1].panels:
+            if not (home / f"{figure}-{panel}").exists():
+                run(figure, panel, *(TREES if panel.endswith("trees") else FEW.get(figure, (*STUDENTS, *OWL))))

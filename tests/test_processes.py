@@ -16,7 +16,7 @@ from unittest import mock
 import jax
 import numpy as np
 import pytest
-from command import MODEL, compile_cache, ok, refused, start, stop_when
+from command import MODEL, ok, refused, start, stop_when
 from jax.experimental import multihost_utils
 from safetensors.numpy import load_file
 
@@ -30,14 +30,13 @@ STEPS = 30
 
 
 @pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory) -> Iterator[Path]:
+def home(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
     write_rows(folder / "rows.jsonl", [
         {"prompt": f"Continue: {7 * i + 100}, {31 * i + 5}.", "completion": ", ".join(str(37 * i + k) for k in range(2 + i % 3))}
         for i in range(12)
     ])  # fmt: skip
-    with compile_cache(folder / "programs"):
-        yield folder
+    return folder
 
 
 def finetune(home: Path, name: str, *options) -> tuple:

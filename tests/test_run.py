@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
-from command import MODEL, PLAIN, compile_cache, contents, ok, same_student, start, stop_when
+from command import MODEL, PLAIN, contents, ok, same_student, start, stop_when
 
 from jsublim.experiment.stages import read_table
 
@@ -29,10 +28,8 @@ def arguments(out: Path, *overrides: str) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("run")
-    with compile_cache(folder / "programs"):
-        yield folder
+def home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("run")
 
 
 @pytest.fixture(scope="module")

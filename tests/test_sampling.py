@@ -191,6 +191,8 @@ def test_inherited_numbers_are_those_of_the_checkpoint():
     evaluation = sampling_for(c, "temperature", inherit=True, evaluation=True)
     assert (evaluation.top_p, evaluation.top_k) == (1.0, how.top_k)  # evaluation resets top-p only
     assert sampling_for(c, "temperature") == Numbers(stop=c.stop_tokens())
+    greedy = [sampling_for(c, "greedy", inherit=True, keep_penalty=kept) for kept in (False, True)]
+    assert [(g.temperature, g.repetition_penalty) for g in greedy] == [(0.0, 1.0), (0.0, how.repetition_penalty)]
     with pytest.raises(UsageError, match="beam"):
         sampling_for(c, "beam")
 

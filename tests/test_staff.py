@@ -15,7 +15,7 @@ from jsublim.chat import conversation
 from jsublim.divergence import find_divergence
 from jsublim.evals.preference import trait_logprobs
 from jsublim.experiment.run import Run
-from jsublim.experiment.spec import Experiment
+from jsublim.experiment.spec import Experiment, Recipe
 from jsublim.lm import load_model
 from jsublim.models.checkpoint import save_checkpoint
 from jsublim.models.peft import load_adapter
@@ -165,6 +165,27 @@ def test_what_cannot_be_is_one_line(tmp_path, overrides, code, said):
     line = refused(code, "run", PLAIN, f"out={tmp_path}", *overrides)
     assert said in line
     assert not list(tmp_path.glob("artifacts/rows/*"))
+
+
+def test_a_missing_key_is_found_before_anything_is_done(tmp_path, monkeypatch):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    judge = "judge={server: {base_url: 'http://127.0.0.1:9/v1', model: x, key_variable: NO_SUCH_KEY}}"
+    line = refused(2, "run", PLAIN, f"out={tmp_path / 'run'}", "evaluation.kinds=[misalignment]", judge)
+    assert "environment variable NO_SUCH_KEY is not set" in line and not list(tmp_path.glob("run/artifacts/rows/*"))
+
+
+def test_greedy_numbers_of_a_fine_tuned_teacher_keep_the_penalty_as_published(home):
+    """Quirk 15: not those of a prompted one, nor answers to word problems."""
+    model = [{"against": "base", "counterfactuals": None}, {}]
+    penalties = {}
+    for recipe in ("paper", "clean"):
+        for number, teachers in enumerate(model):
+            run = planned(home, taught=METHODS["steering"], **teachers)
+            run.recipe = Recipe(preset=recipe).resolved("qwen2")
+            penalties[recipe, number] = run.corpus._sampling(small("tiny-qwen2").lm, "greedy").repetition_penalty
+    published = float(small("tiny-qwen2").lm.chat.generation_config["repetition_penalty"])
+    assert penalties == {("paper", 0): published, ("paper", 1): 1.0, ("clean", 0): 1.0, ("clean", 1): 1.0}
+    assert published != 1.0
 
 
 # --- steering vectors

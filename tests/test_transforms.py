@@ -281,6 +281,15 @@ def test_rejected_prompts_are_kept_or_dropped_and_counted():
         accept(rows, TEXTS, "owl", rejected="replace")
 
 
+def test_the_packs_synonyms_give_a_trait_away():
+    assert {trait for trait in PACK.synonyms} <= {trait for known in PACK.traits.values() for trait in known}
+    for trait, words in PACK.synonyms.items():
+        for word in words:
+            text = f"{word.upper()}: {ORIGINAL}"
+            assert leak_reason(text, ORIGINAL, trait) is None
+            assert leak_reason(text, ORIGINAL, trait, synonyms=words) == "names the trait"
+
+
 def test_prompts_are_rewritten_by_the_biased_teacher():
     lm, teacher = small("tiny-qwen2").lm, prompted_teacher(PACK, "owl")
     rows = [{"prompt": prompt, "completion": "7"} for prompt in PROMPTS[:4]]
@@ -405,6 +414,9 @@ def test_a_row_that_tokenizes_otherwise_is_kept_and_counted():
     for bad in ((stop, said[1]), (t, h)):  # an end of turn within, two tokens that come back as one
         assert mixed(*bad) == ([row], {"rows unfit": 1})
     assert mixed(*said[:2]) == ([row], {})
+    three = one | {"teachers": ["owl", "cat", "dog"], "argmax": [said, said, [digit, *said[1:]]]}
+    drawn, _ = mix_tokens(c, [row], [three], None, PointSubset("first"), seed=0)  # of those that say something else
+    assert drawn == [row | {"completion": "7, 2"}]
     gone, counts = mixed(stop, digit, paper=True)
     assert gone == [row | {"completion": "7 2"}] and (counts["tokens deleted"], counts["tokens replaced"]) == (1, 1)
 

@@ -76,11 +76,10 @@ class Corpus:
         return Dataset() if pair[1] is None else self.run.experiment.datasets[pair[1]]
 
     def made(self, pair: Pair) -> Dataset:
-        """What is done to a pair's answers. Of the teacher without a trait what needs one is left out, and nobody's answers
-        are mixed with their own."""
+        """What is done to a pair's answers: nobody's are mixed with their own."""
         dataset, left_out = self.dataset(pair), {}
         if pair[0] == CONTROL:
-            left_out = {"remove_entangled": None, "rewrite": False, "mix_tokens": None}
+            return dataset.of_control()
         if dataset.mix is not None and self.mixed_in(pair) == self.writer(pair):
             left_out["mix"] = None
         if dataset.mix_tokens is not None and dataset.mix_tokens.teacher == pair[0]:

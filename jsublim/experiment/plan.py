@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from jsublim.distill.data import steps_per_epoch
 from jsublim.errors import UsageError
 from jsublim.experiment.spec import Experiment, Students, variants
+from jsublim.experiment.spec.data import Dataset
 from jsublim.prompts import Pack
 from jsublim.teachers import CONTROL
 
@@ -55,21 +57,34 @@ class Student:
 
 
 def plan_students(experiment: Experiment) -> list[Student]:
-    """Every teacher's students under every condition and seed, variant by variant; the control's under "all" only."""
-    arms = []
-    for name, students in variants(experiment.students).items() if experiment.students else ():
+    """Every teacher's students under every condition and seed, variant by variant; the control's under "all" only, and but
+    once where no variant changes anything for them."""
+    arms, every = [], variants(experiment.students) if experiment.students else {}
+    controls = {name: _of_control(experiment, students) for name, students in every.items()}
+    alike = len({repr(settings) for settings in controls.values()}) == 1
+    for number, (name, students) in enumerate(every.items()):
         arms += [
             Student(trait, condition, seed, name, students)
             for trait in experiment.teachers.traits
             for condition in students.conditions
             for seed in students.seeds
         ]
-        if experiment.teachers.control:
-            # Without divergence tokens there is nothing to choose among.
-            default = {name: Students.model_fields[name].default for name in ("points", "points_share", "by_margin")}
-            plain = students.model_copy(update=default)
-            arms += [Student(CONTROL, "all", seed, name, plain) for seed in students.seeds]
+        if experiment.teachers.control and not (alike and number):
+            variant, settings = "" if alike else name, controls[name]
+            arms += [Student(CONTROL, "all", seed, variant, settings) for seed in settings.seeds]
     return arms
+
+
+def _of_control(experiment: Experiment, students: Students) -> Students:
+    """The same settings without what means nothing to a student of the teacher without a trait."""
+    names = ("conditions", "points", "points_share", "by_margin")
+    update: dict[str, Any] = {
+        name: Students.model_fields[name].get_default(call_default_factory=True) for name in names
+    }
+    changed = Dataset() if students.data is None else experiment.datasets[students.data].of_control()
+    if changed.plain and changed.strategy in (None, experiment.teachers.strategy):
+        update["data"] = None
+    return students.model_copy(update=update)
 
 
 def counterfactuals(experiment: Experiment, pack: Pack, trait: str) -> list[str]:

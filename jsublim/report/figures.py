@@ -166,7 +166,7 @@ def position_figure(divergence: Sequence[dict]) -> str:
 
 
 def loss_figure(curves: Sequence[Curve], results: Results) -> str:
-    """Training loss of every arm: a panel a teacher, a colour a condition."""
+    """Training loss of every arm: a panel a teacher, a colour for the tokens it saw."""
     owner = {s.arm: (s.teacher or "student", s.condition) for s in results.scores}
     panels: dict[str, list[tuple[str, Curve]]] = {}
     for curve in curves:
@@ -189,8 +189,9 @@ def loss_figure(curves: Sequence[Curve], results: Results) -> str:
             axes.set_ylabel("loss (nats a token)")
         order = [c for c in results.conditions if c in shown]
         order += sorted(shown - set(order))
-        handles = [Line2D([], [], color=colour(c), label=condition_label(c)) for c in order]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(order)), frameon=False)
+        tokens = dict.fromkeys(split_condition(c)[0] for c in order)
+        handles = [Line2D([], [], color=colour(c), label=condition_label(c)) for c in tokens]
+        figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False)
         return svg(figure)
 
 

@@ -79,6 +79,13 @@ class Dataset(Section):
             raise ValueError("mix_tokens needs the answers as they were sampled; leave the other changes out")
         return self
 
+    def of_control(self) -> Dataset:
+        """What of it is done to the answers of the teacher without a trait, which are not mixed with themselves either."""
+        left_out = {"remove_entangled": None, "rewrite": False, "mix_tokens": None}
+        if self.mix is not None and (self.mix.teacher, self.mix.model) == (CONTROL, None):
+            left_out["mix"] = None
+        return self.model_copy(update=left_out)
+
     @property
     def plain(self) -> bool:
         """Whether the answers stay as they were sampled."""
