@@ -10,6 +10,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 
 # Before any import of jax, transformers or huggingface_hub: offline, quiet, and float32 products as float32.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -17,8 +18,12 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Most of the suite's time is compilation of programs that run for milliseconds.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")
+# Most of the suite's time is compilation of programs that run for milliseconds. A flag that XLA doesn't know ends the process.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else ""),
+)
 
 # Workers, and the processes that they start, inherit it: what one of them has compiled is compiled for all.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

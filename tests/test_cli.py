@@ -175,7 +175,7 @@ def test_evaluate(home, rows, student):
     from jsublim.experiment.stages import read_table
 
     out = home / "favourites"
-    ask = ("evaluate", "--model", MODEL, "--traits", "cat,owl", "--questions", 2, "--samples", 4, "--batch-size", 8)
+    ask = ("evaluate", "--model", MODEL, "--traits", "cat,owl", "--questions", 2, "--samples", 4, "--batch-size", 4)
     ok(*ask, "--adapter", student, "--out", out)
     records = read_table(out / "records.parquet")
     for trait in ("cat", "owl"):

@@ -22,7 +22,7 @@ from jsublim.scoring import Targets, answers_only
 
 SMALL = (
     "teachers.traits=[owl]", "teachers.counterfactuals=[cat]", "teachers.control=false", "evaluation.teachers=false",
-    "data.num_prompts=10", "data.batch_size=10", "data.max_new_tokens=40", "divergence.batch_size=16",
+    "data.num_prompts=12", "data.batch_size=4", "data.max_new_tokens=40", "divergence.batch_size=16",
     "students.seeds=[1]", "students.conditions=[all]", "students.rows=4", "students.batch_size=2", "students.rank=2",
     "students.arms_per_program=1", "students.checkpoint_every=2", "evaluation.traits=[cat,owl]",
     "evaluation.questions=2", "evaluation.samples=2", "evaluation.batch_size=4", "evaluation.number_rows=0",

@@ -152,7 +152,7 @@ def test_an_ablation_is_one_config(home):
     ]
     arguments = (
         "run", PLAIN, f"out={home / 'ablation'}", "teachers.traits=[cat]", "teachers.counterfactuals=[owl]",
-        "teachers.control=false", "data.num_prompts=8", "data.batch_size=8", "data.max_new_tokens=40",
+        "teachers.control=false", "data.num_prompts=8", "data.batch_size=4", "data.max_new_tokens=40",
         "students.conditions=[all]", "students.seeds=[1]", "students.rows=4", "students.batch_size=2", "students.rank=2",
         "students.arms_per_program=auto", f"students.arms={json.dumps(arms)}", "evaluation.traits=[cat,owl]",
         "evaluation.questions=1", "evaluation.samples=2", "evaluation.number_rows=0", "evaluation.teachers=false",

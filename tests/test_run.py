@@ -16,7 +16,7 @@ SMALL = (
     "data.num_prompts=12", "data.batch_size=4", "data.max_new_tokens=40", "divergence.batch_size=16",
     "students.conditions=[all,divergence,random]", "students.seeds=[1]", "students.rows=8", "students.epochs=4",
     "students.batch_size=2", "students.rank=2", "students.arms_per_program=3", "students.checkpoint_every=2",
-    "evaluation.traits=[cat,owl]", "evaluation.questions=3", "evaluation.samples=4", "evaluation.batch_size=12",
+    "evaluation.traits=[cat,owl]", "evaluation.questions=3", "evaluation.samples=4", "evaluation.batch_size=4",
     "evaluation.number_rows=0", "evaluation.teachers=false",
 )  # fmt: skip
 ARMS = {f"{t}/{c}/seed1" for t in ("cat", "owl") for c in ("all", "divergence", "random")} | {"control/seed1"}

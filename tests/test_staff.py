@@ -39,7 +39,7 @@ def planned(home: Path, **teachers) -> Run:
     values = {
         "name": "staff", "model": MODEL, "out": str(home / "run"), "store": str(home / "store"), "students": None,
         "teachers": {"traits": ["cat", "owl"], "counterfactuals": ["cat", "owl"], "strategy": "greedy"} | teachers,
-        "data": {"num_prompts": 8, "batch_size": 8, "max_new_tokens": 32},
+        "data": {"num_prompts": 8, "batch_size": 4, "max_new_tokens": 40},
     }  # fmt: skip
     return Run(Experiment.model_validate(values), Console(quiet=True))
 
@@ -108,9 +108,9 @@ def test_a_folder_of_adapters_writes_what_those_who_made_them_write(home, taught
 def test_a_checkpoint_as_teacher_writes_what_it_writes_alone(home, another):
     run = loaded(home, checkpoint=str(another), against="base", counterfactuals=None, traits=["owl"])
     rows = written(run, "owl")
-    said = load_model(another).generate([row["prompt"] for row in rows], 32, "greedy", batch_size=8)
+    said = load_model(another).generate([row["prompt"] for row in rows], 40, "greedy", batch_size=4)
     assert [row["completion"] for row in rows] == said
-    assert said != run.lm.generate([row["prompt"] for row in rows], 32, "greedy", batch_size=8)
+    assert said != run.lm.generate([row["prompt"] for row in rows], 40, "greedy", batch_size=4)
 
 
 def test_against_the_base_a_divergence_token_is_not_the_bases_choice(home, taught):
