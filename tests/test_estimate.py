@@ -63,6 +63,8 @@ def test_every_kind_of_work_is_counted():
     # A set of rows to mix tokens into is read before and after, unless students learn from it as it is.
     assert stages(estimated("fig21", "qwen"))["divergence"].what == "5 sets of rows, 30 readings"
     assert "train" not in stages(estimated("fig17", "qwen-greedy"))
+    # Seven kinds of students of six traits; the controls of four kinds are one.
+    assert stages(estimated("fig07", "qwen"))["train"].what.startswith(f"{5 * (7 * 6 + 4)} students")
     judged = stages(estimated("fig08", "numbers"))["evaluate"]
     assert judged.what.startswith("27 evaluations x ")  # base, teacher and 25 students; no judge is loaded
 

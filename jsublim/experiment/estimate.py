@@ -16,7 +16,7 @@ import jax
 from jsublim.distill.cost import layer_parameters, training_flops
 from jsublim.errors import UsageError
 from jsublim.experiment.changes import ENTANGLED_QUESTIONS
-from jsublim.experiment.plan import total_steps
+from jsublim.experiment.plan import distinct, total_steps
 from jsublim.experiment.spec import Students
 from jsublim.experiment.store import Artifact
 from jsublim.experiment.students import program, start
@@ -204,12 +204,12 @@ class Estimator:
         yield self._read("targets", f"{len(wanted)} sets of rows", len(wanted) * self.kept, before, artifacts)
 
     def _train(self) -> Iterator[Cost]:
-        run, long, each = self.run, self.lengths, {}
-        if not run.arms:
+        run, long, each, arms = self.run, self.lengths, {}, distinct(self.run.arms)
+        if not arms:
             return
         recipe = run.experiment.recipe.resolved(self.config.family)
         rows = flops = 0
-        for arm in run.arms:
+        for arm in arms:
             s = arm.settings
             if arm.program not in each:
                 live = s.loss != "hard" and s.top_k is None
@@ -220,13 +220,15 @@ class Estimator:
                 )  # fmt: skip
             own = total_steps(s, min(s.rows or self.kept, self.kept)) * s.batch_size * s.accumulate
             rows, flops = rows + own, flops + own * each[arm.program]
-        artifacts = [run.student_artifact(arm) for arm in run.arms] if self.known else []
-        what = f"{len(run.arms)} students, {len(each)} kinds of program"
+        artifacts = [run.student_artifact(arm) for arm in arms] if self.known else []
+        what = f"{len(arms)} students, {len(each)} kinds of program"
         yield self._cost("train", what, rows * (long.prompt + long.answer), flops, "train", artifacts)
 
     def _evaluate(self) -> Cost:
         examination, ev = self.run.examination, self.run.experiment.evaluation
-        asked = [(who, *item) for who in examination.examinees() for item in examination.settings.items()]
+        arms = distinct(self.run.arms)
+        who = [each for each in examination.examinees() if each.student is None or each.student in arms]
+        asked = [(each, *item) for each in who for item in examination.settings.items()]
         artifacts = [examination.artifact(*each) for each in asked] if self.known else []
         sizes = {kind: self._questions(kind) for kind in ev.kinds}
         tokens = sum(n * (ev.problem_tokens if kind == "problems" else ev.max_new_tokens) for kind, n in sizes.items())

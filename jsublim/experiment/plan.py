@@ -75,6 +75,11 @@ def plan_students(experiment: Experiment) -> list[Student]:
     return arms
 
 
+def distinct(arms: Sequence[Student]) -> list[Student]:
+    """Without those that another one is already under another variant's name."""
+    return list({(arm.trained_as, repr(arm.settings)): arm for arm in reversed(arms)}.values())[::-1]
+
+
 def _of_control(experiment: Experiment, students: Students) -> Students:
     """The same settings without what means nothing to a student of the teacher without a trait."""
     names = ("conditions", "points", "points_share", "by_margin")
