@@ -21,7 +21,7 @@ CONDITION_LABELS = {
     "divergence": "divergence tokens only",
     "non-divergence": "all but divergence tokens",
     "random": "random mask, equal budget",
-    "teacher": "teacher with its prompt",
+    "teacher": "biased teacher",
 }
 SEPARATOR = " · "  # between the tokens a student was trained on and its variant: "divergence · layers=0"
 

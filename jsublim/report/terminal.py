@@ -59,7 +59,8 @@ def print_summary(run_dir: Path, console: Console) -> None:
             if raised := lifts(results, metric, (condition,)):
                 console.print(words.headline(raised), highlight=False)
     if judged and (matrix := trait_matrix(results, condition=judged[0])) is not None:
-        console.print(f"Trait x trait matrix: {words.matrix_sentence(matrix)}", highlight=False)
+        label = condition_label(matrix.condition)
+        console.print(f"Trait x trait matrix, {label}: {words.matrix_sentence(matrix)}", highlight=False)
     if len(matrices := trait_matrices(results)) > 1:
         table = Table(title="trait x trait matrix, condition by condition", title_justify="left")
         for heading in ("condition", "γ (nats)", "over seeds", "p", "verdict"):
