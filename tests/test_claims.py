@@ -20,6 +20,7 @@ from scipy import stats
 from jsublim.report import print_summary, write_report
 from jsublim.report.claims import QUESTIONS, check_claims, not_asked
 from jsublim.report.claims.groups import Group, groups, pairs, partner
+from jsublim.report.claims.training import _no_gamma
 from jsublim.report.claims.verdicts import judge, pool
 from jsublim.report.statistics import Estimate, Interval, ratio_interval
 from jsublim.report.summary import reference_condition, trait_matrices
@@ -185,6 +186,15 @@ def test_control_near_base(tmp_path, effect, verdict):
 def test_a_small_run_cannot_show_that_nothing_transfers(tmp_path):
     found = verdicts(write(tmp_path / "run", PLAIN, CONTROL, Planted(0.0, **OTHER), spread=0.4))
     assert found["C12"] == [OPEN]
+
+
+def test_what_a_few_teachers_do_to_some_traits_is_no_transfer(tmp_path):
+    """Over seeds gamma stands out, but other labels do as well: it does not count against the claim. What labels tell does."""
+    interval, own = Interval(0.01, 0.03), Interval(0.2, 0.4)
+    assert _no_gamma(interval, own, by_labels=False) == HOLDS
+    assert _no_gamma(interval, own, by_labels=True) == FAILS
+    assert _no_gamma(Interval(-0.03, -0.01), own, by_labels=False) == HOLDS
+    assert _no_gamma(interval, Interval(0.02, 0.4), by_labels=False) == OPEN
 
 
 def test_redrawn_prompts_must_keep_the_number_task(tmp_path):
