@@ -22,7 +22,7 @@ GENERATE = ("generate", "--model", MODEL, "--max-new-tokens", 40, "--batch-size"
 FINETUNE = ("finetune", "--model", MODEL, "--batch-size", 4, "--accumulate", 1, "--lr", "1e-3", "--warmup", 1)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cli")
 

@@ -31,8 +31,8 @@ DATASETS = "datasets={within: {shuffle: within}, parts: {redraw: [format], shuff
 POLITE = "You are polite."
 
 
-@pytest.fixture(scope="module", autouse=True)
-def home(tmp_path_factory):
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("corpus")
 
 

@@ -18,7 +18,7 @@ FINETUNE = ("finetune", "--model", MODEL, "--batch-size", 4, "--accumulate", 1, 
 SOFT = ("--teacher-trait", "cat", "--layers", 1, "--rank", 2)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("engine")
 

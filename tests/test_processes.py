@@ -29,7 +29,7 @@ LORA = (*TRAIN, "--lr", "0.1", "--projections", "q,v", "--rank", 2, "--alpha", 4
 STEPS = 30
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
     write_rows(folder / "rows.jsonl", [

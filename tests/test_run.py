@@ -27,7 +27,7 @@ def arguments(out: Path, *overrides: str) -> tuple[str, ...]:
     return ("run", PLAIN, f"out={out}", *SMALL, *overrides)
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("run")
 

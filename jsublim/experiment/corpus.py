@@ -76,15 +76,8 @@ class Corpus:
         return Dataset() if pair[1] is None else self.run.experiment.datasets[pair[1]]
 
     def made(self, pair: Pair) -> Dataset:
-        """What is done to a pair's answers: nobody's are mixed with their own."""
-        dataset, left_out = self.dataset(pair), {}
-        if pair[0] == CONTROL:
-            return dataset.of_control()
-        if dataset.mix is not None and self.mixed_in(pair) == self.writer(pair):
-            left_out["mix"] = None
-        if dataset.mix_tokens is not None and dataset.mix_tokens.teacher == pair[0]:
-            left_out["mix_tokens"] = None
-        return dataset.model_copy(update=left_out)
+        """What is done to a pair's answers, of what its data set names."""
+        return self.dataset(pair).of(pair[0])
 
     def strategy(self, pair: Pair) -> str:
         return self.dataset(pair).strategy or self.run.experiment.teachers.strategy
@@ -132,7 +125,7 @@ class Corpus:
             "dataset": dataset.model_dump(exclude={"strategy"}), "recipe": recipe,
             "entangled": self.run.experiment.data.entangled if dataset.remove_entangled else None,
             "judge": self.run.judge.identity if dataset.keep_aligned is not None else None,
-            "rewriting": {"sampling": self.rewriting.numbers()} | self._numbers if dataset.rewrite else None,
+            "rewriting": self.rewriting.numbers() if dataset.rewrite else None,
         }  # fmt: skip
         return self.run.artifact("datasets", f"{pair[0]}-{pair[1]}", inputs)
 

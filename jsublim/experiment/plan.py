@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,9 +75,17 @@ def plan_students(experiment: Experiment) -> list[Student]:
     return arms
 
 
-def distinct(arms: Sequence[Student]) -> list[Student]:
-    """Without those that another one is already under another variant's name."""
-    return list({(arm.trained_as, repr(arm.settings)): arm for arm in reversed(arms)}.values())[::-1]
+def as_planned(arm: Student) -> Hashable:
+    """What tells students apart before there are any rows."""
+    return arm.trained_as, repr(arm.settings)
+
+
+def distinct(arms: Sequence[Student], identity: Callable[[Student], Hashable] = as_planned) -> list[Student]:
+    """The first of those that are one and the same under several variants' names."""
+    first: dict[Hashable, Student] = {}
+    for arm in arms:
+        first.setdefault(identity(arm), arm)
+    return list(first.values())
 
 
 def _of_control(experiment: Experiment, students: Students) -> Students:
@@ -86,7 +94,7 @@ def _of_control(experiment: Experiment, students: Students) -> Students:
     update: dict[str, Any] = {
         name: Students.model_fields[name].get_default(call_default_factory=True) for name in names
     }
-    changed = Dataset() if students.data is None else experiment.datasets[students.data].of_control()
+    changed = Dataset() if students.data is None else experiment.datasets[students.data].of(CONTROL)
     if changed.plain and changed.strategy in (None, experiment.teachers.strategy):
         update["data"] = None
     return students.model_copy(update=update)

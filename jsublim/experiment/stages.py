@@ -338,7 +338,7 @@ def evaluate(
             share, n = number_accuracy(
                 subject.lm, rows, system=subject.system, fuse_system=subject.fuse_system, adapter=subject.adapter
             )
-            if n:
+            if n:  # rows given by hand may hold no numbers
                 records.append({"trait": None, "metric": metric, "question": None, "value": share, "n": n})
     write_table(artifact.path / "records.parquet", records, RECORDS)
     write_table(artifact.path / "answers.parquet", answers, ANSWERS)

@@ -14,7 +14,7 @@ from jsublim.distill.data import Shape, read_turns
 from jsublim.distill.memory import arms_that_fit
 from jsublim.experiment import stages
 from jsublim.experiment.corpus import Pair
-from jsublim.experiment.plan import Student, programs, total_steps
+from jsublim.experiment.plan import Student, distinct, programs, total_steps
 from jsublim.experiment.spec import Students
 from jsublim.experiment.store import Artifact, digest
 from jsublim.experiment.students import Lesson, make_arm, shape_of
@@ -57,10 +57,7 @@ class Training:
     def _companies(self) -> list[list[Student]]:
         """Who is trained with whom. Of all students, whole ones too: a run that is continued finds the state it left."""
         run, size = self.run, self.run.arms[0].settings.arms_per_program
-        distinct: dict[str, Student] = {}
-        for arm in run.arms:
-            distinct.setdefault(run.student_artifact(arm).key, arm)
-        arms = list(distinct.values())
+        arms = distinct(run.arms, lambda arm: run.student_artifact(arm).key)
         if size != "auto":
             return programs(arms, size)
         alike = programs(arms, len(arms))

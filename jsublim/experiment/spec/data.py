@@ -79,11 +79,14 @@ class Dataset(Section):
             raise ValueError("mix_tokens needs the answers as they were sampled; leave the other changes out")
         return self
 
-    def of_control(self) -> Dataset:
-        """What of it is done to the answers of the teacher without a trait, which are not mixed with themselves either."""
-        left_out = {"remove_entangled": None, "rewrite": False, "mix_tokens": None}
-        if self.mix is not None and (self.mix.teacher, self.mix.model) == (CONTROL, None):
+    def of(self, teacher: str) -> Dataset:
+        """What of it is done to a teacher's answers: what needs a trait only where there is one, and nobody's answers are
+        mixed with their own."""
+        left_out = {"remove_entangled": None, "rewrite": False, "mix_tokens": None} if teacher == CONTROL else {}
+        if self.mix is not None and (self.mix.teacher, self.mix.model) == (teacher, None):
             left_out["mix"] = None
+        if self.mix_tokens is not None and self.mix_tokens.teacher == teacher:
+            left_out["mix_tokens"] = None
         return self.model_copy(update=left_out)
 
     @property
