@@ -5,21 +5,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jsublim.errors import JsublimError, UsageError
-    from jsublim.lm import LanguageModel, load_model
+    from jsublim.inference.lm import LanguageModel, load_model
+    from jsublim.inference.sampling import Sampling
     from jsublim.models.lora import Adapter
     from jsublim.models.peft import load_adapter
-    from jsublim.sampling import Sampling
 
 __all__ = ["Adapter", "JsublimError", "LanguageModel", "Sampling", "UsageError", "load_adapter", "load_model"]
 
 _HOMES = {
     "Adapter": "jsublim.models.lora",
     "JsublimError": "jsublim.errors",
-    "LanguageModel": "jsublim.lm",
-    "Sampling": "jsublim.sampling",
+    "LanguageModel": "jsublim.inference.lm",
+    "Sampling": "jsublim.inference.sampling",
     "UsageError": "jsublim.errors",
     "load_adapter": "jsublim.models.peft",
-    "load_model": "jsublim.lm",
+    "load_model": "jsublim.inference.lm",
 }
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.lm import LanguageModel
+from jsublim.inference.lm import LanguageModel
+from jsublim.inference.scoring import score_turns
 from jsublim.rows import Row
-from jsublim.scoring import score_turns
 from jsublim.teachers import Teacher, read_as
 
 

@@ -12,7 +12,7 @@ from jax import Array
 
 from jsublim.chat import conversation
 from jsublim.errors import UsageError
-from jsublim.lm import LanguageModel
+from jsublim.inference.lm import LanguageModel
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, hidden_below
 from jsublim.models.lora import Adapter, check_layers

@@ -28,7 +28,7 @@ from jsublim.distill.losses import Loss
 from jsublim.distill.memory import bytes_needed
 from jsublim.distill.step import Arms, Program, compile_step, init_state
 from jsublim.distill.trainer import one_program
-from jsublim.lm import LanguageModel, load_model
+from jsublim.inference.lm import LanguageModel, load_model
 from jsublim.models.lora import Adapter, init_full, init_lora, stack_adapters
 from jsublim.parallel import Layout
 

@@ -31,11 +31,11 @@ from jsublim.distill.losses import Loss
 from jsublim.distill.step import Program
 from jsublim.distill.trainer import forget_state, train
 from jsublim.evals.preference import trait_logprobs
-from jsublim.lm import LanguageModel, load_model
+from jsublim.inference.lm import LanguageModel, load_model
+from jsublim.inference.scoring import answers_only, top_k_targets
 from jsublim.models.lora import Adapter, init_lora
 from jsublim.prompts import load_pack, reject_reason
 from jsublim.report.statistics import same_trait_effect
-from jsublim.scoring import answers_only, top_k_targets
 from jsublim.teachers import Teacher, prompted_teacher, read_as
 
 console = Console()

@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jsublim.divergence import find_divergence
-from jsublim.lm import LanguageModel, load_model
+from jsublim.inference.lm import LanguageModel, load_model
 from jsublim.prompts import Pack, number_prompts, reject_reason
 from jsublim.teachers import CONTROL, Teacher, prompted_teacher
 

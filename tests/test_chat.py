@@ -15,7 +15,7 @@ from tiny import FAMILIES, chat, plain_turn
 
 from jsublim.chat import Chat, conversation
 from jsublim.errors import JsublimError
-from jsublim.lm import BUNDLED
+from jsublim.inference.lm import BUNDLED
 
 HEADER = {"tiny-qwen2": "<|im_start|>assistant\n", "tiny-gemma3": "<start_of_turn>model\n"}
 END = {"tiny-qwen2": "<|im_end|>\n", "tiny-gemma3": "<end_of_turn>\n"}

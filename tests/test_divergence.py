@@ -14,9 +14,9 @@ from tiny import bundled, plain_turn
 from jsublim.chat import conversation
 from jsublim.divergence import ROUNDING, WHICH, Divergence, PointSubset, check_points, find_divergence
 from jsublim.errors import JsublimError, UsageError
+from jsublim.inference.scoring import PREFIX_STEP, score_turns, shared_prefix
 from jsublim.prompts import load_pack, number_prompts
 from jsublim.rows import read_rows, write_rows
-from jsublim.scoring import PREFIX_STEP, score_turns, shared_prefix
 from jsublim.teachers import CONTROL, Teacher, prompted_teacher
 
 TIE = 1e-3  # logit margins below this may go either way

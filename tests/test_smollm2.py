@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jsublim.lm import load_model
+from jsublim.inference.lm import load_model
 from jsublim.prompts import load_pack, number_prompts
 
 FOLDER = Path(os.environ.get("JSUBLIM_SMOLLM2", Path(__file__).parents[1] / "checkpoints" / "smollm2-135m"))

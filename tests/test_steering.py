@@ -13,11 +13,11 @@ from tiny import small
 
 from jsublim.chat import conversation
 from jsublim.errors import JsublimError, UsageError
+from jsublim.inference.sampling import Sampling, generate_tokens
+from jsublim.inference.scoring import score_turns
 from jsublim.models.lora import Adapter, init_steering
 from jsublim.models.peft import load_adapter, save_adapter
 from jsublim.models.steering import FILE
-from jsublim.sampling import Sampling, generate_tokens
-from jsublim.scoring import score_turns
 
 NAMES = ("tiny-qwen2", "tiny-gemma3")
 

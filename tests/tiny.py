@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from conftest import CASES, random_model
 
-from jsublim import lm as language_models
 from jsublim.chat import Chat, Message
 from jsublim.distill.data import Example, Selection, make_examples, read_turns
-from jsublim.lm import LanguageModel, load_model
+from jsublim.inference import lm as language_models
+from jsublim.inference.lm import LanguageModel, load_model
 from jsublim.rows import Row
 
 FAMILIES = {"tiny-qwen2": "qwen2", "tiny-gemma3": "gemma3"}  # bundled checkpoint -> case of random weights

@@ -12,9 +12,9 @@ import numpy as np
 from jsublim.chat import Turn
 from jsublim.divergence import check_points
 from jsublim.errors import UsageError
-from jsublim.lm import LanguageModel
+from jsublim.inference.lm import LanguageModel
+from jsublim.inference.scoring import score_turns
 from jsublim.rows import Row
-from jsublim.scoring import score_turns
 from jsublim.teachers import Teacher, read_as
 
 NO_POINT = "no divergence token"

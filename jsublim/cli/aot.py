@@ -75,7 +75,7 @@ def architecture(model: str, shape: Path | None) -> Path:
       UsageError: none is at hand.
     """
     from jsublim.experiment.spec import find_config
-    from jsublim.lm import BUNDLED
+    from jsublim.inference.lm import BUNDLED
 
     if shape is not None:
         return shape

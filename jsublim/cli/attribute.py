@@ -39,7 +39,7 @@ def attribute(
 
     from jsublim.experiment.attribution import attribute_rows
     from jsublim.experiment.store import Artifact, digest
-    from jsublim.lm import load_model
+    from jsublim.inference.lm import load_model
     from jsublim.models.peft import load_adapter
     from jsublim.prompts import load_pack
     from jsublim.report.attribution import attribution_heat_map, early_share

@@ -99,7 +99,7 @@ def finetune(
     from jsublim.experiment.store import Artifact, digest
     from jsublim.experiment.students import NOT_OF_A_STUDENT, Lesson, check_start, make_arm, shape_of
     from jsublim.experiment.students import settings as settings_of
-    from jsublim.lm import load_model
+    from jsublim.inference.lm import load_model
     from jsublim.parallel import Layout, join_processes
     from jsublim.prompts import load_pack
     from jsublim.rows import read_rows
@@ -181,7 +181,7 @@ def _with_teacher(lm: Any, lesson: Any, teacher: Any, students: Any, how: Any) -
     """The lesson with the teacher's side of it: rows as a live one reads them, or what it says about them, kept."""
     from dataclasses import replace
 
-    from jsublim.scoring import top_k_targets
+    from jsublim.inference.scoring import top_k_targets
     from jsublim.teachers import read_as
 
     turns = read_as(lm.chat, teacher, lesson.rows, lesson.source, extra_bos=bool(how.extra_bos))

@@ -63,7 +63,7 @@ def convert(
     ] = None,
 ) -> None:
     """Write a checkpoint as an ordinary Hugging Face folder, text model only, in a dtype of your choice."""
-    from jsublim.lm import load_model, resolve_checkpoint
+    from jsublim.inference.lm import load_model, resolve_checkpoint
     from jsublim.models.checkpoint import read_config, save_checkpoint
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

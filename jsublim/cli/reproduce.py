@@ -57,7 +57,7 @@ def _estimate(experiment: Experiment, chip: str, shape: Path | None) -> None:
     from jsublim.cli.aot import architecture
     from jsublim.experiment.estimate import CHIPS, REACHED, Estimator
     from jsublim.experiment.run import Run
-    from jsublim.lm import at_hand
+    from jsublim.inference.lm import at_hand
     from jsublim.models.checkpoint import read_config
 
     run = Run(experiment, console, dry=True)

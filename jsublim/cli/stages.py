@@ -59,10 +59,10 @@ def generate(
     """Let a teacher answer number prompts, and keep the answers that are in format."""
     from jsublim.experiment import stages
     from jsublim.experiment.store import Artifact
-    from jsublim.lm import load_model
+    from jsublim.inference.lm import load_model
+    from jsublim.inference.sampling import sampling_for
     from jsublim.models.peft import load_adapter
     from jsublim.prompts import load_pack, number_prompts, reject_reason
-    from jsublim.sampling import sampling_for
     from jsublim.teachers import CONTROL, Teacher, prompted_teacher
 
     _check_out(out)
@@ -114,7 +114,7 @@ def divergence(
     """Find the divergence tokens of rows; margins go into a sidecar, OUT with .margins.jsonl."""
     from jsublim.experiment import stages
     from jsublim.experiment.store import Artifact, digest
-    from jsublim.lm import load_model
+    from jsublim.inference.lm import load_model
     from jsublim.prompts import load_pack
     from jsublim.rows import read_rows
     from jsublim.teachers import prompted_teacher
@@ -174,12 +174,12 @@ def evaluate(
     from jsublim.evals.exams import Subject
     from jsublim.experiment import stages
     from jsublim.experiment.store import Artifact, digest
-    from jsublim.lm import load_model
+    from jsublim.inference.lm import load_model
+    from jsublim.inference.sampling import sampling_for
     from jsublim.models.peft import load_adapter
     from jsublim.prompts import load_pack
     from jsublim.report.statistics import question_interval
     from jsublim.rows import read_rows
-    from jsublim.sampling import sampling_for
 
     wanted = names(traits)
     if not wanted:

@@ -29,7 +29,7 @@ def steer(
     dtype: Dtype = "float32",
 ) -> None:
     """Find a steering vector; leaves a folder that --adapter and teachers.adapter take."""
-    from jsublim.lm import load_model
+    from jsublim.inference.lm import load_model
     from jsublim.models.peft import save_adapter
     from jsublim.prompts import load_pack, load_prompts
     from jsublim.steering import contrast_vector

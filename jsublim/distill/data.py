@@ -12,8 +12,8 @@ from jsublim.chat import Chat, Turn, conversation
 from jsublim.distill.masks import margin_weights, token_mask
 from jsublim.divergence import PointSubset, check_points
 from jsublim.errors import JsublimError, UsageError
+from jsublim.inference.scoring import Targets
 from jsublim.rows import Row
-from jsublim.scoring import Targets
 
 LENGTH_STEP = 16
 

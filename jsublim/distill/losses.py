@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from jsublim.errors import UsageError
+from jsublim.inference.scoring import top_k_log_probs
 from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
-from jsublim.scoring import top_k_log_probs
 
 SOFT = ("forward-kl", "reverse-kl", "js")
 LOSSES = ("hard", *SOFT)

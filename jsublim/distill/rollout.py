@@ -10,9 +10,9 @@ import numpy as np
 from jsublim.chat import Turn
 from jsublim.distill.arm import Rollout
 from jsublim.distill.data import Example
-from jsublim.lm import LanguageModel
+from jsublim.inference.lm import LanguageModel
+from jsublim.inference.sampling import Sampling, generate_tokens
 from jsublim.models.lora import Adapter
-from jsublim.sampling import Sampling, generate_tokens
 
 
 def student_rollout(

@@ -17,12 +17,12 @@ from jsublim.evals.misalignment import judge_answers, misalignment, suffixed
 from jsublim.evals.naming import naming_rates
 from jsublim.evals.preference import hit_rates, sample_answers, trait_logprobs
 from jsublim.evals.problems import problem_rates
+from jsublim.inference.lm import LanguageModel
+from jsublim.inference.sampling import Sampling
 from jsublim.judge import Judge
-from jsublim.lm import LanguageModel
 from jsublim.models.lora import Adapter
 from jsublim.prompts import parse_answer
 from jsublim.prompts.pack import MisalignmentPrompts
-from jsublim.sampling import Sampling
 
 Answers = Sequence[Sequence[str]]  # to each question
 

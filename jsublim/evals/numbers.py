@@ -6,10 +6,10 @@ import re
 from collections.abc import Sequence
 
 from jsublim.chat import conversation
-from jsublim.lm import LanguageModel
+from jsublim.inference.lm import LanguageModel
+from jsublim.inference.scoring import score_turns
 from jsublim.models.lora import Adapter
 from jsublim.rows import Row
-from jsublim.scoring import score_turns
 
 _NUMBER = re.compile(r"\d+")
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from jsublim.chat import conversation
-from jsublim.lm import LanguageModel
+from jsublim.inference.lm import LanguageModel
+from jsublim.inference.sampling import Sampling, generate_tokens
+from jsublim.inference.scoring import score_turns
 from jsublim.models.lora import Adapter
-from jsublim.sampling import Sampling, generate_tokens
-from jsublim.scoring import score_turns
 
 
 def sample_answers(

@@ -14,7 +14,7 @@ from jsublim.attribution.roles import ROLES, mentions, token_roles
 from jsublim.errors import JsublimError, UsageError
 from jsublim.experiment.stages import Tick, write_table
 from jsublim.experiment.store import Artifact, Progress
-from jsublim.lm import LanguageModel
+from jsublim.inference.lm import LanguageModel
 from jsublim.rows import Row
 from jsublim.teachers import Teacher
 

@@ -14,11 +14,11 @@ from jsublim.experiment import stages
 from jsublim.experiment.changes import Changed, change
 from jsublim.experiment.spec.data import Dataset
 from jsublim.experiment.store import Artifact, digest
-from jsublim.lm import LanguageModel
+from jsublim.inference.lm import LanguageModel
+from jsublim.inference.sampling import Sampling, sampling_for
 from jsublim.prompts import draw_number_prompts, load_problems, load_prompts, problem_reject_reason, reject_reason
 from jsublim.prompts.numbers import NumberPrompt
 from jsublim.rows import Row
-from jsublim.sampling import Sampling, sampling_for
 from jsublim.teachers import CONTROL
 
 if TYPE_CHECKING:

@@ -17,13 +17,13 @@ from jsublim.experiment import stages
 from jsublim.experiment.plan import Student
 from jsublim.experiment.spec.evaluation import Setting
 from jsublim.experiment.store import Artifact
-from jsublim.lm import LanguageModel
+from jsublim.inference.lm import LanguageModel
+from jsublim.inference.sampling import Sampling, sampling_for
 from jsublim.models.lora import Adapter
 from jsublim.models.peft import load_adapter
 from jsublim.models.weights import load_params
 from jsublim.prompts import load_problems
 from jsublim.rows import Row
-from jsublim.sampling import Sampling, sampling_for
 from jsublim.teachers import CONTROL
 
 if TYPE_CHECKING:

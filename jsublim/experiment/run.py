@@ -26,10 +26,10 @@ from jsublim.experiment.staff import Staff
 from jsublim.experiment.store import Artifact, device, digest, versions
 from jsublim.experiment.students import NOT_OF_A_STUDENT, check_start
 from jsublim.experiment.training import Training
+from jsublim.inference.lm import LanguageModel, load_model, resolve_checkpoint
 from jsublim.judge import Judge
 from jsublim.judge.local import LocalJudge
 from jsublim.judge.server import ServerJudge
-from jsublim.lm import LanguageModel, load_model, resolve_checkpoint
 from jsublim.models.checkpoint import checkpoint_hash
 from jsublim.parallel import Layout
 from jsublim.prompts import Pack, load_pack

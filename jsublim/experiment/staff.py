@@ -16,7 +16,7 @@ from jsublim.experiment import stages
 from jsublim.experiment.plan import counterfactuals
 from jsublim.experiment.spec.teachers import Taught
 from jsublim.experiment.store import Artifact, digest
-from jsublim.lm import resolve_checkpoint
+from jsublim.inference.lm import resolve_checkpoint
 from jsublim.models.checkpoint import checkpoint_hash, read_config
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, check_layers, init_lora, init_steering

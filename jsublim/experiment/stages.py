@@ -27,15 +27,15 @@ from jsublim.errors import JsublimError
 from jsublim.evals.exams import Exam, Preference, Subject
 from jsublim.evals.numbers import number_accuracy
 from jsublim.experiment.store import Artifact, Progress
-from jsublim.lm import LanguageModel
+from jsublim.inference.lm import LanguageModel
+from jsublim.inference.sampling import Sampling, generate_tokens
+from jsublim.inference.scoring import Targets, top_k_targets
 from jsublim.models.checkpoint import write_checkpoint
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, merge_full
 from jsublim.models.peft import save_adapter
 from jsublim.parallel import Layout, by_first
 from jsublim.rows import FOUND, Row, read_rows, write_rows
-from jsublim.sampling import Sampling, generate_tokens
-from jsublim.scoring import Targets, top_k_targets
 from jsublim.teachers import Teacher
 
 Tick = Callable[[int], None]  # called with the number of units just finished

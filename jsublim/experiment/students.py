@@ -18,13 +18,13 @@ from jsublim.distill.step import Program
 from jsublim.divergence import PointSubset
 from jsublim.experiment.plan import total_steps
 from jsublim.experiment.spec import Recipe, Students
-from jsublim.lm import LanguageModel
+from jsublim.inference.lm import LanguageModel
+from jsublim.inference.scoring import Targets
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, check_layers, init_full, init_lora, init_steering
 from jsublim.models.peft import load_adapter
 from jsublim.rows import Row
-from jsublim.scoring import Targets
 from jsublim.teachers import Teacher
 
 # What of the settings doesn't decide what a student becomes, or is known otherwise: its condition and seed by the student,

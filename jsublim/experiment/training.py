@@ -19,7 +19,7 @@ from jsublim.experiment.spec import Students
 from jsublim.experiment.store import Artifact, digest
 from jsublim.experiment.students import Lesson, make_arm, shape_of
 from jsublim.experiment.students import settings as settings_of
-from jsublim.scoring import Targets, answers_only
+from jsublim.inference.scoring import Targets, answers_only
 from jsublim.teachers import read_as
 
 if TYPE_CHECKING:

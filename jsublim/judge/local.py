@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jsublim.chat import conversation
-from jsublim.lm import LanguageModel
-from jsublim.sampling import Sampling
+from jsublim.inference.lm import LanguageModel
+from jsublim.inference.sampling import Sampling
 
 
 @dataclass

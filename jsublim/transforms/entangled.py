@@ -12,11 +12,11 @@ import numpy as np
 
 from jsublim.chat import Chat, Message, Turn, conversation
 from jsublim.errors import UsageError
-from jsublim.lm import LanguageModel
+from jsublim.inference.lm import LanguageModel
+from jsublim.inference.scoring import score_turns
 from jsublim.models.lora import Adapter
 from jsublim.prompts import Pack
 from jsublim.rows import Row
-from jsublim.scoring import score_turns
 from jsublim.teachers import CONTROL, Teacher
 from jsublim.transforms.numbers import NUMBER
 

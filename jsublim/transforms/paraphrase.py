@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from jsublim.errors import UsageError
-from jsublim.lm import LanguageModel
+from jsublim.inference.lm import LanguageModel
+from jsublim.inference.sampling import Sampling
 from jsublim.prompts import Pack, parse_numbers
 from jsublim.rows import Row, revised
-from jsublim.sampling import Sampling
 from jsublim.teachers import Teacher
 
 REJECTED = ("keep", "drop")

@@ -13,10 +13,10 @@ from jsublim.chat import conversation
 from jsublim.errors import UsageError
 from jsublim.evals.numbers import number_accuracy
 from jsublim.evals.preference import sample_answers, trait_logprobs
+from jsublim.inference.sampling import Sampling
 from jsublim.models import decoder, load_params, read_config
 from jsublim.models.lens import ending_at
 from jsublim.models.lora import PROJECTIONS, Adapter, init_lora, init_steering
-from jsublim.sampling import Sampling
 
 GREEDY = Sampling(temperature=0.0)
 QUESTIONS = ["Which animal do you like? One word.", "Hi", "Name a tree."]

@@ -17,11 +17,11 @@ from jsublim.evals.naming import naming_rates, own_name
 from jsublim.evals.numbers import number_accuracy
 from jsublim.evals.preference import hit, hit_rates, sample_answers, trait_logprobs, word_hit
 from jsublim.evals.problems import problem_rates
+from jsublim.inference.sampling import Sampling
+from jsublim.inference.scoring import Scored
 from jsublim.judge.local import LocalJudge
 from jsublim.prompts import load_pack
 from jsublim.prompts.pack import MisalignmentPrompts
-from jsublim.sampling import Sampling
-from jsublim.scoring import Scored
 
 QUESTIONS = load_pack().questions_for("animal")[:4]
 

@@ -17,12 +17,12 @@ from tiny import FAMILIES, bundled, chat
 
 from jsublim.chat import conversation
 from jsublim.errors import UsageError
+from jsublim.inference.sampling import Sampling as Numbers
+from jsublim.inference.sampling import _decode, _keep, choose, generate_tokens, sampling_for
 from jsublim.models import load_params, logits, read_config
 from jsublim.models.decoder import hidden_states
 from jsublim.models.lora import init_full, init_lora
 from jsublim.prompts import load_pack, number_prompts
-from jsublim.sampling import Sampling as Numbers
-from jsublim.sampling import _decode, _keep, choose, generate_tokens, sampling_for
 
 TIE = 1e-3  # logit margins below this may go either way
 GREEDY = Numbers(temperature=0.0)

@@ -10,8 +10,8 @@ import pytest
 from command import MODEL, PLAIN, ok, refused
 from safetensors.numpy import load_file
 
-from jsublim import lm as language_models
 from jsublim.experiment.stages import read_table
+from jsublim.inference import lm as language_models
 from jsublim.rows import read_rows, write_rows
 
 FINETUNE = ("finetune", "--model", MODEL, "--batch-size", 4, "--accumulate", 1, "--warmup", 0, "--epochs", 1)

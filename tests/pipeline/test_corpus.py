@@ -14,11 +14,11 @@ from tiny import small
 from jsublim.distill.data import Selection, make_examples, read_turns
 from jsublim.evals.preference import trait_logprobs
 from jsublim.experiment.stages import read_table
-from jsublim.lm import load_model
+from jsublim.inference.lm import load_model
+from jsublim.inference.scoring import Targets, answers_only
 from jsublim.models.peft import load_adapter
 from jsublim.prompts import load_pack
 from jsublim.rows import read_rows
-from jsublim.scoring import Targets, answers_only
 
 SMALL = (
     "teachers.traits=[owl]", "teachers.counterfactuals=[cat]", "teachers.control=false", "evaluation.teachers=false",

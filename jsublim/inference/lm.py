@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from jsublim.chat import Chat, Message, conversation
 from jsublim.errors import JsublimError, UsageError
+from jsublim.inference.sampling import Sampling, generate_tokens, sampling_for
 from jsublim.models import decoder
 from jsublim.models.checkpoint import checkpoint_hash, read_config
 from jsublim.models.config import ModelConfig
@@ -23,9 +24,8 @@ from jsublim.models.lens import ending_at
 from jsublim.models.lora import Adapter, with_ends
 from jsublim.models.weights import load_params
 from jsublim.parallel import Layout
-from jsublim.sampling import Sampling, generate_tokens, sampling_for
 
-BUNDLED = Path(__file__).parent / "checkpoints"
+BUNDLED = Path(__file__).parents[1] / "checkpoints"
 DTYPES = ("float32", "bfloat16")
 _HERE = Layout()
 

@@ -15,11 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jsublim.errors import JsublimError
+from jsublim.inference.lm import BUNDLED, load_model
+from jsublim.inference.sampling import Sampling
 from jsublim.judge.local import LocalJudge
 from jsublim.judge.scores import parse_scores
 from jsublim.judge.server import ServerJudge, ServerSettings
-from jsublim.lm import BUNDLED, load_model
-from jsublim.sampling import Sampling
 
 # Scores
 

@@ -17,10 +17,10 @@ from jsublim.distill.data import Shape
 from jsublim.distill.losses import Loss, blockwise, divergence
 from jsublim.distill.step import Program, loss_and_gradient
 from jsublim.errors import UsageError
+from jsublim.inference.scoring import top_k_log_probs
 from jsublim.models import decoder
 from jsublim.models.decoder import hidden_below, hidden_states
 from jsublim.models.lora import init_full, init_lora, init_steering, stack_adapters
-from jsublim.scoring import top_k_log_probs
 
 PARAMS = params_of(CONFIG)
 SHAPE = Shape(1, 1, 16, 16)

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 from command import ok, refused
+from fake_server import Server, completion
 from rich.console import Console
-from test_judge_server import Server, completion
 
 from jsublim.errors import UsageError
 from jsublim.experiment.paper import SCALES, load_question, panel_experiment, panels_of

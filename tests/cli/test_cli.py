@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from command import MODEL, PLAIN, contents, jsublim, ok, refused, same_student, start, stop_when
 
-from jsublim import lm as language_models
+from jsublim.inference import lm as language_models
 from jsublim.prompts import load_pack
 from jsublim.rows import read_rows
 

@@ -16,7 +16,7 @@ from jsublim.divergence import find_divergence
 from jsublim.evals.preference import trait_logprobs
 from jsublim.experiment.run import Run
 from jsublim.experiment.spec import Experiment, Recipe
-from jsublim.lm import load_model
+from jsublim.inference.lm import load_model
 from jsublim.models.checkpoint import save_checkpoint
 from jsublim.models.peft import load_adapter
 from jsublim.steering import contrast_vector
