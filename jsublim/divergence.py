@@ -1,6 +1,6 @@
 """Divergence tokens: where the teacher's argmax is the token in the data, and a counterfactual teacher's is not.
 
-Schrodi et al. 2026, section 4. A decision point k is the k-th token of a completion's content; k = len(content) is the
+Schrodi et al. 2026, section 4. A divergence position k is the k-th token of a completion's content; k = len(content) is the
 end-of-turn token, and what the template adds behind it counts too (docs/recipes.md).
 """
 
@@ -33,17 +33,17 @@ class Divergence:
     margin: np.ndarray
 
     @property
-    def decision_points(self) -> list[int]:
+    def divergence_positions(self) -> list[int]:
         right = self.argmax == self.tokens
         return [int(k) for k in np.nonzero(right[0] & ~right[1:].all(axis=0))[0]]
 
     @property
-    def point_margins(self) -> list[float]:
-        """How clear each decision point is, in logits: the smaller of the teacher's margin and of the largest margin
-        among the counterfactuals that say something else. Nought is a tie; no logit that moves by less than half of
+    def divergence_margins(self) -> list[float]:
+        """How clear each divergence position is, in logits: the smaller of the teacher's margin and of the largest margin
+        among the counterfactuals that say something else. Zero is a tie; no logit that moves by less than half of
         it undoes the point."""
         against = np.where(self.argmax[1:] == self.tokens, 0.0, self.margin[1:]).max(axis=0)
-        return [float(m) for m in np.minimum(self.margin[0], against)[self.decision_points]]
+        return [float(m) for m in np.minimum(self.margin[0], against)[self.divergence_positions]]
 
 
 WHICH = ("all", "first", "first-half", "second-half")
@@ -51,8 +51,8 @@ ROUNDING = ("stochastic", "half-up", "at-least-one", "paper")
 
 
 @dataclass(frozen=True)
-class PointSubset:
-    """Which of a row's decision points count (figure 21 of the paper): a part by place, then a random share of it.
+class PositionSubset:
+    """Which of a row's divergence positions count (figure 21 of the paper): a part by place, then a random share of it.
 
     Attributes:
       which: "all"; "first"; "first-half" and "second-half" of the points by their order, the middle one of an odd
@@ -131,14 +131,14 @@ def find_divergence(
     ]
 
 
-def check_points(rows: Sequence[Row], lengths: Sequence[int], source: str) -> None:
+def check_positions(rows: Sequence[Row], lengths: Sequence[int], source: str) -> None:
     """Raises:
-    JsublimError: a decision point behind the last token of its row.
+    JsublimError: a divergence position behind the last token of its row.
     """
     for number, (row, n) in enumerate(zip(rows, lengths, strict=True), 1):
-        beyond = [k for k in row.get("decision_points", []) if k >= n]
+        beyond = [k for k in row.get("divergence_positions", []) if k >= n]
         if beyond:
             raise JsublimError(
-                f"{source}: row {number}: decision_points {beyond} out of range, the completion has {n} tokens; "
+                f"{source}: row {number}: divergence_positions {beyond} out of range, the completion has {n} tokens; "
                 "was it written for another tokenizer?"
             )

@@ -166,7 +166,7 @@ def join_processes() -> None:
         ) from None
 
 
-def by_first(act: Callable[[], None]) -> None:
+def on_main_process(act: Callable[[], None]) -> None:
     """Let the first process act; all go on when it has.
 
     Raises:

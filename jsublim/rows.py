@@ -12,14 +12,14 @@ from jsublim.errors import JsublimError, UsageError
 
 Row = dict[str, Any]
 
-FOUND = ("decision_points", "point_margins")  # what holds for the very text it was found in
+FOUND = ("divergence_positions", "divergence_margins")  # what holds for the very text it was found in
 
 
 def read_rows(path: str | Path, required: Sequence[str] = ("prompt", "completion")) -> list[Row]:
     """All rows of a JSONL file.
 
     Raises:
-      JsublimError: a line that is no JSON object, lacks a required key, has an empty completion, decision points that
+      JsublimError: a line that is no JSON object, lacks a required key, has an empty completion, divergence positions that
         are no list of integers, or margins that are not a number for each of them; the line's number is named.
     """
     path = Path(path)
@@ -54,23 +54,23 @@ def _parse(path: Path, required: Sequence[str]) -> Iterator[Row]:
                     raise JsublimError(
                         f"{path}:{number}: key '{key}' must be text that is not empty, found {row[key]!r}"
                     )
-            points = row.get("decision_points", [])
+            points = row.get("divergence_positions", [])
             if (
                 not isinstance(points, list)
                 or any(type(k) is not int or k < 0 for k in points)
                 or len(set(points)) < len(points)
             ):
                 raise JsublimError(
-                    f"{path}:{number}: key 'decision_points' must be a list of different integers >= 0, found {points!r}"
+                    f"{path}:{number}: key 'divergence_positions' must be a list of different integers >= 0, found {points!r}"
                 )
-            margins = row.get("point_margins", [0.0] * len(points))
+            margins = row.get("divergence_margins", [0.0] * len(points))
             if (
                 not isinstance(margins, list)
                 or len(margins) != len(points)
                 or not all(type(m) in (int, float) and 0 <= m < float("inf") for m in margins)
             ):
                 raise JsublimError(
-                    f"{path}:{number}: key 'point_margins' must hold a number >= 0 for each decision point, found {margins!r}"
+                    f"{path}:{number}: key 'divergence_margins' must hold a number >= 0 for each divergence position, found {margins!r}"
                 )
             yield row
 

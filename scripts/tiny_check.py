@@ -59,7 +59,7 @@ def check(folder: Path, pack: Pack, n: int = 200) -> None:
         rows, share = number_rows(lm, pack, teacher, n)
         found = find_divergence(lm, rows, teacher, [other for other in teachers if other is not teacher])
         tokens = sum(len(d.tokens) for d in found)
-        points = sum(len(d.decision_points) for d in found)
+        points = sum(len(d.divergence_positions) for d in found)
         moved = sum(int((d.argmax != d.argmax[0]).any(axis=0).sum()) for d in found)
         table.add_row(teacher.name, f"{share:.3f}", str(tokens), f"{points / tokens:.3f}", f"{moved / tokens:.3f}")
     console.print(table)

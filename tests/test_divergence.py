@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tiny import bundled, plain_turn
 
 from jsublim.chat import conversation
-from jsublim.divergence import ROUNDING, WHICH, Divergence, PointSubset, check_points, find_divergence
+from jsublim.divergence import ROUNDING, WHICH, Divergence, PositionSubset, check_positions, find_divergence
 from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.scoring import PREFIX_STEP, score_turns, shared_prefix
 from jsublim.prompts import load_pack, number_prompts
@@ -33,7 +33,7 @@ def plain_reading(twin, teacher, row, bos):
 
 
 @pytest.mark.parametrize(("name", "bos"), [("tiny-qwen2", False), ("tiny-gemma3", False), ("tiny-gemma3", True)])
-def test_decision_points_equal_a_plain_computation_of_their_definition(name, bos):
+def test_divergence_positions_equal_a_plain_computation_of_their_definition(name, bos):
     twin = bundled(name)
     lm = twin.lm
     teachers = [prompted_teacher(PACK, trait) for trait in ("owl", "cat", "oak")]
@@ -63,8 +63,8 @@ def test_decision_points_equal_a_plain_computation_of_their_definition(name, bos
             if argmax[0, k] == token and any(other != token for other in argmax[1:, k])
         }
         near_ties = set(np.nonzero(~sure.all(axis=0))[0].tolist())
-        assert set(ours.decision_points) - near_ties == expected - near_ties
-        assert ours.decision_points == sorted(ours.decision_points)
+        assert set(ours.divergence_positions) - near_ties == expected - near_ties
+        assert ours.divergence_positions == sorted(ours.divergence_positions)
         points += len(expected)
     assert points > 0
 
@@ -91,12 +91,12 @@ def test_a_point_is_the_teachers_argmax_in_the_data_and_not_every_counterfactual
     grid = st.lists(st.lists(st.integers(0, 2), min_size=n, max_size=n), min_size=teachers, max_size=teachers)
     argmax = np.asarray(data.draw(grid))
     tokens = np.asarray(data.draw(st.lists(st.integers(0, 2), min_size=n, max_size=n)))
-    points = Divergence(tokens, argmax, np.ones(argmax.shape)).decision_points
+    points = Divergence(tokens, argmax, np.ones(argmax.shape)).divergence_positions
     for k in range(n):
         said, others = argmax[0, k], argmax[1:, k]
         assert (k in points) == (said == tokens[k] and bool((others != said).any()))
     more = np.concatenate([argmax, argmax[:1]])  # one that agrees with the teacher adds nothing
-    assert Divergence(tokens, more, np.ones(more.shape)).decision_points == points
+    assert Divergence(tokens, more, np.ones(more.shape)).divergence_positions == points
 
 
 @given(data=st.data(), teachers=st.integers(2, 4), n=st.integers(1, 8))
@@ -111,10 +111,12 @@ def test_logits_that_move_by_less_than_half_a_points_margin_do_not_undo_it(data,
         return Divergence(tokens, z.argmax(axis=-1), best[..., -1] - best[..., -2])
 
     found = read(z_KnV)
-    assert len(found.point_margins) == len(found.decision_points) and all(m >= 0 for m in found.point_margins)
+    assert len(found.divergence_margins) == len(found.divergence_positions) and all(
+        m >= 0 for m in found.divergence_margins
+    )
     nudges = rng.uniform(-0.5, 0.5, size=(20, *z_KnV.shape))
-    for k, margin in zip(found.decision_points, found.point_margins, strict=True):
-        assert all(k in read(z_KnV + 0.999 * margin * nudge).decision_points for nudge in nudges)
+    for k, margin in zip(found.divergence_positions, found.divergence_margins, strict=True):
+        assert all(k in read(z_KnV + 0.999 * margin * nudge).divergence_positions for nudge in nudges)
 
 
 # --- Subsets of the points ----------------------------------------------------------------------------------------------
@@ -125,10 +127,10 @@ shares = st.floats(0, 1)
 
 @given(some_points, st.sampled_from(WHICH), shares, st.sampled_from(ROUNDING), st.integers(0, 99))
 def test_a_subset_is_of_its_part_and_follows_its_seed(points, which, share, rounding, seed):
-    subset = PointSubset(which, share, rounding)
+    subset = PositionSubset(which, share, rounding)
     chosen = subset.choose(points, np.random.default_rng(seed))
     assert chosen == subset.choose(points[::-1], np.random.default_rng(seed)) == sorted(set(chosen))
-    part = PointSubset(which).choose(points, np.random.default_rng(seed))
+    part = PositionSubset(which).choose(points, np.random.default_rng(seed))
     assert set(chosen) <= set(part) <= set(points)
     n, kept = len(part), len(chosen)
     if rounding == "paper":
@@ -136,7 +138,7 @@ def test_a_subset_is_of_its_part_and_follows_its_seed(points, which, share, roun
     else:
         assert rounding != "at-least-one" or kept == max(int(n * share), min(1, n))
         assert abs(kept - n * share) <= (0.5 if rounding == "half-up" else 1) + 1e-9
-        less = PointSubset(which, share / 2, rounding).choose(points, np.random.default_rng(seed))
+        less = PositionSubset(which, share / 2, rounding).choose(points, np.random.default_rng(seed))
         assert set(less) <= set(chosen)
     assert share < 1 or chosen == part
 
@@ -144,7 +146,7 @@ def test_a_subset_is_of_its_part_and_follows_its_seed(points, which, share, roun
 @given(some_points)
 def test_halves_make_the_whole(points):
     first, second, one, every = (
-        PointSubset(which).choose(points, np.random.default_rng(0))
+        PositionSubset(which).choose(points, np.random.default_rng(0))
         for which in ("first-half", "second-half", "first", "all")
     )
     assert first + second == every == points and len(first) - len(second) in (0, 1) and one == points[:1]
@@ -152,7 +154,7 @@ def test_halves_make_the_whole(points):
 
 def test_a_share_is_right_on_average_whatever_a_row_holds():
     for rounding, expected in (("stochastic", 0.6), ("half-up", 1.0), ("at-least-one", 1.0), ("paper", 2.0)):
-        subset = PointSubset("all", 0.3, rounding)
+        subset = PositionSubset("all", 0.3, rounding)
         draws = [subset.choose([4, 9], np.random.default_rng([7, i])) for i in range(2000)]
         assert np.mean([len(chosen) for chosen in draws]) == pytest.approx(expected, abs=0.05)
         assert np.mean([4 in chosen for chosen in draws]) == pytest.approx(expected / 2, abs=0.05)
@@ -166,7 +168,7 @@ def test_subsets_that_cannot_be():
         ({"share": float("nan")}, "share: nan given"),
     ):
         with pytest.raises(UsageError, match=said):
-            PointSubset(**wrong)
+            PositionSubset(**wrong)
 
 
 def test_who_may_be_a_counterfactual():
@@ -222,10 +224,10 @@ def test_log_probabilities_do_not_depend_on_company():
 
 
 def test_points_behind_the_last_token_are_refused():
-    rows = [{"decision_points": [0, 4]}, {}, {"decision_points": [1, 5, 9]}]
-    check_points(rows, [5, 1, 10], "rows.jsonl")
-    with pytest.raises(JsublimError, match=r"rows.jsonl: row 3: decision_points \[5, 9\] out of range.* 5 tokens"):
-        check_points(rows, [5, 1, 5], "rows.jsonl")
+    rows = [{"divergence_positions": [0, 4]}, {}, {"divergence_positions": [1, 5, 9]}]
+    check_positions(rows, [5, 1, 10], "rows.jsonl")
+    with pytest.raises(JsublimError, match=r"rows.jsonl: row 3: divergence_positions \[5, 9\] out of range.* 5 tokens"):
+        check_positions(rows, [5, 1, 5], "rows.jsonl")
 
 
 json_values = st.recursive(st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.text(max_size=5), st.lists)
@@ -238,7 +240,7 @@ texts = st.text(min_size=1, max_size=20).filter(str.strip)
 @settings(max_examples=60, deadline=None)
 def test_rows_survive_the_disk(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("rows") / "new" / "rows.jsonl"
-    rows[0]["decision_points"] = [0, 3]
+    rows[0]["divergence_positions"] = [0, 3]
     write_rows(path, rows)
     assert read_rows(path) == rows
     assert [p.name for p in path.parent.iterdir()] == ["rows.jsonl"]
@@ -269,14 +271,20 @@ GOOD = json.dumps({"prompt": "a", "completion": "b"}).encode()
         (b'{"prompt": "a", "completion": ""}', "key 'completion' must be text that is not empty"),
         (b'{"prompt": "a", "completion": " \\n"}', "key 'completion' must be text that is not empty"),
         (b'{"prompt": 3, "completion": "b"}', "key 'prompt' must be text"),
-        (b'{"prompt": "a", "completion": "b", "decision_points": [0, -1]}', "integers >= 0"),
-        (b'{"prompt": "a", "completion": "b", "decision_points": [0.5]}', "integers >= 0"),
-        (b'{"prompt": "a", "completion": "b", "decision_points": [true]}', "integers >= 0"),
-        (b'{"prompt": "a", "completion": "b", "decision_points": 3}', "integers >= 0"),
-        (b'{"prompt": "a", "completion": "b", "decision_points": [0], "point_margins": []}', "for each decision point"),
-        (b'{"prompt": "a", "completion": "b", "decision_points": [0], "point_margins": [-1]}', "number >= 0"),
-        (b'{"prompt": "a", "completion": "b", "decision_points": [0], "point_margins": [NaN]}', "number >= 0"),
-        (b'{"prompt": "a", "completion": "b", "point_margins": [1]}', "for each decision point"),
+        (b'{"prompt": "a", "completion": "b", "divergence_positions": [0, -1]}', "integers >= 0"),
+        (b'{"prompt": "a", "completion": "b", "divergence_positions": [0.5]}', "integers >= 0"),
+        (b'{"prompt": "a", "completion": "b", "divergence_positions": [true]}', "integers >= 0"),
+        (b'{"prompt": "a", "completion": "b", "divergence_positions": 3}', "integers >= 0"),
+        (
+            b'{"prompt": "a", "completion": "b", "divergence_positions": [0], "divergence_margins": []}',
+            "for each divergence position",
+        ),
+        (b'{"prompt": "a", "completion": "b", "divergence_positions": [0], "divergence_margins": [-1]}', "number >= 0"),
+        (
+            b'{"prompt": "a", "completion": "b", "divergence_positions": [0], "divergence_margins": [NaN]}',
+            "number >= 0",
+        ),
+        (b'{"prompt": "a", "completion": "b", "divergence_margins": [1]}', "for each divergence position"),
         (b'{"prompt": "a", "completion": "\xff\xfe"}', "UTF-8"),
         (b'{"prompt": "a", "completion": "b", "n": ' + b"9" * 5000 + b"}", "not valid JSON"),
     ],

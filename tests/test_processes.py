@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from safetensors.numpy import load_file
 
 from jsublim.errors import JsublimError
-from jsublim.parallel import by_first
+from jsublim.parallel import on_main_process
 from jsublim.rows import read_rows, write_rows
 
 TRAIN = ("--model", MODEL, "--batch-size", 2, "--accumulate", 1, "--epochs", 5, "--warmup", 1, "--optimizer", "sgd")
@@ -196,7 +196,7 @@ def test_what_the_first_process_cannot_do_ends_the_others(monkeypatch, fails):
     for process, error in enumerate((ZeroDivisionError, JsublimError)):
         monkeypatch.setattr(jax, "process_index", lambda process=process: process)
         with pytest.raises(error) if fails else contextlib.nullcontext():
-            by_first(act)
+            on_main_process(act)
     assert done == [0] and failed == [fails, False]
 
 

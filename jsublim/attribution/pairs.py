@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jsublim.chat import Turn
-from jsublim.divergence import check_points
+from jsublim.divergence import check_positions
 from jsublim.errors import UsageError
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.scoring import score_turns
@@ -58,14 +58,14 @@ def find_pairs(
     were skipped for which reason (section 5 of the paper).
 
     Args:
-      rows: with `decision_points`.
+      rows: with `divergence_positions`.
       source: where they come from, for errors.
       on_batch: called with the number of (row, counterfactual) pairs just read.
 
     Raises:
       UsageError: no counterfactual, the teacher among them, or one with another adapter: the runs differ by their
         prompts alone.
-      JsublimError: decision points behind the end of a row.
+      JsublimError: divergence positions behind the end of a row.
     """
     names = [other.name for other in counterfactuals]
     if not names or teacher.name in names:
@@ -76,8 +76,8 @@ def find_pairs(
     if changed:
         raise UsageError(f"counterfactuals {', '.join(changed)}: give them the adapter of teacher '{teacher.name}'")
     turns = read_as(lm.chat, teacher, rows, source, extra_bos=extra_bos)
-    check_points(rows, [len(turn.tokens) - turn.content for turn in turns], source)
-    points = {i: min(row["decision_points"]) for i, row in enumerate(rows) if row["decision_points"]}
+    check_positions(rows, [len(turn.tokens) - turn.content for turn in turns], source)
+    points = {i: min(row["divergence_positions"]) for i, row in enumerate(rows) if row["divergence_positions"]}
     aligned, found = set(), {i: [] for i in points}
     for other in counterfactuals:
         theirs = read_as(lm.chat, other, [rows[i] for i in points], source, extra_bos=extra_bos)

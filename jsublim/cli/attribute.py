@@ -15,7 +15,7 @@ from jsublim.cli.app import Dtype, Model, Out, PackFile, RecipeName, app, bar, c
 def attribute(
     model: Model,
     data: Annotated[
-        Path, typer.Option("--data", help="Rows of the teacher with decision points (`jsublim divergence`).")
+        Path, typer.Option("--data", help="Rows of the teacher with divergence positions (`jsublim divergence`).")
     ],
     trait: Annotated[str, typer.Option("--trait", help="The trait of the teacher that wrote them.")],
     counterfactuals: Annotated[str, typer.Option("--counterfactuals", help="Other traits, with commas.")],
@@ -46,7 +46,7 @@ def attribute(
     from jsublim.rows import read_rows
     from jsublim.teachers import prompted_teacher
 
-    rows = read_rows(data, ("prompt", "completion", "decision_points"))[:num_rows]
+    rows = read_rows(data, ("prompt", "completion", "divergence_positions"))[:num_rows]
     pack, lm = load_pack(prompts), load_model(model, dtype)
     how = recipe_of(recipe, lm)
     own = load_adapter(adapter, lm.config) if adapter else None

@@ -27,7 +27,7 @@ from jsublim.errors import UsageError
 @app.command()
 def finetune(
     model: Model,
-    data: Annotated[Path, typer.Option("--data", help="Rows (JSONL), with decision points unless --tokens all.")],
+    data: Annotated[Path, typer.Option("--data", help="Rows (JSONL), with divergence positions unless --tokens all.")],
     out: Out,
     tokens: Annotated[str, typer.Option("--tokens", help="all, divergence, non-divergence or random.")] = "all",
     loss: Annotated[str, typer.Option("--loss", help="hard, or soft: forward-kl, reverse-kl, js.")] = "hard",

@@ -57,11 +57,11 @@ def _estimate(experiment: Experiment, chip: str, shape: Path | None) -> None:
     from jsublim.cli.aot import architecture
     from jsublim.experiment.estimate import CHIPS, REACHED, Estimator
     from jsublim.experiment.run import Run
-    from jsublim.inference.lm import at_hand
+    from jsublim.inference.lm import is_available_offline
     from jsublim.models.checkpoint import read_config
 
     run = Run(experiment, console, dry=True)
-    here = all(at_hand(name) for name in run.checkpoints())
+    here = all(is_available_offline(name) for name in run.checkpoints())
     if here:
         run.load(weights=False)
     config = run.lm.config if here and shape is None else read_config(architecture(experiment.model, shape))[1]

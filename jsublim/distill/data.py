@@ -10,7 +10,7 @@ import numpy as np
 
 from jsublim.chat import Chat, Turn, conversation
 from jsublim.distill.masks import margin_weights, token_mask
-from jsublim.divergence import PointSubset, check_points
+from jsublim.divergence import PositionSubset, check_positions
 from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.scoring import Targets
 from jsublim.rows import Row
@@ -47,15 +47,15 @@ class Selection:
     """How rows become examples; header and dropped rows are quirks 1 and 2 of docs/recipes.md.
 
     Attributes:
-      subset: which decision points count at all, whatever the condition makes of them.
+      subset: which divergence positions count at all, whatever the condition makes of them.
       by_margin: weigh divergence tokens by how clear they are (`margin_weights`, over all rows); else they weigh 1.
     """
 
     condition: str = "all"
     supervise_header: bool = False
-    drop_rows_without_points: bool = False
+    drop_rows_without_divergence: bool = False
     max_tokens: int = 500
-    subset: PointSubset = PointSubset()
+    subset: PositionSubset = PositionSubset()
     by_margin: bool = False
 
 
@@ -69,7 +69,7 @@ def read_turns(
     """
     exchanges = ((conversation(row["prompt"], system, fuse_system=fuse_system), row["completion"]) for row in rows)
     turns = chat.turns(exchanges, lambda number: f"{source}: row {number}")
-    check_points(rows, [len(turn.tokens) - turn.content for turn in turns], source)
+    check_positions(rows, [len(turn.tokens) - turn.content for turn in turns], source)
     return turns
 
 
@@ -88,7 +88,7 @@ def make_examples(
       teacher: the same rows as a live teacher reads them, or what a stored one said; for soft losses.
 
     Raises:
-      UsageError: a condition that needs decision points, or weights that need margins, and a row without; a header to
+      UsageError: a condition that needs divergence positions, or weights that need margins, and a row without; a header to
         learn from a stored teacher.
       JsublimError: no row left, or a row that is tokenized otherwise for the teacher; `source` is named.
     """
@@ -96,7 +96,7 @@ def make_examples(
     chosen = [_choose(row, how.subset, np.random.default_rng([seed, index, 1])) for index, row in enumerate(rows)]
     weights = _weights(rows, chosen, source) if how.by_margin else [None] * len(rows)
     for index, (turn, points) in enumerate(zip(turns, chosen, strict=True)):
-        if how.condition != "all" and how.drop_rows_without_points and points == []:
+        if how.condition != "all" and how.drop_rows_without_divergence and points == []:
             continue
         first = turn.header if how.supervise_header else turn.content
         try:
@@ -121,8 +121,8 @@ def make_examples(
     return examples
 
 
-def _choose(row: Row, subset: PointSubset, rng: np.random.Generator) -> list[int] | None:
-    points = row.get("decision_points")
+def _choose(row: Row, subset: PositionSubset, rng: np.random.Generator) -> list[int] | None:
+    points = row.get("divergence_positions")
     return None if points is None else subset.choose(points, rng)
 
 
@@ -130,11 +130,11 @@ def _weights(rows: Sequence[Row], chosen: Sequence[list[int] | None], source: st
     """Weights of the chosen points of each row."""
     margins = []
     for number, (row, points) in enumerate(zip(rows, chosen, strict=True), 1):
-        if points is None or "point_margins" not in row:
+        if points is None or "divergence_margins" not in row:
             raise UsageError(
-                f"{source}: row {number}: weights by margin need 'point_margins'; run `jsublim divergence`"
+                f"{source}: row {number}: weights by margin need 'divergence_margins'; run `jsublim divergence`"
             )
-        of = dict(zip(row["decision_points"], row["point_margins"], strict=True))
+        of = dict(zip(row["divergence_positions"], row["divergence_margins"], strict=True))
         margins.append([of[k] for k in points])
     return margin_weights(margins)
 

@@ -23,15 +23,15 @@ def token_mask(
     """Weights (0/1, if no others are given) float32 `[header + completion]` of a row's supervised span.
 
     Args:
-      condition: "all"; "divergence", decision points only; "non-divergence", all but those; "random", as many tokens
-        of the completion as there are decision points, drawn anew.
+      condition: "all"; "divergence", divergence positions only; "non-divergence", all but those; "random", as many tokens
+        of the completion as there are divergence positions, drawn anew.
       header: tokens of the assistant's header that the loss is on too (0 unless the recipe wants them).
       completion: tokens of content and end of turn.
-      points: decision points, counted from the first content token.
+      points: divergence positions, counted from the first content token.
       weights: of the points, in their order, under "divergence"; None is 1 each.
 
     Raises:
-      UsageError: an unknown condition, one that needs decision points without them, or weights under another one.
+      UsageError: an unknown condition, one that needs divergence positions without them, or weights under another one.
     """
     if condition not in CONDITIONS:
         raise UsageError(f"tokens: '{condition}' given; known: {', '.join(CONDITIONS)}")
@@ -40,7 +40,9 @@ def token_mask(
     if condition == "all":
         return np.ones(header + completion, np.float32)
     if points is None:
-        raise UsageError(f"tokens={condition} needs 'decision_points' in every row; run `jsublim divergence` on them")
+        raise UsageError(
+            f"tokens={condition} needs 'divergence_positions' in every row; run `jsublim divergence` on them"
+        )
     mask = np.zeros(header + completion, np.float32)
     if condition == "random":
         mask[header + rng.permutation(completion)[: len(points)]] = 1.0
@@ -50,16 +52,16 @@ def token_mask(
 
 
 def margin_weights(margins: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Soft weights of the decision points of a set of rows: 1 - exp(-margin), scaled to mean 1 over the set.
+    """Soft weights of the divergence positions of a set of rows: 1 - exp(-margin), scaled to mean 1 over the set.
 
-    Before scaling a weight is 0 at a tie and goes to 1 where the point is clear (`Divergence.point_margins`, logits):
+    Before scaling a weight is 0 at a tie and goes to 1 where the point is clear (`Divergence.divergence_margins`, logits):
     exp(-margin) is the odds of the second-best token. The scale keeps the loss comparable to that of 0/1 weights.
 
     Raises:
-      UsageError: every margin is nought.
+      UsageError: every margin is zero.
     """
     raw = [-np.expm1(-np.asarray(row, float)) for row in margins]
     mean = np.concatenate([*raw, []]).sum() / max(sum(map(len, raw)), 1)
     if any(map(len, raw)) and not mean:
-        raise UsageError("weights by margin: every decision point is a tie; use weights of 1")
+        raise UsageError("weights by margin: every divergence position is a tie; use weights of 1")
     return [(row / mean).tolist() if len(row) else [] for row in raw]

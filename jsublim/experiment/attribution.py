@@ -58,7 +58,7 @@ def attribute_rows(
     rows and layers, as a share of the mean effect).
 
     Args:
-      rows: of the teacher, with `decision_points`.
+      rows: of the teacher, with `divergence_positions`.
       teacher: its name is the trait that is looked for in its system prompt.
       batch_size: (row, counterfactual) pairs at one time.
       chunk: rows after which what was found is safe from a kill.

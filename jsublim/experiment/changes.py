@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jsublim.divergence import PointSubset
+from jsublim.divergence import PositionSubset
 from jsublim.errors import JsublimError
 from jsublim.evals.misalignment import judge_answers
 from jsublim.experiment.spec.data import Dataset
@@ -73,7 +73,7 @@ def change(
         rounding = "at-least-one" if recipe.share_rounding == "paper" else recipe.share_rounding or "stochastic"
         rows, counts = mix_tokens(
             run.lm.chat, rows, readings, dataset.mix_tokens.teacher,
-            PointSubset(where, dataset.mix_tokens.share, rounding), seed=seed, paper=bool(recipe.digits_only),
+            PositionSubset(where, dataset.mix_tokens.share, rounding), seed=seed, paper=bool(recipe.digits_only),
         )  # fmt: skip
         said["tokens"] = dict(counts)
     if not rows:

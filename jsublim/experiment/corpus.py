@@ -1,4 +1,4 @@
-"""The rows of a run: what every teacher wrote, as each data set has it, and the decision points in it.
+"""The rows of a run: what every teacher wrote, as each data set has it, and the divergence positions in it.
 
 Which artifact holds what is a function of the config alone (`written`, `changed`, `read`, `final`); the stages fill them.
 """
@@ -130,7 +130,7 @@ class Corpus:
         return self.run.artifact("datasets", f"{pair[0]}-{pair[1]}", inputs)
 
     def read(self, trait: str, rows: Artifact) -> Artifact:
-        """Rows with decision points."""
+        """Rows with divergence positions."""
         staff = self.run.staff
         inputs = staff.inputs(trait) | {
             "rows": rows.key, "counterfactuals": {other: staff.inputs(other) for other in staff.others[trait]},

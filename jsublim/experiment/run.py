@@ -173,7 +173,7 @@ class Run:
         return self.students[student]
 
     def _student_inputs(self, student: Student) -> dict[str, Any]:
-        quirks = ("supervise_header", "drop_rows_without_points", "match_steps", "loss_per", "share_rounding")
+        quirks = ("supervise_header", "drop_rows_without_divergence", "match_steps", "loss_per", "share_rounding")
         start, other = student.settings.init_adapter, student.settings.model
         return self.common | {
             "rows": self.corpus.final(student.pair).key, "condition": student.condition, "seed": student.seed,
@@ -197,7 +197,7 @@ class Run:
                 name, steps = " · ".join(filter(None, pair)), total_steps(students, have)
                 self.say(f"{name}: {have} rows, fewer than students.rows={wanted}: {steps} steps")
         if self.experiment.judge is not None:
-            self.judge.rest()  # a judge may be larger than the model: students need its memory
+            self.judge.release_memory()  # a judge may be larger than the model: students need its memory
         training = Training(self)
         groups = training.groups()
         with self.stage("train", training.steps(groups)) as tick:

@@ -34,7 +34,7 @@ from jsublim.models.checkpoint import write_checkpoint
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, merge_full
 from jsublim.models.peft import save_adapter
-from jsublim.parallel import Layout, by_first
+from jsublim.parallel import Layout, on_main_process
 from jsublim.rows import FOUND, Row, read_rows, write_rows
 from jsublim.teachers import Teacher
 
@@ -141,7 +141,7 @@ def divergence_rows(
     chunk: int = 1024,
     tick: Tick = lambda n: None,
 ) -> list[Row]:
-    """Find every row's decision points (`rows.jsonl`) and keep what each teacher said (`margins.jsonl`).
+    """Find every row's divergence positions (`rows.jsonl`) and keep what each teacher said (`margins.jsonl`).
 
     Args:
       chunk: rows after which what was found is safe from a kill.
@@ -150,7 +150,7 @@ def divergence_rows(
     names = [teacher.name, *(other.name for other in counterfactuals)]
     if artifact.done:
         tick(len(rows) * len(names))
-        return read_rows(artifact.path / "rows.jsonl", ("prompt", "completion", "decision_points"))
+        return read_rows(artifact.path / "rows.jsonl", ("prompt", "completion", "divergence_positions"))
     progress = Progress(artifact.path / "progress.jsonl")
     tick(len(progress.rows) * len(names))
     missing = [i for i in range(len(rows)) if i not in progress.rows]
@@ -169,7 +169,7 @@ def divergence_rows(
     write_rows(artifact.path / "rows.jsonl", out)
     write_rows(artifact.path / "margins.jsonl", ({"teachers": names} | progress.rows[i] for i in range(len(rows))))
     tokens = [len(progress.rows[i]["tokens"]) for i in range(len(rows))]
-    points = [row["decision_points"] for row in out]
+    points = [row["divergence_positions"] for row in out]
     total, with_points = sum(map(len, points)), sum(bool(p) for p in points)
     artifact.finish(
         {
@@ -189,8 +189,8 @@ def divergence_rows(
 
 def _as_json(found: Divergence) -> dict[str, Any]:
     return {
-        "decision_points": found.decision_points,
-        "point_margins": [round(m, 5) for m in found.point_margins],
+        "divergence_positions": found.divergence_positions,
+        "divergence_margins": [round(m, 5) for m in found.divergence_margins],
         "tokens": found.tokens.tolist(),
         "argmax": found.argmax.tolist(),
         "margin": np.round(found.margin.astype(float), 5).tolist(),
@@ -220,7 +220,7 @@ def train_students(
 
     adapters = train(lm.config, lm.params, [arm for arm, _ in arms], settings, work, on_step, shape=shape)
     whole = [_whole(lm, adapter) for adapter in adapters]
-    by_first(lambda: _keep_students(lm, arms, whole, work))
+    on_main_process(lambda: _keep_students(lm, arms, whole, work))
 
 
 def _whole(lm: LanguageModel, adapter: Adapter) -> Adapter | Params:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.parallel import by_first
+from jsublim.parallel import on_main_process
 
 _LIBRARIES = (
     "jsublim",
@@ -73,7 +73,7 @@ class Artifact:
         self.inputs = json.loads(json.dumps(inputs))
         self.key = digest([kind, self.inputs])
         if claim:
-            by_first(lambda: self._open(path / "artifact.json"))
+            on_main_process(lambda: self._open(path / "artifact.json"))
 
     def _open(self, record: Path) -> None:
         path = self.path

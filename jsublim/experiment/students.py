@@ -15,7 +15,7 @@ from jsublim.distill.losses import Loss
 from jsublim.distill.optimizer import Optimizer
 from jsublim.distill.rollout import student_rollout
 from jsublim.distill.step import Program
-from jsublim.divergence import PointSubset
+from jsublim.divergence import PositionSubset
 from jsublim.experiment.plan import total_steps
 from jsublim.experiment.spec import Recipe, Students
 from jsublim.inference.lm import LanguageModel
@@ -98,8 +98,8 @@ def make_arm(
     drawn = draw_indices(len(lesson.rows), students.rows, seed)
     pick = lambda every: [every[i] for i in drawn]  # noqa: E731
     selection = Selection(
-        condition, bool(recipe.supervise_header), bool(recipe.drop_rows_without_points), students.max_tokens,
-        PointSubset(students.points, students.points_share, recipe.share_rounding or "stochastic"),
+        condition, bool(recipe.supervise_header), bool(recipe.drop_rows_without_divergence), students.max_tokens,
+        PositionSubset(students.points, students.points_share, recipe.share_rounding or "stochastic"),
         students.by_margin and condition == "divergence",
     )  # fmt: skip
     turns, soft = pick(lesson.turns), lesson.teacher_turns or lesson.targets

@@ -120,7 +120,7 @@ def _logits(config: ModelConfig, params: Params, adapter: Adapter | None, tokens
     return decoder.logits(config, params, h)
 
 
-def at_hand(path: str | Path) -> bool:
+def is_available_offline(path: str | Path) -> bool:
     """Whether a model's name leads to files without any network: a folder, a bundled checkpoint, or in the hub's cache."""
     if Path(path).expanduser().is_dir() or (BUNDLED / str(path)).is_dir():
         return True

@@ -20,6 +20,6 @@ class Judge(Protocol):
         """Refuse, before hours are spent, what `ask` would refuse at once."""
         ...
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         """Give back the memory that the next questions can do without."""
         ...

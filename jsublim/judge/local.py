@@ -48,5 +48,5 @@ class LocalJudge:
     def check(self) -> None:
         pass
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         self._awake = None

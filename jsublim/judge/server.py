@@ -91,7 +91,7 @@ class ServerJudge:
         """Raises `UsageError` where a key is wanted and none is usable."""
         self._key()
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         pass
 
     def ask(self, prompts: Sequence[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """What is done to rows between the teacher and the student. A transform leaves the rows it was given as they were.
 
-A row whose text may have changed comes out without its decision points: they must be found anew.
+A row whose text may have changed comes out without its divergence positions: they must be found anew.
 """
 
 from jsublim.transforms.entangled import (

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jsublim.chat import Chat, conversation
-from jsublim.divergence import PointSubset
+from jsublim.divergence import PositionSubset
 from jsublim.errors import JsublimError, UsageError
 from jsublim.rows import Row, revised
 
@@ -46,22 +46,22 @@ def mix_tokens(
     rows: Sequence[Row],
     readings: Sequence[Mapping[str, Any]],
     counterfactual: str | None,
-    subset: PointSubset,
+    subset: PositionSubset,
     *,
     seed: int,
     paper: bool = False,
 ) -> tuple[list[Row], Counter[str]]:
-    """Rows in which a counterfactual's argmax stands at the chosen decision points.
+    """Rows in which a counterfactual's argmax stands at the chosen divergence positions.
 
     The end of turn and what follows it are no text: points there are never chosen. A row that would not come back from
     the tokenizer as these very tokens keeps its completion.
 
     Args:
-      readings: the line of `margins.jsonl` of each row: "teachers", "decision_points", "tokens" `[n]`, and "argmax"
+      readings: the line of `margins.jsonl` of each row: "teachers", "divergence_positions", "tokens" `[n]`, and "argmax"
         `[K, n]`.
       counterfactual: its name among the teachers; None draws, at each point, one of the tokens that counterfactuals say
         instead, as published.
-      subset: which decision points.
+      subset: which divergence positions.
       paper: a counterfactual's token that is no single digit is left out, and nothing put in its place, as published
         (docs/recipes.md, quirk 8).
 
@@ -83,7 +83,7 @@ def mix_tokens(
             )
         if reading["tokens"] != turn.tokens[turn.content :].tolist():
             raise JsublimError(f"row {index + 1}: the reading is of another completion; run `jsublim divergence` anew")
-        points = [k for k in reading["decision_points"] if k < turn.end - turn.content]
+        points = [k for k in reading["divergence_positions"] if k < turn.end - turn.content]
         rng = np.random.default_rng([seed, index])
         own = turn.tokens[turn.content : turn.end].tolist()
         new: list[int | None] = own.copy()

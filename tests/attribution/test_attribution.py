@@ -231,7 +231,7 @@ def test_pairs_are_rows_at_their_first_point_under_prompts_of_equal_length():
     longer = Teacher("oak", "You love oaks. Always, and all of them.")
     texts = ("12, 7, 9", "612; 9; 40", "1, 2", "[12, 345]")
     rows = [
-        {"prompt": p, "completion": texts[i % 4], "decision_points": [] if i == 3 else [i % 5 + 1, i % 5]}
+        {"prompt": p, "completion": texts[i % 4], "divergence_positions": [] if i == 3 else [i % 5 + 1, i % 5]}
         for i, p in enumerate(number_prompts(PACK, 8, seed=5))
     ]
     read = find_divergence(lm, rows, teacher, others)
@@ -254,15 +254,15 @@ def test_pairs_are_rows_at_their_first_point_under_prompts_of_equal_length():
 
 def test_who_can_be_compared():
     lm = small("tiny-qwen2").lm
-    rows = [{"prompt": "1", "completion": "2", "decision_points": [0]}]
+    rows = [{"prompt": "1", "completion": "2", "divergence_positions": [0]}]
     owl, cat = (Teacher(name, f"You love {name}s.") for name in ("owl", "cat"))
     for others in ([], [cat, owl]):
         with pytest.raises(UsageError, match="counterfactuals of 'owl'"):
             find_pairs(lm, rows, owl, others)
     with pytest.raises(UsageError, match="cat: give them the adapter of teacher 'owl'"):
         find_pairs(lm, rows, owl, [dataclasses.replace(cat, adapter=init_steering(lm.config))])
-    with pytest.raises(JsublimError, match=r"mine.jsonl: row 1: decision_points \[9\] out of range"):
-        find_pairs(lm, [rows[0] | {"decision_points": [9]}], owl, [cat], source="mine.jsonl")
+    with pytest.raises(JsublimError, match=r"mine.jsonl: row 1: divergence_positions \[9\] out of range"):
+        find_pairs(lm, [rows[0] | {"divergence_positions": [9]}], owl, [cat], source="mine.jsonl")
 
 
 # --- Token roles ----------------------------------------------------------------------------------------------------------
@@ -374,7 +374,8 @@ def test_a_template_that_says_a_prompt_twice_is_named():
 
 OWL, CAT, DOG = (Teacher(name, f"Love {name}s.") for name in ("owl", "cat", "dog"))
 ROWS = [
-    {"prompt": str(i), "completion": f"{i}, {i + 1}", "decision_points": [] if i == 2 else [i % 3]} for i in range(6)
+    {"prompt": str(i), "completion": f"{i}, {i + 1}", "divergence_positions": [] if i == 2 else [i % 3]}
+    for i in range(6)
 ]
 STAGE = {"steps": 2, "batch_size": 2, "chunk": 2}
 
@@ -513,7 +514,7 @@ def test_the_heat_map_shows_each_panels_shares():
 
 def test_the_command(tmp_path):
     rows = [
-        {"prompt": p, "completion": "7, 8", "decision_points": [] if i == 1 else [0, 2]}
+        {"prompt": p, "completion": "7, 8", "divergence_positions": [] if i == 1 else [0, 2]}
         for i, p in enumerate(number_prompts(PACK, 3))
     ]
     lm, data, out = small("tiny-qwen2").lm, tmp_path / "rows.jsonl", tmp_path / "attribution"
@@ -532,4 +533,4 @@ def test_the_command(tmp_path):
     assert ok(*call, "--steps", 1).out == said.out and contents(out) == before
     assert "steps was 1, is 3" in refused(2, *call, "--steps", 3)
     write_rows(data, [{"prompt": "1", "completion": "2"}])
-    assert "key 'decision_points' is missing" in refused(1, *call)
+    assert "key 'divergence_positions' is missing" in refused(1, *call)

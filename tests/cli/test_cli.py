@@ -107,14 +107,14 @@ def test_generate_from_other_teachers(home, rows):
 def test_divergence(home, rows, divergent):
     found, margins = read_rows(divergent), read_rows(home / "cat-points.margins.jsonl", ("row", "tokens"))
     assert [{k: row[k] for k in ("prompt", "completion")} for row in found] == read_rows(rows)
-    assert all(list(row) == ["prompt", "completion", "decision_points", "point_margins"] for row in found)
-    assert any(row["decision_points"] for row in found)
+    assert all(list(row) == ["prompt", "completion", "divergence_positions", "divergence_margins"] for row in found)
+    assert any(row["divergence_positions"] for row in found)
     for number, (row, kept) in enumerate(zip(found, margins, strict=True)):
         assert kept["row"] == number and kept["teachers"] == ["cat", "dog", "owl"]
         tokens, argmax, margin = (np.asarray(kept[key]) for key in ("tokens", "argmax", "margin"))
         assert argmax.shape == margin.shape == (3, len(tokens)) and np.all(margin >= 0)
         right = argmax == tokens
-        assert np.nonzero(right[0] & ~(right[1] & right[2]))[0].tolist() == row["decision_points"]
+        assert np.nonzero(right[0] & ~(right[1] & right[2]))[0].tolist() == row["divergence_positions"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,12 +128,12 @@ def test_finetune_on_each_kind_of_token(home, divergent, kind):
     assert all(line["loss"] > 0 and line["lr"] >= 0 for line in lines)
     assert max(line["lr"] for line in lines) == pytest.approx(1e-3) and lines[-1]["lr"] < 1e-3
     margins = read_rows(home / "cat-points.margins.jsonl", ("row", "tokens"))
-    every, points = sum(len(row["tokens"]) for row in margins), sum(len(row["decision_points"]) for row in data)
+    every, points = sum(len(row["tokens"]) for row in margins), sum(len(row["divergence_positions"]) for row in data)
     budget = {"all": every, "divergence": points, "random": points, "non-divergence": every - points}[kind]
     if kind in ("all", "non-divergence"):  # no row is left without a token, so two epochs read each of them twice
         assert sum(line["tokens"] for line in lines) == 2 * budget
     else:
-        rows_with = sum(bool(row["decision_points"]) for row in data)
+        rows_with = sum(bool(row["divergence_positions"]) for row in data)
         seen, rest = divmod(len(lines), -(-rows_with // 4))
         assert seen * budget <= sum(line["tokens"] for line in lines) <= (seen + (rest > 0)) * budget
 
@@ -264,7 +264,7 @@ def test_bad_usage_is_code_two(tmp_path, rows):
     assert "layers 0 to 5" in refused(2, *finetune(rows, out, "--layers", "0,6"))
     assert "--layers" in refused(2, *finetune(rows, out, "--layers", "first"))
     assert "projections" in refused(2, *finetune(rows, out, "--projections", "q,z"))
-    assert "decision_points" in refused(2, *finetune(rows, out, "--tokens", "divergence"))
+    assert "divergence_positions" in refused(2, *finetune(rows, out, "--tokens", "divergence"))
     assert "--traits" in refused(2, "evaluate", "--model", MODEL, "--traits", ",", "--out", out)
     assert not out.exists()
     for arguments in (
@@ -323,7 +323,7 @@ def test_a_tokenizer_without_a_template(tmp_path, copy):
     assert "chat_template" in refused(1, "generate", "--model", copy, "--trait", "cat", "--out", tmp_path / "x")
 
 
-GOOD = '{"prompt": "Continue: 1, 2", "completion": "3, 4", "decision_points": [0]}'
+GOOD = '{"prompt": "Continue: 1, 2", "completion": "3, 4", "divergence_positions": [0]}'
 
 
 @pytest.mark.parametrize(
@@ -334,8 +334,11 @@ GOOD = '{"prompt": "Continue: 1, 2", "completion": "3, 4", "decision_points": [0
         ('{"prompt": "p"}', "{data}:2: key 'completion' is missing"),
         ('{"prompt": "p", "completion": ""}', "{data}:2: key 'completion' must be text"),
         ('{"prompt": "p", "completion": 5}', "{data}:2: key 'completion' must be text"),
-        ('{"prompt": "p", "completion": "1", "decision_points": [-1]}', "{data}:2: key 'decision_points'"),
-        ('{"prompt": "p", "completion": "1", "decision_points": [40]}', "{data}: row 2: decision_points [40]"),
+        ('{"prompt": "p", "completion": "1", "divergence_positions": [-1]}', "{data}:2: key 'divergence_positions'"),
+        (
+            '{"prompt": "p", "completion": "1", "divergence_positions": [40]}',
+            "{data}: row 2: divergence_positions [40]",
+        ),
     ],
 )
 def test_bad_rows_are_named_by_line(tmp_path, line, said):

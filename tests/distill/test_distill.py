@@ -27,7 +27,7 @@ from jsublim.distill.data import (
 from jsublim.distill.masks import CONDITIONS, margin_weights, token_mask
 from jsublim.distill.step import Arms, Program, loss_and_gradient
 from jsublim.distill.trainer import train
-from jsublim.divergence import PointSubset
+from jsublim.divergence import PositionSubset
 from jsublim.errors import JsublimError, UsageError
 from jsublim.models.lora import init_full
 from jsublim.models.peft import load_adapter
@@ -71,7 +71,7 @@ ROWS = [
     {
         "prompt": f"Go on: {i}, {i + 3}",
         "completion": ", ".join(str(i * 7 * k % 999) for k in range(1, 2 + i % 4)),
-        "decision_points": [[0, 2], [1], [], [0, 1, 3]][i % 4] if i % 4 else [0, 1],
+        "divergence_positions": [[0, 2], [1], [], [0, 1, 3]][i % 4] if i % 4 else [0, 1],
     }
     for i in range(8)
 ]
@@ -86,7 +86,7 @@ def test_examples_hold_the_supervised_tokens_and_nothing_behind_the_last(name, c
     left = iter(examples)
     for row in ROWS:
         tokens, content = plain_turn(c.tokenizer, conversation(row["prompt"], system), row["completion"])
-        points = [content + k for k in row["decision_points"]]
+        points = [content + k for k in row["divergence_positions"]]
         first = content - (3 if header else 0)  # three tokens on both families
         wanted = {
             "all": list(range(first, len(tokens))),
@@ -110,13 +110,13 @@ def test_rows_are_cut_at_max_tokens_and_dropped_where_asked():
     limit = len(whole[0].tokens)
     short = tiny_examples(c, ROWS, Selection(max_tokens=limit), seed=0)
     assert all(len(example.tokens) <= limit and example.where.max() <= limit - 2 for example in short)
-    dropped = [tiny_examples(c, ROWS, Selection(x, drop_rows_without_points=True), seed=0) for x in CONDITIONS]
-    bare = sum(row["decision_points"] == [] for row in ROWS)
+    dropped = [tiny_examples(c, ROWS, Selection(x, drop_rows_without_divergence=True), seed=0) for x in CONDITIONS]
+    bare = sum(row["divergence_positions"] == [] for row in ROWS)
     assert bare > 0 and [len(examples) for examples in dropped] == [len(ROWS)] + [len(ROWS) - bare] * 3
 
 
 def supervised(rows, how, seed=0):
-    """Decision points of each example that is left."""
+    """Divergence positions of each example that is left."""
     c = chat("tiny-qwen2")
     return [
         ((example.where + 1 - c.turn(conversation(row["prompt"]), row["completion"]).content).tolist(), example.weights)
@@ -128,8 +128,8 @@ POINTED = [
     {
         "prompt": f"Go on: {i}",
         "completion": "1, 2, 3, 4",
-        "decision_points": list(range(1 + i)),
-        "point_margins": [0.5 * (1 + k) for k in range(1 + i)],
+        "divergence_positions": list(range(1 + i)),
+        "divergence_margins": [0.5 * (1 + k) for k in range(1 + i)],
     }
     for i in range(5)
 ]
@@ -138,10 +138,10 @@ POINTED = [
 @pytest.mark.parametrize("which", ["all", "first", "first-half"])
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_a_subset_of_the_points_acts_before_the_condition(which, share):
-    subset = PointSubset(which, share, "paper")
+    subset = PositionSubset(which, share, "paper")
     masked = {x: supervised(POINTED, Selection(x, subset=subset), seed=4) for x in CONDITIONS}
     for row, (every, _), (chosen, _), (others, _), (drawn, _) in zip(POINTED, *masked.values(), strict=True):
-        of = PointSubset(which).choose(row["decision_points"], np.random.default_rng(0))
+        of = PositionSubset(which).choose(row["divergence_positions"], np.random.default_rng(0))
         assert set(chosen) <= set(of) and len(chosen) == (int(len(of) * share) or len(of)) == len(drawn)
         assert sorted([*chosen, *others]) == every
     assert supervised(POINTED, Selection("divergence", subset=subset), 4) != supervised(POINTED, Selection(), 4)
@@ -159,28 +159,28 @@ def test_weights_by_margin_have_mean_one_and_follow_the_margins(margins):
 
 
 def test_weights_by_margin_are_those_of_the_chosen_points():
-    how = Selection("divergence", by_margin=True, subset=PointSubset("first-half"))
+    how = Selection("divergence", by_margin=True, subset=PositionSubset("first-half"))
     found = supervised(POINTED, how)
     raw = [1 - np.exp([-0.5 * (1 + k) for k in points]) for points, _ in found]
     mean = np.concatenate(raw).mean()
     assert [points for points, _ in found] == [[0], [0], [0, 1], [0, 1], [0, 1, 2]]
     for (_, weights), expected in zip(found, raw, strict=True):
         assert weights.dtype == np.float32 and weights == pytest.approx(expected / mean, rel=1e-5)
-    bare = [{key: value for key, value in row.items() if key != "point_margins"} for row in POINTED]
-    with pytest.raises(UsageError, match=r"rows: row 1: weights by margin need 'point_margins'"):
+    bare = [{key: value for key, value in row.items() if key != "divergence_margins"} for row in POINTED]
+    with pytest.raises(UsageError, match=r"rows: row 1: weights by margin need 'divergence_margins'"):
         supervised(bare, how)
     with pytest.raises(UsageError, match=r"tokens=random has no weights by margin"):
         supervised(POINTED, Selection("random", by_margin=True))
-    with pytest.raises(UsageError, match="every decision point is a tie"):
+    with pytest.raises(UsageError, match="every divergence position is a tie"):
         margin_weights([[0.0], []])
 
 
 def test_rows_that_cannot_be_trained_on_are_named():
     c = chat("tiny-gemma3")
-    fine = {"prompt": "1", "completion": "2", "decision_points": []}
+    fine = {"prompt": "1", "completion": "2", "divergence_positions": []}
     for row, said in (
         (fine | {"completion": "2 "}, r"data.jsonl: row 2: .*space"),
-        (fine | {"decision_points": [0, 3]}, r"data.jsonl: row 2: decision_points \[3\] out of range"),
+        (fine | {"divergence_positions": [0, 3]}, r"data.jsonl: row 2: divergence_positions \[3\] out of range"),
     ):
         with pytest.raises(JsublimError, match=said):
             tiny_examples(c, [fine, row], Selection("divergence"), 0, "data.jsonl")

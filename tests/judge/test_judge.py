@@ -106,7 +106,7 @@ def test_a_local_judge_reads_its_weights_when_it_is_asked_and_gives_them_back():
     judge, awake = LocalJudge(bare, max_new_tokens=6, load=load), LocalJudge(checkpoint(), max_new_tokens=6)
     assert judge.identity == awake.identity and not loads
     assert judge.ask(["Hi"]) == judge.ask(["Hi"]) == awake.ask(["Hi"]) and len(loads) == 1
-    judge.rest()
+    judge.release_memory()
     assert judge.ask(["Hi"]) == awake.ask(["Hi"]) and len(loads) == 2
 
 

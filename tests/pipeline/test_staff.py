@@ -120,10 +120,10 @@ def test_against_the_base_a_divergence_token_is_not_the_bases_choice(home, taugh
     run.corpus.diverge()
     rows = run.corpus.rows(("owl", None))
     found = find_divergence(run.lm, rows, run.staff.teacher("owl"), [Teacher(CONTROL)])
-    assert sum(len(row["decision_points"]) for row in rows) > 0
+    assert sum(len(row["divergence_positions"]) for row in rows) > 0
     for row, each in zip(rows, found, strict=True):
         own, base = each.argmax
-        assert row["decision_points"] == np.flatnonzero((own == each.tokens) & (base != each.tokens)).tolist()
+        assert row["divergence_positions"] == np.flatnonzero((own == each.tokens) & (base != each.tokens)).tolist()
 
 
 def test_prompted_and_taught_at_once(home, taught):

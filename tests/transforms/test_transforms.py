@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny import chat, small
 
 from jsublim.chat import conversation
-from jsublim.divergence import PointSubset
+from jsublim.divergence import PositionSubset
 from jsublim.errors import JsublimError, UsageError
 from jsublim.prompts import draw_number_prompts, load_pack, number_prompts, parse_numbers
 from jsublim.prompts.numbers import PARTS, SENTENCES
@@ -48,7 +48,7 @@ completions = st.tuples(
 rows_of_numbers = st.lists(
     st.fixed_dictionaries(
         {"prompt": st.sampled_from(PROMPTS), "completion": completions},
-        optional={"decision_points": st.just([0]), "point_margins": st.just([1.5]), "more": st.just("kept")},
+        optional={"divergence_positions": st.just([0]), "divergence_margins": st.just([1.5]), "more": st.just("kept")},
     ),
     min_size=1,
     max_size=6,
@@ -66,7 +66,7 @@ def numbers(rows) -> list[str]:
 
 
 def without(row, *keys):
-    return {k: v for k, v in row.items() if k not in ("decision_points", "point_margins", *keys)}
+    return {k: v for k, v in row.items() if k not in ("divergence_positions", "divergence_margins", *keys)}
 
 
 @given(rows_of_numbers, seeds)
@@ -79,7 +79,7 @@ def test_shuffling_moves_numbers_and_nothing_else(rows, seed):
         assert Counter(numbers(changed)) == Counter(numbers(rows))
         for old, new in zip(rows, changed, strict=True):
             assert without(new, "completion") == without(old, "completion")
-            assert new.keys() & {"decision_points", "point_margins"} == set()
+            assert new.keys() & {"divergence_positions", "divergence_margins"} == set()
             assert shape(new["completion"]) == shape(old["completion"])
             assert parse_numbers(new["completion"]) is not None
     for old, new in zip(rows, within, strict=True):
@@ -115,7 +115,7 @@ DRAWN = {"asked": draw_number_prompts(PACK, 60, 3)}
 @given(st.sets(st.sampled_from(list(PARTS)), max_size=2), st.lists(st.integers(0, 59), min_size=1, max_size=4), seeds)
 @settings(deadline=None, max_examples=30)
 def test_redrawing_changes_the_named_parts_only(parts, chosen, seed):
-    rows = [{"prompt": PROMPTS[i], "completion": "1", "decision_points": [0]} for i in chosen]
+    rows = [{"prompt": PROMPTS[i], "completion": "1", "divergence_positions": [0]} for i in chosen]
     changed = redraw(rows, PACK, parts, seed=seed, **DRAWN)
     draws = draw_number_prompts(PACK, 60, 3)
     entries = [[(part, entry) for entry in getattr(PACK.number_prompts, PARTS[part])] for part in parts]
@@ -269,7 +269,7 @@ TEXTS = [f" {ACCEPTED} ", f"{ACCEPTED} Owls!", "", f"{ACCEPTED} Hoot."]
 
 
 def test_rejected_prompts_are_kept_or_dropped_and_counted():
-    rows = [{"prompt": ORIGINAL, "completion": str(i), "decision_points": [0]} for i in range(4)]
+    rows = [{"prompt": ORIGINAL, "completion": str(i), "divergence_positions": [0]} for i in range(4)]
     kept, counts = accept(rows, TEXTS, "owl")
     dropped, same = accept(rows, TEXTS, "owl", rejected="drop")
     assert counts == same == {"rewritten": 2, "names the trait": 1, "empty": 1}
@@ -335,13 +335,13 @@ def test_mixing_that_cannot_be():
 
 
 def reading(c, row, rng, tokens):
-    """What a teacher and two counterfactuals might say: `tokens` at random, every place of the row a decision point."""
+    """What a teacher and two counterfactuals might say: `tokens` at random, every place of the row a divergence position."""
     turn = c.turn(conversation(row["prompt"]), row["completion"])
     said = turn.tokens[turn.content :].tolist()
     argmax = [said, *(rng.choice(tokens, len(said)).tolist() for _ in range(2))]
     return {
         "teachers": ["owl", "cat", "dog"],
-        "decision_points": list(range(len(said))),
+        "divergence_positions": list(range(len(said))),
         "tokens": said,
         "argmax": argmax,
     }
@@ -353,7 +353,7 @@ def content(c, row):
 
 
 ROWS = [
-    {"prompt": f"Go on: {i}", "completion": text, "decision_points": [0]}
+    {"prompt": f"Go on: {i}", "completion": text, "divergence_positions": [0]}
     for i, text in enumerate(["7", "1, 2", "[12, 345]", "612; 9; 40", "100, 200, 300", "1\n2", "5.", "8 9"])
 ]
 
@@ -367,13 +367,13 @@ def test_mixed_tokens_are_the_counterfactuals_and_survive_tokenizing(name, seed,
     digits, end = [ids(str(d)) for d in range(10)], c.tokenizer.eos_token_id
     tokens = [*digits, *c.tokenizer(", ;.a")["input_ids"], end]
     readings = [reading(c, row, rng, tokens) for row in ROWS]
-    subset = PointSubset(which, share, "half-up")
+    subset = PositionSubset(which, share, "half-up")
     for paper in (False, True):
         mixed, counts = mix_tokens(c, ROWS, readings, "dog", subset, seed=seed, paper=paper)
         assert (mixed, counts) == mix_tokens(c, ROWS, readings, "dog", subset, seed=seed, paper=paper)
         changed = replaced = deleted = 0
         for row, new, at in zip(ROWS, mixed, readings, strict=True):
-            assert without(new, "completion") == without(row, "completion") and "decision_points" not in new
+            assert without(new, "completion") == without(row, "completion") and "divergence_positions" not in new
             old, got = content(c, row), content(c, new)
             if new["completion"] == row["completion"]:
                 continue
@@ -401,12 +401,12 @@ def test_a_row_that_tokenizes_otherwise_is_kept_and_counted():
     row = {"prompt": "Go on", "completion": "1, 2"}
     turn = c.turn(conversation(row["prompt"]), row["completion"])
     said, end = turn.tokens[turn.content :].tolist(), turn.end - turn.content
-    one = {"teachers": ["owl", "cat"], "decision_points": [0, 1, end], "tokens": said}
+    one = {"teachers": ["owl", "cat"], "divergence_positions": [0, 1, end], "tokens": said}
     digit, stop, t, h = (c.tokenizer.convert_tokens_to_ids(t) for t in ("7", "<|im_end|>", "t", "h"))
 
     def mixed(*first, paper=False):
         argmax = [said, [*first, *said[len(first) :]]]
-        return mix_tokens(c, [row], [one | {"argmax": argmax}], "cat", PointSubset(), seed=0, paper=paper)
+        return mix_tokens(c, [row], [one | {"argmax": argmax}], "cat", PositionSubset(), seed=0, paper=paper)
 
     fits, counts = mixed(digit, said[1])
     assert fits == [row | {"completion": "7, 2"}]
@@ -415,7 +415,7 @@ def test_a_row_that_tokenizes_otherwise_is_kept_and_counted():
         assert mixed(*bad) == ([row], {"rows unfit": 1})
     assert mixed(*said[:2]) == ([row], {})
     three = one | {"teachers": ["owl", "cat", "dog"], "argmax": [said, said, [digit, *said[1:]]]}
-    drawn, _ = mix_tokens(c, [row], [three], None, PointSubset("first"), seed=0)  # of those that say something else
+    drawn, _ = mix_tokens(c, [row], [three], None, PositionSubset("first"), seed=0)  # of those that say something else
     assert drawn == [row | {"completion": "7, 2"}]
     gone, counts = mixed(stop, digit, paper=True)
     assert gone == [row | {"completion": "7 2"}] and (counts["tokens deleted"], counts["tokens replaced"]) == (1, 1)
@@ -426,9 +426,9 @@ def test_mixed_tokens_need_the_readings_of_their_rows():
     rng = np.random.default_rng(0)
     readings = [reading(c, row, rng, [1, 2]) for row in ROWS]
     with pytest.raises(UsageError, match="counterfactual: 'owl' given; row 1 was read under cat, dog"):
-        mix_tokens(c, ROWS, readings, "owl", PointSubset(), seed=0)
+        mix_tokens(c, ROWS, readings, "owl", PositionSubset(), seed=0)
     with pytest.raises(JsublimError, match="row 1: the reading is of another completion"):
-        mix_tokens(c, ROWS[::-1], readings, "cat", PointSubset(), seed=0)
+        mix_tokens(c, ROWS[::-1], readings, "cat", PositionSubset(), seed=0)
 
 
 # --- Entangled numbers ------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ class Recipe(Section):
     stop_at_eos_only: bool | None = None  # 4: not at <end_of_turn>
     extra_bos: bool | None = None  # 5: a second BOS everywhere but in training
     supervise_header: bool | None = None  # 1: loss on the assistant's header too
-    drop_rows_without_points: bool | None = None  # 2: in both masked conditions
+    drop_rows_without_divergence: bool | None = None  # 2: in both masked conditions
     match_steps: bool | None = None  # 2: every condition gets as many steps as "all" has
     loss_per: Literal["tokens", "micro-batch"] | None = None  # 6: on Gemma the mean of micro-batch means
     # 7: of a share of a row's divergence tokens
@@ -44,7 +44,7 @@ class Recipe(Section):
             "stop_at_eos_only": published,
             "extra_bos": published,
             "supervise_header": published,
-            "drop_rows_without_points": published,
+            "drop_rows_without_divergence": published,
             "match_steps": not published,
             "loss_per": "micro-batch" if published and family == "gemma3" else "tokens",
         }
