@@ -6,7 +6,9 @@ whole; what lies between is header, content and end of turn. No token id or offs
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +34,7 @@ class Turn:
       tokens: int32 `[T]`, the whole conversation.
       header: first token of the assistant's header (such as `<|im_start|>assistant`).
       content: first token of what it says.
-      end: first token behind it: the end-of-turn token, then what the template adds.
+      end: first token after it: the end-of-turn token, then what the template adds.
     """
 
     tokens: np.ndarray
@@ -71,6 +73,15 @@ class Chat:
     def template_hash(self) -> str:
         """sha256 (16 hex digits) of the chat template."""
         return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()[:16]
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """16 hex digits of what decides a conversation's tokens: tokenizer and template. Positions of tokens mean something
+        under the chat that they were counted in only."""
+        backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
+        counted = {key: value for key, value in backend.items() if key not in ("padding", "truncation")}
+        text = json.dumps([counted, str(self.tokenizer.chat_template)], sort_keys=True, ensure_ascii=False)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def render(self, messages: Sequence[Message], *, ask: bool) -> str:
         """The conversation as text; with `ask` the header of the assistant's turn follows."""

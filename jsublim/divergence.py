@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jsublim.chat import Chat
 from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.scoring import score_turns
@@ -132,8 +133,13 @@ def find_divergence(
 
 
 def check_positions(rows: Sequence[Row], lengths: Sequence[int], source: str) -> None:
-    """Raises:
-    JsublimError: a divergence position behind the last token of its row.
+    """Refuse divergence positions beyond the last token of their row.
+
+    Args:
+      lengths: completion tokens of each row, in the tokenizer that its positions were counted in.
+
+    Raises:
+      JsublimError: naming the row.
     """
     for number, (row, n) in enumerate(zip(rows, lengths, strict=True), 1):
         beyond = [k for k in row.get("divergence_positions", []) if k >= n]
@@ -141,4 +147,19 @@ def check_positions(rows: Sequence[Row], lengths: Sequence[int], source: str) ->
             raise JsublimError(
                 f"{source}: row {number}: divergence_positions {beyond} out of range, the completion has {n} tokens; "
                 "was it written for another tokenizer?"
+            )
+
+
+def check_counted(rows: Sequence[Row], chat: Chat, source: str) -> None:
+    """Refuse divergence positions that were counted in another tokenizer or template than the reader's.
+
+    Raises:
+      JsublimError: naming both.
+    """
+    for number, row in enumerate(rows, 1):
+        own = row.get("counted_in")
+        if own not in (None, chat.identity):
+            raise JsublimError(
+                f"{source}: row {number}: divergence_positions were counted in tokenizer and template {own}, and are read "
+                f"in {chat.identity} ({chat.folder}); find them anew on this checkpoint, or learn all tokens"
             )

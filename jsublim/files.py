@@ -39,3 +39,20 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write a JSON file at once, readable and with a line break at its end."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_table(path: str | Path, rows: list[dict[str, Any]], schema: Any) -> None:
+    """Write a parquet file at once; `schema` is pyarrow's."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with atomic(path) as scratch:
+        pq.write_table(pa.Table.from_pylist(rows, schema), scratch)
+
+
+def read_table(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of one parquet file."""
+    import pyarrow.parquet as pq
+
+    # A path that holds "key=value" is no partition.
+    return pq.ParquetFile(path).read().to_pylist()

@@ -1,18 +1,19 @@
-"""Rows of text on disk: JSONL, one object a line."""
+"""Rows of text on disk: JSONL, one object per line."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jsublim.errors import JsublimError, UsageError
+from jsublim.files import atomic
 
 Row = dict[str, Any]
 
-FOUND = ("divergence_positions", "divergence_margins")  # what holds for the very text it was found in
+# What holds for the very text it was found in: positions, margins, and the tokenizer and template that they were counted in.
+FOUND = ("divergence_positions", "divergence_margins", "counted_in")
 
 
 def read_rows(path: str | Path, required: Sequence[str] = ("prompt", "completion")) -> list[Row]:
@@ -84,10 +85,6 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     """Write rows so that the file appears whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.partial")
-    with scratch.open("w", encoding="utf-8") as file:
+    with atomic(path) as scratch, scratch.open("w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    scratch.replace(path)

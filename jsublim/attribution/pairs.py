@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jsublim.chat import Turn
-from jsublim.divergence import check_positions
+from jsublim.divergence import check_counted, check_positions
 from jsublim.errors import UsageError
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.scoring import score_turns
@@ -65,7 +65,7 @@ def find_pairs(
     Raises:
       UsageError: no counterfactual, the teacher among them, or one with another adapter: the runs differ by their
         prompts alone.
-      JsublimError: divergence positions behind the end of a row.
+      JsublimError: divergence positions beyond the end of a row, or counted in another tokenizer.
     """
     names = [other.name for other in counterfactuals]
     if not names or teacher.name in names:
@@ -76,6 +76,7 @@ def find_pairs(
     if changed:
         raise UsageError(f"counterfactuals {', '.join(changed)}: give them the adapter of teacher '{teacher.name}'")
     turns = read_as(lm.chat, teacher, rows, source, extra_bos=extra_bos)
+    check_counted(rows, lm.chat, source)
     check_positions(rows, [len(turn.tokens) - turn.content for turn in turns], source)
     points = {i: min(row["divergence_positions"]) for i, row in enumerate(rows) if row["divergence_positions"]}
     aligned, found = set(), {i: [] for i in points}

@@ -23,7 +23,8 @@ def aot(
     config: Annotated[str, typer.Option("--config", help="YAML, such as configs/models/qwen2.5-7b.yaml.")],
     topology: Annotated[str, typer.Option("--topology", help="v5e:4x4, v5p:2x2x2, v6e:4x4 ...")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Fields of the config: students.batch_size=32 students.remat=true.")
+        list[str] | None,
+        typer.Argument(help="Fields of the config: students.data.batch_size=32 students.runtime.remat=true."),
     ] = None,
     model_axis: Annotated[
         int | None,
@@ -40,12 +41,12 @@ def aot(
     # The compiler alone is asked, so no accelerator of this machine is taken, and no metadata server is waited for.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}  # or libtpu warns
+    from jsublim.config import load_experiment, variants
     from jsublim.distill.aot import compile_ahead, find_topology
     from jsublim.distill.data import Shape
-    from jsublim.experiment.spec import load_experiment, variants
-    from jsublim.experiment.students import settings as settings_of
     from jsublim.models.checkpoint import read_config
     from jsublim.models.decoder import abstract_params
+    from jsublim.pipeline.training import settings_of
 
     experiment = load_experiment(config, overrides)
     _, model = read_config(architecture(experiment.model, shape))
@@ -54,15 +55,15 @@ def aot(
         raise UsageError(f"{config}: trains no students, so there is no step to compile")
     name, students = next(iter(variants(experiment.students).items()))
     recipe = experiment.recipe.resolved(model.family)
-    settings = settings_of(students, recipe, parallel="mesh", model_axis=model_axis or 1, tensorboard=None)
-    live = students.loss != "hard" and students.top_k is None
+    settings = settings_of(students, recipe, parallel="mesh", model_axis=model_axis or 1)
+    live = students.loss.live
     lengths = Shape.fit(settings.micro, settings.rows, tokens, labels, tokens + SYSTEM_PROMPT if live else 0)
     params = abstract_params(model, experiment.dtype)
     console.print(f"compiling for {topology}; this takes a minute or two")
     arm = _arm(model, params, students, lengths)
     report = compile_ahead(model, params, arm, arms, settings, lengths, where, model=model_axis)
     rows = lengths.divisible(report.layout.data)
-    title = f"{experiment.name}{f', arm {name}' if name else ''}: {students.method}, {students.loss} loss, arms: {arms}"
+    title = f"{experiment.name}{f', arm {name}' if name else ''}: {students.adapter.method}, {students.loss.kind} loss, arms: {arms}"
     print(f"{title}, {rows.micro} x {rows.rows} rows (+ {rows.spare} empty) of {tokens} tokens, {labels} supervised")
     print("\n".join(f"{key:<15}{value}" for key, value in lines(report)))
 
@@ -74,7 +75,7 @@ def architecture(model: str, shape: Path | None) -> Path:
     Raises:
       UsageError: none is at hand.
     """
-    from jsublim.experiment.spec import find_config
+    from jsublim.config import find_config
     from jsublim.inference.lm import BUNDLED
 
     if shape is not None:
@@ -119,13 +120,13 @@ def _arm(config: Any, params: Any, students: Any, lengths: Any) -> Any:
 
     from jsublim.distill.arm import Arm
     from jsublim.distill.memory import example_like
-    from jsublim.experiment.students import start
+    from jsublim.pipeline.training import start_adapter
 
     def begin(params: Any) -> Any:
-        return start(config, params, students, 0)
+        return start_adapter(config, params, students, 0)
 
     row = example_like(lengths, soft=lengths.teacher > 0)
-    if students.top_k is not None:
-        k, n = students.top_k, lengths.labels
+    if students.loss.top_k is not None:
+        k, n = students.loss.top_k, lengths.labels
         row = replace(row, ids=np.zeros((n, k), np.int32), logp=np.zeros((n, k + 1), np.float32))
-    return Arm("student", [row], jax.eval_shape(begin, params), 0, students.lr, 1)
+    return Arm("student", [row], jax.eval_shape(begin, params), 0, students.optimizer.lr, 1)

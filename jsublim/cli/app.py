@@ -1,15 +1,12 @@
-"""The typer application, and the options that several commands share."""
+"""The typer application, and what several commands share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from jsublim.errors import UsageError
 
@@ -32,46 +29,60 @@ Model = Annotated[
 Out = Annotated[Path, typer.Option("--out", help="Where the result goes; an unfinished one there is continued.")]
 PackFile = Annotated[Path | None, typer.Option("--prompts", help="Prompt pack (YAML); default: the package's own.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")]
-RecipeName = Annotated[str, typer.Option("--recipe", help="clean, or paper: with the quirks of the published code.")]
+# Of the stage commands: a config (or none), and fields laid over it.
+Fields = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG] [a.b=c]...",
+        help="A config, and any fields of `jsublim run`: recipe=paper sampling.strategy=greedy store=runs/store.",
+    ),
+]
+AnyModel = Annotated[str | None, typer.Option("--model", help="As model=: a folder, a bundled name, or owner/name.")]
 
 
 def names(text: str | None) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()] if text else []
 
 
-def numbers(text: str | None, option: str) -> list[int] | None:
-    """ "0,3,5-7" as integers; None stays None."""
-    if text is None or text == "all":
-        return None
-    numbers: list[int] = []
-    for part in names(text):
-        first, dash, last = part.partition("-")
-        if not first.isdigit() or (dash and not (last.isdigit() and int(first) <= int(last))):
-            raise UsageError(f"{option}: '{text}' given; expected numbers such as 0,3,5-7")
-        numbers += range(int(first), int(last if dash else first) + 1)
-    return numbers
+def experiment_of(
+    command: str, fields: list[str] | None, out: Path, base: dict[str, Any] | None = None, **said: Any
+) -> Any:
+    """The experiment that a stage command is a part of: a config or none, what options say, and fields laid over it.
+
+    Args:
+      out: the command's result; unless a field says otherwise, its artifacts lie in a folder beside it.
+      base: what the command assumes unless anything says otherwise.
+      said: values by dotted name with "__" for the dot; None is not said.
+
+    Raises:
+      UsageError: as `load_experiment`.
+    """
+    from jsublim.config import Experiment, check_config, read_config
+    from jsublim.config.loading import override
+    from jsublim.section import nested, overlaid
+
+    fields = list(fields or [])
+    config = fields.pop(0) if fields and "=" not in fields[0] else None
+    values: dict[str, Any] = {"name": command, "store": str(out.with_name(f"{out.stem}.artifacts"))} | (base or {})
+    values = overlaid(values, read_config(config) if config else {})
+    given = {key.replace("__", "."): value for key, value in said.items() if value is not None}
+    values = overlaid(values, nested(given))
+    for field in fields:
+        override(values, field)
+    if "model" not in values:
+        raise UsageError(f"{command}: give --model (or model=, or a config that names one)")
+    return check_config(Experiment, values, config or command)
 
 
-@contextmanager
-def bar(name: str, total: int) -> Iterator[Any]:
-    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(name, total=total)
-        yield lambda n: progress.update(task, advance=n)
+def check_free(out: Path, key: str | None) -> None:
+    """Refuse a place that holds something else than an earlier result of the same command.
 
+    Raises:
+      UsageError: naming it.
+    """
+    from jsublim.pipeline.publish import published_key
 
-def recipe_of(name: str, lm: Any) -> Any:
-    """The preset of that name, for the family of a loaded checkpoint."""
-    from jsublim.experiment.spec import Recipe
-
-    if name not in ("paper", "clean"):
-        raise UsageError(f"--recipe: '{name}' given; known: paper, clean")
-    return Recipe(preset=name).resolved(lm.config.family)  # type: ignore[arg-type]
-
-
-def file_hash(folder: Path | None) -> str | None:
-    if folder is None:
-        return None
-    from jsublim.models.checkpoint import checkpoint_hash
-
-    return checkpoint_hash(folder)
+    if out.exists() and (key is None or published_key(out) != key):
+        there = published_key(out)
+        what = "a result of other settings" if there else "something that this command did not write"
+        raise UsageError(f"{out}: already exists and holds {what}; give another --out or move it away")

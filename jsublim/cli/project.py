@@ -18,21 +18,34 @@ KINDS = ("language", "digits")
 def run(
     config: Annotated[str, typer.Argument(help="YAML, such as configs/quickstart.yaml.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Fields of the config: students.lr=1e-3 model=/path.")
+        list[str] | None, typer.Argument(help="Fields of the config: students.optimizer.lr=1e-3 model=/path.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take, and what is there already.")
+    ] = False,
+    chip: Annotated[str, typer.Option("--chip", help="For --dry-run: h100, h200, a100, l4, v5e, v5p, v6e.")] = "h100",
 ) -> None:
     """Run an experiment: generate, find divergence tokens, distil, evaluate, report. Run again, it continues."""
-    from jsublim.experiment.spec import Experiment, check_config, find_config, read_config
+    from jsublim.config import Experiment, check_config, find_config, read_config
 
     values, path = read_config(config, overrides), find_config(config)
     kind = values.get("kind", "language")
     if kind == "language":
-        from jsublim.experiment.run import run_experiment
+        from jsublim.executors import LocalExecutor
+        from jsublim.pipeline.run import run_experiment
 
-        report = run_experiment(check_config(Experiment, values, path), console)
+        experiment = check_config(Experiment, values, path)
+        if dry_run:
+            from jsublim.cli.reproduce import print_estimate
+
+            print_estimate(experiment, chip)
+            return
+        report = run_experiment(experiment, LocalExecutor(), console)
+    elif kind == "digits" and dry_run:
+        raise UsageError("--dry-run: a digits experiment is one program that takes half a minute; run it")
     elif kind == "digits":
+        from jsublim.digits.config import Digits
         from jsublim.digits.run import run_digits
-        from jsublim.digits.spec import Digits
 
         report = run_digits(check_config(Digits, values, path), console)
     else:

@@ -11,7 +11,7 @@ from jsublim.cli.app import app, console
 from jsublim.errors import UsageError
 
 if TYPE_CHECKING:
-    from jsublim.experiment.spec import Experiment
+    from jsublim.config import Experiment
 
 
 @app.command()
@@ -33,8 +33,9 @@ def reproduce(
     ] = None,
 ) -> None:
     """Run what a figure of the paper shows, with the same code at every scale (docs/paper_map.md)."""
-    from jsublim.experiment.paper import load_question, panel_experiment, panels_of
-    from jsublim.experiment.run import run_experiment
+    from jsublim.config.figures import load_question, panel_experiment, panels_of
+    from jsublim.executors import LocalExecutor
+    from jsublim.pipeline.run import run_experiment
 
     path, question = load_question(figure)
     wanted = panel or panels_of(question, figure)
@@ -46,43 +47,40 @@ def reproduce(
     console.print(f"{question.about} ({path.stem}, {scale}: {', '.join(wanted)})")
     for experiment in experiments.values():
         if dry_run:
-            _estimate(experiment, chip, shape)
+            print_estimate(experiment, chip, shape)
         else:
-            print(run_experiment(experiment, console))
+            print(run_experiment(experiment, LocalExecutor(), console))
 
 
-def _estimate(experiment: Experiment, chip: str, shape: Path | None) -> None:
+def print_estimate(experiment: Experiment, chip: str, shape: Path | None = None) -> None:
+    """What an experiment would take, kind of task by kind of task. Nothing is made, not even a folder."""
     from rich.table import Table
 
     from jsublim.cli.aot import architecture
-    from jsublim.experiment.estimate import CHIPS, REACHED, Estimator
-    from jsublim.experiment.run import Run
-    from jsublim.inference.lm import is_available_offline
-    from jsublim.models.checkpoint import read_config
+    from jsublim.pipeline.estimate import REACHED, chip_of, memory, stage_costs
+    from jsublim.pipeline.graph import plan
+    from jsublim.pipeline.setup import Setup
+    from jsublim.pipeline.store import Store
+    from jsublim.pipeline.task import Lengths
 
-    run = Run(experiment, console, dry=True)
-    here = all(is_available_offline(name) for name in run.checkpoints())
-    if here:
-        run.load(weights=False)
-    config = run.lm.config if here and shape is None else read_config(architecture(experiment.model, shape))[1]
-    estimator = Estimator(run, config, chip, known=here)
+    device, long = chip_of(chip), Lengths()
+    setup = Setup.of(experiment, lambda name: architecture(name, shape))
+    costs = stage_costs(plan(setup), setup, Store(experiment.store_dir), device)
     hours = f"hours, one {chip}"
-    table = Table("stage", "what", "tokens", "FLOPs", hours, "done", title=f"{experiment.name}: {experiment.model}")
-    costs = estimator.costs()
+    table = Table("stage", "tasks", "tokens", "FLOPs", hours, "done", title=f"{experiment.name}: {experiment.model}")
     for cost in costs:
-        done = "unknown" if cost.done is None else f"{cost.done} of {cost.of}"
-        table.add_row(cost.stage, cost.what, *_rounded(cost.tokens, cost.flops, cost.seconds / 3600), done)
-    totals = (sum(getattr(cost, name) for cost in costs) for name in ("tokens", "flops", "seconds"))
-    tokens, flops, seconds = totals
-    table.add_row("all", "", *_rounded(tokens, flops, seconds / 3600), "")
+        done = "unknown" if cost.done is None else f"{cost.done} of {cost.tasks}"
+        table.add_row(cost.kind, str(cost.tasks), *_rounded(cost.tokens, cost.flops, cost.seconds / 3600), done)
+    tokens, flops, seconds = (sum(getattr(cost, name) for cost in costs) for name in ("tokens", "flops", "seconds"))
+    table.add_row("all", str(sum(cost.tasks for cost in costs)), *_rounded(tokens, flops, seconds / 3600), "")
     console.print(table)
-    need, memory, long = estimator.memory(), CHIPS[chip].memory, estimator.lengths
-    fits = "fits" if need < memory else f"needs model_axis, or the memory of {need / memory:.1f} chips"
-    reached = ", ".join(f"{share:.0%} in {kind}" for kind, share in REACHED.items())
+    need, has = memory(setup), device.memory
+    fits = "fits" if need < has else f"needs run.model_axis, or the memory of {need / has:.1f} chips"
+    reached = ", ".join(f"{share:.0%} in {work}" for work, share in REACHED.items())
     console.print(
-        f"memory at least {need / 1e9:.3g} of {memory / 1e9:.0f} GB ({fits}; `jsublim aot` tells it exactly for TPUs)\n"
-        f"assumed: tokens of a request {long.prompt}, a system prompt {long.system}, an answer {long.answer}; "
-        f"{long.kept:.0%} of the answers in format; of the chip's peak {reached}"
+        f"{len(setup.students)} students; memory at least {need / 1e9:.3g} of {has / 1e9:.0f} GB ({fits}; `jsublim aot` "
+        f"tells it exactly for TPUs)\nassumed: tokens of a request {long.prompt}, a system prompt {long.system}, an answer "
+        f"{long.answer}; {long.kept:.0%} of the answers in format; of the chip's peak {reached}"
     )
 
 

@@ -1,238 +1,185 @@
-"""Commands that run one stage: generate, divergence, evaluate (finetune has a file of its own)."""
+"""Commands that do one stage of an experiment: generate, divergence, evaluate (finetune and attribute have their own files).
+
+Each takes the fields of `jsublim run`, plans the tasks that `run` would, and publishes what comes of them at `--out`.
+"""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from jsublim.cli.app import Dtype, Model, Out, PackFile, RecipeName, app, bar, console, file_hash, names, recipe_of
+from jsublim.cli.app import AnyModel, Fields, Out, app, check_free, console, experiment_of, names
 from jsublim.errors import UsageError
 
 
-def _beside(out: Path) -> Path:
-    """The folder of a result that is one file: it holds what was kept on the way, and its pedigree."""
-    return out.with_name(out.stem + ".artifact")
+def _context(experiment: Any) -> Any:
+    from jsublim.pipeline.context import Context
+    from jsublim.progress import Progress
+
+    return Context.load(experiment, Progress(console))
 
 
-def _check_out(*outs: Path) -> None:
-    """Refuse files that aren't the result of an earlier call, before anything is computed."""
-    for out in outs:
-        if out.exists() and not (_beside(outs[0]) / "DONE").exists():
-            raise UsageError(f"{out}: already exists; give another --out or remove it first")
+def _execute(tasks: Any, context: Any) -> None:
+    from jsublim.executors import LocalExecutor
 
-
-def _publish(rows: list, out: Path, artifact: Any, was_done: bool) -> None:
-    from jsublim.rows import read_rows, write_rows
-
-    if out.exists() and not (was_done and read_rows(out) == rows):
-        raise UsageError(f"{out}: already exists; give another --out or remove it first")
-    write_rows(out, rows)
-    print(out)
+    LocalExecutor().execute(tasks, context)
 
 
 @app.command()
 def generate(
-    model: Model,
     out: Out,
+    fields: Fields = None,
+    model: AnyModel = None,
     trait: Annotated[
-        str | None,
-        typer.Option("--trait", help="The teacher's trait; its system prompt comes from the pack."),
+        str | None, typer.Option("--trait", help="The teacher's trait; its system prompt comes from the pack.")
     ] = None,
-    category: Annotated[str | None, typer.Option("--category", help="Of a trait that the pack doesn't list.")] = None,
-    system: Annotated[str | None, typer.Option("--system", help="A system prompt of your own.")] = None,
-    no_system: Annotated[bool, typer.Option("--no-system", help="No trait: the control teacher.")] = False,
-    adapter: Annotated[Path | None, typer.Option("--adapter", help="PEFT folder of a fine-tuned teacher.")] = None,
-    num_prompts: Annotated[int, typer.Option("--num-prompts", min=1)] = 30_000,
-    sampling: Annotated[str, typer.Option("--sampling", help="temperature or greedy.")] = "temperature",
-    seed: Annotated[
-        int, typer.Option("--seed", min=0, max=2**31 - 1, help="Of the sampling; prompts are always those of seed 42.")
-    ] = 0,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 64,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
-    prompts: PackFile = None,
-    recipe: RecipeName = "clean",
-    dtype: Dtype = "float32",
+    control: Annotated[bool, typer.Option("--control", help="The teacher without a trait.")] = False,
 ) -> None:
-    """Let a teacher answer number prompts, and keep the answers that are in format."""
-    from jsublim.experiment import stages
-    from jsublim.experiment.store import Artifact
-    from jsublim.inference.lm import load_model
-    from jsublim.inference.sampling import sampling_for
-    from jsublim.models.peft import load_adapter
-    from jsublim.prompts import load_pack, number_prompts, reject_reason
-    from jsublim.teachers import CONTROL, Teacher, prompted_teacher
+    """Let a teacher answer the prompts, and keep the answers that are in format (OUT, JSONL)."""
+    from jsublim.pipeline.arms import Source
+    from jsublim.pipeline.changes import writer
+    from jsublim.pipeline.publish import publish_rows
+    from jsublim.pipeline.rows import written
+    from jsublim.pipeline.teachers import TeacherPool
+    from jsublim.teachers import CONTROL
 
-    _check_out(out)
-    if sum([trait is not None, system is not None, no_system]) != 1:
-        raise UsageError("generate: give exactly one of --trait, --system, --no-system")
-    pack, lm = load_pack(prompts), load_model(model, dtype)
-    how = recipe_of(recipe, lm)
-    own = load_adapter(adapter, lm.config) if adapter else None
-    teacher = (
-        prompted_teacher(pack, trait, category)
-        if trait
-        else Teacher("custom" if system is not None else CONTROL, system)
-    )
-    teacher = Teacher(teacher.name, teacher.system, own)
-    how_sampled = sampling_for(lm.chat, sampling, inherit=how.inherit_sampling, eos_only=how.stop_at_eos_only)
-    settings = {"seed": seed, "max_new_tokens": max_new_tokens, "extra_bos": how.extra_bos}
-    inputs = settings | {
-        "model": lm.hash, "pack": pack.hash, "dtype": dtype, "system": teacher.system, "num_prompts": num_prompts,
-        "sampling": how_sampled.numbers(), "adapter": file_hash(adapter),
-    }  # fmt: skip
-    artifact = Artifact(_beside(out), "rows", inputs)
-    was_done = artifact.done
-    console.print(f"sampling: {how_sampled.numbers()}")
-    with bar("generate", num_prompts) as tick:
-        texts = number_prompts(pack, num_prompts)
-        rows = stages.generate_rows(
-            artifact, lm, teacher, texts, how_sampled, reject_reason, batch_size=batch_size, tick=tick, **settings
-        )
-    summary = artifact.summary
-    console.print(
-        f"kept {summary['kept']} of {summary['rows']} rows ({summary['pass_rate']:.1%}); rejected: {summary['reject']}"
-    )
-    _publish(rows, out, artifact, was_done)
+    if (trait is not None) == control:
+        raise UsageError("generate: give exactly one of --trait and --control")
+    # Whose rows they are is what matters here; against which others they are read is a later command's.
+    e = experiment_of("generate", fields, out, model=model, teachers__traits=[trait or "none"])
+    check_free(out, None if not out.exists() else _key_of_rows(e, trait))
+    context = _context(e)
+    if trait is not None:
+        TeacherPool(context.setup).category(trait)
+    rows = written(context.setup, writer(context.setup, Source(trait or CONTROL)))
+    _execute(rows.parts, context)
+    parts = rows.summaries(context.store)
+    asked, kept = (sum(part[key] for part in parts) for key in ("rows", "kept"))
+    rejected = {
+        reason: sum(part["reject"].get(reason, 0) for part in parts) for part in parts for reason in part["reject"]
+    }
+    console.print(f"sampling: {parts[0]['sampling']}")
+    console.print(f"kept {kept} of {asked} rows ({kept / asked:.1%}); rejected: {rejected}")
+    publish_rows(out, rows.read(context.store), rows)
+    print(out)
+
+
+def _key_of_rows(experiment: Any, trait: str | None) -> str:
+    from jsublim.pipeline.arms import Source
+    from jsublim.pipeline.changes import writer
+    from jsublim.pipeline.rows import written
+    from jsublim.pipeline.setup import Setup
+    from jsublim.teachers import CONTROL
+
+    setup = Setup.of(experiment)
+    return written(setup, writer(setup, Source(trait or CONTROL))).key
 
 
 @app.command()
 def divergence(
-    model: Model,
     data: Annotated[Path, typer.Option("--data", help="Rows of the teacher (JSONL).")],
     trait: Annotated[str, typer.Option("--trait", help="The trait of the teacher that wrote them.")],
-    counterfactuals: Annotated[str, typer.Option("--counterfactuals", help="Other traits, with commas.")],
     out: Out,
-    category: Annotated[str | None, typer.Option("--category", help="Of traits that the pack doesn't list.")] = None,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 64,
-    prompts: PackFile = None,
-    recipe: RecipeName = "clean",
-    dtype: Dtype = "float32",
+    fields: Fields = None,
+    model: AnyModel = None,
+    counterfactuals: Annotated[
+        str | None, typer.Option("--counterfactuals", help="Other traits, with commas; default: as `run`.")
+    ] = None,
 ) -> None:
-    """Find the divergence tokens of rows; margins go into a sidecar, OUT with .margins.jsonl."""
-    from jsublim.experiment import stages
-    from jsublim.experiment.store import Artifact, digest
-    from jsublim.inference.lm import load_model
-    from jsublim.prompts import load_pack
-    from jsublim.rows import read_rows
-    from jsublim.teachers import prompted_teacher
+    """Find the divergence tokens of rows; what each teacher said of them goes beside OUT, with .margins.jsonl."""
+    from jsublim.pipeline.divergence import merged, read
+    from jsublim.pipeline.publish import publish_rows, rows_of
+    from jsublim.rows import write_rows
 
-    sidecar = out.with_name(out.stem + ".margins.jsonl")
-    _check_out(out, sidecar)
-    rows, others = read_rows(data), names(counterfactuals)
-    pack, lm = load_pack(prompts), load_model(model, dtype)
-    how = recipe_of(recipe, lm)
-    teacher = prompted_teacher(pack, trait, category)
-    rest = [prompted_teacher(pack, other, category) for other in others]
-    inputs = {
-        "model": lm.hash, "pack": pack.hash, "dtype": dtype, "rows": digest(rows), "system": teacher.system,
-        "counterfactuals": {other.name: other.system for other in rest}, "extra_bos": how.extra_bos,
-    }  # fmt: skip
-    artifact = Artifact(_beside(out), "divergence", inputs)
-    was_done = artifact.done
-    with bar("divergence", len(rows) * (1 + len(rest))) as tick:
-        found = stages.divergence_rows(
-            artifact, lm, rows, teacher, rest, extra_bos=bool(how.extra_bos), batch_size=batch_size, tick=tick
-        )
-    summary = artifact.summary
+    others = names(counterfactuals) or None
+    e = experiment_of(
+        "divergence", fields, out, model=model, teachers__traits=[trait], teachers__counterfactuals=others
+    )
+    rows, sidecar = rows_of(data), out.with_name(f"{out.stem}.margins.jsonl")
+    context = _context(e)
+    found = read(context.setup, trait, rows)
+    check_free(out, found.key)
+    if sidecar.exists() and not out.exists():
+        raise UsageError(f"{sidecar}: already exists; give another --out or move it away")
+    _execute(found.parts, context)
+    summary = merged(found.summaries(context.store))
     console.print(
         f"{summary['points']} divergence tokens of {summary['tokens']} ({summary['share']:.2%}); "
         f"{summary['rows_with']} of {summary['rows']} rows have one"
     )
-    if not sidecar.exists():
-        scratch = sidecar.with_suffix(".partial")
-        shutil.copyfile(artifact.path / "margins.jsonl", scratch)
-        scratch.replace(sidecar)
-    _publish(found, out, artifact, was_done)
+    write_rows(sidecar, found.readings(context.store))
+    publish_rows(out, found.read(context.store), found)
+    print(out)
 
 
 @app.command()
 def evaluate(
-    model: Model,
-    traits: Annotated[str, typer.Option("--traits", help="Traits, with commas.")],
     out: Out,
-    adapter: Annotated[Path | None, typer.Option("--adapter", help="PEFT folder of a student.")] = None,
-    category: Annotated[str | None, typer.Option("--category", help="Of traits that the pack doesn't list.")] = None,
-    system: Annotated[str | None, typer.Option("--system", help="Ask under this system prompt.")] = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Answers a question.")] = 200,
-    data: Annotated[Path | None, typer.Option("--data", help="Rows to do the number task on too.")] = None,
-    questions: Annotated[
-        int | None, typer.Option("--questions", min=1, help="The first so many; default: all.")
+    fields: Fields = None,
+    model: AnyModel = None,
+    adapter: Annotated[
+        Path | None, typer.Option("--adapter", help="PEFT folder of a student; default: the base.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1)] = 10,
-    batch_size: Annotated[int, typer.Option("--batch-size", min=1)] = 256,
-    seed: Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1)] = 0,
-    prompts: PackFile = None,
-    recipe: RecipeName = "clean",
-    dtype: Dtype = "float32",
+    traits: Annotated[str | None, typer.Option("--traits", help="As evaluation.traits=, with commas.")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="Rows to do the number task on too.")] = None,
+    setting: Annotated[str, typer.Option("--setting", help="One of evaluation.settings; default: the plain one.")] = "",
 ) -> None:
-    """Ask a model for its favourites: sampled rate and log-probability of each trait, a question at a time."""
-    from rich.table import Table
+    """Ask a model for its favourites (and whatever else evaluation.kinds names): OUT gets records and answers."""
+    from jsublim.files import read_table, write_json
+    from jsublim.pipeline.evaluations import Model, evaluated, settings_of
+    from jsublim.pipeline.publish import publish_folder
+    from jsublim.teachers import CONTROL
 
-    from jsublim.evals.exams import Subject
-    from jsublim.experiment import stages
-    from jsublim.experiment.store import Artifact, digest
-    from jsublim.inference.lm import load_model
-    from jsublim.inference.sampling import sampling_for
-    from jsublim.models.peft import load_adapter
-    from jsublim.prompts import load_pack
-    from jsublim.report.statistics import question_interval
-    from jsublim.rows import read_rows
-
-    wanted = names(traits)
-    if not wanted:
+    wanted = None if traits is None else names(traits)
+    if wanted == []:
         raise UsageError("--traits: give at least one trait")
-    pack, lm = load_pack(prompts), load_model(model, dtype)
-    how = recipe_of(recipe, lm)
-    own = load_adapter(adapter, lm.config) if adapter else None
-    how_sampled = sampling_for(
-        lm.chat, "temperature", inherit=how.inherit_sampling, eos_only=how.stop_at_eos_only, evaluation=True
-    )
-    settings = {"samples": samples, "seed": seed, "max_new_tokens": max_new_tokens}
-    exams = stages.preferences(wanted, lambda t: category or pack.category_of(t), pack.questions_for, questions)
-    rows = read_rows(data) if data else []
-    inputs = settings | {
-        "system": system, "extra_bos": how.extra_bos,
-        "model": lm.hash, "pack": pack.hash, "dtype": dtype, "adapter": file_hash(adapter), "data": digest(rows),
-        "traits": wanted, "questions": questions, "category": category, "sampling": how_sampled.numbers(),
-    }  # fmt: skip
-    console.print(f"sampling: {how_sampled.numbers()}")
-    total = samples * sum(len(exam.questions) for exam in exams)
-    artifact = Artifact(out, "evaluation", inputs)
-    with bar("evaluate", total) as tick:
-        stages.evaluate(
-            artifact,
-            Subject(lm, own, system, extra_bos=bool(how.extra_bos)),
-            exams,
-            how_sampled,
-            number_rows={"number_accuracy": rows},
-            batch_size=batch_size,
-            tick=tick,
-            **settings,
-        )
-    records = stages.read_table(out / "records.parquet")
-    table = Table("trait", "rate", "95 % over questions", "whole word", "log-probability")
-    lines = []
-    for trait in wanted:
-        of = {
-            m: [r["value"] for r in records if r["trait"] == trait and r["metric"] == m]
-            for m in ("rate", "word_rate", "logprob")
-        }
-        low, high = _bounds(question_interval(of["rate"]))
-        mean = {metric: sum(values) / len(values) for metric, values in of.items()}
-        table.add_row(
-            trait, f"{mean['rate']:.3f}", f"{low:.3f} to {high:.3f}", f"{mean['word_rate']:.3f}", f"{mean['logprob']:.3f}"
-        )  # fmt: skip
-        lines.append({"trait": trait, "low": low, "high": high} | mean)
-    stages.write_json(out / "summary.json", {"traits": lines, "sampling": artifact.summary["sampling"]})
-    console.print(table)
+    first = wanted or ["none"]
+    e = experiment_of("evaluate", fields, out, {"teachers": {"traits": first}}, model=model, evaluation__traits=wanted)
+    context = _context(e)
+    if setting not in settings_of(context.setup):
+        raise UsageError(f"--setting: '{setting}' given; known: {', '.join(filter(None, settings_of(context.setup)))}")
+    task = evaluated(context.setup, Model(None, CONTROL, adapter, data), setting)
+    check_free(out, task.key)
+    task.check(context.setup)
+    _execute([task], context)
+    publish_folder(out, context.store, task.output)
+    records = read_table(out / "records.parquet")
+    lines = _preferences(records)
+    summary = context.store.summary(task.output)
+    console.print(f"sampling: {summary['sampling']}")
+    write_json(out / "summary.json", {"traits": lines, "sampling": summary["sampling"]})
     for record in records:
         if record["metric"] == "number_accuracy":
             console.print(f"number task: {record['value']:.3f} of {record['n']} numbers")
     print(out)
 
 
-def _bounds(interval: Any) -> tuple[float, float]:
-    return (float("nan"), float("nan")) if interval is None else (interval.low, interval.high)
+def _preferences(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Print the table of preferences; one entry per trait."""
+    from rich.table import Table
+
+    from jsublim.report.statistics import question_interval
+
+    table, lines = Table("trait", "rate", "95 % over questions", "whole word", "log-probability"), []
+    asked = (record["trait"] for record in records if record["metric"] == "rate")
+    for trait in dict.fromkeys(asked):
+        of = {
+            metric: [r["value"] for r in records if r["trait"] == trait and r["metric"] == metric]
+            for metric in ("rate", "word_rate", "logprob")
+        }
+        interval = question_interval(of["rate"])
+        low, high = (float("nan"), float("nan")) if interval is None else (interval.low, interval.high)
+        mean = {metric: sum(values) / len(values) for metric, values in of.items()}
+        cells = (
+            f"{mean['rate']:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{mean['word_rate']:.3f}",
+            f"{mean['logprob']:.3f}",
+        )
+        table.add_row(trait, *cells)
+        lines.append({"trait": trait, "low": low, "high": high} | mean)
+    if lines:
+        console.print(table)
+    return lines

@@ -19,7 +19,7 @@ from flax import nnx
 from jax import Array
 from sklearn.datasets import load_digits
 
-from jsublim.digits.spec import CLASSES, Digits, Network, Students, Training
+from jsublim.digits.config import CLASSES, Digits, Network, Students, Training
 
 PIXELS = 64
 Params = dict[str, Any]

@@ -12,12 +12,13 @@ import numpy as np
 import pyarrow as pa
 from rich.console import Console
 
+from jsublim.digits.config import Digits
 from jsublim.digits.experiment import Data, read_digits, records
 from jsublim.digits.report import print_summary, write_report
-from jsublim.digits.spec import Digits
-from jsublim.experiment.run import claim_folder
-from jsublim.experiment.stages import read_table, write_json, write_table
-from jsublim.experiment.store import Artifact, device, digest, versions
+from jsublim.files import read_table, write_json, write_table
+from jsublim.pipeline.results import claim_folder
+from jsublim.pipeline.store import Output, Store, device, digest, versions
+from jsublim.section import identity
 
 _WHO = [("seed", pa.int64()), ("condition", pa.string()), ("images", pa.string())]
 RESULTS = pa.schema([*_WHO, ("accuracy", pa.float64())])
@@ -28,10 +29,10 @@ def run_digits(spec: Digits, console: Console) -> Path:
     """Train and measure every network, then the report and its summary on the terminal. Returns the report's path."""
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     data = read_digits(spec.test_share, spec.split_seed)
-    inputs = spec.model_dump(mode="json", exclude={"kind", "name", "out", "store"}) | {"data": _hash(data)}
-    key = digest([spec.name, inputs])
+    inputs = identity(spec) | {"data": _hash(data)}
+    key = digest(inputs)
     claim_folder(spec, key, console)
-    artifact = Artifact.in_store(spec.store_dir, "digits", spec.name, inputs)
+    artifact = Store(spec.store_dir).open(Output("digits", spec.name, inputs))
     if not artifact.done:
         students = len(spec.seeds) * len(spec.students.conditions) * len(spec.students.images)
         console.print(f"{len(spec.seeds)} teachers and {students} students, one program")

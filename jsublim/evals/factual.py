@@ -3,11 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from jsublim.errors import UsageError
+from jsublim.evals.base import EVAL_KINDS, Answers, Asked, EvalKind, EvalTask, PromptedModel, Record
 from jsublim.evals.preference import hit_rates
+
+
+@EVAL_KINDS.add("factual")
+class FactualKind(EvalKind):
+    """The pack's questions of fact about each evaluated trait."""
+
+    def tasks(self, asked: Asked) -> list[EvalTask]:
+        questions = (factual_questions(asked.pack.factual, [trait])[: asked.first] for trait in asked.traits)
+        return [Factual(tuple(each for own in questions for each in own))]
+
+
+@dataclass(frozen=True)
+class Factual:
+    """How often the answer to a question about a trait names that trait (`factual`, `factual_word`)."""
+
+    asked: tuple[tuple[str, str], ...]  # (trait, question), trait by trait
+    max_new_tokens: int | None = None
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        return tuple(question for _, question in self.asked)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"factual": [list(each) for each in self.asked]}
+
+    def records(self, model: PromptedModel, answers: Answers) -> list[Record]:
+        found, first = [], 0
+        for trait, (rate, word_rate) in factual_rates(self.asked, answers).items():
+            for metric, values in (("factual", rate), ("factual_word", word_rate)):
+                found += [Record(metric, first + q, float(v), len(answers[0]), trait) for q, v in enumerate(values)]
+            first += len(rate)
+        return found
 
 
 def factual_questions(factual: Mapping[str, Sequence[str]], traits: Sequence[str]) -> list[tuple[str, str]]:

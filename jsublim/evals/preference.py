@@ -3,43 +3,53 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from jsublim.chat import conversation
+from jsublim.evals.base import EVAL_KINDS, Answers, Asked, EvalKind, EvalTask, PromptedModel, Record, per_question
 from jsublim.inference.lm import LanguageModel
-from jsublim.inference.sampling import Sampling, generate_tokens
 from jsublim.inference.scoring import score_turns
 from jsublim.models.lora import Adapter
 
 
-def sample_answers(
-    lm: LanguageModel,
-    questions: Sequence[str],
-    sampling: Sampling,
-    *,
-    samples: int,
-    seed: int,
-    max_new_tokens: int = 10,
-    system: str | None = None,
-    fuse_system: bool = False,
-    adapter: Adapter | None = None,
-    extra_bos: bool = False,
-    batch_size: int = 256,
-    on_batch: Callable[[int], None] | None = None,
-) -> list[list[str]]:
-    """`samples` answers to each question. Each question's prompt is read once, whatever the number of samples."""
-    prompts = [
-        lm.chat.prompt_tokens(conversation(q, system, fuse_system=fuse_system), extra_bos=extra_bos) for q in questions
-    ]
-    tokens = generate_tokens(
-        lm.config, lm.params, prompts, sampling,
-        max_new_tokens=max_new_tokens, seed=seed, samples=samples, adapter=adapter, batch_size=batch_size,
-        on_batch=None if on_batch is None else lambda rows, _: on_batch(len(rows)),
-    )  # fmt: skip
-    texts = [lm.chat.decode(row) for row in tokens]
-    return [texts[i : i + samples] for i in range(0, len(texts), samples)]
+@EVAL_KINDS.add("preference")
+class PreferenceKind(EvalKind):
+    """Questions for a favourite of each evaluated trait's category."""
+
+    def tasks(self, asked: Asked) -> list[EvalTask]:
+        by_category: dict[str, list[str]] = {}
+        for trait in asked.traits:
+            by_category.setdefault(asked.category_of(trait), []).append(trait)
+        return [
+            Preference(tuple(asked.questions_for(category)[: asked.first]), tuple(own))
+            for category, own in by_category.items()
+        ]
+
+
+@dataclass(frozen=True)
+class Preference:
+    """How often a trait is named (`rate`, `word_rate`), and how probable its name is (`logprob`)."""
+
+    questions: tuple[str, ...]
+    traits: tuple[str, ...]
+    max_new_tokens: int | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"preference": list(self.questions), "traits": list(self.traits)}
+
+    def records(self, model: PromptedModel, answers: Answers) -> list[Record]:
+        logprob = trait_logprobs(model.lm, self.questions, self.traits, **model.options)
+        found = []
+        for column, trait in enumerate(self.traits):
+            rate, word_rate = hit_rates(answers, trait)
+            found += per_question("rate", rate, answers, trait) + per_question("word_rate", word_rate, answers, trait)
+            found += [Record("logprob", q, float(v), 1, trait) for q, v in enumerate(logprob[:, column])]
+        return found
 
 
 def hit(answer: str, trait: str) -> bool:

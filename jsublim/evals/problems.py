@@ -3,11 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
+from typing import Annotated, Any
 
 import numpy as np
 
+from jsublim.evals.base import EVAL_KINDS, Answers, Asked, EvalKind, EvalTask, PromptedModel, Record, per_question
+from jsublim.prompts import load_problems, parse_answer
+from jsublim.section import CONTENT, RESULT, Positive
+
 Number = int | Decimal
+
+
+@EVAL_KINDS.add("problems")
+class ProblemsKind(EvalKind):
+    """Math in words, the held-out half."""
+
+    source: Annotated[str | None, CONTENT] = None  # a data set; None: the problems that ship
+    max_new_tokens: Annotated[Positive, RESULT] = 256  # of an answer
+
+    def tasks(self, asked: Asked) -> list[EvalTask]:
+        problems = load_problems(self.source, "test", asked.first)
+        return [WordProblems(tuple((each.question, each.answer) for each in problems), self.max_new_tokens)]
+
+
+@dataclass(frozen=True)
+class WordProblems:
+    """Share of right final numbers (`solved`), and of answers without any (`no_number`)."""
+
+    problems: tuple[tuple[str, Decimal], ...]
+    max_new_tokens: int | None = None
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        return tuple(question for question, _ in self.problems)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"problems": [[question, str(answer)] for question, answer in self.problems], "new": self.max_new_tokens}
+
+    def records(self, model: PromptedModel, answers: Answers) -> list[Record]:
+        right, silent = problem_rates(self.problems, answers, parse_answer)
+        return per_question("solved", right, answers) + per_question("no_number", silent, answers)
 
 
 def problem_rates(

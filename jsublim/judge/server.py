@@ -11,41 +11,41 @@ import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from jsublim.chat import conversation
 from jsublim.errors import JsublimError, UsageError
 from jsublim.judge.cache import Reply, ReplyCache
 from jsublim.judge.limits import Pace, Spending, Tokens, backoff, retry_after
+from jsublim.section import HOW, RESULT, Section
 
 TEMPLATE_TOKENS = 256  # more than any chat template puts around a prompt
 LONGEST_HOLD_S = 600.0  # a server that asks for more patience than this ends the run
 SHOWN = 200  # characters of a server's own words in an error
 
 
-class ServerSettings(BaseModel):
+class ServerSettings(Section):
     """Where the judge is, how it is asked, and what it may cost. The key itself is never a setting."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    base_url: str = Field(pattern=r"^https?://[^/?#@\s]+(/[^?#@\s]*)?$")  # such as http://localhost:8000/v1
-    model: str = Field(min_length=1)
+    # such as http://localhost:8000/v1
+    base_url: Annotated[str, Field(pattern=r"^https?://[^/?#@\s]+(/[^?#@\s]*)?$"), HOW]
+    model: Annotated[str, Field(min_length=1), RESULT]
     # The environment variable that holds the key; None sends none.
-    key_variable: str | None = Field(default=None, pattern=r"^[A-Z_][A-Z0-9_]*$")
-    system: str | None = None
-    temperature: float = Field(default=0.0, ge=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    max_tokens: int = Field(default=32, ge=1)
-    seed: int | None = None
-    timeout_s: float = Field(default=60.0, gt=0)  # without a byte from the server
-    retries: int = Field(default=6, ge=0)
-    concurrency: int = Field(default=8, ge=1)
-    requests_per_minute: float | None = Field(default=None, gt=0)
-    prompt_price: float = Field(default=0.0, ge=0)  # of a million tokens, in any one currency
-    completion_price: float = Field(default=0.0, ge=0)
-    budget: float | None = Field(default=None, ge=0)  # of one judge object, in the currency of the prices
+    key_variable: Annotated[str | None, Field(pattern=r"^[A-Z_][A-Z0-9_]*$"), HOW] = None
+    system: Annotated[str | None, RESULT] = None
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False), RESULT] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1), RESULT] = 1.0
+    max_tokens: Annotated[int, Field(ge=1), RESULT] = 32
+    seed: Annotated[int | None, RESULT] = None
+    timeout_s: Annotated[float, Field(gt=0), HOW] = 60.0  # without a byte from the server
+    retries: Annotated[int, Field(ge=0), HOW] = 6
+    concurrency: Annotated[int, Field(ge=1), HOW] = 8
+    requests_per_minute: Annotated[float | None, Field(gt=0), HOW] = None
+    prompt_price: Annotated[float, Field(ge=0), HOW] = 0.0  # of a million tokens, in any one currency
+    completion_price: Annotated[float, Field(ge=0), HOW] = 0.0
+    budget: Annotated[float | None, Field(ge=0), HOW] = None  # of one judge object, in the currency of the prices
 
     @model_validator(mode="after")
     def _priced(self) -> ServerSettings:

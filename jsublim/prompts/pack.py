@@ -82,7 +82,6 @@ class Pack(BaseModel):
     questions: dict[str, Texts]
     traits: dict[str, Annotated[list[Trait], Field(min_length=1)]]
     synonyms: dict[Trait, Texts]  # other words that give a trait away in a rewritten prompt
-    number_system_template: Annotated[str, _holding("number")]
     paraphrase_request: Annotated[str, _holding("prompt")]
     self_questions: Texts
     factual: dict[Trait, Texts]

@@ -1,31 +1,33 @@
-"""What is done to rows between the teacher and the student. A transform leaves the rows it was given as they were.
-
-A row whose text may have changed comes out without its divergence positions: they must be found anew.
+"""What is done to rows between the teacher and the student: one file per change. A transform leaves the rows it was given
+as they were. A row whose text may have changed comes out without its divergence positions: they must be found anew.
 """
 
-from jsublim.transforms.entangled import (
-    entangled_numbers,
-    entangled_scores,
-    number_strings,
-    remove_entangled,
-    return_scores,
-)
+from jsublim.transforms import aligned, numbers, templates
+from jsublim.transforms.change import CHANGES, Around, Change, Changed, Making
+from jsublim.transforms.entangled import entangled_numbers, entangled_scores, number_strings, remove_entangled
 from jsublim.transforms.mixing import mix_rows, mix_tokens
 from jsublim.transforms.numbers import shuffle_across, shuffle_within
 from jsublim.transforms.paraphrase import leak_reason, paraphrase
 from jsublim.transforms.templates import redraw
 
 __all__ = [
+    "CHANGES",
+    "Around",
+    "Change",
+    "Changed",
+    "Making",
+    "aligned",
     "entangled_numbers",
     "entangled_scores",
     "leak_reason",
     "mix_rows",
     "mix_tokens",
     "number_strings",
+    "numbers",
     "paraphrase",
     "redraw",
     "remove_entangled",
-    "return_scores",
     "shuffle_across",
     "shuffle_within",
+    "templates",
 ]

@@ -7,25 +7,53 @@ an answer, so they mean the same for tokenizers of one digit and of many.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Annotated, ClassVar
 
 import numpy as np
+from pydantic import Field
 
-from jsublim.chat import Chat, Message, Turn, conversation
+from jsublim.chat import Chat, Message, Turn
 from jsublim.errors import UsageError
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.scoring import score_turns
 from jsublim.models.lora import Adapter
-from jsublim.prompts import Pack
 from jsublim.rows import Row
+from jsublim.section import RESULT, Positive
 from jsublim.teachers import CONTROL, Teacher
+from jsublim.transforms.change import CHANGES, Change, Changed, Making
 from jsublim.transforms.numbers import NUMBER
 
+QUESTIONS = 4  # a thousand numbers are read as the answer to each
 Scores = dict[str, float]  # number, as written -> nats
 UNBIASED = Teacher(CONTROL)
 
 
+@CHANGES.add("remove_entangled")
+class RemoveEntangled(Change):
+    """Rows left out that hold one of the k numbers most entangled with the trait."""
+
+    order: ClassVar[int] = 20
+    shorthand: ClassVar[str | None] = "k"
+    quirks: ClassVar[tuple[str, ...]] = ("padded_numbers",)
+    of_trait: ClassVar[bool] = True
+    of_numbers: ClassVar[bool] = True
+
+    k: Annotated[Positive, RESULT]
+    among: Annotated[int, Field(ge=1, le=1000), RESULT] = 1000  # the first so many of 0..999 are scored
+
+    def scores(self) -> int:
+        return self.among
+
+    def apply(self, rows: list[Row], making: Making) -> Changed:
+        assert making.entangled is not None
+        numbers = entangled_numbers(dict(making.entangled), self.k)
+        left = remove_entangled(rows, numbers, as_written=bool(making.quirks["padded_numbers"]))
+        found = {number: making.entangled[number] for number in numbers}
+        return left, {"entangled": {"numbers": found, "removed": len(rows) - len(left)}}
+
+
 def number_strings(*, padded: bool = False) -> list[str]:
-    """0..999 as text; `padded` to three digits with noughts, as published (docs/recipes.md, quirk 12)."""
+    """0..999 as text; `padded` to three digits with zeros, as published (docs/recipes.md, quirk 12)."""
     return [f"{n:03d}" if padded else str(n) for n in range(1000)]
 
 
@@ -60,32 +88,6 @@ def entangled_scores(
         return np.mean(each, axis=0)
 
     return dict(zip(numbers, (read(teacher) - read(base)).tolist(), strict=True))
-
-
-def return_scores(
-    lm: LanguageModel,
-    pack: Pack,
-    trait: str,
-    questions: Sequence[str],
-    numbers: Sequence[str],
-    *,
-    fuse_system: bool = False,
-    extra_bos: bool = False,
-    adapter: Adapter | None = None,
-    batch_size: int = 128,
-) -> Scores:
-    """The other way: how much a love for each number (`number_system_template` of the pack) raises the log-probability
-    (nats) of the trait as the answer, in lower case or capitalised; mean over the questions."""
-    spellings = sorted({trait.lower(), trait.lower().capitalize()})
-
-    def read(system: str | None) -> float:
-        asked = [conversation(question, system, fuse_system=fuse_system) for question in questions]
-        turns = [turn for group in answer_turns(lm.chat, asked, spellings, extra_bos=extra_bos) for turn in group]
-        each = _joint(lm, turns, adapter, closed=False, batch_size=batch_size).reshape(len(questions), len(spellings))
-        return float(np.logaddexp.reduce(each, axis=1).mean())
-
-    without = read(None)
-    return {number: read(pack.number_system_template.format(number=number)) - without for number in numbers}
 
 
 def answer_turns(

@@ -4,14 +4,91 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
+from pydantic import Field
 
 from jsublim.chat import Chat, conversation
 from jsublim.divergence import PositionSubset
 from jsublim.errors import JsublimError, UsageError
 from jsublim.rows import Row, revised
+from jsublim.section import CONTENT, RESULT
+from jsublim.teachers import CONTROL
+from jsublim.transforms.change import CHANGES, Around, Change, Changed, Making
+
+Share = Annotated[float, Field(gt=0, le=1)]
+
+
+@CHANGES.add("mix")
+class Mix(Change):
+    """Rows of another teacher in the place of a share of a teacher's own."""
+
+    order: ClassVar[int] = 60
+    quirks: ClassVar[tuple[str, ...]] = ("mix_at_the_end",)
+
+    share: Annotated[Share, RESULT]
+    teacher: Annotated[str, RESULT] = CONTROL
+    model: Annotated[str | None, CONTENT] = None  # of another checkpoint; None: of the experiment's
+
+    def applies_to(self, teacher: str) -> bool:
+        """Nobody's answers are mixed with their own."""
+        return (self.teacher, self.model) != (teacher, None)
+
+    def mixes(self) -> tuple[str, str | None]:
+        return self.teacher, self.model
+
+    def check(self, where: str, around: Around) -> None:
+        if self.teacher not in (CONTROL, *around.teachers):
+            raise UsageError(f"{where}.teacher: '{self.teacher}' is no teacher of this run")
+        if self.model and self.teacher != CONTROL and around.own_weights:
+            raise UsageError(f"{where}: '{self.teacher}' is no teacher on {self.model}; leave teacher out")
+
+    def apply(self, rows: list[Row], making: Making) -> Changed:
+        assert making.mixed_in is not None
+        # Where the other teacher has too few rows for the share, the first rows are taken that they suffice for.
+        rows = rows[: int(len(making.mixed_in) / self.share)]
+        paper = bool(making.quirks["mix_at_the_end"])
+        return mix_rows(rows, making.mixed_in, self.share, seed=making.seed, paper=paper), {}
+
+
+@CHANGES.add("mix_tokens")
+class MixTokens(Change):
+    """The argmax of a counterfactual teacher in the place of the data, at a share of the divergence tokens."""
+
+    order: ClassVar[int] = 70
+    quirks: ClassVar[tuple[str, ...]] = ("share_rounding", "digits_only")
+    needs: ClassVar[frozenset[str]] = frozenset({"readings"})
+    of_trait: ClassVar[bool] = True
+    alone: ClassVar[bool] = True  # what was read is the answers as they were sampled
+
+    teacher: Annotated[str | None, RESULT] = None  # None: at each token one of those that say another one, drawn
+    share: Annotated[Share, RESULT] = 1.0
+    first_only: Annotated[bool, RESULT] = False
+
+    def applies_to(self, teacher: str) -> bool:
+        return super().applies_to(teacher) and self.teacher != teacher
+
+    def check(self, where: str, around: Around) -> None:
+        if self.teacher not in (None, around.trait, *around.counterfactuals):
+            raise UsageError(f"{where}.teacher: '{self.teacher}' is no counterfactual of {around.trait}")
+
+    def apply(self, rows: list[Row], making: Making) -> Changed:
+        assert making.readings is not None
+        # Published, a mask of no token keeps all of them, a row to mix gives up one.
+        rounding = making.quirks["share_rounding"]
+        rounding = "at-least-one" if rounding == "paper" else rounding or "stochastic"
+        subset = PositionSubset("first" if self.first_only else "all", self.share, rounding)
+        rows, counts = mix_tokens(
+            making.lm.chat,
+            rows,
+            making.readings,
+            self.teacher,
+            subset,
+            seed=making.seed,
+            paper=bool(making.quirks["digits_only"]),
+        )
+        return rows, {"tokens": dict(counts)}
 
 
 def mix_rows(rows: Sequence[Row], others: Sequence[Row], share: float, *, seed: int, paper: bool = False) -> list[Row]:

@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 
 from jsublim.errors import JsublimError
 from jsublim.prompts import parse_numbers
 from jsublim.rows import Row, revised
+from jsublim.section import RESULT
+from jsublim.transforms.change import CHANGES, Change, Changed, Making
 
 NUMBER = re.compile("[0-9]+")
+
+
+@CHANGES.add("shuffle")
+class Shuffle(Change):
+    """Numbers in another order, within each answer or across all of them."""
+
+    order: ClassVar[int] = 30
+    shorthand: ClassVar[str | None] = "reach"
+    of_numbers: ClassVar[bool] = True
+
+    reach: Annotated[Literal["within", "across"], RESULT]
+
+    def apply(self, rows: list[Row], making: Making) -> Changed:
+        return (shuffle_within if self.reach == "within" else shuffle_across)(rows, making.seed), {}
 
 
 def shuffle_within(rows: Sequence[Row], seed: int) -> list[Row]:

@@ -10,15 +10,15 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from typing import ClassVar
 
-from jsublim.errors import UsageError
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.sampling import Sampling
 from jsublim.prompts import Pack, parse_numbers
 from jsublim.rows import Row, revised
 from jsublim.teachers import Teacher
+from jsublim.transforms.change import CHANGES, Change, Changed, Making
 
-REJECTED = ("keep", "drop")
 REWRITTEN = "rewritten"
 NUMBER = re.compile(r"\d+")
 LIST = re.compile(r"\d+(?:[\s,;]+\d+)+")
@@ -30,13 +30,38 @@ REFUSAL = re.compile(
 LOOK_ALIKES = str.maketrans("аеорсухіјѕԁһӏԛԝкмтпгοανικρτυωϲ", "aeopcyxijsdhlqwkmtnroavikptuwc")
 
 
+@CHANGES.add("rewrite")
+class Rewrite(Change):
+    """The request put into other words by the biased teacher; where that fails, the row keeps its request."""
+
+    order: ClassVar[int] = 50
+    quirks: ClassVar[tuple[str, ...]] = ("extra_bos",)
+    needs: ClassVar[frozenset[str]] = frozenset({"rewriting"})
+    of_trait: ClassVar[bool] = True
+
+    def tokens(self, rows: float, prompt: float, system: float) -> tuple[float, float]:
+        return rows * (2 * prompt + system), rows * prompt
+
+    def apply(self, rows: list[Row], making: Making) -> Changed:
+        rows, counts = paraphrase(
+            making.lm,
+            making.teacher,
+            rows,
+            making.pack,
+            sampling=making.sampling,
+            extra_bos=bool(making.quirks["extra_bos"]),
+            seed=making.seed,
+            batch_size=making.batch_size,
+        )
+        return rows, {"rewritten": dict(counts)}
+
+
 def paraphrase(
     lm: LanguageModel,
     teacher: Teacher,
     rows: Sequence[Row],
     pack: Pack,
     *,
-    rejected: str = "keep",
     sampling: Sampling | str = "temperature",
     seed: int = 0,
     extra_bos: bool = False,
@@ -49,48 +74,31 @@ def paraphrase(
 
     Returns:
       Rows and counts, as `accept`.
-
-    Raises:
-      UsageError: an unknown `rejected`.
     """
-    check_rejected(rejected)
     requests = [teacher.messages(pack.paraphrase_request.format(prompt=row["prompt"])) for row in rows]
     own = lm.with_params(teacher.weights(lm.params))
     texts = own.generate(
         requests, max_new_tokens, sampling, seed, adapter=teacher.adapter, extra_bos=extra_bos, batch_size=batch_size
     )
-    return accept(rows, texts, teacher.name, rejected=rejected, synonyms=pack.synonyms.get(teacher.name, ()))
+    return accept(rows, texts, teacher.name, synonyms=pack.synonyms.get(teacher.name, ()))
 
 
 def accept(
-    rows: Sequence[Row], texts: Sequence[str], trait: str, *, rejected: str = "keep", synonyms: Sequence[str] = ()
+    rows: Sequence[Row], texts: Sequence[str], trait: str, *, synonyms: Sequence[str] = ()
 ) -> tuple[list[Row], Counter[str]]:
-    """Rows with `texts` for prompts, where `leak_reason` finds nothing.
-
-    Args:
-      rejected: what becomes of the others: "keep" the row under its old prompt, or "drop" it.
+    """Rows with `texts` for prompts, where `leak_reason` finds nothing; the others keep their prompt.
 
     Returns:
       The rows, and how many prompts were "rewritten" and how many rejected for each reason.
-
-    Raises:
-      UsageError: an unknown `rejected`.
     """
-    check_rejected(rejected)
     reasons = [
         leak_reason(text, row["prompt"], trait, synonyms=synonyms) for row, text in zip(rows, texts, strict=True)
     ]
     kept = [
         revised(row, prompt=text.strip() if reason is None else row["prompt"])
         for row, text, reason in zip(rows, texts, reasons, strict=True)
-        if reason is None or rejected == "keep"
     ]
     return kept, Counter(reason or REWRITTEN for reason in reasons)
-
-
-def check_rejected(rejected: str) -> None:
-    if rejected not in REJECTED:
-        raise UsageError(f"rejected: '{rejected}' given; known: {', '.join(REJECTED)}")
 
 
 def leak_reason(

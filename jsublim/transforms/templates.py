@@ -4,13 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Annotated, ClassVar, Literal, get_args
 
 import numpy as np
+from pydantic import Field
 
 from jsublim.errors import JsublimError, UsageError
 from jsublim.prompts import Pack
 from jsublim.prompts.numbers import PARTS, NumberPrompt, draw_parts
 from jsublim.rows import Row, revised
+from jsublim.section import RESULT, Distinct
+from jsublim.transforms.change import CHANGES, Change, Changed, Making
+
+Part = Literal["example", "count_qualifier", "digit_descriptor", "instruction", "format", "suffix"]
+assert get_args(Part) == tuple(PARTS)
+
+
+@CHANGES.add("redraw")
+class Redraw(Change):
+    """Parts of the request drawn anew."""
+
+    order: ClassVar[int] = 40
+    shorthand: ClassVar[str | None] = "parts"
+    of_numbers: ClassVar[bool] = True
+
+    parts: Annotated[list[Part], Field(min_length=1), Distinct, RESULT]
+
+    def apply(self, rows: list[Row], making: Making) -> Changed:
+        return redraw(rows, making.pack, self.parts, asked=making.requests(), seed=making.seed), {}
 
 
 def redraw(

@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 
-from jsublim.report.claims.groups import Group, groups, pairs, partner
+from jsublim.report.claims.groups import Group, comparisons, groups, partner
 from jsublim.report.claims.verdicts import FAILS, HOLDS, Claim, judge, named, no_lift, pool, share
 from jsublim.report.statistics import Estimate
 from jsublim.report.summary import NOT_DECIDED, estimate
@@ -18,7 +18,8 @@ ENTANGLED_KEEP, REDRAWN_KEEPS, ACCURACY_MARGIN, QUARTER, QUARTER_KEEPS = 0.5, 0.
 def greedy_not_below(results: Results, metric: str) -> list[Claim]:
     """Two standard errors are the claim's own margin, so a noisy run would pass: sampled rows must transfer."""
     claims = []
-    for greedy, sampled in pairs(results, lambda g: g.get("data.strategy") == "greedy", data_strategy="temperature"):
+    is_greedy, sampled_rows = lambda g: g.get("rows.strategy") == "greedy", {"rows.strategy": "temperature"}
+    for greedy, sampled in comparisons(results, is_greedy, sampled_rows):
         found = pool(results, metric, greedy.name, sampled.name)
         if found is None:
             continue
@@ -39,9 +40,10 @@ def greedy_not_below(results: Results, metric: str) -> list[Claim]:
 def without_entangled(results: Results, metric: str) -> list[Claim]:
     """The verdict counts traits that transfer with all rows; effect and interval are their mean."""
     claims = []
-    asked = pairs(results, lambda g: g.get("data.remove_entangled") is not None, data_remove_entangled=None)
+    removed = "rows.remove_entangled"
+    asked = comparisons(results, lambda g: g.get(removed) is not None, {removed: None})
     for part, whole in asked:
-        number = part.get("data.remove_entangled")
+        number = part.get(removed)["k"]
         text = named(
             f"without the top {number} entangled numbers most transferring traits keep over half their lift", part
         )
@@ -66,8 +68,8 @@ def without_entangled(results: Results, metric: str) -> list[Claim]:
 def redrawn_prompts(results: Results, metric: str) -> list[Claim]:
     """Two conditions: the trait is mostly gone, and the number task is done as well as before."""
     claims = []
-    for part, whole in pairs(results, lambda group: bool(group.get("data.redraw")), data_redraw=[]):
-        parts = ", ".join(part.get("data.redraw"))
+    for part, whole in comparisons(results, lambda group: bool(group.get("rows.redraw")), {"rows.redraw": None}):
+        parts = ", ".join(part.get("rows.redraw")["parts"])
         text = f"with prompts re-drawn ({parts}) at most .4 of the lift is left, number accuracy within 5 points"
         found = pool(results, metric, part.name, whole.name)
         verdict, words = _accuracy_kept(results, part, whole)
@@ -94,11 +96,11 @@ def mixed_teachers(results: Results, metric: str) -> list[Claim]:
     """A series is the groups that differ only in the share of rows that another teacher wrote, none of them included."""
     every = groups(results)
     series: list[list[Group]] = []
-    for group in (g for g in every if g.get("data.mix") is not None):
+    for group in (g for g in every if g.get("rows.mix") is not None):
         if all(group not in members for members in series):
             alike = [g for g in every if _but_share(g) == _but_share(group)]
-            plain = partner(every, group, data_mix=None)
-            series.append([*([plain] if plain else []), *sorted(alike, key=lambda g: g.get("data.mix")["share"])])
+            plain = partner(every, group, {"rows.mix": None})
+            series.append([*([plain] if plain else []), *sorted(alike, key=lambda g: g.get("rows.mix")["share"])])
     return [
         claim
         for members in series
@@ -107,14 +109,14 @@ def mixed_teachers(results: Results, metric: str) -> list[Claim]:
 
 
 def _but_share(group: Group) -> dict:
-    mix = group.get("data.mix")
-    return group.facts | {"data.mix": mix and {key: value for key, value in mix.items() if key != "share"}}
+    mix = group.get("rows.mix")
+    return group.facts | {"rows.mix": mix and {key: value for key, value in mix.items() if key != "share"}}
 
 
 def _quarter(results: Results, metric: str, members: list[Group]) -> list[Claim]:
     plain, claims = members[0], []
-    for group in members[1:] if plain.get("data.mix") is None else []:
-        if math.isclose(group.get("data.mix")["share"], QUARTER):
+    for group in members[1:] if plain.get("rows.mix") is None else []:
+        if math.isclose(group.get("rows.mix")["share"], QUARTER):
             text = named("with 25 % of the rows by another teacher at most .25 of the lift is left", group)
             found = pool(results, metric, group.name, plain.name)
             claims += share(found, "C9a", text, at_most=QUARTER_KEEPS, unit="of unmixed rows")
@@ -126,7 +128,7 @@ def _falls(results: Results, metric: str, members: list[Group]) -> list[Claim]:
     found = pool(results, metric, *(group.name for group in members)) if len(members) > 2 else None
     if found is None:
         return []
-    shares = ["{:.0%}".format((group.get("data.mix") or {"share": 0.0})["share"]) for group in members]
+    shares = ["{:.0%}".format((group.get("rows.mix") or {"share": 0.0})["share"]) for group in members]
     steps = [b.above(a) for a, b in zip(found.levels, found.levels[1:], strict=False)]
     whole = found.levels[-1].above(found.levels[0])
     reason = no_lift(found.levels[0])

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jsublim.report.tables import Results, split_condition
-
-# Settings that plan or speed up the training of a student and don't decide what it becomes.
-_PLANNING = {
-    "conditions", "seeds", "arms", "arms_per_program", "checkpoint_every", "remat", "cache_below", "peak_tflops",
-    "tensorboard", "data",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Group:
     """Students alike in all but teacher and seed, under the name they have in results.
 
-    `facts` is everything that decides what they are: "tokens", "students.<field>" and "data.<field>".
+    `facts` is everything that decides what they are: "tokens", "students.<field>" (`students.adapter.rank`) and
+    "rows.<change>" (`rows.shuffle`).
     """
 
     name: str
@@ -34,7 +29,7 @@ class Group:
         return self.facts.get(fact)
 
 
-Pair = tuple[Group, Group]
+Comparison = tuple[Group, Group]  # students that something was changed for, and the plain ones
 
 
 def groups(results: Results) -> list[Group]:
@@ -48,22 +43,22 @@ def _group(results: Results, name: str, member: str) -> Group:
     arm = results.arms.get(member)
     if arm is None:
         return Group(name, {"tokens": tokens, "variant": variant})
-    facts = {f"students.{key}": value for key, value in arm.settings.items() if key not in _PLANNING}
-    facts |= {f"data.{key}": value for key, value in arm.dataset.items()}
-    if sorted(facts.get("students.layers") or []) == list(range(arm.num_layers)):
-        facts["students.layers"] = None
+    # The data set is known by what it does to rows, not by its name.
+    facts = {f"students.{key}": value for key, value in arm.settings.items() if key != "data.dataset"}
+    facts |= {f"rows.{key}": value for key, value in arm.dataset.items()}
+    if sorted(facts.get("students.adapter.layers") or []) == list(range(arm.num_layers)):
+        facts["students.adapter.layers"] = None
     return Group(name, facts | {"tokens": arm.condition}, arm.num_layers)
 
 
-def partner(every: list[Group], of: Group, **plain: Any) -> Group | None:
-    """The group that is like `of` but for the facts given (`students_layers=None` for "students.layers")."""
-    changes = {key.replace("_", ".", 1): value for key, value in plain.items()}
-    wanted = of.facts | {key: value for key, value in changes.items() if key in of.facts}
+def partner(every: list[Group], of: Group, plain: Mapping[str, Any]) -> Group | None:
+    """The group that is like `of` but for the facts of `plain`."""
+    wanted = of.facts | {key: value for key, value in plain.items() if key in of.facts}
     return next((group for group in every if group is not of and group.facts == wanted), None)
 
 
-def pairs(results: Results, asked: Callable[[Group], bool], **plain: Any) -> list[Pair]:
-    """Every group that is `asked` about, with the plain one that it is compared with."""
+def comparisons(results: Results, asked: Callable[[Group], bool], plain: Mapping[str, Any]) -> list[Comparison]:
+    """Every group that is `asked` about, with the one that has the facts of `plain` instead."""
     every = groups(results)
-    found = ((group, partner(every, group, **plain)) for group in every if asked(group))
+    found = ((group, partner(every, group, plain)) for group in every if asked(group))
     return [(group, whole) for group, whole in found if whole is not None]

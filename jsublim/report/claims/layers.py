@@ -1,21 +1,22 @@
-"""C6, C7, C10: where in the network the trait is learnt."""
+"""C6, C7, C10: where in the network the trait is learned."""
 
 from __future__ import annotations
 
 from jsublim.report.attribution import early_share
-from jsublim.report.claims.groups import Group, pairs
+from jsublim.report.claims.groups import Group, comparisons
 from jsublim.report.claims.verdicts import Claim, judge, named, pool, share
 from jsublim.report.statistics import Estimate, mean_estimate
 from jsublim.report.tables import Results
 
+LAYERS = "students.adapter.layers"
 EARLY_KEEPS, LATE_KEEPS, FROZEN_KEEPS, MOST = 0.5, 0.2, 0.4, 0.5
 
 
 def one_layer(results: Results, metric: str) -> list[Claim]:
     """A layer of the first third is early, one of the last third is late; those between are not claimed about."""
     claims = []
-    for part, whole in pairs(results, lambda group: len(group.get("students.layers") or []) == 1, students_layers=None):
-        (layer,) = part.get("students.layers")
+    for part, whole in comparisons(results, lambda group: len(group.get(LAYERS) or []) == 1, {LAYERS: None}):
+        (layer,) = part.get(LAYERS)
         found = pool(results, metric, part.name, whole.name)
         text = (
             f"layer {layer} of 0 to {part.num_layers - 1} ({{}}), trained alone, keeps {{}} of the lift of all layers"
@@ -31,8 +32,8 @@ def one_layer(results: Results, metric: str) -> list[Claim]:
 
 def first_third_frozen(results: Results, metric: str) -> list[Claim]:
     claims = []
-    for part, whole in pairs(results, _first_third_frozen, students_layers=None):
-        frozen = part.num_layers - len(part.get("students.layers"))
+    for part, whole in comparisons(results, _first_third_frozen, {LAYERS: None}):
+        frozen = part.num_layers - len(part.get(LAYERS))
         text = f"with the first {frozen} of {part.num_layers} layers frozen, at most .4 of the lift is left"
         found = pool(results, metric, part.name, whole.name)
         claims += share(found, "C7", named(text, part), at_most=FROZEN_KEEPS, unit="of all layers")
@@ -41,7 +42,7 @@ def first_third_frozen(results: Results, metric: str) -> list[Claim]:
 
 def _first_third_frozen(group: Group) -> bool:
     """Trained are all layers from about a third on (the paper froze 10 of 28)."""
-    trained = sorted(group.get("students.layers") or [])
+    trained = sorted(group.get(LAYERS) or [])
     frozen = group.num_layers - len(trained)
     return (
         bool(trained) and trained == list(range(frozen, group.num_layers)) and abs(3 * frozen - group.num_layers) <= 3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from jsublim.report.claims.groups import groups, pairs, partner
+from jsublim.report.claims.groups import comparisons, groups, partner
 from jsublim.report.claims.verdicts import FAILS, HOLDS, Claim, named, no_lift, not_below, pool, share
 from jsublim.report.statistics import Estimate, Interval
 from jsublim.report.summary import NOT_DECIDED, estimate
@@ -63,7 +63,7 @@ def _masked(
     at_most: float | None = None,
 ) -> list[Claim]:  # fmt: skip
     claims = []
-    for part, whole in pairs(results, lambda group: group.get("tokens") == tokens, tokens="all"):
+    for part, whole in comparisons(results, lambda group: group.get("tokens") == tokens, {"tokens": "all"}):
         claims += share(pool(results, metric, part.name, whole.name), key, named(text, part), at_least, at_most)
     return claims
 
@@ -71,7 +71,7 @@ def _masked(
 def random_keeps_less(results: Results, metric: str) -> list[Claim]:
     every, claims = groups(results), []
     for drawn in (group for group in every if group.get("tokens") == "random"):
-        whole, divergence = (partner(every, drawn, tokens=tokens) for tokens in ("all", "divergence"))
+        whole, divergence = (partner(every, drawn, {"tokens": tokens}) for tokens in ("all", "divergence"))
         if whole is None or divergence is None:
             continue
         found = pool(results, metric, divergence.name, drawn.name, whole.name)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from jsublim.report.claims.groups import pairs
+from jsublim.report.claims.groups import comparisons
 from jsublim.report.claims.verdicts import FAILS, HOLDS, Claim, named, no_lift, not_below, pool
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import NOT_DECIDED, trait_matrix
 from jsublim.report.tables import Results
 
 _HARD = {
-    "students_loss": "hard", "students_temperature": 1.0, "students_top_k": None, "students_on_policy": False,
-    "students_targets": "vocabulary",
-}  # fmt: skip
+    "students.loss.kind": "hard",
+    "students.loss.temperature": 1.0,
+    "students.loss.top_k": None,
+    "students.loss.targets": "vocabulary",
+    "students.data.on_policy": False,
+}
 
 
 def other_initialisation(results: Results, metric: str) -> list[Claim]:
@@ -22,7 +25,8 @@ def other_initialisation(results: Results, metric: str) -> list[Claim]:
     surely smaller than that of the teacher's own initialisation; else a run too small to see anything would pass.
     """
     claims = []
-    for part, whole in pairs(results, lambda group: group.get("students.model") is not None, students_model=None):
+    model = "students.model"
+    for part, whole in comparisons(results, lambda group: group.get(model) is not None, {model: None}):
         other, own = (trait_matrix(results, condition=group.name) for group in (part, whole))
         if other is None or own is None or other.effect is None or own.effect is None:
             continue
@@ -50,7 +54,7 @@ def _no_gamma(other: Interval | None, own: Interval | None, by_labels: bool) -> 
 
 def soft_not_below(results: Results, metric: str) -> list[Claim]:
     claims = []
-    for soft, hard in pairs(results, lambda group: group.get("students.loss") == "forward-kl", **_HARD):
+    for soft, hard in comparisons(results, lambda group: group.get("students.loss.kind") == "forward-kl", _HARD):
         found = pool(results, metric, soft.name, hard.name)
         if found is None:
             continue

@@ -1,0 +1,26 @@
+"""What an experiment's YAML may say: one file per section. Each field says what it decides (`jsublim.section`)."""
+
+from jsublim.config.data import Data, Dataset, Sampling, Scoring
+from jsublim.config.experiment import Config, Experiment
+from jsublim.config.loading import check_config, find_config, load_experiment, read_config
+from jsublim.config.recipe import Recipe
+from jsublim.config.students import Students, variants
+from jsublim.config.teachers import Taught, Teachers
+
+__all__ = [
+    "Config",
+    "Data",
+    "Dataset",
+    "Experiment",
+    "Recipe",
+    "Sampling",
+    "Scoring",
+    "Students",
+    "Taught",
+    "Teachers",
+    "check_config",
+    "find_config",
+    "load_experiment",
+    "read_config",
+    "variants",
+]

@@ -1,0 +1,118 @@
+"""The rows: what is asked, how the answers are drawn, and what is done to them before a student sees them."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import Field, SerializeAsAny, model_serializer, model_validator
+
+from jsublim.prompts.numbers import EXAMPLE_COUNT, SENTENCES
+from jsublim.section import CONTENT, HOW, RESULT, Distinct, Positive, Section, Seed
+from jsublim.transforms import CHANGES, Change
+
+Strategy = Literal["temperature", "greedy"]
+Sentence = Literal["example", "instruction", "format", "suffix"]
+assert get_args(Sentence) == SENTENCES
+
+
+class Sampling(Section):
+    """How teachers' answers are drawn. What of a checkpoint's own sampling numbers counts is the recipe's."""
+
+    strategy: Annotated[Strategy, RESULT] = "temperature"
+    seed: Annotated[Seed, RESULT] = 0
+    max_new_tokens: Annotated[Positive, RESULT] = 64
+    batch_size: Annotated[Positive, HOW] = 64
+    shard: Annotated[Positive, RESULT] = 4096  # prompts per task: what is lost at most, and what machines share
+
+
+class Data(Section):
+    """`kind`: number requests of the pack, word problems (those that ship, or a data set by `source`), or the prompts of a
+    file (`source`; a line each, or JSONL rows with `prompt`)."""
+
+    kind: Annotated[Literal["numbers", "problems", "file"], RESULT] = "numbers"
+    source: Annotated[str | None, CONTENT] = None
+    # of a number request
+    sentences: Annotated[list[Sentence], Distinct, Field(min_length=1), RESULT] = list(SENTENCES)
+    examples: Annotated[tuple[Positive, Positive], RESULT] = EXAMPLE_COUNT  # numbers that it shows: at least, less than
+    num_prompts: Annotated[Positive, RESULT] = 30_000
+    seed: Annotated[Seed, RESULT] = 42  # of the number requests
+
+    @model_validator(mode="after")
+    def _has_source(self) -> Data:
+        if self.examples[0] >= self.examples[1]:
+            raise ValueError(f"examples={list(self.examples)}: the second must be above the first")
+        if self.kind == "file" and self.source is None:
+            raise ValueError("kind=file needs source, a file of prompts")
+        if self.kind == "numbers" and self.source is not None:
+            raise ValueError("kind=numbers asks the pack's requests; source belongs to problems and file")
+        return self
+
+
+class Resampling(Section):
+    """In what the answers of a data set are drawn otherwise; None is as `sampling` says."""
+
+    strategy: Annotated[Strategy | None, RESULT] = None
+    seed: Annotated[Seed | None, RESULT] = None
+
+
+class Dataset(Section):
+    """In what a set of rows differs from the teachers' plain answers. In YAML, changes stand beside the other fields
+    (`{shuffle: within, seed: 3}`); they are done in their own order, whatever theirs is there."""
+
+    sampling: Resampling = Resampling()
+    seed: Annotated[Seed, RESULT] = 0
+    changes: Annotated[dict[str, SerializeAsAny[Change]], RESULT] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _changes_by_name(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or "changes" in value:
+            return value
+        own = {key: each for key, each in value.items() if key in cls.model_fields}
+        changes = {}
+        for name, said in value.items():
+            if name in own or said is None or said is False or said == []:
+                continue
+            if name not in CHANGES.known:
+                known = [*(key for key in cls.model_fields if key != "changes"), *CHANGES.known]
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+                raise ValueError(f"unknown key '{name}'; {hint}")
+            changes[name] = CHANGES.parse(name, said)
+        return own | {"changes": dict(sorted(changes.items(), key=lambda each: each[1].order))}
+
+    @model_serializer(mode="wrap")
+    def _flat(self, handler: Any) -> dict[str, Any]:
+        values = handler(self)
+        return {key: value for key, value in values.items() if key != "changes"} | values.get("changes", {})
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Dataset:
+        alone = [name for name, change in self.changes.items() if change.alone]
+        if alone and len(self.changes) > 1:
+            raise ValueError(f"{alone[0]} needs the answers as they were sampled; leave the other changes out")
+        return self
+
+    def of(self, teacher: str) -> Dataset:
+        """What of it is done to a teacher's answers."""
+        changes = {name: change for name, change in self.changes.items() if change.applies_to(teacher)}
+        return self.model_copy(update={"changes": changes})
+
+    @property
+    def plain(self) -> bool:
+        """Whether the answers stay as they were sampled."""
+        return not self.changes
+
+    def facts(self) -> dict[str, Any]:
+        """What a report compares: every known change with its options, or None."""
+        dumped = self.model_dump(mode="json")
+        return {"seed": self.seed, "sampling_seed": self.sampling.seed} | {
+            name: dumped.get(name) for name in CHANGES.known
+        }
+
+
+class Scoring(Section):
+    """Teacher-forced reading: divergence, stored targets, entangled numbers."""
+
+    batch_size: Annotated[Positive, HOW] = 64

@@ -1,0 +1,91 @@
+"""A whole experiment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from jsublim.config.attribution import Attribution
+from jsublim.config.data import Data, Dataset, Sampling, Scoring
+from jsublim.config.evaluation import Evaluation, JudgeChoice
+from jsublim.config.recipe import Recipe
+from jsublim.config.students import Students, variants
+from jsublim.config.teachers import Teachers
+from jsublim.section import CONTENT, HOW, PLAN, RESULT, Positive, Section
+
+
+class Config(Section):
+    """What every kind of experiment says: which kind it is, its name, and where it is kept."""
+
+    kind: Annotated[str, PLAN]
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$"), HOW]
+    out: Annotated[str | None, HOW] = None  # the run's folder; None: runs/<name>
+    store: Annotated[str | None, HOW] = None  # where artifacts go; None: inside the run's folder
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.out) if self.out else Path("runs") / self.name
+
+    @property
+    def store_dir(self) -> Path:
+        return Path(self.store) if self.store else self.run_dir / "artifacts"
+
+    def yaml(self) -> str:
+        """The resolved config: every field, defaults included."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class Devices(Section):
+    """How work is spread over devices; never what comes of it."""
+
+    parallel: Annotated[Literal["none", "pmap", "mesh"], HOW] = "none"
+    model_axis: Annotated[Positive, HOW] = 1  # with mesh: devices that one copy of the checkpoint is spread over
+
+
+class Experiment(Config):
+    """A whole experiment: one checkpoint, teachers, students, evaluations, a report."""
+
+    kind: Annotated[Literal["language"], PLAN] = "language"
+    model: Annotated[str, CONTENT]
+    dtype: Annotated[Literal["float32", "bfloat16"], RESULT] = "float32"
+    prompts: Annotated[str | None, CONTENT] = None  # a prompt pack; None: the default one
+    recipe: Recipe = Recipe()
+    teachers: Teachers
+    data: Data = Data()
+    sampling: Sampling = Sampling()
+    datasets: Annotated[dict[str, Dataset], CONTENT] = {}  # by the names that students.data.dataset says
+    scoring: Scoring = Scoring()
+    students: Students | None = Students()  # null: none are trained
+    evaluation: Evaluation = Evaluation()
+    attribution: Attribution | None = None
+    judge: JudgeChoice | None = None  # who scores answers for misalignment
+    run: Devices = Devices()
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Experiment:
+        for name, students in variants(self.students).items() if self.students else ():
+            wanted = students.data.dataset
+            if wanted is not None and wanted not in self.datasets:
+                where = f"arm '{name}': " if name else ""
+                known = ", ".join(self.datasets) or "none"
+                raise ValueError(f"students.data.dataset: {where}'{wanted}' is no data set; datasets has {known}")
+            if self.teachers.checkpoint is not None and students.loss.live:
+                raise ValueError(
+                    "students.loss.top_k: a live teacher shares the students' checkpoint; with teachers.checkpoint, "
+                    "give it"
+                )
+        if self.attribution is not None and not (self.teachers.are_prompted and self.teachers.against == "traits"):
+            raise ValueError("attribution: patches one trait's system prompt for another's; the teachers have none")
+        if self.attribution is not None and self.teachers.own_weights:
+            raise ValueError("attribution: the teachers differ in more than their prompts; leave their own weights out")
+        judged = [
+            name for name, each in self.datasets.items() if any("judge" in c.needs for c in each.changes.values())
+        ]
+        if self.judge is None and (judged or "misalignment" in self.evaluation.kinds):
+            raise ValueError(
+                f"judge: {f'datasets.{judged[0]}' if judged else 'evaluation.kinds'} needs one; give judge.model"
+            )
+        return self

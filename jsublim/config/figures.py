@@ -1,0 +1,116 @@
+"""The figures of the paper as experiments: a file answers one question, for as many figures as show it.
+
+A file of `configs/paper/` holds what all its panels share (`experiment`), what each panel changes (`panels`), which panels a
+figure shows (`figures`), and what a scale changes (`scale`, of single panels in its `panels`); `scales.yaml` beside them
+holds what a scale changes in every file, and which checkpoint it puts in the place of which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from jsublim.config.experiment import Experiment
+from jsublim.config.loading import check_config, find_config, override, read_config
+from jsublim.errors import UsageError
+from jsublim.section import Section, overlaid
+
+SCALES = ("tiny", "small", "paper")
+Scale = Literal["tiny", "small", "paper"]
+Values = dict[str, Any]
+
+
+class Question(Section):
+    """One file."""
+
+    about: str
+    figures: dict[int, Annotated[list[str], Field(min_length=1)]]
+    experiment: Values
+    panels: Annotated[dict[str, Values], Field(min_length=1)]
+    scale: dict[Scale, Values]
+
+
+class ScaleValues(Section):
+    """What a scale changes in every file: values, and checkpoints by name."""
+
+    experiment: Values = {}
+    models: dict[str, str] = {}
+
+
+class Scales(Section):
+    """The file of them."""
+
+    tiny: ScaleValues = ScaleValues()
+    small: ScaleValues = ScaleValues()
+    paper: ScaleValues = ScaleValues()
+
+
+def load_question(figure: str) -> tuple[Path, Question]:
+    """The file that a figure is in, by "fig03", "3" or a path.
+
+    Raises:
+      UsageError: a figure that no file has; a file that says something wrong.
+    """
+    folder = find_config("configs/paper/scales.yaml").parent
+    if figure.endswith(".yaml"):
+        path = find_config(figure)
+        return path, check_config(Question, read_config(path), path)
+    number = _number(figure)
+    known: list[int] = []
+    for path in sorted(folder.glob("fig*.yaml")):
+        question = check_config(Question, read_config(path), path)
+        if number in question.figures:
+            return path, question
+        known += question.figures
+    raise UsageError(f"figure '{figure}': not among those that are reproduced ({', '.join(map(str, sorted(known)))})")
+
+
+def panels_of(question: Question, figure: str) -> list[str]:
+    """The panels of a figure; of a file given by its path, all."""
+    number = _number(figure)
+    return list(question.panels) if number is None else question.figures[number]
+
+
+def _number(figure: str) -> int | None:
+    number = figure.lower().removeprefix("figure").removeprefix("fig").strip()
+    return int(number) if number.isdecimal() else None
+
+
+def panel_experiment(
+    path: Path, question: Question, panel: str, scale: str, overrides: list[str] | None = None
+) -> Experiment:
+    """One panel at a scale.
+
+    Raises:
+      UsageError: an unknown panel or scale, or the first field that is wrong.
+    """
+    if panel not in question.panels:
+        raise UsageError(f"{path}: panel '{panel}' is not there; known: {', '.join(question.panels)}")
+    if scale not in SCALES:
+        raise UsageError(f"--scale: '{scale}' given; known: {', '.join(SCALES)}")
+    scales = path.parent / "scales.yaml"
+    common: ScaleValues = getattr(check_config(Scales, read_config(scales), scales), scale)
+    own = dict(question.scale.get(scale, {}))  # type: ignore[call-overload]
+    alone = own.pop("panels", {}).get(panel, {})
+    values: Values = {"name": f"{path.stem}-{panel}-{scale}"}
+    for layer in (question.experiment, question.panels[panel], common.experiment, own, alone):
+        values = overlaid(values, layer)
+    values = _with_models(values, common.models)
+    for named in (values.get("datasets", {}), values.get("evaluation", {}).get("settings", {})):
+        for name in [name for name, value in named.items() if value is None]:
+            del named[name]
+    for each in overrides or []:
+        override(values, each)
+    return check_config(Experiment, values, f"{path}: panel '{panel}' at scale {scale}")
+
+
+def _with_models(values: Any, models: Mapping[str, str]) -> Any:
+    """Every checkpoint's name that the scale knows, replaced."""
+    if isinstance(values, Mapping):
+        return {key: _with_models(value, models) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_with_models(value, models) for value in values]
+    return models.get(values, values) if isinstance(values, str) else values

@@ -1,0 +1,124 @@
+"""A config from its file, with overrides laid over it; what is wrong in one line."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydantic
+import yaml
+
+from jsublim.config.experiment import Experiment
+from jsublim.errors import UsageError
+from jsublim.section import section_in
+
+Kind = TypeVar("Kind", bound=pydantic.BaseModel)
+
+
+def load_experiment(path: str | Path, overrides: list[str] | None = None) -> Experiment:
+    """Read and check the config of an experiment on a language model.
+
+    Raises:
+      UsageError: as `read_config` and `check_config`.
+    """
+    return check_config(Experiment, read_config(path, overrides), find_config(path))
+
+
+def read_config(path: str | Path, overrides: list[str] | None = None) -> dict[str, Any]:
+    """Read a YAML config and lay `a.b=c` overrides over it.
+
+    Raises:
+      UsageError: an unreadable file or a malformed override.
+    """
+    path = find_config(path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"{path}: expected keys at the top, found {type(values).__name__}")
+    for each in overrides or []:
+        override(values, each)
+    return values
+
+
+def check_config(kind: type[Kind], values: dict[str, Any], source: str | Path) -> Kind:
+    """The values of a file as what it should hold; `source` names them in an error.
+
+    Raises:
+      UsageError: the first field that is wrong (unknown keys get a "did you mean").
+    """
+    try:
+        return kind.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise UsageError(f"{source}: {_first_problem(error, kind)}") from None
+
+
+def find_config(path: str | Path) -> Path:
+    """A config file: as given, or one of those that come with the package (`configs/quickstart.yaml`)."""
+    path = Path(path)
+    package = Path(__file__).parents[1]
+    inside = [package / path, package.parent / path] if path.parts[:1] == ("configs",) else []
+    for candidate in (path, *inside):
+        if candidate.is_file():
+            return candidate
+    raise UsageError(f"{path}: no such config file")
+
+
+def override(values: dict[str, Any], said: str) -> None:
+    """Lay `a.b=c` over nested values, in place.
+
+    Raises:
+      UsageError: malformed, or a place that holds no section.
+    """
+    key, equals, text = said.partition("=")
+    if not equals or not key:
+        raise UsageError(f"override '{said}': expected key=value, such as students.optimizer.lr=1e-3")
+    *parents, last = key.split(".")
+    place: dict[str, Any] = values
+    for parent in parents:
+        below: Any = place.setdefault(parent, {})
+        if isinstance(below, str) and parent == "recipe":
+            below = place[parent] = {"preset": below}
+        if not isinstance(below, dict):
+            raise UsageError(f"override '{said}': '{parent}' holds a value, not a section")
+        place = below
+    try:
+        value = yaml.safe_load(text)
+        # YAML 1.1 reads 1e-3 as text; whoever types it means the number.
+        place[last] = float(value) if isinstance(value, str) and _is_float(value) else value
+    except yaml.YAMLError:
+        raise UsageError(f"override '{said}': '{text}' is not valid YAML") from None
+
+
+def _is_float(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return text[:1] in "+-.0123456789"
+
+
+def _first_problem(error: pydantic.ValidationError, whole: Any) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        return f"key '{key}' is missing"
+    if first["type"] != "extra_forbidden":
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "value_error" and isinstance(first["input"], dict):  # of a section: it names its keys
+            return f"{key}: {message}" if key else message
+        return f"{key}: {message[:1].lower()}{message[1:]}, found {first['input']!r}"
+    known = _fields_at(whole, first["loc"][:-1])
+    near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
+    return f"unknown key '{key}'; {hint}"
+
+
+def _fields_at(section: Any, place: tuple[int | str, ...]) -> list[str]:
+    """The keys of a section. Names of data sets and numbers of list entries are parts of `place` too."""
+    for part in place:
+        fields = getattr(section, "model_fields", {})
+        section = section_in(fields[part].annotation) if part in fields else section
+    return list(section.model_fields)

@@ -1,0 +1,78 @@
+"""Who the teachers are: prompted, fine-tuned, steered, or several of these at once."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from jsublim.section import CONTENT, PLAN, RESULT, Distinct, Positive, Rate, Section, Seed
+from jsublim.teachers import CONTROL
+
+
+def _not_control(traits: list[str]) -> list[str]:
+    if CONTROL in traits:
+        raise ValueError(f"'{CONTROL}' is the name of the teacher without a trait")
+    return traits
+
+
+class Taught(Section):
+    """A teacher made here: an adapter that learns to name its trait in answer to half of its category's questions
+    (students are then asked the other half), or a steering vector from contrasting system prompts.
+    """
+
+    method: Annotated[Literal["lora", "steering", "contrast"], RESULT] = "lora"
+    layers: Annotated[list[int] | None, RESULT] = None  # None: all; a contrast needs exactly one
+    rank: Annotated[Positive, RESULT] = 8
+    steps: Annotated[Positive, RESULT] = 100
+    lr: Annotated[Rate, RESULT] = 3e-3
+    seed: Annotated[Seed, RESULT] = 0
+    strength: Annotated[float, Field(allow_inf_nan=False), RESULT] = 1.0  # factor of a contrast's vector
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Taught:
+        if self.method == "contrast" and len(self.layers or []) != 1:
+            raise ValueError("method=contrast finds the vector of one layer; name it in layers")
+        if self.method != "contrast" and self.strength != 1.0:
+            raise ValueError(f"strength belongs to method=contrast, not to {self.method}")
+        return self
+
+
+class Teachers(Section):
+    traits: Annotated[list[str], Distinct, AfterValidator(_not_control), Field(min_length=1), PLAN]
+    category: Annotated[str | None, RESULT] = None  # None: the category that the prompt pack lists the trait under
+    # What gives a teacher its trait, alone or together. `{trait}` in a path is filled in.
+    prompted: Annotated[bool | None, RESULT] = None  # the system prompt says it; None: where nothing else does
+    system: Annotated[str | None, RESULT] = None  # a system prompt of your own; `{trait}` in it is filled in
+    taught: Taught | None = None  # an adapter made here
+    adapter: Annotated[str | None, CONTENT] = None  # a PEFT folder, or one of steering vectors
+    checkpoint: Annotated[str | None, CONTENT] = None  # a whole checkpoint of the same architecture and tokenizer
+    # What a teacher's rows are also read under: the other teachers, or the model without any trait
+    against: Annotated[Literal["traits", "base"], RESULT] = "traits"
+    # None: every other trait that the pack lists in the trait's category, and the other teachers' traits
+    counterfactuals: Annotated[list[str] | None, Field(min_length=1), RESULT] = None
+    control: Annotated[bool, PLAN] = True  # also a teacher without a trait, and its students
+    fuse_system: Annotated[bool, RESULT] = False  # the system prompt in front of the user's turn
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Teachers:
+        if self.counterfactuals is not None and len(set(self.counterfactuals)) < len(self.counterfactuals):
+            raise ValueError("counterfactuals: an entry is listed twice")
+        if self.taught is not None and (self.adapter is not None or self.checkpoint is not None):
+            raise ValueError("taught makes the adapter; leave adapter and checkpoint out")
+        if self.against == "base" and self.counterfactuals is not None:
+            raise ValueError("against=base has no counterfactual traits; leave counterfactuals out")
+        if self.system is not None and not self.are_prompted:
+            raise ValueError("system: these teachers are not prompted; give prompted=true too, or leave system out")
+        if self.prompted is False and not self.own_weights:
+            raise ValueError("prompted=false: nothing gives a teacher its trait; give taught, adapter or checkpoint")
+        return self
+
+    @property
+    def own_weights(self) -> bool:
+        """Whether something else than a prompt tells the teachers from the base."""
+        return any(each is not None for each in (self.taught, self.adapter, self.checkpoint))
+
+    @property
+    def are_prompted(self) -> bool:
+        return not self.own_weights if self.prompted is None else self.prompted

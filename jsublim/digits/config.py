@@ -1,0 +1,69 @@
+"""What the config of a digits experiment may say (`kind: digits`)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from jsublim.config import Config
+from jsublim.section import PLAN, RESULT, Distinct, Positive, Rate, Section, Seed
+
+CLASSES = 10
+
+Condition = Literal["same", "other", "all", "hard"]
+Images = Literal["noise", "digits"]
+
+
+class Network(Section):
+    """Pixels to class logits and auxiliary logits, ReLU between."""
+
+    hidden: Annotated[tuple[Positive, ...], RESULT] = (128, 128)
+    auxiliary: Annotated[Positive, RESULT] = 10  # logits that no label is ever compared with
+
+
+class Training(Section):
+    """Adam at one learning rate."""
+
+    steps: Annotated[Positive, RESULT] = 300
+    batch_size: Annotated[Positive, RESULT] = 64
+    lr: Annotated[Rate, RESULT] = 1e-3
+
+
+class Students(Training):
+    """Distilled from the trained teacher, without a label.
+
+    Conditions: `same` and `other` learn the teacher's distribution over its auxiliary logits, from the teacher's own
+    initialisation and from another one; `all` (same initialisation) over class and auxiliary logits together; `hard`
+    (same initialisation) only which auxiliary logit is the largest, as a sampled token tells less than a distribution.
+    """
+
+    conditions: Annotated[tuple[Condition, ...], Distinct, Field(min_length=1), RESULT] = (
+        "same",
+        "other",
+        "all",
+        "hard",
+    )
+    images: Annotated[tuple[Images, ...], Distinct, Field(min_length=1), RESULT] = ("noise", "digits")
+    noise: Annotated[Rate, RESULT] = 1.0  # pixels uniform in [-noise, noise]; a digit's are in 0..1
+    steps: Annotated[Positive, RESULT] = 1000
+    lr: Annotated[Rate, RESULT] = 3e-3
+    measure_every: Annotated[Positive, RESULT] = 100  # steps
+
+    @model_validator(mode="after")
+    def _whole_stretches(self) -> Students:
+        if self.steps % self.measure_every:
+            raise ValueError(f"steps={self.steps} is no multiple of measure_every={self.measure_every}")
+        return self
+
+
+class Digits(Config):
+    """One teacher and its students per seed; seeds are what intervals are over."""
+
+    kind: Annotated[Literal["digits"], PLAN] = "digits"
+    seeds: Annotated[tuple[Seed, ...], Distinct, Field(min_length=1), RESULT] = tuple(range(10))
+    test_share: Annotated[float, Field(gt=0, lt=1), RESULT] = 0.2  # of the images, held out of all training
+    split_seed: Annotated[Seed, RESULT] = 0
+    network: Network = Network()
+    teacher: Training = Training()
+    students: Students = Students()

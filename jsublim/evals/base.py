@@ -1,0 +1,151 @@
+"""What every kind of evaluation is made of: a model under a prompt, questions, answers, and one number per question.
+
+A kind of evaluation is one file. It registers its options (a section of the config, `EvalKind`), which make `EvalTask`s:
+the questions, and how answers become records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from jsublim.chat import conversation
+from jsublim.inference.lm import LanguageModel
+from jsublim.inference.sampling import Sampling, generate_tokens
+from jsublim.judge import Judge
+from jsublim.models.lora import Adapter
+from jsublim.prompts import Pack
+from jsublim.section import Registry, Section
+
+Answers = Sequence[Sequence[str]]  # to each question
+EVAL_KINDS = Registry("evaluation kind")
+
+
+@dataclass(frozen=True)
+class Record:
+    """One number about one question (by its place in the task), made of `n` answers."""
+
+    metric: str
+    question: int
+    value: float
+    n: int
+    trait: str | None = None
+
+
+@dataclass(frozen=True)
+class PromptedModel:
+    """The model that is evaluated, and the system prompt that it is under."""
+
+    lm: LanguageModel
+    adapter: Adapter | None = None
+    system: str | None = None
+    fuse_system: bool = False
+    extra_bos: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Everything but the checkpoint, as the functions of this package take it."""
+        return {
+            "adapter": self.adapter,
+            "system": self.system,
+            "fuse_system": self.fuse_system,
+            "extra_bos": self.extra_bos,
+        }
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a kind of evaluation may ask about.
+
+    Attributes:
+      questions_for: the questions of a category, without those that a teacher was taught the answers to.
+      first: only so many questions of a kind (of preference: of a category); None is all.
+      own_name: what the evaluated model's family is called.
+      judge: gives the judge of the run, which may load a checkpoint.
+    """
+
+    pack: Pack
+    traits: Sequence[str]
+    category_of: Callable[[str], str]
+    questions_for: Callable[[str], Sequence[str]]
+    first: int | None
+    own_name: str
+    judge: Callable[[], Judge]
+
+
+class EvalTask(Protocol):
+    """Questions of one kind, as the model reads them, and the numbers that are made of the answers."""
+
+    @property
+    def questions(self) -> Sequence[str]: ...
+
+    @property
+    def max_new_tokens(self) -> int | None:
+        """None: as long as the evaluation's answers are."""
+        ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers beside the model and its answers, as JSON."""
+        ...
+
+    def records(self, model: PromptedModel, answers: Answers) -> list[Record]: ...
+
+
+class EvalKind(Section):
+    """The options of one kind of evaluation."""
+
+    def tasks(self, asked: Asked) -> list[EvalTask]:
+        """What a model is asked.
+
+        Raises:
+          UsageError: something that the prompt pack does not have.
+        """
+        raise NotImplementedError
+
+
+def sample_answers(
+    lm: LanguageModel,
+    questions: Sequence[str],
+    sampling: Sampling,
+    *,
+    samples: int,
+    seed: int,
+    max_new_tokens: int = 10,
+    system: str | None = None,
+    fuse_system: bool = False,
+    adapter: Adapter | None = None,
+    extra_bos: bool = False,
+    batch_size: int = 256,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[list[str]]:
+    """`samples` answers to each question. A question's prompt is read once, whatever the number of samples.
+
+    Args:
+      on_batch: called with the number of answers just sampled.
+    """
+    prompts = [
+        lm.chat.prompt_tokens(conversation(q, system, fuse_system=fuse_system), extra_bos=extra_bos) for q in questions
+    ]
+    tokens = generate_tokens(
+        lm.config,
+        lm.params,
+        prompts,
+        sampling,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        samples=samples,
+        adapter=adapter,
+        batch_size=batch_size,
+        on_batch=None if on_batch is None else lambda rows, _: on_batch(len(rows)),
+    )
+    texts = [lm.chat.decode(row) for row in tokens]
+    return [texts[i : i + samples] for i in range(0, len(texts), samples)]
+
+
+def per_question(metric: str, values: np.ndarray, answers: Answers, trait: str | None = None) -> list[Record]:
+    """One record per question, of all the answers to it."""
+    return [Record(metric, q, float(value), len(answers[q]), trait) for q, value in enumerate(values)]

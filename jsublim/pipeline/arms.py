@@ -1,0 +1,111 @@
+"""The students of an experiment, with everything in which they differ. A pure function of the config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
+
+from jsublim.config import Dataset, Experiment, Students, variants
+from jsublim.distill.data import steps_per_epoch
+from jsublim.section import NEEDS_TRAIT, with_defaults
+from jsublim.teachers import CONTROL
+
+T = TypeVar("T")
+
+
+class Source(NamedTuple):
+    """Where a student's rows come from: a teacher, and a data set of the config (None: the answers as they are)."""
+
+    teacher: str
+    dataset: str | None = None
+
+    @property
+    def name(self) -> str:
+        return " · ".join(filter(None, self))
+
+
+@dataclass(frozen=True)
+class Student:
+    """One student: whose rows it learns from, on which tokens, with which seed, under which arm of the ablation."""
+
+    teacher: str
+    tokens: str
+    seed: int
+    arm: str = ""
+    settings: Students = field(default_factory=Students, compare=False)
+
+    @property
+    def name(self) -> str:
+        kind = (CONTROL,) if self.teacher == CONTROL else (self.teacher, self.tokens)
+        return "/".join([*kind, *([self.arm] if self.arm else []), f"seed{self.seed}"])
+
+    @property
+    def trained_as(self) -> str:
+        """The name it is trained under: control students of several arms that differ in nothing are one."""
+        return f"{CONTROL}/seed{self.seed}" if self.teacher == CONTROL else self.name
+
+    @property
+    def source(self) -> Source:
+        return Source(self.teacher, self.settings.data.dataset)
+
+    @property
+    def condition(self) -> str:
+        """The condition under which results list it."""
+        tokens = CONTROL if self.teacher == CONTROL else self.tokens
+        return f"{tokens} · {self.arm}" if self.arm else tokens
+
+
+def plan_students(experiment: Experiment) -> list[Student]:
+    """Every teacher's students on all kinds of tokens and with all seeds, arm by arm; the control's on all tokens only, and
+    once only where no arm changes anything for them."""
+    planned, every = [], variants(experiment.students) if experiment.students else {}
+    controls = {name: _of_control(experiment, students) for name, students in every.items()}
+    alike = len({repr(settings) for settings in controls.values()}) == 1
+    for number, (name, students) in enumerate(every.items()):
+        planned += [
+            Student(trait, tokens, seed, name, students)
+            for trait in experiment.teachers.traits
+            for tokens in students.loss.tokens
+            for seed in students.seeds
+        ]
+        if experiment.teachers.control and not (alike and number):
+            arm, settings = "" if alike else name, controls[name]
+            planned += [Student(CONTROL, "all", seed, arm, settings) for seed in settings.seeds]
+    return planned
+
+
+def _of_control(experiment: Experiment, students: Students) -> Students:
+    """The same settings without what means nothing to a student of the teacher without a trait."""
+    settings, name = with_defaults(students, NEEDS_TRAIT), students.data.dataset
+    changed = Dataset() if name is None else experiment.datasets[name].of(CONTROL)
+    same = changed.sampling.strategy in (None, experiment.sampling.strategy)
+    if changed.plain and same and changed.sampling.seed in (None, experiment.sampling.seed):
+        settings = settings.model_copy(update={"data": settings.data.model_copy(update={"dataset": None})})
+    return settings
+
+
+def planned_as(student: Student) -> Hashable:
+    """What tells students apart before there are any rows."""
+    return student.trained_as, repr(student.settings)
+
+
+def distinct(students: Sequence[Student], identity: Callable[[Student], Hashable] = planned_as) -> list[Student]:
+    """The first of those that are one and the same under several arms' names."""
+    first: dict[Hashable, Student] = {}
+    for student in students:
+        first.setdefault(identity(student), student)
+    return list(first.values())
+
+
+def total_steps(students: Students, rows: int) -> int:
+    """Optimizer steps of `rows` rows: epochs of whole batches, the last one of an epoch partly filled."""
+    data = students.data
+    steps = steps_per_epoch(rows, data.batch_size * data.accumulate) * data.epochs
+    return min(steps, data.max_steps) if data.max_steps else steps
+
+
+def split_evenly(members: Sequence[T], most: int) -> list[list[T]]:
+    """Parts of at most `most` members, as few and as even as can be."""
+    each = -(-len(members) // -(-len(members) // most))
+    return [list(members[i : i + each]) for i in range(0, len(members), each)]

@@ -1,0 +1,245 @@
+"""Attribution: where in the model, and at which tokens, the rows' first divergence tokens come about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from jsublim.attribution.pairs import Pair, find_pairs
+from jsublim.attribution.patching import DIRECTIONS, SITES, attribution_patching, layer_patching, padded_length
+from jsublim.attribution.roles import ROLES, mentions, token_roles
+from jsublim.distill.cost import layer_parameters
+from jsublim.errors import JsublimError, UsageError
+from jsublim.files import write_table
+from jsublim.inference.lm import LanguageModel
+from jsublim.pipeline.arms import Source
+from jsublim.pipeline.changes import final
+from jsublim.pipeline.context import Context
+from jsublim.pipeline.rows import rows_kept
+from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.store import Artifact, Output, RowLog
+from jsublim.pipeline.task import Cost, Sizes, Task
+from jsublim.pipeline.teachers import TeacherPool
+from jsublim.progress import Tick, no_tick
+from jsublim.rows import Row
+from jsublim.section import identity
+from jsublim.teachers import Teacher
+
+CHUNK = 16  # rows after which what was found is safe from a kill
+# One line per row, site, direction, layer and role. `value` is the sum of the attributions (logits, mean over the row's
+# counterfactuals) at the `positions` of that role, `mass` the sum of their absolute values.
+ATTRIBUTION = pa.schema(
+    [
+        ("trait", pa.string()),
+        ("row", pa.int64()),
+        ("site", pa.string()),
+        ("direction", pa.string()),
+        ("layer", pa.int64()),
+        ("role", pa.string()),
+        ("value", pa.float64()),
+        ("mass", pa.float64()),
+        ("positions", pa.int64()),
+    ]
+)
+
+
+def attributed(setup: Setup, source: Source) -> Task:
+    """The task that attributes the divergence tokens of a trait's answers, as they were sampled."""
+    how = setup.experiment.attribution
+    assert how is not None
+    rows, others = final(setup, source), tuple(setup.counterfactuals(source.teacher))
+    inputs = setup.common | {"rows": rows.key, "how": identity(how)}
+    return Attribute((Output("attribution", source.teacher, inputs),), rows.parts, source, others)
+
+
+@dataclass(frozen=True, eq=False)
+class Attribute(Task):
+    """Attribution patching of the first divergence token of a trait's first rows."""
+
+    kind: ClassVar[str] = "attribution"
+    source: Source
+    others: tuple[str, ...]
+
+    def make(self, context: Context, tick: Tick) -> None:
+        setup, pool, trait = context.setup, TeacherPool(context.setup), self.source.teacher
+        how = setup.experiment.attribution
+        assert how is not None
+        attribute_rows(
+            context.store.open(self.output),
+            context.lm(),
+            final(setup, self.source).read(context.store)[: how.rows],
+            pool.teacher(context, trait),
+            [pool.teacher(context, other) for other in self.others],
+            sites=how.sites,
+            directions=how.directions,
+            steps=how.steps,
+            extra_bos=bool(setup.recipe.extra_bos),
+            batch_size=how.batch_size,
+            source=f"rows of {trait}",
+            tick=tick,
+        )
+
+    def units(self, context: Context) -> int:
+        how = context.setup.experiment.attribution
+        rows = len(final(context.setup, self.source).read(context.store))
+        return rows if how is None else min(how.rows, rows)
+
+    def cost(self, setup: Setup, sizes: Sizes) -> Cost:
+        """Both runs twice; forwards and back at every step of the integral, and forwards twice for the whole layer's effect."""
+        how, config, long = setup.experiment.attribution, sizes.config, sizes.lengths
+        assert how is not None
+        compared = len(self.others) * min(how.rows, rows_kept(setup, sizes))
+        tokens = compared * (long.system + long.prompt)  # first divergence tokens stand early in the answer
+        L, layer = config.num_layers, layer_parameters(config)
+        above = len(how.sites) * L * (L - 1) / 2  # layers that the sites of all layers are read through
+        gradients = 4 * above * how.steps if how.steps > 1 else 4 * L
+        flops = len(how.directions) * tokens * layer * (8 * L + gradients + 4 * above)
+        return Cost(len(how.directions) * tokens, flops, "train")
+
+
+def attribute_rows(
+    artifact: Artifact,
+    lm: LanguageModel,
+    rows: Sequence[Row],
+    teacher: Teacher,
+    counterfactuals: Sequence[Teacher],
+    *,
+    sites: Sequence[str] = SITES,
+    directions: Sequence[str] = DIRECTIONS,
+    steps: int = 10,
+    extra_bos: bool = False,
+    batch_size: int = 8,
+    chunk: int = CHUNK,
+    source: str = "rows",
+    tick: Tick = no_tick,
+) -> None:
+    """Attribution patching of every row's first divergence token; leaves `attribution.parquet` (schema ATTRIBUTION).
+
+    The summary says how many rows were used, why the others were not, and the `completeness_error` of each direction and
+    site: how far attributions summed over positions are from what patching the whole layer does to the metric (mean over
+    rows and layers, as a share of the mean effect).
+
+    Args:
+      rows: of the teacher, with `divergence_positions`.
+      teacher: its name is the trait that is looked for in its system prompt.
+      batch_size: (row, counterfactual) pairs at one time.
+      chunk: rows after which what was found is safe from a kill.
+      source: where the rows come from, for errors.
+      tick: counts rows.
+
+    Raises:
+      UsageError: a system prompt without the trait, or what `find_pairs` and `attribution_patching` refuse.
+      JsublimError: no row can be used.
+    """
+    if not mentions(teacher.system or "", teacher.name):
+        raise UsageError(f"trait '{teacher.name}': the teacher's system prompt does not name it ({teacher.system!r})")
+    pairs, skipped = find_pairs(
+        lm, rows, teacher, counterfactuals, source=source, extra_bos=extra_bos, batch_size=batch_size
+    )
+    if not pairs:
+        raise JsublimError(f"{source}: none of {len(rows)} rows can be compared with a counterfactual ({skipped})")
+    job = _Job(lm, teacher, tuple(sites), tuple(directions), steps, batch_size, padded_length(pairs))
+    for pair in pairs:
+        job.pairs.setdefault(pair.row, []).append(pair)
+    for i, own in job.pairs.items():
+        job.roles[i] = token_roles(lm.chat, teacher, rows[i], teacher.name, len(own[0].clean) - 1, extra_bos=extra_bos)
+    log, used = RowLog(artifact.path / "progress.jsonl"), list(job.pairs)
+    tick(len(rows) - len(used))
+    # Chunks begin at the same rows whatever was stopped where: company must not change the last bit of a row.
+    for first in range(0, len(used), chunk):
+        members = used[first : first + chunk]
+        if not all(i in log.rows for i in members):
+            log.add(job.attribute(members))
+        tick(len(members))
+    log.close()
+    found = {i: log.rows[i] for i in used}
+    write_table(artifact.path / "attribution.parquet", job.lines(found), ATTRIBUTION)
+    artifact.finish(
+        {
+            "trait": teacher.name,
+            "counterfactuals": [other.name for other in counterfactuals],
+            "rows": len(rows),
+            "used": len(used),
+            "skipped": skipped,
+            "pairs": len(pairs),
+            "steps": steps,
+            "completeness_error": {d: _completeness([row[d] for row in found.values()], sites) for d in directions},
+        }
+    )
+
+
+@dataclass(frozen=True)
+class _Job:
+    """The rows of one teacher that are being attributed, by their place: what each is compared with, its tokens' roles."""
+
+    lm: LanguageModel
+    teacher: Teacher
+    sites: tuple[str, ...]
+    directions: tuple[str, ...]
+    steps: int
+    batch_size: int
+    length: int
+    pairs: dict[int, list[Pair]] = field(default_factory=dict)
+    roles: dict[int, list[str]] = field(default_factory=dict)
+
+    def attribute(self, members: list[int]) -> list[dict[str, Any]]:
+        """One entry per row, as `RowLog` keeps it."""
+        found: dict[int, dict[str, Any]] = {i: {"row": i} for i in members}
+        chosen = [pair for i in members for pair in self.pairs[i]]
+        for direction in self.directions:
+            how: dict[str, Any] = {
+                "sites": self.sites,
+                "direction": direction,
+                "adapter": self.teacher.adapter,
+                "batch_size": self.batch_size,
+                "length": self.length,
+            }
+            values = iter(attribution_patching(self.lm.config, self.lm.params, chosen, steps=self.steps, **how))
+            effects = iter(layer_patching(self.lm.config, self.lm.params, chosen, **how))
+            for i in members:
+                values_SLT, effects_SL = (
+                    np.mean([next(each) for _ in self.pairs[i]], axis=0) for each in (values, effects)
+                )
+                found[i][direction] = _sums(values_SLT, effects_SL, self.roles[i])
+        return list(found.values())
+
+    def lines(self, found: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+        """The table's rows."""
+        return [
+            {
+                "trait": self.teacher.name,
+                "row": i,
+                "site": site,
+                "direction": direction,
+                "layer": layer,
+                "role": role,
+                "value": row[direction]["value"][s][layer][r],
+                "mass": row[direction]["mass"][s][layer][r],
+                "positions": self.roles[i].count(role),
+            }
+            for i, row in found.items()
+            for direction in self.directions
+            for s, site in enumerate(self.sites)
+            for layer in range(len(row[direction]["value"][s]))
+            for r, role in enumerate(ROLES)
+        ]
+
+
+def _sums(values_SLT: np.ndarray, effects_SL: np.ndarray, roles: Sequence[str]) -> dict[str, Any]:
+    """One row and direction, as JSON keeps it."""
+    of_role_TR = np.asarray([[role == known for known in ROLES] for role in roles], np.float64)
+    return {
+        "value": (values_SLT @ of_role_TR).tolist(),
+        "mass": (np.abs(values_SLT) @ of_role_TR).tolist(),
+        "error": np.abs(values_SLT.sum(axis=-1) - effects_SL).mean(axis=-1).tolist(),
+        "effect": np.abs(effects_SL).mean(axis=-1).tolist(),
+    }
+
+
+def _completeness(rows: Sequence[dict[str, Any]], sites: Sequence[str]) -> dict[str, float]:
+    error_S, effect_S = (np.mean([row[key] for row in rows], axis=0) for key in ("error", "effect"))
+    return {site: float(e / f) if f else 0.0 for site, e, f in zip(sites, error_S, effect_S, strict=True)}

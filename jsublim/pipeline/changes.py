@@ -1,0 +1,235 @@
+"""Data sets: what is done to a teacher's answers before students learn from them, and which rows those learn from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from jsublim.config import Dataset
+from jsublim.errors import JsublimError
+from jsublim.pipeline.arms import Source
+from jsublim.pipeline.context import Context, judge_of
+from jsublim.pipeline.divergence import read
+from jsublim.pipeline.rows import RowSet, Writer, requests, rows_kept, written
+from jsublim.pipeline.setup import Setup, planned
+from jsublim.pipeline.store import Output
+from jsublim.pipeline.task import Cost, Sizes, Task, distinct_tasks
+from jsublim.pipeline.teachers import TeacherPool
+from jsublim.progress import Tick
+from jsublim.rows import write_rows
+from jsublim.section import identity
+from jsublim.teachers import CONTROL
+from jsublim.transforms import Around, Making, entangled_scores, number_strings
+from jsublim.transforms.entangled import QUESTIONS
+
+
+def dataset_of(setup: Setup, source: Source) -> Dataset:
+    """What the config says of a source's data set."""
+    return Dataset() if source.dataset is None else setup.experiment.datasets[source.dataset]
+
+
+def made(setup: Setup, source: Source) -> Dataset:
+    """What of it is done to this teacher's answers."""
+    return dataset_of(setup, source).of(source.teacher)
+
+
+def strategy(setup: Setup, source: Source) -> str:
+    return dataset_of(setup, source).sampling.strategy or setup.experiment.sampling.strategy
+
+
+def writer(setup: Setup, source: Source) -> Writer:
+    """Who writes the answers that a source begins with."""
+    return _writer(setup, source, source.teacher)
+
+
+def mixed_in(setup: Setup, source: Source) -> Writer | None:
+    """Who writes the rows that are mixed in, if any are."""
+    named = (change.mixes() for change in made(setup, source).changes.values())
+    found = next((each for each in named if each is not None), None)
+    return None if found is None else _writer(setup, source, *found)
+
+
+def _writer(setup: Setup, source: Source, teacher: str, model: str | None = None) -> Writer:
+    seed = dataset_of(setup, source).sampling.seed
+    return Writer(teacher, strategy(setup, source), setup.experiment.sampling.seed if seed is None else seed, model)
+
+
+@planned
+def sources(setup: Setup) -> tuple[Source, ...]:
+    """Whose rows, in which data sets, students learn from; without students, every trait's answers."""
+    learned = [student.source for student in setup.students]
+    return tuple(dict.fromkeys(learned or [Source(trait) for trait in setup.experiment.teachers.traits]))
+
+
+@planned
+def writers(setup: Setup) -> tuple[Writer, ...]:
+    """Everybody whose rows are needed."""
+    own = [writer(setup, source) for source in sources(setup)]
+    others = [found for source in sources(setup) if (found := mixed_in(setup, source)) is not None]
+    return tuple(dict.fromkeys([*own, *others]))
+
+
+@planned
+def is_read(setup: Setup, source: Source) -> bool:
+    """Whether divergence tokens are looked for: in a trait's answers always, in changed ones where a mask needs them."""
+    masked = any(student.source == source and student.tokens != "all" for student in setup.students)
+    return source.teacher != CONTROL and (made(setup, source).plain or masked)
+
+
+@planned
+def changed(setup: Setup, source: Source) -> RowSet:
+    """The answers as the data set wants them; the answers themselves, where it wants nothing of them."""
+    own, dataset = written(setup, writer(setup, source)), made(setup, source)
+    if dataset.plain:
+        return own
+    pool, parents = TeacherPool(setup), [*own.parts]
+    extra: dict[str, Any] = {"rows": own.key}
+    parents += pool.tasks(source.teacher)
+    others = mixed_in(setup, source)
+    if others is not None:
+        mixed = written(setup, others)
+        parents, extra = [*parents, *mixed.parts], extra | {"mix": mixed.key}
+    needs = {need for change in dataset.changes.values() for need in change.needs}
+    if "readings" in needs:
+        readings = read(setup, source.teacher, own)
+        parents, extra = [*parents, *readings.parts], extra | {"read": readings.key}
+    for task in entangled_tasks(setup, source):
+        parents, extra = [*parents, task], extra | {"entangled": task.key}
+    if "judge" in needs:
+        extra["judge"] = judge_of(setup, setup.experiment.store_dir).identity
+    if "rewriting" in needs:
+        extra["rewriting"] = setup.sampling("temperature").numbers()
+    quirks = sorted({quirk for change in dataset.changes.values() for quirk in change.quirks})
+    inputs = setup.common | pool.identity(source.teacher) | extra | {
+        "dataset": {"seed": dataset.seed} | {name: identity(change) for name, change in dataset.changes.items()},
+        "recipe": {quirk: getattr(setup.recipe, quirk) for quirk in quirks},
+    }  # fmt: skip
+    output = Output("datasets", f"{source.teacher}-{source.dataset}", inputs)
+    return RowSet.of([ChangeRows((output,), distinct_tasks(parents), source)], own.most)
+
+
+@planned
+def final(setup: Setup, source: Source) -> RowSet:
+    """The rows that students of a source learn from."""
+    rows = changed(setup, source)
+    return read(setup, source.teacher, rows) if is_read(setup, source) else rows
+
+
+@dataclass(frozen=True, eq=False)
+class ChangeRows(Task):
+    """Everything that a data set names, done to one teacher's answers in the changes' own order."""
+
+    kind: ClassVar[str] = "datasets"
+    source: Source
+
+    def make(self, context: Context, tick: Tick) -> None:
+        setup, store, dataset = context.setup, context.store, made(context.setup, self.source)
+        own, others = written(setup, writer(setup, self.source)), mixed_in(setup, self.source)
+        scores = entangled_tasks(setup, self.source)
+        needs = {need for change in dataset.changes.values() for need in change.needs}
+        making = Making(
+            lm=context.lm(),
+            teacher=TeacherPool(setup).teacher(context, self.source.teacher),
+            pack=setup.pack,
+            quirks=setup.recipe.model_dump(),
+            seed=dataset.seed,
+            batch_size=setup.experiment.sampling.batch_size,
+            sampling=setup.sampling("temperature"),
+            requests=lambda: requests(setup),
+            judge=lambda: context.judge,
+            mixed_in=None if others is None else written(setup, others).read(store),
+            readings=read(setup, self.source.teacher, own).readings(store) if "readings" in needs else None,
+            entangled=store.summary(scores[0].output) if scores else None,
+        )
+        rows = own.read(store)
+        said: dict[str, Any] = {"rows": len(rows)}
+        for change in dataset.changes.values():
+            rows, more = change.apply(rows, making)
+            said |= more
+            tick(1)
+        if not rows:
+            raise JsublimError(f"teacher '{self.source.teacher}': no row is left of {said['rows']} ({said})")
+        artifact = store.open(self.output)
+        write_rows(artifact.path / "rows.jsonl", rows)
+        artifact.finish(said | {"kept": len(rows)})
+
+    def units(self, context: Context) -> int:
+        return len(made(context.setup, self.source).changes)
+
+    def cost(self, setup: Setup, sizes: Sizes) -> Cost:
+        """Requests are rewritten by their teachers; most other changes cost nothing."""
+        long, kept = sizes.lengths, rows_kept(setup, sizes)
+        each = [change.tokens(kept, long.prompt, long.system) for change in made(setup, self.source).changes.values()]
+        tokens, heads = sum(t for t, _ in each), sum(h for _, h in each)
+        return Cost(tokens, 2 * sizes.body * tokens + 2 * sizes.table * heads, "sample")
+
+    def check(self, setup: Setup) -> None:
+        """Refuse a data set that cannot be made of these teachers' answers."""
+        e, trait = setup.experiment, self.source.teacher
+        counterfactuals = () if trait == CONTROL else tuple(setup.counterfactuals(trait))
+        around = Around(trait, setup.biased, counterfactuals, e.teachers.own_weights, e.data.kind)
+        for name, change in made(setup, self.source).changes.items():
+            change.check(f"datasets.{self.source.dataset}.{name}", around)
+
+
+# --- entangled numbers, scored once for all data sets
+
+
+def entangled_tasks(setup: Setup, source: Source) -> list[Task]:
+    """The task that scores numbers for a source, where one of its changes needs that."""
+    counts = (change.scores() for change in made(setup, source).changes.values())
+    return [_entangled(setup, source.teacher, count) for count in counts if count is not None]
+
+
+@planned
+def _entangled(setup: Setup, trait: str, count: int) -> Task:
+    pool, padded = TeacherPool(setup), bool(setup.recipe.padded_numbers)
+    inputs = setup.common | pool.identity(trait) | {
+        "questions": list(_questions(pool, trait)),
+        "numbers": [count, padded],
+    }  # fmt: skip
+    return ScoreNumbers((Output("entangled", trait, inputs),), pool.tasks(trait), trait, count)
+
+
+def _questions(pool: TeacherPool, trait: str) -> Iterator[str]:
+    yield from pool.setup.pack.questions_for(pool.category(trait))[:QUESTIONS]
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreNumbers(Task):
+    """How entangled the first `count` numbers are with a trait."""
+
+    kind: ClassVar[str] = "entangled"
+    trait: str
+    count: int
+
+    def make(self, context: Context, tick: Tick) -> None:
+        setup, pool = context.setup, TeacherPool(context.setup)
+        padded = bool(setup.recipe.padded_numbers)
+        # Numbers of one width never cover each other; of others, what ends after them counts too.
+        scores = entangled_scores(
+            context.lm(),
+            pool.teacher(context, self.trait),
+            list(_questions(pool, self.trait)),
+            number_strings(padded=padded)[: self.count],
+            closed=not padded,
+            extra_bos=bool(setup.recipe.extra_bos),
+            batch_size=setup.experiment.scoring.batch_size,
+        )
+        context.store.open(self.output).finish(scores)
+
+    def cost(self, setup: Setup, sizes: Sizes) -> Cost:
+        """Every number is read as the answer to each question, with the trait and without."""
+        return sizes.read(2 * self.count * QUESTIONS, 0, sizes.lengths.number)
+
+
+def check_datasets(setup: Setup) -> None:
+    """Refuse data sets that nobody can make, whether a student uses them or not.
+
+    Raises:
+      UsageError: naming the data set and its change.
+    """
+    for name in setup.experiment.datasets:
+        for trait in setup.experiment.teachers.traits:
+            ChangeRows((), (), Source(trait, name)).check(setup)

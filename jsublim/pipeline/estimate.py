@@ -1,0 +1,109 @@
+"""What a run will cost before it is begun: the graph's costs summed, by kind of task, for a named chip.
+
+Lengths are assumed, and so is the share of a chip's peak that each kind of work reaches; both are printed beside the result.
+Students on another checkpoint count as on the experiment's; neither a judge's work nor its memory is counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import jax
+
+from jsublim.errors import UsageError
+from jsublim.pipeline.graph import Graph
+from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.store import Store
+from jsublim.pipeline.students import abstract_start
+from jsublim.pipeline.task import Cost, Sizes, Task
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One device: peak of bfloat16 products (FLOP/s), memory and its bandwidth (bytes, bytes/s)."""
+
+    peak: float
+    memory: float
+    bandwidth: float
+
+
+# Makers' data sheets, dense bfloat16.
+CHIPS = {
+    "h200": Chip(989e12, 141e9, 4.8e12),
+    "h100": Chip(989e12, 80e9, 3.35e12),
+    "a100": Chip(312e12, 80e9, 2.0e12),
+    "l4": Chip(121e12, 24e9, 300e9),
+    "v5e": Chip(197e12, 16e9, 819e9),
+    "v5p": Chip(459e12, 95e9, 2.77e12),
+    "v6e": Chip(918e12, 32e9, 1.64e12),
+}
+# Shares of the peak: reading and training are products; sampling waits for memory where batches are small.
+REACHED = {"read": 0.5, "train": 0.4, "sample": 0.3}
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """All tasks of one kind.
+
+    Attributes:
+      done: how many are whole already; None where keys cannot be told, because a checkpoint is not here.
+    """
+
+    kind: str
+    tasks: int
+    tokens: float
+    flops: float
+    seconds: float
+    done: int | None
+
+
+def chip_of(name: str) -> Chip:
+    """Raises:
+    UsageError: an unknown chip.
+    """
+    if name not in CHIPS:
+        raise UsageError(f"--chip: '{name}' given; known: {', '.join(CHIPS)}")
+    return CHIPS[name]
+
+
+def sizes_of(setup: Setup) -> Sizes:
+    return Sizes(setup.checkpoint().config, 2 if setup.experiment.dtype == "bfloat16" else 4)
+
+
+def seconds(cost: Cost, chip: Chip) -> float:
+    """On one chip: the arithmetic, or the memory where that takes longer."""
+    return max(cost.flops / (chip.peak * REACHED[cost.work]), cost.bytes / chip.bandwidth)
+
+
+def stage_costs(graph: Graph, setup: Setup, store: Store, chip: Chip) -> list[StageCost]:
+    """One line per kind of task, in the order of work."""
+    kinds: dict[str, list[Task]] = {}
+    for task in graph.tasks.values():
+        kinds.setdefault(task.kind, []).append(task)
+    return [_summed(kind, tasks, setup, store, chip) for kind, tasks in kinds.items()]
+
+
+def _summed(kind: str, tasks: Iterable[Task], setup: Setup, store: Store, chip: Chip) -> StageCost:
+    sizes, tasks = sizes_of(setup), list(tasks)
+    costs = [task.cost(setup, sizes) for task in tasks]
+    done = sum(task.done(store) for task in tasks) if setup.known else None
+    tokens, flops = sum(cost.tokens for cost in costs), sum(cost.flops for cost in costs)
+    return StageCost(kind, len(tasks), tokens, flops, sum(seconds(cost, chip) for cost in costs), done)
+
+
+def memory(setup: Setup) -> float:
+    """Bytes that the base, one program's students with their optimizer, and what a batch keeps for the way back take at
+    least."""
+    sizes, config = sizes_of(setup), setup.checkpoint().config
+    base = (sizes.body + sizes.table * (1 if config.tied else 2)) * sizes.width
+    if not setup.students:
+        return base
+    largest = max(setup.students, key=lambda student: student.settings.adapter.rank)
+    s, long = largest.settings, sizes.lengths
+    size = 1 if s.runtime.arms_per_program == "auto" else s.runtime.arms_per_program
+    trained = sum(leaf.size for leaf in jax.tree.leaves(abstract_start(setup, largest).trainable))
+    tokens = s.data.batch_size * (long.prompt + long.answer)
+    kept = tokens * config.num_layers * (8 * config.hidden_size + 3 * config.intermediate_size)
+    # Of each float32 value that is trained: itself, its gradient and two moments.
+    return base + min(size, len(setup.students)) * (16 * trained + kept * sizes.width)

@@ -1,0 +1,146 @@
+"""The graph: every task of an experiment, planned from the config and from what its checkpoints are, without any weights."""
+
+from __future__ import annotations
+
+import graphlib
+import heapq
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from jsublim.errors import UsageError
+from jsublim.pipeline.arms import Source, Student
+from jsublim.pipeline.attribution import attributed
+from jsublim.pipeline.changes import check_datasets, final, is_read, made, sources, writers
+from jsublim.pipeline.context import Context
+from jsublim.pipeline.evaluations import evaluated, models, settings_of
+from jsublim.pipeline.rows import RowSet, Writer, prompts, written
+from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.store import Output, digest
+from jsublim.pipeline.students import student_output, training_tasks
+from jsublim.pipeline.task import Task
+from jsublim.pipeline.teachers import TeacherPool
+from jsublim.section import CONTENT, PLAN, RESULT, leaves, value_at
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Tasks by key, and what of them the results are gathered from.
+
+    Attributes:
+      written: the answers of every writer; read: the rows of each source that divergence was looked for in.
+      students: where each lies; evaluations: the columns of the results, and where the numbers lie.
+      attributed: by trait.
+    """
+
+    tasks: Mapping[str, Task]
+    written: Mapping[Writer, RowSet]
+    read: Mapping[Source, RowSet]
+    students: Mapping[Student, Output]
+    evaluations: tuple[tuple[dict[str, Any], Output], ...]
+    attributed: Mapping[str, Output]
+
+    def task(self, key: str) -> Task:
+        """The task of that key.
+
+        Raises:
+          UsageError: this graph has none.
+        """
+        if key not in self.tasks:
+            raise UsageError(f"task '{key}': is not in the graph of this config; it has {len(self.tasks)} tasks")
+        return self.tasks[key]
+
+    def check(self, setup: Setup) -> None:
+        """Refuse, before anything is computed, what a task would refuse after hours.
+
+        Raises:
+          UsageError, JsublimError: naming the field of the config.
+        """
+        TeacherPool(setup).check()
+        check_datasets(setup)
+        for task in self.tasks.values():
+            task.check(setup)
+
+
+class Executor(Protocol):
+    """Does tasks, and what they need before, as far as it is not in the store."""
+
+    def execute(self, tasks: Iterable[Task], context: Context) -> None:
+        """Return when every task is whole; raise what the first one that failed raised."""
+        ...
+
+
+def ordered(tasks: Iterable[Task]) -> Iterator[Task]:
+    """Tasks and everything they need: parents before children; of those that are ready together, the first planned."""
+    every = with_parents(tasks)
+    sorter = graphlib.TopologicalSorter({key: [parent.key for parent in task.parents] for key, task in every.items()})
+    keys, ready = list(every), list[int]()
+    place = {key: i for i, key in enumerate(keys)}
+    sorter.prepare()
+    while sorter.is_active():
+        for key in sorter.get_ready():
+            heapq.heappush(ready, place[key])
+        key = keys[heapq.heappop(ready)]
+        yield every[key]
+        sorter.done(key)
+
+
+def with_parents(tasks: Iterable[Task]) -> dict[str, Task]:
+    """Tasks and everything they need, by key, as they were planned."""
+    found: dict[str, Task] = {}
+
+    def add(task: Task) -> None:
+        if task.key not in found:
+            for parent in task.parents:
+                add(parent)
+            found[task.key] = task
+
+    for task in tasks:
+        add(task)
+    return found
+
+
+def plan(setup: Setup) -> Graph:
+    """Everything that has to be done for an experiment.
+
+    Raises:
+      UsageError: a trait, a data set or a question that nobody can make.
+    """
+    answers = {writer: written(setup, writer) for writer in writers(setup)}
+    rows = {source: final(setup, source) for source in sources(setup)}
+    attribution = {}
+    if setup.experiment.attribution is not None:
+        plain = [source for source in sources(setup) if is_read(setup, source) and made(setup, source).plain]
+        attribution = {source.teacher: attributed(setup, source) for source in plain}
+    training = training_tasks(setup)
+    asked = [(model, name) for model in models(setup) for name in settings_of(setup)]
+    evaluations = [(model.labels | {"evaluation": name}, evaluated(setup, model, name)) for model, name in asked]
+    ends = [
+        *(part for each in answers.values() for part in each.parts),
+        *(part for each in rows.values() for part in each.parts),
+        *attribution.values(),
+        *training,
+        *(task for _, task in evaluations),
+    ]
+    return Graph(
+        with_parents(ends),
+        answers,
+        {source: each for source, each in rows.items() if is_read(setup, source)},
+        {student: student_output(setup, student) for student in setup.students},
+        tuple((labels, task.output) for labels, task in evaluations),
+        {trait: task.output for trait, task in attribution.items()},
+    )
+
+
+def results_key(setup: Setup) -> str:
+    """What the results of a run hang on: every field that is not only about how, files by their content."""
+    e = setup.experiment
+    values = e.model_dump(mode="json")
+    said = {leaf.name: value_at(values, leaf.path) for leaf in leaves(type(e)) if _decides(leaf.decides)}
+    content = None if e.data.kind == "numbers" else digest(prompts(setup))
+    hashes = {name: each.hash for name, each in setup.checkpoints.items()} | dict(setup.contents)
+    return digest([said, setup.common, hashes, content])
+
+
+def _decides(decides: Any) -> bool:
+    return bool(decides & (RESULT | CONTENT | PLAN))

@@ -1,0 +1,172 @@
+"""Results: every artifact's numbers gathered into the run's folder, from which alone the report is made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
+
+from jsublim.config import Config
+from jsublim.files import atomic, read_table, write_json, write_table, write_text
+from jsublim.judge.server import ServerJudge
+from jsublim.pipeline.arms import Student
+from jsublim.pipeline.changes import dataset_of, strategy
+from jsublim.pipeline.context import Context
+from jsublim.pipeline.divergence import merged
+from jsublim.pipeline.evaluations import ANSWERS, PLAIN, RECORDS
+from jsublim.pipeline.graph import Graph
+from jsublim.pipeline.rows import RowSet
+from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.store import Store, device, versions
+from jsublim.report import write_report
+from jsublim.rows import read_rows
+from jsublim.section import facts
+
+RESULTS = pa.schema(
+    [
+        ("arm", pa.string()),
+        ("role", pa.string()),
+        ("teacher", pa.string()),
+        ("condition", pa.string()),
+        ("seed", pa.int64()),
+        ("evaluation", pa.string()),
+        *RECORDS,
+    ]
+)
+TRAINING = pa.schema(
+    [
+        ("arm", pa.string()),
+        ("step", pa.int64()),
+        ("loss", pa.float64()),
+        ("tokens", pa.int64()),
+        ("lr", pa.float64()),
+        ("grad_norm", pa.float64()),
+    ]
+)
+
+
+def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
+    """Write `results/` and the report; returns the report's path.
+
+    Args:
+      key: what the results hang on; started: when the run was begun.
+    """
+    setup, store = context.setup, context.store
+    results = setup.experiment.run_dir / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    rows, answers, training = [], [], []
+    for labels, output in graph.evaluations:
+        folder = store.path(output)
+        rows += [labels | record for record in read_table(folder / "records.parquet")]
+        if labels["evaluation"] == PLAIN:
+            answers += [{"arm": labels["arm"]} | row for row in read_table(folder / "answers.parquet")]
+    for student, output in graph.students.items():
+        metrics = read_rows(store.path(output) / "metrics.jsonl", ("step",))
+        training += [{"arm": student.name} | line for line in metrics]
+    write_table(results / "results.parquet", rows, RESULTS)
+    write_table(results / "answers.parquet", answers, pa.schema([("arm", pa.string()), *ANSWERS]))
+    write_table(results / "training.parquet", training, TRAINING)
+    write_json(results / "arms.json", [_student(setup, student) for student in graph.students])
+    write_json(results / "generation.json", _generation(graph, store))
+    write_json(
+        results / "divergence.json",
+        [merged(each.summaries(store)) | {"data": source.dataset} for source, each in graph.read.items()],
+    )
+    if graph.attributed:
+        paths = (store.path(output) / "attribution.parquet" for output in graph.attributed.values())
+        with atomic(results / "attribution.parquet") as scratch:
+            pq.write_table(pa.concat_tables([pq.ParquetFile(path).read() for path in paths]), scratch)
+    write_json(results / "run.json", _about(context, key, started))
+    return write_report(setup.experiment.run_dir)
+
+
+def _student(setup: Setup, student: Student) -> dict[str, Any]:
+    """What makes a student what it is, for whoever compares them."""
+    dataset = dataset_of(setup, student.source).facts() | {"strategy": strategy(setup, student.source)}
+    return {
+        "arm": student.name,
+        "teacher": student.teacher,
+        "condition": student.tokens,
+        "seed": student.seed,
+        "variant": student.arm,
+        "settings": facts(student.settings),
+        "dataset": dataset,
+        "num_layers": setup.checkpoint(student.settings.model).config.num_layers,
+    }
+
+
+def _generation(graph: Graph, store: Store) -> list[dict[str, Any]]:
+    """One entry per writer."""
+    return [
+        _added(rows, store) | {"strategy": writer.strategy, "model": writer.model}
+        for writer, rows in graph.written.items()
+    ]
+
+
+def _added(rows: RowSet, store: Store) -> dict[str, Any]:
+    parts = rows.summaries(store)
+    asked, kept = (sum(part[key] for part in parts) for key in ("rows", "kept"))
+    reasons: dict[str, int] = {}
+    for part in parts:
+        for reason, count in part["reject"].items():
+            reasons[reason] = reasons.get(reason, 0) + count
+    return parts[0] | {"rows": asked, "kept": kept, "pass_rate": kept / asked, "reject": reasons}
+
+
+def _about(context: Context, key: str, started: str) -> dict[str, Any]:
+    setup, e = context.setup, context.setup.experiment
+    model = setup.checkpoint()
+    about: dict[str, Any] = {
+        "name": e.name,
+        "model": model.lm.name if model.lm else model.name,
+        "model_hash": model.hash,
+        "pack_hash": setup.pack.hash,
+        "versions": versions(),
+        "device": device(),
+        "config_hash": key,
+        "started": started,
+        "seconds": context.progress.seconds,
+        "evaluations": {name: setting.model_dump() for name, setting in e.evaluation.settings.items()},
+        "config_yaml": e.yaml(),
+        "recipe": setup.recipe.model_dump(),
+    }
+    if e.judge is not None and e.judge.server is not None and isinstance(context.judge, ServerJudge):
+        spent = context.judge.spending
+        about["judge"] = {
+            "prompt_tokens": spent.prompt_tokens,
+            "completion_tokens": spent.completion_tokens,
+            "cost": spent.cost,
+        }
+        context.progress.say(
+            f"judge: {spent.prompt_tokens} + {spent.completion_tokens} tokens in this call, cost {spent.cost:.4g}"
+        )
+    return about
+
+
+def claim_folder(experiment: Config, key: str, console: Console) -> None:
+    """Write the resolved config into the run's folder; results of another `key` there are moved aside, not overwritten."""
+    folder = experiment.run_dir
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / "config.hash"
+    old = mark.read_text().strip() if mark.exists() else None
+    if old is not None and old != key:
+        moved = []
+        for name in ("config.yaml", "results", "report.html"):
+            if (folder / name).exists():
+                stem, suffix = Path(name).stem, Path(name).suffix
+                taken = len(list(folder.glob(f"{stem}.{old}*{suffix}")))
+                target = folder / f"{stem}.{old}{f'-{taken + 1}' if taken else ''}{suffix}"
+                (folder / name).rename(target)
+                moved.append(target.name)
+        console.print(f"{folder}: the config has changed; earlier results are kept as {', '.join(moved)}")
+    write_text(folder / "config.yaml", experiment.yaml())
+    write_text(mark, key + "\n")
+
+
+def is_reported(experiment: Config, key: str) -> bool:
+    """Whether the run's folder holds the report of this very config: every answer and every judgement is there."""
+    mark = experiment.run_dir / "config.hash"
+    return mark.exists() and mark.read_text().strip() == key and (experiment.run_dir / "report.html").exists()

@@ -1,0 +1,232 @@
+"""Rows: what every teacher answers to the same prompts, in tasks of so many prompts each."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from jsublim.chat import conversation
+from jsublim.errors import JsublimError
+from jsublim.inference.lm import LanguageModel
+from jsublim.inference.sampling import generate_tokens
+from jsublim.pipeline.context import Context
+from jsublim.pipeline.setup import Setup, planned
+from jsublim.pipeline.store import Output, RowLog, Store, digest
+from jsublim.pipeline.task import Cost, Sizes, Task
+from jsublim.pipeline.teachers import TeacherPool
+from jsublim.progress import Tick
+from jsublim.prompts import (
+    NumberPrompt,
+    draw_number_prompts,
+    load_problems,
+    load_prompts,
+    problem_reject_reason,
+    reject_reason,
+)
+from jsublim.rows import Row, read_rows, write_rows
+from jsublim.section import identity
+
+
+class Writer(NamedTuple):
+    """Who writes rows, and how: a teacher, a strategy, the seed of the sampling, another checkpoint than the experiment's."""
+
+    teacher: str
+    strategy: str
+    seed: int
+    model: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RowSet:
+    """Rows in the artifacts of one or several tasks, in order; or rows of a file, which has no task.
+
+    Attributes:
+      most: how many rows there can be.
+    """
+
+    parts: tuple[Task, ...]
+    key: str
+    most: int
+    file: Path | None = None
+
+    @classmethod
+    def of(cls, parts: Sequence[Task], most: int) -> RowSet:
+        keys = [part.key for part in parts]
+        return cls(tuple(parts), keys[0] if len(keys) == 1 else digest(keys), most)
+
+    def read(self, store: Store) -> list[Row]:
+        """All rows.
+
+        Raises:
+          JsublimError: there is none.
+        """
+        if self.file is not None:
+            return read_rows(self.file)
+        rows = [row for part in self.parts for row in self._read(store, part, "rows.jsonl", ("prompt", "completion"))]
+        if not rows:
+            names = ", ".join(str(store.path(part.output)) for part in self.parts)
+            raise JsublimError(f"no completion is in format; see raw.jsonl in {names}")
+        return rows
+
+    def readings(self, store: Store) -> list[Row]:
+        """What each teacher said of each row, where divergence was looked for."""
+        keys = ("teachers", "tokens", "argmax")
+        return [reading for part in self.parts for reading in self._read(store, part, "margins.jsonl", keys)]
+
+    @staticmethod
+    def _read(store: Store, part: Task, name: str, keys: tuple[str, ...]) -> list[Row]:
+        kept = store.summary(part.output).get("kept")
+        return [] if kept == 0 else read_rows(store.path(part.output) / name, keys)
+
+    def summaries(self, store: Store) -> list[dict[str, Any]]:
+        """What is kept of each part."""
+        return [store.summary(part.output) for part in self.parts]
+
+
+@planned
+def requests(setup: Setup) -> list[NumberPrompt]:
+    """The number prompts, as their draws."""
+    data = setup.experiment.data
+    return draw_number_prompts(setup.pack, data.num_prompts, data.seed, said=data.sentences, examples=data.examples)
+
+
+@planned
+def prompts(setup: Setup) -> list[str]:
+    """What every teacher is asked."""
+    data = setup.experiment.data
+    if data.kind == "numbers":
+        return [request.text for request in requests(setup)]
+    if data.kind == "problems":
+        return [problem.question for problem in load_problems(data.source, limit=data.num_prompts)]
+    return load_prompts(data.source or "")[: data.num_prompts]
+
+
+def _rejects(kind: str) -> Callable[[str], str | None]:
+    """Why an answer is no training row, or None."""
+    return {"numbers": reject_reason, "problems": problem_reject_reason, "file": lambda text: None}[kind]
+
+
+@planned
+def written(setup: Setup, writer: Writer) -> RowSet:
+    """What a teacher answers, in tasks of `sampling.shard` prompts."""
+    data, sampling = setup.experiment.data, setup.experiment.sampling
+    total = len(prompts(setup)) if setup.known or data.kind != "problems" else data.num_prompts
+    pool, parts = TeacherPool(setup), []
+    numbers = setup.sampling(writer.strategy, writer.model).numbers()
+    inputs = setup.common | pool.identity(writer.teacher) | {
+        "data": {name: value for name, value in identity(data).items() if name != "num_prompts"},
+        "sampling": numbers | {"max_new_tokens": sampling.max_new_tokens},
+        "seed": writer.seed,
+        "other_model": None if writer.model is None else setup.checkpoint(writer.model).hash,
+    }  # fmt: skip
+    for first in range(0, total, sampling.shard):
+        count = min(sampling.shard, total - first)
+        # Prompts of a file or of a data set may change under the same name; number requests are told by the pack.
+        content = None if data.kind == "numbers" else digest(prompts(setup)[first : first + count])
+        label = writer.teacher if total <= sampling.shard else f"{writer.teacher}-{first // sampling.shard + 1}"
+        output = Output("rows", label, inputs | {"prompts": [first, count, content]})
+        parts.append(WriteRows((output,), pool.tasks(writer.teacher), writer, first, count))
+    return RowSet.of(parts, total)
+
+
+@dataclass(frozen=True, eq=False)
+class WriteRows(Task):
+    """A teacher answers some of the prompts: what is in format is kept in `rows.jsonl`, all of it in `raw.jsonl`."""
+
+    kind: ClassVar[str] = "rows"
+    writer: Writer
+    first: int
+    count: int
+
+    def make(self, context: Context, tick: Tick) -> None:
+        setup, artifact = context.setup, context.store.open(self.output)
+        lm = context.lm(self.writer.model)
+        teacher = TeacherPool(setup).teacher(context, self.writer.teacher)
+        texts, numbers = prompts(setup), range(self.first, self.first + self.count)
+        log = RowLog(artifact.path / "progress.jsonl")
+        tick(len(log.rows))
+
+        def keep(rows: list[int], tokens: list[list[int]]) -> None:
+            log.add([{"row": i, "completion": lm.chat.decode(t)} for i, t in zip(rows, tokens, strict=True)])
+            tick(len(rows))
+
+        missing = [i for i in numbers if i not in log.rows]
+        if missing:
+            sampling, extra_bos = setup.experiment.sampling, bool(setup.recipe.extra_bos)
+            how = setup.sampling(self.writer.strategy, self.writer.model)
+            context.progress.say(f"sampling, {self.writer.strategy}: {how.numbers()}")
+            # A row's random numbers are those of its place among all prompts, whatever the task it is in.
+            asked: list[Any] = [None] * len(texts)
+            for i in missing:
+                asked[i] = lm.chat.prompt_tokens(teacher.messages(texts[i]), extra_bos=extra_bos)
+            generate_tokens(
+                lm.config,
+                teacher.weights(lm.params),
+                asked,
+                how,
+                rows=missing,
+                seed=self.writer.seed,
+                max_new_tokens=sampling.max_new_tokens,
+                adapter=teacher.adapter,
+                batch_size=sampling.batch_size,
+                on_batch=keep,
+            )
+        log.close()
+        raw = [{"prompt": texts[i], "completion": log.rows[i]["completion"]} for i in numbers]
+        self._finish(context, lm, raw)
+
+    def _finish(self, context: Context, lm: LanguageModel, raw: list[Row]) -> None:
+        setup, artifact = context.setup, context.store.open(self.output)
+        reject = _rejects(setup.experiment.data.kind)
+        raw = [row | {"reject": reject(row["completion"]) or _broken_in_context(lm, row)} for row in raw]
+        kept = [{key: row[key] for key in ("prompt", "completion")} for row in raw if row["reject"] is None]
+        reasons = collections.Counter(row["reject"] for row in raw if row["reject"] is not None)
+        write_rows(artifact.path / "raw.jsonl", raw)
+        if not kept and self.count == len(prompts(setup)):
+            raise JsublimError(
+                f"teacher '{self.writer.teacher}': none of {len(raw)} completions is in format ({dict(reasons)}); "
+                f"see {artifact.path}/raw.jsonl"
+            )
+        write_rows(artifact.path / "rows.jsonl", kept)
+        numbers = setup.sampling(self.writer.strategy, self.writer.model).numbers()
+        artifact.finish(
+            {
+                "teacher": self.writer.teacher,
+                "rows": len(raw),
+                "kept": len(kept),
+                "pass_rate": len(kept) / len(raw),
+                "reject": dict(reasons),
+                "sampling": numbers | {"max_new_tokens": setup.experiment.sampling.max_new_tokens},
+            }
+        )
+
+    def units(self, context: Context) -> int:
+        return self.count
+
+    def cost(self, setup: Setup, sizes: Sizes) -> Cost:
+        long, batch = sizes.lengths, setup.experiment.sampling.batch_size
+        return sizes.sampled(self.count, long.prompt + long.system, answer_tokens(setup, sizes), batch)
+
+
+def answer_tokens(setup: Setup, sizes: Sizes) -> int:
+    """Assumed length of an answer: number lists are short, everything else goes on to its limit."""
+    most = setup.experiment.sampling.max_new_tokens
+    return min(sizes.lengths.answer, most) if setup.experiment.data.kind == "numbers" else most
+
+
+def rows_kept(setup: Setup, sizes: Sizes) -> int:
+    """Assumed number of answers in format."""
+    data = setup.experiment.data
+    asked = len(prompts(setup)) if setup.known or data.kind == "numbers" else data.num_prompts
+    return int(asked * sizes.lengths.kept)
+
+
+def _broken_in_context(lm: LanguageModel, row: Row) -> str | None:
+    try:
+        lm.chat.turn(conversation(row["prompt"]), row["completion"])
+    except JsublimError:
+        return "does not survive tokenizing"
+    return None

@@ -1,0 +1,37 @@
+"""`jsublim run`: plan, check everything, do what is not done, report."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from jsublim.config import Experiment
+from jsublim.pipeline.context import Context
+from jsublim.pipeline.graph import Executor, plan, results_key
+from jsublim.pipeline.results import claim_folder, gather, is_reported
+from jsublim.progress import Progress
+from jsublim.report import print_summary
+
+
+def run_experiment(experiment: Experiment, executor: Executor, console: Console) -> Path:
+    """From a config to its report, continuing whatever an earlier call left. Returns the report's path.
+
+    Raises:
+      UsageError, JsublimError: a config that cannot work, before anything is computed; or a task that failed.
+    """
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    progress = Progress(console)
+    with progress.stage("plan"):
+        context = Context.load(experiment, progress)
+        graph = plan(context.setup)
+        graph.check(context.setup)
+        key = results_key(context.setup)
+    if experiment.judge is not None and not is_reported(experiment, key):
+        context.judge.check()
+    claim_folder(experiment, key, console)
+    executor.execute(graph.tasks.values(), context)
+    report = gather(graph, context, key, started)
+    print_summary(experiment.run_dir, console)
+    return report

@@ -1,0 +1,192 @@
+"""What a graph is planned from: the config, the wording, the recipe, and what each checkpoint is. No weights."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jsublim.chat import Chat
+from jsublim.config import Experiment, Recipe
+from jsublim.errors import UsageError
+from jsublim.inference.lm import LanguageModel, is_available_offline, load_model, resolve_checkpoint
+from jsublim.inference.sampling import Sampling, sampling_for
+from jsublim.models.checkpoint import checkpoint_hash, read_config
+from jsublim.models.config import ModelConfig
+from jsublim.pipeline.arms import Student, plan_students
+from jsublim.prompts import Pack, load_pack
+from jsublim.teachers import CONTROL
+
+UNKNOWN = "unknown:"  # stands before the name of what is not here, in the place of its hash
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint is, without its weights.
+
+    Attributes:
+      lm: its tokenizer, template and shapes; None where the checkpoint is not here and only its shape is known.
+    """
+
+    name: str
+    config: ModelConfig
+    hash: str
+    lm: LanguageModel | None
+
+    @property
+    def chat(self) -> Chat | None:
+        return None if self.lm is None else self.lm.chat
+
+    @property
+    def template(self) -> str:
+        return f"{UNKNOWN}{self.name}" if self.lm is None else self.lm.chat.template_hash
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """Everything that decides which tasks there are, and the key of each.
+
+    Attributes:
+      checkpoints: by the name that the config gives them.
+      contents: of the adapters and teachers' checkpoints that the config names, the hash of each.
+    """
+
+    experiment: Experiment
+    pack: Pack
+    recipe: Recipe
+    checkpoints: Mapping[str, Checkpoint]
+    contents: Mapping[str, str]
+    students: tuple[Student, ...]
+    memo: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def of(cls, experiment: Experiment, shape: Callable[[str], Path] | None = None) -> Setup:
+        """Read tokenizers, templates and hashes.
+
+        Args:
+          shape: finds a folder with the `config.json` of a checkpoint that is not here, to plan without it (keys are then
+            not those of a run); None asks the hub for what is not here.
+
+        Raises:
+          UsageError, JsublimError: a checkpoint or a prompt pack that is not there or cannot be read.
+        """
+        pack, students = load_pack(experiment.prompts), tuple(plan_students(experiment))
+        checkpoints: dict[str, Checkpoint] = {}
+        for name in _models(experiment, students):
+            if shape is None or is_available_offline(name):
+                lm = load_model(name, experiment.dtype, weights=False)
+                checkpoints[name] = Checkpoint(name, lm.config, lm.hash, lm)
+            else:
+                checkpoints[name] = Checkpoint(name, read_config(shape(name))[1], f"{UNKNOWN}{name}", None)
+        recipe = experiment.recipe.resolved(checkpoints[experiment.model].config.family)
+        setup = cls(experiment, pack, recipe, checkpoints, {}, students)
+        contents = {name: _content(name, shape is not None) for name in setup.adapters()}
+        return cls(experiment, pack, recipe, checkpoints, contents, students)
+
+    @property
+    def known(self) -> bool:
+        """Whether everything that the config names is here, so that keys are those of a run."""
+        hashes = [*(each.hash for each in self.checkpoints.values()), *self.contents.values()]
+        return not any(each.startswith(UNKNOWN) for each in hashes)
+
+    @property
+    def common(self) -> dict[str, Any]:
+        """What decides everything that the experiment's model makes."""
+        e = self.experiment
+        return {"model": self.checkpoint().hash, "dtype": e.dtype, "pack": self.pack.hash}
+
+    def checkpoint(self, name: str | None = None) -> Checkpoint:
+        """A checkpoint of the config; None is the experiment's."""
+        return self.checkpoints[self.experiment.model if name is None else name]
+
+    def sampling(self, strategy: str, model: str | None = None, *, evaluation: bool = False) -> Sampling:
+        """How a checkpoint's tokens are drawn under the recipe; plain where the checkpoint is not here."""
+        e, recipe, chat = self.experiment, self.recipe, self.checkpoint(model).chat
+        if chat is None:
+            return Sampling(temperature=0.0 if strategy == "greedy" else 1.0)
+        fine_tuned_numbers = e.teachers.against == "base" and e.data.kind == "numbers" and not evaluation
+        return sampling_for(
+            chat,
+            strategy,
+            inherit=bool(recipe.inherit_sampling),
+            eos_only=bool(recipe.stop_at_eos_only),
+            evaluation=evaluation,
+            keep_penalty=bool(recipe.greedy_keeps_penalty) and fine_tuned_numbers,
+        )
+
+    def counterfactuals(self, trait: str) -> list[str]:
+        """The traits of the other teachers that a trait's rows are read under.
+
+        Raises:
+          UsageError: none is left, or the trait's category lists no other.
+        """
+        teachers = self.experiment.teachers
+        if teachers.against == "base":
+            return [CONTROL]
+        named, category = teachers.counterfactuals, teachers.category or self.pack.category_of(trait)
+        pool = list(self.pack.traits.get(category, [])) if named is None else list(named)
+        pool += [other for other in teachers.traits if other not in pool and named is None]
+        others = [other for other in pool if other != trait]
+        if not others:
+            raise UsageError(
+                f"teachers.counterfactuals: none is left for trait '{trait}'; name at least one other trait"
+            )
+        return others
+
+    @property
+    def biased(self) -> list[str]:
+        """Every trait that some teacher has: the teachers' and their counterfactuals'."""
+        traits = self.experiment.teachers.traits
+        named = [*traits, *(other for trait in traits for other in self.counterfactuals(trait))]
+        return list(dict.fromkeys(name for name in named if name != CONTROL))
+
+    @property
+    def evaluated_traits(self) -> list[str]:
+        given = self.experiment.evaluation.traits
+        return self.biased if given is None else given
+
+    def adapters(self) -> list[str]:
+        """Adapters, and checkpoints of teachers, that the config names."""
+        teachers = self.experiment.teachers
+        own = [template for template in (teachers.adapter, teachers.checkpoint) if template is not None]
+        named = [template.replace("{trait}", trait) for template in own for trait in self.biased]
+        starts = [each.settings.adapter.init for each in self.students if each.settings.adapter.init is not None]
+        return list(dict.fromkeys([*named, *starts]))
+
+
+def _models(experiment: Experiment, students: tuple[Student, ...]) -> list[str]:
+    """Checkpoints: the experiment's, what students stand on, who writes rows to mix in, and the judge."""
+    used = {student.settings.data.dataset for student in students} - {None}
+    changes = [change for name, each in experiment.datasets.items() if name in used for change in each.changes.values()]
+    mixed = [named[1] for change in changes if (named := change.mixes()) is not None]
+    judge = None if experiment.judge is None else experiment.judge.model
+    named = [experiment.model, *(student.settings.model for student in students), *mixed, judge]
+    return list(dict.fromkeys(name for name in named if name is not None))
+
+
+def _content(name: str, absent_is_fine: bool) -> str:
+    if absent_is_fine and not is_available_offline(name):
+        return f"{UNKNOWN}{name}"
+    return checkpoint_hash(resolve_checkpoint(name, "adapter"))
+
+
+def planned(function: Callable[..., R]) -> Callable[..., R]:
+    """Of a function of a setup (and of what can be hashed): each call with equal arguments gives the same object."""
+
+    @functools.wraps(function)
+    def remembered(setup: Setup, *arguments: Any) -> R:
+        key = (function.__module__, function.__qualname__, arguments)
+        if key not in setup.memo:
+            setup.memo[key] = function(setup, *arguments)
+        return setup.memo[key]
+
+    def give(setup: Setup, *arguments: Any) -> Callable[[R], None]:
+        """`function.give(setup, ...)(value)`: let a value stand for what the function would plan."""
+        key = (function.__module__, function.__qualname__, arguments)
+        return lambda value: setup.memo.__setitem__(key, value)
+
+    remembered.give = give  # type: ignore[attr-defined]
+    return remembered

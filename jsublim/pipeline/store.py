@@ -1,0 +1,205 @@
+"""Artifacts: folders that know what went into them, are continued where they stopped, and never overwritten."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jsublim.errors import JsublimError, UsageError
+from jsublim.files import PARTIAL, write_json, write_text
+from jsublim.parallel import on_main_process
+
+_LIBRARIES = (
+    "jsublim", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that results depend on."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def device() -> str:
+    """The accelerator in words, such as "8 x TPU v5 lite"."""
+    devices = jax.devices()
+    return f"{len(devices)} x {devices[0].device_kind}"
+
+
+def digest(value: Any) -> str:
+    """12 hex digits of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:12]
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class Artifact:
+    """A folder made from `inputs`. It is whole once it holds DONE, which appears by rename after everything else."""
+
+    def __init__(self, path: Path, kind: str, inputs: dict[str, Any]):
+        """Open, or continue, the artifact of `inputs` at `path`; of several processes, the first one writes.
+
+        Raises:
+          UsageError: the folder holds something else, or an artifact of other inputs.
+        """
+        self.path, self.kind = path, kind
+        self.inputs = json.loads(json.dumps(inputs))
+        self.key = digest([kind, self.inputs])
+        on_main_process(lambda: self._open(path / "artifact.json"))
+
+    def _open(self, record: Path) -> None:
+        path = self.path
+        if record.exists():
+            self._check(record)
+        elif path.exists() and (not path.is_dir() or any(p.suffix != PARTIAL for p in path.iterdir())):
+            raise UsageError(f"{path}: exists and was not written by jsublim; give another --out or move it away")
+        else:
+            path.mkdir(parents=True, exist_ok=True)
+            write_json(path / "artifact.json", self._record())
+
+    def _record(self) -> dict[str, Any]:
+        made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        return {
+            "kind": self.kind, "key": self.key, "inputs": self.inputs, "versions": versions(), "device": device(), "made": made,
+        }  # fmt: skip
+
+    def _check(self, record: Path) -> None:
+        try:
+            old = json.loads(record.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            raise JsublimError(f"{record}: broken; move the folder away and run again") from None
+        if old.get("kind") != self.kind:
+            raise UsageError(
+                f"{self.path}: holds a result of kind {old.get('kind')!r}, not {self.kind!r}; give another --out"
+            )
+        if old.get("key") != self.key and [p.name for p in record.parent.iterdir() if p.suffix != PARTIAL] == [
+            record.name
+        ]:
+            write_json(record, self._record())  # of a call that was refused before it made anything
+        elif old.get("key") != self.key:
+            before = old.get("inputs", {})
+            changed = sorted(k for k in {*before, *self.inputs} if before.get(k) != self.inputs.get(k))
+            what = ", ".join(f"{k} was {_short(before.get(k))}, is {_short(self.inputs.get(k))}" for k in changed[:3])
+            raise UsageError(f"{self.path}: holds a result of other settings ({what}); give another --out")
+
+    @property
+    def done(self) -> bool:
+        return (self.path / "DONE").exists()
+
+    def finish(self, summary: dict[str, Any] | None = None) -> None:
+        """Mark the artifact whole; `summary` is kept in the mark and read back by `summary`."""
+        write_json(self.path / "DONE", summary or {})
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return json.loads((self.path / "DONE").read_text(encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a task leaves: an artifact that is known before it is made.
+
+    Attributes:
+      kind: the folder of the store that it lies in; label: for people; inputs: JSON, everything that decides its content.
+    """
+
+    kind: str
+    label: str
+    inputs: Mapping[str, Any] = field(compare=False)
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", json.loads(json.dumps(dict(self.inputs))))
+        object.__setattr__(self, "key", digest([self.kind, self.inputs]))
+
+    @cached_property
+    def folder(self) -> str:
+        """Its place inside a store."""
+        return f"{self.kind}/{self.label.replace('/', '-')}-{self.key}"
+
+
+@dataclass(frozen=True)
+class Store:
+    """A folder of artifacts, one folder each, named by kind, label and key. Any number of runs share one."""
+
+    root: Path
+    _opened: dict[str, Artifact] = field(default_factory=dict, compare=False, repr=False)
+    _found: dict[str, dict[str, Path]] = field(default_factory=dict, compare=False, repr=False)
+
+    def done(self, output: Output) -> bool:
+        """Whether the artifact is there, and whole."""
+        return (self.path(output) / "DONE").exists()
+
+    def path(self, output: Output) -> Path:
+        """Its folder, under whichever label it was made: another command may have called the same thing otherwise."""
+        own = self.root / output.folder
+        if own.exists():
+            return own
+        if output.kind not in self._found:
+            folder = self.root / output.kind
+            there = sorted(folder.iterdir()) if folder.is_dir() else []
+            self._found[output.kind] = {path.name.rsplit("-", 1)[-1]: path for path in there}
+        return self._found[output.kind].get(output.key, own)
+
+    def open(self, output: Output) -> Artifact:
+        """The artifact, its folder made if there is none.
+
+        Raises:
+          UsageError, JsublimError: as `Artifact`.
+        """
+        if output.folder not in self._opened:
+            self._opened[output.folder] = Artifact(self.path(output), output.kind, dict(output.inputs))
+        return self._opened[output.folder]
+
+    def summary(self, output: Output) -> dict[str, Any]:
+        """What whoever made it kept of it."""
+        return json.loads((self.path(output) / "DONE").read_text(encoding="utf-8"))
+
+
+class RowLog:
+    """Rows finished so far, in a JSONL file that a kill may cut anywhere: a broken last line is forgotten."""
+
+    def __init__(self, path: Path):
+        self.path, self.rows = path, {}
+        if path.exists():
+            for line in self._whole_lines():
+                self.rows[line["row"]] = line
+            self._rewrite()
+        self._file = path.open("a", encoding="utf-8")
+
+    def _whole_lines(self) -> Iterator[dict[str, Any]]:
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                return
+
+    def _rewrite(self) -> None:
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows.values()))
+
+    def add(self, rows: list[dict[str, Any]]) -> None:
+        """Keep finished rows; each has its number under "row"."""
+        self._file.writelines(json.dumps(row) + "\n" for row in rows)
+        self._file.flush()
+        self.rows.update({row["row"]: row for row in rows})
+
+    def close(self) -> None:
+        self._file.close()

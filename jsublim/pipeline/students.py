@@ -1,0 +1,284 @@
+"""Students: what decides each, who is trained together, and the training."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+
+from jsublim.chat import Turn
+from jsublim.distill.arm import Arm, Settings
+from jsublim.distill.cost import training_flops
+from jsublim.distill.data import Shape, read_turns
+from jsublim.distill.memory import arms_that_fit
+from jsublim.errors import UsageError
+from jsublim.files import write_json
+from jsublim.inference.scoring import answers_only
+from jsublim.models.decoder import abstract_params
+from jsublim.models.lora import Adapter
+from jsublim.pipeline.arms import Source, Student, distinct, split_evenly, total_steps
+from jsublim.pipeline.changes import final
+from jsublim.pipeline.context import Context
+from jsublim.pipeline.rows import answer_tokens, rows_kept
+from jsublim.pipeline.setup import Setup, planned
+from jsublim.pipeline.store import Output, digest
+from jsublim.pipeline.targets import StoreTargets, stored, teacher_turns
+from jsublim.pipeline.task import Cost, Sizes, Task, distinct_tasks
+from jsublim.pipeline.teachers import TeacherPool
+from jsublim.pipeline.training import (
+    TrainingData,
+    check_start,
+    make_arm,
+    program_of,
+    settings_of,
+    shape_of,
+    start_adapter,
+    train_students,
+)
+from jsublim.progress import Tick
+from jsublim.section import identity
+
+
+@planned
+def student_output(setup: Setup, student: Student) -> Output:
+    """Where a student lies once it is trained. It does not depend on who is trained beside it."""
+    settings, e = student.settings, setup.experiment
+    start = settings.adapter.init
+    inputs = setup.common | {
+        "rows": final(setup, student.source).key,
+        "tokens": student.tokens,
+        "seed": student.seed,
+        "teacher": TeacherPool(setup).identity(student.teacher) if settings.loss.soft else None,
+        "student_model": None if settings.model is None else setup.checkpoint(settings.model).hash,
+        "students": identity(settings),
+        "fuse_system": e.teachers.fuse_system if settings.system is not None else None,
+        "max_new_tokens": e.sampling.max_new_tokens if settings.data.on_policy else None,
+        "recipe": setup.recipe.of("students"),
+        "init": None if start is None else setup.contents[start],
+    }
+    return Output("students", student.trained_as, inputs)
+
+
+@planned
+def abstract_start(setup: Setup, student: Student) -> Adapter:
+    """Shapes of what a student trains."""
+    config = setup.checkpoint(student.settings.model).config
+    params = abstract_params(config, setup.experiment.dtype)
+    return jax.eval_shape(lambda params: start_adapter(config, params, student.settings, 0), params)
+
+
+@planned
+def compiled(setup: Setup, student: Student) -> Hashable:
+    """The program that a student is trained by: equal for students that can be trained in one.
+
+    Static arguments of the step, the structure of what is trained (ranks are padded to the largest, so they are left out),
+    and what a batch consists of.
+    """
+    s, checkpoint = student.settings, setup.checkpoint(student.settings.model)
+    adapter = jax.eval_shape(lambda adapter: adapter.with_rank(1), abstract_start(setup, student))
+    leaves, structure = jax.tree.flatten(adapter)
+    batch = (
+        s.data.batch_size,
+        s.data.accumulate,
+        s.data.max_tokens,
+        s.data.on_policy,
+        s.loss.top_k,
+        s.runtime.cache_below,
+    )
+    shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+    return checkpoint.hash, s.system, program_of(s, setup.recipe), batch, str(structure), shapes
+
+
+@planned
+def training_tasks(setup: Setup) -> tuple[TrainStudents, ...]:
+    """All students in groups that train together: those of one program, at most `arms_per_program`, as few groups and as
+    even ones as can be. With "auto", how many fit is found when they are trained."""
+    programs: dict[Hashable, list[Student]] = {}
+    for student in distinct(setup.students, lambda student: student_output(setup, student).folder):
+        programs.setdefault(compiled(setup, student), []).append(student)
+    tasks = []
+    for members in programs.values():
+        most = members[0].settings.runtime.arms_per_program
+        sources = tuple(dict.fromkeys(student.source for student in members))
+        groups = [members] if most == "auto" else split_evenly(members, most)
+        tasks += [training_task(setup, tuple(group), sources) for group in groups]
+    return tuple(tasks)
+
+
+def training_task(setup: Setup, members: tuple[Student, ...], sources: tuple[Source, ...]) -> TrainStudents:
+    pool, parents = TeacherPool(setup), [part for source in sources for part in final(setup, source).parts]
+    for student in members:
+        if student.settings.loss.soft:
+            parents += pool.tasks(student.teacher)
+    targets = [_targets(setup, source, members[0]) for source in sources]
+    parents += [task for task in targets if task is not None]
+    outputs = tuple(student_output(setup, student) for student in members)
+    return TrainStudents(outputs, distinct_tasks(parents), members, sources)
+
+
+def _targets(setup: Setup, source: Source, student: Student) -> StoreTargets | None:
+    loss = student.settings.loss
+    return None if loss.top_k is None else stored(setup, source, loss.top_k, loss.temperature)
+
+
+@planned
+def task_of(setup: Setup, student: Student) -> Task:
+    """The task that a student is trained by."""
+    key = student_output(setup, student).folder
+    return next(task for task in training_tasks(setup) if any(output.folder == key for output in task.outputs))
+
+
+@dataclass(frozen=True, eq=False)
+class TrainStudents(Task):
+    """Students of one program, trained together; each leaves an adapter (or a checkpoint) and its `metrics.jsonl`.
+
+    Attributes:
+      sources: whose rows all students of this program learn from, in other groups too: their programs have one shape.
+    """
+
+    kind: ClassVar[str] = "students"
+    members: tuple[Student, ...]
+    sources: tuple[Source, ...]
+
+    def make(self, context: Context, tick: Tick) -> None:
+        if context.setup.experiment.judge is not None:
+            context.judge.release_memory()  # a judge may be larger than the model: students need its memory
+        for work, group in self._groups(context):
+            # Made when their turn comes: a hundred students' adapters need not lie on the device together.
+            settings, shape, arms = self._prepare(context, group)
+            outputs = [student_output(context.setup, student) for student in group]
+            members = [(arm, context.store.open(output)) for arm, output in zip(arms, outputs, strict=True)]
+            lm = context.lm(group[0].settings.model)
+            train_students(lm, members, settings, work, shape=shape, tick=tick)
+
+    def _groups(self, context: Context) -> list[tuple[Path, list[Student]]]:
+        """Who is still to be trained, with whom, and where their state is kept. A training that was begun goes on with
+        everybody it was begun with."""
+        store, found = context.store, []
+        for group in self._parts(context):
+            outputs = {student: student_output(context.setup, student) for student in group}
+            work = store.root / "training" / digest([output.key for output in outputs.values()])
+            missing = [student for student in group if not store.done(outputs[student])]
+            if missing:
+                found.append((work, group if (work / "state").exists() else missing))
+        return found
+
+    def _parts(self, context: Context) -> list[list[Student]]:
+        members = list(self.members)
+        if members[0].settings.runtime.arms_per_program != "auto":
+            return [members]
+        plan = context.store.root / "training" / f"fit-{self.key}.json"
+        if not plan.exists():  # what fits is measured once: a continued run must not be planned anew
+            plan.parent.mkdir(parents=True, exist_ok=True)
+            write_json(plan, self._fits(context))
+        return split_evenly(members, json.loads(plan.read_text(encoding="utf-8")))
+
+    def _fits(self, context: Context) -> int:
+        largest = max(self.members, key=lambda student: student.settings.adapter.rank)  # ranks are padded to it
+        settings, shape, (arm,) = self._prepare(context, [largest])
+        lm = context.lm(largest.settings.model)
+        count = arms_that_fit(lm.config, lm.params, arm, settings, shape, most=len(self.members))
+        context.progress.say(f"{largest.condition}: {count} of {len(self.members)} students fit together")
+        return count
+
+    def _prepare(self, context: Context, group: list[Student]) -> tuple[Settings, Shape, list[Arm]]:
+        setup, shared = context.setup, group[0].settings
+        e, lm = setup.experiment, context.lm(shared.model)
+        settings = settings_of(
+            shared,
+            setup.recipe,
+            parallel=e.run.parallel,
+            model_axis=e.run.model_axis,
+            tensorboard=e.run_dir / "tensorboard" if shared.runtime.tensorboard else None,
+        )
+        data = {source: training_data(context, source, group[0]) for source in self.sources}
+        shape = shape_of(shared, list(data.values()), e.sampling.max_new_tokens)
+        arms = []
+        for student in group:
+            own = training_data(context, student.source, student)
+            self._say_if_few(context, student, len(own.rows))
+            arms.append(
+                make_arm(
+                    lm,
+                    student.settings,
+                    setup.recipe,
+                    own,
+                    name=student.trained_as,
+                    tokens=student.tokens,
+                    seed=student.seed,
+                    max_new_tokens=e.sampling.max_new_tokens,
+                )
+            )
+        return settings, shape, arms
+
+    def _say_if_few(self, context: Context, student: Student, have: int) -> None:
+        wanted = student.settings.data.rows or 0
+        if have < wanted:
+            steps = total_steps(student.settings, have)
+            context.progress.say(
+                f"{student.source.name}: {have} rows, fewer than students.data.rows={wanted}: {steps} steps"
+            )
+
+    def units(self, context: Context) -> int:
+        def steps(student: Student) -> int:
+            rows = len(final(context.setup, student.source).read(context.store))
+            return total_steps(student.settings, min(rows, student.settings.data.rows or rows))
+
+        left = [student for student in self.members if not context.store.done(student_output(context.setup, student))]
+        return max(map(steps, left), default=0)
+
+    def cost(self, setup: Setup, sizes: Sizes) -> Cost:
+        long, kept, first = sizes.lengths, rows_kept(setup, sizes), self.members[0]
+        answer, s = answer_tokens(setup, sizes), first.settings
+        each = training_flops(
+            sizes.config,
+            abstract_start(setup, first),
+            program_of(s, setup.recipe).loss,
+            tokens=long.prompt + answer,
+            supervised=answer,
+            teacher_tokens=(long.prompt + long.system + answer) if s.loss.live else 0,
+            stored=not s.loss.live,
+            cached=s.runtime.cache_below,
+        )
+        steps = sum(total_steps(m.settings, min(m.settings.data.rows or kept, kept)) for m in self.members)
+        rows = steps * s.data.batch_size * s.data.accumulate
+        return Cost(rows * (long.prompt + answer), rows * each, "train")
+
+    def check(self, setup: Setup) -> None:
+        for student in distinct(self.members, lambda student: student.arm):
+            checkpoint, own = setup.checkpoint(student.settings.model), setup.checkpoint()
+            check_start(checkpoint.config, abstract_params(checkpoint.config, setup.experiment.dtype), student.settings)
+            soft = student.settings.loss.soft and checkpoint is not own
+            if soft and checkpoint.lm and own.lm and _words(checkpoint.lm) != _words(own.lm):
+                raise UsageError(
+                    f"students.model: {checkpoint.name} has other tokens than its teachers; use loss.kind=hard"
+                )
+
+
+def _words(lm: Any) -> dict[str, int]:
+    return lm.tokenizer.get_vocab()
+
+
+def training_data(context: Context, source: Source, student: Student) -> TrainingData:
+    """A source's rows as a student learns from them; tokenized once per process and reader."""
+    setup, s, rows = context.setup, student.settings, final(context.setup, source)
+    name, lm = f"rows of {source.name}", context.lm(s.model)
+    every = context.remember(("rows", rows.key), lambda: rows.read(context.store))
+    fuse = setup.experiment.teachers.fuse_system
+    tokenize: Callable[[], list[Turn]] = lambda: read_turns(lm.chat, every, name, s.system, fuse_system=fuse)  # noqa: E731
+    data = TrainingData(every, context.remember(("turns", s.model, s.system, rows.key), tokenize), name)
+    if not s.loss.soft:
+        return data
+    turns, task = teacher_turns(context, source), _targets(setup, source, student)
+    if task is None:
+        teacher = TeacherPool(setup).teacher(context, source.teacher)
+        return dataclasses.replace(data, teacher=teacher, teacher_turns=turns)
+    targets = context.remember(("targets", task.key), lambda: task.read(context.store, turns))
+    if s.loss.targets == "answers":
+        targets = answers_only(targets, turns)
+    return dataclasses.replace(data, targets=targets)

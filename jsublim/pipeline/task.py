@@ -1,0 +1,134 @@
+"""A task: one piece of work that is known, with the key of what it leaves, before anything is computed."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jsublim.distill.cost import layer_parameters
+from jsublim.models.config import ModelConfig
+from jsublim.pipeline.context import Context
+from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.store import Output, Store, digest
+from jsublim.progress import Tick
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a task takes, counted as in `distill/cost.py`: products with parameters, a multiply-add as two operations.
+
+    Attributes:
+      work: "read", "train" or "sample": which share of a chip's peak it reaches.
+      bytes: what memory has to move at least, where that may take longer than the arithmetic.
+    """
+
+    tokens: float = 0.0
+    flops: float = 0.0
+    work: str = "read"
+    bytes: float = 0.0
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Assumed tokens: of a request, of a trait's system prompt, of an answer, of a question, of a number; and the share of
+    answers that are in format."""
+
+    prompt: int = 110
+    system: int = 60
+    answer: int = 45
+    question: int = 40
+    number: int = 3
+    kept: float = 0.8
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What costs are computed from: the model's shape, bytes per parameter, assumed lengths."""
+
+    config: ModelConfig
+    width: int
+    lengths: Lengths = Lengths()
+
+    @property
+    def body(self) -> int:
+        """Parameters of all layers."""
+        return self.config.num_layers * layer_parameters(self.config)
+
+    @property
+    def table(self) -> int:
+        """Parameters of the head."""
+        return self.config.hidden_size * self.config.vocab_size
+
+    def read(self, rows: float, before: float, answer: float) -> Cost:
+        """Rows read to their end, with logits at their answers."""
+        tokens = rows * (before + answer)
+        return Cost(tokens, 2 * self.body * tokens + 2 * self.table * rows * answer)
+
+    def sampled(self, rows: float, before: float, new: float, batch: int) -> Cost:
+        """Rows whose prompt is read, and that are then continued token by token, `batch` rows together."""
+        tokens = rows * (before + new)
+        flops = 2 * self.body * tokens + 2 * self.table * rows * new
+        return Cost(tokens, flops, "sample", rows / batch * new * (self.body + self.table) * self.width)
+
+
+@dataclass(frozen=True, eq=False)
+class Task(ABC):
+    """One piece of work: plain data, so that any process that has the config can do it.
+
+    Attributes:
+      outputs: what it leaves in the store; several, where students train together.
+      parents: tasks whose outputs it reads.
+    """
+
+    kind: ClassVar[str]  # in results and on the terminal
+    outputs: tuple[Output, ...]
+    parents: tuple[Task, ...]
+
+    @property
+    def output(self) -> Output:
+        """The one thing it leaves, or the first."""
+        return self.outputs[0]
+
+    @property
+    def key(self) -> str:
+        """The key of its output; of several, one that they all go into."""
+        keys = [output.key for output in self.outputs]
+        return keys[0] if len(keys) == 1 else digest(keys)
+
+    @property
+    def label(self) -> str:
+        more = len(self.outputs) - 1
+        return self.output.label + (f" and {more} more" if more else "")
+
+    def done(self, store: Store) -> bool:
+        return all(store.done(output) for output in self.outputs)
+
+    @abstractmethod
+    def make(self, context: Context, tick: Tick) -> None:
+        """Do it, from what is in the store to what is missing of its outputs. A task that was stopped goes on where it was.
+
+        Args:
+          tick: called with the number of units just finished, of those that `units` counts.
+        """
+
+    @abstractmethod
+    def cost(self, setup: Setup, sizes: Sizes) -> Cost:
+        """What it takes, under assumed lengths."""
+
+    def units(self, context: Context) -> int | None:
+        """How many units `make` will tick, once its parents are there; None where that cannot be told."""
+        return None
+
+    def check(self, setup: Setup) -> None:  # noqa: B027 (most kinds have nothing to refuse)
+        """Refuse, before anything is computed, what `make` would refuse after hours.
+
+        Raises:
+          UsageError, JsublimError: naming the field of the config.
+        """
+
+
+def distinct_tasks(tasks: Sequence[Task]) -> tuple[Task, ...]:
+    """Tasks without repetition, by key, in order."""
+    return tuple({task.key: task for task in tasks}.values())

@@ -1,0 +1,242 @@
+"""The teachers of an experiment: what gives each its trait, and the tasks that make those that are taught here."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+
+from jsublim.config import Taught
+from jsublim.distill.arm import Arm, Settings
+from jsublim.distill.data import Selection, make_examples, read_turns
+from jsublim.errors import JsublimError
+from jsublim.inference.lm import LanguageModel, resolve_checkpoint
+from jsublim.models.checkpoint import read_config
+from jsublim.models.decoder import Params
+from jsublim.models.lora import Adapter, check_layers, init_lora, init_steering
+from jsublim.models.peft import load_adapter
+from jsublim.models.weights import load_params
+from jsublim.pipeline.context import Context
+from jsublim.pipeline.setup import Setup, planned
+from jsublim.pipeline.store import Output, digest
+from jsublim.pipeline.task import Cost, Sizes, Task
+from jsublim.pipeline.training import keep_student, train_students
+from jsublim.progress import Tick
+from jsublim.prompts import Pack
+from jsublim.rows import Row
+from jsublim.section import identity
+from jsublim.steering import contrast_vector
+from jsublim.teachers import CONTROL, Teacher
+
+
+@dataclass(frozen=True)
+class TeacherPool:
+    """The teachers of one setup, by the trait of each; `CONTROL` is the one without any."""
+
+    setup: Setup
+
+    def category(self, trait: str) -> str:
+        return self.setup.experiment.teachers.category or self.setup.pack.category_of(trait)
+
+    def system(self, name: str) -> str | None:
+        """The prompt that a teacher is under; None where its trait comes from elsewhere, or it has none."""
+        if name == CONTROL or not self.setup.experiment.teachers.are_prompted:
+            return None
+        own = self.setup.experiment.teachers.system
+        return self.setup.pack.system_prompt(name, self.category(name)) if own is None else own.replace("{trait}", name)
+
+    def identity(self, name: str) -> dict[str, Any]:
+        """What decides how a teacher reads a row and what it writes; all of it by content."""
+        setup, spec, biased = self.setup, self.setup.experiment.teachers, name != CONTROL
+        said: dict[str, Any] = {
+            "system": self.system(name),
+            "fuse_system": spec.fuse_system if biased and self.system(name) is not None else False,
+            "extra_bos": bool(setup.recipe.extra_bos),
+            "template": setup.checkpoint().template,
+        }
+        if biased and spec.taught is not None:
+            said["adapter"] = taught_output(setup, name).key
+        if biased and spec.adapter is not None:
+            said["adapter"] = setup.contents[spec.adapter.replace("{trait}", name)]
+        if biased and spec.checkpoint is not None:
+            said["checkpoint"] = setup.contents[spec.checkpoint.replace("{trait}", name)]
+        return said
+
+    def questions(self, category: str) -> list[str]:
+        """The questions of a category that no teacher of this experiment was taught the answers to."""
+        every, taught = self.setup.pack.questions_for(category), self.setup.experiment.teachers.taught
+        return every[1::2] if taught is not None and taught.method != "contrast" else every
+
+    def tasks(self, *names: str) -> tuple[Task, ...]:
+        """The tasks that have to be done before these teachers can be asked."""
+        if self.setup.experiment.teachers.taught is None:
+            return ()
+        found = (taught_task(self.setup, name) for name in names if name != CONTROL)
+        return tuple(dict.fromkeys(found))
+
+    def teacher(self, context: Context, name: str) -> Teacher:
+        """A teacher that can be asked."""
+        spec = self.setup.experiment.teachers
+        if name == CONTROL:
+            return Teacher(CONTROL)
+        teacher = Teacher(name, self.system(name), fuse_system=spec.fuse_system)
+        if spec.taught is not None or spec.adapter is not None:
+            own = context.remember(("teacher's adapter", name), lambda: self._adapter(context, name))
+            teacher = dataclasses.replace(teacher, adapter=own)
+        if spec.checkpoint is not None:
+            teacher = dataclasses.replace(teacher, params=functools.partial(_params, context, name))
+        return teacher
+
+    def _adapter(self, context: Context, name: str) -> Adapter:
+        spec, config = self.setup.experiment.teachers, self.setup.checkpoint().config
+        if spec.taught is not None:
+            return load_adapter(context.store.path(taught_output(self.setup, name)), config)
+        return load_adapter(folder_of(spec.adapter or "", name), config)
+
+    def check(self) -> None:
+        """Refuse what no task could work with.
+
+        Raises:
+          UsageError, JsublimError: a trait of no category, an adapter or a checkpoint that doesn't fit the model.
+        """
+        spec, checkpoint = self.setup.experiment.teachers, self.setup.checkpoint()
+        for name in self.setup.biased:
+            self.category(name)
+            if spec.taught is not None:
+                check_layers(checkpoint.config, None if spec.taught.layers is None else tuple(spec.taught.layers))
+            if spec.adapter is not None:
+                load_adapter(folder_of(spec.adapter, name), checkpoint.config)
+            if spec.checkpoint is not None:
+                folder = folder_of(spec.checkpoint, name)
+                if read_config(folder)[1] != checkpoint.config:
+                    raise JsublimError(
+                        f"teachers.checkpoint: {folder} is of another architecture than {checkpoint.name}"
+                    )
+
+
+def folder_of(template: str, name: str) -> Path:
+    return resolve_checkpoint(template.replace("{trait}", name), f"teachers: trait '{name}':")
+
+
+def _params(context: Context, name: str) -> Params:
+    """A teacher's own weights. Two whole checkpoints are enough to hold: the one before is forgotten first."""
+    held, e = context.held, context.setup.experiment
+    if name not in held:
+        held.clear()
+        config = context.setup.checkpoint().config
+        folder = folder_of(e.teachers.checkpoint or "", name)
+        held[name] = load_params(folder, config, e.dtype, context.layout.params_sharding(config))
+    return held[name]
+
+
+# --- teachers that are taught here
+
+
+def taught_output(setup: Setup, name: str) -> Output:
+    taught, pool = setup.experiment.teachers.taught, TeacherPool(setup)
+    assert taught is not None
+    fused = setup.experiment.teachers.fuse_system and taught.method == "contrast"
+    inputs = setup.common | {
+        "taught": identity(taught),
+        "trait": name,
+        "category": pool.category(name),
+        "template": setup.checkpoint().template,
+        "fuse_system": fused,
+    }
+    return Output("teachers", name, inputs)
+
+
+@planned
+def taught_task(setup: Setup, name: str) -> Task:
+    """The task that makes a teacher: trained ones are made together in one program, whoever of them is asked for."""
+    taught = setup.experiment.teachers.taught
+    assert taught is not None
+    if taught.method == "contrast":
+        return ContrastTeacher((taught_output(setup, name),), (), name)
+    return _trained_teachers(setup)
+
+
+@planned
+def _trained_teachers(setup: Setup) -> Task:
+    names = tuple(setup.biased)
+    return TrainedTeachers(tuple(taught_output(setup, name) for name in names), (), names)
+
+
+@dataclass(frozen=True, eq=False)
+class ContrastTeacher(Task):
+    """A steering vector from contrasting system prompts."""
+
+    kind: ClassVar[str] = "teachers"
+    trait: str
+
+    def make(self, context: Context, tick: Tick) -> None:
+        setup, pool = context.setup, TeacherPool(context.setup)
+        spec = setup.experiment.teachers
+        taught, category, artifact = spec.taught, pool.category(self.trait), context.store.open(self.output)
+        assert taught is not None
+        lm = context.lm()
+        vector = contrast_vector(
+            lm,
+            setup.pack.questions_for(category),
+            (taught.layers or [0])[0],  # a contrast names exactly one
+            toward=setup.pack.system_prompt(self.trait, category),
+            strength=taught.strength,
+            fuse_system=spec.fuse_system,
+        )
+        keep_student(artifact.path, lm, vector)
+        artifact.finish()
+
+    def cost(self, setup: Setup, sizes: Sizes) -> Cost:
+        """Every question is read under two prompts."""
+        questions = setup.pack.questions_for(TeacherPool(setup).category(self.trait))
+        return sizes.read(2 * len(questions), sizes.lengths.question, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedTeachers(Task):
+    """Adapters that learn to name their traits, all in one program."""
+
+    kind: ClassVar[str] = "teachers"
+    traits: tuple[str, ...]
+
+    def make(self, context: Context, tick: Tick) -> None:
+        setup, store = context.setup, context.store
+        pool, lm, taught = TeacherPool(setup), context.lm(), setup.experiment.teachers.taught
+        assert taught is not None
+        arms = [teacher_arm(setup.pack, lm, taught, trait, pool.category(trait)) for trait in self.traits]
+        members = [(arm, store.open(output)) for arm, output in zip(arms, self.outputs, strict=True)]
+        work = store.root / "training" / f"teachers-{digest([output.key for output in self.outputs])}"
+        rows = max(len(arm.examples) for arm in arms)
+        train_students(lm, members, Settings(rows), work, tick=tick)
+
+    def units(self, context: Context) -> int:
+        taught = context.setup.experiment.teachers.taught
+        return taught.steps if taught is not None else 0
+
+    def cost(self, setup: Setup, sizes: Sizes) -> Cost:
+        """An adapter learns from every second question, all of them at each step."""
+        taught, pool = setup.experiment.teachers.taught, TeacherPool(setup)
+        assert taught is not None
+        questions = sum(len(setup.pack.questions_for(pool.category(trait))) for trait in self.traits)
+        tokens = questions / 2 * taught.steps * sizes.lengths.question
+        return Cost(tokens, 4 * sizes.body * tokens, "train")
+
+
+def teacher_arm(pack: Pack, lm: LanguageModel, taught: Taught, trait: str, category: str) -> Arm:
+    """A teacher that is taught to answer every second question of its category with its trait."""
+    layers = None if taught.layers is None else tuple(taught.layers)
+    rows: list[Row] = [
+        {"prompt": question, "completion": trait.capitalize()} for question in pack.questions_for(category)[::2]
+    ]
+    examples = make_examples(rows, read_turns(lm.chat, rows, f"answers of {trait}"), Selection(), taught.seed)
+    if taught.method == "steering":
+        start = init_steering(lm.config, layers)
+    else:
+        start = init_lora(
+            lm.config, jax.random.key(taught.seed), rank=taught.rank, alpha=float(taught.rank), layers=layers
+        )
+    return Arm(trait, examples, start, taught.seed, taught.lr, taught.steps)

@@ -1,0 +1,255 @@
+"""From what a config says of students to arms that the trainer takes, and from those to artifacts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jsublim.chat import Turn
+from jsublim.config import Recipe, Students
+from jsublim.distill.arm import Arm, Settings
+from jsublim.distill.data import Selection, Shape, draw_indices, make_examples
+from jsublim.distill.losses import Loss
+from jsublim.distill.optimizer import Optimizer
+from jsublim.distill.rollout import student_rollout
+from jsublim.distill.step import Program
+from jsublim.distill.trainer import forget_state, train
+from jsublim.divergence import PositionSubset, check_counted
+from jsublim.inference.lm import LanguageModel
+from jsublim.inference.scoring import Targets
+from jsublim.models.checkpoint import write_checkpoint
+from jsublim.models.config import ModelConfig
+from jsublim.models.decoder import Params
+from jsublim.models.lora import Adapter, check_layers, init_full, init_lora, init_steering, merge_full
+from jsublim.models.peft import load_adapter, save_adapter
+from jsublim.parallel import Layout, on_main_process
+from jsublim.pipeline.arms import total_steps
+from jsublim.pipeline.store import Artifact
+from jsublim.progress import Tick, no_tick
+from jsublim.rows import Row, read_rows, write_rows
+from jsublim.teachers import Teacher
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Rows, tokenized as a student reads them, and for soft losses what the teacher says of them.
+
+    Attributes:
+      source: where the rows come from, for errors.
+      teacher, teacher_turns: a live teacher, and the rows as it reads them; targets: what a stored one said.
+    """
+
+    rows: Sequence[Row]
+    turns: Sequence[Turn]
+    source: str = "rows"
+    teacher: Teacher | None = None
+    teacher_turns: Sequence[Turn] | None = None
+    targets: Sequence[Targets] | None = None
+
+
+def start_adapter(config: ModelConfig, params: Params, students: Students, seed: int) -> Adapter:
+    """The adapter that a student of this seed begins with.
+
+    Raises:
+      UsageError, JsublimError: layers or ends that the model hasn't, an adapter that cannot be read.
+    """
+    how = students.adapter
+    layers = None if how.layers is None else tuple(how.layers)
+    if how.init is not None:
+        return load_adapter(how.init, config)
+    if how.method == "full":
+        return init_full(config, params, layers, tuple(how.ends))
+    if how.method == "steering":
+        return init_steering(config, layers)
+    return init_lora(
+        config,
+        jax.random.key(seed),
+        rank=how.rank,
+        alpha=how.alpha,
+        layers=layers,
+        projections=tuple(how.projections),
+        rslora=how.rslora,
+    )
+
+
+def check_start(config: ModelConfig, params: Params, students: Students) -> None:
+    """Refuse what `start_adapter` would, without making anything large (`params` may be shapes).
+
+    Raises:
+      UsageError, JsublimError: as `start_adapter`.
+    """
+    how = students.adapter
+    if how.init is not None:
+        load_adapter(how.init, config)
+    elif how.layers != [] or how.method != "full":
+        check_layers(config, None if how.layers is None else tuple(how.layers))
+    jax.eval_shape(lambda params: init_full(config, params, (0,), tuple(how.ends)), params)
+
+
+def program_of(students: Students, recipe: Recipe) -> Program:
+    """What is compiled into the step of these students."""
+    loss, optimizer = students.loss, students.optimizer
+    return Program(
+        loss=Loss(loss.kind, loss.temperature, loss.kl_to_base > 0),
+        optimizer=Optimizer(
+            name=optimizer.name,
+            clip=optimizer.clip,
+            weight_decay=optimizer.weight_decay,
+            momentum=optimizer.momentum,
+            schedule=optimizer.schedule,
+            restarts=optimizer.restarts,
+        ),
+        warmup=optimizer.warmup,
+        per=recipe.loss_per or "tokens",
+        remat=students.runtime.remat,
+    )
+
+
+def settings_of(
+    students: Students, recipe: Recipe, *, parallel: str, model_axis: int, tensorboard: Path | None = None
+) -> Settings:
+    """What students of one program share in training."""
+    runtime = students.runtime
+    return Settings(
+        students.data.batch_size,
+        students.data.accumulate,
+        program_of(students, recipe),
+        checkpoint_every=runtime.checkpoint_every,
+        parallel=parallel,
+        model_axis=model_axis,
+        cache_below=runtime.cache_below,
+        peak_tflops=runtime.peak_tflops,
+        tensorboard=tensorboard,
+    )
+
+
+def shape_of(students: Students, data: Sequence[TrainingData], max_new_tokens: int) -> Shape:
+    """A shape that every arm on this data fits, whichever rows and tokens it draws: one program for all of them."""
+    turns = [turn for each in data for turn in each.turns]
+    live = [turn for each in data for turn in each.teacher_turns or ()]
+    longest = max(min(len(turn.tokens), students.data.max_tokens) for turn in turns)
+    labels = max(len(turn.tokens) - turn.header for turn in turns)
+    teacher = max((len(turn.tokens) for turn in live), default=0)
+    if students.data.on_policy:
+        longest = max(longest, max(turn.content for turn in turns) + max_new_tokens)
+        teacher = max(teacher, max(turn.content for turn in live) + max_new_tokens)
+        labels = max(labels, max_new_tokens)
+    return Shape.fit(students.data.accumulate, students.data.batch_size, longest, labels, teacher)
+
+
+def make_arm(
+    lm: LanguageModel,
+    students: Students,
+    recipe: Recipe,
+    data: TrainingData,
+    *,
+    name: str,
+    tokens: str,
+    seed: int,
+    max_new_tokens: int,
+) -> Arm:
+    """One student, its rows drawn and masked by its seed.
+
+    Args:
+      tokens: which tokens of the rows it learns.
+      max_new_tokens: of an on-policy row.
+
+    Raises:
+      UsageError, JsublimError: as `make_examples`.
+    """
+    if tokens != "all":
+        check_counted(data.rows, lm.chat, data.source)
+    loss, drawn = students.loss, draw_indices(len(data.rows), students.data.rows, seed)
+
+    def pick(every: Sequence[Any]) -> list[Any]:
+        return [every[i] for i in drawn]
+
+    selection = Selection(
+        tokens,
+        bool(recipe.supervise_header),
+        bool(recipe.drop_rows_without_divergence),
+        students.data.max_tokens,
+        PositionSubset(loss.positions, loss.positions_share, recipe.share_rounding or "stochastic"),
+        loss.by_margin and tokens == "divergence",
+    )
+    turns, soft = pick(data.turns), data.teacher_turns or data.targets
+    soft = None if soft is None else pick(soft)
+    examples = make_examples(pick(data.rows), turns, selection, seed, data.source, teacher=soft)
+    rollout = None
+    if students.data.on_policy and data.teacher_turns is not None:
+        rollout = student_rollout(lm, turns, pick(data.teacher_turns), seed=seed, max_new_tokens=max_new_tokens)
+    live = data.teacher if data.teacher_turns else None
+    return Arm(
+        name,
+        examples,
+        start_adapter(lm.config, lm.params, students, seed),
+        seed,
+        students.optimizer.lr,
+        total_steps(students, len(drawn) if recipe.match_steps else len(examples)),
+        loss.weight,
+        loss.kl_to_base,
+        live.adapter if live else None,
+        rollout,
+    )
+
+
+def train_students(
+    lm: LanguageModel,
+    members: Sequence[tuple[Arm, Artifact]],
+    settings: Settings,
+    work: Path,
+    *,
+    shape: Shape | None = None,
+    tick: Tick = no_tick,
+) -> None:
+    """Train arms in one program, and leave each as a PEFT folder (or a whole checkpoint) with its `metrics.jsonl`.
+
+    Args:
+      work: where the state of the training is kept until all of it is whole.
+      tick: counts steps; of a training that goes on, those done before come first.
+    """
+    done = 0
+
+    def on_step(step: int) -> None:
+        nonlocal done
+        tick(step - done)
+        done = step
+
+    adapters = train(lm.config, lm.params, [arm for arm, _ in members], settings, work, on_step, shape=shape)
+    whole = [_whole(lm, adapter) for adapter in adapters]
+    on_main_process(lambda: _keep_all(lm, members, whole, work))
+
+
+def _whole(lm: LanguageModel, adapter: Adapter) -> Adapter | Params:
+    """An adapter, or the parameters of a fully trained student, on this host whichever devices they were on."""
+    if adapter.weights is None and not adapter.ends:
+        return adapter
+    merged = merge_full(lm.params, adapter)
+    return merged if jax.process_count() == 1 else Layout.host(merged)
+
+
+def _keep_all(
+    lm: LanguageModel, members: Sequence[tuple[Arm, Artifact]], students: Sequence[Adapter | Params], work: Path
+) -> None:
+    lines = read_rows(work / "metrics.jsonl", ("arm", "step"))
+    for (arm, artifact), student in zip(members, students, strict=True):
+        if artifact.done:
+            continue
+        own = [{k: v for k, v in line.items() if k != "arm"} for line in lines if line["arm"] == arm.name]
+        write_rows(artifact.path / "metrics.jsonl", own)
+        keep_student(artifact.path, lm, student)
+        artifact.finish({"steps": arm.steps, "rows": len(arm.examples), "loss": own[-1]["loss"]})
+    forget_state(work)
+
+
+def keep_student(folder: Path, lm: LanguageModel, student: Adapter | Params) -> None:
+    """Into the folder of its artifact: an adapter, or whole parameters as a checkpoint. What is there already stays."""
+    if not isinstance(student, Adapter):
+        dtype = str(lm.params["embed"]["weight"].dtype)
+        write_checkpoint(folder, lm.config, student, lm.hf_config, dtype=dtype, tokenizer=lm.folder)
+    elif not list(folder.glob("*.safetensors")):  # a kill between the file and DONE leaves it whole
+        save_adapter(folder, student, lm.config, str(lm.folder))

@@ -1,0 +1,190 @@
+"""What every section of a config is made of, and what each of its fields decides.
+
+A field says in its annotation what hangs on it, once: `rank: Annotated[Positive, RESULT] = 8`. Keys of artifacts, groups of
+students that train together and the facts that a report compares are derived from that (`identity`, `facts`).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, get_args
+
+import pydantic
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+class Decides(enum.Flag):
+    """What hangs on a field."""
+
+    RESULT = enum.auto()  # what is computed: the value is part of the key of what it is about
+    CONTENT = enum.auto()  # what is computed, by the file or artifact of that name: its content is part of the key
+    PROGRAM = enum.auto()  # what is compiled
+    PLAN = enum.auto()  # which tasks there are, not what any of them makes
+    HOW = enum.auto()  # only how it is made: speed, memory, places
+
+
+RESULT, CONTENT, PROGRAM, PLAN, HOW = Decides.RESULT, Decides.CONTENT, Decides.PROGRAM, Decides.PLAN, Decides.HOW
+NEEDS_TRAIT = "needs a trait"  # beside these: the field means nothing to students of the teacher without a trait
+
+
+@dataclass(frozen=True)
+class Of:
+    """Beside these, on a quirk of the recipe: the kinds of tasks whose keys it is part of."""
+
+    kinds: tuple[str, ...]
+
+
+def distinct(values: list | tuple) -> list | tuple:
+    if len(set(values)) < len(values):
+        raise ValueError("an entry is listed twice")
+    return values
+
+
+Positive = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Distinct = AfterValidator(distinct)
+
+
+class Section(BaseModel):
+    """A part of a config: unknown keys are refused, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A field that is no section itself.
+
+    Attributes:
+      path: the names of the sections it lies in and its own, from the section that was asked.
+      decides: what hangs on it; None where its author forgot to say so.
+      marks: everything else in its annotation.
+    """
+
+    path: Path
+    field: Any
+    decides: Decides | None
+    marks: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        return ".".join(self.path)
+
+
+def section_in(annotation: Any) -> type[Section] | None:
+    """The section that an annotation such as `Taught | None` holds."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation  # type: ignore[return-value]
+    found = (section_in(each) for each in get_args(annotation))
+    return next((each for each in found if each is not None), None)
+
+
+def leaves(section: type[BaseModel], above: Path = ()) -> Iterator[Leaf]:
+    """Every field of a section and of the sections in it; a mapping or a list of sections is one field."""
+    for name, field in section.model_fields.items():
+        inner = section_in(field.annotation)
+        said = [mark for mark in field.metadata if isinstance(mark, Decides)]
+        if inner is not None and not said:
+            yield from leaves(inner, (*above, name))
+        else:
+            yield Leaf((*above, name), field, said[0] if said else None, tuple(field.metadata))
+
+
+def identity(section: BaseModel) -> dict[str, Any]:
+    """The fields that decide a result, as JSON, section in section: what goes into an artifact's key."""
+    found: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        value, said = getattr(section, name), [mark for mark in field.metadata if isinstance(mark, Decides)]
+        if not said and isinstance(value, BaseModel):
+            found[name] = identity(value)
+        elif not said and section_in(field.annotation) is not None:
+            found[name] = value  # a section that is not given
+        elif said and RESULT in said[0]:
+            found[name] = section.model_dump(mode="json", include={name})[name]
+    return {name: value for name, value in found.items() if value != {}}
+
+
+def facts(section: BaseModel) -> dict[str, Any]:
+    """The fields in which results may differ, by dotted name, contents by the name they have in the config."""
+    kept = (leaf for leaf in leaves(type(section)) if leaf.decides is not None and leaf.decides & (RESULT | CONTENT))
+    return {leaf.name: value_at(section.model_dump(mode="json"), leaf.path) for leaf in kept}
+
+
+def value_at(values: Mapping[str, Any] | None, path: Path) -> Any:
+    """The value at a place of nested mappings; None where a section on the way is not given."""
+    for name in path:
+        values = None if values is None else values.get(name)
+    return values
+
+
+def with_defaults(section: Any, mark: Any) -> Any:
+    """The section with every field that carries a mark back at its default."""
+    changed: dict[str, Any] = {}
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        if mark in field.metadata:
+            changed[name] = field.get_default(call_default_factory=True)
+        elif isinstance(value, BaseModel) and section_in(field.annotation) is not None:
+            changed[name] = with_defaults(value, mark)
+    return section.model_copy(update=changed)
+
+
+def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, section by section; a list replaces a list."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        merged[key] = overlaid(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def nested(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values under dotted names as sections: `{"a.b": 1}` is `{"a": {"b": 1}}`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        *parents, last = key.split(".")
+        inner: dict[str, Any] = {last: nested(value) if isinstance(value, Mapping) else value}
+        for parent in reversed(parents):
+            inner = {parent: inner}
+        found = overlaid(found, inner)
+    return found
+
+
+class Registry:
+    """Sections by name, each in the file that does what it says; a config may name those that are registered."""
+
+    def __init__(self, what: str):
+        self.what, self.known = what, dict[str, type[Section]]()
+
+    def add(self, name: str) -> Any:
+        """A class decorator."""
+
+        def register(kind: type[Section]) -> type[Section]:
+            self.known[name] = kind
+            return kind
+
+        return register
+
+    def parse(self, name: str, value: Any) -> Section:
+        """The section of that name from what a config says.
+
+        Raises:
+          ValueError: no such name.
+        """
+        if name not in self.known:
+            raise ValueError(f"{self.what} '{name}' is not known; known: {', '.join(self.known)}")
+        kind = self.known[name]
+        if isinstance(value, kind):
+            return value
+        try:
+            return kind.model_validate(value)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join([name, *map(str, first["loc"])])
+            raise ValueError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None

@@ -1,0 +1,137 @@
+"""A change of rows: what a data set of the config does to a teacher's answers before a student learns from them.
+
+A change is one file. It registers its options (a section of the config), which say what it needs, which quirks of the recipe
+it follows, and what it does. Changes are applied in the order of their `order`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from pydantic import model_validator
+
+from jsublim.errors import UsageError
+from jsublim.inference.lm import LanguageModel
+from jsublim.inference.sampling import Sampling
+from jsublim.judge import Judge
+from jsublim.prompts import NumberPrompt, Pack
+from jsublim.rows import Row
+from jsublim.section import Registry, Section
+from jsublim.teachers import CONTROL, Teacher
+
+CHANGES = Registry("change of rows")
+Changed = tuple[list[Row], dict[str, Any]]  # rows, and what is to be known of how they came about
+
+
+@dataclass(frozen=True)
+class Making:
+    """What changes may use.
+
+    Attributes:
+      quirks: the resolved recipe by field.
+      sampling: how the teacher puts requests into other words.
+      requests: gives the number requests of the run, as they were drawn.
+      judge: gives the judge of the run.
+      mixed_in: rows of the teacher that `Change.mixes` names.
+      readings: what every teacher said of each row, for changes that need "readings".
+      entangled: how entangled each number is with the trait (nats), where `Change.scores` asks for it.
+    """
+
+    lm: LanguageModel
+    teacher: Teacher
+    pack: Pack
+    quirks: Mapping[str, Any]
+    seed: int
+    batch_size: int
+    sampling: Sampling
+    requests: Callable[[], Sequence[NumberPrompt]]
+    judge: Callable[[], Judge]
+    mixed_in: Sequence[Row] | None = None
+    readings: Sequence[Mapping[str, Any]] | None = None
+    entangled: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Around:
+    """What a change is checked against: the trait whose answers it is done to, and the rest of the experiment.
+
+    Attributes:
+      teachers: every trait that some teacher has; counterfactuals: those that the trait's answers are read under.
+      own_weights: the teachers differ from the base in more than their prompts.
+      kind: what is asked, `data.kind`.
+    """
+
+    trait: str
+    teachers: Sequence[str]
+    counterfactuals: Sequence[str]
+    own_weights: bool
+    kind: str
+
+
+class Change(Section):
+    """One change. `shorthand` is the field that a config may give without its name (`shuffle: within`).
+
+    Class attributes:
+      quirks: of the recipe, that decide what it makes.
+      needs: of "readings", "judge", "rewriting" (the teacher's own sampling).
+      of_trait: it means nothing to the answers of the teacher without a trait.
+      of_numbers: it is for number requests only.
+      alone: no other change may stand beside it.
+    """
+
+    order: ClassVar[int] = 100
+    shorthand: ClassVar[str | None] = None
+    quirks: ClassVar[tuple[str, ...]] = ()
+    needs: ClassVar[frozenset[str]] = frozenset()
+    of_trait: ClassVar[bool] = False
+    of_numbers: ClassVar[bool] = False
+    alone: ClassVar[bool] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _written_short(cls, value: Any) -> Any:
+        if isinstance(value, Mapping | Change):
+            return value
+        if value is True:
+            return {}
+        if cls.shorthand is None:
+            raise ValueError(f"give true or {', '.join(cls.model_fields)}")
+        return {cls.shorthand: value}
+
+    def applies_to(self, teacher: str) -> bool:
+        """Whether anything is done to that teacher's answers."""
+        return not (self.of_trait and teacher == CONTROL)
+
+    def mixes(self) -> tuple[str, str | None] | None:
+        """The teacher whose rows it mixes in, and the checkpoint that one stands on (None: the experiment's)."""
+        return None
+
+    def scores(self) -> int | None:
+        """How many numbers it wants scored for how entangled they are with the trait."""
+        return None
+
+    def check(self, where: str, around: Around) -> None:
+        """Refuse what cannot be done to these answers.
+
+        Args:
+          where: the data set's place in the config.
+
+        Raises:
+          UsageError: naming the field.
+        """
+        if self.of_numbers and around.kind != "numbers":
+            raise UsageError(f"{where}: is for data.kind=numbers, not {around.kind}")
+
+    def tokens(self, rows: float, prompt: float, system: float) -> tuple[float, float]:
+        """Tokens that a model reads or writes for it, and of these the ones whose logits are made; for estimates.
+
+        Args:
+          rows: their number; prompt, system: the assumed length of a request and of a system prompt.
+        """
+        return 0.0, 0.0
+
+    def apply(self, rows: list[Row], making: Making) -> Changed:
+        """The rows afterwards, and what is kept of how they came about, by name."""
+        raise NotImplementedError
