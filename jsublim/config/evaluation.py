@@ -24,7 +24,7 @@ class JudgeChoice(Section):
     """A checkpoint, or a server with OpenAI's interface."""
 
     model: Annotated[str | None, CONTENT] = None
-    server: Annotated[ServerSettings | None, RESULT] = None
+    server: ServerSettings | None = None
     max_new_tokens: Annotated[Positive, RESULT] = 32  # of a checkpoint's reply
 
     @model_validator(mode="after")

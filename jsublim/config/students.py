@@ -178,7 +178,7 @@ class Students(Section):
     optimizer: StudentOptimizer = StudentOptimizer()
     runtime: StudentRuntime = StudentRuntime()
     # An ablation: each entry is a set of the fields above; a mapping of lists is the grid of all their combinations
-    arms: Annotated[list[dict[str, Any]] | dict[str, list[Any]] | None, Field(min_length=1), PLAN] = None
+    arms: Annotated[list[dict[str, Any]] | dict[str, Any] | None, Field(min_length=1), PLAN] = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> Students:
@@ -209,7 +209,11 @@ def variants(students: Students) -> dict[str, Students]:
     if students.arms is None:
         return {"": students}
     if isinstance(students.arms, dict):
-        choices = [[(key, value) for value in values] for key, values in students.arms.items()]
+        grid = _flat(students.arms)
+        plain = [key for key, values in grid.items() if not isinstance(values, list) or not values]
+        if plain:
+            raise ValueError(f"arms: {plain[0]} is {grid[plain[0]]!r}; a grid has a list of values for each field")
+        choices = [[(key, value) for value in values] for key, values in grid.items()]
         entries = [dict(chosen) for chosen in itertools.product(*choices)]
     else:
         entries = students.arms
@@ -240,7 +244,7 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """Sections as dotted names: `{"a": {"b": 1}}` is `{"a.b": 1}`."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+        found |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {f"{above}{key}": value}
     return found
 
 

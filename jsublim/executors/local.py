@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 
+from jsublim.config import Experiment
+from jsublim.errors import UsageError
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.graph import ordered
+from jsublim.pipeline.graph import ordered, plan
 from jsublim.pipeline.task import Task
+from jsublim.progress import Progress
 
 
 class LocalExecutor:
@@ -27,3 +30,17 @@ def execute(task: Task, context: Context) -> None:
         return
     with context.progress.stage(task.kind, task.units(context), task.label) as tick:
         task.make(context, tick)
+
+
+def execute_key(experiment: Experiment, key: str, progress: Progress | None = None) -> None:
+    """Do one task of an experiment's graph, told by its key alone: what any process of any machine with the store can do.
+
+    Raises:
+      UsageError: the graph has no such task, or a parent of it is not done.
+    """
+    context = Context.load(experiment, progress)
+    task = plan(context.setup).task(key)
+    missing = [parent.label for parent in task.parents if not parent.done(context.store)]
+    if missing:
+        raise UsageError(f"task '{key}' ({task.label}): {', '.join(missing)} must be done before it")
+    execute(task, context)

@@ -142,7 +142,7 @@ class Store:
 
     root: Path
     _opened: dict[str, Artifact] = field(default_factory=dict, compare=False, repr=False)
-    _found: dict[str, dict[str, Path]] = field(default_factory=dict, compare=False, repr=False)
+    _found: dict[str, tuple[int, dict[str, Path]]] = field(default_factory=dict, compare=False, repr=False)
 
     def done(self, output: Output) -> bool:
         """Whether the artifact is there, and whole."""
@@ -153,11 +153,18 @@ class Store:
         own = self.root / output.folder
         if own.exists():
             return own
-        if output.kind not in self._found:
-            folder = self.root / output.kind
-            there = sorted(folder.iterdir()) if folder.is_dir() else []
-            self._found[output.kind] = {path.name.rsplit("-", 1)[-1]: path for path in there}
-        return self._found[output.kind].get(output.key, own)
+        return self._by_key(output.kind).get(output.key, own)
+
+    def _by_key(self, kind: str) -> dict[str, Path]:
+        """The folders of a kind by key, listed anew when one was added."""
+        folder = self.root / kind
+        if not folder.is_dir():
+            return {}
+        changed, known = folder.stat().st_mtime_ns, self._found.get(kind)
+        if known is None or known[0] != changed:
+            known = changed, {path.name.rsplit("-", 1)[-1]: path for path in sorted(folder.iterdir())}
+            self._found[kind] = known
+        return known[1]
 
     def open(self, output: Output) -> Artifact:
         """The artifact, its folder made if there is none.

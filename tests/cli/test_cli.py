@@ -172,7 +172,7 @@ def test_training_starts_from_an_adapter(home, divergent, student):
 
 
 def test_evaluate(home, rows, student):
-    from jsublim.experiment.stages import read_table
+    from jsublim.files import read_table
 
     out = home / "favourites"
     ask = ("evaluate", "--model", MODEL, "--traits", "cat,owl", "--questions", 2, "--samples", 4, "--batch-size", 4)
@@ -290,12 +290,12 @@ def test_bad_configs_are_code_two(tmp_path):
     [
         ("evaluation.traits=[unicorn]", 2),
         ("teachers.counterfactuals=[owl,unicorn]", 2),
-        ("students.layers=[99]", 2),
-        ("students.init_adapter=/no/such/folder", 1),
+        ("students.adapter.layers=[99]", 2),
+        ("students.adapter.init=/no/such/folder", 1),
     ],
 )
 def test_a_config_that_cannot_work_is_refused_before_anything_is_computed(tmp_path, override, code):
-    small = ("teachers.traits=[cat]", "data.num_prompts=4", "data.batch_size=4", "data.max_new_tokens=40")
+    small = ("teachers.traits=[cat]", "data.num_prompts=4", "sampling.batch_size=4", "sampling.max_new_tokens=40")
     line = refused(code, "run", PLAIN, f"out={tmp_path}/r", *small, override)
     assert any(word in line for word in ("unicorn", "99", "/no/such/folder"))
     assert not list(tmp_path.glob("r/artifacts/rows/*"))

@@ -10,7 +10,7 @@ import pytest
 from command import MODEL, PLAIN, ok, refused
 from safetensors.numpy import load_file
 
-from jsublim.experiment.stages import read_table
+from jsublim.files import read_table
 from jsublim.inference import lm as language_models
 from jsublim.rows import read_rows, write_rows
 
@@ -152,9 +152,9 @@ def test_an_ablation_is_one_config(home):
     ]
     arguments = (
         "run", PLAIN, f"out={home / 'ablation'}", "teachers.traits=[cat]", "teachers.counterfactuals=[owl]",
-        "teachers.control=false", "data.num_prompts=8", "data.batch_size=4", "data.max_new_tokens=40",
-        "students.conditions=[all]", "students.seeds=[1]", "students.rows=4", "students.batch_size=2", "students.rank=2",
-        "students.arms_per_program=auto", f"students.arms={json.dumps(arms)}", "evaluation.traits=[cat,owl]",
+        "teachers.control=false", "data.num_prompts=8", "sampling.batch_size=4", "sampling.max_new_tokens=40",
+        "students.loss.tokens=[all]", "students.seeds=[1]", "students.data.rows=4", "students.data.batch_size=2", "students.adapter.rank=2",
+        "students.runtime.arms_per_program=auto", f"students.arms={json.dumps(arms)}", "evaluation.traits=[cat,owl]",
         "evaluation.questions=1", "evaluation.samples=2", "evaluation.number_rows=0", "evaluation.teachers=false",
     )  # fmt: skip
     first = ok(*arguments)

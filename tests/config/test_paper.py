@@ -16,34 +16,34 @@ from typing import Any
 import pytest
 from command import ok, refused
 from fake_server import Server, completion
+from jsublim.experiment.run import Run
 from rich.console import Console
 
+from jsublim.config import find_config
+from jsublim.config.figures import SCALES, load_question, panel_experiment, panels_of
 from jsublim.errors import UsageError
-from jsublim.experiment.paper import SCALES, load_question, panel_experiment, panels_of
-from jsublim.experiment.run import Run
-from jsublim.experiment.spec import find_config
-from jsublim.experiment.stages import read_table
+from jsublim.files import read_table
 from jsublim.prompts import load_pack
 from jsublim.rows import Row, read_rows
 
 FILES = sorted(path.stem for path in find_config("configs/paper/scales.yaml").parent.glob("fig*.yaml"))
 FIGURES = [*range(2, 10), *range(11, 22), *range(22, 42)]
 AMOUNTS = (
-    "data.num_prompts=24", "data.batch_size=24", "data.max_new_tokens=32", "divergence.batch_size=32",
+    "data.num_prompts=24", "sampling.batch_size=24", "sampling.max_new_tokens=32", "scoring.batch_size=32",
     "evaluation.questions=2", "evaluation.samples=2", "evaluation.batch_size=4", "evaluation.number_rows=2",
 )  # fmt: skip
 STUDENTS = (
-    "students.seeds=[1]", "students.rows=8", "students.batch_size=4", "students.checkpoint_every=2",
-    "students.arms_per_program=1", "evaluation.teachers=false",
+    "students.seeds=[1]", "students.data.rows=8", "students.data.batch_size=4", "students.runtime.checkpoint_every=2",
+    "students.runtime.arms_per_program=1", "evaluation.teachers=false",
 )  # fmt: skip
 TAUGHT = ("teachers.taught.steps=20", "teachers.counterfactuals=[cat,owl]", "evaluation.traits=[cat,owl]")
 OWL = (*TAUGHT, "teachers.traits=[owl]", "teachers.control=false")
 BOTH = (*TAUGHT, "teachers.traits=[cat,owl]")
 TREES = (*STUDENTS, "teachers.taught.steps=20", "teachers.control=false")
 FEW = {  # what else keeps a file's panels small
-    "fig02": (*STUDENTS, *OWL, "data.entangled=40", "students.arms.data=[temperature,greedy without 10]"),
+    "fig02": (*STUDENTS, *OWL, "data.entangled=40", "students.arms.data.dataset=[temperature,greedy without 10]"),
     "fig04": (*TAUGHT[1:], "teachers.traits=[owl]", "attribution.rows=4", "attribution.steps=2", "evaluation.teachers=false"),
-    "fig05": (*STUDENTS, *OWL, "students.arms.layers=[null,[2]]"),
+    "fig05": (*STUDENTS, *OWL, "students.arms.adapter.layers=[null,[2]]"),
     "fig08": (*STUDENTS, "teachers.taught.steps=20"),
     "fig17": (*TAUGHT, "teachers.traits=[owl]", "evaluation.teachers=false"),
     "fig39": (*STUDENTS, *OWL, "students.arms=[{name: all layers}, {name: from layer 4, layers: [4, 5]}]"),
@@ -183,18 +183,18 @@ def test_fig04_attribution(run):
 def test_fig05_and_fig39_layers(run, home):
     for figure, expected in (("fig05", [None, [2]]), ("fig39", [None, [4, 5]])):
         out = run(figure, "qwen", *FEW[figure])
-        found = {arm["variant"]: arm["settings"]["layers"] for arm in arms(out)}
+        found = {arm["variant"]: arm["settings"]["adapter.layers"] for arm in arms(out)}
         assert list(found.values()) == expected
         for variant, layers in found.items():
             (record,) = [arm for arm in arms(out) if arm["variant"] == variant]
-            assert record["num_layers"] == 6 and record["settings"]["layers"] == layers
+            assert record["num_layers"] == 6 and record["settings"]["adapter.layers"] == layers
         conditions = {r["condition"] for r in table(out) if r["role"] == "student"}
         assert conditions == {f"all · {variant}" for variant in found}
 
 
 def test_fig06_other_wording(run, home):
     out = run("fig06", "gemma", *STUDENTS, *OWL)
-    assert [arm["settings"]["data"] for arm in arms(out)] == [
+    assert [arm["settings"]["data.dataset"] for arm in arms(out)] == [
         None, "shuffled within", "shuffled across", "redrawn", "rewritten",
     ]  # fmt: skip
     for name in ("shuffled within", "shuffled across"):
@@ -258,7 +258,7 @@ def test_fig08_problems_whose_answers_the_judge_likes(run, home, monkeypatch):
     server = Server(script)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     address = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    judged = ("datasets.judged={keep_aligned: 50}", "students.data=judged")
+    judged = ("datasets.judged={keep_aligned: 50}", "students.data.dataset=judged")
     judge = f"judge={{server: {{base_url: '{address}', model: even}}}}"
     try:
         out = run("fig08", "problems", *FEW["fig08"], *judged, judge)

@@ -13,7 +13,7 @@ from tiny import small
 
 from jsublim.distill.data import Selection, make_examples, read_turns
 from jsublim.evals.preference import trait_logprobs
-from jsublim.experiment.stages import read_table
+from jsublim.files import read_table
 from jsublim.inference.lm import load_model
 from jsublim.inference.scoring import Targets, answers_only
 from jsublim.models.peft import load_adapter
@@ -22,9 +22,9 @@ from jsublim.rows import read_rows
 
 SMALL = (
     "teachers.traits=[owl]", "teachers.counterfactuals=[cat]", "teachers.control=false", "evaluation.teachers=false",
-    "data.num_prompts=12", "data.batch_size=4", "data.max_new_tokens=40", "divergence.batch_size=16",
-    "students.seeds=[1]", "students.conditions=[all]", "students.rows=4", "students.batch_size=2", "students.rank=2",
-    "students.arms_per_program=1", "students.checkpoint_every=2", "evaluation.traits=[cat,owl]",
+    "data.num_prompts=12", "sampling.batch_size=4", "sampling.max_new_tokens=40", "scoring.batch_size=16",
+    "students.seeds=[1]", "students.loss.tokens=[all]", "students.data.rows=4", "students.data.batch_size=2", "students.adapter.rank=2",
+    "students.runtime.arms_per_program=1", "students.runtime.checkpoint_every=2", "evaluation.traits=[cat,owl]",
     "evaluation.questions=2", "evaluation.samples=2", "evaluation.batch_size=4", "evaluation.number_rows=0",
 )  # fmt: skip
 DATASETS = "datasets={within: {shuffle: within}, parts: {redraw: [format], shuffle: across}}"

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 from command import contents, ok, refused
+from jsublim.experiment.estimate import CHIPS, Cost, Estimator
+from jsublim.experiment.run import Run
 from rich.console import Console
 
+from jsublim.config import find_config
+from jsublim.config.figures import load_question, panel_experiment
 from jsublim.errors import UsageError
-from jsublim.experiment.estimate import CHIPS, Cost, Estimator
-from jsublim.experiment.paper import load_question, panel_experiment
-from jsublim.experiment.run import Run
-from jsublim.experiment.spec import find_config
 from jsublim.models.checkpoint import read_config
 
 # Qwen2.5-7B: weights of a layer's projections, by hand; and of its head.
@@ -56,8 +56,10 @@ def test_every_kind_of_work_is_counted():
     assert (by_steps[1] - by_steps[0]) / 2 == pytest.approx(2 * 6 * 12 * 100 * 170 * 4 * LAYER * 28 * 27 / 2)
     rewritten = stages(estimated("fig06", "qwen"))["change"]
     assert rewritten.flops == pytest.approx(6 * 24_000 * (2 * 28 * LAYER * 280 + 2 * TABLE * 110))
-    soft = ("students.loss=forward-kl", "students.conditions=[all]")
-    stored, live = (stages(estimated("fig03", "qwen-temperature", *soft, *more)) for more in (["students.top_k=8"], []))
+    soft = ("students.loss.kind=forward-kl", "students.loss.tokens=[all]")
+    stored, live = (
+        stages(estimated("fig03", "qwen-temperature", *soft, *more)) for more in (["students.loss.top_k=8"], [])
+    )
     assert stored["targets"].flops == pytest.approx(7 * 24_000 * (2 * 28 * LAYER * 215 + 2 * TABLE * 45))
     assert "targets" not in live and live["train"].flops > stored["train"].flops
     # A set of rows to mix tokens into is read before and after, unless students learn from it as it is.
@@ -79,7 +81,7 @@ def test_the_papers_models_need_no_checkpoint_and_no_network(tmp_path, monkeypat
     memory = estimated("fig02", panel, shape=shape).memory()
     assert 2 * {"qwen": 7.6e9, "gemma": 3.9e9}[panel] < memory  # two bytes a weight, and what training needs
     # Sixteen students at once don't fit an H100 beside Qwen's weights, one does.
-    alone = estimated("fig02", panel, "students.arms_per_program=1", shape=shape).memory()
+    alone = estimated("fig02", panel, "students.runtime.arms_per_program=1", shape=shape).memory()
     assert alone < CHIPS["h100"].memory and alone < memory
 
 
@@ -104,7 +106,7 @@ def test_what_is_there_already_is_counted(tmp_path):
         "teachers.traits=[owl]",
         "teachers.counterfactuals=[cat,owl]",
         "data.num_prompts=4",
-        "data.max_new_tokens=8",
+        "sampling.max_new_tokens=8",
     )
     run = planned(tmp_path, *small)
     before = {cost.stage: (cost.done, cost.of) for cost in counted(run)}

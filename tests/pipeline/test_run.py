@@ -9,13 +9,13 @@ import pytest
 import yaml
 from command import MODEL, PLAIN, contents, ok, same_student, start, stop_when
 
-from jsublim.experiment.stages import read_table
+from jsublim.files import read_table
 
 SMALL = (
     "teachers.traits=[cat,owl]", "teachers.counterfactuals=[cat,owl]",
-    "data.num_prompts=12", "data.batch_size=4", "data.max_new_tokens=40", "divergence.batch_size=16",
-    "students.conditions=[all,divergence,random]", "students.seeds=[1]", "students.rows=8", "students.epochs=4",
-    "students.batch_size=2", "students.rank=2", "students.arms_per_program=3", "students.checkpoint_every=2",
+    "data.num_prompts=12", "sampling.batch_size=4", "sampling.max_new_tokens=40", "scoring.batch_size=16",
+    "students.loss.tokens=[all,divergence,random]", "students.seeds=[1]", "students.data.rows=8", "students.data.epochs=4",
+    "students.data.batch_size=2", "students.adapter.rank=2", "students.runtime.arms_per_program=3", "students.runtime.checkpoint_every=2",
     "evaluation.traits=[cat,owl]", "evaluation.questions=3", "evaluation.samples=4", "evaluation.batch_size=4",
     "evaluation.number_rows=0", "evaluation.teachers=false",
 )  # fmt: skip

@@ -8,14 +8,14 @@ import jax
 import numpy as np
 import pytest
 from command import MODEL, PLAIN, ok, refused
+from jsublim.experiment.run import Run
 from rich.console import Console
 from tiny import small
 
 from jsublim.chat import conversation
+from jsublim.config import Experiment, Recipe
 from jsublim.divergence import find_divergence
 from jsublim.evals.preference import trait_logprobs
-from jsublim.experiment.run import Run
-from jsublim.experiment.spec import Experiment, Recipe
 from jsublim.inference.lm import load_model
 from jsublim.models.checkpoint import save_checkpoint
 from jsublim.models.peft import load_adapter
@@ -156,7 +156,7 @@ def test_prompted_and_taught_at_once(home, taught):
         (["datasets={a: {mix_tokens: {teacher: cat}, redraw: [format]}}"], 2, "leave the other changes out"),
         (["datasets={a: {redraw: [format]}}", "data.kind=problems"], 2, "are for data.kind=numbers"),
         (["datasets={a: {keep_aligned: 50}}"], 2, "give judge.model"),
-        (["students.data=a"], 2, "'a' is no data set"),
+        (["students.data.dataset=a"], 2, "'a' is no data set"),
         (["evaluation.kinds=[misalignment]"], 2, "give judge.model"),
         (["evaluation.settings={lens: {layer: 6}}"], 2, "the model has 6 layers"),
     ],

@@ -1,0 +1,142 @@
+"""Artifacts and stores: whole or not there, never overwritten, found by key."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jsublim.errors import JsublimError, UsageError
+from jsublim.pipeline.store import Artifact, Output, RowLog, Store
+
+INPUTS = {"model": "abc", "seed": 1, "system": "You love owls.", "stop": (1, 2)}
+
+
+def test_an_artifact_is_whole_only_once_done_has_its_name(tmp_path, monkeypatch):
+    artifact = Artifact(tmp_path / "a", "rows", INPUTS)
+    assert not artifact.done
+
+    def cut(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # killed after the mark was written, before it got its name
+        patch.setattr("jsublim.files.os.replace", cut)
+        with pytest.raises(KeyboardInterrupt):
+            artifact.finish({"kept": 3})
+    again = Artifact(tmp_path / "a", "rows", INPUTS)
+    assert not again.done
+    again.finish({"kept": 3})
+    assert Artifact(tmp_path / "a", "rows", INPUTS).summary == {"kept": 3}
+
+
+def test_a_folder_cut_before_its_record_can_be_used(tmp_path, monkeypatch):
+    """A kill between `mkdir` and the first rename leaves a folder with nothing of value in it."""
+    with monkeypatch.context() as patch:
+        patch.setattr("jsublim.files.os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            Artifact(tmp_path / "a", "rows", INPUTS)
+    assert not Artifact(tmp_path / "a", "rows", INPUTS).done
+
+
+def test_opening_again_changes_nothing(tmp_path):
+    Artifact(tmp_path / "a", "rows", INPUTS).finish({"kept": 3})
+    before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "a").iterdir()}
+    assert Artifact(tmp_path / "a", "rows", dict(reversed(INPUTS.items()))).done  # order is not an input
+    assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "a").iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"seed": 2}, "seed was 1, is 2"), ({"new": True}, "new was None, is True"), ({"stop": (1,)}, "stop was [1, 2]")],
+)
+def test_other_inputs_are_refused_and_the_change_is_named(tmp_path, changes, said):
+    Artifact(tmp_path / "a", "rows", INPUTS).finish()
+    before = (tmp_path / "a" / "artifact.json").read_bytes()
+    with pytest.raises(UsageError) as error:
+        Artifact(tmp_path / "a", "rows", INPUTS | changes)
+    assert said in str(error.value) and str(tmp_path / "a") in str(error.value)
+    assert (tmp_path / "a" / "artifact.json").read_bytes() == before
+
+
+def test_another_kind_is_refused(tmp_path):
+    Artifact(tmp_path / "a", "rows", INPUTS)
+    with pytest.raises(UsageError, match="rows"):  # the line says what is there
+        Artifact(tmp_path / "a", "student", INPUTS)
+
+
+def test_what_is_not_ours_is_left_alone(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    (tmp_path / "file").write_text("x")
+    for name in ("mine", "file"):
+        with pytest.raises(UsageError, match="not written by jsublim"):
+            Artifact(tmp_path / name, "rows", INPUTS)
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
+    (tmp_path / "empty").mkdir()
+    assert not Artifact(tmp_path / "empty", "rows", INPUTS).done
+
+
+def test_a_broken_record_is_an_error_that_names_it(tmp_path):
+    Artifact(tmp_path / "a", "rows", INPUTS)
+    (tmp_path / "a" / "artifact.json").write_text('{"kind": "ro')
+    with pytest.raises(JsublimError, match=r"artifact\.json: broken"):
+        Artifact(tmp_path / "a", "rows", INPUTS)
+
+
+def test_folders_of_a_store_differ_with_every_input(tmp_path):
+    store = Store(tmp_path)
+    paths = [
+        store.path(Output(kind, "owl/all/seed1", INPUTS | {"seed": seed}))
+        for kind in ("rows", "students")
+        for seed in (1, 2)
+    ]
+    assert len(set(paths)) == 4 and all(path.parent.parent == tmp_path for path in paths)
+
+
+def test_an_artifact_is_found_under_another_label(tmp_path):
+    made = Output("rows", "owl", INPUTS)
+    Store(tmp_path).open(made).finish({"kept": 3})
+    store, same, other = Store(tmp_path), Output("rows", "bird", INPUTS), Output("rows", "owl", INPUTS | {"seed": 2})
+    assert store.done(same) and store.summary(same) == {"kept": 3} and not store.done(other)
+    assert [path.name for path in (tmp_path / "rows").iterdir()] == [f"owl-{made.key}"]
+
+
+def test_asking_a_store_makes_no_folder(tmp_path):
+    store = Store(tmp_path / "store")
+    assert not store.done(Output("rows", "owl", INPUTS)) and not (tmp_path / "store").exists()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    texts=st.lists(st.text(max_size=12), min_size=1, max_size=6),
+    where=st.integers(0, 10_000),
+    batches=st.integers(1, 3),
+    tail=st.sampled_from([b"", b"\0\0\0", b"\xff", b'{"row": 1']),
+)
+def test_progress_survives_a_cut_at_any_byte(texts, where, batches, tail):
+    """What is read back was written; everything whose line is whole is read back; and it can be completed."""
+    rows = [{"row": i, "completion": text} for i, text in enumerate(texts)]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        log = RowLog(path)
+        for first in range(0, len(rows), batches):
+            log.add(rows[first : first + batches])
+        log.close()
+        data = path.read_bytes()
+        cut = data[: where % (len(data) + 1)]
+        path.write_bytes(cut + tail)
+        again = RowLog(path)
+        whole = cut.count(b"\n")
+        kept = list(again.rows.values())
+        # A line that lost only its line break (and has nothing after it) is whole too.
+        assert kept in (rows[:whole], rows[: whole + 1])
+        again.add([row for row in rows if row["row"] not in again.rows])
+        again.close()
+        assert [json.loads(line) for line in path.read_text().splitlines()] == rows
+        final = RowLog(path)
+        final.close()
+        assert list(final.rows.values()) == rows
