@@ -9,11 +9,11 @@ import pytest
 import typer
 import yaml
 from command import ROOT
-
-from jsublim.cli.app import app
 from jsublim.digits.spec import Digits
 from jsublim.experiment.paper import SCALES, load_question, overlaid, panel_experiment
 from jsublim.experiment.spec import Experiment, Recipe, check_config, read_config
+
+from jsublim.cli.app import app
 from jsublim.report.claims import QUESTIONS
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -15,6 +15,8 @@ import pytest
 from command import contents, ok, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsublim.experiment.attribution import ATTRIBUTION, attribute_rows
+from jsublim.experiment.store import Artifact
 from tiny import FAMILIES, bundled, chat, small
 
 from jsublim.attribution import patching
@@ -23,8 +25,6 @@ from jsublim.attribution.patching import DIRECTIONS, SITES, activation_patching,
 from jsublim.attribution.roles import ROLES, mentions, token_roles
 from jsublim.divergence import find_divergence
 from jsublim.errors import JsublimError, UsageError
-from jsublim.experiment.attribution import ATTRIBUTION, attribute_rows
-from jsublim.experiment.store import Artifact
 from jsublim.models.decoder import hidden_states
 from jsublim.models.lora import init_full, init_lora, init_steering, merge_full
 from jsublim.models.stream import residual_stream, resume

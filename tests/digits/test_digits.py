@@ -12,13 +12,13 @@ import pytest
 from command import contents, ok, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsublim.digits.spec import Digits
+from jsublim.experiment.spec import check_config, read_config
+from jsublim.experiment.stages import read_table
 from scipy import stats
 
 from jsublim.digits.experiment import CLASSES, arms, class_loss, distillation_loss, read_digits, records, run_seeds
 from jsublim.digits.report import findings, read_lines
-from jsublim.digits.spec import Digits
-from jsublim.experiment.spec import check_config, read_config
-from jsublim.experiment.stages import read_table
 
 CONFIG = "configs/digits.yaml"
 SHORT = {"network": {"hidden": (16,)}, "teacher": {"steps": 6}, "students": {"steps": 4, "measure_every": 2}}

@@ -1,0 +1,286 @@
+"""The graph: planned without weights, plain data, and every kind of task done by a fresh process that is told its key alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import numpy as np
+import pytest
+from command import MODEL, ROOT
+from safetensors.numpy import load_file
+
+from jsublim.config import Experiment
+from jsublim.errors import UsageError
+from jsublim.evals import EVAL_KINDS, Asked, EvalKind, EvalTask, PromptedModel, Record
+from jsublim.executors import LocalExecutor, execute_key
+from jsublim.files import read_table
+from jsublim.pipeline import context as contexts
+from jsublim.pipeline.context import Context
+from jsublim.pipeline.graph import Graph, ordered, plan
+from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.store import Store
+from jsublim.rows import Row, read_rows, revised
+from jsublim.section import RESULT
+from jsublim.transforms import CHANGES, Change, Changed, Making
+
+# Between them, every kind of task.
+STUDENTS: dict[str, Any] = {
+    "name": "graph",
+    "model": MODEL,
+    "teachers": {
+        "traits": ["owl"],
+        "counterfactuals": ["cat", "owl"],
+        "taught": {"method": "steering", "layers": [2], "steps": 10, "lr": 0.2},
+    },
+    "data": {"num_prompts": 12, "sentences": ["example", "format"], "examples": [2, 6]},
+    "sampling": {"max_new_tokens": 32, "batch_size": 4, "shard": 8},
+    "datasets": {"left": {"remove_entangled": {"k": 2, "among": 20}}},
+    "students": {
+        "seeds": [1],
+        "data": {"rows": 4, "epochs": 1, "batch_size": 2, "accumulate": 1},
+        "adapter": {"method": "steering", "layers": [2]},
+        "optimizer": {"lr": 0.5, "warmup": 0},
+        "arms": [
+            {"name": "hard", "loss.tokens": ["divergence"]},
+            {"name": "soft", "loss": {"kind": "forward-kl", "top_k": 8, "tokens": ["all"]}},
+            {"name": "left", "loss.tokens": ["all"], "data.dataset": "left"},
+        ],
+    },
+    "evaluation": {"traits": ["owl", "cat"], "questions": 2, "samples": 2, "max_new_tokens": 4, "number_rows": 2},
+}
+PROMPTED: dict[str, Any] = STUDENTS | {
+    "teachers": {"traits": ["owl"], "counterfactuals": ["cat", "owl"]},
+    "datasets": {},
+    "students": None,
+    "attribution": {"rows": 3, "steps": 1, "sites": ["residual"], "directions": ["noising"]},
+    "evaluation": STUDENTS["evaluation"] | {"teachers": False},
+}
+KINDS = ("teachers", "rows", "divergence", "entangled", "datasets", "targets", "students", "evaluations", "attribution")
+
+
+def experiment(values: dict[str, Any], store: Path, **changes: Any) -> Experiment:
+    return Experiment.model_validate(values | {"store": str(store), "out": str(store / "run")} | changes)
+
+
+def values_of(kind: str) -> dict[str, Any]:
+    return PROMPTED if kind == "attribution" else STUDENTS
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("graph")
+
+
+@pytest.fixture(scope="module")
+def whole(home) -> Store:
+    """Both experiments, done by this process in one store."""
+    for values in (STUDENTS, PROMPTED):
+        context = Context.load(experiment(values, home / "store"))
+        LocalExecutor().execute(plan(context.setup).tasks.values(), context)
+    return Store(home / "store")
+
+
+def graph_of(values: dict[str, Any], store: Path) -> Graph:
+    return plan(Setup.of(experiment(values, store)))
+
+
+def test_a_graph_is_planned_without_weights_and_leaves_nothing(tmp_path, monkeypatch):
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr("jsublim.inference.lm.load_params", refuse)
+    monkeypatch.setattr(contexts, "load_model", refuse)
+    graph = graph_of(STUDENTS, tmp_path / "store")
+    assert {task.kind for task in graph.tasks.values()} == set(KINDS) - {"attribution"}
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_is_the_same_wherever_it_is_planned(tmp_path):
+    """Keys hang on the config and the checkpoints: not on the place, the process, or what is done already."""
+    here = {key: task.label for key, task in graph_of(STUDENTS, tmp_path / "a").tasks.items()}
+    assert here == {key: task.label for key, task in graph_of(STUDENTS, tmp_path / "b").tasks.items()}
+    config = tmp_path / "config.json"
+    config.write_text(experiment(STUDENTS, tmp_path / "c").model_dump_json())
+    line = (
+        "import sys, json; from pathlib import Path; from jsublim.config import Experiment;"
+        "from jsublim.pipeline.graph import plan; from jsublim.pipeline.setup import Setup;"
+        f"e = Experiment.model_validate(json.loads(Path({str(config)!r}).read_text()));"
+        "print(json.dumps({key: task.label for key, task in plan(Setup.of(e)).tasks.items()}))"
+    )
+    assert json.loads(child(line, tmp_path)) == here
+
+
+def test_tasks_are_data(tmp_path):
+    for task in graph_of(STUDENTS, tmp_path).tasks.values():
+        again = pickle.loads(pickle.dumps(task))
+        assert (again.key, again.label, [p.key for p in again.parents]) == (
+            task.key,
+            task.label,
+            [p.key for p in task.parents],
+        )
+
+
+def test_parents_come_first_and_each_task_once(tmp_path):
+    graph, seen = graph_of(STUDENTS, tmp_path), set()
+    for task in ordered(graph.tasks.values()):
+        assert {parent.key for parent in task.parents} <= seen and task.key not in seen
+        seen.add(task.key)
+    assert seen == set(graph.tasks)
+    (student,) = [task for task in graph.tasks.values() if task.kind == "students" and "divergence" in task.label]
+    needed = {task.key for task in ordered([student])}
+    assert needed < seen and not any(graph.tasks[key].kind == "evaluations" for key in needed)
+
+
+def test_shards_follow_from_the_config(tmp_path):
+    """Prompts are shared out by `sampling.shard`, rows to read by the same number, whatever passes the filter."""
+    graph = graph_of(STUDENTS, tmp_path)
+    assert [task.label for task in graph.tasks.values() if task.kind == "rows"][:2] == ["owl-1", "owl-2"]
+    assert [task.label for task in graph.tasks.values() if task.kind == "divergence"] == ["owl-1", "owl-2"]
+    one = graph_of(STUDENTS | {"sampling": STUDENTS["sampling"] | {"shard": 100}}, tmp_path)
+    assert [task.label for task in one.tasks.values() if task.kind == "rows"] == ["owl", "control"]
+
+
+def test_shards_write_the_rows_of_one_task(whole, home):
+    """A row depends on its place among all prompts, not on the task that it is made in."""
+    values = STUDENTS | {"sampling": STUDENTS["sampling"] | {"shard": 100}}
+    context = Context.load(experiment(values, home / "one"))
+    one, shards = plan(context.setup), graph_of(STUDENTS, home / "store")
+    LocalExecutor().execute([task for task in one.tasks.values() if task.kind in ("rows", "divergence")], context)
+    for own, several in zip(one.written.values(), shards.written.values(), strict=True):
+        assert own.read(context.store) == several.read(whole)
+    for own, several in zip(one.read.values(), shards.read.values(), strict=True):
+        assert own.read(context.store) == several.read(whole)
+
+
+def child(line: str, folder: Path) -> str:
+    """What a fresh process in another working directory prints."""
+    done = subprocess.run(
+        [sys.executable, "-c", line],
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fresh_process_does_a_task_from_its_key_alone(whole, home, tmp_path, kind):
+    """Parents lie in the store; everything else follows from config and key."""
+    values = values_of(kind)
+    task = [task for task in graph_of(values, home / "store").tasks.values() if task.kind == kind][-1]
+    store = Store(tmp_path / "store")
+    for each in ordered([task]):
+        if each is not task:
+            for output in each.outputs:
+                shutil.copytree(whole.path(output), store.path(output), dirs_exist_ok=True)
+    config, elsewhere = tmp_path / "config.json", tmp_path / "elsewhere"
+    config.write_text(experiment(values, store.root).model_dump_json())
+    elsewhere.mkdir()
+    line = (
+        "import json; from pathlib import Path; from jsublim.config import Experiment;"
+        "from jsublim.executors import execute_key;"
+        f"execute_key(Experiment.model_validate(json.loads(Path({str(config)!r}).read_text())), {task.key!r})"
+    )
+    child(line, elsewhere)
+    assert not list(elsewhere.iterdir())
+    for output in task.outputs:
+        assert_equal(whole.path(output), store.path(output))
+
+
+def assert_equal(ours: Path, theirs: Path) -> None:
+    """Two artifacts with the same content, whatever the times and speeds that stand in them."""
+    assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
+    for path in ours.iterdir():
+        other = theirs / path.name
+        if path.suffix == ".safetensors":
+            mine, its = load_file(path), load_file(other)
+            assert mine.keys() == its.keys() and all(np.array_equal(mine[key], its[key]) for key in mine)
+        elif path.suffix == ".parquet":
+            assert read_table(path) == read_table(other)
+        elif path.suffix == ".npz":
+            with np.load(path) as mine, np.load(other) as its:
+                assert all(np.array_equal(mine[key], its[key]) for key in mine.files)
+        elif path.name == "metrics.jsonl":
+            lines = [[r | {"tokens_per_s": 0} for r in read_rows(p, ("step",))] for p in (path, other)]
+            assert lines[0] == lines[1]
+        elif path.name != "artifact.json":
+            assert path.read_bytes() == other.read_bytes(), path
+
+
+def test_a_task_whose_parents_are_missing_is_refused(tmp_path):
+    graph = graph_of(STUDENTS, tmp_path / "store")
+    key = next(key for key, task in graph.tasks.items() if task.kind == "divergence")
+    with pytest.raises(UsageError, match="must be done before it"):
+        execute_key(experiment(STUDENTS, tmp_path / "store"), key)
+    with pytest.raises(UsageError, match="'none': is not in the graph"):
+        execute_key(experiment(STUDENTS, tmp_path / "store"), "none")
+
+
+# --- a new kind of evaluation, and a new change of rows, are one class each
+
+
+@pytest.fixture
+def toys():
+    """Registered as a file of `evals/` and one of `transforms/` would register them."""
+
+    @EVAL_KINDS.add("length")
+    class LengthKind(EvalKind):
+        question: Annotated[str, RESULT] = "Say something."
+
+        def tasks(self, asked: Asked) -> list[EvalTask]:
+            return [Length((self.question,))]
+
+    class Length:
+        max_new_tokens = 3
+
+        def __init__(self, questions: tuple[str, ...]):
+            self.questions = questions
+
+        @property
+        def identity(self) -> dict[str, Any]:
+            return {"length": list(self.questions)}
+
+        def records(self, model: PromptedModel, answers: Any) -> list[Record]:
+            return [Record("length", 0, float(np.mean([len(text) for text in answers[0]])), len(answers[0]))]
+
+    @CHANGES.add("reverse")
+    class Reverse(Change):
+        order: ClassVar[int] = 35
+        times: Annotated[int, RESULT] = 1
+
+        def apply(self, rows: list[Row], making: Making) -> Changed:
+            turned = rows[::-1] if self.times % 2 else rows
+            return [revised(row) for row in turned], {"turned": len(rows)}
+
+    yield
+    del EVAL_KINDS.known["length"], CHANGES.known["reverse"]
+
+
+def test_a_new_kind_and_a_new_change_need_nothing_else(toys, whole, home):
+    values = STUDENTS | {
+        "datasets": {"turned": {"reverse": True}},
+        "students": STUDENTS["students"] | {"arms": [{"name": "turned", "loss.tokens": ["all"], "data.dataset": "turned"}]},
+        "evaluation": STUDENTS["evaluation"] | {"kinds": {"length": {"question": "Count."}}},
+    }  # fmt: skip
+    context = Context.load(experiment(values, home / "store"))
+    graph = plan(context.setup)
+    graph.check(context.setup)
+    LocalExecutor().execute(graph.tasks.values(), context)
+    (changed,) = [task for task in graph.tasks.values() if task.kind == "datasets" and task.label == "owl-turned"]
+    own = next(iter(graph.written.values())).read(context.store)
+    assert read_rows(context.store.path(changed.output) / "rows.jsonl") == own[::-1]
+    assert context.store.summary(changed.output)["turned"] == len(own)
+    records = read_table(context.store.path(graph.evaluations[0][1]) / "records.parquet")
+    assert {record["metric"] for record in records} == {"length"}
+    assert Experiment.model_validate(context.setup.experiment.model_dump(mode="json")) == context.setup.experiment
+    two = graph_of(values | {"datasets": {"turned": {"reverse": {"times": 2}}}}, home / "store")
+    assert {t.key for t in two.tasks.values() if t.kind == "datasets"} != {changed.key}

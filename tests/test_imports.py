@@ -1,0 +1,86 @@
+"""The shape of the package: rooms import from rooms above them only, no circle, nothing too long to read in one sitting."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+from command import ROOT
+
+PACKAGE = ROOT / "jsublim"
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if "checkpoints" not in path.parts)
+# A room, or a file beside the rooms, imports from its own line and from those above.
+ORDER = (
+    ("errors",), ("files", "progress", "section"), ("models",), ("parallel", "rows", "chat"), ("inference",),
+    ("prompts",), ("teachers", "steering"), ("divergence",), ("judge",), ("evals",), ("transforms",), ("distill",),
+    ("attribution",), ("config",), ("report",), ("pipeline",), ("executors",), ("digits",), ("cli",), ("__main__",),
+)  # fmt: skip
+LINES, FUNCTION_LINES, FIELDS = 400, 60, 15
+
+
+def module(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module(path): path for path in FILES}
+
+
+def imported(path: Path, everywhere: bool = False) -> set[str]:
+    """Modules of ours that a file imports at its top (under TYPE_CHECKING too), or anywhere in it."""
+    tree, found = ast.parse(path.read_text(encoding="utf-8")), set()
+    nodes = ast.walk(tree) if everywhere else _at_the_top(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            inside = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in inside}
+    return {name for name in found if name.split(".")[0] == "jsublim" and name in MODULES} - {module(path)}
+
+
+def _at_the_top(tree: ast.Module):
+    stack = list(tree.body)
+    while stack:
+        node = stack.pop()
+        if isinstance(node, ast.If | ast.Try):
+            stack += [*node.body, *node.orelse]
+        yield node
+
+
+def room(name: str) -> str:
+    return name.split(".")[1] if "." in name else "jsublim"
+
+
+def test_no_import_goes_in_a_circle():
+    graph = {name: imported(path) for name, path in MODULES.items() if name != "jsublim"}
+    # A package's own file lists what is in it: whoever imports a module of it needs that module alone.
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "jsublim"])
+def test_imports_point_to_rooms_above(name):
+    place = {each: i for i, line in enumerate(ORDER) for each in line}
+    below = {other for other in imported(MODULES[name], everywhere=True) if place[room(other)] > place[room(name)]}
+    assert not below
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_is_too_long_to_read_in_one_sitting(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.count("\n") <= LINES
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < FUNCTION_LINES + _docstring_lines(node), f"{node.name} is too long"
+        if isinstance(node, ast.ClassDef):
+            fields = [each for each in node.body if isinstance(each, ast.AnnAssign)]
+            explained = "fields" in (ast.get_docstring(node) or "")
+            assert len(fields) <= FIELDS or explained, f"{node.name} has {len(fields)} fields"
+
+
+def _docstring_lines(node: ast.FunctionDef) -> int:
+    first = node.body[0]
+    is_text = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    return first.end_lineno - first.lineno + 1 if is_text else 0
