@@ -65,7 +65,7 @@ def find_pairs(
     Raises:
       UsageError: no counterfactual, the teacher among them, or one with another adapter: the runs differ by their
         prompts alone.
-      JsublimError: divergence positions behind the end of a row.
+      JsublimError: divergence positions beyond the end of a row.
     """
     names = [other.name for other in counterfactuals]
     if not names or teacher.name in names:

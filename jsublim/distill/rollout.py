@@ -24,7 +24,7 @@ def student_rollout(
     max_new_tokens: int,
     batch_size: int = 64,
 ) -> Rollout:
-    """What an arm's `rollout` is: temperature 1, without truncation, so that the samples are the student's own.
+    """An arm's `rollout`: it samples at temperature 1, without truncation, so that the samples are the student's own.
 
     Args:
       turns, teacher: conversations whose prompts are used, as the student and as the teacher read them.
@@ -46,7 +46,7 @@ def student_rollout(
 
 
 def _example(turn: Turn, teacher: Turn, said: Sequence[int], most: int) -> Example:
-    """All of a sampled answer supervised, and its end of turn where it came to one."""
+    """An example in which all of a sampled answer is supervised, and its end of turn where it came to one."""
     labels = np.asarray([*said, turn.tokens[turn.end]] if len(said) < most else said, np.int32)
     place = np.arange(len(labels), dtype=np.int32)
     return Example(

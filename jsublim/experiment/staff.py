@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from jsublim.distill.arm import Arm, Settings
-from jsublim.distill.data import Selection, make_examples, read_turns
+from jsublim.distill.data import make_examples, read_turns
+from jsublim.distill.selection import Selection
 from jsublim.errors import JsublimError
 from jsublim.experiment import stages
 from jsublim.experiment.plan import counterfactuals
@@ -121,7 +122,7 @@ class Staff:
         rows = max(len(arm.examples) for arm, _ in arms)
         with self.run.stage("teach", taught.steps) as tick:
             work = self.run.store / "training" / f"teachers-{digest([artifact.key for _, artifact in arms])}"
-            stages.train_students(self.run.lm, arms, Settings(rows=rows), work, tick=tick)
+            stages.train_students(self.run.lm, arms, Settings(batch_size=rows), work, tick=tick)
 
     def _arm(self, name: str, taught: Taught) -> Arm:
         lm, layers = self.run.lm, None if taught.layers is None else tuple(taught.layers)

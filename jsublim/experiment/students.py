@@ -10,10 +10,11 @@ import jax
 
 from jsublim.chat import Turn
 from jsublim.distill.arm import Arm, Settings
-from jsublim.distill.data import Selection, Shape, draw_indices, make_examples
+from jsublim.distill.data import Shape, draw_indices, make_examples
 from jsublim.distill.losses import Loss
 from jsublim.distill.optimizer import Optimizer
 from jsublim.distill.rollout import student_rollout
+from jsublim.distill.selection import Selection
 from jsublim.distill.step import Program
 from jsublim.divergence import PositionSubset
 from jsublim.experiment.plan import total_steps
@@ -112,7 +113,7 @@ def make_arm(
     return Arm(
         name, examples, start(lm.config, lm.params, students, seed), seed, students.lr,
         steps=total_steps(students, len(drawn) if recipe.match_steps else len(examples)),
-        weight=students.loss_weight, to_base=students.kl_to_base, teacher=live.adapter if live else None, rollout=rollout,
+        weight=students.loss_weight, kl_to_base=students.kl_to_base, teacher=live.adapter if live else None, rollout=rollout,
     )  # fmt: skip
 
 
@@ -120,7 +121,7 @@ def program(students: Students, recipe: Recipe) -> Program:
     """What is compiled into the step of these students."""
     s = students
     return Program(
-        loss=Loss(s.loss, s.temperature, to_base=s.kl_to_base > 0),
+        loss=Loss(s.loss, s.temperature, kl_to_base=s.kl_to_base > 0),
         optimizer=Optimizer(
             name=s.optimizer, clip=s.clip, weight_decay=s.weight_decay, momentum=s.momentum, schedule=s.schedule,
             restarts=s.restarts,
@@ -136,7 +137,7 @@ def settings(
 ) -> Settings:
     """What these students share in training."""
     return Settings(
-        rows=students.batch_size, micro=students.accumulate, program=program(students, recipe),
+        batch_size=students.batch_size, accumulate=students.accumulate, program=program(students, recipe),
         checkpoint_every=students.checkpoint_every, parallel=parallel, model_axis=model_axis,
         cache_below=students.cache_below, peak_tflops=students.peak_tflops, tensorboard=tensorboard,
     )  # fmt: skip

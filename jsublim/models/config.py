@@ -12,9 +12,9 @@ from jsublim.errors import JsublimError
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding of one kind of layer.
+    """The rotary embedding of one kind of layer (global or local).
 
-    `scaling` is "default", "linear" or "llama3" (the last by parts of the spectrum, as Llama 3.1 does).
+    `scaling` is "default", "linear" or "llama3" (which scales parts of the spectrum differently, as Llama 3.1 does).
     """
 
     theta: float
@@ -49,20 +49,22 @@ class ModelConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    sandwich_norm: bool = False  # a norm behind attention and MLP too, before the residual sum
+    sandwich_norm: bool = False  # a norm after attention and MLP too, before the residual sum
     scale_embedding: bool = False  # x sqrt(hidden_size), rounded to the weights' dtype
     query_scale: float = 0.0  # 0: head_dim ** -0.5
     final_softcap: float | None = None
-    local_layers: tuple[bool, ...] = ()  # a layer: does it see `window` tokens only? empty: none does
+    local_layers: tuple[bool, ...] = ()  # per layer, whether it sees `window` tokens only; empty: none does
     window: int = 0
     local_rope: Rope | None = None
 
     @property
     def is_local(self) -> tuple[bool, ...]:
+        """Per layer, whether it sees the last `window` tokens only."""
         return self.local_layers or (False,) * self.num_layers
 
     @property
     def softmax_scale(self) -> float:
+        """What the products of queries and keys are multiplied by."""
         return self.query_scale or self.head_dim**-0.5
 
 
@@ -78,12 +80,17 @@ class HFConfig:
         return self.values[key]
 
     def get(self, key: str, default: Any) -> Any:
+        """The value of a key, `default` where it is absent or null."""
         value = self.values.get(key)
         return default if value is None else value
 
     def rope(self, kind: str | None = None, default_theta: float | None = None) -> Rope:
-        """Rotary numbers under the new name (`rope_parameters`, by layer type on Gemma-3) or the old ones
-        (`rope_theta` beside `rope_scaling`)."""
+        """Read the rotary numbers under their new name (`rope_parameters`, by layer type on Gemma-3) or the old ones
+        (`rope_theta` and `rope_scaling`).
+
+        Raises:
+          JsublimError: no base frequency, or a scaling that we don't compute.
+        """
         numbers = dict(self.get("rope_parameters", {}))
         if kind is not None and isinstance(numbers.get(kind), dict):
             numbers = dict(numbers[kind])
@@ -127,7 +134,7 @@ class HFConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object of a checkpoint folder.
+    """Read one JSON object of a checkpoint folder.
 
     Raises:
       JsublimError: the file is absent or is no JSON object.

@@ -1,4 +1,4 @@
-"""The logit lens: a model read as if it ended behind one of its layers, its final norm and head kept."""
+"""The logit lens: a model read as if it ended after one of its layers, with its final norm and head kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jsublim.models.config import ModelConfig
 
 
 def ending_at(config: ModelConfig, layer: int) -> ModelConfig:
-    """The model that ends behind `layer`: layers 0 to `layer`, then the final norm and the head.
+    """The model that ends after `layer`: layers 0 to `layer`, then the final norm and the head.
 
     It goes with the same parameters and the same adapters. Whatever reads a stack of layers takes the first
     `config.num_layers` of it one by one, so there is nothing to cut and nothing to copy.

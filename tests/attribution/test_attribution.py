@@ -26,7 +26,7 @@ from jsublim.errors import JsublimError, UsageError
 from jsublim.experiment.attribution import ATTRIBUTION, attribute_rows
 from jsublim.experiment.store import Artifact
 from jsublim.models.decoder import hidden_states
-from jsublim.models.lora import init_full, init_lora, init_steering, merge_full
+from jsublim.models.lora import bind, init_full, init_lora, init_steering, merge_full
 from jsublim.models.stream import residual_stream, resume
 from jsublim.prompts import load_pack, number_prompts
 from jsublim.report.attribution import attribution_heat_map, early_share
@@ -192,11 +192,11 @@ def adapters(lm):
 @pytest.mark.parametrize("kind", ["full", "steered"])
 def test_a_pass_resumed_anywhere_ends_where_the_whole_one_does(kind, padded_rows, assert_close):
     lm = small("tiny-gemma3").lm
-    adapter = adapters(lm)[kind]
+    params, adapter = bind(lm.params, adapters(lm)[kind])
     tokens, valid = map(jnp.asarray, padded_rows(length=11))
-    run = jax.jit(lambda: residual_stream(lm.config, lm.params, tokens, valid, adapter=adapter))()
-    whole = jax.jit(lambda: hidden_states(lm.config, lm.params, tokens, valid, adapter=adapter)[0])()
-    continued = jax.jit(lambda h, point: resume(lm.config, lm.params, h, valid, point, adapter=adapter))
+    run = jax.jit(lambda: residual_stream(lm.config, params, tokens, valid, adapter=adapter))()
+    whole = jax.jit(lambda: hidden_states(lm.config, params, tokens, valid, adapter=adapter)[0])()
+    continued = jax.jit(lambda h, point: resume(lm.config, params, h, valid, point, adapter=adapter))
     ends = [run.last] + [
         continued(run.points[layer, half], jnp.int32(2 * layer + half))
         for layer in range(lm.config.num_layers)

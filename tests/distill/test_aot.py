@@ -49,7 +49,7 @@ def report_of(devices: tuple, memory: int, *, kind: str = "lora", arms: int = 1,
         "full": lambda params: init_full(CONFIG, params),
     }[kind]
     arm = Arm("student", [example_like(SHAPE, soft=False)], jax.eval_shape(begin, params), 0, 1e-3, 1)
-    settings = Settings(SHAPE.rows, SHAPE.micro, Program(), parallel="mesh")
+    settings = Settings(SHAPE.batch_size, SHAPE.accumulate, Program(), parallel="mesh")
     where = Topology("v5e:2x4", devices, memory)
     return compile_ahead(CONFIG, params, arm, arms, settings, SHAPE, where, model=model)
 

@@ -16,12 +16,13 @@ from jsublim.models import Adapter, hidden_states, load_params, logits, read_con
 from jsublim.models.decoder import abstract_params
 from jsublim.models.lora import (
     PROJECTIONS,
+    bind,
     init_full,
     init_lora,
     merge_full,
     projection_shapes,
     stack_adapters,
-    unstack_adapters,
+    unstack_arms,
 )
 from jsublim.models.weights import tensor_plan
 
@@ -31,6 +32,7 @@ _FAST = {"xla_backend_optimization_level": 0}  # small programs: compiling is wh
 
 @functools.partial(jax.jit, static_argnames="config", compiler_options=_FAST)
 def _logits(config, params, adapter, tokens, valid):
+    params, adapter = bind(params, adapter)
     return logits(config, params, hidden_states(config, params, tokens, valid, adapter=adapter)[0])
 
 
@@ -334,7 +336,7 @@ def test_arms_under_vmap_are_the_arms_one_by_one(named_checkpoint, padded_rows, 
     for i, arm in enumerate(arms):
         alone = all_logits(config, params, arm, tokens[i], valid[i])
         assert_close(together[i][valid[i]], alone[valid[i]], 1e-5)
-    for before, after in zip(arms, unstack_adapters(stacked, arms), strict=True):
+    for before, after in zip(arms, unstack_arms(stacked, arms), strict=True):
         assert jax.tree.structure(before) == jax.tree.structure(after)
         jax.tree.map(np.testing.assert_array_equal, before, after)
 
@@ -360,7 +362,7 @@ def test_whole_layers_start_as_the_base_and_merge_back_into_it(named_checkpoint,
     trained = all_logits(config, params, changed, tokens, valid)
     assert np.max(np.abs(trained - base)) > 0.01
     merged = merge_full(params, changed)
-    assert_close(all_logits(config, merged, None, tokens, valid), trained, 1e-6)
+    assert_close(all_logits(config, merged, None, tokens, valid), trained, 5e-6)  # one scan instead of three
     for layer in (1, 2):
         assert np.array_equal(merged["layers"]["up"]["kernel"][layer], params["layers"]["up"]["kernel"][layer])
 

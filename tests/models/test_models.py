@@ -104,7 +104,7 @@ def check_prefix(config, params, before, assert_close, padded_rows):
     tokens, valid = tokens[:, before:], valid[:, before:]
     shared = np.random.default_rng(before).integers(1, 57, (1, before)).astype(np.int32)
     _, _, prefix = forward(config, params, shared, np.ones((1, before), bool))
-    assert prefix[0].shape == (config.num_layers, 1, before, config.num_kv_heads, config.head_dim)
+    assert prefix[0].shape == (config.num_layers, 1, config.num_kv_heads, before, config.head_dim)
     rows = len(tokens)
     ours, h, cache = jax.device_get(forward(config, params, tokens, valid, prefix))
     theirs, whole_h, whole_cache = jax.device_get(
@@ -118,7 +118,8 @@ def check_prefix(config, params, before, assert_close, padded_rows):
     assert_close(h[valid], whole_h[:, before:][valid], 1e-5)
     assert_close(ours[valid], theirs[:, before:][valid], 1e-5)
     for part, whole in zip(cache, whole_cache, strict=True):
-        assert_close(part[:, valid], whole[:, :, before:][:, valid], 1e-5)
+        part, whole = part.swapaxes(2, 3), whole[:, :, :, before:].swapaxes(2, 3)
+        assert_close(part[:, valid], whole[:, valid], 1e-5)
 
 
 def test_rows_behind_a_cached_prefix_equal_the_whole_pass(checkpoint, padded_rows, assert_close):

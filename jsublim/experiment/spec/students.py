@@ -9,8 +9,8 @@ import pydantic
 from pydantic import Field, model_validator
 
 from jsublim.distill.losses import LOSSES
-from jsublim.distill.masks import CONDITIONS
 from jsublim.distill.optimizer import OPTIMIZERS, SCHEDULES
+from jsublim.distill.selection import TOKENS
 from jsublim.experiment.spec.base import Distinct, Positive, Rate, Section, Seed
 from jsublim.models.lora import PROJECTIONS
 
@@ -20,7 +20,7 @@ LossKind = Literal["hard", "forward-kl", "reverse-kl", "js"]
 OptimizerName = Literal["adamw", "adafactor", "sgd", "muon"]
 Schedule = Literal["linear", "cosine", "constant", "restarts"]
 for _kind, _known in (
-    (Condition, CONDITIONS), (Projection, PROJECTIONS), (LossKind, LOSSES), (OptimizerName, OPTIMIZERS), (Schedule, SCHEDULES)
+    (Condition, TOKENS), (Projection, PROJECTIONS), (LossKind, LOSSES), (OptimizerName, OPTIMIZERS), (Schedule, SCHEDULES)
 ):  # fmt: skip
     assert set(get_args(_kind)) == set(_known)
 

@@ -11,6 +11,7 @@ NAMES = PRE_NORM
 
 
 def read(hf: HFConfig) -> ModelConfig:
+    """The architecture that a `config.json` of this family describes."""
     hf.must_be("hidden_act", "silu")
     heads = hf["num_attention_heads"]
     bias = bool(hf.get("attention_bias", False))

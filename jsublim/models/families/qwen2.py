@@ -11,6 +11,7 @@ NAMES = PRE_NORM
 
 
 def read(hf: HFConfig) -> ModelConfig:
+    """The architecture that a `config.json` of this family describes."""
     hf.must_be("hidden_act", "silu")
     layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
     windowed = bool(hf.get("use_sliding_window", False)) and hf.get("sliding_window", None) is not None
