@@ -11,15 +11,15 @@ import numpy as np
 from jsublim.distill.arm import Arm
 from jsublim.distill.data import Example, Shape, collate
 from jsublim.distill.step import Arms
-from jsublim.models.config import ModelConfig, Rope
+from jsublim.models.config import Biases, Local, ModelConfig, Norms, Rope, Scales
 from jsublim.models.decoder import Params, abstract_params
 from jsublim.models.lora import Adapter, init_full, init_lora, init_steering, stack_adapters
 
 # Biases, local layers, a soft cap; what a model axis of 2 divides but for the vocabulary.
 CONFIG = ModelConfig(
     family="qwen2", vocab_size=61, hidden_size=20, intermediate_size=28, num_layers=3, num_heads=4, num_kv_heads=2,
-    head_dim=6, norm_eps=1e-6, rope=Rope(1000.0), tied=True, qkv_bias=True, final_softcap=8.0,
-    local_layers=(True, False, True), window=5,
+    head_dim=6, norms=Norms(1e-6), rope=Rope(1000.0), tied=True, biases=Biases(qkv=True), scales=Scales(softcap=8.0),
+    local=Local((True, False, True), 5),
 )  # fmt: skip
 
 STUDENTS = ("lora", "one", "full", "steering")

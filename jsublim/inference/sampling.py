@@ -194,7 +194,7 @@ def _ring(config: ModelConfig, layer: int, cache: Any, row_prompt_B: Array, tota
 
     So a local layer overwrites what it may no longer see.
     """
-    W = min(config.window, total) if config.is_local[layer] else total
+    W = min(config.local.window, total) if config.is_local[layer] else total
 
     def place(stack: Array) -> Array:
         own = stack[layer][:, :, -W:]

@@ -26,10 +26,65 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Norms:
+    """The RMSNorms of a model.
+
+    Attributes:
+      eps: added to the mean square.
+      offset: weights are stored around it: Gemma multiplies by 1 + w.
+      on_heads: queries and keys are normed too, head by head.
+      after_sublayers: so is what attention and MLP put out, before the residual sum.
+    """
+
+    eps: float
+    offset: float = 0.0
+    on_heads: bool = False
+    after_sublayers: bool = False
+
+
+@dataclass(frozen=True)
+class Biases:
+    """Which projections have a bias: those of queries, keys and values; attention's output; the MLP's three."""
+
+    qkv: bool = False
+    output: bool = False
+    mlp: bool = False
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Numbers that some families multiply by.
+
+    Attributes:
+      embedding: embeddings are multiplied by sqrt(hidden_size), rounded to the weights' dtype.
+      query: products of queries and keys are multiplied by it; 0 is head_dim ** -0.5.
+      softcap: logits z become softcap * tanh(z / softcap); None leaves them.
+    """
+
+    embedding: bool = False
+    query: float = 0.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Local:
+    """Layers whose tokens see only the last `window` tokens.
+
+    Attributes:
+      layers: per layer, whether it is one of these; empty: none is.
+      rope: their rotary embedding; None is that of the other layers.
+    """
+
+    layers: tuple[bool, ...] = ()
+    window: int = 0
+    rope: Rope | None = None
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Architecture of a decoder-only transformer with gated MLPs and RMSNorm.
 
-    Everything a family may differ in is a field here, so that one module serves them all.
+    Everything that a family may differ in is a field here, so that one module serves them all.
     """
 
     family: str
@@ -40,32 +95,23 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    norm_eps: float
+    norms: Norms
     rope: Rope
-    tied: bool
+    tied: bool  # the head is the embedding
     activation: str = "silu"  # or "gelu_tanh"
-    norm_offset: float = 0.0  # Gemma stores RMSNorm weights around 0 and multiplies by 1 + w
-    qkv_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    sandwich_norm: bool = False  # a norm after attention and MLP too, before the residual sum
-    scale_embedding: bool = False  # x sqrt(hidden_size), rounded to the weights' dtype
-    query_scale: float = 0.0  # 0: head_dim ** -0.5
-    final_softcap: float | None = None
-    local_layers: tuple[bool, ...] = ()  # per layer, whether it sees `window` tokens only; empty: none does
-    window: int = 0
-    local_rope: Rope | None = None
+    biases: Biases = Biases()
+    scales: Scales = Scales()
+    local: Local = Local()
 
     @property
     def is_local(self) -> tuple[bool, ...]:
         """Per layer, whether it sees the last `window` tokens only."""
-        return self.local_layers or (False,) * self.num_layers
+        return self.local.layers or (False,) * self.num_layers
 
     @property
     def softmax_scale(self) -> float:
         """What the products of queries and keys are multiplied by."""
-        return self.query_scale or self.head_dim**-0.5
+        return self.scales.query or self.head_dim**-0.5
 
 
 class HFConfig:

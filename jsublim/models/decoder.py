@@ -92,7 +92,7 @@ def _structure(config: ModelConfig) -> _Structure:
 def embed(config: ModelConfig, params: Params, tokens: Array) -> Array:
     """Token ids `[...]` to `[..., D]`, scaled where the family does."""
     h = params["embed"]["weight"][tokens]
-    return h * jnp.asarray(config.hidden_size**0.5, h.dtype) if config.scale_embedding else h
+    return h * jnp.asarray(config.hidden_size**0.5, h.dtype) if config.scales.embedding else h
 
 
 def head_weight(params: Params) -> Array:
@@ -104,7 +104,8 @@ def logits(config: ModelConfig, params: Params, h: Array) -> Array:
     """Normed hidden states `[..., D]` to float32 logits `[..., V]`. Call it on the positions you need only."""
     with jax.named_scope("head"):
         z = jnp.einsum("...D,VD->...V", h, head_weight(params), preferred_element_type=jnp.float32)
-        return z if config.final_softcap is None else config.final_softcap * jnp.tanh(z / config.final_softcap)
+        cap = config.scales.softcap
+        return z if cap is None else cap * jnp.tanh(z / cap)
 
 
 def final_norm(config: ModelConfig, params: Params, h: Array) -> Array:
@@ -121,7 +122,9 @@ def _masks(config: ModelConfig, q_pos_BT: Array, k_pos_BS: Array, k_valid_BS: Ar
     """`[2, B, T, S]`: what a query may see, in global (0) and local (1) layers."""
     distance = q_pos_BT[:, :, None] - k_pos_BS[:, None, :]
     seen = k_valid_BS[:, None, :] & (distance >= 0)
-    return jnp.stack([seen, seen & (distance < config.window)]) if config.window else jnp.stack([seen, seen])
+    return (
+        jnp.stack([seen, seen & (distance < config.local.window)]) if config.local.window else jnp.stack([seen, seen])
+    )
 
 
 def _segments(num_layers: int, trained: tuple[int, ...]) -> list[tuple[int, int, int | None]]:

@@ -45,8 +45,8 @@ class RMSNorm(nnx.Module):
     """Root-mean-square norm in float32. Gemma multiplies by `1 + w` before rounding, the others by `w` after."""
 
     def __init__(self, size: int, config: ModelConfig, *, dtype: jnp.dtype):
-        self.eps, self.offset = config.norm_eps, config.norm_offset
-        self.scale = nnx.Param(jnp.full((size,), 1.0 - config.norm_offset, dtype))
+        self.eps, self.offset = config.norms.eps, config.norms.offset
+        self.scale = nnx.Param(jnp.full((size,), 1.0 - config.norms.offset, dtype))
 
     def __call__(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
@@ -77,7 +77,7 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Array:
 
 def rope_table(config: ModelConfig, positions_BT: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
     """cos and sin `[2, B, T, h/2]`: index 0 for global layers, 1 for local ones."""
-    kinds = (config.rope, config.local_rope or config.rope)
+    kinds = (config.rope, config.local.rope or config.rope)
     freq = jnp.stack([rope_frequencies(kind, config.head_dim) for kind in kinds])
     angle = positions_BT.astype(jnp.float32)[None, :, :, None] * freq[:, None, None, :]
     return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
@@ -127,13 +127,13 @@ class Attention(nnx.Module):
         q, kv = config.num_heads * h, config.num_kv_heads * h
         self.config = config
         self.attn_norm = RMSNorm(D, config, dtype=dtype)
-        self.q = Linear(D, q, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
-        self.k = Linear(D, kv, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
-        self.v = Linear(D, kv, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
-        self.o = Linear(q, D, bias=config.output_bias, dtype=dtype, rngs=rngs)
-        if config.qk_norm:
+        self.q = Linear(D, q, bias=config.biases.qkv, dtype=dtype, rngs=rngs)
+        self.k = Linear(D, kv, bias=config.biases.qkv, dtype=dtype, rngs=rngs)
+        self.v = Linear(D, kv, bias=config.biases.qkv, dtype=dtype, rngs=rngs)
+        self.o = Linear(q, D, bias=config.biases.output, dtype=dtype, rngs=rngs)
+        if config.norms.on_heads:
             self.q_norm, self.k_norm = RMSNorm(h, config, dtype=dtype), RMSNorm(h, config, dtype=dtype)
-        if config.sandwich_norm:
+        if config.norms.after_sublayers:
             self.post_attn_norm = RMSNorm(D, config, dtype=dtype)
 
     def __call__(
@@ -147,12 +147,12 @@ class Attention(nnx.Module):
             q = self.q(x, lora.get("q")).reshape(B, T, c.num_heads, c.head_dim)
             k = self.k(x, lora.get("k")).reshape(B, T, c.num_kv_heads, c.head_dim)
             v = self.v(x, lora.get("v")).reshape(B, T, c.num_kv_heads, c.head_dim)
-            if c.qk_norm:
+            if c.norms.on_heads:
                 q, k = self.q_norm(q), self.k_norm(k)
             q, k = rotate(q, cos_BTf, sin_BTf), rotate(k, cos_BTf, sin_BTf)
             seen = remember(k.swapaxes(1, 2), v.swapaxes(1, 2))
             x = self.o(attend(q, seen, c.softmax_scale), lora.get("o"))
-            return self.post_attn_norm(x) if c.sandwich_norm else x, seen
+            return self.post_attn_norm(x) if c.norms.after_sublayers else x, seen
 
 
 class MLP(nnx.Module):
@@ -162,10 +162,10 @@ class MLP(nnx.Module):
         D, F = config.hidden_size, config.intermediate_size
         self.config = config
         self.mlp_norm = RMSNorm(D, config, dtype=dtype)
-        self.gate = Linear(D, F, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-        self.up = Linear(D, F, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-        self.down = Linear(F, D, bias=config.mlp_bias, dtype=dtype, rngs=rngs)
-        if config.sandwich_norm:
+        self.gate = Linear(D, F, bias=config.biases.mlp, dtype=dtype, rngs=rngs)
+        self.up = Linear(D, F, bias=config.biases.mlp, dtype=dtype, rngs=rngs)
+        self.down = Linear(F, D, bias=config.biases.mlp, dtype=dtype, rngs=rngs)
+        if config.norms.after_sublayers:
             self.post_mlp_norm = RMSNorm(D, config, dtype=dtype)
 
     def __call__(self, h_BTD: Array, lora: dict[str, Lora]) -> Array:
@@ -176,7 +176,7 @@ class MLP(nnx.Module):
             gate = self.gate(x, lora.get("gate"))
             act = jax.nn.silu(gate) if c.activation == "silu" else jax.nn.gelu(gate, approximate=True)
             x = self.down(act * self.up(x, lora.get("up")), lora.get("down"))
-            return self.post_mlp_norm(x) if c.sandwich_norm else x
+            return self.post_mlp_norm(x) if c.norms.after_sublayers else x
 
 
 class Block(nnx.Module):

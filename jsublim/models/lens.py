@@ -19,4 +19,5 @@ def ending_at(config: ModelConfig, layer: int) -> ModelConfig:
     """
     if not 0 <= layer < config.num_layers:
         raise UsageError(f"layer: {layer} given, but the model has layers 0 to {config.num_layers - 1}")
-    return replace(config, num_layers=layer + 1, local_layers=config.local_layers[: layer + 1])
+    local = replace(config.local, layers=config.local.layers[: layer + 1])
+    return replace(config, num_layers=layer + 1, local=local)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -236,13 +236,17 @@ def init_steering(config: ModelConfig, layers: tuple[int, ...] | None = None) ->
     return Adapter(chosen, steering=jnp.zeros((len(chosen), config.hidden_size), jnp.float32))
 
 
+@overload
+def bind(params: dict[str, Any], adapter: Adapter | None) -> tuple[dict[str, Any], Adapter | None]: ...
+@overload
+def bind(params: dict[str, Any], adapter: AnyAdapter) -> tuple[dict[str, Any], AnyAdapter]: ...
 def bind(params: dict[str, Any], adapter: AnyAdapter | None) -> tuple[dict[str, Any], AnyAdapter | None]:
     """Parameters and adapter as the forward pass takes them: the adapter's trained ends are in the parameters, rounded
     to the base's dtype, and no longer in the adapter.
 
     Every compiled program that takes base parameters and an adapter calls this once, before anything else.
     """
-    if adapter is None or not adapter.ends:
+    if not isinstance(adapter, Adapter) or not adapter.ends:
         return params, adapter
     ends = {
         name: jax.tree.map(lambda new, base: new.astype(base.dtype), end, params[name])

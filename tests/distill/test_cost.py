@@ -21,6 +21,7 @@ from jsublim.distill.memory import example_like
 from jsublim.distill.optimizer import Optimizer
 from jsublim.distill.step import Arms, Program, init_state, train_step
 from jsublim.distill.trainer import train
+from jsublim.models.config import Local
 from jsublim.models.decoder import abstract_params
 from jsublim.models.lora import (
     init_full,
@@ -35,7 +36,7 @@ from jsublim.models.lora import (
 # Shapes only: nothing of this size exists.
 WIDE = dataclasses.replace(
     CONFIG, hidden_size=1024, intermediate_size=3072, num_layers=12, num_heads=8, num_kv_heads=8, head_dim=128,
-    vocab_size=16381, local_layers=(), window=0,
+    vocab_size=16381, local=Local(),
 )  # fmt: skip
 D, V, L = WIDE.hidden_size, WIDE.vocab_size, WIDE.num_layers
 MAKE = {

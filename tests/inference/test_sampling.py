@@ -313,7 +313,7 @@ def test_cached_decoding_far_past_the_window_equals_the_whole_forward_pass(kind,
     config, params = windowed
     adapter = random_adapter(config, kind, params)
     prompts = prompts_of([1, 3, 4, 5, 11, 32])  # shorter than the window, equal to it, a full bucket
-    new = 4 * config.window + 3
+    new = 4 * config.local.window + 3
     sample = functools.partial(generate_tokens, config, params, prompts, max_new_tokens=new, seed=0, adapter=adapter)
     rows, other = sample(GREEDY), sample(PLAIN)
     z = {}

@@ -283,7 +283,8 @@ def cost(named_checkpoint):
     tokens, valid = jnp.zeros((2, 11), jnp.int32), jnp.ones((2, 11), bool)
 
     def count(depth: int, trained: tuple[int, ...], make) -> int:
-        cut = dataclasses.replace(config, num_layers=depth, local_layers=config.local_layers[:depth])
+        assert not any(config.is_local)
+        cut = dataclasses.replace(config, num_layers=depth)
         params = abstract_params(cut)
 
         def loss(trainable, adapter, params):
@@ -357,12 +358,12 @@ def test_whole_layers_start_as_the_base_and_merge_back_into_it(named_checkpoint,
     tokens, valid = padded_rows(16)
     full = init_full(config, params, (0, 3))
     base = all_logits(config, params, None, tokens, valid)
-    assert_close(all_logits(config, params, full, tokens, valid), base, 1e-6)
+    assert_close(all_logits(config, params, full, tokens, valid), base, 5e-6)  # three scans instead of one
     changed = full.with_trainable(jax.tree.map(lambda leaf: 1.1 * leaf, full.trainable))
     trained = all_logits(config, params, changed, tokens, valid)
     assert np.max(np.abs(trained - base)) > 0.01
     merged = merge_full(params, changed)
-    assert_close(all_logits(config, merged, None, tokens, valid), trained, 5e-6)  # one scan instead of three
+    assert_close(all_logits(config, merged, None, tokens, valid), trained, 5e-6)
     for layer in (1, 2):
         assert np.array_equal(merged["layers"]["up"]["kernel"][layer], params["layers"]["up"]["kernel"][layer])
 

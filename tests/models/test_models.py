@@ -224,8 +224,8 @@ def test_what_a_multimodal_gemma3_leaves_out_is_the_default():
     config = text_config(short, "config.json")[1]
     assert config == text_config(whole, "config.json")[1]
     assert (config.rope.factor, config.rope.theta) == (8.0, 1e6)
-    assert config.local_rope is not None
-    assert (config.local_rope.factor, config.local_rope.theta) == (1.0, 1e4)
+    assert config.local.rope is not None
+    assert (config.local.rope.factor, config.local.rope.theta) == (1.0, 1e4)
     assert [i for i, local in enumerate(config.is_local) if not local] == [5, 11, 17, 23, 29]
 
 
