@@ -182,9 +182,16 @@ def _compile(
     seconds = time.perf_counter() - began
     memory, text = compiled.memory_analysis(), compiled.as_text()
     return Report(
-        topology, layout, base, memory.argument_size_in_bytes, memory.temp_size_in_bytes, bytes_needed(compiled),
-        seconds, collectives(text), gathered_weights(text, params) if layout.model > 1 else (),
-    )  # fmt: skip
+        topology,
+        layout,
+        base,
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        bytes_needed(compiled),
+        seconds,
+        collectives(text),
+        gathered_weights(text, params) if layout.model > 1 else (),
+    )
 
 
 def collectives(hlo: str) -> dict[str, Collective]:

@@ -114,9 +114,15 @@ class Metrics:
     def _cost(self, arm: Arm, row: Example) -> float:
         teacher = 0 if row.teacher_tokens is None else len(row.teacher_tokens)
         return training_flops(
-            self.config, arm.adapter, self.settings.program.loss, tokens=len(row.tokens), supervised=len(row.labels),
-            teacher_tokens=teacher, stored=row.ids is not None, cached=self.cached,
-        )  # fmt: skip
+            self.config,
+            arm.adapter,
+            self.settings.program.loss,
+            tokens=len(row.tokens),
+            supervised=len(row.labels),
+            teacher_tokens=teacher,
+            stored=row.ids is not None,
+            cached=self.cached,
+        )
 
 
 def _board(folder: Path) -> Any:

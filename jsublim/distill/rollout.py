@@ -35,9 +35,15 @@ def student_rollout(
         chosen = [int(row) for row in rows if row >= 0]
         prompts = [turns[row].tokens[: turns[row].content] for row in chosen]
         said = generate_tokens(
-            lm.config, lm.params, prompts, sampling, max_new_tokens=max_new_tokens,
-            seed=int(np.random.default_rng([seed, step]).integers(2**31)), adapter=adapter, batch_size=batch_size,
-        )  # fmt: skip
+            lm.config,
+            lm.params,
+            prompts,
+            sampling,
+            max_new_tokens=max_new_tokens,
+            seed=int(np.random.default_rng([seed, step]).integers(2**31)),
+            adapter=adapter,
+            batch_size=batch_size,
+        )
         return [
             _example(turns[row], teacher[row], tokens, max_new_tokens) for row, tokens in zip(chosen, said, strict=True)
         ]

@@ -108,9 +108,16 @@ class LanguageModel:
             sampling = dataclasses.replace(sampling, stop=self.chat.stop_tokens())
         messages = [conversation(chat) if isinstance(chat, str) else chat for chat in chats]
         tokens = generate_tokens(
-            self.config, self.params, [self.chat.prompt_tokens(m, extra_bos=extra_bos) for m in messages], sampling,
-            max_new_tokens=max_new_tokens, seed=seed, adapter=adapter, batch_size=batch_size, on_batch=on_batch,
-        )  # fmt: skip
+            self.config,
+            self.params,
+            [self.chat.prompt_tokens(m, extra_bos=extra_bos) for m in messages],
+            sampling,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            adapter=adapter,
+            batch_size=batch_size,
+            on_batch=on_batch,
+        )
         return [self.chat.decode(row) for row in tokens]
 
 

@@ -118,7 +118,9 @@ def test_the_head_costs_a_product_each_way_at_supervised_positions_only():
 
 
 def test_arms_cost_their_number():
-    assert counted("lora", ALL, arms=3)[0] == pytest.approx(3 * counted("lora", ALL)[0], rel=1e-3)
+    """... where the layer is data too: the arms have it in common, so a branch on it stays a branch."""
+    for layers in (ALL, MIDDLE):
+        assert counted("lora", layers, arms=3)[0] == pytest.approx(3 * counted("lora", layers)[0], rel=1e-3)
 
 
 def test_the_formulas_of_a_step():

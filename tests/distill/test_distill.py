@@ -73,7 +73,7 @@ ROWS = [
 @pytest.mark.parametrize("name", ["tiny-qwen2", "tiny-gemma3"])
 @pytest.mark.parametrize("condition", TOKENS)
 @pytest.mark.parametrize("header", [False, True])
-def test_examples_hold_the_supervised_tokens_and_nothing_behind_the_last(name, condition, header):
+def test_examples_hold_the_supervised_tokens_and_nothing_after_the_last(name, condition, header):
     c, system = chat(name), "You count."
     examples = tiny_examples(c, ROWS, Selection(condition, supervise_header=header), seed=3, system=system)
     left = iter(examples)

@@ -62,7 +62,7 @@ def test_an_interrupted_run_ends_bit_for_bit_as_an_uninterrupted_one(base, tmp_p
     whole = train(config, params, arms, SETTINGS, tmp_path / "whole")
     assert not equal(whole[0].trainable, arms[0].adapter.trainable)
     work = tmp_path / "killed"
-    for last in (3, 6, 11):  # before any checkpoint, behind the first, behind the second
+    for last in (3, 6, 11):  # before any checkpoint, after the first, after the second
 
         def kill(step, last=last):
             if step == last:
@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_finite_names_step_arm_and_rows(base, tmp_path):
     assert row in rows and str(rows) in str(error.value) and "\n" not in str(error.value)
     assert all(np.isfinite(line["loss"]) for line in metrics(tmp_path))
     saved = [int(p.name) for p in (tmp_path / "state").iterdir() if p.name.isdigit()] if at else []
-    assert all(step <= at for step in saved)  # nothing behind the broken step is kept
+    assert all(step <= at for step in saved)  # nothing after the broken step is kept
 
 
 def test_a_state_of_other_arms_is_refused(base, tmp_path):

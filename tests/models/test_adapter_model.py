@@ -383,3 +383,26 @@ def test_a_wrong_choice_is_a_usage_error(options, said, named_checkpoint):
     config, _ = load(named_checkpoint("gemma3"))
     with pytest.raises(UsageError, match=said):
         init_lora(config, jax.random.key(0), **({"rank": 2, "alpha": 2.0} | options))
+
+
+def test_trained_ends_reach_a_forward_pass_through_bind_only(named_checkpoint, padded_rows):
+    config, params = load(named_checkpoint("qwen2"))
+    tokens, valid = padded_rows(17)
+    full = init_full(config, params, (), ("embed", "norm"))
+    changed = full.with_trainable(jax.tree.map(lambda leaf: 1.5 * leaf, full.trainable))
+    with pytest.raises(ValueError, match="bind"):
+        hidden_states(config, params, tokens, valid, adapter=changed)
+    bound, rest = bind(params, changed)
+    assert not rest.ends and bound["layers"] is params["layers"]
+    by_hand = params | {name: jax.tree.map(lambda leaf: 1.5 * leaf, params[name]) for name in ("embed", "norm")}
+    ours = all_logits(config, params, changed, tokens, valid)
+    assert np.array_equal(ours, all_logits(config, by_hand, None, tokens, valid))
+    assert bind(bound, rest)[0] is bound
+
+
+def test_what_is_no_batch_of_rows_is_refused_while_tracing(named_checkpoint, padded_rows):
+    config, params = load(named_checkpoint("qwen2"))
+    tokens, valid = padded_rows(18)
+    for wrong in ((tokens[0], valid[0]), (tokens, valid[:, 1:]), (tokens, valid.astype(np.int32)), (valid, valid)):
+        with pytest.raises(AssertionError):
+            jax.eval_shape(lambda t, v: hidden_states(config, params, t, v)[0], *wrong)

@@ -21,7 +21,7 @@ FAST = {"xla_backend_optimization_level": 0}  # small programs: compiling is wha
 
 @functools.partial(jax.jit, static_argnames="config", compiler_options=FAST)
 def forward(config, params, tokens, valid, prefix=None):
-    """Logits, final hidden states and cache. One program a shape serves all tests of a checkpoint."""
+    """Logits, final hidden states and cache. One program per shape serves all tests of a checkpoint."""
     h, cache = hidden_states(config, params, tokens, valid, prefix=prefix, with_cache=True)
     return logits(config, params, h), h, cache
 
@@ -122,7 +122,7 @@ def check_prefix(config, params, before, assert_close, padded_rows):
         assert_close(part[:, valid], whole[:, valid], 1e-5)
 
 
-def test_rows_behind_a_cached_prefix_equal_the_whole_pass(checkpoint, padded_rows, assert_close):
+def test_rows_after_a_cached_prefix_equal_the_whole_pass(checkpoint, padded_rows, assert_close):
     """Two tokens: shorter than the window, the rows padded on the left, on the right, and not at all."""
     check_prefix(*load(checkpoint), 2, assert_close, padded_rows)
 
