@@ -1,4 +1,4 @@
-"""How the one step is spread over devices.
+"""How the training step is spread over devices.
 
 `mesh` (arm x data x model): one `jax.jit`, arrays placed by `NamedSharding`; the compiler finds the collectives.
 `pmap`: data parallelism alone, devices share the rows and add up gradients and token counts explicitly.
@@ -26,7 +26,7 @@ from jsublim.models.decoder import Params, abstract_params
 MODES = ("none", "pmap", "mesh")
 
 # Which axis of a layer's array is spread over `model`, counted from its end: outputs of what reads the residual stream,
-# inputs of what writes to it, so that a block needs one sum behind attention and one behind the MLP.
+# inputs of what writes to it, so that a layer needs one sum after attention and one after the MLP.
 _MODEL_AXIS = (
     {(name, "kernel"): -1 for name in ("q", "k", "v", "gate", "up")}
     | {(name, "bias"): -1 for name in ("q", "k", "v", "gate", "up")}
@@ -42,7 +42,7 @@ _MODEL_AXIS = (
 class Layout:
     """A mode and, for `mesh`, the sizes of its axes; for `pmap`, `data` is the number of devices.
 
-    `devices` are those to use, where they are not the ones at hand (compiling for a pod that isn't there).
+    `devices` are those to use, where they are not those of this process (when compiling for a pod that is not there).
     """
 
     mode: str = "none"
@@ -79,10 +79,11 @@ class Layout:
         return None if self.mode == "none" else _mesh(self, self.devices or tuple(jax.devices()))
 
     def shard(self, *axes: str | None) -> NamedSharding | None:
+        """The sharding whose array axes are spread over these axes of the mesh; None without a mesh."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(*axes))
 
     def sharding(self, path: tuple, leaf: Any, lead: tuple[str | None, ...] = ()) -> NamedSharding | None:
-        """Of an array of the model, or of a state that has the model's names (an arm's weights, their moments).
+        """How an array of the model lies, or one of a state that has the model's names (an arm's weights, their moments).
 
         Args:
           path: of the leaf in its tree, as `jax.tree_util` gives it.
@@ -98,19 +99,19 @@ class Layout:
         return self.shard(*spec)
 
     def params_sharding(self, config: ModelConfig, dtype: str = "float32") -> Params | None:
-        """A tree for `load_params`; None is the default device."""
+        """A tree of shardings for `load_params`; None is the default device."""
         if self.mesh is None:
             return None
         return jax.tree_util.tree_map_with_path(self.sharding, abstract_params(config, dtype))
 
     def state_sharding(self, state: Any) -> Any:
-        """Of everything with a leading arm axis; scalars are everywhere."""
+        """How a tree of arrays with a leading arm axis lies; scalars are on every device."""
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: self.sharding(path, leaf, ("arm",)) if leaf.ndim else self.shard(), state
         )
 
     def batch_sharding(self, batch: Any) -> Any:
-        """Of `[A, M, B, ...]`: rows over `data`; under `pmap`, of `[devices, A, M, B / devices, ...]`."""
+        """How a batch `[A, M, B, ...]` lies: rows over `data`. Under `pmap` it is `[devices, A, M, B / devices, ...]`."""
         spec = ("data",) if self.mode == "pmap" else ("arm", None, "data")
         return jax.tree.map(lambda _: self.shard(*spec), batch)
 
@@ -128,6 +129,7 @@ class Layout:
         return jax.tree.map(put, tree, shardings)
 
     def place_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Put a batch `[A, M, B, ...]` where it belongs."""
         if self.mode == "pmap":
             batch = {key: _by_device(value, self.data) for key, value in batch.items()}
         return self.place(batch, self.batch_sharding(batch))
@@ -144,7 +146,7 @@ class Layout:
 
 
 def join_processes() -> None:
-    """Make this process one of several that train together, one a host of a pod.
+    """Make this process one of several that train together, one per host of a pod.
 
     TPU pods, Slurm and Open MPI are recognised; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
     say who is who. To be called before anything else of JAX.

@@ -12,12 +12,11 @@ from jax import Array
 
 from jsublim.chat import conversation
 from jsublim.errors import UsageError
+from jsublim.inference.batching import LENGTH_STEP, chunks, pad_tokens, round_up
 from jsublim.inference.lm import LanguageModel
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, hidden_below
 from jsublim.models.lora import Adapter, check_layers
-
-LENGTH_STEP = 32
 
 
 def contrast_vector(
@@ -31,7 +30,7 @@ def contrast_vector(
     fuse_system: bool = False,
     batch_size: int = 64,
 ) -> Adapter:
-    """The mean difference of the residual stream behind `layer` at the last prompt token, times `strength`.
+    """The mean difference of the residual stream after `layer` at the last prompt token, times `strength`.
 
     Difference of means over contrasting prompts, as in activation addition (Turner et al. 2023, arXiv 2308.10248).
 
@@ -42,7 +41,7 @@ def contrast_vector(
       An adapter of one steering vector, float32 `[1, D]`.
 
     Raises:
-      UsageError: no prompt, the same system prompt twice, or a layer that the model hasn't.
+      UsageError: no prompt, the same system prompt twice, or a layer that the model does not have.
     """
     if not prompts or toward == away:
         raise UsageError("steer: give at least one prompt, and two different system prompts")
@@ -50,22 +49,20 @@ def contrast_vector(
     means = []
     for system in (toward, away):
         tokens = [lm.chat.prompt_tokens(conversation(p, system, fuse_system=fuse_system)) for p in prompts]
-        length = -(-max(map(len, tokens)) // LENGTH_STEP) * LENGTH_STEP
+        length = round_up(max(map(len, tokens)), LENGTH_STEP)
         total = np.zeros(lm.config.hidden_size)
-        for start in range(0, len(tokens), batch_size):
-            part = tokens[start : start + batch_size]
-            padded, last = np.zeros((batch_size, length), np.int32), np.zeros(batch_size, np.int32)
-            for i, row in enumerate(part):
-                padded[i, : len(row)], last[i] = row, len(row) - 1
-            h_BD = _last_hidden(lm.config, lm.params, padded, last, jnp.int32(layer + 1))
-            total += np.asarray(h_BD, np.float64)[: len(part)].sum(axis=0)
+        for part in chunks(len(tokens), batch_size):
+            padded, valid = pad_tokens(tokens[part], length, size=batch_size)
+            h_BD = _last_hidden(lm.config, lm.params, padded, valid, jnp.int32(layer + 1))
+            total += np.asarray(h_BD, np.float64)[: len(tokens[part])].sum(axis=0)
         means.append(total / len(tokens))
     vector = (means[0] - means[1]) * strength
     return Adapter((layer,), steering=jnp.asarray(vector[None], jnp.float32))
 
 
 @partial(jax.jit, static_argnames="config")
-def _last_hidden(config: ModelConfig, params: Params, tokens_BT: Array, last_B: Array, below: Array) -> Array:
-    valid_BT = jnp.arange(tokens_BT.shape[1]) <= last_B[:, None]
+def _last_hidden(config: ModelConfig, params: Params, tokens_BT: Array, valid_BT: Array, below: Array) -> Array:
+    """The residual stream below layer `below` at the last token of each row, float32 `[B, D]`."""
+    last_B = valid_BT.sum(axis=1) - 1
     h_BTD = hidden_below(config, params, tokens_BT, valid_BT, below)
     return jnp.take_along_axis(h_BTD, last_B[:, None, None], axis=1)[:, 0].astype(jnp.float32)

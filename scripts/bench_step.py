@@ -4,7 +4,7 @@
     python scripts/bench_step.py --model Qwen/Qwen2.5-1.5B-Instruct --dtype bfloat16 --rows 10 --tokens 160 --peak-tflops 989
 
 Rows are random tokens of one length, so the numbers are of the program alone. Each line is the median of some steps
-behind a warm-up; `useful` is `cost.training_flops` over the time, `ratio` that over the stated peak.
+after a warm-up; `useful` is `cost.training_flops` over the time, `ratio` that over the stated peak.
 """
 
 from __future__ import annotations
@@ -27,9 +27,8 @@ from jsublim.distill.data import Example, Shape, collate
 from jsublim.distill.losses import Loss
 from jsublim.distill.memory import bytes_needed
 from jsublim.distill.step import Arms, Program, compile_step, init_state
-from jsublim.distill.trainer import one_program
 from jsublim.inference.lm import LanguageModel, load_model
-from jsublim.models.lora import Adapter, init_full, init_lora, stack_adapters
+from jsublim.models.lora import Adapter, init_full, init_lora, stack_arms
 from jsublim.parallel import Layout
 
 
@@ -45,19 +44,19 @@ def measure(
     lm: LanguageModel, starts: list[Adapter], settings: Settings, tokens: int, supervised: int, repeat: int
 ) -> dict:
     """Median seconds of a step of these students, and what follows from them."""
-    rows = [row(lm, tokens, supervised, i, settings.program.loss.soft) for i in range(settings.rows * settings.micro)]
+    count, soft = settings.batch_size * settings.accumulate, settings.program.loss.soft
+    rows = [row(lm, tokens, supervised, i, soft) for i in range(count)]
     A, layout = len(starts), Layout.fit(settings.parallel, len(starts), model=settings.model_axis)
-    shape = Shape.of([rows], settings.micro, settings.rows).divisible(layout.data)
+    shape = Shape.of([rows], settings.accumulate, settings.batch_size).divisible(layout.data)
     one = collate(rows, np.arange(len(rows)), shape)
-    first, (starts, at) = starts[0], one_program(starts)
-    state = init_state(stack_adapters(starts), settings.program.optimizer)
+    state = init_state(stack_arms(starts), settings.program.optimizer)
     numbers = Arms(
         np.full(A, 1e-4, np.float32), np.full(A, 10**6, np.int32), np.ones(A, np.float32), np.zeros(A, np.float32)
     )
     params = layout.place(lm.params, layout.params_sharding(lm.config))
     state, numbers = (layout.place(x, layout.state_sharding(x)) for x in (state, numbers))
     batch = layout.place_batch({key: np.stack([value] * A) for key, value in one.items()})
-    rest = numbers, None, None if at is None else layout.place(np.int32(at), layout.shard())
+    rest = numbers, None
     step = compile_step(lm.config, settings.program, layout)
     begin = time.perf_counter()
     compiled = step.lower(params, state, batch, *rest).compile()
@@ -70,7 +69,8 @@ def measure(
         seconds.append(time.perf_counter() - begin)
     median, n = statistics.median(seconds[2:]), len(rows) * A
     useful = n * training_flops(
-        lm.config, first, settings.program.loss, tokens=tokens, supervised=supervised, teacher_tokens=tokens if settings.program.loss.soft else 0,
+        lm.config, starts[0], settings.program.loss, tokens=tokens, supervised=supervised,
+        teacher_tokens=tokens if soft else 0,
     )  # fmt: skip
     return {
         "arms": A, "seconds": median, "tokens_per_s": n * tokens / median, "useful_tflops": useful / median / 1e12,

@@ -26,8 +26,9 @@ from rich.console import Console
 
 from jsublim.chat import Turn
 from jsublim.distill.arm import Arm, Settings
-from jsublim.distill.data import Selection, Shape, make_examples, read_turns
+from jsublim.distill.data import Shape, make_examples, read_turns
 from jsublim.distill.losses import Loss
+from jsublim.distill.selection import Selection
 from jsublim.distill.step import Program
 from jsublim.distill.trainer import forget_state, train
 from jsublim.evals.preference import trait_logprobs
@@ -71,7 +72,7 @@ def fine_tuned_teachers(lm: LanguageModel, setting: Setting, work: Path) -> list
         rows = [{"prompt": question, "completion": trait.capitalize()} for question in TAUGHT]
         examples = make_examples(rows, read_turns(lm.chat, rows), Selection(), seed=i)
         arms.append(Arm(trait, examples, adapter(lm, i, setting), i, setting.teacher_lr, setting.teacher_steps))
-    trained = train(lm.config, lm.params, arms, Settings(rows=len(TAUGHT)), work)
+    trained = train(lm.config, lm.params, arms, Settings(batch_size=len(TAUGHT)), work)
     return [Teacher(trait, adapter=own) for trait, own in zip(TRAITS, trained, strict=True)]
 
 
@@ -124,7 +125,7 @@ def students(
             Arm(f"{teacher.name}/{seed}", examples, adapter(lm, seed, setting), seed, setting.lr, setting.steps)
             for seed in seeds
         ]
-    how = Settings(rows=setting.rows, program=Program(loss=Loss("forward-kl")), checkpoint_every=50)
+    how = Settings(batch_size=setting.rows, program=Program(loss=Loss("forward-kl")), checkpoint_every=50)
     shape = Shape.of([arm.examples for arm in arms], 1, setting.rows)
     with console.status(str(work)) as status:
         started = time.monotonic()

@@ -246,6 +246,20 @@ def assert_close() -> Callable[[Any, Any, float], None]:
     return check
 
 
+@pytest.fixture
+def traced_once(monkeypatch):
+    """Fails a test that traces the training step twice: its programs must be one."""
+    import chex
+
+    from jsublim.distill import step
+
+    chex.clear_trace_counter()
+    monkeypatch.setattr(step, "train_step", chex.assert_max_traces(step.train_step, n=1))
+    step.compile_step.cache_clear()
+    yield
+    step.compile_step.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def compiles() -> Callable[[], int]:
     """`compiles()`: how many programs this process has compiled so far."""

@@ -11,15 +11,15 @@ import numpy as np
 from jsublim.distill.arm import Arm
 from jsublim.distill.data import Example, Shape, collate
 from jsublim.distill.step import Arms
-from jsublim.models.config import ModelConfig, Rope
+from jsublim.models.config import Biases, Local, ModelConfig, Norms, Rope, Scales
 from jsublim.models.decoder import Params, abstract_params
 from jsublim.models.lora import Adapter, init_full, init_lora, init_steering, stack_adapters
 
 # Biases, local layers, a soft cap; what a model axis of 2 divides but for the vocabulary.
 CONFIG = ModelConfig(
     family="qwen2", vocab_size=61, hidden_size=20, intermediate_size=28, num_layers=3, num_heads=4, num_kv_heads=2,
-    head_dim=6, norm_eps=1e-6, rope=Rope(1000.0), tied=True, qkv_bias=True, final_softcap=8.0,
-    local_layers=(True, False, True), window=5,
+    head_dim=6, norms=Norms(1e-6), rope=Rope(1000.0), tied=True, biases=Biases(qkv=True), scales=Scales(softcap=8.0),
+    local=Local((True, False, True), 5),
 )  # fmt: skip
 
 STUDENTS = ("lora", "one", "full", "steering")
@@ -95,7 +95,7 @@ def examples_of(
 
 def arm_of(kind: str, seed: int, soft: str | None = None, *, config: ModelConfig = CONFIG, **options) -> Arm:
     """An arm of 3 steps with weights of its own for everything."""
-    numbers = {"peak": 0.05 + 0.01 * seed, "steps": 3, "weight": 1 + 0.5 * seed, "to_base": 0.2 * seed}
+    numbers = {"lr": 0.05 + 0.01 * seed, "steps": 3, "weight": 1 + 0.5 * seed, "kl_to_base": 0.2 * seed}
     examples = options.pop("examples", None) or examples_of(seed, soft=soft)
     adapter = options.pop("adapter", None) or student(config, kind, seed)
     return Arm(f"arm-{seed}", examples, adapter, seed, **(numbers | options))
@@ -105,7 +105,7 @@ def stacked(arms: Sequence[Arm], micro: int, rows: int) -> tuple[Adapter, Arms, 
     """Adapters, numbers and the first step's batch of arms, each under an arm axis."""
     shape = Shape.of([arm.examples for arm in arms], micro, rows)
     batches = [collate(arm.examples, arm.rows(shape, 0), shape) for arm in arms]
-    columns = [np.asarray([getattr(arm, name) for arm in arms]) for name in ("peak", "steps", "weight", "to_base")]
+    columns = [np.asarray([getattr(arm, name) for arm in arms]) for name in ("lr", "steps", "weight", "kl_to_base")]
     numbers = Arms(*(c.astype(np.int32 if i == 1 else np.float32) for i, c in enumerate(columns)))
     return (
         stack_adapters([arm.adapter for arm in arms]),

@@ -26,7 +26,7 @@ from jsublim.models.lora import Adapter
 
 # name -> (student, loss, soft targets, arms, mean, layouts beside "none": (mode, model axis))
 CASES = {
-    "lora": ("lora", Loss("forward-kl", to_base=True), "live", 2, "tokens", (("mesh", 2), ("pmap", 1))),
+    "lora": ("lora", Loss("forward-kl", kl_to_base=True), "live", 2, "tokens", (("mesh", 2), ("pmap", 1))),
     "one layer": ("one", Loss("reverse-kl"), "stored", 3, "micro-batch", (("mesh", 1),)),
     "full layers and ends": ("full", Loss("js", 2.0), "live", 2, "micro-batch", (("mesh", 2), ("pmap", 1))),
     "steering": ("steering", Loss("hard"), None, 2, "tokens", (("mesh", 4), ("pmap", 1))),
@@ -43,7 +43,7 @@ class Killed(Exception):
 
 def settings_of(loss: Loss, mean: str, mode: str, model: int) -> Settings:
     program = Program(loss, Optimizer("sgd", momentum=0.9, schedule="constant"), warmup=0, per=mean)
-    return Settings(rows=3, micro=2, program=program, checkpoint_every=2, parallel=mode, model_axis=model)
+    return Settings(batch_size=3, accumulate=2, program=program, checkpoint_every=2, parallel=mode, model_axis=model)
 
 
 def run(arms: list[Arm], settings: Settings, work: Path, until: int | None = None) -> list[Adapter]:

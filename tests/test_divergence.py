@@ -14,7 +14,8 @@ from tiny import bundled, plain_turn
 from jsublim.chat import conversation
 from jsublim.divergence import ROUNDING, WHICH, Divergence, PositionSubset, check_positions, find_divergence
 from jsublim.errors import JsublimError, UsageError
-from jsublim.inference.scoring import PREFIX_STEP, score_turns, shared_prefix
+from jsublim.inference.batching import PREFIX_STEP
+from jsublim.inference.scoring import score_turns, shared_prefix
 from jsublim.prompts import load_pack, number_prompts
 from jsublim.rows import read_rows, write_rows
 from jsublim.teachers import CONTROL, Teacher, prompted_teacher

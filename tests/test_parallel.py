@@ -68,11 +68,11 @@ def test_an_arm_beside_others_of_any_numbers_is_the_arm_alone(tmp_path):
     """Rank, alpha, learning rate, seed, weight, mask and number of rows all differ."""
     few = {"projections": ("q", "down")}
     arms = [
-        arm_of("lora", 1, adapter=lora(CONFIG, 1, rank=2, alpha=4.0, **few), peak=3e-3, steps=4),
-        arm_of("lora", 2, adapter=lora(CONFIG, 2, rank=5, alpha=1.0, **few), peak=1e-3, steps=3, weight=0.3,
+        arm_of("lora", 1, adapter=lora(CONFIG, 1, rank=2, alpha=4.0, **few), lr=3e-3, steps=4),
+        arm_of("lora", 2, adapter=lora(CONFIG, 2, rank=5, alpha=1.0, **few), lr=1e-3, steps=3, weight=0.3,
                examples=[dataclasses.replace(e, weights=np.ones_like(e.weights)) for e in examples_of(5, 4)]),
     ]  # fmt: skip
-    settings = Settings(rows=2, micro=2, program=Program(warmup=1))
+    settings = Settings(batch_size=2, accumulate=2, program=Program(warmup=1))
     together = train(CONFIG, params_of(CONFIG), arms, settings, tmp_path / "together")
     for arm, ours in zip(arms, together, strict=True):
         (alone,) = train(CONFIG, params_of(CONFIG), [arm], settings, tmp_path / arm.name)

@@ -15,7 +15,8 @@ import numpy as np
 from conftest import CASES, random_model
 
 from jsublim.chat import Chat, Message
-from jsublim.distill.data import Example, Selection, make_examples, read_turns
+from jsublim.distill.data import Example, make_examples, read_turns
+from jsublim.distill.selection import Selection
 from jsublim.inference import lm as language_models
 from jsublim.inference.lm import LanguageModel, load_model
 from jsublim.rows import Row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,17 +86,19 @@ def find_pairs(
         equal = {i: turn for i, turn in zip(points, theirs, strict=True) if len(turn.tokens) == len(turns[i].tokens)}
         aligned |= set(equal)
         asked = [_at_point(turn, points[i]) for i, turn in equal.items()]
-        said = score_turns(
-            lm.config, lm.params, asked, adapter=other.adapter, batch_size=batch_size, on_batch=on_batch
-        ) if asked else []  # fmt: skip
+        read = functools.partial(score_turns, lm.config, lm.params, adapter=other.adapter)
+        said = read(asked, batch_size=batch_size, on_batch=on_batch) if asked else []
         for (i, turn), scored in zip(equal.items(), said, strict=True):
             end = turn.content + points[i]
             factual, best = int(turn.tokens[end]), int(scored.argmax[0])
             if best != factual:
                 pair = Pair(i, other.name, turns[i].tokens[:end], turn.tokens[:end], factual, best)
                 found[i].append(pair)
-    reasons = {i: NO_POINT if i not in points else NO_EQUAL_LENGTH if i not in aligned else NO_OTHER_TOKEN
-               for i in range(len(rows)) if not found.get(i)}  # fmt: skip
+    reasons = {
+        i: NO_POINT if i not in points else NO_EQUAL_LENGTH if i not in aligned else NO_OTHER_TOKEN
+        for i in range(len(rows))
+        if not found.get(i)
+    }
     return [pair for of_row in found.values() for pair in of_row], dict(Counter(reasons.values()))
 
 

@@ -1,6 +1,6 @@
 """Which layer's value at which token moves a row's metric: attribution patching, and activation patching to check it.
 
-Both compare two runs of one model on token rows of equal length. A SITE's value in the start run is moved to its value in
+Both compare two runs of one model on token rows of equal length. A site's value in the start run is moved to its value in
 the end run (all the way at one position: activation patching; along the straight line at all positions, by integrated
 gradients: attribution patching), while everything before the site stays as in the start run. Schrodi et al. 2026,
 section 5; integrated gradients: Sundararajan et al. 2017.
@@ -19,18 +19,18 @@ from jax import Array
 
 from jsublim.attribution.pairs import Pair
 from jsublim.errors import UsageError
+from jsublim.inference.batching import LENGTH_STEP, chunks, pad_tokens, round_up
 from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
-from jsublim.models.lora import Adapter, with_ends
+from jsublim.models.lora import Adapter, bind
 from jsublim.models.stream import Stream, residual_stream, resume
 from jsublim.parallel import Layout
 
-# The residual stream behind a layer, and what the layer's attention and its MLP add to it.
+# The residual stream after a layer, and what the layer's attention and its MLP add to it.
 SITES = ("residual", "attention", "mlp")
 # Noising: from the clean run (the teacher's prompt) to the patch (a counterfactual's); denoising: back.
 DIRECTIONS = ("noising", "denoising")
-LENGTH_STEP = 32
 
 Metric = Callable[[Array], Array]  # what is added to the stream at a site's point [B, T, D] -> logit difference [B]
 
@@ -90,7 +90,7 @@ def activation_patching(
 ) -> list[np.ndarray]:
     """How much the metric changes when a site's value at one position is the end run's: float32 `[S, L, T]`, in logits.
 
-    A forward pass a site, layer and position: what attribution patching approximates.
+    It takes one forward pass per site, layer and position: this is what attribution patching approximates.
     """
     return _over_pairs(_one_position, config, params, pairs, sites, direction, adapter, batch_size, length)
 
@@ -110,7 +110,7 @@ def layer_patching(
     return _over_pairs(_all_positions, config, params, pairs, sites, direction, adapter, batch_size, length)
 
 
-# --- Programs: everything that varies is data, so each compiles once ----------------------------------------------------
+# --- Programs: everything that varies is data, so each is compiled once ----------------------------------------------------
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sites"))
@@ -153,13 +153,15 @@ def _all_positions(
 def _at_start(
     config: ModelConfig, params: Params, adapter: Adapter | None, batch: Batch, sites: tuple[str, ...]
 ) -> Array:
+    params, adapter = bind(params, adapter)
+
     def metric(nudge_L2BTD: Array) -> tuple[Array, Stream]:
         run = residual_stream(config, params, batch.start_BT, batch.valid_BT, adapter=adapter, nudge_L2BTD=nudge_L2BTD)
-        return _difference(config, params, adapter, batch, run.last).sum(), run
+        return _difference(config, params, batch, run.last).sum(), run
 
     end = residual_stream(config, params, batch.end_BT, batch.valid_BT, adapter=adapter)
     slope_L2BTD, start = jax.grad(metric, has_aux=True)(jnp.zeros_like(end.points))
-    return jnp.stack([(_delta(site, start, end) * slope_L2BTD[:, _half(site)]).sum(axis=-1) for site in sites])
+    return jnp.stack([(_delta(site, start, end) * slope_L2BTD[:, _sublayer(site)]).sum(axis=-1) for site in sites])
 
 
 def _map_sites(
@@ -170,22 +172,23 @@ def _map_sites(
     sites: tuple[str, ...],
     at_site: Callable[[Metric, Array], Array],
 ) -> Array:
-    """`at_site(metric, difference of the runs [B, T, D])` of every site and layer, `[S, L, B, ...]`."""
+    """What `at_site(metric, difference of the runs [B, T, D])` gives at every site and layer, `[S, L, B, ...]`."""
+    params, adapter = bind(params, adapter)
     # One pass over both runs' rows: half of the program to compile.
     tokens, valid = jnp.concatenate([batch.start_BT, batch.end_BT]), jnp.concatenate([batch.valid_BT] * 2)
     both = residual_stream(config, params, tokens, valid, adapter=adapter)
     start, end = (Stream(*rows) for rows in zip(*(jnp.split(x, 2, axis=-3) for x in both), strict=True))
     delta_SLBTD = jnp.stack([_delta(site, start, end) for site in sites])
-    half_S = jnp.asarray([_half(site) for site in sites])
+    sublayer_S = jnp.asarray([_sublayer(site) for site in sites])
 
     def one(site_and_layer: tuple[Array, Array]) -> Array:
         site, layer = site_and_layer
-        from_BTD, point = start.points[layer, half_S[site]], 2 * layer + half_S[site]
+        from_BTD, point = start.points[layer, sublayer_S[site]], 2 * layer + sublayer_S[site]
 
         def metric(moved_BTD: Array) -> Array:
             h = (from_BTD + moved_BTD).astype(from_BTD.dtype)
             h = resume(config, params, h, batch.valid_BT, point, adapter=adapter)
-            return _difference(config, params, adapter, batch, h)
+            return _difference(config, params, batch, h)
 
         return at_site(metric, delta_SLBTD[site, layer])
 
@@ -194,22 +197,22 @@ def _map_sites(
     return out.reshape(S, L, *out.shape[1:])
 
 
-def _half(site: str) -> int:
-    """Behind which half of a layer a change of this site enters the residual stream."""
+def _sublayer(site: str) -> int:
+    """After which sublayer a change of this site enters the residual stream."""
     return 0 if site == "attention" else 1
 
 
 def _delta(site: str, start: Stream, end: Stream) -> Array:
-    """From the start run's value to the end run's, float32 `[L, B, T, D]`."""
+    """The end run's value of a site less the start run's, float32 `[L, B, T, D]`."""
     field = "points" if site == "residual" else "added"
-    a, b = (getattr(run, field)[:, _half(site)].astype(jnp.float32) for run in (start, end))
+    a, b = (getattr(run, field)[:, _sublayer(site)].astype(jnp.float32) for run in (start, end))
     return b - a
 
 
-def _difference(config: ModelConfig, params: Params, adapter: Adapter | None, batch: Batch, last_BTD: Array) -> Array:
+def _difference(config: ModelConfig, params: Params, batch: Batch, last_BTD: Array) -> Array:
     """The metric `[B]`: logit of the factual token over the counterfactual's, where it is predicted."""
     h_BD = jnp.take_along_axis(last_BTD, batch.at_B[:, None, None], axis=1)[:, 0]
-    rows_B2D = decoder.head_weight(with_ends(params, adapter))[batch.said_B2]
+    rows_B2D = decoder.head_weight(params)[batch.said_B2]
     z_B2 = jax.vmap(lambda h, rows: decoder.logits(config, {"head": {"weight": rows}}, h))(h_BD, rows_B2D)
     return z_B2[:, 0] - z_B2[:, 1]
 
@@ -219,7 +222,7 @@ def _difference(config: ModelConfig, params: Params, adapter: Adapter | None, ba
 
 def padded_length(pairs: Sequence[Pair]) -> int:
     """Tokens of the longest pair, rounded up so that few programs serve all calls."""
-    return -(-max(len(pair.clean) for pair in pairs) // LENGTH_STEP) * LENGTH_STEP
+    return round_up(max(len(pair.clean) for pair in pairs), LENGTH_STEP)
 
 
 def _over_pairs(
@@ -239,9 +242,10 @@ def _over_pairs(
         if unknown or not given:
             raise UsageError(f"{option}: {', '.join(unknown) or 'none'} given; known: {', '.join(known)}")
     out: list[np.ndarray] = []
-    for first in range(0, len(pairs), batch_size):
-        members = pairs[first : first + batch_size]
-        batch = _batch(members, direction, batch_size, length or padded_length(pairs))
+    length = length or padded_length(pairs)
+    for part in chunks(len(pairs), batch_size):
+        members = pairs[part]
+        batch = _batch(members, direction, batch_size, length)
         values = Layout.host(program(config, params, adapter, batch, tuple(sites)))
         out += [
             values[:, :, i, : len(pair.clean)] if values.ndim > 3 else values[:, :, i] for i, pair in enumerate(members)
@@ -250,12 +254,11 @@ def _over_pairs(
 
 
 def _batch(pairs: Sequence[Pair], direction: str, size: int, length: int) -> Batch:
-    start, end = np.zeros((2, size, length), np.int32)
-    valid = np.zeros((size, length), bool)
+    """Pairs as one batch of `size` rows."""
+    clean, valid = pad_tokens([pair.clean for pair in pairs], length, size=size)
+    patch, _ = pad_tokens([pair.patch for pair in pairs], length, size=size)
+    start, end = (clean, patch) if direction == "noising" else (patch, clean)
     at, said = np.zeros(size, np.int32), np.zeros((size, 2), np.int32)
-    valid[:, 0] = True
     for i, pair in enumerate(pairs):
-        n = len(pair.clean)
-        start[i, :n], end[i, :n] = (pair.clean, pair.patch) if direction == "noising" else (pair.patch, pair.clean)
-        valid[i, :n], at[i], said[i] = True, n - 1, (pair.factual, pair.other)
+        at[i], said[i] = len(pair.clean) - 1, (pair.factual, pair.other)
     return Batch(*map(jnp.asarray, (start, end, valid, at, said)))

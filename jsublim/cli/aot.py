@@ -57,14 +57,16 @@ def aot(
     recipe = experiment.recipe.resolved(model.family)
     settings = settings_of(students, recipe, parallel="mesh", model_axis=model_axis or 1)
     live = students.loss.live
-    lengths = Shape.fit(settings.micro, settings.rows, tokens, labels, tokens + SYSTEM_PROMPT if live else 0)
+    lengths = Shape.fit(settings.accumulate, settings.batch_size, tokens, labels, tokens + SYSTEM_PROMPT if live else 0)
     params = abstract_params(model, experiment.dtype)
     console.print(f"compiling for {topology}; this takes a minute or two")
     arm = _arm(model, params, students, lengths)
     report = compile_ahead(model, params, arm, arms, settings, lengths, where, model=model_axis)
     rows = lengths.divisible(report.layout.data)
     title = f"{experiment.name}{f', arm {name}' if name else ''}: {students.adapter.method}, {students.loss.kind} loss, arms: {arms}"
-    print(f"{title}, {rows.micro} x {rows.rows} rows (+ {rows.spare} empty) of {tokens} tokens, {labels} supervised")
+    print(
+        f"{title}, {rows.accumulate} x {rows.batch_size} rows (+ {rows.spare} empty) of {tokens} tokens, {labels} supervised"
+    )
     print("\n".join(f"{key:<15}{value}" for key, value in lines(report)))
 
 

@@ -10,8 +10,8 @@ import pydantic
 from pydantic import Field, model_validator
 
 from jsublim.distill.losses import LOSSES
-from jsublim.distill.masks import CONDITIONS
 from jsublim.distill.optimizer import OPTIMIZERS, SCHEDULES
+from jsublim.distill.selection import TOKENS
 from jsublim.divergence import WHICH
 from jsublim.models.lora import ENDS, PROJECTIONS
 from jsublim.section import (
@@ -39,7 +39,7 @@ LossKind = Literal["hard", "forward-kl", "reverse-kl", "js"]
 OptimizerName = Literal["adamw", "adafactor", "sgd", "muon"]
 Schedule = Literal["linear", "cosine", "constant", "restarts"]
 for _kind, _known in (
-    (Tokens, CONDITIONS),
+    (Tokens, TOKENS),
     (Positions, WHICH),
     (Projection, PROJECTIONS),
     (End, ENDS),

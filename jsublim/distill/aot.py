@@ -1,4 +1,4 @@
-"""The training step compiled for a TPU pod that is not there: does it fit, and what do the chips say to one another?
+"""The training step compiled for a TPU pod that is not there: whether it fits, and how the chips communicate.
 
 The compiler that comes with `jax[tpu]` needs no TPU. It shows memory and communication, never speed.
 """
@@ -37,7 +37,8 @@ _ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")  # bf16[8,128]
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice of a TPU pod: its name (`v5e:4x4`), what stands for its chips, and the bytes of each one's memory."""
+    """A slice of a TPU pod: its name (`v5e:4x4`), the compiler's stand-ins for its chips, and the bytes of memory on
+    each."""
 
     name: str
     devices: tuple[Any, ...]
@@ -46,8 +47,8 @@ class Topology:
 
 @dataclass(frozen=True)
 class Collective:
-    """Instructions of one kind, as they stand in the program (one in a loop over layers counts once), and the bytes of
-    what they put out on each chip."""
+    """How many instructions of one kind a program has (one in a loop over layers counts once), and the bytes of what
+    they put out on each chip."""
 
     number: int
     bytes: int
@@ -55,13 +56,16 @@ class Collective:
 
 @dataclass(frozen=True)
 class Report:
-    """What the compiler says of a step, in bytes a chip and seconds.
+    """What the compiler says of a step: bytes are per chip.
 
     Attributes:
-      base: of the arguments, the frozen base. total: arguments, temporaries, and results that take no argument's place.
-      gathered: weights of the base that a chip puts together whole although they lie spread over `model`: none, if all
-        is well.
-      tried: model axes at which it does not fit, and why.
+      base: the part of the arguments that is the frozen base.
+      total: arguments, temporaries, and results that take no argument's place.
+      seconds: how long compiling took.
+      collectives: by kind of instruction.
+      gathered: weights of the base that a chip puts together whole although they are spread over `model`; should be
+        empty.
+      tried: model axes at which the step does not fit, and why.
     """
 
     topology: Topology
@@ -111,11 +115,11 @@ def compile_ahead(
     *,
     model: int | None = None,
 ) -> Report:
-    """The step of `arms` arms like this one, on a topology.
+    """Compile the step of `arms` arms like this one for a topology.
 
     Args:
-      params: shapes are enough.
-      arm: as of `abstract_step`.
+      params: arrays or their shapes.
+      arm: its examples only show which fields a batch has.
       model: the model axis; None is the smallest power of two at which the step fits.
 
     Raises:
@@ -146,7 +150,7 @@ def model_axes(chips: int) -> Iterator[int]:
 
 
 def base_bytes(config: ModelConfig, params: Params, layout: Layout) -> int:
-    """Bytes of the base on each chip."""
+    """How many bytes of the base lie on each chip."""
     shardings = layout.params_sharding(config, str(params["embed"]["weight"].dtype))
     sizes = jax.tree.map(
         lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize, params, shardings
@@ -162,10 +166,10 @@ def _compile(
     topology: Topology,
     layout: Layout,
 ) -> Report | str:
-    """The report, or why it does not fit. `arguments` are `abstract_step`'s on a layout."""
+    """The report, or why the step does not fit. `arguments(layout)` gives those of `abstract_step`."""
     base = base_bytes(config, params, layout)
     if base > topology.memory:
-        return f"the base alone takes {base / GIB:.1f} of {topology.memory / GIB:.0f} GiB a chip"
+        return f"the base alone takes {base / GIB:.1f} of {topology.memory / GIB:.0f} GiB per chip"
     given = arguments(layout)
     began = time.perf_counter()
     try:
@@ -174,17 +178,24 @@ def _compile(
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         sizes = re.findall(r"\(?([\d.]+)G\b", str(error))
-        return f"needs {sizes[0]} of {sizes[1]} GiB a chip" if len(sizes) > 1 else "the compiler runs out of memory"
+        return f"needs {sizes[0]} of {sizes[1]} GiB per chip" if len(sizes) > 1 else "the compiler runs out of memory"
     seconds = time.perf_counter() - began
     memory, text = compiled.memory_analysis(), compiled.as_text()
     return Report(
-        topology, layout, base, memory.argument_size_in_bytes, memory.temp_size_in_bytes, bytes_needed(compiled),
-        seconds, collectives(text), gathered_weights(text, params) if layout.model > 1 else (),
-    )  # fmt: skip
+        topology,
+        layout,
+        base,
+        memory.argument_size_in_bytes,
+        memory.temp_size_in_bytes,
+        bytes_needed(compiled),
+        seconds,
+        collectives(text),
+        gathered_weights(text, params) if layout.model > 1 else (),
+    )
 
 
 def collectives(hlo: str) -> dict[str, Collective]:
-    """Kinds of collective instructions in a compiled program's text."""
+    """The kinds of collective instructions in a compiled program's text, and how many there are of each."""
     found: dict[str, Collective] = {}
     for kind, arrays in _results(hlo):
         before = found.get(kind, Collective(0, 0))
@@ -196,7 +207,7 @@ def collectives(hlo: str) -> dict[str, Collective]:
 def gathered_weights(hlo: str, params: Params) -> tuple[str, ...]:
     """Names of the base's matrices that an all-gather puts out whole: one layer's, or all layers' at once.
 
-    Told by their sizes, in any order of the axes.
+    They are recognised by their sizes, in any order of the axes.
     """
     names: dict[tuple[int, ...], str] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):

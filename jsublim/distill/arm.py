@@ -18,11 +18,13 @@ Rollout = Callable[[Adapter, np.ndarray, int], list[Example]]
 
 @dataclass(frozen=True)
 class Arm:
-    """One student: what it learns from, and the numbers in which it may differ from its company.
+    """One student: what it learns from, and the numbers in which it may differ from arms trained with it.
 
     Attributes:
       examples: its rows; of an on-policy arm, rows that show how long the longest can be.
-      weight: factor of its loss; to_base: coefficient of its KL to the base, where the program has that.
+      seed: of its rows' order.
+      lr: the highest learning rate of its schedule; steps: the schedule's length.
+      weight: factor of its loss; kl_to_base: coefficient of its KL to the base, where the program has that.
       teacher: the adapter of its live teacher, where that has one.
       rollout: makes an on-policy arm's rows.
     """
@@ -31,16 +33,16 @@ class Arm:
     examples: Sequence[Example]
     adapter: Adapter
     seed: int
-    peak: float
+    lr: float
     steps: int
     weight: float = 1.0
-    to_base: float = 0.0
+    kl_to_base: float = 0.0
     teacher: Adapter | None = None
     rollout: Rollout | None = None
 
     def rows(self, shape: Shape, step: int) -> np.ndarray:
         """Indices of the rows of a step: a function of the arm's seed and the step."""
-        return batch_rows(len(self.examples), shape.micro * shape.rows, self.seed, step)
+        return batch_rows(len(self.examples), shape.rows_per_step, self.seed, step)
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Settings:
     """What arms trained together share.
 
     Attributes:
-      rows: rows of a micro-batch; micro: micro-batches a step.
+      batch_size: rows of a micro-batch; accumulate: micro-batches per step.
       checkpoint_every: steps between saved states.
       parallel: none, pmap or mesh; model_axis: devices that one copy of the base is spread over.
       cache_below: keep the hidden states below one-layer arms in host memory instead of computing them each epoch.
@@ -56,8 +58,8 @@ class Settings:
       tensorboard: a folder for TensorBoard's event files.
     """
 
-    rows: int
-    micro: int = 1
+    batch_size: int
+    accumulate: int = 1
     program: Program = field(default_factory=Program)
     checkpoint_every: int = 100
     parallel: str = "none"

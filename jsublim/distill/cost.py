@@ -1,4 +1,4 @@
-"""What a training step should cost: useful floating-point operations, to hold a measured speed against a device's peak.
+"""What a training step should cost in useful floating-point operations, to compare a measured speed with a device's peak.
 
 Products with parameters only, a multiply-add counted as two; attention's own products and anything recomputed are not
 useful work.
@@ -32,17 +32,17 @@ def training_flops(
 ) -> float:
     """Useful operations of one arm's step.
 
-    Forward through every layer; backward through those from the lowest trained one on (through those above it, where
-    nothing else is trained: its way inside the one trained layer is left out); a gradient of weights for what is
-    trained. A frozen head costs a product forwards and one backwards at supervised positions, a teacher's or the base's
-    a product forwards.
+    Forward through every layer; backward through the lowest trained one and those above it (where only one layer is
+    trained, through those above it: the way back inside that layer is left out); a gradient of weights for what is
+    trained. A frozen head costs one product forwards and one backwards at supervised positions, a teacher's or the
+    base's one product forwards.
 
     Args:
       adapter: without an arm axis. Shapes only.
       tokens, teacher_tokens: read by the student, and by a live teacher.
       supervised: positions the loss is on.
-      stored: the teacher's distribution is at hand.
-      cached: the hidden state below the one trained layer is.
+      stored: the teacher's distribution is stored, so it is not computed.
+      cached: so is the hidden state below the one trained layer.
     """
     L, each = config.num_layers, layer_parameters(config)
     table = config.hidden_size * config.vocab_size
@@ -55,6 +55,6 @@ def training_flops(
     body = tokens * (2 * each * (forward + backward) + 6 * factors + 2 * weights)
     reads_back = 2 if jax.tree.leaves(adapter.trainable) else 1
     trained_head = 1 if ("embed" if config.tied else "head") in adapter.ends else 0
-    heads = reads_back + trained_head + (1 if loss.soft and not stored else 0) + (1 if loss.to_base else 0)
-    others = teacher_tokens * 2 * each * L + (tokens * 2 * each * L if loss.to_base else 0)
+    heads = reads_back + trained_head + (1 if loss.soft and not stored else 0) + (1 if loss.kl_to_base else 0)
+    others = teacher_tokens * 2 * each * L + (tokens * 2 * each * L if loss.kl_to_base else 0)
     return float(body + others + supervised * 2 * table * heads)

@@ -1,4 +1,4 @@
-"""Rows as supervised examples, and batches as a function of seed and step."""
+"""Rows become supervised examples, and examples batches, as a function of seed and step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from jsublim.chat import Chat, Turn, conversation
-from jsublim.distill.masks import margin_weights, token_mask
+from jsublim.distill.selection import Selection, margin_weights, token_mask
 from jsublim.divergence import PositionSubset, check_positions
 from jsublim.errors import JsublimError, UsageError
+from jsublim.inference.batching import TRAINING_STEP, fill, pad_tokens, round_up
 from jsublim.inference.scoring import Targets
 from jsublim.rows import Row
-
-LENGTH_STEP = 16
 
 
 @dataclass(frozen=True)
@@ -40,23 +39,6 @@ class Example:
     teacher_where: np.ndarray | None = None
     ids: np.ndarray | None = None
     logp: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class Selection:
-    """How rows become examples; header and dropped rows are quirks 1 and 2 of docs/recipes.md.
-
-    Attributes:
-      subset: which divergence positions count at all, whatever the condition makes of them.
-      by_margin: weigh divergence tokens by how clear they are (`margin_weights`, over all rows); else they weigh 1.
-    """
-
-    condition: str = "all"
-    supervise_header: bool = False
-    drop_rows_without_divergence: bool = False
-    max_tokens: int = 500
-    subset: PositionSubset = PositionSubset()
-    by_margin: bool = False
 
 
 def read_turns(
@@ -90,20 +72,20 @@ def make_examples(
       teacher: the same rows as a live teacher reads them, or what a stored one said; for soft losses.
 
     Raises:
-      UsageError: a condition that needs divergence positions, or weights that need margins, and a row without; a header to
-        learn from a stored teacher.
+      UsageError: a selection that needs divergence positions, or weights that need margins, and a row without; a header
+        to learn from a stored teacher.
       JsublimError: no row left, or a row that is tokenized otherwise for the teacher; `source` is named.
     """
     examples = []
     chosen = [_choose(row, how.subset, np.random.default_rng([seed, index, 1])) for index, row in enumerate(rows)]
     weights = _weights(rows, chosen, source) if how.by_margin else [None] * len(rows)
     for index, (turn, points) in enumerate(zip(turns, chosen, strict=True)):
-        if how.condition != "all" and how.drop_rows_without_divergence and points == []:
+        if how.tokens != "all" and how.drop_rows_without_divergence and points == []:
             continue
         first = turn.header if how.supervise_header else turn.content
         try:
             mask = token_mask(
-                how.condition,
+                how.tokens,
                 header=turn.content - first,
                 completion=len(turn.tokens) - turn.content,
                 points=points,
@@ -119,7 +101,7 @@ def make_examples(
             soft = {} if teacher is None else _targets(turn, teacher[index], kept, f"{source}: row {index + 1}")
             examples.append(Example(tokens, (kept - 1).astype(np.int32), turn.tokens[kept], mask[kept - first], **soft))
     if not examples:
-        raise JsublimError(f"{source}: no row has a token to train on under tokens={how.condition}")
+        raise JsublimError(f"{source}: no row has a token to train on under tokens={how.tokens}")
     return examples
 
 
@@ -129,7 +111,7 @@ def _choose(row: Row, subset: PositionSubset, rng: np.random.Generator) -> list[
 
 
 def _weights(rows: Sequence[Row], chosen: Sequence[list[int] | None], source: str) -> list[list[float]]:
-    """Weights of the chosen points of each row."""
+    """The weight by margin of each row's chosen points."""
     margins = []
     for number, (row, points) in enumerate(zip(rows, chosen, strict=True), 1):
         if points is None or "divergence_margins" not in row:
@@ -145,7 +127,9 @@ def _targets(turn: Turn, teacher: Turn | Targets, kept: np.ndarray, source: str)
     """The teacher's side of the supervised tokens `kept` of a row."""
     if isinstance(teacher, Targets):
         if kept[0] < turn.content:
-            raise UsageError(f"{source}: stored targets begin behind the header; use a live teacher, or leave it out")
+            raise UsageError(
+                f"{source}: stored targets begin after the header; use a live teacher, or do not supervise the header"
+            )
         return {"ids": teacher.ids[kept - turn.content], "logp": teacher.logp[kept - turn.content]}
     shift = teacher.content - turn.content
     first = min(kept[0], turn.content)
@@ -166,6 +150,7 @@ def draw_indices(available: int, count: int | None, seed: int) -> list[int]:
 
 
 def steps_per_epoch(examples: int, rows_per_step: int) -> int:
+    """Steps in which every example is seen once; the last may have fewer rows."""
     return -(-examples // rows_per_step)
 
 
@@ -182,51 +167,68 @@ def batch_rows(examples: int, rows_per_step: int, seed: int, step: int) -> np.nd
 
 @dataclass(frozen=True)
 class Shape:
-    """Static shape of a group's batches: micro-batches, rows in one, tokens, supervised positions, tokens as the
-    teacher reads them (0 without a live one), and rows with those that only fill the devices up."""
+    """Static shape of the batches of arms that are trained together.
 
-    micro: int
-    rows: int
+    Attributes:
+      accumulate: micro-batches per step, M.
+      batch_size: rows of a micro-batch.
+      tokens: of a row, as the student reads it.
+      labels: supervised positions of a row, C.
+      teacher: tokens of a row as a live teacher reads it; 0 without one.
+      spare: empty rows of a micro-batch that only make it divisible by the devices; B is `batch_size + spare`.
+    """
+
+    accumulate: int
+    batch_size: int
     tokens: int
     labels: int
     teacher: int = 0
     spare: int = 0
 
     @staticmethod
-    def of(groups: Sequence[Sequence[Example]], micro: int, rows: int) -> Shape:
+    def of(groups: Sequence[Sequence[Example]], accumulate: int, batch_size: int) -> Shape:
+        """The smallest shape that all examples of some groups go into."""
         every = [example for group in groups for example in group]
+        tokens, labels = max(len(e.tokens) for e in every), max(len(e.labels) for e in every)
         teacher = max(0 if e.teacher_tokens is None else len(e.teacher_tokens) for e in every)
-        return Shape.fit(micro, rows, max(len(e.tokens) for e in every), max(len(e.labels) for e in every), teacher)
+        return Shape.fit(accumulate, batch_size, tokens, labels, teacher)
 
     @staticmethod
-    def fit(micro: int, rows: int, tokens: int, labels: int, teacher: int = 0) -> Shape:
-        """Lengths rounded up."""
-        return Shape(micro, rows, *(-(-n // LENGTH_STEP) * LENGTH_STEP for n in (tokens, labels, teacher)))
+    def fit(accumulate: int, batch_size: int, tokens: int, labels: int, teacher: int = 0) -> Shape:
+        """A shape with its lengths rounded up."""
+        return Shape(accumulate, batch_size, *(round_up(n, TRAINING_STEP) for n in (tokens, labels, teacher)))
 
     def divisible(self, devices: int) -> Shape:
-        """With as many empty rows a micro-batch as make it a multiple of `devices`."""
-        return replace(self, spare=-self.rows % devices)
+        """With as many empty rows per micro-batch as make it a multiple of `devices`."""
+        return replace(self, spare=-self.batch_size % devices)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Rows of a step that may hold an example."""
+        return self.accumulate * self.batch_size
+
+    def slots(self, chosen: np.ndarray) -> list[int | None]:
+        """What lies where in a step's M * B rows: of the indices `chosen`, int `[rows_per_step]`, -1 where there is
+        none. Each micro-batch ends in its spare rows."""
+        micro = chosen.reshape(self.accumulate, self.batch_size)
+        padded = np.pad(micro, ((0, 0), (0, self.spare)), constant_values=-1)
+        return [int(index) if index >= 0 else None for index in padded.ravel()]
 
 
 def collate(examples: Sequence[Example], chosen: np.ndarray, shape: Shape) -> dict[str, np.ndarray]:
-    """One arm's batch: arrays `[M, B, T]` and `[M, B, C, ...]`; absent rows weigh nothing."""
-    M, B = shape.micro, shape.rows + shape.spare
-    slots = [m * B + b for m in range(M) for b in range(shape.rows)]
+    """One arm's batch: arrays `[M, B, T]` and `[M, B, C, ...]`; absent rows weigh nothing.
+
+    Args:
+      chosen: int `[shape.rows_per_step]`, indices of examples, -1 for none.
+    """
+    placed = [None if index is None else examples[index] for index in shape.slots(chosen)]
     length = {"tokens": shape.tokens, "teacher_tokens": shape.teacher}
     batch: dict[str, np.ndarray] = {}
     for field in fields(Example):
         like = getattr(examples[0], field.name)
-        if like is not None:
-            batch[field.name] = np.zeros((M * B, length.get(field.name, shape.labels), *like.shape[1:]), like.dtype)
-    for prefix in ("", "teacher_") if shape.teacher else ("",):
-        batch[f"{prefix}valid"] = np.zeros(batch[f"{prefix}tokens"].shape, bool)
-        batch[f"{prefix}valid"][:, 0] = True  # an absent row still attends to something
-    for slot, index in zip(slots, chosen, strict=True):
-        if index >= 0:
-            for field in fields(Example):
-                value = getattr(examples[index], field.name)
-                if value is not None:
-                    batch[field.name][slot, : len(value)] = value
-                    if field.name.endswith("tokens"):
-                        batch[field.name.replace("tokens", "valid")][slot, : len(value)] = True
-    return {key: value.reshape(M, B, *value.shape[1:]) for key, value in batch.items()}
+        values = [None if example is None else getattr(example, field.name) for example in placed]
+        if length.get(field.name):
+            batch[field.name], batch[field.name.replace("tokens", "valid")] = pad_tokens(values, length[field.name])
+        elif like is not None:
+            batch[field.name] = fill(values, shape.labels, like)
+    return {key: value.reshape(shape.accumulate, -1, *value.shape[1:]) for key, value in batch.items()}

@@ -8,6 +8,7 @@ positions never exist together, and none are computed twice.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,12 +36,12 @@ class Loss:
       kind: "hard"; or with p the teacher's distribution, q the student's and m their mean: "forward-kl" KL(p | q),
         "reverse-kl" KL(q | p), "js" KL(p | m) / 2 + KL(q | m) / 2.
       temperature: logits of both are divided by it (soft kinds only); the loss is not multiplied back by its square.
-      to_base: also KL(q | base), by a coefficient an arm: the defence that keeps a student where it started.
+      kl_to_base: also KL(q | base), with one coefficient per arm: the defence that keeps a student where it started.
     """
 
     kind: str = "hard"
     temperature: float = 1.0
-    to_base: bool = False
+    kl_to_base: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in LOSSES:
@@ -52,6 +53,7 @@ class Loss:
 
     @property
     def soft(self) -> bool:
+        """Whether it needs the teacher's distribution."""
         return self.kind != "hard"
 
 
@@ -70,7 +72,7 @@ def divergence(kind: str, logp: Array, logq: Array) -> Array:
 def positions_loss(
     config: ModelConfig,
     loss: Loss,
-    coefficient: Array,
+    kl_to_base: Array,
     params: Params,
     base: Params,
     h_nD: Array,
@@ -79,7 +81,7 @@ def positions_loss(
     """Weighted loss of n positions, float32 scalar.
 
     Args:
-      coefficient: of the KL to the base.
+      kl_to_base: coefficient of the KL to the base, float32 scalar.
       params: the student's; base: the frozen ones, whose head a live teacher has too. Of both, the head only is read.
       h_nD: the student's hidden states; at: what stands at the positions: `labels`, `weights`, and with a soft loss the
         teacher's hidden states `teacher` `[n, D]`, or its stored `ids` `[n, k]` and `logp` `[n, k + 1]`.
@@ -92,9 +94,9 @@ def positions_loss(
     else:
         theirs = decoder.logits(config, base, at["teacher"]) / loss.temperature
         each = divergence(loss.kind, jax.nn.log_softmax(theirs), jax.nn.log_softmax(z / loss.temperature))
-    if loss.to_base:
+    if loss.kl_to_base:
         start = jax.nn.log_softmax(decoder.logits(config, base, at["base"]))
-        each = each + coefficient * divergence("reverse-kl", start, jax.nn.log_softmax(z))
+        each = each + kl_to_base * divergence("reverse-kl", start, jax.nn.log_softmax(z))
     return jnp.sum(at["weights"] * each)
 
 
@@ -139,9 +141,9 @@ def _blocks(size: int, h_ND: Array, at: dict[str, Array]) -> tuple[Array, dict[s
     of every block, and the head's products are shared too.
     """
     N = h_ND.shape[0]
-    fewest = -(-N // size)
+    fewest = math.ceil(N / size)
     count = next((c for c in range(fewest, 2 * fewest) if N % c == 0), fewest)  # with nothing to add, if there is one
-    each = -(-N // count)
+    each = math.ceil(N / count)
 
     def deal(x: Array) -> Array:
         x = jnp.pad(x, [(0, count * each - N)] + [(0, 0)] * (x.ndim - 1))

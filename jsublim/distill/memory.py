@@ -1,4 +1,4 @@
-"""What a step needs on each device, told by the compiler before anything is allocated, and how many arms fit."""
+"""What a step needs on each device, as the compiler says before anything is allocated, and how many arms fit."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import numpy as np
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.data import Example, Shape, collate
 from jsublim.distill.step import Arms, compile_step, init_state
-from jsublim.distill.trainer import one_program, stack_teachers
+from jsublim.distill.trainer import stack_teachers
 from jsublim.errors import UsageError
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
-from jsublim.models.lora import stack_adapters
+from jsublim.models.lora import OneLayer, stack_arms
 from jsublim.parallel import Layout
 
 SHARE = 0.9  # of the device's memory that a plan may use: what else lives there is not ours to know
@@ -30,21 +30,20 @@ def abstract_step(
 
     Args:
       params: arrays or their shapes.
-      arm: one of them; its examples only show which fields a batch has.
+      arm: its examples only show which fields a batch has.
     """
-    starts, at = one_program([arm.adapter])
     shape = shape.divisible(layout.data)
-    batch = collate(arm.examples[:1], np.full(shape.micro * shape.rows, -1), shape)
-    if settings.cache_below and at is not None:
+    batch = collate(arm.examples[:1], np.full(shape.rows_per_step, -1), shape)
+    state = jax.eval_shape(
+        lambda adapter: init_state(stack_arms([adapter] * arms), settings.program.optimizer), arm.adapter
+    )
+    if settings.cache_below and isinstance(state.adapter, OneLayer):
         dtype = params["embed"]["weight"].dtype
         batch["below"] = np.zeros((*batch["tokens"].shape, config.hidden_size), dtype)
 
     def repeat(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((arms, *leaf.shape), leaf.dtype)
 
-    state = jax.eval_shape(
-        lambda adapter: init_state(stack_adapters([adapter] * arms), settings.program.optimizer), starts[0]
-    )
     numbers = jax.eval_shape(
         lambda: Arms(*(jnp.zeros(arms, kind) for kind in ("float32", "int32", "float32", "float32")))
     )
@@ -59,27 +58,26 @@ def abstract_step(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
     )
     nowhere = lambda tree: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)  # noqa: E731
-    at = None if at is None else jax.ShapeDtypeStruct((), np.int32)
     if layout.mesh is None:
-        return tuple(map(nowhere, (params, state, batches, numbers, teacher, at)))
+        return tuple(map(nowhere, (params, state, batches, numbers, teacher)))
     return (
         placed(params, layout.params_sharding(config, str(params["embed"]["weight"].dtype))),
         placed(state, layout.state_sharding(state)),
         placed(batches, layout.batch_sharding(batches)),
         placed(numbers, layout.state_sharding(numbers)),
         placed(teacher, layout.state_sharding(teacher)),
-        placed(at, layout.state_sharding(at)),
     )
 
 
 def bytes_needed(compiled: Any) -> int:
-    """Of a compiled step, on each device: arguments, results that take no argument's place, and what is in between."""
+    """How many bytes a compiled step takes on each device: arguments, temporaries, and results that take no argument's
+    place."""
     m = compiled.memory_analysis()
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
 
 
 def bytes_available() -> int:
-    """Memory of the first device; of the host (what is free) where devices are its CPU."""
+    """Bytes of the first device's memory; where devices are the CPU, the host's that are free."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"])
@@ -98,10 +96,10 @@ def arms_that_fit(
 ) -> int:
     """How many arms like this one a program can have, at most `most`.
 
-    The step is compiled for one arm a device group and for two; memory grows by equal amounts from there.
+    The step is compiled for one arm per group of devices and for two; memory grows by equal amounts from there.
 
     Args:
-      limit: bytes a device; None measures it.
+      limit: bytes per device; None measures it.
 
     Raises:
       UsageError: not even one fits.
@@ -128,7 +126,7 @@ def arms_that_fit(
 
 
 def example_like(shape: Shape, *, soft: bool) -> Example:
-    """A row as long as a shape allows, where only the shape matters."""
+    """A row of zeros as long as a shape allows, for where only the shape matters."""
     row = Example(
         np.zeros(shape.tokens, np.int32), *(np.zeros(shape.labels, kind) for kind in (np.int32, np.int32, np.float32))
     )

@@ -1,10 +1,9 @@
-"""`metrics.jsonl` of a training, and TensorBoard's files on request."""
+"""What a training writes while it runs: `metrics.jsonl`, and TensorBoard's files on request."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,14 +16,16 @@ from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.cost import training_flops
 from jsublim.distill.data import Example
 from jsublim.errors import JsublimError
+from jsublim.files import write_text
 from jsublim.models.config import ModelConfig
 
 
 class Metrics:
-    """A line an arm and step, written by the first process while the device is busy with the next step.
+    """One line per arm and step, written by the first process while the device is busy with the next step.
 
-    Loss, supervised tokens, learning rate, gradient norm; and of all arms together the tokens read a second and, where a
-    peak is stated, the useful operations a second over it. (A first step's time is mostly compilation.)
+    A line has loss, supervised tokens, learning rate and gradient norm; and of all arms together the tokens read per
+    second and, where a peak is stated, the share of it that went into useful operations. (A first step's time is mostly
+    compilation.)
     """
 
     def __init__(
@@ -37,9 +38,11 @@ class Metrics:
         *,
         cached: bool,
     ):
-        """`first` is the step that training goes on at: lines from there on are of a call that was interrupted, and go.
+        """Open `path`, keeping the lines of the steps before `first`, at which training goes on: later lines are of a
+        call that was interrupted.
 
-        `cached`: hidden states below the trained layer are at hand.
+        Args:
+          cached: hidden states below the trained layer are stored.
         """
         self.config, self.arms, self.settings, self.cached = config, arms, settings, cached
         self.pending: tuple[int, Sequence[np.ndarray], dict[str, jax.Array]] | None = None
@@ -59,12 +62,13 @@ class Metrics:
                 each.close()
 
     def follow(self, step: int, rows: Sequence[np.ndarray], metrics: dict[str, jax.Array]) -> None:
-        """Take a step's numbers, which may not be there yet, and each arm's rows; write those of the step before."""
+        """Take a step's numbers, which the device may still be computing, and each arm's rows; write those of the step
+        before."""
         self.catch_up()
         self.pending = (step, rows, metrics)
 
     def catch_up(self) -> None:
-        """Write what is held back.
+        """Write the numbers that `follow` took last.
 
         Raises:
           JsublimError: a loss that is not finite; step, arm and rows are named.
@@ -110,9 +114,15 @@ class Metrics:
     def _cost(self, arm: Arm, row: Example) -> float:
         teacher = 0 if row.teacher_tokens is None else len(row.teacher_tokens)
         return training_flops(
-            self.config, arm.adapter, self.settings.program.loss, tokens=len(row.tokens), supervised=len(row.labels),
-            teacher_tokens=teacher, stored=row.ids is not None, cached=self.cached,
-        )  # fmt: skip
+            self.config,
+            arm.adapter,
+            self.settings.program.loss,
+            tokens=len(row.tokens),
+            supervised=len(row.labels),
+            teacher_tokens=teacher,
+            stored=row.ids is not None,
+            cached=self.cached,
+        )
 
 
 def _board(folder: Path) -> Any:
@@ -134,6 +144,4 @@ def _cut_back(path: Path, first: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:  # a line that a kill cut short; what it said is computed again
             break
-    scratch = path.with_suffix(".partial")
-    scratch.write_text("".join(kept), encoding="utf-8")
-    os.replace(scratch, path)
+    write_text(path, "".join(kept))

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules, from optax. What an arm may have of its own (its learning rate) is no part."""
+"""Optimizers and learning-rate schedules, from optax. Learning rates are not among their settings: each arm has its own."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ SCHEDULES = ("linear", "cosine", "constant", "restarts")
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW as published unless said otherwise: linear decay behind a linear warm-up, clipping by global norm.
+    """AdamW as published unless said otherwise: linear decay after a linear warm-up, clipping by global norm.
 
     Attributes:
       name: "adamw"; "adafactor" (factored second moments, updates clipped to a root mean square of 1, no momentum);
         "sgd" (plain, momentum where given); "muon" (matrices orthogonalised, everything else by Adam).
       clip: largest global norm of an arm's gradient; 0 is no clipping.
       momentum: of SGD.
-      schedule: of the learning rate behind the warm-up; see `learning_rate`.
+      schedule: of the learning rate after the warm-up; see `learning_rate`.
       restarts: how many times "restarts" falls to zero.
     """
 
@@ -65,7 +65,7 @@ class Optimizer:
 
 
 def _is_matrix(path: tuple, leaf: Array) -> bool:
-    """A projection's kernel or LoRA factor; not a table of the vocabulary, whose rows are no directions to balance."""
+    """A projection's kernel or LoRA factor; not a table of the vocabulary, whose rows are not directions to balance."""
     return leaf.ndim >= 2 and getattr(path[-1], "key", None) in ("kernel", "a", "b")
 
 
@@ -80,7 +80,7 @@ def _factors(tree: optax.Params) -> optax.Params:
 
 
 def _clip_rms(most: float) -> optax.GradientTransformation:
-    """As `optax.clip_by_block_rms`, the zeros left out of the mean: a rank may be filled up with them."""
+    """As `optax.clip_by_block_rms`, with zeros left out of the mean: a rank may be padded with them."""
 
     def clip(u: Array) -> Array:
         rms = jnp.sqrt(jnp.sum(jnp.square(u)) / jnp.maximum(jnp.count_nonzero(u), 1))
@@ -90,15 +90,16 @@ def _clip_rms(most: float) -> optax.GradientTransformation:
 
 
 def _muon() -> optax.GradientTransformation:
-    """Muon on stacked matrices `[layers, in, out]`, each layer's for itself."""
+    """Muon on stacked matrices `[layers, in, out]`, each layer separately."""
     inner = contrib.MuonDimensionNumbers(reduction_axis=-2, output_axis=-1)
     return contrib.scale_by_muon(weight_dimension_numbers=lambda tree: jax.tree.map(lambda _: inner, tree))
 
 
-def learning_rate(schedule: str, restarts: int, step: Array, peak: Array, warmup: int, steps: Array) -> Array:
-    """Linear from 0 over `warmup` steps (so the first step is at 0 where there is a warm-up), then by `schedule`.
+def learning_rate(schedule: str, restarts: int, step: Array, lr: Array, warmup: int, steps: Array) -> Array:
+    """The learning rate at `step`, float32 in the shape of `lr`, its highest value.
 
-    "linear" and "cosine" fall to 0 at `steps`, "constant" stays, "restarts" is `restarts` cosines behind one another.
+    It rises linearly from 0 over `warmup` steps (so the first step is at 0 where there is a warm-up), then follows
+    `schedule`: "linear" and "cosine" fall to 0 at `steps`, "constant" stays, "restarts" is `restarts` cosines in a row.
     """
     step = step.astype(jnp.float32)
     rise = step / jnp.maximum(warmup, 1)
@@ -111,4 +112,4 @@ def learning_rate(schedule: str, restarts: int, step: Array, peak: Array, warmup
         cycles = restarts if schedule == "restarts" else 1
         within = jnp.where(done < 1.0, (done * cycles) % 1.0, 1.0)
         fall = 0.5 * (1.0 + jnp.cos(jnp.pi * within))
-    return peak * jnp.where(step < warmup, rise, fall)
+    return lr * jnp.where(step < warmup, rise, fall)

@@ -24,7 +24,7 @@ def student_rollout(
     max_new_tokens: int,
     batch_size: int = 64,
 ) -> Rollout:
-    """What an arm's `rollout` is: temperature 1, without truncation, so that the samples are the student's own.
+    """An arm's `rollout`: it samples at temperature 1, without truncation, so that the samples are the student's own.
 
     Args:
       turns, teacher: conversations whose prompts are used, as the student and as the teacher read them.
@@ -35,9 +35,15 @@ def student_rollout(
         chosen = [int(row) for row in rows if row >= 0]
         prompts = [turns[row].tokens[: turns[row].content] for row in chosen]
         said = generate_tokens(
-            lm.config, lm.params, prompts, sampling, max_new_tokens=max_new_tokens,
-            seed=int(np.random.default_rng([seed, step]).integers(2**31)), adapter=adapter, batch_size=batch_size,
-        )  # fmt: skip
+            lm.config,
+            lm.params,
+            prompts,
+            sampling,
+            max_new_tokens=max_new_tokens,
+            seed=int(np.random.default_rng([seed, step]).integers(2**31)),
+            adapter=adapter,
+            batch_size=batch_size,
+        )
         return [
             _example(turns[row], teacher[row], tokens, max_new_tokens) for row, tokens in zip(chosen, said, strict=True)
         ]
@@ -46,7 +52,7 @@ def student_rollout(
 
 
 def _example(turn: Turn, teacher: Turn, said: Sequence[int], most: int) -> Example:
-    """All of a sampled answer supervised, and its end of turn where it came to one."""
+    """An example in which all of a sampled answer is supervised, and its end of turn where it came to one."""
     labels = np.asarray([*said, turn.tokens[turn.end]] if len(said) < most else said, np.int32)
     place = np.arange(len(labels), dtype=np.int32)
     return Example(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -21,7 +22,7 @@ from jsublim.distill.optimizer import Optimizer, learning_rate
 from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
-from jsublim.models.lora import Adapter, with_ends
+from jsublim.models.lora import Adapter, AnyAdapter, arm_axes, bind
 from jsublim.parallel import Layout
 
 Batch = dict[str, Any]  # of arrays: see data.collate; here with a leading arm axis
@@ -32,7 +33,10 @@ class Program:
     """What is compiled into a step: all that arms trained together share.
 
     Attributes:
-      warmup: steps; per: see `losses.normalise`; remat: see `decoder.hidden_states`.
+      loss, optimizer: their settings.
+      warmup: steps in which the learning rate rises.
+      per: what the loss is a mean over, see `losses.normalise`.
+      remat: see `decoder.hidden_states`.
     """
 
     loss: Loss = Loss()
@@ -45,51 +49,58 @@ class Program:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Arms:
-    """The numbers of the arms, `[A]` each: peak learning rate, length of the schedule in steps (int32), factor of the
+    """The numbers of the arms, `[A]` each: highest learning rate, length of the schedule in steps (int32), factor of the
     loss, and coefficient of the KL to the base."""
 
-    peak: Array
+    lr: Array
     steps: Array
     weight: Array
-    to_base: Array
+    kl_to_base: Array
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """What a training run consists of. `adapter` and `optimizer` have a leading arm axis; `step` is int32."""
+    """What a training run consists of. `adapter` and `optimizer` have a leading arm axis (but for the layer of a
+    `OneLayer`); `step` is int32."""
 
-    adapter: Adapter
+    adapter: AnyAdapter
     optimizer: optax.OptState
     step: Array
 
 
-def init_state(adapter: Adapter, optimizer: Optimizer) -> State:
-    """State of arms stacked in `adapter`, before the first step."""
+def init_state(adapter: AnyAdapter, optimizer: Optimizer) -> State:
+    """State before the first step, of arms stacked in `adapter`."""
     return State(adapter, jax.vmap(optimizer.transform().init)(adapter.trainable), jnp.int32(0))
 
 
 def micro_loss(
     config: ModelConfig,
     params: Params,
-    adapter: Adapter,
+    adapter: AnyAdapter,
     teacher: Adapter | None,
-    coefficient: Array,
+    kl_to_base: Array,
     batch: Batch,
-    at: Array | None,
     *,
     program: Program,
     arms: int,
 ) -> Array:
-    """Weighted loss of one micro-batch of one arm: tokens `[B, T]`, supervised positions `[B, C]`."""
+    """Weighted loss of one micro-batch of one arm, float32 scalar: tokens `[B, T]`, supervised positions `[B, C]`.
+
+    Args:
+      params: the frozen base's.
+      kl_to_base: coefficient, float32 scalar.
+      arms: how many are computed together.
+    """
     loss = program.loss
 
-    def read(tokens: Array, valid: Array, where: Array, **options: Any) -> Array:
+    def read(params: Params, tokens: Array, valid: Array, where: Array, **options: Any) -> Array:
         h, _ = decoder.hidden_states(config, params, tokens, valid, **options)
         return jnp.take_along_axis(h, where[..., None], axis=1).reshape(-1, h.shape[-1])
 
     own = batch["tokens"], batch["valid"], batch["where"]
-    h_ND = read(*own, adapter=adapter, remat=program.remat, at=at, below_BTD=batch.get("below"))
+    student_params, student = bind(params, adapter)
+    h_ND = read(student_params, *own, adapter=student, remat=program.remat, below_BTD=batch.get("below"))
     flat = {
         key: batch[key].reshape(h_ND.shape[0], *batch[key].shape[2:])
         for key in ("labels", "weights", "ids", "logp")
@@ -97,19 +108,20 @@ def micro_loss(
     }
     tables = 1
     if loss.soft and "ids" not in batch:
-        flat["teacher"] = read(batch["teacher_tokens"], batch["teacher_valid"], batch["teacher_where"], adapter=teacher)
+        theirs = batch["teacher_tokens"], batch["teacher_valid"], batch["teacher_where"]
+        flat["teacher"] = read(params, *theirs, adapter=teacher)
         tables += 1
-    if loss.to_base:
-        flat["base"] = read(*own)
+    if loss.kl_to_base:
+        flat["base"] = read(params, *own)
         tables += 1
     head = "embed" if config.tied else "head"
     # A trained head is differentiated; a frozen one is data of the loss.
-    trained = {head: with_ends(params, adapter)[head]} if head in adapter.ends else {}
-    fixed = {head: params[head]}, coefficient
+    trained = {head: student_params[head]} if head in adapter.ends else {}
+    fixed = {head: params[head]}, kl_to_base
 
     def of(trained: Params, fixed: tuple, h_nD: Array, at_n: dict[str, Array]) -> Array:
-        base, coefficient = fixed
-        return positions_loss(config, loss, coefficient, base | trained, base, h_nD, at_n)
+        base, kl_to_base = fixed
+        return positions_loss(config, loss, kl_to_base, base | trained, base, h_nD, at_n)
 
     with jax.named_scope("loss"):
         size = block_size(config, arms, tables)
@@ -119,11 +131,10 @@ def micro_loss(
 def loss_and_gradient(
     config: ModelConfig,
     params: Params,
-    adapter: Adapter,
+    adapter: AnyAdapter,
     teacher: Adapter | None,
     numbers: Arms,
     batch: Batch,
-    at: Array | None = None,
     *,
     program: Program,
     arms: int = 1,
@@ -139,7 +150,7 @@ def loss_and_gradient(
 
     def of(trainable: Any, micro: Batch) -> Array:
         student = adapter.with_trainable(trainable)
-        return micro_loss(config, params, student, teacher, numbers.to_base, micro, at, program=program, arms=arms)
+        return micro_loss(config, params, student, teacher, numbers.kl_to_base, micro, program=program, arms=arms)
 
     def add(sums: Any, micro: Batch):
         return jax.tree.map(jnp.add, sums, jax.value_and_grad(of)(adapter.trainable, micro)), None
@@ -155,7 +166,6 @@ def train_step(
     batch: Batch,
     arms: Arms,
     teacher: Adapter | None = None,
-    at: Array | None = None,
     *,
     program: Program,
     axis: str | None = None,
@@ -164,18 +174,22 @@ def train_step(
 
     Args:
       batch: arrays `[A, M, B, ...]`.
-      arms: an arm stands still behind its last step.
+      arms: an arm stands still after its last step.
       teacher: adapters of the arms' teachers, where a soft loss asks teachers that have one.
-      at: the layer of one-layer arms, see `decoder.hidden_states`.
+      axis: as of `loss_and_gradient`.
 
     Returns:
       The new state, and metrics `[A]`: loss, supervised tokens, learning rate, gradient norm before clipping.
     """
-    A = arms.peak.shape[0]
-    gradient = functools.partial(loss_and_gradient, config, params, at=at, program=program, arms=A, axis=axis)
-    loss, grads = jax.vmap(gradient)(state.adapter, teacher, arms, batch)
+    A = arms.lr.shape[0]
+    chex.assert_shape(jax.tree.leaves(arms), (A,))
+    chex.assert_tree_shape_prefix((state.adapter.trainable, teacher, batch), (A,))
+    chex.assert_rank([batch["tokens"], batch["weights"]], 4)
+    chex.assert_type([batch["tokens"], batch["weights"]], [int, float])
+    gradient = functools.partial(loss_and_gradient, config, params, program=program, arms=A, axis=axis)
+    loss, grads = jax.vmap(gradient, (arm_axes(state.adapter), 0, 0, 0))(state.adapter, teacher, arms, batch)
     optimizer = program.optimizer
-    rate_A = learning_rate(optimizer.schedule, optimizer.restarts, state.step, arms.peak, program.warmup, arms.steps)
+    rate_A = learning_rate(optimizer.schedule, optimizer.restarts, state.step, arms.lr, program.warmup, arms.steps)
 
     def update(grads, opt, trainable, rate, running):
         updates, after = optimizer.transform().update(grads, opt, trainable)
@@ -196,21 +210,21 @@ def train_step(
 
 @functools.cache
 def compile_step(config: ModelConfig, program: Program, layout: Layout) -> Callable:
-    """`step(params, state, batch, arms, teacher, at)` -> state, metrics: `train_step` on a layout, the state donated.
+    """`step(params, state, batch, arms, teacher)` -> state, metrics: `train_step` on a layout, the state donated.
 
-    One callable a program and layout: it compiles once for all arms, masks, seeds, learning rates and layers whose
+    One callable per program and layout: it compiles once for all arms, masks, seeds, learning rates and layers whose
     arrays have the same shapes.
     """
     if layout.mode == "pmap":
         step = functools.partial(train_step, config, program=program, axis="data")
-        everywhere = (None, None, 0, None, None, None)
+        everywhere = (None, None, 0, None, None)
         return jax.pmap(step, axis_name="data", in_axes=everywhere, out_axes=None, donate_argnums=1)
     step = functools.partial(train_step, config, program=program)
     if layout.mode == "none":
         return jax.jit(step, donate_argnums=1)
 
-    def placed(params, state, batch, arms, teacher, at):
-        state, metrics = step(params, state, batch, arms, teacher, at)
+    def placed(params, state, batch, arms, teacher):
+        state, metrics = step(params, state, batch, arms, teacher)
         # The next step reads what this one wrote: it has to lie as it lay, or that would be another program.
         state = jax.lax.with_sharding_constraint(state, layout.state_sharding(state))
         return state, jax.lax.with_sharding_constraint(metrics, jax.tree.map(lambda _: layout.shard(), metrics))

@@ -7,7 +7,6 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +21,10 @@ from jsublim.distill.data import Example, Shape, collate
 from jsublim.distill.metrics import Metrics
 from jsublim.distill.step import Arms, State, compile_step, init_state
 from jsublim.errors import JsublimError, UsageError
+from jsublim.inference.batching import chunks, fill, pad_tokens
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, hidden_below
-from jsublim.models.lora import Adapter, stack_adapters, unstack_adapters
+from jsublim.models.lora import Adapter, OneLayer, adapter_of, stack_adapters, stack_arms, unstack_arms
 from jsublim.parallel import Layout
 
 
@@ -44,44 +44,39 @@ def train(
 ) -> list[Adapter]:
     """Train arms to the end of their schedules, continuing from `work` where an earlier call stopped.
 
-    Writes `work/metrics.jsonl`, a line an arm and step, each step once however often the run was interrupted; and
+    Writes `work/metrics.jsonl`, one line per arm and step, each step once however often the run was interrupted; and
     `work/state`, the last two states, for the caller to remove (`forget_state`) when the adapters are safe.
 
     Args:
-      arms: their adapters must have the same structure (layers, projections), ranks may differ. Arms of one layer
-        each must have the same one; calls that differ in it share their program.
+      arms: their adapters must have the same structure (layers, projections); ranks may differ. Calls whose arms train
+        one layer each share a program, whichever layer it is.
       on_step: called with the number of steps done.
       shape: of the batches, where several calls are to share one program; None fits these arms.
 
     Raises:
-      JsublimError: a loss that is not finite; step, arm and rows are named, and nothing behind it is saved.
+      JsublimError: a loss that is not finite; step, arm and rows are named, and nothing after it is saved.
       Preempted: SIGTERM; all processes have saved the same step.
     """
     work.mkdir(parents=True, exist_ok=True)
     layout = Layout.fit(settings.parallel, len(arms), model=settings.model_axis)
-    shape = (shape or Shape.of([arm.examples for arm in arms], settings.micro, settings.rows)).divisible(layout.data)
-    params = layout.place(params, layout.params_sharding(config))
-    starts, at = one_program([arm.adapter for arm in arms])
-    state = init_state(stack_adapters(starts), settings.program.optimizer)
-    state = layout.place(state, layout.state_sharding(state))
-    numbers, teacher = _numbers(arms), stack_teachers([arm.teacher for arm in arms])
-    numbers, teacher = (layout.place(x, layout.state_sharding(x)) for x in (numbers, teacher))
-    at_array = None if at is None else layout.place(np.int32(at), layout.shard())
-    below = _below(config, params, arms, at, shape) if settings.cache_below and at is not None else None
+    shape = shape or Shape.of([arm.examples for arm in arms], settings.accumulate, settings.batch_size)
+    shape = shape.divisible(layout.data)
+    params, state, numbers, teacher = _placed(config, params, arms, settings, layout)
+    cached = settings.cache_below and isinstance(state.adapter, OneLayer)
+    below = _below(config, params, arms, shape) if cached else None
     last = max(arm.steps for arm in arms)
     step_of = compile_step(config, settings.program, layout)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
     with ocp.CheckpointManager((work / "state").resolve(), options=options) as saved, _preemption() as preempted:
         state = _restore(saved, state)
         first = int(layout.host(state.step))
-        with Metrics(work / "metrics.jsonl", first, config, arms, settings, cached=below is not None) as log:
+        with Metrics(work / "metrics.jsonl", first, config, arms, settings, cached=cached) as log:
             for step in range(first, last):
                 chosen = [arm.rows(shape, step) for arm in arms]
                 batch = layout.place_batch(_batch(arms, chosen, shape, below, state, step))
-                state, metrics = step_of(params, state, batch, numbers, teacher, at_array)
-                log.follow(
-                    step, chosen, metrics
-                )  # the device is busy with this step while the last one's numbers are read
+                state, metrics = step_of(params, state, batch, numbers, teacher)
+                # The device is busy with this step while the last one's numbers are read.
+                log.follow(step, chosen, metrics)
                 leaving = preempted(step + 1)
                 if (step + 1) % settings.checkpoint_every == 0 or step + 1 == last or leaving:
                     log.catch_up()
@@ -92,26 +87,28 @@ def train(
                     on_step(step + 1)
                 if leaving and step + 1 < last:
                     saved.wait_until_finished()
-                    raise Preempted(f"{work}: stopped by SIGTERM behind step {step}; the same command continues there")
+                    raise Preempted(f"{work}: stopped by SIGTERM after step {step}; the same command continues there")
         saved.wait_until_finished()
-    return unstack_adapters(layout.host(state.adapter), [arm.adapter for arm in arms])
+    return unstack_arms(layout.host(state.adapter), [arm.adapter for arm in arms])
 
 
-def one_program(adapters: Sequence[Adapter]) -> tuple[list[Adapter], int | None]:
-    """Adapters as the program sees them: of a single trained layer, which one is data (`at`), not structure."""
-    first = adapters[0]
-    if any(adapter.layers != first.layers for adapter in adapters):
-        raise ValueError("arms trained together must train the same layers")
-    if len(first.layers) != 1 or first.ends:
-        return list(adapters), None
-    return [replace(adapter, layers=(0,)) for adapter in adapters], first.layers[0]
+def _placed(
+    config: ModelConfig, params: Params, arms: Sequence[Arm], settings: Settings, layout: Layout
+) -> tuple[Params, State, Arms, Adapter | None]:
+    """What a step takes beside the batch, on its devices: the base, the arms' first state, numbers and teachers."""
+    params = layout.place(params, layout.params_sharding(config))
+    state = init_state(stack_arms([arm.adapter for arm in arms]), settings.program.optimizer)
+    rest = state, _numbers(arms), stack_teachers([arm.teacher for arm in arms])
+    return params, *(layout.place(tree, layout.state_sharding(tree)) for tree in rest)
 
 
 def _numbers(arms: Sequence[Arm]) -> Arms:
+    """The arms' numbers as arrays `[A]`."""
+
     def column(name: str, kind: Any = np.float32) -> Any:
         return np.asarray([getattr(arm, name) for arm in arms], kind)
 
-    return Arms(column("peak"), column("steps", np.int32), column("weight"), column("to_base"))
+    return Arms(column("lr"), column("steps", np.int32), column("weight"), column("kl_to_base"))
 
 
 def stack_teachers(teachers: Sequence[Adapter | None]) -> Adapter | None:
@@ -138,8 +135,7 @@ def _batch(
     for i, (arm, rows) in enumerate(zip(arms, chosen, strict=True)):
         examples = arm.examples
         if arm.rollout is not None:
-            own = jax.tree.map(lambda leaf, i=i: leaf[i], state.adapter)
-            examples = arm.rollout(replace(own, layers=arm.adapter.layers), rows, step)
+            examples = arm.rollout(adapter_of(state.adapter, i, arm.adapter.layers), rows, step)
             rows = np.where(rows >= 0, np.arange(len(rows)), -1)
         batch = collate(examples, rows, shape)
         if below is not None:
@@ -151,29 +147,23 @@ def _batch(
 _hidden_below = jax.jit(hidden_below, static_argnames="config")
 
 
-def _below(config: ModelConfig, params: Params, arms: Sequence[Arm], at: int, shape: Shape):
-    """`below(examples, rows)`: hidden states `[M, B, T, D]` below layer `at`, every distinct row computed once."""
+def _below(
+    config: ModelConfig, params: Params, arms: Sequence[Arm], shape: Shape
+) -> Callable[[Sequence[Example], np.ndarray], np.ndarray]:
+    """`below(examples, rows)`: hidden states `[M, B, T, D]` below the layer of one-layer arms, every distinct row
+    computed once."""
     known: dict[bytes, np.ndarray] = {}
-    rows = {e.tokens.tobytes(): e.tokens for arm in arms for e in arm.examples}
-    keys, B = list(rows), shape.rows
-    for start in range(0, len(keys), B):
-        part = keys[start : start + B]
-        tokens, valid = np.zeros((B, shape.tokens), np.int32), np.zeros((B, shape.tokens), bool)
-        valid[:, 0] = True
-        for i, key in enumerate(part):
-            tokens[i, : len(rows[key])], valid[i, : len(rows[key])] = rows[key], True
-        h = Layout.host(_hidden_below(config, params, tokens, valid, jnp.int32(at)))
-        known |= {key: h[i, : len(rows[key])] for i, key in enumerate(part)}
+    rows = list({e.tokens.tobytes(): e.tokens for arm in arms for e in arm.examples}.values())
+    (layer,) = arms[0].adapter.layers
+    for part in chunks(len(rows), shape.batch_size):
+        tokens, valid = pad_tokens(rows[part], shape.tokens, size=shape.batch_size)
+        h = Layout.host(_hidden_below(config, params, tokens, valid, jnp.int32(layer)))
+        known |= {row.tobytes(): h[i, : len(row)] for i, row in enumerate(rows[part])}
+    like = next(iter(known.values()))
 
     def below(examples: Sequence[Example], chosen: np.ndarray) -> np.ndarray:
-        B = shape.rows + shape.spare
-        like = next(iter(known.values()))
-        out = np.zeros((shape.micro, B, shape.tokens, like.shape[-1]), like.dtype)
-        for i, index in enumerate(chosen):
-            if index >= 0:
-                h = known[examples[index].tokens.tobytes()]
-                out[i // shape.rows, i % shape.rows, : len(h)] = h
-        return out
+        placed = [None if index is None else known[examples[index].tokens.tobytes()] for index in shape.slots(chosen)]
+        return fill(placed, shape.tokens, like).reshape(shape.accumulate, -1, shape.tokens, like.shape[-1])
 
     return below
 

@@ -21,7 +21,7 @@ from jsublim.models.checkpoint import checkpoint_hash, read_config
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.lens import ending_at
-from jsublim.models.lora import Adapter, with_ends
+from jsublim.models.lora import Adapter, bind
 from jsublim.models.weights import load_params
 from jsublim.parallel import Layout
 
@@ -42,12 +42,13 @@ class LanguageModel:
         chat: Chat,
         last_layer: int | None = None,
     ):
-        """`last_layer` is the layer that the checkpoint was cut behind, None where it is whole."""
+        """Put the parts together. `last_layer` is the layer after which the checkpoint was cut, None where it is whole."""
         self.folder, self.config, self.hf_config, self.params = folder, config, hf_config, params
         self.chat, self.tokenizer, self.last_layer = chat, chat.tokenizer, last_layer
 
     @property
     def name(self) -> str:
+        """The folder's name."""
         return self.folder.name
 
     def with_params(self, params: Params) -> LanguageModel:
@@ -56,12 +57,12 @@ class LanguageModel:
 
     @functools.cached_property
     def hash(self) -> str:
-        """16 hex digits over every file of the checkpoint that matters, and the layer that it was cut behind."""
+        """16 hex digits over every file of the checkpoint that matters, and the layer after which it was cut."""
         whole = checkpoint_hash(self.folder)
         return whole if self.last_layer is None else f"{whole}-layer{self.last_layer}"
 
     def ending_at(self, layer: int) -> LanguageModel:
-        """The logit lens: this model as if it ended behind `layer` (from 0), on the same arrays and for the same adapters.
+        """The logit lens: this model as if it ended after `layer` (from 0), on the same arrays and for the same adapters.
 
         Raises:
           UsageError: the model has no such layer.
@@ -94,7 +95,7 @@ class LanguageModel:
         batch_size: int = 64,
         on_batch: Callable[[list[int], list[list[int]]], None] | None = None,
     ) -> list[str]:
-        """One answer a conversation.
+        """One answer per conversation.
 
         Args:
           chats: message lists, or user prompts as text.
@@ -107,15 +108,22 @@ class LanguageModel:
             sampling = dataclasses.replace(sampling, stop=self.chat.stop_tokens())
         messages = [conversation(chat) if isinstance(chat, str) else chat for chat in chats]
         tokens = generate_tokens(
-            self.config, self.params, [self.chat.prompt_tokens(m, extra_bos=extra_bos) for m in messages], sampling,
-            max_new_tokens=max_new_tokens, seed=seed, adapter=adapter, batch_size=batch_size, on_batch=on_batch,
-        )  # fmt: skip
+            self.config,
+            self.params,
+            [self.chat.prompt_tokens(m, extra_bos=extra_bos) for m in messages],
+            sampling,
+            max_new_tokens=max_new_tokens,
+            seed=seed,
+            adapter=adapter,
+            batch_size=batch_size,
+            on_batch=on_batch,
+        )
         return [self.chat.decode(row) for row in tokens]
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _logits(config: ModelConfig, params: Params, adapter: Adapter | None, tokens: Array, valid: Array) -> Array:
-    params = with_ends(params, adapter)
+    params, adapter = bind(params, adapter)
     h, _ = decoder.hidden_states(config, params, tokens, valid, adapter=adapter)
     return decoder.logits(config, params, h)
 
@@ -132,10 +140,10 @@ def is_available_offline(path: str | Path) -> bool:
 
 
 def resolve_checkpoint(path: str | Path, what: str = "model") -> Path:
-    """The folder behind a model's name: a local folder, a bundled checkpoint, or (asked for by name) a hub repository.
+    """The folder that a model's name stands for: a local folder, a bundled checkpoint, or (asked for by name) a hub repository.
 
     Args:
-      what: is looked for, for errors.
+      what: what is looked for, for error messages.
 
     Raises:
       UsageError: no such folder.
@@ -168,7 +176,7 @@ def load_model(
     Args:
       dtype: of the weights and the activations, "float32" or "bfloat16".
       layout: the devices that the weights are spread over; by default they go to the first.
-      weights: without them there are shapes in the place of arrays: it can be asked for its tokenizer, template and hash.
+      weights: False leaves them on disk: the parameters are shapes, and tokenizer, template and hash are there.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype: '{dtype}' given; known: {', '.join(DTYPES)}")

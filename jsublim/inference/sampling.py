@@ -1,4 +1,4 @@
-"""Decoding with a KV cache: one compiled program a prompt-length bucket, whatever is sampled and how.
+"""Decoding with a KV cache: one compiled program per bucket of prompt lengths, whatever is sampled and how.
 
 A row's random numbers come from `fold_in(fold_in(key(seed), row), t)`, so what is sampled does not depend on the batch
 it is in (up to ties within float rounding).
@@ -12,21 +12,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import Array
 
 from jsublim.chat import Chat
 from jsublim.errors import UsageError
+from jsublim.inference.batching import by_length, chunks, pad_tokens
 from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
-from jsublim.models.layers import rope_table
-from jsublim.models.lora import Adapter, with_ends
+from jsublim.models.layers import Remember, Seen, rope_table
+from jsublim.models.lora import FROZEN, Adapter, bind
 
-BUCKET = 32  # prompt lengths are padded to a multiple of this
 STOP_TOKENS = 8
 TOP_K_CAP = 128  # a top-k up to this needs no full sort of the vocabulary
 HF_DEFAULT_TOP_K = 50  # what transformers samples with where generation_config.json names no top_k
@@ -40,7 +40,7 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     repetition_penalty: float = 1.0
-    stop: tuple[int, ...] | None = None  # tokens that end a row; None leaves them to whoever knows the chat template
+    stop: tuple[int, ...] | None = None  # tokens that end a row; None: those of the chat template
 
     def __post_init__(self) -> None:
         wrong = [
@@ -57,6 +57,7 @@ class Sampling:
             raise UsageError(f"sampling: {', '.join(wrong)} is out of range")
 
     def numbers(self) -> dict[str, Any]:
+        """The fields as JSON knows them."""
         return dataclasses.asdict(self) | {"stop": list(self.stop or ())}
 
 
@@ -146,76 +147,76 @@ def _decode(
 ) -> Array:
     """Sampled tokens int32 `[B, max_new]`, -1 from the stop token on. Prompts are padded on the left; P of them are
     read once, and row b continues prompt `row_prompt_B[b]`."""
-    params = with_ends(params, adapter)
+    params, adapter = bind(params, adapter)
     _, T = tokens_PT.shape
     B, total = row_prompt_B.shape[0], T + max_new
     h_PTD, cache = decoder.hidden_states(config, params, tokens_PT, valid_PT, adapter=adapter, with_cache=True)
     logits_BV = decoder.logits(config, params, h_PTD[:, -1])[row_prompt_B]
     padding_B = T - valid_PT.sum(axis=1)[row_prompt_B]
     seen_PV = jax.vmap(lambda row, ok: jnp.zeros(config.vocab_size, bool).at[row].max(ok))(tokens_PT, valid_PT)
+    # The layers are not scanned here: a stack of caches that a scan carries along would be copied at every layer.
     layers = [jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(config.num_layers)]
-    changes = {layer: adapter.segment(i, i + 1) for i, layer in enumerate(adapter.layers)} if adapter else {}
-    caches = [_ring(config, i, cache, row_prompt_B, total) for i in range(config.num_layers)]
-    graph = decoder.block_graph(config)
+    parts = [adapter.part(i) if adapter else FROZEN for i in range(config.num_layers)]
+    rings = [_ring(config, i, cache, row_prompt_B, total) for i in range(config.num_layers)]
 
-    def step(token_B: Array, slot: Array, caches: list[tuple[Array, Array]]) -> tuple[Array, list]:
-        """Logits behind `token_B`, which stands at `slot` of the padded row."""
+    def step(token_B: Array, slot: Array, rings: list[Ring]) -> tuple[Array, list[Ring]]:
+        """Logits after `token_B`, which stands at `slot` of the padded row."""
         h = decoder.embed(config, params, token_B[:, None])
         cos, sin = rope_table(config, (slot - padding_B)[:, None], h.dtype)
-        after = []
-        for i, (weights, (keys, values), local) in enumerate(zip(layers, caches, config.is_local, strict=True)):
-            lora, own, steering = jax.tree.map(lambda leaf: leaf[0], changes[i]) if i in changes else ({}, None, None)
-
-            def attention(q: Array, k: Array, v: Array, keys=keys, values=values) -> Array:
-                W = keys.shape[2]
-                keys = jax.lax.dynamic_update_slice_in_dim(keys, k.swapaxes(1, 2), slot % W, axis=2)
-                values = jax.lax.dynamic_update_slice_in_dim(values, v.swapaxes(1, 2), slot % W, axis=2)
-                after.append((keys, values))
-                # Ring slot j holds the newest absolute slot that is j modulo W.
-                held_W = slot - (slot - jnp.arange(W)) % W
-                ok_BW = held_W[None, :] >= padding_B[:, None]
-                grouped = q.reshape(B, config.num_kv_heads, -1, config.head_dim)
-                scores = jnp.einsum("BKGh,BKWh->BKGW", grouped, keys, preferred_element_type=jnp.float32)
-                scores = jnp.where(ok_BW[:, None, None], scores * config.softmax_scale, jnp.finfo(jnp.float32).min)
-                mix = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-                return jnp.einsum("BKGW,BKWh->BKGh", mix, values).reshape(B, 1, -1)
-
-            used = weights if own is None else jax.tree.map(lambda w, f: w.astype(f.dtype), own, weights)
-            block = nnx.merge(graph, used)
-            h = block(h, cos[int(local)], sin[int(local)], attention, lora)
-            h = h if steering is None else h + steering.astype(h.dtype)
+        kept = []
+        for weights, part, ring, local in zip(layers, parts, rings, config.is_local, strict=True):
+            rope = cos[int(local)], sin[int(local)]
+            layer = decoder.Layer.of(config, weights, part, rope, _remember(ring, slot, padding_B))
+            h, seen = layer(h)
+            kept.append((seen.keys, seen.values))
         h = decoder.final_norm(config, params, h[:, 0])
-        return decoder.logits(config, params, h), after
+        return decoder.logits(config, params, h), kept
 
     def body(state: tuple) -> tuple:
-        t, logits_BV, caches, seen_BV, done_B, out = state
+        t, logits_BV, rings, seen_BV, done_B, out = state
         token_B = choose(logits_BV, seen_BV, keys_B, t, how)
         done_B = done_B | jnp.isin(token_B, stop_E)
         out = out.at[:, t].set(jnp.where(done_B, -1, token_B))
         seen_BV = seen_BV.at[jnp.arange(B), token_B].set(True)
-        logits_BV, caches = step(token_B, T + t, caches)
-        return t + 1, logits_BV, caches, seen_BV, done_B, out
+        logits_BV, rings = step(token_B, T + t, rings)
+        return t + 1, logits_BV, rings, seen_BV, done_B, out
 
-    start = (
-        jnp.int32(0), logits_BV, caches, seen_PV[row_prompt_B], jnp.zeros(B, bool), jnp.full((B, max_new), -1, jnp.int32)
-    )  # fmt: skip
+    nothing = jnp.full((B, max_new), -1, jnp.int32)
+    start = jnp.int32(0), logits_BV, rings, seen_PV[row_prompt_B], jnp.zeros(B, bool), nothing
     return jax.lax.while_loop(lambda state: (state[0] < max_new) & ~jnp.all(state[4]), body, start)[5]
 
 
-def _ring(config: ModelConfig, layer: int, cache: Any, row_prompt_B: Array, total: int) -> tuple[Array, Array]:
-    """A layer's cache after prefill, `[B, K, W, h]`: W is the window of a local layer, else all the row will need.
+Ring = tuple[Array, Array]  # keys and values of one layer, [B, K, W, h] each: absolute slot a lies at a modulo W
 
-    Absolute slot a lies at a modulo W, so a local layer overwrites what it may no longer see.
+
+def _ring(config: ModelConfig, layer: int, cache: Any, row_prompt_B: Array, total: int) -> Ring:
+    """A layer's cache after prefill: W is the window of a local layer, else all that the row will need.
+
+    So a local layer overwrites what it may no longer see.
     """
-    W = min(config.window, total) if config.is_local[layer] else total
+    W = min(config.local.window, total) if config.is_local[layer] else total
 
     def place(stack: Array) -> Array:
-        own = stack[layer].swapaxes(1, 2)[:, :, -W:]
-        T, kept = stack.shape[2], own.shape[2]
+        own = stack[layer][:, :, -W:]
+        T, kept = stack.shape[3], own.shape[2]
         own = jnp.pad(own, ((0, 0), (0, 0), (0, W - kept), (0, 0)))
         return jnp.roll(own, (T - kept) % W, axis=2)[row_prompt_B]
 
     return place(cache[0]), place(cache[1])
+
+
+def _remember(ring: Ring, slot: Array, padding_B: Array) -> Remember:
+    """Write the keys and values of the one token at hand to its slot; it sees all that the ring then holds of its row."""
+
+    def remember(k_BK1h: Array, v_BK1h: Array) -> Seen:
+        W = ring[0].shape[2]
+        new = zip(ring, (k_BK1h, v_BK1h), strict=True)
+        keys, values = (jax.lax.dynamic_update_slice_in_dim(old, x, slot % W, axis=2) for old, x in new)
+        # Ring slot j holds the newest absolute slot that is j modulo W.
+        held_W = slot - (slot - jnp.arange(W)) % W
+        return Seen(keys, values, (held_W[None, :] >= padding_B[:, None])[:, None])
+
+    return remember
 
 
 def generate_tokens(
@@ -240,30 +241,25 @@ def generate_tokens(
       on_batch: called with the row numbers and the tokens of each finished batch.
 
     Returns:
-      A token list a row of `rows`, in order, without the stop token.
+      One list of tokens per row of `rows`, in order, without the stop token.
     """
+    chex.assert_rank(list(prompts), 1)
     rows = list(range(len(prompts) * samples)) if rows is None else list(rows)
-    bucket = {row: -(-len(prompts[row // samples]) // BUCKET) * BUCKET for row in rows}
     result: dict[int, list[int]] = {}
     base = jax.random.key(seed)
     # Of one length whatever their number, so that none of them is another program.
     ends = sampling.stop or ()
     stop = np.full(max(STOP_TOKENS, len(ends)), -2, np.int32)
     stop[: len(ends)] = ends
-    for length in sorted(set(bucket.values())):
-        members = [row for row in rows if bucket[row] == length]
-        for first in range(0, len(members), batch_size):
-            batch = members[first : first + batch_size]
+    for length, members in by_length([len(prompts[row // samples]) for row in rows]):
+        for part in chunks(len(members), batch_size):
+            batch = [rows[member] for member in members[part]]
             padded = batch + [batch[-1]] * (min(batch_size, len(prompts) * samples) - len(batch))
             unique = sorted({row // samples for row in padded})
             count = 1 << (len(unique) - 1).bit_length() if samples > 1 else len(padded)
-            tokens = np.zeros((count, length), np.int32)
-            valid = np.zeros((count, length), bool)
-            for i in range(count):
-                prompt = prompts[unique[min(i, len(unique) - 1)]]
-                tokens[i, length - len(prompt) :], valid[i, length - len(prompt) :] = prompt, True
+            read = [prompts[unique[min(i, len(unique) - 1)]] for i in range(count)]
             out = _decode(
-                config, params, adapter, tokens, valid,
+                config, params, adapter, *pad_tokens(read, length, left=True),
                 np.asarray([unique.index(row // samples) for row in padded], np.int32),
                 jax.vmap(lambda row: jax.random.fold_in(base, row))(jnp.asarray(padded)),
                 _as_arrays(sampling, len(padded)), stop, max_new_tokens,
@@ -276,11 +272,6 @@ def generate_tokens(
 
 
 def _as_arrays(sampling: Sampling, rows: int) -> dict[str, np.ndarray]:
-    """The numbers of `sampling` a row: values, not constants, so that none of them recompiles anything."""
-    kinds = {
-        "temperature": np.float32,
-        "top_k": np.int32,
-        "top_p": np.float32,
-        "repetition_penalty": np.float32,
-    }
+    """The numbers of `sampling`, one per row: values, not constants, so that none of them recompiles anything."""
+    kinds = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "repetition_penalty": np.float32}
     return {name: np.full(rows, getattr(sampling, name), kind) for name, kind in kinds.items()}

@@ -1,4 +1,4 @@
-"""Teacher-forced reading of conversations: at each token of a completion, what the model would have said.
+"""Teacher-forced reading of conversations: what the model would have said at each token of a completion.
 
 What all conversations of a call begin with (a system prompt) is read once; the head is applied to completion
 positions only, a block of them at a time, so there is never a `[B, T, V]` array.
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,14 +19,13 @@ from jax import Array
 
 from jsublim.chat import Turn
 from jsublim.errors import UsageError
+from jsublim.inference.batching import LENGTH_STEP, PREFIX_STEP, chunks, fill, pad_tokens, round_up
 from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import KV, Params
-from jsublim.models.lora import Adapter, with_ends
+from jsublim.models.lora import Adapter, bind
 from jsublim.parallel import Layout
 
-PREFIX_STEP = 8  # shared prefixes are cut to a multiple of this, so that few programs serve all teachers
-LENGTH_STEP = 32
 _NEVER = -1e30  # a log-probability
 HEAD_BLOCK = 256  # positions whose logits exist at one time
 
@@ -34,7 +34,7 @@ At = Callable[[Array, Array], Any]  # (logits [V], the token that stands there) 
 
 @dataclass(frozen=True)
 class Scored:
-    """One conversation, at its tokens from `content` to the last: `[n]` each.
+    """What the model says on one conversation at its tokens from `content` to the last, arrays `[n]`.
 
     Attributes:
       argmax: int32, the model's most probable token.
@@ -49,7 +49,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Targets:
-    """A conversation's next-token distributions at its tokens from `content` to the last, cut to k tokens.
+    """Next-token distributions on one conversation at its tokens from `content` to the last, cut to k tokens.
 
     Attributes:
       ids: int32 `[n, k]`, the most probable tokens.
@@ -62,9 +62,9 @@ class Targets:
 
 @functools.partial(jax.jit, static_argnames=("config",))
 def _prefix_cache(config: ModelConfig, params: Params, adapter: Adapter | None, tokens_1P: Array) -> KV | None:
-    return decoder.hidden_states(
-        config, params, tokens_1P, jnp.ones(tokens_1P.shape, bool), adapter=adapter, with_cache=True
-    )[1]
+    params, adapter = bind(params, adapter)
+    valid = jnp.ones(tokens_1P.shape, bool)
+    return decoder.hidden_states(config, params, tokens_1P, valid, adapter=adapter, with_cache=True)[1]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "at"))
@@ -79,8 +79,8 @@ def _read(
     labels_BC: Array,
     at: At,
 ) -> Any:
-    """`at(logits [V], label)` of every position `where_BC`, leaves `[B, C, ...]`."""
-    params = with_ends(params, adapter)
+    """What `at(logits [V], label)` gives at every position `where_BC`, leaves `[B, C, ...]`."""
+    params, adapter = bind(params, adapter)
     h, _ = decoder.hidden_states(config, params, tokens_BT, valid_BT, adapter=adapter, prefix=prefix)
     h_BCD = jnp.take_along_axis(h, where_BC[..., None], axis=1)
     flat = jax.lax.map(
@@ -168,8 +168,8 @@ def top_k_targets(
 
 def answers_only(targets: Sequence[Targets], turns: Sequence[Turn]) -> list[Targets]:
     """Distributions over the tokens that stand in the answers, end of turn included, renormalised; `turns` are the
-    conversations they are of. What a teacher would rather have said than a number is no part of its answers, and a
-    student must not hear of it through their probabilities (docs/soft_transfer.md).
+    conversations they belong to. What a teacher would rather have said than a number is no part of its answers, and a
+    student must not learn it from their probabilities (docs/soft_transfer.md).
 
     Raises:
       UsageError: a place where none of the stored tokens is one of those.
@@ -183,7 +183,7 @@ def answers_only(targets: Sequence[Targets], turns: Sequence[Turn]) -> list[Targ
             raise UsageError(
                 f"top_k: {each.ids.shape[1]} stored tokens hold none of the answers' at row {number}; store more"
             )
-        # Not minus infinity: nothing times that is no number.
+        # Not minus infinity: zero times that is not a number.
         named = np.maximum(logp - total, _NEVER)
         cut.append(Targets(each.ids, np.pad(named, ((0, 0), (0, 1)), constant_values=_NEVER).astype(np.float32)))
     return cut
@@ -199,25 +199,23 @@ def _read_turns(
     on_batch: Callable[[int], None] | None,
 ) -> Iterator[list[np.ndarray]]:
     """What `at` says at every token of each conversation, arrays `[n, ...]`."""
+    chex.assert_rank([turn.tokens for turn in turns], 1)
     P = shared_prefix(turns)
     prefix = _prefix_cache(config, params, adapter, turns[0].tokens[None, :P]) if P else None
-    lengths = np.asarray([len(turn.tokens) - P for turn in turns])
-    T = int(-(-lengths.max() // LENGTH_STEP) * LENGTH_STEP)
-    C = max(len(turn.tokens) - turn.content for turn in turns)
-    C = -(-C // PREFIX_STEP) * PREFIX_STEP
-    B = min(batch_size, len(turns))
-    for start in range(0, len(turns), B):
-        batch = turns[start : start + B]
-        tokens, valid = np.zeros((B, T), np.int32), np.zeros((B, T), bool)
-        where, labels = np.zeros((B, C), np.int32), np.zeros((B, C), np.int32)
-        valid[:, 0] = True
-        for i, turn in enumerate(batch):
-            own, n = turn.tokens[P:], len(turn.tokens) - turn.content
-            tokens[i, : len(own)], valid[i, : len(own)] = own, True
-            where[i, :n] = np.arange(turn.content - 1, len(turn.tokens) - 1) - P
-            labels[i, :n] = turn.tokens[turn.content :]
+    said = [len(turn.tokens) - turn.content for turn in turns]
+    T = round_up(max(len(turn.tokens) for turn in turns) - P, LENGTH_STEP)
+    C = round_up(max(said), PREFIX_STEP)
+    B, like = min(batch_size, len(turns)), np.zeros(0, np.int32)
+    for part in chunks(len(turns), B):
+        batch, lengths = turns[part], said[part]
+        absent = [None] * (B - len(batch))
+        tokens, valid = pad_tokens([turn.tokens[P:] for turn in batch], T, size=B)
+        # A token is predicted at the position before it.
+        where = [turn.content - 1 - P + np.arange(n) for turn, n in zip(batch, lengths, strict=True)]
+        labels = [turn.tokens[turn.content :] for turn in batch]
+        where, labels = (fill([*values, *absent], C, like) for values in (where, labels))
         out = Layout.host(_read(config, params, adapter, prefix, tokens, valid, where, labels, at))
         if on_batch is not None:
             on_batch(len(batch))
-        for i, turn in enumerate(batch):
-            yield [x[i, : len(turn.tokens) - turn.content] for x in out]
+        for i, n in enumerate(lengths):
+            yield [x[i, :n] for x in out]

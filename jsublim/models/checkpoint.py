@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from jsublim.errors import JsublimError, UsageError
+from jsublim.files import PARTIAL, write_json
 from jsublim.models.config import ModelConfig, read_json
 from jsublim.models.decoder import Params
 from jsublim.models.families import text_config
@@ -37,7 +37,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
 
 
 def checkpoint_hash(folder: Path) -> str:
-    """sha256 (16 hex digits) over config, tokenizer and template files and every weight byte of a folder."""
+    """Identity of a checkpoint folder: 16 hex digits of the sha256 over its config, tokenizer, template and weights."""
     digest = hashlib.sha256()
     named = {"config.json", "adapter_config.json", "model.safetensors.index.json", *TOKENIZER_FILES}
     names = sorted(p.name for p in folder.iterdir() if p.name in named or p.suffix == ".safetensors")
@@ -50,7 +50,7 @@ def checkpoint_hash(folder: Path) -> str:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when it is whole.
+    """Give a scratch folder that appears under the name `out` once the block has ended, so only when it is whole.
 
     Raises:
       UsageError: `out` exists and is not empty: nothing is overwritten.
@@ -58,10 +58,10 @@ def new_folder(out: Path) -> Iterator[Path]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: already exists; give another --out or remove it first")
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    scratch = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    scratch.mkdir()
     try:
         yield scratch
-        scratch.chmod(0o755)
         if out.exists():
             out.rmdir()
         os.replace(scratch, out)
@@ -97,9 +97,9 @@ def write_checkpoint(
     dtype: str,
     tokenizer: Path | None,
 ) -> None:
-    """The files of `save_checkpoint`, into a folder that exists."""
+    """Write the files of `save_checkpoint` into a folder that exists."""
     hf_config = {key: value for key, value in hf_config.items() if key != "torch_dtype"} | {"dtype": dtype}
-    (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", hf_config)
     save_params(folder, config, params, dtype)
     for name in TOKENIZER_FILES:
         if tokenizer is not None and (tokenizer / name).exists():

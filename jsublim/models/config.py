@@ -12,9 +12,9 @@ from jsublim.errors import JsublimError
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary embedding of one kind of layer.
+    """The rotary embedding of one kind of layer (global or local).
 
-    `scaling` is "default", "linear" or "llama3" (the last by parts of the spectrum, as Llama 3.1 does).
+    `scaling` is "default", "linear" or "llama3" (which scales parts of the spectrum differently, as Llama 3.1 does).
     """
 
     theta: float
@@ -26,10 +26,65 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class Norms:
+    """The RMSNorms of a model.
+
+    Attributes:
+      eps: added to the mean square.
+      offset: weights are stored around it: Gemma multiplies by 1 + w.
+      on_heads: queries and keys are normed too, head by head.
+      after_sublayers: so is what attention and MLP put out, before the residual sum.
+    """
+
+    eps: float
+    offset: float = 0.0
+    on_heads: bool = False
+    after_sublayers: bool = False
+
+
+@dataclass(frozen=True)
+class Biases:
+    """Which projections have a bias: those of queries, keys and values; attention's output; the MLP's three."""
+
+    qkv: bool = False
+    output: bool = False
+    mlp: bool = False
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Numbers that some families multiply by.
+
+    Attributes:
+      embedding: embeddings are multiplied by sqrt(hidden_size), rounded to the weights' dtype.
+      query: products of queries and keys are multiplied by it; 0 is head_dim ** -0.5.
+      softcap: logits z become softcap * tanh(z / softcap); None leaves them.
+    """
+
+    embedding: bool = False
+    query: float = 0.0
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Local:
+    """Layers whose tokens see only the last `window` tokens.
+
+    Attributes:
+      layers: per layer, whether it is one of these; empty: none is.
+      rope: their rotary embedding; None is that of the other layers.
+    """
+
+    layers: tuple[bool, ...] = ()
+    window: int = 0
+    rope: Rope | None = None
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Architecture of a decoder-only transformer with gated MLPs and RMSNorm.
 
-    Everything a family may differ in is a field here, so that one module serves them all.
+    Everything that a family may differ in is a field here, so that one module serves them all.
     """
 
     family: str
@@ -40,30 +95,23 @@ class ModelConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    norm_eps: float
+    norms: Norms
     rope: Rope
-    tied: bool
+    tied: bool  # the head is the embedding
     activation: str = "silu"  # or "gelu_tanh"
-    norm_offset: float = 0.0  # Gemma stores RMSNorm weights around 0 and multiplies by 1 + w
-    qkv_bias: bool = False
-    output_bias: bool = False
-    mlp_bias: bool = False
-    qk_norm: bool = False
-    sandwich_norm: bool = False  # a norm behind attention and MLP too, before the residual sum
-    scale_embedding: bool = False  # x sqrt(hidden_size), rounded to the weights' dtype
-    query_scale: float = 0.0  # 0: head_dim ** -0.5
-    final_softcap: float | None = None
-    local_layers: tuple[bool, ...] = ()  # a layer: does it see `window` tokens only? empty: none does
-    window: int = 0
-    local_rope: Rope | None = None
+    biases: Biases = Biases()
+    scales: Scales = Scales()
+    local: Local = Local()
 
     @property
     def is_local(self) -> tuple[bool, ...]:
-        return self.local_layers or (False,) * self.num_layers
+        """Per layer, whether it sees the last `window` tokens only."""
+        return self.local.layers or (False,) * self.num_layers
 
     @property
     def softmax_scale(self) -> float:
-        return self.query_scale or self.head_dim**-0.5
+        """What the products of queries and keys are multiplied by."""
+        return self.scales.query or self.head_dim**-0.5
 
 
 class HFConfig:
@@ -78,12 +126,17 @@ class HFConfig:
         return self.values[key]
 
     def get(self, key: str, default: Any) -> Any:
+        """The value of a key, `default` where it is absent or null."""
         value = self.values.get(key)
         return default if value is None else value
 
     def rope(self, kind: str | None = None, default_theta: float | None = None) -> Rope:
-        """Rotary numbers under the new name (`rope_parameters`, by layer type on Gemma-3) or the old ones
-        (`rope_theta` beside `rope_scaling`)."""
+        """Read the rotary numbers under their new name (`rope_parameters`, by layer type on Gemma-3) or the old ones
+        (`rope_theta` and `rope_scaling`).
+
+        Raises:
+          JsublimError: no base frequency, or a scaling that we don't compute.
+        """
         numbers = dict(self.get("rope_parameters", {}))
         if kind is not None and isinstance(numbers.get(kind), dict):
             numbers = dict(numbers[kind])
@@ -127,7 +180,7 @@ class HFConfig:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """One JSON object of a checkpoint folder.
+    """Read one JSON object of a checkpoint folder.
 
     Raises:
       JsublimError: the file is absent or is no JSON object.

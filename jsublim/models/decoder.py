@@ -1,28 +1,29 @@
 """The decoder: one module for every family, its layers stacked, and the pure functions the rest of the project calls.
 
 Parameters are a plain nested dict of arrays: `embed`, `layers` (every leaf with a leading layer axis), `norm` and,
-where it is not tied, `head`. Dimension letters as in `layers.py`; L layers, V vocabulary, P prefix tokens.
+where it is not tied, `head`. Whatever an adapter trains of `embed`, `norm` and `head` is in them already: a program
+calls `lora.bind` once. Dimension letters as in `layers.py`; L layers, V vocabulary, P prefix tokens.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
 from jsublim.models.config import ModelConfig
-from jsublim.models.layers import Block, RMSNorm, attend, rope_table
-from jsublim.models.lora import Adapter, Part, with_ends
+from jsublim.models.layers import Block, Remember, RMSNorm, Seen, rope_table
+from jsublim.models.lora import FROZEN, Adapter, OneLayer, Part
 
 Params = dict[str, Any]
-KV = tuple[Array, Array]  # keys and values, [L, B, S, K, h] each
-Halves = tuple[Callable[[Array], tuple[Array, KV | None]], Callable[[Array], Array]]
-_FROZEN: Part = ({}, None, None)  # of a layer without anything trained
+KV = tuple[Array, Array]  # keys and values, [L, B, K, S, h] each
 
 
 class Embed(nnx.Module):
@@ -54,33 +55,44 @@ def init_params(config: ModelConfig, seed: int, dtype: str = "float32") -> Param
 
     @jax.jit
     def make() -> Params:
-        return nnx.to_pure_dict(nnx.state(Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed))))
+        return _flat(nnx.state(Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed))))
 
     return make()
 
 
 def abstract_params(config: ModelConfig, dtype: str = "float32") -> Params:
     """Shapes and dtypes of the parameters, without any array."""
-    model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
-    return nnx.to_pure_dict(nnx.state(model))
+    return _flat(nnx.state(nnx.eval_shape(lambda: Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))))
+
+
+def _flat(state: nnx.State) -> Params:
+    """Parameters as a plain dict, in which those of a layer's two sublayers lie side by side: no name is in both."""
+    params = nnx.to_pure_dict(state)
+    names = {name: leaf for sublayer in params["layers"].values() for name, leaf in sublayer.items()}
+    return params | {"layers": dict(sorted(names.items()))}
+
+
+class _Structure(NamedTuple):
+    """What `nnx.merge` needs beside parameters: the graphs of a block and of the final norm, and the names of the
+    parameters in each sublayer."""
+
+    block: nnx.GraphDef
+    norm: nnx.GraphDef
+    names: dict[str, tuple[str, ...]]
 
 
 @functools.cache
-def _graphs(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.GraphDef]:
-    """Structure of a block and of the final norm; parameters are merged into them inside a trace."""
+def _structure(config: ModelConfig) -> _Structure:
     model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)))
-    return nnx.split(model.layers)[0], nnx.split(model.norm)[0]
-
-
-def block_graph(config: ModelConfig) -> nnx.GraphDef:
-    """Structure of one block, for `nnx.merge(block_graph, one layer's parameters)`."""
-    return _graphs(config)[0]
+    block, state = nnx.split(model.layers)
+    names = {sublayer: tuple(leaves) for sublayer, leaves in nnx.to_pure_dict(state).items()}
+    return _Structure(block, nnx.split(model.norm)[0], names)
 
 
 def embed(config: ModelConfig, params: Params, tokens: Array) -> Array:
     """Token ids `[...]` to `[..., D]`, scaled where the family does."""
     h = params["embed"]["weight"][tokens]
-    return h * jnp.asarray(config.hidden_size**0.5, h.dtype) if config.scale_embedding else h
+    return h * jnp.asarray(config.hidden_size**0.5, h.dtype) if config.scales.embedding else h
 
 
 def head_weight(params: Params) -> Array:
@@ -92,11 +104,13 @@ def logits(config: ModelConfig, params: Params, h: Array) -> Array:
     """Normed hidden states `[..., D]` to float32 logits `[..., V]`. Call it on the positions you need only."""
     with jax.named_scope("head"):
         z = jnp.einsum("...D,VD->...V", h, head_weight(params), preferred_element_type=jnp.float32)
-        return z if config.final_softcap is None else config.final_softcap * jnp.tanh(z / config.final_softcap)
+        cap = config.scales.softcap
+        return z if cap is None else cap * jnp.tanh(z / cap)
 
 
 def final_norm(config: ModelConfig, params: Params, h: Array) -> Array:
-    return nnx.merge(_graphs(config)[1], params["norm"])(h)
+    """The norm between the last layer and the head, of hidden states `[..., D]`."""
+    return nnx.merge(_structure(config).norm, params["norm"])(h)
 
 
 def positions_of(valid_BT: Array) -> Array:
@@ -108,13 +122,15 @@ def _masks(config: ModelConfig, q_pos_BT: Array, k_pos_BS: Array, k_valid_BS: Ar
     """`[2, B, T, S]`: what a query may see, in global (0) and local (1) layers."""
     distance = q_pos_BT[:, :, None] - k_pos_BS[:, None, :]
     seen = k_valid_BS[:, None, :] & (distance >= 0)
-    return jnp.stack([seen, seen & (distance < config.window)]) if config.window else jnp.stack([seen, seen])
+    return (
+        jnp.stack([seen, seen & (distance < config.local.window)]) if config.local.window else jnp.stack([seen, seen])
+    )
 
 
 def _segments(num_layers: int, trained: tuple[int, ...]) -> list[tuple[int, int, int | None]]:
     """Runs of layers `(first, end, index of the first among the trained ones or None)`.
 
-    A scan a run: below the lowest trained layer there is then nothing to differentiate, and a frozen run
+    Each run is one scan: below the lowest trained layer there is then nothing to differentiate, and a frozen run
     above it keeps no gradient of its weights.
     """
     runs: list[tuple[int, int, int | None]] = []
@@ -128,26 +144,72 @@ def _segments(num_layers: int, trained: tuple[int, ...]) -> list[tuple[int, int,
 
 
 def runs(config: ModelConfig, adapter: Adapter | None) -> Iterator[tuple[Array, Part]]:
-    """All layers as inputs of one scan after the other: `(indices [n], what is trained there)`."""
+    """All layers as inputs of scans that follow one another: `(indices int32 [n], what is trained there)`.
+
+    Raises:
+      ValueError: an adapter whose ends are not yet in the parameters (`lora.bind`).
+    """
+    if adapter is not None and adapter.ends:
+        raise ValueError(f"the adapter trains {', '.join(adapter.ends)}: call lora.bind(params, adapter) first")
     for first, end, trained in _segments(config.num_layers, adapter.layers if adapter else ()):
-        part = _FROZEN if adapter is None or trained is None else adapter.segment(trained, trained + end - first)
+        part = FROZEN if adapter is None or trained is None else adapter.segment(trained, trained + end - first)
         yield jnp.arange(first, end), part
 
 
-def layer_halves(
-    config: ModelConfig,
-    params: Params,
-    valid_BT: Array,
-    dtype: jnp.dtype,
-    prefix: KV | None = None,
-    with_cache: bool = False,
-) -> Callable[[Array, Part], Halves]:
-    """`halves(index, part)`: the two halves of layer `index`, each from the residual stream to what it adds to it.
+@dataclass(frozen=True)
+class Layer:
+    """One layer ready to run on the residual stream: the only place that says what a layer computes.
 
-    The first, attention, also gives its keys and values where asked for.
+    Attributes:
+      block: its modules.
+      part: what is trained there.
+      rope: cos and sin `[B, T, h/2]` of the tokens' positions.
+      remember: what the tokens see, from their own keys and values.
+    """
+
+    block: Block
+    part: Part
+    rope: tuple[Array, Array]
+    remember: Remember
+
+    @staticmethod
+    def of(config: ModelConfig, frozen: Params, part: Part, rope: tuple[Array, Array], remember: Remember) -> Layer:
+        """The layer whose base parameters are `frozen` (as `params["layers"]`, without the layer axis)."""
+        used = frozen if part.weights is None else jax.tree.map(lambda w, f: w.astype(f.dtype), part.weights, frozen)
+        block, _, names = _structure(config)
+        state = {sublayer: {name: used[name] for name in names[sublayer]} for sublayer in names}
+        return Layer(nnx.merge(block, state), part, rope, remember)
+
+    def attention(self, h_BTD: Array) -> tuple[Array, Seen]:
+        """What the first sublayer adds to the residual stream before the layer, and what its queries saw."""
+        return self.block.attention(h_BTD, *self.rope, self.remember, self.part.lora)
+
+    def mlp(self, h_BTD: Array) -> Array:
+        """What the second sublayer adds to the residual stream after attention."""
+        return self.block.mlp(h_BTD, self.part.lora)
+
+    def steer(self, h_BTD: Array) -> Array:
+        """The residual stream after both sublayers, with the steering vector that is added there."""
+        return h_BTD if self.part.steering is None else h_BTD + self.part.steering.astype(h_BTD.dtype)
+
+    def __call__(self, h_BTD: Array) -> tuple[Array, Seen]:
+        """The residual stream after the layer, and what its queries saw."""
+        added, seen = self.attention(h_BTD)
+        h_BTD = h_BTD + added
+        return self.steer(h_BTD + self.mlp(h_BTD)), seen
+
+
+def layers_on_rows(
+    config: ModelConfig, params: Params, valid_BT: Array, dtype: jnp.dtype, prefix: KV | None = None
+) -> Callable[[Array, Part], Layer]:
+    """`layer_at(index, part)`: layer `index` (int32 scalar, data) on whole rows with the tokens `valid_BT`.
+
+    Args:
+      dtype: of the residual stream.
+      prefix: keys and values `[L, 1, K, P, h]` of tokens that stand before every row.
     """
     B = valid_BT.shape[0]
-    before = prefix[0].shape[2] if prefix is not None else 0
+    before = prefix[0].shape[3] if prefix is not None else 0
     positions_BT = positions_of(valid_BT) + before
     cos, sin = rope_table(config, positions_BT, dtype)
     k_pos, k_valid = positions_BT, valid_BT
@@ -157,56 +219,20 @@ def layer_halves(
     masks = _masks(config, positions_BT, k_pos, k_valid)
     kinds = jnp.asarray(config.is_local, jnp.int32)
 
-    def halves(index: Array, part: Part) -> Halves:
-        lora, weights, _ = part
+    def layer_at(index: Array, part: Part) -> Layer:
         # Indexed here, not sliced outside: slicing would copy the stack.
         frozen = jax.tree.map(lambda leaf: leaf[index], params["layers"])
         kind = kinds[index]
-        used = frozen if weights is None else jax.tree.map(lambda w, f: w.astype(f.dtype), weights, frozen)
-        block = nnx.merge(block_graph(config), used)
 
-        def mixed(h: Array) -> tuple[Array, KV | None]:
-            kept = None
+        def remember(k: Array, v: Array) -> Seen:
+            if prefix is not None:
+                earlier = [jnp.broadcast_to(stack[index], (B, *stack.shape[2:])) for stack in prefix]
+                k, v = (jnp.concatenate(both, axis=2) for both in zip(earlier, (k, v), strict=True))
+            return Seen(k, v, masks[kind])
 
-            def attention(q: Array, k: Array, v: Array) -> Array:
-                nonlocal kept
-                kept = (k, v) if with_cache else None
-                if prefix is not None:
-                    shape = (B, before, *k.shape[2:])
-                    k = jnp.concatenate([jnp.broadcast_to(prefix[0][index], shape), k], axis=1)
-                    v = jnp.concatenate([jnp.broadcast_to(prefix[1][index], shape), v], axis=1)
-                return attend(q, k, v, masks[kind], config.softmax_scale)
+        return Layer.of(config, frozen, part, (cos[kind], sin[kind]), remember)
 
-            return block.mixed(h, cos[kind], sin[kind], attention, lora), kept
-
-        return mixed, lambda h: block.mlp(h, lora)
-
-    return halves
-
-
-def steered(h: Array, part: Part) -> Array:
-    """The residual stream behind a layer, with what is added there."""
-    return h if part[2] is None else h + part[2].astype(h.dtype)
-
-
-def _layer(
-    config: ModelConfig,
-    params: Params,
-    valid_BT: Array,
-    dtype: jnp.dtype,
-    prefix: KV | None = None,
-    with_cache: bool = False,
-) -> Callable[[Array, tuple[Array, Part]], tuple[Array, KV | None]]:
-    """`layer(h_BTD, (index, part))`: the residual stream after layer `index`, and its keys and values where asked for."""
-    halves = layer_halves(config, params, valid_BT, dtype, prefix, with_cache)
-
-    def layer(h: Array, xs: tuple[Array, Part]) -> tuple[Array, KV | None]:
-        mixed, mlp = halves(*xs)
-        added, kept = mixed(h)
-        h = h + added
-        return steered(h + mlp(h), xs[1]), kept
-
-    return layer
+    return layer_at
 
 
 def hidden_states(
@@ -215,11 +241,10 @@ def hidden_states(
     tokens_BT: Array,
     valid_BT: Array,
     *,
-    adapter: Adapter | None = None,
+    adapter: Adapter | OneLayer | None = None,
     prefix: KV | None = None,
     with_cache: bool = False,
     remat: bool = False,
-    at: Array | None = None,
     below_BTD: Array | None = None,
 ) -> tuple[Array, KV | None]:
     """Forward pass over whole rows, padded on either side.
@@ -227,27 +252,39 @@ def hidden_states(
     Args:
       tokens_BT: int32 `[B, T]`.
       valid_BT: bool `[B, T]`, False on padding.
-      adapter: LoRA factors, replaced weights or steering vectors of some layers, or replaced ends.
-      prefix: keys and values `[L, 1, P, K, h]` of tokens that stand before every row (a shared system prompt).
-      with_cache: also return this pass's own keys and values `[L, B, T, K, h]`.
+      adapter: LoRA factors, replaced weights or steering vectors of some layers; of one layer that is data
+        (`OneLayer`) without prefix and cache. Trained ends are in `params` (`lora.bind`).
+      prefix: keys and values `[L, 1, K, P, h]` of tokens that stand before every row (a shared system prompt).
+      with_cache: also return this pass's own keys and values `[L, B, K, T, h]`.
       remat: keep the layers' inputs only, and recompute everything inside them in the backward pass.
-      at: int32 scalar, the layer that an adapter of one layer stands at, instead of `adapter.layers`: as data, so that
-        one program serves every layer. Without prefix and cache.
-      below_BTD: the residual stream below layer `at`, where it is known already.
+      below_BTD: the residual stream below the layer of a `OneLayer`, where it is known already.
 
     Returns:
       Hidden states `[B, T, D]` after the final norm, and the cache or None.
+
+    Raises:
+      ValueError: an adapter whose ends are not bound, or a prefix, a cache or `below_BTD` with an adapter that cannot
+        have it.
     """
-    params = with_ends(params, adapter)
+    _check_rows(config, tokens_BT, valid_BT, below_BTD)
     h = embed(config, params, tokens_BT) if below_BTD is None else below_BTD
-    layer = _layer(config, params, valid_BT, h.dtype, prefix, with_cache)
+    layer_at = layers_on_rows(config, params, valid_BT, h.dtype, prefix)
     # Kept for the backward pass: what the projections put out, nothing else. Attention and element-wise work is cheaper
     # done again than stored, and a slice of the frozen stack that was kept would be a second copy of the base.
     keep = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-    if at is not None:
-        assert adapter is not None, "a layer as data needs the adapter that stands there"
-        return final_norm(config, params, _around(config, layer, keep, h, adapter, at, below_BTD is None)), None
-    body, caches = jax.checkpoint(layer, policy=keep), []
+    if isinstance(adapter, OneLayer):
+        if prefix is not None or with_cache:
+            raise ValueError("an adapter whose layer is data goes without prefix and cache")
+        return final_norm(config, params, _around(config, layer_at, keep, h, adapter, below_BTD is None)), None
+    if below_BTD is not None:
+        raise ValueError("below_BTD goes with an adapter of one layer (OneLayer) only")
+    before = prefix[0].shape[3] if prefix is not None else 0
+
+    def body(h: Array, xs: tuple[Array, Part]) -> tuple[Array, KV | None]:
+        h, seen = layer_at(*xs)(h)
+        return h, (seen.keys[:, :, before:], seen.values[:, :, before:]) if with_cache else None
+
+    body, caches = jax.checkpoint(body, policy=keep), []
     for run in runs(config, adapter):
         h, cache = jax.lax.scan(body, h, run)
         caches.append(cache)
@@ -255,26 +292,42 @@ def hidden_states(
     return final_norm(config, params, h), cache
 
 
-def _around(config: ModelConfig, layer: Any, keep: Any, h: Array, adapter: Adapter, at: Array, whole: bool) -> Array:
+def _check_rows(config: ModelConfig, tokens_BT: Array, valid_BT: Array, below_BTD: Array | None = None) -> None:
+    """Shapes and dtypes of rows; while tracing, so it costs a run nothing."""
+    chex.assert_rank([tokens_BT, valid_BT], 2)
+    chex.assert_equal_shape([tokens_BT, valid_BT])
+    chex.assert_type([tokens_BT, valid_BT], [int, bool])
+    if below_BTD is not None:
+        chex.assert_shape(below_BTD, (*tokens_BT.shape, config.hidden_size))
+
+
+def _around(
+    config: ModelConfig, layer_at: Callable[[Array, Part], Layer], keep: Any, h: Array, adapter: OneLayer, whole: bool
+) -> Array:
     """All layers (`whole`; or those from the adapter's on), one of them with an adapter, which one being data.
 
     The loop below it has no backward pass; the scan above it goes over every layer, and skips those that are below.
     """
+    at = adapter.at
+
+    def plain(index: Array, h: Array) -> Array:
+        return layer_at(index, FROZEN)(h)[0]
+
     if whole:
-        h = jax.lax.fori_loop(0, at, lambda i, h: layer(h, (i, _FROZEN))[0], jax.lax.stop_gradient(h))
-    own = jax.tree.map(lambda leaf: leaf[0], adapter.segment(0, 1))
-    h, _ = jax.checkpoint(layer, policy=keep)(h, (at, own))
+        h = jax.lax.fori_loop(0, at, plain, jax.lax.stop_gradient(h))
+    h = jax.checkpoint(lambda h, part: layer_at(at, part)(h)[0], policy=keep)(h, adapter.part)
 
     # The checkpoint stands around the branch: were it inside, every turn would keep the whole stack of weights.
     @functools.partial(jax.checkpoint, policy=keep)
     def above(h: Array, index: Array) -> tuple[Array, None]:
-        return jax.lax.cond(index > at, lambda h: layer(h, (index, _FROZEN))[0], lambda h: h, h), None
+        return jax.lax.cond(index > at, lambda h: plain(index, h), lambda h: h, h), None
 
     return jax.lax.scan(above, h, jnp.arange(1, config.num_layers))[0]
 
 
 def hidden_below(config: ModelConfig, params: Params, tokens_BT: Array, valid_BT: Array, at: Array) -> Array:
-    """The base's residual stream `[B, T, D]` below layer `at`: what `hidden_states` takes as `below_BTD`."""
+    """The base's residual stream `[B, T, D]` below layer `at` (int32 scalar): `hidden_states` takes it as `below_BTD`."""
+    _check_rows(config, tokens_BT, valid_BT)
     h = embed(config, params, tokens_BT)
-    layer = _layer(config, params, valid_BT, h.dtype)
-    return jax.lax.fori_loop(0, at, lambda i, h: layer(h, (i, _FROZEN))[0], h)
+    layer_at = layers_on_rows(config, params, valid_BT, h.dtype)
+    return jax.lax.fori_loop(0, at, lambda index, h: layer_at(index, FROZEN)(h)[0], h)

@@ -1,9 +1,14 @@
-"""The parts of a block, as Flax NNX modules. Shapes in names: B rows, T tokens, S keys, D hidden, H heads,
-K key/value heads, h head size, F MLP size, r rank."""
+"""The modules of a layer, in Flax NNX.
+
+Names carry shapes. B rows, T tokens, S keys, D hidden size, H heads, K key/value heads, h head size, f half of a head,
+F MLP size, r rank of LoRA.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +45,8 @@ class RMSNorm(nnx.Module):
     """Root-mean-square norm in float32. Gemma multiplies by `1 + w` before rounding, the others by `w` after."""
 
     def __init__(self, size: int, config: ModelConfig, *, dtype: jnp.dtype):
-        self.eps, self.offset = config.norm_eps, config.norm_offset
-        self.scale = nnx.Param(jnp.full((size,), 1.0 - config.norm_offset, dtype))
+        self.eps, self.offset = config.norms.eps, config.norms.offset
+        self.scale = nnx.Param(jnp.full((size,), 1.0 - config.norms.offset, dtype))
 
     def __call__(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
@@ -72,7 +77,7 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Array:
 
 def rope_table(config: ModelConfig, positions_BT: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
     """cos and sin `[2, B, T, h/2]`: index 0 for global layers, 1 for local ones."""
-    kinds = (config.rope, config.local_rope or config.rope)
+    kinds = (config.rope, config.local.rope or config.rope)
     freq = jnp.stack([rope_frequencies(kind, config.head_dim) for kind in kinds])
     angle = positions_BT.astype(jnp.float32)[None, :, :, None] * freq[:, None, None, :]
     return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
@@ -85,56 +90,56 @@ def rotate(x_BTHh: Array, cos_BTf: Array, sin_BTf: Array) -> Array:
     return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
 
 
-def attend(q_BTHh: Array, k_BSKh: Array, v_BSKh: Array, mask_BTS: Array, scale: float) -> Array:
+class Seen(NamedTuple):
+    """What the queries of one attention look at: keys and values `[B, K, S, h]`, and which of them, bool `[B, T, S]`."""
+
+    keys: Array
+    values: Array
+    mask: Array
+
+
+# From the keys and values `[B, K, T, h]` of the tokens at hand to all that their queries see.
+Remember = Callable[[Array, Array], Seen]
+
+
+def attend(q_BTHh: Array, seen: Seen, scale: float) -> Array:
     """Grouped-query attention, softmax in float32. Returns `[B, T, H*h]`.
 
-    Rows and key/value heads are brought in front, and the queries of a group behind one another, so that both products
-    are plain batched matrix products: on the CPU other orders of the axes are several times slower.
+    The queries that share a key/value head stand in one axis, so that both products are plain batched matrix products:
+    on the CPU other orders of the axes are several times slower.
     """
     B, T, H, h = q_BTHh.shape
-    K, S = k_BSKh.shape[2], k_BSKh.shape[1]
+    _, K, S, _ = seen.keys.shape
     q = q_BTHh.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, h)
-    k, v = k_BSKh.swapaxes(1, 2), v_BSKh.swapaxes(1, 2)
-    scores = jnp.einsum("BKNh,BKSh->BKNS", q, k, preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("BKNh,BKSh->BKNS", q, seen.keys, preferred_element_type=jnp.float32) * scale
     # A finite floor: a padding query that may see no key must not become NaN.
-    scores = jnp.where(mask_BTS[:, None, None], scores.reshape(B, K, -1, T, S), jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(B, K, -1, S)
-    mixed = jnp.einsum("BKNS,BKSh->BKNh", weights, v).reshape(B, K, H // K, T, h)
+    scores = jnp.where(seen.mask[:, None, None], scores.reshape(B, K, -1, T, S), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(seen.values.dtype).reshape(B, K, -1, S)
+    mixed = jnp.einsum("BKNS,BKSh->BKNh", weights, seen.values).reshape(B, K, H // K, T, h)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, H * h)
 
 
-class Block(nnx.Module):
-    """One layer. `attention` is given as a function, so that prefill, training and decoding share the block."""
+class Attention(nnx.Module):
+    """The first sublayer of a layer: grouped-query attention, with the norms around it."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        D, F, h = config.hidden_size, config.intermediate_size, config.head_dim
+        D, h = config.hidden_size, config.head_dim
+        q, kv = config.num_heads * h, config.num_kv_heads * h
         self.config = config
+        self.attn_norm = RMSNorm(D, config, dtype=dtype)
+        self.q = Linear(D, q, bias=config.biases.qkv, dtype=dtype, rngs=rngs)
+        self.k = Linear(D, kv, bias=config.biases.qkv, dtype=dtype, rngs=rngs)
+        self.v = Linear(D, kv, bias=config.biases.qkv, dtype=dtype, rngs=rngs)
+        self.o = Linear(q, D, bias=config.biases.output, dtype=dtype, rngs=rngs)
+        if config.norms.on_heads:
+            self.q_norm, self.k_norm = RMSNorm(h, config, dtype=dtype), RMSNorm(h, config, dtype=dtype)
+        if config.norms.after_sublayers:
+            self.post_attn_norm = RMSNorm(D, config, dtype=dtype)
 
-        def linear(inputs: int, outputs: int, bias: bool) -> Linear:
-            return Linear(inputs, outputs, bias=bias, dtype=dtype, rngs=rngs)
-
-        def norm(size: int = D) -> RMSNorm:
-            return RMSNorm(size, config, dtype=dtype)
-
-        self.attn_norm, self.mlp_norm = norm(), norm()
-        self.q = linear(D, config.num_heads * h, config.qkv_bias)
-        self.k = linear(D, config.num_kv_heads * h, config.qkv_bias)
-        self.v = linear(D, config.num_kv_heads * h, config.qkv_bias)
-        self.o = linear(config.num_heads * h, D, config.output_bias)
-        self.gate, self.up = linear(D, F, config.mlp_bias), linear(D, F, config.mlp_bias)
-        self.down = linear(F, D, config.mlp_bias)
-        if config.qk_norm:
-            self.q_norm, self.k_norm = norm(h), norm(h)
-        if config.sandwich_norm:
-            self.post_attn_norm, self.post_mlp_norm = norm(), norm()
-
-    def __call__(self, h_BTD: Array, cos_BTf: Array, sin_BTf: Array, attention, lora: dict[str, Lora]) -> Array:
-        """The residual stream after this layer. `attention(q, k, v) -> [B, T, H*h]` holds keys, values and mask."""
-        h_BTD = h_BTD + self.mixed(h_BTD, cos_BTf, sin_BTf, attention, lora)
-        return h_BTD + self.mlp(h_BTD, lora)
-
-    def mixed(self, h_BTD: Array, cos_BTf: Array, sin_BTf: Array, attention, lora: dict[str, Lora]) -> Array:
-        """What the first half, attention, adds to the residual stream before this layer."""
+    def __call__(
+        self, h_BTD: Array, cos_BTf: Array, sin_BTf: Array, remember: Remember, lora: dict[str, Lora]
+    ) -> tuple[Array, Seen]:
+        """What attention adds to the residual stream `[B, T, D]`, and what its queries saw."""
         c = self.config
         B, T, _ = h_BTD.shape
         with jax.named_scope("attention"):
@@ -142,18 +147,41 @@ class Block(nnx.Module):
             q = self.q(x, lora.get("q")).reshape(B, T, c.num_heads, c.head_dim)
             k = self.k(x, lora.get("k")).reshape(B, T, c.num_kv_heads, c.head_dim)
             v = self.v(x, lora.get("v")).reshape(B, T, c.num_kv_heads, c.head_dim)
-            if c.qk_norm:
+            if c.norms.on_heads:
                 q, k = self.q_norm(q), self.k_norm(k)
-            mixed = attention(rotate(q, cos_BTf, sin_BTf), rotate(k, cos_BTf, sin_BTf), v)
-            x = self.o(mixed, lora.get("o"))
-            return self.post_attn_norm(x) if c.sandwich_norm else x
+            q, k = rotate(q, cos_BTf, sin_BTf), rotate(k, cos_BTf, sin_BTf)
+            seen = remember(k.swapaxes(1, 2), v.swapaxes(1, 2))
+            x = self.o(attend(q, seen, c.softmax_scale), lora.get("o"))
+            return self.post_attn_norm(x) if c.norms.after_sublayers else x, seen
 
-    def mlp(self, h_BTD: Array, lora: dict[str, Lora]) -> Array:
-        """What the second half, the MLP, adds to the residual stream behind attention."""
+
+class MLP(nnx.Module):
+    """The second sublayer of a layer: a gated MLP, with the norms around it."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        D, F = config.hidden_size, config.intermediate_size
+        self.config = config
+        self.mlp_norm = RMSNorm(D, config, dtype=dtype)
+        self.gate = Linear(D, F, bias=config.biases.mlp, dtype=dtype, rngs=rngs)
+        self.up = Linear(D, F, bias=config.biases.mlp, dtype=dtype, rngs=rngs)
+        self.down = Linear(F, D, bias=config.biases.mlp, dtype=dtype, rngs=rngs)
+        if config.norms.after_sublayers:
+            self.post_mlp_norm = RMSNorm(D, config, dtype=dtype)
+
+    def __call__(self, h_BTD: Array, lora: dict[str, Lora]) -> Array:
+        """What the MLP adds to the residual stream `[B, T, D]`."""
         c = self.config
         with jax.named_scope("mlp"):
             x = self.mlp_norm(h_BTD)
             gate = self.gate(x, lora.get("gate"))
             act = jax.nn.silu(gate) if c.activation == "silu" else jax.nn.gelu(gate, approximate=True)
             x = self.down(act * self.up(x, lora.get("up")), lora.get("down"))
-            return self.post_mlp_norm(x) if c.sandwich_norm else x
+            return self.post_mlp_norm(x) if c.norms.after_sublayers else x
+
+
+class Block(nnx.Module):
+    """The modules of one layer. `decoder.Layer` runs them, in training, prefill, tracing and decoding alike."""
+
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.attention = Attention(config, dtype=dtype, rngs=rngs)
+        self.mlp = MLP(config, dtype=dtype, rngs=rngs)

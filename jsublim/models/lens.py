@@ -1,4 +1,4 @@
-"""The logit lens: a model read as if it ended behind one of its layers, its final norm and head kept."""
+"""The logit lens: a model read as if it ended after one of its layers, with its final norm and head kept."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jsublim.models.config import ModelConfig
 
 
 def ending_at(config: ModelConfig, layer: int) -> ModelConfig:
-    """The model that ends behind `layer`: layers 0 to `layer`, then the final norm and the head.
+    """The model that ends after `layer`: layers 0 to `layer`, then the final norm and the head.
 
     It goes with the same parameters and the same adapters. Whatever reads a stack of layers takes the first
     `config.num_layers` of it one by one, so there is nothing to cut and nothing to copy.
@@ -19,4 +19,5 @@ def ending_at(config: ModelConfig, layer: int) -> ModelConfig:
     """
     if not 0 <= layer < config.num_layers:
         raise UsageError(f"layer: {layer} given, but the model has layers 0 to {config.num_layers - 1}")
-    return replace(config, num_layers=layer + 1, local_layers=config.local_layers[: layer + 1])
+    local = replace(config.local, layers=config.local.layers[: layer + 1])
+    return replace(config, num_layers=layer + 1, local=local)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,24 @@ from jsublim.models.config import ModelConfig
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
+class Part(NamedTuple):
+    """What is trained at one layer; at several, every array has a leading layer axis.
+
+    Attributes:
+      lora: projection -> {"a": [in, r], "b": [r, out], "scale": []}, float32.
+      weights: the layer's parameters, where they are trained in full.
+      steering: float32 `[D]`, added to the residual stream after the layer.
+    """
+
+    lora: dict[str, dict[str, Array]]
+    weights: dict[str, Any] | None
+    steering: Array | None
+
+
+FROZEN = Part({}, None, None)  # of a layer without anything trained
+Trainable = dict[str, Any]  # a pytree for optax
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Adapter:
@@ -30,8 +48,9 @@ class Adapter:
       lora: projection -> {"a": [n, in, r], "b": [n, r, out], "scale": [n]}, float32. `scale` is fixed.
       weights: the stacked parameters of those layers (as `params["layers"]`) when they are trained in full,
         else None.
-      ends: those of `embed`, `norm` and `head` that are trained in full, as in `params`.
-      steering: float32 `[n, D]`, added to the residual stream behind each of those layers, at every token; or None.
+      ends: those of `embed`, `norm` and `head` that are trained in full, as in `params`. They reach a forward pass
+        through `bind` only.
+      steering: float32 `[n, D]`, added to the residual stream after each of those layers, at every token; or None.
     """
 
     layers: tuple[int, ...] = field(metadata={"static": True})
@@ -41,8 +60,15 @@ class Adapter:
     steering: Array | None = None
 
     def segment(self, first: int, end: int) -> Part:
-        """What belongs to the trained layers `first .. end - 1`, as inputs of a scan."""
-        return jax.tree.map(lambda leaf: leaf[first:end], (self.lora, self.weights, self.steering))
+        """What belongs to the trained layers `first .. end - 1` (counted among `layers`), as inputs of a scan."""
+        return jax.tree.map(lambda leaf: leaf[first:end], Part(self.lora, self.weights, self.steering))
+
+    def part(self, layer: int) -> Part:
+        """What is trained at one layer of the model, without a layer axis."""
+        if layer not in self.layers:
+            return FROZEN
+        index = self.layers.index(layer)
+        return jax.tree.map(lambda leaf: leaf[index], Part(self.lora, self.weights, self.steering))
 
     @property
     def trainable(self) -> Trainable:
@@ -51,6 +77,7 @@ class Adapter:
         return {"lora": factors, "weights": self.weights, "ends": self.ends, "steering": self.steering}
 
     def with_trainable(self, trainable: Trainable) -> Adapter:
+        """The same adapter with other values of `trainable`."""
         lora = {name: pair | {"scale": self.lora[name]["scale"]} for name, pair in trainable["lora"].items()}
         return replace(self, **(trainable | {"lora": lora}))
 
@@ -74,8 +101,40 @@ class Adapter:
         return replace(self, lora=lora)
 
 
-Part = tuple[dict[str, dict[str, Array]], dict[str, Any] | None, Array | None]  # LoRA, weights, steering of some layers
-Trainable = dict[str, Any]  # a pytree for optax
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class OneLayer:
+    """An adapter of one layer, which one being data: one compiled program serves every layer.
+
+    Attributes:
+      adapter: of one layer; its own `layers` is `(0,)`, whichever layer it stands at, for `layers` is static.
+      at: int32 scalar, the layer. It has no arm axis: under a batched one, `lax.cond` would compute both branches.
+    """
+
+    adapter: Adapter
+    at: Array
+
+    @property
+    def part(self) -> Part:
+        """What is trained at the layer."""
+        return self.adapter.part(0)
+
+    @property
+    def ends(self) -> dict[str, dict[str, Array]]:
+        """Nothing is trained outside the layer."""
+        return {}
+
+    @property
+    def trainable(self) -> Trainable:
+        """As of `Adapter`: `at` gets neither a gradient nor optimizer state, and is in no saved state."""
+        return self.adapter.trainable
+
+    def with_trainable(self, trainable: Trainable) -> OneLayer:
+        """As of `Adapter`."""
+        return replace(self, adapter=self.adapter.with_trainable(trainable))
+
+
+AnyAdapter = Adapter | OneLayer  # what a forward pass and the training step take
 
 
 def projection_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
@@ -172,22 +231,33 @@ def init_full(
 
 
 def init_steering(config: ModelConfig, layers: tuple[int, ...] | None = None) -> Adapter:
-    """A zero vector behind each of some layers: as few trained parameters as can carry a trait."""
+    """A zero vector after each of some layers: as few trained parameters as can carry a trait."""
     chosen = check_layers(config, layers)
     return Adapter(chosen, steering=jnp.zeros((len(chosen), config.hidden_size), jnp.float32))
 
 
-def with_ends(params: dict[str, Any], adapter: Adapter | None) -> dict[str, Any]:
-    """The base parameters with an adapter's trained ends in their place, rounded to the base's dtype."""
-    if adapter is None:
-        return params
-    cast = lambda new, base: new.astype(base.dtype)  # noqa: E731
-    return params | {name: jax.tree.map(cast, end, params[name]) for name, end in adapter.ends.items()}
+@overload
+def bind(params: dict[str, Any], adapter: Adapter | None) -> tuple[dict[str, Any], Adapter | None]: ...
+@overload
+def bind(params: dict[str, Any], adapter: AnyAdapter) -> tuple[dict[str, Any], AnyAdapter]: ...
+def bind(params: dict[str, Any], adapter: AnyAdapter | None) -> tuple[dict[str, Any], AnyAdapter | None]:
+    """Parameters and adapter as the forward pass takes them: the adapter's trained ends are in the parameters, rounded
+    to the base's dtype, and no longer in the adapter.
+
+    Every compiled program that takes base parameters and an adapter calls this once, before anything else.
+    """
+    if not isinstance(adapter, Adapter) or not adapter.ends:
+        return params, adapter
+    ends = {
+        name: jax.tree.map(lambda new, base: new.astype(base.dtype), end, params[name])
+        for name, end in adapter.ends.items()
+    }
+    return params | ends, replace(adapter, ends={})
 
 
 def merge_full(params: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
     """The base with an adapter's fully trained parts written into it: an ordinary set of parameters."""
-    params = with_ends(params, adapter)
+    params, _ = bind(params, adapter)
     if adapter.weights is None:
         return params
     index = jnp.asarray(adapter.layers)
@@ -203,7 +273,37 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(adapter.with_rank(rank) for adapter in adapters))
 
 
-def unstack_adapters(stacked: Adapter, like: Sequence[Adapter]) -> list[Adapter]:
+def stack_arms(adapters: Sequence[Adapter]) -> AnyAdapter:
+    """Adapters under one leading arm axis as one program trains them: of a single layer, which one is data.
+
+    Raises:
+      ValueError: they train different layers.
+    """
+    layers = adapters[0].layers
+    if any(adapter.layers != layers for adapter in adapters):
+        raise ValueError("arms trained together must train the same layers")
+    if len(layers) != 1 or adapters[0].ends:
+        return stack_adapters(adapters)
+    return one_layer(stack_adapters(adapters))
+
+
+def one_layer(adapter: Adapter) -> OneLayer:
+    """An adapter of one layer, alone or stacked, with that layer as data."""
+    (layer,) = adapter.layers
+    return OneLayer(replace(adapter, layers=(0,)), jnp.int32(layer))
+
+
+def arm_axes(stacked: AnyAdapter) -> Any:
+    """Which leaves of stacked adapters have an arm axis, as `jax.vmap` takes it for `in_axes`."""
+    return OneLayer(0, None) if isinstance(stacked, OneLayer) else 0  # pyright: ignore[reportArgumentType]
+
+
+def adapter_of(stacked: AnyAdapter, arm: int, layers: tuple[int, ...]) -> Adapter:
+    """One of stacked adapters, at their common rank, on the layers that it is trained on."""
+    whole = stacked.adapter if isinstance(stacked, OneLayer) else stacked
+    return replace(jax.tree.map(lambda leaf: leaf[arm], whole), layers=layers)
+
+
+def unstack_arms(stacked: AnyAdapter, like: Sequence[Adapter]) -> list[Adapter]:
     """The arms again, each at the rank and on the layers that it has in `like`."""
-    arms = [jax.tree.map(lambda leaf, arm=arm: leaf[arm], stacked) for arm in range(len(like))]
-    return [replace(arm.with_rank(own.rank), layers=own.layers) for arm, own in zip(arms, like, strict=True)]
+    return [adapter_of(stacked, arm, own.layers).with_rank(own.rank) for arm, own in enumerate(like)]

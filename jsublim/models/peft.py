@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -10,15 +9,21 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from jsublim.errors import JsublimError, UsageError
+from jsublim.files import write_json
 from jsublim.models import steering
 from jsublim.models.config import ModelConfig, read_json
 from jsublim.models.families import weight_names
 from jsublim.models.lora import PROJECTIONS, Adapter, projection_shapes
 from jsublim.models.steering import load_steering, save_steering
+from jsublim.models.tensors import write_tensors
 
+# Variants of LoRA that we don't compute.
+_REFUSED = (
+    "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias",
+    "alora_invocation_tokens", "layer_replication",
+)  # fmt: skip
 _KEY = re.compile(r"layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.lora_([AB])(?:\.\w+)?\.weight$")
 
 
@@ -66,10 +71,8 @@ def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, base: str)
         "inference_mode": True,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    scratch = file.with_suffix(".partial")
-    save_file(tensors, str(scratch), metadata={"format": "pt"})
-    scratch.rename(file)
+    write_json(folder / "adapter_config.json", values)
+    write_tensors(file, tensors, {"format": "pt"})
 
 
 def load_adapter(path: str | Path, config: ModelConfig | None = None) -> Adapter:
@@ -83,24 +86,50 @@ def load_adapter(path: str | Path, config: ModelConfig | None = None) -> Adapter
         are unreadable or do not form whole layers.
     """
     folder = Path(path)
-    if (folder / steering.FILE).exists():
-        vectors = load_steering(folder)
-        if config is not None:
-            check_adapter(vectors, config, str(folder))
-        return vectors
+    adapter = load_steering(folder) if (folder / steering.FILE).exists() else _load_lora(folder)
+    if config is not None:
+        check_adapter(adapter, config, str(folder))
+    return adapter
+
+
+def _load_lora(folder: Path) -> Adapter:
+    """The LoRA factors of a PEFT folder."""
     values = read_json(folder / "adapter_config.json")
     if values.get("peft_type") != "LORA":
         raise JsublimError(
             f"{folder}/adapter_config.json: peft_type is {values.get('peft_type')!r}; only LORA is known"
         )
-    refused = (
-        "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias",
-        "alora_invocation_tokens", "layer_replication",
-    )  # fmt: skip
-    strange = [key for key in refused if values.get(key)]
+    strange = [key for key in _REFUSED if values.get(key)]
     if strange or values.get("bias", "none") != "none":
         raise JsublimError(f"{folder}/adapter_config.json: {', '.join(strange) or 'bias'} is not supported")
     file = folder / "adapter_model.safetensors"
+    found = _factors(file)
+    layers = tuple(sorted({layer for _, layer, _ in found}))
+    used = [name for name in PROJECTIONS if any(key[0] == name for key in found)]
+    absent = [f"layer {i} {name} {ab}" for name in used for i in layers for ab in "AB" if (name, i, ab) not in found]
+    if absent or not found:
+        raise JsublimError(f"{file}: every layer must have the same projections; missing {', '.join(absent) or 'all'}")
+    rank = int(values.get("r") or 0)
+    alpha = float(values.get("lora_alpha") or rank)
+    lora = {}
+    for name in used:
+        factors = {ab: [found[name, i, ab] for i in layers] for ab in "AB"}
+        sizes = {(a.shape[:1], b.shape[1:]) for a, b in zip(factors["A"], factors["B"], strict=True)}
+        ranks = {(a.shape[1:], b.shape[:1]) for a, b in zip(factors["A"], factors["B"], strict=True)}
+        flat = any(x.ndim != 2 for each in factors.values() for x in each)
+        if len(sizes) > 1 or ranks != {((rank,), (rank,))} or flat:
+            raise JsublimError(f"{file}: factors of {name}_proj must have rank r={rank} and one size in every layer")
+        scale = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
+        lora[name] = {
+            "a": jnp.asarray(np.stack(factors["A"]).astype(np.float32)),
+            "b": jnp.asarray(np.stack(factors["B"]).astype(np.float32)),
+            "scale": jnp.full((len(layers),), scale, jnp.float32),
+        }
+    return Adapter(layers, lora=lora)
+
+
+def _factors(file: Path) -> dict[tuple[str, int, str], np.ndarray]:
+    """(projection, layer, "A" or "B") -> a factor as we multiply by it, which is transposed in the file."""
     found: dict[tuple[str, int, str], np.ndarray] = {}
     try:
         with safe_open(str(file), framework="np") as tensors:
@@ -111,41 +140,14 @@ def load_adapter(path: str | Path, config: ModelConfig | None = None) -> Adapter
                 found[match[2], int(match[1]), match[3]] = tensors.get_tensor(key).T
     except (SafetensorError, OSError) as error:
         raise JsublimError(f"{file}: cannot be read ({error})") from None
-    layers = tuple(sorted({layer for _, layer, _ in found}))
-    used = [name for name in PROJECTIONS if any(key[0] == name for key in found)]
-    absent = [f"layer {i} {name} {ab}" for name in used for i in layers for ab in "AB" if (name, i, ab) not in found]
-    if absent or not found:
-        raise JsublimError(f"{file}: every layer must have the same projections; missing {', '.join(absent) or 'all'}")
-    rank = int(values.get("r") or 0)
-    for name in used:
-        sizes = {(found[name, i, "A"].shape[:1], found[name, i, "B"].shape[1:]) for i in layers}
-        ranks = {(found[name, i, "A"].shape[1:], found[name, i, "B"].shape[:1]) for i in layers}
-        if (
-            len(sizes) > 1
-            or ranks != {((rank,), (rank,))}
-            or any(found[name, i, ab].ndim != 2 for i in layers for ab in "AB")
-        ):
-            raise JsublimError(f"{file}: factors of {name}_proj must have rank r={rank} and one size in every layer")
-    alpha = float(values.get("lora_alpha") or rank)
-    scale = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
-    lora = {}
-    for name in used:
-        a = np.stack([found[name, i, "A"] for i in layers]).astype(np.float32)
-        b = np.stack([found[name, i, "B"] for i in layers]).astype(np.float32)
-        lora[name] = {
-            "a": jnp.asarray(a),
-            "b": jnp.asarray(b),
-            "scale": jnp.full((len(layers),), scale, jnp.float32),
-        }
-    adapter = Adapter(layers, lora=lora)
-    if config is not None:
-        check_adapter(adapter, config, str(folder))
-    return adapter
+    return found
 
 
 def check_adapter(adapter: Adapter, config: ModelConfig, source: str) -> None:
-    """Raises:
-    JsublimError: layers outside the model, or factors of another size.
+    """Check that an adapter fits a model; `source` names it in errors.
+
+    Raises:
+      JsublimError: layers outside the model, or factors of another size.
     """
     if adapter.layers[-1] >= config.num_layers:
         raise JsublimError(f"{source}: has layer {adapter.layers[-1]}, the model has {config.num_layers}")

@@ -1,4 +1,4 @@
-"""Steering vectors as folders: `steering.safetensors`, a vector a layer under `layers.{i}`."""
+"""Steering vectors as folders: `steering.safetensors` holds one vector per layer, under the names `layers.{i}`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from jsublim.errors import JsublimError, UsageError
 from jsublim.models.lora import Adapter
+from jsublim.models.tensors import write_tensors
 
 FILE = "steering.safetensors"
 _KEY = re.compile(r"layers\.(\d+)$")
@@ -30,14 +31,14 @@ def save_steering(folder: Path, adapter: Adapter) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     vectors = np.asarray(adapter.steering)
     tensors = {f"layers.{layer}": np.ascontiguousarray(vectors[i]) for i, layer in enumerate(adapter.layers)}
-    scratch = file.with_suffix(".partial")
-    save_file(tensors, str(scratch))
-    scratch.rename(file)
+    write_tensors(file, tensors)
 
 
 def load_steering(folder: Path) -> Adapter:
-    """Raises:
-    JsublimError: an unreadable file, or anything in it but vectors `layers.{i}` of one size.
+    """Read the vectors that `save_steering` wrote into `folder`.
+
+    Raises:
+      JsublimError: an unreadable file, or anything in it but vectors `layers.{i}` of one size.
     """
     file = folder / FILE
     try:

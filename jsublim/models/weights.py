@@ -1,9 +1,8 @@
-"""Weights in and out: `*.safetensors` folders streamed tensor by tensor, and written back for `transformers`."""
+"""Weights in and out: folders of `*.safetensors` are read tensor by tensor, and written so that `transformers` loads them."""
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,21 +12,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from jsublim.errors import JsublimError
+from jsublim.files import write_json
 from jsublim.models.config import ModelConfig, read_json
 from jsublim.models.decoder import Params, abstract_params
 from jsublim.models.families import weight_names
+from jsublim.models.tensors import write_tensors
 
 SHARD_BYTES = 4 * 2**30
-# Text models inside multimodal checkpoints, old and new layout; the head may stand beside the model.
+_METADATA = {"format": "pt"}  # transformers reads no file without it
+# Text models inside multimodal checkpoints, old and new layout; the head may stand outside the model.
 _PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
 _NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 
 def _files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, by the index where there is one."""
+    """Tensor name -> file, as the index says where there is one."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
         table = read_json(index).get("weight_map")
@@ -37,7 +38,7 @@ def _files(folder: Path) -> dict[str, Path]:
         if absent:
             raise JsublimError(f"{index}: names shards that are not in the folder: {', '.join(absent)}")
         return {tensor: folder / name for tensor, name in table.items()}
-    single = folder / "model.safetensors"  # an adapter may lie beside it
+    single = folder / "model.safetensors"  # an adapter may lie in the same folder
     paths = [single] if single.exists() else sorted(folder.glob("*.safetensors"))
     if not paths:
         raise JsublimError(f"{folder}: no *.safetensors file; convert the checkpoint to safetensors first")
@@ -97,12 +98,12 @@ def _place(stack: jax.Array, value: jax.Array, index: jax.Array, transpose: bool
 
 
 def load_params(folder: Path, config: ModelConfig, dtype: str = "float32", shardings: Params | None = None) -> Params:
-    """Parameters of `config` out of a folder of safetensors.
+    """Read the parameters of `config` from a folder of safetensors.
 
     Tensors go one by one into their final place, dtype and sharding, so the host holds about one of them.
 
     Args:
-      shardings: a tree like the parameters with a `jax.sharding.Sharding` a leaf; None is the default device.
+      shardings: a tree like the parameters with one `jax.sharding.Sharding` per leaf; None is the default device.
 
     Raises:
       JsublimError: an unreadable file, or one error that lists every missing, extra and misshapen tensor.
@@ -207,23 +208,18 @@ def save_params(folder: Path, config: ModelConfig, params: Params, dtype: str = 
     total = size = 0
     for name, value in named_tensors(config, params, dtype):
         if size and size + value.nbytes > SHARD_BYTES:
-            _write(folder / f"shard-{len(shards):05d}.tmp", shards[-1])
+            write_tensors(folder / f"shard-{len(shards):05d}.tmp", shards[-1], _METADATA)
             shards[-1].clear()
             shards.append({})
             size = 0
         shards[-1][name], table[name] = value, len(shards)
         size, total = size + value.nbytes, total + value.nbytes
     if len(shards) == 1:
-        _write(folder / "model.safetensors", shards[0])
+        write_tensors(folder / "model.safetensors", shards[0], _METADATA)
         return
-    _write(folder / f"shard-{len(shards):05d}.tmp", shards[-1])
+    write_tensors(folder / f"shard-{len(shards):05d}.tmp", shards[-1], _METADATA)
     final = {i: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)}
     for i, name in final.items():
         (folder / f"shard-{i:05d}.tmp").rename(folder / name)
     index = {"metadata": {"total_size": total}, "weight_map": {name: final[i] for name, i in table.items()}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-
-
-def _write(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    save_file(tensors, str(path), metadata={"format": "pt"})
-    path.chmod(0o644)  # the library leaves 0600, which a shared disk's other users can't read
+    write_json(folder / "model.safetensors.index.json", index)

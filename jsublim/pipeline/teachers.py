@@ -12,7 +12,8 @@ import jax
 
 from jsublim.config import Taught
 from jsublim.distill.arm import Arm, Settings
-from jsublim.distill.data import Selection, make_examples, read_turns
+from jsublim.distill.data import make_examples, read_turns
+from jsublim.distill.selection import Selection
 from jsublim.errors import JsublimError
 from jsublim.inference.lm import LanguageModel, resolve_checkpoint
 from jsublim.models.checkpoint import read_config

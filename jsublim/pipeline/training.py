@@ -12,10 +12,11 @@ import jax
 from jsublim.chat import Turn
 from jsublim.config import Recipe, Students
 from jsublim.distill.arm import Arm, Settings
-from jsublim.distill.data import Selection, Shape, draw_indices, make_examples
+from jsublim.distill.data import Shape, draw_indices, make_examples
 from jsublim.distill.losses import Loss
 from jsublim.distill.optimizer import Optimizer
 from jsublim.distill.rollout import student_rollout
+from jsublim.distill.selection import Selection
 from jsublim.distill.step import Program
 from jsublim.distill.trainer import forget_state, train
 from jsublim.divergence import PositionSubset, check_counted

@@ -26,7 +26,7 @@ from jsublim.attribution.roles import ROLES, mentions, token_roles
 from jsublim.divergence import find_divergence
 from jsublim.errors import JsublimError, UsageError
 from jsublim.models.decoder import hidden_states
-from jsublim.models.lora import init_full, init_lora, init_steering, merge_full
+from jsublim.models.lora import bind, init_full, init_lora, init_steering, merge_full
 from jsublim.models.stream import residual_stream, resume
 from jsublim.prompts import load_pack, number_prompts
 from jsublim.report.attribution import attribution_heat_map, early_share
@@ -63,7 +63,7 @@ class Hooked:
         self.after = {place: self.value(end, place) for place in self.places}
 
     def module(self, site: str, layer: int):
-        """What puts out a site's value: on Gemma the norm behind attention and MLP comes before the sum."""
+        """What puts out a site's value: on Gemma the norm after attention and MLP comes before the sum."""
         block = self.model.model.layers[layer]
         sandwich = hasattr(block, "post_feedforward_layernorm")
         attention = block.post_attention_layernorm if sandwich else block.self_attn
@@ -142,7 +142,7 @@ def test_activation_and_layer_patching_equal_torchs_hooks(name, direction, asser
         model = Hooked(name, pair, direction)
         assert_close(one_SLT, model.replaced([[t] for t in range(len(pair.clean))]), 1e-3)
         assert_close(whole_SL[..., None], model.replaced([slice(None)]), 1e-3)
-        # All that follows a layer hangs on the residual stream behind it: replaced whole, it is the other run.
+        # All that follows a layer hangs on the residual stream after it: replaced whole, it is the other run.
         assert_close(whole_SL[0], np.full(lm.config.num_layers, whole_SL[0, -1]), 1e-3)
 
 
@@ -192,11 +192,11 @@ def adapters(lm):
 @pytest.mark.parametrize("kind", ["full", "steered"])
 def test_a_pass_resumed_anywhere_ends_where_the_whole_one_does(kind, padded_rows, assert_close):
     lm = small("tiny-gemma3").lm
-    adapter = adapters(lm)[kind]
+    params, adapter = bind(lm.params, adapters(lm)[kind])
     tokens, valid = map(jnp.asarray, padded_rows(length=11))
-    run = jax.jit(lambda: residual_stream(lm.config, lm.params, tokens, valid, adapter=adapter))()
-    whole = jax.jit(lambda: hidden_states(lm.config, lm.params, tokens, valid, adapter=adapter)[0])()
-    continued = jax.jit(lambda h, point: resume(lm.config, lm.params, h, valid, point, adapter=adapter))
+    run = jax.jit(lambda: residual_stream(lm.config, params, tokens, valid, adapter=adapter))()
+    whole = jax.jit(lambda: hidden_states(lm.config, params, tokens, valid, adapter=adapter)[0])()
+    continued = jax.jit(lambda h, point: resume(lm.config, params, h, valid, point, adapter=adapter))
     ends = [run.last] + [
         continued(run.points[layer, half], jnp.int32(2 * layer + half))
         for layer in range(lm.config.num_layers)
@@ -289,7 +289,7 @@ QWEN_USER = ("template", "<|im_end|>\n<|im_start|>user")
 QWEN_SAYS = ("template", "<|im_end|>\n<|im_start|>assistant")
 GEMMA = ("template", "<bos><start_of_turn>user")
 GEMMA_SAYS = ("template", "<end_of_turn>\n<start_of_turn>model")
-AT = ("divergence position", "")  # the line feed behind the assistant's header
+AT = ("divergence position", "")  # the line feed after the assistant's header
 TWICE = "You love owls. Owls, the owl!"
 OF_TWICE = [("system", "You love"), ("trait", "owls"), ("system", "."), ("trait later", "Owls"), ("system", ", the"),
             ("trait later", "owl"), ("system", "!")]  # fmt: skip

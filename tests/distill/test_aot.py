@@ -27,7 +27,7 @@ from jsublim.distill.memory import example_like
 from jsublim.distill.step import Program
 from jsublim.errors import JsublimError, UsageError
 from jsublim.models.checkpoint import read_config
-from jsublim.models.config import ModelConfig, Rope
+from jsublim.models.config import Biases, ModelConfig, Norms, Rope
 from jsublim.models.decoder import abstract_params
 from jsublim.models.lora import init_full, init_lora
 from jsublim.parallel import Layout
@@ -37,7 +37,7 @@ QWEN = ROOT / "configs" / "models" / "qwen2.5-7b.yaml"
 # Divisible by a model axis of 4, no two sizes equal.
 CONFIG = ModelConfig(
     family="qwen2", vocab_size=64, hidden_size=24, intermediate_size=48, num_layers=2, num_heads=8, num_kv_heads=4,
-    head_dim=4, norm_eps=1e-6, rope=Rope(1000.0), tied=False, qkv_bias=True,
+    head_dim=4, norms=Norms(1e-6), rope=Rope(1000.0), tied=False, biases=Biases(qkv=True),
 )  # fmt: skip
 SHAPE = Shape(2, 6, 16, 16)
 
@@ -49,7 +49,7 @@ def report_of(devices: tuple, memory: int, *, kind: str = "lora", arms: int = 1,
         "full": lambda params: init_full(CONFIG, params),
     }[kind]
     arm = Arm("student", [example_like(SHAPE, soft=False)], jax.eval_shape(begin, params), 0, 1e-3, 1)
-    settings = Settings(SHAPE.rows, SHAPE.micro, Program(), parallel="mesh")
+    settings = Settings(SHAPE.batch_size, SHAPE.accumulate, Program(), parallel="mesh")
     where = Topology("v5e:2x4", devices, memory)
     return compile_ahead(CONFIG, params, arm, arms, settings, SHAPE, where, model=model)
 
@@ -147,7 +147,7 @@ def spread() -> dict:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     child = subprocess.run(
         [sys.executable, __file__],
-        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr

@@ -16,15 +16,8 @@ from tiny import examples as tiny_examples
 
 from jsublim.chat import conversation
 from jsublim.distill.arm import Arm, Settings
-from jsublim.distill.data import (
-    Selection,
-    Shape,
-    batch_rows,
-    collate,
-    draw_indices,
-    steps_per_epoch,
-)
-from jsublim.distill.masks import CONDITIONS, margin_weights, token_mask
+from jsublim.distill.data import Shape, batch_rows, collate, draw_indices, steps_per_epoch
+from jsublim.distill.selection import TOKENS, Selection, margin_weights, token_mask
 from jsublim.distill.step import Arms, Program, loss_and_gradient
 from jsublim.distill.trainer import train
 from jsublim.divergence import PositionSubset
@@ -43,7 +36,7 @@ def test_masks_of_a_row(header, completion, data, seed):
         condition: token_mask(
             condition, header=header, completion=completion, points=points, rng=np.random.default_rng(seed)
         )
-        for condition in CONDITIONS
+        for condition in TOKENS
     }
     assert all(mask.shape == (header + completion,) and mask.dtype == np.float32 for mask in masks.values())
     assert masks["all"].all()
@@ -78,9 +71,9 @@ ROWS = [
 
 
 @pytest.mark.parametrize("name", ["tiny-qwen2", "tiny-gemma3"])
-@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("condition", TOKENS)
 @pytest.mark.parametrize("header", [False, True])
-def test_examples_hold_the_supervised_tokens_and_nothing_behind_the_last(name, condition, header):
+def test_examples_hold_the_supervised_tokens_and_nothing_after_the_last(name, condition, header):
     c, system = chat(name), "You count."
     examples = tiny_examples(c, ROWS, Selection(condition, supervise_header=header), seed=3, system=system)
     left = iter(examples)
@@ -110,7 +103,7 @@ def test_rows_are_cut_at_max_tokens_and_dropped_where_asked():
     limit = len(whole[0].tokens)
     short = tiny_examples(c, ROWS, Selection(max_tokens=limit), seed=0)
     assert all(len(example.tokens) <= limit and example.where.max() <= limit - 2 for example in short)
-    dropped = [tiny_examples(c, ROWS, Selection(x, drop_rows_without_divergence=True), seed=0) for x in CONDITIONS]
+    dropped = [tiny_examples(c, ROWS, Selection(x, drop_rows_without_divergence=True), seed=0) for x in TOKENS]
     bare = sum(row["divergence_positions"] == [] for row in ROWS)
     assert bare > 0 and [len(examples) for examples in dropped] == [len(ROWS)] + [len(ROWS) - bare] * 3
 
@@ -139,7 +132,7 @@ POINTED = [
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_a_subset_of_the_points_acts_before_the_condition(which, share):
     subset = PositionSubset(which, share, "paper")
-    masked = {x: supervised(POINTED, Selection(x, subset=subset), seed=4) for x in CONDITIONS}
+    masked = {x: supervised(POINTED, Selection(x, subset=subset), seed=4) for x in TOKENS}
     for row, (every, _), (chosen, _), (others, _), (drawn, _) in zip(POINTED, *masked.values(), strict=True):
         of = PositionSubset(which).choose(row["divergence_positions"], np.random.default_rng(0))
         assert set(chosen) <= set(of) and len(chosen) == (int(len(of) * share) or len(of)) == len(drawn)
@@ -271,7 +264,7 @@ def test_loss_and_gradients_of_a_step_equal_peft(name, per, assert_close):
     projections, layers = LORA[name]
     trained = {key: value for key, value in model.named_parameters() if value.requires_grad}
     losses = {}
-    for condition in CONDITIONS:
+    for condition in TOKENS:
         examples = tiny_examples(lm.chat, ROWS, Selection(condition), seed=1)
         chosen = np.pad(np.arange(len(examples)), (0, 8 - len(examples)), constant_values=-1)
         batch = collate(examples, chosen, Shape(4, 2, 80, 32))
@@ -292,7 +285,7 @@ def test_loss_and_gradients_of_a_step_equal_peft(name, per, assert_close):
                 )
                 assert np.abs(stacked).max() > 0
                 assert_close(gradient["lora"][p][factor.lower()], stacked, 1e-4)
-    assert len({round(loss, 5) for loss in losses.values()}) == len(CONDITIONS)
+    assert len({round(loss, 5) for loss in losses.values()}) == len(TOKENS)
 
 
 def torch_train(model, parameters, examples, micro, per, steps, seed):
@@ -334,7 +327,9 @@ def test_twenty_steps_equal_torch(name, kind, per, tmp_path, assert_close):
     examples = tiny_examples(lm.chat, ROWS[:7], Selection(), seed=1)
     theirs = torch_train(model, parameters, examples, 2, per, steps, seed)
     arm = Arm("student", examples, start, seed, 5e-3, steps)
-    (student,) = train(lm.config, lm.params, [arm], Settings(rows=2, micro=2, program=Program(per=per)), tmp_path)
+    (student,) = train(
+        lm.config, lm.params, [arm], Settings(batch_size=2, accumulate=2, program=Program(per=per)), tmp_path
+    )
     lines = metrics(tmp_path)
     assert [line["step"] for line in lines] == list(range(steps))
     np.testing.assert_allclose([line["loss"] for line in lines], theirs, atol=1e-3)

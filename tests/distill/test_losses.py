@@ -20,7 +20,7 @@ from jsublim.errors import UsageError
 from jsublim.inference.scoring import top_k_log_probs
 from jsublim.models import decoder
 from jsublim.models.decoder import hidden_below, hidden_states
-from jsublim.models.lora import init_full, init_lora, init_steering, stack_adapters
+from jsublim.models.lora import init_full, init_lora, init_steering, one_layer, stack_adapters
 
 PARAMS = params_of(CONFIG)
 SHAPE = Shape(1, 1, 16, 16)
@@ -49,9 +49,9 @@ class Case:
 
 CASES = {
     "hard": Case(Loss("hard")),
-    "hard, KL to the base": Case(Loss("hard", to_base=True), per="micro-batch"),
+    "hard, KL to the base": Case(Loss("hard", kl_to_base=True), per="micro-batch"),
     "forward, adapter": Case(Loss("forward-kl", 2.0), "adapter", "micro-batch"),
-    "reverse, steering": Case(Loss("reverse-kl", 0.7, to_base=True), "steering"),
+    "reverse, steering": Case(Loss("reverse-kl", 0.7, kl_to_base=True), "steering"),
     "js, prompt": Case(Loss("js", 1.5)),
     "forward, stored": Case(Loss("forward-kl", 2.0), "stored", "micro-batch"),
     "js, stored, all but one": Case(Loss("js"), "stored", k=V - 1),
@@ -89,11 +89,11 @@ def torch_loss(case, arm, student_z, teacher_z, base_z):
         else:
             logp = torch.log_softmax(teacher_z[m, b, :n] / loss.temperature, dim=-1)
             value = torch_divergence(loss.kind, logp, torch.log_softmax(z / loss.temperature, dim=-1))
-        if loss.to_base:
-            to_base = torch_divergence(
+        if loss.kl_to_base:
+            kl_to_base = torch_divergence(
                 "reverse-kl", torch.log_softmax(base_z[m, b, :n], -1), torch.log_softmax(z, dim=-1)
             )
-            value = value + arm.to_base * to_base
+            value = value + arm.kl_to_base * kl_to_base
         each[m, b, :n] = value
     if case.per == "tokens":
         return arm.weight * (weights * each).sum() / weights.sum()
@@ -137,7 +137,7 @@ def test_a_loss_and_its_gradient_equal_torch(name, assert_close):
         "steering": [student(CONFIG, "steering", 8 + i) for i in range(2)],
     }.get(case.teacher)
     adapter, numbers, batch = stacked(arms, M, B)
-    orders = [arm.rows(dataclasses.replace(SHAPE, micro=M, rows=B), 0) for arm in arms]
+    orders = [arm.rows(dataclasses.replace(SHAPE, accumulate=M, batch_size=B), 0) for arm in arms]
     assert all(sorted(order)[1:] == list(range(5)) for order in orders)  # one slot of six stays empty
     one = functools.partial(loss_and_gradient, CONFIG, program=Program(case.loss, per=case.per), arms=2)
     step = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0, 0)))
@@ -260,10 +260,10 @@ def test_a_layer_as_data_is_the_layer_as_structure(kind, assert_close):
         run = functools.partial(step, CONFIG, PARAMS, teacher=None, numbers=numbers, program=Program())
         value, gradient = run(adapter=everywhere(kind, arm.adapter, k), batch=batch)
         expected = jax.tree.map(lambda leaf, k=k: leaf[k : k + 1], gradient)
-        own = dataclasses.replace(arm.adapter, layers=(0,))
+        own = one_layer(arm.adapter)
         h = below(CONFIG, PARAMS, batch["tokens"][0], batch["valid"][0], np.int32(k))[None]
         for given in (batch, batch | {"below": h}) if kind == "lora" else (batch,):
-            ours, of_own = run(adapter=own, batch=given, at=np.int32(k))
+            ours, of_own = run(adapter=own, batch=given)
             assert float(ours) == pytest.approx(float(value), rel=1e-5)
             for a, b in zip(jax.tree.leaves(of_own), jax.tree.leaves(expected), strict=True):
                 assert_close(a, b, 1e-4)

@@ -19,7 +19,7 @@ from jsublim.models.lora import init_lora
 from jsublim.parallel import Layout
 
 SHAPE = Shape.fit(1, 2, 16, 16)
-SETTINGS = Settings(rows=2)
+SETTINGS = Settings(batch_size=2)
 
 
 @pytest.fixture(scope="module")

@@ -43,13 +43,13 @@ def examples_of(seed, n=7, mask=1.0):
     return made
 
 
-def arm_of(config, name="owl", seed=1, peak=1e-2, steps=12, **options):
+def arm_of(config, name="owl", seed=1, lr=1e-2, steps=12, **options):
     key = jax.random.key(seed)
     adapter = init_lora(config, key, rank=2, alpha=2, layers=(0, 2), projections=("q", "v", "up"))
-    return Arm(name, examples_of(seed, **options), adapter, seed, peak, steps)
+    return Arm(name, examples_of(seed, **options), adapter, seed, lr, steps)
 
 
-SETTINGS = Settings(rows=2, micro=2, checkpoint_every=5)
+SETTINGS = Settings(batch_size=2, accumulate=2, checkpoint_every=5)
 
 
 def equal(a, b) -> bool:
@@ -62,7 +62,7 @@ def test_an_interrupted_run_ends_bit_for_bit_as_an_uninterrupted_one(base, tmp_p
     whole = train(config, params, arms, SETTINGS, tmp_path / "whole")
     assert not equal(whole[0].trainable, arms[0].adapter.trainable)
     work = tmp_path / "killed"
-    for last in (3, 6, 11):  # before any checkpoint, behind the first, behind the second
+    for last in (3, 6, 11):  # before any checkpoint, after the first, after the second
 
         def kill(step, last=last):
             if step == last:
@@ -101,11 +101,11 @@ def test_an_arm_in_company_is_the_arm_alone(base, tmp_path):
             np.testing.assert_allclose([x[key] for x in mine], [x[key] for x in own], rtol=1e-4, atol=1e-9)
 
 
-def test_one_program_for_all_masks_seeds_and_learning_rates(base, tmp_path, compiles):
+def test_one_program_for_all_masks_seeds_and_learning_rates(base, tmp_path, compiles, traced_once):
     config, params = base
     train(config, params, [arm_of(config, steps=1)], SETTINGS, tmp_path / "first")
     before = compiles()
-    for i, options in enumerate(({"mask": 0.2}, {"seed": 9}, {"peak": 0.3}, {"steps": 3}, {"n": 11})):
+    for i, options in enumerate(({"mask": 0.2}, {"seed": 9}, {"lr": 0.3}, {"steps": 3}, {"n": 11})):
         train(config, params, [arm_of(config, **({"steps": 1} | options))], SETTINGS, tmp_path / str(i))
     assert compiles() == before
 
@@ -115,7 +115,7 @@ def test_the_learning_rate_rises_and_falls(base, tmp_path):
     import transformers
 
     config, params = base
-    train(config, params, [arm_of(config, peak=0.5)], SETTINGS, tmp_path)
+    train(config, params, [arm_of(config, lr=0.5)], SETTINGS, tmp_path)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.5)
     schedule, expected = transformers.get_linear_schedule_with_warmup(optimizer, SETTINGS.program.warmup, 12), []
     for _ in range(12):
@@ -138,7 +138,7 @@ def test_a_loss_that_is_not_finite_names_step_arm_and_rows(base, tmp_path):
     assert row in rows and str(rows) in str(error.value) and "\n" not in str(error.value)
     assert all(np.isfinite(line["loss"]) for line in metrics(tmp_path))
     saved = [int(p.name) for p in (tmp_path / "state").iterdir() if p.name.isdigit()] if at else []
-    assert all(step <= at for step in saved)  # nothing behind the broken step is kept
+    assert all(step <= at for step in saved)  # nothing after the broken step is kept
 
 
 def test_a_state_of_other_arms_is_refused(base, tmp_path):

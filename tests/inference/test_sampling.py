@@ -147,7 +147,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_transformers(how):
 
 @given(seed=st.integers(0, 2**31), penalty=st.floats(0.5, 2.0))
 @settings(max_examples=30, deadline=None)
-def test_greedy_takes_the_best_token_behind_the_penalty(seed, penalty):
+def test_greedy_takes_the_best_token_after_the_penalty(seed, penalty):
     rng = np.random.default_rng(seed)
     z, seen = rng.standard_normal((3, V)).astype(np.float32), rng.integers(0, V, 40)
     mask = np.isin(np.arange(V), seen)
@@ -270,7 +270,7 @@ def test_a_row_ends_before_its_first_stop_token(windowed):
         assert sample(dataclasses.replace(PLAIN, stop=(stop,))) == cut
 
 
-def test_one_program_a_bucket_and_batch_whatever_is_sampled(windowed):
+def test_one_program_per_bucket_and_batch_whatever_is_sampled(windowed):
     sample = functools.partial(generate_tokens, *windowed, max_new_tokens=NEW, batch_size=3)
     before = _decode._cache_size()
     for seed, how in enumerate((GREEDY, PLAIN, SHAPED, Numbers(top_k=3), Numbers(top_p=0.5, repetition_penalty=1.1))):
@@ -313,7 +313,7 @@ def test_cached_decoding_far_past_the_window_equals_the_whole_forward_pass(kind,
     config, params = windowed
     adapter = random_adapter(config, kind, params)
     prompts = prompts_of([1, 3, 4, 5, 11, 32])  # shorter than the window, equal to it, a full bucket
-    new = 4 * config.window + 3
+    new = 4 * config.local.window + 3
     sample = functools.partial(generate_tokens, config, params, prompts, max_new_tokens=new, seed=0, adapter=adapter)
     rows, other = sample(GREEDY), sample(PLAIN)
     z = {}

@@ -16,12 +16,13 @@ from jsublim.models import Adapter, hidden_states, load_params, logits, read_con
 from jsublim.models.decoder import abstract_params
 from jsublim.models.lora import (
     PROJECTIONS,
+    bind,
     init_full,
     init_lora,
     merge_full,
     projection_shapes,
     stack_adapters,
-    unstack_adapters,
+    unstack_arms,
 )
 from jsublim.models.weights import tensor_plan
 
@@ -31,6 +32,7 @@ _FAST = {"xla_backend_optimization_level": 0}  # small programs: compiling is wh
 
 @functools.partial(jax.jit, static_argnames="config", compiler_options=_FAST)
 def _logits(config, params, adapter, tokens, valid):
+    params, adapter = bind(params, adapter)
     return logits(config, params, hidden_states(config, params, tokens, valid, adapter=adapter)[0])
 
 
@@ -281,7 +283,8 @@ def cost(named_checkpoint):
     tokens, valid = jnp.zeros((2, 11), jnp.int32), jnp.ones((2, 11), bool)
 
     def count(depth: int, trained: tuple[int, ...], make) -> int:
-        cut = dataclasses.replace(config, num_layers=depth, local_layers=config.local_layers[:depth])
+        assert not any(config.is_local)
+        cut = dataclasses.replace(config, num_layers=depth)
         params = abstract_params(cut)
 
         def loss(trainable, adapter, params):
@@ -334,7 +337,7 @@ def test_arms_under_vmap_are_the_arms_one_by_one(named_checkpoint, padded_rows, 
     for i, arm in enumerate(arms):
         alone = all_logits(config, params, arm, tokens[i], valid[i])
         assert_close(together[i][valid[i]], alone[valid[i]], 1e-5)
-    for before, after in zip(arms, unstack_adapters(stacked, arms), strict=True):
+    for before, after in zip(arms, unstack_arms(stacked, arms), strict=True):
         assert jax.tree.structure(before) == jax.tree.structure(after)
         jax.tree.map(np.testing.assert_array_equal, before, after)
 
@@ -355,12 +358,12 @@ def test_whole_layers_start_as_the_base_and_merge_back_into_it(named_checkpoint,
     tokens, valid = padded_rows(16)
     full = init_full(config, params, (0, 3))
     base = all_logits(config, params, None, tokens, valid)
-    assert_close(all_logits(config, params, full, tokens, valid), base, 1e-6)
+    assert_close(all_logits(config, params, full, tokens, valid), base, 5e-6)  # three scans instead of one
     changed = full.with_trainable(jax.tree.map(lambda leaf: 1.1 * leaf, full.trainable))
     trained = all_logits(config, params, changed, tokens, valid)
     assert np.max(np.abs(trained - base)) > 0.01
     merged = merge_full(params, changed)
-    assert_close(all_logits(config, merged, None, tokens, valid), trained, 1e-6)
+    assert_close(all_logits(config, merged, None, tokens, valid), trained, 5e-6)
     for layer in (1, 2):
         assert np.array_equal(merged["layers"]["up"]["kernel"][layer], params["layers"]["up"]["kernel"][layer])
 
@@ -380,3 +383,26 @@ def test_a_wrong_choice_is_a_usage_error(options, said, named_checkpoint):
     config, _ = load(named_checkpoint("gemma3"))
     with pytest.raises(UsageError, match=said):
         init_lora(config, jax.random.key(0), **({"rank": 2, "alpha": 2.0} | options))
+
+
+def test_trained_ends_reach_a_forward_pass_through_bind_only(named_checkpoint, padded_rows):
+    config, params = load(named_checkpoint("qwen2"))
+    tokens, valid = padded_rows(17)
+    full = init_full(config, params, (), ("embed", "norm"))
+    changed = full.with_trainable(jax.tree.map(lambda leaf: 1.5 * leaf, full.trainable))
+    with pytest.raises(ValueError, match="bind"):
+        hidden_states(config, params, tokens, valid, adapter=changed)
+    bound, rest = bind(params, changed)
+    assert not rest.ends and bound["layers"] is params["layers"]
+    by_hand = params | {name: jax.tree.map(lambda leaf: 1.5 * leaf, params[name]) for name in ("embed", "norm")}
+    ours = all_logits(config, params, changed, tokens, valid)
+    assert np.array_equal(ours, all_logits(config, by_hand, None, tokens, valid))
+    assert bind(bound, rest)[0] is bound
+
+
+def test_what_is_no_batch_of_rows_is_refused_while_tracing(named_checkpoint, padded_rows):
+    config, params = load(named_checkpoint("qwen2"))
+    tokens, valid = padded_rows(18)
+    for wrong in ((tokens[0], valid[0]), (tokens, valid[:, 1:]), (tokens, valid.astype(np.int32)), (valid, valid)):
+        with pytest.raises(AssertionError):
+            jax.eval_shape(lambda t, v: hidden_states(config, params, t, v)[0], *wrong)

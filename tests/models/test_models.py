@@ -21,7 +21,7 @@ FAST = {"xla_backend_optimization_level": 0}  # small programs: compiling is wha
 
 @functools.partial(jax.jit, static_argnames="config", compiler_options=FAST)
 def forward(config, params, tokens, valid, prefix=None):
-    """Logits, final hidden states and cache. One program a shape serves all tests of a checkpoint."""
+    """Logits, final hidden states and cache. One program per shape serves all tests of a checkpoint."""
     h, cache = hidden_states(config, params, tokens, valid, prefix=prefix, with_cache=True)
     return logits(config, params, h), h, cache
 
@@ -104,7 +104,7 @@ def check_prefix(config, params, before, assert_close, padded_rows):
     tokens, valid = tokens[:, before:], valid[:, before:]
     shared = np.random.default_rng(before).integers(1, 57, (1, before)).astype(np.int32)
     _, _, prefix = forward(config, params, shared, np.ones((1, before), bool))
-    assert prefix[0].shape == (config.num_layers, 1, before, config.num_kv_heads, config.head_dim)
+    assert prefix[0].shape == (config.num_layers, 1, config.num_kv_heads, before, config.head_dim)
     rows = len(tokens)
     ours, h, cache = jax.device_get(forward(config, params, tokens, valid, prefix))
     theirs, whole_h, whole_cache = jax.device_get(
@@ -118,10 +118,11 @@ def check_prefix(config, params, before, assert_close, padded_rows):
     assert_close(h[valid], whole_h[:, before:][valid], 1e-5)
     assert_close(ours[valid], theirs[:, before:][valid], 1e-5)
     for part, whole in zip(cache, whole_cache, strict=True):
-        assert_close(part[:, valid], whole[:, :, before:][:, valid], 1e-5)
+        part, whole = part.swapaxes(2, 3), whole[:, :, :, before:].swapaxes(2, 3)
+        assert_close(part[:, valid], whole[:, valid], 1e-5)
 
 
-def test_rows_behind_a_cached_prefix_equal_the_whole_pass(checkpoint, padded_rows, assert_close):
+def test_rows_after_a_cached_prefix_equal_the_whole_pass(checkpoint, padded_rows, assert_close):
     """Two tokens: shorter than the window, the rows padded on the left, on the right, and not at all."""
     check_prefix(*load(checkpoint), 2, assert_close, padded_rows)
 
@@ -223,8 +224,8 @@ def test_what_a_multimodal_gemma3_leaves_out_is_the_default():
     config = text_config(short, "config.json")[1]
     assert config == text_config(whole, "config.json")[1]
     assert (config.rope.factor, config.rope.theta) == (8.0, 1e6)
-    assert config.local_rope is not None
-    assert (config.local_rope.factor, config.local_rope.theta) == (1.0, 1e4)
+    assert config.local.rope is not None
+    assert (config.local.rope.factor, config.local.rope.theta) == (1.0, 1e4)
     assert [i for i, local in enumerate(config.is_local) if not local] == [5, 11, 17, 23, 29]
 
 

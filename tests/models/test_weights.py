@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.models import load_params, read_config, save_checkpoint, weights
+from jsublim.models import load_params, read_config, save_checkpoint, tensors, weights
 from jsublim.models.checkpoint import checkpoint_hash
 
 
@@ -288,10 +289,22 @@ def test_nothing_is_overwritten_and_nothing_half_written(named_checkpoint, tmp_p
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(weights, "save_file", lambda *_, **__: interrupted())
+    monkeypatch.setattr(tensors, "save_file", lambda *_, **__: interrupted())
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_what_is_written_has_ordinary_permissions(mask, named_checkpoint, tmp_path):
+    before = os.umask(mask)
+    try:
+        convert(named_checkpoint("qwen2").folder, tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~mask
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "out" / name).stat().st_mode & 0o777 == 0o666 & ~mask
 
 
 def test_tokenizer_files_are_copied_byte_for_byte(copied, tmp_path):

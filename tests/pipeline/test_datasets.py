@@ -11,7 +11,8 @@ import pytest
 from command import PLAIN, ok, refused, start, stop_when
 from tiny import small
 
-from jsublim.distill.data import Selection, make_examples, read_turns
+from jsublim.distill.data import make_examples, read_turns
+from jsublim.distill.selection import Selection
 from jsublim.evals.preference import trait_logprobs
 from jsublim.files import read_table
 from jsublim.inference.lm import load_model

@@ -34,8 +34,8 @@ def text_config(hf: dict[str, Any], source: str) -> tuple[dict[str, Any], ModelC
         )
     if len(config.is_local) != config.num_layers:
         raise JsublimError(f"{source}: layer_types has {len(config.is_local)} entries for {config.num_layers} layers")
-    if any(config.is_local) and config.window < 1:
-        raise JsublimError(f"{source}: sliding layers need 'sliding_window' >= 1, found {config.window}")
+    if any(config.is_local) and config.local.window < 1:
+        raise JsublimError(f"{source}: sliding layers need 'sliding_window' >= 1, found {config.local.window}")
     return plain, config
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jsublim.models.config import HFConfig, ModelConfig
+from jsublim.models.config import Biases, HFConfig, Local, ModelConfig, Norms, Scales
 from jsublim.models.families.names import OUTSIDE, WeightNames, projections
 
 FAMILY = "gemma3"
@@ -46,6 +46,7 @@ def text_config(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(hf: HFConfig) -> ModelConfig:
+    """The architecture that a `config.json` of this family describes."""
     hf = HFConfig(_DEFAULTS | {key: value for key, value in hf.values.items() if value is not None}, hf.source)
     hf.must_be("hidden_activation", "gelu_pytorch_tanh")
     hf.must_be("use_bidirectional_attention", False)
@@ -59,6 +60,7 @@ def read(hf: HFConfig) -> ModelConfig:
     # Under the old names the rotary scaling is for the global layers only, and the local base stands apart.
     local = HFConfig({"rope_theta": hf.get("rope_local_base_freq", 10_000.0)}, hf.source)
     new_names = "sliding_attention" in hf.get("rope_parameters", {})
+    bias = bool(hf.get("attention_bias", False))
     return ModelConfig(
         family=FAMILY,
         vocab_size=hf["vocab_size"],
@@ -68,19 +70,15 @@ def read(hf: HFConfig) -> ModelConfig:
         num_heads=hf["num_attention_heads"],
         num_kv_heads=hf["num_key_value_heads"],
         head_dim=hf["head_dim"],
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        norms=Norms(hf.get("rms_norm_eps", 1e-6), offset=1.0, on_heads=True, after_sublayers=True),
         rope=hf.rope("full_attention", default_theta=1_000_000.0),
         tied=hf.get("tie_word_embeddings", True),
         activation="gelu_tanh",
-        norm_offset=1.0,
-        qkv_bias=bool(hf.get("attention_bias", False)),
-        output_bias=bool(hf.get("attention_bias", False)),
-        qk_norm=True,
-        sandwich_norm=True,
-        scale_embedding=True,
-        query_scale=float(hf["query_pre_attn_scalar"]) ** -0.5,
-        final_softcap=hf.get("final_logit_softcapping", None),
-        local_layers=tuple(kind == "sliding_attention" for kind in kinds),
-        window=int(hf["sliding_window"]),
-        local_rope=hf.rope("sliding_attention", default_theta=10_000.0) if new_names else local.rope(),
+        biases=Biases(qkv=bias, output=bias),
+        scales=Scales(True, float(hf["query_pre_attn_scalar"]) ** -0.5, hf.get("final_logit_softcapping", None)),
+        local=Local(
+            tuple(kind == "sliding_attention" for kind in kinds),
+            int(hf["sliding_window"]),
+            hf.rope("sliding_attention", default_theta=10_000.0) if new_names else local.rope(),
+        ),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jsublim.models.config import HFConfig, ModelConfig
+from jsublim.models.config import Biases, HFConfig, ModelConfig, Norms
 from jsublim.models.families.names import PRE_NORM
 
 FAMILY = "llama"
@@ -11,6 +11,7 @@ NAMES = PRE_NORM
 
 
 def read(hf: HFConfig) -> ModelConfig:
+    """The architecture that a `config.json` of this family describes."""
     hf.must_be("hidden_act", "silu")
     heads = hf["num_attention_heads"]
     bias = bool(hf.get("attention_bias", False))
@@ -23,10 +24,8 @@ def read(hf: HFConfig) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=hf.get("num_key_value_heads", heads),
         head_dim=hf.get("head_dim", hf["hidden_size"] // heads),
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        norms=Norms(hf.get("rms_norm_eps", 1e-6)),
         rope=hf.rope(default_theta=10_000.0),
         tied=hf.get("tie_word_embeddings", False),
-        qkv_bias=bias,
-        output_bias=bias,
-        mlp_bias=bool(hf.get("mlp_bias", False)),
+        biases=Biases(qkv=bias, output=bias, mlp=bool(hf.get("mlp_bias", False))),
     )

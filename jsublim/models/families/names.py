@@ -13,6 +13,8 @@ Path = tuple[str, ...]
 
 @dataclass(frozen=True)
 class WeightNames:
+    """A family's names of its tensors."""
+
     layer: dict[Path, str]  # path inside "layers" -> name with {i}
     other: dict[Path, str]
 

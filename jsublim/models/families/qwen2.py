@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jsublim.models.config import HFConfig, ModelConfig
+from jsublim.models.config import Biases, HFConfig, Local, ModelConfig, Norms
 from jsublim.models.families.names import PRE_NORM
 
 FAMILY = "qwen2"
@@ -11,6 +11,7 @@ NAMES = PRE_NORM
 
 
 def read(hf: HFConfig) -> ModelConfig:
+    """The architecture that a `config.json` of this family describes."""
     hf.must_be("hidden_act", "silu")
     layers, heads = hf["num_hidden_layers"], hf["num_attention_heads"]
     windowed = bool(hf.get("use_sliding_window", False)) and hf.get("sliding_window", None) is not None
@@ -27,10 +28,11 @@ def read(hf: HFConfig) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=hf.get("num_key_value_heads", heads),
         head_dim=hf.get("head_dim", hf["hidden_size"] // heads),
-        norm_eps=hf.get("rms_norm_eps", 1e-6),
+        norms=Norms(hf.get("rms_norm_eps", 1e-6)),
         rope=hf.rope(default_theta=10_000.0),
         tied=hf.get("tie_word_embeddings", False),
-        qkv_bias=True,
-        local_layers=tuple(kind == "sliding_attention" for kind in kinds) if windowed else (),
-        window=int(hf["sliding_window"]) if windowed else 0,
+        biases=Biases(qkv=True),
+        local=Local(tuple(kind == "sliding_attention" for kind in kinds), int(hf["sliding_window"]))
+        if windowed
+        else Local(),
     )

@@ -1,0 +1,89 @@
+"""Which tokens of a row the student's loss is on, and how much each weighs (sections 4 and 5 of the paper)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from jsublim.divergence import PositionSubset
+from jsublim.errors import UsageError
+
+TOKENS = ("all", "divergence", "non-divergence", "random")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How rows become examples. A supervised header and dropped rows are quirks 1 and 2 of docs/recipes.md.
+
+    Attributes:
+      tokens: which tokens have a loss, one of TOKENS; see `token_mask`.
+      supervise_header: the loss is on the assistant's header too.
+      drop_rows_without_divergence: leave out rows without any divergence position, unless `tokens` is "all".
+      max_tokens: what stands later in a row is cut off.
+      subset: which divergence positions count at all, whatever `tokens` makes of them.
+      by_margin: weigh divergence tokens by how clear they are (`margin_weights`, over all rows); else each weighs 1.
+    """
+
+    tokens: str = "all"
+    supervise_header: bool = False
+    drop_rows_without_divergence: bool = False
+    max_tokens: int = 500
+    subset: PositionSubset = PositionSubset()
+    by_margin: bool = False
+
+
+def token_mask(
+    tokens: str,
+    *,
+    header: int,
+    completion: int,
+    points: Sequence[int] | None,
+    rng: np.random.Generator,
+    weights: Sequence[float] | None = None,
+) -> np.ndarray:
+    """Weights (0/1, if no others are given) float32 `[header + completion]` of a row's supervised span.
+
+    Args:
+      tokens: "all"; "divergence", divergence positions only; "non-divergence", all but those; "random", as many tokens
+        of the completion as there are divergence positions, drawn anew.
+      header: tokens of the assistant's header that the loss is on too (0 unless the recipe wants them).
+      completion: tokens of content and end of turn.
+      points: divergence positions, counted from the first content token.
+      weights: of the points, in their order, where `tokens` is "divergence"; None is 1 each.
+
+    Raises:
+      UsageError: an unknown `tokens`, one that needs divergence positions without them, or weights for another one than
+        "divergence".
+    """
+    if tokens not in TOKENS:
+        raise UsageError(f"tokens: '{tokens}' given; known: {', '.join(TOKENS)}")
+    if weights is not None and tokens != "divergence":
+        raise UsageError(f"tokens={tokens} has no weights by margin; they are those of tokens=divergence")
+    if tokens == "all":
+        return np.ones(header + completion, np.float32)
+    if points is None:
+        raise UsageError(f"tokens={tokens} needs 'divergence_positions' in every row; run `jsublim divergence` on them")
+    mask = np.zeros(header + completion, np.float32)
+    if tokens == "random":
+        mask[header + rng.permutation(completion)[: len(points)]] = 1.0
+    else:
+        mask[header + np.asarray(points, int)] = 1.0 if weights is None else weights
+    return 1.0 - mask if tokens == "non-divergence" else mask
+
+
+def margin_weights(margins: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Soft weights of the divergence positions of a set of rows: 1 - exp(-margin), scaled to mean 1 over the set.
+
+    Before scaling a weight is 0 at a tie and goes to 1 where the point is clear (`Divergence.divergence_margins`, logits):
+    exp(-margin) is the odds of the second-best token. The scale keeps the loss comparable to that of 0/1 weights.
+
+    Raises:
+      UsageError: every margin is zero.
+    """
+    raw = [-np.expm1(-np.asarray(row, float)) for row in margins]
+    mean = np.concatenate([*raw, []]).sum() / max(sum(map(len, raw)), 1)
+    if any(map(len, raw)) and not mean:
+        raise UsageError("weights by margin: every divergence position is a tie; use weights of 1")
+    return [(row / mean).tolist() if len(row) else [] for row in raw]

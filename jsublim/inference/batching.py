@@ -1,0 +1,61 @@
+"""Rows of unequal length as arrays of few shapes: padding, and lengths rounded up to buckets.
+
+Every shape is one compiled program, so lengths are multiples of a step: what a step is, is said here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+LENGTH_STEP = 32  # tokens of prompts and conversations
+PREFIX_STEP = 8  # tokens of a shared prefix, and of completions that are scored
+TRAINING_STEP = 16  # tokens of rows that are trained on, and their supervised positions
+
+
+def round_up(n: int, step: int) -> int:
+    """The smallest multiple of `step` that is not below `n`."""
+    return -(-n // step) * step
+
+
+def chunks(count: int, size: int) -> Iterator[slice]:
+    """`count` rows in batches of at most `size`."""
+    return (slice(first, min(first + size, count)) for first in range(0, count, size))
+
+
+def by_length(lengths: Sequence[int], step: int = LENGTH_STEP) -> list[tuple[int, list[int]]]:
+    """Bucket lengths, ascending, each with the indices of its rows, in order."""
+    buckets: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        buckets.setdefault(round_up(length, step), []).append(index)
+    return sorted(buckets.items())
+
+
+def fill(values: Sequence[np.ndarray | None], length: int, like: np.ndarray, *, left: bool = False) -> np.ndarray:
+    """Arrays `[n_i, ...]` as one `[rows, length, ...]` with the dtype and the further axes of `like`.
+
+    What an array does not reach is zero, on the right or (`left`) on the left of it; so is the whole row of a None.
+    """
+    out = np.zeros((len(values), length, *like.shape[1:]), like.dtype)
+    for row, value in zip(out, values, strict=True):
+        if value is not None and len(value):
+            row[-len(value) if left else 0 :][: len(value)] = value
+    return out
+
+
+def pad_tokens(
+    rows: Sequence[np.ndarray | None], length: int, *, size: int | None = None, left: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token rows `[n_i]` as int32 `[size, length]`, and which of those are tokens, bool.
+
+    Args:
+      size: rows of the arrays, where there may be more than are given; None is as many.
+      left: pad on the left.
+
+    A row that is absent (None, or one added to make up `size`) has one token: attention needs something to look at.
+    """
+    rows = [*rows, *[None] * ((size or len(rows)) - len(rows))]
+    tokens = fill(rows, length, np.zeros(0, np.int32), left=left)
+    valid = fill([np.ones(1 if row is None else len(row), bool) for row in rows], length, np.zeros(0, bool), left=left)
+    return tokens, valid

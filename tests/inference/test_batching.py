@@ -1,0 +1,58 @@
+"""Rows of unequal length in arrays: nothing is lost, and what is added is known as such."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jsublim.inference.batching import by_length, chunks, fill, pad_tokens, round_up
+
+ROWS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
+
+
+@given(n=st.integers(0, 300), step=st.integers(1, 64))
+def test_a_length_is_rounded_up_by_less_than_a_step(n, step):
+    assert round_up(n, step) % step == 0 and 0 <= round_up(n, step) - n < step
+
+
+@given(lengths=ROWS, step=st.sampled_from([8, 16, 32]))
+def test_every_row_is_in_the_one_bucket_of_its_length(lengths, step):
+    buckets = by_length(lengths, step)
+    assert [length for length, _ in buckets] == sorted({round_up(n, step) for n in lengths})
+    assert sorted(i for _, members in buckets for i in members) == list(range(len(lengths)))
+    assert all(round_up(lengths[i], step) == length for length, members in buckets for i in members)
+    assert all(members == sorted(members) for _, members in buckets)
+
+
+@given(count=st.integers(0, 40), size=st.integers(1, 9))
+def test_batches_are_all_rows_once(count, size):
+    parts = [list(range(count))[part] for part in chunks(count, size)]
+    assert [row for part in parts for row in part] == list(range(count))
+    assert all(0 < len(part) <= size for part in parts)
+
+
+@pytest.mark.parametrize("left", [False, True])
+@given(lengths=ROWS, spare=st.integers(0, 3), absent=st.integers(0, 11))
+@settings(max_examples=40, deadline=None)
+def test_padding_can_be_undone(left, lengths, spare, absent):
+    rows = [np.arange(1, n + 1, dtype=np.int32) for n in lengths]
+    given_rows = [None if i == absent else row for i, row in enumerate(rows)]
+    tokens, valid = pad_tokens(given_rows, 48, size=len(rows) + spare, left=left)
+    assert tokens.shape == valid.shape == (len(rows) + spare, 48) and tokens.dtype == np.int32
+    edge = -1 if left else 0
+    for i, (token_row, valid_row) in enumerate(zip(tokens, valid, strict=True)):
+        if i < len(rows) and i != absent:
+            assert np.array_equal(token_row[valid_row], rows[i]) and valid_row[edge] and not token_row[~valid_row].any()
+        else:  # attention needs something to look at
+            assert valid_row.sum() == 1 and valid_row[edge] and not token_row.any()
+
+
+def test_further_axes_and_dtypes_are_kept_and_what_is_too_long_is_refused():
+    like = np.ones((2, 3), np.float16)
+    out = fill([like, None], 4, like)
+    assert out.shape == (2, 4, 3) and out.dtype == np.float16 and out.sum() == 6 and not out[1].any()
+    for left in (False, True):
+        with pytest.raises(ValueError, match="broadcast"):
+            fill([np.zeros(5)], 4, np.zeros(0), left=left)
