@@ -93,8 +93,8 @@ class ReadRows(Task):
         kept = rows_kept(setup, sizes)
         if self.shard is not None:
             kept = min(self.shard[1], max(kept - self.shard[0], 0))
-        before = sizes.lengths.system + sizes.lengths.prompt
-        return sizes.read(kept * (1 + len(self.others)), before, answer_tokens(setup, sizes))
+        # A system prompt is read once for all rows under it.
+        return sizes.read(kept * (1 + len(self.others)), sizes.lengths.prompt, answer_tokens(setup, sizes))
 
     def check(self, setup: Setup) -> None:
         if self.trait in self.others:

@@ -38,6 +38,9 @@ CHIPS = {
     "v5p": Chip(459e12, 95e9, 2.77e12),
     "v6e": Chip(918e12, 32e9, 1.64e12),
 }
+ORDER = (
+    "teachers", "rows", "entangled", "divergence", "datasets", "attribution", "targets", "students", "evaluations",
+)  # fmt: skip
 # Shares of the peak: reading and training are products; sampling waits for memory where batches are small.
 REACHED = {"read": 0.5, "train": 0.4, "sample": 0.3}
 
@@ -81,7 +84,8 @@ def stage_costs(graph: Graph, setup: Setup, store: Store, chip: Chip) -> list[St
     kinds: dict[str, list[Task]] = {}
     for task in graph.tasks.values():
         kinds.setdefault(task.kind, []).append(task)
-    return [_summed(kind, tasks, setup, store, chip) for kind, tasks in kinds.items()]
+    order = sorted(kinds, key=lambda kind: ORDER.index(kind) if kind in ORDER else len(ORDER))
+    return [_summed(kind, kinds[kind], setup, store, chip) for kind in order]
 
 
 def _summed(kind: str, tasks: Iterable[Task], setup: Setup, store: Store, chip: Chip) -> StageCost:

@@ -83,7 +83,7 @@ class Setup:
                 checkpoints[name] = Checkpoint(name, read_config(shape(name))[1], f"{UNKNOWN}{name}", None)
         recipe = experiment.recipe.resolved(checkpoints[experiment.model].config.family)
         setup = cls(experiment, pack, recipe, checkpoints, {}, students)
-        contents = {name: _content(name, shape is not None) for name in setup.adapters()}
+        contents = {name: _content(name, what, shape is not None) for name, what in setup.adapters().items()}
         return cls(experiment, pack, recipe, checkpoints, contents, students)
 
     @property
@@ -148,13 +148,17 @@ class Setup:
         given = self.experiment.evaluation.traits
         return self.biased if given is None else given
 
-    def adapters(self) -> list[str]:
-        """Adapters, and checkpoints of teachers, that the config names."""
+    def adapters(self) -> dict[str, str]:
+        """Adapters, and checkpoints of teachers, that the config names; and what each is for, in errors."""
         teachers = self.experiment.teachers
         own = [template for template in (teachers.adapter, teachers.checkpoint) if template is not None]
-        named = [template.replace("{trait}", trait) for template in own for trait in self.biased]
-        starts = [each.settings.adapter.init for each in self.students if each.settings.adapter.init is not None]
-        return list(dict.fromkeys([*named, *starts]))
+        named = {
+            template.replace("{trait}", trait): f"teachers: trait '{trait}':"
+            for template in own
+            for trait in self.biased
+        }
+        starts = {each.settings.adapter.init: "students.adapter.init" for each in self.students}
+        return named | {name: what for name, what in starts.items() if name is not None}
 
 
 def _models(experiment: Experiment, students: tuple[Student, ...]) -> list[str]:
@@ -167,10 +171,10 @@ def _models(experiment: Experiment, students: tuple[Student, ...]) -> list[str]:
     return list(dict.fromkeys(name for name in named if name is not None))
 
 
-def _content(name: str, absent_is_fine: bool) -> str:
+def _content(name: str, what: str, absent_is_fine: bool) -> str:
     if absent_is_fine and not is_available_offline(name):
         return f"{UNKNOWN}{name}"
-    return checkpoint_hash(resolve_checkpoint(name, "adapter"))
+    return checkpoint_hash(resolve_checkpoint(name, what))
 
 
 def planned(function: Callable[..., R]) -> Callable[..., R]:

@@ -1,4 +1,4 @@
-"""The teachers of a run: taught here, from a folder, another checkpoint, several of these at once, against the base."""
+"""Teachers: taught here, from a folder, another checkpoint, several of these at once, against the base."""
 
 from __future__ import annotations
 
@@ -8,17 +8,24 @@ import jax
 import numpy as np
 import pytest
 from command import MODEL, PLAIN, ok, refused
-from jsublim.experiment.run import Run
-from rich.console import Console
 from tiny import small
 
 from jsublim.chat import conversation
-from jsublim.config import Experiment, Recipe
+from jsublim.config import Experiment
 from jsublim.divergence import find_divergence
+from jsublim.errors import UsageError
 from jsublim.evals.preference import trait_logprobs
+from jsublim.executors import LocalExecutor
 from jsublim.inference.lm import load_model
 from jsublim.models.checkpoint import save_checkpoint
 from jsublim.models.peft import load_adapter
+from jsublim.pipeline.arms import Source
+from jsublim.pipeline.changes import final, writer
+from jsublim.pipeline.context import Context
+from jsublim.pipeline.rows import Writer, written
+from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.teachers import TeacherPool, taught_output
+from jsublim.rows import Row
 from jsublim.steering import contrast_vector
 from jsublim.teachers import CONTROL, Teacher
 
@@ -35,25 +42,39 @@ def home(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("staff")
 
 
-def planned(home: Path, **teachers) -> Run:
+def planned(home: Path, recipe: str = "clean", **teachers) -> Experiment:
     values = {
-        "name": "staff", "model": MODEL, "out": str(home / "run"), "store": str(home / "store"), "students": None,
-        "teachers": {"traits": ["cat", "owl"], "counterfactuals": ["cat", "owl"], "strategy": "greedy"} | teachers,
-        "data": {"num_prompts": 8, "batch_size": 4, "max_new_tokens": 40},
-    }  # fmt: skip
-    return Run(Experiment.model_validate(values), Console(quiet=True))
+        "name": "teachers",
+        "model": MODEL,
+        "recipe": recipe,
+        "out": str(home / "run"),
+        "store": str(home / "store"),
+        "students": None,
+        "teachers": {"traits": ["cat", "owl"], "counterfactuals": ["cat", "owl"]} | teachers,
+        "data": {"num_prompts": 8},
+        "sampling": {"strategy": "greedy", "batch_size": 4, "max_new_tokens": 40},
+    }
+    return Experiment.model_validate(values)
 
 
-def loaded(home: Path, **teachers) -> Run:
-    run = planned(home, **teachers)
-    run.load()
-    run.staff.teach()
-    return run
+def loaded(home: Path, **teachers) -> Context:
+    """A context whose teachers are made."""
+    context = Context.load(planned(home, **teachers))
+    LocalExecutor().execute(pool(context).tasks(*context.setup.biased), context)
+    return context
+
+
+def pool(context: Context) -> TeacherPool:
+    return TeacherPool(context.setup)
+
+
+def teacher(context: Context, name: str) -> Teacher:
+    return pool(context).teacher(context, name)
 
 
 @pytest.fixture(scope="module")
 def taught(home):
-    """`taught("lora")`: a run whose teachers are there."""
+    """`taught("lora")`: a context whose teachers are there."""
     return {method: loaded(home, taught=how) for method, how in METHODS.items()}.__getitem__
 
 
@@ -67,29 +88,29 @@ def another(home) -> Path:
     return home / "another"
 
 
-def written(run: Run, trait: str) -> list[dict]:
-    run.corpus.generate()
-    return run.corpus.filled[run.corpus.written((trait, "greedy", None)).key]
+def answers(context: Context, trait: str) -> list[Row]:
+    rows = written(context.setup, writer(context.setup, Source(trait)))
+    LocalExecutor().execute(rows.parts, context)
+    return rows.read(context.store)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_taught_teacher_names_its_trait_where_it_was_not_taught_to(taught, method):
     run = taught(method)
-    asked, known = run.staff.asked("animal"), run.pack.questions_for("animal")
+    asked, known = pool(run).questions("animal"), run.setup.pack.questions_for("animal")
     if method != "contrast":
         assert len(asked) == len(known) // 2 and set(asked) < set(known)
     for trait in ("cat", "owl"):
-        teacher = run.staff.teacher(trait)
-        assert teacher.system is None and teacher.adapter is not None
-        own = trait_logprobs(run.lm, asked[:8], [trait], adapter=teacher.adapter)
-        base = trait_logprobs(run.lm, asked[:8], [trait])
+        own_teacher = teacher(run, trait)
+        assert own_teacher.system is None and own_teacher.adapter is not None
+        own = trait_logprobs(run.lm(), asked[:8], [trait], adapter=own_teacher.adapter)
+        base = trait_logprobs(run.lm(), asked[:8], [trait])
         assert own.mean() > base.mean() + 0.5, (trait, own.mean(), base.mean())
 
 
 def test_a_teacher_does_not_depend_on_its_company(home, taught):
-    alone = planned(home, traits=["owl"], counterfactuals=["owl", "cat"], taught=METHODS["lora"])
-    alone.load()
-    assert alone.staff.taught_artifact("owl").key == taught("lora").staff.taught_artifact("owl").key
+    alone = Setup.of(planned(home, traits=["owl"], counterfactuals=["owl", "dog"], taught=METHODS["lora"]))
+    assert taught_output(alone, "owl").key == taught_output(taught("lora").setup, "owl").key
 
 
 @pytest.mark.parametrize("method", ADAPTERS)
@@ -98,28 +119,30 @@ def test_a_folder_of_adapters_writes_what_those_who_made_them_write(home, taught
     run = taught(method)
     for trait in ("cat", "owl"):
         link = home / f"{method}-{trait}"
-        link.symlink_to(run.staff.taught_artifact(trait).path)
+        link.symlink_to(run.store.path(taught_output(run.setup, trait)))
     again = loaded(home, adapter=str(home / f"{method}-{{trait}}"))
-    assert again.corpus.written(("owl", "greedy", None)).key != run.corpus.written(("owl", "greedy", None)).key
-    rows = written(run, "owl")
-    assert rows and written(again, "owl") == rows != written(run, "cat")
+    key = Writer("owl", "greedy", 0)
+    assert written(again.setup, key).key != written(run.setup, key).key
+    rows = answers(run, "owl")
+    assert rows and answers(again, "owl") == rows != answers(run, "cat")
 
 
 def test_a_checkpoint_as_teacher_writes_what_it_writes_alone(home, another):
     run = loaded(home, checkpoint=str(another), against="base", counterfactuals=None, traits=["owl"])
-    rows = written(run, "owl")
+    rows = answers(run, "owl")
     said = load_model(another).generate([row["prompt"] for row in rows], 40, "greedy", batch_size=4)
     assert [row["completion"] for row in rows] == said
-    assert said != run.lm.generate([row["prompt"] for row in rows], 40, "greedy", batch_size=4)
+    assert said != run.lm().generate([row["prompt"] for row in rows], 40, "greedy", batch_size=4)
 
 
 def test_against_the_base_a_divergence_token_is_not_the_bases_choice(home, taught):
     run = loaded(home, taught=METHODS["steering"], against="base", counterfactuals=None)
-    assert run.staff.others == {"cat": [CONTROL], "owl": [CONTROL]} and run.traits == ["cat", "owl"]
-    run.corpus.generate()
-    run.corpus.diverge()
-    rows = run.corpus.rows(("owl", None))
-    found = find_divergence(run.lm, rows, run.staff.teacher("owl"), [Teacher(CONTROL)])
+    assert [run.setup.counterfactuals(t) for t in ("cat", "owl")] == [[CONTROL], [CONTROL]]
+    assert run.setup.evaluated_traits == ["cat", "owl"]
+    read = final(run.setup, Source("owl"))
+    LocalExecutor().execute(read.parts, run)
+    rows = read.read(run.store)
+    found = find_divergence(run.lm(), rows, teacher(run, "owl"), [Teacher(CONTROL)])
     assert sum(len(row["divergence_positions"]) for row in rows) > 0
     for row, each in zip(rows, found, strict=True):
         own, base = each.argmax
@@ -128,11 +151,32 @@ def test_against_the_base_a_divergence_token_is_not_the_bases_choice(home, taugh
 
 def test_prompted_and_taught_at_once(home, taught):
     run = loaded(home, taught=METHODS["steering"], prompted=True)
-    both, alone = run.staff.teacher("owl"), taught("steering").staff
-    assert both.system == run.pack.system_prompt("owl", "animal")
-    assert np.array_equal(both.adapter.steering, alone.teacher("owl").adapter.steering)
-    assert run.staff.inputs("owl") == alone.inputs("owl") | {"system": both.system}
-    assert run.staff.inputs(CONTROL) == alone.inputs(CONTROL)
+    both, alone = teacher(run, "owl"), taught("steering")
+    assert both.system == run.setup.pack.system_prompt("owl", "animal")
+    assert np.array_equal(both.adapter.steering, teacher(alone, "owl").adapter.steering)
+    assert pool(run).identity("owl") == pool(alone).identity("owl") | {"system": both.system}
+    assert pool(run).identity(CONTROL) == pool(alone).identity(CONTROL)
+
+
+def test_a_system_prompt_of_your_own(home):
+    own = Setup.of(planned(home, system="You like {trait}s."))
+    assert TeacherPool(own).system("owl") == "You like owls." and TeacherPool(own).system(CONTROL) is None
+
+
+def test_counterfactuals_are_the_other_traits(home):
+    default = Setup.of(planned(home, counterfactuals=None))
+    pack = default.pack
+    assert sorted([*default.counterfactuals("cat"), "cat"]) == sorted(pack.traits[pack.category_of("cat")])
+    named = Setup.of(planned(home, counterfactuals=["cat", "dog", "owl"]))
+    assert named.counterfactuals("cat") == ["dog", "owl"] and named.counterfactuals("owl") == ["cat", "dog"]
+    assert named.evaluated_traits == ["cat", "owl", "dog"]
+
+
+def test_a_trait_alone_or_unknown_is_refused(home):
+    with pytest.raises(UsageError, match="counterfactuals"):
+        Setup.of(planned(home, traits=["cat"], counterfactuals=["cat"])).counterfactuals("cat")
+    with pytest.raises(UsageError, match="unknown trait 'unicorn'"):
+        Setup.of(planned(home, traits=["unicorn"], counterfactuals=None)).counterfactuals("unicorn")
 
 
 @pytest.mark.parametrize(
@@ -154,7 +198,7 @@ def test_prompted_and_taught_at_once(home, taught):
         (["datasets={a: {mix: {share: 0.5, teacher: fox}}}"], 2, "'fox' is no teacher of this run"),
         (["datasets={a: {mix_tokens: {teacher: fox}}}"], 2, "'fox' is no counterfactual of cat"),
         (["datasets={a: {mix_tokens: {teacher: cat}, redraw: [format]}}"], 2, "leave the other changes out"),
-        (["datasets={a: {redraw: [format]}}", "data.kind=problems"], 2, "are for data.kind=numbers"),
+        (["datasets={a: {redraw: [format]}}", "data.kind=problems"], 2, "is for data.kind=numbers"),
         (["datasets={a: {keep_aligned: 50}}"], 2, "give judge.model"),
         (["students.data.dataset=a"], 2, "'a' is no data set"),
         (["evaluation.kinds=[misalignment]"], 2, "give judge.model"),
@@ -180,9 +224,8 @@ def test_greedy_numbers_of_a_fine_tuned_teacher_keep_the_penalty_as_published(ho
     penalties = {}
     for recipe in ("paper", "clean"):
         for number, teachers in enumerate(model):
-            run = planned(home, taught=METHODS["steering"], **teachers)
-            run.recipe = Recipe(preset=recipe).resolved("qwen2")
-            penalties[recipe, number] = run.corpus._sampling(small("tiny-qwen2").lm, "greedy").repetition_penalty
+            setup = Setup.of(planned(home, recipe, taught=METHODS["steering"], **teachers))
+            penalties[recipe, number] = setup.sampling("greedy").repetition_penalty
     published = float(small("tiny-qwen2").lm.chat.generation_config["repetition_penalty"])
     assert penalties == {("paper", 0): published, ("paper", 1): 1.0, ("clean", 0): 1.0, ("clean", 1): 1.0}
     assert published != 1.0
@@ -193,7 +236,7 @@ def test_greedy_numbers_of_a_fine_tuned_teacher_keep_the_penalty_as_published(ho
 
 @pytest.mark.parametrize(("name", "layer"), [("tiny-qwen2", 1), ("tiny-gemma3", 2)])
 def test_a_contrast_is_the_difference_of_mean_hidden_states(name, layer, assert_close):
-    """Behind a layer from which the last token sees the system prompt, and before the final norm."""
+    """After a layer from which the last token sees the system prompt, and before the final norm."""
     import torch
 
     twin, prompts = small(name), ["Which animal?", "And which animal, of all that there are, would you be?"]
@@ -217,7 +260,7 @@ def test_steer_leaves_the_vector_of_a_contrast_teacher(home, taught):
     said = ok("steer", "--model", MODEL, "--layer", 4, "--trait", "owl", "--out", out)
     assert said.out.strip() == str(out) and "norm " in said.err
     run = taught("contrast")
-    assert np.array_equal(load_adapter(out, run.lm.config).steering, run.staff.teacher("owl").adapter.steering)
+    assert np.array_equal(load_adapter(out, run.lm().config).steering, teacher(run, "owl").adapter.steering)
     assert "already exists" in refused(2, "steer", "--model", MODEL, "--layer", 4, "--trait", "owl", "--out", out)
 
 
