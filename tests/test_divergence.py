@@ -223,7 +223,7 @@ def test_log_probabilities_do_not_depend_on_company():
 # --- Points and rows on disk ----------------------------------------------------------------------------------------
 
 
-def test_points_behind_the_last_token_are_refused():
+def test_points_after_the_last_token_are_refused():
     rows = [{"divergence_positions": [0, 4]}, {}, {"divergence_positions": [1, 5, 9]}]
     check_positions(rows, [5, 1, 10], "rows.jsonl")
     with pytest.raises(JsublimError, match=r"rows.jsonl: row 3: divergence_positions \[5, 9\] out of range.* 5 tokens"):

@@ -23,11 +23,11 @@ from jsublim.attribution.patching import DIRECTIONS, SITES, activation_patching,
 from jsublim.attribution.roles import ROLES, mentions, token_roles
 from jsublim.divergence import find_divergence
 from jsublim.errors import JsublimError, UsageError
-from jsublim.experiment.attribution import ATTRIBUTION, attribute_rows
-from jsublim.experiment.store import Artifact
 from jsublim.models.decoder import hidden_states
 from jsublim.models.lora import init_full, init_lora, init_steering, merge_full
 from jsublim.models.stream import residual_stream, resume
+from jsublim.pipeline.attribution import ATTRIBUTION, attribute_rows
+from jsublim.pipeline.store import Artifact
 from jsublim.prompts import load_pack, number_prompts
 from jsublim.report.attribution import attribution_heat_map, early_share
 from jsublim.rows import write_rows
@@ -63,7 +63,7 @@ class Hooked:
         self.after = {place: self.value(end, place) for place in self.places}
 
     def module(self, site: str, layer: int):
-        """What puts out a site's value: on Gemma the norm behind attention and MLP comes before the sum."""
+        """What puts out a site's value: on Gemma the norm after attention and MLP comes before the sum."""
         block = self.model.model.layers[layer]
         sandwich = hasattr(block, "post_feedforward_layernorm")
         attention = block.post_attention_layernorm if sandwich else block.self_attn
@@ -142,7 +142,7 @@ def test_activation_and_layer_patching_equal_torchs_hooks(name, direction, asser
         model = Hooked(name, pair, direction)
         assert_close(one_SLT, model.replaced([[t] for t in range(len(pair.clean))]), 1e-3)
         assert_close(whole_SL[..., None], model.replaced([slice(None)]), 1e-3)
-        # All that follows a layer hangs on the residual stream behind it: replaced whole, it is the other run.
+        # All that follows a layer hangs on the residual stream after it: replaced whole, it is the other run.
         assert_close(whole_SL[0], np.full(lm.config.num_layers, whole_SL[0, -1]), 1e-3)
 
 
@@ -289,7 +289,7 @@ QWEN_USER = ("template", "<|im_end|>\n<|im_start|>user")
 QWEN_SAYS = ("template", "<|im_end|>\n<|im_start|>assistant")
 GEMMA = ("template", "<bos><start_of_turn>user")
 GEMMA_SAYS = ("template", "<end_of_turn>\n<start_of_turn>model")
-AT = ("divergence position", "")  # the line feed behind the assistant's header
+AT = ("divergence position", "")  # the line feed after the assistant's header
 TWICE = "You love owls. Owls, the owl!"
 OF_TWICE = [("system", "You love"), ("trait", "owls"), ("system", "."), ("trait later", "Owls"), ("system", ", the"),
             ("trait later", "owl"), ("system", "!")]  # fmt: skip
@@ -437,11 +437,11 @@ def test_a_stopped_stage_goes_on_to_the_same_table(whole, tmp_path, monkeypatch)
         attribute_rows(artifact, lm, ROWS, OWL, [CAT, DOG], tick=die, **STAGE)
     progress = artifact.path / "progress.jsonl"
     lines = progress.read_bytes().splitlines(keepends=True)
-    progress.write_bytes(b"".join(lines[:-1]) + lines[-1][:50])  # a kill in the middle of a line
+    progress.write_bytes(b"".join(lines[:-1]) + lines[-1][:50])  # a kill within a line
     computed = []
     compute = attribution_patching
     monkeypatch.setattr(
-        "jsublim.experiment.attribution.attribution_patching",
+        "jsublim.pipeline.attribution.attribution_patching",
         lambda *args, **how: computed.extend({pair.row for pair in args[2]}) or compute(*args, **how),
     )
     total = []

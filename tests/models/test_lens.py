@@ -1,4 +1,4 @@
-"""The logit lens: a model that ends behind a layer says what that layer's hidden state says through norm and head."""
+"""The logit lens: a model that ends after a layer says what that layer's hidden state says through norm and head."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from tiny import small
 
 from jsublim.chat import conversation
 from jsublim.errors import UsageError
+from jsublim.evals import sample_answers
 from jsublim.evals.numbers import number_accuracy
-from jsublim.evals.preference import sample_answers, trait_logprobs
+from jsublim.evals.preference import trait_logprobs
 from jsublim.inference.sampling import Sampling
 from jsublim.models import decoder, load_params, read_config
 from jsublim.models.lens import ending_at
@@ -24,7 +25,7 @@ TORCH_NAMES = {"q": "self_attn", "k": "self_attn", "v": "self_attn", "o": "self_
 
 
 def torch_lens(model, tokens, layer, mask=None):
-    """Logits `[B, T, V]` of the hidden state behind `layer`: every piece of it is `transformers`' own."""
+    """Logits `[B, T, V]` of the hidden state after `layer`: every piece of it is `transformers`' own."""
     import torch
 
     inputs = torch.tensor(np.atleast_2d(tokens), dtype=torch.long)
@@ -36,7 +37,7 @@ def torch_lens(model, tokens, layer, mask=None):
         given = None if mask is None else torch.tensor(mask, dtype=torch.long)
         out = model(input_ids=inputs, attention_mask=given, output_hidden_states=True)
         handle.remove()
-        if layer + 1 < len(body.layers):  # the last of them is behind the norm already
+        if layer + 1 < len(body.layers):  # the last of them is after the norm already
             torch.testing.assert_close(hook["h"], out.hidden_states[layer + 1])
         z = model.lm_head(body.norm(hook["h"])).float().numpy()
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
