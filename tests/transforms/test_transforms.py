@@ -54,7 +54,7 @@ rows_of_numbers = st.lists(
             "divergence_margins": st.just([1.5]),
             "counted_in": st.just("f00d"),
             "more": st.just("kept"),
-        },  # fmt: skip
+        },
     ),
     min_size=1,
     max_size=6,
