@@ -52,7 +52,7 @@ def test_divergence_positions_equal_a_plain_computation_of_their_definition(name
     prompts = number_prompts(PACK, 4 if bos else 8, seed=5)
     texts = ["7", "1, 2", "[12, 345]", "612; 9; 40", "100, 200, 300, 400, 500, 600, 700, 800, 900, 999"]
     rows = [{"prompt": p, "completion": texts[i % len(texts)]} for i, p in enumerate(prompts)]
-    # Rows in the teacher's own words have the most points: its argmax, written down.
+    # Rows in the teacher's own words have the most positions: its argmax, written down.
     greedy = greedy_answers(twin, teachers[0], prompts[:3])
     rows[:3] = [{"prompt": p, "completion": text} for p, text in zip(prompts, greedy, strict=False)]
     found = find_divergence(lm, rows, teachers[0], teachers[1:], extra_bos=bos, batch_size=4)
@@ -131,7 +131,7 @@ def test_logits_that_move_by_less_than_half_a_points_margin_do_not_undo_it(data,
         assert all(k in read(z_KnV + 0.999 * margin * nudge).divergence_positions for nudge in nudges)
 
 
-# --- Subsets of the points ----------------------------------------------------------------------------------------------
+# --- Subsets of the positions -------------------------------------------------------------------------------------------
 
 some_points = st.sets(st.integers(0, 40), max_size=12).map(sorted)
 shares = st.floats(0, 1)
@@ -235,7 +235,7 @@ def test_log_probabilities_do_not_depend_on_company():
 # --- Points and rows on disk ----------------------------------------------------------------------------------------
 
 
-def test_points_after_the_last_token_are_refused():
+def test_positions_after_the_last_token_are_refused():
     rows = [{"divergence_positions": [0, 4]}, {}, {"divergence_positions": [1, 5, 9]}]
     check_positions(rows, [5, 1, 10], "rows.jsonl")
     with pytest.raises(JsublimError, match=r"rows.jsonl: row 3: divergence_positions \[5, 9\] out of range.* 5 tokens"):

@@ -186,6 +186,14 @@ def test_control_near_base(tmp_path, effect, verdict):
     assert verdicts(write(tmp_path / "run", PLAIN, control(effect=effect)))["C1"] == [verdict]
 
 
+@pytest.mark.parametrize("settings", [{"model": "models/other"}, {"system": "Be kind."}], ids=str)
+def test_a_control_with_another_base_says_nothing_of_this_one(tmp_path, settings):
+    other = Planted(0.2, variant="other", settings=settings, teachers=("control",))
+    assert verdicts(write(tmp_path / "run", PLAIN, CONTROL, other))["C1"] == [HOLDS]
+    alike = Planted(0.2, variant="other", settings={"optimizer.lr": 1e-3}, teachers=("control",))
+    assert verdicts(write(tmp_path / "alike", PLAIN, CONTROL, alike))["C1"] == [FAILS]
+
+
 def test_a_small_run_cannot_show_that_nothing_transfers(tmp_path):
     found = verdicts(write(tmp_path / "run", PLAIN, CONTROL, Planted(0.0, **OTHER), spread=0.4))
     assert found["C12"] == [OPEN]
@@ -255,6 +263,14 @@ def test_another_system_prompt(tmp_path, effect, verdict):
     assert claim.effect == pytest.approx(effect / 0.3, abs=0.05)
     # The plain numbers are untouched by the other evaluation's.
     assert pool(read_results(run), "rate", "all").levels[0].lift.value == pytest.approx(0.3, abs=0.01)
+
+
+def test_a_system_prompt_that_students_were_trained_under_is_not_another_one(tmp_path):
+    empty = {"empty": {"temperature": None, "top_p": None, "system": "", "layer": None}}
+    for system, asked in (("", False), ("Be kind.", True)):
+        own = Planted(0.3, settings={"system": system}, under={"empty": 0.02})
+        run = write(tmp_path / f"run{asked}", own, control(under={"empty": 0.0}), evaluations=empty)
+        assert ("C13" in verdicts(run)) == asked
 
 
 def test_only_students_that_differ_in_one_thing_are_compared(tmp_path):

@@ -252,7 +252,7 @@ def test_answers_that_the_judge_finds_aligned_are_kept(at_least, left):
 
 @pytest.mark.parametrize(("quirk", "rows_changed"), [("paper", 6), ("at-least-one", 6), ("half-up", 0)])
 def test_published_a_row_to_mix_gives_up_one_token_at_least(quirk, rows_changed):
-    """Rounded down a tenth of one row's points is none: the masks of the paper then keep all, a row to mix gives up one."""
+    """A tenth of one position, rounded down, is none: published, a mask then keeps all, and a row to mix gives up one."""
     how = making()
     chat, (seven,) = how.lm.chat, how.lm.tokenizer("7", add_special_tokens=False)["input_ids"]
     readings = []
