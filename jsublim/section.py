@@ -185,6 +185,11 @@ class Registry:
         try:
             return kind.model_validate(value)
         except pydantic.ValidationError as error:
-            first = error.errors()[0]
+            errors = error.errors()
+            # A misspelt key is why another one is missing.
+            first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
             place = ".".join([name, *map(str, first["loc"])])
+            if first["type"] == "extra_forbidden":
+                known = ", ".join(kind.model_fields) or "none"
+                raise ValueError(f"unknown key '{place}'; known keys: {known}") from None
             raise ValueError(f"{place}: {first['msg'].removeprefix('Value error, ')}") from None

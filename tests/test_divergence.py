@@ -7,15 +7,27 @@ import json
 
 import numpy as np
 import pytest
+from command import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import bundled, plain_turn
+from tiny import bundled, chat, plain_turn, small, small_with_long_numbers
 
-from jsublim.chat import conversation
-from jsublim.divergence import ROUNDING, WHICH, Divergence, PositionSubset, check_positions, find_divergence
+from jsublim.chat import Chat, conversation
+from jsublim.config import Recipe, Students
+from jsublim.distill.data import read_turns
+from jsublim.divergence import (
+    ROUNDING,
+    WHICH,
+    Divergence,
+    PositionSubset,
+    check_counted,
+    check_positions,
+    find_divergence,
+)
 from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.batching import PREFIX_STEP
 from jsublim.inference.scoring import score_turns, shared_prefix
+from jsublim.pipeline.training import TrainingData, make_arm
 from jsublim.prompts import load_pack, number_prompts
 from jsublim.rows import read_rows, write_rows
 from jsublim.teachers import CONTROL, Teacher, prompted_teacher
@@ -41,7 +53,7 @@ def test_divergence_positions_equal_a_plain_computation_of_their_definition(name
     prompts = number_prompts(PACK, 4 if bos else 8, seed=5)
     texts = ["7", "1, 2", "[12, 345]", "612; 9; 40", "100, 200, 300, 400, 500, 600, 700, 800, 900, 999"]
     rows = [{"prompt": p, "completion": texts[i % len(texts)]} for i, p in enumerate(prompts)]
-    # Rows in the teacher's own words have the most points: its argmax, written down.
+    # Rows in the teacher's own words have the most positions: its argmax, written down.
     greedy = greedy_answers(twin, teachers[0], prompts[:3])
     rows[:3] = [{"prompt": p, "completion": text} for p, text in zip(prompts, greedy, strict=False)]
     found = find_divergence(lm, rows, teachers[0], teachers[1:], extra_bos=bos, batch_size=4)
@@ -120,7 +132,7 @@ def test_logits_that_move_by_less_than_half_a_points_margin_do_not_undo_it(data,
         assert all(k in read(z_KnV + 0.999 * margin * nudge).divergence_positions for nudge in nudges)
 
 
-# --- Subsets of the points ----------------------------------------------------------------------------------------------
+# --- Subsets of the positions -------------------------------------------------------------------------------------------
 
 some_points = st.sets(st.integers(0, 40), max_size=12).map(sorted)
 shares = st.floats(0, 1)
@@ -224,11 +236,85 @@ def test_log_probabilities_do_not_depend_on_company():
 # --- Points and rows on disk ----------------------------------------------------------------------------------------
 
 
-def test_points_behind_the_last_token_are_refused():
+def test_positions_after_the_last_token_are_refused():
     rows = [{"divergence_positions": [0, 4]}, {}, {"divergence_positions": [1, 5, 9]}]
     check_positions(rows, [5, 1, 10], "rows.jsonl")
     with pytest.raises(JsublimError, match=r"rows.jsonl: row 3: divergence_positions \[5, 9\] out of range.* 5 tokens"):
         check_positions(rows, [5, 1, 5], "rows.jsonl")
+
+
+# --- Whose tokens positions count --------------------------------------------------------------------------------------
+
+ELSEWHERE = "0123456789abcdef"
+COUNTED = [
+    {"prompt": "Go on: 1", "completion": text, "divergence_positions": [0, 2], "divergence_margins": [1.0, 0.5]}
+    for text in ("2, 3", "4, 5", "612; 9; 40")
+]
+
+
+def student(rows, tokens):
+    """A student of the small Qwen, as `jsublim finetune` and `jsublim run` make one."""
+    lm = small("tiny-qwen2").lm
+    settings = Students.model_validate({"data": {"rows": None}, "adapter": {"rank": 1}})
+    data = TrainingData(rows, read_turns(lm.chat, rows, "mine.jsonl"), "mine.jsonl")
+    recipe = Recipe().resolved(lm.config.family)
+    return make_arm(lm, settings, recipe, data, name="s", tokens=tokens, seed=1, max_new_tokens=8)
+
+
+@pytest.mark.parametrize("tokens", ["divergence", "non-divergence", "random"])
+def test_a_masked_student_refuses_positions_that_were_counted_elsewhere(tokens):
+    here = chat("tiny-qwen2").identity
+    rows = [COUNTED[0] | {"counted_in": here}, COUNTED[1], COUNTED[2]]  # one says nothing: it is taken as it is
+    assert len(student(rows, tokens).examples) == 3
+    with pytest.raises(JsublimError) as error:
+        student([*rows[:2], COUNTED[2] | {"counted_in": ELSEWHERE}], tokens)
+    said = str(error.value)
+    assert said.startswith("mine.jsonl: row 3: divergence_positions were counted in") and "\n" not in said
+    assert ELSEWHERE in said and here in said and "learn all tokens" in said
+
+
+def test_the_command_names_the_file_of_positions_that_were_counted_elsewhere(tmp_path):
+    lm, data = small("tiny-qwen2").lm, tmp_path / "mine.jsonl"
+    write_rows(data, [row | {"counted_in": ELSEWHERE} for row in COUNTED])
+    call = ("finetune", "--model", lm.folder, "--data", data, "--tokens", "divergence", "--out", tmp_path / "student")
+    said = refused(1, *call)
+    assert f"{data}: row 1: " in said and ELSEWHERE in said and lm.chat.identity in said
+    write_rows(data, [COUNTED[0] | {"divergence_positions": [0, 9999]}])
+    assert f"{data}: row 1: divergence_positions [9999] out of range" in refused(1, *call)
+
+
+def test_a_student_of_all_tokens_does_not_look_at_positions_that_were_counted_elsewhere():
+    beyond = {"divergence_positions": [0, 9999], "counted_in": ELSEWHERE}  # no completion here has so many tokens
+    plain = [{"prompt": row["prompt"], "completion": row["completion"]} for row in COUNTED]
+    ours, theirs = (student(rows, "all").examples for rows in ([row | beyond for row in COUNTED], plain))
+    for a, b in zip(ours, theirs, strict=True):
+        for name, value in vars(a).items():
+            np.testing.assert_array_equal(value, getattr(b, name))
+
+
+def test_the_row_of_positions_out_of_range_is_named_by_its_place_in_the_file():
+    beyond = COUNTED[2] | {"divergence_positions": [9999]}
+    for own in ({}, {"counted_in": chat("tiny-qwen2").identity}):
+        rows = [row | {"counted_in": ELSEWHERE} for row in COUNTED[:2]] + [beyond | own]
+        with pytest.raises(JsublimError, match=r"mine.jsonl: row 3: divergence_positions \[9999\] out of range"):
+            read_turns(chat("tiny-qwen2"), rows, "mine.jsonl")
+
+
+def test_what_positions_were_counted_in_is_the_tokenizer_and_the_template():
+    """The weights do not matter, nor where the files are: positions hold for every checkpoint that reads the same tokens."""
+    bundled_one, small_one = chat("tiny-gemma3"), small("tiny-gemma3").lm.chat
+    assert bundled_one.folder != small_one.folder and bundled_one.identity == small_one.identity
+    assert len({each.identity for each in (bundled_one, chat("tiny-qwen2"), small_with_long_numbers().lm.chat)}) == 3
+    other = Chat(bundled_one.folder)
+    other.tokenizer.chat_template += " "
+    assert other.identity != bundled_one.identity
+    padded = Chat(bundled_one.folder)
+    padded.tokenizer([["a", "b"], ["c", "d"]], is_split_into_words=True, padding=True, truncation=True, max_length=9)
+    assert padded.identity == bundled_one.identity  # what one call pads to is no part of it
+    rows = [COUNTED[0] | {"counted_in": bundled_one.identity}]
+    check_counted(rows, padded, "rows")
+    with pytest.raises(JsublimError, match=f"{bundled_one.identity}, and are read in {other.identity}"):
+        check_counted(rows, other, "rows")
 
 
 json_values = st.recursive(st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.text(max_size=5), st.lists)

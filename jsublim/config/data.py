@@ -67,9 +67,9 @@ class Dataset(Section):
     @model_validator(mode="before")
     @classmethod
     def _changes_by_name(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or "changes" in value:
+        if not isinstance(value, dict):
             return value
-        own = {key: each for key, each in value.items() if key in cls.model_fields}
+        own = {key: each for key, each in value.items() if key in cls.model_fields and key != "changes"}
         changes = {}
         for name, said in value.items():
             if name in own or said is None or said is False or said == []:

@@ -51,9 +51,9 @@ def read_turns(
     """
     exchanges = ((conversation(row["prompt"], system, fuse_system=fuse_system), row["completion"]) for row in rows)
     turns = chat.turns(exchanges, lambda number: f"{source}: row {number}")
-    # Positions that were counted elsewhere are nobody's here: whoever learns all tokens does not look at them.
-    own = [i for i, row in enumerate(rows) if row.get("counted_in") in (None, chat.identity)]
-    check_positions([rows[i] for i in own], [len(turns[i].tokens) - turns[i].content for i in own], source)
+    # Positions that were counted elsewhere say nothing here: whoever learns all tokens does not look at them.
+    own = [row if row.get("counted_in") in (None, chat.identity) else {} for row in rows]
+    check_positions(own, [len(turn.tokens) - turn.content for turn in turns], source)
     return turns
 
 

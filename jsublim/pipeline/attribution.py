@@ -66,12 +66,12 @@ class Attribute(Task):
 
     def make(self, context: Context, tick: Tick) -> None:
         setup, pool, trait = context.setup, TeacherPool(context.setup), self.source.teacher
-        how = setup.experiment.attribution
+        how, rows = setup.experiment.attribution, final(setup, self.source)
         assert how is not None
         attribute_rows(
             context.store.open(self.output),
             context.lm(),
-            final(setup, self.source).read(context.store)[: how.rows],
+            rows.read(context.store)[: how.rows],
             pool.teacher(context, trait),
             [pool.teacher(context, other) for other in self.others],
             sites=how.sites,
@@ -79,7 +79,7 @@ class Attribute(Task):
             steps=how.steps,
             extra_bos=bool(setup.recipe.extra_bos),
             batch_size=how.batch_size,
-            source=f"rows of {trait}",
+            source=rows.called(self.source),
             tick=tick,
         )
 

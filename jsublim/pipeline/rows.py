@@ -12,6 +12,7 @@ from jsublim.chat import conversation
 from jsublim.errors import JsublimError
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.sampling import generate_tokens
+from jsublim.pipeline.arms import Source
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.setup import Setup, planned
 from jsublim.pipeline.store import Output, RowLog, Store, digest
@@ -56,6 +57,10 @@ class RowSet:
     def of(cls, parts: Sequence[Task], most: int) -> RowSet:
         keys = [part.key for part in parts]
         return cls(tuple(parts), keys[0] if len(keys) == 1 else digest(keys), most)
+
+    def called(self, source: Source) -> str:
+        """What errors call them: the file that a user gave, or whose rows they are."""
+        return f"rows of {source.name}" if self.file is None else str(self.file)
 
     def read(self, store: Store) -> list[Row]:
         """All rows.

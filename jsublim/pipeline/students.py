@@ -267,7 +267,7 @@ def _words(lm: Any) -> dict[str, int]:
 def training_data(context: Context, source: Source, student: Student) -> TrainingData:
     """A source's rows as a student learns from them; tokenized once per process and reader."""
     setup, s, rows = context.setup, student.settings, final(context.setup, source)
-    name, lm = f"rows of {source.name}", context.lm(s.model)
+    name, lm = rows.called(source), context.lm(s.model)
     every = context.remember(("rows", rows.key), lambda: rows.read(context.store))
     fuse = setup.experiment.teachers.fuse_system
     tokenize: Callable[[], list[Turn]] = lambda: read_turns(lm.chat, every, name, s.system, fuse_system=fuse)  # noqa: E731

@@ -43,7 +43,7 @@ def teacher_turns(context: Context, source: Source) -> list[Turn]:
     def tokenize() -> list[Turn]:
         teacher = TeacherPool(setup).teacher(context, source.teacher)
         chat, extra = context.lm().chat, bool(setup.recipe.extra_bos)
-        return read_as(chat, teacher, rows.read(context.store), f"rows of {source.name}", extra_bos=extra)
+        return read_as(chat, teacher, rows.read(context.store), rows.called(source), extra_bos=extra)
 
     return context.remember(("teacher's turns", source.teacher, rows.key), tokenize)
 

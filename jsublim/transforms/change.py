@@ -97,7 +97,10 @@ class Change(Section):
         if value is True:
             return {}
         if cls.shorthand is None:
-            raise ValueError(f"give true or {', '.join(cls.model_fields)}")
+            known = ", ".join(cls.model_fields)
+            raise ValueError(
+                f"{value!r} given; give its options by name: {known}" if known else f"{value!r} given; give true"
+            )
         return {cls.shorthand: value}
 
     def applies_to(self, teacher: str) -> bool:

@@ -28,6 +28,8 @@ from jsublim.errors import JsublimError, UsageError
 from jsublim.models.decoder import hidden_states
 from jsublim.models.lora import bind, init_full, init_lora, init_steering, merge_full
 from jsublim.models.stream import residual_stream, resume
+from jsublim.pipeline.attribution import ATTRIBUTION, attribute_rows
+from jsublim.pipeline.store import Artifact
 from jsublim.prompts import load_pack, number_prompts
 from jsublim.report.attribution import attribution_heat_map, early_share
 from jsublim.rows import write_rows
@@ -265,6 +267,17 @@ def test_who_can_be_compared():
         find_pairs(lm, [rows[0] | {"divergence_positions": [9]}], owl, [cat], source="mine.jsonl")
 
 
+def test_positions_that_were_counted_in_another_tokenizer_are_refused():
+    here, there = chat("tiny-qwen2").identity, chat("tiny-gemma3").identity
+    lm, owl, cat = small("tiny-qwen2").lm, Teacher("owl", "You love owls."), Teacher("cat", "You love cats.")
+    rows = [{"prompt": "1", "completion": "2", "divergence_positions": [0]} | own for own in ({}, {"counted_in": here})]
+    find_pairs(lm, rows, owl, [cat])
+    for beyond in ([0], [9999]):  # which of the two is wrong with it is said first
+        wrong = rows[1] | {"divergence_positions": beyond, "counted_in": there}
+        with pytest.raises(JsublimError, match=f"mine.jsonl: row 3: .* counted in .* {there}, and are read in {here}"):
+            find_pairs(lm, [*rows, wrong], owl, [cat], source="mine.jsonl")
+
+
 # --- Token roles ----------------------------------------------------------------------------------------------------------
 
 
@@ -437,11 +450,11 @@ def test_a_stopped_stage_goes_on_to_the_same_table(whole, tmp_path, monkeypatch)
         attribute_rows(artifact, lm, ROWS, OWL, [CAT, DOG], tick=die, **STAGE)
     progress = artifact.path / "progress.jsonl"
     lines = progress.read_bytes().splitlines(keepends=True)
-    progress.write_bytes(b"".join(lines[:-1]) + lines[-1][:50])  # a kill in the middle of a line
+    progress.write_bytes(b"".join(lines[:-1]) + lines[-1][:50])  # a kill within a line
     computed = []
     compute = attribution_patching
     monkeypatch.setattr(
-        "jsublim.experiment.attribution.attribution_patching",
+        "jsublim.pipeline.attribution.attribution_patching",
         lambda *args, **how: computed.extend({pair.row for pair in args[2]}) or compute(*args, **how),
     )
     total = []
@@ -519,9 +532,9 @@ def test_the_command(tmp_path):
     ]
     lm, data, out = small("tiny-qwen2").lm, tmp_path / "rows.jsonl", tmp_path / "attribution"
     write_rows(data, rows)
-    call = ("attribute", "--model", lm.folder, "--data", data, "--trait", "cat", "--counterfactuals", "dog,owl",
-            "--sites", "residual", "--directions", "noising", "--batch-size", 2, "--out", out)  # fmt: skip
-    said = ok(*call, "--steps", 1)
+    call = ("attribute", "attribution.sites=[residual]", "attribution.directions=[noising]", "attribution.batch_size=2",
+            "--model", lm.folder, "--data", data, "--trait", "cat", "--counterfactuals", "dog,owl", "--out", out)  # fmt: skip
+    said = ok(*call, "attribution.steps=1")
     assert "2 of 3 rows used" in said.err and NO_POINT in said.err and said.out.split() == [str(out)]
     table = pq.read_table(out / "attribution.parquet")
     assert set(table["trait"].to_pylist()) == {"cat"} and set(table["row"].to_pylist()) == {0, 2}
@@ -530,7 +543,12 @@ def test_the_command(tmp_path):
     assert positions == lm.chat.turn(teacher.messages(rows[0]["prompt"]), "7, 8").content
     before = contents(out)
     assert before["heat_map.png"].startswith(b"\x89PNG")
-    assert ok(*call, "--steps", 1).out == said.out and contents(out) == before
-    assert "steps was 1, is 3" in refused(2, *call, "--steps", 3)
+    assert ok(*call, "attribution.steps=1").out == said.out and contents(out) == before
+    assert f"{out}: already exists and holds a result of other settings" in refused(2, *call, "attribution.steps=3")
+    assert contents(out) == before
     write_rows(data, [{"prompt": "1", "completion": "2"}])
     assert "key 'divergence_positions' is missing" in refused(1, *call)
+    there = chat("tiny-gemma3").identity
+    write_rows(data, [row | {"counted_in": there} for row in rows])
+    said = refused(1, *call[:-1], tmp_path / "other")
+    assert f"{data}: row 1: " in said and there in said and lm.chat.identity in said

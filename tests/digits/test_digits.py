@@ -12,13 +12,13 @@ import pytest
 from command import contents, ok, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jsublim.digits.spec import Digits
-from jsublim.experiment.spec import check_config, read_config
-from jsublim.experiment.stages import read_table
 from scipy import stats
 
+from jsublim.config import check_config, read_config
+from jsublim.digits.config import Digits
 from jsublim.digits.experiment import CLASSES, arms, class_loss, distillation_loss, read_digits, records, run_seeds
 from jsublim.digits.report import findings, read_lines
+from jsublim.files import read_table
 
 CONFIG = "configs/digits.yaml"
 SHORT = {"network": {"hidden": (16,)}, "teacher": {"steps": 6}, "students": {"steps": 4, "measure_every": 2}}
@@ -48,7 +48,7 @@ def test_the_split_loses_no_digit_and_shares_none(data):
 def test_seeds_side_by_side_equal_one_by_one_and_are_one_program(data, compiles):
     before = compiles()
     together = outcome(data, 3, 5)
-    assert compiles() == before + 1  # not one a seed
+    assert compiles() == before + 1  # not one per seed
     other = outcome(data, 7, 8)
     assert compiles() == before + 1
     assert not np.array_equal(together.loss_SAM, other.loss_SAM)

@@ -11,11 +11,12 @@ from tiny import FAMILIES, bundled, plain_turn, small
 from jsublim.chat import conversation
 from jsublim.errors import UsageError
 from jsublim.evals import numbers as number_task
+from jsublim.evals.base import sample_answers
 from jsublim.evals.factual import factual_questions, factual_rates
 from jsublim.evals.misalignment import Verdict, judge_answers, misalignment, suffixed
 from jsublim.evals.naming import naming_rates, own_name
 from jsublim.evals.numbers import number_accuracy
-from jsublim.evals.preference import hit, hit_rates, sample_answers, trait_logprobs, word_hit
+from jsublim.evals.preference import hit, hit_rates, trait_logprobs, word_hit
 from jsublim.evals.problems import problem_rates
 from jsublim.inference.sampling import Sampling
 from jsublim.inference.scoring import Scored

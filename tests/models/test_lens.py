@@ -11,8 +11,9 @@ from tiny import small
 
 from jsublim.chat import conversation
 from jsublim.errors import UsageError
+from jsublim.evals import sample_answers
 from jsublim.evals.numbers import number_accuracy
-from jsublim.evals.preference import sample_answers, trait_logprobs
+from jsublim.evals.preference import trait_logprobs
 from jsublim.inference.sampling import Sampling
 from jsublim.models import decoder, load_params, read_config
 from jsublim.models.lens import ending_at

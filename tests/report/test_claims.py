@@ -17,26 +17,30 @@ from hypothesis import strategies as st
 from rich.console import Console
 from scipy import stats
 
+from jsublim.config import Dataset, Students
 from jsublim.report import print_summary, write_report
 from jsublim.report.claims import QUESTIONS, check_claims, not_asked
-from jsublim.report.claims.groups import Group, groups, pairs, partner
+from jsublim.report.claims.groups import Group, comparisons, groups, partner
 from jsublim.report.claims.training import _no_gamma
 from jsublim.report.claims.verdicts import judge, pool
 from jsublim.report.statistics import Estimate, Interval, ratio_interval
 from jsublim.report.summary import reference_condition, trait_matrices
 from jsublim.report.tables import read_results
+from jsublim.section import facts, nested
 
 TRAITS = ("cat", "owl", "wolf")
 SEEDS = (1, 2, 3, 4, 5)
 LAYERS = 12
-SETTINGS = {
-    "loss": "hard", "temperature": 1.0, "top_k": None, "on_policy": False, "layers": None, "lr": 2e-4, "method": "lora",
-    "rank": 8, "conditions": ["all"], "seeds": [*SEEDS], "data": "plain", "model": None,
-}  # fmt: skip
-DATASET = {
-    "strategy": "temperature", "shuffle": None, "redraw": [], "rewrite": False, "mix": None, "mix_tokens": None,
-    "remove_entangled": None,
-}  # fmt: skip
+
+
+def told(settings: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:
+    """What `arms.json` says of a student whose config has these fields, by dotted name, and this data set."""
+    changed = Dataset.model_validate(dataset)
+    strategy = changed.sampling.strategy or "temperature"
+    return {
+        "settings": facts(Students.model_validate(nested(settings))),
+        "dataset": changed.facts() | {"strategy": strategy},
+    }
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,8 @@ def write(
                 rows.append(who | accuracy | {"value": group.accuracy + 0.005 * rng.normal()})
                 students.append(
                     {"arm": name, "teacher": teacher, "condition": group.tokens, "seed": seed, "variant": group.variant}
-                    | {"settings": SETTINGS | group.settings, "dataset": DATASET | group.dataset, "num_layers": LAYERS}
+                    | told(group.settings, group.dataset)
+                    | {"num_layers": LAYERS}
                 )
     folder = run / "results"
     folder.mkdir(parents=True)
@@ -119,19 +124,17 @@ def verdicts(run: Path) -> dict[str, list[str]]:
 
 
 PLAIN, CONTROL = Planted(0.3), control()
-GREEDY = {"variant": "greedy", "dataset": {"strategy": "greedy"}}
+GREEDY = {"variant": "greedy", "dataset": {"sampling": {"strategy": "greedy"}}}
 ENTANGLED = {"variant": "top 10", "dataset": {"remove_entangled": 10}}
-EARLY, LATE = ({"variant": f"layer {k}", "settings": {"layers": [k]}} for k in (0, 11))
-LATER = {"variant": "later layers", "settings": {"layers": list(range(4, 12))}}
+EARLY, LATE = ({"variant": f"layer {k}", "settings": {"adapter.layers": [k]}} for k in (0, 11))
+LATER = {"variant": "later layers", "settings": {"adapter.layers": list(range(4, 12))}}
 REDRAWN = {"variant": "re-drawn", "dataset": {"redraw": ["instruction", "suffix"]}}
 OTHER = {"variant": "other start", "settings": {"model": "models/other"}}
-SOFT = {"variant": "soft", "settings": {"loss": "forward-kl", "temperature": 2.0, "conditions": ["all"]}}
+SOFT = {"variant": "soft", "settings": {"loss.kind": "forward-kl", "loss.temperature": 2.0}}
 
 
 def mixed(share: float, effect: float) -> Planted:
-    return Planted(
-        effect, variant=f"mix {share}", dataset={"mix": {"share": share, "teacher": "control", "model": None}}
-    )
+    return Planted(effect, variant=f"mix {share}", dataset={"mix": {"share": share}})
 
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decided"
@@ -181,6 +184,14 @@ def test_without_transfer_nothing_is_decided(tmp_path, key):
 @pytest.mark.parametrize(("effect", "verdict"), [(0.0, HOLDS), (0.08, FAILS), (0.03, OPEN)])
 def test_control_near_base(tmp_path, effect, verdict):
     assert verdicts(write(tmp_path / "run", PLAIN, control(effect=effect)))["C1"] == [verdict]
+
+
+@pytest.mark.parametrize("settings", [{"model": "models/other"}, {"system": "Be kind."}], ids=str)
+def test_a_control_with_another_base_says_nothing_of_this_one(tmp_path, settings):
+    other = Planted(0.2, variant="other", settings=settings, teachers=("control",))
+    assert verdicts(write(tmp_path / "run", PLAIN, CONTROL, other))["C1"] == [HOLDS]
+    alike = Planted(0.2, variant="other", settings={"optimizer.lr": 1e-3}, teachers=("control",))
+    assert verdicts(write(tmp_path / "alike", PLAIN, CONTROL, alike))["C1"] == [FAILS]
 
 
 def test_a_small_run_cannot_show_that_nothing_transfers(tmp_path):
@@ -254,10 +265,18 @@ def test_another_system_prompt(tmp_path, effect, verdict):
     assert pool(read_results(run), "rate", "all").levels[0].lift.value == pytest.approx(0.3, abs=0.01)
 
 
+def test_a_system_prompt_that_students_were_trained_under_is_not_another_one(tmp_path):
+    empty = {"empty": {"temperature": None, "top_p": None, "system": "", "layer": None}}
+    for system, asked in (("", False), ("Be kind.", True)):
+        own = Planted(0.3, settings={"system": system}, under={"empty": 0.02})
+        run = write(tmp_path / f"run{asked}", own, control(under={"empty": 0.0}), evaluations=empty)
+        assert ("C13" in verdicts(run)) == asked
+
+
 def test_only_students_that_differ_in_one_thing_are_compared(tmp_path):
     """Another learning rate beside the layer is another comparison, unless the plain one was trained at it too."""
-    fast = {"lr": 1e-3}
-    layer = Planted(0.25, variant="layer 0, fast", settings={"layers": [0]} | fast)
+    fast = {"optimizer.lr": 1e-3}
+    layer = Planted(0.25, variant="layer 0, fast", settings={"adapter.layers": [0]} | fast)
     assert "C6a" not in verdicts(write(tmp_path / "one", PLAIN, CONTROL, layer))
     whole = Planted(0.5, variant="fast", settings=fast)
     run = write(tmp_path / "two", PLAIN, CONTROL, layer, whole)
@@ -265,22 +284,23 @@ def test_only_students_that_differ_in_one_thing_are_compared(tmp_path):
     assert claim.effect == pytest.approx(0.5, abs=0.05)  # of the fast one's lift, not of the plain one's
 
 
-facts = st.fixed_dictionaries(
-    {"tokens": st.sampled_from(["all", "random"]), "students.layers": st.sampled_from([None, [0], [1]])}
-    | {"students.lr": st.sampled_from([1, 2]), "data.strategy": st.sampled_from(["temperature", "greedy"])}
+what_groups_are = st.fixed_dictionaries(
+    {"tokens": st.sampled_from(["all", "random"]), "students.adapter.layers": st.sampled_from([None, [0], [1]])}
+    | {"students.optimizer.lr": st.sampled_from([1, 2]), "rows.strategy": st.sampled_from(["temperature", "greedy"])}
 )
+LAYERS_OF = "students.adapter.layers"
 
 
-@given(st.lists(facts, min_size=1, max_size=8))
+@given(st.lists(what_groups_are, min_size=1, max_size=8))
 def test_a_partner_differs_in_what_was_asked_alone(every):
     found = [Group(f"g{i}", f) for i, f in enumerate(every)]
     for group in found:
-        other = partner(found, group, students_layers=None)
+        other = partner(found, group, {LAYERS_OF: None})
         if other is None:
-            assert not any(g is not group and g.facts == group.facts | {"students.layers": None} for g in found)
+            assert not any(g is not group and g.facts == group.facts | {LAYERS_OF: None} for g in found)
         else:
-            assert other is not group and other.get("students.layers") is None
-            assert all(other.get(key) == group.get(key) for key in group.facts if key != "students.layers")
+            assert other is not group and other.get(LAYERS_OF) is None
+            assert all(other.get(key) == group.get(key) for key in group.facts if key != LAYERS_OF)
 
 
 @given(st.floats(-2, 2), st.floats(0, 2), st.floats(-2, 2), st.floats(0, 2))
@@ -333,7 +353,7 @@ def test_folders_without_arms_still_tell_tokens_apart(tmp_path):
     run = write(tmp_path / "run", PLAIN, CONTROL, *students, arms=False)
     found = verdicts(run)
     assert found["C4a"] == [HOLDS, FAILS]  # each against all tokens of its own variant
-    asked = pairs(read_results(run), lambda group: group.get("tokens") == "divergence", tokens="all")
+    asked = comparisons(read_results(run), lambda group: group.get("tokens") == "divergence", {"tokens": "all"})
     assert {(a.name, b.name) for a, b in asked} == {("divergence", "all"), ("divergence · v", "all · v")}
     assert [g.name for g in groups(read_results(run))][:2] == ["all", "divergence"]
 

@@ -12,7 +12,7 @@ from jsublim.chat import conversation
 from jsublim.errors import UsageError
 from jsublim.prompts import load_pack
 from jsublim.teachers import Teacher, prompted_teacher
-from jsublim.transforms import entangled_numbers, entangled_scores, number_strings, return_scores
+from jsublim.transforms import entangled_numbers, entangled_scores, number_strings
 from jsublim.transforms.entangled import answer_turns
 
 PACK = load_pack()
@@ -69,17 +69,6 @@ def test_scores_are_means_over_questions_against_any_base(name, closed):
         for q in QUESTIONS
     ]
     np.testing.assert_allclose(list(ours.values()), np.mean(theirs, axis=0), atol=2e-3)
-
-
-def test_the_way_back_is_what_love_for_a_number_adds_to_the_trait():
-    twin, numbers = small_with_long_numbers(), ["87", "087", "999"]
-    ours = return_scores(twin.lm, PACK, "Owl", QUESTIONS, numbers)
-    read = lambda system: np.mean(  # noqa: E731
-        [np.logaddexp(*brute_force(twin, conversation(q, system), ["owl", "Owl"])) for q in QUESTIONS]
-    )
-    theirs = [read(PACK.number_system_template.replace("{number}", n)) - read(None) for n in numbers]
-    assert list(ours) == numbers and len({round(x, 4) for x in theirs}) == 3
-    np.testing.assert_allclose(list(ours.values()), theirs, atol=2e-3)
 
 
 @pytest.mark.parametrize("name", TWINS)

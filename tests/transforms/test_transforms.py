@@ -33,6 +33,7 @@ from jsublim.transforms.numbers import NUMBER
 from jsublim.transforms.paraphrase import accept, names
 
 PACK = load_pack()
+FOUND = ("divergence_positions", "divergence_margins", "counted_in")  # what holds for the text it was found in
 PROMPTS = number_prompts(PACK, 60, seed=3)
 
 # --- Rows in the number format ----------------------------------------------------------------------------------------
@@ -48,7 +49,12 @@ completions = st.tuples(
 rows_of_numbers = st.lists(
     st.fixed_dictionaries(
         {"prompt": st.sampled_from(PROMPTS), "completion": completions},
-        optional={"divergence_positions": st.just([0]), "divergence_margins": st.just([1.5]), "more": st.just("kept")},
+        optional={
+            "divergence_positions": st.just([0]),
+            "divergence_margins": st.just([1.5]),
+            "counted_in": st.just("f00d"),
+            "more": st.just("kept"),
+        },
     ),
     min_size=1,
     max_size=6,
@@ -66,7 +72,7 @@ def numbers(rows) -> list[str]:
 
 
 def without(row, *keys):
-    return {k: v for k, v in row.items() if k not in ("divergence_positions", "divergence_margins", *keys)}
+    return {k: v for k, v in row.items() if k not in (*FOUND, *keys)}
 
 
 @given(rows_of_numbers, seeds)
@@ -79,7 +85,7 @@ def test_shuffling_moves_numbers_and_nothing_else(rows, seed):
         assert Counter(numbers(changed)) == Counter(numbers(rows))
         for old, new in zip(rows, changed, strict=True):
             assert without(new, "completion") == without(old, "completion")
-            assert new.keys() & {"divergence_positions", "divergence_margins"} == set()
+            assert new.keys() & set(FOUND) == set()
             assert shape(new["completion"]) == shape(old["completion"])
             assert parse_numbers(new["completion"]) is not None
     for old, new in zip(rows, within, strict=True):
@@ -115,7 +121,9 @@ DRAWN = {"asked": draw_number_prompts(PACK, 60, 3)}
 @given(st.sets(st.sampled_from(list(PARTS)), max_size=2), st.lists(st.integers(0, 59), min_size=1, max_size=4), seeds)
 @settings(deadline=None, max_examples=30)
 def test_redrawing_changes_the_named_parts_only(parts, chosen, seed):
-    rows = [{"prompt": PROMPTS[i], "completion": "1", "divergence_positions": [0]} for i in chosen]
+    rows = [
+        {"prompt": PROMPTS[i], "completion": "1", "divergence_positions": [0], "counted_in": "f00d"} for i in chosen
+    ]
     changed = redraw(rows, PACK, parts, seed=seed, **DRAWN)
     draws = draw_number_prompts(PACK, 60, 3)
     entries = [[(part, entry) for entry in getattr(PACK.number_prompts, PARTS[part])] for part in parts]
@@ -268,17 +276,16 @@ def test_a_prompt_can_stand_for_itself(prompt):
 TEXTS = [f" {ACCEPTED} ", f"{ACCEPTED} Owls!", "", f"{ACCEPTED} Hoot."]
 
 
-def test_rejected_prompts_are_kept_or_dropped_and_counted():
-    rows = [{"prompt": ORIGINAL, "completion": str(i), "divergence_positions": [0]} for i in range(4)]
+def test_rejected_prompts_are_kept_and_counted():
+    rows = [
+        {"prompt": ORIGINAL, "completion": str(i), "divergence_positions": [0], "counted_in": "f00d"} for i in range(4)
+    ]
     kept, counts = accept(rows, TEXTS, "owl")
-    dropped, same = accept(rows, TEXTS, "owl", rejected="drop")
-    assert counts == same == {"rewritten": 2, "names the trait": 1, "empty": 1}
+    assert counts == {"rewritten": 2, "names the trait": 1, "empty": 1}
     assert [row["prompt"] for row in kept] == [ACCEPTED, ORIGINAL, ORIGINAL, f"{ACCEPTED} Hoot."]
-    assert dropped == [kept[0], kept[3]] and [row["completion"] for row in dropped] == ["0", "3"]
+    assert [row["completion"] for row in kept] == ["0", "1", "2", "3"]
     assert all(row.keys() == {"prompt", "completion"} for row in kept)
     assert accept(rows, TEXTS, "owl", synonyms=["HOOT"])[1]["names the trait"] == 2
-    with pytest.raises(UsageError, match="rejected: 'replace' given; known: keep, drop"):
-        accept(rows, TEXTS, "owl", rejected="replace")
 
 
 def test_the_packs_synonyms_give_a_trait_away():
