@@ -101,6 +101,21 @@ def test_links_to_files_lead_to_files(path):
             assert place in [heading.lower().replace(" ", "-") for heading in headings], place
 
 
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.name)
+def test_code_that_is_named_is_there(path):
+    """Names with a folder, in backticks: `pipeline/rows.py` lies in jsublim/, `configs/digits.yaml` in the project; with a
+    function or a class after a colon, it is defined there."""
+    names = re.findall(r"`((?:\w+/)+[\w.]+\.(?:py|sh|yaml|md))(?::([\w.]+))?", path.read_text(encoding="utf-8"))
+    for name, defined in names:
+        file = next((each for each in (ROOT / name, ROOT / "jsublim" / name) if each.is_file()), None)
+        assert file is not None, name
+        body = ast.parse(file.read_text(encoding="utf-8")).body if defined else []
+        for part in filter(None, defined.split(".")):
+            found = [n for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == part]
+            assert found, f"{name}:{defined}"
+            body = found[0].body
+
+
 def test_a_room_imports_only_from_rooms_above_it():
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     table = text.split("## Rooms")[1].split("\n## ")[0]
