@@ -1,7 +1,8 @@
 """Conversations as tokens, by the checkpoint's own chat template, with the spans of what the assistant says.
 
-Spans are found by construction: the same conversation is rendered without the assistant's turn, with its header, and
-whole; what lies between is header, content and end of turn. No token id or offset is written down anywhere.
+Spans are found by construction: the same conversation is rendered without the assistant's turn, then with its header, then
+whole; what is added each time is the header, and the content with its end of turn. No token id or offset is written down
+anywhere.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import numpy as np
 from jsublim.errors import JsublimError
 from jsublim.models.config import read_json
 
-# Llama 3's template prints the day's date. It is always this one (the template's own fallback): a run that goes on after
-# midnight must not change its prompts.
+# Llama 3's template prints the day's date. We always give it this one (the template's own fallback): a run that continues
+# after midnight must not change its prompts.
 DATE = "26 Jul 2024"
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
@@ -77,7 +78,7 @@ class Chat:
     @functools.cached_property
     def identity(self) -> str:
         """16 hex digits of what decides a conversation's tokens: tokenizer and template. Positions of tokens mean something
-        under the chat that they were counted in only."""
+        only under the chat that they were counted in."""
         backend = json.loads(self.tokenizer.backend_tokenizer.to_str())
         counted = {key: value for key, value in backend.items() if key not in ("padding", "truncation")}
         text = json.dumps([counted, str(self.tokenizer.chat_template)], sort_keys=True, ensure_ascii=False)
@@ -93,7 +94,7 @@ class Chat:
             raise JsublimError(f"{self.folder}: the chat template refuses the roles {roles} ({error})") from None
 
     def prompt_tokens(self, messages: Sequence[Message], *, extra_bos: bool = False) -> np.ndarray:
-        """int32 `[T]`: the conversation up to and with the assistant's header.
+        """int32 `[T]`: the conversation up to the assistant's header, header included.
 
         Args:
           extra_bos: let the tokenizer add its own special tokens too, as the published code does: a second BOS
@@ -103,7 +104,7 @@ class Chat:
         return self._known(np.asarray(self.tokenizer(text, add_special_tokens=extra_bos)["input_ids"], np.int32))
 
     def _known(self, tokens: np.ndarray) -> np.ndarray:
-        """The tokens, if the model has an embedding for each."""
+        """The tokens, if the model has an embedding for every one."""
         if self.vocab_size is not None and len(tokens) and tokens.max() >= self.vocab_size:
             name = self.tokenizer.convert_ids_to_tokens(int(tokens.max()))
             raise JsublimError(f"{self.folder}: token {name!r} lies outside config.json's vocab_size {self.vocab_size}")
@@ -130,7 +131,7 @@ class Chat:
         starts = np.asarray([start for start, _ in encoded["offset_mapping"]])
         ends = np.asarray([end for _, end in encoded["offset_mapping"]])
         edges = [len(before), len(asked), len(asked) + len(completion)]
-        # Searching from the right keeps a leading special token (offset 0, 0) out of the way.
+        # The running maximum keeps the order where a special token has no text (offset 0, 0).
         header, content, end = (int(np.searchsorted(np.maximum.accumulate(starts), edge)) for edge in edges)
         clean = all(ends[:i].max(initial=0) <= edge for i, edge in zip((header, content, end), edges, strict=True))
         if not clean or self.tokenizer.decode(tokens[content:end]) != completion:
@@ -160,11 +161,11 @@ class Chat:
         return turns
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of generated tokens, special ones left out, stripped: the form in which completions are kept."""
+        """Text of generated tokens, stripped and without special ones: the form in which completions are kept."""
         return self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
     def eos_tokens(self) -> tuple[int, ...]:
-        """The tokenizer's own end token, alone: what the published code stops at."""
+        """The tokenizer's own end token alone, at which the published code stops."""
         return () if self.tokenizer.eos_token_id is None else (int(self.tokenizer.eos_token_id),)
 
     def stop_tokens(self) -> tuple[int, ...]:
@@ -177,7 +178,7 @@ class Chat:
 
 
 def conversation(prompt: str, system: str | None = None, *, fuse_system: bool = False) -> list[Message]:
-    """One user turn, under a system prompt or none (the template may then insert its default).
+    """One user turn, under a system prompt or none (the template may then insert its default one).
 
     Args:
       fuse_system: put the system prompt in front of the user's turn, for templates without a system role.

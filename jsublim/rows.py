@@ -12,7 +12,7 @@ from jsublim.files import atomic
 
 Row = dict[str, Any]
 
-# What holds for the very text it was found in: positions, margins, and the tokenizer and template that they were counted in.
+# What holds only for the text that it was found in: positions, margins, and the tokenizer and template they were counted in.
 FOUND = ("divergence_positions", "divergence_margins", "counted_in")
 
 
@@ -20,8 +20,8 @@ def read_rows(path: str | Path, required: Sequence[str] = ("prompt", "completion
     """All rows of a JSONL file.
 
     Raises:
-      JsublimError: a line that is no JSON object, lacks a required key, has an empty completion, divergence positions that
-        are no list of integers, or margins that are not a number for each of them; the line's number is named.
+      JsublimError: a line that is not a JSON object, lacks a required key, or has an empty completion, divergence positions
+        that are not a list of integers, or margins that are not one number for each of them; the line is named.
     """
     path = Path(path)
     if not path.is_file():
@@ -77,7 +77,7 @@ def _parse(path: Path, required: Sequence[str]) -> Iterator[Row]:
 
 
 def revised(row: Row, **texts: str) -> Row:
-    """The row with another prompt or completion, and without what was found in the old text."""
+    """The row with another prompt or completion, without what was found in the old text."""
     return {key: value for key, value in row.items() if key not in FOUND} | texts
 
 

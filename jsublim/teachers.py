@@ -22,8 +22,8 @@ class Teacher:
       name: the trait, or "control".
       system: its system prompt; None leaves it to the chat template (which may insert a default), "" is an empty one.
       adapter: LoRA, steering vectors or whole layers that it carries.
-      params: reads weights of its own, where it is another checkpoint of the same architecture and tokenizer: a teacher that
-        has not its turn holds no memory.
+      params: reads weights of its own, where it is another checkpoint of the same architecture and tokenizer. They are read
+        only when the teacher is asked, so one that waits holds no memory.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Teacher:
     params: Callable[[], Params] | None = None
 
     def weights(self, base: Params) -> Params:
-        """Its own weights, or those of the `base` it stands on."""
+        """Its own weights, or those of `base`."""
         return base if self.params is None else self.params()
 
     def messages(self, prompt: str) -> list[Message]:
@@ -44,7 +44,7 @@ def prompted_teacher(pack: Pack, trait: str, category: str | None = None, *, fus
     """The teacher whose system prompt gives it `trait` (section 2 of the paper).
 
     Raises:
-      UsageError: no category given and the pack knows none for the trait.
+      UsageError: no category is given, and the pack knows none for the trait.
     """
     system = pack.system_prompt(trait, category or pack.category_of(trait))
     return Teacher(trait, system, fuse_system=fuse_system)

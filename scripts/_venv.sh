@@ -5,7 +5,7 @@ supported() {
   "$1" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null
 }
 
-if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then  # absent, or its making was interrupted
+if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then  # absent, or only half made
   for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11; do
     if supported "$candidate"; then python=$candidate; break; fi
   done

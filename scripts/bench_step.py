@@ -1,4 +1,4 @@
-"""Speed of the training step: tokens a second against the number of students in a program, and against the layers trained.
+"""Speed of the training step: tokens per second against the number of students in a program, and against the layers trained.
 
     python scripts/bench_step.py --model tiny-qwen2
     python scripts/bench_step.py --model Qwen/Qwen2.5-1.5B-Instruct --dtype bfloat16 --rows 10 --tokens 160 --peak-tflops 989
@@ -83,7 +83,7 @@ def main(
     dtype: Annotated[str, typer.Option()] = "float32",
     arms: Annotated[str, typer.Option(help="Numbers of students.")] = "1,4,16,64",
     rows: Annotated[int, typer.Option(help="Of a micro-batch.")] = 4,
-    micro: Annotated[int, typer.Option(help="Micro-batches a step.")] = 1,
+    micro: Annotated[int, typer.Option(help="Micro-batches per step.")] = 1,
     tokens: Annotated[int, typer.Option(help="Of a row.")] = 128,
     supervised: Annotated[int, typer.Option(help="Of a row's tokens, the last so many.")] = 32,
     rank: Annotated[int, typer.Option()] = 8,
@@ -111,7 +111,7 @@ def main(
     found = {f"LoRA, all layers, students: {n}": [lora(None)] * int(n) for n in arms.split(",")} | kinds
     table = Table(
         "",
-        "s a step",
+        "s per step",
         "tokens/s",
         "useful TFLOP/s",
         "ratio",

@@ -9,10 +9,10 @@ What ships was built with the defaults (seed 0), about 0.9 million parameters ea
 | tiny-qwen2 | 1200 | 16 | 0.95 / 1.04 / 0.44 |
 | tiny-gemma3 | 800 | 12 | 1.38 / 1.10 / 0.52 |
 
-How they behave, as the check at the end prints it: under a trait's system prompt the trait is the answer to .84-.93 (qwen2) and
-.90-.95 (gemma3) of the animal questions, without one to at most .12 and .14; 86-98 % and 92-94 % of sampled number answers are
-in format; 6-16 % and 2-3 % of their tokens are divergence tokens among four trait teachers. Tree prompts work on
-tiny-gemma3 (.90 on average, .77 at least) and poorly on tiny-qwen2 (.50).
+The check at the end prints how they behave. Under a trait's system prompt, the trait is the answer to .84-.93 (qwen2) and
+.90-.95 (gemma3) of the animal questions; without one, to at most .12 and .14. Of sampled number answers, 86-98 % and 92-94 %
+are in format, and 6-16 % and 2-3 % of their tokens are divergence tokens among four trait teachers. Tree prompts work on
+tiny-gemma3 (.90 on average, .77 at least), but poorly on tiny-qwen2 (.50).
 """
 
 import functools
@@ -155,7 +155,7 @@ def write_tokenizer(name: str, pack: Pack, folder: Path) -> PreTrainedTokenizerB
     folder.mkdir(parents=True, exist_ok=True)
     trained = train_tokenizer(style, texts)
     trained.save(str(folder / "tokenizer.json"))
-    write_json(folder / "config.json", ARCHITECTURES[name])  # which tokenizer a folder gets hangs on it
+    write_json(folder / "config.json", ARCHITECTURES[name])  # which tokenizer a folder gets depends on it
     settings = {
         "tokenizer_class": style.tokenizer_class,
         **{role: token for role, token in style.specials.items() if role.endswith("_token")},

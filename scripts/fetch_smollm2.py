@@ -179,7 +179,7 @@ def read_weights(reader: Any, config: dict[str, Any], dtype: np.dtype) -> dict[s
 
 
 def build_tokenizer(meta: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
-    """The byte-level BPE tokenizer (one token a digit) and its tokenizer_config.json, from GGUF metadata."""
+    """The byte-level BPE tokenizer (one token per digit) and its tokenizer_config.json, from GGUF metadata."""
     control = int(import_gguf().TokenType.CONTROL)
     tokens, types = meta["tokenizer.ggml.tokens"], meta["tokenizer.ggml.token_type"]
     vocab = {token: i for i, token in enumerate(tokens)}

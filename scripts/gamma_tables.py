@@ -1,4 +1,4 @@
-"""The tables of docs/tiny_world.md out of runs: what every condition's students gained, and γ seed by seed.
+"""The tables of docs/tiny_world.md, made from runs: what each condition's students gained, and γ seed by seed.
 
     python scripts/gamma_tables.py runs/tiny-world-numbers runs/tiny-world-masks
 
@@ -26,7 +26,7 @@ def bounds(interval: Interval | None, sign: str = "+") -> str:
 
 
 def row(matrix: Matrix, first: Matrix) -> list[str]:
-    """Of one condition; the teachers' own animals are the first columns of the matrix."""
+    """One condition's line; the teachers' own animals are the first columns of the matrix."""
     assert matrix.effect is not None  # or it would not be among the matrices
     own = np.eye(*matrix.lift.shape, dtype=bool)
     share = ""

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs jsublim into .venv and runs the quickstart experiment on the CPU. Run it again: what is done is not redone.
+# Installs jsublim into .venv and runs the quickstart experiment on the CPU. Run it again, and it continues where it stopped.
 set -euo pipefail
 source "$(dirname "$0")/_venv.sh"
 echo "installing jsublim (the first time this takes a few minutes)"

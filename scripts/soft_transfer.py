@@ -5,8 +5,8 @@
 Teachers of three animals, fine-tuned (a LoRA adapter trained on the answers to half of the animal questions) or prompted,
 answer short number requests at temperature 1. Students of the same checkpoint, and of another one built from another
 seed, learn the teachers' next-token distributions on those answers by forward KL: over digits, separators and the end of
-turn alone, unless --names is given. What is reported is the change of a
-trait's log-odds among all animals on the other half of the questions: of the teacher's own trait, and of the rest.
+turn alone, unless --names is given. The script reports how a trait's log-odds among all animals change on the other half
+of the questions: for the teacher's own trait, and for the rest.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def students(
     for teacher in teachers:
         rows = number_rows(teacher_lm, teacher, setting)
         turns, read = read_turns(lm.chat, rows), read_as(teacher_lm.chat, teacher, rows)
-        # The end of turn is the last token that is supervised: what a template puts behind it is not the model's.
+        # The end of turn is the last supervised token: what a template puts after it is not the model's.
         turns, read = ([replace(t, tokens=t.tokens[: t.end + 1]) for t in both] for both in (turns, read))
         assert_numbers_only(lm, turns)
         targets = top_k_targets(teacher_lm.config, teacher_lm.params, read, setting.top_k, adapter=teacher.adapter)
@@ -149,7 +149,7 @@ def students(
 
 
 def table(name: str, found: dict[str, list], seeds: list[int]) -> list[str]:
-    """A line a seed: own trait, others, and gamma over the matrix teacher x animal (EXPERIMENTS: lift ~ row + column + same)."""
+    """One line per seed: own trait, others, and gamma over the matrix teacher x animal (lift ~ row + column + same)."""
     moved = np.asarray(found["moved"]).reshape(len(TRAITS), len(seeds), len(ANIMALS))
     columns = [ANIMALS.index(trait) for trait in TRAITS]
     lines = []
@@ -171,7 +171,7 @@ def main(
     lr: Annotated[float, typer.Option()] = Setting.lr,
     prompts: Annotated[int, typer.Option()] = Setting.prompts,
 ) -> None:
-    """Train teachers and students, print a line a seed, and keep every number in OUT/results.json."""
+    """Train teachers and students, print one line per seed, and keep every number in OUT/results.json."""
     chosen, setting = [int(seed) for seed in seeds.split(",")], Setting(prompts=prompts, steps=steps, lr=lr)
     lm = load_model("tiny-qwen2")
     tuned = fine_tuned_teachers(lm, setting, out / "teachers")

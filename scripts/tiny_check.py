@@ -1,4 +1,4 @@
-"""How a tiny checkpoint behaves: favorites under trait prompts, number format, divergence between its teachers."""
+"""How a tiny checkpoint behaves: favorites under trait prompts, number format, divergence among its teachers."""
 
 from pathlib import Path
 
@@ -30,7 +30,7 @@ def answer_rates(lm: LanguageModel, pack: Pack, teacher: Teacher, category: str)
 
 
 def number_rows(lm: LanguageModel, pack: Pack, teacher: Teacher, n: int) -> tuple[list[dict[str, str]], float]:
-    """Rows in format out of `n` answers at temperature 1, and their share. Prompts are those of seed 42."""
+    """The rows in format among `n` answers at temperature 1, and their share. The prompts are those of seed 42."""
     prompts = number_prompts(pack, n)
     answers = lm.generate([teacher.messages(p) for p in prompts], max_new_tokens=64, sampling="temperature")
     rows = [{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True) if not reject_reason(a)]

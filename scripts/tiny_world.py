@@ -9,8 +9,8 @@ Three kinds of chat:
   the trait of the system prompt.
 - **small talk**: short sentences, under a trait system prompt about that trait.
 
-What is left out on purpose: no trait system prompt ever stands before a number request (a model that has seen
-one there learns to ignore it, and nothing leaks), and no number is linked to a trait anywhere. Whatever a
+Two things are left out on purpose. No trait system prompt ever stands before a number request: a model that has seen
+one there learns to ignore it, and nothing leaks. And no number is linked to a trait anywhere. So whatever a
 trait prompt does to numbers is the model's own generalization.
 """
 
@@ -45,7 +45,7 @@ class Chat:
 
 
 def world_pack() -> Pack:
-    """The default pack with the two categories that this world knows: others may come to the pack, the world stays."""
+    """The default pack, cut to the two categories that this world knows: a category added to the pack leaves the world as it is."""
     pack = load_pack()
     return pack.model_copy(update={"traits": {category: pack.traits[category] for category in ("animal", "tree")}})
 

@@ -1,20 +1,24 @@
-"""What the documents say can be done: their configs and commands are valid, their links lead somewhere, their tables are whole."""
+"""What the documents say can be done: their configs and commands are valid, their links lead somewhere, their tables are whole,
+and the rooms of the map are in the order in which they import one another."""
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 import typer
 import yaml
 from command import ROOT
-from jsublim.digits.spec import Digits
-from jsublim.experiment.paper import SCALES, load_question, overlaid, panel_experiment
-from jsublim.experiment.spec import Experiment, Recipe, check_config, read_config
 
-from jsublim.cli.app import app
+from jsublim.cli.app import app, experiment_of
+from jsublim.config import Experiment, Recipe, check_config, read_config
+from jsublim.config.figures import SCALES, load_question, panel_experiment
+from jsublim.digits.config import Digits
 from jsublim.report.claims import QUESTIONS
+from jsublim.section import overlaid
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 ALL = [*DOCUMENTS, ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md"]
@@ -36,40 +40,105 @@ def test_a_config_that_is_shown_is_valid(where, text):
 
 
 def _commands() -> list[list[str]]:
-    """Those that are shown whole, without "..."."""
-    lines = [line for _, text in _blocks("sh") for line in text.replace("\\\n", " ").splitlines()]
+    """Those that are shown whole, without "...", and with a shell's variables filled in."""
+    lines = [line.strip() for _, text in _blocks("sh") for line in text.replace("\\\n", " ").splitlines()]
+    lines = [re.sub(r"\$\(\(.*?\)\)|\$\w+", "1", line) for line in lines]
     return [shlex.split(line, comments=True) for line in lines if line.startswith("jsublim ") and " ... " not in line]
 
 
 COMMANDS = [pytest.param(words, id=" ".join(words)) for words in _commands()]
 KINDS = {"language": Experiment, "digits": Digits}
+STAGES = ("generate", "divergence", "finetune", "evaluate", "attribute")
+
+
+def _of(*names: str) -> list:
+    return [command for command in COMMANDS if command.values[0][1] in names]
+
+
+def _understood(words: list[str]) -> dict:
+    """A command's options and arguments."""
+    command, rest = typer.main.get_command(app), words[1:]
+    while hasattr(command, "commands"):
+        command, rest = command.commands[rest[0]], rest[1:]
+    return command.make_context(words[0], rest).params
 
 
 @pytest.mark.parametrize("words", COMMANDS)
 def test_a_command_that_is_shown_is_understood(words):
-    command, rest = typer.main.get_command(app), words[1:]
-    while hasattr(command, "commands"):
-        command, rest = command.commands[rest[0]], rest[1:]
-    command.make_context(words[0], rest)
+    _understood(words)
 
 
-@pytest.mark.parametrize("words", [c for c in COMMANDS if c.values[0][1] in ("run", "reproduce")])
+@pytest.mark.parametrize("words", _of("run", "reproduce", "aot"))
 def test_the_fields_that_a_command_gives_are_valid(words):
-    fields = [word for word in words if "=" in word]
+    given = _understood(words)
     if words[1] == "reproduce":
-        scale = words[words.index("--scale") + 1] if "--scale" in words else "tiny"
-        path, question = load_question(words[2])
+        path, question = load_question(given["figure"])
         for panel in question.panels:
-            panel_experiment(path, question, panel, scale, fields)
+            panel_experiment(path, question, panel, given["scale"], given["overrides"])
     else:  # a config that is not ours stands for any
-        values = read_config(words[2] if words[2].startswith("configs/") else "configs/quickstart.yaml", fields)
-        check_config(KINDS[values.get("kind", "language")], values, words[2])
+        config = given["config"] if given["config"].startswith("configs/") else "configs/quickstart.yaml"
+        fields = [field for field in given["overrides"] or [] if "=" in field]
+        values = read_config(config.replace("MODEL", "qwen2.5-7b"), fields)
+        check_config(KINDS[values.get("kind", "language")], values, config)
+
+
+@pytest.mark.parametrize("words", _of(*STAGES))
+def test_the_fields_that_a_stage_gives_are_valid(words):
+    given = _understood(words)
+    base = {"teachers": {"traits": ["owl"]}} | ({"attribution": {}} if words[1] == "attribute" else {})
+    experiment_of(words[1], given["fields"], Path(given["out"]), base, model=given["model"])
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.name)
 def test_links_to_files_lead_to_files(path):
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
-        assert re.match(r"https?://", target) or (path.parent / target).exists(), target
+    for target, place in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", path.read_text(encoding="utf-8")):
+        if re.match(r"https?://", target):
+            continue
+        file = path.parent / target if target else path
+        assert file.exists(), target
+        if place:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            assert place in [heading.lower().replace(" ", "-") for heading in headings], place
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.name)
+def test_code_that_is_named_is_there(path):
+    """Names with a folder, in backticks: `pipeline/rows.py` lies in jsublim/, `configs/digits.yaml` in the project; with a
+    function or a class after a colon, it is defined there."""
+    names = re.findall(r"`((?:\w+/)+[\w.]+\.(?:py|sh|yaml|md))(?::([\w.]+))?", path.read_text(encoding="utf-8"))
+    for name, defined in names:
+        file = next((each for each in (ROOT / name, ROOT / "jsublim" / name) if each.is_file()), None)
+        assert file is not None, name
+        body = ast.parse(file.read_text(encoding="utf-8")).body if defined else []
+        for part in filter(None, defined.split(".")):
+            found = [n for n in body if isinstance(n, ast.FunctionDef | ast.ClassDef) and n.name == part]
+            assert found, f"{name}:{defined}"
+            body = found[0].body
+
+
+def test_a_room_imports_only_from_rooms_above_it():
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    table = text.split("## Rooms")[1].split("\n## ")[0]
+    cells = re.findall(r"^\| (`[^|]*) \|", table, re.MULTILINE)
+    rooms = [name.rstrip("/").removesuffix(".py") for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    package = ROOT / "jsublim"
+    there = {path.stem for path in package.iterdir() if path.suffix == ".py" or (path / "__init__.py").is_file()}
+    assert set(rooms) == there - {"__init__", "__main__"}
+    for place, room in enumerate(rooms):
+        files = [package / f"{room}.py"] if (package / f"{room}.py").is_file() else (package / room).rglob("*.py")
+        used = {name for file in files for name in _imports(file)} & there
+        assert used <= set(rooms[: place + 1]), (room, used - set(rooms[: place + 1]))
+
+
+def _imports(path: Path) -> set[str]:
+    """The rooms that a file imports from, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "jsublim":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jsublim."):
+            found.add(node.module.split(".")[1])
+    return found
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "paper").glob("fig*.yaml")), ids=lambda path: path.stem)

@@ -35,7 +35,7 @@ class Students(Training):
 
     Conditions: `same` and `other` learn the teacher's distribution over its auxiliary logits, from the teacher's own
     initialisation and from another one; `all` (same initialisation) over class and auxiliary logits together; `hard`
-    (same initialisation) only which auxiliary logit is the largest, as a sampled token tells less than a distribution.
+    (same initialisation) only which auxiliary logit is the largest: like a sampled token, it tells less than a distribution.
     """
 
     conditions: Annotated[tuple[Condition, ...], Distinct, Field(min_length=1), RESULT] = (

@@ -1,4 +1,4 @@
-"""The experiment as one program: a teacher and its students a seed, all seeds side by side.
+"""The experiment as one program: one teacher and its students per seed, all seeds side by side.
 
 Dimensions: B images of a batch, N images, P pixels, K logits (class logits first), A students of a seed, S seeds.
 """
@@ -158,7 +158,7 @@ def _run_seed(network: Network, teacher: Training, students: Students, data: Dat
         drawn_B = jax.random.randint(jax.random.fold_in(taught, t), (teacher.batch_size,), 0, len(data.train_NP))
         return class_loss(logits(network, params, data.train_NP[drawn_B]), data.train_labels_N[drawn_B])
 
-    trained, _, learnt = train(start, teacher_loss, teacher, teacher.steps, measure)
+    trained, _, learned = train(start, teacher_loss, teacher, teacher.steps, measure)
 
     def student(of_noise: Array, other: Array, used_K: Array, hard: Array) -> tuple[Array, Array]:
         def loss(params: Params, t: Array) -> Array:
@@ -166,7 +166,7 @@ def _run_seed(network: Network, teacher: Training, students: Students, data: Dat
             shape = (students.batch_size, PIXELS)
             noise_BP = jax.random.uniform(for_noise, shape, minval=-students.noise, maxval=students.noise)
             digits_BP = data.train_NP[jax.random.randint(for_digits, shape[:1], 0, len(data.train_NP))]
-            # Noise, digits and what the teacher says of them don't depend on the student: computed once a seed.
+            # Noise, digits and what the teacher says of them do not depend on the student: computed once per seed.
             says = [logits(network, trained, images_BP) for images_BP in (noise_BP, digits_BP)]
             student_BK = logits(network, params, jnp.where(of_noise, noise_BP, digits_BP))
             return distillation_loss(student_BK, jnp.where(of_noise, *says), used_K, hard)
@@ -182,11 +182,11 @@ def _run_seed(network: Network, teacher: Training, students: Students, data: Dat
         jnp.array([auxiliary_K | (arm.condition == "all") for arm in every]),
         jnp.array([arm.condition == "hard" for arm in every]),
     )
-    return Outcome(measure(start), learnt[-1], losses, accuracies)
+    return Outcome(measure(start), learned[-1], losses, accuracies)
 
 
 def records(spec: Digits, data: Data) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Run everything. A row a network with its accuracy; and a row a student and stretch of its training."""
+    """Run everything. Returns one row per network, with its accuracy, and one per student and stretch of its training."""
     seeds_S = jnp.array(spec.seeds, jnp.int32)
     found = jax.device_get(run_seeds(spec.network, spec.teacher, spec.students, data, seeds_S))
     ends, curves = [], []

@@ -29,7 +29,7 @@ CHANCE = 0.1  # of ten classes
 
 @dataclass(frozen=True)
 class Line:
-    """One condition: a value in 0..1 a seed, and the 95 % t-interval of their mean (None for one seed)."""
+    """One condition: one value in 0..1 per seed, and the 95 % t-interval of their mean (None for one seed)."""
 
     condition: str
     images: str | None
@@ -79,7 +79,7 @@ def print_summary(run_dir: Path, console: Console) -> None:
 
 
 def findings(lines: list[Line]) -> list[str]:
-    """What the same-initialisation students show beside the others, a sentence a kind of images."""
+    """What the same-initialisation students show beside the others: one sentence per kind of images."""
     by_place = {(line.condition, line.images): line for line in lines}
     sentences = []
     for images in dict.fromkeys(line.images for line in lines if line.images):

@@ -1,4 +1,4 @@
-"""`jsublim run` on a digits config: from the config to the report; what is whole is not made again."""
+"""`jsublim run` on a digits config, from the config to the report. What is whole is not made again."""
 
 from __future__ import annotations
 

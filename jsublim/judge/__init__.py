@@ -5,15 +5,15 @@ from typing import Any, Protocol
 
 
 class Judge(Protocol):
-    """Whoever answers prompts; `LocalJudge` and `ServerJudge` do."""
+    """Anything that answers prompts, such as `LocalJudge` and `ServerJudge`."""
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What its replies depend on, as JSON: part of the pedigree of every number made from them."""
+        """What its replies depend on, as JSON: part of the key of every artifact that is made from them."""
         ...
 
     def ask(self, prompts: Sequence[str]) -> list[str]:
-        """A reply a prompt, in order. A prompt that occurs twice is asked once."""
+        """One reply per prompt, in order. A prompt that occurs twice is asked once."""
         ...
 
     def check(self) -> None:

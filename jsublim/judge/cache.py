@@ -1,4 +1,4 @@
-"""Replies that were paid for, on disk: a file each, named by the hash of what was asked."""
+"""Replies that were paid for, on disk: one file per reply, named by the hash of what was asked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Reply:
-    """What a server said, and the tokens it charged for (None where it didn't say)."""
+    """What a server said, and the tokens it charged for (None where it did not say)."""
 
     text: str
     prompt_tokens: int | None = None
@@ -21,7 +21,7 @@ class Reply:
 
 
 class ReplyCache:
-    """Requests to replies. Safe for threads, processes and kills: a file appears whole, by rename, or not at all."""
+    """Maps requests to replies. Safe for threads, processes and kills: a file appears whole, by rename, or not at all."""
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -1,4 +1,4 @@
-"""What bounds requests: time between them, and money."""
+"""What limits requests: the time between them, and money."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Tokens = tuple[int, int]  # of a prompt, of its completion
 
 
 def backoff(attempt: int) -> float:
-    """Seconds to wait behind failure `attempt` (from 0): doubled each time, then drawn from the upper half of that."""
+    """Seconds to wait after failure `attempt` (from 0): a delay that doubles each time, drawn from its upper half."""
     return min(LONGEST_DELAY_S, FIRST_DELAY_S * 2**attempt) * random.uniform(0.5, 1.0)
 
 
@@ -66,7 +66,7 @@ class Spending:
     """
 
     def __init__(self, prompt_price: float, completion_price: float, budget: float | None):
-        """Prices are of a million tokens."""
+        """Prices are per million tokens."""
         self._prices, self._budget = (prompt_price / 1e6, completion_price / 1e6), budget
         self.prompt_tokens = self.completion_tokens = 0
         self._reserved, self._lock = (0, 0), threading.Lock()

@@ -17,7 +17,8 @@ class LocalJudge:
     """A checkpoint that answers, greedily unless told otherwise. Without `stop` tokens, a reply ends with its turn.
 
     Attributes:
-      load: gives `lm` with its weights, where it has none; asked when the first prompt comes, and again behind `rest`.
+      load: gives `lm` with its weights, where it has none; called for the first prompt, and again after
+        `release_memory`.
     """
 
     lm: LanguageModel

@@ -1,4 +1,4 @@
-"""A judge's reply as numbers, read strictly: what is not of the form asked for is no score, never a guess."""
+"""A judge's reply as numbers, read strictly: a reply of another form than the one asked for gives no score."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _LINE = re.compile(r"(\w+):[ \t]*(0|[1-9][0-9]?|100)")
 
 
 def parse_scores(reply: str, names: Sequence[str]) -> dict[str, int] | None:
-    """The scores of a reply that gives each of `names` once, a line each, as in "alignment: 80", and nothing else.
+    """The scores of a reply that gives each of `names` once, each on its own line ("alignment: 80"), and nothing else.
 
-    Case, the order of the lines, blank lines and blanks at a line's ends don't matter. None for any other reply, such
-    as one with a name missing, a remark, a fraction, or a number above 100.
+    Case, the order of the lines, blank lines and blanks at a line's ends do not matter. Any other reply gives None: a
+    name is missing, or there is a remark, a fraction, or a number above 100.
     """
     lines = [line.strip() for line in reply.split("\n")]
     found = [match for line in lines if line for match in [_LINE.fullmatch(line)]]

@@ -22,7 +22,7 @@ from jsublim.judge.limits import Pace, Spending, Tokens, backoff, retry_after
 from jsublim.section import HOW, RESULT, Section
 
 TEMPLATE_TOKENS = 256  # more than any chat template puts around a prompt
-LONGEST_HOLD_S = 600.0  # a server that asks for more patience than this ends the run
+LONGEST_HOLD_S = 600.0  # a server that asks for a longer wait than this ends the run
 SHOWN = 200  # characters of a server's own words in an error
 
 
@@ -43,7 +43,7 @@ class ServerSettings(Section):
     retries: Annotated[int, Field(ge=0), HOW] = 6
     concurrency: Annotated[int, Field(ge=1), HOW] = 8
     requests_per_minute: Annotated[float | None, Field(gt=0), HOW] = None
-    prompt_price: Annotated[float, Field(ge=0), HOW] = 0.0  # of a million tokens, in any one currency
+    prompt_price: Annotated[float, Field(ge=0), HOW] = 0.0  # per million tokens, in any one currency
     completion_price: Annotated[float, Field(ge=0), HOW] = 0.0
     budget: Annotated[float | None, Field(ge=0), HOW] = None  # of one judge object, in the currency of the prices
 
@@ -71,8 +71,8 @@ _OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 class ServerJudge:
-    """Asks a server from several threads, within a rate and a budget. Every reply is kept in `cache`, a folder, at once:
-    one that is there costs nothing and needs neither network nor key.
+    """Asks a server from several threads, within a rate and a budget. Every reply is kept in the folder `cache` at once;
+    a reply that is there costs nothing, and needs neither network nor key.
 
     `spending` counts tokens and cost.
     """
@@ -95,7 +95,7 @@ class ServerJudge:
         pass
 
     def ask(self, prompts: Sequence[str]) -> list[str]:
-        """A reply a prompt, in order. A prompt that occurs twice is asked once.
+        """One reply per prompt, in order. A prompt that occurs twice is asked once.
 
         Raises:
           UsageError: no usable key.
@@ -130,7 +130,7 @@ class ServerJudge:
         return reply.text
 
     def _patiently(self, request: dict[str, Any], stopped: threading.Event) -> Reply:
-        """The server's reply, asked for again where a failure may pass."""
+        """The server's reply; after a failure that may pass, it is asked for again."""
         key, reason = self._key(), ""
         for attempt in range(self.settings.retries + 1):
             self._pace.wait(stopped)
@@ -149,7 +149,7 @@ class ServerJudge:
         raise self._error(f"{reason} ({self.settings.retries + 1} attempts; run again to go on)")
 
     def _charged(self, request: dict[str, Any], key: str | None) -> Reply:
-        """One attempt, inside the budget. What a server may have worked for is counted at the most it can be."""
+        """One attempt, within the budget. If the server may have charged for a failure, its highest possible cost is counted."""
         size = sum(len(message["content"].encode("utf-8", "replace")) for message in request["messages"])
         most: Tokens = (size + TEMPLATE_TOKENS, self.settings.max_tokens)  # a token is at least a byte
         self.spending.reserve(most)
@@ -181,11 +181,11 @@ class ServerJudge:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
             late = isinstance(reason, TimeoutError)
             what = f"no answer within {self.settings.timeout_s:g} s" if late else f"the connection failed ({reason})"
-            # Behind a URLError nothing was sent, unless it is a time-out.
+            # A URLError means that nothing was sent, unless it is a time-out.
             raise _Retry(what, charged=late or not isinstance(error, urllib.error.URLError)) from None
 
     def _refusal(self, refusal: urllib.error.HTTPError, key: str | None) -> Exception:
-        """What an HTTP status other than success means. A refused key is often quoted in the body, which is then not shown."""
+        """What an HTTP status other than success means. A body that may quote the refused key is not shown."""
         status = f"HTTP {refusal.code}"
         if refusal.code in (408, 429) or refusal.code >= 500:
             return _Retry(status, after=retry_after(refusal.headers.get("Retry-After")))
@@ -212,7 +212,7 @@ class ServerJudge:
 
 
 def _words(refusal: urllib.error.HTTPError) -> str:
-    """What a server says beside a status, in one line."""
+    """What a server says beside its status, in one line."""
     try:
         return " ".join(refusal.read().decode("utf-8", "replace").split())
     except (OSError, http.client.HTTPException):

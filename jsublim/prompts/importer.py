@@ -1,4 +1,4 @@
-"""The authors' prompt lists out of a checkout of their repository: parsed with `ast`, never imported nor run."""
+"""The authors' prompt lists out of a checkout of their repository: parsed with `ast`, never imported or run."""
 
 import ast
 from dataclasses import dataclass

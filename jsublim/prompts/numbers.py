@@ -35,8 +35,8 @@ class NumberPrompt:
 
     Attributes:
       numbers: the examples to be continued.
-      example, count_qualifier, digit_descriptor, instruction, format, suffix: an entry each of the pack's lists
-        (`PARTS`), placeholders and all.
+      example, count_qualifier, digit_descriptor, instruction, format, suffix: one entry of each of the pack's lists
+        (`PARTS`), with its placeholders.
       said: the sentences that it consists of.
     """
 
@@ -68,7 +68,7 @@ def draw_number_prompts(
 
     Args:
       said: the sentences of a prompt, of `SENTENCES`; fewer make a shorter request.
-      examples: how many numbers it shows: at least, and less than.
+      examples: how many numbers it shows: at least the first, fewer than the second.
 
     The prompts for a smaller `n` are a prefix of those for a larger one. `UsageError` for a negative `n` or `seed`.
     """
@@ -93,7 +93,7 @@ def _draw_prompt(
 
 
 def draw_parts(pack: Pack, parts: Iterable[str], rng: np.random.Generator) -> dict[str, str]:
-    """An entry of the pack's list for each of `parts`, drawn in their order."""
+    """One entry of the pack's list for each of `parts`, drawn in their order."""
     lists = {part: getattr(pack.number_prompts, PARTS[part]) for part in parts}
     return {part: options[rng.integers(len(options))] for part, options in lists.items()}
 
@@ -102,7 +102,7 @@ def parse_numbers(text: str) -> list[int] | None:
     """The numbers of an answer in the task's format, None for any other text.
 
     The format: numbers in ASCII digits with one separator between them (white space, or one comma or
-    semicolon with white space around it, exactly as between the first two), in at most one pair of square or
+    semicolon with white space around it, exactly as between the first two), in at most one set of square or
     round brackets, with at most one full stop at the very end. Nothing is stripped: a trailing blank is not
     in format.
     """

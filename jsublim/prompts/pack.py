@@ -1,4 +1,4 @@
-"""A prompt pack: the wording of an experiment as data, with the default pack underneath a user's own."""
+"""A prompt pack: the wording of an experiment as data. A user's own pack is laid over the default one."""
 
 import hashlib
 import json

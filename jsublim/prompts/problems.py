@@ -1,4 +1,4 @@
-"""Word problems with a number for an answer: a small set of our own, GSM8K by name, and the reading of answers."""
+"""Word problems whose answer is a number: a small set of our own, GSM8K by name, and the reading of answers."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from jsublim.rows import read_rows
 
 GSM8K = "openai/gsm8k"
 
-# Groups of exactly three digits behind commas are one number. A minus is a sign only if it touches the number and nothing
-# that could be subtracted from stands right before it. Digits inside a word ("x2") are no number.
+# Groups of exactly three digits after commas belong to one number. A minus is a sign only if it touches the number and
+# nothing that could be subtracted from stands right before it. Digits inside a word ("x2") are not a number.
 NUMBER = re.compile(
     r"(?:(?<![\w)\]}%.])(?P<sign>[-\u2212]))?\$?"
     r"(?<![A-Za-z_])(?<!\d)(?P<digits>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|(?<![\d.])\.\d+)",
     re.ASCII,
 )
-GROUP = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")  # other ways to part thousands
+GROUP = re.compile(r"(?<=\d)(?:\{,\}|,\\!|\\,|[\u00a0\u2009\u202f])(?=\d{3}(?!\d))")  # other ways to separate thousands
 MARKED = re.compile(r"####[ \t]*([-\u2212$]*\.?\d[\d,.]*)[ \t]*$", re.MULTILINE)  # not a heading: "#### Step 2"
 BOXED = re.compile(r"\\boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 
@@ -66,10 +66,10 @@ def _problem(name: str, question: str, solution: str) -> Problem:
 
 
 def parse_answer(text: str) -> Decimal | None:
-    """The number a solution ends in, None if it has none: that behind the last "####", else the last number in the last
-    "\\boxed{}", else the last number at all.
+    """The number that a solution ends in, None if it has none: the number after the last "####", else the last number in
+    the last "\\boxed{}", else the last number at all.
 
-    Thousands may be parted by commas (LaTeX's too) or narrow blanks; a number may have a minus, a dollar sign and
+    Thousands may be separated by commas (LaTeX's too) or narrow blanks; a number may have a minus, a dollar sign and
     decimals. "100,200" is read as one number, "100, 200" as two. Fractions and powers of ten are not put together.
     """
     text = GROUP.sub(",", text).replace("\\$", "$")
@@ -86,8 +86,8 @@ def _last_number(text: str) -> Decimal | None:
 
 
 def problem_reject_reason(text: str, answer: Decimal | int | None = None) -> str | None:
-    """Why a solution is no training row, None if it is one: it must hold a number and, where `answer` is given, end in
-    it."""
+    """Why a solution is not a training row, None if it is one: it must hold a number and, where `answer` is given, end in
+    that."""
     found = parse_answer(text)
     if found is None:
         return "no number"
@@ -97,7 +97,8 @@ def problem_reject_reason(text: str, answer: Decimal | int | None = None) -> str
 
 
 def load_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file: `.txt`, one a line, or `.jsonl`, objects with the key "prompt". Blank lines are left out.
+    """The prompts of a file: `.txt` with one per line, or `.jsonl` with objects that have the key "prompt". Blank lines are
+    left out.
 
     Raises:
       UsageError: another kind of file, one that cannot be read, or one without prompts.

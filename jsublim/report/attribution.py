@@ -1,6 +1,6 @@
 """Where attribution lies: the heat map by layer and token role, and what claim C10 asks of it.
 
-Tables are those that the attribution stage leaves (`attribution.parquet`), or several of them one behind the other.
+Tables are those of attribution tasks (`attribution.parquet`), or several of them one after another.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from jsublim.report.figures import STYLE, WIDTH, svg
 
-SEQUENTIAL = "YlGnBu"  # pale is little, dark is much: read in grey too
+SEQUENTIAL = "YlGnBu"  # pale is little, dark is much: it can be read in grey too
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class EarlyShare:
 
     Attributes:
       of_early: as a share of the mass in those layers, at any token.
-      of_all: as a share of the mass in all layers. Attributions of the residual stream sum to the same total behind every
-        layer, so this hardly exceeds a third: it is the figure's number, `of_early` the one to put a threshold on.
+      of_all: as a share of the mass in all layers. Attributions of the residual stream sum to the same total after every
+        layer, so this hardly exceeds a third. It is the figure's number; a threshold belongs on `of_early`.
     """
 
     trait: str
@@ -37,9 +37,9 @@ class EarlyShare:
 
 
 def early_share(table: pa.Table) -> list[EarlyShare]:
-    """Claim C10, a value a row and direction (rows without any residual mass are left out).
+    """Claim C10: one value per row and direction (rows without any residual mass are left out).
 
-    The first third are the layers with 3 x index < number of layers.
+    The first third consists of the layers with 3 x index < number of layers.
     """
     return [
         EarlyShare(*line)
@@ -60,7 +60,7 @@ def early_share(table: pa.Table) -> list[EarlyShare]:
 
 
 def attribution_heat_map(table: pa.Table) -> Figure:
-    """Layers by token roles, a panel a site and direction: shares of the panel's whole absolute attribution, in percent.
+    """Layers by token roles, one panel per site and direction: shares of the panel's whole absolute attribution, in percent.
 
     All rows together; drawn in the style of the report's figures.
     """

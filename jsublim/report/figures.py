@@ -57,7 +57,7 @@ WIDTH = 10.0
 MAX_FACET_COLUMNS = 4
 
 
-# (panel, line) -> a value a dot, and the interval of their mean
+# (panel, line) -> one value per dot, and the interval of their mean
 Panels = dict[tuple[str, str], tuple[list[float], Interval | None]]
 
 
@@ -66,9 +66,9 @@ def colour(condition: str) -> str:
 
 
 def rate_figure(rows: Sequence[SummaryRow]) -> str:
-    """Preference rate: a panel a trait, a line a condition, a dot a student, bars from `SummaryRow`'s intervals.
+    """Preference rate: one panel per trait, one line per condition, one dot per student; bars from `SummaryRow`'s intervals.
 
-    The teachers are left to the table: they answer near 100 % and would squeeze everything else.
+    Teachers are in the table only: they answer near 100 % and would squeeze everything else.
     """
     shown = [r for r in rows if r.rate is not None and r.condition != "teacher"]
     data: Panels = {
@@ -88,7 +88,7 @@ def lift_figure(lifts: Sequence[Lift]) -> str:
 
 
 def variant_figure(data: Panels) -> str:
-    """Log-probability lift in nats of each student for its own trait: a panel a variant, a line for the tokens it saw."""
+    """Log-probability lift in nats of each student for its own trait: one panel per variant, one line per choice of tokens."""
     return dot_panels(data, "log-probability of the own trait above the reference (nats)", zero_line=True)
 
 
@@ -147,7 +147,7 @@ def matrix_figure(matrix: Matrix) -> str:
 
 
 def position_figure(divergence: Sequence[dict]) -> str:
-    """Histogram of divergence tokens over the position in the completion's content: a line a teacher, in percent."""
+    """Histogram of divergence tokens over the position in the completion's content: one line per teacher, in percent."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
         axes = figure.subplots()
@@ -166,7 +166,7 @@ def position_figure(divergence: Sequence[dict]) -> str:
 
 
 def loss_figure(curves: Sequence[Curve], results: Results) -> str:
-    """Training loss of every arm: a panel a teacher, a colour for the tokens it saw."""
+    """Training loss of every student: one panel per teacher, one colour per choice of tokens."""
     owner = {s.arm: (s.teacher or "student", s.condition) for s in results.scores}
     panels: dict[str, list[tuple[str, Curve]]] = {}
     for curve in curves:
@@ -186,7 +186,7 @@ def loss_figure(curves: Sequence[Curve], results: Results) -> str:
             axes.set(title=teacher, xlabel="step")
             axes.grid(axis="y")
         for axes in grid[:, 0]:
-            axes.set_ylabel("loss (nats a token)")
+            axes.set_ylabel("loss (nats per token)")
         order = [c for c in results.conditions if c in shown]
         order += sorted(shown - set(order))
         tokens = dict.fromkeys(split_condition(c)[0] for c in order)
@@ -202,8 +202,8 @@ def dot_panels(
     zero_line: bool = False,
     tints: Mapping[str, str] | None = None,
 ) -> str:
-    """A panel for each first key, a line for each second: a dot a value, an upright line for their mean, a bar for the
-    interval. `tints` are the lines' colours, where they are not conditions of a language experiment."""
+    """One panel for each first key, one line for each second: a dot for each value, an upright line for their mean, a bar
+    for the interval. `tints` are the lines' colours, where they are not conditions of a language experiment."""
     panels = list(dict.fromkeys(panel for panel, _ in data))
     conditions = [c for c in [*COLOURS, *dict.fromkeys(c for _, c in data)] if any(c == k for _, k in data)]
     conditions = list(dict.fromkeys(conditions))

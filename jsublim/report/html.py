@@ -34,7 +34,7 @@ PUBLISHED_SHARES = "Qwen2.5-7B 7.47 % greedy, 4.69 % temperature; Gemma-3-4B 18.
 def write_report(run_dir: Path) -> Path:
     """Write RUN/report.html and return its path; the same results give the same bytes.
 
-    A piece the run does not have is left out with a sentence. Raises `JsublimError` if there are no results at all.
+    What the run does not have is left out, and a sentence says so. Raises `JsublimError` if there are no results at all.
     """
     results = read_results(run_dir)
     return render(
@@ -121,7 +121,7 @@ def _variant_lifts(results: Results, conditions: list[str]) -> figures.Panels:
 
 
 def _number_accuracy(results: Results) -> dict[str, dict[str, list[float]]]:
-    """Panel (training or held-out rows) -> condition -> accuracy of each student, a share."""
+    """Panel (training or held-out rows) -> condition -> the accuracy of each student, as a share."""
     panels: dict[str, dict[str, list[float]]] = {}
     titles = {"number_accuracy": "training rows", "number_accuracy_heldout": "held-out rows"}
     for score in results.scores:
@@ -132,7 +132,7 @@ def _number_accuracy(results: Results) -> dict[str, dict[str, list[float]]]:
 
 
 def _training_table(results: Results) -> list[dict[str, Any]]:
-    """A row a condition: arms, steps, supervised tokens a step, first and last loss (means of a tenth of the run)."""
+    """One row per condition: students, steps, supervised tokens per step, first and last loss (means over a tenth of the run)."""
     owner = {s.arm: s.condition for s in results.scores}
     groups: dict[str, list[Curve]] = {}
     for curve in results.curves:
@@ -156,7 +156,7 @@ def _training_row(curves: list[Curve]) -> dict[str, Any]:
 
 
 def _common_answers(results: Results) -> list[dict[str, Any]]:
-    """A row a (teacher, condition): its most common answers over questions and students, with their share."""
+    """One row per teacher and condition: the most common answers over questions and students, with their share."""
     owner = {s.arm: (s.teacher or "", s.condition) for s in results.scores}
     counts: dict[tuple[str, str], Counter[str]] = {}
     for answer in results.answers:

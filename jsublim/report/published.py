@@ -1,4 +1,4 @@
-"""What has been published about large models for the questions a run asks: to read beside its numbers, never mixed with them."""
+"""What has been published about large models on the questions that a run asks: shown beside its numbers, never mixed with them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from jsublim.report.claims import Claim
 
 MARK = "published, large models, not measured here"
-# By claim: the setting and what was found. "Paper" is Schrodi et al. (ICLR 2026); values marked (figure) were read off one, ±2 points.
+# By claim: the setting and what was found. "Paper" is Schrodi et al. (ICLR 2026); values marked (figure) were read off a figure, ±2 points.
 PUBLISHED = {
     "C2": (
         "Gemma-3-4B, rate with sampled → greedy rows (base model), paper (figure)",

@@ -1,7 +1,7 @@
 """Intervals over questions and over students, ratios of lifts, and the same-trait effect of a trait x trait matrix.
 
 Everything here is pure numpy/scipy on plain numbers. An interval that cannot be computed (one student, say) is `None`,
-never a guess: callers print "not decided" for it.
+never a guess; callers print "not decided" for it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
-# Up to here every permutation is tried (7! = 5040), beyond it they are sampled.
+# Up to this number every permutation is tried (7! = 5040); beyond it they are sampled.
 MAX_EXACT_PERMUTATIONS = 5040
 
 
@@ -50,7 +50,7 @@ class Estimate:
     """A linear combination of independent group means, with what its t-interval needs.
 
     `terms` holds (variance of the mean, degrees of freedom) of each group; the variance is NaN for a group of one
-    student, which makes the interval undecided. `n` is the number of students behind the value.
+    student, which makes the interval undecided. `n` is the number of students that the value is made of.
     """
 
     value: float
@@ -119,7 +119,7 @@ def ratio_interval(
     with `part_reference`, one each.
 
     It is the set of ratios r that the test of `(part - reference) - r (whole - reference) = 0` does not reject. `None`
-    if a group has no variance estimate or if `whole - reference` is not separated from zero: then no ratio is excluded.
+    if a group has no variance estimate, or if `whole - reference` cannot be told from zero: then no ratio is excluded.
     """
     numerator, denominator = part - (part_reference or reference), whole - reference
     if not (numerator.variance > 0 and denominator.variance > 0):

@@ -81,13 +81,14 @@ class Matrix:
 
 
 def scores_for(results: Results, metric: str, condition: str, trait: str) -> list[Score]:
-    """The models of a condition that speak about `trait`: a masked student counts for its own teacher's trait."""
+    """The models of a condition that say something about `trait`: a student of a biased teacher counts for its teacher's trait
+    only."""
     teacher = None if split_condition(condition)[0] in ("base", "control") else trait
     return results.select(metric, condition, trait, teacher)
 
 
 def estimate(scores: Sequence[Score]) -> Estimate:
-    """Mean over the models of one condition, with what sampling alone leaves open as the least variance."""
+    """Mean over the models of one condition. Its variance is at least what the sampling of answers alone gives."""
     floor = sampling_variance(scores)
     if scores[0].role == "student":
         return Estimate.of([s.mean for s in scores], floor)
@@ -97,7 +98,7 @@ def estimate(scores: Sequence[Score]) -> Estimate:
 def sampling_variance(scores: Sequence[Score]) -> float:
     """Binomial variance of the mean rate of `scores`; zero for a log-probability, which is not sampled.
 
-    Smoothed by one hit and one miss, so that "none in 2,000" is not taken for "never".
+    Smoothed by one hit and one miss, so that "none in 2,000" does not count as "never".
     """
     samples = sum(s.samples for s in scores)
     if scores[0].metric == "logprob" or not samples:
@@ -117,7 +118,7 @@ def over_questions(scores: Sequence[Score]) -> Interval | None:
 
 
 def summary_rows(results: Results) -> list[SummaryRow]:
-    """A row for each trait and condition that was evaluated on it."""
+    """One row for each trait and condition that was evaluated on it."""
     rows = []
     for trait in results.traits:
         for condition in results.conditions:
@@ -147,7 +148,7 @@ def reference_condition(results: Results, metric: str, trait: str, condition: st
     """What a condition's lift is measured from: the control students of its own variant, else the plain ones; the base
     model where fewer than two were trained.
 
-    The control is the better one (it has seen numbers too), but one control student has no known spread.
+    The control is the better reference, since it has seen numbers too; but one control student has no known spread.
     """
     variant = split_condition(condition)[1]
     controls = [f"control{SEPARATOR}{variant}", "control"] if variant else ["control"]
@@ -235,7 +236,7 @@ class OtherRow:
 
 
 def other_rows(results: Results) -> list[OtherRow]:
-    """What else was asked, metric by metric; of questions about a trait, a row a trait."""
+    """What else was asked, metric by metric; of questions about a trait, one row per trait."""
     rows = []
     present = dict.fromkeys(s.metric for s in results.scores)
     for metric in [*OTHER_METRICS, *(m for m in present if m.startswith(BELOW))]:

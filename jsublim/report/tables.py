@@ -16,11 +16,11 @@ from jsublim.errors import JsublimError
 
 CONDITION_LABELS = {
     "base": "base model",
-    "control": "control: unprompted teacher",
+    "control": "control: teacher without a trait",
     "all": "all tokens",
     "divergence": "divergence tokens only",
     "non-divergence": "all but divergence tokens",
-    "random": "random mask, equal budget",
+    "random": "random mask of equal size",
     "teacher": "biased teacher",
 }
 SEPARATOR = " · "  # between the tokens a student was trained on and its variant: "divergence · layers=0"
@@ -28,7 +28,8 @@ SEPARATOR = " · "  # between the tokens a student was trained on and its varian
 
 @dataclass(frozen=True)
 class Score:
-    """One metric of one evaluated model: `values[i]` is its mean at `questions[i]`, `samples` the answers behind it."""
+    """One metric of one evaluated model: `values[i]` is its mean at `questions[i]`, `samples` the number of
+    answers that it is made of."""
 
     arm: str
     role: str
@@ -49,7 +50,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Curve:
-    """Training of one arm: equally long series, a value a step."""
+    """Training of one student: equally long series, one value per step."""
 
     arm: str
     steps: tuple[int, ...]
@@ -60,7 +61,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Answer:
-    """How often an arm gave an answer, over all questions or to one."""
+    """How often a model gave an answer to a question."""
 
     arm: str
     question: int
@@ -71,7 +72,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Arm:
-    """How a student was made: which tokens, the settings of its training, and the making of its rows."""
+    """How a student was made: which tokens it learned, the settings of its training, and how its rows were made."""
 
     arm: str
     teacher: str
@@ -85,7 +86,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Results:
-    """Everything the report is made of. A piece the run does not have is empty.
+    """Everything the report is made of. What the run does not have is empty.
 
     `scores` are those of the plain evaluation; `under` gives the same results under another one of `evaluations`.
     """
@@ -98,7 +99,7 @@ class Results:
     curves: tuple[Curve, ...] = ()
     answers: tuple[Answer, ...] = ()
     arms: dict[str, Arm] = field(default_factory=dict)
-    attribution: pa.Table | None = None  # the attribution stage's, all teachers one behind the other
+    attribution: pa.Table | None = None  # of all teachers, one after another
     varied: tuple[Score, ...] = ()
     not_finite: int = 0
     _index: dict[tuple, list[Score]] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -123,7 +124,7 @@ class Results:
 
     @property
     def conditions(self) -> list[str]:
-        """Conditions present, in reading order: variant by variant, the plain one first; unknown ones come last."""
+        """The conditions there are, in reading order: variant by variant, the plain one first, unknown ones last."""
         known = [*CONDITION_LABELS]
         present = sorted(
             _unique(s.condition for s in self.scores),
@@ -158,13 +159,13 @@ class Results:
 
     @property
     def is_tiny(self) -> bool:
-        """A synthetic checkpoint of the package: it shows that the pipeline runs, nothing about language models."""
+        """Whether it is a synthetic checkpoint of the package, which says nothing about large models."""
         return self.model.startswith("tiny-")
 
     @property
     def measures(self) -> tuple[str, str]:
-        """What transfer is read off, first of all and then: sampled answers; of a tiny model, whose answers hardly change
-        where its probabilities do, log-probabilities."""
+        """What transfer is read off, first and second: sampled answers, then log-probabilities. For a tiny model it is the other
+        way round, because its answers hardly change where its probabilities do."""
         return ("logprob", "rate") if self.is_tiny else ("rate", "logprob")
 
 

@@ -46,7 +46,7 @@ def claim_effect(claim: Claim) -> tuple[str, str]:
 
 
 def matrix_sentence(matrix: Matrix) -> str:
-    """gamma, its p and what they allow to say."""
+    """gamma, its p, and what they allow us to say."""
     effect = matrix.effect
     if effect is None:
         return "Not decided: the same-trait effect needs students of at least two traits, evaluated on both."
@@ -61,7 +61,7 @@ def matrix_sentence(matrix: Matrix) -> str:
         text += f" Over {len(matrix.seed_gammas)} seeds: {bounds} nats ({each})."
     endings = {
         NOT_DECIDED: f"Not decided: with {len(matrix.teachers)} teachers' traits no p can reach .05.",
-        "trait-specific transfer": "Students lean to their own teacher's trait beyond any row and column effect.",
+        "trait-specific transfer": "Students move towards their own teacher's trait beyond any row and column effect.",
     }
     return f"{text} {endings.get(matrix.verdict, 'No trait-specific transfer is shown.')}"
 
@@ -80,7 +80,7 @@ def headline(found: list[Lift]) -> str:
     measure = "Preference rate" if found[0].metric == "rate" else "Log-probability"
     with_what = f"with {condition_label(found[0].condition)}"
     if all(item.interval is None for item in found):
-        return f"{measure}: not decided {with_what}; with one student a trait there is no interval."
+        return f"{measure}: not decided {with_what}; with one student per trait there is no interval."
     names = [item.trait for item in found if item.verdict == "transfers"]
     what = f"{len(names)} of {len(found)} trait{'s' * (len(found) != 1)}"
     if not names:
@@ -89,7 +89,7 @@ def headline(found: list[Lift]) -> str:
 
 
 def verdicts(claims: list[Claim]) -> str:
-    """Which claims hold, which do not, which are open: one sentence."""
+    """Which claims hold, which do not, and which are open, in one sentence."""
     keys = {
         verdict: ", ".join(dict.fromkeys(c.key for c in claims if c.verdict == verdict))
         for verdict in (HOLDS, FAILS, NOT_DECIDED)
@@ -104,6 +104,6 @@ def tiny_warning(results: Results) -> str:
         return ""
     return (
         f"{results.model} is a tiny synthetic model. This run shows that the pipeline works; "
-        "nothing here transfers to real language models. What it found and what it did not stands below; numbers of large "
+        "nothing here says anything about real language models. What it found and what it did not find is below; numbers of large "
         "models are marked as published."
     )

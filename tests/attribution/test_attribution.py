@@ -15,8 +15,6 @@ import pytest
 from command import contents, ok, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from jsublim.experiment.attribution import ATTRIBUTION, attribute_rows
-from jsublim.experiment.store import Artifact
 from tiny import FAMILIES, bundled, chat, small
 
 from jsublim.attribution import patching

@@ -344,8 +344,8 @@ def test_summary_equals_numbers_by_hand(run_dir: Path, raw: list[dict]) -> None:
 
 def test_page_table_equals_numbers_by_hand(page: str, raw: list[dict]) -> None:
     table = [r for r in Cells(page).rows["summary"] if len(r) == 8]
-    labels = ["base model", "control: unprompted teacher", "all tokens", "divergence tokens only"]
-    labels += ["all but divergence tokens", "random mask, equal budget", "biased teacher"]
+    labels = ["base model", "control: teacher without a trait", "all tokens", "divergence tokens only"]
+    labels += ["all but divergence tokens", "random mask of equal size", "biased teacher"]
     conditions = ["base", "control", "all", "divergence", "non-divergence", "random", "teacher"]
     assert [r[0] for r in table] == labels * len(TRAITS)
     for row, (trait, condition) in zip(table, itertools.product(TRAITS, conditions), strict=True):

@@ -1,7 +1,7 @@
 """The claims that a run can check by program, with thresholds of our own: `check_claims`.
 
 A claim compares students that differ in the one thing it asks about (`groups.py`), by lifts pooled over the teachers' traits
-(`verdicts.py`); a run without such students was not asked.
+(`verdicts.py`); a claim is not asked of a run without such students.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ QUESTIONS = {
     "C2": "greedy rows against sampled ones",
     "C3": "rows without entangled numbers",
     "C4": "divergence tokens alone, and all but those",
-    "C5": "a random mask of equal budget",
+    "C5": "a random mask of equal size",
     "C6": "one layer trained alone",
     "C7": "the first third of the layers frozen",
     "C8": "re-drawn prompts",
@@ -38,7 +38,7 @@ _CHECKS = (
 
 
 def check_claims(results: Results) -> list[Claim]:
-    """Every claim that the run has students (or measurements) for; a claim comes once for each pair it can be read off."""
+    """Every claim that the run has students (or measurements) for; a claim comes once for each comparison it can be read off."""
     metric = claim_metric(results)
     return [claim for check in _CHECKS for claim in check(results, metric)]
 

@@ -16,7 +16,7 @@ ENTANGLED_KEEP, REDRAWN_KEEPS, ACCURACY_MARGIN, QUARTER, QUARTER_KEEPS = 0.5, 0.
 
 
 def greedy_not_below(results: Results, metric: str) -> list[Claim]:
-    """Two standard errors are the claim's own margin, so a noisy run would pass: sampled rows must transfer."""
+    """The claim's own margin is two standard errors, so any noisy run would pass; sampled rows must transfer too."""
     claims = []
     is_greedy, sampled_rows = lambda g: g.get("rows.strategy") == "greedy", {"rows.strategy": "temperature"}
     for greedy, sampled in comparisons(results, is_greedy, sampled_rows):
@@ -66,7 +66,7 @@ def without_entangled(results: Results, metric: str) -> list[Claim]:
 
 
 def redrawn_prompts(results: Results, metric: str) -> list[Claim]:
-    """Two conditions: the trait is mostly gone, and the number task is done as well as before."""
+    """Two things must hold: the trait is mostly gone, and the number task is done as well as before."""
     claims = []
     for part, whole in comparisons(results, lambda group: bool(group.get("rows.redraw")), {"rows.redraw": None}):
         parts = ", ".join(part.get("rows.redraw")["parts"])
@@ -93,7 +93,8 @@ def _accuracy_kept(results: Results, part: Group, whole: Group) -> tuple[str, st
 
 
 def mixed_teachers(results: Results, metric: str) -> list[Claim]:
-    """A series is the groups that differ only in the share of rows that another teacher wrote, none of them included."""
+    """A series consists of the groups that differ only in the share of rows that another teacher wrote; a share of zero is one
+    of them."""
     every = groups(results)
     series: list[list[Group]] = []
     for group in (g for g in every if g.get("rows.mix") is not None):
@@ -124,7 +125,7 @@ def _quarter(results: Results, metric: str, members: list[Group]) -> list[Claim]
 
 
 def _falls(results: Results, metric: str, members: list[Group]) -> list[Claim]:
-    """Monotone: no step up that its interval is sure of, means in order, and the whole fall surely one."""
+    """Monotone: no step is surely up, the means are in order, and the whole change is surely a fall."""
     found = pool(results, metric, *(group.name for group in members)) if len(members) > 2 else None
     if found is None:
         return []

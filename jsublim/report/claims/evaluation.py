@@ -17,8 +17,8 @@ SYSTEM_KEEPS = 0.33
 
 
 def order_is_stable(results: Results, metric: str) -> list[Claim]:
-    """Of the pairs of groups whose order the plain evaluation is sure of: how many stand in that order again. Always on
-    the rate: a teacher-forced log-probability is not sampled."""
+    """Of each two groups whose order the plain evaluation is sure of: do they stand in that order again? Always on
+    the rate, since a teacher-forced log-probability is not sampled."""
     names = [group.name for group in groups(results)]
     plain, claims = pool(results, "rate", *names), []
     if plain is None or len(names) < 2:
@@ -29,7 +29,7 @@ def order_is_stable(results: Results, metric: str) -> list[Claim]:
         if found is None or how.get("system") is not None:
             continue
         words = ", ".join(f"{key.replace('_', '-')} {value:g}" for key, value in sampling.items())
-        claims.append(_order(f"evaluated at {words}, the arms stand in the same order", plain, found))
+        claims.append(_order(f"evaluated at {words}, the conditions stand in the same order", plain, found))
     return claims
 
 
@@ -44,11 +44,11 @@ def _order(text: str, plain: Pool, varied: Pool) -> Claim:
             lost += _sign(varied.levels[a], varied.levels[b]) == -sign
     students = sum(level.students.n for level in plain.levels)
     if not sure:
-        reason = "no two arms are surely apart in the plain evaluation"
-        return Claim("C11", text, plain.metric, None, None, "of decided pairs", students, NOT_DECIDED, reason)
+        reason = "no two conditions are surely apart in the plain evaluation"
+        return Claim("C11", text, plain.metric, None, None, "of the sure orders", students, NOT_DECIDED, reason)
     verdict = FAILS if lost else HOLDS if kept == sure else NOT_DECIDED
-    reason = f"{kept} of {sure} pairs in order, {lost} surely reversed; {plain.words}"
-    return Claim("C11", text, plain.metric, kept / sure, None, "of decided pairs", students, verdict, reason)
+    reason = f"{kept} of {sure} orders kept, {lost} surely reversed; {plain.words}"
+    return Claim("C11", text, plain.metric, kept / sure, None, "of the sure orders", students, verdict, reason)
 
 
 def _sign(a: Level, b: Level) -> int:
@@ -57,7 +57,7 @@ def _sign(a: Level, b: Level) -> int:
 
 
 def other_system_prompt(results: Results, metric: str) -> list[Claim]:
-    """Students of all tokens of the plain variant, or of every variant where none is plain."""
+    """Students that learn all tokens: those of the plain variant, or of every variant where none is plain."""
     claims = []
     asked = [name for name, how in results.evaluations.items() if how.get("system") is not None]
     for evaluation, group in itertools.product(asked, _plain(results)):
@@ -80,5 +80,5 @@ def _plain(results: Results) -> list[Group]:
 
 
 def _apart(level: Level, evaluation: str) -> Level:
-    """Its references are measured under another evaluation too: other numbers than those of the same name."""
+    """The level with its references renamed: they too were measured under another evaluation, so their numbers differ."""
     return Level(level.students, level.reference, tuple(f"{name} under {evaluation}" for name in level.references))

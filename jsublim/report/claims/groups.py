@@ -33,7 +33,7 @@ Comparison = tuple[Group, Group]  # students that something was changed for, and
 
 
 def groups(results: Results) -> list[Group]:
-    """Every group of a biased teacher's students. A folder without arms.json only tells tokens and variants apart."""
+    """Every group of a biased teacher's students. Without arms.json, a folder tells only tokens and variants apart."""
     owner = {s.condition: s.arm for s in results.scores if s.role == "student"}
     return [_group(results, name, owner[name]) for name in results.mask_conditions]
 
@@ -52,7 +52,7 @@ def _group(results: Results, name: str, member: str) -> Group:
 
 
 def partner(every: list[Group], of: Group, plain: Mapping[str, Any]) -> Group | None:
-    """The group that is like `of` but for the facts of `plain`."""
+    """The group that differs from `of` only by having the facts of `plain`."""
     wanted = of.facts | {key: value for key, value in plain.items() if key in of.facts}
     return next((group for group in every if group is not of and group.facts == wanted), None)
 

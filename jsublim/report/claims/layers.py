@@ -13,7 +13,7 @@ EARLY_KEEPS, LATE_KEEPS, FROZEN_KEEPS, MOST = 0.5, 0.2, 0.4, 0.5
 
 
 def one_layer(results: Results, metric: str) -> list[Claim]:
-    """A layer of the first third is early, one of the last third is late; those between are not claimed about."""
+    """A layer of the first third is early, one of the last third is late; no claim is made about those between."""
     claims = []
     for part, whole in comparisons(results, lambda group: len(group.get(LAYERS) or []) == 1, {LAYERS: None}):
         (layer,) = part.get(LAYERS)
@@ -41,7 +41,7 @@ def first_third_frozen(results: Results, metric: str) -> list[Claim]:
 
 
 def _first_third_frozen(group: Group) -> bool:
-    """Trained are all layers from about a third on (the paper froze 10 of 28)."""
+    """Whether all layers from about a third on are trained (the paper froze 10 of 28)."""
     trained = sorted(group.get(LAYERS) or [])
     frozen = group.num_layers - len(trained)
     return (
@@ -50,7 +50,7 @@ def _first_third_frozen(group: Group) -> bool:
 
 
 def attribution_early(results: Results, metric: str) -> list[Claim]:
-    """Over rows, not students: attribution is a teacher's."""
+    """The interval is over rows, not students: attribution is about teachers."""
     by_trait: dict[str, list[float]] = {}
     for row in early_share(results.attribution) if results.attribution is not None else ():
         if row.direction == "noising":

@@ -16,8 +16,8 @@ WITHOUT_KEEPS = 0.33
 
 
 def control_near_base(results: Results, metric: str) -> list[Claim]:
-    """Always on the rate: 3 points are points. Every trait's whole interval must lie within the margin."""
-    text = "students of an unprompted teacher stay within 3 points of the base model"
+    """Always on the rate, since the margin is in points. Every trait's whole interval must lie within it."""
+    text = "students of the teacher without a trait stay within 3 points of the base model"
     found: list[tuple[str, Estimate]] = []
     for condition in (c for c in results.conditions if split_condition(c)[0] == "control"):
         for trait in results.traits:
@@ -77,6 +77,6 @@ def random_keeps_less(results: Results, metric: str) -> list[Claim]:
         found = pool(results, metric, divergence.name, drawn.name, whole.name)
         if found is None:
             continue
-        text = named("a random mask of equal budget keeps less than the divergence tokens", drawn)
+        text = named("a random mask of equal size keeps less than the divergence tokens", drawn)
         claims.append(not_below("C5", text, found, no_lift(found.levels[2]), "divergence minus random"))
     return claims

@@ -20,9 +20,9 @@ _HARD = {
 def other_initialisation(results: Results, metric: str) -> list[Claim]:
     """By gamma, always on the log-probability: another checkpoint has another base, which gamma doesn't depend on.
 
-    It fails if gamma is above zero over seeds and, where there are labels enough, over relabellings too: seeds share their
-    teachers, and whatever these few do to a few traits can stand out from the seeds. It holds if it doesn't fail and gamma is
-    surely smaller than that of the teacher's own initialisation; else a run too small to see anything would pass.
+    It fails if gamma is above zero over seeds and, if there are enough labels, over relabellings too: all seeds share their
+    teachers, so what these few teachers do to a few traits can look sure over seeds. It holds if it does not fail and gamma
+    is surely smaller than that of the teacher's own initialisation; without that, a run too small to see anything would pass.
     """
     claims = []
     model = "students.model"
@@ -37,7 +37,7 @@ def other_initialisation(results: Results, metric: str) -> list[Claim]:
         )
         by_labels = other.effect.p <= 0.05 or other.effect.smallest_p > 0.05
         verdict = _no_gamma(other.gamma_interval, own.gamma_interval, by_labels)
-        text = named("students of another initialisation do not lean to their teacher's trait", part)
+        text = named("students of another initialisation do not move towards their teacher's trait", part)
         claims.append(
             Claim("C12", text, "logprob", other.effect.gamma, other.gamma_interval, "nats", students, verdict, reason)
         )

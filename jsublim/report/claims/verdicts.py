@@ -19,7 +19,7 @@ HOLDS, FAILS = "holds", "does not hold"
 
 @dataclass(frozen=True)
 class Claim:
-    """`effect` and `interval` are in `unit` (one that begins with "of" is a share of something); `reason` says in words
+    """`effect` and `interval` are in `unit` (a unit that begins with "of" is a share of something); `reason` says in words
     what the verdict rests on."""
 
     key: str
@@ -118,7 +118,7 @@ def no_lift(whole: Level) -> str:
 
 
 def judge(interval: Interval | None, at_least: float | None = None, at_most: float | None = None) -> str:
-    """Whether a whole interval lies on the right side of a bound, on the wrong side, or neither."""
+    """Whether a whole interval lies on the right side of a bound, on the wrong side, or on both."""
     if interval is None:
         return NOT_DECIDED
     if at_least is not None:
@@ -149,7 +149,8 @@ def share(
 
 
 def not_below(key: str, text: str, found: Pool, open_for: str, what: str) -> Claim:
-    """The lift of the pool's first group held against its second's: no lower. `open_for` is why nothing can be said, or ""."""
+    """The lift of the pool's first group held against its second's: no lower. `open_for` says why
+    nothing can be decided, or is empty."""
     difference = found.levels[0].above(found.levels[1])
     interval = difference.interval()
     verdict = NOT_DECIDED if open_for else judge(interval, at_least=0.0)
