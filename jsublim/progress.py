@@ -26,11 +26,12 @@ class Progress:
         self._said: set[str] = set()
         self._expected: dict[str, int] = {}
         self._bars: Bars | None = None
-        self._kind, self._bar, self._finished = "", TaskID(0), 0
+        self._kind, self._bar = "", TaskID(0)
+        self._finished: dict[str, int] = {}
 
     def expect(self, counts: Mapping[str, int]) -> None:
         """Say how many stages of each kind are to come."""
-        self._expected = dict(counts)
+        self._expected, self._finished = dict(counts), {}
 
     def say(self, text: str) -> None:
         """Print a line, once."""
@@ -59,9 +60,9 @@ class Progress:
 
         try:
             yield tick
-            self._finished += 1
-            self._bars.update(self._bar, completed=self._finished, finished=self._finished)
-            if self._finished >= self._expected.get(kind, 1):
+            done = self._finished[kind] = self._finished.get(kind, 0) + 1
+            self._bars.update(self._bar, completed=done, finished=done)
+            if done >= self._expected.get(kind, 1):
                 self.close()
         except BaseException:
             self.close()
@@ -78,8 +79,10 @@ class Progress:
             TextColumn("{task.fields[label]}"),
         )
         self._bars = Bars(*columns, console=self.console)
-        self._kind, self._finished = kind, 0
-        self._bar = self._bars.add_task(kind, total=self._expected.get(kind, 1), finished=0, label="")
+        self._kind, done = kind, self._finished.get(kind, 0)
+        self._bar = self._bars.add_task(
+            kind, total=self._expected.get(kind, 1), completed=done, finished=done, label=""
+        )
         self._bars.start()
 
     def close(self) -> None:

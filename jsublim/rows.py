@@ -86,5 +86,13 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as scratch, scratch.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.writelines(map(_line, rows))
+
+
+def as_lines(rows: Iterable[Row]) -> str:
+    """Rows as the text of their file."""
+    return "".join(map(_line, rows))
+
+
+def _line(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"

@@ -24,8 +24,22 @@ from jsublim.errors import JsublimError
 from jsublim.parallel import on_main_process
 from jsublim.rows import read_rows, write_rows
 
-TRAIN = ("--model", MODEL, "--batch-size", 2, "--accumulate", 1, "--epochs", 5, "--warmup", 1, "--optimizer", "sgd")
-LORA = (*TRAIN, "--lr", "0.1", "--projections", "q,v", "--rank", 2, "--alpha", 4)
+TRAIN = (
+    "--model",
+    MODEL,
+    "students.data.batch_size=2",
+    "students.data.accumulate=1",
+    "students.data.epochs=5",
+    "students.optimizer.warmup=1",
+    "students.optimizer.name=sgd",
+)
+LORA = (
+    *TRAIN,
+    "students.optimizer.lr=0.1",
+    "students.adapter.projections=[q,v]",
+    "students.adapter.rank=2",
+    "students.adapter.alpha=4",
+)
 STEPS = 30
 
 
@@ -86,12 +100,16 @@ def lines(folder: Path) -> list[dict]:
 
 
 def saved(folder: Path) -> list[int]:
-    return [int(path.name) for path in (folder / "training" / "state").iterdir() if path.name.isdigit()]
+    return [int(path.name) for path in working(folder).glob("*/state/*") if path.name.isdigit()]
+
+
+def working(folder: Path) -> Path:
+    """Where a student's training is kept until it is whole."""
+    return folder.with_name(f"{folder.name}.artifacts") / "training"
 
 
 def trained(folder: Path, steps: int = 3) -> bool:
-    path = folder / "training" / "metrics.jsonl"
-    return path.exists() and path.read_text().count("\n") >= steps
+    return any(path.read_text().count("\n") >= steps for path in working(folder).glob("*/metrics.jsonl"))
 
 
 def check_close(folder: Path, other: Path, file: str = "adapter_model.safetensors") -> None:
@@ -129,18 +147,18 @@ def stop_one(children: list[subprocess.Popen], which: int, out: Path) -> None:
     other.send_signal(signal.SIGCONT)
     codes, said = ends(children)
     assert codes == [1, 1], said
-    (step,) = saved(out)
+    (step,), (folder,) = saved(out), working(out).iterdir()
     assert 3 <= step < STEPS and trained(out, step) and not trained(out, step + 1)
     for err in said:
         assert re.findall("^error: .*$", err, re.MULTILINE) == [
-            f"error: {out}/training: stopped by SIGTERM behind step {step - 1}; the same command continues there"
+            f"error: {folder}: stopped by SIGTERM after step {step - 1}; the same command continues there"
         ]
         assert "Traceback" not in err
     assert not (out / "DONE").exists()
 
 
 def test_two_processes_on_a_mesh(home, alone):
-    whole, cut = (finetune(home, name, *LORA, "--parallel", "mesh") for name in ("mesh", "mesh-cut"))
+    whole, cut = (finetune(home, name, *LORA, "run.parallel=mesh") for name in ("mesh", "mesh-cut"))
     run_together(1, *whole)
     moved, start_of = load_file(home / "mesh" / "adapter_model.safetensors"), "lora_B"
     assert all(np.abs(value).max() > 1e-3 for name, value in moved.items() if start_of in name)  # it began as zeros
@@ -152,7 +170,7 @@ def test_two_processes_on_a_mesh(home, alone):
 
 
 def test_two_processes_under_pmap(home, alone):
-    command = finetune(home, "pmap", *LORA, "--parallel", "pmap")
+    command = finetune(home, "pmap", *LORA, "run.parallel=pmap")
     with together(2, *command) as children:
         stop_one(children, 0, home / "pmap")
     run_together(2, *command)
@@ -160,19 +178,19 @@ def test_two_processes_under_pmap(home, alone):
 
 
 def test_a_checkpoint_spread_over_two_processes(home):
-    full = (*TRAIN, "--lr", "0.01", "--full")
+    full = (*TRAIN, "students.optimizer.lr=0.01", "students.adapter.method=full")
     ok(*finetune(home, "full", *full))
-    run_together(1, *finetune(home, "spread", *full, "--parallel", "mesh", "--model-axis", 2))
+    run_together(1, *finetune(home, "spread", *full, "run.parallel=mesh", "run.model_axis=2"))
     check_close(home / "spread", home / "full", "model.safetensors")
 
 
 def test_sigterm_to_a_process_alone(home, alone):
     command, out = finetune(home, "cut", *LORA), home / "cut"
     code, err = stop_when(start(*command), lambda: trained(out), signal.SIGTERM)
-    (step,) = saved(out)
+    (step,), (folder,) = saved(out), working(out).iterdir()
     assert code == 1 and trained(out, step) and not trained(out, step + 1) and not (out / "DONE").exists()
     assert err.splitlines()[-1] == (
-        f"error: {out}/training: stopped by SIGTERM behind step {step - 1}; the same command continues there"
+        f"error: {folder}: stopped by SIGTERM after step {step - 1}; the same command continues there"
     )
     ok(*command)
     check_same(out, alone)
@@ -204,7 +222,7 @@ def test_processes_that_cannot_train_together(home, monkeypatch):
     def command(*options) -> tuple:
         return (*finetune(home, "refused", *LORA), "--distributed", *options)
 
-    assert "--parallel mesh" in refused(2, *command())
+    assert "run.parallel=mesh" in refused(2, *command())
     monkeypatch.setenv("JAX_PROCESS_ID", "first")
-    assert "JAX_PROCESS_ID" in refused(2, *command("--parallel", "mesh"))
+    assert "JAX_PROCESS_ID" in refused(2, *command("run.parallel=mesh"))
     assert not (home / "refused").exists()

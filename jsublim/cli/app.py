@@ -63,7 +63,8 @@ def experiment_of(
 
     fields = list(fields or [])
     config = fields.pop(0) if fields and "=" not in fields[0] else None
-    values: dict[str, Any] = {"name": command, "store": str(out.with_name(f"{out.stem}.artifacts"))} | (base or {})
+    values: dict[str, Any] = {"name": command, "out": str(out)} | (base or {})
+    values["store"] = str(out.with_name(f"{out.stem}.artifacts"))
     values = overlaid(values, read_config(config) if config else {})
     given = {key.replace("__", "."): value for key, value in said.items() if value is not None}
     values = overlaid(values, nested(given))
@@ -72,17 +73,3 @@ def experiment_of(
     if "model" not in values:
         raise UsageError(f"{command}: give --model (or model=, or a config that names one)")
     return check_config(Experiment, values, config or command)
-
-
-def check_free(out: Path, key: str | None) -> None:
-    """Refuse a place that holds something else than an earlier result of the same command.
-
-    Raises:
-      UsageError: naming it.
-    """
-    from jsublim.pipeline.publish import published_key
-
-    if out.exists() and (key is None or published_key(out) != key):
-        there = published_key(out)
-        what = "a result of other settings" if there else "something that this command did not write"
-        raise UsageError(f"{out}: already exists and holds {what}; give another --out or move it away")

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jsublim.cli.app import AnyModel, Fields, Out, app, check_free, console, experiment_of, names
+from jsublim.cli.app import AnyModel, Fields, Out, app, console, experiment_of, names
 
 
 @app.command()
@@ -33,7 +33,7 @@ def attribute(
     from jsublim.pipeline.attribution import attributed
     from jsublim.pipeline.changes import final
     from jsublim.pipeline.context import Context
-    from jsublim.pipeline.publish import publish_folder, rows_of
+    from jsublim.pipeline.publish import check_free, publish_folder, rows_of
     from jsublim.progress import Progress
     from jsublim.report.attribution import attribution_heat_map, early_share
     from jsublim.rows import read_rows
@@ -49,7 +49,7 @@ def attribute(
     context = Context.load(e, Progress(console))
     final.give(context.setup, Source(trait))(rows_of(data))
     task = attributed(context.setup, Source(trait))
-    check_free(out, task.key)
+    check_free(out, task.key, task.output.inputs)
     LocalExecutor().execute([task], context)
     publish_folder(out, context.store, task.output)
     summary, table = context.store.summary(task.output), pq.ParquetFile(out / "attribution.parquet").read()

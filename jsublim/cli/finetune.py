@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jsublim.cli.app import AnyModel, Fields, Out, app, check_free, console, experiment_of
+from jsublim.cli.app import AnyModel, Fields, Out, app, console, experiment_of
 from jsublim.errors import UsageError
 
 
@@ -32,7 +32,7 @@ def finetune(
     from jsublim.pipeline.arms import Student
     from jsublim.pipeline.changes import final
     from jsublim.pipeline.context import Context
-    from jsublim.pipeline.publish import publish_folder, rows_of
+    from jsublim.pipeline.publish import check_free, publish_folder, rows_of
     from jsublim.pipeline.students import training_task
     from jsublim.progress import Progress
     from jsublim.teachers import CONTROL
@@ -54,7 +54,7 @@ def finetune(
     final.give(context.setup, student.source)(rows)
     task = training_task(context.setup, (student,), (student.source,))
     task.check(context.setup)
-    check_free(out, task.key)
+    check_free(out, task.key, task.output.inputs)
     if context.store.done(task.output):
         console.print(f"{out}: whole already")
     LocalExecutor().execute([task], context)

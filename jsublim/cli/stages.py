@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jsublim.cli.app import AnyModel, Fields, Out, app, check_free, console, experiment_of, names
+from jsublim.cli.app import AnyModel, Fields, Out, app, console, experiment_of, names
 from jsublim.errors import UsageError
 
 
@@ -40,7 +40,7 @@ def generate(
     """Let a teacher answer the prompts, and keep the answers that are in format (OUT, JSONL)."""
     from jsublim.pipeline.arms import Source
     from jsublim.pipeline.changes import writer
-    from jsublim.pipeline.publish import publish_rows
+    from jsublim.pipeline.publish import check_free, publish_rows
     from jsublim.pipeline.rows import written
     from jsublim.pipeline.teachers import TeacherPool
     from jsublim.teachers import CONTROL
@@ -49,11 +49,11 @@ def generate(
         raise UsageError("generate: give exactly one of --trait and --control")
     # Whose rows they are is what matters here; against which others they are read is a later command's.
     e = experiment_of("generate", fields, out, model=model, teachers__traits=[trait or "none"])
-    check_free(out, None if not out.exists() else _key_of_rows(e, trait))
     context = _context(e)
     if trait is not None:
         TeacherPool(context.setup).category(trait)
     rows = written(context.setup, writer(context.setup, Source(trait or CONTROL)))
+    check_free(out, rows.key, rows.inputs)
     _execute(rows.parts, context)
     parts = rows.summaries(context.store)
     asked, kept = (sum(part[key] for part in parts) for key in ("rows", "kept"))
@@ -64,17 +64,6 @@ def generate(
     console.print(f"kept {kept} of {asked} rows ({kept / asked:.1%}); rejected: {rejected}")
     publish_rows(out, rows.read(context.store), rows)
     print(out)
-
-
-def _key_of_rows(experiment: Any, trait: str | None) -> str:
-    from jsublim.pipeline.arms import Source
-    from jsublim.pipeline.changes import writer
-    from jsublim.pipeline.rows import written
-    from jsublim.pipeline.setup import Setup
-    from jsublim.teachers import CONTROL
-
-    setup = Setup.of(experiment)
-    return written(setup, writer(setup, Source(trait or CONTROL))).key
 
 
 @app.command()
@@ -90,7 +79,7 @@ def divergence(
 ) -> None:
     """Find the divergence tokens of rows; what each teacher said of them goes beside OUT, with .margins.jsonl."""
     from jsublim.pipeline.divergence import merged, read
-    from jsublim.pipeline.publish import publish_rows, rows_of
+    from jsublim.pipeline.publish import check_free, publish_rows, rows_of
     from jsublim.rows import write_rows
 
     others = names(counterfactuals) or None
@@ -100,7 +89,7 @@ def divergence(
     rows, sidecar = rows_of(data), out.with_name(f"{out.stem}.margins.jsonl")
     context = _context(e)
     found = read(context.setup, trait, rows)
-    check_free(out, found.key)
+    check_free(out, found.key, found.inputs)
     if sidecar.exists() and not out.exists():
         raise UsageError(f"{sidecar}: already exists; give another --out or move it away")
     _execute(found.parts, context)
@@ -129,7 +118,7 @@ def evaluate(
     """Ask a model for its favourites (and whatever else evaluation.kinds names): OUT gets records and answers."""
     from jsublim.files import read_table, write_json
     from jsublim.pipeline.evaluations import Model, evaluated, settings_of
-    from jsublim.pipeline.publish import publish_folder
+    from jsublim.pipeline.publish import check_free, publish_folder
     from jsublim.teachers import CONTROL
 
     wanted = None if traits is None else names(traits)
@@ -141,7 +130,7 @@ def evaluate(
     if setting not in settings_of(context.setup):
         raise UsageError(f"--setting: '{setting}' given; known: {', '.join(filter(None, settings_of(context.setup)))}")
     task = evaluated(context.setup, Model(None, CONTROL, adapter, data), setting)
-    check_free(out, task.key)
+    check_free(out, task.key, task.output.inputs)
     task.check(context.setup)
     _execute([task], context)
     publish_folder(out, context.store, task.output)

@@ -243,8 +243,8 @@ def generate_tokens(
     Returns:
       One list of tokens per row of `rows`, in order, without the stop token.
     """
-    chex.assert_rank(list(prompts), 1)
     rows = list(range(len(prompts) * samples)) if rows is None else list(rows)
+    chex.assert_rank([prompts[row // samples] for row in rows], 1)
     result: dict[int, list[int]] = {}
     base = jax.random.key(seed)
     # Of one length whatever their number, so that none of them is another program.

@@ -6,15 +6,16 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsublim.files import write_json
+from jsublim.errors import UsageError
+from jsublim.files import write_json, write_text
 from jsublim.models.checkpoint import checkpoint_hash
 from jsublim.pipeline.rows import RowSet
 from jsublim.pipeline.store import Output, Store, digest
-from jsublim.rows import Row, read_rows, write_rows
+from jsublim.rows import Row, as_lines, read_rows
 
 PEDIGREE = "artifact.json"
 
@@ -35,10 +36,45 @@ def published_key(path: Path) -> str | None:
     return str(record["key"]) if record.get("sha256") == _sha256(path) else None
 
 
+def check_free(path: Path, key: str, inputs: Mapping[str, Any]) -> None:
+    """Refuse a place that holds something else than an earlier result of the same settings.
+
+    Args:
+      key, inputs: of the artifact that is to be published there.
+
+    Raises:
+      UsageError: naming the place, and up to three settings that differ.
+    """
+    there = path.exists() and published_key(path)
+    if not path.exists() or there == key:
+        return
+    if not there:
+        raise UsageError(f"{path}: already exists and is not a result of ours; give another --out or move it away")
+    old, new = (_flat(values) for values in ((_record(path) or {}).get("inputs", {}), dict(inputs)))
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    what = ", ".join(f"{name} was {_short(old.get(name))}, is {_short(new.get(name))}" for name in changed[:3])
+    raise UsageError(f"{path}: already exists, a result of other settings ({what}); give another --out or move it away")
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+    return found
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def publish_rows(path: Path, rows: Sequence[Row], source: RowSet) -> None:
-    """Write rows as a file that knows which artifacts they come from."""
-    write_rows(path, rows)
-    write_json(pedigree_of(path), {"key": source.key, "most": source.most, "sha256": _sha256(path)})
+    """Write rows as a file that knows which artifacts they come from; what says so is there before the file is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = as_lines(rows)
+    said = {"key": source.key, "most": source.most, "inputs": dict(source.inputs)}
+    write_json(pedigree_of(path), said | {"sha256": hashlib.sha256(text.encode()).hexdigest()})
+    write_text(path, text)
 
 
 def publish_folder(path: Path, store: Store, output: Output) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -61,6 +61,11 @@ class RowSet:
     def called(self, source: Source) -> str:
         """What errors call them: the file that a user gave, or whose rows they are."""
         return f"rows of {source.name}" if self.file is None else str(self.file)
+
+    @property
+    def inputs(self) -> Mapping[str, Any]:
+        """What decides the first of its artifacts."""
+        return self.parts[0].output.inputs if self.parts else {}
 
     def read(self, store: Store) -> list[Row]:
         """All rows.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import shlex
 import shutil
 import signal
 from collections.abc import Iterator
@@ -18,8 +19,16 @@ from jsublim.prompts import load_pack
 from jsublim.rows import read_rows
 
 KINDS = ("all", "divergence", "non-divergence", "random")
-GENERATE = ("generate", "--model", MODEL, "--max-new-tokens", 40, "--batch-size", 4)
-FINETUNE = ("finetune", "--model", MODEL, "--batch-size", 4, "--accumulate", 1, "--lr", "1e-3", "--warmup", 1)
+GENERATE = ("generate", "--model", MODEL, "sampling.max_new_tokens=40", "sampling.batch_size=4")
+FINETUNE = (
+    "finetune",
+    "--model",
+    MODEL,
+    "students.data.batch_size=4",
+    "students.data.accumulate=1",
+    "students.optimizer.lr=1e-3",
+    "students.optimizer.warmup=1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,26 +39,40 @@ def home(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def rows(home) -> Path:
     """Rows of the cat teacher."""
-    ok(*GENERATE, "--trait", "cat", "--num-prompts", 16, "--out", home / "cat.jsonl")
+    ok(*GENERATE, "--trait", "cat", "data.num_prompts=16", "--out", home / "cat.jsonl")
     return home / "cat.jsonl"
 
 
 @pytest.fixture(scope="module")
 def divergent(home, rows) -> Path:
     ok("divergence", "--model", MODEL, "--data", rows, "--trait", "cat", "--counterfactuals", "dog,owl",
-       "--batch-size", 16, "--out", home / "cat-points.jsonl")  # fmt: skip
+       "scoring.batch_size=16", "--out", home / "cat-points.jsonl")  # fmt: skip
     return home / "cat-points.jsonl"
 
 
 def finetune(data: Path, out: Path, *options) -> tuple:
-    return (*FINETUNE, "--epochs", 2, "--data", data, "--out", out, *options)
+    return (*FINETUNE, "students.data.epochs=2", "--data", data, "--out", out, *options)
 
 
 @pytest.fixture(scope="module")
 def student(home, divergent) -> Path:
     """A student of one layer."""
-    ok(*finetune(divergent, home / "layer0", "--layers", 0, "--rank", 2, "--alpha", 4))
+    ok(
+        *finetune(
+            divergent,
+            home / "layer0",
+            "students.adapter.layers=[0]",
+            "students.adapter.rank=2",
+            "students.adapter.alpha=4",
+        )
+    )
     return home / "layer0"
+
+
+def artifact_of(out: Path, kind: str) -> Path:
+    """The one artifact of a kind that a command has beside its result."""
+    (folder,) = out.with_name(f"{out.name}.artifacts").glob(f"{kind}/*")
+    return folder
 
 
 def changed(home: Path) -> dict[Path, tuple[int, int]]:
@@ -80,26 +103,34 @@ def test_prompts_sample(home):
 def test_generate(home, rows):
     made = read_rows(rows)
     assert 0 < len(made) <= 16 and all(list(row) == ["prompt", "completion"] for row in made)
-    raw = read_rows(home / "cat.artifact" / "raw.jsonl")
+    raw = read_rows(artifact_of(home / "cat", "rows") / "raw.jsonl")
     assert [{k: row[k] for k in ("prompt", "completion")} for row in raw if row["reject"] is None] == made
     ok("prompts", "sample", "--num-prompts", 16, "--out", home / "cat-prompts.jsonl")
     assert [row["prompt"] for row in raw] == [r["prompt"] for r in read_rows(home / "cat-prompts.jsonl", ("prompt",))]
-    assert str(rows) in ok(*GENERATE, "--trait", "cat", "--num-prompts", 16, "--out", rows).out
+    assert str(rows) in ok(*GENERATE, "--trait", "cat", "data.num_prompts=16", "--out", rows).out
 
 
 def test_generate_from_other_teachers(home, rows):
     pack = load_pack()
     own = pack.system_prompt("cat", pack.category_of("cat"))
-    ok(*GENERATE, "--system", own, "--num-prompts", 16, "--out", home / "own.jsonl")
+    ok(*GENERATE, "--trait", "cat", f"teachers.system={own}", "data.num_prompts=16", "--out", home / "own.jsonl")
     assert (home / "own.jsonl").read_bytes() == rows.read_bytes()  # the same teacher by other words
-    for name, how in {"control": (), "greedy": ("--sampling", "greedy")}.items():
-        ok(*GENERATE, "--no-system", *how, "--num-prompts", 8, "--out", home / f"{name}.jsonl")
-        inputs = json.loads((home / f"{name}.artifact" / "artifact.json").read_text())["inputs"]
+    for name, how in {"control": (), "greedy": ("sampling.strategy=greedy",)}.items():
+        ok(*GENERATE, "--control", *how, "data.num_prompts=8", "--out", home / f"{name}.jsonl")
+        inputs = json.loads((artifact_of(home / name, "rows") / "artifact.json").read_text())["inputs"]
         assert inputs["system"] is None
         assert inputs["sampling"]["temperature"] == (0.0 if name == "greedy" else 1.0)
-    ok(*GENERATE, "--no-system", "--sampling", "greedy", "--seed", 9, "--num-prompts", 8, "--out", home / "g9.jsonl")
-    ok(*GENERATE, "--no-system", "--seed", 9, "--num-prompts", 8, "--out", home / "c9.jsonl")
-    read = lambda name: (home / f"{name}.artifact" / "raw.jsonl").read_bytes()  # noqa: E731
+    ok(
+        *GENERATE,
+        "--control",
+        "sampling.strategy=greedy",
+        "sampling.seed=9",
+        "data.num_prompts=8",
+        "--out",
+        home / "g9.jsonl",
+    )
+    ok(*GENERATE, "--control", "sampling.seed=9", "data.num_prompts=8", "--out", home / "c9.jsonl")
+    read = lambda name: (artifact_of(home / name, "rows") / "raw.jsonl").read_bytes()  # noqa: E731
     assert read("g9") == read("greedy")  # a greedy answer has no randomness
     assert read("c9") != read("control")
 
@@ -107,7 +138,10 @@ def test_generate_from_other_teachers(home, rows):
 def test_divergence(home, rows, divergent):
     found, margins = read_rows(divergent), read_rows(home / "cat-points.margins.jsonl", ("row", "tokens"))
     assert [{k: row[k] for k in ("prompt", "completion")} for row in found] == read_rows(rows)
-    assert all(list(row) == ["prompt", "completion", "divergence_positions", "divergence_margins"] for row in found)
+    assert all(
+        list(row) == ["prompt", "completion", "divergence_positions", "divergence_margins", "counted_in"]
+        for row in found
+    )
     assert any(row["divergence_positions"] for row in found)
     for number, (row, kept) in enumerate(zip(found, margins, strict=True)):
         assert kept["row"] == number and kept["teachers"] == ["cat", "dog", "owl"]
@@ -120,7 +154,17 @@ def test_divergence(home, rows, divergent):
 @pytest.mark.parametrize("kind", KINDS)
 def test_finetune_on_each_kind_of_token(home, divergent, kind):
     out = home / f"student-{kind}"
-    ok(*finetune(divergent, out, "--tokens", kind, "--layers", 0, "--rank", 2, "--alpha", 4))
+    ok(
+        *finetune(
+            divergent,
+            out,
+            "--tokens",
+            kind,
+            "students.adapter.layers=[0]",
+            "students.adapter.rank=2",
+            "students.adapter.alpha=4",
+        )
+    )
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     data = read_rows(divergent)
     per_epoch = -(-len(data) // 4)
@@ -163,8 +207,7 @@ def test_an_adapter_is_one_of_peft(student):
 def test_training_starts_from_an_adapter(home, divergent, student):
     """At next to no learning rate nothing moves, and the first loss is that of the adapter, not of the base."""
     out = home / "continued"
-    options = finetune(divergent, out, "--init-adapter", student)
-    ok(*("1e-30" if option == "1e-3" else option for option in options))
+    ok(*finetune(divergent, out, f"students.adapter.init={student}", "students.optimizer.lr=1e-30"))
     weights = "adapter_model.safetensors"
     assert (out / weights).read_bytes() == (student / weights).read_bytes()
     first = lambda folder: json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["loss"]  # noqa: E731
@@ -175,7 +218,16 @@ def test_evaluate(home, rows, student):
     from jsublim.files import read_table
 
     out = home / "favourites"
-    ask = ("evaluate", "--model", MODEL, "--traits", "cat,owl", "--questions", 2, "--samples", 4, "--batch-size", 4)
+    ask = (
+        "evaluate",
+        "--model",
+        MODEL,
+        "--traits",
+        "cat,owl",
+        "evaluation.questions=2",
+        "evaluation.samples=4",
+        "evaluation.batch_size=4",
+    )
     ok(*ask, "--adapter", student, "--out", out)
     records = read_table(out / "records.parquet")
     for trait in ("cat", "owl"):
@@ -191,29 +243,40 @@ def test_evaluate(home, rows, student):
     before = contents(out)
     ok(*ask, "--adapter", student, "--out", out)
     assert contents(out) == before
-    assert "adapter was" in refused(2, *ask, "--out", out)
+    assert "student was" in refused(2, *ask, "--out", out)
 
 
 def test_again_changes_nothing(home, rows, divergent, student):
     before = changed(home)
-    ok(*GENERATE, "--trait", "cat", "--num-prompts", 16, "--out", rows)
+    ok(*GENERATE, "--trait", "cat", "data.num_prompts=16", "--out", rows)
     ok("divergence", "--model", MODEL, "--data", rows, "--trait", "cat", "--counterfactuals", "dog,owl",
        "--out", divergent)  # fmt: skip
-    again = ok(*finetune(divergent, student, "--layers", 0, "--rank", 2, "--alpha", 4))
+    again = ok(
+        *finetune(
+            divergent, student, "students.adapter.layers=[0]", "students.adapter.rank=2", "students.adapter.alpha=4"
+        )
+    )
     assert "whole already" in again.err
     after = changed(home)
     assert set(after) == set(before)
     for path, (size, when) in before.items():
         assert after[path][0] == size
-        assert after[path][1] == when or path in (rows, divergent), path  # these are published again, byte for byte
+        assert after[path][1] == when or ".artifacts" not in str(path), (
+            path
+        )  # results are published again, byte for byte
 
 
 def test_other_settings_in_the_same_place_are_refused(home, rows, divergent, student):
     before = contents(student) | {"rows": rows.read_bytes()}
     assert "seed was 0, is 1" in refused(
-        2, *GENERATE, "--trait", "cat", "--num-prompts", 16, "--seed", 1, "--out", rows
+        2, *GENERATE, "--trait", "cat", "data.num_prompts=16", "sampling.seed=1", "--out", rows
     )
-    assert "rank was 2, is 3" in refused(2, *finetune(divergent, student, "--layers", 0, "--rank", 3, "--alpha", 4))
+    assert "rank was 2, is 3" in refused(
+        2,
+        *finetune(
+            divergent, student, "students.adapter.layers=[0]", "students.adapter.rank=3", "students.adapter.alpha=4"
+        ),
+    )
     assert contents(student) | {"rows": rows.read_bytes()} == before
 
 
@@ -228,10 +291,10 @@ def test_what_exists_is_never_written_over(tmp_path, rows, command):
         out.write_text('{"prompt": "p", "completion": "c"}\n')
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     arguments = {
-        "generate": (*GENERATE, "--trait", "cat", "--num-prompts", 16),
+        "generate": (*GENERATE, "--trait", "cat", "data.num_prompts=16"),
         "divergence": ("divergence", "--model", MODEL, "--data", rows, "--trait", "cat", "--counterfactuals", "dog"),
-        "finetune": (*FINETUNE, "--epochs", 2, "--data", rows),
-        "evaluate": ("evaluate", "--model", MODEL, "--traits", "cat", "--questions", 2, "--samples", 4),
+        "finetune": (*FINETUNE, "students.data.epochs=2", "--data", rows),
+        "evaluate": ("evaluate", "--model", MODEL, "--traits", "cat", "evaluation.questions=2", "evaluation.samples=4"),
     }[command]
     assert str(out) in refused(2, *arguments, "--out", out)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
@@ -254,16 +317,16 @@ def edit(path: Path, **changes) -> None:
 def test_bad_usage_is_code_two(tmp_path, rows):
     out = tmp_path / "x"
     assert "exactly one of" in refused(2, *GENERATE, "--out", out)
-    assert "exactly one of" in refused(2, *GENERATE, "--trait", "cat", "--no-system", "--out", out)
+    assert "exactly one of" in refused(2, *GENERATE, "--trait", "cat", "--control", "--out", out)
     assert "unknown trait 'unicorn'" in refused(2, *GENERATE, "--trait", "unicorn", "--out", out)
-    assert "known: temperature, greedy" in refused(2, *GENERATE, "--trait", "cat", "--sampling", "beam", "--out", out)
-    assert "known: paper, clean" in refused(2, *GENERATE, "--trait", "cat", "--recipe", "best", "--out", out)
-    assert "float32" in refused(2, *GENERATE, "--trait", "cat", "--dtype", "int8", "--out", out)
+    assert "sampling.strategy" in refused(2, *GENERATE, "--trait", "cat", "sampling.strategy=beam", "--out", out)
+    assert "recipe.preset" in refused(2, *GENERATE, "--trait", "cat", "recipe=best", "--out", out)
+    assert "float32" in refused(2, *GENERATE, "--trait", "cat", "dtype=int8", "--out", out)
     assert "no such file" in refused(2, *finetune(tmp_path / "none.jsonl", out))
-    assert "tokens: input should be 'all'" in refused(2, *finetune(rows, out, "--tokens", "most"))
-    assert "layers 0 to 5" in refused(2, *finetune(rows, out, "--layers", "0,6"))
-    assert "--layers" in refused(2, *finetune(rows, out, "--layers", "first"))
-    assert "projections" in refused(2, *finetune(rows, out, "--projections", "q,z"))
+    assert "students.loss.tokens.0: input should be 'all'" in refused(2, *finetune(rows, out, "--tokens", "most"))
+    assert "layers 0 to 5" in refused(2, *finetune(rows, out, "students.adapter.layers=[0,6]"))
+    assert "students.adapter.layers" in refused(2, *finetune(rows, out, "students.adapter.layers=first"))
+    assert "projections" in refused(2, *finetune(rows, out, "students.adapter.projections=[q,z]"))
     assert "divergence_positions" in refused(2, *finetune(rows, out, "--tokens", "divergence"))
     assert "--traits" in refused(2, "evaluate", "--model", MODEL, "--traits", ",", "--out", out)
     assert not out.exists()
@@ -271,7 +334,7 @@ def test_bad_usage_is_code_two(tmp_path, rows):
         ("generate",),
         (*GENERATE, "--out", out, "--no-such"),
         ("distil",),
-        (*GENERATE, "--num-prompts", 0),
+        (*GENERATE, "data.num_prompts=0"),
     ):
         result = jsublim(*arguments)
         assert result.code == 2 and "Traceback" not in result.err
@@ -280,8 +343,8 @@ def test_bad_usage_is_code_two(tmp_path, rows):
 def test_bad_configs_are_code_two(tmp_path):
     quickstart = PLAIN
     assert "no such config" in refused(2, "run", "configs/none.yaml")
-    assert "did you mean 'lr'" in refused(2, "run", quickstart, "students.lrr=1")
-    assert "expected key=value" in refused(2, "run", quickstart, "students.lr")
+    assert "did you mean 'lr'" in refused(2, "run", quickstart, "students.optimizer.lrr=1")
+    assert "expected key=value" in refused(2, "run", quickstart, "students.optimizer.lr")
     assert "unknown trait 'unicorn'" in refused(2, "run", quickstart, "teachers.traits=[unicorn]", f"out={tmp_path}/r")
 
 
@@ -291,7 +354,7 @@ def test_bad_configs_are_code_two(tmp_path):
         ("evaluation.traits=[unicorn]", 2),
         ("teachers.counterfactuals=[owl,unicorn]", 2),
         ("students.adapter.layers=[99]", 2),
-        ("students.adapter.init=/no/such/folder", 1),
+        ("students.adapter.init=/no/such/folder", 2),
     ],
 )
 def test_a_config_that_cannot_work_is_refused_before_anything_is_computed(tmp_path, override, code):
@@ -358,8 +421,10 @@ def test_debug_shows_where(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_names_step_and_rows(tmp_path, divergent):
-    arguments = finetune(divergent, tmp_path / "x", "--layers", 0, "--rank", 2, "--alpha", 4)
-    arguments = tuple("1e30" if option == "1e-3" else option for option in arguments)
+    arguments = finetune(
+        divergent, tmp_path / "x", "students.adapter.layers=[0]", "students.adapter.rank=2", "students.adapter.alpha=4"
+    )
+    arguments = (*arguments, "students.optimizer.lr=1e30")
     line = refused(1, *arguments)
     assert "step " in line and "rows [" in line and "learning rate" in line
     assert not (tmp_path / "x" / "DONE").exists()
@@ -385,8 +450,8 @@ def file_limit() -> Iterator:
 
 def test_a_disk_that_fills_while_generating(home, tmp_path, rows, file_limit):
     out = tmp_path / "cat.jsonl"
-    arguments = (*GENERATE, "--trait", "cat", "--num-prompts", 16, "--out", out)
-    sizes = sorted(path.stat().st_size for path in (home / "cat.artifact").iterdir())
+    arguments = (*GENERATE, "--trait", "cat", "data.num_prompts=16", "--out", out)
+    sizes = sorted(path.stat().st_size for path in artifact_of(home / "cat", "rows").iterdir())
     for size in [100, *(s - 1 for s in sizes), *(s // 2 for s in sizes)]:
         file_limit(size)
         line = refused(1, *arguments)
@@ -395,20 +460,22 @@ def test_a_disk_that_fills_while_generating(home, tmp_path, rows, file_limit):
         assert not out.exists()
     ok(*arguments)
     assert out.read_bytes() == rows.read_bytes()
-    made, whole = contents(tmp_path / "cat.artifact"), contents(home / "cat.artifact")
-    assert {k: v for k, v in made.items() if k.endswith("s.jsonl")} == {
+    again, whole = contents(artifact_of(tmp_path / "cat", "rows")), contents(artifact_of(home / "cat", "rows"))
+    assert {k: v for k, v in again.items() if k.endswith("s.jsonl")} == {
         k: v for k, v in whole.items() if k.endswith("s.jsonl")
     }
 
 
 def test_a_disk_that_fills_while_training(tmp_path, divergent, student, file_limit):
     out = tmp_path / "student"
-    arguments = finetune(divergent, out, "--layers", 0, "--rank", 2, "--alpha", 4)
+    arguments = finetune(
+        divergent, out, "students.adapter.layers=[0]", "students.adapter.rank=2", "students.adapter.alpha=4"
+    )
     adapter = (student / "adapter_model.safetensors").stat().st_size
     # No room for the record, for a saved state, for the adapter at the end.
     for size, every in ((100, 100), (3000, 2), (adapter - 1, 100)):
         file_limit(size)
-        refused(1, *arguments, "--checkpoint-every", every)
+        refused(1, *arguments, f"students.runtime.checkpoint_every={every}")
         file_limit(None)
         assert not (out / "DONE").exists() and not (out / "adapter_model.safetensors").exists()
     ok(*arguments)
@@ -418,17 +485,17 @@ def test_a_disk_that_fills_while_training(tmp_path, divergent, student, file_lim
 def resumes(err: str, *arguments) -> bool:
     """The command to continue with is printed, and nothing of Python's."""
     assert "Traceback" not in err and "Exception" not in err, err
-    return " ".join(["", *map(str, arguments)]) in err  # behind the program's name, which a test has otherwise
+    return " ".join(["", *map(shlex.quote, map(str, arguments))]) in err  # after the program's name, which a test has otherwise
 
 
 def test_ctrl_c_while_generating(tmp_path):
     def arguments(name: str) -> tuple:
-        return (*GENERATE, "--no-system", "--num-prompts", 240, "--out", tmp_path / f"{name}.jsonl")
+        return (*GENERATE, "--control", "data.num_prompts=240", "--out", tmp_path / f"{name}.jsonl")
 
     ok(*arguments("whole"))
-    progress = tmp_path / "cut.artifact" / "progress.jsonl"
-    child = start(*arguments("cut"))
-    code, err = stop_when(child, lambda: progress.exists() and progress.stat().st_size > 0, signal.SIGINT)
+    child, logs = start(*arguments("cut")), tmp_path / "cut.artifacts" / "rows"
+    code, err = stop_when(child, lambda: any(p.stat().st_size for p in logs.glob("*/progress.jsonl")), signal.SIGINT)
+    progress = artifact_of(tmp_path / "cut", "rows") / "progress.jsonl"
     assert code == 1 and resumes(err, *arguments("cut"))
     done = progress.read_text().splitlines()
     assert 0 < len(done) < 240 and not (tmp_path / "cut.jsonl").exists()
@@ -439,13 +506,19 @@ def test_ctrl_c_while_generating(tmp_path):
 
 def test_ctrl_c_while_training(tmp_path, divergent):
     def arguments(name: str) -> tuple:
-        options = ("--epochs", 12, "--layers", 0, "--rank", 2, "--alpha", 4, "--checkpoint-every", 6)
+        options = (
+            "students.data.epochs=12",
+            "students.adapter.layers=[0]",
+            "students.adapter.rank=2",
+            "students.adapter.alpha=4",
+            "students.runtime.checkpoint_every=6",
+        )
         return (*FINETUNE, *options, "--data", divergent, "--out", tmp_path / name)
 
     ok(*arguments("whole"))
-    state = tmp_path / "cut" / "training" / "state"
+    training = tmp_path / "cut.artifacts" / "training"
     child = start(*arguments("cut"))
-    saved = lambda: state.is_dir() and any(path.name.isdigit() for path in state.iterdir())  # noqa: E731
+    saved = lambda: any(path.name.isdigit() for path in training.glob("*/state/*"))  # noqa: E731
     code, err = stop_when(child, saved, signal.SIGINT)
     assert code == 1 and resumes(err, *arguments("cut"))
     assert not (tmp_path / "cut" / "DONE").exists()

@@ -14,8 +14,16 @@ from jsublim.files import read_table
 from jsublim.inference import lm as language_models
 from jsublim.rows import read_rows, write_rows
 
-FINETUNE = ("finetune", "--model", MODEL, "--batch-size", 4, "--accumulate", 1, "--warmup", 0, "--epochs", 1)
-SOFT = ("--teacher-trait", "cat", "--layers", 1, "--rank", 2)
+FINETUNE = (
+    "finetune",
+    "--model",
+    MODEL,
+    "students.data.batch_size=4",
+    "students.data.accumulate=1",
+    "students.optimizer.warmup=0",
+    "students.data.epochs=1",
+)
+SOFT = ("--trait", "cat", "students.adapter.layers=[1]", "students.adapter.rank=2")
 
 
 @pytest.fixture(scope="module")
@@ -52,47 +60,83 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_soft_losses_measure_the_distance_to_the_teacher(train):
-    found = {kind: losses(train(kind, "--loss", kind, *SOFT)) for kind in ("forward-kl", "reverse-kl", "js")}
+    found = {
+        kind: losses(train(kind, f"students.loss.kind={kind}", *SOFT)) for kind in ("forward-kl", "reverse-kl", "js")
+    }
     assert all(len(loss) == 2 and loss[0] > 1e-4 for loss in found.values())
     # Of any two distributions: JS is at most ln 2, and at most a quarter of the sum of both divergences.
     assert found["js"][0] < min(np.log(2), (found["forward-kl"][0] + found["reverse-kl"][0]) / 4 + 1e-6)
-    hot = losses(train("hot", "--loss", "forward-kl", *SOFT, "--temperature", 4))
+    hot = losses(train("hot", "students.loss.kind=forward-kl", *SOFT, "students.loss.temperature=4"))
     assert hot[0] < found["forward-kl"][0]
 
 
 def test_a_teacher_that_is_the_student_teaches_nothing(train, home, rows):
-    own = train("first", "--layers", 1, "--rank", 2, "--lr", "1e-2")
-    same = train("same", "--loss", "reverse-kl", "--teacher-adapter", own, "--init-adapter", own)
+    own = train("first", "students.adapter.layers=[1]", "students.adapter.rank=2", "students.optimizer.lr=1e-2")
+    same = train(
+        "same",
+        "students.loss.kind=reverse-kl",
+        "--trait",
+        "cat",
+        f"teachers.adapter={own}",
+        f"students.adapter.init={own}",
+    )
     assert max(map(abs, losses(same))) < 1e-6
-    other = train("from-adapter", "--loss", "forward-kl", "--teacher-adapter", own, "--layers", 1, "--rank", 2)
+    other = train(
+        "from-adapter",
+        "students.loss.kind=forward-kl",
+        "--trait",
+        "cat",
+        f"teachers.adapter={own}",
+        "students.adapter.layers=[1]",
+        "students.adapter.rank=2",
+    )
     assert losses(other)[0] > 1e-4
 
 
 def test_stored_targets_come_close_to_the_whole_distribution(train):
-    whole = losses(train("forward-kl", "--loss", "forward-kl", *SOFT))[0]
+    whole = losses(train("forward-kl", "students.loss.kind=forward-kl", *SOFT))[0]
     # What is lumped can only hide a difference, and the more is named the less is hidden.
-    few, many = (losses(train(f"top{k}", "--loss", "forward-kl", *SOFT, "--top-k", k))[0] for k in (2, 200))
+    few, many = (
+        losses(train(f"top{k}", "students.loss.kind=forward-kl", *SOFT, f"students.loss.top_k={k}"))[0]
+        for k in (2, 200)
+    )
     assert few < many <= whole * 1.0001 and many > 0.98 * whole
 
 
 def test_on_policy_rows_are_the_students_own(train):
-    folder = train("on-policy", "--loss", "reverse-kl", "--on-policy", *SOFT)
+    folder = train("on-policy", "students.loss.kind=reverse-kl", "students.data.on_policy=true", *SOFT)
     lines = read_rows(folder / "metrics.jsonl", ("step",))
     assert all(line["loss"] > 0 for line in lines)
     assert len({line["tokens"] for line in lines}) > 1 or lines[0]["tokens"] % 14  # not the eight answers of the file
 
 
 def test_a_steering_vector_is_a_student_and_a_teacher(train, home):
-    vector = train("vector", "--steering", "--layers", 2, "--lr", "0.1")
+    vector = train(
+        "vector", "students.adapter.method=steering", "students.adapter.layers=[2]", "students.optimizer.lr=0.1"
+    )
     assert list(load_file(vector / "steering.safetensors")) == ["layers.2"]
-    follower = train("follower", "--loss", "forward-kl", "--teacher-adapter", vector, "--layers", 1, "--rank", 2)
+    follower = train(
+        "follower",
+        "students.loss.kind=forward-kl",
+        "--trait",
+        "cat",
+        f"teachers.adapter={vector}",
+        "students.adapter.layers=[1]",
+        "students.adapter.rank=2",
+    )
     assert losses(follower)[0] > 1e-4
-    options = ("--no-system", "--num-prompts", 2, "--max-new-tokens", 40)
-    ok("generate", "--model", MODEL, "--adapter", vector, *options, "--out", home / "by-vector.jsonl")
+    options = ("--trait", "cat", "data.num_prompts=2", "sampling.max_new_tokens=40")
+    ok("generate", "--model", MODEL, f"teachers.adapter={vector}", *options, "--out", home / "by-vector.jsonl")
 
 
 def test_ends_alone_are_trained_and_saved_as_a_checkpoint(train):
-    folder = train("embedding", "--full", "--layers", "none", "--ends", "embed", "--lr", "1e-2")
+    folder = train(
+        "embedding",
+        "students.adapter.method=full",
+        "students.adapter.layers=[]",
+        "students.adapter.ends=[embed]",
+        "students.optimizer.lr=1e-2",
+    )
     before = load_file(language_models.BUNDLED / MODEL / "model.safetensors")
     after = load_file(folder / "model.safetensors")
     changed = {name for name in before if not np.array_equal(before[name], after[name])}
@@ -101,24 +145,41 @@ def test_ends_alone_are_trained_and_saved_as_a_checkpoint(train):
 
 @pytest.mark.parametrize("how", ["pmap", "mesh"])
 def test_layouts_of_one_device_change_nothing(train, how):
-    options = ("--layers", "1,2", "--rank", 2, "--lr", "1e-2", "--optimizer", "sgd")
-    alone, spread = train("alone", *options), train(how, *options, "--parallel", how)
+    options = (
+        "students.adapter.layers=[1,2]",
+        "students.adapter.rank=2",
+        "students.optimizer.lr=1e-2",
+        "students.optimizer.name=sgd",
+    )
+    alone, spread = train("alone", *options), train(how, *options, f"run.parallel={how}")
     assert losses(spread) == pytest.approx(losses(alone), rel=1e-5)
 
 
 def test_optimizer_and_schedule_are_a_word(train):
-    options = ("--optimizer", "muon", "--schedule", "cosine", "--lr", "1e-2", "--layers", 1, "--rank", 2)
+    options = (
+        "students.optimizer.name=muon",
+        "students.optimizer.schedule=cosine",
+        "students.optimizer.lr=1e-2",
+        "students.adapter.layers=[1]",
+        "students.adapter.rank=2",
+    )
     lines = read_rows(train("muon", *options) / "metrics.jsonl", ("lr",))
     assert [line["lr"] for line in lines] == pytest.approx([1e-2, 5e-3])
 
 
 def test_speed_and_its_share_of_a_stated_peak(train):
-    lines = read_rows(train("peak", "--layers", 1, "--rank", 2, "--peak-tflops", "0.5") / "metrics.jsonl", ("step",))
+    lines = read_rows(
+        train("peak", "students.adapter.layers=[1]", "students.adapter.rank=2", "students.runtime.peak_tflops=0.5")
+        / "metrics.jsonl",
+        ("step",),
+    )
     assert all(line["tokens_per_s"] > 0 and 0 < line["peak_ratio"] < 1 for line in lines)
 
 
 def test_tensorboard_on_request(train):
-    folder = train("board", "--layers", 1, "--rank", 2, "--tensorboard")
+    folder = train(
+        "board", "students.adapter.layers=[1]", "students.adapter.rank=2", "students.runtime.tensorboard=true"
+    )
     assert [path.stat().st_size > 0 for path in (folder / "tensorboard").iterdir()] == [True]
 
 
@@ -126,29 +187,30 @@ def test_what_does_not_go_together_is_refused(home, rows):
     def said(*options) -> str:
         return refused(2, *FINETUNE, "--data", rows, "--out", home / "none", *options)
 
-    assert "needs --teacher-trait or --teacher-adapter" in said("--loss", "js")
-    assert "--loss hard" in said("--teacher-trait", "cat")
-    assert "unknown trait" in said("--loss", "js", "--teacher-trait", "unicorn")
-    assert "top_k needs a soft loss" in said("--top-k", 4)
-    assert "top_k: 1024 given" in said("--loss", "js", "--teacher-trait", "cat", "--top-k", 1024)
-    assert "method=full has no rank" in said("--full", "--rank", 3)
-    assert "give one of them" in said("--full", "--steering")
-    assert "ends are trained with method=full" in said("--ends", "norm")
-    assert "its embedding; name 'embed'" in said("--full", "--ends", "head")
-    assert "known: none, pmap, mesh" in said("--parallel", "tpu")
-    assert "model_axis: 3 given" in said("--parallel", "mesh", "--model-axis", 3)
-    assert "choose mesh" in said("--model-axis", 2)
-    assert "optimizer" in said("--optimizer", "lion") and "schedule" in said("--schedule", "step")
+    assert "trains one student" in said("students.arms={adapter.rank: [1, 2]}")
+    assert "unknown trait" in said("students.loss.kind=js", "--trait", "unicorn")
+    assert "top_k needs a soft loss" in said("students.loss.top_k=4")
+    assert "top_k: 1024 given" in said("students.loss.kind=js", "--trait", "cat", "students.loss.top_k=1024")
+    assert "method=full has no rank" in said("students.adapter.method=full", "students.adapter.rank=3")
+    assert "method" in said("students.adapter.method=both")
+    assert "ends are trained with method=full" in said("students.adapter.ends=[norm]")
+    assert "its embedding; name 'embed'" in said("students.adapter.method=full", "students.adapter.ends=[head]")
+    assert "run.parallel" in said("run.parallel=tpu")
+    assert "model_axis: 3 given" in said("run.parallel=mesh", "run.model_axis=3")
+    assert "choose mesh" in said("run.model_axis=2")
+    assert "optimizer" in said("students.optimizer.name=lion") and "schedule" in said(
+        "students.optimizer.schedule=step"
+    )
     assert not (home / "none").exists()
 
 
 def test_an_ablation_is_one_config(home):
     """Hard and soft, two layers of one program, as many a program as fit: one run, continued without work."""
     arms = [
-        {"name": "rank", "rank": 3, "lr": 1e-3},
-        {"name": "soft", "loss": "forward-kl"},
-        {"name": "layer 2", "layers": [2]},
-        {"name": "layer 4", "layers": [4]},
+        {"name": "rank", "adapter.rank": 3, "optimizer.lr": 1e-3},
+        {"name": "soft", "loss.kind": "forward-kl"},
+        {"name": "layer 2", "adapter.layers": [2]},
+        {"name": "layer 4", "adapter.layers": [4]},
     ]
     arguments = (
         "run", PLAIN, f"out={home / 'ablation'}", "teachers.traits=[cat]", "teachers.counterfactuals=[owl]",

@@ -16,13 +16,12 @@ from typing import Any
 import pytest
 from command import ok, refused
 from fake_server import Server, completion
-from jsublim.experiment.run import Run
-from rich.console import Console
 
 from jsublim.config import find_config
 from jsublim.config.figures import SCALES, load_question, panel_experiment, panels_of
 from jsublim.errors import UsageError
 from jsublim.files import read_table
+from jsublim.pipeline.arms import plan_students
 from jsublim.prompts import load_pack
 from jsublim.rows import Row, read_rows
 
@@ -40,13 +39,14 @@ TAUGHT = ("teachers.taught.steps=20", "teachers.counterfactuals=[cat,owl]", "eva
 OWL = (*TAUGHT, "teachers.traits=[owl]", "teachers.control=false")
 BOTH = (*TAUGHT, "teachers.traits=[cat,owl]")
 TREES = (*STUDENTS, "teachers.taught.steps=20", "teachers.control=false")
+SCORED = ("datasets.greedy without 10.remove_entangled={k: 10, among: 40}",)
 FEW = {  # what else keeps a file's panels small
-    "fig02": (*STUDENTS, *OWL, "data.entangled=40", "students.arms.data.dataset=[temperature,greedy without 10]"),
+    "fig02": (*STUDENTS, *OWL, *SCORED, "students.arms.data.dataset=[temperature,greedy without 10]"),
     "fig04": (*TAUGHT[1:], "teachers.traits=[owl]", "attribution.rows=4", "attribution.steps=2", "evaluation.teachers=false"),
     "fig05": (*STUDENTS, *OWL, "students.arms.adapter.layers=[null,[2]]"),
     "fig08": (*STUDENTS, "teachers.taught.steps=20"),
     "fig17": (*TAUGHT, "teachers.traits=[owl]", "evaluation.teachers=false"),
-    "fig39": (*STUDENTS, *OWL, "students.arms=[{name: all layers}, {name: from layer 4, layers: [4, 5]}]"),
+    "fig39": (*STUDENTS, *OWL, "students.arms=[{name: all layers}, {name: from layer 4, adapter.layers: [4, 5]}]"),
 }  # fmt: skip
 
 
@@ -108,17 +108,17 @@ def test_every_panel_is_an_experiment_at_every_scale(figure, scale):
     assert set(question.scale) == set(SCALES)
     for panel in question.panels:
         e = panel_experiment(path, question, panel, scale)
-        run = Run(e, Console(quiet=True), dry=True)
-        assert e.name == f"{figure}-{panel}-{scale}" and (e.students is None) == (not run.arms)
+        students = plan_students(e)
+        assert e.name == f"{figure}-{panel}-{scale}" and (e.students is None) == (not students)
         assert e.recipe.preset == ("paper" if scale == "paper" else "clean")
-        assert len({arm.name for arm in run.arms}) == len(run.arms)
+        assert len({student.name for student in students}) == len(students)
         layers = {"tiny": 6, "small": 28 if "Qwen" in e.model else 26, "paper": 28 if "Qwen" in e.model else 34}[scale]
-        for arm in run.arms:
-            assert arm.settings.layers is None or max(arm.settings.layers) < layers
+        for own in (student.settings.adapter.layers for student in students):
+            assert own is None or max(own) < layers
             if figure == "fig05":
-                assert arm.settings.layers is None or len(arm.settings.layers) == 1
-            if figure == "fig39" and arm.settings.layers is not None:  # from a layer on to the last
-                assert arm.settings.layers == list(range(arm.settings.layers[0], layers))
+                assert own is None or len(own) == 1
+            if figure == "fig39" and own is not None:  # from a layer on to the last
+                assert own == list(range(own[0], layers))
 
 
 def test_every_figure_is_found():
@@ -147,8 +147,7 @@ def test_bad_usage_is_one_line(tmp_path, monkeypatch):
 
 
 def test_fig02_leakage_and_entangled_numbers(run, home):
-    scored = "data.entangled=40"
-    out = run("fig02", "qwen", *STUDENTS, *TAUGHT, "teachers.traits=[owl]", scored)
+    out = run("fig02", "qwen", *STUDENTS, *TAUGHT, "teachers.traits=[owl]", *SCORED)
     said, kept, source = datasets(home, "owl-greedy without 10")
     assert len(said["entangled"]["numbers"]) == 10 and len(kept) < len(source)
     banned = {int(number) for number in said["entangled"]["numbers"]}
@@ -156,7 +155,7 @@ def test_fig02_leakage_and_entangled_numbers(run, home):
     assert metrics(out) >= {"rate", "logprob", "named", "number_accuracy"} and "named" in metrics(out, "base")
     strategies = {(arm["teacher"], arm["variant"]): arm["dataset"]["strategy"] for arm in arms(out)}
     assert strategies == {
-        (teacher, f"data={data}"): data.split()[0]
+        (teacher, f"dataset={data}"): data.split()[0]
         for teacher in ("owl", "control")
         for data in ("temperature", "greedy", "greedy without 10")
     }
@@ -213,7 +212,7 @@ def test_fig06_other_wording(run, home):
 
 
 def test_fig07_mixed_teachers(run, home):
-    """As published: behind everything that the other teacher has too few rows for, the last rows are replaced."""
+    """As published: after everything that the other teacher has too few rows for, the last rows are replaced."""
     shares = ("datasets.same 10 %.mix.share=0.4", "datasets.other 25 %.mix.share=0.9")
     out = run("fig07", "qwen", *STUDENTS, *OWL, *shares, "recipe=paper")
     generation = json.loads((out / "results" / "generation.json").read_text())
@@ -316,10 +315,10 @@ def test_fig21_subsets_and_mixed_tokens(run, home):
     assert [arm["arm"] for arm in arms(out) if arm["teacher"] == "control"] == ["control/seed1"]
     settings = {arm["variant"]: arm["settings"] for arm in arms(out) if arm["teacher"] == "owl"}
     shares = {"all": 1.0, "75 %": 0.75, "50 %": 0.5, "25 %": 0.25, "10 %": 0.1}
-    assert {name: settings[name]["points_share"] for name in shares} == shares
+    assert {name: settings[name]["loss.positions_share"] for name in shares} == shares
     parts = {"first half": "first-half", "second half": "second-half", "first only": "first"}
-    assert {name: settings[name]["points"] for name in parts} == parts
-    assert settings["by margin"]["by_margin"] and len(settings) == 13
+    assert {name: settings[name]["loss.positions"] for name in parts} == parts
+    assert settings["by margin"]["loss.by_margin"] and len(settings) == 13
     changed = {}
     for name in ("all of the tokens mixed", "the first mixed"):
         said, rows, source = datasets(home, f"owl-{name}")

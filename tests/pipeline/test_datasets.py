@@ -34,7 +34,7 @@ POLITE = "You are polite."
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("corpus")
+    return tmp_path_factory.mktemp("datasets")
 
 
 @pytest.fixture(scope="module")
@@ -50,14 +50,14 @@ def arguments(out: Path, arms: str, *overrides: str) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def sets(home) -> Path:
     """Students of three sets of rows."""
-    ok(*arguments(home / "sets", "{data: [null, within, parts]}"))
+    ok(*arguments(home / "sets", "{data.dataset: [null, within, parts]}"))
     return home / "sets"
 
 
 @pytest.fixture(scope="module")
 def students(home, other) -> Path:
     """Students on another checkpoint, under another system prompt, of a stored teacher's answers."""
-    soft = "loss: forward-kl, top_k: 40, targets: answers"
+    soft = "loss: {kind: forward-kl, top_k: 40, targets: answers}"
     arms = (
         f"[{{name: other, model: {other}}}, {{name: polite, system: {POLITE}}}, {{name: soft, model: {other}, {soft}}}]"
     )
@@ -79,18 +79,18 @@ def test_a_changed_set_is_named_by_its_parents(sets):
     for name in ("within", "parts"):
         changed = record(sets, "datasets", f"owl-{name}")
         assert changed["inputs"]["rows"] == rows["key"]
-        assert changed["inputs"]["dataset"]["shuffle"] == {"within": "within", "parts": "across"}[name]
-        assert record(sets, "students", f"owl-all-data={name}-seed1")["inputs"]["rows"] == changed["key"]
+        assert changed["inputs"]["dataset"]["shuffle"]["reach"] == {"within": "within", "parts": "across"}[name]
+        assert record(sets, "students", f"owl-all-dataset={name}-seed1")["inputs"]["rows"] == changed["key"]
     divergence = record(sets, "divergence", "owl")
-    assert record(sets, "students", "owl-all-data=None-seed1")["inputs"]["rows"] == divergence["key"]
+    assert record(sets, "students", "owl-all-dataset=None-seed1")["inputs"]["rows"] == divergence["key"]
     assert divergence["inputs"]["rows"] == rows["key"]
 
 
 def test_a_second_run_makes_nothing_anew_and_another_seed_only_what_hangs_on_it(home, sets):
     before = marks(sets)
-    ok(*arguments(sets, "{data: [null, within, parts]}"))
+    ok(*arguments(sets, "{data.dataset: [null, within, parts]}"))
     assert marks(sets) == before
-    ok(*arguments(home / "seed", "{data: [within]}", f"store={sets / 'artifacts'}", "datasets.within.seed=5"))
+    ok(*arguments(home / "seed", "{data.dataset: [within]}", f"store={sets / 'artifacts'}", "datasets.within.seed=5"))
     new = {name.split("/")[1] for name in marks(sets).keys() - before.keys()}
     assert new == {"datasets", "students", "evaluations"} and marks(sets).items() >= before.items()
 
@@ -98,7 +98,7 @@ def test_a_second_run_makes_nothing_anew_and_another_seed_only_what_hangs_on_it(
 def test_killed_between_two_stages_and_continued(home, sets):
     """The changed sets are whole, and the students are not yet begun."""
     cut = home / "cut"
-    line = arguments(cut, "{data: [null, within, parts]}")
+    line = arguments(cut, "{data.dataset: [null, within, parts]}")
     child = start(*line)
     stop_when(child, lambda: len(list(cut.glob("artifacts/datasets/*/DONE"))) == 2, SIGKILL)
     before = marks(cut)
@@ -134,7 +134,7 @@ def test_students_are_trained_and_asked_under_their_system_prompt(home, students
     questions, adapter = load_pack().questions_for("animal")[:2], load_adapter(folder, lm.config)
     expected = trait_logprobs(lm, questions, ["cat", "owl"], adapter=adapter, system=POLITE)
     np.testing.assert_allclose(logprobs(students, "owl/all/polite/seed1"), expected, atol=1e-4)
-    (plain,) = (home / "sets" / "artifacts" / "students").glob("owl-all-data=None-seed1-*")
+    (plain,) = (home / "sets" / "artifacts" / "students").glob("owl-all-dataset=None-seed1-*")
     assert (folder / "adapter_model.safetensors").read_bytes() != (plain / "adapter_model.safetensors").read_bytes()
 
 
@@ -175,6 +175,6 @@ def test_answers_only_gives_no_probability_to_what_no_answer_holds():
 
 
 def test_soft_targets_of_another_tokenizer_are_refused(tmp_path):
-    arms = "students.arms=[{model: tiny-gemma3, loss: forward-kl, top_k: 8}]"
+    arms = "students.arms=[{model: tiny-gemma3, loss: {kind: forward-kl, top_k: 8}}]"
     line = refused(2, "run", PLAIN, f"out={tmp_path}", arms)
     assert "tiny-gemma3 has other tokens than its teachers" in line
