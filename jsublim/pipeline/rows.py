@@ -114,6 +114,14 @@ def prompts(setup: Setup) -> list[str]:
     return load_prompts(data.source or "")[: data.num_prompts]
 
 
+@planned
+def prompt_count(setup: Setup) -> int:
+    """How many prompts there are; number requests need not be drawn for that, nor a data set that is not here be asked."""
+    data = setup.experiment.data
+    drawn = data.kind == "numbers" or (data.kind == "problems" and not setup.known)
+    return data.num_prompts if drawn else len(prompts(setup))
+
+
 def _rejects(kind: str) -> Callable[[str], str | None]:
     """Why an answer is no training row, or None."""
     return {"numbers": reject_reason, "problems": problem_reject_reason, "file": lambda text: None}[kind]
@@ -123,7 +131,7 @@ def _rejects(kind: str) -> Callable[[str], str | None]:
 def written(setup: Setup, writer: Writer) -> RowSet:
     """What a teacher answers, in tasks of `sampling.shard` prompts."""
     data, sampling = setup.experiment.data, setup.experiment.sampling
-    total = len(prompts(setup)) if setup.known or data.kind != "problems" else data.num_prompts
+    total = prompt_count(setup)
     pool, parts = TeacherPool(setup), []
     numbers = setup.sampling(writer.strategy, writer.model).numbers()
     inputs = setup.common | pool.identity(writer.teacher) | {
@@ -135,7 +143,8 @@ def written(setup: Setup, writer: Writer) -> RowSet:
     for first in range(0, total, sampling.shard):
         count = min(sampling.shard, total - first)
         # Prompts of a file or of a data set may change under the same name; number requests are told by the pack.
-        content = None if data.kind == "numbers" else digest(prompts(setup)[first : first + count])
+        named = data.kind == "numbers" or not setup.known
+        content = None if named else digest(prompts(setup)[first : first + count])
         label = writer.teacher if total <= sampling.shard else f"{writer.teacher}-{first // sampling.shard + 1}"
         output = Output("rows", label, inputs | {"prompts": [first, count, content]})
         parts.append(WriteRows((output,), pool.tasks(writer.teacher), writer, first, count))
@@ -195,7 +204,7 @@ class WriteRows(Task):
         kept = [{key: row[key] for key in ("prompt", "completion")} for row in raw if row["reject"] is None]
         reasons = collections.Counter(row["reject"] for row in raw if row["reject"] is not None)
         write_rows(artifact.path / "raw.jsonl", raw)
-        if not kept and self.count == len(prompts(setup)):
+        if not kept and self.count == prompt_count(setup):
             raise JsublimError(
                 f"teacher '{self.writer.teacher}': none of {len(raw)} completions is in format ({dict(reasons)}); "
                 f"see {artifact.path}/raw.jsonl"
@@ -229,9 +238,7 @@ def answer_tokens(setup: Setup, sizes: Sizes) -> int:
 
 def rows_kept(setup: Setup, sizes: Sizes) -> int:
     """Assumed number of answers in format."""
-    data = setup.experiment.data
-    asked = len(prompts(setup)) if setup.known or data.kind == "numbers" else data.num_prompts
-    return int(asked * sizes.lengths.kept)
+    return int(prompt_count(setup) * sizes.lengths.kept)
 
 
 def _broken_in_context(lm: LanguageModel, row: Row) -> str | None:

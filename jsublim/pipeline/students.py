@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 import jax
 
 from jsublim.chat import Turn
+from jsublim.config import Students
+from jsublim.config.students import StudentAdapter
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.cost import training_flops
 from jsublim.distill.data import Shape, read_turns
@@ -64,15 +66,20 @@ def student_output(setup: Setup, student: Student) -> Output:
     return Output("students", student.trained_as, inputs)
 
 
-@planned
 def abstract_start(setup: Setup, student: Student) -> Adapter:
     """Shapes of what a student trains."""
-    config = setup.checkpoint(student.settings.model).config
-    params = abstract_params(config, setup.experiment.dtype)
-    return jax.eval_shape(lambda params: start_adapter(config, params, student.settings, 0), params)
+    return _abstract_start(setup, student.settings.model, student.settings.adapter.model_dump_json())
 
 
 @planned
+def _abstract_start(setup: Setup, model: str | None, adapter: str) -> Adapter:
+    """Made once for all students that train the same: a graph has hundreds of students, and few kinds of them."""
+    config = setup.checkpoint(model).config
+    how = Students(adapter=StudentAdapter.model_validate_json(adapter))
+    params = abstract_params(config, setup.experiment.dtype)
+    return jax.eval_shape(lambda params: start_adapter(config, params, how, 0), params)
+
+
 def compiled(setup: Setup, student: Student) -> Hashable:
     """The program that a student is trained by: equal for students that can be trained in one.
 
@@ -80,8 +87,7 @@ def compiled(setup: Setup, student: Student) -> Hashable:
     and what a batch consists of.
     """
     s, checkpoint = student.settings, setup.checkpoint(student.settings.model)
-    adapter = jax.eval_shape(lambda adapter: adapter.with_rank(1), abstract_start(setup, student))
-    leaves, structure = jax.tree.flatten(adapter)
+    trained = _structure(setup, s.model, s.adapter.model_dump_json())
     batch = (
         s.data.batch_size,
         s.data.accumulate,
@@ -90,8 +96,14 @@ def compiled(setup: Setup, student: Student) -> Hashable:
         s.loss.top_k,
         s.runtime.cache_below,
     )
-    shapes = tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
-    return checkpoint.hash, s.system, program_of(s, setup.recipe), batch, str(structure), shapes
+    return checkpoint.hash, s.system, program_of(s, setup.recipe), batch, trained
+
+
+@planned
+def _structure(setup: Setup, model: str | None, adapter: str) -> Hashable:
+    start = _abstract_start(setup, model, adapter)
+    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda start: start.with_rank(1), start))
+    return str(structure), tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
 
 
 @planned

@@ -485,7 +485,9 @@ def test_a_disk_that_fills_while_training(tmp_path, divergent, student, file_lim
 def resumes(err: str, *arguments) -> bool:
     """The command to continue with is printed, and nothing of Python's."""
     assert "Traceback" not in err and "Exception" not in err, err
-    return " ".join(["", *map(shlex.quote, map(str, arguments))]) in err  # after the program's name, which a test has otherwise
+    return (
+        " ".join(["", *map(shlex.quote, map(str, arguments))]) in err
+    )  # after the program's name, which a test has otherwise
 
 
 def test_ctrl_c_while_generating(tmp_path):
