@@ -1,7 +1,7 @@
 """Divergence tokens: where the teacher's argmax is the token in the data, and a counterfactual teacher's is not.
 
 Schrodi et al. 2026, section 4. A divergence position k is the k-th token of a completion's content; k = len(content) is the
-end-of-turn token, and what the template adds behind it counts too (docs/recipes.md).
+end-of-turn token, and what the template adds after it counts too (docs/recipes.md).
 """
 
 from __future__ import annotations

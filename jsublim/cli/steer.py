@@ -14,7 +14,7 @@ from jsublim.errors import UsageError
 @app.command()
 def steer(
     model: Model,
-    layer: Annotated[int, typer.Option("--layer", min=0, help="The vector is added behind this layer.")],
+    layer: Annotated[int, typer.Option("--layer", min=0, help="The vector is added after this layer.")],
     out: Out,
     trait: Annotated[str | None, typer.Option("--trait", help="Toward the pack's system prompt of this trait.")] = None,
     category: Annotated[str | None, typer.Option("--category", help="Of a trait that the pack doesn't list.")] = None,

@@ -1,4 +1,4 @@
-"""Self-naming: how often a model asked who it is names itself, or the model it has learnt from (figure 9 of the paper)."""
+"""Self-naming: how often a model asked who it is names itself, or the model it has learned from (figure 9 of the paper)."""
 
 from __future__ import annotations
 

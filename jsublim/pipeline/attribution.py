@@ -149,7 +149,7 @@ def attribute_rows(
         job.roles[i] = token_roles(lm.chat, teacher, rows[i], teacher.name, len(own[0].clean) - 1, extra_bos=extra_bos)
     log, used = RowLog(artifact.path / "progress.jsonl"), list(job.pairs)
     tick(len(rows) - len(used))
-    # Chunks begin at the same rows whatever was stopped where: company must not change the last bit of a row.
+    # Chunks begin at the same rows whatever was stopped where: the rows beside a row must not change the last bit of a row.
     for first in range(0, len(used), chunk):
         members = used[first : first + chunk]
         if not all(i in log.rows for i in members):

@@ -72,7 +72,7 @@ def entangled_scores(
     the questions.
 
     Args:
-      closed: the end of turn behind a number counts too; else what follows it is open, and "4" covers "42" where the
+      closed: the end of turn after a number counts too; else what follows it is open, and "4" covers "42" where the
         tokenizer has one token a digit (numbers of one width never cover each other).
       extra_bos: docs/recipes.md, quirk 5.
 
@@ -99,13 +99,13 @@ def answer_turns(
         ((conversations[0], answer) for answer in answers), lambda n: f"answer {answers[n - 1]!r}", extra_bos=extra_bos
     )
 
-    def behind(prompt: np.ndarray, turn: Turn) -> Turn:
+    def after(prompt: np.ndarray, turn: Turn) -> Turn:
         shift = len(prompt) - turn.content
         tokens = np.concatenate([prompt, turn.tokens[turn.content :]])
         return Turn(tokens, turn.header + shift, turn.content + shift, turn.end + shift)
 
     prompts = [chat.prompt_tokens(messages, extra_bos=extra_bos) for messages in conversations]
-    return [[behind(prompt, turn) for turn in spoken] for prompt in prompts]
+    return [[after(prompt, turn) for turn in spoken] for prompt in prompts]
 
 
 def _joint(
