@@ -50,7 +50,7 @@ def experiment_of(
     """The experiment that a stage command is a part of: a config or none, what options say, and fields laid over it.
 
     Args:
-      out: the command's result; unless a field says otherwise, its artifacts lie in a folder beside it.
+      out: the command's result. Its artifacts lie in the config's store; without a config in a folder beside it.
       base: what the command assumes unless anything says otherwise.
       said: values by dotted name with "__" for the dot; None is not said.
 
@@ -62,9 +62,10 @@ def experiment_of(
     from jsublim.section import nested, overlaid
 
     fields = list(fields or [])
-    config = fields.pop(0) if fields and "=" not in fields[0] else None
-    values: dict[str, Any] = {"name": command, "out": str(out)} | (base or {})
-    values["store"] = str(out.with_name(f"{out.stem}.artifacts"))
+    config = fields.pop(0) if fields and ("=" not in fields[0] or Path(fields[0]).is_file()) else None
+    values: dict[str, Any] = {"name": command} | (base or {})
+    if config is None:
+        values["store"] = str(out.with_name(f"{out.stem}.artifacts"))
     values = overlaid(values, read_config(config) if config else {})
     given = {key.replace("__", "."): value for key, value in said.items() if value is not None}
     values = overlaid(values, nested(given))

@@ -40,15 +40,14 @@ def attribute(
 
     read_rows(data, ("prompt", "completion", "divergence_positions"))
     others = names(counterfactuals) or None
-    base = {"attribution": {}}
-    e = experiment_of(
-        "attribute", fields, out, base, model=model, teachers__traits=[trait], teachers__counterfactuals=others
-    )
+    base = {"attribution": {}, "teachers": {"traits": [trait]}}
+    e = experiment_of("attribute", fields, out, base, model=model, teachers__counterfactuals=others)
     if e.attribution is None:
         raise UsageError("attribution: null given; leave it out or give its fields")
     context = Context.load(e, Progress(console))
     final.give(context.setup, Source(trait))(rows_of(data))
     task = attributed(context.setup, Source(trait))
+    task.check(context.setup)
     check_free(out, task.key, task.output.inputs)
     LocalExecutor().execute([task], context)
     publish_folder(out, context.store, task.output)

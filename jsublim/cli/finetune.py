@@ -33,16 +33,18 @@ def finetune(
     from jsublim.pipeline.changes import final
     from jsublim.pipeline.context import Context
     from jsublim.pipeline.publish import check_free, publish_folder, rows_of
+    from jsublim.pipeline.setup import NOBODY
     from jsublim.pipeline.students import training_task
     from jsublim.progress import Progress
     from jsublim.teachers import CONTROL
 
-    e = experiment_of(
-        "finetune", fields, out, model=model, teachers__traits=[trait or "none"], teachers__control=False,
-        students__seeds=[seed], students__loss__tokens=[tokens],
-    )  # fmt: skip
+    base = {"teachers": {"traits": [trait or NOBODY], "control": False}}
+    own = {"students__seeds": [seed], "students__loss__tokens": [tokens]}
+    e = experiment_of("finetune", fields, out, base, model=model, **own)
     if e.students is None or e.students.arms is not None or e.students.data.dataset is not None:
         raise UsageError("finetune: trains one student on the rows of --data; leave students.arms and data.dataset out")
+    if e.students.loss.soft and trait is None and e.teachers.own_weights:
+        raise UsageError("--trait: a soft loss asks a teacher with weights of its own; say which by its trait")
     if distributed and e.run.parallel == "none":
         raise UsageError("--distributed: needs run.parallel=mesh (or pmap), by which the processes share the work")
     if distributed and e.students.data.on_policy:
@@ -50,13 +52,14 @@ def finetune(
     if distributed:
         join_processes()
     rows, context = rows_of(data), Context.load(e, Progress(console))
-    student = Student(trait or CONTROL, tokens, seed, settings=e.students)
+    teacher = trait or (CONTROL if e.students.loss.soft else "student")  # whose tokens they are does not matter
+    student = Student(teacher, tokens, seed, settings=e.students)
     final.give(context.setup, student.source)(rows)
     task = training_task(context.setup, (student,), (student.source,))
     task.check(context.setup)
-    check_free(out, task.key, task.output.inputs)
+    on_main_process(lambda: check_free(out, task.key, task.output.inputs))
     if context.store.done(task.output):
-        console.print(f"{out}: whole already")
+        console.print(f"{context.store.path(task.output)}: whole already")
     LocalExecutor().execute([task], context)
     on_main_process(lambda: publish_folder(out, context.store, task.output))
     summary = context.store.summary(task.output)

@@ -42,13 +42,14 @@ def generate(
     from jsublim.pipeline.changes import writer
     from jsublim.pipeline.publish import check_free, publish_rows
     from jsublim.pipeline.rows import written
+    from jsublim.pipeline.setup import NOBODY
     from jsublim.pipeline.teachers import TeacherPool
     from jsublim.teachers import CONTROL
 
     if (trait is not None) == control:
         raise UsageError("generate: give exactly one of --trait and --control")
     # Whose rows they are is what matters here; against which others they are read is a later command's.
-    e = experiment_of("generate", fields, out, model=model, teachers__traits=[trait or "none"])
+    e = experiment_of("generate", fields, out, {"teachers": {"traits": [trait or NOBODY]}}, model=model)
     context = _context(e)
     if trait is not None:
         TeacherPool(context.setup).category(trait)
@@ -83,9 +84,10 @@ def divergence(
     from jsublim.rows import write_rows
 
     others = names(counterfactuals) or None
-    e = experiment_of(
-        "divergence", fields, out, model=model, teachers__traits=[trait], teachers__counterfactuals=others
-    )
+    if others is not None and trait in others:
+        raise UsageError(f"--counterfactuals: '{trait}' is the teacher's own trait; leave it out")
+    base = {"teachers": {"traits": [trait]}}
+    e = experiment_of("divergence", fields, out, base, model=model, teachers__counterfactuals=others)
     rows, sidecar = rows_of(data), out.with_name(f"{out.stem}.margins.jsonl")
     context = _context(e)
     found = read(context.setup, trait, rows)
@@ -119,13 +121,17 @@ def evaluate(
     from jsublim.files import read_table, write_json
     from jsublim.pipeline.evaluations import Model, evaluated, settings_of
     from jsublim.pipeline.publish import check_free, publish_folder
+    from jsublim.pipeline.setup import NOBODY
     from jsublim.teachers import CONTROL
 
     wanted = None if traits is None else names(traits)
     if wanted == []:
         raise UsageError("--traits: give at least one trait")
-    first = wanted or ["none"]
-    e = experiment_of("evaluate", fields, out, {"teachers": {"traits": first}}, model=model, evaluation__traits=wanted)
+    base = {"teachers": {"traits": wanted or [NOBODY]}}
+    e = experiment_of("evaluate", fields, out, base, model=model, evaluation__traits=wanted)
+    asks_traits = {"preference", "factual"} & set(e.evaluation.kinds)
+    if asks_traits and e.evaluation.traits is None and e.teachers.traits == [NOBODY]:
+        raise UsageError(f"--traits: {' and '.join(sorted(asks_traits))} ask about traits; give at least one")
     context = _context(e)
     if setting not in settings_of(context.setup):
         raise UsageError(f"--setting: '{setting}' given; known: {', '.join(filter(None, settings_of(context.setup)))}")

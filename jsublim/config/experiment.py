@@ -46,7 +46,7 @@ class Devices(Section):
 
 
 class Experiment(Config):
-    """A whole experiment: one checkpoint, teachers, students, evaluations, a report."""
+    """A whole experiment: one checkpoint, teachers, students, evaluations, a report. Its many fields are its sections."""
 
     kind: Annotated[Literal["language"], PLAN] = "language"
     model: Annotated[str, CONTENT]

@@ -12,6 +12,7 @@ import yaml
 from jsublim.config.experiment import Experiment
 from jsublim.errors import UsageError
 from jsublim.section import section_in
+from jsublim.transforms import CHANGES
 
 Kind = TypeVar("Kind", bound=pydantic.BaseModel)
 
@@ -78,9 +79,9 @@ def override(values: dict[str, Any], said: str) -> None:
     *parents, last = key.split(".")
     place: dict[str, Any] = values
     for parent in parents:
-        below: Any = place.setdefault(parent, {})
-        if isinstance(below, str) and parent == "recipe":
-            below = place[parent] = {"preset": below}
+        below: Any = place.setdefault(parent, {"preference": {}} if parent == "kinds" else {})
+        if not isinstance(below, dict):
+            below = place[parent] = _written_out(parent, below)
         if not isinstance(below, dict):
             raise UsageError(f"override '{said}': '{parent}' holds a value, not a section")
         place = below
@@ -90,6 +91,17 @@ def override(values: dict[str, Any], said: str) -> None:
         place[last] = float(value) if isinstance(value, str) and _is_float(value) else value
     except yaml.YAMLError:
         raise UsageError(f"override '{said}': '{text}' is not valid YAML") from None
+
+
+def _written_out(name: str, value: Any) -> Any:
+    """What a config may say in one word, as the section that it stands for."""
+    if name == "recipe" and isinstance(value, str):
+        return {"preset": value}
+    if name == "kinds" and isinstance(value, list):
+        return {kind: {} for kind in value}
+    change = CHANGES.known.get(name)
+    shorthand = getattr(change, "shorthand", None)
+    return {shorthand: value} if shorthand is not None else value
 
 
 def _is_float(text: str) -> bool:

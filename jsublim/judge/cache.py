@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from jsublim.files import write_text
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,8 @@ class ReplyCache:
     def put(self, request: dict[str, Any], reply: Reply) -> None:
         path = self.path(request)
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"request": request, "reply": asdict(reply)}, file, indent=1)
-        os.replace(scratch, path)
+        # ASCII escapes: a reply may hold half a surrogate pair, which UTF-8 has no bytes for.
+        write_text(path, json.dumps({"request": request, "reply": asdict(reply)}, indent=1))
 
     def path(self, request: dict[str, Any]) -> Path:
         key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()

@@ -52,8 +52,15 @@ def attributed(setup: Setup, source: Source) -> Task:
     how = setup.experiment.attribution
     assert how is not None
     rows, others = final(setup, source), tuple(setup.counterfactuals(source.teacher))
-    inputs = setup.common | {"rows": rows.key, "how": identity(how)}
-    return Attribute((Output("attribution", source.teacher, inputs),), rows.parts, source, others)
+    pool, trait = TeacherPool(setup), source.teacher
+    inputs = setup.common | {
+        "rows": rows.key,
+        "how": identity(how),
+        "trait": trait,
+        "teacher": pool.identity(trait),
+        "counterfactuals": {other: pool.identity(other) for other in others},
+    }
+    return Attribute((Output("attribution", trait, inputs),), rows.parts, source, others)
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +90,11 @@ class Attribute(Task):
             tick=tick,
         )
 
+    def check(self, setup: Setup) -> None:
+        """Refuse a system prompt in which the trait cannot be found."""
+        trait = self.source.teacher
+        check_named(trait, TeacherPool(setup).system(trait))
+
     def units(self, context: Context) -> int:
         how = context.setup.experiment.attribution
         rows = len(final(context.setup, self.source).read(context.store))
@@ -99,6 +111,14 @@ class Attribute(Task):
         gradients = 4 * above * how.steps if how.steps > 1 else 4 * L
         flops = len(how.directions) * tokens * layer * (8 * L + gradients + 4 * above)
         return Cost(len(how.directions) * tokens, flops, "train")
+
+
+def check_named(trait: str, system: str | None) -> None:
+    """Raises:
+    UsageError: a system prompt that does not name the trait.
+    """
+    if not mentions(system or "", trait):
+        raise UsageError(f"trait '{trait}': the teacher's system prompt does not name it ({system!r})")
 
 
 def attribute_rows(
@@ -135,8 +155,7 @@ def attribute_rows(
       UsageError: a system prompt without the trait, or what `find_pairs` and `attribution_patching` refuse.
       JsublimError: no row can be used.
     """
-    if not mentions(teacher.system or "", teacher.name):
-        raise UsageError(f"trait '{teacher.name}': the teacher's system prompt does not name it ({teacher.system!r})")
+    check_named(teacher.name, teacher.system)
     pairs, skipped = find_pairs(
         lm, rows, teacher, counterfactuals, source=source, extra_bos=extra_bos, batch_size=batch_size
     )

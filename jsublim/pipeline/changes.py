@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from jsublim.config import Dataset
 from jsublim.errors import JsublimError
 from jsublim.pipeline.arms import Source
-from jsublim.pipeline.context import Context, judge_of
+from jsublim.pipeline.context import Context, known_judge
 from jsublim.pipeline.divergence import read
 from jsublim.pipeline.rows import RowSet, Writer, requests, rows_kept, written
 from jsublim.pipeline.setup import Setup, planned
@@ -97,7 +97,7 @@ def changed(setup: Setup, source: Source) -> RowSet:
     for task in entangled_tasks(setup, source):
         parents, extra = [*parents, task], extra | {"entangled": task.key}
     if "judge" in needs:
-        extra["judge"] = judge_of(setup, setup.experiment.store_dir).identity
+        extra["judge"] = known_judge(setup).identity
     if "rewriting" in needs:
         extra["rewriting"] = setup.sampling("temperature").numbers()
     quirks = sorted({quirk for change in dataset.changes.values() for quirk in change.quirks})

@@ -15,7 +15,7 @@ from jsublim.judge import Judge
 from jsublim.judge.local import LocalJudge
 from jsublim.judge.server import ServerJudge
 from jsublim.parallel import Layout
-from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.setup import Setup, planned
 from jsublim.pipeline.store import Store
 from jsublim.progress import Progress
 
@@ -36,6 +36,7 @@ class Context:
     )  # weights of one teacher that is a checkpoint of its own
     _loaded: dict[str, LanguageModel] = field(default_factory=dict, repr=False)
     _remembered: dict[Any, Any] = field(default_factory=dict, repr=False)
+    _judges: list[Judge] = field(default_factory=list, repr=False)
 
     @classmethod
     def load(cls, experiment: Experiment, progress: Progress | None = None) -> Context:
@@ -63,44 +64,52 @@ class Context:
             self._remembered[key] = make()
         return self._remembered[key]
 
+    def forget(self, kind: str) -> None:
+        """Give back the memory of what is remembered under keys that begin with a word."""
+        for key in [key for key in self._remembered if key[0] == kind]:
+            del self._remembered[key]
+
     @property
     def judge(self) -> Judge:
-        return judge_of(self.setup, self.store.root, self.layout)
+        """Who scores answers; a checkpoint's weights are read when it is first asked, onto the run's devices."""
+        if not self._judges:
+            self._judges.append(make_judge(self.setup, self.store.root, self.layout))
+        return self._judges[0]
 
 
 @dataclass(frozen=True)
-class AbsentJudge:
-    """A checkpoint that is not here, for plans that are made without it."""
+class KnownJudge:
+    """A judge of which only is known what its replies depend on: all that a plan needs."""
 
-    name: str
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"judge": self.name}
+    identity: dict[str, Any]
 
     def ask(self, prompts: Sequence[str]) -> list[str]:
-        raise UsageError(f"judge.model '{self.name}': is not here")
+        raise UsageError("judge: a plan asks nobody")
 
     def check(self) -> None:
-        self.ask([])
+        """Nothing is asked, so nothing is refused."""
 
     def release_memory(self) -> None:
-        pass
+        """There is none."""
 
 
-def judge_of(setup: Setup, store: Path, layout: Layout | None = None) -> Judge:
-    """Who scores answers; a checkpoint's weights are read when it is first asked."""
-    e, layout = setup.experiment, layout or Layout()
-    chosen = e.judge
+@planned
+def known_judge(setup: Setup) -> Judge:
+    """The judge of a plan: its identity, told without any weights (of a checkpoint that is not here, by its name)."""
+    chosen = setup.experiment.judge
     assert chosen is not None
-    key = "judge", str(store)
-    if key not in setup.memo:
-        if chosen.server is not None:
-            setup.memo[key] = ServerJudge(chosen.server, store / "judge")
-        else:
-            lm = setup.checkpoint(chosen.model).lm
-            if lm is None:
-                return AbsentJudge(chosen.model or "")
-            load = functools.partial(load_model, chosen.model or "", e.dtype, layout)
-            setup.memo[key] = LocalJudge(lm, max_new_tokens=chosen.max_new_tokens, load=load)
-    return setup.memo[key]
+    if chosen.model is not None and chosen.model not in setup.checkpoints:
+        return KnownJudge({"judge": chosen.model})
+    return KnownJudge(make_judge(setup, setup.experiment.store_dir, Layout()).identity)
+
+
+def make_judge(setup: Setup, store: Path, layout: Layout) -> Judge:
+    """Who scores answers: a server, whose replies are kept in the store, or a checkpoint on these devices."""
+    e, chosen = setup.experiment, setup.experiment.judge
+    assert chosen is not None
+    if chosen.server is not None:
+        return ServerJudge(chosen.server, store / "judge")
+    lm = setup.checkpoint(chosen.model).lm
+    assert lm is not None, "a run has its judge"
+    load = functools.partial(load_model, chosen.model or "", e.dtype, layout)
+    return LocalJudge(lm, max_new_tokens=chosen.max_new_tokens, load=load)

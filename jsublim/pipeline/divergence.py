@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import numpy as np
 
 from jsublim.divergence import Divergence, find_divergence
-from jsublim.errors import UsageError
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.rows import RowSet, answer_tokens, rows_kept
 from jsublim.pipeline.setup import Setup, planned
@@ -95,10 +94,6 @@ class ReadRows(Task):
             kept = min(self.shard[1], max(kept - self.shard[0], 0))
         # A system prompt is read once for all rows under it.
         return sizes.read(kept * (1 + len(self.others)), sizes.lengths.prompt, answer_tokens(setup, sizes))
-
-    def check(self, setup: Setup) -> None:
-        if self.trait in self.others:
-            raise UsageError(f"teachers.counterfactuals: '{self.trait}' cannot be a counterfactual of itself")
 
 
 def summary(names: list[str], rows: list[Row], lengths: list[int]) -> dict[str, Any]:

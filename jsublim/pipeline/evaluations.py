@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,12 +20,13 @@ from jsublim.evals.numbers import number_accuracy
 from jsublim.files import write_table
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.sampling import Sampling
+from jsublim.judge import Judge
 from jsublim.models.lora import Adapter
 from jsublim.models.peft import load_adapter
 from jsublim.models.weights import load_params
 from jsublim.pipeline.arms import Student
 from jsublim.pipeline.changes import final
-from jsublim.pipeline.context import Context, judge_of
+from jsublim.pipeline.context import Context, known_judge
 from jsublim.pipeline.publish import adapter_key, rows_of
 from jsublim.pipeline.setup import Checkpoint, Setup, planned
 from jsublim.pipeline.store import Artifact, Output
@@ -103,7 +104,11 @@ def settings_of(setup: Setup) -> dict[str, Setting]:
 
 @planned
 def eval_tasks(setup: Setup) -> tuple[EvalTask, ...]:
-    """Everything that a model is asked under a setting."""
+    """Everything that a model is asked under a setting, for plans: nobody judges the answers."""
+    return _eval_tasks(setup, lambda: known_judge(setup))
+
+
+def _eval_tasks(setup: Setup, judge: Callable[[], Judge]) -> tuple[EvalTask, ...]:
     pool, ev = TeacherPool(setup), setup.experiment.evaluation
     asked = Asked(
         setup.pack,
@@ -112,7 +117,7 @@ def eval_tasks(setup: Setup) -> tuple[EvalTask, ...]:
         pool.questions,
         ev.questions,
         own_name(setup.checkpoint().config),
-        lambda: judge_of(setup, setup.experiment.store_dir),
+        judge,
     )
     return tuple(task for kind in ev.kinds.values() for task in kind.tasks(asked))
 
@@ -206,7 +211,7 @@ class Evaluate(Task):
         evaluate(
             context.store.open(self.output),
             PromptedModel(lm, adapter, **_manner(setup, self.model, setting)),
-            eval_tasks(setup),
+            _eval_tasks(setup, lambda: context.judge),
             sampling,
             samples=ev.samples,
             seed=ev.seed,
@@ -252,7 +257,8 @@ class Evaluate(Task):
 
 
 def _rows_to_continue(context: Context, student: Student, count: int) -> dict[str, list[Row]]:
-    rows = final(context.setup, student.source).read(context.store)
+    own = final(context.setup, student.source)
+    rows = context.remember(("rows", own.key), lambda: own.read(context.store))
     drawn = draw_indices(len(rows), student.settings.data.rows, student.seed)
     held_out = sorted(set(range(len(rows))) - set(drawn))
     return {

@@ -13,7 +13,7 @@ from jsublim.pipeline.arms import Source, Student
 from jsublim.pipeline.attribution import attributed
 from jsublim.pipeline.changes import check_datasets, final, is_read, made, sources, writers
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.evaluations import evaluated, models, settings_of
+from jsublim.pipeline.evaluations import eval_tasks, evaluated, models, settings_of
 from jsublim.pipeline.rows import RowSet, Writer, prompts, written
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Output, digest
@@ -137,8 +137,9 @@ def results_key(setup: Setup) -> str:
     e = setup.experiment
     values = e.model_dump(mode="json")
     said = {leaf.name: value_at(values, leaf.path) for leaf in leaves(type(e)) if _decides(leaf.decides)}
-    content = None if e.data.kind == "numbers" else digest(prompts(setup))
-    hashes = {name: each.hash for name, each in setup.checkpoints.items()} | dict(setup.contents)
+    content = [None if e.data.kind == "numbers" else digest(prompts(setup)), [t.identity for t in eval_tasks(setup)]]
+    hashes = {name: each.hash for name, each in setup.checkpoints.items()}
+    hashes |= {name: setup.content(name, what) for name, what in setup.adapters().items()}
     return digest([said, setup.common, hashes, content])
 
 

@@ -26,14 +26,17 @@ def pedigree_of(path: Path) -> Path:
 
 
 def published_key(path: Path) -> str | None:
-    """The key of the artifact that a file or folder is a copy of; None where it is none, or was changed since."""
+    """The key of the artifact that a file or folder is (a copy of); None where it is none, or was changed since.
+
+    A folder of a store, and `rows.jsonl` in one, are taken at their word.
+    """
     record = _record(path)
     if record is None:
         return None
-    if path.is_dir():
-        whole = (path / "DONE").exists() and record.get("content") == checkpoint_hash(path)
-        return str(record["key"]) if whole else None
-    return str(record["key"]) if record.get("sha256") == _sha256(path) else None
+    folder = path if path.is_dir() else path.parent
+    if "sha256" not in record:
+        return str(record["key"]) if (folder / "DONE").exists() else None
+    return str(record["key"]) if record["sha256"] == _sha256(path, record) else None
 
 
 def check_free(path: Path, key: str, inputs: Mapping[str, Any]) -> None:
@@ -45,12 +48,13 @@ def check_free(path: Path, key: str, inputs: Mapping[str, Any]) -> None:
     Raises:
       UsageError: naming the place, and up to three settings that differ.
     """
-    there = path.exists() and published_key(path)
-    if not path.exists() or there == key:
-        return
+    record = _record(path)
+    there = record and (published_key(path) or (path.is_dir() and not (path / "DONE").exists() and record["key"]))
+    if not path.exists() or there == key or (path.is_dir() and not any(path.iterdir())):
+        return  # free, whole, or begun by a call that was stopped
     if not there:
         raise UsageError(f"{path}: already exists and is not a result of ours; give another --out or move it away")
-    old, new = (_flat(values) for values in ((_record(path) or {}).get("inputs", {}), dict(inputs)))
+    old, new = (_flat(values) for values in ((record or {}).get("inputs", {}), dict(inputs)))
     changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
     what = ", ".join(f"{name} was {_short(old.get(name))}, is {_short(new.get(name))}" for name in changed[:3])
     raise UsageError(f"{path}: already exists, a result of other settings ({what}); give another --out or move it away")
@@ -73,32 +77,39 @@ def publish_rows(path: Path, rows: Sequence[Row], source: RowSet) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = as_lines(rows)
     said = {"key": source.key, "most": source.most, "inputs": dict(source.inputs)}
-    write_json(pedigree_of(path), said | {"sha256": hashlib.sha256(text.encode()).hexdigest()})
+    own = hashlib.sha256(hashlib.sha256(text.encode()).digest()).hexdigest()  # as `_sha256` says it
+    write_json(pedigree_of(path), said | {"sha256": own})
     write_text(path, text)
 
 
 def publish_folder(path: Path, store: Store, output: Output) -> None:
-    """Copy an artifact's files into a folder, its mark of wholeness last. Files are linked where the disk can."""
+    """Copy an artifact's files into a folder: what says which artifact it is comes first, the mark of wholeness last."""
     path.mkdir(parents=True, exist_ok=True)
+    (path / "DONE").unlink(missing_ok=True)
     source = store.path(output)
-    files = sorted(file.name for file in source.iterdir() if file.is_file())
-    for name in (name for name in files if name not in (PEDIGREE, "DONE")):
-        _link(source / name, path / name)
     record = json.loads((source / PEDIGREE).read_text(encoding="utf-8"))
-    write_json(path / PEDIGREE, record | {"content": checkpoint_hash(path)})
-    _link(source / "DONE", path / "DONE")
+    names = sorted(file.name for file in source.iterdir() if file.is_file() and file.name not in (PEDIGREE, "DONE"))
+    record["files"] = names
+    write_json(path / PEDIGREE, record)
+    for name in names:
+        _copy(source / name, path / name)
+    write_json(path / PEDIGREE, record | {"sha256": _sha256(path, record)})
+    _copy(source / "DONE", path / "DONE")
 
 
-def _link(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path) -> None:
+    """Weights are linked where the disk can: they are large, and nobody edits them in place."""
     target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    if source.suffix == ".safetensors":
+        try:
+            return os.link(source, target)
+        except OSError:
+            pass
+    shutil.copy2(source, target)
 
 
 def rows_of(path: Path) -> RowSet:
-    """The rows of a file: under the key of the artifact that they are a copy of, else under that of their content.
+    """The rows of a file: under the key of the artifact that they are (a copy of), else under that of their content.
 
     Raises:
       UsageError, JsublimError: as `read_rows`.
@@ -107,7 +118,7 @@ def rows_of(path: Path) -> RowSet:
     record = _record(path) if key else None
     if key is None or record is None:
         return RowSet((), digest(rows), len(rows), path)
-    return RowSet((), key, int(record["most"]), path)
+    return RowSet((), key, int(record.get("most", len(rows))), path)
 
 
 def adapter_key(path: Path) -> str:
@@ -116,13 +127,25 @@ def adapter_key(path: Path) -> str:
 
 
 def _record(path: Path) -> dict[str, Any] | None:
+    """What says which artifact a result is; of a file in a store, what its folder says."""
+    inside = [path.parent / PEDIGREE] if path.name == "rows.jsonl" else []
+    for place in (pedigree_of(path), *inside):
+        try:
+            record = json.loads(place.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(record, dict) and "key" in record:
+            return record
+    return None
+
+
+def _sha256(path: Path, record: Mapping[str, Any]) -> str | None:
+    """Of a file; or of the files of a folder that its record names, None where one of them is gone."""
+    whole = hashlib.sha256()
     try:
-        record = json.loads(pedigree_of(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        for file in [path] if path.is_file() else [path / name for name in record.get("files", [])]:
+            with file.open("rb") as content:
+                whole.update(hashlib.file_digest(content, "sha256").digest())
+    except OSError:
         return None
-    return record if isinstance(record, dict) and "key" in record else None
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return whole.hexdigest()

@@ -19,6 +19,7 @@ from jsublim.pipeline.arms import Student, plan_students
 from jsublim.prompts import Pack, load_pack
 from jsublim.teachers import CONTROL
 
+NOBODY = "nobody"  # the trait of a command that asks no teacher of its own
 UNKNOWN = "unknown:"  # stands before the name of what is not here, in the place of its hash
 R = TypeVar("R")
 
@@ -51,15 +52,16 @@ class Setup:
 
     Attributes:
       checkpoints: by the name that the config gives them.
-      contents: of the adapters and teachers' checkpoints that the config names, the hash of each.
+      students: everybody who is trained.
+      absent: plan without what is not here, instead of asking the hub for it.
     """
 
     experiment: Experiment
     pack: Pack
     recipe: Recipe
     checkpoints: Mapping[str, Checkpoint]
-    contents: Mapping[str, str]
     students: tuple[Student, ...]
+    absent: bool = False
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -79,18 +81,24 @@ class Setup:
             if shape is None or is_available_offline(name):
                 lm = load_model(name, experiment.dtype, weights=False)
                 checkpoints[name] = Checkpoint(name, lm.config, lm.hash, lm)
-            else:
+            elif experiment.judge is None or name != experiment.judge.model:  # of a judge, its name is enough
                 checkpoints[name] = Checkpoint(name, read_config(shape(name))[1], f"{UNKNOWN}{name}", None)
         recipe = experiment.recipe.resolved(checkpoints[experiment.model].config.family)
-        setup = cls(experiment, pack, recipe, checkpoints, {}, students)
-        contents = {name: _content(name, what, shape is not None) for name, what in setup.adapters().items()}
-        return cls(experiment, pack, recipe, checkpoints, contents, students)
+        return cls(experiment, pack, recipe, checkpoints, students, shape is not None)
 
     @property
     def known(self) -> bool:
         """Whether everything that the config names is here, so that keys are those of a run."""
-        hashes = [*(each.hash for each in self.checkpoints.values()), *self.contents.values()]
-        return not any(each.startswith(UNKNOWN) for each in hashes)
+        here = all(each.lm is not None for each in self.checkpoints.values())
+        return not self.absent or (here and all(map(is_available_offline, self.adapters())))
+
+    def content(self, name: str, what: str) -> str:
+        """The hash of an adapter, or of a teacher's checkpoint, that the config names; `what` it is for, in errors."""
+        if ("content", name) not in self.memo:
+            unknown = self.absent and not is_available_offline(name)
+            found = f"{UNKNOWN}{name}" if unknown else checkpoint_hash(resolve_checkpoint(name, what))
+            self.memo["content", name] = found
+        return self.memo["content", name]
 
     @property
     def common(self) -> dict[str, Any]:
@@ -139,7 +147,7 @@ class Setup:
     @property
     def biased(self) -> list[str]:
         """Every trait that some teacher has: the teachers' and their counterfactuals'."""
-        traits = self.experiment.teachers.traits
+        traits = [trait for trait in self.experiment.teachers.traits if trait != NOBODY]
         named = [*traits, *(other for trait in traits for other in self.counterfactuals(trait))]
         return list(dict.fromkeys(name for name in named if name != CONTROL))
 
@@ -169,12 +177,6 @@ def _models(experiment: Experiment, students: tuple[Student, ...]) -> list[str]:
     judge = None if experiment.judge is None else experiment.judge.model
     named = [experiment.model, *(student.settings.model for student in students), *mixed, judge]
     return list(dict.fromkeys(name for name in named if name is not None))
-
-
-def _content(name: str, what: str, absent_is_fine: bool) -> str:
-    if absent_is_fine and not is_available_offline(name):
-        return f"{UNKNOWN}{name}"
-    return checkpoint_hash(resolve_checkpoint(name, what))
 
 
 def planned(function: Callable[..., R]) -> Callable[..., R]:

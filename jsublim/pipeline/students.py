@@ -61,7 +61,7 @@ def student_output(setup: Setup, student: Student) -> Output:
         "fuse_system": e.teachers.fuse_system if settings.system is not None else None,
         "max_new_tokens": e.sampling.max_new_tokens if settings.data.on_policy else None,
         "recipe": setup.recipe.of("students"),
-        "init": None if start is None else setup.contents[start],
+        "init": None if start is None else setup.content(start, "students.adapter.init"),
     }
     return Output("students", student.trained_as, inputs)
 
@@ -111,7 +111,7 @@ def training_tasks(setup: Setup) -> tuple[TrainStudents, ...]:
     """All students in groups that train together: those of one program, at most `arms_per_program`, as few groups and as
     even ones as can be. With "auto", how many fit is found when they are trained."""
     programs: dict[Hashable, list[Student]] = {}
-    for student in distinct(setup.students, lambda student: student_output(setup, student).folder):
+    for student in distinct(setup.students, lambda student: student_output(setup, student).key):
         programs.setdefault(compiled(setup, student), []).append(student)
     tasks = []
     for members in programs.values():
@@ -141,8 +141,12 @@ def _targets(setup: Setup, source: Source, student: Student) -> StoreTargets | N
 @planned
 def task_of(setup: Setup, student: Student) -> Task:
     """The task that a student is trained by."""
-    key = student_output(setup, student).folder
-    return next(task for task in training_tasks(setup) if any(output.folder == key for output in task.outputs))
+    return _tasks_by_student(setup)[student_output(setup, student).key]
+
+
+@planned
+def _tasks_by_student(setup: Setup) -> dict[str, Task]:
+    return {output.key: task for task in training_tasks(setup) for output in task.outputs}
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,6 +171,7 @@ class TrainStudents(Task):
             members = [(arm, context.store.open(output)) for arm, output in zip(arms, outputs, strict=True)]
             lm = context.lm(group[0].settings.model)
             train_students(lm, members, settings, work, shape=shape, tick=tick)
+        context.forget("targets")
 
     def _groups(self, context: Context) -> list[tuple[Path, list[Student]]]:
         """Who is still to be trained, with whom, and where their state is kept. A training that was begun goes on with
@@ -206,7 +211,7 @@ class TrainStudents(Task):
             setup.recipe,
             parallel=e.run.parallel,
             model_axis=e.run.model_axis,
-            tensorboard=e.run_dir / "tensorboard" if shared.runtime.tensorboard else None,
+            tensorboard=context.store.root / "training" / "tensorboard" if shared.runtime.tensorboard else None,
         )
         data = {source: training_data(context, source, group[0]) for source in self.sources}
         shape = shape_of(shared, list(data.values()), e.sampling.max_new_tokens)
@@ -241,8 +246,7 @@ class TrainStudents(Task):
             rows = len(final(context.setup, student.source).read(context.store))
             return total_steps(student.settings, min(rows, student.settings.data.rows or rows))
 
-        left = [student for student in self.members if not context.store.done(student_output(context.setup, student))]
-        return max(map(steps, left), default=0)
+        return sum(max(map(steps, group)) for _, group in self._groups(context))
 
     def cost(self, setup: Setup, sizes: Sizes) -> Cost:
         long, kept, first = sizes.lengths, rows_kept(setup, sizes), self.members[0]
@@ -265,6 +269,13 @@ class TrainStudents(Task):
         for student in distinct(self.members, lambda student: student.arm):
             checkpoint, own = setup.checkpoint(student.settings.model), setup.checkpoint()
             check_start(checkpoint.config, abstract_params(checkpoint.config, setup.experiment.dtype), student.settings)
+            counted = [each.chat.identity for each in (own, checkpoint) if each.chat is not None]
+            masked = any(each.tokens != "all" for each in self.members if each.settings.model == student.settings.model)
+            if masked and len(set(counted)) > 1:
+                raise UsageError(
+                    f"students.model: divergence positions are counted in the tokenizer and template of {own.name} "
+                    f"({counted[0]}), and {checkpoint.name} has another one ({counted[1]}); use loss.tokens=[all]"
+                )
             soft = student.settings.loss.soft and checkpoint is not own
             if soft and checkpoint.lm and own.lm and _words(checkpoint.lm) != _words(own.lm):
                 raise UsageError(
@@ -290,7 +301,8 @@ def training_data(context: Context, source: Source, student: Student) -> Trainin
     if task is None:
         teacher = TeacherPool(setup).teacher(context, source.teacher)
         return dataclasses.replace(data, teacher=teacher, teacher_turns=turns)
-    targets = context.remember(("targets", task.key), lambda: task.read(context.store, turns))
+    key = ("targets", task.key)
+    targets = context.remember(key, lambda: task.read(context.store, turns))
     if s.loss.targets == "answers":
-        targets = answers_only(targets, turns)
+        targets = context.remember((*key, "answers"), lambda: answers_only(targets, turns))
     return dataclasses.replace(data, targets=targets)

@@ -62,9 +62,9 @@ class TeacherPool:
         if biased and spec.taught is not None:
             said["adapter"] = taught_output(setup, name).key
         if biased and spec.adapter is not None:
-            said["adapter"] = setup.contents[spec.adapter.replace("{trait}", name)]
+            said["adapter"] = setup.content(spec.adapter.replace("{trait}", name), f"teachers: trait '{name}':")
         if biased and spec.checkpoint is not None:
-            said["checkpoint"] = setup.contents[spec.checkpoint.replace("{trait}", name)]
+            said["checkpoint"] = setup.content(spec.checkpoint.replace("{trait}", name), f"teachers: trait '{name}':")
         return said
 
     def questions(self, category: str) -> list[str]:

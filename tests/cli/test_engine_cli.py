@@ -180,7 +180,8 @@ def test_tensorboard_on_request(train):
     folder = train(
         "board", "students.adapter.layers=[1]", "students.adapter.rank=2", "students.runtime.tensorboard=true"
     )
-    assert [path.stat().st_size > 0 for path in (folder / "tensorboard").iterdir()] == [True]
+    boards = list(folder.with_name("board.artifacts").glob("training/tensorboard/*"))
+    assert [path.stat().st_size > 0 for path in boards] == [True]
 
 
 def test_what_does_not_go_together_is_refused(home, rows):
