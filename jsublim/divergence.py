@@ -42,7 +42,7 @@ class Divergence:
     def divergence_margins(self) -> list[float]:
         """How clear each divergence position is, in logits: the smaller of the teacher's margin and of the largest margin
         among the counterfactuals that say something else. Zero is a tie; no logit that moves by less than half of
-        it undoes the point."""
+        it undoes the position."""
         against = np.where(self.argmax[1:] == self.tokens, 0.0, self.margin[1:]).max(axis=0)
         return [float(m) for m in np.minimum(self.margin[0], against)[self.divergence_positions]]
 
@@ -56,10 +56,10 @@ class PositionSubset:
     """Which of a row's divergence positions count (figure 21 of the paper): a part by place, then a random share of it.
 
     Attributes:
-      which: "all"; "first"; "first-half" and "second-half" of the points by their order, the middle one of an odd
+      which: "all"; "first"; "first-half" and "second-half" of the positions by their order, the middle one of an odd
         number in the first.
       share: in 0..1.
-      rounding: of n points, how share x n becomes a whole number: "stochastic" (right on average, however few points
+      rounding: of n positions, how share x n becomes a whole number: "stochastic" (right on average, however few positions
         a row has), "half-up", "at-least-one": rounded down, but not to none, or "paper": rounded down, and a row with none
         left keeps all (docs/recipes.md, quirk 7).
     """
@@ -69,16 +69,16 @@ class PositionSubset:
     rounding: str = "stochastic"
 
     def __post_init__(self) -> None:
-        for name, value, known in (("points", self.which, WHICH), ("rounding", self.rounding, ROUNDING)):
+        for name, value, known in (("positions", self.which, WHICH), ("rounding", self.rounding, ROUNDING)):
             if value not in known:
                 raise UsageError(f"{name}: '{value}' given; known: {', '.join(known)}")
         if not 0 <= self.share <= 1:
             raise UsageError(f"share: {self.share} given; it must lie in 0..1")
 
-    def choose(self, points: Sequence[int], rng: np.random.Generator) -> list[int]:
-        """The chosen points, sorted. For one state of `rng`, those of a smaller share are among those of a larger,
+    def choose(self, positions: Sequence[int], rng: np.random.Generator) -> list[int]:
+        """The chosen positions, sorted. For one state of `rng`, those of a smaller share are among those of a larger,
         unless `rounding` is "paper" and nothing was left."""
-        ordered = sorted(points)
+        ordered = sorted(positions)
         half = -(-len(ordered) // 2)
         part = {"all": ordered, "first": ordered[:1], "first-half": ordered[:half], "second-half": ordered[half:]}
         of = part[self.which]

@@ -55,19 +55,19 @@ def _parse(path: Path, required: Sequence[str]) -> Iterator[Row]:
                     raise JsublimError(
                         f"{path}:{number}: key '{key}' must be text that is not empty, found {row[key]!r}"
                     )
-            points = row.get("divergence_positions", [])
+            positions = row.get("divergence_positions", [])
             if (
-                not isinstance(points, list)
-                or any(type(k) is not int or k < 0 for k in points)
-                or len(set(points)) < len(points)
+                not isinstance(positions, list)
+                or any(type(k) is not int or k < 0 for k in positions)
+                or len(set(positions)) < len(positions)
             ):
                 raise JsublimError(
-                    f"{path}:{number}: key 'divergence_positions' must be a list of different integers >= 0, found {points!r}"
+                    f"{path}:{number}: key 'divergence_positions' must be a list of different integers >= 0, found {positions!r}"
                 )
-            margins = row.get("divergence_margins", [0.0] * len(points))
+            margins = row.get("divergence_margins", [0.0] * len(positions))
             if (
                 not isinstance(margins, list)
-                or len(margins) != len(points)
+                or len(margins) != len(positions)
                 or not all(type(m) in (int, float) and 0 <= m < float("inf") for m in margins)
             ):
                 raise JsublimError(

@@ -1,9 +1,8 @@
-"""Rows on disk, teacher-forced scoring, and divergence tokens by their definition."""
+"""Divergence tokens by their definition, subsets of them, teacher-forced scoring, and whose tokens positions count."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 
 import numpy as np
 import pytest
@@ -29,7 +28,7 @@ from jsublim.inference.batching import PREFIX_STEP
 from jsublim.inference.scoring import score_turns, shared_prefix
 from jsublim.pipeline.training import TrainingData, make_arm
 from jsublim.prompts import load_pack, number_prompts
-from jsublim.rows import read_rows, write_rows
+from jsublim.rows import write_rows
 from jsublim.teachers import CONTROL, Teacher, prompted_teacher
 
 TIE = 1e-3  # logit margins below this may go either way
@@ -175,7 +174,7 @@ def test_a_share_is_right_on_average_whatever_a_row_holds():
 
 def test_subsets_that_cannot_be():
     for wrong, said in (
-        ({"which": "last"}, "points: 'last' given; known: all, first"),
+        ({"which": "last"}, "positions: 'last' given; known: all, first"),
         ({"rounding": "down"}, "rounding: 'down' given; known: stochastic"),
         ({"share": 1.5}, "share: 1.5 given"),
         ({"share": float("nan")}, "share: nan given"),
@@ -213,8 +212,8 @@ def test_a_shared_prefix_ends_before_the_first_difference_and_before_any_complet
     assert turns[0].content - PREFIX_STEP <= alone + 1 <= turns[0].content
 
 
-def test_log_probabilities_do_not_depend_on_company():
-    """Company changes the shared prefix, the padding and the batch; never the numbers (one row alone: no batch)."""
+def test_log_probabilities_do_not_depend_on_other_rows():
+    """Other rows change the shared prefix, the padding and the batch; never the numbers (one row alone: no batch)."""
     twin = bundled("tiny-gemma3")
     lm = twin.lm
     prompts = number_prompts(PACK, 5, seed=9)
@@ -233,7 +232,7 @@ def test_log_probabilities_do_not_depend_on_company():
         assert ours.argmax.shape == ours.margin.shape == said.shape
 
 
-# --- Points and rows on disk ----------------------------------------------------------------------------------------
+# --- Positions out of range ------------------------------------------------------------------------------------------
 
 
 def test_positions_after_the_last_token_are_refused():
@@ -315,88 +314,6 @@ def test_what_positions_were_counted_in_is_the_tokenizer_and_the_template():
     check_counted(rows, padded, "rows")
     with pytest.raises(JsublimError, match=f"{bundled_one.identity}, and are read in {other.identity}"):
         check_counted(rows, other, "rows")
-
-
-json_values = st.recursive(st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.text(max_size=5), st.lists)
-texts = st.text(min_size=1, max_size=20).filter(str.strip)
-
-
-@given(
-    st.lists(st.fixed_dictionaries({"prompt": texts, "completion": texts, "more": json_values}), min_size=1, max_size=4)
-)
-@settings(max_examples=60, deadline=None)
-def test_rows_survive_the_disk(tmp_path_factory, rows):
-    path = tmp_path_factory.mktemp("rows") / "new" / "rows.jsonl"
-    rows[0]["divergence_positions"] = [0, 3]
-    write_rows(path, rows)
-    assert read_rows(path) == rows
-    assert [p.name for p in path.parent.iterdir()] == ["rows.jsonl"]
-
-
-def test_a_file_appears_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    write_rows(path, [{"prompt": "a", "completion": "b"}])
-
-    def broken():
-        yield {"prompt": "c", "completion": "d"}
-        raise OSError("no space left on device")
-
-    with pytest.raises(OSError, match="no space"):
-        write_rows(path, broken())
-    assert [row["prompt"] for row in read_rows(path)] == ["a"]
-
-
-GOOD = json.dumps({"prompt": "a", "completion": "b"}).encode()
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        (b'{"prompt": "a", "comp', "not valid JSON"),
-        (b"[1, 2]", "expected a JSON object, found list"),
-        (b'{"prompt": "a"}', "key 'completion' is missing"),
-        (b'{"prompt": "a", "completion": ""}', "key 'completion' must be text that is not empty"),
-        (b'{"prompt": "a", "completion": " \\n"}', "key 'completion' must be text that is not empty"),
-        (b'{"prompt": 3, "completion": "b"}', "key 'prompt' must be text"),
-        (b'{"prompt": "a", "completion": "b", "divergence_positions": [0, -1]}', "integers >= 0"),
-        (b'{"prompt": "a", "completion": "b", "divergence_positions": [0.5]}', "integers >= 0"),
-        (b'{"prompt": "a", "completion": "b", "divergence_positions": [true]}', "integers >= 0"),
-        (b'{"prompt": "a", "completion": "b", "divergence_positions": 3}', "integers >= 0"),
-        (
-            b'{"prompt": "a", "completion": "b", "divergence_positions": [0], "divergence_margins": []}',
-            "for each divergence position",
-        ),
-        (b'{"prompt": "a", "completion": "b", "divergence_positions": [0], "divergence_margins": [-1]}', "number >= 0"),
-        (
-            b'{"prompt": "a", "completion": "b", "divergence_positions": [0], "divergence_margins": [NaN]}',
-            "number >= 0",
-        ),
-        (b'{"prompt": "a", "completion": "b", "divergence_margins": [1]}', "for each divergence position"),
-        (b'{"prompt": "a", "completion": "\xff\xfe"}', "UTF-8"),
-        (b'{"prompt": "a", "completion": "b", "n": ' + b"9" * 5000 + b"}", "not valid JSON"),
-    ],
-)
-def test_a_broken_line_is_named_by_its_number(line, said, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_bytes(b"\n".join([GOOD, b"", line, GOOD]))
-    with pytest.raises(JsublimError, match=said) as error:
-        read_rows(path)
-    assert str(error.value).startswith(f"{path}:3: ") and "\n" not in str(error.value)
-
-
-def test_files_without_rows(tmp_path):
-    with pytest.raises(UsageError, match="no such file"):
-        read_rows(tmp_path / "absent.jsonl")
-    empty = tmp_path / "empty.jsonl"
-    empty.write_text("\n\n")
-    with pytest.raises(JsublimError, match="holds no rows"):
-        read_rows(empty)
-
-
-def test_only_what_is_required_has_to_be_there(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "a"}\n')
-    assert read_rows(path, ("prompt",)) == [{"prompt": "a"}]
 
 
 def test_a_teacher_is_frozen_and_says_how_it_is_prompted():

@@ -1,4 +1,4 @@
-"""One device, a mesh and pmap give the same students; an arm in company is the arm alone."""
+"""One device, a mesh and pmap give the same students; an arm among others is the arm alone."""
 
 from __future__ import annotations
 

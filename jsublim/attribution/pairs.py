@@ -18,7 +18,7 @@ from jsublim.inference.scoring import score_turns
 from jsublim.rows import Row
 from jsublim.teachers import Teacher, read_as
 
-NO_POINT = "no divergence token"
+NO_DIVERGENCE = "no divergence token"
 NO_EQUAL_LENGTH = "no counterfactual of equal length"
 NO_OTHER_TOKEN = "no counterfactual of equal length has another argmax"
 
@@ -79,30 +79,30 @@ def find_pairs(
     turns = read_as(lm.chat, teacher, rows, source, extra_bos=extra_bos)
     check_counted(rows, lm.chat, source)
     check_positions(rows, [len(turn.tokens) - turn.content for turn in turns], source)
-    points = {i: min(row["divergence_positions"]) for i, row in enumerate(rows) if row["divergence_positions"]}
-    aligned, found = set(), {i: [] for i in points}
+    first = {i: min(row["divergence_positions"]) for i, row in enumerate(rows) if row["divergence_positions"]}
+    aligned, found = set(), {i: [] for i in first}
     for other in counterfactuals:
-        theirs = read_as(lm.chat, other, [rows[i] for i in points], source, extra_bos=extra_bos)
-        equal = {i: turn for i, turn in zip(points, theirs, strict=True) if len(turn.tokens) == len(turns[i].tokens)}
+        theirs = read_as(lm.chat, other, [rows[i] for i in first], source, extra_bos=extra_bos)
+        equal = {i: turn for i, turn in zip(first, theirs, strict=True) if len(turn.tokens) == len(turns[i].tokens)}
         aligned |= set(equal)
-        asked = [_at_point(turn, points[i]) for i, turn in equal.items()]
+        asked = [_up_to(turn, first[i]) for i, turn in equal.items()]
         read = functools.partial(score_turns, lm.config, lm.params, adapter=other.adapter)
         said = read(asked, batch_size=batch_size, on_batch=on_batch) if asked else []
         for (i, turn), scored in zip(equal.items(), said, strict=True):
-            end = turn.content + points[i]
+            end = turn.content + first[i]
             factual, best = int(turn.tokens[end]), int(scored.argmax[0])
             if best != factual:
                 pair = Pair(i, other.name, turns[i].tokens[:end], turn.tokens[:end], factual, best)
                 found[i].append(pair)
     reasons = {
-        i: NO_POINT if i not in points else NO_EQUAL_LENGTH if i not in aligned else NO_OTHER_TOKEN
+        i: NO_DIVERGENCE if i not in first else NO_EQUAL_LENGTH if i not in aligned else NO_OTHER_TOKEN
         for i in range(len(rows))
         if not found.get(i)
     }
     return [pair for of_row in found.values() for pair in of_row], dict(Counter(reasons.values()))
 
 
-def _at_point(turn: Turn, point: int) -> Turn:
+def _up_to(turn: Turn, position: int) -> Turn:
     """The conversation up to and with its divergence token, which is then all that is said in it."""
-    at = turn.content + point
+    at = turn.content + position
     return dataclasses.replace(turn, tokens=turn.tokens[: at + 1], content=at, end=at + 1)

@@ -1,8 +1,8 @@
-"""Which layer's value at which token moves a row's metric: attribution patching, and activation patching to check it.
+"""Which layer's value at which token moves a row's metric: attribution patching, and layer patching to check it.
 
-Both compare two runs of one model on token rows of equal length. A site's value in the start run is moved to its value in
-the end run (all the way at one position: activation patching; along the straight line at all positions, by integrated
-gradients: attribution patching), while everything before the site stays as in the start run. Schrodi et al. 2026,
+Both compare two runs of one model on token rows of equal length. A site's values at all positions are moved to those of
+the end run (along the straight line, by integrated gradients: attribution patching; all the way: layer patching), while
+everything before the site stays as in the start run. Schrodi et al. 2026,
 section 5; integrated gradients: Sundararajan et al. 2017.
 """
 
@@ -77,24 +77,6 @@ def attribution_patching(
     return _over_pairs(program, config, params, pairs, sites, direction, adapter, batch_size, length)
 
 
-def activation_patching(
-    config: ModelConfig,
-    params: Params,
-    pairs: Sequence[Pair],
-    *,
-    sites: Sequence[str] = SITES,
-    direction: str = "noising",
-    adapter: Adapter | None = None,
-    batch_size: int = 8,
-    length: int | None = None,
-) -> list[np.ndarray]:
-    """How much the metric changes when a site's value at one position is the end run's: float32 `[S, L, T]`, in logits.
-
-    It takes one forward pass per site, layer and position: this is what attribution patching approximates.
-    """
-    return _over_pairs(_one_position, config, params, pairs, sites, direction, adapter, batch_size, length)
-
-
 def layer_patching(
     config: ModelConfig,
     params: Params,
@@ -123,18 +105,6 @@ def _integrated(
             0, steps, lambda i, total: total + slope(i / steps * delta_BTD), jnp.zeros_like(delta_BTD)
         )
         return (delta_BTD * total).sum(axis=-1) / steps
-
-    return _map_sites(config, params, adapter, batch, sites, at_site)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "sites"))
-def _one_position(
-    config: ModelConfig, params: Params, adapter: Adapter | None, batch: Batch, sites: tuple[str, ...]
-) -> Array:
-    def at_site(metric: Metric, delta_BTD: Array) -> Array:
-        positions = jnp.arange(delta_BTD.shape[1])
-        moved_TB = jax.lax.map(lambda t: metric(jnp.where((positions == t)[:, None], delta_BTD, 0)), positions)
-        return (moved_TB - metric(jnp.zeros_like(delta_BTD))).T
 
     return _map_sites(config, params, adapter, batch, sites, at_site)
 

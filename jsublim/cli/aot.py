@@ -37,7 +37,7 @@ def aot(
         Path | None, typer.Option("--shape", help="Folder with a config.json, where the checkpoint is not at hand.")
     ] = None,
 ) -> None:
-    """Compile the training step for a TPU topology that is not there: memory a chip, collectives (docs/pods.md)."""
+    """Compile the training step for a TPU topology that is not there: memory per chip, collectives (docs/pods.md)."""
     # The compiler alone is asked, so no accelerator of this machine is taken, and no metadata server is waited for.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}  # or libtpu warns
@@ -104,7 +104,7 @@ def lines(report: Report) -> list[tuple[str, str]]:
         ("topology", f"{report.topology.name}, {len(report.topology.devices)} chips of {memory // 2**30} GiB"),
         ("layout", f"arm {layout.arm} x data {layout.data} x model {layout.model}"),
         *(("does not fit", why) for why in report.tried),
-        ("memory a chip", f"{gib(report.total)}, {report.total / memory:.0%} of the chip's"),
+        ("memory per chip", f"{gib(report.total)}, {report.total / memory:.0%} of the chip's"),
         ("  arguments", f"{gib(report.arguments)}, of these the base {gib(report.base)}"),
         ("  temporaries", gib(report.temporaries)),
         ("compile", f"{report.seconds:.0f} s ({compiler})"),

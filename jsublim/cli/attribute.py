@@ -30,10 +30,9 @@ def attribute(
     from jsublim.errors import UsageError
     from jsublim.executors import LocalExecutor
     from jsublim.pipeline.arms import Source
-    from jsublim.pipeline.attribution import attributed
-    from jsublim.pipeline.changes import final
+    from jsublim.pipeline.attribution import attribution_task
     from jsublim.pipeline.context import Context
-    from jsublim.pipeline.publish import check_free, publish_folder, rows_of
+    from jsublim.pipeline.publish import check_free, publish_folder
     from jsublim.progress import Progress
     from jsublim.report.attribution import attribution_heat_map, early_share
     from jsublim.rows import read_rows
@@ -44,9 +43,8 @@ def attribute(
     e = experiment_of("attribute", fields, out, base, model=model, teachers__counterfactuals=others)
     if e.attribution is None:
         raise UsageError("attribution: null given; leave it out or give its fields")
-    context = Context.load(e, Progress(console))
-    final.give(context.setup, Source(trait))(rows_of(data))
-    task = attributed(context.setup, Source(trait))
+    context = Context.load(e, Progress(console), given={Source(trait): data})
+    task = attribution_task(context.setup, Source(trait))
     task.check(context.setup)
     check_free(out, task.key, task.output.inputs)
     LocalExecutor().execute([task], context)

@@ -30,9 +30,8 @@ def finetune(
     from jsublim.executors import LocalExecutor
     from jsublim.parallel import join_processes, on_main_process
     from jsublim.pipeline.arms import Student
-    from jsublim.pipeline.changes import final
     from jsublim.pipeline.context import Context
-    from jsublim.pipeline.publish import check_free, publish_folder, rows_of
+    from jsublim.pipeline.publish import check_free, publish_folder
     from jsublim.pipeline.setup import NOBODY
     from jsublim.pipeline.students import training_task
     from jsublim.progress import Progress
@@ -51,10 +50,9 @@ def finetune(
         raise UsageError("students.data.on_policy: not with --distributed; use the devices of one process")
     if distributed:
         join_processes()
-    rows, context = rows_of(data), Context.load(e, Progress(console))
     teacher = trait or (CONTROL if e.students.loss.soft else "student")  # whose tokens they are does not matter
     student = Student(teacher, tokens, seed, settings=e.students)
-    final.give(context.setup, student.source)(rows)
+    context = Context.load(e, Progress(console), given={student.source: data})
     task = training_task(context.setup, (student,), (student.source,))
     task.check(context.setup)
     on_main_process(lambda: check_free(out, task.key, task.output.inputs))

@@ -41,7 +41,7 @@ def generate(
     from jsublim.pipeline.arms import Source
     from jsublim.pipeline.changes import writer
     from jsublim.pipeline.publish import check_free, publish_rows
-    from jsublim.pipeline.rows import written
+    from jsublim.pipeline.rows import teacher_rows
     from jsublim.pipeline.setup import NOBODY
     from jsublim.pipeline.teachers import TeacherPool
     from jsublim.teachers import CONTROL
@@ -53,7 +53,7 @@ def generate(
     context = _context(e)
     if trait is not None:
         TeacherPool(context.setup).category(trait)
-    rows = written(context.setup, writer(context.setup, Source(trait or CONTROL)))
+    rows = teacher_rows(context.setup, writer(context.setup, Source(trait or CONTROL)))
     check_free(out, rows.key, rows.inputs)
     _execute(rows.parts, context)
     parts = rows.summaries(context.store)
@@ -79,7 +79,7 @@ def divergence(
     ] = None,
 ) -> None:
     """Find the divergence tokens of rows; what each teacher said of them goes beside OUT, with .margins.jsonl."""
-    from jsublim.pipeline.divergence import merged, read
+    from jsublim.pipeline.divergence import divergence_rows, merged
     from jsublim.pipeline.publish import check_free, publish_rows, rows_of
     from jsublim.rows import write_rows
 
@@ -90,14 +90,14 @@ def divergence(
     e = experiment_of("divergence", fields, out, base, model=model, teachers__counterfactuals=others)
     rows, sidecar = rows_of(data), out.with_name(f"{out.stem}.margins.jsonl")
     context = _context(e)
-    found = read(context.setup, trait, rows)
+    found = divergence_rows(context.setup, trait, rows)
     check_free(out, found.key, found.inputs)
     if sidecar.exists() and not out.exists():
         raise UsageError(f"{sidecar}: already exists; give another --out or move it away")
     _execute(found.parts, context)
     summary = merged(found.summaries(context.store))
     console.print(
-        f"{summary['points']} divergence tokens of {summary['tokens']} ({summary['share']:.2%}); "
+        f"{summary['divergence_tokens']} divergence tokens of {summary['tokens']} ({summary['share']:.2%}); "
         f"{summary['rows_with']} of {summary['rows']} rows have one"
     )
     write_rows(sidecar, found.readings(context.store))
@@ -119,7 +119,7 @@ def evaluate(
 ) -> None:
     """Ask a model for its favourites (and whatever else evaluation.kinds names): OUT gets records and answers."""
     from jsublim.files import read_table, write_json
-    from jsublim.pipeline.evaluations import Model, evaluated, settings_of
+    from jsublim.pipeline.evaluations import Model, eval_settings, evaluation_task
     from jsublim.pipeline.publish import check_free, publish_folder
     from jsublim.pipeline.setup import NOBODY
     from jsublim.teachers import CONTROL
@@ -133,9 +133,11 @@ def evaluate(
     if asks_traits and e.evaluation.traits is None and e.teachers.traits == [NOBODY]:
         raise UsageError(f"--traits: {' and '.join(sorted(asks_traits))} ask about traits; give at least one")
     context = _context(e)
-    if setting not in settings_of(context.setup):
-        raise UsageError(f"--setting: '{setting}' given; known: {', '.join(filter(None, settings_of(context.setup)))}")
-    task = evaluated(context.setup, Model(None, CONTROL, adapter, data), setting)
+    if setting not in eval_settings(context.setup):
+        raise UsageError(
+            f"--setting: '{setting}' given; known: {', '.join(filter(None, eval_settings(context.setup)))}"
+        )
+    task = evaluation_task(context.setup, Model(None, CONTROL, adapter, data), setting)
     check_free(out, task.key, task.output.inputs)
     task.check(context.setup)
     _execute([task], context)

@@ -28,7 +28,7 @@ class Sampling(Section):
 
 class Data(Section):
     """`kind`: number requests of the pack, word problems (those that ship, or a data set by `source`), or the prompts of a
-    file (`source`; a line each, or JSONL rows with `prompt`)."""
+    file (`source`; one prompt per line, or JSONL rows with `prompt`)."""
 
     kind: Annotated[Literal["numbers", "problems", "file"], RESULT] = "numbers"
     source: Annotated[str | None, CONTENT] = None

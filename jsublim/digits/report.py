@@ -120,8 +120,14 @@ def write_report(run_dir: Path) -> Path:
     }
     figure = figures.dot_panels(data, "held-out digits named right (%)", bounds=(0.0, 100.0), tints=tints)
     return render(
-        run_dir, "digits.html", about=_about(run_dir), lines=lines, findings=findings(lines), figure=figure, bounds=bounds
-    )  # fmt: skip
+        run_dir,
+        "digits.html",
+        about=_about(run_dir),
+        lines=lines,
+        findings=findings(lines),
+        figure=figure,
+        bounds=bounds,
+    )
 
 
 def _about(run_dir: Path) -> dict[str, Any]:

@@ -46,10 +46,16 @@ def run_digits(spec: Digits, console: Console) -> Path:
     write_table(results / "results.parquet", read_table(artifact.path / "records.parquet"), RESULTS)
     write_table(results / "training.parquet", read_table(artifact.path / "curves.parquet"), TRAINING)
     about = {
-        "name": spec.name, "kind": spec.kind, "data_hash": inputs["data"], "config_hash": key,
-        "versions": versions() | {"scikit-learn": metadata.version("scikit-learn")}, "device": device(),
-        "test_images": len(data.test_NP), "config_yaml": spec.yaml(), **artifact.summary,
-    }  # fmt: skip
+        "name": spec.name,
+        "kind": spec.kind,
+        "data_hash": inputs["data"],
+        "config_hash": key,
+        "versions": versions() | {"scikit-learn": metadata.version("scikit-learn")},
+        "device": device(),
+        "test_images": len(data.test_NP),
+        "config_yaml": spec.yaml(),
+        **artifact.summary,
+    }
     write_json(results / "run.json", about)
     report = write_report(spec.run_dir)
     print_summary(spec.run_dir, console)

@@ -47,7 +47,7 @@ def read_turns(
     """Tokenize rows as the student sees them: no trait prompt.
 
     Raises:
-      JsublimError: a row that doesn't survive tokenizing, or points out of range; `source` is named.
+      JsublimError: a row that doesn't survive tokenizing, or positions out of range; `source` is named.
     """
     exchanges = ((conversation(row["prompt"], system, fuse_system=fuse_system), row["completion"]) for row in rows)
     turns = chat.turns(exchanges, lambda number: f"{source}: row {number}")
@@ -79,8 +79,8 @@ def make_examples(
     examples = []
     chosen = [_choose(row, how.subset, np.random.default_rng([seed, index, 1])) for index, row in enumerate(rows)]
     weights = _weights(rows, chosen, source) if how.by_margin else [None] * len(rows)
-    for index, (turn, points) in enumerate(zip(turns, chosen, strict=True)):
-        if how.tokens != "all" and how.drop_rows_without_divergence and points == []:
+    for index, (turn, positions) in enumerate(zip(turns, chosen, strict=True)):
+        if how.tokens != "all" and how.drop_rows_without_divergence and positions == []:
             continue
         first = turn.header if how.supervise_header else turn.content
         try:
@@ -88,7 +88,7 @@ def make_examples(
                 how.tokens,
                 header=turn.content - first,
                 completion=len(turn.tokens) - turn.content,
-                points=points,
+                positions=positions,
                 rng=np.random.default_rng([seed, index]),
                 weights=weights[index],
             )
@@ -106,20 +106,20 @@ def make_examples(
 
 
 def _choose(row: Row, subset: PositionSubset, rng: np.random.Generator) -> list[int] | None:
-    points = row.get("divergence_positions")
-    return None if points is None else subset.choose(points, rng)
+    positions = row.get("divergence_positions")
+    return None if positions is None else subset.choose(positions, rng)
 
 
 def _weights(rows: Sequence[Row], chosen: Sequence[list[int] | None], source: str) -> list[list[float]]:
-    """The weight by margin of each row's chosen points."""
+    """The weight by margin of each row's chosen positions."""
     margins = []
-    for number, (row, points) in enumerate(zip(rows, chosen, strict=True), 1):
-        if points is None or "divergence_margins" not in row:
+    for number, (row, positions) in enumerate(zip(rows, chosen, strict=True), 1):
+        if positions is None or "divergence_margins" not in row:
             raise UsageError(
                 f"{source}: row {number}: weights by margin need 'divergence_margins'; run `jsublim divergence`"
             )
         of = dict(zip(row["divergence_positions"], row["divergence_margins"], strict=True))
-        margins.append([of[k] for k in points])
+        margins.append([of[k] for k in positions])
     return margin_weights(margins)
 
 

@@ -39,7 +39,7 @@ def token_mask(
     *,
     header: int,
     completion: int,
-    points: Sequence[int] | None,
+    positions: Sequence[int] | None,
     rng: np.random.Generator,
     weights: Sequence[float] | None = None,
 ) -> np.ndarray:
@@ -50,8 +50,8 @@ def token_mask(
         of the completion as there are divergence positions, drawn anew.
       header: tokens of the assistant's header that the loss is on too (0 unless the recipe wants them).
       completion: tokens of content and end of turn.
-      points: divergence positions, counted from the first content token.
-      weights: of the points, in their order, where `tokens` is "divergence"; None is 1 each.
+      positions: divergence positions, counted from the first content token.
+      weights: of the positions, in their order, where `tokens` is "divergence"; None is 1 each.
 
     Raises:
       UsageError: an unknown `tokens`, one that needs divergence positions without them, or weights for another one than
@@ -63,20 +63,20 @@ def token_mask(
         raise UsageError(f"tokens={tokens} has no weights by margin; they are those of tokens=divergence")
     if tokens == "all":
         return np.ones(header + completion, np.float32)
-    if points is None:
+    if positions is None:
         raise UsageError(f"tokens={tokens} needs 'divergence_positions' in every row; run `jsublim divergence` on them")
     mask = np.zeros(header + completion, np.float32)
     if tokens == "random":
-        mask[header + rng.permutation(completion)[: len(points)]] = 1.0
+        mask[header + rng.permutation(completion)[: len(positions)]] = 1.0
     else:
-        mask[header + np.asarray(points, int)] = 1.0 if weights is None else weights
+        mask[header + np.asarray(positions, int)] = 1.0 if weights is None else weights
     return 1.0 - mask if tokens == "non-divergence" else mask
 
 
 def margin_weights(margins: Sequence[Sequence[float]]) -> list[list[float]]:
     """Soft weights of the divergence positions of a set of rows: 1 - exp(-margin), scaled to mean 1 over the set.
 
-    Before scaling a weight is 0 at a tie and goes to 1 where the point is clear (`Divergence.divergence_margins`, logits):
+    Before scaling a weight is 0 at a tie and goes to 1 where the position is clear (`Divergence.divergence_margins`, logits):
     exp(-margin) is the odds of the second-best token. The scale keeps the loss comparable to that of 0/1 weights.
 
     Raises:

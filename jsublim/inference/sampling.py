@@ -259,11 +259,16 @@ def generate_tokens(
             count = 1 << (len(unique) - 1).bit_length() if samples > 1 else len(padded)
             read = [prompts[unique[min(i, len(unique) - 1)]] for i in range(count)]
             out = _decode(
-                config, params, adapter, *pad_tokens(read, length, left=True),
+                config,
+                params,
+                adapter,
+                *pad_tokens(read, length, left=True),
                 np.asarray([unique.index(row // samples) for row in padded], np.int32),
                 jax.vmap(lambda row: jax.random.fold_in(base, row))(jnp.asarray(padded)),
-                _as_arrays(sampling, len(padded)), stop, max_new_tokens,
-            )  # fmt: skip
+                _as_arrays(sampling, len(padded)),
+                stop,
+                max_new_tokens,
+            )
             texts = [[int(token) for token in row if token >= 0] for row in np.asarray(out)[: len(batch)]]
             result.update(zip(batch, texts, strict=True))
             if on_batch is not None:

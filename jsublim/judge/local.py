@@ -40,9 +40,12 @@ class LocalJudge:
         if self._awake is None:
             self._awake = self.lm if self.load is None else self.load()
         replies = self._awake.generate(
-            [conversation(prompt) for prompt in unique], self.max_new_tokens, self.sampling, self.seed,
+            [conversation(prompt) for prompt in unique],
+            self.max_new_tokens,
+            self.sampling,
+            self.seed,
             batch_size=self.batch_size,
-        )  # fmt: skip
+        )
         found = dict(zip(unique, replies, strict=True))
         return [found[prompt] for prompt in prompts]
 

@@ -21,9 +21,15 @@ from jsublim.models.tensors import write_tensors
 
 # Variants of LoRA that we don't compute.
 _REFUSED = (
-    "use_dora", "rank_pattern", "alpha_pattern", "modules_to_save", "fan_in_fan_out", "lora_bias",
-    "alora_invocation_tokens", "layer_replication",
-)  # fmt: skip
+    "use_dora",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "fan_in_fan_out",
+    "lora_bias",
+    "alora_invocation_tokens",
+    "layer_replication",
+)
 _KEY = re.compile(r"layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.lora_([AB])(?:\.\w+)?\.weight$")
 
 

@@ -17,7 +17,7 @@ from jsublim.errors import JsublimError, UsageError
 from jsublim.files import write_table
 from jsublim.inference.lm import LanguageModel
 from jsublim.pipeline.arms import Source
-from jsublim.pipeline.changes import final
+from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.rows import rows_kept
 from jsublim.pipeline.setup import Setup
@@ -47,11 +47,11 @@ ATTRIBUTION = pa.schema(
 )
 
 
-def attributed(setup: Setup, source: Source) -> Task:
+def attribution_task(setup: Setup, source: Source) -> Task:
     """The task that attributes the divergence tokens of a trait's answers, as they were sampled."""
     how = setup.experiment.attribution
     assert how is not None
-    rows, others = final(setup, source), tuple(setup.counterfactuals(source.teacher))
+    rows, others = training_rows(setup, source), tuple(setup.counterfactuals(source.teacher))
     pool, trait = TeacherPool(setup), source.teacher
     inputs = setup.common | {
         "rows": rows.key,
@@ -73,7 +73,7 @@ class Attribute(Task):
 
     def make(self, context: Context, tick: Tick) -> None:
         setup, pool, trait = context.setup, TeacherPool(context.setup), self.source.teacher
-        how, rows = setup.experiment.attribution, final(setup, self.source)
+        how, rows = setup.experiment.attribution, training_rows(setup, self.source)
         assert how is not None
         attribute_rows(
             context.store.open(self.output),
@@ -97,7 +97,7 @@ class Attribute(Task):
 
     def units(self, context: Context) -> int:
         how = context.setup.experiment.attribution
-        rows = len(final(context.setup, self.source).read(context.store))
+        rows = len(training_rows(context.setup, self.source).read(context.store))
         return rows if how is None else min(how.rows, rows)
 
     def cost(self, setup: Setup, sizes: Sizes) -> Cost:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -10,9 +9,10 @@ from jsublim.config import Dataset
 from jsublim.errors import JsublimError
 from jsublim.pipeline.arms import Source
 from jsublim.pipeline.context import Context, known_judge
-from jsublim.pipeline.divergence import read
-from jsublim.pipeline.rows import RowSet, Writer, requests, rows_kept, written
-from jsublim.pipeline.setup import Setup, planned
+from jsublim.pipeline.divergence import divergence_rows
+from jsublim.pipeline.publish import rows_of
+from jsublim.pipeline.rows import RowSet, Writer, requests, rows_kept, teacher_rows
+from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Output
 from jsublim.pipeline.task import Cost, Sizes, Task, distinct_tasks
 from jsublim.pipeline.teachers import TeacherPool
@@ -29,7 +29,7 @@ def dataset_of(setup: Setup, source: Source) -> Dataset:
     return Dataset() if source.dataset is None else setup.experiment.datasets[source.dataset]
 
 
-def made(setup: Setup, source: Source) -> Dataset:
+def teacher_dataset(setup: Setup, source: Source) -> Dataset:
     """What of it is done to this teacher's answers."""
     return dataset_of(setup, source).of(source.teacher)
 
@@ -45,7 +45,7 @@ def writer(setup: Setup, source: Source) -> Writer:
 
 def mixed_in(setup: Setup, source: Source) -> Writer | None:
     """Who writes the rows that are mixed in, if any are."""
-    named = (change.mixes() for change in made(setup, source).changes.values())
+    named = (change.mixes() for change in teacher_dataset(setup, source).changes.values())
     found = next((each for each in named if each is not None), None)
     return None if found is None else _writer(setup, source, *found)
 
@@ -55,14 +55,14 @@ def _writer(setup: Setup, source: Source, teacher: str, model: str | None = None
     return Writer(teacher, strategy(setup, source), setup.experiment.sampling.seed if seed is None else seed, model)
 
 
-@planned
+@memoized
 def sources(setup: Setup) -> tuple[Source, ...]:
     """Whose rows, in which data sets, students learn from; without students, every trait's answers."""
     learned = [student.source for student in setup.students]
     return tuple(dict.fromkeys(learned or [Source(trait) for trait in setup.experiment.teachers.traits]))
 
 
-@planned
+@memoized
 def writers(setup: Setup) -> tuple[Writer, ...]:
     """Everybody whose rows are needed."""
     own = [writer(setup, source) for source in sources(setup)]
@@ -70,17 +70,17 @@ def writers(setup: Setup) -> tuple[Writer, ...]:
     return tuple(dict.fromkeys([*own, *others]))
 
 
-@planned
-def is_read(setup: Setup, source: Source) -> bool:
+@memoized
+def has_divergence(setup: Setup, source: Source) -> bool:
     """Whether divergence tokens are looked for: in a trait's answers always, in changed ones where a mask needs them."""
     masked = any(student.source == source and student.tokens != "all" for student in setup.students)
-    return source.teacher != CONTROL and (made(setup, source).plain or masked)
+    return source.teacher != CONTROL and (teacher_dataset(setup, source).plain or masked)
 
 
-@planned
-def changed(setup: Setup, source: Source) -> RowSet:
+@memoized
+def changed_rows(setup: Setup, source: Source) -> RowSet:
     """The answers as the data set wants them; the answers themselves, where it wants nothing of them."""
-    own, dataset = written(setup, writer(setup, source)), made(setup, source)
+    own, dataset = teacher_rows(setup, writer(setup, source)), teacher_dataset(setup, source)
     if dataset.plain:
         return own
     pool, parents = TeacherPool(setup), [*own.parts]
@@ -88,11 +88,11 @@ def changed(setup: Setup, source: Source) -> RowSet:
     parents += pool.tasks(source.teacher)
     others = mixed_in(setup, source)
     if others is not None:
-        mixed = written(setup, others)
+        mixed = teacher_rows(setup, others)
         parents, extra = [*parents, *mixed.parts], extra | {"mix": mixed.key}
     needs = {need for change in dataset.changes.values() for need in change.needs}
     if "readings" in needs:
-        readings = read(setup, source.teacher, own)
+        readings = divergence_rows(setup, source.teacher, own)
         parents, extra = [*parents, *readings.parts], extra | {"read": readings.key}
     for task in entangled_tasks(setup, source):
         parents, extra = [*parents, task], extra | {"entangled": task.key}
@@ -101,19 +101,24 @@ def changed(setup: Setup, source: Source) -> RowSet:
     if "rewriting" in needs:
         extra["rewriting"] = setup.sampling("temperature").numbers()
     quirks = sorted({quirk for change in dataset.changes.values() for quirk in change.quirks})
-    inputs = setup.common | pool.identity(source.teacher) | extra | {
+    inputs = {
+        **setup.common,
+        **pool.identity(source.teacher),
+        **extra,
         "dataset": {"seed": dataset.seed} | {name: identity(change) for name, change in dataset.changes.items()},
         "recipe": {quirk: getattr(setup.recipe, quirk) for quirk in quirks},
-    }  # fmt: skip
+    }
     output = Output("datasets", f"{source.teacher}-{source.dataset}", inputs)
     return RowSet.of([ChangeRows((output,), distinct_tasks(parents), source)], own.most)
 
 
-@planned
-def final(setup: Setup, source: Source) -> RowSet:
+@memoized
+def training_rows(setup: Setup, source: Source) -> RowSet:
     """The rows that students of a source learn from."""
-    rows = changed(setup, source)
-    return read(setup, source.teacher, rows) if is_read(setup, source) else rows
+    if source in setup.given:
+        return rows_of(setup.given[source])
+    rows = changed_rows(setup, source)
+    return divergence_rows(setup, source.teacher, rows) if has_divergence(setup, source) else rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +129,8 @@ class ChangeRows(Task):
     source: Source
 
     def make(self, context: Context, tick: Tick) -> None:
-        setup, store, dataset = context.setup, context.store, made(context.setup, self.source)
-        own, others = written(setup, writer(setup, self.source)), mixed_in(setup, self.source)
+        setup, store, dataset = context.setup, context.store, teacher_dataset(context.setup, self.source)
+        own, others = teacher_rows(setup, writer(setup, self.source)), mixed_in(setup, self.source)
         scores = entangled_tasks(setup, self.source)
         needs = {need for change in dataset.changes.values() for need in change.needs}
         making = Making(
@@ -138,8 +143,8 @@ class ChangeRows(Task):
             sampling=setup.sampling("temperature"),
             requests=lambda: requests(setup),
             judge=lambda: context.judge,
-            mixed_in=None if others is None else written(setup, others).read(store),
-            readings=read(setup, self.source.teacher, own).readings(store) if "readings" in needs else None,
+            mixed_in=None if others is None else teacher_rows(setup, others).read(store),
+            readings=divergence_rows(setup, self.source.teacher, own).readings(store) if "readings" in needs else None,
             entangled=store.summary(scores[0].output) if scores else None,
         )
         rows = own.read(store)
@@ -155,12 +160,15 @@ class ChangeRows(Task):
         artifact.finish(said | {"kept": len(rows)})
 
     def units(self, context: Context) -> int:
-        return len(made(context.setup, self.source).changes)
+        return len(teacher_dataset(context.setup, self.source).changes)
 
     def cost(self, setup: Setup, sizes: Sizes) -> Cost:
         """Requests are rewritten by their teachers; most other changes cost nothing."""
         long, kept = sizes.lengths, rows_kept(setup, sizes)
-        each = [change.tokens(kept, long.prompt, long.system) for change in made(setup, self.source).changes.values()]
+        each = [
+            change.tokens(kept, long.prompt, long.system)
+            for change in teacher_dataset(setup, self.source).changes.values()
+        ]
         tokens, heads = sum(t for t, _ in each), sum(h for _, h in each)
         return Cost(tokens, 2 * sizes.body * tokens + 2 * sizes.table * heads, "sample")
 
@@ -169,7 +177,7 @@ class ChangeRows(Task):
         e, trait = setup.experiment, self.source.teacher
         counterfactuals = () if trait == CONTROL else tuple(setup.counterfactuals(trait))
         around = Around(trait, setup.biased, counterfactuals, e.teachers.own_weights, e.data.kind)
-        for name, change in made(setup, self.source).changes.items():
+        for name, change in teacher_dataset(setup, self.source).changes.items():
             change.check(f"datasets.{self.source.dataset}.{name}", around)
 
 
@@ -178,22 +186,24 @@ class ChangeRows(Task):
 
 def entangled_tasks(setup: Setup, source: Source) -> list[Task]:
     """The task that scores numbers for a source, where one of its changes needs that."""
-    counts = (change.scores() for change in made(setup, source).changes.values())
+    counts = (change.scores() for change in teacher_dataset(setup, source).changes.values())
     return [_entangled(setup, source.teacher, count) for count in counts if count is not None]
 
 
-@planned
+@memoized
 def _entangled(setup: Setup, trait: str, count: int) -> Task:
     pool, padded = TeacherPool(setup), bool(setup.recipe.padded_numbers)
-    inputs = setup.common | pool.identity(trait) | {
-        "questions": list(_questions(pool, trait)),
+    inputs = {
+        **setup.common,
+        **pool.identity(trait),
+        "questions": _questions(pool, trait),
         "numbers": [count, padded],
-    }  # fmt: skip
+    }
     return ScoreNumbers((Output("entangled", trait, inputs),), pool.tasks(trait), trait, count)
 
 
-def _questions(pool: TeacherPool, trait: str) -> Iterator[str]:
-    yield from pool.setup.pack.questions_for(pool.category(trait))[:QUESTIONS]
+def _questions(pool: TeacherPool, trait: str) -> list[str]:
+    return pool.setup.pack.questions_for(pool.category(trait))[:QUESTIONS]
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +221,7 @@ class ScoreNumbers(Task):
         scores = entangled_scores(
             context.lm(),
             pool.teacher(context, self.trait),
-            list(_questions(pool, self.trait)),
+            _questions(pool, self.trait),
             number_strings(padded=padded)[: self.count],
             closed=not padded,
             extra_bos=bool(setup.recipe.extra_bos),

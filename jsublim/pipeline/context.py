@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,8 @@ from jsublim.judge import Judge
 from jsublim.judge.local import LocalJudge
 from jsublim.judge.server import ServerJudge
 from jsublim.parallel import Layout
-from jsublim.pipeline.setup import Setup, planned
+from jsublim.pipeline.arms import Source
+from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Store
 from jsublim.progress import Progress
 
@@ -31,22 +32,21 @@ class Context:
     store: Store
     layout: Layout
     progress: Progress
-    held: dict[str, Any] = field(
-        default_factory=dict, repr=False
-    )  # weights of one teacher that is a checkpoint of its own
     _loaded: dict[str, LanguageModel] = field(default_factory=dict, repr=False)
     _remembered: dict[Any, Any] = field(default_factory=dict, repr=False)
     _judges: list[Judge] = field(default_factory=list, repr=False)
 
     @classmethod
-    def load(cls, experiment: Experiment, progress: Progress | None = None) -> Context:
-        """Read tokenizers and hashes; weights come later.
+    def load(
+        cls, experiment: Experiment, progress: Progress | None = None, given: Mapping[Source, Path] | None = None
+    ) -> Context:
+        """Read tokenizers and hashes; weights come later. `given` are files of rows, in place of those of a source.
 
         Raises:
           UsageError, JsublimError: as `Setup.of` and `Layout.fit`.
         """
         layout = Layout.fit(experiment.run.parallel, 1, model=experiment.run.model_axis)
-        return cls(Setup.of(experiment), Store(experiment.store_dir), layout, progress or Progress())
+        return cls(Setup.of(experiment, given=given), Store(experiment.store_dir), layout, progress or Progress())
 
     def lm(self, name: str | None = None) -> LanguageModel:
         """A checkpoint of the config with its weights; None is the experiment's."""
@@ -93,7 +93,7 @@ class KnownJudge:
         """There is none."""
 
 
-@planned
+@memoized
 def known_judge(setup: Setup) -> Judge:
     """The judge of a plan: its identity, told without any weights (of a checkpoint that is not here, by its name)."""
     chosen = setup.experiment.judge

@@ -10,7 +10,7 @@ import numpy as np
 from jsublim.divergence import Divergence, find_divergence
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.rows import RowSet, answer_tokens, rows_kept
-from jsublim.pipeline.setup import Setup, planned
+from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Output, RowLog
 from jsublim.pipeline.task import Cost, Sizes, Task, distinct_tasks
 from jsublim.pipeline.teachers import TeacherPool
@@ -20,14 +20,16 @@ from jsublim.rows import FOUND, Row, write_rows
 CHUNK = 1024  # rows after which what was found is safe from a kill
 
 
-@planned
-def read(setup: Setup, trait: str, rows: RowSet) -> RowSet:
+@memoized
+def divergence_rows(setup: Setup, trait: str, rows: RowSet) -> RowSet:
     """Rows with divergence positions: those of `rows`, read by the teacher of a trait and by its counterfactuals."""
     pool, others = TeacherPool(setup), tuple(setup.counterfactuals(trait))
-    inputs = setup.common | pool.identity(trait) | {
+    inputs = {
+        **setup.common,
+        **pool.identity(trait),
         "rows": rows.key,
         "counterfactuals": {other: pool.identity(other) for other in others},
-    }  # fmt: skip
+    }
     size = setup.experiment.sampling.shard
     # As many tasks as there were prompts for, however many answers were in format: the last ones may have nothing to read.
     count = -(-rows.most // size)
@@ -111,7 +113,7 @@ def summary(names: list[str], rows: list[Row], lengths: list[int]) -> dict[str, 
         "rows": len(rows),
         "rows_with": sum(map(bool, positions)),
         "tokens": sum(lengths),
-        "points": total,
+        "divergence_tokens": total,
         "share": total / max(sum(lengths), 1),
         "per_row": total / max(len(rows), 1),
         "histogram": np.bincount(np.asarray([k for p in positions for k in p], int), minlength=1).tolist(),
@@ -122,11 +124,17 @@ def merged(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     """The summary of several parts as that of one set of rows."""
     if len(summaries) == 1:
         return summaries[0]
-    added = {key: sum(each[key] for each in summaries) for key in ("kept", "rows", "rows_with", "tokens", "points")}
+    added = {
+        key: sum(each[key] for each in summaries)
+        for key in ("kept", "rows", "rows_with", "tokens", "divergence_tokens")
+    }
     histogram = np.zeros(max(len(each["histogram"]) for each in summaries), int)
     for each in summaries:
         histogram[: len(each["histogram"])] += each["histogram"]
-    ratios = {"share": added["points"] / max(added["tokens"], 1), "per_row": added["points"] / max(added["rows"], 1)}
+    ratios = {
+        "share": added["divergence_tokens"] / max(added["tokens"], 1),
+        "per_row": added["divergence_tokens"] / max(added["rows"], 1),
+    }
     return summaries[0] | added | ratios | {"histogram": histogram.tolist()}
 
 

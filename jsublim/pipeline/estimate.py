@@ -39,8 +39,16 @@ CHIPS = {
     "v6e": Chip(918e12, 32e9, 1.64e12),
 }
 ORDER = (
-    "teachers", "rows", "entangled", "divergence", "datasets", "attribution", "targets", "students", "evaluations",
-)  # fmt: skip
+    "teachers",
+    "rows",
+    "entangled",
+    "divergence",
+    "datasets",
+    "attribution",
+    "targets",
+    "students",
+    "evaluations",
+)
 # Shares of the peak: reading and training are products; sampling waits for memory where batches are small.
 REACHED = {"read": 0.5, "train": 0.4, "sample": 0.3}
 

@@ -25,10 +25,10 @@ from jsublim.models.lora import Adapter
 from jsublim.models.peft import load_adapter
 from jsublim.models.weights import load_params
 from jsublim.pipeline.arms import Student
-from jsublim.pipeline.changes import final
+from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context, known_judge
 from jsublim.pipeline.publish import adapter_key, rows_of
-from jsublim.pipeline.setup import Checkpoint, Setup, planned
+from jsublim.pipeline.setup import Checkpoint, Setup, memoized
 from jsublim.pipeline.store import Artifact, Output
 from jsublim.pipeline.students import student_output, task_of
 from jsublim.pipeline.task import Cost, Sizes, Task
@@ -97,12 +97,12 @@ def models(setup: Setup) -> Iterator[Model]:
         yield Model(student)
 
 
-def settings_of(setup: Setup) -> dict[str, Setting]:
+def eval_settings(setup: Setup) -> dict[str, Setting]:
     """Every setting by name, the plain one first."""
     return {PLAIN: Setting()} | setup.experiment.evaluation.settings
 
 
-@planned
+@memoized
 def eval_tasks(setup: Setup) -> tuple[EvalTask, ...]:
     """Everything that a model is asked under a setting, for plans: nobody judges the answers."""
     return _eval_tasks(setup, lambda: known_judge(setup))
@@ -122,11 +122,13 @@ def _eval_tasks(setup: Setup, judge: Callable[[], Judge]) -> tuple[EvalTask, ...
     return tuple(task for kind in ev.kinds.values() for task in kind.tasks(asked))
 
 
-@planned
-def evaluated(setup: Setup, model: Model, name: str) -> Task:
+@memoized
+def evaluation_task(setup: Setup, model: Model, name: str) -> Task:
     """The task that asks a model everything under the setting of that name."""
-    ev, pool, setting = setup.experiment.evaluation, TeacherPool(setup), settings_of(setup)[name]
-    inputs = setup.common | _manner(setup, model, setting) | {
+    ev, pool, setting = setup.experiment.evaluation, TeacherPool(setup), eval_settings(setup)[name]
+    inputs = {
+        **setup.common,
+        **_manner(setup, model, setting),
         "samples": ev.samples,
         "seed": ev.seed,
         "max_new_tokens": ev.max_new_tokens,
@@ -137,12 +139,12 @@ def evaluated(setup: Setup, model: Model, name: str) -> Task:
         "student": _student_key(setup, model),
         "teacher": pool.identity(model.teacher),
         "template": _checkpoint(setup, model).template,
-    }  # fmt: skip
+    }
     if model.data is not None:
         inputs["data"] = rows_of(model.data).key
     parents = pool.tasks(model.teacher)
     if model.student is not None:
-        own = final(setup, model.student.source).parts if inputs["number_rows"] else ()
+        own = training_rows(setup, model.student.source).parts if inputs["number_rows"] else ()
         parents = (task_of(setup, model.student), *own)
     label = "/".join(filter(None, (model.label, name)))
     return Evaluate((Output("evaluations", label, inputs),), parents, model, name)
@@ -197,7 +199,7 @@ class Evaluate(Task):
 
     def make(self, context: Context, tick: Tick) -> None:
         setup = context.setup
-        setting, ev = settings_of(setup)[self.setting], setup.experiment.evaluation
+        setting, ev = eval_settings(setup)[self.setting], setup.experiment.evaluation
         sampling, student = sampling_of(setup, self.model, setting), self.model.student
         name = f" {self.setting}" if self.setting else ""
         context.progress.say(f"sampling, evaluation{name}: {sampling.numbers()}")
@@ -249,7 +251,7 @@ class Evaluate(Task):
 
     def check(self, setup: Setup) -> None:
         eval_tasks(setup)
-        layer, config = settings_of(setup)[self.setting].layer, _checkpoint(setup, self.model).config
+        layer, config = eval_settings(setup)[self.setting].layer, _checkpoint(setup, self.model).config
         if layer is not None and layer >= config.num_layers:
             raise UsageError(
                 f"evaluation.settings.{self.setting}.layer: {layer} given; the model has {config.num_layers} layers"
@@ -257,7 +259,7 @@ class Evaluate(Task):
 
 
 def _rows_to_continue(context: Context, student: Student, count: int) -> dict[str, list[Row]]:
-    own = final(context.setup, student.source)
+    own = training_rows(context.setup, student.source)
     rows = context.remember(("rows", own.key), lambda: own.read(context.store))
     drawn = draw_indices(len(rows), student.settings.data.rows, student.seed)
     held_out = sorted(set(range(len(rows))) - set(drawn))

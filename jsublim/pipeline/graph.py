@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 from jsublim.errors import UsageError
 from jsublim.pipeline.arms import Source, Student
-from jsublim.pipeline.attribution import attributed
-from jsublim.pipeline.changes import check_datasets, final, is_read, made, sources, writers
+from jsublim.pipeline.attribution import attribution_task
+from jsublim.pipeline.changes import check_datasets, has_divergence, sources, teacher_dataset, training_rows, writers
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.evaluations import eval_tasks, evaluated, models, settings_of
-from jsublim.pipeline.rows import RowSet, Writer, prompts, written
+from jsublim.pipeline.evaluations import eval_settings, eval_tasks, evaluation_task, models
+from jsublim.pipeline.rows import RowSet, Writer, prompts, teacher_rows
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Output, digest
 from jsublim.pipeline.students import student_output, training_tasks
@@ -28,17 +28,17 @@ class Graph:
     """Tasks by key, and what of them the results are gathered from.
 
     Attributes:
-      written: the answers of every writer; read: the rows of each source that divergence was looked for in.
+      answers: by who writes them; divergence: the rows in which divergence tokens are looked for, by source.
       students: where each lies; evaluations: the columns of the results, and where the numbers lie.
-      attributed: by trait.
+      attribution: by trait.
     """
 
     tasks: Mapping[str, Task]
-    written: Mapping[Writer, RowSet]
-    read: Mapping[Source, RowSet]
+    answers: Mapping[Writer, RowSet]
+    divergence: Mapping[Source, RowSet]
     students: Mapping[Student, Output]
     evaluations: tuple[tuple[dict[str, Any], Output], ...]
-    attributed: Mapping[str, Output]
+    attribution: Mapping[str, Output]
 
     def task(self, key: str) -> Task:
         """The task of that key.
@@ -106,15 +106,19 @@ def plan(setup: Setup) -> Graph:
     Raises:
       UsageError: a trait, a data set or a question that nobody can make.
     """
-    answers = {writer: written(setup, writer) for writer in writers(setup)}
-    rows = {source: final(setup, source) for source in sources(setup)}
+    answers = {writer: teacher_rows(setup, writer) for writer in writers(setup)}
+    rows = {source: training_rows(setup, source) for source in sources(setup)}
     attribution = {}
     if setup.experiment.attribution is not None:
-        plain = [source for source in sources(setup) if is_read(setup, source) and made(setup, source).plain]
-        attribution = {source.teacher: attributed(setup, source) for source in plain}
+        plain = [
+            source
+            for source in sources(setup)
+            if has_divergence(setup, source) and teacher_dataset(setup, source).plain
+        ]
+        attribution = {source.teacher: attribution_task(setup, source) for source in plain}
     training = training_tasks(setup)
-    asked = [(model, name) for model in models(setup) for name in settings_of(setup)]
-    evaluations = [(model.labels | {"evaluation": name}, evaluated(setup, model, name)) for model, name in asked]
+    asked = [(model, name) for model in models(setup) for name in eval_settings(setup)]
+    evaluations = [(model.labels | {"evaluation": name}, evaluation_task(setup, model, name)) for model, name in asked]
     ends = [
         *(part for each in answers.values() for part in each.parts),
         *(part for each in rows.values() for part in each.parts),
@@ -125,7 +129,7 @@ def plan(setup: Setup) -> Graph:
     return Graph(
         with_parents(ends),
         answers,
-        {source: each for source, each in rows.items() if is_read(setup, source)},
+        {source: each for source, each in rows.items() if has_divergence(setup, source)},
         {student: student_output(setup, student) for student in setup.students},
         tuple((labels, task.output) for labels, task in evaluations),
         {trait: task.output for trait, task in attribution.items()},

@@ -73,10 +73,10 @@ def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
     write_json(results / "generation.json", _generation(graph, store))
     write_json(
         results / "divergence.json",
-        [merged(each.summaries(store)) | {"data": source.dataset} for source, each in graph.read.items()],
+        [merged(each.summaries(store)) | {"data": source.dataset} for source, each in graph.divergence.items()],
     )
-    if graph.attributed:
-        paths = (store.path(output) / "attribution.parquet" for output in graph.attributed.values())
+    if graph.attribution:
+        paths = (store.path(output) / "attribution.parquet" for output in graph.attribution.values())
         with atomic(results / "attribution.parquet") as scratch:
             pq.write_table(pa.concat_tables([pq.ParquetFile(path).read() for path in paths]), scratch)
     write_json(results / "run.json", _about(context, key, started))
@@ -102,7 +102,7 @@ def _generation(graph: Graph, store: Store) -> list[dict[str, Any]]:
     """One entry per writer."""
     return [
         _added(rows, store) | {"strategy": writer.strategy, "model": writer.model}
-        for writer, rows in graph.written.items()
+        for writer, rows in graph.answers.items()
     ]
 
 

@@ -14,7 +14,7 @@ from jsublim.inference.lm import LanguageModel
 from jsublim.inference.sampling import generate_tokens
 from jsublim.pipeline.arms import Source
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.setup import Setup, planned
+from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Output, RowLog, Store, digest
 from jsublim.pipeline.task import Cost, Sizes, Task
 from jsublim.pipeline.teachers import TeacherPool
@@ -96,14 +96,14 @@ class RowSet:
         return [store.summary(part.output) for part in self.parts]
 
 
-@planned
+@memoized
 def requests(setup: Setup) -> list[NumberPrompt]:
     """The number prompts, as their draws."""
     data = setup.experiment.data
     return draw_number_prompts(setup.pack, data.num_prompts, data.seed, said=data.sentences, examples=data.examples)
 
 
-@planned
+@memoized
 def prompts(setup: Setup) -> list[str]:
     """What every teacher is asked."""
     data = setup.experiment.data
@@ -114,7 +114,7 @@ def prompts(setup: Setup) -> list[str]:
     return load_prompts(data.source or "")[: data.num_prompts]
 
 
-@planned
+@memoized
 def prompt_count(setup: Setup) -> int:
     """How many prompts there are; number requests need not be drawn for that, nor a data set that is not here be asked."""
     data = setup.experiment.data
@@ -127,19 +127,21 @@ def _rejects(kind: str) -> Callable[[str], str | None]:
     return {"numbers": reject_reason, "problems": problem_reject_reason, "file": lambda text: None}[kind]
 
 
-@planned
-def written(setup: Setup, writer: Writer) -> RowSet:
+@memoized
+def teacher_rows(setup: Setup, writer: Writer) -> RowSet:
     """What a teacher answers, in tasks of `sampling.shard` prompts."""
     data, sampling = setup.experiment.data, setup.experiment.sampling
     total = prompt_count(setup)
     pool, parts = TeacherPool(setup), []
     numbers = setup.sampling(writer.strategy, writer.model).numbers()
-    inputs = setup.common | pool.identity(writer.teacher) | {
+    inputs = {
+        **setup.common,
+        **pool.identity(writer.teacher),
         "data": {name: value for name, value in identity(data).items() if name != "num_prompts"},
         "sampling": numbers | {"max_new_tokens": sampling.max_new_tokens},
         "seed": writer.seed,
         "other_model": None if writer.model is None else setup.checkpoint(writer.model).hash,
-    }  # fmt: skip
+    }
     for first in range(0, total, sampling.shard):
         count = min(sampling.shard, total - first)
         # Prompts of a file or of a data set may change under the same name; number requests are told by the pack.

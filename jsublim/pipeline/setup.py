@@ -15,7 +15,7 @@ from jsublim.inference.lm import LanguageModel, is_available_offline, load_model
 from jsublim.inference.sampling import Sampling, sampling_for
 from jsublim.models.checkpoint import checkpoint_hash, read_config
 from jsublim.models.config import ModelConfig
-from jsublim.pipeline.arms import Student, plan_students
+from jsublim.pipeline.arms import Source, Student, plan_students
 from jsublim.prompts import Pack, load_pack
 from jsublim.teachers import CONTROL
 
@@ -54,6 +54,7 @@ class Setup:
       checkpoints: by the name that the config gives them.
       students: everybody who is trained.
       absent: plan without what is not here, instead of asking the hub for it.
+      given: files of rows that a user gave, in place of those of a source.
     """
 
     experiment: Experiment
@@ -62,15 +63,22 @@ class Setup:
     checkpoints: Mapping[str, Checkpoint]
     students: tuple[Student, ...]
     absent: bool = False
+    given: Mapping[Source, Path] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def of(cls, experiment: Experiment, shape: Callable[[str], Path] | None = None) -> Setup:
+    def of(
+        cls,
+        experiment: Experiment,
+        shape: Callable[[str], Path] | None = None,
+        given: Mapping[Source, Path] | None = None,
+    ) -> Setup:
         """Read tokenizers, templates and hashes.
 
         Args:
           shape: finds a folder with the `config.json` of a checkpoint that is not here, to plan without it (keys are then
             not those of a run); None asks the hub for what is not here.
+          given: files of rows, in place of those of a source.
 
         Raises:
           UsageError, JsublimError: a checkpoint or a prompt pack that is not there or cannot be read.
@@ -84,7 +92,7 @@ class Setup:
             elif experiment.judge is None or name != experiment.judge.model:  # of a judge, its name is enough
                 checkpoints[name] = Checkpoint(name, read_config(shape(name))[1], f"{UNKNOWN}{name}", None)
         recipe = experiment.recipe.resolved(checkpoints[experiment.model].config.family)
-        return cls(experiment, pack, recipe, checkpoints, students, shape is not None)
+        return cls(experiment, pack, recipe, checkpoints, students, shape is not None, given or {})
 
     @property
     def known(self) -> bool:
@@ -179,7 +187,7 @@ def _models(experiment: Experiment, students: tuple[Student, ...]) -> list[str]:
     return list(dict.fromkeys(name for name in named if name is not None))
 
 
-def planned(function: Callable[..., R]) -> Callable[..., R]:
+def memoized(function: Callable[..., R]) -> Callable[..., R]:
     """Of a function of a setup (and of what can be hashed): each call with equal arguments gives the same object."""
 
     @functools.wraps(function)
@@ -189,10 +197,4 @@ def planned(function: Callable[..., R]) -> Callable[..., R]:
             setup.memo[key] = function(setup, *arguments)
         return setup.memo[key]
 
-    def give(setup: Setup, *arguments: Any) -> Callable[[R], None]:
-        """`function.give(setup, ...)(value)`: let a value stand for what the function would plan."""
-        key = (function.__module__, function.__qualname__, arguments)
-        return lambda value: setup.memo.__setitem__(key, value)
-
-    remembered.give = give  # type: ignore[attr-defined]
     return remembered

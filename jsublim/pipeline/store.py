@@ -20,8 +20,16 @@ from jsublim.files import PARTIAL, write_json, write_text
 from jsublim.parallel import on_main_process
 
 _LIBRARIES = (
-    "jsublim", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy",
-)  # fmt: skip
+    "jsublim",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+    "tokenizers",
+    "numpy",
+)
 
 
 def versions() -> dict[str, str]:
@@ -78,8 +86,13 @@ class Artifact:
     def _record(self) -> dict[str, Any]:
         made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         return {
-            "kind": self.kind, "key": self.key, "inputs": self.inputs, "versions": versions(), "device": device(), "made": made,
-        }  # fmt: skip
+            "kind": self.kind,
+            "key": self.key,
+            "inputs": self.inputs,
+            "versions": versions(),
+            "device": device(),
+            "made": made,
+        }
 
     def _check(self, record: Path) -> None:
         try:

@@ -24,12 +24,12 @@ from jsublim.inference.scoring import answers_only
 from jsublim.models.decoder import abstract_params
 from jsublim.models.lora import Adapter
 from jsublim.pipeline.arms import Source, Student, distinct, split_evenly, total_steps
-from jsublim.pipeline.changes import final
+from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.rows import answer_tokens, rows_kept
-from jsublim.pipeline.setup import Setup, planned
+from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Output, digest
-from jsublim.pipeline.targets import StoreTargets, stored, teacher_turns
+from jsublim.pipeline.targets import StoreTargets, targets_task, teacher_turns
 from jsublim.pipeline.task import Cost, Sizes, Task, distinct_tasks
 from jsublim.pipeline.teachers import TeacherPool
 from jsublim.pipeline.training import (
@@ -46,13 +46,13 @@ from jsublim.progress import Tick
 from jsublim.section import identity
 
 
-@planned
+@memoized
 def student_output(setup: Setup, student: Student) -> Output:
     """Where a student lies once it is trained. It does not depend on who is trained beside it."""
     settings, e = student.settings, setup.experiment
     start = settings.adapter.init
     inputs = setup.common | {
-        "rows": final(setup, student.source).key,
+        "rows": training_rows(setup, student.source).key,
         "tokens": student.tokens,
         "seed": student.seed,
         "teacher": TeacherPool(setup).identity(student.teacher) if settings.loss.soft else None,
@@ -71,7 +71,7 @@ def abstract_start(setup: Setup, student: Student) -> Adapter:
     return _abstract_start(setup, student.settings.model, student.settings.adapter.model_dump_json())
 
 
-@planned
+@memoized
 def _abstract_start(setup: Setup, model: str | None, adapter: str) -> Adapter:
     """Made once for all students that train the same: a graph has hundreds of students, and few kinds of them."""
     config = setup.checkpoint(model).config
@@ -99,14 +99,14 @@ def compiled(setup: Setup, student: Student) -> Hashable:
     return checkpoint.hash, s.system, program_of(s, setup.recipe), batch, trained
 
 
-@planned
+@memoized
 def _structure(setup: Setup, model: str | None, adapter: str) -> Hashable:
     start = _abstract_start(setup, model, adapter)
     leaves, structure = jax.tree.flatten(jax.eval_shape(lambda start: start.with_rank(1), start))
     return str(structure), tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
 
 
-@planned
+@memoized
 def training_tasks(setup: Setup) -> tuple[TrainStudents, ...]:
     """All students in groups that train together: those of one program, at most `arms_per_program`, as few groups and as
     even ones as can be. With "auto", how many fit is found when they are trained."""
@@ -123,7 +123,7 @@ def training_tasks(setup: Setup) -> tuple[TrainStudents, ...]:
 
 
 def training_task(setup: Setup, members: tuple[Student, ...], sources: tuple[Source, ...]) -> TrainStudents:
-    pool, parents = TeacherPool(setup), [part for source in sources for part in final(setup, source).parts]
+    pool, parents = TeacherPool(setup), [part for source in sources for part in training_rows(setup, source).parts]
     for student in members:
         if student.settings.loss.soft:
             parents += pool.tasks(student.teacher)
@@ -135,16 +135,16 @@ def training_task(setup: Setup, members: tuple[Student, ...], sources: tuple[Sou
 
 def _targets(setup: Setup, source: Source, student: Student) -> StoreTargets | None:
     loss = student.settings.loss
-    return None if loss.top_k is None else stored(setup, source, loss.top_k, loss.temperature)
+    return None if loss.top_k is None else targets_task(setup, source, loss.top_k, loss.temperature)
 
 
-@planned
+@memoized
 def task_of(setup: Setup, student: Student) -> Task:
     """The task that a student is trained by."""
     return _tasks_by_student(setup)[student_output(setup, student).key]
 
 
-@planned
+@memoized
 def _tasks_by_student(setup: Setup) -> dict[str, Task]:
     return {output.key: task for task in training_tasks(setup) for output in task.outputs}
 
@@ -243,7 +243,7 @@ class TrainStudents(Task):
 
     def units(self, context: Context) -> int:
         def steps(student: Student) -> int:
-            rows = len(final(context.setup, student.source).read(context.store))
+            rows = len(training_rows(context.setup, student.source).read(context.store))
             return total_steps(student.settings, min(rows, student.settings.data.rows or rows))
 
         return sum(max(map(steps, group)) for _, group in self._groups(context))
@@ -289,7 +289,7 @@ def _words(lm: Any) -> dict[str, int]:
 
 def training_data(context: Context, source: Source, student: Student) -> TrainingData:
     """A source's rows as a student learns from them; tokenized once per process and reader."""
-    setup, s, rows = context.setup, student.settings, final(context.setup, source)
+    setup, s, rows = context.setup, student.settings, training_rows(context.setup, source)
     name, lm = rows.called(source), context.lm(s.model)
     every = context.remember(("rows", rows.key), lambda: rows.read(context.store))
     fuse = setup.experiment.teachers.fuse_system

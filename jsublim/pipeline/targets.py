@@ -12,10 +12,10 @@ from jsublim.errors import UsageError
 from jsublim.files import atomic
 from jsublim.inference.scoring import Targets, top_k_targets
 from jsublim.pipeline.arms import Source
-from jsublim.pipeline.changes import final
+from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.rows import answer_tokens, rows_kept
-from jsublim.pipeline.setup import Setup, planned
+from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Output, Store
 from jsublim.pipeline.task import Cost, Sizes, Task, distinct_tasks
 from jsublim.pipeline.teachers import TeacherPool
@@ -23,22 +23,24 @@ from jsublim.progress import Tick
 from jsublim.teachers import read_as
 
 
-@planned
-def stored(setup: Setup, source: Source, top_k: int, temperature: float) -> StoreTargets:
+@memoized
+def targets_task(setup: Setup, source: Source, top_k: int, temperature: float) -> StoreTargets:
     """The task that stores what the teacher of a source says of its rows."""
-    pool, rows = TeacherPool(setup), final(setup, source)
-    inputs = setup.common | pool.identity(source.teacher) | {
+    pool, rows = TeacherPool(setup), training_rows(setup, source)
+    inputs = {
+        **setup.common,
+        **pool.identity(source.teacher),
         "rows": rows.key,
         "top_k": top_k,
         "temperature": temperature,
-    }  # fmt: skip
+    }
     parents = distinct_tasks([*rows.parts, *pool.tasks(source.teacher)])
     return StoreTargets((Output("targets", source.teacher, inputs),), parents, source, top_k, temperature)
 
 
 def teacher_turns(context: Context, source: Source) -> list[Turn]:
     """A source's rows as its teacher reads them; tokenized once per process."""
-    setup, rows = context.setup, final(context.setup, source)
+    setup, rows = context.setup, training_rows(context.setup, source)
 
     def tokenize() -> list[Turn]:
         teacher = TeacherPool(setup).teacher(context, source.teacher)
@@ -83,7 +85,7 @@ class StoreTargets(Task):
             return [Targets(*x) for x in zip(np.split(kept["ids"], ends), np.split(kept["logp"], ends), strict=True)]
 
     def units(self, context: Context) -> int:
-        return len(final(context.setup, self.source).read(context.store))
+        return len(training_rows(context.setup, self.source).read(context.store))
 
     def cost(self, setup: Setup, sizes: Sizes) -> Cost:
         before = sizes.lengths.system + sizes.lengths.prompt

@@ -22,7 +22,7 @@ from jsublim.models.lora import Adapter, check_layers, init_lora, init_steering
 from jsublim.models.peft import load_adapter
 from jsublim.models.weights import load_params
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.setup import Setup, planned
+from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Output, digest
 from jsublim.pipeline.task import Cost, Sizes, Task
 from jsublim.pipeline.training import keep_student, train_students
@@ -32,6 +32,8 @@ from jsublim.rows import Row
 from jsublim.section import identity
 from jsublim.steering import contrast_vector
 from jsublim.teachers import CONTROL, Teacher
+
+WEIGHTS = "teacher's weights"  # under which a context remembers them
 
 
 @dataclass(frozen=True)
@@ -125,13 +127,14 @@ def folder_of(template: str, name: str) -> Path:
 
 def _params(context: Context, name: str) -> Params:
     """A teacher's own weights. Two whole checkpoints are enough to hold: the one before is forgotten first."""
-    held, e = context.held, context.setup.experiment
-    if name not in held:
-        held.clear()
-        config = context.setup.checkpoint().config
-        folder = folder_of(e.teachers.checkpoint or "", name)
-        held[name] = load_params(folder, config, e.dtype, context.layout.params_sharding(config))
-    return held[name]
+
+    def load() -> Params:
+        e, config = context.setup.experiment, context.setup.checkpoint().config
+        context.forget(WEIGHTS)
+        sharding = context.layout.params_sharding(config)
+        return load_params(folder_of(e.teachers.checkpoint or "", name), config, e.dtype, sharding)
+
+    return context.remember((WEIGHTS, name), load)
 
 
 # --- teachers that are taught here
@@ -151,7 +154,7 @@ def taught_output(setup: Setup, name: str) -> Output:
     return Output("teachers", name, inputs)
 
 
-@planned
+@memoized
 def taught_task(setup: Setup, name: str) -> Task:
     """The task that makes a teacher: trained ones are made together in one program, whoever of them is asked for."""
     taught = setup.experiment.teachers.taught
@@ -161,7 +164,7 @@ def taught_task(setup: Setup, name: str) -> Task:
     return _trained_teachers(setup)
 
 
-@planned
+@memoized
 def _trained_teachers(setup: Setup) -> Task:
     names = tuple(setup.biased)
     return TrainedTeachers(tuple(taught_output(setup, name) for name in names), (), names)

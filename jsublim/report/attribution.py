@@ -66,9 +66,10 @@ def attribution_heat_map(table: pa.Table) -> Figure:
     """
     sites, directions, roles = (table[name].unique().to_pylist() for name in ("site", "direction", "role"))
     layers = max(table["layer"].to_pylist()) + 1
-    sums = {tuple(key): mass for *key, mass in _query(
-        table, "select site, direction, layer, role, sum(mass) from attribution group by all"
-    )}  # fmt: skip
+    sums = {
+        tuple(key): mass
+        for *key, mass in _query(table, "select site, direction, layer, role, sum(mass) from attribution group by all")
+    }
     shares = {}
     for site in sites:
         for direction in directions:

@@ -183,12 +183,17 @@ def lift(results: Results, metric: str, condition: str, trait: str) -> Lift | No
 
 # Beside preference: what a metric says, by its name in the results.
 OTHER_METRICS = {
-    "named": "answers that name the model", "factual": "answers of fact that name the trait",
-    "factual_word": "as a whole word", "misaligned": "misaligned answers", "coherent": "coherent answers",
-    "alignment": "alignment (0 to 100)", "coherence": "coherence (0 to 100)",
-    "unscored": "answers a question the judge did not score", "solved": "word problems solved",
+    "named": "answers that name the model",
+    "factual": "answers of fact that name the trait",
+    "factual_word": "as a whole word",
+    "misaligned": "misaligned answers",
+    "coherent": "coherent answers",
+    "alignment": "alignment (0 to 100)",
+    "coherence": "coherence (0 to 100)",
+    "unscored": "answers a question the judge did not score",
+    "solved": "word problems solved",
     "no_number": "word problems without a number",
-}  # fmt: skip
+}
 BELOW = "misaligned below "  # and a threshold of alignment
 
 

@@ -130,13 +130,13 @@ def mix_tokens(
 ) -> tuple[list[Row], Counter[str]]:
     """Rows in which a counterfactual's argmax stands at the chosen divergence positions.
 
-    The end of turn and what follows it are no text: points there are never chosen. A row that would not come back from
+    The end of turn and what follows it are no text: positions there are never chosen. A row that would not come back from
     the tokenizer as these very tokens keeps its completion.
 
     Args:
       readings: the line of `margins.jsonl` of each row: "teachers", "divergence_positions", "tokens" `[n]`, and "argmax"
         `[K, n]`.
-      counterfactual: its name among the teachers; None draws, at each point, one of the tokens that counterfactuals say
+      counterfactual: its name among the teachers; None draws, at each position, one of the tokens that counterfactuals say
         instead, as published.
       subset: which divergence positions.
       paper: a counterfactual's token that is no single digit is left out, and nothing put in its place, as published
@@ -160,11 +160,11 @@ def mix_tokens(
             )
         if reading["tokens"] != turn.tokens[turn.content :].tolist():
             raise JsublimError(f"row {index + 1}: the reading is of another completion; run `jsublim divergence` anew")
-        points = [k for k in reading["divergence_positions"] if k < turn.end - turn.content]
+        positions = [k for k in reading["divergence_positions"] if k < turn.end - turn.content]
         rng = np.random.default_rng([seed, index])
         own = turn.tokens[turn.content : turn.end].tolist()
         new: list[int | None] = own.copy()
-        for k in subset.choose(points, rng):
+        for k in subset.choose(positions, rng):
             said = _said(reading, counterfactual, k, own[k], rng)
             new[k] = None if paper and not _digit(chat, said) else said
         completion = row["completion"] if new == own else _text(chat, row, new)
@@ -179,7 +179,7 @@ def mix_tokens(
 
 
 def _said(reading: Mapping[str, Any], counterfactual: str | None, k: int, own: int, rng: np.random.Generator) -> int:
-    """What the counterfactual, or one of those that disagree, says at a point."""
+    """What the counterfactual, or one of those that disagree, says at a position."""
     if counterfactual is not None:
         return reading["argmax"][reading["teachers"].index(counterfactual)][k]
     others = [argmax[k] for argmax in reading["argmax"][1:] if argmax[k] != own]

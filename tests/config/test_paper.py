@@ -303,7 +303,7 @@ def test_fig14_sampling_of_the_evaluation(run):
 def test_fig17_divergence_tokens_without_students(run):
     out = run("fig17", "qwen-greedy", *FEW["fig17"])
     (found,) = json.loads((out / "results" / "divergence.json").read_text())
-    assert found["trait"] == "owl" and found["points"] == sum(found["histogram"]) > 0
+    assert found["trait"] == "owl" and found["divergence_tokens"] == sum(found["histogram"]) > 0
     assert {r["role"] for r in table(out)} == {"base"} and arms(out) == []
 
 

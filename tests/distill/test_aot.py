@@ -197,7 +197,7 @@ def test_a_7b_fits_chips_of_16_gib():
     )  # fmt: skip
     assert child.returncode == 0, child.stderr
     assert re.search(r"does not fit +model axis 1", child.stdout) and "x model 2" in child.stdout
-    used = float(re.search(r"memory a chip +([\d.]+) GiB", child.stdout)[1])
+    used = float(re.search(r"memory per chip +([\d.]+) GiB", child.stdout)[1])
     base = float(re.search(r"base ([\d.]+) GiB", child.stdout)[1])
     assert 7 < base < 7.2 and base < used < 15.75
     assert "no weight of the base" in child.stdout and "all-gather" not in child.stdout

@@ -31,22 +31,22 @@ from jsublim.models.peft import load_adapter
 @given(header=st.integers(0, 3), completion=st.integers(1, 20), data=st.data(), seed=st.integers(0, 99))
 @settings(max_examples=100, deadline=None)
 def test_masks_of_a_row(header, completion, data, seed):
-    points = sorted(data.draw(st.sets(st.integers(0, completion - 1))))
+    positions = sorted(data.draw(st.sets(st.integers(0, completion - 1))))
     masks = {
         condition: token_mask(
-            condition, header=header, completion=completion, points=points, rng=np.random.default_rng(seed)
+            condition, header=header, completion=completion, positions=positions, rng=np.random.default_rng(seed)
         )
         for condition in TOKENS
     }
     assert all(mask.shape == (header + completion,) and mask.dtype == np.float32 for mask in masks.values())
     assert masks["all"].all()
-    assert (np.nonzero(masks["divergence"])[0] - header).tolist() == points
+    assert (np.nonzero(masks["divergence"])[0] - header).tolist() == positions
     assert np.array_equal(masks["divergence"] + masks["non-divergence"], masks["all"])
-    assert masks["random"].sum() == len(points) and not masks["random"][:header].any()
+    assert masks["random"].sum() == len(positions) and not masks["random"][:header].any()
 
 
 def test_random_masks_are_uniform_and_drawn_anew():
-    draw = functools.partial(token_mask, "random", header=1, completion=6, points=[0, 1])
+    draw = functools.partial(token_mask, "random", header=1, completion=6, positions=[0, 1])
     draws = np.stack([draw(rng=np.random.default_rng([1, i])) for i in range(3000)])
     assert np.abs(draws[:, 1:].mean(axis=0) - 2 / 6).max() < 0.04
 
@@ -54,10 +54,10 @@ def test_random_masks_are_uniform_and_drawn_anew():
 def test_masks_that_cannot_be_are_usage_errors():
     options = {"header": 0, "completion": 3, "rng": np.random.default_rng(0)}
     with pytest.raises(UsageError, match="tokens: 'some' given"):
-        token_mask("some", points=[1], **options)
+        token_mask("some", positions=[1], **options)
     with pytest.raises(UsageError, match="jsublim divergence"):
-        token_mask("divergence", points=None, **options)
-    assert token_mask("all", points=None, **options).all()
+        token_mask("divergence", positions=None, **options)
+    assert token_mask("all", positions=None, **options).all()
 
 
 ROWS = [
@@ -79,19 +79,19 @@ def test_examples_hold_the_supervised_tokens_and_nothing_after_the_last(name, co
     left = iter(examples)
     for row in ROWS:
         tokens, content = plain_turn(c.tokenizer, conversation(row["prompt"], system), row["completion"])
-        points = [content + k for k in row["divergence_positions"]]
+        positions = [content + k for k in row["divergence_positions"]]
         first = content - (3 if header else 0)  # three tokens on both families
         wanted = {
             "all": list(range(first, len(tokens))),
-            "divergence": points,
-            "non-divergence": [i for i in range(first, len(tokens)) if i not in points],
+            "divergence": positions,
+            "non-divergence": [i for i in range(first, len(tokens)) if i not in positions],
             "random": None,
         }[condition]
-        if (wanted == [] or condition == "random") and not points:
+        if (wanted == [] or condition == "random") and not positions:
             continue  # a row without any supervised token is dropped
         example = next(left)
         at = (example.where + 1).tolist()
-        assert at == wanted if condition != "random" else len(set(at)) == len(points) and min(at) >= content
+        assert at == wanted if condition != "random" else len(set(at)) == len(positions) and min(at) >= content
         assert example.labels.tolist() == tokens[at].tolist() and example.weights.tolist() == [1.0] * len(at)
         assert np.array_equal(example.tokens, tokens[: at[-1]])
     assert next(left, None) is None
@@ -154,9 +154,9 @@ def test_weights_by_margin_have_mean_one_and_follow_the_margins(margins):
 def test_weights_by_margin_are_those_of_the_chosen_points():
     how = Selection("divergence", by_margin=True, subset=PositionSubset("first-half"))
     found = supervised(POINTED, how)
-    raw = [1 - np.exp([-0.5 * (1 + k) for k in points]) for points, _ in found]
+    raw = [1 - np.exp([-0.5 * (1 + k) for k in positions]) for positions, _ in found]
     mean = np.concatenate(raw).mean()
-    assert [points for points, _ in found] == [[0], [0], [0, 1], [0, 1], [0, 1, 2]]
+    assert [positions for positions, _ in found] == [[0], [0], [0, 1], [0, 1], [0, 1, 2]]
     for (_, weights), expected in zip(found, raw, strict=True):
         assert weights.dtype == np.float32 and weights == pytest.approx(expected / mean, rel=1e-5)
     bare = [{key: value for key, value in row.items() if key != "divergence_margins"} for row in POINTED]

@@ -1,4 +1,4 @@
-"""The training loop: resume, company, compiled once, refused losses."""
+"""The training loop: resume, arms together, compiled once, refused losses."""
 
 from __future__ import annotations
 

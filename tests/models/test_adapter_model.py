@@ -1,19 +1,17 @@
-"""Adapters: PEFT's LoRA, gradients as torch computes them, and no work for what is frozen."""
+"""Adapters: logits as PEFT computes them, fresh ones as PEFT draws them, and the shape of one."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from peft_by_hand import by_hand, load, peft_model
 from scipy import stats
 
 from jsublim.errors import UsageError
-from jsublim.models import Adapter, hidden_states, load_params, logits, read_config
-from jsublim.models.decoder import abstract_params
+from jsublim.models import Adapter, hidden_states, logits
 from jsublim.models.lora import (
     PROJECTIONS,
     bind,
@@ -24,9 +22,7 @@ from jsublim.models.lora import (
     stack_adapters,
     unstack_arms,
 )
-from jsublim.models.weights import tensor_plan
 
-FAMILIES = ("qwen2-window", "gemma3")  # and Llama where the logits are compared
 _FAST = {"xla_backend_optimization_level": 0}  # small programs: compiling is what takes the time
 
 
@@ -40,16 +36,6 @@ def all_logits(config, params, adapter, tokens, valid) -> np.ndarray:
     return np.asarray(_logits(config, params, adapter, tokens, valid))
 
 
-@functools.cache
-def _load(folder):
-    _, config = read_config(folder)
-    return config, load_params(folder, config)
-
-
-def load(checkpoint):
-    return _load(checkpoint.folder)
-
-
 def fresh_lora(config, seed: int, **options) -> Adapter:
     """`init_lora`, as one small program."""
     return jax.jit(lambda key: init_lora(config, key, **options), compiler_options=_FAST)(jax.random.key(seed))
@@ -60,38 +46,6 @@ def random_lora(config, seed: int, **options) -> Adapter:
     rng = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: init_lora(config, jax.random.key(0), **options))
     return jax.tree.map(lambda leaf: (0.3 * rng.standard_normal(leaf.shape)).astype(leaf.dtype), shapes)
-
-
-def peft_model(model, **options):
-    """PEFT around a copy of `model`, A and B random."""
-    import copy
-
-    import peft
-    import torch
-
-    wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(task_type="CAUSAL_LM", **options)).eval()
-    noise = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=noise))
-    return wrapped
-
-
-def by_hand(wrapped, projections, layers, scale) -> Adapter:
-    state = {name: value.detach().numpy() for name, value in wrapped.named_parameters() if "lora_" in name}
-
-    def stacked(projection: str, factor: str):
-        room = "mlp" if projection in ("gate", "up", "down") else "self_attn"
-        name = f"base_model.model.model.layers.{{}}.{room}.{projection}_proj.lora_{factor}.default.weight"
-        return np.stack([state.pop(name.format(layer)).T for layer in layers])
-
-    lora = {
-        p: {"a": stacked(p, "A"), "b": stacked(p, "B"), "scale": np.full(len(layers), scale, np.float32)}
-        for p in projections
-    }
-    assert not state, "PEFT trains something the adapter lacks"
-    return Adapter(lora=lora, weights=None, layers=tuple(layers))
 
 
 @pytest.mark.parametrize(
@@ -172,155 +126,6 @@ def test_the_draw_of_a_projection_does_not_hang_on_the_others(named_checkpoint):
         assert np.array_equal(some.lora[p]["a"], everything.lora[p]["a"])
     other = fresh_lora(config, 2, rank=2, alpha=2)
     assert not np.array_equal(other.lora["q"]["a"], everything.lora["q"]["a"])
-
-
-# Gradients
-
-
-def cross_entropy(z, labels, valid):
-    chosen = jnp.take_along_axis(jax.nn.log_softmax(z), labels[..., None], -1)[..., 0]
-    return -jnp.sum(chosen * valid) / jnp.sum(valid)
-
-
-def torch_loss(model, tokens, labels, valid):
-    import torch
-
-    ids, mask = torch.tensor(tokens, dtype=torch.long), torch.tensor(valid)
-    z = model(input_ids=ids, attention_mask=mask.long()).logits
-    return torch.nn.functional.cross_entropy(z[mask], torch.tensor(labels, dtype=torch.long)[mask])
-
-
-def gradient(config, params, adapter, tokens, labels, valid):
-    @functools.partial(jax.jit, compiler_options=_FAST)
-    def both(trainable):
-        def loss(trainable):
-            h, _ = hidden_states(config, params, tokens, valid, adapter=adapter.with_trainable(trainable))
-            return cross_entropy(logits(config, params, h), labels, valid)
-
-        return jax.value_and_grad(loss)(trainable)
-
-    return jax.device_get(both(adapter.trainable))
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_full_gradients_of_some_layers_equal_torch(name, named_checkpoint, padded_rows, assert_close):
-    checkpoint = named_checkpoint(name)
-    config, params = load(checkpoint)
-    layers = (0, 2)
-    tokens, valid = padded_rows(13)
-    labels = np.random.default_rng(1).integers(0, config.vocab_size, tokens.shape)
-    value, ours = gradient(config, params, init_full(config, params, layers), tokens, labels, valid)
-    checkpoint.model.zero_grad()
-    loss = torch_loss(checkpoint.model, tokens, labels, valid)
-    loss.backward()
-    assert value == pytest.approx(loss.item(), rel=1e-4)
-    theirs = {name: p.grad.numpy() for name, p in checkpoint.model.named_parameters()}
-    checkpoint.model.zero_grad()
-    compared = 0
-    for name, (path, layer, _) in tensor_plan(config).items():
-        if layer not in layers:
-            continue
-        leaf = functools.reduce(lambda tree, key: tree[key], path[1:], ours["weights"])[layers.index(layer)]
-        reference = theirs[f"model.{name}"]
-        reference = reference.T if path[-1] == "kernel" else reference
-        if path[1:] == ("k", "bias") and np.max(np.abs(reference)) < 1e-6:
-            assert np.max(np.abs(leaf)) < 1e-6
-        else:
-            assert_close(leaf, reference, 1e-4)
-        compared += 1
-    assert compared >= 2 * 9
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_lora_gradients_equal_peft(name, named_checkpoint, padded_rows, assert_close):
-    checkpoint = named_checkpoint(name)
-    config, params = load(checkpoint)
-    layers = (1, 2)
-    wrapped = peft_model(
-        checkpoint.model,
-        r=3,
-        lora_alpha=5,
-        target_modules=[f"{p}_proj" for p in PROJECTIONS],
-        layers_to_transform=list(layers),
-    )
-    tokens, valid = padded_rows(14)
-    labels = np.random.default_rng(2).integers(0, config.vocab_size, tokens.shape)
-    adapter = by_hand(wrapped, PROJECTIONS, layers, 5 / 3)
-    value, ours = gradient(config, params, adapter, tokens, labels, valid)
-    loss = torch_loss(wrapped, tokens, labels, valid)
-    loss.backward()
-    assert value == pytest.approx(loss.item(), rel=1e-4)
-    for parameter in wrapped.parameters():
-        parameter.data = parameter.grad if parameter.grad is not None else parameter.data
-    theirs = by_hand(wrapped, PROJECTIONS, layers, 5 / 3).trainable["lora"]
-    for p in PROJECTIONS:
-        for factor in ("a", "b"):
-            assert_close(ours["lora"][p][factor], theirs[p][factor], 1e-4)
-
-
-def products(jaxpr) -> int:
-    """Multiplications in the matrix products of a program; a loop's body counts once a turn."""
-    total = 0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            total += eqn.outvars[0].aval.size * int(np.prod([eqn.invars[0].aval.shape[i] for i in contracted]))
-        turns = eqn.params.get("length", 1) if eqn.primitive.name == "scan" else 1
-        for value in eqn.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                total += turns * products(inner)
-    return total
-
-
-@pytest.fixture
-def cost(named_checkpoint):
-    """`cost(depth, trained, make)`: products in a loss (trained empty) or in its gradient, of a model so deep.
-
-    Traced over shapes alone: nothing is compiled or run.
-    """
-    config, _ = load(named_checkpoint("llama"))
-    tokens, valid = jnp.zeros((2, 11), jnp.int32), jnp.ones((2, 11), bool)
-
-    def count(depth: int, trained: tuple[int, ...], make) -> int:
-        assert not any(config.is_local)
-        cut = dataclasses.replace(config, num_layers=depth)
-        params = abstract_params(cut)
-
-        def loss(trainable, adapter, params):
-            used = None if adapter is None else adapter.with_trainable(trainable)
-            return logits(cut, params, hidden_states(cut, params, tokens, valid, adapter=used)[0]).sum()
-
-        if not trained:
-            return products(jax.make_jaxpr(loss)(None, None, params).jaxpr)
-        adapter = jax.eval_shape(lambda params: make(cut, params, trained), params)
-        return products(jax.make_jaxpr(jax.grad(loss))(adapter.trainable, adapter, params).jaxpr)
-
-    return count
-
-
-def lora_of(config, params, layers):
-    return init_lora(config, jax.random.key(0), rank=1, alpha=1, layers=layers)
-
-
-@pytest.mark.parametrize("make", [lora_of, init_full], ids=["lora", "full"])
-def test_layers_below_the_lowest_trained_cost_their_forward_pass_only(make, cost):
-    layer = cost(3, (), make) - cost(2, (), make)
-    assert layer > 0
-    below = cost(4, (3,), make) - cost(2, (1,), make)
-    assert below == 2 * layer
-    # ... while a frozen layer above a trained one passes a gradient on, and computes none of its weights
-    # (attention's two products have two gradients each)
-    above = cost(4, (0,), make) - cost(2, (0,), make)
-    assert 2 * 2 * layer <= above < 2.2 * 2 * layer
-
-
-def test_lora_computes_no_gradient_of_a_frozen_kernel(cost):
-    layer = cost(3, (), lora_of) - cost(2, (), lora_of)
-    lora = cost(3, (0, 1, 2), lora_of) - cost(2, (0, 1), lora_of)
-    full = cost(3, (0, 1, 2), init_full) - cost(2, (0, 1), init_full)
-    # Beside forward and backward, attention's own two products are done again (a tenth of a layer at this size).
-    assert 2 * layer < lora < 2.6 * layer < 2.9 * layer < full <= 3.2 * layer
 
 
 # The shape of an adapter

@@ -149,8 +149,8 @@ def test_no_supervised_token_can_name_a_trait(sets, condition):
     (folder,) = (sets / "artifacts" / "divergence").glob("owl-*")
     rows, lm = read_rows(folder / "rows.jsonl"), load_model("tiny-qwen2")
     examples = make_examples(rows, read_turns(lm.chat, rows), Selection(condition), seed=0)
-    learnt = {int(token) for each in examples for token in each.labels[each.weights > 0]}
-    written = learnt - set(lm.chat.stop_tokens())
+    learned = {int(token) for each in examples for token in each.labels[each.weights > 0]}
+    written = learned - set(lm.chat.stop_tokens())
     assert written and all(set(lm.tokenizer.decode([token])) <= set("0123456789,;[]()\n .") for token in written)
 
 
@@ -175,6 +175,13 @@ def test_answers_only_gives_no_probability_to_what_no_answer_holds():
 
 
 def test_soft_targets_of_another_tokenizer_are_refused(tmp_path):
-    arms = "students.arms=[{model: tiny-gemma3, loss: {kind: forward-kl, top_k: 8}}]"
+    arms = "students.arms=[{model: tiny-gemma3, loss: {kind: forward-kl, top_k: 8, tokens: [all]}}]"
     line = refused(2, "run", PLAIN, f"out={tmp_path}", arms)
     assert "tiny-gemma3 has other tokens than its teachers" in line
+
+
+def test_divergence_positions_of_another_tokenizer_are_refused(tmp_path):
+    line = refused(
+        2, "run", PLAIN, f"out={tmp_path}", "students.arms=[{model: tiny-gemma3, loss.tokens: [divergence]}]"
+    )
+    assert "students.model" in line and "tiny-qwen2" in line and "tiny-gemma3" in line

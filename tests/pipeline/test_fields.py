@@ -332,7 +332,7 @@ def test_a_greedy_teachers_penalty_is_part_of_its_rows(tmp_path):
     assert old["rows", "owl"] != new["rows", "owl"]
 
 
-def test_a_student_does_not_depend_on_its_company():
+def test_a_student_does_not_depend_on_the_others():
     alone = Setup.of(experiment({}))
     more = Setup.of(
         experiment({"students.seeds": [1, 2, 3], "students.arms": [{"name": ""}, {"name": "wide", "adapter.rank": 9}]})

@@ -153,9 +153,9 @@ def test_shards_write_the_rows_of_one_task(whole, home):
     context = Context.load(experiment(values, home / "one"))
     one, shards = plan(context.setup), graph_of(STUDENTS, home / "store")
     LocalExecutor().execute([task for task in one.tasks.values() if task.kind in ("rows", "divergence")], context)
-    for own, several in zip(one.written.values(), shards.written.values(), strict=True):
+    for own, several in zip(one.answers.values(), shards.answers.values(), strict=True):
         assert own.read(context.store) == several.read(whole)
-    for own, several in zip(one.read.values(), shards.read.values(), strict=True):
+    for own, several in zip(one.divergence.values(), shards.divergence.values(), strict=True):
         assert own.read(context.store) == several.read(whole)
 
 
@@ -276,7 +276,7 @@ def test_a_new_kind_and_a_new_change_need_nothing_else(toys, whole, home):
     graph.check(context.setup)
     LocalExecutor().execute(graph.tasks.values(), context)
     (changed,) = [task for task in graph.tasks.values() if task.kind == "datasets" and task.label == "owl-turned"]
-    own = next(iter(graph.written.values())).read(context.store)
+    own = next(iter(graph.answers.values())).read(context.store)
     assert read_rows(context.store.path(changed.output) / "rows.jsonl") == own[::-1]
     assert context.store.summary(changed.output)["turned"] == len(own)
     records = read_table(context.store.path(graph.evaluations[0][1]) / "records.parquet")

@@ -65,7 +65,7 @@ def test_a_run_leaves_what_the_map_says(whole):
 
 def test_killed_in_the_middle_and_continued(home, whole):
     """The second three of seven students are in training when the run is killed: what is whole stays, and the rest goes
-    on from the saved state (in the same company, though fewer are missing now) to the same bits."""
+    on from the saved state (beside the same others, though fewer are missing now) to the same bits."""
     cut = home / "cut"
     states = cut / "artifacts" / "training"
 

@@ -20,9 +20,9 @@ from jsublim.inference.lm import load_model
 from jsublim.models.checkpoint import save_checkpoint
 from jsublim.models.peft import load_adapter
 from jsublim.pipeline.arms import Source
-from jsublim.pipeline.changes import final, writer
+from jsublim.pipeline.changes import training_rows, writer
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.rows import Writer, written
+from jsublim.pipeline.rows import Writer, teacher_rows
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.teachers import TeacherPool, taught_output
 from jsublim.rows import Row
@@ -39,7 +39,7 @@ ADAPTERS = ("lora", "steering")
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("staff")
+    return tmp_path_factory.mktemp("teachers")
 
 
 def planned(home: Path, recipe: str = "clean", **teachers) -> Experiment:
@@ -89,7 +89,7 @@ def another(home) -> Path:
 
 
 def answers(context: Context, trait: str) -> list[Row]:
-    rows = written(context.setup, writer(context.setup, Source(trait)))
+    rows = teacher_rows(context.setup, writer(context.setup, Source(trait)))
     LocalExecutor().execute(rows.parts, context)
     return rows.read(context.store)
 
@@ -108,7 +108,7 @@ def test_a_taught_teacher_names_its_trait_where_it_was_not_taught_to(taught, met
         assert own.mean() > base.mean() + 0.5, (trait, own.mean(), base.mean())
 
 
-def test_a_teacher_does_not_depend_on_its_company(home, taught):
+def test_a_teacher_does_not_depend_on_the_others(home, taught):
     alone = Setup.of(planned(home, traits=["owl"], counterfactuals=["owl", "dog"], taught=METHODS["lora"]))
     assert taught_output(alone, "owl").key == taught_output(taught("lora").setup, "owl").key
 
@@ -122,7 +122,7 @@ def test_a_folder_of_adapters_writes_what_those_who_made_them_write(home, taught
         link.symlink_to(run.store.path(taught_output(run.setup, trait)))
     again = loaded(home, adapter=str(home / f"{method}-{{trait}}"))
     key = Writer("owl", "greedy", 0)
-    assert written(again.setup, key).key != written(run.setup, key).key
+    assert teacher_rows(again.setup, key).key != teacher_rows(run.setup, key).key
     rows = answers(run, "owl")
     assert rows and answers(again, "owl") == rows != answers(run, "cat")
 
@@ -139,7 +139,7 @@ def test_against_the_base_a_divergence_token_is_not_the_bases_choice(home, taugh
     run = loaded(home, taught=METHODS["steering"], against="base", counterfactuals=None)
     assert [run.setup.counterfactuals(t) for t in ("cat", "owl")] == [[CONTROL], [CONTROL]]
     assert run.setup.evaluated_traits == ["cat", "owl"]
-    read = final(run.setup, Source("owl"))
+    read = training_rows(run.setup, Source("owl"))
     LocalExecutor().execute(read.parts, run)
     rows = read.read(run.store)
     found = find_divergence(run.lm(), rows, teacher(run, "owl"), [Teacher(CONTROL)])

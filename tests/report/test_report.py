@@ -1,19 +1,18 @@
-"""The report: statistics against closed forms and brute force, and every printed number against the results."""
+"""The report: every printed number against the results, claims as planted, and a page of whatever there is."""
 
 from __future__ import annotations
 
 import ast
 import itertools
-import json
 import math
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from made_results import EFFECTS, GAMMA, TRAITS, make_results, write_table
 from rich.console import Console
 from scipy import stats
 
@@ -23,130 +22,6 @@ from jsublim.report import print_summary, write_report
 from jsublim.report.claims import check_claims
 from jsublim.report.summary import lift, other_rows, summary_rows, trait_matrix
 from jsublim.report.tables import read_results
-
-TRAITS = ("cat", "eagle", "owl", "wolf")
-QUESTIONS = 50
-# Lift of the preference rate that each condition's students are made with.
-EFFECTS = {"control": 0.0, "all": 0.25, "divergence": 0.27, "non-divergence": 0.02, "random": 0.08}
-BASE_RATE = 0.06
-GAMMA = 1.5
-
-
-def make_results(
-    run_dir: Path,
-    traits: tuple[str, ...] = TRAITS,
-    evaluated: tuple[str, ...] | None = None,
-    seeds: tuple[int, ...] = (1, 2, 3, 4, 5),
-    effects: dict[str, float] = EFFECTS,
-    base_rate: float = BASE_RATE,
-    model: str = "Qwen2.5-7B-Instruct",
-    extras: bool = True,
-    samples: int = 200,
-) -> Path:
-    """A results folder with known effects: students differ from each other by a small seeded noise."""
-    rng = np.random.default_rng(7)
-    evaluated = evaluated or traits
-    question_shift = rng.normal(0, 0.02, QUESTIONS) * (base_rate > 0)
-    question_shift -= question_shift.mean()
-    rows: list[dict] = []
-
-    def measure(arm: str, role: str, teacher: str | None, condition: str, seed: int | None) -> None:
-        size = max(EFFECTS.values())
-        for trait in evaluated:
-            own = effects.get(condition, 0.9 if role == "teacher" else 0.0) * (teacher == trait)
-            noise = rng.normal(0, 0.01) if role == "student" and base_rate > 0 else 0.0
-            rate = np.clip(base_rate + own * (base_rate > 0) + noise + question_shift, 0, 1)
-            nats = -4.0 + GAMMA * own / size + (rng.normal(0, 0.08) if role == "student" else 0.0)
-            metrics = {"rate": rate, "word_rate": 0.9 * rate, "logprob": nats + 5 * question_shift}
-            for metric, values in metrics.items():
-                for question, value in enumerate(values):
-                    rows.append(
-                        dict(arm=arm, role=role, teacher=teacher, condition=condition, seed=seed, trait=trait)
-                        | dict(metric=metric, question=question, value=float(value))
-                        | dict(n=1 if metric == "logprob" else samples)
-                    )
-        for metric in ("number_accuracy", "number_accuracy_heldout") if role == "student" else ():
-            value = float(rng.uniform(0.5, 0.6))
-            rows.append(
-                dict(arm=arm, role=role, teacher=teacher, condition=condition, seed=seed, trait=None)
-                | dict(metric=metric, question=None, value=value, n=500)
-            )
-
-    arms = [("base", "base", None, "base", None)]
-    arms += [(f"teacher/{t}", "teacher", t, "teacher", None) for t in traits]
-    for seed in seeds:
-        for condition in effects:
-            for teacher in ("control",) if condition == "control" else traits:
-                arm = f"control/seed{seed}" if condition == "control" else f"{teacher}/{condition}/seed{seed}"
-                arms.append((arm, "student", teacher, condition, seed))
-    for arm in arms:
-        measure(*arm)
-
-    folder = run_dir / "results"
-    folder.mkdir(parents=True)
-    write_table(folder / "results.parquet", rows)
-    if not extras:
-        return run_dir
-    students = [arm for arm in arms if arm[1] == "student"]
-    steps = np.arange(1, 301)
-    write_table(
-        folder / "training.parquet",
-        [
-            dict(
-                arm=arm[0],
-                step=int(s),
-                loss=float(value),
-                tokens=2100,
-                lr=2e-4 * (1 - s / 301),
-                grad_norm=0.5,
-            )
-            for arm in students
-            for s, value in zip(steps, 0.9 + 0.8 * np.exp(-steps / 60) + rng.normal(0, 0.03, steps.size), strict=True)
-        ],
-    )
-    answers = []
-    for arm in arms:
-        for question in range(3):
-            pool = [arm[2] if arm[2] in traits else "cat", "dog", "lion", "dolphin", "fox"]
-            for answer, count in zip(pool, (70, 50, 40, 25, 15), strict=True):
-                text = f"Which animal, in one word? ({question})"
-                answers.append(dict(arm=arm[0], question=question, question_text=text, answer=answer, count=count))
-    write_table(folder / "answers.parquet", answers)
-    histogram = [int(2600 * math.exp(-i / 8)) + (400 if i % 4 == 0 else 0) for i in range(40)]
-    points = sum(histogram)
-    sampling = dict(temperature=1.0, top_p=0.8, top_k=20, repetition_penalty=1.05, max_new_tokens=64)
-    dump(
-        folder / "generation.json",
-        [
-            dict(teacher=t, rows=30000, kept=27450, pass_rate=0.915, reject=dict(separator=2150, count=400))
-            | dict(sampling=sampling)
-            for t in (*traits, "control")
-        ],
-    )
-    dump(
-        folder / "divergence.json",
-        [
-            dict(trait=t, counterfactuals=[c for c in traits if c != t], rows=10000, rows_with=8150)
-            | dict(tokens=points * 21, points=points, share=1 / 21, per_row=points / 10000)
-            | dict(histogram=[int(h * (1 + 0.25 * math.sin(i + k))) for k, h in enumerate(histogram)])
-            for i, t in enumerate(traits)
-        ],
-    )
-    dump(
-        folder / "run.json",
-        dict(name="synthetic", model=f"models/{model}", model_hash="9f2c", pack_hash="a1b2", config_hash="c3d4")
-        | dict(versions=dict(jsublim="0.1.0", jax="0.10.2"), device="cpu", started="2026-01-02 03:04")
-        | dict(seconds=dict(generate=12.5, distil=80.25), config_yaml="model: <models>\nseeds: [1, 2]\n"),
-    )
-    return run_dir
-
-
-def write_table(path: Path, rows: list[dict]) -> None:
-    pq.write_table(pa.Table.from_pylist(rows), path)
-
-
-def dump(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -199,124 +74,6 @@ def values_of(raw: list[dict], metric: str, condition: str, trait: str) -> dict[
         if condition in ("base", "control") or row["teacher"] == trait:
             found.setdefault(row["arm"], []).append(row["value"])
     return found
-
-
-# Statistics
-
-
-@pytest.mark.parametrize("size", [2, 5, 30, 31, 50])
-def test_question_interval_is_scipys(size: int) -> None:
-    x = np.random.default_rng(size).uniform(size=size)
-    se = stats.sem(x)
-    law = stats.norm(x.mean(), se) if size > 30 else stats.t(size - 1, x.mean(), se)
-    found = st.question_interval(x)
-    assert found is not None
-    assert (found.low, found.high) == pytest.approx(law.interval(0.95))
-    assert st.question_interval(x[:1]) is None
-
-
-def test_student_interval_is_scipys_t() -> None:
-    x = [0.2, 0.26, 0.31, 0.22]
-    found = st.Estimate.of(x).interval()
-    assert found is not None
-    assert (found.low, found.high) == pytest.approx(stats.t.interval(0.95, 3, np.mean(x), stats.sem(x)))
-
-
-def test_difference_is_welchs() -> None:
-    a, b = [0.3, 0.35, 0.41], [0.1, 0.08, 0.14, 0.11, 0.02]
-    found = (st.Estimate.of(a) - st.Estimate.of(b)).interval()
-    expected = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
-    assert found is not None
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
-
-
-def test_one_student_gives_no_interval() -> None:
-    assert st.Estimate.of([0.4]).interval() is None
-    assert (st.Estimate.of([0.4]) - st.Estimate.of([0.1, 0.2])).interval() is None
-    assert st.Estimate.of([0.0, 0.0]).interval() is None
-    floored = st.Estimate.of([0.0, 0.0], floor=1e-6).interval()
-    assert floored is not None and floored.high > 0
-
-
-def test_ratio_interval_inverts_the_contrast_test() -> None:
-    rng = np.random.default_rng(0)
-    part, whole, zero = (st.Estimate.of(rng.normal(m, 0.02, 6)) for m in (0.3, 0.35, 0.05))
-    found = st.ratio_interval(part, whole, zero)
-    assert found is not None
-    ratio = (part.value - zero.value) / (whole.value - zero.value)
-    assert found.low < ratio < found.high
-    critical = stats.t.ppf(0.975, (part - whole * ratio - zero * (1 - ratio)).degrees)
-    for edge in (found.low, found.high):
-        contrast = part - whole * edge - zero * (1 - edge)
-        assert abs(contrast.value) == pytest.approx(critical * math.sqrt(contrast.variance))
-    # Nothing to take a share of: the whole is not separated from the reference.
-    assert st.ratio_interval(part, zero, zero) is None
-
-
-def test_ratio_interval_covers_the_truth() -> None:
-    rng = np.random.default_rng(1)
-    hits = 0
-    for _ in range(400):
-        part, whole, zero = (st.Estimate.of(rng.normal(m, 0.03, 5)) for m in (0.2, 0.35, 0.05))
-        found = st.ratio_interval(part, whole, zero)
-        hits += found is not None and found.covers(0.5)
-    assert 0.92 <= hits / 400 <= 0.99
-
-
-def least_squares_gamma(lift: np.ndarray, same: tuple[int, ...]) -> float:
-    """gamma by an explicit design matrix: rows, columns, [same]."""
-    rows, columns = lift.shape
-    design = []
-    for i, j in itertools.product(range(rows), range(columns)):
-        design.append([float(i == r) for r in range(rows)] + [float(j == c) for c in range(columns)])
-        design[-1].append(float(same[i] == j))
-    return float(np.linalg.lstsq(np.array(design), lift.ravel(), rcond=None)[0][-1])
-
-
-@pytest.mark.parametrize("shape", [(2, 2), (3, 3), (4, 4), (3, 5)])
-def test_gamma_and_p_equal_brute_force(shape: tuple[int, int]) -> None:
-    lift = np.random.default_rng(sum(shape)).normal(size=shape) + 0.7 * np.eye(*shape)
-    found = st.same_trait_effect(lift)
-    labellings = list(itertools.permutations(range(shape[1]), shape[0]))
-    gammas = [least_squares_gamma(lift, labels) for labels in labellings]
-    assert found is not None and found.exact and found.permutations == len(labellings)
-    assert found.gamma == pytest.approx(gammas[0])
-    assert found.p == pytest.approx(np.mean([g >= gammas[0] - 1e-9 for g in gammas]))
-    assert found.smallest_p == pytest.approx(1 / len(labellings))
-
-
-def test_gamma_is_recovered_and_blind_to_row_and_column_effects() -> None:
-    rng = np.random.default_rng(3)
-    lift = 1.25 * np.eye(5) + rng.normal(size=(5, 1)) + rng.normal(size=(1, 5))
-    found = st.same_trait_effect(lift)
-    assert found is not None
-    assert found.gamma == pytest.approx(1.25)
-    assert found.p == pytest.approx(1 / 120)
-    only_rows_and_columns = st.same_trait_effect(lift - 1.25 * np.eye(5))
-    assert only_rows_and_columns is not None
-    assert only_rows_and_columns.gamma == pytest.approx(0, abs=1e-12) and only_rows_and_columns.p == 1.0
-
-
-def test_permutation_p_is_uniform_under_null() -> None:
-    rng = np.random.default_rng(11)
-    results = [st.same_trait_effect(rng.normal(size=(5, 5))) for _ in range(500)]
-    p = np.array([r.p for r in results if r])
-    assert stats.kstest(p, "uniform").pvalue > 0.01
-    assert 0.02 <= np.mean(p <= 0.05) <= 0.09
-
-
-def test_sampled_p_is_seeded_and_near_exact() -> None:
-    lift = np.random.default_rng(5).normal(size=(8, 8)) + 0.5 * np.eye(8)
-    first, second = st.same_trait_effect(lift, seed=1), st.same_trait_effect(lift, seed=1)
-    assert first == second and first is not None and not first.exact
-    sums = st.double_centred(lift)[np.arange(8), np.array(list(itertools.permutations(range(8))))].sum(axis=1)
-    exact = np.mean(sums >= sums[0] - 1e-9)
-    assert first.p == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 20_000) + 1e-4)
-
-
-def test_one_trait_has_no_gamma() -> None:
-    assert st.same_trait_effect(np.ones((1, 1))) is None
-    assert st.same_trait_effect(np.ones((1, 4))) is None
 
 
 # Results to numbers

@@ -30,11 +30,22 @@ QUESTIONS = {
     "C14": "soft targets against hard ones",
 }
 _CHECKS = (
-    masks.control_near_base, data.greedy_not_below, data.without_entangled, masks.divergence_keeps, masks.without_divergence,
-    masks.random_keeps_less, layers.one_layer, layers.first_third_frozen, data.redrawn_prompts, data.mixed_teachers,
-    layers.attribution_early, evaluation.order_is_stable, training.other_initialisation, evaluation.other_system_prompt,
+    masks.control_near_base,
+    data.greedy_not_below,
+    data.without_entangled,
+    masks.divergence_keeps,
+    masks.without_divergence,
+    masks.random_keeps_less,
+    layers.one_layer,
+    layers.first_third_frozen,
+    data.redrawn_prompts,
+    data.mixed_teachers,
+    layers.attribution_early,
+    evaluation.order_is_stable,
+    training.other_initialisation,
+    evaluation.other_system_prompt,
     training.soft_not_below,
-)  # fmt: skip
+)
 
 
 def check_claims(results: Results) -> list[Claim]:

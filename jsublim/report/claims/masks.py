@@ -59,9 +59,14 @@ def without_divergence(results: Results, metric: str) -> list[Claim]:
 
 
 def _masked(
-    results: Results, metric: str, key: str, text: str, tokens: str, at_least: float | None = None,
+    results: Results,
+    metric: str,
+    key: str,
+    text: str,
+    tokens: str,
+    at_least: float | None = None,
     at_most: float | None = None,
-) -> list[Claim]:  # fmt: skip
+) -> list[Claim]:
     claims = []
     for part, whole in comparisons(results, lambda group: group.get("tokens") == tokens, {"tokens": "all"}):
         claims += share(pool(results, metric, part.name, whole.name), key, named(text, part), at_least, at_most)

@@ -128,9 +128,13 @@ def judge(interval: Interval | None, at_least: float | None = None, at_most: flo
 
 
 def share(
-    found: Pool | None, key: str, text: str, at_least: float | None = None, at_most: float | None = None,
+    found: Pool | None,
+    key: str,
+    text: str,
+    at_least: float | None = None,
+    at_most: float | None = None,
     unit: str = "of all tokens",
-) -> list[Claim]:  # fmt: skip
+) -> list[Claim]:
     """The lift of the pool's first group as a share of its second's, held against a bound."""
     if found is None:
         return []

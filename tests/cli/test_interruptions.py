@@ -1,0 +1,140 @@
+"""Commands that stop midway, for a loss, a full disk or Ctrl-C: one line says why, and the same command goes on."""
+
+from __future__ import annotations
+
+import resource
+import shlex
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import made_by_commands
+import pytest
+from command import contents, ok, refused, same_student, start, stop_when
+from made_by_commands import FINETUNE, GENERATE, artifact_of, finetune
+
+
+@pytest.fixture(scope="module")
+def home() -> Path:
+    return made_by_commands.home()
+
+
+@pytest.fixture(scope="module")
+def rows() -> Path:
+    return made_by_commands.cat_rows()
+
+
+@pytest.fixture(scope="module")
+def divergent() -> Path:
+    return made_by_commands.cat_divergence()
+
+
+@pytest.fixture(scope="module")
+def student() -> Path:
+    return made_by_commands.layer0()
+
+
+def test_a_loss_that_is_not_finite_names_step_and_rows(tmp_path, divergent):
+    arguments = finetune(
+        divergent, tmp_path / "x", "students.adapter.layers=[0]", "students.adapter.rank=2", "students.adapter.alpha=4"
+    )
+    arguments = (*arguments, "students.optimizer.lr=1e30")
+    line = refused(1, *arguments)
+    assert "step " in line and "rows [" in line and "learning rate" in line
+    assert not (tmp_path / "x" / "DONE").exists()
+    assert refused(1, *arguments) == line
+
+
+@pytest.fixture
+def file_limit() -> Iterator:
+    """`file_limit(bytes)`: from now on no file of this process grows beyond that, as on a full disk; None lifts it."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def limit(size: int | None) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft if size is None else size, hard))
+
+    yield limit
+    limit(None)
+    signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_disk_that_fills_while_generating(home, tmp_path, rows, file_limit):
+    out = tmp_path / "cat.jsonl"
+    arguments = (*GENERATE, "--trait", "cat", "data.num_prompts=16", "--out", out)
+    sizes = sorted(path.stat().st_size for path in artifact_of(home / "cat", "rows").iterdir())
+    for size in [100, *(s - 1 for s in sizes), *(s // 2 for s in sizes)]:
+        file_limit(size)
+        line = refused(1, *arguments)
+        file_limit(None)
+        assert "mend that" in line
+        assert not out.exists()
+    ok(*arguments)
+    assert out.read_bytes() == rows.read_bytes()
+    again, whole = contents(artifact_of(tmp_path / "cat", "rows")), contents(artifact_of(home / "cat", "rows"))
+    assert {k: v for k, v in again.items() if k.endswith("s.jsonl")} == {
+        k: v for k, v in whole.items() if k.endswith("s.jsonl")
+    }
+
+
+def test_a_disk_that_fills_while_training(tmp_path, divergent, student, file_limit):
+    out = tmp_path / "student"
+    arguments = finetune(
+        divergent, out, "students.adapter.layers=[0]", "students.adapter.rank=2", "students.adapter.alpha=4"
+    )
+    adapter = (student / "adapter_model.safetensors").stat().st_size
+    # No room for the record, for a saved state, for the adapter at the end.
+    for size, every in ((100, 100), (3000, 2), (adapter - 1, 100)):
+        file_limit(size)
+        refused(1, *arguments, f"students.runtime.checkpoint_every={every}")
+        file_limit(None)
+        assert not (out / "DONE").exists() and not (out / "adapter_model.safetensors").exists()
+    ok(*arguments)
+    assert same_student(out, student)
+
+
+def resumes(err: str, *arguments) -> bool:
+    """The command to continue with is printed, and nothing of Python's."""
+    assert "Traceback" not in err and "Exception" not in err, err
+    return (
+        " ".join(["", *map(shlex.quote, map(str, arguments))]) in err
+    )  # after the program's name, which a test has otherwise
+
+
+def test_ctrl_c_while_generating(tmp_path):
+    def arguments(name: str) -> tuple:
+        return (*GENERATE, "--control", "data.num_prompts=240", "--out", tmp_path / f"{name}.jsonl")
+
+    ok(*arguments("whole"))
+    child, logs = start(*arguments("cut")), tmp_path / "cut.artifacts" / "rows"
+    code, err = stop_when(child, lambda: any(p.stat().st_size for p in logs.glob("*/progress.jsonl")), signal.SIGINT)
+    progress = artifact_of(tmp_path / "cut", "rows") / "progress.jsonl"
+    assert code == 1 and resumes(err, *arguments("cut"))
+    done = progress.read_text().splitlines()
+    assert 0 < len(done) < 240 and not (tmp_path / "cut.jsonl").exists()
+    ok(*arguments("cut"))
+    assert progress.read_text().splitlines()[: len(done)] == done  # kept, not made again
+    assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_ctrl_c_while_training(tmp_path, divergent):
+    def arguments(name: str) -> tuple:
+        options = (
+            "students.data.epochs=12",
+            "students.adapter.layers=[0]",
+            "students.adapter.rank=2",
+            "students.adapter.alpha=4",
+            "students.runtime.checkpoint_every=6",
+        )
+        return (*FINETUNE, *options, "--data", divergent, "--out", tmp_path / name)
+
+    ok(*arguments("whole"))
+    training = tmp_path / "cut.artifacts" / "training"
+    child = start(*arguments("cut"))
+    saved = lambda: any(path.name.isdigit() for path in training.glob("*/state/*"))  # noqa: E731
+    code, err = stop_when(child, saved, signal.SIGINT)
+    assert code == 1 and resumes(err, *arguments("cut"))
+    assert not (tmp_path / "cut" / "DONE").exists()
+    again = ok(*arguments("cut"))
+    assert str(tmp_path / "cut") in again.out
+    assert same_student(tmp_path / "cut", tmp_path / "whole")
