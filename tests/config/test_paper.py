@@ -38,7 +38,7 @@ STUDENTS = (
 TAUGHT = ("teachers.taught.steps=20", "teachers.counterfactuals=[cat,owl]", "evaluation.traits=[cat,owl]")
 OWL = (*TAUGHT, "teachers.traits=[owl]", "teachers.control=false")
 BOTH = (*TAUGHT, "teachers.traits=[cat,owl]")
-TREES = (*STUDENTS, "teachers.taught.steps=20", "teachers.control=false")
+TREES = (*STUDENTS, "teachers.traits=[oak]", "teachers.taught.steps=20", "teachers.control=false")
 SCORED = ("datasets.greedy without 10.remove_entangled={k: 10, among: 40}",)
 FEW = {  # what else keeps a file's panels small
     "fig02": (*STUDENTS, *OWL, *SCORED, "students.arms.data.dataset=[temperature,greedy without 10]"),

@@ -30,8 +30,8 @@ from jsublim.steering import contrast_vector
 from jsublim.teachers import CONTROL, Teacher
 
 METHODS = {
-    "lora": {"method": "lora", "layers": [1, 2], "rank": 2, "steps": 40, "lr": 0.005},
-    "steering": {"method": "steering", "layers": [2], "steps": 40, "lr": 0.1},
+    "lora": {"method": "lora", "layers": [1, 2], "rank": 2, "steps": 16, "lr": 0.01},
+    "steering": {"method": "steering", "layers": [2], "steps": 16, "lr": 0.2},
     "contrast": {"method": "contrast", "layers": [4], "strength": 1.0},
 }
 ADAPTERS = ("lora", "steering")
