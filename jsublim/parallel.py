@@ -168,6 +168,11 @@ def join_processes() -> None:
         ) from None
 
 
+def everywhere(sound: bool) -> bool:
+    """Whether something holds on every process."""
+    return sound if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.bool_(sound))))
+
+
 def on_main_process(act: Callable[[], None]) -> None:
     """Let the first process act; all go on when it has.
 

@@ -45,8 +45,11 @@ def _of_file(path: Path, names: dict[str, str], ignored: set[str]) -> Any:
 
     if path.suffix == ".jsonl":
         return [clean(json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
-    if path.suffix == ".json" or path.name == "DONE":
-        return clean(json.loads(path.read_text(encoding="utf-8") or "{}"))
+    if path.suffix == ".json":
+        return clean(json.loads(path.read_text(encoding="utf-8")))
+    if path.name == "DONE":
+        said = json.loads(path.read_text(encoding="utf-8"))
+        return clean(said.get("summary", said))
     if path.suffix == ".parquet":
         return [clean(row) for row in read_table(path)]
     if path.suffix == ".npz":

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from jsublim.cli.app import AnyModel, Fields, Out, app, console, experiment_of
-from jsublim.errors import UsageError
+from jsublim.errors import JsublimError, UsageError
 
 
 @app.command()
@@ -61,5 +61,7 @@ def finetune(
     LocalExecutor().execute([task], context)
     on_main_process(lambda: publish_folder(out, context.store, task.output))
     summary = context.store.summary(task.output)
+    if "diverged" in summary:
+        raise JsublimError(f"{out}: diverged at {summary['diverged']}; what is there is the student before that step")
     console.print(f"{summary['steps']} steps on {summary['rows']} rows; last loss {summary['loss']:.4f}")
     print(out)

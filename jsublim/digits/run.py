@@ -17,7 +17,7 @@ from jsublim.digits.experiment import Data, read_digits, records
 from jsublim.digits.report import print_summary, write_report
 from jsublim.files import read_table, write_json, write_table
 from jsublim.pipeline.results import claim_folder
-from jsublim.pipeline.store import Output, Store, device, digest, versions
+from jsublim.pipeline.store import Artifact, Output, Store, device, digest, versions
 from jsublim.section import identity
 
 _WHO = [("seed", pa.int64()), ("condition", pa.string()), ("images", pa.string())]
@@ -32,15 +32,14 @@ def run_digits(spec: Digits, console: Console) -> Path:
     inputs = identity(spec) | {"data": _hash(data)}
     key = digest(inputs)
     claim_folder(spec, key, console)
-    artifact = Store(spec.store_dir).open(Output("digits", spec.name, inputs))
-    if not artifact.done:
-        students = len(spec.seeds) * len(spec.students.conditions) * len(spec.students.images)
-        console.print(f"{len(spec.seeds)} teachers and {students} students, one program")
-        begin = time.perf_counter()
-        ends, curves = records(spec, data)
-        write_table(artifact.path / "records.parquet", ends, RESULTS)
-        write_table(artifact.path / "curves.parquet", curves, TRAINING)
-        artifact.finish({"started": started, "seconds": {"run": round(time.perf_counter() - begin, 2)}})
+    store, output = Store(spec.store_dir), Output("digits", spec.name, inputs)
+    with store.claim([output], lambda: console.print(f"{spec.name}: another process is making it; waiting")):
+        damage = store.mend(output)
+        if damage is not None:
+            console.print(damage)
+        artifact = store.open(output)
+        if not artifact.done:
+            _make(artifact, spec, data, started, console)
     results = spec.run_dir / "results"
     results.mkdir(parents=True, exist_ok=True)
     write_table(results / "results.parquet", read_table(artifact.path / "records.parquet"), RESULTS)
@@ -60,6 +59,16 @@ def run_digits(spec: Digits, console: Console) -> Path:
     report = write_report(spec.run_dir)
     print_summary(spec.run_dir, console)
     return report
+
+
+def _make(artifact: Artifact, spec: Digits, data: Data, started: str, console: Console) -> None:
+    students = len(spec.seeds) * len(spec.students.conditions) * len(spec.students.images)
+    console.print(f"{len(spec.seeds)} teachers and {students} students, one program")
+    begin = time.perf_counter()
+    ends, curves = records(spec, data)
+    write_table(artifact.path / "records.parquet", ends, RESULTS)
+    write_table(artifact.path / "curves.parquet", curves, TRAINING)
+    artifact.finish({"started": started, "seconds": {"run": round(time.perf_counter() - begin, 2)}})
 
 
 def _hash(data: Data) -> str:

@@ -46,7 +46,7 @@ class Metrics:
         """
         self.config, self.arms, self.settings, self.cached = config, arms, settings, cached
         self.pending: tuple[int, Sequence[np.ndarray], dict[str, jax.Array]] | None = None
-        self.clock = time.perf_counter()
+        self.clock, self.over = time.perf_counter(), False  # over: no arm moves any more
         self.file = self.board = None
         if jax.process_index() == 0:
             _cut_back(path, first)
@@ -70,8 +70,7 @@ class Metrics:
     def catch_up(self) -> None:
         """Write the numbers that `follow` took last.
 
-        Raises:
-          JsublimError: a loss that is not finite; step, arm and rows are named.
+        An arm whose numbers stopped being finite gets a last line that says so, and no more after it.
         """
         if self.pending is None:
             return
@@ -79,23 +78,26 @@ class Metrics:
         host = {key: np.asarray(value) for key, value in metrics.items()}
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        running = [i for i, arm in enumerate(self.arms) if step < arm.steps]
+        stood = [0 <= int(at) < step for at in host["diverged"]]
+        running = [i for i, arm in enumerate(self.arms) if step < arm.steps and not stood[i]]
+        self.over = not running
         chosen = {i: [int(r) for r in rows[i] if r >= 0] for i in running}
         speed = self._speed(chosen, seconds)
         for i in running:
             arm, loss, norm = self.arms[i], float(host["loss"][i]), float(host["grad_norm"][i])
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise JsublimError(
-                    f"arm {arm.name}, step {step}: the loss is {loss} (gradient norm {norm}) on rows {chosen[i]}; "
-                    "lower the learning rate (into another --out) or look at those rows"
-                )
             line = {"step": step, "arm": arm.name, "loss": loss, "tokens": int(host["tokens"][i])}
             line |= {"lr": float(host["lr"][i]), "grad_norm": norm} | speed
+            if host["diverged"][i] == step:
+                what = f"the loss is {loss}, the gradient norm {norm}"
+                if math.isfinite(loss) and math.isfinite(norm):
+                    what = "the weights are not finite after this step"
+                line |= {"loss": None, "grad_norm": None, "diverged": f"{what}, on rows {chosen[i]}"}
             if self.file is not None:
                 self.file.write(json.dumps(line) + "\n")
             if self.board is not None:
                 for key in ("loss", "lr", "grad_norm"):
-                    self.board.add_scalar(f"{key}/{arm.name}", line[key], step)
+                    if line[key] is not None:
+                        self.board.add_scalar(f"{key}/{arm.name}", line[key], step)
         if self.board is not None:
             for key, value in speed.items():
                 self.board.add_scalar(key, value, step)

@@ -25,6 +25,7 @@ from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, AnyAdapter, arm_axes, bind
 from jsublim.parallel import Layout
 
+FINITE = -1  # no step
 Batch = dict[str, Any]  # of arrays: see data.collate; here with a leading arm axis
 
 
@@ -62,16 +63,20 @@ class Arms:
 @dataclass(frozen=True)
 class State:
     """What a training run consists of. `adapter` and `optimizer` have a leading arm axis (but for the layer of a
-    `OneLayer`); `step` is int32."""
+    `OneLayer`); `step` is int32; `diverged`, int32 `[A]`, is the step at which an arm's numbers stopped being finite, and
+    `FINITE` for the others. Such an arm stays as it was before that step."""
 
     adapter: AnyAdapter
     optimizer: optax.OptState
     step: Array
+    diverged: Array
 
 
 def init_state(adapter: AnyAdapter, optimizer: Optimizer) -> State:
     """State before the first step, of arms stacked in `adapter`."""
-    return State(adapter, jax.vmap(optimizer.transform().init)(adapter.trainable), jnp.int32(0))
+    opt = jax.vmap(optimizer.transform().init)(adapter.trainable)
+    arms = jax.tree.leaves(adapter.trainable)[0].shape[0]
+    return State(adapter, opt, jnp.int32(0), jnp.full(arms, FINITE, jnp.int32))
 
 
 def micro_loss(
@@ -174,12 +179,13 @@ def train_step(
 
     Args:
       batch: arrays `[A, M, B, ...]`.
-      arms: an arm stands still after its last step.
+      arms: an arm stands still after its last step, and once its loss, gradient or weights are not finite.
       teacher: adapters of the arms' teachers, where a soft loss asks teachers that have one.
       axis: as of `loss_and_gradient`.
 
     Returns:
-      The new state, and metrics `[A]`: loss, supervised tokens, learning rate, gradient norm before clipping.
+      The new state, and metrics `[A]`: loss, supervised tokens, learning rate, gradient norm before clipping, and
+      `State.diverged` after this step.
     """
     A = arms.lr.shape[0]
     chex.assert_shape(jax.tree.leaves(arms), (A,))
@@ -194,18 +200,26 @@ def train_step(
     def update(grads, opt, trainable, rate, running):
         updates, after = optimizer.transform().update(grads, opt, trainable)
         moved = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), trainable, updates)
-        return jax.tree.map(lambda new, old: jnp.where(running, new, old), (moved, after), (trainable, opt))
+        finite = jnp.isfinite(optax.global_norm(moved))
+        kept = jax.tree.map(lambda new, old: jnp.where(running & finite, new, old), (moved, after), (trainable, opt))
+        return *kept, finite
 
-    running_A = state.step < arms.steps
-    trainable, opt = jax.vmap(update)(grads, state.optimizer, state.adapter.trainable, rate_A, running_A)
+    norm_A = jax.vmap(optax.global_norm)(grads)
+    running_A = (state.step < arms.steps) & (state.diverged == FINITE)
+    sound_A = jnp.isfinite(loss) & jnp.isfinite(norm_A)
+    trainable, opt, moved_A = jax.vmap(update)(
+        grads, state.optimizer, state.adapter.trainable, rate_A, running_A & sound_A
+    )
+    diverged_A = jnp.where(running_A & ~(sound_A & moved_A), state.step, state.diverged)
     tokens = (batch["weights"] > 0).sum(axis=(1, 2, 3))
     metrics = {
         "loss": loss,
         "tokens": jax.lax.psum(tokens, axis) if axis else tokens,
         "lr": rate_A,
-        "grad_norm": jax.vmap(optax.global_norm)(grads),
+        "grad_norm": norm_A,
+        "diverged": diverged_A,
     }
-    return State(state.adapter.with_trainable(trainable), opt, state.step + 1), metrics
+    return State(state.adapter.with_trainable(trainable), opt, state.step + 1, diverged_A), metrics
 
 
 @functools.cache

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import shutil
 import signal
 import threading
@@ -25,7 +27,7 @@ from jsublim.inference.batching import chunks, fill, pad_tokens
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, hidden_below
 from jsublim.models.lora import Adapter, OneLayer, adapter_of, stack_adapters, stack_arms, unstack_arms
-from jsublim.parallel import Layout
+from jsublim.parallel import Layout, everywhere, on_main_process
 
 
 class Preempted(JsublimError):
@@ -41,10 +43,12 @@ def train(
     on_step: Callable[[int], None] | None = None,
     *,
     shape: Shape | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Adapter]:
     """Train arms to the end of their schedules, continuing from `work` where an earlier call stopped.
 
-    Writes `work/metrics.jsonl`, one line per arm and step, each step once however often the run was interrupted; and
+    Writes `work/metrics.jsonl`, one line per arm and step, each step once however often the run was interrupted (an arm that
+    diverges stands still: its last line says why under "diverged"); and
     `work/state`, the last two states, for the caller to remove (`forget_state`) when the adapters are safe.
 
     Args:
@@ -52,9 +56,10 @@ def train(
         one layer each share a program, whichever layer it is.
       on_step: called with the number of steps done.
       shape: of the batches, where several calls are to share one program; None fits these arms.
+      say: told of a saved state that is damaged, if an older one can be used.
 
     Raises:
-      JsublimError: a loss that is not finite; step, arm and rows are named, and nothing after it is saved.
+      JsublimError: saved states that cannot be read, or are of other arms.
       Preempted: SIGTERM; all processes have saved the same step.
     """
     work.mkdir(parents=True, exist_ok=True)
@@ -68,7 +73,7 @@ def train(
     step_of = compile_step(config, settings.program, layout)
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
     with ocp.CheckpointManager((work / "state").resolve(), options=options) as saved, _preemption() as preempted:
-        state = _restore(saved, state)
+        state = _restore(saved, state, say)
         first = int(layout.host(state.step))
         with Metrics(work / "metrics.jsonl", first, config, arms, settings, cached=cached) as log:
             for step in range(first, last):
@@ -77,6 +82,8 @@ def train(
                 state, metrics = step_of(params, state, batch, numbers, teacher)
                 # The device is busy with this step while the last one's numbers are read.
                 log.follow(step, chosen, metrics)
+                if log.over:
+                    break
                 leaving = preempted(step + 1)
                 if (step + 1) % settings.checkpoint_every == 0 or step + 1 == last or leaving:
                     log.catch_up()
@@ -195,17 +202,36 @@ def forget_state(work: Path) -> None:
 
 
 def _as_tree(state: State) -> dict[str, Any]:
-    return {"trainable": state.adapter.trainable, "optimizer": state.optimizer, "step": state.step}
+    own = {"optimizer": state.optimizer, "step": state.step, "diverged": state.diverged}
+    return {"trainable": state.adapter.trainable} | own
 
 
-def _restore(saved: ocp.CheckpointManager, state: State) -> State:
-    """The newest saved state, or the given one. LoRA scales are settings, not state: they stay."""
-    newest = saved.latest_step()
-    if newest is None:
-        return state
+def _restore(saved: ocp.CheckpointManager, state: State, say: Callable[[str], None]) -> State:
+    """The newest saved state that can be read, or the given one if none was saved. LoRA scales are settings, not state: they
+    stay."""
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_tree(state))
-    try:
-        tree = saved.restore(newest, args=ocp.args.StandardRestore(abstract))
-    except ValueError as error:
-        raise JsublimError(f"{saved.directory}: the saved state does not fit these arms ({error})") from None
-    return State(state.adapter.with_trainable(tree["trainable"]), tree["optimizer"], tree["step"])
+    tree, broken, why = None, list[int](), ""
+    for step in sorted(saved.all_steps(), reverse=True):
+        try:
+            tree = saved.restore(step, args=ocp.args.StandardRestore(abstract))
+        except Exception as error:  # what a damaged file makes the library raise can be anything
+            why = why or " ".join(str(error).split())[:200]
+        if everywhere(tree is not None):
+            break
+        tree = None
+        broken.append(step)
+    if tree is None and not broken:
+        return state
+    if tree is None:
+        raise JsublimError(
+            f"{saved.directory}: the saved state does not fit these arms, or is damaged ({why}); move the folder away to "
+            "train from the beginning"
+        )
+    for step in broken:
+        folder = Path(saved.directory) / str(step)
+        aside = folder.parent.with_name(f"state-{step}.damaged")
+        on_main_process(functools.partial(os.replace, folder, aside))
+        say(f"{folder}: cannot be read ({why}); kept as {aside.name}, and training goes on from the state before it")
+    if broken:
+        saved.reload()
+    return State(state.adapter.with_trainable(tree["trainable"]), tree["optimizer"], tree["step"], tree["diverged"])

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from jsublim.config import Experiment
 from jsublim.errors import UsageError
+from jsublim.parallel import on_main_process
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import ordered, plan
 from jsublim.pipeline.task import Task
@@ -18,18 +19,38 @@ class LocalExecutor:
 
     def execute(self, tasks: Iterable[Task], context: Context) -> None:
         """Return when every task is whole; what one raises is raised, and what is whole stays."""
-        missing = [task for task in ordered(tasks) if not task.done(context.store)]
+        every = ordered(tasks)
+        mend(every, context)
+        missing = [task for task in every if not task.done(context.store)]
         context.progress.expect(Counter(task.kind for task in missing))
         for task in missing:
             execute(task, context)
 
 
+def mend(tasks: Iterable[Task], context: Context) -> None:
+    """Say which artifacts are damaged, and make them unfinished."""
+
+    def look() -> None:
+        for output in (output for task in tasks for output in task.outputs):
+            found = context.store.mend(output)
+            if found is not None:
+                context.progress.say(found)
+
+    on_main_process(look)
+
+
 def execute(task: Task, context: Context) -> None:
-    """Do one task whose parents are done; nothing, if it is whole already."""
+    """Do one task whose parents are done; nothing, if it is whole already. If another process is at it, wait for that one."""
     if task.done(context.store):
         return
-    with context.progress.stage(task.kind, task.units(context), task.label) as tick:
-        task.make(context, tick)
+
+    def waiting() -> None:
+        context.progress.say(f"{task.kind} {task.label}: another process is making it; waiting")
+
+    with context.store.claim(task.outputs, waiting):
+        if not task.done(context.store):
+            with context.progress.stage(task.kind, task.units(context), task.label) as tick:
+                task.make(context, tick)
 
 
 def execute_key(experiment: Experiment, key: str, progress: Progress | None = None) -> None:
@@ -40,6 +61,7 @@ def execute_key(experiment: Experiment, key: str, progress: Progress | None = No
     """
     context = Context.load(experiment, progress)
     task = plan(context.setup).task(key)
+    mend([task, *task.parents], context)
     missing = [parent.label for parent in task.parents if not parent.done(context.store)]
     if missing:
         raise UsageError(f"task '{key}' ({task.label}): {', '.join(missing)} must be done before it")

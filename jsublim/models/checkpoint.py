@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.files import PARTIAL, write_json
+from jsublim.files import PARTIAL, atomic, write_json
 from jsublim.models.config import ModelConfig, read_json
 from jsublim.models.decoder import Params
 from jsublim.models.families import text_config
@@ -111,4 +111,5 @@ def write_checkpoint(
     save_params(folder, config, params, dtype)
     for name in TOKENIZER_FILES:
         if tokenizer is not None and (tokenizer / name).exists():
-            shutil.copyfile(tokenizer / name, folder / name)
+            with atomic(folder / name) as scratch:
+                shutil.copyfile(tokenizer / name, scratch)

@@ -21,7 +21,7 @@ from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.rows import rows_kept
 from jsublim.pipeline.setup import Setup
-from jsublim.pipeline.store import Artifact, Output, RowLog
+from jsublim.pipeline.store import PROGRESS, Artifact, Output, RowLog
 from jsublim.pipeline.task import Cost, Sizes, Task
 from jsublim.pipeline.teachers import TeacherPool
 from jsublim.progress import Tick, no_tick
@@ -166,7 +166,7 @@ def attribute_rows(
         job.pairs.setdefault(pair.row, []).append(pair)
     for i, own in job.pairs.items():
         job.roles[i] = token_roles(lm.chat, teacher, rows[i], teacher.name, len(own[0].clean) - 1, extra_bos=extra_bos)
-    log, used = RowLog(artifact.path / "progress.jsonl"), list(job.pairs)
+    log, used = RowLog(artifact.path / PROGRESS), list(job.pairs)
     tick(len(rows) - len(used))
     # Chunks begin at the same rows whatever was stopped where: the rows beside a row must not change the last bit of a row.
     for first in range(0, len(used), chunk):

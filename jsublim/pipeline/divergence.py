@@ -11,7 +11,7 @@ from jsublim.divergence import Divergence, find_divergence
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.rows import RowSet, answer_tokens, rows_kept
 from jsublim.pipeline.setup import Setup, memoized
-from jsublim.pipeline.store import Output, RowLog
+from jsublim.pipeline.store import PROGRESS, Output, RowLog
 from jsublim.pipeline.task import Cost, Sizes, Task, distinct_tasks
 from jsublim.pipeline.teachers import TeacherPool
 from jsublim.progress import Tick
@@ -60,7 +60,7 @@ class ReadRows(Task):
         setup, artifact, lm = context.setup, context.store.open(self.output), context.lm()
         pool, rows, names = TeacherPool(setup), self._rows(context), [self.trait, *self.others]
         teachers = [pool.teacher(context, name) for name in names]
-        log = RowLog(artifact.path / "progress.jsonl")
+        log = RowLog(artifact.path / PROGRESS)
         tick(len(log.rows) * len(names))
         missing = [i for i in range(len(rows)) if i not in log.rows]
         for start in range(0, len(missing), CHUNK):

@@ -14,15 +14,13 @@ from jsublim.errors import UsageError
 from jsublim.files import write_json, write_text
 from jsublim.models.checkpoint import checkpoint_hash
 from jsublim.pipeline.rows import RowSet
-from jsublim.pipeline.store import Output, Store, digest
+from jsublim.pipeline.store import DONE, RECORD, Output, Store, digest, files_of
 from jsublim.rows import Row, as_lines, read_rows
-
-PEDIGREE = "artifact.json"
 
 
 def pedigree_of(path: Path) -> Path:
     """Where it stands what a result is: in its folder, or beside its file."""
-    return path / PEDIGREE if path.is_dir() else path.with_name(f"{path.name}.{PEDIGREE}")
+    return path / RECORD if path.is_dir() else path.with_name(f"{path.name}.{RECORD}")
 
 
 def published_key(path: Path) -> str | None:
@@ -35,7 +33,7 @@ def published_key(path: Path) -> str | None:
         return None
     folder = path if path.is_dir() else path.parent
     if "sha256" not in record:
-        return str(record["key"]) if (folder / "DONE").exists() else None
+        return str(record["key"]) if (folder / DONE).exists() else None
     return str(record["key"]) if record["sha256"] == _sha256(path, record) else None
 
 
@@ -49,7 +47,7 @@ def check_free(path: Path, key: str, inputs: Mapping[str, Any]) -> None:
       UsageError: naming the place, and up to three settings that differ.
     """
     record = _record(path)
-    there = record and (published_key(path) or (path.is_dir() and not (path / "DONE").exists() and record["key"]))
+    there = record and (published_key(path) or (path.is_dir() and not (path / DONE).exists() and record["key"]))
     if not path.exists() or there == key or (path.is_dir() and not any(path.iterdir())):
         return  # free, whole, or begun by a call that was stopped
     if not there:
@@ -85,16 +83,16 @@ def publish_rows(path: Path, rows: Sequence[Row], source: RowSet) -> None:
 def publish_folder(path: Path, store: Store, output: Output) -> None:
     """Copy an artifact's files into a folder: what says which artifact it is comes first, the mark of wholeness last."""
     path.mkdir(parents=True, exist_ok=True)
-    (path / "DONE").unlink(missing_ok=True)
+    (path / DONE).unlink(missing_ok=True)
     source = store.path(output)
-    record = json.loads((source / PEDIGREE).read_text(encoding="utf-8"))
-    names = sorted(file.name for file in source.iterdir() if file.is_file() and file.name not in (PEDIGREE, "DONE"))
+    record = json.loads((source / RECORD).read_text(encoding="utf-8"))
+    names = files_of(source)
     record["files"] = names
-    write_json(path / PEDIGREE, record)
+    write_json(path / RECORD, record)
     for name in names:
         _copy(source / name, path / name)
-    write_json(path / PEDIGREE, record | {"sha256": _sha256(path, record)})
-    _copy(source / "DONE", path / "DONE")
+    write_json(path / RECORD, record | {"sha256": _sha256(path, record)})
+    _copy(source / DONE, path / DONE)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -128,7 +126,7 @@ def adapter_key(path: Path) -> str:
 
 def _record(path: Path) -> dict[str, Any] | None:
     """What says which artifact a result is; of a file in a store, what its folder says."""
-    inside = [path.parent / PEDIGREE] if path.name == "rows.jsonl" else []
+    inside = [path.parent / RECORD] if path.name == "rows.jsonl" else []
     for place in (pedigree_of(path), *inside):
         try:
             record = json.loads(place.read_text(encoding="utf-8"))

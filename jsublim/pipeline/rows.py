@@ -15,7 +15,7 @@ from jsublim.inference.sampling import generate_tokens
 from jsublim.pipeline.arms import Source
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.setup import Setup, memoized
-from jsublim.pipeline.store import Output, RowLog, Store, digest
+from jsublim.pipeline.store import PROGRESS, Output, RowLog, Store, digest
 from jsublim.pipeline.task import Cost, Sizes, Task
 from jsublim.pipeline.teachers import TeacherPool
 from jsublim.progress import Tick
@@ -167,7 +167,7 @@ class WriteRows(Task):
         lm = context.lm(self.writer.model)
         teacher = TeacherPool(setup).teacher(context, self.writer.teacher)
         texts, numbers = prompts(setup), range(self.first, self.first + self.count)
-        log = RowLog(artifact.path / "progress.jsonl")
+        log = RowLog(artifact.path / PROGRESS)
         tick(len(log.rows))
 
         def keep(rows: list[int], tokens: list[list[int]]) -> None:

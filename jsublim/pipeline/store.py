@@ -6,7 +6,8 @@ import datetime
 import hashlib
 import json
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from filelock import FileLock, Timeout
 
 from jsublim.errors import JsublimError, UsageError
 from jsublim.files import PARTIAL, write_json, write_text
@@ -59,6 +61,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
+LABEL_BYTES = 120  # of the name of an artifact's folder
+RECORD = "artifact.json"  # what went into an artifact
+DONE = "DONE"  # there once an artifact is whole; says what its files are
+PROGRESS = "progress.jsonl"  # what is finished of an artifact that is not
+DAMAGED = ".damaged"  # how the name of a file ends that is not what was written
+
+
 class Artifact:
     """A folder made from `inputs`. It is whole once it holds DONE, which appears by rename after everything else."""
 
@@ -71,7 +80,7 @@ class Artifact:
         self.path, self.kind = path, kind
         self.inputs = json.loads(json.dumps(inputs))
         self.key = digest([kind, self.inputs])
-        on_main_process(lambda: self._open(path / "artifact.json"))
+        on_main_process(lambda: self._open(path / RECORD))
 
     def _open(self, record: Path) -> None:
         path = self.path
@@ -81,7 +90,7 @@ class Artifact:
             raise UsageError(f"{path}: exists and was not written by jsublim; give another --out or move it away")
         else:
             path.mkdir(parents=True, exist_ok=True)
-            write_json(path / "artifact.json", self._record())
+            write_json(path / RECORD, self._record())
 
     def _record(self) -> dict[str, Any]:
         made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -115,15 +124,52 @@ class Artifact:
 
     @property
     def done(self) -> bool:
-        return (self.path / "DONE").exists()
+        return (self.path / DONE).exists()
 
     def finish(self, summary: dict[str, Any] | None = None) -> None:
-        """Mark the artifact whole; `summary` is kept in the mark and read back by `summary`."""
-        write_json(self.path / "DONE", summary or {})
+        """Mark the artifact whole. The mark holds `summary`, and what every file is (`Store.mend`)."""
+        apart = (RECORD, DONE, PROGRESS)
+        files = [path for path in sorted(self.path.iterdir()) if path.is_file() and path.name not in apart]
+        said = {path.name: _fingerprint(path) for path in files if path.suffix not in (PARTIAL, DAMAGED)}
+        write_json(self.path / DONE, {"summary": summary or {}, "files": said})
+        (self.path / PROGRESS).unlink(missing_ok=True)
 
     @property
     def summary(self) -> dict[str, Any]:
-        return json.loads((self.path / "DONE").read_text(encoding="utf-8"))
+        return read_summary(self.path)
+
+
+def files_of(folder: Path) -> list[str]:
+    """The names of the files that a whole artifact consists of, beside its record and its mark."""
+    return sorted(json.loads((folder / DONE).read_text(encoding="utf-8"))["files"])
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What whoever made an artifact kept of it."""
+    return json.loads((folder / DONE).read_text(encoding="utf-8"))["summary"]
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    status = path.stat()
+    return {"bytes": status.st_size, "time_ns": status.st_mtime_ns, "sha256": sha256(path)}
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content."""
+    with path.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
+
+
+def _damage(path: Path, said: Mapping[str, Any]) -> str | None:
+    """What is wrong with a file, by what was written. A file of the same size and time is taken to be the same: reading all
+    of a large store again would take minutes at every start."""
+    if not path.exists():
+        return "is missing"
+    status = path.stat()
+    if status.st_size != said["bytes"]:
+        return f"has {status.st_size} bytes, {said['bytes']} were written"
+    same = status.st_mtime_ns == said["time_ns"] or sha256(path) == said["sha256"]
+    return None if same else "is not what was written"
 
 
 @dataclass(frozen=True)
@@ -146,7 +192,9 @@ class Output:
     @cached_property
     def folder(self) -> str:
         """Its place inside a store."""
-        return f"{self.kind}/{self.label.replace('/', '-')}-{self.key}"
+        # A file system takes names of 255 bytes; the key alone tells artifacts apart.
+        label = self.label.replace("/", "-").encode()[:LABEL_BYTES].decode(errors="ignore")
+        return f"{self.kind}/{label}-{self.key}"
 
 
 @dataclass(frozen=True)
@@ -159,7 +207,53 @@ class Store:
 
     def done(self, output: Output) -> bool:
         """Whether the artifact is there, and whole."""
-        return (self.path(output) / "DONE").exists()
+        return (self.path(output) / DONE).exists()
+
+    def mend(self, output: Output) -> str | None:
+        """Look whether the files of a whole artifact are what was written. A damaged one is set aside, and the artifact is
+        unfinished again. Returns what was found, in one line; None where all is well."""
+        folder = self.path(output)
+        mark = folder / DONE
+        if not mark.exists():
+            return None
+        try:
+            files = json.loads(mark.read_text(encoding="utf-8"))["files"]
+            found = {name: said for name, each in files.items() if (said := _damage(folder / name, each)) is not None}
+        except (ValueError, TypeError, KeyError):
+            found = {DONE: "is not what was written"}
+        if not found:
+            return None
+        mark.rename(mark.with_name(DONE + DAMAGED))
+        for path in (folder / name for name in found if (folder / name).exists()):
+            path.rename(path.with_name(path.name + DAMAGED))
+        return f"{folder}: {', '.join(f'{name} {said}' for name, said in found.items())}; it is made again"
+
+    @contextmanager
+    def claim(self, outputs: Sequence[Output], waiting: Callable[[], None]) -> Iterator[None]:
+        """Keep other processes of this store from making the same artifacts as long as the block lasts; of several
+        processes that work together, the first one does so for all.
+
+        Args:
+          waiting: called if another process is at one of them, before this one waits until that has finished or died.
+        """
+        folder = self.root / "locks"
+        locks = [FileLock(folder / f"{key}.lock") for key in sorted({output.key for output in outputs})]
+
+        def take() -> None:
+            folder.mkdir(parents=True, exist_ok=True)
+            for lock in locks:  # in one order for everybody, so that no two wait for each other
+                try:
+                    lock.acquire(timeout=0)
+                except Timeout:
+                    waiting()
+                    lock.acquire()
+
+        try:
+            on_main_process(take)
+            yield
+        finally:
+            for lock in locks:
+                lock.release()
 
     def path(self, output: Output) -> Path:
         """Its folder, under whichever label it was made: another command may have called the same thing otherwise."""
@@ -191,7 +285,7 @@ class Store:
 
     def summary(self, output: Output) -> dict[str, Any]:
         """What whoever made it kept of it."""
-        return json.loads((self.path(output) / "DONE").read_text(encoding="utf-8"))
+        return read_summary(self.path(output))
 
 
 class RowLog:

@@ -170,7 +170,7 @@ class TrainStudents(Task):
             outputs = [student_output(context.setup, student) for student in group]
             members = [(arm, context.store.open(output)) for arm, output in zip(arms, outputs, strict=True)]
             lm = context.lm(group[0].settings.model)
-            train_students(lm, members, settings, work, shape=shape, tick=tick)
+            train_students(lm, members, settings, work, shape=shape, tick=tick, say=context.progress.say)
         context.forget("targets")
 
     def _groups(self, context: Context) -> list[tuple[Path, list[Student]]]:

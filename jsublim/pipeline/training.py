@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,12 +206,14 @@ def train_students(
     *,
     shape: Shape | None = None,
     tick: Tick = no_tick,
+    say: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Train arms in one program, and leave each as a PEFT folder (or a whole checkpoint) with its `metrics.jsonl`.
 
     Args:
       work: where the state of the training is kept until all of it is whole.
       tick: counts steps; of a training that goes on, those done before come first.
+      say: told what a user should know: students that diverged, saved states that are damaged.
     """
     done = 0
 
@@ -220,9 +222,9 @@ def train_students(
         tick(step - done)
         done = step
 
-    adapters = train(lm.config, lm.params, [arm for arm, _ in members], settings, work, on_step, shape=shape)
+    adapters = train(lm.config, lm.params, [arm for arm, _ in members], settings, work, on_step, shape=shape, say=say)
     whole = [_whole(lm, adapter) for adapter in adapters]
-    on_main_process(lambda: _keep_all(lm, members, whole, work))
+    on_main_process(lambda: _keep_all(lm, members, whole, work, say))
 
 
 def _whole(lm: LanguageModel, adapter: Adapter) -> Adapter | Params:
@@ -234,7 +236,11 @@ def _whole(lm: LanguageModel, adapter: Adapter) -> Adapter | Params:
 
 
 def _keep_all(
-    lm: LanguageModel, members: Sequence[tuple[Arm, Artifact]], students: Sequence[Adapter | Params], work: Path
+    lm: LanguageModel,
+    members: Sequence[tuple[Arm, Artifact]],
+    students: Sequence[Adapter | Params],
+    work: Path,
+    say: Callable[[str], None],
 ) -> None:
     lines = read_rows(work / "metrics.jsonl", ("arm", "step"))
     for (arm, artifact), student in zip(members, students, strict=True):
@@ -243,14 +249,20 @@ def _keep_all(
         own = [{k: v for k, v in line.items() if k != "arm"} for line in lines if line["arm"] == arm.name]
         write_rows(artifact.path / "metrics.jsonl", own)
         keep_student(artifact.path, lm, student)
-        artifact.finish({"steps": arm.steps, "rows": len(arm.examples), "loss": own[-1]["loss"]})
+        said = {"steps": arm.steps, "rows": len(arm.examples), "loss": own[-1]["loss"]}
+        if "diverged" in own[-1]:
+            said |= {"diverged": f"step {own[-1]['step']} of {arm.steps}: {own[-1]['diverged']}"}
+            say(f"{arm.name} diverged at {said['diverged']}; lower students.optimizer.lr, or look at those rows")
+        artifact.finish(said)
     forget_state(work)
 
 
 def keep_student(folder: Path, lm: LanguageModel, student: Adapter | Params) -> None:
-    """Into the folder of its artifact: an adapter, or whole parameters as a checkpoint. What is there already stays."""
+    """Into the folder of its artifact: an adapter, or whole parameters as a checkpoint."""
     if not isinstance(student, Adapter):
         dtype = str(lm.params["embed"]["weight"].dtype)
         write_checkpoint(folder, lm.config, student, lm.hf_config, dtype=dtype, tokenizer=lm.folder)
-    elif not list(folder.glob("*.safetensors")):  # a kill between the file and DONE leaves it whole
-        save_adapter(folder, student, lm.config, str(lm.folder))
+        return
+    for old in folder.glob("*.safetensors"):  # of a call that was stopped before the folder was whole
+        old.unlink()
+    save_adapter(folder, student, lm.config, str(lm.folder))
