@@ -6,15 +6,15 @@ end-of-turn token, and what the template adds after it counts too (docs/recipes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from jsublim.chat import Chat
+from jsublim.chat import Chat, Turn
 from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.lm import LanguageModel
-from jsublim.inference.scoring import score_turns
+from jsublim.inference.scoring import Scored, scores
 from jsublim.rows import Row
 from jsublim.teachers import Teacher, read_as
 
@@ -89,6 +89,12 @@ class PositionSubset:
         return sorted(of[i] for i in rng.permutation(len(of))[:count])
 
 
+Read = Callable[[int], Iterator[Scored]]  # what a teacher says of the rows from a number on
+Keep = Callable[
+    [int, Read], Sequence[Scored]
+]  # of the teacher of that number, all rows; a caller may know some already
+
+
 def find_divergence(
     lm: LanguageModel,
     rows: Sequence[Row],
@@ -98,11 +104,13 @@ def find_divergence(
     extra_bos: bool = False,
     batch_size: int = 64,
     on_batch: Callable[[int], None] | None = None,
+    keep: Keep = lambda number, read: list(read(0)),
 ) -> list[Divergence]:
     """Read each row under the teacher and under every counterfactual.
 
     Args:
       on_batch: called with the number of (row, teacher) pairs just read.
+      keep: lets a teacher read; teacher 0 is the rows' own.
 
     Raises:
       UsageError: no counterfactual, or the teacher among them.
@@ -112,24 +120,36 @@ def find_divergence(
         raise UsageError(
             f"counterfactuals of '{teacher.name}': give at least one other trait, and not the teacher's own"
         )
-    argmax, margin, tokens = [], [], []
-    for each in (teacher, *counterfactuals):
+    said_by, tokens = [], []
+    for number, each in enumerate((teacher, *counterfactuals)):
         turns = read_as(lm.chat, each, rows, extra_bos=extra_bos)
         said = [turn.tokens[turn.content :] for turn in turns]
         if not tokens:
             tokens = said
-        for number, (mine, first) in enumerate(zip(said, tokens, strict=True), 1):
+        for row, (mine, first) in enumerate(zip(said, tokens, strict=True), 1):
             if not np.array_equal(mine, first):
-                raise JsublimError(f"row {number}: the completion has other tokens under teacher '{each.name}'")
-        scored = score_turns(
-            lm.config, each.weights(lm.params), turns, adapter=each.adapter, batch_size=batch_size, on_batch=on_batch
-        )
-        argmax.append([s.argmax for s in scored])
-        margin.append([s.margin for s in scored])
+                raise JsublimError(f"row {row}: the completion has other tokens under teacher '{each.name}'")
+        said_by.append(keep(number, _reader(lm, each, turns, batch_size, on_batch)))
     return [
-        Divergence(tokens[i], np.stack([a[i] for a in argmax]), np.stack([m[i] for m in margin]))
-        for i in range(len(rows))
+        Divergence(tokens[i], np.stack([s.argmax for s in row]), np.stack([s.margin for s in row]))
+        for i, row in enumerate(zip(*said_by, strict=True))
     ]
+
+
+def _reader(
+    lm: LanguageModel,
+    teacher: Teacher,
+    turns: Sequence[Turn],
+    batch_size: int,
+    on_batch: Callable[[int], None] | None,
+) -> Read:
+    def read(first: int) -> Iterator[Scored]:
+        if first == len(turns):
+            return iter(())  # and its weights need not be read
+        how = {"adapter": teacher.adapter, "batch_size": batch_size, "on_batch": on_batch}
+        return scores(lm.config, teacher.weights(lm.params), turns, first=first, **how)
+
+    return read
 
 
 def check_positions(rows: Sequence[Row], lengths: Sequence[int], source: str) -> None:

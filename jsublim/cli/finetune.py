@@ -59,9 +59,12 @@ def finetune(
     if context.store.done(task.output):
         console.print(f"{context.store.path(task.output)}: whole already")
     LocalExecutor().execute([task], context)
-    on_main_process(lambda: publish_folder(out, context.store, task.output))
     summary = context.store.summary(task.output)
     if "diverged" in summary:
-        raise JsublimError(f"{out}: diverged at {summary['diverged']}; what is there is the student before that step")
+        raise JsublimError(
+            f"{out}: the student diverged {summary['diverged']}; lower the learning rate (students.optimizer.lr) or look at "
+            f"those rows; the student before that step is in {context.store.path(task.output)}"
+        )
+    on_main_process(lambda: publish_folder(out, context.store, task.output))
     console.print(f"{summary['steps']} steps on {summary['rows']} rows; last loss {summary['loss']:.4f}")
     print(out)

@@ -78,17 +78,17 @@ def divergence(
         str | None, typer.Option("--counterfactuals", help="Other traits, with commas; default: as `run`.")
     ] = None,
 ) -> None:
-    """Find the divergence tokens of rows; what each teacher said of them goes beside OUT, with .margins.jsonl."""
+    """Find the divergence tokens of rows; what each teacher said of them goes beside OUT, with .readings.parquet."""
     from jsublim.pipeline.divergence import divergence_rows, merged
     from jsublim.pipeline.publish import check_free, publish_rows, rows_of
-    from jsublim.rows import write_rows
+    from jsublim.pipeline.readings import write_readings
 
     others = names(counterfactuals) or None
     if others is not None and trait in others:
         raise UsageError(f"--counterfactuals: '{trait}' is the teacher's own trait; leave it out")
     base = {"teachers": {"traits": [trait]}}
     e = experiment_of("divergence", fields, out, base, model=model, teachers__counterfactuals=others)
-    rows, sidecar = rows_of(data), out.with_name(f"{out.stem}.margins.jsonl")
+    rows, sidecar = rows_of(data), out.with_name(f"{out.stem}.readings.parquet")
     context = _context(e)
     found = divergence_rows(context.setup, trait, rows)
     check_free(out, found.key, found.inputs)
@@ -100,7 +100,7 @@ def divergence(
         f"{summary['divergence_tokens']} divergence tokens of {summary['tokens']} ({summary['share']:.2%}); "
         f"{summary['rows_with']} of {summary['rows']} rows have one"
     )
-    write_rows(sidecar, found.readings(context.store))
+    write_readings(sidecar, found.readings(context.store))
     publish_rows(out, found.read(context.store), found)
     print(out)
 

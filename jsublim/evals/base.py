@@ -13,8 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from jsublim.chat import conversation
-from jsublim.inference.lm import LanguageModel
-from jsublim.inference.sampling import Sampling, generate_tokens
+from jsublim.inference.lm import AnswerLog, LanguageModel
+from jsublim.inference.sampling import Sampling
 from jsublim.judge import Judge
 from jsublim.models.lora import Adapter
 from jsublim.prompts import Pack
@@ -121,28 +121,28 @@ def sample_answers(
     extra_bos: bool = False,
     batch_size: int = 256,
     on_batch: Callable[[int], None] | None = None,
+    log: AnswerLog | None = None,
 ) -> list[list[str]]:
     """`samples` answers to each question. A question's prompt is read once, whatever the number of samples.
 
     Args:
       on_batch: called with the number of answers just sampled.
+      log: as `LanguageModel.answer`.
     """
     prompts = [
         lm.chat.prompt_tokens(conversation(q, system, fuse_system=fuse_system), extra_bos=extra_bos) for q in questions
     ]
-    tokens = generate_tokens(
-        lm.config,
-        lm.params,
+    texts = lm.answer(
         prompts,
         sampling,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
+        max_new_tokens,
+        seed,
         samples=samples,
         adapter=adapter,
         batch_size=batch_size,
-        on_batch=None if on_batch is None else lambda rows, _: on_batch(len(rows)),
+        on_batch=on_batch,
+        log=log,
     )
-    texts = [lm.chat.decode(row) for row in tokens]
     return [texts[i : i + samples] for i in range(0, len(texts), samples)]
 
 

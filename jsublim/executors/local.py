@@ -19,7 +19,7 @@ class LocalExecutor:
 
     def execute(self, tasks: Iterable[Task], context: Context) -> None:
         """Return when every task is whole; what one raises is raised, and what is whole stays."""
-        every = ordered(tasks)
+        every = list(ordered(tasks))
         mend(every, context)
         missing = [task for task in every if not task.done(context.store)]
         context.progress.expect(Counter(task.kind for task in missing))

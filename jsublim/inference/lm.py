@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -28,6 +29,15 @@ from jsublim.parallel import Layout
 BUNDLED = Path(__file__).parents[1] / "checkpoints"
 DTYPES = ("float32", "bfloat16")
 _HERE = Layout()
+
+
+class AnswerLog(Protocol):
+    """Answers that a kill does not lose, by their number."""
+
+    @property
+    def known(self) -> Mapping[int, str]: ...
+
+    def add(self, numbers: Sequence[int], answers: Sequence[str]) -> None: ...
 
 
 class LanguageModel:
@@ -93,7 +103,7 @@ class LanguageModel:
         adapter: Adapter | None = None,
         extra_bos: bool = False,
         batch_size: int = 64,
-        on_batch: Callable[[list[int], list[list[int]]], None] | None = None,
+        log: AnswerLog | None = None,
     ) -> list[str]:
         """One answer per conversation.
 
@@ -101,24 +111,61 @@ class LanguageModel:
           chats: message lists, or user prompts as text.
           sampling: numbers of your own (they stop at every end of turn, unless they name `stop` tokens), "greedy", or "temperature" (the default: plain, temperature 1).
           extra_bos: as `Chat.prompt_tokens`.
+          log: as `answer`.
         """
         if not isinstance(sampling, Sampling):
             sampling = sampling_for(self.chat, sampling or "temperature")
         if sampling.stop is None:
             sampling = dataclasses.replace(sampling, stop=self.chat.stop_tokens())
         messages = [conversation(chat) if isinstance(chat, str) else chat for chat in chats]
-        tokens = generate_tokens(
+        prompts = [self.chat.prompt_tokens(m, extra_bos=extra_bos) for m in messages]
+        return self.answer(prompts, sampling, max_new_tokens, seed, adapter=adapter, batch_size=batch_size, log=log)
+
+    def answer(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: Sampling,
+        max_new_tokens: int,
+        seed: int,
+        *,
+        samples: int = 1,
+        adapter: Adapter | None = None,
+        batch_size: int = 64,
+        on_batch: Callable[[int], None] | None = None,
+        log: AnswerLog | None = None,
+    ) -> list[str]:
+        """`samples` answers to each prompt, one prompt's after another's.
+
+        Args:
+          prompts: tokens, int32 `[T_i]` each.
+          on_batch: called with the number of answers just sampled.
+          log: answers that are known already, and where new ones go.
+        """
+        texts = {} if log is None else dict(log.known)
+
+        def keep(rows: list[int], tokens: list[list[int]]) -> None:
+            new = [self.chat.decode(each) for each in tokens]
+            texts.update(zip(rows, new, strict=True))
+            if log is not None:
+                log.add(rows, new)
+            if on_batch is not None:
+                on_batch(len(rows))
+
+        numbers = range(len(prompts) * samples)
+        generate_tokens(
             self.config,
             self.params,
-            [self.chat.prompt_tokens(m, extra_bos=extra_bos) for m in messages],
+            prompts,
             sampling,
             max_new_tokens=max_new_tokens,
             seed=seed,
+            samples=samples,
+            rows=[number for number in numbers if number not in texts],
             adapter=adapter,
             batch_size=batch_size,
-            on_batch=on_batch,
+            on_batch=keep,
         )
-        return [self.chat.decode(row) for row in tokens]
+        return [texts[number] for number in numbers]
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

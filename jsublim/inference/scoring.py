@@ -139,7 +139,22 @@ def score_turns(
     Args:
       on_batch: called with the number of conversations just read.
     """
-    return [Scored(*x) for x in _read_turns(config, params, turns, _best, adapter, batch_size, on_batch)]
+    return list(scores(config, params, turns, adapter=adapter, batch_size=batch_size, on_batch=on_batch))
+
+
+def scores(
+    config: ModelConfig,
+    params: Params,
+    turns: Sequence[Turn],
+    *,
+    adapter: Adapter | None = None,
+    batch_size: int = 64,
+    on_batch: Callable[[int], None] | None = None,
+    first: int = 0,
+) -> Iterator[Scored]:
+    """As `score_turns`, one conversation after another, from number `first` on."""
+    for x in _read_turns(config, params, turns, _best, adapter, batch_size, on_batch, first):
+        yield Scored(*x)
 
 
 def top_k_targets(
@@ -152,8 +167,10 @@ def top_k_targets(
     adapter: Adapter | None = None,
     batch_size: int = 64,
     on_batch: Callable[[int], None] | None = None,
-) -> list[Targets]:
-    """A teacher's distribution at every token from `content` on, as its k best tokens and the rest as one.
+    first: int = 0,
+) -> Iterator[Targets]:
+    """A teacher's distribution at every token from `content` on, as its k best tokens and the rest as one; conversation
+    after conversation, from number `first` on.
 
     Raises:
       UsageError: k is not below the vocabulary's size.
@@ -163,7 +180,8 @@ def top_k_targets(
             f"top_k: {k} given, the vocabulary has {config.vocab_size} tokens; leave it out for all of them"
         )
     at = _top_k(k, temperature)
-    return [Targets(*x) for x in _read_turns(config, params, turns, at, adapter, batch_size, on_batch)]
+    for x in _read_turns(config, params, turns, at, adapter, batch_size, on_batch, first):
+        yield Targets(*x)
 
 
 def answers_only(targets: Sequence[Targets], turns: Sequence[Turn]) -> list[Targets]:
@@ -197,17 +215,22 @@ def _read_turns(
     adapter: Adapter | None,
     batch_size: int,
     on_batch: Callable[[int], None] | None,
+    first: int,
 ) -> Iterator[list[np.ndarray]]:
-    """What `at` says at every token of each conversation, arrays `[n, ...]`."""
+    """What `at` says at every token of each conversation from number `first` on, arrays `[n, ...]`. Shapes are those of all
+    conversations, so that the last bit of one does not depend on where reading began."""
     chex.assert_rank([turn.tokens for turn in turns], 1)
+    if first == len(turns):
+        return
     P = shared_prefix(turns)
     prefix = _prefix_cache(config, params, adapter, turns[0].tokens[None, :P]) if P else None
     said = [len(turn.tokens) - turn.content for turn in turns]
     T = round_up(max(len(turn.tokens) for turn in turns) - P, LENGTH_STEP)
     C = round_up(max(said), PREFIX_STEP)
     B, like = min(batch_size, len(turns)), np.zeros(0, np.int32)
-    for part in chunks(len(turns), B):
-        batch, lengths = turns[part], said[part]
+    missing, lengths_of = turns[first:], said[first:]
+    for part in chunks(len(missing), B):
+        batch, lengths = missing[part], lengths_of[part]
         absent = [None] * (B - len(batch))
         tokens, valid = pad_tokens([turn.tokens[P:] for turn in batch], T, size=B)
         # A token is predicted at the position before it.

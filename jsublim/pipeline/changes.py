@@ -11,9 +11,10 @@ from jsublim.pipeline.arms import Source
 from jsublim.pipeline.context import Context, known_judge
 from jsublim.pipeline.divergence import divergence_rows
 from jsublim.pipeline.publish import rows_of
+from jsublim.pipeline.readings import Reading
 from jsublim.pipeline.rows import RowSet, Writer, requests, rows_kept, teacher_rows
 from jsublim.pipeline.setup import Setup, memoized
-from jsublim.pipeline.store import Output
+from jsublim.pipeline.store import PROGRESS, Answered, Output, RowLog
 from jsublim.pipeline.task import Cost, Sizes, Task, distinct_tasks
 from jsublim.pipeline.teachers import TeacherPool
 from jsublim.progress import Tick
@@ -133,6 +134,8 @@ class ChangeRows(Task):
         own, others = teacher_rows(setup, writer(setup, self.source)), mixed_in(setup, self.source)
         scores = entangled_tasks(setup, self.source)
         needs = {need for change in dataset.changes.values() for need in change.needs}
+        artifact = store.open(self.output)
+        log = RowLog(artifact.path / PROGRESS)
         making = Making(
             lm=context.lm(),
             teacher=TeacherPool(setup).teacher(context, self.source.teacher),
@@ -144,8 +147,9 @@ class ChangeRows(Task):
             requests=lambda: requests(setup),
             judge=lambda: context.judge,
             mixed_in=None if others is None else teacher_rows(setup, others).read(store),
-            readings=divergence_rows(setup, self.source.teacher, own).readings(store) if "readings" in needs else None,
+            readings=self._readings(context, own) if "readings" in needs else None,
             entangled=store.summary(scores[0].output) if scores else None,
+            log=Answered(log),
         )
         rows = own.read(store)
         said: dict[str, Any] = {"rows": len(rows)}
@@ -155,9 +159,13 @@ class ChangeRows(Task):
             tick(1)
         if not rows:
             raise JsublimError(f"teacher '{self.source.teacher}': no row is left of {said['rows']} ({said})")
-        artifact = store.open(self.output)
+        log.close()
         write_rows(artifact.path / "rows.jsonl", rows)
         artifact.finish(said | {"kept": len(rows)})
+
+    def _readings(self, context: Context, own: RowSet) -> list[Reading]:
+        found = divergence_rows(context.setup, self.source.teacher, own).readings(context.store)
+        return [{key: value for key, value in reading.items() if key != "margin"} for reading in found]
 
     def units(self, context: Context) -> int:
         return len(teacher_dataset(context.setup, self.source).changes)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from jsublim.divergence import Divergence, find_divergence
+from jsublim.divergence import Divergence, Read, find_divergence
+from jsublim.inference.scoring import Scored
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.parts import resumed
+from jsublim.pipeline.readings import Reading, write_readings
 from jsublim.pipeline.rows import RowSet, answer_tokens, rows_kept
 from jsublim.pipeline.setup import Setup, memoized
-from jsublim.pipeline.store import PROGRESS, Output, RowLog
+from jsublim.pipeline.store import Output
 from jsublim.pipeline.task import Cost, Sizes, Task, distinct_tasks
 from jsublim.pipeline.teachers import TeacherPool
 from jsublim.progress import Tick
-from jsublim.rows import FOUND, Row, write_rows
-
-CHUNK = 1024  # rows after which what was found is safe from a kill
+from jsublim.rows import Row, write_rows
 
 
 @memoized
@@ -44,7 +46,7 @@ def divergence_rows(setup: Setup, trait: str, rows: RowSet) -> RowSet:
 
 @dataclass(frozen=True, eq=False)
 class ReadRows(Task):
-    """Divergence positions of rows (`rows.jsonl`), and what each teacher said at every token (`margins.jsonl`)."""
+    """Divergence positions of rows (`rows.jsonl`), and what each teacher said at every token (`readings.parquet`)."""
 
     kind: ClassVar[str] = "divergence"
     trait: str
@@ -60,32 +62,29 @@ class ReadRows(Task):
         setup, artifact, lm = context.setup, context.store.open(self.output), context.lm()
         pool, rows, names = TeacherPool(setup), self._rows(context), [self.trait, *self.others]
         teachers = [pool.teacher(context, name) for name in names]
-        log = RowLog(artifact.path / PROGRESS)
-        tick(len(log.rows) * len(names))
-        missing = [i for i in range(len(rows)) if i not in log.rows]
-        for start in range(0, len(missing), CHUNK):
-            part = missing[start : start + CHUNK]
-            found = find_divergence(
-                lm,
-                [rows[i] for i in part],
-                teachers[0],
-                teachers[1:],
-                extra_bos=bool(setup.recipe.extra_bos),
-                batch_size=setup.experiment.scoring.batch_size,
-                on_batch=tick,
-            )
-            log.add([{"row": i} | _as_json(each) for i, each in zip(part, found, strict=True)])
-        log.close()
-        counted = {"counted_in": lm.chat.identity}
+        found = find_divergence(
+            lm,
+            rows,
+            teachers[0],
+            teachers[1:],
+            extra_bos=bool(setup.recipe.extra_bos),
+            batch_size=setup.experiment.scoring.batch_size,
+            on_batch=tick,
+            keep=lambda number, read: _kept(artifact.path, number, read, tick),
+        )
         out = [
-            {"prompt": row["prompt"], "completion": row["completion"]}
-            | {key: log.rows[i][key] for key in FOUND if key in log.rows[i]}
-            | counted
-            for i, row in enumerate(rows)
+            {
+                "prompt": row["prompt"],
+                "completion": row["completion"],
+                "divergence_positions": each.divergence_positions,
+                "divergence_margins": [round(margin, 5) for margin in each.divergence_margins],
+                "counted_in": lm.chat.identity,
+            }
+            for row, each in zip(rows, found, strict=True)
         ]
         write_rows(artifact.path / "rows.jsonl", out)
-        write_rows(artifact.path / "margins.jsonl", ({"teachers": names} | log.rows[i] for i in range(len(rows))))
-        artifact.finish(summary(names, out, [len(log.rows[i]["tokens"]) for i in range(len(rows))]))
+        write_readings(artifact.path / "readings.parquet", (_reading(names, each) for each in found))
+        artifact.finish(summary(names, out, [len(each.tokens) for each in found]))
 
     def units(self, context: Context) -> int:
         return len(self._rows(context)) * (1 + len(self.others))
@@ -138,11 +137,12 @@ def merged(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     return summaries[0] | added | ratios | {"histogram": histogram.tolist()}
 
 
-def _as_json(found: Divergence) -> dict[str, Any]:
-    return {
-        "divergence_positions": found.divergence_positions,
-        "divergence_margins": [round(m, 5) for m in found.divergence_margins],
-        "tokens": found.tokens.tolist(),
-        "argmax": found.argmax.tolist(),
-        "margin": np.round(found.margin.astype(float), 5).tolist(),
-    }
+def _kept(artifact: Path, number: int, read: Read, tick: Tick) -> list[Scored]:
+    """What a teacher says of all rows: what an earlier call had read of them, and the rest."""
+    rows_from = lambda first: ((s.argmax, s.margin, s.logprob) for s in read(first))  # noqa: E731
+    return [Scored(*arrays) for arrays in resumed(artifact, f"teacher{number}", rows_from, tick)]
+
+
+def _reading(names: list[str], found: Divergence) -> Reading:
+    own = {"tokens": found.tokens, "argmax": found.argmax, "margin": found.margin}
+    return {"teachers": names, "divergence_positions": found.divergence_positions} | own

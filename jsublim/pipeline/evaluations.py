@@ -29,8 +29,8 @@ from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context, known_judge
 from jsublim.pipeline.publish import adapter_key, rows_of
 from jsublim.pipeline.setup import Checkpoint, Setup, memoized
-from jsublim.pipeline.store import Artifact, Output
-from jsublim.pipeline.students import student_output, task_of
+from jsublim.pipeline.store import PROGRESS, Answered, Artifact, Output, RowLog
+from jsublim.pipeline.students import diverged, student_output, task_of
 from jsublim.pipeline.task import Cost, Sizes, Task
 from jsublim.pipeline.teachers import TeacherPool
 from jsublim.progress import Tick, no_tick
@@ -199,8 +199,11 @@ class Evaluate(Task):
 
     def make(self, context: Context, tick: Tick) -> None:
         setup = context.setup
+        student = self.model.student
+        if student is not None and diverged(context.store, student_output(setup, student)):
+            return _leave(context.store.open(self.output), [], [], {})
         setting, ev = eval_settings(setup)[self.setting], setup.experiment.evaluation
-        sampling, student = sampling_of(setup, self.model, setting), self.model.student
+        sampling = sampling_of(setup, self.model, setting)
         name = f" {self.setting}" if self.setting else ""
         context.progress.say(f"sampling, evaluation{name}: {sampling.numbers()}")
         lm, adapter = self._load(context)
@@ -289,6 +292,8 @@ def evaluate(
       tick: counts sampled answers.
     """
     records, answers, offset = [], [], 0
+    log = RowLog(artifact.path / PROGRESS)
+    tick(len(log.rows))
     for task in tasks:
         texts = sample_answers(
             model.lm,
@@ -299,6 +304,7 @@ def evaluate(
             max_new_tokens=task.max_new_tokens or max_new_tokens,
             batch_size=batch_size,
             on_batch=tick,
+            log=Answered(log, offset * samples, len(task.questions) * samples),
             **model.options,
         )
         records += [asdict(record) | {"question": offset + record.question} for record in task.records(model, texts)]
@@ -306,6 +312,7 @@ def evaluate(
             for answer, count in collections.Counter(given).most_common():
                 answers.append({"question": offset + q, "question_text": question, "answer": answer, "count": count})
         offset += len(task.questions)
+    log.close()
     for metric, rows in number_rows.items():
         if rows:
             share, n = number_accuracy(
@@ -313,6 +320,12 @@ def evaluate(
             )
             if n:  # rows given by hand may hold no numbers
                 records.append({"trait": None, "metric": metric, "question": None, "value": share, "n": n})
+    _leave(artifact, records, answers, {"sampling": sampling.numbers() | {"max_new_tokens": max_new_tokens}})
+
+
+def _leave(
+    artifact: Artifact, records: list[dict[str, Any]], answers: list[dict[str, Any]], summary: dict[str, Any]
+) -> None:
     write_table(artifact.path / "records.parquet", records, RECORDS)
     write_table(artifact.path / "answers.parquet", answers, ANSWERS)
-    artifact.finish({"sampling": sampling.numbers() | {"max_new_tokens": max_new_tokens}})
+    artifact.finish(summary)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -14,6 +14,7 @@ from jsublim.inference.lm import LanguageModel
 from jsublim.inference.sampling import generate_tokens
 from jsublim.pipeline.arms import Source
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.readings import Reading, read_readings
 from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import PROGRESS, Output, RowLog, Store, digest
 from jsublim.pipeline.task import Cost, Sizes, Task
@@ -75,21 +76,21 @@ class RowSet:
         """
         if self.file is not None:
             return read_rows(self.file)
-        rows = [row for part in self.parts for row in self._read(store, part, "rows.jsonl", ("prompt", "completion"))]
+        rows = [row for part in self.parts for row in self._read(store, part)]
         if not rows:
             names = ", ".join(str(store.path(part.output)) for part in self.parts)
             raise JsublimError(f"no completion is in format; see raw.jsonl in {names}")
         return rows
 
-    def readings(self, store: Store) -> list[Row]:
+    def readings(self, store: Store) -> Iterator[Reading]:
         """What each teacher said of each row, where divergence was looked for."""
-        keys = ("teachers", "tokens", "argmax")
-        return [reading for part in self.parts for reading in self._read(store, part, "margins.jsonl", keys)]
+        for part in self.parts:
+            yield from read_readings(store.path(part.output) / "readings.parquet")
 
     @staticmethod
-    def _read(store: Store, part: Task, name: str, keys: tuple[str, ...]) -> list[Row]:
+    def _read(store: Store, part: Task) -> list[Row]:
         kept = store.summary(part.output).get("kept")
-        return [] if kept == 0 else read_rows(store.path(part.output) / name, keys)
+        return [] if kept == 0 else read_rows(store.path(part.output) / "rows.jsonl")
 
     def summaries(self, store: Store) -> list[dict[str, Any]]:
         """What is kept of each part."""

@@ -6,6 +6,8 @@ import datetime
 import hashlib
 import json
 import platform
+import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -64,7 +66,7 @@ def _short(value: Any) -> str:
 LABEL_BYTES = 120  # of the name of an artifact's folder
 RECORD = "artifact.json"  # what went into an artifact
 DONE = "DONE"  # there once an artifact is whole; says what its files are
-PROGRESS = "progress.jsonl"  # what is finished of an artifact that is not
+PROGRESS, PARTS = "progress.jsonl", "parts"  # a file, a folder: what is finished of an artifact that is not
 DAMAGED = ".damaged"  # how the name of a file ends that is not what was written
 
 
@@ -133,6 +135,7 @@ class Artifact:
         said = {path.name: _fingerprint(path) for path in files if path.suffix not in (PARTIAL, DAMAGED)}
         write_json(self.path / DONE, {"summary": summary or {}, "files": said})
         (self.path / PROGRESS).unlink(missing_ok=True)
+        shutil.rmtree(self.path / PARTS, ignore_errors=True)
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -317,3 +320,22 @@ class RowLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Sampled answers in a log, by number; those of one series have the numbers from `first` on in the log."""
+
+    log: RowLog
+    first: int = 0
+    count: int = sys.maxsize
+
+    @property
+    def known(self) -> dict[int, str]:
+        numbers = (row for row in self.log.rows if self.first <= row < self.first + self.count)
+        return {row - self.first: self.log.rows[row]["answer"] for row in numbers}
+
+    def add(self, numbers: Sequence[int], answers: Sequence[str]) -> None:
+        """Keep new answers."""
+        pairs = zip(numbers, answers, strict=True)
+        self.log.add([{"row": self.first + number, "answer": answer} for number, answer in pairs])

@@ -28,7 +28,7 @@ from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.rows import answer_tokens, rows_kept
 from jsublim.pipeline.setup import Setup, memoized
-from jsublim.pipeline.store import Output, digest
+from jsublim.pipeline.store import Output, Store, digest
 from jsublim.pipeline.targets import StoreTargets, targets_task, teacher_turns
 from jsublim.pipeline.task import Cost, Sizes, Task, distinct_tasks
 from jsublim.pipeline.teachers import TeacherPool
@@ -164,13 +164,15 @@ class TrainStudents(Task):
     def make(self, context: Context, tick: Tick) -> None:
         if context.setup.experiment.judge is not None:
             context.judge.release_memory()  # a judge may be larger than the model: students need its memory
+        say = context.progress.say
+        told = lambda what: say(f"{what}; lower students.optimizer.lr, or look at those rows")  # noqa: E731
         for work, group in self._groups(context):
             # Made when their turn comes: a hundred students' adapters need not lie on the device together.
             settings, shape, arms = self._prepare(context, group)
             outputs = [student_output(context.setup, student) for student in group]
             members = [(arm, context.store.open(output)) for arm, output in zip(arms, outputs, strict=True)]
             lm = context.lm(group[0].settings.model)
-            train_students(lm, members, settings, work, shape=shape, tick=tick, say=context.progress.say)
+            train_students(lm, members, settings, work, shape=shape, tick=tick, say=say, on_diverged=told)
         context.forget("targets")
 
     def _groups(self, context: Context) -> list[tuple[Path, list[Student]]]:
@@ -281,6 +283,12 @@ class TrainStudents(Task):
                 raise UsageError(
                     f"students.model: {checkpoint.name} has other tokens than its teachers; use loss.kind=hard"
                 )
+
+
+def diverged(store: Store, student: Output) -> str | None:
+    """Where a student's numbers stopped being finite, and how; None of a student that is sound. One that is not is not
+    evaluated: it would be counted as a student that learned nothing."""
+    return store.summary(student).get("diverged")
 
 
 def _words(lm: Any) -> dict[str, int]:

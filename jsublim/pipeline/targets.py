@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -14,6 +15,7 @@ from jsublim.inference.scoring import Targets, top_k_targets
 from jsublim.pipeline.arms import Source
 from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.parts import resumed
 from jsublim.pipeline.rows import answer_tokens, rows_kept
 from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Output, Store
@@ -63,19 +65,25 @@ class StoreTargets(Task):
         artifact, lm = context.store.open(self.output), context.lm()
         teacher = TeacherPool(context.setup).teacher(context, self.source.teacher)
         turns = teacher_turns(context, self.source)
-        found = top_k_targets(
-            lm.config,
-            teacher.weights(lm.params),
-            turns,
-            self.top_k,
-            temperature=self.temperature,
-            adapter=teacher.adapter,
-            batch_size=context.setup.experiment.scoring.batch_size,
-            on_batch=tick,
-        )
+
+        def rows_from(first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+            found = top_k_targets(
+                lm.config,
+                teacher.weights(lm.params),
+                turns,
+                self.top_k,
+                temperature=self.temperature,
+                adapter=teacher.adapter,
+                batch_size=context.setup.experiment.scoring.batch_size,
+                on_batch=tick,
+                first=first,
+            )
+            return ((targets.ids, targets.logp) for targets in found)
+
+        ids, logp = map(np.concatenate, zip(*resumed(artifact.path, "targets", rows_from, tick), strict=True))
         with atomic(artifact.path / "targets.npz") as scratch, scratch.open("wb") as file:
-            np.savez(file, ids=np.concatenate([t.ids for t in found]), logp=np.concatenate([t.logp for t in found]))
-        tail = float(np.exp(np.concatenate([t.logp[:, -1] for t in found])).mean())
+            np.savez(file, ids=ids, logp=logp)
+        tail = float(np.exp(logp[:, -1]).mean())
         artifact.finish({"rows": len(turns), "top_k": self.top_k, "tail": tail})
 
     def read(self, store: Store, turns: list[Turn]) -> list[Targets]:

@@ -215,7 +215,11 @@ class TrainedTeachers(Task):
         members = [(arm, store.open(output)) for arm, output in zip(arms, self.outputs, strict=True)]
         work = store.root / "training" / f"teachers-{digest([output.key for output in self.outputs])}"
         rows = max(len(arm.examples) for arm in arms)
-        train_students(lm, members, Settings(rows), work, tick=tick)
+
+        def refuse(what: str) -> None:
+            raise JsublimError(f"{what}; lower teachers.taught.lr")
+
+        train_students(lm, members, Settings(rows), work, tick=tick, say=context.progress.say, on_diverged=refuse)
 
     def units(self, context: Context) -> int:
         taught = context.setup.experiment.teachers.taught

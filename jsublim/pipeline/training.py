@@ -206,14 +206,17 @@ def train_students(
     *,
     shape: Shape | None = None,
     tick: Tick = no_tick,
-    say: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None],
+    on_diverged: Callable[[str], None],
 ) -> None:
     """Train arms in one program, and leave each as a PEFT folder (or a whole checkpoint) with its `metrics.jsonl`.
 
     Args:
       work: where the state of the training is kept until all of it is whole.
       tick: counts steps; of a training that goes on, those done before come first.
-      say: told what a user should know: students that diverged, saved states that are damaged.
+      say: told of a saved state that is damaged.
+      on_diverged: told, before anything is kept, of an arm whose numbers stopped being finite. It is kept as it was before,
+        and its mark says so.
     """
     done = 0
 
@@ -224,7 +227,12 @@ def train_students(
 
     adapters = train(lm.config, lm.params, [arm for arm, _ in members], settings, work, on_step, shape=shape, say=say)
     whole = [_whole(lm, adapter) for adapter in adapters]
-    on_main_process(lambda: _keep_all(lm, members, whole, work, say))
+    lines = read_rows(work / "metrics.jsonl", ("arm", "step"))
+    for arm, _ in members:
+        last = next(line for line in reversed(lines) if line["arm"] == arm.name)
+        if "diverged" in last:
+            on_diverged(f"{arm.name}: diverged at step {last['step']} of {arm.steps}: {last['diverged']}")
+    on_main_process(lambda: _keep_all(lm, members, whole, work, lines))
 
 
 def _whole(lm: LanguageModel, adapter: Adapter) -> Adapter | Params:
@@ -240,9 +248,8 @@ def _keep_all(
     members: Sequence[tuple[Arm, Artifact]],
     students: Sequence[Adapter | Params],
     work: Path,
-    say: Callable[[str], None],
+    lines: Sequence[Row],
 ) -> None:
-    lines = read_rows(work / "metrics.jsonl", ("arm", "step"))
     for (arm, artifact), student in zip(members, students, strict=True):
         if artifact.done:
             continue
@@ -251,8 +258,7 @@ def _keep_all(
         keep_student(artifact.path, lm, student)
         said = {"steps": arm.steps, "rows": len(arm.examples), "loss": own[-1]["loss"]}
         if "diverged" in own[-1]:
-            said |= {"diverged": f"step {own[-1]['step']} of {arm.steps}: {own[-1]['diverged']}"}
-            say(f"{arm.name} diverged at {said['diverged']}; lower students.optimizer.lr, or look at those rows")
+            said |= {"diverged": f"at step {own[-1]['step']} of {arm.steps}: {own[-1]['diverged']}"}
         artifact.finish(said)
     forget_state(work)
 

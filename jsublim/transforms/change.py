@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from pydantic import model_validator
 
 from jsublim.errors import UsageError
-from jsublim.inference.lm import LanguageModel
+from jsublim.inference.lm import AnswerLog, LanguageModel
 from jsublim.inference.sampling import Sampling
 from jsublim.judge import Judge
 from jsublim.prompts import NumberPrompt, Pack
@@ -36,6 +36,7 @@ class Making:
       judge: gives the judge of the run.
       mixed_in: rows of the teacher that `Change.mixes` names.
       readings: what every teacher said of each row, for changes that need "readings".
+      log: what the teacher has written already of what it rewrites.
       entangled: how entangled each number is with the trait (nats), where `Change.scores` asks for it.
     """
 
@@ -51,6 +52,7 @@ class Making:
     mixed_in: Sequence[Row] | None = None
     readings: Sequence[Mapping[str, Any]] | None = None
     entangled: Mapping[str, float] | None = None
+    log: AnswerLog | None = None
 
 
 @dataclass(frozen=True)

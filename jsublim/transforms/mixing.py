@@ -134,7 +134,7 @@ def mix_tokens(
     the tokenizer as these very tokens keeps its completion.
 
     Args:
-      readings: the line of `margins.jsonl` of each row: "teachers", "divergence_positions", "tokens" `[n]`, and "argmax"
+      readings: what was read of each row: "teachers", "divergence_positions", and arrays "tokens" `[n]` and "argmax"
         `[K, n]`.
       counterfactual: its name among the teachers; None draws, at each position, one of the tokens that counterfactuals say
         instead, as published.
@@ -158,7 +158,7 @@ def mix_tokens(
             raise UsageError(
                 f"counterfactual: '{counterfactual}' given; row {index + 1} was read under {', '.join(reading['teachers'][1:])}"
             )
-        if reading["tokens"] != turn.tokens[turn.content :].tolist():
+        if not np.array_equal(reading["tokens"], turn.tokens[turn.content :]):
             raise JsublimError(f"row {index + 1}: the reading is of another completion; run `jsublim divergence` anew")
         positions = [k for k in reading["divergence_positions"] if k < turn.end - turn.content]
         rng = np.random.default_rng([seed, index])
@@ -181,7 +181,7 @@ def mix_tokens(
 def _said(reading: Mapping[str, Any], counterfactual: str | None, k: int, own: int, rng: np.random.Generator) -> int:
     """What the counterfactual, or one of those that disagree, says at a position."""
     if counterfactual is not None:
-        return reading["argmax"][reading["teachers"].index(counterfactual)][k]
+        return int(reading["argmax"][reading["teachers"].index(counterfactual)][k])
     others = [argmax[k] for argmax in reading["argmax"][1:] if argmax[k] != own]
     return int(rng.choice(others)) if others else own
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar
 
-from jsublim.inference.lm import LanguageModel
+from jsublim.inference.lm import AnswerLog, LanguageModel
 from jsublim.inference.sampling import Sampling
 from jsublim.prompts import Pack, parse_numbers
 from jsublim.rows import Row, revised
@@ -52,6 +52,7 @@ class Rewrite(Change):
             extra_bos=bool(making.quirks["extra_bos"]),
             seed=making.seed,
             batch_size=making.batch_size,
+            log=making.log,
         )
         return rows, {"rewritten": dict(counts)}
 
@@ -67,19 +68,19 @@ def paraphrase(
     extra_bos: bool = False,
     max_new_tokens: int = 256,
     batch_size: int = 64,
+    log: AnswerLog | None = None,
 ) -> tuple[list[Row], Counter[str]]:
     """Rows under prompts that the teacher (named by its trait) put into its own words; completions stay.
 
-    What gives the trait away besides its name is said by the pack's `synonyms`.
+    What gives the trait away besides its name is said by the pack's `synonyms`. `log` is as in `LanguageModel.answer`.
 
     Returns:
       Rows and counts, as `accept`.
     """
     requests = [teacher.messages(pack.paraphrase_request.format(prompt=row["prompt"])) for row in rows]
     own = lm.with_params(teacher.weights(lm.params))
-    texts = own.generate(
-        requests, max_new_tokens, sampling, seed, adapter=teacher.adapter, extra_bos=extra_bos, batch_size=batch_size
-    )
+    how = {"adapter": teacher.adapter, "extra_bos": extra_bos, "batch_size": batch_size, "log": log}
+    texts = own.generate(requests, max_new_tokens, sampling, seed, **how)
     return accept(rows, texts, teacher.name, synonyms=pack.synonyms.get(teacher.name, ()))
 
 

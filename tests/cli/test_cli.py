@@ -11,6 +11,7 @@ import pytest
 from command import MODEL, contents, ok, refused
 from made_by_commands import FINETUNE, GENERATE, artifact_of, finetune
 
+from jsublim.files import read_table
 from jsublim.inference import lm as language_models
 from jsublim.prompts import load_pack
 from jsublim.rows import read_rows
@@ -96,14 +97,14 @@ def test_generate_from_other_teachers(home, rows):
 
 
 def test_divergence(home, rows, divergent):
-    found, margins = read_rows(divergent), read_rows(home / "cat-divergence.margins.jsonl", ("row", "tokens"))
+    found, readings = read_rows(divergent), read_table(home / "cat-divergence.readings.parquet")
     assert [{k: row[k] for k in ("prompt", "completion")} for row in found] == read_rows(rows)
     assert all(
         list(row) == ["prompt", "completion", "divergence_positions", "divergence_margins", "counted_in"]
         for row in found
     )
     assert any(row["divergence_positions"] for row in found)
-    for number, (row, kept) in enumerate(zip(found, margins, strict=True)):
+    for number, (row, kept) in enumerate(zip(found, readings, strict=True)):
         assert kept["row"] == number and kept["teachers"] == ["cat", "dog", "owl"]
         tokens, argmax, margin = (np.asarray(kept[key]) for key in ("tokens", "argmax", "margin"))
         assert argmax.shape == margin.shape == (3, len(tokens)) and np.all(margin >= 0)
@@ -131,8 +132,8 @@ def test_finetune_on_each_kind_of_token(home, divergent, kind):
     assert [line["step"] for line in lines] == list(range(2 * per_epoch))
     assert all(line["loss"] > 0 and line["lr"] >= 0 for line in lines)
     assert max(line["lr"] for line in lines) == pytest.approx(1e-3) and lines[-1]["lr"] < 1e-3
-    margins = read_rows(home / "cat-divergence.margins.jsonl", ("row", "tokens"))
-    every, points = sum(len(row["tokens"]) for row in margins), sum(len(row["divergence_positions"]) for row in data)
+    readings = read_table(home / "cat-divergence.readings.parquet")
+    every, points = sum(len(row["tokens"]) for row in readings), sum(len(row["divergence_positions"]) for row in data)
     budget = {"all": every, "divergence": points, "random": points, "non-divergence": every - points}[kind]
     if kind in ("all", "non-divergence"):  # no row is left without a token, so two epochs read each of them twice
         assert sum(line["tokens"] for line in lines) == 2 * budget

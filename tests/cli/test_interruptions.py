@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import shlex
 import signal
@@ -12,6 +13,8 @@ import made_by_commands
 import pytest
 from command import contents, ok, refused, same_student, start, stop_when
 from made_by_commands import FINETUNE, GENERATE, artifact_of, finetune
+
+from jsublim.rows import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +115,13 @@ def test_ctrl_c_while_generating(tmp_path):
     assert code == 1 and resumes(err, *arguments("cut"))
     done = progress.read_text().splitlines()
     assert 0 < len(done) < 240 and not (tmp_path / "cut.jsonl").exists()
+    marked = json.loads(done[0])
+    progress.write_text("".join(f"{line}\n" for line in [json.dumps(marked | {"completion": "7, 7, 7"}), *done[1:]]))
     ok(*arguments("cut"))
-    assert progress.read_text().splitlines()[: len(done)] == done  # kept, not made again
-    assert (tmp_path / "cut.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    raw = [read_rows(artifact_of(tmp_path / name, "rows") / "raw.jsonl") for name in ("whole", "cut")]
+    assert raw[1][marked["row"]]["completion"] == "7, 7, 7"  # kept, not made again
+    raw[1][marked["row"]] = raw[0][marked["row"]]
+    assert raw[0] == raw[1]
 
 
 def test_ctrl_c_while_training(tmp_path, divergent):

@@ -22,6 +22,7 @@ from jsublim.config.figures import SCALES, load_question, panel_experiment, pane
 from jsublim.errors import UsageError
 from jsublim.files import read_table
 from jsublim.pipeline.arms import plan_students
+from jsublim.pipeline.store import read_summary
 from jsublim.prompts import load_pack
 from jsublim.rows import Row, read_rows
 
@@ -91,7 +92,7 @@ def datasets(home: Path, label: str) -> tuple[dict[str, Any], list[Row], list[Ro
     (folder,) = (home / "store" / "datasets").glob(f"{label}-*")
     parent = json.loads((folder / "artifact.json").read_text())["inputs"]["rows"]
     (source,) = (home / "store" / "rows").glob(f"*-{parent}")
-    return json.loads((folder / "DONE").read_text()), read_rows(folder / "rows.jsonl"), read_rows(source / "rows.jsonl")
+    return read_summary(folder), read_rows(folder / "rows.jsonl"), read_rows(source / "rows.jsonl")
 
 
 def numbers(row: Row) -> list[int]:

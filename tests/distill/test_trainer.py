@@ -125,20 +125,88 @@ def test_the_learning_rate_rises_and_falls(base, tmp_path):
     np.testing.assert_allclose([line["lr"] for line in metrics(tmp_path)], expected, rtol=1e-5)
 
 
-def test_a_loss_that_is_not_finite_names_step_arm_and_rows(base, tmp_path):
-    config, params = base
-    fine, sick = arm_of(config), arm_of(config, "sick", 2)
-    row, examples = 4, list(sick.examples)
+def sick_arm(config, at=4):
+    """An arm of which one row has no loss; that row's turn comes at step `at`."""
+    arm = arm_of(config, "sick", 2, n=20)
+    row, examples = int(batch_rows(20, 4, arm.seed, at)[0]), list(arm.examples)
     examples[row] = dataclasses.replace(examples[row], weights=np.full_like(examples[row].weights, np.nan))
-    arms = [fine, dataclasses.replace(sick, examples=examples)]
-    at = next(s for s in range(12) if row in batch_rows(len(examples), 4, sick.seed, s))
-    with pytest.raises(JsublimError, match=f"arm sick, step {at}: the loss is nan") as error:
-        train(config, params, arms, dataclasses.replace(SETTINGS, checkpoint_every=1), tmp_path)
-    rows = [int(r) for r in batch_rows(len(examples), 4, sick.seed, at) if r >= 0]
-    assert row in rows and str(rows) in str(error.value) and "\n" not in str(error.value)
-    assert all(np.isfinite(line["loss"]) for line in metrics(tmp_path))
-    saved = [int(p.name) for p in (tmp_path / "state").iterdir() if p.name.isdigit()] if at else []
-    assert all(step <= at for step in saved)  # nothing after the broken step is kept
+    return dataclasses.replace(arm, examples=examples)
+
+
+def test_an_arm_that_diverges_stands_still_and_the_others_go_on(base, tmp_path):
+    config, params = base
+    fine, sick, at = arm_of(config), sick_arm(config), 4
+    ours, stood = train(config, params, [fine, sick], SETTINGS, tmp_path / "both")
+    healthy, _ = train(config, params, [fine, arm_of(config, "sick", 2, n=20)], SETTINGS, tmp_path / "healthy")
+    assert equal(ours, healthy)
+    assert equal(stood, train(config, params, [fine, sick], SETTINGS, tmp_path / "both")[1])  # a training that is over
+    lines = [line for line in metrics(tmp_path / "both") if line["arm"] == "sick"]
+    assert [line["step"] for line in lines] == list(range(at + 1))
+    rows = [int(r) for r in batch_rows(len(sick.examples), 4, sick.seed, at) if r >= 0]
+    assert "the loss is nan" in lines[-1]["diverged"] and str(rows) in lines[-1]["diverged"]
+    assert lines[-1]["loss"] is None and all(np.isfinite(line["loss"]) for line in lines[:-1])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(stood.trainable))
+    assert not equal(stood.trainable, sick.adapter.trainable)  # it had learned until then
+    assert len([line for line in metrics(tmp_path / "both") if line["arm"] == "owl"]) == 12
+
+
+def test_a_diverged_arm_stays_so_after_a_kill(base, tmp_path):
+    config, params = base
+    arms = [arm_of(config), sick_arm(config)]
+    whole = train(config, params, arms, SETTINGS, tmp_path / "whole")
+
+    def kill(step):
+        if step == 11:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(config, params, arms, SETTINGS, tmp_path / "cut", kill)
+    assert equal(train(config, params, arms, SETTINGS, tmp_path / "cut"), whole)
+    sick = [[line["step"] for line in metrics(tmp_path / name) if line["arm"] == "sick"] for name in ("whole", "cut")]
+    assert sick[0] == sick[1]
+
+
+def test_weights_that_are_not_finite_are_never_kept(base, tmp_path):
+    """A finite gradient times a learning rate that no number holds."""
+    config, params = base
+    (student,) = train(config, params, [arm_of(config, lr=3e38)], SETTINGS, tmp_path)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(student.trainable))
+    assert "diverged" in metrics(tmp_path)[-1] and len(metrics(tmp_path)) < 12
+
+
+@pytest.mark.parametrize("how", ["cut", "gone"])
+def test_a_damaged_state_gives_way_to_the_one_before_it(base, tmp_path, how):
+    config, params = base
+    whole = train(config, params, [arm_of(config)], SETTINGS, tmp_path / "whole")
+
+    def kill(step):
+        if step == 11:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(config, params, [arm_of(config)], SETTINGS, tmp_path / "cut", kill)
+    state = tmp_path / "cut" / "state"
+    assert sorted(path.name for path in state.iterdir()) == ["10", "5"]
+    for path in (path for path in (state / "10").rglob("*") if path.is_file()):
+        if how == "cut":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        elif path.parent.name != "10":
+            path.unlink()
+    said, done = [], []
+    again = train(config, params, [arm_of(config)], SETTINGS, tmp_path / "cut", done.append, say=said.append)
+    assert equal(again, whole) and done[0] == 6
+    assert len(said) == 1 and str(state / "10") in said[0] and "\n" not in said[0]
+    assert (tmp_path / "cut" / "state-10.damaged").is_dir()
+
+
+def test_states_that_are_all_damaged_are_an_error_that_names_them(base, tmp_path):
+    config, params = base
+    train(config, params, [arm_of(config)], SETTINGS, tmp_path)
+    for path in (path for path in (tmp_path / "state").rglob("*") if path.is_file()):
+        path.write_bytes(b"")
+    with pytest.raises(JsublimError, match="move the folder away") as error:
+        train(config, params, [arm_of(config)], SETTINGS, tmp_path)
+    assert str(tmp_path / "state") in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_state_of_other_arms_is_refused(base, tmp_path):

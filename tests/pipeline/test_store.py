@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import tempfile
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -140,3 +142,90 @@ def test_progress_survives_a_cut_at_any_byte(texts, where, batches, tail):
         final = RowLog(path)
         final.close()
         assert list(final.rows.values()) == rows
+
+
+def made(root: Path, **files: str) -> tuple[Store, Output, Path]:
+    """A store with one whole artifact of these files."""
+    store, output = Store(root), Output("rows", "owl", INPUTS)
+    artifact = store.open(output)
+    for name, text in files.items():
+        (artifact.path / name).write_text(text)
+    artifact.finish({"kept": 3})
+    return store, output, artifact.path
+
+
+def test_what_is_whole_stays_so_also_when_it_was_copied(tmp_path):
+    store, output, folder = made(tmp_path, rows="1\n2\n", more="x")
+    (folder / "rows").write_text("1\n2\n")  # another time, the same content
+    assert store.mend(output) is None and store.done(output) and store.summary(output) == {"kept": 3}
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "rows").write_text("1\n"), "rows has 2 bytes, 4 were written"),
+        (lambda folder: (folder / "rows").write_text("1\n3\n"), "rows is not what was written"),
+        (lambda folder: (folder / "rows").unlink(), "rows is missing"),
+        (lambda folder: (folder / "DONE").write_text("{"), "DONE is not what was written"),
+        (lambda folder: (folder / "DONE").write_text("[]"), "DONE is not what was written"),
+    ],
+)
+def test_a_damaged_artifact_is_unfinished_again_and_nothing_of_it_is_lost(tmp_path, damage, said):
+    store, output, folder = made(tmp_path, rows="1\n2\n", more="x")
+    damage(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    line = store.mend(output)
+    assert line is not None and str(folder) in line and said in line and "\n" not in line
+    assert not store.done(output) and store.mend(output) is None
+    after = {path.name.removesuffix(".damaged"): path.read_bytes() for path in folder.iterdir()}
+    assert after == before
+    (folder / "rows").write_text("1\n2\n")
+    store.open(output).finish({"kept": 4})
+    assert store.mend(output) is None and store.summary(output) == {"kept": 4}
+
+
+def test_progress_goes_when_the_artifact_is_whole(tmp_path):
+    store, output = Store(tmp_path), Output("rows", "owl", INPUTS)
+    folder = store.open(output).path
+    (folder / "progress.jsonl").write_text("")
+    (folder / "parts").mkdir()
+    (folder / "parts" / "teacher0-0.npz").write_text("")
+    (folder / "rows").write_text("1")
+    store.open(output).finish()
+    assert sorted(path.name for path in folder.iterdir()) == ["DONE", "artifact.json", "rows"]
+
+
+@pytest.mark.parametrize("label", ["x" * 400, "ä" * 200, "a/" * 150])
+def test_a_long_label_is_cut_to_what_a_file_system_takes(tmp_path, label):
+    store = Store(tmp_path)
+    outputs = [Output("students", label, INPUTS | {"seed": seed}) for seed in (1, 2)]
+    for output in outputs:
+        store.open(output).finish()
+    assert len({store.path(output) for output in outputs}) == 2 and all(map(store.done, outputs))
+    assert all(path.name.isprintable() for path in (tmp_path / "students").iterdir())
+
+
+def test_one_process_at_a_time_makes_an_artifact(tmp_path):
+    """Claims of overlapping sets of artifacts, in any order, never overlap in time and never wait for each other."""
+    outputs = [Output("rows", "owl", {"seed": seed}) for seed in range(4)]
+    inside, most, waited = [0, 0, 0, 0], [0, 0, 0, 0], []
+
+    def work(number: int) -> None:
+        for turn in range(6):
+            chosen = [outputs[(number + turn + i) % 4] for i in range(2)][:: 1 if number % 2 else -1]
+            with Store(tmp_path).claim(chosen, lambda: waited.append(number)):
+                for output in chosen:
+                    at = outputs.index(output)
+                    inside[at] += 1
+                    most[at] = max(most[at], inside[at])
+                time.sleep(0.01)
+                for output in chosen:
+                    inside[outputs.index(output)] -= 1
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert most == [1, 1, 1, 1] and waited

@@ -1,0 +1,65 @@
+"""Arrays of rows that are finished while an artifact is not: kept in files beside it, so that a kill costs a minute."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jsublim.files import atomic
+from jsublim.pipeline.store import PARTS
+from jsublim.progress import Tick, no_tick
+
+SAVE_EVERY = 30.0  # seconds
+Arrays = Sequence[np.ndarray]  # of one row, each [n, ...]
+
+
+def resumed(
+    artifact: Path, name: str, rows_from: Callable[[int], Iterator[Arrays]], tick: Tick = no_tick
+) -> list[Arrays]:
+    """All rows of `rows_from`; those that an earlier call had finished are read from `artifact`.
+
+    Args:
+      name: of this series of rows inside the artifact.
+      rows_from: gives the rows from a number on, in order.
+      tick: told at once how many rows were there already.
+    """
+    folder = artifact / PARTS
+    folder.mkdir(exist_ok=True)
+    rows = list(itertools.chain.from_iterable(_saved(folder, name)))
+    tick(len(rows))
+    first, clock = len(rows), time.monotonic()
+    for row in rows_from(first):
+        rows.append(row)
+        if time.monotonic() - clock > SAVE_EVERY:
+            _save(folder, name, first, rows[first:])
+            first, clock = len(rows), time.monotonic()
+    if first < len(rows):
+        _save(folder, name, first, rows[first:])
+    return rows
+
+
+def _save(folder: Path, name: str, first: int, rows: Sequence[Arrays]) -> None:
+    columns = {f"x{i}": np.concatenate(column) for i, column in enumerate(zip(*rows, strict=True))}
+    with atomic(folder / f"{name}-{first}.npz") as scratch, scratch.open("wb") as file:
+        np.savez(file, allow_pickle=False, lengths=np.asarray([len(row[0]) for row in rows]), **columns)
+
+
+def _saved(folder: Path, name: str) -> Iterator[list[Arrays]]:
+    """The rows of each file, as far as they follow one another; what is damaged is computed again."""
+    found = {int(path.stem.rsplit("-", 1)[1]): path for path in folder.glob(f"{name}-*.npz")}
+    expected = 0
+    while expected in found:
+        try:
+            with np.load(found[expected]) as kept:
+                ends = np.cumsum(kept["lengths"])[:-1]
+                columns = [np.split(kept[key], ends) for key in kept.files if key != "lengths"]
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+            return
+        rows: list[Arrays] = list(zip(*columns, strict=True))
+        expected += len(rows)
+        yield rows

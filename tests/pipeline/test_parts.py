@@ -1,0 +1,107 @@
+"""Arrays of unfinished artifacts: what was saved is never computed again, and what is damaged is."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jsublim.pipeline import parts
+from jsublim.pipeline.parts import resumed
+from jsublim.pipeline.readings import PIECE, read_readings, write_readings
+
+
+class Killed(Exception):
+    pass
+
+
+def row(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Arrays of a length of its own, zero among them."""
+    rng = np.random.default_rng(number)
+    n = number % 4
+    return rng.integers(0, 99, n, dtype=np.int32), rng.standard_normal((n, 3)).astype(np.float32)
+
+
+@pytest.fixture
+def at_once(monkeypatch) -> None:
+    monkeypatch.setattr(parts, "SAVE_EVERY", -1.0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(stops=st.lists(st.integers(0, 12), max_size=4), damaged=st.integers(0, 14), every=st.sampled_from([-1.0, 99.0]))
+def test_any_kills_give_the_same_rows(stops, damaged, every):
+    asked: list[int] = []
+
+    def rows_from(first: int, stop: int = 99) -> Iterator[tuple[np.ndarray, ...]]:
+        for number in range(first, 12):
+            if number == stop:
+                raise Killed
+            asked.append(number)
+            yield row(number)
+
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "SAVE_EVERY", every)
+        for stop in stops:
+            with contextlib.suppress(Killed):
+                resumed(Path(folder), "a", lambda first, stop=stop: rows_from(first, stop))
+        for path in sorted((Path(folder) / "parts").glob("*.npz"))[damaged : damaged + 1]:
+            path.write_bytes(path.read_bytes()[:50])
+        asked.clear()
+        known: list[int] = []
+        found = resumed(Path(folder), "a", rows_from, known.append)
+        assert sum(known) + len(asked) == 12 == len(found)
+        for number, arrays in enumerate(found):
+            for ours, theirs in zip(arrays, row(number), strict=True):
+                assert ours.dtype == theirs.dtype
+                np.testing.assert_array_equal(ours, theirs)
+        asked.clear()
+        resumed(Path(folder), "a", rows_from)
+        assert not asked
+        assert len(resumed(Path(folder), "b", rows_from)) == 12 and len(asked) == 12  # another series
+
+
+def test_what_was_saved_is_not_computed_again(tmp_path, at_once):
+    asked = []
+
+    def rows_from(first: int) -> Iterator[tuple[np.ndarray, ...]]:
+        for number in range(first, 6):
+            asked.append(number)
+            if len(asked) == 4:
+                raise Killed
+            yield row(number)
+
+    with pytest.raises(Killed):
+        resumed(tmp_path, "a", rows_from)
+    assert len(resumed(tmp_path, "a", rows_from)) == 6 and asked == [0, 1, 2, 3, 3, 4, 5]
+
+
+@pytest.mark.parametrize("count", [0, 1, PIECE, PIECE + 3])
+def test_readings_come_back_as_they_were_written(tmp_path, count):
+    rng = np.random.default_rng(0)
+
+    def reading(number: int) -> dict:
+        n = number % 5 + 1
+        return {
+            "teachers": ["cat", "owl"],
+            "divergence_positions": [0] if number % 2 else [],
+            "tokens": rng.integers(0, 99, n, dtype=np.int32),
+            "argmax": rng.integers(0, 99, (2, n), dtype=np.int32),
+            "margin": rng.random((2, n), dtype=np.float32),
+        }
+
+    written = [reading(number) for number in range(count)]
+    write_readings(tmp_path / "readings.parquet", iter(written))
+    read = list(read_readings(tmp_path / "readings.parquet"))
+    assert [each["row"] for each in read] == list(range(count))
+    for ours, theirs in zip(read, written, strict=True):
+        assert ours["teachers"] == theirs["teachers"]
+        assert ours["divergence_positions"] == theirs["divergence_positions"]
+        for key in ("tokens", "argmax", "margin"):
+            assert ours[key].dtype == theirs[key].dtype
+            np.testing.assert_array_equal(ours[key], theirs[key])
