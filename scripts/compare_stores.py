@@ -2,8 +2,8 @@
 
     python scripts/compare_stores.py before/artifacts after/artifacts [--rename points=divergence_positions ...]
 
-Artifacts are paired by kind and label; of several with one label, those that are equal. Rows, tables and arrays are compared
-value by value; keys, times, versions and speeds are left out. Ends with code 1 if anything differs or has no partner.
+Every artifact must have one of the same kind and content in the other store, whatever it is called there. Rows, tables and
+arrays are compared value by value; keys, times, versions and speeds are left out. Ends with code 1 if one has no partner.
 """
 
 from __future__ import annotations
@@ -60,19 +60,24 @@ def _of_file(path: Path, names: dict[str, str], ignored: set[str]) -> Any:
     return path.read_bytes()
 
 
-def artifacts(store: Path) -> dict[tuple[str, str], list[Path]]:
-    """Whole artifacts by kind and label."""
-    found = collections.defaultdict(list)
-    for mark in sorted(store.glob("*/*/DONE")):
-        kind, label = mark.parent.parent.name, mark.parent.name.rsplit("-", 1)[0]
-        if kind not in SKIPPED:
-            found[kind, label].append(mark.parent)
+def artifacts(store: Path, names: dict[str, str], ignored: set[str]) -> dict[str, dict[Path, dict[str, Any]]]:
+    """Whole artifacts by kind, with their content."""
+    found: dict[str, dict[Path, dict[str, Any]]] = collections.defaultdict(dict)
+    for folder in (mark.parent for mark in sorted(store.glob("*/*/DONE"))):
+        if folder.parent.name not in SKIPPED:
+            found[folder.parent.name][folder] = content(folder, names, ignored)
     return found
 
 
-def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """Files that differ, or that only one of the two has."""
-    return sorted(name for name in {**one, **other} if one.get(name) != other.get(name))
+def partnerless(own: dict[Path, dict[str, Any]], other: dict[Path, dict[str, Any]]) -> list[str]:
+    """Which of these artifacts have no equal among the others, and in which files the nearest of those differ."""
+    lines = []
+    for path, files in own.items():
+        apart = [[name for name in {**files, **each} if files.get(name) != each.get(name)] for each in other.values()]
+        nearest = min(apart, key=len, default=["there is none of its kind"])
+        if nearest:
+            lines.append(f"{path}: no equal; nearest differs in {', '.join(sorted(nearest))}")
+    return lines
 
 
 def main() -> int:
@@ -83,25 +88,16 @@ def main() -> int:
     parser.add_argument("--ignore", nargs="*", default=[], metavar="KEY", help="keys of JSON that are not compared")
     given = parser.parse_args()
     names, ignored = dict(pair.split("=", 1) for pair in given.rename), SPEEDS | set(given.ignore)
-    before, after = artifacts(given.before), artifacts(given.after)
-    counts, failed = collections.Counter(), False
-    for kind, label in sorted({**before, **after}):
-        left = [(path, content(path, names, ignored)) for path in after.get((kind, label), [])]
-        for path in before.get((kind, label), []):
-            own = content(path, names, ignored)
-            equal = next((each for each in left if not differences(own, each[1])), None)
-            counts[kind, equal is not None] += 1
-            if equal is not None:
-                left.remove(equal)
-            else:
-                failed = True
-                files = min((differences(own, each[1]) for each in left), key=len, default=["no partner"])
-                print(f"differs: {path}: {', '.join(files)}")
-        if left and len(after[kind, label]) > len(before.get((kind, label), [])):
-            failed = True
-            print(*(f"only after: {path}" for path, _ in left), sep="\n")
-    for kind in sorted({kind for kind, _ in counts}):
-        print(f"{kind:12} {counts[kind, True]:5} equal {counts[kind, False]:5} different")
+    before, after = (artifacts(store, names, ignored) for store in (given.before, given.after))
+    failed = False
+    for kind in sorted({**before, **after}):
+        lines = [*partnerless(before[kind], after[kind]), *partnerless(after[kind], before[kind])]
+        print(
+            *lines,
+            f"{kind:12} {len(before[kind]):5} before {len(after[kind]):5} after {len(lines):5} without an equal",
+            sep="\n",
+        )
+        failed |= bool(lines)
     return int(failed)
 
 
