@@ -72,6 +72,8 @@ class Dataset(Section):
         own = {key: each for key, each in value.items() if key in cls.model_fields and key != "changes"}
         changes = {}
         for name, said in value.items():
+            if not isinstance(name, str):
+                raise ValueError(f"key {name!r} is no name of a change; known: {', '.join(CHANGES.known)}")
             if name in own or said is None or said is False or said == []:
                 continue
             if name not in CHANGES.known:

@@ -14,14 +14,14 @@ from jsublim.config.evaluation import Evaluation, JudgeChoice
 from jsublim.config.recipe import Recipe
 from jsublim.config.students import Students, variants
 from jsublim.config.teachers import Teachers
-from jsublim.section import CONTENT, HOW, PLAN, RESULT, Positive, Section
+from jsublim.section import CONTENT, HOW, PLAN, RESULT, Name, Positive, Section
 
 
 class Config(Section):
     """What every kind of experiment says: which kind it is, its name, and where it is kept."""
 
     kind: Annotated[str, PLAN]
-    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$"), HOW]
+    name: Annotated[Name, Field(pattern=r"^\w[\w.-]*$"), HOW]
     out: Annotated[str | None, HOW] = None  # the run's folder; None: runs/<name>
     store: Annotated[str | None, HOW] = None  # where artifacts go; None: inside the run's folder
 
@@ -56,7 +56,7 @@ class Experiment(Config):
     teachers: Teachers
     data: Data = Data()
     sampling: Sampling = Sampling()
-    datasets: Annotated[dict[str, Dataset], CONTENT] = {}  # by the names that students.data.dataset says
+    datasets: Annotated[dict[Name, Dataset], CONTENT] = {}  # by the names that students.data.dataset says
     scoring: Scoring = Scoring()
     students: Students | None = Students()  # null: none are trained
     evaluation: Evaluation = Evaluation()

@@ -6,8 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from jsublim.section import CONTENT, PLAN, RESULT, Distinct, Positive, Rate, Section, Seed
+from jsublim.prompts.pack import lower_case
+from jsublim.section import CONTENT, PLAN, RESULT, Distinct, Name, Positive, Rate, Section, Seed
 from jsublim.teachers import CONTROL
+
+Trait = Annotated[Name, AfterValidator(lower_case)]
 
 
 def _not_control(traits: list[str]) -> list[str]:
@@ -27,7 +30,7 @@ class Taught(Section):
     steps: Annotated[Positive, RESULT] = 100
     lr: Annotated[Rate, RESULT] = 3e-3
     seed: Annotated[Seed, RESULT] = 0
-    strength: Annotated[float, Field(allow_inf_nan=False), RESULT] = 1.0  # factor of a contrast's vector
+    strength: Annotated[float, RESULT] = 1.0  # factor of a contrast's vector
 
     @model_validator(mode="after")
     def _fits_together(self) -> Taught:
@@ -39,7 +42,7 @@ class Taught(Section):
 
 
 class Teachers(Section):
-    traits: Annotated[list[str], Distinct, AfterValidator(_not_control), Field(min_length=1), PLAN]
+    traits: Annotated[list[Trait], Distinct, AfterValidator(_not_control), Field(min_length=1), PLAN]
     category: Annotated[str | None, RESULT] = None  # None: the category that the prompt pack lists the trait under
     # What gives a teacher its trait, alone or together. `{trait}` in a path is filled in.
     prompted: Annotated[bool | None, RESULT] = None  # the system prompt says it; None: where nothing else does
@@ -50,14 +53,12 @@ class Teachers(Section):
     # What a teacher's rows are also read under: the other teachers, or the model without any trait
     against: Annotated[Literal["traits", "base"], RESULT] = "traits"
     # None: every other trait that the pack lists in the trait's category, and the other teachers' traits
-    counterfactuals: Annotated[list[str] | None, Field(min_length=1), RESULT] = None
+    counterfactuals: Annotated[Annotated[list[Trait], Distinct] | None, Field(min_length=1), RESULT] = None
     control: Annotated[bool, PLAN] = True  # also a teacher without a trait, and its students
     fuse_system: Annotated[bool, RESULT] = False  # the system prompt in front of the user's turn
 
     @model_validator(mode="after")
     def _fits_together(self) -> Teachers:
-        if self.counterfactuals is not None and len(set(self.counterfactuals)) < len(self.counterfactuals):
-            raise ValueError("counterfactuals: an entry is listed twice")
         if self.taught is not None and (self.adapter is not None or self.checkpoint is not None):
             raise ValueError("taught makes the adapter; leave adapter and checkpoint out")
         if self.against == "base" and self.counterfactuals is not None:
@@ -66,6 +67,10 @@ class Teachers(Section):
             raise ValueError("system: these teachers are not prompted; give prompted=true too, or leave system out")
         if self.prompted is False and not self.own_weights:
             raise ValueError("prompted=false: nothing gives a teacher its trait; give taught, adapter or checkpoint")
+        named = [place for place in (self.adapter, self.checkpoint) if place is not None]
+        if named and not self.are_prompted and len(self.traits) > 1 and not any("{trait}" in place for place in named):
+            key = "checkpoint" if self.adapter is None else "adapter"
+            raise ValueError(f"{key}: {named[0]} is one for all {len(self.traits)} traits; put {{trait}} in its name")
         return self
 
     @property
