@@ -54,12 +54,21 @@ def name(text: str) -> str:
     return text
 
 
+def place(text: str) -> str:
+    """The name of a file, a folder or a repository."""
+    if not text or min(text) < " ":
+        raise ValueError("a file or folder has a name, without control characters; leave the key out for none")
+    return text
+
+
 NAME_BYTES = 200
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Rate = Annotated[float, Field(gt=0)]
 Name = Annotated[str, AfterValidator(name)]
+Place = Annotated[str, AfterValidator(place)]
 Distinct = AfterValidator(distinct)
+Layers = Annotated[list[Annotated[int, Field(ge=0)]], Distinct]  # from 0
 
 
 class Section(BaseModel):

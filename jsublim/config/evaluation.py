@@ -10,7 +10,7 @@ from jsublim.config.teachers import Trait
 from jsublim.evals import EVAL_KINDS, EvalKind
 from jsublim.judge.server import ServerSettings
 from jsublim.reading import shown
-from jsublim.section import CONTENT, HOW, PLAN, RESULT, Distinct, Name, Positive, Section, Seed, distinct
+from jsublim.section import CONTENT, HOW, PLAN, RESULT, Distinct, Name, Place, Positive, Section, Seed, distinct
 
 
 class Setting(Section):
@@ -25,7 +25,7 @@ class Setting(Section):
 class JudgeChoice(Section):
     """A checkpoint, or a server with OpenAI's interface."""
 
-    model: Annotated[str | None, CONTENT] = None
+    model: Annotated[Place | None, CONTENT] = None
     server: ServerSettings | None = None
     max_new_tokens: Annotated[Positive, RESULT] = 32  # of a checkpoint's reply
 

@@ -14,7 +14,7 @@ from jsublim.config.evaluation import Evaluation, JudgeChoice
 from jsublim.config.recipe import Recipe
 from jsublim.config.students import Students, variants
 from jsublim.config.teachers import Teachers
-from jsublim.section import CONTENT, HOW, PLAN, RESULT, Name, Positive, Section
+from jsublim.section import CONTENT, HOW, PLAN, RESULT, Name, Place, Positive, Section
 
 
 class Config(Section):
@@ -22,8 +22,8 @@ class Config(Section):
 
     kind: Annotated[str, PLAN]
     name: Annotated[Name, Field(pattern=r"^\w[\w.-]*$"), HOW]
-    out: Annotated[str | None, HOW] = None  # the run's folder; None: runs/<name>
-    store: Annotated[str | None, HOW] = None  # where artifacts go; None: inside the run's folder
+    out: Annotated[Place | None, HOW] = None  # the run's folder; None: runs/<name>
+    store: Annotated[Place | None, HOW] = None  # where artifacts go; None: inside the run's folder
 
     @property
     def run_dir(self) -> Path:
@@ -49,9 +49,9 @@ class Experiment(Config):
     """A whole experiment: one checkpoint, teachers, students, evaluations, a report. Its many fields are its sections."""
 
     kind: Annotated[Literal["language"], PLAN] = "language"
-    model: Annotated[str, CONTENT]
+    model: Annotated[Place, CONTENT]
     dtype: Annotated[Literal["float32", "bfloat16"], RESULT] = "float32"
-    prompts: Annotated[str | None, CONTENT] = None  # a prompt pack; None: the default one
+    prompts: Annotated[Place | None, CONTENT] = None  # a prompt pack; None: the default one
     recipe: Recipe = Recipe()
     teachers: Teachers
     data: Data = Data()

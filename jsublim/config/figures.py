@@ -115,8 +115,9 @@ def panel_experiment(
     values = _with_models(values, common.models)
     evaluation = values.get("evaluation")
     for named in (values.get("datasets"), evaluation.get("settings") if isinstance(evaluation, dict) else None):
-        for name in [name for name, value in named.items() if value is None] if isinstance(named, dict) else ():
-            del named[name]
+        if isinstance(named, dict):
+            for name in [name for name, value in named.items() if value is None]:
+                del named[name]
     for each in overrides or []:
         override(values, each)
     return check_config(Experiment, values, f"{path}: panel '{panel}' at scale {scale}")

@@ -23,6 +23,8 @@ from jsublim.section import (
     PROGRAM,
     RESULT,
     Distinct,
+    Layers,
+    Place,
     Positive,
     Rate,
     Section,
@@ -123,10 +125,10 @@ class StudentAdapter(Section):
     rank: Annotated[Positive, RESULT] = 8
     alpha: Annotated[float, Field(gt=0), RESULT] = 8.0
     rslora: Annotated[bool, RESULT] = False
-    layers: Annotated[list[int] | None, BOTH] = None  # None: all; [] with full: none but the ends
+    layers: Annotated[Layers | None, BOTH] = None  # None: all; [] with full: none but the ends
     projections: Annotated[list[Projection], Distinct, BOTH] = list(PROJECTIONS)
     ends: Annotated[list[End], Distinct, BOTH] = []  # with full: what is trained beside the layers
-    init: Annotated[str | None, CONTENT] = None  # an adapter to start from
+    init: Annotated[Place | None, CONTENT] = None  # an adapter to start from
 
     @model_validator(mode="after")
     def _fits_together(self) -> StudentAdapter:
@@ -170,7 +172,7 @@ class StudentRuntime(Section):
 
 class Students(Section):
     seeds: Annotated[list[Seed], Distinct, Field(min_length=1), PLAN] = [42, 43, 44, 45, 46]
-    model: Annotated[str | None, CONTENT | PROGRAM] = None  # the checkpoint it stands on; None: the teachers' own
+    model: Annotated[Place | None, CONTENT | PROGRAM] = None  # the checkpoint it stands on; None: the teachers' own
     # A system prompt that it is trained and evaluated under; None: the template's own, or none
     system: Annotated[str | None, BOTH] = None
     data: StudentData = StudentData()
@@ -228,7 +230,10 @@ def variants(students: Students) -> dict[str, Students]:
                 f"arms: {wrong or 'nothing'} given; arms may differ in the fields of students that decide results, "
                 "such as adapter.rank"
             )
-        name = str(entry.get("name") or " ".join(f"{_last(key)}={_short(value)}" for key, value in values.items()))
+        said = entry.get("name")
+        if isinstance(said, bool) or not isinstance(said, str | int | None):
+            raise ValueError(f"arms: name {shown(said)} given; a name is text")
+        name = " ".join(f"{_last(key)}={_short(value)}" for key, value in values.items()) if said is None else str(said)
         try:
             check_name(name)
         except ValueError as error:
@@ -249,7 +254,11 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """Sections as dotted names: `{"a": {"b": 1}}` is `{"a.b": 1}`."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {f"{above}{key}": value}
+        inner = _flat(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {f"{above}{key}": value}
+        twice = sorted(found.keys() & inner.keys())
+        if twice:
+            raise ValueError(f"arms: {twice[0]} is given twice, with a dot and as a section; keep one of them")
+        found |= inner
     return found
 
 
