@@ -355,7 +355,7 @@ def mutate_tensors(content: bytes, rng: random.Random) -> bytes:
 
 
 class TooLongError(BaseException):
-    """Reading takes more than `SECONDS`. No Exception, so that nobody takes it for a broken file."""
+    """Reading takes more than `SECONDS` of the processor. No Exception, so that nobody takes it for a broken file."""
 
 
 def stop(*_: object) -> None:
@@ -369,8 +369,8 @@ def attempt(reader: Reader, files: Files) -> str:
             path = Path(scratch) / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(content)
-        signal.signal(signal.SIGALRM, stop)
-        signal.alarm(SECONDS)
+        signal.signal(signal.SIGPROF, stop)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         try:
             reader.read(Path(scratch))
         except JsublimError as error:
@@ -382,7 +382,7 @@ def attempt(reader: Reader, files: Files) -> str:
         except BaseException as error:  # a panic of a Rust library is no Exception
             return f"{type(error).__name__}: {error}"
         finally:
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
     return "taken"
 
 
