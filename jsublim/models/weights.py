@@ -58,7 +58,7 @@ def _files(folder: Path) -> dict[str, Path]:
 
 
 def _is_plain(name: str) -> bool:
-    return name == Path(name).name and "\\" not in name and name.endswith(".safetensors")
+    return name == Path(name).name and "\\" not in name and name.isprintable() and name.endswith(".safetensors")
 
 
 def _open(path: Path):

@@ -76,7 +76,10 @@ SERVER = "base_url: 'http://a/v1', model: m"
         ("evaluation.kinds={1: {}}", "evaluation.kinds"),
         ("teachers.traits=2001-01-01", "has the type timestamp"),
         # teachers of several traits that are one and the same
-        ("teachers={traits: [cat, owl], adapter: x}", "teachers: adapter: the same for all 2 traits; put {trait} in it"),
+        (
+            "teachers={traits: [cat, owl], adapter: x}",
+            "teachers: adapter: the same for all 2 traits; put {trait} in it",
+        ),
         ("teachers={traits: [cat, owl], checkpoint: x}", "teachers: checkpoint: the same for all 2 traits"),
         ("teachers={traits: [cat, owl], system: You like cats.}", "teachers: system: the same for all 2 traits"),
     ],
