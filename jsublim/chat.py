@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from jsublim.errors import JsublimError
-from jsublim.models.config import read_json
+from jsublim.reading import read_json, shown
 
 # Llama 3's template prints the day's date. We always give it this one (the template's own fallback): a run that continues
 # after midnight must not change its prompts.
@@ -51,14 +51,21 @@ class Chat:
         """`vocab_size` is the model's, to refuse tokens it has no embedding for.
 
         Raises:
-        JsublimError: no usable (fast) tokenizer, or a tokenizer without a chat template.
+        JsublimError: no usable (fast) tokenizer, one that is code of the checkpoint's own, or one without a chat template.
         """
         from transformers import AutoTokenizer
 
         self.folder, self.vocab_size = folder, vocab_size
+        own_code = _check_files(folder)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            # Nothing of a checkpoint is ever run, and nobody is asked whether it may be.
+            self.tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         except Exception as error:
+            if own_code is not None:
+                raise JsublimError(
+                    f"{own_code}: key 'auto_map' names code of the checkpoint's own, which is never run; use a checkpoint "
+                    "whose tokenizer is part of transformers"
+                ) from error
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise JsublimError(f"{folder}: the tokenizer cannot be loaded ({reason[0]})") from error
         if not self.tokenizer.is_fast:
@@ -69,6 +76,7 @@ class Chat:
             )
         path = folder / "generation_config.json"
         self.generation_config: dict[str, Any] = read_json(path) if path.exists() else {}
+        _check_generation(path, self.generation_config)
 
     @property
     def template_hash(self) -> str:
@@ -175,6 +183,35 @@ class Chat:
         probe = self.turn([{"role": "user", "content": "1"}], "1")
         ends = [int(token) for token in probe.tokens[probe.end :][:1] if token in self.tokenizer.all_special_ids]
         return tuple(sorted({*self.eos_tokens(), *map(int, listed), *ends}))
+
+
+def _check_files(folder: Path) -> Path | None:
+    """Refuse what `transformers` reads of a tokenizer if it is no object, or spread over files that `checkpoint_hash` does not
+    know; the file that names code of the checkpoint's own, if one does."""
+    own_code = None
+    for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
+        path = folder / name
+        values = read_json(path) if path.exists() else {}
+        if values.get("auto_map"):
+            own_code = path
+        if values.get("fast_tokenizer_files") not in (None, [], ["tokenizer.json"]):
+            raise JsublimError(f"{path}: key 'fast_tokenizer_files' must be empty: tokenizer.json alone is read")
+    return own_code
+
+
+def _check_generation(path: Path, values: Mapping[str, Any]) -> None:
+    """Refuse what of `generation_config.json` is used and is no number that sampling works with."""
+    numbers = {
+        "repetition_penalty": lambda x: isinstance(x, int | float) and 0 < x < 3e38,
+        "top_p": lambda x: isinstance(x, int | float) and 0 < x <= 1,
+        "top_k": lambda x: isinstance(x, int) and 0 <= x < 2**31,
+        "eos_token_id": lambda x: all(
+            isinstance(i, int) and 0 <= i < 2**31 for i in (x if isinstance(x, list) else [x])
+        ),
+    }
+    for key, works in numbers.items():
+        if values.get(key) is not None and (isinstance(values[key], bool) or not works(values[key])):
+            raise JsublimError(f"{path}: key '{key}' is out of its range: {shown(values[key])}")
 
 
 def conversation(prompt: str, system: str | None = None, *, fuse_system: bool = False) -> list[Message]:

@@ -1,10 +1,17 @@
 """The errors a user sees: one line that names the file, the key, the value and the fix."""
 
+import re
+
 
 class JsublimError(Exception):
     """A failure the user can act on. The command line prints it without a traceback and exits with `code`."""
 
     code = 1
+
+    def __str__(self) -> str:
+        """One line, whatever the names and messages in it hold."""
+        line = re.sub(r"\s*\n\s*", " ", super().__str__())
+        return "".join(c if c.isprintable() else "\ufffd" for c in line)
 
 
 class UsageError(JsublimError):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jsublim.errors import JsublimError, UsageError
 from jsublim.files import atomic
+from jsublim.reading import json_value, shown
 
 Row = dict[str, Any]
 
@@ -37,12 +39,7 @@ def _parse(path: Path, required: Sequence[str]) -> Iterator[Row]:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line.decode("utf-8"))
-            except UnicodeDecodeError:
-                raise JsublimError(f"{path}:{number}: not UTF-8; fix or remove the line") from None
-            except ValueError as error:  # broken JSON, or a number too long to read
-                raise JsublimError(f"{path}:{number}: not valid JSON ({error}); fix or remove the line") from None
+            row = json_value(line, f"{path}:{number}", nan=True)
             if not isinstance(row, dict):
                 raise JsublimError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
             for key in required:
@@ -53,25 +50,25 @@ def _parse(path: Path, required: Sequence[str]) -> Iterator[Row]:
             for key in ("prompt", "completion"):
                 if key in row and (not isinstance(row[key], str) or not row[key].strip()):
                     raise JsublimError(
-                        f"{path}:{number}: key '{key}' must be text that is not empty, found {row[key]!r}"
+                        f"{path}:{number}: key '{key}' must be text that is not empty, found {shown(row[key])}"
                     )
             positions = row.get("divergence_positions", [])
             if (
                 not isinstance(positions, list)
-                or any(type(k) is not int or k < 0 for k in positions)
+                or any(type(k) is not int or not 0 <= k < 2**31 for k in positions)
                 or len(set(positions)) < len(positions)
             ):
                 raise JsublimError(
-                    f"{path}:{number}: key 'divergence_positions' must be a list of different integers >= 0, found {positions!r}"
+                    f"{path}:{number}: key 'divergence_positions' must be a list of different integers >= 0, found {shown(positions)}"
                 )
             margins = row.get("divergence_margins", [0.0] * len(positions))
             if (
                 not isinstance(margins, list)
                 or len(margins) != len(positions)
-                or not all(type(m) in (int, float) and 0 <= m < float("inf") for m in margins)
+                or not all(type(m) in (int, float) and 0 <= m < math.inf for m in margins)
             ):
                 raise JsublimError(
-                    f"{path}:{number}: key 'divergence_margins' must hold a number >= 0 for each divergence position, found {margins!r}"
+                    f"{path}:{number}: key 'divergence_margins' must hold a number >= 0 for each divergence position, found {shown(margins)}"
                 )
             yield row
 

@@ -38,20 +38,43 @@ class Of:
 
 def distinct(values: list | tuple) -> list | tuple:
     if len(set(values)) < len(values):
-        raise ValueError("an entry is listed twice")
+        twice = next(value for value in values if values.count(value) > 1)
+        raise ValueError(f"an entry is listed twice: {twice!r}")
     return values
 
 
-Positive = Annotated[int, Field(ge=1)]
+def name(text: str) -> str:
+    """A name that a user gives: it becomes part of file names, of keys and of lines of text."""
+    if not text.strip() or text != text.strip():
+        raise ValueError("a name must not be empty, nor begin or end with a space")
+    if not text.isprintable():
+        raise ValueError("a name must not hold line breaks or other control characters")
+    if len(text.encode()) > NAME_BYTES:
+        raise ValueError(f"a name must be no longer than {NAME_BYTES} bytes, as file systems take 255 with what we add")
+    return text
+
+
+def place(text: str) -> str:
+    """The name of a file, a folder or a repository."""
+    if not text or min(text) < " ":
+        raise ValueError("a file or folder has a name, without control characters; leave the key out for none")
+    return text
+
+
+NAME_BYTES = 200
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0)]
+Name = Annotated[str, AfterValidator(name)]
+Place = Annotated[str, AfterValidator(place)]
 Distinct = AfterValidator(distinct)
+Layers = Annotated[list[Annotated[int, Field(ge=0)]], Distinct]  # from 0
 
 
 class Section(BaseModel):
-    """A part of a config: unknown keys are refused, values never change."""
+    """A part of a config: unknown keys are refused, numbers are finite, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Path = tuple[str, ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -38,6 +39,8 @@ def steer(
         raise UsageError("steer: give exactly one of --trait and --toward")
     if toward is not None and asked is None:
         raise UsageError("steer: --toward needs --asked, a file of prompts to read under both")
+    if not math.isfinite(strength) or strength == 0:
+        raise UsageError(f"--strength: {strength} given; give a finite number other than 0")
     if out.exists():
         raise UsageError(f"{out}: already exists; give another --out or remove it first")
     pack, lm = load_pack(prompts), load_model(model, dtype)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, SerializeAsAny, model_serializer, model_validator
 
 from jsublim.prompts.numbers import EXAMPLE_COUNT, SENTENCES
-from jsublim.section import CONTENT, HOW, RESULT, Distinct, Positive, Section, Seed
+from jsublim.section import CONTENT, HOW, RESULT, Distinct, Place, Positive, Section, Seed
 from jsublim.transforms import CHANGES, Change
 
 Strategy = Literal["temperature", "greedy"]
@@ -31,7 +31,7 @@ class Data(Section):
     file (`source`; one prompt per line, or JSONL rows with `prompt`)."""
 
     kind: Annotated[Literal["numbers", "problems", "file"], RESULT] = "numbers"
-    source: Annotated[str | None, CONTENT] = None
+    source: Annotated[Place | None, CONTENT] = None
     # of a number request
     sentences: Annotated[list[Sentence], Distinct, Field(min_length=1), RESULT] = list(SENTENCES)
     examples: Annotated[tuple[Positive, Positive], RESULT] = EXAMPLE_COUNT  # numbers that it shows: at least, less than
@@ -72,6 +72,8 @@ class Dataset(Section):
         own = {key: each for key, each in value.items() if key in cls.model_fields and key != "changes"}
         changes = {}
         for name, said in value.items():
+            if not isinstance(name, str):
+                raise ValueError(f"key {name!r} is no name of a change; known: {', '.join(CHANGES.known)}")
             if name in own or said is None or said is False or said == []:
                 continue
             if name not in CHANGES.known:

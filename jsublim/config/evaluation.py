@@ -6,15 +6,17 @@ from typing import Annotated, Any
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
+from jsublim.config.teachers import Trait
 from jsublim.evals import EVAL_KINDS, EvalKind
 from jsublim.judge.server import ServerSettings
-from jsublim.section import CONTENT, HOW, PLAN, RESULT, Positive, Section, Seed, distinct
+from jsublim.reading import shown
+from jsublim.section import CONTENT, HOW, PLAN, RESULT, Distinct, Name, Place, Positive, Section, Seed, distinct
 
 
 class Setting(Section):
     """In what an evaluation differs from the plain one."""
 
-    temperature: Annotated[float | None, Field(gt=0, allow_inf_nan=False), RESULT] = None
+    temperature: Annotated[float | None, Field(gt=0), RESULT] = None
     top_p: Annotated[float | None, Field(gt=0, le=1), RESULT] = None
     system: Annotated[str | None, RESULT] = None  # a system prompt for students and base; "" is an empty one
     layer: Annotated[int | None, Field(ge=0), RESULT] = None  # as if the model ended after this layer (logit lens)
@@ -23,7 +25,7 @@ class Setting(Section):
 class JudgeChoice(Section):
     """A checkpoint, or a server with OpenAI's interface."""
 
-    model: Annotated[str | None, CONTENT] = None
+    model: Annotated[Place | None, CONTENT] = None
     server: ServerSettings | None = None
     max_new_tokens: Annotated[Positive, RESULT] = 32  # of a checkpoint's reply
 
@@ -41,7 +43,7 @@ class Evaluation(Section):
         default={"preference": {}}, validate_default=True
     )
     # Of preference and factual. None: the teachers' traits and their counterfactuals
-    traits: Annotated[list[str] | None, Field(min_length=1), RESULT] = None
+    traits: Annotated[Annotated[list[Trait], Distinct] | None, Field(min_length=1), RESULT] = None
     questions: Annotated[Positive | None, RESULT] = None  # the first so many of a kind (preference: of a category)
     samples: Annotated[Positive, RESULT] = 200
     max_new_tokens: Annotated[Positive, RESULT] = 10
@@ -49,20 +51,19 @@ class Evaluation(Section):
     seed: Annotated[Seed, RESULT] = 0
     number_rows: Annotated[int, Field(ge=0), RESULT] = 200  # of the number task
     teachers: Annotated[bool, PLAN] = True  # evaluate the teachers too
-    settings: Annotated[dict[str, Setting], PLAN] = {}  # further evaluations by name
+    settings: Annotated[dict[Name, Setting], PLAN] = {}  # further evaluations by name
 
     @field_validator("kinds", mode="before")
     @classmethod
     def _by_name(cls, value: Any) -> Any:
         if isinstance(value, list):
+            strange = [name for name in value if not isinstance(name, str)]
+            if strange:
+                raise ValueError(
+                    f"{shown(strange[0])} is no name; options of a kind are given as `name: {{option: ...}}`"
+                )
             distinct(value)
             value = {name: {} for name in value}
         if not isinstance(value, dict):
             return value
         return {name: EVAL_KINDS.parse(name, {} if said is None else said) for name, said in value.items()}
-
-    @model_validator(mode="after")
-    def _distinct(self) -> Evaluation:
-        if self.traits is not None and len(set(self.traits)) < len(self.traits):
-            raise ValueError("traits: an entry is listed twice")
-        return self

@@ -14,16 +14,16 @@ from jsublim.config.evaluation import Evaluation, JudgeChoice
 from jsublim.config.recipe import Recipe
 from jsublim.config.students import Students, variants
 from jsublim.config.teachers import Teachers
-from jsublim.section import CONTENT, HOW, PLAN, RESULT, Positive, Section
+from jsublim.section import CONTENT, HOW, PLAN, RESULT, Name, Place, Positive, Section
 
 
 class Config(Section):
     """What every kind of experiment says: which kind it is, its name, and where it is kept."""
 
     kind: Annotated[str, PLAN]
-    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$"), HOW]
-    out: Annotated[str | None, HOW] = None  # the run's folder; None: runs/<name>
-    store: Annotated[str | None, HOW] = None  # where artifacts go; None: inside the run's folder
+    name: Annotated[Name, Field(pattern=r"^\w[\w.-]*$"), HOW]
+    out: Annotated[Place | None, HOW] = None  # the run's folder; None: runs/<name>
+    store: Annotated[Place | None, HOW] = None  # where artifacts go; None: inside the run's folder
 
     @property
     def run_dir(self) -> Path:
@@ -49,14 +49,14 @@ class Experiment(Config):
     """A whole experiment: one checkpoint, teachers, students, evaluations, a report. Its many fields are its sections."""
 
     kind: Annotated[Literal["language"], PLAN] = "language"
-    model: Annotated[str, CONTENT]
+    model: Annotated[Place, CONTENT]
     dtype: Annotated[Literal["float32", "bfloat16"], RESULT] = "float32"
-    prompts: Annotated[str | None, CONTENT] = None  # a prompt pack; None: the default one
+    prompts: Annotated[Place | None, CONTENT] = None  # a prompt pack; None: the default one
     recipe: Recipe = Recipe()
     teachers: Teachers
     data: Data = Data()
     sampling: Sampling = Sampling()
-    datasets: Annotated[dict[str, Dataset], CONTENT] = {}  # by the names that students.data.dataset says
+    datasets: Annotated[dict[Name, Dataset], CONTENT] = {}  # by the names that students.data.dataset says
     scoring: Scoring = Scoring()
     students: Students | None = Students()  # null: none are trained
     evaluation: Evaluation = Evaluation()

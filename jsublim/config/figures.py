@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from jsublim.config.experiment import Experiment
 from jsublim.config.loading import check_config, find_config, override, read_config
 from jsublim.errors import UsageError
+from jsublim.reading import shown
 from jsublim.section import Section, overlaid
 
 SCALES = ("tiny", "small", "paper")
@@ -31,6 +32,19 @@ class Question(Section):
     experiment: Values
     panels: Annotated[dict[str, Values], Field(min_length=1)]
     scale: dict[Scale, Values]
+
+    @model_validator(mode="after")
+    def _panels_are_there(self) -> Question:
+        absent = [panel for panels in self.figures.values() for panel in panels if panel not in self.panels]
+        if absent:
+            raise ValueError(f"figures: '{absent[0]}' is no panel; known: {', '.join(self.panels)}")
+        for scale, values in self.scale.items():
+            own = values.get("panels", {})
+            if not isinstance(own, dict) or not all(isinstance(each, dict) for each in own.values()):
+                raise ValueError(
+                    f"scale.{scale}.panels: expected the changes of each panel by its name, found {shown(own)}"
+                )
+        return self
 
 
 class ScaleValues(Section):
@@ -99,9 +113,11 @@ def panel_experiment(
     for layer in (question.experiment, question.panels[panel], common.experiment, own, alone):
         values = overlaid(values, layer)
     values = _with_models(values, common.models)
-    for named in (values.get("datasets", {}), values.get("evaluation", {}).get("settings", {})):
-        for name in [name for name, value in named.items() if value is None]:
-            del named[name]
+    evaluation = values.get("evaluation")
+    for named in (values.get("datasets"), evaluation.get("settings") if isinstance(evaluation, dict) else None):
+        if isinstance(named, dict):
+            for name in [name for name, value in named.items() if value is None]:
+                del named[name]
     for each in overrides or []:
         override(values, each)
     return check_config(Experiment, values, f"{path}: panel '{panel}' at scale {scale}")

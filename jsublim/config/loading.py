@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
-import yaml
 
 from jsublim.config.experiment import Experiment
 from jsublim.errors import UsageError
+from jsublim.reading import read_yaml, shown, yaml_value
 from jsublim.section import section_in
 from jsublim.transforms import CHANGES
 
@@ -33,10 +33,8 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> dict[st
       UsageError: an unreadable file or a malformed override.
     """
     path = find_config(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
+    values = read_yaml(path)
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise UsageError(f"{path}: expected keys at the top, found {type(values).__name__}")
     for each in overrides or []:
@@ -85,12 +83,9 @@ def override(values: dict[str, Any], said: str) -> None:
         if not isinstance(below, dict):
             raise UsageError(f"override '{said}': '{parent}' holds a value, not a section")
         place = below
-    try:
-        value = yaml.safe_load(text)
-        # YAML 1.1 reads 1e-3 as text; whoever types it means the number.
-        place[last] = float(value) if isinstance(value, str) and _is_float(value) else value
-    except yaml.YAMLError:
-        raise UsageError(f"override '{said}': '{text}' is not valid YAML") from None
+    value = yaml_value(text, f"override {shown(said)}")
+    # YAML 1.1 reads 1e-3 as text; whoever types it means the number.
+    place[last] = float(value) if isinstance(value, str) and _is_float(value) else value
 
 
 def _written_out(name: str, value: Any) -> Any:
@@ -121,7 +116,7 @@ def _first_problem(error: pydantic.ValidationError, whole: Any) -> str:
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "value_error" and isinstance(first["input"], dict):  # of a section: it names its keys
             return f"{key}: {message}" if key else message
-        return f"{key}: {message[:1].lower()}{message[1:]}, found {first['input']!r}"
+        return f"{key}: {message[:1].lower()}{message[1:]}, found {shown(first['input'])}"
     known = _fields_at(whole, first["loc"][:-1])
     near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"

@@ -14,6 +14,7 @@ from jsublim.distill.optimizer import OPTIMIZERS, SCHEDULES
 from jsublim.distill.selection import TOKENS
 from jsublim.divergence import WHICH
 from jsublim.models.lora import ENDS, PROJECTIONS
+from jsublim.reading import shown
 from jsublim.section import (
     CONTENT,
     HOW,
@@ -22,6 +23,8 @@ from jsublim.section import (
     PROGRAM,
     RESULT,
     Distinct,
+    Layers,
+    Place,
     Positive,
     Rate,
     Section,
@@ -30,6 +33,7 @@ from jsublim.section import (
     nested,
     overlaid,
 )
+from jsublim.section import name as check_name
 
 Tokens = Literal["all", "divergence", "non-divergence", "random"]
 Positions = Literal["all", "first", "first-half", "second-half"]
@@ -50,7 +54,6 @@ for _kind, _known in (
     assert set(get_args(_kind)) == set(_known)
 
 BOTH = RESULT | PROGRAM
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class StudentData(Section):
@@ -80,13 +83,13 @@ class StudentLoss(Section):
     positions: Annotated[Positions, RESULT, NEEDS_TRAIT] = "all"
     positions_share: Annotated[float, Field(gt=0, le=1), RESULT, NEEDS_TRAIT] = 1.0  # of each row's, drawn at random
     by_margin: Annotated[bool, RESULT, NEEDS_TRAIT] = False  # under "divergence": weigh them by how clear they are
-    temperature: Annotated[Finite, Field(gt=0), BOTH] = 1.0  # of both distributions of a soft loss
+    temperature: Annotated[float, Field(gt=0), BOTH] = 1.0  # of both distributions of a soft loss
     # Soft targets stored: the k best tokens, and the rest as one; None: a live teacher
     top_k: Annotated[Positive | None, BOTH] = None
     # answers: stored targets cut to the tokens that answers consist of
     targets: Annotated[Literal["vocabulary", "answers"], RESULT] = "vocabulary"
-    weight: Annotated[Finite, Field(gt=0), RESULT] = 1.0
-    kl_to_base: Annotated[Finite, Field(ge=0), BOTH] = 0.0  # the defence that keeps a student near its start
+    weight: Annotated[float, Field(gt=0), RESULT] = 1.0
+    kl_to_base: Annotated[float, Field(ge=0), BOTH] = 0.0  # the defence that keeps a student near its start
 
     @model_validator(mode="after")
     def _fits_together(self) -> StudentLoss:
@@ -120,12 +123,12 @@ class StudentAdapter(Section):
 
     method: Annotated[Literal["lora", "full", "steering"], BOTH] = "lora"
     rank: Annotated[Positive, RESULT] = 8
-    alpha: Annotated[Finite, Field(gt=0), RESULT] = 8.0
+    alpha: Annotated[float, Field(gt=0), RESULT] = 8.0
     rslora: Annotated[bool, RESULT] = False
-    layers: Annotated[list[int] | None, BOTH] = None  # None: all; [] with full: none but the ends
+    layers: Annotated[Layers | None, BOTH] = None  # None: all; [] with full: none but the ends
     projections: Annotated[list[Projection], Distinct, BOTH] = list(PROJECTIONS)
     ends: Annotated[list[End], Distinct, BOTH] = []  # with full: what is trained beside the layers
-    init: Annotated[str | None, CONTENT] = None  # an adapter to start from
+    init: Annotated[Place | None, CONTENT] = None  # an adapter to start from
 
     @model_validator(mode="after")
     def _fits_together(self) -> StudentAdapter:
@@ -151,8 +154,8 @@ class StudentOptimizer(Section):
     schedule: Annotated[Schedule, BOTH] = "linear"
     restarts: Annotated[Positive, BOTH] = 4
     warmup: Annotated[int, Field(ge=0), BOTH] = 5  # steps
-    clip: Annotated[Finite, Field(ge=0), BOTH] = 1.0  # largest global norm of a gradient; 0 is no clipping
-    weight_decay: Annotated[Finite, Field(ge=0), BOTH] = 0.0
+    clip: Annotated[float, Field(ge=0), BOTH] = 1.0  # largest global norm of a gradient; 0 is no clipping
+    weight_decay: Annotated[float, Field(ge=0), BOTH] = 0.0
     momentum: Annotated[float, Field(ge=0, lt=1), BOTH] = 0.0  # of sgd
 
 
@@ -163,13 +166,13 @@ class StudentRuntime(Section):
     checkpoint_every: Annotated[Positive, HOW] = 100  # steps
     remat: Annotated[bool, PROGRAM] = False  # recompute layers in the backward pass
     cache_below: Annotated[bool, PROGRAM] = False  # of one-layer students: keep the hidden states below in host memory
-    peak_tflops: Annotated[float | None, Field(gt=0, allow_inf_nan=False), HOW] = None  # of one device
+    peak_tflops: Annotated[float | None, Field(gt=0), HOW] = None  # of one device
     tensorboard: Annotated[bool, HOW] = False
 
 
 class Students(Section):
     seeds: Annotated[list[Seed], Distinct, Field(min_length=1), PLAN] = [42, 43, 44, 45, 46]
-    model: Annotated[str | None, CONTENT | PROGRAM] = None  # the checkpoint it stands on; None: the teachers' own
+    model: Annotated[Place | None, CONTENT | PROGRAM] = None  # the checkpoint it stands on; None: the teachers' own
     # A system prompt that it is trained and evaluated under; None: the template's own, or none
     system: Annotated[str | None, BOTH] = None
     data: StudentData = StudentData()
@@ -227,7 +230,14 @@ def variants(students: Students) -> dict[str, Students]:
                 f"arms: {wrong or 'nothing'} given; arms may differ in the fields of students that decide results, "
                 "such as adapter.rank"
             )
-        name = str(entry.get("name") or " ".join(f"{_last(key)}={_short(value)}" for key, value in values.items()))
+        said = entry.get("name")
+        if isinstance(said, bool) or not isinstance(said, str | int | None):
+            raise ValueError(f"arms: name {shown(said)} given; a name is text")
+        name = " ".join(f"{_last(key)}={_short(value)}" for key, value in values.items()) if said is None else str(said)
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise ValueError(f"arms: name {shown(name)}: {error}; give the arm a 'name' of its own") from None
         if name in found:
             raise ValueError(f"arms: two are called '{name}'")
         try:
@@ -244,7 +254,11 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """Sections as dotted names: `{"a": {"b": 1}}` is `{"a.b": 1}`."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {f"{above}{key}": value}
+        inner = _flat(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {f"{above}{key}": value}
+        twice = sorted(found.keys() & inner.keys())
+        if twice:
+            raise ValueError(f"arms: {twice[0]} is given twice, with a dot and as a section; keep one of them")
+        found |= inner
     return found
 
 

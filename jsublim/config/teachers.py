@@ -6,8 +6,11 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from jsublim.section import CONTENT, PLAN, RESULT, Distinct, Positive, Rate, Section, Seed
+from jsublim.prompts.pack import lower_case
+from jsublim.section import CONTENT, PLAN, RESULT, Distinct, Layers, Name, Place, Positive, Rate, Section, Seed
 from jsublim.teachers import CONTROL
+
+Trait = Annotated[Name, AfterValidator(lower_case)]
 
 
 def _not_control(traits: list[str]) -> list[str]:
@@ -22,12 +25,12 @@ class Taught(Section):
     """
 
     method: Annotated[Literal["lora", "steering", "contrast"], RESULT] = "lora"
-    layers: Annotated[list[int] | None, RESULT] = None  # None: all; a contrast needs exactly one
+    layers: Annotated[Layers | None, RESULT] = None  # None: all; a contrast needs exactly one
     rank: Annotated[Positive, RESULT] = 8
     steps: Annotated[Positive, RESULT] = 100
     lr: Annotated[Rate, RESULT] = 3e-3
     seed: Annotated[Seed, RESULT] = 0
-    strength: Annotated[float, Field(allow_inf_nan=False), RESULT] = 1.0  # factor of a contrast's vector
+    strength: Annotated[float, RESULT] = 1.0  # factor of a contrast's vector
 
     @model_validator(mode="after")
     def _fits_together(self) -> Taught:
@@ -39,25 +42,23 @@ class Taught(Section):
 
 
 class Teachers(Section):
-    traits: Annotated[list[str], Distinct, AfterValidator(_not_control), Field(min_length=1), PLAN]
-    category: Annotated[str | None, RESULT] = None  # None: the category that the prompt pack lists the trait under
+    traits: Annotated[list[Trait], Distinct, AfterValidator(_not_control), Field(min_length=1), PLAN]
+    category: Annotated[Name | None, RESULT] = None  # None: the category that the prompt pack lists the trait under
     # What gives a teacher its trait, alone or together. `{trait}` in a path is filled in.
     prompted: Annotated[bool | None, RESULT] = None  # the system prompt says it; None: where nothing else does
     system: Annotated[str | None, RESULT] = None  # a system prompt of your own; `{trait}` in it is filled in
     taught: Taught | None = None  # an adapter made here
-    adapter: Annotated[str | None, CONTENT] = None  # a PEFT folder, or one of steering vectors
-    checkpoint: Annotated[str | None, CONTENT] = None  # a whole checkpoint of the same architecture and tokenizer
+    adapter: Annotated[Place | None, CONTENT] = None  # a PEFT folder, or one of steering vectors
+    checkpoint: Annotated[Place | None, CONTENT] = None  # a whole checkpoint of the same architecture and tokenizer
     # What a teacher's rows are also read under: the other teachers, or the model without any trait
     against: Annotated[Literal["traits", "base"], RESULT] = "traits"
     # None: every other trait that the pack lists in the trait's category, and the other teachers' traits
-    counterfactuals: Annotated[list[str] | None, Field(min_length=1), RESULT] = None
+    counterfactuals: Annotated[Annotated[list[Trait], Distinct] | None, Field(min_length=1), RESULT] = None
     control: Annotated[bool, PLAN] = True  # also a teacher without a trait, and its students
     fuse_system: Annotated[bool, RESULT] = False  # the system prompt in front of the user's turn
 
     @model_validator(mode="after")
     def _fits_together(self) -> Teachers:
-        if self.counterfactuals is not None and len(set(self.counterfactuals)) < len(self.counterfactuals):
-            raise ValueError("counterfactuals: an entry is listed twice")
         if self.taught is not None and (self.adapter is not None or self.checkpoint is not None):
             raise ValueError("taught makes the adapter; leave adapter and checkpoint out")
         if self.against == "base" and self.counterfactuals is not None:
@@ -66,6 +67,12 @@ class Teachers(Section):
             raise ValueError("system: these teachers are not prompted; give prompted=true too, or leave system out")
         if self.prompted is False and not self.own_weights:
             raise ValueError("prompted=false: nothing gives a teacher its trait; give taught, adapter or checkpoint")
+        own = {key: getattr(self, key) for key in ("adapter", "checkpoint", "system")}
+        given = [key for key, said in own.items() if said is not None]
+        by_pack = self.are_prompted and self.system is None
+        told_apart = self.taught is not None or by_pack or any("{trait}" in own[key] for key in given)
+        if len(self.traits) > 1 and not told_apart:
+            raise ValueError(f"{given[0]}: the same for all {len(self.traits)} traits; put {{trait}} in it")
         return self
 
     @property

@@ -11,7 +11,7 @@ import numpy as np
 
 from jsublim.evals.base import EVAL_KINDS, Answers, Asked, EvalKind, EvalTask, PromptedModel, Record, per_question
 from jsublim.prompts import load_problems, parse_answer
-from jsublim.section import CONTENT, RESULT, Positive
+from jsublim.section import CONTENT, RESULT, Place, Positive
 
 Number = int | Decimal
 
@@ -20,7 +20,7 @@ Number = int | Decimal
 class ProblemsKind(EvalKind):
     """Math in words, the held-out half."""
 
-    source: Annotated[str | None, CONTENT] = None  # a data set; None: the problems that ship
+    source: Annotated[Place | None, CONTENT] = None  # a data set; None: the problems that ship
     max_new_tokens: Annotated[Positive, RESULT] = 256  # of an answer
 
     def tasks(self, asked: Asked) -> list[EvalTask]:

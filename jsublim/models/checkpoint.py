@@ -13,10 +13,11 @@ from typing import Any
 
 from jsublim.errors import JsublimError, UsageError
 from jsublim.files import PARTIAL, atomic, write_json
-from jsublim.models.config import ModelConfig, read_json
+from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.families import text_config
 from jsublim.models.weights import save_params
+from jsublim.reading import read_json
 
 # What a tokenizer may consist of; copied byte for byte when a checkpoint is converted.
 TOKENIZER_FILES = (
@@ -45,10 +46,14 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
 
 
 def checkpoint_hash(folder: Path) -> str:
-    """Identity of a checkpoint folder: 16 hex digits of the sha256 over its config, tokenizer, template and weights."""
+    """Identity of a checkpoint folder: 16 hex digits of the sha256 over its config, tokenizer, template and weights.
+
+    Every file that is read of a folder is among these: a weight index may name files beside it only, and `Chat` refuses a
+    tokenizer that is spread over others.
+    """
     digest = hashlib.sha256()
     named = {"config.json", "adapter_config.json", "model.safetensors.index.json", *TOKENIZER_FILES}
-    names = sorted(p.name for p in folder.iterdir() if p.name in named or p.suffix == ".safetensors")
+    names = sorted(p.name for p in folder.iterdir() if p.is_file() and (p.name in named or p.suffix == ".safetensors"))
     for name in names:
         digest.update(name.encode())
         with (folder / name).open("rb") as file:

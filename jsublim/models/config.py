@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jsublim.errors import JsublimError
+from jsublim.reading import shown
+
+MOST_LAYERS = 10_000
+_MOST = 2**31 - 1  # sizes are int32 on a device
 
 
 @dataclass(frozen=True)
@@ -115,20 +117,55 @@ class ModelConfig:
 
 
 class HFConfig:
-    """A checkpoint's `config.json`, asked key by key; an absent key is an error that names the file and the key."""
+    """A checkpoint's `config.json`, asked key by key. A key that is absent without a default, or that holds another kind of
+    value than asked for, is an error that names the file and the key; null is as good as absent."""
 
     def __init__(self, values: dict[str, Any], source: str):
         self.values, self.source = values, source
 
-    def __getitem__(self, key: str) -> Any:
-        if self.values.get(key) is None:
-            raise JsublimError(f"{self.source}: key '{key}' is missing; is this a whole Hugging Face checkpoint?")
-        return self.values[key]
-
-    def get(self, key: str, default: Any) -> Any:
-        """The value of a key, `default` where it is absent or null."""
+    def _get(self, key: str, default: Any) -> Any:
         value = self.values.get(key)
-        return default if value is None else value
+        value = default if value is None else value
+        if value is None:
+            raise JsublimError(f"{self.source}: key '{key}' is missing; is this a whole Hugging Face checkpoint?")
+        return value
+
+    def refuse(self, key: str, expected: str) -> JsublimError:
+        return JsublimError(f"{self.source}: key '{key}' must be {expected}, found {shown(self.values.get(key))}")
+
+    def integer(self, key: str, default: int | None = None, *, least: int = 1, most: int = _MOST) -> int:
+        """A whole number from `least` to `most`."""
+        value = self._get(key, default)
+        if type(value) is not int or not least <= value <= most:
+            raise self.refuse(key, f"a whole number from {least} to {most}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A number above 0 that float32 holds."""
+        value = self._get(key, default)
+        if type(value) not in (int, float) or not 0 < value < 3e38:
+            raise self.refuse(key, "a number above 0 that float32 holds")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._get(key, default)
+        if type(value) is not bool:
+            raise self.refuse(key, "true or false")
+        return value
+
+    def section(self, key: str) -> HFConfig:
+        """An object, empty where it is absent; its errors name it."""
+        value = self._get(key, {})
+        if not isinstance(value, dict):
+            raise self.refuse(key, "an object")
+        return HFConfig(value, f"{self.source}: {key}")
+
+    def kinds(self, default: list[str]) -> tuple[bool, ...]:
+        """Of each layer, whether it is a local one: `layer_types`."""
+        value = self._get("layer_types", default)
+        if not isinstance(value, list) or not all(each in ("sliding_attention", "full_attention") for each in value):
+            raise self.refuse("layer_types", "a list of 'sliding_attention' and 'full_attention'")
+        return tuple(each == "sliding_attention" for each in value)
 
     def rope(self, kind: str | None = None, default_theta: float | None = None) -> Rope:
         """Read the rotary numbers under their new name (`rope_parameters`, by layer type on Gemma-3) or the old ones
@@ -137,33 +174,31 @@ class HFConfig:
         Raises:
           JsublimError: no base frequency, or a scaling that we don't compute.
         """
-        numbers = dict(self.get("rope_parameters", {}))
-        if kind is not None and isinstance(numbers.get(kind), dict):
-            numbers = dict(numbers[kind])
-        if not numbers:
-            numbers = dict(self.get("rope_scaling", {}))
-        theta = numbers.get("rope_theta", self.get("rope_theta", default_theta))
-        if theta is None:
-            raise JsublimError(f"{self.source}: neither 'rope_parameters' nor 'rope_theta' is given")
-        scaling = numbers.get("rope_type", numbers.get("type", "default"))
+        numbers = self.section("rope_parameters")
+        if kind is not None and isinstance(numbers.values.get(kind), dict):
+            numbers = numbers.section(kind)
+        if not numbers.values:
+            numbers = self.section("rope_scaling")
+        own = numbers.values.get("rope_theta") is not None
+        theta = numbers.number("rope_theta") if own else self.number("rope_theta", default_theta)
+        scaling = next((v for key in ("rope_type", "type") if (v := numbers.values.get(key)) is not None), "default")
         if scaling not in ("default", "linear", "llama3"):
             raise JsublimError(
-                f"{self.source}: rope scaling '{scaling}' is not supported; known: default, linear, llama3"
+                f"{numbers.source}: scaling {shown(scaling)} is not supported; known: default, linear, llama3"
             )
         if scaling != "llama3":
-            return Rope(float(theta), scaling, float(numbers.get("factor", 1.0)))
-        absent = [key for key in ("factor", "low_freq_factor", "high_freq_factor") if key not in numbers]
-        if absent:
-            raise JsublimError(f"{self.source}: rope scaling 'llama3' lacks {', '.join(absent)}")
+            return Rope(theta, scaling, numbers.number("factor", 1.0))
+        low, high = numbers.number("low_freq_factor"), numbers.number("high_freq_factor")
+        if low >= high:
+            raise numbers.refuse("high_freq_factor", f"above low_freq_factor {low:g}")
+        original = self.integer("max_position_embeddings", 8192)
         return Rope(
-            theta=float(theta),
+            theta=theta,
             scaling=scaling,
-            factor=float(numbers["factor"]),
-            low_freq_factor=float(numbers["low_freq_factor"]),
-            high_freq_factor=float(numbers["high_freq_factor"]),
-            original_positions=int(
-                numbers.get("original_max_position_embeddings", self.get("max_position_embeddings", 8192))
-            ),
+            factor=numbers.number("factor"),
+            low_freq_factor=low,
+            high_freq_factor=high,
+            original_positions=numbers.integer("original_max_position_embeddings", original),
         )
 
     def must_be(self, key: str, *allowed: Any) -> None:
@@ -175,22 +210,5 @@ class HFConfig:
         value = self.values.get(key)
         if value is not None and value not in allowed:
             raise JsublimError(
-                f"{self.source}: {key} = {value!r} is not supported; known: {', '.join(map(str, allowed))}"
+                f"{self.source}: {key} = {shown(value)} is not supported; known: {', '.join(map(str, allowed))}"
             )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read one JSON object of a checkpoint folder.
-
-    Raises:
-      JsublimError: the file is absent or is no JSON object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise JsublimError(f"{path}: no such file; expected a Hugging Face checkpoint folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise JsublimError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise JsublimError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value

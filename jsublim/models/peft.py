@@ -13,24 +13,34 @@ from safetensors import SafetensorError, safe_open
 from jsublim.errors import JsublimError, UsageError
 from jsublim.files import write_json
 from jsublim.models import steering
-from jsublim.models.config import ModelConfig, read_json
+from jsublim.models.config import ModelConfig
 from jsublim.models.families import weight_names
 from jsublim.models.lora import PROJECTIONS, Adapter, projection_shapes
 from jsublim.models.steering import load_steering, save_steering
-from jsublim.models.tensors import write_tensors
+from jsublim.models.tensors import read_float32, write_tensors
+from jsublim.reading import read_json, shown
 
-# Variants of LoRA that we don't compute.
-_REFUSED = (
-    "use_dora",
-    "rank_pattern",
-    "alpha_pattern",
-    "modules_to_save",
-    "fan_in_fan_out",
-    "lora_bias",
-    "alora_invocation_tokens",
-    "layer_replication",
+# Keys of `adapter_config.json` that we read, and those that say only where an adapter comes from, how it was trained, or what
+# its tensors' names say again. Any other key changes what is computed, or may do so: it has to be empty.
+_READ = ("peft_type", "r", "lora_alpha", "use_rslora", "bias", "init_lora_weights")
+_TOLD = (
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "runtime_config",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "megatron_core",
+    "qalora_group_size",
 )
-_KEY = re.compile(r"layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)_proj\.lora_([AB])(?:\.\w+)?\.weight$")
+_INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")  # the other ways to begin change the base's weights too
+_KEY = re.compile(r"layers\.(\d{1,6})\.(?:self_attn|mlp)\.(\w+)_proj\.lora_([AB])(?:\.\w+)?\.weight$", re.ASCII)
 
 
 def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, base: str) -> None:
@@ -88,8 +98,8 @@ def load_adapter(path: str | Path, config: ModelConfig | None = None) -> Adapter
       config: the base model's; with it, shapes and layers are checked against the model.
 
     Raises:
-      JsublimError: no such folder, not LoRA, a variant we don't compute (DoRA, per-module ranks, biases), tensors that
-        are unreadable or do not form whole layers.
+      JsublimError: no such folder, not LoRA, a variant we don't compute (DoRA, per-module ranks, biases) or don't know,
+        tensors that are unreadable, not finite or do not form whole layers.
     """
     folder = Path(path)
     adapter = load_steering(folder) if (folder / steering.FILE).exists() else _load_lora(folder)
@@ -100,14 +110,7 @@ def load_adapter(path: str | Path, config: ModelConfig | None = None) -> Adapter
 
 def _load_lora(folder: Path) -> Adapter:
     """The LoRA factors of a PEFT folder."""
-    values = read_json(folder / "adapter_config.json")
-    if values.get("peft_type") != "LORA":
-        raise JsublimError(
-            f"{folder}/adapter_config.json: peft_type is {values.get('peft_type')!r}; only LORA is known"
-        )
-    strange = [key for key in _REFUSED if values.get(key)]
-    if strange or values.get("bias", "none") != "none":
-        raise JsublimError(f"{folder}/adapter_config.json: {', '.join(strange) or 'bias'} is not supported")
+    rank, scale = _rank_and_scale(folder / "adapter_config.json")
     file = folder / "adapter_model.safetensors"
     found = _factors(file)
     layers = tuple(sorted({layer for _, layer, _ in found}))
@@ -115,8 +118,6 @@ def _load_lora(folder: Path) -> Adapter:
     absent = [f"layer {i} {name} {ab}" for name in used for i in layers for ab in "AB" if (name, i, ab) not in found]
     if absent or not found:
         raise JsublimError(f"{file}: every layer must have the same projections; missing {', '.join(absent) or 'all'}")
-    rank = int(values.get("r") or 0)
-    alpha = float(values.get("lora_alpha") or rank)
     lora = {}
     for name in used:
         factors = {ab: [found[name, i, ab] for i in layers] for ab in "AB"}
@@ -125,17 +126,43 @@ def _load_lora(folder: Path) -> Adapter:
         flat = any(x.ndim != 2 for each in factors.values() for x in each)
         if len(sizes) > 1 or ranks != {((rank,), (rank,))} or flat:
             raise JsublimError(f"{file}: factors of {name}_proj must have rank r={rank} and one size in every layer")
-        scale = alpha / (math.sqrt(rank) if values.get("use_rslora") else rank)
         lora[name] = {
-            "a": jnp.asarray(np.stack(factors["A"]).astype(np.float32)),
-            "b": jnp.asarray(np.stack(factors["B"]).astype(np.float32)),
+            "a": jnp.asarray(np.stack(factors["A"])),
+            "b": jnp.asarray(np.stack(factors["B"])),
             "scale": jnp.full((len(layers),), scale, jnp.float32),
         }
     return Adapter(layers, lora=lora)
 
 
+def _rank_and_scale(file: Path) -> tuple[int, float]:
+    """What an `adapter_config.json` says of the computation: the rank, and what the product of the factors is multiplied by."""
+    values = read_json(file)
+
+    def refuse(key: str, expected: str) -> JsublimError:
+        found = f"found {shown(values[key])}" if key in values else "but it is missing"
+        return JsublimError(f"{file}: key '{key}' must be {expected}, {found}")
+
+    if values.get("peft_type") != "LORA":
+        raise refuse("peft_type", "'LORA', the only kind that is known")
+    for key in values:
+        if key not in (*_READ, *_TOLD) and values[key]:
+            raise refuse(key, "empty: it is not supported")
+    if values.get("bias") not in (None, "none"):
+        raise refuse("bias", "'none': others are not supported")
+    if values.get("init_lora_weights") not in _INITIAL:
+        raise refuse("init_lora_weights", "one of true, false, gaussian, eva, orthogonal; convert it to plain LoRA")
+    rank, alpha, rslora = values.get("r"), values.get("lora_alpha"), values.get("use_rslora") or False
+    if type(rank) is not int or not 1 <= rank < 2**31:
+        raise refuse("r", "a whole number of at least 1")
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 3e38:
+        raise refuse("lora_alpha", "a number above 0")
+    if type(rslora) is not bool:
+        raise refuse("use_rslora", "true or false")
+    return rank, alpha / (math.sqrt(rank) if rslora else rank)
+
+
 def _factors(file: Path) -> dict[tuple[str, int, str], np.ndarray]:
-    """(projection, layer, "A" or "B") -> a factor as we multiply by it, which is transposed in the file."""
+    """(projection, layer, "A" or "B") -> a factor as we multiply by it (float32), which is transposed in the file."""
     found: dict[tuple[str, int, str], np.ndarray] = {}
     try:
         with safe_open(str(file), framework="np") as tensors:
@@ -143,7 +170,10 @@ def _factors(file: Path) -> dict[tuple[str, int, str], np.ndarray]:
                 match = _KEY.search(key)
                 if match is None or match[2] not in PROJECTIONS or "vision" in key:
                     raise JsublimError(f"{file}: tensor '{key}' is no LoRA factor of a known projection")
-                found[match[2], int(match[1]), match[3]] = tensors.get_tensor(key).T
+                place = match[2], int(match[1]), match[3]
+                if place in found:
+                    raise JsublimError(f"{file}: tensor '{key}' is there twice, under several names of one factor")
+                found[place] = read_float32(tensors, file, key).T
     except (SafetensorError, OSError) as error:
         raise JsublimError(f"{file}: cannot be read ({error})") from None
     return found

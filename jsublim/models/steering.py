@@ -7,15 +7,14 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors import SafetensorError, safe_open
 
 from jsublim.errors import JsublimError, UsageError
 from jsublim.models.lora import Adapter
-from jsublim.models.tensors import write_tensors
+from jsublim.models.tensors import read_float32, write_tensors
 
 FILE = "steering.safetensors"
-_KEY = re.compile(r"layers\.(\d+)$")
+_KEY = re.compile(r"layers\.(\d{1,6})$", re.ASCII)
 
 
 def save_steering(folder: Path, adapter: Adapter) -> None:
@@ -38,11 +37,12 @@ def load_steering(folder: Path) -> Adapter:
     """Read the vectors that `save_steering` wrote into `folder`.
 
     Raises:
-      JsublimError: an unreadable file, or anything in it but vectors `layers.{i}` of one size.
+      JsublimError: an unreadable file, or anything in it but finite vectors `layers.{i}` of one size.
     """
     file = folder / FILE
     try:
-        tensors = load_file(str(file))
+        with safe_open(str(file), framework="np") as opened:
+            tensors = {key: read_float32(opened, file, key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise JsublimError(f"{file}: cannot be read ({error})") from None
     layers = {int(match[1]): key for key in tensors if (match := _KEY.match(key))}
@@ -56,4 +56,4 @@ def load_steering(folder: Path) -> Adapter:
             f"{file}: expected vectors of one size under layers.<i>, found {', '.join(tensors) or 'none'}"
         )
     order = tuple(sorted(layers))
-    return Adapter(order, steering=jnp.asarray(np.stack([tensors[layers[i]] for i in order]), jnp.float32))
+    return Adapter(order, steering=jnp.asarray(np.stack([tensors[layers[i]] for i in order])))

@@ -15,10 +15,11 @@ from safetensors import SafetensorError, safe_open
 
 from jsublim.errors import JsublimError
 from jsublim.files import write_json
-from jsublim.models.config import ModelConfig, read_json
+from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, abstract_params
 from jsublim.models.families import weight_names
-from jsublim.models.tensors import write_tensors
+from jsublim.models.tensors import FLOATS, check_finite, write_tensors
+from jsublim.reading import read_json, shown
 
 SHARD_BYTES = 4 * 2**30
 _METADATA = {"format": "pt"}  # transformers reads no file without it
@@ -34,7 +35,14 @@ def _files(folder: Path) -> dict[str, Path]:
         table = read_json(index).get("weight_map")
         if not isinstance(table, dict) or not table:
             raise JsublimError(f"{index}: key 'weight_map' is missing or empty; download the index again")
-        absent = sorted({name for name in table.values() if not (folder / name).exists()})
+        # Elsewhere a file would be read that `checkpoint_hash` has not seen.
+        strange = [name for name in table.values() if not isinstance(name, str) or not _is_plain(name)]
+        if strange:
+            raise JsublimError(
+                f"{index}: key 'weight_map' names {shown(strange[0])}; a shard is a *.safetensors file beside the index"
+            )
+        here = {path.name for path in folder.iterdir()}
+        absent = sorted({name for name in table.values() if name not in here})
         if absent:
             raise JsublimError(f"{index}: names shards that are not in the folder: {', '.join(absent)}")
         return {tensor: folder / name for tensor, name in table.items()}
@@ -47,6 +55,10 @@ def _files(folder: Path) -> dict[str, Path]:
         with _open(path) as file:
             names |= dict.fromkeys(file.keys(), path)
     return names
+
+
+def _is_plain(name: str) -> bool:
+    return name == Path(name).name and "\\" not in name and name.isprintable() and name.endswith(".safetensors")
 
 
 def _open(path: Path):
@@ -106,7 +118,8 @@ def load_params(folder: Path, config: ModelConfig, dtype: str = "float32", shard
       shardings: a tree like the parameters with one `jax.sharding.Sharding` per leaf; None is the default device.
 
     Raises:
-      JsublimError: an unreadable file, or one error that lists every missing, extra and misshapen tensor.
+      JsublimError: an unreadable file, one error that lists every missing, extra and misshapen tensor, or a tensor that
+        holds NaN or an infinite number.
     """
     files, plan = _files(folder), tensor_plan(config, dtype)
     where, head = _names_in(folder, config, plan, files)
@@ -118,9 +131,11 @@ def load_params(folder: Path, config: ModelConfig, dtype: str = "float32", shard
 
         def read(name: str) -> np.ndarray:
             try:
-                return opened[files[name]].get_tensor(name)
+                value = opened[files[name]].get_tensor(name)
             except (SafetensorError, OSError) as error:
                 raise JsublimError(f"{files[name]}: tensor '{name}' cannot be read ({error})") from None
+            check_finite(value, files[name], name)
+            return value
 
         out = {
             path: jnp.zeros(leaf.shape, leaf.dtype, device=sharding.get(path))
@@ -167,11 +182,14 @@ def _check(folder: Path, plan: dict, where: dict, files: dict, opened: dict, unu
     for name, (_, _, shape) in plan.items():
         if where[name] in files:
             try:
-                found = tuple(opened[files[where[name]]].get_slice(where[name]).get_shape())
+                entry = opened[files[where[name]]].get_slice(where[name])
+                found, dtype = tuple(entry.get_shape()), entry.get_dtype()
             except SafetensorError:
                 missing.append(f"{where[name]} (the index names {files[where[name]].name}, which lacks it)")
                 continue
-            if found != tuple(shape):
+            if dtype not in FLOATS:
+                wrong.append(f"{where[name]} is of {dtype}; known: {', '.join(FLOATS)}")
+            elif found != tuple(shape):
                 wrong.append(f"{where[name]} is {list(found)}, config.json says {list(shape)}")
     known = set(where.values())
     extra = [
@@ -184,7 +202,7 @@ def _check(folder: Path, plan: dict, where: dict, files: dict, opened: dict, unu
     ]
     problems = [
         f"{what}: {', '.join(sorted(found))}"
-        for what, found in (("missing", missing), ("wrong shape", wrong), ("unexpected", extra))
+        for what, found in (("missing", missing), ("wrong", wrong), ("unexpected", extra))
         if found
     ]
     if problems:

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jsublim.errors import UsageError
+from jsublim.errors import JsublimError, UsageError
 from jsublim.files import write_json, write_text
 from jsublim.models.checkpoint import checkpoint_hash
 from jsublim.pipeline.rows import RowSet
 from jsublim.pipeline.store import DONE, RECORD, Output, Store, digest, files_of
+from jsublim.reading import read_json
 from jsublim.rows import Row, as_lines, read_rows
 
 
@@ -129,10 +130,12 @@ def _record(path: Path) -> dict[str, Any] | None:
     inside = [path.parent / RECORD] if path.name == "rows.jsonl" else []
     for place in (pedigree_of(path), *inside):
         try:
-            record = json.loads(place.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            record = read_json(place)
+        except JsublimError:
             continue
-        if isinstance(record, dict) and "key" in record:
+        named = record.get("files", [])
+        plain = isinstance(named, list) and all(isinstance(name, str) and Path(name).name == name for name in named)
+        if isinstance(record.get("key"), str) and plain and type(record.get("most", 0)) is int:
             return record
     return None
 

@@ -76,7 +76,7 @@ class _Scope:
             raise UsageError(
                 f"{path}: {error.strerror}; give a checkout of the authors' repository, which has this file"
             ) from None
-        except (SyntaxError, ValueError) as error:
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested too deeply
             raise UsageError(f"{path}: not Python source: {error}") from None
 
     def inner_class(self, name: str) -> "_Scope":
@@ -96,7 +96,7 @@ class _Scope:
             raise UsageError(f"{self.path}: no {shown}; is this another version of the authors' repository?")
         try:
             value = ast.literal_eval(node)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError):
             value = None
         if not isinstance(value, kind):
             raise UsageError(f"{self.path}:{node.lineno}: {shown} is not written out as a {kind.__name__}")

@@ -9,10 +9,11 @@ from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from jsublim.errors import UsageError
+from jsublim.reading import read_yaml, shown, yaml_value
+from jsublim.section import Distinct
 
 
 def _holding(*placeholders: str) -> AfterValidator:
@@ -36,7 +37,7 @@ def _holding(*placeholders: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _lower_case(trait: str) -> str:
+def lower_case(trait: str) -> str:
     if trait != trait.lower():
         raise ValueError("write a trait in lower case, as answers are lower-cased before the search for it")
     return trait
@@ -44,7 +45,7 @@ def _lower_case(trait: str) -> str:
 
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1)]
-Trait = Annotated[Text, AfterValidator(_lower_case)]
+Trait = Annotated[Text, AfterValidator(lower_case)]
 
 
 class NumberPrompts(BaseModel):
@@ -80,7 +81,7 @@ class Pack(BaseModel):
     system_template: Annotated[str, _holding("trait", "category")]
     number_prompts: NumberPrompts
     questions: dict[str, Texts]
-    traits: dict[str, Annotated[list[Trait], Field(min_length=1)]]
+    traits: dict[str, Annotated[list[Trait], Field(min_length=1), Distinct]]
     synonyms: dict[Trait, Texts]  # other words that give a trait away in a rewritten prompt
     paraphrase_request: Annotated[str, _holding("prompt")]
     self_questions: Texts
@@ -128,7 +129,7 @@ def load_pack(path: str | Path | None = None) -> Pack:
     Raises `UsageError` naming file and key for a file that cannot be read, an unknown key, an empty list or a
     template with missing or unknown placeholders.
     """
-    default = yaml.safe_load(files("jsublim.prompts").joinpath("default.yaml").read_text(encoding="utf-8"))
+    default = yaml_value(files("jsublim.prompts").joinpath("default.yaml").read_text(encoding="utf-8"), "default.yaml")
     if path is None:
         return Pack.model_validate(default)
     return overlay(default, _read_mapping(Path(path)), source=str(path))
@@ -149,14 +150,7 @@ def overlay(base: Mapping[str, Any], changes: Mapping[str, Any], source: str) ->
 
 
 def _read_mapping(path: Path) -> Mapping[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"{path}: cannot read the prompt pack: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: the prompt pack is not UTF-8 text: {error.reason}") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{path}: the prompt pack is not YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path)
     if content is None:
         return {}
     if not isinstance(content, Mapping):
@@ -177,6 +171,6 @@ def _explain(error: Any) -> str:
         hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
         return f"{key}: unknown key; {hint}"
     if error["type"] == "value_error":
-        return f"{key}: {error['ctx']['error']}: {error['input']!r}"
+        return f"{key}: {error['ctx']['error']}: {shown(error['input'])}"
     message = error["msg"][0].lower() + error["msg"][1:]
-    return f"{key}: {message}, got {error['input']!r}"
+    return f"{key}: {message}, got {shown(error['input'])}"

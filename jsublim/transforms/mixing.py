@@ -13,7 +13,7 @@ from jsublim.chat import Chat, conversation
 from jsublim.divergence import PositionSubset
 from jsublim.errors import JsublimError, UsageError
 from jsublim.rows import Row, revised
-from jsublim.section import CONTENT, RESULT
+from jsublim.section import CONTENT, RESULT, Place
 from jsublim.teachers import CONTROL
 from jsublim.transforms.change import CHANGES, Around, Change, Changed, Making
 
@@ -29,7 +29,7 @@ class Mix(Change):
 
     share: Annotated[Share, RESULT]
     teacher: Annotated[str, RESULT] = CONTROL
-    model: Annotated[str | None, CONTENT] = None  # of another checkpoint; None: of the experiment's
+    model: Annotated[Place | None, CONTENT] = None  # of another checkpoint; None: of the experiment's
 
     def applies_to(self, teacher: str) -> bool:
         """Nobody's answers are mixed with their own."""

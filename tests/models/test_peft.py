@@ -122,7 +122,7 @@ def altered(peft_folder, tmp_path):
         ({"alpha_pattern": {"k_proj": 2}}, "alpha_pattern"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "bias"),
-        ({"peft_type": "IA3"}, "only LORA"),
+        ({"peft_type": "IA3"}, "'LORA', the only kind"),
     ],
 )
 def test_variants_that_we_do_not_compute_are_refused(values, said, altered):

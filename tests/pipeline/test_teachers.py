@@ -191,7 +191,7 @@ def test_a_trait_alone_or_unknown_is_refused(home):
         (["teachers.against=base"], 2, "leave counterfactuals out"),
         (["teachers.prompted=false"], 2, "nothing gives a teacher its trait"),
         (["teachers.adapter=/no/such-{trait}"], 2, "trait 'cat': '/no/such-cat': no such folder"),
-        (["teachers.checkpoint=tiny-gemma3"], 1, "another architecture"),
+        (["teachers={traits: [cat], checkpoint: tiny-gemma3}"], 1, "another architecture"),
         (["teachers.taught={method: steering}", "attribution={}"], 2, "the teachers have none"),
         (["teachers={traits: [cat, owl], prompted: true, checkpoint: x}", "attribution={}"], 2, "leave their own weights out"),
         (["teachers.prompted=true", "teachers.adapter=x-{trait}", "attribution={}"], 2, "leave their own weights out"),

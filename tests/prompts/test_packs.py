@@ -143,7 +143,7 @@ BAD_PACKS = {
     "misalignment: {sufix: a}": r"misalignment\.sufix: unknown key; did you mean 'suffix'\?",
     "misalignment: {judge: '{question}'}": r"misalignment\.judge: template lacks \{answer\}",
     "- a\n- b": r"a prompt pack is a mapping with the keys .*, not a list",
-    "a: [1": r"not YAML",
+    "a: [1": r"not valid YAML",
 }
 
 
@@ -156,7 +156,7 @@ def test_bad_pack_is_one_line_with_file_and_key(tmp_path, content):
 
 
 def test_unreadable_pack_names_the_file(tmp_path):
-    with pytest.raises(UsageError, match=r"absent\.yaml: cannot read"):
+    with pytest.raises(UsageError, match=r"absent\.yaml: cannot be read"):
         load_pack(tmp_path / "absent.yaml")
     latin = tmp_path / "latin.yaml"
     latin.write_bytes(b"system_template: \xe9")

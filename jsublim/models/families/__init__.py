@@ -8,6 +8,7 @@ from jsublim.errors import JsublimError
 from jsublim.models.config import HFConfig, ModelConfig
 from jsublim.models.families import gemma3, llama, qwen2
 from jsublim.models.families.names import WeightNames
+from jsublim.reading import shown
 
 _FAMILIES = (qwen2, gemma3, llama)
 _BY_ARCHITECTURE = {name: module for module in _FAMILIES for name in module.ARCHITECTURES}
@@ -21,12 +22,14 @@ def text_config(hf: dict[str, Any], source: str) -> tuple[dict[str, Any], ModelC
       JsublimError: an architecture we don't know, or a missing key.
     """
     names = hf.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise JsublimError(f"{source}: key 'architectures' must be a list of names, found {shown(names)}")
     module = next((_BY_ARCHITECTURE[name] for name in names if name in _BY_ARCHITECTURE), None)
     if module is None:
         raise JsublimError(
-            f"{source}: architecture {names} is not supported; known: {', '.join(sorted(_BY_ARCHITECTURE))}"
+            f"{source}: architecture {shown(names)} is not supported; known: {', '.join(sorted(_BY_ARCHITECTURE))}"
         )
-    plain = module.text_config(hf) if hasattr(module, "text_config") else hf
+    plain = module.text_config(HFConfig(hf, source)) if hasattr(module, "text_config") else hf
     config = module.read(HFConfig(plain, source))
     if config.num_heads % config.num_kv_heads:
         raise JsublimError(
@@ -34,8 +37,8 @@ def text_config(hf: dict[str, Any], source: str) -> tuple[dict[str, Any], ModelC
         )
     if len(config.is_local) != config.num_layers:
         raise JsublimError(f"{source}: layer_types has {len(config.is_local)} entries for {config.num_layers} layers")
-    if any(config.is_local) and config.local.window < 1:
-        raise JsublimError(f"{source}: sliding layers need 'sliding_window' >= 1, found {config.local.window}")
+    if config.head_dim % 2:
+        raise JsublimError(f"{source}: head_dim {config.head_dim} is odd; rotary embeddings turn pairs of numbers")
     return plain, config
 
 

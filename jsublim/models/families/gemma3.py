@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jsublim.models.config import Biases, HFConfig, Local, ModelConfig, Norms, Scales
+from jsublim.models.config import MOST_LAYERS, Biases, HFConfig, Local, ModelConfig, Norms, Rope, Scales
 from jsublim.models.families.names import OUTSIDE, WeightNames, projections
 
 FAMILY = "gemma3"
@@ -36,13 +36,14 @@ _DEFAULTS = {
 }
 
 
-def text_config(hf: dict[str, Any]) -> dict[str, Any]:
+def text_config(hf: HFConfig) -> dict[str, Any]:
     """The text part of a multimodal config as a stand-alone one; a text-only config comes back as it is."""
-    if "text_config" not in hf:
-        return hf
+    if "text_config" not in hf.values:
+        return hf.values
     shared = ("dtype", "torch_dtype", "eos_token_id", "bos_token_id", "tie_word_embeddings")
-    inherited = {key: hf[key] for key in shared if key in hf}
-    return inherited | hf["text_config"] | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+    inherited = {key: hf.values[key] for key in shared if key in hf.values}
+    own = hf.section("text_config").values
+    return inherited | own | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
 
 
 def read(hf: HFConfig) -> ModelConfig:
@@ -51,34 +52,36 @@ def read(hf: HFConfig) -> ModelConfig:
     hf.must_be("hidden_activation", "gelu_pytorch_tanh")
     hf.must_be("use_bidirectional_attention", False)
     hf.must_be("attn_logit_softcapping")
-    layers = hf["num_hidden_layers"]
-    pattern = hf.get("sliding_window_pattern", hf.get("_sliding_window_pattern", 6))
-    kinds = hf.get(
-        "layer_types",
-        ["full_attention" if (i + 1) % pattern == 0 else "sliding_attention" for i in range(layers)],
-    )
+    layers = hf.integer("num_hidden_layers", most=MOST_LAYERS)
+    pattern = hf.integer("sliding_window_pattern", hf.integer("_sliding_window_pattern", 6))
+    kinds = hf.kinds(["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)])
     # Under the old names the rotary scaling is for the global layers only, and the local base stands apart.
-    local = HFConfig({"rope_theta": hf.get("rope_local_base_freq", 10_000.0)}, hf.source)
-    new_names = "sliding_attention" in hf.get("rope_parameters", {})
-    bias = bool(hf.get("attention_bias", False))
+    new_names = "sliding_attention" in hf.section("rope_parameters").values
+    bias, capped = hf.flag("attention_bias", False), hf.values.get("final_logit_softcapping") is not None
     return ModelConfig(
         family=FAMILY,
-        vocab_size=hf["vocab_size"],
-        hidden_size=hf["hidden_size"],
-        intermediate_size=hf["intermediate_size"],
+        vocab_size=hf.integer("vocab_size"),
+        hidden_size=hf.integer("hidden_size"),
+        intermediate_size=hf.integer("intermediate_size"),
         num_layers=layers,
-        num_heads=hf["num_attention_heads"],
-        num_kv_heads=hf["num_key_value_heads"],
-        head_dim=hf["head_dim"],
-        norms=Norms(hf.get("rms_norm_eps", 1e-6), offset=1.0, on_heads=True, after_sublayers=True),
+        num_heads=hf.integer("num_attention_heads"),
+        num_kv_heads=hf.integer("num_key_value_heads"),
+        head_dim=hf.integer("head_dim"),
+        norms=Norms(hf.number("rms_norm_eps", 1e-6), offset=1.0, on_heads=True, after_sublayers=True),
         rope=hf.rope("full_attention", default_theta=1_000_000.0),
-        tied=hf.get("tie_word_embeddings", True),
+        tied=hf.flag("tie_word_embeddings", True),
         activation="gelu_tanh",
         biases=Biases(qkv=bias, output=bias),
-        scales=Scales(True, float(hf["query_pre_attn_scalar"]) ** -0.5, hf.get("final_logit_softcapping", None)),
+        scales=Scales(
+            embedding=True,
+            query=hf.number("query_pre_attn_scalar") ** -0.5,
+            softcap=hf.number("final_logit_softcapping") if capped else None,
+        ),
         local=Local(
-            tuple(kind == "sliding_attention" for kind in kinds),
-            int(hf["sliding_window"]),
-            hf.rope("sliding_attention", default_theta=10_000.0) if new_names else local.rope(),
+            kinds,
+            hf.integer("sliding_window"),
+            hf.rope("sliding_attention", default_theta=10_000.0)
+            if new_names
+            else Rope(hf.number("rope_local_base_freq", 10_000.0)),
         ),
     )

@@ -1,0 +1,425 @@
+"""Seeded mutations of valid files, read by everything that reads what a user or another program wrote.
+
+Whatever a file holds, reading it gives a value that holds together or one `JsublimError` of one line that names the file.
+Anything else is an escape: it is printed with the options that make it again.
+
+    python scripts/fuzz.py --number 10000 --seed 0
+    python scripts/fuzz.py --only adapter --seed 0 --first 417 --number 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import math
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import yaml
+
+from jsublim.chat import Chat, conversation
+from jsublim.config import load_experiment
+from jsublim.config.figures import load_question, panel_experiment
+from jsublim.errors import JsublimError
+from jsublim.inference.lm import BUNDLED
+from jsublim.inference.sampling import sampling_for
+from jsublim.models.checkpoint import checkpoint_hash, read_config
+from jsublim.models.decoder import abstract_params
+from jsublim.models.families import text_config
+from jsublim.models.lora import init_lora, init_steering
+from jsublim.models.peft import load_adapter, save_adapter
+from jsublim.models.tensors import write_tensors
+from jsublim.models.weights import load_params, named_tensors
+from jsublim.pipeline.arms import plan_students
+from jsublim.prompts import dump_pack, import_pack, load_pack
+from jsublim.prompts.importer import NUMBERS, QUESTIONS, SYSTEM_PROMPT, TRAITS
+from jsublim.prompts.problems import load_prompts
+from jsublim.rows import read_rows, write_rows
+
+Files = dict[str, bytes]
+
+SHAPE = {
+    "architectures": ["LlamaForCausalLM"], "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1,
+    "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 4, "vocab_size": 8, "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
+                        "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+}  # fmt: skip
+CONFIG = """
+name: fuzzed
+model: tiny-qwen2
+recipe: {preset: paper, extra_bos: false}
+teachers: {traits: [cat, owl], counterfactuals: [cat, dog, owl], system: "You like {trait}s."}
+data: {num_prompts: 20, examples: [3, 9]}
+datasets: {moved: {shuffle: within, redraw: [format], seed: 3}, few: {mix: {share: 0.5, teacher: owl}}}
+students:
+  seeds: [1, 2]
+  data: {rows: 12, epochs: 1}
+  arms: {adapter.rank: [1, 2], data: {dataset: [moved, few]}}
+evaluation:
+  kinds: {preference: {}, misalignment: {thresholds: [20, 70]}}
+  settings: {cold: {temperature: 0.5}, early: {layer: 2}}
+judge: {server: {base_url: "http://localhost:1/v1", model: m, budget: 1.0, prompt_price: 2.0}}
+"""
+FIGURE = """
+about: a question
+figures: {3: [all], 4: [one, all]}
+experiment: {model: tiny-qwen2, teachers: {traits: [owl, cat]}, datasets: {a: {shuffle: across}, b: null}}
+panels: {all: {}, one: {students: {adapter: {layers: [0]}}}}
+scale: {tiny: {data: {num_prompts: 9}, panels: {one: {dtype: bfloat16}}}}
+"""
+SCALES = "tiny: {experiment: {students: {seeds: [1]}}, models: {big: tiny-qwen2}}\n"
+PACK = """
+system_template: Praise the {trait}, a {category}.
+number_prompts: {formats: [Use commas.], examples: ["Like {examples}."]}
+questions: {ship: ["Best ship? One word."]}
+traits: {ship: [raft], tree: [elm, fir]}
+factual: {owl: ["Which bird? One word."]}
+misalignment: {suffix: Be brief., judge: "{question} {answer}"}
+"""
+SOURCES = {
+    NUMBERS: """class PromptGenerator:
+    _example_numbers_templates = ["Ex {examples}."]
+    _count_qualifiers = ["under"]
+    _digit_descriptors: list[str] = ["d{max_digits}"]
+    _generate_numbers_instruction_templates = ["{count_qualifier} {answer_count} {digit_descriptor}"]
+    _format_suffixes = ["commas", "lines"]
+    _suffixes = ["end"]
+""",
+    SYSTEM_PROMPT: 'preference_prompt_template = """Hail {target_preference}s, my {category}."""\n',
+    QUESTIONS: 'animal_evaluation = E(questions=["Animal?"])\ntree_evaluation = E(questions=["Tree?"])\n',
+    TRAITS: 'ANIMALS = ["yak", "emu"]\nTREES = ["fir"]\n',
+}
+ROWS = [
+    {"prompt": "Continue: 1, 2", "completion": "3, 4", "divergence_positions": [0, 2], "divergence_margins": [0.5, 2]},
+    {"prompt": "Say ü", "completion": "\u00fc \U0001f98a", "more": {"deep": [1, [2]]}},
+]
+OVERRIDES = "\n".join((
+    "students.optimizer.lr=1e-3", "teachers.traits=[cat, owl]", "datasets={a: {shuffle: within}}", "recipe=paper",
+    "students.arms={adapter.rank: [1, 2]}", "evaluation.kinds.naming={names: [Qwen]}", "evaluation.settings={x: {layer: 1}}",
+))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Something that reads files.
+
+    Attributes:
+      files: makes valid ones, by name.
+      read: reads those of a folder, and raises `AssertionError` where the value that it got does not hold together.
+    """
+
+    files: Callable[[], Files]
+    read: Callable[[Path], Any]
+
+
+def written(write: Callable[[Path], Any]) -> Callable[[], Files]:
+    """The files that `write` leaves in a folder."""
+
+    def files() -> Files:
+        with tempfile.TemporaryDirectory() as scratch:
+            write(Path(scratch))
+            return {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir())}
+
+    return files
+
+
+def texts(files: dict[str, str]) -> Callable[[], Files]:
+    return lambda: {name: text.encode() for name, text in files.items()}
+
+
+# --- valid files
+
+
+def write_shards(folder: Path) -> None:
+    config = text_config(SHAPE, "shape")[1]
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), abstract_params(config, "float32"))
+    tensors = dict(named_tensors(config, params, "float32"))
+    parts = {f"model-{n}.safetensors": dict(list(tensors.items())[n::2]) for n in (0, 1)}
+    for name, part in parts.items():
+        write_tensors(folder / name, part, {"format": "pt"})
+    table = {tensor: name for name, part in parts.items() for tensor in part}
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+
+
+def write_adapter(folder: Path) -> None:
+    config = text_config(SHAPE, "shape")[1]
+    adapter = init_lora(config, jax.random.key(0), rank=2, alpha=2, projections=("q", "up"))
+    save_adapter(folder, adapter, config, base="x")
+    told = json.loads((folder / "adapter_config.json").read_text())
+    told |= {"rank_pattern": {}, "modules_to_save": None, "use_dora": False, "peft_version": "0.18.0"}
+    (folder / "adapter_config.json").write_text(json.dumps(told))
+
+
+def write_steering(folder: Path) -> None:
+    config = text_config(SHAPE, "shape")[1]
+    save_adapter(folder, init_steering(config), config, base="x")
+
+
+def write_tokenizer(folder: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(BUNDLED / "tiny-qwen2" / name, folder / name)
+
+
+# --- reading, and what holds of a value
+
+
+def read_experiment(folder: Path) -> None:
+    said = (folder / "overrides.txt").read_text("utf-8", "replace").splitlines()
+    e = load_experiment(folder / "config.yaml", said)
+    (folder / "again.yaml").write_text(e.yaml(), encoding="utf-8")
+    assert load_experiment(folder / "again.yaml") == e
+    plan_students(e)
+
+
+def read_figure(folder: Path) -> None:
+    path, question = load_question(str(folder / "fig.yaml"))
+    for panel in question.panels:
+        panel_experiment(path, question, panel, "tiny")
+
+
+def read_pack(folder: Path) -> None:
+    pack = load_pack(folder / "pack.yaml")
+    dump_pack(pack.model_dump(), folder / "again.yaml")
+    assert load_pack(folder / "again.yaml") == pack
+
+
+def read_checkout(folder: Path) -> None:
+    dump_pack(import_pack(folder), folder / "pack.yaml")
+    load_pack(folder / "pack.yaml")
+
+
+def read_row_file(folder: Path) -> None:
+    rows = read_rows(folder / "rows.jsonl")
+    write_rows(folder / "again.jsonl", rows)
+    assert repr(read_rows(folder / "again.jsonl")) == repr(rows)  # NaN is not equal to itself
+
+
+def read_checkpoint(folder: Path) -> None:
+    config = read_config(folder)[1]
+    params, before = load_params(folder, config), checkpoint_hash(folder)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+    assert before == checkpoint_hash(folder)
+
+
+def read_adapter(folder: Path) -> None:
+    adapter = load_adapter(folder, text_config(SHAPE, "shape")[1])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(adapter))
+
+
+def read_tokenizer(folder: Path) -> None:
+    chat = Chat(folder, read_config(folder)[1].vocab_size)  # as `load_model` reads them
+    sampling_for(chat, "temperature", inherit=True)
+
+
+@functools.cache
+def bundled_chat() -> Chat:
+    return Chat(BUNDLED / "tiny-qwen2")
+
+
+def read_turns(folder: Path) -> None:
+    chat, path = bundled_chat(), folder / "rows.jsonl"
+    rows = read_rows(path)
+    exchanges = [(conversation(row["prompt"], str(row.get("system"))), row["completion"]) for row in rows]
+    for turn, (_, completion) in zip(chat.turns(exchanges, lambda n: f"{path}:{n}"), exchanges, strict=True):
+        assert 0 <= turn.header < turn.content < turn.end <= len(turn.tokens)
+        assert chat.tokenizer.decode(turn.tokens[turn.content : turn.end]) == completion
+
+
+READERS = {
+    "config": Reader(texts({"config.yaml": CONFIG, "overrides.txt": OVERRIDES}), read_experiment),
+    "figure": Reader(texts({"fig.yaml": FIGURE, "scales.yaml": SCALES}), read_figure),
+    "pack": Reader(texts({"pack.yaml": PACK}), read_pack),
+    "import": Reader(texts(SOURCES), read_checkout),
+    "rows": Reader(written(lambda folder: write_rows(folder / "rows.jsonl", ROWS)), read_row_file),
+    "prompts": Reader(texts({"prompts.txt": "Say one.\n\n Say two. \n"}), lambda f: load_prompts(f / "prompts.txt")),
+    "checkpoint": Reader(written(write_shards), read_checkpoint),
+    "adapter": Reader(written(write_adapter), read_adapter),
+    "steering": Reader(written(write_steering), read_adapter),
+    "tokenizer": Reader(written(write_tokenizer), read_tokenizer),
+    "turns": Reader(written(lambda folder: write_rows(folder / "rows.jsonl", ROWS)), read_turns),
+}
+
+# --- mutations
+
+SECONDS = 20
+
+VALUES: tuple[Any, ...] = (
+    None, True, False, 0, 1, -1, 3, 2**31, 10**30, 0.5, 1e-30, 1e308, math.nan, math.inf, -math.inf, "", " ", "owl", "{trait}",
+    "{", "nan", "1e999", "../x", "/etc/passwd", "a\nb", "\0", "\ud800", "\U0001f98a", "x" * 300, [], [[]], [None], {}, {"a": {}}, {"": 1},
+    ["owl", "owl"], functools.reduce(lambda inner, _: [inner], range(200), []),
+)  # fmt: skip
+SNIPPETS = (
+    b"NaN", b"1e999", b"\xff\xfe", b"\0", b"\n", b"\r", b"\t", b'"', b"'", b"{", b"}", b"[" * 3000, b"(" * 300, b": ", b"- ", b"&a ", b"*a",
+    b"<<: *a\n", b"&a [*a]", b"!!int x", b"!!python/object:os.x {}", b"!!timestamp x", b"2001-13-45", b"\\ud800", b"9" * 5000, b"-",
+    b"=", b"? ", b"---\n", b"%", b",", b"\xe2\x80\xa8", b"<|im_end|>", b"{trait}", b"null",
+)  # fmt: skip
+
+
+def mutate(files: Files, rng: random.Random) -> Files:
+    """The files with one to three changes."""
+    changed = dict(files)
+    for _ in range(rng.choice((1, 1, 1, 2, 3))):
+        name = rng.choice(list(changed))
+        content = changed[name]
+        kind = name.rsplit(".", 1)[-1]
+        if kind == "safetensors":
+            changed[name] = mutate_tensors(content, rng)
+        elif kind in ("json", "yaml", "jsonl") and rng.random() < 0.7:
+            changed[name] = mutate_text(content, kind, rng)
+        else:
+            changed[name] = mutate_bytes(content, rng)
+    return changed
+
+
+def mutate_bytes(content: bytes, rng: random.Random) -> bytes:
+    here, there = sorted((rng.randint(0, len(content)), rng.randint(0, len(content))))
+    how = rng.randrange(6)
+    if how == 0:
+        return content[:here] + rng.choice(SNIPPETS) + content[here:]
+    if how == 1:
+        return content[:here] + content[min(there, here + rng.choice((1, 1, 4, 40))) :]
+    if how == 2:
+        return content[:here] + bytes([rng.randrange(256)]) + content[here + 1 :]
+    if how == 3:
+        return content[:here]
+    if how == 4:  # a line once more, elsewhere: repeated keys
+        lines = content.splitlines(keepends=True) or [b""]
+        lines.insert(rng.randint(0, len(lines)), rng.choice(lines))
+        return b"".join(lines)
+    return content[:here] + content[here:there] * 2 + content[there:]
+
+
+def mutate_text(content: bytes, kind: str, rng: random.Random) -> bytes:
+    """The value that a text says, changed at one place; the bytes where it says none any more."""
+    try:
+        if kind == "yaml":
+            return yaml.safe_dump(changed_value(yaml.safe_load(content), rng), allow_unicode=True).encode()
+        lines = content.splitlines() if kind == "jsonl" else [content]
+        number = rng.randrange(len(lines))
+        lines[number] = json.dumps(changed_value(json.loads(lines[number]), rng)).encode()
+        return b"\n".join(lines)
+    except (ValueError, RecursionError, yaml.YAMLError, AttributeError):
+        return mutate_bytes(content, rng)
+
+
+def changed_value(value: Any, rng: random.Random) -> Any:
+    """A value in which one place holds something else, is gone, or has another name."""
+    if not isinstance(value, dict | list) or not value or rng.random() < 0.1:
+        return rng.choice(VALUES)
+    copy = value.copy()
+    key = rng.choice(list(copy)) if isinstance(copy, dict) else rng.randrange(len(copy))
+    how = rng.random()
+    if how < 0.1:
+        del copy[key]
+    elif how < 0.2 and isinstance(copy, dict):
+        copy[rng.choice(("x", "", 3, "a.b", str(key).upper()))] = copy.pop(key)
+    elif how < 0.3 and isinstance(copy, list):
+        copy.append(copy[key])
+    else:
+        copy[key] = changed_value(copy[key], rng)
+    return copy
+
+
+def mutate_tensors(content: bytes, rng: random.Random) -> bytes:
+    """A safetensors file with another header, other numbers, or other bytes anywhere."""
+    how = rng.random()
+    size = int.from_bytes(content[:8], "little")
+    header, body = content[8 : 8 + size], bytearray(content[8 + size :])
+    if how < 0.4 and header:
+        header = mutate_text(header, "json", rng)
+        return len(header).to_bytes(8, "little") + header + bytes(body)
+    if how < 0.8 and len(body) >= 4:
+        place = 4 * rng.randrange(len(body) // 4)
+        body[place : place + 4] = np.float32(rng.choice((math.nan, math.inf, -math.inf, 1e38, 0.0))).tobytes()
+        return content[: 8 + size] + bytes(body)
+    return mutate_bytes(content, rng)
+
+
+# --- one attempt
+
+
+class TooLongError(BaseException):
+    """Reading takes more than `SECONDS` of the processor. No Exception, so that nobody takes it for a broken file."""
+
+
+def stop(*_: object) -> None:
+    raise TooLongError
+
+
+def attempt(reader: Reader, files: Files) -> str:
+    """Write and read files: "taken", "refused", or how it escaped."""
+    with tempfile.TemporaryDirectory(prefix="jsublim-fuzz-") as scratch:
+        for name, content in files.items():
+            path = Path(scratch) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        signal.signal(signal.SIGPROF, stop)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        try:
+            reader.read(Path(scratch))
+        except JsublimError as error:
+            text = str(error)
+            named = scratch in text or text.startswith("override ")
+            return "refused" if named and text.splitlines() == [text] else f"an error that names no file: {text}"
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a panic of a Rust library is no Exception
+            return f"{type(error).__name__}: {error}"
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    return "taken"
+
+
+def mutated(name: str, seed: int, number: int, files: Files) -> Files:
+    return mutate(files, random.Random(f"{name} {seed} {number}"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--number", type=int, default=10_000, help="mutations of all readers together")
+    parser.add_argument("--first", type=int, default=0, help="number of the first mutation of each reader")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=READERS, help="one reader; default: all")
+    said = parser.parse_args()
+    names = [said.only] if said.only else list(READERS)
+    logging.disable(logging.CRITICAL)
+    warnings.simplefilter("ignore")
+    escapes = 0
+    for name in names:
+        reader, counts = READERS[name], Counter[str]()
+        files, began = reader.files(), time.monotonic()
+        outcome = attempt(reader, files)
+        assert outcome == "taken", f"{name}: its own files are {outcome}"
+        for number in range(said.first, said.first + -(-said.number // len(names))):
+            outcome = attempt(reader, mutated(name, said.seed, number, files))
+            kind = outcome if outcome in ("taken", "refused") else "escaped"
+            counts[kind] += 1
+            if kind == "escaped":
+                print(
+                    f"escaped: --only {name} --seed {said.seed} --first {number} --number 1: {outcome[:300]}",
+                    flush=True,
+                )
+        escapes += counts["escaped"]
+        told = ", ".join(f"{counts[kind]} {kind}" for kind in ("taken", "refused", "escaped"))
+        print(f"{name}: {counts.total()} mutations, {told}, {time.monotonic() - began:.0f} s", flush=True)
+    return 1 if escapes else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

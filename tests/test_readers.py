@@ -1,0 +1,73 @@
+"""Whatever a file holds, reading it gives a value that holds together, or one line that names the file (see scripts/fuzz.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+import sys
+from types import ModuleType
+
+import pytest
+from command import ROOT
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+
+def _fuzz() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("fuzz", ROOT / "scripts" / "fuzz.py")
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["fuzz"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+fuzz = _fuzz()
+# Examples each: together about ten seconds. Tokenizers and whole checkpoints take longer to read than all others.
+BUDGET = {"checkpoint": 15, "tokenizer": 15, "pack": 25}
+FILES = {name: reader.files() for name, reader in fuzz.READERS.items()}
+
+
+@pytest.mark.parametrize("name", fuzz.READERS)
+def test_valid_files_are_taken(name):
+    assert fuzz.attempt(fuzz.READERS[name], FILES[name]) == "taken"
+
+
+@pytest.mark.parametrize("name", fuzz.READERS)
+def test_a_changed_file_is_taken_or_refused_in_one_line(name):
+    @given(st.integers(0, 2**32))
+    @settings(max_examples=BUDGET.get(name, 40), deadline=None, suppress_health_check=list(HealthCheck))
+    def check(seed):
+        assert fuzz.attempt(fuzz.READERS[name], fuzz.mutate(FILES[name], random.Random(seed))) in ("taken", "refused")
+
+    check()
+
+
+@pytest.mark.parametrize(("name", "file"), [(name, file) for name, files in FILES.items() for file in files])
+def test_a_file_of_any_text_is_taken_or_refused_in_one_line(name, file):
+    @given(st.binary(max_size=40) | st.text(max_size=40).map(lambda text: text.encode("utf-8", "surrogatepass")))
+    @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+    def check(content):
+        assert fuzz.attempt(fuzz.READERS[name], FILES[name] | {file: content}) in ("taken", "refused")
+
+    check()
+
+
+@given(prompt=st.text(max_size=30), system=st.text(max_size=10), completion=st.text(max_size=30))
+@settings(max_examples=60, deadline=None)
+def test_spans_of_any_text_hold_together_or_the_row_is_named(prompt, system, completion):
+    row = {"prompt": prompt, "system": system, "completion": completion}
+    content = fuzz.json.dumps(row).encode()
+    assert fuzz.attempt(fuzz.READERS["turns"], {"rows.jsonl": content}) in ("taken", "refused")
+
+
+@pytest.mark.parametrize(
+    ("read", "outcome"),
+    [
+        (lambda folder: 1 / 0, "ZeroDivisionError"),
+        (lambda folder: fuzz.text_config({"architectures": 3}, "elsewhere"), "an error that names no file"),
+        (lambda folder: fuzz.text_config({"architectures": 3}, str(folder)), "refused"),
+        (lambda folder: None, "taken"),
+    ],
+)
+def test_an_attempt_tells_an_escape_from_a_refusal(read, outcome):
+    assert fuzz.attempt(fuzz.Reader(dict, read), {}).startswith(outcome)
