@@ -76,7 +76,7 @@ class Progress:
             BarColumn(),
             TextColumn("{task.fields[finished]}/{task.total}"),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[label]}"),
+            TextColumn("{task.fields[label]}", markup=False),  # a name such as "[x]" is no markup
         )
         self._bars = Bars(*columns, console=self.console)
         self._kind, done = kind, self._finished.get(kind, 0)

@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 prompts_app = typer.Typer(help="Prompt packs: import the published lists, sample number prompts.", no_args_is_help=True)
 app.add_typer(prompts_app, name="prompts")
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False, emoji=False)  # names and paths are shown as they are
 
 Model = Annotated[
     str,
