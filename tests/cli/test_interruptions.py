@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import resource
 import shlex
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import made_by_commands
 import pytest
-from command import contents, ok, refused, same_student, start, stop_when
+from command import MODEL, contents, ok, refused, same_student, start, stop_when
 from made_by_commands import FINETUNE, GENERATE, artifact_of, finetune
 
 
@@ -91,6 +92,21 @@ def test_a_disk_that_fills_while_training(tmp_path, divergent, student, file_lim
         assert not (out / "DONE").exists() and not (out / "adapter_model.safetensors").exists()
     ok(*arguments)
     assert same_student(out, student)
+
+
+@pytest.mark.parametrize("size", [10, 100, 400])
+def test_a_disk_that_fills_leaves_no_folder_in_the_way(tmp_path, file_limit, size):
+    out = tmp_path / "vector"
+    for arguments in (
+        ("steer", "--model", MODEL, "--layer", 1, "--trait", "owl", "--out", out),
+        ("convert", MODEL, out),
+    ):
+        file_limit(size)
+        refused(1, *arguments)
+        file_limit(None)
+        assert not list(tmp_path.iterdir())
+        ok(*arguments)
+        shutil.rmtree(out)
 
 
 def resumes(err: str, *arguments) -> bool:
