@@ -109,6 +109,22 @@ def test_a_disk_that_fills_leaves_no_folder_in_the_way(tmp_path, file_limit, siz
         shutil.rmtree(out)
 
 
+def test_a_disk_that_fills_while_attributing(tmp_path, divergent, file_limit):
+    """A table or a picture is there whole, or not at all."""
+    out = tmp_path / "attribution"
+    arguments = ("attribute", "--model", MODEL, "--data", divergent, "--trait", "cat", "--counterfactuals", "dog,owl",
+                 "attribution.rows=2", "attribution.steps=2", "--out", out)  # fmt: skip
+    for size in (3000, 20_000):  # room for no table; for the table, but for no picture
+        file_limit(size)
+        refused(1, *arguments)
+        file_limit(None)
+        found = {path.name for path in tmp_path.rglob("*")}
+        assert "heat_map.png" not in found and ("attribution.parquet" in found) == (size > 3000)
+        assert not any(name.endswith(".partial") for name in found)
+    ok(*arguments)
+    assert {"attribution.parquet", "heat_map.png", "DONE"} <= {path.name for path in out.iterdir()}
+
+
 def resumes(err: str, *arguments) -> bool:
     """The command to continue with is printed, and nothing of Python's."""
     assert "Traceback" not in err and "Exception" not in err, err

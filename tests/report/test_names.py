@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
+import time
 from html import unescape
 from pathlib import Path
 
@@ -16,8 +18,10 @@ from hypothesis import strategies as st
 from made_results import make_results
 from rich.console import Console
 
+from jsublim.cli.app import console
 from jsublim.digits import report as digits
 from jsublim.errors import JsublimError, one_line
+from jsublim.progress import Progress
 from jsublim.report import print_summary, write_report
 from jsublim.report.attribution import attribution_heat_map
 from jsublim.report.tables import read_results
@@ -86,6 +90,17 @@ def test_a_control_character_is_shown_by_its_escape(tmp_path):
     for name in names:
         escaped = name.encode("unicode_escape").decode()
         assert f" {escaped} " in said and name not in said and f">{escaped}</text>" in page
+
+
+@pytest.mark.parametrize("name", ["[/x]", "[bold]", ":owl:"])
+def test_what_the_command_line_says_is_shown_as_it_is(name):
+    with console.capture() as shown:
+        console.print(f"kept as {name}")
+    assert shown.get() == f"kept as {name}\n"
+    terminal = Console(file=io.StringIO(), force_terminal=True, width=200, emoji=False)
+    with Progress(terminal).stage("rows", 1, name):
+        time.sleep(0.3)  # a bar is drawn ten times a second
+    assert name in terminal.file.getvalue()
 
 
 @given(st.text())
