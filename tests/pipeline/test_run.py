@@ -7,6 +7,7 @@ import signal
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import yaml
 from command import MODEL, PLAIN, contents, ok, same_student, start, stop_when
 
 from jsublim.files import read_table
+from jsublim.report.tables import read_results
 
 SMALL = (
     "teachers.traits=[cat,owl]", "teachers.counterfactuals=[cat,owl]",
@@ -82,6 +84,18 @@ def test_a_run_leaves_what_the_map_says(whole):
 
 def test_a_shared_store_can_be_read_by_whom_the_umask_allows(whole):
     assert modes(whole) == {(True, 0o750), (False, 0o640)}
+
+
+def test_the_path_of_a_run_decides_nothing(home, whole):
+    """Not where its parts mean something to a database, a shell, a URL or the terminal. (A part of the same run.)"""
+    odd = home / "condition=all" / "seed=7" / "[x] a*b?" / "50% {a,b}#1 é $HOME"
+    ok(*arguments(odd, "teachers.traits=[cat]", "teachers.control=false", "students.loss.tokens=[all]"))
+    assert len(marks(odd)) == 5 and set(marks(odd)) < set(marks(whole))
+    found, expected = ({(s.arm, s.metric, s.trait): s for s in read_results(run).scores} for run in (odd, whole))
+    assert found.keys() == {key for key in expected if key[0] in ("base", "cat/all/seed1")}
+    for key, score in found.items():  # another number of students in a program rounds otherwise
+        assert replace(score, values=()) == replace(expected[key], values=())
+        assert score.values == pytest.approx(expected[key].values, rel=1e-4)
 
 
 def test_killed_in_the_middle_and_continued(home, whole):
