@@ -18,3 +18,8 @@ class UsageError(JsublimError):
     """Bad usage or a bad configuration (exit code 2)."""
 
     code = 2
+
+
+def one_line(text: str) -> str:
+    """Text that any terminal and any font can show: line breaks and control characters by their escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -76,14 +76,12 @@ class Progress:
             BarColumn(),
             TextColumn("{task.fields[finished]}/{task.total}"),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[label]}"),
+            TextColumn("{task.fields[label]}", markup=False),  # a name such as "[x]" is no markup
         )
-        self._bars = Bars(*columns, console=self.console)
+        bars = self._bars = Bars(*columns, console=self.console)
         self._kind, done = kind, self._finished.get(kind, 0)
-        self._bar = self._bars.add_task(
-            kind, total=self._expected.get(kind, 1), completed=done, finished=done, label=""
-        )
-        self._bars.start()
+        self._bar = bars.add_task(kind, total=self._expected.get(kind, 1), completed=done, finished=done, label="")
+        bars.start()
 
     def close(self) -> None:
         """Leave the bar that is shown as it is."""

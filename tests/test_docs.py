@@ -21,7 +21,7 @@ from jsublim.report.claims import QUESTIONS
 from jsublim.section import overlaid
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-ALL = [*DOCUMENTS, ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md"]
+ALL = [*DOCUMENTS, *(ROOT / name for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md"))]
 # What a block that shows single sections is laid over.
 REST = {"name": "shown", "model": "tiny-qwen2", "teachers": {"traits": ["owl"]}}
 

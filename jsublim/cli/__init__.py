@@ -20,7 +20,7 @@ from jsublim.cli import (  # noqa: F401 (they register their commands)
     steer,
 )
 from jsublim.cli.app import app
-from jsublim.errors import JsublimError
+from jsublim.errors import JsublimError, one_line
 
 
 def main() -> None:
@@ -38,19 +38,20 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code)
     except JsublimError as error:
-        _leave(debug, f"error: {error}", error.code)
+        _leave(debug, f"error: {one_line(str(error))}", error.code)
     except (KeyboardInterrupt, typer.Abort):
         name = "jsublim" if shutil.which("jsublim") else sys.argv[0]  # the environment may not be activated
         again = " ".join([name, *map(shlex.quote, sys.argv[1:])])
         _leave(debug, f"interrupted; what was finished is kept, the same command continues:\n  {again}", 1)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
-        _leave(debug, f"error: {error.strerror or error}{where}; mend that, then run the same command again", 1)
+        said = one_line(f"{error.strerror or error}{where}")
+        _leave(debug, f"error: {said}; mend that, then run the same command again", 1)
     except Exception as error:
         if isinstance(getattr(error, "exit_code", None), int) and hasattr(error, "show"):  # click's usage errors
             error.show()  # type: ignore[attr-defined]
             sys.exit(2)
-        _leave(debug, f"error: {type(error).__name__}: {error}; --debug shows where", 1)
+        _leave(debug, f"error: {type(error).__name__}: {one_line(str(error))}; --debug shows where", 1)
 
 
 def _leave(debug: bool, message: str, code: int) -> None:

@@ -20,13 +20,27 @@ app = typer.Typer(
 )
 prompts_app = typer.Typer(help="Prompt packs: import the published lists, sample number prompts.", no_args_is_help=True)
 app.add_typer(prompts_app, name="prompts")
-console = Console(stderr=True)
+console = Console(stderr=True, markup=False, emoji=False)  # names and paths are shown as they are
 
 Model = Annotated[
     str,
     typer.Option("--model", help="Checkpoint folder, bundled name (tiny-qwen2), or owner/name of the hub."),
 ]
-Out = Annotated[Path, typer.Option("--out", help="Where the result goes; an unfinished one there is continued.")]
+
+
+def named(out: Path) -> Path:
+    """A place to write, which must have a name: scratch files and artifacts lie beside it, under names like it."""
+    if out.name in ("", ".."):
+        raise UsageError(
+            f"'{out}': is no place for a result; give a file or folder of its own, such as {out / 'result'}"
+        )
+    return out
+
+
+Out = Annotated[
+    Path,
+    typer.Option("--out", callback=named, help="Where the result goes; an unfinished one there is continued."),
+]
 PackFile = Annotated[Path | None, typer.Option("--prompts", help="Prompt pack (YAML); default: the package's own.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="float32 or bfloat16.")]
 # Of the stage commands: a config (or none), and fields laid over it.

@@ -29,6 +29,7 @@ def attribute(
 
     from jsublim.errors import UsageError
     from jsublim.executors import LocalExecutor
+    from jsublim.files import atomic
     from jsublim.pipeline.arms import Source
     from jsublim.pipeline.attribution import attribution_task
     from jsublim.pipeline.context import Context
@@ -50,7 +51,8 @@ def attribute(
     LocalExecutor().execute([task], context)
     publish_folder(out, context.store, task.output)
     summary, table = context.store.summary(task.output), pq.ParquetFile(out / "attribution.parquet").read()
-    attribution_heat_map(table).savefig(out / "heat_map.png", dpi=150)
+    with atomic(out / "heat_map.png") as scratch:
+        attribution_heat_map(table).savefig(scratch, dpi=150, format="png")
     skipped = "".join(f"; {count} skipped: {reason}" for reason, count in summary["skipped"].items())
     console.print(f"{summary['used']} of {summary['rows']} rows used, {summary['pairs']} pairs{skipped}")
     shown = Table("direction", "site", "completeness error")

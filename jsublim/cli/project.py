@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from jsublim.cli.app import PackFile, app, console, prompts_app
+from jsublim.cli.app import PackFile, app, console, named, prompts_app
 from jsublim.errors import UsageError
 
 KINDS = ("language", "digits")
@@ -70,7 +70,7 @@ def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run's 
 @app.command()
 def convert(
     model: Annotated[str, typer.Argument(help="Checkpoint folder, bundled name, or owner/name of the hub.")],
-    out: Annotated[Path, typer.Argument(help="The folder to write.")],
+    out: Annotated[Path, typer.Argument(callback=named, help="The folder to write.")],
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32 or bfloat16; default: the checkpoint's.")
     ] = None,
@@ -92,7 +92,7 @@ def convert(
 @prompts_app.command("import")
 def prompts_import(
     checkout: Annotated[Path, typer.Argument(help="A checkout of the authors' repository; nothing in it is run.")],
-    out: Annotated[Path, typer.Option("--out", help="The pack to write (YAML).")],
+    out: Annotated[Path, typer.Option("--out", callback=named, help="The pack to write (YAML).")],
 ) -> None:
     """Read the published prompt lists out of a checkout of the authors' code."""
     from jsublim.prompts import dump_pack, import_pack
@@ -105,7 +105,7 @@ def prompts_import(
 
 @prompts_app.command("sample")
 def prompts_sample(
-    out: Annotated[Path, typer.Option("--out", help="JSONL to write, a row with 'prompt' each.")],
+    out: Annotated[Path, typer.Option("--out", callback=named, help="JSONL to write, a row with 'prompt' each.")],
     prompts: PackFile = None,
     num_prompts: Annotated[int, typer.Option("--num-prompts", min=1)] = 30_000,
     seed: Annotated[int, typer.Option("--seed")] = 42,

@@ -31,6 +31,7 @@ def steer(
 ) -> None:
     """Find a steering vector; leaves a folder that --adapter and teachers.adapter take."""
     from jsublim.inference.lm import load_model
+    from jsublim.models.checkpoint import new_folder
     from jsublim.models.peft import save_adapter
     from jsublim.prompts import load_pack, load_prompts
     from jsublim.steering import contrast_vector
@@ -49,7 +50,8 @@ def steer(
         toward = pack.system_prompt(trait, category)
     texts = pack.questions_for(category or "") if asked is None else load_prompts(asked)
     adapter = contrast_vector(lm, texts, layer, toward=toward, away=away, strength=strength)
-    save_adapter(out, adapter, lm.config, str(lm.folder))
+    with new_folder(out) as folder:
+        save_adapter(folder, adapter, lm.config, str(lm.folder))
     assert adapter.steering is not None
     console.print(f"norm {float((adapter.steering**2).sum() ** 0.5):.3f}, over {len(texts)} prompts")
     print(out)

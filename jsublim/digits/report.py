@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from rich.console import Console
 from rich.table import Table
 
@@ -14,7 +13,7 @@ from jsublim.errors import JsublimError
 from jsublim.report import figures
 from jsublim.report.html import render
 from jsublim.report.statistics import Estimate, Interval
-from jsublim.report.tables import read_json
+from jsublim.report.tables import read_columns, read_json
 
 LABELS = {
     "untrained": "untrained network",
@@ -55,7 +54,7 @@ def read_lines(run_dir: Path) -> list[Line]:
     if not path.is_file():
         raise JsublimError(f"{path.parent}: no results.parquet here; finish the run first with `jsublim run CONFIG`")
     groups: dict[tuple[str, str | None], list[float]] = {}
-    for row in pq.read_table(path).to_pylist():
+    for row in read_columns(path).to_pylist():
         groups.setdefault((row["condition"], row["images"]), []).append(row["accuracy"])
     return [
         Line(condition, images, tuple(values), Estimate.of(values).interval())

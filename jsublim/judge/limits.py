@@ -17,21 +17,18 @@ Tokens = tuple[int, int]  # of a prompt, of its completion
 
 def backoff(attempt: int) -> float:
     """Seconds to wait after failure `attempt` (from 0): a delay that doubles each time, drawn from its upper half."""
-    return min(LONGEST_DELAY_S, FIRST_DELAY_S * 2**attempt) * random.uniform(0.5, 1.0)
+    return min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** min(attempt, 60)) * random.uniform(0.5, 1.0)
 
 
-def retry_after(header: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for, as a number or as a date; None where it says nothing readable."""
-    if header is None:
-        return None
+def retry_after(header: str | None) -> float:
+    """Seconds that a Retry-After header asks for, as a number or as a date; 0 where it is past or cannot be read."""
+    said = "" if header is None else header.strip()
+    if said.isascii() and said.isdecimal():
+        return float(said)  # of hundreds of digits, infinity
     try:
-        return float(int(header))
-    except (ValueError, OverflowError):
-        pass
-    try:
-        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
-    except ValueError:
-        return None
+        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError, OSError):
+        return 0.0
 
 
 class Pace:
@@ -50,7 +47,7 @@ class Pace:
                     self._next = now + self._gap
                     return
                 left = self._next - now
-            stopped.wait(left)
+            stopped.wait(min(left, LONGEST_DELAY_S))  # a system has a longest time that it can wait
 
     def hold(self, seconds: float) -> None:
         """Let nothing through for that long."""

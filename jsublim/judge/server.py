@@ -5,15 +5,16 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, Future, wait
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from jsublim.chat import conversation
 from jsublim.errors import JsublimError, UsageError
@@ -24,28 +25,50 @@ from jsublim.section import HOW, RESULT, Section
 TEMPLATE_TOKENS = 256  # more than any chat template puts around a prompt
 LONGEST_HOLD_S = 600.0  # a server that asks for a longer wait than this ends the run
 SHOWN = 200  # characters of a server's own words in an error
+MOST_TOKENS = 10**9  # of one request: a larger number in a reply is a mistake
+ADDRESS = re.compile(r"https?://[^/?#@\s]+(/[^?#@\s]*)?")
+VARIABLE = re.compile(r"(?!(?=.*\d)[A-Z0-9]{16,}$)[A-Z_][A-Z0-9_]*")  # some services' keys are capitals and digits too
 
 
 class ServerSettings(Section):
     """Where the judge is, how it is asked, and what it may cost. The key itself is never a setting."""
 
-    # such as http://localhost:8000/v1
-    base_url: Annotated[str, Field(pattern=r"^https?://[^/?#@\s]+(/[^?#@\s]*)?$"), HOW]
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    base_url: Annotated[str, HOW]  # such as http://localhost:8000/v1
     model: Annotated[str, Field(min_length=1), RESULT]
-    # The environment variable that holds the key; None sends none.
-    key_variable: Annotated[str | None, Field(pattern=r"^[A-Z_][A-Z0-9_]*$"), HOW] = None
+    key_variable: Annotated[str | None, HOW] = None  # the environment variable that holds the key; None sends none
     system: Annotated[str | None, RESULT] = None
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False), RESULT] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1), RESULT] = 1.0
     max_tokens: Annotated[int, Field(ge=1), RESULT] = 32
     seed: Annotated[int | None, RESULT] = None
-    timeout_s: Annotated[float, Field(gt=0), HOW] = 60.0  # without a byte from the server
+    timeout_s: Annotated[float, Field(gt=0, le=86_400), HOW] = 60.0  # without a byte from the server
     retries: Annotated[int, Field(ge=0), HOW] = 6
     concurrency: Annotated[int, Field(ge=1), HOW] = 8
     requests_per_minute: Annotated[float | None, Field(gt=0), HOW] = None
-    prompt_price: Annotated[float, Field(ge=0), HOW] = 0.0  # per million tokens, in any one currency
-    completion_price: Annotated[float, Field(ge=0), HOW] = 0.0
+    prompt_price: Annotated[float, Field(ge=0, allow_inf_nan=False), HOW] = 0.0  # per million tokens, in any currency
+    completion_price: Annotated[float, Field(ge=0, allow_inf_nan=False), HOW] = 0.0
     budget: Annotated[float | None, Field(ge=0), HOW] = None  # of one judge object, in the currency of the prices
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shows_no_key(cls, values: Any) -> Any:
+        """Where a key may have been given by mistake, what is wrong is said without the value; pydantic would quote it."""
+        name, address = (
+            (values.get(field) for field in ("key_variable", "base_url")) if isinstance(values, dict) else (None, None)
+        )
+        if name is not None and not (isinstance(name, str) and VARIABLE.fullmatch(name)):
+            raise ValueError(
+                "key_variable: give the NAME of the environment variable that holds the key, such as JUDGE_API_KEY, "
+                "never the key (what was given is not shown)"
+            )
+        if address is not None and not (isinstance(address, str) and ADDRESS.fullmatch(address)):
+            raise ValueError(
+                "base_url: give http://HOST/PATH or https://HOST/PATH, without a user, a key or a query "
+                "(what was given is not shown)"
+            )
+        return values
 
     @model_validator(mode="after")
     def _priced(self) -> ServerSettings:
@@ -55,9 +78,10 @@ class ServerSettings(Section):
 
 
 class _Retry(Exception):
-    """A failure that may pass. `charged`: the server may have worked, and may charge for it."""
+    """A failure that may pass. `after`: the seconds that the server asks to wait; `charged`: it may have worked, and may
+    charge for it."""
 
-    def __init__(self, reason: str, *, after: float | None = None, charged: bool = False):
+    def __init__(self, reason: str, *, after: float = 0.0, charged: bool = False):
         super().__init__(reason)
         self.after, self.charged = after, charged
 
@@ -97,22 +121,42 @@ class ServerJudge:
     def ask(self, prompts: Sequence[str]) -> list[str]:
         """One reply per prompt, in order. A prompt that occurs twice is asked once.
 
+        An error waits for the requests under way, whose replies are kept; Ctrl-C does not.
+
         Raises:
           UsageError: no usable key.
           JsublimError: the server refuses, keeps failing, or the budget could be exceeded. Replies so far are kept.
         """
-        stopped, unique = threading.Event(), list(dict.fromkeys(prompts))
-        with ThreadPoolExecutor(self.settings.concurrency) as pool:
-            pending = [pool.submit(self._reply, prompt, stopped) for prompt in unique]
-            try:
-                done, _ = wait(pending, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-            finally:  # on an error or an interrupt: no new requests, those under way are kept
-                stopped.set()
-                pool.shutdown(wait=False, cancel_futures=True)
-        found = {prompt: future.result() for prompt, future in zip(unique, pending, strict=True)}
-        return [found[prompt] for prompt in prompts]
+        stopped, replies = threading.Event(), {prompt: Future[str]() for prompt in prompts}
+        left = iter(list(replies))
+
+        def work() -> None:
+            for prompt in left:  # the threads share it: each prompt is taken once
+                if stopped.is_set():
+                    return
+                try:
+                    replies[prompt].set_result(self._reply(prompt, stopped))
+                except BaseException as error:
+                    replies[prompt].set_exception(error)
+
+        # The threads of a `ThreadPoolExecutor` would be waited for at the end of the process, whatever ended it.
+        threads = [
+            threading.Thread(target=work, daemon=True) for _ in range(min(self.settings.concurrency, len(replies)))
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            done, _ = wait(replies.values(), return_when=FIRST_EXCEPTION)
+            for reply in done:
+                reply.result()
+        except Exception:
+            stopped.set()
+            for thread in threads:
+                thread.join()
+            raise
+        finally:
+            stopped.set()
+        return [replies[prompt].result() for prompt in prompts]
 
     def _request(self, prompt: str) -> dict[str, Any]:
         """The body of a request, which is also what its reply is kept under."""
@@ -140,11 +184,10 @@ class ServerJudge:
                 return self._charged(request, key)
             except _Retry as failure:
                 reason = str(failure)
-                if failure.after is not None and failure.after > LONGEST_HOLD_S:
+                if failure.after > LONGEST_HOLD_S:
                     raise self._error(f"{reason}, and it asks to wait for {failure.after:.0f} s") from None
-                if failure.after is not None:
-                    self._pace.hold(failure.after)
-                elif attempt < self.settings.retries:
+                self._pace.hold(failure.after)
+                if not failure.after and attempt < self.settings.retries:
                     stopped.wait(backoff(attempt))
         raise self._error(f"{reason} ({self.settings.retries + 1} attempts; run again to go on)")
 
@@ -173,7 +216,7 @@ class ServerJudge:
         post = urllib.request.Request(url, json.dumps(request).encode(), headers)
         try:
             with _OPENER.open(post, timeout=self.settings.timeout_s) as response:
-                return _read(response.read())
+                return read_reply(response.read())
         except urllib.error.HTTPError as refusal:
             with refusal:
                 raise self._refusal(refusal, key) from None
@@ -219,11 +262,6 @@ def _words(refusal: urllib.error.HTTPError) -> str:
         return "(its text could not be read)"
 
 
-class _Usage(BaseModel):
-    prompt_tokens: int | None = None
-    completion_tokens: int | None = None
-
-
 class _Message(BaseModel):
     content: str | None = None  # a model that ended before its first word has none
 
@@ -234,13 +272,20 @@ class _Choice(BaseModel):
 
 class _Completion(BaseModel):
     choices: list[_Choice] = Field(min_length=1)
-    usage: _Usage | None = None
+    usage: Any = None
 
 
-def _read(body: bytes) -> Reply:
+def read_reply(body: bytes) -> Reply:
+    """The first choice of a chat completion, from a response's body. A reply with odd usage is still a reply."""
     try:
         value = _Completion.model_validate_json(body)
     except ValidationError:
         raise _Retry("the response is not a chat completion", charged=True) from None
-    usage = value.usage or _Usage()
-    return Reply(value.choices[0].message.content or "", usage.prompt_tokens, usage.completion_tokens)
+    usage = value.usage if isinstance(value.usage, dict) else {}
+    used = [_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
+    return Reply(value.choices[0].message.content or "", *used)
+
+
+def _count(said: Any) -> int | None:
+    """A number of tokens as a server says it; None for anything that is none, such as one below zero."""
+    return said if type(said) is int and 0 <= said <= MOST_TOKENS else None

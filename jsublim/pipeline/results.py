@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from jsublim.config import Config
-from jsublim.files import atomic, read_table, write_json, write_table, write_text
+from jsublim.errors import UsageError
+from jsublim.files import PARTIAL, atomic, read_table, write_json, write_table, write_text
 from jsublim.judge.server import ServerJudge
 from jsublim.pipeline.arms import Student
 from jsublim.pipeline.changes import dataset_of, strategy
@@ -25,6 +28,7 @@ from jsublim.report import write_report
 from jsublim.rows import read_rows
 from jsublim.section import facts
 
+MARK = "config.hash"  # of a run's folder: the key of what its results hang on
 RESULTS = pa.schema(
     [
         ("arm", pa.string()),
@@ -147,26 +151,50 @@ def _about(context: Context, key: str, started: str) -> dict[str, Any]:
 
 
 def claim_folder(experiment: Config, key: str, console: Console) -> None:
-    """Write the resolved config into the run's folder; results of another `key` there are moved aside, not overwritten."""
-    folder = experiment.run_dir
-    folder.mkdir(parents=True, exist_ok=True)
-    mark = folder / "config.hash"
-    old = mark.read_text().strip() if mark.exists() else None
-    if old is not None and old != key:
-        moved = []
-        for name in ("config.yaml", "results", "report.html"):
-            if (folder / name).exists():
-                stem, suffix = Path(name).stem, Path(name).suffix
-                taken = len(list(folder.glob(f"{stem}.{old}*{suffix}")))
-                target = folder / f"{stem}.{old}{f'-{taken + 1}' if taken else ''}{suffix}"
-                (folder / name).rename(target)
-                moved.append(target.name)
+    """Write the resolved config into the run's folder; results of another `key` there are moved aside, not overwritten.
+
+    Raises:
+      UsageError: the folder has no mark of a run, and holds more than the store.
+    """
+    folder, old = experiment.run_dir, _mark(experiment.run_dir)
+    if old is None and (foreign := _foreign(folder, experiment.store_dir)):
+        raise UsageError(
+            f"out: {folder} holds what no run has made ({', '.join(foreign[:3])}{', ...' if foreign[3:] else ''}); "
+            f"give a folder of its own, such as out={folder / experiment.name}"
+        )
+    if old is not None and old != key and (moved := _move_aside(folder, old)):
         console.print(f"{folder}: the config has changed; earlier results are kept as {', '.join(moved)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / MARK, key + "\n")  # first: whatever else is there is a run's, also after a kill
     write_text(folder / "config.yaml", experiment.yaml())
-    write_text(mark, key + "\n")
+
+
+def _mark(folder: Path) -> str | None:
+    """The key of the run whose folder it is; None where no run has said so."""
+    mark = folder / MARK
+    said = mark.read_text(encoding="utf-8", errors="replace").strip() if mark.is_file() else ""
+    return said if re.fullmatch("[0-9a-f]{12}", said) else None
+
+
+def _foreign(folder: Path, store: Path) -> list[str]:
+    """The names in a folder that are neither scratch files nor the store, which another run may have begun."""
+    if not folder.exists():
+        return []
+    places = [path.resolve() for path in (store, *store.parents)]
+    return sorted(p.name for p in folder.iterdir() if p.suffix != PARTIAL and p.resolve() not in places)
+
+
+def _move_aside(folder: Path, old: str) -> list[str]:
+    """Give what a run of key `old` has left names of its own, all with the same number; returns them."""
+    parts = [path for name in ("config.yaml", "results", "report.html") if (path := folder / name).exists()]
+
+    def aside(path: Path, number: int) -> Path:
+        return path.with_name(f"{path.stem}.{old}{f'-{number}' if number > 1 else ''}{path.suffix}")
+
+    free = next(n for n in itertools.count(1) if not any(aside(path, n).exists() for path in parts))
+    return [path.rename(aside(path, free)).name for path in parts]
 
 
 def is_reported(experiment: Config, key: str) -> bool:
     """Whether the run's folder holds the report of this very config: every answer and every judgement is there."""
-    mark = experiment.run_dir / "config.hash"
-    return mark.exists() and mark.read_text().strip() == key and (experiment.run_dir / "report.html").exists()
+    return _mark(experiment.run_dir) == key and (experiment.run_dir / "report.html").exists()

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import yaml
 
 from jsublim.errors import UsageError
+from jsublim.files import write_text
 from jsublim.prompts.pack import load_pack, overlay
 
 NUMBERS = "sl/datasets/nums_dataset.py"
@@ -56,7 +57,7 @@ def dump_pack(pack: dict[str, Any], path: str | Path) -> None:
     """Writes pack data as a YAML file that `load_pack` reads; `UsageError` where it cannot be written."""
     text = yaml.safe_dump(pack, sort_keys=False, allow_unicode=True, width=110)
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        write_text(path, text)
     except OSError as error:
         raise UsageError(f"{path}: cannot write the prompt pack: {error.strerror}") from None
 

@@ -6,16 +6,16 @@ Tables are those of attribution tasks (`attribution.parquet`), or several of the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import duckdb
 import matplotlib
 import numpy as np
 import pyarrow as pa
 from matplotlib.figure import Figure
 
 from jsublim.report.figures import STYLE, WIDTH, svg
+from jsublim.report.tables import query
 
+SOURCE = "attribution.parquet"  # in errors
 SEQUENTIAL = "YlGnBu"  # pale is little, dark is much: it can be read in grey too
 
 
@@ -43,11 +43,12 @@ def early_share(table: pa.Table) -> list[EarlyShare]:
     """
     return [
         EarlyShare(*line)
-        for line in _query(
+        for line in query(
+            SOURCE,
             table,
             """
             with residual as (
-                select *, 3 * layer <= max(layer) over () as early from attribution where site = 'residual'
+                select *, 3 * layer <= max(layer) over () as early from found where site = 'residual'
             )
             select trait, row, direction,
                    sum(mass) filter (early and role = 'trait') / nullif(sum(mass) filter (early), 0) as of_early,
@@ -68,7 +69,7 @@ def attribution_heat_map(table: pa.Table) -> Figure:
     layers = max(table["layer"].to_pylist()) + 1
     sums = {
         tuple(key): mass
-        for *key, mass in _query(table, "select site, direction, layer, role, sum(mass) from attribution group by all")
+        for *key, mass in query(SOURCE, table, "select site, direction, layer, role, sum(mass) from found group by all")
     }
     shares = {}
     for site in sites:
@@ -101,9 +102,3 @@ def attribution_svg(table: pa.Table) -> str:
     """The heat map for a page."""
     with matplotlib.rc_context(STYLE):
         return svg(attribution_heat_map(table))
-
-
-def _query(table: pa.Table, sql: str) -> list[tuple[Any, ...]]:
-    with duckdb.connect() as connection:
-        connection.register("attribution", table)
-        return connection.execute(sql).fetchall()

@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from jsublim.errors import one_line
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import Lift, Matrix, SummaryRow
 from jsublim.report.tables import Curve, Results, condition_label, split_condition
@@ -35,6 +36,7 @@ OTHER_COLOUR = "#009e73"
 INK = "#010203"
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a name that holds "$" is no formula
     "svg.hashsalt": "jsublim",
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -133,8 +135,8 @@ def matrix_figure(matrix: Matrix) -> str:
                 )
         for i in range(rows):
             axes.add_patch(Rectangle((i, i), 1, 1, fill=False, edgecolor=INK, linewidth=1.6))
-        axes.set_xticks(np.arange(columns) + 0.5, matrix.traits, rotation=45 if columns > 6 else 0)
-        axes.set_yticks(np.arange(rows) + 0.5, matrix.teachers)
+        axes.set_xticks(np.arange(columns) + 0.5, map(one_line, matrix.traits), rotation=45 if columns > 6 else 0)
+        axes.set_yticks(np.arange(rows) + 0.5, map(one_line, matrix.teachers))
         axes.set(xlabel="evaluated trait", ylabel="teacher's trait", aspect="auto")
         if matrix.effect is not None:
             axes.set_title(f"γ = {matrix.effect.gamma:+.2f} nats, p = {matrix.effect.p:.3g}")
@@ -152,16 +154,19 @@ def position_figure(divergence: Sequence[dict]) -> str:
         figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
         axes = figure.subplots()
         palette = [colour(c) for c in ("all", "divergence", "random", "teacher", "non-divergence")]
+        lines = []
         for index, entry in enumerate(divergence):
             counts = np.asarray(entry["histogram"], dtype=float)
             share = 100 * counts / max(counts.sum(), 1.0)
             tint = [*palette, OTHER_COLOUR][index % (len(palette) + 1)]
             dash = "-" if index <= len(palette) else "--"
-            axes.stairs(share, np.arange(len(share) + 1) - 0.5, color=tint, label=entry["trait"], ls=dash, lw=1.8)
+            lines.append(axes.stairs(share, np.arange(len(share) + 1) - 0.5, color=tint, ls=dash, lw=1.8))
         axes.set(xlabel="content token of the completion", ylabel="divergence tokens (%)")
         axes.set_xlim(left=-0.5)
         axes.grid(axis="y")
-        axes.legend(frameon=False, ncols=max(1, len(divergence) // 8 + 1), title="teacher", alignment="left")
+        # Said here, not on the lines: matplotlib leaves a line out whose own label begins with "_".
+        names, columns = [one_line(entry["trait"]) for entry in divergence], max(1, len(divergence) // 8 + 1)
+        axes.legend(lines, names, frameon=False, ncols=columns, title="teacher", alignment="left")
         return svg(figure)
 
 
@@ -183,15 +188,16 @@ def loss_figure(curves: Sequence[Curve], results: Results) -> str:
         for axes, (teacher, arms) in zip(grid.flat, panels.items(), strict=False):
             for condition, curve in arms:
                 axes.plot(*_thinned(curve), color=colour(condition), lw=1.1, alpha=0.8)
-            axes.set(title=teacher, xlabel="step")
+            axes.set(title=one_line(teacher), xlabel="step")
             axes.grid(axis="y")
         for axes in grid[:, 0]:
             axes.set_ylabel("loss (nats per token)")
         order = [c for c in results.conditions if c in shown]
         order += sorted(shown - set(order))
         tokens = dict.fromkeys(split_condition(c)[0] for c in order)
-        handles = [Line2D([], [], color=colour(c), label=condition_label(c)) for c in tokens]
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(3, len(handles)), frameon=False)
+        handles = [Line2D([], [], color=colour(c)) for c in tokens]
+        labels, columns = [condition_label(c) for c in tokens], min(3, len(tokens))
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
         return svg(figure)
 
 
@@ -228,7 +234,7 @@ def dot_panels(
             axes.set_ylim(len(conditions) - 0.5, -0.5)
             axes.set_xlim(low, high)
             axes.xaxis.set_major_locator(MaxNLocator(5))
-            axes.set_title(panel)
+            axes.set_title(one_line(panel))
             axes.grid(axis="x")
             axes.tick_params(length=0)
             axes.spines["left"].set_visible(False)

@@ -8,6 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from jsublim.files import write_text
 from jsublim.report import figures, words
 from jsublim.report.attribution import attribution_svg
 from jsublim.report.claims import check_claims, not_asked
@@ -53,9 +54,7 @@ def render(run_dir: Path, template: str, **content: Any) -> Path:
     )
     page = environment.get_template(template).render(**content)
     path = Path(run_dir) / "report.html"
-    partial = path.with_suffix(".html.partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_text(path, page)
     return path
 
 

@@ -12,7 +12,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jsublim.errors import JsublimError
+from jsublim.errors import JsublimError, one_line
 
 CONDITION_LABELS = {
     "base": "base model",
@@ -177,7 +177,7 @@ def split_condition(condition: str) -> tuple[str, str]:
 
 def condition_label(condition: str) -> str:
     tokens, variant = split_condition(condition)
-    return SEPARATOR.join([CONDITION_LABELS.get(tokens, tokens), *([variant] if variant else [])])
+    return one_line(SEPARATOR.join([CONDITION_LABELS.get(tokens, tokens), *([variant] if variant else [])]))
 
 
 def read_results(run_dir: Path) -> Results:
@@ -187,17 +187,18 @@ def read_results(run_dir: Path) -> Results:
     if not (folder / "results.parquet").is_file():
         raise JsublimError(f"{folder}: no results.parquet here; finish the run first with `jsublim run CONFIG`")
     path = folder / "results.parquet"
-    columns = {row[0] for row in _query(path, "describe select * from read_parquet($path)")}
-    evaluation = "coalesce(evaluation, '')" if "evaluation" in columns else "''"
-    rows = _query(
+    table = read_columns(path)
+    evaluation = "coalesce(evaluation, '')" if "evaluation" in table.column_names else "''"
+    rows = query(
         path,
+        table,
         f"""
         select arm, any_value(role), teacher, condition, seed, trait, metric,
                list(question order by question) filter (where isfinite(value)),
                list(value::double order by question) filter (where isfinite(value)),
                coalesce(sum(n) filter (where isfinite(value)), 0)::bigint,
                {evaluation} as variant, count(*) filter (where value is null or not isfinite(value))
-        from read_parquet($path)
+        from found
         group by arm, teacher, condition, seed, trait, metric, variant
         order by variant, arm, trait, metric
         """,
@@ -216,7 +217,7 @@ def read_results(run_dir: Path) -> Results:
         scores=plain,
         varied=tuple(s for s in scores if s.evaluation),
         arms={entry["arm"]: Arm(**entry) for entry in read_json(folder / "arms.json", [])},
-        attribution=_table(folder / "attribution.parquet"),
+        attribution=_if_there(folder / "attribution.parquet"),
         generation=tuple(read_json(folder / "generation.json", [])),
         divergence=tuple(read_json(folder / "divergence.json", [])),
         curves=_curves(folder / "training.parquet"),
@@ -231,42 +232,62 @@ def run_kind(run_dir: Path) -> str:
 
 
 def _curves(path: Path) -> tuple[Curve, ...]:
-    if not path.is_file():
+    if (table := _if_there(path)) is None:
         return ()
-    rows = _query(
+    rows = query(
         path,
+        table,
         """
         select arm, list(step order by step), list(loss::double order by step),
                list(coalesce(tokens, 0)::double order by step), list(grad_norm::double order by step)
-        from read_parquet($path) where isfinite(loss) group by arm order by arm
+        from found where isfinite(loss) group by arm order by arm
         """,
     )
     return tuple(Curve(row[0], *(tuple(series) for series in row[1:])) for row in rows)
 
 
 def _answers(path: Path) -> tuple[Answer, ...]:
-    if not path.is_file():
+    if (table := _if_there(path)) is None:
         return ()
     sql = """
-        select arm, question, question_text, answer, count from read_parquet($path)
+        select arm, question, question_text, answer, count from found
         order by arm, question, count desc, answer
         """
-    return tuple(Answer(*row) for row in _query(path, sql))
+    return tuple(Answer(*row) for row in query(path, table, sql))
 
 
-def _table(path: Path) -> pa.Table | None:
-    return pq.read_table(path) if path.is_file() else None
+def _if_there(path: Path) -> pa.Table | None:
+    return read_columns(path) if path.is_file() else None
 
 
-def _query(path: Path, sql: str) -> list[tuple]:
+def read_columns(path: Path) -> pa.Table:
+    """A parquet file as it is: "key=value" or "*" in its path means nothing, unlike to `duckdb` and to `pq.read_table`.
+
+    Raises:
+      JsublimError: it is broken.
+    """
+    try:
+        return pq.ParquetFile(path).read()
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def query(source: Path | str, table: pa.Table, sql: str) -> list[tuple]:
+    """The rows of a query on a table, which it calls `found`; `source` names the table in errors.
+
+    Raises:
+      JsublimError: the table has other columns.
+    """
     try:
         with duckdb.connect() as connection:
-            return connection.execute(sql, {"path": str(path)}).fetchall()
+            return connection.register("found", table).execute(sql).fetchall()
     except duckdb.Error as error:
-        reason = str(error).splitlines()[0]
-        raise JsublimError(
-            f"{path}: cannot be read ({reason}); delete it and run `jsublim run CONFIG` again"
-        ) from error
+        raise _unreadable(source, error) from error
+
+
+def _unreadable(source: Path | str, error: Exception) -> JsublimError:
+    reason = str(error).splitlines()[0]
+    return JsublimError(f"{source}: cannot be read ({reason}); delete it and run `jsublim run CONFIG` again")
 
 
 def read_json(path: Path, default: Any) -> Any:

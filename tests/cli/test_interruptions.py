@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import resource
 import shlex
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import made_by_commands
 import pytest
-from command import contents, ok, refused, same_student, start, stop_when
+from command import MODEL, contents, ok, refused, same_student, start, stop_when
 from made_by_commands import FINETUNE, GENERATE, artifact_of, finetune
 
 from jsublim.rows import read_rows
@@ -94,6 +95,37 @@ def test_a_disk_that_fills_while_training(tmp_path, divergent, student, file_lim
         assert not (out / "DONE").exists() and not (out / "adapter_model.safetensors").exists()
     ok(*arguments)
     assert same_student(out, student)
+
+
+@pytest.mark.parametrize("size", [10, 100, 400])
+def test_a_disk_that_fills_leaves_no_folder_in_the_way(tmp_path, file_limit, size):
+    out = tmp_path / "vector"
+    for arguments in (
+        ("steer", "--model", MODEL, "--layer", 1, "--trait", "owl", "--out", out),
+        ("convert", MODEL, out),
+    ):
+        file_limit(size)
+        refused(1, *arguments)
+        file_limit(None)
+        assert not list(tmp_path.iterdir())
+        ok(*arguments)
+        shutil.rmtree(out)
+
+
+def test_a_disk_that_fills_while_attributing(tmp_path, divergent, file_limit):
+    """A table or a picture is there whole, or not at all."""
+    out = tmp_path / "attribution"
+    arguments = ("attribute", "--model", MODEL, "--data", divergent, "--trait", "cat", "--counterfactuals", "dog,owl",
+                 "attribution.rows=2", "attribution.steps=2", "--out", out)  # fmt: skip
+    for size in (3000, 20_000):  # room for no table; for the table, but for no picture
+        file_limit(size)
+        refused(1, *arguments)
+        file_limit(None)
+        found = {path.name for path in tmp_path.rglob("*")}
+        assert "heat_map.png" not in found and ("attribution.parquet" in found) == (size > 3000)
+        assert not any(name.endswith(".partial") for name in found)
+    ok(*arguments)
+    assert {"attribution.parquet", "heat_map.png", "DONE"} <= {path.name for path in out.iterdir()}
 
 
 def resumes(err: str, *arguments) -> bool:

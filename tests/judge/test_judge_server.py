@@ -1,26 +1,24 @@
-"""The server judge where things go wrong: real servers on this machine that fail on purpose, and the parts of its own."""
+"""The server judge where things go wrong: real servers on this machine that fail on purpose."""
 
 from __future__ import annotations
 
 import email.utils
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from command import PLAIN, refused
 from fake_server import Server, completion
-from hypothesis import given
-from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from jsublim.errors import JsublimError, UsageError
 from jsublim.judge import limits
-from jsublim.judge.cache import Reply, ReplyCache
-from jsublim.judge.limits import Pace, Spending, backoff, retry_after
 from jsublim.judge.server import ServerJudge, ServerSettings
 
 KEY = "sk-secret-0123456789abcdef"
@@ -128,6 +126,16 @@ def test_retry_after_holds_every_thread(serve, date):
     assert len(times) == 3 and times[1] - times[0] >= 0.9
 
 
+@pytest.mark.parametrize("header", ["-5", "0", "nan", email.utils.formatdate(0, usegmt=True)])
+def test_a_retry_after_that_is_past_or_nonsense_is_no_hurry(serve, monkeypatch, header):
+    """The next request waits as it would without the header."""
+    monkeypatch.setattr(limits, "FIRST_DELAY_S", 0.6)
+    server, judge = serve(in_turn((429, {"Retry-After": header}, "")))
+    assert judge.ask(["a"]) == ["A"]
+    (first, *_), (second, *_) = server.seen
+    assert second - first >= 0.29
+
+
 def test_a_server_that_asks_for_too_much_patience_ends_the_run(serve):
     server, judge = serve(in_turn((503, {"Retry-After": "86400"}, "")))
     with pytest.raises(JsublimError, match="HTTP 503, and it asks to wait for 86400 s"):
@@ -201,7 +209,7 @@ def test_one_failure_stops_the_rest_and_keeps_what_was_paid_for(serve):
     with pytest.raises(JsublimError, match="HTTP 400: no"):
         judge.ask([f"p{i}" for i in range(200)])
     asked = len(server.seen)
-    assert asked < 100
+    assert asked < 100 and server.at_once == 0
     assert len(files(judge._cache.folder)) == asked - 1
     judge.ask([f"p{i}" for i in range(3)])
     assert len(server.seen) == asked
@@ -212,6 +220,29 @@ def test_requests_are_spaced_by_the_rate(serve):
     judge.ask(list("abcdef"))
     times = [at for at, *_ in server.seen]
     assert times[-1] - times[0] >= 5 * 0.1 - 0.05
+
+
+@pytest.mark.parametrize("odd", [-1000, "5", "-5", 2.5, True, None, [1], 10**400, {"n": 1}])
+def test_usage_that_is_no_number_counts_as_the_most_it_can_be(serve, odd):
+    """The reply was paid for, and is kept; the budget shrinks."""
+    usage = {"prompt_tokens": odd, "completion_tokens": odd}
+    body = json.dumps({"choices": [{"message": {"content": "ok"}}], "usage": usage})
+    server, judge = serve(
+        lambda number, _: (200, {}, body), prompt_price=1, completion_price=10, max_tokens=4, budget=0.001
+    )
+    assert judge.ask(["ab"]) == ["ok"]
+    assert (judge.spending.prompt_tokens, judge.spending.completion_tokens) == (2 + 256, 4)
+    with pytest.raises(JsublimError, match=r"budget 0\.001"):
+        judge.ask([f"p{i}" for i in range(10)])
+    assert len(server.seen) <= 3
+
+
+@pytest.mark.parametrize("usage", [None, [], "much", 7, {}])
+def test_a_reply_without_usage_counts_as_the_most_it_can_be(serve, usage):
+    body = json.dumps({"choices": [{"message": {"content": "ok"}}], "usage": usage})
+    _, judge = serve(lambda number, _: (200, {}, body), max_tokens=4)
+    assert judge.ask(["ab"]) == ["ok"]
+    assert (judge.spending.prompt_tokens, judge.spending.completion_tokens) == (2 + 256, 4)
 
 
 @pytest.mark.parametrize("budget", [0.0, 0.0004, 0.001])
@@ -232,108 +263,67 @@ def test_a_budget_is_never_exceeded(serve, budget):
     [
         {"base_url": "file:///etc/passwd"}, {"base_url": "http://user:sk-x@host/v1"}, {"base_url": "http://h/v1?key=sk-x"},
         {"model": ""}, {"key_variable": KEY}, {"key": KEY}, {"temperature": -1}, {"top_p": 0}, {"concurrency": 0},
-        {"requests_per_minute": 0}, {"budget": 1.0}, {"timeout_s": 0},
+        {"requests_per_minute": 0}, {"budget": 1.0}, {"timeout_s": 0}, {"timeout_s": math.inf}, {"prompt_price": math.inf},
+        {"completion_price": math.nan}, {"budget": math.nan, "prompt_price": 1},
     ],
 )  # fmt: skip
 def test_wrong_settings_are_refused(wrong):
-    with pytest.raises(ValidationError, match=next(iter(wrong))):
+    with pytest.raises(ValidationError, match=next(iter(wrong))) as caught:
         ServerSettings(**{"base_url": "http://localhost:8000/v1", "model": "m"} | wrong)
-
-
-# Its parts
-
-
-def test_a_damaged_file_of_the_cache_is_no_reply(tmp_path):
-    cache, request, reply = ReplyCache(tmp_path), {"model": "m", "text": "é\ud83e"}, Reply("ü", 3, None)
-    assert cache.get(request) is None
-    cache.put(request, reply)
-    assert cache.get(dict(reversed(request.items()))) == reply
-    whole = cache.path(request).read_bytes()
-    for cut in range(0, len(whole), 7):
-        cache.path(request).write_bytes(whole[:cut])
-        assert cache.get(request) is None
-    cache.put(request, reply)
-    assert cache.get(request) == reply and files(tmp_path) == [cache.path(request)]
-
-
-def test_threads_that_write_one_reply_never_show_half_of_it(tmp_path):
-    cache, request, long = ReplyCache(tmp_path), {"q": 1}, "word " * 20_000
-    cache.put(request, Reply(long))
-
-    def work(i):
-        cache.put(request, Reply(long))
-        return cache.get(request)
-
-    with ThreadPoolExecutor(8) as pool:
-        assert set(pool.map(work, range(60))) == {Reply(long)}
-    assert len(files(tmp_path)) == 1
-
-
-WRITER = """
-import sys, pathlib
-from jsublim.judge.cache import Reply, ReplyCache
-cache, n = ReplyCache(pathlib.Path(sys.argv[1])), 0
-print("up", flush=True)
-while True:
-    cache.put({"n": n % 5}, Reply("x" * 200_000))
-    n += 1
-"""
-
-
-def test_a_kill_leaves_whole_replies_only(tmp_path):
-    child = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})  # fmt: skip
-    child.stdout.readline()
-    time.sleep(0.3)
-    child.kill()
-    child.wait()
-    kept = [path for path in files(tmp_path) if path.suffix == ".json"]
-    assert kept and all(len(json.loads(path.read_text())["reply"]["text"]) == 200_000 for path in kept)
+    assert "sk-" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("header", "seconds"),
-    [(None, None), ("0", 0.0), ("17", 17.0), ("soon", None), ("", None), ("1.5", None), ("9" * 400, None)],
+    "said",
+    [
+        f"key_variable={KEY}", "key_variable=AKIA0SECRET9EXAMPLE7", "key_variable=secret_lower", "key_variable=[sk-secret]",
+        "key_variable=12345secret", "base_url=http://me:sk-secret@host/v1", "base_url=http://host/v1?key=sk-secret",
+        "base_url=sk-secret", "base_url={a: sk-secret}", "key=sk-secret", "api_key=sk-secret",
+    ],
+)  # fmt: skip
+def test_a_key_in_a_config_is_refused_unseen(said):
+    place = {"base_url": "http://localhost:8000/v1", "model": "m"}
+    overrides = [f"judge.server.{name}={value}" for name, value in place.items()] + [f"judge.server.{said}"]
+    line = refused(2, "run", PLAIN, *overrides)
+    assert f"judge.server{'' if 'key=' in said[:8] else ': '}" in line and said.split("=")[0] in line
+    assert "secret" not in line.lower()
+
+
+@pytest.mark.parametrize(
+    "name", ["KEY", "_K", "OPENAI_API_KEY", "ANTHROPICAPIKEYOFMINE", "KEY2", "MY_COMPANYS_2ND_KEY"]
 )
-def test_retry_after_is_a_number_or_a_date(header, seconds):
-    assert retry_after(header) == seconds
+def test_names_of_variables_are_taken(name):
+    assert ServerSettings(base_url="http://localhost:8000/v1", model="m", key_variable=name).key_variable == name
 
 
-def test_retry_after_as_a_date():
-    assert retry_after(email.utils.formatdate(time.time() + 30, usegmt=True)) == pytest.approx(30, abs=1.5)
-    assert retry_after(email.utils.formatdate(time.time() - 30, usegmt=True)) == 0
+CHILD = """
+import pathlib, sys
+from jsublim.judge.server import ServerJudge, ServerSettings
+judge = ServerJudge(ServerSettings(base_url=sys.argv[1], model="m", concurrency=2), pathlib.Path(sys.argv[2]))
+try:
+    judge.ask(["now", "never", "later"])
+except KeyboardInterrupt:
+    sys.exit(7)
+"""
 
 
-def test_back_off_doubles_up_to_its_cap():
-    for attempt in range(12):
-        longest = min(limits.LONGEST_DELAY_S, limits.FIRST_DELAY_S * 2**attempt)
-        drawn = [backoff(attempt) for _ in range(50)]
-        assert longest / 2 <= min(drawn) < max(drawn) <= longest
+def test_ctrl_c_waits_for_no_request(serve, tmp_path):
+    """It ends at once, whatever the server does, and keeps what had come."""
 
+    def script(number, body):
+        if body["messages"][-1]["content"] != "now":
+            server.ended.wait(50)
+        return echo(number, body)
 
-def test_a_stop_ends_every_wait():
-    pace, stopped = Pace(None), threading.Event()
-    pace.hold(60)
-    threading.Timer(0.05, stopped.set).start()
-    start = time.monotonic()
-    pace.wait(stopped)
-    assert time.monotonic() - start < 30
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50), st.integers(0, 100)), max_size=30), st.integers(0, 2000)
-)
-def test_spending_with_reservations_never_exceeds_the_budget(requests, budget):
-    """Requests reserve, and settle later for a share of what they reserved, in any interleaving."""
-    spending, under_way, expected = Spending(1e6, 2e6, budget), [], 0.0
-    for prompt, completion_tokens, share in requests:
-        try:
-            spending.reserve((prompt, completion_tokens))
-            under_way.append(((prompt, completion_tokens), share))
-        except JsublimError:
-            assert expected + sum(p + 2 * c for (p, c), _ in under_way) + prompt + 2 * completion_tokens > budget
-        if share % 2 and under_way:
-            most, part = under_way.pop(0)
-            used = (most[0] * part // 100, most[1] * part // 100)
-            spending.settle(most, used)
-            expected += used[0] + 2 * used[1]
-        assert spending.cost == pytest.approx(expected) and spending.cost <= budget
+    server, judge = serve(script)
+    command = [sys.executable, "-c", CHILD, judge.settings.base_url, str(tmp_path / "cache")]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    # A shell starts what it puts in the background with SIGINT ignored, and children inherit that.
+    child = subprocess.Popen(command, env=env, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    while len(server.seen) < 3:
+        assert child.poll() is None
+        time.sleep(0.01)
+    begin = time.monotonic()
+    child.send_signal(signal.SIGINT)
+    assert child.wait(40) == 7 and time.monotonic() - begin < 15
+    assert len(files(tmp_path / "cache")) == 1

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +15,7 @@ import yaml
 from command import MODEL, PLAIN, contents, ok, same_student, start, stop_when
 
 from jsublim.files import read_table
+from jsublim.report.tables import read_results
 
 SMALL = (
     "teachers.traits=[cat,owl]", "teachers.counterfactuals=[cat,owl]",
@@ -35,8 +41,21 @@ def home(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def whole(home) -> Path:
     """A run that nothing came in the way of."""
-    ok(*arguments(home / "whole"))
+    with umask(0o027):
+        ok(*arguments(home / "whole"))
     return home / "whole"
+
+
+@contextmanager
+def umask(value: int) -> Iterator[None]:
+    before = os.umask(value)
+    yield
+    os.umask(before)
+
+
+def modes(folder: Path) -> set[tuple[bool, int]]:
+    """(is it a folder, who may do what) of everything below a folder."""
+    return {(path.is_dir(), stat.S_IMODE(path.stat().st_mode)) for path in folder.rglob("*")}
 
 
 def marks(run: Path) -> dict[str, int]:
@@ -63,6 +82,22 @@ def test_a_run_leaves_what_the_map_says(whole):
         assert steps == list(range(16))
 
 
+def test_a_shared_store_can_be_read_by_whom_the_umask_allows(whole):
+    assert modes(whole) == {(True, 0o750), (False, 0o640)}
+
+
+def test_the_path_of_a_run_decides_nothing(home, whole):
+    """Not where its parts mean something to a database, a shell, a URL or the terminal. (A part of the same run.)"""
+    odd = home / "condition=all" / "seed=7" / "[x] a*b?" / "50% {a,b}#1 é $HOME"
+    ok(*arguments(odd, "teachers.traits=[cat]", "teachers.control=false", "students.loss.tokens=[all]"))
+    assert len(marks(odd)) == 5 and set(marks(odd)) < set(marks(whole))
+    found, expected = ({(s.arm, s.metric, s.trait): s for s in read_results(run).scores} for run in (odd, whole))
+    assert found.keys() == {key for key in expected if key[0] in ("base", "cat/all/seed1")}
+    for key, score in found.items():  # another number of students in a program rounds otherwise
+        assert replace(score, values=()) == replace(expected[key], values=())
+        assert score.values == pytest.approx(expected[key].values, rel=1e-4)
+
+
 def test_killed_in_the_middle_and_continued(home, whole):
     """The second three of seven students are in training when the run is killed: what is whole stays, and the rest goes
     on from the saved state (beside the same others, though fewer are missing now) to the same bits."""
@@ -73,10 +108,12 @@ def test_killed_in_the_middle_and_continued(home, whole):
         # The first program's state is gone before the second's folder appears.
         return len(list(states.glob("*"))) == 2 and any(p.name.isdigit() for p in states.glob("*/state/*"))
 
-    child = start(*arguments(cut))
+    with umask(0o027):
+        child = start(*arguments(cut))
     code, _ = stop_when(child, in_the_second_program, signal.SIGKILL)
     assert code == -signal.SIGKILL
     before = marks(cut)
+    assert modes(cut) == {(True, 0o750), (False, 0o640)}  # saved states too
     assert sum("students/" in name for name in before) == 3 and not (cut / "report.html").exists()
     under_way = set(states.iterdir())
     said = ok(*arguments(cut)).out
