@@ -24,6 +24,7 @@ from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.rows import RowSet
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Store, device, versions
+from jsublim.pipeline.students import diverged
 from jsublim.report import write_report
 from jsublim.rows import read_rows
 from jsublim.section import facts
@@ -67,13 +68,16 @@ def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
         rows += [labels | record for record in read_table(folder / "records.parquet")]
         if labels["evaluation"] == PLAIN:
             answers += [{"arm": labels["arm"]} | row for row in read_table(folder / "answers.parquet")]
+    lost = {student.name: diverged(store, output) for student, output in graph.students.items()}
+    sound = [student for student in graph.students if lost[student.name] is None]
     for student, output in graph.students.items():
         metrics = read_rows(store.path(output) / "metrics.jsonl", ("step",))
         training += [{"arm": student.name} | line for line in metrics]
     write_table(results / "results.parquet", rows, RESULTS)
     write_table(results / "answers.parquet", answers, pa.schema([("arm", pa.string()), *ANSWERS]))
     write_table(results / "training.parquet", training, TRAINING)
-    write_json(results / "arms.json", [_student(setup, student) for student in graph.students])
+    write_json(results / "arms.json", [_student(setup, student) for student in sound])
+    write_json(results / "diverged.json", {name: what for name, what in lost.items() if what is not None})
     write_json(results / "generation.json", _generation(graph, store))
     write_json(
         results / "divergence.json",

@@ -102,6 +102,7 @@ class Results:
     attribution: pa.Table | None = None  # of all teachers, one after another
     varied: tuple[Score, ...] = ()
     not_finite: int = 0
+    diverged: dict[str, str] = field(default_factory=dict)  # students without scores: where and how they diverged
     _index: dict[tuple, list[Score]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -223,6 +224,7 @@ def read_results(run_dir: Path) -> Results:
         curves=_curves(folder / "training.parquet"),
         answers=_answers(folder / "answers.parquet"),
         not_finite=sum(row[11] for row in rows),
+        diverged=read_json(folder / "diverged.json", {}),
     )
 
 

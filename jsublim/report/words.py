@@ -98,6 +98,15 @@ def verdicts(claims: list[Claim]) -> str:
     return f"Of the claims asked, {'; '.join(parts)}." if parts else "No claim was asked."
 
 
+def diverged_warning(results: Results) -> str:
+    """Which students are missing, or nothing."""
+    if not results.diverged:
+        return ""
+    listed = "; ".join(f"{name} {what}" for name, what in results.diverged.items())
+    count = "1 student" if len(results.diverged) == 1 else f"{len(results.diverged)} students"
+    return f"{count} diverged and cannot be evaluated; no figure or claim counts them: {listed}."
+
+
 def tiny_warning(results: Results) -> str:
     """Said wherever results of a synthetic checkpoint are shown; empty for any other model."""
     if not results.is_tiny:
