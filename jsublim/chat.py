@@ -60,6 +60,7 @@ class Chat:
         try:
             # Nothing of a checkpoint is ever run, and nobody is asked whether it may be.
             self.tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
+            self.tokenizer("1", return_offsets_mapping=True)  # settings that are nonsense show when it is used
         except Exception as error:
             if own_code is not None:
                 raise JsublimError(
