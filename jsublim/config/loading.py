@@ -76,7 +76,11 @@ def override(values: dict[str, Any], said: str) -> None:
         raise UsageError(f"override '{said}': expected key=value, such as students.optimizer.lr=1e-3")
     *parents, last = key.split(".")
     place: dict[str, Any] = values
-    for parent in parents:
+    for depth, parent in enumerate(parents):
+        rest = ".".join([*parents[depth:], last])
+        if rest in place:  # an arm's field, which the file names with its dots
+            last = rest
+            break
         below: Any = place.setdefault(parent, {"preference": {}} if parent == "kinds" else {})
         if not isinstance(below, dict):
             below = place[parent] = _written_out(parent, below)

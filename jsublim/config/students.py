@@ -235,7 +235,8 @@ def variants(students: Students) -> dict[str, Students]:
             raise ValueError(f"arms: name {shown(said)} given; a name is text")
         name = " ".join(f"{_last(key)}={_short(value)}" for key, value in values.items()) if said is None else str(said)
         try:
-            check_name(name)
+            if name:  # an arm may have none: it is called by the tokens it learns alone
+                check_name(name)
         except ValueError as error:
             raise ValueError(f"arms: name {shown(name)}: {error}; give the arm a 'name' of its own") from None
         if name in found:

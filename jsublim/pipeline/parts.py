@@ -46,7 +46,7 @@ def resumed(
 def _save(folder: Path, name: str, first: int, rows: Sequence[Arrays]) -> None:
     columns = {f"x{i}": np.concatenate(column) for i, column in enumerate(zip(*rows, strict=True))}
     with atomic(folder / f"{name}-{first}.npz") as scratch, scratch.open("wb") as file:
-        np.savez(file, allow_pickle=False, lengths=np.asarray([len(row[0]) for row in rows]), **columns)
+        np.savez(file, lengths=np.asarray([len(row[0]) for row in rows]), **columns)  # type: ignore[arg-type]
 
 
 def _saved(folder: Path, name: str) -> Iterator[list[Arrays]]:

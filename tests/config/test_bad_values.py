@@ -8,6 +8,7 @@ from command import PLAIN
 from jsublim.config import load_experiment
 from jsublim.config.figures import load_question, panel_experiment
 from jsublim.errors import UsageError
+from jsublim.pipeline.arms import plan_students
 from jsublim.section import NAME_BYTES
 
 LONG = "x" * (NAME_BYTES + 1)
@@ -142,3 +143,11 @@ def test_a_figure_shows_panels_that_are_there(tmp_path):
     (tmp_path / "fig.yaml").write_text("about: x\nfigures: {3: [none]}\nexperiment: {}\npanels: {all: {}}\nscale: {}\n")
     with pytest.raises(UsageError, match="figures: 'none' is no panel; known: all"):
         load_question(str(tmp_path / "fig.yaml"))
+
+
+def test_an_override_replaces_a_field_that_the_file_names_with_dots(tmp_path):
+    path = tmp_path / "mine.yaml"
+    arms = "students: {arms: {adapter.layers: [[0], [1]], loss.tokens: [[all]]}}"
+    path.write_text(f"name: x\nmodel: tiny-qwen2\nteachers: {{traits: [owl]}}\n{arms}\n")
+    e = load_experiment(path, ["students.arms.adapter.layers=[[2],[3],[4]]"])
+    assert {tuple(student.settings.adapter.layers or ()) for student in plan_students(e)} == {(2,), (3,), (4,)}

@@ -25,7 +25,7 @@ from jsublim.pipeline import context as contexts
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import Graph, ordered, plan
 from jsublim.pipeline.setup import Setup
-from jsublim.pipeline.store import Store
+from jsublim.pipeline.store import Store, read_summary
 from jsublim.rows import Row, read_rows, revised
 from jsublim.section import RESULT
 from jsublim.transforms import CHANGES, Change, Changed, Making
@@ -212,6 +212,8 @@ def assert_equal(ours: Path, theirs: Path) -> None:
         elif path.name == "metrics.jsonl":
             lines = [[r | {"tokens_per_s": 0} for r in read_rows(p, ("step",))] for p in (path, other)]
             assert lines[0] == lines[1]
+        elif path.name == "DONE":
+            assert read_summary(ours) == read_summary(theirs)
         elif path.name != "artifact.json":
             assert path.read_bytes() == other.read_bytes(), path
 
