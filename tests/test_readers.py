@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import random
 import sys
-from types import ModuleType
 
 import pytest
 from command import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-
-def _fuzz() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fuzz", ROOT / "scripts" / "fuzz.py")
-    assert spec is not None and spec.loader is not None
-    module = sys.modules["fuzz"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-fuzz = _fuzz()
+sys.path.append(str(ROOT / "scripts"))
+fuzz = importlib.import_module("fuzz")
 # Examples each: together about ten seconds. Tokenizers and whole checkpoints take longer to read than all others.
 BUDGET = {"checkpoint": 15, "tokenizer": 15, "pack": 25}
 FILES = {name: reader.files() for name, reader in fuzz.READERS.items()}
