@@ -72,7 +72,7 @@ def main() -> None:
             told[f"{mode}: {'not noticed' if broken.code == 0 else 'one line'}"] += 1
             if not sound or again.code or not same:
                 wrong.append(
-                    {"mode": mode, "point": point, "said": broken.err[-600:], "then": again.err[-600:], "same": same}
+                    {"mode": mode, "point": point, "said": broken.err[-2000:], "then": again.err[-300:], "same": same}
                 )
             shutil.rmtree(folder / "faulty")
     print(json.dumps({"operations": operations, "told": told, "wrong": wrong}))

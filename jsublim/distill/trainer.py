@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import shutil
 import signal
 import threading
@@ -59,7 +60,7 @@ def train(
       say: told of a saved state that is damaged, if an older one can be used.
 
     Raises:
-      JsublimError: saved states that cannot be read, or are of other arms.
+      JsublimError: saved states that cannot be written or read, or are of other arms.
       Preempted: SIGTERM; all processes have saved the same step.
     """
     work.mkdir(parents=True, exist_ok=True)
@@ -71,8 +72,7 @@ def train(
     below = _below(config, params, arms, shape) if cached else None
     last = max(arm.steps for arm in arms)
     step_of = compile_step(config, settings.program, layout)
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
-    with ocp.CheckpointManager((work / "state").resolve(), options=options) as saved, _preemption() as preempted:
+    with _states(work / "state") as saved, _preemption() as preempted:
         state = _restore(saved, state, say)
         first = int(layout.host(state.step))
         with Metrics(work / "metrics.jsonl", first, config, arms, settings, cached=cached) as log:
@@ -173,6 +173,26 @@ def _below(
         return fill(placed, shape.tokens, like).reshape(shape.accumulate, -1, shape.tokens, like.shape[-1])
 
     return below
+
+
+@contextlib.contextmanager
+def _states(folder: Path) -> Iterator[ocp.CheckpointManager]:
+    """The saved states of a training, the last two.
+
+    Raises:
+      JsublimError: one cannot be written. (The library says so at length, and as a ValueError.)
+    """
+    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
+    try:
+        with ocp.CheckpointManager(folder.resolve(), options=options) as saved:
+            yield saved
+    except (ValueError, RuntimeError) as error:
+        reason = re.search(r"([^:\n]+) \[os_error_code", str(error))
+        if reason is None:
+            raise
+        raise JsublimError(
+            f"{folder}: cannot be written ({reason[1].strip()}); mend that, then run the same command again"
+        ) from error
 
 
 @contextlib.contextmanager
