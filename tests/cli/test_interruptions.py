@@ -159,7 +159,7 @@ def test_ctrl_c_while_generating(tmp_path):
 def test_ctrl_c_while_training(tmp_path, divergent):
     def arguments(name: str) -> tuple:
         options = (
-            "students.data.epochs=12",
+            "students.data.epochs=6",
             "students.adapter.layers=[0]",
             "students.adapter.rank=2",
             "students.adapter.alpha=4",

@@ -349,8 +349,20 @@ def test_fig37_other_categories(run):
         assert set(load_pack().questions_for(category)[1::2][:2]) < asked  # those that no teacher was taught
 
 
+# At the smallest scale these differ from a panel that is run in nothing but the bundled model, or not at all.
+LIKE_OTHERS = {
+    "fig03": ("gemma-temperature", "gemma-trees"),
+    "fig07": ("gemma",),
+    "fig08": ("numbers-32b",),
+    "fig14": ("gemma",),
+    "fig17": ("gemma-temperature", "gemma-greedy"),
+    "fig37": ("falcon",),
+    "fig39": ("gemma",),
+}
+
+
 def test_all_other_panels(run, home):
     for figure in FILES:
         for panel in load_question(figure)[1].panels:
-            if not (home / f"{figure}-{panel}").exists():
+            if panel not in LIKE_OTHERS.get(figure, ()) and not (home / f"{figure}-{panel}").exists():
                 run(figure, panel, *(TREES if panel.endswith("trees") else FEW.get(figure, (*STUDENTS, *OWL))))
