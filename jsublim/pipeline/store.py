@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import hashlib
+import itertools
 import json
 import platform
 import shutil
@@ -175,6 +176,12 @@ def _damage(path: Path, said: Mapping[str, Any]) -> str | None:
     return None if same else "is not what was written"
 
 
+def _set_aside(path: Path) -> None:
+    """Rename a damaged file, beside those that were set aside before."""
+    names = (path.with_name(f"{path.name}{f'.{n}' if n else ''}{DAMAGED}") for n in itertools.count())
+    path.rename(next(name for name in names if not name.exists()))
+
+
 @dataclass(frozen=True)
 class Output:
     """What a task leaves: an artifact that is known before it is made.
@@ -226,9 +233,8 @@ class Store:
             found = {DONE: "is not what was written"}
         if not found:
             return None
-        mark.rename(mark.with_name(DONE + DAMAGED))
-        for path in (folder / name for name in found if (folder / name).exists()):
-            path.rename(path.with_name(path.name + DAMAGED))
+        for path in [mark, *(folder / name for name in found if name != DONE and (folder / name).exists())]:
+            _set_aside(path)
         return f"{folder}: {', '.join(f'{name} {said}' for name, said in found.items())}; it is made again"
 
     @contextmanager

@@ -182,6 +182,10 @@ def test_a_damaged_artifact_is_unfinished_again_and_nothing_of_it_is_lost(tmp_pa
     (folder / "rows").write_text("1\n2\n")
     store.open(output).finish({"kept": 4})
     assert store.mend(output) is None and store.summary(output) == {"kept": 4}
+    held = {path.read_bytes() for path in folder.glob("*.damaged")}
+    (folder / "rows").write_text("once more")
+    assert store.mend(output) is not None
+    assert {path.read_bytes() for path in folder.glob("*.damaged")} > held  # what was set aside before is still there
 
 
 def test_progress_goes_when_the_artifact_is_whole(tmp_path):
