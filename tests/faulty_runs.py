@@ -1,7 +1,7 @@
 """A small experiment on a disk of which one operation fails: run by test_faults.py, prints one JSON object.
 
-`python faulty_runs.py FOLDER SHIM [EVERY]`; SHIM is faults.c, compiled and preloaded. Every EVERY-th write, fsync, rename and
-mkdir fails once (1: all of them), each in a run of its own. Such a run must end with one line or not notice, and the same
+`python faulty_runs.py FOLDER SHIM [EVERY [MODE]]`; SHIM is faults.c, compiled and preloaded. Every EVERY-th write, fsync, rename
+and mkdir fails once (1: all of them), each in a run of its own. Such a run must end with one line or not notice, and the same
 command again must leave what an undisturbed run leaves.
 """
 
@@ -61,6 +61,8 @@ def main() -> None:
     operations, whole = shim.fault_count(), contents(folder / "whole")
     told, wrong = Counter(), []
     for mode, number in MODES.items():
+        if len(sys.argv) > 4 and mode != sys.argv[4]:
+            continue
         for point in range(1, operations + 1, every if mode != "is slow" else every * 8):
             shim.fault_arm(point, number)
             broken = run("faulty")

@@ -21,11 +21,11 @@ def test_a_disk_that_fails_at_one_operation(tmp_path):
     root.mkdir()
     paths = os.pathsep.join([str(here), str(here.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, str(here / "faulty_runs.py"), str(root), str(shim), str(EVERY)],
+        [sys.executable, str(here / "faulty_runs.py"), str(root), str(shim), str(EVERY), "is cut short"],
         env=os.environ | {"LD_PRELOAD": str(shim), "FAULT_ROOT": str(root), "PYTHONPATH": paths},
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["operations"] > 300 and not told["wrong"], told["wrong"][:3]
-    assert told["told"]["fails: one line"] >= 1
+    assert told["told"]["is cut short: one line"] >= 1

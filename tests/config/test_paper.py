@@ -351,9 +351,10 @@ def test_fig37_other_categories(run):
 
 # At the smallest scale these differ from a panel that is run in nothing but the bundled model, or not at all.
 LIKE_OTHERS = {
-    "fig03": ("gemma-temperature", "gemma-trees"),
+    "fig03": ("qwen-greedy", "gemma-temperature", "gemma-trees"),
+    "fig06": ("gemma", "qwen"),  # the other one is run above
     "fig07": ("gemma",),
-    "fig08": ("numbers-32b",),
+    "fig08": ("other-suffix", "numbers-32b"),
     "fig14": ("gemma",),
     "fig17": ("gemma-temperature", "gemma-greedy"),
     "fig37": ("falcon",),
