@@ -75,7 +75,7 @@ def test_ordinary_yaml_says_what_it_always_said(text, tmp_path):
         (b'{"a": ' + b"9" * 5000 + b"}", "not valid JSON"),
         (b"[" * 200 + b"]" * 200, "nested too deeply"),
         (b"[" * 100_000 + b"]" * 100_000, "nested too deeply"),
-        (b'{"a":' * 3000, "nested too deeply"),
+        (b'{"a":' * 3000 + b"1" + b"}" * 3000, "nested too deeply"),
         (b'{"\\ud800": 1}', "half of a surrogate pair"),
         (b'["\\udc00"]', "half of a surrogate pair"),
         (b"\xff", "not UTF-8"),
