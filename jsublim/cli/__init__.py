@@ -38,7 +38,7 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code)
     except JsublimError as error:
-        _leave(debug, f"error: {one_line(str(error))}", error.code)
+        _leave(debug, f"error: {error}", error.code)
     except (KeyboardInterrupt, typer.Abort):
         name = "jsublim" if shutil.which("jsublim") else sys.argv[0]  # the environment may not be activated
         again = " ".join([name, *map(shlex.quote, sys.argv[1:])])
