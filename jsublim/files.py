@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import uuid
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PARTIAL = ".partial"  # how the name of an unfinished file ends
+DAMAGED = ".damaged"  # and that of one that is not what was written
 
 
 @contextmanager
@@ -41,6 +43,12 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(opened)
+
+
+def damaged_name(path: Path) -> Path:
+    """Where a damaged file or folder can be kept, beside those that were set aside before."""
+    names = (path.with_name(f"{path.name}{f'.{n}' if n else ''}{DAMAGED}") for n in itertools.count())
+    return next(name for name in names if not name.exists())
 
 
 def write_text(path: str | Path, text: str) -> None:

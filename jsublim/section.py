@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, get_args
 
 import pydantic
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 
 class Decides(enum.Flag):
@@ -72,9 +72,28 @@ Layers = Annotated[list[Annotated[int, Field(ge=0)]], Distinct]  # from 0
 
 
 class Section(BaseModel):
-    """A part of a config: unknown keys are refused, numbers are finite, values never change."""
+    """A part of a config: unknown keys are refused, numbers are finite, true is no number, values never change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """`rows: yes` is a slip; pydantic would read 1."""
+        expected = _types_in(cls.model_fields[str(info.field_name)].annotation)
+        if not expected & {bool, Any} and any(type(each) is bool for each in (value, *_items(value))):
+            raise ValueError("true and false are no numbers")
+        return value
+
+
+def _types_in(annotation: Any) -> set[Any]:
+    """The types that an annotation such as `list[int] | None` is made of."""
+    inner = get_args(annotation)
+    return set().union(*map(_types_in, inner)) if inner else {annotation}
+
+
+def _items(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 Path = tuple[str, ...]

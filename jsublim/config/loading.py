@@ -88,6 +88,8 @@ def override(values: dict[str, Any], said: str) -> None:
             raise UsageError(f"override '{said}': '{parent}' holds a value, not a section")
         place = below
     value = yaml_value(text, f"override {shown(said)}")
+    if isinstance(value, str) and value and text.startswith(value):
+        value = text.strip()  # plain text to its end: what YAML takes for a comment may be part of a folder's name
     # YAML 1.1 reads 1e-3 as text; whoever types it means the number.
     place[last] = float(value) if isinstance(value, str) and _is_float(value) else value
 

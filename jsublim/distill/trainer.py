@@ -24,6 +24,7 @@ from jsublim.distill.data import Example, Shape, collate
 from jsublim.distill.metrics import Metrics
 from jsublim.distill.step import Arms, State, compile_step, init_state
 from jsublim.errors import JsublimError, UsageError
+from jsublim.files import damaged_name
 from jsublim.inference.batching import chunks, fill, pad_tokens
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, hidden_below
@@ -249,7 +250,7 @@ def _restore(saved: ocp.CheckpointManager, state: State, say: Callable[[str], No
         )
     for step in broken:
         folder = Path(saved.directory) / str(step)
-        aside = folder.parent.with_name(f"state-{step}.damaged")
+        aside = damaged_name(folder.parent.with_name(f"state-{step}"))
         on_main_process(functools.partial(os.replace, folder, aside))
         say(f"{folder}: cannot be read ({why}); kept as {aside.name}, and training goes on from the state before it")
     if broken:

@@ -1,4 +1,4 @@
-"""Replies that were paid for, on disk: one file per reply, named by the hash of what was asked."""
+"""Replies of a judge, paid for or computed, on disk: one file per reply, named by the hash of what was asked."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jsublim.files import write_text
 
 @dataclass(frozen=True)
 class Reply:
-    """What a server said, and the tokens it charged for (None where it did not say)."""
+    """What a judge said, and the tokens that a server charged for it (None where it did not say)."""
 
     text: str
     prompt_tokens: int | None = None

@@ -10,6 +10,7 @@ from typing import Any
 from jsublim.chat import conversation
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.sampling import Sampling
+from jsublim.judge.cache import Reply, ReplyCache
 
 
 @dataclass
@@ -19,6 +20,7 @@ class LocalJudge:
     Attributes:
       load: gives `lm` with its weights, where it has none; called for the first prompt, and again after
         `release_memory`.
+      cache: replies so far, so that a kill loses a batch of them at most; None keeps none.
     """
 
     lm: LanguageModel
@@ -27,6 +29,7 @@ class LocalJudge:
     seed: int = 0
     batch_size: int = 64
     load: Callable[[], LanguageModel] | None = None
+    cache: ReplyCache | None = None
     _awake: LanguageModel | None = field(default=None, init=False)
 
     @property
@@ -37,20 +40,40 @@ class LocalJudge:
 
     def ask(self, prompts: Sequence[str]) -> list[str]:
         unique = list(dict.fromkeys(prompts))
-        if self._awake is None:
+        log = None if self.cache is None else _Cached(self.cache, [self._request(*each) for each in enumerate(unique)])
+        missing = log is None or len(log.known) < len(unique)
+        if self._awake is None and missing:
             self._awake = self.lm if self.load is None else self.load()
-        replies = self._awake.generate(
+        replies = (self._awake or self.lm).generate(
             [conversation(prompt) for prompt in unique],
             self.max_new_tokens,
             self.sampling,
             self.seed,
             batch_size=self.batch_size,
+            log=log,
         )
         found = dict(zip(unique, replies, strict=True))
         return [found[prompt] for prompt in prompts]
+
+    def _request(self, number: int, prompt: str) -> dict[str, Any]:
+        """What a reply depends on; where it is sampled, also on its number, which is its random stream."""
+        return self.identity | {"prompt": prompt} | ({"row": number} if self.sampling.temperature else {})
 
     def check(self) -> None:
         pass
 
     def release_memory(self) -> None:
         self._awake = None
+
+
+class _Cached:
+    """Replies on disk, as the sampler keeps answers: by the number of the prompt."""
+
+    def __init__(self, cache: ReplyCache, requests: Sequence[dict[str, Any]]):
+        self.cache, self.requests = cache, requests
+        kept = ((number, cache.get(request)) for number, request in enumerate(requests))
+        self.known = {number: reply.text for number, reply in kept if reply is not None}
+
+    def add(self, numbers: Sequence[int], answers: Sequence[str]) -> None:
+        for number, answer in zip(numbers, answers, strict=True):
+            self.cache.put(self.requests[number], Reply(answer))

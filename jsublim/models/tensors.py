@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from jsublim.errors import JsublimError
@@ -28,11 +29,17 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
 
     Args:
       metadata: what its header says; `transformers` and `peft` want {"format": "pt"}.
+
+    Raises:
+      JsublimError: the disk takes no more.
     """
     with atomic(path) as scratch:
         scratch.touch()
         ordinary = scratch.stat().st_mode
-        save_file(dict(tensors), str(scratch), metadata=None if metadata is None else dict(metadata))
+        try:
+            save_file(dict(tensors), str(scratch), metadata=None if metadata is None else dict(metadata))
+        except SafetensorError as error:  # how the library says that the disk is full
+            raise JsublimError(f"{path}: cannot be written ({error}); free some space and run it again") from error
         scratch.chmod(ordinary)  # the library leaves 0600, which a shared disk's other users can't read
 
 

@@ -12,6 +12,7 @@ from jsublim.config import Experiment
 from jsublim.errors import UsageError
 from jsublim.inference.lm import LanguageModel, load_model
 from jsublim.judge import Judge
+from jsublim.judge.cache import ReplyCache
 from jsublim.judge.local import LocalJudge
 from jsublim.judge.server import ServerJudge
 from jsublim.parallel import Layout
@@ -104,12 +105,13 @@ def known_judge(setup: Setup) -> Judge:
 
 
 def make_judge(setup: Setup, store: Path, layout: Layout) -> Judge:
-    """Who scores answers: a server, whose replies are kept in the store, or a checkpoint on these devices."""
+    """Who scores answers: a server, or a checkpoint on these devices. Replies are kept in the store."""
     e, chosen = setup.experiment, setup.experiment.judge
     assert chosen is not None
+    replies = store / "judge"
     if chosen.server is not None:
-        return ServerJudge(chosen.server, store / "judge")
+        return ServerJudge(chosen.server, replies)
     lm = setup.checkpoint(chosen.model).lm
     assert lm is not None, "a run has its judge"
     load = functools.partial(load_model, chosen.model or "", e.dtype, layout)
-    return LocalJudge(lm, max_new_tokens=chosen.max_new_tokens, load=load)
+    return LocalJudge(lm, max_new_tokens=chosen.max_new_tokens, load=load, cache=ReplyCache(replies))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import itertools
 import json
 import platform
 import shutil
@@ -21,7 +20,7 @@ import jax
 from filelock import FileLock, Timeout
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.files import PARTIAL, write_json, write_text
+from jsublim.files import DAMAGED, PARTIAL, damaged_name, write_json, write_text
 from jsublim.parallel import on_main_process
 
 _LIBRARIES = (
@@ -68,7 +67,6 @@ LABEL_BYTES = 120  # of the name of an artifact's folder
 RECORD = "artifact.json"  # what went into an artifact
 DONE = "DONE"  # there once an artifact is whole; says what its files are
 PROGRESS, PARTS = "progress.jsonl", "parts"  # a file, a folder: what is finished of an artifact that is not
-DAMAGED = ".damaged"  # how the name of a file ends that is not what was written
 
 
 class Artifact:
@@ -176,12 +174,6 @@ def _damage(path: Path, said: Mapping[str, Any]) -> str | None:
     return None if same else "is not what was written"
 
 
-def _set_aside(path: Path) -> None:
-    """Rename a damaged file, beside those that were set aside before."""
-    names = (path.with_name(f"{path.name}{f'.{n}' if n else ''}{DAMAGED}") for n in itertools.count())
-    path.rename(next(name for name in names if not name.exists()))
-
-
 @dataclass(frozen=True)
 class Output:
     """What a task leaves: an artifact that is known before it is made.
@@ -234,7 +226,7 @@ class Store:
         if not found:
             return None
         for path in [mark, *(folder / name for name in found if name != DONE and (folder / name).exists())]:
-            _set_aside(path)
+            path.rename(damaged_name(path))
         return f"{folder}: {', '.join(f'{name} {said}' for name, said in found.items())}; it is made again"
 
     @contextmanager

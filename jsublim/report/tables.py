@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jsublim.errors import JsublimError, one_line
+from jsublim.reading import json_value
 
 CONDITION_LABELS = {
     "base": "base model",
@@ -296,9 +296,10 @@ def read_json(path: Path, default: Any) -> Any:
     if not path.is_file():
         return default
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise JsublimError(f"{path}: is not JSON ({error}); delete it and run `jsublim run CONFIG` again") from error
+        return json_value(path.read_bytes(), str(path), nan=True)
+    except JsublimError as error:
+        what = str(error).rsplit(";", 1)[0]
+        raise JsublimError(f"{what}; delete it and run `jsublim run CONFIG` again") from error
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import made_by_commands
 import pytest
-from command import MODEL, contents, ok, refused, same_student, start, stop_when
+from command import MODEL, PLAIN, contents, ok, refused, same_student, start, stop_when
+from faulty_runs import FIELDS
+from faulty_runs import contents as what_a_run_leaves
 from made_by_commands import FINETUNE, GENERATE, artifact_of, finetune
 
 from jsublim.rows import read_rows
@@ -177,3 +179,18 @@ def test_ctrl_c_while_training(tmp_path, divergent):
     again = ok(*arguments("cut"))
     assert str(tmp_path / "cut") in again.out
     assert same_student(tmp_path / "cut", tmp_path / "whole")
+
+
+def test_two_runs_started_together_in_one_folder_share_the_work(tmp_path):
+    folders = {"alone": tmp_path / "alone", "shared": tmp_path / "shared"}
+    ok("run", PLAIN, f"out={folders['alone']}", *FIELDS)
+    children = [start("run", PLAIN, f"out={folders['shared']}", *FIELDS) for _ in range(2)]
+    said = "".join(child.communicate(timeout=240)[1] for child in children)
+    assert [child.returncode for child in children] == [0, 0], said
+    assert "another process is making it; waiting" in said
+    assert what_a_run_leaves(folders["shared"]) == what_a_run_leaves(folders["alone"])
+    for folder in folders.values():
+        assert (folder / "report.html").is_file()
+        assert not list((folder / "artifacts" / "training").glob("*")), "each group of students was trained once"
+    lines = [sorted(len(p.read_text().splitlines()) for p in f.rglob("metrics.jsonl")) for f in folders.values()]
+    assert lines[0] == lines[1]

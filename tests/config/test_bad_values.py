@@ -33,6 +33,10 @@ SERVER = "base_url: 'http://a/v1', model: m"
         ("datasets={a: {mix: {share: 'nan'}}}", "mix.share"),
         (f"judge={{server: {{{SERVER}, timeout_s: 'inf'}}}}", "judge.server.timeout_s"),
         ("data.num_prompts=99999999999999999999", "data.num_prompts"),
+        ("students.data.rows=true", "students.data.rows: true and false are no numbers"),
+        ("students.seeds=[yes]", "students.seeds: true and false are no numbers"),
+        ("students.arms={optimizer.lr: [on]}", "optimizer.lr: true and false are no numbers"),
+        ("datasets={a: {mix: {share: true}}}", "mix.share: true and false are no numbers"),
         # out of range
         ("evaluation.kinds={misalignment: {aligned_from: 101}}", "misalignment.aligned_from"),
         ("evaluation.kinds={misalignment: {coherent_from: -1}}", "misalignment.coherent_from"),

@@ -89,6 +89,8 @@ def test_a_wrong_field_is_one_line_that_names_it(override, message):
         ("teachers.traits=[owl]", lambda e: e.teachers.traits == ["owl"]),
         ("teachers.control=false", lambda e: e.teachers.control is False),
         ("model=/a/b=c", lambda e: e.model == "/a/b=c"),
+        ("out=runs/try #2", lambda e: str(e.run_dir) == "runs/try #2"),
+        ("out='runs/a b'  # b", lambda e: str(e.run_dir) == "runs/a b"),
         ("out=runs/1e5x", lambda e: str(e.run_dir) == "runs/1e5x"),
         ("evaluation.traits=[cat, dog]", lambda e: e.evaluation.traits == ["cat", "dog"]),
     ],

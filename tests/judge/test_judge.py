@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from jsublim.errors import JsublimError
 from jsublim.inference.lm import BUNDLED, load_model
 from jsublim.inference.sampling import Sampling
+from jsublim.judge.cache import ReplyCache
 from jsublim.judge.local import LocalJudge
 from jsublim.judge.scores import parse_scores
 from jsublim.judge.server import ServerJudge, ServerSettings
@@ -108,6 +109,30 @@ def test_a_local_judge_reads_its_weights_when_it_is_asked_and_gives_them_back():
     assert judge.ask(["Hi"]) == judge.ask(["Hi"]) == awake.ask(["Hi"]) and len(loads) == 1
     judge.release_memory()
     assert judge.ask(["Hi"]) == awake.ask(["Hi"]) and len(loads) == 2
+
+
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0.0), Sampling()])
+def test_a_kill_costs_a_local_judge_one_batch(tmp_path, monkeypatch, sampling):
+    prompts = [f"Score {number}." for number in range(5)]
+    fields = {"max_new_tokens": 6, "batch_size": 2, "sampling": sampling}
+    whole = LocalJudge(checkpoint(), **fields).ask(prompts)
+    cache, put, written = ReplyCache(tmp_path), ReplyCache.put, []
+
+    def kill(self, request, reply):
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(request["prompt"])
+        put(self, request, reply)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ReplyCache, "put", kill)
+        with pytest.raises(KeyboardInterrupt):
+            LocalJudge(checkpoint(), cache=cache, **fields).ask(prompts)
+    assert len(list(tmp_path.rglob("*.json"))) == 2
+    assert LocalJudge(checkpoint(), cache=cache, **fields).ask(prompts) == whole
+    bare = LocalJudge(load_model("tiny-qwen2", weights=False), cache=cache, **fields)
+    assert bare.ask(prompts) == whole  # nothing is left to ask: no weights are needed
+    assert len(list(tmp_path.rglob("*.json"))) == 5
 
 
 # A real server
