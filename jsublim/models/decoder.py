@@ -19,7 +19,7 @@ from flax import nnx
 from jax import Array
 
 from jsublim.models.config import ModelConfig
-from jsublim.models.layers import Block, Remember, RMSNorm, Seen, rope_table
+from jsublim.models.layers import PROJECTED, Block, Remember, RMSNorm, Seen, rope_table
 from jsublim.models.lora import FROZEN, Adapter, OneLayer, Part
 
 Params = dict[str, Any]
@@ -271,7 +271,7 @@ def hidden_states(
     layer_at = layers_on_rows(config, params, valid_BT, h.dtype, prefix)
     # Kept for the backward pass: what the projections put out, nothing else. Attention and element-wise work is cheaper
     # done again than stored, and a slice of the frozen stack that was kept would be a second copy of the base.
-    keep = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    keep = None if remat else jax.checkpoint_policies.save_only_these_names(PROJECTED)
     if isinstance(adapter, OneLayer):
         if prefix is not None or with_cache:
             raise ValueError("an adapter whose layer is data goes without prefix and cache")

@@ -6,6 +6,7 @@ F MLP size, r rank of LoRA.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,10 +15,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from jsublim.models.config import ModelConfig, Rope
 
 Lora = dict[str, Array]  # {"a": [D, r], "b": [r, O], "scale": []}
+PROJECTED = "projected"  # what a backward pass may keep: the outputs of the projections
 
 
 class Linear(nnx.Module):
@@ -36,9 +39,36 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y = y + self.bias[...]
         if lora is not None:
-            low = (x.astype(lora["a"].dtype) @ lora["a"]) @ lora["b"]
-            y = (y + lora["scale"] * low).astype(y.dtype)
-        return y
+            y = y + low_rank(x, lora["a"], lora["b"], lora["scale"])
+        return checkpoint_name(y, PROJECTED)
+
+
+@jax.custom_vjp
+def low_rank(x: Array, a: Array, b: Array, scale: Array) -> Array:
+    """`scale * (x a) b`, in the dtype of x; the factors `a` `[D, r]` and `b` `[r, O]` are rounded to it.
+
+    Its derivative is written out. What is transposed there has r columns, where autodiff would transpose activations; the
+    gradients of the factors are float32.
+    """
+    return _low_rank(x, a, b, scale)[0]
+
+
+def _low_rank(x: Array, a: Array, b: Array, scale: Array) -> tuple[Array, tuple]:
+    low = (scale * _dot("...D,Dr->...r", x, a.astype(x.dtype))).astype(x.dtype)
+    return low @ b.astype(x.dtype), (x, low, a, b, scale)
+
+
+def _low_rank_back(kept: tuple, g: Array) -> tuple[Array, Array, Array, None]:
+    x, low, a, b, scale = kept
+    of_low = (scale * _dot("...O,rO->...r", g, b.astype(g.dtype))).astype(g.dtype)
+    of_a = _dot("...r,...D->rD", of_low, x).T
+    of_b = _dot("...r,...O->rO", low, g)
+    return of_low @ a.astype(g.dtype).T, of_a, of_b, None
+
+
+low_rank.defvjp(_low_rank, _low_rank_back)
+
+_dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 class RMSNorm(nnx.Module):

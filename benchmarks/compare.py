@@ -1,0 +1,173 @@
+"""Time a stage on both sides, in turns, and compare what they computed: `python -m benchmarks.compare --stage train --model DIR`.
+
+Each side is a process of its own with the same number of threads. A ratio counts only where both computed the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.inputs import SIZES, save
+
+CLOSE = {"loss": 1e-4, "norm": 1e-3, "attribution": 1e-2}  # relative to the largest number
+ROOT = Path(__file__).parents[1]
+
+
+class Side:
+    """One worker process."""
+
+    def __init__(self, name: str, python: str, stage: str, model: str, folder: Path, dtype: str, threads: int):
+        self.name, self.seconds, self.peak = name, list[float](), 0.0
+        limits = {
+            "OMP_NUM_THREADS": str(threads), "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')}", "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT),
+        }  # fmt: skip
+        prefix = ["taskset", "-c", f"0-{threads - 1}"] if sys.platform == "linux" else []
+        self.process = subprocess.Popen(
+            [*prefix, python, "-m", "benchmarks.worker", name, stage, model, str(folder), dtype],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=(folder / f"{name}.log").open("w"), text=True,
+            env=os.environ | limits, cwd=ROOT,
+        )  # fmt: skip
+        self.log = folder / f"{name}.log"
+        self.versions = self.answer()["versions"]
+
+    def answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:  # libraries may print of their own
+            if line.startswith("{") and ("seconds" in line or "ready" in line):
+                return json.loads(line)
+        raise SystemExit(f"{self.name} ended: {self.log.read_text()[-2000:]}")
+
+    def ask(self, request: str) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(request + "\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+    def run(self) -> None:
+        said = self.ask("run")
+        self.seconds.append(said["seconds"])
+        self.peak = said["peak_gib"]
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def equal(folder: Path) -> dict[str, Any]:
+    """What the sides computed, compared: the largest difference of each array, and whether that is small enough."""
+    found: dict[str, Any] = {"same": True}
+    with np.load(folder / "ours.npz") as ours, np.load(folder / "theirs.npz") as theirs:
+        for name in ours.files:
+            a, b = ours[name], theirs[name]
+            if a.dtype.kind in "iu":
+                # Ties within rounding are decided either way.
+                found[name] = float((a == b).mean()) if a.shape == b.shape else 0.0
+                found["same"] &= found[name] >= 0.99
+            else:
+                found[name] = float(np.abs(a - b).max() / max(float(np.abs(b).max()), 1e-30))
+                found["same"] &= found[name] <= CLOSE[name]
+    found["same"] = bool(found["same"])
+    return found
+
+
+def measure(
+    stage: str, model: str, sizes: dict[str, int], *, dtype: str, repeat: int, threads: int, python: str, alone: bool
+) -> dict[str, Any]:
+    """One comparison: sizes, medians, peak memory, ratio, and how far the results agree."""
+    vocab = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        save(folder, stage, sizes, vocab)
+        names = {"ours": sys.executable} if alone else {"ours": sys.executable, "theirs": python}
+        sides = {n: Side(n, p, stage, model, folder, dtype, threads) for n, p in names.items()}
+        for side in sides.values():
+            side.ask(f"check {folder / side.name}.npz")
+        for _ in range(repeat):  # in turns: what else the machine does then falls on both
+            for side in sides.values():
+                side.run()
+        for side in sides.values():
+            side.close()
+        found: dict[str, Any] = {"stage": stage, "sizes": sizes, "dtype": dtype, "threads": threads}
+        for side in sides.values():
+            found[side.name] = {
+                "median_s": statistics.median(side.seconds), "seconds": side.seconds, "peak_gib": side.peak,
+                "versions": side.versions,
+            }  # fmt: skip
+        if not alone:
+            found["equal"] = equal(folder)
+            found["ratio"] = found["theirs"]["median_s"] / found["ours"]["median_s"] if found["equal"]["same"] else None
+        return found
+
+
+def exponents(results: list[dict[str, Any]], size: str) -> dict[str, float]:
+    """The growth of time with a size: d log(seconds) / d log(size) between the smallest and the largest."""
+    first, last = results[0], results[-1]
+    span = math.log(last["sizes"][size] / first["sizes"][size])
+    sides = [side for side in ("ours", "theirs") if side in first]
+    return {s: math.log(last[s]["median_s"] / first[s]["median_s"]) / span for s in sides}
+
+
+def show(results: list[dict[str, Any]], console: Console) -> None:
+    table = Table("stage", "sizes", "theirs s", "ours s", "ratio", "GiB theirs", "GiB ours", "equal")
+    for each in results:
+        ours, theirs = each["ours"], each.get("theirs")
+        sizes = " ".join(f"{k}={v}" for k, v in each["sizes"].items())
+        ratio = f"{each['ratio']:.2f}" if each.get("ratio") else "-"
+        agree = " ".join(f"{k} {v:.3g}" for k, v in each.get("equal", {}).items() if k != "same")
+        right = [f"{theirs['median_s']:.2f}", f"{theirs['peak_gib']:.2f}"] if theirs else ["-", "-"]
+        table.add_row(each["stage"], sizes, right[0], f"{ours['median_s']:.2f}", ratio, right[1], f"{ours['peak_gib']:.2f}", agree)
+    console.print(table)
+
+
+def main(
+    stage: Annotated[list[str], typer.Option(help=f"One or more of {', '.join(SIZES)}.")],
+    model: Annotated[str, typer.Option(help="A checkpoint folder in Hugging Face's layout.")],
+    size: Annotated[list[str] | None, typer.Option(help="name=value, another size of the work.")] = None,
+    sweep: Annotated[str | None, typer.Option(help="name=v1,v2,...: one comparison per value, and the growth.")] = None,
+    dtype: str = "float32",
+    repeat: int = 3,
+    threads: int = 2,
+    their_python: Annotated[str, typer.Option(help="The interpreter that has the other libraries.")] = sys.executable,
+    alone: Annotated[bool, typer.Option("--alone", help="Ours only.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the figures here, as JSON.")] = None,
+) -> None:
+    """Time both sides on the same work."""
+    console, results = Console(), []
+    changed = {name: int(value) for name, _, value in (each.partition("=") for each in size or [])}
+    over, _, values = (sweep or "=").partition("=")
+    for each in stage:
+        run = []
+        for value in values.split(",") if values else [None]:
+            sizes = SIZES[each] | changed | ({over: int(value)} if value else {})
+            unknown = set(sizes) - set(SIZES[each])
+            if unknown:
+                raise typer.BadParameter(f"{', '.join(unknown)}: sizes of {each} are {', '.join(SIZES[each])}")
+            options = {"dtype": dtype, "repeat": repeat, "threads": threads, "python": their_python, "alone": alone}
+            run.append(measure(each, model, sizes, **options))
+        show(run, console)
+        if len(run) > 1:
+            growth = exponents(run, over)
+            console.print(f"{each}: time grows as {over} to the power of " + ", ".join(f"{k} {v:.2f}" for k, v in growth.items()))
+            run[-1]["growth"] = growth
+        results += run
+    if out is not None:
+        out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
