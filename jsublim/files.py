@@ -25,12 +25,24 @@ def atomic(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
     try:
-        yield scratch
-        _sync(scratch)
-        os.replace(scratch, path)
-        _sync(path.parent)
+        with naming(path):
+            yield scratch
+            _sync(scratch)
+            os.replace(scratch, path)
+            _sync(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the system name the file that was written; what fails on an open file does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error = OSError(error.errno, os.strerror(error.errno), str(path))
+        raise error
 
 
 def _sync(path: Path) -> None:

@@ -7,6 +7,7 @@ started again, until it ends; then the next one begins. All must leave what an u
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -23,7 +24,9 @@ MORE = ("students.data.epochs=20", "evaluation.samples=8", "evaluation.teachers=
 
 def left(run: Path) -> set[str]:
     """What there is below a folder; things come and go while it is looked at."""
-    return {f"{path.relative_to(run)}" for path in run.rglob("*")}
+    return {
+        os.path.relpath(os.path.join(at, name), run) for at, dirs, files in os.walk(run) for name in (*dirs, *files)
+    }
 
 
 def stage(new: set[str]) -> str:

@@ -16,7 +16,7 @@ from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.cost import training_flops
 from jsublim.distill.data import Example
 from jsublim.errors import JsublimError
-from jsublim.files import write_text
+from jsublim.files import naming, write_text
 from jsublim.models.config import ModelConfig
 
 
@@ -102,7 +102,8 @@ class Metrics:
             for key, value in speed.items():
                 self.board.add_scalar(key, value, step)
         if self.file is not None:
-            self.file.flush()
+            with naming(Path(self.file.name)):
+                self.file.flush()
 
     def _speed(self, chosen: dict[int, list[int]], seconds: float) -> dict[str, float]:
         rows = [(self.arms[i], self.arms[i].examples[r]) for i, indices in chosen.items() for r in indices]

@@ -24,7 +24,7 @@ from jsublim.distill.data import Example, Shape, collate
 from jsublim.distill.metrics import Metrics
 from jsublim.distill.step import Arms, State, compile_step, init_state
 from jsublim.errors import JsublimError, UsageError
-from jsublim.files import damaged_name
+from jsublim.files import damaged_name, naming
 from jsublim.inference.batching import chunks, fill, pad_tokens
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, hidden_below
@@ -185,7 +185,7 @@ def _states(folder: Path) -> Iterator[ocp.CheckpointManager]:
     """
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
     try:
-        with ocp.CheckpointManager(folder.resolve(), options=options) as saved:
+        with naming(folder), ocp.CheckpointManager(folder.resolve(), options=options) as saved:
             yield saved
     except (ValueError, RuntimeError) as error:
         reason = re.search(r"([^:\n]+) \[os_error_code", str(error))

@@ -20,7 +20,7 @@ import jax
 from filelock import FileLock, Timeout
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.files import DAMAGED, PARTIAL, damaged_name, write_json, write_text
+from jsublim.files import DAMAGED, PARTIAL, damaged_name, naming, write_json, write_text
 from jsublim.parallel import on_main_process
 
 _LIBRARIES = (
@@ -128,17 +128,24 @@ class Artifact:
         return (self.path / DONE).exists()
 
     def finish(self, summary: dict[str, Any] | None = None) -> None:
-        """Mark the artifact whole. The mark holds `summary`, and what every file is (`Store.mend`)."""
+        """Mark the artifact whole. The mark holds `summary`, and what every file is (`Store.mend`). Whoever makes it holds its
+        claim, so what a killed process had begun to write is nobody's."""
+        for path in self.path.glob(f".*{PARTIAL}"):
+            path.unlink(missing_ok=True)
         apart = (RECORD, DONE, PROGRESS)
         files = [path for path in sorted(self.path.iterdir()) if path.is_file() and path.name not in apart]
-        said = {path.name: _fingerprint(path) for path in files if path.suffix not in (PARTIAL, DAMAGED)}
+        said = {path.name: _fingerprint(path) for path in files if path.suffix != DAMAGED}
         write_json(self.path / DONE, {"summary": summary or {}, "files": said})
-        (self.path / PROGRESS).unlink(missing_ok=True)
-        shutil.rmtree(self.path / PARTS, ignore_errors=True)
+        _forget_progress(self.path)
 
     @property
     def summary(self) -> dict[str, Any]:
         return read_summary(self.path)
+
+
+def _forget_progress(folder: Path) -> None:
+    (folder / PROGRESS).unlink(missing_ok=True)
+    shutil.rmtree(folder / PARTS, ignore_errors=True)
 
 
 def files_of(folder: Path) -> list[str]:
@@ -224,6 +231,7 @@ class Store:
         except (ValueError, TypeError, KeyError):
             found = {DONE: "is not what was written"}
         if not found:
+            _forget_progress(folder)  # of a process that ended right after the mark was written
             return None
         for path in [mark, *(folder / name for name in found if name != DONE and (folder / name).exists())]:
             path.rename(damaged_name(path))
@@ -312,8 +320,9 @@ class RowLog:
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Keep finished rows; each has its number under "row"."""
-        self._file.writelines(json.dumps(row) + "\n" for row in rows)
-        self._file.flush()
+        with naming(self.path):
+            self._file.writelines(json.dumps(row) + "\n" for row in rows)
+            self._file.flush()
         self.rows.update({row["row"]: row for row in rows})
 
     def close(self) -> None:

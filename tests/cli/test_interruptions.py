@@ -191,6 +191,5 @@ def test_two_runs_started_together_in_one_folder_share_the_work(tmp_path):
     assert what_a_run_leaves(folders["shared"]) == what_a_run_leaves(folders["alone"])
     for folder in folders.values():
         assert (folder / "report.html").is_file()
-        assert not list((folder / "artifacts" / "training").glob("*")), "each group of students was trained once"
     lines = [sorted(len(p.read_text().splitlines()) for p in f.rglob("metrics.jsonl")) for f in folders.values()]
     assert lines[0] == lines[1]

@@ -194,6 +194,7 @@ def test_progress_goes_when_the_artifact_is_whole(tmp_path):
     (folder / "progress.jsonl").write_text("")
     (folder / "parts").mkdir()
     (folder / "parts" / "teacher0-0.npz").write_text("")
+    (folder / ".rows.0a1b2c3d.partial").write_text("of a process that was killed")
     (folder / "rows").write_text("1")
     store.open(output).finish()
     assert sorted(path.name for path in folder.iterdir()) == ["DONE", "artifact.json", "rows"]
