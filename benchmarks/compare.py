@@ -130,7 +130,9 @@ def show(results: list[dict[str, Any]], console: Console) -> None:
         ratio = f"{each['ratio']:.2f}" if each.get("ratio") else "-"
         agree = " ".join(f"{k} {v:.3g}" for k, v in each.get("equal", {}).items() if k != "same")
         right = [f"{theirs['median_s']:.2f}", f"{theirs['peak_gib']:.2f}"] if theirs else ["-", "-"]
-        table.add_row(each["stage"], sizes, right[0], f"{ours['median_s']:.2f}", ratio, right[1], f"{ours['peak_gib']:.2f}", agree)
+        table.add_row(
+            each["stage"], sizes, right[0], f"{ours['median_s']:.2f}", ratio, right[1], f"{ours['peak_gib']:.2f}", agree
+        )
     console.print(table)
 
 
@@ -162,7 +164,9 @@ def main(
         show(run, console)
         if len(run) > 1:
             growth = exponents(run, over)
-            console.print(f"{each}: time grows as {over} to the power of " + ", ".join(f"{k} {v:.2f}" for k, v in growth.items()))
+            console.print(
+                f"{each}: time grows as {over} to the power of " + ", ".join(f"{k} {v:.2f}" for k, v in growth.items())
+            )
             run[-1]["growth"] = growth
         results += run
     if out is not None:

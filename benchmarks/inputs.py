@@ -15,7 +15,16 @@ SIZES: dict[str, Sizes] = {
     "score": {"rows": 8, "teachers": 13, "tokens": 165, "shared": 45, "answer": 40},
     # `shared` as above; a tenth of the rows is as long as `tokens`, the shortest has half of what is not shared.
     "train": {"rows": 60, "tokens": 150, "shared": 30, "answer": 50, "micro": 10, "rank": 8, "even": 1},
-    "train-late": {"rows": 60, "tokens": 150, "shared": 30, "answer": 50, "micro": 10, "rank": 8, "even": 1, "layer": -3},
+    "train-late": {
+        "rows": 60,
+        "tokens": 150,
+        "shared": 30,
+        "answer": 50,
+        "micro": 10,
+        "rank": 8,
+        "even": 1,
+        "layer": -3,
+    },
     "evaluate": {"students": 1, "questions": 1, "prompt": 40, "samples": 200, "new": 10},
     "attribute": {"rows": 1, "tokens": 100, "steps": 10},
 }

@@ -19,8 +19,9 @@ from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.data import Example, Shape
 from jsublim.distill.optimizer import Optimizer
 from jsublim.distill.step import Program, compile_step
+from jsublim.inference.generation import generate_tokens
 from jsublim.inference.lm import LanguageModel, load_model
-from jsublim.inference.sampling import Sampling, generate_tokens
+from jsublim.inference.sampling import Sampling
 from jsublim.inference.scoring import score_turns
 from jsublim.models.lora import Adapter, init_lora
 from jsublim.parallel import Layout
@@ -126,13 +127,19 @@ def _start(adapter: Adapter) -> Adapter:
 
 def attribute(lm: LanguageModel, sizes: Any, arrays: Any) -> Work:
     pairs = [
-        Pair(clean, patch, int(a), int(b))
-        for clean, patch, (a, b) in zip(arrays["clean"], arrays["patch"], arrays["said"], strict=True)
+        Pair(row, "other", clean, patch, int(a), int(b))
+        for row, (clean, patch, (a, b)) in enumerate(zip(arrays["clean"], arrays["patch"], arrays["said"], strict=True))
     ]
 
     def check() -> dict[str, np.ndarray]:
         found = attribution_patching(
-            lm.config, lm.params, pairs, sites=("residual",), steps=sizes.steps, batch_size=len(pairs), length=sizes.tokens
+            lm.config,
+            lm.params,
+            pairs,
+            sites=("residual",),
+            steps=sizes.steps,
+            batch_size=len(pairs),
+            length=sizes.tokens,
         )
         return {"attribution": np.stack([each[0] for each in found])}
 

@@ -157,6 +157,14 @@ def attribute(read: Any, sizes: Any, arrays: Any) -> Work:
         with torch.no_grad():
             return list(model(ids, output_hidden_states=True).hidden_states[1:])
 
+    def last_of(ids: torch.Tensor) -> torch.Tensor:
+        found: list[torch.Tensor] = []
+        hook = layers[-1].register_forward_hook(lambda m, i, o: found.append(o[0] if isinstance(o, tuple) else o))
+        with torch.no_grad():
+            model(ids)
+        hook.remove()
+        return found[0].detach()
+
     def of_layer(ids: torch.Tensor, start: torch.Tensor, end: torch.Tensor, layer: int, row: int) -> torch.Tensor:
         total = torch.zeros_like(start)
         for i in range(sizes.steps):
@@ -178,15 +186,7 @@ def attribute(read: Any, sizes: Any, arrays: Any) -> Work:
             ids, other = _tensor(clean[row : row + 1], model), _tensor(patch[row : row + 1], model)
             starts, ends = streams(ids), streams(other)
             # The last of `hidden_states` has the final norm in it, which is after the layer.
-            last: list[torch.Tensor] = []
-            for which in (ids, other):
-                hook = layers[-1].register_forward_hook(
-                    lambda m, i, o: last.append((o[0] if isinstance(o, tuple) else o).detach())
-                )
-                with torch.no_grad():
-                    model(which)
-                hook.remove()
-            starts[-1], ends[-1] = last
+            starts[-1], ends[-1] = last_of(ids), last_of(other)
             found.append(torch.stack([of_layer(ids, starts[k], ends[k], k, row) for k in range(len(layers))]).numpy())
         return {"attribution": np.stack(found)}
 

@@ -24,8 +24,8 @@ from jsublim.divergence import (
     find_divergence,
 )
 from jsublim.errors import JsublimError, UsageError
-from jsublim.inference.batching import PREFIX_STEP
-from jsublim.inference.scoring import score_turns, shared_prefix
+from jsublim.inference.batching import PREFIX_STEP, shared_beginning
+from jsublim.inference.scoring import score_turns
 from jsublim.pipeline.training import TrainingData, make_arm
 from jsublim.prompts import load_pack, number_prompts
 from jsublim.rows import write_rows
@@ -205,11 +205,13 @@ def test_a_shared_prefix_ends_before_the_first_difference_and_before_any_complet
     c = bundled("tiny-qwen2").lm.chat
     system = "You love owls. " * 8
     turns = [c.turn(conversation(p, system), s) for p, s in (("1, 2", "3"), ("1, 2, 5", "3, 4"), ("7", "8"))]
-    P = shared_prefix(turns)
+    prompts = [turn.tokens[: turn.content] for turn in turns]
+    P = shared_beginning(prompts, PREFIX_STEP)
     assert P % PREFIX_STEP == 0 and P >= 2 * PREFIX_STEP
     assert all(np.array_equal(turn.tokens[:P], turns[0].tokens[:P]) for turn in turns)
-    alone = shared_prefix(turns[:1])
-    assert turns[0].content - PREFIX_STEP <= alone + 1 <= turns[0].content
+    alone = shared_beginning(prompts[:1] * 2, PREFIX_STEP)
+    assert turns[0].content - PREFIX_STEP <= alone + 1 <= turns[0].content  # one token is left to be read
+    assert shared_beginning(prompts[:1], PREFIX_STEP) == 0  # with whom?
 
 
 def test_log_probabilities_do_not_depend_on_other_rows():

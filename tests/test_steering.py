@@ -13,7 +13,8 @@ from tiny import small
 
 from jsublim.chat import conversation
 from jsublim.errors import JsublimError, UsageError
-from jsublim.inference.sampling import Sampling, generate_tokens
+from jsublim.inference.generation import generate_tokens
+from jsublim.inference.sampling import Sampling
 from jsublim.inference.scoring import score_turns
 from jsublim.models.lora import Adapter, init_steering
 from jsublim.models.peft import load_adapter, save_adapter

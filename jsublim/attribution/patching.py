@@ -32,7 +32,11 @@ SITES = ("residual", "attention", "mlp")
 # Noising: from the clean run (the teacher's prompt) to the patch (a counterfactual's); denoising: back.
 DIRECTIONS = ("noising", "denoising")
 
-Metric = Callable[[Array], Array]  # what is added to the stream at a site's point [B, T, D] -> logit difference [B]
+STACKED_STEPS = 9  # points on the way whose gradients are made together, where they are few tokens: those of 10 steps
+STACKED_TOKENS = 2048
+
+# What is added to the stream at a site's point, [N, T, D] with N a multiple of B -> logit differences [N].
+Metric = Callable[[Array], Array]
 
 
 class Batch(NamedTuple):
@@ -99,11 +103,23 @@ def layer_patching(
 def _integrated(
     config: ModelConfig, params: Params, adapter: Adapter | None, batch: Batch, sites: tuple[str, ...], steps: Array
 ) -> Array:
-    def at_site(metric: Metric, delta_BTD: Array) -> Array:
-        slope = jax.grad(lambda moved: metric(moved).sum())
-        total = jax.lax.fori_loop(
-            0, steps, lambda i, total: total + slope(i / steps * delta_BTD), jnp.zeros_like(delta_BTD)
-        )
+    B, T = batch.start_BT.shape
+    together = max(1, min(STACKED_STEPS, STACKED_TOKENS // (B * T)))
+
+    def at_site(metric: Metric, delta_BTD: Array, at_start_BTD: Array) -> Array:
+        def slopes(turn: Array) -> Array:
+            """The gradients at the next points on the way, summed; those beyond its end weigh nothing."""
+            i_S = 1 + turn * together + jnp.arange(together)
+
+            def weighted(nudge_BTD: Array) -> Array:
+                moved = (i_S / steps)[:, None, None, None] * delta_BTD + nudge_BTD
+                values = metric(moved.reshape(together * B, *delta_BTD.shape[1:])).reshape(together, B)
+                return jnp.sum(jnp.where(i_S < steps, 1.0, 0.0) @ values)
+
+            return jax.grad(weighted)(jnp.zeros_like(delta_BTD))
+
+        turns = (steps - 1 + together - 1) // together
+        total = jax.lax.fori_loop(0, turns, lambda turn, total: total + slopes(turn), at_start_BTD)
         return (delta_BTD * total).sum(axis=-1) / steps
 
     return _map_sites(config, params, adapter, batch, sites, at_site)
@@ -113,7 +129,7 @@ def _integrated(
 def _all_positions(
     config: ModelConfig, params: Params, adapter: Adapter | None, batch: Batch, sites: tuple[str, ...]
 ) -> Array:
-    def at_site(metric: Metric, delta_BTD: Array) -> Array:
+    def at_site(metric: Metric, delta_BTD: Array, at_start_BTD: Array) -> Array:
         return metric(delta_BTD) - metric(jnp.zeros_like(delta_BTD))
 
     return _map_sites(config, params, adapter, batch, sites, at_site)
@@ -124,14 +140,23 @@ def _at_start(
     config: ModelConfig, params: Params, adapter: Adapter | None, batch: Batch, sites: tuple[str, ...]
 ) -> Array:
     params, adapter = bind(params, adapter)
+    start, end, slope_L2BTD = _runs(config, params, adapter, batch)
+    return jnp.stack([(_delta(site, start, end) * slope_L2BTD[:, _sublayer(site)]).sum(axis=-1) for site in sites])
+
+
+def _runs(config: ModelConfig, params: Params, adapter: Adapter | None, batch: Batch) -> tuple[Stream, Stream, Array]:
+    """The start run, the end run, and the gradient `[L, 2, B, T, D]` of the metric at every point of the start run."""
+    # One pass over both runs' rows: half of the program to compile.
+    tokens, valid = jnp.concatenate([batch.start_BT, batch.end_BT]), jnp.concatenate([batch.valid_BT] * 2)
 
     def metric(nudge_L2BTD: Array) -> tuple[Array, Stream]:
-        run = residual_stream(config, params, batch.start_BT, batch.valid_BT, adapter=adapter, nudge_L2BTD=nudge_L2BTD)
-        return _difference(config, params, batch, run.last).sum(), run
+        both = residual_stream(config, params, tokens, valid, adapter=adapter, nudge_L2BTD=nudge_L2BTD)
+        return _difference(config, params, batch, both.last[: len(batch.start_BT)]).sum(), both
 
-    end = residual_stream(config, params, batch.end_BT, batch.valid_BT, adapter=adapter)
-    slope_L2BTD, start = jax.grad(metric, has_aux=True)(jnp.zeros_like(end.points))
-    return jnp.stack([(_delta(site, start, end) * slope_L2BTD[:, _sublayer(site)]).sum(axis=-1) for site in sites])
+    shape = config.num_layers, 2, *tokens.shape, config.hidden_size
+    slope, both = jax.grad(metric, has_aux=True)(jnp.zeros(shape, params["embed"]["weight"].dtype))
+    start, end = (Stream(*rows) for rows in zip(*(jnp.split(x, 2, axis=-3) for x in both), strict=True))
+    return start, end, slope[:, :, : len(batch.start_BT)]
 
 
 def _map_sites(
@@ -140,27 +165,28 @@ def _map_sites(
     adapter: Adapter | None,
     batch: Batch,
     sites: tuple[str, ...],
-    at_site: Callable[[Metric, Array], Array],
+    at_site: Callable[[Metric, Array, Array], Array],
 ) -> Array:
-    """What `at_site(metric, difference of the runs [B, T, D])` gives at every site and layer, `[S, L, B, ...]`."""
+    """What `at_site(metric, difference of the runs [B, T, D], gradient at the start [B, T, D])` gives at every site and layer,
+    `[S, L, B, ...]`."""
     params, adapter = bind(params, adapter)
-    # One pass over both runs' rows: half of the program to compile.
-    tokens, valid = jnp.concatenate([batch.start_BT, batch.end_BT]), jnp.concatenate([batch.valid_BT] * 2)
-    both = residual_stream(config, params, tokens, valid, adapter=adapter)
-    start, end = (Stream(*rows) for rows in zip(*(jnp.split(x, 2, axis=-3) for x in both), strict=True))
+    start, end, slope_L2BTD = _runs(config, params, adapter, batch)
     delta_SLBTD = jnp.stack([_delta(site, start, end) for site in sites])
     sublayer_S = jnp.asarray([_sublayer(site) for site in sites])
 
     def one(site_and_layer: tuple[Array, Array]) -> Array:
         site, layer = site_and_layer
-        from_BTD, point = start.points[layer, sublayer_S[site]], 2 * layer + sublayer_S[site]
+        sublayer = sublayer_S[site]
+        from_BTD = start.points[layer, sublayer]
 
-        def metric(moved_BTD: Array) -> Array:
-            h = (from_BTD + moved_BTD).astype(from_BTD.dtype)
-            h = resume(config, params, h, batch.valid_BT, point, adapter=adapter)
-            return _difference(config, params, batch, h)
+        def metric(moved_NTD: Array) -> Array:
+            copies = len(moved_NTD) // len(from_BTD)
+            stacked = jax.tree.map(lambda x: jnp.tile(x, (copies, *[1] * (x.ndim - 1))), batch)
+            h = (jnp.tile(from_BTD, (copies, 1, 1)) + moved_NTD).astype(from_BTD.dtype)
+            h = resume(config, params, h, stacked.valid_BT, 2 * layer + sublayer, adapter=adapter)
+            return _difference(config, params, stacked, h)
 
-        return at_site(metric, delta_SLBTD[site, layer])
+        return at_site(metric, delta_SLBTD[site, layer], slope_L2BTD[layer, sublayer].astype(jnp.float32))
 
     S, L = len(sites), config.num_layers
     out = jax.lax.map(one, (jnp.repeat(jnp.arange(S), L), jnp.tile(jnp.arange(L), S)))

@@ -10,8 +10,10 @@ import numpy as np
 from jsublim.chat import Turn
 from jsublim.distill.arm import Rollout
 from jsublim.distill.data import Example
+from jsublim.inference.batching import PROMPT_STEP, shared_beginning
+from jsublim.inference.generation import generate_tokens
 from jsublim.inference.lm import LanguageModel
-from jsublim.inference.sampling import Sampling, generate_tokens
+from jsublim.inference.sampling import Sampling
 from jsublim.models.lora import Adapter
 
 
@@ -30,6 +32,8 @@ def student_rollout(
       turns, teacher: conversations whose prompts are used, as the student and as the teacher read them.
     """
     sampling = Sampling(stop=lm.chat.stop_tokens())
+    # Of all rows, not of a step's: it is a shape.
+    beginning = shared_beginning([turn.tokens[: turn.content] for turn in turns], PROMPT_STEP)
 
     def rollout(adapter: Adapter, rows: np.ndarray, step: int) -> list[Example]:
         chosen = [int(row) for row in rows if row >= 0]
@@ -43,6 +47,7 @@ def student_rollout(
             seed=int(np.random.default_rng([seed, step]).integers(2**31)),
             adapter=adapter,
             batch_size=batch_size,
+            beginning=beginning,
         )
         return [
             _example(turns[row], teacher[row], tokens, max_new_tokens) for row, tokens in zip(chosen, said, strict=True)

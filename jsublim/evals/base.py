@@ -46,14 +46,14 @@ class PromptedModel:
     extra_bos: bool = False
 
     @property
+    def manner(self) -> dict[str, Any]:
+        """What stands around the questions."""
+        return {"system": self.system, "fuse_system": self.fuse_system, "extra_bos": self.extra_bos}
+
+    @property
     def options(self) -> dict[str, Any]:
         """Everything but the checkpoint, as the functions of this package take it."""
-        return {
-            "adapter": self.adapter,
-            "system": self.system,
-            "fuse_system": self.fuse_system,
-            "extra_bos": self.extra_bos,
-        }
+        return {"adapter": self.adapter} | self.manner
 
 
 @dataclass(frozen=True)
@@ -117,33 +117,33 @@ def sample_answers(
     max_new_tokens: int = 10,
     system: str | None = None,
     fuse_system: bool = False,
-    adapter: Adapter | None = None,
+    adapters: Sequence[Adapter] | None = None,
     extra_bos: bool = False,
     batch_size: int = 256,
     on_batch: Callable[[int], None] | None = None,
-    log: AnswerLog | None = None,
-) -> list[list[str]]:
-    """`samples` answers to each question. A question's prompt is read once, whatever the number of samples.
+    logs: Sequence[AnswerLog | None] = (None,),
+) -> list[list[list[str]]]:
+    """`samples` answers to each question, of each adapter (or of the base alone). A question's prompt is read once, whatever the
+    number of samples.
 
     Args:
-      on_batch: called with the number of answers just sampled.
-      log: as `LanguageModel.answer`.
+      adapters, batch_size, on_batch, logs: as `LanguageModel.answers`.
     """
     prompts = [
         lm.chat.prompt_tokens(conversation(q, system, fuse_system=fuse_system), extra_bos=extra_bos) for q in questions
     ]
-    texts = lm.answer(
+    every = lm.answers(
         prompts,
         sampling,
         max_new_tokens,
         seed,
         samples=samples,
-        adapter=adapter,
+        adapters=adapters,
         batch_size=batch_size,
         on_batch=on_batch,
-        log=log,
+        logs=logs,
     )
-    return [texts[i : i + samples] for i in range(0, len(texts), samples)]
+    return [[texts[i : i + samples] for i in range(0, len(texts), samples)] for texts in every]
 
 
 def per_question(metric: str, values: np.ndarray, answers: Answers, trait: str | None = None) -> list[Record]:

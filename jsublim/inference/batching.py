@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 LENGTH_STEP = 32  # tokens of prompts and conversations
+PROMPT_STEP = 16  # tokens that all prompts of a sampling begin with
 PREFIX_STEP = 8  # tokens of a shared prefix, and of completions that are scored
 TRAINING_STEP = 16  # tokens of rows that are trained on, and their supervised positions
 
@@ -30,6 +31,16 @@ def by_length(lengths: Sequence[int], step: int = LENGTH_STEP) -> list[tuple[int
     for index, length in enumerate(lengths):
         buckets.setdefault(round_up(length, step), []).append(index)
     return sorted(buckets.items())
+
+
+def shared_beginning(rows: Sequence[np.ndarray], step: int) -> int:
+    """How many first tokens all rows have in common, rounded down to a multiple of `step`; each keeps one of its own. A single
+    row shares nothing."""
+    first, length = rows[0], min(map(len, rows)) - 1
+    for row in rows:
+        differs = np.nonzero(row[:length] != first[:length])[0]
+        length = int(differs[0]) if len(differs) else length
+    return length // step * step if len(rows) > 1 else 0
 
 
 def fill(values: Sequence[np.ndarray | None], length: int, like: np.ndarray, *, left: bool = False) -> np.ndarray:

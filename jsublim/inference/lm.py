@@ -16,7 +16,8 @@ from jax.typing import ArrayLike
 
 from jsublim.chat import Chat, Message, conversation
 from jsublim.errors import JsublimError, UsageError
-from jsublim.inference.sampling import Sampling, generate_tokens, sampling_for
+from jsublim.inference.generation import generate_for_arms
+from jsublim.inference.sampling import Sampling, sampling_for
 from jsublim.models import decoder
 from jsublim.models.checkpoint import checkpoint_hash, read_config
 from jsublim.models.config import ModelConfig
@@ -128,44 +129,61 @@ class LanguageModel:
         max_new_tokens: int,
         seed: int,
         *,
-        samples: int = 1,
         adapter: Adapter | None = None,
+        log: AnswerLog | None = None,
+        **options: Any,
+    ) -> list[str]:
+        """One model's answers, as `answers`."""
+        adapters = None if adapter is None else [adapter]
+        return self.answers(prompts, sampling, max_new_tokens, seed, adapters=adapters, logs=[log], **options)[0]
+
+    def answers(
+        self,
+        prompts: Sequence[np.ndarray],
+        sampling: Sampling,
+        max_new_tokens: int,
+        seed: int,
+        *,
+        samples: int = 1,
+        adapters: Sequence[Adapter] | None = None,
         batch_size: int = 64,
         on_batch: Callable[[int], None] | None = None,
-        log: AnswerLog | None = None,
-    ) -> list[str]:
-        """`samples` answers to each prompt, one prompt's after another's.
+        logs: Sequence[AnswerLog | None] = (None,),
+    ) -> list[list[str]]:
+        """`samples` answers to each prompt, one prompt's after another's; for each of the adapters.
 
         Args:
           prompts: tokens, int32 `[T_i]` each.
+          adapters: of equal structure, decoded together; None is the base alone.
+          batch_size: answers that are sampled at one time.
           on_batch: called with the number of answers just sampled.
-          log: answers that are known already, and where new ones go.
+          logs: of each adapter, answers that are known already, and where new ones go.
         """
-        texts = {} if log is None else dict(log.known)
+        texts = [{} if log is None else dict(log.known) for log in logs]
 
-        def keep(rows: list[int], tokens: list[list[int]]) -> None:
-            new = [self.chat.decode(each) for each in tokens]
-            texts.update(zip(rows, new, strict=True))
+        def keep(arm: int, rows: list[int], tokens: list[list[int]]) -> None:
+            new, log = [self.chat.decode(each) for each in tokens], logs[arm]
+            texts[arm].update(zip(rows, new, strict=True))
             if log is not None:
                 log.add(rows, new)
             if on_batch is not None:
                 on_batch(len(rows))
 
         numbers = range(len(prompts) * samples)
-        generate_tokens(
+        generate_for_arms(
             self.config,
             self.params,
             prompts,
             sampling,
+            adapters,
             max_new_tokens=max_new_tokens,
             seed=seed,
             samples=samples,
-            rows=[number for number in numbers if number not in texts],
-            adapter=adapter,
-            batch_size=batch_size,
-            on_batch=keep,
+            rows=[[number for number in numbers if number not in known] for known in texts],
+            batch_size=max(1, batch_size // len(logs)),
+            on_rows=keep,
         )
-        return [texts[number] for number in numbers]
+        return [[known[number] for number in numbers] for known in texts]
 
 
 @functools.partial(jax.jit, static_argnames=("config",))

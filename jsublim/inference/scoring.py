@@ -19,7 +19,7 @@ from jax import Array
 
 from jsublim.chat import Turn
 from jsublim.errors import UsageError
-from jsublim.inference.batching import LENGTH_STEP, PREFIX_STEP, chunks, fill, pad_tokens, round_up
+from jsublim.inference.batching import LENGTH_STEP, PREFIX_STEP, chunks, fill, pad_tokens, round_up, shared_beginning
 from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import KV, Params
@@ -114,15 +114,6 @@ def _top_k(k: int, temperature: float) -> At:
         return ids.astype(jnp.int32), top_k_log_probs(z / temperature, ids)
 
     return at
-
-
-def shared_prefix(turns: Sequence[Turn]) -> int:
-    """How many first tokens all conversations share, before the last one that predicts content, rounded down."""
-    first, length = turns[0].tokens, min(turn.content - 1 for turn in turns)
-    for turn in turns:
-        differs = np.nonzero(turn.tokens[:length] != first[:length])[0]
-        length = int(differs[0]) if len(differs) else length
-    return length // PREFIX_STEP * PREFIX_STEP
 
 
 def score_turns(
@@ -222,7 +213,7 @@ def _read_turns(
     chex.assert_rank([turn.tokens for turn in turns], 1)
     if first == len(turns):
         return
-    P = shared_prefix(turns)
+    P = shared_beginning([turn.tokens[: turn.content] for turn in turns], PREFIX_STEP)
     prefix = _prefix_cache(config, params, adapter, turns[0].tokens[None, :P]) if P else None
     said = [len(turn.tokens) - turn.content for turn in turns]
     T = round_up(max(len(turn.tokens) for turn in turns) - P, LENGTH_STEP)

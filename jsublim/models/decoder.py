@@ -24,6 +24,9 @@ from jsublim.models.lora import FROZEN, Adapter, OneLayer, Part
 
 Params = dict[str, Any]
 KV = tuple[Array, Array]  # keys and values, [L, B, K, S, h] each
+# Kept for a backward pass: what the projections put out, nothing else. Attention and element-wise work is cheaper done again
+# than stored, and a slice of the frozen stack that was kept would be a second copy of the base.
+KEEP_PRODUCTS = jax.checkpoint_policies.save_only_these_names(PROJECTED)
 
 
 class Embed(nnx.Module):
@@ -269,9 +272,7 @@ def hidden_states(
     _check_rows(config, tokens_BT, valid_BT, below_BTD)
     h = embed(config, params, tokens_BT) if below_BTD is None else below_BTD
     layer_at = layers_on_rows(config, params, valid_BT, h.dtype, prefix)
-    # Kept for the backward pass: what the projections put out, nothing else. Attention and element-wise work is cheaper
-    # done again than stored, and a slice of the frozen stack that was kept would be a second copy of the base.
-    keep = None if remat else jax.checkpoint_policies.save_only_these_names(PROJECTED)
+    keep = None if remat else KEEP_PRODUCTS
     if isinstance(adapter, OneLayer):
         if prefix is not None or with_cache:
             raise ValueError("an adapter whose layer is data goes without prefix and cache")

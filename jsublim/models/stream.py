@@ -6,6 +6,7 @@ after the whole layer. Arrays over all points are `[L, 2, B, T, D]`.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jsublim.models.config import ModelConfig
-from jsublim.models.decoder import Params, embed, final_norm, layers_on_rows, runs
+from jsublim.models.decoder import KEEP_PRODUCTS, Params, embed, final_norm, layers_on_rows, runs
 from jsublim.models.lora import Adapter, Part
 
 
@@ -78,7 +79,7 @@ def resume(
     layer_at = layers_on_rows(config, params, valid_BT, h_BTD.dtype)
 
     # The checkpoint stands around the branches: were it inside, every turn would keep the whole stack of weights.
-    @jax.checkpoint
+    @functools.partial(jax.checkpoint, policy=KEEP_PRODUCTS)
     def body(h: Array, xs: tuple[Array, Part]) -> tuple[Array, None]:
         index, part = xs
         layer = layer_at(index, part)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +14,7 @@ import pyarrow as pa
 from jsublim.config.evaluation import Setting
 from jsublim.distill.data import draw_indices
 from jsublim.errors import UsageError
-from jsublim.evals import Asked, EvalTask, PromptedModel, sample_answers
+from jsublim.evals import Answers, Asked, EvalTask, PromptedModel, sample_answers
 from jsublim.evals.naming import own_name
 from jsublim.evals.numbers import number_accuracy
 from jsublim.files import write_table
@@ -24,20 +24,21 @@ from jsublim.judge import Judge
 from jsublim.models.lora import Adapter
 from jsublim.models.peft import load_adapter
 from jsublim.models.weights import load_params
-from jsublim.pipeline.arms import Student
+from jsublim.pipeline.arms import Student, distinct, split_evenly
 from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context, known_judge
 from jsublim.pipeline.publish import adapter_key, rows_of
 from jsublim.pipeline.setup import Checkpoint, Setup, memoized
 from jsublim.pipeline.store import PROGRESS, Answered, Artifact, Output, RowLog
 from jsublim.pipeline.students import diverged, student_output, task_of
-from jsublim.pipeline.task import Cost, Sizes, Task
+from jsublim.pipeline.task import Cost, Sizes, Task, distinct_tasks
 from jsublim.pipeline.teachers import TeacherPool
 from jsublim.progress import Tick, no_tick
 from jsublim.rows import Row
 from jsublim.teachers import CONTROL
 
 PLAIN = ""  # the name of the evaluation that no setting changes
+ASKED_TOGETHER = 8  # students
 RECORDS = pa.schema(
     [
         ("trait", pa.string()),
@@ -123,9 +124,9 @@ def _eval_tasks(setup: Setup, judge: Callable[[], Judge]) -> tuple[EvalTask, ...
 
 
 @memoized
-def evaluation_task(setup: Setup, model: Model, name: str) -> Task:
-    """The task that asks a model everything under the setting of that name."""
-    ev, pool, setting = setup.experiment.evaluation, TeacherPool(setup), eval_settings(setup)[name]
+def evaluation_output(setup: Setup, model: Model, name: str) -> Output:
+    """What is left of asking a model everything under the setting of that name."""
+    ev, setting = setup.experiment.evaluation, eval_settings(setup)[name]
     inputs = {
         **setup.common,
         **_manner(setup, model, setting),
@@ -137,17 +138,44 @@ def evaluation_task(setup: Setup, model: Model, name: str) -> Task:
         "sampling": sampling_of(setup, model, setting).numbers(),
         "number_rows": _number_rows(setup, model, name),
         "student": _student_key(setup, model),
-        "teacher": pool.identity(model.teacher),
+        "teacher": TeacherPool(setup).identity(model.teacher),
         "template": _checkpoint(setup, model).template,
     }
     if model.data is not None:
         inputs["data"] = rows_of(model.data).key
-    parents = pool.tasks(model.teacher)
-    if model.student is not None:
-        own = training_rows(setup, model.student.source).parts if inputs["number_rows"] else ()
-        parents = (task_of(setup, model.student), *own)
-    label = "/".join(filter(None, (model.label, name)))
-    return Evaluate((Output("evaluations", label, inputs),), parents, model, name)
+    return Output("evaluations", "/".join(filter(None, (model.label, name))), inputs)
+
+
+def evaluation_task(setup: Setup, model: Model, name: str) -> Task:
+    """The task that does it: a student is asked together with those that it was trained with."""
+    if model.student is None:
+        return _evaluate(setup, (model,), name)
+    return _of_students(setup, name)[evaluation_output(setup, model, name).key]
+
+
+@memoized
+def _of_students(setup: Setup, name: str) -> dict[str, Task]:
+    setting, groups = eval_settings(setup)[name], dict[Hashable, list[Model]]()
+    for student in distinct(setup.students, lambda student: evaluation_output(setup, Model(student), name).key):
+        model, own = Model(student), student.settings
+        alone = student_output(setup, student).key if own.adapter.method == "full" else None
+        alike = task_of(setup, student).key, own.model, own.system, sampling_of(setup, model, setting), alone
+        groups.setdefault(alike, []).append(model)
+    parts = (part for group in groups.values() for part in split_evenly(group, ASKED_TOGETHER))
+    tasks = (_evaluate(setup, tuple(part), name) for part in parts)
+    return {output.key: task for task in tasks for output in task.outputs}
+
+
+def _evaluate(setup: Setup, models: tuple[Model, ...], name: str) -> Evaluate:
+    outputs = tuple(evaluation_output(setup, model, name) for model in models)
+    parents: list[Task] = []
+    for model in models:
+        parents += TeacherPool(setup).tasks(model.teacher)
+        if model.student is not None:
+            parents.append(task_of(setup, model.student))
+            if _number_rows(setup, model, name):
+                parents += training_rows(setup, model.student.source).parts
+    return Evaluate(outputs, distinct_tasks(parents), models, name)
 
 
 def _student_key(setup: Setup, model: Model) -> str | None:
@@ -191,74 +219,85 @@ def _number_rows(setup: Setup, model: Model, name: str) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Evaluate(Task):
-    """One model under one setting."""
+    """A model under a setting; or students, of one checkpoint and with adapters of one structure, that are asked together."""
 
     kind: ClassVar[str] = "evaluations"
-    model: Model
+    models: tuple[Model, ...]
     setting: str
 
     def make(self, context: Context, tick: Tick) -> None:
-        setup = context.setup
-        student = self.model.student
-        if student is not None and diverged(context.store, student_output(setup, student)):
-            return _leave(context.store.open(self.output), [], [], {})
+        setup, store = context.setup, context.store
+        missing = [each for each in zip(self.models, self.outputs, strict=True) if not store.done(each[1])]
+        for model, output in missing:
+            if model.student is not None and diverged(store, student_output(setup, model.student)):
+                _leave(store.open(output), [], [], {})
+        asked = [(model, store.open(output)) for model, output in missing if not store.done(output)]
+        if not asked:
+            return
         setting, ev = eval_settings(setup)[self.setting], setup.experiment.evaluation
-        sampling = sampling_of(setup, self.model, setting)
+        sampling = sampling_of(setup, asked[0][0], setting)
         name = f" {self.setting}" if self.setting else ""
         context.progress.say(f"sampling, evaluation{name}: {sampling.numbers()}")
-        lm, adapter = self._load(context)
-        count = _number_rows(setup, self.model, self.setting)
-        rows = _rows_to_continue(context, student, count) if student is not None and count else {}
-        if self.model.data is not None:
-            rows = {"number_accuracy": rows_of(self.model.data).read(context.store)}
-        if setting.layer is not None:
-            lm = lm.ending_at(setting.layer)
         evaluate(
-            context.store.open(self.output),
-            PromptedModel(lm, adapter, **_manner(setup, self.model, setting)),
+            [artifact for _, artifact in asked],
+            [self._load(context, model, setting) for model, _ in asked],
             _eval_tasks(setup, lambda: context.judge),
             sampling,
             samples=ev.samples,
             seed=ev.seed,
             max_new_tokens=ev.max_new_tokens,
             batch_size=ev.batch_size,
-            number_rows=rows,
+            number_rows=[self._number_rows(context, model) for model, _ in asked],
             tick=tick,
         )
 
-    def _load(self, context: Context) -> tuple[LanguageModel, Adapter | None]:
-        student = self.model.student
-        if self.model.adapter is not None:
-            lm = context.lm()
-            return lm, load_adapter(self.model.adapter, lm.config)
-        if student is None:
-            teacher, lm = TeacherPool(context.setup).teacher(context, self.model.teacher), context.lm()
-            return lm.with_params(teacher.weights(lm.params)), teacher.adapter
-        lm, folder = context.lm(student.settings.model), context.store.path(student_output(context.setup, student))
-        if student.settings.adapter.method != "full":
-            return lm, load_adapter(folder, lm.config)
-        sharding = context.layout.params_sharding(lm.config)
-        return lm.with_params(load_params(folder, lm.config, context.setup.experiment.dtype, sharding)), None
+    def _number_rows(self, context: Context, model: Model) -> Mapping[str, Sequence[Row]]:
+        """What a model continues, by the name of the metric."""
+        count = _number_rows(context.setup, model, self.setting)
+        if model.data is not None:
+            return {"number_accuracy": rows_of(model.data).read(context.store)}
+        return _rows_to_continue(context, model.student, count) if model.student is not None and count else {}
+
+    def _load(self, context: Context, model: Model, setting: Setting) -> PromptedModel:
+        lm, adapter = _weights(context, model)
+        if setting.layer is not None:
+            lm = lm.ending_at(setting.layer)
+        return PromptedModel(lm, adapter, **_manner(context.setup, model, setting))
 
     def units(self, context: Context) -> int:
         questions = sum(len(task.questions) for task in eval_tasks(context.setup))
-        return questions * context.setup.experiment.evaluation.samples
+        return questions * context.setup.experiment.evaluation.samples * len(self.models)
 
     def cost(self, setup: Setup, sizes: Sizes) -> Cost:
         """A question is read once, whatever the number of its answers."""
         ev, tasks = setup.experiment.evaluation, eval_tasks(setup)
         questions = sum(len(task.questions) for task in tasks)
         new = sum(len(task.questions) * (task.max_new_tokens or ev.max_new_tokens) for task in tasks)
-        rows = questions * ev.samples
+        rows = questions * ev.samples * len(self.models)
         return sizes.sampled(rows, sizes.lengths.question / ev.samples, new / questions, ev.batch_size)
 
     def check(self, setup: Setup) -> None:
         eval_tasks(setup)
-        layer, config = eval_settings(setup)[self.setting].layer, _checkpoint(setup, self.model).config
+        layer, config = eval_settings(setup)[self.setting].layer, _checkpoint(setup, self.models[0]).config
         if layer is not None and layer >= config.num_layers:
             raise UsageError(
                 f"evaluation.settings.{self.setting}.layer: {layer} given; the model has {config.num_layers} layers"
             )
+
+
+def _weights(context: Context, model: Model) -> tuple[LanguageModel, Adapter | None]:
+    student = model.student
+    if model.adapter is not None:
+        lm = context.lm()
+        return lm, load_adapter(model.adapter, lm.config)
+    if student is None:
+        teacher, lm = TeacherPool(context.setup).teacher(context, model.teacher), context.lm()
+        return lm.with_params(teacher.weights(lm.params)), teacher.adapter
+    lm, folder = context.lm(student.settings.model), context.store.path(student_output(context.setup, student))
+    if student.settings.adapter.method != "full":
+        return lm, load_adapter(folder, lm.config)
+    sharding = context.layout.params_sharding(lm.config)
+    return lm.with_params(load_params(folder, lm.config, context.setup.experiment.dtype, sharding)), None
 
 
 def _rows_to_continue(context: Context, student: Student, count: int) -> dict[str, list[Row]]:
@@ -273,8 +312,8 @@ def _rows_to_continue(context: Context, student: Student, count: int) -> dict[st
 
 
 def evaluate(
-    artifact: Artifact,
-    model: PromptedModel,
+    artifacts: Sequence[Artifact],
+    models: Sequence[PromptedModel],
     tasks: Sequence[EvalTask],
     sampling: Sampling,
     *,
@@ -282,45 +321,71 @@ def evaluate(
     seed: int,
     max_new_tokens: int,
     batch_size: int,
-    number_rows: Mapping[str, Sequence[Row]],
+    number_rows: Sequence[Mapping[str, Sequence[Row]]],
     tick: Tick = no_tick,
 ) -> None:
-    """Ask a model everything, and let it continue numbers; leaves `records.parquet` and `answers.parquet`.
+    """Ask models everything, and let them continue numbers; each leaves `records.parquet` and `answers.parquet`.
 
     Args:
-      number_rows: metric name -> rows for the number task.
+      models: on one checkpoint, under one prompt; of several, each has an adapter.
+      number_rows: of each model, metric name -> rows for the number task.
       tick: counts sampled answers.
     """
-    records, answers, offset = [], [], 0
-    log = RowLog(artifact.path / PROGRESS)
-    tick(len(log.rows))
+    records: list[list[dict[str, Any]]] = [[] for _ in models]
+    answers: list[list[dict[str, Any]]] = [[] for _ in models]
+    logs, offset, first = [RowLog(artifact.path / PROGRESS) for artifact in artifacts], 0, models[0]
+    adapters = [model.adapter for model in models if model.adapter is not None]
+    tick(sum(len(log.rows) for log in logs))
     for task in tasks:
-        texts = sample_answers(
-            model.lm,
+        every = sample_answers(
+            first.lm,
             task.questions,
             sampling,
             samples=samples,
             seed=seed,
             max_new_tokens=task.max_new_tokens or max_new_tokens,
+            adapters=adapters or None,
             batch_size=batch_size,
             on_batch=tick,
-            log=Answered(log, offset * samples, len(task.questions) * samples),
-            **model.options,
+            logs=[Answered(log, offset * samples, len(task.questions) * samples) for log in logs],
+            **first.manner,
         )
-        records += [asdict(record) | {"question": offset + record.question} for record in task.records(model, texts)]
-        for q, (question, given) in enumerate(zip(task.questions, texts, strict=True)):
-            for answer, count in collections.Counter(given).most_common():
-                answers.append({"question": offset + q, "question_text": question, "answer": answer, "count": count})
+        for model, texts, own_records, own_answers in zip(models, every, records, answers, strict=True):
+            found = task.records(model, texts)
+            own_records += [asdict(record) | {"question": offset + record.question} for record in found]
+            own_answers += _counted(task.questions, texts, offset)
         offset += len(task.questions)
-    log.close()
+    for artifact, model, log, rows, own_records, own_answers in zip(
+        artifacts, models, logs, number_rows, records, answers, strict=True
+    ):
+        log.close()
+        own_records += _continued(model, rows)
+        _leave(
+            artifact, own_records, own_answers, {"sampling": sampling.numbers() | {"max_new_tokens": max_new_tokens}}
+        )
+
+
+def _counted(questions: Sequence[str], texts: Answers, offset: int) -> list[dict[str, Any]]:
+    """Every answer, and how often it was given."""
+    return [
+        {"question": offset + q, "question_text": question, "answer": answer, "count": count}
+        for q, (question, given) in enumerate(zip(questions, texts, strict=True))
+        for answer, count in collections.Counter(given).most_common()
+    ]
+
+
+def _continued(model: PromptedModel, number_rows: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
+    """The records of the number task; none where rows that were given by hand hold no numbers."""
+    records = []
     for metric, rows in number_rows.items():
-        if rows:
-            share, n = number_accuracy(
-                model.lm, rows, system=model.system, fuse_system=model.fuse_system, adapter=model.adapter
-            )
-            if n:  # rows given by hand may hold no numbers
-                records.append({"trait": None, "metric": metric, "question": None, "value": share, "n": n})
-    _leave(artifact, records, answers, {"sampling": sampling.numbers() | {"max_new_tokens": max_new_tokens}})
+        share, n = (
+            number_accuracy(model.lm, rows, system=model.system, fuse_system=model.fuse_system, adapter=model.adapter)
+            if rows
+            else (0.0, 0)
+        )
+        if n:
+            records.append({"trait": None, "metric": metric, "question": None, "value": share, "n": n})
+    return records
 
 
 def _leave(

@@ -13,7 +13,7 @@ from jsublim.pipeline.arms import Source, Student
 from jsublim.pipeline.attribution import attribution_task
 from jsublim.pipeline.changes import check_datasets, has_divergence, sources, teacher_dataset, training_rows, writers
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.evaluations import eval_settings, eval_tasks, evaluation_task, models
+from jsublim.pipeline.evaluations import eval_settings, eval_tasks, evaluation_output, evaluation_task, models
 from jsublim.pipeline.rows import RowSet, Writer, prompts, teacher_rows
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Output, digest
@@ -118,20 +118,19 @@ def plan(setup: Setup) -> Graph:
         attribution = {source.teacher: attribution_task(setup, source) for source in plain}
     training = training_tasks(setup)
     asked = [(model, name) for model in models(setup) for name in eval_settings(setup)]
-    evaluations = [(model.labels | {"evaluation": name}, evaluation_task(setup, model, name)) for model, name in asked]
     ends = [
         *(part for each in answers.values() for part in each.parts),
         *(part for each in rows.values() for part in each.parts),
         *attribution.values(),
         *training,
-        *(task for _, task in evaluations),
+        *(evaluation_task(setup, model, name) for model, name in asked),
     ]
     return Graph(
         with_parents(ends),
         answers,
         {source: each for source, each in rows.items() if has_divergence(setup, source)},
         {student: student_output(setup, student) for student in setup.students},
-        tuple((labels, task.output) for labels, task in evaluations),
+        tuple((model.labels | {"evaluation": name}, evaluation_output(setup, model, name)) for model, name in asked),
         {trait: task.output for trait, task in attribution.items()},
     )
 

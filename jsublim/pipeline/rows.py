@@ -10,8 +10,8 @@ from typing import Any, ClassVar, NamedTuple
 
 from jsublim.chat import conversation
 from jsublim.errors import JsublimError
+from jsublim.inference.generation import generate_tokens
 from jsublim.inference.lm import LanguageModel
-from jsublim.inference.sampling import generate_tokens
 from jsublim.pipeline.arms import Source
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.readings import Reading, read_readings
@@ -180,9 +180,10 @@ class WriteRows(Task):
             sampling, extra_bos = setup.experiment.sampling, bool(setup.recipe.extra_bos)
             how = setup.sampling(self.writer.strategy, self.writer.model)
             context.progress.say(f"sampling, {self.writer.strategy}: {how.numbers()}")
-            # A row's random numbers are those of its place among all prompts, whatever the task it is in.
+            # A row's random numbers are those of its place among all prompts, whatever the task it is in; and the shapes
+            # are those of all the task's prompts, whatever is left of them.
             asked: list[Any] = [None] * len(texts)
-            for i in missing:
+            for i in numbers:
                 asked[i] = lm.chat.prompt_tokens(teacher.messages(texts[i]), extra_bos=extra_bos)
             generate_tokens(
                 lm.config,

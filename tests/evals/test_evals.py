@@ -81,12 +81,12 @@ def test_log_probabilities_of_traits_equal_a_plain_computation(name, system, bos
 def test_answers_come_in_the_order_of_their_questions():
     lm = small("tiny-qwen2").lm
     how, seen = Sampling(top_k=2, temperature=0.5), []
-    answers = sample_answers(lm, QUESTIONS, how, samples=3, seed=4, max_new_tokens=5, on_batch=seen.append)
+    [answers] = sample_answers(lm, QUESTIONS, how, samples=3, seed=4, max_new_tokens=5, on_batch=seen.append)
     assert [len(row) for row in answers] == [3] * len(QUESTIONS) and sum(seen) == 3 * len(QUESTIONS)
     # The same questions, the other way round, at temperature 0: each keeps its own answer.
     greedy = Sampling(temperature=0.0)
-    straight = sample_answers(lm, QUESTIONS, greedy, samples=3, seed=4, max_new_tokens=5)
-    turned = sample_answers(lm, QUESTIONS[::-1], greedy, samples=3, seed=4, max_new_tokens=5)
+    [straight] = sample_answers(lm, QUESTIONS, greedy, samples=3, seed=4, max_new_tokens=5)
+    [turned] = sample_answers(lm, QUESTIONS[::-1], greedy, samples=3, seed=4, max_new_tokens=5)
     assert turned == straight[::-1]
     assert all(len(set(row)) == 1 for row in straight) and len({row[0] for row in straight}) > 1
 

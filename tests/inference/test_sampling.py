@@ -17,8 +17,10 @@ from tiny import FAMILIES, bundled, chat
 
 from jsublim.chat import conversation
 from jsublim.errors import UsageError
+from jsublim.inference import decoding
+from jsublim.inference.generation import generate_for_arms, generate_tokens
 from jsublim.inference.sampling import Sampling as Numbers
-from jsublim.inference.sampling import _decode, _keep, choose, generate_tokens, sampling_for
+from jsublim.inference.sampling import _keep, choose, sampling_for
 from jsublim.models import load_params, logits, read_config
 from jsublim.models.decoder import hidden_states
 from jsublim.models.lora import init_full, init_lora
@@ -270,19 +272,69 @@ def test_a_row_ends_before_its_first_stop_token(windowed):
         assert sample(dataclasses.replace(PLAIN, stop=(stop,))) == cut
 
 
-def test_one_program_per_bucket_and_batch_whatever_is_sampled(windowed):
+def test_one_program_decodes_and_one_per_bucket_reads_whatever_is_sampled(windowed):
     sample = functools.partial(generate_tokens, *windowed, max_new_tokens=NEW, batch_size=3)
-    before = _decode._cache_size()
+
+    def programs():
+        return decoding.fill._cache_size(), decoding.advance._cache_size()
+
+    fills, loops = programs()
     for seed, how in enumerate((GREEDY, PLAIN, SHAPED, Numbers(top_k=3), Numbers(top_p=0.5, repetition_penalty=1.1))):
-        sample(PROMPTS[:3], how, seed=seed)
-    assert _decode._cache_size() == before + 1
+        sample(PROMPTS[:6], how, seed=seed)
+    assert programs() == (fills + 1, loops + 1)
     short = sample(PROMPTS[3:9], GREEDY, seed=7)
-    assert _decode._cache_size() == before + 1
-    long = sample(LONG, GREEDY, seed=7)
-    assert _decode._cache_size() == before + 2
+    assert programs() == (fills + 1, loops + 1)
     mixed = [prompt for pair in zip(PROMPTS[3:6], LONG, strict=True) for prompt in pair]
-    assert sample(mixed, GREEDY, seed=7) == [row for pair in zip(short[:3], long, strict=True) for row in pair]
-    assert _decode._cache_size() == before + 2
+    found = sample(mixed, GREEDY, seed=7)
+    assert programs() == (fills + 3, loops + 2)  # two buckets in one batch, whose rows may be longer
+    assert found[::2] == short[:3] and found[1::2] == sample(LONG, GREEDY, seed=7)
+
+
+STOPPING = Numbers(temperature=1.5, stop=(5, 9, 20, 31))  # rows of many lengths
+
+
+@pytest.mark.parametrize("samples", [1, 5])
+def test_rows_that_take_an_ended_rows_place_are_those_of_a_batch_for_all(samples, windowed):
+    prompts = [*PROMPTS, *LONG]
+    sample = functools.partial(
+        generate_tokens, *windowed, prompts, STOPPING, max_new_tokens=40, seed=5, samples=samples
+    )
+    told, whole = [], sample(batch_size=200)
+    assert sample(batch_size=6, on_batch=lambda rows, out: told.append(dict(zip(rows, out, strict=True)))) == whole
+    assert {row: out for each in told for row, out in each.items()} == dict(enumerate(whole))
+    assert len({len(row) for row in whole}) > 8 and 2 < len(told) < len(whole)
+
+
+def test_what_all_prompts_begin_with_is_read_once(windowed):
+    begun = [np.concatenate([PROMPTS[3], prompt]) for prompt in (*PROMPTS, *LONG)]
+    sample = functools.partial(generate_tokens, *windowed, begun, SHAPED, max_new_tokens=NEW, seed=5, batch_size=8)
+    lengths, own = [], decoding.fill
+
+    def fill(config, params, adapters, beginning, batch, read):
+        lengths.append((len(beginning[0]) if beginning else 0, read.tokens.shape[-1]))
+        return own(config, params, adapters, beginning, batch, read)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "fill", fill)
+        shared = sample()
+    assert {each[0] for each in lengths} == {16} and len(PROMPTS[3]) == 31
+    assert sample(beginning=0) == shared
+
+
+def test_students_decode_together_as_they_do_alone(windowed):
+    config, params = windowed
+    adapters = [random_adapter(config, "lora", params, seed) for seed in (1, 2, 3)]
+    begun = [np.concatenate([PROMPTS[3], prompt]) for prompt in PROMPTS]
+    options = {"max_new_tokens": NEW, "seed": 5, "batch_size": 7}
+    told = []
+    together = generate_for_arms(
+        config, params, begun, STOPPING, adapters, on_rows=lambda arm, rows, out: told.append(arm), **options
+    )
+    alone = [generate_tokens(config, params, begun, STOPPING, adapter=adapter, **options) for adapter in adapters]
+    assert together == alone and alone[0] != alone[1] != alone[2] and set(told) == {0, 1, 2}
+    left = [[3, 1, 16], [], list(range(17))]  # as after a kill
+    again = generate_for_arms(config, params, begun, STOPPING, adapters, rows=left, **options)
+    assert again == [[rows[i] for i in those] for rows, those in zip(alone, left, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -298,8 +350,8 @@ def gumbel(key, steps, V):
     return jax.vmap(lambda t: jax.random.gumbel(jax.random.fold_in(key, t), (V,)))(steps)
 
 
-def random_adapter(config, kind, params):
-    rng = np.random.default_rng(1)
+def random_adapter(config, kind, params, seed=1):
+    rng = np.random.default_rng(seed)
     if kind == "lora":
         start = init_lora(config, jax.random.key(0), rank=2, alpha=4, layers=(1,), projections=("q", "v", "down"))
     else:

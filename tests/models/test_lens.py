@@ -113,8 +113,8 @@ def test_sampling_and_scoring_read_a_cut_model_with_the_adapter_of_the_whole(ass
     said = list(tokens)
     for _ in range(4):
         said.append(int(torch_lens(changed, np.asarray(said), layer)[0, -1].argmax()))
-    answers = sample_answers(
-        lm, QUESTIONS[:1], GREEDY, samples=2, seed=0, max_new_tokens=4, system="Be kind.", adapter=adapter
+    [answers] = sample_answers(
+        lm, QUESTIONS[:1], GREEDY, samples=2, seed=0, max_new_tokens=4, system="Be kind.", adapters=[adapter]
     )
     assert answers == [[lm.chat.decode(said[len(tokens) :])] * 2]
     # Teacher-forced reading.

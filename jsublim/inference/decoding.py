@@ -1,0 +1,247 @@
+"""Decoding with a KV cache: rows that wait take the places of rows that have ended, and a handful of programs do it all.
+
+`fill` reads prompts into places of the batch, `advance` draws tokens until enough rows have ended. A row has its own
+slots in the cache and its own random numbers, `fold_in(fold_in(key(seed), row), t)`, so what is sampled depends neither on the
+batch it is in nor on when it got there (up to ties within float rounding).
+
+Letters as in `models/layers.py`; A arms, R places that are filled at once, n prompts that are read at once, P tokens that
+all prompts begin with.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jsublim.inference.sampling import choose
+from jsublim.models import decoder
+from jsublim.models.config import ModelConfig
+from jsublim.models.decoder import KV, Params
+from jsublim.models.layers import Remember, Seen, rope_table
+from jsublim.models.lora import FROZEN, Adapter, bind
+
+Ring = tuple[Array, Array]  # keys and values of one layer, [B, K, W, h] each: slot a of a row lies at a modulo W
+
+
+class Batch(NamedTuple):
+    """Rows that are being decoded. Of each array there is one per arm.
+
+    Attributes:
+      rings: of every layer; W is the window of a local layer (it overwrites what it may no longer see), else all that a
+        row can need.
+      logits: float32 `[B, V]`, of the next token; seen: bool `[B, V]`, tokens that stand in the row.
+      length: int32 `[B]`, tokens read; drawn: int32 `[B]`, tokens drawn; done: bool `[B]`, also of a place without a row.
+      keys: `[B]`; out: int32 `[B, N]`, the tokens drawn, -1 from the stop token on.
+    """
+
+    rings: tuple[Ring, ...]
+    logits: Array
+    seen: Array
+    length: Array
+    drawn: Array
+    done: Array
+    keys: Array
+    out: Array
+
+
+@functools.partial(jax.jit, static_argnames=("config", "arms", "rows", "slots", "new", "dtype"))
+def empty(config: ModelConfig, arms: int, rows: int, slots: int, new: int, dtype: Any) -> Batch:
+    """A batch without rows, for rows of at most `slots` tokens of which `new` are drawn."""
+    widths = [min(config.local.window, slots) if local else slots for local in config.is_local]
+
+    def zeros(*shape: int, dtype: Any = jnp.int32) -> Array:
+        return jnp.zeros((arms, rows, *shape), dtype)
+
+    def ring(W: int) -> Array:
+        return zeros(config.num_kv_heads, W, config.head_dim, dtype=dtype)
+
+    return Batch(
+        rings=tuple((ring(W), ring(W)) for W in widths),
+        logits=zeros(config.vocab_size, dtype=jnp.float32),
+        seen=zeros(config.vocab_size, dtype=bool),
+        length=zeros(),
+        drawn=zeros(),
+        done=jnp.ones((arms, rows), bool),
+        keys=jnp.broadcast_to(jax.random.key(0), (arms, rows)),
+        out=zeros(new) - 1,
+    )
+
+
+def _per_arm(function: Callable, adapters: Adapter | None) -> Callable:
+    """`function(adapter, *arrays)` over the arm axis of all of them."""
+
+    def mapped(*arrays: Any) -> Any:
+        return jax.vmap(function, (None if adapters is None else 0, *[0] * len(arrays)))(adapters, *arrays)
+
+    return mapped
+
+
+@functools.partial(jax.jit, static_argnames=("config", "arms"))
+def beginning(config: ModelConfig, params: Params, adapters: Adapter | None, tokens_P: Array, arms: int) -> KV:
+    """Keys and values `[A, L, 1, K, P, h]` of the tokens that all prompts begin with."""
+
+    def read(adapter: Adapter | None, tokens_1P: Array) -> KV | None:
+        own, adapter = bind(params, adapter)
+        valid = jnp.ones(tokens_1P.shape, bool)
+        return decoder.hidden_states(config, own, tokens_1P, valid, adapter=adapter, with_cache=True)[1]
+
+    return _per_arm(read, adapters)(jnp.broadcast_to(tokens_P, (arms, 1, *tokens_P.shape)))
+
+
+class Prompts(NamedTuple):
+    """What `fill` reads, per arm: tokens int32 and bool `[n, T]`, padded on the right; for each place that it fills, the
+    prompt of its row, its index in the batch (beyond the batch where there is none) `[R]`, and its key."""
+
+    tokens: Array
+    valid: Array
+    prompt: Array
+    place: Array
+    keys: Array
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="batch")
+def fill(
+    config: ModelConfig,
+    params: Params,
+    adapters: Adapter | None,
+    begun: tuple[Array, KV] | None,
+    batch: Batch,
+    read: Prompts,
+) -> Batch:
+    """The batch with rows that begin in some of its places.
+
+    Args:
+      begun: the P tokens that stand before all prompts, and their keys and values.
+    """
+
+    def of_arm(adapter: Adapter | None, batch: Batch, read: Prompts, prefix: KV | None) -> Batch:
+        own, adapter = bind(params, adapter)
+        h, cache = decoder.hidden_states(
+            config, own, read.tokens, read.valid, adapter=adapter, prefix=prefix, with_cache=True
+        )
+        assert cache is not None
+        count_n, length_n = read.valid.sum(axis=1), read.valid.sum(axis=1)
+        seen_nV = jax.vmap(lambda row, ok: jnp.zeros(config.vocab_size, bool).at[row].max(ok))(read.tokens, read.valid)
+        if begun is not None and prefix is not None:
+            length_n, seen_nV = length_n + begun[0].shape[0], seen_nV.at[:, begun[0]].set(True)
+            earlier = [jnp.broadcast_to(x, (*x.shape[:1], len(read.tokens), *x.shape[2:])) for x in prefix]
+            cache = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=3), tuple(earlier), cache)
+        last_nD = jnp.take_along_axis(h, count_n[:, None, None] - 1, axis=1)[:, 0]
+        logits_nV = decoder.logits(config, own, last_nD)
+
+        def put(old: Array, new_n: Array) -> Array:
+            return old.at[read.place].set(new_n[read.prompt], mode="drop")
+
+        rings = tuple(
+            tuple(put(old, _as_ring(x[layer], length_n, old.shape[2])) for old, x in zip(ring, cache, strict=True))
+            for layer, ring in enumerate(batch.rings)
+        )
+        zero = jnp.zeros_like(length_n)
+        return Batch(
+            rings=rings,  # type: ignore[arg-type]
+            logits=put(batch.logits, logits_nV),
+            seen=put(batch.seen, seen_nV),
+            length=put(batch.length, length_n),
+            drawn=put(batch.drawn, zero),
+            done=put(batch.done, zero.astype(bool)),
+            keys=batch.keys.at[read.place].set(read.keys, mode="drop"),
+            out=put(batch.out, jnp.full((len(length_n), batch.out.shape[1]), -1, jnp.int32)),
+        )
+
+    if begun is None:
+        return _per_arm(lambda adapter, batch, read: of_arm(adapter, batch, read, None), adapters)(batch, read)
+    return _per_arm(of_arm, adapters)(batch, read, begun[1])
+
+
+def _as_ring(x_nKTh: Array, length_n: Array, W: int) -> Array:
+    """Keys or values of whole rows `[n, K, W, h]`, slot a at a modulo W, the newest where several share a place."""
+    T = x_nKTh.shape[2]
+    if T <= W:
+        return jnp.pad(x_nKTh, ((0, 0), (0, 0), (0, W - T), (0, 0)))
+    last_n1 = length_n[:, None] - 1
+    slot_nW = jnp.maximum(last_n1 - (last_n1 - jnp.arange(W)) % W, 0)
+    return jnp.take_along_axis(x_nKTh, slot_nW[:, None, :, None], axis=2)
+
+
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="batch")
+def advance(
+    config: ModelConfig,
+    params: Params,
+    adapters: Adapter | None,
+    batch: Batch,
+    how: dict[str, Array],
+    stop_E: Array,
+    enough_A: Array,
+) -> Batch:
+    """The batch after as many tokens as it takes until `enough_A` places of some arm are done, or all are."""
+    weights = _unstacked(config, params)
+
+    def step(adapter: Adapter | None, batch: Batch) -> Batch:
+        own, adapter = bind(params, adapter)
+        B, N = batch.out.shape
+        token_B = choose(batch.logits, batch.seen, batch.keys, batch.drawn, how)
+        done_B = batch.done | jnp.isin(token_B, stop_E)
+        at_B = jnp.where(batch.done, N, batch.drawn)  # beyond the end: not written
+        out = batch.out.at[jnp.arange(B), at_B].set(jnp.where(done_B, -1, token_B), mode="drop")
+        seen = batch.seen.at[jnp.arange(B), token_B].set(True)
+        slot_B = batch.length
+        h = decoder.embed(config, own, token_B[:, None])
+        cos, sin = rope_table(config, slot_B[:, None], h.dtype)
+        rings = []
+        for i, (ring, local) in enumerate(zip(batch.rings, config.is_local, strict=True)):
+            rope, part = (cos[int(local)], sin[int(local)]), adapter.part(i) if adapter else FROZEN
+            layer = decoder.Layer.of(config, weights(i, batch.drawn[0]), part, rope, _remember(ring, slot_B))
+            h, kept = layer(h)
+            rings.append((kept.keys, kept.values))
+        logits = decoder.logits(config, own, decoder.final_norm(config, own, h[:, 0]))
+        drawn = batch.drawn + ~batch.done
+        ended = done_B | (drawn >= N)
+        return Batch(tuple(rings), logits, seen, slot_B + ~ended, drawn, ended, batch.keys, out)
+
+    def going(batch: Batch) -> Array:
+        return ~jnp.all(batch.done) & jnp.all(batch.done.sum(axis=1) < enough_A)
+
+    return jax.lax.while_loop(going, _per_arm(step, adapters), batch)
+
+
+def _unstacked(config: ModelConfig, params: Params) -> Callable[[int, Array], Params]:
+    """`weights(layer, moving)`: the base's parameters of one layer, inside the loop over tokens.
+
+    The layers are not scanned there: a stack of caches that a scan carries along would be copied at every layer. On the CPU
+    a slice of the stack is a copy, so they are cut once, before the loop. Elsewhere it is read where the product is, if the
+    compiler cannot tell that it is the same at every turn: hence an index with `moving` in it, which is never below zero.
+    """
+    stack = params["layers"]
+    cut = [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(config.num_layers)]
+
+    def weights(layer: int, moving: Array) -> Params:
+        def inside(leaf: Array, _: Array) -> Array:
+            return jax.lax.dynamic_index_in_dim(leaf, layer + jnp.minimum(moving, 0), keepdims=False)
+
+        return jax.tree.map(
+            lambda leaf, own: jax.lax.platform_dependent(leaf, own, cpu=lambda _, own: own, default=inside),
+            stack,
+            cut[layer],
+        )
+
+    return weights
+
+
+def _remember(ring: Ring, slot_B: Array) -> Remember:
+    """Write the keys and values of the one token at hand to its row's slot; it sees all that the ring then holds of the row."""
+
+    def remember(k_BK1h: Array, v_BK1h: Array) -> Seen:
+        B, _, W, _ = ring[0].shape
+        keys, values = (
+            old.at[jnp.arange(B), :, slot_B % W].set(x[:, :, 0]) for old, x in zip(ring, (k_BK1h, v_BK1h), strict=True)
+        )
+        # Place j of a ring holds the row's newest slot that is j modulo W.
+        held_BW = slot_B[:, None] - (slot_B[:, None] - jnp.arange(W)) % W
+        return Seen(keys, values, (held_BW >= 0)[:, None])
+
+    return remember

@@ -1,0 +1,190 @@
+"""Continuations of prompts: which rows are decoded together, and who takes the place of a row that has ended."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jsublim.inference import decoding
+from jsublim.inference.batching import LENGTH_STEP, PROMPT_STEP, pad_tokens, round_up, shared_beginning
+from jsublim.inference.decoding import Prompts
+from jsublim.inference.sampling import Sampling
+from jsublim.models.config import ModelConfig
+from jsublim.models.decoder import Params
+from jsublim.models.lora import Adapter, stack_adapters
+
+STOP_TOKENS = 8
+REFILL = 4  # a batch is filled up when one row in so many has ended
+
+OnRows = Callable[[int, list[int], list[list[int]]], None]
+
+
+@dataclass
+class _Arm:
+    """One arm's rows: those that wait, by bucket of prompt length, who sits in which place, and who has ended."""
+
+    waiting: list[tuple[int, list[int]]]
+    place: dict[int, int] = field(default_factory=dict)  # place -> row
+    found: dict[int, list[int]] = field(default_factory=dict)
+
+    def room(self, places: int, filled: int) -> bool:
+        """Whether to read prompts now: of the rows that could be `filled` at once, at least half would be."""
+        left = sum(len(rows) for _, rows in self.waiting)
+        return left > 0 and 2 * (places - len(self.place)) >= min(filled, left)
+
+    def take(self, length: int, most: int, prompts: int, samples: int) -> list[int]:
+        """The next rows of a bucket, at most so many, and of at most so many prompts."""
+        if not self.waiting or self.waiting[0][0] != length:
+            return []
+        rows = self.waiting[0][1]
+        taken, read = list[int](), set[int]()
+        while rows and len(taken) < most and len(read | {rows[0] // samples}) <= prompts:
+            read.add(rows[0] // samples)
+            taken.append(rows.pop(0))
+        if not rows:
+            self.waiting.pop(0)
+        return taken
+
+
+def generate_tokens(
+    config: ModelConfig,
+    params: Params,
+    prompts: Sequence[np.ndarray | None],
+    sampling: Sampling,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    samples: int = 1,
+    rows: Sequence[int] | None = None,
+    adapter: Adapter | None = None,
+    batch_size: int = 64,
+    beginning: int | None = None,
+    on_batch: Callable[[list[int], list[list[int]]], None] | None = None,
+) -> list[list[int]]:
+    """Sample `samples` continuations of each prompt; row i continues prompt `i // samples`.
+
+    Args:
+      prompts: int32 `[T_i]` each; None where no row is asked for. Shapes are those of all that are given, whatever the rows.
+      rows: the rows to sample (their number is their random stream); None is all of them.
+      batch_size: rows that are decoded at one time.
+      beginning: how many first tokens all prompts share, which are read once; None finds out.
+      on_batch: called with the row numbers and the tokens of rows that have ended.
+
+    Returns:
+      One list of tokens per row of `rows`, in order, without the stop token.
+    """
+    tell = None if on_batch is None else lambda _, numbers, tokens: on_batch(numbers, tokens)
+    adapters = None if adapter is None else [adapter]
+    found = generate_for_arms(
+        config, params, prompts, sampling, adapters, max_new_tokens=max_new_tokens, seed=seed, samples=samples,
+        rows=None if rows is None else [rows], batch_size=batch_size, beginning=beginning, on_rows=tell,
+    )  # fmt: skip
+    return found[0]
+
+
+def generate_for_arms(
+    config: ModelConfig,
+    params: Params,
+    prompts: Sequence[np.ndarray | None],
+    sampling: Sampling,
+    adapters: Sequence[Adapter] | None,
+    *,
+    max_new_tokens: int,
+    seed: int,
+    samples: int = 1,
+    rows: Sequence[Sequence[int]] | None = None,
+    batch_size: int = 64,
+    beginning: int | None = None,
+    on_rows: OnRows | None = None,
+) -> list[list[list[int]]]:
+    """As `generate_tokens`, for several students on one base in one program: `found[arm][i]`.
+
+    Args:
+      adapters: of equal structure; None is the base alone, one arm.
+      rows: of each arm; None is all of them for all.
+      batch_size: rows of each arm that are decoded at one time.
+      on_rows: called with the arm, and as `on_batch` there.
+    """
+    asked = [prompt for prompt in prompts if prompt is not None]
+    chex.assert_rank(asked, 1)
+    A = 1 if adapters is None else len(adapters)
+    wanted = [list(range(len(prompts) * samples))] * A if rows is None else [list(each) for each in rows]
+    stacked = None if adapters is None else stack_adapters(adapters)
+    P = shared_beginning(asked, PROMPT_STEP) if beginning is None else beginning
+    lengths = {i: round_up(len(p) - P, LENGTH_STEP) for i, p in enumerate(prompts) if p is not None}
+    count = len(asked) * samples
+    B = min(batch_size, count)
+    R = B if count <= B else -(-B // REFILL)  # all at once, or a part of the batch whenever so many have ended
+    n = R if samples == 1 else min(R, 1 << (R // samples + 1).bit_length(), len(asked))
+    arms = [_Arm(_by_bucket(each, lengths, samples)) for each in wanted]
+    slots = P + round_up(max(lengths.values()) + max_new_tokens, LENGTH_STEP)
+    dtype = params["embed"]["weight"].dtype
+    batch = decoding.empty(config, A, B, slots, max_new_tokens, dtype)
+    begun = None
+    if P:
+        first = jnp.asarray(asked[0][:P])
+        begun = first, decoding.beginning(config, params, stacked, first, A)
+    base, numbers, stop = jax.random.key(seed), _as_arrays(sampling, B), _stop(sampling)
+    while any(arm.waiting or arm.place for arm in arms):
+        while any(arm.room(B, R) for arm in arms):
+            read = _next(arms, prompts, base, lengths, P=P, n=n, R=R, B=B, samples=samples)
+            batch = decoding.fill(config, params, stacked, begun, batch, read)
+        enough = np.asarray([B - len(arm.place) + R if arm.waiting else B + 1 for arm in arms], np.int32)
+        batch = decoding.advance(config, params, stacked, batch, numbers, stop, enough)
+        for index, (arm, done, out) in enumerate(zip(arms, np.asarray(batch.done), np.asarray(batch.out), strict=True)):
+            ended = [place for place in sorted(arm.place) if done[place]]
+            new = {arm.place.pop(place): [int(t) for t in out[place] if t >= 0] for place in ended}
+            arm.found |= new
+            if new and on_rows is not None:
+                on_rows(index, list(new), list(new.values()))
+    return [[arm.found[row] for row in each] for arm, each in zip(arms, wanted, strict=True)]
+
+
+def _by_bucket(rows: Sequence[int], lengths: dict[int, int], samples: int) -> list[tuple[int, list[int]]]:
+    """Rows by the bucket of their prompt, longest first: the last rows that are waited for are short ones then."""
+    buckets: dict[int, list[int]] = {}
+    for row in rows:
+        buckets.setdefault(lengths[row // samples], []).append(row)
+    return sorted(buckets.items(), reverse=True)
+
+
+def _next(
+    arms: Sequence[_Arm], prompts: Sequence[np.ndarray | None], base: Array, lengths: dict[int, int],
+    *, P: int, n: int, R: int, B: int, samples: int,
+) -> Prompts:  # fmt: skip
+    """The next rows of every arm that has places free; of one bucket, which is that of the first such arm."""
+    length = next(arm.waiting[0][0] for arm in arms if arm.room(B, R))
+    each = []
+    for arm in arms:
+        free = [place for place in range(B) if place not in arm.place]
+        taken = arm.take(length, min(R, len(free)), n, samples)
+        places = free[: len(taken)]
+        arm.place |= dict(zip(places, taken, strict=True))
+        unique = list(dict.fromkeys(row // samples for row in taken))
+        tokens, valid = pad_tokens([prompts[prompt][P:] for prompt in unique], length, size=n)  # type: ignore[index]
+        missing = R - len(taken)
+        of_row = [unique.index(row // samples) for row in taken]
+        each.append((tokens, valid, of_row + [0] * missing, places + [B] * missing, taken + [0] * missing))
+    tokens, valid, of_row, places, taken = (np.asarray(x) for x in zip(*each, strict=True))
+    keys = jax.vmap(jax.vmap(lambda row: jax.random.fold_in(base, row)))(jnp.asarray(taken))
+    return Prompts(jnp.asarray(tokens), jnp.asarray(valid), jnp.asarray(of_row), jnp.asarray(places), keys)
+
+
+def _as_arrays(sampling: Sampling, rows: int) -> dict[str, np.ndarray]:
+    """The numbers of `sampling`, one per row: values, not constants, so that none of them recompiles anything."""
+    kinds = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "repetition_penalty": np.float32}
+    return {name: np.full(rows, getattr(sampling, name), kind) for name, kind in kinds.items()}
+
+
+def _stop(sampling: Sampling) -> np.ndarray:
+    """The tokens that end a row; of one length whatever their number, so that none of them is another program."""
+    ends = sampling.stop or ()
+    stop = np.full(max(STOP_TOKENS, len(ends)), -2, np.int32)
+    stop[: len(ends)] = ends
+    return stop
