@@ -21,9 +21,16 @@ def flops(jaxpr: Any, *known: Any) -> int:
     once a turn it makes, and of a branch only the side that is taken.
 
     Args:
-      known: a value an argument, or UNKNOWN.
+      known: a value an argument, or UNKNOWN; those that are left out are.
     """
-    return _run(jaxpr.jaxpr, jaxpr.consts, known)[1]
+    rest = [UNKNOWN] * (len(jaxpr.jaxpr.invars) - len(known))
+    return _run(jaxpr.jaxpr, jaxpr.consts, [*known, *rest])[1]
+
+
+def operations(product: Any) -> int:
+    """Operations of one `dot_general`."""
+    (contracted, _), _ = product.params["dimension_numbers"]
+    return 2 * product.outvars[0].aval.size * math.prod(product.invars[0].aval.shape[i] for i in contracted)
 
 
 def every_equation(jaxpr: Any) -> Iterator[Any]:
@@ -68,9 +75,7 @@ def _equation(eqn: Any, given: list[Any]) -> tuple[list[Any], int]:
     nothing = [UNKNOWN] * len(eqn.outvars)
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
-        (contracted, _), _ = params["dimension_numbers"]
-        inner = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
-        return nothing, 2 * eqn.outvars[0].aval.size * inner
+        return nothing, operations(eqn)
     if name == "scan":
         return _scan(eqn, given)
     if name == "while":

@@ -1,0 +1,94 @@
+"""What decoding, reading and attribution cost, counted in traced programs: products with parameters, and nothing twice."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from engine import CONFIG
+from products import every_equation, flops, operations
+
+from jsublim.attribution import patching
+from jsublim.distill.cost import layer_parameters
+from jsublim.inference import decoding, scoring
+from jsublim.inference.decoding import Prompts
+from jsublim.models.config import Local
+from jsublim.models.decoder import abstract_params
+
+# Wide, so that projections are nearly everything. Shapes only: nothing of this size exists.
+WIDE = dataclasses.replace(
+    CONFIG, hidden_size=1024, intermediate_size=3072, num_layers=6, num_heads=8, num_kv_heads=8, head_dim=128,
+    vocab_size=16381, local=Local(),
+)  # fmt: skip
+PARAMS = abstract_params(WIDE)
+BODY, HEAD = WIDE.num_layers * layer_parameters(WIDE), WIDE.hidden_size * WIDE.vocab_size
+
+
+def ints(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+
+def bools(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.bool_)
+
+
+def empty(rows: int, slots: int = 64):
+    return jax.eval_shape(lambda: decoding.empty(WIDE, 1, rows, slots, 8, "float32"))
+
+
+def prefix(tokens: int, lead: tuple[int, ...] = ()):
+    shape = (*lead, WIDE.num_layers, 1, WIDE.num_kv_heads, tokens, WIDE.head_dim)
+    return (jax.ShapeDtypeStruct(shape, jnp.float32),) * 2
+
+
+@pytest.mark.parametrize("begun", [0, 48])
+def test_a_prompt_is_read_once_and_what_all_begin_with_not_at_all(begun):
+    n, T, R = 2, 32, 6
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (1, R)))
+    read = Prompts(ints(1, n, T), bools(1, n, T), ints(1, R), ints(1, R), keys)
+    earlier = (ints(begun), prefix(begun, (1,))) if begun else None
+    jaxpr = jax.make_jaxpr(lambda p, e, b, r: decoding.fill(WIDE, p, None, e, b, r))(PARAMS, earlier, empty(8), read)
+    assert flops(jaxpr) == pytest.approx(2 * n * T * BODY + 2 * n * HEAD, rel=0.05)
+
+
+def test_a_token_costs_a_product_with_every_weight():
+    B = 8
+    how = {
+        k: np.ones(B, v)
+        for k, v in (("temperature", "f4"), ("top_k", "i4"), ("top_p", "f4"), ("repetition_penalty", "f4"))
+    }
+    jaxpr = jax.make_jaxpr(lambda p, b: decoding.advance(WIDE, p, None, b, how, np.full(8, -2), np.ones(1, int)))(
+        PARAMS, empty(B)
+    )
+    (loop,) = [e for e in every_equation(jaxpr.jaxpr) if e.primitive.name == "while" and "dot_general" in str(e)]
+    products = [e for e in every_equation(loop.params["body_jaxpr"].jaxpr) if e.primitive.name == "dot_general"]
+    assert sum(map(operations, products)) == pytest.approx(2 * B * (BODY + HEAD), rel=0.05)
+    # No scan over layers: it would copy the caches at each of them.
+    scans = [e for e in every_equation(loop.params["body_jaxpr"].jaxpr) if e.primitive.name == "scan"]
+    assert not any("dot_general" in str(scan) for scan in scans)
+
+
+@pytest.mark.parametrize("shared", [0, 40])
+def test_a_conversation_is_read_once_with_logits_at_its_answer_only(shared):
+    B, T, C = 4, 64, 16
+    earlier = prefix(shared) if shared else None
+    jaxpr = jax.make_jaxpr(lambda p, e, *rows: scoring._read(WIDE, p, None, e, *rows, scoring._best))(
+        PARAMS, earlier, ints(B, T), bools(B, T), ints(B, C), ints(B, C)
+    )
+    assert flops(jaxpr) == pytest.approx(2 * B * T * BODY + 2 * B * C * HEAD, rel=0.05)
+
+
+def test_attribution_costs_two_passes_through_what_is_above_a_site_per_step_but_the_first():
+    B, T, steps, L = 2, 32, 10, WIDE.num_layers
+    batch = patching.Batch(ints(B, T), ints(B, T), bools(B, T), ints(B), ints(B, 2))
+    jaxpr = jax.make_jaxpr(lambda p, b: patching._integrated(WIDE, p, None, b, ("residual",), jnp.int32(steps)))(
+        PARAMS, batch
+    )
+    each = layer_parameters(WIDE)
+    above = L * (L - 1) / 2
+    captured = 2 * B * T * 2 * each * 2 * L  # both runs, forwards and back
+    expected = captured + B * T * (steps - 1) * 4 * each * above
+    assert flops(jaxpr) == pytest.approx(expected, rel=0.1)
