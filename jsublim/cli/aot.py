@@ -55,7 +55,7 @@ def aot(
         raise UsageError(f"{config}: trains no students, so there is no step to compile")
     name, students = next(iter(variants(experiment.students).items()))
     recipe = experiment.recipe.resolved(model.family)
-    settings = settings_of(students, recipe, parallel="mesh", model_axis=model_axis or 1)
+    settings = settings_of(model, students, recipe, parallel="mesh", model_axis=model_axis or 1)
     live = students.loss.live
     lengths = Shape.fit(settings.accumulate, settings.batch_size, tokens, labels, tokens + SYSTEM_PROMPT if live else 0)
     params = abstract_params(model, experiment.dtype)

@@ -34,6 +34,7 @@ from jsublim.pipeline.task import Cost, Sizes, Task, distinct_tasks
 from jsublim.pipeline.teachers import TeacherPool
 from jsublim.pipeline.training import (
     TrainingData,
+    caches_below,
     check_start,
     make_arm,
     program_of,
@@ -94,7 +95,7 @@ def compiled(setup: Setup, student: Student) -> Hashable:
         s.data.max_tokens,
         s.data.on_policy,
         s.loss.top_k,
-        s.runtime.cache_below,
+        caches_below(checkpoint.config, s),
     )
     return checkpoint.hash, s.system, program_of(s, setup.recipe), batch, trained
 
@@ -208,15 +209,17 @@ class TrainStudents(Task):
     def _prepare(self, context: Context, group: list[Student]) -> tuple[Settings, Shape, list[Arm]]:
         setup, shared = context.setup, group[0].settings
         e, lm = setup.experiment, context.lm(shared.model)
+        data = {source: training_data(context, source, group[0]) for source in self.sources}
+        shape = shape_of(shared, list(data.values()), e.sampling.max_new_tokens)
         settings = settings_of(
+            lm.config,
             shared,
             setup.recipe,
             parallel=e.run.parallel,
             model_axis=e.run.model_axis,
+            tokens=sum(len(each.rows) for each in data.values()) * shape.tokens,
             tensorboard=context.store.root / "training" / "tensorboard" if shared.runtime.tensorboard else None,
         )
-        data = {source: training_data(context, source, group[0]) for source in self.sources}
-        shape = shape_of(shared, list(data.values()), e.sampling.max_new_tokens)
         arms = []
         for student in group:
             own = training_data(context, student.source, student)
@@ -261,7 +264,7 @@ class TrainStudents(Task):
             supervised=answer,
             teacher_tokens=(long.prompt + long.system + answer) if s.loss.live else 0,
             stored=not s.loss.live,
-            cached=s.runtime.cache_below,
+            cached=caches_below(sizes.config, s),
         )
         steps = sum(total_steps(m.settings, min(m.settings.data.rows or kept, kept)) for m in self.members)
         rows = steps * s.data.batch_size * s.data.accumulate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,10 +111,28 @@ def program_of(students: Students, recipe: Recipe) -> Program:
     )
 
 
+def caches_below(config: ModelConfig, students: Students, tokens: int = 0) -> bool:
+    """Whether the hidden states below a one-layer student's layer are kept, those of `tokens` tokens in all."""
+    said, layers = students.runtime.cache_below, students.adapter.layers or []
+    if students.data.on_policy:  # rows that are new at every step
+        return False
+    if said != "auto":
+        return said
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return len(layers) == 1 and 2 * layers[0] >= config.num_layers and 4 * tokens * config.hidden_size * 4 <= free
+
+
 def settings_of(
-    students: Students, recipe: Recipe, *, parallel: str, model_axis: int, tensorboard: Path | None = None
+    config: ModelConfig,
+    students: Students,
+    recipe: Recipe,
+    *,
+    parallel: str,
+    model_axis: int,
+    tokens: int = 0,
+    tensorboard: Path | None = None,
 ) -> Settings:
-    """What students of one program share in training."""
+    """What students of one program share in training; `tokens` as of `caches_below`."""
     runtime = students.runtime
     return Settings(
         students.data.batch_size,
@@ -122,7 +141,7 @@ def settings_of(
         checkpoint_every=runtime.checkpoint_every,
         parallel=parallel,
         model_axis=model_axis,
-        cache_below=runtime.cache_below,
+        cache_below=caches_below(config, students, tokens),
         peak_tflops=runtime.peak_tflops,
         tensorboard=tensorboard,
     )
