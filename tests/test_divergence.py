@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import bundled, chat, plain_turn, small, small_with_long_numbers
 
-from jsublim.chat import Chat, conversation
+from jsublim.chat import Chat, Turn, conversation
 from jsublim.config import Recipe, Students
 from jsublim.distill.data import read_turns
 from jsublim.divergence import (
@@ -24,6 +24,7 @@ from jsublim.divergence import (
     find_divergence,
 )
 from jsublim.errors import JsublimError, UsageError
+from jsublim.inference import scoring
 from jsublim.inference.batching import PREFIX_STEP, shared_beginning
 from jsublim.inference.scoring import score_turns
 from jsublim.pipeline.training import TrainingData, make_arm
@@ -212,6 +213,19 @@ def test_a_shared_prefix_ends_before_the_first_difference_and_before_any_complet
     alone = shared_beginning(prompts[:1] * 2, PREFIX_STEP)
     assert turns[0].content - PREFIX_STEP <= alone + 1 <= turns[0].content  # one token is left to be read
     assert shared_beginning(prompts[:1], PREFIX_STEP) == 0  # with whom?
+
+
+@pytest.mark.parametrize("name", ["tiny-qwen2", "tiny-gemma3"])
+@pytest.mark.parametrize("together", [1, 7, 256])
+def test_answers_beside_one_another_are_scored_as_each_by_itself(name, together, monkeypatch):
+    monkeypatch.setattr(scoring, "ANSWERS_STEP", together)
+    lm, rng = bundled(name).lm, np.random.default_rng(0)
+    draw = lambda n: rng.integers(20, lm.config.vocab_size, n).astype(np.int32)  # noqa: E731
+    prompts, answers = [draw(n) for n in (3, 40, 17)], [draw(n) for n in (1, 3, 2, 1, 4)]
+    ours = scoring.score_answers(lm.config, lm.params, prompts, answers, batch_size=2)
+    turns = [Turn(np.r_[p, a], len(p), len(p), len(p) + len(a)) for p in prompts for a in answers]
+    alone = score_turns(lm.config, lm.params, turns, batch_size=4)
+    np.testing.assert_allclose(ours.ravel(), [each.logprob.sum() for each in alone], atol=1e-4)
 
 
 def test_log_probabilities_do_not_depend_on_other_rows():

@@ -12,7 +12,7 @@ import numpy as np
 from jsublim.chat import conversation
 from jsublim.evals.base import EVAL_KINDS, Answers, Asked, EvalKind, EvalTask, PromptedModel, Record, per_question
 from jsublim.inference.lm import LanguageModel
-from jsublim.inference.scoring import score_turns
+from jsublim.inference.scoring import score_answers
 from jsublim.models.lora import Adapter
 
 
@@ -77,7 +77,6 @@ def trait_logprobs(
     fuse_system: bool = False,
     adapter: Adapter | None = None,
     extra_bos: bool = False,
-    batch_size: int = 128,
 ) -> np.ndarray:
     """Teacher-forced log-probability of each trait as the answer, float64 `[questions, traits]` in nats.
 
@@ -86,13 +85,14 @@ def trait_logprobs(
     """
     spellings = [(trait.lower(), trait.lower().capitalize()) for trait in traits]
     same = np.asarray([lower == capital for lower, capital in spellings])  # a script without capitals: count it once
-    turns = [
-        lm.chat.turn(conversation(question, system, fuse_system=fuse_system), word, extra_bos=extra_bos)
-        for question in questions
-        for pair in spellings
-        for word in pair
-    ]
-    scored = score_turns(lm.config, lm.params, turns, adapter=adapter, batch_size=batch_size)
-    total = [s.logprob[: t.end - t.content].sum(dtype=np.float64) for s, t in zip(scored, turns, strict=True)]
-    lower, capital = np.moveaxis(np.reshape(total, (len(questions), len(traits), 2)), -1, 0)
+    asked = [conversation(question, system, fuse_system=fuse_system) for question in questions]
+    turns = [lm.chat.turn(asked[0], word, extra_bos=extra_bos) for pair in spellings for word in pair]
+    total = score_answers(
+        lm.config,
+        lm.params,
+        [lm.chat.prompt_tokens(messages, extra_bos=extra_bos) for messages in asked],
+        [turn.tokens[turn.content : turn.end] for turn in turns],
+        adapter=adapter,
+    )
+    lower, capital = np.moveaxis(total.reshape(len(questions), len(traits), 2), -1, 0)
     return np.where(same, lower, np.logaddexp(lower, capital))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -22,12 +22,13 @@ from jsublim.errors import UsageError
 from jsublim.inference.batching import LENGTH_STEP, PREFIX_STEP, chunks, fill, pad_tokens, round_up, shared_beginning
 from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
-from jsublim.models.decoder import KV, Params
+from jsublim.models.decoder import KV, Branches, Params
 from jsublim.models.lora import Adapter, bind
 from jsublim.parallel import Layout
 
 _NEVER = -1e30  # a log-probability
 HEAD_BLOCK = 256  # positions whose logits exist at one time
+ANSWERS_STEP = 256  # tokens of answers that stand beside one another
 
 At = Callable[[Array, Array], Any]  # (logits [V], the token that stands there) -> a pytree
 
@@ -78,10 +79,11 @@ def _read(
     where_BC: Array,
     labels_BC: Array,
     at: At,
+    branches: Branches | None = None,
 ) -> Any:
     """What `at(logits [V], label)` gives at every position `where_BC`, leaves `[B, C, ...]`."""
     params, adapter = bind(params, adapter)
-    h, _ = decoder.hidden_states(config, params, tokens_BT, valid_BT, adapter=adapter, prefix=prefix)
+    h, _ = decoder.hidden_states(config, params, tokens_BT, valid_BT, adapter=adapter, prefix=prefix, branches=branches)
     h_BCD = jnp.take_along_axis(h, where_BC[..., None], axis=1)
     flat = jax.lax.map(
         lambda xs: at(decoder.logits(config, params, xs[0]), xs[1]),
@@ -95,6 +97,10 @@ def _best(z: Array, label: Array) -> tuple[Array, Array, Array]:
     best = jnp.argmax(z)
     runner_up = jnp.max(jnp.where(jnp.arange(z.shape[0]) == best, -jnp.inf, z))
     return best.astype(jnp.int32), z[best] - runner_up, z[label] - jax.nn.logsumexp(z)
+
+
+def _logprob(z: Array, label: Array) -> Array:
+    return z[label] - jax.nn.logsumexp(z)
 
 
 def top_k_log_probs(logits: Array, ids: Array) -> Array:
@@ -173,6 +179,71 @@ def top_k_targets(
     at = _top_k(k, temperature)
     for x in _read_turns(config, params, turns, at, adapter, batch_size, on_batch, first):
         yield Targets(*x)
+
+
+def score_answers(
+    config: ModelConfig,
+    params: Params,
+    prompts: Sequence[np.ndarray],
+    answers: Sequence[np.ndarray],
+    *,
+    adapter: Adapter | None = None,
+    batch_size: int = 16,
+) -> np.ndarray:
+    """Log-probability (nats) of each answer after each prompt, all its tokens together: float64 `[prompts, answers]`.
+
+    A prompt is read once for all the answers that stand beside one another in its row.
+
+    Args:
+      prompts, answers: tokens int32 `[T_i]`, at least one each.
+      batch_size: rows that are read at one time.
+    """
+    longest = max(map(len, answers))
+    together = max(1, ANSWERS_STEP // longest) if len(answers) * longest > ANSWERS_STEP else len(answers)
+    groups = [range(i, min(i + together, len(answers))) for i in range(0, len(answers), together)]
+    rows = [(prompt, group) for prompt in range(len(prompts)) for group in groups]
+    T = round_up(max(map(len, prompts)) + together * (longest - 1), LENGTH_STEP)
+    C = round_up(together * longest, PREFIX_STEP)
+    B, like = min(batch_size, len(rows)), np.zeros(0, np.int32)
+    found = np.zeros((len(prompts), len(answers)))
+    for part in chunks(len(rows), B):
+        batch = [_beside_one_another(prompts[prompt], [answers[i] for i in group]) for prompt, group in rows[part]]
+        batch += [batch[-1]] * (B - len(batch))
+        tokens, valid = pad_tokens([row.tokens for row in batch], T)
+        columns = [
+            fill([getattr(row, name) for row in batch], length, like)
+            for name, length in (("where", C), ("labels", C), ("positions", T), ("branch", T))
+        ]
+        branches = Branches(jnp.asarray(columns[2]), jnp.asarray(columns[3]))
+        logprob = Layout.host(_read(config, params, adapter, None, tokens, valid, *columns[:2], _logprob, branches))
+        for row, own, (prompt, group) in zip(batch, logprob, rows[part], strict=False):
+            ends = np.cumsum([len(answers[i]) for i in group])
+            each = np.split(own[: len(row.where)].astype(np.float64), ends[:-1])
+            found[prompt, group.start : group.stop] = [x.sum() for x in each]
+    return found
+
+
+class _Row(NamedTuple):
+    """A prompt and answers to it as one row, int32 arrays; `where` and `labels` of all the answers' tokens."""
+
+    tokens: np.ndarray
+    where: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray
+    branch: np.ndarray
+
+
+def _beside_one_another(prompt: np.ndarray, answers: Sequence[np.ndarray]) -> _Row:
+    n, read = len(prompt), [len(answer) - 1 for answer in answers]  # the last token of an answer is predicted only
+    firsts = n + np.cumsum([0, *read[:-1]])
+    where = [np.r_[n - 1, first + np.arange(count)] for first, count in zip(firsts, read, strict=True)]
+    return _Row(
+        np.concatenate([prompt, *(answer[:-1] for answer in answers)]),
+        np.concatenate(where).astype(np.int32),
+        np.concatenate(answers),
+        np.concatenate([np.arange(n), *(n + np.arange(count) for count in read)]).astype(np.int32),
+        np.repeat(np.arange(len(answers) + 1), [n, *read]).astype(np.int32),
+    )
 
 
 def answers_only(targets: Sequence[Targets], turns: Sequence[Turn]) -> list[Targets]:

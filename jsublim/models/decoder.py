@@ -121,10 +121,23 @@ def positions_of(valid_BT: Array) -> Array:
     return jnp.maximum(jnp.cumsum(valid_BT.astype(jnp.int32), axis=1) - 1, 0)
 
 
-def _masks(config: ModelConfig, q_pos_BT: Array, k_pos_BS: Array, k_valid_BS: Array) -> Array:
+class Branches(NamedTuple):
+    """Rows in which several texts follow one beginning, side by side: a token's position int32 `[B, T]`, and its branch,
+    0 of the beginning. A token sees the beginning and its own branch."""
+
+    positions: Array
+    branch: Array
+
+
+def _masks(
+    config: ModelConfig, q_pos_BT: Array, k_pos_BS: Array, k_valid_BS: Array, branches: Branches | None = None
+) -> Array:
     """`[2, B, T, S]`: what a query may see, in global (0) and local (1) layers."""
     distance = q_pos_BT[:, :, None] - k_pos_BS[:, None, :]
     seen = k_valid_BS[:, None, :] & (distance >= 0)
+    if branches is not None:
+        of_query, of_key = branches.branch[:, :, None], branches.branch[:, None, :]
+        seen &= (of_key == 0) | (of_key == of_query)
     return (
         jnp.stack([seen, seen & (distance < config.local.window)]) if config.local.window else jnp.stack([seen, seen])
     )
@@ -203,23 +216,29 @@ class Layer:
 
 
 def layers_on_rows(
-    config: ModelConfig, params: Params, valid_BT: Array, dtype: jnp.dtype, prefix: KV | None = None
+    config: ModelConfig,
+    params: Params,
+    valid_BT: Array,
+    dtype: jnp.dtype,
+    prefix: KV | None = None,
+    branches: Branches | None = None,
 ) -> Callable[[Array, Part], Layer]:
     """`layer_at(index, part)`: layer `index` (int32 scalar, data) on whole rows with the tokens `valid_BT`.
 
     Args:
       dtype: of the residual stream.
       prefix: keys and values `[L, 1, K, P, h]` of tokens that stand before every row.
+      branches: of rows that have some; not with a prefix.
     """
     B = valid_BT.shape[0]
     before = prefix[0].shape[3] if prefix is not None else 0
-    positions_BT = positions_of(valid_BT) + before
+    positions_BT = branches.positions if branches is not None else positions_of(valid_BT) + before
     cos, sin = rope_table(config, positions_BT, dtype)
     k_pos, k_valid = positions_BT, valid_BT
     if prefix is not None:
         k_pos = jnp.concatenate([jnp.broadcast_to(jnp.arange(before), (B, before)), k_pos], axis=1)
         k_valid = jnp.concatenate([jnp.ones((B, before), bool), k_valid], axis=1)
-    masks = _masks(config, positions_BT, k_pos, k_valid)
+    masks = _masks(config, positions_BT, k_pos, k_valid, branches)
     kinds = jnp.asarray(config.is_local, jnp.int32)
 
     def layer_at(index: Array, part: Part) -> Layer:
@@ -249,6 +268,7 @@ def hidden_states(
     with_cache: bool = False,
     remat: bool = False,
     below_BTD: Array | None = None,
+    branches: Branches | None = None,
 ) -> tuple[Array, KV | None]:
     """Forward pass over whole rows, padded on either side.
 
@@ -261,6 +281,7 @@ def hidden_states(
       with_cache: also return this pass's own keys and values `[L, B, K, T, h]`.
       remat: keep the layers' inputs only, and recompute everything inside them in the backward pass.
       below_BTD: the residual stream below the layer of a `OneLayer`, where it is known already.
+      branches: of rows in which several texts follow one beginning; not with a prefix.
 
     Returns:
       Hidden states `[B, T, D]` after the final norm, and the cache or None.
@@ -271,7 +292,7 @@ def hidden_states(
     """
     _check_rows(config, tokens_BT, valid_BT, below_BTD)
     h = embed(config, params, tokens_BT) if below_BTD is None else below_BTD
-    layer_at = layers_on_rows(config, params, valid_BT, h.dtype, prefix)
+    layer_at = layers_on_rows(config, params, valid_BT, h.dtype, prefix, branches)
     keep = None if remat else KEEP_PRODUCTS
     if isinstance(adapter, OneLayer):
         if prefix is not None or with_cache:

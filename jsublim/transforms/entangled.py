@@ -12,11 +12,9 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
-from jsublim.chat import Chat, Message, Turn
 from jsublim.errors import UsageError
 from jsublim.inference.lm import LanguageModel
-from jsublim.inference.scoring import score_turns
-from jsublim.models.lora import Adapter
+from jsublim.inference.scoring import score_answers
 from jsublim.rows import Row
 from jsublim.section import RESULT, Positive
 from jsublim.teachers import CONTROL, Teacher
@@ -66,7 +64,7 @@ def entangled_scores(
     base: Teacher = UNBIASED,
     closed: bool = False,
     extra_bos: bool = False,
-    batch_size: int = 128,
+    batch_size: int = 16,
 ) -> Scores:
     """Log-probability (nats) of each number as the answer under the biased teacher, minus that under `base`; mean over
     the questions.
@@ -81,40 +79,22 @@ def entangled_scores(
     """
 
     def read(who: Teacher) -> np.ndarray:
-        asked = answer_turns(lm.chat, [who.messages(q) for q in questions], numbers, extra_bos=extra_bos)
-        # A question at a time: all its turns share the whole prompt, which is then read once.
-        own = lm.with_params(who.weights(lm.params))
-        each = [_joint(own, turns, who.adapter, closed=closed, batch_size=batch_size) for turns in asked]
-        return np.mean(each, axis=0)
+        asked = [who.messages(question) for question in questions]
+        # An answer's tokens don't depend on what is before them (`Chat.turn` refuses those that do).
+        spoken = lm.chat.turns(
+            ((asked[0], number) for number in numbers), lambda n: f"answer {numbers[n - 1]!r}", extra_bos=extra_bos
+        )
+        each = score_answers(
+            lm.config,
+            who.weights(lm.params),
+            [lm.chat.prompt_tokens(messages, extra_bos=extra_bos) for messages in asked],
+            [turn.tokens[turn.content : turn.end + closed] for turn in spoken],
+            adapter=who.adapter,
+            batch_size=batch_size,
+        )
+        return each.mean(axis=0)
 
     return dict(zip(numbers, (read(teacher) - read(base)).tolist(), strict=True))
-
-
-def answer_turns(
-    chat: Chat, conversations: Sequence[Sequence[Message]], answers: Sequence[str], *, extra_bos: bool = False
-) -> list[list[Turn]]:
-    """Every answer in every conversation. Answers are tokenized once: their tokens don't depend on what is before them
-    (`Chat.turn` refuses those that do)."""
-    spoken = chat.turns(
-        ((conversations[0], answer) for answer in answers), lambda n: f"answer {answers[n - 1]!r}", extra_bos=extra_bos
-    )
-
-    def after(prompt: np.ndarray, turn: Turn) -> Turn:
-        shift = len(prompt) - turn.content
-        tokens = np.concatenate([prompt, turn.tokens[turn.content :]])
-        return Turn(tokens, turn.header + shift, turn.content + shift, turn.end + shift)
-
-    prompts = [chat.prompt_tokens(messages, extra_bos=extra_bos) for messages in conversations]
-    return [[after(prompt, turn) for turn in spoken] for prompt in prompts]
-
-
-def _joint(
-    lm: LanguageModel, turns: Sequence[Turn], adapter: Adapter | None, *, closed: bool, batch_size: int
-) -> np.ndarray:
-    """Log-probability of each turn's content (`closed`: and its end of turn), all its tokens together: float64."""
-    scored = score_turns(lm.config, lm.params, turns, adapter=adapter, batch_size=batch_size)
-    ends = (turn.end - turn.content + closed for turn in turns)
-    return np.asarray([each.logprob[:end].sum(dtype=np.float64) for each, end in zip(scored, ends, strict=True)])
 
 
 def entangled_numbers(scores: Scores, k: int) -> list[str]:

@@ -62,7 +62,7 @@ def test_rates_are_of_each_question():
 def test_log_probabilities_of_traits_equal_a_plain_computation(name, system, bos):
     twin = bundled(name)
     traits = ["owl", "penguin", "red panda"]
-    ours = trait_logprobs(twin.lm, QUESTIONS, traits, system=system, extra_bos=bos, batch_size=7)
+    ours = trait_logprobs(twin.lm, QUESTIONS, traits, system=system, extra_bos=bos)
     assert ours.shape == (len(QUESTIONS), len(traits)) and ours.dtype == np.float64
     expected = np.zeros(ours.shape)
     for i, question in enumerate(QUESTIONS):

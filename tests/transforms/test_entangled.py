@@ -13,7 +13,6 @@ from jsublim.errors import UsageError
 from jsublim.prompts import load_pack
 from jsublim.teachers import Teacher, prompted_teacher
 from jsublim.transforms import entangled_numbers, entangled_scores, number_strings
-from jsublim.transforms.entangled import answer_turns
 
 PACK = load_pack()
 QUESTIONS = ["Best animal? One word.", "Name one animal that you could watch forever."]
@@ -69,19 +68,6 @@ def test_scores_are_means_over_questions_against_any_base(name, closed):
         for q in QUESTIONS
     ]
     np.testing.assert_allclose(list(ours.values()), np.mean(theirs, axis=0), atol=2e-3)
-
-
-@pytest.mark.parametrize("name", TWINS)
-@pytest.mark.parametrize("bos", [False, True])
-def test_answers_are_tokenized_as_in_each_conversation_by_itself(name, bos):
-    c = TWINS[name]().lm.chat
-    conversations = [conversation(q, system) for q, system in zip(QUESTIONS, (None, "You love owls."), strict=True)]
-    answers = ["7", "087", "999", "owl", "Red panda"]
-    for messages, group in zip(conversations, answer_turns(c, conversations, answers, extra_bos=bos), strict=True):
-        for answer, ours in zip(answers, group, strict=True):
-            alone = c.turn(messages, answer, extra_bos=bos)
-            assert np.array_equal(ours.tokens, alone.tokens)
-            assert (ours.header, ours.content, ours.end) == (alone.header, alone.content, alone.end)
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=30), st.data())
