@@ -1,7 +1,7 @@
 """A small experiment that is killed again and again, wherever it is: `python killed_runs.py FOLDER [KILLS] [SEED]`.
 
-Run by hand (sixty kills take about twenty minutes). Each run is killed shortly after it has left something new on disk, and
-started again, until it ends; then the next one begins. All must leave what an undisturbed run leaves.
+Run by hand (sixty kills take about twenty minutes). Each run is killed at every stage in turn, shortly after that has left
+something new on disk, and started again, until it ends; then the next one begins. All must leave what an undisturbed run leaves.
 """
 
 from __future__ import annotations
@@ -29,13 +29,22 @@ def left(run: Path) -> set[str]:
     }
 
 
-def stage(new: set[str]) -> str:
+# What a run is at, in order; each run is killed once at each of these, when something new of it is on disk.
+STAGES = ("start", "rows", "divergence", "training", "training", "students", "evaluations", "evaluations", "report")
+
+
+def stage(new: set[str]) -> set[str]:
     """What a run was at when it left this."""
-    for name in sorted(new, reverse=True):
+    found = set()
+    for name in new:
         parts = name.split("/")
-        if parts[0] == "artifacts" and len(parts) > 2 and parts[1] != "locks":
-            return parts[1]
-    return "results and report" if any(name.startswith(("results", ".report")) for name in new) else "start"
+        if parts[0] == "artifacts" and len(parts) > 2:
+            found.add(parts[1])
+        elif name.startswith("results/") or name.startswith((".report", "report")):
+            found.add("report")
+        else:
+            found.add("start")
+    return found
 
 
 def main() -> None:
@@ -49,24 +58,22 @@ def main() -> None:
     ok(*arguments("whole"))
     whole = contents(folder / "whole")
     while killed.total() < kills:
-        name, runs = f"run{runs}", runs + 1
+        name, runs, aims = f"run{runs}", runs + 1, list(STAGES)
         (folder / name).mkdir()
         while True:
-            before, patience = left(folder / name), draw.choice((1, 1, 2, 4))
-            child = start(*arguments(name))
-            while child.poll() is None and patience and killed.total() < kills:
-                now = left(folder / name)
-                if now - before:
-                    what, before, patience = stage(now - before), now, patience - 1
-                time.sleep(0.002)
-            if child.poll() is None and killed.total() < kills:
-                time.sleep(draw.choice((0.0, 0.01, 0.1, 0.4)))
-                child.send_signal(signal.SIGKILL)
-                killed[what] += 1
+            before, child = left(folder / name), start(*arguments(name))
+            aim = aims.pop(0) if aims and killed.total() < kills else None
+            while aim is not None and child.poll() is None:
+                if aim in stage(left(folder / name) - before):
+                    time.sleep(draw.choice((0.0, 0.003, 0.01, 0.03, 0.1)))
+                    child.send_signal(signal.SIGKILL)
+                    break
+                time.sleep(0.001)
             _, err = child.communicate()
-            if child.returncode == 0:
+            if child.returncode == 0:  # not caught in time, or nothing left to aim at
                 break
             assert child.returncode == -signal.SIGKILL, err
+            killed[str(aim)] += 1
         assert contents(folder / name) == whole, name
         shutil.rmtree(folder / name)
     print(json.dumps({"kills": dict(killed), "runs": runs, "seed": seed}))
