@@ -67,7 +67,7 @@ def aot(
     print(
         f"{title}, {rows.accumulate} x {rows.batch_size} rows (+ {rows.spare} empty) of {tokens} tokens, {labels} supervised"
     )
-    print("\n".join(f"{key:<15}{value}" for key, value in lines(report)))
+    print("\n".join(f"{key:<17}{value}" for key, value in lines(report)))
 
 
 def architecture(model: str, shape: Path | None) -> Path:
