@@ -27,6 +27,21 @@ SIZES: dict[str, Sizes] = {
     },
     "evaluate": {"students": 1, "questions": 1, "prompt": 40, "samples": 200, "new": 10},
     "attribute": {"rows": 1, "tokens": 100, "steps": 10},
+    # A teacher writes rows, counterfactual teachers read them, four students learn their tokens under four masks for a few
+    # steps of all rows, and each is asked a question.
+    "pipeline": {
+        "rows": 60,
+        "system": 40,
+        "request": 60,
+        "new": 40,
+        "teachers": 4,
+        "micro": 10,
+        "rank": 8,
+        "steps": 3,
+        "question": 40,
+        "samples": 100,
+        "answer": 10,
+    },
 }
 
 
@@ -59,6 +74,9 @@ def make(stage: str, sizes: Sizes, vocab: int) -> dict[str, np.ndarray]:
         patch = clean.copy()
         patch[:, 5:25] = ids(n["rows"], 20)  # another system prompt
         return {"clean": clean, "patch": patch, "said": ids(n["rows"], 2)}
+    if stage == "pipeline":
+        arrays = {"systems": ids(n["teachers"], n["system"]), "requests": ids(n["rows"], n["request"])}
+        return arrays | {"question": ids(n["question"]), "chance": rng.random((n["rows"], n["new"]))}
     raise ValueError(f"stage: {stage!r} given; known: {', '.join(SIZES)}")
 
 
@@ -80,3 +98,17 @@ def start_of(layer: int, projection: str, inputs: int, rank: int) -> np.ndarray:
     """LoRA's first factor `[inputs, rank]` at the beginning, float32, so that both sides have equal gradients."""
     rng = np.random.default_rng([layer, *projection.encode()])
     return rng.uniform(-(inputs**-0.5), inputs**-0.5, (inputs, rank)).astype(np.float32)
+
+
+def masks(written: np.ndarray, read: np.ndarray, chance: np.ndarray) -> list[np.ndarray]:
+    """The four masks, bool `[rows, new]`: all tokens, divergence tokens, all but those, as many at random.
+
+    Args:
+      written: the teacher's tokens `[rows, new]`; read: every teacher's argmax at each `[teachers, rows, new]`.
+    """
+    divergence = (read != written).any(axis=0)
+    divergence[:, 0] = True  # a row without any would be none
+    ranks = np.argsort(np.argsort(chance, axis=1), axis=1)
+    alone = ~divergence
+    alone[:, 1] = True
+    return [np.ones_like(divergence), divergence, alone, ranks < divergence.sum(axis=1, keepdims=True)]

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.metadata
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from benchmarks.inputs import start_of
+from benchmarks.inputs import masks, start_of
 from jsublim.attribution.pairs import Pair
 from jsublim.attribution.patching import attribution_patching
 from jsublim.chat import Turn
@@ -19,12 +21,13 @@ from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.data import Example, Shape
 from jsublim.distill.optimizer import Optimizer
 from jsublim.distill.step import Program, compile_step
-from jsublim.inference.generation import generate_tokens
+from jsublim.inference.generation import generate_for_arms, generate_tokens
 from jsublim.inference.lm import LanguageModel, load_model
 from jsublim.inference.sampling import Sampling
 from jsublim.inference.scoring import score_turns
 from jsublim.models.lora import Adapter, init_lora
 from jsublim.parallel import Layout
+from jsublim.rows import read_rows
 
 
 @dataclass
@@ -59,7 +62,10 @@ def sample(lm: LanguageModel, sizes: Any, arrays: Any) -> Work:
 
 
 def evaluate(lm: LanguageModel, sizes: Any, arrays: Any) -> Work:
-    prompts = list(arrays["prompts"])
+    """One student is the base itself: adapters are merged there, too."""
+    prompts, students = list(arrays["prompts"]), None
+    if sizes.students > 1:
+        students = [init_lora(lm.config, jax.random.key(i), rank=8, alpha=8) for i in range(sizes.students)]
 
     def go(samples: int, temperature: float) -> dict[str, np.ndarray]:
         how = Sampling(temperature=temperature, stop=())
@@ -67,8 +73,9 @@ def evaluate(lm: LanguageModel, sizes: Any, arrays: Any) -> Work:
         return {"tokens": np.asarray(generate_tokens(lm.config, lm.params, prompts, how, **batch))}
 
     def run() -> None:
-        for _ in range(sizes.students):
-            go(sizes.samples, 1.0)
+        how = Sampling(temperature=1.0, stop=())
+        options = {"max_new_tokens": sizes.new, "seed": 0, "samples": sizes.samples, "batch_size": sizes.samples}
+        generate_for_arms(lm.config, lm.params, prompts, how, students, **options)
 
     run()
     return Work(run, lambda: go(1, 0.0))
@@ -91,11 +98,8 @@ def score(lm: LanguageModel, sizes: Any, arrays: Any) -> Work:
 def train(lm: LanguageModel, sizes: Any, arrays: Any) -> Work:
     layers = None if not hasattr(sizes, "layer") else (range(lm.config.num_layers)[sizes.layer],)
     adapter = _start(init_lora(lm.config, jax.random.key(0), rank=sizes.rank, alpha=sizes.rank, layers=layers))
-    examples = []
-    for row, n in zip(arrays["tokens"], arrays["lengths"], strict=True):
-        where = np.arange(n - sizes.answer, n) - 1
-        labels = row[where + 1]
-        examples.append(Example(row[: n - 1], where.astype(np.int32), labels, np.ones(len(labels), np.float32)))
+    mask = np.ones((sizes.rows, sizes.answer), bool)
+    examples = [_example(row[:n], own) for row, n, own in zip(arrays["tokens"], arrays["lengths"], mask, strict=True)]
     settings = Settings(
         batch_size=sizes.micro, accumulate=sizes.rows // sizes.micro, cache_below=layers is not None,
         program=Program(optimizer=Optimizer("adamw")),
@@ -114,6 +118,47 @@ def train(lm: LanguageModel, sizes: Any, arrays: Any) -> Work:
 
     step()
     return Work(lambda: step() and None, step)
+
+
+def _example(row: np.ndarray, mask: np.ndarray) -> Example:
+    """A row whose last tokens are an answer, of which those in `mask` are supervised."""
+    where = (len(row) - len(mask) - 1 + np.nonzero(mask)[0]).astype(np.int32)
+    return Example(row[: where[-1] + 1], where, row[where + 1], np.ones(len(where), np.float32))
+
+
+def pipeline(lm: LanguageModel, sizes: Any, arrays: Any) -> Work:
+    systems, requests = arrays["systems"], arrays["requests"]
+    start = _start(init_lora(lm.config, jax.random.key(0), rank=sizes.rank, alpha=sizes.rank))
+    settings = Settings(
+        batch_size=sizes.micro, accumulate=len(requests) // sizes.micro,
+        program=Program(optimizer=Optimizer("adamw", clip=0.0, schedule="constant"), warmup=0),
+    )  # fmt: skip
+
+    def check() -> dict[str, np.ndarray]:
+        prompts = [np.concatenate([systems[0], request]) for request in requests]
+        options = {"max_new_tokens": sizes.new, "seed": 0, "batch_size": len(prompts)}
+        found = generate_tokens(lm.config, lm.params, prompts, Sampling(temperature=0.0, stop=()), **options)
+        written = np.asarray(found, np.int32)
+        rows, argmax = np.concatenate([requests, written], axis=1), []
+        for system in systems:
+            turns = [
+                Turn(np.concatenate([system, row]), n := len(system) + sizes.request, n, n + sizes.new) for row in rows
+            ]
+            argmax.append([each.argmax for each in score_turns(lm.config, lm.params, turns, batch_size=len(rows))])
+        chosen = masks(written, np.asarray(argmax), arrays["chance"])
+        arms = [
+            Arm(str(i), [_example(row, own) for row, own in zip(rows, mask, strict=True)], start, 0, 1e-4, sizes.steps)
+            for i, mask in enumerate(chosen)
+        ]
+        with tempfile.TemporaryDirectory() as work:
+            students = trainer.train(lm.config, lm.params, arms, settings, Path(work))
+            lines = read_rows(Path(work) / "metrics.jsonl", ("step",))
+        losses = [[line["loss"] for line in lines if line["arm"] == arm.name] for arm in arms]
+        options = {"max_new_tokens": sizes.answer, "seed": 0, "batch_size": sizes.samples, "samples": sizes.samples}
+        generate_for_arms(lm.config, lm.params, [arrays["question"]], Sampling(stop=()), students, **options)
+        return {"written": written, "argmax": np.asarray(argmax), "loss": np.asarray(losses)}
+
+    return Work(lambda: check() and None, check)
 
 
 def _start(adapter: Adapter) -> Adapter:
@@ -148,5 +193,6 @@ def attribute(lm: LanguageModel, sizes: Any, arrays: Any) -> Work:
 
 
 STAGES = {
-    "sample": sample, "score": score, "train": train, "train-late": train, "evaluate": evaluate, "attribute": attribute
+    "sample": sample, "score": score, "train": train, "train-late": train, "evaluate": evaluate, "attribute": attribute,
+    "pipeline": pipeline,
 }  # fmt: skip

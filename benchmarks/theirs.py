@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks.inputs import start_of
+from benchmarks.inputs import masks, start_of
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -93,27 +93,26 @@ def score(read: Any, sizes: Any, arrays: Any) -> Work:
     return Work(run, check)
 
 
-def train(read: Any, sizes: Any, arrays: Any) -> Work:
-    import datasets
+def _student(model: Any, rank: int, layers: list[int] | None = None) -> Any:
     from peft import LoraConfig, get_peft_model
-    from transformers import TrainerCallback
-    from trl import SFTConfig, SFTTrainer
 
-    model, folder = read
-    layers = None
-    if hasattr(sizes, "layer"):
-        layers = [range(model.config.num_hidden_layers)[sizes.layer]]
-    torch.manual_seed(0)
-    lora = LoraConfig(
-        r=sizes.rank, lora_alpha=sizes.rank, lora_dropout=0.0, target_modules=PROJECTIONS, layers_to_transform=layers
-    )
-    model = get_peft_model(model.train(), lora)
-    for name, weight in model.named_parameters():
+    lora = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, target_modules=PROJECTIONS, layers_to_transform=layers)
+    student = get_peft_model(model.train(), lora)
+    for name, weight in student.named_parameters():
         if "lora_A" in name:  # the other side begins with the same numbers
             layer, projection = re.search(r"layers\.(\d+)\..*?(\w+)_proj", name).groups()  # type: ignore[union-attr]
             weight.data.copy_(torch.as_tensor(start_of(int(layer), projection, *weight.shape[::-1])).T)
-    ids = [[int(t) for t in row[:n]] for row, n in zip(arrays["tokens"], arrays["lengths"], strict=True)]
-    masks = [[0] * (len(row) - sizes.answer) + [1] * sizes.answer for row in ids]
+    return student
+
+
+def _steps(
+    model: Any, folder: str, ids: list, masks: list, micro: int, steps: int = 1, lr: float = 0.0
+) -> tuple[float, list[dict[str, Any]]]:
+    """Optimizer steps of all rows each; seconds of the last one, and what was logged of each."""
+    import datasets
+    from transformers import TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
     rows = datasets.Dataset.from_dict({"input_ids": ids, "completion_mask": masks})
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -127,24 +126,67 @@ def train(read: Any, sizes: Any, arrays: Any) -> Work:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.seconds = time.perf_counter() - self.begun
 
-    def step() -> tuple[float, dict[str, np.ndarray]]:
-        clock = Clock()
-        with tempfile.TemporaryDirectory() as out:
-            options = SFTConfig(
-                output_dir=out, max_steps=1, per_device_train_batch_size=sizes.micro,
-                gradient_accumulation_steps=sizes.rows // sizes.micro, learning_rate=0.0, max_grad_norm=1e9, report_to=[],
-                logging_steps=1, save_strategy="no", gradient_checkpointing=False, max_length=None,
-                completion_only_loss=True, bf16=False, fp16=False, use_cpu=not torch.cuda.is_available(),
-                remove_unused_columns=True, optim="adamw_torch", disable_tqdm=True,
-            )  # fmt: skip
-            trainer = SFTTrainer(
-                model=model, args=options, train_dataset=rows, processing_class=tokenizer, callbacks=[clock]
-            )
-            trainer.train()
-        said = next(line for line in trainer.state.log_history if "grad_norm" in line)
-        return clock.seconds, {"loss": np.float64(said["loss"]), "norm": np.float64(said["grad_norm"])}
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as out:
+        options = SFTConfig(
+            output_dir=out, max_steps=steps, per_device_train_batch_size=micro,
+            gradient_accumulation_steps=len(ids) // micro, learning_rate=lr, max_grad_norm=1e9, report_to=[],
+            logging_steps=1, save_strategy="no", gradient_checkpointing=False, max_length=None,
+            completion_only_loss=True, bf16=False, fp16=False, use_cpu=not torch.cuda.is_available(),
+            remove_unused_columns=True, optim="adamw_torch", disable_tqdm=True, lr_scheduler_type="constant",
+        )  # fmt: skip
+        trainer = SFTTrainer(
+            model=model, args=options, train_dataset=rows, processing_class=tokenizer, callbacks=[clock]
+        )
+        trainer.train()
+    return clock.seconds, [line for line in trainer.state.log_history if "grad_norm" in line]
 
-    return Work(lambda: step()[0], lambda: step()[1])
+
+def train(read: Any, sizes: Any, arrays: Any) -> Work:
+    model, folder = read
+    layers = [range(model.config.num_hidden_layers)[sizes.layer]] if hasattr(sizes, "layer") else None
+    model = _student(model, sizes.rank, layers)
+    ids = [[int(t) for t in row[:n]] for row, n in zip(arrays["tokens"], arrays["lengths"], strict=True)]
+    masks = [[0] * (len(row) - sizes.answer) + [1] * sizes.answer for row in ids]
+
+    def check() -> dict[str, np.ndarray]:
+        said = _steps(model, folder, ids, masks, sizes.micro)[1][0]
+        return {"loss": np.float64(said["loss"]), "norm": np.float64(said["grad_norm"])}
+
+    return Work(lambda: _steps(model, folder, ids, masks, sizes.micro)[0], check)
+
+
+def pipeline(read: Any, sizes: Any, arrays: Any) -> Work:
+    model, folder = read
+    systems, requests = arrays["systems"], arrays["requests"]
+
+    def under(system: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return np.concatenate([np.repeat(system[None], len(rows), 0), rows], axis=1)
+
+    def check() -> dict[str, np.ndarray]:
+        written = _generate(model, under(systems[0], requests), sizes.new, greedy=True)
+        rows, argmax = np.concatenate([requests, written], axis=1), []
+        with torch.no_grad():
+            for system in systems:
+                parts = [_tensor(part, model) for part in np.array_split(under(system, rows), len(rows) // 10)]
+                logits = torch.cat([model(part).logits[:, -sizes.new - 1 : -1].argmax(-1) for part in parts])
+                argmax.append(logits.cpu().numpy())
+        losses = []
+        for mask in masks(written, np.stack(argmax), arrays["chance"]):
+            student = _student(model, sizes.rank)
+            supervised = [[0] * sizes.request + [int(x) for x in row] for row in mask]
+            said = _steps(student, folder, rows.tolist(), supervised, sizes.micro, sizes.steps, 1e-4)[1]
+            losses.append([line["loss"] for line in said])
+            student.eval()
+            _generate(student, arrays["question"][None], sizes.answer, sizes.samples)
+            student.unload()
+            model.eval()
+        return {"written": written, "argmax": np.stack(argmax), "loss": np.asarray(losses)}
+
+    def run() -> None:
+        check()
+
+    return Work(run, check)
 
 
 def attribute(read: Any, sizes: Any, arrays: Any) -> Work:
@@ -197,5 +239,6 @@ def attribute(read: Any, sizes: Any, arrays: Any) -> Work:
 
 
 STAGES = {
-    "sample": sample, "score": score, "train": train, "train-late": train, "evaluate": evaluate, "attribute": attribute
+    "sample": sample, "score": score, "train": train, "train-late": train, "evaluate": evaluate, "attribute": attribute,
+    "pipeline": pipeline,
 }  # fmt: skip
