@@ -39,7 +39,8 @@ TIMED = {
 
 def contents(run: Path) -> dict[str, bytes]:
     files = (path for path in sorted(run.rglob("*")) if path.is_file() and path.name not in TIMED)
-    files = (path for path in files if path.parent != run or path.suffix != ".partial")  # of a process that was killed
+    # What a killed process had begun to write goes with the artifact it belongs to; beside results it may stay.
+    files = (path for path in files if path.suffix != ".partial" or "artifacts" in path.parts)
     found = {str(path.relative_to(run)): path.read_bytes() for path in files}
     return {
         name: data for name, data in found.items() if not name.startswith(("artifacts/training", "artifacts/locks"))
