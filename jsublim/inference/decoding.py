@@ -4,8 +4,8 @@
 slots in the cache and its own random numbers, `fold_in(fold_in(key(seed), row), t)`, so what is sampled depends neither on the
 batch it is in nor on when it got there (up to ties within float rounding).
 
-Letters as in `models/layers.py`; A arms, R places that are filled at once, n prompts that are read at once, P tokens that
-all prompts begin with.
+Letters as in `models/layers.py`; A arms, N tokens that a row may draw, n prompts that are read at once, P tokens that all
+prompts begin with.
 """
 
 from __future__ import annotations
@@ -94,13 +94,12 @@ def beginning(config: ModelConfig, params: Params, adapters: Adapter | None, tok
 
 
 class Prompts(NamedTuple):
-    """What `fill` reads, per arm: tokens int32 and bool `[n, T]`, padded on the right; for each place that it fills, the
-    prompt of its row, its index in the batch (beyond the batch where there is none) `[R]`, and its key."""
+    """What `fill` reads, per arm: tokens int32 and bool `[n, T]`, padded on the right; and for each place of the batch
+    `[B]` the prompt of the row that begins there, -1 if none does, and its key."""
 
     tokens: Array
     valid: Array
     prompt: Array
-    place: Array
     keys: Array
 
 
@@ -135,7 +134,9 @@ def fill(
         logits_nV = decoder.logits(config, own, last_nD)
 
         def put(old: Array, new_n: Array) -> Array:
-            return old.at[read.place].set(new_n[read.prompt], mode="drop")
+            # Not written place by place: a CPU does that element by element.
+            begins = (read.prompt >= 0).reshape(-1, *[1] * (old.ndim - 1))
+            return jnp.where(begins, new_n[jnp.maximum(read.prompt, 0)], old)
 
         rings = tuple(
             tuple(put(old, _as_ring(x[layer], length_n, old.shape[2])) for old, x in zip(ring, cache, strict=True))
@@ -149,7 +150,7 @@ def fill(
             length=put(batch.length, length_n),
             drawn=put(batch.drawn, zero),
             done=put(batch.done, zero.astype(bool)),
-            keys=batch.keys.at[read.place].set(read.keys, mode="drop"),
+            keys=jnp.where(read.prompt >= 0, read.keys, batch.keys),
             out=put(batch.out, jnp.full((len(length_n), batch.out.shape[1]), -1, jnp.int32)),
         )
 

@@ -164,16 +164,17 @@ def _next(
     for arm in arms:
         free = [place for place in range(B) if place not in arm.place]
         taken = arm.take(length, min(R, len(free)), n, samples)
-        places = free[: len(taken)]
-        arm.place |= dict(zip(places, taken, strict=True))
+        begins = dict(zip(free, taken, strict=False))
+        arm.place |= begins
         unique = list(dict.fromkeys(row // samples for row in taken))
         tokens, valid = pad_tokens([prompts[prompt][P:] for prompt in unique], length, size=n)  # type: ignore[index]
-        missing = R - len(taken)
-        of_row = [unique.index(row // samples) for row in taken]
-        each.append((tokens, valid, of_row + [0] * missing, places + [B] * missing, taken + [0] * missing))
-    tokens, valid, of_row, places, taken = (np.asarray(x) for x in zip(*each, strict=True))
-    keys = jax.vmap(jax.vmap(lambda row: jax.random.fold_in(base, row)))(jnp.asarray(taken))
-    return Prompts(jnp.asarray(tokens), jnp.asarray(valid), jnp.asarray(of_row), jnp.asarray(places), keys)
+        of_place = [unique.index(begins[place] // samples) if place in begins else -1 for place in range(B)]
+        each.append((tokens, valid, of_place, [begins.get(place, 0) for place in range(B)]))
+    tokens, valid, of_place, rows = (jnp.asarray(np.asarray(x)) for x in zip(*each, strict=True))
+    return Prompts(tokens, valid, of_place.astype(jnp.int32), _keys(base, rows))
+
+
+_keys = jax.jit(jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0)))
 
 
 def _as_arrays(sampling: Sampling, rows: int) -> dict[str, np.ndarray]:

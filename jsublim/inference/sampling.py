@@ -102,14 +102,11 @@ def _keep(scores_BV: Array, top_k_B: Array, top_p_B: Array) -> Array:
 def _best(scores_BV: Array, k: int) -> Array:
     """The k highest scores, descending: they lie in the k blocks of the vocabulary that have the highest maxima, so only
     those are sorted."""
-    B, V = scores_BV.shape
-    blocks = -(-V // BLOCK)
-    if blocks <= k:
+    blocks = _blocks(scores_BV, -jnp.inf)
+    if blocks.shape[1] <= k:
         return jax.lax.top_k(scores_BV, k)[0]
-    padded = jnp.pad(scores_BV, ((0, 0), (0, blocks * BLOCK - V)), constant_values=-jnp.inf)
-    cut = padded.reshape(B, blocks, BLOCK)
-    among = jax.lax.top_k(cut.max(axis=-1), k)[1]
-    return jax.lax.top_k(jnp.take_along_axis(cut, among[..., None], axis=1).reshape(B, -1), k)[0]
+    among = jax.lax.top_k(blocks.max(axis=-1), k)[1]
+    return jax.lax.top_k(jnp.take_along_axis(blocks, among[..., None], axis=1).reshape(len(scores_BV), -1), k)[0]
 
 
 def _threshold(best_Bn: Array, top_k_B: Array, top_p_B: Array, V: int) -> Array:
@@ -149,7 +146,7 @@ def _nucleus(scores_BV: Array, top_p_B: Array) -> Array:
 
 
 def choose(logits_BV: Array, seen_BV: Array, keys_B: Array, t: Array, how: dict[str, Array]) -> Array:
-    """The next token of each row, int32 `[B]`: penalty, temperature, top-k, top-p, then Gumbel noise.
+    """The next token of each row, int32 `[B]`: penalty, temperature, top-k, top-p, then a draw.
 
     Args:
       t: how many tokens a row has drawn before, int32 `[B]` or one for all.
@@ -159,12 +156,41 @@ def choose(logits_BV: Array, seen_BV: Array, keys_B: Array, t: Array, how: dict[
     logits_BV = jnp.where(seen_BV, penalised, logits_BV)
     greedy = how["temperature"] == 0
 
-    def noise(key: Array, t: Array) -> Array:
-        return jax.random.gumbel(jax.random.fold_in(key, t), logits_BV.shape[1:])
-
     def sample() -> Array:
         scores = _keep(logits_BV / jnp.where(greedy, 1.0, how["temperature"])[:, None], how["top_k"], how["top_p"])
-        drawn = scores + jax.vmap(noise)(keys_B, jnp.broadcast_to(t, keys_B.shape))
-        return jnp.where(greedy, jnp.argmax(logits_BV, axis=-1), jnp.argmax(drawn, axis=-1))
+        u_B2 = jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t), (2,)))(
+            keys_B, jnp.broadcast_to(t, keys_B.shape)
+        )
+        return jnp.where(greedy, argmax(logits_BV), draw(scores, u_B2))
 
-    return jax.lax.cond(jnp.all(greedy), lambda: jnp.argmax(logits_BV, axis=-1), sample).astype(jnp.int32)
+    return jax.lax.cond(jnp.all(greedy), lambda: argmax(logits_BV), sample).astype(jnp.int32)
+
+
+def draw(scores_BV: Array, u_B2: Array) -> Array:
+    """A token of each row with the probabilities `softmax(scores)`, by two uniform numbers in [0, 1): the first chooses a
+    block of the vocabulary, the second a token in it. (Gumbel noise would take a random number for every token.)"""
+    p_BnK = _blocks(jnp.exp(scores_BV - scores_BV.max(axis=-1, keepdims=True)), 0.0)
+
+    def first_above(weights: Array, u_B: Array) -> Array:
+        """The index of the weight in which the share `u` of their sum lies; never one that is zero."""
+        sums = jnp.cumsum(weights, axis=-1)
+        total = sums[:, -1]
+        return jnp.sum(sums <= jnp.minimum(u_B * total, total * (1 - 2.0**-22))[:, None], axis=-1)
+
+    block_B = first_above(p_BnK.sum(axis=-1), u_B2[:, 0])
+    own_BK = jnp.take_along_axis(p_BnK, block_B[:, None, None], axis=1)[:, 0]
+    return block_B * BLOCK + first_above(own_BK, u_B2[:, 1])
+
+
+def argmax(z: Array) -> Array:
+    """`jnp.argmax` over the last axis, the first of equals; in two steps, which a CPU does twenty times faster."""
+    blocks = _blocks(z, -jnp.inf)
+    block = jnp.argmax(blocks.max(axis=-1), axis=-1)
+    own = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    return block * BLOCK + jnp.argmax(own, axis=-1)
+
+
+def _blocks(x: Array, filling: float) -> Array:
+    """`[..., V]` as `[..., blocks, BLOCK]`."""
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -x.shape[-1] % BLOCK)], constant_values=filling)
+    return x.reshape(*x.shape[:-1], -1, BLOCK)

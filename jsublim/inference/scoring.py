@@ -20,6 +20,7 @@ from jax import Array
 from jsublim.chat import Turn
 from jsublim.errors import UsageError
 from jsublim.inference.batching import LENGTH_STEP, PREFIX_STEP, chunks, fill, pad_tokens, round_up, shared_beginning
+from jsublim.inference.sampling import argmax
 from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import KV, Branches, Params
@@ -94,7 +95,7 @@ def _read(
 
 
 def _best(z: Array, label: Array) -> tuple[Array, Array, Array]:
-    best = jnp.argmax(z)
+    best = argmax(z)
     runner_up = jnp.max(jnp.where(jnp.arange(z.shape[0]) == best, -jnp.inf, z))
     return best.astype(jnp.int32), z[best] - runner_up, z[label] - jax.nn.logsumexp(z)
 

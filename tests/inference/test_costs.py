@@ -46,11 +46,11 @@ def prefix(tokens: int, lead: tuple[int, ...] = ()):
 
 @pytest.mark.parametrize("begun", [0, 48])
 def test_a_prompt_is_read_once_and_what_all_begin_with_not_at_all(begun):
-    n, T, R = 2, 32, 6
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (1, R)))
-    read = Prompts(ints(1, n, T), bools(1, n, T), ints(1, R), ints(1, R), keys)
+    n, T, B = 2, 32, 8
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (1, B)))
+    read = Prompts(ints(1, n, T), bools(1, n, T), ints(1, B), keys)
     earlier = (ints(begun), prefix(begun, (1,))) if begun else None
-    jaxpr = jax.make_jaxpr(lambda p, e, b, r: decoding.fill(WIDE, p, None, e, b, r))(PARAMS, earlier, empty(8), read)
+    jaxpr = jax.make_jaxpr(lambda p, e, b, r: decoding.fill(WIDE, p, None, e, b, r))(PARAMS, earlier, empty(B), read)
     assert flops(jaxpr) == pytest.approx(2 * n * T * BODY + 2 * n * HEAD, rel=0.05)
 
 
