@@ -122,17 +122,33 @@ def exponents(results: list[dict[str, Any]], size: str) -> dict[str, float]:
     return {s: math.log(last[s]["median_s"] / first[s]["median_s"]) / span for s in sides}
 
 
-def show(results: list[dict[str, Any]], console: Console) -> None:
-    table = Table("stage", "sizes", "theirs s", "ours s", "ratio", "GiB theirs", "GiB ours", "equal")
-    for each in results:
-        ours, theirs = each["ours"], each.get("theirs")
-        sizes = " ".join(f"{k}={v}" for k, v in each["sizes"].items())
-        ratio = f"{each['ratio']:.2f}" if each.get("ratio") else "-"
-        agree = " ".join(f"{k} {v:.3g}" for k, v in each.get("equal", {}).items() if k != "same")
-        right = [f"{theirs['median_s']:.2f}", f"{theirs['peak_gib']:.2f}"] if theirs else ["-", "-"]
-        table.add_row(
-            each["stage"], sizes, right[0], f"{ours['median_s']:.2f}", ratio, right[1], f"{ours['peak_gib']:.2f}", agree
-        )
+COLUMNS = ("stage", "sizes", "theirs s", "ours s", "ratio", "theirs GiB", "ours GiB", "equal")
+
+
+def cells(result: dict[str, Any]) -> tuple[str, ...]:
+    """One comparison as a line of the table."""
+    ours, theirs = result["ours"], result.get("theirs")
+    agree = ", ".join(f"{k} {v:.3g}" for k, v in result.get("equal", {}).items() if k != "same")
+    return (
+        result["stage"],
+        " ".join(f"{k}={v}" for k, v in result["sizes"].items()),
+        f"{theirs['median_s']:.2f}" if theirs else "-",
+        f"{ours['median_s']:.2f}",
+        f"{result['ratio']:.2f}" if result.get("ratio") else "-",
+        f"{theirs['peak_gib']:.2f}" if theirs else "-",
+        f"{ours['peak_gib']:.2f}",
+        agree or "-",
+    )
+
+
+def show(results: list[dict[str, Any]], console: Console, markdown: bool) -> None:
+    if markdown:
+        lines = [COLUMNS, ("---",) * len(COLUMNS), *map(cells, results)]
+        print("\n".join(f"| {' | '.join(line)} |" for line in lines))
+        return
+    table = Table(*COLUMNS)
+    for result in results:
+        table.add_row(*cells(result))
     console.print(table)
 
 
@@ -147,6 +163,7 @@ def main(
     their_python: Annotated[str, typer.Option(help="The interpreter that has the other libraries.")] = sys.executable,
     alone: Annotated[bool, typer.Option("--alone", help="Ours only.")] = False,
     out: Annotated[Path | None, typer.Option(help="Write the figures here, as JSON.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print the table as Markdown.")] = False,
 ) -> None:
     """Time both sides on the same work."""
     console, results = Console(), []
@@ -161,7 +178,7 @@ def main(
                 raise typer.BadParameter(f"{', '.join(unknown)}: sizes of {each} are {', '.join(SIZES[each])}")
             options = {"dtype": dtype, "repeat": repeat, "threads": threads, "python": their_python, "alone": alone}
             run.append(measure(each, model, sizes, **options))
-        show(run, console)
+        show(run, console, markdown)
         if len(run) > 1:
             growth = exponents(run, over)
             console.print(

@@ -51,7 +51,8 @@ def _generate(model: Any, prompts: np.ndarray, new: int, samples: int = 1, greed
     with torch.no_grad():
         out = model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
-            num_return_sequences=samples, pad_token_id=0, eos_token_id=None, **how,
+            num_return_sequences=samples, pad_token_id=0, eos_token_id=None, repetition_penalty=1.0,
+            **how,
         )  # fmt: skip
     return out[:, ids.shape[1] :].cpu().numpy()
 
@@ -168,7 +169,7 @@ def pipeline(read: Any, sizes: Any, arrays: Any) -> Work:
         rows, argmax = np.concatenate([requests, written], axis=1), []
         with torch.no_grad():
             for system in systems:
-                parts = [_tensor(part, model) for part in np.array_split(under(system, rows), len(rows) // 10)]
+                parts = [_tensor(part, model) for part in np.array_split(under(system, rows), max(1, len(rows) // 10))]
                 logits = torch.cat([model(part).logits[:, -sizes.new - 1 : -1].argmax(-1) for part in parts])
                 argmax.append(logits.cpu().numpy())
         losses = []

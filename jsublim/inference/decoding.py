@@ -128,8 +128,6 @@ def fill(
         seen_nV = jax.vmap(lambda row, ok: jnp.zeros(config.vocab_size, bool).at[row].max(ok))(read.tokens, read.valid)
         if begun is not None and prefix is not None:
             length_n, seen_nV = length_n + begun[0].shape[0], seen_nV.at[:, begun[0]].set(True)
-            earlier = [jnp.broadcast_to(x, (*x.shape[:1], len(read.tokens), *x.shape[2:])) for x in prefix]
-            cache = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=3), tuple(earlier), cache)
         last_nD = jnp.take_along_axis(h, count_n[:, None, None] - 1, axis=1)[:, 0]
         logits_nV = decoder.logits(config, own, last_nD)
 
@@ -138,13 +136,17 @@ def fill(
             begins = (read.prompt >= 0).reshape(-1, *[1] * (old.ndim - 1))
             return jnp.where(begins, new_n[jnp.maximum(read.prompt, 0)], old)
 
-        rings = tuple(
-            tuple(put(old, _as_ring(x[layer], length_n, old.shape[2])) for old, x in zip(ring, cache, strict=True))
-            for layer, ring in enumerate(batch.rings)
-        )
+        def ring(layer: int, which: int) -> Array:
+            """The keys (0) or values (1) of one layer."""
+            own, old = cache[which][layer], batch.rings[layer][which]
+            if prefix is not None:
+                earlier = jnp.broadcast_to(prefix[which][layer], (*own.shape[:2], *prefix[which].shape[3:]))
+                own = jnp.concatenate([earlier, own], axis=2)
+            return put(old, _as_ring(own, length_n, old.shape[2]))
+
         zero = jnp.zeros_like(length_n)
         return Batch(
-            rings=rings,  # type: ignore[arg-type]
+            rings=tuple((ring(layer, 0), ring(layer, 1)) for layer in range(config.num_layers)),
             logits=put(batch.logits, logits_nV),
             seen=put(batch.seen, seen_nV),
             length=put(batch.length, length_n),

@@ -13,6 +13,7 @@ from peft_by_hand import by_hand, load, peft_model
 
 from jsublim.models import hidden_states, logits
 from jsublim.models.decoder import abstract_params
+from jsublim.models.layers import low_rank
 from jsublim.models.lora import PROJECTIONS, init_full, init_lora
 from jsublim.models.weights import tensor_plan
 
@@ -164,3 +165,21 @@ def test_lora_computes_no_gradient_of_a_frozen_kernel(cost):
     full = cost(3, (0, 1, 2), init_full) - cost(2, (0, 1), init_full)
     # Beside forward and backward, attention's own two products are done again (a tenth of a layer at this size).
     assert 2 * layer < lora < 2.6 * layer < 2.9 * layer < full <= 3.2 * layer
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+def test_the_derivative_that_is_written_out_is_that_of_the_product(dtype, close):
+    keys = jax.random.split(jax.random.key(0), 4)
+    x, g = (jax.random.normal(key, (2, 5, n)).astype(dtype) for key, n in ((keys[0], 24), (keys[1], 40)))
+    a, b = jax.random.normal(keys[2], (24, 3)), jax.random.normal(keys[3], (3, 40))
+    scale = jnp.float32(0.7)
+
+    def plain(x, a, b):
+        return scale * (x.astype(jnp.float32) @ a) @ b
+
+    ours, back = jax.vjp(lambda *each: low_rank(*each, scale), x, a, b)
+    theirs, expected = jax.vjp(plain, x, a, b)
+    assert ours.dtype == dtype and [each.dtype for each in back(g)] == [dtype, jnp.float32, jnp.float32]
+    for one, other in zip((ours, *back(g)), (theirs, *expected(g.astype(jnp.float32))), strict=True):
+        scale_of = float(jnp.abs(other).max())
+        np.testing.assert_allclose(one.astype(jnp.float32) / scale_of, other.astype(jnp.float32) / scale_of, atol=close)
