@@ -115,6 +115,8 @@ def generate_for_arms(
     chex.assert_rank(asked, 1)
     A = 1 if adapters is None else len(adapters)
     wanted = [list(range(len(prompts) * samples))] * A if rows is None else [list(each) for each in rows]
+    if not any(wanted):  # no weights are needed either
+        return [[] for _ in wanted]
     stacked = None if adapters is None else stack_adapters(adapters)
     P = shared_beginning(asked, PROMPT_STEP) if beginning is None else beginning
     lengths = {i: round_up(len(p) - P, LENGTH_STEP) for i, p in enumerate(prompts) if p is not None}
