@@ -9,10 +9,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from command import MODEL, ROOT
+from packaging.requirements import Requirement
 
 from jsublim.chat import conversation
 from jsublim.errors import JsublimError
@@ -143,3 +145,13 @@ def test_the_package_has_no_way_to_run_what_it_reads(path):
             allowed = {keyword.arg for keyword in node.keywords}
             assert not allowed & {"allow_pickle", "shell"}, ast.unparse(node)
             assert not any(k.arg == "trust_remote_code" and ast.unparse(k.value) != "False" for k in node.keywords)
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_what_is_locked_is_what_the_package_asks_for(python):
+    lines = (ROOT / "locks" / f"python{python}.txt").read_text(encoding="utf-8").splitlines()
+    locked = dict(line.split("==") for line in lines)
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    for requirement in map(Requirement, asked):
+        if requirement.marker is None or requirement.marker.evaluate({"python_version": python}):
+            assert requirement.specifier.contains(locked[requirement.name.lower().replace("_", "-")]), requirement
