@@ -81,7 +81,11 @@ class Section(BaseModel):
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         """`rows: yes` is a slip; pydantic would read 1."""
         expected = _types_in(cls.model_fields[str(info.field_name)].annotation)
-        if not expected & {bool, Any} and any(type(each) is bool for each in (value, *_items(value))):
+        if (
+            expected & {int, float}
+            and not expected & {bool, Any}
+            and any(type(each) is bool for each in (value, *_items(value)))
+        ):
             raise ValueError("true and false are no numbers")
         return value
 

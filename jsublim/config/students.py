@@ -165,8 +165,7 @@ class StudentRuntime(Section):
     arms_per_program: Annotated[Positive | Literal["auto"], HOW] = 16  # "auto": as many as the device's memory holds
     checkpoint_every: Annotated[Positive, HOW] = 100  # steps
     remat: Annotated[bool, PROGRAM] = False  # recompute layers in the backward pass
-    # Of one-layer students: keep the hidden states below the layer in host memory. "auto": from the middle layer on, where
-    # they take no more than a quarter of what is free
+    # Of one-layer students: keep the hidden states below the layer in host memory. "auto": from the middle layer on, up to 4 GiB
     cache_below: Annotated[bool | Literal["auto"], PROGRAM] = "auto"
     peak_tflops: Annotated[float | None, Field(gt=0), HOW] = None  # of one device
     tensorboard: Annotated[bool, HOW] = False

@@ -90,13 +90,15 @@ def train(
                     log.catch_up()
                     # `pmap` leaves every process with arrays of its own; only arrays of all processes can be saved.
                     whole = layout.place(state, layout.state_sharding(state))
-                    saved.save(step + 1, args=ocp.args.StandardSave(_as_tree(whole)))
+                    with naming(work / "state"):
+                        saved.save(step + 1, args=ocp.args.StandardSave(_as_tree(whole)))
                 if on_step is not None:
                     on_step(step + 1)
                 if leaving and step + 1 < last:
                     saved.wait_until_finished()
                     raise Preempted(f"{work}: stopped by SIGTERM after step {step}; the same command continues there")
-        saved.wait_until_finished()
+        with naming(work / "state"):
+            saved.wait_until_finished()
     return unstack_arms(layout.host(state.adapter), [arm.adapter for arm in arms])
 
 
@@ -185,7 +187,7 @@ def _states(folder: Path) -> Iterator[ocp.CheckpointManager]:
     """
     options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
     try:
-        with naming(folder), ocp.CheckpointManager(folder.resolve(), options=options) as saved:
+        with ocp.CheckpointManager(folder.resolve(), options=options) as saved:
             yield saved
     except (ValueError, RuntimeError) as error:
         reason = re.search(r"([^:\n]+) \[os_error_code", str(error))

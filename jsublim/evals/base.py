@@ -121,10 +121,10 @@ def sample_answers(
     extra_bos: bool = False,
     batch_size: int = 256,
     on_batch: Callable[[int], None] | None = None,
-    logs: Sequence[AnswerLog | None] = (None,),
+    logs: Sequence[AnswerLog | None] | None = None,
 ) -> list[list[list[str]]]:
-    """`samples` answers to each question, of each adapter (or of the base alone). A question's prompt is read once, whatever the
-    number of samples.
+    """`samples` answers to each question, of each adapter (or of the base alone). A question's prompt is read once for as many
+    samples as begin together.
 
     Args:
       adapters, batch_size, on_batch, logs: as `LanguageModel.answers`.

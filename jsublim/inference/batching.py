@@ -43,30 +43,29 @@ def shared_beginning(rows: Sequence[np.ndarray], step: int) -> int:
     return length // step * step if len(rows) > 1 else 0
 
 
-def fill(values: Sequence[np.ndarray | None], length: int, like: np.ndarray, *, left: bool = False) -> np.ndarray:
+def fill(values: Sequence[np.ndarray | None], length: int, like: np.ndarray) -> np.ndarray:
     """Arrays `[n_i, ...]` as one `[rows, length, ...]` with the dtype and the further axes of `like`.
 
-    What an array does not reach is zero, on the right or (`left`) on the left of it; so is the whole row of a None.
+    What an array does not reach is zero, and so is the whole row of a None.
     """
     out = np.zeros((len(values), length, *like.shape[1:]), like.dtype)
     for row, value in zip(out, values, strict=True):
         if value is not None and len(value):
-            row[-len(value) if left else 0 :][: len(value)] = value
+            row[: len(value)] = value
     return out
 
 
 def pad_tokens(
-    rows: Sequence[np.ndarray | None], length: int, *, size: int | None = None, left: bool = False
+    rows: Sequence[np.ndarray | None], length: int, *, size: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token rows `[n_i]` as int32 `[size, length]`, and which of those are tokens, bool.
 
     Args:
       size: rows of the arrays, where there may be more than are given; None is as many.
-      left: pad on the left.
 
     A row that is absent (None, or one added to make up `size`) has one token: attention needs something to look at.
     """
     rows = [*rows, *[None] * ((size or len(rows)) - len(rows))]
-    tokens = fill(rows, length, np.zeros(0, np.int32), left=left)
-    valid = fill([np.ones(1 if row is None else len(row), bool) for row in rows], length, np.zeros(0, bool), left=left)
+    tokens = fill(rows, length, np.zeros(0, np.int32))
+    valid = fill([np.ones(1 if row is None else len(row), bool) for row in rows], length, np.zeros(0, bool))
     return tokens, valid

@@ -184,7 +184,7 @@ def advance(
     """The batch after as many tokens as it takes until `enough_A` places of some arm are done, or all are."""
     weights = _unstacked(config, params)
 
-    def step(adapter: Adapter | None, batch: Batch) -> Batch:
+    def step(moving: Array, adapter: Adapter | None, batch: Batch) -> Batch:
         own, adapter = bind(params, adapter)
         B, N = batch.out.shape
         token_B = choose(batch.logits, batch.seen, batch.keys, batch.drawn, how)
@@ -198,7 +198,7 @@ def advance(
         rings = []
         for i, (ring, local) in enumerate(zip(batch.rings, config.is_local, strict=True)):
             rope, part = (cos[int(local)], sin[int(local)]), adapter.part(i) if adapter else FROZEN
-            layer = decoder.Layer.of(config, weights(i, batch.drawn[0]), part, rope, _remember(ring, slot_B))
+            layer = decoder.Layer.of(config, weights(i, moving), part, rope, _remember(ring, slot_B))
             h, kept = layer(h)
             rings.append((kept.keys, kept.values))
         logits = decoder.logits(config, own, decoder.final_norm(config, own, h[:, 0]))
@@ -209,7 +209,11 @@ def advance(
     def going(batch: Batch) -> Array:
         return ~jnp.all(batch.done) & jnp.all(batch.done.sum(axis=1) < enough_A)
 
-    return jax.lax.while_loop(going, _per_arm(step, adapters), batch)
+    def turn(batch: Batch) -> Batch:
+        # Outside of what is mapped over arms: an index of each arm's own would give each arm a copy of the weights.
+        return _per_arm(functools.partial(step, batch.drawn[0, 0]), adapters)(batch)
+
+    return jax.lax.while_loop(going, turn, batch)
 
 
 def _unstacked(config: ModelConfig, params: Params) -> Callable[[int, Array], Params]:

@@ -12,7 +12,14 @@ import numpy as np
 from jax import Array
 
 from jsublim.inference import decoding
-from jsublim.inference.batching import LENGTH_STEP, PROMPT_STEP, pad_tokens, round_up, shared_beginning
+from jsublim.inference.batching import (
+    LENGTH_STEP,
+    PROMPT_STEP,
+    by_length,
+    pad_tokens,
+    round_up,
+    shared_beginning,
+)
 from jsublim.inference.decoding import Prompts
 from jsublim.inference.sampling import Sampling
 from jsublim.models.config import ModelConfig
@@ -123,6 +130,8 @@ def generate_for_arms(
     count = len(asked) * samples
     B = min(batch_size, count)
     R = B if count <= B else -(-B // REFILL)  # all at once, or a part of the batch whenever so many have ended
+    if samples > 1:  # a prompt is read again for each part of its samples: as few parts as can be
+        R = max(R, min(B, samples))
     n = R if samples == 1 else min(R, 1 << (R // samples + 1).bit_length(), len(asked))
     arms = [_Arm(_by_bucket(each, lengths, samples)) for each in wanted]
     slots = P + round_up(max(lengths.values()) + max_new_tokens, LENGTH_STEP)
@@ -150,10 +159,8 @@ def generate_for_arms(
 
 def _by_bucket(rows: Sequence[int], lengths: dict[int, int], samples: int) -> list[tuple[int, list[int]]]:
     """Rows by the bucket of their prompt, longest first: the last rows that are waited for are short ones then."""
-    buckets: dict[int, list[int]] = {}
-    for row in rows:
-        buckets.setdefault(lengths[row // samples], []).append(row)
-    return sorted(buckets.items(), reverse=True)
+    buckets = by_length([lengths[row // samples] for row in rows])
+    return [(length, [rows[i] for i in members]) for length, members in reversed(buckets)]
 
 
 def _next(

@@ -148,17 +148,18 @@ class LanguageModel:
         adapters: Sequence[Adapter] | None = None,
         batch_size: int = 64,
         on_batch: Callable[[int], None] | None = None,
-        logs: Sequence[AnswerLog | None] = (None,),
+        logs: Sequence[AnswerLog | None] | None = None,
     ) -> list[list[str]]:
         """`samples` answers to each prompt, one prompt's after another's; for each of the adapters.
 
         Args:
           prompts: tokens, int32 `[T_i]` each.
           adapters: of equal structure, decoded together; None is the base alone.
-          batch_size: answers that are sampled at one time.
+          batch_size: answers that are sampled at one time, of all adapters together.
           on_batch: called with the number of answers just sampled.
           logs: of each adapter, answers that are known already, and where new ones go.
         """
+        logs = [None] * len(adapters or [None]) if logs is None else logs
         texts = [{} if log is None else dict(log.known) for log in logs]
 
         def keep(arm: int, rows: list[int], tokens: list[list[int]]) -> None:

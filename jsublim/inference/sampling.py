@@ -172,10 +172,13 @@ def draw(scores_BV: Array, u_B2: Array) -> Array:
     p_BnK = _blocks(jnp.exp(scores_BV - scores_BV.max(axis=-1, keepdims=True)), 0.0)
 
     def first_above(weights: Array, u_B: Array) -> Array:
-        """The index of the weight in which the share `u` of their sum lies; never one that is zero."""
+        """The index of the weight in which the share `u` of their sum lies; never one that is zero (a cumulative sum may grow
+        by a rounding there) but the last that is not, where the share lies beyond all."""
         sums = jnp.cumsum(weights, axis=-1)
-        total = sums[:, -1]
-        return jnp.sum(sums <= jnp.minimum(u_B * total, total * (1 - 2.0**-22))[:, None], axis=-1)
+        places = jnp.arange(weights.shape[-1])
+        last = jnp.max(jnp.where(weights > 0, places, 0), axis=-1)
+        above = (sums > (u_B * sums[:, -1])[:, None]) & (weights > 0)
+        return jnp.where(above.any(axis=-1), jnp.argmax(above, axis=-1), last)
 
     block_B = first_above(p_BnK.sum(axis=-1), u_B2[:, 0])
     own_BK = jnp.take_along_axis(p_BnK, block_B[:, None, None], axis=1)[:, 0]

@@ -101,15 +101,15 @@ class Attribute(Task):
         return rows if how is None else min(how.rows, rows)
 
     def cost(self, setup: Setup, sizes: Sizes) -> Cost:
-        """Both runs twice; forwards and back at every step of the integral, and forwards twice for the whole layer's effect."""
+        """Both runs forwards and back, and forwards again for the whole layer's effect; forwards and back at every step of the
+        integral but the first, and forwards twice for that effect."""
         how, config, long = setup.experiment.attribution, sizes.config, sizes.lengths
         assert how is not None
         compared = len(self.others) * min(how.rows, rows_kept(setup, sizes))
         tokens = compared * (long.system + long.prompt)  # first divergence tokens stand early in the answer
         L, layer = config.num_layers, layer_parameters(config)
         above = len(how.sites) * L * (L - 1) / 2  # layers that the sites of all layers are read through
-        gradients = 4 * above * how.steps if how.steps > 1 else 4 * L
-        flops = len(how.directions) * tokens * layer * (8 * L + gradients + 4 * above)
+        flops = len(how.directions) * tokens * layer * (12 * L + 4 * above * (how.steps - 1) + 4 * above)
         return Cost(len(how.directions) * tokens, flops, "train")
 
 

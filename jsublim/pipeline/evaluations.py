@@ -266,7 +266,8 @@ class Evaluate(Task):
 
     def units(self, context: Context) -> int:
         questions = sum(len(task.questions) for task in eval_tasks(context.setup))
-        return questions * context.setup.experiment.evaluation.samples * len(self.models)
+        missing = [output for output in self.outputs if not context.store.done(output)]
+        return questions * context.setup.experiment.evaluation.samples * len(missing)
 
     def cost(self, setup: Setup, sizes: Sizes) -> Cost:
         """A question is read once, whatever the number of its answers."""

@@ -128,13 +128,15 @@ class Artifact:
         return (self.path / DONE).exists()
 
     def finish(self, summary: dict[str, Any] | None = None) -> None:
-        """Mark the artifact whole. The mark holds `summary`, and what every file is (`Store.mend`). Whoever makes it holds its
-        claim, so what a killed process had begun to write is nobody's."""
-        for path in self.path.glob(f".*{PARTIAL}"):
-            path.unlink(missing_ok=True)
+        """Mark the artifact whole. The mark holds `summary`, and what every file is (`Store.mend`)."""
+        if (
+            jax.process_count() == 1
+        ):  # whoever makes it holds its claim: what a killed process had begun to write is nobody's
+            for path in self.path.glob(f".*{PARTIAL}"):
+                path.unlink(missing_ok=True)
         apart = (RECORD, DONE, PROGRESS)
         files = [path for path in sorted(self.path.iterdir()) if path.is_file() and path.name not in apart]
-        said = {path.name: _fingerprint(path) for path in files if path.suffix != DAMAGED}
+        said = {path.name: _fingerprint(path) for path in files if path.suffix not in (PARTIAL, DAMAGED)}
         write_json(self.path / DONE, {"summary": summary or {}, "files": said})
         _forget_progress(self.path)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +110,9 @@ def program_of(students: Students, recipe: Recipe) -> Program:
     )
 
 
+CACHED_BYTES = 4 * 2**30  # of hidden states that are kept unasked
+
+
 def caches_below(config: ModelConfig, students: Students, tokens: int = 0) -> bool:
     """Whether the hidden states below a one-layer student's layer are kept, those of `tokens` tokens in all."""
     said, layers = students.runtime.cache_below, students.adapter.layers or []
@@ -118,8 +120,8 @@ def caches_below(config: ModelConfig, students: Students, tokens: int = 0) -> bo
         return False
     if said != "auto":
         return said
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return len(layers) == 1 and 2 * layers[0] >= config.num_layers and 4 * tokens * config.hidden_size * 4 <= free
+    late = len(layers) == 1 and 2 * layers[0] >= config.num_layers
+    return late and tokens * config.hidden_size * 4 <= CACHED_BYTES
 
 
 def settings_of(

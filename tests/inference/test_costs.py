@@ -17,6 +17,7 @@ from jsublim.inference import decoding, scoring
 from jsublim.inference.decoding import Prompts
 from jsublim.models.config import Local
 from jsublim.models.decoder import abstract_params
+from jsublim.models.lora import init_lora, projection_shapes, stack_adapters
 
 # Wide, so that projections are nearly everything. Shapes only: nothing of this size exists.
 WIDE = dataclasses.replace(
@@ -69,6 +70,21 @@ def test_a_token_costs_a_product_with_every_weight():
     # No scan over layers: it would copy the caches at each of them.
     scans = [e for e in every_equation(loop.params["body_jaxpr"].jaxpr) if e.primitive.name == "scan"]
     assert not any("dot_general" in str(scan) for scan in scans)
+
+
+def test_arms_share_the_weights_they_decode_with():
+    B, arms = 4, 3
+    how = {"temperature": "f4", "top_k": "i4", "top_p": "f4", "repetition_penalty": "f4"}
+    numbers = {name: np.ones(B, kind) for name, kind in how.items()}
+    adapter = jax.eval_shape(lambda: stack_adapters([init_lora(WIDE, jax.random.key(0), rank=2, alpha=2)] * arms))
+    batch = jax.eval_shape(lambda: decoding.empty(WIDE, arms, B, 64, 8, "float32"))
+    jaxpr = jax.make_jaxpr(
+        lambda p, a, b: decoding.advance(WIDE, p, a, b, numbers, np.full(8, -2), np.ones(arms, int))
+    )(PARAMS, adapter, batch)
+    kernels = {tuple(sorted(shape)) for shape in projection_shapes(WIDE).values()}
+    products = [e for e in every_equation(jaxpr.jaxpr) if e.primitive.name == "dot_general"]
+    shapes = [v.aval.shape for e in products for v in e.invars if tuple(sorted(v.aval.shape[-2:])) in kernels]
+    assert len(shapes) == 7 * WIDE.num_layers and all(len(shape) == 2 for shape in shapes)
 
 
 @pytest.mark.parametrize("shared", [0, 40])

@@ -148,7 +148,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_transformers(how):
 
 
 @given(
-    V=st.sampled_from((3, 128, 300)), kept=st.integers(1, 5), u=st.lists(st.floats(0, 1, exclude_max=True, width=32), min_size=2, max_size=2),
+    V=st.sampled_from((3, 128, 300, 49_152)), kept=st.integers(1, 5), u=st.lists(st.floats(0, 1, exclude_max=True, width=32), min_size=2, max_size=2),
     seed=st.integers(0, 2**31),
 )  # fmt: skip
 @settings(max_examples=100, deadline=None)
