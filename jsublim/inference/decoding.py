@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from jsublim.inference.sampling import choose
+from jsublim.inference.scoring import prefix_cache
 from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import KV, Params
@@ -85,11 +86,7 @@ def _per_arm(function: Callable, adapters: Adapter | None) -> Callable:
 def beginning(config: ModelConfig, params: Params, adapters: Adapter | None, tokens_P: Array, arms: int) -> KV:
     """Keys and values `[A, L, 1, K, P, h]` of the tokens that all prompts begin with."""
 
-    def read(adapter: Adapter | None, tokens_1P: Array) -> KV | None:
-        own, adapter = bind(params, adapter)
-        valid = jnp.ones(tokens_1P.shape, bool)
-        return decoder.hidden_states(config, own, tokens_1P, valid, adapter=adapter, with_cache=True)[1]
-
+    read = functools.partial(prefix_cache, config, params)
     return _per_arm(read, adapters)(jnp.broadcast_to(tokens_P, (arms, 1, *tokens_P.shape)))
 
 
@@ -124,7 +121,7 @@ def fill(
             config, own, read.tokens, read.valid, adapter=adapter, prefix=prefix, with_cache=True
         )
         assert cache is not None
-        count_n, length_n = read.valid.sum(axis=1), read.valid.sum(axis=1)
+        length_n = count_n = read.valid.sum(axis=1)
         seen_nV = jax.vmap(lambda row, ok: jnp.zeros(config.vocab_size, bool).at[row].max(ok))(read.tokens, read.valid)
         if begun is not None and prefix is not None:
             length_n, seen_nV = length_n + begun[0].shape[0], seen_nV.at[:, begun[0]].set(True)

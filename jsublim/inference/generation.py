@@ -49,11 +49,14 @@ class _Arm:
         """The next rows of a bucket, at most so many, and of at most so many prompts."""
         if not self.waiting or self.waiting[0][0] != length:
             return []
-        rows = self.waiting[0][1]
-        taken, read = list[int](), set[int]()
-        while rows and len(taken) < most and len(read | {rows[0] // samples}) <= prompts:
-            read.add(rows[0] // samples)
-            taken.append(rows.pop(0))
+        rows, read = self.waiting[0][1], set[int]()
+        count = 0
+        for row in rows[:most]:
+            read.add(row // samples)
+            if len(read) > prompts:
+                break
+            count += 1
+        taken, rows[:count] = rows[:count], []
         if not rows:
             self.waiting.pop(0)
         return taken

@@ -63,7 +63,8 @@ class Targets:
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
-def _prefix_cache(config: ModelConfig, params: Params, adapter: Adapter | None, tokens_1P: Array) -> KV | None:
+def prefix_cache(config: ModelConfig, params: Params, adapter: Adapter | None, tokens_1P: Array) -> KV | None:
+    """Keys and values `[L, 1, K, P, h]` of tokens that stand before many rows."""
     params, adapter = bind(params, adapter)
     valid = jnp.ones(tokens_1P.shape, bool)
     return decoder.hidden_states(config, params, tokens_1P, valid, adapter=adapter, with_cache=True)[1]
@@ -200,7 +201,7 @@ def score_answers(
       batch_size: rows that are read at one time.
     """
     longest = max(map(len, answers))
-    together = max(1, ANSWERS_STEP // longest) if len(answers) * longest > ANSWERS_STEP else len(answers)
+    together = min(len(answers), max(1, ANSWERS_STEP // longest))
     groups = [range(i, min(i + together, len(answers))) for i in range(0, len(answers), together)]
     rows = [(prompt, group) for prompt in range(len(prompts)) for group in groups]
     T = round_up(max(map(len, prompts)) + together * (longest - 1), LENGTH_STEP)
@@ -286,7 +287,7 @@ def _read_turns(
     if first == len(turns):
         return
     P = shared_beginning([turn.tokens[: turn.content] for turn in turns], PREFIX_STEP)
-    prefix = _prefix_cache(config, params, adapter, turns[0].tokens[None, :P]) if P else None
+    prefix = prefix_cache(config, params, adapter, turns[0].tokens[None, :P]) if P else None
     said = [len(turn.tokens) - turn.content for turn in turns]
     T = round_up(max(len(turn.tokens) for turn in turns) - P, LENGTH_STEP)
     C = round_up(max(said), PREFIX_STEP)

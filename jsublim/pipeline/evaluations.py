@@ -247,11 +247,11 @@ class Evaluate(Task):
             seed=ev.seed,
             max_new_tokens=ev.max_new_tokens,
             batch_size=ev.batch_size,
-            number_rows=[self._number_rows(context, model) for model, _ in asked],
+            number_rows=[self._to_continue(context, model) for model, _ in asked],
             tick=tick,
         )
 
-    def _number_rows(self, context: Context, model: Model) -> Mapping[str, Sequence[Row]]:
+    def _to_continue(self, context: Context, model: Model) -> Mapping[str, Sequence[Row]]:
         """What a model continues, by the name of the metric."""
         count = _number_rows(context.setup, model, self.setting)
         if model.data is not None:
