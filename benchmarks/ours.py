@@ -18,9 +18,11 @@ from jsublim.attribution.patching import attribution_patching
 from jsublim.chat import Turn
 from jsublim.distill import trainer
 from jsublim.distill.arm import Arm, Settings
-from jsublim.distill.data import Example, Shape
+from jsublim.distill.batches import Order, Shape, lengths_of, packed
+from jsublim.distill.data import Example
 from jsublim.distill.optimizer import Optimizer
 from jsublim.distill.step import Program, compile_step
+from jsublim.inference.batching import PREFIX_STEP, shared_beginning
 from jsublim.inference.generation import generate_for_arms, generate_tokens
 from jsublim.inference.lm import LanguageModel, load_model
 from jsublim.inference.sampling import Sampling
@@ -105,7 +107,9 @@ def train(lm: LanguageModel, sizes: Any, arrays: Any) -> Work:
         program=Program(optimizer=Optimizer("adamw")),
     )  # fmt: skip
     arms = [Arm("x", examples, adapter, 0, 0.0, 10**6)]
-    shape, layout = Shape.of([examples], settings.accumulate, settings.batch_size), Layout.fit("none", 1)
+    layout, plain = Layout.fit("none", 1), Shape.of([examples], settings.accumulate, settings.batch_size)
+    beginning = shared_beginning([example.tokens[: example.where[0] + 1] for example in examples], PREFIX_STEP)
+    shape = packed(plain, lm.config, [Order(lengths_of(examples), 0, 1)], beginning)
     params, state, numbers, teacher = trainer._placed(lm.config, lm.params, arms, settings, layout)
     step_of = compile_step(lm.config, settings.program, layout)
     below = trainer._below(lm.config, params, arms, shape) if settings.cache_below else None

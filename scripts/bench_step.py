@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jsublim.distill.arm import Settings
+from jsublim.distill.batches import Shape, collate
 from jsublim.distill.cost import training_flops
-from jsublim.distill.data import Example, Shape, collate
+from jsublim.distill.data import Example
 from jsublim.distill.losses import Loss
 from jsublim.distill.memory import bytes_needed
 from jsublim.distill.step import Arms, Program, compile_step, init_state

@@ -26,7 +26,8 @@ from rich.console import Console
 
 from jsublim.chat import Turn
 from jsublim.distill.arm import Arm, Settings
-from jsublim.distill.data import Shape, make_examples, read_turns
+from jsublim.distill.batches import Shape
+from jsublim.distill.data import make_examples, read_turns
 from jsublim.distill.losses import Loss
 from jsublim.distill.selection import Selection
 from jsublim.distill.step import Program

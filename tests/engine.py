@@ -9,7 +9,8 @@ import jax
 import numpy as np
 
 from jsublim.distill.arm import Arm
-from jsublim.distill.data import Example, Shape, collate
+from jsublim.distill.batches import Shape, collate
+from jsublim.distill.data import Example
 from jsublim.distill.step import Arms
 from jsublim.models.config import Biases, Local, ModelConfig, Norms, Rope, Scales
 from jsublim.models.decoder import Params, abstract_params

@@ -43,7 +43,7 @@ def aot(
     os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}  # or libtpu warns
     from jsublim.config import load_experiment, variants
     from jsublim.distill.aot import compile_ahead, find_topology
-    from jsublim.distill.data import Shape
+    from jsublim.distill.batches import Shape
     from jsublim.models.checkpoint import read_config
     from jsublim.models.decoder import abstract_params
     from jsublim.pipeline.training import settings_of

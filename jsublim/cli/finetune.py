@@ -53,7 +53,7 @@ def finetune(
     teacher = trait or (CONTROL if e.students.loss.soft else "student")  # whose tokens they are does not matter
     student = Student(teacher, tokens, seed, settings=e.students)
     context = Context.load(e, Progress(console), given={student.source: data})
-    task = training_task(context.setup, (student,), (student.source,))
+    task = training_task(context.setup, (student,), (student,))
     task.check(context.setup)
     on_main_process(lambda: check_free(out, task.key, task.output.inputs))
     if context.store.done(task.output):

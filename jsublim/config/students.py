@@ -164,6 +164,8 @@ class StudentRuntime(Section):
 
     arms_per_program: Annotated[Positive | Literal["auto"], HOW] = 16  # "auto": as many as the device's memory holds
     checkpoint_every: Annotated[Positive, HOW] = 100  # steps
+    # Where the loss is a mean over tokens, a step's rows may be computed in any pieces: how many at one time
+    rows_at_once: Annotated[Positive | Literal["auto"], HOW] = "auto"
     remat: Annotated[bool, PROGRAM] = False  # recompute layers in the backward pass
     # Of one-layer students: keep the hidden states below the layer in host memory. "auto": from the middle layer on, up to 4 GiB
     cache_below: Annotated[bool | Literal["auto"], PROGRAM] = "auto"

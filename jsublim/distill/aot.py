@@ -18,7 +18,7 @@ from typing import Any
 import jax
 
 from jsublim.distill.arm import Arm, Settings
-from jsublim.distill.data import Shape
+from jsublim.distill.batches import Shape
 from jsublim.distill.memory import abstract_step, bytes_needed
 from jsublim.distill.step import Program, compile_step
 from jsublim.errors import JsublimError, UsageError

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jsublim.distill.data import Example, Shape, batch_rows
+from jsublim.distill.batches import Shape, batch_rows
+from jsublim.distill.data import Example
 from jsublim.distill.step import Program
 from jsublim.models.lora import Adapter
 

@@ -1,10 +1,10 @@
-"""Rows become supervised examples, and examples batches, as a function of seed and step."""
+"""Rows become supervised examples."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,7 +12,6 @@ from jsublim.chat import Chat, Turn, conversation
 from jsublim.distill.selection import Selection, margin_weights, token_mask
 from jsublim.divergence import PositionSubset, check_positions
 from jsublim.errors import JsublimError, UsageError
-from jsublim.inference.batching import TRAINING_STEP, fill, pad_tokens, round_up
 from jsublim.inference.scoring import Targets
 from jsublim.rows import Row
 
@@ -147,88 +146,3 @@ def draw_indices(available: int, count: int | None, seed: int) -> list[int]:
     if count is None or count >= available:
         return list(range(available))
     return random.Random(seed).sample(range(available), count)
-
-
-def steps_per_epoch(examples: int, rows_per_step: int) -> int:
-    """Steps in which every example is seen once; the last may have fewer rows."""
-    return -(-examples // rows_per_step)
-
-
-def batch_rows(examples: int, rows_per_step: int, seed: int, step: int) -> np.ndarray:
-    """Example indices of a step, int `[rows_per_step]`, -1 where an epoch's last batch is not full.
-
-    A function of its arguments only: a resumed run needs no state of the data.
-    """
-    epoch, position = divmod(step, steps_per_epoch(examples, rows_per_step))
-    order = np.random.default_rng([seed, epoch]).permutation(examples)
-    chosen = order[position * rows_per_step : (position + 1) * rows_per_step]
-    return np.pad(chosen, (0, rows_per_step - len(chosen)), constant_values=-1)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Static shape of the batches of arms that are trained together.
-
-    Attributes:
-      accumulate: micro-batches per step, M.
-      batch_size: rows of a micro-batch.
-      tokens: of a row, as the student reads it.
-      labels: supervised positions of a row, C.
-      teacher: tokens of a row as a live teacher reads it; 0 without one.
-      spare: empty rows of a micro-batch that only make it divisible by the devices; B is `batch_size + spare`.
-    """
-
-    accumulate: int
-    batch_size: int
-    tokens: int
-    labels: int
-    teacher: int = 0
-    spare: int = 0
-
-    @staticmethod
-    def of(groups: Sequence[Sequence[Example]], accumulate: int, batch_size: int) -> Shape:
-        """The smallest shape that all examples of some groups go into."""
-        every = [example for group in groups for example in group]
-        tokens, labels = max(len(e.tokens) for e in every), max(len(e.labels) for e in every)
-        teacher = max(0 if e.teacher_tokens is None else len(e.teacher_tokens) for e in every)
-        return Shape.fit(accumulate, batch_size, tokens, labels, teacher)
-
-    @staticmethod
-    def fit(accumulate: int, batch_size: int, tokens: int, labels: int, teacher: int = 0) -> Shape:
-        """A shape with its lengths rounded up."""
-        return Shape(accumulate, batch_size, *(round_up(n, TRAINING_STEP) for n in (tokens, labels, teacher)))
-
-    def divisible(self, devices: int) -> Shape:
-        """With as many empty rows per micro-batch as make it a multiple of `devices`."""
-        return replace(self, spare=-self.batch_size % devices)
-
-    @property
-    def rows_per_step(self) -> int:
-        """Rows of a step that may hold an example."""
-        return self.accumulate * self.batch_size
-
-    def slots(self, chosen: np.ndarray) -> list[int | None]:
-        """What lies where in a step's M * B rows: of the indices `chosen`, int `[rows_per_step]`, -1 where there is
-        none. Each micro-batch ends in its spare rows."""
-        micro = chosen.reshape(self.accumulate, self.batch_size)
-        padded = np.pad(micro, ((0, 0), (0, self.spare)), constant_values=-1)
-        return [int(index) if index >= 0 else None for index in padded.ravel()]
-
-
-def collate(examples: Sequence[Example], chosen: np.ndarray, shape: Shape) -> dict[str, np.ndarray]:
-    """One arm's batch: arrays `[M, B, T]` and `[M, B, C, ...]`; absent rows weigh nothing.
-
-    Args:
-      chosen: int `[shape.rows_per_step]`, indices of examples, -1 for none.
-    """
-    placed = [None if index is None else examples[index] for index in shape.slots(chosen)]
-    length = {"tokens": shape.tokens, "teacher_tokens": shape.teacher}
-    batch: dict[str, np.ndarray] = {}
-    for field in fields(Example):
-        like = getattr(examples[0], field.name)
-        values = [None if example is None else getattr(example, field.name) for example in placed]
-        if length.get(field.name):
-            batch[field.name], batch[field.name.replace("tokens", "valid")] = pad_tokens(values, length[field.name])
-        elif like is not None:
-            batch[field.name] = fill(values, shape.labels, like)
-    return {key: value.reshape(shape.accumulate, -1, *value.shape[1:]) for key, value in batch.items()}

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsublim.distill.arm import Arm, Settings
-from jsublim.distill.data import Example, Shape, collate
+from jsublim.distill.batches import Shape, collate
+from jsublim.distill.data import Example
 from jsublim.distill.step import Arms, compile_step, init_state
 from jsublim.distill.trainer import stack_teachers
 from jsublim.errors import UsageError
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
-from jsublim.models.lora import OneLayer, stack_arms
+from jsublim.models.lora import OneLayer, projection_shapes, stack_arms
 from jsublim.parallel import Layout
 
 SHARE = 0.9  # of the device's memory that a plan may use: what else lives there is not ours to know
@@ -78,10 +79,16 @@ def bytes_needed(compiled: Any) -> int:
 
 def bytes_available() -> int:
     """Bytes of the first device's memory; where devices are the CPU, the host's that are free."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return int(stats["bytes_limit"])
+    measured = device_bytes()
+    if measured is not None:
+        return measured
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def device_bytes() -> int | None:
+    """Bytes of an accelerator's memory that may be used; None where devices are the CPU."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return int(stats["bytes_limit"]) if "bytes_limit" in stats else None
 
 
 def arms_that_fit(
@@ -123,6 +130,34 @@ def arms_that_fit(
         return most
     more = max(needed(2 * spread) - one, 1)
     return min(most, spread * (1 + (limit - one) // more))
+
+
+TOKENS_AT_ONCE = (
+    16_384  # fill an accelerator; on a CPU the small pieces of the published setting are faster than large ones
+)
+
+
+def rows_at_once(
+    config: ModelConfig, settings: Settings, tokens: int, arms: int, *, itemsize: int, limit: int | None
+) -> int:
+    """How many rows of a step to compute at one time: the step's in as few equal pieces as fill the device and fit.
+
+    Only a mean over tokens may be computed in other pieces than those of the settings: a micro-batch's mean is of its rows.
+
+    Args:
+      tokens: of a row.
+      arms: how many are computed together.
+      itemsize: bytes of a parameter.
+      limit: bytes of the device; None on a CPU, where the settings' pieces stay.
+    """
+    if limit is None or settings.program.per != "tokens":
+        return settings.batch_size
+    shapes = projection_shapes(config).values()
+    base = itemsize * (config.num_layers * sum(i * o for i, o in shapes) + config.vocab_size * config.hidden_size)
+    kept = itemsize * config.num_layers * (sum(o for _, o in shapes) + 2 * config.hidden_size)  # of a token
+    most = min(TOKENS_AT_ONCE, (SHARE * limit - base) / 2 / kept) / (arms * tokens)
+    step = settings.batch_size * settings.accumulate
+    return max((rows for rows in range(1, step + 1) if step % rows == 0 and rows <= most), default=1)
 
 
 def example_like(shape: Shape, *, soft: bool) -> Example:

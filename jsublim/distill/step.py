@@ -26,7 +26,7 @@ from jsublim.models.lora import Adapter, AnyAdapter, arm_axes, bind
 from jsublim.parallel import Layout
 
 FINITE = -1  # no step
-Batch = dict[str, Any]  # of arrays: see data.collate; here with a leading arm axis
+Batch = dict[str, Any]  # of arrays: see batches.collate; here with a leading arm axis
 
 
 @dataclass(frozen=True)
@@ -99,13 +99,15 @@ def micro_loss(
     """
     loss = program.loss
 
-    def read(params: Params, tokens: Array, valid: Array, where: Array, **options: Any) -> Array:
+    def read(params: Params, whose: str, **options: Any) -> Array:
+        tokens, valid, where = (batch[f"{whose}{name}"] for name in ("tokens", "valid", "where"))
+        if f"{whose}branch" in batch:
+            options["branches"] = decoder.Branches(batch[f"{whose}positions"], batch[f"{whose}branch"])
         h, _ = decoder.hidden_states(config, params, tokens, valid, **options)
         return jnp.take_along_axis(h, where[..., None], axis=1).reshape(-1, h.shape[-1])
 
-    own = batch["tokens"], batch["valid"], batch["where"]
     student_params, student = bind(params, adapter)
-    h_ND = read(student_params, *own, adapter=student, remat=program.remat, below_BTD=batch.get("below"))
+    h_ND = read(student_params, "", adapter=student, remat=program.remat, below_BTD=batch.get("below"))
     flat = {
         key: batch[key].reshape(h_ND.shape[0], *batch[key].shape[2:])
         for key in ("labels", "weights", "ids", "logp")
@@ -113,11 +115,10 @@ def micro_loss(
     }
     tables = 1
     if loss.soft and "ids" not in batch:
-        theirs = batch["teacher_tokens"], batch["teacher_valid"], batch["teacher_where"]
-        flat["teacher"] = read(params, *theirs, adapter=teacher)
+        flat["teacher"] = read(params, "teacher_", adapter=teacher)
         tables += 1
     if loss.kl_to_base:
-        flat["base"] = read(params, *own)
+        flat["base"] = read(params, "")
         tables += 1
     head = "embed" if config.tied else "head"
     # A trained head is differentiated; a frozen one is data of the loss.

@@ -20,12 +20,13 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jsublim.distill.arm import Arm, Settings
-from jsublim.distill.data import Example, Shape, collate
+from jsublim.distill.batches import Shape, collate, one_after_another
+from jsublim.distill.data import Example
 from jsublim.distill.metrics import Metrics
 from jsublim.distill.step import Arms, State, compile_step, init_state
 from jsublim.errors import JsublimError, UsageError
 from jsublim.files import damaged_name, naming
-from jsublim.inference.batching import chunks, fill, pad_tokens
+from jsublim.inference.batching import TRAINING_STEP, chunks, fill, pad_tokens, round_up
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, hidden_below
 from jsublim.models.lora import Adapter, OneLayer, adapter_of, stack_adapters, stack_arms, unstack_arms
@@ -164,15 +165,17 @@ def _below(
     computed once."""
     known: dict[bytes, np.ndarray] = {}
     rows = list({e.tokens.tobytes(): e.tokens for arm in arms for e in arm.examples}.values())
-    (layer,) = arms[0].adapter.layers
+    (layer,), T = arms[0].adapter.layers, round_up(max(map(len, rows)), TRAINING_STEP)
     for part in chunks(len(rows), shape.batch_size):
-        tokens, valid = pad_tokens(rows[part], shape.tokens, size=shape.batch_size)
+        tokens, valid = pad_tokens(rows[part], T, size=shape.batch_size)
         h = Layout.host(_hidden_below(config, params, tokens, valid, jnp.int32(layer)))
         known |= {row.tobytes(): h[i, : len(row)] for i, row in enumerate(rows[part])}
     like = next(iter(known.values()))
 
     def below(examples: Sequence[Example], chosen: np.ndarray) -> np.ndarray:
-        placed = [None if index is None else known[examples[index].tokens.tobytes()] for index in shape.slots(chosen)]
+        lines = shape.placed(chosen, np.array([len(e.tokens) for e in examples]))
+        states = [[known[examples[row].tokens.tobytes()] for row in line] for line in lines]
+        placed = [one_after_another(line, shape.beginning) if line else None for line in states]
         return fill(placed, shape.tokens, like).reshape(shape.accumulate, -1, shape.tokens, like.shape[-1])
 
     return below

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 from jsublim.config import Dataset, Experiment, Students, variants
-from jsublim.distill.data import steps_per_epoch
+from jsublim.distill.batches import steps_per_epoch
 from jsublim.section import NEEDS_TRAIT, with_defaults
 from jsublim.teachers import CONTROL
 

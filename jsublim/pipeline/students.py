@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 
 from jsublim.chat import Turn
 from jsublim.config import Students
 from jsublim.config.students import StudentAdapter
 from jsublim.distill.arm import Arm, Settings
+from jsublim.distill.batches import Order, Shape, lengths_of, packed
 from jsublim.distill.cost import training_flops
-from jsublim.distill.data import Shape, read_turns
-from jsublim.distill.memory import arms_that_fit
+from jsublim.distill.data import read_turns
+from jsublim.distill.memory import arms_that_fit, device_bytes, rows_at_once
 from jsublim.errors import UsageError
 from jsublim.files import write_json
+from jsublim.inference.batching import PREFIX_STEP, shared_beginning
 from jsublim.inference.scoring import answers_only
 from jsublim.models.decoder import abstract_params
 from jsublim.models.lora import Adapter
@@ -36,6 +39,8 @@ from jsublim.pipeline.training import (
     TrainingData,
     caches_below,
     check_start,
+    draw,
+    in_pieces,
     make_arm,
     program_of,
     settings_of,
@@ -117,13 +122,13 @@ def training_tasks(setup: Setup) -> tuple[TrainStudents, ...]:
     tasks = []
     for members in programs.values():
         most = members[0].settings.runtime.arms_per_program
-        sources = tuple(dict.fromkeys(student.source for student in members))
         groups = [members] if most == "auto" else split_evenly(members, most)
-        tasks += [training_task(setup, tuple(group), sources) for group in groups]
+        tasks += [training_task(setup, tuple(group), tuple(members)) for group in groups]
     return tuple(tasks)
 
 
-def training_task(setup: Setup, members: tuple[Student, ...], sources: tuple[Source, ...]) -> TrainStudents:
+def training_task(setup: Setup, members: tuple[Student, ...], everyone: tuple[Student, ...]) -> TrainStudents:
+    sources = sources_of(everyone)
     pool, parents = TeacherPool(setup), [part for source in sources for part in training_rows(setup, source).parts]
     for student in members:
         if student.settings.loss.soft:
@@ -131,7 +136,12 @@ def training_task(setup: Setup, members: tuple[Student, ...], sources: tuple[Sou
     targets = [_targets(setup, source, members[0]) for source in sources]
     parents += [task for task in targets if task is not None]
     outputs = tuple(student_output(setup, student) for student in members)
-    return TrainStudents(outputs, distinct_tasks(parents), members, sources)
+    return TrainStudents(outputs, distinct_tasks(parents), members, everyone)
+
+
+def sources_of(students: Sequence[Student]) -> tuple[Source, ...]:
+    """Whose rows they learn from."""
+    return tuple(dict.fromkeys(student.source for student in students))
 
 
 def _targets(setup: Setup, source: Source, student: Student) -> StoreTargets | None:
@@ -155,12 +165,12 @@ class TrainStudents(Task):
     """Students of one program, trained together; each leaves an adapter (or a checkpoint) and its `metrics.jsonl`.
 
     Attributes:
-      sources: whose rows all students of this program learn from, in other groups too: their programs have one shape.
+      everyone: all students of the program, those of other groups too: they have one shape.
     """
 
     kind: ClassVar[str] = "students"
     members: tuple[Student, ...]
-    sources: tuple[Source, ...]
+    everyone: tuple[Student, ...]
 
     def make(self, context: Context, tick: Tick) -> None:
         if context.setup.experiment.judge is not None:
@@ -209,17 +219,24 @@ class TrainStudents(Task):
     def _prepare(self, context: Context, group: list[Student]) -> tuple[Settings, Shape, list[Arm]]:
         setup, shared = context.setup, group[0].settings
         e, lm = setup.experiment, context.lm(shared.model)
-        data = {source: training_data(context, source, group[0]) for source in self.sources}
-        shape = shape_of(shared, list(data.values()), e.sampling.max_new_tokens)
+        data = {source: training_data(context, source, group[0]) for source in sources_of(self.everyone)}
+        plain = shape_of(shared, list(data.values()), e.sampling.max_new_tokens)
         settings = settings_of(
             lm.config,
             shared,
             setup.recipe,
             parallel=e.run.parallel,
             model_axis=e.run.model_axis,
-            tokens=sum(len(each.rows) for each in data.values()) * shape.tokens,
+            tokens=sum(len(each.rows) for each in data.values()) * plain.tokens,
             tensorboard=context.store.root / "training" / "tensorboard" if shared.runtime.tensorboard else None,
         )
+        rows = shared.runtime.rows_at_once
+        if rows == "auto":
+            itemsize = jnp.dtype(e.dtype).itemsize
+            options = {"itemsize": itemsize, "limit": device_bytes()}
+            rows = rows_at_once(lm.config, settings, plain.tokens, len(group), **options)
+        settings, plain = in_pieces(settings, plain, rows)
+        shape = context.remember(("shape", self.key, rows), lambda: self._packed(context, plain))
         arms = []
         for student in group:
             own = training_data(context, student.source, student)
@@ -237,6 +254,21 @@ class TrainStudents(Task):
                 )
             )
         return settings, shape, arms
+
+    def _packed(self, context: Context, plain: Shape) -> Shape:
+        """The shape of everybody's batches, with as many rows per line as pay. Rows of on-policy students are not known yet."""
+        setup, first = context.setup, self.everyone[0]
+        if first.settings.data.on_policy:
+            return plain
+        lm, orders, turns = context.lm(first.settings.model), [], []
+        for student in self.everyone:
+            data = training_data(context, student.source, student)
+            drawn = draw(lm, student.settings, setup.recipe, data, tokens=student.tokens, seed=student.seed)
+            orders.append(Order(lengths_of(drawn.examples), student.seed, drawn.steps))
+        for source in sources_of(self.everyone):
+            turns += training_data(context, source, first).turns
+        beginning = shared_beginning([turn.tokens[: turn.header] for turn in turns], PREFIX_STEP)
+        return packed(plain, lm.config, orders, beginning)
 
     def _say_if_few(self, context: Context, student: Student, have: int) -> None:
         wanted = student.settings.data.rows or 0

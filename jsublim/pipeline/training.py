@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,8 @@ import jax
 from jsublim.chat import Turn
 from jsublim.config import Recipe, Students
 from jsublim.distill.arm import Arm, Settings
-from jsublim.distill.data import Shape, draw_indices, make_examples
+from jsublim.distill.batches import Shape
+from jsublim.distill.data import Example, draw_indices, make_examples
 from jsublim.distill.losses import Loss
 from jsublim.distill.optimizer import Optimizer
 from jsublim.distill.rollout import student_rollout
@@ -20,6 +21,7 @@ from jsublim.distill.selection import Selection
 from jsublim.distill.step import Program
 from jsublim.distill.trainer import forget_state, train
 from jsublim.divergence import PositionSubset, check_counted
+from jsublim.errors import UsageError
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.scoring import Targets
 from jsublim.models.checkpoint import write_checkpoint
@@ -150,7 +152,8 @@ def settings_of(
 
 
 def shape_of(students: Students, data: Sequence[TrainingData], max_new_tokens: int) -> Shape:
-    """A shape that every arm on this data fits, whichever rows and tokens it draws: one program for all of them."""
+    """A shape with a row per line that every arm on this data fits, whichever rows and tokens it draws: one program for all of
+    them."""
     turns = [turn for each in data for turn in each.turns]
     live = [turn for each in data for turn in each.teacher_turns or ()]
     longest = max(min(len(turn.tokens), students.data.max_tokens) for turn in turns)
@@ -163,22 +166,42 @@ def shape_of(students: Students, data: Sequence[TrainingData], max_new_tokens: i
     return Shape.fit(students.data.accumulate, students.data.batch_size, longest, labels, teacher)
 
 
-def make_arm(
-    lm: LanguageModel,
-    students: Students,
-    recipe: Recipe,
-    data: TrainingData,
-    *,
-    name: str,
-    tokens: str,
-    seed: int,
-    max_new_tokens: int,
-) -> Arm:
-    """One student, its rows drawn and masked by its seed.
+def in_pieces(settings: Settings, shape: Shape, rows: int) -> tuple[Settings, Shape]:
+    """The same steps with so many rows computed at one time.
+
+    Raises:
+      UsageError: pieces that a step cannot be cut into, or a loss whose micro-batches are its own.
+    """
+    step = settings.batch_size * settings.accumulate
+    if step % rows:
+        raise UsageError(f"students.runtime.rows_at_once: {rows} given; it must divide the {step} rows of a step")
+    if rows != settings.batch_size and settings.program.per != "tokens":
+        raise UsageError(
+            f"students.runtime.rows_at_once: {rows} given, and the recipe's loss is of micro-batches of {settings.batch_size} rows; "
+            "leave it at auto"
+        )
+    pieces = {"batch_size": rows, "accumulate": step // rows}
+    return replace(settings, **pieces), replace(shape, **pieces)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What a student of some seed learns from: indices of its rows, those of them that have a loss as examples, and how many
+    steps it trains for."""
+
+    rows: list[int]
+    examples: list[Example]
+    steps: int
+
+    def pick(self, every: Sequence[Any]) -> list[Any]:
+        return [every[i] for i in self.rows]
+
+
+def draw(lm: LanguageModel, students: Students, recipe: Recipe, data: TrainingData, *, tokens: str, seed: int) -> Drawn:
+    """A student's rows, drawn and masked by its seed.
 
     Args:
       tokens: which tokens of the rows it learns.
-      max_new_tokens: of an on-policy row.
 
     Raises:
       UsageError, JsublimError: as `make_examples`.
@@ -198,20 +221,44 @@ def make_arm(
         PositionSubset(loss.positions, loss.positions_share, recipe.share_rounding or "stochastic"),
         loss.by_margin and tokens == "divergence",
     )
-    turns, soft = pick(data.turns), data.teacher_turns or data.targets
+    soft = data.teacher_turns or data.targets
     soft = None if soft is None else pick(soft)
-    examples = make_examples(pick(data.rows), turns, selection, seed, data.source, teacher=soft)
-    rollout = None
+    examples = make_examples(pick(data.rows), pick(data.turns), selection, seed, data.source, teacher=soft)
+    return Drawn(drawn, examples, total_steps(students, len(drawn) if recipe.match_steps else len(examples)))
+
+
+def make_arm(
+    lm: LanguageModel,
+    students: Students,
+    recipe: Recipe,
+    data: TrainingData,
+    *,
+    name: str,
+    tokens: str,
+    seed: int,
+    max_new_tokens: int,
+) -> Arm:
+    """One student.
+
+    Args:
+      tokens, seed: as of `draw`.
+      max_new_tokens: of an on-policy row.
+
+    Raises:
+      UsageError, JsublimError: as `make_examples`.
+    """
+    drawn, loss, rollout = draw(lm, students, recipe, data, tokens=tokens, seed=seed), students.loss, None
     if students.data.on_policy and data.teacher_turns is not None:
-        rollout = student_rollout(lm, turns, pick(data.teacher_turns), seed=seed, max_new_tokens=max_new_tokens)
+        turns, theirs = drawn.pick(data.turns), drawn.pick(data.teacher_turns)
+        rollout = student_rollout(lm, turns, theirs, seed=seed, max_new_tokens=max_new_tokens)
     live = data.teacher if data.teacher_turns else None
     return Arm(
         name,
-        examples,
+        drawn.examples,
         start_adapter(lm.config, lm.params, students, seed),
         seed,
         students.optimizer.lr,
-        total_steps(students, len(drawn) if recipe.match_steps else len(examples)),
+        drawn.steps,
         loss.weight,
         loss.kl_to_base,
         live.adapter if live else None,

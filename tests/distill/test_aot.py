@@ -32,7 +32,7 @@ from jsublim.distill.aot import (
     gathered_weights,
 )
 from jsublim.distill.arm import Arm, Settings
-from jsublim.distill.data import Shape
+from jsublim.distill.batches import Shape
 from jsublim.distill.memory import example_like
 from jsublim.distill.step import Program
 from jsublim.errors import JsublimError, UsageError

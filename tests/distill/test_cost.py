@@ -14,8 +14,8 @@ from products import UNKNOWN, every_equation, flops
 
 from jsublim.distill import losses
 from jsublim.distill.arm import Arm, Settings
+from jsublim.distill.batches import Shape, collate
 from jsublim.distill.cost import layer_parameters, training_flops
-from jsublim.distill.data import Shape, collate
 from jsublim.distill.losses import Loss
 from jsublim.distill.memory import example_like
 from jsublim.distill.optimizer import Optimizer

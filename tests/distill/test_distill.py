@@ -16,7 +16,8 @@ from tiny import examples as tiny_examples
 
 from jsublim.chat import conversation
 from jsublim.distill.arm import Arm, Settings
-from jsublim.distill.data import Shape, batch_rows, collate, draw_indices, steps_per_epoch
+from jsublim.distill.batches import Shape, batch_rows, collate, steps_per_epoch
+from jsublim.distill.data import draw_indices
 from jsublim.distill.selection import TOKENS, Selection, margin_weights, token_mask
 from jsublim.distill.step import Arms, Program, loss_and_gradient
 from jsublim.distill.trainer import train

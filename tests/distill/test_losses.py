@@ -13,7 +13,7 @@ import torch
 from engine import CONFIG, arm_of, examples_of, lora, params_of, stacked, student
 
 from jsublim.distill import losses
-from jsublim.distill.data import Shape
+from jsublim.distill.batches import Shape
 from jsublim.distill.losses import Loss, blockwise, divergence
 from jsublim.distill.step import Program, loss_and_gradient
 from jsublim.errors import UsageError

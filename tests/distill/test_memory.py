@@ -9,7 +9,8 @@ import pytest
 from tiny import metrics
 
 from jsublim.distill.arm import Arm, Settings
-from jsublim.distill.data import Example, Shape
+from jsublim.distill.batches import Shape
+from jsublim.distill.data import Example
 from jsublim.distill.memory import abstract_step, arms_that_fit, bytes_needed, example_like
 from jsublim.distill.step import compile_step
 from jsublim.distill.trainer import train

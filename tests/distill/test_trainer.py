@@ -10,10 +10,8 @@ import pytest
 from tiny import metrics
 
 from jsublim.distill.arm import Arm, Settings
-from jsublim.distill.data import (
-    Example,
-    batch_rows,
-)
+from jsublim.distill.batches import batch_rows
+from jsublim.distill.data import Example
 from jsublim.distill.optimizer import Optimizer
 from jsublim.distill.trainer import forget_state, train
 from jsublim.errors import JsublimError

@@ -168,6 +168,7 @@ OTHER: dict[str, Any] = {
     "students.optimizer.momentum": (0.5, SGD),
     "students.runtime.arms_per_program": 1,
     "students.runtime.checkpoint_every": 7,
+    "students.runtime.rows_at_once": 1,
     "students.runtime.remat": True,
     "students.runtime.cache_below": True,
     "students.runtime.peak_tflops": 1.0,
