@@ -183,11 +183,15 @@ def with_old_names(new: dict[str, Any]) -> dict[str, Any]:
     if "full_attention" in rope:
         old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
-    rope = dict(rope)
-    old["rope_theta"] = rope.pop("rope_theta")
+    rope, neox = dict(rope), new["model_type"] == "gpt_neox"
+    old["rotary_emb_base" if neox else "rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        old["rotary_pct" if neox else "partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    if "original_max_position_embeddings" in old:  # of Phi-3 it stands outside
+        old["original_max_position_embeddings"] = rope.pop("original_max_position_embeddings", 4096)
     kind = rope.pop("rope_type")
-    old["rope_scaling"] = None if kind == "default" else {"type": kind} | rope
-    kinds = old.pop("layer_types", None)
+    old["rope_scaling"] = None if kind == "default" else {"type": {"longrope": "su"}.get(kind, kind)} | rope
+    kinds = None if new["model_type"] == "ministral" else old.pop("layer_types", None)
     if new["model_type"].startswith("gemma3"):
         del old["_sliding_window_pattern"]
         # Old files know a period only; a list of types that has none stays as it is.
