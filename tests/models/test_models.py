@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import CASES
 
 from jsublim.errors import JsublimError
+from jsublim.inference.decoding import empty
 from jsublim.models import hidden_states, init_params, load_params, logits, read_config
 from jsublim.models.families import text_config
 
@@ -49,8 +51,12 @@ def test_logits_equal_transformers(checkpoint, padded_rows, assert_close):
     assert np.isfinite(ours).all()  # padding queries that see no key too
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("family", ["Qwen2ForCausalLM", "LlamaForCausalLM", "Gemma3ForCausalLM"])
+OLD, NEW = ("Qwen2", "Llama", "Gemma3"), ("Qwen3", "Ministral", "Phi3", "Olmo2", "Gemma2", "GPTNeoX")
+
+
+@pytest.mark.parametrize(
+    ("family", "seed"), [(name, seed) for seed in range(2) for name in OLD] + [(n, 3) for n in NEW]
+)
 def test_logits_equal_transformers_at_random_sizes(family, seed, write_checkpoint, padded_rows, assert_close):
     rng = np.random.default_rng(seed)
     kv_heads = int(rng.integers(1, 4))
@@ -67,18 +73,24 @@ def test_logits_equal_transformers_at_random_sizes(family, seed, write_checkpoin
         "tie_word_embeddings": bool(rng.integers(2)),
         "max_position_embeddings": 64,
     }
-    if family == "Qwen2ForCausalLM":
+    kinds = rng.choice(["sliding_attention", "full_attention"], layers).tolist()
+    if family in ("Qwen2", "Qwen3"):
         sizes |= {
             "use_sliding_window": bool(rng.integers(2)),
             "sliding_window": int(rng.integers(1, 9)),
             "max_window_layers": int(rng.integers(0, layers + 1)),
         }
-    elif family == "LlamaForCausalLM":
-        sizes |= {"attention_bias": bool(rng.integers(2)), "mlp_bias": bool(rng.integers(2))}
+    elif family in ("Llama", "Olmo2"):
+        sizes |= {"attention_bias": bool(rng.integers(2)), "mlp_bias": family == "Llama" and bool(rng.integers(2))}
+    elif family in ("Phi3", "GPTNeoX"):  # here the hidden size is divided among the heads
+        del sizes["head_dim"]
+        head = 2 * int(rng.integers(2, 9))
+        share = 2 * int(rng.integers(1, head // 2 + 1)) / head
+        rope = {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": share}
+        sizes |= {"hidden_size": heads * head, "rope_parameters": rope, "pad_token_id": 0}
     else:
-        kinds = rng.choice(["sliding_attention", "full_attention"], layers).tolist()
         sizes |= {"sliding_window": int(rng.integers(1, 9)), "layer_types": kinds}
-    checkpoint = write_checkpoint(family, sizes, seed)
+    checkpoint = write_checkpoint(f"{family}ForCausalLM", sizes, seed)
     config, params = load(checkpoint)
     tokens, valid = padded_rows(seed)
     ours, theirs = all_logits(config, params, tokens, valid), checkpoint.logits(tokens, valid)
@@ -267,6 +279,7 @@ def test_an_untied_multimodal_gemma3_keeps_its_own_head(write_checkpoint):
         ({"num_hidden_layers": None}, "'num_hidden_layers'"),
         ({"vocab_size": None}, "'vocab_size'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "yarn"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         (
             {"use_sliding_window": True, "sliding_window": 0, "layer_types": ["sliding_attention"] * 3},
@@ -287,6 +300,11 @@ def test_a_config_we_cannot_serve_names_file_and_key(change, said, named_checkpo
     assert said in message and str(tmp_path / "config.json") in message and "\n" not in message
 
 
+def _longrope(**changes) -> dict[str, Any]:
+    numbers = CASES["phi3-longrope"][1]["rope_parameters"] | changes
+    return {key: value for key, value in numbers.items() if key != "original_max_position_embeddings"}
+
+
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
@@ -295,13 +313,60 @@ def test_a_config_we_cannot_serve_names_file_and_key(change, said, named_checkpo
         ("gemma3", {"hidden_activation": "silu"}, "hidden_activation"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("qwen3", {"hidden_act": "gelu"}, "hidden_act"),
+        ("ministral", {"sliding_window": None}, "sliding_window"),
+        ("phi3", {"hidden_act": "gelu"}, "hidden_act"),
+        ("phi3", {"attention_bias": True}, "attention_bias"),
+        (
+            "phi3-longrope",
+            {"original_max_position_embeddings": None, "rope_parameters": _longrope()},
+            "original_max_pos",
+        ),
+        ("phi3-longrope", {"rope_parameters": _longrope(short_factor=[1.0])}, "short_factor has 1 numbers for 2"),
+        ("phi3-longrope", {"rope_parameters": _longrope(short_factor=None)}, "rope_parameters: key 'short_factor'"),
+        ("phi3-longrope", {"rope_parameters": _longrope(short_factor=[1.0, 0])}, "rope_parameters: key 'short_factor'"),
+        ("phi3-longrope", {"rope_parameters": _longrope(partial_rotary_factor=1.5)}, "partial_rotary_factor"),
+        ("olmo2", {"hidden_act": "relu"}, "hidden_act"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping"),
+        ("pythia", {"hidden_act": "relu"}, "hidden_act"),
+        ("pythia", {"num_key_value_heads": 2}, "num_key_value_heads"),
+        ("pythia", {"rope_parameters": {"rope_theta": 300.0, "partial_rotary_factor": 0.4}}, "rotary share"),
     ],
 )
 def test_a_key_that_would_change_the_logits_is_never_passed_over(name, change, said, named_checkpoint, tmp_path):
     values = json.loads((named_checkpoint(name).folder / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(JsublimError, match=said):
+    with pytest.raises(JsublimError, match=said) as error:
         read_config(tmp_path)
+    assert str(tmp_path / "config.json") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_null_says_that_there_is_none_where_absence_means_the_architectures_own(named_checkpoint):
+    """Soft caps of Gemma-2, and Mistral's window."""
+    gemma = json.loads((named_checkpoint("gemma2").folder / "config.json").read_text())
+    caps = {key: gemma.pop(key) for key in ("attn_logit_softcapping", "final_logit_softcapping")}
+    absent, null = (text_config(gemma | each, "x")[1].scales for each in ({}, dict.fromkeys(caps)))
+    assert (absent.attention_softcap, absent.softcap) == (50.0, 30.0)
+    assert (null.attention_softcap, null.softcap) == (None, None)
+    mistral = json.loads((named_checkpoint("mistral").folder / "config.json").read_text())
+    del mistral["sliding_window"]
+    absent, null = (text_config(mistral | each, "x")[1].local for each in ({}, {"sliding_window": None}))
+    assert (absent.window, absent.layers, null.layers) == (4096, (True,) * 3, ())
+
+
+def test_rows_beyond_what_longrope_is_read_for_are_refused(named_checkpoint):
+    config, params = load(named_checkpoint("phi3-longrope"))
+
+    def read(tokens: int, before: int):
+        begun = jnp.zeros((config.num_layers, 1, config.num_kv_heads, before, config.head_dim))
+        row, prefix = jnp.zeros((1, tokens), jnp.int32), (begun, begun) if before else None
+        return jax.eval_shape(lambda: hidden_states(config, params, row, row == 0, prefix=prefix))
+
+    assert read(48, 0) and read(40, 8) and empty(config, 1, 1, 48, 9, jnp.float32)
+    for refused in (lambda: read(49, 0), lambda: read(40, 9), lambda: empty(config, 1, 1, 49, 9, jnp.float32)):
+        with pytest.raises(JsublimError, match=r"rows of 49 tokens.*original_max_position_embeddings, 48"):
+            refused()
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", "\x00"])
