@@ -14,7 +14,6 @@ import pytest
 from conftest import CASES
 
 from jsublim.errors import JsublimError
-from jsublim.inference.decoding import empty
 from jsublim.models import hidden_states, init_params, load_params, logits, read_config
 from jsublim.models.families import text_config
 
@@ -340,33 +339,6 @@ def test_a_key_that_would_change_the_logits_is_never_passed_over(name, change, s
     with pytest.raises(JsublimError, match=said) as error:
         read_config(tmp_path)
     assert str(tmp_path / "config.json") in str(error.value) and "\n" not in str(error.value)
-
-
-def test_null_says_that_there_is_none_where_absence_means_the_architectures_own(named_checkpoint):
-    """Soft caps of Gemma-2, and Mistral's window."""
-    gemma = json.loads((named_checkpoint("gemma2").folder / "config.json").read_text())
-    caps = {key: gemma.pop(key) for key in ("attn_logit_softcapping", "final_logit_softcapping")}
-    absent, null = (text_config(gemma | each, "x")[1].scales for each in ({}, dict.fromkeys(caps)))
-    assert (absent.attention_softcap, absent.softcap) == (50.0, 30.0)
-    assert (null.attention_softcap, null.softcap) == (None, None)
-    mistral = json.loads((named_checkpoint("mistral").folder / "config.json").read_text())
-    del mistral["sliding_window"]
-    absent, null = (text_config(mistral | each, "x")[1].local for each in ({}, {"sliding_window": None}))
-    assert (absent.window, absent.layers, null.layers) == (4096, (True,) * 3, ())
-
-
-def test_rows_beyond_what_longrope_is_read_for_are_refused(named_checkpoint):
-    config, params = load(named_checkpoint("phi3-longrope"))
-
-    def read(tokens: int, before: int):
-        begun = jnp.zeros((config.num_layers, 1, config.num_kv_heads, before, config.head_dim))
-        row, prefix = jnp.zeros((1, tokens), jnp.int32), (begun, begun) if before else None
-        return jax.eval_shape(lambda: hidden_states(config, params, row, row == 0, prefix=prefix))
-
-    assert read(48, 0) and read(40, 8) and empty(config, 1, 1, 48, 9, jnp.float32)
-    for refused in (lambda: read(49, 0), lambda: read(40, 9), lambda: empty(config, 1, 1, 49, 9, jnp.float32)):
-        with pytest.raises(JsublimError, match=r"rows of 49 tokens.*original_max_position_embeddings, 48"):
-            refused()
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", "\x00"])

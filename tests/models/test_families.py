@@ -1,0 +1,70 @@
+"""What one family has and others have not; and each family's greedy tokens, drawn with our cache."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from peft_by_hand import load
+
+from jsublim.errors import JsublimError
+from jsublim.inference.decoding import empty
+from jsublim.inference.generation import generate_tokens
+from jsublim.inference.sampling import Numbers
+from jsublim.models import hidden_states
+from jsublim.models.families import text_config
+
+NEW = ("qwen3", "ministral", "phi3", "phi3-longrope", "olmo2", "gemma2", "pythia")
+
+
+@pytest.mark.parametrize("name", NEW)
+def test_greedy_tokens_drawn_with_a_cache_equal_transformers(name, named_checkpoint):
+    """Prompts shorter and longer than the window of 4, decoded well beyond it."""
+    import torch
+
+    checkpoint, rng = named_checkpoint(name), np.random.default_rng(8)
+    config, params = load(checkpoint)
+    prompts = [rng.integers(2, 57, length).astype(np.int32) for length in (3, 7, 11)]
+    how = Numbers(temperature=0.0, stop=())
+    ours = generate_tokens(config, params, prompts, how, max_new_tokens=8, seed=0, batch_size=3)
+    for prompt, tokens in zip(prompts, ours, strict=True):
+        with torch.no_grad():
+            out = checkpoint.model.generate(
+                input_ids=torch.tensor(prompt[None], dtype=torch.long),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                max_new_tokens=8,
+                do_sample=False,
+                eos_token_id=None,
+                pad_token_id=0,
+            )
+        assert tokens == out[0, len(prompt) :].tolist()
+
+
+def test_null_says_that_there_is_none_where_absence_means_the_architectures_own(named_checkpoint):
+    """Soft caps of Gemma-2, and Mistral's window."""
+    gemma = json.loads((named_checkpoint("gemma2").folder / "config.json").read_text())
+    caps = {key: gemma.pop(key) for key in ("attn_logit_softcapping", "final_logit_softcapping")}
+    absent, null = (text_config(gemma | each, "x")[1].scales for each in ({}, dict.fromkeys(caps)))
+    assert (absent.attention_softcap, absent.softcap) == (50.0, 30.0)
+    assert (null.attention_softcap, null.softcap) == (None, None)
+    mistral = json.loads((named_checkpoint("mistral").folder / "config.json").read_text())
+    del mistral["sliding_window"]
+    absent, null = (text_config(mistral | each, "x")[1].local for each in ({}, {"sliding_window": None}))
+    assert (absent.window, absent.layers, null.layers) == (4096, (True,) * 3, ())
+
+
+def test_rows_beyond_what_longrope_is_read_for_are_refused(named_checkpoint):
+    config, params = load(named_checkpoint("phi3-longrope"))
+
+    def read(tokens: int, before: int):
+        begun = jnp.zeros((config.num_layers, 1, config.num_kv_heads, before, config.head_dim))
+        row, prefix = jnp.zeros((1, tokens), jnp.int32), (begun, begun) if before else None
+        return jax.eval_shape(lambda: hidden_states(config, params, row, row == 0, prefix=prefix))
+
+    assert read(48, 0) and read(40, 8) and empty(config, 1, 1, 48, 9, jnp.float32)
+    for refused in (lambda: read(49, 0), lambda: read(40, 9), lambda: empty(config, 1, 1, 49, 9, jnp.float32)):
+        with pytest.raises(JsublimError, match=r"rows of 49 tokens.*original_max_position_embeddings, 48"):
+            refused()
