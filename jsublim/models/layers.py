@@ -119,8 +119,9 @@ def rope_table(config: ModelConfig, positions_BT: Array, dtype: jnp.dtype) -> tu
     freq = jnp.stack([rope_frequencies(kind, config.head_dim) for kind in kinds])
     angle = positions_BT.astype(jnp.float32)[None, :, :, None] * freq[:, None, None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
-    if config.rope.amplitude != 1:
-        cos, sin = cos * config.rope.amplitude, sin * config.rope.amplitude
+    if any(kind.amplitude != 1 for kind in kinds):
+        amplitude = jnp.asarray([kind.amplitude for kind in kinds], jnp.float32)[:, None, None, None]
+        cos, sin = cos * amplitude, sin * amplitude
     return (cos, sin) if config.rope.in_float32 else (cos.astype(dtype), sin.astype(dtype))
 
 

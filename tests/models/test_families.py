@@ -13,7 +13,7 @@ from peft_by_hand import load
 from jsublim.errors import JsublimError
 from jsublim.inference.decoding import empty
 from jsublim.inference.generation import generate_tokens
-from jsublim.inference.sampling import Numbers
+from jsublim.inference.sampling import Sampling
 from jsublim.models import hidden_states
 from jsublim.models.families import text_config
 
@@ -28,7 +28,7 @@ def test_greedy_tokens_drawn_with_a_cache_equal_transformers(name, named_checkpo
     checkpoint, rng = named_checkpoint(name), np.random.default_rng(8)
     config, params = load(checkpoint)
     prompts = [rng.integers(2, 57, length).astype(np.int32) for length in (3, 7, 11)]
-    how = Numbers(temperature=0.0, stop=())
+    how = Sampling(temperature=0.0, stop=())
     ours = generate_tokens(config, params, prompts, how, max_new_tokens=8, seed=0, batch_size=3)
     for prompt, tokens in zip(prompts, ours, strict=True):
         with torch.no_grad():
