@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 from peft_by_hand import load
 
+from jsublim.config import find_config
 from jsublim.errors import JsublimError
 from jsublim.inference.decoding import empty
 from jsublim.inference.generation import generate_tokens
 from jsublim.inference.sampling import Sampling
-from jsublim.models import hidden_states
+from jsublim.models import hidden_states, read_config
+from jsublim.models.decoder import abstract_params
 from jsublim.models.families import text_config
 
 NEW = ("qwen3", "ministral", "phi3", "phi3-longrope", "olmo2", "gemma2", "pythia")
@@ -68,3 +70,10 @@ def test_rows_beyond_what_longrope_is_read_for_are_refused(named_checkpoint):
     for refused in (lambda: read(49, 0), lambda: read(40, 9), lambda: empty(config, 1, 1, 49, 9, jnp.float32)):
         with pytest.raises(JsublimError, match=r"rows of 49 tokens.*original_max_position_embeddings, 48"):
             refused()
+
+
+@pytest.mark.parametrize(("shape", "billions"), [("phi-4", 14.66), ("ministral-8b", 8.019808256)])
+def test_a_shape_that_comes_with_the_package_has_as_many_parameters_as_published(shape, billions):
+    config = read_config(find_config(f"configs/shapes/{shape}/config.json").parent)[1]
+    count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config)))
+    assert count / 1e9 == pytest.approx(billions, abs=0 if shape == "ministral-8b" else 0.005)
