@@ -7,6 +7,7 @@ shorter than the rows, every bias and norm weight random.
 from __future__ import annotations
 
 import atexit
+import copy
 import os
 import shutil
 import tempfile
@@ -81,7 +82,6 @@ _LONGROPE = {
     "short_factor": [1.0, 1.5],
     "long_factor": [2.0, 9.0],
     "partial_rotary_factor": 0.5,
-    "original_max_position_embeddings": 48,
 }
 _PHI = {name: size for name, size in SIZES.items() if name != "head_dim"} | {
     "hidden_size": 32,  # heads of 8, of which LongRoPE turns 4
@@ -149,7 +149,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         SIZES | {"num_key_value_heads": 2, "sliding_window": 4, "layer_types": _GEMMA["layer_types"][1:]},
     ),
     "phi3": ("Phi3ForCausalLM", _PHI | {"sliding_window": 4, "tie_word_embeddings": True}),
-    "phi3-longrope": ("Phi3ForCausalLM", _PHI | {"rope_parameters": _LONGROPE}),
+    "phi3-longrope": ("Phi3ForCausalLM", _PHI | {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 48}),
     "olmo2": ("Olmo2ForCausalLM", SIZES | {"num_key_value_heads": 2, "pad_token_id": 0}),
     "gemma2": (
         "Gemma2ForCausalLM",
@@ -205,6 +205,7 @@ def random_model(class_name: str, arguments: dict[str, Any], seed: int = 0) -> A
     import transformers
 
     torch.set_num_threads(2)
+    arguments = copy.deepcopy(arguments)  # which a config may change
     transformers.utils.logging.disable_progress_bar()
     cls = getattr(transformers, class_name)
     if class_name == "Gemma3ForConditionalGeneration":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypedDict
 
 from jsublim.errors import JsublimError
 from jsublim.models.config import Rope
@@ -13,6 +13,18 @@ from jsublim.reading import shown
 
 MOST_LAYERS = 10_000
 _MOST = 2**31 - 1  # sizes are int32 on a device
+
+
+class Sizes(TypedDict):
+    """Fields of a `ModelConfig` that every family's file calls by the same names."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
 
 
 class HFConfig:
@@ -63,12 +75,8 @@ class HFConfig:
             raise self.refuse(key, "an object")
         return HFConfig(value, f"{self.source}: {key}")
 
-    def sizes(self, head_dim: int | None = None) -> dict[str, int]:
-        """What every family calls by the same names, as fields of a `ModelConfig`.
-
-        Args:
-          head_dim: where the file does not say; None divides the hidden size among the heads.
-        """
+    def sizes(self, head_dim: int | None = None) -> Sizes:
+        """The sizes; `head_dim` is for a file that does not say, None divides the hidden size among the heads."""
         hidden, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
         return {
             "vocab_size": self.integer("vocab_size"),
@@ -158,9 +166,9 @@ class HFConfig:
         )
 
     def _original(self, numbers: HFConfig, default: int | None) -> int:
-        """`original_max_position_embeddings`, which may stand in either place."""
+        """`original_max_position_embeddings`, which may stand in either place; `transformers` prefers the outer one."""
         key = "original_max_position_embeddings"
-        return numbers.integer(key) if numbers.has(key) else self.integer(key, default)
+        return numbers.integer(key) if numbers.has(key) and not self.has(key) else self.integer(key, default)
 
     def must_be(self, key: str, *allowed: Any) -> None:
         """Refuse a value that we don't compute; an absent key is fine.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +111,7 @@ def tensor_plan(config: ModelConfig, dtype: str = "float32") -> dict[str, Stored
         if path[0] != "layers"
     }
 
-    def of_layers(name: str, parts: dict[ParameterPath, Rows | None], shape: tuple[int, ...]) -> None:
+    def of_layers(name: str, parts: Mapping[ParameterPath, Rows | None], shape: tuple[int, ...]) -> None:
         ours = tuple((("layers", *path), rows) for path, rows in parts.items())
         for i in range(config.num_layers):
             plan[name.format(i=i)] = Stored(ours, i, shape)

@@ -199,7 +199,7 @@ def with_old_names(new: dict[str, Any]) -> dict[str, Any]:
     if "partial_rotary_factor" in rope:
         old["rotary_pct" if neox else "partial_rotary_factor"] = rope.pop("partial_rotary_factor")
     if "original_max_position_embeddings" in old:  # of Phi-3 it stands outside
-        old["original_max_position_embeddings"] = rope.pop("original_max_position_embeddings", 4096)
+        rope.pop("original_max_position_embeddings", None)
     kind = rope.pop("rope_type")
     old["rope_scaling"] = None if kind == "default" else {"type": {"longrope": "su"}.get(kind, kind)} | rope
     kinds = None if new["model_type"] == "ministral" else old.pop("layer_types", None)
@@ -300,8 +300,7 @@ def test_a_config_we_cannot_serve_names_file_and_key(change, said, named_checkpo
 
 
 def _longrope(**changes) -> dict[str, Any]:
-    numbers = CASES["phi3-longrope"][1]["rope_parameters"] | changes
-    return {key: value for key, value in numbers.items() if key != "original_max_position_embeddings"}
+    return CASES["phi3-longrope"][1]["rope_parameters"] | changes
 
 
 @pytest.mark.parametrize(
