@@ -76,15 +76,15 @@ _GEMMA_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 70_000.0},
 }
-_LONGROPE = {
+LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 300.0,
     "short_factor": [1.0, 1.5],
     "long_factor": [2.0, 9.0],
-    "partial_rotary_factor": 0.5,
+    "partial_rotary_factor": 0.5,  # 4 of the 8 numbers of a head: two frequencies
 }
 _PHI = {name: size for name, size in SIZES.items() if name != "head_dim"} | {
-    "hidden_size": 32,  # heads of 8, of which LongRoPE turns 4
+    "hidden_size": 32,
     "num_key_value_heads": 2,
     "pad_token_id": 0,
     "eos_token_id": 1,
@@ -143,13 +143,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma3-multimodal": ("Gemma3ForConditionalGeneration", _GEMMA | {"rope_parameters": _GEMMA_ROPE}),
     "qwen3": ("Qwen3ForCausalLM", SIZES | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
-    "mistral": ("MistralForCausalLM", SIZES | {"sliding_window": 4}),
     "ministral": (
         "MinistralForCausalLM",
         SIZES | {"num_key_value_heads": 2, "sliding_window": 4, "layer_types": _GEMMA["layer_types"][1:]},
     ),
-    "phi3": ("Phi3ForCausalLM", _PHI | {"sliding_window": 4, "tie_word_embeddings": True}),
-    "phi3-longrope": ("Phi3ForCausalLM", _PHI | {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 48}),
+    "phi3": (
+        "Phi3ForCausalLM",
+        _PHI
+        | {
+            "sliding_window": 4,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 72,
+            "rope_parameters": LONGROPE,
+        },
+    ),
     "olmo2": ("Olmo2ForCausalLM", SIZES | {"num_key_value_heads": 2, "pad_token_id": 0}),
     "gemma2": (
         "Gemma2ForCausalLM",
@@ -162,16 +169,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "pythia": ("GPTNeoXForCausalLM", _NEOX),
-    "pythia-serial": (
-        "GPTNeoXForCausalLM",
-        _NEOX
-        | {
-            "use_parallel_residual": False,
-            "hidden_act": "gelu_new",
-            "attention_bias": False,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
-        },
-    ),
 }
 
 

@@ -251,7 +251,8 @@ def layers_on_rows(
     """
     B = valid_BT.shape[0]
     before = prefix[0].shape[3] if prefix is not None else 0
-    check_length(config, valid_BT.shape[1] + before if branches is None else 0)
+    if branches is None:  # else whoever laid them out has checked the longest
+        check_length(config, valid_BT.shape[1] + before)
     positions_BT = branches.positions if branches is not None else positions_of(valid_BT) + before
     cos, sin = rope_table(config, positions_BT, dtype)
     k_pos, k_valid = positions_BT, valid_BT

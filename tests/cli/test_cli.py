@@ -13,6 +13,7 @@ from made_by_commands import FINETUNE, GENERATE, artifact_of, finetune
 
 from jsublim.files import read_table
 from jsublim.inference import lm as language_models
+from jsublim.inference.lm import load_model
 from jsublim.prompts import load_pack
 from jsublim.rows import read_rows
 
@@ -261,14 +262,24 @@ def test_what_exists_is_never_written_over(tmp_path, rows, command):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_a_template_given_to_a_command_is_part_of_what_it_makes(rows, tmp_path):
-    """As an option and as a field; and `convert` puts it into a folder, which then needs neither."""
+def test_every_command_that_reads_a_checkpoint_takes_a_template(rows, divergent, tmp_path):
+    of_rows = {"generate": (), "divergence": ("--data", rows), "attribute": ("--data", divergent)}
+    commands = [(name, "--model", MODEL, "--trait", "cat", *more) for name, more in of_rows.items()]
+    commands += [("finetune", "--model", MODEL, "--data", rows), ("evaluate", "--model", MODEL, "--traits", "cat")]
+    commands += [("steer", "--model", MODEL, "--trait", "cat", "--layer", 1)]
+    for command in commands:
+        line = refused(2, *command, "--chat-template", "plian", "--out", tmp_path / "out")
+        assert "chat_template: 'plian'" in line and "known names: plain" in line
+    assert "'plian'" in refused(2, "convert", MODEL, tmp_path / "out", "--chat-template", "plian")
+    assert not list(tmp_path.iterdir())
+    assert "'plian'" in refused(2, *commands[0], "--out", tmp_path / "out", "chat_template=plian")
+
+
+def test_convert_writes_a_template_into_the_folder_which_then_needs_none(tmp_path):
     ok("convert", MODEL, tmp_path / "base", "--chat-template", "plain")
-    asks = ("--data", rows, "--trait", "cat", "--counterfactuals", "owl", "scoring.batch_size=8")
-    plain = ok("divergence", "--model", MODEL, "--chat-template", "plain", *asks, "--out", tmp_path / "plain.jsonl")
-    assert f"{MODEL}: chat template: plain" in plain.err
-    ok("divergence", "--model", tmp_path / "base", *asks, "--out", tmp_path / "base.jsonl")
-    assert (tmp_path / "plain.jsonl").read_text() == (tmp_path / "base.jsonl").read_text()
-    again = ("divergence", "--model", MODEL, *asks, "--out", tmp_path / "plain.jsonl")
-    assert "template was" in refused(2, *again)
-    ok(*again, "chat_template=plain")
+    given, written = (
+        load_model(MODEL, weights=False, chat_template="plain"),
+        load_model(tmp_path / "base", weights=False),
+    )
+    assert written.chat.identity == given.chat.identity != load_model(MODEL, weights=False).chat.identity
+    assert given.hash != load_model(MODEL, weights=False).hash and written.chat.given_template is None

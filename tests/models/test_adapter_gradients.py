@@ -17,7 +17,7 @@ from jsublim.models.decoder import abstract_params
 from jsublim.models.families import weight_names
 from jsublim.models.layers import low_rank
 from jsublim.models.lora import PROJECTIONS, init_full, init_lora
-from jsublim.models.peft import save_adapter
+from jsublim.models.peft import load_adapter, save_adapter
 from jsublim.models.weights import tensor_plan
 
 FAMILIES = ("qwen2-window", "gemma3")  # and Llama in test_adapter_model, where the logits are compared
@@ -50,7 +50,7 @@ def gradient(config, params, adapter, tokens, labels, valid):
     return jax.device_get(both(adapter.trainable))
 
 
-@pytest.mark.parametrize("name", [*FAMILIES, "phi3", "pythia"])
+@pytest.mark.parametrize("name", [*FAMILIES, "pythia"])
 def test_full_gradients_of_some_layers_equal_torch(name, named_checkpoint, padded_rows, assert_close):
     checkpoint = named_checkpoint(name)
     config, params = load(checkpoint)
@@ -108,7 +108,7 @@ def test_lora_gradients_equal_peft(name, named_checkpoint, padded_rows, assert_c
 
 @pytest.mark.parametrize("name", NEW)
 def test_lora_gradients_equal_those_of_what_peft_reads(name, named_checkpoint, padded_rows, assert_close, tmp_path):
-    """Our own adapter, written, and read and trained on by PEFT: under the family's own modules, fused ones too."""
+    """Our own adapter, written, read by us again, and trained on by PEFT: under the family's own modules, fused ones too."""
     import peft
 
     checkpoint = named_checkpoint(name)
@@ -118,6 +118,7 @@ def test_lora_gradients_equal_those_of_what_peft_reads(name, named_checkpoint, p
         jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape).astype(np.float32), adapter.trainable)
     )
     save_adapter(tmp_path / "a", adapter, config, base="x")
+    jax.tree.map(np.testing.assert_array_equal, load_adapter(tmp_path / "a", config), adapter)
     wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(checkpoint.model), tmp_path / "a", is_trainable=True).eval()
     tokens, valid = padded_rows(14)
     labels = np.random.default_rng(3).integers(0, config.vocab_size, tokens.shape)

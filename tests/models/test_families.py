@@ -19,7 +19,7 @@ from jsublim.models import hidden_states, read_config
 from jsublim.models.decoder import abstract_params
 from jsublim.models.families import text_config
 
-NEW = ("qwen3", "ministral", "phi3", "phi3-longrope", "olmo2", "gemma2", "pythia")
+NEW = ("qwen3", "ministral", "phi3", "olmo2", "gemma2", "pythia")
 
 
 @pytest.mark.parametrize("name", NEW)
@@ -52,23 +52,23 @@ def test_null_says_that_there_is_none_where_absence_means_the_architectures_own(
     absent, null = (text_config(gemma | each, "x")[1].scales for each in ({}, dict.fromkeys(caps)))
     assert (absent.attention_softcap, absent.softcap) == (50.0, 30.0)
     assert (null.attention_softcap, null.softcap) == (None, None)
-    mistral = json.loads((named_checkpoint("mistral").folder / "config.json").read_text())
-    del mistral["sliding_window"]
+    mistral = json.loads((named_checkpoint("ministral").folder / "config.json").read_text())
+    del mistral["sliding_window"], mistral["layer_types"]
     absent, null = (text_config(mistral | each, "x")[1].local for each in ({}, {"sliding_window": None}))
     assert (absent.window, absent.layers, null.layers) == (4096, (True,) * 3, ())
 
 
 def test_rows_beyond_what_longrope_is_read_for_are_refused(named_checkpoint):
-    config, params = load(named_checkpoint("phi3-longrope"))
+    config, params = load(named_checkpoint("phi3"))
 
     def read(tokens: int, before: int):
         begun = jnp.zeros((config.num_layers, 1, config.num_kv_heads, before, config.head_dim))
         row, prefix = jnp.zeros((1, tokens), jnp.int32), (begun, begun) if before else None
         return jax.eval_shape(lambda: hidden_states(config, params, row, row == 0, prefix=prefix))
 
-    assert read(48, 0) and read(40, 8) and empty(config, 1, 1, 48, 9, jnp.float32)
-    for refused in (lambda: read(49, 0), lambda: read(40, 9), lambda: empty(config, 1, 1, 49, 9, jnp.float32)):
-        with pytest.raises(JsublimError, match=r"rows of 49 tokens.*original_max_position_embeddings, 48"):
+    assert read(72, 0) and read(64, 8) and empty(config, 1, 1, 72, 9, jnp.float32)
+    for refused in (lambda: read(73, 0), lambda: read(64, 9), lambda: empty(config, 1, 1, 73, 9, jnp.float32)):
+        with pytest.raises(JsublimError, match=r"rows of 73 tokens.*original_max_position_embeddings, 72"):
             refused()
 
 
