@@ -127,11 +127,13 @@ def rope_table(config: ModelConfig, positions_BT: Array, dtype: jnp.dtype) -> tu
 
 def rotate(x_BTHh: Array, cos_BTf: Array, sin_BTf: Array) -> Array:
     """Rotary embedding of the first `2 f` numbers of a head, their two halves as the pairs (the Hugging Face layout)."""
-    f = cos_BTf.shape[-1]
-    left, right, rest = x_BTHh[..., :f], x_BTHh[..., f : 2 * f], x_BTHh[..., 2 * f :]
+    whole = 2 * cos_BTf.shape[-1] == x_BTHh.shape[-1]
+    turned, rest = (x_BTHh, None) if whole else jnp.split(x_BTHh, [2 * cos_BTf.shape[-1]], axis=-1)
+    left, right = jnp.split(turned, 2, axis=-1)
     cos, sin = cos_BTf[:, :, None, :], sin_BTf[:, :, None, :]
-    turned = [(left * cos - right * sin).astype(x_BTHh.dtype), (right * cos + left * sin).astype(x_BTHh.dtype)]
-    return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1)
+    halves = [left * cos - right * sin, right * cos + left * sin]
+    turned = jnp.concatenate(halves, axis=-1).astype(x_BTHh.dtype)
+    return turned if rest is None else jnp.concatenate([turned, rest], axis=-1)
 
 
 class Seen(NamedTuple):
