@@ -319,6 +319,7 @@ def test_a_config_we_cannot_serve_names_file_and_key(change, said, named_checkpo
             "original_max_pos",
         ),
         ("phi3", {"rope_parameters": dict(LONGROPE, short_factor=[1.0])}, "short_factor has 1 numbers for 2"),
+        ("phi3", {"rope_parameters": dict(LONGROPE, short_factor=[])}, "short_factor has 0 numbers for 2"),
         ("phi3", {"rope_parameters": dict(LONGROPE, short_factor=None)}, "rope_parameters: key 'short_factor'"),
         ("phi3", {"rope_parameters": dict(LONGROPE, short_factor=[1.0, 0])}, "rope_parameters: key 'short_factor'"),
         ("phi3", {"rope_parameters": dict(LONGROPE, partial_rotary_factor=1.5)}, "partial_rotary_factor"),

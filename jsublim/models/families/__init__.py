@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jsublim.errors import JsublimError
-from jsublim.models.config import ModelConfig
+from jsublim.models.config import ModelConfig, Rope
 from jsublim.models.families import gemma2, gemma3, gpt_neox, llama, mistral, olmo2, phi3, qwen2, qwen3
 from jsublim.models.families.names import Fused, WeightNames
 from jsublim.models.hf_config import HFConfig
@@ -38,17 +38,20 @@ def text_config(hf: dict[str, Any], source: str) -> tuple[dict[str, Any], ModelC
         )
     if len(config.is_local) != config.num_layers:
         raise JsublimError(f"{source}: layer_types has {len(config.is_local)} entries for {config.num_layers} layers")
-    turned = config.rope.turned(config.head_dim)
-    if turned % 2 or not turned:
-        what = (
-            f"head_dim {config.head_dim}" if config.rope.share == 1 else f"the rotary share {config.rope.share:g} of it"
-        )
-        raise JsublimError(f"{source}: {what} is odd or none; rotary embeddings turn pairs of numbers")
-    if config.rope.divisors and len(config.rope.divisors) != turned // 2:
-        raise JsublimError(
-            f"{source}: short_factor has {len(config.rope.divisors)} numbers for {turned // 2} rotary frequencies"
-        )
+    for rope in (config.rope, config.local.rope or config.rope):
+        _check_rope(rope, config.head_dim, source)
     return plain, config
+
+
+def _check_rope(rope: Rope, head_dim: int, source: str) -> None:
+    turned = rope.turned(head_dim)
+    if turned % 2 or not turned:
+        what = f"head_dim {head_dim}" if rope.share == 1 else f"the rotary share {rope.share:g} of head_dim {head_dim}"
+        raise JsublimError(f"{source}: {what} is odd or none; rotary embeddings turn pairs of numbers")
+    if rope.scaling == "longrope" and len(rope.divisors) != turned // 2:
+        raise JsublimError(
+            f"{source}: short_factor has {len(rope.divisors)} numbers for {turned // 2} rotary frequencies"
+        )
 
 
 def weight_names(config: ModelConfig) -> WeightNames:
