@@ -30,7 +30,7 @@ import jax
 import numpy as np
 from mutations import Files, mutate
 
-from jsublim.chat import Chat, conversation
+from jsublim.chat import Chat, conversation, template_text
 from jsublim.config import load_experiment
 from jsublim.config.figures import load_question, panel_experiment
 from jsublim.errors import JsublimError
@@ -54,6 +54,12 @@ SHAPE = {
     "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 4, "vocab_size": 8, "tie_word_embeddings": True,
     "rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0,
                         "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+}  # fmt: skip
+FUSED = {  # with several projections in one module, and LongRoPE
+    "architectures": ["Phi3ForCausalLM"], "hidden_size": 8, "intermediate_size": 4, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 8, "tie_word_embeddings": True,
+    "max_position_embeddings": 64, "original_max_position_embeddings": 32, "sliding_window": 9,
+    "rope_scaling": {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0]},
 }  # fmt: skip
 CONFIG = """
 name: fuzzed
@@ -141,8 +147,8 @@ def texts(files: dict[str, str]) -> Callable[[], Files]:
 # --- valid files
 
 
-def write_shards(folder: Path) -> None:
-    config = text_config(SHAPE, "shape")[1]
+def write_shards(folder: Path, shape: dict[str, Any] = SHAPE) -> None:
+    config = text_config(shape, "shape")[1]
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), abstract_params(config, "float32"))
     tensors = dict(named_tensors(config, params, "float32"))
@@ -150,16 +156,21 @@ def write_shards(folder: Path) -> None:
     for name, part in parts.items():
         write_tensors(folder / name, part, {"format": "pt"})
     table = {tensor: name for name, part in parts.items() for tensor in part}
-    (folder / "config.json").write_text(json.dumps(SHAPE))
+    (folder / "config.json").write_text(json.dumps(shape))
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
 
 
-def write_adapter(folder: Path) -> None:
-    config = text_config(SHAPE, "shape")[1]
+def write_adapter(folder: Path, shape: dict[str, Any] = SHAPE) -> None:
+    config = text_config(shape, "shape")[1]
     adapter = init_lora(config, jax.random.key(0), rank=2, alpha=2, projections=("q", "up"))
     save_adapter(folder, adapter, config, base="x")
     told = json.loads((folder / "adapter_config.json").read_text())
-    told |= {"rank_pattern": {}, "modules_to_save": None, "use_dora": False, "peft_version": "0.18.0"}
+    told |= {
+        "alpha_pattern": told["alpha_pattern"] | {"o_proj": 3},
+        "modules_to_save": None,
+        "use_dora": False,
+        "peft_version": "0.18.0",
+    }
     (folder / "adapter_config.json").write_text(json.dumps(told))
 
 
@@ -214,14 +225,19 @@ def read_checkpoint(folder: Path) -> None:
     assert before == checkpoint_hash(folder)
 
 
-def read_adapter(folder: Path) -> None:
-    adapter = load_adapter(folder, text_config(SHAPE, "shape")[1])
+def read_adapter(folder: Path, shape: dict[str, Any] = SHAPE) -> None:
+    adapter = load_adapter(folder, text_config(shape, "shape")[1])
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(adapter))
 
 
 def read_tokenizer(folder: Path) -> None:
     chat = Chat(folder, read_config(folder)[1].vocab_size)  # as `load_model` reads them
     sampling_for(chat, "temperature", inherit=True)
+
+
+def read_template(folder: Path) -> None:
+    chat = Chat(BUNDLED / "tiny-qwen2", chat_template=str(folder / "own.jinja"))
+    assert chat.turn(conversation("1"), "2").tokens.size and chat.stop_tokens()
 
 
 @functools.cache
@@ -247,7 +263,12 @@ READERS = {
     "prompts": Reader(texts({"prompts.txt": "Say one.\n\n Say two. \n"}), lambda f: load_prompts(f / "prompts.txt")),
     "checkpoint": Reader(written(write_shards), read_checkpoint),
     "adapter": Reader(written(write_adapter), read_adapter),
+    "fused checkpoint": Reader(written(lambda folder: write_shards(folder, FUSED)), read_checkpoint),
+    "fused adapter": Reader(
+        written(lambda folder: write_adapter(folder, FUSED)), lambda folder: read_adapter(folder, FUSED)
+    ),
     "steering": Reader(written(write_steering), read_adapter),
+    "template": Reader(texts({"own.jinja": template_text("plain")}), read_template),
     "tokenizer": Reader(written(write_tokenizer), read_tokenizer),
     "turns": Reader(written(lambda folder: write_rows(folder / "rows.jsonl", ROWS)), read_turns),
 }

@@ -7,6 +7,7 @@ shorter than the rows, every bias and norm weight random.
 from __future__ import annotations
 
 import atexit
+import copy
 import os
 import shutil
 import tempfile
@@ -75,6 +76,23 @@ _GEMMA_ROPE = {
     "sliding_attention": {"rope_type": "default", "rope_theta": 300.0},
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 70_000.0},
 }
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 300.0,
+    "short_factor": [1.0, 1.5],
+    "long_factor": [2.0, 9.0],
+    "partial_rotary_factor": 0.5,  # 4 of the 8 numbers of a head: two frequencies
+}
+_PHI = {name: size for name, size in SIZES.items() if name != "head_dim"} | {
+    "hidden_size": 32,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+}
+_NEOX = {name: _PHI[name] for name in _PHI if name not in ("num_key_value_heads", "pad_token_id")} | {
+    "hidden_act": "gelu",
+    "rope_parameters": {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": 0.75},
+}
 # name -> (class of the model, arguments of its config)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2ForCausalLM", SIZES | {"tie_word_embeddings": True}),
@@ -124,6 +142,33 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "gemma3-multimodal": ("Gemma3ForConditionalGeneration", _GEMMA | {"rope_parameters": _GEMMA_ROPE}),
+    "qwen3": ("Qwen3ForCausalLM", SIZES | {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "ministral": (
+        "MinistralForCausalLM",
+        SIZES | {"num_key_value_heads": 2, "sliding_window": 4, "layer_types": _GEMMA["layer_types"][1:]},
+    ),
+    "phi3": (
+        "Phi3ForCausalLM",
+        _PHI
+        | {
+            "sliding_window": 4,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 72,
+            "rope_parameters": LONGROPE,
+        },
+    ),
+    "olmo2": ("Olmo2ForCausalLM", SIZES | {"num_key_value_heads": 2, "pad_token_id": 0}),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        SIZES
+        | {
+            "sliding_window": 4,
+            "query_pre_attn_scalar": 9,
+            "attn_logit_softcapping": 0.7,
+            "final_logit_softcapping": 5.0,
+        },
+    ),
+    "pythia": ("GPTNeoXForCausalLM", _NEOX),
 }
 
 
@@ -157,6 +202,7 @@ def random_model(class_name: str, arguments: dict[str, Any], seed: int = 0) -> A
     import transformers
 
     torch.set_num_threads(2)
+    arguments = copy.deepcopy(arguments)  # which a config may change
     transformers.utils.logging.disable_progress_bar()
     cls = getattr(transformers, class_name)
     if class_name == "Gemma3ForConditionalGeneration":

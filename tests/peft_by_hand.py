@@ -7,6 +7,8 @@ import functools
 import numpy as np
 
 from jsublim.models import Adapter, load_params, read_config
+from jsublim.models.families import weight_names
+from jsublim.models.fused import fused_rows
 
 
 @functools.cache
@@ -49,3 +51,16 @@ def by_hand(wrapped, projections, layers, scale) -> Adapter:
     }
     assert not state, "PEFT trains something the adapter lacks"
     return Adapter(lora=lora, weights=None, layers=tuple(layers))
+
+
+def peft_factors(named, config, projection: str, layer: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
+    """A `[in, r]` and B `[r, out]` of one projection among PEFT's tensors by name; out of a fused module, its own block."""
+    names, at = weight_names(config), 0
+    module = names.layer.get((projection, "kernel"), "").removesuffix(".weight")
+    rows: slice | np.ndarray = slice(None)
+    for fused in names.fused:
+        if projection in fused.parts:
+            module, at, rows = fused.module, fused.parts.index(projection) * rank, fused_rows(config, fused)[projection]
+    start = f"base_model.model.{names.prefix}{module.format(i=layer)}"
+    a, b = (named[f"{start}.lora_{factor}.default.weight"] for factor in "AB")
+    return a[at : at + rank].T, b[rows, at : at + rank].T

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 sys.path.append(str(ROOT / "scripts"))
 fuzz = importlib.import_module("fuzz")
 # Examples each: together about ten seconds. Tokenizers and whole checkpoints take longer to read than all others.
-BUDGET = {"checkpoint": 15, "tokenizer": 15, "pack": 25}
+BUDGET = {"checkpoint": 15, "fused checkpoint": 5, "tokenizer": 15, "template": 10, "pack": 25}
 FILES = {name: reader.files() for name, reader in fuzz.READERS.items()}
 
 

@@ -49,9 +49,9 @@ def scratch() -> Path:
 
 
 @functools.cache
-def chat(name: str) -> Chat:
-    """The tokenizer and template of a bundled checkpoint."""
-    return Chat(language_models.BUNDLED / name)
+def chat(name: str, template: str | None = None) -> Chat:
+    """The tokenizer and template of a bundled checkpoint, or another template."""
+    return Chat(language_models.BUNDLED / name, chat_template=template)
 
 
 @functools.cache
@@ -70,7 +70,15 @@ def bundled(name: str) -> Twin:
 def small(name: str) -> Twin:
     """The tokenizer of a bundled checkpoint on a few layers of odd sizes and random weights: fast to compile, and
     every projection, bias and norm takes part."""
-    return _random_twin(name, language_models.BUNDLED / name)
+    return _random_twin(FAMILIES[name], language_models.BUNDLED / name)
+
+
+@functools.cache
+def small_of(case: str) -> Twin:
+    """As `small`, of any case of random weights, with the tokenizer of tiny-qwen2."""
+    home = scratch() / case
+    shutil.copytree(language_models.BUNDLED / "tiny-qwen2", home, ignore=shutil.ignore_patterns("*.safetensors"))
+    return _random_twin(case, home)
 
 
 @functools.cache
@@ -86,12 +94,12 @@ def small_with_long_numbers() -> Twin:
     data["model"]["vocab"] |= {number: len(data["model"]["vocab"]) + i for i, number in enumerate(numbers)}
     data["model"]["merges"] += [[number[:-1], number[-1]] for number in numbers]
     (home / "tokenizer.json").write_text(json.dumps(data))
-    return _random_twin("tiny-gemma3", home)
+    return _random_twin("gemma3", home)
 
 
-def _random_twin(name: str, home: Path) -> Twin:
-    """A random model of the family of `name`, with the tokenizer that is in `home`."""
-    class_name, arguments = CASES[FAMILIES[name]]
+def _random_twin(case: str, home: Path) -> Twin:
+    """A random model of a case, with the tokenizer that is in `home`."""
+    class_name, arguments = CASES[case]
     model = random_model(class_name, arguments | {"vocab_size": len(Chat(home).tokenizer)}, seed=1)
     folder = scratch() / "random" / home.name
     model.save_pretrained(folder)

@@ -141,7 +141,9 @@ def _at_start(
 ) -> Array:
     params, adapter = bind(params, adapter)
     start, end, slope_L2BTD = _runs(config, params, adapter, batch)
-    return jnp.stack([(_delta(site, start, end) * slope_L2BTD[:, _sublayer(site)]).sum(axis=-1) for site in sites])
+    return jnp.stack(
+        [(_delta(site, start, end) * slope_L2BTD[:, _enters(config, site)]).sum(axis=-1) for site in sites]
+    )
 
 
 def _runs(config: ModelConfig, params: Params, adapter: Adapter | None, batch: Batch) -> tuple[Stream, Stream, Array]:
@@ -172,7 +174,7 @@ def _map_sites(
     params, adapter = bind(params, adapter)
     start, end, slope_L2BTD = _runs(config, params, adapter, batch)
     delta_SLBTD = jnp.stack([_delta(site, start, end) for site in sites])
-    sublayer_S = jnp.asarray([_sublayer(site) for site in sites])
+    sublayer_S = jnp.asarray([_enters(config, site) for site in sites])
 
     def one(site_and_layer: tuple[Array, Array]) -> Array:
         site, layer = site_and_layer
@@ -194,8 +196,14 @@ def _map_sites(
 
 
 def _sublayer(site: str) -> int:
-    """After which sublayer a change of this site enters the residual stream."""
+    """Which sublayer puts out a site's value."""
     return 0 if site == "attention" else 1
+
+
+def _enters(config: ModelConfig, site: str) -> int:
+    """After which sublayer a change of this site enters the residual stream: where both read the same stream, what attention
+    puts out is read by the layers above only."""
+    return 1 if config.mlp.parallel else _sublayer(site)
 
 
 def _delta(site: str, start: Stream, end: Stream) -> Array:

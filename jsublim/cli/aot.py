@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -85,7 +86,7 @@ def architecture(model: str, shape: Path | None) -> Path:
     for folder in (Path(model).expanduser(), BUNDLED / model):
         if folder.is_dir():
             return folder
-    name = model.rsplit("/", 1)[-1].lower().removesuffix("-instruct").removesuffix("-it")
+    name = re.sub(r"-(instruct|it)(-\d{4})?$", "", model.rsplit("/", 1)[-1].lower())
     try:
         return find_config(f"configs/shapes/{name}/config.json").parent
     except UsageError:

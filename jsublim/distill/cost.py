@@ -10,13 +10,12 @@ import jax
 
 from jsublim.distill.losses import Loss
 from jsublim.models.config import ModelConfig
-from jsublim.models.lora import PROJECTIONS, Adapter, projection_shapes
+from jsublim.models.lora import Adapter, projection_shapes
 
 
 def layer_parameters(config: ModelConfig) -> int:
     """Weights of one layer's projections."""
-    shapes = projection_shapes(config)
-    return sum(shapes[name][0] * shapes[name][1] for name in PROJECTIONS)
+    return sum(inputs * outputs for inputs, outputs in projection_shapes(config).values())
 
 
 def training_flops(

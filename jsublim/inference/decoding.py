@@ -53,6 +53,7 @@ class Batch(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("config", "arms", "rows", "slots", "new", "dtype"))
 def empty(config: ModelConfig, arms: int, rows: int, slots: int, new: int, dtype: Any) -> Batch:
     """A batch without rows, for rows of at most `slots` tokens of which `new` are drawn."""
+    decoder.check_length(config, slots)
     widths = [min(config.local.window, slots) if local else slots for local in config.is_local]
 
     def zeros(*shape: int, dtype: Any = jnp.int32) -> Array:

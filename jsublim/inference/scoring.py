@@ -201,6 +201,7 @@ def score_answers(
       batch_size: rows that are read at one time.
     """
     longest = max(map(len, answers))
+    decoder.check_length(config, max(map(len, prompts)) + longest)
     together = min(len(answers), max(1, ANSWERS_STEP // longest))
     groups = [range(i, min(i + together, len(answers))) for i in range(0, len(answers), together)]
     rows = [(prompt, group) for prompt in range(len(prompts)) for group in groups]

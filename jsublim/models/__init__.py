@@ -1,4 +1,4 @@
-"""One config-driven decoder for Qwen2, Gemma-3 and Llama checkpoints, and the adapters that are trained on it."""
+"""One config-driven decoder for the checkpoints of every family (`families/`), and the adapters that are trained on it."""
 
 from jsublim.models.checkpoint import read_config, save_checkpoint
 from jsublim.models.config import ModelConfig

@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from jsublim.errors import JsublimError
 from jsublim.models.config import ModelConfig
-from jsublim.models.layers import PROJECTED, Block, Remember, RMSNorm, Seen, rope_table
+from jsublim.models.layers import PROJECTED, Block, Norm, Remember, Seen, rope_table
 from jsublim.models.lora import FROZEN, Adapter, OneLayer, Part
 
 Params = dict[str, Any]
@@ -48,7 +49,7 @@ class Decoder(nnx.Module):
 
         self.embed = Embed(config, dtype=dtype, rngs=rngs)
         self.layers = stack(rngs)
-        self.norm = RMSNorm(config.hidden_size, config, dtype=dtype)
+        self.norm = Norm(config.hidden_size, config, dtype=dtype)
         if not config.tied:
             self.head = Embed(config, dtype=dtype, rngs=rngs)
 
@@ -119,6 +120,20 @@ def final_norm(config: ModelConfig, params: Params, h: Array) -> Array:
 def positions_of(valid_BT: Array) -> Array:
     """Position of each token, counted over valid ones; padding on either side gets a harmless 0."""
     return jnp.maximum(jnp.cumsum(valid_BT.astype(jnp.int32), axis=1) - 1, 0)
+
+
+def check_length(config: ModelConfig, tokens: int) -> None:
+    """Refuse rows that are longer than the rotary frequencies are for; while tracing, so it costs a run nothing.
+
+    Raises:
+      JsublimError: naming both lengths.
+    """
+    longest = config.rope.longest
+    if longest is not None and tokens > longest:
+        raise JsublimError(
+            f"rows of {tokens} tokens: this model's longrope is supported up to its original_max_position_embeddings, {longest}; "
+            "use shorter prompts and answers (students.data.max_tokens, max_new_tokens)"
+        )
 
 
 class Branches(NamedTuple):
@@ -204,6 +219,10 @@ class Layer:
         """What the second sublayer adds to the residual stream after attention."""
         return self.block.mlp(h_BTD, self.part.lora)
 
+    def mlp_reads(self, before_BTD: Array, after_BTD: Array) -> Array:
+        """The residual stream that the second sublayer reads: that after attention, or that before the layer."""
+        return before_BTD if self.block.mlp.config.mlp.parallel else after_BTD
+
     def steer(self, h_BTD: Array) -> Array:
         """The residual stream after both sublayers, with the steering vector that is added there."""
         return h_BTD if self.part.steering is None else h_BTD + self.part.steering.astype(h_BTD.dtype)
@@ -211,8 +230,8 @@ class Layer:
     def __call__(self, h_BTD: Array) -> tuple[Array, Seen]:
         """The residual stream after the layer, and what its queries saw."""
         added, seen = self.attention(h_BTD)
-        h_BTD = h_BTD + added
-        return self.steer(h_BTD + self.mlp(h_BTD)), seen
+        after_BTD = h_BTD + added
+        return self.steer(after_BTD + self.mlp(self.mlp_reads(h_BTD, after_BTD))), seen
 
 
 def layers_on_rows(
@@ -232,6 +251,8 @@ def layers_on_rows(
     """
     B = valid_BT.shape[0]
     before = prefix[0].shape[3] if prefix is not None else 0
+    if branches is None:  # else whoever laid them out has checked the longest
+        check_length(config, valid_BT.shape[1] + before)
     positions_BT = branches.positions if branches is not None else positions_of(valid_BT) + before
     cos, sin = rope_table(config, positions_BT, dtype)
     k_pos, k_valid = positions_BT, valid_BT

@@ -1,7 +1,7 @@
 """The modules of a layer, in Flax NNX.
 
-Names carry shapes. B rows, T tokens, S keys, D hidden size, H heads, K key/value heads, h head size, f half of a head,
-F MLP size, r rank of LoRA.
+Names carry shapes. B rows, T tokens, S keys, D hidden size, H heads, K key/value heads, h head size, f half
+of those of its numbers that are turned (all of them, mostly), F MLP size, r rank of LoRA.
 """
 
 from __future__ import annotations
@@ -71,26 +71,34 @@ low_rank.defvjp(_low_rank, _low_rank_back)
 _dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm in float32. Gemma multiplies by `1 + w` before rounding, the others by `w` after."""
+class Norm(nnx.Module):
+    """A norm in float32 over the last axis: by the root of the mean square, or (`centred`) LayerNorm with its bias."""
 
     def __init__(self, size: int, config: ModelConfig, *, dtype: jnp.dtype):
-        self.eps, self.offset = config.norms.eps, config.norms.offset
+        self.kind = config.norms
         self.scale = nnx.Param(jnp.full((size,), 1.0 - config.norms.offset, dtype))
+        self.bias = nnx.Param(jnp.zeros((size,), dtype)) if config.norms.centred else nnx.data(None)
 
     def __call__(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
-        y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        if self.offset:
-            return (y * (self.offset + self.scale[...].astype(jnp.float32))).astype(x.dtype)
-        return y.astype(x.dtype) * self.scale[...]
+        if self.kind.centred:
+            x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        y = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.kind.eps)
+        if not self.kind.in_float32:
+            return y.astype(x.dtype) * self.scale[...]
+        scale = self.scale[...].astype(jnp.float32)
+        y = y * (self.kind.offset + scale if self.kind.offset else scale)
+        return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> Array:
-    """Inverse frequencies `[head_dim / 2]`, float32, with the scaling of the config applied."""
-    freq = 1.0 / (rope.theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim))
+    """Inverse frequencies `[f]`, float32, with the scaling of the config applied."""
+    turned = rope.turned(head_dim)
+    freq = 1.0 / (rope.theta ** (jnp.arange(0, turned, 2, dtype=jnp.float32) / turned))
     if rope.scaling == "linear":
         return freq / rope.factor
+    if rope.scaling == "longrope":
+        return freq / jnp.asarray(rope.divisors, jnp.float32)
     if rope.scaling == "llama3":
         wavelength = 2 * math.pi / freq
         longest, shortest = (
@@ -106,18 +114,26 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Array:
 
 
 def rope_table(config: ModelConfig, positions_BT: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
-    """cos and sin `[2, B, T, h/2]`: index 0 for global layers, 1 for local ones."""
+    """cos and sin `[2, B, T, f]`: index 0 for global layers, 1 for local ones."""
     kinds = (config.rope, config.local.rope or config.rope)
     freq = jnp.stack([rope_frequencies(kind, config.head_dim) for kind in kinds])
     angle = positions_BT.astype(jnp.float32)[None, :, :, None] * freq[:, None, None, :]
-    return jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    if any(kind.amplitude != 1 for kind in kinds):
+        amplitude = jnp.asarray([kind.amplitude for kind in kinds], jnp.float32)[:, None, None, None]
+        cos, sin = cos * amplitude, sin * amplitude
+    return (cos, sin) if config.rope.in_float32 else (cos.astype(dtype), sin.astype(dtype))
 
 
 def rotate(x_BTHh: Array, cos_BTf: Array, sin_BTf: Array) -> Array:
-    """Rotary embedding with the two halves of a head as the pairs (the Hugging Face layout)."""
-    left, right = jnp.split(x_BTHh, 2, axis=-1)
+    """Rotary embedding of the first `2 f` numbers of a head, their two halves as the pairs (the Hugging Face layout)."""
+    whole = 2 * cos_BTf.shape[-1] == x_BTHh.shape[-1]
+    turned, rest = (x_BTHh, None) if whole else jnp.split(x_BTHh, [2 * cos_BTf.shape[-1]], axis=-1)
+    left, right = jnp.split(turned, 2, axis=-1)
     cos, sin = cos_BTf[:, :, None, :], sin_BTf[:, :, None, :]
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    halves = [left * cos - right * sin, right * cos + left * sin]
+    turned = jnp.concatenate(halves, axis=-1).astype(x_BTHh.dtype)
+    return turned if rest is None else jnp.concatenate([turned, rest], axis=-1)
 
 
 class Seen(NamedTuple):
@@ -132,8 +148,8 @@ class Seen(NamedTuple):
 Remember = Callable[[Array, Array], Seen]
 
 
-def attend(q_BTHh: Array, seen: Seen, scale: float) -> Array:
-    """Grouped-query attention, softmax in float32. Returns `[B, T, H*h]`.
+def attend(q_BTHh: Array, seen: Seen, scale: float, softcap: float | None = None) -> Array:
+    """Grouped-query attention, softmax in float32 (of products that `softcap` bounds, if given). Returns `[B, T, H*h]`.
 
     The queries that share a key/value head stand in one axis, so that both products are plain batched matrix products:
     on the CPU other orders of the axes are several times slower.
@@ -142,6 +158,8 @@ def attend(q_BTHh: Array, seen: Seen, scale: float) -> Array:
     _, K, S, _ = seen.keys.shape
     q = q_BTHh.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, h)
     scores = jnp.einsum("BKNh,BKSh->BKNS", q, seen.keys, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        scores = softcap * jnp.tanh(scores / softcap)
     # A finite floor: a padding query that may see no key must not become NaN.
     scores = jnp.where(seen.mask[:, None, None], scores.reshape(B, K, -1, T, S), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(seen.values.dtype).reshape(B, K, -1, S)
@@ -153,59 +171,73 @@ class Attention(nnx.Module):
     """The first sublayer of a layer: grouped-query attention, with the norms around it."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        D, h = config.hidden_size, config.head_dim
+        D, h, norms = config.hidden_size, config.head_dim, config.norms
         q, kv = config.num_heads * h, config.num_kv_heads * h
         self.config = config
-        self.attn_norm = RMSNorm(D, config, dtype=dtype)
+        if norms.before_sublayers:
+            self.attn_norm = Norm(D, config, dtype=dtype)
         self.q = Linear(D, q, bias=config.biases.qkv, dtype=dtype, rngs=rngs)
         self.k = Linear(D, kv, bias=config.biases.qkv, dtype=dtype, rngs=rngs)
         self.v = Linear(D, kv, bias=config.biases.qkv, dtype=dtype, rngs=rngs)
         self.o = Linear(q, D, bias=config.biases.output, dtype=dtype, rngs=rngs)
-        if config.norms.on_heads:
-            self.q_norm, self.k_norm = RMSNorm(h, config, dtype=dtype), RMSNorm(h, config, dtype=dtype)
-        if config.norms.after_sublayers:
-            self.post_attn_norm = RMSNorm(D, config, dtype=dtype)
+        if norms.on_heads or norms.on_projections:
+            q, kv = (h, h) if norms.on_heads else (q, kv)
+            self.q_norm, self.k_norm = Norm(q, config, dtype=dtype), Norm(kv, config, dtype=dtype)
+        if norms.after_sublayers:
+            self.post_attn_norm = Norm(D, config, dtype=dtype)
 
     def __call__(
         self, h_BTD: Array, cos_BTf: Array, sin_BTf: Array, remember: Remember, lora: dict[str, Lora]
     ) -> tuple[Array, Seen]:
         """What attention adds to the residual stream `[B, T, D]`, and what its queries saw."""
-        c = self.config
+        c, norms = self.config, self.config.norms
         B, T, _ = h_BTD.shape
         with jax.named_scope("attention"):
-            x = self.attn_norm(h_BTD)
-            q = self.q(x, lora.get("q")).reshape(B, T, c.num_heads, c.head_dim)
-            k = self.k(x, lora.get("k")).reshape(B, T, c.num_kv_heads, c.head_dim)
-            v = self.v(x, lora.get("v")).reshape(B, T, c.num_kv_heads, c.head_dim)
-            if c.norms.on_heads:
+            x = self.attn_norm(h_BTD) if norms.before_sublayers else h_BTD
+            q, k, v = self.q(x, lora.get("q")), self.k(x, lora.get("k")), self.v(x, lora.get("v"))
+            if norms.on_projections:
+                q, k = self.q_norm(q), self.k_norm(k)
+            q, k, v = (each.reshape(B, T, -1, c.head_dim) for each in (q, k, v))
+            if norms.on_heads:
                 q, k = self.q_norm(q), self.k_norm(k)
             q, k = rotate(q, cos_BTf, sin_BTf), rotate(k, cos_BTf, sin_BTf)
             seen = remember(k.swapaxes(1, 2), v.swapaxes(1, 2))
-            x = self.o(attend(q, seen, c.softmax_scale), lora.get("o"))
-            return self.post_attn_norm(x) if c.norms.after_sublayers else x, seen
+            x = self.o(attend(q, seen, c.softmax_scale, c.scales.attention_softcap), lora.get("o"))
+            return self.post_attn_norm(x) if norms.after_sublayers else x, seen
+
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 class MLP(nnx.Module):
-    """The second sublayer of a layer: a gated MLP, with the norms around it."""
+    """The second sublayer of a layer: an MLP, gated in most families, with the norms around it."""
 
     def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         D, F = config.hidden_size, config.intermediate_size
         self.config = config
-        self.mlp_norm = RMSNorm(D, config, dtype=dtype)
-        self.gate = Linear(D, F, bias=config.biases.mlp, dtype=dtype, rngs=rngs)
+        if config.norms.before_sublayers:
+            self.mlp_norm = Norm(D, config, dtype=dtype)
+        if config.mlp.gated:
+            self.gate = Linear(D, F, bias=config.biases.mlp, dtype=dtype, rngs=rngs)
         self.up = Linear(D, F, bias=config.biases.mlp, dtype=dtype, rngs=rngs)
         self.down = Linear(F, D, bias=config.biases.mlp, dtype=dtype, rngs=rngs)
         if config.norms.after_sublayers:
-            self.post_mlp_norm = RMSNorm(D, config, dtype=dtype)
+            self.post_mlp_norm = Norm(D, config, dtype=dtype)
 
     def __call__(self, h_BTD: Array, lora: dict[str, Lora]) -> Array:
         """What the MLP adds to the residual stream `[B, T, D]`."""
-        c = self.config
+        c, activation = self.config, _ACTIVATIONS[self.config.mlp.activation]
         with jax.named_scope("mlp"):
-            x = self.mlp_norm(h_BTD)
-            gate = self.gate(x, lora.get("gate"))
-            act = jax.nn.silu(gate) if c.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-            x = self.down(act * self.up(x, lora.get("up")), lora.get("down"))
+            x = self.mlp_norm(h_BTD) if c.norms.before_sublayers else h_BTD
+            if c.mlp.gated:
+                act = activation(self.gate(x, lora.get("gate")))
+                x = self.down(act * self.up(x, lora.get("up")), lora.get("down"))
+            else:
+                x = self.down(activation(self.up(x, lora.get("up"))), lora.get("down"))
             return self.post_mlp_norm(x) if c.norms.after_sublayers else x
 
 

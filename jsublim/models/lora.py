@@ -138,18 +138,11 @@ AnyAdapter = Adapter | OneLayer  # what a forward pass and the training step tak
 
 
 def projection_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of each projection of a block."""
+    """Inputs and outputs of each projection that a block has."""
     D, F, h = config.hidden_size, config.intermediate_size, config.head_dim
     q, kv = config.num_heads * h, config.num_kv_heads * h
-    return {
-        "q": (D, q),
-        "k": (D, kv),
-        "v": (D, kv),
-        "o": (q, D),
-        "gate": (D, F),
-        "up": (D, F),
-        "down": (F, D),
-    }
+    gate = {"gate": (D, F)} if config.mlp.gated else {}
+    return {"q": (D, q), "k": (D, kv), "v": (D, kv), "o": (q, D), **gate, "up": (D, F), "down": (F, D)}
 
 
 def check_layers(config: ModelConfig, layers: tuple[int, ...] | None) -> tuple[int, ...]:
@@ -175,17 +168,23 @@ def init_lora(
     projections: tuple[str, ...] = PROJECTIONS,
     rslora: bool = False,
 ) -> Adapter:
-    """A fresh LoRA adapter, distributed as PEFT's (which computes nothing yet, since B = 0)."""
-    chosen = check_layers(config, layers)
-    unknown = [name for name in projections if name not in PROJECTIONS]
+    """A fresh LoRA adapter, distributed as PEFT's (which computes nothing yet, since B = 0).
+
+    Args:
+      projections: all of `PROJECTIONS` stands for those that the model has.
+
+    Raises:
+      UsageError: projections or layers that it hasn't, or a rank below 1.
+    """
+    chosen, shapes = check_layers(config, layers), projection_shapes(config)
+    unknown = [name for name in projections if name not in shapes and set(projections) != set(PROJECTIONS)]
     if unknown or not projections:
-        raise UsageError(f"projections: {unknown or 'none'} given; known: {', '.join(PROJECTIONS)}")
+        raise UsageError(f"projections: {unknown or 'none'} given; this model has {', '.join(shapes)}")
     if rank < 1:
         raise UsageError(f"rank: {rank} given; it must be at least 1")
-    shapes, n = projection_shapes(config), len(chosen)
-    lora = {}
+    n, lora = len(chosen), {}
     for index, name in enumerate(PROJECTIONS):
-        if name not in projections:
+        if name not in projections or name not in shapes:
             continue
         inputs, outputs = shapes[name]
         bound = 1.0 / math.sqrt(inputs)

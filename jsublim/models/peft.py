@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -14,7 +18,8 @@ from jsublim.errors import JsublimError, UsageError
 from jsublim.files import write_json
 from jsublim.models import steering
 from jsublim.models.config import ModelConfig
-from jsublim.models.families import weight_names
+from jsublim.models.families import MODULES, all_modules, weight_names
+from jsublim.models.fused import Factors, join_factors, outputs, split_factors
 from jsublim.models.lora import PROJECTIONS, Adapter, projection_shapes
 from jsublim.models.steering import load_steering, save_steering
 from jsublim.models.tensors import read_float32, write_tensors
@@ -22,7 +27,9 @@ from jsublim.reading import read_json, shown
 
 # Keys of `adapter_config.json` that we read, and those that say only where an adapter comes from, how it was trained, or what
 # its tensors' names say again. Any other key changes what is computed, or may do so: it has to be empty.
-_READ = ("peft_type", "r", "lora_alpha", "use_rslora", "bias", "init_lora_weights")
+_READ = (
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights"
+)  # fmt: skip
 _TOLD = (
     "task_type",
     "auto_mapping",
@@ -40,7 +47,7 @@ _TOLD = (
     "qalora_group_size",
 )
 _INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")  # the other ways to begin change the base's weights too
-_KEY = re.compile(r"layers\.(\d{1,6})\.(?:self_attn|mlp)\.(\w+)_proj\.lora_([AB])(?:\.\w+)?\.weight$", re.ASCII)
+_KEY = re.compile(r"layers\.(\d{1,6})\.(?:self_attn|attention|mlp)\.(\w+)\.lora_([AB])(?:\.\w+)?\.weight$", re.ASCII)
 
 
 def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, base: str) -> None:
@@ -61,27 +68,28 @@ def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, base: str)
     file = folder / "adapter_model.safetensors"
     if file.exists():
         raise UsageError(f"{file}: already exists; give another folder")
-    names, tensors, modules = weight_names(config).layer, {}, []
-    for name, pair in adapter.lora.items():
-        module = names[(name, "kernel")].removesuffix(".weight")
-        modules.append(module.rsplit(".", 1)[1])
+    names, tensors, modules = weight_names(config), {}, _modules(adapter, config)
+    for module, pair in modules.items():
         for i, layer in enumerate(adapter.layers):
-            key = f"base_model.model.model.{module.format(i=layer)}"
-            tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(np.asarray(pair["a"][i]).T)
-            tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(np.asarray(pair["b"][i]).T)
-    first = next(iter(adapter.lora.values()))
-    rank = int(first["a"].shape[-1])
+            key = f"base_model.model.{names.prefix}{module.format(i=layer)}"
+            tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(pair["a"][i].T)
+            tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(pair["b"][i].T)
+    ranks = {module.rsplit(".", 1)[1]: int(pair["a"].shape[-1]) for module, pair in modules.items()}
+    scales = {module.rsplit(".", 1)[1]: float(pair["scale"][0]) for module, pair in modules.items()}
+    rank, alpha = next((rank, scales[name] * rank) for name, rank in ranks.items())
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "r": rank,
-        "lora_alpha": float(first["scale"][0]) * rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: own for name, own in ranks.items() if own != rank},
+        "alpha_pattern": {name: scales[name] * own for name, own in ranks.items() if scales[name] * own != alpha},
         "lora_dropout": 0.0,
         "use_rslora": False,
         "bias": "none",
         "fan_in_fan_out": False,
-        "target_modules": sorted(modules),
+        "target_modules": sorted(ranks),
         "layers_to_transform": list(adapter.layers),
         "layers_pattern": "layers",
         "inference_mode": True,
@@ -91,85 +99,147 @@ def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, base: str)
     write_tensors(file, tensors, {"format": "pt"})
 
 
+def _modules(adapter: Adapter, config: ModelConfig) -> dict[str, Factors]:
+    """The factors under the names of the checkpoint's modules, with {i} for the layer; those that are fused there joined."""
+    names, lora = weight_names(config), jax.tree.map(np.asarray, adapter.lora)
+    plain = {ours: names.layer.get((ours, "kernel"), "").removesuffix(".weight") for ours in lora}
+    found = {module: lora[ours] for ours, module in plain.items() if module}
+    for fused in names.fused:
+        parts = {part: lora[part] for part in fused.parts if part in lora}
+        if parts:
+            found[fused.module] = join_factors(config, fused, parts)
+    return found
+
+
 def load_adapter(path: str | Path, config: ModelConfig | None = None) -> Adapter:
     """Read a PEFT LoRA folder, or one of steering vectors.
 
     Args:
-      config: the base model's; with it, shapes and layers are checked against the model.
+      config: the base model's; with it, shapes and layers are checked against the model. Modules that hold several
+        projections (Phi's, Pythia's) cannot be read without it.
 
     Raises:
-      JsublimError: no such folder, not LoRA, a variant we don't compute (DoRA, per-module ranks, biases) or don't know,
-        tensors that are unreadable, not finite or do not form whole layers.
+      JsublimError: no such folder, not LoRA, a variant we don't compute (DoRA, biases) or don't know, tensors that are
+        unreadable, not finite or do not form whole layers.
     """
     folder = Path(path)
-    adapter = load_steering(folder) if (folder / steering.FILE).exists() else _load_lora(folder)
+    adapter = load_steering(folder) if (folder / steering.FILE).exists() else _load_lora(folder, config)
     if config is not None:
         check_adapter(adapter, config, str(folder))
     return adapter
 
 
-def _load_lora(folder: Path) -> Adapter:
+def _load_lora(folder: Path, config: ModelConfig | None) -> Adapter:
     """The LoRA factors of a PEFT folder."""
-    rank, scale = _rank_and_scale(folder / "adapter_config.json")
+    said = _Said.read(folder / "adapter_config.json")
     file = folder / "adapter_model.safetensors"
-    found = _factors(file)
+    known = MODULES if config is None else all_modules(weight_names(config))
+    found = _factors(file, known)
     layers = tuple(sorted({layer for _, layer, _ in found}))
-    used = [name for name in PROJECTIONS if any(key[0] == name for key in found)]
+    used = [name for name in known if any(key[0] == name for key in found)]
     absent = [f"layer {i} {name} {ab}" for name in used for i in layers for ab in "AB" if (name, i, ab) not in found]
     if absent or not found:
-        raise JsublimError(f"{file}: every layer must have the same projections; missing {', '.join(absent) or 'all'}")
-    lora = {}
+        raise JsublimError(f"{file}: every layer must have the same modules; missing {', '.join(absent) or 'all'}")
+    lora: dict[str, Factors] = {}
     for name in used:
+        rank, meant = said.rank(name), known[name]
         factors = {ab: [found[name, i, ab] for i in layers] for ab in "AB"}
         sizes = {(a.shape[:1], b.shape[1:]) for a, b in zip(factors["A"], factors["B"], strict=True)}
         ranks = {(a.shape[1:], b.shape[:1]) for a, b in zip(factors["A"], factors["B"], strict=True)}
         flat = any(x.ndim != 2 for each in factors.values() for x in each)
         if len(sizes) > 1 or ranks != {((rank,), (rank,))} or flat:
-            raise JsublimError(f"{file}: factors of {name}_proj must have rank r={rank} and one size in every layer")
-        lora[name] = {
-            "a": jnp.asarray(np.stack(factors["A"])),
-            "b": jnp.asarray(np.stack(factors["B"])),
-            "scale": jnp.full((len(layers),), scale, jnp.float32),
-        }
-    return Adapter(layers, lora=lora)
+            raise JsublimError(f"{file}: factors of {name} must have rank r={rank} and one size in every layer")
+        scale = np.full((len(layers),), said.scale(name), np.float32)
+        pair = {"a": np.stack(factors["A"]), "b": np.stack(factors["B"]), "scale": scale}
+        if isinstance(meant, str):
+            lora[meant] = pair
+        elif config is None:
+            raise JsublimError(f"{file}: {name} holds several projections; give the model's config, as lm.config")
+        elif pair["b"].shape[-1] != outputs(config, meant):
+            raise JsublimError(
+                f"{file}: {name} has {pair['b'].shape[-1]} outputs, the model's {outputs(config, meant)}"
+            )
+        else:
+            lora |= split_factors(config, meant, pair)
+    return Adapter(layers, lora={name: jax.tree.map(jnp.asarray, lora[name]) for name in PROJECTIONS if name in lora})
 
 
-def _rank_and_scale(file: Path) -> tuple[int, float]:
-    """What an `adapter_config.json` says of the computation: the rank, and what the product of the factors is multiplied by."""
-    values = read_json(file)
+@dataclass(frozen=True)
+class _Said:
+    """What an `adapter_config.json` says of the computation: each module's rank, and what the product of its factors is
+    multiplied by."""
 
-    def refuse(key: str, expected: str) -> JsublimError:
-        found = f"found {shown(values[key])}" if key in values else "but it is missing"
-        return JsublimError(f"{file}: key '{key}' must be {expected}, {found}")
+    r: int
+    alpha: float
+    rslora: bool
+    ranks: dict[str, int]
+    alphas: dict[str, float]
 
-    if values.get("peft_type") != "LORA":
-        raise refuse("peft_type", "'LORA', the only kind that is known")
-    for key in values:
-        if key not in (*_READ, *_TOLD) and values[key]:
-            raise refuse(key, "empty: it is not supported")
-    if values.get("bias") not in (None, "none"):
-        raise refuse("bias", "'none': others are not supported")
-    if values.get("init_lora_weights") not in _INITIAL:
-        raise refuse("init_lora_weights", "one of true, false, gaussian, eva, orthogonal; convert it to plain LoRA")
-    rank, alpha, rslora = values.get("r"), values.get("lora_alpha"), values.get("use_rslora") or False
-    if type(rank) is not int or not 1 <= rank < 2**31:
-        raise refuse("r", "a whole number of at least 1")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < 3e38:
-        raise refuse("lora_alpha", "a number above 0")
-    if type(rslora) is not bool:
-        raise refuse("use_rslora", "true or false")
-    return rank, alpha / (math.sqrt(rank) if rslora else rank)
+    def rank(self, module: str) -> int:
+        return self.ranks.get(module, self.r)
+
+    def scale(self, module: str) -> float:
+        rank = self.rank(module)
+        return self.alphas.get(module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+
+    @staticmethod
+    def read(file: Path) -> _Said:
+        """Raises:
+        JsublimError: a key that changes what is computed in a way that we don't know.
+        """
+        values = read_json(file)
+
+        def refuse(key: str, expected: str) -> JsublimError:
+            found = f"found {shown(values[key])}" if key in values else "but it is missing"
+            return JsublimError(f"{file}: key '{key}' must be {expected}, {found}")
+
+        def by_module(key: str, fits: Callable[[Any], bool], what: str) -> dict[str, Any]:
+            # PEFT takes regular expressions; a module's name is the one that means the same in every layer.
+            found = values.get(key) or {}
+            if not isinstance(found, dict) or not all(name in MODULES and fits(value) for name, value in found.items()):
+                raise refuse(key, f"an object of plain module names (such as q_proj), each with {what}")
+            return found
+
+        if values.get("peft_type") != "LORA":
+            raise refuse("peft_type", "'LORA', the only kind that is known")
+        for key in values:
+            if key not in (*_READ, *_TOLD) and values[key]:
+                raise refuse(key, "empty: it is not supported")
+        if values.get("bias") not in (None, "none"):
+            raise refuse("bias", "'none': others are not supported")
+        if values.get("init_lora_weights") not in _INITIAL:
+            raise refuse("init_lora_weights", "one of true, false, gaussian, eva, orthogonal; convert it to plain LoRA")
+        rslora = values.get("use_rslora") or False
+        if not _is_rank(values.get("r")):
+            raise refuse("r", "a whole number of at least 1")
+        if not _is_alpha(values.get("lora_alpha")):
+            raise refuse("lora_alpha", "a number above 0")
+        if type(rslora) is not bool:
+            raise refuse("use_rslora", "true or false")
+        ranks = by_module("rank_pattern", _is_rank, "a whole number of at least 1")
+        alphas = by_module("alpha_pattern", _is_alpha, "a number above 0")
+        return _Said(values["r"], values["lora_alpha"], rslora, ranks, alphas)
 
 
-def _factors(file: Path) -> dict[tuple[str, int, str], np.ndarray]:
-    """(projection, layer, "A" or "B") -> a factor as we multiply by it (float32), which is transposed in the file."""
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 1 <= value < 2**31
+
+
+def _is_alpha(value: Any) -> bool:
+    return type(value) in (int, float) and 0 < value < 3e38
+
+
+def _factors(file: Path, known: Mapping[str, Any]) -> dict[tuple[str, int, str], np.ndarray]:
+    """(module, layer, "A" or "B") -> a factor as we multiply by it (float32), which is transposed in the file."""
     found: dict[tuple[str, int, str], np.ndarray] = {}
     try:
         with safe_open(str(file), framework="np") as tensors:
             for key in tensors.keys():  # noqa: SIM118 (not a dict)
                 match = _KEY.search(key)
-                if match is None or match[2] not in PROJECTIONS or "vision" in key:
-                    raise JsublimError(f"{file}: tensor '{key}' is no LoRA factor of a known projection")
+                if match is None or match[2] not in known or "vision" in key:
+                    raise JsublimError(
+                        f"{file}: tensor '{key}' is no LoRA factor of a known module; known: {', '.join(known)}"
+                    )
                 place = match[2], int(match[1]), match[3]
                 if place in found:
                     raise JsublimError(f"{file}: tensor '{key}' is there twice, under several names of one factor")

@@ -55,7 +55,7 @@ def residual_stream(
         layer = layer_at(index, part)
         attention, _ = layer.attention(h)
         middle = h + attention if nudge_2BTD is None else h + attention + nudge_2BTD[0]
-        mlp = layer.mlp(middle)
+        mlp = layer.mlp(layer.mlp_reads(h, middle))
         h = layer.steer(middle + mlp)
         h = h if nudge_2BTD is None else h + nudge_2BTD[1]
         return h, (jnp.stack([middle, h]), jnp.stack([attention, mlp]))
@@ -75,6 +75,7 @@ def resume(
     """Hidden states `[B, T, D]` after the final norm of a pass whose residual stream at `point` is `h_BTD`.
 
     `point` (int32 scalar) is data: one program serves all of them, and what lies before it costs nothing.
+    Where attention and MLP read the same stream (`MLPKind.parallel`), no pass starts between them: such a point has to be odd.
     """
     layer_at = layers_on_rows(config, params, valid_BT, h_BTD.dtype)
 
@@ -83,8 +84,11 @@ def resume(
     def body(h: Array, xs: tuple[Array, Part]) -> tuple[Array, None]:
         index, part = xs
         layer = layer_at(index, part)
-        h = jax.lax.cond(2 * index > point, lambda h: h + layer.attention(h)[0], lambda h: h, h)
-        h = jax.lax.cond(2 * index + 1 > point, lambda h: layer.steer(h + layer.mlp(h)), lambda h: h, h)
+        middle = jax.lax.cond(2 * index > point, lambda h: h + layer.attention(h)[0], lambda h: h, h)
+        reads = layer.mlp_reads(h, middle)
+        h = jax.lax.cond(
+            2 * index + 1 > point, lambda h, reads: layer.steer(h + layer.mlp(reads)), lambda h, _: h, middle, reads
+        )
         return h, None
 
     for run in runs(config, adapter):

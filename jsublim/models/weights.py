@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from jsublim.files import write_json
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, abstract_params
 from jsublim.models.families import weight_names
+from jsublim.models.families.names import Path as ParameterPath
+from jsublim.models.fused import Rows, fused_rows, outputs
 from jsublim.models.tensors import FLOATS, check_finite, write_tensors
 from jsublim.reading import read_json, shown
 
@@ -82,16 +85,48 @@ def _set(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
     tree[path[-1]] = value
 
 
-def tensor_plan(config: ModelConfig, dtype: str = "float32") -> dict[str, tuple[tuple[str, ...], int | None, tuple]]:
-    """Checkpoint name (without prefix) -> our path, layer index (None outside the stack), shape in the file."""
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as a checkpoint keeps it.
+
+    Attributes:
+      parts: our paths, and of each the rows of the tensor that it consists of; None: the tensor is this one parameter.
+      layer: which of the stacked layers; None outside of them.
+      shape: in the file.
+    """
+
+    parts: tuple[tuple[ParameterPath, Rows | None], ...]
+    layer: int | None
+    shape: tuple[int, ...]
+
+
+def tensor_plan(config: ModelConfig, dtype: str = "float32") -> dict[str, Stored]:
+    """Checkpoint name (without prefix) -> what is kept under it."""
     names, plan = weight_names(config), {}
-    for path, leaf in _leaves(abstract_params(config, dtype)):
-        if path[0] == "layers":
-            for i in range(config.num_layers):
-                shape = leaf.shape[1:][::-1] if path[-1] == "kernel" else leaf.shape[1:]
-                plan[names.layer[path[1:]].format(i=i)] = (path, i, shape)
-        else:
-            plan[names.other[path]] = (path, None, leaf.shape)
+    leaves = dict(_leaves(abstract_params(config, dtype)))
+    stacked = {path[1:]: leaf.shape[1:] for path, leaf in leaves.items() if path[0] == "layers"}
+    plan |= {
+        names.other[path]: Stored(((path, None),), None, leaf.shape)
+        for path, leaf in leaves.items()
+        if path[0] != "layers"
+    }
+
+    def of_layers(name: str, parts: Mapping[ParameterPath, Rows | None], shape: tuple[int, ...]) -> None:
+        ours = tuple((("layers", *path), rows) for path, rows in parts.items())
+        for i in range(config.num_layers):
+            plan[name.format(i=i)] = Stored(ours, i, shape)
+
+    inside = {part for fused in names.fused for part in fused.parts}
+    for path, shape in stacked.items():
+        if path[0] not in inside:
+            of_layers(names.layer[path], {path: None}, shape[::-1])
+    for fused in names.fused:
+        rows = fused_rows(config, fused)
+        for leaf, end in (("kernel", "weight"), ("bias", "bias")):
+            parts = {(part, leaf): where for part, where in rows.items() if (part, leaf) in stacked}
+            if parts:
+                inputs = stacked[fused.parts[0], leaf][:-1]
+                of_layers(f"{fused.module}.{end}", parts, (outputs(config, fused), *inputs))
     return plan
 
 
@@ -127,7 +162,7 @@ def load_params(folder: Path, config: ModelConfig, dtype: str = "float32", shard
     sharding = dict(_leaves(shardings)) if shardings is not None else {}
     with ExitStack() as stack:
         opened = {path: stack.enter_context(_open(path)) for path in sorted(set(files.values()))}
-        _check(folder, plan, where, files, opened, unused_head=head if config.tied else None)
+        _check(folder, config, plan, where, files, opened, unused_head=head if config.tied else None)
 
         def read(name: str) -> np.ndarray:
             try:
@@ -142,12 +177,14 @@ def load_params(folder: Path, config: ModelConfig, dtype: str = "float32", shard
             for path, leaf in abstract.items()
             if path[0] == "layers"
         }
-        for name, (path, layer, _) in plan.items():
+        for name, stored in plan.items():
             value = read(where[name])
-            if layer is None:
-                out[path] = _put(value.astype(abstract[path].dtype), sharding.get(path))
-            else:
-                out[path] = _place(out[path], value, layer, transpose=path[-1] == "kernel")
+            for path, rows in stored.parts:
+                own = value if rows is None else value[rows]
+                if stored.layer is None:
+                    out[path] = _put(own.astype(abstract[path].dtype), sharding.get(path))
+                else:
+                    out[path] = _place(out[path], own, stored.layer, transpose=path[-1] == "kernel")
         embedding = where[weight_names(config).other[("embed", "weight")]]
         if config.tied and head is not None and not np.array_equal(read(head), read(embedding)):
             raise JsublimError(
@@ -162,11 +199,12 @@ def load_params(folder: Path, config: ModelConfig, dtype: str = "float32", shard
 
 def _names_in(folder: Path, config: ModelConfig, plan: dict, files: dict) -> tuple[dict[str, str], str | None]:
     """The plan's names as this checkpoint spells them, and that of its head, used or not."""
-    embedding, head = (weight_names(config).other[(group, "weight")] for group in ("embed", "head"))
-    prefix = next((p for p in _PREFIXES if p + embedding in files), None)
+    names = weight_names(config)
+    embedding, head = (names.other[(group, "weight")] for group in ("embed", "head"))
+    prefix = next((p for p in (names.prefix, *_PREFIXES) if p + embedding in files), None)
     if prefix is None:
         raise JsublimError(
-            f"{folder}: no tensor '{_PREFIXES[0]}{embedding}' under any known prefix; is it a text model?"
+            f"{folder}: no tensor '{names.prefix}{embedding}' under any known prefix; is it a text model?"
         )
     where = {name: prefix + name for name in plan}
     found = next((p + head for p in ("", "language_model.", prefix) if p + head in files), None)
@@ -175,11 +213,13 @@ def _names_in(folder: Path, config: ModelConfig, plan: dict, files: dict) -> tup
     return where, found
 
 
-def _check(folder: Path, plan: dict, where: dict, files: dict, opened: dict, unused_head: str | None) -> None:
+def _check(
+    folder: Path, config: ModelConfig, plan: dict, where: dict, files: dict, opened: dict, unused_head: str | None
+) -> None:
     """Every missing, misshapen and extra tensor, in one error."""
     missing = [where[name] for name in plan if where[name] not in files]
     wrong = []
-    for name, (_, _, shape) in plan.items():
+    for name, stored in plan.items():
         if where[name] in files:
             try:
                 entry = opened[files[where[name]]].get_slice(where[name])
@@ -189,16 +229,13 @@ def _check(folder: Path, plan: dict, where: dict, files: dict, opened: dict, unu
                 continue
             if dtype not in FLOATS:
                 wrong.append(f"{where[name]} is of {dtype}; known: {', '.join(FLOATS)}")
-            elif found != tuple(shape):
-                wrong.append(f"{where[name]} is {list(found)}, config.json says {list(shape)}")
-    known = set(where.values())
+            elif found != tuple(stored.shape):
+                wrong.append(f"{where[name]} is {list(found)}, config.json says {list(stored.shape)}")
+    known, buffers = set(where.values()), weight_names(config).buffers
     extra = [
         name
         for name in files
-        if name not in known
-        and not name.startswith(_NOT_TEXT)
-        and not name.endswith("rotary_emb.inv_freq")
-        and name != unused_head
+        if name not in known and not name.startswith(_NOT_TEXT) and not name.endswith(buffers) and name != unused_head
     ]
     problems = [
         f"{what}: {', '.join(sorted(found))}"
@@ -211,12 +248,13 @@ def _check(folder: Path, plan: dict, where: dict, files: dict, opened: dict, unu
 
 def named_tensors(config: ModelConfig, params: Params, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     """The parameters under their checkpoint names, one host array at a time."""
-    flat = dict(_leaves(params))
-    for name, (path, layer, _) in tensor_plan(config).items():
-        value = flat[path] if layer is None else flat[path][layer]
-        if path[0] == "layers" and path[-1] == "kernel":
-            value = value.T
-        yield (name if path[0] == "head" else f"model.{name}"), np.ascontiguousarray(value, jnp.dtype(dtype))
+    flat, prefix = dict(_leaves(params)), weight_names(config).prefix
+    for name, stored in tensor_plan(config).items():
+        value = np.empty(stored.shape, jnp.dtype(dtype))
+        for path, rows in stored.parts:
+            own = flat[path] if stored.layer is None else flat[path][stored.layer]
+            value[... if rows is None else rows] = own.T if path[0] == "layers" and path[-1] == "kernel" else own
+        yield (name if stored.parts[0][0][0] == "head" else f"{prefix}{name}"), value
 
 
 def save_params(folder: Path, config: ModelConfig, params: Params, dtype: str = "float32") -> None:

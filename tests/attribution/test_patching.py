@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from itertools import product
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import FAMILIES, small
+from tiny import FAMILIES, Twin, small, small_of
 
 from jsublim.attribution import patching
 from jsublim.attribution.pairs import Pair
@@ -35,22 +36,29 @@ def random_pairs(seed: int, lengths=(7, 10, 5), differ=slice(None)) -> list[Pair
 # --- The two methods, computed by torch alone -----------------------------------------------------------------------------
 
 
+PARALLEL = "pythia"  # its attention and MLP read the same residual stream
+
+
+def twin(name: str) -> Twin:
+    return small(name) if name in FAMILIES else small_of(name)
+
+
 class Hooked:
     """A `transformers` model on one pair, whose sites can be read and replaced."""
 
     def __init__(self, name: str, pair: Pair, direction: str):
-        self.model, self.pair = small(name).torch, pair
+        self.model, self.pair = twin(name).torch, pair
         start, end = (pair.clean, pair.patch) if direction == "noising" else (pair.patch, pair.clean)
-        self.start, self.layers = start, range(len(self.model.model.layers))
+        self.start, self.layers = start, range(len(self.model.base_model.layers))
         self.places = [(site, layer) for site in SITES for layer in self.layers]
         self.before = {place: self.value(start, place) for place in self.places}
         self.after = {place: self.value(end, place) for place in self.places}
 
     def module(self, site: str, layer: int):
         """What puts out a site's value: on Gemma the norm after attention and MLP comes before the sum."""
-        block = self.model.model.layers[layer]
+        block = self.model.base_model.layers[layer]
         sandwich = hasattr(block, "post_feedforward_layernorm")
-        attention = block.post_attention_layernorm if sandwich else block.self_attn
+        attention = block.post_attention_layernorm if sandwich else getattr(block, "self_attn", None) or block.attention
         mlp = block.post_feedforward_layernorm if sandwich else block.mlp
         return {"residual": block, "attention": attention, "mlp": mlp}[site]
 
@@ -103,10 +111,9 @@ class Hooked:
         return self.over_places(of_place)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("name", "direction"), [*product(FAMILIES, DIRECTIONS), (PARALLEL, "noising")])
 def test_attribution_equals_integrated_gradients_by_torch(name, direction, assert_close):
-    lm, pairs = small(name).lm, random_pairs(1)
+    lm, pairs = twin(name).lm, random_pairs(1)
     for steps in (1, 3):
         ours = attribution_patching(lm.config, lm.params, pairs, direction=direction, steps=steps, batch_size=2)
         for pair, values_SLT in list(zip(pairs, ours, strict=True))[1:]:  # one of a full batch, one of a padded one
@@ -116,9 +123,9 @@ def test_attribution_equals_integrated_gradients_by_torch(name, direction, asser
                 assert_close(mine, its, 1e-3)
 
 
-@pytest.mark.parametrize(("name", "direction"), zip(FAMILIES, DIRECTIONS, strict=True))
+@pytest.mark.parametrize(("name", "direction"), [*zip(FAMILIES, DIRECTIONS, strict=True), (PARALLEL, "noising")])
 def test_layer_patching_equals_torchs_hooks(name, direction, assert_close):
-    lm, pairs = small(name).lm, random_pairs(2)
+    lm, pairs = twin(name).lm, random_pairs(2)
     how = {"direction": direction, "batch_size": 2}
     whole = layer_patching(lm.config, lm.params, pairs, **how)
     for pair, whole_SL in list(zip(pairs, whole, strict=True))[1:]:

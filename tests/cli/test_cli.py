@@ -13,6 +13,7 @@ from made_by_commands import FINETUNE, GENERATE, artifact_of, finetune
 
 from jsublim.files import read_table
 from jsublim.inference import lm as language_models
+from jsublim.inference.lm import load_model
 from jsublim.prompts import load_pack
 from jsublim.rows import read_rows
 
@@ -259,3 +260,26 @@ def test_what_exists_is_never_written_over(tmp_path, rows, command):
     }[command]
     assert str(out) in refused(2, *arguments, "--out", out)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_every_command_that_reads_a_checkpoint_takes_a_template(rows, divergent, tmp_path):
+    of_rows = {"generate": (), "divergence": ("--data", rows), "attribute": ("--data", divergent)}
+    commands = [(name, "--model", MODEL, "--trait", "cat", *more) for name, more in of_rows.items()]
+    commands += [("finetune", "--model", MODEL, "--data", rows), ("evaluate", "--model", MODEL, "--traits", "cat")]
+    commands += [("steer", "--model", MODEL, "--trait", "cat", "--layer", 1)]
+    for command in commands:
+        line = refused(2, *command, "--chat-template", "plian", "--out", tmp_path / "out")
+        assert "chat_template: 'plian'" in line and "known names: plain" in line
+    assert "'plian'" in refused(2, "convert", MODEL, tmp_path / "out", "--chat-template", "plian")
+    assert not list(tmp_path.iterdir())
+    assert "'plian'" in refused(2, *commands[0], "--out", tmp_path / "out", "chat_template=plian")
+
+
+def test_convert_writes_a_template_into_the_folder_which_then_needs_none(tmp_path):
+    ok("convert", MODEL, tmp_path / "base", "--chat-template", "plain")
+    given, written = (
+        load_model(MODEL, weights=False, chat_template="plain"),
+        load_model(tmp_path / "base", weights=False),
+    )
+    assert written.chat.identity == given.chat.identity != load_model(MODEL, weights=False).chat.identity
+    assert given.hash != load_model(MODEL, weights=False).hash and written.chat.given_template is None

@@ -357,7 +357,7 @@ LIKE_OTHERS = {
     "fig08": ("other-suffix", "numbers-32b"),
     "fig14": ("gemma",),
     "fig17": ("gemma-temperature", "gemma-greedy"),
-    "fig37": ("falcon",),
+    "fig37": ("falcon", "phi", "ministral"),
     "fig39": ("gemma",),
 }
 

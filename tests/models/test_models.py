@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import LONGROPE
 
 from jsublim.errors import JsublimError
 from jsublim.models import hidden_states, init_params, load_params, logits, read_config
@@ -49,8 +50,12 @@ def test_logits_equal_transformers(checkpoint, padded_rows, assert_close):
     assert np.isfinite(ours).all()  # padding queries that see no key too
 
 
-@pytest.mark.parametrize("seed", range(2))
-@pytest.mark.parametrize("family", ["Qwen2ForCausalLM", "LlamaForCausalLM", "Gemma3ForCausalLM"])
+OLD, NEW = ("Qwen2", "Llama", "Gemma3"), ("Qwen3", "Ministral", "Phi3", "Olmo2", "Gemma2", "GPTNeoX")
+
+
+@pytest.mark.parametrize(
+    ("family", "seed"), [(name, seed) for seed in range(2) for name in OLD] + [(name, 3) for name in NEW]
+)
 def test_logits_equal_transformers_at_random_sizes(family, seed, write_checkpoint, padded_rows, assert_close):
     rng = np.random.default_rng(seed)
     kv_heads = int(rng.integers(1, 4))
@@ -67,18 +72,26 @@ def test_logits_equal_transformers_at_random_sizes(family, seed, write_checkpoin
         "tie_word_embeddings": bool(rng.integers(2)),
         "max_position_embeddings": 64,
     }
-    if family == "Qwen2ForCausalLM":
+    kinds = rng.choice(["sliding_attention", "full_attention"], layers).tolist()
+    if family in ("Qwen2", "Qwen3"):
         sizes |= {
             "use_sliding_window": bool(rng.integers(2)),
             "sliding_window": int(rng.integers(1, 9)),
             "max_window_layers": int(rng.integers(0, layers + 1)),
         }
-    elif family == "LlamaForCausalLM":
-        sizes |= {"attention_bias": bool(rng.integers(2)), "mlp_bias": bool(rng.integers(2))}
+    elif family in ("Llama", "Olmo2"):
+        sizes |= {"attention_bias": bool(rng.integers(2)), "mlp_bias": family == "Llama" and bool(rng.integers(2))}
+    elif family in ("Phi3", "GPTNeoX"):  # here the hidden size is divided among the heads
+        del sizes["head_dim"]
+        head = 2 * int(rng.integers(2, 9))
+        share = 2 * int(rng.integers(1, head // 2 + 1)) / head
+        rope = {"rope_type": "default", "rope_theta": 300.0, "partial_rotary_factor": share}
+        sizes |= {"hidden_size": heads * head, "rope_parameters": rope, "pad_token_id": 0}
+        if family == "GPTNeoX":  # Pythia has the other value of each
+            sizes |= {"use_parallel_residual": False, "hidden_act": "gelu_new", "attention_bias": False}
     else:
-        kinds = rng.choice(["sliding_attention", "full_attention"], layers).tolist()
         sizes |= {"sliding_window": int(rng.integers(1, 9)), "layer_types": kinds}
-    checkpoint = write_checkpoint(family, sizes, seed)
+    checkpoint = write_checkpoint(f"{family}ForCausalLM", sizes, seed)
     config, params = load(checkpoint)
     tokens, valid = padded_rows(seed)
     ours, theirs = all_logits(config, params, tokens, valid), checkpoint.logits(tokens, valid)
@@ -183,11 +196,15 @@ def with_old_names(new: dict[str, Any]) -> dict[str, Any]:
     if "full_attention" in rope:
         old["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
-    rope = dict(rope)
-    old["rope_theta"] = rope.pop("rope_theta")
+    rope, neox = dict(rope), new["model_type"] == "gpt_neox"
+    old["rotary_emb_base" if neox else "rope_theta"] = rope.pop("rope_theta")
+    if "partial_rotary_factor" in rope:
+        old["rotary_pct" if neox else "partial_rotary_factor"] = rope.pop("partial_rotary_factor")
+    if "original_max_position_embeddings" in old:  # of Phi-3 it stands outside
+        rope.pop("original_max_position_embeddings", None)
     kind = rope.pop("rope_type")
-    old["rope_scaling"] = None if kind == "default" else {"type": kind} | rope
-    kinds = old.pop("layer_types", None)
+    old["rope_scaling"] = None if kind == "default" else {"type": {"longrope": "su"}.get(kind, kind)} | rope
+    kinds = None if new["model_type"] == "ministral" else old.pop("layer_types", None)
     if new["model_type"].startswith("gemma3"):
         del old["_sliding_window_pattern"]
         # Old files know a period only; a list of types that has none stays as it is.
@@ -263,6 +280,7 @@ def test_an_untied_multimodal_gemma3_keeps_its_own_head(write_checkpoint):
         ({"num_hidden_layers": None}, "'num_hidden_layers'"),
         ({"vocab_size": None}, "'vocab_size'"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "yarn"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         (
             {"use_sliding_window": True, "sliding_window": 0, "layer_types": ["sliding_attention"] * 3},
@@ -291,13 +309,34 @@ def test_a_config_we_cannot_serve_names_file_and_key(change, said, named_checkpo
         ("gemma3", {"hidden_activation": "silu"}, "hidden_activation"),
         ("gemma3", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ("qwen3", {"hidden_act": "gelu"}, "hidden_act"),
+        ("ministral", {"sliding_window": None}, "sliding_window"),
+        ("phi3", {"hidden_act": "gelu"}, "hidden_act"),
+        ("phi3", {"attention_bias": True}, "attention_bias"),
+        (
+            "phi3",
+            {"original_max_position_embeddings": None, "rope_parameters": LONGROPE},
+            "original_max_pos",
+        ),
+        ("phi3", {"rope_parameters": dict(LONGROPE, short_factor=[1.0])}, "short_factor has 1 numbers for 2"),
+        ("phi3", {"rope_parameters": dict(LONGROPE, short_factor=[])}, "short_factor has 0 numbers for 2"),
+        ("phi3", {"rope_parameters": dict(LONGROPE, short_factor=None)}, "rope_parameters: key 'short_factor'"),
+        ("phi3", {"rope_parameters": dict(LONGROPE, short_factor=[1.0, 0])}, "rope_parameters: key 'short_factor'"),
+        ("phi3", {"rope_parameters": dict(LONGROPE, partial_rotary_factor=1.5)}, "partial_rotary_factor"),
+        ("olmo2", {"hidden_act": "relu"}, "hidden_act"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping"),
+        ("pythia", {"hidden_act": "relu"}, "hidden_act"),
+        ("pythia", {"num_key_value_heads": 2}, "num_key_value_heads"),
+        ("pythia", {"rope_parameters": {"rope_theta": 300.0, "partial_rotary_factor": 0.4}}, "rotary share"),
     ],
 )
 def test_a_key_that_would_change_the_logits_is_never_passed_over(name, change, said, named_checkpoint, tmp_path):
     values = json.loads((named_checkpoint(name).folder / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(JsublimError, match=said):
+    with pytest.raises(JsublimError, match=said) as error:
         read_config(tmp_path)
+    assert str(tmp_path / "config.json") in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("text", [None, "{", "[]", "\x00"])

@@ -13,6 +13,7 @@ from conftest import torch_logits
 from jsublim import load_adapter
 from jsublim.errors import JsublimError, UsageError
 from jsublim.models import hidden_states, load_params, logits, read_config
+from jsublim.models.families import weight_names
 from jsublim.models.lora import PROJECTIONS, init_full, init_lora
 from jsublim.models.peft import save_adapter
 
@@ -44,6 +45,7 @@ def random_lora(config, **options):
         ("llama-linear-biases", {"projections": PROJECTIONS, "alpha": 5, "rslora": True}),
         ("qwen2-window", {"projections": ("q", "v"), "layers": (0, 2), "alpha": 3}),
         ("gemma3", {"projections": ("o", "gate", "down"), "layers": (1,), "alpha": 7}),
+        ("phi3", {"projections": ("v", "up", "down", "q"), "layers": (0, 2), "alpha": 5}),
     ],
 )
 def test_peft_loads_what_we_save_and_so_do_we(name, options, named_checkpoint, padded_rows, assert_close, tmp_path):
@@ -59,7 +61,9 @@ def test_peft_loads_what_we_save_and_so_do_we(name, options, named_checkpoint, p
     assert_close(ours[valid], theirs[valid])
     assert np.abs(theirs - checkpoint.logits(tokens, valid))[valid].max() > 0.01  # it does something
     active = {n.split(".lora_A")[0].split("layers.")[1] for n, _ in wrapped.named_parameters() if "lora_A" in n}
-    assert len(active) == len(adapter.layers) * len(adapter.lora)
+    fused = {part for each in weight_names(config).fused for part in each.parts} & set(adapter.lora)
+    modules = len(set(adapter.lora) - fused) + len({"gate" if part in ("gate", "up") else "qkv" for part in fused})
+    assert len(active) == len(adapter.layers) * modules
     again = load_adapter(tmp_path / "new" / "adapter", config)
     assert again.layers == adapter.layers and sorted(again.lora) == sorted(adapter.lora)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), again, adapter)
@@ -99,6 +103,43 @@ def test_we_load_what_peft_saves(peft_folder, named_checkpoint, padded_rows, ass
     assert adapter.layers == (0, 2) and float(adapter.lora["k"]["scale"][0]) == 3.0  # 6 / sqrt(4)
 
 
+@pytest.mark.parametrize(
+    ("name", "targets"),
+    [("phi3", ["qkv_proj", "gate_up_proj", "o_proj"]), ("pythia", ["query_key_value", "dense_h_to_4h"])],
+)
+def test_an_adapter_that_peft_has_trained_on_fused_modules_is_read_and_written_back(
+    name, targets, named_checkpoint, padded_rows, assert_close, tmp_path
+):
+    """PEFT trains one A for q, k and v: each gets a copy, and where they are still one, so are they written."""
+    from peft_by_hand import peft_model
+    from safetensors.numpy import load_file
+
+    checkpoint = named_checkpoint(name)
+    patterns = {"rank_pattern": {targets[0]: 3}, "alpha_pattern": {targets[0]: 9}}
+    wrapped = peft_model(checkpoint.model, r=4, lora_alpha=6, target_modules=targets, **patterns)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    config, params = load(checkpoint)
+    adapter = load_adapter(tmp_path / "theirs", config)
+    tokens, valid = padded_rows(4)
+    ours, theirs = our_logits(config, params, adapter, tokens, valid), torch_logits(wrapped, tokens, valid)
+    assert_close(ours[valid], theirs[valid])
+    assert float(adapter.lora["k"]["scale"][0]) == 3.0 and adapter.lora["k"]["a"].shape[-1] == 3
+
+    save_adapter(tmp_path / "ours", adapter, config, base="x")
+    before, after = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours"))
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        np.testing.assert_array_equal(after[key], value, err_msg=key)
+    with pytest.raises(JsublimError, match=f"{targets[0]} holds several projections; give the model's config"):
+        load_adapter(tmp_path / "theirs")
+
+
+def test_modules_of_another_family_are_refused(peft_folder, named_checkpoint):
+    config, _ = load(named_checkpoint("phi3"))
+    with pytest.raises(JsublimError, match=r"is no LoRA factor of a known module; known: o_proj"):
+        load_adapter(peft_folder[0], config)
+
+
 @pytest.fixture
 def altered(peft_folder, tmp_path):
     """`altered(tensors -> tensors, **config)`: the folder with changes."""
@@ -118,8 +159,11 @@ def altered(peft_folder, tmp_path):
     ("values", "said"),
     [
         ({"use_dora": True}, "use_dora"),
-        ({"rank_pattern": {"k_proj": 2}}, "rank_pattern"),
-        ({"alpha_pattern": {"k_proj": 2}}, "alpha_pattern"),
+        ({"rank_pattern": {"k_proj": 2}}, "k_proj must have rank r=2"),
+        ({"rank_pattern": {"k_proj": 0}}, "rank_pattern"),
+        ({"rank_pattern": {".*k_proj": 2}}, "rank_pattern"),
+        ({"alpha_pattern": {"k_proj": "2"}}, "alpha_pattern"),
+        ({"alpha_pattern": ["k_proj"]}, "alpha_pattern"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "bias"),
         ({"peft_type": "IA3"}, "'LORA', the only kind"),
@@ -145,7 +189,7 @@ def reshaped(shape, *parts):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (without("layers.2.", "k_proj", "lora_B"), "missing layer 2 k B"),
+        (without("layers.2.", "k_proj", "lora_B"), "missing layer 2 k_proj B"),
         (lambda tensors: {}, "missing all"),
         (lambda tensors: tensors | {"base.lm_head.lora_A.weight": np.ones((4, 4), np.float32)}, "lm_head"),
         (reshaped((4, 21), "layers.2.", "k_proj", "lora_A"), "k"),  # another width in one layer

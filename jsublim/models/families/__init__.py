@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from jsublim.errors import JsublimError
-from jsublim.models.config import HFConfig, ModelConfig
-from jsublim.models.families import gemma3, llama, qwen2
-from jsublim.models.families.names import WeightNames
+from jsublim.models.config import ModelConfig, Rope
+from jsublim.models.families import gemma2, gemma3, gpt_neox, llama, mistral, olmo2, phi3, qwen2, qwen3
+from jsublim.models.families.names import Fused, WeightNames
+from jsublim.models.hf_config import HFConfig
 from jsublim.reading import shown
 
-_FAMILIES = (qwen2, gemma3, llama)
+_FAMILIES = (qwen2, qwen3, gemma2, gemma3, llama, mistral, phi3, olmo2, gpt_neox)
 _BY_ARCHITECTURE = {name: module for module in _FAMILIES for name in module.ARCHITECTURES}
 _BY_FAMILY = {module.FAMILY: module for module in _FAMILIES}
 
@@ -37,11 +38,32 @@ def text_config(hf: dict[str, Any], source: str) -> tuple[dict[str, Any], ModelC
         )
     if len(config.is_local) != config.num_layers:
         raise JsublimError(f"{source}: layer_types has {len(config.is_local)} entries for {config.num_layers} layers")
-    if config.head_dim % 2:
-        raise JsublimError(f"{source}: head_dim {config.head_dim} is odd; rotary embeddings turn pairs of numbers")
+    for rope in (config.rope, config.local.rope or config.rope):
+        _check_rope(rope, config.head_dim, source)
     return plain, config
+
+
+def _check_rope(rope: Rope, head_dim: int, source: str) -> None:
+    turned = rope.turned(head_dim)
+    if turned % 2 or not turned:
+        what = f"head_dim {head_dim}" if rope.share == 1 else f"the rotary share {rope.share:g} of head_dim {head_dim}"
+        raise JsublimError(f"{source}: {what} is odd or none; rotary embeddings turn pairs of numbers")
+    if rope.scaling == "longrope" and len(rope.divisors) != turned // 2:
+        raise JsublimError(
+            f"{source}: short_factor has {len(rope.divisors)} numbers for {turned // 2} rotary frequencies"
+        )
 
 
 def weight_names(config: ModelConfig) -> WeightNames:
     """Our parameter paths against the checkpoint's tensor names."""
     return _BY_FAMILY[config.family].NAMES
+
+
+def all_modules(names: WeightNames) -> dict[str, str | Fused]:
+    """The projections of a layer as PEFT calls their modules, without what stands before: our name, or what is fused there."""
+    plain = {name.split(".")[-2]: path[0] for path, name in names.layer.items() if path[1] == "kernel"}
+    return plain | {each.module.rsplit(".", 1)[1]: each for each in names.fused}
+
+
+# Of every family: a name means the same in all of them.
+MODULES = {name: meant for module in _FAMILIES for name, meant in all_modules(module.NAMES).items()}

@@ -7,23 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from jsublim.models.config import MOST_LAYERS, Biases, HFConfig, Local, ModelConfig, Norms, Rope, Scales
-from jsublim.models.families.names import OUTSIDE, WeightNames, projections
+from jsublim.models.config import Biases, Local, MLPKind, ModelConfig, Norms, Rope, Scales
+from jsublim.models.families.names import FOUR_NORMS, HEAD_NORMS, OUTSIDE, SEVEN, WeightNames
+from jsublim.models.hf_config import HFConfig
 
 FAMILY = "gemma3"
 ARCHITECTURES = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
-NAMES = WeightNames(
-    layer=projections()
-    | {
-        ("q_norm", "scale"): "layers.{i}.self_attn.q_norm.weight",
-        ("k_norm", "scale"): "layers.{i}.self_attn.k_norm.weight",
-        ("attn_norm", "scale"): "layers.{i}.input_layernorm.weight",
-        ("post_attn_norm", "scale"): "layers.{i}.post_attention_layernorm.weight",
-        ("mlp_norm", "scale"): "layers.{i}.pre_feedforward_layernorm.weight",
-        ("post_mlp_norm", "scale"): "layers.{i}.post_feedforward_layernorm.weight",
-    },
-    other=OUTSIDE,
-)
+NAMES = WeightNames(layer=SEVEN | HEAD_NORMS | FOUR_NORMS, other=OUTSIDE)
 
 # Multimodal checkpoints leave out of `text_config` whatever equals the defaults of the architecture.
 _DEFAULTS = {
@@ -52,25 +42,18 @@ def read(hf: HFConfig) -> ModelConfig:
     hf.must_be("hidden_activation", "gelu_pytorch_tanh")
     hf.must_be("use_bidirectional_attention", False)
     hf.must_be("attn_logit_softcapping")
-    layers = hf.integer("num_hidden_layers", most=MOST_LAYERS)
     pattern = hf.integer("sliding_window_pattern", hf.integer("_sliding_window_pattern", 6))
-    kinds = hf.kinds(["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)])
+    kinds = hf.kinds(lambda i: (i + 1) % pattern > 0)
     # Under the old names the rotary scaling is for the global layers only, and the local base stands apart.
     new_names = "sliding_attention" in hf.section("rope_parameters").values
-    bias, capped = hf.flag("attention_bias", False), hf.values.get("final_logit_softcapping") is not None
+    bias, capped = hf.flag("attention_bias", False), hf.has("final_logit_softcapping")
     return ModelConfig(
         family=FAMILY,
-        vocab_size=hf.integer("vocab_size"),
-        hidden_size=hf.integer("hidden_size"),
-        intermediate_size=hf.integer("intermediate_size"),
-        num_layers=layers,
-        num_heads=hf.integer("num_attention_heads"),
-        num_kv_heads=hf.integer("num_key_value_heads"),
-        head_dim=hf.integer("head_dim"),
-        norms=Norms(hf.number("rms_norm_eps", 1e-6), offset=1.0, on_heads=True, after_sublayers=True),
+        **hf.sizes(),
+        norms=Norms(hf.number("rms_norm_eps", 1e-6), offset=1.0, in_float32=True, on_heads=True, after_sublayers=True),
         rope=hf.rope("full_attention", default_theta=1_000_000.0),
         tied=hf.flag("tie_word_embeddings", True),
-        activation="gelu_tanh",
+        mlp=MLPKind("gelu_tanh"),
         biases=Biases(qkv=bias, output=bias),
         scales=Scales(
             embedding=True,

@@ -12,36 +12,67 @@ Path = tuple[str, ...]
 
 
 @dataclass(frozen=True)
+class Fused:
+    """Projections whose outputs a checkpoint keeps in one module, one after another.
+
+    Attributes:
+      module: its name, without `.weight`.
+      parts: our names, in the order in which they lie there.
+      by_head: not all outputs of one and then of the next, but head by head.
+    """
+
+    module: str
+    parts: tuple[str, ...]
+    by_head: bool = False
+
+
+@dataclass(frozen=True)
 class WeightNames:
-    """A family's names of its tensors."""
+    """A family's names of its tensors.
 
-    layer: dict[Path, str]  # path inside "layers" -> name with {i}
+    Attributes:
+      layer: path inside "layers" -> name with {i}; without the projections that are fused.
+      other: path outside of them -> name.
+      fused: modules that hold several projections.
+      prefix: stands before every name but the head's.
+      buffers: ends of names that files may hold, and that nothing is read from.
+    """
+
+    layer: dict[Path, str]
     other: dict[Path, str]
+    fused: tuple[Fused, ...] = ()
+    prefix: str = "model."
+    buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
 
-def projections() -> dict[Path, str]:
-    """The seven projections of a block, kernels and (where a family has them) biases."""
-    names = {}
-    for ours in ("q", "k", "v", "o"):
-        names[(ours, "kernel")] = f"layers.{{i}}.self_attn.{ours}_proj.weight"
-        names[(ours, "bias")] = f"layers.{{i}}.self_attn.{ours}_proj.bias"
-    for ours in ("gate", "up", "down"):
-        names[(ours, "kernel")] = f"layers.{{i}}.mlp.{ours}_proj.weight"
-        names[(ours, "bias")] = f"layers.{{i}}.mlp.{ours}_proj.bias"
-    return names
+def projections(names: dict[str, str]) -> dict[Path, str]:
+    """Kernels and biases of projections: our name -> module with {i}."""
+    leaves = {"kernel": "weight", "bias": "bias"}
+    return {(ours, leaf): f"{module}.{end}" for ours, module in names.items() for leaf, end in leaves.items()}
 
 
+SEVEN = projections(
+    {name: f"layers.{{i}}.self_attn.{name}_proj" for name in ("q", "k", "v", "o")}
+    | {name: f"layers.{{i}}.mlp.{name}_proj" for name in ("gate", "up", "down")}
+)
+HEAD_NORMS = {
+    ("q_norm", "scale"): "layers.{i}.self_attn.q_norm.weight",
+    ("k_norm", "scale"): "layers.{i}.self_attn.k_norm.weight",
+}
+NORMS_BEFORE = {
+    ("attn_norm", "scale"): "layers.{i}.input_layernorm.weight",
+    ("mlp_norm", "scale"): "layers.{i}.post_attention_layernorm.weight",
+}
+FOUR_NORMS = {
+    ("attn_norm", "scale"): "layers.{i}.input_layernorm.weight",
+    ("post_attn_norm", "scale"): "layers.{i}.post_attention_layernorm.weight",
+    ("mlp_norm", "scale"): "layers.{i}.pre_feedforward_layernorm.weight",
+    ("post_mlp_norm", "scale"): "layers.{i}.post_feedforward_layernorm.weight",
+}
 OUTSIDE = {
     ("embed", "weight"): "embed_tokens.weight",
     ("norm", "scale"): "norm.weight",
     ("head", "weight"): "lm_head.weight",
 }
 
-PRE_NORM = WeightNames(
-    layer=projections()
-    | {
-        ("attn_norm", "scale"): "layers.{i}.input_layernorm.weight",
-        ("mlp_norm", "scale"): "layers.{i}.post_attention_layernorm.weight",
-    },
-    other=OUTSIDE,
-)
+PRE_NORM = WeightNames(layer=SEVEN | NORMS_BEFORE, other=OUTSIDE)

@@ -1,0 +1,59 @@
+"""GPT-NeoX, which Pythia is: attention and MLP side by side, LayerNorms and projections with biases, a share of each head
+turned, an MLP without a gate; queries, keys and values in one module, head by head."""
+
+from __future__ import annotations
+
+from jsublim.models.config import Biases, MLPKind, ModelConfig, Norms
+from jsublim.models.families.names import Fused, WeightNames, projections
+from jsublim.models.hf_config import HFConfig
+
+FAMILY = "pythia"  # what its models are called
+ARCHITECTURES = ("GPTNeoXForCausalLM",)
+NAMES = WeightNames(
+    layer=projections(
+        {
+            "o": "layers.{i}.attention.dense",
+            "up": "layers.{i}.mlp.dense_h_to_4h",
+            "down": "layers.{i}.mlp.dense_4h_to_h",
+        }
+    )
+    | {
+        ("attn_norm", "scale"): "layers.{i}.input_layernorm.weight",
+        ("attn_norm", "bias"): "layers.{i}.input_layernorm.bias",
+        ("mlp_norm", "scale"): "layers.{i}.post_attention_layernorm.weight",
+        ("mlp_norm", "bias"): "layers.{i}.post_attention_layernorm.bias",
+    },
+    other={
+        ("embed", "weight"): "embed_in.weight",
+        ("norm", "scale"): "final_layer_norm.weight",
+        ("norm", "bias"): "final_layer_norm.bias",
+        ("head", "weight"): "embed_out.weight",
+    },
+    fused=(Fused("layers.{i}.attention.query_key_value", ("q", "k", "v"), by_head=True),),
+    prefix="gpt_neox.",
+    buffers=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
+)
+_ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+def read(hf: HFConfig) -> ModelConfig:
+    """The architecture that a `config.json` of this family describes."""
+    hf.must_be("hidden_act", *_ACTIVATIONS)
+    sizes, bias = hf.sizes(), hf.flag("attention_bias", True)
+    hf.must_be("num_key_value_heads", sizes["num_heads"])
+    hf.must_be("head_dim", sizes["hidden_size"] // sizes["num_heads"])
+    activation = _ACTIVATIONS[hf.values.get("hidden_act") or "gelu"]
+    return ModelConfig(
+        family=FAMILY,
+        **sizes,
+        norms=Norms(hf.number("layer_norm_eps", 1e-5), in_float32=True, centred=True),
+        rope=hf.rope(default_theta=10_000.0, default_share=0.25, theta_key="rotary_emb_base", share_key="rotary_pct"),
+        tied=hf.flag("tie_word_embeddings", False),
+        mlp=MLPKind(activation, gated=False, parallel=hf.flag("use_parallel_residual", True)),
+        biases=Biases(qkv=bias, output=bias, mlp=True),
+    )
