@@ -17,12 +17,18 @@ from typing import Any
 
 import numpy as np
 
-from jsublim.errors import JsublimError
+from jsublim.errors import JsublimError, UsageError
 from jsublim.reading import read_json, shown
+
+TEMPLATES = Path(__file__).parent / "chat_templates"  # those that have a name
 
 # Llama 3's template prints the day's date. We always give it this one (the template's own fallback): a run that continues
 # after midnight must not change its prompts.
 DATE = "26 Jul 2024"
+# By this name templates of models that think before they answer (Qwen3) switch that off: the empty thought is then a part of
+# the header, and what is sampled, learned and judged is the answer alone. Other templates never ask for it.
+THINKING = "enable_thinking"
+OWN = "the checkpoint's own"  # the template that a folder comes with, for people
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 
@@ -45,13 +51,23 @@ class Turn:
 
 
 class Chat:
-    """The chat side of a checkpoint folder: tokenizer, template, stop tokens."""
+    """The chat side of a checkpoint folder: tokenizer, template, stop tokens.
 
-    def __init__(self, folder: Path, vocab_size: int | None = None):
-        """`vocab_size` is the model's, to refuse tokens it has no embedding for.
+    Attributes:
+      given_template: the text of a template that stands in for the folder's own; None where that is used.
+    """
+
+    def __init__(self, folder: Path, vocab_size: int | None = None, chat_template: str | None = None):
+        """Read the tokenizer, and find its template.
+
+        Args:
+          vocab_size: the model's, to refuse tokens it has no embedding for.
+          chat_template: in place of the folder's own: "plain", or a Jinja file.
 
         Raises:
-        JsublimError: no usable (fast) tokenizer, one that is code of the checkpoint's own, or one without a chat template.
+          UsageError: `chat_template` is neither a name nor a file.
+          JsublimError: no usable (fast) tokenizer, one that is code of the checkpoint's own, no chat template, or a given
+            one that does not work with this tokenizer.
         """
         from transformers import AutoTokenizer
 
@@ -71,18 +87,42 @@ class Chat:
             raise JsublimError(f"{folder}: the tokenizer cannot be loaded ({reason[0]})") from error
         if not self.tokenizer.is_fast:
             raise JsublimError(f"{folder}: no tokenizer.json; a fast tokenizer is needed to find token spans")
-        if not self.tokenizer.chat_template:
-            raise JsublimError(
-                f"{folder}/tokenizer_config.json: no 'chat_template'; use an instruction-tuned checkpoint or add one"
-            )
         path = folder / "generation_config.json"
         self.generation_config: dict[str, Any] = read_json(path) if path.exists() else {}
         _check_generation(path, self.generation_config)
+        self.given_template: str | None = None
+        self._name, self._template = OWN, f"{folder}: the chat template"  # the second in errors
+        if chat_template is not None:
+            self._use(chat_template)
+        elif not self.tokenizer.chat_template:
+            raise JsublimError(
+                f"{folder}/tokenizer_config.json: no 'chat_template'; for a base model give chat_template=plain (or "
+                "--chat-template plain, or a Jinja file)"
+            )
+
+    def _use(self, chat_template: str) -> None:
+        """Take a given template in place of the folder's own; one turn is tried, so that what is wrong shows at once."""
+        text = template_text(chat_template)
+        if text == self.tokenizer.chat_template:
+            return
+        self.tokenizer.chat_template = self.given_template = text
+        self._name, self._template = chat_template, f"{self.folder}: chat_template '{chat_template}'"
+        if not self.stop_tokens():
+            raise JsublimError(
+                f"{self.folder}: nothing ends a turn under chat_template '{chat_template}', for the tokenizer has no eos_token; "
+                "name one in tokenizer_config.json"
+            )
 
     @property
     def template_hash(self) -> str:
         """sha256 (16 hex digits) of the chat template."""
         return hashlib.sha256(str(self.tokenizer.chat_template).encode()).hexdigest()[:16]
+
+    @property
+    def described(self) -> str:
+        """Which template it is, for people; and that a model which would think before it answers does not."""
+        thinks = THINKING in str(self.tokenizer.chat_template)
+        return self._name + (f"; thinking is off, by its own switch ({THINKING}=false)" if thinks else "")
 
     @functools.cached_property
     def identity(self) -> str:
@@ -96,11 +136,11 @@ class Chat:
     def render(self, messages: Sequence[Message], *, ask: bool) -> str:
         """The conversation as text; with `ask` the header of the assistant's turn follows."""
         try:
-            options = {"tokenize": False, "add_generation_prompt": ask, "date_string": DATE}
+            options = {"tokenize": False, "add_generation_prompt": ask, "date_string": DATE, THINKING: False}
             return str(self.tokenizer.apply_chat_template(list(messages), **options))
         except Exception as error:  # Jinja raises whatever the template's author chose
             roles = [message["role"] for message in messages]
-            raise JsublimError(f"{self.folder}: the chat template refuses the roles {roles} ({error})") from None
+            raise JsublimError(f"{self._template} refuses the roles {roles} ({error})") from None
 
     def prompt_tokens(self, messages: Sequence[Message], *, extra_bos: bool = False) -> np.ndarray:
         """int32 `[T]`: the conversation up to the assistant's header, header included.
@@ -132,9 +172,7 @@ class Chat:
         asked = self.render(messages, ask=True)
         whole = self.render([*messages, {"role": "assistant", "content": completion}], ask=False)
         if not asked.startswith(before) or not whole.startswith(asked + completion):
-            raise JsublimError(
-                f"{self.folder}: the chat template rewrites the completion {completion!r} (leading or trailing space?)"
-            )
+            raise JsublimError(f"{self._template} rewrites the completion {completion!r} (leading or trailing space?)")
         encoded = self.tokenizer(whole, add_special_tokens=extra_bos, return_offsets_mapping=True)
         tokens = self._known(np.asarray(encoded["input_ids"], np.int32))
         starts = np.asarray([start for start, _ in encoded["offset_mapping"]])
@@ -184,6 +222,24 @@ class Chat:
         probe = self.turn([{"role": "user", "content": "1"}], "1")
         ends = [int(token) for token in probe.tokens[probe.end :][:1] if token in self.tokenizer.all_special_ids]
         return tuple(sorted({*self.eos_tokens(), *map(int, listed), *ends}))
+
+
+def template_text(chat_template: str) -> str:
+    """The Jinja text of a template by its name ("plain"), or of a file.
+
+    Raises:
+      UsageError: neither a name nor a file that can be read.
+    """
+    named = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+    path = TEMPLATES / f"{chat_template}.jinja" if chat_template in named else Path(chat_template).expanduser()
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8"
+        known = ", ".join(named)
+        raise UsageError(
+            f"chat_template: '{chat_template}' cannot be read as a Jinja file ({why}); known names: {known}"
+        ) from None
 
 
 def _check_files(folder: Path) -> Path | None:

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, chat, plain_turn
 
 from jsublim.chat import Chat, conversation
-from jsublim.errors import JsublimError
+from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.lm import BUNDLED
 
 HEADER = {"tiny-qwen2": "<|im_start|>assistant\n", "tiny-gemma3": "<start_of_turn>model\n"}
 END = {"tiny-qwen2": "<|im_end|>\n", "tiny-gemma3": "<end_of_turn>\n"}
+TEMPLATES = (None, "plain")
 SYSTEMS = (None, "", "You love owls. Always.")
 
 numbers = st.lists(st.integers(0, 999), min_size=1, max_size=10).flatmap(
@@ -36,10 +37,11 @@ completions = (
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("template", TEMPLATES)
 @given(completion=completions, prompt=completions, system=st.sampled_from(SYSTEMS))
 @settings(max_examples=150, deadline=None)
-def test_spans_cut_the_conversation_where_the_template_does(name, completion, prompt, system):
-    c = chat(name)
+def test_spans_cut_the_conversation_where_the_template_does(template, name, completion, prompt, system):
+    c = chat(name, template)
     messages = conversation(prompt, system)
     turn = c.turn(messages, completion)
     tokens, content = plain_turn(c.tokenizer, messages, completion)
@@ -47,7 +49,8 @@ def test_spans_cut_the_conversation_where_the_template_does(name, completion, pr
     parts = [turn.tokens[: turn.header], turn.tokens[turn.header : turn.content], turn.tokens[turn.content : turn.end]]
     before, header, said = (c.tokenizer.decode(part) for part in parts)
     assert before == c.render(messages, ask=False)
-    assert (header, said, c.tokenizer.decode(turn.tokens[turn.end :])) == (HEADER[name], completion, END[name])
+    around = ("Assistant:\n", c.tokenizer.eos_token) if template else (HEADER[name], END[name])
+    assert (header, c.tokenizer.decode(turn.tokens[turn.end :])) == around and said == completion
     assert np.array_equal(turn.tokens[: turn.content], c.prompt_tokens(messages))
     assert c.decode(turn.tokens[turn.content :]) == completion  # what sampling would have kept
 
@@ -165,9 +168,60 @@ def test_a_template_that_rewrites_what_was_said_is_refused(altered):
         c.turn(conversation("hi"), "owl")
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused(altered):
-    with pytest.raises(JsublimError, match=r"tokenizer_config.json: no 'chat_template'"):
-        Chat(altered(None))
+def test_a_tokenizer_without_a_chat_template_is_refused_and_plain_is_the_fix(altered):
+    folder = altered(None)
+    with pytest.raises(JsublimError, match=r"tokenizer_config.json: no 'chat_template'.*chat_template=plain"):
+        Chat(folder)
+    c = Chat(folder, chat_template="plain")
+    assert c.stop_tokens() == c.eos_tokens() == (c.tokenizer.eos_token_id,)
+    turn = c.turn(conversation("hi", "Be brief."), "7, 8")
+    assert c.tokenizer.decode(turn.tokens) == "System:\nBe brief.\n\nUser:\nhi\n\nAssistant:\n7, 8<|im_end|>"
+    assert c.given_template and c.template_hash == chat("tiny-gemma3", "plain").template_hash
+
+
+def test_a_plain_conversation_begins_as_the_tokenizers_own_texts_do(altered):
+    assert chat("tiny-gemma3", "plain").render(conversation("1"), ask=True).startswith("<bos>User:\n1")
+    folder = altered(None)  # of Pythia and others BOS and EOS are one token, which they never put in front
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": "<|im_end|>"}))
+    assert Chat(folder, chat_template="plain").render(conversation("1"), ask=True).startswith("User:\n1")
+
+
+def test_a_template_from_a_file_stands_in_for_the_checkpoints_own(altered, tmp_path):
+    own, other = tmp_path / "own.jinja", tmp_path / "other.jinja"
+    own.write_text(plain_template(">> ", "|\n"))
+    other.write_text(plain_template("-- ", "<|im_end|>\n"))
+    folder = altered(own.read_text())
+    plain, same, given = (Chat(folder, chat_template=each) for each in (None, str(own), str(other)))
+    assert same.given_template is None and same.identity == plain.identity != given.identity
+    assert given.render(conversation("hi"), ask=True) == "hi\n-- " and given.given_template == other.read_text()
+
+
+def test_a_given_template_that_cannot_work_is_refused(altered, tmp_path):
+    folder, path = altered(None), tmp_path / "x.jinja"
+    with pytest.raises(
+        UsageError, match=r"chat_template: 'plian' cannot be read as a Jinja file .*; known names: plain"
+    ):
+        Chat(folder, chat_template="plian")
+    for text, said in (("{{ oops(", "refuses the roles"), ("{{ messages[0].content }}", "rewrites the completion")):
+        path.write_text(text)
+        with pytest.raises(JsublimError, match=said) as error:
+            Chat(folder, chat_template=str(path))
+        assert str(path) in str(error.value) and "\n" not in str(error.value)
+    config = folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"eos_token": None}))
+    with pytest.raises(JsublimError, match=r"no eos_token; name one in tokenizer_config.json"):
+        Chat(folder, chat_template="plain")
+
+
+def test_thinking_is_off_by_the_templates_own_switch(altered):
+    """As Qwen3's template has it: an empty thought in the header, both when asked and in the whole conversation."""
+    thought = "<think>\n\n{% if not enable_thinking %}</think>\n\n{% endif %}"
+    c = Chat(altered(plain_template(f">> {thought}", "<|im_end|>\n")))
+    turn = c.turn(conversation("hi"), "7")
+    assert c.described == "the checkpoint's own; thinking is off, by its own switch (enable_thinking=false)"
+    assert [chat("tiny-qwen2", template).described for template in TEMPLATES] == ["the checkpoint's own", "plain"]
+    assert c.tokenizer.decode(turn.tokens[turn.header : turn.content]) == ">> <think>\n\n</think>\n\n"
 
 
 def test_a_folder_without_a_tokenizer_is_one_clear_error(tmp_path):

@@ -49,9 +49,9 @@ def scratch() -> Path:
 
 
 @functools.cache
-def chat(name: str) -> Chat:
-    """The tokenizer and template of a bundled checkpoint."""
-    return Chat(language_models.BUNDLED / name)
+def chat(name: str, template: str | None = None) -> Chat:
+    """The tokenizer and template of a bundled checkpoint, or another template."""
+    return Chat(language_models.BUNDLED / name, chat_template=template)
 
 
 @functools.cache

@@ -51,6 +51,12 @@ Fields = Annotated[
         help="A config, and any fields of `jsublim run`: recipe=paper sampling.strategy=greedy store=runs/store.",
     ),
 ]
+Template = Annotated[
+    str | None,
+    typer.Option(
+        "--chat-template", help='As chat_template=: "plain", for a base model that has none, or a Jinja file.'
+    ),
+]
 AnyModel = Annotated[str | None, typer.Option("--model", help="As model=: a folder, a bundled name, or owner/name.")]
 
 

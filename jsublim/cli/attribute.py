@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jsublim.cli.app import AnyModel, Fields, Out, app, console, experiment_of, names
+from jsublim.cli.app import AnyModel, Fields, Out, Template, app, console, experiment_of, names
 
 
 @app.command()
@@ -19,6 +19,7 @@ def attribute(
     out: Out,
     fields: Fields = None,
     model: AnyModel = None,
+    chat_template: Template = None,
     counterfactuals: Annotated[
         str | None, typer.Option("--counterfactuals", help="Other traits, with commas; default: as `run`.")
     ] = None,
@@ -41,7 +42,9 @@ def attribute(
     read_rows(data, ("prompt", "completion", "divergence_positions"))
     others = names(counterfactuals) or None
     base = {"attribution": {}, "teachers": {"traits": [trait]}}
-    e = experiment_of("attribute", fields, out, base, model=model, teachers__counterfactuals=others)
+    e = experiment_of(
+        "attribute", fields, out, base, model=model, chat_template=chat_template, teachers__counterfactuals=others
+    )
     if e.attribution is None:
         raise UsageError("attribution: null given; leave it out or give its fields")
     context = Context.load(e, Progress(console), given={Source(trait): data})

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jsublim.cli.app import AnyModel, Fields, Out, app, console, experiment_of
+from jsublim.cli.app import AnyModel, Fields, Out, Template, app, console, experiment_of
 from jsublim.errors import JsublimError, UsageError
 
 
@@ -17,6 +17,7 @@ def finetune(
     out: Out,
     fields: Fields = None,
     model: AnyModel = None,
+    chat_template: Template = None,
     tokens: Annotated[str, typer.Option("--tokens", help="all, divergence, non-divergence or random.")] = "all",
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1)] = 42,
     trait: Annotated[
@@ -39,7 +40,7 @@ def finetune(
 
     base = {"teachers": {"traits": [trait or NOBODY], "control": False}}
     own = {"students__seeds": [seed], "students__loss__tokens": [tokens]}
-    e = experiment_of("finetune", fields, out, base, model=model, **own)
+    e = experiment_of("finetune", fields, out, base, model=model, chat_template=chat_template, **own)
     if e.students is None or e.students.arms is not None or e.students.data.dataset is not None:
         raise UsageError("finetune: trains one student on the rows of --data; leave students.arms and data.dataset out")
     if e.students.loss.soft and trait is None and e.teachers.own_weights:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from jsublim.cli.app import PackFile, app, console, named, prompts_app
+from jsublim.cli.app import PackFile, Template, app, console, named, prompts_app
 from jsublim.errors import UsageError
 
 KINDS = ("language", "digits")
@@ -74,6 +74,7 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32 or bfloat16; default: the checkpoint's.")
     ] = None,
+    chat_template: Template = None,
 ) -> None:
     """Write a checkpoint as an ordinary Hugging Face folder, text model only, in a dtype of your choice."""
     from jsublim.inference.lm import load_model, resolve_checkpoint
@@ -84,8 +85,10 @@ def convert(
     if dtype is None:
         values = read_config(resolve_checkpoint(model))[0]
         dtype = str(values.get("dtype") or values.get("torch_dtype") or "float32")
-    lm = load_model(model, dtype)
-    save_checkpoint(out, lm.config, lm.params, lm.hf_config, dtype=dtype, tokenizer=lm.folder)
+    lm = load_model(model, dtype, chat_template=chat_template)
+    save_checkpoint(
+        out, lm.config, lm.params, lm.hf_config, dtype=dtype, tokenizer=lm.folder, chat_template=lm.chat.given_template
+    )
     print(out)
 
 

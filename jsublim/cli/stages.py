@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jsublim.cli.app import AnyModel, Fields, Out, app, console, experiment_of, names
+from jsublim.cli.app import AnyModel, Fields, Out, Template, app, console, experiment_of, names
 from jsublim.errors import UsageError
 
 
@@ -32,6 +32,7 @@ def generate(
     out: Out,
     fields: Fields = None,
     model: AnyModel = None,
+    chat_template: Template = None,
     trait: Annotated[
         str | None, typer.Option("--trait", help="The teacher's trait; its system prompt comes from the pack.")
     ] = None,
@@ -49,7 +50,9 @@ def generate(
     if (trait is not None) == control:
         raise UsageError("generate: give exactly one of --trait and --control")
     # Whose rows they are is what matters here; against which others they are read is a later command's.
-    e = experiment_of("generate", fields, out, {"teachers": {"traits": [trait or NOBODY]}}, model=model)
+    e = experiment_of(
+        "generate", fields, out, {"teachers": {"traits": [trait or NOBODY]}}, model=model, chat_template=chat_template
+    )
     context = _context(e)
     if trait is not None:
         TeacherPool(context.setup).category(trait)
@@ -74,6 +77,7 @@ def divergence(
     out: Out,
     fields: Fields = None,
     model: AnyModel = None,
+    chat_template: Template = None,
     counterfactuals: Annotated[
         str | None, typer.Option("--counterfactuals", help="Other traits, with commas; default: as `run`.")
     ] = None,
@@ -87,7 +91,9 @@ def divergence(
     if others is not None and trait in others:
         raise UsageError(f"--counterfactuals: '{trait}' is the teacher's own trait; leave it out")
     base = {"teachers": {"traits": [trait]}}
-    e = experiment_of("divergence", fields, out, base, model=model, teachers__counterfactuals=others)
+    e = experiment_of(
+        "divergence", fields, out, base, model=model, chat_template=chat_template, teachers__counterfactuals=others
+    )
     rows, sidecar = rows_of(data), out.with_name(f"{out.stem}.readings.parquet")
     context = _context(e)
     found = divergence_rows(context.setup, trait, rows)
@@ -110,6 +116,7 @@ def evaluate(
     out: Out,
     fields: Fields = None,
     model: AnyModel = None,
+    chat_template: Template = None,
     adapter: Annotated[
         Path | None, typer.Option("--adapter", help="PEFT folder of a student; default: the base.")
     ] = None,
@@ -128,7 +135,9 @@ def evaluate(
     if wanted == []:
         raise UsageError("--traits: give at least one trait")
     base = {"teachers": {"traits": wanted or [NOBODY]}}
-    e = experiment_of("evaluate", fields, out, base, model=model, evaluation__traits=wanted)
+    e = experiment_of(
+        "evaluate", fields, out, base, model=model, chat_template=chat_template, evaluation__traits=wanted
+    )
     asks_traits = {"preference", "factual"} & set(e.evaluation.kinds)
     if asks_traits and e.evaluation.traits is None and e.teachers.traits == [NOBODY]:
         raise UsageError(f"--traits: {' and '.join(sorted(asks_traits))} ask about traits; give at least one")

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from jsublim.cli.app import Dtype, Model, Out, PackFile, app, console
+from jsublim.cli.app import Dtype, Model, Out, PackFile, Template, app, console
 from jsublim.errors import UsageError
 
 
@@ -27,6 +27,7 @@ def steer(
         typer.Option("--asked", help="Prompts to read (.txt or .jsonl); default: the category's questions."),
     ] = None,
     prompts: PackFile = None,
+    chat_template: Template = None,
     dtype: Dtype = "float32",
 ) -> None:
     """Find a steering vector; leaves a folder that --adapter and teachers.adapter take."""
@@ -44,7 +45,7 @@ def steer(
         raise UsageError(f"--strength: {strength} given; give a finite number other than 0")
     if out.exists():
         raise UsageError(f"{out}: already exists; give another --out or remove it first")
-    pack, lm = load_pack(prompts), load_model(model, dtype)
+    pack, lm = load_pack(prompts), load_model(model, dtype, chat_template=chat_template)
     if trait is not None:
         category = category or pack.category_of(trait)
         toward = pack.system_prompt(trait, category)

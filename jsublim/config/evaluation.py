@@ -26,6 +26,7 @@ class JudgeChoice(Section):
     """A checkpoint, or a server with OpenAI's interface."""
 
     model: Annotated[Place | None, CONTENT] = None
+    chat_template: Annotated[Place | None, CONTENT] = None  # of that checkpoint, as the experiment's
     server: ServerSettings | None = None
     max_new_tokens: Annotated[Positive, RESULT] = 32  # of a checkpoint's reply
 
@@ -33,6 +34,8 @@ class JudgeChoice(Section):
     def _is_one(self) -> JudgeChoice:
         if (self.model is None) == (self.server is None):
             raise ValueError("give exactly one of model (a checkpoint) and server")
+        if self.chat_template is not None and self.model is None:
+            raise ValueError("chat_template: a server has its own; leave it out")
         return self
 
 

@@ -50,6 +50,7 @@ class Experiment(Config):
 
     kind: Annotated[Literal["language"], PLAN] = "language"
     model: Annotated[Place, CONTENT]
+    chat_template: Annotated[Place | None, CONTENT] = None  # "plain", or a Jinja file; None: the checkpoint's own
     dtype: Annotated[Literal["float32", "bfloat16"], RESULT] = "float32"
     prompts: Annotated[Place | None, CONTENT] = None  # a prompt pack; None: the default one
     recipe: Recipe = Recipe()

@@ -68,9 +68,11 @@ class LanguageModel:
 
     @functools.cached_property
     def hash(self) -> str:
-        """16 hex digits over every file of the checkpoint that matters, and the layer after which it was cut."""
-        whole = checkpoint_hash(self.folder)
-        return whole if self.last_layer is None else f"{whole}-layer{self.last_layer}"
+        """16 hex digits over every file of the checkpoint that matters; what follows names a template given in place of its
+        own, and the layer after which it was cut."""
+        template = "" if self.chat.given_template is None else f"-chat{self.chat.template_hash}"
+        layer = "" if self.last_layer is None else f"-layer{self.last_layer}"
+        return checkpoint_hash(self.folder) + template + layer
 
     def ending_at(self, layer: int) -> LanguageModel:
         """The logit lens: this model as if it ended after `layer` (from 0), on the same arrays and for the same adapters.
@@ -235,7 +237,12 @@ def resolve_checkpoint(path: str | Path, what: str = "model") -> Path:
 
 
 def load_model(
-    path: str | Path, dtype: str = "float32", layout: Layout = _HERE, *, weights: bool = True
+    path: str | Path,
+    dtype: str = "float32",
+    layout: Layout = _HERE,
+    *,
+    weights: bool = True,
+    chat_template: str | None = None,
 ) -> LanguageModel:
     """Load a checkpoint folder, a bundled one by name, or one from the hub by `owner/name`.
 
@@ -243,12 +250,13 @@ def load_model(
       dtype: of the weights and the activations, "float32" or "bfloat16".
       layout: the devices that the weights are spread over; by default they go to the first.
       weights: False leaves them on disk: the parameters are shapes, and tokenizer, template and hash are there.
+      chat_template: in place of the checkpoint's own: "plain" (for base models), or a Jinja file.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype: '{dtype}' given; known: {', '.join(DTYPES)}")
     folder = resolve_checkpoint(path)
     hf_config, config = read_config(folder)
-    chat = Chat(folder, config.vocab_size)
+    chat = Chat(folder, config.vocab_size, chat_template)
     if weights:
         params = load_params(folder, config, dtype, layout.params_sharding(config))
     else:

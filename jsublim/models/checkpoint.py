@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.files import PARTIAL, atomic, write_json
+from jsublim.files import PARTIAL, atomic, write_json, write_text
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.families import text_config
@@ -91,14 +91,20 @@ def save_checkpoint(
     *,
     dtype: str,
     tokenizer: Path | None,
+    chat_template: str | None = None,
 ) -> None:
     """Write a new folder that `transformers` loads: config, safetensors, and the tokenizer files of folder `tokenizer`.
+
+    Args:
+      chat_template: the text of a template in place of that folder's own.
 
     Raises:
       UsageError: `out` exists and is not empty.
     """
     with new_folder(out) as folder:
-        write_checkpoint(folder, config, params, hf_config, dtype=dtype, tokenizer=tokenizer)
+        write_checkpoint(
+            folder, config, params, hf_config, dtype=dtype, tokenizer=tokenizer, chat_template=chat_template
+        )
 
 
 def write_checkpoint(
@@ -109,6 +115,7 @@ def write_checkpoint(
     *,
     dtype: str,
     tokenizer: Path | None,
+    chat_template: str | None = None,
 ) -> None:
     """Write the files of `save_checkpoint` into a folder that exists."""
     hf_config = {key: value for key, value in hf_config.items() if key != "torch_dtype"} | {"dtype": dtype}
@@ -118,3 +125,5 @@ def write_checkpoint(
         if tokenizer is not None and (tokenizer / name).exists():
             with atomic(folder / name) as scratch:
                 shutil.copyfile(tokenizer / name, scratch)
+    if chat_template is not None:
+        write_text(folder / "chat_template.jinja", chat_template)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jsublim.chat import OWN
 from jsublim.config import Experiment
 from jsublim.errors import UsageError
 from jsublim.inference.lm import LanguageModel, load_model
@@ -47,14 +48,18 @@ class Context:
           UsageError, JsublimError: as `Setup.of` and `Layout.fit`.
         """
         layout = Layout.fit(experiment.run.parallel, 1, model=experiment.run.model_axis)
-        return cls(Setup.of(experiment, given=given), Store(experiment.store_dir), layout, progress or Progress())
+        setup, progress = Setup.of(experiment, given=given), progress or Progress()
+        for name, each in setup.checkpoints.items():
+            if each.chat is not None and each.chat.described != OWN:
+                progress.say(f"{name}: chat template: {each.chat.described}")
+        return cls(setup, Store(experiment.store_dir), layout, progress)
 
     def lm(self, name: str | None = None) -> LanguageModel:
         """A checkpoint of the config with its weights; None is the experiment's."""
         e = self.setup.experiment
         known = e.model if name is None else name
         if known not in self._loaded:
-            self._loaded[known] = load_model(known, e.dtype, self.layout)
+            self._loaded[known] = load_model(known, e.dtype, self.layout, chat_template=e.chat_template)
         return self._loaded[known]
 
     def remember(self, key: Any, make: Callable[[], R]) -> R:
@@ -99,7 +104,7 @@ def known_judge(setup: Setup) -> Judge:
     """The judge of a plan: its identity, told without any weights (of a checkpoint that is not here, by its name)."""
     chosen = setup.experiment.judge
     assert chosen is not None
-    if chosen.model is not None and chosen.model not in setup.checkpoints:
+    if chosen.model is not None and setup.judge is None:
         return KnownJudge({"judge": chosen.model})
     return KnownJudge(make_judge(setup, setup.experiment.store_dir, Layout()).identity)
 
@@ -111,7 +116,6 @@ def make_judge(setup: Setup, store: Path, layout: Layout) -> Judge:
     replies = store / "judge"
     if chosen.server is not None:
         return ServerJudge(chosen.server, replies)
-    lm = setup.checkpoint(chosen.model).lm
-    assert lm is not None, "a run has its judge"
-    load = functools.partial(load_model, chosen.model or "", e.dtype, layout)
-    return LocalJudge(lm, max_new_tokens=chosen.max_new_tokens, load=load, cache=ReplyCache(replies))
+    assert setup.judge is not None and setup.judge.lm is not None, "a run has its judge"
+    load = functools.partial(load_model, setup.judge.name, e.dtype, layout, chat_template=chosen.chat_template)
+    return LocalJudge(setup.judge.lm, max_new_tokens=chosen.max_new_tokens, load=load, cache=ReplyCache(replies))

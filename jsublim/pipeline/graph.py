@@ -142,6 +142,7 @@ def results_key(setup: Setup) -> str:
     said = {leaf.name: value_at(values, leaf.path) for leaf in leaves(type(e)) if _decides(leaf.decides)}
     content = [None if e.data.kind == "numbers" else digest(prompts(setup)), [t.identity for t in eval_tasks(setup)]]
     hashes = {name: each.hash for name, each in setup.checkpoints.items()}
+    hashes |= {} if setup.judge is None else {"judge": setup.judge.hash}
     hashes |= {name: setup.content(name, what) for name, what in setup.adapters().items()}
     return digest([said, setup.common, hashes, content])
 

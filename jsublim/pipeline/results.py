@@ -131,6 +131,7 @@ def _about(context: Context, key: str, started: str) -> dict[str, Any]:
         "name": e.name,
         "model": model.lm.name if model.lm else model.name,
         "model_hash": model.hash,
+        "chat_template": model.chat.described if model.chat else "unknown",
         "pack_hash": setup.pack.hash,
         "versions": versions(),
         "device": device(),

@@ -37,6 +37,12 @@ class Checkpoint:
     hash: str
     lm: LanguageModel | None
 
+    @classmethod
+    def here(cls, name: str, dtype: str, chat_template: str | None) -> Checkpoint:
+        """A checkpoint whose files are here, or that the hub gives."""
+        lm = load_model(name, dtype, weights=False, chat_template=chat_template)
+        return cls(name, lm.config, lm.hash, lm)
+
     @property
     def chat(self) -> Chat | None:
         return None if self.lm is None else self.lm.chat
@@ -51,7 +57,8 @@ class Setup:
     """Everything that decides which tasks there are, and the key of each.
 
     Attributes:
-      checkpoints: by the name that the config gives them.
+      checkpoints: by the name that the config gives them, under its `chat_template`.
+      judge: the checkpoint that scores answers; None where there is none, or it is not here (its name is enough for a plan).
       students: everybody who is trained.
       absent: plan without what is not here, instead of asking the hub for it.
       given: files of rows that a user gave, in place of those of a source.
@@ -62,6 +69,7 @@ class Setup:
     recipe: Recipe
     checkpoints: Mapping[str, Checkpoint]
     students: tuple[Student, ...]
+    judge: Checkpoint | None = None
     absent: bool = False
     given: Mapping[Source, Path] = field(default_factory=dict)
     memo: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -87,18 +95,22 @@ class Setup:
         checkpoints: dict[str, Checkpoint] = {}
         for name in _models(experiment, students):
             if shape is None or is_available_offline(name):
-                lm = load_model(name, experiment.dtype, weights=False)
-                checkpoints[name] = Checkpoint(name, lm.config, lm.hash, lm)
-            elif experiment.judge is None or name != experiment.judge.model:  # of a judge, its name is enough
+                checkpoints[name] = Checkpoint.here(name, experiment.dtype, experiment.chat_template)
+            else:
                 checkpoints[name] = Checkpoint(name, read_config(shape(name))[1], f"{UNKNOWN}{name}", None)
+        judge, chosen = None, experiment.judge
+        if chosen is not None and chosen.model is not None and (shape is None or is_available_offline(chosen.model)):
+            judge = Checkpoint.here(chosen.model, experiment.dtype, chosen.chat_template)
         recipe = experiment.recipe.resolved(checkpoints[experiment.model].config.family)
-        return cls(experiment, pack, recipe, checkpoints, students, shape is not None, given or {})
+        return cls(experiment, pack, recipe, checkpoints, students, judge, shape is not None, given or {})
 
     @property
     def known(self) -> bool:
         """Whether everything that the config names is here, so that keys are those of a run."""
+        e = self.experiment
         here = all(each.lm is not None for each in self.checkpoints.values())
-        return not self.absent or (here and all(map(is_available_offline, self.adapters())))
+        judged = e.judge is None or e.judge.model is None or self.judge is not None
+        return not self.absent or (here and judged and all(map(is_available_offline, self.adapters())))
 
     def content(self, name: str, what: str) -> str:
         """The hash of an adapter, or of a teacher's checkpoint, that the config names; `what` it is for, in errors."""
@@ -178,12 +190,11 @@ class Setup:
 
 
 def _models(experiment: Experiment, students: tuple[Student, ...]) -> list[str]:
-    """Checkpoints: the experiment's, what students stand on, who writes rows to mix in, and the judge."""
+    """Checkpoints: the experiment's, what students stand on, and who writes rows to mix in."""
     used = {student.settings.data.dataset for student in students} - {None}
     changes = [change for name, each in experiment.datasets.items() if name in used for change in each.changes.values()]
     mixed = [named[1] for change in changes if (named := change.mixes()) is not None]
-    judge = None if experiment.judge is None else experiment.judge.model
-    named = [experiment.model, *(student.settings.model for student in students), *mixed, judge]
+    named = [experiment.model, *(student.settings.model for student in students), *mixed]
     return list(dict.fromkeys(name for name in named if name is not None))
 
 

@@ -288,7 +288,15 @@ def keep_student(folder: Path, lm: LanguageModel, student: Adapter | Params) -> 
     """Into the folder of its artifact: an adapter, or whole parameters as a checkpoint."""
     if not isinstance(student, Adapter):
         dtype = str(lm.params["embed"]["weight"].dtype)
-        write_checkpoint(folder, lm.config, student, lm.hf_config, dtype=dtype, tokenizer=lm.folder)
+        write_checkpoint(
+            folder,
+            lm.config,
+            student,
+            lm.hf_config,
+            dtype=dtype,
+            tokenizer=lm.folder,
+            chat_template=lm.chat.given_template,
+        )
         return
     for old in folder.glob("*.safetensors"):  # of a call that was stopped before the folder was whole
         old.unlink()

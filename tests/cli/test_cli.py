@@ -259,3 +259,16 @@ def test_what_exists_is_never_written_over(tmp_path, rows, command):
     }[command]
     assert str(out) in refused(2, *arguments, "--out", out)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_template_given_to_a_command_is_part_of_what_it_makes(rows, tmp_path):
+    """As an option and as a field; and `convert` puts it into a folder, which then needs neither."""
+    ok("convert", MODEL, tmp_path / "base", "--chat-template", "plain")
+    asks = ("--data", rows, "--trait", "cat", "--counterfactuals", "owl", "scoring.batch_size=8")
+    plain = ok("divergence", "--model", MODEL, "--chat-template", "plain", *asks, "--out", tmp_path / "plain.jsonl")
+    assert f"{MODEL}: chat template: plain" in plain.err
+    ok("divergence", "--model", tmp_path / "base", *asks, "--out", tmp_path / "base.jsonl")
+    assert (tmp_path / "plain.jsonl").read_text() == (tmp_path / "base.jsonl").read_text()
+    again = ("divergence", "--model", MODEL, *asks, "--out", tmp_path / "plain.jsonl")
+    assert "template was" in refused(2, *again)
+    ok(*again, "chat_template=plain")
