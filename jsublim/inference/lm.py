@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from jsublim.chat import Chat, Message, conversation
 from jsublim.errors import JsublimError, UsageError
+from jsublim.inference.constrain import limits_for
 from jsublim.inference.generation import generate_for_arms
 from jsublim.inference.sampling import Sampling, sampling_for
 from jsublim.models import decoder
@@ -184,6 +185,7 @@ class LanguageModel:
             samples=samples,
             rows=[[number for number in numbers if number not in known] for known in texts],
             batch_size=max(1, batch_size // len(logs)),
+            limits=limits_for(self.chat, sampling, max_new_tokens),
             on_rows=keep,
         )
         return [[known[number] for number in numbers] for known in texts]
