@@ -54,9 +54,7 @@ class Batch(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "arms", "rows", "slots", "new", "dtype", "limited"))
-def empty(
-    config: ModelConfig, arms: int, rows: int, slots: int, new: int, dtype: Any, limited: bool = False
-) -> Batch:
+def empty(config: ModelConfig, arms: int, rows: int, slots: int, new: int, dtype: Any, limited: bool = False) -> Batch:
     """A batch without rows, for rows of at most `slots` tokens of which `new` are drawn; `limited` to a format, or not."""
     widths = [min(config.local.window, slots) if local else slots for local in config.is_local]
 

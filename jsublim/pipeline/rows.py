@@ -34,7 +34,6 @@ from jsublim.prompts import (
 from jsublim.rows import Row, read_rows, write_rows
 from jsublim.section import identity
 
-
 # A run stops where fewer rows are in format than both: a handful teaches nothing, and most likely the setting is wrong.
 FEWEST_ROWS = 100
 FEWEST_SHARE = 0.1
