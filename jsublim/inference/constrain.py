@@ -97,14 +97,16 @@ def limits_for(chat: Chat, sampling: Sampling, max_new_tokens: int) -> Limits | 
 
 @functools.lru_cache(maxsize=4)
 def _number_limits(chat: Chat, stop: tuple[int, ...]) -> Limits | None:
-    return number_limits(dict(enumerate(texts_of_tokens(chat))), stop)
+    texts = texts_of_tokens(chat)
+    return number_limits(dict(enumerate(texts)), [token for token in stop if token < len(texts)])
 
 
 def texts_of_tokens(chat: Chat) -> list[str]:
-    """What each token of a tokenizer adds to an answer's text; nothing for a control token."""
+    """What each token that the model has adds to an answer's text; nothing for a control token."""
     digit = chat.tokenizer("1", add_special_tokens=False)["input_ids"][-1:]
+    count = len(chat.tokenizer) if chat.vocab_size is None else min(len(chat.tokenizer), chat.vocab_size)
     # Behind another token: a tokenizer may leave out a blank at the beginning.
-    pairs = [[*digit, token] for token in range(len(chat.tokenizer))]
+    pairs = [[*digit, token] for token in range(count)]
     before, *both = chat.tokenizer.backend_tokenizer.decode_batch([digit, *pairs], skip_special_tokens=True)
     return [text[len(before) :] for text in both]
 

@@ -30,6 +30,7 @@ from jsublim.parallel import Layout
 
 BUNDLED = Path(__file__).parents[1] / "checkpoints"
 DTYPES = ("float32", "bfloat16")
+FETCHED = {"smollm2-135m": "scripts/fetch_smollm2.py", "gemma3-270m": "scripts/fetch_gemma3_270m.py"}
 _HERE = Layout()
 
 
@@ -234,7 +235,7 @@ def resolve_checkpoint(path: str | Path, what: str = "model") -> Path:
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise JsublimError(f"{what} '{path}': no such folder, and the hub did not give it ({reason})") from error
-    hint = "; scripts/fetch_smollm2.py writes it" if folder.name == "smollm2-135m" else ""
+    hint = f"; {FETCHED[folder.name]} writes it" if folder.name in FETCHED else ""
     raise UsageError(f"{what} '{path}': no such folder{hint}; bundled checkpoints: {bundled}")
 
 
