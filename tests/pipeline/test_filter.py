@@ -41,7 +41,7 @@ def test_a_run_whose_answers_mostly_fail_says_so_and_stops(home):
     assert text.count("sampling.constrain=numbers") == 2  # beside the answers, and in the error
     # ... and when it is asked again it answers from what is there.
     line = refused(1, *CUT, "--out", home / "cut.jsonl")
-    assert re.search(rf"teacher 'cat': {kept} of 16 answers .* fewer than 10% and than 100.*raw\.jsonl", line)
+    assert re.search(rf"teacher 'cat': {kept} of 16 answers .*fewer than 10% and than 100.*raw\.jsonl", line)
 
 
 def test_answers_that_are_kept_in_format_all_pass_and_say_what_it_cost(home):
