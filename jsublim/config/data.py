@@ -22,6 +22,7 @@ class Sampling(Section):
     strategy: Annotated[Strategy, RESULT] = "temperature"
     seed: Annotated[Seed, RESULT] = 0
     max_new_tokens: Annotated[Positive, RESULT] = 64
+    constrain: Annotated[Literal["numbers"] | None, RESULT] = None  # keep every answer in the number task's format
     batch_size: Annotated[Positive, HOW] = 64
     shard: Annotated[Positive, RESULT] = 4096  # prompts per task: what is lost at most, and what machines share
 

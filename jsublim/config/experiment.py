@@ -78,6 +78,11 @@ class Experiment(Config):
                     "students.loss.top_k: a live teacher shares the students' checkpoint; with teachers.checkpoint, "
                     "give it"
                 )
+        if self.sampling.constrain is not None and self.data.kind != "numbers":
+            raise ValueError(
+                f"sampling.constrain: '{self.sampling.constrain}' is the format of data.kind=numbers, and data.kind is "
+                f"'{self.data.kind}'; leave it out"
+            )
         if self.attribution is not None and not (self.teachers.are_prompted and self.teachers.against == "traits"):
             raise ValueError("attribution: patches one trait's system prompt for another's; the teachers have none")
         if self.attribution is not None and self.teachers.own_weights:

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jsublim.inference.constrain import Limits, Within, choose_within
 from jsublim.inference.sampling import choose
 from jsublim.inference.scoring import prefix_cache
 from jsublim.models import decoder
@@ -38,6 +39,7 @@ class Batch(NamedTuple):
       logits: float32 `[B, V]`, of the next token; seen: bool `[B, V]`, tokens that stand in the row.
       length: int32 `[B]`, tokens read; drawn: int32 `[B]`, tokens drawn; done: bool `[B]`, also of a place without a row.
       keys: `[B]`; out: int32 `[B, N]`, the tokens drawn, -1 from the stop token on.
+      within: where rows are in their format; None where they are kept in none.
     """
 
     rings: tuple[Ring, ...]
@@ -48,11 +50,12 @@ class Batch(NamedTuple):
     done: Array
     keys: Array
     out: Array
+    within: Within | None = None
 
 
-@functools.partial(jax.jit, static_argnames=("config", "arms", "rows", "slots", "new", "dtype"))
-def empty(config: ModelConfig, arms: int, rows: int, slots: int, new: int, dtype: Any) -> Batch:
-    """A batch without rows, for rows of at most `slots` tokens of which `new` are drawn."""
+@functools.partial(jax.jit, static_argnames=("config", "arms", "rows", "slots", "new", "dtype", "limited"))
+def empty(config: ModelConfig, arms: int, rows: int, slots: int, new: int, dtype: Any, limited: bool = False) -> Batch:
+    """A batch without rows, for rows of at most `slots` tokens of which `new` are drawn; `limited` to a format, or not."""
     decoder.check_length(config, slots)
     widths = [min(config.local.window, slots) if local else slots for local in config.is_local]
 
@@ -71,6 +74,7 @@ def empty(config: ModelConfig, arms: int, rows: int, slots: int, new: int, dtype
         done=jnp.ones((arms, rows), bool),
         keys=jnp.broadcast_to(jax.random.key(0), (arms, rows)),
         out=zeros(new) - 1,
+        within=Within(zeros(), zeros(dtype=jnp.float32)) if limited else None,
     )
 
 
@@ -152,6 +156,7 @@ def fill(
             done=put(batch.done, zero.astype(bool)),
             keys=jnp.where(read.prompt >= 0, read.keys, batch.keys),
             out=put(batch.out, jnp.full((len(length_n), batch.out.shape[1]), -1, jnp.int32)),
+            within=jax.tree.map(lambda old: put(old, zero.astype(old.dtype)), batch.within),
         )
 
     if begun is None:
@@ -178,14 +183,19 @@ def advance(
     how: dict[str, Array],
     stop_E: Array,
     enough_A: Array,
+    limits: Limits | None = None,
 ) -> Batch:
-    """The batch after as many tokens as it takes until `enough_A` places of some arm are done, or all are."""
+    """The batch after as many tokens as it takes until `enough_A` places of some arm are done, or all are.
+
+    Args:
+      limits: the format that rows are kept in.
+    """
     weights = _unstacked(config, params)
 
     def step(moving: Array, adapter: Adapter | None, batch: Batch) -> Batch:
         own, adapter = bind(params, adapter)
         B, N = batch.out.shape
-        token_B = choose(batch.logits, batch.seen, batch.keys, batch.drawn, how)
+        token_B, within = _choose(limits, batch, how)
         done_B = batch.done | jnp.isin(token_B, stop_E)
         at_B = jnp.where(batch.done, N, batch.drawn)  # beyond the end: not written
         out = batch.out.at[jnp.arange(B), at_B].set(jnp.where(done_B, -1, token_B), mode="drop")
@@ -202,7 +212,7 @@ def advance(
         logits = decoder.logits(config, own, decoder.final_norm(config, own, h[:, 0]))
         drawn = batch.drawn + ~batch.done
         ended = done_B | (drawn >= N)
-        return Batch(tuple(rings), logits, seen, slot_B + ~ended, drawn, ended, batch.keys, out)
+        return Batch(tuple(rings), logits, seen, slot_B + ~ended, drawn, ended, batch.keys, out, within)
 
     def going(batch: Batch) -> Array:
         return ~jnp.all(batch.done) & jnp.all(batch.done.sum(axis=1) < enough_A)
@@ -212,6 +222,18 @@ def advance(
         return _per_arm(functools.partial(step, batch.drawn[0, 0]), adapters)(batch)
 
     return jax.lax.while_loop(going, turn, batch)
+
+
+def _choose(limits: Limits | None, batch: Batch, how: dict[str, Array]) -> tuple[Array, Within | None]:
+    """The next token of each row, and where the row then is in its format. A row that is done stays where it is."""
+    if limits is None or batch.within is None:
+        return choose(batch.logits, batch.seen, batch.keys, batch.drawn, how), None
+    N = batch.out.shape[1]
+    left_B = jnp.where(batch.done, N, N - 1 - batch.drawn)
+    token_B, within = choose_within(
+        limits, batch.within, batch.logits, batch.seen, batch.keys, batch.drawn, left_B, how
+    )
+    return token_B, jax.tree.map(lambda old, new: jnp.where(batch.done, old, new), batch.within, within)
 
 
 def _unstacked(config: ModelConfig, params: Params) -> Callable[[int, Array], Params]:

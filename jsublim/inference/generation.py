@@ -20,6 +20,7 @@ from jsublim.inference.batching import (
     round_up,
     shared_beginning,
 )
+from jsublim.inference.constrain import Limits
 from jsublim.inference.decoding import Prompts
 from jsublim.inference.sampling import Sampling
 from jsublim.models.config import ModelConfig
@@ -30,6 +31,7 @@ STOP_TOKENS = 8
 REFILL = 4  # a batch is filled up when one row in so many has ended
 
 OnRows = Callable[[int, list[int], list[list[int]]], None]
+OnAllowed = Callable[[int, dict[int, float]], None]
 
 
 @dataclass
@@ -75,6 +77,8 @@ def generate_tokens(
     adapter: Adapter | None = None,
     batch_size: int = 64,
     beginning: int | None = None,
+    limits: Limits | None = None,
+    on_allowed: Callable[[dict[int, float]], None] | None = None,
     on_batch: Callable[[list[int], list[list[int]]], None] | None = None,
 ) -> list[list[int]]:
     """Sample `samples` continuations of each prompt; row i continues prompt `i // samples`.
@@ -84,16 +88,21 @@ def generate_tokens(
       rows: the rows to sample (their number is their random stream); None is all of them.
       batch_size: rows that are decoded at one time.
       beginning: how many first tokens all prompts share, which are read once; None finds out.
+      limits: the format that `sampling.constrain` names, as `constrain.limits_for` finds it.
+      on_allowed: called before `on_batch` with, of each of its rows, the log (nats) of the probability that the model gave to
+        all tokens that the format allows, as a mean over the tokens drawn.
       on_batch: called with the row numbers and the tokens of rows that have ended.
 
     Returns:
       One list of tokens per row of `rows`, in order, without the stop token.
     """
     tell = None if on_batch is None else lambda _, numbers, tokens: on_batch(numbers, tokens)
+    tell_allowed = None if on_allowed is None else lambda _, allowed: on_allowed(allowed)
     adapters = None if adapter is None else [adapter]
     found = generate_for_arms(
         config, params, prompts, sampling, adapters, max_new_tokens=max_new_tokens, seed=seed, samples=samples,
-        rows=None if rows is None else [rows], batch_size=batch_size, beginning=beginning, on_rows=tell,
+        rows=None if rows is None else [rows], batch_size=batch_size, beginning=beginning, limits=limits,
+        on_allowed=tell_allowed, on_rows=tell,
     )  # fmt: skip
     return found[0]
 
@@ -111,6 +120,8 @@ def generate_for_arms(
     rows: Sequence[Sequence[int]] | None = None,
     batch_size: int = 64,
     beginning: int | None = None,
+    limits: Limits | None = None,
+    on_allowed: OnAllowed | None = None,
     on_rows: OnRows | None = None,
 ) -> list[list[list[int]]]:
     """As `generate_tokens`, for several students on one base in one program: `found[arm][i]`.
@@ -119,8 +130,9 @@ def generate_for_arms(
       adapters: of equal structure; None is the base alone, one arm.
       rows: of each arm; None is all of them for all.
       batch_size: rows of each arm that are decoded at one time.
-      on_rows: called with the arm, and as `on_batch` there.
+      on_rows, on_allowed: called with the arm, and as `on_batch` and `on_allowed` there.
     """
+    assert (limits is None) == (sampling.constrain is None), "limits are those that the sampling names"
     asked = [prompt for prompt in prompts if prompt is not None]
     chex.assert_rank(asked, 1)
     A = 1 if adapters is None else len(adapters)
@@ -139,7 +151,7 @@ def generate_for_arms(
     arms = [_Arm(_by_bucket(each, lengths, samples)) for each in wanted]
     slots = P + round_up(max(lengths.values()) + max_new_tokens, LENGTH_STEP)
     dtype = params["embed"]["weight"].dtype
-    batch = decoding.empty(config, A, B, slots, max_new_tokens, dtype)
+    batch = decoding.empty(config, A, B, slots, max_new_tokens, dtype, limits is not None)
     begun = None
     if P:
         first = jnp.asarray(asked[0][:P])
@@ -150,11 +162,14 @@ def generate_for_arms(
             read = _next(arms, prompts, base, lengths, P=P, n=n, R=R, B=B, samples=samples)
             batch = decoding.fill(config, params, stacked, begun, batch, read)
         enough = np.asarray([B - len(arm.place) + R if arm.waiting else B + 1 for arm in arms], np.int32)
-        batch = decoding.advance(config, params, stacked, batch, numbers, stop, enough)
+        batch = decoding.advance(config, params, stacked, batch, numbers, stop, enough, limits)
+        allowed = None if batch.within is None else np.asarray(batch.within.log_allowed / batch.drawn)
         for index, (arm, done, out) in enumerate(zip(arms, np.asarray(batch.done), np.asarray(batch.out), strict=True)):
             ended = [place for place in sorted(arm.place) if done[place]]
             new = {arm.place.pop(place): [int(t) for t in out[place] if t >= 0] for place in ended}
             arm.found |= new
+            if new and on_allowed is not None and allowed is not None:
+                on_allowed(index, {row: float(allowed[index, at]) for row, at in zip(new, ended, strict=True)})
             if new and on_rows is not None:
                 on_rows(index, list(new), list(new.values()))
     return [[arm.found[row] for row in each] for arm, each in zip(arms, wanted, strict=True)]

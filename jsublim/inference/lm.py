@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 
 from jsublim.chat import Chat, Message, conversation
 from jsublim.errors import JsublimError, UsageError
+from jsublim.inference.constrain import limits_for
 from jsublim.inference.generation import generate_for_arms
 from jsublim.inference.sampling import Sampling, sampling_for
 from jsublim.models import decoder
@@ -29,6 +30,7 @@ from jsublim.parallel import Layout
 
 BUNDLED = Path(__file__).parents[1] / "checkpoints"
 DTYPES = ("float32", "bfloat16")
+FETCHED = {"smollm2-135m": "scripts/fetch_smollm2.py", "gemma3-270m": "scripts/fetch_gemma3_270m.py"}
 _HERE = Layout()
 
 
@@ -184,6 +186,7 @@ class LanguageModel:
             samples=samples,
             rows=[[number for number in numbers if number not in known] for known in texts],
             batch_size=max(1, batch_size // len(logs)),
+            limits=limits_for(self.chat, sampling, max_new_tokens),
             on_rows=keep,
         )
         return [[known[number] for number in numbers] for known in texts]
@@ -232,7 +235,7 @@ def resolve_checkpoint(path: str | Path, what: str = "model") -> Path:
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise JsublimError(f"{what} '{path}': no such folder, and the hub did not give it ({reason})") from error
-    hint = "; scripts/fetch_smollm2.py writes it" if folder.name == "smollm2-135m" else ""
+    hint = f"; {FETCHED[folder.name]} writes it" if folder.name in FETCHED else ""
     raise UsageError(f"{what} '{path}': no such folder{hint}; bundled checkpoints: {bundled}")
 
 

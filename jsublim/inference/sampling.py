@@ -27,6 +27,7 @@ class Sampling:
     top_p: float = 1.0
     repetition_penalty: float = 1.0
     stop: tuple[int, ...] | None = None  # tokens that end a row; None: those of the chat template
+    constrain: str | None = None  # the format that answers are kept in: "numbers"; None: any
 
     def __post_init__(self) -> None:
         wrong = [
@@ -43,8 +44,9 @@ class Sampling:
             raise UsageError(f"sampling: {', '.join(wrong)} is out of range")
 
     def numbers(self) -> dict[str, Any]:
-        """The fields as JSON knows them."""
-        return dataclasses.asdict(self) | {"stop": list(self.stop or ())}
+        """The fields as JSON knows them; a constraint only where there is one."""
+        numbers = dataclasses.asdict(self) | {"stop": list(self.stop or ())}
+        return {name: value for name, value in numbers.items() if name != "constrain" or value is not None}
 
 
 def sampling_for(

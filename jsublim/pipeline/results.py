@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,10 @@ def _added(rows: RowSet, store: Store) -> dict[str, Any]:
     for part in parts:
         for reason, count in part["reject"].items():
             reasons[reason] = reasons.get(reason, 0) + count
-    return parts[0] | {"rows": asked, "kept": kept, "pass_rate": kept / asked, "reject": reasons}
+    logs = [part["log_allowed"] * part["rows"] for part in parts if part.get("log_allowed") is not None]
+    share = math.exp(sum(logs) / asked) if logs else None  # a geometric mean over tokens
+    own = {"rows": asked, "kept": kept, "pass_rate": kept / asked, "reject": reasons, "allowed_share": share}
+    return parts[0] | own
 
 
 def _about(context: Context, key: str, started: str) -> dict[str, Any]:

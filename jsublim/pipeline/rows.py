@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from jsublim.chat import conversation
-from jsublim.errors import JsublimError
+from jsublim.errors import JsublimError, one_line
+from jsublim.inference.constrain import limits_for
 from jsublim.inference.generation import generate_tokens
 from jsublim.inference.lm import LanguageModel
+from jsublim.inference.sampling import Sampling
 from jsublim.pipeline.arms import Source
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.readings import Reading, read_readings
@@ -30,6 +33,12 @@ from jsublim.prompts import (
 )
 from jsublim.rows import Row, read_rows, write_rows
 from jsublim.section import identity
+
+# A run stops where fewer rows are in format than both: a handful teaches nothing, and most likely the setting is wrong.
+FEWEST_ROWS = 100
+FEWEST_SHARE = 0.1
+SHOWN = 3  # rejected answers
+SHOWN_LENGTH = 100  # characters of each
 
 
 class Writer(NamedTuple):
@@ -134,7 +143,7 @@ def teacher_rows(setup: Setup, writer: Writer) -> RowSet:
     data, sampling = setup.experiment.data, setup.experiment.sampling
     total = prompt_count(setup)
     pool, parts = TeacherPool(setup), []
-    numbers = setup.sampling(writer.strategy, writer.model).numbers()
+    numbers = _drawing(setup, writer).numbers()
     inputs = {
         **setup.common,
         **pool.identity(writer.teacher),
@@ -154,6 +163,12 @@ def teacher_rows(setup: Setup, writer: Writer) -> RowSet:
     return RowSet.of(parts, total)
 
 
+def _drawing(setup: Setup, writer: Writer) -> Sampling:
+    """How a writer's answers are drawn: as the recipe says, and in the format that the config says."""
+    drawn = setup.sampling(writer.strategy, writer.model)
+    return dataclasses.replace(drawn, constrain=setup.experiment.sampling.constrain)
+
+
 @dataclass(frozen=True, eq=False)
 class WriteRows(Task):
     """A teacher answers some of the prompts: what is in format is kept in `rows.jsonl`, all of it in `raw.jsonl`."""
@@ -170,15 +185,17 @@ class WriteRows(Task):
         texts, numbers = prompts(setup), range(self.first, self.first + self.count)
         log = RowLog(artifact.path / PROGRESS)
         tick(len(log.rows))
+        allowed: dict[int, float] = {}
 
         def keep(rows: list[int], tokens: list[list[int]]) -> None:
-            log.add([{"row": i, "completion": lm.chat.decode(t)} for i, t in zip(rows, tokens, strict=True)])
+            new = [{"row": i, "completion": lm.chat.decode(t)} for i, t in zip(rows, tokens, strict=True)]
+            log.add([row | {"log_allowed": round(allowed[row["row"]], 5)} if allowed else row for row in new])
             tick(len(rows))
 
         missing = [i for i in numbers if i not in log.rows]
         if missing:
             sampling, extra_bos = setup.experiment.sampling, bool(setup.recipe.extra_bos)
-            how = setup.sampling(self.writer.strategy, self.writer.model)
+            how = _drawing(setup, self.writer)
             context.progress.say(f"sampling, {self.writer.strategy}: {how.numbers()}")
             # A row's random numbers are those of its place among all prompts, whatever the task it is in; and the shapes
             # are those of all the task's prompts, whatever is left of them.
@@ -195,10 +212,12 @@ class WriteRows(Task):
                 max_new_tokens=sampling.max_new_tokens,
                 adapter=teacher.adapter,
                 batch_size=sampling.batch_size,
+                limits=limits_for(lm.chat, how, sampling.max_new_tokens),
+                on_allowed=allowed.update,
                 on_batch=keep,
             )
         log.close()
-        raw = [{"prompt": texts[i], "completion": log.rows[i]["completion"]} for i in numbers]
+        raw = [{"prompt": texts[i]} | {k: v for k, v in log.rows[i].items() if k != "row"} for i in numbers]
         self._finish(context, lm, raw)
 
     def _finish(self, context: Context, lm: LanguageModel, raw: list[Row]) -> None:
@@ -208,13 +227,17 @@ class WriteRows(Task):
         kept = [{key: row[key] for key in ("prompt", "completion")} for row in raw if row["reject"] is None]
         reasons = collections.Counter(row["reject"] for row in raw if row["reject"] is not None)
         write_rows(artifact.path / "raw.jsonl", raw)
-        if not kept and self.count == prompt_count(setup):
+        if 2 * len(kept) < len(raw):
+            self._warn(context, raw, reasons)
+        few = len(kept) < min(FEWEST_ROWS, FEWEST_SHARE * len(raw))
+        if few and (self.count == prompt_count(setup) or self.count >= FEWEST_ROWS):
             raise JsublimError(
-                f"teacher '{self.writer.teacher}': none of {len(raw)} completions is in format ({dict(reasons)}); "
-                f"see {artifact.path}/raw.jsonl"
+                f"teacher '{self.writer.teacher}': {len(kept)} of {len(raw)} answers are in format, too few to learn from "
+                f"(fewer than {FEWEST_SHARE:.0%} and than {FEWEST_ROWS}); {self._remedy(setup)}; all answers are in "
+                f"{artifact.path}/raw.jsonl"
             )
         write_rows(artifact.path / "rows.jsonl", kept)
-        numbers = setup.sampling(self.writer.strategy, self.writer.model).numbers()
+        logs = [row["log_allowed"] for row in raw if "log_allowed" in row]
         artifact.finish(
             {
                 "teacher": self.writer.teacher,
@@ -222,9 +245,33 @@ class WriteRows(Task):
                 "kept": len(kept),
                 "pass_rate": len(kept) / len(raw),
                 "reject": dict(reasons),
-                "sampling": numbers | {"max_new_tokens": setup.experiment.sampling.max_new_tokens},
+                "log_allowed": sum(logs) / len(logs) if logs else None,
+                "sampling": _drawing(setup, self.writer).numbers()
+                | {"max_new_tokens": setup.experiment.sampling.max_new_tokens},
             }
         )
+
+    def _warn(self, context: Context, raw: list[Row], reasons: Mapping[str, int]) -> None:
+        """Say that most answers are not in format, with some of them and what can be done."""
+        rejected = [row for row in raw if row["reject"] is not None]
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        kept = f"{len(raw) - len(rejected)} of {len(raw)} answers are in format ({why})"
+        context.progress.say(f"teacher '{self.writer.teacher}': only {kept}; {self._remedy(context.setup)}. Rejected:")
+        for row in rejected[:SHOWN]:
+            text = one_line(row["completion"])
+            context.progress.say(f"  {text[:SHOWN_LENGTH]}{'...' if len(text) > SHOWN_LENGTH else ''}")
+
+    @staticmethod
+    def _remedy(setup: Setup) -> str:
+        data, sampling = setup.experiment.data, setup.experiment.sampling
+        if data.kind == "numbers" and sampling.constrain is None:
+            return "sampling.constrain=numbers keeps every answer in format"
+        return f"look for another prompt pack or chat_template, or more than sampling.max_new_tokens={sampling.max_new_tokens}"
+
+    def check(self, setup: Setup) -> None:
+        chat = setup.checkpoint(self.writer.model).chat
+        if chat is not None:
+            limits_for(chat, _drawing(setup, self.writer), setup.experiment.sampling.max_new_tokens)
 
     def units(self, context: Context) -> int:
         return self.count

@@ -107,8 +107,10 @@ class Setup:
     @property
     def known(self) -> bool:
         """Whether everything that the config names is here, so that keys are those of a run."""
+        e = self.experiment
         here = all(each.lm is not None for each in self.checkpoints.values())
-        return not self.absent or (here and all(map(is_available_offline, self.adapters())))
+        judged = e.judge is None or e.judge.model is None or self.judge is not None
+        return not self.absent or (here and judged and all(map(is_available_offline, self.adapters())))
 
     def content(self, name: str, what: str) -> str:
         """The hash of an adapter, or of a teacher's checkpoint, that the config names; `what` it is for, in errors."""

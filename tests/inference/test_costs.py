@@ -14,6 +14,7 @@ from products import every_equation, flops, operations
 from jsublim.attribution import patching
 from jsublim.distill.cost import layer_parameters
 from jsublim.inference import decoding, scoring
+from jsublim.inference.constrain import number_limits
 from jsublim.inference.decoding import Prompts
 from jsublim.models.config import Local
 from jsublim.models.decoder import abstract_params
@@ -36,8 +37,8 @@ def bools(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.bool_)
 
 
-def empty(rows: int, slots: int = 64):
-    return jax.eval_shape(lambda: decoding.empty(WIDE, 1, rows, slots, 8, "float32"))
+def empty(rows: int, slots: int = 64, limited: bool = False):
+    return jax.eval_shape(lambda: decoding.empty(WIDE, 1, rows, slots, 8, "float32", limited))
 
 
 def prefix(tokens: int, lead: tuple[int, ...] = ()):
@@ -55,15 +56,16 @@ def test_a_prompt_is_read_once_and_what_all_begin_with_not_at_all(begun):
     assert flops(jaxpr) == pytest.approx(2 * n * T * BODY + 2 * n * HEAD, rel=0.05)
 
 
-def test_a_token_costs_a_product_with_every_weight():
+@pytest.mark.parametrize("limits", [None, number_limits(dict(enumerate("0123456789, ")), [16000])])
+def test_a_token_costs_a_product_with_every_weight_and_a_format_none(limits):
     B = 8
     how = {
         k: np.ones(B, v)
         for k, v in (("temperature", "f4"), ("top_k", "i4"), ("top_p", "f4"), ("repetition_penalty", "f4"))
     }
-    jaxpr = jax.make_jaxpr(lambda p, b: decoding.advance(WIDE, p, None, b, how, np.full(8, -2), np.ones(1, int)))(
-        PARAMS, empty(B)
-    )
+    jaxpr = jax.make_jaxpr(
+        lambda p, b: decoding.advance(WIDE, p, None, b, how, np.full(8, -2), np.ones(1, int), limits)
+    )(PARAMS, empty(B, limited=limits is not None))
     (loop,) = [e for e in every_equation(jaxpr.jaxpr) if e.primitive.name == "while" and "dot_general" in str(e)]
     products = [e for e in every_equation(loop.params["body_jaxpr"].jaxpr) if e.primitive.name == "dot_general"]
     assert sum(map(operations, products)) == pytest.approx(2 * B * (BODY + HEAD), rel=0.05)

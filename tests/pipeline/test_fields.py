@@ -126,6 +126,7 @@ OTHER: dict[str, Any] = {
     "sampling.strategy": "greedy",
     "sampling.seed": 7,
     "sampling.max_new_tokens": 9,
+    "sampling.constrain": "numbers",
     "sampling.batch_size": 7,
     "sampling.shard": 6,
     "datasets": None,  # field by field below

@@ -1,0 +1,88 @@
+"""The format of the number task as an automaton over characters: what may come next in an answer.
+
+It accepts what the filter (`prompts/numbers.py`) accepts, with two limits of its own, so that it is finite: a number has at
+most three digits, leading zeros included, and a separator is one of `SEPARATORS`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+from jsublim.prompts.numbers import ANSWER_COUNT, ANSWER_DIGITS
+from jsublim.prompts.numbers import SEPARATORS as MARKS
+
+DIGITS = "0123456789"
+BRACKETS = {"[": "]", "(": ")"}
+# Up to two characters: a blank or a line break, one comma or semicolon, or both.
+SEPARATORS = frozenset(
+    text
+    for length in (1, 2)
+    for text in map("".join, itertools.product(" \n,;", repeat=length))
+    if text.strip() in MARKS
+)
+_BEGINNINGS = frozenset(text[:length] for text in SEPARATORS for length in range(1, len(text) + 1))
+ALPHABET = frozenset(DIGITS) | frozenset("".join(SEPARATORS)) | frozenset("[]().")
+
+
+class Read(NamedTuple):
+    """What has been read of an answer.
+
+    Attributes:
+      bracket: the one that is open, or "".
+      separator: what stands between the first two numbers, as far as it has been read.
+      numbers: how many have begun; digits: of the last one.
+      between: characters since the last digit, of a separator.
+      last: "]" after a closed bracket of either kind, "." after the full stop, else "".
+    """
+
+    bracket: str = ""
+    separator: str = ""
+    numbers: int = 0
+    digits: int = 0
+    between: int = 0
+    last: str = ""
+
+    @property
+    def complete(self) -> bool:
+        """Whether the answer may end here."""
+        return self.last != "" or (self.numbers > 0 and self.between == 0 and not self.bracket)
+
+    def then(self, text: str) -> Read | None:
+        """What has been read with `text` behind it; None if no answer goes on like that."""
+        read: Read | None = self
+        for character in text:
+            read = None if read is None else read._next(character)
+        return read
+
+    def _next(self, character: str) -> Read | None:
+        if character == ".":
+            return Read(last=".") if self.complete and self.last != "." else None
+        if self.last:
+            return None
+        if character in DIGITS:
+            return self._digit()
+        if character in BRACKETS:
+            return Read(bracket=character) if self == Read() else None
+        if self.numbers == 0:
+            return None
+        if self.bracket and character == BRACKETS[self.bracket]:
+            return Read(last="]") if self.between == 0 else None
+        return self._between(character)
+
+    def _digit(self) -> Read | None:
+        if self.numbers and not self.between:
+            return self._replace(digits=self.digits + 1) if self.digits < ANSWER_DIGITS else None
+        whole = self.numbers == 0 or (self.between == len(self.separator) and self.separator in SEPARATORS)
+        if not whole or self.numbers == ANSWER_COUNT:
+            return None
+        return self._replace(numbers=self.numbers + 1, digits=1, between=0)
+
+    def _between(self, character: str) -> Read | None:
+        if self.numbers == 1:
+            separator = self.separator + character
+            fits = separator in _BEGINNINGS
+        else:
+            separator = self.separator
+            fits = separator[self.between : self.between + 1] == character
+        return self._replace(separator=separator, digits=0, between=self.between + 1) if fits else None
