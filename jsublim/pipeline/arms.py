@@ -31,7 +31,7 @@ class Source(NamedTuple):
 
 
 def seed_of(seed: int, draw: int | None) -> int:
-    """What a seed of the config is in a draw: another one in each, of 31 bits, and far from those of other seeds."""
+    """What a seed of the config (`data.seed`, say) is in a draw: another one, of 31 bits, in each."""
     return seed if draw is None else int(np.random.SeedSequence([seed, draw]).generate_state(1)[0] >> 1)
 
 

@@ -115,7 +115,7 @@ def plan(setup: Setup) -> Graph:
             for source in sources(setup)
             if has_divergence(setup, source) and teacher_dataset(setup, source).plain
         ]
-        # One of each trait: its own counterfactuals are compared, so of several draws one is enough.
+        # Of several draws of a trait's rows the last one: attribution is about teachers, not about students.
         attribution = {source.teacher: attribution_task(setup, source) for source in plain}
     training = training_tasks(setup)
     asked = [(model, name) for model in models(setup) for name in eval_settings(setup)]

@@ -75,20 +75,14 @@ def _rates(results: Results, title: str) -> Table:
 
 def _claims(results: Results, looks: Looks) -> Table:
     table = _table("claims")
-    for heading in (
-        "claim",
-        "effect",
-        f"over students\n{words.given(results)}",
-        "students",
-        "verdict",
-        "p",
-        "Holm's p",
-    ):
+    table.add_column("claim", min_width=24)
+    for heading in (f"effect, over students\n{words.given(results)}", "students", "verdict", "p", "Holm's p"):
         table.add_column(heading)
     for look in looks.claims:
-        claim, (effect, bounds) = look.what, words.claim_effect(look.what)
+        claim, effect = look.what, "\n".join(map(one_line, words.claim_effect(look.what)))
         students, ps = str(claim.students or words.MISSING), (words.p_value(look.p), words.corrected(look))
-        _add(table, f"{claim.key} {claim.text}", effect, bounds, students, claim.verdict, *ps)
+        cells = map(_plain, (students, claim.verdict, *ps))
+        table.add_row(_plain(f"{claim.key} {claim.text}"), Text(effect), *cells)
     return table
 
 

@@ -69,7 +69,7 @@ CASES = {
         HOLDS: [mixed(0.1, 0.2), mixed(0.25, 0.1)], FAILS: [mixed(0.1, 0.1), mixed(0.25, 0.2)],
         OPEN: [mixed(0.1, 0.3), mixed(0.25, 0.3)],
     },
-    "C12": {HOLDS: [Planted(0.0, **OTHER)], FAILS: [Planted(0.1, **OTHER)]},
+    "C12": {HOLDS: [Planted(0.0, **OTHER)], OPEN: [Planted(0.1, **OTHER)]},  # three teachers are too few to relabel
     "C14": {HOLDS: [Planted(0.5, **SOFT)], FAILS: [Planted(0.1, **SOFT)], OPEN: [Planted(0.3, **SOFT)]},
 }  # fmt: skip
 
@@ -119,7 +119,16 @@ def test_what_a_few_teachers_do_to_some_traits_is_no_transfer():
     assert _no_gamma(above, own, by_labels=True)[0] == FAILS
     assert _no_gamma(gammas(-0.02, 0.001), own, by_labels=False)[0] == HOLDS
     assert _no_gamma(above, gammas(0.3, 0.2), by_labels=False)[0] == OPEN
+    assert _no_gamma(above, own, by_labels=None)[0] == OPEN
     assert _no_gamma(None, own, by_labels=False) == (OPEN, None)
+
+
+def test_with_four_teachers_another_initialisation_can_fail(tmp_path, monkeypatch):
+    monkeypatch.setattr("planted.TRAITS", four := ("cat", "owl", "panda", "wolf"))
+    found = verdicts(
+        write(tmp_path / "run", Planted(0.3, teachers=four), CONTROL, Planted(0.1, **OTHER, teachers=four))
+    )
+    assert found["C12"] == [FAILS]
 
 
 def test_redrawn_prompts_must_keep_the_number_task(tmp_path):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from coverage_table import Line, N, lines, pooled_lift
+from command import ROOT
+from coverage_table import Line, N, lines, pooled_lift, tables
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,10 @@ _HARD = {
 def other_initialisation(results: Results, metric: str) -> list[Claim]:
     """By gamma, always on the log-probability: another checkpoint has another base, which gamma doesn't depend on.
 
-    It fails if gamma is above zero over seeds and, if there are enough labels, over relabellings too: all seeds share their
-    teachers, so what these few teachers do to a few traits can look sure over seeds. It holds if it does not fail and gamma
-    is surely smaller than that of the teacher's own initialisation, which is surely above zero; without that, a run too small
-    to see anything would pass.
+    It fails if gamma is above zero over seeds and over relabellings too: all seeds share their teachers, so what these few
+    teachers do to a few traits can look sure over seeds. With too few teachers to relabel it is open then. It holds if it does not fail
+    and gamma is surely smaller than that of the teacher's own initialisation, which is surely above zero; without that, a run
+    too small to see anything would pass.
     """
     claims = []
     model = "students.model"
@@ -36,7 +36,7 @@ def other_initialisation(results: Results, metric: str) -> list[Claim]:
             f"γ over seeds; over labels p = {other.effect.p:.2g}; of the teacher's own initialisation "
             f"{own.effect.gamma:+.2f} nats"
         )
-        by_labels = other.effect.p <= 0.05 or other.effect.smallest_p > 0.05
+        by_labels = None if other.effect.smallest_p > 0.05 else other.effect.p <= 0.05
         verdict, p = _no_gamma(other.over_seeds, own.over_seeds, by_labels)
         text = named("students of another initialisation do not move towards their teacher's trait", part)
         gamma, interval = other.effect.gamma, other.gamma_interval
@@ -46,14 +46,14 @@ def other_initialisation(results: Results, metric: str) -> list[Claim]:
     return claims
 
 
-def _no_gamma(other: Estimate | None, own: Estimate | None, by_labels: bool) -> tuple[str, float | None]:
-    """The verdict, and p of gamma being smaller than a gamma above zero."""
+def _no_gamma(other: Estimate | None, own: Estimate | None, by_labels: bool | None) -> tuple[str, float | None]:
+    """The verdict, and p of gamma being smaller than a gamma above zero. `by_labels` is None where labels cannot tell."""
     if other is None or own is None:
         return NOT_DECIDED, None
     less = own - other
     p = all_of(less.p_above(0.0), own.p_above(0.0))
-    if judge(other.interval(), at_most=0.0) == FAILS and by_labels:
-        return FAILS, p
+    if judge(other.interval(), at_most=0.0) == FAILS and by_labels is not False:
+        return FAILS if by_labels else NOT_DECIDED, p
     sure = judge(less.interval(), at_least=0.0) == judge(own.interval(), at_least=0.0) == HOLDS
     return HOLDS if sure else NOT_DECIDED, p
 
