@@ -76,13 +76,12 @@ def _rates(results: Results, title: str) -> Table:
 def _claims(results: Results, looks: Looks) -> Table:
     table = _table("claims")
     table.add_column("claim", min_width=24)
-    for heading in (f"effect, over students\n{words.given(results)}", "students", "verdict", "p", "Holm's p"):
+    for heading in (f"effect, over students\n{words.given(results)}", "students", "verdict", "p\nHolm's p"):
         table.add_column(heading)
     for look in looks.claims:
-        claim, effect = look.what, "\n".join(map(one_line, words.claim_effect(look.what)))
-        students, ps = str(claim.students or words.MISSING), (words.p_value(look.p), words.corrected(look))
-        cells = map(_plain, (students, claim.verdict, *ps))
-        table.add_row(_plain(f"{claim.key} {claim.text}"), Text(effect), *cells)
+        claim, effect = look.what, Text("\n".join(words.claim_effect(look.what)))
+        students, ps = str(claim.students or words.MISSING), Text(f"{words.p_value(look.p)}\n{words.corrected(look)}")
+        table.add_row(_plain(f"{claim.key} {claim.text}"), effect, _plain(students), _plain(claim.verdict), ps)
     return table
 
 
