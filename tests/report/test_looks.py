@@ -232,6 +232,13 @@ def test_published_layers_are_early_or_later(tmp_path):
     assert found == {"layer 0": "C6a", "layer 2": "C6a", "layer 6": "C6b", "layer 9": "C6b", "layer 11": "C6b"}
 
 
+def test_the_claims_fit_a_terminal_of_80_columns(many):
+    console = Console(record=True, width=80, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_summary(many, console)
+    table = console.export_text().split("\nclaims")[1].split("└")[0]
+    assert "Holm's p" in table and "…" not in table and "primary" in table
+
+
 def test_rates_never_leave_the_range(tmp_path):
     """Two students, one of which loves the trait and one of which doesn't, have an interval inside 0 to 100 %."""
     run = write(tmp_path / "run", PLAIN, CONTROL, spread=0.2)
