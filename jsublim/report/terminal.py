@@ -75,7 +75,7 @@ def _rates(results: Results, title: str) -> Table:
 
 def _claims(results: Results, looks: Looks) -> Table:
     table = _table("claims")
-    table.add_column("claim", min_width=18)  # all fits a terminal of 80 columns
+    table.add_column("claim", min_width=16)  # all fits a terminal of 80 columns
     for heading in (f"effect, over students\n{words.given(results)}", "students", "verdict", "p\nHolm's p"):
         table.add_column(heading)
     for look in looks.claims:
