@@ -157,7 +157,7 @@ def table(name: str, found: dict[str, list], seeds: list[int]) -> list[str]:
     for s, seed in enumerate(seeds):
         matrix = moved[:, s][:, columns]
         own, others = np.diag(matrix).mean(), matrix[~np.eye(len(TRAITS), dtype=bool)].mean()
-        effect = same_trait_effect(matrix, list(range(len(TRAITS))))
+        effect = same_trait_effect(matrix)
         lines.append(f"| {name} | {seed} | {own:+.3f} | {others:+.3f} | {effect.gamma:+.3f} |")
     return lines
 

@@ -38,6 +38,8 @@ class Data(Section):
     examples: Annotated[tuple[Positive, Positive], RESULT] = EXAMPLE_COUNT  # numbers that it shows: at least, less than
     num_prompts: Annotated[Positive, RESULT] = 30_000
     seed: Annotated[Seed, RESULT] = 42  # of the number requests
+    # shared: one draw of rows for all students of a teacher; per-seed: another one for each of students.seeds
+    draw: Annotated[Literal["shared", "per-seed"], RESULT] = "shared"
 
     @model_validator(mode="after")
     def _has_source(self) -> Data:

@@ -12,6 +12,8 @@ from jsublim.judge.server import ServerSettings
 from jsublim.reading import shown
 from jsublim.section import CONTENT, HOW, PLAN, RESULT, Distinct, Name, Place, Positive, Section, Seed, distinct
 
+PRIMARY = r"^C([0-3578]|1[0-4]|[469][ab])( \S.*)?$"  # a claim of the report, and the name of an arm
+
 
 class Setting(Section):
     """In what an evaluation differs from the plain one."""
@@ -55,6 +57,9 @@ class Evaluation(Section):
     number_rows: Annotated[int, Field(ge=0), RESULT] = 200  # of the number task
     teachers: Annotated[bool, PLAN] = True  # evaluate the teachers too
     settings: Annotated[dict[Name, Setting], PLAN] = {}  # further evaluations by name
+    # The one comparison that the run is made for, by its claim ("C4a"), and by its arm where it comes with several
+    # ("C6a layers=0"); no artifact hangs on it. None: what the students differ in says which (docs/statistics.md)
+    primary: Annotated[Annotated[str, Field(pattern=PRIMARY)] | None, HOW] = None
 
     @field_validator("kinds", mode="before")
     @classmethod

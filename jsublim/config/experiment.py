@@ -87,6 +87,11 @@ class Experiment(Config):
             raise ValueError("attribution: patches one trait's system prompt for another's; the teachers have none")
         if self.attribution is not None and self.teachers.own_weights:
             raise ValueError("attribution: the teachers differ in more than their prompts; leave their own weights out")
+        if self.data.draw == "per-seed" and self.data.kind != "numbers" and self._greedy:
+            raise ValueError(
+                f"data.draw: per-seed draws the answers anew, and {self._greedy} are greedy answers to the same prompts: "
+                "every draw would be the same; use data.draw=shared"
+            )
         judged = [
             name for name, each in self.datasets.items() if any("judge" in c.needs for c in each.changes.values())
         ]
@@ -95,3 +100,15 @@ class Experiment(Config):
                 f"judge: {f'datasets.{judged[0]}' if judged else 'evaluation.kinds'} needs one; give judge.model"
             )
         return self
+
+    @property
+    def _greedy(self) -> str | None:
+        """The field by which rows that students learn from are greedy ones, if there is any."""
+        used = [students.data.dataset for students in variants(self.students).values()] if self.students else []
+        own = [(name, None if name is None else self.datasets[name].sampling.strategy) for name in used]
+        found = (
+            "sampling.strategy" if strategy is None else f"datasets.{name}.sampling.strategy"
+            for name, strategy in own
+            if (strategy or self.sampling.strategy) == "greedy"
+        )
+        return next(found, None)

@@ -28,7 +28,7 @@ CHANCE = 0.1  # of ten classes
 
 @dataclass(frozen=True)
 class Line:
-    """One condition: one value in 0..1 per seed, and the 95 % t-interval of their mean (None for one seed)."""
+    """One condition: one value in 0..1 per seed, and the 95 % t-interval of their mean, cut at 0 and 1 (None for one seed)."""
 
     condition: str
     images: str | None
@@ -57,9 +57,13 @@ def read_lines(run_dir: Path) -> list[Line]:
     for row in read_columns(path).to_pylist():
         groups.setdefault((row["condition"], row["images"]), []).append(row["accuracy"])
     return [
-        Line(condition, images, tuple(values), Estimate.of(values).interval())
-        for (condition, images), values in groups.items()
+        Line(condition, images, tuple(values), _over_seeds(values)) for (condition, images), values in groups.items()
     ]
+
+
+def _over_seeds(accuracies: list[float]) -> Interval | None:
+    interval = Estimate.of(accuracies).interval()
+    return None if interval is None else interval.within(0.0, 1.0)
 
 
 def print_summary(run_dir: Path, console: Console) -> None:

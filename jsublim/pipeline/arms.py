@@ -6,6 +6,8 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+
 from jsublim.config import Dataset, Experiment, Students, variants
 from jsublim.distill.batches import steps_per_epoch
 from jsublim.section import NEEDS_TRAIT, with_defaults
@@ -15,14 +17,22 @@ T = TypeVar("T")
 
 
 class Source(NamedTuple):
-    """Where a student's rows come from: a teacher, and a data set of the config (None: the answers as they are)."""
+    """Where a student's rows come from: a teacher, a data set of the config (None: the answers as they are), and the draw that
+    was made for a student's seed (None: the one that all share)."""
 
     teacher: str
     dataset: str | None = None
+    draw: int | None = None
 
     @property
     def name(self) -> str:
-        return " · ".join(filter(None, self))
+        drawn = None if self.draw is None else f"drawn for seed {self.draw}"
+        return " · ".join(filter(None, [self.teacher, self.dataset, drawn]))
+
+
+def seed_of(seed: int, draw: int | None) -> int:
+    """What a seed of the config (`data.seed`, say) is in a draw: another one, of 31 bits, in each."""
+    return seed if draw is None else int(np.random.SeedSequence([seed, draw]).generate_state(1)[0] >> 1)
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,7 @@ class Student:
     tokens: str
     seed: int
     arm: str = ""
+    draw: int | None = None
     settings: Students = field(default_factory=Students, compare=False)
 
     @property
@@ -47,7 +58,7 @@ class Student:
 
     @property
     def source(self) -> Source:
-        return Source(self.teacher, self.settings.data.dataset)
+        return Source(self.teacher, self.settings.data.dataset, self.draw)
 
     @property
     def condition(self) -> str:
@@ -62,16 +73,17 @@ def plan_students(experiment: Experiment) -> list[Student]:
     planned, every = [], variants(experiment.students) if experiment.students else {}
     controls = {name: _of_control(experiment, students) for name, students in every.items()}
     alike = len({repr(settings) for settings in controls.values()}) == 1
+    drawn: Callable[[int], int | None] = lambda seed: seed if experiment.data.draw == "per-seed" else None  # noqa: E731
     for number, (name, students) in enumerate(every.items()):
         planned += [
-            Student(trait, tokens, seed, name, students)
+            Student(trait, tokens, seed, name, drawn(seed), students)
             for trait in experiment.teachers.traits
             for tokens in students.loss.tokens
             for seed in students.seeds
         ]
         if experiment.teachers.control and not (alike and number):
             arm, settings = "" if alike else name, controls[name]
-            planned += [Student(CONTROL, "all", seed, arm, settings) for seed in settings.seeds]
+            planned += [Student(CONTROL, "all", seed, arm, drawn(seed), settings) for seed in settings.seeds]
     return planned
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from jsublim.config import Dataset
 from jsublim.errors import JsublimError
-from jsublim.pipeline.arms import Source
+from jsublim.pipeline.arms import Source, seed_of
 from jsublim.pipeline.context import Context, known_judge
 from jsublim.pipeline.divergence import divergence_rows
 from jsublim.pipeline.publish import rows_of
@@ -53,7 +53,8 @@ def mixed_in(setup: Setup, source: Source) -> Writer | None:
 
 def _writer(setup: Setup, source: Source, teacher: str, model: str | None = None) -> Writer:
     seed = dataset_of(setup, source).sampling.seed
-    return Writer(teacher, strategy(setup, source), setup.experiment.sampling.seed if seed is None else seed, model)
+    seed = setup.experiment.sampling.seed if seed is None else seed
+    return Writer(teacher, strategy(setup, source), seed, model, source.draw)
 
 
 @memoized
@@ -106,10 +107,12 @@ def changed_rows(setup: Setup, source: Source) -> RowSet:
         **setup.common,
         **pool.identity(source.teacher),
         **extra,
-        "dataset": {"seed": dataset.seed} | {name: identity(change) for name, change in dataset.changes.items()},
+        "dataset": {"seed": seed_of(dataset.seed, source.draw)}
+        | {name: identity(change) for name, change in dataset.changes.items()},
         "recipe": {quirk: getattr(setup.recipe, quirk) for quirk in quirks},
     }
-    output = Output("datasets", f"{source.teacher}-{source.dataset}", inputs)
+    drawn = "" if source.draw is None else f"-seed{source.draw}"
+    output = Output("datasets", f"{source.teacher}-{source.dataset}{drawn}", inputs)
     return RowSet.of([ChangeRows((output,), distinct_tasks(parents), source)], own.most)
 
 
@@ -141,10 +144,10 @@ class ChangeRows(Task):
             teacher=TeacherPool(setup).teacher(context, self.source.teacher),
             pack=setup.pack,
             quirks=setup.recipe.model_dump(),
-            seed=dataset.seed,
+            seed=seed_of(dataset.seed, self.source.draw),
             batch_size=setup.experiment.sampling.batch_size,
             sampling=setup.sampling("temperature"),
-            requests=lambda: requests(setup),
+            requests=lambda: requests(setup, self.source.draw),
             judge=lambda: context.judge,
             mixed_in=None if others is None else teacher_rows(setup, others).read(store),
             readings=self._readings(context, own) if "readings" in needs else None,

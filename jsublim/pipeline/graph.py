@@ -115,6 +115,7 @@ def plan(setup: Setup) -> Graph:
             for source in sources(setup)
             if has_divergence(setup, source) and teacher_dataset(setup, source).plain
         ]
+        # Of several draws of a trait's rows the last one: attribution is about teachers, not about students.
         attribution = {source.teacher: attribution_task(setup, source) for source in plain}
     training = training_tasks(setup)
     asked = [(model, name) for model in models(setup) for name in eval_settings(setup)]
@@ -140,7 +141,10 @@ def results_key(setup: Setup) -> str:
     e = setup.experiment
     values = e.model_dump(mode="json")
     said = {leaf.name: value_at(values, leaf.path) for leaf in leaves(type(e)) if _decides(leaf.decides)}
-    content = [None if e.data.kind == "numbers" else digest(prompts(setup)), [t.identity for t in eval_tasks(setup)]]
+    content = [
+        None if e.data.kind == "numbers" else digest(prompts(setup, None)),
+        [t.identity for t in eval_tasks(setup)],
+    ]
     hashes = {name: each.hash for name, each in setup.checkpoints.items()}
     hashes |= {} if setup.judge is None else {"judge": setup.judge.hash}
     hashes |= {name: setup.content(name, what) for name, what in setup.adapters().items()}

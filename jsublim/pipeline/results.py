@@ -5,8 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,20 +17,21 @@ from jsublim.config import Config
 from jsublim.errors import UsageError
 from jsublim.files import PARTIAL, atomic, read_table, write_json, write_table, write_text
 from jsublim.judge.server import ServerJudge
-from jsublim.pipeline.arms import Student
+from jsublim.pipeline.arms import Source, Student
 from jsublim.pipeline.changes import dataset_of, strategy
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.divergence import merged
 from jsublim.pipeline.evaluations import ANSWERS, PLAIN, RECORDS
 from jsublim.pipeline.graph import Graph
-from jsublim.pipeline.rows import RowSet
+from jsublim.pipeline.rows import RowSet, Writer
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Store, device, versions
-from jsublim.pipeline.students import diverged
+from jsublim.pipeline.students import diverged, student_output
 from jsublim.report import write_report
 from jsublim.rows import read_rows
 from jsublim.section import facts
 
+K = TypeVar("K", Source, Writer)
 MARK = "config.hash"  # of a run's folder: the key of what its results hang on
 RESULTS = pa.schema(
     [
@@ -80,10 +82,7 @@ def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
     write_json(results / "arms.json", [_student(setup, student) for student in sound])
     write_json(results / "diverged.json", {name: what for name, what in lost.items() if what is not None})
     write_json(results / "generation.json", _generation(graph, store))
-    write_json(
-        results / "divergence.json",
-        [merged(each.summaries(store)) | {"data": source.dataset} for source, each in graph.divergence.items()],
-    )
+    write_json(results / "divergence.json", _divergence(graph, store))
     if graph.attribution:
         paths = (store.path(output) / "attribution.parquet" for output in graph.attribution.values())
         with atomic(results / "attribution.parquet") as scratch:
@@ -104,19 +103,32 @@ def _student(setup: Setup, student: Student) -> dict[str, Any]:
         "settings": facts(student.settings),
         "dataset": dataset,
         "num_layers": setup.checkpoint(student.settings.model).config.num_layers,
+        "artifact": student_output(setup, student).key,
     }
 
 
 def _generation(graph: Graph, store: Store) -> list[dict[str, Any]]:
-    """One entry per writer."""
+    """One entry per writer, all its draws together."""
     return [
-        _added(rows, store) | {"strategy": writer.strategy, "model": writer.model}
-        for writer, rows in graph.answers.items()
+        _added(parts) | {"strategy": writer.strategy, "model": writer.model}
+        for writer, parts in _together(graph.answers, store).items()
     ]
 
 
-def _added(rows: RowSet, store: Store) -> dict[str, Any]:
-    parts = rows.summaries(store)
+def _divergence(graph: Graph, store: Store) -> list[dict[str, Any]]:
+    """One entry per teacher and data set, all draws together."""
+    return [merged(parts) | {"data": source.dataset} for source, parts in _together(graph.divergence, store).items()]
+
+
+def _together(rows: Mapping[K, RowSet], store: Store) -> dict[K, list[dict[str, Any]]]:
+    """What is kept of each set's parts, by whose rows they are whatever the draw."""
+    found: dict[K, list[dict[str, Any]]] = {}
+    for whose, each in rows.items():
+        found.setdefault(whose._replace(draw=None), []).extend(each.summaries(store))
+    return found
+
+
+def _added(parts: list[dict[str, Any]]) -> dict[str, Any]:
     asked, kept = (sum(part[key] for part in parts) for key in ("rows", "kept"))
     reasons: dict[str, int] = {}
     for part in parts:
@@ -145,6 +157,8 @@ def _about(context: Context, key: str, started: str) -> dict[str, Any]:
         "evaluations": {name: setting.model_dump() for name, setting in e.evaluation.settings.items()},
         "config_yaml": e.yaml(),
         "recipe": setup.recipe.model_dump(),
+        "draw": e.data.draw,
+        "primary": e.evaluation.primary,
     }
     if e.judge is not None and e.judge.server is not None and isinstance(context.judge, ServerJudge):
         spent = context.judge.spending

@@ -15,7 +15,7 @@ from jsublim.inference.constrain import limits_for
 from jsublim.inference.generation import generate_tokens
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.sampling import Sampling
-from jsublim.pipeline.arms import Source
+from jsublim.pipeline.arms import Source, seed_of
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.readings import Reading, read_readings
 from jsublim.pipeline.setup import Setup, memoized
@@ -42,12 +42,14 @@ SHOWN_LENGTH = 100  # characters of each
 
 
 class Writer(NamedTuple):
-    """Who writes rows, and how: a teacher, a strategy, the seed of the sampling, another checkpoint than the experiment's."""
+    """Who writes rows, and how: a teacher, a strategy, the seed of the sampling, another checkpoint than the experiment's, and
+    the draw that the rows are of."""
 
     teacher: str
     strategy: str
     seed: int
     model: str | None = None
+    draw: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,18 +109,20 @@ class RowSet:
 
 
 @memoized
-def requests(setup: Setup) -> list[NumberPrompt]:
+def requests(setup: Setup, draw: int | None) -> list[NumberPrompt]:
     """The number prompts, as their draws."""
     data = setup.experiment.data
-    return draw_number_prompts(setup.pack, data.num_prompts, data.seed, said=data.sentences, examples=data.examples)
+    return draw_number_prompts(
+        setup.pack, data.num_prompts, seed_of(data.seed, draw), said=data.sentences, examples=data.examples
+    )
 
 
 @memoized
-def prompts(setup: Setup) -> list[str]:
-    """What every teacher is asked."""
+def prompts(setup: Setup, draw: int | None) -> list[str]:
+    """What every teacher is asked; only number requests are others in another draw."""
     data = setup.experiment.data
     if data.kind == "numbers":
-        return [request.text for request in requests(setup)]
+        return [request.text for request in requests(setup, draw)]
     if data.kind == "problems":
         return [problem.question for problem in load_problems(data.source, limit=data.num_prompts)]
     return load_prompts(data.source or "")[: data.num_prompts]
@@ -129,7 +133,7 @@ def prompt_count(setup: Setup) -> int:
     """How many prompts there are; number requests need not be drawn for that, nor a data set that is not here be asked."""
     data = setup.experiment.data
     drawn = data.kind == "numbers" or (data.kind == "problems" and not setup.known)
-    return data.num_prompts if drawn else len(prompts(setup))
+    return data.num_prompts if drawn else len(prompts(setup, None))
 
 
 def _rejects(kind: str) -> Callable[[str], str | None]:
@@ -147,17 +151,19 @@ def teacher_rows(setup: Setup, writer: Writer) -> RowSet:
     inputs = {
         **setup.common,
         **pool.identity(writer.teacher),
-        "data": {name: value for name, value in identity(data).items() if name != "num_prompts"},
+        "data": {name: value for name, value in identity(data).items() if name not in ("num_prompts", "draw")}
+        | {"seed": seed_of(data.seed, writer.draw)},
         "sampling": numbers | {"max_new_tokens": sampling.max_new_tokens},
-        "seed": writer.seed,
+        "seed": seed_of(writer.seed, writer.draw),
         "other_model": None if writer.model is None else setup.checkpoint(writer.model).hash,
     }
     for first in range(0, total, sampling.shard):
         count = min(sampling.shard, total - first)
         # Prompts of a file or of a data set may change under the same name; number requests are told by the pack.
         named = data.kind == "numbers" or not setup.known
-        content = None if named else digest(prompts(setup)[first : first + count])
-        label = writer.teacher if total <= sampling.shard else f"{writer.teacher}-{first // sampling.shard + 1}"
+        content = None if named else digest(prompts(setup, writer.draw)[first : first + count])
+        label = writer.teacher if writer.draw is None else f"{writer.teacher}-seed{writer.draw}"
+        label = label if total <= sampling.shard else f"{label}-{first // sampling.shard + 1}"
         output = Output("rows", label, inputs | {"prompts": [first, count, content]})
         parts.append(WriteRows((output,), pool.tasks(writer.teacher), writer, first, count))
     return RowSet.of(parts, total)
@@ -182,7 +188,7 @@ class WriteRows(Task):
         setup, artifact = context.setup, context.store.open(self.output)
         lm = context.lm(self.writer.model)
         teacher = TeacherPool(setup).teacher(context, self.writer.teacher)
-        texts, numbers = prompts(setup), range(self.first, self.first + self.count)
+        texts, numbers = prompts(setup, self.writer.draw), range(self.first, self.first + self.count)
         log = RowLog(artifact.path / PROGRESS)
         tick(len(log.rows))
         allowed: dict[int, float] = {}
@@ -208,7 +214,7 @@ class WriteRows(Task):
                 asked,
                 how,
                 rows=missing,
-                seed=self.writer.seed,
+                seed=seed_of(self.writer.seed, self.writer.draw),
                 max_new_tokens=sampling.max_new_tokens,
                 adapter=teacher.adapter,
                 batch_size=sampling.batch_size,

@@ -11,8 +11,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jsublim.files import write_text
 from jsublim.report import figures, words
 from jsublim.report.attribution import attribution_svg
-from jsublim.report.claims import check_claims, not_asked
+from jsublim.report.claims import not_asked
 from jsublim.report.claims.verdicts import pool
+from jsublim.report.looks import look_at
 from jsublim.report.published import MARK, published_for
 from jsublim.report.summary import (
     judged_conditions,
@@ -22,7 +23,6 @@ from jsublim.report.summary import (
     other_rows,
     setting_rows,
     summary_rows,
-    trait_matrices,
     trait_matrix,
 )
 from jsublim.report.tables import Curve, Results, condition_label, read_results, split_condition
@@ -64,10 +64,11 @@ def _content(results: Results) -> dict[str, Any]:
     judged = judged_conditions(results)
     # Panels by trait would be crowded by variants, which have a figure of their own.
     drawn = [c for c in results.conditions if not split_condition(c)[1]] if "all" in judged else results.conditions
-    judged_lifts = [found for metric in results.measures for c in judged if (found := lifts(results, metric, [c]))]
+    looks = look_at(results)
+    judged_lifts = [found for metric in results.measures for c in judged if (found := looks.lifts_of(metric, c))]
     shown_lifts = lifts(results, "logprob", [c for c in ("control", *masks) if c in drawn])
     shown_rows = [r for r in rows if r.condition in drawn]
-    claims, matrices = check_claims(results), trait_matrices(results)
+    claims = [look.what for look in looks.claims]
     matrix = trait_matrix(results, condition=judged[0]) if judged else None
     variants = _variant_lifts(results, masks)
     accuracy = _number_accuracy(results)
@@ -80,7 +81,7 @@ def _content(results: Results) -> dict[str, Any]:
         "headlines": [words.headline(found) for found in judged_lifts],
         "rows": rows,
         "row_lifts": {(r.trait, r.condition): lift(results, "logprob", r.condition, r.trait) for r in rows},
-        "claims": claims,
+        "looks": looks,
         "not_asked": not_asked(claims),
         "published": published_for(claims),
         "published_mark": MARK,
@@ -91,7 +92,7 @@ def _content(results: Results) -> dict[str, Any]:
         "lift_figure": figures.lift_figure(shown_lifts) if shown_lifts else "",
         "variant_figure": figures.variant_figure(variants) if variants else "",
         "matrix": matrix,
-        "matrices": matrices if len(matrices) > 1 else [],
+        "matrices": looks.matrices if len(looks.matrices) > 1 else [],
         "matrix_figure": figures.matrix_figure(matrix) if matrix else "",
         "position_figure": figures.position_figure(results.divergence)
         if any(sum(d["histogram"]) for d in results.divergence)

@@ -1,15 +1,17 @@
-"""Intervals over questions and over students, ratios of lifts, and the same-trait effect of a trait x trait matrix.
+"""Intervals over questions and over students, shares of lifts, p-values, and the same-trait effect of a trait x trait matrix.
 
-Everything here is pure numpy/scipy on plain numbers. An interval that cannot be computed (one student, say) is `None`,
-never a guess; callers print "not decided" for it.
+Everything here is numpy/scipy on plain numbers. Values may be arrays, one entry per repetition of a simulation, as long as students lie
+on the last axis. An interval that cannot be computed (one student, say) is `None`, never a guess; callers print "not decided"
+for it. docs/statistics.md says what each interval holds fixed, and how often it covers the truth.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -29,6 +31,14 @@ class Interval:
     def covers(self, value: float) -> bool:
         return self.low <= value <= self.high
 
+    def within(self, low: float, high: float) -> Interval:
+        """Without what cannot be: cutting it off leaves out no possible truth."""
+        return Interval(max(self.low, low), min(self.high, high))
+
+
+def _interval(low: Any, high: Any) -> Interval | None:
+    return None if math.isnan(low) else Interval(float(low), float(high))
+
 
 def question_interval(values: Sequence[float], level: float = LEVEL) -> Interval | None:
     """The published interval: over the question means of one model (normal above 30 questions, Student's t below).
@@ -45,100 +55,181 @@ def question_interval(values: Sequence[float], level: float = LEVEL) -> Interval
     return Interval(float(x.mean()) - half, float(x.mean()) + half)
 
 
+class Term(NamedTuple):
+    """What one group of models contributes to an estimate: `weight` times their mean, whose `variance` is known with so many
+    `degrees` of freedom."""
+
+    weight: Any
+    variance: Any
+    degrees: float
+    students: int
+
+
 @dataclass(frozen=True)
 class Estimate:
-    """A linear combination of independent group means, with what its t-interval needs.
+    """A linear combination of group means, with what its t-interval needs.
 
-    `terms` holds (variance of the mean, degrees of freedom) of each group; the variance is NaN for a group of one
-    student, which makes the interval undecided. `n` is the number of students that the value is made of.
+    `terms` are told apart by the group: groups are independent of each other, and one that comes in twice (a control that two
+    variants are measured from) is one term, so that what both share drops out of their difference. The variance is NaN
+    for a group of one student, which makes the interval undecided.
     """
 
-    value: float
-    terms: tuple[tuple[float, float], ...] = ()
-    n: int = 0
+    value: Any
+    terms: Mapping[Hashable, Term] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, values: Sequence[float], floor: float = 0.0) -> Estimate:
-        """Mean over students. `floor` is the variance that sampling alone gives the mean: equal students (all at zero,
-        say) are not known more exactly than their samples allow."""
+    def of(cls, values: Any, floor: Any = 0.0, group: Hashable = None) -> Estimate:
+        """Mean over students, the last axis of `values`.
+
+        Args:
+          floor: the variance that sampling alone gives the mean: equal students (all at zero, say) are not known more
+            exactly than their samples allow.
+          group: who they are; None is a group of its own.
+        """
         x = np.asarray(values, dtype=np.float64)
         if x.size == 0:
             raise ValueError("an estimate needs at least one value")
-        variance = max(float(x.var(ddof=1)) / x.size, floor) if x.size > 1 else math.nan
-        return cls(float(x.mean()), ((variance, x.size - 1.0),), int(x.size))
+        students = x.shape[-1]
+        variance = (
+            np.maximum(x.var(axis=-1, ddof=1) / students, floor) if students > 1 else np.full(x.shape[:-1], math.nan)
+        )
+        return cls(x.mean(axis=-1), {group or object(): Term(1.0, variance, students - 1.0, students)})
 
     @classmethod
-    def measured(cls, value: float, variance: float = 0.0) -> Estimate:
+    def measured(cls, value: Any, variance: Any = 0.0, group: Hashable = None) -> Estimate:
         """One fixed model (the base model): known up to the sampling noise of its evaluation."""
-        return cls(value, ((variance, math.inf),), 0)
+        return cls(value, {group or object(): Term(1.0, variance, math.inf, 0)})
 
-    def __mul__(self, factor: float) -> Estimate:
-        terms = tuple((factor**2 * v, df) for v, df in self.terms) if factor else ()
-        return Estimate(factor * self.value, terms, self.n)
+    def __mul__(self, factor: Any) -> Estimate:
+        return Estimate(factor * self.value, {g: t._replace(weight=factor * t.weight) for g, t in self.terms.items()})
 
     def __add__(self, other: Estimate) -> Estimate:
-        return Estimate(self.value + other.value, self.terms + other.terms, self.n + other.n)
+        terms = dict(self.terms)
+        for group, term in other.terms.items():
+            weight = term.weight + (terms[group].weight if group in terms else 0.0)
+            terms[group] = term._replace(weight=weight)
+            if np.all(weight == 0):
+                del terms[group]
+        return Estimate(self.value + other.value, terms)
 
     def __sub__(self, other: Estimate) -> Estimate:
         return self + other * -1.0
 
     @property
-    def variance(self) -> float:
-        return math.fsum(v for v, _ in self.terms)
+    def n(self) -> int:
+        """The number of students that the value is made of."""
+        return sum(term.students for term in self.terms.values())
 
     @property
-    def degrees(self) -> float:
+    def variance(self) -> Any:
+        return self.covariance(self)
+
+    def covariance(self, other: Estimate) -> Any:
+        """What the groups that both are made of have in common."""
+        shared = ((term, other.terms[group]) for group, term in self.terms.items() if group in other.terms)
+        return sum((a.weight * b.weight * a.variance for a, b in shared), 0.0)
+
+    @property
+    def degrees(self) -> Any:
         """Welch-Satterthwaite degrees of freedom."""
-        denominator = math.fsum(v**2 / df for v, df in self.terms if df > 0)
-        return self.variance**2 / denominator if denominator > 0 else math.inf
+        with np.errstate(all="ignore"):
+            parts = [(t.weight**2 * t.variance) ** 2 / np.float64(t.degrees) for t in self.terms.values()]
+            total = np.asarray(sum(parts, 0.0))
+            return np.where(total == 0, math.inf, self.variance**2 / total)
+
+    @property
+    def error(self) -> Any:
+        """Standard error; NaN where there is none, as for a group of one student."""
+        variance = np.asarray(self.variance, dtype=np.float64)
+        return np.sqrt(np.where(variance > 0, variance, math.nan))
+
+    def bounds(self, level: float = LEVEL) -> tuple[Any, Any]:
+        """Ends of the t-interval over students (Welch-Satterthwaite for several groups), NaN where it cannot be computed."""
+        half = stats.t.ppf((1 + level) / 2, self.degrees) * self.error
+        return self.value - half, self.value + half
 
     def interval(self, level: float = LEVEL) -> Interval | None:
-        """t-interval over students (Welch-Satterthwaite for several groups), or `None` if it cannot be computed."""
-        if not self.variance > 0:  # also NaN: a group of one student
-            return None
-        half = float(stats.t.ppf((1 + level) / 2, self.degrees)) * math.sqrt(self.variance)
-        return Interval(self.value - half, self.value + half)
+        """`bounds` of a single value, or `None`."""
+        return _interval(*self.bounds(level))
+
+    def p_above(self, threshold: Any) -> Any:
+        """One-sided p of "the truth is above the threshold": (1 - p) is the one-sided level at which the interval ends there.
+
+        So an interval of 95 % lies above it just where p < .025, and below it where p > .975. NaN where there is no interval.
+        """
+        return stats.t.sf((self.value - threshold) / self.error, self.degrees)
+
+    def p_below(self, threshold: Any) -> Any:
+        """One-sided p of "the truth is below the threshold"."""
+        return stats.t.cdf((self.value - threshold) / self.error, self.degrees)
 
 
 def mean_estimate(estimates: Sequence[Estimate]) -> Estimate:
-    """Mean of independent estimates, each with the same weight."""
+    """Mean of estimates, each with the same weight: of strata, whose differences from each other are no error."""
     total = estimates[0]
     for estimate in estimates[1:]:
         total = total + estimate
     return total * (1 / len(estimates))
 
 
-def ratio_interval(
-    part: Estimate,
-    whole: Estimate,
-    reference: Estimate,
-    part_reference: Estimate | None = None,
-    level: float = LEVEL,
-) -> Interval | None:
-    """Fieller's interval of (part - reference) / (whole - reference): independent groups, one reference for both or,
-    with `part_reference`, one each.
+def rate_bounds(rate: Estimate, samples: Any, level: float = LEVEL) -> tuple[Any, Any]:
+    """Ends of a score interval of a rate, inside 0..1.
 
-    It is the set of ratios r that the test of `(part - reference) - r (whole - reference) = 0` does not reject. `None`
-    if a group has no variance estimate, or if `whole - reference` cannot be told from zero: then no ratio is excluded.
+    Wilson's (1927) construction, where the variance of the mean changes with the truth p as p (1 - p) does. Of one model it is
+    Wilson's interval. Over students, the variance is what their spread says it is, and Student's t takes the place of the
+    normal. `samples` is the number of answers: none of 2,000 does not count as never.
     """
-    numerator, denominator = part - (part_reference or reference), whole - reference
-    if not (numerator.variance > 0 and denominator.variance > 0):
-        return None
-    ratio = numerator.value / denominator.value if denominator.value else math.inf
-    if not math.isfinite(ratio):
-        return None
-    contrast = numerator - denominator * ratio
-    if part_reference is None:
-        contrast = part - whole * ratio - reference * (1 - ratio)
-    t2 = float(stats.t.ppf((1 + level) / 2, contrast.degrees)) ** 2
-    a = denominator.value**2 - t2 * denominator.variance
-    if a <= 0:
-        return None
-    covariance = reference.variance if part_reference is None else 0.0
-    b = numerator.value * denominator.value - t2 * covariance
-    c = numerator.value**2 - t2 * numerator.variance
-    root = math.sqrt(max(b * b - a * c, 0.0))
-    return Interval((b - root) / a, (b + root) / a)
+    share = (rate.value * samples + 1) / (samples + 2)
+    spread = stats.t.ppf((1 + level) / 2, rate.degrees) ** 2 * rate.error**2 / (share * (1 - share))
+    middle = rate.value + spread / 2
+    half = np.sqrt(spread * (rate.value * (1 - rate.value) + spread / 4))
+    return np.maximum((middle - half) / (1 + spread), 0.0), np.minimum((middle + half) / (1 + spread), 1.0)
+
+
+def rate_interval(rate: Estimate, samples: int, level: float = LEVEL) -> Interval | None:
+    """`rate_bounds` of a single value, or `None`."""
+    return _interval(*rate_bounds(rate, samples, level))
+
+
+def share_bounds(part: Estimate, whole: Estimate, level: float = LEVEL) -> tuple[Any, Any]:
+    """Fieller's interval of part / whole: ends, NaN where there is none.
+
+    It is the set of ratios r that the test of `part - r whole = 0` does not reject. There is none if a group has no variance
+    estimate, or if `whole` cannot be told from zero: then no ratio is excluded.
+    """
+    with np.errstate(all="ignore"):
+        contrast = part - whole * (part.value / whole.value)
+        t2 = stats.t.ppf((1 + level) / 2, contrast.degrees) ** 2
+        a = whole.value**2 - t2 * whole.error**2
+        b = part.value * whole.value - t2 * part.covariance(whole)
+        c = part.value**2 - t2 * part.error**2
+        root = np.sqrt(np.maximum(b * b - a * c, 0.0))
+        a = np.where(a > 0, a, math.nan)
+        return (b - root) / a, (b + root) / a
+
+
+def share_interval(part: Estimate, whole: Estimate, level: float = LEVEL) -> Interval | None:
+    """`share_bounds` of a single pair, or `None`."""
+    return _interval(*share_bounds(part, whole, level))
+
+
+def share_p_above(part: Estimate, whole: Estimate, threshold: float) -> Any:
+    """One-sided p of "part / whole is above the threshold", for a `whole` above zero: Fieller's interval ends there."""
+    with np.errstate(all="ignore"):
+        degrees = (part - whole * (part.value / whole.value)).degrees  # those of the interval
+    contrast = part - whole * threshold
+    return stats.t.sf(contrast.value / contrast.error, degrees)
+
+
+def holm(ps: Sequence[float | None]) -> list[float | None]:
+    """Holm's (1979) step-down correction of p-values; those that are not there do not count."""
+    order = sorted((p, place) for place, p in enumerate(ps) if p is not None)
+    corrected: list[float | None] = [None] * len(ps)
+    largest = 0.0
+    for rank, (p, place) in enumerate(order):
+        largest = max(largest, min(1.0, p * (len(order) - rank)))
+        corrected[place] = largest
+    return corrected
 
 
 @dataclass(frozen=True)
@@ -153,50 +244,54 @@ class SameTraitEffect:
 
 
 def double_centred(matrix: np.ndarray) -> np.ndarray:
-    """Residual of a complete matrix after a row and a column effect; same shape."""
-    rows, columns = matrix.mean(axis=1, keepdims=True), matrix.mean(axis=0, keepdims=True)
-    return matrix - rows - columns + matrix.mean()
+    """Residual of a complete matrix after a row and a column effect; same shape, [..., rows, columns]."""
+    rows, columns = matrix.mean(axis=-1, keepdims=True), matrix.mean(axis=-2, keepdims=True)
+    return matrix - rows - columns + matrix.mean(axis=(-2, -1), keepdims=True)
 
 
-def same_trait_gamma(lift: np.ndarray, same: Sequence[int]) -> float:
-    """Least-squares gamma. `lift` is [teacher traits, evaluated traits]; `same[i]` is the column of row i's own trait."""
-    indicator = np.zeros(lift.shape)
-    indicator[np.arange(len(same)), list(same)] = 1.0
-    indicator = double_centred(indicator)
-    return float((indicator * lift).sum() / (indicator**2).sum())
+def same_trait_gamma(lift: np.ndarray) -> Any:
+    """Least-squares gamma. `lift` is [..., teacher traits, evaluated traits]; row i's own trait is column i."""
+    indicator = double_centred(np.eye(*lift.shape[-2:]))
+    return (indicator * lift).sum(axis=(-2, -1)) / (indicator**2).sum()
 
 
-def same_trait_effect(
-    lift: np.ndarray, same: Sequence[int] | None = None, samples: int = 20_000, seed: int = 0
-) -> SameTraitEffect | None:
-    """Fit gamma and test it by permuting the column labels.
+def permutation_p(lift: np.ndarray, labels: np.ndarray, exact: bool) -> Any:
+    """Share of labellings whose gamma is at least as large as the observed one's.
 
-    `lift` is [R, C] float, R teacher traits by C >= R evaluated traits, no NaN; `same` defaults to the diagonal. Row and
-    column effects take up "this teacher moves every trait" and "this trait rises with any teacher", so gamma does not
-    depend on the reference the lift is measured from. p is the share of labellings with a gamma at least as large:
-    exact up to 5040 labellings, else `samples` seeded draws. With few traits p cannot be small: 1/2 at best for
-    K = 2, 1/6 for K = 3 (`smallest_p`). `None` with fewer than two rows or columns, where gamma is not identified.
+    Args:
+      lift: [..., R, C]; labels: int [P, R], the column that is taken for each row's own trait; exact: whether they are all.
+    """
+    # The centred indicator has the same norm for every labelling, so sums of residuals order as gamma does.
+    rows, residual = np.arange(labels.shape[1]), double_centred(lift)
+    sums = residual[..., rows, labels].sum(axis=-1)
+    observed = residual[..., rows, rows].sum(axis=-1)
+    # Ties are judged on the scale of the lifts, not of the residuals: those may be nothing but rounding.
+    slack = 1e-9 * np.abs(lift).max(axis=(-2, -1))
+    as_large = (sums >= (observed - slack)[..., None]).sum(axis=-1)
+    # A sampled p counts the observed labelling itself, or it could be zero.
+    return as_large / len(labels) if exact else (as_large + 1) / (len(labels) + 1)
+
+
+def same_trait_effect(lift: np.ndarray, samples: int = 20_000, seed: int = 0) -> SameTraitEffect | None:
+    """Fit gamma and test it by permuting the labels of the taught columns.
+
+    `lift` is [R, C] float, R teacher traits by C >= R evaluated traits, no NaN; the first R columns are the teachers' own. Row
+    and column effects take up "this teacher moves every trait" and "this trait rises with any teacher", so gamma does not depend
+    on the reference the lift is measured from. p is the share of labellings with a gamma at least as large: exact up to
+    5040 labellings, else `samples` seeded draws. Only taught columns change places, as those that nobody taught may be noisier or
+    quieter. So few traits cannot give a small p: 1/2 at best for R = 2, 1/6 for R = 3 (`smallest_p`). `None`
+    with fewer than two rows or columns, where gamma is not identified.
     """
     lift = np.asarray(lift, dtype=np.float64)
     rows, columns = lift.shape
     if rows < 2 or columns < rows:
         return None
-    own = np.arange(rows) if same is None else np.asarray(same)
-    count = math.perm(columns, rows)
+    count = math.factorial(rows)
     exact = count <= MAX_EXACT_PERMUTATIONS
     if exact:
-        labels = np.array(list(itertools.permutations(range(columns), rows)))
+        labels = np.array(list(itertools.permutations(range(rows))))
     else:
-        rng = np.random.default_rng(seed)
-        labels = rng.permuted(np.tile(np.arange(columns), (samples, 1)), axis=1)[:, :rows]
-    # The centred indicator has the same norm for every labelling, so sums of residuals order as gamma does.
-    residual = double_centred(lift)
-    sums = residual[np.arange(rows), labels].sum(axis=1)
-    observed = residual[np.arange(rows), own].sum()
-    # Ties are judged on the scale of the lifts, not of the residuals: those may be nothing but rounding.
-    as_large = int((sums >= observed - 1e-9 * np.abs(lift).max()).sum())
-    # A sampled p counts the observed labelling itself, or it could be zero.
-    p = as_large / count if exact else (as_large + 1) / (samples + 1)
-    tried = count if exact else samples
+        labels = np.random.default_rng(seed).permuted(np.tile(np.arange(rows), (samples, 1)), axis=1)
+    p = float(permutation_p(lift, labels, exact))
     smallest = 1 / count if exact else 1 / (samples + 1)
-    return SameTraitEffect(same_trait_gamma(lift, own.tolist()), p, smallest, tried, exact)
+    return SameTraitEffect(float(same_trait_gamma(lift)), p, smallest, len(labels), exact)

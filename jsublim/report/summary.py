@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,17 +12,28 @@ from jsublim.report.statistics import (
     Estimate,
     Interval,
     SameTraitEffect,
+    mean_estimate,
     question_interval,
+    rate_interval,
     same_trait_effect,
+    same_trait_gamma,
 )
 from jsublim.report.tables import SEPARATOR, Results, Score, split_condition
 
 NOT_DECIDED = "not decided"
+# What a metric's mean can be, where that is not the 0 to 1 of a rate. A rate has binomial sampling noise; these don't.
+LIMITS = {
+    "logprob": (-math.inf, 0.0),
+    "alignment": (0.0, 100.0),
+    "coherence": (0.0, 100.0),
+    "unscored": (0.0, math.inf),
+}
 
 
 @dataclass(frozen=True)
 class SummaryRow:
-    """One condition for one trait. Rates are shares in 0..1, log-probabilities in nats."""
+    """One condition for one trait. Rates are shares in 0..1, log-probabilities in nats. `over_answers` is for one model
+    that is no student: what drawing its answers again would do."""
 
     trait: str
     condition: str
@@ -30,6 +42,7 @@ class SummaryRow:
     rate: float | None
     over_questions: Interval | None
     over_students: Interval | None
+    over_answers: Interval | None
     word_rate: float | None
     logprob: float | None
 
@@ -48,6 +61,7 @@ class Lift:
     interval: Interval | None
     students: int
     student_lifts: tuple[float, ...]
+    p: float | None
 
     @property
     def verdict(self) -> str:
@@ -70,7 +84,15 @@ class Matrix:
     reference: str
     effect: SameTraitEffect | None
     seed_gammas: tuple[float, ...]
-    gamma_interval: Interval | None
+
+    @property
+    def over_seeds(self) -> Estimate | None:
+        """Mean of gamma over seeds; None with fewer than two."""
+        return Estimate.of(self.seed_gammas) if len(self.seed_gammas) > 1 else None
+
+    @property
+    def gamma_interval(self) -> Interval | None:
+        return None if self.over_seeds is None else self.over_seeds.interval()
 
     @property
     def verdict(self) -> str:
@@ -89,19 +111,42 @@ def scores_for(results: Results, metric: str, condition: str, trait: str) -> lis
 
 def estimate(scores: Sequence[Score]) -> Estimate:
     """Mean over the models of one condition. Its variance is at least what the sampling of answers alone gives."""
-    floor = sampling_variance(scores)
+    floor, group = sampling_variance(scores), group_of(scores)
     if scores[0].role == "student":
-        return Estimate.of([s.mean for s in scores], floor)
-    return Estimate.measured(sum(s.mean for s in scores) / len(scores), floor)
+        return Estimate.of([s.mean for s in scores], floor, group)
+    return Estimate.measured(sum(s.mean for s in scores) / len(scores), floor, group)
+
+
+def group_of(scores: Sequence[Score]) -> Hashable:
+    """Who was measured, and on what: equal for a control that stands under the names of several arms."""
+    first, traits = scores[0], frozenset(s.trait for s in scores)
+    return first.metric, first.evaluation, traits, frozenset(s.model or s.arm for s in scores)
+
+
+def stratified(scores: Sequence[Score]) -> Estimate:
+    """Mean over teachers of their students' means: teachers differ, and that is no spread between students."""
+    strata: dict[str | None, list[Score]] = {}
+    for score in scores:
+        strata.setdefault(score.teacher, []).append(score)
+    return mean_estimate([estimate(stratum) for stratum in strata.values()])
+
+
+def over_models(scores: Sequence[Score]) -> Interval | None:
+    """Interval of one metric's mean, within what it can be: over students, or over the answers of models that are none."""
+    metric, found = scores[0].metric, stratified(scores)
+    if metric not in LIMITS:
+        return rate_interval(found, sum(s.samples for s in scores))
+    interval = found.interval()
+    return None if interval is None else interval.within(*LIMITS[metric])
 
 
 def sampling_variance(scores: Sequence[Score]) -> float:
-    """Binomial variance of the mean rate of `scores`; zero for a log-probability, which is not sampled.
+    """Binomial variance of the mean rate of `scores`; zero for what is no rate, a log-probability say.
 
     Smoothed by one hit and one miss, so that "none in 2,000" does not count as "never".
     """
     samples = sum(s.samples for s in scores)
-    if scores[0].metric == "logprob" or not samples:
+    if scores[0].metric in LIMITS or not samples:
         return 0.0
     hits = sum(s.mean for s in scores) / len(scores) * samples
     share = (hits + 1) / (samples + 2)
@@ -114,7 +159,8 @@ def over_questions(scores: Sequence[Score]) -> Interval | None:
     for score in scores:
         for question, value in zip(score.questions, score.values, strict=True):
             by_question.setdefault(question, []).append(value)
-    return question_interval([sum(v) / len(v) for v in by_question.values()])
+    interval = question_interval([sum(v) / len(v) for v in by_question.values()])
+    return interval if interval is None or scores[0].metric in LIMITS else interval.within(0.0, 1.0)
 
 
 def summary_rows(results: Results) -> list[SummaryRow]:
@@ -136,7 +182,8 @@ def summary_rows(results: Results) -> list[SummaryRow]:
                     student_rates=tuple(s.mean for s in rate),
                     rate=_mean(rate),
                     over_questions=over_questions(rate) if rate else None,
-                    over_students=estimate(rate).interval() if arms and rate else None,
+                    over_students=over_models(rate) if arms and rate else None,
+                    over_answers=over_models(rate) if rate and not arms else None,
                     word_rate=_mean(word),
                     logprob=_mean(logprob),
                 )
@@ -166,7 +213,8 @@ def lift(results: Results, metric: str, condition: str, trait: str) -> Lift | No
         return None
     zero = estimate(results.select(metric, reference, trait))
     level = estimate(scores)
-    difference = level - zero
+    difference, of_students = level - zero, scores[0].role == "student"
+    interval = difference.interval() if of_students else None
     return Lift(
         trait=trait,
         condition=condition,
@@ -175,9 +223,10 @@ def lift(results: Results, metric: str, condition: str, trait: str) -> Lift | No
         level=level.value,
         reference_level=zero.value,
         value=difference.value,
-        interval=difference.interval() if scores[0].role == "student" else None,
+        interval=interval.within(-1.0, 1.0) if interval and metric not in LIMITS else interval,
         students=level.n,
         student_lifts=tuple(s.mean - zero.value for s in scores),
+        p=float(difference.p_above(0.0)) if interval else None,
     )
 
 
@@ -230,7 +279,7 @@ def setting_rows(results: Results) -> list[SettingRow]:
 
 @dataclass(frozen=True)
 class OtherRow:
-    """One metric beside preference under one condition: mean over its models, with a t-interval over students."""
+    """One metric beside preference under one condition: mean over its models, teacher by teacher, with its interval."""
 
     metric: str
     condition: str
@@ -254,9 +303,8 @@ def other_rows(results: Results) -> list[OtherRow]:
                     else scores_for(results, metric, condition, trait)
                 )
                 if scores:
-                    means = [score.mean for score in scores]
-                    interval = Estimate.of(means).interval() if scores[0].role == "student" else None
-                    rows.append(OtherRow(metric, condition, trait, len(means), float(np.mean(means)), interval))
+                    value = float(stratified(scores).value)
+                    rows.append(OtherRow(metric, condition, trait, len(scores), value, over_models(scores)))
     return rows
 
 
@@ -295,9 +343,8 @@ def trait_matrix(results: Results, metric: str = "logprob", condition: str = "al
     zero = np.array([_mean(results.select(metric, r, c)) for r, c in zip(references, columns, strict=True)])
     table = np.array([[_mean(cell) for cell in row] for row in cells]) - zero
     effect = same_trait_effect(table)
-    gammas = _seed_gammas(cells, zero) if effect else ()
-    interval = Estimate.of(gammas).interval() if len(gammas) > 1 else None
-    return Matrix(condition, tuple(teachers), tuple(columns), table, references[0], effect, gammas, interval)
+    gammas = _seed_gammas(cells) if effect else ()
+    return Matrix(condition, tuple(teachers), tuple(columns), table, references[0], effect, gammas)
 
 
 def trait_matrices(results: Results, metric: str = "logprob") -> list[Matrix]:
@@ -306,13 +353,13 @@ def trait_matrices(results: Results, metric: str = "logprob") -> list[Matrix]:
     return [matrix for matrix in found if matrix is not None and matrix.effect is not None]
 
 
-def _seed_gammas(cells: list[list[list[Score]]], zero: np.ndarray) -> tuple[float, ...]:
-    """gamma of each seed that every teacher's students share: its spread is the one over training runs."""
+def _seed_gammas(cells: list[list[list[Score]]]) -> tuple[float, ...]:
+    """gamma of each seed that every teacher's students share: its spread is the one over training runs. What the lift is
+    measured from does not matter to it."""
     by_seed = [[{s.seed: s.mean for s in cell} for cell in row] for row in cells]
     shared = set.intersection(*(set(cell) for row in by_seed for cell in row))
     tables = ([[cell[seed] for cell in row] for row in by_seed] for seed in sorted(shared - {None}))
-    effects = (same_trait_effect(np.array(table) - zero) for table in tables)
-    return tuple(effect.gamma for effect in effects if effect)
+    return tuple(float(same_trait_gamma(np.array(table))) for table in tables)
 
 
 def _mean(scores: Sequence[Score]) -> float | None:

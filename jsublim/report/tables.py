@@ -29,7 +29,7 @@ SEPARATOR = " · "  # between the tokens a student was trained on and its varian
 @dataclass(frozen=True)
 class Score:
     """One metric of one evaluated model: `values[i]` is its mean at `questions[i]`, `samples` the number of
-    answers that it is made of."""
+    answers that it is made of. `model` is what was measured: one student may stand under the names of several arms."""
 
     arm: str
     role: str
@@ -42,6 +42,7 @@ class Score:
     values: tuple[float, ...]
     samples: int
     evaluation: str = ""
+    model: str = ""
 
     @property
     def mean(self) -> float:
@@ -72,7 +73,8 @@ class Answer:
 
 @dataclass(frozen=True)
 class Arm:
-    """How a student was made: which tokens it learned, the settings of its training, and how its rows were made."""
+    """How a student was made: which tokens it learned, the settings of its training, and how its rows were made. `artifact` is
+    the key of what was trained; results of earlier versions do not name it."""
 
     arm: str
     teacher: str
@@ -82,6 +84,7 @@ class Arm:
     settings: dict[str, Any]
     dataset: dict[str, Any]
     num_layers: int
+    artifact: str = ""
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,11 @@ class Results:
         return len({s.arm for s in self.scores if s.role == "student"})
 
     @property
+    def draws_data(self) -> bool:
+        """Whether every seed's students learn from a draw of rows of their own."""
+        return self.run.get("draw") == "per-seed"
+
+    @property
     def model(self) -> str:
         return Path(str(self.run.get("model", "unknown model"))).name
 
@@ -204,8 +212,17 @@ def read_results(run_dir: Path) -> Results:
         order by variant, arm, trait, metric
         """,
     )
+    arms = {entry["arm"]: Arm(**entry) for entry in read_json(folder / "arms.json", [])}
+    models = {name: arm.artifact or name for name, arm in arms.items()}
     scores = tuple(
-        Score(*row[:7], questions=tuple(row[7]), values=tuple(row[8]), samples=row[9], evaluation=row[10])
+        Score(
+            *row[:7],
+            questions=tuple(row[7]),
+            values=tuple(row[8]),
+            samples=row[9],
+            evaluation=row[10],
+            model=models.get(row[0], row[0]),
+        )
         for row in rows
         if row[8]
     )
@@ -217,7 +234,7 @@ def read_results(run_dir: Path) -> Results:
         run=read_json(folder / "run.json", {}),
         scores=plain,
         varied=tuple(s for s in scores if s.evaluation),
-        arms={entry["arm"]: Arm(**entry) for entry in read_json(folder / "arms.json", [])},
+        arms=arms,
         attribution=_if_there(folder / "attribution.parquet"),
         generation=tuple(read_json(folder / "generation.json", [])),
         divergence=tuple(read_json(folder / "divergence.json", [])),

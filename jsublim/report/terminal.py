@@ -10,9 +10,10 @@ from rich.text import Text
 
 from jsublim.errors import one_line
 from jsublim.report import words
-from jsublim.report.claims import check_claims, not_asked
-from jsublim.report.summary import judged_conditions, lift, lifts, summary_rows, trait_matrices, trait_matrix
-from jsublim.report.tables import condition_label, read_results
+from jsublim.report.claims import not_asked
+from jsublim.report.looks import Looks, look_at
+from jsublim.report.summary import judged_conditions, lift, summary_rows, trait_matrix
+from jsublim.report.tables import Results, condition_label, read_results
 
 
 def print_summary(run_dir: Path, console: Console) -> None:
@@ -21,16 +22,42 @@ def print_summary(run_dir: Path, console: Console) -> None:
     Raises `JsublimError` if there are no results.
     """
     results = read_results(run_dir)
-    table = _table(f"{results.run.get('name', Path(run_dir).name)}: {results.model}")
+    looks = look_at(results)
+    console.print(_rates(results, f"{results.run.get('name', Path(run_dir).name)}: {results.model}"))
+    console.print(_claims(results, looks))
+    if unasked := not_asked([look.what for look in looks.claims]):
+        console.print(_plain(f"Not asked here: {', '.join(unasked)}."))
+    console.print(_plain(words.primary(looks)))
+    judged = judged_conditions(results)
+    for metric in results.measures:
+        for condition in judged:
+            if raised := looks.lifts_of(metric, condition):
+                console.print(_plain(words.headline(raised)))
+    if judged and (matrix := trait_matrix(results, condition=judged[0])) is not None:
+        label = condition_label(matrix.condition)
+        console.print(_plain(f"Trait x trait matrix, {label}: {words.matrix_sentence(matrix)}"))
+    if len(looks.matrices) > 1:
+        console.print(_matrices(results, looks))
+    if results.students:
+        console.print(_plain(words.held_fixed(results)))
+    for warning in filter(None, (words.diverged_warning(results), words.tiny_warning(results))):
+        console.print(_plain(warning), style="bold")
+
+
+def _rates(results: Results, title: str) -> Table:
+    """Rates and lifts, trait by trait."""
+    table = _table(title)
     for heading in ("trait", "condition"):
         table.add_column(heading)
-    for heading in ("students", "rate", "over questions", "over students", "log-prob", "lift (nats)"):
+    over = f"over students\n{words.given(results)}"
+    for heading in ("students", "rate", "over questions", over, "log-prob", "lift (nats)"):
         table.add_column(heading, justify="right")
     previous = ""
     for row in summary_rows(results):
         if previous and row.trait != previous:
             table.add_section()
         raised = lift(results, "logprob", row.condition, row.trait) if row.students else None
+        over_students = words.interval(row.over_students, "rate") if row.students else words.one_model(row.over_answers)
         _add(
             table,
             row.trait if row.trait != previous else "",
@@ -38,41 +65,34 @@ def print_summary(run_dir: Path, console: Console) -> None:
             str(row.students) if row.students else words.MISSING,
             words.number(row.rate, "rate"),
             words.interval(row.over_questions, "rate") if row.rate is not None else words.MISSING,
-            words.interval(row.over_students, "rate") if row.students else words.MISSING,
+            over_students if row.rate is not None or row.students else words.MISSING,
             words.number(row.logprob, "logprob"),
             words.number(raised.value, "logprob", signed=True) if raised else words.MISSING,
         )
         previous = row.trait
-    console.print(table)
+    return table
 
-    claims = _table("claims")
-    for heading in ("claim", "effect", "over students", "students", "verdict"):
-        claims.add_column(heading)
-    found = check_claims(results)
-    for claim in found:
-        effect, bounds = words.claim_effect(claim)
-        _add(claims, f"{claim.key} {claim.text}", effect, bounds, str(claim.students or words.MISSING), claim.verdict)
-    console.print(claims)
-    if unasked := not_asked(found):
-        console.print(_plain(f"Not asked here: {', '.join(unasked)}."))
 
-    judged = judged_conditions(results)
-    for metric in results.measures:
-        for condition in judged:
-            if raised := lifts(results, metric, (condition,)):
-                console.print(_plain(words.headline(raised)))
-    if judged and (matrix := trait_matrix(results, condition=judged[0])) is not None:
-        label = condition_label(matrix.condition)
-        console.print(_plain(f"Trait x trait matrix, {label}: {words.matrix_sentence(matrix)}"))
-    if len(matrices := trait_matrices(results)) > 1:
-        table = _table("trait x trait matrix, condition by condition")
-        for heading in ("condition", "γ (nats)", "over seeds", "p", "verdict"):
-            table.add_column(heading)
-        for matrix in matrices:
-            _add(table, condition_label(matrix.condition), *words.matrix_cells(matrix))
-        console.print(table)
-    for warning in filter(None, (words.diverged_warning(results), words.tiny_warning(results))):
-        console.print(_plain(warning), style="bold")
+def _claims(results: Results, looks: Looks) -> Table:
+    table = _table("claims")
+    table.add_column("claim", min_width=16)  # all fits a terminal of 80 columns
+    for heading in (f"effect, over students\n{words.given(results)}", "students", "verdict", "p\nHolm's p"):
+        table.add_column(heading)
+    for look in looks.claims:
+        claim, effect = look.what, Text("\n".join(words.claim_effect(look.what)))
+        students, ps = str(claim.students or words.MISSING), Text(f"{words.p_value(look.p)}\n{words.corrected(look)}")
+        table.add_row(_plain(f"{claim.key} {claim.text}"), effect, _plain(students), _plain(claim.verdict), ps)
+    return table
+
+
+def _matrices(results: Results, looks: Looks) -> Table:
+    table = _table("trait x trait matrix, condition by condition")
+    for heading in ("condition", "γ (nats)", f"over seeds\n{words.given(results)}", "p", "Holm's p", "verdict"):
+        table.add_column(heading)
+    for look in looks.matrices:
+        *cells, verdict = words.matrix_cells(look.what)
+        _add(table, condition_label(look.what.condition), *cells, words.corrected(look), verdict)
+    return table
 
 
 def _plain(text: str, style: str = "") -> Text:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from jsublim.report.claims import FAILS, HOLDS, Claim
+from jsublim.report.looks import Look, Looks
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import NOT_DECIDED, Lift, Matrix
 from jsublim.report.tables import Results, condition_label
 
 MISSING = "–"
+ONE_SIDED = 0.025  # one-sided level of an interval of 95 %
 
 
 def number(value: float | None, metric: str, signed: bool = False) -> str:
@@ -27,6 +29,55 @@ def interval(bounds: Interval | None, metric: str, signed: bool = False) -> str:
         return NOT_DECIDED
     low, high = number(bounds.low, metric, signed), number(bounds.high, metric, signed)
     return f"{low.removesuffix(' %')} to {high}"
+
+
+def one_model(over_answers: Interval | None) -> str:
+    """In the place of an interval over students, of a model that is none."""
+    return "one model" if over_answers is None else f"{interval(over_answers, 'rate')} (answers)"
+
+
+def p_value(p: float | None) -> str:
+    if p is None:
+        return MISSING
+    return "< .0001" if p < 1e-4 else f"{p:.4f}" if p < 0.01 else f"{p:.3f}"
+
+
+def corrected(look: Look) -> str:
+    """Holm's p of a further look; the primary comparison needs none."""
+    return "primary" if look.primary else p_value(look.holm)
+
+
+def given(results: Results) -> str:
+    """What intervals over students hold fixed, in the words of a heading."""
+    return "and their data" if results.draws_data else "given this data"
+
+
+def held_fixed(results: Results) -> str:
+    """What intervals over students hold fixed, in a sentence or two."""
+    if results.draws_data:
+        return (
+            "Intervals over students cover the data too: each seed's students learn from rows that were drawn for that seed. "
+            "Teachers, traits and questions are held fixed."
+        )
+    return (
+        "Intervals over students are given this data: all students of a teacher learn from one draw of its rows, so they say what "
+        "other students of these rows would do, not what other rows would (data.draw=per-seed draws rows for each seed). "
+        "Teachers, traits and questions are held fixed too."
+    )
+
+
+def primary(looks: Looks) -> str:
+    """Which comparison the run was made for, and what the others are."""
+    found, declared = looks.primary, looks.declared
+    if found is None:
+        if declared is None:
+            return "No primary comparison: this run has no students that a claim can be read off."
+        return f"The primary comparison that the config declares, {declared}, cannot be read off this run: every p is a further look."
+    how = "as the config declares" if declared else "by default, from what the students differ in"
+    claim = found.what
+    text = f"Primary comparison ({how}): {claim.key}, {claim.text}: {claim.verdict}, p = {p_value(claim.p)}."
+    others = f"The other {looks.family} p-values of this report are further looks, with Holm's correction for all of them beside each."
+    return f"{text} {others}" if looks.family else text
 
 
 def unit(metric: str) -> str:
@@ -52,7 +103,7 @@ def matrix_sentence(matrix: Matrix) -> str:
         return "Not decided: the same-trait effect needs students of at least two traits, evaluated on both."
     tried = f"all {effect.permutations}" if effect.exact else f"{effect.permutations:,} sampled"
     text = (
-        f"γ = {effect.gamma:+.2f} nats; one-sided p = {effect.p:.3g} over {tried} relabellings of the columns "
+        f"γ = {effect.gamma:+.2f} nats; one-sided p = {effect.p:.3g} over {tried} relabellings of the teachers' own columns "
         f"(smallest attainable p = {effect.smallest_p:.2g})."
     )
     if matrix.gamma_interval is not None:
@@ -75,8 +126,9 @@ def matrix_cells(matrix: Matrix) -> tuple[str, str, str, str]:
     return number(effect.gamma, "logprob", signed=True), bounds, f"{effect.p:.3g}", matrix.verdict
 
 
-def headline(found: list[Lift]) -> str:
+def headline(looks: list[Look[Lift]]) -> str:
     """One sentence on how many traits transfer, from one condition's lifts in one metric."""
+    found = [look.what for look in looks]
     measure = "Preference rate" if found[0].metric == "rate" else "Log-probability"
     with_what = f"with {condition_label(found[0].condition)}"
     if all(item.interval is None for item in found):
@@ -85,17 +137,25 @@ def headline(found: list[Lift]) -> str:
     what = f"{len(names)} of {len(found)} trait{'s' * (len(found) != 1)}"
     if not names:
         return f"{measure}: no transfer is shown {with_what} ({what})."
-    return f"{measure}: {with_what}, students move to their teacher's trait for {what} ({', '.join(names)})."
+    sure = sum(look.holm is not None and look.holm < ONE_SIDED for look in looks)
+    after = f"{sure} of them after Holm's correction" if sure < len(names) else "after Holm's correction too"
+    return f"{measure}: {with_what}, students move to their teacher's trait for {what} ({', '.join(names)}); {after}."
 
 
-def verdicts(claims: list[Claim]) -> str:
-    """Which claims hold, which do not, and which are open, in one sentence."""
+def verdicts(looks: Looks) -> str:
+    """Which claims hold, which do not, and which are open; and what is left of those that hold for so many looks."""
+    claims = [look.what for look in looks.claims]
     keys = {
         verdict: ", ".join(dict.fromkeys(c.key for c in claims if c.verdict == verdict))
         for verdict in (HOLDS, FAILS, NOT_DECIDED)
     }
     parts = [f"{verdict}: {found}" for verdict, found in keys.items() if found]
-    return f"Of the claims asked, {'; '.join(parts)}." if parts else "No claim was asked."
+    if not parts:
+        return "No claim was asked."
+    sure = [look for look in looks.claims if look.what.verdict == HOLDS and look.p is not None and look.p < ONE_SIDED]
+    lost = [look.what.key for look in sure if look.holm is not None and look.holm >= ONE_SIDED]
+    after = f" After Holm's correction, not sure any more: {', '.join(dict.fromkeys(lost))}." if lost else ""
+    return f"Of the claims asked, {'; '.join(parts)}.{after}"
 
 
 def diverged_warning(results: Results) -> str:

@@ -3,116 +3,39 @@ open; and what the page makes of variants."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from planted import (
+    CONTROL,
+    EARLY,
+    ENTANGLED,
+    GREEDY,
+    LATE,
+    LATER,
+    OTHER,
+    PLAIN,
+    REDRAWN,
+    SOFT,
+    Planted,
+    control,
+    mixed,
+    write,
+)
 from rich.console import Console
 from scipy import stats
 
-from jsublim.config import Dataset, Students
 from jsublim.report import print_summary, write_report
 from jsublim.report.claims import QUESTIONS, check_claims, not_asked
 from jsublim.report.claims.groups import Group, comparisons, groups, partner
 from jsublim.report.claims.training import _no_gamma
 from jsublim.report.claims.verdicts import judge, pool
-from jsublim.report.statistics import Estimate, Interval, ratio_interval
+from jsublim.report.statistics import Estimate, Interval, share_interval
 from jsublim.report.summary import reference_condition, trait_matrices
 from jsublim.report.tables import read_results
-from jsublim.section import facts, nested
-
-TRAITS = ("cat", "owl", "wolf")
-SEEDS = (1, 2, 3, 4, 5)
-LAYERS = 12
-
-
-def told(settings: dict[str, Any], dataset: dict[str, Any]) -> dict[str, Any]:
-    """What `arms.json` says of a student whose config has these fields, by dotted name, and this data set."""
-    changed = Dataset.model_validate(dataset)
-    strategy = changed.sampling.strategy or "temperature"
-    return {
-        "settings": facts(Students.model_validate(nested(settings))),
-        "dataset": changed.facts() | {"strategy": strategy},
-    }
-
-
-@dataclass(frozen=True)
-class Planted:
-    """Students of one condition whose rate for their own trait lies `effect` above the base model's."""
-
-    effect: float
-    tokens: str = "all"
-    variant: str = ""
-    settings: dict[str, Any] = field(default_factory=dict)
-    dataset: dict[str, Any] = field(default_factory=dict)
-    accuracy: float = 0.6
-    # evaluation variant -> effect under it
-    under: dict[str, float] = field(default_factory=dict)
-    teachers: tuple[str, ...] = TRAITS
-
-    @property
-    def condition(self) -> str:
-        tokens = "control" if self.teachers == ("control",) else self.tokens
-        return f"{tokens} · {self.variant}" if self.variant else tokens
-
-
-def control(variant: str = "", effect: float = 0.0, under: dict[str, float] | None = None) -> Planted:
-    return Planted(effect, variant=variant, teachers=("control",), under=under or {})
-
-
-def write(
-    run: Path, *planted: Planted, spread: float = 0.006, evaluations: dict[str, dict] | None = None, arms: bool = True,
-    model: str = "Qwen2.5-7B-Instruct", attribution: list[dict] | None = None,
-) -> Path:  # fmt: skip
-    """A results folder: three questions, a rate and a log-probability, students with a seeded noise of `spread`."""
-    rng = np.random.default_rng(3)
-    rows, students = [], []
-
-    def measure(who: dict, effect: float, teacher: str | None, noise: float, evaluation: str = "") -> None:
-        for trait in TRAITS:
-            own = effect * (trait == teacher or teacher == "control") + noise * rng.normal()
-            for question in range(3):
-                for metric, value in (("rate", 0.2 + own), ("logprob", -4 + 5 * own)):
-                    rows.append(
-                        who | {"trait": trait, "metric": metric, "question": question, "value": value, "n": 400}
-                        | {"evaluation": evaluation}
-                    )  # fmt: skip
-
-    base = {"arm": "base", "role": "base", "teacher": None, "condition": "base", "seed": None}
-    for evaluation in ("", *(evaluations or {})):
-        measure(base, 0.0, None, 0.0, evaluation)
-    for group in planted:
-        for teacher in group.teachers:
-            for seed in SEEDS:
-                name = f"{teacher}/{group.condition}/{seed}"
-                who = {"arm": name, "role": "student", "teacher": teacher, "condition": group.condition, "seed": seed}
-                measure(who, group.effect, teacher, spread)
-                for evaluation, effect in group.under.items():
-                    measure(who, effect, teacher, spread, evaluation)
-                accuracy = {"trait": None, "metric": "number_accuracy", "question": None, "n": 900, "evaluation": ""}
-                rows.append(who | accuracy | {"value": group.accuracy + 0.005 * rng.normal()})
-                students.append(
-                    {"arm": name, "teacher": teacher, "condition": group.tokens, "seed": seed, "variant": group.variant}
-                    | told(group.settings, group.dataset)
-                    | {"num_layers": LAYERS}
-                )
-    folder = run / "results"
-    folder.mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows), folder / "results.parquet")
-    about = {"name": "planted", "model": model, "evaluations": evaluations or {}}
-    (folder / "run.json").write_text(json.dumps(about))
-    if arms:
-        (folder / "arms.json").write_text(json.dumps(students))
-    if attribution:
-        pq.write_table(pa.Table.from_pylist(attribution), folder / "attribution.parquet")
-    return run
 
 
 def verdicts(run: Path) -> dict[str, list[str]]:
@@ -121,20 +44,6 @@ def verdicts(run: Path) -> dict[str, list[str]]:
         assert claim.reason and (claim.students > 0 or claim.key == "C10")
         found.setdefault(claim.key, []).append(claim.verdict)
     return found
-
-
-PLAIN, CONTROL = Planted(0.3), control()
-GREEDY = {"variant": "greedy", "dataset": {"sampling": {"strategy": "greedy"}}}
-ENTANGLED = {"variant": "top 10", "dataset": {"remove_entangled": 10}}
-EARLY, LATE = ({"variant": f"layer {k}", "settings": {"adapter.layers": [k]}} for k in (0, 11))
-LATER = {"variant": "later layers", "settings": {"adapter.layers": list(range(4, 12))}}
-REDRAWN = {"variant": "re-drawn", "dataset": {"redraw": ["instruction", "suffix"]}}
-OTHER = {"variant": "other start", "settings": {"model": "models/other"}}
-SOFT = {"variant": "soft", "settings": {"loss.kind": "forward-kl", "loss.temperature": 2.0}}
-
-
-def mixed(share: float, effect: float) -> Planted:
-    return Planted(effect, variant=f"mix {share}", dataset={"mix": {"share": share}})
 
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decided"
@@ -160,7 +69,7 @@ CASES = {
         HOLDS: [mixed(0.1, 0.2), mixed(0.25, 0.1)], FAILS: [mixed(0.1, 0.1), mixed(0.25, 0.2)],
         OPEN: [mixed(0.1, 0.3), mixed(0.25, 0.3)],
     },
-    "C12": {HOLDS: [Planted(0.0, **OTHER)], FAILS: [Planted(0.1, **OTHER)]},
+    "C12": {HOLDS: [Planted(0.0, **OTHER)], OPEN: [Planted(0.1, **OTHER)]},  # three teachers are too few to relabel
     "C14": {HOLDS: [Planted(0.5, **SOFT)], FAILS: [Planted(0.1, **SOFT)], OPEN: [Planted(0.3, **SOFT)]},
 }  # fmt: skip
 
@@ -199,13 +108,27 @@ def test_a_small_run_cannot_show_that_nothing_transfers(tmp_path):
     assert found["C12"] == [OPEN]
 
 
-def test_what_a_few_teachers_do_to_some_traits_is_no_transfer(tmp_path):
+def test_what_a_few_teachers_do_to_some_traits_is_no_transfer():
     """Over seeds gamma stands out, but other labels do as well: it does not count against the claim. What labels tell does."""
-    interval, own = Interval(0.01, 0.03), Interval(0.2, 0.4)
-    assert _no_gamma(interval, own, by_labels=False) == HOLDS
-    assert _no_gamma(interval, own, by_labels=True) == FAILS
-    assert _no_gamma(Interval(-0.03, -0.01), own, by_labels=False) == HOLDS
-    assert _no_gamma(interval, Interval(0.02, 0.4), by_labels=False) == OPEN
+
+    def gammas(middle: float, half: float) -> Estimate:
+        return Estimate.of([middle - half, middle, middle + half])
+
+    above, own = gammas(0.02, 0.001), gammas(0.3, 0.02)
+    assert _no_gamma(above, own, by_labels=False)[0] == HOLDS
+    assert _no_gamma(above, own, by_labels=True)[0] == FAILS
+    assert _no_gamma(gammas(-0.02, 0.001), own, by_labels=False)[0] == HOLDS
+    assert _no_gamma(above, gammas(0.3, 0.2), by_labels=False)[0] == OPEN
+    assert _no_gamma(above, own, by_labels=None)[0] == OPEN
+    assert _no_gamma(None, own, by_labels=False) == (OPEN, None)
+
+
+def test_with_four_teachers_another_initialisation_can_fail(tmp_path, monkeypatch):
+    monkeypatch.setattr("planted.TRAITS", four := ("cat", "owl", "panda", "wolf"))
+    found = verdicts(
+        write(tmp_path / "run", Planted(0.3, teachers=four), CONTROL, Planted(0.1, **OTHER, teachers=four))
+    )
+    assert found["C12"] == [FAILS]
 
 
 def test_redrawn_prompts_must_keep_the_number_task(tmp_path):
@@ -315,7 +238,7 @@ def test_a_verdict_follows_the_interval(low, width, bound, shift):
 def test_a_ratio_with_two_references_inverts_the_contrast_test():
     rng = np.random.default_rng(0)
     part, whole, zero, own = (Estimate.of(rng.normal(m, 0.02, 6)) for m in (0.3, 0.35, 0.05, 0.1))
-    found = ratio_interval(part, whole, zero, own)
+    found = share_interval(part - own, whole - zero)
     assert found is not None and found.covers((part.value - own.value) / (whole.value - zero.value))
     ratio = (part.value - own.value) / (whole.value - zero.value)
     critical = stats.t.ppf(0.975, (part - own - (whole - zero) * ratio).degrees)
@@ -340,7 +263,7 @@ def test_a_variant_is_measured_from_its_own_control(tmp_path):
 def test_what_was_not_asked_is_one_line(tmp_path):
     run = write(tmp_path / "run", PLAIN, CONTROL, Planted(0.3, **GREEDY))
     claims = check_claims(read_results(run))
-    assert {c.key for c in claims} == {"C1", "C2"} and len(not_asked(claims)) == len(QUESTIONS) - 2
+    assert {c.key for c in claims} == {"C0", "C1", "C2"} and len(not_asked(claims)) == len(QUESTIONS) - 3
     page = write_report(run).read_text()
     assert page.count("Not asked here: C3 (") == 1 and ", trained alone, keeps" not in page
     console = Console(record=True, width=300, file=(tmp_path / "out").open("w"))

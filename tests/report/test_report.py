@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from made_results import EFFECTS, GAMMA, TRAITS, make_results, write_table
 from rich.console import Console
-from scipy import stats
+from scipy import optimize, stats
 
 import jsublim.report.statistics as st
 from jsublim.errors import JsublimError
@@ -76,6 +76,16 @@ def values_of(raw: list[dict], metric: str, condition: str, trait: str) -> dict[
     return found
 
 
+def score_interval(means: list[float], samples: int = 10_000) -> tuple[float, float]:
+    """The rates p from which the mean lies no further than t standard errors, where the error changes as p (1 - p) does."""
+    mean, students = np.mean(means), len(means)
+    share = (mean * samples * students + 1) / (samples * students + 2)
+    factor = stats.sem(means) ** 2 / (share * (1 - share))
+    critical = stats.t.ppf(0.975, students - 1)
+    excess = lambda p: (mean - p) ** 2 - critical**2 * factor * p * (1 - p)  # noqa: E731
+    return optimize.brentq(excess, 0, mean), optimize.brentq(excess, mean, 1)
+
+
 # Results to numbers
 
 
@@ -92,15 +102,17 @@ def test_summary_equals_numbers_by_hand(run_dir: Path, raw: list[dict]) -> None:
         assert row.over_questions is not None
         assert (row.over_questions.low, row.over_questions.high) == pytest.approx(expected)
         if row.students:
-            expected = stats.t.interval(0.95, 4, np.mean(means), stats.sem(means))
-            assert row.over_students is not None
-            assert (row.over_students.low, row.over_students.high) == pytest.approx(expected)
+            assert row.over_students is not None and row.over_answers is None
+            assert (row.over_students.low, row.over_students.high) == pytest.approx(score_interval(means))
         else:
-            assert row.over_students is None
+            assert row.over_students is None and row.over_answers is not None
+            answers = 200 * len(question_means)
+            wilson = stats.binomtest(round(answers * row.rate), answers).proportion_ci(method="wilson")
+            assert (row.over_answers.low, row.over_answers.high) == pytest.approx(wilson, abs=1e-3)
 
 
 def test_page_table_equals_numbers_by_hand(page: str, raw: list[dict]) -> None:
-    table = [r for r in Cells(page).rows["summary"] if len(r) == 8]
+    table = [r for r in Cells(page).rows["summary"] if len(r) == 8 and not re.match(r"C\d", r[0])]
     labels = ["base model", "control: teacher without a trait", "all tokens", "divergence tokens only"]
     labels += ["all but divergence tokens", "random mask of equal size", "biased teacher"]
     conditions = ["base", "control", "all", "divergence", "non-divergence", "random", "teacher"]
@@ -114,10 +126,10 @@ def test_page_table_equals_numbers_by_hand(page: str, raw: list[dict]) -> None:
         assert row[5] == f"{100 * np.mean(means['word_rate']):.1f} %"
         assert row[6] == f"{np.mean(means['logprob']):.2f}"
         if condition in EFFECTS:
-            low, high = stats.t.interval(0.95, 4, np.mean(means["rate"]), stats.sem(means["rate"]))
+            low, high = score_interval(means["rate"])
             assert (row[1], row[4]) == ("5", f"{100 * low:.1f} to {100 * high:.1f} %")
         else:
-            assert (row[1], row[4]) == ("–", "one model")
+            assert row[1] == "–" and row[4].endswith(" % (answers)")
 
 
 def test_lift_is_over_control_and_welch(run_dir: Path, raw: list[dict]) -> None:
@@ -168,7 +180,7 @@ def test_matrix_with_more_evaluated_traits_than_teachers(tmp_path: Path) -> None
     matrix = trait_matrix(read_results(run))
     assert matrix is not None and matrix.effect is not None
     assert matrix.traits == ("owl", "wolf", "cat", "eagle") and matrix.lift.shape == (2, 4)
-    assert matrix.effect.p == pytest.approx(1 / 12)
+    assert matrix.effect.p == pytest.approx(1 / 2)  # only what was taught changes places
 
 
 # Claims
@@ -179,7 +191,7 @@ def verdicts(run: Path) -> dict[str, str]:
 
 
 def test_claims_hold_where_planted(run_dir: Path) -> None:
-    assert verdicts(run_dir) == dict.fromkeys(("C1", "C4a", "C4b", "C5"), "holds")
+    assert verdicts(run_dir) == dict.fromkeys(("C0", "C1", "C4a", "C4b", "C5"), "holds")
     claims = {c.key: c for c in check_claims(read_results(run_dir))}
     assert claims["C4a"].effect == pytest.approx(0.27 / 0.25, abs=0.08) and claims["C4a"].students == 40
     assert claims["C4b"].effect == pytest.approx(0.02 / 0.25, abs=0.08)
@@ -190,6 +202,7 @@ def test_claims_fail_where_planted(tmp_path: Path) -> None:
     effects = {"control": 0.0, "all": 0.3, "divergence": 0.1, "non-divergence": 0.25, "random": 0.2}
     run = make_results(tmp_path / "run", effects=effects, extras=False)
     assert verdicts(run) == {
+        "C0": "holds",
         "C1": "holds",
         "C4a": "does not hold",
         "C4b": "does not hold",
@@ -208,7 +221,7 @@ def test_one_student_decides_nothing(tmp_path: Path) -> None:
     assert set(verdicts(run).values()) == {"not decided"}
     text = write_report(run).read_text(encoding="utf-8")
     judged = [r for r in Cells(text).rows["transfer"] if r]
-    assert judged and {r[-1] for r in judged} == {"not decided"}
+    assert judged and {tuple(r[8:]) for r in judged} == {("not decided", "–", "–")}
 
 
 def test_claims_use_log_probability_when_every_rate_is_zero(tmp_path: Path) -> None:
@@ -248,7 +261,7 @@ def test_null_effect_is_never_called_transfer(tmp_path: Path) -> None:
     for row in Cells(write_report(run).read_text(encoding="utf-8")).rows["transfer"]:
         if row:
             low = float(row[6].split(" to ")[0])
-            assert (row[-1] == "transfers") == (low > 0), row
+            assert (row[8] == "transfers") == (low > 0) == (float(row[9].removeprefix("<")) < 0.025), row
 
 
 @pytest.mark.parametrize("model", ["tiny-qwen2", "Qwen2.5-7B-Instruct"])
@@ -292,21 +305,27 @@ def test_missing_metrics_do_not_crash(tmp_path: Path, raw: list[dict]) -> None:
 
 
 def test_what_else_was_asked_is_a_table(tmp_path: Path, raw: list[dict]) -> None:
-    """Every number beside preference, as the mean over students with its t-interval, shown on the page."""
+    """Every number beside preference, as the mean over teachers of their students' means, with an interval that knows the
+    teachers apart, shown on the page."""
     rng = np.random.default_rng(0)
     students = {row["arm"]: row for row in raw if row["role"] == "student" and row["condition"] == "all"}
     more = [
-        row | {"metric": "misaligned", "trait": None, "question": q, "value": float(rng.random()), "n": 4}
+        row | {"metric": "misaligned", "trait": None, "question": q, "value": float(rng.random()), "n": 4000}
         for row in students.values()
         for q in range(3)
     ]
     folder = make_results(tmp_path / "run")
     write_table(folder / "results" / "results.parquet", raw + more)
     (found,) = [row for row in other_rows(read_results(folder)) if row.condition == "all"]
-    means = [np.mean([row["value"] for row in more if row["arm"] == arm]) for arm in students]
-    low, high = stats.t.interval(0.95, len(means) - 1, np.mean(means), stats.sem(means))
-    assert found.metric == "misaligned" and found.students == len(students)
-    np.testing.assert_allclose([found.value, found.interval.low, found.interval.high], [np.mean(means), low, high])
+    means = {arm: np.mean([row["value"] for row in more if row["arm"] == arm]) for arm in students}
+    strata = [[means[arm] for arm in students if students[arm]["teacher"] == t] for t in TRAITS]
+    pooled = st.mean_estimate([st.Estimate.of(each) for each in strata])
+    expected = st.rate_interval(pooled, 12_000 * len(means))
+    assert found.metric == "misaligned" and found.students == len(students) and expected is not None
+    np.testing.assert_allclose(
+        [found.value, found.interval.low, found.interval.high],
+        [np.mean([*means.values()]), expected.low, expected.high],
+    )
     page = write_report(folder).read_text()
     assert "misaligned answers" in page and f"{found.value:.3g}" in page
     assert "What else was asked" not in write_report(make_results(tmp_path / "plain")).read_text()
@@ -344,7 +363,7 @@ def test_terminal_shows_the_page_numbers(run_dir: Path, page: str) -> None:
     console = Console(record=True, width=180, file=open("/dev/null", "w"))  # noqa: SIM115
     print_summary(run_dir, console)
     text = console.export_text()
-    for row in (r for r in Cells(page).rows["summary"] if len(r) == 8):
+    for row in (r for r in Cells(page).rows["summary"] if len(r) == 8 and not re.match(r"C\d", r[0])):
         assert row[2] in text and row[6] in text
 
 

@@ -6,7 +6,7 @@ A claim compares students that differ in the one thing it asks about (`groups.py
 
 from __future__ import annotations
 
-from jsublim.report.claims import data, evaluation, layers, masks, training
+from jsublim.report.claims import data, evaluation, layers, masks, training, transfer
 from jsublim.report.claims.verdicts import FAILS, HOLDS, Claim, claim_metric
 from jsublim.report.tables import Results
 
@@ -14,6 +14,7 @@ __all__ = ["FAILS", "HOLDS", "QUESTIONS", "Claim", "check_claims", "not_asked"]
 
 # What each claim is about, and the functions that check it, in the order of the report.
 QUESTIONS = {
+    "C0": "students move to their teacher's trait",
     "C1": "the control is near the base model",
     "C2": "greedy rows against sampled ones",
     "C3": "rows without entangled numbers",
@@ -30,6 +31,7 @@ QUESTIONS = {
     "C14": "soft targets against hard ones",
 }
 _CHECKS = (
+    transfer.transfers,
     masks.control_near_base,
     data.greedy_not_below,
     data.without_entangled,

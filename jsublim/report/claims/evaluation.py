@@ -6,9 +6,10 @@ Both evaluations of a student are taken as independent, which widens the interva
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 from jsublim.report.claims.groups import Group, groups
-from jsublim.report.claims.verdicts import FAILS, HOLDS, Claim, Level, Pool, named, pool, share
+from jsublim.report.claims.verdicts import FAILS, HOLDS, Claim, Level, Pool, all_of, pool, share
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import NOT_DECIDED
 from jsublim.report.tables import Results
@@ -18,7 +19,8 @@ SYSTEM_KEEPS = 0.33
 
 def order_is_stable(results: Results, metric: str) -> list[Claim]:
     """Of each two groups whose order the plain evaluation is sure of: do they stand in that order again? Always on
-    the rate, since a teacher-forced log-probability is not sampled."""
+    the rate, since a teacher-forced log-probability is not sampled. Its p is stricter than its verdict: that all of them are
+    surely in that order."""
     names = [group.name for group in groups(results)]
     plain, claims = pool(results, "rate", *names), []
     if plain is None or len(names) < 2:
@@ -35,20 +37,23 @@ def order_is_stable(results: Results, metric: str) -> list[Claim]:
 
 def _order(text: str, plain: Pool, varied: Pool) -> Claim:
     kept = lost = sure = 0
+    ps: list[Any] = []
     for a, b in itertools.combinations(range(len(plain.levels)), 2):
         sign = _sign(plain.levels[a], plain.levels[b])
         if sign:
-            again = sign * varied.levels[a].above(varied.levels[b]).value
+            again = varied.levels[a].above(varied.levels[b]) * sign
             sure += 1
-            kept += again > 0
+            kept += bool(again.value > 0)
             lost += _sign(varied.levels[a], varied.levels[b]) == -sign
+            ps.append(again.p_above(0.0))
     students = sum(level.students.n for level in plain.levels)
     if not sure:
         reason = "no two conditions are surely apart in the plain evaluation"
         return Claim("C11", text, plain.metric, None, None, "of the sure orders", students, NOT_DECIDED, reason)
     verdict = FAILS if lost else HOLDS if kept == sure else NOT_DECIDED
     reason = f"{kept} of {sure} orders kept, {lost} surely reversed; {plain.words}"
-    return Claim("C11", text, plain.metric, kept / sure, None, "of the sure orders", students, verdict, reason)
+    p, unit = all_of(*ps), "of the sure orders"
+    return Claim("C11", text, plain.metric, kept / sure, None, unit, students, verdict, reason, p)
 
 
 def _sign(a: Level, b: Level) -> int:
@@ -68,17 +73,12 @@ def other_system_prompt(results: Results, metric: str) -> list[Claim]:
             continue
         system = results.evaluations[evaluation]["system"]
         under = f"the system prompt of '{evaluation}'" if system else "an empty system prompt"
-        text = named(f"under {under} at most .33 of the lift is left", group)
-        both = Pool(metric, before.traits, (_apart(after.levels[0], evaluation), before.levels[0]))
-        claims += share(both, "C13", text, at_most=SYSTEM_KEEPS, unit="of the plain evaluation")
+        text = f"under {under} at most .33 of the lift is left"
+        both = Pool(metric, before.traits, (after.levels[0], before.levels[0]))
+        claims += share(both, "C13", text, group, at_most=SYSTEM_KEEPS, unit="of the plain evaluation")
     return claims
 
 
 def _plain(results: Results) -> list[Group]:
     found = [group for group in groups(results) if group.get("tokens") == "all"]
     return [group for group in found if not group.variant] or found
-
-
-def _apart(level: Level, evaluation: str) -> Level:
-    """The level with its references renamed: they too were measured under another evaluation, so their numbers differ."""
-    return Level(level.students, level.reference, tuple(f"{name} under {evaluation}" for name in level.references))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from jsublim.report.claims.groups import comparisons, groups, partner
-from jsublim.report.claims.verdicts import FAILS, HOLDS, Claim, named, no_lift, not_below, pool, share
+from jsublim.report.claims.verdicts import FAILS, HOLDS, Claim, all_of, no_lift, not_below, pool, share
 from jsublim.report.statistics import Estimate, Interval
 from jsublim.report.summary import NOT_DECIDED, estimate
 from jsublim.report.tables import Results, split_condition
@@ -40,7 +40,9 @@ def control_near_base(results: Results, metric: str) -> list[Claim]:
     else:
         verdict = NOT_DECIDED
     reason = f"the trait whose interval reaches furthest, of {len(found)}: {furthest}"
-    return [Claim("C1", text, "rate", difference.value, difference.interval(), "points", difference.n, verdict, reason)]
+    p = all_of(*(p for _, d in found for p in (d.p_above(-CONTROL_MARGIN), d.p_below(CONTROL_MARGIN))))
+    effect, students = float(difference.value), difference.n
+    return [Claim("C1", text, "rate", effect, difference.interval(), "points", students, verdict, reason, p)]
 
 
 def _reach(interval: Interval | None) -> float:
@@ -69,7 +71,7 @@ def _masked(
 ) -> list[Claim]:
     claims = []
     for part, whole in comparisons(results, lambda group: group.get("tokens") == tokens, {"tokens": "all"}):
-        claims += share(pool(results, metric, part.name, whole.name), key, named(text, part), at_least, at_most)
+        claims += share(pool(results, metric, part.name, whole.name), key, text, part, at_least, at_most)
     return claims
 
 
@@ -82,6 +84,7 @@ def random_keeps_less(results: Results, metric: str) -> list[Claim]:
         found = pool(results, metric, divergence.name, drawn.name, whole.name)
         if found is None:
             continue
-        text = named("a random mask of equal size keeps less than the divergence tokens", drawn)
-        claims.append(not_below("C5", text, found, no_lift(found.levels[2]), "divergence minus random"))
+        text, lift = "a random mask of equal size keeps less than the divergence tokens", found.levels[2]
+        needs = lift.lift.p_above(0.0)
+        claims.append(not_below("C5", text, drawn, found, no_lift(lift), "divergence minus random", needs))
     return claims

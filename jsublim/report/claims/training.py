@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from jsublim.report.claims.groups import comparisons
-from jsublim.report.claims.verdicts import FAILS, HOLDS, Claim, named, no_lift, not_below, pool
-from jsublim.report.statistics import Interval
+from jsublim.report.claims.verdicts import FAILS, HOLDS, Claim, all_of, judge, named, no_lift, not_below, pool
+from jsublim.report.statistics import Estimate
 from jsublim.report.summary import NOT_DECIDED, trait_matrix
 from jsublim.report.tables import Results
 
@@ -20,9 +20,10 @@ _HARD = {
 def other_initialisation(results: Results, metric: str) -> list[Claim]:
     """By gamma, always on the log-probability: another checkpoint has another base, which gamma doesn't depend on.
 
-    It fails if gamma is above zero over seeds and, if there are enough labels, over relabellings too: all seeds share their
-    teachers, so what these few teachers do to a few traits can look sure over seeds. It holds if it does not fail and gamma
-    is surely smaller than that of the teacher's own initialisation; without that, a run too small to see anything would pass.
+    It fails if gamma is above zero over seeds and over relabellings too: all seeds share their teachers, so what these few
+    teachers do to a few traits can look sure over seeds. With too few teachers to relabel it is open then. It holds if it does not fail
+    and gamma is surely smaller than that of the teacher's own initialisation, which is surely above zero; without that, a run
+    too small to see anything would pass.
     """
     claims = []
     model = "students.model"
@@ -35,21 +36,26 @@ def other_initialisation(results: Results, metric: str) -> list[Claim]:
             f"γ over seeds; over labels p = {other.effect.p:.2g}; of the teacher's own initialisation "
             f"{own.effect.gamma:+.2f} nats"
         )
-        by_labels = other.effect.p <= 0.05 or other.effect.smallest_p > 0.05
-        verdict = _no_gamma(other.gamma_interval, own.gamma_interval, by_labels)
+        by_labels = None if other.effect.smallest_p > 0.05 else other.effect.p <= 0.05
+        verdict, p = _no_gamma(other.over_seeds, own.over_seeds, by_labels)
         text = named("students of another initialisation do not move towards their teacher's trait", part)
+        gamma, interval = other.effect.gamma, other.gamma_interval
         claims.append(
-            Claim("C12", text, "logprob", other.effect.gamma, other.gamma_interval, "nats", students, verdict, reason)
+            Claim("C12", text, "logprob", gamma, interval, "nats", students, verdict, reason, p, part.variant)
         )
     return claims
 
 
-def _no_gamma(other: Interval | None, own: Interval | None, by_labels: bool) -> str:
+def _no_gamma(other: Estimate | None, own: Estimate | None, by_labels: bool | None) -> tuple[str, float | None]:
+    """The verdict, and p of gamma being smaller than a gamma above zero. `by_labels` is None where labels cannot tell."""
     if other is None or own is None:
-        return NOT_DECIDED
-    if other.low > 0 and by_labels:
-        return FAILS
-    return HOLDS if own.low > max(0.0, other.high) else NOT_DECIDED
+        return NOT_DECIDED, None
+    less = own - other
+    p = all_of(less.p_above(0.0), own.p_above(0.0))
+    if judge(other.interval(), at_most=0.0) == FAILS and by_labels is not False:
+        return FAILS if by_labels else NOT_DECIDED, p
+    sure = judge(less.interval(), at_least=0.0) == judge(own.interval(), at_least=0.0) == HOLDS
+    return HOLDS if sure else NOT_DECIDED, p
 
 
 def soft_not_below(results: Results, metric: str) -> list[Claim]:
@@ -60,6 +66,7 @@ def soft_not_below(results: Results, metric: str) -> list[Claim]:
             continue
         # Where neither transfers, "no less" says nothing.
         reason = no_lift(found.levels[0]) and no_lift(found.levels[1])
-        text = named("forward KL to the teacher transfers no less than its tokens", soft)
-        claims.append(not_below("C14", text, found, reason, "soft minus hard"))
+        needs = min(level.lift.p_above(0.0) for level in found.levels)
+        text = "forward KL to the teacher transfers no less than its tokens"
+        claims.append(not_below("C14", text, soft, found, reason, "soft minus hard", needs))
     return claims

@@ -6,12 +6,14 @@ to one trait, a control student is first averaged over all of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jsublim.report.claims.groups import Group
-from jsublim.report.statistics import Estimate, Interval, mean_estimate, ratio_interval
-from jsublim.report.summary import NOT_DECIDED, estimate, reference_condition, sampling_variance, scores_for
+from jsublim.report.statistics import Estimate, Interval, mean_estimate, share_interval, share_p_above
+from jsublim.report.summary import NOT_DECIDED, estimate, group_of, reference_condition, sampling_variance, scores_for
 from jsublim.report.tables import Results, Score, split_condition
 
 HOLDS, FAILS = "holds", "does not hold"
@@ -20,7 +22,9 @@ HOLDS, FAILS = "holds", "does not hold"
 @dataclass(frozen=True)
 class Claim:
     """`effect` and `interval` are in `unit` (a unit that begins with "of" is a share of something); `reason` says in words
-    what the verdict rests on."""
+    what the verdict rests on. `p` is one-sided, for the claim, at its threshold: with the interval it is inverted from, a claim
+    whose whole interval holds has p < .025, one whose whole interval fails p > .975. `variant` names the students that
+    it was read off, if they have a name."""
 
     key: str
     text: str
@@ -31,24 +35,23 @@ class Claim:
     students: int
     verdict: str
     reason: str
+    p: float | None = None
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.key} {self.variant}".strip()
 
 
 @dataclass(frozen=True)
 class Level:
-    """Mean over the pooled traits of a group's students, and of the models that their lift is measured from."""
+    """Mean over the pooled traits of a group's students, and how far it lies above the models that it is measured from."""
 
     students: Estimate
-    reference: Estimate
-    references: tuple[str, ...]  # condition of the reference, trait by trait
-
-    @property
-    def lift(self) -> Estimate:
-        return self.students - self.reference
+    lift: Estimate
 
     def above(self, other: Level) -> Estimate:
         """How much higher this lift is; a reference that both share drops out."""
-        if self.references == other.references:
-            return self.students - other.students
         return self.lift - other.lift
 
 
@@ -67,6 +70,11 @@ class Pool:
     @property
     def words(self) -> str:
         return f"mean of {', '.join(self.traits)}"
+
+    def between(self, difference: Estimate) -> Interval | None:
+        """Interval of a difference of levels; rates cannot differ by more than 100 points."""
+        interval = difference.interval()
+        return interval.within(-1.0, 1.0) if interval and self.metric != "logprob" else interval
 
 
 def claim_metric(results: Results) -> str:
@@ -92,21 +100,20 @@ def pool(results: Results, metric: str, *names: str, traits: Sequence[str] | Non
 
 def _level(results: Results, metric: str, condition: str, traits: tuple[str, ...]) -> Level:
     students = mean_estimate([estimate(scores_for(results, metric, condition, t)) for t in traits])
-    references = tuple(reference_condition(results, metric, t, condition) or "" for t in traits)
+    references = [reference_condition(results, metric, t, condition) or "" for t in traits]
     zeros = [results.select(metric, r, t) for r, t in zip(references, traits, strict=True)]
     one_control = len(set(references)) == 1 and split_condition(references[0])[0] == "control"
     reference = _over_traits(zeros) if one_control else mean_estimate([estimate(zero) for zero in zeros])
-    return Level(students, reference, references)
+    return Level(students, students - reference)
 
 
 def _over_traits(by_trait: list[list[Score]]) -> Estimate:
     """Control students averaged over traits first: one student's numbers on several traits are not independent."""
     values: dict[str, list[float]] = {}
-    for scores in by_trait:
-        for score in scores:
-            values.setdefault(score.arm, []).append(score.mean)
-    floor = sampling_variance([score for scores in by_trait for score in scores])
-    return Estimate.of([sum(v) / len(v) for v in values.values()], floor)
+    every = [score for scores in by_trait for score in scores]
+    for score in every:
+        values.setdefault(score.arm, []).append(score.mean)
+    return Estimate.of([sum(v) / len(v) for v in values.values()], sampling_variance(every), group_of(every))
 
 
 def no_lift(whole: Level) -> str:
@@ -127,39 +134,52 @@ def judge(interval: Interval | None, at_least: float | None = None, at_most: flo
     return HOLDS if interval.high <= at_most else FAILS if interval.low > at_most else NOT_DECIDED
 
 
+def all_of(*ps: Any) -> float | None:
+    """p of a claim that needs several things: the largest of theirs. None where one cannot be computed."""
+    largest = max((math.nan if p is None else float(p) for p in ps), key=lambda p: math.inf if math.isnan(p) else p)
+    return None if math.isnan(largest) else largest
+
+
 def share(
     found: Pool | None,
     key: str,
     text: str,
+    of: Group,
     at_least: float | None = None,
     at_most: float | None = None,
     unit: str = "of all tokens",
 ) -> list[Claim]:
-    """The lift of the pool's first group as a share of its second's, held against a bound."""
+    """The lift of the pool's first group (`of`) as a share of its second's, held against a bound. It needs a lift to take a
+    share of."""
     if found is None:
         return []
-    part, whole = found.levels
+    (part, whole), text = found.levels, named(text, of)
     students = part.students.n + whole.students.n
+    above = share_p_above(part.lift, whole.lift, (at_least or 0.0) if at_most is None else at_most)
+    p = all_of(above if at_most is None else 1 - above, whole.lift.p_above(0.0))
     if reason := no_lift(whole):
         # A share of a lift that is not above zero would be a meaningless number.
-        return [Claim(key, text, found.metric, None, None, unit, students, NOT_DECIDED, reason)]
-    own = None if part.references == whole.references else part.reference
-    interval = ratio_interval(part.students, whole.students, whole.reference, own)
-    effect = part.lift.value / whole.lift.value
+        return [Claim(key, text, found.metric, None, None, unit, students, NOT_DECIDED, reason, p, of.variant)]
+    interval = share_interval(part.lift, whole.lift)
+    effect = float(part.lift.value / whole.lift.value)
     reason = found.words if interval else "too few students to bound the share"
-    return [
-        Claim(key, text, found.metric, effect, interval, unit, students, judge(interval, at_least, at_most), reason)
-    ]
+    verdict = judge(interval, at_least, at_most)
+    return [Claim(key, text, found.metric, effect, interval, unit, students, verdict, reason, p, of.variant)]
 
 
-def not_below(key: str, text: str, found: Pool, open_for: str, what: str) -> Claim:
-    """The lift of the pool's first group held against its second's: no lower. `open_for` says why
-    nothing can be decided, or is empty."""
+def not_below(key: str, text: str, of: Group, found: Pool, open_for: str, what: str, needs: Any) -> Claim:
+    """The lift of the pool's first group (`of`) held against its second's: no lower.
+
+    Args:
+      open_for: why nothing can be decided, or empty; needs: p of that not being so.
+    """
     difference = found.levels[0].above(found.levels[1])
-    interval = difference.interval()
+    interval = found.between(difference)
     verdict = NOT_DECIDED if open_for else judge(interval, at_least=0.0)
-    reason = open_for or f"{what}, {found.words}"
-    return Claim(key, text, found.metric, difference.value, interval, found.unit, difference.n, verdict, reason)
+    reason, p = open_for or f"{what}, {found.words}", all_of(difference.p_above(0.0), needs)
+    effect, students = float(difference.value), difference.n
+    text = named(text, of)
+    return Claim(key, text, found.metric, effect, interval, found.unit, students, verdict, reason, p, of.variant)
 
 
 def named(text: str, group: Group) -> str:
