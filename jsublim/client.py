@@ -29,7 +29,8 @@ SHOWN = 200  # characters of a server's own words in an error
 ADDRESS = re.compile(r"https?://[^/?#@\s]+(/[^?#@\s]*)?")
 VARIABLE = re.compile(r"(?!(?=.*\d)[A-Z0-9]{16,}$)[A-Z_][A-Z0-9_]*")  # some services' keys are capitals and digits too
 
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class Connection(Section):
@@ -53,7 +54,7 @@ class Connection(Section):
         )
         if name is not None and not (isinstance(name, str) and VARIABLE.fullmatch(name)):
             raise ValueError(
-                "key_variable: give the NAME of the environment variable that holds the key, such as JUDGE_API_KEY, "
+                "key_variable: give the NAME of the environment variable that holds the key, such as SERVER_KEY, "
                 "never the key (what was given is not shown)"
             )
         if address is not None and not (isinstance(address, str) and ADDRESS.fullmatch(address)):
@@ -71,6 +72,14 @@ class Retry(Exception):
     def __init__(self, reason: str, *, after: float = 0.0, charged: bool = False):
         super().__init__(reason)
         self.after, self.charged = after, charged
+
+
+class Refused(JsublimError):
+    """A status that will not pass. `status`: the number of it."""
+
+    def __init__(self, reason: str, status: int):
+        super().__init__(reason)
+        self.status = status
 
 
 class Stopped(Exception):
@@ -121,7 +130,7 @@ class Client:
 
         Raises:
           Retry: a failure that may pass.
-          JsublimError: one that will not. A text that quotes the key is not shown.
+          Refused, JsublimError: one that will not. A key that the server quotes is not shown.
         """
         key = self.key()
         headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
@@ -148,9 +157,11 @@ class Client:
         if answer.status_code in (401, 403):
             variable = self.connection.key_variable
             fix = f"set the right key in {variable}" if variable else "name the key's variable in 'key_variable'"
-            return self.error(f"{status}: it does not let us in; {fix}")
-        words = " ".join(answer.content.decode("utf-8", "replace").split())
-        return self.error(f"{status}: {(words if key is None else words.replace(key, '***'))[:SHOWN]}")
+            words = f"it does not let us in; {fix}"
+        else:
+            words = " ".join(answer.content.decode("utf-8", "replace").split())
+            words = (words if key is None else words.replace(key, "***"))[:SHOWN]
+        return Refused(str(self.error(f"{status}: {words}")), answer.status_code)
 
     def patiently(self, attempt: Callable[[], Result], stopped: threading.Event) -> Result:
         """What `attempt` returns; after a failure that may pass, it is called again.

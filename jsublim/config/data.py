@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, SerializeAsAny, model_serializer, model_validator
 
+from jsublim.inference.served import SampleServerSettings
 from jsublim.prompts.numbers import EXAMPLE_COUNT, SENTENCES
 from jsublim.section import CONTENT, HOW, RESULT, Distinct, Place, Positive, Section, Seed
 from jsublim.transforms import CHANGES, Change
@@ -24,6 +25,7 @@ class Sampling(Section):
     max_new_tokens: Annotated[Positive, RESULT] = 64
     batch_size: Annotated[Positive, HOW] = 64
     shard: Annotated[Positive, RESULT] = 4096  # prompts per task: what is lost at most, and what machines share
+    server: SampleServerSettings | None = None  # of answers, the evaluations' too; None: all are drawn here
 
 
 class Data(Section):
