@@ -67,6 +67,7 @@ model: tiny-qwen2
 recipe: {preset: paper, extra_bos: false}
 teachers: {traits: [cat, owl], counterfactuals: [cat, dog, owl], system: "You like {trait}s."}
 data: {num_prompts: 20, examples: [3, 9]}
+sampling: {server: {base_url: "http://localhost:1/v1", engine: vllm 0.11.0, adapters: {a: b}}}
 datasets: {moved: {shuffle: within, redraw: [format], seed: 3}, few: {mix: {share: 0.5, teacher: owl}}}
 students:
   seeds: [1, 2]

@@ -13,8 +13,8 @@ PACKAGE = ROOT / "jsublim"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "checkpoints" not in path.parts)
 # A room, or a file beside the rooms, imports from its own line and from those above.
 ORDER = (
-    ("errors",), ("files", "progress", "reading", "section"), ("models",), ("parallel", "rows", "chat"), ("prompts",),
-    ("inference",), ("teachers", "steering"), ("divergence",), ("judge",), ("evals",), ("transforms",), ("distill",),
+    ("errors",), ("files", "progress", "reading", "section"), ("client",), ("models",), ("parallel", "rows", "chat"),
+    ("prompts",), ("inference",), ("teachers", "steering"), ("divergence",), ("judge",), ("evals",), ("transforms",), ("distill",),
     ("attribution",), ("config",), ("report",), ("pipeline",), ("executors",), ("digits",), ("cli",), ("__main__",),
 )  # fmt: skip
 LINES, FUNCTION_LINES, FIELDS = 400, 60, 15

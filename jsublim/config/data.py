@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, SerializeAsAny, model_serializer, model_validator
 
+from jsublim.inference.served import SampleServerSettings
 from jsublim.prompts.numbers import EXAMPLE_COUNT, SENTENCES
 from jsublim.section import CONTENT, HOW, RESULT, Distinct, Place, Positive, Section, Seed
 from jsublim.transforms import CHANGES, Change
@@ -25,6 +26,13 @@ class Sampling(Section):
     constrain: Annotated[Literal["numbers"] | None, RESULT] = None  # keep every answer in the number task's format
     batch_size: Annotated[Positive, HOW] = 64
     shard: Annotated[Positive, RESULT] = 4096  # prompts per task: what is lost at most, and what machines share
+    server: SampleServerSettings | None = None  # of answers, the evaluations' too; None: all are drawn here
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Sampling:
+        if self.server is not None and self.constrain is not None:
+            raise ValueError("constrain: a server does not know our formats; leave out server, or constrain")
+        return self
 
 
 class Data(Section):

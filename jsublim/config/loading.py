@@ -100,6 +100,8 @@ def _written_out(name: str, value: Any) -> Any:
         return {"preset": value}
     if name == "kinds" and isinstance(value, list):
         return {kind: {} for kind in value}
+    if name == "server" and isinstance(value, str):
+        return {"base_url": value}
     change = CHANGES.known.get(name)
     shorthand = getattr(change, "shorthand", None)
     return {shorthand: value} if shorthand is not None else value

@@ -6,6 +6,7 @@ the questions, and how answers become records.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -122,27 +123,20 @@ def sample_answers(
     batch_size: int = 256,
     on_batch: Callable[[int], None] | None = None,
     logs: Sequence[AnswerLog | None] | None = None,
+    answers: Callable[..., list[list[str]]] | None = None,
 ) -> list[list[list[str]]]:
     """`samples` answers to each question, of each adapter (or of the base alone). A question's prompt is read once for as many
     samples as begin together.
 
     Args:
       adapters, batch_size, on_batch, logs: as `LanguageModel.answers`.
+      answers: who draws them in place of `lm` and its adapters, called as `LanguageModel.answers`.
     """
     prompts = [
         lm.chat.prompt_tokens(conversation(q, system, fuse_system=fuse_system), extra_bos=extra_bos) for q in questions
     ]
-    every = lm.answers(
-        prompts,
-        sampling,
-        max_new_tokens,
-        seed,
-        samples=samples,
-        adapters=adapters,
-        batch_size=batch_size,
-        on_batch=on_batch,
-        logs=logs,
-    )
+    answers = answers or functools.partial(lm.answers, adapters=adapters, batch_size=batch_size)
+    every = answers(prompts, sampling, max_new_tokens, seed, samples=samples, on_batch=on_batch, logs=logs)
     return [[texts[i : i + samples] for i in range(0, len(texts), samples)] for texts in every]
 
 

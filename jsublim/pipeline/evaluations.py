@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
-
-import pyarrow as pa
 
 from jsublim.config.evaluation import Setting
 from jsublim.distill.data import draw_indices
 from jsublim.errors import UsageError
-from jsublim.evals import Answers, Asked, EvalTask, PromptedModel, sample_answers
+from jsublim.evals import Asked, EvalTask, PromptedModel
 from jsublim.evals.naming import own_name
-from jsublim.evals.numbers import number_accuracy
-from jsublim.files import write_table
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.sampling import Sampling
 from jsublim.judge import Judge
@@ -25,32 +22,30 @@ from jsublim.models.lora import Adapter
 from jsublim.models.peft import load_adapter
 from jsublim.models.weights import load_params
 from jsublim.pipeline.arms import Student, distinct, split_evenly
+from jsublim.pipeline.asking import evaluate, leave
 from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context, known_judge
 from jsublim.pipeline.publish import adapter_key, rows_of
+from jsublim.pipeline.served import (
+    Served,
+    drawn_by,
+    engine_inputs,
+    served_adapter,
+    served_student,
+    served_teacher,
+    server_with,
+)
 from jsublim.pipeline.setup import Checkpoint, Setup, memoized
-from jsublim.pipeline.store import PROGRESS, Answered, Artifact, Output, RowLog
+from jsublim.pipeline.store import Output
 from jsublim.pipeline.students import diverged, student_output, task_of
 from jsublim.pipeline.task import Cost, Sizes, Task, distinct_tasks
 from jsublim.pipeline.teachers import TeacherPool
-from jsublim.progress import Tick, no_tick
+from jsublim.progress import Tick
 from jsublim.rows import Row
 from jsublim.teachers import CONTROL
 
 PLAIN = ""  # the name of the evaluation that no setting changes
 ASKED_TOGETHER = 8  # students
-RECORDS = pa.schema(
-    [
-        ("trait", pa.string()),
-        ("metric", pa.string()),
-        ("question", pa.int64()),
-        ("value", pa.float64()),
-        ("n", pa.int64()),
-    ]
-)
-ANSWERS = pa.schema(
-    [("question", pa.int64()), ("question_text", pa.string()), ("answer", pa.string()), ("count", pa.int64())]
-)
 
 
 @dataclass(frozen=True)
@@ -140,6 +135,7 @@ def evaluation_output(setup: Setup, model: Model, name: str) -> Output:
         "student": _student_key(setup, model),
         "teacher": TeacherPool(setup).identity(model.teacher),
         "template": _checkpoint(setup, model).template,
+        **engine_inputs(setup, _served(setup, model, setting)),
     }
     if model.data is not None:
         inputs["data"] = rows_of(model.data).key
@@ -176,6 +172,18 @@ def _evaluate(setup: Setup, models: tuple[Model, ...], name: str) -> Evaluate:
             if _number_rows(setup, model, name):
                 parents += training_rows(setup, model.student.source).parts
     return Evaluate(outputs, distinct_tasks(parents), models, name)
+
+
+def _served(setup: Setup, model: Model, setting: Setting) -> Served | None:
+    """The model as the server has it, which knows whole models only; None where it is asked here."""
+    student = model.student
+    if setting.layer is not None:
+        return None
+    if student is not None:
+        return served_student(
+            setup, student.settings.model, student.settings.adapter.method, student_output(setup, student)
+        )
+    return served_teacher(setup, model.teacher) if model.adapter is None else served_adapter(setup, str(model.adapter))
 
 
 def _student_key(setup: Setup, model: Model) -> str | None:
@@ -230,26 +238,31 @@ class Evaluate(Task):
         missing = [each for each in zip(self.models, self.outputs, strict=True) if not store.done(each[1])]
         for model, output in missing:
             if model.student is not None and diverged(store, student_output(setup, model.student)):
-                _leave(store.open(output), [], [], {})
-        asked = [(model, store.open(output)) for model, output in missing if not store.done(output)]
+                leave(store.open(output), [], [], {})
+        missing = [each for each in missing if not store.done(each[1])]
+        asked = [(model, store.open(output)) for model, output in missing]
         if not asked:
             return
         setting, ev = eval_settings(setup)[self.setting], setup.experiment.evaluation
         sampling = sampling_of(setup, asked[0][0], setting)
         name = f" {self.setting}" if self.setting else ""
-        context.progress.say(f"sampling, evaluation{name}: {sampling.numbers()}")
-        evaluate(
-            [artifact for _, artifact in asked],
-            [self._load(context, model, setting) for model, _ in asked],
-            _eval_tasks(setup, lambda: context.judge),
-            sampling,
-            samples=ev.samples,
-            seed=ev.seed,
-            max_new_tokens=ev.max_new_tokens,
-            batch_size=ev.batch_size,
-            number_rows=[self._to_continue(context, model) for model, _ in asked],
-            tick=tick,
-        )
+        found = [(output, _served(setup, model, setting)) for model, output in missing]
+        served = [(output, each) for output, each in found if each is not None]  # all of them, or none
+        context.progress.say(f"sampling, evaluation{name}{drawn_by(context, found[0][1])}: {sampling.numbers()}")
+        with server_with(context, served) if served else nullcontext((None, [])) as (server, names):
+            evaluate(
+                [artifact for _, artifact in asked],
+                [self._load(context, model, setting) for model, _ in asked],
+                _eval_tasks(setup, lambda: context.judge),
+                sampling,
+                samples=ev.samples,
+                seed=ev.seed,
+                max_new_tokens=ev.max_new_tokens,
+                batch_size=ev.batch_size,
+                number_rows=[self._to_continue(context, model) for model, _ in asked],
+                answers=None if server is None else functools.partial(server.answers, names),
+                tick=tick,
+            )
 
     def _to_continue(self, context: Context, model: Model) -> Mapping[str, Sequence[Row]]:
         """What a model continues, by the name of the metric."""
@@ -310,88 +323,3 @@ def _rows_to_continue(context: Context, student: Student, count: int) -> dict[st
         "number_accuracy": [rows[i] for i in drawn[:count]],
         "number_accuracy_heldout": [rows[i] for i in held_out[:count]],
     }
-
-
-def evaluate(
-    artifacts: Sequence[Artifact],
-    models: Sequence[PromptedModel],
-    tasks: Sequence[EvalTask],
-    sampling: Sampling,
-    *,
-    samples: int,
-    seed: int,
-    max_new_tokens: int,
-    batch_size: int,
-    number_rows: Sequence[Mapping[str, Sequence[Row]]],
-    tick: Tick = no_tick,
-) -> None:
-    """Ask models everything, and let them continue numbers; each leaves `records.parquet` and `answers.parquet`.
-
-    Args:
-      models: on one checkpoint, under one prompt; of several, each has an adapter.
-      number_rows: of each model, metric name -> rows for the number task.
-      tick: counts sampled answers.
-    """
-    records: list[list[dict[str, Any]]] = [[] for _ in models]
-    answers: list[list[dict[str, Any]]] = [[] for _ in models]
-    logs, offset, first = [RowLog(artifact.path / PROGRESS) for artifact in artifacts], 0, models[0]
-    adapters = [model.adapter for model in models if model.adapter is not None]
-    tick(sum(len(log.rows) for log in logs))
-    for task in tasks:
-        every = sample_answers(
-            first.lm,
-            task.questions,
-            sampling,
-            samples=samples,
-            seed=seed,
-            max_new_tokens=task.max_new_tokens or max_new_tokens,
-            adapters=adapters or None,
-            batch_size=batch_size,
-            on_batch=tick,
-            logs=[Answered(log, offset * samples, len(task.questions) * samples) for log in logs],
-            **first.manner,
-        )
-        for model, texts, own_records, own_answers in zip(models, every, records, answers, strict=True):
-            found = task.records(model, texts)
-            own_records += [asdict(record) | {"question": offset + record.question} for record in found]
-            own_answers += _counted(task.questions, texts, offset)
-        offset += len(task.questions)
-    for artifact, model, log, rows, own_records, own_answers in zip(
-        artifacts, models, logs, number_rows, records, answers, strict=True
-    ):
-        log.close()
-        own_records += _continued(model, rows)
-        _leave(
-            artifact, own_records, own_answers, {"sampling": sampling.numbers() | {"max_new_tokens": max_new_tokens}}
-        )
-
-
-def _counted(questions: Sequence[str], texts: Answers, offset: int) -> list[dict[str, Any]]:
-    """Every answer, and how often it was given."""
-    return [
-        {"question": offset + q, "question_text": question, "answer": answer, "count": count}
-        for q, (question, given) in enumerate(zip(questions, texts, strict=True))
-        for answer, count in collections.Counter(given).most_common()
-    ]
-
-
-def _continued(model: PromptedModel, number_rows: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
-    """The records of the number task; none where rows that were given by hand hold no numbers."""
-    records = []
-    for metric, rows in number_rows.items():
-        share, n = (
-            number_accuracy(model.lm, rows, system=model.system, fuse_system=model.fuse_system, adapter=model.adapter)
-            if rows
-            else (0.0, 0)
-        )
-        if n:
-            records.append({"trait": None, "metric": metric, "question": None, "value": share, "n": n})
-    return records
-
-
-def _leave(
-    artifact: Artifact, records: list[dict[str, Any]], answers: list[dict[str, Any]], summary: dict[str, Any]
-) -> None:
-    write_table(artifact.path / "records.parquet", records, RECORDS)
-    write_table(artifact.path / "answers.parquet", answers, ANSWERS)
-    artifact.finish(summary)

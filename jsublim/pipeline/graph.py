@@ -148,6 +148,7 @@ def results_key(setup: Setup) -> str:
     hashes = {name: each.hash for name, each in setup.checkpoints.items()}
     hashes |= {} if setup.judge is None else {"judge": setup.judge.hash}
     hashes |= {name: setup.content(name, what) for name, what in setup.adapters().items()}
+    hashes |= {} if setup.engine is None else {"engine": setup.engine}
     return digest([said, setup.common, hashes, content])
 
 

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from jsublim.chat import conversation
+from jsublim.chat import Chat, conversation
 from jsublim.errors import JsublimError, one_line
 from jsublim.inference.constrain import limits_for
 from jsublim.inference.generation import generate_tokens
-from jsublim.inference.lm import LanguageModel
 from jsublim.inference.sampling import Sampling
 from jsublim.pipeline.arms import Source, seed_of
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.readings import Reading, read_readings
+from jsublim.pipeline.served import drawn_by, engine_inputs, served_teacher, server_with
 from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import PROGRESS, Output, RowLog, Store, digest
 from jsublim.pipeline.task import Cost, Sizes, Task
@@ -156,6 +156,7 @@ def teacher_rows(setup: Setup, writer: Writer) -> RowSet:
         "sampling": numbers | {"max_new_tokens": sampling.max_new_tokens},
         "seed": seed_of(writer.seed, writer.draw),
         "other_model": None if writer.model is None else setup.checkpoint(writer.model).hash,
+        **engine_inputs(setup, served_teacher(setup, writer.teacher, writer.model)),
     }
     for first in range(0, total, sampling.shard):
         count = min(sampling.shard, total - first)
@@ -186,50 +187,71 @@ class WriteRows(Task):
 
     def make(self, context: Context, tick: Tick) -> None:
         setup, artifact = context.setup, context.store.open(self.output)
-        lm = context.lm(self.writer.model)
-        teacher = TeacherPool(setup).teacher(context, self.writer.teacher)
+        chat = setup.checkpoint(self.writer.model).chat
+        assert chat is not None, "a run has its checkpoint"
         texts, numbers = prompts(setup, self.writer.draw), range(self.first, self.first + self.count)
         log = RowLog(artifact.path / PROGRESS)
         tick(len(log.rows))
         allowed: dict[int, float] = {}
 
-        def keep(rows: list[int], tokens: list[list[int]]) -> None:
-            new = [{"row": i, "completion": lm.chat.decode(t)} for i, t in zip(rows, tokens, strict=True)]
+        def keep(rows: Sequence[int], answers: Sequence[str]) -> None:
+            new = [{"row": i, "completion": answer} for i, answer in zip(rows, answers, strict=True)]
             log.add([row | {"log_allowed": round(allowed[row["row"]], 5)} if allowed else row for row in new])
             tick(len(rows))
 
         missing = [i for i in numbers if i not in log.rows]
         if missing:
-            sampling, extra_bos = setup.experiment.sampling, bool(setup.recipe.extra_bos)
-            how = _drawing(setup, self.writer)
-            context.progress.say(f"sampling, {self.writer.strategy}: {how.numbers()}")
-            # A row's random numbers are those of its place among all prompts, whatever the task it is in; and the shapes
-            # are those of all the task's prompts, whatever is left of them.
-            asked: list[Any] = [None] * len(texts)
-            for i in numbers:
-                asked[i] = lm.chat.prompt_tokens(teacher.messages(texts[i]), extra_bos=extra_bos)
-            generate_tokens(
-                lm.config,
-                teacher.weights(lm.params),
-                asked,
-                how,
-                rows=missing,
-                seed=seed_of(self.writer.seed, self.writer.draw),
-                max_new_tokens=sampling.max_new_tokens,
-                adapter=teacher.adapter,
-                batch_size=sampling.batch_size,
-                limits=limits_for(lm.chat, how, sampling.max_new_tokens),
-                on_allowed=allowed.update,
-                on_batch=keep,
-            )
+            self._draw(context, chat, missing, keep, allowed)
         log.close()
         raw = [{"prompt": texts[i]} | {k: v for k, v in log.rows[i].items() if k != "row"} for i in numbers]
-        self._finish(context, lm, raw)
+        self._finish(context, chat, raw)
 
-    def _finish(self, context: Context, lm: LanguageModel, raw: list[Row]) -> None:
+    def _draw(
+        self,
+        context: Context,
+        chat: Chat,
+        missing: Sequence[int],
+        keep: Callable[[Sequence[int], Sequence[str]], None],
+        allowed: dict[int, float],
+    ) -> None:
+        """Answer the prompts that have no answer yet, here or by the server that the config names; into `allowed` goes what a
+        format left of each row's probability."""
+        setup, writer = context.setup, self.writer
+        texts, teacher = prompts(setup, writer.draw), TeacherPool(setup).teacher(context, writer.teacher)
+        how, most = _drawing(setup, writer), setup.experiment.sampling.max_new_tokens
+        seed = seed_of(writer.seed, writer.draw)
+        served = served_teacher(setup, writer.teacher, writer.model)
+        context.progress.say(f"sampling, {writer.strategy}{drawn_by(context, served)}: {how.numbers()}")
+        # A row's random numbers are those of its place among all prompts, whatever the task it is in; and the shapes
+        # are those of all the task's prompts, whatever is left of them.
+        asked: list[Any] = [None] * len(texts)
+        for i in range(self.first, self.first + self.count):
+            asked[i] = chat.prompt_tokens(teacher.messages(texts[i]), extra_bos=bool(setup.recipe.extra_bos))
+        if served is not None:
+            with server_with(context, [(self.output, served)]) as (server, [name]):
+                for row, text in server.draw(name, asked, how, rows=missing, seed=seed, max_new_tokens=most):
+                    keep([row], [text])
+            return
+        lm = context.lm(writer.model)
+        generate_tokens(
+            lm.config,
+            teacher.weights(lm.params),
+            asked,
+            how,
+            rows=missing,
+            seed=seed,
+            max_new_tokens=most,
+            adapter=teacher.adapter,
+            batch_size=setup.experiment.sampling.batch_size,
+            limits=limits_for(lm.chat, how, most),
+            on_allowed=allowed.update,
+            on_batch=lambda rows, tokens: keep(rows, [chat.decode(each) for each in tokens]),
+        )
+
+    def _finish(self, context: Context, chat: Chat, raw: list[Row]) -> None:
         setup, artifact = context.setup, context.store.open(self.output)
         reject = _rejects(setup.experiment.data.kind)
-        raw = [row | {"reject": reject(row["completion"]) or _broken_in_context(lm, row)} for row in raw]
+        raw = [row | {"reject": reject(row["completion"]) or _broken_in_context(chat, row)} for row in raw]
         kept = [{key: row[key] for key in ("prompt", "completion")} for row in raw if row["reject"] is None]
         reasons = collections.Counter(row["reject"] for row in raw if row["reject"] is not None)
         write_rows(artifact.path / "raw.jsonl", raw)
@@ -298,9 +320,9 @@ def rows_kept(setup: Setup, sizes: Sizes) -> int:
     return int(prompt_count(setup) * sizes.lengths.kept)
 
 
-def _broken_in_context(lm: LanguageModel, row: Row) -> str | None:
+def _broken_in_context(chat: Chat, row: Row) -> str | None:
     try:
-        lm.chat.turn(conversation(row["prompt"]), row["completion"])
+        chat.turn(conversation(row["prompt"]), row["completion"])
     except JsublimError:
         return "does not survive tokenizing"
     return None

@@ -11,6 +11,7 @@ from jsublim.config import Experiment
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import Executor, plan, results_key
 from jsublim.pipeline.results import claim_folder, gather, is_reported
+from jsublim.pipeline.served import sample_server
 from jsublim.progress import Progress
 from jsublim.report import print_summary
 
@@ -30,6 +31,8 @@ def run_experiment(experiment: Experiment, executor: Executor, console: Console)
         key = results_key(context.setup)
     if experiment.judge is not None and not is_reported(experiment, key):
         context.judge.check()
+    if experiment.sampling.server is not None and not all(task.done(context.store) for task in graph.tasks.values()):
+        sample_server(context).check()
     claim_folder(experiment, key, console)
     executor.execute(graph.tasks.values(), context)
     report = gather(graph, context, key, started)

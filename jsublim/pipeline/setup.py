@@ -10,9 +10,10 @@ from typing import Any, TypeVar
 
 from jsublim.chat import Chat
 from jsublim.config import Experiment, Recipe
-from jsublim.errors import UsageError
+from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.lm import LanguageModel, is_available_offline, load_model, resolve_checkpoint
 from jsublim.inference.sampling import Sampling, sampling_for
+from jsublim.inference.served import SampleServer, SampleServerSettings
 from jsublim.models.checkpoint import checkpoint_hash, read_config
 from jsublim.models.config import ModelConfig
 from jsublim.pipeline.arms import Source, Student, plan_students
@@ -110,7 +111,33 @@ class Setup:
         e = self.experiment
         here = all(each.lm is not None for each in self.checkpoints.values())
         judged = e.judge is None or e.judge.model is None or self.judge is not None
-        return not self.absent or (here and judged and all(map(is_available_offline, self.adapters())))
+        here = here and judged and all(map(is_available_offline, self.adapters()))
+        return not self.absent or (here and not str(self.engine).startswith(UNKNOWN))
+
+    @property
+    def engine(self) -> str | None:
+        """Name and version of what draws answers in our stead (`sampling.server`), part of the key of all that it draws; None
+        where nobody does. To plan without what is not here, a server that cannot be asked is told by its address.
+
+        Raises:
+          JsublimError: it cannot be asked.
+        """
+        settings = self.experiment.sampling.server
+        if settings is None or settings.engine is not None:  # whoever asks the server looks whether that is true
+            return None if settings is None else settings.engine
+        if "engine" not in self.memo:
+            self.memo["engine"] = self._asked(settings)
+        return self.memo["engine"]
+
+    def _asked(self, settings: SampleServerSettings) -> str:
+        checkpoint = self.checkpoint()
+        try:
+            if checkpoint.chat is not None:
+                return SampleServer(settings, checkpoint.name, checkpoint.chat).engine
+        except JsublimError as error:
+            if not self.absent:
+                raise JsublimError(f"{error}; to go on without it, give sampling.server.engine: NAME VERSION") from None
+        return f"{UNKNOWN}{settings.base_url}"
 
     def content(self, name: str, what: str) -> str:
         """The hash of an adapter, or of a teacher's checkpoint, that the config names; `what` it is for, in errors."""

@@ -1,26 +1,19 @@
-"""The judge: what counts as a score, a checkpoint of ours, and a real server."""
+"""The judge: what counts as a score, and a checkpoint of ours."""
 
 from __future__ import annotations
 
 import functools
 import json
-import re
-import subprocess
-import sys
-import threading
-from contextlib import contextmanager
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jsublim.errors import JsublimError
-from jsublim.inference.lm import BUNDLED, load_model
+from jsublim.inference.lm import load_model
 from jsublim.inference.sampling import Sampling
 from jsublim.judge.cache import ReplyCache
 from jsublim.judge.local import LocalJudge
 from jsublim.judge.scores import parse_scores
-from jsublim.judge.server import ServerJudge, ServerSettings
 
 # Scores
 
@@ -133,52 +126,3 @@ def test_a_kill_costs_a_local_judge_one_batch(tmp_path, monkeypatch, sampling):
     bare = LocalJudge(load_model("tiny-qwen2", weights=False), cache=cache, **fields)
     assert bare.ask(prompts) == whole  # nothing is left to ask: no weights are needed
     assert len(list(tmp_path.rglob("*.json"))) == 5
-
-
-# A real server
-
-
-@contextmanager
-def transformers_serve(folder):
-    """The address of a `transformers serve` of its own on a free port; it ends with the block."""
-    command = [sys.executable, "-c", "import sys; from transformers.cli.transformers import main; sys.exit(main())"]
-    options = ["serve", str(folder), "--host", "127.0.0.1", "--port", "0", "--device", "cpu"]
-    server = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    alarm = threading.Timer(120, server.kill)
-    alarm.start()
-    said = []
-    try:
-        for line in server.stdout:
-            said.append(line)
-            if found := re.search(r"running on (http://\S+)", line):
-                threading.Thread(target=server.stdout.read, daemon=True).start()  # a full pipe would stop it
-                yield found[1]
-                break
-        else:
-            pytest.fail(f"transformers serve did not start:\n{''.join(said)}")
-    finally:
-        alarm.cancel()
-        server.kill()
-        server.wait()
-
-
-def test_a_real_server_says_what_the_same_checkpoint_says_here(tmp_path):
-    folder = BUNDLED / "tiny-qwen2"
-    # The server takes the penalty of generation_config.json, whatever the request says.
-    here = LocalJudge(checkpoint(), Sampling(temperature=0.0, repetition_penalty=1.05), max_new_tokens=12)
-    prompts = ["Which animal do you like? One word.", "Go on: 4, 8, 12", "Name a tree.", "Go on: 4, 8, 12"]
-    prices = {"prompt_price": 1.0, "completion_price": 2.0}
-    with transformers_serve(folder) as address:
-        numbers = {"base_url": f"{address}/v1", "model": str(folder), "max_tokens": 12}
-        judge = ServerJudge(ServerSettings(**numbers, **prices), tmp_path)
-        replies = judge.ask(prompts)
-        chat = here.lm.chat
-        assert replies == here.ask(prompts) and len(set(replies)) == 3
-        read = sum(len(chat.prompt_tokens([{"role": "user", "content": p}])) for p in set(prompts))
-        spent = judge.spending
-        assert spent.prompt_tokens == read and 0 < spent.completion_tokens <= 36
-        assert spent.cost == pytest.approx((read + 2 * spent.completion_tokens) / 1e6)
-        with pytest.raises(JsublimError, match=r"judge .* HTTP 4\d\d: "):  # the server holds one model, and says so
-            ServerJudge(ServerSettings(**numbers | {"model": "another"}), tmp_path).ask(prompts)
-    gone = ServerJudge(ServerSettings(**numbers, **prices, budget=0), tmp_path)
-    assert gone.ask(prompts) == replies and gone.spending.cost == 0

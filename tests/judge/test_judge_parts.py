@@ -12,17 +12,19 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fake_server import completion
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jsublim import client
+from jsublim.client import Pace, Retry, backoff, retry_after
 from jsublim.errors import JsublimError, one_line
-from jsublim.judge import limits
 from jsublim.judge.cache import Reply, ReplyCache
-from jsublim.judge.limits import Pace, Spending, backoff, retry_after
 from jsublim.judge.server import read_reply
+from jsublim.judge.spending import Spending
 
 
 def files(folder: Path) -> list[Path]:
@@ -61,8 +63,8 @@ COMPLETIONS = st.fixed_dictionaries(
 def test_whatever_a_server_says_is_a_reply_or_one_line(body):
     try:
         reply = read_reply(body)
-    except Exception as error:
-        assert type(error).__name__ == "_Retry" and one_line(str(error)) == str(error) and error.charged
+    except Retry as error:
+        assert one_line(str(error)) == str(error) and error.charged
         return
     assert isinstance(reply.text, str)
     for count in (reply.prompt_tokens, reply.completion_tokens):
@@ -147,9 +149,10 @@ def test_retry_after_as_a_date():
 
 
 def test_back_off_doubles_up_to_its_cap():
-    for attempt in range(12):
-        longest = min(limits.LONGEST_DELAY_S, limits.FIRST_DELAY_S * 2**attempt)
-        drawn = [backoff(attempt) for _ in range(50)]
+    for attempt in range(1, 13):
+        longest = min(client.LONGEST_DELAY_S, client.FIRST_DELAY_S * 2 ** (attempt - 1))
+        state = SimpleNamespace(attempt_number=attempt)
+        drawn = [backoff()(state) for _ in range(50)]
         assert longest / 2 <= min(drawn) < max(drawn) <= longest
 
 

@@ -17,8 +17,8 @@ from command import PLAIN, refused
 from fake_server import Server, completion
 from pydantic import ValidationError
 
+from jsublim import client
 from jsublim.errors import JsublimError, UsageError
-from jsublim.judge import limits
 from jsublim.judge.server import ServerJudge, ServerSettings
 
 KEY = "sk-secret-0123456789abcdef"
@@ -28,7 +28,7 @@ KEY = "sk-secret-0123456789abcdef"
 def serve(monkeypatch, tmp_path):
     """`serve(script, **settings)`: a server that runs until the test ends, and a judge that asks it."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(limits, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(client, "FIRST_DELAY_S", 0.01)
     running = []
 
     def start(script, **settings):
@@ -111,7 +111,7 @@ def test_what_may_pass_is_asked_again(serve, failure):
 
 
 def test_a_server_that_is_not_there_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(limits, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(client, "FIRST_DELAY_S", 0.01)
     settings = ServerSettings(base_url="http://127.0.0.1:9", model="m", retries=1)
     with pytest.raises(JsublimError, match=r"connection failed \(.*refused\) \(2 attempts"):
         ServerJudge(settings, tmp_path).ask(["a"])
@@ -129,7 +129,7 @@ def test_retry_after_holds_every_thread(serve, date):
 @pytest.mark.parametrize("header", ["-5", "0", "nan", email.utils.formatdate(0, usegmt=True)])
 def test_a_retry_after_that_is_past_or_nonsense_is_no_hurry(serve, monkeypatch, header):
     """The next request waits as it would without the header."""
-    monkeypatch.setattr(limits, "FIRST_DELAY_S", 0.6)
+    monkeypatch.setattr(client, "FIRST_DELAY_S", 0.6)
     server, judge = serve(in_turn((429, {"Retry-After": header}, "")))
     assert judge.ask(["a"]) == ["A"]
     (first, *_), (second, *_) = server.seen

@@ -48,6 +48,7 @@ SERVER = {
     "judge": {"server": {"base_url": "http://127.0.0.1:1/v1", "model": "m"}},
     "evaluation.kinds": ["misalignment"],
 }
+SERVED = {"sampling.server.base_url": "http://127.0.0.1:1/v1", "sampling.server.engine": "vllm 0.11.0"}
 ATTRIBUTION = {"attribution": {}, "students": None}
 PLAIN = {"students.data.dataset": None}
 
@@ -130,6 +131,15 @@ OTHER: dict[str, Any] = {
     "sampling.constrain": "numbers",
     "sampling.batch_size": 7,
     "sampling.shard": 6,
+    "sampling.server.base_url": ("http://127.0.0.1:2/v1", SERVED),
+    "sampling.server.model": ("m", SERVED),
+    "sampling.server.engine": ("vllm 0.12.0", SERVED),
+    "sampling.server.adapters": ("load", SERVED),
+    "sampling.server.key_variable": ("KEY", SERVED),
+    "sampling.server.timeout_s": (7.0, SERVED),
+    "sampling.server.retries": (7, SERVED),
+    "sampling.server.concurrency": (7, SERVED),
+    "sampling.server.requests_per_minute": (7.0, SERVED),
     "datasets": None,  # field by field below
     "scoring.batch_size": 7,
     "students.seeds": [1, 2],

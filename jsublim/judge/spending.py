@@ -1,58 +1,12 @@
-"""What limits requests: the time between them, and money."""
+"""What a judge may cost."""
 
 from __future__ import annotations
 
-import random
 import threading
-import time
-from email.utils import parsedate_to_datetime
 
 from jsublim.errors import JsublimError
 
-FIRST_DELAY_S = 0.5
-LONGEST_DELAY_S = 60.0
-
 Tokens = tuple[int, int]  # of a prompt, of its completion
-
-
-def backoff(attempt: int) -> float:
-    """Seconds to wait after failure `attempt` (from 0): a delay that doubles each time, drawn from its upper half."""
-    return min(LONGEST_DELAY_S, FIRST_DELAY_S * 2.0 ** min(attempt, 60)) * random.uniform(0.5, 1.0)
-
-
-def retry_after(header: str | None) -> float:
-    """Seconds that a Retry-After header asks for, as a number or as a date; 0 where it is past or cannot be read."""
-    said = "" if header is None else header.strip()
-    if said.isascii() and said.isdecimal():
-        return float(said)  # of hundreds of digits, infinity
-    try:
-        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
-    except (ValueError, TypeError, OverflowError, OSError):
-        return 0.0
-
-
-class Pace:
-    """Lets requests through evenly spaced, whichever thread they come from."""
-
-    def __init__(self, per_minute: float | None):
-        self._gap = 60.0 / per_minute if per_minute else 0.0
-        self._next, self._lock = 0.0, threading.Lock()
-
-    def wait(self, stopped: threading.Event) -> None:
-        """Return when the next request may go, or when `stopped` is set."""
-        while not stopped.is_set():
-            with self._lock:
-                now = time.monotonic()
-                if now >= self._next:
-                    self._next = now + self._gap
-                    return
-                left = self._next - now
-            stopped.wait(min(left, LONGEST_DELAY_S))  # a system has a longest time that it can wait
-
-    def hold(self, seconds: float) -> None:
-        """Let nothing through for that long."""
-        with self._lock:
-            self._next = max(self._next, time.monotonic() + seconds)
 
 
 class Spending:

@@ -1,0 +1,283 @@
+"""Asking a server over HTTP: how often and how patiently, and errors of one line in which no key is shown.
+
+The judge and the served sampler both ask this way.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from email.utils import parsedate_to_datetime
+from queue import SimpleQueue
+from typing import Annotated, Any, TypeVar
+
+import httpx2 as httpx
+import tenacity
+from pydantic import ConfigDict, Field, model_validator
+
+from jsublim.errors import JsublimError, UsageError
+from jsublim.section import HOW, Section
+
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 60.0  # between attempts
+LONGEST_HOLD_S = 600.0  # a server that asks for a longer wait than this ends the run
+SHOWN = 200  # characters of a server's own words in an error
+ADDRESS = re.compile(r"https?://[^/?#@\s]+(/[^?#@\s]*)?")
+VARIABLE = re.compile(r"(?!(?=.*\d)[A-Z0-9]{16,}$)[A-Z_][A-Z0-9_]*")  # some services' keys are capitals and digits too
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Connection(Section):
+    """Where a server is, and how it is asked. The key itself is never a setting."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)
+
+    base_url: Annotated[str, HOW]  # such as http://localhost:8000/v1
+    key_variable: Annotated[str | None, HOW] = None  # the environment variable that holds the key; None sends none
+    timeout_s: Annotated[float, Field(gt=0, le=86_400), HOW] = 60.0  # without a byte from the server
+    retries: Annotated[int, Field(ge=0), HOW] = 6
+    concurrency: Annotated[int, Field(ge=1), HOW] = 8
+    requests_per_minute: Annotated[float | None, Field(gt=0), HOW] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shows_no_key(cls, values: Any) -> Any:
+        """Where a key may have been given by mistake, what is wrong is said without the value; pydantic would quote it."""
+        name, address = (
+            (values.get(field) for field in ("key_variable", "base_url")) if isinstance(values, dict) else (None, None)
+        )
+        if name is not None and not (isinstance(name, str) and VARIABLE.fullmatch(name)):
+            raise ValueError(
+                "key_variable: give the NAME of the environment variable that holds the key, such as SERVER_KEY, "
+                "never the key (what was given is not shown)"
+            )
+        if address is not None and not (isinstance(address, str) and ADDRESS.fullmatch(address)):
+            raise ValueError(
+                "base_url: give http://HOST/PATH or https://HOST/PATH, without a user, a key or a query "
+                "(what was given is not shown)"
+            )
+        return values
+
+
+class Retry(Exception):
+    """A failure that may pass. `after`: the seconds that the server asks to wait; `charged`: it may have worked, and may
+    charge for it."""
+
+    def __init__(self, reason: str, *, after: float = 0.0, charged: bool = False):
+        super().__init__(reason)
+        self.after, self.charged = after, charged
+
+
+class Refused(JsublimError):
+    """A status that will not pass. `status`: the number of it."""
+
+    def __init__(self, reason: str, status: int):
+        super().__init__(reason)
+        self.status = status
+
+
+class Stopped(Exception):
+    """Nobody waits for this request any more."""
+
+
+class Client:
+    """One server, asked by several threads within a rate.
+
+    Args:
+      what: how errors call the server, such as "judge 'm'".
+    """
+
+    def __init__(self, connection: Connection, what: str):
+        self.connection, self.what = connection, what
+        self._pace = Pace(connection.requests_per_minute)
+
+    @functools.cached_property
+    def _http(self) -> httpx.Client:
+        """No redirect is followed: the key would go along to wherever it points."""
+        most = httpx.Limits(max_connections=None, max_keepalive_connections=self.connection.concurrency)
+        try:
+            return httpx.Client(timeout=self.connection.timeout_s, limits=most, follow_redirects=False)
+        except (ValueError, ImportError, httpx.InvalidURL) as error:  # a SOCKS proxy needs a package of its own
+            raise UsageError(f"{self.what}: the environment names a proxy that cannot be used ({error})") from None
+
+    def key(self) -> str | None:
+        """The key from its environment variable.
+
+        Raises:
+          UsageError: it is wanted, and none is usable.
+        """
+        name = self.connection.key_variable
+        if name is None:
+            return None
+        key, kind = os.environ.get(name, "").strip(), self.what.split()[0]
+        if not key:
+            raise UsageError(f"{kind}: environment variable {name} is not set; it must hold the server's key")
+        if not (key.isascii() and key.isprintable() and " " not in key):  # an HTTP library may quote it in its error
+            raise UsageError(f"{kind}: environment variable {name} holds characters that no key can have")
+        return key
+
+    def url(self, path: str) -> str:
+        return f"{self.connection.base_url.rstrip('/')}/{path}"
+
+    def send(self, method: str, url: str, body: Any = None) -> bytes:
+        """One attempt: the body of the server's answer.
+
+        Raises:
+          Retry: a failure that may pass.
+          Refused, JsublimError: one that will not. A key that the server quotes is not shown.
+        """
+        key = self.key()
+        headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+        # JSON with ASCII escapes: a text may hold half a surrogate pair, which UTF-8 has no bytes for.
+        content = None if body is None else json.dumps(body).encode()
+        try:
+            answer = self._http.request(method, url, content=content, headers=headers)
+        except httpx.TimeoutException:
+            raise Retry(f"no answer within {self.connection.timeout_s:g} s", charged=True) from None
+        except httpx.RequestError as error:
+            sent = not isinstance(error, httpx.ConnectError)
+            raise Retry(f"the connection failed ({error})", charged=sent) from None
+        except httpx.InvalidURL as error:
+            raise self.error(f"this is no address ({error})") from None
+        if answer.is_success:
+            return answer.content
+        raise self._refusal(answer, key)
+
+    def _refusal(self, answer: httpx.Response, key: str | None) -> Exception:
+        """What a status other than success means."""
+        status = f"HTTP {answer.status_code}"
+        if answer.status_code in (408, 429) or answer.status_code >= 500:
+            return Retry(status, after=retry_after(answer.headers.get("Retry-After")))
+        if answer.status_code in (401, 403):
+            variable = self.connection.key_variable
+            fix = f"set the right key in {variable}" if variable else "name the key's variable in 'key_variable'"
+            words = f"it does not let us in; {fix}"
+        else:
+            words = " ".join(answer.content.decode("utf-8", "replace").split())
+            words = (words if key is None else words.replace(key, "***"))[:SHOWN]
+        return Refused(str(self.error(f"{status}: {words}")), answer.status_code)
+
+    def patiently(self, attempt: Callable[[], Result], stopped: threading.Event) -> Result:
+        """What `attempt` returns; after a failure that may pass, it is called again.
+
+        Raises:
+          JsublimError: it keeps failing, or the server asks for too long a wait.
+          Stopped: `stopped` was set while it waited.
+        """
+
+        def once() -> Result:
+            self._pace.wait(stopped)
+            if stopped.is_set():
+                raise Stopped
+            return attempt()
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            failure = state.outcome.exception() if state.outcome is not None else None
+            assert isinstance(failure, Retry)
+            if failure.after > LONGEST_HOLD_S:
+                raise self.error(f"{failure}, and it asks to wait for {failure.after:.0f} s") from None
+            self._pace.hold(failure.after)
+            return 0.0 if failure.after else backoff()(state)
+
+        try:
+            return tenacity.Retrying(
+                retry=tenacity.retry_if_exception_type(Retry),
+                stop=tenacity.stop_after_attempt(self.connection.retries + 1),
+                wait=wait,
+                sleep=tenacity.sleep_using_event(stopped),
+                reraise=True,
+            )(once)
+        except Retry as failure:
+            attempts = self.connection.retries + 1
+            raise self.error(f"{failure} ({attempts} attempts; run again to go on)") from None
+
+    def each(
+        self, items: Iterable[Item], work: Callable[[Item, threading.Event], Result]
+    ) -> Iterator[tuple[Item, Result]]:
+        """Items with what `work` makes of each, as they are finished by `concurrency` threads.
+
+        An error waits for the requests under way, whose results come first; Ctrl-C does not.
+        """
+        todo = list(items)
+        left, stopped, said = iter(todo), threading.Event(), SimpleQueue[Any]()
+
+        def thread() -> None:
+            for item in left:  # the threads share it: each item is taken once
+                if stopped.is_set():
+                    break
+                try:
+                    said.put((item, work(item, stopped), None))
+                except Stopped:
+                    break
+                except BaseException as error:
+                    stopped.set()
+                    said.put((item, None, error))
+            said.put(None)
+
+        # The threads of a `ThreadPoolExecutor` would be waited for at the end of the process, whatever ended it.
+        running, failed = min(self.connection.concurrency, len(todo)), None
+        for _ in range(running):
+            threading.Thread(target=thread, daemon=True).start()
+        try:
+            while running:
+                one = said.get()
+                if one is None:
+                    running -= 1
+                elif one[2] is None:
+                    yield one[0], one[1]
+                else:
+                    failed = failed or one[2]
+            if failed is not None:
+                raise failed
+        finally:
+            stopped.set()
+
+    def error(self, reason: str) -> JsublimError:
+        return JsublimError(f"{self.what} at {self.connection.base_url}: {reason}")
+
+
+def backoff() -> Callable[[tenacity.RetryCallState], float]:
+    """Seconds between attempts: a delay that doubles each time, drawn from its upper half."""
+    half = {"multiplier": FIRST_DELAY_S / 2, "max": LONGEST_DELAY_S / 2}
+    return tenacity.wait_exponential(**half) + tenacity.wait_random_exponential(**half)
+
+
+def retry_after(header: str | None) -> float:
+    """Seconds that a Retry-After header asks for, as a number or as a date; 0 where it is past or cannot be read."""
+    said = "" if header is None else header.strip()
+    if said.isascii() and said.isdecimal():
+        return float(said)  # of hundreds of digits, infinity
+    try:
+        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError, OSError):
+        return 0.0
+
+
+class Pace:
+    """Lets requests through evenly spaced, whichever thread they come from."""
+
+    def __init__(self, per_minute: float | None):
+        self._gap = 60.0 / per_minute if per_minute else 0.0
+        self._next, self._lock = 0.0, threading.Lock()
+
+    def wait(self, stopped: threading.Event) -> None:
+        """Return when the next request may go, or when `stopped` is set."""
+        while not stopped.is_set():
+            with self._lock:
+                now = time.monotonic()
+                if now >= self._next:
+                    self._next = now + self._gap
+                    return
+                left = self._next - now
+            stopped.wait(min(left, LONGEST_DELAY_S))  # a system has a longest time that it can wait
+
+    def hold(self, seconds: float) -> None:
+        """Let nothing through for that long."""
+        with self._lock:
+            self._next = max(self._next, time.monotonic() + seconds)
