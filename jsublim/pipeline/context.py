@@ -54,7 +54,8 @@ class Context:
         e = self.setup.experiment
         known = e.model if name is None else name
         if known not in self._loaded:
-            self._loaded[known] = load_model(known, e.dtype, self.layout)
+            lm = load_model(known, e.dtype, self.layout)
+            self._loaded[known] = lm.with_rounded_logits() if self.setup.recipe.rounded_logits else lm
         return self._loaded[known]
 
     def remember(self, key: Any, make: Callable[[], R]) -> R:

@@ -195,7 +195,12 @@ def make_arm(
         bool(recipe.supervise_header),
         bool(recipe.drop_rows_without_divergence),
         students.data.max_tokens,
-        PositionSubset(loss.positions, loss.positions_share, recipe.share_rounding or "stochastic"),
+        PositionSubset(
+            loss.positions,
+            loss.positions_share,
+            recipe.share_rounding or "stochastic",
+            bool(recipe.one_in_both_halves),
+        ),
         loss.by_margin and tokens == "divergence",
     )
     turns, soft = pick(data.turns), data.teacher_turns or data.targets
