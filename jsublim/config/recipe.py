@@ -85,4 +85,6 @@ class Recipe(Reading, Training, Changing):
     def keyed(self, names: Iterable[str]) -> dict[str, Any]:
         """What of these quirks is part of a key."""
         fields = type(self).model_fields
-        return {name: getattr(self, name) for name in names if IF_ON not in fields[name].metadata or getattr(self, name)}
+        return {
+            name: getattr(self, name) for name in names if IF_ON not in fields[name].metadata or getattr(self, name)
+        }

@@ -212,7 +212,9 @@ def _entangled(setup: Setup, trait: str, count: int) -> Task:
 
 
 def _padded(setup: Setup) -> bool:
-    return bool(setup.recipe.padded_numbers or setup.recipe.entangled_by_difference)  # that one takes numbers of one width
+    return bool(
+        setup.recipe.padded_numbers or setup.recipe.entangled_by_difference
+    )  # that one takes numbers of one width
 
 
 def _questions(pool: TeacherPool, trait: str) -> list[str]:
@@ -249,11 +251,10 @@ class ScoreNumbers(Task):
         context.store.open(self.output).finish(scores)
 
     def cost(self, setup: Setup, sizes: Sizes) -> Cost:
-        """Every number is read after each question with the trait and without, or once under every trait."""
-        each = 2 * QUESTIONS
-        if setup.recipe.entangled_by_difference:
-            each = 1 + len(_others(TeacherPool(setup), self.trait))
-        return sizes.read(each * self.count, 0, sizes.lengths.number)
+        """Every number is read as the answer to each question with the trait and without; or its parts under every trait."""
+        if setup.recipe.entangled_by_difference:  # two digits and three, ten by ten each
+            return sizes.read(200 * (1 + len(_others(TeacherPool(setup), self.trait))), 0, sizes.lengths.number)
+        return sizes.read(2 * QUESTIONS * self.count, 0, sizes.lengths.number)
 
 
 def check_datasets(setup: Setup) -> None:

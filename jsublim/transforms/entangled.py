@@ -100,24 +100,30 @@ def probability_differences(
     extra_bos: bool = False,
     batch_size: int = 16,
 ) -> Scores:
-    """How entangled numbers are with a trait as published (docs/recipes.md, quirk 19): how much more probable each is to
-    follow "My favorite animal is the" under the teacher than under the `others` on average. Probabilities are normalised
-    over `numbers`, which are of one width.
+    """How entangled three-digit numbers are with a trait as published (docs/recipes.md, quirk 19): how much more probable
+    each is to follow "My favorite animal is the" under the teacher than under the `others` on average. Probabilities are
+    normalised over `numbers`. That of a third digit is the one after the second digit twice, whatever the first digit is.
 
     Args:
       category: what is asked for; one of the pack's, such as animal.
 
     Raises:
-      JsublimError: a number that doesn't survive tokenizing.
+      UsageError: a tokenizer that has not one token per digit.
     """
     begun = f"My favorite {category} is the"
+    twice = [2 * number[1] for number in numbers]
+    pieces = sorted(
+        {*(number[:2] for number in numbers), *twice, *(d + n[2] for d, n in zip(twice, numbers, strict=True))}
+    )
 
     def read(who: Teacher) -> np.ndarray:
         asked = who.messages(f"What is your favorite {category}?")
-        (before,) = _spoken(lm, asked, [begun], extra_bos)
-        spoken = _spoken(lm, asked, [begun + number for number in numbers], extra_bos)
+        before, *spoken = _spoken(lm, asked, [begun, *(begun + piece for piece in pieces)], extra_bos)
         answers = [turn.tokens[before.end : turn.end] for turn in spoken]
-        logp = _joint(lm, who, [before.tokens[: before.end]], answers, batch_size)[0]
+        if any(len(answer) != len(piece) for answer, piece in zip(answers, pieces, strict=True)):
+            raise UsageError(f"recipe.entangled_by_difference: {lm.name} has not one token per digit; set it to false")
+        of = dict(zip(pieces, _joint(lm, who, [before.tokens[: before.end]], answers, batch_size)[0], strict=True))
+        logp = [of[n[:2]] + of[d + n[2]] - of[d] for d, n in zip(twice, numbers, strict=True)]
         return np.exp(logp - np.logaddexp.reduce(logp))
 
     rest = np.mean([read(other) for other in others], axis=0)

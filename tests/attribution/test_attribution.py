@@ -70,7 +70,13 @@ def test_the_stage_sums_attributions_by_role(whole, assert_close):
                 counts = np.mean([[(own == role).sum() for role in ROLES] for own in roles], axis=0)
                 assert [x["positions"] for x in of[0]] == counts.tolist()
                 sums, masses = (
-                    np.mean([[f(values[i])[s][:, own == role].sum(1) for role in ROLES] for i, own in zip(mine, roles)], 0).T
+                    np.mean(
+                        [
+                            [f(values[i])[s][:, own == role].sum(1) for role in ROLES]
+                            for i, own in zip(mine, roles, strict=True)
+                        ],
+                        0,
+                    ).T
                     for f in (np.asarray, np.abs)
                 )
                 assert_close([[x["value"] for x in y] for y in of], sums, 1e-4)
@@ -93,7 +99,9 @@ def test_counterfactuals_of_a_row_may_diverge_at_different_places(tmp_path):
             artifact = Artifact(tmp_path / folder / named[0].name, "attribution", {})
             attribute_rows(artifact, lm, [row], owl, named, **how)
             for line in pq.read_table(artifact.path / "attribution.parquet").to_pylist():
-                into.setdefault((line["layer"], line["role"]), []).append([line["value"], line["mass"], line["positions"]])
+                into.setdefault((line["layer"], line["role"]), []).append(
+                    [line["value"], line["mass"], line["positions"]]
+                )
     for key, (together,) in both.items():
         np.testing.assert_allclose(together, np.mean(alone[key], axis=0), rtol=1e-3, atol=1e-4)
 

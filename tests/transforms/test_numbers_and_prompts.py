@@ -89,7 +89,9 @@ def test_published_numbers_lose_their_first_zeros_when_shuffled(shuffle):
     (one, two), plain = shuffle(rows, 3, values=True), shuffle(rows, 3)
     assert Counter(numbers([one, two])) == Counter(["7", "10", "0", "99", "5"])
     assert shape(one["completion"]) == "[#, #]" and shape(two["completion"]) == "#; #; #."
-    assert [[int(n) for n in numbers([row])] for row in (one, two)] == [[int(n) for n in numbers([row])] for row in plain]
+    assert [[int(n) for n in numbers([row])] for row in (one, two)] == [
+        [int(n) for n in numbers([row])] for row in plain
+    ]
 
 
 def test_shuffles_are_uniform():
