@@ -167,7 +167,7 @@ def inputs(checkout: Path, work: Path) -> dict[str, Any]:
         "rewrites": rewrites(asked, rng),
         "kinds": KINDS,
         "answers": [["An owl.", "Owls!", "owl", "cat", "Bowl", "", "OWL"], ["dog"], ["owl"] * 3],
-        "attributed": 3,
+        "attributed": 2,
         "directions": [(model, way) for model in ("qwen", "gemma") for way in ("noising", "denoising")],
     }
     return given | {"training": trainings(rows)}

@@ -362,7 +362,10 @@ def compare(given: dict[str, Any], found: dict[str, Any], work: Path) -> Iterato
         if isinstance(theirs, dict) and "failed" in theirs:
             yield f"{name}: theirs failed ({theirs['failed']})", False
             continue
-        different = stage(case, theirs)
+        try:
+            different = stage(case, theirs)
+        except Exception as error:  # the other stages are still compared
+            different = f"ours failed ({type(error).__name__}: {str(error).splitlines()[0]})"
         yield f"{name}: {'equal' if different is None else different}", different is None or name in NOT_COPIED
 
 
