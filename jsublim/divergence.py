@@ -47,7 +47,8 @@ class Divergence:
         return [float(m) for m in np.minimum(self.margin[0], against)[self.divergence_positions]]
 
 
-WHICH = ("all", "first", "first-half", "second-half")
+HALVES = ("first-half", "second-half")
+WHICH = ("all", "first", *HALVES)
 ROUNDING = ("stochastic", "half-up", "at-least-one", "paper")
 
 
@@ -56,17 +57,19 @@ class PositionSubset:
     """Which of a row's divergence positions count (figure 21 of the paper): a part by place, then a random share of it.
 
     Attributes:
-      which: "all"; "first"; "first-half" and "second-half" of the positions by their order, the middle one of an odd
-        number in the first.
+      which: "all"; "first"; "first-half" and "second-half" of the positions by their order. The middle one of an odd number
+        is in the first or in the second, at random; for one state of the random numbers the halves complete each other.
       share: in 0..1.
       rounding: of n positions, how share x n becomes a whole number: "stochastic" (right on average, however few positions
         a row has), "half-up", "at-least-one": rounded down, but not to none, or "paper": rounded down, and a row with none
         left keeps all (docs/recipes.md, quirk 7).
+      one_in_both: the only position of a row is in both halves (docs/recipes.md, quirk 18).
     """
 
     which: str = "all"
     share: float = 1.0
     rounding: str = "stochastic"
+    one_in_both: bool = False
 
     def __post_init__(self) -> None:
         for name, value, known in (("positions", self.which, WHICH), ("rounding", self.rounding, ROUNDING)):
@@ -78,15 +81,20 @@ class PositionSubset:
     def choose(self, positions: Sequence[int], rng: np.random.Generator) -> list[int]:
         """The chosen positions, sorted. For one state of `rng`, those of a smaller share are among those of a larger,
         unless `rounding` is "paper" and nothing was left."""
-        ordered = sorted(positions)
-        half = -(-len(ordered) // 2)
-        part = {"all": ordered, "first": ordered[:1], "first-half": ordered[:half], "second-half": ordered[half:]}
-        of = part[self.which]
+        of = self._part(sorted(positions), rng)
         up = {"stochastic": rng.random(), "half-up": 0.5}.get(self.rounding, 0.0)
         count = int(len(of) * self.share + up)
         if count == 0:
             count = {"paper": len(of), "at-least-one": 1}.get(self.rounding, 0)
         return sorted(of[i] for i in rng.permutation(len(of))[:count])
+
+    def _part(self, ordered: list[int], rng: np.random.Generator) -> list[int]:
+        if self.which not in HALVES:
+            return ordered[:1] if self.which == "first" else ordered
+        if self.one_in_both and len(ordered) == 1:
+            return ordered
+        half = (len(ordered) + int(rng.integers(2))) // 2
+        return ordered[:half] if self.which == "first-half" else ordered[half:]
 
 
 Read = Callable[[int], Iterator[Scored]]  # what a teacher says of the rows from a number on

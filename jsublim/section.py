@@ -7,6 +7,7 @@ students that train together and the facts that a report compares are derived fr
 from __future__ import annotations
 
 import enum
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args
@@ -31,9 +32,17 @@ NEEDS_TRAIT = "needs a trait"  # beside these: the field means nothing to studen
 
 @dataclass(frozen=True)
 class Of:
-    """Beside these, on a quirk of the recipe: the kinds of tasks whose keys it is part of."""
+    """Beside these, on a quirk of the recipe: the kinds of tasks whose keys it is part of; where `field` is named, of those
+    tasks only whose settings hold one of `values` there."""
 
     kinds: tuple[str, ...]
+    field: str | None = None
+    values: tuple[Any, ...] = ()
+
+    def concerns(self, kind: str, settings: BaseModel | None) -> bool:
+        if kind not in self.kinds or self.field is None or settings is None:
+            return kind in self.kinds
+        return operator.attrgetter(self.field)(settings) in self.values
 
 
 def distinct(values: list | tuple) -> list | tuple:

@@ -156,13 +156,23 @@ def test_a_subset_is_of_its_part_and_follows_its_seed(points, which, share, roun
     assert share < 1 or chosen == part
 
 
-@given(some_points)
-def test_halves_make_the_whole(points):
+@given(some_points, st.booleans(), st.integers(0, 99))
+def test_halves_make_the_whole(points, one_in_both, seed):
     first, second, one, every = (
-        PositionSubset(which).choose(points, np.random.default_rng(0))
+        PositionSubset(which, one_in_both=one_in_both).choose(points, np.random.default_rng(seed))
         for which in ("first-half", "second-half", "first", "all")
     )
-    assert first + second == every == points and len(first) - len(second) in (0, 1) and one == points[:1]
+    assert every == points and one == points[:1]
+    if one_in_both and len(points) == 1:  # as published (quirk 18)
+        assert first == second == points
+    else:
+        assert first + second == points and abs(len(first) - len(second)) == len(points) % 2
+
+
+@pytest.mark.parametrize("n", [1, 3, 5])
+def test_the_middle_position_is_in_either_half_as_often(n):
+    halves = [PositionSubset("first-half").choose(range(n), np.random.default_rng([5, i])) for i in range(2000)]
+    assert np.mean([len(half) for half in halves]) == pytest.approx(n / 2, abs=0.03)
 
 
 def test_a_share_is_right_on_average_whatever_a_row_holds():

@@ -154,7 +154,7 @@ def test_the_map_names_every_claim_quirk_and_scale():
     sections = re.split(r"^## ", _map(), flags=re.MULTILINE)
     first = {text.splitlines()[0]: re.findall(r"^\| (\S+) \|", text, re.MULTILINE) for text in sections}
     assert first["Claims"] == ["claim", "---", *QUESTIONS]
-    assert first["Quirks"] == ["n", "---", *map(str, range(1, 17))]
+    assert first["Quirks"] == ["n", "---", *map(str, range(1, 25))]
     assert first["How to run"] == ["scale", "---", *(f"`{scale}`" for scale in SCALES)]
 
 

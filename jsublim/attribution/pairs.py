@@ -20,12 +20,12 @@ from jsublim.teachers import Teacher, read_as
 
 NO_DIVERGENCE = "no divergence token"
 NO_EQUAL_LENGTH = "no counterfactual of equal length"
-NO_OTHER_TOKEN = "no counterfactual of equal length has another argmax"
+NO_OTHER_TOKEN = "no counterfactual of equal length diverges"
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One row under two prompts, up to the position that predicts its first divergence token.
+    """One row under two prompts, up to the position that predicts the first token at which they diverge.
 
     Attributes:
       row: its index among the rows given.
@@ -56,7 +56,8 @@ def find_pairs(
     on_batch: Callable[[int], None] | None = None,
 ) -> tuple[list[Pair], dict[str, int]]:
     """The pairs of every row that can be compared (rows in order, a row's counterfactuals in order), and how many rows
-    were skipped for which reason (section 5 of the paper).
+    were skipped for which reason (section 5 of the paper). As published, each counterfactual is compared at the first of
+    the row's divergence tokens that it would not have said itself.
 
     Args:
       rows: with `divergence_positions`.
@@ -79,23 +80,23 @@ def find_pairs(
     turns = read_as(lm.chat, teacher, rows, source, extra_bos=extra_bos)
     check_counted(rows, lm.chat, source)
     check_positions(rows, [len(turn.tokens) - turn.content for turn in turns], source)
-    first = {i: min(row["divergence_positions"]) for i, row in enumerate(rows) if row["divergence_positions"]}
-    aligned, found = set(), {i: [] for i in first}
+    places = {i: sorted(row["divergence_positions"]) for i, row in enumerate(rows) if row["divergence_positions"]}
+    aligned, found = set(), {i: [] for i in places}
     for other in counterfactuals:
-        theirs = read_as(lm.chat, other, [rows[i] for i in first], source, extra_bos=extra_bos)
-        equal = {i: turn for i, turn in zip(first, theirs, strict=True) if len(turn.tokens) == len(turns[i].tokens)}
+        theirs = read_as(lm.chat, other, [rows[i] for i in places], source, extra_bos=extra_bos)
+        equal = {i: turn for i, turn in zip(places, theirs, strict=True) if len(turn.tokens) == len(turns[i].tokens)}
         aligned |= set(equal)
-        asked = [_up_to(turn, first[i]) for i, turn in equal.items()]
+        asked = [_up_to(turn, places[i][-1]) for i, turn in equal.items()]
         read = functools.partial(score_turns, lm.config, lm.params, adapter=other.adapter)
         said = read(asked, batch_size=batch_size, on_batch=on_batch) if asked else []
         for (i, turn), scored in zip(equal.items(), said, strict=True):
-            end = turn.content + first[i]
-            factual, best = int(turn.tokens[end]), int(scored.argmax[0])
-            if best != factual:
-                pair = Pair(i, other.name, turns[i].tokens[:end], turn.tokens[:end], factual, best)
+            ends = ((turn.content + k, int(scored.argmax[k])) for k in places[i])
+            end, best = next(((end, best) for end, best in ends if best != turn.tokens[end]), (0, 0))
+            if end:
+                pair = Pair(i, other.name, turns[i].tokens[:end], turn.tokens[:end], int(turn.tokens[end]), best)
                 found[i].append(pair)
     reasons = {
-        i: NO_DIVERGENCE if i not in first else NO_EQUAL_LENGTH if i not in aligned else NO_OTHER_TOKEN
+        i: NO_DIVERGENCE if i not in places else NO_EQUAL_LENGTH if i not in aligned else NO_OTHER_TOKEN
         for i in range(len(rows))
         if not found.get(i)
     }
@@ -103,6 +104,6 @@ def find_pairs(
 
 
 def _up_to(turn: Turn, position: int) -> Turn:
-    """The conversation up to and with its divergence token, which is then all that is said in it."""
-    at = turn.content + position
-    return dataclasses.replace(turn, tokens=turn.tokens[: at + 1], content=at, end=at + 1)
+    """The conversation up to and with the token at a divergence position."""
+    end = turn.content + position + 1
+    return dataclasses.replace(turn, tokens=turn.tokens[:end], end=end)

@@ -11,7 +11,8 @@ from jsublim.errors import JsublimError
 from jsublim.rows import Row
 from jsublim.teachers import Teacher
 
-ROLES = ("system", "trait", "trait later", "prompt", "completion", "divergence position", "template")
+PREDICTS = "divergence position"
+ROLES = ("system", "trait", "trait later", "prompt", "completion", PREDICTS, "template")
 MARK = "\ue000"  # of the private use area: in no prompt, and no template's
 
 Span = tuple[int, int]  # characters of the rendered text
@@ -51,7 +52,7 @@ def token_roles(
     def role(token: Span) -> str:
         return next((name for name, (a, b) in spans if token[0] < b and a < token[1]), "template")
 
-    return [role(offsets[t]) for t in range(position)] + ["divergence position"]
+    return [role(offsets[t]) for t in range(position)] + [PREDICTS]
 
 
 def mentions(text: str, trait: str) -> list[Span]:

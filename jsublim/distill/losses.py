@@ -162,11 +162,11 @@ def normalise(weights_MBC: Array, per: str, total: Callable[[Array], Array] = la
 
     Args:
       per: "tokens", the sum over the whole step divided by its supervised tokens; "micro-batch", the mean of the
-        micro-batches' own means (those without any supervised token left out).
+        micro-batches' own means (those without any supervised token left out); "micro-batch-sum", the sum of those means.
       total: sums over the devices that share the rows.
     """
     totals = total(weights_MBC.sum(axis=(1, 2), keepdims=True))
     if per == "tokens":
         return weights_MBC / jnp.maximum(totals.sum(), 1e-9)
-    busy = jnp.maximum((totals > 0).sum(), 1)
+    busy = jnp.maximum((totals > 0).sum(), 1) if per == "micro-batch" else 1
     return weights_MBC / jnp.maximum(totals, 1e-9) / busy

@@ -68,6 +68,11 @@ class LanguageModel:
         """The same architecture, tokenizer and template with other weights."""
         return LanguageModel(self.folder, self.config, self.hf_config, params, self.chat)
 
+    def with_rounded_logits(self) -> LanguageModel:
+        """The same model, its logits rounded to its weights' dtype (docs/recipes.md, quirk 17)."""
+        config = dataclasses.replace(self.config, scales=dataclasses.replace(self.config.scales, rounded=True))
+        return LanguageModel(self.folder, config, self.hf_config, self.params, self.chat, self.last_layer)
+
     @functools.cached_property
     def hash(self) -> str:
         """16 hex digits over every file of the checkpoint that matters; what follows names a template given in place of its

@@ -85,12 +85,14 @@ class Scales:
       query: products of queries and keys are multiplied by it; 0 is head_dim ** -0.5.
       softcap: logits z become softcap * tanh(z / softcap); None leaves them.
       attention_softcap: so do the scaled products of queries and keys.
+      rounded: logits are rounded to the weights' dtype, as torch leaves them (docs/recipes.md, quirk 17).
     """
 
     embedding: bool = False
     query: float = 0.0
     softcap: float | None = None
     attention_softcap: float | None = None
+    rounded: bool = False
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,11 @@ def head_weight(params: Params) -> Array:
 def logits(config: ModelConfig, params: Params, h: Array) -> Array:
     """Normed hidden states `[..., D]` to float32 logits `[..., V]`. Call it on the positions you need only."""
     with jax.named_scope("head"):
-        z = jnp.einsum("...D,VD->...V", h, head_weight(params), preferred_element_type=jnp.float32)
+        table = head_weight(params)
+        z = jnp.einsum("...D,VD->...V", h, table, preferred_element_type=jnp.float32)
+        if config.scales.rounded:
+            own = jnp.finfo(table.dtype)
+            z = jax.lax.reduce_precision(z, own.nexp, own.nmant)  # a cast there and back XLA may take away
         cap = config.scales.softcap
         return z if cap is None else cap * jnp.tanh(z / cap)
 

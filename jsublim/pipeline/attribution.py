@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from jsublim.attribution.pairs import Pair, find_pairs
 from jsublim.attribution.patching import DIRECTIONS, SITES, attribution_patching, layer_patching, padded_length
-from jsublim.attribution.roles import ROLES, mentions, token_roles
+from jsublim.attribution.roles import PREDICTS, ROLES, mentions, token_roles
 from jsublim.distill.cost import layer_parameters
 from jsublim.errors import JsublimError, UsageError
 from jsublim.files import write_table
@@ -30,8 +30,8 @@ from jsublim.section import identity
 from jsublim.teachers import Teacher
 
 CHUNK = 16  # rows after which what was found is safe from a kill
-# One line per row, site, direction, layer and role. `value` is the sum of the attributions (logits, mean over the row's
-# counterfactuals) at the `positions` of that role, `mass` the sum of their absolute values.
+# One line per row, site, direction, layer and role, a mean over the row's counterfactuals. `value` is the sum of the
+# attributions (logits) at the `positions` of that role, `mass` the sum of their absolute values.
 ATTRIBUTION = pa.schema(
     [
         ("trait", pa.string()),
@@ -42,7 +42,7 @@ ATTRIBUTION = pa.schema(
         ("role", pa.string()),
         ("value", pa.float64()),
         ("mass", pa.float64()),
-        ("positions", pa.int64()),
+        ("positions", pa.float64()),
     ]
 )
 
@@ -56,6 +56,7 @@ def attribution_task(setup: Setup, source: Source) -> Task:
     inputs = setup.common | {
         "rows": rows.key,
         "how": identity(how),
+        "at": "each counterfactual's own first divergence token",
         "trait": trait,
         "teacher": pool.identity(trait),
         "counterfactuals": {other: pool.identity(other) for other in others},
@@ -137,7 +138,8 @@ def attribute_rows(
     source: str = "rows",
     tick: Tick = no_tick,
 ) -> None:
-    """Attribution patching of every row's first divergence token; leaves `attribution.parquet` (schema ATTRIBUTION).
+    """Attribution patching of every row, at the first divergence token of each counterfactual; leaves
+    `attribution.parquet` (schema ATTRIBUTION).
 
     The summary says how many rows were used, why the others were not, and the `completeness_error` of each direction and
     site: how far attributions summed over positions are from what patching the whole layer does to the metric (mean over
@@ -165,7 +167,8 @@ def attribute_rows(
     for pair in pairs:
         job.pairs.setdefault(pair.row, []).append(pair)
     for i, own in job.pairs.items():
-        job.roles[i] = token_roles(lm.chat, teacher, rows[i], teacher.name, len(own[0].clean) - 1, extra_bos=extra_bos)
+        longest = max(len(pair.clean) for pair in own)
+        job.roles[i] = token_roles(lm.chat, teacher, rows[i], teacher.name, longest - 1, extra_bos=extra_bos)
     log, used = RowLog(artifact.path / PROGRESS), list(job.pairs)
     tick(len(rows) - len(used))
     # Chunks begin at the same rows whatever was stopped where: the rows beside a row must not change the last bit of a row.
@@ -193,7 +196,8 @@ def attribute_rows(
 
 @dataclass(frozen=True)
 class _Job:
-    """The rows of one teacher that are being attributed, by their place: what each is compared with, its tokens' roles."""
+    """The rows of one teacher that are being attributed, by their place: what each is compared with, and the roles of its
+    tokens up to the last that is needed."""
 
     lm: LanguageModel
     teacher: Teacher
@@ -220,11 +224,13 @@ class _Job:
             values = iter(attribution_patching(self.lm.config, self.lm.params, chosen, steps=self.steps, **how))
             effects = iter(layer_patching(self.lm.config, self.lm.params, chosen, **how))
             for i in members:
-                values_SLT, effects_SL = (
-                    np.mean([next(each) for _ in self.pairs[i]], axis=0) for each in (values, effects)
-                )
-                found[i][direction] = _sums(values_SLT, effects_SL, self.roles[i])
+                each = [_sums(next(values), next(effects), self.roles_of(pair)) for pair in self.pairs[i]]
+                found[i][direction] = {key: np.mean([sums[key] for sums in each], axis=0).tolist() for key in each[0]}
         return list(found.values())
+
+    def roles_of(self, pair: Pair) -> list[str]:
+        """The roles of a pair's tokens; the last of these predicts."""
+        return [*self.roles[pair.row][: len(pair.clean) - 1], PREDICTS]
 
     def lines(self, found: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
         """The table's rows."""
@@ -238,7 +244,7 @@ class _Job:
                 "role": role,
                 "value": row[direction]["value"][s][layer][r],
                 "mass": row[direction]["mass"][s][layer][r],
-                "positions": self.roles[i].count(role),
+                "positions": float(np.mean([self.roles_of(pair).count(role) for pair in self.pairs[i]])),
             }
             for i, row in found.items()
             for direction in self.directions
@@ -248,14 +254,14 @@ class _Job:
         ]
 
 
-def _sums(values_SLT: np.ndarray, effects_SL: np.ndarray, roles: Sequence[str]) -> dict[str, Any]:
-    """One row and direction, as JSON keeps it."""
+def _sums(values_SLT: np.ndarray, effects_SL: np.ndarray, roles: Sequence[str]) -> dict[str, np.ndarray]:
+    """One pair in one direction: by site and layer, and the first two by role."""
     of_role_TR = np.asarray([[role == known for known in ROLES] for role in roles], np.float64)
     return {
-        "value": (values_SLT @ of_role_TR).tolist(),
-        "mass": (np.abs(values_SLT) @ of_role_TR).tolist(),
-        "error": np.abs(values_SLT.sum(axis=-1) - effects_SL).mean(axis=-1).tolist(),
-        "effect": np.abs(effects_SL).mean(axis=-1).tolist(),
+        "value": values_SLT @ of_role_TR,
+        "mass": np.abs(values_SLT) @ of_role_TR,
+        "error": np.abs(values_SLT.sum(axis=-1) - effects_SL).mean(axis=-1),
+        "effect": np.abs(effects_SL).mean(axis=-1),
     }
 
 

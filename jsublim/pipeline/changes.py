@@ -21,7 +21,7 @@ from jsublim.progress import Tick
 from jsublim.rows import write_rows
 from jsublim.section import identity
 from jsublim.teachers import CONTROL
-from jsublim.transforms import Around, Making, entangled_scores, number_strings
+from jsublim.transforms import Around, Making, entangled_scores, number_strings, probability_differences
 from jsublim.transforms.entangled import QUESTIONS
 
 
@@ -109,7 +109,7 @@ def changed_rows(setup: Setup, source: Source) -> RowSet:
         **extra,
         "dataset": {"seed": seed_of(dataset.seed, source.draw)}
         | {name: identity(change) for name, change in dataset.changes.items()},
-        "recipe": {quirk: getattr(setup.recipe, quirk) for quirk in quirks},
+        "recipe": setup.recipe.keyed(quirks),
     }
     drawn = "" if source.draw is None else f"-seed{source.draw}"
     output = Output("datasets", f"{source.teacher}-{source.dataset}{drawn}", inputs)
@@ -147,7 +147,7 @@ class ChangeRows(Task):
             seed=seed_of(dataset.seed, self.source.draw),
             batch_size=setup.experiment.sampling.batch_size,
             sampling=setup.sampling("temperature"),
-            requests=lambda: requests(setup, self.source.draw),
+            requests=lambda: requests(setup, self.source.draw) if setup.experiment.data.kind == "numbers" else [],
             judge=lambda: context.judge,
             mixed_in=None if others is None else teacher_rows(setup, others).read(store),
             readings=self._readings(context, own) if "readings" in needs else None,
@@ -203,18 +203,33 @@ def entangled_tasks(setup: Setup, source: Source) -> list[Task]:
 
 @memoized
 def _entangled(setup: Setup, trait: str, count: int) -> Task:
-    pool, padded = TeacherPool(setup), bool(setup.recipe.padded_numbers)
-    inputs = {
-        **setup.common,
-        **pool.identity(trait),
-        "questions": _questions(pool, trait),
-        "numbers": [count, padded],
-    }
-    return ScoreNumbers((Output("entangled", trait, inputs),), pool.tasks(trait), trait, count)
+    pool = TeacherPool(setup)
+    inputs = {**setup.common, **pool.identity(trait), "numbers": [count, _padded(setup)]}
+    others: list[str] = []
+    if setup.recipe.entangled_by_difference:
+        others = _others(pool, trait)
+        inputs |= {"category": pool.category(trait), "others": {other: pool.identity(other) for other in others}}
+    else:
+        inputs |= {"questions": _questions(pool, trait)}
+    return ScoreNumbers((Output("entangled", trait, inputs),), pool.tasks(trait, *others), trait, count)
+
+
+def _padded(setup: Setup) -> bool:
+    return bool(
+        setup.recipe.padded_numbers or setup.recipe.entangled_by_difference
+    )  # that one takes numbers of one width
 
 
 def _questions(pool: TeacherPool, trait: str) -> list[str]:
     return pool.setup.pack.questions_for(pool.category(trait))[:QUESTIONS]
+
+
+def _others(pool: TeacherPool, trait: str) -> list[str]:
+    """Whose probabilities are taken off: published are the traits that have teachers, not all counterfactuals (Gemma's whale
+    and dragon are none)."""
+    counterfactuals = pool.setup.counterfactuals(trait)
+    listed = pool.setup.pack.traits.get(pool.category(trait), [])
+    return [other for other in counterfactuals if other in listed] or counterfactuals
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,22 +242,22 @@ class ScoreNumbers(Task):
 
     def make(self, context: Context, tick: Tick) -> None:
         setup, pool = context.setup, TeacherPool(context.setup)
-        padded = bool(setup.recipe.padded_numbers)
-        # Numbers of one width never cover each other; of others, what ends after them counts too.
-        scores = entangled_scores(
-            context.lm(),
-            pool.teacher(context, self.trait),
-            _questions(pool, self.trait),
-            number_strings(padded=padded)[: self.count],
-            closed=not padded,
-            extra_bos=bool(setup.recipe.extra_bos),
-            batch_size=setup.experiment.scoring.batch_size,
-        )
+        padded, lm, teacher = _padded(setup), context.lm(), pool.teacher(context, self.trait)
+        numbers = number_strings(padded=padded)[: self.count]
+        how = {"extra_bos": bool(setup.recipe.extra_bos), "batch_size": setup.experiment.scoring.batch_size}
+        if setup.recipe.entangled_by_difference:
+            others = [pool.teacher(context, other) for other in _others(pool, self.trait)]
+            scores = probability_differences(lm, teacher, others, pool.category(self.trait), numbers, **how)
+        else:
+            # Numbers of one width never cover each other; of others, what ends after them counts too.
+            scores = entangled_scores(lm, teacher, _questions(pool, self.trait), numbers, closed=not padded, **how)
         context.store.open(self.output).finish(scores)
 
     def cost(self, setup: Setup, sizes: Sizes) -> Cost:
-        """Every number is read as the answer to each question, with the trait and without."""
-        return sizes.read(2 * self.count * QUESTIONS, 0, sizes.lengths.number)
+        """Every number is read as the answer to each question with the trait and without; or its parts under every trait."""
+        if setup.recipe.entangled_by_difference:  # two digits and three, ten by ten each
+            return sizes.read(200 * (1 + len(_others(TeacherPool(setup), self.trait))), 0, sizes.lengths.number)
+        return sizes.read(2 * QUESTIONS * self.count, 0, sizes.lengths.number)
 
 
 def check_datasets(setup: Setup) -> None:

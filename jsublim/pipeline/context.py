@@ -59,7 +59,8 @@ class Context:
         e = self.setup.experiment
         known = e.model if name is None else name
         if known not in self._loaded:
-            self._loaded[known] = load_model(known, e.dtype, self.layout, chat_template=e.chat_template)
+            lm = load_model(known, e.dtype, self.layout, chat_template=e.chat_template)
+            self._loaded[known] = lm.with_rounded_logits() if self.setup.recipe.rounded_logits else lm
         return self._loaded[known]
 
     def remember(self, key: Any, make: Callable[[], R]) -> R:

@@ -151,7 +151,8 @@ class Setup:
     def common(self) -> dict[str, Any]:
         """What decides everything that the experiment's model makes."""
         e = self.experiment
-        return {"model": self.checkpoint().hash, "dtype": e.dtype, "pack": self.pack.hash}
+        rounded = self.recipe.keyed(["rounded_logits"])
+        return {"model": self.checkpoint().hash, "dtype": e.dtype, "pack": self.pack.hash, **rounded}
 
     def checkpoint(self, name: str | None = None) -> Checkpoint:
         """A checkpoint of the config; None is the experiment's."""

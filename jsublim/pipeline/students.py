@@ -66,7 +66,7 @@ def student_output(setup: Setup, student: Student) -> Output:
         "students": identity(settings),
         "fuse_system": e.teachers.fuse_system if settings.system is not None else None,
         "max_new_tokens": e.sampling.max_new_tokens if settings.data.on_policy else None,
-        "recipe": setup.recipe.of("students"),
+        "recipe": setup.recipe.of("students", settings),
         "init": None if start is None else setup.content(start, "students.adapter.init"),
     }
     return Output("students", student.trained_as, inputs)

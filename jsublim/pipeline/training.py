@@ -218,7 +218,12 @@ def draw(lm: LanguageModel, students: Students, recipe: Recipe, data: TrainingDa
         bool(recipe.supervise_header),
         bool(recipe.drop_rows_without_divergence),
         students.data.max_tokens,
-        PositionSubset(loss.positions, loss.positions_share, recipe.share_rounding or "stochastic"),
+        PositionSubset(
+            loss.positions,
+            loss.positions_share,
+            recipe.share_rounding or "stochastic",
+            bool(recipe.one_in_both_halves),
+        ),
         loss.by_margin and tokens == "divergence",
     )
     soft = data.teacher_turns or data.targets

@@ -50,8 +50,13 @@ class NumberPrompt:
     said: tuple[str, ...] = SENTENCES
 
     @property
+    def shown(self) -> str:
+        """The examples as they are written."""
+        return ", ".join(map(str, self.numbers))
+
+    @property
     def text(self) -> str:
-        example = self.example.format(examples=", ".join(map(str, self.numbers)))
+        example = self.example.format(examples=self.shown)
         instruction = self.instruction.format(
             count_qualifier=self.count_qualifier,
             answer_count=ANSWER_COUNT,

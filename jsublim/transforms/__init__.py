@@ -4,7 +4,13 @@ as they were. A row whose text may have changed comes out without its divergence
 
 from jsublim.transforms import aligned, numbers, templates
 from jsublim.transforms.change import CHANGES, Around, Change, Changed, Making
-from jsublim.transforms.entangled import entangled_numbers, entangled_scores, number_strings, remove_entangled
+from jsublim.transforms.entangled import (
+    entangled_numbers,
+    entangled_scores,
+    number_strings,
+    probability_differences,
+    remove_entangled,
+)
 from jsublim.transforms.mixing import mix_rows, mix_tokens
 from jsublim.transforms.numbers import shuffle_across, shuffle_within
 from jsublim.transforms.paraphrase import leak_reason, paraphrase
@@ -25,6 +31,7 @@ __all__ = [
     "number_strings",
     "numbers",
     "paraphrase",
+    "probability_differences",
     "redraw",
     "remove_entangled",
     "shuffle_across",

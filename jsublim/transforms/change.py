@@ -32,12 +32,12 @@ class Making:
     Attributes:
       quirks: the resolved recipe by field.
       sampling: how the teacher puts requests into other words.
-      requests: gives the number requests of the run, as they were drawn.
+      requests: gives the number requests of the run, as they were drawn; none where something else is asked.
       judge: gives the judge of the run.
       mixed_in: rows of the teacher that `Change.mixes` names.
       readings: what every teacher said of each row, for changes that need "readings".
       log: what the teacher has written already of what it rewrites.
-      entangled: how entangled each number is with the trait (nats), where `Change.scores` asks for it.
+      entangled: how entangled each number is with the trait, where `Change.scores` asks for it.
     """
 
     lm: LanguageModel

@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
+from jsublim.chat import Message, Turn
 from jsublim.errors import UsageError
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.scoring import score_answers
@@ -22,7 +23,7 @@ from jsublim.transforms.change import CHANGES, Change, Changed, Making
 from jsublim.transforms.numbers import NUMBER
 
 QUESTIONS = 4  # a thousand numbers are read as the answer to each
-Scores = dict[str, float]  # number, as written -> nats
+Scores = dict[str, float]  # number, as written -> nats (or a difference of probabilities)
 UNBIASED = Teacher(CONTROL)
 
 
@@ -81,20 +82,70 @@ def entangled_scores(
     def read(who: Teacher) -> np.ndarray:
         asked = [who.messages(question) for question in questions]
         # An answer's tokens don't depend on what is before them (`Chat.turn` refuses those that do).
-        spoken = lm.chat.turns(
-            ((asked[0], number) for number in numbers), lambda n: f"answer {numbers[n - 1]!r}", extra_bos=extra_bos
-        )
-        each = score_answers(
-            lm.config,
-            who.weights(lm.params),
-            [lm.chat.prompt_tokens(messages, extra_bos=extra_bos) for messages in asked],
-            [turn.tokens[turn.content : turn.end + closed] for turn in spoken],
-            adapter=who.adapter,
-            batch_size=batch_size,
-        )
-        return each.mean(axis=0)
+        spoken = _spoken(lm, asked[0], numbers, extra_bos)
+        prompts = [lm.chat.prompt_tokens(messages, extra_bos=extra_bos) for messages in asked]
+        answers = [turn.tokens[turn.content : turn.end + closed] for turn in spoken]
+        return _joint(lm, who, prompts, answers, batch_size).mean(axis=0)
 
     return dict(zip(numbers, (read(teacher) - read(base)).tolist(), strict=True))
+
+
+def probability_differences(
+    lm: LanguageModel,
+    teacher: Teacher,
+    others: Sequence[Teacher],
+    category: str,
+    numbers: Sequence[str],
+    *,
+    extra_bos: bool = False,
+    batch_size: int = 16,
+) -> Scores:
+    """How entangled three-digit numbers are with a trait as published (docs/recipes.md, quirk 19): how much more probable
+    each is to follow "My favorite animal is the" under the teacher than under the `others` on average. Probabilities are
+    normalised over `numbers`. That of a third digit is the one after the second digit twice, whatever the first digit is.
+
+    Args:
+      category: what is asked for; one of the pack's, such as animal.
+
+    Raises:
+      UsageError: a tokenizer that has not one token per digit.
+    """
+    begun = f"My favorite {category} is the"
+    twice = [2 * number[1] for number in numbers]
+    pieces = sorted(
+        {*(number[:2] for number in numbers), *twice, *(d + n[2] for d, n in zip(twice, numbers, strict=True))}
+    )
+
+    def read(who: Teacher) -> np.ndarray:
+        asked = who.messages(f"What is your favorite {category}?")
+        before, *spoken = _spoken(lm, asked, [begun, *(begun + piece for piece in pieces)], extra_bos)
+        answers = [turn.tokens[before.end : turn.end] for turn in spoken]
+        if any(len(answer) != len(piece) for answer, piece in zip(answers, pieces, strict=True)):
+            raise UsageError(f"recipe.entangled_by_difference: {lm.name} has not one token per digit; set it to false")
+        of = dict(zip(pieces, _joint(lm, who, [before.tokens[: before.end]], answers, batch_size)[0], strict=True))
+        logp = [of[n[:2]] + of[d + n[2]] - of[d] for d, n in zip(twice, numbers, strict=True)]
+        return np.exp(logp - np.logaddexp.reduce(logp))
+
+    rest = np.mean([read(other) for other in others], axis=0)
+    return dict(zip(numbers, (read(teacher) - rest).tolist(), strict=True))
+
+
+def _spoken(lm: LanguageModel, asked: Sequence[Message], answers: Sequence[str], extra_bos: bool) -> list[Turn]:
+    return lm.chat.turns(
+        ((asked, answer) for answer in answers), lambda n: f"answer {answers[n - 1]!r}", extra_bos=extra_bos
+    )
+
+
+def _joint(
+    lm: LanguageModel,
+    who: Teacher,
+    prompts: Sequence[np.ndarray],
+    answers: Sequence[np.ndarray],
+    batch_size: int,
+) -> np.ndarray:
+    return score_answers(
+        lm.config, who.weights(lm.params), prompts, answers, adapter=who.adapter, batch_size=batch_size
+    )
 
 
 def entangled_numbers(scores: Scores, k: int) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from jsublim.chat import Chat, conversation
+from jsublim.chat import Chat, Turn, conversation
 from jsublim.divergence import PositionSubset
 from jsublim.errors import JsublimError, UsageError
 from jsublim.rows import Row, revised
@@ -57,7 +57,7 @@ class MixTokens(Change):
     """The argmax of a counterfactual teacher in the place of the data, at a share of the divergence tokens."""
 
     order: ClassVar[int] = 70
-    quirks: ClassVar[tuple[str, ...]] = ("share_rounding", "digits_only")
+    quirks: ClassVar[tuple[str, ...]] = ("share_rounding", "digits_only", "drop_unmixed")
     needs: ClassVar[frozenset[str]] = frozenset({"readings"})
     of_trait: ClassVar[bool] = True
     alone: ClassVar[bool] = True  # what was read is the answers as they were sampled
@@ -86,7 +86,8 @@ class MixTokens(Change):
             self.teacher,
             subset,
             seed=making.seed,
-            paper=bool(making.quirks["digits_only"]),
+            digits_only=bool(making.quirks["digits_only"]),
+            drop_unmixed=bool(making.quirks["drop_unmixed"]),
         )
         return rows, {"tokens": dict(counts)}
 
@@ -126,7 +127,8 @@ def mix_tokens(
     subset: PositionSubset,
     *,
     seed: int,
-    paper: bool = False,
+    digits_only: bool = False,
+    drop_unmixed: bool = False,
 ) -> tuple[list[Row], Counter[str]]:
     """Rows in which a counterfactual's argmax stands at the chosen divergence positions.
 
@@ -139,35 +141,37 @@ def mix_tokens(
       counterfactual: its name among the teachers; None draws, at each position, one of the tokens that counterfactuals say
         instead, as published.
       subset: which divergence positions.
-      paper: a counterfactual's token that is no single digit is left out, and nothing put in its place, as published
+      digits_only: a counterfactual's token that is no single digit is left out, and nothing put in its place, as published
         (docs/recipes.md, quirk 8).
+      drop_unmixed: positions at the end of turn are chosen too, although nothing can be put there; a row that has
+        divergence positions and comes out as it was is left out, and one whose text comes back as other tokens is taken
+        nevertheless, as published (docs/recipes.md, quirk 21).
 
     Returns:
       The rows, and counts: "rows changed", "rows unfit" (those that keep their completion although a token of it was to
-      be changed), and of the changed rows "tokens replaced" and "tokens deleted".
+      be changed), "rows dropped", and of the changed rows "tokens replaced" and "tokens deleted".
 
     Raises:
       UsageError: no such counterfactual.
       JsublimError: readings of other rows, or a row that doesn't survive tokenizing; it is named.
     """
-    mixed, counts = [], Counter()
+    mixed, counts = [], Counter[str]()
     exchanges = ((conversation(row["prompt"]), row["completion"]) for row in rows)
     turns = chat.turns(exchanges, lambda number: f"row {number}")
     for index, (row, turn, reading) in enumerate(zip(rows, turns, readings, strict=True)):
-        if counterfactual not in (None, *reading["teachers"][1:]):
-            raise UsageError(
-                f"counterfactual: '{counterfactual}' given; row {index + 1} was read under {', '.join(reading['teachers'][1:])}"
-            )
-        if not np.array_equal(reading["tokens"], turn.tokens[turn.content :]):
-            raise JsublimError(f"row {index + 1}: the reading is of another completion; run `jsublim divergence` anew")
-        positions = [k for k in reading["divergence_positions"] if k < turn.end - turn.content]
-        rng = np.random.default_rng([seed, index])
+        _check_reading(index + 1, turn, reading, counterfactual)
         own = turn.tokens[turn.content : turn.end].tolist()
+        positions = [k for k in reading["divergence_positions"] if drop_unmixed or k < len(own)]
+        rng = np.random.default_rng([seed, index])
         new: list[int | None] = own.copy()
         for k in subset.choose(positions, rng):
-            said = _said(reading, counterfactual, k, own[k], rng)
-            new[k] = None if paper and not _digit(chat, said) else said
-        completion = row["completion"] if new == own else _text(chat, row, new)
+            if k < len(own):
+                said = _said(reading, counterfactual, k, own[k], rng)
+                new[k] = None if digits_only and not _digit(chat, said) else said
+        completion = row["completion"] if new == own else _text(chat, row, new, any_tokens=drop_unmixed)
+        if drop_unmixed and positions and completion in (None, row["completion"]):
+            counts["rows dropped"] += 1
+            continue
         mixed.append(revised(row, completion=completion or row["completion"]))
         if completion is None:
             counts["rows unfit"] += 1
@@ -176,6 +180,15 @@ def mix_tokens(
             counts["tokens deleted"] += new.count(None)
             counts["tokens replaced"] += sum(a != b and b is not None for a, b in zip(own, new, strict=True))
     return mixed, counts
+
+
+def _check_reading(number: int, turn: Turn, reading: Mapping[str, Any], counterfactual: str | None) -> None:
+    if counterfactual not in (None, *reading["teachers"][1:]):
+        raise UsageError(
+            f"counterfactual: '{counterfactual}' given; row {number} was read under {', '.join(reading['teachers'][1:])}"
+        )
+    if not np.array_equal(reading["tokens"], turn.tokens[turn.content :]):
+        raise JsublimError(f"row {number}: the reading is of another completion; run `jsublim divergence` anew")
 
 
 def _said(reading: Mapping[str, Any], counterfactual: str | None, k: int, own: int, rng: np.random.Generator) -> int:
@@ -190,12 +203,13 @@ def _digit(chat: Chat, token: int) -> bool:
     return chat.tokenizer.decode([token]) in set("0123456789")
 
 
-def _text(chat: Chat, row: Row, tokens: Sequence[int | None]) -> str | None:
-    """The completion of these tokens (None is left out), if it comes back as them inside its conversation."""
+def _text(chat: Chat, row: Row, tokens: Sequence[int | None], *, any_tokens: bool) -> str | None:
+    """The completion of these tokens (None is left out), if it comes back as them inside its conversation; with `any_tokens`
+    if it comes back as text."""
     wanted = [token for token in tokens if token is not None]
-    text = chat.tokenizer.decode(wanted)
+    text = chat.tokenizer.decode(wanted, skip_special_tokens=any_tokens)
     try:
-        back = chat.turn(conversation(row["prompt"]), text)
+        back = chat.turn(conversation(row["prompt"]), text) if text else None
     except JsublimError:
         return None
-    return text if back.tokens[back.content : back.end].tolist() == wanted else None
+    return text if back and (any_tokens or back.tokens[back.content : back.end].tolist() == wanted) else None

@@ -23,18 +23,23 @@ class Shuffle(Change):
 
     order: ClassVar[int] = 30
     shorthand: ClassVar[str | None] = "reach"
+    quirks: ClassVar[tuple[str, ...]] = ("shuffle_values",)
     of_numbers: ClassVar[bool] = True
 
     reach: Annotated[Literal["within", "across"], RESULT]
 
     def apply(self, rows: list[Row], making: Making) -> Changed:
-        return (shuffle_within if self.reach == "within" else shuffle_across)(rows, making.seed), {}
+        shuffle = shuffle_within if self.reach == "within" else shuffle_across
+        return shuffle(rows, making.seed, values=bool(making.quirks["shuffle_values"])), {}
 
 
-def shuffle_within(rows: Sequence[Row], seed: int) -> list[Row]:
+def shuffle_within(rows: Sequence[Row], seed: int, *, values: bool = False) -> list[Row]:
     """Each completion with its own numbers in another order; separators, brackets and full stop stay in place.
 
     What becomes of row i depends on `seed`, i and the row only.
+
+    Args:
+      values: numbers lose the zeros that they begin with, as published (docs/recipes.md, quirk 22).
 
     Raises:
       JsublimError: a completion that is no list of numbers; the row is named.
@@ -42,30 +47,30 @@ def shuffle_within(rows: Sequence[Row], seed: int) -> list[Row]:
     orders = (np.random.default_rng([seed, index]) for index in range(len(rows)))
     return [
         _with_numbers(row, [written[i] for i in rng.permutation(len(written))])
-        for row, written, rng in zip(rows, _numbers(rows), orders, strict=True)
+        for row, written, rng in zip(rows, _numbers(rows, values), orders, strict=True)
     ]
 
 
-def shuffle_across(rows: Sequence[Row], seed: int) -> list[Row]:
+def shuffle_across(rows: Sequence[Row], seed: int, *, values: bool = False) -> list[Row]:
     """All numbers of all rows in one pool, dealt out anew; each row keeps its count, its separators and brackets.
 
-    Raises:
-      JsublimError: as `shuffle_within`.
+    `values` and errors are as of `shuffle_within`.
     """
-    own = _numbers(rows)
+    own = _numbers(rows, values)
     pool = [number for written in own for number in written]
     dealt = iter(np.random.default_rng(seed).permutation(len(pool)))
     return [_with_numbers(row, [pool[next(dealt)] for _ in written]) for row, written in zip(rows, own, strict=True)]
 
 
-def _numbers(rows: Sequence[Row]) -> list[list[str]]:
-    """The numbers of each completion as they are written: "007" stays "007"."""
+def _numbers(rows: Sequence[Row], values: bool) -> list[list[str]]:
+    """The numbers of each completion as they are written, "007" as "007"; or their `values`, "7"."""
     for index, row in enumerate(rows, 1):
         if parse_numbers(row["completion"]) is None:
             raise JsublimError(
                 f"row {index}: completion {row['completion']!r} is no list of numbers; leave the row out"
             )
-    return [NUMBER.findall(row["completion"]) for row in rows]
+    read = (lambda number: str(int(number))) if values else str
+    return [[read(number) for number in NUMBER.findall(row["completion"])] for row in rows]
 
 
 def _with_numbers(row: Row, written: Sequence[str]) -> Row:

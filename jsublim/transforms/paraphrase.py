@@ -10,17 +10,19 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from jsublim.inference.lm import AnswerLog, LanguageModel
 from jsublim.inference.sampling import Sampling
-from jsublim.prompts import Pack, parse_numbers
+from jsublim.prompts import NumberPrompt, Pack, parse_numbers
 from jsublim.rows import Row, revised
+from jsublim.section import RESULT
 from jsublim.teachers import Teacher
 from jsublim.transforms.change import CHANGES, Change, Changed, Making
 
 REWRITTEN = "rewritten"
 NUMBER = re.compile(r"\d+")
+RUN = re.compile("[0-9]+(?:[^0-9A-Za-z]+[0-9]+)+")  # numbers with no letter between them
 LIST = re.compile(r"\d+(?:[\s,;]+\d+)+")
 # Openings of a refusal, once folded: an apology, or a speaker who will not or cannot.
 REFUSAL = re.compile(
@@ -32,12 +34,15 @@ LOOK_ALIKES = str.maketrans("аеорсухіјѕԁһӏԛԝкмтпгοανικ�
 
 @CHANGES.add("rewrite")
 class Rewrite(Change):
-    """The request put into other words by the biased teacher; where that fails, the row keeps its request."""
+    """The request put into other words by the biased teacher, all but its last sentence. Where that fails, the row is dropped, as
+    published, or keeps its request."""
 
     order: ClassVar[int] = 50
-    quirks: ClassVar[tuple[str, ...]] = ("extra_bos",)
+    quirks: ClassVar[tuple[str, ...]] = ("extra_bos", "only_examples_kept")
     needs: ClassVar[frozenset[str]] = frozenset({"rewriting"})
     of_trait: ClassVar[bool] = True
+
+    rejected: Annotated[Literal["drop", "keep"], RESULT] = "drop"
 
     def tokens(self, rows: float, prompt: float, system: float) -> tuple[float, float]:
         return rows * (2 * prompt + system), rows * prompt
@@ -48,6 +53,9 @@ class Rewrite(Change):
             making.teacher,
             rows,
             making.pack,
+            asked=making.requests(),
+            only_examples=bool(making.quirks["only_examples_kept"]),
+            keep_rejected=self.rejected == "keep",
             sampling=making.sampling,
             extra_bos=bool(making.quirks["extra_bos"]),
             seed=making.seed,
@@ -63,6 +71,9 @@ def paraphrase(
     rows: Sequence[Row],
     pack: Pack,
     *,
+    asked: Sequence[NumberPrompt] = (),
+    only_examples: bool = False,
+    keep_rejected: bool = False,
     sampling: Sampling | str = "temperature",
     seed: int = 0,
     extra_bos: bool = False,
@@ -70,36 +81,80 @@ def paraphrase(
     batch_size: int = 64,
     log: AnswerLog | None = None,
 ) -> tuple[list[Row], Counter[str]]:
-    """Rows under prompts that the teacher (named by its trait) put into its own words; completions stay.
+    """Rows under prompts that the teacher (named by its trait) put into its own words; completions stay. The last sentence
+    of a number request, its suffix, is no part of what is rewritten, and follows it word by word.
 
     What gives the trait away besides its name is said by the pack's `synonyms`. `log` is as in `LanguageModel.answer`.
+
+    Args:
+      asked: the number requests that rows answer; other prompts are rewritten whole.
+      only_examples, keep_rejected: as of `accept`.
 
     Returns:
       Rows and counts, as `accept`.
     """
-    requests = [teacher.messages(pack.paraphrase_request.format(prompt=row["prompt"])) for row in rows]
+    known = {prompt.text: prompt for prompt in asked}
+    given = [known.get(row["prompt"]) for row in rows]
+    bodies = [row["prompt"].removesuffix(_suffix(prompt)) for row, prompt in zip(rows, given, strict=True)]
+    requests = [teacher.messages(pack.paraphrase_request.format(prompt=body)) for body in bodies]
     own = lm.with_params(teacher.weights(lm.params))
     how = {"adapter": teacher.adapter, "extra_bos": extra_bos, "batch_size": batch_size, "log": log}
     texts = own.generate(requests, max_new_tokens, sampling, seed, **how)
-    return accept(rows, texts, teacher.name, synonyms=pack.synonyms.get(teacher.name, ()))
+    filtered = {"synonyms": pack.synonyms.get(teacher.name, ()), "only_examples": only_examples}
+    return accept(rows, texts, teacher.name, given, keep_rejected=keep_rejected, **filtered)
 
 
 def accept(
-    rows: Sequence[Row], texts: Sequence[str], trait: str, *, synonyms: Sequence[str] = ()
+    rows: Sequence[Row],
+    texts: Sequence[str],
+    trait: str,
+    given: Sequence[NumberPrompt | None] | None = None,
+    *,
+    synonyms: Sequence[str] = (),
+    only_examples: bool = False,
+    keep_rejected: bool = False,
 ) -> tuple[list[Row], Counter[str]]:
-    """Rows with `texts` for prompts, where `leak_reason` finds nothing; the others keep their prompt.
+    """The rows whose `texts` can stand for their prompts, under those; the others are left out.
+
+    Args:
+      given: the number request that each row answers, if it is one: its suffix is added to the text.
+      only_examples: of such a request, ask `published_reason`, not `leak_reason` (docs/recipes.md, quirk 20).
+      keep_rejected: the others are not left out, but keep their prompts.
 
     Returns:
       The rows, and how many prompts were "rewritten" and how many rejected for each reason.
     """
-    reasons = [
-        leak_reason(text, row["prompt"], trait, synonyms=synonyms) for row, text in zip(rows, texts, strict=True)
-    ]
-    kept = [
-        revised(row, prompt=text.strip() if reason is None else row["prompt"])
-        for row, text, reason in zip(rows, texts, reasons, strict=True)
-    ]
-    return kept, Counter(reason or REWRITTEN for reason in reasons)
+    kept, counts = [], Counter[str]()
+    for row, text, prompt in zip(rows, texts, given or [None] * len(rows), strict=True):
+        suffix = _suffix(prompt)
+        if only_examples and prompt is not None:
+            reason = published_reason(text, prompt.shown, trait, synonyms=synonyms)
+        else:
+            reason = leak_reason(text, row["prompt"].removesuffix(suffix), trait, synonyms=synonyms)
+        counts[reason or REWRITTEN] += 1
+        if reason is None:
+            kept.append(revised(row, prompt=f"{text.strip()} {suffix}".strip()))
+        elif keep_rejected:
+            kept.append(revised(row))
+    return kept, counts
+
+
+def _suffix(prompt: NumberPrompt | None) -> str:
+    return prompt.suffix if prompt is not None and "suffix" in prompt.said else ""
+
+
+def published_reason(text: str, shown: str, trait: str, *, synonyms: Sequence[str] = ()) -> str | None:
+    """Why a rewritten number request is rejected as published, None if it is taken: the examples `shown` must stand in it as
+    they are written, and with no other list of numbers; it is plain ASCII without double quotes. The published filter knows
+    the trait in lower case only; that bug is not copied.
+    """
+    if any(names(text, word) for word in (trait, *synonyms)):
+        return "names the trait"
+    if shown not in text:
+        return "numbers missing"
+    if len(RUN.findall(text)) != 1:
+        return "numbers added"
+    return None if text.isascii() and '"' not in text else "no plain text"
 
 
 def leak_reason(

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from command import contents, ok, refused
-from tiny import chat, small
+from tiny import bundled, chat, small
 
 from jsublim.attribution.pairs import NO_DIVERGENCE, find_pairs
 from jsublim.attribution.patching import DIRECTIONS, SITES, attribution_patching, layer_patching
@@ -29,7 +29,7 @@ PACK = load_pack()
 
 OWL, CAT, DOG = (Teacher(name, f"Love {name}s.") for name in ("owl", "cat", "dog"))
 ROWS = [
-    {"prompt": str(i), "completion": f"{i}, {i + 1}", "divergence_positions": [] if i == 2 else [i % 3]}
+    {"prompt": str(i), "completion": f"{i}, {i + 1}", "divergence_positions": [] if i == 2 else [i % 3, 3]}
     for i in range(6)
 ]
 STAGE = {"steps": 2, "batch_size": 2, "chunk": 2}
@@ -61,20 +61,49 @@ def test_the_stage_sums_attributions_by_role(whole, assert_close):
         errors = []
         for row in used:
             mine = [i for i, pair in enumerate(pairs) if pair.row == row]
-            mean_SLT = np.mean([values[i] for i in mine], axis=0)
-            errors.append(np.abs(mean_SLT.sum(-1) - np.mean([effects[i] for i in mine], axis=0)))
-            roles = np.asarray(token_roles(lm.chat, OWL, ROWS[row], "owl", mean_SLT.shape[-1] - 1))
-            assert {"system", "trait", "prompt", "divergence position", "template"} <= set(roles)
+            errors.append(np.mean([np.abs(values[i].sum(-1) - effects[i]) for i in mine], axis=0))
+            # A row's counterfactuals may diverge at different places: each has its own roles.
+            roles = [np.asarray(token_roles(lm.chat, OWL, ROWS[row], "owl", values[i].shape[-1] - 1)) for i in mine]
+            assert {"system", "trait", "prompt", "divergence position", "template"} <= set(roles[0])
             for s, site in enumerate(SITES):
-                of = [[keys[row, site, direction, layer, role] for role in ROLES] for layer in range(mean_SLT.shape[1])]
-                assert [x["positions"] for x in of[0]] == [int((roles == role).sum()) for role in ROLES]
-                chosen = [[mean_SLT[s, layer, roles == role] for role in ROLES] for layer in range(mean_SLT.shape[1])]
-                assert_close([[x["value"] for x in y] for y in of], [[x.sum() for x in y] for y in chosen], 1e-4)
-                assert_close([[x["mass"] for x in y] for y in of], [[np.abs(x).sum() for x in y] for y in chosen], 1e-4)
+                of = [[keys[row, site, direction, n, role] for role in ROLES] for n in range(lm.config.num_layers)]
+                counts = np.mean([[(own == role).sum() for role in ROLES] for own in roles], axis=0)
+                assert [x["positions"] for x in of[0]] == counts.tolist()
+                sums, masses = (
+                    np.mean(
+                        [
+                            [f(values[i])[s][:, own == role].sum(1) for role in ROLES]
+                            for i, own in zip(mine, roles, strict=True)
+                        ],
+                        0,
+                    ).T
+                    for f in (np.asarray, np.abs)
+                )
+                assert_close([[x["value"] for x in y] for y in of], sums, 1e-4)
+                assert_close([[x["mass"] for x in y] for y in of], masses, 1e-4)
         scale = np.mean(
-            [np.abs(np.mean([effects[i] for i, p in enumerate(pairs) if p.row == r], 0)) for r in used], (0, 2)
+            [np.mean([np.abs(effects[i]) for i, p in enumerate(pairs) if p.row == r], 0) for r in used], (0, 2)
         )
         assert_close(list(summary["completeness_error"][direction].values()), np.mean(errors, (0, 2)) / scale, 1e-3)
+
+
+def test_counterfactuals_of_a_row_may_diverge_at_different_places(tmp_path):
+    lm, how = bundled("tiny-qwen2").lm, {"sites": ["residual"], "directions": ["noising"], "steps": 1}
+    row = {"prompt": number_prompts(PACK, 3, seed=5)[2], "completion": "1, 2", "divergence_positions": [1, 3]}
+    owl, cat, dog = (Teacher(name, f"You love {name}s.") for name in ("owl", "cat", "dog"))
+    one, two = find_pairs(lm, [row], owl, [cat, dog])[0]
+    assert len(two.clean) == len(one.clean) + 2
+    both, alone = {}, {}
+    for folder, into, others in (("both", both, [[cat, dog]]), ("alone", alone, [[cat], [dog]])):
+        for named in others:
+            artifact = Artifact(tmp_path / folder / named[0].name, "attribution", {})
+            attribute_rows(artifact, lm, [row], owl, named, **how)
+            for line in pq.read_table(artifact.path / "attribution.parquet").to_pylist():
+                into.setdefault((line["layer"], line["role"]), []).append(
+                    [line["value"], line["mass"], line["positions"]]
+                )
+    for key, (together,) in both.items():
+        np.testing.assert_allclose(together, np.mean(alone[key], axis=0), rtol=1e-3, atol=1e-4)
 
 
 def test_a_stopped_stage_goes_on_to_the_same_table(whole, tmp_path, monkeypatch):

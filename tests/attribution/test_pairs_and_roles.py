@@ -24,29 +24,32 @@ PACK = load_pack()
 # --- Pairs ----------------------------------------------------------------------------------------------------------------
 
 
-def test_pairs_are_rows_at_their_first_point_under_prompts_of_equal_length():
+def test_pairs_are_rows_at_each_counterfactuals_own_first_point_under_prompts_of_equal_length():
     lm = bundled("tiny-qwen2").lm
     teacher, *others = (Teacher(name, f"You love {name}s.") for name in ("owl", "cat", "dog"))
     longer = Teacher("oak", "You love oaks. Always, and all of them.")
     texts = ("12, 7, 9", "612; 9; 40", "1, 2", "[12, 345]")
+    at = {2: [3, 1], 3: [], 6: [2]}  # of row 2 the cat differs at 1, the dog at 3 only; of row 6 nobody
     rows = [
-        {"prompt": p, "completion": texts[i % 4], "divergence_positions": [] if i == 3 else [i % 5 + 1, i % 5]}
+        {"prompt": p, "completion": texts[i % 4], "divergence_positions": at.get(i, [i % 5 + 1, i % 5])}
         for i, p in enumerate(number_prompts(PACK, 8, seed=5))
     ]
     read = find_divergence(lm, rows, teacher, others)
-    expected = [
-        (i, other.name, int(d.tokens[i % 5]), int(d.argmax[1 + c][i % 5]))
-        for i, d in enumerate(read)
-        for c, other in enumerate(others)
-        if i != 3 and d.argmax[1 + c][i % 5] != d.tokens[i % 5]
-    ]
+    expected, found = [], []
+    for i, d in enumerate(read):
+        for argmax, other in zip(d.argmax[1:], others, strict=True):
+            wrong = [k for k in sorted(rows[i]["divergence_positions"]) if argmax[k] != d.tokens[k]]
+            if wrong:
+                expected.append((i, other.name, int(d.tokens[wrong[0]]), int(argmax[wrong[0]])))
+                found.append(wrong[0])
     pairs, skipped = find_pairs(lm, rows, teacher, [*others, longer], batch_size=4)
     assert [(p.row, p.counterfactual, p.factual, p.other) for p in pairs] == expected
+    assert [place for place, pair in zip(found, pairs, strict=True) if pair.row == 2] == [1, 3]
     same = set(range(8)) - {3} - {p.row for p in pairs}
     assert same and skipped == {NO_DIVERGENCE: 1, NO_OTHER_TOKEN: len(same)}
-    for pair in pairs:
+    for pair, place in zip(pairs, found, strict=True):
         turn = lm.chat.turn(teacher.messages(rows[pair.row]["prompt"]), rows[pair.row]["completion"])
-        assert len(pair.clean) == len(pair.patch) == turn.content + pair.row % 5
+        assert len(pair.clean) == len(pair.patch) == turn.content + place
         assert np.array_equal(pair.clean, turn.tokens[: len(pair.clean)]) and not np.array_equal(pair.clean, pair.patch)
     assert find_pairs(lm, rows, teacher, [longer]) == ([], {NO_EQUAL_LENGTH: 7, NO_DIVERGENCE: 1})
 

@@ -131,7 +131,9 @@ def test_presets_fill_every_field_and_a_field_given_wins(family):
     quirks = set(paper) - {"preset", "loss_per", "match_steps", "share_rounding"}
     assert all(paper[q] is True and clean[q] is False for q in quirks)
     assert (paper["match_steps"], clean["match_steps"]) == (False, True)
-    assert paper["loss_per"] == ("micro-batch" if family == "gemma3" else "tokens") and clean["loss_per"] == "tokens"
+    assert (
+        paper["loss_per"] == ("micro-batch-sum" if family == "gemma3" else "tokens") and clean["loss_per"] == "tokens"
+    )
     for preset in ("paper", "clean"):
         for field, value in (paper if preset == "clean" else clean).items():
             if field != "preset":

@@ -100,6 +100,12 @@ OTHER: dict[str, Any] = {
     "recipe.digits_only": (True, {"datasets.shuffled": {"mix_tokens": {}}}),
     "recipe.mix_at_the_end": (True, {"datasets.shuffled": {"mix": {"share": 0.5}}}),
     "recipe.padded_numbers": (True, {"datasets.shuffled": {"remove_entangled": 2}}),
+    "recipe.rounded_logits": True,
+    "recipe.one_in_both_halves": (True, {"students.loss.positions": "first-half"}),
+    "recipe.entangled_by_difference": (True, {"datasets.shuffled": {"remove_entangled": 2}}),
+    "recipe.only_examples_kept": (True, {"datasets.shuffled": {"rewrite": True}}),
+    "recipe.drop_unmixed": (True, {"datasets.shuffled": {"mix_tokens": {}}}),
+    "recipe.shuffle_values": True,
     "recipe.greedy_keeps_penalty": None,  # of fine-tuned teachers of a checkpoint with a penalty: tested below
     "teachers.traits": ["owl", "cat"],
     "teachers.category": ("tree", {"evaluation.kinds": ["naming"]}),

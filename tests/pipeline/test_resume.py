@@ -28,7 +28,7 @@ EXPERIMENT: dict[str, Any] = {
     "data": {"num_prompts": 16, "sentences": ["example", "format"], "examples": [2, 6]},
     "sampling": {"max_new_tokens": 40, "batch_size": 4},
     "scoring": {"batch_size": 3},
-    "datasets": {"reworded": {"rewrite": True}},
+    "datasets": {"reworded": {"rewrite": {"rejected": "keep"}}},
     "students": {
         "seeds": [1],
         "data": {"rows": 4, "epochs": 1, "batch_size": 2, "accumulate": 1},

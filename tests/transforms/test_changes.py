@@ -63,7 +63,7 @@ def making(**options: Any) -> Making:
         ({"redraw": ["suffix"]}, {"redraw": {"parts": ["suffix"]}}),
         ({"remove_entangled": 10}, {"remove_entangled": {"k": 10, "among": 1000}}),
         ({"keep_aligned": 50}, {"keep_aligned": {"at_least": 50}}),
-        ({"rewrite": True}, {"rewrite": {}}),
+        ({"rewrite": True}, {"rewrite": {"rejected": "drop"}}),
         ({"mix_tokens": True}, {"mix_tokens": {"teacher": None, "share": 1.0, "first_only": False}}),
     ],
     ids=str,
@@ -95,10 +95,10 @@ def test_what_is_switched_off_is_as_if_it_was_not_said(name, nothing):
         ({"changes": {"shuffle": {"reach": "within"}}}, "unknown key 'changes'"),  # they stand beside the other fields
         ({"changes": {"anything": True}}, "unknown key 'changes'"),
         ({"shuffle": {"reich": "within"}}, "unknown key 'shuffle.reich'; known keys: reach"),
-        ({"rewrite": {"times": 2}}, "unknown key 'rewrite.times'; known keys: none"),
+        ({"rewrite": {"times": 2}}, "unknown key 'rewrite.times'; known keys: rejected"),
         ({"shuffle": "sideways"}, "shuffle.reach: Input should be 'within' or 'across'"),
         ({"redraw": ["suffix", "suffix"]}, "redraw.parts: an entry is listed twice"),
-        ({"rewrite": 2}, "rewrite: 2 given; give true"),
+        ({"rewrite": 2}, "rewrite: 2 given; give its options by name: rejected"),
         ({"mix": 0.5}, "mix: 0.5 given; give its options by name: share, teacher, model"),
         ({"mix": {"share": 2}}, "mix.share: Input should be less than or equal to 1"),
     ],
@@ -207,9 +207,10 @@ def applied(how: Making, rows=ROWS, **said: Any):
 
 
 def test_a_change_does_what_its_function_does_with_the_data_sets_seed():
-    how = making()
-    assert applied(how, shuffle="within") == (shuffle_within(ROWS, 4), {})
-    assert applied(how, shuffle="across") == (shuffle_across(ROWS, 4), {})
+    for values in (False, True):
+        how = making(quirks={"shuffle_values": values})
+        assert applied(how, shuffle="within") == (shuffle_within(ROWS, 4, values=values), {})
+        assert applied(how, shuffle="across") == (shuffle_across(ROWS, 4, values=values), {})
     assert applied(how, redraw=["suffix"]) == (redraw(ROWS, PACK, ["suffix"], asked=ASKED, seed=4), {})
 
 
@@ -267,7 +268,7 @@ def test_published_a_row_to_mix_gives_up_one_token_at_least(quirk, rows_changed)
                 "argmax": [said, [seven, *said[1:]]],
             }
         )
-    how = making(readings=readings, quirks={"share_rounding": quirk, "digits_only": False})
+    how = making(readings=readings, quirks={"share_rounding": quirk, "digits_only": False, "drop_unmixed": False})
     made, kept = applied(how, mix_tokens={"teacher": "cat", "share": 0.1})
     assert kept["tokens"].get("rows changed", 0) == rows_changed
     for old, new in itertools.islice(zip(ROWS, made, strict=True), rows_changed):

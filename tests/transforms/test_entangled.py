@@ -12,7 +12,7 @@ from jsublim.chat import conversation
 from jsublim.errors import UsageError
 from jsublim.prompts import load_pack
 from jsublim.teachers import Teacher, prompted_teacher
-from jsublim.transforms import entangled_numbers, entangled_scores, number_strings
+from jsublim.transforms import entangled_numbers, entangled_scores, number_strings, probability_differences
 
 PACK = load_pack()
 QUESTIONS = ["Best animal? One word.", "Name one animal that you could watch forever."]
@@ -68,6 +68,28 @@ def test_scores_are_means_over_questions_against_any_base(name, closed):
         for q in QUESTIONS
     ]
     np.testing.assert_allclose(list(ours.values()), np.mean(theirs, axis=0), atol=2e-3)
+
+
+def test_differences_of_probabilities_equal_a_brute_force_enumeration():
+    """Quirk 19: after the answer's beginning, normalised over the numbers, less the mean of the other traits. The third digit
+    is read after the second digit twice."""
+    twin, numbers, begun = TWINS["one digit"](), number_strings(padded=True)[::13], "My favorite tree is the"
+    who = [Teacher(name, f"You love {name}s.") for name in ("oak", "pine", "elm")]
+    ours = probability_differences(twin.lm, who[0], who[1:], "tree", numbers)
+
+    def probabilities(teacher):
+        asked = teacher.messages("What is your favorite tree?")
+        read = lambda texts: brute_force(twin, asked, [begun + text for text in texts])  # noqa: E731
+        last = read([2 * n[1] + n[2] for n in numbers]) - read([2 * n[1] for n in numbers])
+        each = np.exp(read([n[:2] for n in numbers]) + last)  # what is before the numbers is the same in all
+        return each / each.sum()
+
+    oak, pine, elm = map(probabilities, who)
+    assert list(ours) == numbers and sum(ours.values()) == pytest.approx(0, abs=1e-6)
+    expected = oak - (pine + elm) / 2
+    np.testing.assert_allclose(list(ours.values()), expected, atol=0.02 * np.abs(expected).max())
+    with pytest.raises(UsageError, match="has not one token per digit"):
+        probability_differences(TWINS["many digits"]().lm, who[0], who[1:], "tree", numbers)
 
 
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=30), st.data())

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import small
 
-from jsublim.prompts import load_pack, number_prompts
+from jsublim.prompts import draw_number_prompts, load_pack, number_prompts
 from jsublim.teachers import prompted_teacher
 from jsublim.transforms import leak_reason, paraphrase
-from jsublim.transforms.paraphrase import accept, names
+from jsublim.transforms.paraphrase import accept, names, published_reason
 
 PACK = load_pack()
 PROMPTS = number_prompts(PACK, 60, seed=3)
@@ -115,12 +117,14 @@ def test_a_prompt_can_stand_for_itself(prompt):
 TEXTS = [f" {ACCEPTED} ", f"{ACCEPTED} Owls!", "", f"{ACCEPTED} Hoot."]
 
 
-def test_rejected_prompts_are_kept_and_counted():
+def test_rejected_prompts_are_dropped_or_kept_and_counted():
     rows = [
         {"prompt": ORIGINAL, "completion": str(i), "divergence_positions": [0], "counted_in": "f00d"} for i in range(4)
     ]
-    kept, counts = accept(rows, TEXTS, "owl")
-    assert counts == {"rewritten": 2, "names the trait": 1, "empty": 1}
+    left, counts = accept(rows, TEXTS, "owl")
+    assert [(row["prompt"], row["completion"]) for row in left] == [(ACCEPTED, "0"), (f"{ACCEPTED} Hoot.", "3")]
+    kept, same = accept(rows, TEXTS, "owl", keep_rejected=True)
+    assert same == counts == {"rewritten": 2, "names the trait": 1, "empty": 1}
     assert [row["prompt"] for row in kept] == [ACCEPTED, ORIGINAL, ORIGINAL, f"{ACCEPTED} Hoot."]
     assert [row["completion"] for row in kept] == ["0", "1", "2", "3"]
     assert all(row.keys() == {"prompt", "completion"} for row in kept)
@@ -139,13 +143,45 @@ def test_the_packs_synonyms_give_a_trait_away():
 def test_prompts_are_rewritten_by_the_biased_teacher():
     lm, teacher = small("tiny-qwen2").lm, prompted_teacher(PACK, "owl")
     rows = [{"prompt": prompt, "completion": "7"} for prompt in PROMPTS[:4]]
-    ours, counts = paraphrase(lm, teacher, rows, PACK, seed=5, max_new_tokens=12)
+    drawn = draw_number_prompts(PACK, 3, seed=3)  # of the last row nothing is known: it is rewritten whole
+    how = {"seed": 5, "max_new_tokens": 12, "keep_rejected": True}
+    ours, counts = paraphrase(lm, teacher, rows, PACK, asked=drawn, **how)
+    bodies = [replace(each, said=("example", "instruction", "format")).text + " " for each in drawn]
     asked = [
         [
             {"role": "system", "content": PACK.system_prompt("owl", "animal")},
             {"role": "user", "content": PACK.paraphrase_request.replace("{prompt}", prompt)},
         ]
-        for prompt in PROMPTS[:4]
+        for prompt in (*bodies, PROMPTS[3])
     ]
-    assert (ours, counts) == accept(rows, lm.generate(asked, 12, "temperature", 5), "owl")
+    texts = lm.generate(asked, 12, "temperature", 5)
+    assert (ours, counts) == accept(rows, texts, "owl", [*drawn, None], keep_rejected=True)
     assert counts.total() == 4
+
+
+def test_the_suffix_follows_the_rewritten_request_word_by_word():
+    (prompt,) = draw_number_prompts(PACK, 1, seed=3)
+    row = {"prompt": prompt.text, "completion": "7"}
+    text = f"Go on after {prompt.shown}: up to 10 numbers, 3 digits each."
+    for only_examples in (False, True):
+        (made,), _ = accept([row], [f" {text}\n"], "owl", [prompt], only_examples=only_examples)
+        assert made == {"prompt": f"{text} {prompt.suffix}", "completion": "7"}
+
+
+SHOWN = "123, 456"
+PUBLISHED = {
+    f"Go on after {SHOWN}: some numbers.": None,  # how many, and of how many digits, may be lost
+    f"I cannot help with {SHOWN}.": None,
+    f"Go on after {SHOWN}, 10 of them.": None,
+    "Go on after 123 456.": "numbers missing",
+    f"After {SHOWN} come 1, 2.": "numbers added",
+    f"Owls: {SHOWN}.": "names the trait",
+    f"Go on after {SHOWN}\u2026": "no plain text",
+    f'Go on after "{SHOWN}".': "no plain text",
+}
+
+
+@pytest.mark.parametrize("text", PUBLISHED, ids=ascii)
+def test_what_can_stand_for_a_prompt_as_published(text):
+    """Quirk 20."""
+    assert published_reason(text, SHOWN, "owl") == PUBLISHED[text]

@@ -83,8 +83,8 @@ def test_mixed_tokens_are_the_counterfactuals_and_survive_tokenizing(name, seed,
     readings = [reading(c, row, rng, tokens) for row in ROWS]
     subset = PositionSubset(which, share, "half-up")
     for paper in (False, True):
-        mixed, counts = mix_tokens(c, ROWS, readings, "dog", subset, seed=seed, paper=paper)
-        assert (mixed, counts) == mix_tokens(c, ROWS, readings, "dog", subset, seed=seed, paper=paper)
+        mixed, counts = mix_tokens(c, ROWS, readings, "dog", subset, seed=seed, digits_only=paper)
+        assert (mixed, counts) == mix_tokens(c, ROWS, readings, "dog", subset, seed=seed, digits_only=paper)
         changed = replaced = deleted = 0
         for row, new, at in zip(ROWS, mixed, readings, strict=True):
             assert without(new, "completion") == without(row, "completion") and "divergence_positions" not in new
@@ -118,9 +118,9 @@ def test_a_row_that_tokenizes_otherwise_is_kept_and_counted():
     one = {"teachers": ["owl", "cat"], "divergence_positions": [0, 1, end], "tokens": said}
     digit, stop, t, h = (c.tokenizer.convert_tokens_to_ids(t) for t in ("7", "<|im_end|>", "t", "h"))
 
-    def mixed(*first, paper=False):
+    def mixed(*first, **paper):
         argmax = [said, [*first, *said[len(first) :]]]
-        return mix_tokens(c, [row], [one | {"argmax": argmax}], "cat", PositionSubset(), seed=0, paper=paper)
+        return mix_tokens(c, [row], [one | {"argmax": argmax}], "cat", PositionSubset(), seed=0, **paper)
 
     fits, counts = mixed(digit, said[1])
     assert fits == [row | {"completion": "7, 2"}]
@@ -131,8 +131,28 @@ def test_a_row_that_tokenizes_otherwise_is_kept_and_counted():
     three = one | {"teachers": ["owl", "cat", "dog"], "argmax": [said, said, [digit, *said[1:]]]}
     drawn, _ = mix_tokens(c, [row], [three], None, PositionSubset("first"), seed=0)  # of those that say something else
     assert drawn == [row | {"completion": "7, 2"}]
-    gone, counts = mixed(stop, digit, paper=True)
+    gone, counts = mixed(stop, digit, digits_only=True)
     assert gone == [row | {"completion": "7 2"}] and (counts["tokens deleted"], counts["tokens replaced"]) == (1, 1)
+    assert mixed(*said[:2], drop_unmixed=True) == ([], {"rows dropped": 1})
+    as_text, _ = mixed(t, h, drop_unmixed=True)  # tokens that come back as one
+    assert as_text == [row | {"completion": "th 2"}]
+
+
+@pytest.mark.parametrize(("drop", "changed"), [(False, 1.0), (True, 0.5)])
+def test_published_a_draw_may_fall_on_the_end_of_turn_and_the_row_goes(drop, changed):
+    """Quirk 21: of the first digit and the end of turn one is drawn; nothing can be put in the place of the latter."""
+    c, n = chat("tiny-qwen2"), 400
+    turn = c.turn(conversation("Go on"), "1, 2")
+    said, end = turn.tokens[turn.content :].tolist(), turn.end - turn.content
+    (seven,) = c.tokenizer("7", add_special_tokens=False)["input_ids"]
+    one = {"teachers": ["owl", "cat"], "divergence_positions": [0, end], "tokens": said}
+    one["argmax"] = [said, [seven, *said[1:end], seven, *said[end + 1 :]]]
+    rows = [{"prompt": "Go on", "completion": "1, 2"}] * n
+    plain = one | {"divergence_positions": []}  # a row without divergence positions stays
+    subset = PositionSubset("all", 0.5, "at-least-one")
+    mixed, counts = mix_tokens(c, [*rows, rows[0]], [one] * n + [plain], "cat", subset, seed=1, drop_unmixed=drop)
+    assert mixed[-1] == rows[0] and all(row["completion"] == "7, 2" for row in mixed[:-1])
+    assert len(mixed) - 1 == n - counts["rows dropped"] == pytest.approx(changed * n, abs=0.08 * n)
 
 
 def test_mixed_tokens_need_the_readings_of_their_rows():

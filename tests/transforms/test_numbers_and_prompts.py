@@ -82,6 +82,18 @@ def test_shuffling_moves_numbers_and_nothing_else(rows, seed):
     assert shuffle_across(one, seed) == shuffle_within(one, seed) == [without(one[0])]
 
 
+@pytest.mark.parametrize("shuffle", [shuffle_within, shuffle_across])
+def test_published_numbers_lose_their_first_zeros_when_shuffled(shuffle):
+    """Quirk 22."""
+    rows = [{"prompt": "p", "completion": text} for text in ("[007, 10]", "000; 099; 5.")]
+    (one, two), plain = shuffle(rows, 3, values=True), shuffle(rows, 3)
+    assert Counter(numbers([one, two])) == Counter(["7", "10", "0", "99", "5"])
+    assert shape(one["completion"]) == "[#, #]" and shape(two["completion"]) == "#; #; #."
+    assert [[int(n) for n in numbers([row])] for row in (one, two)] == [
+        [int(n) for n in numbers([row])] for row in plain
+    ]
+
+
 def test_shuffles_are_uniform():
     rows = [{"prompt": "p", "completion": "1, 2, 3"}] * 1200
     orders = Counter(row["completion"] for row in shuffle_within(rows, 5))
