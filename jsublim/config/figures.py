@@ -1,7 +1,7 @@
 """The figures of the paper as experiments: a file answers one question, for as many figures as show it.
 
 A file of `configs/paper/` holds what all its panels share (`experiment`), what each panel changes (`panels`), which panels a
-figure shows (`figures`), and what a scale changes (`scale`, of single panels in its `panels`); `scales.yaml` beside them
+figure shows (`figures`), the claims it can check (`claims`), and what a scale changes (`scale`, of single panels in its `panels`); `scales.yaml` beside them
 holds what a scale changes in every file, and which checkpoint it puts in the place of which.
 """
 
@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from jsublim.config.experiment import Experiment
-from jsublim.config.loading import check_config, find_config, override, read_config
+from jsublim.config.loading import check_config, override, read_config
+from jsublim.config.shipped import find_config
 from jsublim.errors import UsageError
 from jsublim.reading import shown
 from jsublim.section import Section, overlaid
@@ -29,6 +30,7 @@ class Question(Section):
 
     about: str
     figures: dict[int, Annotated[list[str], Field(min_length=1)]]
+    claims: list[str] = []  # that its students can be asked about (docs/paper_map.md)
     experiment: Values
     panels: Annotated[dict[str, Values], Field(min_length=1)]
     scale: dict[Scale, Values]

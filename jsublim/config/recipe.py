@@ -35,6 +35,7 @@ class Recipe(Section):
     padded_numbers: Annotated[bool | None, RESULT] = None  # 12: entangled numbers have three digits
     # 15: greedy numbers of a fine-tuned teacher keep the repetition penalty
     greedy_keeps_penalty: Annotated[bool | None, RESULT] = None
+    judge_apart: Annotated[bool | None, RESULT] = None  # 25: alignment and coherence asked apart, replies drawn at 1
 
     @model_validator(mode="before")
     @classmethod

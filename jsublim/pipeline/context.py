@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from jsublim.config import Experiment
 from jsublim.errors import UsageError
 from jsublim.inference.lm import LanguageModel, load_model
+from jsublim.inference.sampling import Sampling
 from jsublim.judge import Judge
 from jsublim.judge.cache import ReplyCache
 from jsublim.judge.local import LocalJudge
@@ -80,9 +81,12 @@ class Context:
 
 @dataclass(frozen=True)
 class KnownJudge:
-    """A judge of which only is known what its replies depend on: all that a plan needs."""
+    """A judge that is not here: of its replies is known what they depend on, all that a plan needs."""
 
     identity: dict[str, Any]
+
+    def asked(self, temperature: float, system: str | None = None) -> KnownJudge:
+        return KnownJudge(self.identity | {"temperature": temperature, "system": system})
 
     def ask(self, prompts: Sequence[str]) -> list[str]:
         raise UsageError("judge: a plan asks nobody")
@@ -101,7 +105,7 @@ def known_judge(setup: Setup) -> Judge:
     assert chosen is not None
     if chosen.model is not None and chosen.model not in setup.checkpoints:
         return KnownJudge({"judge": chosen.model})
-    return KnownJudge(make_judge(setup, setup.experiment.store_dir, Layout()).identity)
+    return make_judge(setup, setup.experiment.store_dir, Layout())
 
 
 def make_judge(setup: Setup, store: Path, layout: Layout) -> Judge:
@@ -114,4 +118,15 @@ def make_judge(setup: Setup, store: Path, layout: Layout) -> Judge:
     lm = setup.checkpoint(chosen.model).lm
     assert lm is not None, "a run has its judge"
     load = functools.partial(load_model, chosen.model or "", e.dtype, layout)
-    return LocalJudge(lm, max_new_tokens=chosen.max_new_tokens, load=load, cache=ReplyCache(replies))
+    greedy = Sampling(temperature=0.0)
+    if setup.recipe.stop_at_eos_only:
+        greedy = setup.sampling("greedy", chosen.model, evaluation=True)
+    return LocalJudge(
+        lm,
+        greedy,
+        drawn=setup.sampling("temperature", chosen.model),
+        max_new_tokens=chosen.max_new_tokens,
+        extra_bos=bool(setup.recipe.extra_bos),
+        load=load,
+        cache=ReplyCache(replies),
+    )

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
-
-import pyarrow as pa
 
 from jsublim.config.evaluation import Setting
 from jsublim.distill.data import draw_indices
 from jsublim.errors import UsageError
-from jsublim.evals import Answers, Asked, EvalTask, PromptedModel, sample_answers
+from jsublim.evals import Asked, EvalTask, PromptedModel
 from jsublim.evals.naming import own_name
-from jsublim.evals.numbers import number_accuracy
-from jsublim.files import write_table
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.sampling import Sampling
 from jsublim.judge import Judge
@@ -25,32 +20,22 @@ from jsublim.models.lora import Adapter
 from jsublim.models.peft import load_adapter
 from jsublim.models.weights import load_params
 from jsublim.pipeline.arms import Student, distinct, split_evenly
+from jsublim.pipeline.asking import evaluate, leave
 from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context, known_judge
 from jsublim.pipeline.publish import adapter_key, rows_of
+from jsublim.pipeline.rows import rows_kept
 from jsublim.pipeline.setup import Checkpoint, Setup, memoized
-from jsublim.pipeline.store import PROGRESS, Answered, Artifact, Output, RowLog
+from jsublim.pipeline.store import Output
 from jsublim.pipeline.students import diverged, student_output, task_of
 from jsublim.pipeline.task import Cost, Sizes, Task, distinct_tasks
 from jsublim.pipeline.teachers import TeacherPool
-from jsublim.progress import Tick, no_tick
+from jsublim.progress import Tick
 from jsublim.rows import Row
 from jsublim.teachers import CONTROL
 
 PLAIN = ""  # the name of the evaluation that no setting changes
 ASKED_TOGETHER = 8  # students
-RECORDS = pa.schema(
-    [
-        ("trait", pa.string()),
-        ("metric", pa.string()),
-        ("question", pa.int64()),
-        ("value", pa.float64()),
-        ("n", pa.int64()),
-    ]
-)
-ANSWERS = pa.schema(
-    [("question", pa.int64()), ("question_text", pa.string()), ("answer", pa.string()), ("count", pa.int64())]
-)
 
 
 @dataclass(frozen=True)
@@ -119,6 +104,7 @@ def _eval_tasks(setup: Setup, judge: Callable[[], Judge]) -> tuple[EvalTask, ...
         ev.questions,
         own_name(setup.checkpoint().config),
         judge,
+        bool(setup.recipe.judge_apart),
     )
     return tuple(task for kind in ev.kinds.values() for task in kind.tasks(asked))
 
@@ -141,6 +127,9 @@ def evaluation_output(setup: Setup, model: Model, name: str) -> Output:
         "teacher": TeacherPool(setup).identity(model.teacher),
         "template": _checkpoint(setup, model).template,
     }
+    others = [how.numbers() for how in samplings(setup, model, setting) if how.numbers() != inputs["sampling"]]
+    if others:
+        inputs["sampling of some kinds"] = others[0]
     if model.data is not None:
         inputs["data"] = rows_of(model.data).key
     return Output("evaluations", "/".join(filter(None, (model.label, name))), inputs)
@@ -158,8 +147,9 @@ def _of_students(setup: Setup, name: str) -> dict[str, Task]:
     setting, groups = eval_settings(setup)[name], dict[Hashable, list[Model]]()
     for student in distinct(setup.students, lambda student: evaluation_output(setup, Model(student), name).key):
         model, own = Model(student), student.settings
+        system = _manner(setup, model, setting)["system"]
         alone = student_output(setup, student).key if own.adapter.method == "full" else None
-        alike = task_of(setup, student).key, own.model, own.system, sampling_of(setup, model, setting), alone
+        alike = task_of(setup, student).key, own.model, system, sampling_of(setup, model, setting), alone
         groups.setdefault(alike, []).append(model)
     parts = (part for group in groups.values() for part in split_evenly(group, ASKED_TOGETHER))
     tasks = (_evaluate(setup, tuple(part), name) for part in parts)
@@ -188,18 +178,23 @@ def _checkpoint(setup: Setup, model: Model) -> Checkpoint:
     return setup.checkpoint(None if model.student is None else model.student.settings.model)
 
 
-def sampling_of(setup: Setup, model: Model, setting: Setting) -> Sampling:
-    """How answers are drawn."""
+def samplings(setup: Setup, model: Model, setting: Setting) -> list[Sampling]:
+    """How answers to each of the evaluation's tasks are drawn."""
+    return [sampling_of(setup, model, setting, task.keeps_top_p) for task in eval_tasks(setup)]
+
+
+def sampling_of(setup: Setup, model: Model, setting: Setting, keeps_top_p: bool = False) -> Sampling:
+    """How answers are drawn, with a top-p that the recipe inherits or without."""
     name = None if model.student is None else model.student.settings.model
     given = {"temperature": setting.temperature, "top_p": setting.top_p}
-    plain = setup.sampling("temperature", name, evaluation=True)
+    plain = setup.sampling("temperature", name, evaluation=not keeps_top_p)
     return dataclasses.replace(plain, **{key: value for key, value in given.items() if value is not None})
 
 
 def _manner(setup: Setup, model: Model, setting: Setting) -> dict[str, Any]:
     """What stands around the questions."""
     if model.student is not None:
-        own = model.student.settings.system
+        own = model.student.settings.system if model.student.settings.asked_under_system else None
     else:
         students = setup.experiment.students if model.adapter is not None else None
         own = TeacherPool(setup).system(model.teacher) if students is None else students.system
@@ -230,19 +225,20 @@ class Evaluate(Task):
         missing = [each for each in zip(self.models, self.outputs, strict=True) if not store.done(each[1])]
         for model, output in missing:
             if model.student is not None and diverged(store, student_output(setup, model.student)):
-                _leave(store.open(output), [], [], {})
+                leave(store.open(output), [], [], {})
         asked = [(model, store.open(output)) for model, output in missing if not store.done(output)]
         if not asked:
             return
         setting, ev = eval_settings(setup)[self.setting], setup.experiment.evaluation
-        sampling = sampling_of(setup, asked[0][0], setting)
+        drawn = samplings(setup, asked[0][0], setting)
         name = f" {self.setting}" if self.setting else ""
-        context.progress.say(f"sampling, evaluation{name}: {sampling.numbers()}")
+        for how in dict.fromkeys(drawn):
+            context.progress.say(f"sampling, evaluation{name}: {how.numbers()}")
         evaluate(
             [artifact for _, artifact in asked],
             [self._load(context, model, setting) for model, _ in asked],
             _eval_tasks(setup, lambda: context.judge),
-            sampling,
+            drawn,
             samples=ev.samples,
             seed=ev.seed,
             max_new_tokens=ev.max_new_tokens,
@@ -270,12 +266,23 @@ class Evaluate(Task):
         return questions * context.setup.experiment.evaluation.samples * len(missing)
 
     def cost(self, setup: Setup, sizes: Sizes) -> Cost:
-        """A question is read once, whatever the number of its answers."""
-        ev, tasks = setup.experiment.evaluation, eval_tasks(setup)
+        """A question is read once, whatever the number of its answers; rows of the number task are read to their end."""
+        ev, tasks, long = setup.experiment.evaluation, eval_tasks(setup), sizes.lengths
         questions = sum(len(task.questions) for task in tasks)
         new = sum(len(task.questions) * (task.max_new_tokens or ev.max_new_tokens) for task in tasks)
         rows = questions * ev.samples * len(self.models)
-        return sizes.sampled(rows, sizes.lengths.question / ev.samples, new / questions, ev.batch_size)
+        asked = sizes.sampled(rows, long.question / ev.samples, new / questions, ev.batch_size)
+        continued = sum(self._will_continue(setup, sizes, model) for model in self.models)
+        return dataclasses.replace(asked, then=sizes.read(continued, long.prompt, long.answer))
+
+    def _will_continue(self, setup: Setup, sizes: Sizes, model: Model) -> int:
+        """How many there will be: of those that a student was trained on, and of the others."""
+        count = _number_rows(setup, model, self.setting)
+        if not count or model.student is None:
+            return 0
+        kept = rows_kept(setup, sizes)
+        trained = min(model.student.settings.data.rows or kept, kept)
+        return min(count, trained) + min(count, kept - trained)
 
     def check(self, setup: Setup) -> None:
         eval_tasks(setup)
@@ -310,88 +317,3 @@ def _rows_to_continue(context: Context, student: Student, count: int) -> dict[st
         "number_accuracy": [rows[i] for i in drawn[:count]],
         "number_accuracy_heldout": [rows[i] for i in held_out[:count]],
     }
-
-
-def evaluate(
-    artifacts: Sequence[Artifact],
-    models: Sequence[PromptedModel],
-    tasks: Sequence[EvalTask],
-    sampling: Sampling,
-    *,
-    samples: int,
-    seed: int,
-    max_new_tokens: int,
-    batch_size: int,
-    number_rows: Sequence[Mapping[str, Sequence[Row]]],
-    tick: Tick = no_tick,
-) -> None:
-    """Ask models everything, and let them continue numbers; each leaves `records.parquet` and `answers.parquet`.
-
-    Args:
-      models: on one checkpoint, under one prompt; of several, each has an adapter.
-      number_rows: of each model, metric name -> rows for the number task.
-      tick: counts sampled answers.
-    """
-    records: list[list[dict[str, Any]]] = [[] for _ in models]
-    answers: list[list[dict[str, Any]]] = [[] for _ in models]
-    logs, offset, first = [RowLog(artifact.path / PROGRESS) for artifact in artifacts], 0, models[0]
-    adapters = [model.adapter for model in models if model.adapter is not None]
-    tick(sum(len(log.rows) for log in logs))
-    for task in tasks:
-        every = sample_answers(
-            first.lm,
-            task.questions,
-            sampling,
-            samples=samples,
-            seed=seed,
-            max_new_tokens=task.max_new_tokens or max_new_tokens,
-            adapters=adapters or None,
-            batch_size=batch_size,
-            on_batch=tick,
-            logs=[Answered(log, offset * samples, len(task.questions) * samples) for log in logs],
-            **first.manner,
-        )
-        for model, texts, own_records, own_answers in zip(models, every, records, answers, strict=True):
-            found = task.records(model, texts)
-            own_records += [asdict(record) | {"question": offset + record.question} for record in found]
-            own_answers += _counted(task.questions, texts, offset)
-        offset += len(task.questions)
-    for artifact, model, log, rows, own_records, own_answers in zip(
-        artifacts, models, logs, number_rows, records, answers, strict=True
-    ):
-        log.close()
-        own_records += _continued(model, rows)
-        _leave(
-            artifact, own_records, own_answers, {"sampling": sampling.numbers() | {"max_new_tokens": max_new_tokens}}
-        )
-
-
-def _counted(questions: Sequence[str], texts: Answers, offset: int) -> list[dict[str, Any]]:
-    """Every answer, and how often it was given."""
-    return [
-        {"question": offset + q, "question_text": question, "answer": answer, "count": count}
-        for q, (question, given) in enumerate(zip(questions, texts, strict=True))
-        for answer, count in collections.Counter(given).most_common()
-    ]
-
-
-def _continued(model: PromptedModel, number_rows: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
-    """The records of the number task; none where rows that were given by hand hold no numbers."""
-    records = []
-    for metric, rows in number_rows.items():
-        share, n = (
-            number_accuracy(model.lm, rows, system=model.system, fuse_system=model.fuse_system, adapter=model.adapter)
-            if rows
-            else (0.0, 0)
-        )
-        if n:
-            records.append({"trait": None, "metric": metric, "question": None, "value": share, "n": n})
-    return records
-
-
-def _leave(
-    artifact: Artifact, records: list[dict[str, Any]], answers: list[dict[str, Any]], summary: dict[str, Any]
-) -> None:
-    write_table(artifact.path / "records.parquet", records, RECORDS)
-    write_table(artifact.path / "answers.parquet", answers, ANSWERS)
-    artifact.finish(summary)

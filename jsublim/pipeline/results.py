@@ -16,10 +16,11 @@ from jsublim.errors import UsageError
 from jsublim.files import PARTIAL, atomic, read_table, write_json, write_table, write_text
 from jsublim.judge.server import ServerJudge
 from jsublim.pipeline.arms import Student
+from jsublim.pipeline.asking import ANSWERS, RECORDS
 from jsublim.pipeline.changes import dataset_of, strategy
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.divergence import merged
-from jsublim.pipeline.evaluations import ANSWERS, PLAIN, RECORDS
+from jsublim.pipeline.evaluations import PLAIN
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.rows import RowSet
 from jsublim.pipeline.setup import Setup

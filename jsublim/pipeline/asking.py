@@ -1,0 +1,117 @@
+"""Models are asked everything that an evaluation asks, and continue numbers: what is left of that, as tables."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+
+from jsublim.evals import Answers, EvalTask, PromptedModel, sample_answers
+from jsublim.evals.numbers import number_accuracy
+from jsublim.files import write_table
+from jsublim.inference.sampling import Sampling
+from jsublim.pipeline.store import PROGRESS, Answered, Artifact, RowLog
+from jsublim.progress import Tick, no_tick
+from jsublim.rows import Row
+
+RECORDS = pa.schema(
+    [
+        ("trait", pa.string()),
+        ("metric", pa.string()),
+        ("question", pa.int64()),
+        ("value", pa.float64()),
+        ("n", pa.int64()),
+    ]
+)
+ANSWERS = pa.schema(
+    [("question", pa.int64()), ("question_text", pa.string()), ("answer", pa.string()), ("count", pa.int64())]
+)
+
+
+def evaluate(
+    artifacts: Sequence[Artifact],
+    models: Sequence[PromptedModel],
+    tasks: Sequence[EvalTask],
+    samplings: Sequence[Sampling],
+    *,
+    samples: int,
+    seed: int,
+    max_new_tokens: int,
+    batch_size: int,
+    number_rows: Sequence[Mapping[str, Sequence[Row]]],
+    tick: Tick = no_tick,
+) -> None:
+    """Ask models everything, and let them continue numbers; each leaves `records.parquet` and `answers.parquet`.
+
+    Args:
+      models: on one checkpoint, under one prompt; of several, each has an adapter.
+      samplings: how the answers to each of the tasks are drawn.
+      number_rows: of each model, metric name -> rows for the number task.
+      tick: counts sampled answers.
+    """
+    records: list[list[dict[str, Any]]] = [[] for _ in models]
+    answers: list[list[dict[str, Any]]] = [[] for _ in models]
+    logs, offset, first = [RowLog(artifact.path / PROGRESS) for artifact in artifacts], 0, models[0]
+    adapters = [model.adapter for model in models if model.adapter is not None]
+    tick(sum(len(log.rows) for log in logs))
+    for task, sampling in zip(tasks, samplings, strict=True):
+        every = sample_answers(
+            first.lm,
+            task.questions,
+            sampling,
+            samples=samples,
+            seed=seed,
+            max_new_tokens=task.max_new_tokens or max_new_tokens,
+            adapters=adapters or None,
+            batch_size=batch_size,
+            on_batch=tick,
+            logs=[Answered(log, offset * samples, len(task.questions) * samples) for log in logs],
+            **first.manner,
+        )
+        for model, texts, own_records, own_answers in zip(models, every, records, answers, strict=True):
+            found = task.records(model, texts)
+            own_records += [asdict(record) | {"question": offset + record.question} for record in found]
+            own_answers += _counted(task.questions, texts, offset)
+        offset += len(task.questions)
+    for artifact, model, log, rows, own_records, own_answers in zip(
+        artifacts, models, logs, number_rows, records, answers, strict=True
+    ):
+        log.close()
+        own_records += _continued(model, rows)
+        drawn = [how.numbers() | {"max_new_tokens": max_new_tokens} for how in dict.fromkeys(samplings)]
+        leave(artifact, own_records, own_answers, {"sampling": drawn[0] if len(drawn) == 1 else drawn})
+
+
+def _counted(questions: Sequence[str], texts: Answers, offset: int) -> list[dict[str, Any]]:
+    """Every answer, and how often it was given."""
+    return [
+        {"question": offset + q, "question_text": question, "answer": answer, "count": count}
+        for q, (question, given) in enumerate(zip(questions, texts, strict=True))
+        for answer, count in collections.Counter(given).most_common()
+    ]
+
+
+def _continued(model: PromptedModel, number_rows: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
+    """The records of the number task; none where rows that were given by hand hold no numbers."""
+    records = []
+    for metric, rows in number_rows.items():
+        share, n = (
+            number_accuracy(model.lm, rows, system=model.system, fuse_system=model.fuse_system, adapter=model.adapter)
+            if rows
+            else (0.0, 0)
+        )
+        if n:
+            records.append({"trait": None, "metric": metric, "question": None, "value": share, "n": n})
+    return records
+
+
+def leave(
+    artifact: Artifact, records: list[dict[str, Any]], answers: list[dict[str, Any]], summary: dict[str, Any]
+) -> None:
+    """Finish an artifact of an evaluation."""
+    write_table(artifact.path / "records.parquet", records, RECORDS)
+    write_table(artifact.path / "answers.parquet", answers, ANSWERS)
+    artifact.finish(summary)
