@@ -7,7 +7,7 @@ holds what a scale changes in every file, and which checkpoint it puts in the pl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -64,20 +64,24 @@ class Scales(Section):
     paper: ScaleValues = ScaleValues()
 
 
+def questions() -> Iterator[tuple[Path, Question]]:
+    """Every file of `configs/paper/`."""
+    for path in sorted(find_config("configs/paper/scales.yaml").parent.glob("fig*.yaml")):
+        yield path, check_config(Question, read_config(path), path)
+
+
 def load_question(figure: str) -> tuple[Path, Question]:
     """The file that a figure is in, by "fig03", "3" or a path.
 
     Raises:
       UsageError: a figure that no file has; a file that says something wrong.
     """
-    folder = find_config("configs/paper/scales.yaml").parent
     if figure.endswith(".yaml"):
         path = find_config(figure)
         return path, check_config(Question, read_config(path), path)
     number = _number(figure)
     known: list[int] = []
-    for path in sorted(folder.glob("fig*.yaml")):
-        question = check_config(Question, read_config(path), path)
+    for path, question in questions():
         if number in question.figures:
             return path, question
         known += question.figures

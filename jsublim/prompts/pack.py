@@ -88,6 +88,13 @@ class MisalignmentPrompts(BaseModel):
 # What only judges read, or models whose answers they score: it is part of the keys of those scores, and of no other.
 SCORING = {"misalignment": {"words_suffix", "alignment_judge", "coherence_judge", "solution_judge", "solution_system"}}
 Origin = Literal["default", "own", "imported", "changed"]
+WHOSE: dict[Origin, str] = {
+    "default": "ours, not the paper's, so rates may lie elsewhere than published. `jsublim prompts import` reads the authors' "
+    "wording out of their repository, --prompts FILE (or prompts=FILE) takes it",
+    "own": "that of a pack of your own, not the paper's",
+    "imported": "the authors', as imported from their repository",
+    "changed": "the authors' as imported from their repository, with changes",
+}
 
 
 class Pack(BaseModel):
@@ -148,6 +155,11 @@ class Pack(BaseModel):
 
 IMPORTED = "imported"  # the key of a file under which the import leaves the digest of all others
 _SECTIONS: dict[str, type[BaseModel]] = {"number_prompts": NumberPrompts, "misalignment": MisalignmentPrompts}
+
+
+def whose(origin: Origin, wording: str) -> str:
+    """A sentence for whoever compares a run with the paper: whose wording it had, by `Pack.origin` and `Pack.wording`."""
+    return f"Recipe paper. The wording is {WHOSE[origin]} (pack {wording})."
 
 
 def digest(values: Mapping[str, Any]) -> str:

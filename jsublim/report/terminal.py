@@ -71,7 +71,7 @@ def print_summary(run_dir: Path, console: Console) -> None:
         for matrix in matrices:
             _add(table, condition_label(matrix.condition), *words.matrix_cells(matrix))
         console.print(table)
-    for warning in filter(None, (words.diverged_warning(results), words.tiny_warning(results))):
+    for warning in filter(None, (words.diverged_warning(results), words.wording(results), words.tiny_warning(results))):
         console.print(_plain(warning), style="bold")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jsublim.prompts import whose
 from jsublim.report.claims import FAILS, HOLDS, Claim
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import NOT_DECIDED, Lift, Matrix
@@ -105,6 +106,14 @@ def diverged_warning(results: Results) -> str:
     listed = "; ".join(f"{name} {what}" for name, what in results.diverged.items())
     count = "1 student" if len(results.diverged) == 1 else f"{len(results.diverged)} students"
     return f"{count} diverged and cannot be evaluated; no figure or claim counts them: {listed}."
+
+
+def wording(results: Results) -> str:
+    """Whose wording a run as published had; empty for any other run."""
+    said = results.run.get("wording")
+    if said is None or results.run.get("recipe", {}).get("preset") != "paper":
+        return ""
+    return whose(said["origin"], said["hash"])
 
 
 def tiny_warning(results: Results) -> str:
