@@ -144,7 +144,9 @@ def _imports(path: Path) -> set[str]:
 
 def test_the_map_has_every_question_and_the_table_of_panels_is_that_of_the_configs():
     text = _map()
-    assert {path.name for path, _ in questions()} == set(re.findall(r"^\|[^|]*\| `(fig\d+\.yaml)` \|", text, re.MULTILINE))
+    assert {path.name for path, _ in questions()} == set(
+        re.findall(r"^\|[^|]*\| `(fig\d+\.yaml)` \|", text, re.MULTILINE)
+    )
     table = text.split("<!-- begin: scripts/paper_map.py -->\n")[1].split("<!-- end -->")[0]
     assert table == figure_table(), "run scripts/paper_map.py"
 

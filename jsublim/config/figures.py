@@ -7,7 +7,8 @@ holds what a scale changes in every file, and which checkpoint it puts in the pl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -64,10 +65,14 @@ class Scales(Section):
     paper: ScaleValues = ScaleValues()
 
 
-def questions() -> Iterator[tuple[Path, Question]]:
+def questions() -> tuple[tuple[Path, Question], ...]:
     """Every file of `configs/paper/`."""
-    for path in sorted(find_config("configs/paper/scales.yaml").parent.glob("fig*.yaml")):
-        yield path, check_config(Question, read_config(path), path)
+    return _questions(find_config("configs/paper/scales.yaml").parent)
+
+
+@functools.cache
+def _questions(folder: Path) -> tuple[tuple[Path, Question], ...]:
+    return tuple((path, check_config(Question, read_config(path), path)) for path in sorted(folder.glob("fig*.yaml")))
 
 
 def load_question(figure: str) -> tuple[Path, Question]:
