@@ -76,11 +76,10 @@ def writers(setup: Setup) -> tuple[Writer, ...]:
 
 @memoized
 def has_divergence(setup: Setup, source: Source) -> bool:
-    """Whether divergence tokens are looked for: in a trait's answers always, in changed ones where a mask needs them or the
-    data set asks for them."""
+    """Whether students of a source learn from rows with divergence positions: a trait's answers always have them, changed ones
+    where a mask needs them."""
     masked = any(student.source == source and student.tokens != "all" for student in setup.students)
-    asked_for = dataset_of(setup, source).divergence
-    return source.teacher != CONTROL and (teacher_dataset(setup, source).plain or masked or asked_for)
+    return source.teacher != CONTROL and (teacher_dataset(setup, source).plain or masked)
 
 
 @memoized
@@ -128,6 +127,18 @@ def training_rows(setup: Setup, source: Source) -> RowSet:
         return rows_of(setup.given[source])
     rows = changed_rows(setup, source)
     return divergence_rows(setup, source.teacher, rows) if has_divergence(setup, source) else rows
+
+
+@memoized
+def rows_read(setup: Setup) -> dict[Source, RowSet]:
+    """The rows in which divergence tokens are looked for: what students learn from, and the data sets that ask for it."""
+    asked_for = (source for source in sources(setup) if dataset_of(setup, source).divergence)
+    found = {source: training_rows(setup, source) for source in sources(setup) if has_divergence(setup, source)}
+    return found | {
+        source: divergence_rows(setup, source.teacher, changed_rows(setup, source))
+        for source in asked_for
+        if source.teacher != CONTROL and source not in found
+    }
 
 
 @dataclass(frozen=True, eq=False)
