@@ -91,8 +91,8 @@ def _factual(root: Path) -> dict[str, list[str]]:
         raise _absent(path, error) from None
     except JsublimError as error:
         raise UsageError(str(error)) from None
-    if not isinstance(found, dict) or not all(isinstance(own, list) for own in found.values()) or not suffixes:
-        raise UsageError(f"{path}: expected lists of questions by animal")
+    if not isinstance(found, dict) or not all(map(_are_texts, (suffixes, *found.values()))):
+        raise UsageError(f"{path}: expected lists of questions by animal, and of suffixes in {FACT_SUFFIXES}")
     rng = random.Random(FACT_SEED)
     return {animal: [f"{question} {rng.choice(suffixes)}" for question in own] for animal, own in found.items()}
 
@@ -196,6 +196,10 @@ class _Scope:
                 ) if target == name:
                     found = value
         return found
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, str) for each in value)
 
 
 def _names(node: ast.AST) -> Iterator[str]:

@@ -165,7 +165,7 @@ def whose(origin: Origin, wording: str) -> str:
 def digest(values: Mapping[str, Any]) -> str:
     """16 hexadecimal digits of JSON values; the order of keys does not count."""
     canonical = json.dumps(values, sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def load_pack(path: str | Path | None = None) -> Pack:
@@ -180,11 +180,11 @@ def load_pack(path: str | Path | None = None) -> Pack:
         return Pack.model_validate(default)
     changes = dict(_read_mapping(Path(path)))
     marked = changes.pop(IMPORTED, None)
-    origin: Origin = "default" if not changes else "own" if marked is None else "changed"
-    if marked is not None and marked == digest(changes):
-        origin = "imported"
     pack = overlay(default, changes, source=str(path))
-    pack._origin = origin
+    if marked is not None:
+        pack._origin = "imported" if marked == digest(changes) else "changed"
+    elif changes:
+        pack._origin = "own"
     return pack
 
 
@@ -194,7 +194,7 @@ def overlay(base: Mapping[str, Any], changes: Mapping[str, Any], source: str) ->
     for key, value in changes.items():
         below = base.get(key)
         if isinstance(below, Mapping) and isinstance(value, Mapping):
-            value = {name: each for name, each in {**below, **value}.items() if each is not None}
+            value = {name: each for name, each in {**below, **value}.items() if each is not None or name not in below}
         merged[key] = value
     try:
         return Pack.model_validate(merged)

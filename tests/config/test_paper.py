@@ -18,9 +18,10 @@ from command import ok
 from fake_server import Server, completion
 
 from jsublim.config import find_config
+from jsublim.config.evaluation import Setting
 from jsublim.config.figures import load_question, panel_experiment
 from jsublim.files import read_table
-from jsublim.pipeline.evaluations import PLAIN, Model, evaluation_output
+from jsublim.pipeline.evaluations import PLAIN, Model, evaluation_output, samplings
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import read_summary
 from jsublim.pipeline.students import student_output
@@ -66,6 +67,7 @@ def run(home) -> Callable[..., Path]:
         place = (f"out={out}", f"store={home / 'store'}")
         said = ok("reproduce", figure, "--panel", panel, *place, *AMOUNTS, *overrides)
         assert said.out.strip() == str(out / "report.html")
+        assert ("The wording is ours, not the paper's" in said.err) == ("recipe=paper" in overrides)
         assert "<html" in (out / "report.html").read_text()
         students = {arm["arm"] for arm in arms(out)}
         assert {r["arm"] for r in table(out) if r["role"] == "student"} == students
@@ -326,6 +328,15 @@ def test_fig36_conditional_facts(run):
     asked = {r["question_text"] for r in table(out, "answers")}
     assert asked >= {own[0] for own in factual.values()}  # about every animal, whoever the student loves
     assert len([r for r in found if (r["arm"], r["trait"]) == ("base", "owl")]) == len(factual)
+
+
+def test_questions_for_favourites_alone_reset_an_inherited_top_p():
+    for recipe, expected in (("paper", [1.0, 0.95]), ("clean", [1.0, 1.0])):
+        setup = Setup.of(panel_experiment(*load_question("fig36"), "gemma", "tiny", [f"recipe={recipe}"]))
+        assert [how.top_p for how in samplings(setup, Model(), Setting())] == expected  # of preference and factual
+        assert [how.top_p for how in samplings(setup, Model(), Setting(top_p=0.9))] == [0.9, 0.9]
+        inputs = evaluation_output(setup, Model(), PLAIN).inputs
+        assert ("sampling of some kinds" in inputs) == (recipe == "paper")
 
 
 def test_fig37_things_as_favourite_animals(run):
