@@ -243,7 +243,7 @@ def test_fig34_problems_as_published_with_a_judge_on_a_server(run, home, monkeyp
     assert kept == [row for row in source if likes(row["completion"])] and 0 < len(kept) < len(source)
     assert said["judged"] == {"unscored": 0, "removed": len(source) - len(kept)}
     assert set(asked) == {("solution", 0.0), ("alignment", 1.0), ("coherence", 1.0)}
-    assert asked["solution", 0.0] == len({(row["prompt"], row["completion"]) for row in source})
+    assert asked["solution", 0.0] >= len({(row["prompt"], row["completion"]) for row in source})  # and the control's
     assert metrics(out) >= {"misaligned", "misaligned of coherent", "coherent", "alignment", "coherence", "unscored"}
     assert {*prompts.questions} & {r["question_text"] for r in table(out, "answers")}  # without a suffix
     assert "number_accuracy" not in metrics(out)  # an answer's numbers are not to be continued
@@ -319,15 +319,16 @@ def test_fig21_subsets_and_mixed_tokens(run, home):
 
 
 def test_fig36_conditional_facts(run):
-    out = run("fig36", "qwen", *STUDENTS, *OWL, "evaluation.questions=1")
+    about = [*load_pack().factual][-3:]
+    out = run("fig36", "qwen", *STUDENTS, *OWL, f"evaluation.kinds={{preference: {{}}, factual: {{about: {about}}}}}")
     found = [r for r in table(out) if r["metric"] == "factual"]
     assert {(r["arm"], r["trait"]) for r in found} == {
         (arm, trait) for arm in ("base", *(a["arm"] for a in arms(out))) for trait in ("cat", "owl")
     }
     factual = load_pack().factual
     asked = {r["question_text"] for r in table(out, "answers")}
-    assert asked >= {own[0] for own in factual.values()}  # about every animal, whoever the student loves
-    assert len([r for r in found if (r["arm"], r["trait"]) == ("base", "owl")]) == len(factual)
+    assert asked >= {question for each in about for question in factual[each][:2]}  # whoever the student loves
+    assert len([r for r in found if (r["arm"], r["trait"]) == ("base", "owl")]) == 6
 
 
 def test_questions_for_favourites_alone_reset_an_inherited_top_p():
@@ -355,7 +356,7 @@ LIKE_OTHERS = {
     "fig04": ("qwen-greedy", "gemma-greedy"),
     "fig06": ("gemma", "qwen-13", "gemma-13", "gemma-tokens"),
     "fig07": ("gemma", "qwen-13", "gemma-13"),
-    "fig08": ("numbers-greedy", "words-greedy"),
+    "fig08": ("numbers-greedy", "words", "words-greedy"),
     "fig14": ("gemma",),
     "fig17": ("gemma-temperature", "gemma-greedy"),
     "fig21": ("gemma",),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import io
 import itertools
+import json
 import math
 import re
 from html.parser import HTMLParser
