@@ -77,12 +77,11 @@ def print_estimate(experiment: Experiment, chip: str, shape: Path | None = None)
     from jsublim.pipeline.setup import Setup
     from jsublim.pipeline.store import Store
     from jsublim.pipeline.task import Lengths
-    from jsublim.prompts import whose
 
     device, long = chip_of(chip), Lengths()
     setup = Setup.of(experiment, lambda name: architecture(name, shape))
-    if experiment.recipe.preset == "paper":
-        console.print(whose(setup.pack.origin, setup.pack.wording))
+    if setup.wording:
+        console.print(setup.wording)
     costs = stage_costs(plan(setup), setup, Store(experiment.store_dir), device)
     hours = f"hours, one {chip}"
     table = Table("stage", "tasks", "tokens", "FLOPs", hours, "done", title=f"{experiment.name}: {experiment.model}")

@@ -133,7 +133,7 @@ def _about(context: Context, key: str, started: str) -> dict[str, Any]:
         "model": model.lm.name if model.lm else model.name,
         "model_hash": model.hash,
         "pack_hash": setup.pack.hash,
-        "wording": {"origin": setup.pack.origin, "hash": setup.pack.wording},
+        "wording": {"origin": setup.pack.origin, "hash": setup.pack.wording, "said": setup.wording},
         "versions": versions(),
         "device": device(),
         "config_hash": key,

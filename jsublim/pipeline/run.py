@@ -12,7 +12,6 @@ from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import Executor, plan, results_key
 from jsublim.pipeline.results import claim_folder, gather, is_reported
 from jsublim.progress import Progress
-from jsublim.prompts import whose
 from jsublim.report import print_summary
 
 
@@ -29,8 +28,8 @@ def run_experiment(experiment: Experiment, executor: Executor, console: Console)
         graph = plan(context.setup)
         graph.check(context.setup)
         key = results_key(context.setup)
-    if experiment.recipe.preset == "paper":
-        console.print(whose(context.setup.pack.origin, context.setup.pack.wording))
+    if context.setup.wording:
+        console.print(context.setup.wording)
     if experiment.judge is not None and not is_reported(experiment, key):
         context.judge.check()
     claim_folder(experiment, key, console)

@@ -16,7 +16,7 @@ from jsublim.inference.sampling import Sampling, sampling_for
 from jsublim.models.checkpoint import checkpoint_hash, read_config
 from jsublim.models.config import ModelConfig
 from jsublim.pipeline.arms import Source, Student, plan_students
-from jsublim.prompts import Pack, load_pack
+from jsublim.prompts import Pack, load_pack, whose
 from jsublim.teachers import CONTROL
 
 NOBODY = "nobody"  # the trait of a command that asks no teacher of its own
@@ -107,6 +107,11 @@ class Setup:
             found = f"{UNKNOWN}{name}" if unknown else checkpoint_hash(resolve_checkpoint(name, what))
             self.memo["content", name] = found
         return self.memo["content", name]
+
+    @property
+    def wording(self) -> str:
+        """Whose wording a run with recipe `paper` has, as a sentence; empty for other recipes."""
+        return whose(self.pack.origin, self.pack.wording) if self.recipe.preset == "paper" else ""
 
     @property
     def common(self) -> dict[str, Any]:

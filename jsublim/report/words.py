@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from jsublim.prompts import whose
 from jsublim.report.claims import FAILS, HOLDS, Claim
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import NOT_DECIDED, Lift, Matrix
@@ -110,10 +109,7 @@ def diverged_warning(results: Results) -> str:
 
 def wording(results: Results) -> str:
     """Whose wording a run as published had; empty for any other run."""
-    said = results.run.get("wording")
-    if said is None or results.run.get("recipe", {}).get("preset") != "paper":
-        return ""
-    return whose(said["origin"], said["hash"])
+    return results.run.get("wording", {}).get("said", "")
 
 
 def tiny_warning(results: Results) -> str:

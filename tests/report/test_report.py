@@ -20,6 +20,7 @@ from scipy import stats
 
 import jsublim.report.statistics as st
 from jsublim.errors import JsublimError
+from jsublim.prompts import whose
 from jsublim.report import print_summary, write_report
 from jsublim.report.claims import check_claims
 from jsublim.report.summary import lift, other_rows, summary_rows, trait_matrix
@@ -371,7 +372,8 @@ def test_a_run_as_published_says_whose_wording_it_had(tmp_path):
         ("paper", "changed", "with changes"),
         ("clean", "default", None),
     ):
-        more = {"recipe": {"preset": preset}, "wording": {"origin": origin, "hash": "0123abcd"}}
+        sentence = whose(origin, "0123abcd") if preset == "paper" else ""
+        more = {"wording": {"origin": origin, "hash": "0123abcd", "said": sentence}}
         (run / "results" / "run.json").write_text(json.dumps(about | more))
         page, shown = write_report(run).read_text(), Console(record=True, width=400, file=io.StringIO())
         print_summary(run, shown)
