@@ -42,13 +42,16 @@ class Context:
     def load(
         cls, experiment: Experiment, progress: Progress | None = None, given: Mapping[Source, Path] | None = None
     ) -> Context:
-        """Read tokenizers and hashes; weights come later. `given` are files of rows, in place of those of a source.
+        """Read tokenizers and hashes, and say whose wording a run as published has; weights come later. `given` are files of rows, in place of those of a source.
 
         Raises:
           UsageError, JsublimError: as `Setup.of` and `Layout.fit`.
         """
         layout = Layout.fit(experiment.run.parallel, 1, model=experiment.run.model_axis)
-        return cls(Setup.of(experiment, given=given), Store(experiment.store_dir), layout, progress or Progress())
+        setup, progress = Setup.of(experiment, given=given), progress or Progress()
+        if setup.wording:
+            progress.say(setup.wording)
+        return cls(setup, Store(experiment.store_dir), layout, progress)
 
     def lm(self, name: str | None = None) -> LanguageModel:
         """A checkpoint of the config with its weights; None is the experiment's."""

@@ -28,8 +28,6 @@ def run_experiment(experiment: Experiment, executor: Executor, console: Console)
         graph = plan(context.setup)
         graph.check(context.setup)
         key = results_key(context.setup)
-    if context.setup.wording:
-        console.print(context.setup.wording)
     if experiment.judge is not None and not is_reported(experiment, key):
         context.judge.check()
     claim_folder(experiment, key, console)
