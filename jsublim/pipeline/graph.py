@@ -151,7 +151,7 @@ def results_key(setup: Setup) -> str:
     content = [None if e.data.kind == "numbers" else digest(prompts(setup)), [t.identity for t in eval_tasks(setup)]]
     hashes = {name: each.hash for name, each in setup.checkpoints.items()}
     hashes |= {name: setup.content(name, what) for name, what in setup.adapters().items()}
-    return digest([said, setup.common, hashes, content])
+    return digest([said, setup.common, setup.pack.wording, hashes, content])
 
 
 def _decides(decides: Any) -> bool:
