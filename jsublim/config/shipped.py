@@ -15,20 +15,24 @@ LISTS = "configs/paper/lists.yaml"
 def find_config(path: str | Path) -> Path:
     """A config file: as given, or one of those that come with the package (`configs/quickstart.yaml`)."""
     path = Path(path)
-    package = Path(__file__).parents[1]
-    inside = [package / path, package.parent / path] if path.parts[:1] == ("configs",) else []
+    inside = _of_package(path) if path.parts[:1] == ("configs",) else []
     for candidate in (path, *inside):
         if candidate.is_file():
             return candidate
     raise UsageError(f"{path}: no such config file")
 
 
+def _of_package(path: Path) -> list[Path]:
+    """Where it may lie: in an installed package, or beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    return [package / path, package.parent / path]
+
+
 @functools.cache
 def named_lists() -> dict[str, list[str]]:
     """The lists that a config may name where it could write traits out. Always those of the package: a file of the same
     name in the working directory changes no config."""
-    package = Path(__file__).parents[1]
-    return read_yaml(next(path for path in (package / LISTS, package.parent / LISTS) if path.is_file()))
+    return read_yaml(next(path for path in _of_package(Path(LISTS)) if path.is_file()))
 
 
 def written_out(value: Any) -> Any:
