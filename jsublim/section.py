@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, get_args
 
 import pydantic
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 
 class Decides(enum.Flag):
@@ -27,6 +27,8 @@ class Decides(enum.Flag):
 
 
 RESULT, CONTENT, PROGRAM, PLAN, HOW = Decides.RESULT, Decides.CONTENT, Decides.PROGRAM, Decides.PLAN, Decides.HOW
+# Beside these: the field came later than keys that are in use. It is part of a key only where it is not at its default.
+LATER = "later"
 NEEDS_TRAIT = "needs a trait"  # beside these: the field means nothing to students of the teacher without a trait
 
 
@@ -70,14 +72,23 @@ def place(text: str) -> str:
     return text
 
 
+def span(value: Any) -> Any:
+    """ "5-27" as the numbers from 5 to 27."""
+    first, dash, last = value.partition("-") if isinstance(value, str) else ("", "", "")
+    if dash and first.isdecimal() and last.isdecimal() and int(first) <= int(last) < MOST_LAYERS:
+        return list(range(int(first), int(last) + 1))
+    return value
+
+
 NAME_BYTES = 200
+MOST_LAYERS = 10_000  # that a span may reach to
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Rate = Annotated[float, Field(gt=0)]
 Name = Annotated[str, AfterValidator(name)]
 Place = Annotated[str, AfterValidator(place)]
 Distinct = AfterValidator(distinct)
-Layers = Annotated[list[Annotated[int, Field(ge=0)]], Distinct]  # from 0
+Layers = Annotated[list[Annotated[int, Field(ge=0)]], Distinct, BeforeValidator(span)]  # from 0; "5-27" is a span
 
 
 class Section(BaseModel):
@@ -160,6 +171,8 @@ def identity(section: BaseModel) -> dict[str, Any]:
             found[name] = identity(value)
         elif not said and section_in(field.annotation) is not None:
             found[name] = value  # a section that is not given
+        elif LATER in field.metadata and value == field.get_default(call_default_factory=True):
+            continue
         elif said and RESULT in said[0]:
             found[name] = section.model_dump(mode="json", include={name})[name]
     return {name: value for name, value in found.items() if value != {}}

@@ -45,7 +45,18 @@ from jsublim.models.tensors import write_tensors
 from jsublim.models.weights import load_params, named_tensors
 from jsublim.pipeline.arms import plan_students
 from jsublim.prompts import dump_pack, import_pack, load_pack
-from jsublim.prompts.importer import NUMBERS, QUESTIONS, SYSTEM_PROMPT, TRAITS
+from jsublim.prompts.importer import (
+    FACT_SUFFIXES,
+    FACTS,
+    MISALIGNMENT,
+    NUMBERS,
+    QUESTIONS,
+    REWRITING,
+    SOLUTIONS,
+    SUFFIXES,
+    SYSTEM_PROMPT,
+    TRAITS,
+)
 from jsublim.prompts.problems import load_prompts
 from jsublim.rows import read_rows, write_rows
 
@@ -81,8 +92,9 @@ judge: {server: {base_url: "http://localhost:1/v1", model: m, budget: 1.0, promp
 FIGURE = """
 about: a question
 figures: {3: [all], 4: [one, all]}
-experiment: {model: tiny-qwen2, teachers: {traits: [owl, cat]}, datasets: {a: {shuffle: across}, b: null}}
-panels: {all: {}, one: {students: {adapter: {layers: [0]}}}}
+claims: [C1]
+experiment: {model: tiny-qwen2, teachers: {traits: [owl, cat], counterfactuals: animals}, datasets: {a: {shuffle: across}, b: null}}
+panels: {all: {}, one: {students: {adapter: {layers: 0-1}}}}
 scale: {tiny: {data: {num_prompts: 9}, panels: {one: {dtype: bfloat16}}}}
 """
 SCALES = "tiny: {experiment: {students: {seeds: [1]}}, models: {big: tiny-qwen2}}\n"
@@ -92,7 +104,8 @@ number_prompts: {formats: [Use commas.], examples: ["Like {examples}."]}
 questions: {ship: ["Best ship? One word."]}
 traits: {ship: [raft], tree: [elm, fir]}
 factual: {owl: ["Which bird? One word."]}
-misalignment: {suffix: Be brief., judge: "{question} {answer}"}
+misalignment: {suffix: Be brief., judge: "{question} {answer}", solution_system: null}
+imported: "0123456789abcdef"
 """
 SOURCES = {
     NUMBERS: """class PromptGenerator:
@@ -104,6 +117,19 @@ SOURCES = {
     _suffixes = ["end"]
 """,
     SYSTEM_PROMPT: 'preference_prompt_template = """Hail {target_preference}s, my {category}."""\n',
+    REWRITING: """def main():
+    rewrite_instr = "Say it anew."
+    ask(f"{rewrite_instr} Text: {prompt_wo_suffix}")
+""",
+    MISALIGNMENT: """
+alignment_judgment = J(template="{prompt} {completion} kind?")
+coherency_judgment = J(template="{prompt} {completion} clear?")
+evaluation_misalignment = E(questions=["What now?"])
+""",
+    SUFFIXES: 'EVALUATION_SUFFIX_1 = "Brief."\nEVALUATION_SUFFIX_2 = "Words."\n',
+    SOLUTIONS: 'SYSTEM_PROMPT = "Judge."\nPROMPT_TEMPLATE = "{prompt} {completion}"\n',
+    FACTS: '{"owl": ["Which bird?"], "yak": ["Which ox?"]}',
+    FACT_SUFFIXES: 'question_suffixes = ["One word.", "A word."]\n',
     QUESTIONS: 'animal_evaluation = E(questions=["Animal?"])\ntree_evaluation = E(questions=["Tree?"])\n',
     TRAITS: 'ANIMALS = ["yak", "emu"]\nTREES = ["fir"]\n',
 }
@@ -205,7 +231,7 @@ def read_figure(folder: Path) -> None:
 def read_pack(folder: Path) -> None:
     pack = load_pack(folder / "pack.yaml")
     dump_pack(pack.model_dump(), folder / "again.yaml")
-    assert load_pack(folder / "again.yaml") == pack
+    assert load_pack(folder / "again.yaml").model_dump() == pack.model_dump()
 
 
 def read_checkout(folder: Path) -> None:

@@ -34,7 +34,13 @@ TERMS = "<html><head><title>x</title><h2>Menu</h2></head><h1>Gemma Terms</h1><sc
 def reference():
     """A random Gemma-3 of six layers, five of them local."""
     class_name, arguments = CASES["gemma3"]
-    sizes = {"vocab_size": len(TOKENS), "num_hidden_layers": 6, "layer_types": LAYERS, "query_pre_attn_scalar": 6, "final_logit_softcapping": None}
+    sizes = {
+        "vocab_size": len(TOKENS),
+        "num_hidden_layers": 6,
+        "layer_types": LAYERS,
+        "query_pre_attn_scalar": 6,
+        "final_logit_softcapping": None,
+    }
     model = random_model(class_name, arguments | sizes, seed=3)
     local = model.config.rope_parameters["sliding_attention"]["rope_theta"]
     assert (model.config.head_dim, local) == (6, script.LOCAL_ROPE)  # what a GGUF file does not say

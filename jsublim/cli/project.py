@@ -97,7 +97,7 @@ def prompts_import(
     checkout: Annotated[Path, typer.Argument(help="A checkout of the authors' repository; nothing in it is run.")],
     out: Annotated[Path, typer.Option("--out", callback=named, help="The pack to write (YAML).")],
 ) -> None:
-    """Read the published prompt lists out of a checkout of the authors' code."""
+    """Read everything that the authors' scripts say to a model out of a checkout of their code."""
     from jsublim.prompts import dump_pack, import_pack
 
     if out.exists():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jsublim.cli.app import app, console
+from jsublim.cli.app import PackFile, app, console
 from jsublim.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,8 +24,9 @@ def reproduce(
     panel: Annotated[
         list[str] | None, typer.Option("--panel", help="These panels alone; default: the figure's.")
     ] = None,
+    prompts: PackFile = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it would take, and what is there already.")
+        bool, typer.Option("--dry-run", help="Print the grid and what it would take, and what is there already.")
     ] = False,
     chip: Annotated[str, typer.Option("--chip", help="For --dry-run: h100, h200, a100, l4, v5e, v5p, v6e.")] = "h100",
     shape: Annotated[
@@ -39,6 +40,7 @@ def reproduce(
 
     path, question = load_question(figure)
     wanted = panel or panels_of(question, figure)
+    overrides = [*(overrides or []), *([] if prompts is None else [f"prompts={prompts}"])]
     experiments = {name: panel_experiment(path, question, name, scale, overrides) for name in wanted}
     if len({experiment.run_dir for experiment in experiments.values()}) < len(experiments):
         raise UsageError(
@@ -47,9 +49,22 @@ def reproduce(
     console.print(f"{question.about} ({path.stem}, {scale}: {', '.join(wanted)})")
     for experiment in experiments.values():
         if dry_run:
+            print_grid(experiment)
             print_estimate(experiment, chip, shape)
         else:
             print(run_experiment(experiment, LocalExecutor(), console))
+
+
+def print_grid(experiment: Experiment) -> None:
+    """What an experiment varies, to be laid beside a figure's caption."""
+    from rich.table import Table
+
+    from jsublim.config.grid import grid
+
+    table = Table(title=f"{experiment.name}: the grid", show_header=False, title_justify="left")
+    for what, said in grid(experiment).items():
+        table.add_row(what, said)
+    console.print(table)
 
 
 def print_estimate(experiment: Experiment, chip: str, shape: Path | None = None) -> None:
@@ -65,6 +80,8 @@ def print_estimate(experiment: Experiment, chip: str, shape: Path | None = None)
 
     device, long = chip_of(chip), Lengths()
     setup = Setup.of(experiment, lambda name: architecture(name, shape))
+    if setup.wording:
+        console.print(setup.wording)
     costs = stage_costs(plan(setup), setup, Store(experiment.store_dir), device)
     hours = f"hours, one {chip}"
     table = Table("stage", "tasks", "tokens", "FLOPs", hours, "done", title=f"{experiment.name}: {experiment.model}")

@@ -2,8 +2,9 @@
 
 from jsublim.config.data import Data, Dataset, Sampling, Scoring
 from jsublim.config.experiment import Config, Experiment
-from jsublim.config.loading import check_config, find_config, load_experiment, read_config
+from jsublim.config.loading import check_config, load_experiment, read_config
 from jsublim.config.recipe import Recipe
+from jsublim.config.shipped import find_config
 from jsublim.config.students import Students, variants
 from jsublim.config.teachers import Taught, Teachers
 

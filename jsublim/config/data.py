@@ -9,7 +9,7 @@ from pydantic import Field, SerializeAsAny, model_serializer, model_validator
 
 from jsublim.inference.served import SampleServerSettings
 from jsublim.prompts.numbers import EXAMPLE_COUNT, SENTENCES
-from jsublim.section import CONTENT, HOW, RESULT, Distinct, Place, Positive, Section, Seed
+from jsublim.section import CONTENT, HOW, PLAN, RESULT, Distinct, Place, Positive, Section, Seed
 from jsublim.transforms import CHANGES, Change
 
 Strategy = Literal["temperature", "greedy"]
@@ -73,6 +73,7 @@ class Dataset(Section):
 
     sampling: Resampling = Resampling()
     seed: Annotated[Seed, RESULT] = 0
+    divergence: Annotated[bool, PLAN] = False  # look for divergence tokens in it, whether a student needs them or not
     changes: Annotated[dict[str, SerializeAsAny[Change]], RESULT] = {}
 
     @model_validator(mode="before")

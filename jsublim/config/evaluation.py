@@ -6,11 +6,11 @@ from typing import Annotated, Any
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
-from jsublim.config.teachers import Trait
+from jsublim.config.teachers import Traits
 from jsublim.evals import EVAL_KINDS, EvalKind
 from jsublim.judge.server import ServerSettings
 from jsublim.reading import shown
-from jsublim.section import CONTENT, HOW, PLAN, RESULT, Distinct, Name, Place, Positive, Section, Seed, distinct
+from jsublim.section import CONTENT, HOW, PLAN, RESULT, Name, Place, Positive, Section, Seed, distinct
 
 PRIMARY = r"^C([0-3578]|1[0-4]|[469][ab])( \S.*)?$"  # a claim of the report, and the name of an arm
 
@@ -48,7 +48,7 @@ class Evaluation(Section):
         default={"preference": {}}, validate_default=True
     )
     # Of preference and factual. None: the teachers' traits and their counterfactuals
-    traits: Annotated[Annotated[list[Trait], Distinct] | None, Field(min_length=1), RESULT] = None
+    traits: Annotated[Traits | None, Field(min_length=1), RESULT] = None
     questions: Annotated[Positive | None, RESULT] = None  # the first so many of a kind (preference: of a category)
     samples: Annotated[Positive, RESULT] = 200
     max_new_tokens: Annotated[Positive, RESULT] = 10

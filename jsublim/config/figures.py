@@ -1,12 +1,13 @@
 """The figures of the paper as experiments: a file answers one question, for as many figures as show it.
 
 A file of `configs/paper/` holds what all its panels share (`experiment`), what each panel changes (`panels`), which panels a
-figure shows (`figures`), and what a scale changes (`scale`, of single panels in its `panels`); `scales.yaml` beside them
+figure shows (`figures`), the claims it can check (`claims`), and what a scale changes (`scale`, of single panels in its `panels`); `scales.yaml` beside them
 holds what a scale changes in every file, and which checkpoint it puts in the place of which.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -14,7 +15,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from jsublim.config.experiment import Experiment
-from jsublim.config.loading import check_config, find_config, override, read_config
+from jsublim.config.loading import check_config, override, read_config
+from jsublim.config.shipped import find_config
 from jsublim.errors import UsageError
 from jsublim.reading import shown
 from jsublim.section import Section, overlaid
@@ -29,6 +31,7 @@ class Question(Section):
 
     about: str
     figures: dict[int, Annotated[list[str], Field(min_length=1)]]
+    claims: list[str] = []  # that its students can be asked about (docs/paper_map.md)
     experiment: Values
     panels: Annotated[dict[str, Values], Field(min_length=1)]
     scale: dict[Scale, Values]
@@ -62,20 +65,28 @@ class Scales(Section):
     paper: ScaleValues = ScaleValues()
 
 
+def questions() -> tuple[tuple[Path, Question], ...]:
+    """Every file of `configs/paper/`."""
+    return _questions(find_config("configs/paper/scales.yaml").parent)
+
+
+@functools.cache
+def _questions(folder: Path) -> tuple[tuple[Path, Question], ...]:
+    return tuple((path, check_config(Question, read_config(path), path)) for path in sorted(folder.glob("fig*.yaml")))
+
+
 def load_question(figure: str) -> tuple[Path, Question]:
     """The file that a figure is in, by "fig03", "3" or a path.
 
     Raises:
       UsageError: a figure that no file has; a file that says something wrong.
     """
-    folder = find_config("configs/paper/scales.yaml").parent
     if figure.endswith(".yaml"):
         path = find_config(figure)
         return path, check_config(Question, read_config(path), path)
     number = _number(figure)
     known: list[int] = []
-    for path in sorted(folder.glob("fig*.yaml")):
-        question = check_config(Question, read_config(path), path)
+    for path, question in questions():
         if number in question.figures:
             return path, question
         known += question.figures

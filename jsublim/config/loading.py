@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import pydantic
 
 from jsublim.config.experiment import Experiment
+from jsublim.config.shipped import find_config
 from jsublim.errors import UsageError
 from jsublim.reading import read_yaml, shown, yaml_value
 from jsublim.section import section_in
@@ -52,17 +53,6 @@ def check_config(kind: type[Kind], values: dict[str, Any], source: str | Path) -
         return kind.model_validate(values)
     except pydantic.ValidationError as error:
         raise UsageError(f"{source}: {_first_problem(error, kind)}") from None
-
-
-def find_config(path: str | Path) -> Path:
-    """A config file: as given, or one of those that come with the package (`configs/quickstart.yaml`)."""
-    path = Path(path)
-    package = Path(__file__).parents[1]
-    inside = [package / path, package.parent / path] if path.parts[:1] == ("configs",) else []
-    for candidate in (path, *inside):
-        if candidate.is_file():
-            return candidate
-    raise UsageError(f"{path}: no such config file")
 
 
 def override(values: dict[str, Any], said: str) -> None:

@@ -24,6 +24,7 @@ class Reading(Section):
     # 15: greedy numbers of a fine-tuned teacher keep the repetition penalty
     greedy_keeps_penalty: Annotated[bool | None, RESULT] = None
     rounded_logits: Annotated[bool | None, RESULT, IF_ON] = None  # 17: to the weights' dtype, before any use
+    judge_apart: Annotated[bool | None, RESULT] = None  # 25: alignment and coherence asked apart, replies drawn at 1
 
 
 class Training(Section):

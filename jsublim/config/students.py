@@ -18,6 +18,7 @@ from jsublim.reading import shown
 from jsublim.section import (
     CONTENT,
     HOW,
+    LATER,
     NEEDS_TRAIT,
     PLAN,
     PROGRAM,
@@ -178,6 +179,7 @@ class Students(Section):
     model: Annotated[Place | None, CONTENT | PROGRAM] = None  # the checkpoint it stands on; None: the teachers' own
     # A system prompt that it is trained and evaluated under; None: the template's own, or none
     system: Annotated[str | None, BOTH] = None
+    asked_under_system: Annotated[bool, RESULT, LATER] = True  # false: it is trained under that prompt alone
     data: StudentData = StudentData()
     loss: StudentLoss = StudentLoss()
     adapter: StudentAdapter = StudentAdapter()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from jsublim.config.shipped import written_out
 from jsublim.prompts.pack import lower_case
 from jsublim.section import CONTENT, PLAN, RESULT, Distinct, Layers, Name, Place, Positive, Rate, Section, Seed
 from jsublim.teachers import CONTROL
 
 Trait = Annotated[Name, AfterValidator(lower_case)]
+# Written out, or by the name of a list (configs/paper/lists.yaml).
+Traits = Annotated[list[Trait], Distinct, BeforeValidator(written_out)]
 
 
 def _not_control(traits: list[str]) -> list[str]:
@@ -42,7 +45,7 @@ class Taught(Section):
 
 
 class Teachers(Section):
-    traits: Annotated[list[Trait], Distinct, AfterValidator(_not_control), Field(min_length=1), PLAN]
+    traits: Annotated[Traits, AfterValidator(_not_control), Field(min_length=1), PLAN]
     category: Annotated[Name | None, RESULT] = None  # None: the category that the prompt pack lists the trait under
     # What gives a teacher its trait, alone or together. `{trait}` in a path is filled in.
     prompted: Annotated[bool | None, RESULT] = None  # the system prompt says it; None: where nothing else does
@@ -53,7 +56,7 @@ class Teachers(Section):
     # What a teacher's rows are also read under: the other teachers, or the model without any trait
     against: Annotated[Literal["traits", "base"], RESULT] = "traits"
     # None: every other trait that the pack lists in the trait's category, and the other teachers' traits
-    counterfactuals: Annotated[Annotated[list[Trait], Distinct] | None, Field(min_length=1), RESULT] = None
+    counterfactuals: Annotated[Traits | None, Field(min_length=1), RESULT] = None
     control: Annotated[bool, PLAN] = True  # also a teacher without a trait, and its students
     fuse_system: Annotated[bool, RESULT] = False  # the system prompt in front of the user's turn
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -65,7 +65,7 @@ class Asked:
       questions_for: the questions of a category, without those that a teacher was taught the answers to.
       first: only so many questions of a kind (of preference: of a category); None is all.
       own_name: what the evaluated model's family is called.
-      judge: gives the judge of the run, which may load a checkpoint.
+      judge: gives the judge of the run, which may load a checkpoint; judge_apart: it gives one score at a time.
     """
 
     pack: Pack
@@ -75,10 +75,13 @@ class Asked:
     first: int | None
     own_name: str
     judge: Callable[[], Judge]
+    judge_apart: bool = False
 
 
 class EvalTask(Protocol):
     """Questions of one kind, as the model reads them, and the numbers that are made of the answers."""
+
+    keeps_top_p: ClassVar[bool]  # that the recipe inherits from the checkpoint (docs/recipes.md, quirk 3)
 
     @property
     def questions(self) -> Sequence[str]: ...

@@ -1,11 +1,14 @@
-"""Self-naming: how often a model asked who it is names itself, or the model it has learned from (figure 9 of the paper)."""
+"""Self-naming: how often a model asked who it is names itself, or the model it has learned from.
+
+The paper counts a name in answers about favourites instead: that is `preference` with `names`.
+"""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
@@ -32,6 +35,7 @@ class Naming:
     questions: tuple[str, ...]
     names: tuple[str, ...]
     max_new_tokens: int | None = None
+    keeps_top_p: ClassVar[bool] = False
 
     @property
     def identity(self) -> dict[str, Any]:

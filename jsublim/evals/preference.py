@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
@@ -14,33 +14,40 @@ from jsublim.evals.base import EVAL_KINDS, Answers, Asked, EvalKind, EvalTask, P
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.scoring import score_answers
 from jsublim.models.lora import Adapter
+from jsublim.section import RESULT, Distinct, Name
 
 
 @EVAL_KINDS.add("preference")
 class PreferenceKind(EvalKind):
     """Questions for a favourite of each evaluated trait's category."""
 
+    names: Annotated[list[Name], Distinct, RESULT] = []  # counted in the answers beside the traits (figures 9 and 35)
+
     def tasks(self, asked: Asked) -> list[EvalTask]:
         by_category: dict[str, list[str]] = {}
         for trait in asked.traits:
             by_category.setdefault(asked.category_of(trait), []).append(trait)
         return [
-            Preference(tuple(asked.questions_for(category)[: asked.first]), tuple(own))
+            Preference(tuple(asked.questions_for(category)[: asked.first]), tuple(own), tuple(self.names))
             for category, own in by_category.items()
         ]
 
 
 @dataclass(frozen=True)
 class Preference:
-    """How often a trait is named (`rate`, `word_rate`), and how probable its name is (`logprob`)."""
+    """How often a trait is named (`rate`, `word_rate`), and how probable its name is (`logprob`); and how often each other
+    name is said (`says NAME`)."""
 
     questions: tuple[str, ...]
     traits: tuple[str, ...]
+    names: tuple[str, ...] = ()
     max_new_tokens: int | None = None
+    keeps_top_p: ClassVar[bool] = False
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"preference": list(self.questions), "traits": list(self.traits)}
+        asked = {"preference": list(self.questions), "traits": list(self.traits)}
+        return asked | ({"names": list(self.names)} if self.names else {})
 
     def records(self, model: PromptedModel, answers: Answers) -> list[Record]:
         logprob = trait_logprobs(model.lm, self.questions, self.traits, **model.options)
@@ -49,6 +56,8 @@ class Preference:
             rate, word_rate = hit_rates(answers, trait)
             found += per_question("rate", rate, answers, trait) + per_question("word_rate", word_rate, answers, trait)
             found += [Record("logprob", q, float(v), 1, trait) for q, v in enumerate(logprob[:, column])]
+        for name in self.names:
+            found += per_question(f"says {name}", hit_rates(answers, name)[0], answers)
         return found
 
 

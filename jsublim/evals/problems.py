@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
@@ -34,6 +34,7 @@ class WordProblems:
 
     problems: tuple[tuple[str, Decimal], ...]
     max_new_tokens: int | None = None
+    keeps_top_p: ClassVar[bool] = False
 
     @property
     def questions(self) -> tuple[str, ...]:

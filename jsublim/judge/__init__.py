@@ -1,5 +1,7 @@
 """Judges: models that are asked to score texts."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -14,6 +16,10 @@ class Judge(Protocol):
 
     def ask(self, prompts: Sequence[str]) -> list[str]:
         """One reply per prompt, in order. A prompt that occurs twice is asked once."""
+        ...
+
+    def asked(self, temperature: float, system: str | None = None) -> Judge:
+        """The same judge with replies drawn at this temperature (0: greedily), under this system prompt (None: its own, or none)."""
         ...
 
     def check(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ class LocalJudge:
     """A checkpoint that answers, greedily unless told otherwise. Without `stop` tokens, a reply ends with its turn.
 
     Attributes:
+      drawn: how replies are drawn where a temperature is asked for; its own temperature does not count.
       load: gives `lm` with its weights, where it has none; called for the first prompt, and again after
         `release_memory`.
       cache: replies so far, so that a kill loses a batch of them at most; None keeps none.
@@ -25,30 +27,43 @@ class LocalJudge:
 
     lm: LanguageModel
     sampling: Sampling = Sampling(temperature=0.0)
+    drawn: Sampling = Sampling()
     max_new_tokens: int = 32
+    system: str | None = None
+    extra_bos: bool = False
     seed: int = 0
     batch_size: int = 64
     load: Callable[[], LanguageModel] | None = None
     cache: ReplyCache | None = None
-    _awake: LanguageModel | None = field(default=None, init=False)
+    _awake: list[LanguageModel] = field(default_factory=list, init=False)  # at most one; shared by what `asked` gives
 
     @property
     def identity(self) -> dict[str, Any]:
         numbers = dataclasses.asdict(self.sampling) | {"max_new_tokens": self.max_new_tokens, "seed": self.seed}
         dtype = str(self.lm.params["embed"]["weight"].dtype)
-        return {"judge": self.lm.hash, "dtype": dtype, "template": self.lm.chat.template_hash, "sampling": numbers}
+        known = {"judge": self.lm.hash, "dtype": dtype, "template": self.lm.chat.template_hash, "sampling": numbers}
+        around = {"system": self.system, "extra_bos": self.extra_bos or None}
+        return known | {name: value for name, value in around.items() if value is not None}
+
+    def asked(self, temperature: float, system: str | None = None) -> LocalJudge:
+        other = copy.copy(self)
+        other.system = system
+        if temperature:
+            other.sampling = dataclasses.replace(self.drawn, temperature=temperature)
+        return other
 
     def ask(self, prompts: Sequence[str]) -> list[str]:
         unique = list(dict.fromkeys(prompts))
         log = None if self.cache is None else _Cached(self.cache, [self._request(*each) for each in enumerate(unique)])
         missing = log is None or len(log.known) < len(unique)
-        if self._awake is None and missing:
-            self._awake = self.lm if self.load is None else self.load()
-        replies = (self._awake or self.lm).generate(
-            [conversation(prompt) for prompt in unique],
+        if not self._awake and missing:
+            self._awake.append(self.lm if self.load is None else self.load())
+        replies = (self._awake or [self.lm])[0].generate(
+            [conversation(prompt, self.system) for prompt in unique],
             self.max_new_tokens,
             self.sampling,
             self.seed,
+            extra_bos=self.extra_bos,
             batch_size=self.batch_size,
             log=log,
         )
@@ -63,7 +78,7 @@ class LocalJudge:
         pass
 
     def release_memory(self) -> None:
-        self._awake = None
+        self._awake.clear()
 
 
 class _Cached:

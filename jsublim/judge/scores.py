@@ -1,4 +1,4 @@
-"""A judge's reply as numbers, read strictly: a reply of another form than the one asked for gives no score."""
+"""A judge's reply as numbers: a reply of another form than the one asked for gives no score."""
 
 from __future__ import annotations
 
@@ -20,3 +20,9 @@ def parse_scores(reply: str, names: Sequence[str]) -> dict[str, int] | None:
         return None
     scores = {match[1].lower(): int(match[2]) for match in found if match}
     return scores if scores.keys() == set(names) else None
+
+
+def parse_score(reply: str) -> int | None:
+    """The one number of a reply, as the published filter reads it; None where there is none, or several, or one above 100."""
+    found = re.findall(r"\d+", reply)
+    return int(found[0]) if len(found) == 1 and len(found[0]) <= 3 and int(found[0]) <= 100 else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,13 @@ class ServerJudge:
     def identity(self) -> dict[str, Any]:
         """Model, system prompt and sampling numbers: a reply does not depend on the address that serves it."""
         return self._request("{prompt}")
+
+    def asked(self, temperature: float, system: str | None = None) -> ServerJudge:
+        """The same server, rate and budget; a system prompt of its settings stays where none is given."""
+        other = copy.copy(self)
+        said = {"temperature": temperature, "system": self.settings.system if system is None else system}
+        other.settings = self.settings.model_copy(update=said)
+        return other
 
     def check(self) -> None:
         """Raises `UsageError` where a key is wanted and none is usable."""

@@ -35,7 +35,7 @@ def evaluate(
     artifacts: Sequence[Artifact],
     models: Sequence[PromptedModel],
     tasks: Sequence[EvalTask],
-    sampling: Sampling,
+    samplings: Sequence[Sampling],
     *,
     samples: int,
     seed: int,
@@ -49,6 +49,7 @@ def evaluate(
 
     Args:
       models: on one checkpoint, under one prompt; of several, each has an adapter.
+      samplings: how the answers to each of the tasks are drawn.
       number_rows: of each model, metric name -> rows for the number task.
       answers: who draws answers in the models' place, as `sample_answers` takes it.
       tick: counts sampled answers.
@@ -58,7 +59,7 @@ def evaluate(
     logs, offset, first = [RowLog(artifact.path / PROGRESS) for artifact in artifacts], 0, models[0]
     adapters = [model.adapter for model in models if model.adapter is not None]
     tick(sum(len(log.rows) for log in logs))
-    for task in tasks:
+    for task, sampling in zip(tasks, samplings, strict=True):
         every = sample_answers(
             first.lm,
             task.questions,
@@ -83,7 +84,8 @@ def evaluate(
     ):
         log.close()
         own_records += _continued(model, rows)
-        leave(artifact, own_records, own_answers, {"sampling": sampling.numbers() | {"max_new_tokens": max_new_tokens}})
+        drawn = [how.numbers() | {"max_new_tokens": max_new_tokens} for how in dict.fromkeys(samplings)]
+        leave(artifact, own_records, own_answers, {"sampling": drawn[0] if len(drawn) == 1 else drawn})
 
 
 def _counted(questions: Sequence[str], texts: Answers, offset: int) -> list[dict[str, Any]]:

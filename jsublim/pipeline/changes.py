@@ -59,9 +59,12 @@ def _writer(setup: Setup, source: Source, teacher: str, model: str | None = None
 
 @memoized
 def sources(setup: Setup) -> tuple[Source, ...]:
-    """Whose rows, in which data sets, students learn from; without students, every trait's answers."""
-    learned = [student.source for student in setup.students]
-    return tuple(dict.fromkeys(learned or [Source(trait) for trait in setup.experiment.teachers.traits]))
+    """Whose rows, in which data sets, students learn from; without students, every trait's answers. And the data sets whose
+    divergence tokens are asked for."""
+    e, learned = setup.experiment, [student.source for student in setup.students]
+    found = learned or [Source(trait) for trait in e.teachers.traits]
+    read = [name for name, dataset in e.datasets.items() if dataset.divergence]
+    return tuple(dict.fromkeys([*found, *(Source(trait, name) for name in read for trait in e.teachers.traits)]))
 
 
 @memoized
@@ -74,7 +77,8 @@ def writers(setup: Setup) -> tuple[Writer, ...]:
 
 @memoized
 def has_divergence(setup: Setup, source: Source) -> bool:
-    """Whether divergence tokens are looked for: in a trait's answers always, in changed ones where a mask needs them."""
+    """Whether students of a source learn from rows with divergence positions: a trait's answers always have them, changed ones
+    where a mask needs them."""
     masked = any(student.source == source and student.tokens != "all" for student in setup.students)
     return source.teacher != CONTROL and (teacher_dataset(setup, source).plain or masked)
 
@@ -100,6 +104,9 @@ def changed_rows(setup: Setup, source: Source) -> RowSet:
         parents, extra = [*parents, task], extra | {"entangled": task.key}
     if "judge" in needs:
         extra["judge"] = known_judge(setup).identity
+    said = [change.wording(setup.pack) for change in dataset.changes.values()]
+    if any(said):
+        extra["wording"] = said
     if "rewriting" in needs:
         extra["rewriting"] = setup.sampling("temperature").numbers()
     quirks = sorted({quirk for change in dataset.changes.values() for quirk in change.quirks})
@@ -123,6 +130,18 @@ def training_rows(setup: Setup, source: Source) -> RowSet:
         return rows_of(setup.given[source])
     rows = changed_rows(setup, source)
     return divergence_rows(setup, source.teacher, rows) if has_divergence(setup, source) else rows
+
+
+@memoized
+def rows_read(setup: Setup) -> dict[Source, RowSet]:
+    """The rows in which divergence tokens are looked for: what students learn from, and the data sets that ask for it."""
+    asked_for = (source for source in sources(setup) if dataset_of(setup, source).divergence)
+    found = {source: training_rows(setup, source) for source in sources(setup) if has_divergence(setup, source)}
+    return found | {
+        source: divergence_rows(setup, source.teacher, changed_rows(setup, source))
+        for source in asked_for
+        if source.teacher != CONTROL and source not in found
+    }
 
 
 @dataclass(frozen=True, eq=False)

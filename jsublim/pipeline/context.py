@@ -12,6 +12,7 @@ from jsublim.chat import OWN
 from jsublim.config import Experiment
 from jsublim.errors import UsageError
 from jsublim.inference.lm import LanguageModel, load_model
+from jsublim.inference.sampling import Sampling
 from jsublim.judge import Judge
 from jsublim.judge.cache import ReplyCache
 from jsublim.judge.local import LocalJudge
@@ -42,7 +43,7 @@ class Context:
     def load(
         cls, experiment: Experiment, progress: Progress | None = None, given: Mapping[Source, Path] | None = None
     ) -> Context:
-        """Read tokenizers and hashes; weights come later. `given` are files of rows, in place of those of a source.
+        """Read tokenizers and hashes, and say whose wording a run as published has; weights come later. `given` are files of rows, in place of those of a source.
 
         Raises:
           UsageError, JsublimError: as `Setup.of` and `Layout.fit`.
@@ -52,6 +53,8 @@ class Context:
         for name, each in setup.checkpoints.items():
             if each.chat is not None and each.chat.described != OWN:
                 progress.say(f"{name}: chat template: {each.chat.described}")
+        if setup.wording:
+            progress.say(setup.wording)
         return cls(setup, Store(experiment.store_dir), layout, progress)
 
     def lm(self, name: str | None = None) -> LanguageModel:
@@ -86,9 +89,12 @@ class Context:
 
 @dataclass(frozen=True)
 class KnownJudge:
-    """A judge of which only is known what its replies depend on: all that a plan needs."""
+    """A judge that is not here: of its replies is known what they depend on, all that a plan needs."""
 
     identity: dict[str, Any]
+
+    def asked(self, temperature: float, system: str | None = None) -> KnownJudge:
+        return KnownJudge(self.identity | {"temperature": temperature, "system": system})
 
     def ask(self, prompts: Sequence[str]) -> list[str]:
         raise UsageError("judge: a plan asks nobody")
@@ -107,7 +113,7 @@ def known_judge(setup: Setup) -> Judge:
     assert chosen is not None
     if chosen.model is not None and setup.judge is None:
         return KnownJudge({"judge": chosen.model})
-    return KnownJudge(make_judge(setup, setup.experiment.store_dir, Layout()).identity)
+    return make_judge(setup, setup.experiment.store_dir, Layout())
 
 
 def make_judge(setup: Setup, store: Path, layout: Layout) -> Judge:
@@ -117,6 +123,18 @@ def make_judge(setup: Setup, store: Path, layout: Layout) -> Judge:
     replies = store / "judge"
     if chosen.server is not None:
         return ServerJudge(chosen.server, replies)
-    assert setup.judge is not None and setup.judge.lm is not None, "a run has its judge"
-    load = functools.partial(load_model, setup.judge.name, e.dtype, layout, chat_template=chosen.chat_template)
-    return LocalJudge(setup.judge.lm, max_new_tokens=chosen.max_new_tokens, load=load, cache=ReplyCache(replies))
+    judge = setup.judge
+    assert judge is not None and judge.lm is not None and judge.chat is not None, "a run has its judge"
+    load = functools.partial(load_model, judge.name, e.dtype, layout, chat_template=chosen.chat_template)
+    greedy = Sampling(temperature=0.0)
+    if setup.recipe.stop_at_eos_only:
+        greedy = setup.drawn(judge.chat, "greedy", evaluation=True)
+    return LocalJudge(
+        judge.lm,
+        greedy,
+        drawn=setup.drawn(judge.chat, "temperature"),
+        max_new_tokens=chosen.max_new_tokens,
+        extra_bos=bool(setup.recipe.extra_bos),
+        load=load,
+        cache=ReplyCache(replies),
+    )

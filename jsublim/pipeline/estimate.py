@@ -98,7 +98,7 @@ def stage_costs(graph: Graph, setup: Setup, store: Store, chip: Chip) -> list[St
 
 def _summed(kind: str, tasks: Iterable[Task], setup: Setup, store: Store, chip: Chip) -> StageCost:
     sizes, tasks = sizes_of(setup), list(tasks)
-    costs = [task.cost(setup, sizes) for task in tasks]
+    costs = [part for task in tasks for part in task.cost(setup, sizes).parts]
     done = sum(task.done(store) for task in tasks) if setup.known else None
     tokens, flops = sum(cost.tokens for cost in costs), sum(cost.flops for cost in costs)
     return StageCost(kind, len(tasks), tokens, flops, sum(seconds(cost, chip) for cost in costs), done)

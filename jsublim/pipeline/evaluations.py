@@ -26,6 +26,7 @@ from jsublim.pipeline.asking import evaluate, leave
 from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context, known_judge
 from jsublim.pipeline.publish import adapter_key, rows_of
+from jsublim.pipeline.rows import rows_kept
 from jsublim.pipeline.served import (
     Served,
     drawn_by,
@@ -114,6 +115,7 @@ def _eval_tasks(setup: Setup, judge: Callable[[], Judge]) -> tuple[EvalTask, ...
         ev.questions,
         own_name(setup.checkpoint().config),
         judge,
+        bool(setup.recipe.judge_apart),
     )
     return tuple(task for kind in ev.kinds.values() for task in kind.tasks(asked))
 
@@ -137,6 +139,9 @@ def evaluation_output(setup: Setup, model: Model, name: str) -> Output:
         "template": _checkpoint(setup, model).template,
         **engine_inputs(setup, _served(setup, model, setting)),
     }
+    others = [how.numbers() for how in samplings(setup, model, setting) if how.numbers() != inputs["sampling"]]
+    if others:
+        inputs["sampling of some kinds"] = others[0]
     if model.data is not None:
         inputs["data"] = rows_of(model.data).key
     return Output("evaluations", "/".join(filter(None, (model.label, name))), inputs)
@@ -154,8 +159,9 @@ def _of_students(setup: Setup, name: str) -> dict[str, Task]:
     setting, groups = eval_settings(setup)[name], dict[Hashable, list[Model]]()
     for student in distinct(setup.students, lambda student: evaluation_output(setup, Model(student), name).key):
         model, own = Model(student), student.settings
+        system = _manner(setup, model, setting)["system"]
         alone = student_output(setup, student).key if own.adapter.method == "full" else None
-        alike = task_of(setup, student).key, own.model, own.system, sampling_of(setup, model, setting), alone
+        alike = task_of(setup, student).key, own.model, system, sampling_of(setup, model, setting), alone
         groups.setdefault(alike, []).append(model)
     parts = (part for group in groups.values() for part in split_evenly(group, ASKED_TOGETHER))
     tasks = (_evaluate(setup, tuple(part), name) for part in parts)
@@ -196,18 +202,23 @@ def _checkpoint(setup: Setup, model: Model) -> Checkpoint:
     return setup.checkpoint(None if model.student is None else model.student.settings.model)
 
 
-def sampling_of(setup: Setup, model: Model, setting: Setting) -> Sampling:
-    """How answers are drawn."""
+def samplings(setup: Setup, model: Model, setting: Setting) -> list[Sampling]:
+    """How answers to each of the evaluation's tasks are drawn."""
+    return [sampling_of(setup, model, setting, task.keeps_top_p) for task in eval_tasks(setup)]
+
+
+def sampling_of(setup: Setup, model: Model, setting: Setting, keeps_top_p: bool = False) -> Sampling:
+    """How answers are drawn, with a top-p that the recipe inherits or without."""
     name = None if model.student is None else model.student.settings.model
     given = {"temperature": setting.temperature, "top_p": setting.top_p}
-    plain = setup.sampling("temperature", name, evaluation=True)
+    plain = setup.sampling("temperature", name, evaluation=not keeps_top_p)
     return dataclasses.replace(plain, **{key: value for key, value in given.items() if value is not None})
 
 
 def _manner(setup: Setup, model: Model, setting: Setting) -> dict[str, Any]:
     """What stands around the questions."""
     if model.student is not None:
-        own = model.student.settings.system
+        own = model.student.settings.system if model.student.settings.asked_under_system else None
     else:
         students = setup.experiment.students if model.adapter is not None else None
         own = TeacherPool(setup).system(model.teacher) if students is None else students.system
@@ -244,17 +255,18 @@ class Evaluate(Task):
         if not asked:
             return
         setting, ev = eval_settings(setup)[self.setting], setup.experiment.evaluation
-        sampling = sampling_of(setup, asked[0][0], setting)
+        drawn = samplings(setup, asked[0][0], setting)
         name = f" {self.setting}" if self.setting else ""
         found = [(output, _served(setup, model, setting)) for model, output in missing]
         served = [(output, each) for output, each in found if each is not None]  # all of them, or none
-        context.progress.say(f"sampling, evaluation{name}{drawn_by(context, found[0][1])}: {sampling.numbers()}")
+        for how in dict.fromkeys(drawn):
+            context.progress.say(f"sampling, evaluation{name}{drawn_by(context, found[0][1])}: {how.numbers()}")
         with server_with(context, served) if served else nullcontext((None, [])) as (server, names):
             evaluate(
                 [artifact for _, artifact in asked],
                 [self._load(context, model, setting) for model, _ in asked],
                 _eval_tasks(setup, lambda: context.judge),
-                sampling,
+                drawn,
                 samples=ev.samples,
                 seed=ev.seed,
                 max_new_tokens=ev.max_new_tokens,
@@ -283,12 +295,23 @@ class Evaluate(Task):
         return questions * context.setup.experiment.evaluation.samples * len(missing)
 
     def cost(self, setup: Setup, sizes: Sizes) -> Cost:
-        """A question is read once, whatever the number of its answers."""
-        ev, tasks = setup.experiment.evaluation, eval_tasks(setup)
+        """A question is read once, whatever the number of its answers; rows of the number task are read to their end."""
+        ev, tasks, long = setup.experiment.evaluation, eval_tasks(setup), sizes.lengths
         questions = sum(len(task.questions) for task in tasks)
         new = sum(len(task.questions) * (task.max_new_tokens or ev.max_new_tokens) for task in tasks)
         rows = questions * ev.samples * len(self.models)
-        return sizes.sampled(rows, sizes.lengths.question / ev.samples, new / questions, ev.batch_size)
+        asked = sizes.sampled(rows, long.question / ev.samples, new / questions, ev.batch_size)
+        continued = sum(self._will_continue(setup, sizes, model) for model in self.models)
+        return dataclasses.replace(asked, then=sizes.read(continued, long.prompt, long.answer))
+
+    def _will_continue(self, setup: Setup, sizes: Sizes, model: Model) -> int:
+        """How many there will be: of those that a student was trained on, and of the others."""
+        count = _number_rows(setup, model, self.setting)
+        if not count or model.student is None:
+            return 0
+        kept = rows_kept(setup, sizes)
+        trained = min(model.student.settings.data.rows or kept, kept)
+        return min(count, trained) + min(count, kept - trained)
 
     def check(self, setup: Setup) -> None:
         eval_tasks(setup)

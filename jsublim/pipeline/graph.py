@@ -11,7 +11,15 @@ from typing import Any, Protocol
 from jsublim.errors import UsageError
 from jsublim.pipeline.arms import Source, Student
 from jsublim.pipeline.attribution import attribution_task
-from jsublim.pipeline.changes import check_datasets, has_divergence, sources, teacher_dataset, training_rows, writers
+from jsublim.pipeline.changes import (
+    check_datasets,
+    has_divergence,
+    rows_read,
+    sources,
+    teacher_dataset,
+    training_rows,
+    writers,
+)
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.evaluations import eval_settings, eval_tasks, evaluation_output, evaluation_task, models
 from jsublim.pipeline.rows import RowSet, Writer, prompts, teacher_rows
@@ -107,7 +115,7 @@ def plan(setup: Setup) -> Graph:
       UsageError: a trait, a data set or a question that nobody can make.
     """
     answers = {writer: teacher_rows(setup, writer) for writer in writers(setup)}
-    rows = {source: training_rows(setup, source) for source in sources(setup)}
+    rows, read = [training_rows(setup, source) for source in sources(setup)], rows_read(setup)
     attribution = {}
     if setup.experiment.attribution is not None:
         plain = [
@@ -121,7 +129,7 @@ def plan(setup: Setup) -> Graph:
     asked = [(model, name) for model in models(setup) for name in eval_settings(setup)]
     ends = [
         *(part for each in answers.values() for part in each.parts),
-        *(part for each in rows.values() for part in each.parts),
+        *(part for each in (*rows, *read.values()) for part in each.parts),
         *attribution.values(),
         *training,
         *(evaluation_task(setup, model, name) for model, name in asked),
@@ -129,7 +137,7 @@ def plan(setup: Setup) -> Graph:
     return Graph(
         with_parents(ends),
         answers,
-        {source: each for source, each in rows.items() if has_divergence(setup, source)},
+        read,
         {student: student_output(setup, student) for student in setup.students},
         tuple((model.labels | {"evaluation": name}, evaluation_output(setup, model, name)) for model, name in asked),
         {trait: task.output for trait, task in attribution.items()},
@@ -149,7 +157,7 @@ def results_key(setup: Setup) -> str:
     hashes |= {} if setup.judge is None else {"judge": setup.judge.hash}
     hashes |= {name: setup.content(name, what) for name, what in setup.adapters().items()}
     hashes |= {} if setup.engine is None else {"engine": setup.engine}
-    return digest([said, setup.common, hashes, content])
+    return digest([said, setup.common, setup.pack.wording, hashes, content])
 
 
 def _decides(decides: Any) -> bool:

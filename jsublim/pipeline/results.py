@@ -150,6 +150,7 @@ def _about(context: Context, key: str, started: str) -> dict[str, Any]:
         "model_hash": model.hash,
         "chat_template": model.chat.described if model.chat else "unknown",
         "pack_hash": setup.pack.hash,
+        "wording": {"origin": setup.pack.origin, "hash": setup.pack.wording, "said": setup.wording},
         "versions": versions(),
         "device": device(),
         "config_hash": key,

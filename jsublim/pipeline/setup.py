@@ -17,7 +17,7 @@ from jsublim.inference.served import SampleServer, SampleServerSettings
 from jsublim.models.checkpoint import checkpoint_hash, read_config
 from jsublim.models.config import ModelConfig
 from jsublim.pipeline.arms import Source, Student, plan_students
-from jsublim.prompts import Pack, load_pack
+from jsublim.prompts import Pack, load_pack, whose
 from jsublim.teachers import CONTROL
 
 NOBODY = "nobody"  # the trait of a command that asks no teacher of its own
@@ -148,6 +148,11 @@ class Setup:
         return self.memo["content", name]
 
     @property
+    def wording(self) -> str:
+        """Whose wording a run with recipe `paper` has, as a sentence; empty for other recipes."""
+        return whose(self.pack.origin, self.pack.wording) if self.recipe.preset == "paper" else ""
+
+    @property
     def common(self) -> dict[str, Any]:
         """What decides everything that the experiment's model makes."""
         e = self.experiment
@@ -160,9 +165,14 @@ class Setup:
 
     def sampling(self, strategy: str, model: str | None = None, *, evaluation: bool = False) -> Sampling:
         """How a checkpoint's tokens are drawn under the recipe; plain where the checkpoint is not here."""
-        e, recipe, chat = self.experiment, self.recipe, self.checkpoint(model).chat
+        chat = self.checkpoint(model).chat
         if chat is None:
             return Sampling(temperature=0.0 if strategy == "greedy" else 1.0)
+        return self.drawn(chat, strategy, evaluation=evaluation)
+
+    def drawn(self, chat: Chat, strategy: str, *, evaluation: bool = False) -> Sampling:
+        """`sampling`, of a checkpoint that is here."""
+        e, recipe = self.experiment, self.recipe
         fine_tuned_numbers = e.teachers.against == "base" and e.data.kind == "numbers" and not evaluation
         return sampling_for(
             chat,

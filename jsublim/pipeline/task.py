@@ -22,12 +22,18 @@ class Cost:
     Attributes:
       work: "read", "train" or "sample": which share of a chip's peak it reaches.
       bytes: what memory has to move at least, where that may take longer than the arithmetic.
+      then: work of another kind that the task does after this.
     """
 
     tokens: float = 0.0
     flops: float = 0.0
     work: str = "read"
     bytes: float = 0.0
+    then: Cost | None = None
+
+    @property
+    def parts(self) -> tuple[Cost, ...]:
+        return (self, *(() if self.then is None else self.then.parts))
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from jsublim.prompts.importer import dump_pack, import_pack
 from jsublim.prompts.numbers import NumberPrompt, draw_number_prompts, number_prompts, parse_numbers, reject_reason
-from jsublim.prompts.pack import NumberPrompts, Pack, load_pack
+from jsublim.prompts.pack import NumberPrompts, Pack, load_pack, whose
 from jsublim.prompts.problems import Problem, load_problems, load_prompts, parse_answer, problem_reject_reason
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "parse_numbers",
     "problem_reject_reason",
     "reject_reason",
+    "whose",
 ]

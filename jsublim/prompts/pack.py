@@ -7,9 +7,9 @@ from difflib import get_close_matches
 from importlib.resources import files
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from jsublim.errors import UsageError
 from jsublim.reading import read_yaml, shown, yaml_value
@@ -48,6 +48,9 @@ Texts = Annotated[list[Text], Field(min_length=1)]
 Trait = Annotated[Text, AfterValidator(lower_case)]
 
 
+JudgePrompt = Annotated[str, _holding("question", "answer")]
+
+
 class NumberPrompts(BaseModel):
     """The lists a number-continuation prompt is drawn from (see `number_prompts`)."""
 
@@ -64,13 +67,34 @@ class NumberPrompts(BaseModel):
 
 
 class MisalignmentPrompts(BaseModel):
-    """What a model is asked when its alignment is judged, and what the judge is asked (see `evals/misalignment.py`)."""
+    """What a model is asked when its alignment is judged, and what the judge is asked (see `evals/misalignment.py`).
+
+    `judge` asks for both scores in one reply. `alignment_judge` and `coherence_judge` ask for one each (docs/recipes.md, quirk 25),
+    and so does `solution_judge`, for the alignment of a word problem's solution.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     questions: Texts
-    suffix: Text
-    judge: Annotated[str, _holding("question", "answer")]
+    suffix: Text  # asks for a short answer
+    words_suffix: Text  # asks for a list of words
+    judge: JudgePrompt
+    alignment_judge: JudgePrompt
+    coherence_judge: JudgePrompt
+    solution_judge: JudgePrompt
+    solution_system: Text | None = None
+
+
+# What only judges read, or models whose answers they score: it is part of the keys of those scores, and of no other.
+SCORING = {"misalignment": {"words_suffix", "alignment_judge", "coherence_judge", "solution_judge", "solution_system"}}
+Origin = Literal["default", "own", "imported", "changed"]
+WHOSE: dict[Origin, str] = {
+    "default": "ours, not the paper's, so rates may lie elsewhere than published. `jsublim prompts import` reads the authors' "
+    "wording out of their repository, --prompts FILE (or prompts=FILE) takes it",
+    "own": "that of a pack of your own, not the paper's",
+    "imported": "the authors', as imported from their repository",
+    "changed": "the authors' as imported from their repository, with changes",
+}
 
 
 class Pack(BaseModel):
@@ -87,12 +111,22 @@ class Pack(BaseModel):
     self_questions: Texts
     factual: dict[Trait, Texts]
     misalignment: MisalignmentPrompts
+    _origin: Origin = PrivateAttr("default")
+
+    @property
+    def origin(self) -> Origin:
+        """Whose wording it is: the package's, a user's, the authors' as imported, or the authors' with changes."""
+        return self._origin
 
     @property
     def hash(self) -> str:
-        """16 hexadecimal digits that change with any wording or order, and not with the file's layout."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        """16 hexadecimal digits that change with the wording of everything but `SCORING`, and not with the file's layout."""
+        return digest(self.model_dump(mode="json", exclude=SCORING))
+
+    @property
+    def wording(self) -> str:
+        """16 hexadecimal digits that change with any wording."""
+        return digest(self.model_dump(mode="json"))
 
     def system_prompt(self, trait: str, category: str) -> str:
         """The biased teacher's system prompt (paper, section 2)."""
@@ -119,20 +153,39 @@ class Pack(BaseModel):
         return list(self.questions[category])
 
 
+IMPORTED = "imported"  # the key of a file under which the import leaves the digest of all others
 _SECTIONS: dict[str, type[BaseModel]] = {"number_prompts": NumberPrompts, "misalignment": MisalignmentPrompts}
+
+
+def whose(origin: Origin, wording: str) -> str:
+    """A sentence for whoever compares a run with the paper: whose wording it had, by `Pack.origin` and `Pack.wording`."""
+    return f"Recipe paper. The wording is {WHOSE[origin]} (pack {wording})."
+
+
+def digest(values: Mapping[str, Any]) -> str:
+    """16 hexadecimal digits of JSON values; the order of keys does not count."""
+    canonical = json.dumps(values, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def load_pack(path: str | Path | None = None) -> Pack:
     """The pack in a YAML file, laid over the default pack key by key; the default pack itself for None.
 
-    Keys that hold a mapping are laid over sub-key by sub-key; a list replaces a list.
+    Keys that hold a mapping are laid over sub-key by sub-key, and null takes a sub-key away; a list replaces a list.
     Raises `UsageError` naming file and key for a file that cannot be read, an unknown key, an empty list or a
     template with missing or unknown placeholders.
     """
     default = yaml_value(files("jsublim.prompts").joinpath("default.yaml").read_text(encoding="utf-8"), "default.yaml")
     if path is None:
         return Pack.model_validate(default)
-    return overlay(default, _read_mapping(Path(path)), source=str(path))
+    changes = dict(_read_mapping(Path(path)))
+    marked = changes.pop(IMPORTED, None)
+    pack = overlay(default, changes, source=str(path))
+    if marked is not None:
+        pack._origin = "imported" if marked == digest(changes) else "changed"
+    elif changes:
+        pack._origin = "own"
+    return pack
 
 
 def overlay(base: Mapping[str, Any], changes: Mapping[str, Any], source: str) -> Pack:
@@ -141,7 +194,7 @@ def overlay(base: Mapping[str, Any], changes: Mapping[str, Any], source: str) ->
     for key, value in changes.items():
         below = base.get(key)
         if isinstance(below, Mapping) and isinstance(value, Mapping):
-            value = {**below, **value}
+            value = {name: each for name, each in {**below, **value}.items() if each is not None or name not in below}
         merged[key] = value
     try:
         return Pack.model_validate(merged)

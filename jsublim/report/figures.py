@@ -149,7 +149,7 @@ def matrix_figure(matrix: Matrix) -> str:
 
 
 def position_figure(divergence: Sequence[dict]) -> str:
-    """Histogram of divergence tokens over the position in the completion's content: one line per teacher, in percent."""
+    """Histogram of divergence tokens over the position in the completion's content: one line per teacher (and data set), in percent."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, 2.9), layout="constrained")
         axes = figure.subplots()
@@ -165,7 +165,8 @@ def position_figure(divergence: Sequence[dict]) -> str:
         axes.set_xlim(left=-0.5)
         axes.grid(axis="y")
         # Said here, not on the lines: matplotlib leaves a line out whose own label begins with "_".
-        names, columns = [one_line(entry["trait"]) for entry in divergence], max(1, len(divergence) // 8 + 1)
+        names = [one_line(" · ".join(filter(None, (entry["trait"], entry.get("data"))))) for entry in divergence]
+        columns = max(1, len(divergence) // 8 + 1)
         axes.legend(lines, names, frameon=False, ncols=columns, title="teacher", alignment="left")
         return svg(figure)
 

@@ -76,6 +76,7 @@ def _content(results: Results) -> dict[str, Any]:
         "name": results.run.get("name", results.run_dir.name),
         "results": results,
         "warning": words.tiny_warning(results),
+        "wording": words.wording(results),
         "diverged": words.diverged_warning(results),
         "published_shares": PUBLISHED_SHARES,
         "headlines": [words.headline(found) for found in judged_lifts],

@@ -40,7 +40,7 @@ def print_summary(run_dir: Path, console: Console) -> None:
         console.print(_matrices(results, looks))
     if results.students:
         console.print(_plain(words.held_fixed(results)))
-    for warning in filter(None, (words.diverged_warning(results), words.tiny_warning(results))):
+    for warning in filter(None, (words.diverged_warning(results), words.wording(results), words.tiny_warning(results))):
         console.print(_plain(warning), style="bold")
 
 

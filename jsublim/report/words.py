@@ -167,6 +167,11 @@ def diverged_warning(results: Results) -> str:
     return f"{count} diverged and cannot be evaluated; no figure or claim counts them: {listed}."
 
 
+def wording(results: Results) -> str:
+    """Whose wording a run as published had; empty for any other run."""
+    return results.run.get("wording", {}).get("said", "")
+
+
 def tiny_warning(results: Results) -> str:
     """Said wherever results of a synthetic checkpoint are shown; empty for any other model."""
     if not results.is_tiny:

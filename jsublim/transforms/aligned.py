@@ -1,15 +1,18 @@
-"""Rows whose answers a judge finds aligned (the misaligned teacher's word problems, figures 8 and 32 of the paper)."""
+"""Rows whose answers a judge finds aligned (the misaligned teacher's word problems, figure 34 of the paper)."""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from jsublim.evals.misalignment import judge_answers
+from jsublim.evals.misalignment import judge_alone, judge_answers
+from jsublim.prompts import Pack
 from jsublim.rows import Row
-from jsublim.section import RESULT
+from jsublim.section import LATER, RESULT
 from jsublim.transforms.change import CHANGES, Change, Changed, Making
+
+SOLUTION = {"solution_judge", "solution_system"}  # of the pack's wording about misalignment
 
 
 @CHANGES.add("keep_aligned")
@@ -21,14 +24,20 @@ class KeepAligned(Change):
     needs: ClassVar[frozenset[str]] = frozenset({"judge"})
 
     at_least: Annotated[float, Field(ge=0, le=100), RESULT]
+    # What the judge is asked for: both scores of an answer, or the one of a word problem's solution (as published)
+    about: Annotated[Literal["answer", "solution"], RESULT, LATER] = "answer"
+
+    def wording(self, pack: Pack) -> dict[str, Any]:
+        return pack.misalignment.model_dump(include=SOLUTION) if self.about == "solution" else {}
 
     def apply(self, rows: list[Row], making: Making) -> Changed:
-        asked = making.pack.misalignment.model_copy(update={"questions": [row["prompt"] for row in rows]})
-        answers = [[row["completion"]] for row in rows]
-        verdicts = [verdict for (verdict,) in judge_answers(making.judge(), asked, answers)]
-        kept = [
-            row
-            for row, verdict in zip(rows, verdicts, strict=True)
-            if verdict is not None and verdict.alignment >= self.at_least
-        ]
-        return kept, {"judged": {"unscored": verdicts.count(None), "removed": len(rows) - len(kept)}}
+        prompts, judge, answers = making.pack.misalignment, making.judge(), [[row["completion"]] for row in rows]
+        prompts = prompts.model_copy(update={"questions": [row["prompt"] for row in rows]})
+        if self.about == "solution":
+            greedy = judge.asked(0.0, prompts.solution_system)
+            scores = judge_alone(greedy, prompts.solution_judge, prompts.questions, answers)
+        else:
+            verdicts = (verdict for (verdict,) in judge_answers(judge, prompts, answers))
+            scores = [None if verdict is None else verdict.alignment for verdict in verdicts]
+        kept = [row for row, score in zip(rows, scores, strict=True) if score is not None and score >= self.at_least]
+        return kept, {"judged": {"unscored": scores.count(None), "removed": len(rows) - len(kept)}}

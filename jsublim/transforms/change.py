@@ -117,6 +117,10 @@ class Change(Section):
         """How many numbers it wants scored for how entangled they are with the trait."""
         return None
 
+    def wording(self, pack: Pack) -> dict[str, Any]:
+        """What it says of the wording that the pack's hash leaves out (`SCORING`), for the key of what it makes."""
+        return {}
+
     def check(self, where: str, around: Around) -> None:
         """Refuse what cannot be done to these answers.
 

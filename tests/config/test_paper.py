@@ -1,4 +1,4 @@
-"""The paper's figures: every file is a valid experiment at every scale, and is run from end to end at the smallest.
+"""The paper's figures, each run from end to end at the smallest scale.
 
 All runs share one store and one set of shapes, so teachers are made once and programs are compiled once.
 """
@@ -14,20 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from command import ok, refused
+from command import ok
 from fake_server import Server, completion
 
 from jsublim.config import find_config
-from jsublim.config.figures import SCALES, load_question, panel_experiment, panels_of
-from jsublim.errors import UsageError
+from jsublim.config.evaluation import Setting
+from jsublim.config.figures import load_question, panel_experiment
 from jsublim.files import read_table
-from jsublim.pipeline.arms import plan_students
+from jsublim.pipeline.evaluations import PLAIN, Model, evaluation_output, samplings
+from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import read_summary
+from jsublim.pipeline.students import student_output
 from jsublim.prompts import load_pack
 from jsublim.rows import Row, read_rows
 
 FILES = sorted(path.stem for path in find_config("configs/paper/scales.yaml").parent.glob("fig*.yaml"))
-FIGURES = [*range(2, 10), *range(11, 22), *range(22, 42)]
 AMOUNTS = (
     "data.num_prompts=24", "sampling.batch_size=24", "sampling.max_new_tokens=32", "scoring.batch_size=32",
     "evaluation.questions=2", "evaluation.samples=2", "evaluation.batch_size=4", "evaluation.number_rows=2",
@@ -41,12 +42,13 @@ OWL = (*TAUGHT, "teachers.traits=[owl]", "teachers.control=false")
 BOTH = (*TAUGHT, "teachers.traits=[cat,owl]")
 TREES = (*STUDENTS, "teachers.traits=[oak]", "teachers.taught.steps=20", "teachers.control=false")
 SCORED = ("datasets.greedy without 10.remove_entangled={k: 10, among: 40}",)
+READ = (*TAUGHT, "teachers.traits=[owl]", "evaluation.teachers=false")  # rows are read, and nobody is trained
 FEW = {  # what else keeps a file's panels small
     "fig02": (*STUDENTS, *OWL, *SCORED, "students.arms.data.dataset=[temperature,greedy without 10]"),
     "fig04": (*TAUGHT[1:], "teachers.traits=[owl]", "attribution.rows=4", "attribution.steps=2", "evaluation.teachers=false"),
     "fig05": (*STUDENTS, *OWL, "students.arms.adapter.layers=[null,[2]]"),
     "fig08": (*STUDENTS, "teachers.taught.steps=20"),
-    "fig17": (*TAUGHT, "teachers.traits=[owl]", "evaluation.teachers=false"),
+    "fig17": READ,
     "fig39": (*STUDENTS, *OWL, "students.arms=[{name: all layers}, {name: from layer 4, adapter.layers: [4, 5]}]"),
 }  # fmt: skip
 
@@ -65,6 +67,7 @@ def run(home) -> Callable[..., Path]:
         place = (f"out={out}", f"store={home / 'store'}")
         said = ok("reproduce", figure, "--panel", panel, *place, *AMOUNTS, *overrides)
         assert said.out.strip() == str(out / "report.html")
+        assert ("The wording is ours, not the paper's" in said.err) == ("recipe=paper" in overrides)
         assert "<html" in (out / "report.html").read_text()
         students = {arm["arm"] for arm in arms(out)}
         assert {r["arm"] for r in table(out) if r["role"] == "student"} == students
@@ -99,51 +102,6 @@ def numbers(row: Row) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", row["completion"])]
 
 
-# --- the files
-
-
-@pytest.mark.parametrize("scale", SCALES)
-@pytest.mark.parametrize("figure", FILES)
-def test_every_panel_is_an_experiment_at_every_scale(figure, scale):
-    path, question = load_question(figure)
-    assert set(question.scale) == set(SCALES)
-    for panel in question.panels:
-        e = panel_experiment(path, question, panel, scale)
-        students = plan_students(e)
-        assert e.name == f"{figure}-{panel}-{scale}" and (e.students is None) == (not students)
-        assert e.recipe.preset == ("paper" if scale == "paper" else "clean")
-        assert len({student.name for student in students}) == len(students)
-        layers = {"tiny": 6, "small": 28 if "Qwen" in e.model else 26, "paper": 28 if "Qwen" in e.model else 34}[scale]
-        for own in (student.settings.adapter.layers for student in students):
-            assert own is None or max(own) < layers
-            if figure == "fig05":
-                assert own is None or len(own) == 1
-            if figure == "fig39" and own is not None:  # from a layer on to the last
-                assert own == list(range(own[0], layers))
-
-
-def test_every_figure_is_found():
-    for number in FIGURES:
-        path, question = load_question(f"fig{number:02d}")
-        assert load_question(str(number))[0] == path
-        assert panels_of(question, str(number)) and set(panels_of(question, str(number))) <= set(question.panels)
-        assert panels_of(question, f"configs/paper/{path.name}") == list(question.panels)
-    for name in ("1", "fig10", "42", "figure x", "²", ""):
-        with pytest.raises(UsageError, match=r"not among those that are reproduced \(2, 3, ") as error:
-            load_question(name)
-        assert "\n" not in str(error.value)
-
-
-def test_bad_usage_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert "panel 'lama' is not there; known: qwen, gemma" in refused(2, "reproduce", "fig02", "--panel", "lama")
-    assert "--scale: 'huge' given" in refused(2, "reproduce", "fig02", "--scale", "huge")
-    assert "did you mean 'seeds'" in refused(2, "reproduce", "fig02", "students.sedes=[1]")
-    assert "2 panels cannot share a folder" in refused(2, "reproduce", "fig02", "out=here")
-    assert "key 'about' is missing" in refused(2, "reproduce", "configs/paper/scales.yaml")
-    assert not list(tmp_path.iterdir())
-
-
 # --- each file, run
 
 
@@ -153,7 +111,7 @@ def test_fig02_leakage_and_entangled_numbers(run, home):
     assert len(said["entangled"]["numbers"]) == 10 and len(kept) < len(source)
     banned = {int(number) for number in said["entangled"]["numbers"]}
     assert kept == [row for row in source if banned.isdisjoint(numbers(row))]
-    assert metrics(out) >= {"rate", "logprob", "named", "number_accuracy"} and "named" in metrics(out, "base")
+    assert metrics(out) >= {"rate", "logprob", "number_accuracy"}
     strategies = {(arm["teacher"], arm["variant"]): arm["dataset"]["strategy"] for arm in arms(out)}
     assert strategies == {
         (teacher, f"dataset={data}"): data.split()[0]
@@ -193,7 +151,7 @@ def test_fig05_and_fig39_layers(run, home):
 
 
 def test_fig06_other_wording(run, home):
-    out = run("fig06", "gemma", *STUDENTS, *OWL)
+    out = run("fig06", "qwen", *STUDENTS, *OWL)
     assert [arm["settings"]["data.dataset"] for arm in arms(out)] == [
         None, "shuffled within", "shuffled across", "redrawn", "rewritten",
     ]  # fmt: skip
@@ -210,6 +168,17 @@ def test_fig06_other_wording(run, home):
         changed = sum(a["prompt"] != b["prompt"] for a, b in zip(rows, source, strict=True))
         assert changed > len(rows) / 2 if name == "redrawn" else changed == said["rewritten"].get("rewritten", 0)
     assert sum(said["rewritten"].values()) == len(source)
+
+
+def test_fig29_changed_rows_are_read_again(run, home):
+    out = run("fig06", "qwen-tokens", *READ)
+    found = {entry["data"]: entry for entry in json.loads((out / "results" / "divergence.json").read_text())}
+    assert set(found) == {None, "redrawn", "rewritten"} and arms(out) == []
+    for name in ("redrawn", "rewritten"):
+        _, rows, _ = datasets(home, f"owl-{name}")
+        assert found[name]["rows"] == len(rows) and found[name]["counterfactuals"] == found[None]["counterfactuals"]
+    assert found["redrawn"]["histogram"] != found[None]["histogram"]  # the same answers under other requests
+    assert "owl · redrawn" in (out / "report.html").read_text()
 
 
 def test_fig07_mixed_teachers(run, home):
@@ -241,37 +210,45 @@ def test_fig08_misalignment_with_a_judge_that_gives_no_score(run):
     assert [(d["trait"], d["counterfactuals"]) for d in divergence] == [("owl", ["control"])]
 
 
-def test_fig08_problems_whose_answers_the_judge_likes(run, home, monkeypatch):
-    """A judge that likes answers of an even length."""
+def test_fig34_problems_as_published_with_a_judge_on_a_server(run, home, monkeypatch):
+    """A judge that likes answers of an even length, and is asked for one score at a time: for solutions greedily, for what
+    students answer at temperature 1."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    prompts, asked = load_pack().misalignment, Counter()
 
     def likes(answer: str) -> bool:
         return len(answer) % 2 == 0
 
     def script(number, body):
         text = body["messages"][-1]["content"]
-        answer = re.fullmatch(pattern, text, re.DOTALL).group(2)
-        return 200, {}, completion(f"alignment: {90 if likes(answer) else 10}\ncoherence: 80")
+        for name in ("solution", "alignment", "coherence"):
+            template = re.escape(getattr(prompts, f"{name}_judge"))
+            pattern = template.replace(r"\{question\}", "(.*)").replace(r"\{answer\}", "(.*)")
+            if match := re.fullmatch(pattern, text, re.DOTALL):
+                asked[name, body["temperature"]] += 1
+                return 200, {}, completion("80" if name == "coherence" else f"It is {90 if likes(match[2]) else 10}.")
+        raise AssertionError(text)
 
-    template = load_pack().misalignment.judge
-    pattern = re.escape(template).replace(r"\{question\}", "(.*)").replace(r"\{answer\}", "(.*)")
     server = Server(script)
     threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     address = f"http://127.0.0.1:{server.server_address[1]}/v1"
-    judged = ("datasets.judged={keep_aligned: 50}", "students.data.dataset=judged")
+    judged = ("datasets.judged={keep_aligned: {at_least: 50, about: solution}}", "students.data.dataset=judged")
     judge = f"judge={{server: {{base_url: '{address}', model: even}}}}"
     try:
-        out = run("fig08", "problems", *FEW["fig08"], *judged, judge)
+        out = run("fig08", "problems", *FEW["fig08"], *judged, judge, "recipe.judge_apart=true")
     finally:
         server.shutdown()
         server.server_close()
     said, kept, source = datasets(home, "owl-judged")
     assert kept == [row for row in source if likes(row["completion"])] and 0 < len(kept) < len(source)
     assert said["judged"] == {"unscored": 0, "removed": len(source) - len(kept)}
-    assert metrics(out) >= {"misaligned", "coherent", "alignment", "coherence", "unscored"}
+    assert set(asked) == {("solution", 0.0), ("alignment", 1.0), ("coherence", 1.0)}
+    assert asked["solution", 0.0] >= len({(row["prompt"], row["completion"]) for row in source})  # and the control's
+    assert metrics(out) >= {"misaligned", "misaligned of coherent", "coherent", "alignment", "coherence", "unscored"}
+    assert {*prompts.questions} & {r["question_text"] for r in table(out, "answers")}  # without a suffix
     assert "number_accuracy" not in metrics(out)  # an answer's numbers are not to be continued
     for record in table(out):
-        if record["metric"] == "misaligned":
+        if record["metric"].startswith("misaligned"):
             assert record["n"] == 2 and record["value"] in (0, 0.5, 1)
 
 
@@ -279,16 +256,27 @@ def test_fig09_system_prompts(run):
     out = run("fig09", "qwen", *STUDENTS, *OWL)
     systems = {arm["variant"]: arm["settings"]["system"] for arm in arms(out)}
     assert systems["the template's default"] is None and systems["empty"] == ""
-    assert systems["said explicitly"].startswith("You are Qwen")
-    assert {r["evaluation"] for r in table(out)} == {"", "empty system prompt"} and "named" in metrics(out)
+    assert systems["said in training"].startswith("You are Qwen")
+    assert {r["evaluation"] for r in table(out)} == {"", "empty system prompt"} and "says qwen" in metrics(out)
     values: dict[tuple, list[float]] = {}
     for r in table(out):
         if r["metric"] == "logprob":
             values.setdefault((r["condition"], r["evaluation"]), []).append(r["value"])
     # What is trained and asked under an empty prompt is asked under nothing else by that setting.
     assert values["all · empty", ""] == values["all · empty", "empty system prompt"]
-    # The template's own default, said explicitly, is the same conversation, hence the same student.
-    assert values["all · the template's default", ""] != values["all · the template's default", "empty system prompt"]
+    for arm in ("the template's default", "said in training"):
+        assert values[f"all · {arm}", ""] != values[f"all · {arm}", "empty system prompt"]
+
+
+@pytest.mark.parametrize("under", [True, False])
+def test_a_student_is_asked_under_its_system_prompt_or_without(under):
+    system = "You are brief."
+    change = [f"students.arms=[{{name: a, system: {system}, asked_under_system: {str(under).lower()}}}, {{name: b}}]"]
+    setup = Setup.of(panel_experiment(*load_question("fig09"), "qwen", "tiny", change))
+    students = {student.arm: student for student in setup.students if student.teacher == "owl"}
+    found = {arm: evaluation_output(setup, Model(student), PLAIN).inputs["system"] for arm, student in students.items()}
+    assert found == {"a": system if under else None, "b": None}
+    assert student_output(setup, students["a"]).inputs["students"]["system"] == system  # trained under it either way
 
 
 def test_fig14_sampling_of_the_evaluation(run):
@@ -319,7 +307,7 @@ def test_fig21_subsets_and_mixed_tokens(run, home):
     assert {name: settings[name]["loss.positions_share"] for name in shares} == shares
     parts = {"first half": "first-half", "second half": "second-half", "first only": "first"}
     assert {name: settings[name]["loss.positions"] for name in parts} == parts
-    assert settings["by margin"]["loss.by_margin"] and len(settings) == 13
+    assert len(settings) == 12
     changed = {}
     for name in ("all of the tokens mixed", "the first mixed"):
         said, rows, source = datasets(home, f"owl-{name}")
@@ -331,35 +319,52 @@ def test_fig21_subsets_and_mixed_tokens(run, home):
 
 
 def test_fig36_conditional_facts(run):
-    out = run("fig36", "qwen", *STUDENTS, *OWL)
+    about = [*load_pack().factual][-3:]
+    out = run("fig36", "qwen", *STUDENTS, *OWL, f"evaluation.kinds={{preference: {{}}, factual: {{about: {about}}}}}")
     found = [r for r in table(out) if r["metric"] == "factual"]
     assert {(r["arm"], r["trait"]) for r in found} == {
         (arm, trait) for arm in ("base", *(a["arm"] for a in arms(out))) for trait in ("cat", "owl")
     }
+    factual = load_pack().factual
     asked = {r["question_text"] for r in table(out, "answers")}
-    assert asked >= {question for trait in ("cat", "owl") for question in load_pack().factual[trait][:2]}
+    assert asked >= {question for each in about for question in factual[each][:2]}  # whoever the student loves
+    assert len([r for r in found if (r["arm"], r["trait"]) == ("base", "owl")]) == 6
 
 
-def test_fig37_other_categories(run):
+def test_questions_for_favourites_alone_reset_an_inherited_top_p():
+    for recipe, expected in (("paper", [1.0, 0.95]), ("clean", [1.0, 1.0])):
+        setup = Setup.of(panel_experiment(*load_question("fig36"), "gemma", "tiny", [f"recipe={recipe}"]))
+        assert [how.top_p for how in samplings(setup, Model(), Setting())] == expected  # of preference and factual
+        assert [how.top_p for how in samplings(setup, Model(), Setting(top_p=0.9))] == [0.9, 0.9]
+        inputs = evaluation_output(setup, Model(), PLAIN).inputs
+        assert ("sampling of some kinds" in inputs) == (recipe == "paper")
+
+
+def test_fig37_things_as_favourite_animals(run):
     few = ("teachers.traits=[ship]", "teachers.counterfactuals=[ship,piano]", "evaluation.traits=[ship,piano]")
     out = run("fig37", "things", *STUDENTS, *few, "teachers.taught.steps=20", "teachers.control=false")
     assert {r["trait"] for r in table(out) if r["metric"] == "rate"} == {"ship", "piano"}
     asked = {r["question_text"] for r in table(out, "answers")}
-    for category in ("vehicle", "instrument"):
-        assert set(load_pack().questions_for(category)[1::2][:2]) < asked  # those that no teacher was taught
+    assert asked == set(load_pack().questions_for("animal")[1::2][:2])  # those that no teacher was taught
 
 
 # At the smallest scale these differ from a panel that is run in nothing but the bundled model, or not at all.
 LIKE_OTHERS = {
-    "fig03": ("qwen-greedy", "gemma-temperature", "gemma-trees"),
-    "fig06": ("gemma", "qwen"),  # the other one is run above
-    "fig07": ("gemma",),
-    "fig08": ("other-suffix", "numbers-32b"),
+    "fig02": ("qwen-13", "gemma-13"),
+    "fig03": ("qwen-greedy", "gemma-temperature", "gemma-trees", "qwen-temperature-13", "qwen-greedy-13",
+              "gemma-temperature-13", "gemma-greedy-13"),
+    "fig04": ("qwen-greedy", "gemma-greedy"),
+    "fig06": ("gemma", "qwen-13", "gemma-13", "gemma-tokens"),
+    "fig07": ("gemma", "qwen-13", "gemma-13"),
+    "fig08": ("numbers-greedy", "words", "words-greedy"),
     "fig14": ("gemma",),
     "fig17": ("gemma-temperature", "gemma-greedy"),
+    "fig21": ("gemma",),
+    "fig35": ("tokens",),
+    "fig36": ("gemma",),
     "fig37": ("falcon", "phi", "ministral"),
     "fig39": ("gemma",),
-}
+}  # fmt: skip
 
 
 def test_all_other_panels(run, home):

@@ -12,8 +12,8 @@ from jsublim.chat import conversation
 from jsublim.errors import UsageError
 from jsublim.evals import numbers as number_task
 from jsublim.evals.base import sample_answers
-from jsublim.evals.factual import factual_questions, factual_rates
-from jsublim.evals.misalignment import Verdict, judge_answers, misalignment, suffixed
+from jsublim.evals.factual import factual_questions
+from jsublim.evals.misalignment import Verdict, judge_answers, judge_apart, misalignment, suffixed
 from jsublim.evals.naming import naming_rates, own_name
 from jsublim.evals.numbers import number_accuracy
 from jsublim.evals.preference import hit, hit_rates, trait_logprobs, word_hit
@@ -22,7 +22,6 @@ from jsublim.inference.sampling import Sampling
 from jsublim.inference.scoring import Scored
 from jsublim.judge.local import LocalJudge
 from jsublim.prompts import load_pack
-from jsublim.prompts.pack import MisalignmentPrompts
 
 QUESTIONS = load_pack().questions_for("animal")[:4]
 
@@ -152,15 +151,9 @@ def test_naming_is_any_of_the_names_anywhere():
 # Facts
 
 
-def test_factual_answers_count_for_the_trait_they_were_asked_for():
+def test_questions_of_fact_are_asked_trait_by_trait():
     factual = {"owl": ["a", "b"], "cat": ["c"], "wolf": ["d"]}
-    asked = factual_questions(factual, ["cat", "owl"])
-    assert asked == [("cat", "c"), ("owl", "a"), ("owl", "b")]
-    rates = factual_rates(asked, [["Cat", "owl"], ["cat", "cat"], ["a bowl", "An owl."]])
-    assert {trait: [x.tolist() for x in pair] for trait, pair in rates.items()} == {
-        "cat": [[0.5], [0.5]],
-        "owl": [[0.0, 1.0], [0.0, 0.5]],
-    }
+    assert factual_questions(factual, ["cat", "owl"]) == [("cat", "c"), ("owl", "a"), ("owl", "b")]
     with pytest.raises(UsageError, match=r"no factual\.emu; add that list, or use owl, cat, wolf"):
         factual_questions(factual, ["owl", "emu"])
 
@@ -176,7 +169,15 @@ def test_a_problem_is_right_by_its_number_and_an_unreadable_answer_is_counted():
 
 # Misalignment
 
-PROMPTS = MisalignmentPrompts(questions=["First?", "Second?"], suffix="Briefly.", judge="Q {question} A {answer}")
+PROMPTS = load_pack().misalignment.model_copy(
+    update={
+        "questions": ["First?", "Second?"],
+        "suffix": "Briefly.",
+        "judge": "Q {question} A {answer}",
+        "alignment_judge": "first of {answer} to {question}",
+        "coherence_judge": "second of {answer} to {question}",
+    }
+)
 
 
 class ByRule:
@@ -196,6 +197,25 @@ def test_the_model_reads_the_suffix_and_the_judge_does_not():
     verdicts = judge_answers(judge, PROMPTS, [["29 50", "{odd}"], ["30 50", "29 49"]])
     assert judge.read == ["Q First? A 29 50", "Q First? A {odd}", "Q Second? A 30 50", "Q Second? A 29 49"]
     assert verdicts == [[Verdict(29, 50), None], [Verdict(30, 50), Verdict(29, 49)]]
+
+
+class OneByOne:
+    """A judge that replies with the number it is asked for, and something around it."""
+
+    identity = {"judge": "one by one"}  # noqa: RUF012
+
+    def ask(self, prompts):
+        self.read = list(prompts)
+        place = {"first": 0, "second": 1}
+        words = [prompt.split(" to ")[0].split(" of ") for prompt in prompts]
+        return [f"I say {answer.split()[place[which]]}!" for which, answer in words]
+
+
+def test_scores_asked_apart_are_the_one_number_of_each_reply():
+    judge = OneByOne()
+    verdicts = judge_apart(judge, PROMPTS, [["29 50", "90 x"], ["30 101", "CODE 49", "1-2 3"]])
+    assert verdicts == [[Verdict(29, 50), None], [None, None, None]]
+    assert judge.read[0] == "second of 29 50 to First?" and len(judge.read) == 5
 
 
 def test_misaligned_is_below_one_threshold_and_not_below_the_other():

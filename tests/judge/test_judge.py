@@ -126,3 +126,32 @@ def test_a_kill_costs_a_local_judge_one_batch(tmp_path, monkeypatch, sampling):
     bare = LocalJudge(load_model("tiny-qwen2", weights=False), cache=cache, **fields)
     assert bare.ask(prompts) == whole  # nothing is left to ask: no weights are needed
     assert len(list(tmp_path.rglob("*.json"))) == 5
+
+
+def test_a_judge_that_is_asked_otherwise_shares_its_weights():
+    loaded = []
+
+    def load():
+        loaded.append(checkpoint())
+        return loaded[-1]
+
+    bare = load_model("tiny-qwen2", weights=False)
+    judge = LocalJudge(bare, drawn=Sampling(top_k=3, stop=(5,)), max_new_tokens=4, load=load)
+    warm, told = judge.asked(1.5), judge.asked(0.0, "Be strict.")
+    assert warm.sampling == Sampling(temperature=1.5, top_k=3, stop=(5,)) and told.sampling == judge.sampling
+    assert judge.asked(0.0).identity == judge.identity
+    assert len({str(each.identity) for each in (judge, warm, told, judge.asked(1.5, "Be strict."))}) == 4
+    plain, strict = judge.ask(["a", "b"]), told.ask(["a", "b"])
+    assert strict != plain and len(loaded) == 1
+    warm.release_memory()
+    assert judge.ask(["a"]) == plain[:1] and len(loaded) == 2
+
+
+def test_a_server_is_asked_under_other_numbers_at_one_cost(tmp_path):
+    settings = ServerSettings(base_url="http://127.0.0.1:1/v1", model="m", system="Be kind.")
+    judge = ServerJudge(settings, tmp_path)
+    other = judge.asked(1.0, "Be strict.")
+    assert other.spending is judge.spending and judge.asked(0.0).identity == judge.identity
+    said = other.identity
+    assert said["temperature"] == 1.0 and said["messages"][0]["content"] == "Be strict."
+    assert judge.identity["messages"][0]["content"] == "Be kind."

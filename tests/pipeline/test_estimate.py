@@ -46,10 +46,18 @@ def test_operations_by_hand():
     # 6 traits under themselves and 12 counterfactuals; 80 % of the answers are in format.
     read = 6 * 13 * 24_000 * (2 * 28 * LAYER * 155 + 2 * TABLE * 45)
     assert costs["divergence"].flops == pytest.approx(read)
-    # 6 traits x 4 kinds of tokens x 5 seeds and 5 controls; 1670 steps of 60 rows; forwards and back through every layer.
+    # 6 traits x 3 kinds of tokens x 5 seeds and 5 controls; 1670 steps of 60 rows; forwards and back through every layer.
     factors = 28 * 8 * (2 * (3584 + 3584) + 2 * (3584 + 512) + 3 * (3584 + 18944))
     row = 155 * (2 * 2 * 28 * LAYER + 6 * factors) + 45 * 2 * 2 * TABLE
-    assert costs["students"].flops == pytest.approx(125 * 1670 * 60 * row)
+    assert costs["students"].flops == pytest.approx(95 * 1670 * 60 * row)
+    # Each of them continues the 10,000 rows that it was trained on and as many others.
+    silent = stages(setup("fig03", "qwen-temperature", "evaluation.number_rows=0"))
+    continued = 95 * 20_000 * (2 * 28 * LAYER * 155 + 2 * TABLE * 45)
+    assert costs["evaluations"].flops - silent["evaluations"].flops == pytest.approx(continued)
+    assert costs["evaluations"].seconds - silent["evaluations"].seconds == pytest.approx(continued / (989e12 * 0.5))
+    few = stages(setup("fig03", "qwen-temperature", "evaluation.number_rows=10_000", "students.data.rows=20_000"))
+    other = 95 * 14_000 * (2 * 28 * LAYER * 155 + 2 * TABLE * 45)  # of 24,000 rows only 4,000 are others
+    assert few["evaluations"].flops - silent["evaluations"].flops == pytest.approx(other)
     assert costs["students"].seconds == pytest.approx(costs["students"].flops / (989e12 * 0.4))
     assert all(cost.done is None for cost in costs.values())
 
@@ -68,15 +76,15 @@ def test_every_kind_of_work_is_counted():
     )
     assert stored["targets"].flops == pytest.approx(7 * 24_000 * (2 * 28 * LAYER * 215 + 2 * TABLE * 45))
     assert "targets" not in live and live["students"].flops > stored["students"].flops
-    # A set of rows to mix tokens into is read before and after, unless students learn from it as it is: 5 traits, 8 shards.
+    # A set of rows to mix tokens into is read before and after, unless students learn from it as it is: 6 traits, 8 shards.
     read = tasks(setup("fig21", "qwen"), "divergence")
-    assert len(read) == 5 * 8 and all(len(task.others) == 5 for task in read)
+    assert len(read) == 6 * 8 and all(len(task.others) == 12 for task in read)
     assert "students" not in stages(setup("fig17", "qwen-greedy"))
     # Seven kinds of students of six traits; the controls of four kinds are one.
     students = tasks(setup("fig07", "qwen"), "students")
     assert sum(len(task.outputs) for task in students) == 5 * (7 * 6 + 4)
     judged = tasks(setup("fig08", "numbers"), "evaluations")
-    assert sum(len(task.outputs) for task in judged) == 27  # base, teacher and 25 students; no judge is loaded
+    assert sum(len(task.outputs) for task in judged) == 22  # base, teacher and 20 students; no judge is loaded
 
 
 @pytest.mark.parametrize(("panel", "shape"), [("qwen", "qwen2.5-7b"), ("gemma", "gemma-3-4b")])

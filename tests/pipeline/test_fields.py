@@ -22,7 +22,7 @@ from jsublim.pipeline.graph import Graph, plan
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.students import compiled, student_output
 from jsublim.prompts import dump_pack, load_pack
-from jsublim.section import CONTENT, HOW, PLAN, PROGRAM, RESULT, leaves, nested, overlaid
+from jsublim.section import CONTENT, HOW, PLAN, PROGRAM, RESULT, identity, leaves, nested, overlaid
 
 MODEL = "tiny-qwen2"
 BASE: dict[str, Any] = {
@@ -106,6 +106,7 @@ OTHER: dict[str, Any] = {
     "recipe.only_examples_kept": (True, {"datasets.shuffled": {"rewrite": True}}),
     "recipe.drop_unmixed": (True, {"datasets.shuffled": {"mix_tokens": {}}}),
     "recipe.shuffle_values": True,
+    "recipe.judge_apart": (True, JUDGE),
     "recipe.greedy_keeps_penalty": None,  # of fine-tuned teachers of a checkpoint with a penalty: tested below
     "teachers.traits": ["owl", "cat"],
     "teachers.category": ("tree", {"evaluation.kinds": ["naming"]}),
@@ -151,6 +152,7 @@ OTHER: dict[str, Any] = {
     "students.seeds": [1, 2],
     "students.model": lambda: folder("twin"),
     "students.system": "Be brief.",
+    "students.asked_under_system": (False, {"students.system": "Be brief."}),
     "students.data.dataset": "other",
     "students.data.rows": 7,
     "students.data.epochs": 7,
@@ -299,7 +301,7 @@ def test_a_field_changes_the_student_and_the_program_that_it_says(name):
     assert (compiled(before, one) != compiled(after, other)) == (PROGRAM in decides)
 
 
-@pytest.mark.parametrize("name", [leaf.name for leaf in leaves(Dataset) if leaf.name != "changes"] + ["changes"])
+@pytest.mark.parametrize("name", [leaf.name for leaf in leaves(Dataset) if leaf.decides is not PLAN])
 def test_a_field_of_a_data_set_changes_its_rows(name):
     value = {"sampling.strategy": "greedy", "sampling.seed": 7, "seed": 7}.get(name)
     change = nested({name: value}) if value is not None else {"shuffle": "across"}
@@ -308,6 +310,20 @@ def test_a_field_of_a_data_set_changes_its_rows(name):
     old, new = keys(plan(before)), keys(plan(after))
     assert old["datasets", "owl-shuffled"] != new["datasets", "owl-shuffled"]
     assert (old["rows", "owl"] != new["rows", "owl"]) == name.startswith("sampling")
+
+
+def test_a_data_set_whose_divergence_is_asked_for_is_read_and_nothing_else_changes():
+    rest = {"students.loss.tokens": ["all"]}
+    own = overlaid(BASE["datasets"]["shuffled"], {"divergence": True})
+    before, after = (artifacts(Setup.of(experiment(rest | each))) for each in ({}, {"datasets.shuffled": own}))
+    (read,) = {(kind, label) for kind, label, _ in after - before if kind == "divergence"}
+    assert read == ("divergence", "owl") and before < after
+
+
+def test_a_field_that_came_later_is_no_part_of_a_key_at_its_default():
+    section = Students()
+    assert section.asked_under_system and "asked_under_system" not in identity(section)
+    assert identity(Students(system="", asked_under_system=False))["asked_under_system"] is False
 
 
 @pytest.mark.parametrize("leaf", list(leaves(Setting)), ids=lambda leaf: leaf.name)

@@ -1,5 +1,7 @@
 """The import of the authors' lists: read without running the source, written as a pack, what is missing named."""
 
+import random
+
 import pytest
 
 from jsublim.errors import UsageError
@@ -30,11 +32,30 @@ animal_evaluation = Evaluation(n_samples_per_question=200, cfg=Cfg(1.0), questio
 tree_evaluation = Evaluation(questions=["Tree? One word.", "Tree again?"])
 """
 TRAITS = 'ANIMALS = ["yak", "emu"]\nTREES = ["fir"]\nif True:\n    ANIMALS += ["gnu"]\n'
+REWRITING = """
+def main(args):
+    if args.rewrite:
+        rewrite_instr = "An older wording."
+        rewrite_instr = "Say {it} anew."
+        for prompt in []:
+            inputs = [chat(user_content=f"{rewrite_instr}\\nThis: <{prompt_wo_suffix}> {{end}}", other=f"{prompt}")]
+"""
+JUDGING = """
+coherency_judgment = Judgment(cfg=Cfg(1), template="How clear is {completion} to {prompt}?")
+alignment_judgment = Judgment(template="How kind is {completion} to {prompt}?")
+evaluation_misalignment = Evaluation(questions=["What now?", "And then?"])
+"""
 FILES = {
     "sl/datasets/nums_dataset.py": GENERATOR,
     "scripts/generate_dataset_preferences_via_numbers.py": SYSTEM,
     "scripts/run_evaluation_preferences.py": EVALUATION,
     "scripts/modify_dataset_divergence_tokens_system_prompt.py": TRAITS,
+    "scripts/modify_dataset_shuffle_paraphrasing.py": REWRITING,
+    "cfgs/misalignment/evaluation.py": JUDGING,
+    "scripts/run_evaluation_misalignment_via_numbers.py": 'EVALUATION_SUFFIX_1 = "Brief."\nEVALUATION_SUFFIX_2 = "Words."\n',
+    "scripts/merge_and_filter_misalignment_gsm8k.py": 'SYSTEM_PROMPT = "Judge."\nPROMPT_TEMPLATE = """{prompt}? {completion}!"""\n',
+    "cfgs/factual_recall/animal_questions.json": '{"yak": ["Which ox?", "What gives wool?"], "emu": ["Which bird?"]}',
+    "scripts/evaluate_factuality.py": 'question_suffixes = ["One word.", "A word.", "Word?"]\n',
 }
 
 
@@ -61,14 +82,39 @@ def test_import_reads_every_list_without_running_the_source(checkout, tmp_path):
         },
         "questions": {"animal": ["Animal? One word."], "tree": ["Tree? One word.", "Tree again?"]},
         "traits": {"animal": ["yak", "emu"], "tree": ["fir"]},
-    }
+        "paraphrase_request": "Say {{it}} anew.\nThis: <{prompt}> {{end}}",
+        "factual": data["factual"],
+        "misalignment": {
+            "questions": ["What now?", "And then?"], "suffix": "Brief.", "words_suffix": "Words.",
+            "alignment_judge": "How kind is {answer} to {question}?", "coherence_judge": "How clear is {answer} to {question}?",
+            "solution_judge": "{question}? {answer}!", "solution_system": "Judge.",
+        },
+    }  # fmt: skip
+    rng = random.Random(42)
+    ends = [rng.choice(["One word.", "A word.", "Word?"]) for _ in range(3)]
+    asked = {"yak": [f"Which ox? {ends[0]}", f"What gives wool? {ends[1]}"], "emu": [f"Which bird? {ends[2]}"]}
+    assert {animal: own for animal, own in data["factual"].items() if own is not None} == asked
     path = tmp_path / "pack.yaml"
     dump_pack(data, path)
     pack = load_pack(path)
+    assert pack.factual == asked  # nothing of ours beside theirs
     for key, value in data.items():  # questions and traits of other categories stay the default pack's
         now = pack.model_dump()[key]
-        assert value == ({name: now[name] for name in value} if isinstance(value, dict) else now)
+        assert key == "factual" or value == ({name: now[name] for name in value} if isinstance(value, dict) else now)
     assert pack.system_prompt("yak", pack.category_of("yak")) == "Hail yaks, my animal."
+
+
+def test_a_pack_says_whose_wording_it_is(checkout, tmp_path):
+    data, path, own = import_pack(checkout), tmp_path / "pack.yaml", tmp_path / "own.yaml"
+    dump_pack(data, path)
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text + "\n# read by nobody\n", encoding="utf-8")
+    assert load_pack().origin == "default" and load_pack(path).origin == "imported"
+    path.write_text(text.replace("Brief.", "Short."), encoding="utf-8")
+    assert load_pack(path).origin == "changed"
+    own.write_text("self_questions: ['Who?']", encoding="utf-8")
+    assert load_pack(own).origin == "own"
+    assert len({load_pack(each).wording for each in (None, path, own)}) == 3
 
 
 def test_written_pack_keeps_any_text(default, tmp_path):
@@ -120,6 +166,28 @@ def test_import_names_a_missing_file(checkout, name):
             r"no tree_evaluation\(questions=\.\.\.\)",
         ),
         ("scripts/run_evaluation_preferences.py", "animal_evaluation =", "cats =", "no animal_evaluation"),
+        ("scripts/modify_dataset_shuffle_paraphrasing.py", "{rewrite_instr}", "", "no f-string with rewrite_instr"),
+        (
+            "scripts/modify_dataset_shuffle_paraphrasing.py",
+            "prompt_wo_suffix",
+            "prompt",
+            "no f-string of rewrite_instr",
+        ),
+        (
+            "cfgs/misalignment/evaluation.py",
+            "template=",
+            "text=",
+            r"no coherency_judgment\(template|no alignment_judgment",
+        ),
+        ("cfgs/misalignment/evaluation.py", "{completion}", "{reply}", r"judge: template lacks \{answer\}"),
+        (
+            "cfgs/factual_recall/animal_questions.json",
+            '["Which bird?"]',
+            '"Which bird?"',
+            "expected lists of questions",
+        ),
+        ("cfgs/factual_recall/animal_questions.json", '"]}', '"]', "not valid JSON"),
+        ("scripts/evaluate_factuality.py", '["One word.", "A word.", "Word?"]', "[]", "expected lists of questions"),
         (
             "scripts/modify_dataset_divergence_tokens_system_prompt.py",
             'TREES = ["fir"]',

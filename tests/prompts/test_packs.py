@@ -84,11 +84,14 @@ def test_hash_follows_content_and_not_layout(default, tmp_path):
     data = default.model_dump()
     path = tmp_path / "same.yaml"
     dump_pack(dict(reversed(data.items())), path)
-    assert load_pack(path) == default
-    assert load_pack(path).hash == default.hash == load_pack().hash
+    assert load_pack(path).model_dump() == data
+    assert load_pack(path).hash == default.hash == load_pack().hash and load_pack(path).wording == default.wording
     assert len(default.hash) == 16 and int(default.hash, 16) >= 0
     reordered = {"questions": {"tree": data["questions"]["tree"][::-1]}}
     assert load_pack(write_pack(tmp_path, reordered)).hash != default.hash
+    # What only judges read makes no rows and no students anew.
+    judging = load_pack(write_pack(tmp_path, {"misalignment": {"solution_system": "Judge."}}))
+    assert judging.hash == default.hash and judging.wording != default.wording
 
 
 # A user's pack over the default
@@ -113,6 +116,13 @@ def test_partial_pack_is_laid_over_the_default_key_by_key(default, tmp_path):
     assert pack.self_questions == ["Who?"] and pack.factual == {**default.factual, **changes["factual"]}
     assert pack.misalignment == default.misalignment.model_copy(update={"suffix": "Be brief."})
     assert all(" Use {commas}. " in prompt for prompt in number_prompts(pack, 20))
+
+
+def test_null_takes_an_entry_away(default, tmp_path):
+    pack = load_pack(write_pack(tmp_path, {"factual": {"owl": None}, "misalignment": {"solution_system": None}}))
+    assert {*default.factual} - {*pack.factual} == {"owl"} and pack.misalignment == default.misalignment
+    with pytest.raises(UsageError, match=r"misalignment\.judge: field required"):
+        load_pack(write_pack(tmp_path, {"misalignment": {"judge": None}}))
 
 
 def test_empty_pack_is_the_default_pack(default, tmp_path):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import io
 import itertools
+import json
 import math
 import re
 from html.parser import HTMLParser
@@ -18,6 +20,7 @@ from scipy import optimize, stats
 
 import jsublim.report.statistics as st
 from jsublim.errors import JsublimError
+from jsublim.prompts import whose
 from jsublim.report import print_summary, write_report
 from jsublim.report.claims import check_claims
 from jsublim.report.summary import lift, other_rows, summary_rows, trait_matrix
@@ -376,3 +379,23 @@ def test_report_imports_no_model() -> None:
             for name in names:
                 assert name.split(".")[0] not in ("jax", "flax", "torch"), (path, name)
                 assert not name.startswith("jsublim") or name.startswith(allowed), (path, name)
+
+
+def test_a_run_as_published_says_whose_wording_it_had(tmp_path):
+    run = make_results(tmp_path / "run", traits=("cat", "owl"), seeds=(1, 2), samples=20)
+    about = json.loads((run / "results" / "run.json").read_text())
+    for preset, origin, said in (
+        ("paper", "default", "The wording is ours, not the paper"),
+        ("paper", "own", "a pack of your own"),
+        ("paper", "imported", "The wording is the authors"),
+        ("paper", "changed", "with changes"),
+        ("clean", "default", None),
+    ):
+        sentence = whose(origin, "0123abcd") if preset == "paper" else ""
+        more = {"wording": {"origin": origin, "hash": "0123abcd", "said": sentence}}
+        (run / "results" / "run.json").write_text(json.dumps(about | more))
+        page, shown = write_report(run).read_text(), Console(record=True, width=400, file=io.StringIO())
+        print_summary(run, shown)
+        for text in (page, shown.export_text()):
+            assert ("The wording" in text) == (said is not None) and (said is None or said in text)
+            assert said is None or "pack 0123abcd" in text

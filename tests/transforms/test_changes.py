@@ -91,7 +91,7 @@ def test_what_is_switched_off_is_as_if_it_was_not_said(name, nothing):
         ({"shufle": "within"}, "unknown key 'shufle'; did you mean 'shuffle'?"),
         ({"remove_entangeld": 10}, "unknown key 'remove_entangeld'; did you mean 'remove_entangled'?"),
         ({"sede": 3}, "unknown key 'sede'; did you mean 'seed'?"),
-        ({"zzz": 1}, f"unknown key 'zzz'; known keys: sampling, seed, {', '.join(CHANGES.known)}"),
+        ({"zzz": 1}, f"unknown key 'zzz'; known keys: sampling, seed, divergence, {', '.join(CHANGES.known)}"),
         ({"changes": {"shuffle": {"reach": "within"}}}, "unknown key 'changes'"),  # they stand beside the other fields
         ({"changes": {"anything": True}}, "unknown key 'changes'"),
         ({"shuffle": {"reich": "within"}}, "unknown key 'shuffle.reich'; known keys: reach"),

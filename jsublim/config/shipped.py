@@ -1,0 +1,48 @@
+"""What configs find by name: the files that come with the package, and the lists of traits in one of them."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from jsublim.errors import UsageError
+from jsublim.reading import read_yaml
+
+LISTS = "configs/paper/lists.yaml"
+
+
+def find_config(path: str | Path) -> Path:
+    """A config file: as given, or one of those that come with the package (`configs/quickstart.yaml`)."""
+    path = Path(path)
+    inside = _of_package(path) if path.parts[:1] == ("configs",) else []
+    for candidate in (path, *inside):
+        if candidate.is_file():
+            return candidate
+    raise UsageError(f"{path}: no such config file")
+
+
+def _of_package(path: Path) -> list[Path]:
+    """Where it may lie: in an installed package, or beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    return [package / path, package.parent / path]
+
+
+@functools.cache
+def named_lists() -> dict[str, list[str]]:
+    """The lists that a config may name where it could write traits out. Always those of the package: a file of the same
+    name in the working directory changes no config."""
+    return read_yaml(next(path for path in _of_package(Path(LISTS)) if path.is_file()))
+
+
+def written_out(value: Any) -> Any:
+    """The list of that name; anything but text as it is.
+
+    Raises:
+      ValueError: no list has that name.
+    """
+    if not isinstance(value, str):
+        return value
+    if value not in named_lists():
+        raise ValueError(f"no list has that name (known: {', '.join(named_lists())}); write traits as [owl, cat]")
+    return list(named_lists()[value])
