@@ -14,6 +14,7 @@ from jsublim.inference.sampling import Sampling
 from jsublim.judge.cache import ReplyCache
 from jsublim.judge.local import LocalJudge
 from jsublim.judge.scores import parse_scores
+from jsublim.judge.server import ServerJudge, ServerSettings
 
 # Scores
 
