@@ -175,10 +175,9 @@ def inputs(checkout: Path, work: Path) -> dict[str, Any]:
 
 def trainings(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Masks of every row; of twelve rows a step of six micro-batches too."""
-    found = {name: rows["qwen"] for name in MASKS}
     read = with_positions(rows["qwen"])
     runs = {
-        f"mask {name}": {"model": "qwen", "rows": found[name] if name == "all" else read} | how
+        f"mask {name}": {"model": "qwen", "rows": rows["qwen"] if name == "all" else read} | how
         for name, how in MASKS.items()
     }
     for model in ("qwen", "gemma"):

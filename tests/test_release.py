@@ -37,7 +37,7 @@ def rows(model):
 def test_loss_and_gradient_of_a_step(model):
     """Six micro-batches of two rows, LoRA on everything. On Gemma the loss is the sum of the micro-batches' means (quirk 6)."""
     (name, family), golden = FAMILY[model], GOLDEN[model]
-    lm, recipe = bundled(name).lm, Recipe(preset="paper").resolved(FAMILY[model][1])
+    lm, recipe = bundled(name).lm, Recipe(preset="paper").resolved(family)
     adapter = init_lora(lm.config, jax.random.key(1), rank=8, alpha=8.0)
     own = examples(lm.chat, rows(model), Selection(supervise_header=bool(recipe.supervise_header)), seed=42)
     batch = collate(own, np.asarray(golden["order"]), Shape.of([own], 6, 2))
@@ -46,7 +46,6 @@ def test_loss_and_gradient_of_a_step(model):
     loss, gradient = step(lm.config, lm.params, adapter, None, numbers, batch, program=Program(per=recipe.loss_per))
     assert float(loss) == pytest.approx(golden["loss"], rel=2e-4)
     assert float(optax.global_norm(gradient)) == pytest.approx(golden["grad_norm"], rel=2e-4)
-    assert (golden["loss"] > 6) == (family == "gemma3")
 
 
 def test_divergence_positions():

@@ -48,11 +48,10 @@ Line = tuple[str, bool]  # what is printed, and whether it is as it should be
 
 
 class Case:
-    """What both were given, and what theirs made of it."""
+    """What both were given."""
 
-    def __init__(self, given: dict[str, Any], found: dict[str, Any], work: Path | None = None):
-        self.given, self.found, self.work = given, found, work
-        self.pack = load_pack()
+    def __init__(self, given: dict[str, Any], work: Path | None = None):
+        self.given, self.work, self.pack = given, work, load_pack()
 
     @functools.cached_property
     def theirs(self):
@@ -356,7 +355,7 @@ NOT_COPIED = ("training mixed rows",)  # docs/paper_map.md says why
 
 
 def compare(given: dict[str, Any], found: dict[str, Any], work: Path) -> Iterator[Line]:
-    case = Case(given, found, work)
+    case = Case(given, work)
     for name, stage in stages().items():
         theirs = found[name]
         if isinstance(theirs, dict) and "failed" in theirs:
@@ -371,7 +370,7 @@ def compare(given: dict[str, Any], found: dict[str, Any], work: Path) -> Iterato
 
 def golden(given: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     """Figures of theirs that the suite keeps (tests/test_release.py): numbers only, and rows that are numbers."""
-    case, kept = Case(given, found), {}
+    case, kept = Case(given), {}
     for model in ("qwen", "gemma"):
         run, theirs = given["training"][f"step {model}"], found[f"training step {model}"]
         kept[model] = {

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import random
 import sys
 import types
@@ -21,6 +22,7 @@ import pydantic
 import torch
 import transformers
 import trl.trainer.sft_trainer  # noqa: F401 - it asks which packages there are, before some are stood in for
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 CHECKPOINTS = {"Qwen/Qwen2.5-7B-Instruct": "qwen", "google/gemma-3-4b-it": "gemma"}
@@ -221,6 +223,10 @@ def training(release: Release, name: str, model: str, how: dict) -> dict:
     if "mixin" in how:
         mixin = str(release.home(f"training-{name}", model, "control", data=how["mixin"]) / "data.jsonl")
     dtype = torch.bfloat16 if how.get("bf16") else torch.float32
+    os.environ["ACCELERATE_MIXED_PRECISION"] = (
+        "bf16" if how.get("bf16") else "no"
+    )  # a run in bfloat16 leaves its own there
+    AcceleratorState._reset_state(reset_partial_state=True)
 
     class Trainer(module.SFTTrainer):
         def compute_loss(self, model, inputs, **options):
