@@ -133,9 +133,10 @@ def number_limits(texts: Mapping[int, str], stop: Sequence[int]) -> Limits | Non
             after[state, useful.index(shape)] = to
     end = len(useful)  # leads nowhere else: the row is done
     after[:, end] = [state if read.complete else -1 for state, read in enumerate(states)]
-    tokens = [(token, kind) for kind, shape in enumerate(useful) for token in by_shape[shape]]
-    tokens = sorted([*tokens, *((token, end) for token in set(stop))])
-    return Limits(*np.asarray(tokens, np.int32).T, after, shortest)
+    kinds = {token: kind for kind, shape in enumerate(useful) for token in by_shape[shape]} | dict.fromkeys(stop, end)
+    tokens = sorted(kinds)
+    kind = [kinds[token] for token in tokens]
+    return Limits(np.asarray(tokens, np.int32), np.asarray(kind, np.int32), after, shortest)
 
 
 def _explore(shapes: Iterable[str]) -> tuple[list[Read], dict[tuple[int, str], int]]:

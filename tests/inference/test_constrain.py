@@ -151,7 +151,7 @@ def test_every_answer_passes_the_filter_on_any_batch(name):
     assert [reject_reason(text) for text in texts] == [None] * len(texts)
     assert sample(name, batch_size=5) == answers
     assert sample(name, rows=[7, 2, 11]) == [answers[row] for row in (7, 2, 11)]
-    assert len(set(texts)) > 9 and shares.keys() == set(range(len(texts)))
+    assert len(set(texts)) > (1 if SETTINGS[name].temperature == 0 else 9) and shares.keys() == set(range(len(texts)))
     assert all(-50 < share < 0 for share in shares.values())
 
 

@@ -10,6 +10,7 @@ from command import jsublim, ok, refused
 from made_by_commands import artifact_of
 from tiny import small
 
+from jsublim.errors import one_line
 from jsublim.pipeline.rows import FEWEST_ROWS, FEWEST_SHARE
 from jsublim.pipeline.store import read_summary
 from jsublim.prompts import reject_reason
@@ -37,7 +38,8 @@ def test_a_run_whose_answers_mostly_fail_says_so_and_stops(home):
     kept = len(raw) - len(rejected)
     assert kept < FEWEST_SHARE * len(raw) < FEWEST_ROWS
     assert f"only {kept} of 16 answers are in format" in text
-    assert all(" ".join(completion.split()) in text for completion in rejected[:3])
+    beginnings = [one_line(completion)[:20] for completion in rejected[:3]]  # a terminal may break lines anywhere
+    assert all("".join(each.split()) in "".join(text.split()) for each in beginnings)
     assert text.count("sampling.constrain=numbers") == 2  # beside the answers, and in the error
     # ... and when it is asked again it answers from what is there.
     line = refused(1, *CUT, "--out", home / "cut.jsonl")
