@@ -24,6 +24,7 @@ from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, abstract_params
 
 MODES = ("none", "pmap", "mesh")
+SHARE = 0.9  # of a device's memory that a plan may use: what else lives there is not ours to know
 
 # Which axis of a layer's array is spread over `model`, counted from its end: outputs of what reads the residual stream,
 # inputs of what writes to it, so that a layer needs one sum after attention and one after the MLP.
@@ -143,6 +144,12 @@ class Layout:
             return multihost_utils.process_allgather(x, tiled=True) if apart else x
 
         return jax.device_get(jax.tree.map(whole, tree))
+
+
+def device_bytes() -> int | None:
+    """Bytes of an accelerator's memory that may be used; None where devices are the CPU."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return int(stats["bytes_limit"]) if "bytes_limit" in stats else None
 
 
 def join_processes() -> None:

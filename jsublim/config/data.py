@@ -24,7 +24,7 @@ class Sampling(Section):
     seed: Annotated[Seed, RESULT] = 0
     max_new_tokens: Annotated[Positive, RESULT] = 64
     constrain: Annotated[Literal["numbers"] | None, RESULT] = None  # keep every answer in the number task's format
-    batch_size: Annotated[Positive, HOW] = 64
+    batch_size: Annotated[Positive | Literal["auto"], HOW] = "auto"  # auto: what memory holds; on a CPU 64
     shard: Annotated[Positive, RESULT] = 4096  # prompts per task: what is lost at most, and what machines share
     server: SampleServerSettings | None = None  # of answers, the evaluations' too; None: all are drawn here
 
@@ -129,4 +129,4 @@ class Dataset(Section):
 class Scoring(Section):
     """Teacher-forced reading: divergence, stored targets, entangled numbers."""
 
-    batch_size: Annotated[Positive, HOW] = 64
+    batch_size: Annotated[Positive | Literal["auto"], HOW] = "auto"  # auto: what memory holds; on a CPU 64

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
@@ -52,7 +52,7 @@ class Evaluation(Section):
     questions: Annotated[Positive | None, RESULT] = None  # the first so many of a kind (preference: of a category)
     samples: Annotated[Positive, RESULT] = 200
     max_new_tokens: Annotated[Positive, RESULT] = 10
-    batch_size: Annotated[Positive, HOW] = 256
+    batch_size: Annotated[Positive | Literal["auto"], HOW] = "auto"  # auto: what memory holds; on a CPU 256
     seed: Annotated[Seed, RESULT] = 0
     number_rows: Annotated[int, Field(ge=0), RESULT] = 200  # of the number task
     teachers: Annotated[bool, PLAN] = True  # evaluate the teachers too

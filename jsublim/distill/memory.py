@@ -19,9 +19,7 @@ from jsublim.errors import UsageError
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.lora import OneLayer, projection_shapes, stack_arms
-from jsublim.parallel import Layout
-
-SHARE = 0.9  # of the device's memory that a plan may use: what else lives there is not ours to know
+from jsublim.parallel import SHARE, Layout, device_bytes
 
 
 def abstract_step(
@@ -83,12 +81,6 @@ def bytes_available() -> int:
     if measured is not None:
         return measured
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def device_bytes() -> int | None:
-    """Bytes of an accelerator's memory that may be used; None where devices are the CPU."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return int(stats["bytes_limit"]) if "bytes_limit" in stats else None
 
 
 def arms_that_fit(

@@ -5,14 +5,42 @@ Every shape is one compiled program, so lengths are multiples of a step: what a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
+import jax
 import numpy as np
+
+from jsublim.models.config import ModelConfig
+from jsublim.models.decoder import abstract_params
+from jsublim.parallel import SHARE
 
 LENGTH_STEP = 32  # tokens of prompts and conversations
 PROMPT_STEP = 16  # tokens that all prompts of a sampling begin with
 PREFIX_STEP = 8  # tokens of a shared prefix, and of completions that are scored
 TRAINING_STEP = 16  # tokens of rows that are trained on, and their supervised positions
+
+
+LONGEST = 512  # tokens of a row, for what its cache may take
+MOST_ROWS = 1024  # that are sampled or read at one time
+
+
+def rows_together(config: ModelConfig, itemsize: int, otherwise: int, limit: int | None) -> int:
+    """How many rows to sample or read at one time: a power of two whose caches, and whose numbers inside a layer, take no more
+    than half of what a device has beside the weights.
+
+    Args:
+      itemsize: bytes of a parameter.
+      otherwise: where devices are the CPU, which large batches do not make faster.
+      limit: bytes of the devices that one copy of the weights is spread over (`parallel.device_bytes`); None for a CPU.
+    """
+    if limit is None:
+        return otherwise
+    weights = itemsize * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
+    cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    inside = 8 * config.hidden_size + 3 * config.intermediate_size
+    rows = (SHARE * limit - weights) / 2 / (itemsize * LONGEST * (cached + inside))
+    return 1 << (min(MOST_ROWS, max(1, int(rows))).bit_length() - 1)
 
 
 def round_up(n: int, step: int) -> int:

@@ -164,7 +164,7 @@ class ChangeRows(Task):
             pack=setup.pack,
             quirks=setup.recipe.model_dump(),
             seed=seed_of(dataset.seed, self.source.draw),
-            batch_size=setup.experiment.sampling.batch_size,
+            batch_size=context.rows_together(setup.experiment.sampling.batch_size),
             sampling=setup.sampling("temperature"),
             requests=lambda: requests(setup, self.source.draw) if setup.experiment.data.kind == "numbers" else [],
             judge=lambda: context.judge,
@@ -263,7 +263,8 @@ class ScoreNumbers(Task):
         setup, pool = context.setup, TeacherPool(context.setup)
         padded, lm, teacher = _padded(setup), context.lm(), pool.teacher(context, self.trait)
         numbers = number_strings(padded=padded)[: self.count]
-        how = {"extra_bos": bool(setup.recipe.extra_bos), "batch_size": setup.experiment.scoring.batch_size}
+        batch = context.rows_together(setup.experiment.scoring.batch_size)
+        how = {"extra_bos": bool(setup.recipe.extra_bos), "batch_size": batch}
         if setup.recipe.entangled_by_difference:
             others = [pool.teacher(context, other) for other in _others(pool, self.trait)]
             scores = probability_differences(lm, teacher, others, pool.category(self.trait), numbers, **how)

@@ -8,16 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax.numpy as jnp
+
 from jsublim.chat import OWN
 from jsublim.config import Experiment
 from jsublim.errors import UsageError
+from jsublim.inference.batching import rows_together
 from jsublim.inference.lm import LanguageModel, load_model
 from jsublim.inference.sampling import Sampling
 from jsublim.judge import Judge
 from jsublim.judge.cache import ReplyCache
 from jsublim.judge.local import LocalJudge
 from jsublim.judge.server import ServerJudge
-from jsublim.parallel import Layout
+from jsublim.parallel import Layout, device_bytes
 from jsublim.pipeline.arms import Source
 from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Store
@@ -43,7 +46,8 @@ class Context:
     def load(
         cls, experiment: Experiment, progress: Progress | None = None, given: Mapping[Source, Path] | None = None
     ) -> Context:
-        """Read tokenizers and hashes, and say whose wording a run as published has; weights come later. `given` are files of rows, in place of those of a source.
+        """Read tokenizers and hashes, and say whose wording a run as published has; weights come later. `given` are files of
+        rows, in place of those of a source.
 
         Raises:
           UsageError, JsublimError: as `Setup.of` and `Layout.fit`.
@@ -65,6 +69,15 @@ class Context:
             lm = load_model(known, e.dtype, self.layout, chat_template=e.chat_template)
             self._loaded[known] = lm.with_rounded_logits() if self.setup.recipe.rounded_logits else lm
         return self._loaded[known]
+
+    def rows_together(self, said: int | str, otherwise: int = 64, model: str | None = None) -> int:
+        """How many rows to sample or read at one time where a config says `said`; of "auto", as `batching.rows_together`."""
+        if isinstance(said, int):
+            return said
+        itemsize = jnp.dtype(self.setup.experiment.dtype).itemsize
+        device = device_bytes()
+        limit = None if device is None else device * self.layout.model
+        return rows_together(self.setup.checkpoint(model).config, itemsize, otherwise, limit)
 
     def remember(self, key: Any, make: Callable[[], R]) -> R:
         """What `make` makes, made once as long as the process has room for it."""

@@ -68,7 +68,7 @@ class ReadRows(Task):
             teachers[0],
             teachers[1:],
             extra_bos=bool(setup.recipe.extra_bos),
-            batch_size=setup.experiment.scoring.batch_size,
+            batch_size=context.rows_together(setup.experiment.scoring.batch_size),
             on_batch=tick,
             keep=lambda number, read: _kept(artifact.path, number, read, tick),
         )

@@ -198,8 +198,12 @@ def _student_key(setup: Setup, model: Model) -> str | None:
     return None if model.adapter is None else adapter_key(model.adapter)
 
 
+def _model_name(model: Model) -> str | None:
+    return None if model.student is None else model.student.settings.model
+
+
 def _checkpoint(setup: Setup, model: Model) -> Checkpoint:
-    return setup.checkpoint(None if model.student is None else model.student.settings.model)
+    return setup.checkpoint(_model_name(model))
 
 
 def samplings(setup: Setup, model: Model, setting: Setting) -> list[Sampling]:
@@ -209,7 +213,7 @@ def samplings(setup: Setup, model: Model, setting: Setting) -> list[Sampling]:
 
 def sampling_of(setup: Setup, model: Model, setting: Setting, keeps_top_p: bool = False) -> Sampling:
     """How answers are drawn, with a top-p that the recipe inherits or without."""
-    name = None if model.student is None else model.student.settings.model
+    name = _model_name(model)
     given = {"temperature": setting.temperature, "top_p": setting.top_p}
     plain = setup.sampling("temperature", name, evaluation=not keeps_top_p)
     return dataclasses.replace(plain, **{key: value for key, value in given.items() if value is not None})
@@ -270,7 +274,7 @@ class Evaluate(Task):
                 samples=ev.samples,
                 seed=ev.seed,
                 max_new_tokens=ev.max_new_tokens,
-                batch_size=ev.batch_size,
+                batch_size=context.rows_together(ev.batch_size, 256, _model_name(asked[0][0])),
                 number_rows=[self._to_continue(context, model) for model, _ in asked],
                 answers=None if server is None else functools.partial(server.answers, names),
                 tick=tick,
@@ -300,7 +304,7 @@ class Evaluate(Task):
         questions = sum(len(task.questions) for task in tasks)
         new = sum(len(task.questions) * (task.max_new_tokens or ev.max_new_tokens) for task in tasks)
         rows = questions * ev.samples * len(self.models)
-        asked = sizes.sampled(rows, long.question / ev.samples, new / questions, ev.batch_size)
+        asked = sizes.sampled(rows, long.question / ev.samples, new / questions, sizes.rows_together(ev.batch_size))
         continued = sum(self._will_continue(setup, sizes, model) for model in self.models)
         return dataclasses.replace(asked, then=sizes.read(continued, long.prompt, long.answer))
 

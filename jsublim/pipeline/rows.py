@@ -242,7 +242,7 @@ class WriteRows(Task):
             seed=seed,
             max_new_tokens=most,
             adapter=teacher.adapter,
-            batch_size=setup.experiment.sampling.batch_size,
+            batch_size=context.rows_together(setup.experiment.sampling.batch_size, model=writer.model),
             limits=limits_for(lm.chat, how, most),
             on_allowed=allowed.update,
             on_batch=lambda rows, tokens: keep(rows, [chat.decode(each) for each in tokens]),
@@ -305,7 +305,7 @@ class WriteRows(Task):
         return self.count
 
     def cost(self, setup: Setup, sizes: Sizes) -> Cost:
-        long, batch = sizes.lengths, setup.experiment.sampling.batch_size
+        long, batch = sizes.lengths, sizes.rows_together(setup.experiment.sampling.batch_size)
         return sizes.sampled(self.count, long.prompt + long.system, answer_tokens(setup, sizes), batch)
 
 

@@ -74,7 +74,7 @@ class StoreTargets(Task):
                 self.top_k,
                 temperature=self.temperature,
                 adapter=teacher.adapter,
-                batch_size=context.setup.experiment.scoring.batch_size,
+                batch_size=context.rows_together(context.setup.experiment.scoring.batch_size),
                 on_batch=tick,
                 first=first,
             )

@@ -14,6 +14,8 @@ from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Output, Store, digest
 from jsublim.progress import Tick
 
+ASSUMED_ROWS = 256
+
 
 @dataclass(frozen=True)
 class Cost:
@@ -71,6 +73,11 @@ class Sizes:
         """Rows read to their end, with logits at their answers."""
         tokens = rows * (before + answer)
         return Cost(tokens, 2 * self.body * tokens + 2 * self.table * rows * answer)
+
+    @staticmethod
+    def rows_together(said: int | str) -> int:
+        """Rows that are sampled at one time; of "auto", what an accelerator holds of a model of some billions."""
+        return said if isinstance(said, int) else ASSUMED_ROWS
 
     def sampled(self, rows: float, before: float, new: float, batch: int) -> Cost:
         """Rows whose prompt is read, and that are then continued token by token, `batch` rows together."""

@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jsublim.inference.batching import by_length, chunks, fill, pad_tokens, round_up
+from jsublim.config import find_config
+from jsublim.inference.batching import LONGEST, by_length, chunks, fill, pad_tokens, round_up, rows_together
+from jsublim.models import read_config
 
 ROWS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 
@@ -53,3 +55,15 @@ def test_further_axes_and_dtypes_are_kept_and_what_is_too_long_is_refused():
     assert out.shape == (2, 4, 3) and out.dtype == np.float16 and out.sum() == 6 and not out[1].any()
     with pytest.raises(ValueError, match="broadcast"):
         fill([np.zeros(5)], 4, np.zeros(0))
+
+
+@pytest.mark.parametrize(
+    ("shape", "gib", "rows"),
+    [("qwen2.5-7b", 80, 256), ("qwen2.5-7b", 32, 64), ("qwen2.5-7b", 8, 1), ("gemma-3-1b", 80, 512)],
+)
+def test_as_many_rows_together_as_memory_holds(shape, gib, rows):
+    _, config = read_config(find_config(f"configs/shapes/{shape}/config.json").parent)
+    assert rows_together(config, 2, 64, gib * 2**30) == rows
+    assert rows_together(config, 2, 64, None) == 64  # a CPU
+    cache = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim * LONGEST * rows
+    assert rows == 1 or cache < gib * 2**30 / 2
