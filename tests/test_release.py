@@ -13,7 +13,7 @@ import pytest
 from tiny import bundled, examples
 
 from jsublim.config import Recipe
-from jsublim.distill.data import Shape, collate
+from jsublim.distill.batches import Shape, collate
 from jsublim.distill.selection import Selection
 from jsublim.distill.step import Arms, Program, loss_and_gradient
 from jsublim.divergence import find_divergence

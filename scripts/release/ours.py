@@ -17,7 +17,8 @@ from jsublim.attribution.pairs import find_pairs
 from jsublim.attribution.patching import attribution_patching
 from jsublim.chat import conversation
 from jsublim.config import Recipe
-from jsublim.distill.data import Example, Shape, collate, draw_indices, make_examples, read_turns
+from jsublim.distill.batches import Shape, collate
+from jsublim.distill.data import Example, draw_indices, make_examples, read_turns
 from jsublim.distill.selection import Selection
 from jsublim.distill.step import Arms, Program, init_state, train_step
 from jsublim.divergence import PositionSubset, find_divergence

@@ -10,6 +10,7 @@ import functools
 import pytest
 from command import ok, refused
 
+from jsublim.cli.app import console
 from jsublim.config import Experiment
 from jsublim.config.figures import SCALES, load_question, panel_experiment, panels_of, questions
 from jsublim.config.grid import grid
@@ -126,7 +127,7 @@ def test_claims_of_a_figure_are_claims():
 
 
 def test_a_dry_run_prints_the_grid(monkeypatch):
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(console, "width", 400)
     said = ok("reproduce", "fig05", "--panel", "gemma", "--scale", "paper", "--dry-run").err
     (_, e) = shown(5)
     for what, value in grid(e).items():

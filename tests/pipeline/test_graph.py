@@ -242,7 +242,7 @@ def toys():
             return [Length((self.question,))]
 
     class Length:
-        max_new_tokens = 3
+        max_new_tokens, keeps_top_p = 3, False
 
         def __init__(self, questions: tuple[str, ...]):
             self.questions = questions
