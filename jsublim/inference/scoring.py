@@ -213,12 +213,12 @@ def score_answers(
         batch = [_beside_one_another(prompts[prompt], [answers[i] for i in group]) for prompt, group in rows[part]]
         batch += [batch[-1]] * (B - len(batch))
         tokens, valid = pad_tokens([row.tokens for row in batch], T)
-        columns = [
-            fill([getattr(row, name) for row in batch], length, like)
+        where, labels, positions, branch = (
+            jnp.asarray(fill([getattr(row, name) for row in batch], length, like))
             for name, length in (("where", C), ("labels", C), ("positions", T), ("branch", T))
-        ]
-        branches = Branches(jnp.asarray(columns[2]), jnp.asarray(columns[3]))
-        logprob = Layout.host(_read(config, params, adapter, None, tokens, valid, *columns[:2], _logprob, branches))
+        )
+        branches = Branches(positions, branch)
+        logprob = Layout.host(_read(config, params, adapter, None, tokens, valid, where, labels, _logprob, branches))
         for row, own, (prompt, group) in zip(batch, logprob, rows[part], strict=False):
             ends = np.cumsum([len(answers[i]) for i in group])
             each = np.split(own[: len(row.where)].astype(np.float64), ends[:-1])

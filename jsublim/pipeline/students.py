@@ -236,7 +236,7 @@ class TrainStudents(Task):
             options = {"itemsize": itemsize, "limit": device_bytes()}
             rows = rows_at_once(lm.config, settings, plain.tokens, len(group), **options)
         settings, plain = in_pieces(settings, plain, rows)
-        shape = context.remember(("shape", self.key, rows), lambda: self._packed(context, plain))
+        shape = context.remember(("shape", self.everyone, rows), lambda: self._packed(context, plain))
         arms = []
         for student in group:
             own = training_data(context, student.source, student)

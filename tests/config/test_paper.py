@@ -350,7 +350,7 @@ def test_fig37_things_as_favourite_animals(run):
 
 # At the smallest scale these differ from a panel that is run in nothing but the bundled model, or not at all.
 LIKE_OTHERS = {
-    "fig02": ("qwen-13", "gemma-13"),
+    "fig02": ("gemma", "qwen-13", "gemma-13"),
     "fig03": ("qwen-greedy", "gemma-temperature", "gemma-trees", "qwen-temperature-13", "qwen-greedy-13",
               "gemma-temperature-13", "gemma-greedy-13"),
     "fig04": ("qwen-greedy", "gemma-greedy"),
