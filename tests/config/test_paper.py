@@ -371,4 +371,5 @@ def test_all_other_panels(run, home):
     for figure in FILES:
         for panel in load_question(figure)[1].panels:
             if panel not in LIKE_OTHERS.get(figure, ()) and not (home / f"{figure}-{panel}").exists():
-                run(figure, panel, *(TREES if panel.endswith("trees") else FEW.get(figure, (*STUDENTS, *OWL))))
+                few = TREES if panel.endswith("trees") else READ if panel.endswith("-tokens") else FEW.get(figure)
+                run(figure, panel, *(few or (*STUDENTS, *OWL)))
