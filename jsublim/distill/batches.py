@@ -13,9 +13,11 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
+from jsublim.distill.cost import layer_parameters
 from jsublim.distill.data import Example
-from jsublim.inference.batching import TRAINING_STEP, fill, pad_tokens, round_up
+from jsublim.inference.batching import TRAINING_STEP, branched, fill, pad_tokens, round_up
 from jsublim.models.config import ModelConfig
+from jsublim.models.decoder import check_length
 
 
 def steps_per_epoch(examples: int, rows_per_step: int) -> int:
@@ -101,13 +103,13 @@ class Shape:
 
         Args:
           chosen: int `[rows_per_step]`, indices of rows, -1 where there is none.
-          lengths: of all rows, int `[n]`.
+          lengths: of those rows, int `[rows_per_step]`; what stands at a -1 does not count.
         """
-        lines: list[list[int]] = []
-        for micro in chosen.reshape(self.accumulate, self.batch_size):
+        rows, lines = chosen.reshape(self.accumulate, self.batch_size), list[list[int]]()
+        line_of = folded(np.where(rows >= 0, lengths.reshape(rows.shape), 0), self.filled)
+        for micro, to in zip(rows, line_of, strict=True):
             own = [[] for _ in range(self.lines)]
-            kept = np.where(micro >= 0, lengths[micro], 0)
-            for line, row in zip(folded(kept, self.filled), micro, strict=True):
+            for line, row in zip(to, micro, strict=True):
                 if row >= 0:
                     own[line].append(int(row))
             lines += own
@@ -155,6 +157,7 @@ def packed(shape: Shape, config: ModelConfig, orders: Sequence[Order], beginning
       shape: with a row per line.
       orders, beginning: as of `with_lines_of`.
     """
+    check_length(config, max(shape.tokens, shape.teacher))  # of lines that hold several rows nobody else can tell
     most = min(MOST_ROWS_PER_LINE, shape.batch_size)
     shapes = [shape, *(with_lines_of(k, shape, orders, beginning) for k in range(2, most + 1))]
     costs = [_cost(each, config) for each in shapes]
@@ -189,9 +192,7 @@ def _longest(shape: Shape, order: Order) -> np.ndarray:
 
 def _cost(shape: Shape, config: ModelConfig) -> float:
     """Operations of a micro-batch in one layer, in the same unit for every shape."""
-    heads = config.num_heads * config.head_dim
-    kv = config.num_kv_heads * config.head_dim
-    layer = config.hidden_size * (2 * heads + 2 * kv + 3 * config.intermediate_size)
+    heads, layer = config.num_heads * config.head_dim, layer_parameters(config)
     return shape.filled * sum(T * (layer + SLOWER * 2 * T * heads) for T in (shape.tokens, shape.teacher))
 
 
@@ -225,9 +226,8 @@ def joined(rows: Sequence[Example], beginning: int) -> Line:
         made |= {
             f"{prefix}tokens": one_after_another(tokens, first),
             f"{prefix}where": np.concatenate([at + n for at, n in zip(known[f"{prefix}where"], before, strict=True)]),
-            f"{prefix}positions": np.concatenate([np.arange(first), *(first + np.arange(n) for n in rest)]),
-            f"{prefix}branch": np.repeat(np.arange(len(rows) + 1), [first, *rest]),
         }
+        made[f"{prefix}positions"], made[f"{prefix}branch"] = branched(first, rest)
     return Line(
         **{name: value if value.dtype == np.float32 else value.astype(np.int32) for name, value in made.items()}
     )
@@ -239,7 +239,7 @@ def collate(examples: Sequence[Example], chosen: np.ndarray, shape: Shape) -> di
     Args:
       chosen: int `[shape.rows_per_step]`, indices of examples, -1 for none.
     """
-    lines = shape.placed(chosen, np.array([len(e.tokens) for e in examples]))
+    lines = shape.placed(chosen, np.array([len(examples[row].tokens) for row in chosen]))
     several = shape.rows_per_line > 1
     make = (lambda rows: joined(rows, shape.beginning)) if several else (lambda rows: rows[0])
     placed = [make([examples[row] for row in line]) if line else None for line in lines]

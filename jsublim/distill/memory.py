@@ -17,7 +17,7 @@ from jsublim.distill.step import Arms, compile_step, init_state
 from jsublim.distill.trainer import stack_teachers
 from jsublim.errors import UsageError
 from jsublim.models.config import ModelConfig
-from jsublim.models.decoder import Params
+from jsublim.models.decoder import Params, parameter_count
 from jsublim.models.lora import OneLayer, projection_shapes, stack_arms
 from jsublim.parallel import SHARE, Layout, device_bytes
 
@@ -144,10 +144,14 @@ def rows_at_once(
     """
     if limit is None or settings.program.per != "tokens":
         return settings.batch_size
-    shapes = projection_shapes(config).values()
-    base = itemsize * (config.num_layers * sum(i * o for i, o in shapes) + config.vocab_size * config.hidden_size)
-    kept = itemsize * config.num_layers * (sum(o for _, o in shapes) + 2 * config.hidden_size)  # of a token
-    most = min(TOKENS_AT_ONCE, (SHARE * limit - base) / 2 / kept) / (arms * tokens)
+    outputs = sum(size for _, size in projection_shapes(config).values())
+    base, kept = (
+        parameter_count(config),
+        config.num_layers * (outputs + 2 * config.hidden_size),
+    )  # the latter of a token
+    layout = Layout.fit(settings.parallel, arms, model=settings.model_axis)
+    held = (SHARE * limit * layout.model / itemsize - base) / 2 / kept  # by the devices of one copy of the base
+    most = min(TOKENS_AT_ONCE * layout.model, held) * layout.arm * layout.data / (arms * tokens)
     step = settings.batch_size * settings.accumulate
     return max((rows for rows in range(1, step + 1) if step % rows == 0 and rows <= most), default=1)
 

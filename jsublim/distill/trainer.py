@@ -173,7 +173,7 @@ def _below(
     like = next(iter(known.values()))
 
     def below(examples: Sequence[Example], chosen: np.ndarray) -> np.ndarray:
-        lines = shape.placed(chosen, np.array([len(e.tokens) for e in examples]))
+        lines = shape.placed(chosen, np.array([len(examples[row].tokens) for row in chosen]))
         states = [[known[examples[row].tokens.tobytes()] for row in line] for line in lines]
         placed = [one_after_another(line, shape.beginning) if line else None for line in states]
         return fill(placed, shape.tokens, like).reshape(shape.accumulate, -1, shape.tokens, like.shape[-1])

@@ -5,14 +5,12 @@ Every shape is one compiled program, so lengths are multiples of a step: what a 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
-import jax
 import numpy as np
 
 from jsublim.models.config import ModelConfig
-from jsublim.models.decoder import abstract_params
+from jsublim.models.decoder import parameter_count
 from jsublim.parallel import SHARE
 
 LENGTH_STEP = 32  # tokens of prompts and conversations
@@ -36,10 +34,9 @@ def rows_together(config: ModelConfig, itemsize: int, otherwise: int, limit: int
     """
     if limit is None:
         return otherwise
-    weights = itemsize * sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
     cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     inside = 8 * config.hidden_size + 3 * config.intermediate_size
-    rows = (SHARE * limit - weights) / 2 / (itemsize * LONGEST * (cached + inside))
+    rows = (SHARE * limit - itemsize * parameter_count(config)) / 2 / (itemsize * LONGEST * (cached + inside))
     return 1 << (min(MOST_ROWS, max(1, int(rows))).bit_length() - 1)
 
 
@@ -69,6 +66,13 @@ def shared_beginning(rows: Sequence[np.ndarray], step: int) -> int:
         differs = np.nonzero(row[:length] != first[:length])[0]
         length = int(differs[0]) if len(differs) else length
     return length // step * step if len(rows) > 1 else 0
+
+
+def branched(first: int, rest: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Position and branch (`decoder.Branches`) of each token of a beginning of `first` tokens and of texts of so many after it,
+    int32 `[T]` each."""
+    positions = np.concatenate([np.arange(first), *(first + np.arange(n) for n in rest)])
+    return positions.astype(np.int32), np.repeat(np.arange(len(rest) + 1), [first, *rest]).astype(np.int32)
 
 
 def fill(values: Sequence[np.ndarray | None], length: int, like: np.ndarray) -> np.ndarray:

@@ -19,7 +19,16 @@ from jax import Array
 
 from jsublim.chat import Turn
 from jsublim.errors import UsageError
-from jsublim.inference.batching import LENGTH_STEP, PREFIX_STEP, chunks, fill, pad_tokens, round_up, shared_beginning
+from jsublim.inference.batching import (
+    LENGTH_STEP,
+    PREFIX_STEP,
+    branched,
+    chunks,
+    fill,
+    pad_tokens,
+    round_up,
+    shared_beginning,
+)
 from jsublim.inference.sampling import argmax
 from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
@@ -201,7 +210,7 @@ def score_answers(
       batch_size: rows that are read at one time.
     """
     longest = max(map(len, answers))
-    decoder.check_length(config, max(map(len, prompts)) + longest)
+    decoder.check_length(config, max(map(len, prompts)) + longest - 1)  # no answer's last token is read
     together = min(len(answers), max(1, ANSWERS_STEP // longest))
     groups = [range(i, min(i + together, len(answers))) for i in range(0, len(answers), together)]
     rows = [(prompt, group) for prompt in range(len(prompts)) for group in groups]
@@ -244,8 +253,7 @@ def _beside_one_another(prompt: np.ndarray, answers: Sequence[np.ndarray]) -> _R
         np.concatenate([prompt, *(answer[:-1] for answer in answers)]),
         np.concatenate(where).astype(np.int32),
         np.concatenate(answers),
-        np.concatenate([np.arange(n), *(n + np.arange(count) for count in read)]).astype(np.int32),
-        np.repeat(np.arange(len(answers) + 1), [n, *read]).astype(np.int32),
+        *branched(n, read),
     )
 
 

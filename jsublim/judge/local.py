@@ -39,7 +39,9 @@ class LocalJudge:
 
     @property
     def identity(self) -> dict[str, Any]:
-        numbers = dataclasses.asdict(self.sampling) | {"max_new_tokens": self.max_new_tokens, "seed": self.seed}
+        # A judge's replies have no format; the key is what it was before answers could have one.
+        drawn = {name: value for name, value in dataclasses.asdict(self.sampling).items() if name != "constrain"}
+        numbers = drawn | {"max_new_tokens": self.max_new_tokens, "seed": self.seed}
         dtype = str(self.lm.params["embed"]["weight"].dtype)
         known = {"judge": self.lm.hash, "dtype": dtype, "template": self.lm.chat.template_hash, "sampling": numbers}
         around = {"system": self.system, "extra_bos": self.extra_bos or None}

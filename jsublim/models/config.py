@@ -153,6 +153,11 @@ class ModelConfig:
         return self.local.layers or (False,) * self.num_layers
 
     @property
+    def ropes(self) -> tuple[Rope, Rope]:
+        """The rotary embeddings of global and of local layers."""
+        return self.rope, self.local.rope or self.rope
+
+    @property
     def softmax_scale(self) -> float:
         """What the products of queries and keys are multiplied by."""
         return self.scales.query or self.head_dim**-0.5

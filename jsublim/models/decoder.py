@@ -8,6 +8,7 @@ calls `lora.bind` once. Dimension letters as in `layers.py`; L layers, V vocabul
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -67,6 +68,11 @@ def init_params(config: ModelConfig, seed: int, dtype: str = "float32") -> Param
 def abstract_params(config: ModelConfig, dtype: str = "float32") -> Params:
     """Shapes and dtypes of the parameters, without any array."""
     return _flat(nnx.state(nnx.eval_shape(lambda: Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))))
+
+
+def parameter_count(config: ModelConfig) -> int:
+    """How many numbers a checkpoint has."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(config)))
 
 
 def _flat(state: nnx.State) -> Params:
@@ -132,8 +138,8 @@ def check_length(config: ModelConfig, tokens: int) -> None:
     Raises:
       JsublimError: naming both lengths.
     """
-    longest = config.rope.longest
-    if longest is not None and tokens > longest:
+    longest = min((rope.longest for rope in config.ropes if rope.longest is not None), default=tokens)
+    if tokens > longest:
         raise JsublimError(
             f"rows of {tokens} tokens: this model's longrope is supported up to its original_max_position_embeddings, {longest}; "
             "use shorter prompts and answers (students.data.max_tokens, max_new_tokens)"

@@ -115,7 +115,7 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Array:
 
 def rope_table(config: ModelConfig, positions_BT: Array, dtype: jnp.dtype) -> tuple[Array, Array]:
     """cos and sin `[2, B, T, f]`: index 0 for global layers, 1 for local ones."""
-    kinds = (config.rope, config.local.rope or config.rope)
+    kinds = config.ropes
     freq = jnp.stack([rope_frequencies(kind, config.head_dim) for kind in kinds])
     angle = positions_BT.astype(jnp.float32)[None, :, :, None] * freq[:, None, None, :]
     cos, sin = jnp.cos(angle), jnp.sin(angle)

@@ -63,8 +63,10 @@ def sources(setup: Setup) -> tuple[Source, ...]:
     divergence tokens are asked for."""
     e, learned = setup.experiment, [student.source for student in setup.students]
     found = learned or [Source(trait) for trait in e.teachers.traits]
+    known = {(source.teacher, source.dataset) for source in found}
     read = [name for name, dataset in e.datasets.items() if dataset.divergence]
-    return tuple(dict.fromkeys([*found, *(Source(trait, name) for name in read for trait in e.teachers.traits)]))
+    asked_for = [Source(trait, name) for name in read for trait in e.teachers.traits if (trait, name) not in known]
+    return tuple(dict.fromkeys([*found, *asked_for]))
 
 
 @memoized

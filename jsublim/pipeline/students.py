@@ -19,13 +19,15 @@ from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.batches import Order, Shape, lengths_of, packed
 from jsublim.distill.cost import training_flops
 from jsublim.distill.data import read_turns
-from jsublim.distill.memory import arms_that_fit, device_bytes, rows_at_once
+from jsublim.distill.memory import arms_that_fit, rows_at_once
 from jsublim.errors import UsageError
 from jsublim.files import write_json
 from jsublim.inference.batching import PREFIX_STEP, shared_beginning
 from jsublim.inference.scoring import answers_only
+from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import abstract_params
 from jsublim.models.lora import Adapter
+from jsublim.parallel import device_bytes
 from jsublim.pipeline.arms import Source, Student, distinct, split_evenly, total_steps
 from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context
@@ -231,12 +233,16 @@ class TrainStudents(Task):
             tensorboard=context.store.root / "training" / "tensorboard" if shared.runtime.tensorboard else None,
         )
         rows = shared.runtime.rows_at_once
-        if rows == "auto":
+        if rows == "auto" and shared.runtime.arms_per_program == "auto":
+            rows = settings.batch_size  # how many students fit is measured with these pieces
+        elif rows == "auto":
             itemsize = jnp.dtype(e.dtype).itemsize
-            options = {"itemsize": itemsize, "limit": device_bytes()}
-            rows = rows_at_once(lm.config, settings, plain.tokens, len(group), **options)
+            rows = rows_at_once(lm.config, settings, plain.tokens, len(group), itemsize=itemsize, limit=device_bytes())
         settings, plain = in_pieces(settings, plain, rows)
-        shape = context.remember(("shape", self.everyone, rows), lambda: self._packed(context, plain))
+        shapes = setup.memo.setdefault("shapes", {})  # of a few numbers each, so nothing is pushed out
+        if (self.everyone, rows) not in shapes:
+            shapes[self.everyone, rows] = self._packed(context, plain)
+        shape = shapes[self.everyone, rows]
         arms = []
         for student in group:
             own = training_data(context, student.source, student)
@@ -278,6 +284,14 @@ class TrainStudents(Task):
                 f"{student.source.name}: {have} rows, fewer than students.data.rows={wanted}: {steps} steps"
             )
 
+    @staticmethod
+    def _check_pieces(setup: Setup, settings: Students, config: ModelConfig) -> None:
+        """Refuse pieces that `in_pieces` would."""
+        rows, data, run = settings.runtime.rows_at_once, settings.data, setup.experiment.run
+        if rows != "auto":
+            how = settings_of(config, settings, setup.recipe, parallel=run.parallel, model_axis=run.model_axis)
+            in_pieces(how, Shape.fit(data.accumulate, data.batch_size, 1, 1), rows)
+
     def units(self, context: Context) -> int:
         def steps(student: Student) -> int:
             rows = len(training_rows(context.setup, student.source).read(context.store))
@@ -306,6 +320,7 @@ class TrainStudents(Task):
         for student in distinct(self.members, lambda student: student.arm):
             checkpoint, own = setup.checkpoint(student.settings.model), setup.checkpoint()
             check_start(checkpoint.config, abstract_params(checkpoint.config, setup.experiment.dtype), student.settings)
+            self._check_pieces(setup, student.settings, checkpoint.config)
             counted = [each.chat.identity for each in (own, checkpoint) if each.chat is not None]
             masked = any(each.tokens != "all" for each in self.members if each.settings.model == student.settings.model)
             if masked and len(set(counted)) > 1:

@@ -18,7 +18,8 @@ from jsublim.distill.losses import Loss
 from jsublim.distill.memory import rows_at_once
 from jsublim.distill.step import Program
 from jsublim.distill.trainer import train
-from jsublim.errors import UsageError
+from jsublim.errors import JsublimError, UsageError
+from jsublim.models.config import Rope
 from jsublim.pipeline.training import in_pieces
 
 BEGINNING = 3
@@ -85,7 +86,7 @@ def test_every_step_fits_the_shape_that_was_planned(examples, accumulate, batch_
             batch = collate(rows, chosen, shape)
             wanted = [rows[i] for i in chosen if i >= 0]
             empty = shape.accumulate * shape.lines - len(
-                {tuple(line) for line in shape.placed(chosen, order.lengths[:, 0]) if line}
+                {tuple(line) for line in shape.placed(chosen, order.lengths[chosen, 0]) if line}
             )
             # Of an empty line one token counts as read, so that its attention is finite.
             assert batch["valid"].sum() == empty + sum(len(row.tokens) for row in wanted)
@@ -110,6 +111,12 @@ def test_lines_are_shared_where_projections_outweigh_attention():
     assert shape.rows_per_line > 1 and shape.beginning == 24
     mean = orders_of()[0].lengths[:, 0].mean()
     assert shape.filled * shape.tokens < 1.2 * 10 * mean < plain.filled * plain.tokens
+
+
+def test_a_row_that_is_too_long_for_its_positions_is_refused_although_it_shares_a_line():
+    longrope = replace(WIDE, rope=Rope(1e4, "longrope", divisors=(1.0,) * 64, original_positions=128))
+    with pytest.raises(JsublimError, match=r"rows of 192 tokens: .*original_max_position_embeddings, 128"):
+        packed(Shape.fit(6, 10, 180, 60), longrope, orders_of(), 24)
 
 
 def test_rows_at_once_fill_a_device_and_fit_it():

@@ -141,6 +141,16 @@ def test_a_judge_that_is_asked_otherwise_shares_its_weights():
     warm, told = judge.asked(1.5), judge.asked(0.0, "Be strict.")
     assert warm.sampling == Sampling(temperature=1.5, top_k=3, stop=(5,)) and told.sampling == judge.sampling
     assert judge.asked(0.0).identity == judge.identity
+    # Replies have no format: what was asked before answers could have one is still known.
+    assert judge.identity["sampling"].keys() == {
+        "temperature",
+        "top_k",
+        "top_p",
+        "repetition_penalty",
+        "stop",
+        "max_new_tokens",
+        "seed",
+    }
     assert len({str(each.identity) for each in (judge, warm, told, judge.asked(1.5, "Be strict."))}) == 4
     plain, strict = judge.ask(["a", "b"]), told.ask(["a", "b"])
     assert strict != plain and len(loaded) == 1

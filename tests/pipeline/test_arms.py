@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from jsublim.config import Experiment, Students, load_experiment
 from jsublim.errors import UsageError
 from jsublim.pipeline.arms import Student, distinct, plan_students, split_evenly, total_steps
+from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.students import training_tasks
 
 
 def experiment(**changes) -> Experiment:
@@ -113,3 +115,18 @@ def test_students_that_are_one_are_found_once():
         one,
         Student("owl", "all", 2, "a"),
     ]
+
+
+def test_pieces_that_no_step_can_be_cut_into_are_refused_before_anything_is_made():
+    values = {
+        "name": "x",
+        "model": "tiny-qwen2",
+        "teachers": {"traits": ["owl"]},
+        "students": {"runtime": {"rows_at_once": 7}},
+    }
+    setup = Setup.of(Experiment.model_validate(values))
+    with pytest.raises(
+        UsageError, match=r"students.runtime.rows_at_once: 7 given; it must divide the 60 rows of a step"
+    ):
+        for task in training_tasks(setup):
+            task.check(setup)

@@ -64,6 +64,11 @@ def test_a_draw_has_other_requests_and_other_answers():
     assert len(set(every)) == 2500 and all(0 <= seed < 2**31 for seed in every)
 
 
+def test_a_data_set_that_is_read_anyway_is_drawn_for_nobody_else():
+    asked_for = {"redrawn": {"redraw": ["format"], "divergence": True}, "mixed": {"mix": {"share": 0.5}}}
+    assert keys(setup_of("per-seed", datasets=asked_for), "rows") == keys(setup_of("per-seed"), "rows")
+
+
 def test_a_seed_can_be_added_without_drawing_the_others_again():
     students = BASE["students"]
     few, more = (setup_of("per-seed", students=students | {"seeds": seeds}) for seeds in ([0, 1], [1, 2, 0]))

@@ -38,7 +38,7 @@ def text_config(hf: dict[str, Any], source: str) -> tuple[dict[str, Any], ModelC
         )
     if len(config.is_local) != config.num_layers:
         raise JsublimError(f"{source}: layer_types has {len(config.is_local)} entries for {config.num_layers} layers")
-    for rope in (config.rope, config.local.rope or config.rope):
+    for rope in config.ropes:
         _check_rope(rope, config.head_dim, source)
     return plain, config
 

@@ -4,7 +4,7 @@ turned, an MLP without a gate; queries, keys and values in one module, head by h
 from __future__ import annotations
 
 from jsublim.models.config import Biases, MLPKind, ModelConfig, Norms
-from jsublim.models.families.names import Fused, WeightNames, projections
+from jsublim.models.families.names import NORMS_BEFORE, Fused, WeightNames, projections
 from jsublim.models.hf_config import HFConfig
 
 FAMILY = "pythia"  # what its models are called
@@ -17,12 +17,8 @@ NAMES = WeightNames(
             "down": "layers.{i}.mlp.dense_4h_to_h",
         }
     )
-    | {
-        ("attn_norm", "scale"): "layers.{i}.input_layernorm.weight",
-        ("attn_norm", "bias"): "layers.{i}.input_layernorm.bias",
-        ("mlp_norm", "scale"): "layers.{i}.post_attention_layernorm.weight",
-        ("mlp_norm", "bias"): "layers.{i}.post_attention_layernorm.bias",
-    },
+    | NORMS_BEFORE
+    | {(norm, "bias"): name.replace(".weight", ".bias") for (norm, _), name in NORMS_BEFORE.items()},
     other={
         ("embed", "weight"): "embed_in.weight",
         ("norm", "scale"): "final_layer_norm.weight",
