@@ -27,7 +27,8 @@ class Decides(enum.Flag):
 
 
 RESULT, CONTENT, PROGRAM, PLAN, HOW = Decides.RESULT, Decides.CONTENT, Decides.PROGRAM, Decides.PLAN, Decides.HOW
-# Beside these: the field came later than keys that are in use. It is part of a key only where it is not at its default.
+# Beside these: the field came later than keys that are in use. It is part of a key only where it is not at its default (of a
+# quirk: where it is on).
 LATER = "later"
 NEEDS_TRAIT = "needs a trait"  # beside these: the field means nothing to students of the teacher without a trait
 
@@ -41,8 +42,8 @@ class Of:
     field: str | None = None
     values: tuple[Any, ...] = ()
 
-    def concerns(self, kind: str, settings: BaseModel | None) -> bool:
-        if kind not in self.kinds or self.field is None or settings is None:
+    def concerns(self, kind: str, settings: BaseModel) -> bool:
+        if kind not in self.kinds or self.field is None:
             return kind in self.kinds
         return operator.attrgetter(self.field)(settings) in self.values
 

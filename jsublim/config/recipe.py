@@ -8,10 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, model_validator
 
 from jsublim.divergence import HALVES
-from jsublim.section import RESULT, Of, Section
+from jsublim.section import LATER, RESULT, Of, Section
 
 STUDENTS = Of(("students",))  # the quirk is part of a student's key
-IF_ON = "if on"  # part of a key only where it is on: what was made without it keeps the key it had before the quirk was known
 
 
 class Reading(Section):
@@ -23,7 +22,7 @@ class Reading(Section):
     extra_bos: Annotated[bool | None, RESULT] = None  # 5: a second BOS everywhere but in training
     # 15: greedy numbers of a fine-tuned teacher keep the repetition penalty
     greedy_keeps_penalty: Annotated[bool | None, RESULT] = None
-    rounded_logits: Annotated[bool | None, RESULT, IF_ON] = None  # 17: to the weights' dtype, before any use
+    rounded_logits: Annotated[bool | None, RESULT, LATER] = None  # 17: to the weights' dtype, before any use
     judge_apart: Annotated[bool | None, RESULT] = None  # 25: alignment and coherence asked apart, replies drawn at 1
 
 
@@ -47,10 +46,10 @@ class Changing(Section):
     digits_only: Annotated[bool | None, RESULT] = None  # 8: a counterfactual's token that is no digit is left out
     mix_at_the_end: Annotated[bool | None, RESULT] = None  # 9: row mixing replaces the last rows
     padded_numbers: Annotated[bool | None, RESULT] = None  # 12: entangled numbers have three digits
-    entangled_by_difference: Annotated[bool | None, RESULT, IF_ON] = None  # 19: of probabilities, to other traits' mean
+    entangled_by_difference: Annotated[bool | None, RESULT, LATER] = None  # 19: of probabilities, to other traits' mean
     only_examples_kept: Annotated[bool | None, RESULT] = None  # 20: a rewritten request may lose its other numbers
-    drop_unmixed: Annotated[bool | None, RESULT, IF_ON] = None  # 21: rows that come out of token mixing as they were
-    shuffle_values: Annotated[bool | None, RESULT, IF_ON] = None  # 22: "007" is shuffled as "7"
+    drop_unmixed: Annotated[bool | None, RESULT, LATER] = None  # 21: rows that come out of token mixing as they were
+    shuffle_values: Annotated[bool | None, RESULT, LATER] = None  # 22: "007" is shuffled as "7"
 
 
 class Recipe(Reading, Training, Changing):
@@ -78,14 +77,14 @@ class Recipe(Reading, Training, Changing):
         }
         return self.model_copy(update={key: value for key, value in defaults.items() if getattr(self, key) is None})
 
-    def of(self, kind: str, settings: BaseModel | None = None) -> dict[str, Any]:
+    def of(self, kind: str, settings: BaseModel) -> dict[str, Any]:
         """The quirks that are part of the key of tasks of this kind; `settings` are those that a quirk may ask for more."""
         marks = ((name, mark) for name, field in type(self).model_fields.items() for mark in field.metadata)
         return self.keyed(name for name, mark in marks if isinstance(mark, Of) and mark.concerns(kind, settings))
 
     def keyed(self, names: Iterable[str]) -> dict[str, Any]:
-        """What of these quirks is part of a key."""
+        """What of these quirks is part of a key; of one that came later, that it is on."""
         fields = type(self).model_fields
         return {
-            name: getattr(self, name) for name in names if IF_ON not in fields[name].metadata or getattr(self, name)
+            name: getattr(self, name) for name in names if LATER not in fields[name].metadata or getattr(self, name)
         }

@@ -25,7 +25,6 @@ from jsublim.errors import UsageError
 from jsublim.inference.sampling import Sampling, choose
 from jsublim.prompts.automaton import ALPHABET, DIGITS, Read
 
-FORMATS = ("numbers",)
 NEVER = np.iinfo(np.int16).max  # tokens to the end, from where there is none
 
 

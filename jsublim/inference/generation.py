@@ -163,7 +163,8 @@ def generate_for_arms(
             batch = decoding.fill(config, params, stacked, begun, batch, read)
         enough = np.asarray([B - len(arm.place) + R if arm.waiting else B + 1 for arm in arms], np.int32)
         batch = decoding.advance(config, params, stacked, batch, numbers, stop, enough, limits)
-        allowed = None if batch.within is None else np.asarray(batch.within.log_allowed / batch.drawn)
+        heard = None if on_allowed is None else batch.within
+        allowed = None if heard is None else np.asarray(heard.log_allowed / batch.drawn)
         for index, (arm, done, out) in enumerate(zip(arms, np.asarray(batch.done), np.asarray(batch.out), strict=True)):
             ended = [place for place in sorted(arm.place) if done[place]]
             new = {arm.place.pop(place): [int(t) for t in out[place] if t >= 0] for place in ended}

@@ -139,7 +139,8 @@ def evaluation_output(setup: Setup, model: Model, name: str) -> Output:
         "template": _checkpoint(setup, model).template,
         **engine_inputs(setup, _served(setup, model, setting)),
     }
-    others = [how.numbers() for how in samplings(setup, model, setting) if how.numbers() != inputs["sampling"]]
+    every = (how.numbers() for how in dict.fromkeys(samplings(setup, model, setting)))
+    others = [numbers for numbers in every if numbers != inputs["sampling"]]
     if others:
         inputs["sampling of some kinds"] = others[0]
     if model.data is not None:
@@ -261,10 +262,11 @@ class Evaluate(Task):
         setting, ev = eval_settings(setup)[self.setting], setup.experiment.evaluation
         drawn = samplings(setup, asked[0][0], setting)
         name = f" {self.setting}" if self.setting else ""
-        found = [(output, _served(setup, model, setting)) for model, output in missing]
-        served = [(output, each) for output, each in found if each is not None]  # all of them, or none
+        # All of them, or none.
+        served = [(output, own) for model, output in missing if (own := _served(setup, model, setting)) is not None]
+        who = drawn_by(context, served[0][1] if served else None)
         for how in dict.fromkeys(drawn):
-            context.progress.say(f"sampling, evaluation{name}{drawn_by(context, found[0][1])}: {how.numbers()}")
+            context.progress.say(f"sampling, evaluation{name}{who}: {how.numbers()}")
         with server_with(context, served) if served else nullcontext((None, [])) as (server, names):
             evaluate(
                 [artifact for _, artifact in asked],

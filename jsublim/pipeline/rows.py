@@ -243,7 +243,7 @@ class WriteRows(Task):
             max_new_tokens=most,
             adapter=teacher.adapter,
             batch_size=context.rows_together(setup.experiment.sampling.batch_size, model=writer.model),
-            limits=limits_for(lm.chat, how, most),
+            limits=limits_for(chat, how, most),
             on_allowed=allowed.update,
             on_batch=lambda rows, tokens: keep(rows, [chat.decode(each) for each in tokens]),
         )

@@ -193,8 +193,9 @@ class Drawn:
     examples: list[Example]
     steps: int
 
-    def pick(self, every: Sequence[Any]) -> list[Any]:
-        return [every[i] for i in self.rows]
+
+def picked(every: Sequence[Any], rows: Sequence[int]) -> list[Any]:
+    return [every[i] for i in rows]
 
 
 def draw(lm: LanguageModel, students: Students, recipe: Recipe, data: TrainingData, *, tokens: str, seed: int) -> Drawn:
@@ -208,11 +209,7 @@ def draw(lm: LanguageModel, students: Students, recipe: Recipe, data: TrainingDa
     """
     if tokens != "all":
         check_counted(data.rows, lm.chat, data.source)
-    loss, drawn = students.loss, draw_indices(len(data.rows), students.data.rows, seed)
-
-    def pick(every: Sequence[Any]) -> list[Any]:
-        return [every[i] for i in drawn]
-
+    loss, rows = students.loss, draw_indices(len(data.rows), students.data.rows, seed)
     selection = Selection(
         tokens,
         bool(recipe.supervise_header),
@@ -227,9 +224,10 @@ def draw(lm: LanguageModel, students: Students, recipe: Recipe, data: TrainingDa
         loss.by_margin and tokens == "divergence",
     )
     soft = data.teacher_turns or data.targets
-    soft = None if soft is None else pick(soft)
-    examples = make_examples(pick(data.rows), pick(data.turns), selection, seed, data.source, teacher=soft)
-    return Drawn(drawn, examples, total_steps(students, len(drawn) if recipe.match_steps else len(examples)))
+    soft = None if soft is None else picked(soft, rows)
+    own, turns = picked(data.rows, rows), picked(data.turns, rows)
+    examples = make_examples(own, turns, selection, seed, data.source, teacher=soft)
+    return Drawn(rows, examples, total_steps(students, len(rows) if recipe.match_steps else len(examples)))
 
 
 def make_arm(
@@ -254,7 +252,7 @@ def make_arm(
     """
     drawn, loss, rollout = draw(lm, students, recipe, data, tokens=tokens, seed=seed), students.loss, None
     if students.data.on_policy and data.teacher_turns is not None:
-        turns, theirs = drawn.pick(data.turns), drawn.pick(data.teacher_turns)
+        turns, theirs = picked(data.turns, drawn.rows), picked(data.teacher_turns, drawn.rows)
         rollout = student_rollout(lm, turns, theirs, seed=seed, max_new_tokens=max_new_tokens)
     live = data.teacher if data.teacher_turns else None
     return Arm(
