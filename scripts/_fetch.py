@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -134,8 +134,9 @@ def hf_name(name: str, blocks: Mapping[str, str], others: Mapping[str, str]) -> 
 
 def save_weights(
     reader: Any,
-    name_of: Callable[[str], str],
-    wanted: Iterable[str],
+    blocks: Mapping[str, str],
+    others: Mapping[str, str],
+    layers: int,
     finish: Callable[[str, np.ndarray], np.ndarray],
     dtype: str,
     folder: Path,
@@ -143,25 +144,40 @@ def save_weights(
     """Write `model.safetensors`: all tensors under Hugging Face names, `[out, in]`, dequantized in float32, then cast.
 
     Args:
-      name_of: the Hugging Face name of a GGUF tensor; finish: what else is done to a tensor, by that name.
+      blocks, others: as of `hf_name`; each of them stands in the file, of a block's parts in each of so many layers.
+      finish: what else is done to a tensor, by its Hugging Face name.
 
     Raises:
       JsublimError: listing every missing and every unknown tensor.
     """
-    wanted, found = set(wanted), {name_of(tensor.name) for tensor in reader.tensors}
-    if wanted != found:
-        missing, unknown = sorted(wanted - found), sorted(found - wanted)
+    wanted = {f"model.layers.{i}.{part}.weight" for i in range(layers) for part in blocks.values()}
+    wanted |= {f"{name}.weight" for name in others.values()}
+    names = {tensor.name: hf_name(tensor.name, blocks, others) for tensor in reader.tensors}
+    if wanted != set(names.values()):
+        missing, unknown = sorted(wanted - set(names.values())), sorted(set(names.values()) - wanted)
         raise JsublimError(f"the GGUF file is not the checkpoint: missing {missing}, unknown {unknown}")
     dequantize = import_gguf().quants.dequantize
     weights = {
         name: np.ascontiguousarray(finish(name, dequantize(tensor.data, tensor.tensor_type)), dtype=DTYPES[dtype])
         for tensor in reader.tensors
-        for name in [name_of(tensor.name)]
+        for name in [names[tensor.name]]
     }
     path = folder / "model.safetensors"
     save_file(weights, path, metadata={"format": "pt"})
     # safetensors writes through a private temporary file: give the weights the mode of the other files.
     path.chmod((folder / "config.json").stat().st_mode)
+
+
+def write_texts(
+    folder: Path, config: Mapping[str, Any], dtype: str, meta: Mapping[str, Any], tokens: tuple[Any, Mapping[str, Any]]
+) -> None:
+    """Write what stands beside the weights: the model's config, what generation ends at, and the tokenizer with its config
+    (`tokens`)."""
+    tokenizer, tokenizer_config = tokens
+    write_json(folder / "config.json", {**config, "dtype": dtype})
+    write_json(folder / "generation_config.json", special_ids(meta))
+    tokenizer.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", tokenizer_config)
 
 
 def is_whole(out: Path, expected: Mapping[str, Any]) -> bool:

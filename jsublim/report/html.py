@@ -65,7 +65,6 @@ def _content(results: Results) -> dict[str, Any]:
     # Panels by trait would be crowded by variants, which have a figure of their own.
     drawn = [c for c in results.conditions if not split_condition(c)[1]] if "all" in judged else results.conditions
     looks = look_at(results)
-    judged_lifts = [found for metric in results.measures for c in judged if (found := looks.lifts_of(metric, c))]
     shown_lifts = lifts(results, "logprob", [c for c in ("control", *masks) if c in drawn])
     shown_rows = [r for r in rows if r.condition in drawn]
     claims = [look.what for look in looks.claims]
@@ -79,14 +78,14 @@ def _content(results: Results) -> dict[str, Any]:
         "wording": words.wording(results),
         "diverged": words.diverged_warning(results),
         "published_shares": PUBLISHED_SHARES,
-        "headlines": [words.headline(found) for found in judged_lifts],
+        "headlines": [words.headline(found) for found in looks.judged],
         "rows": rows,
         "row_lifts": {(r.trait, r.condition): lift(results, "logprob", r.condition, r.trait) for r in rows},
         "looks": looks,
         "not_asked": not_asked(claims),
         "published": published_for(claims),
         "published_mark": MARK,
-        "judged": [item for found in judged_lifts for item in found],
+        "judged": looks.lifts,
         "rate_figure": figures.rate_figure(shown_rows)
         if any(r.rate is not None and r.condition != "teacher" for r in shown_rows)
         else "",

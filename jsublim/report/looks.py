@@ -6,6 +6,7 @@ students differ in), and keeps its p. All others, wherever on the page, are one 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
@@ -53,8 +54,11 @@ class Looks:
         """How many further looks have a p."""
         return sum(look.holm is not None for look in (*self.claims, *self.lifts, *self.matrices))
 
-    def lifts_of(self, metric: str, condition: str) -> list[Look[Lift]]:
-        return [look for look in self.lifts if (look.what.metric, look.what.condition) == (metric, condition)]
+    @property
+    def judged(self) -> list[list[Look[Lift]]]:
+        """The lifts, those of one metric and condition together."""
+        every = itertools.groupby(self.lifts, lambda look: (look.what.metric, look.what.condition))
+        return [list(group) for _, group in every]
 
 
 def look_at(results: Results) -> Looks:

@@ -205,6 +205,12 @@ def reference_condition(results: Results, metric: str, trait: str, condition: st
     return next((c for c in ("base", *controls) if results.select(metric, c, trait)), None)
 
 
+def difference_interval(difference: Estimate, metric: str) -> Interval | None:
+    """Interval of a difference of levels; rates cannot differ by more than 100 points."""
+    interval = difference.interval()
+    return interval.within(-1.0, 1.0) if interval and metric not in LIMITS else interval
+
+
 def lift(results: Results, metric: str, condition: str, trait: str) -> Lift | None:
     """Lift of a condition's students over the reference, or `None` if either was not evaluated."""
     scores = scores_for(results, metric, condition, trait)
@@ -214,7 +220,7 @@ def lift(results: Results, metric: str, condition: str, trait: str) -> Lift | No
     zero = estimate(results.select(metric, reference, trait))
     level = estimate(scores)
     difference, of_students = level - zero, scores[0].role == "student"
-    interval = difference.interval() if of_students else None
+    interval = difference_interval(difference, metric) if of_students else None
     return Lift(
         trait=trait,
         condition=condition,
@@ -223,7 +229,7 @@ def lift(results: Results, metric: str, condition: str, trait: str) -> Lift | No
         level=level.value,
         reference_level=zero.value,
         value=difference.value,
-        interval=interval.within(-1.0, 1.0) if interval and metric not in LIMITS else interval,
+        interval=interval,
         students=level.n,
         student_lifts=tuple(s.mean - zero.value for s in scores),
         p=float(difference.p_above(0.0)) if interval else None,

@@ -28,11 +28,9 @@ def print_summary(run_dir: Path, console: Console) -> None:
     if unasked := not_asked([look.what for look in looks.claims]):
         console.print(_plain(f"Not asked here: {', '.join(unasked)}."))
     console.print(_plain(words.primary(looks)))
+    for raised in looks.judged:
+        console.print(_plain(words.headline(raised)))
     judged = judged_conditions(results)
-    for metric in results.measures:
-        for condition in judged:
-            if raised := looks.lifts_of(metric, condition):
-                console.print(_plain(words.headline(raised)))
     if judged and (matrix := trait_matrix(results, condition=judged[0])) is not None:
         label = condition_label(matrix.condition)
         console.print(_plain(f"Trait x trait matrix, {label}: {words.matrix_sentence(matrix)}"))

@@ -354,6 +354,7 @@ LIKE_OTHERS = {
     "fig03": ("qwen-greedy", "gemma-temperature", "gemma-trees", "qwen-temperature-13", "qwen-greedy-13",
               "gemma-temperature-13", "gemma-greedy-13"),
     "fig04": ("qwen-greedy", "gemma-greedy"),
+    "fig05": ("gemma",),
     "fig06": ("gemma", "qwen-13", "gemma-13", "gemma-tokens"),
     "fig07": ("gemma", "qwen-13", "gemma-13"),
     "fig08": ("numbers-greedy", "words", "words-greedy"),

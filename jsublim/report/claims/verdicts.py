@@ -13,7 +13,15 @@ from typing import Any
 
 from jsublim.report.claims.groups import Group
 from jsublim.report.statistics import Estimate, Interval, mean_estimate, share_interval, share_p_above
-from jsublim.report.summary import NOT_DECIDED, estimate, group_of, reference_condition, sampling_variance, scores_for
+from jsublim.report.summary import (
+    NOT_DECIDED,
+    difference_interval,
+    estimate,
+    group_of,
+    reference_condition,
+    sampling_variance,
+    scores_for,
+)
 from jsublim.report.tables import Results, Score, split_condition
 
 HOLDS, FAILS = "holds", "does not hold"
@@ -72,9 +80,8 @@ class Pool:
         return f"mean of {', '.join(self.traits)}"
 
     def between(self, difference: Estimate) -> Interval | None:
-        """Interval of a difference of levels; rates cannot differ by more than 100 points."""
-        interval = difference.interval()
-        return interval.within(-1.0, 1.0) if interval and self.metric != "logprob" else interval
+        """Interval of a difference of levels."""
+        return difference_interval(difference, self.metric)
 
 
 def claim_metric(results: Results) -> str:
