@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.inputs import SIZES, save
+from benchmarks.inputs import COMMON, SIZES, save
 
 CLOSE = {"loss": 1e-4, "norm": 1e-3, "attribution": 1e-2}  # relative to the largest number
 ROOT = Path(__file__).parents[1]
@@ -131,7 +131,7 @@ def cells(result: dict[str, Any]) -> tuple[str, ...]:
     agree = ", ".join(f"{k} {v:.3g}" for k, v in result.get("equal", {}).items() if k != "same")
     return (
         result["stage"],
-        " ".join(f"{k}={v}" for k, v in result["sizes"].items()),
+        " ".join(f"{k}={v}" for k, v in result["sizes"].items() if k not in COMMON or v),
         f"{theirs['median_s']:.2f}" if theirs else "-",
         f"{ours['median_s']:.2f}",
         f"{result['ratio']:.2f}" if result.get("ratio") else "-",
@@ -172,10 +172,11 @@ def main(
     for each in stage:
         run = []
         for value in values.split(",") if values else [None]:
-            sizes = SIZES[each] | changed | ({over: int(value)} if value else {})
-            unknown = set(sizes) - set(SIZES[each])
+            sizes = SIZES[each] | COMMON | changed | ({over: int(value)} if value else {})
+            known = SIZES[each] | COMMON
+            unknown = set(sizes) - set(known)
             if unknown:
-                raise typer.BadParameter(f"{', '.join(unknown)}: sizes of {each} are {', '.join(SIZES[each])}")
+                raise typer.BadParameter(f"{', '.join(unknown)}: sizes of {each} are {', '.join(known)}")
             options = {"dtype": dtype, "repeat": repeat, "threads": threads, "python": their_python, "alone": alone}
             run.append(measure(each, model, sizes, **options))
         show(run, console, markdown)

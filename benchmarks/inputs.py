@@ -9,22 +9,15 @@ from typing import Any
 import numpy as np
 
 Sizes = dict[str, int]
+_TRAIN = {"rows": 60, "tokens": 150, "shared": 30, "answer": 50, "micro": 10, "rank": 8, "even": 1, "arms": 1}
 SIZES: dict[str, Sizes] = {
     # `shared` tokens at the beginning of every prompt are the same: a teacher's system prompt.
     "sample": {"rows": 64, "prompt": 115, "shared": 40, "new": 64},
     "score": {"rows": 8, "teachers": 13, "tokens": 165, "shared": 45, "answer": 40},
     # `shared` as above; a tenth of the rows is as long as `tokens`, the shortest has half of what is not shared.
-    "train": {"rows": 60, "tokens": 150, "shared": 30, "answer": 50, "micro": 10, "rank": 8, "even": 1},
-    "train-late": {
-        "rows": 60,
-        "tokens": 150,
-        "shared": 30,
-        "answer": 50,
-        "micro": 10,
-        "rank": 8,
-        "even": 1,
-        "layer": -3,
-    },
+    # `arms` students on the same rows: in one program here, one after another there.
+    "train": _TRAIN,
+    "train-late": _TRAIN | {"layer": -3},
     "evaluate": {"students": 1, "questions": 1, "prompt": 40, "samples": 200, "new": 10},
     "attribute": {"rows": 1, "tokens": 100, "steps": 10},
     # A teacher writes rows, counterfactual teachers read them, four students learn their tokens under four masks for a few
@@ -43,6 +36,10 @@ SIZES: dict[str, Sizes] = {
         "answer": 10,
     },
 }
+
+
+# Of every stage: the checkpoint's first layers alone, so many; zero is all of them.
+COMMON: Sizes = {"depth": 0}
 
 
 def make(stage: str, sizes: Sizes, vocab: int) -> dict[str, np.ndarray]:

@@ -44,8 +44,9 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
 
 
-def read(model: str, dtype: str) -> LanguageModel:
-    return load_model(model, dtype)
+def read(model: str, dtype: str, depth: int = 0) -> LanguageModel:
+    lm = load_model(model, dtype)
+    return lm.ending_at(depth - 1) if depth else lm
 
 
 def sample(lm: LanguageModel, sizes: Any, arrays: Any) -> Work:
@@ -106,7 +107,7 @@ def train(lm: LanguageModel, sizes: Any, arrays: Any) -> Work:
         batch_size=sizes.micro, accumulate=sizes.rows // sizes.micro, cache_below=layers is not None,
         program=Program(optimizer=Optimizer("adamw")),
     )  # fmt: skip
-    arms = [Arm("x", examples, adapter, 0, 0.0, 10**6)]
+    arms = [Arm(f"x{i}", examples, adapter, 0, 0.0, 10**6) for i in range(sizes.arms)]
     layout, plain = Layout.fit("none", 1), Shape.of([examples], settings.accumulate, settings.batch_size)
     beginning = shared_beginning([example.tokens[: example.where[0] + 1] for example in examples], PREFIX_STEP)
     shape = packed(plain, lm.config, [Order(lengths_of(examples), 0, 1)], beginning)
@@ -116,9 +117,9 @@ def train(lm: LanguageModel, sizes: Any, arrays: Any) -> Work:
 
     def step() -> dict[str, np.ndarray]:
         nonlocal state
-        batch = layout.place_batch(trainer._batch(arms, [arms[0].rows(shape, 0)], shape, below, state, 0))
+        batch = layout.place_batch(trainer._batch(arms, [arm.rows(shape, 0) for arm in arms], shape, below, state, 0))
         state, metrics = step_of(params, state, batch, numbers, teacher)
-        return {"loss": np.asarray(metrics["loss"])[0], "norm": np.asarray(metrics["grad_norm"])[0]}
+        return {"loss": np.asarray(metrics["loss"]), "norm": np.asarray(metrics["grad_norm"])}
 
     step()
     return Work(lambda: step() and None, step)

@@ -36,9 +36,11 @@ def versions() -> dict[str, str]:
     return {name: found[name] for name in names if name in found}
 
 
-def read(model: str, dtype: str) -> tuple[Any, str]:
+def read(model: str, dtype: str, depth: int = 0) -> tuple[Any, str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return AutoModelForCausalLM.from_pretrained(model, torch_dtype=getattr(torch, dtype)).to(device).eval(), model
+    cut = {"num_hidden_layers": depth} if depth else {}
+    loaded = AutoModelForCausalLM.from_pretrained(model, torch_dtype=getattr(torch, dtype), **cut)
+    return loaded.to(device).eval(), model
 
 
 def _tensor(ids: np.ndarray, model: Any) -> torch.Tensor:
@@ -144,17 +146,23 @@ def _steps(
 
 
 def train(read: Any, sizes: Any, arrays: Any) -> Work:
-    model, folder = read
-    layers = [range(model.config.num_hidden_layers)[sizes.layer]] if hasattr(sizes, "layer") else None
-    model = _student(model, sizes.rank, layers)
+    base, folder = read
+    layers = [range(base.config.num_hidden_layers)[sizes.layer]] if hasattr(sizes, "layer") else None
     ids = [[int(t) for t in row[:n]] for row, n in zip(arrays["tokens"], arrays["lengths"], strict=True)]
     masks = [[0] * (len(row) - sizes.answer) + [1] * sizes.answer for row in ids]
 
-    def check() -> dict[str, np.ndarray]:
-        said = _steps(model, folder, ids, masks, sizes.micro)[1][0]
-        return {"loss": np.float64(said["loss"]), "norm": np.float64(said["grad_norm"])}
+    def steps() -> tuple[float, dict[str, np.ndarray]]:
+        seconds, losses, norms = 0.0, [], []
+        for _ in range(sizes.arms):
+            student = _student(base, sizes.rank, layers)
+            own, said = _steps(student, folder, ids, masks, sizes.micro)
+            student.unload()
+            seconds += own
+            losses.append(said[0]["loss"])
+            norms.append(said[0]["grad_norm"])
+        return seconds, {"loss": np.asarray(losses), "norm": np.asarray(norms)}
 
-    return Work(lambda: _steps(model, folder, ids, masks, sizes.micro)[0], check)
+    return Work(lambda: steps()[0], lambda: steps()[1])
 
 
 def pipeline(read: Any, sizes: Any, arrays: Any) -> Work:

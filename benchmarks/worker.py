@@ -23,7 +23,7 @@ def main() -> None:
     sizes, arrays = load(Path(folder))
     module = importlib.import_module(f"benchmarks.{side}")
     begun = time.perf_counter()
-    work = module.STAGES[stage](module.read(model, dtype), sizes, arrays)
+    work = module.STAGES[stage](module.read(model, dtype, sizes.depth), sizes, arrays)
     print(json.dumps({"ready": time.perf_counter() - begun, "versions": module.versions()}), flush=True)
     for line in sys.stdin:
         request, _, file = line.strip().partition(" ")

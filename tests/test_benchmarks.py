@@ -21,13 +21,16 @@ SMALL = {
     "score": {"rows": 2, "teachers": 2, "tokens": 48, "shared": 20, "answer": 8},
     "evaluate": {"students": 1, "questions": 1, "prompt": 12, "samples": 3, "new": 4},
     "attribute": {"rows": 1, "tokens": 32, "steps": 4},
-    "train": {"rows": 4, "tokens": 32, "shared": 8, "answer": 8, "micro": 2, "rank": 2, "even": 0},
-    "train-late": {"rows": 4, "tokens": 32, "shared": 8, "answer": 8, "micro": 2, "rank": 2, "even": 0, "layer": -2},
+    "train": {"rows": 4, "tokens": 32, "shared": 8, "answer": 8, "micro": 2, "rank": 2, "even": 0, "arms": 2},
+    "train-late": {"rows": 4, "tokens": 32, "shared": 8, "answer": 8, "micro": 2, "rank": 2, "even": 0, "layer": -2, "arms": 1},
     "pipeline": {
         "rows": 4, "system": 8, "request": 12, "new": 6, "teachers": 2, "micro": 2, "rank": 2, "steps": 2, "question": 8,
         "samples": 3, "answer": 4,
     },
 }  # fmt: skip
+
+
+DEPTH = {"score": {"depth": 2}}
 
 
 @pytest.mark.parametrize("stage", SMALL)
@@ -37,10 +40,10 @@ def test_both_sides_compute_the_same(stage, tmp_path):
     from benchmarks import theirs
 
     vocab = json.loads((BUNDLED / "tiny-qwen2" / "config.json").read_text())["vocab_size"]
-    inputs.save(tmp_path, stage, SMALL[stage], vocab)
+    inputs.save(tmp_path, stage, SMALL[stage] | inputs.COMMON | DEPTH.get(stage, {}), vocab)
     sizes, arrays = inputs.load(tmp_path)
     for side in (ours, theirs):
-        work = side.STAGES[stage](side.read(MODEL, "float32"), sizes, arrays)
+        work = side.STAGES[stage](side.read(MODEL, "float32", sizes.depth), sizes, arrays)
         np.savez(tmp_path / f"{side.__name__.split('.')[1]}.npz", **work.check())
         work.run()
     assert compare.equal(tmp_path)["same"], compare.equal(tmp_path)
