@@ -35,7 +35,8 @@ class Side:
             "OMP_NUM_THREADS": str(threads), "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')}", "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT),
         }  # fmt: skip
-        prefix = ["taskset", "-c", f"0-{threads - 1}"] if sys.platform == "linux" else []
+        cores = sorted(os.sched_getaffinity(0))[:threads] if sys.platform == "linux" else []
+        prefix = ["taskset", "-c", ",".join(map(str, cores))] if cores else []
         self.process = subprocess.Popen(
             [*prefix, python, "-m", "benchmarks.worker", name, stage, model, str(folder), dtype],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=(folder / f"{name}.log").open("w"), text=True,
