@@ -26,6 +26,7 @@ from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import Graph, ordered, plan
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Store, read_summary
+from jsublim.pipeline.task import Task
 from jsublim.rows import Row, read_rows, revised
 from jsublim.section import RESULT
 from jsublim.transforms import CHANGES, Change, Changed, Making
@@ -172,28 +173,28 @@ def child(line: str, folder: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_fresh_process_does_a_task_from_its_key_alone(whole, home, tmp_path, kind):
-    """Parents lie in the store; everything else follows from config and key."""
-    values = values_of(kind)
-    task = [task for task in graph_of(values, home / "store").tasks.values() if task.kind == kind][-1]
-    store = Store(tmp_path / "store")
-    for each in ordered([task]):
-        if each is not task:
-            for output in each.outputs:
-                shutil.copytree(whole.path(output), store.path(output), dirs_exist_ok=True)
-    config, elsewhere = tmp_path / "config.json", tmp_path / "elsewhere"
-    config.write_text(experiment(values, store.root).model_dump_json())
+def test_a_fresh_process_does_a_task_of_any_kind_from_its_key_alone(whole, home, tmp_path):
+    """Parents lie in the store, and nothing else does; everything follows from config and key."""
+    elsewhere, lines = tmp_path / "elsewhere", ["import json; from pathlib import Path; from jsublim.config import Experiment"]
     elsewhere.mkdir()
-    line = (
-        "import json; from pathlib import Path; from jsublim.config import Experiment;"
-        "from jsublim.executors import execute_key;"
-        f"execute_key(Experiment.model_validate(json.loads(Path({str(config)!r}).read_text())), {task.key!r})"
-    )
-    child(line, elsewhere)
+    lines.append("from jsublim.executors import execute_key")
+    done: list[tuple[Task, Store]] = []
+    for kind in KINDS:
+        values, store = values_of(kind), Store(tmp_path / kind)
+        task = [task for task in graph_of(values, home / "store").tasks.values() if task.kind == kind][-1]
+        for each in ordered([task]):
+            if each is not task:
+                for output in each.outputs:
+                    shutil.copytree(whole.path(output), store.path(output), dirs_exist_ok=True)
+        config = tmp_path / f"{kind}.json"
+        config.write_text(experiment(values, store.root).model_dump_json())
+        lines.append(f"execute_key(Experiment.model_validate(json.loads(Path({str(config)!r}).read_text())), {task.key!r})")
+        done.append((task, store))
+    child("\n".join(lines), elsewhere)
     assert not list(elsewhere.iterdir())
-    for output in task.outputs:
-        assert_equal(whole.path(output), store.path(output))
+    for task, store in done:
+        for output in task.outputs:
+            assert_equal(whole.path(output), store.path(output))
 
 
 def assert_equal(ours: Path, theirs: Path) -> None:
