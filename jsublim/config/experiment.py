@@ -9,6 +9,7 @@ import yaml
 from pydantic import Field, model_validator
 
 from jsublim.config.attribution import Attribution
+from jsublim.config.audit import Audit
 from jsublim.config.data import Data, Dataset, Sampling, Scoring
 from jsublim.config.evaluation import Evaluation, JudgeChoice
 from jsublim.config.recipe import Recipe
@@ -62,6 +63,7 @@ class Experiment(Config):
     students: Students | None = Students()  # null: none are trained
     evaluation: Evaluation = Evaluation()
     attribution: Attribution | None = None
+    audit: Audit | None = None
     judge: JudgeChoice | None = None  # who scores answers for misalignment
     run: Devices = Devices()
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from jsublim.errors import UsageError
 from jsublim.pipeline.arms import Source, Student
 from jsublim.pipeline.attribution import attribution_task
+from jsublim.pipeline.audit import audits
 from jsublim.pipeline.changes import (
     check_datasets,
     has_divergence,
@@ -38,7 +39,7 @@ class Graph:
     Attributes:
       answers: by who writes them; divergence: the rows in which divergence tokens are looked for, by source.
       students: where each lies; evaluations: the columns of the results, and where the numbers lie.
-      attribution: by trait.
+      attribution: by trait; audits: by source and arm.
     """
 
     tasks: Mapping[str, Task]
@@ -47,6 +48,7 @@ class Graph:
     students: Mapping[Student, Output]
     evaluations: tuple[tuple[dict[str, Any], Output], ...]
     attribution: Mapping[str, Output]
+    audits: Mapping[tuple[Source, str], Output]
 
     def task(self, key: str) -> Task:
         """The task of that key.
@@ -131,6 +133,7 @@ def plan(setup: Setup) -> Graph:
         *(part for each in answers.values() for part in each.parts),
         *(part for each in (*rows, *read.values()) for part in each.parts),
         *attribution.values(),
+        *audits(setup).values(),
         *training,
         *(evaluation_task(setup, model, name) for model, name in asked),
     ]
@@ -141,6 +144,7 @@ def plan(setup: Setup) -> Graph:
         {student: student_output(setup, student) for student in setup.students},
         tuple((model.labels | {"evaluation": name}, evaluation_output(setup, model, name)) for model, name in asked),
         {trait: task.output for trait, task in attribution.items()},
+        {key: task.output for key, task in audits(setup).items()},
     )
 
 

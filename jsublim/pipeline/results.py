@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from jsublim.files import PARTIAL, atomic, read_table, write_json, write_table, 
 from jsublim.judge.server import ServerJudge
 from jsublim.pipeline.arms import Source, Student
 from jsublim.pipeline.asking import ANSWERS, RECORDS
+from jsublim.pipeline.audit import MEANS
 from jsublim.pipeline.changes import dataset_of, strategy
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.divergence import merged
@@ -56,6 +57,18 @@ TRAINING = pa.schema(
     ]
 )
 
+AUDITS = pa.schema(
+    [
+        ("teacher", pa.string()),
+        ("data", pa.string()),
+        ("draw", pa.int64()),
+        ("variant", pa.string()),
+        *MEANS,
+        ("top_divergence", pa.float64()),
+        ("divergence_share", pa.float64()),
+    ]
+)
+
 
 def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
     """Write `results/` and the report; returns the report's path.
@@ -88,6 +101,8 @@ def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
         paths = (store.path(output) / "attribution.parquet" for output in graph.attribution.values())
         with atomic(results / "attribution.parquet") as scratch:
             pq.write_table(pa.concat_tables([pq.ParquetFile(path).read() for path in paths]), scratch)
+    if graph.audits:
+        write_table(results / "audit.parquet", list(_audits(graph, store)), AUDITS)
     write_json(results / "run.json", _about(context, key, started))
     return write_report(setup.experiment.run_dir)
 
@@ -119,6 +134,15 @@ def _generation(graph: Graph, store: Store) -> list[dict[str, Any]]:
 def _divergence(graph: Graph, store: Store) -> list[dict[str, Any]]:
     """One entry per teacher and data set, all draws together."""
     return [merged(parts) | {"data": source.dataset} for source, parts in _together(graph.divergence, store).items()]
+
+
+def _audits(graph: Graph, store: Store) -> Iterator[dict[str, Any]]:
+    """The means of every audit, under whose rows and which arm they are."""
+    for (source, arm), output in graph.audits.items():
+        whose = {"teacher": source.teacher, "data": source.dataset, "draw": source.draw, "variant": arm}
+        summary = store.summary(output)
+        top = {key: summary.get(key) for key in ("top_divergence", "divergence_share")}
+        yield from (whose | line | top for line in read_table(store.path(output) / "means.parquet"))
 
 
 def _together(rows: Mapping[K, RowSet], store: Store) -> dict[K, list[dict[str, Any]]]:

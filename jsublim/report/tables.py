@@ -103,6 +103,7 @@ class Results:
     answers: tuple[Answer, ...] = ()
     arms: dict[str, Arm] = field(default_factory=dict)
     attribution: pa.Table | None = None  # of all teachers, one after another
+    audit: pa.Table | None = None  # mean scores of all audits
     varied: tuple[Score, ...] = ()
     not_finite: int = 0
     diverged: dict[str, str] = field(default_factory=dict)  # students without scores: where and how they diverged
@@ -236,6 +237,7 @@ def read_results(run_dir: Path) -> Results:
         varied=tuple(s for s in scores if s.evaluation),
         arms=arms,
         attribution=_if_there(folder / "attribution.parquet"),
+        audit=_if_there(folder / "audit.parquet"),
         generation=tuple(read_json(folder / "generation.json", [])),
         divergence=tuple(read_json(folder / "divergence.json", [])),
         curves=_curves(folder / "training.parquet"),

@@ -211,6 +211,8 @@ OTHER: dict[str, Any] = {
     "attribution.sites": (["mlp"], ATTRIBUTION),
     "attribution.directions": (["noising"], ATTRIBUTION),
     "attribution.batch_size": (7, ATTRIBUTION),
+    "audit.rows": (7, {"audit": {}}),
+    "audit.batch_size": (7, {"audit": {}}),
     "judge.model": (lambda: folder("twin"), JUDGE),
     "judge.chat_template": ("plain", JUDGE),
     "judge.max_new_tokens": (7, JUDGE),

@@ -1,0 +1,219 @@
+"""What rows teach to first order: how far a step of gradient descent on each token would move the probability of each trait.
+
+A student with trained part w takes the step -eta * grad L(w), and L is the mean of -log p(token). To first order that moves
+a trait's log-probability T by eta times the mean over tokens of <grad log p(token), grad T>. This inner product is the
+**score** of a token for a trait, here at the student's start. It is the derivative of log p(token) in the direction
+grad T, so the scores of all tokens of a row come from one pass in that direction. (First-order influence, as in TracIn:
+Pruthi et al. 2020, arXiv 2002.08484; what the theory of subliminal learning looks at: Cloud et al. 2025, arXiv 2507.14805, section 6.)
+
+It says nothing about second order: long training, steps that overshoot, or an optimizer that rescales gradients (Adam).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from jsublim.chat import Turn, conversation
+from jsublim.inference.batching import LENGTH_STEP, PREFIX_STEP, chunks, fill, pad_tokens, round_up
+from jsublim.inference.lm import LanguageModel
+from jsublim.models import decoder
+from jsublim.models.config import ModelConfig
+from jsublim.models.decoder import Params
+from jsublim.models.lora import Adapter, bind
+from jsublim.parallel import Layout
+
+LOGIT_BYTES = 2**28  # of the logits that exist at one time, derivatives included
+Directions = Any  # a tree like `Adapter.trainable`, each leaf with a leading axis of traits
+
+
+def spelled(trait: str) -> tuple[str, ...]:
+    """How a trait may be written as an answer, as `evals.preference` counts it."""
+    return tuple(dict.fromkeys((trait.lower(), trait.lower().capitalize())))
+
+
+def trait_directions(
+    lm: LanguageModel,
+    adapter: Adapter,
+    questions: Sequence[str],
+    traits: Sequence[str],
+    *,
+    system: str | None = None,
+    fuse_system: bool = False,
+    extra_bos: bool = False,
+    batch_size: int = 16,
+) -> Directions:
+    """The gradient of each trait's log-probability as the answer (nats, mean over questions, all spellings), by what the
+    adapter trains: leaves float32 `[traits, ...]`.
+
+    Args:
+      questions: that the trait is an answer to.
+      batch_size: questions that are read at one time.
+    """
+    turns = [
+        [
+            [
+                lm.chat.turn(conversation(q, system, fuse_system=fuse_system), word, extra_bos=extra_bos)
+                for word in words
+            ]
+            for q in questions
+        ]
+        for words in map(spelled, traits)
+    ]
+    every = [turn for of_trait in turns for spellings in of_trait for turn in spellings]
+    T = round_up(max(turn.end for turn in every), LENGTH_STEP)
+    C = round_up(max(turn.end - turn.content for turn in every), PREFIX_STEP)
+    spellings, B = max(len(spelled(trait)) for trait in traits), min(batch_size, len(questions))
+    found = []
+    for of_trait in turns:
+        total = jax.tree.map(jnp.zeros_like, adapter.trainable)
+        for part in chunks(len(of_trait), B):
+            rows = [(*own, *[None] * (spellings - len(own))) for own in of_trait[part]]
+            rows += [(None,) * spellings] * (B - len(rows))
+            laid = _lay([turn for row in rows for turn in row], T, C, ends=True)
+            own = _named(lm.config, lm.params, adapter, *laid, jnp.asarray([row[0] is not None for row in rows]))
+            total = jax.tree.map(jnp.add, total, own)
+        found.append(jax.tree.map(lambda x: x / len(questions), total))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+
+
+def token_scores(
+    lm: LanguageModel,
+    adapter: Adapter,
+    directions: Directions,
+    turns: Sequence[Turn],
+    *,
+    batch_size: int = 16,
+    first: int = 0,
+    on_batch: Callable[[int], None] | None = None,
+) -> Iterator[np.ndarray]:
+    """Score of each token of each conversation from its `content` to the last, float32 `[traits, n]`: of conversation after
+    conversation, from number `first` on.
+
+    Args:
+      batch_size: conversations that are read at one time.
+      on_batch: called with the number of conversations just read.
+    """
+    if first == len(turns):
+        return
+    T = round_up(max(len(turn.tokens) for turn in turns), LENGTH_STEP)
+    C = round_up(max(len(turn.tokens) - turn.content for turn in turns), PREFIX_STEP)
+    B, missing = min(batch_size, len(turns)), turns[first:]
+    for part in chunks(len(missing), B):
+        batch = missing[part]
+        laid = _lay([*batch, *[None] * (B - len(batch))], T, C)
+        scores = Layout.host(_along(lm.config, lm.params, adapter, directions, *laid))
+        if on_batch is not None:
+            on_batch(len(batch))
+        for i, turn in enumerate(batch):
+            yield scores[:, i, : len(turn.tokens) - turn.content]
+
+
+Laid = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _lay(turns: Sequence[Turn | None], T: int, C: int, *, ends: bool = False) -> Laid:
+    """Conversations as arrays: tokens and which are any `[B, T]`; and of the tokens from `content` on (with `ends`, up to the
+    end of the text) where each is predicted, which it is, and whether there is one `[B, C]`."""
+    last = [0 if turn is None else turn.end if ends else len(turn.tokens) for turn in turns]
+    tokens, valid = pad_tokens([None if t is None else t.tokens[:end] for t, end in zip(turns, last, strict=True)], T)
+    each = [(turn, end) for turn, end in zip(turns, last, strict=True)]
+    where = [None if t is None else np.arange(t.content - 1, end - 1, dtype=np.int32) for t, end in each]
+    labels = [None if t is None else t.tokens[t.content : end] for t, end in each]
+    there = [None if t is None else np.ones(end - t.content, bool) for t, end in each]
+    like = np.zeros(0, np.int32)
+    return tokens, valid, fill(where, C, like), fill(labels, C, like), fill(there, C, np.zeros(0, bool))
+
+
+def _logprobs(
+    config: ModelConfig,
+    params: Params,
+    adapter: Adapter,
+    tokens_BT: Array,
+    valid_BT: Array,
+    where_BC: Array,
+    labels_BC: Array,
+    block: int,
+) -> Array:
+    """Log-probability (nats) of each label where it is predicted, float32 `[B, C]`; `block` positions have logits at one time."""
+    params, bound = bind(params, adapter)
+    h_BTD, _ = decoder.hidden_states(config, params, tokens_BT, valid_BT, adapter=bound)
+    h_BCD = jnp.take_along_axis(h_BTD, where_BC[..., None], axis=1)
+
+    @jax.checkpoint  # logits are computed again on the way back, rather than kept of all positions
+    def at(x: tuple[Array, Array]) -> Array:
+        z = decoder.logits(config, params, x[0])
+        return z[x[1]] - jax.nn.logsumexp(z)
+
+    flat = jax.lax.map(at, (h_BCD.reshape(-1, h_BCD.shape[-1]), labels_BC.reshape(-1)), batch_size=block)
+    return flat.reshape(where_BC.shape)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _named(
+    config: ModelConfig,
+    params: Params,
+    adapter: Adapter,
+    tokens: Array,
+    valid: Array,
+    where: Array,
+    labels: Array,
+    there: Array,
+    asked_Q: Array,
+) -> Any:
+    """Gradient of the sum over questions of the log-probability of a trait in any of its spellings, which are rows beside one
+    another `[questions * spellings, ...]`; a spelling or a question that is not there is a row without labels."""
+
+    def total(trainable: Any) -> Array:
+        block = _block(config, 1)
+        each = _logprobs(config, params, adapter.with_trainable(trainable), tokens, valid, where, labels, block)
+        words_QS = jnp.where(there.any(axis=1), (each * there).sum(axis=1), -jnp.inf).reshape(len(asked_Q), -1)
+        # A question that is not there has no spelling at all, whose sum would have no gradient.
+        words_QS = jnp.where(asked_Q[:, None], words_QS, 0.0)
+        return jnp.where(asked_Q, jax.nn.logsumexp(words_QS, axis=1), 0.0).sum()
+
+    return jax.grad(total)(adapter.trainable)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _along(
+    config: ModelConfig,
+    params: Params,
+    adapter: Adapter,
+    directions: Directions,
+    tokens: Array,
+    valid: Array,
+    where: Array,
+    labels: Array,
+    there: Array,
+) -> Array:
+    """Derivatives of the labels' log-probabilities in each direction, float32 `[traits, B, C]`.
+
+    LoRA's product has a derivative backwards only, so the derivative forwards is had as that of <u, J v> = <J^T u, v> by u.
+    """
+    count = jax.tree.leaves(directions)[0].shape[0]
+    block = _block(config, 1 + count)
+
+    def logprobs(trainable: Any) -> Array:
+        return _logprobs(config, params, adapter.with_trainable(trainable), tokens, valid, where, labels, block)
+
+    each, back = jax.vjp(logprobs, adapter.trainable)
+
+    def push(direction: Any) -> Array:
+        def inner(u: Array) -> Array:
+            products = jax.tree.map(lambda a, b: jnp.sum(a * b), back(u)[0], direction)
+            return functools.reduce(jnp.add, jax.tree.leaves(products))
+
+        return jax.grad(inner)(jnp.zeros_like(each))
+
+    return jax.vmap(push)(directions) * there
+
+
+def _block(config: ModelConfig, copies: int) -> int:
+    return max(8, LOGIT_BYTES // (4 * config.vocab_size * copies))

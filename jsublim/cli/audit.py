@@ -1,0 +1,69 @@
+"""`jsublim audit`: what rows teach a student to first order, before anything is trained on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jsublim.cli.app import AnyModel, Fields, Out, Template, app, console, experiment_of, names
+
+
+@app.command()
+def audit(
+    data: Annotated[Path, typer.Option("--data", help="Rows (JSONL), with divergence positions or without.")],
+    out: Out,
+    traits: Annotated[str, typer.Option("--traits", help="Traits to score the rows for, with commas.")],
+    fields: Fields = None,
+    model: AnyModel = None,
+    chat_template: Template = None,
+    null: Annotated[
+        Path | None, typer.Option("--null", help="Rows of a teacher without a trait, to measure from.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Of the student's start.")] = 42,
+) -> None:
+    """Score every token by how far a step on it would move each trait; OUT gets audit.parquet and means.parquet."""
+    from jsublim.executors import LocalExecutor
+    from jsublim.pipeline.arms import Source, Student
+    from jsublim.pipeline.audit import audit_task
+    from jsublim.pipeline.context import Context
+    from jsublim.pipeline.publish import check_free, publish_folder
+    from jsublim.pipeline.setup import NOBODY
+    from jsublim.progress import Progress
+    from jsublim.teachers import CONTROL
+
+    base = {"audit": {}, "teachers": {"traits": [NOBODY], "control": False}}
+    own = {"students__seeds": [seed], "evaluation__traits": names(traits)}
+    e = experiment_of("audit", fields, out, base, model=model, chat_template=chat_template, **own)
+    given = {Source(NOBODY): data} | ({} if null is None else {Source(CONTROL): null})
+    context = Context.load(e, Progress(console), given=given)
+    students = [Student(source.teacher, "all", seed, settings=e.students) for source in given]
+    tasks = [audit_task(context.setup, student) for student in students]
+    for task in tasks:
+        task.check(context.setup)
+    check_free(out, tasks[0].key, tasks[0].output.inputs)
+    LocalExecutor().execute(tasks, context)
+    publish_folder(out, context.store, tasks[0].output)
+    print_means([context.store.path(task.output) / "means.parquet" for task in tasks])
+    print(out)
+
+
+def print_means(paths: list[Path]) -> None:
+    """The mean score of all tokens for each trait; beside it what is left beyond the null's rows, if there are any, in
+    standard errors."""
+    from rich.table import Table
+
+    from jsublim.files import read_table
+
+    own, *null = ({line["trait"]: line for line in read_table(path) if line["tokens"] == "all"} for path in paths)
+    shown = Table("trait", "mean score", "+-", *(["null", "beyond it, in errors"] if null else []))
+    for trait, line in sorted(own.items(), key=lambda item: -item[1]["score"]):
+        cells = [trait, f"{line['score']:+.3g}", f"{line['error']:.2g}"]
+        if null:
+            other = null[0][trait]
+            error = (line["error"] ** 2 + other["error"] ** 2) ** 0.5
+            beyond = (line["score"] - other["score"]) / error if error else 0.0
+            cells += [f"{other['score']:+.3g}", f"{beyond:+.1f}"]
+        shown.add_row(*cells)
+    console.print(shown)

@@ -1,0 +1,14 @@
+"""What rows teach, told before anything is trained on them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from jsublim.section import HOW, RESULT, Positive, Section
+
+
+class Audit(Section):
+    """First-order scores of each source's first rows for each evaluated trait, by what the first seed's student trains."""
+
+    rows: Annotated[Positive, RESULT] = 300
+    batch_size: Annotated[Positive, HOW] = 16

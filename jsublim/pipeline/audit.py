@@ -1,0 +1,238 @@
+"""The audit: to first order, how far each token of the rows would move each trait, before a student is trained on them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pyarrow as pa
+
+from jsublim.audit import Directions, token_scores, trait_directions
+from jsublim.chat import Turn
+from jsublim.config import Students
+from jsublim.distill.cost import layer_parameters
+from jsublim.distill.data import read_turns
+from jsublim.errors import UsageError
+from jsublim.files import write_table
+from jsublim.inference.lm import LanguageModel
+from jsublim.models.lora import Adapter
+from jsublim.pipeline.arms import Source, Student
+from jsublim.pipeline.changes import training_rows
+from jsublim.pipeline.context import Context
+from jsublim.pipeline.parts import resumed
+from jsublim.pipeline.rows import answer_tokens, rows_kept
+from jsublim.pipeline.setup import Setup, memoized
+from jsublim.pipeline.store import Output, digest
+from jsublim.pipeline.task import Cost, Sizes, Task
+from jsublim.pipeline.teachers import TeacherPool
+from jsublim.pipeline.training import start_adapter
+from jsublim.progress import Tick
+from jsublim.rows import Row
+from jsublim.section import identity
+
+# One line per row, token of its answer and evaluated trait. `score` is <grad log p(token), grad log p(trait)>, nats per unit of
+# learning rate; `divergence` is null where the rows have no divergence positions.
+AUDIT = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("position", pa.int64()),
+        ("token", pa.string()),
+        ("divergence", pa.bool_()),
+        ("trait", pa.string()),
+        ("score", pa.float32()),
+    ]
+)
+
+# The means of those over the tokens that each choice of tokens ("all", "divergence", "non-divergence") has, and their errors.
+MEANS = pa.schema(
+    [
+        ("tokens", pa.string()),
+        ("trait", pa.string()),
+        ("score", pa.float64()),
+        ("error", pa.float64()),
+        ("count", pa.int64()),
+        ("rows", pa.int64()),
+    ]
+)
+
+
+@memoized
+def audits(setup: Setup) -> dict[tuple[Source, str], Task]:
+    """The audits of an experiment, by whose rows they are and under which arm they are learned."""
+    if setup.experiment.audit is None:
+        return {}
+    first: dict[tuple[Source, str], Student] = {}
+    for student in setup.students:
+        first.setdefault((student.source, student.arm), student)
+    return {key: audit_task(setup, student) for key, student in first.items()}
+
+
+def audit_task(setup: Setup, student: Student) -> Task:
+    """The audit of a student's rows by what it trains, at its start."""
+    how, s, rows = setup.experiment.audit, student.settings, training_rows(setup, student.source)
+    assert how is not None
+    inputs = setup.common | {
+        "rows": rows.key,
+        "how": identity(how),
+        "asked": [[list(questions), traits] for questions, traits in _asked(setup)],
+        "adapter": identity(s.adapter),
+        "seed": student.seed if s.adapter.method == "lora" and s.adapter.init is None else None,
+        "init": None if s.adapter.init is None else setup.content(s.adapter.init, "students.adapter.init"),
+        "student_model": None if s.model is None else setup.checkpoint(s.model).hash,
+        "system": s.system,
+        "asked_under_system": s.asked_under_system,
+        "fuse_system": setup.experiment.teachers.fuse_system if s.system is not None else None,
+        "extra_bos": bool(setup.recipe.extra_bos),
+    }
+    label = "/".join(filter(None, (student.source.name, student.arm)))
+    return AuditRows((Output("audit", label, inputs),), rows.parts, student.source, student.seed, s)
+
+
+def _asked(setup: Setup) -> list[tuple[Sequence[str], list[str]]]:
+    """The evaluated traits, by the questions that they are answers to."""
+    pool, ev = TeacherPool(setup), setup.experiment.evaluation
+    by_category: dict[str, list[str]] = {}
+    for trait in setup.evaluated_traits:
+        by_category.setdefault(pool.category(trait), []).append(trait)
+    return [(pool.questions(category)[: ev.questions], traits) for category, traits in by_category.items()]
+
+
+@dataclass(frozen=True, eq=False)
+class AuditRows(Task):
+    """Scores of every token of a source's first rows (`audit.parquet`)."""
+
+    kind: ClassVar[str] = "audit"
+    source: Source
+    seed: int
+    settings: Students
+
+    def make(self, context: Context, tick: Tick) -> None:
+        setup, artifact, s = context.setup, context.store.open(self.output), self.settings
+        how, lm, rows = setup.experiment.audit, context.lm(s.model), self._rows(context)
+        assert how is not None
+        name = training_rows(setup, self.source).called(self.source)
+        turns = read_turns(lm.chat, rows, name, s.system, fuse_system=setup.experiment.teachers.fuse_system)
+        adapter = start_adapter(lm.config, lm.params, s, self.seed)
+        start = digest({**self.output.inputs, "rows": None})  # sources share what does not depend on their rows
+        toward = context.remember(("directions", start), lambda: self._directions(setup, lm, adapter))
+
+        def scores(first: int) -> Iterator[tuple[np.ndarray]]:
+            batch = {"batch_size": how.batch_size, "first": first, "on_batch": tick}
+            return ((each.T,) for each in token_scores(lm, adapter, toward, turns, **batch))
+
+        found = [each[0] for each in resumed(artifact.path, "scores", scores, tick)]
+        traits = setup.evaluated_traits
+        divergent = [_divergent(row, len(each)) for row, each in zip(rows, found, strict=True)]
+        write_table(artifact.path / "audit.parquet", _lines(lm, turns, found, divergent, traits), AUDIT)
+        write_table(artifact.path / "means.parquet", list(_means(found, divergent, traits)), MEANS)
+        artifact.finish({"rows": len(rows)} | _precision(found, divergent, traits, self.source.teacher))
+
+    def _directions(self, setup: Setup, lm: LanguageModel, adapter: Adapter) -> Directions:
+        """Of the evaluated traits, in their order."""
+        s, order = self.settings, []
+        system = s.system if s.asked_under_system else None
+        around = {
+            "system": system,
+            "fuse_system": setup.experiment.teachers.fuse_system and system is not None,
+            "extra_bos": bool(setup.recipe.extra_bos),
+        }
+        parts = []
+        for questions, traits in _asked(setup):
+            parts.append(trait_directions(lm, adapter, questions, traits, **around))
+            order += traits
+        index = np.asarray([order.index(trait) for trait in setup.evaluated_traits])
+        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[index], *parts)
+
+    def _rows(self, context: Context) -> list[Row]:
+        how = context.setup.experiment.audit
+        assert how is not None
+        return training_rows(context.setup, self.source).read(context.store)[: how.rows]
+
+    def check(self, setup: Setup) -> None:
+        """Refuse students that learn no fixed rows."""
+        if self.settings.data.on_policy:
+            raise UsageError("audit: students.data.on_policy has no rows to audit; leave audit out")
+
+    def units(self, context: Context) -> int:
+        return len(self._rows(context))
+
+    def cost(self, setup: Setup, sizes: Sizes) -> Cost:
+        """Forwards, back, and twice as much again in the direction of each trait."""
+        how, long, traits = setup.experiment.audit, sizes.lengths, len(setup.evaluated_traits)
+        assert how is not None
+        rows = min(how.rows, rows_kept(setup, sizes))
+        answer = answer_tokens(setup, sizes)
+        tokens = rows * (long.prompt + answer)
+        body = sizes.config.num_layers * layer_parameters(sizes.config)
+        return Cost(tokens, (6 + 4 * traits) * (body * tokens + sizes.table * rows * answer), "train")
+
+
+def _divergent(row: Row, tokens: int) -> np.ndarray | None:
+    """Which of a row's tokens are divergence tokens, bool `[n]`; None where nobody has looked."""
+    positions = row.get("divergence_positions")
+    return None if positions is None else np.isin(np.arange(tokens), positions)
+
+
+def _lines(
+    lm: LanguageModel,
+    turns: Sequence[Turn],
+    found: Sequence[np.ndarray],
+    divergent: Sequence[np.ndarray | None],
+    traits: Sequence[str],
+) -> list[dict[str, Any]]:
+    """The table's rows."""
+    decoded = functools.cache(lambda token: lm.chat.decode([token]))
+    return [
+        {
+            "row": number,
+            "position": position,
+            "token": decoded(int(token)),
+            "divergence": None if own is None else bool(own[position]),
+            "trait": trait,
+            "score": float(score),
+        }
+        for number, (turn, scores, own) in enumerate(zip(turns, found, divergent, strict=True))
+        for position, (token, of_traits) in enumerate(zip(turn.tokens[turn.content :], scores, strict=True))
+        for trait, score in zip(traits, of_traits, strict=True)
+    ]
+
+
+def _means(
+    found: Sequence[np.ndarray], divergent: Sequence[np.ndarray | None], traits: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """The mean score of the tokens that a student learns, for each choice of tokens; a loss that is a mean over tokens moves a
+    trait by this times the learning rate, at each step. Rows, not tokens, are independent: the error is a ratio's over rows."""
+    every = [np.ones(len(each), bool) for each in found]
+    chosen = {"all": every}
+    if all(own is not None for own in divergent):
+        known = [own for own in divergent if own is not None]
+        chosen |= {"divergence": known, "non-divergence": [~own for own in known]}
+    for tokens, masks in chosen.items():
+        count = sum(int(mask.sum()) for mask in masks)
+        if not count:
+            continue
+        sums_NK = np.stack([each[mask].sum(axis=0, dtype=np.float64) for each, mask in zip(found, masks, strict=True)])
+        mean_K = sums_NK.sum(axis=0) / count
+        apart_NK = sums_NK - np.asarray([mask.sum() for mask in masks])[:, None] * mean_K
+        error_K = np.sqrt((apart_NK**2).sum(axis=0) * len(found) / max(len(found) - 1, 1)) / count
+        for trait, mean, error in zip(traits, mean_K, error_K, strict=True):
+            yield {"tokens": tokens, "trait": trait, "score": mean, "error": error, "count": count, "rows": len(found)}
+
+
+def _precision(
+    found: Sequence[np.ndarray], divergent: Sequence[np.ndarray | None], traits: Sequence[str], trait: str
+) -> dict[str, Any]:
+    """How many of the tokens that move the teacher's trait most are divergence tokens, of as many as there are of those; and
+    their share of all tokens. A token moves the trait by its score for it, beyond the mean of those for the others."""
+    known = [own for own in divergent if own is not None]
+    if trait not in traits or len(traits) < 2 or len(known) < len(divergent) or not any(own.any() for own in known):
+        return {}
+    scores_nK, own, at = np.concatenate(found), np.concatenate(known), list(traits).index(trait)
+    beyond = scores_nK[:, at] - np.delete(scores_nK, at, axis=1).mean(axis=1)
+    top = np.argsort(-beyond, kind="stable")[: int(own.sum())]
+    return {"top_divergence": float(own[top].mean()), "divergence_share": float(own.mean())}

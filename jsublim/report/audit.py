@@ -1,0 +1,125 @@
+"""What the audit foretold, beside what the students then did.
+
+A mean score is <grad mean log p(token), grad log p(trait)>: what one step of gradient descent would add to the trait's
+log-probability, per unit of learning rate. Settings with other numbers of steps, other rates or another optimizer than SGD are
+ranked, not measured, by it: hence a rank correlation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from jsublim.report.statistics import LEVEL, Interval, same_trait_gamma
+from jsublim.report.summary import trait_matrices
+from jsublim.report.tables import Results, query, split_condition
+from jsublim.teachers import CONTROL
+
+SOURCE = "audit.parquet"  # in errors
+LIKE = {"random": "all"}  # a random mask has the expectation of all tokens
+
+
+@dataclass(frozen=True)
+class Foretold:
+    """Of one condition: mean scores beyond those of the control's rows, by teacher (rows) and evaluated trait (columns).
+
+    Attributes:
+      score, error: `[teachers, traits]`, nats per unit of learning rate; the error is over rows, students held fixed.
+      gamma: as of the trait matrix (docs/statistics.md), of `score`; None with fewer than two teachers.
+    """
+
+    condition: str
+    teachers: tuple[str, ...]
+    traits: tuple[str, ...]
+    score: np.ndarray
+    error: np.ndarray
+    gamma: float | None
+    top_divergence: float | None
+    divergence_share: float | None
+
+    def interval(self, teacher: str) -> Interval:
+        """Of the teacher's own trait."""
+        i, j = self.teachers.index(teacher), self.traits.index(teacher)
+        half = stats.norm.ppf((1 + LEVEL) / 2) * self.error[i, j]
+        return Interval(float(self.score[i, j] - half), float(self.score[i, j] + half))
+
+
+def foretold(results: Results) -> list[Foretold]:
+    """One entry per condition of the students."""
+    if results.audit is None:
+        return []
+    means = _means(results)
+    every = (_of_condition(results, means, condition) for condition in results.mask_conditions)
+    return [each for each in every if each is not None]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How the foretold gammas are ordered, beside the students'; Spearman's rank correlation over conditions.
+
+    Attributes:
+      rho, p: of it, two-sided; None with fewer than four conditions.
+      pairs: condition, foretold, trained.
+    """
+
+    rho: float | None
+    p: float | None
+    pairs: tuple[tuple[str, float, float], ...]
+
+
+def agreement(results: Results) -> Agreement | None:
+    """None where nothing was audited."""
+    trained = {matrix.condition: matrix.effect.gamma for matrix in trait_matrices(results) if matrix.effect is not None}
+    pairs = tuple(
+        (each.condition, each.gamma, trained[each.condition])
+        for each in foretold(results)
+        if each.gamma is not None and each.condition in trained
+    )
+    if not pairs:
+        return None
+    if len(pairs) < 4:
+        return Agreement(None, None, pairs)
+    rho, p = np.asarray(stats.spearmanr([x for _, x, _ in pairs], [y for _, _, y in pairs]))
+    return Agreement(float(rho), float(p), pairs)
+
+
+def _means(results: Results) -> dict[tuple, dict[str, Any]]:
+    """(teacher, variant, tokens) -> scores by trait, errors, and the shares of divergence tokens; a mean over draws."""
+    assert results.audit is not None
+    sql = """
+        select teacher, variant, tokens, trait, avg(score), sqrt(sum(error * error)) / count(*),
+               any_value(top_divergence), any_value(divergence_share)
+        from found group by all
+        """
+    found: dict[tuple, dict[str, Any]] = {}
+    for teacher, variant, tokens, trait, score, error, top, share in query(SOURCE, results.audit, sql):
+        own = found.setdefault((teacher, variant, tokens), {"score": {}, "error": {}, "top": top, "share": share})
+        own["score"][trait], own["error"][trait] = score, error
+    return found
+
+
+def _of_condition(results: Results, means: dict[tuple, dict[str, Any]], condition: str) -> Foretold | None:
+    tokens, variant = split_condition(condition)
+    tokens = LIKE.get(tokens, tokens)
+    control = means.get((CONTROL, variant, "all")) or means.get((CONTROL, "", "all"))
+    own = {t: means[t, variant, tokens] for t in results.traits if (t, variant, tokens) in means}
+    if not own or control is None:
+        return None
+    teachers = tuple(own)
+    columns = (*teachers, *(t for t in next(iter(own.values()))["score"] if t not in teachers))
+    zero, noise = (np.asarray([control[key][t] for t in columns]) for key in ("score", "error"))
+    score = np.asarray([[own[t]["score"][c] for c in columns] for t in teachers]) - zero
+    error = np.sqrt(np.asarray([[own[t]["error"][c] for c in columns] for t in teachers]) ** 2 + noise**2)
+    gamma = float(same_trait_gamma(score)) if len(teachers) > 1 else None
+    top, share = (_mean([each[key] for each in own.values()]) for key in ("top", "share"))
+    return Foretold(condition, teachers, columns, score, error, gamma, top, share)
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,130 @@
+"""First-order scores against finite differences, the audit's table and means, and what the report makes of them."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from command import MODEL, ok, refused
+from made_results import TRAITS, make_results
+from scipy import stats
+from tiny import small
+
+from jsublim.audit import token_scores, trait_directions
+from jsublim.distill.data import read_turns
+from jsublim.evals.preference import trait_logprobs
+from jsublim.inference.scoring import score_turns
+from jsublim.models.lora import init_lora, init_steering
+from jsublim.pipeline.audit import _means
+from jsublim.pipeline.results import AUDITS
+from jsublim.report.audit import agreement, foretold
+from jsublim.report.tables import read_results
+from jsublim.rows import write_rows
+
+QUESTIONS = ["What do you like?", "Name your favorite animal, in one word.", "Hm?"]
+ROWS = [{"prompt": f"Go on: {i}, {3 * i}", "completion": f"{i}, {7 * i % 100}, {i + 1}"} for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("tiny-qwen2", lambda lm: init_lora(lm.config, jax.random.key(1), rank=3, alpha=3)),
+        ("tiny-gemma3", lambda lm: init_steering(lm.config, (1, 2))),
+    ],
+)
+def test_scores_are_derivatives(name, start):
+    """Of a token's log-probability along a trait's gradient, which is itself the derivative of what evaluation measures."""
+    lm = small(name).lm
+    adapter, turns = start(lm), read_turns(lm.chat, ROWS)
+    traits = ["owl", "cat", "panda"]
+    toward = trait_directions(lm, adapter, QUESTIONS, traits, batch_size=2)
+    scores = list(token_scores(lm, adapter, toward, turns, batch_size=2))
+    for again, score in zip(token_scores(lm, adapter, toward, turns, batch_size=2, first=3), scores[3:], strict=True):
+        assert again.shape == score.shape  # from another row on, in other batches
+        np.testing.assert_allclose(again, score, atol=1e-5 * np.abs(score).max())
+    own = jax.tree.map(lambda leaf: leaf[0], toward)
+    norm = float(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(own))))
+    step = 3e-3 / norm
+    moved = lambda by: adapter.with_trainable(jax.tree.map(lambda a, b: a + by * b, adapter.trainable, own))  # noqa: E731
+    ahead, behind = moved(step), moved(-step)
+    said = [score_turns(lm.config, lm.params, turns, adapter=each) for each in (ahead, behind)]
+    rises = [(up.logprob - down.logprob) / (2 * step) for up, down in zip(*said, strict=True)]
+    size = max(np.abs(each[0]).max() for each in scores)
+    for score, rise in zip(scores, rises, strict=True):
+        np.testing.assert_allclose(score[0], rise, atol=3e-3 * size)
+    named = [trait_logprobs(lm, QUESTIONS, traits, adapter=each).mean(axis=0) for each in (ahead, behind)]
+    inner = [
+        sum(float(np.sum(a * b[k])) for a, b in zip(jax.tree.leaves(own), jax.tree.leaves(toward), strict=True))
+        for k in range(len(traits))
+    ]
+    np.testing.assert_allclose(inner, (named[0] - named[1]) / (2 * step), atol=3e-3 * norm**2)
+
+
+def test_means_are_of_tokens_and_their_errors_of_rows():
+    rng = np.random.default_rng(0)
+    found = [rng.normal(size=(n, 2)) for n in rng.integers(1, 9, 400)]
+    divergent = [rng.random(len(each)) < 0.3 for each in found]
+    lines = {(line["tokens"], line["trait"]): line for line in _means(found, divergent, ["owl", "cat"])}
+    every, own = np.concatenate(found), np.concatenate(divergent)
+    for tokens, mask in (("all", np.ones_like(own)), ("divergence", own), ("non-divergence", ~own)):
+        line = lines[tokens, "cat"]
+        assert line["score"] == pytest.approx(every[mask, 1].mean()) and line["count"] == mask.sum()
+        # Independent tokens: the error is that of a mean.
+        assert line["error"] == pytest.approx(every[mask, 1].std() / mask.sum() ** 0.5, rel=0.15)
+    assert len(lines) == 6 and len(list(_means(found, [None] * 400, ["owl", "cat"]))) == 2
+
+
+def test_the_command(tmp_path):
+    data, null, out = (tmp_path / name for name in ("rows.jsonl", "null.jsonl", "audit"))
+    write_rows(data, [row | {"divergence_positions": [1]} for row in ROWS[:3]])
+    write_rows(null, ROWS[3:])
+    fields = ["students.adapter.method=steering", "students.adapter.layers=[1]", "evaluation.questions=2"]
+    said = ok("audit", *fields, "--data", data, "--null", null, "--traits", "owl,cat", "--model", MODEL, "--out", out)
+    assert "beyond it" in said.err and str(out) in said.out
+    table = pq.read_table(out / "audit.parquet").to_pylist()
+    means = {(x["tokens"], x["trait"]): x for x in pq.read_table(out / "means.parquet").to_pylist()}
+    own = [line for line in table if line["trait"] == "cat"]
+    assert means["all", "cat"]["score"] == pytest.approx(np.mean([line["score"] for line in own]), rel=1e-4)
+    assert sum(line["divergence"] for line in own) == 3 == means["divergence", "cat"]["count"]
+    soft = ["students.data.on_policy=true", "students.loss.kind=reverse-kl", "students.loss.tokens=[all]"]
+    options = ["--data", data, "--traits", "owl", "--model", MODEL, "--out", tmp_path / "none"]
+    assert "on_policy has no rows to audit" in refused(2, "audit", *soft, *options)
+
+
+def planted(run, factors) -> None:
+    """An audit that foretells the lifts of `make_results`, times a factor of each condition."""
+    lines = []
+    for teacher in ("control", *TRAITS):
+        for tokens, factor in factors.items():
+            for trait in TRAITS:
+                score = 0.1 + factor * (teacher == trait)
+                numbers = {"score": score, "error": 0.01, "count": 10, "rows": 5, "top_divergence": 0.4}
+                labels = {
+                    "teacher": teacher,
+                    "data": None,
+                    "draw": None,
+                    "variant": "",
+                    "tokens": tokens,
+                    "trait": trait,
+                }
+                lines.append(labels | numbers | {"divergence_share": 0.1})
+    pq.write_table(pa.Table.from_pylist(lines, AUDITS), run / "results" / "audit.parquet")
+
+
+def test_what_was_foretold_is_ranked_beside_what_happened(tmp_path):
+    run = make_results(tmp_path / "run")
+    planted(run, {"all": 1.0, "divergence": 1.2, "non-divergence": 0.1})
+    results = read_results(run)
+    every = {each.condition: each for each in foretold(results)}
+    assert every["all"].gamma == pytest.approx(1.0) and every["random"].gamma == every["all"].gamma
+    np.testing.assert_allclose(np.diag(every["divergence"].score), 1.2)
+    own = every["all"].interval("owl")
+    assert (own.low + own.high) / 2 == pytest.approx(1.0) and own.high - own.low == pytest.approx(
+        2 * stats.norm.ppf(0.975) * 0.01 * 2**0.5
+    )
+    found = agreement(results)
+    assert found is not None and [pair[0] for pair in found.pairs] == results.mask_conditions
+    expected = stats.spearmanr([x for _, x, _ in found.pairs], [y for _, _, y in found.pairs])
+    assert found.rho == pytest.approx(expected.statistic) and found.rho > 0.5
