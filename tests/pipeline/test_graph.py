@@ -54,6 +54,7 @@ STUDENTS: dict[str, Any] = {
             {"name": "left", "loss.tokens": ["all"], "data.dataset": "left"},
         ],
     },
+    "audit": {"rows": 2},
     "evaluation": {"traits": ["owl", "cat"], "questions": 2, "samples": 2, "max_new_tokens": 4, "number_rows": 2},
 }
 PROMPTED: dict[str, Any] = STUDENTS | {
@@ -63,7 +64,18 @@ PROMPTED: dict[str, Any] = STUDENTS | {
     "attribution": {"rows": 3, "steps": 1, "sites": ["residual"], "directions": ["noising"]},
     "evaluation": STUDENTS["evaluation"] | {"teachers": False},
 }
-KINDS = ("teachers", "rows", "divergence", "entangled", "datasets", "targets", "students", "evaluations", "attribution")
+KINDS = (
+    "teachers",
+    "rows",
+    "divergence",
+    "entangled",
+    "datasets",
+    "targets",
+    "students",
+    "evaluations",
+    "audit",
+    "attribution",
+)
 
 
 def experiment(values: dict[str, Any], store: Path, **changes: Any) -> Experiment:
@@ -175,7 +187,10 @@ def child(line: str, folder: Path) -> str:
 
 def test_a_fresh_process_does_a_task_of_any_kind_from_its_key_alone(whole, home, tmp_path):
     """Parents lie in the store, and nothing else does; everything follows from config and key."""
-    elsewhere, lines = tmp_path / "elsewhere", ["import json; from pathlib import Path; from jsublim.config import Experiment"]
+    elsewhere, lines = (
+        tmp_path / "elsewhere",
+        ["import json; from pathlib import Path; from jsublim.config import Experiment"],
+    )
     elsewhere.mkdir()
     lines.append("from jsublim.executors import execute_key")
     done: list[tuple[Task, Store]] = []
@@ -188,7 +203,9 @@ def test_a_fresh_process_does_a_task_of_any_kind_from_its_key_alone(whole, home,
                     shutil.copytree(whole.path(output), store.path(output), dirs_exist_ok=True)
         config = tmp_path / f"{kind}.json"
         config.write_text(experiment(values, store.root).model_dump_json())
-        lines.append(f"execute_key(Experiment.model_validate(json.loads(Path({str(config)!r}).read_text())), {task.key!r})")
+        lines.append(
+            f"execute_key(Experiment.model_validate(json.loads(Path({str(config)!r}).read_text())), {task.key!r})"
+        )
         done.append((task, store))
     child("\n".join(lines), elsewhere)
     assert not list(elsewhere.iterdir())
