@@ -179,7 +179,11 @@ def _tables(section: type[BaseModel], path: str) -> Iterator[str]:
     yield " ".join((section.__doc__ or "").split("\n\n")[0].split()) + "\n"
     if section.model_fields:
         rows = [_row(name, field, schemas) for name, field in section.model_fields.items() if name != "changes"]
-        yield "| field | what it is | value | default | decides |\n| --- | --- | --- | --- | --- |\n" + "\n".join(rows) + "\n"
+        yield (
+            "| field | what it is | value | default | decides |\n| --- | --- | --- | --- | --- |\n"
+            + "\n".join(rows)
+            + "\n"
+        )
     for name, field in section.model_fields.items():
         place = f"{path}.{name}" if path else name
         inner = section_in(field.annotation)
