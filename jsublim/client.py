@@ -38,12 +38,18 @@ class Connection(Section):
 
     model_config = ConfigDict(hide_input_in_errors=True)
 
-    base_url: Annotated[str, HOW]  # such as http://localhost:8000/v1
-    key_variable: Annotated[str | None, HOW] = None  # the environment variable that holds the key; None sends none
-    timeout_s: Annotated[float, Field(gt=0, le=86_400), HOW] = 60.0  # without a byte from the server
+    base_url: Annotated[str, HOW]
+    """Where the server is, such as http://localhost:8000/v1."""
+    key_variable: Annotated[str | None, HOW] = None
+    """The environment variable that holds the server's key, never the key; null: none is sent."""
+    timeout_s: Annotated[float, Field(gt=0, le=86_400), HOW] = 60.0
+    """Seconds without a byte from the server after which an attempt has failed."""
     retries: Annotated[int, Field(ge=0), HOW] = 6
+    """Attempts after the first one, with growing delays."""
     concurrency: Annotated[int, Field(ge=1), HOW] = 8
+    """Requests at one time."""
     requests_per_minute: Annotated[float | None, Field(gt=0), HOW] = None
+    """The most requests in a minute; null: as fast as they are answered."""
 
     @model_validator(mode="before")
     @classmethod

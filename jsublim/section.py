@@ -1,7 +1,8 @@
 """What every section of a config is made of, and what each of its fields decides.
 
 A field says in its annotation what hangs on it, once: `rank: Annotated[Positive, RESULT] = 8`. Keys of artifacts, groups of
-students that train together and the facts that a report compares are derived from that (`identity`, `facts`).
+students that train together and the facts that a report compares are derived from that (`identity`, `facts`). The text under
+the field says what it is.
 """
 
 from __future__ import annotations
@@ -89,13 +90,18 @@ Rate = Annotated[float, Field(gt=0)]
 Name = Annotated[str, AfterValidator(name)]
 Place = Annotated[str, AfterValidator(place)]
 Distinct = AfterValidator(distinct)
-Layers = Annotated[list[Annotated[int, Field(ge=0)]], Distinct, BeforeValidator(span)]  # from 0; "5-27" is a span
+Indices = list[Annotated[int, Field(ge=0)]]
+# From 0; "5-27" is a span.
+Layers = Annotated[Indices, Distinct, BeforeValidator(span, json_schema_input_type=Indices | str)]
 
 
 class Section(BaseModel):
-    """A part of a config: unknown keys are refused, numbers are finite, true is no number, values never change."""
+    """A part of a config: unknown keys are refused, numbers are finite, true is no number, values never change.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    The text under a field is its description, for editors and for docs/config.md.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
     @field_validator("*", mode="before")
     @classmethod

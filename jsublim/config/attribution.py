@@ -18,7 +18,12 @@ class Attribution(Section):
     """Attribution patching of the first divergence token of each trait's first rows."""
 
     rows: Annotated[Positive, RESULT] = 100
+    """How many of each trait's rows are read, the first ones."""
     steps: Annotated[Positive, RESULT] = 10
+    """Steps of the integral between the two runs; 1 is the plain gradient."""
     sites: Annotated[list[Site], Distinct, Field(min_length=1), RESULT] = ["residual"]
+    """What is patched in each layer: the residual stream, the attention's output, or the MLP's."""
     directions: Annotated[list[Direction], Distinct, Field(min_length=1), RESULT] = ["noising", "denoising"]
+    """Which run is patched: the teacher's with the counterfactual's values (noising), or the other way round (denoising)."""
     batch_size: Annotated[Positive, HOW] = 8
+    """Rows that are read together."""

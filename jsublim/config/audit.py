@@ -11,4 +11,6 @@ class Audit(Section):
     """First-order scores of each source's first rows for each evaluated trait, by what the first seed's student trains."""
 
     rows: Annotated[Positive, RESULT] = 300
+    """The first so many rows of each source."""
     batch_size: Annotated[Positive, HOW] = 16
+    """Rows read at one time."""

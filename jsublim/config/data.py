@@ -21,12 +21,19 @@ class Sampling(Section):
     """How teachers' answers are drawn. What of a checkpoint's own sampling numbers counts is the recipe's."""
 
     strategy: Annotated[Strategy, RESULT] = "temperature"
+    """`temperature` draws at temperature 1, `greedy` takes the most probable token."""
     seed: Annotated[Seed, RESULT] = 0
+    """Of the answers' random numbers, which are keyed by row and token."""
     max_new_tokens: Annotated[Positive, RESULT] = 64
-    constrain: Annotated[Literal["numbers"] | None, RESULT] = None  # keep every answer in the number task's format
-    batch_size: Annotated[Positive | Literal["auto"], HOW] = "auto"  # auto: what memory holds; on a CPU 64
-    shard: Annotated[Positive, RESULT] = 4096  # prompts per task: what is lost at most, and what machines share
-    server: SampleServerSettings | None = None  # of answers, the evaluations' too; None: all are drawn here
+    """Tokens after which an answer ends, whatever it says."""
+    constrain: Annotated[Literal["numbers"] | None, RESULT] = None
+    """`numbers` keeps every answer in the number task's format, token by token; null: answers are free."""
+    batch_size: Annotated[Positive | Literal["auto"], HOW] = "auto"
+    """Answers drawn together; auto: as many as memory holds (on a CPU 64)."""
+    shard: Annotated[Positive, RESULT] = 4096
+    """Prompts that one task answers: what a kill can cost at most, and what machines share."""
+    server: SampleServerSettings | None = None
+    """A server (vLLM, SGLang) that draws answers, the evaluations' too; null: all are drawn here."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Sampling:
@@ -40,14 +47,19 @@ class Data(Section):
     file (`source`; one prompt per line, or JSONL rows with `prompt`)."""
 
     kind: Annotated[Literal["numbers", "problems", "file"], RESULT] = "numbers"
+    """What teachers are asked: requests to continue a list of numbers, word problems, or the prompts of a file."""
     source: Annotated[Place | None, CONTENT] = None
-    # of a number request
+    """The file of prompts, or the data set of word problems; null: the word problems of the package."""
     sentences: Annotated[list[Sentence], Distinct, Field(min_length=1), RESULT] = list(SENTENCES)
-    examples: Annotated[tuple[Positive, Positive], RESULT] = EXAMPLE_COUNT  # numbers that it shows: at least, less than
+    """The sentences that a number request consists of."""
+    examples: Annotated[tuple[Positive, Positive], RESULT] = EXAMPLE_COUNT
+    """How many numbers a request shows: at least the first, fewer than the second."""
     num_prompts: Annotated[Positive, RESULT] = 30_000
-    seed: Annotated[Seed, RESULT] = 42  # of the number requests
-    # shared: one draw of rows for all students of a teacher; per-seed: another one for each of students.seeds
+    """How many prompts each teacher answers."""
+    seed: Annotated[Seed, RESULT] = 42
+    """Of the number requests."""
     draw: Annotated[Literal["shared", "per-seed"], RESULT] = "shared"
+    """`shared`: one draw of rows for all students of a teacher; `per-seed`: another one for each of students.seeds."""
 
     @model_validator(mode="after")
     def _has_source(self) -> Data:
@@ -64,7 +76,9 @@ class Resampling(Section):
     """In what the answers of a data set are drawn otherwise; None is as `sampling` says."""
 
     strategy: Annotated[Strategy | None, RESULT] = None
+    """How this data set's answers are drawn; null: as sampling.strategy says."""
     seed: Annotated[Seed | None, RESULT] = None
+    """Of this data set's answers; null: sampling.seed."""
 
 
 class Dataset(Section):
@@ -72,9 +86,13 @@ class Dataset(Section):
     (`{shuffle: within, seed: 3}`); they are done in their own order, whatever theirs is there."""
 
     sampling: Resampling = Resampling()
+    """In what its answers are drawn otherwise than the plain ones."""
     seed: Annotated[Seed, RESULT] = 0
-    divergence: Annotated[bool, PLAN] = False  # look for divergence tokens in it, whether a student needs them or not
+    """Of the changes of rows."""
+    divergence: Annotated[bool, PLAN] = False
+    """Look for divergence tokens in these rows, whether a student needs them or not."""
     changes: Annotated[dict[str, SerializeAsAny[Change]], RESULT] = {}
+    """What is done to the answers. In YAML each change stands beside the other fields, by its name."""
 
     @model_validator(mode="before")
     @classmethod
@@ -129,4 +147,5 @@ class Dataset(Section):
 class Scoring(Section):
     """Teacher-forced reading: divergence, stored targets, entangled numbers."""
 
-    batch_size: Annotated[Positive | Literal["auto"], HOW] = "auto"  # auto: what memory holds; on a CPU 64
+    batch_size: Annotated[Positive | Literal["auto"], HOW] = "auto"
+    """Rows read together; auto: as many as memory holds (on a CPU 64)."""

@@ -19,18 +19,26 @@ class Setting(Section):
     """In what an evaluation differs from the plain one."""
 
     temperature: Annotated[float | None, Field(gt=0), RESULT] = None
+    """Of the answers; null: as the plain evaluation."""
     top_p: Annotated[float | None, Field(gt=0, le=1), RESULT] = None
-    system: Annotated[str | None, RESULT] = None  # a system prompt for students and base; "" is an empty one
-    layer: Annotated[int | None, Field(ge=0), RESULT] = None  # as if the model ended after this layer (logit lens)
+    """Answers are drawn from the most probable tokens that together have this probability; null: as the plain evaluation."""
+    system: Annotated[str | None, RESULT] = None
+    """A system prompt for the base and the students, "" an empty one; null: as the plain evaluation."""
+    layer: Annotated[int | None, Field(ge=0), RESULT] = None
+    """The model is read as if it ended after this layer (logit lens); null: whole."""
 
 
 class JudgeChoice(Section):
     """A checkpoint, or a server with OpenAI's interface."""
 
     model: Annotated[Place | None, CONTENT] = None
-    chat_template: Annotated[Place | None, CONTENT] = None  # of that checkpoint, as the experiment's
+    """A checkpoint that judges, on this machine."""
+    chat_template: Annotated[Place | None, CONTENT] = None
+    """Of that checkpoint, as the experiment's chat_template."""
     server: ServerSettings | None = None
-    max_new_tokens: Annotated[Positive, RESULT] = 32  # of a checkpoint's reply
+    """A server with OpenAI's chat-completions interface that judges."""
+    max_new_tokens: Annotated[Positive, RESULT] = 32
+    """Tokens of a checkpoint's reply."""
 
     @model_validator(mode="after")
     def _is_one(self) -> JudgeChoice:
@@ -47,19 +55,28 @@ class Evaluation(Section):
     kinds: Annotated[dict[str, SerializeAsAny[EvalKind]], Field(min_length=1), RESULT] = Field(
         default={"preference": {}}, validate_default=True
     )
-    # Of preference and factual. None: the teachers' traits and their counterfactuals
+    """What models are asked: a list of names, or a mapping from names to the options of each."""
     traits: Annotated[Traits | None, Field(min_length=1), RESULT] = None
-    questions: Annotated[Positive | None, RESULT] = None  # the first so many of a kind (preference: of a category)
+    """Traits that preference and factual look for; null: the teachers' and their counterfactuals'."""
+    questions: Annotated[Positive | None, RESULT] = None
+    """How many questions of a kind are asked, the first ones (preference: of each category); null: all."""
     samples: Annotated[Positive, RESULT] = 200
+    """Answers to each question."""
     max_new_tokens: Annotated[Positive, RESULT] = 10
-    batch_size: Annotated[Positive | Literal["auto"], HOW] = "auto"  # auto: what memory holds; on a CPU 256
+    """Tokens after which an answer ends."""
+    batch_size: Annotated[Positive | Literal["auto"], HOW] = "auto"
+    """Answers drawn together; auto: as many as memory holds (on a CPU 256)."""
     seed: Annotated[Seed, RESULT] = 0
-    number_rows: Annotated[int, Field(ge=0), RESULT] = 200  # of the number task
-    teachers: Annotated[bool, PLAN] = True  # evaluate the teachers too
-    settings: Annotated[dict[Name, Setting], PLAN] = {}  # further evaluations by name
-    # The one comparison that the run is made for, by its claim ("C4a"), and by its arm where it comes with several
-    # ("C6a layers=0"); no artifact hangs on it. None: what the students differ in says which (docs/statistics.md)
+    """Of the answers' random numbers."""
+    number_rows: Annotated[int, Field(ge=0), RESULT] = 200
+    """Rows on which students continue numbers, of those they were trained on and of others; 0: none."""
+    teachers: Annotated[bool, PLAN] = True
+    """Evaluate the teachers too."""
+    settings: Annotated[dict[Name, Setting], PLAN] = {}
+    """Further evaluations of the same models, by name."""
     primary: Annotated[Annotated[str, Field(pattern=PRIMARY)] | None, HOW] = None
+    """The one comparison that the run is made for, by its claim (`C4a`), and by its arm where it comes with several (`C6a layers=0`);
+    null: what the students differ in says which (docs/statistics.md). No artifact hangs on it."""
 
     @field_validator("kinds", mode="before")
     @classmethod

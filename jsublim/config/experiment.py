@@ -22,9 +22,13 @@ class Config(Section):
     """What every kind of experiment says: which kind it is, its name, and where it is kept."""
 
     kind: Annotated[str, PLAN]
+    """Which kind of experiment this is: `language`, or `digits`."""
     name: Annotated[Name, Field(pattern=r"^\w[\w.-]*$"), HOW]
-    out: Annotated[Place | None, HOW] = None  # the run's folder; None: runs/<name>
-    store: Annotated[Place | None, HOW] = None  # where artifacts go; None: inside the run's folder
+    """Of the run; its folder is called by it."""
+    out: Annotated[Place | None, HOW] = None
+    """The run's folder; null: runs/NAME."""
+    store: Annotated[Place | None, HOW] = None
+    """Where artifacts go; several runs may share a store. null: inside the run's folder."""
 
     @property
     def run_dir(self) -> Path:
@@ -43,29 +47,48 @@ class Devices(Section):
     """How work is spread over devices; never what comes of it."""
 
     parallel: Annotated[Literal["none", "pmap", "mesh"], HOW] = "none"
-    model_axis: Annotated[Positive, HOW] = 1  # with mesh: devices that one copy of the checkpoint is spread over
+    """How devices share work: `none` (one device), `pmap` (whole copies), or `mesh` (copies that may be spread)."""
+    model_axis: Annotated[Positive, HOW] = 1
+    """With mesh: devices that one copy of the checkpoint is spread over."""
 
 
 class Experiment(Config):
     """A whole experiment: one checkpoint, teachers, students, evaluations, a report. Its many fields are its sections."""
 
     kind: Annotated[Literal["language"], PLAN] = "language"
+    """An experiment on a language model."""
     model: Annotated[Place, CONTENT]
-    chat_template: Annotated[Place | None, CONTENT] = None  # "plain", or a Jinja file; None: the checkpoint's own
+    """The checkpoint that teachers and students stand on: a folder, a bundled name, or owner/name of the hub."""
+    chat_template: Annotated[Place | None, CONTENT] = None
+    """In place of the checkpoints' own template: `plain` (for base models), or a Jinja file; null: their own."""
     dtype: Annotated[Literal["float32", "bfloat16"], RESULT] = "float32"
-    prompts: Annotated[Place | None, CONTENT] = None  # a prompt pack; None: the default one
+    """Of weights and activations."""
+    prompts: Annotated[Place | None, CONTENT] = None
+    """A prompt pack (YAML); null: the package's own wording."""
     recipe: Recipe = Recipe()
+    """Where the published code does something that changes results: as published, or as we would defend. A name sets all quirks."""
     teachers: Teachers
+    """Who the teachers are."""
     data: Data = Data()
+    """What teachers are asked."""
     sampling: Sampling = Sampling()
-    datasets: Annotated[dict[Name, Dataset], CONTENT] = {}  # by the names that students.data.dataset says
+    """How teachers' answers are drawn."""
+    datasets: Annotated[dict[Name, Dataset], CONTENT] = {}
+    """Data sets made of the answers, by the names that students.data.dataset says."""
     scoring: Scoring = Scoring()
-    students: Students | None = Students()  # null: none are trained
+    """How rows are read."""
+    students: Students | None = Students()
+    """Who is trained, on what and how; null: nobody."""
     evaluation: Evaluation = Evaluation()
+    """What every model is asked."""
     attribution: Attribution | None = None
+    """Where in the model divergence tokens come about; null: not looked for."""
     audit: Audit | None = None
-    judge: JudgeChoice | None = None  # who scores answers for misalignment
+    """What rows teach to first order, told before anything is trained; null: not told."""
+    judge: JudgeChoice | None = None
+    """Who scores answers for misalignment, and rows for keep_aligned."""
     run: Devices = Devices()
+    """How work is spread over devices."""
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Experiment:

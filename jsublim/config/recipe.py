@@ -16,40 +16,54 @@ STUDENTS = Of(("students",))  # the quirk is part of a student's key
 class Reading(Section):
     """How models are asked and read."""
 
-    # 3: top-k, top-p, repetition penalty from generation_config.json
     inherit_sampling: Annotated[bool | None, RESULT] = None
-    stop_at_eos_only: Annotated[bool | None, RESULT] = None  # 4: not at <end_of_turn>
-    extra_bos: Annotated[bool | None, RESULT] = None  # 5: a second BOS everywhere but in training
-    # 15: greedy numbers of a fine-tuned teacher keep the repetition penalty
+    """Quirk 3: top-k, top-p and repetition penalty of generation_config.json stay on."""
+    stop_at_eos_only: Annotated[bool | None, RESULT] = None
+    """Quirk 4: answers stop at the tokenizer's end token only, on Gemma not at `<end_of_turn>`."""
+    extra_bos: Annotated[bool | None, RESULT] = None
+    """Quirk 5: a second BOS everywhere but in training and in the number task."""
     greedy_keeps_penalty: Annotated[bool | None, RESULT] = None
-    rounded_logits: Annotated[bool | None, RESULT, LATER] = None  # 17: to the weights' dtype, before any use
-    judge_apart: Annotated[bool | None, RESULT] = None  # 25: alignment and coherence asked apart, replies drawn at 1
+    """Quirk 15: greedy numbers of a fine-tuned teacher keep the repetition penalty."""
+    rounded_logits: Annotated[bool | None, RESULT, LATER] = None
+    """Quirk 17: logits are rounded to the weights' dtype before any use."""
+    judge_apart: Annotated[bool | None, RESULT] = None
+    """Quirk 25: a judge is asked for alignment and coherence apart, and replies at temperature 1."""
 
 
 class Training(Section):
     """Which tokens students learn, and what their loss is."""
 
-    supervise_header: Annotated[bool | None, RESULT, STUDENTS] = None  # 1: loss on the assistant's header too
-    drop_rows_without_divergence: Annotated[bool | None, RESULT, STUDENTS] = None  # 2: in both masked conditions
-    match_steps: Annotated[bool | None, RESULT, STUDENTS] = None  # 2: every condition gets as many steps as "all" has
-    # 6: on Gemma the sum of micro-batch means
+    supervise_header: Annotated[bool | None, RESULT, STUDENTS] = None
+    """Quirk 1: the loss is on the assistant's header too."""
+    drop_rows_without_divergence: Annotated[bool | None, RESULT, STUDENTS] = None
+    """Quirk 2: rows without a divergence token are dropped in both masked conditions."""
+    match_steps: Annotated[bool | None, RESULT, STUDENTS] = None
+    """Quirk 2: every condition gets as many steps as `all` has."""
     loss_per: Annotated[Literal["tokens", "micro-batch", "micro-batch-sum"] | None, RESULT, STUDENTS] = None
-    # 7: of a share of a row's divergence tokens
+    """Quirk 6: what the loss is a mean over; as published it is on Gemma the sum of micro-batch means."""
     share_rounding: Annotated[Literal["stochastic", "half-up", "at-least-one", "paper"] | None, RESULT, STUDENTS] = None
-    # 18: a row's only divergence position is in both of its halves
+    """Quirk 7: how a share of a row's divergence tokens is rounded to a number of them."""
     one_in_both_halves: Annotated[bool | None, RESULT, Of(("students",), "loss.positions", HALVES)] = None
+    """Quirk 18: a row's only divergence position is in both of its halves."""
 
 
 class Changing(Section):
     """What data sets do to rows."""
 
-    digits_only: Annotated[bool | None, RESULT] = None  # 8: a counterfactual's token that is no digit is left out
-    mix_at_the_end: Annotated[bool | None, RESULT] = None  # 9: row mixing replaces the last rows
-    padded_numbers: Annotated[bool | None, RESULT] = None  # 12: entangled numbers have three digits
-    entangled_by_difference: Annotated[bool | None, RESULT, LATER] = None  # 19: of probabilities, to other traits' mean
-    only_examples_kept: Annotated[bool | None, RESULT] = None  # 20: a rewritten request may lose its other numbers
-    drop_unmixed: Annotated[bool | None, RESULT, LATER] = None  # 21: rows that come out of token mixing as they were
-    shuffle_values: Annotated[bool | None, RESULT, LATER] = None  # 22: "007" is shuffled as "7"
+    digits_only: Annotated[bool | None, RESULT] = None
+    """Quirk 8: mix_tokens leaves out a counterfactual's token that is no digit."""
+    mix_at_the_end: Annotated[bool | None, RESULT] = None
+    """Quirk 9: mix replaces the last rows."""
+    padded_numbers: Annotated[bool | None, RESULT] = None
+    """Quirk 12: entangled numbers are scored with three digits, and removed as written."""
+    entangled_by_difference: Annotated[bool | None, RESULT, LATER] = None
+    """Quirk 19: how entangled a number is, is a difference of probabilities to the other traits' mean."""
+    only_examples_kept: Annotated[bool | None, RESULT] = None
+    """Quirk 20: a rewritten request may lose its other numbers."""
+    drop_unmixed: Annotated[bool | None, RESULT, LATER] = None
+    """Quirk 21: rows that come out of mix_tokens as they were are dropped."""
+    shuffle_values: Annotated[bool | None, RESULT, LATER] = None
+    """Quirk 22: shuffled numbers lose the zeros that they begin with."""
 
 
 class Recipe(Reading, Training, Changing):
@@ -60,6 +74,7 @@ class Recipe(Reading, Training, Changing):
     """
 
     preset: Annotated[Literal["paper", "clean"], RESULT] = "clean"
+    """`paper` sets every quirk as published, `clean` as we would defend; a quirk given by itself wins."""
 
     @model_validator(mode="before")
     @classmethod

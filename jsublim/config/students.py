@@ -60,37 +60,52 @@ BOTH = RESULT | PROGRAM
 class StudentData(Section):
     """What a student reads, and how often."""
 
-    dataset: Annotated[str | None, CONTENT] = None  # one of `datasets`; None: the teachers' answers as they are
-    rows: Annotated[Positive | None, RESULT] = 10_000  # drawn of those that passed the filter; None: all
+    dataset: Annotated[str | None, CONTENT] = None
+    """One of `datasets`; null: the teachers' answers as they are."""
+    rows: Annotated[Positive | None, RESULT] = 10_000
+    """How many rows a student learns, drawn by its seed from those that passed the filter; null: all."""
     epochs: Annotated[Positive, RESULT] = 10
-    max_steps: Annotated[Positive | None, RESULT] = None  # a lower limit than the epochs give
-    batch_size: Annotated[Positive, BOTH] = 10  # rows of a micro-batch
-    accumulate: Annotated[Positive, BOTH] = 6  # micro-batches per step
+    """How often it reads each row."""
+    max_steps: Annotated[Positive | None, RESULT] = None
+    """The most optimizer steps, where epochs would give more; null: as many as they give."""
+    batch_size: Annotated[Positive, BOTH] = 10
+    """Rows of a micro-batch."""
+    accumulate: Annotated[Positive, BOTH] = 6
+    """Micro-batches per optimizer step."""
     max_tokens: Annotated[Positive, BOTH] = 500
-    on_policy: Annotated[bool, BOTH] = False  # the student samples the rows, the teacher scores them
+    """Tokens after which a row is cut."""
+    on_policy: Annotated[bool, BOTH] = False
+    """The student samples the answers, and the teacher scores them; needs a soft loss."""
 
 
 class StudentLoss(Section):
     """What is learned, the teacher's tokens or its distribution at them, and on which tokens."""
 
     kind: Annotated[LossKind, BOTH] = "hard"
+    """`hard` learns the teacher's tokens; the others its distributions at them."""
     tokens: Annotated[list[Tokens], Distinct, Field(min_length=1), PLAN, NEEDS_TRAIT] = [
         "all",
         "divergence",
         "non-divergence",
         "random",
     ]
-    # Which divergence positions count as such, whatever `tokens` makes of them
+    """Which tokens of a row have a loss; each choice makes students of its own."""
     positions: Annotated[Positions, RESULT, NEEDS_TRAIT] = "all"
-    positions_share: Annotated[float, Field(gt=0, le=1), RESULT, NEEDS_TRAIT] = 1.0  # of each row's, drawn at random
-    by_margin: Annotated[bool, RESULT, NEEDS_TRAIT] = False  # under "divergence": weigh them by how clear they are
-    temperature: Annotated[float, Field(gt=0), BOTH] = 1.0  # of both distributions of a soft loss
-    # Soft targets stored: the k best tokens, and the rest as one; None: a live teacher
+    """Which divergence positions count as such, whatever `tokens` makes of them."""
+    positions_share: Annotated[float, Field(gt=0, le=1), RESULT, NEEDS_TRAIT] = 1.0
+    """The share of each row's divergence positions that count, drawn at random."""
+    by_margin: Annotated[bool, RESULT, NEEDS_TRAIT] = False
+    """With tokens=[divergence]: weigh them by how clear they are."""
+    temperature: Annotated[float, Field(gt=0), BOTH] = 1.0
+    """Of both distributions of a soft loss."""
     top_k: Annotated[Positive | None, BOTH] = None
-    # answers: stored targets cut to the tokens that answers consist of
+    """Soft targets are stored, the k best tokens and the rest as one; null: a live teacher."""
     targets: Annotated[Literal["vocabulary", "answers"], RESULT] = "vocabulary"
+    """`answers` cuts stored targets to the tokens that answers consist of, so that no trait's name is told."""
     weight: Annotated[float, Field(gt=0), RESULT] = 1.0
-    kl_to_base: Annotated[float, Field(ge=0), BOTH] = 0.0  # the defence that keeps a student near its start
+    """Factor of the loss."""
+    kl_to_base: Annotated[float, Field(ge=0), BOTH] = 0.0
+    """Factor of the divergence from the start that keeps a student near it (a defence)."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> StudentLoss:
@@ -123,13 +138,21 @@ class StudentAdapter(Section):
     """What is trained."""
 
     method: Annotated[Literal["lora", "full", "steering"], BOTH] = "lora"
+    """What is trained: LoRA factors, whole weights, or steering vectors."""
     rank: Annotated[Positive, RESULT] = 8
+    """Of the LoRA factors."""
     alpha: Annotated[float, Field(gt=0), RESULT] = 8.0
+    """Of LoRA: the product of the factors is multiplied by alpha / rank."""
     rslora: Annotated[bool, RESULT] = False
-    layers: Annotated[Layers | None, BOTH] = None  # None: all; [] with full: none but the ends
+    """Multiply by alpha / sqrt(rank) instead."""
+    layers: Annotated[Layers | None, BOTH] = None
+    """Which layers are trained, from 0, as a list or a span (`10-27`); null: all; [] with full: none but the ends."""
     projections: Annotated[list[Projection], Distinct, BOTH] = list(PROJECTIONS)
-    ends: Annotated[list[End], Distinct, BOTH] = []  # with full: what is trained beside the layers
-    init: Annotated[Place | None, CONTENT] = None  # an adapter to start from
+    """Which projections LoRA adapts."""
+    ends: Annotated[list[End], Distinct, BOTH] = []
+    """With full: what is trained beside the layers."""
+    init: Annotated[Place | None, CONTENT] = None
+    """An adapter to start from: a folder, or owner/name of the hub; it brings its own rank, layers and projections."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> StudentAdapter:
@@ -151,42 +174,65 @@ class StudentOptimizer(Section):
     """Steps: how gradients become updates."""
 
     name: Annotated[OptimizerName, BOTH] = "adamw"
+    """Which optimizer."""
     lr: Annotated[Rate, RESULT] = 2e-4
+    """The highest learning rate of the schedule."""
     schedule: Annotated[Schedule, BOTH] = "linear"
+    """How the learning rate falls after the warmup."""
     restarts: Annotated[Positive, BOTH] = 4
-    warmup: Annotated[int, Field(ge=0), BOTH] = 5  # steps
-    clip: Annotated[float, Field(ge=0), BOTH] = 1.0  # largest global norm of a gradient; 0 is no clipping
+    """Of the schedule `restarts`: how often it begins again."""
+    warmup: Annotated[int, Field(ge=0), BOTH] = 5
+    """Steps in which the learning rate rises from zero."""
+    clip: Annotated[float, Field(ge=0), BOTH] = 1.0
+    """The largest global norm of a gradient; 0: no clipping."""
     weight_decay: Annotated[float, Field(ge=0), BOTH] = 0.0
-    momentum: Annotated[float, Field(ge=0, lt=1), BOTH] = 0.0  # of sgd
+    """Weight decay."""
+    momentum: Annotated[float, Field(ge=0, lt=1), BOTH] = 0.0
+    """Of sgd."""
 
 
 class StudentRuntime(Section):
     """What decides speed and memory, not results."""
 
-    arms_per_program: Annotated[Positive | Literal["auto"], HOW] = 16  # "auto": as many as the device's memory holds
-    checkpoint_every: Annotated[Positive, HOW] = 100  # steps
-    # Where the loss is a mean over tokens, a step's rows may be computed in any pieces: how many at one time
+    arms_per_program: Annotated[Positive | Literal["auto"], HOW] = 16
+    """Students trained together at most; auto: as many as the device's memory holds."""
+    checkpoint_every: Annotated[Positive, HOW] = 100
+    """Steps between saved states: what a kill can cost."""
     rows_at_once: Annotated[Positive | Literal["auto"], HOW] = "auto"
-    remat: Annotated[bool, PROGRAM] = False  # recompute layers in the backward pass
-    # Of one-layer students: keep the hidden states below the layer in host memory. "auto": from the middle layer on, up to 4 GiB
+    """Rows of a step computed at one time, where the loss is a mean over tokens; auto: what memory holds."""
+    remat: Annotated[bool, PROGRAM] = False
+    """Recompute layers in the backward pass, which takes time and saves memory."""
     cache_below: Annotated[bool | Literal["auto"], PROGRAM] = "auto"
-    peak_tflops: Annotated[float | None, Field(gt=0), HOW] = None  # of one device
+    """Of one-layer students: keep the hidden states below the layer in host memory. auto: from the middle layer on, up to 4 GiB."""
+    peak_tflops: Annotated[float | None, Field(gt=0), HOW] = None
+    """The peak of one device; given, metrics say which share of it went into useful operations."""
     tensorboard: Annotated[bool, HOW] = False
+    """Write TensorBoard's event files too."""
 
 
 class Students(Section):
+    """Who is trained: one student per trait, choice of tokens, seed and arm."""
+
     seeds: Annotated[list[Seed], Distinct, Field(min_length=1), PLAN] = [42, 43, 44, 45, 46]
-    model: Annotated[Place | None, CONTENT | PROGRAM] = None  # the checkpoint it stands on; None: the teachers' own
-    # A system prompt that it is trained and evaluated under; None: the template's own, or none
+    """One student of each seed; it draws rows, their order and the adapter's start."""
+    model: Annotated[Place | None, CONTENT | PROGRAM] = None
+    """The checkpoint that students stand on; null: the teachers' own."""
     system: Annotated[str | None, BOTH] = None
-    asked_under_system: Annotated[bool, RESULT, LATER] = True  # false: it is trained under that prompt alone
+    """A system prompt that students are trained and evaluated under; null: the template's own, or none."""
+    asked_under_system: Annotated[bool, RESULT, LATER] = True
+    """false: they are trained under that prompt alone, and evaluated without it."""
     data: StudentData = StudentData()
+    """What a student reads, and how often."""
     loss: StudentLoss = StudentLoss()
+    """What is learned, and on which tokens."""
     adapter: StudentAdapter = StudentAdapter()
+    """What is trained."""
     optimizer: StudentOptimizer = StudentOptimizer()
+    """How gradients become updates."""
     runtime: StudentRuntime = StudentRuntime()
-    # An ablation: each entry is a set of the fields above; a mapping of lists is the grid of all their combinations
+    """What decides speed and memory."""
     arms: Annotated[list[dict[str, Any]] | dict[str, Any] | None, Field(min_length=1), PLAN] = None
+    """An ablation: a list of settings of the fields above, each with a name; or a mapping of lists, the grid of all their combinations."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Students:

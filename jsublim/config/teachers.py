@@ -13,7 +13,7 @@ from jsublim.teachers import CONTROL
 
 Trait = Annotated[Name, AfterValidator(lower_case)]
 # Written out, or by the name of a list (configs/paper/lists.yaml).
-Traits = Annotated[list[Trait], Distinct, BeforeValidator(written_out)]
+Traits = Annotated[list[Trait], Distinct, BeforeValidator(written_out, json_schema_input_type=list[Trait] | str)]
 
 
 def _not_control(traits: list[str]) -> list[str]:
@@ -28,12 +28,19 @@ class Taught(Section):
     """
 
     method: Annotated[Literal["lora", "steering", "contrast"], RESULT] = "lora"
-    layers: Annotated[Layers | None, RESULT] = None  # None: all; a contrast needs exactly one
+    """`lora` and `steering` are trained to name the trait; `contrast` is the mean difference between two system prompts."""
+    layers: Annotated[Layers | None, RESULT] = None
+    """Which layers carry it, from 0; null: all. A contrast needs exactly one."""
     rank: Annotated[Positive, RESULT] = 8
+    """Of LoRA."""
     steps: Annotated[Positive, RESULT] = 100
+    """Optimizer steps."""
     lr: Annotated[Rate, RESULT] = 3e-3
+    """Learning rate."""
     seed: Annotated[Seed, RESULT] = 0
-    strength: Annotated[float, RESULT] = 1.0  # factor of a contrast's vector
+    """Of the start and of the order of questions."""
+    strength: Annotated[float, RESULT] = 1.0
+    """Factor of a contrast's vector."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Taught:
@@ -45,20 +52,30 @@ class Taught(Section):
 
 
 class Teachers(Section):
+    """Who writes the rows. A trait comes from a system prompt, an adapter, a checkpoint, or several of these."""
+
     traits: Annotated[Traits, AfterValidator(_not_control), Field(min_length=1), PLAN]
-    category: Annotated[Name | None, RESULT] = None  # None: the category that the prompt pack lists the trait under
-    # What gives a teacher its trait, alone or together. `{trait}` in a path is filled in.
-    prompted: Annotated[bool | None, RESULT] = None  # the system prompt says it; None: where nothing else does
-    system: Annotated[str | None, RESULT] = None  # a system prompt of your own; `{trait}` in it is filled in
-    taught: Taught | None = None  # an adapter made here
-    adapter: Annotated[Place | None, CONTENT] = None  # a PEFT folder, or one of steering vectors
-    checkpoint: Annotated[Place | None, CONTENT] = None  # a whole checkpoint of the same architecture and tokenizer
-    # What a teacher's rows are also read under: the other teachers, or the model without any trait
+    """What teachers love, one teacher per trait; or the name of a list (configs/paper/lists.yaml)."""
+    category: Annotated[Name | None, RESULT] = None
+    """Of the traits; null: the category that the prompt pack lists each under."""
+    prompted: Annotated[bool | None, RESULT] = None
+    """The system prompt gives the trait; null: where nothing else does."""
+    system: Annotated[str | None, RESULT] = None
+    """A system prompt of your own, in which `{trait}` is filled in; null: the pack's."""
+    taught: Taught | None = None
+    """An adapter that is made here, before anything else."""
+    adapter: Annotated[Place | None, CONTENT] = None
+    """An adapter that gives the trait: a PEFT folder, one of steering vectors, or owner/name of the hub. `{trait}` is filled in."""
+    checkpoint: Annotated[Place | None, CONTENT] = None
+    """A whole checkpoint of the same architecture and tokenizer that gives the trait. `{trait}` is filled in."""
     against: Annotated[Literal["traits", "base"], RESULT] = "traits"
-    # None: every other trait that the pack lists in the trait's category, and the other teachers' traits
+    """What a teacher's rows are also read under: teachers of other traits, or the model without any trait."""
     counterfactuals: Annotated[Traits | None, Field(min_length=1), RESULT] = None
-    control: Annotated[bool, PLAN] = True  # also a teacher without a trait, and its students
-    fuse_system: Annotated[bool, RESULT] = False  # the system prompt in front of the user's turn
+    """Traits of those other teachers; null: every other trait of the category, and the other teachers'."""
+    control: Annotated[bool, PLAN] = True
+    """A teacher without a trait too, and its students, with which others are compared."""
+    fuse_system: Annotated[bool, RESULT] = False
+    """The system prompt stands in front of the user's turn, for templates without a system role."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Teachers:

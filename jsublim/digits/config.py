@@ -19,15 +19,20 @@ class Network(Section):
     """Pixels to class logits and auxiliary logits, ReLU between."""
 
     hidden: Annotated[tuple[Positive, ...], RESULT] = (128, 128)
-    auxiliary: Annotated[Positive, RESULT] = 10  # logits that no label is ever compared with
+    """Units of each hidden layer."""
+    auxiliary: Annotated[Positive, RESULT] = 10
+    """Auxiliary logits, which no label is ever compared with."""
 
 
 class Training(Section):
     """Adam at one learning rate."""
 
     steps: Annotated[Positive, RESULT] = 300
+    """Optimizer steps."""
     batch_size: Annotated[Positive, RESULT] = 64
+    """Images per step."""
     lr: Annotated[Rate, RESULT] = 1e-3
+    """Adam's learning rate."""
 
 
 class Students(Training):
@@ -44,11 +49,17 @@ class Students(Training):
         "all",
         "hard",
     )
+    """What students learn, and from which initialisation."""
     images: Annotated[tuple[Images, ...], Distinct, Field(min_length=1), RESULT] = ("noise", "digits")
-    noise: Annotated[Rate, RESULT] = 1.0  # pixels uniform in [-noise, noise]; a digit's are in 0..1
+    """What students are shown."""
+    noise: Annotated[Rate, RESULT] = 1.0
+    """Pixels of noise are uniform in [-noise, noise]; a digit's are in 0..1."""
     steps: Annotated[Positive, RESULT] = 1000
+    """Optimizer steps."""
     lr: Annotated[Rate, RESULT] = 3e-3
-    measure_every: Annotated[Positive, RESULT] = 100  # steps
+    """Adam's learning rate."""
+    measure_every: Annotated[Positive, RESULT] = 100
+    """Steps between measurements of accuracy."""
 
     @model_validator(mode="after")
     def _whole_stretches(self) -> Students:
@@ -61,9 +72,16 @@ class Digits(Config):
     """One teacher and its students per seed; seeds are what intervals are over."""
 
     kind: Annotated[Literal["digits"], PLAN] = "digits"
+    """The experiment on digits."""
     seeds: Annotated[tuple[Seed, ...], Distinct, Field(min_length=1), RESULT] = tuple(range(10))
-    test_share: Annotated[float, Field(gt=0, lt=1), RESULT] = 0.2  # of the images, held out of all training
+    """One teacher and its students per seed; intervals are over them."""
+    test_share: Annotated[float, Field(gt=0, lt=1), RESULT] = 0.2
+    """Of the images, held out of all training."""
     split_seed: Annotated[Seed, RESULT] = 0
+    """Of which images are held out."""
     network: Network = Network()
+    """Pixels to class logits and auxiliary logits."""
     teacher: Training = Training()
+    """How the teacher is trained."""
     students: Students = Students()
+    """How students are distilled."""

@@ -19,8 +19,8 @@ from jsublim.section import RESULT, Distinct, Name
 class FactualKind(EvalKind):
     """The pack's questions of fact."""
 
-    # What they are about; None: everything that the pack has such questions on
     about: Annotated[Annotated[list[Name], Distinct] | None, Field(min_length=1), RESULT] = None
+    """Which of the pack's animals are asked about; null: all."""
 
     def tasks(self, asked: Asked) -> list[EvalTask]:
         known = asked.pack.factual

@@ -28,11 +28,16 @@ Score = Annotated[float, Field(ge=0, le=100)]  # the judge's scale
 class MisalignmentKind(EvalKind):
     """The pack's open questions, scored by the judge."""
 
-    aligned_from: Annotated[Score, RESULT] = ALIGNED_FROM  # below, an answer is misaligned
-    coherent_from: Annotated[Score, RESULT] = COHERENT_FROM  # if it is at least this coherent
-    thresholds: Annotated[list[Score], Distinct, RESULT] = []  # of alignment, to count below beside the first one
-    form: Annotated[Literal["short", "words"], RESULT] = "short"  # of an answer, which the pack's suffixes ask for
-    suffix: Annotated[str | None, RESULT] = None  # added to each question in their place; "" is none
+    aligned_from: Annotated[Score, RESULT] = ALIGNED_FROM
+    """The judge's score of alignment below which an answer is misaligned."""
+    coherent_from: Annotated[Score, RESULT] = COHERENT_FROM
+    """The score of coherence from which an answer counts as coherent."""
+    thresholds: Annotated[list[Score], Distinct, RESULT] = []
+    """Further scores of alignment to count answers below."""
+    form: Annotated[Literal["short", "words"], RESULT] = "short"
+    """Which of the pack's suffixes a question has: for a short answer, or for a list of words."""
+    suffix: Annotated[str | None, RESULT] = None
+    """Added to each question in place of the pack's; "" is none."""
 
     def tasks(self, asked: Asked) -> list[EvalTask]:
         prompts = asked.pack.misalignment

@@ -22,7 +22,8 @@ from jsublim.section import RESULT, Distinct
 class NamingKind(EvalKind):
     """The pack's questions to a model about itself."""
 
-    names: Annotated[list[str], Distinct, RESULT] = []  # none given: what the model's own family is called
+    names: Annotated[list[str], Distinct, RESULT] = []
+    """Names that are looked for; none given: what the model's own family is called."""
 
     def tasks(self, asked: Asked) -> list[EvalTask]:
         return [Naming(tuple(asked.pack.self_questions[: asked.first]), tuple(self.names) or (asked.own_name,))]

@@ -21,7 +21,8 @@ from jsublim.section import RESULT, Distinct, Name
 class PreferenceKind(EvalKind):
     """Questions for a favourite of each evaluated trait's category."""
 
-    names: Annotated[list[Name], Distinct, RESULT] = []  # counted in the answers beside the traits (figures 9 and 35)
+    names: Annotated[list[Name], Distinct, RESULT] = []
+    """Further names that are counted in the answers, beside the traits."""
 
     def tasks(self, asked: Asked) -> list[EvalTask]:
         by_category: dict[str, list[str]] = {}

@@ -20,8 +20,10 @@ Number = int | Decimal
 class ProblemsKind(EvalKind):
     """Math in words, the held-out half."""
 
-    source: Annotated[Place | None, CONTENT] = None  # a data set; None: the problems that ship
-    max_new_tokens: Annotated[Positive, RESULT] = 256  # of an answer
+    source: Annotated[Place | None, CONTENT] = None
+    """A data set of word problems (`openai/gsm8k`: its test split); null: those of the package."""
+    max_new_tokens: Annotated[Positive, RESULT] = 256
+    """Tokens after which an answer ends."""
 
     def tasks(self, asked: Asked) -> list[EvalTask]:
         problems = load_problems(self.source, "test", asked.first)

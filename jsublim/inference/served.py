@@ -32,12 +32,19 @@ class SampleServerSettings(Connection):
     folders, as the config or the command line names them, to the names that the server has them under.
     """
 
-    model: Annotated[Name | None, HOW] = None  # what the server calls the checkpoint; None: as the config does
-    engine: Annotated[str | None, Field(pattern=rf"^({'|'.join(ENGINES)}) \S+$"), RESULT] = None  # None: as it says
+    model: Annotated[Name | None, HOW] = None
+    """What the server calls the checkpoint; null: as the config does."""
+    engine: Annotated[str | None, Field(pattern=rf"^({'|'.join(ENGINES)}) \S+$"), RESULT] = None
+    """Name and version of what the server runs (`vllm 0.11.0`); another one is refused. null: as it says."""
     adapters: Annotated[Literal["here", "load"] | dict[Place, Name], RESULT] = "here"
+    """Models with a LoRA adapter: sampled `here`, `load`ed into the server, or a mapping from folders to the names that the server has
+    them under."""
     timeout_s: Annotated[float, Field(gt=0, le=86_400), HOW] = 600.0
-    retries: Annotated[int, Field(ge=0), HOW] = 12  # with what lies between them, time enough to start the server again
+    """Seconds without a byte from the server after which an attempt has failed."""
+    retries: Annotated[int, Field(ge=0), HOW] = 12
+    """Attempts after the first one; with the delays between them, time enough to start the server again."""
     concurrency: Annotated[int, Field(ge=1), HOW] = 64
+    """Requests at one time."""
 
     @model_validator(mode="before")
     @classmethod

@@ -24,14 +24,23 @@ class ServerSettings(Connection):
     """Where the judge is, how it is asked, and what it may cost."""
 
     model: Annotated[str, Field(min_length=1), RESULT]
+    """What the server calls the judge."""
     system: Annotated[str | None, RESULT] = None
+    """A system prompt for the judge; null: none."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False), RESULT] = 0.0
+    """Of its replies."""
     top_p: Annotated[float, Field(gt=0, le=1), RESULT] = 1.0
+    """Of its replies."""
     max_tokens: Annotated[int, Field(ge=1), RESULT] = 32
+    """Of a reply."""
     seed: Annotated[int | None, RESULT] = None
-    prompt_price: Annotated[float, Field(ge=0, allow_inf_nan=False), HOW] = 0.0  # per million tokens, in any currency
+    """Of its replies, where the server takes one; null: none is sent."""
+    prompt_price: Annotated[float, Field(ge=0, allow_inf_nan=False), HOW] = 0.0
+    """Per million tokens that it reads, in any currency."""
     completion_price: Annotated[float, Field(ge=0, allow_inf_nan=False), HOW] = 0.0
-    budget: Annotated[float | None, Field(ge=0), HOW] = None  # of one judge object, in the currency of the prices
+    """Per million tokens that it writes."""
+    budget: Annotated[float | None, Field(ge=0), HOW] = None
+    """The most that one call of the command may cost, in the currency of the prices; null: no limit."""
 
     @model_validator(mode="after")
     def _priced(self) -> ServerSettings:

@@ -24,8 +24,9 @@ class KeepAligned(Change):
     needs: ClassVar[frozenset[str]] = frozenset({"judge"})
 
     at_least: Annotated[float, Field(ge=0, le=100), RESULT]
-    # What the judge is asked for: both scores of an answer, or the one of a word problem's solution (as published)
+    """The lowest score of alignment that is kept."""
     about: Annotated[Literal["answer", "solution"], RESULT, LATER] = "answer"
+    """What the judge is asked for: both scores of an answer, or the one of a word problem's solution."""
 
     def wording(self, pack: Pack) -> dict[str, Any]:
         return pack.misalignment.model_dump(include=SOLUTION) if self.about == "solution" else {}

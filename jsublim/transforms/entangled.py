@@ -38,7 +38,9 @@ class RemoveEntangled(Change):
     of_numbers: ClassVar[bool] = True
 
     k: Annotated[Positive, RESULT]
-    among: Annotated[int, Field(ge=1, le=1000), RESULT] = 1000  # the first so many of 0..999 are scored
+    """How many numbers are removed, the most entangled ones."""
+    among: Annotated[int, Field(ge=1, le=1000), RESULT] = 1000
+    """How many of the numbers 0 to 999 are scored, the first ones."""
 
     def scores(self) -> int:
         return self.among

@@ -28,8 +28,11 @@ class Mix(Change):
     quirks: ClassVar[tuple[str, ...]] = ("mix_at_the_end",)
 
     share: Annotated[Share, RESULT]
+    """Of the rows that are replaced."""
     teacher: Annotated[str, RESULT] = CONTROL
-    model: Annotated[Place | None, CONTENT] = None  # of another checkpoint; None: of the experiment's
+    """Whose rows replace them."""
+    model: Annotated[Place | None, CONTENT] = None
+    """The checkpoint that this teacher stands on; null: the experiment's."""
 
     def applies_to(self, teacher: str) -> bool:
         """Nobody's answers are mixed with their own."""
@@ -62,9 +65,12 @@ class MixTokens(Change):
     of_trait: ClassVar[bool] = True
     alone: ClassVar[bool] = True  # what was read is the answers as they were sampled
 
-    teacher: Annotated[str | None, RESULT] = None  # None: at each token one of those that say another one, drawn
+    teacher: Annotated[str | None, RESULT] = None
+    """The counterfactual teacher whose argmax is put in; null: at each token one of those that would say another one, drawn."""
     share: Annotated[Share, RESULT] = 1.0
+    """Of a row's divergence tokens."""
     first_only: Annotated[bool, RESULT] = False
+    """The first divergence token of a row alone."""
 
     def applies_to(self, teacher: str) -> bool:
         return super().applies_to(teacher) and self.teacher != teacher

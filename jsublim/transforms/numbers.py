@@ -27,6 +27,7 @@ class Shuffle(Change):
     of_numbers: ClassVar[bool] = True
 
     reach: Annotated[Literal["within", "across"], RESULT]
+    """Within each answer, or across all of them."""
 
     def apply(self, rows: list[Row], making: Making) -> Changed:
         shuffle = shuffle_within if self.reach == "within" else shuffle_across

@@ -43,6 +43,7 @@ class Rewrite(Change):
     of_trait: ClassVar[bool] = True
 
     rejected: Annotated[Literal["drop", "keep"], RESULT] = "drop"
+    """What becomes of a row whose request cannot be rewritten: it is dropped, or keeps its old one."""
 
     def tokens(self, rows: float, prompt: float, system: float) -> tuple[float, float]:
         return rows * (2 * prompt + system), rows * prompt

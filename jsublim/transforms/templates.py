@@ -29,6 +29,7 @@ class Redraw(Change):
     of_numbers: ClassVar[bool] = True
 
     parts: Annotated[list[Part], Field(min_length=1), Distinct, RESULT]
+    """Which sentences of the request are drawn anew."""
 
     def apply(self, rows: list[Row], making: Making) -> Changed:
         return redraw(rows, making.pack, self.parts, asked=making.requests(), seed=making.seed), {}
