@@ -94,7 +94,7 @@ class Setup:
         """
         pack, students = load_pack(experiment.prompts), tuple(plan_students(experiment))
         checkpoints: dict[str, Checkpoint] = {}
-        for name in _models(experiment, students):
+        for name in models_of(experiment, students):
             if shape is None or is_available_offline(name):
                 checkpoints[name] = Checkpoint.here(name, experiment.dtype, experiment.chat_template)
             else:
@@ -227,7 +227,7 @@ class Setup:
         return named | {name: what for name, what in starts.items() if name is not None}
 
 
-def _models(experiment: Experiment, students: tuple[Student, ...]) -> list[str]:
+def models_of(experiment: Experiment, students: tuple[Student, ...]) -> list[str]:
     """Checkpoints: the experiment's, what students stand on, and who writes rows to mix in."""
     used = {student.settings.data.dataset for student in students} - {None}
     changes = [change for name, each in experiment.datasets.items() if name in used for change in each.changes.values()]
