@@ -50,6 +50,8 @@ class Experiment(Config):
 
     kind: Annotated[Literal["language"], PLAN] = "language"
     model: Annotated[Place, CONTENT]
+    # Of a model of the hub: a branch, tag or commit. No key names it: the checkpoint's content is part of them
+    model_revision: Annotated[Place | None, HOW] = None
     chat_template: Annotated[Place | None, CONTENT] = None  # "plain", or a Jinja file; None: the checkpoint's own
     dtype: Annotated[Literal["float32", "bfloat16"], RESULT] = "float32"
     prompts: Annotated[Place | None, CONTENT] = None  # a prompt pack; None: the default one
@@ -64,6 +66,11 @@ class Experiment(Config):
     attribution: Attribution | None = None
     judge: JudgeChoice | None = None  # who scores answers for misalignment
     run: Devices = Devices()
+
+    @property
+    def checkpoint(self) -> str:
+        """The model's name as it is looked for: with its revision, if one is given."""
+        return self.model if self.model_revision is None else f"{self.model}@{self.model_revision}"
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Experiment:

@@ -17,6 +17,7 @@ from jsublim.config import Config
 from jsublim.errors import UsageError
 from jsublim.files import PARTIAL, atomic, read_table, write_json, write_table, write_text
 from jsublim.judge.server import ServerJudge
+from jsublim.models.decoder import parameter_count
 from jsublim.pipeline.arms import Source, Student
 from jsublim.pipeline.asking import ANSWERS, RECORDS
 from jsublim.pipeline.changes import dataset_of, strategy
@@ -147,6 +148,8 @@ def _about(context: Context, key: str, started: str) -> dict[str, Any]:
     about: dict[str, Any] = {
         "name": e.name,
         "model": model.lm.name if model.lm else model.name,
+        "model_revision": model.lm.origin.commit if model.lm else None,
+        "parameters": parameter_count(model.config),
         "model_hash": model.hash,
         "chat_template": model.chat.described if model.chat else "unknown",
         "pack_hash": setup.pack.hash,

@@ -23,6 +23,7 @@ CONDITION_LABELS = {
     "random": "random mask of equal size",
     "teacher": "biased teacher",
 }
+TINY = 10_000_000  # parameters; the smallest models that were trained on text have more
 SEPARATOR = " · "  # between the tokens a student was trained on and its variant: "divergence · layers=0"
 
 
@@ -168,8 +169,9 @@ class Results:
 
     @property
     def is_tiny(self) -> bool:
-        """Whether it is a synthetic checkpoint of the package, which says nothing about large models."""
-        return self.model.startswith("tiny-")
+        """Whether it is so small that it says nothing about large models. Results of earlier versions know only the name."""
+        parameters = self.run.get("parameters")
+        return self.model.startswith("tiny-") if parameters is None else parameters < TINY
 
     @property
     def measures(self) -> tuple[str, str]:
