@@ -17,8 +17,10 @@ from jsublim.cli import (  # noqa: F401 (they register their commands)
     listing,
     project,
     reproduce,
+    showing,
     stages,
     steer,
+    validating,
 )
 from jsublim.cli.app import app
 from jsublim.errors import JsublimError, one_line

@@ -17,6 +17,7 @@ from jsublim.errors import UsageError, one_line
 
 FORMATS = ("table", "csv", "json", "md", "latex")
 _LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {c: f"\\{c}" for c in "&%$#_{}"}
+NAME_WIDTH = 40  # up to here what a row is named by is kept on one line
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -41,10 +42,12 @@ def print_rows(rows: Rows, columns: Sequence[str], how: str, console: Console, t
 def table(rows: Rows, columns: Sequence[str], title: str = "") -> Table:
     """Rows for people; numbers to the right."""
     shown = Table(title=Text(one_line(title), "table.title") if title else None, title_justify="left")
-    for name in columns:
+    for place, name in enumerate(columns):
+        longest = max((len(rounded(row[name])) for row in rows), default=0)
         numbers = [row[name] for row in rows if row[name] is not None]
         right = bool(numbers) and all(isinstance(value, int | float) for value in numbers)
-        shown.add_column(name, justify="right" if right else "left", overflow="fold")
+        whole = right or (place == 0 and longest <= NAME_WIDTH)
+        shown.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=whole)
     for row in rows:
         shown.add_row(*(Text(one_line(rounded(row[name]))) for name in columns))
     return shown
