@@ -17,6 +17,7 @@ from jsublim.cli import (  # noqa: F401 (they register their commands)
     listing,
     project,
     reproduce,
+    rescoring,
     showing,
     stages,
     steer,

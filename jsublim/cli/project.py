@@ -58,14 +58,17 @@ def say_result(report: Path, as_json: bool) -> None:
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
-    """Write a run's report again from its results."""
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    full: Annotated[bool, typer.Option("--full", help="Print everything, trait by trait.")] = False,
+) -> None:
+    """Write a run's report again from its results, and print its verdicts."""
     from jsublim import digits, report
     from jsublim.report.tables import run_kind
 
     room = digits if run_kind(run_dir) == "digits" else report
     path = room.write_report(run_dir)
-    room.print_summary(run_dir, console)
+    room.print_summary(run_dir, console, full)
     print(path)
 
 

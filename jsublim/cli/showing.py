@@ -89,10 +89,11 @@ def results(
     from jsublim.report.querying import results_table, rows_of
 
     check_format(how)
-    rows = rows_of(results_table(runs, where=where, questions=questions))
+    table = results_table(runs, where=where, questions=questions)
+    rows = rows_of(table)
     if not rows and how == "table":
         raise UsageError("--where: no row is like that; leave it out to see all of them")
-    columns = list(rows[0]) if rows else []
+    columns = list(rows[0]) if rows else list(table.column_names)
     if how == "table":  # what is the same in every row is said once, above; who "arm" is, the other columns say
         same = [name for name in columns if len(rows) > 1 and len({row[name] for row in rows}) == 1]
         output.print(", ".join(f"{name}: {rows[0][name]}" for name in same))

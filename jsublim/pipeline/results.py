@@ -23,7 +23,6 @@ from jsublim.pipeline.asking import ANSWERS, RECORDS
 from jsublim.pipeline.changes import dataset_of, strategy
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.divergence import merged
-from jsublim.pipeline.evaluations import PLAIN
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.rows import RowSet, Writer
 from jsublim.pipeline.setup import Setup
@@ -71,15 +70,15 @@ def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
     for labels, output in graph.evaluations:
         folder = store.path(output)
         rows += [labels | record for record in read_table(folder / "records.parquet")]
-        if labels["evaluation"] == PLAIN:
-            answers += [{"arm": labels["arm"]} | row for row in read_table(folder / "answers.parquet")]
+        who = {"arm": labels["arm"], "evaluation": labels["evaluation"]}
+        answers += [who | row for row in read_table(folder / "answers.parquet")]
     lost = {student.name: diverged(store, output) for student, output in graph.students.items()}
     sound = [student for student in graph.students if lost[student.name] is None]
     for student, output in graph.students.items():
         metrics = read_rows(store.path(output) / "metrics.jsonl", ("step",))
         training += [{"arm": student.name} | line for line in metrics]
     write_table(results / "results.parquet", rows, RESULTS)
-    write_table(results / "answers.parquet", answers, pa.schema([("arm", pa.string()), *ANSWERS]))
+    write_table(results / "answers.parquet", answers, pa.schema([("arm", pa.string()), ("evaluation", pa.string()), *ANSWERS]))
     write_table(results / "training.parquet", training, TRAINING)
     write_json(results / "arms.json", [_student(setup, student) for student in sound])
     write_json(results / "diverged.json", {name: what for name, what in lost.items() if what is not None})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jsublim.report.looks import look_at
 from jsublim.report.statistics import Interval
@@ -29,10 +29,18 @@ class Compared:
 
 def compare(a: Results, b: Results, metrics: tuple[str, ...] = RATES) -> list[Compared]:
     """Trait by trait, condition by condition; what only one of them has comes with it."""
+    a, b = _apart(a, "a"), _apart(b, "b")
     traits = list(dict.fromkeys((*a.traits, *b.traits)))
     conditions = list(dict.fromkeys((*a.conditions, *b.conditions)))
     found = (_compared(a, b, m, c, t) for t in traits for c in conditions for m in metrics)
     return [row for row in found if row is not None]
+
+
+def _apart(results: Results, which: str) -> Results:
+    """A student whose artifact is not known is the run's own, whatever it is called: equal names say nothing across runs."""
+    known = {arm.artifact for arm in results.arms.values() if arm.artifact}
+    own = [score if score.model in known else replace(score, model=f"{which}:{score.model}") for score in results.scores]
+    return replace(results, scores=tuple(own))
 
 
 def _compared(a: Results, b: Results, metric: str, condition: str, trait: str) -> Compared | None:

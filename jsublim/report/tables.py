@@ -158,6 +158,9 @@ class Results:
     def students(self) -> int:
         return len({s.arm for s in self.scores if s.role == "student"})
 
+    def students_of(self, condition: str) -> int:
+        return len({s.arm for s in self.scores if s.role == "student" and s.condition == condition})
+
     @property
     def draws_data(self) -> bool:
         """Whether every seed's students learn from a draw of rows of their own."""
@@ -270,8 +273,9 @@ def _curves(path: Path) -> tuple[Curve, ...]:
 def _answers(path: Path) -> tuple[Answer, ...]:
     if (table := _if_there(path)) is None:
         return ()
-    sql = """
-        select arm, question, question_text, answer, count from found
+    plain = "where coalesce(evaluation, '') = ''" if "evaluation" in table.column_names else ""
+    sql = f"""
+        select arm, question, question_text, answer, count from found {plain}
         order by arm, question, count desc, answer
         """
     return tuple(Answer(*row) for row in query(path, table, sql))
