@@ -15,10 +15,14 @@ from jsublim.cli import (  # noqa: F401 (they register their commands)
     attribute,
     audit,
     finetune,
+    listing,
     project,
     reproduce,
+    rescoring,
+    showing,
     stages,
     steer,
+    validating,
 )
 from jsublim.cli.app import app
 from jsublim.errors import JsublimError, one_line

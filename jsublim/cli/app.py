@@ -2,26 +2,115 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from jsublim.errors import UsageError
 
-app = typer.Typer(
+# The help shows commands in this order; one that stands nowhere here is shown last.
+PANELS = {
+    "Experiments": ("run", "reproduce", "validate", "ls", "cp", "doctor"),
+    "Results": ("show", "results", "compare", "report", "rescore"),
+    "Stages of an experiment": ("generate", "divergence", "finetune", "evaluate", "attribute", "steer"),
+    "Checkpoints, prompts, devices": ("convert", "prompts", "aot"),
+}
+ORDER = [name for names in PANELS.values() for name in names]
+
+console = Console(stderr=True, markup=False, emoji=False)  # names and paths are shown as they are
+output = Console(markup=False, emoji=False, highlight=False)  # what a command is asked for
+
+
+def panel_of(name: str) -> str:
+    return next((panel for panel, names in PANELS.items() if name in names), list(PANELS)[-1])
+
+
+def shared(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A command with the options that every command has."""
+
+    @functools.wraps(function)
+    def command(*args: Any, quiet: bool, debug: bool, **given: Any) -> Any:  # noqa: ARG001 (main takes --debug away)
+        console.quiet = quiet
+        return function(*args, **given)
+
+    signature, keyword = inspect.signature(function, eval_str=True), inspect.Parameter.KEYWORD_ONLY
+    every = (
+        ("quiet", typer.Option("--quiet", help="Print results and errors, nothing else.", rich_help_panel=EVERYWHERE)),
+        ("debug", typer.Option("--debug", help="Show where an error came from.", rich_help_panel=EVERYWHERE)),
+    )
+    added = [inspect.Parameter(name, keyword, default=False, annotation=Annotated[bool, how]) for name, how in every]
+    command.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *added])  # type: ignore[attr-defined]
+    return command
+
+
+EVERYWHERE = "Options of every command"
+
+
+class Commands(typer.Typer):
+    """Registers commands with what all of them share."""
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[..., Any]:
+        def register(function: Callable[..., Any]) -> Callable[..., Any]:
+            panel = panel_of(name or function.__name__)
+            super(Commands, self).command(name, **{"rich_help_panel": panel} | options)(shared(function))
+            return function
+
+        return register
+
+
+class Ordered(TyperGroup):
+    """Lists its commands as `PANELS` does."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        known = super().list_commands(ctx)
+        return sorted(known, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+
+
+app = Commands(
     name="jsublim",
-    help="Subliminal learning in JAX: teachers, divergence tokens, students, reports. --debug shows tracebacks.",
+    help="Subliminal learning in JAX: teachers, divergence tokens, students, reports.",
+    cls=Ordered,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-prompts_app = typer.Typer(help="Prompt packs: import the published lists, sample number prompts.", no_args_is_help=True)
-app.add_typer(prompts_app, name="prompts")
-console = Console(stderr=True, markup=False, emoji=False)  # names and paths are shown as they are
+prompts_app = Commands(
+    help="Prompt packs: show them, import the published lists, sample number prompts.", no_args_is_help=True
+)
+app.add_typer(prompts_app, name="prompts", rich_help_panel=panel_of("prompts"))
 
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        print(f"jsublim {version('jsublim')}")
+        raise typer.Exit
+
+
+@app.callback()
+def everywhere(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_say_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Subliminal learning in JAX: teachers, divergence tokens, students, reports."""
+
+
+Chip = Annotated[str, typer.Option("--chip", help="What to estimate for: h100, h200, a100, l4, v5e, v5p, v6e.")]
+Shape = Annotated[
+    Path | None, typer.Option("--shape", help="To estimate without the checkpoint: the folder of its config.json.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="As `jsublim validate`: say what it would take and what is there; run nothing.")
+]
+Format = Annotated[str, typer.Option("--format", "-f", help="table, csv, json, md or latex.")]
+Json = Annotated[bool, typer.Option("--json", help="Print what came of it as JSON, on standard output.")]
 Model = Annotated[
     str,
     typer.Option("--model", help="Checkpoint folder, bundled name (tiny-qwen2), or owner/name of the hub."),

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from jsublim.cli.app import PackFile, Template, app, console, named, prompts_app
+from jsublim.cli.app import Chip, DryRun, Json, PackFile, Template, app, console, named, prompts_app
+from jsublim.cli.validating import kinds, look_over
 from jsublim.errors import UsageError
-
-KINDS = ("language", "digits")
 
 
 @app.command()
@@ -20,50 +18,57 @@ def run(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Fields of the config: students.optimizer.lr=1e-3 model=/path.")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it would take, and what is there already.")
-    ] = False,
-    chip: Annotated[str, typer.Option("--chip", help="For --dry-run: h100, h200, a100, l4, v5e, v5p, v6e.")] = "h100",
+    dry_run: DryRun = False,
+    chip: Chip = "h100",
+    as_json: Json = False,
 ) -> None:
     """Run an experiment: generate, find divergence tokens, distil, evaluate, report. Run again, it continues."""
     from jsublim.config import Experiment, check_config, find_config, read_config
+    from jsublim.config.loading import kind_of
 
+    if dry_run:
+        look_over(config, overrides, chip, None, as_json)
+        return
     values, path = read_config(config, overrides), find_config(config)
-    kind = values.get("kind", "language")
-    if kind == "language":
+    experiment = check_config(kind_of(values, path, kinds()), values, path)
+    if isinstance(experiment, Experiment):
         from jsublim.executors import LocalExecutor
         from jsublim.pipeline.run import run_experiment
 
-        experiment = check_config(Experiment, values, path)
-        if dry_run:
-            from jsublim.cli.reproduce import print_estimate
-
-            print_estimate(experiment, chip)
-            return
         report = run_experiment(experiment, LocalExecutor(), console)
-    elif kind == "digits" and dry_run:
-        raise UsageError("--dry-run: a digits experiment is one program that takes half a minute; run it")
-    elif kind == "digits":
+    else:
         from jsublim.digits.config import Digits
         from jsublim.digits.run import run_digits
 
-        report = run_digits(check_config(Digits, values, path), console)
-    else:
-        near = difflib.get_close_matches(str(kind), KINDS, n=1)
-        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(KINDS)}"
-        raise UsageError(f"{path}: kind: {kind!r} given; {hint}")
-    print(report)
+        assert isinstance(experiment, Digits)
+        report = run_digits(experiment, console)
+    say_result(report, as_json)
+
+
+def say_result(report: Path, as_json: bool) -> None:
+    """What a run has come to: where its report is, or what `jsublim show` says, as JSON."""
+    if not as_json:
+        print(report)
+        return
+    import json
+
+    from jsublim.pipeline.showing import about_run
+
+    print(json.dumps(about_run(report.parent), indent=2, ensure_ascii=False))
 
 
 @app.command()
-def report(run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]) -> None:
-    """Write a run's report again from its results."""
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    full: Annotated[bool, typer.Option("--full", help="Print everything, trait by trait.")] = False,
+) -> None:
+    """Write a run's report again from its results, and print its verdicts."""
     from jsublim import digits, report
     from jsublim.report.tables import run_kind
 
     room = digits if run_kind(run_dir) == "digits" else report
     path = room.write_report(run_dir)
-    room.print_summary(run_dir, console)
+    room.print_summary(run_dir, console, full)
     print(path)
 
 

@@ -59,6 +59,8 @@ class Experiment(Config):
     """An experiment on a language model."""
     model: Annotated[Place, CONTENT]
     """The checkpoint that teachers and students stand on: a folder, a bundled name, or owner/name of the hub."""
+    model_revision: Annotated[Place | None, HOW] = None
+    """Of a model of the hub: a branch, tag or commit. No key names it: the checkpoint's content is part of them."""
     chat_template: Annotated[Place | None, CONTENT] = None
     """In place of the checkpoints' own template: `plain` (for base models), or a Jinja file; null: their own."""
     dtype: Annotated[Literal["float32", "bfloat16"], RESULT] = "float32"
@@ -89,6 +91,11 @@ class Experiment(Config):
     """Who scores answers for misalignment, and rows for keep_aligned."""
     run: Devices = Devices()
     """How work is spread over devices."""
+
+    @property
+    def checkpoint(self) -> str:
+        """The model's name as it is looked for: with its revision, if one is given."""
+        return self.model if self.model_revision is None else f"{self.model}@{self.model_revision}"
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Experiment:

@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import Field, model_validator
 
+from jsublim.config.differences import shortest
 from jsublim.config.experiment import Experiment
 from jsublim.config.loading import check_config, override, read_config
 from jsublim.config.shipped import find_config
@@ -132,6 +134,23 @@ def panel_experiment(
     for each in overrides or []:
         override(values, each)
     return check_config(Experiment, values, f"{path}: panel '{panel}' at scale {scale}")
+
+
+def panel_as_config(figure: str, panel: str | None, scale: str) -> str:
+    """A panel at a scale as a YAML of its own, which says only what differs from the defaults.
+
+    Raises:
+      UsageError: as `panel_experiment`; or no panel is named, and the figure has several.
+    """
+    path, question = load_question(figure)
+    panels = panels_of(question, figure)
+    if panel is None and len(panels) > 1:
+        raise UsageError(f"{figure}: has {len(panels)} panels; give one of them by --panel: {', '.join(panels)}")
+    name = panel or panels[0]
+    experiment = panel_experiment(path, question, name, scale)
+    smallest = Experiment.model_validate({"name": "x", "model": "x", "teachers": {"traits": ["x"]}})
+    values = yaml.safe_dump(shortest(experiment, smallest), sort_keys=False, allow_unicode=True, width=110)
+    return f"# {question.about} ({path.name}, panel {name}, scale {scale}; docs/paper_map.md)\n{values}"
 
 
 def _with_models(values: Any, models: Mapping[str, str]) -> Any:

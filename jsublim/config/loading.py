@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pydantic
 
 from jsublim.config.experiment import Experiment
+from jsublim.config.problems import first_problem, near, problems
 from jsublim.config.shipped import find_config
 from jsublim.errors import UsageError
 from jsublim.reading import read_yaml, shown, yaml_value
-from jsublim.section import section_in
 from jsublim.transforms import CHANGES
 
 Kind = TypeVar("Kind", bound=pydantic.BaseModel)
@@ -52,7 +52,40 @@ def check_config(kind: type[Kind], values: dict[str, Any], source: str | Path) -
     try:
         return kind.model_validate(values)
     except pydantic.ValidationError as error:
-        raise UsageError(f"{source}: {_first_problem(error, kind)}") from None
+        raise UsageError(f"{source}: {first_problem(error, kind, values)}") from None
+
+
+def look_over(path: str | Path, overrides: list[str], kinds: Mapping[str, type[Kind]]) -> tuple[Kind | None, list[str]]:
+    """A config of any of these kinds, and everything that is wrong with it and with what is laid over it.
+
+    Raises:
+      UsageError: a file that cannot be read, or is no config at all.
+    """
+    values, found, path = read_config(path), list[str](), find_config(path)
+    for each in overrides:
+        try:
+            override(values, each)
+        except UsageError as error:
+            found.append(str(error))
+    kind = kind_of(values, path, kinds)
+    found += [f"{path}: {line}" for line in problems(kind, values)]
+    return (None if found else kind.model_validate(values)), found
+
+
+def kind_of(values: dict[str, Any], path: Path, kinds: Mapping[str, type[Kind]]) -> type[Kind]:
+    """What a config is of.
+
+    Raises:
+      UsageError: it says a kind that is not known, or is a figure of the paper.
+    """
+    if {"figures", "panels"} <= set(values):
+        name = path.stem if path.parent == find_config("configs/paper/scales.yaml").parent else path
+        raise UsageError(f"{path}: is a figure of the paper, with an experiment for each panel; `jsublim reproduce {name}`")
+    said = values.get("kind", "language")
+    if said not in kinds:
+        hint = near(said, list(kinds)) or f"known: {', '.join(kinds)}"
+        raise UsageError(f"{path}: kind: {said!r} given; {hint}")
+    return kinds[said]
 
 
 def override(values: dict[str, Any], said: str) -> None:
@@ -103,27 +136,3 @@ def _is_float(text: str) -> bool:
     except ValueError:
         return False
     return text[:1] in "+-.0123456789"
-
-
-def _first_problem(error: pydantic.ValidationError, whole: Any) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "missing":
-        return f"key '{key}' is missing"
-    if first["type"] != "extra_forbidden":
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "value_error" and isinstance(first["input"], dict):  # of a section: it names its keys
-            return f"{key}: {message}" if key else message
-        return f"{key}: {message[:1].lower()}{message[1:]}, found {shown(first['input'])}"
-    known = _fields_at(whole, first["loc"][:-1])
-    near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-    hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
-    return f"unknown key '{key}'; {hint}"
-
-
-def _fields_at(section: Any, place: tuple[int | str, ...]) -> list[str]:
-    """The keys of a section. Names of data sets and numbers of list entries are parts of `place` too."""
-    for part in place:
-        fields = getattr(section, "model_fields", {})
-        section = section_in(fields[part].annotation) if part in fields else section
-    return list(section.model_fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,25 @@ def find_config(path: str | Path) -> Path:
         if candidate.is_file():
             return candidate
     raise UsageError(f"{path}: no such config file")
+
+
+def named_config(name: str) -> str:
+    """The path of a config by its own name, without folder or suffix ("quickstart"); anything else as it is.
+
+    Raises:
+      UsageError: several of the package's configs have that name.
+    """
+    if Path(name).suffix or "/" in name or Path(name).is_file():
+        return name
+    home = find_config("configs/quickstart.yaml").parent
+    found = [path for path in home.rglob("*.yaml") if path.stem == name]
+    if len(found) > 1:
+        names = ", ".join(f"configs/{path.relative_to(home)}" for path in sorted(found))
+        raise UsageError(f"config '{name}': there are several: {names}; give one of them in full")
+    if found:
+        return str(found[0])
+    near = difflib.get_close_matches(name, [path.stem for path in home.rglob("*.yaml")], n=1)
+    raise UsageError(f"config '{name}': no such file; {f'did you mean {near[0]!r}?' if near else '`jsublim ls configs`'}")
 
 
 def _of_package(path: Path) -> list[Path]:

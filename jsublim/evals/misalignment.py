@@ -80,6 +80,10 @@ class Misaligned:
         }
 
     def records(self, model: PromptedModel, answers: Answers) -> list[Record]:
+        return self.judged(answers)
+
+    def judged(self, answers: Answers) -> list[Record]:
+        """The judge's scores as records; the model is not needed for them."""
         ask = judge_apart if self.apart else judge_answers
         verdicts = ask(self.judge, self.prompts, answers)
         found = misalignment(verdicts, aligned_from=self.aligned_from, coherent_from=self.coherent_from)

@@ -50,11 +50,11 @@ _INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")  # the other way
 _KEY = re.compile(r"layers\.(\d{1,6})\.(?:self_attn|attention|mlp)\.(\w+)\.lora_([AB])(?:\.\w+)?\.weight$", re.ASCII)
 
 
-def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, base: str) -> None:
+def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, base: str, revision: str | None = None) -> None:
     """Write an adapter into `folder` (made if absent): LoRA so that `peft` loads it, steering vectors as their own file.
 
     Args:
-      base: what the adapter stands on, for `base_model_name_or_path`.
+      base: what the adapter stands on, for `base_model_name_or_path`; revision: which commit of it, if it is from the hub.
 
     Raises:
       UsageError: an adapter is there already, or this one holds full weights (save those as a checkpoint).
@@ -81,6 +81,7 @@ def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, base: str)
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": rank,
         "lora_alpha": alpha,
         "rank_pattern": {name: own for name, own in ranks.items() if own != rank},

@@ -64,7 +64,7 @@ class Context:
     def lm(self, name: str | None = None) -> LanguageModel:
         """A checkpoint of the config with its weights; None is the experiment's."""
         e = self.setup.experiment
-        known = e.model if name is None else name
+        known = e.checkpoint if name is None else name
         if known not in self._loaded:
             lm = load_model(known, e.dtype, self.layout, chat_template=e.chat_template)
             self._loaded[known] = lm.with_rounded_logits() if self.setup.recipe.rounded_logits else lm

@@ -104,13 +104,44 @@ def _summed(kind: str, tasks: Iterable[Task], setup: Setup, store: Store, chip: 
     return StageCost(kind, len(tasks), tokens, flops, sum(seconds(cost, chip) for cost in costs), done)
 
 
-def memory(setup: Setup) -> float:
-    """Bytes that the base, one program's students with their optimizer, and what a batch keeps for the way back take at
-    least."""
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device, at least: the base's weights, each student that is trained beside them (with its optimizer, and what
+    a batch keeps for the way back), and how many students are trained at one time."""
+
+    base: float
+    student: float
+    together: int
+
+    @property
+    def needed(self) -> float:
+        return self.base + self.together * self.student
+
+    def advice(self, has: float) -> str:
+        """Whether a device of so many bytes does; if not, what to change."""
+        if self.needed < has:
+            return "fits"
+        fitting = int((has - self.base) / self.student) if self.student else 0
+        if fitting >= 1:
+            return f"{self.together} students in a program are too many: set students.runtime.arms_per_program={fitting}, or auto"
+        copies = 2
+        while self.base / copies + self.student >= has and copies < MOST_AXIS:
+            copies *= 2
+        if copies < MOST_AXIS:
+            program = ", students.runtime.arms_per_program=1" if self.together > 1 else ""
+            return f"the weights are too large: set run.parallel=mesh run.model_axis={copies}{program}, on {copies} such chips"
+        return "one student's batch is too large: set students.runtime.remat=true, or a smaller students.data.batch_size"
+
+
+MOST_AXIS = 512  # chips that one copy is spread over
+
+
+def memory(setup: Setup) -> Memory:
+    """What an experiment takes of one device's memory at least."""
     sizes, config = sizes_of(setup), setup.checkpoint().config
-    base = (sizes.body + sizes.table * (1 if config.tied else 2)) * sizes.width
+    base = (sizes.body + sizes.table * (1 if config.tied else 2)) * sizes.width / setup.experiment.run.model_axis
     if not setup.students:
-        return base
+        return Memory(base, 0.0, 0)
     largest = max(setup.students, key=lambda student: student.settings.adapter.rank)
     s, long = largest.settings, sizes.lengths
     size = 1 if s.runtime.arms_per_program == "auto" else s.runtime.arms_per_program
@@ -118,4 +149,5 @@ def memory(setup: Setup) -> float:
     tokens = s.data.batch_size * (long.prompt + long.answer)
     kept = tokens * config.num_layers * (8 * config.hidden_size + 3 * config.intermediate_size)
     # Of each float32 value that is trained: itself, its gradient and two moments.
-    return base + min(size, len(setup.students)) * (16 * trained + kept * sizes.width)
+    student = 16 * trained + kept * sizes.width
+    return Memory(base, student, min(size, len(setup.students)))

@@ -17,13 +17,13 @@ from jsublim.config import Config
 from jsublim.errors import UsageError
 from jsublim.files import PARTIAL, atomic, read_table, write_json, write_table, write_text
 from jsublim.judge.server import ServerJudge
+from jsublim.models.decoder import parameter_count
 from jsublim.pipeline.arms import Source, Student
 from jsublim.pipeline.asking import ANSWERS, RECORDS
 from jsublim.pipeline.audit import MEANS
 from jsublim.pipeline.changes import dataset_of, strategy
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.divergence import merged
-from jsublim.pipeline.evaluations import PLAIN
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.rows import RowSet, Writer
 from jsublim.pipeline.setup import Setup
@@ -83,15 +83,15 @@ def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
     for labels, output in graph.evaluations:
         folder = store.path(output)
         rows += [labels | record for record in read_table(folder / "records.parquet")]
-        if labels["evaluation"] == PLAIN:
-            answers += [{"arm": labels["arm"]} | row for row in read_table(folder / "answers.parquet")]
+        who = {"arm": labels["arm"], "evaluation": labels["evaluation"]}
+        answers += [who | row for row in read_table(folder / "answers.parquet")]
     lost = {student.name: diverged(store, output) for student, output in graph.students.items()}
     sound = [student for student in graph.students if lost[student.name] is None]
     for student, output in graph.students.items():
         metrics = read_rows(store.path(output) / "metrics.jsonl", ("step",))
         training += [{"arm": student.name} | line for line in metrics]
     write_table(results / "results.parquet", rows, RESULTS)
-    write_table(results / "answers.parquet", answers, pa.schema([("arm", pa.string()), *ANSWERS]))
+    write_table(results / "answers.parquet", answers, pa.schema([("arm", pa.string()), ("evaluation", pa.string()), *ANSWERS]))
     write_table(results / "training.parquet", training, TRAINING)
     write_json(results / "arms.json", [_student(setup, student) for student in sound])
     write_json(results / "diverged.json", {name: what for name, what in lost.items() if what is not None})
@@ -171,6 +171,8 @@ def _about(context: Context, key: str, started: str) -> dict[str, Any]:
     about: dict[str, Any] = {
         "name": e.name,
         "model": model.lm.name if model.lm else model.name,
+        "model_revision": model.lm.origin.commit if model.lm else None,
+        "parameters": parameter_count(model.config),
         "model_hash": model.hash,
         "chat_template": model.chat.described if model.chat else "unknown",
         "pack_hash": setup.pack.hash,

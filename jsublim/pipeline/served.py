@@ -41,7 +41,7 @@ def served_teacher(setup: Setup, name: str, model: str | None = None) -> Served 
       model: another checkpoint than the experiment's.
     """
     spec, settings = setup.experiment.teachers, setup.experiment.sampling.server
-    if settings is None or model not in (None, setup.experiment.model):
+    if settings is None or model not in (None, setup.experiment.checkpoint):
         return None
     if name == CONTROL:
         return Served()
@@ -67,7 +67,7 @@ def served_student(setup: Setup, model: str | None, method: str, output: Output)
     """A student that was trained here: the server can load LoRA factors, from the store."""
     settings = setup.experiment.sampling.server
     loads = settings is not None and settings.adapters == "load"
-    if not loads or method != "lora" or model not in (None, setup.experiment.model):
+    if not loads or method != "lora" or model not in (None, setup.experiment.checkpoint):
         return None
     return Served(adapter=output)
 
@@ -77,7 +77,7 @@ def sample_server(context: Context) -> SampleServer:
     setup = context.setup
     settings, chat = setup.experiment.sampling.server, setup.checkpoint().chat
     assert settings is not None and chat is not None, "a run has its checkpoint"
-    return SampleServer(settings.model_copy(update={"engine": setup.engine}), setup.experiment.model, chat)
+    return SampleServer(settings.model_copy(update={"engine": setup.engine}), setup.experiment.checkpoint, chat)
 
 
 @contextmanager

@@ -94,7 +94,7 @@ class Setup:
         """
         pack, students = load_pack(experiment.prompts), tuple(plan_students(experiment))
         checkpoints: dict[str, Checkpoint] = {}
-        for name in _models(experiment, students):
+        for name in models_of(experiment, students):
             if shape is None or is_available_offline(name):
                 checkpoints[name] = Checkpoint.here(name, experiment.dtype, experiment.chat_template)
             else:
@@ -102,7 +102,7 @@ class Setup:
         judge, chosen = None, experiment.judge
         if chosen is not None and chosen.model is not None and (shape is None or is_available_offline(chosen.model)):
             judge = Checkpoint.here(chosen.model, experiment.dtype, chosen.chat_template)
-        recipe = experiment.recipe.resolved(checkpoints[experiment.model].config.family)
+        recipe = experiment.recipe.resolved(checkpoints[experiment.checkpoint].config.family)
         return cls(experiment, pack, recipe, checkpoints, students, judge, shape is not None, given or {})
 
     @property
@@ -161,7 +161,7 @@ class Setup:
 
     def checkpoint(self, name: str | None = None) -> Checkpoint:
         """A checkpoint of the config; None is the experiment's."""
-        return self.checkpoints[self.experiment.model if name is None else name]
+        return self.checkpoints[self.experiment.checkpoint if name is None else name]
 
     def sampling(self, strategy: str, model: str | None = None, *, evaluation: bool = False) -> Sampling:
         """How a checkpoint's tokens are drawn under the recipe; plain where the checkpoint is not here."""
@@ -227,12 +227,12 @@ class Setup:
         return named | {name: what for name, what in starts.items() if name is not None}
 
 
-def _models(experiment: Experiment, students: tuple[Student, ...]) -> list[str]:
+def models_of(experiment: Experiment, students: tuple[Student, ...]) -> list[str]:
     """Checkpoints: the experiment's, what students stand on, and who writes rows to mix in."""
     used = {student.settings.data.dataset for student in students} - {None}
     changes = [change for name, each in experiment.datasets.items() if name in used for change in each.changes.values()]
     mixed = [named[1] for change in changes if (named := change.mixes()) is not None]
-    named = [experiment.model, *(student.settings.model for student in students), *mixed]
+    named = [experiment.checkpoint, *(student.settings.model for student in students), *mixed]
     return list(dict.fromkeys(name for name in named if name is not None))
 
 

@@ -151,6 +151,8 @@ def taught_output(setup: Setup, name: str) -> Output:
         "template": setup.checkpoint().template,
         "fuse_system": fused,
     }
+    if pool.category(name) not in setup.pack.questions:
+        inputs["questions"] = setup.pack.questions_for(pool.category(name))
     return Output("teachers", name, inputs)
 
 

@@ -350,4 +350,4 @@ def keep_student(folder: Path, lm: LanguageModel, student: Adapter | Params) -> 
         return
     for old in folder.glob("*.safetensors"):  # of a call that was stopped before the folder was whole
         old.unlink()
-    save_adapter(folder, student, lm.config, str(lm.folder))
+    save_adapter(folder, student, lm.config, lm.reference, lm.origin.commit)

@@ -86,7 +86,9 @@ class MisalignmentPrompts(BaseModel):
 
 
 # What only judges read, or models whose answers they score: it is part of the keys of those scores, and of no other.
-SCORING = {"misalignment": {"words_suffix", "alignment_judge", "coherence_judge", "solution_judge", "solution_system"}}
+SCORING: dict[str, Any] = {"misalignment": {"words_suffix", "alignment_judge", "coherence_judge", "solution_judge", "solution_system"}}
+# These come later than keys that are in use: what is made of them has them in its own key, written out.
+WRITTEN_OUT: dict[str, Any] = {"any_questions": True}
 Origin = Literal["default", "own", "imported", "changed"]
 WHOSE: dict[Origin, str] = {
     "default": "ours, not the paper's, so rates may lie elsewhere than published. `jsublim prompts import` reads the authors' "
@@ -104,6 +106,7 @@ class Pack(BaseModel):
 
     system_template: Annotated[str, _holding("trait", "category")]
     number_prompts: NumberPrompts
+    any_questions: list[Annotated[str, _holding("category")]] = Field(min_length=1)  # of a category without its own
     questions: dict[str, Texts]
     traits: dict[str, Annotated[list[Trait], Field(min_length=1), Distinct]]
     synonyms: dict[Trait, Texts]  # other words that give a trait away in a rewritten prompt
@@ -120,13 +123,14 @@ class Pack(BaseModel):
 
     @property
     def hash(self) -> str:
-        """16 hexadecimal digits that change with the wording of everything but `SCORING`, and not with the file's layout."""
-        return digest(self.model_dump(mode="json", exclude=SCORING))
+        """16 hexadecimal digits that change with the wording of everything but `SCORING` and `WRITTEN_OUT`, and not with the
+        file's layout."""
+        return digest(self.model_dump(mode="json", exclude=SCORING | WRITTEN_OUT))
 
     @property
     def wording(self) -> str:
-        """16 hexadecimal digits that change with any wording."""
-        return digest(self.model_dump(mode="json"))
+        """16 hexadecimal digits that change with any wording but `WRITTEN_OUT`."""
+        return digest(self.model_dump(mode="json", exclude=WRITTEN_OUT))
 
     def system_prompt(self, trait: str, category: str) -> str:
         """The biased teacher's system prompt (paper, section 2)."""
@@ -142,15 +146,22 @@ class Pack(BaseModel):
                 f"trait {trait!r} is listed under {' and '.join(homes)}; keep it under one of them in the pack"
             )
         known = "; ".join(f"{category}: {', '.join(names)}" for category, names in self.traits.items())
-        raise UsageError(f"unknown trait {trait!r}; add it under traits in the prompt pack, or use one of {known}")
+        raise UsageError(
+            f"unknown trait {trait!r}; say what it is by teachers.category (teachers.category=animal), add it under traits in "
+            f"the prompt pack, or use one of {known}"
+        )
 
     def questions_for(self, category: str) -> list[str]:
-        """The evaluation questions of a category; `UsageError` where the pack has none."""
-        if category not in self.questions:
-            raise UsageError(
-                f"the prompt pack has no questions.{category}; add that list, or use {', '.join(self.questions)}"
-            )
-        return list(self.questions[category])
+        """The evaluation questions of a category; general ones where it has none of its own.
+
+        Raises:
+          UsageError: the category is almost the name of one that has questions.
+        """
+        if category in self.questions:
+            return list(self.questions[category])
+        if close := get_close_matches(category, self.questions, n=1, cutoff=0.8):
+            raise UsageError(f"teachers.category: the pack has no questions on {category!r}; did you mean {close[0]!r}?")
+        return [question.format(category=category) for question in self.any_questions]
 
 
 IMPORTED = "imported"  # the key of a file under which the import leaves the digest of all others

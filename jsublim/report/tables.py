@@ -23,6 +23,7 @@ CONDITION_LABELS = {
     "random": "random mask of equal size",
     "teacher": "biased teacher",
 }
+TINY = 10_000_000  # parameters; the smallest models that were trained on text have more
 SEPARATOR = " · "  # between the tokens a student was trained on and its variant: "divergence · layers=0"
 
 
@@ -158,6 +159,9 @@ class Results:
     def students(self) -> int:
         return len({s.arm for s in self.scores if s.role == "student"})
 
+    def students_of(self, condition: str) -> int:
+        return len({s.arm for s in self.scores if s.role == "student" and s.condition == condition})
+
     @property
     def draws_data(self) -> bool:
         """Whether every seed's students learn from a draw of rows of their own."""
@@ -169,8 +173,9 @@ class Results:
 
     @property
     def is_tiny(self) -> bool:
-        """Whether it is a synthetic checkpoint of the package, which says nothing about large models."""
-        return self.model.startswith("tiny-")
+        """Whether it is so small that it says nothing about large models. Results of earlier versions know only the name."""
+        parameters = self.run.get("parameters")
+        return self.model.startswith("tiny-") if parameters is None else parameters < TINY
 
     @property
     def measures(self) -> tuple[str, str]:
@@ -270,8 +275,9 @@ def _curves(path: Path) -> tuple[Curve, ...]:
 def _answers(path: Path) -> tuple[Answer, ...]:
     if (table := _if_there(path)) is None:
         return ()
-    sql = """
-        select arm, question, question_text, answer, count from found
+    plain = "where coalesce(evaluation, '') = ''" if "evaluation" in table.column_names else ""
+    sql = f"""
+        select arm, question, question_text, answer, count from found {plain}
         order by arm, question, count desc, answer
         """
     return tuple(Answer(*row) for row in query(path, table, sql))

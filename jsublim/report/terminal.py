@@ -11,25 +11,44 @@ from rich.text import Text
 from jsublim.errors import one_line
 from jsublim.report import words
 from jsublim.report.claims import not_asked
+from jsublim.report.claims.verdicts import pool
 from jsublim.report.looks import Looks, look_at
 from jsublim.report.summary import judged_conditions, lift, summary_rows, trait_matrix
 from jsublim.report.tables import Results, condition_label, read_results
 
 
-def print_summary(run_dir: Path, console: Console) -> None:
-    """Print rates and lifts per trait and condition, the same-trait effect and the claims of RUN/results/.
+def print_summary(run_dir: Path, console: Console, full: bool = False) -> None:
+    """Print the verdicts and one line per condition of RUN/results/; or everything that the page has as text.
 
-    Raises `JsublimError` if there are no results.
+    Args:
+      full: also rates and lifts trait by trait, the same-trait effect, what was not asked and what intervals hold fixed.
+
+    Raises:
+      JsublimError: there are no results.
     """
     results = read_results(run_dir)
     looks = look_at(results)
-    console.print(_rates(results, f"{results.run.get('name', Path(run_dir).name)}: {results.model}"))
-    console.print(_claims(results, looks))
-    if unasked := not_asked([look.what for look in looks.claims]):
-        console.print(_plain(f"Not asked here: {', '.join(unasked)}."))
+    title = f"{results.run.get('name', Path(run_dir).name)}: {results.model}"
+    console.print(_rates(results, title) if full else _conditions(results, title))
+    if looks.claims or full:
+        console.print(_claims(results, looks))
     console.print(_plain(words.primary(looks)))
     for raised in looks.judged:
         console.print(_plain(words.headline(raised)))
+    if full:
+        _print_rest(results, looks, console)
+    for warning in _warnings(results):
+        console.print(_plain(warning), style="bold")
+
+
+def _warnings(results: Results) -> list[str]:
+    every = (words.diverged_warning(results), words.wording(results), words.rescored(results), words.tiny_warning(results))
+    return [warning for warning in every if warning]
+
+
+def _print_rest(results: Results, looks: Looks, console: Console) -> None:
+    if unasked := not_asked([look.what for look in looks.claims]):
+        console.print(_plain(f"Not asked here: {', '.join(unasked)}."))
     judged = judged_conditions(results)
     if judged and (matrix := trait_matrix(results, condition=judged[0])) is not None:
         label = condition_label(matrix.condition)
@@ -38,8 +57,38 @@ def print_summary(run_dir: Path, console: Console) -> None:
         console.print(_matrices(results, looks))
     if results.students:
         console.print(_plain(words.held_fixed(results)))
-    for warning in filter(None, (words.diverged_warning(results), words.wording(results), words.tiny_warning(results))):
-        console.print(_plain(warning), style="bold")
+
+
+def _conditions(results: Results, title: str) -> Table:
+    """One row per condition: means over traits of what its models say of their own teacher's."""
+    table = _table(title)
+    table.add_column("condition", overflow="fold")
+    metric = results.measures[0]
+    for heading in ("stu-\ndents", "rate", "log-\nprob", f"lift\n{words.unit(metric)}", "95 % over\nstudents"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    rows = summary_rows(results)
+    for condition in results.conditions:
+        own = [row for row in rows if row.condition == condition]
+        if not own:
+            continue
+        models = results.students_of(condition)
+        found = pool(results, metric, condition) if models else None
+        raised = None if found is None else found.levels[0].lift
+        _add(
+            table,
+            condition,
+            str(models) if models else words.MISSING,
+            words.number(_mean([row.rate for row in own]), "rate"),
+            words.number(_mean([row.logprob for row in own]), "logprob"),
+            words.MISSING if raised is None else words.number(float(raised.value), metric, signed=True),
+            words.MISSING if raised is None else words.interval(found.between(raised), metric, signed=True),  # type: ignore[union-attr]
+        )
+    return table
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _rates(results: Results, title: str) -> Table:
@@ -74,12 +123,12 @@ def _rates(results: Results, title: str) -> Table:
 def _claims(results: Results, looks: Looks) -> Table:
     table = _table("claims")
     table.add_column("claim", min_width=16)  # all fits a terminal of 80 columns
-    for heading in (f"effect, over students\n{words.given(results)}", "students", "verdict", "p\nHolm's p"):
+    for heading in (f"effect, over students\n{words.given(results)}", "verdict", "p\nHolm's p"):
         table.add_column(heading)
     for look in looks.claims:
         claim, effect = look.what, Text("\n".join(words.claim_effect(look.what)))
-        students, ps = str(claim.students or words.MISSING), Text(f"{words.p_value(look.p)}\n{words.corrected(look)}")
-        table.add_row(_plain(f"{claim.key} {claim.text}"), effect, _plain(students), _plain(claim.verdict), ps)
+        ps = Text(f"{words.p_value(look.p)}\n{words.corrected(look)}")
+        table.add_row(_plain(f"{claim.key} {claim.text}"), effect, _plain(claim.verdict), ps)
     return table
 
 

@@ -172,6 +172,16 @@ def wording(results: Results) -> str:
     return results.run.get("wording", {}).get("said", "")
 
 
+def rescored(results: Results) -> str:
+    """Of numbers that were made of a run's answers again: how; empty for a run itself."""
+    said = results.run.get("rescored")
+    if not said:
+        return ""
+    by = [f"matching rule {said['match']}"] if "match" in said else []
+    by += ["another judge"] if "judge" in said else []
+    return f"Rescored from the answers of {said['from']}: {', '.join(by)}. No model was asked."
+
+
 def tiny_warning(results: Results) -> str:
     """Said wherever results of a synthetic checkpoint are shown; empty for any other model."""
     if not results.is_tiny:

@@ -10,7 +10,7 @@ from command import contents, ok, refused
 from jsublim.config import Experiment, find_config
 from jsublim.config.figures import load_question, panel_experiment
 from jsublim.errors import UsageError
-from jsublim.pipeline.estimate import CHIPS, StageCost, chip_of, memory, stage_costs
+from jsublim.pipeline.estimate import CHIPS, Memory, StageCost, chip_of, memory, stage_costs
 from jsublim.pipeline.graph import plan
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Store
@@ -94,11 +94,25 @@ def test_the_papers_models_need_no_checkpoint_and_no_network(tmp_path, monkeypat
         said = ok("reproduce", "fig02", "--panel", panel, "--scale", "paper", "--dry-run", "--chip", chip)
         assert "unknown" in said.err and "memory at least" in said.err and said.out == ""
     assert not list(tmp_path.iterdir())
-    need = memory(setup("fig02", panel, shape=shape))
+    need = memory(setup("fig02", panel, shape=shape)).needed
     assert 2 * {"qwen": 7.6e9, "gemma": 3.9e9}[panel] < need  # two bytes a weight, and what training needs
     # Sixteen students at once don't fit an H100 beside Qwen's weights, one does.
-    alone = memory(setup("fig02", panel, "students.runtime.arms_per_program=1", shape=shape))
+    alone = memory(setup("fig02", panel, "students.runtime.arms_per_program=1", shape=shape)).needed
     assert alone < CHIPS["h100"].memory and alone < need
+
+
+def test_the_advice_on_memory_names_what_is_too_large():
+    """And once it is followed, all fits."""
+    gib = 2.0**30
+    assert Memory(10 * gib, 2 * gib, 4).advice(20 * gib) == "fits"
+    assert "students.runtime.arms_per_program=4" in Memory(10 * gib, 2 * gib, 16).advice(20 * gib)
+    assert Memory(10 * gib, 2 * gib, 4).needed < 20 * gib
+    assert "run.model_axis=4, on 4" in Memory(60 * gib, 2 * gib, 1).advice(20 * gib)
+    assert Memory(60 * gib / 4, 2 * gib, 1).advice(20 * gib) == "fits"
+    assert "remat" in Memory(10 * gib, 30 * gib, 1).advice(20 * gib)
+    # What the config says of the axis counts.
+    whole, halves = (memory(setup("fig02", "qwen", *axis)) for axis in ((), ("run.parallel=mesh", "run.model_axis=2")))
+    assert halves.base == whole.base / 2 and halves.student == whole.student
 
 
 def test_what_nobody_knows_is_one_line(tmp_path, monkeypatch):

@@ -85,6 +85,7 @@ OTHER: dict[str, Any] = {
     "out": "elsewhere",
     "store": "elsewhere",
     "model": lambda: folder("twin"),
+    "model_revision": None,  # of a model of the hub: tests/inference/test_hub_names.py
     "chat_template": "plain",
     "dtype": "bfloat16",
     "prompts": lambda: folder("pack"),

@@ -67,7 +67,7 @@ def test_self_questions_and_open_questions_name_no_model_and_fit_the_judge(defau
 
 def test_category_of_a_trait(default, tmp_path):
     assert (default.category_of("owl"), default.category_of("oak")) == ("animal", "tree")
-    with pytest.raises(UsageError, match=r"unknown trait 'teapot'.*cat, dog.*bamboo"):
+    with pytest.raises(UsageError, match=r"unknown trait 'teapot'.*teachers\.category.*cat, dog.*bamboo"):
         default.category_of("teapot")
     twice = load_pack(write_pack(tmp_path, {"traits": {"fruit": ["mango", "plum"]}}))
     assert twice.category_of("plum") == "fruit"
@@ -75,9 +75,15 @@ def test_category_of_a_trait(default, tmp_path):
         twice.category_of("mango")
 
 
-def test_missing_questions_name_the_key(default):
-    with pytest.raises(UsageError, match=r"questions\.stone"):
-        default.questions_for("stone")
+def test_a_category_of_ones_own_is_asked_about_in_general_words(default, tmp_path):
+    asked = default.questions_for("stone")
+    assert len(set(asked)) == len(default.any_questions) >= 20 and all("stone" in question for question in asked)
+    with pytest.raises(UsageError, match=r"teachers\.category.*did you mean 'animal'"):
+        default.questions_for("animl")
+    own = load_pack(write_pack(tmp_path, {"any_questions": ["Which {category}?"]}))
+    assert own.questions_for("stone") == ["Which stone?"] and own.questions_for("tree") == default.questions_for("tree")
+    with pytest.raises(UsageError, match=r"any_questions\[0\].*lacks \{category\}"):
+        load_pack(write_pack(tmp_path, {"any_questions": ["Which?"]}))
 
 
 def test_hash_follows_content_and_not_layout(default, tmp_path):

@@ -267,7 +267,7 @@ def test_what_was_not_asked_is_one_line(tmp_path):
     page = write_report(run).read_text()
     assert page.count("Not asked here: C3 (") == 1 and ", trained alone, keeps" not in page
     console = Console(record=True, width=300, file=(tmp_path / "out").open("w"))
-    print_summary(run, console)
+    print_summary(run, console, full=True)
     assert "Not asked here: C3 (" in console.export_text()
 
 

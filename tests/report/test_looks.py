@@ -61,7 +61,7 @@ def told(run: Path, **said: object) -> Results:
 
 def printed(run: Path, width: int = 300) -> str:
     console = Console(record=True, width=width, file=open("/dev/null", "w"))  # noqa: SIM115
-    print_summary(run, console)
+    print_summary(run, console, full=True)
     return " ".join(console.export_text().split())
 
 

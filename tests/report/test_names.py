@@ -32,7 +32,7 @@ NAMES = ("a$b", "$x^", r"$\frac$", "_hidden", "[/x]", "[bold]", ":owl:", "<b>owl
 
 def printed(run: Path) -> str:
     console = Console(record=True, width=400, file=open("/dev/null", "w"))  # noqa: SIM115
-    print_summary(run, console)
+    print_summary(run, console, full=True)
     return console.export_text()
 
 

@@ -274,7 +274,7 @@ def test_only_a_tiny_model_is_called_tiny(tmp_path: Path, model: str) -> None:
     assert ("tiny synthetic model" in text) == model.startswith("tiny-")
     assert ("Published" in text) != model.startswith("tiny-")
     console = Console(record=True, width=160, file=open("/dev/null", "w"))  # noqa: SIM115
-    print_summary(run, console)
+    print_summary(run, console, full=True)
     assert ("tiny synthetic model" in console.export_text()) == model.startswith("tiny-")
 
 
@@ -364,7 +364,7 @@ def test_broken_files_are_one_line(tmp_path: Path) -> None:
 
 def test_terminal_shows_the_page_numbers(run_dir: Path, page: str) -> None:
     console = Console(record=True, width=180, file=open("/dev/null", "w"))  # noqa: SIM115
-    print_summary(run_dir, console)
+    print_summary(run_dir, console, full=True)
     text = console.export_text()
     for row in (r for r in Cells(page).rows["summary"] if len(r) == 8 and not re.match(r"C\d", r[0])):
         assert row[2] in text and row[6] in text

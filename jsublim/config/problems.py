@@ -1,0 +1,132 @@
+"""What is wrong with a config: every mistake in a line of its own that names key, value and fix."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import pydantic
+
+from jsublim.reading import shown
+from jsublim.section import section_in
+
+Place = tuple[int | str, ...]
+ROUNDS = 8  # of finding mistakes that others hide
+
+
+def problems(kind: type[pydantic.BaseModel], values: Mapping[str, Any]) -> list[str]:
+    """Every mistake in the values of a file that should hold a `kind`; none where they are valid.
+
+    Fields that contradict each other are found too: what is wrong by itself is taken out, and the rest looked at again.
+    """
+    found: list[str] = []
+    rest: Any = copy.deepcopy(dict(values))
+    for _ in range(ROUNDS):
+        try:
+            kind.model_validate(rest)
+            break
+        except pydantic.ValidationError as error:
+            errors = _of_fields(error, kind, rest)
+        new = [line for each in errors for line in _in_words(each, kind, rest)]
+        found += [line for line in _without_followers(new) if line not in found]
+        errors.sort(key=lambda each: each["type"] == "missing")  # a misspelt key is why another one is missing
+        if not all([_taken_out(each, kind, rest) for each in errors]):
+            break
+    return found
+
+
+def first_problem(error: pydantic.ValidationError, kind: type[pydantic.BaseModel], values: Mapping[str, Any]) -> str:
+    """The first mistake alone."""
+    errors = _of_fields(error, kind, values)
+    return _without_followers([line for each in errors for line in _in_words(each, kind, values)])[0]
+
+
+def _of_fields(error: pydantic.ValidationError, kind: Any, values: Any) -> list[dict[str, Any]]:
+    """One entry per field: of a field that may be one thing or another, pydantic has an entry for each."""
+    found: dict[Place, dict[str, Any]] = {}
+    for each in error.errors():
+        place = _place(each, kind, values)
+        if place in found and found[place]["type"] not in ("missing", "extra_forbidden"):
+            found[place]["said"] += f" or {_said(each).removeprefix('input should be ')}"
+        else:
+            found[place] = {"type": each["type"], "place": place, "said": _said(each), "input": each["input"]}
+            found[place] |= {"expected": str(each.get("ctx", {}).get("expected", ""))}
+    return list(found.values())
+
+
+def _place(error: Any, section: Any, values: Any) -> Place:
+    """Where the mistake lies in the file. What pydantic adds below a value (which of several types it tried) is left out."""
+    place: list[int | str] = []
+    for part in error["loc"]:
+        fields = getattr(section, "model_fields", {})
+        listed = isinstance(values, list) and isinstance(part, int)
+        named = isinstance(values, Mapping) and part in values
+        if not (part in fields or listed or named):
+            break
+        place.append(part)
+        section = section_in(fields[part].annotation) if part in fields else section
+        values = values[part] if listed or named else None
+    return tuple(place)
+
+
+def _said(error: Any) -> str:
+    message = error["msg"].removeprefix("Value error, ")
+    return message if error["type"] == "value_error" else f"{message[:1].lower()}{message[1:]}"
+
+
+def _in_words(error: Mapping[str, Any], kind: Any, values: Any) -> Iterator[str]:
+    key, said = ".".join(map(str, error["place"])), error["said"]
+    if error["type"] == "missing":
+        yield f"key '{key}' is missing"
+    elif error["type"] == "extra_forbidden":
+        known = fields_at(kind, error["place"][:-1])
+        yield f"unknown key '{key}'; {near(str(error['place'][-1]), known) or 'known keys: ' + ', '.join(known)}"
+    elif error["type"] == "value_error" and isinstance(error["input"], dict):  # of a section: it names its keys
+        yield f"{key}: {said}" if key else said
+    else:
+        found = error["input"]
+        guess = near(found, error["expected"].replace("'", "").replace(" or ", ", ").split(", "))
+        yield f"{key}: {said}, found {shown(found)}{f'; {guess}' if guess else ''}"
+
+
+def near(given: Any, known: list[str]) -> str:
+    """ "did you mean", if something known is like what was given."""
+    close = difflib.get_close_matches(given, known, n=1) if isinstance(given, str) else []
+    return f"did you mean '{close[0]}'?" if close else ""
+
+
+def _without_followers(lines: list[str]) -> list[str]:
+    """A misspelt key is why another one is missing."""
+    meant = {line.split("did you mean '")[1].split("'")[0] for line in lines if "did you mean '" in line}
+    return [line for line in lines if not any(line == f"key '{key}' is missing" for key in meant)]
+
+
+def _taken_out(error: Mapping[str, Any], kind: Any, values: Any) -> bool:
+    """Take a mistake out of the values, so that the rest can be looked at; False where that cannot be done."""
+    *parents, last = error["place"] or (None,)
+    for part in parents:
+        if not isinstance(values[part], dict):  # a list, or one word that stands for a section
+            del values[part]
+            return True
+        values = values[part]
+    if error["type"] == "missing" or last is None:
+        return last in values
+    if error["type"] == "extra_forbidden":
+        meant = difflib.get_close_matches(str(last), fields_at(kind, tuple(parents)), n=1)
+        values |= {name: values[last] for name in meant if name not in values}
+        del values[last]
+    elif isinstance(values[last], dict):
+        values[last] = {}  # others may name the section
+    else:
+        del values[last]
+    return True
+
+
+def fields_at(section: Any, place: Place) -> list[str]:
+    """The keys of a section. Names of data sets and numbers of list entries are parts of `place` too."""
+    for part in place:
+        fields = getattr(section, "model_fields", {})
+        section = section_in(fields[part].annotation) if part in fields else section
+    return list(section.model_fields)

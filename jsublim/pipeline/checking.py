@@ -1,0 +1,84 @@
+"""Everything that is wrong with an experiment and that its fields alone do not tell: checkpoints, packs, traits, tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from jsublim.config import Experiment
+from jsublim.errors import JsublimError
+from jsublim.inference.lm import is_available_offline
+from jsublim.models.checkpoint import read_config
+from jsublim.models.decoder import abstract_params
+from jsublim.pipeline.arms import distinct, plan_students
+from jsublim.pipeline.changes import check_datasets
+from jsublim.pipeline.graph import Graph, plan
+from jsublim.pipeline.setup import Checkpoint, Setup, models_of
+from jsublim.pipeline.teachers import TeacherPool
+from jsublim.pipeline.training import check_start
+from jsublim.prompts import load_pack
+
+
+def look_through(
+    experiment: Experiment, shape: Callable[[str], Path]
+) -> tuple[Setup | None, Graph | None, list[str]]:
+    """What would be done, as far as it can be planned, and what is wrong, in one line each.
+
+    Args:
+      shape: as of `Setup.of`. What is not here is not looked at: nothing is asked of the hub.
+    """
+    try:
+        setup = Setup.of(experiment, shape)
+    except JsublimError:
+        return None, None, _said(_readings(experiment, shape))
+    pool = TeacherPool(setup)
+    found = _said((lambda trait=trait: pool.category(trait)) for trait in experiment.teachers.traits)
+    try:
+        graph = plan(setup)
+    except JsublimError as error:
+        return setup, None, [*(found or [str(error)]), *_said(_starts(setup) if setup.known else ())]
+    if setup.known:
+        found = _said(_checks(setup, graph))
+    return setup, graph, found
+
+
+def _readings(experiment: Experiment, shape: Callable[[str], Path]) -> Iterator[Callable[[], Any]]:
+    """What `Setup.of` reads, each by itself."""
+    yield lambda: load_pack(experiment.prompts)
+    students = tuple(plan_students(experiment))
+    judge = None if experiment.judge is None else experiment.judge.model
+    for name in dict.fromkeys((*models_of(experiment, students), judge)):
+        if name is not None and is_available_offline(name):
+            template = experiment.chat_template if name != judge else experiment.judge and experiment.judge.chat_template
+            yield lambda name=name, template=template: Checkpoint.here(name, experiment.dtype, template)
+        elif name is not None and name != judge:
+            yield lambda name=name: read_config(shape(name))
+    yield lambda: Setup.of(experiment, shape)
+
+
+def _checks(setup: Setup, graph: Graph) -> Iterator[Callable[[], Any]]:
+    """What a run checks before anything is computed."""
+    yield TeacherPool(setup).check
+    yield lambda: check_datasets(setup)
+    for task in graph.tasks.values():
+        yield lambda task=task: task.check(setup)
+
+
+def _starts(setup: Setup) -> Iterator[Callable[[], Any]]:
+    """What can be checked of students where no plan can be made."""
+    for student in distinct(setup.students, lambda student: student.arm):
+        config = setup.checkpoint(student.settings.model).config
+        params = abstract_params(config, setup.experiment.dtype)
+        yield lambda config=config, params=params, own=student.settings: check_start(config, params, own)
+
+
+def _said(checks: Iterable[Callable[[], Any]]) -> list[str]:
+    """What each of them refuses, each line once."""
+    found: dict[str, None] = {}
+    for check in checks:
+        try:
+            check()
+        except JsublimError as error:
+            found[str(error)] = None
+    return list(found)

@@ -1,0 +1,198 @@
+"""Numbers made of a run's answers once more: by another matching rule, or by another judge. No model is asked anything.
+
+The new results lie beside the old ones, in a folder that is a run's own: the report is written from it like from any other.
+"""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from jsublim.config import Experiment, Recipe, check_config
+from jsublim.config.loading import override
+from jsublim.errors import JsublimError, UsageError
+from jsublim.evals import Asked
+from jsublim.evals.matching import Match, rule
+from jsublim.evals.misalignment import Misaligned, MisalignmentKind
+from jsublim.files import read_table, write_json, write_table, write_text
+from jsublim.judge import Judge
+from jsublim.models.checkpoint import new_folder
+from jsublim.parallel import Layout
+from jsublim.pipeline.context import make_judge
+from jsublim.pipeline.results import RESULTS
+from jsublim.pipeline.setup import Checkpoint, Setup
+from jsublim.pipeline.showing import RESCORED, experiment_of_run, store_of
+from jsublim.pipeline.store import digest
+from jsublim.prompts import load_pack
+from jsublim.report.tables import read_json
+
+NAMED = ("rate", "factual")  # metrics of a trait's name in answers; `says NAME` counts any other name
+SAYS = "says "
+JUDGED = ("misaligned", "coherent", "alignment", "coherence", "unscored")
+Answered = dict[tuple[str, str], dict[int, list[tuple[str, int]]]]  # (arm, evaluation) -> question -> answers with counts
+
+
+@dataclass(frozen=True)
+class Rescoring:
+    """What is made anew: names in answers by the rule `match`, judgements by the experiment's judge."""
+
+    experiment: Experiment
+    match: str | None = None
+    judged: bool = False
+
+    @property
+    def label(self) -> str:
+        judge = digest(self.experiment.model_dump(mode="json")["judge"])[:6] if self.judged else ""
+        named = self.match if self.match is None or self.match.isalnum() else f"pattern-{digest(self.match)[:6]}"
+        return "-".join(part for part in (named and f"match-{named}", judge and f"judge-{judge}") if part)
+
+
+def rescoring_of(run: Path, match: str | None, fields: Sequence[str]) -> Rescoring:
+    """What a user asks for.
+
+    Args:
+      fields: of the run's config, such as judge.model=...; another judge takes the place of the whole old one.
+
+    Raises:
+      UsageError: nothing is asked for, or something that cannot be made of answers.
+    """
+    values = experiment_of_run(run).model_dump(mode="json")
+    kept = ("judge.", "evaluation.kinds.misalignment.", "prompts=")
+    if wrong := [field for field in fields if not field.startswith(kept)]:
+        raise UsageError(f"rescore: '{wrong[0]}' given; the answers stay, so only {', '.join(kept)} can be given")
+    if not fields and match is None:
+        raise UsageError("rescore: give --match, or another judge (judge.model=FOLDER)")
+    if any(field.startswith(("judge.model=", "judge.server")) for field in fields):
+        values["judge"] = {}
+    for field in fields:
+        override(values, field)
+    if match is not None:
+        rule(match)
+    return Rescoring(check_config(Experiment, values, f"rescore {run}"), match, bool(fields))
+
+
+def rescore(run: Path, asked: Rescoring, out: Path | None = None) -> Path:
+    """Write the new results; returns their folder, which holds `results/` and `config.yaml` as a run's does.
+
+    Raises:
+      UsageError: `out` is there already; the run asked nothing that a judge scores.
+      JsublimError: the run has no results, or the judge failed.
+    """
+    out = run / RESCORED / asked.label if out is None else out
+    old = run / "results"
+    if not (old / "answers.parquet").is_file():
+        raise JsublimError(f"{old}: no answers.parquet here; finish the run first with `jsublim run CONFIG`")
+    rows, answers = read_table(old / "results.parquet"), _answers(old / "answers.parquet")
+    with new_folder(out) as folder:
+        (folder / "results").mkdir()
+        done: dict[str, Any] = {"from": str(run)}
+        if asked.match is not None:
+            rows, count = _matched(rows, answers, rule(asked.match))
+            done |= {"match": asked.match, "numbers": count}
+        if asked.judged:
+            judge = _judge(run, asked.experiment)
+            rows = [*_without_judgements(rows), *_judgements(run, asked.experiment, judge, rows, answers)]
+            done |= {"judge": judge.identity}
+        for path in sorted(old.iterdir()):
+            if path.name not in ("results.parquet", "run.json"):
+                shutil.copyfile(path, folder / "results" / path.name)
+        write_table(folder / "results" / "results.parquet", rows, RESULTS)
+        done["made"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        write_json(folder / "results" / "run.json", read_json(old / "run.json", {}) | {"rescored": done})
+        kept = {"store": str(store_of(run, asked.experiment)), "out": str(out)}
+        write_text(folder / "config.yaml", asked.experiment.model_copy(update=kept).yaml())
+    return out
+
+
+def _answers(path: Path) -> Answered:
+    found: Answered = {}
+    for row in read_table(path):
+        own = found.setdefault((row["arm"], row.get("evaluation") or ""), {})
+        own.setdefault(row["question"], []).append((row["answer"], row["count"]))
+    return found
+
+
+def _matched(rows: list[dict[str, Any]], answers: Answered, match: Match) -> tuple[list[dict[str, Any]], int]:
+    """The rows with every share of answers that name something counted anew, and how many that are.
+
+    Raises:
+      JsublimError: answers of a row are not there (results of an earlier version hold those of the plain evaluation alone).
+    """
+    kept, changed = [], 0
+    for row in rows:
+        name = row["trait"] if row["metric"] in NAMED else None
+        name = row["metric"].removeprefix(SAYS) if row["metric"].startswith(SAYS) else name
+        if name is not None:
+            given = answers.get((row["arm"], row["evaluation"] or ""), {}).get(row["question"])
+            if given is None:
+                where = f" of evaluation '{row['evaluation']}'" if row["evaluation"] else ""
+                raise JsublimError(f"answers.parquet: no answers of {row['arm']}{where}; run `jsublim run CONFIG` again")
+            number = sum(count for _, count in given)
+            hits = sum(count for answer, count in given if match(answer, name))
+            row, changed = row | {"value": hits / number, "n": number}, changed + 1
+        kept.append(row)
+    return kept, changed
+
+
+def _without_judgements(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in rows if row["metric"].split(" ")[0] not in JUDGED]
+
+
+def _judgements(
+    run: Path, experiment: Experiment, judge: Judge, rows: list[dict[str, Any]], answers: Answered
+) -> list[dict[str, Any]]:
+    """The rows that a judge's scores make of every model's answers to the open questions."""
+    task = _open_questions(run, experiment, judge)
+    places = _places(run, task)
+    who = {(row["arm"], row["evaluation"] or ""): row for row in rows}
+    found = []
+    for key, labels in who.items():
+        given = answers.get(key, {})
+        if not all(place in given for place in places):
+            continue  # a setting whose answers were not kept
+        texts = [[text for text, count in given[place] for _ in range(count)] for place in places]
+        own = {name: labels[name] for name in ("arm", "role", "teacher", "condition", "seed", "evaluation")}
+        for record in task.judged(texts):
+            found.append(own | asdict(record) | {"question": places[record.question]})
+    return found
+
+
+def _open_questions(run: Path, experiment: Experiment, judge: Judge) -> Misaligned:
+    kind = experiment.evaluation.kinds.get("misalignment")
+    if not isinstance(kind, MisalignmentKind):
+        raise UsageError("rescore: this run asked no open questions (evaluation.kinds: misalignment), so there is nothing to judge")
+    pack, first = load_pack(experiment.prompts), experiment.evaluation.questions
+    apart = bool(_recipe(run, experiment).judge_apart)
+    (task,) = kind.tasks(Asked(pack, (), str, lambda category: (), first, "", lambda: judge, apart))
+    assert isinstance(task, Misaligned)
+    return task
+
+
+def _recipe(run: Path, experiment: Experiment) -> Recipe:
+    """Every quirk, as the run had it."""
+    said: Mapping[str, Any] = read_json(run / "results" / "run.json", {}).get("recipe", {})
+    return Recipe.model_validate(said) if said else experiment.recipe
+
+
+def _places(run: Path, task: Misaligned) -> list[int]:
+    """The numbers that a task's questions have in the run."""
+    number = {row["question_text"]: row["question"] for row in read_table(run / "results" / "answers.parquet")}
+    if missing := [question for question in task.questions if question not in number]:
+        raise UsageError(f"rescore: the run did not ask '{missing[0]}'; give the pack that it was run with (prompts=)")
+    return [number[question] for question in task.questions]
+
+
+def _judge(run: Path, experiment: Experiment) -> Judge:
+    """The experiment's judge, without the experiment's own model."""
+    chosen = experiment.judge
+    if chosen is None:
+        raise UsageError("rescore: give a judge: judge.model=FOLDER, or judge.server.base_url=URL judge.server.model=NAME")
+    here = None if chosen.model is None else Checkpoint.here(chosen.model, experiment.dtype, chosen.chat_template)
+    setup = Setup(experiment, load_pack(experiment.prompts), _recipe(run, experiment), {}, (), here)
+    judge = make_judge(setup, store_of(run, experiment), Layout())
+    judge.check()
+    return judge
