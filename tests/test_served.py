@@ -21,8 +21,8 @@ from jsublim.client import Retry
 from jsublim.config import Experiment
 from jsublim.errors import JsublimError, UsageError, one_line
 from jsublim.files import read_table
-from jsublim.inference.sampling import Sampling
-from jsublim.inference.served import TOLD, SampleServer, SampleServerSettings, row_seed
+from jsublim.inference.sampling import Sampling, seed_within
+from jsublim.inference.served import TOLD, SampleServer, SampleServerSettings
 from jsublim.models.lora import init_lora, init_steering
 from jsublim.models.peft import load_adapter, save_adapter
 from jsublim.pipeline.context import Context
@@ -114,14 +114,14 @@ def test_every_number_is_sent_and_each_row_has_its_own_seed(served):
     server = sampler(served)
     [once] = server.answers([None], prompts(), how, 8, 5, samples=2)
     bodies = {body["seed"]: body for body in served.seen}
-    assert set(bodies) == {row_seed(5, row) for row in range(8)}
+    assert set(bodies) == {seed_within(5, row) for row in range(8)}
     told = {
         "model": "served", "max_tokens": 8, "temperature": 0.7, "top_k": 11, "top_p": 0.9, "min_p": 0.0,
         "repetition_penalty": 1.1, "presence_penalty": 0.0, "frequency_penalty": 0.0, "n": 1, "stop_token_ids": list(stop),
         "ignore_eos": False, "skip_special_tokens": True, "return_token_ids": True,
     }  # fmt: skip
     for row in range(8):
-        assert bodies[row_seed(5, row)] == told | {"prompt": prompts()[row // 2].tolist(), "seed": row_seed(5, row)}
+        assert bodies[seed_within(5, row)] == told | {"prompt": prompts()[row // 2].tolist(), "seed": seed_within(5, row)}
     some = dict(server.draw(None, prompts(), how, rows=[6, 3], seed=5, samples=2, max_new_tokens=8))
     assert some == {row: once[row] for row in (3, 6)}
     assert any(once[i] != once[i + 1] for i in (0, 2, 4, 6))
@@ -197,7 +197,7 @@ def test_what_was_drawn_before_a_failure_is_given_first(served):
 
 
 def test_seeds_of_rows_are_distinct_and_the_same_everywhere():
-    seeds = {row_seed(seed, row) for seed in range(4) for row in range(500)}
+    seeds = {seed_within(seed, row) for seed in range(4) for row in range(500)}
     assert len(seeds) == 2000 and max(seeds) < 2**31
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jsublim.chat import Chat
@@ -16,6 +17,11 @@ from jsublim.errors import UsageError
 TOP_K_CAP = 128  # a top-k up to this needs no full sort of the vocabulary
 BLOCK = 128  # tokens of the vocabulary whose maximum is looked at first
 HF_DEFAULT_TOP_K = 50  # what transformers samples with where generation_config.json names no top_k
+
+
+def seed_within(seed: int, number: int) -> int:
+    """A seed of 31 bits for one of many (a row of a series, a draw): the same whatever else is asked for, and by whom."""
+    return int(np.random.SeedSequence([seed, number]).generate_state(1)[0]) >> 1
 
 
 @dataclass(frozen=True)

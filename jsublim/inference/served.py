@@ -17,7 +17,7 @@ from jsublim.chat import Chat
 from jsublim.client import Client, Connection, Refused, Retry
 from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.lm import AnswerLog
-from jsublim.inference.sampling import Sampling
+from jsublim.inference.sampling import Sampling, seed_within
 from jsublim.section import HOW, RESULT, Name, Place
 
 TOLD = {"temperature", "top_k", "top_p", "repetition_penalty", "stop"}  # numbers of `Sampling` that a server is told
@@ -155,7 +155,7 @@ class SampleServer:
 
         def ask(row: int, stopped: threading.Event) -> str:
             prompt = row // samples
-            body = told | {"prompt": said[prompt], "seed": row_seed(seed, row)}
+            body = told | {"prompt": said[prompt], "seed": seed_within(seed, row)}
             return self._client.patiently(
                 lambda: self.text_of(self._client.send("POST", url, body), len(tokens[prompt]), sampling), stopped
             )
@@ -292,11 +292,6 @@ class SampleServer:
             return None if kind is None else _read(kind, said)
         except Retry as failure:
             raise self._client.error(str(failure)) from None
-
-
-def row_seed(seed: int, row: int) -> int:
-    """A seed of 31 bits for a row of a series: the same whatever else is asked, and of whom."""
-    return int(np.random.SeedSequence([seed, row]).generate_state(1)[0]) >> 1
 
 
 # --- what servers say; what they say besides is nothing to us

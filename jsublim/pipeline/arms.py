@@ -6,10 +6,9 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
-import numpy as np
-
 from jsublim.config import Dataset, Experiment, Students, variants
 from jsublim.distill.batches import steps_per_epoch
+from jsublim.inference.sampling import seed_within
 from jsublim.section import NEEDS_TRAIT, with_defaults
 from jsublim.teachers import CONTROL
 
@@ -32,7 +31,7 @@ class Source(NamedTuple):
 
 def seed_of(seed: int, draw: int | None) -> int:
     """What a seed of the config (`data.seed`, say) is in a draw: another one, of 31 bits, in each."""
-    return seed if draw is None else int(np.random.SeedSequence([seed, draw]).generate_state(1)[0] >> 1)
+    return seed if draw is None else seed_within(seed, draw)
 
 
 @dataclass(frozen=True)
