@@ -14,6 +14,7 @@ from jsublim.config import Recipe, Students
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.batches import Shape
 from jsublim.distill.data import Example, draw_indices, make_examples
+from jsublim.distill.loggers import NOWHERE, Logs
 from jsublim.distill.losses import Loss
 from jsublim.distill.optimizer import Optimizer
 from jsublim.distill.rollout import student_rollout
@@ -27,6 +28,7 @@ from jsublim.inference.scoring import Targets
 from jsublim.models.checkpoint import write_checkpoint
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
+from jsublim.models.hub import name_of
 from jsublim.models.lora import Adapter, check_layers, init_full, init_lora, init_steering, merge_full
 from jsublim.models.peft import load_adapter, save_adapter
 from jsublim.parallel import Layout, on_main_process
@@ -134,7 +136,7 @@ def settings_of(
     parallel: str,
     model_axis: int,
     tokens: int = 0,
-    tensorboard: Path | None = None,
+    logs: Logs = NOWHERE,
 ) -> Settings:
     """What students of one program share in training; `tokens` as of `caches_below`."""
     runtime = students.runtime
@@ -147,7 +149,7 @@ def settings_of(
         model_axis=model_axis,
         cache_below=caches_below(config, students, tokens),
         peak_tflops=runtime.peak_tflops,
-        tensorboard=tensorboard,
+        logs=logs,
     )
 
 
@@ -350,4 +352,4 @@ def keep_student(folder: Path, lm: LanguageModel, student: Adapter | Params) -> 
         return
     for old in folder.glob("*.safetensors"):  # of a call that was stopped before the folder was whole
         old.unlink()
-    save_adapter(folder, student, lm.config, str(lm.folder))
+    save_adapter(folder, student, lm.config, *name_of(lm.folder))
