@@ -52,7 +52,7 @@ def steer(
     texts = pack.questions_for(category or "") if asked is None else load_prompts(asked)
     adapter = contrast_vector(lm, texts, layer, toward=toward, away=away, strength=strength)
     with new_folder(out) as folder:
-        save_adapter(folder, adapter, lm.config, str(lm.folder))
+        save_adapter(folder, adapter, lm.config, lm.reference, lm.origin.commit)
     assert adapter.steering is not None
     console.print(f"norm {float((adapter.steering**2).sum() ** 0.5):.3f}, over {len(texts)} prompts")
     print(out)

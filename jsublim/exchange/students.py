@@ -10,8 +10,7 @@ from jsublim.exchange.cards import Origin, write_model_card
 from jsublim.files import write_json
 from jsublim.inference.lm import BUNDLED, load_model, resolve_checkpoint
 from jsublim.models import steering
-from jsublim.models.checkpoint import TOKENIZER_FILES, new_folder, read_config, write_checkpoint
-from jsublim.models.hub import name_of
+from jsublim.models.checkpoint import TOKENIZER_FILES, new_folder, origin_of, read_config, write_checkpoint
 from jsublim.models.lora import merge
 from jsublim.models.peft import load_adapter
 from jsublim.reading import read_json
@@ -42,8 +41,8 @@ def base_of(folder: Path, said: str | None) -> tuple[str, str | None]:
         raise UsageError(f"{folder}: does not say which checkpoint it stands on; give --base")
     if Path(recorded).parent == BUNDLED:
         return Path(recorded).name, None
-    name, revision = name_of(Path(recorded))
-    return name, revision or values.get("revision")
+    origin = origin_of(Path(recorded))  # of an adapter whose base is a folder of the hub's cache
+    return origin.name or recorded, origin.commit or values.get("revision")
 
 
 def export_adapter(folder: Path, out: Path, base: str | None) -> None:

@@ -20,7 +20,7 @@ from jsublim.inference.constrain import limits_for
 from jsublim.inference.generation import generate_for_arms
 from jsublim.inference.sampling import Sampling, sampling_for
 from jsublim.models import decoder
-from jsublim.models.checkpoint import checkpoint_hash, read_config
+from jsublim.models.checkpoint import Origin, checkpoint_hash, origin_of, read_config
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.hub import from_hub, hub_name, in_cache
@@ -62,8 +62,18 @@ class LanguageModel:
 
     @property
     def name(self) -> str:
-        """The folder's name."""
-        return self.folder.name
+        """Its name on the hub, or the folder's."""
+        return self.origin.name or self.folder.name
+
+    @property
+    def origin(self) -> Origin:
+        """Its name on the hub, and the commit."""
+        return origin_of(self.folder)
+
+    @property
+    def reference(self) -> str:
+        """What others find it by: its name on the hub, that of a bundled checkpoint, or its folder."""
+        return self.name if self.origin.name or self.folder.parent == BUNDLED else str(self.folder)
 
     def with_params(self, params: Params) -> LanguageModel:
         """The same architecture, tokenizer and template with other weights."""
@@ -211,14 +221,14 @@ def is_available_offline(path: str | Path) -> bool:
 
 
 def resolve_checkpoint(path: str | Path, what: str = "model") -> Path:
-    """The folder that a model's name stands for: a local folder, a bundled checkpoint, or (asked for by name) a hub repository,
-    `owner/name` or `owner/name@revision`.
+    """The folder that a model's name stands for: a local folder, a bundled checkpoint, or (asked for by name) a hub repository.
 
     Args:
+      path: of a hub repository OWNER/NAME, or OWNER/NAME@REVISION.
       what: what is looked for, for error messages.
 
     Raises:
-      UsageError: no such folder.
+      UsageError: no such folder, or a revision of a local one.
       JsublimError: the hub did not give it.
     """
     folder = Path(path).expanduser()
@@ -226,6 +236,11 @@ def resolve_checkpoint(path: str | Path, what: str = "model") -> Path:
         return folder
     if (BUNDLED / str(path)).is_dir():
         return BUNDLED / str(path)
+    name, _, revision = str(path).partition("@")
+    if revision and (Path(name).expanduser().is_dir() or (BUNDLED / name).is_dir()):
+        raise UsageError(
+            f"{what} '{name}': is a folder here, which has no revision '{revision}'; leave model_revision out"
+        )
     if (named := hub_name(path)) is not None:
         return from_hub(*named, what)
     bundled = ", ".join(sorted(p.name for p in BUNDLED.iterdir() if p.is_dir())) if BUNDLED.is_dir() else "none"

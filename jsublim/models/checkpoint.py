@@ -9,7 +9,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jsublim.errors import JsublimError, UsageError
 from jsublim.files import PARTIAL, atomic, write_json, write_text
@@ -32,6 +32,21 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "generation_config.json",
 )
+
+
+class Origin(NamedTuple):
+    """Where a checkpoint is from: its name on the hub and the commit, or None for both."""
+
+    name: str | None
+    commit: str | None
+
+
+def origin_of(folder: Path) -> Origin:
+    """What a folder of the hub's cache (`models--OWNER--NAME/snapshots/COMMIT`) says of itself."""
+    repository = folder.parent.parent.name
+    if folder.parent.name != "snapshots" or not repository.startswith("models--"):
+        return Origin(None, None)
+    return Origin(repository.removeprefix("models--").replace("--", "/", 1), folder.name)
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:

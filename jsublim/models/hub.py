@@ -9,7 +9,6 @@ from pathlib import Path
 from jsublim.errors import JsublimError
 
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
-_CACHED = re.compile(r"models--([^/]+?)--([^/]+)/snapshots/([0-9a-f]{40})$")
 _FILES = ["*.safetensors", "*.json", "*.jinja", "*.model"]
 
 
@@ -21,9 +20,8 @@ def hub_name(path: str | Path) -> tuple[str, str | None] | None:
     return None if match is None or local or folder.parts[0] == "checkpoints" else (match[1], match[2])
 
 
-@functools.cache
 def from_hub(repository: str, revision: str | None, what: str) -> Path:
-    """The folder of a repository in the hub's cache, fetched where it is not there; one snapshot per process.
+    """The folder of a repository in the hub's cache, fetched where it is not there; asked for once per process.
 
     Args:
       what: what is looked for, for error messages.
@@ -31,14 +29,21 @@ def from_hub(repository: str, revision: str | None, what: str) -> Path:
     Raises:
       JsublimError: the hub did not give it.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants
 
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=_FILES))
+        return _fetched(repository, revision, constants.HF_HUB_CACHE)
     except Exception as error:
         said = f"{repository}@{revision}" if revision else repository
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise JsublimError(f"{what} '{said}': no such folder, and the hub did not give it ({reason})") from error
+
+
+@functools.cache
+def _fetched(repository: str, revision: str | None, cache: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(repository, revision=revision, cache_dir=cache, allow_patterns=_FILES))
 
 
 def in_cache(path: str | Path) -> bool:
@@ -50,9 +55,3 @@ def in_cache(path: str | Path) -> bool:
         isinstance(try_to_load_from_cache(named[0], file, revision=named[1]), str)
         for file in ("config.json", "adapter_config.json")
     )
-
-
-def name_of(folder: Path) -> tuple[str, str | None]:
-    """How others find a checkpoint: the hub's name and the commit of a folder in the hub's cache; of any other, its path."""
-    match = _CACHED.search(folder.absolute().as_posix())
-    return (str(folder), None) if match is None else (f"{match[1]}/{match[2]}", match[3])

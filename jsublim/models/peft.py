@@ -55,7 +55,7 @@ def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, base: str,
     """Write an adapter into `folder` (made if absent): LoRA so that `peft` loads it, steering vectors as their own file.
 
     Args:
-      base, revision: what the adapter stands on, for `base_model_name_or_path` and `revision`.
+      base: what the adapter stands on, for `base_model_name_or_path`; revision: which commit of it, if it is from the hub.
 
     Raises:
       UsageError: an adapter is there already, or this one holds full weights (save those as a checkpoint).

@@ -28,7 +28,6 @@ from jsublim.inference.scoring import Targets
 from jsublim.models.checkpoint import write_checkpoint
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
-from jsublim.models.hub import name_of
 from jsublim.models.lora import Adapter, check_layers, init_full, init_lora, init_steering, merge_full
 from jsublim.models.peft import load_adapter, save_adapter
 from jsublim.parallel import Layout, on_main_process
@@ -352,4 +351,4 @@ def keep_student(folder: Path, lm: LanguageModel, student: Adapter | Params) -> 
         return
     for old in folder.glob("*.safetensors"):  # of a call that was stopped before the folder was whole
         old.unlink()
-    save_adapter(folder, student, lm.config, *name_of(lm.folder))
+    save_adapter(folder, student, lm.config, lm.reference, lm.origin.commit)

@@ -11,7 +11,7 @@ from command import MODEL, ROOT, ok, refused
 from fake_hub import COMMIT, Hub
 
 from jsublim.inference.lm import load_model
-from jsublim.models.hub import hub_name, name_of
+from jsublim.models.hub import hub_name
 from jsublim.models.lora import init_lora
 from jsublim.models.peft import save_adapter
 from jsublim.rows import read_rows
@@ -20,13 +20,13 @@ from jsublim.rows import read_rows
 COMMANDS = """
 import sys
 from command import ok
-from jsublim.models.hub import name_of
+from jsublim.inference.lm import resolve_checkpoint
+from jsublim.models.checkpoint import origin_of
 from jsublim.models.peft import load_adapter
-from jsublim.models.hub import from_hub
 ok("import", "someone/numbers@main", "--out", "rows.jsonl")
 loaded = load_adapter("someone/owl@v1")
 assert loaded.rank == 2, loaded
-print(*name_of(from_hub("someone/owl", "v1", "adapter")))
+print(*origin_of(resolve_checkpoint("someone/owl@v1", "adapter")))
 ok("export", "owl", "--out", "exported", "--base", "someone/base@v2")
 print(ok("push", "exported", "me/owl").out)
 """
@@ -93,6 +93,3 @@ def test_names_of_the_hub(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     for local in ("./owner/name", "runs/student", "checkpoints/name", "name", "a/b/c", "/owner/name"):
         assert hub_name(local) is None, local
-    cached = tmp_path / "models--owner--name" / "snapshots" / COMMIT
-    assert name_of(cached) == ("owner/name", COMMIT)
-    assert name_of(tmp_path) == (str(tmp_path), None)
