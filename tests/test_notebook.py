@@ -19,5 +19,5 @@ def test_the_tour_runs(tmp_path, monkeypatch):
                 assert cell["outputs"] == [] and cell["execution_count"] is None  # what is shown is what is run
                 exec(compile("".join(cell["source"]), f"cell {number}", "exec"), known)
         assert (tmp_path / "runs" / "tour" / "report.html").is_file()
-        assert len(known["figure"].axes[0].collections) == 3 and known["row"]["divergence_positions"]
+        assert len(known["figure"].axes[0].collections) == 2 and known["row"]["divergence_positions"]
         plt.close("all")
