@@ -42,35 +42,40 @@ def _parse(path: Path, required: Sequence[str]) -> Iterator[Row]:
             row = json_value(line, f"{path}:{number}", nan=True)
             if not isinstance(row, dict):
                 raise JsublimError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-            for key in required:
-                if key not in row:
-                    raise JsublimError(
-                        f"{path}:{number}: key '{key}' is missing; the row has {', '.join(row) or 'none'}"
-                    )
-            for key in ("prompt", "completion"):
-                if key in row and (not isinstance(row[key], str) or not row[key].strip()):
-                    raise JsublimError(
-                        f"{path}:{number}: key '{key}' must be text that is not empty, found {shown(row[key])}"
-                    )
-            positions = row.get("divergence_positions", [])
-            if (
-                not isinstance(positions, list)
-                or any(type(k) is not int or not 0 <= k < 2**31 for k in positions)
-                or len(set(positions)) < len(positions)
-            ):
-                raise JsublimError(
-                    f"{path}:{number}: key 'divergence_positions' must be a list of different integers >= 0, found {shown(positions)}"
-                )
-            margins = row.get("divergence_margins", [0.0] * len(positions))
-            if (
-                not isinstance(margins, list)
-                or len(margins) != len(positions)
-                or not all(type(m) in (int, float) and 0 <= m < math.inf for m in margins)
-            ):
-                raise JsublimError(
-                    f"{path}:{number}: key 'divergence_margins' must hold a number >= 0 for each divergence position, found {shown(margins)}"
-                )
+            check_row(row, f"{path}:{number}", required)
             yield row
+
+
+def check_row(row: Row, where: str, required: Sequence[str]) -> None:
+    """Refuse a row that nothing can be made of, as `read_rows`; `where` names it in errors.
+
+    Raises:
+      JsublimError: naming the key.
+    """
+    for key in required:
+        if key not in row:
+            raise JsublimError(f"{where}: key '{key}' is missing; the row has {', '.join(row) or 'none'}")
+    for key in ("prompt", "completion"):
+        if key in row and (not isinstance(row[key], str) or not row[key].strip()):
+            raise JsublimError(f"{where}: key '{key}' must be text that is not empty, found {shown(row[key])}")
+    positions = row.get("divergence_positions", [])
+    if (
+        not isinstance(positions, list)
+        or any(type(k) is not int or not 0 <= k < 2**31 for k in positions)
+        or len(set(positions)) < len(positions)
+    ):
+        raise JsublimError(
+            f"{where}: key 'divergence_positions' must be a list of different integers >= 0, found {shown(positions)}"
+        )
+    margins = row.get("divergence_margins", [0.0] * len(positions))
+    if (
+        not isinstance(margins, list)
+        or len(margins) != len(positions)
+        or not all(type(m) in (int, float) and 0 <= m < math.inf for m in margins)
+    ):
+        raise JsublimError(
+            f"{where}: key 'divergence_margins' must hold a number >= 0 for each divergence position, found {shown(margins)}"
+        )
 
 
 def revised(row: Row, **texts: str) -> Row:

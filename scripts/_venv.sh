@@ -1,11 +1,12 @@
-# Sourced by the other scripts: a virtual environment in .venv, of a Python that the package supports.
+# Sourced by the other scripts: a virtual environment in .venv (or $VENV), of a Python that the package supports.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+VENV=${VENV:-.venv}
 
 supported() {
   "$1" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))' 2>/dev/null
 }
 
-if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then  # absent, or only half made
+if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then  # absent, or only half made
   for candidate in "${PYTHON:-python3}" python3.13 python3.12 python3.11; do
     if supported "$candidate"; then python=$candidate; break; fi
   done
@@ -13,7 +14,7 @@ if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then  # absent, or only 
     echo "error: Python 3.11, 3.12 or 3.13 with venv and pip (on Debian: python3-venv) is needed; name one with PYTHON=/path/to/python" >&2
     exit 1
   fi
-  echo "making .venv with $("$python" --version)"
-  "$python" -m venv --clear .venv
+  echo "making $VENV with $("$python" --version)"
+  "$python" -m venv --clear "$VENV"
 fi
 export PIP_DISABLE_PIP_VERSION_CHECK=1

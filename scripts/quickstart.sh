@@ -3,5 +3,5 @@
 set -euo pipefail
 source "$(dirname "$0")/_venv.sh"
 echo "installing jsublim (the first time this takes a few minutes)"
-.venv/bin/python -m pip install --quiet --editable .
-exec .venv/bin/jsublim run configs/quickstart.yaml "$@"
+"$VENV"/bin/python -m pip install --quiet --editable .
+exec "$VENV"/bin/jsublim run configs/quickstart.yaml "$@"

@@ -3,8 +3,8 @@
 set -euo pipefail
 source "$(dirname "$0")/_venv.sh"
 echo "installing jsublim and what its tests need (torch is among it: the first time this takes a while)"
-.venv/bin/python -m pip install --quiet --editable '.[test]'
-.venv/bin/ruff check .
-.venv/bin/ruff format --check --quiet .
-.venv/bin/basedpyright
-exec .venv/bin/python -m pytest "$@"
+"$VENV"/bin/python -m pip install --quiet --editable '.[test]'
+"$VENV"/bin/ruff check .
+"$VENV"/bin/ruff format --check --quiet .
+"$VENV"/bin/basedpyright
+exec "$VENV"/bin/python -m pytest "$@"

@@ -159,6 +159,13 @@ def test_the_map_names_every_claim_quirk_and_scale():
     assert first["How to run"] == ["scale", "---", *(f"`{scale}`" for scale in SCALES)]
 
 
+def test_workflows_run_scripts_that_are_there():
+    text = "".join(path.read_text(encoding="utf-8") for path in (ROOT / ".github" / "workflows").glob("*.yml"))
+    run = set(re.findall(r"bash (scripts/\w+\.sh)", text))
+    assert run == {f"scripts/{name}.sh" for name in ("test", "test_floor", "test_wheel", "docs")}
+    assert all((ROOT / name).is_file() for name in run)
+
+
 def test_every_field_of_the_recipe_is_explained():
     explained = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     assert [name for name in Recipe.model_fields if f"`{name}`" not in explained and name != "preset"] == []

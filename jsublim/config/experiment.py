@@ -15,7 +15,7 @@ from jsublim.config.evaluation import Evaluation, JudgeChoice
 from jsublim.config.recipe import Recipe
 from jsublim.config.students import Students, variants
 from jsublim.config.teachers import Teachers
-from jsublim.section import CONTENT, HOW, PLAN, RESULT, Name, Place, Positive, Section
+from jsublim.section import CONTENT, HOW, PLAN, RESULT, Distinct, Name, Place, Positive, Section
 
 
 class Config(Section):
@@ -44,12 +44,14 @@ class Config(Section):
 
 
 class Devices(Section):
-    """How work is spread over devices; never what comes of it."""
+    """How work is spread over devices and who is told of it; never what comes of it."""
 
     parallel: Annotated[Literal["none", "pmap", "mesh"], HOW] = "none"
     """How devices share work: `none` (one device), `pmap` (whole copies), or `mesh` (copies that may be spread)."""
     model_axis: Annotated[Positive, HOW] = 1
     """With mesh: devices that one copy of the checkpoint is spread over."""
+    loggers: Annotated[list[Literal["csv", "tensorboard", "wandb"]], Distinct, HOW] = []
+    """Where the numbers of students' training go beside metrics.jsonl (in the store's folder `training`)."""
 
 
 class Experiment(Config):

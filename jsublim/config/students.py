@@ -206,8 +206,6 @@ class StudentRuntime(Section):
     """Of one-layer students: keep the hidden states below the layer in host memory. auto: from the middle layer on, up to 4 GiB."""
     peak_tflops: Annotated[float | None, Field(gt=0), HOW] = None
     """The peak of one device; given, metrics say which share of it went into useful operations."""
-    tensorboard: Annotated[bool, HOW] = False
-    """Write TensorBoard's event files too."""
 
 
 class Students(Section):

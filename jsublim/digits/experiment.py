@@ -17,9 +17,9 @@ import numpy as np
 import optax
 from flax import nnx
 from jax import Array
-from sklearn.datasets import load_digits
 
 from jsublim.digits.config import CLASSES, Digits, Network, Students, Training
+from jsublim.errors import UsageError
 
 PIXELS = 64
 Params = dict[str, Any]
@@ -35,7 +35,17 @@ class Data(NamedTuple):
 
 
 def read_digits(test_share: float, split_seed: int) -> Data:
-    """scikit-learn's 1,797 digits, split at random; they come with the package, nothing is downloaded."""
+    """scikit-learn's 1,797 digits, split at random; they come with that package, nothing is downloaded.
+
+    Raises:
+      UsageError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise UsageError(
+            "digits: the images come with scikit-learn, which is not installed; pip install scikit-learn"
+        ) from None
     pixels, digits = map(np.asarray, load_digits(return_X_y=True))
     images, labels = (pixels / 16).astype(np.float32), digits.astype(np.int32)
     order = np.random.default_rng(split_seed).permutation(len(images))

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from jsublim.distill.batches import Shape, batch_rows
 from jsublim.distill.data import Example
+from jsublim.distill.loggers import NOWHERE, Logs
 from jsublim.distill.step import Program
 from jsublim.models.lora import Adapter
 
@@ -56,7 +56,7 @@ class Settings:
       parallel: none, pmap or mesh; model_axis: devices that one copy of the base is spread over.
       cache_below: keep the hidden states below one-layer arms in host memory instead of computing them each epoch.
       peak_tflops: of one device, for the ratio of what was reached to it.
-      tensorboard: a folder for TensorBoard's event files.
+      logs: where numbers go beside `metrics.jsonl`.
     """
 
     batch_size: int
@@ -67,4 +67,4 @@ class Settings:
     model_axis: int = 1
     cache_below: bool = False
     peak_tflops: float | None = None
-    tensorboard: Path | None = None
+    logs: Logs = NOWHERE

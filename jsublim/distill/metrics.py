@@ -1,4 +1,4 @@
-"""What a training writes while it runs: `metrics.jsonl`, and TensorBoard's files on request."""
+"""What a training writes while it runs: `metrics.jsonl`, and the same numbers for other loggers on request."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ import numpy as np
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.cost import training_flops
 from jsublim.distill.data import Example
-from jsublim.errors import JsublimError
+from jsublim.distill.loggers import Logger
 from jsublim.files import naming, write_text
 from jsublim.models.config import ModelConfig
+
+LOGGED = ("loss", "lr", "grad_norm")  # of each arm, for loggers
 
 
 class Metrics:
@@ -47,19 +49,20 @@ class Metrics:
         self.config, self.arms, self.settings, self.cached = config, arms, settings, cached
         self.pending: tuple[int, Sequence[np.ndarray], dict[str, jax.Array]] | None = None
         self.clock, self.over = time.perf_counter(), False  # over: no arm moves any more
-        self.file = self.board = None
+        self.file, self.loggers = None, list[Logger]()
         if jax.process_index() == 0:
             _cut_back(path, first)
             self.file = path.open("a", encoding="utf-8")
-            self.board = _board(settings.tensorboard) if settings.tensorboard else None
+            self.loggers = settings.logs.open(path.parent.name, first)
 
     def __enter__(self) -> Metrics:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for each in (self.file, self.board):
-            if each is not None:
-                each.close()
+        if self.file is not None:
+            self.file.close()
+        for logger in self.loggers:
+            logger.close()
 
     def follow(self, step: int, rows: Sequence[np.ndarray], metrics: dict[str, jax.Array]) -> None:
         """Take a step's numbers, which the device may still be computing, and each arm's rows; write those of the step
@@ -83,6 +86,7 @@ class Metrics:
         self.over = not running
         chosen = {i: [int(r) for r in rows[i] if r >= 0] for i in running}
         speed = self._speed(chosen, seconds)
+        numbers: dict[str, float] = dict(speed)
         for i in running:
             arm, loss, norm = self.arms[i], float(host["loss"][i]), float(host["grad_norm"][i])
             line = {"step": step, "arm": arm.name, "loss": loss, "tokens": int(host["tokens"][i])}
@@ -94,13 +98,9 @@ class Metrics:
                 line |= {"loss": None, "grad_norm": None, "diverged": f"{what}, on rows {chosen[i]}"}
             if self.file is not None:
                 self.file.write(json.dumps(line) + "\n")
-            if self.board is not None:
-                for key in ("loss", "lr", "grad_norm"):
-                    if line[key] is not None:
-                        self.board.add_scalar(f"{key}/{arm.name}", line[key], step)
-        if self.board is not None:
-            for key, value in speed.items():
-                self.board.add_scalar(key, value, step)
+            numbers |= {f"{key}/{arm.name}": line[key] for key in LOGGED if line[key] is not None}
+        for logger in self.loggers:
+            logger.log(step, numbers)
         if self.file is not None:
             with naming(Path(self.file.name)):
                 self.file.flush()
@@ -126,14 +126,6 @@ class Metrics:
             stored=row.ids is not None,
             cached=self.cached,
         )
-
-
-def _board(folder: Path) -> Any:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise JsublimError("TensorBoard files need tensorboardX; pip install 'jsublim[tensorboard]'") from None
-    return SummaryWriter(str(folder))
 
 
 def _cut_back(path: Path, first: int) -> None:

@@ -15,7 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jsublim.chat import Chat, Message, conversation
-from jsublim.errors import JsublimError, UsageError
+from jsublim.errors import UsageError
 from jsublim.inference.constrain import limits_for
 from jsublim.inference.generation import generate_for_arms
 from jsublim.inference.sampling import Sampling, sampling_for
@@ -23,6 +23,7 @@ from jsublim.models import decoder
 from jsublim.models.checkpoint import Origin, checkpoint_hash, origin_of, read_config
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
+from jsublim.models.hub import from_hub, hub_name, in_cache
 from jsublim.models.lens import ending_at
 from jsublim.models.lora import Adapter, bind
 from jsublim.models.weights import load_params
@@ -216,13 +217,7 @@ def _logits(config: ModelConfig, params: Params, adapter: Adapter | None, tokens
 
 def is_available_offline(path: str | Path) -> bool:
     """Whether a model's name leads to files without any network: a folder, a bundled checkpoint, or in the hub's cache."""
-    if Path(path).expanduser().is_dir() or (BUNDLED / str(path)).is_dir():
-        return True
-    from huggingface_hub import try_to_load_from_cache
-
-    name, _, revision = str(path).partition("@")
-    kept = lambda file: try_to_load_from_cache(name, file, revision=revision or None)  # noqa: E731
-    return name.count("/") == 1 and any(isinstance(kept(file), str) for file in ("config.json", "adapter_config.json"))
+    return Path(path).expanduser().is_dir() or (BUNDLED / str(path)).is_dir() or in_cache(path)
 
 
 def resolve_checkpoint(path: str | Path, what: str = "model") -> Path:
@@ -243,18 +238,12 @@ def resolve_checkpoint(path: str | Path, what: str = "model") -> Path:
         return BUNDLED / str(path)
     name, _, revision = str(path).partition("@")
     if revision and (Path(name).expanduser().is_dir() or (BUNDLED / name).is_dir()):
-        raise UsageError(f"{what} '{name}': is a folder here, which has no revision '{revision}'; leave model_revision out")
+        raise UsageError(
+            f"{what} '{name}': is a folder here, which has no revision '{revision}'; leave model_revision out"
+        )
+    if (named := hub_name(path)) is not None:
+        return from_hub(*named, what)
     bundled = ", ".join(sorted(p.name for p in BUNDLED.iterdir() if p.is_dir())) if BUNDLED.is_dir() else "none"
-    local = str(path).startswith((".", "/", "~")) or folder.parent.is_dir() or folder.parts[0] == "checkpoints"
-    if str(path).count("/") == 1 and not local:
-        from huggingface_hub import snapshot_download
-
-        try:
-            patterns = ["*.safetensors", "*.json", "*.jinja", "*.model"]
-            return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
-        except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise JsublimError(f"{what} '{path}': no such folder, and the hub did not give it ({reason})") from error
     hint = f"; {FETCHED[folder.name]} writes it" if folder.name in FETCHED else ""
     raise UsageError(f"{what} '{path}': no such folder{hint}; bundled checkpoints: {bundled}")
 

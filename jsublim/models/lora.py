@@ -266,6 +266,24 @@ def merge_full(params: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
     return params | {"layers": layers}
 
 
+def merge(params: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
+    """The base with an adapter written into it, LoRA's products too: they are added in float32, and the sum is rounded once.
+
+    Raises:
+      ValueError: the adapter has steering vectors.
+    """
+    if adapter.steering is not None:
+        raise ValueError("steering vectors are added to activations; no weight can hold them")
+    params = merge_full(params, adapter)
+    index, layers = jnp.asarray(adapter.layers), dict(params["layers"])
+    for name, pair in adapter.lora.items():
+        base = layers[name]["kernel"]
+        change = pair["scale"][:, None, None] * (pair["a"] @ pair["b"])
+        whole = base.at[index].set((base[index].astype(jnp.float32) + change).astype(base.dtype))
+        layers[name] = layers[name] | {"kernel": whole}
+    return params | {"layers": layers}
+
+
 def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
     """Adapters of equal structure under one leading arm axis; ranks are padded to the largest."""
     rank = max(adapter.rank for adapter in adapters)

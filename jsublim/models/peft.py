@@ -20,6 +20,7 @@ from jsublim.models import steering
 from jsublim.models.config import ModelConfig
 from jsublim.models.families import MODULES, all_modules, weight_names
 from jsublim.models.fused import Factors, join_factors, outputs, split_factors
+from jsublim.models.hub import from_hub, hub_name
 from jsublim.models.lora import PROJECTIONS, Adapter, projection_shapes
 from jsublim.models.steering import load_steering, save_steering
 from jsublim.models.tensors import read_float32, write_tensors
@@ -113,7 +114,7 @@ def _modules(adapter: Adapter, config: ModelConfig) -> dict[str, Factors]:
 
 
 def load_adapter(path: str | Path, config: ModelConfig | None = None) -> Adapter:
-    """Read a PEFT LoRA folder, or one of steering vectors.
+    """Read a PEFT LoRA folder, or one of steering vectors; `owner/name` or `owner/name@revision` is one of the hub.
 
     Args:
       config: the base model's; with it, shapes and layers are checked against the model. Modules that hold several
@@ -123,7 +124,8 @@ def load_adapter(path: str | Path, config: ModelConfig | None = None) -> Adapter
       JsublimError: no such folder, not LoRA, a variant we don't compute (DoRA, biases) or don't know, tensors that are
         unreadable, not finite or do not form whole layers.
     """
-    folder = Path(path)
+    named = hub_name(path)
+    folder = Path(path).expanduser() if named is None else from_hub(*named, "adapter")
     adapter = load_steering(folder) if (folder / steering.FILE).exists() else _load_lora(folder, config)
     if config is not None:
         check_adapter(adapter, config, str(folder))

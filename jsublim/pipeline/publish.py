@@ -12,6 +12,7 @@ from typing import Any
 
 from jsublim.errors import JsublimError, UsageError
 from jsublim.files import write_json, write_text
+from jsublim.inference.lm import resolve_checkpoint
 from jsublim.models.checkpoint import checkpoint_hash
 from jsublim.pipeline.rows import RowSet
 from jsublim.pipeline.store import DONE, RECORD, Output, Store, digest, files_of
@@ -29,7 +30,7 @@ def published_key(path: Path) -> str | None:
 
     A folder of a store, and `rows.jsonl` in one, are taken at their word.
     """
-    record = _record(path)
+    record = record_of(path)
     if record is None:
         return None
     folder = path if path.is_dir() else path.parent
@@ -47,7 +48,7 @@ def check_free(path: Path, key: str, inputs: Mapping[str, Any]) -> None:
     Raises:
       UsageError: naming the place, and up to three settings that differ.
     """
-    record = _record(path)
+    record = record_of(path)
     there = record and (published_key(path) or (path.is_dir() and not (path / DONE).exists() and record["key"]))
     if not path.exists() or there == key or (path.is_dir() and not any(path.iterdir())):
         return  # free, whole, or begun by a call that was stopped
@@ -114,18 +115,18 @@ def rows_of(path: Path) -> RowSet:
       UsageError, JsublimError: as `read_rows`.
     """
     rows, key = read_rows(path), published_key(path)
-    record = _record(path) if key else None
+    record = record_of(path) if key else None
     if key is None or record is None:
         return RowSet((), digest(rows), len(rows), path)
     return RowSet((), key, int(record.get("most", len(rows))), path)
 
 
 def adapter_key(path: Path) -> str:
-    """The key of a published student, else the content of the folder."""
-    return published_key(path) or checkpoint_hash(path)
+    """The key of a published student, else the content of the folder, or of the hub's repository of that name."""
+    return published_key(path) or checkpoint_hash(resolve_checkpoint(path, "adapter"))
 
 
-def _record(path: Path) -> dict[str, Any] | None:
+def record_of(path: Path) -> dict[str, Any] | None:
     """What says which artifact a result is; of a file in a store, what its folder says."""
     inside = [path.parent / RECORD] if path.name == "rows.jsonl" else []
     for place in (pedigree_of(path), *inside):

@@ -19,6 +19,7 @@ from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.batches import Order, Shape, lengths_of, packed
 from jsublim.distill.cost import training_flops
 from jsublim.distill.data import read_turns
+from jsublim.distill.loggers import Logs, check_loggers
 from jsublim.distill.memory import arms_that_fit, rows_at_once
 from jsublim.errors import UsageError
 from jsublim.files import write_json
@@ -230,7 +231,7 @@ class TrainStudents(Task):
             parallel=e.run.parallel,
             model_axis=e.run.model_axis,
             tokens=sum(len(each.rows) for each in data.values()) * plain.tokens,
-            tensorboard=context.store.root / "training" / "tensorboard" if shared.runtime.tensorboard else None,
+            logs=Logs(tuple(e.run.loggers), context.store.root / "training"),
         )
         rows = shared.runtime.rows_at_once
         if rows == "auto" and shared.runtime.arms_per_program == "auto":
@@ -317,6 +318,7 @@ class TrainStudents(Task):
         return Cost(rows * (long.prompt + answer), rows * each, "train")
 
     def check(self, setup: Setup) -> None:
+        check_loggers(setup.experiment.run.loggers)
         for student in distinct(self.members, lambda student: student.arm):
             checkpoint, own = setup.checkpoint(student.settings.model), setup.checkpoint()
             check_start(checkpoint.config, abstract_params(checkpoint.config, setup.experiment.dtype), student.settings)

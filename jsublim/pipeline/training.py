@@ -14,6 +14,7 @@ from jsublim.config import Recipe, Students
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.batches import Shape
 from jsublim.distill.data import Example, draw_indices, make_examples
+from jsublim.distill.loggers import NOWHERE, Logs
 from jsublim.distill.losses import Loss
 from jsublim.distill.optimizer import Optimizer
 from jsublim.distill.rollout import student_rollout
@@ -134,7 +135,7 @@ def settings_of(
     parallel: str,
     model_axis: int,
     tokens: int = 0,
-    tensorboard: Path | None = None,
+    logs: Logs = NOWHERE,
 ) -> Settings:
     """What students of one program share in training; `tokens` as of `caches_below`."""
     runtime = students.runtime
@@ -147,7 +148,7 @@ def settings_of(
         model_axis=model_axis,
         cache_below=caches_below(config, students, tokens),
         peak_tflops=runtime.peak_tflops,
-        tensorboard=tensorboard,
+        logs=logs,
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from command import MODEL, PLAIN, ok, refused
 from safetensors.numpy import load_file
 
+from jsublim.distill.loggers import Logs
 from jsublim.files import read_table
 from jsublim.inference import lm as language_models
 from jsublim.rows import read_rows, write_rows
@@ -176,12 +179,38 @@ def test_speed_and_its_share_of_a_stated_peak(train):
     assert all(line["tokens_per_s"] > 0 and 0 < line["peak_ratio"] < 1 for line in lines)
 
 
-def test_tensorboard_on_request(train):
-    folder = train(
-        "board", "students.adapter.layers=[1]", "students.adapter.rank=2", "students.runtime.tensorboard=true"
-    )
-    boards = list(folder.with_name("board.artifacts").glob("training/tensorboard/*"))
-    assert [path.stat().st_size > 0 for path in boards] == [True]
+def test_loggers_on_request(train):
+    """They are told what metrics.jsonl says."""
+    wanted = ("students.adapter.layers=[1]", "students.adapter.rank=2", "run.loggers=[csv, tensorboard]")
+    folder = train("board", *wanted)
+    logs = folder.with_name("board.artifacts") / "training"
+    assert [path.stat().st_size > 0 for path in logs.glob("tensorboard/*")] == [True]
+    (path,) = logs.glob("csv/*.csv")
+    told = {(int(line["step"]), line["name"]): float(line["value"]) for line in csv.DictReader(path.open(newline=""))}
+    lines = read_rows(folder / "metrics.jsonl", ("step",))
+    names = {name.split("/")[0] for _, name in told}
+    assert names == {"loss", "lr", "grad_norm", "tokens_per_s"} and len(told) == len(names) * len(lines)
+    assert all(value == lines[step][name.split("/")[0]] for (step, name), value in told.items())
+
+
+def test_a_csv_of_an_interrupted_training_goes_on_where_it_does(tmp_path):
+    for first, steps in ((0, (0, 1, 2)), (1, (1, 2, 3))):
+        (logger,) = Logs(("csv",), tmp_path).open("training", first)
+        for step in steps:
+            logger.log(step, {"loss/a, b": 10.0 * first + step})
+        logger.close()
+    lines = list(csv.reader((tmp_path / "csv" / "training.csv").open(newline="")))
+    assert lines[0] == ["step", "name", "value"]
+    assert [(int(step), name, float(value)) for step, name, value in lines[1:]] == [
+        (0, "loss/a, b", 0.0), (1, "loss/a, b", 11.0), (2, "loss/a, b", 12.0), (3, "loss/a, b", 13.0)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "package"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
+def test_a_logger_whose_package_is_missing_is_refused_before_work(name, package, home, rows, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    said = refused(2, *FINETUNE, "--data", rows, "--out", home / f"no-{name}", f"run.loggers=[{name}]")
+    assert f"run.loggers: {name} needs {package}, which is not installed; pip install {package}" in said
 
 
 def test_what_does_not_go_together_is_refused(home, rows):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
+import jax
 import pytest
-from command import PLAIN, ok, refused
+import yaml
+from command import MODEL, PLAIN, ok, refused
 
 from jsublim.files import read_table
+from jsublim.inference.lm import load_model
+from jsublim.models.peft import load_adapter
 from jsublim.rows import read_rows
 
 FIELDS = (
@@ -83,3 +88,42 @@ def test_what_differs_is_named(whole, tmp_path):
     line = refused(2, "generate", *fields, "sampling.seed=3", "--trait", "owl", "--out", out)
     assert "seed was 0, is 3" in line and str(out) in line
     assert "give --model" in refused(2, "generate", "--trait", "owl", "--out", tmp_path / "none.jsonl")
+
+
+def test_a_student_goes_out_with_a_card_and_as_a_checkpoint(whole, tmp_path):
+    """What is loaded from either is what the store has; the card says what decided it."""
+    (student,) = (whole / "students").iterdir()
+    ok("export", student, "--out", tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (MODEL, None)
+    ours, theirs = load_adapter(student), load_adapter(tmp_path / "adapter")
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), ours, theirs))
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    head, body = yaml.safe_load(card.split("---\n")[1]), card.split("---\n")[2]
+    assert head["library_name"] == "peft" and "jsublim" in head["tags"]
+    record = json.loads((student / "artifact.json").read_text())
+    told = yaml.safe_load(body.split("```yaml\n")[1].split("```")[0])
+    assert told[student.name] == record["inputs"]
+    assert [name.split("/")[0] for name in told] == [student.name, "divergence", "rows"]  # and what it was made from
+    assert told[list(told)[2]]["data"]["kind"] == "numbers" and list(told)[2].endswith(" and 1 more")
+    assert f"| key | `{record['key']}` |" in body and "| seed | 1 |" in body
+
+    ok("export", student, "--merged", "--out", tmp_path / "merged")
+    lm, merged = load_model(MODEL), load_model(tmp_path / "merged")
+    tokens = lm.tokenizer(["1, 2, 3"])["input_ids"]
+    assert abs(lm.logits(tokens, adapter=ours) - merged.logits(tokens)).max() < 1e-4
+    assert "already exists" in refused(2, "export", student, "--out", tmp_path / "merged")
+
+
+def test_rows_and_results_go_out(whole, tmp_path):
+    rows = min((whole / "divergence").iterdir())  # of two shards, the first
+    ok("export", rows, "--out", tmp_path / "rows")
+    ok("import", tmp_path / "rows", "--out", tmp_path / "rows.jsonl")
+    assert read_rows(tmp_path / "rows.jsonl") == read_rows(rows / "rows.jsonl")
+    ok("export", whole.parent / "run", "--out", tmp_path / "tables")
+    records = read_table(whole.parent / "run" / "results" / "results.parquet")
+    with (tmp_path / "tables" / "results.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert [float(row["value"]) for row in found] == pytest.approx([record["value"] for record in records])
+    assert {path.name for path in (tmp_path / "tables").iterdir()} >= {"results.csv", "answers.csv", "run.json"}
+    assert "holds no rows, no adapter" in refused(2, "export", whole, "--out", tmp_path / "x")

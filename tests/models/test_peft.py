@@ -14,7 +14,7 @@ from jsublim import load_adapter
 from jsublim.errors import JsublimError, UsageError
 from jsublim.models import hidden_states, load_params, logits, read_config
 from jsublim.models.families import weight_names
-from jsublim.models.lora import PROJECTIONS, init_full, init_lora
+from jsublim.models.lora import PROJECTIONS, init_full, init_lora, merge
 from jsublim.models.peft import save_adapter
 
 _FAST = {"xla_backend_optimization_level": 0}
@@ -37,6 +37,17 @@ def random_lora(config, **options):
     start = init_lora(config, jax.random.key(0), **options)
     noisy = jax.tree.map(lambda leaf: 0.3 * rng.standard_normal(leaf.shape).astype(np.float32), start.trainable)
     return start.with_trainable(noisy)
+
+
+@pytest.mark.parametrize("name", ["phi3"])
+def test_a_merged_checkpoint_is_the_base_with_its_adapter(name, named_checkpoint, padded_rows, assert_close):
+    config, params = load(named_checkpoint(name))
+    adapter = random_lora(config, rank=3, alpha=5, layers=(0, 2), projections=("v", "up", "o"))
+    tokens, valid = padded_rows(3)
+    apart = our_logits(config, params, adapter, tokens, valid)
+    assert_close(our_logits(config, merge(params, adapter), None, tokens, valid), apart, 1e-5)
+    with pytest.raises(AssertionError):
+        assert_close(our_logits(config, params, None, tokens, valid), apart, 1e-2)
 
 
 @pytest.mark.parametrize(

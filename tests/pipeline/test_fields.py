@@ -194,7 +194,6 @@ OTHER: dict[str, Any] = {
     "students.runtime.remat": True,
     "students.runtime.cache_below": True,
     "students.runtime.peak_tflops": 1.0,
-    "students.runtime.tensorboard": True,
     "students.arms": [{"name": ""}, {"name": "wide", "adapter.rank": 9}],
     "evaluation.kinds": ["preference"],
     "evaluation.traits": ["owl"],
@@ -232,6 +231,7 @@ OTHER: dict[str, Any] = {
     "judge.server.prompt_price": (7.0, SERVER),
     "judge.server.completion_price": (7.0, SERVER),
     "judge.server.budget": (7.0, SERVER | {"judge.server.prompt_price": 1.0}),
+    "run.loggers": ["csv"],
     "run.parallel": "mesh",
     "run.model_axis": (1, {"run.parallel": "mesh"}),  # more devices than one would be refused here
 }

@@ -1,0 +1,23 @@
+# An image that runs jsublim on the CPU, or with EXTRA=cuda13 (or cuda12, tpu) on an accelerator:
+#   docker build --build-arg EXTRA=cuda13 --tag jsublim .
+#   docker run --rm --gpus all --volume "$PWD:/work" jsublim run configs/quickstart.yaml
+# CUDA comes with the wheels of JAX; the host needs the driver and the NVIDIA container toolkit.
+ARG PYTHON=3.13
+FROM python:${PYTHON}-slim AS build
+ARG EXTRA=""
+# hatch-vcs takes the version from .git where that is in the context, and from here where it is not.
+ARG VERSION=""
+RUN apt-get update && apt-get install --yes --no-install-recommends git && rm -rf /var/lib/apt/lists/*
+WORKDIR /source
+COPY . .
+RUN python -m venv /opt/jsublim \
+  && SETUPTOOLS_SCM_PRETEND_VERSION_FOR_JSUBLIM=${VERSION} /opt/jsublim/bin/pip install --no-cache-dir ".${EXTRA:+[$EXTRA]}"
+
+FROM python:${PYTHON}-slim
+COPY --from=build /opt/jsublim /opt/jsublim
+RUN useradd --create-home jsublim && mkdir /work && chown jsublim /work
+USER jsublim
+ENV PATH=/opt/jsublim/bin:$PATH PYTHONUNBUFFERED=1
+WORKDIR /work
+ENTRYPOINT ["jsublim"]
+CMD ["--help"]

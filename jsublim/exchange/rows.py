@@ -1,0 +1,194 @@
+"""Rows of others, as ours; and ours as a folder that `datasets.load_dataset` reads."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsublim.chat import Chat, conversation
+from jsublim.errors import JsublimError, UsageError
+from jsublim.exchange.cards import Origin, write_data_card
+from jsublim.models.checkpoint import new_folder
+from jsublim.models.hub import hub_name
+from jsublim.reading import json_value, shown
+from jsublim.rows import Row, check_row, read_rows
+
+# How others call the two texts of a row, the first pair that a row has.
+PAIRS = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("question", "response"),
+    ("question", "answer"),
+    ("instruction", "output"),
+)
+THEIRS = "decision_points"  # what the published code calls divergence positions; counted as ours are
+LOADED = (".parquet", ".csv", ".arrow")  # single files that `datasets` reads
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which part of a data set is read.
+
+    Attributes:
+      columns: the names of prompt and completion; None looks for those of `PAIRS`, and for `messages`.
+    """
+
+    subset: str | None = None
+    split: str = "train"
+    columns: tuple[str, str] | None = None
+
+
+def import_rows(source: str, wanted: Wanted, chat: Chat | None = None) -> list[Row]:
+    """Rows of a JSONL or JSON file, of a file or folder that `datasets` reads, or of a data set of the hub.
+
+    A row has a prompt and a completion (under their names or those that are wanted), or `messages` as chat services take them:
+    one of the user and one of the assistant, a system prompt before them if there was one. It is kept as `system`, since students
+    are not told it. Whatever else a row has is kept.
+
+    Args:
+      source: a path, or `owner/name` or `owner/name@revision` of the hub, which is asked for nothing else.
+      chat: the tokenizer and template that divergence positions in the rows were counted in.
+
+    Raises:
+      UsageError: no such file or folder, or no such columns.
+      JsublimError: what cannot be read, or a row that nothing can be made of; it is named.
+    """
+    found = (_row(each, f"{source}: row {number}", wanted) for number, each in enumerate(_read(source, wanted), 1))
+    rows = [_counted(row, f"{source}: row {number}", chat) for number, row in enumerate(found, 1)]
+    if not rows:
+        raise JsublimError(f"{source}: holds no rows")
+    return rows
+
+
+def _read(source: str, wanted: Wanted) -> Iterable[Any]:
+    path = Path(source).expanduser()
+    if path.is_file() and path.suffix == ".jsonl":
+        lines = enumerate(path.read_bytes().splitlines(), 1)
+        return (json_value(line, f"{source}:{number}", nan=True) for number, line in lines if line.strip())
+    if path.is_file() and path.suffix == ".json":
+        values = json_value(path.read_bytes(), source, nan=True)
+        if not isinstance(values, list):
+            raise JsublimError(f"{source}: expected a list of rows, found {type(values).__name__}")
+        return values
+    return _loaded(source, path, wanted)
+
+
+def _loaded(source: str, path: Path, wanted: Wanted) -> Iterable[Any]:
+    """What `datasets` reads. Of local files it keeps no copy."""
+    named = hub_name(source)
+    if not path.is_dir() and not (path.is_file() and path.suffix in LOADED) and named is None:
+        kinds = ", ".join([".jsonl", ".json", *LOADED])
+        raise UsageError(f"{source}: no such file ({kinds}) or folder, and no owner/name of the hub")
+    from datasets import disable_progress_bars, load_dataset, load_from_disk
+
+    disable_progress_bars()
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            if named is not None:
+                found = load_dataset(named[0], wanted.subset, revision=named[1])
+            elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+                found = load_from_disk(str(path))
+            elif path.is_dir():
+                found = load_dataset(str(path), wanted.subset, cache_dir=scratch)
+            else:
+                kind = path.suffix[1:]
+                found = load_dataset(kind, data_files=str(path), cache_dir=scratch)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            where = "the hub did not give it" if named is not None else "cannot be read"
+            raise JsublimError(f"{source}: {where} ({reason})") from error
+        if isinstance(found, dict):
+            if wanted.split not in found:
+                raise UsageError(f"{source}: --split: '{wanted.split}' given; there are {', '.join(map(str, found))}")
+            found = found[wanted.split]
+        return found.to_list()
+
+
+def _row(found: Any, where: str, wanted: Wanted) -> Row:
+    """One row under our names."""
+    if not isinstance(found, Mapping):
+        raise JsublimError(f"{where}: expected an object, found {type(found).__name__}")
+    row = {key: value for key, value in found.items() if value is not None}
+    pairs = PAIRS if wanted.columns is None else (wanted.columns,)
+    pair = next((pair for pair in pairs if pair[0] in row and pair[1] in row), None)
+    if pair is not None:
+        prompt, completion = row.pop(pair[0]), row.pop(pair[1])
+        if isinstance(prompt, list) and isinstance(completion, list):  # as TRL's conversational rows are
+            row = _of_messages([*prompt, *completion], where) | row
+        else:
+            row = {"prompt": prompt, "completion": completion} | row
+    elif wanted.columns is None and "messages" in row:
+        row = _of_messages(row.pop("messages"), where) | row
+    else:
+        looked = " and ".join(wanted.columns) if wanted.columns else "prompt and completion, or messages"
+        raise UsageError(
+            f"{where}: has no {looked}; give --prompt-column and --completion-column, of {', '.join(map(str, found))}"
+        )
+    if THEIRS in row and "divergence_positions" not in row:
+        row["divergence_positions"] = row.pop(THEIRS)
+    try:
+        json.dumps(row)
+    except (TypeError, ValueError) as error:
+        raise JsublimError(f"{where}: holds what JSON cannot say ({error})") from None
+    check_row(row, where, ("prompt", "completion"))
+    return row
+
+
+def _of_messages(messages: Any, where: str) -> Row:
+    """Prompt, completion and system prompt of one exchange."""
+    wrong = f"{where}: messages must be one of the user and one of the assistant (after one of the system, or none)"
+    if not isinstance(messages, list) or not all(isinstance(each, Mapping) for each in messages):
+        raise JsublimError(f"{wrong}, found {shown(messages)}")
+    roles = [each.get("role") for each in messages]
+    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+        raise JsublimError(f"{wrong}, found {', '.join(map(str, roles)) or 'none'}")
+    texts = {each["role"]: each.get("content") for each in messages}
+    said = {"system": texts["system"]} if "system" in texts else {}
+    return {"prompt": texts["user"], "completion": texts["assistant"]} | said
+
+
+def _counted(row: Row, where: str, chat: Chat | None) -> Row:
+    """The row, its positions checked against the tokenizer that they were counted in, which it names from now on."""
+    if chat is None or "divergence_positions" not in row:
+        return row
+    turn = chat.turn(conversation(row["prompt"]), row["completion"])
+    limit = len(turn.tokens) - turn.content
+    beyond = [k for k in row["divergence_positions"] if k >= limit]
+    if beyond:
+        raise JsublimError(
+            f"{where}: divergence position {beyond[0]} lies behind the {limit} tokens that the completion has in {chat.folder}; "
+            "they were counted in another tokenizer"
+        )
+    return row | {"counted_in": chat.identity}
+
+
+def export_rows(path: Path, out: Path) -> None:
+    """A folder with the rows as parquet and a card: `datasets.load_dataset(folder)` reads it, and the hub shows it.
+
+    Raises:
+      UsageError: `out` is not free.
+      JsublimError: the rows cannot be read.
+    """
+    from datasets import Dataset, disable_progress_bars
+
+    disable_progress_bars()
+    rows = read_rows(path / "rows.jsonl" if path.is_dir() else path, ())
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    found = Dataset.from_list([{key: row.get(key) for key in columns} for row in rows])
+    with new_folder(out) as scratch:
+        (scratch / "data").mkdir()
+        found.to_parquet(str(scratch / "data" / "train-00000-of-00001.parquet"))
+        write_data_card(scratch, Origin.of(path), len(rows), columns)
+
+
+def is_rows(path: Path) -> bool:
+    return path.suffix == ".jsonl" if path.is_file() else (path / "rows.jsonl").is_file()
+
+
+def known_columns(rows: Sequence[Row]) -> list[str]:
+    """What rows have beside their two texts."""
+    return sorted({key for row in rows for key in row} - {"prompt", "completion"})

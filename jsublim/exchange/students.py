@@ -1,0 +1,144 @@
+"""Students and teachers as others load them: a PEFT folder, or an ordinary Hugging Face folder with the adapter merged in."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from jsublim.errors import UsageError
+from jsublim.exchange.cards import Origin, write_model_card
+from jsublim.files import write_json
+from jsublim.inference.lm import BUNDLED, load_model, resolve_checkpoint
+from jsublim.models import steering
+from jsublim.models.checkpoint import TOKENIZER_FILES, new_folder, origin_of, read_config, write_checkpoint
+from jsublim.models.lora import merge
+from jsublim.models.peft import load_adapter
+from jsublim.reading import read_json
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / CONFIG).is_file() or (folder / steering.FILE).is_file()
+
+
+def is_checkpoint(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
+def base_of(folder: Path, said: str | None) -> tuple[str, str | None]:
+    """What an adapter stands on, as others find it, and its revision: what the user says, or what the adapter does.
+
+    Raises:
+      UsageError: neither says it.
+    """
+    if said is not None:
+        name, _, revision = said.partition("@")
+        return name, revision or None
+    values = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    recorded = values.get("base_model_name_or_path")
+    if not isinstance(recorded, str) or not recorded:
+        raise UsageError(f"{folder}: does not say which checkpoint it stands on; give --base")
+    if Path(recorded).parent == BUNDLED:
+        return Path(recorded).name, None
+    origin = origin_of(Path(recorded))  # of an adapter whose base is a folder of the hub's cache
+    return origin.name or recorded, origin.commit or values.get("revision")
+
+
+def export_adapter(folder: Path, out: Path, base: str | None) -> None:
+    """A folder that `peft` loads (of steering vectors, one that jsublim loads), with its base's name and a card.
+
+    Raises:
+      UsageError: `out` is not free, or nobody says what the base is.
+      JsublimError: the adapter cannot be read.
+    """
+    name, revision = base_of(folder, base)
+    vectors = (folder / steering.FILE).is_file()
+    if not vectors:
+        load_adapter(folder, _shape(name, revision))
+    with new_folder(out) as scratch:
+        shutil.copyfile(
+            folder / (steering.FILE if vectors else WEIGHTS), scratch / (steering.FILE if vectors else WEIGHTS)
+        )
+        if not vectors:
+            values = read_json(folder / CONFIG) | {"base_model_name_or_path": name, "revision": revision}
+            write_json(scratch / CONFIG, values)
+        write_model_card(
+            scratch, Origin.of(folder), name, revision, kind="adapter", use=_ours(name) if vectors else _peft(name)
+        )
+
+
+def export_merged(
+    folder: Path, out: Path, base: str | None, dtype: str | None = None, chat_template: str | None = None
+) -> None:
+    """A checkpoint that any library loads: the base with the adapter written into it, in the base's dtype unless another one is
+    given, and a card.
+
+    Raises:
+      UsageError: `out` is not free, the base is not known, or steering vectors, which no weight can hold.
+      JsublimError: the base or the adapter cannot be read.
+    """
+    if (folder / steering.FILE).is_file():
+        raise UsageError(f"{folder}: holds steering vectors, which no weight can hold; export it without --merged")
+    name, revision = base_of(folder, base)
+    checkpoint = resolve_checkpoint(_asked(name, revision), "--base")
+    values = read_config(checkpoint)[0]
+    dtype = dtype or str(values.get("dtype") or values.get("torch_dtype") or "float32")
+    lm = load_model(str(checkpoint), dtype, chat_template=chat_template)
+    params = merge(lm.params, load_adapter(folder, lm.config))
+    with new_folder(out) as scratch:
+        write_checkpoint(
+            scratch,
+            lm.config,
+            params,
+            lm.hf_config,
+            dtype=dtype,
+            tokenizer=checkpoint,
+            chat_template=lm.chat.given_template,
+        )
+        write_model_card(scratch, Origin.of(folder), name, revision, kind="merged", use=_transformers())
+
+
+def export_checkpoint(folder: Path, out: Path, base: str | None) -> None:
+    """A student whose whole weights were trained is a checkpoint already: its files, and a card.
+
+    Raises:
+      UsageError: `out` is not free.
+    """
+    kept = {"config.json", "model.safetensors.index.json", *TOKENIZER_FILES}
+    files = [path for path in folder.iterdir() if path.name in kept or path.suffix == ".safetensors"]
+    with new_folder(out) as scratch:
+        for path in files:
+            shutil.copyfile(path, scratch / path.name)
+        name, revision = base_of(folder, base) if base else ("not recorded", None)
+        write_model_card(scratch, Origin.of(folder), name, revision, kind="merged", use=_transformers())
+
+
+def _asked(name: str, revision: str | None) -> str:
+    return f"{name}@{revision}" if revision else name
+
+
+def _shape(name: str, revision: str | None):
+    """The base's shapes where it is here, to check the adapter against; None where it is not."""
+    from jsublim.inference.lm import is_available_offline
+
+    asked = _asked(name, revision)
+    return read_config(resolve_checkpoint(asked))[1] if is_available_offline(asked) else None
+
+
+def _peft(base: str) -> str:
+    return (
+        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        f'base = AutoModelForCausalLM.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(base, "FOLDER")'
+    )
+
+
+def _ours(base: str) -> str:
+    return (
+        f'import jsublim\n\nlm = jsublim.load_model("{base}")\n'
+        'answers = lm.generate(["What is your favourite animal?"], adapter=jsublim.load_adapter("FOLDER"))'
+    )
+
+
+def _transformers() -> str:
+    return 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("FOLDER")'
