@@ -15,7 +15,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "checkpoints" not in pa
 ORDER = (
     ("errors",), ("files", "progress", "reading", "section"), ("client",), ("models",), ("parallel", "rows", "chat"),
     ("prompts",), ("inference",), ("teachers", "steering"), ("divergence",), ("judge",), ("evals",), ("transforms",), ("distill",),
-    ("attribution",), ("config",), ("report",), ("pipeline",), ("executors",), ("digits",), ("cli",), ("__main__",),
+    ("attribution",), ("config",), ("report",), ("pipeline",), ("executors",), ("digits",), ("api", "doctor"), ("cli",), ("__main__",),
 )  # fmt: skip
 LINES, FUNCTION_LINES, FIELDS = 400, 60, 15
 

@@ -13,6 +13,7 @@ import typer
 from jsublim.cli import (  # noqa: F401 (they register their commands)
     aot,
     attribute,
+    doctor,
     finetune,
     listing,
     project,

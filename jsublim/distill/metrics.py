@@ -19,7 +19,6 @@ from jsublim.errors import JsublimError
 from jsublim.files import naming, write_text
 from jsublim.models.config import ModelConfig
 
-
 TAIL = 16_384  # bytes at the end of a file in which its last step is looked for
 
 
