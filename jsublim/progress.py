@@ -131,9 +131,9 @@ class Progress:
             TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[label]}", markup=False),  # a name such as "[x]" is no markup
         )
-        self._bars = Bars(*columns, console=self.console)
-        self._bar = self._bars.add_task(kind, total=self._state.expected, completed=done, finished=done, label="")
-        self._bars.start()
+        bars = self._bars = Bars(*columns, console=self.console)
+        self._bar = bars.add_task(kind, total=self._state.expected, completed=done, finished=done, label="")
+        bars.start()
 
     def _lines(self, state: State, ended: threading.Event) -> None:
         """Where nothing moves on the screen: a line now and then, however long a step (or a compilation) takes."""
