@@ -4,22 +4,37 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jsublim.api import Run, results, run
     from jsublim.errors import JsublimError, UsageError
     from jsublim.inference.lm import LanguageModel, load_model
     from jsublim.inference.sampling import Sampling
     from jsublim.models.lora import Adapter
     from jsublim.models.peft import load_adapter
 
-__all__ = ["Adapter", "JsublimError", "LanguageModel", "Sampling", "UsageError", "load_adapter", "load_model"]
+__all__ = [
+    "Adapter",
+    "JsublimError",
+    "LanguageModel",
+    "Run",
+    "Sampling",
+    "UsageError",
+    "load_adapter",
+    "load_model",
+    "results",
+    "run",
+]
 
 _HOMES = {
     "Adapter": "jsublim.models.lora",
     "JsublimError": "jsublim.errors",
     "LanguageModel": "jsublim.inference.lm",
+    "Run": "jsublim.api",
     "Sampling": "jsublim.inference.sampling",
     "UsageError": "jsublim.errors",
     "load_adapter": "jsublim.models.peft",
     "load_model": "jsublim.inference.lm",
+    "results": "jsublim.api",
+    "run": "jsublim.api",
 }
 
 

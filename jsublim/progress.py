@@ -1,33 +1,73 @@
-"""What is printed while work is done: one bar per kind of work, and the seconds each kind took."""
+"""What is printed while work is done: one bar per kind of work on a terminal, one line a minute elsewhere; and the seconds that
+each kind took."""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 
 Tick = Callable[[int], None]  # called with the number of units just finished
+LINE_EVERY, DETAIL_EVERY = 60.0, 2.0  # seconds: between lines where there is no terminal, between looks at a detail
 
 
 def no_tick(units: int) -> None:
     """Progress that nobody watches."""
 
 
-class Progress:
-    """Bars on a console, silent without one. `seconds` holds how long each kind of work took, by its name."""
+@dataclass
+class State:
+    """How far the kind of work is that is under way."""
 
-    def __init__(self, console: Console | None = None):
-        self.console = console or Console(quiet=True)
+    kind: str
+    expected: int  # stages
+    finished: int = 0
+    label: str = ""
+    share: float = 0.0  # of the stage under way
+    units: int = 0  # ticked since it was begun
+    begun: float = field(default_factory=time.perf_counter)
+    start: float = 0.0  # finished stages when this call began to count
+
+    def line(self, now: float, detail: str) -> str:
+        """In a line of text: stage, how much is done, rate, time left, and whatever the work says of itself."""
+        done, seconds = self.finished + self.share, max(now - self.begun, 1e-9)
+        parts = [f"{self.kind} {self.label}".rstrip(), f"{min(done / self.expected, 1):.0%} done"]
+        parts += [f"{self.finished} of {self.expected}"] if self.expected > 1 else []
+        parts += [f"{self.units / seconds:.3g} a second"] if self.units else []
+        here = done - self.start
+        left = (self.expected - done) * seconds / here if here > 0 else None
+        parts += [f"{clock(seconds)} so far", "time left unknown" if left is None else f"about {clock(max(left, 0))} left"]
+        return ", ".join([*parts, *([detail] if detail else [])])
+
+
+def clock(seconds: float) -> str:
+    """ "4:05" is four minutes and five seconds; "1:04:05" an hour more."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Progress:
+    """Bars, or lines, on a console; silent without one. `seconds` holds how long each kind of work took, by its name."""
+
+    def __init__(self, console: Console | None = None, line_every: float = LINE_EVERY):
+        self.console, self.line_every = console or Console(quiet=True), line_every
         self.seconds: dict[str, float] = {}
         self._said: set[str] = set()
         self._expected: dict[str, int] = {}
-        self._bars: Bars | None = None
-        self._kind, self._bar = "", TaskID(0)
         self._finished: dict[str, int] = {}
+        self._bars: Bars | None = None
+        self._bar = TaskID(0)
+        self._state: State | None = None
+        self._detail: Callable[[], str] | None = None
+        self._looked = 0.0
+        self._ended: threading.Event | None = None
 
     def expect(self, counts: Mapping[str, int]) -> None:
         """Say how many stages of each kind are to come."""
@@ -39,6 +79,10 @@ class Progress:
             self._said.add(text)
             self.console.print(text, markup=False)  # an answer such as "[1]" is none
 
+    def watch(self, detail: Callable[[], str]) -> None:
+        """Until the stage ends, print also what this says; it is asked now and then only."""
+        self._detail = detail
+
     @contextmanager
     def stage(self, kind: str, units: int | None = None, label: str = "") -> Iterator[Tick]:
         """Time one stage. Stages of one kind that follow one another share a bar, which counts stages.
@@ -47,22 +91,25 @@ class Progress:
           units: how many the stage will tick; None where that cannot be told.
         """
         begin = time.perf_counter()
-        if kind != self._kind:
+        if self._state is None or kind != self._state.kind:
             self.close()
             self._open(kind)
-        assert self._bars is not None
-        self._bars.update(self._bar, label=label)
+        state = self._state
+        assert state is not None
+        state.label, state.share = label, 0.0
+        self._show()
         share = 1 / units if units else 0.0
 
         def tick(done: int) -> None:
-            assert self._bars is not None
-            self._bars.update(self._bar, advance=done * share)
+            state.share, state.units = state.share + done * share, state.units + done
+            self._show()
 
         try:
             yield tick
-            done = self._finished[kind] = self._finished.get(kind, 0) + 1
-            self._bars.update(self._bar, completed=done, finished=done)
-            if done >= self._expected.get(kind, 1):
+            state.finished = self._finished[kind] = self._finished.get(kind, 0) + 1
+            state.share, self._detail = 0.0, None
+            self._show()
+            if state.finished >= state.expected:
                 self.close()
         except BaseException:
             self.close()
@@ -71,21 +118,48 @@ class Progress:
             self.seconds[kind] = round(self.seconds.get(kind, 0.0) + time.perf_counter() - begin, 2)
 
     def _open(self, kind: str) -> None:
+        done = self._finished.get(kind, 0)
+        self._state = State(kind, self._expected.get(kind, 1), done, start=done)
+        if not self.console.is_terminal:
+            self._ended = threading.Event()
+            threading.Thread(target=self._lines, args=(self._state, self._ended), daemon=True).start()
         columns = (
             TextColumn("{task.description:<12}"),
-            BarColumn(),
+            BarColumn(bar_width=24),
             TextColumn("{task.fields[finished]}/{task.total}"),
             TimeElapsedColumn(),
+            TimeRemainingColumn(compact=True),
             TextColumn("{task.fields[label]}", markup=False),  # a name such as "[x]" is no markup
         )
         bars = self._bars = Bars(*columns, console=self.console)
-        self._kind, done = kind, self._finished.get(kind, 0)
-        self._bar = bars.add_task(kind, total=self._expected.get(kind, 1), completed=done, finished=done, label="")
+        self._bar = bars.add_task(kind, total=self._state.expected, completed=done, finished=done, label="")
         bars.start()
+
+    def _lines(self, state: State, ended: threading.Event) -> None:
+        """Where nothing moves on the screen: a line now and then, however long a step (or a compilation) takes."""
+        while not ended.wait(self.line_every):
+            self.console.print(state.line(time.perf_counter(), self._said_of_itself()), markup=False, soft_wrap=True)
+
+    def _said_of_itself(self) -> str:
+        return "" if self._detail is None else self._detail()
+
+    def _show(self) -> None:
+        state = self._state
+        if self._bars is None or state is None:
+            return
+        label = {"label": state.label}
+        if self._detail is not None and self.console.is_terminal:
+            if time.perf_counter() - self._looked < DETAIL_EVERY:
+                label = {}
+            else:
+                self._looked, label = time.perf_counter(), {"label": f"{state.label} {self._said_of_itself()}"}
+        self._bars.update(self._bar, completed=state.finished + state.share, finished=state.finished, **label)
 
     def close(self) -> None:
         """Leave the bar that is shown as it is."""
+        if self._ended is not None:
+            self._ended.set()
         if self._bars is not None:
             self._bars.update(self._bar, label="")
             self._bars.stop()
-            self._bars, self._kind = None, ""
+        self._bars = self._state = self._ended = self._detail = None

@@ -15,7 +15,8 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "checkpoints" not in pa
 ORDER = (
     ("errors",), ("files", "progress", "reading", "section"), ("client",), ("models",), ("parallel", "rows", "chat"),
     ("prompts",), ("inference",), ("teachers", "steering"), ("divergence",), ("judge",), ("evals",), ("transforms",), ("distill",),
-    ("attribution", "audit"), ("config",), ("report",), ("pipeline",), ("executors",), ("digits",), ("exchange",), ("cli",), ("__main__",),
+    ("attribution", "audit"), ("config",), ("report",), ("pipeline",), ("executors",), ("digits",), ("exchange",), ("api", "doctor"),
+    ("cli",), ("__main__",),
 )  # fmt: skip
 LINES, FUNCTION_LINES, FIELDS = 400, 60, 15
 

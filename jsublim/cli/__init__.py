@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import sys
+from typing import Any
 
 import typer
 
@@ -14,6 +15,7 @@ from jsublim.cli import (  # noqa: F401 (they register their commands)
     aot,
     attribute,
     audit,
+    doctor,
     exchange,
     finetune,
     listing,
@@ -54,10 +56,22 @@ def main() -> None:
         said = one_line(f"{error.strerror or error}{where}")
         _leave(debug, f"error: {said}; mend that, then run the same command again", 1)
     except Exception as error:
-        if isinstance(getattr(error, "exit_code", None), int) and hasattr(error, "show"):  # click's usage errors
-            error.show()  # type: ignore[attr-defined]
+        if isinstance(getattr(error, "exit_code", None), int) and hasattr(error, "show"):  # the parser's own
+            _usage(error)
             sys.exit(2)
         _leave(debug, f"error: {type(error).__name__}: {one_line(str(error))}; --debug shows where", 1)
+
+
+def _usage(error: Any) -> None:
+    """What is wrong with a command line, in one line; the help itself, where nothing was asked."""
+    message = error.format_message().strip()
+    if not message or "\n" in message:
+        error.show()
+        return
+    names, context = ["--help"], getattr(error, "ctx", None)
+    while context is not None and context.parent is not None:
+        names, context = [context.info_name, *names], context.parent
+    print(f"error: {message.rstrip('.')}; see `{' '.join(['jsublim', *names])}`", file=sys.stderr)
 
 
 def _leave(debug: bool, message: str, code: int) -> None:

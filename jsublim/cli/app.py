@@ -36,7 +36,7 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
     """A command with the options that every command has."""
 
     @functools.wraps(function)
-    def command(*args: Any, quiet: bool, debug: bool, **given: Any) -> Any:  # noqa: ARG001 (main takes --debug away)
+    def command(*args: Any, quiet: bool, debug: bool, **given: Any) -> Any:
         console.quiet = quiet
         return function(*args, **given)
 

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from jsublim.cli.app import Chip, DryRun, Json, PackFile, Template, app, console, named, prompts_app
+from jsublim.cli.showing import about_any_run
 from jsublim.cli.validating import kinds, look_over
 from jsublim.errors import UsageError
 
@@ -52,9 +53,7 @@ def say_result(report: Path, as_json: bool) -> None:
         return
     import json
 
-    from jsublim.pipeline.showing import about_run
-
-    print(json.dumps(about_run(report.parent), indent=2, ensure_ascii=False))
+    print(json.dumps(about_any_run(report.parent), indent=2, ensure_ascii=False))
 
 
 @app.command()

@@ -143,8 +143,9 @@ def evaluate(
         raise UsageError(f"--traits: {' and '.join(sorted(asks_traits))} ask about traits; give at least one")
     context = _context(e)
     if setting not in eval_settings(context.setup):
+        known = ", ".join(filter(None, eval_settings(context.setup)))
         raise UsageError(
-            f"--setting: '{setting}' given; known: {', '.join(filter(None, eval_settings(context.setup)))}"
+            f"--setting: '{setting}' given; {f'known: {known}' if known else 'evaluation.settings names none; leave it out'}"
         )
     task = evaluation_task(context.setup, Model(None, CONTROL, adapter, data), setting)
     check_free(out, task.key, task.output.inputs)

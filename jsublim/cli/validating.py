@@ -20,10 +20,9 @@ if TYPE_CHECKING:
 
 def kinds() -> dict[str, type[Config]]:
     """Every kind of experiment that a config may hold."""
-    from jsublim.config import Experiment
-    from jsublim.digits.config import Digits
+    from jsublim.api import KINDS
 
-    return {"language": Experiment, "digits": Digits}
+    return KINDS
 
 
 @app.command()

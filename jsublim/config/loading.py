@@ -97,6 +97,22 @@ def override(values: dict[str, Any], said: str) -> None:
     key, equals, text = said.partition("=")
     if not equals or not key:
         raise UsageError(f"override '{said}': expected key=value, such as students.optimizer.lr=1e-3")
+    value = yaml_value(text, f"override {shown(said)}")
+    if isinstance(value, str) and value and text.startswith(value):
+        value = text.strip()  # plain text to its end: what YAML takes for a comment may be part of a folder's name
+    # YAML 1.1 reads 1e-3 as text; whoever types it means the number.
+    lay_over(values, key, float(value) if isinstance(value, str) and _is_float(value) else value, said)
+
+
+def lay_over(values: dict[str, Any], key: str, value: Any, said: str = "") -> None:
+    """Put a value under a dotted name into nested values, in place.
+
+    Args:
+      said: what the user wrote, for errors.
+
+    Raises:
+      UsageError: a place that holds no section.
+    """
     *parents, last = key.split(".")
     place: dict[str, Any] = values
     for depth, parent in enumerate(parents):
@@ -108,13 +124,9 @@ def override(values: dict[str, Any], said: str) -> None:
         if not isinstance(below, dict):
             below = place[parent] = _written_out(parent, below)
         if not isinstance(below, dict):
-            raise UsageError(f"override '{said}': '{parent}' holds a value, not a section")
+            raise UsageError(f"override '{said or key}': '{parent}' holds a value, not a section")
         place = below
-    value = yaml_value(text, f"override {shown(said)}")
-    if isinstance(value, str) and value and text.startswith(value):
-        value = text.strip()  # plain text to its end: what YAML takes for a comment may be part of a folder's name
-    # YAML 1.1 reads 1e-3 as text; whoever types it means the number.
-    place[last] = float(value) if isinstance(value, str) and _is_float(value) else value
+    place[last] = value
 
 
 def _written_out(name: str, value: Any) -> Any:

@@ -66,7 +66,7 @@ def _over_seeds(accuracies: list[float]) -> Interval | None:
     return None if interval is None else interval.within(0.0, 1.0)
 
 
-def print_summary(run_dir: Path, console: Console, full: bool = False) -> None:  # noqa: ARG001 (it is short)
+def print_summary(run_dir: Path, console: Console, full: bool = False) -> None:
     """Print mean accuracies and their intervals over seeds. Raises as `read_lines`."""
     lines, about = read_lines(run_dir), _about(run_dir)
     table = Table(title=f"{about['name']}: accuracy on {about['test_images']} held-out digits", title_justify="left")

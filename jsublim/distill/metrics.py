@@ -20,6 +20,7 @@ from jsublim.files import naming, write_text
 from jsublim.models.config import ModelConfig
 
 LOGGED = ("loss", "lr", "grad_norm")  # of each arm, for loggers
+TAIL = 16_384  # bytes at the end of a file in which its last step is looked for
 
 
 class Metrics:
@@ -126,6 +127,23 @@ class Metrics:
             stored=row.ids is not None,
             cached=self.cached,
         )
+
+
+def last_loss(path: Path) -> float | None:
+    """The loss of the last step in a training's `metrics.jsonl`, mean over its arms; None where there is none yet."""
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL))
+        found: list[tuple[int, float]] = []
+        for text in file.read().splitlines():
+            try:
+                line = json.loads(text)
+                found.append((line["step"], float(line["loss"])))
+            except (ValueError, KeyError, TypeError):  # cut at its beginning, not written to its end, or of an arm that diverged
+                continue
+    last = [loss for step, loss in found if step == found[-1][0]]
+    return sum(last) / len(last) if last else None
 
 
 def _cut_back(path: Path, first: int) -> None:

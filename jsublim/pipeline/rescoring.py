@@ -163,7 +163,7 @@ def _judgements(
 
 def _open_questions(run: Path, experiment: Experiment, judge: Judge) -> Misaligned:
     kind = experiment.evaluation.kinds.get("misalignment")
-    if not isinstance(kind, MisalignmentKind):
+    if kind is None or not isinstance(kind, MisalignmentKind):
         raise UsageError("rescore: this run asked no open questions (evaluation.kinds: misalignment), so there is nothing to judge")
     pack, first = load_pack(experiment.prompts), experiment.evaluation.questions
     apart = bool(_recipe(run, experiment).judge_apart)

@@ -30,6 +30,7 @@ from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Store, device, versions
 from jsublim.pipeline.students import diverged, student_output
 from jsublim.report import write_report
+from jsublim.report.tables import read_json
 from jsublim.rows import read_rows
 from jsublim.section import facts
 
@@ -180,8 +181,7 @@ def _about(context: Context, key: str, started: str) -> dict[str, Any]:
         "versions": versions(),
         "device": device(),
         "config_hash": key,
-        "started": started,
-        "seconds": context.progress.seconds,
+        **_times(e, key, started, context.progress.seconds),
         "evaluations": {name: setting.model_dump() for name, setting in e.evaluation.settings.items()},
         "config_yaml": e.yaml(),
         "recipe": setup.recipe.model_dump(),
@@ -199,6 +199,18 @@ def _about(context: Context, key: str, started: str) -> dict[str, Any]:
             f"judge: {spent.prompt_tokens} + {spent.completion_tokens} tokens in this call, cost {spent.cost:.4g}"
         )
     return about
+
+
+def _times(e: Config, key: str, started: str, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """When the run was begun, and how long each kind of work took in all calls together: one that finds everything whole
+    changes nothing."""
+    old = read_json(e.run_dir / "results" / "run.json", {})
+    if old.get("config_hash") != key:
+        return {"started": started, "seconds": dict(seconds)}
+    worked = {kind: taken for kind, taken in seconds.items() if kind != "plan"}
+    before = old.get("seconds", {})
+    every = {kind: round(before.get(kind, 0.0) + worked.get(kind, 0.0), 2) for kind in {**before, **worked}}
+    return {"started": old.get("started", started), "seconds": every}
 
 
 def claim_folder(experiment: Config, key: str, console: Console) -> None:

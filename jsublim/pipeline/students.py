@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from jsublim.distill.cost import training_flops
 from jsublim.distill.data import read_turns
 from jsublim.distill.loggers import Logs, check_loggers
 from jsublim.distill.memory import arms_that_fit, rows_at_once
+from jsublim.distill.metrics import last_loss
 from jsublim.errors import UsageError
 from jsublim.files import write_json
 from jsublim.inference.batching import PREFIX_STEP, shared_beginning
@@ -186,6 +188,7 @@ class TrainStudents(Task):
             outputs = [student_output(context.setup, student) for student in group]
             members = [(arm, context.store.open(output)) for arm, output in zip(arms, outputs, strict=True)]
             lm = context.lm(group[0].settings.model)
+            context.progress.watch(functools.partial(_loss_so_far, work / "metrics.jsonl"))
             train_students(lm, members, settings, work, shape=shape, tick=tick, say=say, on_diverged=told)
         context.forget("targets")
 
@@ -335,6 +338,11 @@ class TrainStudents(Task):
                 raise UsageError(
                     f"students.model: {checkpoint.name} has other tokens than its teachers; use loss.kind=hard"
                 )
+
+
+def _loss_so_far(metrics: Path) -> str:
+    loss = last_loss(metrics)
+    return "" if loss is None else f"loss {loss:.4f}"
 
 
 def diverged(store: Store, student: Output) -> str | None:
