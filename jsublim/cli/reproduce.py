@@ -82,7 +82,7 @@ def print_estimate(experiment: Experiment, chip: str, shape: Path | None = None)
     setup = Setup.of(experiment, lambda name: architecture(name, shape))
     if setup.wording:
         console.print(setup.wording)
-    costs = stage_costs(plan(setup), setup, Store(experiment.store_dir), device)
+    costs = stage_costs(plan(setup), setup, Store.of(experiment), device)
     hours = f"hours, one {chip}"
     table = Table("stage", "tasks", "tokens", "FLOPs", hours, "done", title=f"{experiment.name}: {experiment.model}")
     for cost in costs:
