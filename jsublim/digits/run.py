@@ -64,7 +64,7 @@ def run_digits(spec: Digits, console: Console) -> Path:
     write_json(results / "run.json", about)
     report = write_report(spec.run_dir)
     print_summary(spec.run_dir, console)
-    console.print(Programs.so_far() - before)
+    console.print(str(Programs.so_far() - before))
     return report
 
 

@@ -185,9 +185,9 @@ class Claims(ABC):
 
         def run() -> None:
             while not heart.wait(BEAT):
-                with suppress(OSError, JsublimError):  # the next one may get through
-                    self._beat()
-                self.on_beat()
+                for act in (self._beat, self.on_beat):
+                    with suppress(Exception):  # the next beat may get through; a heart that stops would lose the claims
+                        act()
 
         threading.Thread(target=run, name="claims", daemon=True).start()
 

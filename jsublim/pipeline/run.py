@@ -38,5 +38,5 @@ def run_experiment(experiment: Experiment, executor: Executor, console: Console)
     executor.execute(graph.tasks.values(), context)
     report = gather(graph, context, key, started)
     print_summary(experiment.run_dir, console)
-    console.print(Programs.so_far() - before)
+    console.print(str(Programs.so_far() - before))
     return report
