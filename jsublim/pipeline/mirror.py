@@ -75,32 +75,28 @@ class Mirror:
         assert mark is not None, "it was found"
         return mark["summary"]
 
-    def mend(self, folder: str, local: Path) -> str | None:
+    def mend(self, folder: str, key: str, local: Path) -> str | None:
         """Look whether the objects of an artifact that says it is whole are there, as far as their sizes tell; a damaged one is
         set aside. Returns what was found, in one line. What this machine has of another making is no copy, and forgotten."""
         self._marks.pop(folder, None)
-        mine = (local / DONE).exists()
-        if mine and self._mark(folder) is not None and self._is_copy(folder, local):
-            return None
-        found = self._damage(folder)
-        if not found and mine and self._mark(folder) is not None:
-            (local / DONE).unlink()
-        return self._set_aside(folder, found) if found else None
-
-    def _damage(self, folder: str) -> dict[str, str]:
         content = self.bucket.read(f"{folder}/{DONE}")
-        if content is None:
-            return {}
-        mark = read_mark(content)
-        if mark is None:
-            return {DONE: "is not what was written"}
-        sizes, found = self.bucket.sizes(folder), {}
-        for name, said in mark["files"].items():
+        mark = None if content is None else read_mark(content)
+        if content is not None and mark is None:
+            return self._set_aside(folder, {DONE: "is not what was written"})
+        if mark is not None:
+            self._marks[folder] = mark
+        there, mine = self.find(folder, key), (local / DONE).exists()
+        if there is None or (mine and self._is_copy(there, local)):
+            return None
+        sizes, found = self.bucket.sizes(there), {}
+        for name, said in self._marks[there]["files"].items():
             if name not in sizes:
                 found[name] = "is missing"
             elif sizes[name] != said["bytes"]:
                 found[name] = f"has {sizes[name]} bytes, {said['bytes']} were written"
-        return found
+        if not found and mine:
+            (local / DONE).unlink()
+        return self._set_aside(there, found) if found else None
 
     def _set_aside(self, folder: str, found: Mapping[str, str]) -> str:
         """Make a damaged artifact unfinished; what is there of it is kept. Returns a line that says so."""
@@ -161,6 +157,10 @@ class Mirror:
                 list(pool.map(lambda name: self.bucket.upload(local / name, f"{folder}/{name}"), names))
             if self.bucket.create(f"{folder}/{DONE}", content):
                 self._marks[folder] = mark
+            elif self._mark(folder) is None:
+                raise JsublimError(
+                    f"{self.bucket.place(folder)}/{DONE}: is not what was written; run the same command again"
+                )
         if not self._is_copy(folder, local):
             (local / DONE).unlink()
             self.fetch(folder)
@@ -203,25 +203,19 @@ class Mirror:
     def _unpacked(self, name: str, beside: Path) -> Iterator[Path | None]:
         """What a zip of the bucket holds, in a folder of its own; None where there is none, or it is damaged, which is said."""
         scratch = beside.with_name(f".{beside.name}.{os.getpid()}{PARTIAL}")
-        try:
-            yield scratch if self._unpack(name, scratch) else None
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
-
-    def _unpack(self, name: str, target: Path) -> bool:
-        packed = target.with_name(f"{target.name}.zip{PARTIAL}")
+        packed = scratch.with_name(f"{scratch.name}.zip{PARTIAL}")
         packed.parent.mkdir(parents=True, exist_ok=True)
+        sound = False
         try:
-            self.bucket.download(name, packed)
-        except FileNotFoundError:
-            return False
-        try:
-            if not _unpack(packed, target):
-                self.say(f"{self.bucket.place(name)}: is not what was written; what it held is made again")
-                return False
-            return True
+            with suppress(FileNotFoundError):
+                self.bucket.download(name, packed)
+                sound = _unpack(packed, scratch)
+                if not sound:
+                    self.say(f"{self.bucket.place(name)}: is not what was written; what it held is made again")
+            yield scratch if sound else None
         finally:
             packed.unlink(missing_ok=True)
+            shutil.rmtree(scratch, ignore_errors=True)
 
     def keep(self, unfinished: Mapping[str, Path], trainings: Iterable[str], *, now: bool = False) -> None:
         """Send what there is of unfinished artifacts (by their keys) and trainings, where it has changed since it was sent.
@@ -247,7 +241,7 @@ class Mirror:
             state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
             if not files or self._sent.get(name) == state:
                 return bool(files)
-            with tempfile.TemporaryDirectory() as scratch:
+            with tempfile.TemporaryDirectory(dir=self.root, prefix=".", suffix=PARTIAL) as scratch:
                 packed = Path(scratch) / "kept.zip"
                 _pack(files, folder, packed)
                 self.bucket.upload(packed, name)

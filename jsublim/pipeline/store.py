@@ -121,9 +121,7 @@ class Store:
         unfinished again. Returns what was found, in one line; None where all is well."""
         here, there = self._mend_here(output), None
         if self.mirror is not None:
-            self.mirror.forget()
-            folder = self.mirror.find(output.folder, output.key) or output.folder
-            there = self.mirror.mend(folder, self._here(output))
+            there = self.mirror.mend(output.folder, output.key, self._here(output))
         found = "; ".join(line for line in (here, there) if line is not None)
         again = "fetched" if self.mirror is not None and self.done(output) else "made"
         return f"{found}; it is {again} again" if found else None
