@@ -59,6 +59,7 @@ def _short(value: Any) -> str:
 
 
 RECORD = "artifact.json"  # what went into an artifact
+NAME_BYTES = 255  # of a file's name, that a file system takes
 DONE = "DONE"  # there once an artifact is whole; says what its files are
 PROGRESS, PARTS = "progress.jsonl", "parts"  # a file, a folder: what is finished of an artifact that is not
 
@@ -105,9 +106,11 @@ class Artifact:
 
     def _check(self, record: Path) -> None:
         try:
-            old = json.loads(record.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
-            raise JsublimError(f"{record}: broken; move the folder away and run again") from None
+            old = json.loads(record.read_bytes())
+        except ValueError:
+            old = None
+        if not isinstance(old, dict) or not isinstance(old.get("inputs"), dict):
+            raise JsublimError(f"{record}: broken; move the folder away and run again")
         if old.get("kind") != self.kind:
             raise UsageError(
                 f"{self.path}: holds a result of kind {old.get('kind')!r}, not {self.kind!r}; give another --out"
@@ -117,7 +120,7 @@ class Artifact:
         ]:
             write_json(record, self._record())  # of a call that was refused before it made anything
         elif old.get("key") != self.key:
-            before = old.get("inputs", {})
+            before = old["inputs"]
             changed = sorted(k for k in {*before, *self.inputs} if before.get(k) != self.inputs.get(k))
             what = ", ".join(f"{k} was {_short(before.get(k))}, is {_short(self.inputs.get(k))}" for k in changed[:3])
             raise UsageError(f"{self.path}: holds a result of other settings ({what}); give another --out")
@@ -166,6 +169,8 @@ def read_mark(content: bytes) -> dict[str, Any] | None:
         mark = json.loads(content)
         sound = isinstance(mark["summary"], dict) and all(
             Path(name).name == name
+            and "\0" not in name
+            and len(name.encode()) <= NAME_BYTES
             and type(said["bytes"]) is int
             and type(said["time_ns"]) is int
             and type(said["sha256"]) is str

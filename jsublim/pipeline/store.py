@@ -261,24 +261,22 @@ class Store:
             on_main_process(lambda: mirror.resume_training(name))
         return self.root / "training" / name
 
-    def agreed(self, name: str, decide: Callable[[], Any]) -> Any:
-        """A small JSON value that is decided once for all who share the store."""
-        path, remote, damaged = self.root / "training" / f"{name}.json", f"training/{name}.json", False
+    def agreed(self, name: str, decide: Callable[[], int]) -> int:
+        """A number from 1 on that is decided once for all who share the store."""
+        path, remote = self.root / "training" / f"{name}.json", f"training/{name}.json"
         if self.mirror is not None:
             self.mirror.agree(remote, path)
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            pass
-        except ValueError:
-            damaged = True
-            self.say(f"{path}: is damaged; what it said is decided anew")
-        value = decide()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, value)
-        if self.mirror is not None:
-            self.mirror.agree(remote, path, damaged=damaged)
-        return json.loads(path.read_text(encoding="utf-8"))
+        damaged = path.exists() and _count(path) is None
+        if damaged:
+            self.say(f"{path}: is not what was written; it is decided anew")
+        if damaged or not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, decide())
+            if self.mirror is not None:
+                self.mirror.agree(remote, path, damaged=damaged)
+        count = _count(path)
+        assert count is not None
+        return count
 
     def keep_programs(self) -> None:
         """Have JAX keep compiled programs here, and use those that are (`programs.keep_programs`)."""
@@ -286,6 +284,15 @@ class Store:
         if self.mirror is not None:
             self.mirror.fetch_programs(folder)
         keep_programs(folder, self.say)
+
+
+def _count(path: Path) -> int | None:
+    """The number from 1 on that a file holds; None where it holds anything else."""
+    try:
+        said = json.loads(path.read_bytes())
+    except ValueError:
+        return None
+    return said if type(said) is int and said >= 1 else None
 
 
 class RowLog:

@@ -84,6 +84,7 @@ OTHER: dict[str, Any] = {
     "name": "otherwise",
     "out": "elsewhere",
     "store": "elsewhere",
+    "store_cache": ("elsewhere", {"store": "s3://bucket/store"}),
     "model": lambda: folder("twin"),
     "chat_template": "plain",
     "dtype": "bfloat16",
