@@ -106,7 +106,8 @@ class Claims(ABC):
         self.owner, self.say = Owner.own(), say
         self._held: dict[str, int] = {}  # keys, with their turns
         self._seen: dict[str, tuple[bytes | None, float]] = {}  # signs of life of others, and when each was new
-        self._beats, self._heart = 0, threading.Event()
+        self._beats, self._heart = 0, threading.Event()  # the event is set while no signs of life are given
+        self._heart.set()
         self.on_beat: Callable[[], None] = lambda: None
 
     @contextmanager
@@ -130,17 +131,24 @@ class Claims(ABC):
             on_main_process(take)
             yield
         finally:
-            try:
-                for key in reversed(taken):
+            for key in reversed(taken):
+                with self._telling():
                     self._release(key, self._held.pop(key))
-                if taken and not self._held:
-                    self._heart.set()
+            if not self._held and not self._heart.is_set():
+                self._heart.set()
+                with self._telling():
                     self._remove(f"owners/{self.owner.id}.json")
-            except JsublimError as error:
-                self.say(str(error))  # a storage that does not answer any more: what is claimed there becomes stale
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Say what fails in giving back: the claim becomes stale, and what was made counts."""
+        try:
+            yield
+        except (OSError, JsublimError) as error:
+            self.say(str(error))
 
     def _take(self, key: str) -> bool:
-        if not self._held:
+        if self._heart.is_set():
             self._live()
         turn = max(self._turns(key), default=1)
         if not self._try(key, turn):
@@ -180,7 +188,6 @@ class Claims(ABC):
     def _live(self) -> None:
         """Begin to give signs of life."""
         self._beat()
-        self._heart.set()
         heart = self._heart = threading.Event()
 
         def run() -> None:
@@ -267,8 +274,12 @@ class FolderClaims(Claims):
         if max(self._turns(key), default=turn) > turn:  # somebody has taken over just now
             lock.release()
             return False
+        try:
+            self._write(f"{key}/{turn}.json", asdict(self.owner))
+        except BaseException:
+            lock.release()
+            raise
         self._locks[key] = lock
-        self._write(f"{key}/{turn}.json", asdict(self.owner))
         return True
 
     def _is_taken(self, key: str, turn: int) -> bool:
@@ -278,8 +289,10 @@ class FolderClaims(Claims):
         return lock is None
 
     def _release(self, key: str, turn: int) -> None:
-        self._remove(f"{key}/{turn}.json")
-        self._locks.pop(key).release()
+        try:
+            self._remove(f"{key}/{turn}.json")
+        finally:
+            self._locks.pop(key).release()
 
     def _read(self, name: str) -> bytes | None:
         with suppress(OSError):
