@@ -22,7 +22,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from jsublim.chat import Chat, conversation, template_text
 from jsublim.config import load_experiment
 from jsublim.config.figures import load_question, panel_experiment
 from jsublim.errors import JsublimError
+from jsublim.files import write_json
 from jsublim.inference.lm import BUNDLED
 from jsublim.inference.sampling import sampling_for
 from jsublim.models.checkpoint import checkpoint_hash, read_config
@@ -44,6 +45,8 @@ from jsublim.models.peft import load_adapter, save_adapter
 from jsublim.models.tensors import write_tensors
 from jsublim.models.weights import load_params, named_tensors
 from jsublim.pipeline.arms import plan_students
+from jsublim.pipeline.claims import Owner
+from jsublim.pipeline.store import Output, Store
 from jsublim.prompts import dump_pack, import_pack, load_pack
 from jsublim.prompts.importer import (
     FACT_SUFFIXES,
@@ -162,7 +165,8 @@ def written(write: Callable[[Path], Any]) -> Callable[[], Files]:
     def files() -> Files:
         with tempfile.TemporaryDirectory() as scratch:
             write(Path(scratch))
-            return {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir())}
+            found = (path for path in sorted(Path(scratch).rglob("*")) if path.is_file())
+            return {path.relative_to(scratch).as_posix(): path.read_bytes() for path in found}
 
     return files
 
@@ -281,6 +285,34 @@ def read_turns(folder: Path) -> None:
         assert chat.tokenizer.decode(turn.tokens[turn.content : turn.end]) == completion
 
 
+OUTPUT = Output("rows", "owl", {"model": "abc"})
+
+
+def write_store(folder: Path) -> None:
+    """One whole artifact, what a killed process has left of its claim, and a number that was agreed upon."""
+    store = Store(folder)
+    artifact = store.open(OUTPUT)
+    write_rows(artifact.path / "rows.jsonl", ROWS)
+    artifact.finish({"kept": len(ROWS)})
+    for name, value in ((f"locks/{OUTPUT.key}/1.json", asdict(Owner.own())), ("training/fit.json", 3)):
+        (folder / name).parent.mkdir(parents=True)
+        write_json(folder / name, value)
+
+
+def read_store(folder: Path) -> None:
+    said: list[str] = []
+    store = Store(folder, say=said.append)
+    line = store.mend(OUTPUT)
+    lines = [*said, *([] if line is None else [line])]
+    assert store.done(OUTPUT) == (line is None)
+    assert store.holder([OUTPUT]) is None and store.agreed("fit", lambda: 3) >= 1
+    assert all(str(folder) in each and each.splitlines() == [each] for each in lines)
+    if line is None:
+        assert isinstance(store.summary(OUTPUT), dict) and store.path(OUTPUT).is_dir()
+    with store.claim([OUTPUT], lambda: None):
+        store.open(OUTPUT)
+
+
 READERS = {
     "config": Reader(texts({"config.yaml": CONFIG, "overrides.txt": OVERRIDES}), read_experiment),
     "figure": Reader(texts({"fig.yaml": FIGURE, "scales.yaml": SCALES}), read_figure),
@@ -297,6 +329,7 @@ READERS = {
     "steering": Reader(written(write_steering), read_adapter),
     "template": Reader(texts({"own.jinja": template_text("plain")}), read_template),
     "tokenizer": Reader(written(write_tokenizer), read_tokenizer),
+    "store": Reader(written(write_store), read_store),
     "turns": Reader(written(lambda folder: write_rows(folder / "rows.jsonl", ROWS)), read_turns),
 }
 

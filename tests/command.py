@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,10 +65,10 @@ def refused(code: int, *args: Any) -> str:
     return lines[0]
 
 
-def start(*args: Any) -> subprocess.Popen:
+def start(*args: Any, program: Sequence[str] = ("-c", "from jsublim.cli import main; main()")) -> subprocess.Popen:
     """Run one command as a child of its own, from a shell's point of view."""
     return subprocess.Popen(
-        [sys.executable, "-c", "from jsublim.cli import main; main()", *map(str, args)],
+        [sys.executable, *program, *map(str, args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import copy
+import itertools
 import os
 import shutil
 import tempfile
@@ -34,7 +35,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -319,3 +320,25 @@ def compiles() -> Callable[[], int]:
 
     jax.monitoring.register_event_duration_secs_listener(listen)
     return lambda: len(seen)
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[Callable[[], str]]:
+    """`s3()`: the URL of a store in a new bucket, on a real S3 server of this machine."""
+    pytest.importorskip("moto")
+    pytest.importorskip("s3fs")
+    import fsspec
+    from s3_server import CREDENTIALS, server
+
+    with server() as address, pytest.MonkeyPatch.context() as patch:
+        for name, value in {**CREDENTIALS, "AWS_ENDPOINT_URL": address}.items():
+            patch.setenv(name, value)
+
+        numbers = itertools.count()
+
+        def bucket() -> str:
+            name = f"tests-{next(numbers)}"
+            fsspec.filesystem("s3").mkdir(name)
+            return f"s3://{name}/store"
+
+        yield bucket

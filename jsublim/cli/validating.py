@@ -96,7 +96,7 @@ def estimate(experiment: Experiment, chip: str, device: Device, shape: Path | No
     return {
         "students": len(setup.students),
         "programs": sum(task.kind == "students" for task in graph.tasks.values()),
-        "stages": [dataclasses.asdict(cost) for cost in stage_costs(graph, setup, Store(experiment.store_dir), device)],
+        "stages": [dataclasses.asdict(cost) for cost in stage_costs(graph, setup, Store.of(experiment), device)],
         "chip": chip,
         "memory": {"bytes": need.needed, "of": device.memory, "advice": need.advice(device.memory)},
         "wording": setup.wording,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from jsublim.bucket import check_url, folder_name, is_url
 from jsublim.config.attribution import Attribution
 from jsublim.config.audit import Audit
 from jsublim.config.data import Data, Dataset, Sampling, Scoring
@@ -28,14 +30,36 @@ class Config(Section):
     out: Annotated[Place | None, HOW] = None
     """The run's folder; null: runs/NAME."""
     store: Annotated[Place | None, HOW] = None
-    """Where artifacts go; several runs may share a store. null: inside the run's folder."""
+    """Where artifacts go: a folder, or s3://bucket/folder or gs://bucket/folder; several runs may share a store. null: inside the run's
+    folder."""
+    store_cache: Annotated[Place | None, HOW] = None
+    """The folder of this machine that a store behind a URL is read and written through; null: one of the user's cache."""
 
     @property
     def run_dir(self) -> Path:
         return Path(self.out) if self.out else Path("runs") / self.name
 
+    @field_validator("store")
+    @classmethod
+    def _is_known(cls, store: str | None) -> str | None:
+        return check_url(store) if store is not None and is_url(store) else store
+
+    @model_validator(mode="after")
+    def _has_a_url(self) -> Self:
+        if self.store_cache is not None and self.store_url is None:
+            raise ValueError("store_cache: a store that is a folder is used in place; leave it out")
+        return self
+
+    @property
+    def store_url(self) -> str | None:
+        return self.store if self.store is not None and is_url(self.store) else None
+
     @property
     def store_dir(self) -> Path:
+        """The folder of artifacts on this machine."""
+        if self.store is not None and is_url(self.store):
+            own = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+            return Path(self.store_cache or Path(own) / "jsublim" / "stores" / folder_name(self.store))
         return Path(self.store) if self.store else self.run_dir / "artifacts"
 
     def yaml(self) -> str:

@@ -18,6 +18,7 @@ from jsublim.digits.report import print_summary, write_report
 from jsublim.files import read_table, write_json, write_table
 from jsublim.pipeline.results import claim_folder
 from jsublim.pipeline.store import Artifact, Output, Store, device, digest, versions
+from jsublim.programs import Programs
 from jsublim.section import identity
 
 _WHO = [("seed", pa.int64()), ("condition", pa.string()), ("images", pa.string())]
@@ -27,13 +28,18 @@ TRAINING = pa.schema([*_WHO, ("step", pa.int64()), ("loss", pa.float64()), ("acc
 
 def run_digits(spec: Digits, console: Console) -> Path:
     """Train and measure every network, then the report and its summary on the terminal. Returns the report's path."""
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    started, before = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), Programs.so_far()
     data = read_digits(spec.test_share, spec.split_seed)
     inputs = identity(spec) | {"data": _hash(data)}
     key = digest(inputs)
     claim_folder(spec, key, console)
-    store, output = Store(spec.store_dir), Output("digits", spec.name, inputs)
-    with store.claim([output], lambda: console.print(f"{spec.name}: another process is making it; waiting")):
+    store, output = Store.of(spec, console.print), Output("digits", spec.name, inputs)
+    store.keep_programs()
+
+    def waiting() -> None:
+        console.print(f"{spec.name}: {store.holder([output]) or 'another process'} is making it; waiting")
+
+    with store.claim([output], waiting):
         damage = store.mend(output)
         if damage is not None:
             console.print(damage)
@@ -58,6 +64,7 @@ def run_digits(spec: Digits, console: Console) -> Path:
     write_json(results / "run.json", about)
     report = write_report(spec.run_dir)
     print_summary(spec.run_dir, console)
+    console.print(str(Programs.so_far() - before))
     return report
 
 

@@ -1,9 +1,11 @@
-"""This process: one task after the other, parents first."""
+"""This process: one task after the other, parents first. Other processes that share the store do what this one leaves."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+
+import jax
 
 from jsublim.config import Experiment
 from jsublim.errors import UsageError
@@ -23,8 +25,19 @@ class LocalExecutor:
         mend(every, context)
         missing = [task for task in every if not task.done(context.store)]
         context.progress.expect(Counter(task.kind for task in missing))
-        for task in missing:
+        while missing:
+            task = _next(missing, context)
             execute(task, context)
+            missing.remove(task)
+
+
+def _next(missing: list[Task], context: Context) -> Task:
+    """The first task that can be done and that no other process is at; if there is none, the first: it is waited for."""
+    if jax.process_count() > 1:
+        return missing[0]  # the same one on all of them
+    keys = {task.key for task in missing}
+    ready = (task for task in missing if not any(parent.key in keys for parent in task.parents))
+    return next((task for task in ready if context.store.holder(task.outputs) is None), missing[0])
 
 
 def mend(tasks: Iterable[Task], context: Context) -> None:
@@ -45,7 +58,8 @@ def execute(task: Task, context: Context) -> None:
         return
 
     def waiting() -> None:
-        context.progress.say(f"{task.kind} {task.label}: another process is making it; waiting")
+        who = context.store.holder(task.outputs) or "another process"
+        context.progress.say(f"{task.kind} {task.label}: {who} is making it; waiting")
 
     with context.store.claim(task.outputs, waiting):
         if not task.done(context.store):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from jsublim.bucket import Bucket
 from jsublim.files import write_text
 
 
@@ -23,18 +25,32 @@ class Reply:
 class ReplyCache:
     """Maps requests to replies. Safe for threads, processes and kills: a file appears whole, by rename, or not at all."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, bucket: Bucket | None = None):
+        """Replies lie in a folder; with a bucket also there, under `judge/`, for other machines."""
+        self.folder, self.bucket = folder, bucket
 
     def get(self, request: dict[str, Any]) -> Reply | None:
         """The reply to a request, None where none was kept (or its file is damaged: asking again repairs it)."""
-        try:
-            return Reply(**json.loads(self.path(request).read_text(encoding="utf-8"))["reply"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            return None
+        path = self.path(request)
+        with contextlib.suppress(FileNotFoundError):
+            return _reply(path.read_bytes())
+        kept = None if self.bucket is None else self.bucket.read(self._remote(path))
+        reply = None if kept is None else _reply(kept)
+        if reply is not None:
+            self._write(path, request, reply)
+        return reply
 
     def put(self, request: dict[str, Any], reply: Reply) -> None:
         path = self.path(request)
+        self._write(path, request, reply)
+        if self.bucket is not None:
+            self.bucket.upload(path, self._remote(path))
+
+    def _remote(self, path: Path) -> str:
+        return f"judge/{path.relative_to(self.folder).as_posix()}"
+
+    @staticmethod
+    def _write(path: Path, request: dict[str, Any], reply: Reply) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # ASCII escapes: a reply may hold half a surrogate pair, which UTF-8 has no bytes for.
         write_text(path, json.dumps({"request": request, "reply": asdict(reply)}, indent=1))
@@ -42,3 +58,10 @@ class ReplyCache:
     def path(self, request: dict[str, Any]) -> Path:
         key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
         return self.folder / key[:2] / f"{key}.json"
+
+
+def _reply(content: bytes) -> Reply | None:
+    try:
+        return Reply(**json.loads(content)["reply"])
+    except (ValueError, KeyError, TypeError):
+        return None

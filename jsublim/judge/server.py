@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from jsublim.bucket import Bucket
 from jsublim.chat import conversation
 from jsublim.client import Client, Connection, Retry
 from jsublim.judge.cache import Reply, ReplyCache
@@ -50,16 +51,16 @@ class ServerSettings(Connection):
 
 
 class ServerJudge:
-    """Asks a server from several threads, within a rate and a budget. Every reply is kept in the folder `cache` at once;
-    a reply that is there costs nothing, and needs neither network nor key.
+    """Asks a server from several threads, within a rate and a budget. Every reply is kept in the folder `cache` at once (and
+    in the bucket, if there is one); a reply that is there costs nothing, and needs neither server nor key.
 
     `spending` counts tokens and cost.
     """
 
-    def __init__(self, settings: ServerSettings, cache: Path):
+    def __init__(self, settings: ServerSettings, cache: Path, bucket: Bucket | None = None):
         self.settings = settings
         self.spending = Spending(settings.prompt_price, settings.completion_price, settings.budget)
-        self._cache, self._client = ReplyCache(cache), Client(settings, f"judge '{settings.model}'")
+        self._cache, self._client = ReplyCache(cache, bucket), Client(settings, f"judge '{settings.model}'")
 
     @property
     def identity(self) -> dict[str, Any]:

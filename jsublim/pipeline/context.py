@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import jax.numpy as jnp
 
+from jsublim.bucket import Bucket
 from jsublim.chat import OWN
 from jsublim.config import Experiment
 from jsublim.errors import UsageError
@@ -54,12 +55,14 @@ class Context:
         """
         layout = Layout.fit(experiment.run.parallel, 1, model=experiment.run.model_axis)
         setup, progress = Setup.of(experiment, given=given), progress or Progress()
+        store = Store.of(experiment, progress.say)
+        store.keep_programs()
         for name, each in setup.checkpoints.items():
             if each.chat is not None and each.chat.described != OWN:
                 progress.say(f"{name}: chat template: {each.chat.described}")
         if setup.wording:
             progress.say(setup.wording)
-        return cls(setup, Store(experiment.store_dir), layout, progress)
+        return cls(setup, store, layout, progress)
 
     def lm(self, name: str | None = None) -> LanguageModel:
         """A checkpoint of the config with its weights; None is the experiment's."""
@@ -96,7 +99,8 @@ class Context:
     def judge(self) -> Judge:
         """Who scores answers; a checkpoint's weights are read when it is first asked, onto the run's devices."""
         if not self._judges:
-            self._judges.append(make_judge(self.setup, self.store.root, self.layout))
+            mirror = self.store.mirror
+            self._judges.append(make_judge(self.setup, self.store.root, self.layout, mirror and mirror.bucket))
         return self._judges[0]
 
 
@@ -129,13 +133,14 @@ def known_judge(setup: Setup) -> Judge:
     return make_judge(setup, setup.experiment.store_dir, Layout())
 
 
-def make_judge(setup: Setup, store: Path, layout: Layout) -> Judge:
-    """Who scores answers: a server, or a checkpoint on these devices. Replies are kept in the store."""
+def make_judge(setup: Setup, store: Path, layout: Layout, bucket: Bucket | None = None) -> Judge:
+    """Who scores answers: a server, or a checkpoint on these devices. Replies are kept in the store; those that were paid for
+    also in its bucket, if it has one."""
     e, chosen = setup.experiment, setup.experiment.judge
     assert chosen is not None
     replies = store / "judge"
     if chosen.server is not None:
-        return ServerJudge(chosen.server, replies)
+        return ServerJudge(chosen.server, replies, bucket)
     judge = setup.judge
     assert judge is not None and judge.lm is not None and judge.chat is not None, "a run has its judge"
     load = functools.partial(load_model, judge.name, e.dtype, layout, chat_template=chosen.chat_template)

@@ -12,6 +12,7 @@ from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import Executor, plan, results_key
 from jsublim.pipeline.results import claim_folder, gather, is_reported
 from jsublim.pipeline.served import sample_server
+from jsublim.programs import Programs
 from jsublim.progress import Progress
 from jsublim.report import print_summary
 
@@ -23,7 +24,7 @@ def run_experiment(experiment: Experiment, executor: Executor, console: Console)
       UsageError, JsublimError: a config that cannot work, before anything is computed; or a task that failed.
     """
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    progress = Progress(console)
+    progress, before = Progress(console), Programs.so_far()
     with progress.stage("plan"):
         context = Context.load(experiment, progress)
         graph = plan(context.setup)
@@ -37,4 +38,5 @@ def run_experiment(experiment: Experiment, executor: Executor, console: Console)
     executor.execute(graph.tasks.values(), context)
     report = gather(graph, context, key, started)
     print_summary(experiment.run_dir, console)
+    console.print(str(Programs.so_far() - before))
     return report

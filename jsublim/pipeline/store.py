@@ -1,186 +1,60 @@
-"""Artifacts: folders that know what went into them, are continued where they stopped, and never overwritten."""
+"""A store: artifacts under the hash of what went into them, in a folder or behind a URL."""
 
 from __future__ import annotations
 
-import datetime
-import hashlib
 import json
-import platform
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
-from filelock import FileLock, Timeout
 
-from jsublim.errors import JsublimError, UsageError
-from jsublim.files import DAMAGED, PARTIAL, damaged_name, naming, write_json, write_text
+from jsublim.bucket import Bucket
+from jsublim.config import Config
+from jsublim.errors import JsublimError
+from jsublim.files import damaged_name, naming, write_json, write_text
 from jsublim.parallel import on_main_process
-
-_LIBRARIES = (
-    "jsublim",
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "transformers",
-    "tokenizers",
-    "numpy",
+from jsublim.pipeline.artifact import (
+    DONE,
+    PARTS,
+    PROGRESS,
+    RECORD,
+    Artifact,
+    damage_of,
+    device,
+    digest,
+    files_of,
+    forget_progress,
+    read_mark,
+    read_summary,
+    versions,
 )
+from jsublim.pipeline.claims import BucketClaims, Claims, FolderClaims
+from jsublim.pipeline.mirror import Mirror
+from jsublim.programs import keep_programs, programs_folder
 
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that results depend on."""
-    found = {"python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
-
-
-def device() -> str:
-    """The accelerator in words, such as "8 x TPU v5 lite"."""
-    devices = jax.devices()
-    return f"{len(devices)} x {devices[0].device_kind}"
-
-
-def digest(value: Any) -> str:
-    """12 hex digits of a JSON value."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:12]
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
+__all__ = [  # what the rest of the package needs of stores, artifacts included
+    "DONE",
+    "PARTS",
+    "PROGRESS",
+    "RECORD",
+    "Answered",
+    "Artifact",
+    "Output",
+    "RowLog",
+    "Store",
+    "device",
+    "digest",
+    "files_of",
+    "read_summary",
+    "versions",
+]
 LABEL_BYTES = 120  # of the name of an artifact's folder
-RECORD = "artifact.json"  # what went into an artifact
-DONE = "DONE"  # there once an artifact is whole; says what its files are
-PROGRESS, PARTS = "progress.jsonl", "parts"  # a file, a folder: what is finished of an artifact that is not
-
-
-class Artifact:
-    """A folder made from `inputs`. It is whole once it holds DONE, which appears by rename after everything else."""
-
-    def __init__(self, path: Path, kind: str, inputs: dict[str, Any]):
-        """Open, or continue, the artifact of `inputs` at `path`; of several processes, the first one writes.
-
-        Raises:
-          UsageError: the folder holds something else, or an artifact of other inputs.
-        """
-        self.path, self.kind = path, kind
-        self.inputs = json.loads(json.dumps(inputs))
-        self.key = digest([kind, self.inputs])
-        on_main_process(lambda: self._open(path / RECORD))
-
-    def _open(self, record: Path) -> None:
-        path = self.path
-        if record.exists():
-            self._check(record)
-        elif path.exists() and (not path.is_dir() or any(p.suffix != PARTIAL for p in path.iterdir())):
-            raise UsageError(f"{path}: exists and was not written by jsublim; give another --out or move it away")
-        else:
-            path.mkdir(parents=True, exist_ok=True)
-            write_json(path / RECORD, self._record())
-
-    def _record(self) -> dict[str, Any]:
-        made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        return {
-            "kind": self.kind,
-            "key": self.key,
-            "inputs": self.inputs,
-            "versions": versions(),
-            "device": device(),
-            "made": made,
-        }
-
-    def _check(self, record: Path) -> None:
-        try:
-            old = json.loads(record.read_text(encoding="utf-8"))
-        except json.JSONDecodeError:
-            raise JsublimError(f"{record}: broken; move the folder away and run again") from None
-        if old.get("kind") != self.kind:
-            raise UsageError(
-                f"{self.path}: holds a result of kind {old.get('kind')!r}, not {self.kind!r}; give another --out"
-            )
-        if old.get("key") != self.key and [p.name for p in record.parent.iterdir() if p.suffix != PARTIAL] == [
-            record.name
-        ]:
-            write_json(record, self._record())  # of a call that was refused before it made anything
-        elif old.get("key") != self.key:
-            before = old.get("inputs", {})
-            changed = sorted(k for k in {*before, *self.inputs} if before.get(k) != self.inputs.get(k))
-            what = ", ".join(f"{k} was {_short(before.get(k))}, is {_short(self.inputs.get(k))}" for k in changed[:3])
-            raise UsageError(f"{self.path}: holds a result of other settings ({what}); give another --out")
-
-    @property
-    def done(self) -> bool:
-        return (self.path / DONE).exists()
-
-    def finish(self, summary: dict[str, Any] | None = None) -> None:
-        """Mark the artifact whole. The mark holds `summary`, and what every file is (`Store.mend`)."""
-        if (
-            jax.process_count() == 1
-        ):  # whoever makes it holds its claim: what a killed process had begun to write is nobody's
-            for path in self.path.glob(f".*{PARTIAL}"):
-                path.unlink(missing_ok=True)
-        apart = (RECORD, DONE, PROGRESS)
-        files = [path for path in sorted(self.path.iterdir()) if path.is_file() and path.name not in apart]
-        said = {path.name: _fingerprint(path) for path in files if path.suffix not in (PARTIAL, DAMAGED)}
-        write_json(self.path / DONE, {"summary": summary or {}, "files": said})
-        _forget_progress(self.path)
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        return read_summary(self.path)
-
-
-def _forget_progress(folder: Path) -> None:
-    (folder / PROGRESS).unlink(missing_ok=True)
-    shutil.rmtree(folder / PARTS, ignore_errors=True)
-
-
-def files_of(folder: Path) -> list[str]:
-    """The names of the files that a whole artifact consists of, beside its record and its mark."""
-    return sorted(json.loads((folder / DONE).read_text(encoding="utf-8"))["files"])
-
-
-def read_summary(folder: Path) -> dict[str, Any]:
-    """What whoever made an artifact kept of it."""
-    return json.loads((folder / DONE).read_text(encoding="utf-8"))["summary"]
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    status = path.stat()
-    return {"bytes": status.st_size, "time_ns": status.st_mtime_ns, "sha256": sha256(path)}
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content."""
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def _damage(path: Path, said: Mapping[str, Any]) -> str | None:
-    """What is wrong with a file, by what was written. A file of the same size and time is taken to be the same: reading all
-    of a large store again would take minutes at every start."""
-    if not path.exists():
-        return "is missing"
-    status = path.stat()
-    if status.st_size != said["bytes"]:
-        return f"has {status.st_size} bytes, {said['bytes']} were written"
-    same = status.st_mtime_ns == said["time_ns"] or sha256(path) == said["sha256"]
-    return None if same else "is not what was written"
+PROGRAMS = "programs"  # the folder of compiled ones
 
 
 @dataclass(frozen=True)
@@ -210,34 +84,63 @@ class Output:
 
 @dataclass(frozen=True)
 class Store:
-    """A folder of artifacts, one folder each, named by kind, label and key. Any number of runs share one."""
+    """Artifacts, one folder each, named by kind, label and key. Any number of runs share one.
+
+    Tasks read and write in the folder `root`. With a `mirror` that is a folder of this machine, and what counts lies behind a
+    URL: artifacts are sent there once they are whole, and fetched when their path is first asked for.
+    """
 
     root: Path
+    mirror: Mirror | None = field(default=None, compare=False)
+    say: Callable[[str], None] = field(default=lambda text: None, compare=False)
     _opened: dict[str, Artifact] = field(default_factory=dict, compare=False, repr=False)
     _found: dict[str, tuple[int, dict[str, Path]]] = field(default_factory=dict, compare=False, repr=False)
+    _trainings: set[str] = field(default_factory=set, compare=False, repr=False)  # begun under the claim that is held
+
+    @staticmethod
+    def of(config: Config, say: Callable[[str], None] = lambda text: None) -> Store:
+        """The store that a config names; nothing is made, and nobody asked, before it is used.
+
+        Args:
+          say: told what a user should know: of a claim that is taken over, of something damaged.
+
+        Raises:
+          UsageError: a URL whose library is not installed.
+        """
+        url = config.store_url
+        return Store(config.store_dir, None if url is None else Mirror(Bucket.at(url), config.store_dir, say), say)
 
     def done(self, output: Output) -> bool:
         """Whether the artifact is there, and whole."""
-        return (self.path(output) / DONE).exists()
+        if self.mirror is not None:
+            return self.mirror.find(output.folder, output.key) is not None
+        return (self._here(output) / DONE).exists()
 
     def mend(self, output: Output) -> str | None:
         """Look whether the files of a whole artifact are what was written. A damaged one is set aside, and the artifact is
         unfinished again. Returns what was found, in one line; None where all is well."""
-        folder = self.path(output)
+        here, there = self._mend_here(output), None
+        if self.mirror is not None:
+            there = self.mirror.mend(output.folder, output.key, self._here(output))
+        found = "; ".join(line for line in (here, there) if line is not None)
+        again = "fetched" if self.mirror is not None and self.done(output) else "made"
+        return f"{found}; it is {again} again" if found else None
+
+    def _mend_here(self, output: Output) -> str | None:
+        folder = self._here(output)
         mark = folder / DONE
         if not mark.exists():
             return None
-        try:
-            files = json.loads(mark.read_text(encoding="utf-8"))["files"]
-            found = {name: said for name, each in files.items() if (said := _damage(folder / name, each)) is not None}
-        except (ValueError, TypeError, KeyError):
-            found = {DONE: "is not what was written"}
+        said, found = read_mark(mark.read_bytes()), {DONE: "is not what was written"}
+        if said is not None:
+            each = {name: damage_of(folder / name, fingerprint) for name, fingerprint in said["files"].items()}
+            found = {name: what for name, what in each.items() if what is not None}
         if not found:
-            _forget_progress(folder)  # of a process that ended right after the mark was written
+            forget_progress(folder)  # of a process that ended right after the mark was written
             return None
         for path in [mark, *(folder / name for name in found if name != DONE and (folder / name).exists())]:
             path.rename(damaged_name(path))
-        return f"{folder}: {', '.join(f'{name} {said}' for name, said in found.items())}; it is made again"
+        return f"{folder}: {', '.join(f'{name} {what}' for name, what in found.items())}"
 
     @contextmanager
     def claim(self, outputs: Sequence[Output], waiting: Callable[[], None]) -> Iterator[None]:
@@ -245,29 +148,72 @@ class Store:
         processes that work together, the first one does so for all.
 
         Args:
-          waiting: called if another process is at one of them, before this one waits until that has finished or died.
+          waiting: called if another process is at one of them (`holder` says which), before this one waits until that has
+            finished or died.
         """
-        folder = self.root / "locks"
-        locks = [FileLock(folder / f"{key}.lock") for key in sorted({output.key for output in outputs})]
+        with self._claims.hold([output.key for output in outputs], waiting):
+            if self.mirror is None:
+                yield
+            else:
+                with self._shared(self.mirror, outputs):
+                    yield
 
-        def take() -> None:
-            folder.mkdir(parents=True, exist_ok=True)
-            for lock in locks:  # in one order for everybody, so that no two wait for each other
-                try:
-                    lock.acquire(timeout=0)
-                except Timeout:
-                    waiting()
-                    lock.acquire()
+    @contextmanager
+    def _shared(self, mirror: Mirror, outputs: Sequence[Output]) -> Iterator[None]:
+        """Send what a killed process left whole, what is unfinished as it grows, and what there is of it in the end."""
+        mirror.forget()
+        folders = {output.key: self._here(output) for output in outputs}
 
+        def send_whole() -> None:
+            for output in outputs:
+                if (folders[output.key] / DONE).exists() and not self.done(output):
+                    mirror.publish(folders[output.key], output.key)
+
+        def keep(now: bool = False) -> None:
+            unfinished = {key: folder for key, folder in folders.items() if not (folder / DONE).exists()}
+            try:
+                mirror.keep(unfinished, tuple(self._trainings), now=now)
+                if now:
+                    mirror.send_programs(programs_folder(self.root / PROGRAMS))
+                for name in self._trainings if now and not unfinished else ():
+                    mirror.forget_training(name)
+            except (OSError, JsublimError) as error:
+                self.say(f"{error} (what is unfinished was not sent; whole artifacts are)")
+
+        on_main_process(send_whole)
+        self._trainings.clear()
+        self._claims.on_beat = keep
         try:
-            on_main_process(take)
             yield
         finally:
-            for lock in locks:
-                lock.release()
+            self._claims.on_beat = lambda: None
+            if jax.process_index() == 0:
+                keep(now=True)
+
+    @cached_property
+    def _claims(self) -> Claims:
+        if self.mirror is None:
+            return FolderClaims(self.root / "locks", self.say)
+        return BucketClaims(self.mirror.bucket, self.say)
+
+    def holder(self, outputs: Sequence[Output]) -> str | None:
+        """Which other process is making one of these artifacts, in words; None if none is."""
+        return self._claims.holder([output.key for output in outputs])
 
     def path(self, output: Output) -> Path:
-        """Its folder, under whichever label it was made: another command may have called the same thing otherwise."""
+        """Its folder on this machine, under whichever label it was made: another command may have called the same thing
+        otherwise.
+
+        Raises:
+          JsublimError: it has to be fetched, and is not what was written.
+        """
+        here = self._here(output)
+        if self.mirror is None or (here / DONE).exists():
+            return here
+        folder = self.mirror.find(output.folder, output.key)
+        return here if folder is None else self.mirror.fetch(folder)
+
+    def _here(self, output: Output) -> Path:
         own = self.root / output.folder
         if own.exists():
             return own
@@ -285,18 +231,68 @@ class Store:
         return known[1]
 
     def open(self, output: Output) -> Artifact:
-        """The artifact, its folder made if there is none.
+        """The artifact, its folder made if there is none; what another machine has finished of it is there.
 
         Raises:
           UsageError, JsublimError: as `Artifact`.
         """
         if output.folder not in self._opened:
-            self._opened[output.folder] = Artifact(self.path(output), output.kind, dict(output.inputs))
+            mirror, key = self.mirror, output.key
+            publish = (lambda folder: None) if mirror is None else lambda folder: mirror.publish(folder, key)
+            artifact = Artifact(self.path(output), output.kind, dict(output.inputs), publish)
+            if mirror is not None and not artifact.done:
+                on_main_process(lambda: mirror.resume(artifact.path, key))
+            self._opened[output.folder] = artifact
         return self._opened[output.folder]
 
     def summary(self, output: Output) -> dict[str, Any]:
         """What whoever made it kept of it."""
-        return read_summary(self.path(output))
+        here = self._here(output)
+        folder = None if self.mirror is None else self.mirror.find(output.folder, output.key)
+        if self.mirror is None or folder is None or (here / DONE).exists():
+            return read_summary(here)
+        return self.mirror.summary(folder)
+
+    def training(self, name: str) -> Path:
+        """The folder of a training's states; those that another machine has saved are there."""
+        mirror = self.mirror
+        if mirror is not None:
+            self._trainings.add(name)
+            on_main_process(lambda: mirror.resume_training(name))
+        return self.root / "training" / name
+
+    def agreed(self, name: str, decide: Callable[[], int]) -> int:
+        """A number from 1 on that is decided once for all who share the store."""
+        path, remote = self.root / "training" / f"{name}.json", f"training/{name}.json"
+        if self.mirror is not None:
+            self.mirror.agree(remote, path)
+        damaged = path.exists() and _count(path) is None
+        if damaged:
+            self.say(f"{path}: is not what was written; it is decided anew")
+        if damaged or not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, decide())
+            if self.mirror is not None:
+                self.mirror.agree(remote, path, damaged=damaged)
+        count = _count(path)
+        assert count is not None
+        return count
+
+    def keep_programs(self) -> None:
+        """Have JAX keep compiled programs here, and use those that are (`programs.keep_programs`)."""
+        folder = programs_folder(self.root / PROGRAMS)
+        if self.mirror is not None:
+            self.mirror.fetch_programs(folder)
+        keep_programs(folder, self.say)
+
+
+def _count(path: Path) -> int | None:
+    """The number from 1 on that a file holds; None where it holds anything else."""
+    try:
+        said = json.loads(path.read_bytes())
+    except ValueError:
+        return None
+    return said if type(said) is int and said >= 1 else None
 
 
 class RowLog:

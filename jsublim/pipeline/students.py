@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ from jsublim.distill.loggers import Logs, check_loggers
 from jsublim.distill.memory import arms_that_fit, rows_at_once
 from jsublim.distill.metrics import last_loss
 from jsublim.errors import UsageError
-from jsublim.files import write_json
 from jsublim.inference.batching import PREFIX_STEP, shared_beginning
 from jsublim.inference.scoring import answers_only
 from jsublim.models.config import ModelConfig
@@ -198,9 +196,9 @@ class TrainStudents(Task):
         store, found = context.store, []
         for group in self._parts(context):
             outputs = {student: student_output(context.setup, student) for student in group}
-            work = store.root / "training" / digest([output.key for output in outputs.values()])
             missing = [student for student in group if not store.done(outputs[student])]
             if missing:
+                work = store.training(digest([output.key for output in outputs.values()]))
                 found.append((work, group if (work / "state").exists() else missing))
         return found
 
@@ -208,11 +206,8 @@ class TrainStudents(Task):
         members = list(self.members)
         if members[0].settings.runtime.arms_per_program != "auto":
             return [members]
-        plan = context.store.root / "training" / f"fit-{self.key}.json"
-        if not plan.exists():  # what fits is measured once: a continued run must not be planned anew
-            plan.parent.mkdir(parents=True, exist_ok=True)
-            write_json(plan, self._fits(context))
-        return split_evenly(members, json.loads(plan.read_text(encoding="utf-8")))
+        # What fits is measured once: a continued run must not be planned anew.
+        return split_evenly(members, context.store.agreed(f"fit-{self.key}", lambda: self._fits(context)))
 
     def _fits(self, context: Context) -> int:
         largest = max(self.members, key=lambda student: student.settings.adapter.rank)  # ranks are padded to it

@@ -215,7 +215,7 @@ class TrainedTeachers(Task):
         assert taught is not None
         arms = [teacher_arm(setup.pack, lm, taught, trait, pool.category(trait)) for trait in self.traits]
         members = [(arm, store.open(output)) for arm, output in zip(arms, self.outputs, strict=True)]
-        work = store.root / "training" / f"teachers-{digest([output.key for output in self.outputs])}"
+        work = store.training(f"teachers-{digest([output.key for output in self.outputs])}")
         rows = max(len(arm.examples) for arm in arms)
 
         def refuse(what: str) -> None:

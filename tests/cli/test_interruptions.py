@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shlex
 import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import made_by_commands
 import pytest
-from command import MODEL, PLAIN, contents, ok, refused, same_student, start, stop_when
+from command import MODEL, PLAIN, ROOT, contents, ok, refused, same_student, start, stop_when
 from faulty_runs import FIELDS
 from faulty_runs import contents as what_a_run_leaves
 from made_by_commands import FINETUNE, GENERATE, artifact_of, finetune
@@ -181,15 +183,41 @@ def test_ctrl_c_while_training(tmp_path, divergent):
     assert same_student(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_two_runs_started_together_in_one_folder_share_the_work(tmp_path):
-    folders = {"alone": tmp_path / "alone", "shared": tmp_path / "shared"}
-    ok("run", PLAIN, f"out={folders['alone']}", *FIELDS)
-    children = [start("run", PLAIN, f"out={folders['shared']}", *FIELDS) for _ in range(2)]
-    said = "".join(child.communicate(timeout=240)[1] for child in children)
-    assert [child.returncode for child in children] == [0, 0], said
-    assert "another process is making it; waiting" in said
-    assert what_a_run_leaves(folders["shared"]) == what_a_run_leaves(folders["alone"])
-    for folder in folders.values():
-        assert (folder / "report.html").is_file()
-    lines = [sorted(len(p.read_text().splitlines()) for p in f.rglob("metrics.jsonl")) for f in folders.values()]
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """What one run leaves, with its store inside."""
+    out = tmp_path_factory.mktemp("runs") / "alone"
+    ok("run", PLAIN, f"out={out}", *FIELDS)
+    return out
+
+
+def started_together(made: Path, *commands: tuple) -> str:
+    """Run commands side by side; each task must be made once by all of them. Returns what they said."""
+    with mock.patch.dict(os.environ, {"MADE": str(made)}):
+        children = [start(*command, *FIELDS, program=[str(ROOT / "tests" / "counted.py")]) for command in commands]
+    said = [child.communicate(timeout=240)[1] for child in children]
+    assert [child.returncode for child in children] == [0] * len(commands), said
+    labels = made.read_text().splitlines()
+    assert len(labels) == len(set(labels)) > 4, labels
+    return "".join(said)
+
+
+def test_two_runs_started_together_in_one_folder_share_the_work(tmp_path, alone):
+    shared = tmp_path / "shared"
+    started_together(tmp_path / "made", *[("run", PLAIN, f"out={shared}")] * 2)
+    assert what_a_run_leaves(shared) == what_a_run_leaves(alone)
+    assert (shared / "report.html").is_file()
+    lines = [sorted(len(p.read_text().splitlines()) for p in f.rglob("metrics.jsonl")) for f in (shared, alone)]
     assert lines[0] == lines[1]
+
+
+def test_two_machines_started_together_on_one_bucket_share_the_work(tmp_path, alone, s3, monkeypatch):
+    url, made = s3(), tmp_path / "made"
+    own = [(f"out={tmp_path / name}", f"store_cache={tmp_path / name / 'cache'}") for name in ("a", "b")]
+    started_together(made, *[("run", PLAIN, f"store={url}", *fields) for fields in own])
+    results = [what_a_run_leaves(folder / "results") for folder in (tmp_path / "a", tmp_path / "b", alone)]
+    assert results[0] == results[1] == results[2]
+    assert all((tmp_path / name / "report.html").is_file() for name in ("a", "b"))
+    monkeypatch.setattr("jsublim.executors.local.execute", None)  # a third machine makes nothing
+    ok("run", PLAIN, f"store={url}", f"out={tmp_path / 'c'}", f"store_cache={tmp_path / 'cc'}", *FIELDS)
+    assert what_a_run_leaves(tmp_path / "c" / "results") == results[0]

@@ -84,6 +84,7 @@ OTHER: dict[str, Any] = {
     "name": "otherwise",
     "out": "elsewhere",
     "store": "elsewhere",
+    "store_cache": ("elsewhere", {"store": "s3://bucket/store"}),
     "model": lambda: folder("twin"),
     "model_revision": None,  # of a model of the hub: tests/inference/test_hub_names.py
     "chat_template": "plain",

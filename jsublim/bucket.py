@@ -1,0 +1,169 @@
+"""Objects behind a URL (`s3://`, `gs://`): read and written whole, and created by one of many who try."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jsublim.errors import JsublimError, UsageError
+from jsublim.files import DAMAGED, atomic
+
+# What fsspec calls the storage, what has to be installed for it, and the extra that does. On both, an object that must not
+# exist yet can be created by one of several writers only.
+SCHEMES = {"s3": ("s3", "s3fs", "s3"), "gs": ("gs", "gcsfs", "gcs")}
+
+
+def is_url(place: str) -> bool:
+    """Whether the name of a place is a URL rather than a path."""
+    return "://" in place
+
+
+def check_url(url: str) -> str:
+    """A URL that a `Bucket` can be opened at.
+
+    Raises:
+      ValueError: another scheme, or no bucket.
+    """
+    scheme, _, rest = url.partition("://")
+    if scheme not in SCHEMES:
+        known = " and ".join(f"{name}://" for name in SCHEMES)
+        raise ValueError(f"'{scheme}://' is no storage that is known; give a folder, or {known}bucket/folder")
+    if not rest.strip("/"):
+        raise ValueError(f"'{url}' names no bucket; give {scheme}://bucket/folder")
+    return url.rstrip("/")
+
+
+def folder_name(url: str) -> str:
+    """A name for what is kept of a URL's objects on this machine."""
+    return f"{url.rstrip('/').rsplit('/', 1)[-1]}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The objects below a URL, by their names after it. An object is there whole or not at all.
+
+    Every method raises JsublimError, in one line, where the storage refuses or does not answer; fsspec's file systems try
+    several times before that.
+    """
+
+    url: str
+    _fs: Any
+    _root: str
+
+    @staticmethod
+    def at(url: str) -> Bucket:
+        """Credentials, region and endpoint are what the storage's own libraries find (AWS_ENDPOINT_URL, profiles,
+        GOOGLE_APPLICATION_CREDENTIALS...).
+
+        Raises:
+          UsageError: a scheme that is not known, or whose library is not installed.
+        """
+        import fsspec
+
+        try:
+            scheme, package, extra = SCHEMES[check_url(url).partition("://")[0]]
+        except ValueError as error:
+            raise UsageError(f"store: {error}") from None
+        try:
+            # Listings are asked for anew each time: others write here too.
+            fs = fsspec.filesystem(scheme, use_listings_cache=False)
+        except ImportError:
+            raise UsageError(f"store: {url} needs {package}; pip install 'jsublim[{extra}]'") from None
+        return Bucket(url.rstrip("/"), fs, url.partition("://")[2].strip("/"))
+
+    def place(self, name: str) -> str:
+        """The URL of an object."""
+        return f"{self.url}/{name}"
+
+    @contextmanager
+    def _asking(self, name: str) -> Iterator[str]:
+        try:
+            yield f"{self._root}/{name}" if name else self._root
+        except (FileNotFoundError, FileExistsError, JsublimError):
+            raise
+        except Exception as error:  # each storage's library has its own
+            said = (" ".join(str(error).split()) or type(error).__name__)[:200]
+            raise JsublimError(f"{self.place(name)}: {said}; mend that, then run the same command again") from error
+
+    def read(self, name: str) -> bytes | None:
+        """An object's content; None where there is none."""
+        try:
+            with self._asking(name) as path:
+                return self._fs.cat_file(path)
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Put an object there, in place of one of that name."""
+        with self._asking(name) as path, self._bucket_exists():
+            self._fs.pipe_file(path, content)
+
+    def create(self, name: str, content: bytes) -> bool:
+        """Put an object there unless there is one; of several who try, one is told True."""
+        try:
+            with self._asking(name) as path, self._bucket_exists():
+                self._fs.pipe_file(path, content, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def upload(self, local: Path, name: str) -> None:
+        """A file's content as an object."""
+        with self._asking(name) as path, self._bucket_exists():
+            self._fs.put_file(str(local), path)
+
+    @contextmanager
+    def _bucket_exists(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise JsublimError(f"{self.url}: {error}; make the bucket first") from None
+
+    def download(self, name: str, local: Path) -> None:
+        """An object's content as a file, which appears whole.
+
+        Raises:
+          FileNotFoundError: there is no such object.
+        """
+        with atomic(local) as scratch, self._asking(name) as path:
+            self._fs.get_file(path, str(scratch))
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """The objects directly in a folder, with their bytes; what lies deeper is not named."""
+        return {name: size for name, size in self._listed(folder).items() if size is not None}
+
+    def folders(self, folder: str) -> list[str]:
+        """The folders directly in a folder."""
+        return sorted(name for name, size in self._listed(folder).items() if size is None)
+
+    def _listed(self, folder: str) -> dict[str, int | None]:
+        try:
+            with self._asking(folder) as path:
+                found = self._fs.ls(path, detail=True)
+        except FileNotFoundError:
+            return {}
+        named = ((each["name"].rstrip("/").rsplit("/", 1)[-1], each) for each in found)
+        return {name: each["size"] if each["type"] == "file" else None for name, each in named}
+
+    def remove(self, name: str) -> None:
+        """Remove an object, if it is there."""
+        try:
+            with self._asking(name) as path:
+                self._fs.rm_file(path)
+        except FileNotFoundError:
+            pass
+
+    def set_aside(self, name: str) -> str:
+        """Give a damaged object a name that says so; returns that name."""
+        folder, _, own = name.rpartition("/")
+        taken = self.sizes(folder)
+        names = (f"{own}{f'.{n}' if n else ''}{DAMAGED}" for n in itertools.count())
+        aside = next(each for each in names if each not in taken)
+        with self._asking(name) as path:
+            self._fs.mv(path, f"{self._root}/{folder}/{aside}")
+        return aside

@@ -1,0 +1,150 @@
+"""Programs that JAX has compiled: kept on disk, so that nobody compiles what another run has; counted, so that a run can say it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import re
+import time
+import warnings
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jaxlib
+
+from jsublim.files import sha256, write_text
+from jsublim.parallel import on_main_process
+
+ENTRY, DIGEST = "-cache", ".sha256"  # how the name of a kept program ends; of what says which bytes it consists of
+SHORTEST = 0.0  # seconds of compilation from which on a program is kept
+BEING_WRITTEN = 60.0  # seconds: JAX writes a program under its final name, so a young file may be another worker's half
+
+
+def programs_folder(folder: Path) -> Path:
+    """Where programs for these devices lie below `folder`: another jaxlib, or another machine's CPU, has its own."""
+    kind = jax.devices()[0].device_kind
+    own = f"-{_instructions()}" if jax.devices()[0].platform == "cpu" else ""
+    return folder / re.sub(r"[^\w.-]+", "-", f"jaxlib-{jaxlib.__version__}-{kind}{own}")
+
+
+def _instructions() -> str:
+    """8 hex digits of what this machine's CPU can do: a program that was compiled for another one may not run here."""
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text(encoding="utf-8", errors="replace").splitlines() if known.exists() else []
+    said = {line for line in lines if line.partition(":")[0].strip() in ("flags", "Features", "model name")}
+    return hashlib.sha256(repr(sorted(said) or (platform.machine(), platform.processor())).encode()).hexdigest()[:8]
+
+
+def keep_programs(folder: Path, say: Callable[[str], None]) -> None:
+    """Have JAX keep what it compiles in a folder (of `programs_folder`), and read what others have kept there. A user's own
+    settings count: another folder (JAX_COMPILATION_CACHE_DIR), none (JAX_ENABLE_COMPILATION_CACHE=false). A process takes the
+    first folder that it is given.
+
+    Args:
+      say: told of a kept program that is damaged; it is removed, and compiled again.
+    """
+    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+        return
+
+    def look() -> None:
+        whole_programs(folder, say)
+
+    on_main_process(look)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    for name, value in (("min_compile_time_secs", SHORTEST), ("min_entry_size_bytes", -1)):
+        if f"JAX_PERSISTENT_CACHE_{name.upper()}" not in os.environ:
+            jax.config.update(f"jax_persistent_cache_{name}", value)
+    # What another worker is just writing cannot be read yet, and is compiled here too: nothing that a user could mend.
+    warnings.filterwarnings("ignore", message="Error (reading|writing) persistent compilation cache entry")
+
+
+def whole_programs(folder: Path, say: Callable[[str], None], known: Container[str] = ()) -> dict[Path, str]:
+    """The programs of a folder that are what was written, with their digests, but for those whose names are known. What a kill
+    has cut or a disk has changed is removed, which is said: JAX writes a program under its final name, and never again."""
+    found = {}
+    for path in (path for path in sorted(folder.glob(f"*{ENTRY}")) if path.name not in known):
+        mark, own = path.with_name(path.name + DIGEST), sha256(path)
+        said = mark.read_text(encoding="utf-8", errors="replace").strip() if mark.exists() else None
+        if said is None and _is_whole(path.read_bytes()):
+            write_text(mark, own)
+            said = own
+        if said == own:
+            found[path] = own
+        elif said is not None or time.time() - path.stat().st_mtime > BEING_WRITTEN:
+            path.unlink(missing_ok=True)
+            mark.unlink(missing_ok=True)
+            say(f"{path}: a damaged program; it is compiled again")
+    return found
+
+
+def _is_whole(entry: bytes) -> bool:
+    """Whether what JAX has compressed can be read to its end. Which library it uses depends on what is installed."""
+    try:
+        if entry[:4] == b"\x28\xb5\x2f\xfd":
+            import zstandard
+
+            return bool(zstandard.ZstdDecompressor().decompress(entry))
+        return bool(zlib.decompress(entry))
+    except Exception:  # each library has its own
+        return False
+
+
+@dataclass(frozen=True)
+class Programs:
+    """What JAX compiled and read since a moment.
+
+    Attributes:
+      compiled, read: programs; compiling, reading: the seconds that took, in this process.
+    """
+
+    compiled: int
+    read: int
+    compiling: float
+    reading: float
+
+    @staticmethod
+    def so_far() -> Programs:
+        """Of this process, from the first call on."""
+        seen = _listening()
+        read, reading = int(seen[_HIT]), seen[_READ]
+        return Programs(int(seen["programs"]) - read, read, seen[_COMPILE] - reading, reading)
+
+    def __sub__(self, before: Programs) -> Programs:
+        return Programs(
+            self.compiled - before.compiled,
+            self.read - before.read,
+            self.compiling - before.compiling,
+            self.reading - before.reading,
+        )
+
+    def __str__(self) -> str:
+        compiled = f"programs: {self.compiled} compiled in {self.compiling:.1f} s"
+        return f"{compiled}, {self.read} read from the cache in {self.reading:.1f} s"
+
+
+_COMPILE = "/jax/core/compile/backend_compile_duration"  # reading one from the cache counts as compiling it
+_HIT, _READ = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_retrieval_time_sec"
+
+
+@functools.cache
+def _listening() -> dict[str, float]:
+    """Counts of JAX's events and sums of their seconds, from now on."""
+    seen: dict[str, float] = defaultdict(float)
+
+    def happened(event: str, **_: str | int) -> None:
+        seen[event] += event == _HIT
+
+    def took(event: str, seconds: float, **_: str | int) -> None:
+        if event in (_COMPILE, _READ):
+            seen[event] += seconds
+            seen["programs"] += event == _COMPILE
+
+    jax.monitoring.register_event_listener(happened)
+    jax.monitoring.register_event_duration_secs_listener(took)
+    return seen

@@ -1,0 +1,274 @@
+"""A store behind a URL, on a real S3 server: what one machine has made or begun, another has; nothing damaged is ever used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jsublim.bucket import Bucket
+from jsublim.errors import JsublimError
+from jsublim.judge.cache import Reply, ReplyCache
+from jsublim.pipeline import parts
+from jsublim.pipeline.mirror import Mirror
+from jsublim.pipeline.store import DONE, Output, RowLog, Store
+from jsublim.programs import DIGEST, whole_programs
+
+OUTPUT = Output("rows", "owl", {"model": "abc", "seed": 1})
+FILES = {"rows.jsonl": b"1\n2\n", "weights.safetensors": bytes(range(256))}
+Machine = Callable[..., Store]
+
+
+@pytest.fixture
+def machine(s3, tmp_path) -> Machine:
+    """`machine(name, said)`: the store as a machine of that name has it, what it says kept in a list."""
+    url = s3()
+
+    def make(name: str, said: list[str] | None = None) -> Store:
+        say = (said if said is not None else []).append
+        return Store(tmp_path / name, Mirror(Bucket.at(url), tmp_path / name, say), say)
+
+    return make
+
+
+def nobody() -> None:
+    raise AssertionError("nobody else is at it")
+
+
+def make(store: Store, summary: dict | None = None) -> None:
+    with store.claim([OUTPUT], nobody):
+        assert not store.done(OUTPUT)
+        artifact = store.open(OUTPUT)
+        for name, content in FILES.items():
+            (artifact.path / name).write_bytes(content)
+        artifact.finish(summary or {"kept": 2})
+
+
+def held(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+def test_what_one_machine_has_made_another_has(machine):
+    a, b = machine("a"), machine("b")
+    assert not b.done(OUTPUT) and b.path(OUTPUT) == b.root / OUTPUT.folder
+    make(a)
+    b = machine("b")
+    assert b.mend(OUTPUT) is None and b.done(OUTPUT) and b.summary(OUTPUT) == {"kept": 2}
+    assert not b.root.exists()  # nothing is fetched that nobody reads
+    assert held(b.path(OUTPUT)) == FILES and b.open(OUTPUT).done
+    assert b.mend(OUTPUT) is None and machine("b").summary(OUTPUT) == {"kept": 2}
+    other = Output("rows", "another-name", OUTPUT.inputs)
+    assert machine("c").done(other) and held(machine("c").path(other)) == FILES
+    assert not b.done(Output("rows", "owl", {"model": "abc", "seed": 2}))
+
+
+def test_what_is_not_sent_whole_is_not_there_and_is_sent_by_the_next_call(machine, monkeypatch):
+    a, b = machine("a"), machine("b")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
+        def cut(self, name, content):
+            if name.endswith(DONE):
+                raise KeyboardInterrupt
+            return create(self, name, content)
+
+        create = Bucket.create
+        patch.setattr(Bucket, "create", cut)
+        make(a)
+    assert (a.path(OUTPUT) / DONE).exists() and not a.done(OUTPUT) and not b.done(OUTPUT)
+    with machine("a").claim([OUTPUT], nobody):
+        assert b.done(OUTPUT)
+    assert held(b.path(OUTPUT)) == FILES
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("rows.jsonl", b"1\n", "rows.jsonl has 2 bytes, 4 were written"),
+        ("rows.jsonl", None, "rows.jsonl is missing"),
+        (DONE, b'{"summary": {}', "DONE is not what was written"),
+        (DONE, b"[]", "DONE is not what was written"),
+        (DONE, b'{"summary": {}, "files": {"../x": {"bytes": 1, "time_ns": 1, "sha256": ""}}}', "DONE is not what was"),
+    ],
+)
+def test_damage_that_sizes_tell_is_found_before_work(machine, name, content, said):
+    make(machine("a"))
+    b = machine("b")
+    bucket = b.mirror.bucket
+    put(bucket, f"{OUTPUT.folder}/{name}", content)
+    line = b.mend(OUTPUT)
+    assert line is not None and bucket.place(OUTPUT.folder) in line and said in line and "\n" not in line
+    assert not b.done(OUTPUT) and b.mend(OUTPUT) is None
+    if content is not None:
+        assert bucket.read(f"{OUTPUT.folder}/{name}.damaged") == content  # nothing is lost
+    make(b, {"kept": 3})
+    assert machine("c").summary(OUTPUT) == {"kept": 3} and held(machine("c").path(OUTPUT)) == FILES
+    a = machine("a")  # whose own copy is of another making
+    assert a.mend(OUTPUT) is None and a.summary(OUTPUT) == {"kept": 3}
+
+
+def put(bucket: Bucket, name: str, content: bytes | None) -> None:
+    bucket.remove(name)
+    if content is not None:
+        bucket.write(name, content)
+
+
+def test_what_digests_tell_is_refused_when_it_is_fetched(machine):
+    make(machine("a"))
+    b = machine("b")
+    b.mirror.bucket.write(f"{OUTPUT.folder}/rows.jsonl", b"1\n3\n")
+    with pytest.raises(JsublimError) as error:
+        b.path(OUTPUT)
+    line = str(error.value)
+    assert f"{OUTPUT.folder}: rows.jsonl is not what was written" in line and "\n" not in line
+    assert not (b.root / OUTPUT.folder / "rows.jsonl").exists()
+    b = machine("b")
+    assert not b.done(OUTPUT)
+    make(b)
+    assert held(machine("c").path(OUTPUT)) == FILES
+
+
+def test_a_damaged_copy_is_fetched_again(machine):
+    make(machine("a"))
+    b = machine("b")
+    folder = b.path(OUTPUT)
+    (folder / "rows.jsonl").write_bytes(b"1\n")
+    line = b.mend(OUTPUT)
+    assert line is not None and str(folder) in line and "fetched again" in line
+    assert b.done(OUTPUT) and held(b.path(OUTPUT)) == FILES
+
+
+def test_of_two_that_made_the_same_the_first_counts(machine):
+    """The second one was taken for dead, and came back."""
+    a, late = machine("a"), machine("late")
+    artifact = late.open(OUTPUT)
+    make(a)
+    for name in FILES:
+        (artifact.path / name).write_bytes(b"made elsewhere")
+    artifact.finish({"kept": 9})
+    assert late.summary(OUTPUT) == machine("c").summary(OUTPUT) == {"kept": 2}
+    assert held(late.path(OUTPUT)) == held(machine("c").path(OUTPUT)) == FILES
+
+
+def rows_read(store: Store) -> tuple[list[int], list[int]]:
+    """The rows that an unfinished artifact has, and those that have still to be read of six."""
+    log, computed = RowLog(store.open(OUTPUT).path / "progress.jsonl"), []
+
+    def rows_from(first: int):
+        for row in range(first, 6):
+            computed.append(row)
+            yield (np.asarray([row]),)
+
+    parts.resumed(store.open(OUTPUT).path, "read", rows_from)
+    log.close()
+    return sorted(log.rows), computed
+
+
+def test_another_machine_goes_on_with_what_was_finished(machine, monkeypatch):
+    monkeypatch.setattr(parts, "SAVE_EVERY", -1.0)
+
+    class Gone(Exception):
+        pass
+
+    a, said = machine("a"), list[str]()
+    with pytest.raises(Gone), a.claim([OUTPUT], nobody):
+        log = RowLog(a.open(OUTPUT).path / "progress.jsonl")
+        log.add([{"row": 0}, {"row": 1}])
+        log.close()
+
+        def some(first: int):
+            yield from ((np.asarray([row]),) for row in range(4))
+            raise Gone
+
+        parts.resumed(a.open(OUTPUT).path, "read", some)
+    assert rows_read(machine("b")) == ([0, 1], [4, 5])
+    bucket = a.mirror.bucket
+    (name,) = bucket.sizes("progress")
+    whole = bucket.read(f"progress/{name}")
+    assert whole is not None
+    for number, content in enumerate((whole[:-30], whole[:40] + b"x" + whole[41:], b"")):  # cut, changed, empty
+        bucket.write(f"progress/{name}", content)
+        said.clear()
+        other = machine(f"c{number}", said)
+        assert rows_read(other) == ([], list(range(6)))
+        assert len(said) == 1 and name in said[0] and "\n" not in said[0], (number, said)
+    make(machine("d"))
+    assert bucket.sizes("progress") == {}
+
+
+def train(store: Store, *steps: int) -> None:
+    work = store.training("0123456789ab")
+    for step in steps:
+        (work / "state" / str(step)).mkdir(parents=True)
+        (work / "state" / str(step) / "weights").write_bytes(str(step).encode() * 100)
+    (work / "state" / "9.orbax-checkpoint-tmp").mkdir()
+    (work / "metrics.jsonl").write_text("".join(f'{{"step": {n}}}\n' for n in range(max(steps))))
+
+
+def states(store: Store) -> list[str]:
+    return sorted(path.name for path in store.training("0123456789ab").glob("state/*") if (path / "weights").exists())
+
+
+def test_another_machine_goes_on_with_a_training(machine):
+    a, said = machine("a"), list[str]()
+    with pytest.raises(KeyboardInterrupt), a.claim([OUTPUT], nobody):
+        train(a, 4, 8)
+        raise KeyboardInterrupt
+    b = machine("b")
+    with b.claim([OUTPUT], nobody):
+        assert states(b) == ["8"]
+        assert (b.training("0123456789ab") / "metrics.jsonl").read_text().count("\n") == 8
+        (b.root / "training" / "0123456789ab" / "state" / "12").mkdir()
+        (b.root / "training" / "0123456789ab" / "state" / "12" / "weights").write_bytes(b"12")
+    bucket = b.mirror.bucket
+    assert sorted(bucket.sizes("training/0123456789ab")) == ["12.zip"]
+    assert states(a) == ["12"]  # which had come as far as 8
+    bucket.write("training/0123456789ab/16.zip", b"PK\x03\x04 cut")
+    c = machine("c", said)
+    with c.claim([OUTPUT], nobody):
+        assert states(c) == ["12"] and len(said) == 1 and "16.zip" in said[0]
+        artifact = c.open(OUTPUT)
+        artifact.finish()
+    assert bucket.sizes("training/0123456789ab") == {}
+
+
+def test_what_is_decided_once_is_decided_for_all(machine):
+    assert machine("a").agreed("fit-x", lambda: 7) == 7 and machine("b").agreed("fit-x", lambda: 8) == 7
+    said: list[str] = []
+    machine("a").mirror.bucket.write("training/fit-x.json", b"{")
+    assert machine("c", said).agreed("fit-x", lambda: 9) == 9 and len(said) == 1 and "fit-x.json" in said[0]
+    assert machine("d").agreed("fit-x", lambda: 10) == 9
+
+
+def test_replies_that_were_paid_for_are_there_for_all(machine):
+    a, b = machine("a"), machine("b")
+    request = {"messages": ["owls?"]}
+    one, other = (ReplyCache(store.root / "judge", store.mirror.bucket) for store in (a, b))
+    assert one.get(request) is None
+    one.put(request, Reply("\ud800 90", 3, 1))
+    assert other.get(request) == Reply("\ud800 90", 3, 1)
+    place = one.path(request).relative_to(one.folder).as_posix()
+    a.mirror.bucket.write(f"judge/{place}", b'{"reply"')
+    assert ReplyCache(machine("c").root / "judge", a.mirror.bucket).get(request) is None
+
+
+def test_programs_are_shared_whole(machine):
+    import zlib
+
+    a, said = machine("a"), list[str]()
+    folders = [store.root / "programs" / "jaxlib-x" for store in (a, machine("b"), machine("c"))]
+    folders[0].mkdir(parents=True)
+    for name in ("one", "two"):
+        (folders[0] / f"{name}-cache").write_bytes(zlib.compress(name.encode()))
+    (folders[0] / "cut-cache").write_bytes(zlib.compress(b"of a process that is still writing it")[:-3])
+    a.mirror.send_programs(folders[0])
+    machine("b").mirror.fetch_programs(folders[1])
+    assert sorted(path.name for path in whole_programs(folders[1], said.append)) == ["one-cache", "two-cache"]
+    bucket = a.mirror.bucket
+    (name,) = (name for name in bucket.sizes("programs/jaxlib-x") if name.startswith("one"))
+    bucket.write(f"programs/jaxlib-x/{name}", b"something else")
+    c = machine("c", said)
+    c.mirror.fetch_programs(folders[2])
+    assert sorted(path.name for path in folders[2].iterdir()) == ["two-cache", f"two-cache{DIGEST}"]
+    assert len(said) == 1 and name in said[0]

@@ -1,0 +1,84 @@
+"""Compiled programs on disk: no process compiles what another has, a user's own choice counts, and damage is not used."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from command import ROOT
+
+from jsublim import programs
+from jsublim.programs import Programs, programs_folder
+
+CHILD = """
+import sys
+from pathlib import Path
+from jsublim.programs import Programs, keep_programs, programs_folder
+import jax
+before = Programs.so_far()
+keep_programs(programs_folder(Path(sys.argv[1])), lambda line: print("said:", line))
+jax.jit(lambda x: x @ x + 1)(jax.numpy.ones((8, 8)))
+print(Programs.so_far() - before)
+"""
+
+
+def child(folder: Path, **environment: str) -> tuple[int, int, list[str]]:
+    """A process that uses a few programs: how many it compiled and read, and what it said. It must be quiet otherwise."""
+    own = {
+        name: value for name, value in os.environ.items() if not name.startswith(("JAX_COMPILATION", "JAX_PERSISTENT"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(folder)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=own | {"PYTHONPATH": str(ROOT)} | environment,
+    )
+    assert done.stderr == ""
+    *said, last = done.stdout.splitlines()
+    found = re.fullmatch(r"programs: (\d+) compiled in [\d.]+ s, (\d+) read from the cache in [\d.]+ s", last)
+    assert found
+    return int(found[1]), int(found[2]), said
+
+
+def entries(folder: Path) -> list[Path]:
+    return sorted(programs_folder(folder).glob("*-cache"))
+
+
+def test_what_one_process_has_compiled_no_other_compiles(tmp_path):
+    every, read, said = child(tmp_path)
+    assert every > 1 and read == 0 and said == [] and len(entries(tmp_path)) == every
+    assert programs_folder(tmp_path).parent == tmp_path
+    assert child(tmp_path) == (0, every, [])
+    first, second = entries(tmp_path)[:2]
+    first.write_bytes(first.read_bytes()[:-20])  # a digest was written beside it at the second start
+    second.write_bytes(second.read_bytes()[:-20])
+    second.with_name(f"{second.name}.sha256").unlink()  # as if it had been cut at once
+    os.utime(second, (time.time() - 600,) * 2)
+    compiled, read, said = child(tmp_path)
+    assert (compiled, read) == (2, every - 2)
+    assert [str(path) in line and "damaged" in line for path, line in zip((first, second), said, strict=True)] == [
+        True
+    ] * 2
+    assert len(entries(tmp_path)) == every
+
+
+def test_the_folder_that_a_user_has_chosen_is_used(tmp_path):
+    own, ours = tmp_path / "own", tmp_path / "ours"
+    every, _, _ = child(ours, JAX_COMPILATION_CACHE_DIR=str(own), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+    assert len(list(own.glob("*-cache"))) == every and not ours.exists()
+
+
+def test_a_program_that_is_just_being_written_is_left_alone(tmp_path):
+    said: list[str] = []
+    young = tmp_path / "x-cache"
+    young.write_bytes(b"half")
+    assert programs.whole_programs(tmp_path, said.append) == {} and young.exists() and said == []
+
+
+def test_counts_are_those_since_a_moment():
+    assert Programs(5, 3, 2.0, 1.0) - Programs(2, 3, 0.5, 1.0) == Programs(3, 0, 1.5, 0.0)
