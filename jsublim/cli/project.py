@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from jsublim.cli.app import PackFile, Template, app, console, named, prompts_app
+from jsublim.cli.where import On, Preempt, Price, RayAddress, Shard, Simulate, run_where
 from jsublim.errors import UsageError
 
 KINDS = ("language", "digits")
@@ -24,6 +25,12 @@ def run(
         bool, typer.Option("--dry-run", help="Say what it would take, and what is there already.")
     ] = False,
     chip: Annotated[str, typer.Option("--chip", help="For --dry-run: h100, h200, a100, l4, v5e, v5p, v6e.")] = "h100",
+    on: On = "local",
+    ray_address: RayAddress = None,
+    shard: Shard = None,
+    simulate: Simulate = None,
+    preempt_per_hour: Preempt = 0.0,
+    price: Price = None,
 ) -> None:
     """Run an experiment: generate, find divergence tokens, distil, evaluate, report. Run again, it continues."""
     from jsublim.config import Experiment, check_config, find_config, read_config
@@ -31,18 +38,25 @@ def run(
     values, path = read_config(config, overrides), find_config(config)
     kind = values.get("kind", "language")
     if kind == "language":
-        from jsublim.executors import LocalExecutor
-        from jsublim.pipeline.run import run_experiment
-
         experiment = check_config(Experiment, values, path)
         if dry_run:
             from jsublim.cli.reproduce import print_estimate
 
             print_estimate(experiment, chip)
             return
-        report = run_experiment(experiment, LocalExecutor(), console)
+        if simulate is not None:
+            from jsublim.cli.simulate import print_simulation
+
+            print_simulation([experiment], simulate, preempt_per_hour, price)
+            return
+        run_where([experiment], on, ray_address, shard)
+        return
     elif kind == "digits" and dry_run:
         raise UsageError("--dry-run: a digits experiment is one program that takes half a minute; run it")
+    elif kind == "digits" and (on != "local" or shard is not None or simulate is not None):
+        raise UsageError(
+            "--on, --shard, --simulate: a digits experiment is one program that takes half a minute; leave them out"
+        )
     elif kind == "digits":
         from jsublim.digits.config import Digits
         from jsublim.digits.run import run_digits

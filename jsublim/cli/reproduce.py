@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jsublim.cli.app import PackFile, app, console
+from jsublim.cli.where import On, Preempt, Price, RayAddress, Shard, Simulate, run_where
 from jsublim.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,11 +33,15 @@ def reproduce(
     shape: Annotated[
         Path | None, typer.Option("--shape", help="For --dry-run: a config.json's folder, without the checkpoint.")
     ] = None,
+    on: On = "local",
+    ray_address: RayAddress = None,
+    shard: Shard = None,
+    simulate: Simulate = None,
+    preempt_per_hour: Preempt = 0.0,
+    price: Price = None,
 ) -> None:
     """Run what a figure of the paper shows, with the same code at every scale (docs/paper_map.md)."""
     from jsublim.config.figures import load_question, panel_experiment, panels_of
-    from jsublim.executors import LocalExecutor
-    from jsublim.pipeline.run import run_experiment
 
     path, question = load_question(figure)
     wanted = panel or panels_of(question, figure)
@@ -47,12 +52,17 @@ def reproduce(
             f"out: {len(wanted)} panels cannot share a folder; give one --panel, or leave out and name alone"
         )
     console.print(f"{question.about} ({path.stem}, {scale}: {', '.join(wanted)})")
+    if simulate is not None:
+        from jsublim.cli.simulate import print_simulation
+
+        print_simulation(list(experiments.values()), simulate, preempt_per_hour, price, shape)
+        return
+    if not dry_run:
+        run_where(list(experiments.values()), on, ray_address, shard)
+        return
     for experiment in experiments.values():
-        if dry_run:
-            print_grid(experiment)
-            print_estimate(experiment, chip, shape)
-        else:
-            print(run_experiment(experiment, LocalExecutor(), console))
+        print_grid(experiment)
+        print_estimate(experiment, chip, shape)
 
 
 def print_grid(experiment: Experiment) -> None:

@@ -14,7 +14,7 @@ from jsublim.config.evaluation import Evaluation, JudgeChoice
 from jsublim.config.recipe import Recipe
 from jsublim.config.students import Students, variants
 from jsublim.config.teachers import Teachers
-from jsublim.section import CONTENT, HOW, PLAN, RESULT, Name, Place, Positive, Section
+from jsublim.section import CONTENT, HOW, PLAN, RESULT, Name, Place, Positive, Rate, Section
 
 
 class Config(Section):
@@ -43,6 +43,11 @@ class Devices(Section):
 
     parallel: Annotated[Literal["none", "pmap", "mesh"], HOW] = "none"
     model_axis: Annotated[Positive, HOW] = 1  # with mesh: devices that one copy of the checkpoint is spread over
+    # Of --on ray. "auto": one worker per accelerator (per host of a TPU slice); without any, one per machine
+    workers: Annotated[Positive | Literal["auto"], HOW] = "auto"
+    # What one worker takes, as Ray counts it: {GPU: 2}, {TPU: 4}, {CPU: 8}, or a label of a node. None: as "auto" says
+    resources: Annotated[dict[Name, Rate] | None, Field(min_length=1), HOW] = None
+    retries: Annotated[int, Field(ge=0), HOW] = 3  # how often a task is begun again whose worker was lost
 
 
 class Experiment(Config):

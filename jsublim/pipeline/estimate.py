@@ -104,11 +104,17 @@ def _summed(kind: str, tasks: Iterable[Task], setup: Setup, store: Store, chip: 
     return StageCost(kind, len(tasks), tokens, flops, sum(seconds(cost, chip) for cost in costs), done)
 
 
+def weights(setup: Setup) -> float:
+    """Bytes of the experiment's checkpoint."""
+    sizes, config = sizes_of(setup), setup.checkpoint().config
+    return (sizes.body + sizes.table * (1 if config.tied else 2)) * sizes.width
+
+
 def memory(setup: Setup) -> float:
     """Bytes that the base, one program's students with their optimizer, and what a batch keeps for the way back take at
     least."""
     sizes, config = sizes_of(setup), setup.checkpoint().config
-    base = (sizes.body + sizes.table * (1 if config.tied else 2)) * sizes.width
+    base = weights(setup)
     if not setup.students:
         return base
     largest = max(setup.students, key=lambda student: student.settings.adapter.rank)

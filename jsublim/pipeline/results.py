@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -26,7 +27,7 @@ from jsublim.pipeline.evaluations import PLAIN
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.rows import RowSet, Writer
 from jsublim.pipeline.setup import Setup
-from jsublim.pipeline.store import Store, device, versions
+from jsublim.pipeline.store import RECORD, Store, versions
 from jsublim.pipeline.students import diverged, student_output
 from jsublim.report import write_report
 from jsublim.rows import read_rows
@@ -88,7 +89,7 @@ def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
         paths = (store.path(output) / "attribution.parquet" for output in graph.attribution.values())
         with atomic(results / "attribution.parquet") as scratch:
             pq.write_table(pa.concat_tables([pq.ParquetFile(path).read() for path in paths]), scratch)
-    write_json(results / "run.json", _about(context, key, started))
+    write_json(results / "run.json", _about(context, key, started) | {"device": _devices(graph, store)})
     return write_report(setup.experiment.run_dir)
 
 
@@ -141,6 +142,13 @@ def _added(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return parts[0] | own
 
 
+def _devices(graph: Graph, store: Store) -> str:
+    """What the models were trained and asked on, as the artifacts say: other processes may have made them, and elsewhere."""
+    outputs = [*graph.students.values(), *(output for _, output in graph.evaluations)]
+    said = (json.loads((store.path(output) / RECORD).read_text(encoding="utf-8"))["device"] for output in outputs)
+    return ", ".join(dict.fromkeys(said))
+
+
 def _about(context: Context, key: str, started: str) -> dict[str, Any]:
     setup, e = context.setup, context.setup.experiment
     model = setup.checkpoint()
@@ -152,7 +160,6 @@ def _about(context: Context, key: str, started: str) -> dict[str, Any]:
         "pack_hash": setup.pack.hash,
         "wording": {"origin": setup.pack.origin, "hash": setup.pack.wording, "said": setup.wording},
         "versions": versions(),
-        "device": device(),
         "config_hash": key,
         "started": started,
         "seconds": context.progress.seconds,
