@@ -14,6 +14,7 @@ from jsublim.cli import (  # noqa: F401 (they register their commands)
     aot,
     attribute,
     finetune,
+    launch,
     project,
     reproduce,
     stages,

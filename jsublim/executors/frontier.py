@@ -7,7 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from dataclasses import dataclass
 
 from jsublim.config import Experiment
-from jsublim.errors import JsublimError
+from jsublim.errors import JsublimError, one_line
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.estimate import CHIPS, Chip, seconds, sizes_of
 from jsublim.pipeline.graph import ordered
@@ -18,6 +18,15 @@ Work = tuple[Iterable[Task], Context]  # tasks of one experiment, and what they 
 
 class TasksFailed(JsublimError):
     """Some tasks failed; everything that does not need them is done."""
+
+
+def in_one_line(error: Exception) -> str:
+    """Why a task failed."""
+    if isinstance(error, JsublimError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return one_line(f"{error.strerror} ({error.filename})" if error.filename else error.strerror)
+    return f"{type(error).__name__}: {one_line(str(error))}"
 
 
 def checkpoint_of(experiment: Experiment) -> Hashable:

@@ -234,9 +234,9 @@ class _Drive:
         for line in self.failed.values():
             self.progress.say(f"failed: {line}")
         if self.failed:
-            others = f", and {self.not_begun} that need them were not begun" if self.not_begun else ""
+            others = f" ({self.not_begun} that need them were not begun)" if self.not_begun else ""
             raise TasksFailed(
-                f"{len(self.failed)} of {len(self.frontier.nodes)} tasks failed{others}; everything else is done. Mend "
+                f"failed tasks: {len(self.failed)} of {len(self.frontier.nodes)}{others}; everything else is done. Mend "
                 "what their lines say, then run the same command again"
             )
 

@@ -15,8 +15,8 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jsublim.distill.trainer import Preempted
-from jsublim.errors import JsublimError, UsageError
-from jsublim.executors.frontier import Frontier, Node, TasksFailed, Work, checkpoint_of, merged
+from jsublim.errors import UsageError
+from jsublim.executors.frontier import Frontier, Node, TasksFailed, Work, checkpoint_of, in_one_line, merged
 from jsublim.executors.local import execute, mend
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import with_parents
@@ -109,8 +109,8 @@ class _Pass:
                 self._do(node)
         if self.failed:
             raise TasksFailed(
-                f"shard {self.shard.index}/{self.shard.count}: {self.failed} tasks failed; everything else of its own that "
-                "does not need them is done. Mend what their lines say, then run the same command again"
+                f"shard {self.shard.index}/{self.shard.count}: failed tasks: {self.failed}; everything else of its own that does "
+                "not need them is done. Mend what their lines say, then run the same command again"
             )
 
     def _see(self) -> None:
@@ -152,10 +152,10 @@ class _Pass:
             execute(node.task, node.context)
         except Preempted:
             raise
-        except JsublimError as error:
+        except Exception as error:
             self.failed += 1
             self.frontier.give_up(node.key)
-            self.progress.say(f"failed: {node.name}: {error}")
+            self.progress.say(f"failed: {node.name}: {in_one_line(error)}")
         else:
             self.frontier.finish(node.key)
 

@@ -107,7 +107,9 @@ class Played:
     @property
     def idle(self) -> float:
         """The share of the workers' time in which nothing was done for anybody."""
-        return 1 - sum(self.seconds.values()) / (self.makespan * self.machines.workers) if self.makespan else 0.0
+        if not self.makespan:
+            return 0.0
+        return max(0.0, 1 - sum(self.seconds.values()) / (self.makespan * self.machines.workers))
 
 
 @dataclass

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from jsublim.config import Experiment
 from jsublim.distill.trainer import Preempted
-from jsublim.errors import JsublimError, one_line
-from jsublim.executors.frontier import checkpoint_of
+from jsublim.errors import JsublimError
+from jsublim.executors.frontier import checkpoint_of, in_one_line
 from jsublim.executors.local import execute
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import Graph, plan
@@ -82,10 +82,8 @@ class Worker:
             self._make(experiment, key, progress)
         except Preempted as stopped:
             error, preempted = str(stopped), True
-        except (JsublimError, OSError) as failed:
-            error = f"{socket.gethostname()}: {one_line(str(failed))}"
         except Exception as failed:
-            error = f"{socket.gethostname()}: {type(failed).__name__}: {one_line(str(failed))}"
+            error = f"{in_one_line(failed)} (on {socket.gethostname()})"
         return Outcome(time.perf_counter() - began, tuple(progress.lines), error, preempted)
 
     def _make(self, experiment: Experiment, key: str, progress: Noted) -> None:
