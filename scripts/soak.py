@@ -1,8 +1,8 @@
 """A small experiment that is killed again and again, whoever does its tasks: `python scripts/soak.py FOLDER [--kills 20]`.
 
 Each kill is a SIGKILL at a random moment of a random stage: of the process itself, of a worker of Ray, of the driver of Ray (its
-cluster goes with it), or of one of two shards. What is killed is started again, by the same or by another executor, over the same
-store. Every run must leave what an undisturbed run leaves, artifact for artifact and row for row (`compare_stores.py`).
+cluster goes with it), or of a shard. Who goes on is another executor, over the same store; after five kills a run is let to end.
+An undisturbed run that is there already as FOLDER/whole is taken as it is. Every run must leave what an undisturbed run leaves, artifact for artifact and row for row (`compare_stores.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -24,8 +25,9 @@ from pathlib import Path
 from compare_stores import artifacts, partnerless
 
 ROOT = Path(__file__).parents[1]
-WAYS = ("local", "ray worker", "ray driver", "shard")
+WAYS = ("local", "ray", "shard")
 STAGES = ("rows", "divergence", "training", "students", "evaluations")
+MANY = 12  # new files: the run has left the stage behind that was waited for
 PAUSES = (0.0, 0.01, 0.03, 0.1, 0.3)  # seconds from something new of a stage to the kill
 SMALL = (
     "teachers.traits=[cat]", "teachers.counterfactuals=[cat,owl]", "teachers.control=false",
@@ -40,8 +42,9 @@ SMALL = (
 class Soak:
     """Runs of one config in a folder, killed by a seeded dice."""
 
-    def __init__(self, folder: Path, config: str, fields: list[str], seed: int):
+    def __init__(self, folder: Path, config: str, fields: list[str], seed: int, workers: int):
         self.folder, self.command, self.draw = folder, ["run", config, *fields], random.Random(seed)
+        self.workers = workers
         self.kills: collections.Counter[str] = collections.Counter()
         cache = {
             "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
@@ -55,47 +58,43 @@ class Soak:
         command = [sys.executable, "-m", "jsublim", *self.command, f"out={run}", *options]
         return subprocess.Popen(command, stdout=log, stderr=log, env=self.environment)
 
-    def whole(self) -> Path:
-        """A run that nobody disturbs."""
+    def undisturbed(self) -> None:
+        """Make what all runs are compared with."""
         run = self.folder / "whole"
-        assert self.start(run).wait() == 0, f"see {run}.log"
-        return run
+        assert run.exists() or self.start(run).wait() == 0, f"see {run}.log"
 
     def killed(self, run: Path, way: str) -> bool:
-        """Start a run, kill what `way` says once, and let the rest end. Whether it was caught in time."""
-        options = ("--on", "ray", "run.workers=2") if way.startswith("ray") else ()
-        shards = [("--shard", f"{i}/2") for i in range(2)] if way == "shard" else [options]
-        children = [self.start(run, *each) for each in shards]
-        if not self._wait_for_a_moment(run, children):
-            return self._end(children)
-        victim = children[0].pid if way != "ray worker" else self.draw.choice([*ray_workers(children[0].pid), None])
-        if victim is None:  # no worker is up
-            return self._end(children)
+        """Start a run, and kill it at a random moment: this process, a worker of Ray and later its driver, or one of two shards and
+        later the other. Whether it was caught before it had ended."""
+        options = {
+            "ray": [("--on", "ray", f"run.workers={self.workers}")],
+            "shard": [("--shard", f"{i}/2") for i in range(2)],
+        }
+        children = [self.start(run, *each) for each in options.get(way, [()])]
+        if way == "ray" and self._wait_for_a_moment(run, children):
+            for worker in ray_workers(children[0].pid)[:1]:
+                self._kill(worker, "ray's worker")
+        for child in self.draw.sample(children, len(children)):
+            if self._wait_for_a_moment(run, [child]):
+                self._kill(child.pid, "ray's driver" if way == "ray" else way)
+        codes = [child.wait() for child in children]
+        assert set(codes) <= {0, -signal.SIGKILL}, f"{codes}; see {run}.log"
+        return -signal.SIGKILL in codes
+
+    def _kill(self, process: int, what: str) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(victim, signal.SIGKILL)
-            self.kills[way] += 1
-        if way == "shard":  # as a queue would: the same shard again
-            children[0].wait()
-            children[0] = self.start(run, *shards[0])
-        self._end(children)
-        return True
+            os.kill(process, signal.SIGKILL)
+            self.kills[what] += 1
 
     def _wait_for_a_moment(self, run: Path, children: list[subprocess.Popen]) -> bool:
         """Until something new of a random stage lies in the store, and a little longer. False if the run ends before."""
-        stage, before = self.draw.choice(STAGES), None
+        stage, before = self.draw.choice(STAGES), files(run / "artifacts")
         while all(child.poll() is None for child in children):
-            now = files(run / "artifacts" / stage)
-            if before is not None and now - before:
+            new = files(run / "artifacts") - before
+            if any(f"/{stage}/" in name for name, _ in new) or (new and len(new) > MANY):
                 time.sleep(self.draw.choice(PAUSES))
                 return True
-            before = now
-            time.sleep(0.005)
-        return False
-
-    @staticmethod
-    def _end(children: list[subprocess.Popen]) -> bool:
-        for child in children:
-            assert child.wait() in (0, -signal.SIGKILL), child.args
+            time.sleep(0.02)
         return False
 
     def finished(self, run: Path) -> None:
@@ -147,17 +146,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--per-run", type=int, default=5, help="kills until a run is let to end")
     parser.add_argument("--ways", default=",".join(WAYS), help="who is killed, in turn")
+    parser.add_argument("--workers", type=int, default=2, help="of Ray")
     parser.add_argument("--config", default=str(ROOT / "tests" / "plain.yaml"))
     parser.add_argument("--fields", nargs="*", default=list(SMALL), help="of the config")
     given = parser.parse_args(arguments)
     given.folder.mkdir(parents=True, exist_ok=True)
-    soak, ways, runs = Soak(given.folder.resolve(), given.config, given.fields, given.seed), given.ways.split(","), 0
-    soak.whole()
+    soak = Soak(given.folder.resolve(), given.config, given.fields, given.seed, given.workers)
+    soak.undisturbed()
+    ways, runs = itertools.cycle(given.ways.split(",")), 0
     while soak.kills.total() < given.kills:
         run, runs, until = soak.folder / f"run{runs}", runs + 1, soak.kills.total() + given.per_run
-        while soak.kills.total() < min(until, given.kills):
-            if not soak.killed(run, ways[soak.kills.total() % len(ways)]):
-                break  # it has ended
+        while soak.kills.total() < min(until, given.kills) and soak.killed(run, next(ways)):
+            pass
         soak.finished(run)
     print(json.dumps({"kills": dict(soak.kills), "runs": runs, "seed": given.seed}))
 

@@ -45,7 +45,7 @@ class Devices(Section):
     model_axis: Annotated[Positive, HOW] = 1  # with mesh: devices that one copy of the checkpoint is spread over
     # Of --on ray. "auto": one worker per accelerator (per host of a TPU slice); without any, one per machine
     workers: Annotated[Positive | Literal["auto"], HOW] = "auto"
-    # What one worker takes, as Ray counts it: {GPU: 2}, {TPU: 4}, {CPU: 8}, or a label of a node. None: as "auto" says
+    # What one worker takes, as Ray counts it: {GPU: 2}, {TPU: 4}, {CPU: 8}, or a label of a node. None: one accelerator, or one CPU
     resources: Annotated[dict[Name, Rate] | None, Field(min_length=1), HOW] = None
     retries: Annotated[int, Field(ge=0), HOW] = 3  # how often a task is begun again whose worker was lost
 

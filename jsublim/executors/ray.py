@@ -31,11 +31,15 @@ from jsublim.pipeline.task import Task
 from jsublim.progress import Progress, Tick
 
 LOOK = 5.0  # seconds between two looks at what the cluster has
+OBJECTS = 128 * 2**20  # bytes of Ray's own store: only keys and outcomes travel
 BEGINS = 3  # workers that may fail one after another before one has begun
-LOCAL = {  # before Ray is imported
+QUIET = {  # before Ray is imported
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # its own lines about lost workers, which would go to standard output
+}
+LOCAL = QUIET | {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's name for listening on 127.0.0.1 alone
     "RAY_AUTH_MODE": "token",
-    "RAY_USAGE_STATS_ENABLED": "0",
 }
 
 
@@ -90,6 +94,7 @@ class RayExecutor:
         if self.address is None:
             cores = 0 if run.workers == "auto" else int(run.workers * (run.resources or {"CPU": 1}).get("CPU", 1))
             local = {"include_dashboard": False, "num_cpus": max(cores, os.cpu_count() or 1)}
+            local["object_store_memory"] = OBJECTS
         try:
             ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, **local)
         except Exception as error:  # of many kinds: no cluster there, another version, a wrong token
@@ -103,9 +108,8 @@ class RayExecutor:
 
 
 def _import_ray(local: bool) -> Any:
-    for name, value in LOCAL.items():
-        if local or name == "RAY_USAGE_STATS_ENABLED":
-            os.environ.setdefault(name, value)
+    for name, value in (LOCAL if local else QUIET).items():
+        os.environ.setdefault(name, value)
     import ray
 
     return ray

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from command import ROOT, jsublim, ok, refused
+
 from jsublim.cli.launch import launch_files
 
 FIELDS = ("store=/shared/store", "students.seeds=[1, 2]", "students.runtime.arms_per_program=1")

@@ -144,7 +144,7 @@ def test_what_is_printed_is_what_was_played(tmp_path, monkeypatch):
     said = ok("reproduce", "fig05", "--panel", "qwen", *options, "3xh100", "--price", "2").err
     path, question = load_question("fig05")
     played = simulated([panel_experiment(path, question, "qwen", "paper", few)], Machines(3, "h100"))
-    assert f"{played.makespan / 3600:.2f} h" in said and f"{2 * played.chip_hours:.4g}" in said
+    assert f"{played.makespan / 60:.1f} min" in said and f"{2 * played.chip_hours:.4g}" in said
     assert "token_bytes 12" in said and "arms_per_program" in said
     assert "4xl4-4" in refused(2, "reproduce", "fig05", "--panel", "qwen", BIG, *options, "4xl4")
     assert "--simulate: '0xh100' given" in refused(2, "run", PLAIN, "--simulate", "0xh100")

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 from command import PLAIN, ok, refused
-from faulty_runs import FIELDS, contents
+from faulty_runs import contents
+from soak import SMALL as FIELDS
 
 from jsublim.executors import shards
 
