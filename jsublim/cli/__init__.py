@@ -18,6 +18,7 @@ from jsublim.cli import (  # noqa: F401 (they register their commands)
     doctor,
     exchange,
     finetune,
+    launch,
     listing,
     project,
     reproduce,

@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from jsublim.cli.app import Chip, DryRun, Json, PackFile, Template, app, console, named, prompts_app
-from jsublim.cli.showing import about_any_run
+from jsublim.cli.showing import say_result
 from jsublim.cli.validating import kinds, look_over
+from jsublim.cli.where import On, Preempt, Price, RayAddress, Shard, Simulate, run_where
 from jsublim.errors import UsageError
 
 
@@ -21,6 +22,12 @@ def run(
     ] = None,
     dry_run: DryRun = False,
     chip: Chip = "h100",
+    on: On = "local",
+    ray_address: RayAddress = None,
+    shard: Shard = None,
+    simulate: Simulate = None,
+    preempt_per_hour: Preempt = 0.0,
+    price: Price = None,
     as_json: Json = False,
 ) -> None:
     """Run an experiment: generate, find divergence tokens, distil, evaluate, report. Run again, it continues."""
@@ -33,10 +40,16 @@ def run(
     values, path = read_config(config, overrides), find_config(config)
     experiment = check_config(kind_of(values, path, kinds()), values, path)
     if isinstance(experiment, Experiment):
-        from jsublim.executors import LocalExecutor
-        from jsublim.pipeline.run import run_experiment
+        if simulate is None:
+            run_where([experiment], on, ray_address, shard, as_json)
+        else:
+            from jsublim.cli.simulate import print_simulation
 
-        report = run_experiment(experiment, LocalExecutor(), console)
+            print_simulation([experiment], simulate, preempt_per_hour, price)
+    elif on != "local" or shard is not None or simulate is not None:
+        raise UsageError(
+            "--on, --shard, --simulate: a digits experiment is one program that takes half a minute; leave them out"
+        )
     else:
         from jsublim.digits.config import Digits
         from jsublim.digits.run import run_digits
@@ -44,16 +57,6 @@ def run(
         assert isinstance(experiment, Digits)
         report = run_digits(experiment, console)
     say_result(report, as_json)
-
-
-def say_result(report: Path, as_json: bool) -> None:
-    """What a run has come to: where its report is, or what `jsublim show` says, as JSON."""
-    if not as_json:
-        print(report)
-        return
-    import json
-
-    print(json.dumps(about_any_run(report.parent), indent=2, ensure_ascii=False))
 
 
 @app.command()

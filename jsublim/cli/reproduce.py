@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jsublim.cli.app import Chip, DryRun, Json, PackFile, Shape, app, console
-from jsublim.cli.project import say_result
 from jsublim.cli.validating import estimate, print_estimate
+from jsublim.cli.where import On, Preempt, Price, RayAddress, Shard, Simulate, run_where
 from jsublim.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,13 +29,17 @@ def reproduce(
     dry_run: DryRun = False,
     chip: Chip = "h100",
     shape: Shape = None,
+    on: On = "local",
+    ray_address: RayAddress = None,
+    shard: Shard = None,
+    simulate: Simulate = None,
+    preempt_per_hour: Preempt = 0.0,
+    price: Price = None,
     as_json: Json = False,
 ) -> None:
     """Run what a figure of the paper shows, with the same code at every scale (docs/paper_map.md)."""
     from jsublim.config.figures import load_question, panel_experiment, panels_of
-    from jsublim.executors import LocalExecutor
     from jsublim.pipeline.estimate import chip_of
-    from jsublim.pipeline.run import run_experiment
 
     path, question = load_question(figure)
     wanted = panel or panels_of(question, figure)
@@ -46,14 +50,19 @@ def reproduce(
             f"out: {len(wanted)} panels cannot share a folder; give one --panel, or leave out and name alone"
         )
     console.print(f"{question.about} ({path.stem}, {scale}: {', '.join(wanted)})")
+    if simulate is not None:
+        from jsublim.cli.simulate import print_simulation
+
+        print_simulation(list(experiments.values()), simulate, preempt_per_hour, price, shape)
+        return
+    if not dry_run:
+        run_where(list(experiments.values()), on, ray_address, shard, as_json)
+        return
     device = chip_of(chip)
     for name, experiment in experiments.items():
-        if dry_run:
-            print_grid(experiment)
-            said = estimate(experiment, chip, device, shape, f"{path}: panel '{name}'")
-            print_estimate(experiment, chip, device, said)
-        else:
-            say_result(run_experiment(experiment, LocalExecutor(), console), as_json)
+        print_grid(experiment)
+        said = estimate(experiment, chip, device, shape, f"{path}: panel '{name}'")
+        print_estimate(experiment, chip, device, said)
 
 
 def print_grid(experiment: Experiment) -> None:

@@ -17,7 +17,7 @@ from jsublim.config.evaluation import Evaluation, JudgeChoice
 from jsublim.config.recipe import Recipe
 from jsublim.config.students import Students, variants
 from jsublim.config.teachers import Teachers
-from jsublim.section import CONTENT, HOW, PLAN, RESULT, Distinct, Name, Place, Positive, Section
+from jsublim.section import CONTENT, HOW, PLAN, RESULT, Distinct, Name, Place, Positive, Rate, Section
 
 
 class Config(Section):
@@ -74,6 +74,12 @@ class Devices(Section):
     """How devices share work: `none` (one device), `pmap` (whole copies), or `mesh` (copies that may be spread)."""
     model_axis: Annotated[Positive, HOW] = 1
     """With mesh: devices that one copy of the checkpoint is spread over."""
+    workers: Annotated[Positive | Literal["auto"], HOW] = "auto"
+    """Of --on ray. auto: one worker per accelerator (per host of a TPU slice); without any, one per machine."""
+    resources: Annotated[dict[Name, Rate] | None, Field(min_length=1), HOW] = None
+    """What one worker takes, as Ray counts it: {GPU: 2}, {TPU: 4}, {CPU: 8}, or a label of a node; null: one accelerator, or one CPU."""
+    retries: Annotated[int, Field(ge=0), HOW] = 3
+    """Of --on ray: how often a task is begun again whose worker was lost."""
     loggers: Annotated[list[Literal["csv", "tensorboard", "wandb"]], Distinct, HOW] = []
     """Where the numbers of students' training go beside metrics.jsonl (in the store's folder `training`)."""
 

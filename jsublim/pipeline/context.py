@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -45,15 +46,24 @@ class Context:
 
     @classmethod
     def load(
-        cls, experiment: Experiment, progress: Progress | None = None, given: Mapping[Source, Path] | None = None
+        cls,
+        experiment: Experiment,
+        progress: Progress | None = None,
+        given: Mapping[Source, Path] | None = None,
+        *,
+        devices: bool = True,
     ) -> Context:
-        """Read tokenizers and hashes, and say whose wording a run as published has; weights come later. `given` are files of
-        rows, in place of those of a source.
+        """Read tokenizers and hashes, and say whose wording a run as published has; weights come later.
+
+        Args:
+          given: files of rows, in place of those of a source.
+          devices: False where other processes do the tasks: this one takes no device, nor any of its memory.
 
         Raises:
           UsageError, JsublimError: as `Setup.of` and `Layout.fit`.
         """
-        layout = Layout.fit(experiment.run.parallel, 1, model=experiment.run.model_axis)
+        run = experiment.run
+        layout = Layout.fit(run.parallel, 1, model=run.model_axis) if devices else Layout()
         setup, progress = Setup.of(experiment, given=given), progress or Progress()
         store = Store.of(experiment, progress.say)
         store.keep_programs()
@@ -63,6 +73,18 @@ class Context:
         if setup.wording:
             progress.say(setup.wording)
         return cls(setup, store, layout, progress)
+
+    def sharing(self, other: Context) -> Context:
+        """The same, with the weights that the context of an experiment with the same checkpoint reads or has read."""
+        return dataclasses.replace(self, _loaded=other._loaded)
+
+    def let_go(self) -> None:
+        """Give back the memory of weights; they are read again when they are next asked for."""
+        self._loaded.clear()
+
+    def telling(self, progress: Progress) -> Context:
+        """The same, with whatever is said and timed told to somebody else."""
+        return dataclasses.replace(self, progress=progress)
 
     def lm(self, name: str | None = None) -> LanguageModel:
         """A checkpoint of the config with its weights; None is the experiment's."""

@@ -130,16 +130,24 @@ class Memory:
         if copies < MOST_AXIS:
             program = ", students.runtime.arms_per_program=1" if self.together > 1 else ""
             return f"the weights are too large: set run.parallel=mesh run.model_axis={copies}{program}, on {copies} such chips"
-        return "one student's batch is too large: set students.runtime.remat=true, or a smaller students.data.batch_size"
+        return (
+            "one student's batch is too large: set students.runtime.remat=true, or a smaller students.data.batch_size"
+        )
 
 
 MOST_AXIS = 512  # chips that one copy is spread over
 
 
+def weights(setup: Setup) -> float:
+    """Bytes of the experiment's checkpoint."""
+    sizes, config = sizes_of(setup), setup.checkpoint().config
+    return (sizes.body + sizes.table * (1 if config.tied else 2)) * sizes.width
+
+
 def memory(setup: Setup) -> Memory:
     """What an experiment takes of one device's memory at least."""
     sizes, config = sizes_of(setup), setup.checkpoint().config
-    base = (sizes.body + sizes.table * (1 if config.tied else 2)) * sizes.width / setup.experiment.run.model_axis
+    base = weights(setup) / setup.experiment.run.model_axis
     if not setup.students:
         return Memory(base, 0.0, 0)
     largest = max(setup.students, key=lambda student: student.settings.adapter.rank)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import graphlib
 import heapq
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -77,6 +77,20 @@ class Executor(Protocol):
 
     def execute(self, tasks: Iterable[Task], context: Context) -> None:
         """Return when every task is whole; raise what the first one that failed raised."""
+        ...
+
+
+class JointExecutor(Protocol):
+    """Does the tasks of several experiments as one graph.
+
+    Attributes:
+      here: whether this process does any of them, so that it needs devices.
+    """
+
+    here: bool
+
+    def execute_together(self, work: Sequence[tuple[Iterable[Task], Context]]) -> None:
+        """Return when its part of the tasks is whole."""
         ...
 
 

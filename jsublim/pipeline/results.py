@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,7 @@ from jsublim.pipeline.divergence import merged
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.rows import RowSet, Writer
 from jsublim.pipeline.setup import Setup
-from jsublim.pipeline.store import Store, device, versions
+from jsublim.pipeline.store import RECORD, Store, versions
 from jsublim.pipeline.students import diverged, student_output
 from jsublim.report import write_report
 from jsublim.report.tables import read_json
@@ -92,7 +93,9 @@ def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
         metrics = read_rows(store.path(output) / "metrics.jsonl", ("step",))
         training += [{"arm": student.name} | line for line in metrics]
     write_table(results / "results.parquet", rows, RESULTS)
-    write_table(results / "answers.parquet", answers, pa.schema([("arm", pa.string()), ("evaluation", pa.string()), *ANSWERS]))
+    write_table(
+        results / "answers.parquet", answers, pa.schema([("arm", pa.string()), ("evaluation", pa.string()), *ANSWERS])
+    )
     write_table(results / "training.parquet", training, TRAINING)
     write_json(results / "arms.json", [_student(setup, student) for student in sound])
     write_json(results / "diverged.json", {name: what for name, what in lost.items() if what is not None})
@@ -104,7 +107,7 @@ def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
             pq.write_table(pa.concat_tables([pq.ParquetFile(path).read() for path in paths]), scratch)
     if graph.audits:
         write_table(results / "audit.parquet", list(_audits(graph, store)), AUDITS)
-    write_json(results / "run.json", _about(context, key, started))
+    write_json(results / "run.json", _about(context, key, started) | {"device": _devices(graph, store)})
     return write_report(setup.experiment.run_dir)
 
 
@@ -166,6 +169,13 @@ def _added(parts: list[dict[str, Any]]) -> dict[str, Any]:
     return parts[0] | own
 
 
+def _devices(graph: Graph, store: Store) -> str:
+    """What the models were trained and asked on, as the artifacts say: other processes may have made them, and elsewhere."""
+    outputs = [*graph.students.values(), *(output for _, output in graph.evaluations)]
+    said = (json.loads((store.path(output) / RECORD).read_text(encoding="utf-8"))["device"] for output in outputs)
+    return ", ".join(dict.fromkeys(said))
+
+
 def _about(context: Context, key: str, started: str) -> dict[str, Any]:
     setup, e = context.setup, context.setup.experiment
     model = setup.checkpoint()
@@ -179,7 +189,6 @@ def _about(context: Context, key: str, started: str) -> dict[str, Any]:
         "pack_hash": setup.pack.hash,
         "wording": {"origin": setup.pack.origin, "hash": setup.pack.wording, "said": setup.wording},
         "versions": versions(),
-        "device": device(),
         "config_hash": key,
         **_times(e, key, started, context.progress.seconds),
         "evaluations": {name: setting.model_dump() for name, setting in e.evaluation.settings.items()},

@@ -1,20 +1,85 @@
-"""`jsublim run`: plan, check everything, do what is not done, report."""
+"""`jsublim run`: plan, check everything, do what is not done, report. Several experiments may be one graph."""
 
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 
 from jsublim.config import Experiment
+from jsublim.errors import JsublimError
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.graph import Executor, plan, results_key
+from jsublim.pipeline.graph import Executor, Graph, JointExecutor, plan, results_key
 from jsublim.pipeline.results import claim_folder, gather, is_reported
 from jsublim.pipeline.served import sample_server
+from jsublim.pipeline.store import Output
 from jsublim.programs import Programs
 from jsublim.progress import Progress
 from jsublim.report import print_summary
+
+
+@dataclass(frozen=True)
+class Run:
+    """An experiment that was planned and checked.
+
+    Attributes:
+      key: what its results hang on; started: when.
+    """
+
+    graph: Graph
+    context: Context
+    key: str
+    started: str
+    console: Console
+
+    @classmethod
+    def of(cls, experiment: Experiment, console: Console, *, devices: bool = True) -> Run:
+        """Plan, check, and put the config into the run's folder.
+
+        Args:
+          devices: False where other processes do the tasks.
+
+        Raises:
+          UsageError, JsublimError: a config that cannot work.
+        """
+        started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        progress = Progress(console)
+        with progress.stage("plan"):
+            context = Context.load(experiment, progress, devices=devices)
+            graph = plan(context.setup)
+            graph.check(context.setup)
+            key = results_key(context.setup)
+        run = cls(graph, context, key, started, console)
+        if experiment.judge is not None and not is_reported(experiment, key):
+            context.judge.check()
+        if experiment.sampling.server is not None and not run.whole:
+            sample_server(context).check()
+        with context.store.claim(run._folder, run._wait):
+            claim_folder(experiment, key, console)
+        return run
+
+    @property
+    def whole(self) -> bool:
+        """Whether every task is done."""
+        return all(task.done(self.context.store) for task in self.graph.tasks.values())
+
+    def report(self) -> Path:
+        """Gather the results of a run that is whole, and write its report; returns the report's path."""
+        with self.context.store.claim(self._folder, self._wait):
+            report = gather(self.graph, self.context, self.key, self.started)
+        print_summary(self.context.setup.experiment.run_dir, self.console)
+        return report
+
+    @property
+    def _folder(self) -> list[Output]:
+        """What a process claims that writes into the run's folder."""
+        return [Output("runs", "", {"folder": str(self.context.setup.experiment.run_dir.resolve())})]
+
+    def _wait(self) -> None:
+        self.context.progress.say(f"{self.context.setup.experiment.run_dir}: another process is writing there; waiting")
 
 
 def run_experiment(experiment: Experiment, executor: Executor, console: Console) -> Path:
@@ -23,20 +88,29 @@ def run_experiment(experiment: Experiment, executor: Executor, console: Console)
     Raises:
       UsageError, JsublimError: a config that cannot work, before anything is computed; or a task that failed.
     """
-    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    progress, before = Progress(console), Programs.so_far()
-    with progress.stage("plan"):
-        context = Context.load(experiment, progress)
-        graph = plan(context.setup)
-        graph.check(context.setup)
-        key = results_key(context.setup)
-    if experiment.judge is not None and not is_reported(experiment, key):
-        context.judge.check()
-    if experiment.sampling.server is not None and not all(task.done(context.store) for task in graph.tasks.values()):
-        sample_server(context).check()
-    claim_folder(experiment, key, console)
-    executor.execute(graph.tasks.values(), context)
-    report = gather(graph, context, key, started)
-    print_summary(experiment.run_dir, console)
+    before = Programs.so_far()
+    run = Run.of(experiment, console)
+    executor.execute(run.graph.tasks.values(), run.context)
+    report = run.report()
     console.print(str(Programs.so_far() - before))
     return report
+
+
+def run_together(experiments: Sequence[Experiment], executor: JointExecutor, console: Console) -> list[Path]:
+    """Several experiments as one graph. Returns the reports of those that are whole: an executor may do a part of the tasks.
+
+    Raises:
+      UsageError, JsublimError: as `run_experiment`; what does not need a task that failed is reported all the same.
+    """
+    runs = [Run.of(each, console, devices=executor.here) for each in experiments]
+    failed: JsublimError | None = None
+    try:
+        executor.execute_together([(run.graph.tasks.values(), run.context) for run in runs])
+    except JsublimError as error:
+        failed = error
+    reports = [run.report() for run in runs if run.whole]
+    if failed is not None:
+        for report in reports:
+            console.print(f"{report}: written, as nothing that failed is part of it")
+        raise failed
+    return reports

@@ -234,6 +234,9 @@ OTHER: dict[str, Any] = {
     "judge.server.budget": (7.0, SERVER | {"judge.server.prompt_price": 1.0}),
     "run.loggers": ["csv"],
     "run.parallel": "mesh",
+    "run.workers": 3,
+    "run.resources": {"GPU": 2.0},
+    "run.retries": 7,
     "run.model_axis": (1, {"run.parallel": "mesh"}),  # more devices than one would be refused here
 }
 FIELDS = {leaf.name: leaf for leaf in leaves(Experiment)}

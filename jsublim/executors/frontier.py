@@ -1,0 +1,153 @@
+"""Several graphs as one, and what of it can be done now: what every executor with more than one worker asks."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from jsublim.config import Experiment
+from jsublim.errors import JsublimError, one_line
+from jsublim.pipeline.context import Context
+from jsublim.pipeline.estimate import CHIPS, Chip, seconds, sizes_of
+from jsublim.pipeline.graph import ordered
+from jsublim.pipeline.task import Task
+
+Work = tuple[Iterable[Task], Context]  # tasks of one experiment, and what they are done with
+
+
+class TasksFailed(JsublimError):
+    """Some tasks failed; everything that does not need them is done."""
+
+
+def in_one_line(error: Exception) -> str:
+    """Why a task failed."""
+    if isinstance(error, JsublimError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return one_line(f"{error.strerror} ({error.filename})" if error.filename else error.strerror)
+    return f"{type(error).__name__}: {one_line(str(error))}"
+
+
+def checkpoint_of(experiment: Experiment) -> Hashable:
+    """What a worker must have loaded for an experiment: equal for experiments that can share it."""
+    e = experiment
+    return e.model, e.dtype, e.chat_template, e.recipe.model_dump_json(), e.run.parallel, e.run.model_axis
+
+
+@dataclass(frozen=True, eq=False)
+class Node:
+    """A task, in the first experiment that needs it.
+
+    Attributes:
+      key: of the task in its store; parents: keys of nodes; cost: seconds on one chip, under assumed lengths.
+    """
+
+    key: str
+    task: Task
+    context: Context
+    parents: tuple[str, ...]
+    cost: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.task.kind} {self.task.label}"
+
+    @property
+    def done(self) -> bool:
+        return self.task.done(self.context.store)
+
+
+def merged(work: Sequence[Work], chip: Chip = CHIPS["h100"]) -> dict[str, Node]:
+    """Every task once, by its store and key, parents before children. Experiments that share a store share tasks.
+
+    Args:
+      chip: what costs are seconds of.
+    """
+    found: dict[str, Node] = {}
+    for tasks, context in work:
+        setup, sizes = context.setup, sizes_of(context.setup)
+        for task in ordered(tasks):
+            key = _key(context, task)
+            if key not in found:
+                parents = tuple(_key(context, parent) for parent in task.parents)
+                cost = sum(seconds(part, chip) for part in task.cost(setup, sizes).parts)
+                found[key] = Node(key, task, context, parents, cost)
+    return found
+
+
+def _key(context: Context, task: Task) -> str:
+    return f"{context.setup.experiment.store_dir}#{task.key}"
+
+
+class Frontier:
+    """The tasks that are to be done. Of those that are ready, the one with the longest way to the end comes first."""
+
+    def __init__(self, nodes: Mapping[str, Node]):
+        """Of `nodes`, those that are not in `nodes` are done: parents that are missing here hold nobody back."""
+        self.nodes = nodes
+        self.children: dict[str, list[str]] = {key: [] for key in nodes}
+        self._missing: dict[str, int] = {}
+        for key, node in nodes.items():
+            parents = {parent for parent in node.parents if parent in nodes}
+            self._missing[key] = len(parents)
+            for parent in parents:
+                self.children[parent].append(key)
+        self.way = self._ways()
+        self.left = set(nodes)  # neither done nor given up
+        self._place = {key: i for i, key in enumerate(nodes)}
+        self._ready: list[tuple[float, int, str]] = []
+        for key, count in self._missing.items():
+            if not count:
+                self.give_back(key)
+
+    def _ways(self) -> dict[str, float]:
+        """Seconds from a task's begin to the end of everything that waits for it, if nothing else had to wait."""
+        ways: dict[str, float] = {}
+        for key in reversed(list(self.nodes)):  # children come after parents
+            ways[key] = self.nodes[key].cost + max((ways[child] for child in self.children[key]), default=0.0)
+        return ways
+
+    @property
+    def ready(self) -> Iterator[Node]:
+        """What can be done now, first things first."""
+        return (self.nodes[key] for _, _, key in sorted(self._ready))
+
+    def take(self, prefers: Callable[[Node], bool] = lambda node: True) -> Node | None:
+        """The first ready task that is preferred, or else the first one; None if nothing is ready."""
+        every = list(self.ready)
+        node = next((node for node in every if prefers(node)), every[0] if every else None)
+        if node is not None:
+            self.remove(node.key)
+        return node
+
+    def remove(self, key: str) -> None:
+        """A ready task is at somebody's now."""
+        self._ready.remove(self._entry(key))
+        heapq.heapify(self._ready)
+
+    def give_back(self, key: str) -> None:
+        """A task that was taken is ready again."""
+        heapq.heappush(self._ready, self._entry(key))
+
+    def finish(self, key: str) -> None:
+        """A task is done; what waited for it alone is ready."""
+        self.left.discard(key)
+        for child in self.children[key]:
+            self._missing[child] -= 1
+            if not self._missing[child]:
+                self.give_back(child)
+
+    def give_up(self, key: str) -> list[Node]:
+        """A task failed. Returns the tasks that will not be begun because they need it."""
+        lost, stack = [], [key]
+        while stack:
+            each = stack.pop()
+            if each in self.left:
+                self.left.discard(each)
+                lost.append(self.nodes[each])
+                stack += self.children[each]
+        return lost[1:]
+
+    def _entry(self, key: str) -> tuple[float, int, str]:
+        return -self.way[key], self._place[key], key

@@ -1,0 +1,352 @@
+"""Ray: ready tasks go to workers on many machines. What they make lies in the store; the driver sees keys and outcomes only.
+
+The driver may die at any time, and so may workers: the same command continues from the store. A local cluster listens on
+127.0.0.1; one that exists is the business of whoever started it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jsublim.config import Experiment
+from jsublim.config.experiment import Devices
+from jsublim.errors import JsublimError, UsageError
+from jsublim.executors.frontier import Frontier, Node, TasksFailed, Work, checkpoint_of, merged
+from jsublim.executors.local import mend
+from jsublim.executors.worker import Outcome, Worker, seen
+from jsublim.pipeline.context import Context
+from jsublim.pipeline.task import Task
+from jsublim.progress import Progress, Tick
+
+LOOK = 5.0  # seconds between two looks at what the cluster has
+OBJECTS = 128 * 2**20  # bytes of Ray's own store: only keys and outcomes travel
+BEGINS = 3  # workers that may fail one after another before one has begun
+QUIET = {  # before Ray is imported
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # its own lines about lost workers, which would go to standard output
+}
+LOCAL = QUIET | {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's name for listening on 127.0.0.1 alone
+    "RAY_AUTH_MODE": "token",
+}
+
+
+@dataclass
+class RayExecutor:
+    """One worker per accelerator, or as `run.workers` and `run.resources` say; each keeps its checkpoint loaded.
+
+    Attributes:
+      address: of a cluster that exists; None starts one on this machine, for as long as the tasks take.
+      times: of every task that was done: its node, the worker, and when it began and ended, in seconds of `time.monotonic`.
+    """
+
+    address: str | None = None
+    times: list[tuple[Node, int, float, float]] = field(default_factory=list)
+    here = False  # no task is done in this process
+
+    def __post_init__(self) -> None:
+        try:
+            self._ray = _import_ray(self.address is None)
+        except ImportError:
+            raise UsageError("--on ray: Ray is not installed; pip install 'jsublim[ray]'") from None
+        jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
+
+    def execute(self, tasks: Iterable[Task], context: Context) -> None:
+        """As `execute_together`, of one experiment."""
+        self.execute_together([(tasks, context)])
+
+    def execute_together(self, work: Sequence[Work]) -> None:
+        """Return when every task is whole.
+
+        Raises:
+          TasksFailed: some failed, each is named in a line of its own; those that do not need them are done.
+        """
+        work = [(list(tasks), context) for tasks, context in work]
+        for tasks, context in work:
+            mend(tasks, context)
+        nodes = {key: node for key, node in merged(work).items() if not node.done}
+        if not nodes:
+            return
+        progress = work[0][1].progress
+        with self._cluster(run_of(work)) as cluster, progress.stage("tasks", len(nodes)) as tick:
+            drive = _Drive(self._ray, cluster, Frontier(nodes), progress, tick, self.times)
+            try:
+                drive.run()
+            finally:
+                drive.stop()
+        drive.raise_failures()
+
+    @contextlib.contextmanager
+    def _cluster(self, run: Devices) -> Iterator[Cluster]:
+        ray, local = self._ray, {}
+        if self.address is None:
+            cores = 0 if run.workers == "auto" else int(run.workers * (run.resources or {"CPU": 1}).get("CPU", 1))
+            local = {"include_dashboard": False, "num_cpus": max(cores, os.cpu_count() or 1)}
+            local["object_store_memory"] = OBJECTS
+        try:
+            ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, **local)
+        except Exception as error:  # of many kinds: no cluster there, another version, a wrong token
+            said = f"--ray-address {self.address}" if self.address else "--on ray"
+            raise JsublimError(f"{said}: cannot be reached or started: {error}") from error
+        with _interrupted_by_sigterm():
+            try:
+                yield Cluster(ray, run)
+            finally:
+                ray.shutdown()
+
+
+def _import_ray(local: bool) -> Any:
+    for name, value in (LOCAL if local else QUIET).items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    return ray
+
+
+def run_of(work: Sequence[Work]) -> Devices:
+    """What the experiments say of devices and workers.
+
+    Raises:
+      UsageError: they do not say the same.
+    """
+    said = list(dict.fromkeys(context.setup.experiment.run.model_dump_json() for _, context in work))
+    if len(said) > 1:
+        raise UsageError(
+            "run: experiments of one graph must say the same of workers and devices; give it for all of them"
+        )
+    return work[0][1].setup.experiment.run
+
+
+@contextlib.contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What a cluster has, counted in workers."""
+
+    ray: Any
+    run: Devices
+
+    def nodes(self) -> list[Mapping[str, float]]:
+        """Of each machine that is up, its resources."""
+        return [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+
+    def each(self) -> dict[str, float]:
+        """What one worker takes: as the config says; or the accelerators that one copy of the checkpoint is spread over (of a
+        TPU all chips of a host), or one CPU."""
+        if self.run.resources is not None:
+            return dict(self.run.resources)
+        nodes = self.nodes()
+        hosts = [node["TPU"] for node in nodes if node.get("TPU")]
+        if any(node.get("GPU") for node in nodes):
+            return {"GPU": float(self.run.model_axis)}
+        return {"TPU": min(hosts)} if hosts else {"CPU": 1.0}
+
+    def wanted(self) -> int:
+        """How many workers there should be now. With "auto", as many as the machines that are up hold: machines may come
+        and go."""
+        if self.run.workers != "auto":
+            return self.run.workers
+        each, nodes = self.each(), self.nodes()
+        if self.run.resources is None and set(each) == {"CPU"}:
+            return len(nodes)  # JAX uses all cores of a machine
+        return sum(int(min(node.get(name, 0.0) / amount for name, amount in each.items())) for node in nodes)
+
+    def start(self) -> Any:
+        """A worker; it begins once there is room for it."""
+        each = self.each()
+        options = {"num_cpus": each.pop("CPU", 0), "num_gpus": each.pop("GPU", 0), "resources": each}
+        actor = self.ray.remote(Worker).options(max_restarts=0, scheduling_strategy="SPREAD", **options)
+        return actor.remote(str(Path.cwd()))
+
+
+@dataclass
+class _Hand:
+    """A worker as the driver sees it."""
+
+    number: int
+    actor: Any
+    checkpoint: Hashable = None
+
+
+@dataclass
+class _Drive:
+    """One pass through a graph.
+
+    Fields:
+      starting, busy: by what Ray will answer; failed: lines, by the key of the node.
+    """
+
+    ray: Any
+    cluster: Cluster
+    frontier: Frontier
+    progress: Progress
+    tick: Tick
+    times: list[tuple[Node, int, float, float]]
+    starting: dict[Any, _Hand] = field(default_factory=dict)
+    idle: list[_Hand] = field(default_factory=list)
+    busy: dict[Any, tuple[_Hand, Node]] = field(default_factory=dict)
+    lost: Counter[str] = field(default_factory=Counter)
+    failed: dict[str, str] = field(default_factory=dict)
+    not_begun: int = 0
+    _begins: int = 0
+    _number: int = 0
+
+    def run(self) -> None:
+        while self.frontier.left:
+            self._fill()
+            self._assign()
+            waiting = [*self.starting, *self.busy]
+            answered, _ = self.ray.wait(waiting, timeout=LOOK) if waiting else ([], [])
+            if not answered and not self.busy:
+                self._say_that_there_is_no_room()
+            for ref in answered:
+                self._begun(ref) if ref in self.starting else self._ended(ref)
+
+    def stop(self) -> None:
+        for hand in (*self.starting.values(), *self.idle, *(hand for hand, _ in self.busy.values())):
+            with contextlib.suppress(Exception):  # it may be gone, and so may the cluster
+                self.ray.kill(hand.actor)
+
+    def raise_failures(self) -> None:
+        for line in self.failed.values():
+            self.progress.say(f"failed: {line}")
+        if self.failed:
+            others = f" ({self.not_begun} that need them were not begun)" if self.not_begun else ""
+            raise TasksFailed(
+                f"failed tasks: {len(self.failed)} of {len(self.frontier.nodes)}{others}; everything else is done. Mend "
+                "what their lines say, then run the same command again"
+            )
+
+    def _fill(self) -> None:
+        """Start workers until there are as many as are wanted, but no more than tasks."""
+        have = len(self.starting) + len(self.idle) + len(self.busy)
+        for _ in range(min(self.cluster.wanted(), len(self.frontier.left)) - have):
+            self._number += 1
+            hand = _Hand(self._number, self.cluster.start())
+            self.starting[hand.actor.where.remote()] = hand
+
+    def _assign(self) -> None:
+        while self.idle:
+            hand = self.idle.pop()
+            known = hand.checkpoint
+            node = self.frontier.take(lambda node, known=known: _checkpoint(node) == known)
+            if node is None:
+                self.idle.append(hand)
+                return
+            hand.checkpoint = _checkpoint(node)
+            experiment = shared_out(node.context.setup.experiment, max(1, self.cluster.wanted()))
+            self.busy[hand.actor.make.remote(experiment, node.task.key)] = hand, node
+
+    def _begun(self, ref: Any) -> None:
+        hand = self.starting.pop(ref)
+        try:
+            self.progress.say(f"worker {hand.number}: {self.ray.get(ref)}")
+        except self.ray.exceptions.RayError as error:
+            self._begins += 1
+            if self._begins >= BEGINS and not self.idle and not self.busy:
+                raise JsublimError(f"--on ray: {BEGINS} workers could not begin: {_reason(error)}") from None
+            return
+        self._begins = 0
+        self.idle.append(hand)
+
+    def _ended(self, ref: Any) -> None:
+        hand, node = self.busy.pop(ref)
+        try:
+            outcome: Outcome = self.ray.get(ref)
+        except self.ray.exceptions.RayError as error:
+            self._again(node, hand, _reason(error))
+            return
+        for line in outcome.said:
+            self.progress.say(line)
+        if outcome.preempted:
+            self._again(node, hand, "its machine is taken away")
+            return
+        self.idle.append(hand)
+        if outcome.error is None and not seen(node.task, node.context):
+            store = node.context.setup.experiment.store_dir
+            outcome = Outcome(
+                0.0, error=f"{store}: does not show here what worker {hand.number} made; all machines must share it"
+            )
+        if outcome.error is None:
+            self._done(hand, node, outcome)
+        else:
+            self._give_up(node, outcome.error)
+
+    def _done(self, hand: _Hand, node: Node, outcome: Outcome) -> None:
+        now = time.monotonic()
+        self.times.append((node, hand.number, now - outcome.seconds, now))
+        spent = node.context.progress.seconds
+        spent[node.task.kind] = round(spent.get(node.task.kind, 0.0) + outcome.seconds, 2)
+        self.frontier.finish(node.key)
+        self.tick(1)
+
+    def _again(self, node: Node, hand: _Hand, why: str) -> None:
+        """A worker was lost; another one begins its task again, from what it had left in the store."""
+        with contextlib.suppress(Exception):
+            self.ray.kill(hand.actor)
+        self.lost[node.key] += 1
+        times, most = self.lost[node.key], self.cluster.run.retries
+        if times > most:
+            self._give_up(node, f"its worker was lost {times} times, the last time because: {why} (run.retries={most})")
+        else:
+            self.progress.say(
+                f"{node.name}: worker {hand.number} was lost ({why}); begun again, {times} of {most} times"
+            )
+            self.frontier.give_back(node.key)
+
+    def _give_up(self, node: Node, error: str) -> None:
+        self.failed[node.key] = f"{node.name}: {error}"
+        self.not_begun += len(self.frontier.give_up(node.key))
+
+    def _say_that_there_is_no_room(self) -> None:
+        each = ", ".join(f"{amount:g} {name}" for name, amount in self.cluster.each().items())
+        self.progress.say(f"waiting for a machine with {each} free; the cluster has {len(self.cluster.nodes())}")
+
+
+def shared_out(experiment: Experiment, workers: int) -> Experiment:
+    """The experiment as one of several workers does its tasks: a judge's budget and pace are shared out among them."""
+    judge = experiment.judge
+    if judge is None or judge.server is None or workers == 1:
+        return experiment
+    names = ("budget", "requests_per_minute")
+    values = {name: getattr(judge.server, name) for name in names}
+    share = {name: value / workers for name, value in values.items() if value is not None}
+    server = judge.server.model_copy(update=share)
+    return experiment.model_copy(update={"judge": judge.model_copy(update={"server": server})})
+
+
+def _checkpoint(node: Node) -> Hashable:
+    return checkpoint_of(node.context.setup.experiment)
+
+
+def _reason(error: Exception) -> str:
+    """What Ray says of a worker, without its list of details."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# A rented machine with one or several GPUs (RunPod, Lambda, Vast and the like): installs jsublim beside what is there and
+# runs the command, one worker per GPU. Put the store on the volume that outlives the machine.
+#   jsublim launch machine CONFIG store=/workspace/store > machine.sh; copy it there; nohup bash machine.sh > run.log &
+set -euo pipefail
+HOME_OF_RUN=${HOME_OF_RUN:-/workspace}
+cd "$HOME_OF_RUN"
+if [ ! -x venv/bin/jsublim ]; then
+  python3 -m venv venv
+  venv/bin/pip install -q 'jsublim[cuda,ray]'
+fi
+export PATH="$PWD/venv/bin:$PATH" HF_HOME="$PWD/huggingface"
+
+gpus=$(nvidia-smi --list-gpus | wc -l)
+on=()
+if [ "$gpus" -gt 1 ]; then
+  on=(--on ray)
+fi
+# Killed for memory, or the driver fell over: twice more, from where it was.
+for attempt in 1 2 3; do
+  code=0
+  @COMMAND@ "${on[@]}" || code=$?
+  echo "attempt $attempt ended with code $code on $gpus GPUs"
+  case $code in
+    0) exit 0 ;;
+    2) exit 2 ;; # the config; again would say the same
+  esac
+  sleep 30
+done
+exit "$code"
