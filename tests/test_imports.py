@@ -13,7 +13,7 @@ PACKAGE = ROOT / "jsublim"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "checkpoints" not in path.parts)
 # A room, or a file beside the rooms, imports from its own line and from those above.
 ORDER = (
-    ("errors",), ("files", "progress", "reading", "section"), ("client",), ("models",), ("parallel", "rows", "chat"),
+    ("errors",), ("files", "progress", "reading", "section"), ("client", "processes"), ("models",), ("parallel", "rows", "chat"),
     ("prompts",), ("inference",), ("teachers", "steering"), ("divergence",), ("judge",), ("evals",), ("transforms",), ("distill",),
     ("attribution",), ("config",), ("report",), ("pipeline",), ("executors",), ("digits",), ("cli",), ("__main__",),
 )  # fmt: skip

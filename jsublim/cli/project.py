@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from jsublim.cli.app import PackFile, Template, app, console, named, prompts_app
+from jsublim.cli.together import Distributed, together
 from jsublim.errors import UsageError
 
 KINDS = ("language", "digits")
@@ -24,6 +25,7 @@ def run(
         bool, typer.Option("--dry-run", help="Say what it would take, and what is there already.")
     ] = False,
     chip: Annotated[str, typer.Option("--chip", help="For --dry-run: h100, h200, a100, l4, v5e, v5p, v6e.")] = "h100",
+    distributed: Distributed = False,
 ) -> None:
     """Run an experiment: generate, find divergence tokens, distil, evaluate, report. Run again, it continues."""
     from jsublim.config import Experiment, check_config, find_config, read_config
@@ -40,19 +42,23 @@ def run(
 
             print_estimate(experiment, chip)
             return
-        report = run_experiment(experiment, LocalExecutor(), console)
+        with together(distributed, [experiment]):
+            print(run_experiment(experiment, LocalExecutor(), console))
     elif kind == "digits" and dry_run:
         raise UsageError("--dry-run: a digits experiment is one program that takes half a minute; run it")
+    elif kind == "digits" and distributed:
+        raise UsageError(
+            "--distributed: a digits experiment is one program that takes half a minute; one process runs it"
+        )
     elif kind == "digits":
         from jsublim.digits.config import Digits
         from jsublim.digits.run import run_digits
 
-        report = run_digits(check_config(Digits, values, path), console)
+        print(run_digits(check_config(Digits, values, path), console))
     else:
         near = difflib.get_close_matches(str(kind), KINDS, n=1)
         hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(KINDS)}"
         raise UsageError(f"{path}: kind: {kind!r} given; {hint}")
-    print(report)
 
 
 @app.command()

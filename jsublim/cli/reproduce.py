@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jsublim.cli.app import PackFile, app, console
+from jsublim.cli.together import Distributed, together
 from jsublim.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def reproduce(
     shape: Annotated[
         Path | None, typer.Option("--shape", help="For --dry-run: a config.json's folder, without the checkpoint.")
     ] = None,
+    distributed: Distributed = False,
 ) -> None:
     """Run what a figure of the paper shows, with the same code at every scale (docs/paper_map.md)."""
     from jsublim.config.figures import load_question, panel_experiment, panels_of
@@ -46,13 +48,14 @@ def reproduce(
         raise UsageError(
             f"out: {len(wanted)} panels cannot share a folder; give one --panel, or leave out and name alone"
         )
-    console.print(f"{question.about} ({path.stem}, {scale}: {', '.join(wanted)})")
-    for experiment in experiments.values():
-        if dry_run:
-            print_grid(experiment)
-            print_estimate(experiment, chip, shape)
-        else:
-            print(run_experiment(experiment, LocalExecutor(), console))
+    with together(distributed and not dry_run, experiments.values()):
+        console.print(f"{question.about} ({path.stem}, {scale}: {', '.join(wanted)})")
+        for experiment in experiments.values():
+            if dry_run:
+                print_grid(experiment)
+                print_estimate(experiment, chip, shape)
+            else:
+                print(run_experiment(experiment, LocalExecutor(), console))
 
 
 def print_grid(experiment: Experiment) -> None:

@@ -43,6 +43,8 @@ class Devices(Section):
 
     parallel: Annotated[Literal["none", "pmap", "mesh"], HOW] = "none"
     model_axis: Annotated[Positive, HOW] = 1  # with mesh: devices that one copy of the checkpoint is spread over
+    # Of several processes: seconds without a sign of life after which one is taken to be gone, and the others end
+    time_out: Annotated[float, Field(ge=2, le=86_400), HOW] = 60.0
 
 
 class Experiment(Config):

@@ -8,6 +8,7 @@ import json
 import platform
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from jsublim.errors import JsublimError, UsageError
 from jsublim.files import DAMAGED, PARTIAL, damaged_name, naming, write_json, write_text
-from jsublim.parallel import on_main_process
+from jsublim.processes import leave_if_asked, on_main_process
 
 _LIBRARIES = (
     "jsublim",
@@ -129,11 +130,9 @@ class Artifact:
 
     def finish(self, summary: dict[str, Any] | None = None) -> None:
         """Mark the artifact whole. The mark holds `summary`, and what every file is (`Store.mend`)."""
-        if (
-            jax.process_count() == 1
-        ):  # whoever makes it holds its claim: what a killed process had begun to write is nobody's
-            for path in self.path.glob(f".*{PARTIAL}"):
-                path.unlink(missing_ok=True)
+        # Whoever makes it holds its claim: what a killed process had begun to write is nobody's.
+        for path in self.path.glob(f".*{PARTIAL}"):
+            path.unlink(missing_ok=True)
         apart = (RECORD, DONE, PROGRESS)
         files = [path for path in sorted(self.path.iterdir()) if path.is_file() and path.name not in apart]
         said = {path.name: _fingerprint(path) for path in files if path.suffix not in (PARTIAL, DAMAGED)}
@@ -220,6 +219,10 @@ class Store:
         """Whether the artifact is there, and whole."""
         return (self.path(output) / DONE).exists()
 
+    def missing(self, outputs: Sequence[Output]) -> list[int]:
+        """Which of them are not there, by their places."""
+        return [i for i, output in enumerate(outputs) if not self.done(output)]
+
     def mend(self, output: Output) -> str | None:
         """Look whether the files of a whole artifact are what was written. A damaged one is set aside, and the artifact is
         unfinished again. Returns what was found, in one line; None where all is well."""
@@ -250,17 +253,21 @@ class Store:
         folder = self.root / "locks"
         locks = [FileLock(folder / f"{key}.lock") for key in sorted({output.key for output in outputs})]
 
-        def take() -> None:
+        def take() -> bool:
             folder.mkdir(parents=True, exist_ok=True)
-            for lock in locks:  # in one order for everybody, so that no two wait for each other
-                try:
-                    lock.acquire(timeout=0)
-                except Timeout:
-                    waiting()
-                    lock.acquire()
+            try:
+                for lock in locks:  # in one order for everybody, so that no two wait for each other
+                    if not lock.is_locked:
+                        lock.acquire(timeout=0)
+            except Timeout:
+                waiting()
+                return False
+            return True
 
         try:
-            on_main_process(take)
+            while not on_main_process(take):
+                leave_if_asked()
+                time.sleep(0.2)
             yield
         finally:
             for lock in locks:
@@ -300,15 +307,19 @@ class Store:
 
 
 class RowLog:
-    """Rows finished so far, in a JSONL file that a kill may cut anywhere: a broken last line is forgotten."""
+    """Rows finished so far, in a JSONL file that a kill may cut anywhere: a broken last line is forgotten. Of several processes,
+    the first one has the file, and all have the rows."""
 
     def __init__(self, path: Path):
-        self.path, self.rows = path, {}
-        if path.exists():
-            for line in self._whole_lines():
-                self.rows[line["row"]] = line
-            self._rewrite()
-        self._file = path.open("a", encoding="utf-8")
+        self.path, self._file = path, None
+        self.rows: dict[int, dict[str, Any]] = {row["row"]: row for row in on_main_process(self._begin)}
+
+    def _begin(self) -> list[dict[str, Any]]:
+        found = {line["row"]: line for line in self._whole_lines()} if self.path.exists() else {}
+        if self.path.exists():
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in found.values()))
+        self._file = self.path.open("a", encoding="utf-8")
+        return list(found.values())
 
     def _whole_lines(self) -> Iterator[dict[str, Any]]:
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -317,18 +328,22 @@ class RowLog:
             except json.JSONDecodeError:
                 return
 
-    def _rewrite(self) -> None:
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows.values()))
-
     def add(self, rows: list[dict[str, Any]]) -> None:
-        """Keep finished rows; each has its number under "row"."""
-        with naming(self.path):
-            self._file.writelines(json.dumps(row) + "\n" for row in rows)
-            self._file.flush()
+        """Keep finished rows; each has its number under "row".
+
+        Raises:
+          Preempted: as `leave_if_asked`; these rows are kept.
+        """
+        if self._file is not None:
+            with naming(self.path):
+                self._file.writelines(json.dumps(row) + "\n" for row in rows)
+                self._file.flush()
         self.rows.update({row["row"]: row for row in rows})
+        leave_if_asked()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ from jsublim.pipeline.training import (
     start_adapter,
     train_students,
 )
+from jsublim.processes import on_main_process
 from jsublim.progress import Tick
 from jsublim.section import identity
 
@@ -193,11 +195,11 @@ class TrainStudents(Task):
         everybody it was begun with."""
         store, found = context.store, []
         for group in self._parts(context):
-            outputs = {student: student_output(context.setup, student) for student in group}
-            work = store.root / "training" / digest([output.key for output in outputs.values()])
-            missing = [student for student in group if not store.done(outputs[student])]
-            if missing:
-                found.append((work, group if (work / "state").exists() else missing))
+            outputs = [student_output(context.setup, student) for student in group]
+            work = store.root / "training" / digest([output.key for output in outputs])
+            left = on_main_process(functools.partial(_left, store, outputs, work))
+            if left:
+                found.append((work, [group[i] for i in left]))
         return found
 
     def _parts(self, context: Context) -> list[list[Student]]:
@@ -205,10 +207,17 @@ class TrainStudents(Task):
         if members[0].settings.runtime.arms_per_program != "auto":
             return [members]
         plan = context.store.root / "training" / f"fit-{self.key}.json"
-        if not plan.exists():  # what fits is measured once: a continued run must not be planned anew
+        known = on_main_process(lambda: json.loads(plan.read_text(encoding="utf-8")) if plan.exists() else None)
+        if known is not None:
+            return split_evenly(members, known)
+        count = self._fits(context)
+
+        def keep() -> int:  # what fits is measured once: a continued run must not be planned anew
             plan.parent.mkdir(parents=True, exist_ok=True)
-            write_json(plan, self._fits(context))
-        return split_evenly(members, json.loads(plan.read_text(encoding="utf-8")))
+            write_json(plan, count)
+            return count
+
+        return split_evenly(members, on_main_process(keep))
 
     def _fits(self, context: Context) -> int:
         largest = max(self.members, key=lambda student: student.settings.adapter.rank)  # ranks are padded to it
@@ -333,6 +342,12 @@ class TrainStudents(Task):
                 raise UsageError(
                     f"students.model: {checkpoint.name} has other tokens than its teachers; use loss.kind=hard"
                 )
+
+
+def _left(store: Store, outputs: Sequence[Output], work: Path) -> list[int]:
+    """Which of these are still to be trained; all, if their training was begun."""
+    missing = store.missing(outputs)
+    return list(range(len(outputs))) if missing and (work / "state").exists() else missing
 
 
 def diverged(store: Store, student: Output) -> str | None:

@@ -230,6 +230,7 @@ OTHER: dict[str, Any] = {
     "judge.server.completion_price": (7.0, SERVER),
     "judge.server.budget": (7.0, SERVER | {"judge.server.prompt_price": 1.0}),
     "run.parallel": "mesh",
+    "run.time_out": 7.0,
     "run.model_axis": (1, {"run.parallel": "mesh"}),  # more devices than one would be refused here
 }
 FIELDS = {leaf.name: leaf for leaf in leaves(Experiment)}
