@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from jsublim.errors import JsublimError, UsageError
+from jsublim.processes import shared_out
 from jsublim.reading import read_json, shown
 
 TEMPLATES = Path(__file__).parent / "chat_templates"  # those that have a name
@@ -198,14 +199,21 @@ class Chat:
         *,
         extra_bos: bool = False,
     ) -> list[Turn]:
-        """`turn` of each (messages, completion); `where(number)`, counted from 1, names one in its error."""
-        turns = []
-        for number, (messages, completion) in enumerate(exchanges, 1):
-            try:
-                turns.append(self.turn(messages, completion, extra_bos=extra_bos))
-            except JsublimError as error:
-                raise JsublimError(f"{where(number)}: {error}") from None
-        return turns
+        """`turn` of each (messages, completion); `where(number)`, counted from 1, names one in its error. Several processes
+        share the rows out."""
+
+        def plain(part: list[tuple[int, tuple[Sequence[Message], str]]]) -> list[tuple[list[int], int, int, int]]:
+            turns = []
+            for number, (messages, completion) in part:
+                try:
+                    turn = self.turn(messages, completion, extra_bos=extra_bos)
+                except JsublimError as error:
+                    raise JsublimError(f"{where(number)}: {error}") from None
+                turns.append((turn.tokens.tolist(), turn.header, turn.content, turn.end))
+            return turns
+
+        every = shared_out(list(enumerate(exchanges, 1)), plain)
+        return [Turn(np.asarray(tokens, np.int32), *places) for tokens, *places in every]
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of generated tokens, stripped and without special ones: the form in which completions are kept."""

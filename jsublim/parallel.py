@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +17,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from jsublim.errors import JsublimError, UsageError
+from jsublim.errors import UsageError
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, abstract_params
+from jsublim.processes import on_main_process
 
 MODES = ("none", "pmap", "mesh")
 SHARE = 0.9  # of a device's memory that a plan may use: what else lives there is not ours to know
@@ -148,54 +147,12 @@ class Layout:
 
 def device_bytes() -> int | None:
     """Bytes of an accelerator's memory that may be used; None where devices are the CPU."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return int(stats["bytes_limit"]) if "bytes_limit" in stats else None
 
+    def first() -> int | None:
+        stats = jax.local_devices()[0].memory_stats() or {}
+        return int(stats["bytes_limit"]) if "bytes_limit" in stats else None
 
-def join_processes() -> None:
-    """Make this process one of several that train together, one per host of a pod.
-
-    TPU pods, Slurm and Open MPI are recognised; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
-    say who is who. To be called before anything else of JAX.
-
-    Raises:
-      UsageError: nothing says who the others are, or they don't answer.
-    """
-    count, own = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
-    try:
-        jax.distributed.initialize(
-            num_processes=int(count) if count else None,
-            process_id=int(own) if own else None,
-            shutdown_timeout_seconds=60,  # one that failed waits so long for the others, and they for its sums
-        )
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"--distributed: {reason}; set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
-        ) from None
-
-
-def everywhere(sound: bool) -> bool:
-    """Whether something holds on every process."""
-    return sound if jax.process_count() == 1 else bool(np.all(multihost_utils.process_allgather(np.bool_(sound))))
-
-
-def on_main_process(act: Callable[[], None]) -> None:
-    """Let the first process act; all go on when it has.
-
-    Raises:
-      JsublimError: on the others, where the first failed; they would wait for it in vain.
-    """
-    error = None
-    if jax.process_index() == 0:
-        try:
-            act()
-        except Exception as failed:
-            error = failed
-    if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.bool_(error is not None)) and error is None:
-        raise JsublimError("the first process has stopped; it says why")
-    if error is not None:
-        raise error
+    return on_main_process(first)  # batches are as large on all processes
 
 
 @functools.cache

@@ -19,7 +19,7 @@ import jax
 import jaxlib
 
 from jsublim.files import sha256, write_text
-from jsublim.parallel import on_main_process
+from jsublim.processes import on_main_process
 
 ENTRY, DIGEST = "-cache", ".sha256"  # how the name of a kept program ends; of what says which bytes it consists of
 SHORTEST = 0.0  # seconds of compilation from which on a program is kept

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
 import signal
-import socket
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from unittest import mock
 
-import jax
 import numpy as np
 import pytest
 from command import MODEL, ok, refused, start, stop_when
-from jax.experimental import multihost_utils
+from pod import ends, errors, run_together, together, wait_for
 from safetensors.numpy import load_file
 
-from jsublim.errors import JsublimError
-from jsublim.parallel import on_main_process
 from jsublim.rows import read_rows, write_rows
 
 TRAIN = (
@@ -64,37 +55,6 @@ def alone(home) -> Path:
     return home / "alone"
 
 
-@contextlib.contextmanager
-def together(devices: int, *args) -> Iterator[list[subprocess.Popen]]:
-    """One command as two processes that know of each other, with so many devices each."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
-    shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2", "XLA_FLAGS": flags}
-    children = []
-    try:
-        for process in range(2):
-            with mock.patch.dict(os.environ, shared | {"JAX_PROCESS_ID": str(process)}):
-                children.append(start(*args, "--distributed"))
-        yield children
-    finally:
-        for child in children:
-            child.kill()
-
-
-def ends(children: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
-    """Exit codes and standard errors."""
-    said = [child.communicate(timeout=180)[1] for child in children]
-    return [child.returncode for child in children], said
-
-
-def run_together(devices: int, *args) -> None:
-    with together(devices, *args) as children:
-        codes, said = ends(children)
-    assert codes == [0, 0], said
-
-
 def lines(folder: Path) -> list[dict]:
     return read_rows(folder / "metrics.jsonl", ("step", "loss"))
 
@@ -134,11 +94,7 @@ def check_same(folder: Path, other: Path) -> None:
 
 def stop_one(children: list[subprocess.Popen], which: int, out: Path) -> None:
     """SIGTERM to one of them in the middle, the other left as it is; and both end alike."""
-    deadline = time.monotonic() + 180
-    while not trained(out):
-        assert all(child.poll() is None for child in children), ends(children)[1]
-        assert time.monotonic() < deadline, "never got so far"
-        time.sleep(0.005)
+    wait_for(children, lambda: trained(out))
     # JAX looks for the signal once a second; steps are faster than that, but none is done without the other process.
     other = children[1 - which]
     other.send_signal(signal.SIGSTOP)
@@ -146,14 +102,11 @@ def stop_one(children: list[subprocess.Popen], which: int, out: Path) -> None:
     time.sleep(1.5)
     other.send_signal(signal.SIGCONT)
     codes, said = ends(children)
-    assert codes == [1, 1], said
+    assert codes == [75, 75], said
     (step,), (folder,) = saved(out), working(out).iterdir()
     assert 3 <= step < STEPS and trained(out, step) and not trained(out, step + 1)
-    for err in said:
-        assert re.findall("^error: .*$", err, re.MULTILINE) == [
-            f"error: {folder}: stopped by SIGTERM after step {step - 1}; the same command continues there"
-        ]
-        assert "Traceback" not in err
+    line = f"{folder}: stopped by SIGTERM after step {step - 1}; the same command continues there"
+    assert errors(said) == [f"error: {line}", f"error: process 1: {line}"]
     assert not (out / "DONE").exists()
 
 
@@ -188,7 +141,7 @@ def test_sigterm_to_a_process_alone(home, alone):
     command, out = finetune(home, "cut", *LORA), home / "cut"
     code, err = stop_when(start(*command), lambda: trained(out), signal.SIGTERM)
     (step,), (folder,) = saved(out), working(out).iterdir()
-    assert code == 1 and trained(out, step) and not trained(out, step + 1) and not (out / "DONE").exists()
+    assert code == 75 and trained(out, step) and not trained(out, step + 1) and not (out / "DONE").exists()
     assert err.splitlines()[-1] == (
         f"error: {folder}: stopped by SIGTERM after step {step - 1}; the same command continues there"
     )
@@ -196,26 +149,15 @@ def test_sigterm_to_a_process_alone(home, alone):
     check_same(out, alone)
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_what_the_first_process_cannot_do_ends_the_others(monkeypatch, fails):
-    done, failed = [], []
-
-    def act() -> None:
-        done.append(jax.process_index())
-        if fails:
-            raise ZeroDivisionError
-
-    def broadcast(flag) -> bool:
-        failed.append(bool(flag))
-        return failed[0]  # what the first said
-
-    monkeypatch.setattr(multihost_utils, "broadcast_one_to_all", broadcast)
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    for process, error in enumerate((ZeroDivisionError, JsublimError)):
-        monkeypatch.setattr(jax, "process_index", lambda process=process: process)
-        with pytest.raises(error) if fails else contextlib.nullcontext():
-            on_main_process(act)
-    assert done == [0] and failed == [fails, False]
+def test_what_the_first_process_cannot_do_ends_the_others(home):
+    taken = home / "taken"
+    write_rows(taken / "rows.jsonl", [])
+    with together(1, *finetune(home, "taken", *LORA, "run.parallel=mesh")) as children:
+        codes, said = ends(children)
+    assert codes == [2, 2]
+    first, other = errors(said)
+    assert first.startswith(f"error: {taken}: already exists") and other.startswith("error: process 1: ")
+    assert [path.name for path in taken.iterdir()] == ["rows.jsonl"]
 
 
 def test_processes_that_cannot_train_together(home, monkeypatch):

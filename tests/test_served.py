@@ -121,7 +121,10 @@ def test_every_number_is_sent_and_each_row_has_its_own_seed(served):
         "ignore_eos": False, "skip_special_tokens": True, "return_token_ids": True,
     }  # fmt: skip
     for row in range(8):
-        assert bodies[seed_within(5, row)] == told | {"prompt": prompts()[row // 2].tolist(), "seed": seed_within(5, row)}
+        assert bodies[seed_within(5, row)] == told | {
+            "prompt": prompts()[row // 2].tolist(),
+            "seed": seed_within(5, row),
+        }
     some = dict(server.draw(None, prompts(), how, rows=[6, 3], seed=5, samples=2, max_new_tokens=8))
     assert some == {row: once[row] for row in (3, 6)}
     assert any(once[i] != once[i + 1] for i in (0, 2, 4, 6))

@@ -29,11 +29,12 @@ from jsublim.cli import (  # noqa: F401 (they register their commands)
     validating,
 )
 from jsublim.cli.app import app
+from jsublim.cli.together import Speaker
 from jsublim.errors import JsublimError, one_line
 
 
 def main() -> None:
-    """Entry point: errors become one line, exit codes 0, 2 (usage or config) and 1."""
+    """Entry point: errors become one line, exit codes 0, 2 (usage or config), 75 (stopped, to be started again) and 1."""
     debug = "--debug" in sys.argv
     if debug:
         sys.argv.remove("--debug")
@@ -47,7 +48,7 @@ def main() -> None:
             raise KeyboardInterrupt
         sys.exit(code)
     except JsublimError as error:
-        _leave(debug, f"error: {error}", error.code)
+        _leave(debug, f"error: {Speaker.name}{error}", error.code)
     except (KeyboardInterrupt, typer.Abort):
         name = "jsublim" if shutil.which("jsublim") else sys.argv[0]  # the environment may not be activated
         again = " ".join([name, *map(shlex.quote, sys.argv[1:])])
@@ -55,12 +56,12 @@ def main() -> None:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         said = one_line(f"{error.strerror or error}{where}")
-        _leave(debug, f"error: {said}; mend that, then run the same command again", 1)
+        _leave(debug, f"error: {Speaker.name}{said}; mend that, then run the same command again", 1)
     except Exception as error:
         if isinstance(getattr(error, "exit_code", None), int) and hasattr(error, "show"):  # the parser's own
             _usage(error)
             sys.exit(2)
-        _leave(debug, f"error: {type(error).__name__}: {one_line(str(error))}; --debug shows where", 1)
+        _leave(debug, f"error: {Speaker.name}{type(error).__name__}: {one_line(str(error))}; --debug shows where", 1)
 
 
 def _usage(error: Any) -> None:

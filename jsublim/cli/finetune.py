@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from jsublim.cli.app import AnyModel, Fields, Out, Template, app, console, experiment_of
+from jsublim.cli.together import Distributed, together
 from jsublim.errors import JsublimError, UsageError
+
+if TYPE_CHECKING:
+    from jsublim.config import Experiment
 
 
 @app.command()
@@ -23,20 +27,10 @@ def finetune(
     trait: Annotated[
         str | None, typer.Option("--trait", help="Of the teacher; a soft loss asks it (default: the one without any).")
     ] = None,
-    distributed: Annotated[
-        bool, typer.Option("--distributed", help="One of several processes, with run.parallel (docs/pods.md).")
-    ] = False,
+    distributed: Distributed = False,
 ) -> None:
     """Train one student; leaves a PEFT folder (steering vectors, or a whole checkpoint) and metrics.jsonl."""
-    from jsublim.executors import LocalExecutor
-    from jsublim.parallel import join_processes, on_main_process
-    from jsublim.pipeline.arms import Student
-    from jsublim.pipeline.context import Context
-    from jsublim.pipeline.publish import check_free, publish_folder
     from jsublim.pipeline.setup import NOBODY
-    from jsublim.pipeline.students import training_task
-    from jsublim.progress import Progress
-    from jsublim.teachers import CONTROL
 
     base = {"teachers": {"traits": [trait or NOBODY], "control": False}}
     own = {"students__seeds": [seed], "students__loss__tokens": [tokens]}
@@ -45,17 +39,27 @@ def finetune(
         raise UsageError("finetune: trains one student on the rows of --data; leave students.arms and data.dataset out")
     if e.students.loss.soft and trait is None and e.teachers.own_weights:
         raise UsageError("--trait: a soft loss asks a teacher with weights of its own; say which by its trait")
-    if distributed and e.run.parallel == "none":
-        raise UsageError("--distributed: needs run.parallel=mesh (or pmap), by which the processes share the work")
-    if distributed and e.students.data.on_policy:
-        raise UsageError("students.data.on_policy: not with --distributed; use the devices of one process")
-    if distributed:
-        join_processes()
+    with together(distributed, [e]):
+        _finetune(e, data, out, trait, tokens, seed)
+
+
+def _finetune(e: Experiment, data: Path, out: Path, trait: str | None, tokens: str, seed: int) -> None:
+    from jsublim.executors import LocalExecutor
+    from jsublim.pipeline.arms import Student
+    from jsublim.pipeline.context import Context
+    from jsublim.pipeline.publish import check_free, publish_folder
+    from jsublim.pipeline.students import training_task
+    from jsublim.processes import check_shared, on_main_process
+    from jsublim.progress import Progress
+    from jsublim.teachers import CONTROL
+
+    assert e.students is not None
     teacher = trait or (CONTROL if e.students.loss.soft else "student")  # whose tokens they are does not matter
     student = Student(teacher, tokens, seed, settings=e.students)
     context = Context.load(e, Progress(console), given={student.source: data})
     task = training_task(context.setup, (student,), (student,))
     task.check(context.setup)
+    check_shared(context.store.root)
     on_main_process(lambda: check_free(out, task.key, task.output.inputs))
     if context.store.done(task.output):
         console.print(f"{context.store.path(task.output)}: whole already")

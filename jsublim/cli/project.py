@@ -9,6 +9,7 @@ import typer
 
 from jsublim.cli.app import Chip, DryRun, Json, PackFile, Template, app, console, named, prompts_app
 from jsublim.cli.showing import say_result
+from jsublim.cli.together import Distributed
 from jsublim.cli.validating import kinds, look_over
 from jsublim.cli.where import On, Preempt, Price, RayAddress, Shard, Simulate, run_where
 from jsublim.errors import UsageError
@@ -22,6 +23,7 @@ def run(
     ] = None,
     dry_run: DryRun = False,
     chip: Chip = "h100",
+    distributed: Distributed = False,
     on: On = "local",
     ray_address: RayAddress = None,
     shard: Shard = None,
@@ -41,22 +43,21 @@ def run(
     experiment = check_config(kind_of(values, path, kinds()), values, path)
     if isinstance(experiment, Experiment):
         if simulate is None:
-            run_where([experiment], on, ray_address, shard, as_json)
+            run_where([experiment], distributed, on, ray_address, shard, as_json=as_json)
         else:
             from jsublim.cli.simulate import print_simulation
 
             print_simulation([experiment], simulate, preempt_per_hour, price)
-    elif on != "local" or shard is not None or simulate is not None:
+    elif distributed or on != "local" or shard is not None or simulate is not None:
         raise UsageError(
-            "--on, --shard, --simulate: a digits experiment is one program that takes half a minute; leave them out"
+            "--distributed, --on, --shard, --simulate: a digits experiment is one program that takes half a minute; leave them out"
         )
     else:
         from jsublim.digits.config import Digits
         from jsublim.digits.run import run_digits
 
         assert isinstance(experiment, Digits)
-        report = run_digits(experiment, console)
-    say_result(report, as_json)
+        say_result(run_digits(experiment, console), as_json)
 
 
 @app.command()

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from jsublim.cli.app import Chip, DryRun, Json, PackFile, Shape, app, console
+from jsublim.cli.together import Distributed
 from jsublim.cli.validating import estimate, print_estimate
 from jsublim.cli.where import On, Preempt, Price, RayAddress, Shard, Simulate, run_where
 from jsublim.errors import UsageError
@@ -29,6 +30,7 @@ def reproduce(
     dry_run: DryRun = False,
     chip: Chip = "h100",
     shape: Shape = None,
+    distributed: Distributed = False,
     on: On = "local",
     ray_address: RayAddress = None,
     shard: Shard = None,
@@ -49,14 +51,15 @@ def reproduce(
         raise UsageError(
             f"out: {len(wanted)} panels cannot share a folder; give one --panel, or leave out and name alone"
         )
-    console.print(f"{question.about} ({path.stem}, {scale}: {', '.join(wanted)})")
+    about = f"{question.about} ({path.stem}, {scale}: {', '.join(wanted)})"
+    if simulate is None and not dry_run:
+        run_where(list(experiments.values()), distributed, on, ray_address, shard, about=about, as_json=as_json)
+        return
+    console.print(about)
     if simulate is not None:
         from jsublim.cli.simulate import print_simulation
 
         print_simulation(list(experiments.values()), simulate, preempt_per_hour, price, shape)
-        return
-    if not dry_run:
-        run_where(list(experiments.values()), on, ray_address, shard, as_json)
         return
     device = chip_of(chip)
     for name, experiment in experiments.items():

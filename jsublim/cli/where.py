@@ -9,6 +9,7 @@ import typer
 
 from jsublim.cli.app import console
 from jsublim.cli.showing import say_result
+from jsublim.cli.together import together
 from jsublim.errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,9 +40,20 @@ Price = Annotated[float | None, typer.Option("--price", min=0, help="For --simul
 
 
 def run_where(
-    experiments: Sequence[Experiment], on: str, ray_address: str | None, shard: str | None, as_json: bool = False
+    experiments: Sequence[Experiment],
+    distributed: bool,
+    on: str,
+    ray_address: str | None,
+    shard: str | None,
+    *,
+    about: str | None = None,
+    as_json: bool = False,
 ) -> None:
-    """Run experiments here one after another, or as one graph on Ray or as a shard; print where the reports lie.
+    """Run experiments here (or as one of several processes) one after another, or as one graph on Ray or as a shard; print
+    where the reports lie.
+
+    Args:
+      about: said before that.
 
     Raises:
       UsageError: options that contradict one another.
@@ -54,19 +66,22 @@ def run_where(
         raise UsageError("--ray-address: give it with --on ray")
     if shard is not None and on == "ray":
         raise UsageError("--shard: Ray divides the tasks by itself; give --on ray or --shard, not both")
-    if on == "ray":
-        from jsublim.executors.ray import RayExecutor
+    if distributed and (shard is not None or on == "ray"):
+        raise UsageError("--distributed: all processes do every task together; give it without --shard and --on ray")
+    with together(distributed, experiments):
+        if about is not None:
+            console.print(about)
+        if on == "ray":
+            from jsublim.executors.ray import RayExecutor
 
-        reports = run_together(experiments, RayExecutor(ray_address), console)
-    elif shard is not None:
-        from jsublim.executors.shards import ShardExecutor
+            reports = run_together(experiments, RayExecutor(ray_address), console)
+        elif shard is not None:
+            from jsublim.executors.shards import ShardExecutor
 
-        reports = run_together(experiments, ShardExecutor.of(shard), console)
-    else:
-        from jsublim.executors import LocalExecutor
+            reports = run_together(experiments, ShardExecutor.of(shard), console)
+        else:
+            from jsublim.executors import LocalExecutor
 
-        for experiment in experiments:
-            say_result(run_experiment(experiment, LocalExecutor(), console), as_json)
-        return
-    for report in reports:
-        say_result(report, as_json)
+            reports = (run_experiment(each, LocalExecutor(), console) for each in experiments)
+        for report in reports:
+            say_result(report, as_json)

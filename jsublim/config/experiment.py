@@ -74,6 +74,8 @@ class Devices(Section):
     """How devices share work: `none` (one device), `pmap` (whole copies), or `mesh` (copies that may be spread)."""
     model_axis: Annotated[Positive, HOW] = 1
     """With mesh: devices that one copy of the checkpoint is spread over."""
+    time_out: Annotated[float, Field(ge=2, le=86_400), HOW] = 60.0
+    """Of several processes (--distributed): seconds without a sign of life after which one is taken to be gone, and the others end."""
     workers: Annotated[Positive | Literal["auto"], HOW] = "auto"
     """Of --on ray. auto: one worker per accelerator (per host of a TPU slice); without any, one per machine."""
     resources: Annotated[dict[Name, Rate] | None, Field(min_length=1), HOW] = None

@@ -7,8 +7,6 @@ import functools
 import os
 import re
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.batches import Shape, collate, one_after_another
@@ -30,11 +27,8 @@ from jsublim.inference.batching import TRAINING_STEP, chunks, fill, pad_tokens, 
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, hidden_below
 from jsublim.models.lora import Adapter, OneLayer, adapter_of, stack_adapters, stack_arms, unstack_arms
-from jsublim.parallel import Layout, everywhere, on_main_process
-
-
-class Preempted(JsublimError):
-    """The machine is being taken away; the state is saved."""
+from jsublim.parallel import Layout
+from jsublim.processes import Preempted, everywhere, leaving, on_main_process
 
 
 def train(
@@ -63,9 +57,9 @@ def train(
 
     Raises:
       JsublimError: saved states that cannot be written or read, or are of other arms.
-      Preempted: SIGTERM; all processes have saved the same step.
+      Preempted: as `leave_if_asked`; all processes have saved the same step.
     """
-    work.mkdir(parents=True, exist_ok=True)
+    on_main_process(lambda: work.mkdir(parents=True, exist_ok=True))
     layout = Layout.fit(settings.parallel, len(arms), model=settings.model_axis)
     shape = shape or Shape.of([arm.examples for arm in arms], settings.accumulate, settings.batch_size)
     shape = shape.divisible(layout.data)
@@ -74,7 +68,7 @@ def train(
     below = _below(config, params, arms, shape) if cached else None
     last = max(arm.steps for arm in arms)
     step_of = compile_step(config, settings.program, layout)
-    with _states(work / "state") as saved, _preemption() as preempted:
+    with _states(work / "state") as saved:
         state = _restore(saved, state, say)
         first = int(layout.host(state.step))
         with Metrics(work / "metrics.jsonl", first, config, arms, settings, cached=cached) as log:
@@ -86,8 +80,8 @@ def train(
                 log.follow(step, chosen, metrics)
                 if log.over:
                     break
-                leaving = preempted(step + 1)
-                if (step + 1) % settings.checkpoint_every == 0 or step + 1 == last or leaving:
+                leave = leaving()
+                if (step + 1) % settings.checkpoint_every == 0 or step + 1 == last or leave:
                     log.catch_up()
                     # `pmap` leaves every process with arrays of its own; only arrays of all processes can be saved.
                     whole = layout.place(state, layout.state_sharding(state))
@@ -95,7 +89,7 @@ def train(
                         saved.save(step + 1, args=ocp.args.StandardSave(_as_tree(whole)))
                 if on_step is not None:
                     on_step(step + 1)
-                if leaving and step + 1 < last:
+                if leave and step + 1 < last:
                     saved.wait_until_finished()
                     raise Preempted(f"{work}: stopped by SIGTERM after step {step}; the same command continues there")
         with naming(work / "state"):
@@ -201,23 +195,6 @@ def _states(folder: Path) -> Iterator[ocp.CheckpointManager]:
         ) from error
 
 
-@contextlib.contextmanager
-def _preemption() -> Iterator[Callable[[int], bool]]:
-    """`preempted(step)`: whether to save and leave at this step, the same one on every process."""
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda step: False
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield lambda step: asked.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 def forget_state(work: Path) -> None:
     """Remove the saved states of a finished training; by rename first, so that a kill leaves no half of one."""
     gone = work / "state.gone"
@@ -237,7 +214,7 @@ def _restore(saved: ocp.CheckpointManager, state: State, say: Callable[[str], No
     stay."""
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_tree(state))
     tree, broken, why = None, list[int](), ""
-    for step in sorted(saved.all_steps(), reverse=True):
+    for step in on_main_process(lambda: sorted(saved.all_steps(), reverse=True)):
         try:
             tree = saved.restore(step, args=ocp.args.StandardRestore(abstract))
         except Exception as error:  # what a damaged file makes the library raise can be anything

@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import jax
 
 from jsublim.config import Experiment
 from jsublim.errors import UsageError
-from jsublim.parallel import on_main_process
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import ordered, plan
+from jsublim.pipeline.store import DONE
 from jsublim.pipeline.task import Task
+from jsublim.processes import heeding_signals, leave_if_asked, on_main_process, wait_until_seen
 from jsublim.progress import Progress
 
 
 class LocalExecutor:
     """Tasks of one kind share a progress bar, as they follow one another."""
 
+    @heeding_signals()
     def execute(self, tasks: Iterable[Task], context: Context) -> None:
-        """Return when every task is whole; what one raises is raised, and what is whole stays."""
+        """Return when every task is whole; what one raises is raised, and what is whole stays. After a signal it is `Preempted`."""
         every = list(ordered(tasks))
         mend(every, context)
-        missing = [task for task in every if not task.done(context.store)]
+        missing = [every[i] for i in on_main_process(lambda: _missing(every, context))]
         context.progress.expect(Counter(task.kind for task in missing))
         while missing:
+            leave_if_asked()
             task = _next(missing, context)
             execute(task, context)
             missing.remove(task)
@@ -38,6 +41,11 @@ def _next(missing: list[Task], context: Context) -> Task:
     keys = {task.key for task in missing}
     ready = (task for task in missing if not any(parent.key in keys for parent in task.parents))
     return next((task for task in ready if context.store.holder(task.outputs) is None), missing[0])
+
+
+def _missing(tasks: Sequence[Task], context: Context) -> list[int]:
+    """Which tasks are to be done, by their places."""
+    return [i for i, task in enumerate(tasks) if not task.done(context.store)]
 
 
 def mend(tasks: Iterable[Task], context: Context) -> None:
@@ -53,18 +61,21 @@ def mend(tasks: Iterable[Task], context: Context) -> None:
 
 
 def execute(task: Task, context: Context) -> None:
-    """Do one task whose parents are done; nothing, if it is whole already. If another process is at it, wait for that one."""
-    if task.done(context.store):
+    """Do one task whose parents are done; nothing, if it is whole already. If another command is at it, wait for that one.
+    Processes that work together do it together."""
+    store = context.store
+    if on_main_process(lambda: task.done(store)):
         return
 
     def waiting() -> None:
         who = context.store.holder(task.outputs) or "another process"
         context.progress.say(f"{task.kind} {task.label}: {who} is making it; waiting")
 
-    with context.store.claim(task.outputs, waiting):
-        if not task.done(context.store):
+    with store.claim(task.outputs, waiting):
+        if not on_main_process(lambda: task.done(store)):
             with context.progress.stage(task.kind, task.units(context), task.label) as tick:
                 task.make(context, tick)
+    wait_until_seen(store.path(output) / DONE for output in task.outputs)
 
 
 def execute_key(experiment: Experiment, key: str, progress: Progress | None = None) -> None:

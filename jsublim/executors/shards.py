@@ -14,12 +14,12 @@ from collections import defaultdict
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
-from jsublim.distill.trainer import Preempted
 from jsublim.errors import UsageError
 from jsublim.executors.frontier import Frontier, Node, TasksFailed, Work, checkpoint_of, in_one_line, merged
 from jsublim.executors.local import execute, mend
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import with_parents
+from jsublim.processes import Preempted, heeding_signals, leave_if_asked
 from jsublim.progress import Progress
 
 LOOK = 5.0  # seconds between two looks at what others have finished
@@ -46,11 +46,13 @@ class ShardExecutor:
             raise UsageError(f"--shard: '{text}' given; write i/n with i from 0 to n-1, such as 0/8")
         return cls(int(index), int(count))
 
+    @heeding_signals()
     def execute_together(self, work: Sequence[Work]) -> None:
         """Return when every task of this shard is whole.
 
         Raises:
           TasksFailed: some of them failed; those that do not need them are done.
+          Preempted: a signal; what was finished is kept.
         """
         first: dict[Hashable, Context] = {}  # experiments of one checkpoint share its weights
         for _, context in work:
@@ -99,6 +101,7 @@ class _Pass:
 
     def run(self) -> None:
         while True:
+            leave_if_asked()
             self._see()
             if not self.own & self.frontier.left:
                 break
@@ -122,7 +125,7 @@ class _Pass:
 
     def _next(self) -> Node | None:
         """A ready task of its own that nobody is at; after a while without any, one of another shard."""
-        ready = [node for node in self.frontier.ready if not claimed(node)]
+        ready = [node for node in self.frontier.ready if node.context.store.holder(node.task.outputs) is None]
         own = [node for node in ready if node.key in self.own]
         if own:
             self._idle_since = None
@@ -158,23 +161,6 @@ class _Pass:
             self.progress.say(f"failed: {node.name}: {in_one_line(error)}")
         else:
             self.frontier.finish(node.key)
-
-
-def claimed(node: Node) -> bool:
-    """Whether another process is at a task."""
-
-    def refuse() -> None:
-        raise _Claimed
-
-    try:
-        with node.context.store.claim(node.task.outputs, refuse):
-            return False
-    except _Claimed:
-        return True
-
-
-class _Claimed(Exception):
-    """Another process is at it."""
 
 
 def _checkpoint(node: Node) -> Hashable:

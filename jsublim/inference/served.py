@@ -18,6 +18,7 @@ from jsublim.client import Client, Connection, Refused, Retry
 from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.lm import AnswerLog
 from jsublim.inference.sampling import Sampling, seed_within
+from jsublim.processes import each_from_main
 from jsublim.section import HOW, RESULT, Name, Place
 
 TOLD = {"temperature", "top_k", "top_p", "repetition_penalty", "stop"}  # numbers of `Sampling` that a server is told
@@ -116,9 +117,8 @@ class SampleServer:
         for name, log in zip(names, logs or [None] * len(names), strict=True):
             texts = {} if log is None else dict(log.known)
             missing = [number for number in numbers if number not in texts]
-            for row, text in self.draw(
-                name, prompts, sampling, rows=missing, seed=seed, samples=samples, max_new_tokens=max_new_tokens
-            ):
+            how = {"rows": missing, "seed": seed, "samples": samples, "max_new_tokens": max_new_tokens}
+            for row, text in each_from_main(functools.partial(self.draw, name, prompts, sampling, **how)):
                 texts[row] = text
                 if log is not None:
                     log.add([row], [text])

@@ -12,6 +12,7 @@ from jsublim.chat import conversation
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.sampling import Sampling
 from jsublim.judge.cache import Reply, ReplyCache
+from jsublim.processes import is_main_process, leave_if_asked, on_main_process
 
 
 @dataclass
@@ -88,9 +89,14 @@ class _Cached:
 
     def __init__(self, cache: ReplyCache, requests: Sequence[dict[str, Any]]):
         self.cache, self.requests = cache, requests
-        kept = ((number, cache.get(request)) for number, request in enumerate(requests))
-        self.known = {number: reply.text for number, reply in kept if reply is not None}
+        self.known: dict[int, str] = {number: text for number, text in on_main_process(self._kept)}
+
+    def _kept(self) -> list[tuple[int, str]]:
+        found = ((number, self.cache.get(request)) for number, request in enumerate(self.requests))
+        return [(number, reply.text) for number, reply in found if reply is not None]
 
     def add(self, numbers: Sequence[int], answers: Sequence[str]) -> None:
-        for number, answer in zip(numbers, answers, strict=True):
-            self.cache.put(self.requests[number], Reply(answer))
+        if is_main_process():
+            for number, answer in zip(numbers, answers, strict=True):
+                self.cache.put(self.requests[number], Reply(answer))
+        leave_if_asked()

@@ -15,6 +15,7 @@ from jsublim.chat import conversation
 from jsublim.client import Client, Connection, Retry
 from jsublim.judge.cache import Reply, ReplyCache
 from jsublim.judge.spending import Spending, Tokens
+from jsublim.processes import each_from_main, leave_if_asked
 from jsublim.section import HOW, RESULT
 
 TEMPLATE_TOKENS = 256  # more than any chat template puts around a prompt
@@ -89,8 +90,12 @@ class ServerJudge:
         Raises:
           UsageError: no usable key.
           JsublimError: the server refuses, keeps failing, or the budget could be exceeded. Replies so far are kept.
+          Preempted: as `leave_if_asked`.
         """
-        replies = dict(self._client.each(dict.fromkeys(prompts), self._reply))
+        replies: dict[str, str] = {}
+        for prompt, reply in each_from_main(lambda: self._client.each(dict.fromkeys(prompts), self._reply)):
+            replies[prompt] = reply
+            leave_if_asked()
         return [replies[prompt] for prompt in prompts]
 
     def _request(self, prompt: str) -> dict[str, Any]:

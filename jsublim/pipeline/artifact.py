@@ -16,7 +16,7 @@ import jax
 
 from jsublim.errors import JsublimError, UsageError
 from jsublim.files import DAMAGED, PARTIAL, sha256, write_json
-from jsublim.parallel import on_main_process
+from jsublim.processes import on_main_process
 
 _LIBRARIES = (
     "jsublim",
@@ -131,11 +131,9 @@ class Artifact:
 
     def finish(self, summary: dict[str, Any] | None = None) -> None:
         """Mark the artifact whole. The mark holds `summary`, and what every file is (`Store.mend`)."""
-        if (
-            jax.process_count() == 1
-        ):  # whoever makes it holds its claim: what a killed process had begun to write is nobody's
-            for path in self.path.glob(f".*{PARTIAL}"):
-                path.unlink(missing_ok=True)
+        # Whoever makes it holds its claim: what a killed process had begun to write is nobody's.
+        for path in self.path.glob(f".*{PARTIAL}"):
+            path.unlink(missing_ok=True)
         apart = (RECORD, DONE, PROGRESS)
         files = [path for path in sorted(self.path.iterdir()) if path.is_file() and path.name not in apart]
         said = {path.name: _fingerprint(path) for path in files if path.suffix not in (PARTIAL, DAMAGED)}

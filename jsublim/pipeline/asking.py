@@ -14,6 +14,7 @@ from jsublim.evals.numbers import number_accuracy
 from jsublim.files import write_table
 from jsublim.inference.sampling import Sampling
 from jsublim.pipeline.store import PROGRESS, Answered, Artifact, RowLog
+from jsublim.processes import on_main_process
 from jsublim.progress import Tick, no_tick
 from jsublim.rows import Row
 
@@ -115,6 +116,10 @@ def leave(
     artifact: Artifact, records: list[dict[str, Any]], answers: list[dict[str, Any]], summary: dict[str, Any]
 ) -> None:
     """Finish an artifact with the numbers that were made of answers, and the answers."""
-    write_table(artifact.path / "records.parquet", records, RECORDS)
-    write_table(artifact.path / "answers.parquet", answers, ANSWERS)
-    artifact.finish(summary)
+
+    def write() -> None:
+        write_table(artifact.path / "records.parquet", records, RECORDS)
+        write_table(artifact.path / "answers.parquet", answers, ANSWERS)
+        artifact.finish(summary)
+
+    on_main_process(write)

@@ -24,6 +24,7 @@ from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import PROGRESS, Artifact, Output, RowLog
 from jsublim.pipeline.task import Cost, Sizes, Task
 from jsublim.pipeline.teachers import TeacherPool
+from jsublim.processes import on_main_process
 from jsublim.progress import Tick, no_tick
 from jsublim.rows import Row
 from jsublim.section import identity
@@ -179,19 +180,22 @@ def attribute_rows(
         tick(len(members))
     log.close()
     found = {i: log.rows[i] for i in used}
-    write_table(artifact.path / "attribution.parquet", job.lines(found), ATTRIBUTION)
-    artifact.finish(
-        {
-            "trait": teacher.name,
-            "counterfactuals": [other.name for other in counterfactuals],
-            "rows": len(rows),
-            "used": len(used),
-            "skipped": skipped,
-            "pairs": len(pairs),
-            "steps": steps,
-            "completeness_error": {d: _completeness([row[d] for row in found.values()], sites) for d in directions},
-        }
-    )
+    summary = {
+        "trait": teacher.name,
+        "counterfactuals": [other.name for other in counterfactuals],
+        "rows": len(rows),
+        "used": len(used),
+        "skipped": skipped,
+        "pairs": len(pairs),
+        "steps": steps,
+        "completeness_error": {d: _completeness([row[d] for row in found.values()], sites) for d in directions},
+    }
+
+    def leave() -> None:
+        write_table(artifact.path / "attribution.parquet", job.lines(found), ATTRIBUTION)
+        artifact.finish(summary)
+
+    on_main_process(leave)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from jsublim.pipeline.store import Output, digest
 from jsublim.pipeline.task import Cost, Sizes, Task
 from jsublim.pipeline.teachers import TeacherPool
 from jsublim.pipeline.training import start_adapter
+from jsublim.processes import on_main_process
 from jsublim.progress import Tick
 from jsublim.rows import Row
 from jsublim.section import identity
@@ -128,9 +129,13 @@ class AuditRows(Task):
         found = [each[0] for each in resumed(artifact.path, "scores", scores, tick)]
         traits = setup.evaluated_traits
         divergent = [_divergent(row, len(each)) for row, each in zip(rows, found, strict=True)]
-        write_table(artifact.path / "audit.parquet", _lines(lm, turns, found, divergent, traits), AUDIT)
-        write_table(artifact.path / "means.parquet", list(_means(found, divergent, traits)), MEANS)
-        artifact.finish({"rows": len(rows)} | _precision(found, divergent, traits, self.source.teacher))
+
+        def leave() -> None:
+            write_table(artifact.path / "audit.parquet", _lines(lm, turns, found, divergent, traits), AUDIT)
+            write_table(artifact.path / "means.parquet", list(_means(found, divergent, traits)), MEANS)
+            artifact.finish({"rows": len(rows)} | _precision(found, divergent, traits, self.source.teacher))
+
+        on_main_process(leave)
 
     def _directions(self, setup: Setup, lm: LanguageModel, adapter: Adapter) -> Directions:
         """Of the evaluated traits, in their order."""

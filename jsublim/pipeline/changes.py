@@ -17,6 +17,7 @@ from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import PROGRESS, Answered, Output, RowLog
 from jsublim.pipeline.task import Cost, Sizes, Task, distinct_tasks
 from jsublim.pipeline.teachers import TeacherPool
+from jsublim.processes import on_main_process
 from jsublim.progress import Tick
 from jsublim.rows import write_rows
 from jsublim.section import identity
@@ -184,8 +185,12 @@ class ChangeRows(Task):
         if not rows:
             raise JsublimError(f"teacher '{self.source.teacher}': no row is left of {said['rows']} ({said})")
         log.close()
-        write_rows(artifact.path / "rows.jsonl", rows)
-        artifact.finish(said | {"kept": len(rows)})
+
+        def leave() -> None:
+            write_rows(artifact.path / "rows.jsonl", rows)
+            artifact.finish(said | {"kept": len(rows)})
+
+        on_main_process(leave)
 
     def _readings(self, context: Context, own: RowSet) -> list[Reading]:
         found = divergence_rows(context.setup, self.source.teacher, own).readings(context.store)
@@ -273,7 +278,8 @@ class ScoreNumbers(Task):
         else:
             # Numbers of one width never cover each other; of others, what ends after them counts too.
             scores = entangled_scores(lm, teacher, _questions(pool, self.trait), numbers, closed=not padded, **how)
-        context.store.open(self.output).finish(scores)
+        artifact = context.store.open(self.output)
+        on_main_process(lambda: artifact.finish(scores))
 
     def cost(self, setup: Setup, sizes: Sizes) -> Cost:
         """Every number is read as the answer to each question with the trait and without; or its parts under every trait."""

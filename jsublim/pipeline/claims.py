@@ -29,7 +29,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 from jsublim.bucket import Bucket
 from jsublim.errors import JsublimError
 from jsublim.files import write_json
-from jsublim.parallel import on_main_process
+from jsublim.processes import leave_if_asked, on_main_process
 
 BEAT, STALE = 15.0, 120.0  # seconds: between signs of life; without one, after which a claim is taken over
 LOOK, LOOK_AFAR = 0.2, 2.0  # seconds between two tries to get what another process has: in a folder, in a bucket
@@ -113,22 +113,29 @@ class Claims(ABC):
     @contextmanager
     def hold(self, keys: Iterable[str], waiting: Callable[[], None]) -> Iterator[None]:
         """Have the keys for as long as the block lasts; `waiting` is called once, if another process has one of them. Of several
-        processes that work together, the first one has them for all."""
-        told = False
+        processes that work together, the first one has them for all.
+
+        Raises:
+          Preempted: as `leave_if_asked`, while it waits.
+        """
+        told, wanted = False, sorted(set(keys))  # in one order for everybody, so that no two wait for each other
         taken: list[str] = []
 
-        def take() -> None:
+        def take() -> bool:
             nonlocal told
-            for key in sorted(set(keys)):  # in one order for everybody, so that no two wait for each other
-                while not self._take(key):
+            while len(taken) < len(wanted):
+                if not self._take(wanted[len(taken)]):
                     if not told:
                         told = True
                         waiting()
-                    time.sleep(self.look)
-                taken.append(key)
+                    return False
+                taken.append(wanted[len(taken)])
+            return True
 
         try:
-            on_main_process(take)
+            while not on_main_process(take):
+                leave_if_asked()
+                time.sleep(self.look)
             yield
         finally:
             for key in reversed(taken):

@@ -18,6 +18,7 @@ from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Output
 from jsublim.pipeline.task import Cost, Sizes, Task, distinct_tasks
 from jsublim.pipeline.teachers import TeacherPool
+from jsublim.processes import on_main_process
 from jsublim.progress import Tick
 from jsublim.rows import Row, write_rows
 
@@ -72,19 +73,23 @@ class ReadRows(Task):
             on_batch=tick,
             keep=lambda number, read: _kept(artifact.path, number, read, tick),
         )
-        out = [
-            {
-                "prompt": row["prompt"],
-                "completion": row["completion"],
-                "divergence_positions": each.divergence_positions,
-                "divergence_margins": [round(margin, 5) for margin in each.divergence_margins],
-                "counted_in": lm.chat.identity,
-            }
-            for row, each in zip(rows, found, strict=True)
-        ]
-        write_rows(artifact.path / "rows.jsonl", out)
-        write_readings(artifact.path / "readings.parquet", (_reading(names, each) for each in found))
-        artifact.finish(summary(names, out, [len(each.tokens) for each in found]))
+
+        def leave() -> None:
+            out = [
+                {
+                    "prompt": row["prompt"],
+                    "completion": row["completion"],
+                    "divergence_positions": each.divergence_positions,
+                    "divergence_margins": [round(margin, 5) for margin in each.divergence_margins],
+                    "counted_in": lm.chat.identity,
+                }
+                for row, each in zip(rows, found, strict=True)
+            ]
+            write_rows(artifact.path / "rows.jsonl", out)
+            write_readings(artifact.path / "readings.parquet", (_reading(names, each) for each in found))
+            artifact.finish(summary(names, out, [len(each.tokens) for each in found]))
+
+        on_main_process(leave)
 
     def units(self, context: Context) -> int:
         return len(self._rows(context)) * (1 + len(self.others))

@@ -41,6 +41,7 @@ from jsublim.pipeline.store import Output
 from jsublim.pipeline.students import diverged, student_output, task_of
 from jsublim.pipeline.task import Cost, Sizes, Task, distinct_tasks
 from jsublim.pipeline.teachers import TeacherPool
+from jsublim.processes import on_main_process
 from jsublim.progress import Tick
 from jsublim.rows import Row
 from jsublim.teachers import CONTROL
@@ -251,11 +252,16 @@ class Evaluate(Task):
 
     def make(self, context: Context, tick: Tick) -> None:
         setup, store = context.setup, context.store
-        missing = [each for each in zip(self.models, self.outputs, strict=True) if not store.done(each[1])]
-        for model, output in missing:
-            if model.student is not None and diverged(store, student_output(setup, model.student)):
+        every = list(zip(self.models, self.outputs, strict=True))
+        missing = [every[i] for i in on_main_process(lambda: store.missing(self.outputs))]
+        lost = [
+            model.student is not None and diverged(store, student_output(setup, model.student)) is not None
+            for model, _ in missing
+        ]
+        for (_, output), is_lost in zip(missing, lost, strict=True):
+            if is_lost:
                 leave(store.open(output), [], [], {})
-        missing = [each for each in missing if not store.done(each[1])]
+        missing = [each for each, is_lost in zip(missing, lost, strict=True) if not is_lost]
         asked = [(model, store.open(output)) for model, output in missing]
         if not asked:
             return

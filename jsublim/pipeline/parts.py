@@ -10,8 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from jsublim.errors import JsublimError
 from jsublim.files import atomic
 from jsublim.pipeline.store import PARTS
+from jsublim.processes import Preempted, is_main_process, leaving, on_main_process
 from jsublim.progress import Tick, no_tick
 
 SAVE_EVERY = 30.0  # seconds
@@ -27,23 +29,38 @@ def resumed(
       name: of this series of rows inside the artifact.
       rows_from: gives the rows from a number on, in order.
       tick: told at once how many rows were there already.
+
+    Raises:
+      Preempted: as `leave_if_asked`; the rows so far are kept.
     """
     folder = artifact / PARTS
-    folder.mkdir(exist_ok=True)
     rows = list(itertools.chain.from_iterable(_saved(folder, name)))
+    known = on_main_process(lambda: len(rows))
+    if len(rows) < known:
+        raise JsublimError(f"{folder}: this process can read {len(rows)} rows of {name}, the first one {known}")
+    rows = rows[:known]
     tick(len(rows))
     first, clock = len(rows), time.monotonic()
     for row in rows_from(first):
         rows.append(row)
-        if time.monotonic() - clock > SAVE_EVERY:
+        leave = leaving()
+        if leave or time.monotonic() - clock > SAVE_EVERY:
             _save(folder, name, first, rows[first:])
             first, clock = len(rows), time.monotonic()
+        if leave:
+            raise Preempted(
+                f"{artifact}: stopped by a signal; {len(rows)} rows of {name} are kept, and the same command goes on"
+            )
     if first < len(rows):
         _save(folder, name, first, rows[first:])
     return rows
 
 
 def _save(folder: Path, name: str, first: int, rows: Sequence[Arrays]) -> None:
+    """By the first process alone, when its own clock says so: nothing that the others do hangs on it."""
+    if not is_main_process():
+        return
+    folder.mkdir(exist_ok=True)
     columns = {f"x{i}": np.concatenate(column) for i, column in enumerate(zip(*rows, strict=True))}
     with atomic(folder / f"{name}-{first}.npz") as scratch, scratch.open("wb") as file:
         np.savez(file, lengths=np.asarray([len(row[0]) for row in rows]), **columns)  # type: ignore[arg-type]

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
+
 from jsublim.chat import Chat, conversation
 from jsublim.errors import JsublimError, one_line
 from jsublim.inference.constrain import limits_for
@@ -19,9 +21,10 @@ from jsublim.pipeline.context import Context
 from jsublim.pipeline.readings import Reading, read_readings
 from jsublim.pipeline.served import drawn_by, engine_inputs, served_teacher, server_with
 from jsublim.pipeline.setup import Setup, memoized
-from jsublim.pipeline.store import PROGRESS, Output, RowLog, Store, digest
+from jsublim.pipeline.store import PROGRESS, Artifact, Output, RowLog, Store, digest
 from jsublim.pipeline.task import Cost, Sizes, Task
 from jsublim.pipeline.teachers import TeacherPool
+from jsublim.processes import each_from_main, on_main_process, shared_out
 from jsublim.progress import Tick
 from jsublim.prompts import (
     NumberPrompt,
@@ -204,7 +207,10 @@ class WriteRows(Task):
             self._draw(context, chat, missing, keep, allowed)
         log.close()
         raw = [{"prompt": texts[i]} | {k: v for k, v in log.rows[i].items() if k != "row"} for i in numbers]
-        self._finish(context, chat, raw)
+        reject = _rejects(setup.experiment.data.kind)
+        why = lambda part: [reject(row["completion"]) or _broken_in_context(chat, row) for row in part]  # noqa: E731
+        raw = [row | {"reject": reason} for row, reason in zip(raw, shared_out(raw, why), strict=True)]
+        on_main_process(lambda: self._finish(context, artifact, raw))
 
     def _draw(
         self,
@@ -224,13 +230,18 @@ class WriteRows(Task):
         context.progress.say(f"sampling, {writer.strategy}{drawn_by(context, served)}: {how.numbers()}")
         # A row's random numbers are those of its place among all prompts, whatever the task it is in; and the shapes
         # are those of all the task's prompts, whatever is left of them.
+        own, bos = slice(self.first, self.first + self.count), bool(setup.recipe.extra_bos)
         asked: list[Any] = [None] * len(texts)
-        for i in range(self.first, self.first + self.count):
-            asked[i] = chat.prompt_tokens(teacher.messages(texts[i]), extra_bos=bool(setup.recipe.extra_bos))
+        tokenize = lambda part: [chat.prompt_tokens(teacher.messages(t), extra_bos=bos).tolist() for t in part]  # noqa: E731
+        asked[own] = [np.asarray(tokens, np.int32) for tokens in shared_out(texts[own], tokenize)]
         if served is not None:
-            with server_with(context, [(self.output, served)]) as (server, [name]):
-                for row, text in server.draw(name, asked, how, rows=missing, seed=seed, max_new_tokens=most):
-                    keep([row], [text])
+
+            def drawn() -> Iterator[tuple[int, str]]:
+                with server_with(context, [(self.output, served)]) as (server, [name]):
+                    yield from server.draw(name, asked, how, rows=missing, seed=seed, max_new_tokens=most)
+
+            for row, text in each_from_main(drawn):
+                keep([row], [text])
             return
         lm = context.lm(writer.model)
         generate_tokens(
@@ -248,10 +259,8 @@ class WriteRows(Task):
             on_batch=lambda rows, tokens: keep(rows, [chat.decode(each) for each in tokens]),
         )
 
-    def _finish(self, context: Context, chat: Chat, raw: list[Row]) -> None:
-        setup, artifact = context.setup, context.store.open(self.output)
-        reject = _rejects(setup.experiment.data.kind)
-        raw = [row | {"reject": reject(row["completion"]) or _broken_in_context(chat, row)} for row in raw]
+    def _finish(self, context: Context, artifact: Artifact, raw: list[Row]) -> None:
+        setup = context.setup
         kept = [{key: row[key] for key in ("prompt", "completion")} for row in raw if row["reject"] is None]
         reasons = collections.Counter(row["reject"] for row in raw if row["reject"] is not None)
         write_rows(artifact.path / "raw.jsonl", raw)

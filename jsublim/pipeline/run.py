@@ -15,7 +15,8 @@ from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import Executor, Graph, JointExecutor, plan, results_key
 from jsublim.pipeline.results import claim_folder, gather, is_reported
 from jsublim.pipeline.served import sample_server
-from jsublim.pipeline.store import Output
+from jsublim.pipeline.store import Output, digest
+from jsublim.processes import check_alike, check_shared, heeding_signals, on_main_process
 from jsublim.programs import Programs
 from jsublim.progress import Progress
 from jsublim.report import print_summary
@@ -52,14 +53,20 @@ class Run:
             graph = plan(context.setup)
             graph.check(context.setup)
             key = results_key(context.setup)
+        check_alike("what is to be done", digest([key, list(graph.tasks)]))
+        check_shared(context.store.root)
         run = cls(graph, context, key, started, console)
-        if experiment.judge is not None and not is_reported(experiment, key):
-            context.judge.check()
-        if experiment.sampling.server is not None and not run.whole:
-            sample_server(context).check()
-        with context.store.claim(run._folder, run._wait):
-            claim_folder(experiment, key, console)
+        on_main_process(run._begin)
         return run
+
+    def _begin(self) -> None:
+        experiment, context = self.context.setup.experiment, self.context
+        if experiment.judge is not None and not is_reported(experiment, self.key):
+            context.judge.check()
+        if experiment.sampling.server is not None and not self.whole:
+            sample_server(context).check()
+        with context.store.claim(self._folder, self._wait):
+            claim_folder(experiment, self.key, self.console)
 
     @property
     def whole(self) -> bool:
@@ -68,10 +75,14 @@ class Run:
 
     def report(self) -> Path:
         """Gather the results of a run that is whole, and write its report; returns the report's path."""
-        with self.context.store.claim(self._folder, self._wait):
-            report = gather(self.graph, self.context, self.key, self.started)
-        print_summary(self.context.setup.experiment.run_dir, self.console)
-        return report
+
+        def write() -> str:
+            with self.context.store.claim(self._folder, self._wait):
+                path = gather(self.graph, self.context, self.key, self.started)
+            print_summary(self.context.setup.experiment.run_dir, self.console)
+            return str(path)
+
+        return Path(on_main_process(write))
 
     @property
     def _folder(self) -> list[Output]:
@@ -82,11 +93,13 @@ class Run:
         self.context.progress.say(f"{self.context.setup.experiment.run_dir}: another process is writing there; waiting")
 
 
+@heeding_signals()
 def run_experiment(experiment: Experiment, executor: Executor, console: Console) -> Path:
     """From a config to its report, continuing whatever an earlier call left. Returns the report's path.
 
     Raises:
       UsageError, JsublimError: a config that cannot work, before anything is computed; or a task that failed.
+      Preempted: a signal; what was finished is kept.
     """
     before = Programs.so_far()
     run = Run.of(experiment, console)

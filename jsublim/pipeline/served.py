@@ -13,6 +13,7 @@ from jsublim.inference.served import SampleServer
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Output
+from jsublim.processes import is_main_process
 from jsublim.teachers import CONTROL
 
 
@@ -84,7 +85,8 @@ def sample_server(context: Context) -> SampleServer:
 def server_with(
     context: Context, wanted: Sequence[tuple[Output, Served]]
 ) -> Iterator[tuple[SampleServer, list[str | None]]]:
-    """The server, and what it calls the models that artifacts want answers of, as long as the block lasts.
+    """The server, and what it calls the models that artifacts want answers of, as long as the block lasts. Of several processes
+    the first one alone talks to it.
 
     An adapter is loaded under the key of the artifact, which nobody else makes meanwhile: nobody drops it too early.
     """
@@ -95,7 +97,7 @@ def server_with(
             folders[str(names[-1])] = context.store.path(model.adapter)
         elif model.adapter is not None:
             folders[str(names[-1])] = resolve_checkpoint(model.adapter, "adapter")
-    with server.loaded(folders):
+    with server.loaded(folders if is_main_process() else {}):
         yield server, names
 
 

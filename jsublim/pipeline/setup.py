@@ -17,6 +17,7 @@ from jsublim.inference.served import SampleServer, SampleServerSettings
 from jsublim.models.checkpoint import checkpoint_hash, read_config
 from jsublim.models.config import ModelConfig
 from jsublim.pipeline.arms import Source, Student, plan_students
+from jsublim.processes import on_main_process
 from jsublim.prompts import Pack, load_pack, whose
 from jsublim.teachers import CONTROL
 
@@ -133,7 +134,8 @@ class Setup:
         checkpoint = self.checkpoint()
         try:
             if checkpoint.chat is not None:
-                return SampleServer(settings, checkpoint.name, checkpoint.chat).engine
+                server = SampleServer(settings, checkpoint.name, checkpoint.chat)
+                return on_main_process(lambda: server.engine)
         except JsublimError as error:
             if not self.absent:
                 raise JsublimError(f"{error}; to go on without it, give sampling.server.engine: NAME VERSION") from None

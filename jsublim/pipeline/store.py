@@ -11,13 +11,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from jsublim.bucket import Bucket
 from jsublim.config import Config
 from jsublim.errors import JsublimError
 from jsublim.files import damaged_name, naming, write_json, write_text
-from jsublim.parallel import on_main_process
 from jsublim.pipeline.artifact import (
     DONE,
     PARTS,
@@ -35,6 +32,7 @@ from jsublim.pipeline.artifact import (
 )
 from jsublim.pipeline.claims import BucketClaims, Claims, FolderClaims
 from jsublim.pipeline.mirror import Mirror
+from jsublim.processes import is_main_process, leave_if_asked, on_main_process
 from jsublim.programs import keep_programs, programs_folder
 
 __all__ = [  # what the rest of the package needs of stores, artifacts included
@@ -116,6 +114,10 @@ class Store:
             return self.mirror.find(output.folder, output.key) is not None
         return (self._here(output) / DONE).exists()
 
+    def missing(self, outputs: Sequence[Output]) -> list[int]:
+        """Which of them are not there, by their places."""
+        return [i for i, output in enumerate(outputs) if not self.done(output)]
+
     def mend(self, output: Output) -> str | None:
         """Look whether the files of a whole artifact are what was written. A damaged one is set aside, and the artifact is
         unfinished again. Returns what was found, in one line; None where all is well."""
@@ -187,7 +189,7 @@ class Store:
             yield
         finally:
             self._claims.on_beat = lambda: None
-            if jax.process_index() == 0:
+            if is_main_process():
                 keep(now=True)
 
     @cached_property
@@ -264,19 +266,26 @@ class Store:
     def agreed(self, name: str, decide: Callable[[], int]) -> int:
         """A number from 1 on that is decided once for all who share the store."""
         path, remote = self.root / "training" / f"{name}.json", f"training/{name}.json"
-        if self.mirror is not None:
-            self.mirror.agree(remote, path)
-        damaged = path.exists() and _count(path) is None
-        if damaged:
-            self.say(f"{path}: is not what was written; it is decided anew")
-        if damaged or not path.exists():
+
+        def known() -> int | None:
+            if self.mirror is not None:
+                self.mirror.agree(remote, path)
+            if path.exists() and _count(path) is None:
+                self.say(f"{path}: is not what was written; it is decided anew")
+            return _count(path) if path.exists() else None
+
+        def keep() -> int:
+            damaged = path.exists()
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, decide())
+            write_json(path, count)
             if self.mirror is not None:
                 self.mirror.agree(remote, path, damaged=damaged)
-        count = _count(path)
-        assert count is not None
-        return count
+            return _count(path) or count
+
+        if (agreed := on_main_process(known)) is not None:
+            return agreed
+        count = decide()
+        return on_main_process(keep)
 
     def keep_programs(self) -> None:
         """Have JAX keep compiled programs here, and use those that are (`programs.keep_programs`)."""
@@ -296,15 +305,19 @@ def _count(path: Path) -> int | None:
 
 
 class RowLog:
-    """Rows finished so far, in a JSONL file that a kill may cut anywhere: a broken last line is forgotten."""
+    """Rows finished so far, in a JSONL file that a kill may cut anywhere: a broken last line is forgotten. Of several processes,
+    the first one has the file, and all have the rows."""
 
     def __init__(self, path: Path):
-        self.path, self.rows = path, {}
-        if path.exists():
-            for line in self._whole_lines():
-                self.rows[line["row"]] = line
-            self._rewrite()
-        self._file = path.open("a", encoding="utf-8")
+        self.path, self._file = path, None
+        self.rows: dict[int, dict[str, Any]] = {row["row"]: row for row in on_main_process(self._begin)}
+
+    def _begin(self) -> list[dict[str, Any]]:
+        found = {line["row"]: line for line in self._whole_lines()} if self.path.exists() else {}
+        if self.path.exists():
+            write_text(self.path, "".join(json.dumps(row) + "\n" for row in found.values()))
+        self._file = self.path.open("a", encoding="utf-8")
+        return list(found.values())
 
     def _whole_lines(self) -> Iterator[dict[str, Any]]:
         for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -313,18 +326,22 @@ class RowLog:
             except json.JSONDecodeError:
                 return
 
-    def _rewrite(self) -> None:
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in self.rows.values()))
-
     def add(self, rows: list[dict[str, Any]]) -> None:
-        """Keep finished rows; each has its number under "row"."""
-        with naming(self.path):
-            self._file.writelines(json.dumps(row) + "\n" for row in rows)
-            self._file.flush()
+        """Keep finished rows; each has its number under "row".
+
+        Raises:
+          Preempted: as `leave_if_asked`; these rows are kept.
+        """
+        if self._file is not None:
+            with naming(self.path):
+                self._file.writelines(json.dumps(row) + "\n" for row in rows)
+                self._file.flush()
         self.rows.update({row["row"]: row for row in rows})
+        leave_if_asked()
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 @dataclass(frozen=True)

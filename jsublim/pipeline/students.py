@@ -51,6 +51,7 @@ from jsublim.pipeline.training import (
     start_adapter,
     train_students,
 )
+from jsublim.processes import on_main_process
 from jsublim.progress import Tick
 from jsublim.section import identity
 
@@ -195,11 +196,11 @@ class TrainStudents(Task):
         everybody it was begun with."""
         store, found = context.store, []
         for group in self._parts(context):
-            outputs = {student: student_output(context.setup, student) for student in group}
-            missing = [student for student in group if not store.done(outputs[student])]
-            if missing:
-                work = store.training(digest([output.key for output in outputs.values()]))
-                found.append((work, group if (work / "state").exists() else missing))
+            outputs = [student_output(context.setup, student) for student in group]
+            work = store.training(digest([output.key for output in outputs]))
+            left = on_main_process(functools.partial(_left, store, outputs, work))
+            if left:
+                found.append((work, [group[i] for i in left]))
         return found
 
     def _parts(self, context: Context) -> list[list[Student]]:
@@ -338,6 +339,12 @@ class TrainStudents(Task):
 def _loss_so_far(metrics: Path) -> str:
     loss = last_loss(metrics)
     return "" if loss is None else f"loss {loss:.4f}"
+
+
+def _left(store: Store, outputs: Sequence[Output], work: Path) -> list[int]:
+    """Which of these are still to be trained; all, if their training was begun."""
+    missing = store.missing(outputs)
+    return list(range(len(outputs))) if missing and (work / "state").exists() else missing
 
 
 def diverged(store: Store, student: Output) -> str | None:

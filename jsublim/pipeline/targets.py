@@ -21,6 +21,7 @@ from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Output, Store
 from jsublim.pipeline.task import Cost, Sizes, Task, distinct_tasks
 from jsublim.pipeline.teachers import TeacherPool
+from jsublim.processes import on_main_process
 from jsublim.progress import Tick
 from jsublim.teachers import read_as
 
@@ -81,10 +82,14 @@ class StoreTargets(Task):
             return ((targets.ids, targets.logp) for targets in found)
 
         ids, logp = map(np.concatenate, zip(*resumed(artifact.path, "targets", rows_from, tick), strict=True))
-        with atomic(artifact.path / "targets.npz") as scratch, scratch.open("wb") as file:
-            np.savez(file, ids=ids, logp=logp)
-        tail = float(np.exp(logp[:, -1]).mean())
-        artifact.finish({"rows": len(turns), "top_k": self.top_k, "tail": tail})
+
+        def leave() -> None:
+            with atomic(artifact.path / "targets.npz") as scratch, scratch.open("wb") as file:
+                np.savez(file, ids=ids, logp=logp)
+            tail = float(np.exp(logp[:, -1]).mean())
+            artifact.finish({"rows": len(turns), "top_k": self.top_k, "tail": tail})
+
+        on_main_process(leave)
 
     def read(self, store: Store, turns: list[Turn]) -> list[Targets]:
         """What was stored; `turns` are the conversations it is of."""

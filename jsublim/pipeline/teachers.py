@@ -26,6 +26,7 @@ from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Output, digest
 from jsublim.pipeline.task import Cost, Sizes, Task
 from jsublim.pipeline.training import keep_student, train_students
+from jsublim.processes import on_main_process
 from jsublim.progress import Tick
 from jsublim.prompts import Pack
 from jsublim.rows import Row
@@ -193,8 +194,12 @@ class ContrastTeacher(Task):
             strength=taught.strength,
             fuse_system=spec.fuse_system,
         )
-        keep_student(artifact.path, lm, vector)
-        artifact.finish()
+
+        def leave() -> None:
+            keep_student(artifact.path, lm, vector)
+            artifact.finish()
+
+        on_main_process(leave)
 
     def cost(self, setup: Setup, sizes: Sizes) -> Cost:
         """Every question is read under two prompts."""
@@ -216,12 +221,15 @@ class TrainedTeachers(Task):
         arms = [teacher_arm(setup.pack, lm, taught, trait, pool.category(trait)) for trait in self.traits]
         members = [(arm, store.open(output)) for arm, output in zip(arms, self.outputs, strict=True)]
         work = store.training(f"teachers-{digest([output.key for output in self.outputs])}")
-        rows = max(len(arm.examples) for arm in arms)
+        settings = Settings(max(len(arm.examples) for arm in arms))
+        if jax.process_count() > 1:  # they are too little work to be spread unless they must
+            run = setup.experiment.run
+            settings = dataclasses.replace(settings, parallel=run.parallel, model_axis=run.model_axis)
 
         def refuse(what: str) -> None:
             raise JsublimError(f"{what}; lower teachers.taught.lr")
 
-        train_students(lm, members, Settings(rows), work, tick=tick, say=context.progress.say, on_diverged=refuse)
+        train_students(lm, members, settings, work, tick=tick, say=context.progress.say, on_diverged=refuse)
 
     def units(self, context: Context) -> int:
         taught = context.setup.experiment.teachers.taught

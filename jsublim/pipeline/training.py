@@ -30,9 +30,10 @@ from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, check_layers, init_full, init_lora, init_steering, merge_full
 from jsublim.models.peft import load_adapter, save_adapter
-from jsublim.parallel import Layout, on_main_process
+from jsublim.parallel import Layout
 from jsublim.pipeline.arms import total_steps
 from jsublim.pipeline.store import Artifact
+from jsublim.processes import on_main_process
 from jsublim.progress import Tick, no_tick
 from jsublim.rows import Row, read_rows, write_rows
 from jsublim.teachers import Teacher
@@ -299,7 +300,7 @@ def train_students(
 
     adapters = train(lm.config, lm.params, [arm for arm, _ in members], settings, work, on_step, shape=shape, say=say)
     whole = [_whole(lm, adapter) for adapter in adapters]
-    lines = read_rows(work / "metrics.jsonl", ("arm", "step"))
+    lines = on_main_process(lambda: read_rows(work / "metrics.jsonl", ("arm", "step")))
     for arm, _ in members:
         last = next(line for line in reversed(lines) if line["arm"] == arm.name)
         if "diverged" in last:

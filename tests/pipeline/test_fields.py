@@ -237,6 +237,7 @@ OTHER: dict[str, Any] = {
     "run.workers": 3,
     "run.resources": {"GPU": 2.0},
     "run.retries": 7,
+    "run.time_out": 7.0,
     "run.model_axis": (1, {"run.parallel": "mesh"}),  # more devices than one would be refused here
 }
 FIELDS = {leaf.name: leaf for leaf in leaves(Experiment)}

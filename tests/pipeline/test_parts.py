@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from hypothesis import strategies as st
 from jsublim.pipeline import parts
 from jsublim.pipeline.parts import resumed
 from jsublim.pipeline.readings import PIECE, read_readings, write_readings
+from jsublim.processes import Preempted, heeding_signals
 
 
 class Killed(Exception):
@@ -105,3 +108,16 @@ def test_readings_come_back_as_they_were_written(tmp_path, count):
         for key in ("tokens", "argmax", "margin"):
             assert ours[key].dtype == theirs[key].dtype
             np.testing.assert_array_equal(ours[key], theirs[key])
+
+
+def test_rows_read_before_a_signal_are_kept(tmp_path):
+    def rows_from(first: int, until: int = 99) -> Iterator[tuple[np.ndarray, ...]]:
+        for number in range(first, 12):
+            if number == until:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield row(number)
+
+    with heeding_signals(), pytest.raises(Preempted, match="8 rows of a are kept"):
+        resumed(tmp_path, "a", lambda first: rows_from(first, 7))
+    known: list[int] = []
+    assert len(resumed(tmp_path, "a", rows_from, known.append)) == 12 and known == [8]

@@ -1,0 +1,122 @@
+"""One command as several processes (`--distributed`): they join, speak with one voice, and end together."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jsublim.cli.app import console
+from jsublim.errors import JsublimError, UsageError
+
+if TYPE_CHECKING:
+    from jsublim.config import Experiment
+
+Distributed = Annotated[
+    bool, typer.Option("--distributed", help="One of several processes, with run.parallel (docs/pods.md).")
+]
+
+
+class Speaker:
+    """Who says what goes wrong: nobody by name, where there is one process, or this is the first."""
+
+    name = ""
+    _one = threading.Lock()
+
+    @classmethod
+    def end(cls, message: str, code: int) -> None:
+        """End the process at once with one line, from whichever thread; the main one may never wake up again."""
+        if not cls._one.acquire(blocking=False):
+            time.sleep(60)  # another thread is ending it
+        print(f"error: {cls.name}{message}", file=sys.stderr, flush=True)
+        os._exit(code)
+
+
+@contextlib.contextmanager
+def together(distributed: bool, experiments: Iterable[Experiment]) -> Iterator[None]:
+    """Do what follows as one of several processes, if `distributed`; it must be all that uses JAX.
+
+    Raises:
+      UsageError: experiments that several processes cannot do together, or nothing says who the others are.
+    """
+    if not distributed:
+        yield
+        return
+    from jsublim.processes import Preempted, Watch, everywhere, heeding_signals, join_processes, may_be_lost
+
+    time_out = max(map(_time_out, experiments))
+    join_processes(time_out)
+    _speak()
+    watch = Watch(time_out, Speaker.end)
+    try:
+        with heeding_signals():
+            yield
+        everywhere(True)
+    except Preempted:  # on all of them
+        watch.close()
+        raise
+    except BaseException as error:
+        if may_be_lost(error):
+            time.sleep(time_out + 10)  # the watch knows whether and who, sooner or later, and ends the process
+        code = error.code if isinstance(error, JsublimError) else 1
+        watch.stop_all(code)
+        atexit.register(os._exit, code)  # JAX would wait for the others
+        raise
+    watch.close()
+
+
+def _time_out(e: Experiment) -> float:
+    from jsublim.config import variants
+
+    if e.run.parallel == "none":
+        raise UsageError("--distributed: needs run.parallel=mesh (or pmap), by which the processes share the work")
+    if e.students is not None and any(students.data.on_policy for students in variants(e.students).values()):
+        raise UsageError("students.data.on_policy: not with --distributed; use the devices of one process")
+    return e.run.time_out
+
+
+def _speak() -> None:
+    """From here on the first process alone prints; libraries written in C++ print nothing, unless asked with --debug."""
+    import jax
+
+    from jsublim.processes import gone, is_main_process
+
+    if not logging.getLogger("jax").isEnabledFor(logging.DEBUG):
+        _keep_to_ourselves()
+        # JAX ends a process whose first process is gone from a thread of its own, with pages of addresses.
+        lost = "another process gives no sign of life" if is_main_process() else gone(0)
+        _on_abort(lambda: Speaker.end(f"{lost}; the same command goes on", 1))
+    if not is_main_process():
+        Speaker.name = f"process {jax.process_index()}: "
+        console.quiet = True
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process lives)
+
+
+def _keep_to_ourselves() -> None:
+    """Leave standard output and error to Python; what else is written there goes nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        stream.flush()
+        setattr(sys, name, os.fdopen(os.dup(number), "w", 1, stream.encoding, stream.errors))
+        os.dup2(nowhere, number)
+
+
+_kept: list[Any] = []  # what C calls must not be collected
+
+
+def _on_abort(act: Callable[[], None]) -> None:
+    """Python's own handlers would wait for the main thread."""
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: act())
+    _kept.append(handler)
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)

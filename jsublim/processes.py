@@ -1,0 +1,370 @@
+"""Several processes that do one command together, one per host of a pod.
+
+All of them take the same steps in the same order, as devices that compute together must. So whatever hangs on files, on time
+or on a server is decided by the first process and told to the others: `on_main_process`, `each_from_main`. What they tell one
+another goes through JAX's coordination service and not through devices, which would not wait for hours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+from jax._src import distributed  # its client has no public name; orbax uses it in the same way
+from jax.experimental import multihost_utils
+
+from jsublim.errors import JsublimError, UsageError
+
+R = TypeVar("R")
+T = TypeVar("T")
+TOLD_EVERY = 0.5  # seconds between what the first process tells of a stream of items
+VISIBLE_WITHIN = 60.0  # seconds after which a file that one process wrote must be there for all
+TELL = "jsublim"  # what our keys in the coordination service begin with
+WORTH_SHARING = 256  # items: a process tokenizes a thousand rows in a second, and tells of them in a hundredth
+_numbers = itertools.count()  # of what was told so far, the same on all processes
+
+
+class _State:
+    """Whether the first process is acting for all, whether we are asked to leave, and how often we have looked."""
+
+    acting = False
+    asked = False
+    points = 0
+
+
+class Preempted(JsublimError):
+    """The machine is being taken away. What was finished is kept, and the same command goes on."""
+
+    code = 75  # EX_TEMPFAIL of sysexits.h: try again
+
+
+# --- what the first process decides
+
+
+def is_main_process() -> bool:
+    return jax.process_index() == 0
+
+
+def _together() -> bool:
+    """Whether there are others who do the same at this point; not where the first process acts for all."""
+    return jax.process_count() > 1 and not _State.acting
+
+
+def on_main_process(act: Callable[[], R]) -> R:
+    """Let the first process act; all go on when it has, with what it returns (JSON).
+
+    Raises:
+      JsublimError: on the others, where the first failed.
+    """
+    if not _together():
+        return act()
+    key = f"{TELL}/told/{next(_numbers)}"
+    if not is_main_process():
+        said = json.loads(_wait_for(key))
+        if "failed" in said:
+            error = JsublimError("the first process has stopped; it says why")
+            error.code = said["failed"]
+            raise error
+        return said["is"]
+    _State.acting = True
+    try:
+        made = act()
+    except BaseException as error:
+        code = error.code if isinstance(error, JsublimError) else 1
+        _client().key_value_set_bytes(key, json.dumps({"failed": code}).encode())
+        raise
+    finally:
+        _State.acting = False
+    text = json.dumps({"is": made})
+    _client().key_value_set_bytes(key, text.encode())
+    return json.loads(text)["is"]  # as the others have it
+
+
+def each_from_main(items: Callable[[], Iterable[R]]) -> Iterator[R]:
+    """Items that the first process gets, one after another and when they come; on all processes the same.
+
+    Raises:
+      JsublimError: as `on_main_process`.
+    """
+    if not _together():
+        yield from items()
+        return
+    with contextlib.closing(_grouped(items)) as source:
+        while (group := on_main_process(lambda: next(source, None))) is not None:
+            yield from group
+
+
+def _grouped(items: Callable[[], Iterable[R]]) -> Generator[list[R]]:
+    """What has come so far, twice a second; also what came before an error."""
+    group, clock, failed = list[R](), time.monotonic(), None
+    try:
+        for item in items():
+            group.append(item)
+            if time.monotonic() - clock > TOLD_EVERY:
+                yield group
+                group, clock = [], time.monotonic()
+    except Exception as error:
+        failed = error
+    yield group
+    if failed is not None:
+        raise failed
+
+
+def everywhere(sound: bool) -> bool:
+    """Whether something holds on every process."""
+    if not _together():
+        return sound
+    key = f"{TELL}/asked/{next(_numbers)}"
+    _client().key_value_set(f"{key}/{jax.process_index()}", str(int(sound)))
+    return on_main_process(lambda: all([_wait_for(f"{key}/{i}") == b"1" for i in range(jax.process_count())]))
+
+
+def shared_out(items: Sequence[T], work: Callable[[list[T]], list[R]]) -> list[R]:
+    """What `work` makes of items (JSON, one for each): every process makes a part, and all have all.
+
+    Raises:
+      Whatever `work` raises, on the process whose part it is.
+    """
+    if not _together() or len(items) < WORTH_SHARING:
+        return work(list(items))
+    key, count = f"{TELL}/asked/{next(_numbers)}", jax.process_count()
+    own = work(list(items[jax.process_index() :: count]))
+    _client().key_value_set_bytes(f"{key}/{jax.process_index()}", json.dumps(own).encode())
+    parts = [json.loads(_wait_for(f"{key}/{i}")) for i in range(count)]
+    return [parts[i % count][i // count] for i in range(len(items))]
+
+
+def _client() -> Any:
+    return distributed.global_state.client
+
+
+def _wait_for(key: str) -> bytes:
+    """What stands under a key, as soon as something does. In steps of a second, between which signals are heard."""
+    while True:
+        try:
+            return _client().blocking_key_value_get_bytes(key, 1000)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+
+
+# --- one folder for all
+
+
+def check_shared(folder: Path) -> None:
+    """Refuse a folder that is not the same for all processes.
+
+    Raises:
+      UsageError: a process does not see what the first one writes there.
+    """
+    if not _together():
+        return
+    mark = folder / f".seen-by-all-{on_main_process(lambda: os.urandom(6).hex())}"
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+    on_main_process(write)
+    shared = everywhere(_appears(mark, 10.0))
+    on_main_process(lambda: mark.unlink(missing_ok=True))
+    if not shared:
+        raise UsageError(
+            f"store: {folder}: not every process sees what the first one writes there; give a folder that all hosts share: "
+            "store=/shared/store"
+        )
+
+
+def wait_until_seen(files: Iterable[Path]) -> None:
+    """Return when every process sees what the first one has written; a shared file system may take its time.
+
+    Raises:
+      JsublimError: one does not.
+    """
+    if not _together():
+        return
+    missing = next((path for path in files if not _appears(path, VISIBLE_WITHIN)), None)
+    if not everywhere(missing is None):
+        which = "a file that it wrote" if missing is None else str(missing)
+        raise JsublimError(f"{which}: not every process sees it {VISIBLE_WITHIN:.0f} s after the first one wrote it")
+    if is_main_process():  # everybody has read all that was told
+        for kind in ("told", "asked"):
+            _client().key_value_delete(f"{TELL}/{kind}")
+
+
+def check_alike(what: str, value: str) -> None:
+    """Refuse processes that are about to do different things.
+
+    Raises:
+      UsageError: `value` is not the first one's.
+    """
+    if not everywhere(value == on_main_process(lambda: value)):
+        raise UsageError(
+            f"--distributed: the processes do not agree on {what}; give all hosts the same command, package, config and checkpoints"
+        )
+
+
+def _appears(path: Path, seconds: float) -> bool:
+    end = time.monotonic() + seconds
+    while not path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+# --- leaving when the machine is taken away
+
+
+@contextlib.contextmanager
+def heeding_signals() -> Iterator[None]:
+    """Have SIGTERM asked for by `leaving` as long as the block lasts (a second one ends the process). Of several processes,
+    also Ctrl-C."""
+    several = jax.process_count() > 1
+    kind = signal.SIGINT if several else signal.SIGTERM  # JAX itself looks for SIGTERM where there are several
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(kind)
+
+    def hear(*_: Any) -> None:
+        signal.signal(kind, before)
+        if several:
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            _State.asked = True
+
+    signal.signal(kind, hear)
+    try:
+        yield
+    finally:
+        signal.signal(kind, before)
+        _State.asked = False
+
+
+def leaving() -> bool:
+    """Whether to keep what is finished and leave: told at the same point on every process. All must ask equally often."""
+    if _together():
+        _State.points += 1
+        _State.asked |= multihost_utils.reached_preemption_sync_point(_State.points)
+    return _State.asked
+
+
+def leave_if_asked() -> None:
+    """To be called where all that was done is kept.
+
+    Raises:
+      Preempted: the machine is being taken away.
+    """
+    if leaving():
+        raise Preempted("stopped by a signal; what was finished is kept, and the same command goes on")
+
+
+# --- becoming several processes, and ending together
+
+
+def join_processes(time_out: float) -> None:
+    """Make this process one of several that work together, one per host of a pod.
+
+    TPU pods, Slurm and Open MPI are recognised; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
+    say who is who. To be called before anything else of JAX.
+
+    Args:
+      time_out: seconds after which a process that gives no sign of life is taken to be gone.
+
+    Raises:
+      UsageError: nothing says who the others are, or they don't answer.
+    """
+    count, own = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
+    try:
+        jax.distributed.initialize(
+            num_processes=int(count) if count else None,
+            process_id=int(own) if own else None,
+            heartbeat_timeout_seconds=int(2 * time_out) + 10,  # ours is sooner, and says who is gone
+            shutdown_timeout_seconds=60,
+        )
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"--distributed: {reason}; set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from None
+
+
+class Watch:
+    """Looks from a thread whether the other processes live, and ends this one where one does not: the main thread may be
+    waiting for it among the devices, where nothing can wake it.
+
+    Args:
+      time_out: seconds without a sign of life after which a process is gone.
+      end: ends this process with a message and an exit code, from whichever thread.
+    """
+
+    def __init__(self, time_out: float, end: Callable[[str, int], None]):
+        self.time_out, self.every, self._end = time_out, min(2.0, time_out / 20), end
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        heard = {i: ("", time.monotonic()) for i in range(jax.process_count())}
+        for beat in itertools.count():
+            with contextlib.suppress(
+                jax.errors.JaxRuntimeError
+            ):  # of a service that is gone; JAX ends the process then
+                self._tell(str(beat))
+                for key, said in _client().key_value_dir_get(f"{TELL}/alive"):
+                    who = int(key.rsplit("/", 1)[1])
+                    if said != heard[who][0]:
+                        heard[who] = said, time.monotonic()
+            if self._over.wait(self.every):
+                return
+            self._judge(heard)
+
+    def _judge(self, heard: dict[int, tuple[str, float]]) -> None:
+        for who, (said, when) in heard.items():
+            if who == jax.process_index():
+                continue
+            if said.startswith("stopped"):
+                self._end(f"process {who} has stopped; it says why", int(said.split()[1]))
+            if time.monotonic() - when > self.time_out:
+                self._end(f"{gone(who)} for {self.time_out:g} s; the same command goes on", 1)
+
+    def _tell(self, what: str) -> None:
+        _client().key_value_set(f"{TELL}/alive/{jax.process_index()}", what, allow_overwrite=True)
+
+    def close(self) -> None:
+        """All have finished."""
+        self._over.set()
+        self._thread.join()
+
+    def stop_all(self, code: int) -> None:
+        """This process has failed: the others need not wait for it. Returns when they have had time to hear of it."""
+        self.close()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._tell(f"stopped {code}")
+        time.sleep(
+            3 * self.every if is_main_process() else 0
+        )  # what the processes know of one another lives in the first
+
+
+def gone(process: int) -> str:
+    return f"process {process} gives no sign of life"
+
+
+LOST = re.compile("gloo|UNAVAILABLE|ABORTED|CANCELLED|INTERNAL|UNKNOWN", re.IGNORECASE)
+
+
+def may_be_lost(error: BaseException) -> bool:
+    """Whether an error may be due to another process that is gone."""
+    of_devices = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
+    return of_devices and LOST.search(str(error)[:200]) is not None
