@@ -135,7 +135,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Plot:
-    """A panel of curves. `legend` holds each kind of curve once."""
+    """A panel of curves. `legend` holds each kind of curve once; a single kind needs none."""
 
     title: str
     x: Axis
@@ -144,7 +144,8 @@ class Plot:
 
     @property
     def legend(self) -> list[Curve]:
-        return list({(c.label, c.colour, c.dash): c for c in self.curves}.values())
+        kinds = list({(c.label, c.colour, c.dash): c for c in self.curves}.values())
+        return kinds if len(kinds) > 1 else []
 
     @property
     def described(self) -> str:

@@ -48,10 +48,9 @@ def hero(results: Results, metric: str) -> Drawing | None:
     for condition in results.mask_conditions:
         pooled = pool(results, metric, condition)
         if pooled is not None:
-            tokens, variant = split_condition(condition)
             lift = pooled.levels[0].lift
             dots = [dot for trait in pooled.traits for dot in _students(results, metric, condition, trait)]
-            found.setdefault(variant, []).append(
+            found.setdefault(split_condition(condition)[1], []).append(
                 _strip(condition, dots, float(lift.value), pooled.between(lift), metric)
             )
     strips = [strip for group in found.values() for strip in group]
@@ -171,10 +170,11 @@ def _forest_panel(unit: str, claims: Sequence[Claim]) -> Strips:
         bound = None if claim.bound is None else factor * claim.bound
         label, tint = name(words.short_claim(claim)), VERDICT_COLOURS.get(claim.verdict, OPEN_COLOUR)
         strips.append(Strip(label, tint, (), factor * claim.effect, interval, f"{said} ({bounds})", bound, published))
-    held = [v for s in strips for v in (s.mean, s.bound, s.published) if v is not None]
-    span = max(held + [0.0]) - min(held + [0.0]) or 1.0
+    held = [0.0, *(v for s in strips for v in (s.mean, s.bound, s.published) if v is not None)]
+    # Intervals too, but a wide one by no more than half of what there is to see.
+    low, high, span = min(held), max(held), (max(held) - min(held)) or 1.0
     ends = [end for s in strips if s.interval for end in (s.interval.low, s.interval.high)]
-    held += [min(max(end, min(held) - span / 2), max(held) + span / 2) for end in ends]
+    held += [min(max(end, low - span / 2), high + span / 2) for end in ends]
     return Strips(FOREST[unit], Axis.around("", held, zero=True), tuple(strips))
 
 
@@ -190,7 +190,8 @@ def losses(results: Results) -> Drawing | None:
     curves = results.curves
     x = _whole("step", max(c.steps[-1] for c in curves))
     y = Axis.around("loss (nats per token)", [value for c in curves for value in c.loss])
-    variants = list(dict.fromkeys(split_condition(c)[1] for c in results.conditions))
+    trained = {s.condition: None for s in results.scores if s.role == "student"}
+    variants = list(dict.fromkeys(split_condition(c)[1] for c in results.conditions if c in trained))
     order = {condition: i for i, condition in enumerate(results.conditions)}
     drawn = []
     for teacher, arms in sorted(panels.items(), key=lambda item: item[0] not in results.traits):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from jsublim.files import write_text
 from jsublim.report import figures, published, words
 from jsublim.report.attribution import attribution_heats
+from jsublim.report.cautions import cautions
 from jsublim.report.claims import not_asked
 from jsublim.report.claims.verdicts import claim_metric
 from jsublim.report.drawing import colour
@@ -26,7 +28,6 @@ from jsublim.report.summary import (
     trait_matrix,
 )
 from jsublim.report.tables import CONDITION_MEANING, Curve, Results, condition_label, read_results, split_condition
-from jsublim.report.warnings import warnings
 
 MAX_ANSWERS = 8
 
@@ -44,17 +45,20 @@ def write_report(run_dir: Path) -> Path:
 
 def render(run_dir: Path, template: str, **content: Any) -> Path:
     """Write a template of `page/` as RUN/report.html, which appears whole or not at all; returns its path."""
-    environment = Environment(
+    path = Path(run_dir) / "report.html"
+    write_text(path, _templates().get_template(template).render(**content))
+    return path
+
+
+@functools.cache
+def _templates() -> Environment:
+    return Environment(
         loader=PackageLoader("jsublim.report", "page"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template(template).render(**content)
-    path = Path(run_dir) / "report.html"
-    write_text(path, page)
-    return path
 
 
 def _numbers(results: Results, looks: Looks) -> dict[str, Any]:
@@ -64,7 +68,7 @@ def _numbers(results: Results, looks: Looks) -> dict[str, Any]:
     return {
         "name": results.run.get("name", results.run_dir.name),
         "results": results,
-        "warnings": warnings(results),
+        "cautions": cautions(results),
         "opening": words.opening(results, looks),
         "headlines": [words.headline(found) for found in looks.judged],
         "rows": rows,

@@ -11,7 +11,7 @@ FEW = 3  # students of one teacher and kind; with fewer, docs/statistics.md says
 MOST_FAILED = 0.5  # of a teacher's answers
 
 
-def warnings(results: Results) -> list[str]:
+def cautions(results: Results) -> list[str]:
     """One sentence or two for each; none for a run without a fault."""
     found = (
         words.diverged_warning(results),
