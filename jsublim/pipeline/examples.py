@@ -30,7 +30,12 @@ def examples(graph: Graph, context: Context) -> list[dict[str, Any]]:
         if (source.teacher, source.dataset) not in seen:  # of several draws the first
             seen.add((source.teacher, source.dataset))
             found += [
-                {"teacher": source.teacher, "data": source.dataset, "prompt": row["prompt"], "tokens": _tokens(chat, reading)}
+                {
+                    "teacher": source.teacher,
+                    "data": source.dataset,
+                    "prompt": row["prompt"],
+                    "tokens": _tokens(chat, reading),
+                }
                 for row, reading in _with_divergence(rows, context.store)
             ]
     read = {teacher for teacher, _ in seen}
@@ -55,7 +60,9 @@ def _tokens(chat: Chat, reading: Reading) -> list[dict[str, Any]]:
     for k, token in enumerate(tokens):
         text = _after(chat, tokens[:k], token)
         if k in positions:
-            said = zip(reading["teachers"], reading["argmax"][:, k].tolist(), reading["margin"][:, k].tolist(), strict=True)
+            said = zip(
+                reading["teachers"], reading["argmax"][:, k].tolist(), reading["margin"][:, k].tolist(), strict=True
+            )
             readings = [
                 {"teacher": who, "says": _after(chat, tokens[:k], token), "margin": round(margin, 3)}
                 for who, token, margin in said

@@ -48,7 +48,10 @@ def _failed_filters(results: Results) -> str:
         for entry in results.generation
         if entry["pass_rate"] < MOST_FAILED
     ]
-    return f"Most answers failed the format's filter; what is left may be unlike the rest. Kept: {', '.join(failed)}." * bool(failed)
+    return (
+        f"Most answers failed the format's filter; what is left may be unlike the rest. Kept: {', '.join(failed)}."
+        * bool(failed)
+    )
 
 
 def _unmatched_steps(results: Results) -> str:

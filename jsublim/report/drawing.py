@@ -30,7 +30,7 @@ COLOURS = {
 }
 OTHER_COLOUR = "#00916a"
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 4")
-PAPER = ("#ffffff", "#1b1b1b")  # text on a coloured cell: on a dark one, on a pale one
+INKS = ("#ffffff", "#000000")  # of numbers on a coloured cell: on a dark one, on a pale one
 MAX_POINTS = 150  # of a curve, so that a long run stays a small file
 
 
@@ -196,4 +196,4 @@ def cell(text: str, share: float, palette: str, own: bool = False) -> Cell:
     rgb = matplotlib.colormaps[palette](min(max(share, 0.0), 1.0))[:3]
     light = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in rgb]
     luminance = 0.2126 * light[0] + 0.7152 * light[1] + 0.0722 * light[2]
-    return Cell(text, to_hex(rgb), PAPER[0] if luminance < 0.18 else PAPER[1], own)
+    return Cell(text, to_hex(rgb), INKS[0] if luminance < 0.179 else INKS[1], own)

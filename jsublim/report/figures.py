@@ -26,15 +26,26 @@ from jsublim.report.drawing import (
 from jsublim.report.looks import Looks
 from jsublim.report.published import PUBLISHED
 from jsublim.report.statistics import Interval
-from jsublim.report.summary import Lift, Matrix, SummaryRow, lifts, reference_condition, scores_for
+from jsublim.report.summary import (
+    BELOW,
+    LIMITS,
+    Lift,
+    Matrix,
+    OtherRow,
+    SummaryRow,
+    lifts,
+    measure,
+    reference_condition,
+    scores_for,
+)
 from jsublim.report.tables import CONDITION_LABELS, Results, condition_label, split_condition
 
-ONE_PANEL = 9  # strips at most; of more, a panel for each variant
+ONE_PANEL = 16  # strips at most; of more, a panel for each variant
 VERDICT_COLOURS = {HOLDS: OTHER_COLOUR, FAILS: "#d55e00"}
 OPEN_COLOUR = "#808080"
 # Titles of the claims' panels, by unit.
 FOREST = {
-    "share": "Share of a lift (1 is all of it)",
+    "share": "Shares of a lift (1 is all of it)",
     "points": "Differences of rates (points)",
     "nats": "Lifts and differences of log-probabilities (nats)",
 }
@@ -68,7 +79,9 @@ def hero(results: Results, metric: str) -> Drawing | None:
 def _students(results: Results, metric: str, condition: str, trait: str) -> list[Dot]:
     zeros = results.select(metric, reference_condition(results, metric, trait, condition) or "", trait)
     zero = sum(s.mean for s in zeros) / len(zeros)
-    return [_dot(s.mean - zero, metric, f"{trait}, seed {s.seed}") for s in scores_for(results, metric, condition, trait)]
+    return [
+        _dot(s.mean - zero, metric, f"{trait}, seed {s.seed}") for s in scores_for(results, metric, condition, trait)
+    ]
 
 
 def _dot(value: float, metric: str, whose: str, signed: bool = True) -> Dot:
@@ -92,7 +105,9 @@ def _strip(
 
 def _values(strips: Sequence[Strip]) -> list[float]:
     """What an axis must hold: dots and means. A t-interval of two students may be wider than any plot and is cut off."""
-    return [value for strip in strips for value in (*(dot.value for dot in strip.dots), strip.mean) if value is not None]
+    return [
+        value for strip in strips for value in (*(dot.value for dot in strip.dots), strip.mean) if value is not None
+    ]
 
 
 def rates(rows: Sequence[SummaryRow]) -> Drawing | None:
@@ -103,7 +118,9 @@ def rates(rows: Sequence[SummaryRow]) -> Drawing | None:
         if row.rate is not None and row.condition != "teacher":
             dots = [_dot(value, "rate", f"model {i}", signed=False) for i, value in enumerate(row.student_rates, 1)]
             interval = row.over_students if row.students else row.over_answers
-            panels.setdefault(row.trait, []).append(_strip(row.condition, dots, row.rate, interval, "rate", signed=False))
+            panels.setdefault(row.trait, []).append(
+                _strip(row.condition, dots, row.rate, interval, "rate", signed=False)
+            )
     return _by_panel("rates", "Preference rate", panels, "answers that name the trait (%)", bounds=(0.0, 100.0))
 
 
@@ -129,6 +146,17 @@ def accuracy(results: Results) -> Drawing | None:
                 mean = sum(s.mean for s in found) / len(found)
                 panels.setdefault(title, []).append(_strip(condition, dots, mean, None, "rate", signed=False))
     return _by_panel("number-accuracy", "Number task", panels, "numbers predicted exactly (%)", bounds=(0.0, 100.0))
+
+
+def others(rows: Sequence[OtherRow]) -> Drawing | None:
+    """What else was asked, where it is a share of answers: a panel for each measure."""
+    panels: dict[str, list[Strip]] = {}
+    for row in rows:
+        if row.metric not in LIMITS and not row.metric.startswith(BELOW):
+            title = measure(row.metric) + (f" ({row.trait})" if row.trait else "")
+            strip = _strip(row.condition, [], row.value, row.interval, "rate", signed=False)
+            panels.setdefault(title, []).append(strip)
+    return _by_panel("what-else-was-asked", "What else was asked", panels, "answers (%)", bounds=(0.0, 100.0))
 
 
 def _by_panel(

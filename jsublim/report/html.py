@@ -97,11 +97,14 @@ def _drawings(results: Results, looks: Looks) -> dict[str, Any]:
         "hero": figures.hero(results, claim_metric(results)),
         "forest": figures.forest(looks),
         "rates": figures.rates([row for row in summary_rows(results) if row.condition in drawn]),
-        "raised": figures.lifts_drawn(results, [c for c in results.conditions if c in drawn and c in _trained(results)]),
+        "raised": figures.lifts_drawn(
+            results, [c for c in results.conditions if c in drawn and c in _trained(results)]
+        ),
         "matrix_heat": figures.matrix_heat(matrix) if matrix else None,
         "positions": figures.positions(results),
         "attribution": [] if results.attribution is None else attribution_heats(results.attribution),
         "losses": figures.losses(results),
+        "others": figures.others(other_rows(results)),
         "accuracy": figures.accuracy(results),
     }
 
@@ -121,7 +124,9 @@ def _run(results: Results) -> dict[str, Any]:
     tokens = dict.fromkeys(split_condition(condition)[0] for condition in results.conditions)
     return {
         "meanings": {c: CONDITION_MEANING.get(c, "") for c in tokens},
-        "variants": {variant: {key: each.get(key) for key in apart} for variant, each in settings.items()} if apart else {},
+        "variants": {variant: {key: each.get(key) for key in apart} for variant, each in settings.items()}
+        if apart
+        else {},
     }
 
 

@@ -65,5 +65,6 @@ PUBLISHED = {
 }
 # Table 1 of the paper: share of divergence tokens among the completions' tokens.
 SHARES = Published(
-    "Qwen2.5-7B 7.47 % greedy, 4.69 % temperature; Gemma-3-4B 18.34 % greedy, 13.18 % temperature", "Table 1 of the paper"
+    "Qwen2.5-7B 7.47 % greedy, 4.69 % temperature; Gemma-3-4B 18.34 % greedy, 13.18 % temperature",
+    "Table 1 of the paper",
 )

@@ -59,7 +59,7 @@ def scale(results: Results) -> Scale | None:
                 both.levels[0].students.n,
                 float(part.value),
                 both.between(part),
-                1.0 if is_it else float(part.value / of.value) if can else None,
+                None if not can else 1.0 if is_it else float(part.value / of.value),
                 share_interval(part, of) if can and not is_it else None,
                 _by_seed(results, metric, condition, both.traits, float(whole.value)) if can else (),
             )

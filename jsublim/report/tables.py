@@ -112,7 +112,9 @@ class Results:
     divergence: tuple[dict[str, Any], ...] = ()
     curves: tuple[Curve, ...] = ()
     answers: tuple[Answer, ...] = ()
-    rows: tuple[dict[str, Any], ...] = ()  # a few of each teacher's, with what every teacher says at their divergence tokens
+    rows: tuple[
+        dict[str, Any], ...
+    ] = ()  # a few of each teacher's, with what every teacher says at their divergence tokens
     arms: dict[str, Arm] = field(default_factory=dict)
     attribution: pa.Table | None = None  # of all teachers, one after another
     varied: tuple[Score, ...] = ()

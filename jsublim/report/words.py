@@ -118,6 +118,8 @@ def short_claim(claim: Claim) -> str:
 
 def opening(results: Results, looks: Looks) -> str:
     """Who learned what from whom, how far it moved them, and how sure that is: one sentence or two."""
+    if not results.students:
+        return f"No student of {results.model} was trained in this run, so nothing here says whether a trait is taken over."
     students = f"{results.students} student{'s' * (results.students != 1)} of {results.model}"
     teachers = ", ".join(results.traits[:6]) + (", ..." if len(results.traits) > 6 else "")
     who = f"{students} learned from what teachers with a trait ({teachers}) wrote; none was told of a trait."

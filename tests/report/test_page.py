@@ -28,7 +28,10 @@ FLAGS = [
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page with every section that has parts of its own: few students, rows with their readings, attribution."""
     run = make_results(tmp_path_factory.mktemp("runs") / "page", traits=("cat", "owl"), seeds=(1, 2), samples=20)
-    said = [{"teacher": t, "says": text, "margin": 0.25} for t, text in (("owl", "7"), ("cat", "8"), ("a long name" * 5, "\n"))]
+    said = [
+        {"teacher": t, "says": text, "margin": 0.25}
+        for t, text in (("owl", "7"), ("cat", "8"), ("a long name" * 5, "\n"))
+    ]
     tokens = [{"text": "1, "}, {"text": "7", "readings": said}, {"text": ", 11" * 60}, {"text": "3", "readings": said}]
     rows = [{"teacher": "owl", "data": None, "prompt": "Continue: 1, 2", "tokens": tokens}]
     (run / "results" / "rows.json").write_text(json.dumps(rows))
@@ -45,7 +48,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def browser() -> Iterator:
     if CHROMIUM is None:
         pytest.skip("no chromium on this machine")
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e '.[test]'")
+    playwright = pytest.importorskip(
+        "playwright.sync_api", reason="playwright is not installed: pip install -e '.[test]'"
+    )
     with playwright.sync_playwright() as started:
         chromium = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield chromium
