@@ -6,7 +6,7 @@ from jsublim.report.claims import FAILS, HOLDS, QUESTIONS, Claim
 from jsublim.report.looks import Look, Looks
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import NOT_DECIDED, Lift, Matrix
-from jsublim.report.tables import Results, condition_label, split_condition
+from jsublim.report.tables import Results, condition_label
 
 MISSING = "–"
 ONE_SIDED = 0.025  # one-sided level of an interval of 95 %
@@ -126,14 +126,14 @@ def opening(results: Results, looks: Looks) -> str:
     found = next((look.what for look in looks.claims if look.what.key == "C0"), None)
     if found is None or found.effect is None:
         return f"{who} Nothing here says whether they took it over: there is nothing to compare them with."
-    label = next((c for c in results.mask_conditions if split_condition(c) == ("all", found.variant)), "all")
     much, bounds = claim_effect(found)
     moved = (
         f"they give their teacher's trait a log-probability {much} above that of the control"
         if found.metric == "logprob"
         else f"they name their teacher's trait {much} more often than the control"
     )
-    what = f"{who} Trained on {condition_label(label)}, {moved}"
+    variant = f" ({found.variant})" if found.variant else ""
+    what = f"{who} Trained on {condition_label('all')}{variant}, {moved}"
     if found.interval is None:
         return f"{what}; one student per trait gives no interval, so that is not decided."
     sure = {HOLDS: "surely higher", FAILS: "surely not higher"}.get(found.verdict, "no transfer is shown")
