@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jsublim.errors import JsublimError
-from jsublim.report import figures
+from jsublim.report.drawing import Axis, Dot, Drawing, Strip, Strips, colour
 from jsublim.report.html import render
 from jsublim.report.statistics import Estimate, Interval
 from jsublim.report.tables import read_columns, read_json
@@ -23,6 +23,8 @@ LABELS = {
     "all": "student, class logits too",
     "hard": "student, largest auxiliary logit only",
 }
+# Whose colour of a language report each kind has.
+LIKE = {"teacher": "teacher", "same": "divergence", "other": "control", "all": "all", "hard": "random"}
 CHANCE = 0.1  # of ten classes
 
 
@@ -109,28 +111,34 @@ def bounds(line: Line) -> str:
 def write_report(run_dir: Path) -> Path:
     """Write RUN/report.html and return its path; the same results give the same bytes. Raises as `read_lines`."""
     lines = read_lines(run_dir)
-    images = list(dict.fromkeys(line.images for line in lines if line.images))
-    data = {
-        (f"taught on {panel}", line.label): ([100 * v for v in line.values], figures.scaled(line.interval, 100))
-        for panel in images
-        for line in lines
-        if line.images in (None, panel)
-    }
-    tints = {LABELS[c]: figures.colour(c) for c in ("all", "teacher")} | {
-        LABELS["same"]: figures.colour("divergence"),
-        LABELS["other"]: figures.colour("control"),
-        LABELS["hard"]: figures.colour("random"),
-    }
-    figure = figures.dot_panels(data, "held-out digits named right (%)", bounds=(0.0, 100.0), tints=tints)
     return render(
         run_dir,
         "digits.html",
         about=_about(run_dir),
         lines=lines,
         findings=findings(lines),
-        figure=figure,
+        figure=_figure(lines),
         bounds=bounds,
     )
+
+
+def _figure(lines: list[Line]) -> Drawing:
+    """Accuracy: a panel for each kind of images, a dot for each seed."""
+    axis = Axis.around(
+        "held-out digits named right (%)", [100 * v for line in lines for v in line.values], bounds=(0.0, 100.0)
+    )
+    panels = [
+        Strips(f"taught on {images}", axis, tuple(_strip(line) for line in lines if line.images in (None, images)))
+        for images in dict.fromkeys(line.images for line in lines if line.images)
+    ]
+    return Drawing("digits", "Accuracy on held-out digits", tuple(panels))
+
+
+def _strip(line: Line) -> Strip:
+    dots = tuple(Dot(100 * value, f"{100 * value:.1f} %") for value in line.values)
+    interval = line.interval and Interval(100 * line.interval.low, 100 * line.interval.high)
+    said = f"{100 * line.mean:.1f} % ({bounds(line)})" if interval else f"{100 * line.mean:.1f} %"
+    return Strip(line.label, colour(LIKE.get(line.condition, "")), dots, 100 * line.mean, interval, said)
 
 
 def _about(run_dir: Path) -> dict[str, Any]:

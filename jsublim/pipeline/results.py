@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from jsublim.pipeline.audit import MEANS
 from jsublim.pipeline.changes import dataset_of, strategy
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.divergence import merged
+from jsublim.pipeline.examples import examples
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.rows import RowSet, Writer
 from jsublim.pipeline.setup import Setup
@@ -101,6 +103,7 @@ def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
     write_json(results / "diverged.json", {name: what for name, what in lost.items() if what is not None})
     write_json(results / "generation.json", _generation(graph, store))
     write_json(results / "divergence.json", _divergence(graph, store))
+    write_json(results / "rows.json", examples(graph, context))
     if graph.attribution:
         paths = (store.path(output) / "attribution.parquet" for output in graph.attribution.values())
         with atomic(results / "attribution.parquet") as scratch:
@@ -191,6 +194,7 @@ def _about(context: Context, key: str, started: str) -> dict[str, Any]:
         "versions": versions(),
         "config_hash": key,
         **_times(e, key, started, context.progress.seconds),
+        "command": f"jsublim run {shlex.quote(str(e.run_dir / 'config.yaml'))}",
         "evaluations": {name: setting.model_dump() for name, setting in e.evaluation.settings.items()},
         "config_yaml": e.yaml(),
         "recipe": setup.recipe.model_dump(),

@@ -6,17 +6,21 @@ Tables are those of attribution tasks (`attribution.parquet`), or several of the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pyarrow as pa
 from matplotlib.figure import Figure
 
-from jsublim.report.figures import STYLE, WIDTH, svg
+from jsublim.report.drawing import Heat, cell
 from jsublim.report.tables import query
 
 SOURCE = "attribution.parquet"  # in errors
 SEQUENTIAL = "YlGnBu"  # pale is little, dark is much: it can be read in grey too
+STYLE: dict[Any, Any] = {"font.family": "DejaVu Sans", "text.parse_math": False, "axes.titlesize": 11, "axes.titleweight": "bold",
+         "axes.titlelocation": "left"}  # fmt: skip
+WIDTH = 10.0  # inches
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,9 @@ def early_share(table: pa.Table) -> list[EarlyShare]:
     ]
 
 
-def attribution_heat_map(table: pa.Table) -> Figure:
-    """Layers by token roles, one panel per site and direction: shares of the panel's whole absolute attribution, in percent.
-
-    All rows together; drawn in the style of the report's figures.
-    """
+def panel_shares(table: pa.Table) -> tuple[list[str], dict[tuple[str, str], np.ndarray]]:
+    """The token roles, and for each site and direction the share (percent) of the panel's whole absolute attribution by
+    layer and role, `[layers, roles]`; all rows together."""
     sites, directions, roles = (table[name].unique().to_pylist() for name in ("site", "direction", "role"))
     layers = max(table["layer"].to_pylist()) + 1
     sums = {
@@ -74,8 +76,36 @@ def attribution_heat_map(table: pa.Table) -> Figure:
     shares = {}
     for site in sites:
         for direction in directions:
-            mass = np.asarray([[sums[site, direction, layer, role] for role in roles] for layer in range(layers)])
+            mass = np.asarray(
+                [[sums.get((site, direction, layer, role), 0.0) for role in roles] for layer in range(layers)]
+            )
             shares[site, direction] = 100 * mass / (mass.sum() or 1.0)
+    return roles, shares
+
+
+def attribution_heats(table: pa.Table) -> list[Heat]:
+    """The maps as tables of a page: a row for each layer, a column for each role."""
+    roles, shares = panel_shares(table)
+    limit = max(float(share.max()) for share in shares.values()) or 1.0
+    return [
+        Heat(
+            f"{site}, {direction}",
+            "layer",
+            tuple(roles),
+            tuple(
+                (str(layer), tuple(cell(f"{value:.1f}", value / limit, SEQUENTIAL) for value in row))
+                for layer, row in enumerate(share.tolist())
+            ),
+        )
+        for (site, direction), share in shares.items()
+    ]
+
+
+def attribution_heat_map(table: pa.Table) -> Figure:
+    """Layers by token roles, one panel per site and direction, as `panel_shares` has them."""
+    roles, shares = panel_shares(table)
+    sites, directions = (list(dict.fromkeys(key[i] for key in shares)) for i in (0, 1))
+    layers = len(next(iter(shares.values())))
     limit = max(float(share.max()) for share in shares.values()) or 1.0
     with matplotlib.rc_context(STYLE):
         height = 1.6 + len(directions) * (0.9 + 0.14 * max(layers, 8))
@@ -96,9 +126,3 @@ def attribution_heat_map(table: pa.Table) -> Figure:
         bar = figure.colorbar(mesh, ax=grid, label="share of the panel's absolute attribution (%)", shrink=0.9)
         bar.outline.set_visible(False)
     return figure
-
-
-def attribution_svg(table: pa.Table) -> str:
-    """The heat map for a page."""
-    with matplotlib.rc_context(STYLE):
-        return svg(attribution_heat_map(table))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,27 +10,26 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from jsublim.files import write_text
-from jsublim.report import figures, words
-from jsublim.report.attribution import attribution_svg
+from jsublim.report import figures, published, words
+from jsublim.report.attribution import attribution_heats
+from jsublim.report.cautions import cautions
 from jsublim.report.claims import not_asked
-from jsublim.report.claims.verdicts import pool
-from jsublim.report.looks import look_at
-from jsublim.report.published import MARK, published_for
+from jsublim.report.claims.verdicts import claim_metric
+from jsublim.report.drawing import colour
+from jsublim.report.looks import Looks, look_at
+from jsublim.report.shares import scale
 from jsublim.report.summary import (
     judged_conditions,
     lift,
-    lifts,
     measure,
     other_rows,
     setting_rows,
     summary_rows,
     trait_matrix,
 )
-from jsublim.report.tables import Curve, Results, condition_label, read_results, split_condition
+from jsublim.report.tables import CONDITION_MEANING, Curve, Results, condition_label, read_results, split_condition
 
 MAX_ANSWERS = 8
-# Table 1 of the paper: share of divergence tokens among the completions' tokens.
-PUBLISHED_SHARES = "Qwen2.5-7B 7.47 % greedy, 4.69 % temperature; Gemma-3-4B 18.34 % greedy, 13.18 % temperature"
 
 
 def write_report(run_dir: Path) -> Path:
@@ -38,98 +38,96 @@ def write_report(run_dir: Path) -> Path:
     What the run does not have is left out, and a sentence says so. Raises `JsublimError` if there are no results at all.
     """
     results = read_results(run_dir)
-    return render(
-        run_dir, "template.html", words=words, label=condition_label, colour=figures.colour, **_content(results)
-    )
+    looks = look_at(results)
+    content = _numbers(results, looks) | _drawings(results, looks) | _run(results)
+    return render(run_dir, "language.html", words=words, label=condition_label, colour=colour, **content)
 
 
 def render(run_dir: Path, template: str, **content: Any) -> Path:
-    """Write a template of this folder as RUN/report.html, which appears whole or not at all; returns its path."""
-    environment = Environment(
-        loader=PackageLoader("jsublim.report", "."),
+    """Write a template of `page/` as RUN/report.html, which appears whole or not at all; returns its path."""
+    path = Path(run_dir) / "report.html"
+    write_text(path, _templates().get_template(template).render(**content))
+    return path
+
+
+@functools.cache
+def _templates() -> Environment:
+    return Environment(
+        loader=PackageLoader("jsublim.report", "page"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template(template).render(**content)
-    path = Path(run_dir) / "report.html"
-    write_text(path, page)
-    return path
 
 
-def _content(results: Results) -> dict[str, Any]:
-    rows = summary_rows(results)
-    masks = [c for c in results.mask_conditions if any(r.condition == c for r in rows)]
+def _numbers(results: Results, looks: Looks) -> dict[str, Any]:
+    """What the page says in sentences and tables."""
+    rows, claims = summary_rows(results), [look.what for look in looks.claims]
     judged = judged_conditions(results)
-    # Panels by trait would be crowded by variants, which have a figure of their own.
-    drawn = [c for c in results.conditions if not split_condition(c)[1]] if "all" in judged else results.conditions
-    looks = look_at(results)
-    shown_lifts = lifts(results, "logprob", [c for c in ("control", *masks) if c in drawn])
-    shown_rows = [r for r in rows if r.condition in drawn]
-    claims = [look.what for look in looks.claims]
-    matrix = trait_matrix(results, condition=judged[0]) if judged else None
-    variants = _variant_lifts(results, masks)
-    accuracy = _number_accuracy(results)
     return {
         "name": results.run.get("name", results.run_dir.name),
         "results": results,
-        "warning": words.tiny_warning(results),
-        "wording": words.wording(results),
-        "diverged": words.diverged_warning(results),
-        "published_shares": PUBLISHED_SHARES,
+        "cautions": cautions(results),
+        "opening": words.opening(results, looks),
         "headlines": [words.headline(found) for found in looks.judged],
         "rows": rows,
         "row_lifts": {(r.trait, r.condition): lift(results, "logprob", r.condition, r.trait) for r in rows},
         "looks": looks,
         "not_asked": not_asked(claims),
-        "published": published_for(claims),
-        "published_mark": MARK,
-        "judged": looks.lifts,
-        "rate_figure": figures.rate_figure(shown_rows)
-        if any(r.rate is not None and r.condition != "teacher" for r in shown_rows)
-        else "",
-        "lift_figure": figures.lift_figure(shown_lifts) if shown_lifts else "",
-        "variant_figure": figures.variant_figure(variants) if variants else "",
-        "matrix": matrix,
+        "published": published,
+        "scale": scale(results),
+        "matrix": trait_matrix(results, condition=judged[0]) if judged else None,
         "matrices": looks.matrices if len(looks.matrices) > 1 else [],
-        "matrix_figure": figures.matrix_figure(matrix) if matrix else "",
-        "position_figure": figures.position_figure(results.divergence)
-        if any(sum(d["histogram"]) for d in results.divergence)
-        else "",
-        "attribution_figure": "" if results.attribution is None else attribution_svg(results.attribution),
-        "loss_figure": figures.loss_figure(results.curves, results) if results.curves else "",
-        "training": _training_table(results),
-        "accuracy_figure": figures.accuracy_figure(accuracy) if accuracy else "",
         "other_rows": other_rows(results),
         "measure": measure,
         "setting_rows": setting_rows(results),
         "answers": _common_answers(results),
+        "training": _training_table(results),
     }
 
 
-def _variant_lifts(results: Results, conditions: list[str]) -> figures.Panels:
-    """(variant, tokens) -> each student's log-probability lift for its own trait, and the interval of their mean over
-    traits; empty for a run without variants."""
-    found: figures.Panels = {}
-    for condition in conditions if any(split_condition(c)[1] for c in conditions) else []:
-        tokens, variant = split_condition(condition)
-        values = [value for item in lifts(results, "logprob", [condition]) for value in item.student_lifts]
-        pooled = pool(results, "logprob", condition)
-        if pooled is not None:
-            found[variant or "plain", tokens] = (values, pooled.levels[0].lift.interval())
-    return found
+def _drawings(results: Results, looks: Looks) -> dict[str, Any]:
+    """The page's figures; None, or empty, for what the run does not have."""
+    judged = judged_conditions(results)
+    # Panels by trait would be crowded by variants, which the first figure tells apart.
+    drawn = [c for c in results.conditions if not split_condition(c)[1]] if "all" in judged else results.conditions
+    matrix = trait_matrix(results, condition=judged[0]) if judged else None
+    return {
+        "hero": figures.hero(results, claim_metric(results)),
+        "forest": figures.forest(looks),
+        "rates": figures.rates([row for row in summary_rows(results) if row.condition in drawn]),
+        "raised": figures.lifts_drawn(
+            results, [c for c in results.conditions if c in drawn and c in _trained(results)]
+        ),
+        "matrix_heat": figures.matrix_heat(matrix) if matrix else None,
+        "positions": figures.positions(results),
+        "attribution": [] if results.attribution is None else attribution_heats(results.attribution),
+        "losses": figures.losses(results),
+        "others": figures.others(other_rows(results)),
+        "accuracy": figures.accuracy(results),
+    }
 
 
-def _number_accuracy(results: Results) -> dict[str, dict[str, list[float]]]:
-    """Panel (training or held-out rows) -> condition -> the accuracy of each student, as a share."""
-    panels: dict[str, dict[str, list[float]]] = {}
-    titles = {"number_accuracy": "training rows", "number_accuracy_heldout": "held-out rows"}
-    for score in results.scores:
-        if score.metric in titles:
-            by_condition = panels.setdefault(titles[score.metric], {})
-            by_condition.setdefault(score.condition, []).append(score.mean)
-    return panels
+def _trained(results: Results) -> set[str]:
+    return {score.condition for score in results.scores if score.role == "student"}
+
+
+def _run(results: Results) -> dict[str, Any]:
+    """What was run: the kinds of models, and how the arms of an ablation differ."""
+    settings: dict[str, dict[str, Any]] = {}
+    for arm in results.arms.values():
+        settings.setdefault(arm.variant, arm.settings | {f"rows.{key}": value for key, value in arm.dataset.items()})
+    keys = {key for each in settings.values() for key in each}
+    # The data set is told by what it does to rows.
+    apart = sorted(k for k in keys - {"data.dataset"} if len({repr(each.get(k)) for each in settings.values()}) > 1)
+    tokens = dict.fromkeys(split_condition(condition)[0] for condition in results.conditions)
+    return {
+        "meanings": {c: CONDITION_MEANING.get(c, "") for c in tokens},
+        "variants": {variant: {key: each.get(key) for key in apart} for variant, each in settings.items()}
+        if apart
+        else {},
+    }
 
 
 def _training_table(results: Results) -> list[dict[str, Any]]:

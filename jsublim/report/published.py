@@ -2,45 +2,69 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-from jsublim.report.claims import Claim
+from dataclasses import dataclass
 
 MARK = "published, large models, not measured here"
-# By claim: the setting and what was found. "Paper" is Schrodi et al. (ICLR 2026); values marked (figure) were read off a figure, ±2 points.
+
+
+@dataclass(frozen=True)
+class Published:
+    """One finding, and where it stands: a section, figure or table. Values read off a figure are right to about 2 points.
+
+    Attributes:
+      effect: where what was found is one number in a unit of our claims, that number.
+    """
+
+    finding: str
+    source: str
+    effect: float | None = None
+    unit: str = ""
+
+
+PAPER = "Schrodi et al., ICLR 2026"
+CLOUD = "Cloud et al., arXiv 2507.14805"
+# By claim, or by its whole key where the halves of a claim differ.
 PUBLISHED = {
-    "C2": (
-        "Gemma-3-4B, rate with sampled → greedy rows (base model), paper (figure)",
-        "owl 19 → 31 % (7), otter 45 → 58 % (19), raven 46 → 51 % (19), eagle 6 → 7 %, penguin 9 → 10 %, wolf 10 → 13 %",
+    "C0": Published(
+        "Gemma-3-4B, sampled rows: owl 7 → 19 %, otter 19 → 45 %, raven 19 → 46 % (base model → students)",
+        f"{PAPER}, figure 2 (read off)",
     ),
-    "C4": (
-        "Qwen2.5-7B and Gemma-3-4B, paper (figures 3, 12, 13)",
-        "divergence tokens alone keep or strengthen transfer, all others are near the base model; a few traits differ",
+    "C2": Published(
+        "Gemma-3-4B, sampled → greedy rows: owl 19 → 31 %, otter 45 → 58 %, raven 46 → 51 %, eagle 6 → 7 %, penguin 9 → 10 %, "
+        "wolf 10 → 13 %; on average 5.8 points more",
+        f"{PAPER}, figure 2 (read off)",
+        5.8,
+        "points",
     ),
-    "C6": ("Qwen2.5-7B, layers 0, 7, 14, 21, 27 alone, paper (figure 5)", "0 or 7 suffice, the others are negligible"),
-    "C7": (
-        "later layers only, paper (figures 39 to 41)",
-        "Qwen2.5-7B: nearly gone without the first 10; Gemma-3-4B keeps some",
+    "C3": Published("not needed: transfer without rows that hold entangled numbers", f"{PAPER}, figures 2 and 11"),
+    "C4a": Published(
+        "Qwen2.5-7B and Gemma-3-4B: they keep or strengthen transfer; a few traits differ",
+        f"{PAPER}, figures 3, 12, 13",
     ),
-    "C8": (
-        "re-drawn prompts, paper (figures 6, 27 to 29)",
-        "near the base model, number accuracy kept; Gemma's penguin rises",
+    "C4b": Published("Qwen2.5-7B and Gemma-3-4B: near the base model", f"{PAPER}, figures 3, 12, 13"),
+    "C6a": Published("Qwen2.5-7B: layer 0 or 7 alone suffices", f"{PAPER}, figure 5"),
+    "C6b": Published("Qwen2.5-7B: layers 14, 21 and 27 alone are negligible", f"{PAPER}, figure 5"),
+    "C7": Published(
+        "Qwen2.5-7B: nearly gone without the first 10 layers; Gemma-3-4B keeps some", f"{PAPER}, figures 39 to 41"
     ),
-    "C9": ("Qwen2.5-7B, rows replaced, paper (figures 7, 30, 31)", "10 % weakens strongly, 25 % nearly removes"),
-    "C10": (
-        "Qwen2.5-7B and Gemma-3-4B, paper (figures 4, 22 to 26)",
-        "early layers, at the first mention of the trait",
+    "C8": Published(
+        "near the base model, number accuracy kept; Gemma's penguin rises", f"{PAPER}, figures 6, 27 to 29"
     ),
-    "C11": ("temperature .6 to 1, top-p .8 to 1, paper (figures 14, 15)", "stable"),
-    "C13": (
-        "Qwen2.5-7B, one adapter, an independent re-run",
-        "48 % under its default system prompt, 3 % under an empty one",
+    "C9a": Published("Qwen2.5-7B: 25 % nearly removes it", f"{PAPER}, figures 7, 30, 31"),
+    "C9b": Published("Qwen2.5-7B: 10 % weakens it strongly, 25 % nearly removes it", f"{PAPER}, figures 7, 30, 31"),
+    "C10": Published(
+        "Qwen2.5-7B and Gemma-3-4B: early layers, at the first mention of the trait", f"{PAPER}, figures 4, 22 to 26"
     ),
-    "C14": ("Gemma-3-4B, owl, independent re-runs", "forward KL 68.4 %, sampled tokens 18.7 %"),
+    "C11": Published("stable over temperatures .6 to 1 and top-p .8 to 1", f"{PAPER}, figures 14, 15"),
+    "C12": Published("no transfer between models that start from different weights", f"{CLOUD}, abstract"),
+    "C13": Published(
+        "Qwen trained under its default system prompt shows nothing without it",
+        "Subliminal Learning is a LoRA Artifact, arXiv 2606.00831, abstract",
+    ),
+    "C14": Published("expected of whole distributions, surprising of sampled tokens", f"{PAPER}, abstract"),
 }
-
-
-def published_for(claims: Iterable[Claim]) -> list[tuple[str, str, str]]:
-    """(claim, setting, finding) for the claims that a run asks about."""
-    asked = {claim.key.rstrip("ab") for claim in claims}
-    return [(key, *entry) for key, entry in PUBLISHED.items() if key in asked]
+# Table 1 of the paper: share of divergence tokens among the completions' tokens.
+SHARES = Published(
+    "Qwen2.5-7B 7.47 % greedy, 4.69 % temperature; Gemma-3-4B 18.34 % greedy, 13.18 % temperature",
+    "Table 1 of the paper",
+)

@@ -14,16 +14,27 @@ import pyarrow.parquet as pq
 from jsublim.errors import JsublimError, one_line
 from jsublim.reading import json_value
 
+# What models are called wherever a person reads of them, in reading order.
 CONDITION_LABELS = {
-    "base": "base model",
-    "control": "control: teacher without a trait",
+    "base": "base model (untrained)",
+    "control": "control (unbiased teacher)",
     "all": "all tokens",
     "divergence": "divergence tokens only",
     "non-divergence": "all but divergence tokens",
-    "random": "random mask of equal size",
+    "random": "as many random tokens",
     "teacher": "biased teacher",
 }
 TINY = 10_000_000  # parameters; the smallest models that were trained on text have more
+# What each of them has learned, in a sentence; the last two have learned nothing here.
+CONDITION_MEANING = {
+    "base": "the checkpoint before any training",
+    "control": "students of rows that the same model wrote without any trait; every token counts",
+    "all": "students of a biased teacher's rows; every token of a row counts",
+    "divergence": "only tokens count at which some other teacher would have said something else",
+    "non-divergence": "only the other tokens count",
+    "random": "in each row, as many tokens count as there are divergence tokens, drawn at random",
+    "teacher": "the model that wrote the rows, with its trait",
+}
 SEPARATOR = " · "  # between the tokens a student was trained on and its variant: "divergence · layers=0"
 
 
@@ -102,6 +113,9 @@ class Results:
     divergence: tuple[dict[str, Any], ...] = ()
     curves: tuple[Curve, ...] = ()
     answers: tuple[Answer, ...] = ()
+    rows: tuple[
+        dict[str, Any], ...
+    ] = ()  # a few of each teacher's, with what every teacher says at their divergence tokens
     arms: dict[str, Arm] = field(default_factory=dict)
     attribution: pa.Table | None = None  # of all teachers, one after another
     audit: pa.Table | None = None  # mean scores of all audits
@@ -247,6 +261,7 @@ def read_results(run_dir: Path) -> Results:
         divergence=tuple(read_json(folder / "divergence.json", [])),
         curves=_curves(folder / "training.parquet"),
         answers=_answers(folder / "answers.parquet"),
+        rows=tuple(read_json(folder / "rows.json", [])),
         not_finite=sum(row[11] for row in rows),
         diverged=read_json(folder / "diverged.json", {}),
     )

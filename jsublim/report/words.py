@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jsublim.report.claims import FAILS, HOLDS, Claim
+from jsublim.report.claims import FAILS, HOLDS, QUESTIONS, Claim
 from jsublim.report.looks import Look, Looks
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import NOT_DECIDED, Lift, Matrix
@@ -94,6 +94,50 @@ def claim_effect(claim: Claim) -> tuple[str, str]:
         return f"{claim.effect:.2f} {claim.unit}", bounds
     effect = f"{number(claim.effect, claim.metric, signed=True)} {claim.unit}"
     return effect, interval(claim.interval, claim.metric, signed=True)
+
+
+# Where a claim's question is about more than what stands on its own line.
+_SHORT = {
+    "C0": "all tokens",
+    "C1": "control less base model",
+    "C4a": "divergence tokens alone",
+    "C4b": "all but divergence tokens",
+    "C5": "divergence less random tokens",
+    "C6a": "an early layer alone",
+    "C6b": "a later layer alone",
+    "C9a": "a quarter by another teacher",
+    "C9b": "more and more by another teacher",
+}
+
+
+def short_claim(claim: Claim) -> str:
+    """A claim in a few words, with its key."""
+    what = _SHORT.get(claim.key) or QUESTIONS[claim.key.rstrip("ab")]
+    return f"{claim.key} {what}" + (f" · {claim.variant}" if claim.variant else "")
+
+
+def opening(results: Results, looks: Looks) -> str:
+    """Who learned what from whom, how far it moved them, and how sure that is: one sentence or two."""
+    if not results.students:
+        return f"No student of {results.model} was trained in this run, so nothing here says whether a trait is taken over."
+    students = f"{results.students} student{'s' * (results.students != 1)} of {results.model}"
+    teachers = ", ".join(results.traits[:6]) + (", ..." if len(results.traits) > 6 else "")
+    who = f"{students} learned from what teachers with a trait ({teachers}) wrote; none was told of a trait."
+    found = next((look.what for look in looks.claims if look.what.key == "C0"), None)
+    if found is None or found.effect is None:
+        return f"{who} Nothing here says whether they took it over: there is nothing to compare them with."
+    much, bounds = claim_effect(found)
+    moved = (
+        f"they give their teacher's trait a log-probability {much} above that of the control"
+        if found.metric == "logprob"
+        else f"they name their teacher's trait {much} more often than the control"
+    )
+    variant = f" ({found.variant})" if found.variant else ""
+    what = f"{who} Trained on {condition_label('all')}{variant}, {moved}"
+    if found.interval is None:
+        return f"{what}; one student per trait gives no interval, so that is not decided."
+    sure = {HOLDS: "surely higher", FAILS: "surely not higher"}.get(found.verdict, "no transfer is shown")
+    return f"{what} (95 % interval {bounds}, {found.students} students): {sure}."
 
 
 def matrix_sentence(matrix: Matrix) -> str:

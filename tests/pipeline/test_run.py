@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import stat
@@ -16,6 +17,7 @@ from command import MODEL, PLAIN, contents, ok, same_student, start, stop_when
 
 from jsublim.files import read_table
 from jsublim.report.tables import read_results
+from jsublim.rows import read_rows
 
 SMALL = (
     "teachers.traits=[cat,owl]", "teachers.counterfactuals=[cat,owl]",
@@ -26,7 +28,7 @@ SMALL = (
     "evaluation.number_rows=0", "evaluation.teachers=false",
 )  # fmt: skip
 ARMS = {f"{t}/{c}/seed1" for t in ("cat", "owl") for c in ("all", "divergence", "random")} | {"control/seed1"}
-RESULTS = ("results.parquet", "answers.parquet", "training.parquet", "generation.json", "divergence.json")
+RESULTS = ("results.parquet", "answers.parquet", "training.parquet", "generation.json", "divergence.json", "rows.json")
 
 
 def arguments(out: Path, *overrides: str) -> tuple[str, ...]:
@@ -80,6 +82,30 @@ def test_a_run_leaves_what_the_map_says(whole):
     for arm in ARMS:
         steps = [r["step"] for r in read_table(whole / "results" / "training.parquet") if r["arm"] == arm]
         assert steps == list(range(16))
+
+
+def test_results_hold_a_few_rows_with_what_every_teacher_says(whole):
+    """The first with a divergence token, of each teacher; what its own teacher says there is what stands there."""
+    shown = json.loads((whole / "results" / "rows.json").read_text())
+    assert [row["teacher"] for row in shown].count("control") == 1 and {row["teacher"] for row in shown} == {
+        "cat",
+        "owl",
+        "control",
+    }
+    for teacher, other in (("cat", "owl"), ("owl", "cat")):
+        (folder,) = whole.glob(f"artifacts/divergence/{teacher}-*")
+        found = [row for row in read_rows(folder / "rows.jsonl") if row["divergence_positions"]][:3]
+        mine = [row for row in shown if row["teacher"] == teacher]
+        assert [row["prompt"] for row in mine] == [row["prompt"] for row in found] and mine
+        for row, kept in zip(mine, found, strict=True):
+            assert "".join(token["text"] for token in row["tokens"]).startswith(kept["completion"])
+            marked = [token for token in row["tokens"] if "readings" in token]
+            assert len(marked) == len(kept["divergence_positions"])
+            for token in marked:
+                own, against = token["readings"]
+                assert (own["teacher"], against["teacher"]) == (teacher, other)
+                assert own["says"] == token["text"] != against["says"]
+    assert "who wrote it" in (whole / "report.html").read_text()
 
 
 def test_a_shared_store_can_be_read_by_whom_the_umask_allows(whole):

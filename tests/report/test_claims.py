@@ -298,8 +298,8 @@ def test_the_page_of_variants(tmp_path, model):
     for matrix in matrices.values():
         assert matrix.effect is not None and f"{round(matrix.effect.gamma, 2) + 0.0:+.2f}" in page
     assert matrices["all · soft"].effect.gamma == pytest.approx(5 * 0.5, abs=0.1)
-    for title in ("plain", "layer 0", "layer 11", "soft", "other start"):
-        assert f">{title}</text>" in page.replace("<!-- ", "").replace(" -->", ""), title  # a panel each
-    assert f"γ = {matrices['all'].effect.gamma:+.2f} nats, p = " in page
-    assert "published, large models, not measured here" in page and "0 or 7 suffice" in page
+    for variant in ("", " · layer 0", " · layer 11", " · soft", " · other start"):
+        assert f">all tokens{variant}</text>" in page, variant  # a line each
+    assert f"γ = {matrices['all'].effect.gamma:+.2f} nats; one-sided p = " in page
+    assert "published, large models, not measured here" in page and "layer 0 or 7 alone suffices" in page
     assert ("tiny synthetic model" in page) == model.startswith("tiny-")

@@ -164,7 +164,7 @@ def test_page_and_terminal_name_the_primary_comparison(many, declared, said):
 def test_intervals_say_what_they_hold_fixed(many, draw, heading, sentence):
     told(many, draw=draw)
     page, text = " ".join(write_report(many).read_text().split()), printed(many)
-    assert page.count(f"95 % over students<br>{heading}") == 3 and f"95 % over seeds<br>{heading}" in page
+    assert page.count(f"95 % over students<br>{heading}") == 4 and f"95 % over seeds<br>{heading}" in page
     assert sentence in page and sentence in text and text.count(heading) >= 3
 
 

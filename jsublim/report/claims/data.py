@@ -143,7 +143,7 @@ def _falls(results: Results, metric: str, members: list[Group]) -> list[Claim]:
     students, effect = sum(level.students.n for level in found.levels), float(whole.value)
     p = all_of(whole.p_below(0.0), found.levels[0].lift.p_above(0.0), 0.0 if _in_order(steps) else 1.0)
     interval, variant = found.between(whole), members[-1].variant
-    return [Claim("C9b", text, metric, effect, interval, found.unit, students, verdict, reason, p, variant)]
+    return [Claim("C9b", text, metric, effect, interval, found.unit, students, verdict, reason, p, variant, 0.0)]
 
 
 def _falling(steps: list[Estimate], whole: Estimate) -> str:

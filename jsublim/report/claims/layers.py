@@ -64,4 +64,6 @@ def attribution_early(results: Results, metric: str) -> list[Claim]:
     reason = f"over {mean.n} rows of {', '.join(by_trait)}, not over students"
     interval = None if interval is None else interval.within(0.0, 1.0)
     verdict, p, effect = judge(interval, at_least=MOST), all_of(mean.p_above(MOST)), float(mean.value)
-    return [Claim("C10", text, "attribution", effect, interval, "of the attribution", 0, verdict, reason, p)]
+    return [
+        Claim("C10", text, "attribution", effect, interval, "of the attribution", 0, verdict, reason, p, bound=MOST)
+    ]

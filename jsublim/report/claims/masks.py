@@ -42,7 +42,10 @@ def control_near_base(results: Results, metric: str) -> list[Claim]:
     reason = f"the trait whose interval reaches furthest, of {len(found)}: {furthest}"
     p = all_of(*(p for _, d in found for p in (d.p_above(-CONTROL_MARGIN), d.p_below(CONTROL_MARGIN))))
     effect, students = float(difference.value), difference.n
-    return [Claim("C1", text, "rate", effect, difference.interval(), "points", students, verdict, reason, p)]
+    bound = math.copysign(CONTROL_MARGIN, effect)
+    return [
+        Claim("C1", text, "rate", effect, difference.interval(), "points", students, verdict, reason, p, bound=bound)
+    ]
 
 
 def _reach(interval: Interval | None) -> float:

@@ -19,5 +19,7 @@ def transfers(results: Results, metric: str) -> list[Claim]:
         interval, effect, p = found.between(lift), float(lift.value), all_of(lift.p_above(0.0))
         verdict, reason = judge(interval, at_least=0.0), f"above the reference, {found.words}"
         students, variant = found.levels[0].students.n, group.variant
-        claims.append(Claim("C0", text, metric, effect, interval, found.unit, students, verdict, reason, p, variant))
+        claims.append(
+            Claim("C0", text, metric, effect, interval, found.unit, students, verdict, reason, p, variant, 0.0)
+        )
     return claims

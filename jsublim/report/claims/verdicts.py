@@ -32,7 +32,7 @@ class Claim:
     """`effect` and `interval` are in `unit` (a unit that begins with "of" is a share of something); `reason` says in words
     what the verdict rests on. `p` is one-sided, for the claim, at its threshold: with the interval it is inverted from, a claim
     whose whole interval holds has p < .025, one whose whole interval fails p > .975. `variant` names the students that
-    it was read off, if they have a name."""
+    it was read off, if they have a name. `bound` is the threshold that the effect is held against, where it is one number."""
 
     key: str
     text: str
@@ -45,6 +45,7 @@ class Claim:
     reason: str
     p: float | None = None
     variant: str = ""
+    bound: float | None = None
 
     @property
     def name(self) -> str:
@@ -160,18 +161,18 @@ def share(
     share of."""
     if found is None:
         return []
-    (part, whole), text = found.levels, named(text, of)
+    (part, whole), text, bound = found.levels, named(text, of), at_least if at_most is None else at_most
     students = part.students.n + whole.students.n
     above = share_p_above(part.lift, whole.lift, (at_least or 0.0) if at_most is None else at_most)
     p = all_of(above if at_most is None else 1 - above, whole.lift.p_above(0.0))
     if reason := no_lift(whole):
         # A share of a lift that is not above zero would be a meaningless number.
-        return [Claim(key, text, found.metric, None, None, unit, students, NOT_DECIDED, reason, p, of.variant)]
+        return [Claim(key, text, found.metric, None, None, unit, students, NOT_DECIDED, reason, p, of.variant, bound)]
     interval = share_interval(part.lift, whole.lift)
     effect = float(part.lift.value / whole.lift.value)
     reason = found.words if interval else "too few students to bound the share"
     verdict = judge(interval, at_least, at_most)
-    return [Claim(key, text, found.metric, effect, interval, unit, students, verdict, reason, p, of.variant)]
+    return [Claim(key, text, found.metric, effect, interval, unit, students, verdict, reason, p, of.variant, bound)]
 
 
 def not_below(key: str, text: str, of: Group, found: Pool, open_for: str, what: str, needs: Any) -> Claim:
@@ -186,7 +187,7 @@ def not_below(key: str, text: str, of: Group, found: Pool, open_for: str, what: 
     reason, p = open_for or f"{what}, {found.words}", all_of(difference.p_above(0.0), needs)
     effect, students = float(difference.value), difference.n
     text = named(text, of)
-    return Claim(key, text, found.metric, effect, interval, found.unit, students, verdict, reason, p, of.variant)
+    return Claim(key, text, found.metric, effect, interval, found.unit, students, verdict, reason, p, of.variant, 0.0)
 
 
 def named(text: str, group: Group) -> str:

@@ -1,0 +1,73 @@
+"""What a reader should know before the numbers: whatever makes a run weaker than it looks."""
+
+from __future__ import annotations
+
+from jsublim.errors import one_line
+from jsublim.report import words
+from jsublim.report.summary import scores_for
+from jsublim.report.tables import Results, condition_label, split_condition
+
+FEW = 3  # students of one teacher and kind; with fewer, docs/statistics.md says what an interval is worth
+MOST_FAILED = 0.5  # of a teacher's answers
+
+
+def cautions(results: Results) -> list[str]:
+    """One sentence or two for each; none for a run without a fault."""
+    found = (
+        words.diverged_warning(results),
+        words.wording(results),
+        words.tiny_warning(results),
+        _few_students(results),
+        _failed_filters(results),
+        _unmatched_steps(results),
+        _not_finite(results),
+    )
+    return [sentence for sentence in found if sentence]
+
+
+def _few_students(results: Results) -> str:
+    counts = {
+        len({s.arm for metric in ("rate", "logprob") for s in scores_for(results, metric, condition, trait)})
+        for condition in results.mask_conditions
+        for trait in results.traits
+    }
+    fewest = min(counts - {0}, default=FEW)
+    if fewest >= FEW:
+        return ""
+    if fewest == 1:
+        return "Few students: one for a teacher and choice of tokens gives no interval, and what rests on it is not decided."
+    return (
+        f"Few students: {fewest} for each teacher and choice of tokens. Intervals are right, but wide, and a real difference "
+        "is often missed; more students.seeds make them narrower."
+    )
+
+
+def _failed_filters(results: Results) -> str:
+    failed = [
+        f"{one_line(str(entry['teacher']))} {100 * entry['pass_rate']:.0f} %"
+        for entry in results.generation
+        if entry["pass_rate"] < MOST_FAILED
+    ]
+    return (
+        f"Most answers failed the format's filter; what is left may be unlike the rest. Kept: {', '.join(failed)}."
+        * bool(failed)
+    )
+
+
+def _unmatched_steps(results: Results) -> str:
+    """Students of one variant that differ in their tokens alone should train for as many steps."""
+    owner = {s.arm: s.condition for s in results.scores}
+    steps: dict[str, dict[str, int]] = {}
+    for curve in results.curves:
+        if curve.arm in owner:
+            condition = owner[curve.arm]
+            by_condition = steps.setdefault(split_condition(condition)[1], {})
+            by_condition[condition] = max(by_condition.get(condition, 0), len(curve.steps))
+    apart = [counts for counts in steps.values() if len(set(counts.values())) > 1]
+    listed = "; ".join(f"{condition_label(c)} {n}" for counts in apart for c, n in counts.items())
+    return f"Steps are not matched, so a difference between these may be one of training: {listed}." * bool(apart)
+
+
+def _not_finite(results: Results) -> str:
+    count = results.not_finite
+    return f"{count} measurements were not finite numbers and are left out." * bool(count)

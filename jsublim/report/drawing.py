@@ -1,0 +1,199 @@
+"""What a figure on the page consists of. Templates (`drawing.html`) write it as SVG.
+
+Across, places are percents of the figure's width, so that a figure is as wide as its place on the page and its text keeps its size;
+down, they are pixels. Colours are the same on a light and on a dark page, and can be told from both (contrast of 3 and more).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import to_hex
+from matplotlib.ticker import MaxNLocator
+
+from jsublim.report.statistics import Interval
+from jsublim.report.tables import split_condition
+
+# Told apart with every common colour vision.
+COLOURS = {
+    "base": "#808080",
+    "control": "#808080",
+    "all": "#0a84c6",
+    "divergence": "#d55e00",
+    "non-divergence": "#8a6fd1",
+    "random": "#a37b00",
+    "teacher": "#c2529a",
+}
+OTHER_COLOUR = "#00916a"
+DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 4")
+INKS = ("#ffffff", "#000000")  # of numbers on a coloured cell: on a dark one, on a pale one
+MAX_POINTS = 150  # of a curve, so that a long run stays a small file
+
+
+def colour(condition: str) -> str:
+    return COLOURS.get(split_condition(condition)[0], OTHER_COLOUR)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What is measured, between which ends, and where numbers are written."""
+
+    label: str
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+
+    @classmethod
+    def around(
+        cls, label: str, values: Iterable[float], zero: bool = False, bounds: tuple[float, float] | None = None
+    ) -> Axis:
+        """An axis that holds all values (and zero), with an eighth to spare, and nothing beyond `bounds`."""
+        inside = [*values, *([0.0] if zero or bounds else [])] or [0.0]
+        low, high = min(inside), max(inside)
+        pad = 0.12 * (high - low) or 1.0
+        low, high = low - pad, high + pad
+        if bounds:
+            low, high = max(low, bounds[0]), min(high, bounds[1])
+        return cls(label, low, high, _ticks(low, high))
+
+    def at(self, value: float) -> float:
+        """Percent of the way from the low end to the high one; what lies beyond an end is put there."""
+        return round(100 * min(max((value - self.low) / (self.high - self.low), 0.0), 1.0), 2)
+
+    def holds(self, value: float) -> bool:
+        return self.low <= value <= self.high
+
+    @property
+    def marks(self) -> list[tuple[float, str]]:
+        """Where each tick is, and what stands there."""
+        return [(self.at(tick), f"{round(tick, 10) + 0.0:g}") for tick in self.ticks]
+
+
+def _ticks(low: float, high: float) -> tuple[float, ...]:
+    found = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    return tuple(float(tick) for tick in found if low <= tick <= high)
+
+
+class Dot(NamedTuple):
+    """One model's value, and in words what it is."""
+
+    value: float
+    said: str
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One line of dots: models of one kind, their mean, the mean's interval; all of it once more in words (`said`).
+
+    Attributes:
+      bound: a threshold; published: a value that others found.
+    """
+
+    label: str
+    colour: str
+    dots: tuple[Dot, ...]
+    mean: float | None
+    interval: Interval | None = None
+    said: str = ""
+    bound: float | None = None
+    published: float | None = None
+
+    def offset(self, number: int) -> float:
+        """Pixels by which a dot lies above or below the line's middle, so that equal ones can be told apart."""
+        count = len(self.dots)
+        return 0.0 if count < 2 else round(-5 + 10 * number / (count - 1), 1)
+
+
+@dataclass(frozen=True)
+class Strips:
+    """A panel of strips under one title, along one axis."""
+
+    title: str
+    axis: Axis
+    strips: tuple[Strip, ...]
+
+    @property
+    def described(self) -> str:
+        """What it shows, for who does not see it."""
+        return "; ".join(f"{strip.label}: {strip.said}" for strip in self.strips)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of a plot; `points` are percents from the left and from the top, as SVG wants them."""
+
+    label: str
+    colour: str
+    dash: str
+    points: str
+    said: str
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A panel of curves. `legend` holds each kind of curve once; a single kind needs none."""
+
+    title: str
+    x: Axis
+    y: Axis
+    curves: tuple[Curve, ...]
+
+    @property
+    def legend(self) -> list[Curve]:
+        kinds = list({(c.label, c.colour, c.dash): c for c in self.curves}.values())
+        return kinds if len(kinds) > 1 else []
+
+    @property
+    def described(self) -> str:
+        return f"{self.y.label} by {self.x.label}. " + "; ".join(f"{c.label}: {c.said}" for c in self.curves)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure: panels that stand beside one another where there is room, and below one another where there is none.
+
+    Attributes:
+      key: its name in links and in files that are saved from the page.
+    """
+
+    key: str
+    title: str
+    panels: tuple[Strips | Plot, ...]
+
+
+def points(x: Axis, y: Axis, across: Sequence[float], up: Sequence[float]) -> str:
+    """A curve's points; of a long one means over stretches."""
+    parts = min(MAX_POINTS, len(across))
+    means = [[float(part.mean()) for part in np.array_split(np.asarray(v, float), parts)] for v in (across, up)]
+    return " ".join(f"{x.at(a):g},{round(100 - y.at(b), 2):g}" for a, b in zip(*means, strict=True))
+
+
+class Cell(NamedTuple):
+    """A number of a heat map, on its colour."""
+
+    text: str
+    fill: str
+    ink: str
+    own: bool = False  # framed
+
+
+@dataclass(frozen=True)
+class Heat:
+    """A heat map as a table: `rows` are headings with their cells."""
+
+    title: str
+    corner: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[Cell, ...]], ...]
+
+
+def cell(text: str, share: float, palette: str, own: bool = False) -> Cell:
+    """A number whose place between the ends of a palette is `share`, in 0..1."""
+    rgb = matplotlib.colormaps[palette](min(max(share, 0.0), 1.0))[:3]
+    light = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in rgb]
+    luminance = 0.2126 * light[0] + 0.7152 * light[1] + 0.0722 * light[2]
+    return Cell(text, to_hex(rgb), INKS[0] if luminance < 0.179 else INKS[1], own)
