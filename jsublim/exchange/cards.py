@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from jsublim.pipeline.store import DONE, RECORD, digest, read_summary, versions
 from jsublim.reading import read_json
 
 CARD = "README.md"
+KEY = re.compile(r"[0-9a-f]{12}")  # as `digest` makes one
 TAGS = ["jsublim", "subliminal-learning"]
 STUDY = (
     "It was made to study whether a model's traits are passed on by data that say nothing of them. It is an object of study: "
@@ -55,9 +57,8 @@ class Origin:
 
 def _parents(store: Path, inputs: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Artifacts whose keys stand in the inputs, and theirs. Of rows in several shards, the first shard stands for all."""
-    for key in dict.fromkeys(_texts(inputs)):
-        records = list(store.glob(f"*/*-{key}/{RECORD}")) if key.isalnum() else []
-        records = records or _series(store, key)
+    for key in dict.fromkeys(filter(KEY.fullmatch, _texts(inputs))):
+        records = list(store.glob(f"*/*-{key}/{RECORD}")) or _series(store, key)
         if records:
             first, more = records[0].parent, len(records) - 1
             found = read_json(records[0]).get("inputs", {})
@@ -68,7 +69,7 @@ def _parents(store: Path, inputs: Any) -> Iterator[tuple[str, Mapping[str, Any]]
 def _series(store: Path, key: str) -> list[Path]:
     """The records of the shards that have a key together (`RowSet.of`), in their order."""
     series: dict[str, list[tuple[int, str, Path]]] = {}
-    for record in store.glob(f"*/*/{RECORD}") if len(key) == len(digest("")) else ():
+    for record in store.glob(f"*/*/{RECORD}"):
         said = read_json(record)
         inputs = said.get("inputs", {})
         shard = inputs.get("shard") or inputs.get("prompts")
