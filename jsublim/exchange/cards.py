@@ -25,6 +25,14 @@ STUDY = (
 )
 
 
+# What a model may come as: the library that reads it, and what it is in words.
+KINDS = {
+    "adapter": ("peft", "a LoRA adapter"),
+    "vectors": ("jsublim", "steering vectors"),
+    "checkpoint": ("transformers", "a whole checkpoint"),
+}
+
+
 @dataclass(frozen=True)
 class Origin:
     """What is recorded of an artifact.
@@ -95,12 +103,13 @@ def write_model_card(folder: Path, origin: Origin, base: str, revision: str | No
     """A card of a student or a teacher.
 
     Args:
-      base: what it stands on; kind: what it is, "adapter" or "merged"; use: code that loads it.
+      base: what it stands on; kind: of `KINDS`; use: code that loads it.
     """
     head: dict[str, Any] = {"tags": TAGS}
     if hub_name(base) is not None:
-        head |= {"base_model": base, "base_model_relation": "adapter" if kind == "adapter" else "finetune"}
-    head |= {"library_name": "peft" if kind == "adapter" else "transformers"}
+        head |= {"base_model": base, "base_model_relation": "finetune" if kind == "checkpoint" else "adapter"}
+    library, described = KINDS[kind]
+    head |= {"library_name": library}
     inputs, summary = origin.inputs, origin.summary
     facts = {
         "base": f"`{base}`" + (f" at `{revision}`" if revision else ""),
@@ -110,7 +119,7 @@ def write_model_card(folder: Path, origin: Origin, base: str, revision: str | No
         "recipe": _pairs(inputs.get("recipe", {})),
         "training": _pairs({key: summary[key] for key in ("steps", "rows", "loss") if key in summary}),
     }
-    what = f"A model trained by jsublim, as {'an adapter' if kind == 'adapter' else 'a whole checkpoint'}. {STUDY}"
+    what = f"A model trained by jsublim, as {described}. {STUDY}"
     _write(folder, head, origin, what, facts, use)
 
 
@@ -125,7 +134,7 @@ def write_data_card(folder: Path, origin: Origin, rows: int, columns: list[str])
 
 def _data(origin: Origin) -> str:
     said = [f"`{name}`" for name in origin.parents]
-    return ", from ".join(said) or (f"artifact `{origin.inputs['rows']}`" if "rows" in origin.inputs else "")
+    return ", ".join(said) or (f"artifact `{origin.inputs['rows']}`" if "rows" in origin.inputs else "")
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

@@ -73,9 +73,8 @@ def export_adapter(folder: Path, out: Path, base: str | None) -> None:
         if not vectors:
             values = read_json(folder / CONFIG) | {"base_model_name_or_path": name, "revision": revision}
             write_json(scratch / CONFIG, values)
-        write_model_card(
-            scratch, Origin.of(folder), name, revision, kind="adapter", use=_ours(name) if vectors else _peft(name)
-        )
+        kind, use = ("vectors", _ours(name)) if vectors else ("adapter", _peft(name))
+        write_model_card(scratch, Origin.of(folder), name, revision, kind=kind, use=use)
 
 
 def export_merged(
@@ -106,7 +105,7 @@ def export_merged(
             tokenizer=checkpoint,
             chat_template=lm.chat.given_template,
         )
-        write_model_card(scratch, Origin.of(folder), name, revision, kind="merged", use=_transformers())
+        write_model_card(scratch, Origin.of(folder), name, revision, kind="checkpoint", use=_transformers())
 
 
 def export_checkpoint(folder: Path, out: Path, base: str | None) -> None:
@@ -124,7 +123,7 @@ def export_checkpoint(folder: Path, out: Path, base: str | None) -> None:
             name, revision = base_of(folder, base)
         except UsageError:  # it stands alone
             name, revision = "not recorded", None
-        write_model_card(scratch, Origin.of(folder), name, revision, kind="merged", use=_transformers())
+        write_model_card(scratch, Origin.of(folder), name, revision, kind="checkpoint", use=_transformers())
 
 
 def _asked(name: str, revision: str | None) -> str:
