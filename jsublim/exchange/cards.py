@@ -51,6 +51,7 @@ class Origin:
     @classmethod
     def of(cls, path: Path) -> Origin:
         """Of an artifact's folder, of a file in one, or of a published copy."""
+        path = path.absolute()
         folder = path if path.is_dir() else path.parent
         record = record_of(path) or {}
         summary = read_summary(folder) if record and (folder / DONE).is_file() else {}

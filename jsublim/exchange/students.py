@@ -49,10 +49,11 @@ def base_of(folder: Path, said: str | None) -> tuple[str, str | None]:
 
 def _model_of_the_run(folder: Path) -> str | None:
     """The checkpoint that the config of a run names, if a folder of its store is asked about whose model that is."""
-    config, record = folder.parents[2] / "config.yaml", record_of(folder)
-    if record is None or record.get("inputs", {}).get("student_model") is not None or not config.is_file():
+    record, run = record_of(folder) or {}, folder.absolute().parents[2:3]
+    if not run or not (run[0] / "config.yaml").is_file() or record.get("inputs", {}).get("student_model") is not None:
         return None
-    return read_yaml(config).get("model")
+    values = read_yaml(run[0] / "config.yaml")
+    return values.get("model") if record and isinstance(values, dict) else None
 
 
 def export_adapter(folder: Path, out: Path, base: str | None) -> None:
@@ -64,12 +65,10 @@ def export_adapter(folder: Path, out: Path, base: str | None) -> None:
     """
     name, revision = base_of(folder, base)
     vectors = (folder / steering.FILE).is_file()
-    if not vectors:
-        load_adapter(folder, _shape(name, revision))
+    weights = steering.FILE if vectors else WEIGHTS
+    load_adapter(folder, _shape(name, revision))
     with new_folder(out) as scratch:
-        shutil.copyfile(
-            folder / (steering.FILE if vectors else WEIGHTS), scratch / (steering.FILE if vectors else WEIGHTS)
-        )
+        shutil.copyfile(folder / weights, scratch / weights)
         if not vectors:
             values = read_json(folder / CONFIG) | {"base_model_name_or_path": name, "revision": revision}
             write_json(scratch / CONFIG, values)
