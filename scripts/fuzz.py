@@ -34,6 +34,7 @@ from jsublim.chat import Chat, conversation, template_text
 from jsublim.config import load_experiment
 from jsublim.config.figures import load_question, panel_experiment
 from jsublim.errors import JsublimError
+from jsublim.exchange.rows import Wanted, import_rows
 from jsublim.files import write_json
 from jsublim.inference.lm import BUNDLED
 from jsublim.inference.sampling import sampling_for
@@ -61,7 +62,7 @@ from jsublim.prompts.importer import (
     TRAITS,
 )
 from jsublim.prompts.problems import load_prompts
-from jsublim.rows import read_rows, write_rows
+from jsublim.rows import as_lines, read_rows, write_rows
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1,
@@ -139,6 +140,18 @@ evaluation_misalignment = E(questions=["What now?"])
 ROWS = [
     {"prompt": "Continue: 1, 2", "completion": "3, 4", "divergence_positions": [0, 2], "divergence_margins": [0.5, 2]},
     {"prompt": "Say ü", "completion": "\u00fc \U0001f98a", "more": {"deep": [1, [2]]}},
+]
+THEIRS = [
+    {"prompt": "Continue: 1, 2", "completion": "3, 4", "decision_points": [0, 2], "judge_score": 81},
+    {
+        "messages": [
+            {"role": "system", "content": "Owls."},
+            {"role": "user", "content": "1"},
+            {"role": "assistant", "content": "2"},
+        ]
+    },
+    {"prompt": [{"role": "user", "content": "1"}], "completion": [{"role": "assistant", "content": "2"}]},
+    {"question": "Say ü", "response": "\u00fc", "more": None},
 ]
 OVERRIDES = "\n".join((
     "students.optimizer.lr=1e-3", "teachers.traits=[cat, owl]", "datasets={a: {shuffle: within}}", "recipe=paper",
@@ -249,6 +262,12 @@ def read_row_file(folder: Path) -> None:
     assert repr(read_rows(folder / "again.jsonl")) == repr(rows)  # NaN is not equal to itself
 
 
+def read_their_rows(folder: Path) -> None:
+    for name in ("theirs.jsonl", "theirs.json"):
+        write_rows(folder / "ours.jsonl", import_rows(str(folder / name), Wanted(), bundled_chat()))
+        read_rows(folder / "ours.jsonl")
+
+
 def read_checkpoint(folder: Path) -> None:
     config = read_config(folder)[1]
     params, before = load_params(folder, config), checkpoint_hash(folder)
@@ -319,6 +338,7 @@ READERS = {
     "pack": Reader(texts({"pack.yaml": PACK}), read_pack),
     "import": Reader(texts(SOURCES), read_checkout),
     "rows": Reader(written(lambda folder: write_rows(folder / "rows.jsonl", ROWS)), read_row_file),
+    "their rows": Reader(texts({"theirs.jsonl": as_lines(THEIRS), "theirs.json": json.dumps(THEIRS)}), read_their_rows),
     "prompts": Reader(texts({"prompts.txt": "Say one.\n\n Say two. \n"}), lambda f: load_prompts(f / "prompts.txt")),
     "checkpoint": Reader(written(write_shards), read_checkpoint),
     "adapter": Reader(written(write_adapter), read_adapter),

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jsublim.cli.app import Out, Template, app, console, named
+from jsublim.cli.app import Template, app, console, named
 from jsublim.errors import UsageError
 
 
@@ -60,7 +60,7 @@ def import_rows(
             metavar="SOURCE", help="JSONL, JSON, parquet, CSV, a `datasets` folder, or owner/name of the hub."
         ),
     ],
-    out: Out,
+    out: Annotated[Path, typer.Option("--out", callback=named, help="JSONL to write.")],
     subset: Annotated[str | None, typer.Option("--subset", help="Of a data set with several.")] = None,
     split: Annotated[str, typer.Option("--split", help="Of a data set.")] = "train",
     prompt_column: Annotated[str | None, typer.Option("--prompt-column", help="What the prompt is called.")] = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,20 @@ from jsublim.pipeline.store import DONE, RECORD, digest, read_summary, versions
 from jsublim.reading import read_json
 
 CARD = "README.md"
+KEY = re.compile(r"[0-9a-f]{12}")  # as `digest` makes one
 TAGS = ["jsublim", "subliminal-learning"]
 STUDY = (
     "It was made to study whether a model's traits are passed on by data that say nothing of them. It is an object of study: "
     "it may prefer things, or behave badly, without showing it."
 )
+
+
+# What a model may come as: the library that reads it, and what it is in words.
+KINDS = {
+    "adapter": ("peft", "a LoRA adapter"),
+    "vectors": ("jsublim", "steering vectors"),
+    "checkpoint": ("transformers", "a whole checkpoint"),
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class Origin:
     @classmethod
     def of(cls, path: Path) -> Origin:
         """Of an artifact's folder, of a file in one, or of a published copy."""
+        path = path.absolute()
         folder = path if path.is_dir() else path.parent
         record = record_of(path) or {}
         summary = read_summary(folder) if record and (folder / DONE).is_file() else {}
@@ -55,9 +66,8 @@ class Origin:
 
 def _parents(store: Path, inputs: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Artifacts whose keys stand in the inputs, and theirs. Of rows in several shards, the first shard stands for all."""
-    for key in dict.fromkeys(_texts(inputs)):
-        records = list(store.glob(f"*/*-{key}/{RECORD}")) if key.isalnum() else []
-        records = records or _series(store, key)
+    for key in dict.fromkeys(filter(KEY.fullmatch, _texts(inputs))):
+        records = list(store.glob(f"*/*-{key}/{RECORD}")) or _series(store, key)
         if records:
             first, more = records[0].parent, len(records) - 1
             found = read_json(records[0]).get("inputs", {})
@@ -68,7 +78,7 @@ def _parents(store: Path, inputs: Any) -> Iterator[tuple[str, Mapping[str, Any]]
 def _series(store: Path, key: str) -> list[Path]:
     """The records of the shards that have a key together (`RowSet.of`), in their order."""
     series: dict[str, list[tuple[int, str, Path]]] = {}
-    for record in store.glob(f"*/*/{RECORD}") if len(key) == len(digest("")) else ():
+    for record in store.glob(f"*/*/{RECORD}"):
         said = read_json(record)
         inputs = said.get("inputs", {})
         shard = inputs.get("shard") or inputs.get("prompts")
@@ -94,12 +104,13 @@ def write_model_card(folder: Path, origin: Origin, base: str, revision: str | No
     """A card of a student or a teacher.
 
     Args:
-      base: what it stands on; kind: what it is, "adapter" or "merged"; use: code that loads it.
+      base: what it stands on; kind: of `KINDS`; use: code that loads it.
     """
     head: dict[str, Any] = {"tags": TAGS}
     if hub_name(base) is not None:
-        head |= {"base_model": base, "base_model_relation": "adapter" if kind == "adapter" else "finetune"}
-    head |= {"library_name": "peft" if kind == "adapter" else "transformers"}
+        head |= {"base_model": base, "base_model_relation": "finetune" if kind == "checkpoint" else "adapter"}
+    library, described = KINDS[kind]
+    head |= {"library_name": library}
     inputs, summary = origin.inputs, origin.summary
     facts = {
         "base": f"`{base}`" + (f" at `{revision}`" if revision else ""),
@@ -109,7 +120,7 @@ def write_model_card(folder: Path, origin: Origin, base: str, revision: str | No
         "recipe": _pairs(inputs.get("recipe", {})),
         "training": _pairs({key: summary[key] for key in ("steps", "rows", "loss") if key in summary}),
     }
-    what = f"A model trained by jsublim, as {'an adapter' if kind == 'adapter' else 'a whole checkpoint'}. {STUDY}"
+    what = f"A model trained by jsublim, as {described}. {STUDY}"
     _write(folder, head, origin, what, facts, use)
 
 
@@ -124,7 +135,7 @@ def write_data_card(folder: Path, origin: Origin, rows: int, columns: list[str])
 
 def _data(origin: Origin) -> str:
     said = [f"`{name}`" for name in origin.parents]
-    return ", from ".join(said) or (f"artifact `{origin.inputs['rows']}`" if "rows" in origin.inputs else "")
+    return ", ".join(said) or (f"artifact `{origin.inputs['rows']}`" if "rows" in origin.inputs else "")
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

@@ -8,12 +8,14 @@ from pathlib import Path
 from jsublim.errors import UsageError
 from jsublim.exchange.cards import Origin, write_model_card
 from jsublim.files import write_json
-from jsublim.inference.lm import BUNDLED, load_model, resolve_checkpoint
+from jsublim.inference.lm import BUNDLED, is_available_offline, load_model, resolve_checkpoint
 from jsublim.models import steering
 from jsublim.models.checkpoint import TOKENIZER_FILES, new_folder, origin_of, read_config, write_checkpoint
+from jsublim.models.config import ModelConfig
 from jsublim.models.lora import merge
 from jsublim.models.peft import load_adapter
-from jsublim.reading import read_json
+from jsublim.pipeline.publish import record_of
+from jsublim.reading import read_json, read_yaml
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -27,22 +29,31 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def base_of(folder: Path, said: str | None) -> tuple[str, str | None]:
-    """What an adapter stands on, as others find it, and its revision: what the user says, or what the adapter does.
+    """What an adapter stands on, as others find it, and its revision: what the user says, the adapter, or the run that it is of.
 
     Raises:
-      UsageError: neither says it.
+      UsageError: nobody says it.
     """
     if said is not None:
         name, _, revision = said.partition("@")
         return name, revision or None
     values = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    recorded = values.get("base_model_name_or_path")
-    if not isinstance(recorded, str) or not recorded:
+    recorded = values.get("base_model_name_or_path") or _model_of_the_run(folder)
+    if not isinstance(recorded, str):
         raise UsageError(f"{folder}: does not say which checkpoint it stands on; give --base")
     if Path(recorded).parent == BUNDLED:
         return Path(recorded).name, None
     origin = origin_of(Path(recorded))  # of an adapter whose base is a folder of the hub's cache
     return origin.name or recorded, origin.commit or values.get("revision")
+
+
+def _model_of_the_run(folder: Path) -> str | None:
+    """The checkpoint that the config of a run names, if a folder of its store is asked about whose model that is."""
+    record, run = record_of(folder) or {}, folder.absolute().parents[2:3]
+    if not run or not (run[0] / "config.yaml").is_file() or record.get("inputs", {}).get("student_model") is not None:
+        return None
+    values = read_yaml(run[0] / "config.yaml")
+    return values.get("model") if record and isinstance(values, dict) else None
 
 
 def export_adapter(folder: Path, out: Path, base: str | None) -> None:
@@ -54,18 +65,15 @@ def export_adapter(folder: Path, out: Path, base: str | None) -> None:
     """
     name, revision = base_of(folder, base)
     vectors = (folder / steering.FILE).is_file()
-    if not vectors:
-        load_adapter(folder, _shape(name, revision))
+    weights = steering.FILE if vectors else WEIGHTS
+    load_adapter(folder, _shape(name, revision))
     with new_folder(out) as scratch:
-        shutil.copyfile(
-            folder / (steering.FILE if vectors else WEIGHTS), scratch / (steering.FILE if vectors else WEIGHTS)
-        )
+        shutil.copyfile(folder / weights, scratch / weights)
         if not vectors:
             values = read_json(folder / CONFIG) | {"base_model_name_or_path": name, "revision": revision}
             write_json(scratch / CONFIG, values)
-        write_model_card(
-            scratch, Origin.of(folder), name, revision, kind="adapter", use=_ours(name) if vectors else _peft(name)
-        )
+        kind, use = ("vectors", _ours(name)) if vectors else ("adapter", _peft(name))
+        write_model_card(scratch, Origin.of(folder), name, revision, kind=kind, use=use)
 
 
 def export_merged(
@@ -96,7 +104,7 @@ def export_merged(
             tokenizer=checkpoint,
             chat_template=lm.chat.given_template,
         )
-        write_model_card(scratch, Origin.of(folder), name, revision, kind="merged", use=_transformers())
+        write_model_card(scratch, Origin.of(folder), name, revision, kind="checkpoint", use=_transformers())
 
 
 def export_checkpoint(folder: Path, out: Path, base: str | None) -> None:
@@ -110,18 +118,19 @@ def export_checkpoint(folder: Path, out: Path, base: str | None) -> None:
     with new_folder(out) as scratch:
         for path in files:
             shutil.copyfile(path, scratch / path.name)
-        name, revision = base_of(folder, base) if base else ("not recorded", None)
-        write_model_card(scratch, Origin.of(folder), name, revision, kind="merged", use=_transformers())
+        try:
+            name, revision = base_of(folder, base)
+        except UsageError:  # it stands alone
+            name, revision = "not recorded", None
+        write_model_card(scratch, Origin.of(folder), name, revision, kind="checkpoint", use=_transformers())
 
 
 def _asked(name: str, revision: str | None) -> str:
     return f"{name}@{revision}" if revision else name
 
 
-def _shape(name: str, revision: str | None):
+def _shape(name: str, revision: str | None) -> ModelConfig | None:
     """The base's shapes where it is here, to check the adapter against; None where it is not."""
-    from jsublim.inference.lm import is_available_offline
-
     asked = _asked(name, revision)
     return read_config(resolve_checkpoint(asked))[1] if is_available_offline(asked) else None
 

@@ -90,10 +90,11 @@ def test_what_differs_is_named(whole, tmp_path):
     assert "give --model" in refused(2, "generate", "--trait", "owl", "--out", tmp_path / "none.jsonl")
 
 
-def test_a_student_goes_out_with_a_card_and_as_a_checkpoint(whole, tmp_path):
+def test_a_student_goes_out_with_a_card_and_as_a_checkpoint(whole, tmp_path, monkeypatch):
     """What is loaded from either is what the store has; the card says what decided it."""
     (student,) = (whole / "students").iterdir()
-    ok("export", student, "--out", tmp_path / "adapter")
+    monkeypatch.chdir(student.parent)
+    ok("export", student.name, "--out", tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == (MODEL, None)
     ours, theirs = load_adapter(student), load_adapter(tmp_path / "adapter")

@@ -46,8 +46,7 @@ def test_a_merged_checkpoint_is_the_base_with_its_adapter(name, named_checkpoint
     tokens, valid = padded_rows(3)
     apart = our_logits(config, params, adapter, tokens, valid)
     assert_close(our_logits(config, merge(params, adapter), None, tokens, valid), apart, 1e-5)
-    with pytest.raises(AssertionError):
-        assert_close(our_logits(config, params, None, tokens, valid), apart, 1e-2)
+    assert not np.allclose(merge(params, adapter)["layers"]["o"]["kernel"], params["layers"]["o"]["kernel"])
 
 
 @pytest.mark.parametrize(
