@@ -94,7 +94,7 @@ def find_topology(name: str) -> Topology:
             "v5e:4x4 or v5p:2x2x2"
         )
     if importlib.util.find_spec("libtpu") is None:
-        raise JsublimError("aot: the TPU compiler is not installed; pip install 'jsublim[tpu]'")
+        raise JsublimError("aot: the TPU compiler is not installed; pip install -e '.[tpu]'")
     from jax.experimental import topologies
 
     try:

@@ -151,7 +151,7 @@ def _board(folder: Path) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
-        raise JsublimError("TensorBoard files need tensorboardX; pip install 'jsublim[tensorboard]'") from None
+        raise JsublimError("TensorBoard files need tensorboardX; pip install -e '.[tensorboard]'") from None
     return SummaryWriter(str(folder))
 
 

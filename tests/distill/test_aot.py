@@ -128,7 +128,7 @@ def test_bad_input_is_one_line(monkeypatch):
         assert f"'{name}'" in line and "v5e, v5p, v6e" in line
     assert "--shape" in refused(2, "aot", "--config", QWEN, "--topology", "v5e:4x4", "model=some/other-9b")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'jsublim[tpu]'" in refused(1, "aot", "--config", QWEN, "--topology", "v5e:4x4")
+    assert "pip install -e '.[tpu]'" in refused(1, "aot", "--config", QWEN, "--topology", "v5e:4x4")
 
 
 def test_the_smallest_model_axis_that_fits_is_taken(monkeypatch):
