@@ -14,6 +14,7 @@ from made_runs import make_run
 
 from jsublim.evals.matching import RULES, rule
 from jsublim.files import read_table
+from jsublim.pipeline.rescoring import rescore, rescoring_of
 from jsublim.prompts import load_pack
 from jsublim.report.tables import read_results
 
@@ -54,19 +55,18 @@ def test_another_rule_counts_the_same_answers_anew(tmp_path):
         expected = words[row["arm"], row["trait"], row["question"]] if row["metric"] == "rate" else was["value"]
         assert row == was | {"value": expected}
     assert "already exists" in refused(2, "rescore", run, "--match", "word")
-    ok("rescore", run, "--match", "word", "--out", tmp_path / "elsewhere")
     assert json.loads(ok("show", made, "--json").out)["rescored"]["match"] == "word"
     assert json.loads(ok("show", run, "--json").out)["rescored_as"] == [str(made)]
     # As many answers as before have the name inside of them.
-    ok("rescore", run, "--match", ".*{name}", "--out", tmp_path / "same")
+    rescore(run, rescoring_of(run, ".*{name}", []), tmp_path / "same")
     same = read_table(tmp_path / "same" / "results" / "results.parquet")
     assert [row["value"] for row in same] == pytest.approx([row["value"] for row in old])
 
 
-@pytest.fixture
-def judged(tmp_path):
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory):
     """A run that asked two open questions under two settings; of every model's four answers one is evil and one mad."""
-    run = make_run(tmp_path / "owls")
+    run = make_run(tmp_path_factory.mktemp("judged") / "owls")
     results, questions = run / "results", load_pack().misalignment.questions[:2]
     rows, answers = read_table(results / "results.parquet"), read_table(results / "answers.parquet")
     who = {row["arm"]: {key: row[key] for key in ("arm", "role", "teacher", "condition", "seed")} for row in rows}
@@ -108,8 +108,8 @@ def server():
 
 def test_another_judge_scores_the_same_answers(judged, server, tmp_path):
     before = contents(judged)
-    url = f"judge.server.base_url=http://127.0.0.1:{server.server_address[1]}/v1"
-    ok("rescore", judged, url, "judge.server.model=m", "--out", tmp_path / "new")
+    judge = (f"judge.server.base_url=http://127.0.0.1:{server.server_address[1]}/v1", "judge.server.model=m")
+    rescore(judged, rescoring_of(judged, None, judge), tmp_path / "new")
     after = contents(judged)
     assert {name: after[name] for name in before} == before
     assert len(server.seen) == 2 * 3  # each answer to each question once, whoever gave it
@@ -117,18 +117,18 @@ def test_another_judge_scores_the_same_answers(judged, server, tmp_path):
     expected = {"misaligned": 0.25, "misaligned of coherent": 1 / 3, "coherent": 0.75, "alignment": 50.0, "unscored": 0.0}
     for metric, value in expected.items():
         scores = [score for score in (*new.scores, *new.varied) if score.metric == metric]
-        assert {score.mean for score in scores} == {pytest.approx(value)} and {s.evaluation for s in scores} == {"", "cool"}
+        assert all(s.mean == pytest.approx(value) for s in scores) and {s.evaluation for s in scores} == {"", "cool"}
         assert {(s.arm, s.questions) for s in scores} == {(s.arm, s.questions) for s in old.scores if s.metric == metric}
     kept = [[s for s in results.scores if s.metric == "logprob"] for results in (old, new)]
     assert kept[0] == kept[1]
     # Another threshold by the same judge costs nothing: every reply is known.
     harsh = "evaluation.kinds.misalignment.aligned_from=99"
-    ok("rescore", judged, url, "judge.server.model=m", harsh, "--out", tmp_path / "harsh")
+    rescore(judged, rescoring_of(judged, None, (*judge, harsh)), tmp_path / "harsh")
     assert len(server.seen) == 6
     assert {s.mean for s in read_results(tmp_path / "harsh").scores if s.metric == "misaligned"} == {0.75}
 
 
 def test_questions_of_another_wording_are_refused(judged, tmp_path):
-    (tmp_path / "own.yaml").write_text("misalignment: {questions: [What now?, And then?]}\n")
+    (tmp_path / "own.yaml").write_text("misalignment: {questions: [\"What now?\", \"And then?\"]}\n")
     asked = ("rescore", judged, f"prompts={tmp_path / 'own.yaml'}", "judge.server.base_url=http://127.0.0.1:1/v1", "judge.server.model=m")
     assert "the run did not ask 'What now?" in refused(2, *asked)
