@@ -28,6 +28,8 @@ def make_run(folder: Path, name: str = "owls", effects: dict[str, float] = EFFEC
     answers = []
     for row in rows:
         row["evaluation"] = ""
+        if row["trait"] == "owl":
+            row["question"] += 100  # as if each trait had questions of its own
         if row["metric"] == "rate":
             hits = round(row["value"] * samples)
             row["value"] = hits / samples
@@ -46,8 +48,7 @@ def make_run(folder: Path, name: str = "owls", effects: dict[str, float] = EFFEC
 
 
 def _answers(row: dict, hits: int, samples: int) -> list[dict]:
-    """As many answers that hold the trait as there are hits: every second one the word alone, the others inside of a word. The
-    answers of one trait's questions stand under numbers of their own."""
+    """As many answers that hold the trait as there are hits: every second one the word alone, the others inside of a word."""
     who = {
         "arm": row["arm"],
         "evaluation": "",

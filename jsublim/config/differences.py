@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jsublim.config.experiment import Config
-from jsublim.section import leaves, nested, value_at
+from jsublim.section import leaves, value_at
 
 PLACES = ("name", "out", "store")  # where a run is kept, not what it is
 
@@ -33,7 +33,14 @@ def from_defaults(config: Config, smallest: Config) -> dict[str, Any]:
 
 def shortest(config: Config, smallest: Config) -> dict[str, Any]:
     """The values of a YAML that says no more than it must."""
-    return nested(from_defaults(config, smallest))
+    found: dict[str, Any] = {}
+    for name, value in from_defaults(config, smallest).items():
+        *sections, last = name.split(".")
+        place = found
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return found
 
 
 def between(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:

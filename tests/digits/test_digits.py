@@ -119,7 +119,11 @@ def test_from_a_config_to_a_page(tmp_path):
     expected = stats.t.interval(0.95, 1, np.mean(line.values), stats.sem(line.values))
     assert (line.interval.low, line.interval.high) == pytest.approx(np.clip(expected, 0, 1))
     page = (run / "report.html").read_text()
-    assert f"{100 * line.mean:.1f} %" in page and page.count('<svg role="img"') == len({i for _, i in lines if i}) and "hidden:" in page
+    assert (
+        f"{100 * line.mean:.1f} %" in page
+        and page.count('<svg role="img"') == len({i for _, i in lines if i})
+        and "hidden:" in page
+    )
     assert len(read_table(run / "results" / "training.parquet")) == 2 * 8 * 2
     assert list(run.glob("artifacts/digits/*/DONE"))
 

@@ -1,0 +1,68 @@
+"""docs/commands.md: every command it shows is executed, in the order of the page. (Those that need minutes of a model are
+executed in files of their own, which are named here.)"""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+
+import pytest
+from command import ROOT, ok
+from made_runs import make_run
+
+from jsublim.cli.app import ORDER
+
+ELSEWHERE = {
+    "run": "tests/pipeline/test_run.py",
+    "generate": "tests/made_by_commands.py",
+    "divergence": "tests/cli/test_cli.py",
+    "finetune": "tests/made_by_commands.py",
+    "evaluate": "tests/cli/test_cli.py",
+    "attribute": "tests/attribution/test_attribution.py",
+    "steer": "tests/pipeline/test_teachers.py",
+    "aot": "tests/distill/test_aot.py",
+}
+
+
+def _commands() -> list[list[str]]:
+    text = (ROOT / "docs" / "commands.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    return [shlex.split(line, comments=True)[1:] for block in blocks for line in block.splitlines()]
+
+
+COMMANDS = _commands()
+
+
+def _elsewhere(words: list[str]) -> str | None:
+    """Where a command is executed, if it is too long for here."""
+    return None if "--dry-run" in words else ELSEWHERE.get(words[0])
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("documented")
+    for name in ("owls", "cats"):
+        make_run(folder / "runs" / name, name)
+    theirs = runpy.run_path(str(ROOT / "tests" / "prompts" / "test_import.py"))["FILES"]
+    for name, source in theirs.items():
+        path = folder / "path/to/their/checkout" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("words", [w for w in COMMANDS if not _elsewhere(w)], ids=" ".join)
+def test_a_documented_command_does_what_it_says(home, monkeypatch, words):
+    monkeypatch.chdir(home)
+    said = ok(*words)
+    assert said.out if "reproduce" not in words else said.err
+
+
+@pytest.mark.parametrize("words", [w for w in COMMANDS if _elsewhere(w)], ids=" ".join)
+def test_the_others_are_executed_elsewhere(words):
+    assert f'"{words[0]}"' in (ROOT / str(_elsewhere(words))).read_text(encoding="utf-8")
+
+
+def test_every_command_is_documented():
+    assert set(ORDER) <= {words[0] for words in COMMANDS}
