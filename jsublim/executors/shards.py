@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 from jsublim.distill.trainer import Preempted
 from jsublim.errors import UsageError
-from jsublim.executors.frontier import Frontier, Node, TasksFailed, Work, checkpoint_of, in_one_line, merged
+from jsublim.executors.frontier import Frontier, Node, Work, checkpoint_of, in_one_line, merged
 from jsublim.executors.local import execute, mend
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.graph import with_parents
+from jsublim.pipeline.graph import TasksFailed, with_parents
 from jsublim.progress import Progress
 
 LOOK = 5.0  # seconds between two looks at what others have finished
