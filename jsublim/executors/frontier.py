@@ -16,10 +16,6 @@ from jsublim.pipeline.task import Task
 Work = tuple[Iterable[Task], Context]  # tasks of one experiment, and what they are done with
 
 
-class TasksFailed(JsublimError):
-    """Some tasks failed; everything that does not need them is done."""
-
-
 def in_one_line(error: Exception) -> str:
     """Why a task failed."""
     if isinstance(error, JsublimError):

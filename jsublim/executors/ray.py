@@ -22,11 +22,13 @@ import jax
 
 from jsublim.config import Experiment
 from jsublim.config.experiment import Devices
+from jsublim.distill.trainer import Preempted
 from jsublim.errors import JsublimError, UsageError
-from jsublim.executors.frontier import Frontier, Node, TasksFailed, Work, checkpoint_of, merged
+from jsublim.executors.frontier import Frontier, Node, Work, checkpoint_of, merged
 from jsublim.executors.local import mend
 from jsublim.executors.worker import Outcome, Worker, seen
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.graph import TasksFailed
 from jsublim.pipeline.task import Task
 from jsublim.progress import Progress, Tick
 
@@ -100,7 +102,7 @@ class RayExecutor:
         except Exception as error:  # of many kinds: no cluster there, another version, a wrong token
             said = f"--ray-address {self.address}" if self.address else "--on ray"
             raise JsublimError(f"{said}: cannot be reached or started: {error}") from error
-        with _interrupted_by_sigterm():
+        with _ended_by_sigterm():
             try:
                 yield Cluster(ray, run)
             finally:
@@ -130,14 +132,14 @@ def run_of(work: Sequence[Work]) -> Devices:
 
 
 @contextlib.contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the block as Ctrl-C does."""
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
+        raise Preempted("stopped by SIGTERM; what was finished is kept, the same command continues")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

@@ -15,10 +15,10 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jsublim.errors import UsageError
-from jsublim.executors.frontier import Frontier, Node, TasksFailed, Work, checkpoint_of, in_one_line, merged
+from jsublim.executors.frontier import Frontier, Node, Work, checkpoint_of, in_one_line, merged
 from jsublim.executors.local import execute, mend
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.graph import with_parents
+from jsublim.pipeline.graph import TasksFailed, with_parents
 from jsublim.processes import Preempted, heeding_signals, leave_if_asked
 from jsublim.progress import Progress
 

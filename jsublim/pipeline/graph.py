@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from jsublim.errors import UsageError
+from jsublim.errors import JsublimError, UsageError
 from jsublim.pipeline.arms import Source, Student
 from jsublim.pipeline.attribution import attribution_task
 from jsublim.pipeline.audit import audits
@@ -80,6 +80,10 @@ class Executor(Protocol):
         ...
 
 
+class TasksFailed(JsublimError):
+    """Some tasks failed; everything that does not need them is done."""
+
+
 class JointExecutor(Protocol):
     """Does the tasks of several experiments as one graph.
 
@@ -90,7 +94,11 @@ class JointExecutor(Protocol):
     here: bool
 
     def execute_together(self, work: Sequence[tuple[Iterable[Task], Context]]) -> None:
-        """Return when its part of the tasks is whole."""
+        """Return when its part of the tasks is whole.
+
+        Raises:
+          TasksFailed: some of them failed.
+        """
         ...
 
 

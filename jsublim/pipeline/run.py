@@ -10,9 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from jsublim.config import Experiment
-from jsublim.errors import JsublimError
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.graph import Executor, Graph, JointExecutor, plan, results_key
+from jsublim.pipeline.graph import Executor, Graph, JointExecutor, TasksFailed, plan, results_key
 from jsublim.pipeline.results import claim_folder, gather, is_reported
 from jsublim.pipeline.served import sample_server
 from jsublim.pipeline.store import Output, digest
@@ -116,10 +115,10 @@ def run_together(experiments: Sequence[Experiment], executor: JointExecutor, con
       UsageError, JsublimError: as `run_experiment`; what does not need a task that failed is reported all the same.
     """
     runs = [Run.of(each, console, devices=executor.here) for each in experiments]
-    failed: JsublimError | None = None
+    failed: TasksFailed | None = None
     try:
         executor.execute_together([(run.graph.tasks.values(), run.context) for run in runs])
-    except JsublimError as error:
+    except TasksFailed as error:
         failed = error
     reports = [run.report() for run in runs if run.whole]
     if failed is not None:

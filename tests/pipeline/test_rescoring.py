@@ -9,7 +9,7 @@ import pytest
 import yaml
 from command import contents, ok, refused
 from fake_server import Server, completion
-from made_results import dump, write_table
+from made_results import write_table
 from made_runs import make_run
 
 from jsublim.evals.matching import RULES, rule
