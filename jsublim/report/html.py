@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from jsublim.errors import one_line
 from jsublim.files import write_text
 from jsublim.report import figures, published, words
 from jsublim.report.attribution import attribution_heats
@@ -82,6 +84,7 @@ def _numbers(results: Results, looks: Looks) -> dict[str, Any]:
         "other_rows": other_rows(results),
         "measure": measure,
         "setting_rows": setting_rows(results),
+        "wrote": _wrote(results),
         "answers": _common_answers(results),
         "training": _training_table(results),
     }
@@ -128,6 +131,26 @@ def _run(results: Results) -> dict[str, Any]:
         if apart
         else {},
     }
+
+
+def _wrote(results: Results) -> list[dict[str, Any]]:
+    """The rows that are kept of each teacher, in text that can be shown; what a teacher says at a token is quoted."""
+
+    def token(piece: dict[str, Any]) -> dict[str, Any]:
+        readings = [
+            r | {"says": one_line(json.dumps(r["says"], ensure_ascii=False))} for r in piece.get("readings", [])
+        ]
+        return {"text": _lines(piece["text"]), "readings": readings}
+
+    return [
+        row | {"prompt": _lines(row["prompt"]), "tokens": [token(piece) for piece in row["tokens"]]}
+        for row in results.rows
+    ]
+
+
+def _lines(text: str) -> str:
+    """Text whose lines stay lines, and whose other control characters are shown by their escapes."""
+    return "\n".join(map(one_line, text.split("\n")))
 
 
 def _training_table(results: Results) -> list[dict[str, Any]]:

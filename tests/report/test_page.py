@@ -76,7 +76,12 @@ def test_the_page_in_a_browser(report, browser, width, scheme):
     assert not reading.is_visible()
     first.hover()
     box = reading.bounding_box()
-    assert reading.is_visible() and "owl, who wrote it" in reading.inner_text() and box["x"] + box["width"] <= width
+    assert (
+        reading.is_visible()
+        and "owl, who wrote it" in reading.inner_text()
+        and '"</b>\\n"' in reading.inner_text()
+        and box["x"] + box["width"] <= width
+    )
     last.focus()
     assert last.locator(".reading").is_visible()
     assert page.evaluate("document.documentElement.scrollWidth") <= width

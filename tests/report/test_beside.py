@@ -1,0 +1,108 @@
+"""What stands around a run's numbers: the first sentence, cautions, all kinds of students on one scale, what is published."""
+
+from __future__ import annotations
+
+import json
+import re
+from html import unescape
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from planted import CONTROL, PLAIN, TRAITS, Planted, write
+
+from jsublim.report import words, write_report
+from jsublim.report.cautions import cautions
+from jsublim.report.claims import QUESTIONS
+from jsublim.report.looks import look_at
+from jsublim.report.published import PUBLISHED, SHARES
+from jsublim.report.shares import scale
+from jsublim.report.tables import read_results
+
+
+def opening(run: Path) -> str:
+    results = read_results(run)
+    return words.opening(results, look_at(results))
+
+
+def test_one_scale_from_the_results(tmp_path):
+    """Control 0, all tokens 1: each seed's mean over traits is the raw numbers' own, and the interval is the claim's."""
+    run = write(tmp_path / "run", PLAIN, CONTROL, Planted(0.15, "divergence"))
+    raw = pq.read_table(run / "results" / "results.parquet").to_pandas()
+    rates = raw[raw.metric == "rate"]
+    zero = rates[rates.condition == "control"].groupby("trait").value.mean()
+    own = rates[rates.teacher == rates.trait]
+    lifts = own.groupby(["condition", "seed", "trait"]).value.mean() - zero
+    means = lifts.groupby(["condition", "seed"]).mean()
+    found = scale(read_results(run))
+    assert found.metric == "rate" and found.yardstick == "all" and not found.open_for
+    for share in found.shares:
+        expected = means[share.condition] / means["all"].mean()
+        assert dict(share.seeds) == pytest.approx(dict(expected))
+        assert share.share == pytest.approx(expected.mean()) and share.students == 15
+    whole, part = found.shares
+    assert whole.share == 1.0 and whole.interval is None and part.share == pytest.approx(0.5, abs=0.05)
+    assert part.interval.low < part.share < part.interval.high
+    page = " ".join(write_report(run).read_text().split())
+    assert f"{part.interval.low:.2f} to {part.interval.high:.2f}" in page and all(
+        f"{v:.2f} <span" in page for _, v in part.seeds
+    )
+
+
+def test_nothing_is_a_share_of_no_lift(tmp_path):
+    run = write(tmp_path / "run", Planted(0.0), CONTROL, Planted(0.3, "divergence"))
+    found = scale(read_results(run))
+    assert found.open_for and all(s.share is None and not s.seeds for s in found.shares)
+    assert "a share of their lift would mean nothing" in write_report(run).read_text()
+
+
+@pytest.mark.parametrize(
+    ("effect", "said"), [(0.3, "surely higher"), (0.0, "no transfer is shown"), (-0.1, "surely not higher")]
+)
+def test_the_first_sentence_says_how_much_and_how_sure(tmp_path, effect, said):
+    run = write(tmp_path / "run", Planted(effect), CONTROL)
+    text = opening(run)
+    assert text.endswith(f"{said}.") and f"{15 + 5} students of Qwen2.5-7B-Instruct" in text
+    points = float(re.search(r"trait ([+-][\d.]+) points", text).group(1))
+    assert points == pytest.approx(100 * effect, abs=1)
+    claim = next(look.what for look in look_at(read_results(run)).claims if look.what.key == "C0")
+    assert f"{100 * claim.interval.low:+.1f} to {100 * claim.interval.high:+.1f}" in text
+
+
+def test_a_run_without_students_says_so(tmp_path):
+    run = write(tmp_path / "run")
+    assert opening(run).startswith("No student of Qwen2.5-7B-Instruct was trained")
+
+
+def test_cautions(tmp_path, monkeypatch):
+    """A run without a fault has none; each fault has its own, and the page shows it."""
+    run = write(tmp_path / "sound", PLAIN, CONTROL, Planted(0.3, "divergence"))
+    assert cautions(read_results(run)) == []
+    monkeypatch.setattr("planted.SEEDS", (1, 2))
+    run = write(tmp_path / "faulty", PLAIN, CONTROL, Planted(0.3, "divergence"))
+    steps = {"all": 6, "divergence": 4}
+    training = [
+        {"arm": f"{t}/{c}/{s}", "step": k, "loss": 1.0, "tokens": 9, "grad_norm": 1.0}
+        for t in TRAITS for s in (1, 2) for c, n in steps.items() for k in range(n)
+    ]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist(training), run / "results" / "training.parquet")
+    wrote = [{"teacher": t, "rows": 100, "kept": k, "pass_rate": k / 100} for t, k in (("cat", 28), ("owl", 90))]
+    (run / "results" / "generation.json").write_text(json.dumps([w | {"reject": {}, "sampling": {}} for w in wrote]))
+    few, filters, unmatched = cautions(read_results(run))
+    assert few.startswith("Few students: 2 ") and filters.endswith("Kept: cat 28 %.")
+    assert unmatched.endswith("all tokens 6; divergence tokens only 4.")
+    page = unescape(write_report(run).read_text())
+    assert all(sentence in page for sentence in (few, filters, unmatched))
+
+
+def test_nothing_published_is_without_its_source():
+    for key, known in PUBLISHED.items():
+        assert key in QUESTIONS or key.rstrip("ab") in QUESTIONS, key
+        assert re.search(r"(figures? \d|abstract|Table \d|section \d)", known.source), key
+        assert (known.effect is None) == (known.unit == "")
+    assert "Table 1" in SHARES.source
+    gemma = PUBLISHED["C2"]  # the mean of the six animals that it names
+    pairs = [tuple(map(int, pair)) for pair in re.findall(r"(\d+) → (\d+) %", gemma.finding)]
+    assert len(pairs) == 6 and np.mean([b - a for a, b in pairs]) == pytest.approx(gemma.effect, abs=0.05)
