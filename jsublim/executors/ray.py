@@ -22,7 +22,6 @@ import jax
 
 from jsublim.config import Experiment
 from jsublim.config.experiment import Devices
-from jsublim.distill.trainer import Preempted
 from jsublim.errors import JsublimError, UsageError
 from jsublim.executors.frontier import Frontier, Node, Work, checkpoint_of, merged
 from jsublim.executors.local import mend
@@ -30,6 +29,7 @@ from jsublim.executors.worker import Outcome, Worker, seen
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import TasksFailed
 from jsublim.pipeline.task import Task
+from jsublim.processes import Preempted
 from jsublim.progress import Progress, Tick
 
 LOOK = 5.0  # seconds between two looks at what the cluster has
