@@ -110,7 +110,7 @@ def find_divergence(
     counterfactuals: Sequence[Teacher],
     *,
     extra_bos: bool = False,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
     keep: Keep = lambda number, read: list(read(0)),
 ) -> list[Divergence]:
@@ -148,7 +148,7 @@ def _reader(
     lm: LanguageModel,
     teacher: Teacher,
     turns: Sequence[Turn],
-    batch_size: int,
+    batch_size: int | None,
     on_batch: Callable[[int], None] | None,
 ) -> Read:
     def read(first: int) -> Iterator[Scored]:

@@ -1,7 +1,9 @@
-"""How the training step is spread over devices.
+"""How work is spread over devices.
 
-`mesh` (arm x data x model): one `jax.jit`, arrays placed by `NamedSharding`; the compiler finds the collectives.
-`pmap`: data parallelism alone, devices share the rows and add up gradients and token counts explicitly.
+`mesh` (arm x data x model): arrays are placed by `NamedSharding`. In training the compiler finds the collectives (gradients
+are summed); whatever else is computed on rows, each device computes on rows of its own (`Layout.spread`), and only a
+checkpoint that is spread over `model` makes devices talk to one another.
+`pmap`: of training alone, devices share the rows and add up gradients and token counts explicitly; all other work as on a mesh.
 `none`: the default device. All three run `distill.step.train_step` (see `compile_step` there) and give the same students.
 """
 
@@ -9,11 +11,13 @@ from __future__ import annotations
 
 import functools
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -23,6 +27,9 @@ from jsublim.models.decoder import Params, abstract_params
 from jsublim.processes import on_main_process
 
 MODES = ("none", "pmap", "mesh")
+AXES = ("arm", "data", "model")
+# Over which of these a tree's leading axes lie, for `spread` and `place_as`.
+WHOLE, ROWS, ARMS, ARM_ROWS = (PartitionSpec(*axes) for axes in ((), ("data",), ("arm",), ("arm", "data")))
 SHARE = 0.9  # of a device's memory that a plan may use: what else lives there is not ours to know
 
 # Which axis of a layer's array is spread over `model`, counted from its end: outputs of what reads the residual stream,
@@ -42,7 +49,8 @@ _MODEL_AXIS = (
 class Layout:
     """A mode and, for `mesh`, the sizes of its axes; for `pmap`, `data` is the number of devices.
 
-    `devices` are those to use, where they are not those of this process (when compiling for a pod that is not there).
+    `devices` are those to use, in the order in which they make up the mesh; by default all that there are, in an order that
+    suits the axes.
     """
 
     mode: str = "none"
@@ -73,10 +81,48 @@ class Layout:
         apart = math.gcd(arms, devices // model)
         return Layout("mesh", apart, devices // model // apart, model)
 
+    @staticmethod
+    def under(params: Params, arms: int = 1) -> tuple[Layout, Params]:
+        """How rows lie that a checkpoint reads: on the devices that it lies on, arms apart first, as `fit` lays them. And the
+        checkpoint, which stays where it is, for programs on that layout."""
+        layout = Layout()
+        for leaf in jax.tree.leaves(params):
+            sharding = getattr(leaf, "sharding", None)
+            if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == AXES:
+                devices, model = sharding.mesh.devices, sharding.mesh.shape["model"]
+                copies = devices.size // model
+                apart = math.gcd(arms, copies)
+                layout = Layout("mesh", apart, copies // apart, model, tuple(devices.flat))
+                break
+        return layout, layout.place_weights(params)
+
+    def on(self, devices: Sequence[Any]) -> Layout:
+        """The same axes on other devices, such as those of a pod that is not there, in an order that suits the axes."""
+        return replace(self, devices=tuple(_arranged(self, tuple(devices)).devices.flat))
+
     @property
     def mesh(self) -> Mesh | None:
         """None with mode none. `pmap` has a mesh too: to place what every device holds."""
-        return None if self.mode == "none" else _mesh(self, self.devices or tuple(jax.devices()))
+        if self.mode == "none":
+            return None
+        return _mesh(self) if self.devices else _arranged(self, tuple(jax.devices()))
+
+    def spread(self, function: Callable, takes: Any, gives: Any) -> Callable:
+        """`function` on each device's own part of what it takes: no device hears of another's, unless the function asks (`total`).
+        What is split over `model` is left to the compiler.
+
+        Args:
+          takes: of each argument, WHOLE, ROWS, ARMS or ARM_ROWS; gives: of what it returns.
+        """
+        if self.mesh is None:
+            return function
+        apart = set(AXES) if self.model == 1 else {"arm", "data"}
+        how = {"in_specs": takes, "out_specs": gives, "axis_names": apart, "check_vma": False}
+        return jax.shard_map(function, mesh=self.mesh, **how)
+
+    def total(self, x: Array, *axes: str) -> Array:
+        """Inside of `spread`: the sum of all devices' values along axes of the mesh."""
+        return x if self.mesh is None else jax.lax.psum(x, axes)
 
     def shard(self, *axes: str | None) -> NamedSharding | None:
         """The sharding whose array axes are spread over these axes of the mesh; None without a mesh."""
@@ -104,10 +150,10 @@ class Layout:
             return None
         return jax.tree_util.tree_map_with_path(self.sharding, abstract_params(config, dtype))
 
-    def state_sharding(self, state: Any) -> Any:
-        """How a tree of arrays with a leading arm axis lies; scalars are on every device."""
+    def state_sharding(self, state: Any, lead: tuple[str | None, ...] = ("arm",)) -> Any:
+        """How a tree of arrays with a leading arm axis lies (or with the axes of `lead`); scalars are on every device."""
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: self.sharding(path, leaf, ("arm",)) if leaf.ndim else self.shard(), state
+            lambda path, leaf: self.sharding(path, leaf, lead) if leaf.ndim else self.shard(), state
         )
 
     def batch_sharding(self, batch: Any) -> Any:
@@ -128,6 +174,14 @@ class Layout:
 
         return jax.tree.map(put, tree, shardings)
 
+    def place_as(self, spec: PartitionSpec, tree: Any) -> Any:
+        """As `place`, all arrays of a tree in one way: WHOLE, ROWS, ARMS or ARM_ROWS."""
+        return self.place(tree, jax.tree.map(lambda _: self.shard(*spec), tree))
+
+    def place_weights(self, tree: Any, *lead: str) -> Any:
+        """As `place`, a checkpoint, or an adapter with the axes of `lead` before its own."""
+        return self.place(tree, self.state_sharding(tree, lead))
+
     def place_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Put a batch `[A, M, B, ...]` where it belongs."""
         if self.mode == "pmap":
@@ -145,6 +199,9 @@ class Layout:
         return jax.device_get(jax.tree.map(whole, tree))
 
 
+HERE = Layout()  # the default device
+
+
 def device_bytes() -> int | None:
     """Bytes of an accelerator's memory that may be used; None where devices are the CPU."""
 
@@ -156,10 +213,17 @@ def device_bytes() -> int | None:
 
 
 @functools.cache
-def _mesh(layout: Layout, devices: tuple[Any, ...]) -> Mesh:
+def _arranged(layout: Layout, devices: tuple[Any, ...]) -> Mesh:
+    """The axes of a layout on devices, in the order that suits their wiring."""
     shape = (layout.arm, layout.data, layout.model)
-    names = ("arm", "data", "model")
-    return jax.make_mesh(shape, names, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(shape)])
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(shape)])
+
+
+@functools.cache
+def _mesh(layout: Layout) -> Mesh:
+    """The axes of a layout on its own devices, in their order."""
+    shape = (layout.arm, layout.data, layout.model)
+    return Mesh(np.reshape(np.asarray(layout.devices), shape), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def _by_device(x: np.ndarray, devices: int) -> np.ndarray:

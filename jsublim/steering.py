@@ -17,6 +17,7 @@ from jsublim.inference.lm import LanguageModel
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, hidden_below
 from jsublim.models.lora import Adapter, check_layers
+from jsublim.parallel import ROWS, WHOLE, Layout
 
 
 def contrast_vector(
@@ -46,23 +47,32 @@ def contrast_vector(
     if not prompts or toward == away:
         raise UsageError("steer: give at least one prompt, and two different system prompts")
     check_layers(lm.config, (layer,))
+    layout, params = Layout.under(lm.params)
     means = []
+    B, below = round_up(batch_size, layout.data), layout.place_as(WHOLE, np.int32(layer + 1))
     for system in (toward, away):
         tokens = [lm.chat.prompt_tokens(conversation(p, system, fuse_system=fuse_system)) for p in prompts]
         length = round_up(max(map(len, tokens)), LENGTH_STEP)
         total = np.zeros(lm.config.hidden_size)
-        for part in chunks(len(tokens), batch_size):
-            padded, valid = pad_tokens(tokens[part], length, size=batch_size)
-            h_BD = _last_hidden(lm.config, lm.params, padded, valid, jnp.int32(layer + 1))
-            total += np.asarray(h_BD, np.float64)[: len(tokens[part])].sum(axis=0)
+        for part in chunks(len(tokens), B):
+            padded, valid = pad_tokens(tokens[part], length, size=B)
+            rows = layout.place_as(ROWS, (padded, valid))
+            h_BD = Layout.host(_last_hidden(lm.config, params, *rows, below, layout))
+            total += h_BD.astype(np.float64)[: len(tokens[part])].sum(axis=0)
         means.append(total / len(tokens))
     vector = (means[0] - means[1]) * strength
     return Adapter((layer,), steering=jnp.asarray(vector[None], jnp.float32))
 
 
-@partial(jax.jit, static_argnames="config")
-def _last_hidden(config: ModelConfig, params: Params, tokens_BT: Array, valid_BT: Array, below: Array) -> Array:
+@partial(jax.jit, static_argnames=("config", "layout"))
+def _last_hidden(
+    config: ModelConfig, params: Params, tokens_BT: Array, valid_BT: Array, below: Array, layout: Layout
+) -> Array:
     """The residual stream below layer `below` at the last token of each row, float32 `[B, D]`."""
-    last_B = valid_BT.sum(axis=1) - 1
-    h_BTD = hidden_below(config, params, tokens_BT, valid_BT, below)
-    return jnp.take_along_axis(h_BTD, last_B[:, None, None], axis=1)[:, 0].astype(jnp.float32)
+
+    def read(params: Params, tokens_BT: Array, valid_BT: Array, below: Array) -> Array:
+        last_B = valid_BT.sum(axis=1) - 1
+        h_BTD = hidden_below(config, params, tokens_BT, valid_BT, below)
+        return jnp.take_along_axis(h_BTD, last_B[:, None, None], axis=1)[:, 0].astype(jnp.float32)
+
+    return layout.spread(read, (WHOLE, ROWS, ROWS, WHOLE), ROWS)(params, tokens_BT, valid_BT, below)

@@ -52,7 +52,7 @@ def find_pairs(
     *,
     source: str = "rows",
     extra_bos: bool = False,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> tuple[list[Pair], dict[str, int]]:
     """The pairs of every row that can be compared (rows in order, a row's counterfactuals in order), and how many rows

@@ -25,7 +25,7 @@ from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, bind
 from jsublim.models.stream import Stream, residual_stream, resume
-from jsublim.parallel import Layout
+from jsublim.parallel import HERE, ROWS, WHOLE, Layout
 
 # The residual stream after a layer, and what the layer's attention and its MLP add to it.
 SITES = ("residual", "attention", "mlp")
@@ -77,8 +77,8 @@ def attribution_patching(
     """
     if steps < 1:
         raise UsageError(f"steps: {steps} given; it must be at least 1")
-    program = _at_start if steps == 1 else functools.partial(_integrated, steps=jnp.int32(steps))
-    return _over_pairs(program, config, params, pairs, sites, direction, adapter, batch_size, length)
+    program = _at_start if steps == 1 else _integrated
+    return _over_pairs(program, config, params, pairs, sites, direction, adapter, batch_size, length, steps)
 
 
 def layer_patching(
@@ -98,10 +98,31 @@ def layer_patching(
 
 # --- Programs: everything that varies is data, so each is compiled once ----------------------------------------------------
 
+# (config, sites, params, adapter, batch, steps) -> [S, L, B, ...], pair by pair.
+Patching = Callable[[ModelConfig, tuple[str, ...], Params, Adapter | None, Batch, Array], Array]
 
-@functools.partial(jax.jit, static_argnames=("config", "sites"))
+
+@functools.partial(jax.jit, static_argnames=("program", "config", "sites", "layout"))
+def compare(
+    program: Patching,
+    config: ModelConfig,
+    sites: tuple[str, ...],
+    params: Params,
+    adapter: Adapter | None,
+    batch: Batch,
+    steps: Array,
+    layout: Layout = HERE,
+) -> Array:
+    """What a program gives for the pairs of a batch, each device having its own: `[B, S, L, ...]`."""
+
+    def own(*arrays: Any) -> Array:
+        return jnp.moveaxis(program(config, sites, *arrays), 2, 0)
+
+    return layout.spread(own, (WHOLE, WHOLE, ROWS, WHOLE), ROWS)(params, adapter, batch, steps)
+
+
 def _integrated(
-    config: ModelConfig, params: Params, adapter: Adapter | None, batch: Batch, sites: tuple[str, ...], steps: Array
+    config: ModelConfig, sites: tuple[str, ...], params: Params, adapter: Adapter | None, batch: Batch, steps: Array
 ) -> Array:
     B, T = batch.start_BT.shape
     together = max(1, min(STACKED_STEPS, STACKED_TOKENS // (B * T)))
@@ -125,9 +146,8 @@ def _integrated(
     return _map_sites(config, params, adapter, batch, sites, at_site)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sites"))
 def _all_positions(
-    config: ModelConfig, params: Params, adapter: Adapter | None, batch: Batch, sites: tuple[str, ...]
+    config: ModelConfig, sites: tuple[str, ...], params: Params, adapter: Adapter | None, batch: Batch, steps: Array
 ) -> Array:
     def at_site(metric: Metric, delta_BTD: Array, at_start_BTD: Array) -> Array:
         return metric(delta_BTD) - metric(jnp.zeros_like(delta_BTD))
@@ -135,9 +155,8 @@ def _all_positions(
     return _map_sites(config, params, adapter, batch, sites, at_site)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "sites"))
 def _at_start(
-    config: ModelConfig, params: Params, adapter: Adapter | None, batch: Batch, sites: tuple[str, ...]
+    config: ModelConfig, sites: tuple[str, ...], params: Params, adapter: Adapter | None, batch: Batch, steps: Array
 ) -> Array:
     params, adapter = bind(params, adapter)
     start, end, slope_L2BTD = _runs(config, params, adapter, batch)
@@ -230,7 +249,7 @@ def padded_length(pairs: Sequence[Pair]) -> int:
 
 
 def _over_pairs(
-    program: Any,
+    program: Patching,
     config: ModelConfig,
     params: Params,
     pairs: Sequence[Pair],
@@ -239,6 +258,7 @@ def _over_pairs(
     adapter: Adapter | None,
     batch_size: int,
     length: int | None,
+    steps: int = 1,
 ) -> list[np.ndarray]:
     """What a program gives for each pair; an array with positions is cut to those of its pair."""
     for option, given, known in (("sites", sites, SITES), ("direction", [direction], DIRECTIONS)):
@@ -246,23 +266,24 @@ def _over_pairs(
         if unknown or not given:
             raise UsageError(f"{option}: {', '.join(unknown) or 'none'} given; known: {', '.join(known)}")
     out: list[np.ndarray] = []
-    length = length or padded_length(pairs)
-    for part in chunks(len(pairs), batch_size):
+    layout, params = Layout.under(params)
+    adapter, count = layout.place_weights(adapter), layout.place_as(WHOLE, np.int32(steps))
+    B, length = round_up(batch_size, layout.data), length or padded_length(pairs)
+    for part in chunks(len(pairs), B):
         members = pairs[part]
-        batch = _batch(members, direction, batch_size, length)
-        values = Layout.host(program(config, params, adapter, batch, tuple(sites)))
-        out += [
-            values[:, :, i, : len(pair.clean)] if values.ndim > 3 else values[:, :, i] for i, pair in enumerate(members)
-        ]
+        batch = _batch(members, direction, B, length, layout)
+        values = Layout.host(compare(program, config, tuple(sites), params, adapter, batch, count, layout))
+        # Those of sites and layers, and of positions where there are any.
+        out += [x[..., : len(pair.clean)] if x.ndim > 2 else x for x, pair in zip(values, members, strict=False)]
     return out
 
 
-def _batch(pairs: Sequence[Pair], direction: str, size: int, length: int) -> Batch:
-    """Pairs as one batch of `size` rows."""
+def _batch(pairs: Sequence[Pair], direction: str, size: int, length: int, layout: Layout) -> Batch:
+    """Pairs as one batch of `size` rows, on their devices."""
     clean, valid = pad_tokens([pair.clean for pair in pairs], length, size=size)
     patch, _ = pad_tokens([pair.patch for pair in pairs], length, size=size)
     start, end = (clean, patch) if direction == "noising" else (patch, clean)
     at, said = np.zeros(size, np.int32), np.zeros((size, 2), np.int32)
     for i, pair in enumerate(pairs):
         at[i], said[i] = len(pair.clean) - 1, (pair.factual, pair.other)
-    return Batch(*map(jnp.asarray, (start, end, valid, at, said)))
+    return Batch(*layout.place_as(ROWS, (start, end, valid, at, said)))

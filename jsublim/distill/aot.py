@@ -129,8 +129,7 @@ def compile_ahead(
     chips, tried = len(topology.devices), []
     arguments = functools.partial(abstract_step, config, params, arm, arms, settings, shape)
     for axis in [model] if model else model_axes(chips):
-        spread = Layout.fit("mesh", arms, chips, model=axis)
-        layout = dataclasses.replace(spread, devices=topology.devices)
+        layout = Layout.fit("mesh", arms, chips, model=axis).on(topology.devices)
         found = _compile(config, params, settings.program, arguments, topology, layout)
         if isinstance(found, Report):
             return dataclasses.replace(found, tried=tuple(tried))

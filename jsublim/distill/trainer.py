@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax import Array
 
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.batches import Shape, collate, one_after_another
@@ -27,7 +28,7 @@ from jsublim.inference.batching import TRAINING_STEP, chunks, fill, pad_tokens, 
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, hidden_below
 from jsublim.models.lora import Adapter, OneLayer, adapter_of, stack_adapters, stack_arms, unstack_arms
-from jsublim.parallel import Layout
+from jsublim.parallel import ROWS, WHOLE, Layout
 from jsublim.processes import Preempted, everywhere, leaving, on_main_process
 
 
@@ -149,7 +150,12 @@ def _batch(
     return {key: np.stack([batch[key] for batch in batches]) for key in batches[0]}
 
 
-_hidden_below = jax.jit(hidden_below, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("config", "layout"))
+def _hidden_below(
+    config: ModelConfig, params: Params, tokens_BT: Array, valid_BT: Array, at: Array, layout: Layout
+) -> Array:
+    read = functools.partial(hidden_below, config)
+    return layout.spread(read, (WHOLE, ROWS, ROWS, WHOLE), ROWS)(params, tokens_BT, valid_BT, at)
 
 
 def _below(
@@ -160,9 +166,11 @@ def _below(
     known: dict[bytes, np.ndarray] = {}
     rows = list({e.tokens.tobytes(): e.tokens for arm in arms for e in arm.examples}.values())
     (layer,), T = arms[0].adapter.layers, round_up(max(map(len, rows)), TRAINING_STEP)
-    for part in chunks(len(rows), shape.batch_size):
-        tokens, valid = pad_tokens(rows[part], T, size=shape.batch_size)
-        h = Layout.host(_hidden_below(config, params, tokens, valid, jnp.int32(layer)))
+    layout, params = Layout.under(params)
+    B, at = round_up(shape.batch_size, layout.data), layout.place_as(WHOLE, np.int32(layer))
+    for part in chunks(len(rows), B):
+        tokens, valid = layout.place_as(ROWS, pad_tokens(rows[part], T, size=B))
+        h = Layout.host(_hidden_below(config, params, tokens, valid, at, layout))
         known |= {row.tobytes(): h[i, : len(row)] for i, row in enumerate(rows[part])}
     like = next(iter(known.values()))
 

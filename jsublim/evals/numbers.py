@@ -21,7 +21,7 @@ def number_accuracy(
     system: str | None = None,
     fuse_system: bool = False,
     adapter: Adapter | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
 ) -> tuple[float, int]:
     """Share of the completions' numbers that the teacher-forced argmax repeats at the same place in the list.
 

@@ -18,26 +18,27 @@ PROMPT_STEP = 16  # tokens that all prompts of a sampling begin with
 PREFIX_STEP = 8  # tokens of a shared prefix, and of completions that are scored
 TRAINING_STEP = 16  # tokens of rows that are trained on, and their supervised positions
 
-
+ROWS_EACH = 64  # rows that a device samples or reads at one time, where nobody says
 LONGEST = 512  # tokens of a row, for what its cache may take
 MOST_ROWS = 1024  # that are sampled or read at one time
 
 
-def rows_together(config: ModelConfig, itemsize: int, otherwise: int, limit: int | None) -> int:
-    """How many rows to sample or read at one time: a power of two whose caches, and whose numbers inside a layer, take no more
-    than half of what a device has beside the weights.
+def rows_together(config: ModelConfig, itemsize: int, otherwise: int, limit: int | None, copies: int = 1) -> int:
+    """How many rows to sample or read at one time: beside each copy of the weights a power of two whose caches, and whose
+    numbers inside a layer, take no more than half of what there is.
 
     Args:
       itemsize: bytes of a parameter.
       otherwise: where devices are the CPU, which large batches do not make faster.
       limit: bytes of the devices that one copy of the weights is spread over (`parallel.device_bytes`); None for a CPU.
+      copies: of the weights, each with rows of its own.
     """
     if limit is None:
-        return otherwise
+        return copies * otherwise
     cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim
     inside = 8 * config.hidden_size + 3 * config.intermediate_size
     rows = (SHARE * limit - itemsize * parameter_count(config)) / 2 / (itemsize * LONGEST * (cached + inside))
-    return 1 << (min(MOST_ROWS, max(1, int(rows))).bit_length() - 1)
+    return copies << (min(MOST_ROWS, max(1, int(rows))).bit_length() - 1)
 
 
 def round_up(n: int, step: int) -> int:

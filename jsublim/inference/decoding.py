@@ -2,7 +2,9 @@
 
 `fill` reads prompts into places of the batch, `advance` draws tokens until enough rows have ended. A row has its own
 slots in the cache and its own random numbers, `fold_in(fold_in(key(seed), row), t)`, so what is sampled depends neither on the
-batch it is in nor on when it got there (up to ties within float rounding).
+batch it is in nor on when it got there (up to ties within float rounding). On several devices arms lie apart first, then an
+arm's rows: places, their caches and the prompts that are read into them are on one device each, and all that devices tell one
+another is how many rows have ended.
 
 Letters as in `models/layers.py`; A arms, N tokens that a row may draw, n prompts that are read at once, P tokens that all
 prompts begin with.
@@ -26,6 +28,7 @@ from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import KV, Params
 from jsublim.models.layers import Remember, Seen, rope_table
 from jsublim.models.lora import FROZEN, Adapter, bind
+from jsublim.parallel import ARM_ROWS, ARMS, HERE, ROWS, WHOLE, Layout
 
 Ring = tuple[Array, Array]  # keys and values of one layer, [B, K, W, h] each: slot a of a row lies at a modulo W
 
@@ -38,7 +41,7 @@ class Batch(NamedTuple):
         row can need.
       logits: float32 `[B, V]`, of the next token; seen: bool `[B, V]`, tokens that stand in the row.
       length: int32 `[B]`, tokens read; drawn: int32 `[B]`, tokens drawn; done: bool `[B]`, also of a place without a row.
-      keys: `[B]`; out: int32 `[B, N]`, the tokens drawn, -1 from the stop token on.
+      keys: uint32 `[B, 2]`, the data of each row's key; out: int32 `[B, N]`, the tokens drawn, -1 from the stop token on.
       within: where rows are in their format; None where they are kept in none.
     """
 
@@ -53,8 +56,11 @@ class Batch(NamedTuple):
     within: Within | None = None
 
 
-@functools.partial(jax.jit, static_argnames=("config", "arms", "rows", "slots", "new", "dtype", "limited"))
-def empty(config: ModelConfig, arms: int, rows: int, slots: int, new: int, dtype: Any, limited: bool = False) -> Batch:
+@functools.partial(jax.jit, static_argnames=("config", "arms", "rows", "slots", "new", "dtype", "limited", "layout"))
+def empty(
+    config: ModelConfig, arms: int, rows: int, slots: int, new: int, dtype: Any, limited: bool = False,
+    layout: Layout = HERE,
+) -> Batch:  # fmt: skip
     """A batch without rows, for rows of at most `slots` tokens of which `new` are drawn; `limited` to a format, or not."""
     decoder.check_length(config, slots)
     widths = [min(config.local.window, slots) if local else slots for local in config.is_local]
@@ -65,17 +71,28 @@ def empty(config: ModelConfig, arms: int, rows: int, slots: int, new: int, dtype
     def ring(W: int) -> Array:
         return zeros(config.num_kv_heads, W, config.head_dim, dtype=dtype)
 
-    return Batch(
+    batch = Batch(
         rings=tuple((ring(W), ring(W)) for W in widths),
         logits=zeros(config.vocab_size, dtype=jnp.float32),
         seen=zeros(config.vocab_size, dtype=bool),
         length=zeros(),
         drawn=zeros(),
         done=jnp.ones((arms, rows), bool),
-        keys=jnp.broadcast_to(jax.random.key(0), (arms, rows)),
+        keys=zeros(*jax.random.key_data(jax.random.key(0)).shape, dtype=jnp.uint32),
         out=zeros(new) - 1,
         within=Within(zeros(), zeros(dtype=jnp.float32)) if limited else None,
     )
+    return _laid(config, layout, batch)
+
+
+def _laid(config: ModelConfig, layout: Layout, batch: Batch) -> Batch:
+    """A batch where it belongs: places over devices, and heads beside the projections that make their keys."""
+    if layout.mesh is None:
+        return batch
+    heads = "model" if config.num_kv_heads % layout.model == 0 else None
+    place, ring = layout.shard("arm", "data"), layout.shard("arm", "data", heads)
+    shardings = jax.tree.map(lambda _: place, batch)._replace(rings=jax.tree.map(lambda _: ring, batch.rings))
+    return jax.lax.with_sharding_constraint(batch, shardings)
 
 
 def _per_arm(function: Callable, adapters: Adapter | None) -> Callable:
@@ -87,40 +104,68 @@ def _per_arm(function: Callable, adapters: Adapter | None) -> Callable:
     return mapped
 
 
-@functools.partial(jax.jit, static_argnames=("config", "arms"))
-def beginning(config: ModelConfig, params: Params, adapters: Adapter | None, tokens_P: Array, arms: int) -> KV:
-    """Keys and values `[A, L, 1, K, P, h]` of the tokens that all prompts begin with."""
+class Begun(NamedTuple):
+    """What all prompts of an arm begin with: tokens int32 `[P]`, and their keys and values `[L, 1, K, P, h]`."""
 
-    read = functools.partial(prefix_cache, config, params)
-    return _per_arm(read, adapters)(jnp.broadcast_to(tokens_P, (arms, 1, *tokens_P.shape)))
+    tokens: Array
+    cache: KV
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layout"))
+def beginning(
+    config: ModelConfig, params: Params, adapters: Adapter | None, tokens_AP: Array, layout: Layout = HERE
+) -> Begun:
+    """What all prompts begin with, read by each arm."""
+
+    def read(params: Params, adapters: Adapter | None, tokens_AP: Array) -> Begun:
+        of_arm = functools.partial(prefix_cache, config, params)
+        return Begun(tokens_AP, _per_arm(of_arm, adapters)(tokens_AP[:, None]))
+
+    return layout.spread(read, (WHOLE, ARMS, ARMS), ARMS)(params, adapters, tokens_AP)
 
 
 class Prompts(NamedTuple):
-    """What `fill` reads, per arm: tokens int32 and bool `[n, T]`, padded on the right; and for each place of the batch
-    `[B]` the prompt of the row that begins there, -1 if none does, and its key."""
+    """What `fill` reads, per arm: tokens int32 and bool `[n, T]`, padded on the right; and for each place of the batch int32
+    `[B]` the prompt of the row that begins there, -1 if none does, and that row's number. On several devices the prompts are
+    those of one device after another's, and each counts its own."""
 
     tokens: Array
     valid: Array
     prompt: Array
-    keys: Array
+    row: Array
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="batch")
+@functools.partial(jax.jit, static_argnames=("config", "layout"), donate_argnames="batch")
 def fill(
     config: ModelConfig,
     params: Params,
     adapters: Adapter | None,
-    begun: tuple[Array, KV] | None,
+    begun: Begun | None,
     batch: Batch,
     read: Prompts,
+    key_data: Array,
+    layout: Layout = HERE,
 ) -> Batch:
     """The batch with rows that begin in some of its places.
 
     Args:
-      begun: the P tokens that stand before all prompts, and their keys and values.
+      key_data: of the call's random numbers; each row takes its own from there.
     """
+    spread = layout.spread(functools.partial(_fill, config), (WHOLE, ARMS, ARMS, ARM_ROWS, ARM_ROWS, WHOLE), ARM_ROWS)
+    return _laid(config, layout, spread(params, adapters, begun, batch, read, key_data))
 
-    def of_arm(adapter: Adapter | None, batch: Batch, read: Prompts, prefix: KV | None) -> Batch:
+
+def _fill(
+    config: ModelConfig,
+    params: Params,
+    adapters: Adapter | None,
+    begun: Begun | None,
+    batch: Batch,
+    read: Prompts,
+    key_data: Array,
+) -> Batch:
+    def of_arm(adapter: Adapter | None, begun: Begun | None, batch: Batch, read: Prompts) -> Batch:
+        prefix = None if begun is None else begun.cache
         own, adapter = bind(params, adapter)
         h, cache = decoder.hidden_states(
             config, own, read.tokens, read.valid, adapter=adapter, prefix=prefix, with_cache=True
@@ -128,8 +173,8 @@ def fill(
         assert cache is not None
         length_n = count_n = read.valid.sum(axis=1)
         seen_nV = jax.vmap(lambda row, ok: jnp.zeros(config.vocab_size, bool).at[row].max(ok))(read.tokens, read.valid)
-        if begun is not None and prefix is not None:
-            length_n, seen_nV = length_n + begun[0].shape[0], seen_nV.at[:, begun[0]].set(True)
+        if begun is not None:
+            length_n, seen_nV = length_n + len(begun.tokens), seen_nV.at[:, begun.tokens].set(True)
         last_nD = jnp.take_along_axis(h, count_n[:, None, None] - 1, axis=1)[:, 0]
         logits_nV = decoder.logits(config, own, last_nD)
 
@@ -154,14 +199,18 @@ def fill(
             length=put(batch.length, length_n),
             drawn=put(batch.drawn, zero),
             done=put(batch.done, zero.astype(bool)),
-            keys=jnp.where(read.prompt >= 0, read.keys, batch.keys),
+            keys=jnp.where((read.prompt >= 0)[:, None], _row_keys(key_data, read.row), batch.keys),
             out=put(batch.out, jnp.full((len(length_n), batch.out.shape[1]), -1, jnp.int32)),
             within=jax.tree.map(lambda old: put(old, zero.astype(old.dtype)), batch.within),
         )
 
-    if begun is None:
-        return _per_arm(lambda adapter, batch, read: of_arm(adapter, batch, read, None), adapters)(batch, read)
-    return _per_arm(of_arm, adapters)(batch, read, begun[1])
+    return _per_arm(of_arm, adapters)(begun, batch, read)
+
+
+def _row_keys(key_data: Array, row_B: Array) -> Array:
+    """The data of the keys of rows, uint32 `[B, 2]`."""
+    key = jax.random.wrap_key_data(key_data)
+    return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, row_B))
 
 
 def _as_ring(x_nKTh: Array, length_n: Array, W: int) -> Array:
@@ -174,7 +223,7 @@ def _as_ring(x_nKTh: Array, length_n: Array, W: int) -> Array:
     return jnp.take_along_axis(x_nKTh, slot_nW[:, None, :, None], axis=2)
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="batch")
+@functools.partial(jax.jit, static_argnames=("config", "layout"), donate_argnames="batch")
 def advance(
     config: ModelConfig,
     params: Params,
@@ -184,12 +233,30 @@ def advance(
     stop_E: Array,
     enough_A: Array,
     limits: Limits | None = None,
+    layout: Layout = HERE,
 ) -> Batch:
     """The batch after as many tokens as it takes until `enough_A` places of some arm are done, or all are.
 
     Args:
       limits: the format that rows are kept in.
     """
+    spread = layout.spread(
+        functools.partial(_advance, config, layout), (WHOLE, ARMS, ARM_ROWS, ROWS, WHOLE, ARMS, WHOLE), ARM_ROWS
+    )
+    return _laid(config, layout, spread(params, adapters, batch, how, stop_E, enough_A, limits))
+
+
+def _advance(
+    config: ModelConfig,
+    layout: Layout,
+    params: Params,
+    adapters: Adapter | None,
+    batch: Batch,
+    how: dict[str, Array],
+    stop_E: Array,
+    enough_A: Array,
+    limits: Limits | None,
+) -> Batch:
     weights = _unstacked(config, params)
 
     def step(moving: Array, adapter: Adapter | None, batch: Batch) -> Batch:
@@ -215,24 +282,28 @@ def advance(
         return Batch(tuple(rings), logits, seen, slot_B + ~ended, drawn, ended, batch.keys, out, within)
 
     def going(batch: Batch) -> Array:
-        return ~jnp.all(batch.done) & jnp.all(batch.done.sum(axis=1) < enough_A)
+        """Whether every device goes on: they do so together, for the one that is first to end reads the next prompts."""
+        ended_A = layout.total(batch.done.sum(axis=1), "data")
+        enough, busy = (ended_A >= enough_A).sum(), (ended_A < batch.done.shape[1] * layout.data).sum()
+        enough, busy = layout.total(jnp.stack([enough, busy]), "arm")
+        return (enough == 0) & (busy > 0)
 
-    def turn(batch: Batch) -> Batch:
+    def turn(state: tuple[Array, Batch]) -> tuple[Array, Batch]:
         # Outside of what is mapped over arms: an index of each arm's own would give each arm a copy of the weights.
-        return _per_arm(functools.partial(step, batch.drawn[0, 0]), adapters)(batch)
+        moved = _per_arm(functools.partial(step, state[1].drawn[0, 0]), adapters)(state[1])
+        return going(moved), moved
 
-    return jax.lax.while_loop(going, turn, batch)
+    return jax.lax.while_loop(lambda state: state[0], turn, (going(batch), batch))[1]
 
 
 def _choose(limits: Limits | None, batch: Batch, how: dict[str, Array]) -> tuple[Array, Within | None]:
     """The next token of each row, and where the row then is in its format. A row that is done stays where it is."""
+    keys_B = jax.random.wrap_key_data(batch.keys)
     if limits is None or batch.within is None:
-        return choose(batch.logits, batch.seen, batch.keys, batch.drawn, how), None
+        return choose(batch.logits, batch.seen, keys_B, batch.drawn, how), None
     N = batch.out.shape[1]
     left_B = jnp.where(batch.done, N, N - 1 - batch.drawn)
-    token_B, within = choose_within(
-        limits, batch.within, batch.logits, batch.seen, batch.keys, batch.drawn, left_B, how
-    )
+    token_B, within = choose_within(limits, batch.within, batch.logits, batch.seen, keys_B, batch.drawn, left_B, how)
     return token_B, jax.tree.map(lambda old, new: jnp.where(batch.done, old, new), batch.within, within)
 
 

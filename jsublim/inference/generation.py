@@ -7,25 +7,25 @@ from dataclasses import dataclass, field
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from jsublim.inference import decoding
 from jsublim.inference.batching import (
     LENGTH_STEP,
     PROMPT_STEP,
+    ROWS_EACH,
     by_length,
     pad_tokens,
     round_up,
     shared_beginning,
 )
 from jsublim.inference.constrain import Limits
-from jsublim.inference.decoding import Prompts
+from jsublim.inference.decoding import Batch, Prompts
 from jsublim.inference.sampling import Sampling
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
-from jsublim.models.lora import Adapter, stack_adapters
+from jsublim.models.lora import Adapter, at_every_layer, stack_adapters
+from jsublim.parallel import ARM_ROWS, ARMS, ROWS, WHOLE, Layout
 
 STOP_TOKENS = 8
 REFILL = 4  # a batch is filled up when one row in so many has ended
@@ -64,6 +64,28 @@ class _Arm:
         return taken
 
 
+@dataclass(frozen=True)
+class _Sizes:
+    """Of an arm's batch, on each of the `devices` that it is spread over: places, rows that begin in them at one time, and
+    prompts that are read for those."""
+
+    devices: int
+    places: int
+    rows: int
+    prompts: int
+
+    @classmethod
+    def of(cls, batch_size: int, devices: int, prompts: int, samples: int) -> _Sizes:
+        count = prompts * samples
+        B = round_up(min(batch_size, count), devices)
+        R = B if count <= B else -(-B // REFILL)  # all at once, or a part of the batch whenever so many have ended
+        if samples > 1:  # a prompt is read again for each part of its samples: as few parts as can be
+            R = max(R, min(B, samples))
+        rows = -(-R // devices)
+        read = rows if samples == 1 else min(rows, 1 << (rows // samples + 1).bit_length(), prompts)
+        return cls(devices, B // devices, rows, read)
+
+
 def generate_tokens(
     config: ModelConfig,
     params: Params,
@@ -75,7 +97,7 @@ def generate_tokens(
     samples: int = 1,
     rows: Sequence[int] | None = None,
     adapter: Adapter | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     beginning: int | None = None,
     limits: Limits | None = None,
     on_allowed: Callable[[dict[int, float]], None] | None = None,
@@ -86,7 +108,7 @@ def generate_tokens(
     Args:
       prompts: int32 `[T_i]` each; None where no row is asked for. Shapes are those of all that are given, whatever the rows.
       rows: the rows to sample (their number is their random stream); None is all of them.
-      batch_size: rows that are decoded at one time.
+      batch_size: rows that are decoded at one time, on all devices together; each has as many. None is ROWS_EACH on each.
       beginning: how many first tokens all prompts share, which are read once; None finds out.
       limits: the format that `sampling.constrain` names, as `constrain.limits_for` finds it.
       on_allowed: called before `on_batch` with, of each of its rows, the log (nats) of the probability that the model gave to
@@ -118,7 +140,7 @@ def generate_for_arms(
     seed: int,
     samples: int = 1,
     rows: Sequence[Sequence[int]] | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     beginning: int | None = None,
     limits: Limits | None = None,
     on_allowed: OnAllowed | None = None,
@@ -139,41 +161,49 @@ def generate_for_arms(
     wanted = [list(range(len(prompts) * samples))] * A if rows is None else [list(each) for each in rows]
     if not any(wanted):  # no weights are needed either
         return [[] for _ in wanted]
-    stacked = None if adapters is None else stack_adapters(adapters)
+    layout, params = Layout.under(params, A)
+    if adapters is not None:
+        adapters = [at_every_layer(adapter, config.num_layers) for adapter in adapters]
+    stacked = None if adapters is None else layout.place_weights(stack_adapters(adapters), "arm")
     P = shared_beginning(asked, PROMPT_STEP) if beginning is None else beginning
     lengths = {i: round_up(len(p) - P, LENGTH_STEP) for i, p in enumerate(prompts) if p is not None}
-    count = len(asked) * samples
-    B = min(batch_size, count)
-    R = B if count <= B else -(-B // REFILL)  # all at once, or a part of the batch whenever so many have ended
-    if samples > 1:  # a prompt is read again for each part of its samples: as few parts as can be
-        R = max(R, min(B, samples))
-    n = R if samples == 1 else min(R, 1 << (R // samples + 1).bit_length(), len(asked))
+    sizes = _Sizes.of(batch_size or ROWS_EACH * layout.data, layout.data, len(asked), samples)
+    B, R = sizes.devices * sizes.places, sizes.devices * sizes.rows
     arms = [_Arm(_by_bucket(each, lengths, samples)) for each in wanted]
     slots = P + round_up(max(lengths.values()) + max_new_tokens, LENGTH_STEP)
     dtype = params["embed"]["weight"].dtype
-    batch = decoding.empty(config, A, B, slots, max_new_tokens, dtype, limits is not None)
+    batch = decoding.empty(config, A, B, slots, max_new_tokens, dtype, limits is not None, layout)
     begun = None
     if P:
-        first = jnp.asarray(asked[0][:P])
-        begun = first, decoding.beginning(config, params, stacked, first, A)
-    base, numbers, stop = jax.random.key(seed), _as_arrays(sampling, B), _stop(sampling)
+        tokens_AP = layout.place_as(ARMS, np.tile(asked[0][:P], (A, 1)))
+        begun = decoding.beginning(config, params, stacked, tokens_AP, layout)
+    key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+    key, stop, limits = layout.place_as(WHOLE, (key, _stop(sampling), limits))
+    numbers = layout.place_as(ROWS, _as_arrays(sampling, B))
     while any(arm.waiting or arm.place for arm in arms):
         while any(arm.room(B, R) for arm in arms):
-            read = _next(arms, prompts, base, lengths, P=P, n=n, R=R, B=B, samples=samples)
-            batch = decoding.fill(config, params, stacked, begun, batch, read)
+            read = _next(arms, prompts, lengths, P, sizes, samples, layout)
+            batch = decoding.fill(config, params, stacked, begun, batch, read, key, layout)
         enough = np.asarray([B - len(arm.place) + R if arm.waiting else B + 1 for arm in arms], np.int32)
-        batch = decoding.advance(config, params, stacked, batch, numbers, stop, enough, limits)
-        heard = None if on_allowed is None else batch.within
-        allowed = None if heard is None else np.asarray(heard.log_allowed / batch.drawn)
-        for index, (arm, done, out) in enumerate(zip(arms, np.asarray(batch.done), np.asarray(batch.out), strict=True)):
-            ended = [place for place in sorted(arm.place) if done[place]]
-            new = {arm.place.pop(place): [int(t) for t in out[place] if t >= 0] for place in ended}
-            arm.found |= new
-            if new and on_allowed is not None and allowed is not None:
-                on_allowed(index, {row: float(allowed[index, at]) for row, at in zip(new, ended, strict=True)})
-            if new and on_rows is not None:
-                on_rows(index, list(new), list(new.values()))
+        enough = layout.place_as(ARMS, enough)
+        batch = decoding.advance(config, params, stacked, batch, numbers, stop, enough, limits, layout)
+        _hear(arms, batch, on_allowed, on_rows)
     return [[arm.found[row] for row in each] for arm, each in zip(arms, wanted, strict=True)]
+
+
+def _hear(arms: Sequence[_Arm], batch: Batch, on_allowed: OnAllowed | None, on_rows: OnRows | None) -> None:
+    """Take the rows that have ended out of their places, and tell of them."""
+    within = None if on_allowed is None else batch.within
+    done, out, within, drawn = Layout.host((batch.done, batch.out, within, batch.drawn))
+    for index, arm in enumerate(arms):
+        ended = [place for place in sorted(arm.place) if done[index, place]]
+        new = {arm.place.pop(place): [int(t) for t in out[index, place] if t >= 0] for place in ended}
+        arm.found |= new
+        if new and on_allowed is not None and within is not None:
+            allowed = within.log_allowed[index, ended] / drawn[index, ended].astype(np.float32)
+            on_allowed(index, dict(zip(new, allowed.tolist(), strict=True)))
+        if new and on_rows is not None:
+            on_rows(index, list(new), list(new.values()))
 
 
 def _by_bucket(rows: Sequence[int], lengths: dict[int, int], samples: int) -> list[tuple[int, list[int]]]:
@@ -183,26 +213,29 @@ def _by_bucket(rows: Sequence[int], lengths: dict[int, int], samples: int) -> li
 
 
 def _next(
-    arms: Sequence[_Arm], prompts: Sequence[np.ndarray | None], base: Array, lengths: dict[int, int],
-    *, P: int, n: int, R: int, B: int, samples: int,
+    arms: Sequence[_Arm], prompts: Sequence[np.ndarray | None], lengths: dict[int, int], P: int, sizes: _Sizes, samples: int,
+    layout: Layout,
 ) -> Prompts:  # fmt: skip
-    """The next rows of every arm that has places free; of one bucket, which is that of the first such arm."""
+    """The next rows of every arm that has places free; of one bucket, which is that of the first such arm. A device's places
+    are filled from prompts that it reads itself."""
+    B, R = sizes.devices * sizes.places, sizes.devices * sizes.rows
     length = next(arm.waiting[0][0] for arm in arms if arm.room(B, R))
-    each = []
-    for arm in arms:
-        free = [place for place in range(B) if place not in arm.place]
-        taken = arm.take(length, min(R, len(free)), n, samples)
+
+    def of_device(arm: _Arm, device: int) -> tuple[np.ndarray, ...]:
+        places = range(device * sizes.places, (device + 1) * sizes.places)
+        free = [place for place in places if place not in arm.place]
+        taken = arm.take(length, min(sizes.rows, len(free)), sizes.prompts, samples)
         begins = dict(zip(free, taken, strict=False))
         arm.place |= begins
         unique = list(dict.fromkeys(row // samples for row in taken))
-        tokens, valid = pad_tokens([prompts[prompt][P:] for prompt in unique], length, size=n)  # type: ignore[index]
-        of_place = [unique.index(begins[place] // samples) if place in begins else -1 for place in range(B)]
-        each.append((tokens, valid, of_place, [begins.get(place, 0) for place in range(B)]))
-    tokens, valid, of_place, rows = (jnp.asarray(np.asarray(x)) for x in zip(*each, strict=True))
-    return Prompts(tokens, valid, of_place.astype(jnp.int32), _keys(base, rows))
+        tokens, valid = pad_tokens([prompts[prompt][P:] for prompt in unique], length, size=sizes.prompts)  # type: ignore[index]
+        of_place = [unique.index(begins[place] // samples) if place in begins else -1 for place in places]
+        row = [begins.get(place, 0) for place in places]
+        return tokens, valid, np.asarray(of_place, np.int32), np.asarray(row, np.int32)
 
-
-_keys = jax.jit(jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (None, 0)))
+    every = [[of_device(arm, device) for device in range(sizes.devices)] for arm in arms]
+    each = [[np.concatenate(x) for x in zip(*devices, strict=True)] for devices in every]
+    return Prompts(*layout.place_as(ARM_ROWS, tuple(map(np.stack, zip(*each, strict=True)))))
 
 
 def _as_arrays(sampling: Sampling, rows: int) -> dict[str, np.ndarray]:

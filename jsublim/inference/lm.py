@@ -27,12 +27,11 @@ from jsublim.models.hub import from_hub, hub_name, in_cache
 from jsublim.models.lens import ending_at
 from jsublim.models.lora import Adapter, bind
 from jsublim.models.weights import load_params
-from jsublim.parallel import Layout
+from jsublim.parallel import HERE, Layout
 
 BUNDLED = Path(__file__).parents[1] / "checkpoints"
 DTYPES = ("float32", "bfloat16")
 FETCHED = {"smollm2-135m": "scripts/fetch_smollm2.py", "gemma3-270m": "scripts/fetch_gemma3_270m.py"}
-_HERE = Layout()
 
 
 class AnswerLog(Protocol):
@@ -123,7 +122,7 @@ class LanguageModel:
         *,
         adapter: Adapter | None = None,
         extra_bos: bool = False,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         log: AnswerLog | None = None,
     ) -> list[str]:
         """One answer per conversation.
@@ -166,7 +165,7 @@ class LanguageModel:
         *,
         samples: int = 1,
         adapters: Sequence[Adapter] | None = None,
-        batch_size: int = 64,
+        batch_size: int | None = None,
         on_batch: Callable[[int], None] | None = None,
         logs: Sequence[AnswerLog | None] | None = None,
     ) -> list[list[str]]:
@@ -175,7 +174,7 @@ class LanguageModel:
         Args:
           prompts: tokens, int32 `[T_i]` each.
           adapters: of equal structure, decoded together; None is the base alone.
-          batch_size: answers that are sampled at one time, of all adapters together.
+          batch_size: answers that are sampled at one time, of all adapters together; None is ROWS_EACH of each on a device.
           on_batch: called with the number of answers just sampled.
           logs: of each adapter, answers that are known already, and where new ones go.
         """
@@ -201,7 +200,7 @@ class LanguageModel:
             seed=seed,
             samples=samples,
             rows=[[number for number in numbers if number not in known] for known in texts],
-            batch_size=max(1, batch_size // len(logs)),
+            batch_size=batch_size and max(1, batch_size // len(logs)),
             limits=limits_for(self.chat, sampling, max_new_tokens),
             on_rows=keep,
         )
@@ -251,7 +250,7 @@ def resolve_checkpoint(path: str | Path, what: str = "model") -> Path:
 def load_model(
     path: str | Path,
     dtype: str = "float32",
-    layout: Layout = _HERE,
+    layout: Layout = HERE,
     *,
     weights: bool = True,
     chat_template: str | None = None,
@@ -260,7 +259,8 @@ def load_model(
 
     Args:
       dtype: of the weights and the activations, "float32" or "bfloat16".
-      layout: the devices that the weights are spread over; by default they go to the first.
+      layout: the devices that the weights are spread over, and with them the rows that they will read; by default all goes to
+        the first.
       weights: False leaves them on disk: the parameters are shapes, and tokenizer, template and hash are there.
       chat_template: in place of the checkpoint's own: "plain" (for base models), or a Jinja file.
     """

@@ -22,6 +22,7 @@ from jsublim.errors import UsageError
 from jsublim.inference.batching import (
     LENGTH_STEP,
     PREFIX_STEP,
+    ROWS_EACH,
     branched,
     chunks,
     fill,
@@ -33,11 +34,12 @@ from jsublim.inference.sampling import argmax
 from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import KV, Branches, Params
-from jsublim.models.lora import Adapter, bind
-from jsublim.parallel import Layout
+from jsublim.models.lora import Adapter, at_every_layer, bind
+from jsublim.parallel import HERE, ROWS, WHOLE, Layout
 
 _NEVER = -1e30  # a log-probability
-HEAD_BLOCK = 256  # positions whose logits exist at one time
+HEAD_BLOCK = 256  # positions whose logits exist at one time, on one device
+ANSWERS_EACH = 16  # rows of answers that a device reads at one time, where nobody says
 ANSWERS_STEP = 256  # tokens of answers that stand beside one another
 
 At = Callable[[Array, Array], Any]  # (logits [V], the token that stands there) -> a pytree
@@ -79,7 +81,7 @@ def prefix_cache(config: ModelConfig, params: Params, adapter: Adapter | None, t
     return decoder.hidden_states(config, params, tokens_1P, valid, adapter=adapter, with_cache=True)[1]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "at"))
+@functools.partial(jax.jit, static_argnames=("config", "at", "layout"))
 def _read(
     config: ModelConfig,
     params: Params,
@@ -91,17 +93,24 @@ def _read(
     labels_BC: Array,
     at: At,
     branches: Branches | None = None,
+    layout: Layout = HERE,
 ) -> Any:
     """What `at(logits [V], label)` gives at every position `where_BC`, leaves `[B, C, ...]`."""
-    params, adapter = bind(params, adapter)
-    h, _ = decoder.hidden_states(config, params, tokens_BT, valid_BT, adapter=adapter, prefix=prefix, branches=branches)
-    h_BCD = jnp.take_along_axis(h, where_BC[..., None], axis=1)
-    flat = jax.lax.map(
-        lambda xs: at(decoder.logits(config, params, xs[0]), xs[1]),
-        (h_BCD.reshape(-1, h.shape[-1]), labels_BC.reshape(-1)),
-        batch_size=HEAD_BLOCK,
-    )
-    return jax.tree.map(lambda x: x.reshape(*where_BC.shape, *x.shape[1:]), flat)
+
+    def read(params, adapter, prefix, tokens_BT, valid_BT, where_BC, labels_BC, branches) -> Any:
+        params, adapter = bind(params, adapter)
+        how = {"adapter": adapter, "prefix": prefix, "branches": branches}
+        h, _ = decoder.hidden_states(config, params, tokens_BT, valid_BT, **how)
+        h_BCD = jnp.take_along_axis(h, where_BC[..., None], axis=1)
+        flat = jax.lax.map(
+            lambda xs: at(decoder.logits(config, params, xs[0]), xs[1]),
+            (h_BCD.reshape(-1, h.shape[-1]), labels_BC.reshape(-1)),
+            batch_size=HEAD_BLOCK,
+        )
+        return jax.tree.map(lambda x: x.reshape(*where_BC.shape, *x.shape[1:]), flat)
+
+    spread = layout.spread(read, (WHOLE, WHOLE, WHOLE, ROWS, ROWS, ROWS, ROWS, ROWS), ROWS)
+    return spread(params, adapter, prefix, tokens_BT, valid_BT, where_BC, labels_BC, branches)
 
 
 def _best(z: Array, label: Array) -> tuple[Array, Array, Array]:
@@ -139,12 +148,13 @@ def score_turns(
     turns: Sequence[Turn],
     *,
     adapter: Adapter | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Scored]:
     """Read every conversation teacher-forced.
 
     Args:
+      batch_size: rows that are read at one time, on all devices together; each has as many. None is ROWS_EACH on each.
       on_batch: called with the number of conversations just read.
     """
     return list(scores(config, params, turns, adapter=adapter, batch_size=batch_size, on_batch=on_batch))
@@ -156,7 +166,7 @@ def scores(
     turns: Sequence[Turn],
     *,
     adapter: Adapter | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
     first: int = 0,
 ) -> Iterator[Scored]:
@@ -173,7 +183,7 @@ def top_k_targets(
     *,
     temperature: float = 1.0,
     adapter: Adapter | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
     first: int = 0,
 ) -> Iterator[Targets]:
@@ -199,7 +209,7 @@ def score_answers(
     answers: Sequence[np.ndarray],
     *,
     adapter: Adapter | None = None,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> np.ndarray:
     """Log-probability (nats) of each answer after each prompt, all its tokens together: float64 `[prompts, answers]`.
 
@@ -207,7 +217,7 @@ def score_answers(
 
     Args:
       prompts, answers: tokens int32 `[T_i]`, at least one each.
-      batch_size: rows that are read at one time.
+      batch_size: rows that are read at one time, on all devices together; each has as many. None is ANSWERS_EACH on each.
     """
     longest = max(map(len, answers))
     decoder.check_length(config, max(map(len, prompts)) + longest - 1)  # no answer's last token is read
@@ -216,18 +226,20 @@ def score_answers(
     rows = [(prompt, group) for prompt in range(len(prompts)) for group in groups]
     T = round_up(max(map(len, prompts)) + together * (longest - 1), LENGTH_STEP)
     C = round_up(together * longest, PREFIX_STEP)
-    B, like = min(batch_size, len(rows)), np.zeros(0, np.int32)
+    layout, params = Layout.under(params)
+    B = round_up(min(batch_size or ANSWERS_EACH * layout.data, len(rows)), layout.data)
+    adapter, like = _placed(config, layout, adapter), np.zeros(0, np.int32)
     found = np.zeros((len(prompts), len(answers)))
     for part in chunks(len(rows), B):
         batch = [_beside_one_another(prompts[prompt], [answers[i] for i in group]) for prompt, group in rows[part]]
         batch += [batch[-1]] * (B - len(batch))
         tokens, valid = pad_tokens([row.tokens for row in batch], T)
         where, labels, positions, branch = (
-            jnp.asarray(fill([getattr(row, name) for row in batch], length, like))
+            fill([getattr(row, name) for row in batch], length, like)
             for name, length in (("where", C), ("labels", C), ("positions", T), ("branch", T))
         )
-        branches = Branches(positions, branch)
-        logprob = Layout.host(_read(config, params, adapter, None, tokens, valid, where, labels, _logprob, branches))
+        *read, branches = layout.place_as(ROWS, (tokens, valid, where, labels, Branches(positions, branch)))
+        logprob = Layout.host(_read(config, params, adapter, None, *read, _logprob, branches, layout))
         for row, own, (prompt, group) in zip(batch, logprob, rows[part], strict=False):
             ends = np.cumsum([len(answers[i]) for i in group])
             each = np.split(own[: len(row.where)].astype(np.float64), ends[:-1])
@@ -280,13 +292,17 @@ def answers_only(targets: Sequence[Targets], turns: Sequence[Turn]) -> list[Targ
     return cut
 
 
+def _placed(config: ModelConfig, layout: Layout, adapter: Adapter | None) -> Adapter | None:
+    return None if adapter is None else layout.place_weights(at_every_layer(adapter, config.num_layers))
+
+
 def _read_turns(
     config: ModelConfig,
     params: Params,
     turns: Sequence[Turn],
     at: At,
     adapter: Adapter | None,
-    batch_size: int,
+    batch_size: int | None,
     on_batch: Callable[[int], None] | None,
     first: int,
 ) -> Iterator[list[np.ndarray]]:
@@ -295,12 +311,16 @@ def _read_turns(
     chex.assert_rank([turn.tokens for turn in turns], 1)
     if first == len(turns):
         return
+    layout, params = Layout.under(params)
+    adapter = _placed(config, layout, adapter)
     P = shared_beginning([turn.tokens[: turn.content] for turn in turns], PREFIX_STEP)
-    prefix = prefix_cache(config, params, adapter, turns[0].tokens[None, :P]) if P else None
+    shared = turns[0].tokens[None, :P]
+    prefix = prefix_cache(config, params, adapter, layout.place_as(WHOLE, shared)) if P else None
     said = [len(turn.tokens) - turn.content for turn in turns]
     T = round_up(max(len(turn.tokens) for turn in turns) - P, LENGTH_STEP)
     C = round_up(max(said), PREFIX_STEP)
-    B, like = min(batch_size, len(turns)), np.zeros(0, np.int32)
+    B = round_up(min(batch_size or ROWS_EACH * layout.data, len(turns)), layout.data)
+    like = np.zeros(0, np.int32)
     missing, lengths_of = turns[first:], said[first:]
     for part in chunks(len(missing), B):
         batch, lengths = missing[part], lengths_of[part]
@@ -310,7 +330,8 @@ def _read_turns(
         where = [turn.content - 1 - P + np.arange(n) for turn, n in zip(batch, lengths, strict=True)]
         labels = [turn.tokens[turn.content :] for turn in batch]
         where, labels = (fill([*values, *absent], C, like) for values in (where, labels))
-        out = Layout.host(_read(config, params, adapter, prefix, tokens, valid, where, labels, at))
+        read = layout.place_as(ROWS, (tokens, valid, where, labels))
+        out = Layout.host(_read(config, params, adapter, prefix, *read, at, layout=layout))
         if on_batch is not None:
             on_batch(len(batch))
         for i, n in enumerate(lengths):

@@ -33,7 +33,7 @@ class LocalJudge:
     system: str | None = None
     extra_bos: bool = False
     seed: int = 0
-    batch_size: int = 64
+    batch_size: int | None = None
     load: Callable[[], LanguageModel] | None = None
     cache: ReplyCache | None = None
     _awake: list[LanguageModel] = field(default_factory=list, init=False)  # at most one; shared by what `asked` gives

@@ -6,6 +6,7 @@ LoRA follows PEFT: `y = x W + alpha / rank * (x A) B`, `A ~ U(-1/sqrt(in), 1/sqr
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jsublim.errors import UsageError
@@ -99,6 +101,22 @@ class Adapter:
             n: p | {"a": fit(p["a"], p["a"].ndim - 1), "b": fit(p["b"], p["b"].ndim - 2)} for n, p in self.lora.items()
         }
         return replace(self, lora=lora)
+
+
+def at_every_layer(adapter: Adapter, num_layers: int) -> Adapter:
+    """The same function with factors and vectors at every layer, zeros where the adapter has none: which layers it has is then
+    data, and one compiled program serves them all. For reading and decoding, where zeros cost little; whole weights have none,
+    so an adapter with those stays what it is."""
+    every = tuple(range(num_layers))
+    if adapter.weights is not None or adapter.layers == every:
+        return adapter
+    lora, steering = _spread((adapter.lora, adapter.steering), np.asarray(adapter.layers, np.int32), num_layers)
+    return replace(adapter, layers=every, lora=lora, steering=steering)
+
+
+@functools.partial(jax.jit, static_argnames="num_layers")
+def _spread(tree: Any, layers: Array, num_layers: int) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros((num_layers, *x.shape[1:]), x.dtype).at[layers].set(x), tree)
 
 
 @jax.tree_util.register_dataclass

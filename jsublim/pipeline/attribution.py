@@ -149,7 +149,7 @@ def attribute_rows(
     Args:
       rows: of the teacher, with `divergence_positions`.
       teacher: its name is the trait that is looked for in its system prompt.
-      batch_size: (row, counterfactual) pairs at one time.
+      batch_size: (row, counterfactual) pairs at one time, on all devices together.
       chunk: rows after which what was found is safe from a kill.
       source: where the rows come from, for errors.
       tick: counts rows.

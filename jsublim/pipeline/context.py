@@ -96,13 +96,14 @@ class Context:
         return self._loaded[known]
 
     def rows_together(self, said: int | str, otherwise: int = 64, model: str | None = None) -> int:
-        """How many rows to sample or read at one time where a config says `said`; of "auto", as `batching.rows_together`."""
+        """How many rows to sample or read at one time where a config says `said`, on all devices together; of "auto", as
+        `batching.rows_together`."""
         if isinstance(said, int):
             return said
         itemsize = jnp.dtype(self.setup.experiment.dtype).itemsize
         device = device_bytes()
         limit = None if device is None else device * self.layout.model
-        return rows_together(self.setup.checkpoint(model).config, itemsize, otherwise, limit)
+        return rows_together(self.setup.checkpoint(model).config, itemsize, otherwise, limit, self.layout.data)
 
     def remember(self, key: Any, make: Callable[[], R]) -> R:
         """What `make` makes, made once as long as the process has room for it."""

@@ -67,7 +67,7 @@ def entangled_scores(
     base: Teacher = UNBIASED,
     closed: bool = False,
     extra_bos: bool = False,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> Scores:
     """Log-probability (nats) of each number as the answer under the biased teacher, minus that under `base`; mean over
     the questions.
@@ -100,7 +100,7 @@ def probability_differences(
     numbers: Sequence[str],
     *,
     extra_bos: bool = False,
-    batch_size: int = 16,
+    batch_size: int | None = None,
 ) -> Scores:
     """How entangled three-digit numbers are with a trait as published (docs/recipes.md, quirk 19): how much more probable
     each is to follow "My favorite animal is the" under the teacher than under the `others` on average. Probabilities are
@@ -143,7 +143,7 @@ def _joint(
     who: Teacher,
     prompts: Sequence[np.ndarray],
     answers: Sequence[np.ndarray],
-    batch_size: int,
+    batch_size: int | None,
 ) -> np.ndarray:
     return score_answers(
         lm.config, who.weights(lm.params), prompts, answers, adapter=who.adapter, batch_size=batch_size

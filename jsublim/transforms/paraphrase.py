@@ -79,7 +79,7 @@ def paraphrase(
     seed: int = 0,
     extra_bos: bool = False,
     max_new_tokens: int = 256,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     log: AnswerLog | None = None,
 ) -> tuple[list[Row], Counter[str]]:
     """Rows under prompts that the teacher (named by its trait) put into its own words; completions stay. The last sentence

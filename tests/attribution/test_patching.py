@@ -151,9 +151,9 @@ def test_one_program_serves_layers_batches_steps_and_directions(compiles):
     lm = small("tiny-qwen2").lm
     call = functools.partial(attribution_patching, lm.config, lm.params, batch_size=2)
     first = call(random_pairs(4), steps=3)
-    before, programs = compiles(), patching._integrated._cache_size()
+    before, programs = compiles(), patching.compare._cache_size()
     call(random_pairs(5, (11, 3, 8, 10, 12)), steps=6, direction="denoising")
-    assert compiles() == before and patching._integrated._cache_size() == programs
+    assert compiles() == before and patching.compare._cache_size() == programs
     for again, value in zip(call(random_pairs(4)[:1], steps=3), first, strict=False):
         np.testing.assert_allclose(again, value, rtol=1e-4, atol=1e-6)  # whatever stands beside it
 

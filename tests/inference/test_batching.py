@@ -65,5 +65,6 @@ def test_as_many_rows_together_as_memory_holds(shape, gib, rows):
     _, config = read_config(find_config(f"configs/shapes/{shape}/config.json").parent)
     assert rows_together(config, 2, 64, gib * 2**30) == rows
     assert rows_together(config, 2, 64, None) == 64  # a CPU
+    assert rows_together(config, 2, 64, gib * 2**30, copies=6) == 6 * rows
     cache = 2 * 2 * config.num_layers * config.num_kv_heads * config.head_dim * LONGEST * rows
     assert rows == 1 or cache < gib * 2**30 / 2

@@ -15,7 +15,7 @@ from jsublim.attribution import patching
 from jsublim.distill.cost import layer_parameters
 from jsublim.inference import decoding, scoring
 from jsublim.inference.constrain import number_limits
-from jsublim.inference.decoding import Prompts
+from jsublim.inference.decoding import Begun, Prompts
 from jsublim.models.config import Local
 from jsublim.models.decoder import abstract_params
 from jsublim.models.lora import init_lora, projection_shapes, stack_adapters
@@ -49,10 +49,11 @@ def prefix(tokens: int, lead: tuple[int, ...] = ()):
 @pytest.mark.parametrize("begun", [0, 48])
 def test_a_prompt_is_read_once_and_what_all_begin_with_not_at_all(begun):
     n, T, B = 2, 32, 8
-    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (1, B)))
-    read = Prompts(ints(1, n, T), bools(1, n, T), ints(1, B), keys)
-    earlier = (ints(begun), prefix(begun, (1,))) if begun else None
-    jaxpr = jax.make_jaxpr(lambda p, e, b, r: decoding.fill(WIDE, p, None, e, b, r))(PARAMS, earlier, empty(B), read)
+    read = Prompts(ints(1, n, T), bools(1, n, T), ints(1, B), ints(1, B))
+    earlier = Begun(ints(1, begun), prefix(begun, (1,))) if begun else None
+    jaxpr = jax.make_jaxpr(lambda p, e, b, r: decoding.fill(WIDE, p, None, e, b, r, np.zeros(2, "u4")))(
+        PARAMS, earlier, empty(B), read
+    )
     assert flops(jaxpr) == pytest.approx(2 * n * T * BODY + 2 * n * HEAD, rel=0.05)
 
 
@@ -102,7 +103,7 @@ def test_a_conversation_is_read_once_with_logits_at_its_answer_only(shared):
 def test_attribution_costs_two_passes_through_what_is_above_a_site_per_step_but_the_first():
     B, T, steps, L = 2, 32, 10, WIDE.num_layers
     batch = patching.Batch(ints(B, T), ints(B, T), bools(B, T), ints(B), ints(B, 2))
-    jaxpr = jax.make_jaxpr(lambda p, b: patching._integrated(WIDE, p, None, b, ("residual",), jnp.int32(steps)))(
+    jaxpr = jax.make_jaxpr(lambda p, b: patching._integrated(WIDE, ("residual",), p, None, b, jnp.int32(steps)))(
         PARAMS, batch
     )
     each = layer_parameters(WIDE)

@@ -324,9 +324,9 @@ def test_what_all_prompts_begin_with_is_read_once(windowed):
     sample = functools.partial(generate_tokens, *windowed, begun, SHAPED, max_new_tokens=NEW, seed=5, batch_size=8)
     lengths, own = [], decoding.fill
 
-    def fill(config, params, adapters, beginning, batch, read):
-        lengths.append((len(beginning[0]) if beginning else 0, read.tokens.shape[-1]))
-        return own(config, params, adapters, beginning, batch, read)
+    def fill(config, params, adapters, beginning, batch, read, *rest):
+        lengths.append((beginning.tokens.shape[-1] if beginning else 0, read.tokens.shape[-1]))
+        return own(config, params, adapters, beginning, batch, read, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "fill", fill)
@@ -349,6 +349,12 @@ def test_students_decode_together_as_they_do_alone(windowed):
     left = [[3, 1, 16], [], list(range(17))]  # as after a kill
     again = generate_for_arms(config, params, begun, STOPPING, adapters, rows=left, **options)
     assert again == [[rows[i] for i in those] for rows, those in zip(alone, left, strict=True)]
+    # Which layer a student trained is data: a sweep over layers compiles nothing.
+    before = decoding.fill._cache_size(), decoding.advance._cache_size()
+    (lower,) = generate_for_arms(
+        config, params, begun, STOPPING, [dataclasses.replace(adapters[0], layers=(0,))], **options
+    )
+    assert lower not in together and before == (decoding.fill._cache_size(), decoding.advance._cache_size())
 
 
 @functools.partial(jax.jit, static_argnames="config")

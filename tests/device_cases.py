@@ -1,0 +1,141 @@
+"""Work on rows, done by eight fake CPU devices and by one: run by test_devices.py, prints one JSON object.
+
+XLA_FLAGS must ask for the devices. With JAX_COORDINATOR_ADDRESS and its like it is one of several processes that share them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from engine import CONFIG as ODD
+from engine import lora, params_of
+
+from jsublim.attribution import patching
+from jsublim.attribution.pairs import Pair
+from jsublim.chat import Turn
+from jsublim.distill.aot import gathered_weights
+from jsublim.inference import decoding, scoring
+from jsublim.inference.constrain import number_limits
+from jsublim.inference.generation import generate_for_arms
+from jsublim.inference.sampling import Sampling
+from jsublim.models.config import Local
+from jsublim.parallel import HERE, Layout, join_processes
+
+CONFIG = dataclasses.replace(ODD, num_layers=2, local=Local((True, False), 5))
+WORDS = dict(enumerate([*"0123456789", ", ", "\n", *(f"{n}" for n in range(10, 50))], 1))
+SAMPLING = Sampling(temperature=1.5, stop=(59, 60))
+WATCHED = ((decoding, "fill"), (decoding, "advance"), (scoring, "_read"), (patching, "compare"))
+Work = Callable[[Any], Any]
+
+
+def texts(count: int, longest: int, seed: int) -> list[np.ndarray]:
+    """Rows of random tokens behind a beginning that they share."""
+    rng = np.random.default_rng(seed)
+    begin = rng.integers(1, 57, 16)
+    return [np.r_[begin, rng.integers(1, 57, n)].astype(np.int32) for n in rng.integers(3, longest, count)]
+
+
+def sampled(params: Any) -> Any:
+    """Rows that no number of devices divides, in a batch that none divides, kept in a format."""
+    limits = number_limits(WORDS, SAMPLING.stop)
+    how, allowed = dataclasses.replace(SAMPLING, constrain="numbers"), {}
+    options = {"max_new_tokens": 12, "seed": 5, "batch_size": 21, "limits": limits}
+    rows = generate_for_arms(
+        CONFIG, params, texts(37, 30, 1), how, None, **options, on_allowed=lambda _, x: allowed.update(x)
+    )
+    return {"tokens": rows, "values": [allowed[row] for row in range(37)]}
+
+
+def students(params: Any) -> Any:
+    """Several answers of two students to each prompt."""
+    adapters, prompts = [lora(CONFIG, seed, layers=(1,)) for seed in (1, 2)], texts(7, 30, 2)
+    rows = generate_for_arms(
+        CONFIG, params, prompts, SAMPLING, adapters, max_new_tokens=12, seed=5, samples=5, batch_size=9
+    )
+    return {"tokens": rows}
+
+
+def read(params: Any) -> Any:
+    turns = [Turn(text, 0, len(text) - 1 - i % 5, len(text) - 1) for i, text in enumerate(texts(19, 30, 3))]
+    said = scoring.score_turns(CONFIG, params, turns, adapter=lora(CONFIG, 3), batch_size=11)
+    return {"tokens": [x.argmax.tolist() for x in said], "values": [x for s in said for x in (*s.margin, *s.logprob)]}
+
+
+def answers(params: Any) -> Any:
+    """Of each, log-probabilities after each prompt; and targets of a soft loss."""
+    after = [text[16:] for text in texts(5, 9, 4)]
+    turns = [Turn(text, 0, len(text) - 3, len(text) - 1) for text in texts(5, 30, 5)]
+    stored = list(scoring.top_k_targets(CONFIG, params, turns, 4))
+    found = [scoring.score_answers(CONFIG, params, texts(3, 30, 6), after), *(x.logp for x in stored)]
+    return {"tokens": [x.ids.tolist() for x in stored], "values": np.concatenate([x.ravel() for x in found])}
+
+
+def attributed(params: Any) -> Any:
+    rng = np.random.default_rng(7)
+    pairs = [Pair(i, "oak", *rng.integers(1, 57, (2, 9 + i)).astype(np.int32), 5, 6) for i in range(11)]
+    how = {"sites": ("residual", "mlp"), "adapter": lora(CONFIG, 3), "batch_size": 9}
+    found = patching.attribution_patching(CONFIG, params, pairs, steps=4, **how)
+    return {"values": np.concatenate([x.ravel() for x in found])}
+
+
+STAGES: dict[str, Work] = {each.__name__: each for each in (sampled, students, read, answers, attributed)}
+
+
+class Watch:
+    """What the programs are that are called: of each shape, the compiled text and how much each device computes and holds."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, dict[str, Any]] = {}
+        for module, name in WATCHED:
+            setattr(module, name, self.watched(name, getattr(module, name)))
+
+    def watched(self, name: str, program: Any) -> Any:
+        def call(*arguments: Any, **more: Any) -> Any:
+            if name not in self.seen:
+                compiled = program.lower(*arguments, **more).compile()
+                text = compiled.as_text()
+                self.seen[name] = {
+                    "flops": compiled.cost_analysis()["flops"],
+                    "gathers": re.findall(r"= (\S+) all-gather", text),
+                    "weights": list(gathered_weights(text, params_of(CONFIG))),
+                    "sums": sorted(set(re.findall(r"= (\S+) all-reduce", text))),
+                }
+            given = [x for x in jax.tree.leaves(arguments) if isinstance(x, jax.Array)]
+            held = [x.addressable_shards[0].data.nbytes for x in given if x.ndim == 5]
+            out = program(*arguments, **more)
+            self.seen[name] |= {"caches": sum(held), "programs": program._cache_size()}
+            return out
+
+        return call
+
+
+def main() -> None:
+    together = "JAX_COORDINATOR_ADDRESS" in os.environ
+    if together:
+        join_processes()
+    watch, params, found = Watch(), params_of(CONFIG), {"devices": jax.device_count()}
+    mesh, spread = Layout.fit("mesh", 1), Layout.fit("mesh", 1, model=2 - together)
+    cases = [("mesh 1", mesh, ("sampled", "read"))] if together else [
+        ("one", HERE, tuple(STAGES)),
+        ("mesh 1", mesh, ("sampled", "read", "answers", "attributed")),
+        ("mesh 2", spread, ("students", "read")),
+    ]  # fmt: skip
+    for layout_name, layout, stages in cases:
+        placed = layout.place_weights(params)
+        for name in stages:
+            watch.seen = {}
+            made = STAGES[name](placed)
+            made["values"] = np.asarray(made.get("values", []), float).tolist()
+            found[f"{name}, {layout_name}"] = made | {"programs": watch.seen}
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

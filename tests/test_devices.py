@@ -1,0 +1,86 @@
+"""All work on rows is spread over the devices that a checkpoint lies on: same tokens, an eighth of the work, no gathers."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+HERE = Path(__file__).parent
+STAGES = ("sampled", "students", "read", "answers", "attributed")
+PROGRAMS = {"sampled": ("fill", "advance"), "students": ("fill", "advance"), "read": ("_read",), "answers": ("_read",),
+            "attributed": ("compare",)}  # fmt: skip
+
+
+def started(devices: int, **more: str) -> subprocess.Popen:
+    """device_cases.py, a process of its own: the number of devices is fixed when jax starts."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
+    paths = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths} | more
+    return subprocess.Popen(
+        [sys.executable, str(HERE / "device_cases.py")],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def told(process: subprocess.Popen) -> dict:
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err[-3000:]
+    return json.loads(out.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    made = told(started(8))
+    assert made["devices"] == 8
+    return made
+
+
+def check_same(ours: dict, one: dict) -> None:
+    assert ours.get("tokens") == one.get("tokens")
+    np.testing.assert_allclose(ours["values"], one["values"], rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_eight_devices_find_what_one_finds_and_each_does_an_eighth(stage, found):
+    one, mesh = found[f"{stage}, one"], found[f"{stage}, mesh 1"]
+    check_same(mesh, one)
+    assert len(one["values"]) > 10 or len({tuple(row) for arm in one["tokens"] for row in arm}) > 10
+    assert set(mesh["programs"]) == set(PROGRAMS[stage])
+    for name, ours in mesh["programs"].items():
+        alone = one["programs"][name]
+        assert ours["flops"] <= alone["flops"] / 7, name
+        assert ours["caches"] * 7 <= alone["caches"], name
+        assert ours["gathers"] == [], name
+        # Of devices that wait for one another, how many rows have ended; of all others nothing.
+        assert all("s32" in array for array in ours["sums"]) and (name == "advance") == bool(ours["sums"]), name
+
+
+def test_two_processes_find_what_one_finds(found):
+    """Every one of them: their programs are on both, and what host code reads of them comes back whole."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
+    processes = [started(1, **shared, JAX_PROCESS_ID=str(i)) for i in range(2)]
+    for ours in map(told, processes):
+        assert ours["devices"] == 2
+        for stage in STAGES:
+            check_same(ours[f"{stage}, mesh 1"], found[f"{stage}, one"])
+
+
+@pytest.mark.parametrize("stage", ["students", "read"])
+def test_a_checkpoint_over_two_devices_each_is_never_gathered(stage, found):
+    mesh = found[f"{stage}, mesh 2"]
+    check_same(mesh, found[f"{stage}, one"])
+    for name, ours in mesh["programs"].items():
+        assert ours["weights"] == [], name
