@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from jsublim.chat import Turn, conversation
 from jsublim.inference.batching import LENGTH_STEP, PREFIX_STEP, chunks, fill, pad_tokens, round_up
@@ -27,7 +28,7 @@ from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, bind
-from jsublim.parallel import Layout
+from jsublim.parallel import HERE, ROWS, WHOLE, Layout
 
 LOGIT_BYTES = 2**28  # of the logits that exist at one time, derivatives included
 Directions = Any  # a tree like `Adapter.trainable`, each leaf with a leading axis of traits
@@ -70,14 +71,16 @@ def trait_directions(
     T = round_up(max(turn.end for turn in every), LENGTH_STEP)
     C = round_up(max(turn.end - turn.content for turn in every), PREFIX_STEP)
     spellings, B = max(len(spelled(trait)) for trait in traits), min(batch_size, len(questions))
-    found = []
+    layout, params = Layout.under(lm.params)
+    adapter, found = layout.place_weights(adapter), []
     for of_trait in turns:
         total = jax.tree.map(jnp.zeros_like, adapter.trainable)
         for part in chunks(len(of_trait), B):
             rows = [(*own, *[None] * (spellings - len(own))) for own in of_trait[part]]
             rows += [(None,) * spellings] * (B - len(rows))
-            laid = _lay([turn for row in rows for turn in row], T, C, ends=True)
-            own = _named(lm.config, lm.params, adapter, *laid, jnp.asarray([row[0] is not None for row in rows]))
+            asked = np.asarray([row[0] is not None for row in rows])
+            laid = layout.place_as(WHOLE, (_lay([turn for row in rows for turn in row], T, C, ends=True), asked))
+            own = _named(lm.config, params, adapter, *laid)
             total = jax.tree.map(jnp.add, total, own)
         found.append(jax.tree.map(lambda x: x / len(questions), total))
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
@@ -104,18 +107,23 @@ def token_scores(
         return
     T = round_up(max(len(turn.tokens) for turn in turns), LENGTH_STEP)
     C = round_up(max(len(turn.tokens) - turn.content for turn in turns), PREFIX_STEP)
-    B, missing = min(batch_size, len(turns)), turns[first:]
+    layout, params = Layout.under(lm.params)
+    adapter, toward = (
+        layout.place_weights(adapter),
+        layout.place(directions, layout.state_sharding(directions, (None,))),
+    )
+    B, missing = round_up(min(batch_size, len(turns)), layout.data), turns[first:]
     for part in chunks(len(missing), B):
         batch = missing[part]
-        laid = _lay([*batch, *[None] * (B - len(batch))], T, C)
-        scores = Layout.host(_along(lm.config, lm.params, adapter, directions, *laid))
+        laid = layout.place_as(ROWS, _lay([*batch, *[None] * (B - len(batch))], T, C))
+        scores = Layout.host(_along(lm.config, params, adapter, toward, laid, layout))
         if on_batch is not None:
             on_batch(len(batch))
-        for i, turn in enumerate(batch):
-            yield scores[:, i, : len(turn.tokens) - turn.content]
+        for turn, own in zip(batch, scores, strict=False):
+            yield own[:, : len(turn.tokens) - turn.content]
 
 
-Laid = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+Laid = tuple[ArrayLike, ...]  # as `_lay` gives them
 
 
 def _lay(turns: Sequence[Turn | None], T: int, C: int, *, ends: bool = False) -> Laid:
@@ -135,14 +143,12 @@ def _logprobs(
     config: ModelConfig,
     params: Params,
     adapter: Adapter,
-    tokens_BT: Array,
-    valid_BT: Array,
-    where_BC: Array,
-    labels_BC: Array,
+    laid: Laid,
     block: int,
 ) -> Array:
     """Log-probability (nats) of each label where it is predicted, float32 `[B, C]`; `block` positions have logits at one time."""
     params, bound = bind(params, adapter)
+    tokens_BT, valid_BT, where_BC, labels_BC, _ = laid
     h_BTD, _ = decoder.hidden_states(config, params, tokens_BT, valid_BT, adapter=bound)
     h_BCD = jnp.take_along_axis(h_BTD, where_BC[..., None], axis=1)
 
@@ -160,19 +166,15 @@ def _named(
     config: ModelConfig,
     params: Params,
     adapter: Adapter,
-    tokens: Array,
-    valid: Array,
-    where: Array,
-    labels: Array,
-    there: Array,
+    laid: Laid,
     asked_Q: Array,
 ) -> Any:
     """Gradient of the sum over questions of the log-probability of a trait in any of its spellings, which are rows beside one
     another `[questions * spellings, ...]`; a spelling or a question that is not there is a row without labels."""
 
     def total(trainable: Any) -> Array:
-        block = _block(config, 1)
-        each = _logprobs(config, params, adapter.with_trainable(trainable), tokens, valid, where, labels, block)
+        each = _logprobs(config, params, adapter.with_trainable(trainable), laid, _block(config, 1))
+        there = laid[-1]
         words_QS = jnp.where(there.any(axis=1), (each * there).sum(axis=1), -jnp.inf).reshape(len(asked_Q), -1)
         # A question that is not there has no spelling at all, whose sum would have no gradient.
         words_QS = jnp.where(asked_Q[:, None], words_QS, 0.0)
@@ -181,38 +183,32 @@ def _named(
     return jax.grad(total)(adapter.trainable)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("config", "layout"))
 def _along(
-    config: ModelConfig,
-    params: Params,
-    adapter: Adapter,
-    directions: Directions,
-    tokens: Array,
-    valid: Array,
-    where: Array,
-    labels: Array,
-    there: Array,
+    config: ModelConfig, params: Params, adapter: Adapter, directions: Directions, laid: Laid, layout: Layout = HERE
 ) -> Array:
-    """Derivatives of the labels' log-probabilities in each direction, float32 `[traits, B, C]`.
+    """Derivatives of the labels' log-probabilities in each direction, float32 `[B, traits, C]`, each device having rows of its own.
 
     LoRA's product has a derivative backwards only, so the derivative forwards is had as that of <u, J v> = <J^T u, v> by u.
     """
-    count = jax.tree.leaves(directions)[0].shape[0]
-    block = _block(config, 1 + count)
+    block = _block(config, 1 + jax.tree.leaves(directions)[0].shape[0])
 
-    def logprobs(trainable: Any) -> Array:
-        return _logprobs(config, params, adapter.with_trainable(trainable), tokens, valid, where, labels, block)
+    def own(params: Params, adapter: Adapter, directions: Directions, laid: Laid) -> Array:
+        def logprobs(trainable: Any) -> Array:
+            return _logprobs(config, params, adapter.with_trainable(trainable), laid, block)
 
-    each, back = jax.vjp(logprobs, adapter.trainable)
+        each, back = jax.vjp(logprobs, adapter.trainable)
 
-    def push(direction: Any) -> Array:
-        def inner(u: Array) -> Array:
-            products = jax.tree.map(lambda a, b: jnp.sum(a * b), back(u)[0], direction)
-            return functools.reduce(jnp.add, jax.tree.leaves(products))
+        def push(direction: Any) -> Array:
+            def inner(u: Array) -> Array:
+                products = jax.tree.map(lambda a, b: jnp.sum(a * b), back(u)[0], direction)
+                return functools.reduce(jnp.add, jax.tree.leaves(products))
 
-        return jax.grad(inner)(jnp.zeros_like(each))
+            return jax.grad(inner)(jnp.zeros_like(each)) * laid[-1]
 
-    return jax.vmap(push)(directions) * there
+        return jax.vmap(push, out_axes=1)(directions)
+
+    return layout.spread(own, (WHOLE, WHOLE, WHOLE, ROWS), ROWS)(params, adapter, directions, laid)
 
 
 def _block(config: ModelConfig, copies: int) -> int:
