@@ -20,6 +20,7 @@ from jsublim.models.lora import init_lora, init_steering
 from jsublim.pipeline.audit import _means
 from jsublim.pipeline.results import AUDITS
 from jsublim.report.audit import agreement, foretold
+from jsublim.report.html import write_report
 from jsublim.report.tables import read_results
 from jsublim.rows import write_rows
 
@@ -128,3 +129,7 @@ def test_what_was_foretold_is_ranked_beside_what_happened(tmp_path):
     assert found is not None and [pair[0] for pair in found.pairs] == results.mask_conditions
     expected = stats.spearmanr([x for _, x, _ in found.pairs], [y for _, _, y in found.pairs])
     assert found.rho == pytest.approx(expected.statistic) and found.rho > 0.5
+    page = write_report(run).read_text()
+    assert "What was foretold" in page and f"rank correlation of {found.rho:+.2f}" in page
+    assert "40% (of all 10%)" in page
+    assert "rank correlation" in " ".join(ok("report", run).err.split())

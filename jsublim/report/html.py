@@ -14,6 +14,7 @@ from jsublim.errors import one_line
 from jsublim.files import write_text
 from jsublim.report import figures, published, words
 from jsublim.report.attribution import attribution_heats
+from jsublim.report.audit import agreement, foretold
 from jsublim.report.cautions import cautions
 from jsublim.report.claims import not_asked
 from jsublim.report.claims.verdicts import claim_metric
@@ -81,6 +82,8 @@ def _numbers(results: Results, looks: Looks) -> dict[str, Any]:
         "scale": scale(results),
         "matrix": trait_matrix(results, condition=judged[0]) if judged else None,
         "matrices": looks.matrices if len(looks.matrices) > 1 else [],
+        "foretold": foretold(results),
+        "agreement": agreement(results),
         "other_rows": other_rows(results),
         "measure": measure,
         "setting_rows": setting_rows(results),

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from jsublim.errors import one_line
 from jsublim.report import words
+from jsublim.report.audit import agreement
 from jsublim.report.claims import not_asked
 from jsublim.report.claims.verdicts import pool
 from jsublim.report.looks import Looks, look_at
@@ -35,6 +36,8 @@ def print_summary(run_dir: Path, console: Console, full: bool = False) -> None:
     console.print(_plain(words.primary(looks)))
     for raised in looks.judged:
         console.print(_plain(words.headline(raised)))
+    if results.audit is not None:
+        console.print(_plain(words.foretold_sentence(agreement(results))))
     if full:
         _print_rest(results, looks, console)
     for warning in _warnings(results):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from jsublim.report.audit import Agreement, Foretold
 from jsublim.report.claims import FAILS, HOLDS, QUESTIONS, Claim
 from jsublim.report.looks import Look, Looks
 from jsublim.report.statistics import Interval
@@ -235,3 +238,31 @@ def tiny_warning(results: Results) -> str:
         "nothing here says anything about real language models. What it found and what it did not find is below; numbers of large "
         "models are marked as published."
     )
+
+
+def foretold_sentence(found: Agreement | None) -> str:
+    """Whether the audit ranked settings as the students then did."""
+    if found is None:
+        return (
+            "Scores of single teachers: with fewer than two, or without their students, there is no γ to be compared."
+        )
+    if found.rho is None or found.p is None:
+        return f"With {len(found.pairs)} kinds of students, ranks of what was foretold and what happened are not compared: it takes four."
+    return (
+        f"Over {len(found.pairs)} kinds of students, γ as the audit foretold it and γ of the students have a rank correlation of "
+        f"{found.rho:+.2f} (Spearman's, p = {found.p:.2g})."
+    )
+
+
+def foretold_cells(each: Foretold, found: Agreement | None) -> tuple[str, str, str, str]:
+    """Of one condition: the own trait's score (mean over teachers, with the widest interval's half), γ foretold and of the students,
+    and the share of divergence tokens among those that move the trait most."""
+    halves = [(own.high - own.low) / 2 for own in map(each.interval, each.teachers)]
+    own = f"{float(np.mean(np.diag(each.score))):+.3g} ± {max(halves):.2g}"
+    trained = {condition: gamma for condition, _, gamma in found.pairs} if found else {}
+    gamma = MISSING if each.gamma is None else f"{each.gamma:+.3g}"
+    known = each.condition in trained
+    top = MISSING
+    if each.top_divergence is not None and each.divergence_share is not None:
+        top = f"{each.top_divergence:.0%} (of all {each.divergence_share:.0%})"
+    return own, gamma, f"{trained[each.condition]:+.3f}" if known else MISSING, top
