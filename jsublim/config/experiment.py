@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import yaml
 from pydantic import Field, model_validator
@@ -14,7 +14,11 @@ from jsublim.config.evaluation import Evaluation, JudgeChoice
 from jsublim.config.recipe import Recipe
 from jsublim.config.students import Students, variants
 from jsublim.config.teachers import Teachers
+from jsublim.distill.loggers import LOGGERS
 from jsublim.section import CONTENT, HOW, PLAN, RESULT, Distinct, Name, Place, Positive, Section
+
+LoggerName = Literal["csv", "tensorboard", "wandb"]
+assert set(get_args(LoggerName)) == set(LOGGERS)
 
 
 class Config(Section):
@@ -49,7 +53,7 @@ class Devices(Section):
     """How devices share work: `none` (one device), `pmap` (whole copies), or `mesh` (copies that may be spread)."""
     model_axis: Annotated[Positive, HOW] = 1
     """With mesh: devices that one copy of the checkpoint is spread over."""
-    loggers: Annotated[list[Literal["csv", "tensorboard", "wandb"]], Distinct, HOW] = []
+    loggers: Annotated[list[LoggerName], Distinct, HOW] = []
     """Where the numbers of students' training go beside metrics.jsonl (in the store's folder `training`)."""
 
 
