@@ -207,7 +207,8 @@ def _row(name: str, field: FieldInfo, schemas: Schema) -> str:
     value = "a section" if section_in(field.annotation) else _value(own, schemas.get("$defs", {}))
     marks = [mark for mark in field.metadata if isinstance(mark, Decides)]
     decides = ", ".join(str(flag.name).lower() for mark in marks for flag in mark)
-    cells = (f"`{name}`", field.description or "", value, _default(field, own), decides)
+    said = " ".join((field.description or "").split())
+    cells = (f"`{name}`", said, value, _default(field, own), decides)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

@@ -24,6 +24,6 @@ class Attribution(Section):
     sites: Annotated[list[Site], Distinct, Field(min_length=1), RESULT] = ["residual"]
     """What is patched in each layer: the residual stream, the attention's output, or the MLP's."""
     directions: Annotated[list[Direction], Distinct, Field(min_length=1), RESULT] = ["noising", "denoising"]
-    """Which run is patched: the teacher's with the counterfactual's values (noising), or the other way round (denoising)."""
+    """From the teacher's run to the counterfactual teacher's (noising), or back (denoising)."""
     batch_size: Annotated[Positive, HOW] = 8
     """Rows that are read together."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -17,7 +17,11 @@ from jsublim.config.evaluation import Evaluation, JudgeChoice
 from jsublim.config.recipe import Recipe
 from jsublim.config.students import Students, variants
 from jsublim.config.teachers import Teachers
+from jsublim.distill.loggers import LOGGERS
 from jsublim.section import CONTENT, HOW, PLAN, RESULT, Distinct, Name, Place, Positive, Rate, Section
+
+LoggerName = Literal["csv", "tensorboard", "wandb"]
+assert set(get_args(LoggerName)) == set(LOGGERS)
 
 
 class Config(Section):
@@ -82,7 +86,7 @@ class Devices(Section):
     """What one worker takes, as Ray counts it: {GPU: 2}, {TPU: 4}, {CPU: 8}, or a label of a node; null: one accelerator, or one CPU."""
     retries: Annotated[int, Field(ge=0), HOW] = 3
     """Of --on ray: how often a task is begun again whose worker was lost."""
-    loggers: Annotated[list[Literal["csv", "tensorboard", "wandb"]], Distinct, HOW] = []
+    loggers: Annotated[list[LoggerName], Distinct, HOW] = []
     """Where the numbers of students' training go beside metrics.jsonl (in the store's folder `training`)."""
 
 

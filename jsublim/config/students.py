@@ -105,7 +105,7 @@ class StudentLoss(Section):
     weight: Annotated[float, Field(gt=0), RESULT] = 1.0
     """Factor of the loss."""
     kl_to_base: Annotated[float, Field(ge=0), BOTH] = 0.0
-    """Factor of the divergence from the start that keeps a student near it (a defence)."""
+    """Coefficient of the KL divergence to the base, a defence that keeps a student where it started."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> StudentLoss:
@@ -180,7 +180,7 @@ class StudentOptimizer(Section):
     schedule: Annotated[Schedule, BOTH] = "linear"
     """How the learning rate falls after the warmup."""
     restarts: Annotated[Positive, BOTH] = 4
-    """Of the schedule `restarts`: how often it begins again."""
+    """Of the schedule `restarts`: how many cosines follow one another."""
     warmup: Annotated[int, Field(ge=0), BOTH] = 5
     """Steps in which the learning rate rises from zero."""
     clip: Annotated[float, Field(ge=0), BOTH] = 1.0
