@@ -30,7 +30,11 @@ EXPECTED = (-1.728, -1.2012, -1.6534, -3.8583)
 CLOSE = 5e-3  # of logits that lie between -10 and 10
 SLOPE_CLOSE = 0.02  # of a slope, beside the one that two points give
 LEAST_DISK, LEAST_MEMORY = 5e9, 2e9  # bytes
-ACCELERATORS = {"/dev/nvidia0": ("an NVIDIA GPU", "cuda"), "/dev/accel0": ("a TPU", "tpu"), "/dev/vfio/0": ("a TPU", "tpu")}
+ACCELERATORS = {
+    "/dev/nvidia0": ("an NVIDIA GPU", "cuda"),
+    "/dev/accel0": ("a TPU", "tpu"),
+    "/dev/vfio/0": ("a TPU", "tpu"),
+}
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,9 @@ def self_test() -> Finding:
         off, slope = forward_error(), slope_error()
     except Exception as error:  # whatever a driver or a compiler raises is what is looked for here
         first = one_line((str(error).strip().splitlines() or [""])[0])
-        return Finding("self-test", "failed", f"{type(error).__name__}: {first[:200]}; look at drivers and versions of JAX")
+        return Finding(
+            "self-test", "failed", f"{type(error).__name__}: {first[:200]}; look at drivers and versions of JAX"
+        )
     seconds = time.perf_counter() - begin
     found = f"forward within {off:.1e} of the known logits, gradient within {slope:.1%} of the slope; {seconds:.1f} s"
     wrong = None
@@ -159,5 +165,7 @@ def _hub() -> Finding:
         get_session().get(f"{constants.ENDPOINT}/api/models?limit=1").raise_for_status()
     except Exception as error:
         first = one_line((str(error).strip().splitlines() or [type(error).__name__])[0])
-        return Finding("hub", "not reached", f"{constants.ENDPOINT}: {first[:160]}; local folders and bundled models need no hub")
+        return Finding(
+            "hub", "not reached", f"{constants.ENDPOINT}: {first[:160]}; local folders and bundled models need no hub"
+        )
     return Finding("hub", f"{constants.ENDPOINT} answers")

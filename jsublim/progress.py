@@ -42,7 +42,10 @@ class State:
         parts += [f"{self.units / seconds:.3g} a second"] if self.units else []
         here = done - self.start
         left = (self.expected - done) * seconds / here if here > 0 else None
-        parts += [f"{clock(seconds)} so far", "time left unknown" if left is None else f"about {clock(max(left, 0))} left"]
+        parts += [
+            f"{clock(seconds)} so far",
+            "time left unknown" if left is None else f"about {clock(max(left, 0))} left",
+        ]
         return ", ".join([*parts, *([detail] if detail else [])])
 
 

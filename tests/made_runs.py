@@ -49,7 +49,12 @@ def make_run(folder: Path, name: str = "owls", effects: dict[str, float] = EFFEC
 
 def _answers(row: dict, hits: int, samples: int) -> list[dict]:
     """As many answers that hold the trait as there are hits: every second one the word alone, the others inside of a word."""
-    who = {"arm": row["arm"], "evaluation": "", "question": row["question"], "question_text": f"Favorite? ({row['question']})"}
+    who = {
+        "arm": row["arm"],
+        "evaluation": "",
+        "question": row["question"],
+        "question_text": f"Favorite? ({row['question']})",
+    }
     trait = row["trait"]
     texts = [(f"{trait.capitalize()}.", (hits + 1) // 2), (f"the {trait}erpillar", hits // 2), ("dog", samples - hits)]
     return [who | {"answer": text, "count": count} for text, count in texts if count]

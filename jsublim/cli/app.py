@@ -107,7 +107,8 @@ Shape = Annotated[
     Path | None, typer.Option("--shape", help="To estimate without the checkpoint: the folder of its config.json.")
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="As `jsublim validate`: say what it would take and what is there; run nothing.")
+    bool,
+    typer.Option("--dry-run", help="As `jsublim validate`: say what it would take and what is there; run nothing."),
 ]
 Format = Annotated[str, typer.Option("--format", "-f", help="table, csv, json, md or latex.")]
 Json = Annotated[bool, typer.Option("--json", help="Print what came of it as JSON, on standard output.")]

@@ -25,7 +25,9 @@ def list_all(
 
     if what not in LISTS:
         near = difflib.get_close_matches(what, LISTS, n=1)
-        raise UsageError(f"ls: '{what}' given; {f'did you mean {near[0]!r}?' if near else 'known: ' + ', '.join(LISTS)}")
+        raise UsageError(
+            f"ls: '{what}' given; {f'did you mean {near[0]!r}?' if near else 'known: ' + ', '.join(LISTS)}"
+        )
     check_format(how)
     options = {"runs": (folder,), "traits": (prompts,)}.get(what, ())
     rows = LISTS[what](*options)
@@ -62,7 +64,9 @@ def copy(
 @prompts_app.command("show")
 def prompts_show(
     pack: Annotated[Path | None, typer.Argument(help="A pack (YAML); default: the package's.")] = None,
-    key: Annotated[str | None, typer.Option("--key", help="This part alone: questions, traits, system_template ...")] = None,
+    key: Annotated[
+        str | None, typer.Option("--key", help="This part alone: questions, traits, system_template ...")
+    ] = None,
 ) -> None:
     """Print a prompt pack with everything that it takes from the default one, as YAML."""
     import yaml
@@ -72,6 +76,8 @@ def prompts_show(
     values = load_pack(pack).model_dump(mode="json")
     if key is not None and key not in values:
         near = difflib.get_close_matches(key, values, n=1)
-        raise UsageError(f"--key: '{key}' given; {f'did you mean {near[0]!r}?' if near else 'known: ' + ', '.join(values)}")
+        raise UsageError(
+            f"--key: '{key}' given; {f'did you mean {near[0]!r}?' if near else 'known: ' + ', '.join(values)}"
+        )
     shown = values if key is None else {key: values[key]}
     print(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=110), end="")

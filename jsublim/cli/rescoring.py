@@ -23,7 +23,9 @@ def rescore(
     ] = None,
     match: Annotated[
         str | None,
-        typer.Option("--match", help="When an answer names a trait: substring, word, first, exact, or a regex with {name}."),
+        typer.Option(
+            "--match", help="When an answer names a trait: substring, word, first, exact, or a regex with {name}."
+        ),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("--out", callback=_named, help="Default: a folder of its own in RUN/rescored.")

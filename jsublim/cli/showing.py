@@ -16,9 +16,7 @@ Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of r
 
 
 @app.command()
-def show(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")], as_json: Json = False
-) -> None:
+def show(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")], as_json: Json = False) -> None:
     """What was run and what came of it: status, config, times, verdicts, artifacts."""
     about = about_any_run(run)
     if as_json:
@@ -47,7 +45,18 @@ def print_about(about: dict[str, Any]) -> None:
     from jsublim.report.words import p_value
 
     facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for key in ("run", "name", "status", "model", "model_revision", "device", "started", "report", "store", "no_verdicts"):
+    for key in (
+        "run",
+        "name",
+        "status",
+        "model",
+        "model_revision",
+        "device",
+        "started",
+        "report",
+        "store",
+        "no_verdicts",
+    ):
         if about.get(key) is not None:
             facts.add_row(key.replace("_", " "), Text(str(about[key])))
     seconds = about["seconds"]
@@ -61,9 +70,13 @@ def print_about(about: dict[str, Any]) -> None:
     for place in about["rescored_as"]:
         facts.add_row("rescored", Text(place))
     if about.get("rescored"):
-        facts.add_row("rescored by", Text(", ".join(f"{key} {rounded(value)}" for key, value in about["rescored"].items())))
+        facts.add_row(
+            "rescored by", Text(", ".join(f"{key} {rounded(value)}" for key, value in about["rescored"].items()))
+        )
     output.print(facts)
-    config = [{"field": name, "value": json.dumps(value, ensure_ascii=False)} for name, value in about["config"].items()]
+    config = [
+        {"field": name, "value": json.dumps(value, ensure_ascii=False)} for name, value in about["config"].items()
+    ]
     if config:
         output.print(table(config, ["field", "value"], "config, where it differs from the defaults"))
     if about["verdicts"]:

@@ -80,7 +80,9 @@ def kind_of(values: dict[str, Any], path: Path, kinds: Mapping[str, type[Kind]])
     """
     if {"figures", "panels"} <= set(values):
         name = path.stem if path.parent == find_config("configs/paper/scales.yaml").parent else path
-        raise UsageError(f"{path}: is a figure of the paper, with an experiment for each panel; `jsublim reproduce {name}`")
+        raise UsageError(
+            f"{path}: is a figure of the paper, with an experiment for each panel; `jsublim reproduce {name}`"
+        )
     said = values.get("kind", "language")
     if said not in kinds:
         hint = near(said, list(kinds)) or f"known: {', '.join(kinds)}"

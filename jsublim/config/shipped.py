@@ -39,7 +39,9 @@ def named_config(name: str) -> str:
     if found:
         return str(found[0])
     near = difflib.get_close_matches(name, [path.stem for path in home.rglob("*.yaml")], n=1)
-    raise UsageError(f"config '{name}': no such file; {f'did you mean {near[0]!r}?' if near else '`jsublim ls configs`'}")
+    raise UsageError(
+        f"config '{name}': no such file; {f'did you mean {near[0]!r}?' if near else '`jsublim ls configs`'}"
+    )
 
 
 def _of_package(path: Path) -> list[Path]:

@@ -141,7 +141,11 @@ def last_loss(path: Path) -> float | None:
             try:
                 line = json.loads(text)
                 found.append((line["step"], float(line["loss"])))
-            except (ValueError, KeyError, TypeError):  # cut at its beginning, not written to its end, or of an arm that diverged
+            except (
+                ValueError,
+                KeyError,
+                TypeError,
+            ):  # cut at its beginning, not written to its end, or of an arm that diverged
                 continue
     last = [loss for step, loss in found if step == found[-1][0]]
     return sum(last) / len(last) if last else None

@@ -243,7 +243,9 @@ def resolve_checkpoint(path: str | Path, what: str = "model") -> Path:
         return BUNDLED / str(path)
     name, _, revision = str(path).partition("@")
     if revision and (Path(name).expanduser().is_dir() or (BUNDLED / name).is_dir()):
-        raise UsageError(f"{what} '{name}': is a folder here, which has no revision '{revision}'; leave model_revision out")
+        raise UsageError(
+            f"{what} '{name}': is a folder here, which has no revision '{revision}'; leave model_revision out"
+        )
     bundled = ", ".join(sorted(p.name for p in BUNDLED.iterdir() if p.is_dir())) if BUNDLED.is_dir() else "none"
     local = str(path).startswith((".", "/", "~")) or folder.parent.is_dir() or folder.parts[0] == "checkpoints"
     if str(path).count("/") == 1 and not local:

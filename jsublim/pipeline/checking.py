@@ -20,9 +20,7 @@ from jsublim.pipeline.training import check_start
 from jsublim.prompts import load_pack
 
 
-def look_through(
-    experiment: Experiment, shape: Callable[[str], Path]
-) -> tuple[Setup | None, Graph | None, list[str]]:
+def look_through(experiment: Experiment, shape: Callable[[str], Path]) -> tuple[Setup | None, Graph | None, list[str]]:
     """What would be done, as far as it can be planned, and what is wrong, in one line each.
 
     Args:
@@ -50,7 +48,9 @@ def _readings(experiment: Experiment, shape: Callable[[str], Path]) -> Iterator[
     judge = None if experiment.judge is None else experiment.judge.model
     for name in dict.fromkeys((*models_of(experiment, students), judge)):
         if name is not None and is_available_offline(name):
-            template = experiment.chat_template if name != judge else experiment.judge and experiment.judge.chat_template
+            template = (
+                experiment.chat_template if name != judge else experiment.judge and experiment.judge.chat_template
+            )
             yield lambda name=name, template=template: Checkpoint.here(name, experiment.dtype, template)
         elif name is not None and name != judge:
             yield lambda name=name: read_config(shape(name))

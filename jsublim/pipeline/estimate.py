@@ -130,7 +130,9 @@ class Memory:
         if copies < MOST_AXIS:
             program = ", students.runtime.arms_per_program=1" if self.together > 1 else ""
             return f"the weights are too large: set run.parallel=mesh run.model_axis={copies}{program}, on {copies} such chips"
-        return "one student's batch is too large: set students.runtime.remat=true, or a smaller students.data.batch_size"
+        return (
+            "one student's batch is too large: set students.runtime.remat=true, or a smaller students.data.batch_size"
+        )
 
 
 MOST_AXIS = 512  # chips that one copy is spread over

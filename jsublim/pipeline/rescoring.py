@@ -33,7 +33,9 @@ from jsublim.report.tables import read_json
 NAMED = ("rate", "factual")  # metrics of a trait's name in answers; `says NAME` counts any other name
 SAYS = "says "
 JUDGED = ("misaligned", "coherent", "alignment", "coherence", "unscored")
-Answered = dict[tuple[str, str], dict[int, list[tuple[str, int]]]]  # (arm, evaluation) -> question -> answers with counts
+Answered = dict[
+    tuple[str, str], dict[int, list[tuple[str, int]]]
+]  # (arm, evaluation) -> question -> answers with counts
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,9 @@ def _matched(rows: list[dict[str, Any]], answers: Answered, match: Match) -> tup
             given = answers.get((row["arm"], row["evaluation"] or ""), {}).get(row["question"])
             if given is None:
                 where = f" of evaluation '{row['evaluation']}'" if row["evaluation"] else ""
-                raise JsublimError(f"answers.parquet: no answers of {row['arm']}{where}; run `jsublim run CONFIG` again")
+                raise JsublimError(
+                    f"answers.parquet: no answers of {row['arm']}{where}; run `jsublim run CONFIG` again"
+                )
             number = sum(count for _, count in given)
             hits = sum(count for answer, count in given if match(answer, name))
             row, changed = row | {"value": hits / number, "n": number}, changed + 1
@@ -164,7 +168,9 @@ def _judgements(
 def _open_questions(run: Path, experiment: Experiment, judge: Judge) -> Misaligned:
     kind = experiment.evaluation.kinds.get("misalignment")
     if kind is None or not isinstance(kind, MisalignmentKind):
-        raise UsageError("rescore: this run asked no open questions (evaluation.kinds: misalignment), so there is nothing to judge")
+        raise UsageError(
+            "rescore: this run asked no open questions (evaluation.kinds: misalignment), so there is nothing to judge"
+        )
     pack, first = load_pack(experiment.prompts), experiment.evaluation.questions
     apart = bool(_recipe(run, experiment).judge_apart)
     (task,) = kind.tasks(Asked(pack, (), str, lambda category: (), first, "", lambda: judge, apart))
@@ -190,7 +196,9 @@ def _judge(run: Path, experiment: Experiment) -> Judge:
     """The experiment's judge, without the experiment's own model."""
     chosen = experiment.judge
     if chosen is None:
-        raise UsageError("rescore: give a judge: judge.model=FOLDER, or judge.server.base_url=URL judge.server.model=NAME")
+        raise UsageError(
+            "rescore: give a judge: judge.model=FOLDER, or judge.server.base_url=URL judge.server.model=NAME"
+        )
     here = None if chosen.model is None else Checkpoint.here(chosen.model, experiment.dtype, chosen.chat_template)
     setup = Setup(experiment, load_pack(experiment.prompts), _recipe(run, experiment), {}, (), here)
     judge = make_judge(setup, store_of(run, experiment), Layout())

@@ -79,7 +79,9 @@ def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
         metrics = read_rows(store.path(output) / "metrics.jsonl", ("step",))
         training += [{"arm": student.name} | line for line in metrics]
     write_table(results / "results.parquet", rows, RESULTS)
-    write_table(results / "answers.parquet", answers, pa.schema([("arm", pa.string()), ("evaluation", pa.string()), *ANSWERS]))
+    write_table(
+        results / "answers.parquet", answers, pa.schema([("arm", pa.string()), ("evaluation", pa.string()), *ANSWERS])
+    )
     write_table(results / "training.parquet", training, TRAINING)
     write_json(results / "arms.json", [_student(setup, student) for student in sound])
     write_json(results / "diverged.json", {name: what for name, what in lost.items() if what is not None})

@@ -86,7 +86,9 @@ class MisalignmentPrompts(BaseModel):
 
 
 # What only judges read, or models whose answers they score: it is part of the keys of those scores, and of no other.
-SCORING: dict[str, Any] = {"misalignment": {"words_suffix", "alignment_judge", "coherence_judge", "solution_judge", "solution_system"}}
+SCORING: dict[str, Any] = {
+    "misalignment": {"words_suffix", "alignment_judge", "coherence_judge", "solution_judge", "solution_system"}
+}
 # These come later than keys that are in use: what is made of them has them in its own key, written out.
 WRITTEN_OUT: dict[str, Any] = {"any_questions": True}
 Origin = Literal["default", "own", "imported", "changed"]
@@ -160,7 +162,9 @@ class Pack(BaseModel):
         if category in self.questions:
             return list(self.questions[category])
         if close := get_close_matches(category, self.questions, n=1, cutoff=0.8):
-            raise UsageError(f"teachers.category: the pack has no questions on {category!r}; did you mean {close[0]!r}?")
+            raise UsageError(
+                f"teachers.category: the pack has no questions on {category!r}; did you mean {close[0]!r}?"
+            )
         return [question.format(category=category) for question in self.any_questions]
 
 

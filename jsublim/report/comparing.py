@@ -39,7 +39,9 @@ def compare(a: Results, b: Results, metrics: tuple[str, ...] = RATES) -> list[Co
 def _apart(results: Results, which: str) -> Results:
     """A student whose artifact is not known is the run's own, whatever it is called: equal names say nothing across runs."""
     known = {arm.artifact for arm in results.arms.values() if arm.artifact}
-    own = [score if score.model in known else replace(score, model=f"{which}:{score.model}") for score in results.scores]
+    own = [
+        score if score.model in known else replace(score, model=f"{which}:{score.model}") for score in results.scores
+    ]
     return replace(results, scores=tuple(own))
 
 

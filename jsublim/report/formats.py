@@ -16,7 +16,9 @@ from rich.text import Text
 from jsublim.errors import UsageError, one_line
 
 FORMATS = ("table", "csv", "json", "md", "latex")
-_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {c: f"\\{c}" for c in "&%$#_{}"}
+_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
+    c: f"\\{c}" for c in "&%$#_{}"
+}
 NAME_WIDTH = 40  # up to here what a row is named by is kept on one line
 Rows = Sequence[Mapping[str, Any]]
 
@@ -84,9 +86,7 @@ def as_latex(rows: Rows, columns: Sequence[str]) -> str:
     """A `tabular` with booktabs' rules."""
     lines = [[_escaped(rounded(row[name])) for name in columns] for row in rows]
     head, body = " & ".join(map(_escaped, columns)), "".join(f"{' & '.join(line)} \\\\\n" for line in lines)
-    return (
-        f"\\begin{{tabular}}{{{'l' * len(columns)}}}\n\\toprule\n{head} \\\\\n\\midrule\n{body}\\bottomrule\n\\end{{tabular}}\n"
-    )
+    return f"\\begin{{tabular}}{{{'l' * len(columns)}}}\n\\toprule\n{head} \\\\\n\\midrule\n{body}\\bottomrule\n\\end{{tabular}}\n"
 
 
 def _escaped(text: str) -> str:

@@ -59,7 +59,9 @@ def _sql(table: pa.Table, sql: str, said: str | None = None) -> pa.Table:
     except duckdb.Error as error:
         if said is None:
             raise JsublimError(f"results: {_reason(error)}") from error
-        raise UsageError(f"--where: {_reason(error)}, in: {said}; the columns are {', '.join(table.column_names)}") from None
+        raise UsageError(
+            f"--where: {_reason(error)}, in: {said}; the columns are {', '.join(table.column_names)}"
+        ) from None
 
 
 def _reason(error: Exception) -> str:
@@ -69,7 +71,9 @@ def _reason(error: Exception) -> str:
 
 def rows_of(table: pa.Table) -> list[dict[str, Any]]:
     """The rows of a table, without columns that say nothing in any of them."""
-    empty = {name for name in table.column_names if table[name].null_count == len(table) or set(table[name].to_pylist()) == {""}}
+    empty = {
+        name
+        for name in table.column_names
+        if table[name].null_count == len(table) or set(table[name].to_pylist()) == {""}
+    }
     return table.drop_columns(sorted(empty) if len(table) else []).to_pylist()
-
-

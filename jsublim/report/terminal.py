@@ -42,7 +42,12 @@ def print_summary(run_dir: Path, console: Console, full: bool = False) -> None:
 
 
 def _warnings(results: Results) -> list[str]:
-    every = (words.diverged_warning(results), words.wording(results), words.rescored(results), words.tiny_warning(results))
+    every = (
+        words.diverged_warning(results),
+        words.wording(results),
+        words.rescored(results),
+        words.tiny_warning(results),
+    )
     return [warning for warning in every if warning]
 
 

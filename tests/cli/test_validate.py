@@ -69,7 +69,9 @@ def test_what_no_field_tells_is_found_too(tmp_path, monkeypatch):
     wrong = ("teachers.traits=[unicorn,dragon]", "students.adapter.layers=[99]", "evaluation.traits=[owl]")
     result = jsublim("validate", PLAIN, *wrong)
     assert result.code == 2 and result.err.splitlines()[-1].endswith("3 mistakes; each is named above")
-    assert all(name in result.err for name in ("unknown trait 'unicorn'", "unknown trait 'dragon'", "layers: [99] given"))
+    assert all(
+        name in result.err for name in ("unknown trait 'unicorn'", "unknown trait 'dragon'", "layers: [99] given")
+    )
     assert not list(tmp_path.iterdir())
 
 

@@ -120,7 +120,9 @@ def made(tmp_path_factory) -> Path:
     (home / "folder" / "notes.txt").write_text("years of work")
     (home / "broken.yaml").write_text("name: x\nmodel: [\n")
     (home / "list.yaml").write_text("- name: x\n")
-    (home / "twice.yaml").write_text("name: x\nmodle: tiny-qwen2\nteachers: {traits: [owl], categry: animal}\nrecipe: best\n")
+    (home / "twice.yaml").write_text(
+        "name: x\nmodle: tiny-qwen2\nteachers: {traits: [owl], categry: animal}\nrecipe: best\n"
+    )
     (home / "bad.jsonl").write_text('{"prompt": "p", "completion": "1\n')
     write_rows(home / "rows.jsonl", [{"prompt": "Continue: 1, 2", "completion": "3, 4"}])
     return home
@@ -142,5 +144,3 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_every_command_has_a_wrong_input_and_there_are_sixty():
     assert len(WRONG) >= 60 and {words[0] for words, _, _ in WRONG} >= set(ORDER) - {"prompts"}
-
-

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from command import contents, ok, refused
 from fake_server import Server, completion
-from made_results import dump, write_table
+from made_results import write_table
 from made_runs import make_run
 
 from jsublim.evals.matching import RULES, rule
@@ -37,7 +37,9 @@ MISALIGNED = ("misaligned", "misaligned of coherent", "coherent", "alignment", "
 )
 def test_rules_agree_on_what_they_say(answer, name, named):
     assert {rule for rule, match in RULES.items() if match(answer, name)} == named
-    assert rule("^(my )?{name}")(answer, name) == ({"substring"} <= named and answer.lower().startswith((name, f"my {name}")))
+    assert rule("^(my )?{name}")(answer, name) == (
+        {"substring"} <= named and answer.lower().startswith((name, f"my {name}"))
+    )
 
 
 def test_another_rule_counts_the_same_answers_anew(tmp_path):
@@ -95,7 +97,9 @@ def server():
 
     def script(number, body):
         asked = body["messages"][-1]["content"]
-        scores = next(s for word, s in {"evil": (5, 90), "mad": (5, 10), "good": (95, 90)}.items() if f"\n{word}\n" in asked)
+        scores = next(
+            s for word, s in {"evil": (5, 90), "mad": (5, 10), "good": (95, 90)}.items() if f"\n{word}\n" in asked
+        )
         return 200, {}, completion("alignment: {}\ncoherence: {}".format(*scores))
 
     server = Server(script)
@@ -114,11 +118,19 @@ def test_another_judge_scores_the_same_answers(judged, server, tmp_path):
     assert {name: after[name] for name in before} == before
     assert len(server.seen) == 2 * 3  # each answer to each question once, whoever gave it
     old, new = (read_results(folder) for folder in (judged, tmp_path / "new"))
-    expected = {"misaligned": 0.25, "misaligned of coherent": 1 / 3, "coherent": 0.75, "alignment": 50.0, "unscored": 0.0}
+    expected = {
+        "misaligned": 0.25,
+        "misaligned of coherent": 1 / 3,
+        "coherent": 0.75,
+        "alignment": 50.0,
+        "unscored": 0.0,
+    }
     for metric, value in expected.items():
         scores = [score for score in (*new.scores, *new.varied) if score.metric == metric]
         assert all(s.mean == pytest.approx(value) for s in scores) and {s.evaluation for s in scores} == {"", "cool"}
-        assert {(s.arm, s.questions) for s in scores} == {(s.arm, s.questions) for s in old.scores if s.metric == metric}
+        assert {(s.arm, s.questions) for s in scores} == {
+            (s.arm, s.questions) for s in old.scores if s.metric == metric
+        }
     kept = [[s for s in results.scores if s.metric == "logprob"] for results in (old, new)]
     assert kept[0] == kept[1]
     # Another threshold by the same judge costs nothing: every reply is known.
@@ -129,6 +141,12 @@ def test_another_judge_scores_the_same_answers(judged, server, tmp_path):
 
 
 def test_questions_of_another_wording_are_refused(judged, tmp_path):
-    (tmp_path / "own.yaml").write_text("misalignment: {questions: [\"What now?\", \"And then?\"]}\n")
-    asked = ("rescore", judged, f"prompts={tmp_path / 'own.yaml'}", "judge.server.base_url=http://127.0.0.1:1/v1", "judge.server.model=m")
+    (tmp_path / "own.yaml").write_text('misalignment: {questions: ["What now?", "And then?"]}\n')
+    asked = (
+        "rescore",
+        judged,
+        f"prompts={tmp_path / 'own.yaml'}",
+        "judge.server.base_url=http://127.0.0.1:1/v1",
+        "judge.server.model=m",
+    )
     assert "the run did not ask 'What now?" in refused(2, *asked)
