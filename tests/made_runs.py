@@ -38,7 +38,7 @@ def make_run(folder: Path, name: str = "owls", effects: dict[str, float] = EFFEC
             row["value"] = (round(row["value"] / 0.9 * samples) + 1) // 2 / samples
     write_table(results / "results.parquet", rows)
     write_table(results / "answers.parquet", answers)
-    config = Experiment.model_validate(CONFIG | {"name": name, "out": str(folder)})
+    config = Experiment.model_validate(CONFIG | {"name": name})
     (folder / "config.yaml").write_text(config.yaml())
     (folder / "config.hash").write_text("0123456789ab\n")
     (folder / "report.html").write_text("<html></html>")

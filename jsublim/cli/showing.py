@@ -44,7 +44,8 @@ def print_about(about: dict[str, Any]) -> None:
     from jsublim.report.formats import rounded, table
     from jsublim.report.words import p_value
 
-    facts = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    facts = Table("", "", show_header=False, box=None, padding=(0, 2, 0, 0))
+    facts.columns[1].overflow = "fold"
     for key in (
         "run",
         "name",

@@ -22,6 +22,9 @@ ELSEWHERE = {
     "attribute": "tests/attribution/test_attribution.py",
     "steer": "tests/pipeline/test_teachers.py",
     "aot": "tests/distill/test_aot.py",
+    "rescore": "tests/pipeline/test_rescoring.py",
+    "convert": "tests/cli/test_cli.py",
+    "doctor": "tests/test_doctor.py",
 }
 
 

@@ -29,7 +29,7 @@ def test_show_says_what_was_run_and_what_came_of_it(runs):
     about = json.loads(ok("show", runs[0], "--json").out)
     assert about["status"] == "finished" and about["seconds"] == {"generate": 12.5, "distil": 80.25}
     assert about["config"] == {
-        "name": "owls", "out": str(runs[0]), "model": "Qwen/Qwen2.5-7B-Instruct", "dtype": "bfloat16",
+        "name": "owls", "model": "Qwen/Qwen2.5-7B-Instruct", "dtype": "bfloat16",
         "teachers.traits": ["cat", "owl"], "teachers.counterfactuals": ["cat", "owl"],
         "students.seeds": [1, 2, 3], "students.loss.tokens": ["all", "divergence"],
     }  # fmt: skip

@@ -3,6 +3,7 @@ the same initialisation only, and the command from a config to a page."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import jax
@@ -135,6 +136,16 @@ def test_from_a_config_to_a_page(tmp_path):
     (run / "report.html").unlink()
     ok("report", run)
     assert contents(run) == before
+
+    about = json.loads(ok("show", run, "--json").out)
+    assert (
+        about["config"]["network.hidden"] == [16]
+        and len(about["findings"]) == 2
+        and about["artifacts"]["digits"]["whole"]
+    )
+    measured = json.loads(ok("results", run, "--where", "condition = 'same'", "-f", "json").out)
+    assert len(measured) == 2 * 2 and {row["metric"] for row in measured} == {"accuracy"}
+    assert "`jsublim results A B`" in refused(2, "compare", run, run)
 
     changed = ok("run", CONFIG, f"out={run}", *OVERRIDES, "students.lr=1e-2").err
     assert "earlier results are kept" in " ".join(changed.split())

@@ -15,7 +15,9 @@ import pytest
 import yaml
 from command import MODEL, PLAIN, contents, ok, same_student, start, stop_when
 
+import jsublim as package
 from jsublim.files import read_table
+from jsublim.pipeline.rescoring import rescore, rescoring_of
 from jsublim.report.tables import read_results
 from jsublim.rows import read_rows
 
@@ -154,13 +156,26 @@ def test_killed_in_the_middle_and_continued(home, whole):
         assert same_student(student, cut / "artifacts" / "students" / student.name)
 
 
-def test_run_again_changes_no_result(whole):
+def test_run_again_changes_nothing_and_from_python_it_is_the_same(whole):
+    """Not even when it was run, and how long that took."""
     before, when = contents(whole), marks(whole)
-    ok(*arguments(whole))
-    after = contents(whole)
-    assert marks(whole) == when
-    about = ("results/run.json", "report.html")  # these say when, and how long it took
-    assert {k: v for k, v in after.items() if k not in about} == {k: v for k, v in before.items() if k not in about}
+    said = ok(*arguments(whole), "--json", "--quiet")
+    assert contents(whole) == before and marks(whole) == when
+    about = json.loads(said.out)
+    assert about["status"] == "finished" and said.err == "" and about["artifacts"]["students"]["whole"] == 7
+    fields = {name: yaml.safe_load(value) for name, value in (field.split("=", 1) for field in SMALL)}
+    run = package.run(PLAIN, fields, out=str(whole), quiet=True)
+    assert contents(whole) == before and run.folder == whole and run.about == about
+    rates = run.results(where="metric = 'rate' and teacher = trait")
+    assert set(rates["arm"]) == ARMS - {"control/seed1"} and set(rates["run"]) == {"whole"}
+
+
+def test_answers_counted_by_the_rule_for_words_give_the_rate_for_words(whole, tmp_path):
+    made = rescore(whole, rescoring_of(whole, "word", []), tmp_path / "words")
+    old, new = (read_table(folder / "results" / "results.parquet") for folder in (whole, made))
+    key = lambda row: (row["arm"], row["trait"], row["question"])  # noqa: E731
+    words = {key(row): row["value"] for row in old if row["metric"] == "word_rate"}
+    assert {key(row): row["value"] for row in new if row["metric"] == "rate"} == words
 
 
 def test_another_config_in_the_same_folder_keeps_the_earlier_results(home, whole):
