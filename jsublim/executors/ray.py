@@ -12,6 +12,7 @@ import os
 import signal
 import threading
 import time
+import warnings
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -33,6 +34,7 @@ from jsublim.processes import Preempted
 from jsublim.progress import Progress, Tick
 
 LOOK = 5.0  # seconds between two looks at what the cluster has
+ROOM = 60.0  # seconds without any worker until that is said
 OBJECTS = 128 * 2**20  # bytes of Ray's own store: only keys and outcomes travel
 BEGINS = 3  # workers that may fail one after another before one has begun
 QUIET = {  # before Ray is imported
@@ -98,7 +100,9 @@ class RayExecutor:
             local = {"include_dashboard": False, "num_cpus": max(cores, os.cpu_count() or 1)}
             local["object_store_memory"] = OBJECTS
         try:
-            ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, **local)
+            with warnings.catch_warnings():  # of JAX, about forks; Ray's processes begin by exec
+                warnings.filterwarnings("ignore", message=r"os\.fork", category=RuntimeWarning)
+                ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, **local)
         except Exception as error:  # of many kinds: no cluster there, another version, a wrong token
             said = f"--ray-address {self.address}" if self.address else "--on ray"
             raise JsublimError(f"{said}: cannot be reached or started: {error}") from error
@@ -138,12 +142,19 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
         return
 
+    told = threading.Event()
+
     def stop(*_: Any) -> None:
-        raise Preempted("stopped by SIGTERM; what was finished is kept, the same command continues")
+        told.set()
+        raise KeyboardInterrupt  # the one exception that Ray's own code lets through
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
         yield
+    except KeyboardInterrupt:
+        if told.is_set():
+            raise Preempted("stopped by SIGTERM; what was finished is kept, the same command continues") from None
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -217,6 +228,7 @@ class _Drive:
     lost: Counter[str] = field(default_factory=Counter)
     failed: dict[str, str] = field(default_factory=dict)
     not_begun: int = 0
+    _alone_since: float = field(default_factory=time.monotonic)  # without any worker
     _begins: int = 0
     _number: int = 0
 
@@ -226,7 +238,9 @@ class _Drive:
             self._assign()
             waiting = [*self.starting, *self.busy]
             answered, _ = self.ray.wait(waiting, timeout=LOOK) if waiting else ([], [])
-            if not answered and not self.busy:
+            if self.idle or self.busy:
+                self._alone_since = time.monotonic()
+            elif time.monotonic() - self._alone_since > ROOM:
                 self._say_that_there_is_no_room()
             for ref in answered:
                 self._begun(ref) if ref in self.starting else self._ended(ref)
