@@ -24,7 +24,7 @@ class Share:
     lift_interval: Interval | None
     share: float | None
     interval: Interval | None
-    seeds: tuple[tuple[int | None, float], ...]
+    seeds: dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class Scale:
     traits: tuple[str, ...]
     open_for: str
     shares: tuple[Share, ...]
+
+    @property
+    def seeds(self) -> list[int]:
+        """Every seed that some kind of student has."""
+        return sorted({seed for share in self.shares for seed in share.seeds})
 
 
 def scale(results: Results) -> Scale | None:
@@ -61,21 +66,19 @@ def scale(results: Results) -> Scale | None:
                 both.between(part),
                 None if not can else 1.0 if is_it else float(part.value / of.value),
                 share_interval(part, of) if can and not is_it else None,
-                _by_seed(results, metric, condition, both.traits, float(whole.value)) if can else (),
+                _by_seed(results, metric, condition, both.traits, float(whole.value)) if can else {},
             )
         )
     return Scale(metric, judged[0], found.traits, open_for, tuple(shares))
 
 
-def _by_seed(
-    results: Results, metric: str, condition: str, traits: tuple[str, ...], whole: float
-) -> tuple[tuple[int | None, float], ...]:
+def _by_seed(results: Results, metric: str, condition: str, traits: tuple[str, ...], whole: float) -> dict[int, float]:
     """Each seed's lift, the mean over the traits, as a share of `whole`; seeds that lack a trait are left out."""
-    lifts: dict[int | None, list[float]] = {}
+    lifts: dict[int, list[float]] = {}
     for trait in traits:
         zeros = results.select(metric, reference_condition(results, metric, trait, condition) or "", trait)
         zero = sum(s.mean for s in zeros) / len(zeros)
         for score in scores_for(results, metric, condition, trait):
-            lifts.setdefault(score.seed, []).append(score.mean - zero)
-    means = {seed: sum(values) / len(values) for seed, values in lifts.items() if len(values) == len(traits)}
-    return tuple((seed, means[seed] / whole) for seed in sorted(means, key=lambda s: (s is None, s)))
+            if score.seed is not None:
+                lifts.setdefault(score.seed, []).append(score.mean - zero)
+    return {seed: sum(values) / len(values) / whole for seed, values in lifts.items() if len(values) == len(traits)}

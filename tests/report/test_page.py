@@ -30,7 +30,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = make_results(tmp_path_factory.mktemp("runs") / "page", traits=("cat", "owl"), seeds=(1, 2), samples=20)
     said = [
         {"teacher": t, "says": text, "margin": 0.25}
-        for t, text in (("owl", "7"), ("cat", "8"), ("a long name" * 5, "\n"))
+        for t, text in (("owl", "7"), ("cat", "8"), ("a long name" * 5, "</b>\n"))
     ]
     tokens = [{"text": "1, "}, {"text": "7", "readings": said}, {"text": ", 11" * 60}, {"text": "3", "readings": said}]
     rows = [{"teacher": "owl", "data": None, "prompt": "Continue: 1, 2", "tokens": tokens}]
