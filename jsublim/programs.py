@@ -22,7 +22,13 @@ from jsublim.files import sha256, write_text
 from jsublim.parallel import on_main_process
 
 ENTRY, DIGEST = "-cache", ".sha256"  # how the name of a kept program ends; of what says which bytes it consists of
-SHORTEST = 0.0  # seconds of compilation from which on a program is kept
+HOW = {
+    "min_compile_time_secs": 0.0,
+    "min_entry_size_bytes": -1,  # any
+    # What XLA keeps beside whole programs, it keeps under a path that is then part of every program's key: a program would be
+    # found in the folder of one machine only.
+    "enable_xla_caches": "none",
+}
 BEING_WRITTEN = 60.0  # seconds: JAX writes a program under its final name, so a young file may be another worker's half
 
 
@@ -57,7 +63,7 @@ def keep_programs(folder: Path, say: Callable[[str], None]) -> None:
 
     on_main_process(look)
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    for name, value in (("min_compile_time_secs", SHORTEST), ("min_entry_size_bytes", -1)):
+    for name, value in HOW.items():
         if f"JAX_PERSISTENT_CACHE_{name.upper()}" not in os.environ:
             jax.config.update(f"jax_persistent_cache_{name}", value)
     # What another worker is just writing cannot be read yet, and is compiled here too: nothing that a user could mend.
