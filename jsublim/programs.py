@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -22,7 +23,13 @@ from jsublim.files import sha256, write_text
 from jsublim.processes import on_main_process
 
 ENTRY, DIGEST = "-cache", ".sha256"  # how the name of a kept program ends; of what says which bytes it consists of
-SHORTEST = 0.0  # seconds of compilation from which on a program is kept
+SETTINGS = {
+    "min_compile_time_secs": 0.0,
+    "min_entry_size_bytes": -1,  # any
+    # What XLA keeps beside whole programs, it keeps under a path that is then part of every program's key: a program would be
+    # found in the folder of one machine only.
+    "enable_xla_caches": "none",
+}
 BEING_WRITTEN = 60.0  # seconds: JAX writes a program under its final name, so a young file may be another worker's half
 
 
@@ -56,8 +63,8 @@ def keep_programs(folder: Path, say: Callable[[str], None]) -> None:
         whole_programs(folder, say)
 
     on_main_process(look)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    for name, value in (("min_compile_time_secs", SHORTEST), ("min_entry_size_bytes", -1)):
+    jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
+    for name, value in SETTINGS.items():
         if f"JAX_PERSISTENT_CACHE_{name.upper()}" not in os.environ:
             jax.config.update(f"jax_persistent_cache_{name}", value)
     # What another worker is just writing cannot be read yet, and is compiled here too: nothing that a user could mend.
@@ -68,19 +75,28 @@ def whole_programs(folder: Path, say: Callable[[str], None], known: Container[st
     """The programs of a folder that are what was written, with their digests, but for those whose names are known. What a kill
     has cut or a disk has changed is removed, which is said: JAX writes a program under its final name, and never again."""
     found = {}
-    for path in (path for path in sorted(folder.glob(f"*{ENTRY}")) if path.name not in known):
-        mark, own = path.with_name(path.name + DIGEST), sha256(path)
-        said = mark.read_text(encoding="utf-8", errors="replace").strip() if mark.exists() else None
-        if said is None and _is_whole(path.read_bytes()):
-            write_text(mark, own)
-            said = own
-        if said == own:
-            found[path] = own
-        elif said is not None or time.time() - path.stat().st_mtime > BEING_WRITTEN:
-            path.unlink(missing_ok=True)
-            mark.unlink(missing_ok=True)
-            say(f"{path}: a damaged program; it is compiled again")
+    for path in sorted(folder.glob(f"*{ENTRY}")):
+        # Another worker may have removed it, or another user may own it: then there is one program less.
+        with contextlib.suppress(OSError):
+            if path.name not in known and (digest := _digest(path, say)) is not None:
+                found[path] = digest
     return found
+
+
+def _digest(path: Path, say: Callable[[str], None]) -> str | None:
+    """Of a program that is what was written; None of one that is not, or that may still be written."""
+    mark, own = path.with_name(path.name + DIGEST), sha256(path)
+    said = mark.read_text(encoding="utf-8", errors="replace").strip() if mark.exists() else None
+    if said == own:
+        return own
+    if said is None and _is_whole(path.read_bytes()):
+        write_text(mark, own)
+        return own
+    if said is not None or time.time() - path.stat().st_mtime > BEING_WRITTEN:
+        path.unlink(missing_ok=True)
+        mark.unlink(missing_ok=True)
+        say(f"{path}: a damaged program; it is compiled again")
+    return None
 
 
 def _is_whole(entry: bytes) -> bool:

@@ -47,7 +47,7 @@ class Owner:
     since: str
 
     def __str__(self) -> str:
-        return f"process {self.pid} on {self.host} ({self.command}, since {self.since})"
+        return f"process {self.pid} on {self.host.split(':')[0]} ({self.command}, since {self.since})"
 
     @staticmethod
     def own() -> Owner:
