@@ -35,11 +35,13 @@ _numbers = itertools.count()  # of what was told so far, the same on all process
 
 
 class _State:
-    """Whether the first process is acting for all, whether we are asked to leave, and how often we have looked."""
+    """Whether the first process is acting for all, whether we are asked to leave and how often we have looked, and how often
+    everybody was known to have heard all that was told."""
 
     acting = False
     asked = False
     points = 0
+    rounds = 0
 
 
 class Preempted(JsublimError):
@@ -51,13 +53,26 @@ class Preempted(JsublimError):
 # --- what the first process decides
 
 
+def process_count() -> int:
+    """As JAX's, which would take hold of the devices."""
+    return distributed.global_state.num_processes
+
+
+def process_index() -> int:
+    return distributed.global_state.process_id
+
+
 def is_main_process() -> bool:
-    return jax.process_index() == 0
+    return process_index() == 0
 
 
 def _together() -> bool:
     """Whether there are others who do the same at this point; not where the first process acts for all."""
-    return jax.process_count() > 1 and not _State.acting
+    return process_count() > 1 and not _State.acting
+
+
+def _new_key() -> str:
+    return f"{TELL}/said/{_State.rounds}/{next(_numbers)}"
 
 
 def on_main_process(act: Callable[[], R]) -> R:
@@ -68,7 +83,7 @@ def on_main_process(act: Callable[[], R]) -> R:
     """
     if not _together():
         return act()
-    key = f"{TELL}/told/{next(_numbers)}"
+    key = _new_key()
     if not is_main_process():
         said = json.loads(_wait_for(key))
         if "failed" in said:
@@ -124,9 +139,9 @@ def everywhere(sound: bool) -> bool:
     """Whether something holds on every process."""
     if not _together():
         return sound
-    key = f"{TELL}/asked/{next(_numbers)}"
-    _client().key_value_set(f"{key}/{jax.process_index()}", str(int(sound)))
-    return on_main_process(lambda: all([_wait_for(f"{key}/{i}") == b"1" for i in range(jax.process_count())]))
+    key = _new_key()
+    _client().key_value_set(f"{key}/{process_index()}", str(int(sound)))
+    return on_main_process(lambda: all([_wait_for(f"{key}/{i}") == b"1" for i in range(process_count())]))
 
 
 def shared_out(items: Sequence[T], work: Callable[[list[T]], list[R]]) -> list[R]:
@@ -137,9 +152,9 @@ def shared_out(items: Sequence[T], work: Callable[[list[T]], list[R]]) -> list[R
     """
     if not _together() or len(items) < WORTH_SHARING:
         return work(list(items))
-    key, count = f"{TELL}/asked/{next(_numbers)}", jax.process_count()
-    own = work(list(items[jax.process_index() :: count]))
-    _client().key_value_set_bytes(f"{key}/{jax.process_index()}", json.dumps(own).encode())
+    key, count = _new_key(), process_count()
+    own = work(list(items[process_index() :: count]))
+    _client().key_value_set_bytes(f"{key}/{process_index()}", json.dumps(own).encode())
     parts = [json.loads(_wait_for(f"{key}/{i}")) for i in range(count)]
     return [parts[i % count][i // count] for i in range(len(items))]
 
@@ -197,9 +212,9 @@ def wait_until_seen(files: Iterable[Path]) -> None:
     if not everywhere(missing is None):
         which = "a file that it wrote" if missing is None else str(missing)
         raise JsublimError(f"{which}: not every process sees it {VISIBLE_WITHIN:.0f} s after the first one wrote it")
-    if is_main_process():  # everybody has read all that was told
-        for kind in ("told", "asked"):
-            _client().key_value_delete(f"{TELL}/{kind}")
+    if is_main_process():  # everybody is in this round, and needs nothing of the one before
+        _client().key_value_delete(f"{TELL}/said/{_State.rounds - 1}")
+    _State.rounds += 1
 
 
 def check_alike(what: str, value: str) -> None:
@@ -230,7 +245,7 @@ def _appears(path: Path, seconds: float) -> bool:
 def heeding_signals() -> Iterator[None]:
     """Have SIGTERM asked for by `leaving` as long as the block lasts (a second one ends the process). Of several processes,
     also Ctrl-C."""
-    several = jax.process_count() > 1
+    several = process_count() > 1
     kind = signal.SIGINT if several else signal.SIGTERM  # JAX itself looks for SIGTERM where there are several
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -316,7 +331,7 @@ class Watch:
         self._thread.start()
 
     def _look(self) -> None:
-        heard = {i: ("", time.monotonic()) for i in range(jax.process_count())}
+        heard = {i: ("", time.monotonic()) for i in range(process_count())}
         for beat in itertools.count():
             with contextlib.suppress(
                 jax.errors.JaxRuntimeError
@@ -332,7 +347,7 @@ class Watch:
 
     def _judge(self, heard: dict[int, tuple[str, float]]) -> None:
         for who, (said, when) in heard.items():
-            if who == jax.process_index():
+            if who == process_index():
                 continue
             if said.startswith("stopped"):
                 self._end(f"process {who} has stopped; it says why", int(said.split()[1]))
@@ -340,7 +355,7 @@ class Watch:
                 self._end(f"{gone(who)} for {self.time_out:g} s; the same command goes on", 1)
 
     def _tell(self, what: str) -> None:
-        _client().key_value_set(f"{TELL}/alive/{jax.process_index()}", what, allow_overwrite=True)
+        _client().key_value_set(f"{TELL}/alive/{process_index()}", what, allow_overwrite=True)
 
     def close(self) -> None:
         """All have finished."""

@@ -87,9 +87,7 @@ def _time_out(e: Experiment) -> float:
 
 def _speak() -> None:
     """From here on the first process alone prints; libraries written in C++ print nothing, unless asked with --debug."""
-    import jax
-
-    from jsublim.processes import gone, is_main_process
+    from jsublim.processes import gone, is_main_process, process_index
 
     if not logging.getLogger("jax").isEnabledFor(logging.DEBUG):
         _keep_to_ourselves()
@@ -97,7 +95,7 @@ def _speak() -> None:
         lost = "another process gives no sign of life" if is_main_process() else gone(0)
         _on_abort(lambda: Speaker.end(f"{lost}; the same command goes on", 1))
     if not is_main_process():
-        Speaker.name = f"process {jax.process_index()}: "
+        Speaker.name = f"process {process_index()}: "
         console.quiet = True
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process lives)
 

@@ -26,7 +26,7 @@ from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Output, digest
 from jsublim.pipeline.task import Cost, Sizes, Task
 from jsublim.pipeline.training import keep_student, train_students
-from jsublim.processes import on_main_process
+from jsublim.processes import on_main_process, process_count
 from jsublim.progress import Tick
 from jsublim.prompts import Pack
 from jsublim.rows import Row
@@ -222,7 +222,7 @@ class TrainedTeachers(Task):
         members = [(arm, store.open(output)) for arm, output in zip(arms, self.outputs, strict=True)]
         work = store.training(f"teachers-{digest([output.key for output in self.outputs])}")
         settings = Settings(max(len(arm.examples) for arm in arms))
-        if jax.process_count() > 1:  # they are too little work to be spread unless they must
+        if process_count() > 1:  # they are too little work to be spread unless they must
             run = setup.experiment.run
             settings = dataclasses.replace(settings, parallel=run.parallel, model_axis=run.model_axis)
 
