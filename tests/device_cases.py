@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +19,7 @@ from engine import lora, params_of
 from jsublim.attribution import patching
 from jsublim.attribution.pairs import Pair
 from jsublim.chat import Turn
-from jsublim.distill.aot import gathered_weights
+from jsublim.distill.aot import collectives
 from jsublim.inference import decoding, scoring
 from jsublim.inference.constrain import number_limits
 from jsublim.inference.generation import generate_for_arms
@@ -46,11 +45,11 @@ def sampled(params: Any) -> Any:
     """Rows that no number of devices divides, in a batch that none divides, kept in a format."""
     limits = number_limits(WORDS, SAMPLING.stop)
     how, allowed = dataclasses.replace(SAMPLING, constrain="numbers"), {}
-    options = {"max_new_tokens": 12, "seed": 5, "batch_size": 21, "limits": limits}
+    options = {"max_new_tokens": 12, "seed": 5, "batch_size": 30, "limits": limits}
     rows = generate_for_arms(
-        CONFIG, params, texts(37, 30, 1), how, None, **options, on_allowed=lambda _, x: allowed.update(x)
+        CONFIG, params, texts(61, 30, 1), how, None, **options, on_allowed=lambda _, x: allowed.update(x)
     )
-    return {"tokens": rows, "values": [allowed[row] for row in range(37)]}
+    return {"tokens": rows, "values": [allowed[row] for row in range(61)]}
 
 
 def students(params: Any) -> Any:
@@ -63,24 +62,24 @@ def students(params: Any) -> Any:
 
 
 def read(params: Any) -> Any:
-    turns = [Turn(text, 0, len(text) - 1 - i % 5, len(text) - 1) for i, text in enumerate(texts(19, 30, 3))]
-    said = scoring.score_turns(CONFIG, params, turns, adapter=lora(CONFIG, 3), batch_size=11)
+    turns = [Turn(text, 0, len(text) - 1 - i % 5, len(text) - 1) for i, text in enumerate(texts(23, 30, 3))]
+    said = scoring.score_turns(CONFIG, params, turns, adapter=lora(CONFIG, 3), batch_size=15)
     return {"tokens": [x.argmax.tolist() for x in said], "values": [x for s in said for x in (*s.margin, *s.logprob)]}
 
 
 def answers(params: Any) -> Any:
     """Of each, log-probabilities after each prompt; and targets of a soft loss."""
     after = [text[16:] for text in texts(5, 9, 4)]
-    turns = [Turn(text, 0, len(text) - 3, len(text) - 1) for text in texts(5, 30, 5)]
+    turns = [Turn(text, 0, len(text) - 3, len(text) - 1) for text in texts(15, 30, 5)]
     stored = list(scoring.top_k_targets(CONFIG, params, turns, 4))
-    found = [scoring.score_answers(CONFIG, params, texts(3, 30, 6), after), *(x.logp for x in stored)]
+    found = [scoring.score_answers(CONFIG, params, texts(15, 30, 6), after), *(x.logp for x in stored)]
     return {"tokens": [x.ids.tolist() for x in stored], "values": np.concatenate([x.ravel() for x in found])}
 
 
 def attributed(params: Any) -> Any:
     rng = np.random.default_rng(7)
     pairs = [Pair(i, "oak", *rng.integers(1, 57, (2, 9 + i)).astype(np.int32), 5, 6) for i in range(11)]
-    how = {"sites": ("residual", "mlp"), "adapter": lora(CONFIG, 3), "batch_size": 9}
+    how = {"sites": ("residual", "mlp"), "adapter": lora(CONFIG, 3), "batch_size": 8}
     found = patching.attribution_patching(CONFIG, params, pairs, steps=4, **how)
     return {"values": np.concatenate([x.ravel() for x in found])}
 
@@ -103,14 +102,14 @@ class Watch:
                 text = compiled.as_text()
                 self.seen[name] = {
                     "flops": compiled.cost_analysis()["flops"],
-                    "gathers": re.findall(r"= (\S+) all-gather", text),
-                    "weights": list(gathered_weights(text, params_of(CONFIG))),
-                    "sums": sorted(set(re.findall(r"= (\S+) all-reduce", text))),
+                    "told": {kind: found.bytes for kind, found in collectives(text).items()},
                 }
+                self.seen[name]["before"] = program._cache_size()
             given = [x for x in jax.tree.leaves(arguments) if isinstance(x, jax.Array)]
             held = [x.addressable_shards[0].data.nbytes for x in given if x.ndim == 5]
             out = program(*arguments, **more)
-            self.seen[name] |= {"caches": sum(held), "programs": program._cache_size()}
+            made = program._cache_size() - self.seen[name]["before"]
+            self.seen[name] |= {"caches": sum(held), "programs": made}
             return out
 
         return call

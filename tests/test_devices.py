@@ -13,9 +13,7 @@ import numpy as np
 import pytest
 
 HERE = Path(__file__).parent
-STAGES = ("sampled", "students", "read", "answers", "attributed")
-PROGRAMS = {"sampled": ("fill", "advance"), "students": ("fill", "advance"), "read": ("_read",), "answers": ("_read",),
-            "attributed": ("compare",)}  # fmt: skip
+PROGRAMS = {"sampled": {"fill", "advance"}, "read": {"_read"}, "answers": {"_read"}, "attributed": {"compare"}}
 
 
 def started(devices: int, **more: str) -> subprocess.Popen:
@@ -50,23 +48,24 @@ def check_same(ours: dict, one: dict) -> None:
     np.testing.assert_allclose(ours["values"], one["values"], rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", PROGRAMS)
 def test_eight_devices_find_what_one_finds_and_each_does_an_eighth(stage, found):
     one, mesh = found[f"{stage}, one"], found[f"{stage}, mesh 1"]
     check_same(mesh, one)
     assert len(one["values"]) > 10 or len({tuple(row) for arm in one["tokens"] for row in arm}) > 10
-    assert set(mesh["programs"]) == set(PROGRAMS[stage])
+    assert set(mesh["programs"]) == PROGRAMS[stage]
     for name, ours in mesh["programs"].items():
         alone = one["programs"][name]
         assert ours["flops"] <= alone["flops"] / 7, name
-        assert ours["caches"] * 7 <= alone["caches"], name
-        assert ours["gathers"] == [], name
-        # Of devices that wait for one another, how many rows have ended; of all others nothing.
-        assert all("s32" in array for array in ours["sums"]) and (name == "advance") == bool(ours["sums"]), name
+        assert name not in ("fill", "advance") or 0 < ours["caches"] <= alone["caches"] / 7, name
+        assert ours["programs"] == alone["programs"] >= 1, name
+        # Devices that wait for one another tell how many of their rows have ended, all others nothing.
+        assert set(ours["told"]) == ({"all-reduce"} if name == "advance" else set()), name
+        assert sum(ours["told"].values()) < 64, name
 
 
 def test_two_processes_find_what_one_finds(found):
-    """Every one of them: their programs are on both, and what host code reads of them comes back whole."""
+    """Both of them: a program is on all devices of both, and what host code reads of its results comes back whole."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -74,7 +73,7 @@ def test_two_processes_find_what_one_finds(found):
     processes = [started(1, **shared, JAX_PROCESS_ID=str(i)) for i in range(2)]
     for ours in map(told, processes):
         assert ours["devices"] == 2
-        for stage in STAGES:
+        for stage in ("sampled", "read"):
             check_same(ours[f"{stage}, mesh 1"], found[f"{stage}, one"])
 
 
@@ -83,4 +82,5 @@ def test_a_checkpoint_over_two_devices_each_is_never_gathered(stage, found):
     mesh = found[f"{stage}, mesh 2"]
     check_same(mesh, found[f"{stage}, one"])
     for name, ours in mesh["programs"].items():
-        assert ours["weights"] == [], name
+        assert set(ours["told"]) == {"all-reduce"}, name
+        assert ours["flops"] <= found[f"{stage}, one"]["programs"][name]["flops"] / 4, name
