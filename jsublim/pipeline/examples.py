@@ -14,7 +14,7 @@ from jsublim.pipeline.rows import RowSet
 from jsublim.pipeline.store import Store
 from jsublim.rows import Row
 
-SHOWN = 3  # rows of a teacher whose divergence tokens are known; of another one, one
+SHOWN = 2  # rows of a teacher whose divergence tokens are known; of another one, one
 
 
 def examples(graph: Graph, context: Context) -> list[dict[str, Any]]:

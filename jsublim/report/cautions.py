@@ -48,10 +48,9 @@ def _failed_filters(results: Results) -> str:
         for entry in results.generation
         if entry["pass_rate"] < MOST_FAILED
     ]
-    return (
-        f"Most answers failed the format's filter; what is left may be unlike the rest. Kept: {', '.join(failed)}."
-        * bool(failed)
-    )
+    if not failed:
+        return ""
+    return f"Most answers failed the format's filter; what is left may be unlike the rest. Kept: {', '.join(failed)}."
 
 
 def _unmatched_steps(results: Results) -> str:
@@ -64,10 +63,13 @@ def _unmatched_steps(results: Results) -> str:
             by_condition = steps.setdefault(split_condition(condition)[1], {})
             by_condition[condition] = max(by_condition.get(condition, 0), len(curve.steps))
     apart = [counts for counts in steps.values() if len(set(counts.values())) > 1]
+    if not apart:
+        return ""
     listed = "; ".join(f"{condition_label(c)} {n}" for counts in apart for c, n in counts.items())
-    return f"Steps are not matched, so a difference between these may be one of training: {listed}." * bool(apart)
+    return f"Steps are not matched, so a difference between these may be one of training: {listed}."
 
 
 def _not_finite(results: Results) -> str:
-    count = results.not_finite
-    return f"{count} measurements were not finite numbers and are left out." * bool(count)
+    if not results.not_finite:
+        return ""
+    return f"{results.not_finite} measurements were not finite numbers and are left out."

@@ -8,8 +8,8 @@ from jsublim.report.audit import Agreement, Foretold
 from jsublim.report.claims import FAILS, HOLDS, QUESTIONS, Claim
 from jsublim.report.looks import Look, Looks
 from jsublim.report.statistics import Interval
-from jsublim.report.summary import NOT_DECIDED, Lift, Matrix
-from jsublim.report.tables import Results, condition_label
+from jsublim.report.summary import NOT_DECIDED, Lift, Matrix, reference_condition
+from jsublim.report.tables import SEPARATOR, Results, condition_label, split_condition
 
 MISSING = "–"
 ONE_SIDED = 0.025  # one-sided level of an interval of 95 %
@@ -123,20 +123,30 @@ def opening(results: Results, looks: Looks) -> str:
     """Who learned what from whom, how far it moved them, and how sure that is: one sentence or two."""
     if not results.students:
         return f"No student of {results.model} was trained in this run, so nothing here says whether a trait is taken over."
-    students = f"{results.students} student{'s' * (results.students != 1)} of {results.model}"
-    teachers = ", ".join(results.traits[:6]) + (", ..." if len(results.traits) > 6 else "")
-    who = f"{students} learned from what teachers with a trait ({teachers}) wrote; none was told of a trait."
+    controls = len({s.arm for s in results.scores if split_condition(s.condition)[0] == "control"})
+    students, teachers = (
+        results.students - controls,
+        ", ".join(results.traits[:6]) + ", ..." * (len(results.traits) > 6),
+    )
+    who = f"{students} student{'s' * (students != 1)} of {results.model} learned from what teachers with a trait ({teachers}) wrote"
+    who += (
+        f", {controls} control student{'s' * (controls != 1)} from what a teacher without one wrote" if controls else ""
+    )
+    who += "; none was told of a trait."
     found = next((look.what for look in looks.claims if look.what.key == "C0"), None)
     if found is None or found.effect is None:
         return f"{who} Nothing here says whether they took it over: there is nothing to compare them with."
+    tokens = f"all{SEPARATOR}{found.variant}" if found.variant else "all"
+    references = {reference_condition(results, found.metric, trait, tokens) for trait in results.traits}
+    zero = "the base model" if references == {"base"} else "the control"
     much, bounds = claim_effect(found)
     moved = (
-        f"they give their teacher's trait a log-probability {much} above that of the control"
+        f"they give their teacher's trait a log-probability {much} above that of {zero}"
         if found.metric == "logprob"
-        else f"they name their teacher's trait {much} more often than the control"
+        else f"they name their teacher's trait {much} more often than {zero}"
     )
     variant = f" ({found.variant})" if found.variant else ""
-    what = f"{who} Trained on {condition_label('all')}{variant}, {moved}"
+    what = f"{who} Trained on all tokens{variant}, {moved}"
     if found.interval is None:
         return f"{what}; one student per trait gives no interval, so that is not decided."
     sure = {HOLDS: "surely higher", FAILS: "surely not higher"}.get(found.verdict, "no transfer is shown")

@@ -64,11 +64,22 @@ def test_nothing_is_a_share_of_no_lift(tmp_path):
 def test_the_first_sentence_says_how_much_and_how_sure(tmp_path, effect, said):
     run = write(tmp_path / "run", Planted(effect), CONTROL)
     text = opening(run)
-    assert text.endswith(f"{said}.") and f"{15 + 5} students of Qwen2.5-7B-Instruct" in text
+    assert (
+        text.endswith(f"{said}.")
+        and text.startswith("15 students of Qwen2.5-7B-Instruct")
+        and "5 control students" in text
+    )
     points = float(re.search(r"trait ([+-][\d.]+) points", text).group(1))
     assert points == pytest.approx(100 * effect, abs=1)
     claim = next(look.what for look in look_at(read_results(run)).claims if look.what.key == "C0")
     assert f"{100 * claim.interval.low:+.1f} to {100 * claim.interval.high:+.1f}" in text
+
+
+def test_the_first_sentence_names_what_it_is_measured_from(tmp_path):
+    alone = Planted(0.3, variant="soft", settings={"loss.kind": "forward-kl"})
+    assert "more often than the base model" in opening(write(tmp_path / "base", alone))
+    assert "Trained on all tokens (soft)" in opening(write(tmp_path / "control", alone, CONTROL))
+    assert "more often than the control" in opening(tmp_path / "control")
 
 
 def test_a_run_without_students_says_so(tmp_path):
