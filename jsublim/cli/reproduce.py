@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -49,9 +50,12 @@ def reproduce(
     device = chip_of(chip)
     for name, experiment in experiments.items():
         if dry_run:
-            print_grid(experiment)
             said = estimate(experiment, chip, device, shape, f"{path}: panel '{name}'")
-            print_estimate(experiment, chip, device, said)
+            if as_json:
+                print(json.dumps({"panel": name} | said, ensure_ascii=False))
+                continue
+            print_grid(experiment)
+            print_estimate(experiment, chip, said)
         else:
             say_result(run_experiment(experiment, LocalExecutor(), console), as_json)
 
