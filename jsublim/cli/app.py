@@ -22,6 +22,7 @@ PANELS = {
     "Stages of an experiment": ("generate", "divergence", "finetune", "evaluate", "attribute", "steer"),
     "Checkpoints, prompts, devices": ("convert", "prompts", "aot"),
 }
+EVERYWHERE = "Options of every command"
 ORDER = [name for names in PANELS.values() for name in names]
 
 console = Console(stderr=True, markup=False, emoji=False)  # names and paths are shown as they are
@@ -50,15 +51,12 @@ def shared(function: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-EVERYWHERE = "Options of every command"
-
-
 class Commands(typer.Typer):
     """Registers commands with what all of them share."""
 
     def command(self, name: str | None = None, **options: Any) -> Callable[..., Any]:
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
-            panel = panel_of(name or function.__name__)
+            panel = panel_of(name or function.__name__) if self.info.name == "jsublim" else None
             super(Commands, self).command(name, **{"rich_help_panel": panel} | options)(shared(function))
             return function
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -63,9 +64,12 @@ def reproduce(
         return
     device = chip_of(chip)
     for name, experiment in experiments.items():
-        print_grid(experiment)
         said = estimate(experiment, chip, device, shape, f"{path}: panel '{name}'")
-        print_estimate(experiment, chip, device, said)
+        if as_json:
+            print(json.dumps({"panel": name} | said, ensure_ascii=False))
+            continue
+        print_grid(experiment)
+        print_estimate(experiment, chip, said)
 
 
 def print_grid(experiment: Experiment) -> None:

@@ -62,7 +62,7 @@ def look_over(config: str, overrides: list[str] | None, chip: str, shape: Path |
         print(json.dumps({"config": checked.model_dump(mode="json")} | said, indent=2, ensure_ascii=False))
     else:
         print(checked.yaml(), end="")
-        print_estimate(checked, chip, device, said)
+        print_estimate(checked, chip, said)
 
 
 def refuse(source: str, found: list[str]) -> None:
@@ -103,7 +103,7 @@ def estimate(experiment: Experiment, chip: str, device: Device, shape: Path | No
     }
 
 
-def print_estimate(experiment: Experiment, chip: str, device: Device, said: dict[str, Any]) -> None:
+def print_estimate(experiment: Experiment, chip: str, said: dict[str, Any]) -> None:
     """An estimate as a table, kind of task by kind of task, with what it assumes."""
     from rich.table import Table
 

@@ -119,13 +119,13 @@ class Memory:
 
     def advice(self, has: float) -> str:
         """Whether a device of so many bytes does; if not, what to change."""
-        if self.needed < has:
+        if self.needed <= has:
             return "fits"
         fitting = int((has - self.base) / self.student) if self.student else 0
         if fitting >= 1:
             return f"{self.together} students in a program are too many: set students.runtime.arms_per_program={fitting}, or auto"
         copies = 2
-        while self.base / copies + self.student >= has and copies < MOST_AXIS:
+        while self.base / copies + self.student > has and copies < MOST_AXIS:
             copies *= 2
         if copies < MOST_AXIS:
             program = ", students.runtime.arms_per_program=1" if self.together > 1 else ""
