@@ -31,8 +31,8 @@ def check_url(url: str) -> str:
     """
     scheme, _, rest = url.partition("://")
     if scheme not in SCHEMES:
-        known = " and ".join(f"{name}://" for name in SCHEMES)
-        raise ValueError(f"'{scheme}://' is no storage that is known; give a folder, or {known}bucket/folder")
+        known = " or ".join(f"{name}://bucket/folder" for name in SCHEMES)
+        raise ValueError(f"'{scheme}://' is no storage that is known; give a folder, {known}")
     if not rest.strip("/"):
         raise ValueError(f"'{url}' names no bucket; give {scheme}://bucket/folder")
     return url.rstrip("/")

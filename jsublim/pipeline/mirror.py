@@ -111,8 +111,11 @@ class Mirror:
         mark, own = self._mark(folder), read_mark((local / DONE).read_bytes())
         return mark is not None and own is not None and _content(mark) == _content(own)
 
-    def fetch(self, folder: str) -> Path:
+    def fetch(self, folder: str, only: str | None = None) -> Path:
         """The artifact on this machine: what is not there yet is read, and compared with the digests of its mark.
+
+        Args:
+          only: one file of it, without the others.
 
         Raises:
           JsublimError: an object is not what was written; the artifact is unfinished then.
@@ -138,12 +141,14 @@ class Mirror:
             return None
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            found = {name: said for name, said in zip(mark["files"], pool.map(get, mark["files"]), strict=True) if said}
+            names = [name for name in mark["files"] if only in (None, name)]
+            found = {name: said for name, said in zip(names, pool.map(get, names), strict=True) if said}
         if found:
             line = self._set_aside(folder, found)
             raise JsublimError(f"{line}; run the same command again: it is made again")
-        write_text(local / DONE, json.dumps(mark, indent=2, ensure_ascii=False) + "\n")
-        forget_progress(local)
+        if only is None:
+            write_text(local / DONE, json.dumps(mark, indent=2, ensure_ascii=False) + "\n")
+            forget_progress(local)
         return local
 
     def publish(self, local: Path, key: str) -> None:

@@ -92,7 +92,7 @@ def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
     lost = {student.name: diverged(store, output) for student, output in graph.students.items()}
     sound = [student for student in graph.students if lost[student.name] is None]
     for student, output in graph.students.items():
-        metrics = read_rows(store.path(output) / "metrics.jsonl", ("step",))
+        metrics = read_rows(store.file(output, "metrics.jsonl"), ("step",))
         training += [{"arm": student.name} | line for line in metrics]
     write_table(results / "results.parquet", rows, RESULTS)
     write_table(

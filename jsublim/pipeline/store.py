@@ -215,6 +215,18 @@ class Store:
         folder = self.mirror.find(output.folder, output.key)
         return here if folder is None else self.mirror.fetch(folder)
 
+    def file(self, output: Output, name: str) -> Path:
+        """One file of a whole artifact; the others, which may be large, are not fetched.
+
+        Raises:
+          JsublimError: as `path`.
+        """
+        here = self._here(output)
+        folder = None if self.mirror is None else self.mirror.find(output.folder, output.key)
+        if self.mirror is None or folder is None or (here / DONE).exists():
+            return here / name
+        return self.mirror.fetch(folder, name) / name
+
     def _here(self, output: Output) -> Path:
         own = self.root / output.folder
         if own.exists():

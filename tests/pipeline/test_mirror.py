@@ -57,6 +57,8 @@ def test_what_one_machine_has_made_another_has(machine):
     b = machine("b")
     assert b.mend(OUTPUT) is None and b.done(OUTPUT) and b.summary(OUTPUT) == {"kept": 2}
     assert not b.root.exists()  # nothing is fetched that nobody reads
+    one = b.file(OUTPUT, "rows.jsonl")
+    assert one.read_bytes() == FILES["rows.jsonl"] and len(list(one.parent.glob("*.*"))) == 2  # and its record
     assert held(b.path(OUTPUT)) == FILES and b.open(OUTPUT).done
     assert b.mend(OUTPUT) is None and machine("b").summary(OUTPUT) == {"kept": 2}
     other = Output("rows", "another-name", OUTPUT.inputs)
