@@ -85,15 +85,14 @@ class Layout:
     def under(params: Params, arms: int = 1) -> tuple[Layout, Params]:
         """How rows lie that a checkpoint reads: on the devices that it lies on, arms apart first, as `fit` lays them. And the
         checkpoint, which stays where it is, for programs on that layout."""
-        layout = Layout()
-        for leaf in jax.tree.leaves(params):
-            sharding = getattr(leaf, "sharding", None)
-            if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == AXES:
-                devices, model = sharding.mesh.devices, sharding.mesh.shape["model"]
-                copies = devices.size // model
-                apart = math.gcd(arms, copies)
-                layout = Layout("mesh", apart, copies // apart, model, tuple(devices.flat))
-                break
+        lies = [x.sharding for x in jax.tree.leaves(params) if isinstance(getattr(x, "sharding", None), NamedSharding)]
+        mesh = next((sharding.mesh for sharding in lies if sharding.mesh.axis_names == AXES), None)
+        if mesh is None:
+            layout = Layout()
+        else:
+            copies = mesh.devices.size // mesh.shape["model"]
+            apart = math.gcd(arms, copies)
+            layout = Layout("mesh", apart, copies // apart, mesh.shape["model"], tuple(mesh.devices.flat))
         return layout, layout.place_weights(params)
 
     def on(self, devices: Sequence[Any]) -> Layout:
@@ -117,7 +116,7 @@ class Layout:
         if self.mesh is None:
             return function
         apart = set(AXES) if self.model == 1 else {"arm", "data"}
-        how = {"in_specs": takes, "out_specs": gives, "axis_names": apart, "check_vma": False}
+        how: dict[str, Any] = {"in_specs": takes, "out_specs": gives, "axis_names": apart, "check_vma": False}
         return jax.shard_map(function, mesh=self.mesh, **how)
 
     def total(self, x: Array, *axes: str) -> Array:

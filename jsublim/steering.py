@@ -57,7 +57,7 @@ def contrast_vector(
         for part in chunks(len(tokens), B):
             padded, valid = pad_tokens(tokens[part], length, size=B)
             rows = layout.place_as(ROWS, (padded, valid))
-            h_BD = Layout.host(_last_hidden(lm.config, params, *rows, below, layout))
+            h_BD = Layout.host(_last_hidden(lm.config, params, *rows, below=below, layout=layout))
             total += h_BD.astype(np.float64)[: len(tokens[part])].sum(axis=0)
         means.append(total / len(tokens))
     vector = (means[0] - means[1]) * strength

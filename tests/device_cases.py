@@ -42,23 +42,15 @@ def texts(count: int, longest: int, seed: int) -> list[np.ndarray]:
 
 
 def sampled(params: Any) -> Any:
-    """Rows that no number of devices divides, in a batch that none divides, kept in a format."""
-    limits = number_limits(WORDS, SAMPLING.stop)
-    how, allowed = dataclasses.replace(SAMPLING, constrain="numbers"), {}
-    options = {"max_new_tokens": 12, "seed": 5, "batch_size": 30, "limits": limits}
+    """Two answers of each of two students to prompts of a number that no devices divide, in a batch that none divide, kept in
+    a format."""
+    adapters, prompts = [lora(CONFIG, seed, layers=(1,)) for seed in (1, 2)], texts(31, 30, 1)
+    how, allowed = dataclasses.replace(SAMPLING, constrain="numbers"), ({}, {})
     rows = generate_for_arms(
-        CONFIG, params, texts(61, 30, 1), how, None, **options, on_allowed=lambda _, x: allowed.update(x)
-    )
-    return {"tokens": rows, "values": [allowed[row] for row in range(61)]}
-
-
-def students(params: Any) -> Any:
-    """Several answers of two students to each prompt."""
-    adapters, prompts = [lora(CONFIG, seed, layers=(1,)) for seed in (1, 2)], texts(7, 30, 2)
-    rows = generate_for_arms(
-        CONFIG, params, prompts, SAMPLING, adapters, max_new_tokens=12, seed=5, samples=5, batch_size=9
-    )
-    return {"tokens": rows}
+        CONFIG, params, prompts, how, adapters, max_new_tokens=12, seed=5, samples=2, batch_size=30,
+        limits=number_limits(WORDS, SAMPLING.stop), on_allowed=lambda arm, found: allowed[arm].update(found),
+    )  # fmt: skip
+    return {"tokens": rows, "values": [found[row] for found in allowed for row in range(62)]}
 
 
 def read(params: Any) -> Any:
@@ -68,12 +60,8 @@ def read(params: Any) -> Any:
 
 
 def answers(params: Any) -> Any:
-    """Of each, log-probabilities after each prompt; and targets of a soft loss."""
     after = [text[16:] for text in texts(5, 9, 4)]
-    turns = [Turn(text, 0, len(text) - 3, len(text) - 1) for text in texts(15, 30, 5)]
-    stored = list(scoring.top_k_targets(CONFIG, params, turns, 4))
-    found = [scoring.score_answers(CONFIG, params, texts(15, 30, 6), after), *(x.logp for x in stored)]
-    return {"tokens": [x.ids.tolist() for x in stored], "values": np.concatenate([x.ravel() for x in found])}
+    return {"values": scoring.score_answers(CONFIG, params, texts(15, 30, 6), after).ravel()}
 
 
 def attributed(params: Any) -> Any:
@@ -84,7 +72,7 @@ def attributed(params: Any) -> Any:
     return {"values": np.concatenate([x.ravel() for x in found])}
 
 
-STAGES: dict[str, Work] = {each.__name__: each for each in (sampled, students, read, answers, attributed)}
+STAGES: dict[str, Work] = {each.__name__: each for each in (sampled, read, answers, attributed)}
 
 
 class Watch:
@@ -120,18 +108,14 @@ def main() -> None:
     if together:
         join_processes()
     watch, params, found = Watch(), params_of(CONFIG), {"devices": jax.device_count()}
-    mesh, spread = Layout.fit("mesh", 1), Layout.fit("mesh", 1, model=2 - together)
-    cases = [("mesh 1", mesh, ("sampled", "read"))] if together else [
-        ("one", HERE, tuple(STAGES)),
-        ("mesh 1", mesh, ("sampled", "read", "answers", "attributed")),
-        ("mesh 2", spread, ("students", "read")),
-    ]  # fmt: skip
-    for layout_name, layout, stages in cases:
+    mesh = {"mesh 1": Layout.fit("mesh", 1)}
+    layouts = mesh if together else {"one": HERE, **mesh, "mesh 2": Layout.fit("mesh", 1, model=2)}
+    for layout_name, layout in layouts.items():
         placed = layout.place_weights(params)
-        for name in stages:
+        for name in ("sampled", "read") if together or layout.model > 1 else STAGES:
             watch.seen = {}
             made = STAGES[name](placed)
-            made["values"] = np.asarray(made.get("values", []), float).tolist()
+            made["values"] = np.asarray(made["values"], float).tolist()
             found[f"{name}, {layout_name}"] = made | {"programs": watch.seen}
     print(json.dumps(found))
 

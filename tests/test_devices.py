@@ -52,7 +52,7 @@ def check_same(ours: dict, one: dict) -> None:
 def test_eight_devices_find_what_one_finds_and_each_does_an_eighth(stage, found):
     one, mesh = found[f"{stage}, one"], found[f"{stage}, mesh 1"]
     check_same(mesh, one)
-    assert len(one["values"]) > 10 or len({tuple(row) for arm in one["tokens"] for row in arm}) > 10
+    assert len(set(one["values"])) > 10
     assert set(mesh["programs"]) == PROGRAMS[stage]
     for name, ours in mesh["programs"].items():
         alone = one["programs"][name]
@@ -77,7 +77,7 @@ def test_two_processes_find_what_one_finds(found):
             check_same(ours[f"{stage}, mesh 1"], found[f"{stage}, one"])
 
 
-@pytest.mark.parametrize("stage", ["students", "read"])
+@pytest.mark.parametrize("stage", ["sampled", "read"])
 def test_a_checkpoint_over_two_devices_each_is_never_gathered(stage, found):
     mesh = found[f"{stage}, mesh 2"]
     check_same(mesh, found[f"{stage}, one"])

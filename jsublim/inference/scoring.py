@@ -239,7 +239,9 @@ def score_answers(
             for name, length in (("where", C), ("labels", C), ("positions", T), ("branch", T))
         )
         *read, branches = layout.place_as(ROWS, (tokens, valid, where, labels, Branches(positions, branch)))
-        logprob = Layout.host(_read(config, params, adapter, None, *read, _logprob, branches, layout))
+        logprob = Layout.host(
+            _read(config, params, adapter, None, *read, at=_logprob, branches=branches, layout=layout)
+        )
         for row, own, (prompt, group) in zip(batch, logprob, rows[part], strict=False):
             ends = np.cumsum([len(answers[i]) for i in group])
             each = np.split(own[: len(row.where)].astype(np.float64), ends[:-1])
@@ -331,7 +333,7 @@ def _read_turns(
         labels = [turn.tokens[turn.content :] for turn in batch]
         where, labels = (fill([*values, *absent], C, like) for values in (where, labels))
         read = layout.place_as(ROWS, (tokens, valid, where, labels))
-        out = Layout.host(_read(config, params, adapter, prefix, *read, at, layout=layout))
+        out = Layout.host(_read(config, params, adapter, prefix, *read, at=at, layout=layout))
         if on_batch is not None:
             on_batch(len(batch))
         for i, n in enumerate(lengths):
