@@ -19,8 +19,9 @@ from jsublim.errors import UsageError
 PANELS = {
     "Experiments": ("run", "reproduce", "validate", "ls", "cp", "doctor"),
     "Results": ("show", "results", "compare", "report", "rescore"),
-    "Stages of an experiment": ("generate", "divergence", "finetune", "evaluate", "attribute", "steer"),
-    "Checkpoints, prompts, devices": ("convert", "prompts", "aot"),
+    "Stages of an experiment": ("generate", "divergence", "finetune", "evaluate", "attribute", "audit", "steer"),
+    "To and from elsewhere": ("import", "export", "push"),
+    "Checkpoints, prompts, devices": ("convert", "prompts", "aot", "launch"),
 }
 EVERYWHERE = "Options of every command"
 ORDER = [name for names in PANELS.values() for name in names]
