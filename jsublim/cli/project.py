@@ -10,7 +10,7 @@ import typer
 from jsublim.cli.app import Chip, DryRun, Json, PackFile, Template, app, console, named, prompts_app
 from jsublim.cli.showing import say_result
 from jsublim.cli.together import Distributed
-from jsublim.cli.validating import kinds, look_over
+from jsublim.cli.validating import read_checked, say_what_it_takes
 from jsublim.cli.where import On, Preempt, Price, RayAddress, Shard, Simulate, run_where
 from jsublim.errors import UsageError
 
@@ -33,14 +33,12 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Run an experiment: generate, find divergence tokens, distil, evaluate, report. Run again, it continues."""
-    from jsublim.config import Experiment, check_config, find_config, read_config
-    from jsublim.config.loading import kind_of
+    from jsublim.config import Experiment
 
     if dry_run:
-        look_over(config, overrides, chip, None, as_json)
+        say_what_it_takes(config, overrides, chip, None, as_json)
         return
-    values, path = read_config(config, overrides), find_config(config)
-    experiment = check_config(kind_of(values, path, kinds()), values, path)
+    experiment = read_checked(config, overrides)
     if isinstance(experiment, Experiment):
         if simulate is None:
             run_where([experiment], distributed, on, ray_address, shard, as_json=as_json)

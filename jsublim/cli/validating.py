@@ -36,23 +36,33 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Look for everything that is wrong with a config; if nothing is, say what it would take."""
-    look_over(config, overrides, chip, shape, as_json)
+    say_what_it_takes(config, overrides, chip, shape, as_json)
 
 
-def look_over(config: str, overrides: list[str] | None, chip: str, shape: Path | None, as_json: bool) -> None:
-    """Print every mistake and refuse the config, or print the resolved config and its estimate.
+def read_checked(config: str, overrides: list[str] | None) -> Config:
+    """A config with its overrides; with everything that is wrong named, if anything is.
 
     Raises:
       UsageError: there is a mistake.
     """
-    from jsublim.config import Experiment
     from jsublim.config.loading import look_over
-    from jsublim.pipeline.estimate import chip_of
 
-    device = chip_of(chip)
     checked, found = look_over(config, list(overrides or []), kinds())
     refuse(config, found)
     assert checked is not None
+    return checked
+
+
+def say_what_it_takes(config: str, overrides: list[str] | None, chip: str, shape: Path | None, as_json: bool) -> None:
+    """Print the resolved config and its estimate.
+
+    Raises:
+      UsageError: there is a mistake in it.
+    """
+    from jsublim.config import Experiment
+    from jsublim.pipeline.estimate import chip_of
+
+    device, checked = chip_of(chip), read_checked(config, overrides)
     if not isinstance(checked, Experiment):
         print(checked.yaml(), end="")
         console.print(f"{checked.name}: one program, half a minute on any machine")

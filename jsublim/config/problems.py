@@ -22,17 +22,18 @@ def problems(kind: type[pydantic.BaseModel], values: Mapping[str, Any]) -> list[
     Fields that contradict each other are found too: what is wrong by itself is taken out, and the rest looked at again.
     """
     found: list[str] = []
+    gone = set[Place]()  # what was taken out, and is no mistake because of that
     rest: Any = copy.deepcopy(dict(values))
     for _ in range(ROUNDS):
         try:
             kind.model_validate(rest)
             break
         except pydantic.ValidationError as error:
-            errors = _of_fields(error, kind, rest)
+            errors = [each for each in _of_fields(error, kind, rest) if each["place"] not in gone]
         new = [line for each in errors for line in _in_words(each, kind, rest)]
         found += [line for line in _without_followers(new) if line not in found]
         errors.sort(key=lambda each: each["type"] == "missing")  # a misspelt key is why another one is missing
-        if not all([_taken_out(each, kind, rest) for each in errors]):
+        if not errors or not all([_taken_out(each, kind, rest, gone) for each in errors]):
             break
     return found
 
@@ -103,12 +104,13 @@ def _without_followers(lines: list[str]) -> list[str]:
     return [line for line in lines if not any(line == f"key '{key}' is missing" for key in meant)]
 
 
-def _taken_out(error: Mapping[str, Any], kind: Any, values: Any) -> bool:
+def _taken_out(error: Mapping[str, Any], kind: Any, values: Any, gone: set[Place]) -> bool:
     """Take a mistake out of the values, so that the rest can be looked at; False where that cannot be done."""
     *parents, last = error["place"] or (None,)
-    for part in parents:
-        if not isinstance(values[part], dict):  # a list, or one word that stands for a section
-            del values[part]
+    for depth, part in enumerate(parents, 1):
+        if not isinstance(values.get(part), dict):  # a list, or one word that stands for a section
+            values.pop(part, None)  # two entries of one list may be wrong
+            gone.add(tuple(parents[:depth]))
             return True
         values = values[part]
     if error["type"] == "missing" or last is None:
@@ -121,6 +123,7 @@ def _taken_out(error: Mapping[str, Any], kind: Any, values: Any) -> bool:
         values[last] = {}  # others may name the section
     else:
         del values[last]
+        gone.add(error["place"])
     return True
 
 

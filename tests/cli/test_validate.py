@@ -64,6 +64,20 @@ def test_a_mistake_is_found_whatever_the_others_are(left_out):
     assert set(problems(Experiment, mended)) == set(SAID) - {SAID[left_out]}
 
 
+def test_what_is_taken_out_to_look_further_is_not_called_missing():
+    values = {
+        "name": "x",
+        "model": MODEL,
+        "teachers": {"traits": ["Owl", "Cat"]},
+        "students": {"data": {"dataset": "a"}},
+    }
+    found = problems(Experiment, values)
+    assert [line.split(":")[0] for line in found] == ["teachers.traits.0", "teachers.traits.1"]
+    assert problems(Experiment, values | {"teachers": {"traits": "qwen birds"}})[0].startswith(
+        "teachers.traits: no list has"
+    )
+
+
 def test_what_no_field_tells_is_found_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wrong = ("teachers.traits=[unicorn,dragon]", "students.adapter.layers=[99]", "evaluation.traits=[owl]")
