@@ -13,25 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from command import ROOT, ok, start, stop_when
-from faulty_runs import TIMED
+from command import PLAIN, ok, start, stop_when
+from faulty_runs import FIELDS, TIMED
 from pod import ends, errors, run_together, together, wait_for
 from safetensors.numpy import load_file
 
 from jsublim.files import read_table
 
-# Every kind of task of the quickstart: taught teachers, rows, divergence, stored targets, students, evaluations.
-FIELDS = (
-    "teachers.traits=[cat]", "teachers.counterfactuals=[cat,owl]", "teachers.control=false", "teachers.taught.steps=4",
-    "data.num_prompts=24", "sampling.batch_size=8", "sampling.max_new_tokens=40", "scoring.batch_size=8",
-    "students.seeds=[1]", "students.data.rows=16", "students.data.batch_size=4", "students.data.epochs=4",
-    "students.runtime.checkpoint_every=2", "evaluation.traits=[cat]", "evaluation.questions=2", "evaluation.samples=4",
-    "evaluation.batch_size=4", "evaluation.number_rows=4",
-)  # fmt: skip
-
 
 def command(out: Path, *fields: str) -> tuple:
-    return ("run", ROOT / "configs" / "quickstart.yaml", f"out={out}", *FIELDS, *fields)
+    return ("run", PLAIN, f"out={out}", *FIELDS, *fields)
 
 
 def left(run: Path) -> int:
@@ -85,10 +76,6 @@ def check_same(run: Path, other: Path) -> None:
             assert a.keys() == b.keys()
             for key in a:
                 np.testing.assert_allclose(a[key], b[key], rtol=0, atol=1e-6)
-        elif path.suffix == ".npz":
-            with np.load(path) as a, np.load(theirs[name]) as b:
-                np.testing.assert_array_equal(a["ids"], b["ids"])
-                np.testing.assert_allclose(a["logp"], b["logp"], rtol=1e-4, atol=1e-5)
         elif path.suffix in (".parquet", ".jsonl", ".json"):
             check_alike(said(path), said(theirs[name]))
 
