@@ -35,7 +35,7 @@ def together(devices: int, *args, count: int = 2) -> Iterator[list[subprocess.Po
 
 def ends(children: list[subprocess.Popen]) -> tuple[list[int], list[str]]:
     """Exit codes and standard errors."""
-    said = [child.communicate(timeout=180)[1] for child in children]
+    said = [child.communicate(timeout=400)[1] for child in children]
     return [child.returncode for child in children], said
 
 
