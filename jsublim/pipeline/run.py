@@ -12,7 +12,7 @@ from rich.console import Console
 from jsublim.config import Experiment
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import Executor, Graph, JointExecutor, TasksFailed, plan, results_key
-from jsublim.pipeline.results import claim_folder, gather, is_reported
+from jsublim.pipeline.results import check_folder, claim_folder, gather, is_reported
 from jsublim.pipeline.served import sample_server
 from jsublim.pipeline.store import Output
 from jsublim.progress import Progress
@@ -55,6 +55,7 @@ class Run:
             context.judge.check()
         if experiment.sampling.server is not None and not run.whole:
             sample_server(context).check()
+        check_folder(experiment)
         with context.store.claim(run._folder, run._wait):
             claim_folder(experiment, key, console)
         return run
