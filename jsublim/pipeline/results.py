@@ -230,19 +230,29 @@ def claim_folder(experiment: Config, key: str, console: Console) -> None:
     """Write the resolved config into the run's folder; results of another `key` there are moved aside, not overwritten.
 
     Raises:
-      UsageError: the folder has no mark of a run, and holds more than the store.
+      UsageError: as `check_folder`.
     """
+    check_folder(experiment)
     folder, old = experiment.run_dir, _mark(experiment.run_dir)
-    if old is None and (foreign := _foreign(folder, experiment.store_dir)):
-        raise UsageError(
-            f"out: {folder} holds what no run has made ({', '.join(foreign[:3])}{', ...' if foreign[3:] else ''}); "
-            f"give a folder of its own, such as out={folder / experiment.name}"
-        )
     if old is not None and old != key and (moved := _move_aside(folder, old)):
         console.print(f"{folder}: the config has changed; earlier results are kept as {', '.join(moved)}")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / MARK, key + "\n")  # first: whatever else is there is a run's, also after a kill
     write_text(folder / "config.yaml", experiment.yaml())
+
+
+def check_folder(experiment: Config) -> None:
+    """Touch nothing in a folder that is not a run's.
+
+    Raises:
+      UsageError: the folder has no mark of a run, and holds more than the store.
+    """
+    folder = experiment.run_dir
+    if _mark(folder) is None and (foreign := _foreign(folder, experiment.store_dir)):
+        raise UsageError(
+            f"out: {folder} holds what no run has made ({', '.join(foreign[:3])}{', ...' if foreign[3:] else ''}); "
+            f"give a folder of its own, such as out={folder / experiment.name}"
+        )
 
 
 def _mark(folder: Path) -> str | None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from jsublim.config import Experiment
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import Executor, Graph, JointExecutor, TasksFailed, plan, results_key
-from jsublim.pipeline.results import claim_folder, gather, is_reported
+from jsublim.pipeline.results import check_folder, claim_folder, gather, is_reported
 from jsublim.pipeline.served import sample_server
 from jsublim.pipeline.store import Output, digest
 from jsublim.processes import check_alike, check_shared, heeding_signals, on_main_process
@@ -53,6 +53,7 @@ class Run:
             graph.check(context.setup)
             key = results_key(context.setup)
         check_alike("what is to be done", digest([key, list(graph.tasks)]))
+        on_main_process(lambda: check_folder(experiment))
         check_shared(context.store.root)
         run = cls(graph, context, key, started, console)
         on_main_process(run._begin)

