@@ -1,8 +1,7 @@
 """How work is spread over devices.
 
 `mesh` (arm x data x model): arrays are placed by `NamedSharding`. In training the compiler finds the collectives (gradients
-are summed); whatever else is computed on rows, each device computes on rows of its own (`Layout.spread`), and only a
-checkpoint that is spread over `model` makes devices talk to one another.
+are summed); whatever else is computed on rows, each device computes on rows of its own (`Layout.spread`).
 `pmap`: of training alone, devices share the rows and add up gradients and token counts explicitly; all other work as on a mesh.
 `none`: the default device. All three run `distill.step.train_step` (see `compile_step` there) and give the same students.
 """
@@ -11,8 +10,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -49,8 +48,8 @@ _MODEL_AXIS = (
 class Layout:
     """A mode and, for `mesh`, the sizes of its axes; for `pmap`, `data` is the number of devices.
 
-    `devices` are those to use, in the order in which they make up the mesh; by default all that there are, in an order that
-    suits the axes.
+    `devices` are those to use, where they are not those of this process (when compiling for a pod that is not there). The mesh
+    has them in an order that suits their wiring, unless `in_order` says that they hold a checkpoint already.
     """
 
     mode: str = "none"
@@ -58,6 +57,7 @@ class Layout:
     data: int = 1
     model: int = 1
     devices: tuple[Any, ...] = ()
+    in_order: bool = False
 
     @staticmethod
     def fit(mode: str, arms: int, devices: int | None = None, *, model: int = 1) -> Layout:
@@ -92,19 +92,13 @@ class Layout:
         else:
             copies = mesh.devices.size // mesh.shape["model"]
             apart = math.gcd(arms, copies)
-            layout = Layout("mesh", apart, copies // apart, mesh.shape["model"], tuple(mesh.devices.flat))
+            layout = Layout("mesh", apart, copies // apart, mesh.shape["model"], tuple(mesh.devices.flat), True)
         return layout, layout.place_weights(params)
-
-    def on(self, devices: Sequence[Any]) -> Layout:
-        """The same axes on other devices, such as those of a pod that is not there, in an order that suits the axes."""
-        return replace(self, devices=tuple(_arranged(self, tuple(devices)).devices.flat))
 
     @property
     def mesh(self) -> Mesh | None:
         """None with mode none. `pmap` has a mesh too: to place what every device holds."""
-        if self.mode == "none":
-            return None
-        return _mesh(self) if self.devices else _arranged(self, tuple(jax.devices()))
+        return None if self.mode == "none" else _mesh(self, self.devices or tuple(jax.devices()))
 
     def spread(self, function: Callable, takes: Any, gives: Any) -> Callable:
         """`function` on each device's own part of what it takes: no device hears of another's, unless the function asks (`total`).
@@ -212,17 +206,11 @@ def device_bytes() -> int | None:
 
 
 @functools.cache
-def _arranged(layout: Layout, devices: tuple[Any, ...]) -> Mesh:
-    """The axes of a layout on devices, in the order that suits their wiring."""
-    shape = (layout.arm, layout.data, layout.model)
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices[: math.prod(shape)])
-
-
-@functools.cache
-def _mesh(layout: Layout) -> Mesh:
-    """The axes of a layout on its own devices, in their order."""
-    shape = (layout.arm, layout.data, layout.model)
-    return Mesh(np.reshape(np.asarray(layout.devices), shape), AXES, axis_types=(AxisType.Auto,) * 3)
+def _mesh(layout: Layout, devices: tuple[Any, ...]) -> Mesh:
+    shape, types = (layout.arm, layout.data, layout.model), (AxisType.Auto,) * 3
+    if layout.in_order:
+        return Mesh(np.reshape(np.asarray(devices), shape), AXES, axis_types=types)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[: math.prod(shape)])
 
 
 def _by_device(x: np.ndarray, devices: int) -> np.ndarray:

@@ -129,7 +129,8 @@ def compile_ahead(
     chips, tried = len(topology.devices), []
     arguments = functools.partial(abstract_step, config, params, arm, arms, settings, shape)
     for axis in [model] if model else model_axes(chips):
-        layout = Layout.fit("mesh", arms, chips, model=axis).on(topology.devices)
+        spread = Layout.fit("mesh", arms, chips, model=axis)
+        layout = dataclasses.replace(spread, devices=topology.devices)
         found = _compile(config, params, settings.program, arguments, topology, layout)
         if isinstance(found, Report):
             return dataclasses.replace(found, tried=tuple(tried))
