@@ -184,14 +184,16 @@ def check_shared(folder: Path) -> None:
     """
     if not _together():
         return
-    mark = folder / f".seen-by-all-{on_main_process(lambda: os.urandom(6).hex())}"
+    mark = folder / ".seen-by-all"  # one name: a kill leaves one at most, which the next command takes away
 
-    def write() -> None:
+    def write() -> str:
         folder.mkdir(parents=True, exist_ok=True)
-        mark.touch()
+        word = os.urandom(6).hex()
+        mark.write_text(word, encoding="utf-8")
+        return word
 
-    on_main_process(write)
-    shared = everywhere(_appears(mark, 10.0))
+    word = on_main_process(write)
+    shared = everywhere(_comes_true(lambda: mark.exists() and mark.read_text(encoding="utf-8") == word, 10.0))
     on_main_process(lambda: mark.unlink(missing_ok=True))
     if not shared:
         raise UsageError(
@@ -208,7 +210,7 @@ def wait_until_seen(files: Iterable[Path]) -> None:
     """
     if not _together():
         return
-    missing = next((path for path in files if not _appears(path, VISIBLE_WITHIN)), None)
+    missing = next((path for path in files if not _comes_true(path.exists, VISIBLE_WITHIN)), None)
     if not everywhere(missing is None):
         which = "a file that it wrote" if missing is None else str(missing)
         raise JsublimError(f"{which}: not every process sees it {VISIBLE_WITHIN:.0f} s after the first one wrote it")
@@ -229,9 +231,9 @@ def check_alike(what: str, value: str) -> None:
         )
 
 
-def _appears(path: Path, seconds: float) -> bool:
+def _comes_true(what: Callable[[], bool], seconds: float) -> bool:
     end = time.monotonic() + seconds
-    while not path.exists():
+    while not what():
         if time.monotonic() > end:
             return False
         time.sleep(0.1)
