@@ -12,7 +12,7 @@ from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import Executor, plan, results_key
 from jsublim.pipeline.results import claim_folder, gather, is_reported
 from jsublim.pipeline.served import sample_server
-from jsublim.pipeline.store import digest
+from jsublim.pipeline.store import digest, versions
 from jsublim.processes import check_alike, check_shared, heeding_signals, on_main_process
 from jsublim.progress import Progress
 from jsublim.report import print_summary
@@ -33,7 +33,7 @@ def run_experiment(experiment: Experiment, executor: Executor, console: Console)
         graph = plan(context.setup)
         graph.check(context.setup)
         key = results_key(context.setup)
-    check_alike("what is to be done", digest([key, list(graph.tasks)]))
+    check_alike("what is to be done", digest([key, list(graph.tasks), versions()]))
     check_shared(context.store.root)
 
     def begin() -> None:
