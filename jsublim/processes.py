@@ -35,10 +35,11 @@ _numbers = itertools.count()  # of what was told so far, the same on all process
 
 
 class _State:
-    """Whether the first process is acting for all, whether we are asked to leave and how often we have looked, and how often
-    everybody was known to have heard all that was told."""
+    """Whether the first process is acting for all, whether signals are heeded, whether we are asked to leave and how often we have
+    looked, and how often everybody was known to have heard all that was told."""
 
     acting = False
+    heeding = False
     asked = False
     points = 0
     rounds = 0
@@ -249,10 +250,10 @@ def heeding_signals() -> Iterator[None]:
     also Ctrl-C."""
     several = process_count() > 1
     kind = signal.SIGINT if several else signal.SIGTERM  # JAX itself looks for SIGTERM where there are several
-    if threading.current_thread() is not threading.main_thread():
+    if _State.heeding or threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.getsignal(kind)
+    before, _State.heeding = signal.getsignal(kind), True
 
     def hear(*_: Any) -> None:
         signal.signal(kind, before)
@@ -266,7 +267,7 @@ def heeding_signals() -> Iterator[None]:
         yield
     finally:
         signal.signal(kind, before)
-        _State.asked = False
+        _State.asked = _State.heeding = False
 
 
 def leaving() -> bool:

@@ -14,7 +14,7 @@ from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import Executor, Graph, JointExecutor, TasksFailed, plan, results_key
 from jsublim.pipeline.results import check_folder, claim_folder, gather, is_reported
 from jsublim.pipeline.served import sample_server
-from jsublim.pipeline.store import Output, digest
+from jsublim.pipeline.store import Output, digest, versions
 from jsublim.processes import check_alike, check_shared, heeding_signals, on_main_process
 from jsublim.programs import Programs
 from jsublim.progress import Progress
@@ -52,7 +52,7 @@ class Run:
             graph = plan(context.setup)
             graph.check(context.setup)
             key = results_key(context.setup)
-        check_alike("what is to be done", digest([key, list(graph.tasks)]))
+        check_alike("what is to be done", digest([key, list(graph.tasks), versions()]))
         on_main_process(lambda: check_folder(experiment))
         check_shared(context.store.root)
         run = cls(graph, context, key, started, console)
