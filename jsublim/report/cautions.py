@@ -16,6 +16,7 @@ def cautions(results: Results) -> list[str]:
     found = (
         words.diverged_warning(results),
         words.wording(results),
+        words.rescored(results),
         words.tiny_warning(results),
         _few_students(results),
         _failed_filters(results),
