@@ -70,7 +70,7 @@ def simulated(
                 f"{has / 1e9:.3g} GB; give larger slices, such as {machines.workers}x{machines.chip}-{4 * machines.chips}"
             )
         work.append(
-            (list(plan(setup).tasks.values()), Context(setup, Store(experiment.store_dir), Layout(), Progress()))
+            (list(plan(setup).tasks.values()), Context(setup, Store.of(experiment), Layout(), Progress()))
         )
     nodes = merged(work, machines.kind)
     missing = {key: node for key, node in nodes.items() if not (node.context.setup.known and node.done)}

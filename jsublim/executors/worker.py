@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jsublim.config import Experiment
-from jsublim.distill.trainer import Preempted
 from jsublim.errors import JsublimError
 from jsublim.executors.frontier import checkpoint_of, in_one_line
 from jsublim.executors.local import execute
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import Graph, plan
 from jsublim.pipeline.task import Task
+from jsublim.processes import Preempted
 from jsublim.progress import Progress
 
 SEEN_WITHIN = 60.0  # seconds until every machine must see what another one has left in the store
