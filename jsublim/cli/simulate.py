@@ -69,9 +69,7 @@ def simulated(
                 f"--simulate: {experiment.model} has {needs / 1e9:.3g} GB, and a worker of {machines.chips} {machines.chip} "
                 f"{has / 1e9:.3g} GB; give larger slices, such as {machines.workers}x{machines.chip}-{4 * machines.chips}"
             )
-        work.append(
-            (list(plan(setup).tasks.values()), Context(setup, Store.of(experiment), Layout(), Progress()))
-        )
+        work.append((list(plan(setup).tasks.values()), Context(setup, Store.of(experiment), Layout(), Progress())))
     nodes = merged(work, machines.kind)
     missing = {key: node for key, node in nodes.items() if not (node.context.setup.known and node.done)}
     return play(missing, machines, preempt_per_hour=preempt_per_hour)
