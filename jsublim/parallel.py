@@ -195,6 +195,17 @@ class Layout:
 HERE = Layout()  # the default device
 
 
+def model_axis_for(weights: float, limit: int | None, devices: int) -> int:
+    """How few devices hold one copy of a checkpoint in half of what they may use, so that caches and students have the rest: a
+    power of two that divides the number of devices; all that do, where none is enough.
+
+    Args:
+      weights: bytes of the checkpoint; limit: of a device (`device_bytes`); None for a CPU, which needs no second one.
+    """
+    axes = [1 << i for i in range(devices.bit_length()) if devices % (1 << i) == 0]
+    return 1 if limit is None else next((n for n in axes if weights / n <= SHARE * limit / 2), axes[-1])
+
+
 def device_bytes() -> int | None:
     """Bytes of an accelerator's memory that may be used; None where devices are the CPU."""
 

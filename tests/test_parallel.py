@@ -18,7 +18,7 @@ from jsublim.distill.arm import Settings
 from jsublim.distill.step import Program
 from jsublim.distill.trainer import train
 from jsublim.errors import UsageError
-from jsublim.parallel import Layout
+from jsublim.parallel import Layout, model_axis_for
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,13 @@ def test_arms_go_apart_first_and_a_wrong_layout_is_a_usage_error():
     for mode, model, said in (("mesh", 3, "does not divide 8"), ("pmap", 2, "choose mesh"), ("gpu", 1, "known: none")):
         with pytest.raises(UsageError, match=said):
             Layout.fit(mode, 2, 8, model=model)
+
+
+def test_a_checkpoint_is_spread_no_further_than_its_memory_asks_for():
+    gib = 2**30
+    assert model_axis_for(14.2 * gib, None, 8) == 1  # a CPU
+    assert [model_axis_for(14.2 * gib, size * gib, 8) for size in (80, 16, 8)] == [1, 2, 4]
+    assert model_axis_for(500 * gib, 16 * gib, 12) == 4  # of twelve devices no more can share, and a mesh has to be tried
 
 
 def test_an_arm_beside_others_of_any_numbers_is_the_arm_alone(tmp_path):

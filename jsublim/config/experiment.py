@@ -76,8 +76,8 @@ class Devices(Section):
 
     parallel: Annotated[Literal["none", "pmap", "mesh"], HOW] = "none"
     """How devices share work: `none` (one device), `pmap` (whole copies), or `mesh` (copies that may be spread)."""
-    model_axis: Annotated[Positive, HOW] = 1
-    """With mesh: devices that one copy of the checkpoint is spread over."""
+    model_axis: Annotated[Positive | Literal["auto"], HOW] = "auto"
+    """With mesh: devices that one copy of the checkpoint is spread over; auto: as few as hold it in half of their memory (on a CPU one)."""
     time_out: Annotated[float, Field(ge=2, le=86_400), HOW] = 60.0
     """Of several processes (--distributed): seconds without a sign of life after which one is taken to be gone, and the others end."""
     workers: Annotated[Positive | Literal["auto"], HOW] = "auto"
@@ -88,6 +88,11 @@ class Devices(Section):
     """Of --on ray: how often a task is begun again whose worker was lost."""
     loggers: Annotated[list[LoggerName], Distinct, HOW] = []
     """Where the numbers of students' training go beside metrics.jsonl (in the store's folder `training`)."""
+
+    @property
+    def least_axis(self) -> int:
+        """Devices of one copy, where it is not known yet on which devices."""
+        return 1 if self.model_axis == "auto" else self.model_axis
 
 
 class Experiment(Config):

@@ -178,7 +178,7 @@ class Cluster:
         nodes = self.nodes()
         hosts = [node["TPU"] for node in nodes if node.get("TPU")]
         if any(node.get("GPU") for node in nodes):
-            return {"GPU": float(self.run.model_axis)}
+            return {"GPU": float(self.run.least_axis)}
         return {"TPU": min(hosts)} if hosts else {"CPU": 1.0}
 
     def wanted(self) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 
 from jsublim.bucket import Bucket
@@ -22,7 +23,8 @@ from jsublim.judge import Judge
 from jsublim.judge.cache import ReplyCache
 from jsublim.judge.local import LocalJudge
 from jsublim.judge.server import ServerJudge
-from jsublim.parallel import Layout, device_bytes
+from jsublim.models.decoder import parameter_count
+from jsublim.parallel import Layout, device_bytes, model_axis_for
 from jsublim.pipeline.arms import Source
 from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Store
@@ -62,9 +64,8 @@ class Context:
         Raises:
           UsageError, JsublimError: as `Setup.of` and `Layout.fit`.
         """
-        run = experiment.run
-        layout = Layout.fit(run.parallel, 1, model=run.model_axis) if devices else Layout()
         setup, progress = Setup.of(experiment, given=given), progress or Progress()
+        layout = _layout(setup) if devices else Layout()
         store = Store.of(experiment, progress.say)
         store.keep_programs()
         for name, each in setup.checkpoints.items():
@@ -125,6 +126,15 @@ class Context:
             mirror = self.store.mirror
             self._judges.append(make_judge(self.setup, self.store.root, self.layout, mirror and mirror.bucket))
         return self._judges[0]
+
+
+def _layout(setup: Setup) -> Layout:
+    """How a checkpoint and the rows that it reads lie on the devices that there are."""
+    run, axis = setup.experiment.run, setup.experiment.run.least_axis
+    if run.parallel == "mesh" and run.model_axis == "auto":
+        weights = parameter_count(setup.checkpoint().config) * jnp.dtype(setup.experiment.dtype).itemsize
+        axis = model_axis_for(weights, device_bytes(), jax.device_count())
+    return Layout.fit(run.parallel, 1, model=axis)
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,7 @@ def weights(setup: Setup) -> float:
 def memory(setup: Setup) -> Memory:
     """What an experiment takes of one device's memory at least."""
     sizes, config = sizes_of(setup), setup.checkpoint().config
-    base = weights(setup) / setup.experiment.run.model_axis
+    base = weights(setup) / setup.experiment.run.least_axis
     if not setup.students:
         return Memory(base, 0.0, 0)
     largest = max(setup.students, key=lambda student: student.settings.adapter.rank)

@@ -228,7 +228,7 @@ class TrainStudents(Task):
             shared,
             setup.recipe,
             parallel=e.run.parallel,
-            model_axis=e.run.model_axis,
+            model_axis=context.layout.model,
             tokens=sum(len(each.rows) for each in data.values()) * plain.tokens,
             logs=Logs(tuple(e.run.loggers), context.store.root / "training"),
         )
@@ -289,7 +289,7 @@ class TrainStudents(Task):
         """Refuse pieces that `in_pieces` would."""
         rows, data, run = settings.runtime.rows_at_once, settings.data, setup.experiment.run
         if rows != "auto":
-            how = settings_of(config, settings, setup.recipe, parallel=run.parallel, model_axis=run.model_axis)
+            how = settings_of(config, settings, setup.recipe, parallel=run.parallel, model_axis=run.least_axis)
             in_pieces(how, Shape.fit(data.accumulate, data.batch_size, 1, 1), rows)
 
     def units(self, context: Context) -> int:

@@ -223,8 +223,8 @@ class TrainedTeachers(Task):
         work = store.training(f"teachers-{digest([output.key for output in self.outputs])}")
         settings = Settings(max(len(arm.examples) for arm in arms))
         if process_count() > 1:  # they are too little work to be spread unless they must
-            run = setup.experiment.run
-            settings = dataclasses.replace(settings, parallel=run.parallel, model_axis=run.model_axis)
+            parallel, axis = setup.experiment.run.parallel, context.layout.model
+            settings = dataclasses.replace(settings, parallel=parallel, model_axis=axis)
 
         def refuse(what: str) -> None:
             raise JsublimError(f"{what}; lower teachers.taught.lr")
