@@ -25,7 +25,8 @@ from jsublim.inference.constrain import number_limits
 from jsublim.inference.generation import generate_for_arms
 from jsublim.inference.sampling import Sampling
 from jsublim.models.config import Local
-from jsublim.parallel import HERE, Layout, join_processes
+from jsublim.parallel import HERE, Layout
+from jsublim.processes import join_processes
 
 CONFIG = dataclasses.replace(ODD, num_layers=2, local=Local((True, False), 5))
 WORDS = dict(enumerate([*"0123456789", ", ", "\n", *(f"{n}" for n in range(10, 50))], 1))
@@ -106,7 +107,7 @@ class Watch:
 def main() -> None:
     together = "JAX_COORDINATOR_ADDRESS" in os.environ
     if together:
-        join_processes()
+        join_processes(60.0)
     watch, params, found = Watch(), params_of(CONFIG), {"devices": jax.device_count()}
     mesh = {"mesh 1": Layout.fit("mesh", 1)}
     layouts = mesh if together else {"one": HERE, **mesh, "mesh 2": Layout.fit("mesh", 1, model=2)}

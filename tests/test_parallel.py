@@ -68,7 +68,9 @@ def test_a_checkpoint_is_spread_no_further_than_its_memory_asks_for():
     gib = 2**30
     assert model_axis_for(14.2 * gib, None, 8) == 1  # a CPU
     assert [model_axis_for(14.2 * gib, size * gib, 8) for size in (80, 16, 8)] == [1, 2, 4]
-    assert model_axis_for(500 * gib, 16 * gib, 12) == 4  # of twelve devices no more can share, and a mesh has to be tried
+    assert (
+        model_axis_for(500 * gib, 16 * gib, 12) == 4
+    )  # of twelve devices no more can share, and a mesh has to be tried
 
 
 def test_an_arm_beside_others_of_any_numbers_is_the_arm_alone(tmp_path):

@@ -29,13 +29,18 @@ def problems(kind: type[pydantic.BaseModel], values: Mapping[str, Any]) -> list[
             kind.model_validate(rest)
             break
         except pydantic.ValidationError as error:
-            errors = [each for each in _of_fields(error, kind, rest) if each["place"] not in gone]
+            errors = [each for each in _of_fields(error, kind, rest) if not _follows(each, gone)]
         new = [line for each in errors for line in _in_words(each, kind, rest)]
         found += [line for line in _without_followers(new) if line not in found]
         errors.sort(key=lambda each: each["type"] == "missing")  # a misspelt key is why another one is missing
         if not errors or not all([_taken_out(each, kind, rest, gone) for each in errors]):
             break
     return found
+
+
+def _follows(error: Mapping[str, Any], gone: set[Place]) -> bool:
+    """Whether there is a mistake only because something was taken out: the value itself, or what its section must have."""
+    return error["place"] in gone or (error["type"] == "missing" and error["place"][:-1] in gone)
 
 
 def first_problem(error: pydantic.ValidationError, kind: type[pydantic.BaseModel], values: Mapping[str, Any]) -> str:
@@ -121,6 +126,7 @@ def _taken_out(error: Mapping[str, Any], kind: Any, values: Any, gone: set[Place
         del values[last]
     elif isinstance(values[last], dict):
         values[last] = {}  # others may name the section
+        gone.add(error["place"])
     else:
         del values[last]
         gone.add(error["place"])

@@ -72,7 +72,7 @@ class Machines:
         found = re.fullmatch(r"(\d{1,5})x([a-z0-9]+?)(?:-(\d{1,4}))?", text)
         if found is None or not int(found[1]) or found[3] == "0":
             raise UsageError(f"--simulate: '{text}' given; write 64xh100, or 4xv5e-16 for four slices of 16 chips")
-        chip_of(found[2])
+        chip_of(found[2], "--simulate")
         return cls(int(found[1]), found[2], int(found[3] or 1))
 
     @property

@@ -69,12 +69,14 @@ class StageCost:
     done: int | None
 
 
-def chip_of(name: str) -> Chip:
-    """Raises:
-    UsageError: an unknown chip.
+def chip_of(name: str, option: str = "--chip") -> Chip:
+    """The chip of a name, which `option` gave.
+
+    Raises:
+      UsageError: an unknown chip.
     """
     if name not in CHIPS:
-        raise UsageError(f"--chip: '{name}' given; known: {', '.join(CHIPS)}")
+        raise UsageError(f"{option}: '{name}' given; known: {', '.join(CHIPS)}")
     return CHIPS[name]
 
 

@@ -18,7 +18,6 @@ from scipy import stats
 from jsublim.report.statistics import LEVEL, Interval, same_trait_gamma
 from jsublim.report.summary import trait_matrices
 from jsublim.report.tables import Results, query, split_condition
-from jsublim.teachers import CONTROL
 
 SOURCE = "audit.parquet"  # in errors
 LIKE = {"random": "all"}  # a random mask has the expectation of all tokens
@@ -106,7 +105,7 @@ def _means(results: Results) -> dict[tuple, dict[str, Any]]:
 def _of_condition(results: Results, means: dict[tuple, dict[str, Any]], condition: str) -> Foretold | None:
     tokens, variant = split_condition(condition)
     tokens = LIKE.get(tokens, tokens)
-    control = means.get((CONTROL, variant, "all")) or means.get((CONTROL, "", "all"))
+    control = means.get(("control", variant, "all")) or means.get(("control", "", "all"))
     own = {t: means[t, variant, tokens] for t in results.traits if (t, variant, tokens) in means}
     if not own or control is None:
         return None
