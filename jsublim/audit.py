@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.typing import ArrayLike
 
 from jsublim.chat import Turn, conversation
 from jsublim.inference.batching import LENGTH_STEP, PREFIX_STEP, chunks, fill, pad_tokens, round_up
@@ -123,7 +122,7 @@ def token_scores(
             yield own[:, : len(turn.tokens) - turn.content]
 
 
-Laid = tuple[ArrayLike, ...]  # as `_lay` gives them
+Laid = tuple[Any, ...]  # arrays, as `_lay` gives them
 
 
 def _lay(turns: Sequence[Turn | None], T: int, C: int, *, ends: bool = False) -> Laid:

@@ -127,7 +127,7 @@ def forward_error() -> float:
 
 def known_logits() -> np.ndarray:
     with jax.default_matmul_precision("highest"):
-        return np.asarray(load_model(MODEL).logits([TOKENS])[0, -1, : len(EXPECTED)])
+        return np.asarray(load_model(MODEL).logits(np.asarray([TOKENS]))[0, -1, : len(EXPECTED)])
 
 
 def slope_error(step: float = 5e-3) -> float:

@@ -14,10 +14,11 @@ import zlib
 from collections import defaultdict
 from collections.abc import Callable, Container
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import jax
-import jaxlib
 
 from jsublim.files import sha256, write_text
 from jsublim.processes import on_main_process
@@ -37,7 +38,7 @@ def programs_folder(folder: Path) -> Path:
     """Where programs for these devices lie below `folder`: another jaxlib, or another machine's CPU, has its own."""
     kind = jax.devices()[0].device_kind
     own = f"-{_instructions()}" if jax.devices()[0].platform == "cpu" else ""
-    return folder / re.sub(r"[^\w.-]+", "-", f"jaxlib-{jaxlib.__version__}-{kind}{own}")
+    return folder / re.sub(r"[^\w.-]+", "-", f"jaxlib-{metadata.version('jaxlib')}-{kind}{own}")
 
 
 def _instructions() -> str:
@@ -56,7 +57,8 @@ def keep_programs(folder: Path, say: Callable[[str], None]) -> None:
     Args:
       say: told of a kept program that is damaged; it is removed, and compiled again.
     """
-    if jax.config.jax_compilation_cache_dir is not None or not jax.config.jax_enable_compilation_cache:
+    options: Any = jax.config
+    if options.jax_compilation_cache_dir is not None or not options.jax_enable_compilation_cache:
         return
 
     def look() -> None:
@@ -156,9 +158,9 @@ def _listening() -> dict[str, float]:
     def happened(event: str, **_: str | int) -> None:
         seen[event] += event == _HIT
 
-    def took(event: str, seconds: float, **_: str | int) -> None:
+    def took(event: str, duration_secs: float, **_: str | int) -> None:
         if event in (_COMPILE, _READ):
-            seen[event] += seconds
+            seen[event] += duration_secs
             seen["programs"] += event == _COMPILE
 
     jax.monitoring.register_event_listener(happened)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -150,7 +151,7 @@ class Progress:
         state = self._state
         if self._bars is None or state is None:
             return
-        label = {"label": state.label}
+        label: dict[str, Any] = {"label": state.label}
         if self._detail is not None and self.console.is_terminal:
             if time.perf_counter() - self._looked < DETAIL_EVERY:
                 label = {}

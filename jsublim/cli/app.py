@@ -58,7 +58,8 @@ class Commands(typer.Typer):
     def command(self, name: str | None = None, **options: Any) -> Callable[..., Any]:
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             panel = panel_of(name or function.__name__) if self.info.name == "jsublim" else None
-            super(Commands, self).command(name, **{"rich_help_panel": panel} | options)(shared(function))
+            shown: dict[str, Any] = {"rich_help_panel": panel} | options
+            super(Commands, self).command(name, **shown)(shared(function))
             return function
 
         return register

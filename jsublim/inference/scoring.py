@@ -238,7 +238,8 @@ def score_answers(
             fill([getattr(row, name) for row in batch], length, like)
             for name, length in (("where", C), ("labels", C), ("positions", T), ("branch", T))
         )
-        *read, branches = layout.place_as(ROWS, (tokens, valid, where, labels, Branches(positions, branch)))
+        beside = Branches(positions, branch)  # pyright: ignore[reportArgumentType] (arrays of the host, until they are placed)
+        *read, branches = layout.place_as(ROWS, (tokens, valid, where, labels, beside))
         logprob = Layout.host(
             _read(config, params, adapter, None, *read, at=_logprob, branches=branches, layout=layout)
         )
