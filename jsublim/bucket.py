@@ -15,7 +15,7 @@ from jsublim.files import DAMAGED, atomic
 
 # What fsspec calls the storage, what has to be installed for it, and the extra that does. On both, an object that must not
 # exist yet can be created by one of several writers only.
-SCHEMES = {"s3": ("s3", "s3fs", "s3"), "gs": ("gs", "gcsfs", "gcs")}
+SCHEMES = {"s3": ("s3", "s3fs"), "gs": ("gs", "gcsfs")}
 
 
 def is_url(place: str) -> bool:
@@ -66,14 +66,14 @@ class Bucket:
         import fsspec
 
         try:
-            scheme, package, extra = SCHEMES[check_url(url).partition("://")[0]]
+            scheme, package = SCHEMES[check_url(url).partition("://")[0]]
         except ValueError as error:
             raise UsageError(f"store: {error}") from None
         try:
             # Listings are asked for anew each time: others write here too.
             fs = fsspec.filesystem(scheme, use_listings_cache=False)
         except ImportError:
-            raise UsageError(f"store: {url} needs {package}; pip install 'jsublim[{extra}]'") from None
+            raise UsageError(f"store: {url} needs {package}; pip install {package}") from None
         return Bucket(url.rstrip("/"), fs, url.partition("://")[2].strip("/"))
 
     def place(self, name: str) -> str:

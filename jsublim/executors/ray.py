@@ -64,7 +64,7 @@ class RayExecutor:
         try:
             self._ray = _import_ray(self.address is None)
         except ImportError:
-            raise UsageError("--on ray: Ray is not installed; pip install 'jsublim[ray]'") from None
+            raise UsageError("--on ray: Ray is not installed; pip install ray") from None
         jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
 
     def execute(self, tasks: Iterable[Task], context: Context) -> None:

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # A rented machine with one or several GPUs (RunPod, Lambda, Vast and the like): installs jsublim beside what is there and
 # runs the command, one worker per GPU. Put the store on the volume that outlives the machine.
-#   jsublim launch machine CONFIG store=/workspace/store > machine.sh; copy it there; nohup bash machine.sh > run.log &
+#   jsublim launch machine CONFIG store=/workspace/store > machine.sh; copy it there, and a checkout of jsublim or its wheel
+#   JSUBLIM=/workspace/jsublim nohup bash machine.sh > run.log &
 set -euo pipefail
 HOME_OF_RUN=${HOME_OF_RUN:-/workspace}
 cd "$HOME_OF_RUN"
 if [ ! -x venv/bin/jsublim ]; then
   python3 -m venv venv
-  venv/bin/pip install -q 'jsublim[cuda,ray]'
+  venv/bin/pip install -q "${JSUBLIM:?the folder of a checkout, or a wheel}[cuda13,ray]"
 fi
 export PATH="$PWD/venv/bin:$PATH" HF_HOME="$PWD/huggingface"
 

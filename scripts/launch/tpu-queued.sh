@@ -1,18 +1,20 @@
 #!/usr/bin/env bash
 # A TPU slice by queued resources. Asks for it, runs the command on every host of it, and asks anew when it is taken away: the
 # command continues from the store. Run this on a machine with gcloud that stays up; it removes the slice at the end.
-#   jsublim launch tpu-queued CONFIG store=gs://BUCKET/store > tpu.sh && bash tpu.sh
+#   jsublim launch tpu-queued CONFIG store=gs://BUCKET/store > tpu.sh && WHEEL=https://... bash tpu.sh
 set -euo pipefail
 NAME=${NAME:-@NAME@}
 ZONE=${ZONE:-us-west4-a}
 TYPE=${TYPE:-@ACCELERATOR:v5litepod-16@}                 # v6e-16, v5p-16
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}  # v2-alpha-tpuv6e, v2-alpha-tpuv5
 COMMAND=$(cat <<'END'
-python3 -m venv ~/jsublim && ~/jsublim/bin/pip install -q 'jsublim[tpu]'
+python3 -m venv ~/jsublim && ~/jsublim/bin/pip install -q "jsublim[tpu,gcs] @ $WHEEL"
 export PATH=~/jsublim/bin:$PATH
 @COMMAND@ --distributed run.parallel=mesh
 END
 )
+COMMAND="export WHEEL='${WHEEL:?an https address of a wheel of jsublim, which every host can read}'
+$COMMAND"
 
 state() {
   gcloud compute tpus queued-resources describe "$NAME" --zone "$ZONE" --format 'value(state.state)' 2>/dev/null || echo NONE

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # A workload on a GKE cluster that xpk made: every host of the slice runs the command, and a slice that was taken away comes
-# back and continues from the store. Needs an image with `pip install 'jsublim[tpu]'` in it.
+# back and continues from the store. Needs an image: `docker build --build-arg EXTRA=tpu,gcs .` in a checkout makes one.
 #   jsublim launch xpk CONFIG store=gs://BUCKET/store > xpk.sh && CLUSTER=... IMAGE=... bash xpk.sh
 set -euo pipefail
-: "${CLUSTER:?the name of the cluster}" "${IMAGE:?an image with jsublim[tpu]}"
+: "${CLUSTER:?the name of the cluster}" "${IMAGE:?an image with jsublim and its TPU extra}"
 PROJECT=${PROJECT:-$(gcloud config get-value project)}
 ZONE=${ZONE:-us-west4-a}
 COMMAND=$(cat <<'END'
