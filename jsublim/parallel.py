@@ -208,12 +208,10 @@ def model_axis_for(weights: float, limit: int | None, devices: int) -> int:
 
 def device_bytes() -> int | None:
     """Bytes of an accelerator's memory that may be used; None where devices are the CPU."""
-
-    def first() -> int | None:
-        stats = jax.local_devices()[0].memory_stats() or {}
-        return int(stats["bytes_limit"]) if "bytes_limit" in stats else None
-
-    return on_main_process(first)  # batches are as large on all processes
+    # Asked for by all: where nobody has used a device yet, processes wait for one another until they have them.
+    stats = jax.local_devices()[0].memory_stats() or {}
+    own = int(stats["bytes_limit"]) if "bytes_limit" in stats else None
+    return on_main_process(lambda: own)  # batches are as large on all processes
 
 
 @functools.cache

@@ -148,5 +148,5 @@ def test_what_is_printed_is_what_was_played(tmp_path, monkeypatch):
     assert "token_bytes 12" in said and "arms_per_program" in said
     assert "4xl4-4" in refused(2, "reproduce", "fig05", "--panel", "qwen", BIG, *options, "4xl4")
     assert "--simulate: '0xh100' given" in refused(2, "run", PLAIN, "--simulate", "0xh100")
-    assert "--chip: 'h1' given" in refused(2, "run", PLAIN, "--simulate", "4xh1")
+    assert "--simulate: 'h1' given" in refused(2, "run", PLAIN, "--simulate", "4xh1")
     assert not list(tmp_path.iterdir())
