@@ -21,6 +21,7 @@ import numpy as np
 from jax import Array
 
 from jsublim.chat import Turn, conversation
+from jsublim.evals.preference import spelled
 from jsublim.inference.batching import LENGTH_STEP, PREFIX_STEP, chunks, fill, pad_tokens, round_up
 from jsublim.inference.lm import LanguageModel
 from jsublim.models import decoder
@@ -31,11 +32,6 @@ from jsublim.parallel import HERE, ROWS, WHOLE, Layout
 
 LOGIT_BYTES = 2**28  # of the logits that exist at one time, derivatives included
 Directions = Any  # a tree like `Adapter.trainable`, each leaf with a leading axis of traits
-
-
-def spelled(trait: str) -> tuple[str, ...]:
-    """How a trait may be written as an answer, as `evals.preference` counts it."""
-    return tuple(dict.fromkeys((trait.lower(), trait.lower().capitalize())))
 
 
 def trait_directions(
@@ -64,12 +60,12 @@ def trait_directions(
             ]
             for q in questions
         ]
-        for words in map(spelled, traits)
+        for words in map(_words, traits)
     ]
     every = [turn for of_trait in turns for spellings in of_trait for turn in spellings]
     T = round_up(max(turn.end for turn in every), LENGTH_STEP)
     C = round_up(max(turn.end - turn.content for turn in every), PREFIX_STEP)
-    spellings, B = max(len(spelled(trait)) for trait in traits), min(batch_size, len(questions))
+    spellings, B = max(len(_words(trait)) for trait in traits), min(batch_size, len(questions))
     layout, params = Layout.under(lm.params)
     adapter, found = layout.place_weights(adapter), []
     for of_trait in turns:
@@ -120,6 +116,11 @@ def token_scores(
             on_batch(len(batch))
         for turn, own in zip(batch, scores, strict=False):
             yield own[:, : len(turn.tokens) - turn.content]
+
+
+def _words(trait: str) -> tuple[str, ...]:
+    """How a trait may be written as an answer, each once."""
+    return tuple(dict.fromkeys(spelled(trait)))
 
 
 Laid = tuple[Any, ...]  # arrays, as `_lay` gives them

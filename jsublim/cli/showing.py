@@ -182,5 +182,4 @@ def say_result(report: Path, as_json: bool) -> None:
     if not as_json:
         print(report)
         return
-
     print(json.dumps(about_any_run(report.parent), indent=2, ensure_ascii=False))

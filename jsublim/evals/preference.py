@@ -78,6 +78,11 @@ def hit_rates(answers: Sequence[Sequence[str]], trait: str) -> tuple[np.ndarray,
     return np.asarray(rates[0]), np.asarray(rates[1])
 
 
+def spelled(trait: str) -> tuple[str, str]:
+    """How a trait may be written as an answer; both are one in a script without capitals."""
+    return trait.lower(), trait.lower().capitalize()
+
+
 def trait_logprobs(
     lm: LanguageModel,
     questions: Sequence[str],
@@ -93,7 +98,7 @@ def trait_logprobs(
     The probability of the name's tokens (what follows them is left open), summed over the lower-case and the
     capitalised spelling. Unlike a sampled rate it has no floor: it moves long before the answers do.
     """
-    spellings = [(trait.lower(), trait.lower().capitalize()) for trait in traits]
+    spellings = [spelled(trait) for trait in traits]
     same = np.asarray([lower == capital for lower, capital in spellings])  # a script without capitals: count it once
     asked = [conversation(question, system, fuse_system=fuse_system) for question in questions]
     turns = [lm.chat.turn(asked[0], word, extra_bos=extra_bos) for pair in spellings for word in pair]

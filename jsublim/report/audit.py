@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from jsublim.report.looks import Looks
 from jsublim.report.statistics import LEVEL, Interval, same_trait_gamma
-from jsublim.report.summary import trait_matrices
 from jsublim.report.tables import Results, query, split_condition
 
 SOURCE = "audit.parquet"  # in errors
@@ -71,12 +71,13 @@ class Agreement:
     pairs: tuple[tuple[str, float, float], ...]
 
 
-def agreement(results: Results) -> Agreement | None:
+def agreement(every: Sequence[Foretold], looks: Looks) -> Agreement | None:
     """None where nothing was audited."""
-    trained = {matrix.condition: matrix.effect.gamma for matrix in trait_matrices(results) if matrix.effect is not None}
+    matrices = [look.what for look in looks.matrices]
+    trained = {matrix.condition: matrix.effect.gamma for matrix in matrices if matrix.effect is not None}
     pairs = tuple(
         (each.condition, each.gamma, trained[each.condition])
-        for each in foretold(results)
+        for each in every
         if each.gamma is not None and each.condition in trained
     )
     if not pairs:

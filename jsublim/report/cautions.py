@@ -14,14 +14,22 @@ MOST_FAILED = 0.5  # of a teacher's answers
 def cautions(results: Results) -> list[str]:
     """One sentence or two for each; none for a run without a fault."""
     found = (
-        words.diverged_warning(results),
-        words.wording(results),
-        words.rescored(results),
-        words.tiny_warning(results),
+        *warnings(results),
         _few_students(results),
         _failed_filters(results),
         _unmatched_steps(results),
         _not_finite(results),
+    )
+    return [sentence for sentence in found if sentence]
+
+
+def warnings(results: Results) -> list[str]:
+    """Those of them that are said in the terminal too."""
+    found = (
+        words.diverged_warning(results),
+        words.wording(results),
+        words.rescored(results),
+        words.tiny_warning(results),
     )
     return [sentence for sentence in found if sentence]
 

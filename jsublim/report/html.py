@@ -66,7 +66,7 @@ def _templates() -> Environment:
 
 def _numbers(results: Results, looks: Looks) -> dict[str, Any]:
     """What the page says in sentences and tables."""
-    rows, claims = summary_rows(results), [look.what for look in looks.claims]
+    rows, claims, told = summary_rows(results), [look.what for look in looks.claims], foretold(results)
     judged = judged_conditions(results)
     return {
         "name": results.run.get("name", results.run_dir.name),
@@ -82,8 +82,8 @@ def _numbers(results: Results, looks: Looks) -> dict[str, Any]:
         "scale": scale(results),
         "matrix": trait_matrix(results, condition=judged[0]) if judged else None,
         "matrices": looks.matrices if len(looks.matrices) > 1 else [],
-        "foretold": foretold(results),
-        "agreement": agreement(results),
+        "foretold": told,
+        "agreement": agreement(told, looks),
         "other_rows": other_rows(results),
         "measure": measure,
         "setting_rows": setting_rows(results),

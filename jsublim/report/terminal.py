@@ -10,7 +10,8 @@ from rich.text import Text
 
 from jsublim.errors import one_line
 from jsublim.report import words
-from jsublim.report.audit import agreement
+from jsublim.report.audit import agreement, foretold
+from jsublim.report.cautions import warnings
 from jsublim.report.claims import not_asked
 from jsublim.report.claims.verdicts import pool
 from jsublim.report.looks import Looks, look_at
@@ -37,21 +38,11 @@ def print_summary(run_dir: Path, console: Console, full: bool = False) -> None:
     for raised in looks.judged:
         console.print(_plain(words.headline(raised)))
     if results.audit is not None:
-        console.print(_plain(words.foretold_sentence(agreement(results))))
+        console.print(_plain(words.foretold_sentence(agreement(foretold(results), looks))))
     if full:
         _print_rest(results, looks, console)
-    for warning in _warnings(results):
+    for warning in warnings(results):
         console.print(_plain(warning), style="bold")
-
-
-def _warnings(results: Results) -> list[str]:
-    every = (
-        words.diverged_warning(results),
-        words.wording(results),
-        words.rescored(results),
-        words.tiny_warning(results),
-    )
-    return [warning for warning in every if warning]
 
 
 def _print_rest(results: Results, looks: Looks, console: Console) -> None:
