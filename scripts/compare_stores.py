@@ -3,14 +3,18 @@
     python scripts/compare_stores.py before/artifacts after/artifacts [--rename points=divergence_positions ...]
 
 Every artifact must have one of the same kind and content in the other store, whatever it is called there. Rows, tables and
-arrays are compared value by value; keys, times, versions and speeds are left out. Ends with code 1 if one has no partner.
+arrays are compared value by value; keys, times, versions and speeds are left out. With `--within 1e-6` numbers with a fraction may be
+that far apart (runs on other numbers of devices), tokens and text never. Ends with code 1 if one has no partner.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import functools
+import itertools
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,9 +58,9 @@ def _of_file(path: Path, names: dict[str, str], ignored: set[str]) -> Any:
         return [clean(row) for row in read_table(path)]
     if path.suffix == ".npz":
         with np.load(path) as arrays:
-            return {key: (arrays[key].shape, str(arrays[key].dtype), arrays[key].tobytes()) for key in arrays.files}
+            return {key: arrays[key] for key in arrays.files}
     if path.suffix == ".safetensors":
-        return {key: (value.shape, str(value.dtype), value.tobytes()) for key, value in load_file(path).items()}
+        return load_file(path)
     return path.read_bytes()
 
 
@@ -69,11 +73,33 @@ def artifacts(store: Path, names: dict[str, str], ignored: set[str]) -> dict[str
     return found
 
 
-def partnerless(own: dict[Path, dict[str, Any]], other: dict[Path, dict[str, Any]]) -> list[str]:
+def same(a: Any, b: Any, within: float = 0.0) -> bool:
+    """Whether two values are equal, or numbers with a fraction at most this far apart; NaN equals NaN."""
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            return False
+        if a.dtype.kind == "f" and within:
+            return bool(np.allclose(a, b, rtol=0, atol=within, equal_nan=True))
+        return a.tobytes() == b.tobytes()
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(value, b[key], within) for key, value in a.items())
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(
+            itertools.starmap(functools.partial(same, within=within), zip(a, b, strict=True))
+        )
+    if isinstance(a, float) and isinstance(b, float):
+        return abs(a - b) <= within or a == b or (math.isnan(a) and math.isnan(b))
+    return type(a) is type(b) and a == b
+
+
+def partnerless(own: dict[Path, dict[str, Any]], other: dict[Path, dict[str, Any]], within: float = 0.0) -> list[str]:
     """Which of these artifacts have no equal among the others, and in which files the nearest of those differ."""
     lines = []
     for path, files in own.items():
-        apart = [[name for name in {**files, **each} if files.get(name) != each.get(name)] for each in other.values()]
+        apart = [
+            [name for name in {**files, **each} if not same(files.get(name), each.get(name), within)]
+            for each in other.values()
+        ]
         nearest = min(apart, key=len, default=["there is none of its kind"])
         if nearest:
             lines.append(f"{path}: no equal; nearest differs in {', '.join(sorted(nearest))}")
@@ -86,12 +112,18 @@ def main() -> int:
     parser.add_argument("after", type=Path)
     parser.add_argument("--rename", nargs="*", default=[], metavar="OLD=NEW", help="keys of JSON that have a new name")
     parser.add_argument("--ignore", nargs="*", default=[], metavar="KEY", help="keys of JSON that are not compared")
+    parser.add_argument(
+        "--within", type=float, default=0.0, metavar="X", help="how far numbers with a fraction may be apart"
+    )
     given = parser.parse_args()
     names, ignored = dict(pair.split("=", 1) for pair in given.rename), SPEEDS | set(given.ignore)
     before, after = (artifacts(store, names, ignored) for store in (given.before, given.after))
     failed = False
     for kind in sorted({**before, **after}):
-        lines = [*partnerless(before[kind], after[kind]), *partnerless(after[kind], before[kind])]
+        lines = [
+            *partnerless(before[kind], after[kind], given.within),
+            *partnerless(after[kind], before[kind], given.within),
+        ]
         print(
             *lines,
             f"{kind:12} {len(before[kind]):5} before {len(after[kind]):5} after {len(lines):5} without an equal",

@@ -47,7 +47,7 @@ OPEN_COLOUR = "#808080"
 FOREST = {
     "share": "Shares of a lift (1 is all of it)",
     "points": "Differences of rates (points)",
-    "nats": "Lifts and differences of log-probabilities (nats)",
+    "nats": "Lifts and differences (nats)",
 }
 UNITS = {"rate": "points", "logprob": "nats"}
 MEASURED = {"rate": "answers that name the trait", "logprob": "log-probability of the trait"}
