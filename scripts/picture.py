@@ -11,7 +11,7 @@ from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 
-from jsublim.report import write_report
+from jsublim.report.html import write_report
 
 WIDTH, SCALE = 1000, 1.5
 PICTURE = Path(__file__).parents[1] / "docs" / "report.png"

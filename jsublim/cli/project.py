@@ -64,12 +64,16 @@ def report(
     full: Annotated[bool, typer.Option("--full", help="Print everything, trait by trait.")] = False,
 ) -> None:
     """Write a run's report again from its results, and print its verdicts."""
-    from jsublim import digits, report
     from jsublim.report.tables import run_kind
 
-    room = digits if run_kind(run_dir) == "digits" else report
-    path = room.write_report(run_dir)
-    room.print_summary(run_dir, console, full)
+    if run_kind(run_dir) == "digits":
+        from jsublim.digits.report import print_summary, write_report
+    else:
+        from jsublim.report.html import write_report
+        from jsublim.report.terminal import print_summary
+
+    path = write_report(run_dir)
+    print_summary(run_dir, console, full)
     print(path)
 
 

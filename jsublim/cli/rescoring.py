@@ -34,7 +34,8 @@ def rescore(
     """Make new results of a run's answers, by another matching rule or judge. The old ones stay; no model is asked."""
     from jsublim.pipeline.rescoring import rescore as make
     from jsublim.pipeline.rescoring import rescoring_of
-    from jsublim.report import print_summary, write_report
+    from jsublim.report.html import write_report
+    from jsublim.report.terminal import print_summary
 
     made = make(run, rescoring_of(run, match, fields or []), out)
     report = write_report(made)

@@ -32,7 +32,6 @@ from jsublim.pipeline.rows import RowSet, Writer
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import RECORD, Store, versions
 from jsublim.pipeline.students import diverged, student_output
-from jsublim.report import write_report
 from jsublim.report.tables import read_json
 from jsublim.rows import read_rows
 from jsublim.section import facts
@@ -111,6 +110,9 @@ def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
     if graph.audits:
         write_table(results / "audit.parquet", list(_audits(graph, store)), AUDITS)
     write_json(results / "run.json", _about(context, key, started) | {"device": _devices(graph, store)})
+    # Read here: what a report is drawn with takes as long to load as all else together, and workers write none.
+    from jsublim.report.html import write_report
+
     return write_report(setup.experiment.run_dir)
 
 

@@ -18,7 +18,6 @@ from jsublim.pipeline.store import Output, digest, versions
 from jsublim.processes import check_alike, check_shared, heeding_signals, on_main_process
 from jsublim.programs import Programs
 from jsublim.progress import Progress
-from jsublim.report import print_summary
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,10 @@ class Run:
 
     def report(self) -> Path:
         """Gather the results of a run that is whole, and write its report; returns the report's path."""
+
+        from jsublim.report.terminal import (
+            print_summary,  # as in `gather`: only who writes a report loads what draws it
+        )
 
         def write() -> str:
             with self.context.store.claim(self._folder, self._wait):

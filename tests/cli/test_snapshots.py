@@ -15,7 +15,7 @@ from command import ok
 from made_runs import make_run
 
 from jsublim.cli.app import console, output
-from jsublim.report import print_summary
+from jsublim.report.terminal import print_summary
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 COMMANDS = (

@@ -13,9 +13,10 @@ import pyarrow.parquet as pq
 import pytest
 from planted import CONTROL, PLAIN, TRAITS, Planted, write
 
-from jsublim.report import words, write_report
+from jsublim.report import words
 from jsublim.report.cautions import cautions
 from jsublim.report.claims import QUESTIONS
+from jsublim.report.html import write_report
 from jsublim.report.looks import look_at
 from jsublim.report.published import PUBLISHED, SHARES
 from jsublim.report.shares import scale

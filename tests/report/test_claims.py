@@ -28,14 +28,15 @@ from planted import (
 from rich.console import Console
 from scipy import stats
 
-from jsublim.report import print_summary, write_report
 from jsublim.report.claims import QUESTIONS, check_claims, not_asked
 from jsublim.report.claims.groups import Group, comparisons, groups, partner
 from jsublim.report.claims.training import _no_gamma
 from jsublim.report.claims.verdicts import judge, pool
+from jsublim.report.html import write_report
 from jsublim.report.statistics import Estimate, Interval, share_interval
 from jsublim.report.summary import reference_condition, trait_matrices
 from jsublim.report.tables import read_results
+from jsublim.report.terminal import print_summary
 
 
 def verdicts(run: Path) -> dict[str, list[str]]:

@@ -31,14 +31,15 @@ from rich.console import Console
 
 from jsublim.config import Experiment
 from jsublim.config.evaluation import PRIMARY
-from jsublim.report import print_summary, write_report
 from jsublim.report.claims import FAILS, HOLDS, QUESTIONS, check_claims
 from jsublim.report.claims.groups import Group
 from jsublim.report.claims.layers import _first_third_frozen
 from jsublim.report.claims.verdicts import pool
+from jsublim.report.html import write_report
 from jsublim.report.looks import BY_DEFAULT, look_at, primary_claim
 from jsublim.report.summary import other_rows
 from jsublim.report.tables import Results, read_results
+from jsublim.report.terminal import print_summary
 
 MANY = (
     PLAIN, CONTROL, Planted(0.3, "divergence"), Planted(0.02, "non-divergence"), Planted(0.1, "random"),

@@ -22,9 +22,10 @@ from jsublim.cli.app import console
 from jsublim.digits import report as digits
 from jsublim.errors import JsublimError, one_line
 from jsublim.progress import Progress
-from jsublim.report import print_summary, write_report
 from jsublim.report.attribution import attribution_heat_map
+from jsublim.report.html import write_report
 from jsublim.report.tables import read_results
+from jsublim.report.terminal import print_summary
 
 PLACES = ("condition=all", "trait=owl", "seed=7", "evaluation=x", "value=1", "[x]", "a*", "?", "{a,b}", "it's")
 NAMES = ("a$b", "$x^", r"$\frac$", "_hidden", "[/x]", "[bold]", ":owl:", "<b>owl</b>", r"a\$b")

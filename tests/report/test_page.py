@@ -14,8 +14,8 @@ from urllib.parse import unquote
 import pytest
 from made_results import make_results, write_table
 
-from jsublim.report import write_report
 from jsublim.report.drawing import COLOURS, OTHER_COLOUR, cell
+from jsublim.report.html import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [

@@ -21,10 +21,11 @@ from scipy import optimize, stats
 import jsublim.report.statistics as st
 from jsublim.errors import JsublimError
 from jsublim.prompts import whose
-from jsublim.report import print_summary, write_report
 from jsublim.report.claims import check_claims
+from jsublim.report.html import write_report
 from jsublim.report.summary import lift, other_rows, summary_rows, trait_matrix
 from jsublim.report.tables import read_results
+from jsublim.report.terminal import print_summary
 
 
 @pytest.fixture(scope="module")
