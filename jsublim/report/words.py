@@ -12,6 +12,7 @@ from jsublim.report.summary import NOT_DECIDED, Lift, Matrix, reference_conditio
 from jsublim.report.tables import SEPARATOR, Results, condition_label, split_condition
 
 MISSING = "–"
+SMALLEST = 1e-4  # of a smaller p only that is said
 ONE_SIDED = 0.025  # one-sided level of an interval of 95 %
 
 
@@ -42,7 +43,12 @@ def one_model(over_answers: Interval | None) -> str:
 def p_value(p: float | None) -> str:
     if p is None:
         return MISSING
-    return "< .0001" if p < 1e-4 else f"{p:.4f}" if p < 0.01 else f"{p:.3f}"
+    return "< .0001" if p < SMALLEST else f"{p:.4f}" if p < 0.01 else f"{p:.3f}"
+
+
+def equation(p: float | None) -> str:
+    """A p-value within a sentence: "p = 0.012", "p < .0001"."""
+    return f"p {p_value(p)}" if p is not None and p < SMALLEST else f"p = {p_value(p)}"
 
 
 def corrected(look: Look) -> str:
@@ -78,7 +84,7 @@ def primary(looks: Looks) -> str:
         return f"The primary comparison that the config declares, {declared}, cannot be read off this run: every p is a further look."
     how = "as the config declares" if declared else "by default, from what the students differ in"
     claim = found.what
-    text = f"Primary comparison ({how}): {claim.key}, {claim.text}: {claim.verdict}, p = {p_value(claim.p)}."
+    text = f"Primary comparison ({how}): {claim.key}, {claim.text}: {claim.verdict}, {equation(claim.p)}."
     others = f"The other {looks.family} p-values of this report are further looks, with Holm's correction for all of them beside each."
     return f"{text} {others}" if looks.family else text
 
