@@ -14,6 +14,7 @@ from jsublim.ahead.messages import Collective, collectives, gathered_weights
 from jsublim.ahead.stages import Case, Program, Stage, bytes_on_chip
 from jsublim.chips import GIB
 from jsublim.distill.memory import bytes_needed
+from jsublim.inference.batching import round_up
 from jsublim.parallel import Layout
 
 
@@ -97,7 +98,7 @@ def examine(case: Case, stage: Stage, axes: Sequence[int], say: Callable[[str], 
 def on_layout(case: Case, stage: Stage, layout: Layout, say: Callable[[str], None] = lambda _: None) -> Report:
     """A stage on one layout, with as many rows as are asked for, or as fit."""
     base, memory = bytes_on_chip(case.placed_params(layout)), case.topology.chip.memory
-    asked = stage.rows(layout)
+    asked = stage.rows(layout) if stage.fixed else round_up(stage.rows(layout), layout.arm * layout.data)
     if base > memory:
         why = f"the base alone takes {base / GIB:.1f} of {memory / GIB:.0f} GiB per chip"
         return Report(stage, layout, 0, asked, base, tried=(f"model axis {layout.model}: {why}",))

@@ -46,12 +46,16 @@ def aot(
     shape: Annotated[
         Path | None, typer.Option("--shape", help="Folder with a config.json, where the checkpoint is not at hand.")
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Try layouts, and print the one that should be fastest of those that fit.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compile every stage for a TPU topology that is not there: memory per chip, collectives (docs/pods.md)."""
     # The compiler alone is asked, so no accelerator of this machine is taken, and no metadata server is waited for.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}  # or libtpu warns
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # several compile beside one another
     from jsublim.ahead.compile import examine
     from jsublim.ahead.stages import STAGES, Case, Lengths
     from jsublim.ahead.stages import stage as stage_of
@@ -59,13 +63,18 @@ def aot(
     from jsublim.config import load_experiment
     from jsublim.models.checkpoint import read_config
 
+    if plan and model_axis is not None:
+        raise UsageError("--plan: tries every model axis; leave --model-axis out")
     experiment = load_experiment(config, overrides)
     _, model = read_config(architecture(experiment.model, shape))
     where = find_topology(topology)
     case = Case(experiment, model, where, arms, Lengths(tokens, labels))
     names = _chosen(stage, STAGES, case.names, config)
-    axes = [model_axis] if model_axis else _axes(case)
     _say_case(case)
+    if plan:
+        _print_plan(case, names, shape, as_json)
+        return
+    axes = [model_axis] if model_axis else _axes(case)
     unfit, found = [], []
     for name in names:
         report = examine(case, stage_of(case, name), axes, lambda what: console.print(f"compiling {what}"))
@@ -81,6 +90,62 @@ def aot(
             f"aot: does not fit on {topology}: {', '.join(unfit)}; more chips, a larger --model-axis, "
             "students.runtime.remat=true or a lower students.data.batch_size"
         )
+
+
+def _print_plan(case: Case, names: list[str], shape: Path | None, as_json: bool) -> None:
+    """Every layout with the hours that its stages take by roofline, and the fastest.
+
+    Raises:
+      JsublimError: none fits.
+    """
+    from rich.table import Table
+
+    from jsublim.ahead.plan import batch_times, choices, rows_of
+    from jsublim.pipeline.setup import Setup
+
+    rows = rows_of(Setup.of(case.experiment, lambda name: architecture(name, shape)))
+    table, found = Table("model axis", "students together", "remat", *names, "all"), []
+    for choice in choices(case, names, rows, lambda what: console.print(f"compiling {what}")):
+        cells = []
+        for name in names:
+            report = choice.reports.get(name)
+            if report is None or not report.programs:
+                cells.append("" if report is None else "does not fit")
+                continue
+            slowest = max(batch_times(report, case.topology.chip), key=lambda each: each.seconds)
+            cells.append(f"{choice.seconds[name] / 3600:.3g} h ({slowest.limit})")
+        total = f"{choice.total / 3600:.3g} h" if choice.fits else ""
+        table.add_row(str(choice.model), str(choice.arms), "yes" if choice.remat else "no", *cells, total)
+        found.append(choice)
+    fitting = [choice for choice in found if choice.fits]
+    if not fitting:
+        raise JsublimError(
+            f"aot: no layout fits on {case.topology.name}; take more chips, or a lower students.data.batch_size"
+        )
+    best = min(fitting, key=lambda choice: choice.total)
+    if as_json:
+        every = [
+            {
+                "fields": choice.fields,
+                "fits": choice.fits,
+                "seconds": dict(choice.seconds),
+                "stages": [as_dict(report) for report in choice.reports.values()],
+            }
+            for choice in found
+        ]
+        print(
+            json.dumps(
+                {"config": case.experiment.name, "topology": case.topology.name, "best": best.fields, "layouts": every},
+                indent=2,
+            )
+        )
+        return
+    console.print(table)
+    console.print(
+        "estimated by roofline, not measured: all rows of the experiment, each chip at its peak, or its memory or its links at their "
+        "bandwidth, whichever takes longest (in brackets what limits the slowest program)"
+    )
+    print(best.fields)
 
 
 def _chosen(given: list[str] | None, known: tuple[str, ...], own: list[str], config: str) -> list[str]:

@@ -110,7 +110,15 @@ def test_gathered_weights_are_named():
     assert gathered_weights(HLO.replace("[1,24,48]", "[1,24,12]"), params) == ()
 
 
-@pytest.mark.parametrize(("name", "count"), [("qwen2.5-7b", 7_615_616_512), ("gemma-3-4b", 3_880_263_168)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen2.5-32b", 32_763_876_352),
+        ("gemma-3-4b", 3_880_263_168),
+        ("gemma-3-27b", 27_009_346_304),
+    ],
+)
 def test_bundled_shapes_are_the_checkpoints(name, count):
     """Parameters as published; Gemma-3's with the 64 rows of the vocabulary that its multimodal checkpoint adds."""
     _, config = read_config(SHAPES / name)
