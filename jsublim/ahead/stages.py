@@ -119,13 +119,6 @@ class Case:
         return None if every is None else next(iter(variants(every).values()))
 
     @property
-    def names(self) -> list[str]:
-        """Stages that the config has."""
-        e = self.experiment
-        absent = {"train": e.students is None, "attribute": e.attribution is None}
-        return [name for name in STAGES if not absent.get(name)]
-
-    @property
     def least_axis(self) -> int:
         """The model axis that a run takes by itself."""
         said = self.experiment.run.model_axis
@@ -157,8 +150,14 @@ class Case:
         return 2 * body * tokens + 2 * self.config.hidden_size * self.config.vocab_size * labels
 
 
+def stages_of(experiment: Experiment) -> list[str]:
+    """The stages that a config has."""
+    absent = {"train": experiment.students is None, "attribute": experiment.attribution is None}
+    return [name for name in STAGES if not absent.get(name)]
+
+
 def stage(case: Case, name: str) -> Stage:
-    """A stage by its name, of `Case.names` (attribution is there for any config, with its defaults)."""
+    """A stage by its name."""
     return {"train": train, "sample": sample, "score": score, "evaluate": evaluate, "attribute": attribute}[name](case)
 
 

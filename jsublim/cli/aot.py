@@ -57,7 +57,7 @@ def aot(
     os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}  # or libtpu warns
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # several compile beside one another
     from jsublim.ahead.compile import examine
-    from jsublim.ahead.stages import STAGES, Case, Lengths
+    from jsublim.ahead.stages import STAGES, Case, Lengths, stages_of
     from jsublim.ahead.stages import stage as stage_of
     from jsublim.ahead.topology import find_topology
     from jsublim.config import load_experiment
@@ -66,10 +66,10 @@ def aot(
     if plan and model_axis is not None:
         raise UsageError("--plan: tries every model axis; leave --model-axis out")
     experiment = load_experiment(config, overrides)
+    names = _chosen(stage, STAGES, stages_of(experiment), config)
     _, model = read_config(architecture(experiment.model, shape))
     where = find_topology(topology)
     case = Case(experiment, model, where, arms, Lengths(tokens, labels))
-    names = _chosen(stage, STAGES, case.names, config)
     _say_case(case)
     if plan:
         _print_plan(case, names, shape, as_json)

@@ -140,6 +140,9 @@ def test_bad_input_is_one_line(monkeypatch):
         line = refused(2, "aot", "--config", QWEN, "--topology", name)
         assert f"'{name}'" in line and "v5e, v5p, v6e" in line
     assert "--shape" in refused(2, "aot", "--config", QWEN, "--topology", "v5e:4x4", "model=some/other-9b")
+    at = ("aot", "--config", QWEN, "--topology", "v5e:4x4", "--stage")
+    assert "'drive' given; known: train, sample" in refused(2, *at, "drive")
+    assert "has no attribution" in refused(2, *at, "attribute")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'jax[tpu]'" in refused(1, "aot", "--config", QWEN, "--topology", "v5e:4x4")
 
@@ -348,6 +351,17 @@ def test_all_stages_of_a_tiny_model_for_a_tpu():
         assert all(program["arguments"] <= program["total"] for program in each["programs"])
     sample = said["stages"][1]["programs"]
     assert sample[0]["held"]["caches"] == sample[1]["held"]["caches"] > 0
+
+
+@pytest.mark.slow
+@needs_tpu_compiler
+def test_a_plan_names_the_fastest_of_the_layouts_that_fit():
+    said = json.loads(
+        _as_child(*COMMAND, "--config", str(QWEN), "--plan", "--stage", "score", "model=tiny-qwen2", *SMALL)
+    )
+    fitting = [each for each in said["layouts"] if each["fits"]]
+    assert [each["stages"][0]["layout"]["model"] for each in fitting] == [1, 2, 4]
+    assert said["best"] == min(fitting, key=lambda each: each["seconds"]["score"])["fields"]
 
 
 @pytest.mark.slow
