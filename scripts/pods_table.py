@@ -48,6 +48,8 @@ def told(said: dict[str, Any] | None) -> str:
     """MiB that a chip puts out for others in one run of each program, and weights that are put together whole."""
     if said is None or not said["programs"]:
         return ""
+    if any(program["collectives"] is None for program in said["programs"]):
+        return "unknown"
     sums = [sum(each["bytes"] for each in program["collectives"].values()) for program in said["programs"]]
     gathered = sorted({name for program in said["programs"] for name in program["gathered"]})
     return " + ".join(f"{size / 2**20:,.0f}" for size in sums) + (

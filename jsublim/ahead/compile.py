@@ -25,7 +25,7 @@ class Compiled:
     Attributes:
       arguments, temporaries: bytes; total: both, and results that take no argument's place.
       seconds: how long compiling took.
-      collectives: by kind of instruction.
+      collectives: by kind of instruction; None where the compiler cannot print the program, so that nothing is known of them.
       gathered: weights of the base that a chip puts together whole although they are spread over `model`; should be
         empty.
     """
@@ -35,7 +35,7 @@ class Compiled:
     temporaries: int
     total: int
     seconds: float
-    collectives: dict[str, Collective]
+    collectives: dict[str, Collective] | None
     gathered: tuple[str, ...] = ()
 
 
@@ -141,13 +141,17 @@ def _compiled(case: Case, program: Program, layout: Layout) -> Compiled:
         said = f"{program.name}: needs {sizes[0]:.2f} of {sizes[1]:.2f} GiB per chip"
         raise TooLarge(said, sizes[0] * GIB, sizes[1] * GIB) from None
     seconds = time.perf_counter() - began
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory = compiled.memory_analysis()
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError:  # libtpu 0.0.52 fails on some programs for v5p
+        text = None
     return Compiled(
         program,
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
         bytes_needed(compiled),
         seconds,
-        collectives(text),
-        gathered_weights(text, case.params) if layout.model > 1 else (),
+        None if text is None else collectives(text),
+        gathered_weights(text, case.params) if text is not None and layout.model > 1 else (),
     )

@@ -77,11 +77,11 @@ def roofline(compiled: Compiled, base: int, chip: Chip) -> Times:
     """One run of a program on one chip.
 
     Memory: the base as often as it is read, every other argument once, and temporaries written and read. Links: what collectives
-    put out, sums twice, over all links together.
+    put out, sums twice, over all links together; nothing where that is not known.
     """
     program = compiled.program
     moved = base * program.passes + (compiled.arguments - base) + 2 * compiled.temporaries * program.pieces
-    told = sum(each.bytes * (2 if kind == "all-reduce" else 1) for kind, each in compiled.collectives.items())
+    told = sum(each.bytes * (2 if kind == "all-reduce" else 1) for kind, each in (compiled.collectives or {}).items())
     return Times(program.flops / chip.peak, moved / chip.bandwidth, told / chip.links)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -228,14 +229,15 @@ def _rows(report: Report, memory: int) -> str:
 
 def _program_lines(each: Compiled, memory: int) -> list[tuple[str, str]]:
     held = ", ".join(f"{name} {_gib(size)}" for name, size in each.program.held.items())
-    messages = [f"{one.number} {kind} ({one.bytes / 2**20:.1f} MiB)" for kind, one in each.collectives.items()]
+    known = each.collectives is not None
+    messages = [f"{one.number} {kind} ({one.bytes / 2**20:.1f} MiB)" for kind, one in (each.collectives or {}).items()]
     return [
         ("memory per chip", f"{_gib(each.total)}, {each.total / memory:.0%} of the chip's"),
         ("  arguments", _gib(each.arguments) + (f", of these {held}" if held else "")),
         ("  temporaries", _gib(each.temporaries)),
         ("compile", f"{each.seconds:.0f} s"),
-        ("collectives", ", ".join(messages) or "none"),
-        ("gathered", ", ".join(each.gathered) or "no weight of the base"),
+        ("collectives", ", ".join(messages) or "none" if known else "unknown: the compiler cannot print this program"),
+        ("gathered", ", ".join(each.gathered) or "no weight of the base" if known else "unknown"),
     ]
 
 
@@ -262,9 +264,8 @@ def as_dict(report: Report) -> dict[str, Any]:
                 "temporaries": each.temporaries,
                 "held": dict(each.program.held),
                 "seconds": round(each.seconds, 1),
-                "collectives": {
-                    kind: {"number": one.number, "bytes": one.bytes} for kind, one in each.collectives.items()
-                },
+                "collectives": each.collectives
+                and {kind: dataclasses.asdict(one) for kind, one in each.collectives.items()},
                 "gathered": list(each.gathered),
             }
             for each in report.programs
