@@ -181,6 +181,18 @@ class Layout:
             batch = {key: _by_device(value, self.data) for key, value in batch.items()}
         return self.place(batch, self.batch_sharding(batch))
 
+    def shapes(self, tree: Any, shardings: Any) -> Any:
+        """Arrays or their shapes as shapes that lie so: what a program is compiled from where there are no arrays."""
+        if self.mesh is None:
+            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
+        )
+
+    def shapes_as(self, spec: PartitionSpec, tree: Any) -> Any:
+        """As `shapes`, all arrays of a tree in one way: WHOLE, ROWS, ARMS or ARM_ROWS."""
+        return self.shapes(tree, jax.tree.map(lambda _: self.shard(*spec), tree))
+
     @staticmethod
     def host(tree: Any) -> Any:
         """Every leaf whole, as a host array, on every process."""

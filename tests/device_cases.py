@@ -16,10 +16,10 @@ import numpy as np
 from engine import CONFIG as ODD
 from engine import lora, params_of
 
+from jsublim.ahead.messages import collectives
 from jsublim.attribution import patching
 from jsublim.attribution.pairs import Pair
 from jsublim.chat import Turn
-from jsublim.distill.aot import collectives
 from jsublim.inference import decoding, scoring
 from jsublim.inference.constrain import number_limits
 from jsublim.inference.generation import generate_for_arms
@@ -31,7 +31,7 @@ from jsublim.processes import join_processes
 CONFIG = dataclasses.replace(ODD, num_layers=2, local=Local((True, False), 5))
 WORDS = dict(enumerate([*"0123456789", ", ", "\n", *(f"{n}" for n in range(10, 50))], 1))
 SAMPLING = Sampling(temperature=1.5, stop=(59, 60))
-WATCHED = ((decoding, "fill"), (decoding, "advance"), (scoring, "_read"), (patching, "compare"))
+WATCHED = ((decoding, "fill"), (decoding, "advance"), (scoring, "read_batch"), (patching, "compare"))
 Work = Callable[[Any], Any]
 
 

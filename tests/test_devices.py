@@ -13,7 +13,12 @@ import numpy as np
 import pytest
 
 HERE = Path(__file__).parent
-PROGRAMS = {"sampled": {"fill", "advance"}, "read": {"_read"}, "answers": {"_read"}, "attributed": {"compare"}}
+PROGRAMS = {
+    "sampled": {"fill", "advance"},
+    "read": {"read_batch"},
+    "answers": {"read_batch"},
+    "attributed": {"compare"},
+}
 
 
 def started(devices: int, **more: str) -> subprocess.Popen:

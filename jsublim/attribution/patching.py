@@ -77,7 +77,7 @@ def attribution_patching(
     """
     if steps < 1:
         raise UsageError(f"steps: {steps} given; it must be at least 1")
-    program = _at_start if steps == 1 else _integrated
+    program = at_start if steps == 1 else integrated
     return _over_pairs(program, config, params, pairs, sites, direction, adapter, batch_size, length, steps)
 
 
@@ -93,7 +93,7 @@ def layer_patching(
     length: int | None = None,
 ) -> list[np.ndarray]:
     """How much the metric changes when a layer's site has the end run's values at all positions: float32 `[S, L]`."""
-    return _over_pairs(_all_positions, config, params, pairs, sites, direction, adapter, batch_size, length)
+    return _over_pairs(all_positions, config, params, pairs, sites, direction, adapter, batch_size, length)
 
 
 # --- Programs: everything that varies is data, so each is compiled once ----------------------------------------------------
@@ -121,7 +121,7 @@ def compare(
     return layout.spread(own, (WHOLE, WHOLE, ROWS, WHOLE), ROWS)(params, adapter, batch, steps)
 
 
-def _integrated(
+def integrated(
     config: ModelConfig, sites: tuple[str, ...], params: Params, adapter: Adapter | None, batch: Batch, steps: Array
 ) -> Array:
     B, T = batch.start_BT.shape
@@ -146,7 +146,7 @@ def _integrated(
     return _map_sites(config, params, adapter, batch, sites, at_site)
 
 
-def _all_positions(
+def all_positions(
     config: ModelConfig, sites: tuple[str, ...], params: Params, adapter: Adapter | None, batch: Batch, steps: Array
 ) -> Array:
     def at_site(metric: Metric, delta_BTD: Array, at_start_BTD: Array) -> Array:
@@ -155,7 +155,7 @@ def _all_positions(
     return _map_sites(config, params, adapter, batch, sites, at_site)
 
 
-def _at_start(
+def at_start(
     config: ModelConfig, sites: tuple[str, ...], params: Params, adapter: Adapter | None, batch: Batch, steps: Array
 ) -> Array:
     params, adapter = bind(params, adapter)

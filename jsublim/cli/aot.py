@@ -1,7 +1,9 @@
-"""`jsublim aot`: an experiment's training step, compiled for a TPU topology without one."""
+"""`jsublim aot`: an experiment's stages, compiled for a TPU topology without one."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import re
 from importlib.metadata import version
@@ -10,13 +12,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jsublim.cli.app import app, console
-from jsublim.errors import UsageError
+from jsublim.cli.app import Json, app, console
+from jsublim.errors import JsublimError, UsageError
 
 if TYPE_CHECKING:
-    from jsublim.distill.aot import Report
-
-SYSTEM_PROMPT = 64  # tokens that a live teacher reads before what the student reads
+    from jsublim.ahead.compile import Compiled, Report
+    from jsublim.ahead.stages import Case
+    from jsublim.ahead.topology import Topology
 
 
 @app.command()
@@ -27,9 +29,17 @@ def aot(
         list[str] | None,
         typer.Argument(help="Fields of the config: students.data.batch_size=32 students.runtime.remat=true."),
     ] = None,
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--stage", help="train, sample, score, evaluate, attribute (again for another); default: all it has."
+        ),
+    ] = None,
     model_axis: Annotated[
         int | None,
-        typer.Option("--model-axis", min=1, help="Chips that a copy is spread over; default: the fewest that do."),
+        typer.Option(
+            "--model-axis", min=1, help="Chips that a copy is spread over; default: as a run, or more where it must."
+        ),
     ] = None,
     arms: Annotated[int, typer.Option("--arms", min=1, help="Students trained together.")] = 1,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Length of a row.")] = 192,
@@ -37,38 +47,137 @@ def aot(
     shape: Annotated[
         Path | None, typer.Option("--shape", help="Folder with a config.json, where the checkpoint is not at hand.")
     ] = None,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Try layouts, and print the one that should be fastest of those that fit.")
+    ] = False,
+    as_json: Json = False,
 ) -> None:
-    """Compile the training step for a TPU topology that is not there: memory per chip, collectives (docs/pods.md)."""
+    """Compile every stage for a TPU topology that is not there: memory per chip, collectives (docs/pods.md)."""
     # The compiler alone is asked, so no accelerator of this machine is taken, and no metadata server is waited for.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}  # or libtpu warns
-    from jsublim.config import load_experiment, variants
-    from jsublim.distill.aot import compile_ahead, find_topology
-    from jsublim.distill.batches import Shape
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # several compile beside one another
+    from jsublim.ahead.compile import examine
+    from jsublim.ahead.stages import STAGES, Case, Lengths, stages_of
+    from jsublim.ahead.stages import stage as stage_of
+    from jsublim.ahead.topology import find_topology
+    from jsublim.config import load_experiment
     from jsublim.models.checkpoint import read_config
-    from jsublim.models.decoder import abstract_params
-    from jsublim.pipeline.training import settings_of
 
+    if plan and model_axis is not None:
+        raise UsageError("--plan: tries every model axis; leave --model-axis out")
     experiment = load_experiment(config, overrides)
+    names = _chosen(stage, STAGES, stages_of(experiment), config)
     _, model = read_config(architecture(experiment.model, shape))
     where = find_topology(topology)
-    if experiment.students is None:
-        raise UsageError(f"{config}: trains no students, so there is no step to compile")
-    name, students = next(iter(variants(experiment.students).items()))
-    recipe = experiment.recipe.resolved(model.family)
-    settings = settings_of(model, students, recipe, parallel="mesh", model_axis=model_axis or 1)
-    live = students.loss.live
-    lengths = Shape.fit(settings.accumulate, settings.batch_size, tokens, labels, tokens + SYSTEM_PROMPT if live else 0)
-    params = abstract_params(model, experiment.dtype)
-    console.print(f"compiling for {topology}; this takes a minute or two")
-    arm = _arm(model, params, students, lengths)
-    report = compile_ahead(model, params, arm, arms, settings, lengths, where, model=model_axis)
-    rows = lengths.divisible(report.layout.data)
-    title = f"{experiment.name}{f', arm {name}' if name else ''}: {students.adapter.method}, {students.loss.kind} loss, arms: {arms}"
-    print(
-        f"{title}, {rows.accumulate} x {rows.batch_size} rows (+ {rows.spare} empty) of {tokens} tokens, {labels} supervised"
+    case = Case(experiment, model, where, arms, Lengths(tokens, labels))
+    _say_case(case)
+    if plan:
+        _print_plan(case, names, shape, as_json)
+        return
+    axes = [model_axis] if model_axis else _axes(case)
+    unfit, found = [], []
+    for name in names:
+        report = examine(case, stage_of(case, name), axes, lambda what: console.print(f"compiling {what}"))
+        found.append(as_dict(report))
+        if not as_json:
+            print("\n".join(lines(report, where)), flush=True)
+        if not report.programs:
+            unfit.append(f"{name} ({'; '.join(report.tried)})")
+    if as_json:
+        print(json.dumps({"config": experiment.name, "topology": topology, "stages": found}, indent=2))
+    if unfit:
+        raise JsublimError(
+            f"aot: does not fit on {topology}: {', '.join(unfit)}; more chips, a larger --model-axis, "
+            "students.runtime.remat=true or a lower students.data.batch_size"
+        )
+
+
+def _print_plan(case: Case, names: list[str], shape: Path | None, as_json: bool) -> None:
+    """Every layout with the hours that its stages take by roofline, and the fastest.
+
+    Raises:
+      JsublimError: none fits.
+    """
+    from rich.table import Table
+
+    from jsublim.ahead.plan import batch_times, choices, rows_of
+    from jsublim.pipeline.setup import Setup
+
+    rows = rows_of(Setup.of(case.experiment, lambda name: architecture(name, shape)))
+    table, found = Table("model axis", "students together", "remat", *names, "all"), []
+    for choice in choices(case, names, rows, lambda what: console.print(f"compiling {what}")):
+        cells = []
+        for name in names:
+            report = choice.reports.get(name)
+            if report is None or not report.programs:
+                cells.append("" if report is None else "does not fit")
+                continue
+            slowest = max(batch_times(report, case.topology.chip), key=lambda each: each.seconds)
+            cells.append(f"{choice.seconds[name] / 3600:.3g} h ({slowest.limit})")
+        total = f"{choice.total / 3600:.3g} h" if choice.fits else ""
+        table.add_row(str(choice.model), str(choice.arms), "yes" if choice.remat else "no", *cells, total)
+        found.append(choice)
+    fitting = [choice for choice in found if choice.fits]
+    if not fitting:
+        raise JsublimError(
+            f"aot: no layout fits on {case.topology.name}; take more chips, or a lower students.data.batch_size"
+        )
+    best = min(fitting, key=lambda choice: choice.total)
+    if as_json:
+        every = [
+            {
+                "fields": choice.fields,
+                "fits": choice.fits,
+                "seconds": dict(choice.seconds),
+                "stages": [as_dict(report) for report in choice.reports.values()],
+            }
+            for choice in found
+        ]
+        print(
+            json.dumps(
+                {"config": case.experiment.name, "topology": case.topology.name, "best": best.fields, "layouts": every},
+                indent=2,
+            )
+        )
+        return
+    console.print(table)
+    console.print(
+        "estimated by roofline, not measured: all rows of the experiment, each chip at its peak, or its memory or its links at their "
+        "bandwidth, whichever takes longest (in brackets what limits the slowest program)"
     )
-    print("\n".join(f"{key:<17}{value}" for key, value in lines(report)))
+    print(best.fields)
+
+
+def _chosen(given: list[str] | None, known: tuple[str, ...], own: list[str], config: str) -> list[str]:
+    """The stages to compile, in the order of `known`.
+
+    Raises:
+      UsageError: no such stage, or one that the config has not.
+    """
+    for name in given or []:
+        if name not in known:
+            raise UsageError(f"--stage: '{name}' given; known: {', '.join(known)}")
+        if name not in own:
+            field = {"train": "students", "attribute": "attribution"}[name]
+            raise UsageError(f"--stage: {config} has no {field}, so there is nothing to {name}; give {field}")
+    return [name for name in known if name in (given or own)]
+
+
+def _axes(case: Case) -> list[int]:
+    """The model axis that a run takes; where memory decides about it, then larger ones."""
+    if case.experiment.run.model_axis != "auto":
+        return [case.least_axis]
+    return [axis for axis in case.topology.model_axes if axis >= case.least_axis]
+
+
+def _say_case(case: Case) -> None:
+    chips, compiler = len(case.topology.devices), ", ".join(f"{name} {version(name)}" for name in ("jax", "libtpu"))
+    gib = case.topology.chip.memory // 2**30
+    console.print(
+        f"{case.experiment.name}, {case.experiment.dtype}, on {case.topology.name}: {chips} chips of {gib} GiB ({compiler}); "
+        "a minute or so for each program"
+    )
 
 
 def architecture(model: str, shape: Path | None) -> Path:
@@ -95,41 +204,70 @@ def architecture(model: str, shape: Path | None) -> Path:
         ) from None
 
 
-def lines(report: Report) -> list[tuple[str, str]]:
-    """A report as labelled lines."""
-    layout, memory = report.layout, report.topology.memory
-    gib = lambda size: f"{size / 2**30:.2f} GiB"  # noqa: E731
-    found = [f"{each.number} {kind} ({each.bytes / 2**20:.1f} MiB)" for kind, each in report.collectives.items()]
-    compiler = ", ".join(f"{package} {version(package)}" for package in ("jax", "libtpu"))
-    return [
-        ("topology", f"{report.topology.name}, {len(report.topology.devices)} chips of {memory // 2**30} GiB"),
+def lines(report: Report, topology: Topology) -> list[str]:
+    """A report as labelled lines, the stage's title first."""
+    layout, memory = report.layout, topology.chip.memory
+    if not report.programs:
+        return [f"{report.stage.name}: {report.stage.title}", *(f"  {'does not fit':<17}{why}" for why in report.tried)]
+    found = [
         ("layout", f"arm {layout.arm} x data {layout.data} x model {layout.model}"),
         *(("does not fit", why) for why in report.tried),
-        ("memory per chip", f"{gib(report.total)}, {report.total / memory:.0%} of the chip's"),
-        ("  arguments", f"{gib(report.arguments)}, of these the base {gib(report.base)}"),
-        ("  temporaries", gib(report.temporaries)),
-        ("compile", f"{report.seconds:.0f} s ({compiler})"),
-        ("collectives", ", ".join(found) or "none"),
-        ("gathered", ", ".join(report.gathered) or "no weight of the base"),
+        ("rows", _rows(report, memory)),
+        ("base", f"{_gib(report.base)} per chip"),
+    ]
+    for each in report.programs:
+        found += [("program", each.program.name), *_program_lines(each, memory)]
+    return [f"{report.stage.name}: {report.stage.title}", *(f"  {key:<17}{value}" for key, value in found)]
+
+
+def _rows(report: Report, memory: int) -> str:
+    if report.stage.fixed:
+        return f"{report.rows}, as the config says"
+    asked = "fits" if report.rows == report.asked else f"{report.asked} asked for do not fit"
+    return f"{report.rows} ({asked}; by proportion {report.room(memory)} would)"
+
+
+def _program_lines(each: Compiled, memory: int) -> list[tuple[str, str]]:
+    held = ", ".join(f"{name} {_gib(size)}" for name, size in each.program.held.items())
+    known = each.collectives is not None
+    messages = [f"{one.number} {kind} ({one.bytes / 2**20:.1f} MiB)" for kind, one in (each.collectives or {}).items()]
+    return [
+        ("memory per chip", f"{_gib(each.total)}, {each.total / memory:.0%} of the chip's"),
+        ("  arguments", _gib(each.arguments) + (f", of these {held}" if held else "")),
+        ("  temporaries", _gib(each.temporaries)),
+        ("compile", f"{each.seconds:.0f} s"),
+        ("collectives", ", ".join(messages) or "none" if known else "unknown: the compiler cannot print this program"),
+        ("gathered", ", ".join(each.gathered) or "no weight of the base" if known else "unknown"),
     ]
 
 
-def _arm(config: Any, params: Any, students: Any, lengths: Any) -> Any:
-    """One student as `compile_ahead` takes it: shapes for an adapter, one empty row."""
-    from dataclasses import replace
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
 
-    import jax
-    import numpy as np
 
-    from jsublim.distill.arm import Arm
-    from jsublim.distill.memory import example_like
-    from jsublim.pipeline.training import start_adapter
-
-    def begin(params: Any) -> Any:
-        return start_adapter(config, params, students, 0)
-
-    row = example_like(lengths, soft=lengths.teacher > 0)
-    if students.loss.top_k is not None:
-        k, n = students.loss.top_k, lengths.labels
-        row = replace(row, ids=np.zeros((n, k), np.int32), logp=np.zeros((n, k + 1), np.float32))
-    return Arm("student", [row], jax.eval_shape(begin, params), 0, students.optimizer.lr, 1)
+def as_dict(report: Report) -> dict[str, Any]:
+    """A report as JSON knows it; sizes in bytes per chip."""
+    layout = report.layout
+    return {
+        "stage": report.stage.name,
+        "title": report.stage.title,
+        "layout": {"arm": layout.arm, "data": layout.data, "model": layout.model},
+        "rows": report.rows,
+        "asked": report.asked,
+        "base": report.base,
+        "does not fit": list(report.tried),
+        "programs": [
+            {
+                "name": each.program.name,
+                "total": each.total,
+                "arguments": each.arguments,
+                "temporaries": each.temporaries,
+                "held": dict(each.program.held),
+                "seconds": round(each.seconds, 1),
+                "collectives": each.collectives
+                and {kind: dataclasses.asdict(one) for kind, one in each.collectives.items()},
+                "gathered": list(each.gathered),
+            }
+            for each in report.programs
+        ],
+    }

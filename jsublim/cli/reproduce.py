@@ -41,8 +41,8 @@ def reproduce(
     as_json: Json = False,
 ) -> None:
     """Run what a figure of the paper shows, with the same code at every scale (docs/paper_map.md)."""
+    from jsublim.chips import chip_of
     from jsublim.config.figures import load_question, panel_experiment, panels_of
-    from jsublim.pipeline.estimate import chip_of
 
     path, question = load_question(figure)
     wanted = panel or panels_of(question, figure)

@@ -66,8 +66,8 @@ def simulated(
         has, needs = machines.kind.memory * machines.chips, weights(setup)
         if needs > has:
             raise UsageError(
-                f"--simulate: {experiment.model} has {needs / 1e9:.3g} GB, and a worker of {machines.chips} {machines.chip} "
-                f"{has / 1e9:.3g} GB; give larger slices, such as {machines.workers}x{machines.chip}-{4 * machines.chips}"
+                f"--simulate: {experiment.model} has {needs / 2**30:.3g} GiB, and a worker of {machines.chips} {machines.chip} "
+                f"{has / 2**30:.3g} GiB; give larger slices, such as {machines.workers}x{machines.chip}-{4 * machines.chips}"
             )
         work.append((list(plan(setup).tasks.values()), Context(setup, Store.of(experiment), Layout(), Progress())))
     nodes = merged(work, machines.kind)

@@ -14,8 +14,8 @@ from jsublim.cli.app import Chip, Json, Shape, app, console
 from jsublim.errors import UsageError
 
 if TYPE_CHECKING:
+    from jsublim.chips import Chip as Device
     from jsublim.config import Config, Experiment
-    from jsublim.pipeline.estimate import Chip as Device
 
 
 def kinds() -> dict[str, type[Config]]:
@@ -59,8 +59,8 @@ def say_what_it_takes(config: str, overrides: list[str] | None, chip: str, shape
     Raises:
       UsageError: there is a mistake in it.
     """
+    from jsublim.chips import chip_of
     from jsublim.config import Experiment
-    from jsublim.pipeline.estimate import chip_of
 
     device, checked = chip_of(chip), read_checked(config, overrides)
     if not isinstance(checked, Experiment):
@@ -135,8 +135,8 @@ def print_estimate(experiment: Experiment, chip: str, said: dict[str, Any]) -> N
     long, memory = Lengths(), said["memory"]
     reached = ", ".join(f"{share:.0%} in {work}" for work, share in REACHED.items())
     console.print(
-        f"{said['students']} students in {said['programs']} programs; memory at least {memory['bytes'] / 1e9:.3g} of "
-        f"{memory['of'] / 1e9:.0f} GB ({memory['advice']}; `jsublim aot` tells it exactly for TPUs)\n"
+        f"{said['students']} students in {said['programs']} programs; memory at least {memory['bytes'] / 2**30:.3g} of "
+        f"{memory['of'] / 2**30:.0f} GiB ({memory['advice']}; `jsublim aot` tells it exactly for TPUs)\n"
         f"assumed: tokens of a request {long.prompt}, a system prompt {long.system}, an answer {long.answer}; "
         f"{long.kept:.0%} of the answers in format; of the chip's peak {reached}"
     )

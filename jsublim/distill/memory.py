@@ -53,18 +53,12 @@ def abstract_step(
             k: jax.ShapeDtypeStruct((layout.data, *v.shape[:2], v.shape[2] // layout.data, *v.shape[3:]), v.dtype)
             for k, v in batches.items()
         }
-    placed = lambda tree, shardings: jax.tree.map(  # noqa: E731
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
-    )
-    nowhere = lambda tree: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)  # noqa: E731
-    if layout.mesh is None:
-        return tuple(map(nowhere, (params, state, batches, numbers, teacher)))
     return (
-        placed(params, layout.params_sharding(config, str(params["embed"]["weight"].dtype))),
-        placed(state, layout.state_sharding(state)),
-        placed(batches, layout.batch_sharding(batches)),
-        placed(numbers, layout.state_sharding(numbers)),
-        placed(teacher, layout.state_sharding(teacher)),
+        layout.shapes(params, layout.params_sharding(config, str(params["embed"]["weight"].dtype))),
+        layout.shapes(state, layout.state_sharding(state)),
+        layout.shapes(batches, layout.batch_sharding(batches)),
+        layout.shapes(numbers, layout.state_sharding(numbers)),
+        layout.shapes(teacher, layout.state_sharding(teacher)),
     )
 
 
@@ -130,7 +124,14 @@ TOKENS_AT_ONCE = (
 
 
 def rows_at_once(
-    config: ModelConfig, settings: Settings, tokens: int, arms: int, *, itemsize: int, limit: int | None
+    config: ModelConfig,
+    settings: Settings,
+    tokens: int,
+    arms: int,
+    *,
+    itemsize: int,
+    limit: int | None,
+    devices: int | None = None,
 ) -> int:
     """How many rows of a step to compute at one time: the step's in as few equal pieces as fill the device and fit.
 
@@ -141,6 +142,7 @@ def rows_at_once(
       arms: how many are computed together.
       itemsize: bytes of a parameter.
       limit: bytes of the device; None on a CPU, where the settings' pieces stay.
+      devices: how many there are; None counts them.
     """
     if limit is None or settings.program.per != "tokens":
         return settings.batch_size
@@ -149,7 +151,7 @@ def rows_at_once(
         parameter_count(config),
         config.num_layers * (outputs + 2 * config.hidden_size),
     )  # the latter of a token
-    layout = Layout.fit(settings.parallel, arms, model=settings.model_axis)
+    layout = Layout.fit(settings.parallel, arms, devices, model=settings.model_axis)
     held = (SHARE * limit * layout.model / itemsize - base) / 2 / kept  # by the devices of one copy of the base
     most = min(TOKENS_AT_ONCE * layout.model, held) * layout.arm * layout.data / (arms * tokens)
     step = settings.batch_size * settings.accumulate

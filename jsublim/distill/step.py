@@ -26,6 +26,7 @@ from jsublim.models.lora import Adapter, AnyAdapter, arm_axes, bind
 from jsublim.parallel import Layout
 
 FINITE = -1  # no step
+Lies = Callable[[Any], Any]  # arrays -> the same arrays, told how to lie
 Batch = dict[str, Any]  # of arrays: see batches.collate; here with a leading arm axis
 
 
@@ -145,17 +146,19 @@ def loss_and_gradient(
     program: Program,
     arms: int = 1,
     axis: str | None = None,
+    lies: Lies = lambda tree: tree,
 ) -> tuple[Array, Any]:
     """Loss and gradient of one arm's step, summed over its micro-batches `[M, B, ...]`.
 
     Args:
       axis: name of the mapped axis over which devices share the rows, where they do so explicitly (`pmap`).
+      lies: says how what an arm trains lies on a mesh.
     """
     total = (lambda x: jax.lax.psum(x, axis)) if axis else (lambda x: x)
     weights = numbers.weight * normalise(batch["weights"], program.per, total)
 
     def of(trainable: Any, micro: Batch) -> Array:
-        student = adapter.with_trainable(trainable)
+        student = adapter.with_trainable(lies(trainable))
         return micro_loss(config, params, student, teacher, numbers.kl_to_base, micro, program=program, arms=arms)
 
     def add(sums: Any, micro: Batch):
@@ -175,6 +178,7 @@ def train_step(
     *,
     program: Program,
     axis: str | None = None,
+    lies: Lies = lambda tree: tree,
 ) -> tuple[State, dict[str, Array]]:
     """One optimizer step of every arm.
 
@@ -182,7 +186,7 @@ def train_step(
       batch: arrays `[A, M, B, ...]`.
       arms: an arm stands still after its last step, and once its loss, gradient or weights are not finite.
       teacher: adapters of the arms' teachers, where a soft loss asks teachers that have one.
-      axis: as of `loss_and_gradient`.
+      axis, lies: as of `loss_and_gradient`.
 
     Returns:
       The new state, and metrics `[A]`: loss, supervised tokens, learning rate, gradient norm before clipping, and
@@ -193,7 +197,7 @@ def train_step(
     chex.assert_tree_shape_prefix((state.adapter.trainable, teacher, batch), (A,))
     chex.assert_rank([batch["tokens"], batch["weights"]], 4)
     chex.assert_type([batch["tokens"], batch["weights"]], [int, float])
-    gradient = functools.partial(loss_and_gradient, config, params, program=program, arms=A, axis=axis)
+    gradient = functools.partial(loss_and_gradient, config, params, program=program, arms=A, axis=axis, lies=lies)
     loss, grads = jax.vmap(gradient, (arm_axes(state.adapter), 0, 0, 0))(state.adapter, teacher, arms, batch)
     optimizer = program.optimizer
     rate_A = learning_rate(optimizer.schedule, optimizer.restarts, state.step, arms.lr, program.warmup, arms.steps)
@@ -234,12 +238,19 @@ def compile_step(config: ModelConfig, program: Program, layout: Layout) -> Calla
         step = functools.partial(train_step, config, program=program, axis="data")
         everywhere = (None, None, 0, None, None)
         return jax.pmap(step, axis_name="data", in_axes=everywhere, out_axes=None, donate_argnums=1)
-    step = functools.partial(train_step, config, program=program)
     if layout.mode == "none":
-        return jax.jit(step, donate_argnums=1)
+        return jax.jit(functools.partial(train_step, config, program=program), donate_argnums=1)
+
+    mesh = layout.mesh
+    assert mesh is not None, "a mesh"
+
+    def lies(trainable: Any) -> Any:
+        return jax.lax.with_sharding_constraint(trainable, layout.state_sharding(trainable, ()))
 
     def placed(params, state, batch, arms, teacher):
-        state, metrics = step(params, state, batch, arms, teacher)
+        # The model knows of the mesh by it, to say how its residual stream lies.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            state, metrics = train_step(config, params, state, batch, arms, teacher, program=program, lies=lies)
         # The next step reads what this one wrote: it has to lie as it lay, or that would be another program.
         state = jax.lax.with_sharding_constraint(state, layout.state_sharding(state))
         return state, jax.lax.with_sharding_constraint(metrics, jax.tree.map(lambda _: layout.shard(), metrics))

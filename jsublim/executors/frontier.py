@@ -6,10 +6,11 @@ import heapq
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from jsublim.chips import CHIPS, Chip
 from jsublim.config import Experiment
 from jsublim.errors import JsublimError, one_line
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.estimate import CHIPS, Chip, seconds, sizes_of
+from jsublim.pipeline.estimate import seconds, sizes_of
 from jsublim.pipeline.graph import ordered
 from jsublim.pipeline.task import Task
 

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 
 import jax
 
+from jsublim.chips import Chip, chip_of
 from jsublim.errors import UsageError
 from jsublim.executors.frontier import Frontier, Node, checkpoint_of
-from jsublim.pipeline.estimate import Chip, chip_of, sizes_of, weights
+from jsublim.pipeline.estimate import sizes_of, weights
 from jsublim.pipeline.evaluations import Evaluate
 from jsublim.pipeline.students import TrainStudents, abstract_start, compiled
 

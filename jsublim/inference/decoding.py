@@ -85,14 +85,18 @@ def empty(
     return _laid(config, layout, batch)
 
 
-def _laid(config: ModelConfig, layout: Layout, batch: Batch) -> Batch:
-    """A batch where it belongs: places over devices, and heads beside the projections that make their keys."""
-    if layout.mesh is None:
-        return batch
+def lies(config: ModelConfig, layout: Layout, batch: Batch) -> Batch:
+    """How a batch lies on a mesh: places over devices, and heads beside the projections that make their keys."""
     heads = "model" if config.num_kv_heads % layout.model == 0 else None
     place, ring = layout.shard("arm", "data"), layout.shard("arm", "data", heads)
-    shardings = jax.tree.map(lambda _: place, batch)._replace(rings=jax.tree.map(lambda _: ring, batch.rings))
-    return jax.lax.with_sharding_constraint(batch, shardings)
+    return jax.tree.map(lambda _: place, batch)._replace(rings=jax.tree.map(lambda _: ring, batch.rings))
+
+
+def _laid(config: ModelConfig, layout: Layout, batch: Batch) -> Batch:
+    """A batch where it belongs."""
+    if layout.mesh is None:
+        return batch
+    return jax.lax.with_sharding_constraint(batch, lies(config, layout, batch))
 
 
 def _per_arm(function: Callable, adapters: Adapter | None) -> Callable:

@@ -65,7 +65,7 @@ class _Arm:
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class Sizes:
     """Of an arm's batch, on each of the `devices` that it is spread over: places, rows that begin in them at one time, and
     prompts that are read for those."""
 
@@ -75,7 +75,7 @@ class _Sizes:
     prompts: int
 
     @classmethod
-    def of(cls, batch_size: int, devices: int, prompts: int, samples: int) -> _Sizes:
+    def of(cls, batch_size: int, devices: int, prompts: int, samples: int) -> Sizes:
         count = prompts * samples
         B = round_up(min(batch_size, count), devices)
         R = B if count <= B else -(-B // REFILL)  # all at once, or a part of the batch whenever so many have ended
@@ -167,7 +167,7 @@ def generate_for_arms(
     stacked = None if adapters is None else layout.place_weights(stack_adapters(adapters), "arm")
     P = shared_beginning(asked, PROMPT_STEP) if beginning is None else beginning
     lengths = {i: round_up(len(p) - P, LENGTH_STEP) for i, p in enumerate(prompts) if p is not None}
-    sizes = _Sizes.of(batch_size or ROWS_EACH * layout.data, layout.data, len(asked), samples)
+    sizes = Sizes.of(batch_size or ROWS_EACH * layout.data, layout.data, len(asked), samples)
     B, R = sizes.devices * sizes.places, sizes.devices * sizes.rows
     arms = [_Arm(_by_bucket(each, lengths, samples)) for each in wanted]
     slots = P + round_up(max(lengths.values()) + max_new_tokens, LENGTH_STEP)
@@ -178,8 +178,8 @@ def generate_for_arms(
         tokens_AP = layout.place_as(ARMS, np.tile(asked[0][:P], (A, 1)))
         begun = decoding.beginning(config, params, stacked, tokens_AP, layout)
     key = np.asarray(jax.random.key_data(jax.random.key(seed)))
-    key, stop, limits = layout.place_as(WHOLE, (key, _stop(sampling), limits))
-    numbers = layout.place_as(ROWS, _as_arrays(sampling, B))
+    key, stop, limits = layout.place_as(WHOLE, (key, stop_array(sampling), limits))
+    numbers = layout.place_as(ROWS, sampling_arrays(sampling, B))
     while any(arm.waiting or arm.place for arm in arms):
         while any(arm.room(B, R) for arm in arms):
             read = _next(arms, prompts, lengths, P, sizes, samples, layout)
@@ -213,7 +213,7 @@ def _by_bucket(rows: Sequence[int], lengths: dict[int, int], samples: int) -> li
 
 
 def _next(
-    arms: Sequence[_Arm], prompts: Sequence[np.ndarray | None], lengths: dict[int, int], P: int, sizes: _Sizes, samples: int,
+    arms: Sequence[_Arm], prompts: Sequence[np.ndarray | None], lengths: dict[int, int], P: int, sizes: Sizes, samples: int,
     layout: Layout,
 ) -> Prompts:  # fmt: skip
     """The next rows of every arm that has places free; of one bucket, which is that of the first such arm. A device's places
@@ -238,13 +238,13 @@ def _next(
     return Prompts(*layout.place_as(ARM_ROWS, tuple(map(np.stack, zip(*each, strict=True)))))
 
 
-def _as_arrays(sampling: Sampling, rows: int) -> dict[str, np.ndarray]:
+def sampling_arrays(sampling: Sampling, rows: int) -> dict[str, np.ndarray]:
     """The numbers of `sampling`, one per row: values, not constants, so that none of them recompiles anything."""
     kinds = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "repetition_penalty": np.float32}
     return {name: np.full(rows, getattr(sampling, name), kind) for name, kind in kinds.items()}
 
 
-def _stop(sampling: Sampling) -> np.ndarray:
+def stop_array(sampling: Sampling) -> np.ndarray:
     """The tokens that end a row; of one length whatever their number, so that none of them is another program."""
     ends = sampling.stop or ()
     stop = np.full(max(STOP_TOKENS, len(ends)), -2, np.int32)

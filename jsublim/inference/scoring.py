@@ -82,7 +82,7 @@ def prefix_cache(config: ModelConfig, params: Params, adapter: Adapter | None, t
 
 
 @functools.partial(jax.jit, static_argnames=("config", "at", "layout"))
-def _read(
+def read_batch(
     config: ModelConfig,
     params: Params,
     adapter: Adapter | None,
@@ -113,7 +113,7 @@ def _read(
     return spread(params, adapter, prefix, tokens_BT, valid_BT, where_BC, labels_BC, branches)
 
 
-def _best(z: Array, label: Array) -> tuple[Array, Array, Array]:
+def best_token(z: Array, label: Array) -> tuple[Array, Array, Array]:
     best = argmax(z)
     runner_up = jnp.max(jnp.where(jnp.arange(z.shape[0]) == best, -jnp.inf, z))
     return best.astype(jnp.int32), z[best] - runner_up, z[label] - jax.nn.logsumexp(z)
@@ -171,7 +171,7 @@ def scores(
     first: int = 0,
 ) -> Iterator[Scored]:
     """As `score_turns`, one conversation after another, from number `first` on."""
-    for x in _read_turns(config, params, turns, _best, adapter, batch_size, on_batch, first):
+    for x in _read_turns(config, params, turns, best_token, adapter, batch_size, on_batch, first):
         yield Scored(*x)
 
 
@@ -241,7 +241,7 @@ def score_answers(
         beside = Branches(positions, branch)  # pyright: ignore[reportArgumentType] (arrays of the host, until they are placed)
         *read, branches = layout.place_as(ROWS, (tokens, valid, where, labels, beside))
         logprob = Layout.host(
-            _read(config, params, adapter, None, *read, at=_logprob, branches=branches, layout=layout)
+            read_batch(config, params, adapter, None, *read, at=_logprob, branches=branches, layout=layout)
         )
         for row, own, (prompt, group) in zip(batch, logprob, rows[part], strict=False):
             ends = np.cumsum([len(answers[i]) for i in group])
@@ -334,7 +334,7 @@ def _read_turns(
         labels = [turn.tokens[turn.content :] for turn in batch]
         where, labels = (fill([*values, *absent], C, like) for values in (where, labels))
         read = layout.place_as(ROWS, (tokens, valid, where, labels))
-        out = Layout.host(_read(config, params, adapter, prefix, *read, at=at, layout=layout))
+        out = Layout.host(read_batch(config, params, adapter, prefix, *read, at=at, layout=layout))
         if on_batch is not None:
             on_batch(len(batch))
         for i, n in enumerate(lengths):

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from jsublim.errors import JsublimError
 from jsublim.models.config import ModelConfig
@@ -144,6 +145,18 @@ def check_length(config: ModelConfig, tokens: int) -> None:
             f"rows of {tokens} tokens: this model's longrope is supported up to its original_max_position_embeddings, {longest}; "
             "use shorter prompts and answers (students.data.max_tokens, max_new_tokens)"
         )
+
+
+def _whole(h: Array) -> Array:
+    """The residual stream with all its features on every chip of a model axis, where a program is compiled for one.
+
+    Left to itself the TPU's compiler spreads it where students lie beside one another, and puts it together inside every layer.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if "model" not in mesh.auto_axes or mesh.shape["model"] == 1:
+        return h
+    free = PartitionSpec.UNCONSTRAINED
+    return jax.lax.with_sharding_constraint(h, PartitionSpec(*[free] * (h.ndim - 1), None))
 
 
 class Branches(NamedTuple):
@@ -322,7 +335,7 @@ def hidden_states(
         have it.
     """
     _check_rows(config, tokens_BT, valid_BT, below_BTD)
-    h = embed(config, params, tokens_BT) if below_BTD is None else below_BTD
+    h = _whole(embed(config, params, tokens_BT) if below_BTD is None else below_BTD)
     layer_at = layers_on_rows(config, params, valid_BT, h.dtype, prefix, branches)
     keep = None if remat else KEEP_PRODUCTS
     if isinstance(adapter, OneLayer):

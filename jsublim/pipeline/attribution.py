@@ -112,7 +112,7 @@ class Attribute(Task):
         L, layer = config.num_layers, layer_parameters(config)
         above = len(how.sites) * L * (L - 1) / 2  # layers that the sites of all layers are read through
         flops = len(how.directions) * tokens * layer * (12 * L + 4 * above * (how.steps - 1) + 4 * above)
-        return Cost(len(how.directions) * tokens, flops, "train")
+        return Cost(len(how.directions) * tokens, flops, "train", rows=len(how.directions) * compared)
 
 
 def check_named(trait: str, system: str | None) -> None:

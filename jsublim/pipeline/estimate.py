@@ -11,33 +11,13 @@ from dataclasses import dataclass
 
 import jax
 
-from jsublim.errors import UsageError
+from jsublim.chips import Chip
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Store
 from jsublim.pipeline.students import abstract_start
 from jsublim.pipeline.task import Cost, Sizes, Task
 
-
-@dataclass(frozen=True)
-class Chip:
-    """One device: peak of bfloat16 products (FLOP/s), memory and its bandwidth (bytes, bytes/s)."""
-
-    peak: float
-    memory: float
-    bandwidth: float
-
-
-# Makers' data sheets, dense bfloat16.
-CHIPS = {
-    "h200": Chip(989e12, 141e9, 4.8e12),
-    "h100": Chip(989e12, 80e9, 3.35e12),
-    "a100": Chip(312e12, 80e9, 2.0e12),
-    "l4": Chip(121e12, 24e9, 300e9),
-    "v5e": Chip(197e12, 16e9, 819e9),
-    "v5p": Chip(459e12, 95e9, 2.77e12),
-    "v6e": Chip(918e12, 32e9, 1.64e12),
-}
 ORDER = (
     "teachers",
     "rows",
@@ -67,17 +47,6 @@ class StageCost:
     flops: float
     seconds: float
     done: int | None
-
-
-def chip_of(name: str, option: str = "--chip") -> Chip:
-    """The chip of a name, which `option` gave.
-
-    Raises:
-      UsageError: an unknown chip.
-    """
-    if name not in CHIPS:
-        raise UsageError(f"{option}: '{name}' given; known: {', '.join(CHIPS)}")
-    return CHIPS[name]
 
 
 def sizes_of(setup: Setup) -> Sizes:

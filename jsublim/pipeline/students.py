@@ -314,7 +314,7 @@ class TrainStudents(Task):
         )
         steps = sum(total_steps(m.settings, min(m.settings.data.rows or kept, kept)) for m in self.members)
         rows = steps * s.data.batch_size * s.data.accumulate
-        return Cost(rows * (long.prompt + answer), rows * each, "train")
+        return Cost(rows * (long.prompt + answer), rows * each, "train", rows=rows)
 
     def check(self, setup: Setup) -> None:
         check_loggers(setup.experiment.run.loggers)

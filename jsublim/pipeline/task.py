@@ -25,6 +25,7 @@ class Cost:
       work: "read", "train" or "sample": which share of a chip's peak it reaches.
       bytes: what memory has to move at least, where that may take longer than the arithmetic.
       then: work of another kind that the task does after this.
+      rows: that are read, drawn or trained on; of attribution, pairs. Zero where work has none, or little.
     """
 
     tokens: float = 0.0
@@ -32,6 +33,7 @@ class Cost:
     work: str = "read"
     bytes: float = 0.0
     then: Cost | None = None
+    rows: float = 0.0
 
     @property
     def parts(self) -> tuple[Cost, ...]:
@@ -72,7 +74,7 @@ class Sizes:
     def read(self, rows: float, before: float, answer: float) -> Cost:
         """Rows read to their end, with logits at their answers."""
         tokens = rows * (before + answer)
-        return Cost(tokens, 2 * self.body * tokens + 2 * self.table * rows * answer)
+        return Cost(tokens, 2 * self.body * tokens + 2 * self.table * rows * answer, rows=rows)
 
     @staticmethod
     def rows_together(said: int | str) -> int:
@@ -83,7 +85,7 @@ class Sizes:
         """Rows whose prompt is read, and that are then continued token by token, `batch` rows together."""
         tokens = rows * (before + new)
         flops = 2 * self.body * tokens + 2 * self.table * rows * new
-        return Cost(tokens, flops, "sample", rows / batch * new * (self.body + self.table) * self.width)
+        return Cost(tokens, flops, "sample", rows / batch * new * (self.body + self.table) * self.width, rows=rows)
 
 
 @dataclass(frozen=True, eq=False)

@@ -94,7 +94,7 @@ def test_arms_share_the_weights_they_decode_with():
 def test_a_conversation_is_read_once_with_logits_at_its_answer_only(shared):
     B, T, C = 4, 64, 16
     earlier = prefix(shared) if shared else None
-    jaxpr = jax.make_jaxpr(lambda p, e, *rows: scoring._read(WIDE, p, None, e, *rows, scoring._best))(
+    jaxpr = jax.make_jaxpr(lambda p, e, *rows: scoring.read_batch(WIDE, p, None, e, *rows, scoring.best_token))(
         PARAMS, earlier, ints(B, T), bools(B, T), ints(B, C), ints(B, C)
     )
     assert flops(jaxpr) == pytest.approx(2 * B * T * BODY + 2 * B * C * HEAD, rel=0.05)
@@ -103,7 +103,7 @@ def test_a_conversation_is_read_once_with_logits_at_its_answer_only(shared):
 def test_attribution_costs_two_passes_through_what_is_above_a_site_per_step_but_the_first():
     B, T, steps, L = 2, 32, 10, WIDE.num_layers
     batch = patching.Batch(ints(B, T), ints(B, T), bools(B, T), ints(B), ints(B, 2))
-    jaxpr = jax.make_jaxpr(lambda p, b: patching._integrated(WIDE, ("residual",), p, None, b, jnp.int32(steps)))(
+    jaxpr = jax.make_jaxpr(lambda p, b: patching.integrated(WIDE, ("residual",), p, None, b, jnp.int32(steps)))(
         PARAMS, batch
     )
     each = layer_parameters(WIDE)

@@ -10,11 +10,12 @@ import pytest
 from command import PLAIN, ok, refused
 from pydantic import ValidationError
 
+from jsublim.chips import chip_of
 from jsublim.config import Experiment
 from jsublim.files import read_table
 from jsublim.pipeline.arms import seed_of
 from jsublim.pipeline.changes import training_rows
-from jsublim.pipeline.estimate import chip_of, stage_costs
+from jsublim.pipeline.estimate import stage_costs
 from jsublim.pipeline.graph import plan
 from jsublim.pipeline.rows import WriteRows, prompts
 from jsublim.pipeline.setup import Setup

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from command import contents, ok, refused
 
+from jsublim.chips import CHIPS, chip_of
 from jsublim.config import Experiment, find_config
 from jsublim.config.figures import load_question, panel_experiment
 from jsublim.errors import UsageError
-from jsublim.pipeline.estimate import CHIPS, Memory, StageCost, chip_of, memory, stage_costs
+from jsublim.pipeline.estimate import Memory, StageCost, memory, stage_costs
 from jsublim.pipeline.graph import plan
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Store

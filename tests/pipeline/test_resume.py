@@ -94,7 +94,7 @@ def batches(monkeypatch) -> Counter[str]:
 
         monkeypatch.setattr(module, name, counted)
 
-    count(scoring, "_read")
+    count(scoring, "read_batch")
     count(decoding, "advance")
     return counts
 

@@ -1,0 +1,118 @@
+"""What chips tell one another, read from the text of a compiled program."""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+
+from jsublim.models.decoder import Params
+
+_COLLECTIVE = re.compile(
+    r" = (?P<result>\S.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?\("
+)
+_ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")  # bf16[8,128]
+_COMPUTATION = re.compile(r"^(ENTRY )?%?(?P<name>[\w.\-]+) .*\{$")
+_CALLED = re.compile(
+    r"(?P<how>body|condition|calls|to_apply|true_computation|false_computation|branch_computations|called_computations)="
+    r"\{?(?P<names>%[\w.\-]+(?:, ?%[\w.\-]+)*)"
+)
+_COUNT = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
+
+
+@dataclass(frozen=True)
+class Collective:
+    """How many instructions of one kind a program has, as they stand in it; and the bytes of what they put out on each chip in one
+    run, those in a loop once for each of its turns."""
+
+    number: int
+    bytes: int
+
+
+def collectives(hlo: str) -> dict[str, Collective]:
+    """The kinds of collective instructions in a compiled program's text, and how many there are of each.
+
+    A loop whose number of turns is data (one over tokens until a row ends) counts as one turn.
+    """
+    found: dict[str, Collective] = {}
+    computations = dict(_computations(hlo))
+    turns = _turns(computations)
+    for name, lines in computations.items():
+        for kind, arrays in _results("\n".join(lines)):
+            before = found.get(kind, Collective(0, 0))
+            size = sum(math.prod(shape) * bits for bits, shape in arrays) // 8
+            found[kind] = Collective(before.number + 1, before.bytes + size * turns[name])
+    return dict(sorted(found.items()))
+
+
+def gathered_weights(hlo: str, params: Params) -> tuple[str, ...]:
+    """Names of the base's matrices that an all-gather puts out whole: one layer's, or all layers' at once.
+
+    They are recognised by their sizes, in any order of the axes.
+    """
+    names: dict[tuple[int, ...], str] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = ".".join(key.key for key in path)
+        stacked = path[0].key == "layers"
+        if leaf.ndim - stacked == 2:
+            names[_sizes(leaf.shape)] = name
+            names[_sizes(leaf.shape[stacked:])] = name
+    gathers = (array for kind, arrays in _results(hlo) if kind == "all-gather" for array in arrays)
+    return tuple(sorted({names[_sizes(shape)] for _, shape in gathers if _sizes(shape) in names}))
+
+
+def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
+    """The program's computations by name, callees before their callers, as the text has them."""
+    name, lines = "", list[str]()
+    for line in hlo.splitlines():
+        begins = _COMPUTATION.match(line)
+        if begins:
+            name, lines = begins["name"], []
+        elif line.startswith("}") and name:
+            yield name, lines
+        else:
+            lines.append(line)
+
+
+def _turns(computations: dict[str, list[str]]) -> dict[str, int]:
+    """How often each computation runs in one run of the program."""
+    turns: dict[str, int] = collections.defaultdict(int)
+    for name, lines in reversed(computations.items()):
+        own = turns[name] = turns[name] or 1  # what nobody calls begins
+        for line in lines:
+            called = {each["how"]: each["names"] for each in _CALLED.finditer(line)}
+            loop = _loop(computations.get(called.get("condition", "").lstrip("%"), []))
+            for how, names in called.items():
+                for callee in re.split(r", ?", names):
+                    turns[callee.lstrip("%")] += own * (loop if how == "body" else 1)
+    return turns
+
+
+def _loop(condition: list[str]) -> int:
+    """How many turns a loop takes: of a scan its condition compares a counter with a constant."""
+    counts = [int(found[1]) for line in condition if (found := _COUNT.search(line))]
+    counted = any("ROOT" in line and "direction=LT" in line for line in condition)
+    return counts[0] if counted and len(counts) == 1 else 1
+
+
+def _sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(size for size in shape if size != 1))
+
+
+def _results(hlo: str) -> Iterator[tuple[str, list[tuple[int, tuple[int, ...]]]]]:
+    """Each collective's kind, and the arrays that it puts out: bits of an element, shape."""
+    for line in _COLLECTIVE.finditer(hlo):
+        arrays = [
+            (int(bits or 8), tuple(int(size) for size in shape.split(",") if size))
+            for _, bits, shape in _ARRAY.findall(line["result"])
+        ]
+        # What starts an asynchronous one carries its operands too, before the results.
+        if line["start"] and line["kind"] == "collective-permute":
+            arrays = arrays[1:2]
+        elif line["start"] and line["kind"] == "all-gather":
+            arrays = arrays[len(arrays) // 2 :]
+        yield line["kind"], arrays

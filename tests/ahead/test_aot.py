@@ -1,0 +1,399 @@
+"""`jsublim aot`: every stage compiled without arrays, reading a compiled program's text, choosing a layout.
+
+Run as a script, on eight fake CPU devices, this file prints what the tests need of those as one JSON object.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from command import ROOT, refused
+
+from jsublim.ahead import compile as ahead
+from jsublim.ahead.compile import TooLarge, examine, on_layout
+from jsublim.ahead.messages import Collective, collectives, gathered_weights
+from jsublim.ahead.stages import STAGES, Case, Lengths, bytes_on_chip, stage
+from jsublim.ahead.topology import Topology
+from jsublim.attribution import patching
+from jsublim.attribution.pairs import Pair
+from jsublim.chat import Turn
+from jsublim.chips import CHIPS
+from jsublim.cli.aot import architecture
+from jsublim.config import load_experiment
+from jsublim.distill import losses
+from jsublim.errors import UsageError
+from jsublim.inference import decoding, scoring
+from jsublim.inference.generation import generate_for_arms
+from jsublim.inference.sampling import Sampling
+from jsublim.models.checkpoint import read_config
+from jsublim.models.config import Biases, ModelConfig, Norms, Rope
+from jsublim.models.decoder import abstract_params, init_params
+from jsublim.models.lora import init_lora
+
+SHAPES = ROOT / "configs" / "shapes"
+# For libtpu: the compiler alone is asked.
+TPU = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+QWEN = ROOT / "configs" / "models" / "qwen2.5-7b.yaml"
+# Divisible by a model axis of 4, no two sizes equal.
+CONFIG = ModelConfig(
+    family="qwen2", vocab_size=64, hidden_size=24, intermediate_size=48, num_layers=2, num_heads=8, num_kv_heads=4,
+    head_dim=4, norms=Norms(1e-6), rope=Rope(1000.0), tied=False, biases=Biases(qkv=True),
+)  # fmt: skip
+SMALL = (
+    "dtype=float32", "students.adapter.rank=2", "students.data.batch_size=6", "students.data.accumulate=2",
+    "sampling.max_new_tokens=4", "sampling.batch_size=16", "data.num_prompts=32", "scoring.batch_size=8",
+    "evaluation.batch_size=16", "evaluation.samples=4", "evaluation.questions=3", "attribution.batch_size=8",
+    "attribution.steps=3",
+)  # fmt: skip
+
+PROGRAMS = ((decoding, "fill"), (decoding, "advance"), (scoring, "read_batch"), (patching, "compare"))
+
+
+def case(devices: tuple, *overrides: str, memory: int = 2**30, arms: int = 1) -> Case:
+    chip = dataclasses.replace(CHIPS["v5e"], memory=memory)
+    experiment = load_experiment(str(QWEN), [*SMALL, *overrides])
+    return Case(experiment, CONFIG, Topology("v5e:2x4", devices, chip), arms, Lengths(16, 8, 8, 8))
+
+
+HLO = """
+%cond (p: (s32[], bf16[8,16])) -> pred[] {
+  %constant.1 = s32[]{:T(128)} constant(3)
+  ROOT %lt = pred[]{:T(512)} compare(%i, %constant.1), direction=LT
+}
+%body (p: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
+  %all-reduce.1 = bf16[8,16]{1,0:T(8,128)(2,1)S(1)} all-reduce(%dot), channel_id=1, to_apply=%add
+  %all-reduce.2 = (f32[4]{0}, /*index=1*/f32[2,3]{1,0:T(1,128)}) all-reduce(%a, %b), channel_id=2, to_apply=%add
+  %fusion.1 = f32[4]{0} fusion(%all-reduce.1), metadata={op_name="jit(step)/all-gather(x)"}
+}
+ENTRY %main () -> f32[] {
+  %while = (s32[], bf16[8,16]) while(%tuple), condition=%cond, body=%body
+  %ag = (bf16[4,8]{1,0}, bf16[16,8]{1,0}) all-gather-start(%w), channel_id=3, dimensions={0}
+  %done = bf16[16,8]{1,0} all-gather-done(%ag)
+  %cp = (s32[5]{0}, s32[5]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=4
+  %rs = pred[32]{0} reduce-scatter(%y), channel_id=5
+  %ags = f8e4m3fn[1,24,48]{2,1,0} all-gather(%k), dimensions={2}
+}
+"""
+
+
+def test_collectives_are_counted_by_what_they_put_out_in_all_turns():
+    """A loop's as often as it turns; one whose turns are data once."""
+    once = {
+        "all-gather": Collective(2, 16 * 8 * 2 + 24 * 48),
+        "all-reduce": Collective(2, 8 * 16 * 2 + 4 * (4 + 6)),
+        "collective-permute": Collective(1, 5 * 4),
+        "reduce-scatter": Collective(1, 32),
+    }
+    assert collectives(HLO.replace("constant(3)", "parameter(0)")) == once
+    assert collectives(HLO) == once | {"all-reduce": Collective(2, 3 * once["all-reduce"].bytes)}
+
+
+def test_gathered_weights_are_named():
+    params = abstract_params(CONFIG)
+    assert gathered_weights(HLO, params) == ("layers.up.kernel",)  # [24, 48], of which gate is the same
+    stacked = HLO.replace("f8e4m3fn[1,24,48]", "bf16[48,2,24]").replace("bf16[16,8]", "bf16[24,64]")
+    assert set(gathered_weights(stacked, params)) == {"layers.up.kernel", "head.weight"}
+    assert gathered_weights(HLO.replace("[1,24,48]", "[1,24,12]"), params) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("qwen2.5-7b", 7_615_616_512),
+        ("qwen2.5-32b", 32_763_876_352),
+        ("gemma-3-4b", 3_880_263_168),
+        ("gemma-3-27b", 27_009_346_304),
+    ],
+)
+def test_bundled_shapes_are_the_checkpoints(name, count):
+    """Parameters as published; Gemma-3's with the 64 rows of the vocabulary that its multimodal checkpoint adds."""
+    _, config = read_config(SHAPES / name)
+    assert sum(leaf.size for leaf in jax.tree.leaves(abstract_params(config, "bfloat16"))) == count
+
+
+def test_a_config_finds_its_architecture(tmp_path):
+    assert architecture("Qwen/Qwen2.5-7B-Instruct", None).resolve() == SHAPES / "qwen2.5-7b"
+    assert architecture("google/gemma-3-4b-it", None).resolve() == SHAPES / "gemma-3-4b"
+    assert architecture("tiny-qwen2", None).name == "tiny-qwen2"
+    assert architecture(str(tmp_path), None) == tmp_path
+    assert architecture("Qwen/Qwen2.5-7B-Instruct", tmp_path) == tmp_path
+    with pytest.raises(UsageError, match=r"'some/other-9b'.*--shape"):
+        architecture("some/other-9b", None)
+
+
+def test_bad_input_is_one_line(monkeypatch):
+    for name in ("v9:4x4", "v5e", "v5e:16", "v5e:4x4x4x4"):
+        line = refused(2, "aot", "--config", QWEN, "--topology", name)
+        assert f"'{name}'" in line and "v5e, v5p, v6e" in line
+    assert "--shape" in refused(2, "aot", "--config", QWEN, "--topology", "v5e:4x4", "model=some/other-9b")
+    at = ("aot", "--config", QWEN, "--topology", "v5e:4x4", "--stage")
+    assert "'drive' given; known: train, sample" in refused(2, *at, "drive")
+    assert "has no attribution" in refused(2, *at, "attribute")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'jax[tpu]'" in refused(1, "aot", "--config", QWEN, "--topology", "v5e:4x4")
+
+
+def test_the_model_axis_of_a_run_is_taken_and_larger_ones_where_it_must(monkeypatch):
+    tried = []
+
+    def compiled(case, program, layout):
+        tried.append((layout.arm, layout.data, layout.model))
+        if layout.model < 4:
+            raise TooLarge("too much")
+
+    monkeypatch.setattr(ahead, "_compiled", compiled)
+    devices = tuple(range(12))
+    asked = case(devices, arms=6)
+    monkeypatch.setattr(ahead, "bytes_on_chip", lambda tree: 0)
+    monkeypatch.setattr(Case, "placed_params", lambda self, layout: None)
+    train = dataclasses.replace(stage(asked, "train"), programs=lambda layout, rows: [None])
+    report = examine(asked, train, list(asked.topology.model_axes))
+    assert tried == [(6, 2, 1), (6, 1, 2), (3, 1, 4)] and report.layout.devices == devices
+    assert [line.partition(",")[0] for line in report.tried] == ["model axis 1", "model axis 2"]
+    assert examine(asked, train, [2]).programs == ()
+    with pytest.raises(UsageError, match="does not divide"):
+        examine(asked, train, [8])
+
+
+def test_rows_are_fewer_until_they_fit(monkeypatch):
+    """Powers of two, the next one by what the compiler says is needed; rows of training are the config's."""
+    tried = []
+
+    def compiled(case, program, layout):
+        tried.append(program)
+        if program > 8:
+            raise TooLarge("too much", *((100 * program, 1000) if program > 32 else ()))
+
+    monkeypatch.setattr(ahead, "_compiled", compiled)
+    asked = case(tuple(jax.devices()[:1]), "scoring.batch_size=48")
+    monkeypatch.setattr(ahead, "bytes_on_chip", lambda tree: 0)
+    score = dataclasses.replace(stage(asked, "score"), programs=lambda layout, rows: [rows])
+    assert (on_layout(asked, score, asked.layout(1, 1)).rows, tried) == (8, [48, 8])
+    score = dataclasses.replace(score, rows=lambda layout: 32)
+    assert (on_layout(asked, score, asked.layout(1, 1)).rows, tried[2:]) == (8, [32, 16, 8])
+    assert on_layout(asked, dataclasses.replace(score, fixed=True), asked.layout(1, 1)).programs == ()
+
+
+def test_a_step_for_one_chip():
+    """Through the compiler of the devices at hand."""
+    one = case(tuple(jax.devices()[:1]))
+    report = on_layout(one, stage(one, "train"), one.layout(1, 1))
+    (step,) = report.programs
+    assert report.base == 4 * sum(leaf.size for leaf in jax.tree.leaves(abstract_params(CONFIG)))
+    assert report.base < step.arguments <= step.total and not step.collectives and not step.gathered
+    small = case(tuple(jax.devices()[:1]), memory=1000)
+    assert "the base alone takes" in on_layout(small, stage(small, "train"), small.layout(1, 1)).tried[0]
+
+
+class Called(Exception):
+    """What a run would have computed next."""
+
+
+class Watched:
+    """In the place of a program: what it is called with, or lowered for, without what is static."""
+
+    def __init__(self, real, *, goes_on: bool):
+        self.real, self.goes_on, self.seen = real, goes_on, []
+
+    def lower(self, *arguments, **more):
+        leaves = jax.tree.leaves((arguments, more))
+        self.seen.append([(leaf.shape, np.dtype(leaf.dtype)) for leaf in leaves if hasattr(leaf, "dtype")])
+
+    def __call__(self, *arguments, **more):
+        self.lower(*arguments, **more)
+        if not self.goes_on:
+            raise Called
+        return self.real(*arguments, **more)
+
+
+def test_what_is_compiled_is_what_a_run_calls(monkeypatch):
+    """Every argument has the shape and the type that it has when answers are really drawn, rows read and pairs compared."""
+    watched = {name: Watched(getattr(module, name), goes_on=name == "fill") for module, name in PROGRAMS}
+    for module, name in PROGRAMS:
+        monkeypatch.setattr(module, name, watched[name])
+    params, rng, one = init_params(CONFIG, 0), np.random.default_rng(0), case(tuple(jax.devices()[:1]), arms=2)
+    words = lambda n: rng.integers(0, 64, n).astype(np.int32)  # noqa: E731
+    beginning, system = words(16), words(8)
+    adapters = [init_lora(CONFIG, jax.random.key(i), rank=2, alpha=2.0) for i in range(2)]
+    pairs = [Pair(i, "cat", words(24), words(24), 1, 2) for i in range(8)]
+    draw = functools.partial(generate_for_arms, CONFIG, params, seed=0, sampling=Sampling())
+    runs = {
+        "sample": lambda: draw(
+            [np.r_[beginning, words(8)] for _ in range(32)], adapters=None, batch_size=16, max_new_tokens=4
+        ),
+        "evaluate": lambda: draw(
+            [words(8) for _ in range(3)], adapters=adapters, samples=4, batch_size=8, beginning=0, max_new_tokens=10
+        ),
+        "score": lambda: scoring.score_turns(
+            CONFIG, params, [Turn(np.r_[system, words(16)], 14, 16, 23) for _ in range(8)], batch_size=8
+        ),
+        "attribute": lambda: patching.attribution_patching(CONFIG, params, pairs, sites=["residual"], steps=3),
+    }
+    for name, run in runs.items():
+        asked = stage(one, name)
+        layout = one.layout(asked.arms, 1)
+        for program in asked.programs(layout, asked.rows(layout)):
+            program.lower()
+        planned = {name: each.seen for name, each in watched.items() if each.seen}
+        for each in watched.values():
+            each.seen = []
+        with pytest.raises(Called):
+            run()
+        for program, shapes in planned.items():
+            seen, watched[program].seen = watched[program].seen, []
+            assert seen and all(each == shapes[0] for each in seen), (name, program)
+
+
+@functools.cache
+def spread() -> dict:
+    """What eight fake devices say."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    child = subprocess.run(
+        [sys.executable, __file__],
+        env=os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr
+    return json.loads(child.stdout)
+
+
+@pytest.mark.parametrize("model", [1, 2, 4])
+def test_the_base_of_a_7b_is_spread_over_the_model_axis(model):
+    D, F, q, kv, V, L = 3584, 18_944, 3584, 512, 152_064, 28
+    apart = 2 * V * D + L * (D * (q + 2 * kv) + q + 2 * kv + q * D + 3 * D * F)
+    whole = (2 * L + 1) * D  # norms
+    assert spread()["base"][str(model)] == 2 * (apart // model + whole)
+
+
+def test_no_weight_is_gathered():
+    """Not the base's, nor the trained ones and their moments; and without a model axis devices share gradients alone."""
+    for case in ("lora 4", "full 4"):
+        assert spread()[case]["gathered"] == [], case
+        assert "all-gather" not in spread()[case]["collectives"], case
+    assert set(spread()["lora 1"]["collectives"]) == {"all-reduce"}
+
+
+@pytest.mark.parametrize("name", STAGES[1:])
+def test_no_stage_gathers_a_weight(name):
+    """`tests/test_devices.py` says what chips tell one another in the runs themselves."""
+    found = spread()[name]
+    assert found["gathered"] == [] and found["collectives"] and found["base"] < spread()["whole"]
+
+
+def script() -> None:
+    losses.LOGIT_BYTES = 4 * CONFIG.vocab_size * 16  # several blocks of positions
+    devices = tuple(jax.devices())
+    assert len(devices) == 8
+    _, qwen = read_config(SHAPES / "qwen2.5-7b")
+    large = dataclasses.replace(case(devices, "dtype=bfloat16"), config=qwen)
+    bases = {m: bytes_on_chip(large.placed_params(large.layout(1, m))) for m in (1, 2, 4)}
+    found: dict = {"base": bases}
+    for kind, model in (("lora", 1), ("lora", 4), ("full", 4)):
+        how = () if kind == "lora" else ("students.adapter.method=full", "students.adapter.rank=8")
+        asked = case(devices, *how)
+        report = on_layout(asked, stage(asked, "train"), asked.layout(1, model))
+        (step,) = report.programs
+        sums = {name: dataclasses.astuple(each) for name, each in step.collectives.items()}
+        found[f"{kind} {model}"] = {"collectives": sums, "gathered": step.gathered}
+    asked = case(devices)
+    found["whole"] = bytes_on_chip(asked.placed_params(asked.layout(1, 1)))
+    for name in STAGES[1:]:
+        report = on_layout(asked, stage(asked, name), asked.layout(1, 2))
+        found[name] = {
+            "base": report.base,
+            "collectives": [list(program.collectives) for program in report.programs],
+            "gathered": [weight for program in report.programs for weight in program.gathered],
+        }
+    print(json.dumps(found))
+
+
+def _as_child(*words: str) -> str:
+    """What a child says: this process's compiler flags are for speed of compilation on the CPU."""
+    child = subprocess.run(
+        [sys.executable, *words],
+        env={k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | TPU | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr[-2000:]
+    return child.stdout
+
+
+needs_tpu_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: pip install '.[tpu]'"
+)
+COMMAND = ("-c", "from jsublim.cli import main; main()", "aot", "--topology", "v5e:2x2", "--json")
+
+
+@pytest.mark.slow
+@needs_tpu_compiler
+def test_all_stages_of_a_tiny_model_for_a_tpu():
+    small = [*SMALL, "students.seeds=[1]", "data.num_prompts=32"]
+    said = json.loads(
+        _as_child(*COMMAND, "--config", str(QWEN), "model=tiny-qwen2", "--tokens", "16", "--labels", "8", *small)
+    )
+    assert [each["stage"] for each in said["stages"]] == list(STAGES)
+    for each in said["stages"]:
+        assert each["rows"] == each["asked"] > 0 and each["layout"] == {"arm": 1, "data": 4, "model": 1}
+        assert all(program["arguments"] <= program["total"] for program in each["programs"])
+    sample = said["stages"][1]["programs"]
+    assert sample[0]["held"]["caches"] == sample[1]["held"]["caches"] > 0
+
+
+@pytest.mark.slow
+@needs_tpu_compiler
+def test_a_plan_names_the_fastest_of_the_layouts_that_fit():
+    said = json.loads(
+        _as_child(*COMMAND, "--config", str(QWEN), "--plan", "--stage", "score", "model=tiny-qwen2", *SMALL)
+    )
+    fitting = [each for each in said["layouts"] if each["fits"]]
+    assert [each["stages"][0]["layout"]["model"] for each in fitting] == [1, 2, 4]
+    assert said["best"] == min(fitting, key=lambda each: each["seconds"]["score"])["fields"]
+
+
+@pytest.mark.slow
+@needs_tpu_compiler
+def test_a_7b_fits_chips_of_16_gib():
+    command = (*COMMAND[:4], "v5e:4x4", "--json", "--config", str(QWEN), "--stage", "train", "--model-axis", "1")
+    (train,) = json.loads(_as_child(*command, "students.runtime.rows_at_once=10"))["stages"]
+    (step,) = train["programs"]
+    assert 14 * 2**30 < train["base"] < 14.3 * 2**30 and train["base"] < step["total"] < 15.75 * 2**30
+    assert not step["gathered"] and "all-gather" not in step["collectives"]
+
+
+@pytest.mark.slow
+@needs_tpu_compiler
+def test_decoding_copies_no_weights():
+    """Caches, and logits with what is made of them; a slice of the stack that was kept would be as large as the layers."""
+    _, config = read_config(SHAPES / "qwen2.5-0.5b")
+    params = abstract_params(config, "bfloat16")
+    layers = sum(leaf.size * 2 for leaf in jax.tree.leaves(params["layers"]))
+    command = (
+        *COMMAND,
+        "--config",
+        str(QWEN),
+        "--shape",
+        str(SHAPES / "qwen2.5-0.5b"),
+        "--stage",
+        "sample",
+        "sampling.batch_size=64",
+    )
+    tokens = json.loads(_as_child(*command))["stages"][0]["programs"][1]
+    assert tokens["temporaries"] < layers / 4, tokens
+
+
+if __name__ == "__main__":
+    script()

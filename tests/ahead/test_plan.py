@@ -1,0 +1,86 @@
+"""`jsublim aot --plan`: times by roofline, and which layouts are tried."""
+
+from __future__ import annotations
+
+import pytest
+from command import ROOT, refused
+from test_aot import QWEN, case
+
+from jsublim.ahead import plan
+from jsublim.ahead.compile import Compiled, Report
+from jsublim.ahead.messages import Collective
+from jsublim.ahead.plan import Times, batch_times, choices, roofline, rows_of
+from jsublim.ahead.stages import Program
+from jsublim.chips import Chip
+from jsublim.config import load_experiment
+from jsublim.pipeline.setup import Setup
+
+CHIP = Chip(peak=100.0, memory=1000, bandwidth=10.0, links=2.0)
+
+
+def compiled(total: int = 50, **program) -> Compiled:
+    told = {"all-reduce": Collective(3, 6), "all-gather": Collective(1, 4)}
+    return Compiled(Program("step", lambda: None, 400.0, **program), 40, 5, total, 0.0, told)
+
+
+def test_a_roofline_by_hand():
+    """400 operations at 100 a second; a base of 30 bytes, 10 of other arguments and 5 of temporaries there and back; sums twice."""
+    assert roofline(compiled(), 30, CHIP) == Times(4.0, (30 + 10 + 10) / 10, (12 + 4) / 2)
+    more = roofline(compiled(passes=3, pieces=2), 30, CHIP)
+    assert more == Times(4.0, (90 + 10 + 20) / 10, 8.0) and more.seconds == 12.0 and more.limit == "memory"
+    assert roofline(compiled(), 30, CHIP).limit == "links"
+
+
+def report(asked, layout, *, fits: bool = True, **program) -> Report:
+    return Report(asked, layout, 60, 60, 30, (compiled(**program),) if fits else ())
+
+
+def test_a_program_runs_as_often_as_a_batch_needs():
+    one = case(tuple(range(4)))
+    found = report(plan.stage(one, "train"), one.layout(1, 1), runs=2.5)
+    assert [each.seconds for each in batch_times(found, CHIP)] == [20.0]
+
+
+def test_layouts_are_tried_until_training_fits(monkeypatch):
+    """Every model axis and number of students; layers computed again only where it does not fit else; other stages once."""
+    tried = []
+
+    def on_layout(case, asked, layout, say):
+        remat = case.experiment.students.runtime.remat
+        tried.append((asked.name, layout.model, asked.arms, remat))
+        return report(asked, layout, fits=asked.name == "score" or layout.model > 1 or remat, runs=8.0 / layout.model)
+
+    monkeypatch.setattr(plan, "on_layout", on_layout)
+    four = case(tuple(range(4)), arms=2)
+    found = list(choices(four, ["train", "score"], {"train": 120, "score": 60}))
+    assert [(each.model, each.arms, each.remat, each.fits) for each in found] == [
+        (1, 1, False, False), (1, 1, True, True), (1, 2, False, False), (1, 2, True, True),
+        (2, 1, False, True), (2, 2, False, True), (4, 1, False, True), (4, 2, False, True),
+    ]  # fmt: skip
+    assert [each for each in tried if each[0] == "score"] == [
+        ("score", 1, 1, True), ("score", 2, 1, False), ("score", 4, 1, False),
+    ]  # fmt: skip
+    best = min((each for each in found if each.fits), key=lambda each: each.total)
+    assert best.fields.startswith("run.parallel=mesh run.model_axis=4 students.runtime.arms_per_program=1")
+    one = found[1]
+    assert one.fields.endswith("students.runtime.remat=true") and one.total > best.total
+    chip = four.topology.chip
+    batch = sum(each.seconds for each in batch_times(one.reports["train"], chip))
+    assert one.seconds["train"] == pytest.approx(2 * batch)  # 120 rows, 60 a batch
+
+
+def test_the_rows_of_an_experiment():
+    experiment = load_experiment(str(QWEN), ["attribution.rows=100", "evaluation.number_rows=0"])
+    shape = ROOT / "configs" / "shapes" / "qwen2.5-7b"
+    rows = rows_of(Setup.of(experiment, lambda _: shape))
+    # Six teachers and the control; each trait's rows under itself and its counterfactuals, of which 80 % are in format.
+    assert rows["sample"] == 7 * 30_000
+    others = rows["score"] / (6 * 24_000) - 1
+    assert others == int(others) and rows["attribute"] == 2 * 6 * others * 100
+    # 6 traits x 4 kinds of tokens x 5 seeds; fewer controls.
+    assert rows["train"] % (1670 * 60) == 0 and rows["evaluate"] > 0
+
+
+def test_a_plan_takes_no_layout():
+    line = refused(2, "aot", "--config", QWEN, "--topology", "v5e:2x2", "--plan", "--model-axis", "2")
+    assert "leave --model-axis out" in line
