@@ -106,6 +106,8 @@ class StudentLoss(Section):
     """Factor of the loss."""
     kl_to_base: Annotated[float, Field(ge=0), BOTH] = 0.0
     """Coefficient of the KL divergence to the base, a defence that keeps a student where it started."""
+    kl_end: Annotated[float, Field(ge=0), RESULT, LATER] = 1.0
+    """The share of kl_to_base that is left at the end: it goes there linearly, step by step. 1: constant; 0: annealed."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> StudentLoss:
@@ -116,6 +118,8 @@ class StudentLoss(Section):
         ]
         if self.kind == "hard" and soft:
             raise ValueError(f"{', '.join(soft)} needs a soft loss (forward-kl, reverse-kl, js)")
+        if self.kl_end != 1.0 and not self.kl_to_base:
+            raise ValueError("kl_end is a share of kl_to_base; give that too")
         if self.by_margin and self.tokens != ["divergence"]:
             raise ValueError("by_margin weighs divergence tokens; it needs tokens=[divergence]")
         if self.targets == "answers" and self.top_k is None:

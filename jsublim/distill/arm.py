@@ -25,7 +25,8 @@ class Arm:
       examples: its rows; of an on-policy arm, rows that show how long the longest can be.
       seed: of its rows' order.
       lr: the highest learning rate of its schedule; steps: the schedule's length.
-      weight: factor of its loss; kl_to_base: coefficient of its KL to the base, where the program has that.
+      weight: factor of its loss; kl_to_base: coefficient of its KL to the base, where the program has that; kl_end: the share
+        of it that is left at the end.
       teacher: the adapter of its live teacher, where that has one.
       rollout: makes an on-policy arm's rows.
     """
@@ -38,6 +39,7 @@ class Arm:
     steps: int
     weight: float = 1.0
     kl_to_base: float = 0.0
+    kl_end: float = 1.0
     teacher: Adapter | None = None
     rollout: Rollout | None = None
 

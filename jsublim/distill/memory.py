@@ -7,14 +7,13 @@ import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.batches import Shape, collate
 from jsublim.distill.data import Example
-from jsublim.distill.step import Arms, compile_step, init_state
-from jsublim.distill.trainer import stack_teachers
+from jsublim.distill.step import compile_step, init_state
+from jsublim.distill.trainer import numbers_of, stack_teachers
 from jsublim.errors import UsageError
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, parameter_count
@@ -43,9 +42,7 @@ def abstract_step(
     def repeat(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((arms, *leaf.shape), leaf.dtype)
 
-    numbers = jax.eval_shape(
-        lambda: Arms(*(jnp.zeros(arms, kind) for kind in ("float32", "int32", "float32", "float32")))
-    )
+    numbers = jax.eval_shape(lambda: numbers_of([arm] * arms))
     teacher = jax.eval_shape(lambda adapter: stack_teachers([adapter] * arms), arm.teacher)
     batches = jax.tree.map(repeat, batch)
     if layout.mode == "pmap":

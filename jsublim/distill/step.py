@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import chex
@@ -51,12 +51,18 @@ class Program:
 @dataclass(frozen=True)
 class Arms:
     """The numbers of the arms, `[A]` each: highest learning rate, length of the schedule in steps (int32), factor of the
-    loss, and coefficient of the KL to the base."""
+    loss, coefficient of the KL to the base, and the share of that coefficient that is left at the end."""
 
     lr: Array
     steps: Array
     weight: Array
     kl_to_base: Array
+    kl_end: Array
+
+    def at(self, step: Array) -> Arms:
+        """The same with the coefficient of that step (int32 scalar)."""
+        done = jnp.clip(step / jnp.maximum(self.steps, 1), 0.0, 1.0)
+        return replace(self, kl_to_base=self.kl_to_base * (1.0 - (1.0 - self.kl_end) * done))
 
 
 @jax.tree_util.register_dataclass
@@ -194,7 +200,9 @@ def train_step(
     chex.assert_rank([batch["tokens"], batch["weights"]], 4)
     chex.assert_type([batch["tokens"], batch["weights"]], [int, float])
     gradient = functools.partial(loss_and_gradient, config, params, program=program, arms=A, axis=axis)
-    loss, grads = jax.vmap(gradient, (arm_axes(state.adapter), 0, 0, 0))(state.adapter, teacher, arms, batch)
+    loss, grads = jax.vmap(gradient, (arm_axes(state.adapter), 0, 0, 0))(
+        state.adapter, teacher, arms.at(state.step), batch
+    )
     optimizer = program.optimizer
     rate_A = learning_rate(optimizer.schedule, optimizer.restarts, state.step, arms.lr, program.warmup, arms.steps)
 

@@ -104,17 +104,17 @@ def _placed(
     """What a step takes beside the batch, on its devices: the base, the arms' first state, numbers and teachers."""
     params = layout.place(params, layout.params_sharding(config))
     state = init_state(stack_arms([arm.adapter for arm in arms]), settings.program.optimizer)
-    rest = state, _numbers(arms), stack_teachers([arm.teacher for arm in arms])
+    rest = state, numbers_of(arms), stack_teachers([arm.teacher for arm in arms])
     return params, *(layout.place(tree, layout.state_sharding(tree)) for tree in rest)
 
 
-def _numbers(arms: Sequence[Arm]) -> Arms:
+def numbers_of(arms: Sequence[Arm]) -> Arms:
     """The arms' numbers as arrays `[A]`."""
 
     def column(name: str, kind: Any = np.float32) -> Any:
         return np.asarray([getattr(arm, name) for arm in arms], kind)
 
-    return Arms(column("lr"), column("steps", np.int32), column("weight"), column("kl_to_base"))
+    return Arms(column("lr"), column("steps", np.int32), column("weight"), column("kl_to_base"), column("kl_end"))
 
 
 def stack_teachers(teachers: Sequence[Adapter | None]) -> Adapter | None:

@@ -266,6 +266,7 @@ def make_arm(
         drawn.steps,
         loss.weight,
         loss.kl_to_base,
+        loss.kl_end,
         live.adapter if live else None,
         rollout,
     )

@@ -173,6 +173,7 @@ OTHER: dict[str, Any] = {
     "students.loss.targets": ("answers", STORED),
     "students.loss.weight": 2.0,
     "students.loss.kl_to_base": 0.5,
+    "students.loss.kl_end": (0.0, {"students.loss.kl_to_base": 0.5}),
     "students.adapter.method": "full",
     "students.adapter.rank": 3,
     "students.adapter.alpha": 3.0,
