@@ -157,12 +157,15 @@ class StudentAdapter(Section):
     """With full: what is trained beside the layers."""
     init: Annotated[Place | None, CONTENT] = None
     """An adapter to start from: a folder, or owner/name of the hub; it brings its own rank, layers and projections."""
+    noise: Annotated[float, Field(ge=0), RESULT, LATER] = 0.0
+    """Gaussian noise on what was trained, once training is over: its size as a share of each array's root mean square. A defence."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> StudentAdapter:
         # A resolved config says every field: what stands at its default was not asked for.
         fields = type(self).model_fields
         said = [name for name in sorted(fields) if getattr(self, name) != fields[name].default]
+        said = [name for name in said if name != "noise"]
         if self.init is not None and said != ["init"]:
             said.remove("init")
             raise ValueError(f"init brings its own {', '.join(said)}; leave them out")

@@ -27,6 +27,7 @@ class Arm:
       lr: the highest learning rate of its schedule; steps: the schedule's length.
       weight: factor of its loss; kl_to_base: coefficient of its KL to the base, where the program has that; kl_end: the share
         of it that is left at the end.
+      noise: size of what is added to each trained array at the end, as `lora.with_noise` takes it.
       teacher: the adapter of its live teacher, where that has one.
       rollout: makes an on-policy arm's rows.
     """
@@ -40,6 +41,7 @@ class Arm:
     weight: float = 1.0
     kl_to_base: float = 0.0
     kl_end: float = 1.0
+    noise: float = 0.0
     teacher: Adapter | None = None
     rollout: Rollout | None = None
 

@@ -27,7 +27,7 @@ from jsublim.files import damaged_name, naming
 from jsublim.inference.batching import TRAINING_STEP, chunks, fill, pad_tokens, round_up
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, hidden_below
-from jsublim.models.lora import Adapter, OneLayer, adapter_of, stack_adapters, stack_arms, unstack_arms
+from jsublim.models.lora import Adapter, OneLayer, adapter_of, stack_adapters, stack_arms, unstack_arms, with_noise
 from jsublim.parallel import ROWS, WHOLE, Layout
 from jsublim.processes import Preempted, everywhere, leaving, on_main_process
 
@@ -95,7 +95,8 @@ def train(
                     raise Preempted(f"{work}: stopped by SIGTERM after step {step}; the same command continues there")
         with naming(work / "state"):
             saved.wait_until_finished()
-    return unstack_arms(layout.host(state.adapter), [arm.adapter for arm in arms])
+    trained = unstack_arms(layout.host(state.adapter), [arm.adapter for arm in arms])
+    return [with_noise(own, arm.noise, arm.seed) for arm, own in zip(arms, trained, strict=True)]
 
 
 def _placed(

@@ -272,6 +272,24 @@ def bind(params: dict[str, Any], adapter: AnyAdapter | None) -> tuple[dict[str, 
     return params | ends, replace(adapter, ends={})
 
 
+def with_noise(adapter: Adapter, size: float, seed: int) -> Adapter:
+    """The adapter with Gaussian noise on everything that it trains.
+
+    Args:
+      size: the noise's standard deviation, as a share of the root mean square of the array (of all its layers) that it is
+        added to. An array of zeros stays one.
+    """
+    if not size:
+        return adapter
+    leaves, structure = jax.tree.flatten(adapter.trainable)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+
+    def noisy(x: Array, key: Array) -> Array:
+        return x + size * jnp.sqrt(jnp.mean(jnp.square(x))) * jax.random.normal(key, x.shape, x.dtype)
+
+    return adapter.with_trainable(jax.tree.unflatten(structure, map(noisy, leaves, keys)))
+
+
 def merge_full(params: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
     """The base with an adapter's fully trained parts written into it: an ordinary set of parameters."""
     params, _ = bind(params, adapter)

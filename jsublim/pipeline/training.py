@@ -267,6 +267,7 @@ def make_arm(
         loss.weight,
         loss.kl_to_base,
         loss.kl_end,
+        students.adapter.noise,
         live.adapter if live else None,
         rollout,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 from engine import CONFIG, arm_of, largest_difference, params_of, stacked, student
@@ -13,6 +14,7 @@ from jsublim.distill.losses import Loss
 from jsublim.distill.optimizer import Optimizer
 from jsublim.distill.step import Program
 from jsublim.distill.trainer import train
+from jsublim.models.lora import with_noise
 
 SGD = Optimizer("sgd", clip=0.0, schedule="constant")
 
@@ -45,3 +47,26 @@ def test_an_annealed_kl_is_the_constant_one_at_the_first_step_alone(tmp_path):
         # Of two steps, but an arm of one stands still after the first.
         ends[steps] = largest_difference(*trained(arms, tmp_path / str(steps), program))
     assert ends[1] == 0 and ends[2] > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "steering"])
+def test_noise_has_its_size_and_none_is_none(kind):
+    adapter = student(CONFIG, kind, 1)
+    assert with_noise(adapter, 0.0, 7) is adapter
+    noisy = with_noise(adapter, 0.5, 7)
+    for before, after in zip(jax.tree.leaves(adapter.trainable), jax.tree.leaves(noisy.trainable), strict=True):
+        root = np.sqrt(np.mean(np.square(before)))
+        share = np.std(np.asarray(after) - before) / root if root else 0.5 + np.abs(after).max()
+        assert share == pytest.approx(0.5, rel=0.4 if before.size < 100 else 0.15)
+    assert (
+        largest_difference(noisy, with_noise(adapter, 0.5, 7))
+        == 0
+        < largest_difference(noisy, with_noise(adapter, 0.5, 8))
+    )
+
+
+def test_a_student_is_trained_and_then_noisy(tmp_path):
+    arm = arm_of("steering", 2, adapter=student(CONFIG, "steering", 1))
+    arms = [arm, dataclasses.replace(arm, name="noisy", noise=0.3)]
+    plain, noisy = trained(arms, tmp_path)
+    assert largest_difference(with_noise(plain, 0.3, 2), noisy) < 1e-6 < largest_difference(plain, noisy)
