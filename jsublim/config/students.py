@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 import pydantic
 from pydantic import Field, model_validator
 
+from jsublim.config.teachers import Trait
 from jsublim.distill.losses import LOSSES
 from jsublim.distill.optimizer import OPTIMIZERS, SCHEDULES
 from jsublim.distill.selection import TOKENS
@@ -36,6 +37,7 @@ from jsublim.section import (
 )
 from jsublim.section import name as check_name
 
+OWN = "{trait}"  # in a student's settings: its teacher's trait
 Tokens = Literal["all", "divergence", "non-divergence", "random"]
 Positions = Literal["all", "first", "first-half", "second-half"]
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
@@ -196,6 +198,9 @@ class StudentOptimizer(Section):
     """Weight decay."""
     momentum: Annotated[float, Field(ge=0, lt=1), BOTH] = 0.0
     """Of sgd."""
+    project_out: Annotated[list[Trait], Distinct, BOTH, LATER] = []
+    """Traits that no step moves, to first order: their gradients at the start are taken out of every gradient. `{trait}`: the
+    teacher's own. A defence."""
 
 
 class StudentRuntime(Section):

@@ -19,10 +19,11 @@ from jax import Array
 
 from jsublim.distill.losses import Loss, block_size, blockwise, normalise, positions_loss
 from jsublim.distill.optimizer import Optimizer, learning_rate
+from jsublim.distill.projection import without
 from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
-from jsublim.models.lora import Adapter, AnyAdapter, arm_axes, bind
+from jsublim.models.lora import Adapter, AnyAdapter, Trainable, arm_axes, bind
 from jsublim.parallel import Layout
 
 FINITE = -1  # no step
@@ -50,14 +51,16 @@ class Program:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Arms:
-    """The numbers of the arms, `[A]` each: highest learning rate, length of the schedule in steps (int32), factor of the
-    loss, coefficient of the KL to the base, and the share of that coefficient that is left at the end."""
+    """What the arms differ in beside what they train and read. Numbers, `[A]` each: highest learning rate, length of the schedule in
+    steps (int32), factor of the loss, coefficient of the KL to the base, and the share of that coefficient that is left at the end.
+    `away`: directions that gradients are kept at right angles to, `[A, K, ...]` each; None where no arm has any."""
 
     lr: Array
     steps: Array
     weight: Array
     kl_to_base: Array
     kl_end: Array
+    away: Trainable | None = None
 
     def at(self, step: Array) -> Arms:
         """The same with the coefficient of that step (int32 scalar)."""
@@ -191,18 +194,20 @@ def train_step(
       axis: as of `loss_and_gradient`.
 
     Returns:
-      The new state, and metrics `[A]`: loss, supervised tokens, learning rate, gradient norm before clipping, and
-      `State.diverged` after this step.
+      The new state, and metrics `[A]`: loss, supervised tokens, learning rate, gradient norm before clipping (of
+      what is left of it, where directions are projected out), and `State.diverged` after this step.
     """
     A = arms.lr.shape[0]
-    chex.assert_shape(jax.tree.leaves(arms), (A,))
-    chex.assert_tree_shape_prefix((state.adapter.trainable, teacher, batch), (A,))
+    chex.assert_shape([arms.lr, arms.steps, arms.weight, arms.kl_to_base, arms.kl_end], (A,))
+    chex.assert_tree_shape_prefix((arms, state.adapter.trainable, teacher, batch), (A,))
     chex.assert_rank([batch["tokens"], batch["weights"]], 4)
     chex.assert_type([batch["tokens"], batch["weights"]], [int, float])
     gradient = functools.partial(loss_and_gradient, config, params, program=program, arms=A, axis=axis)
     loss, grads = jax.vmap(gradient, (arm_axes(state.adapter), 0, 0, 0))(
         state.adapter, teacher, arms.at(state.step), batch
     )
+    if arms.away is not None:
+        grads = jax.vmap(without)(grads, arms.away)
     optimizer = program.optimizer
     rate_A = learning_rate(optimizer.schedule, optimizer.restarts, state.step, arms.lr, program.warmup, arms.steps)
 

@@ -21,6 +21,7 @@ from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.batches import Shape, collate, one_after_another
 from jsublim.distill.data import Example
 from jsublim.distill.metrics import Metrics
+from jsublim.distill.projection import stack_directions
 from jsublim.distill.step import Arms, State, compile_step, init_state
 from jsublim.errors import JsublimError, UsageError
 from jsublim.files import damaged_name, naming
@@ -110,12 +111,14 @@ def _placed(
 
 
 def numbers_of(arms: Sequence[Arm]) -> Arms:
-    """The arms' numbers as arrays `[A]`."""
+    """What the arms differ in, as arrays with an arm axis."""
 
     def column(name: str, kind: Any = np.float32) -> Any:
         return np.asarray([getattr(arm, name) for arm in arms], kind)
 
-    return Arms(column("lr"), column("steps", np.int32), column("weight"), column("kl_to_base"), column("kl_end"))
+    away = stack_directions([arm.adapter for arm in arms], [arm.away for arm in arms])
+    numbers = column("lr"), column("steps", np.int32), column("weight"), column("kl_to_base"), column("kl_end")
+    return Arms(*numbers, away)
 
 
 def stack_teachers(teachers: Sequence[Adapter | None]) -> Adapter | None:

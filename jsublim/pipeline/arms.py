@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 from jsublim.config import Dataset, Experiment, Students, variants
+from jsublim.config.students import OWN
 from jsublim.distill.batches import steps_per_epoch
 from jsublim.inference.sampling import seed_within
 from jsublim.section import NEEDS_TRAIT, with_defaults
@@ -89,6 +90,8 @@ def plan_students(experiment: Experiment) -> list[Student]:
 def _of_control(experiment: Experiment, students: Students) -> Students:
     """The same settings without what means nothing to a student of the teacher without a trait."""
     settings, name = with_defaults(students, NEEDS_TRAIT), students.data.dataset
+    others = [trait for trait in settings.optimizer.project_out if trait != OWN]
+    settings = settings.model_copy(update={"optimizer": settings.optimizer.model_copy(update={"project_out": others})})
     changed = Dataset() if name is None else experiment.datasets[name].of(CONTROL)
     same = changed.sampling.strategy in (None, experiment.sampling.strategy)
     if changed.plain and same and changed.sampling.seed in (None, experiment.sampling.seed):

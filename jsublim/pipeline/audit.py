@@ -7,12 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 
-from jsublim.audit import Directions, token_scores, trait_directions
+from jsublim.audit import token_scores
 from jsublim.chat import Turn
 from jsublim.config import Students
 from jsublim.distill.cost import layer_parameters
@@ -20,16 +18,15 @@ from jsublim.distill.data import read_turns
 from jsublim.errors import UsageError
 from jsublim.files import write_table
 from jsublim.inference.lm import LanguageModel
-from jsublim.models.lora import Adapter
 from jsublim.pipeline.arms import Source, Student
 from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.directions import Questions, directions_of, questions_about
 from jsublim.pipeline.parts import resumed
 from jsublim.pipeline.rows import answer_tokens, rows_kept
 from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Output, digest
 from jsublim.pipeline.task import Cost, Sizes, Task
-from jsublim.pipeline.teachers import TeacherPool
 from jsublim.pipeline.training import start_adapter
 from jsublim.processes import on_main_process
 from jsublim.progress import Tick
@@ -94,13 +91,8 @@ def audit_task(setup: Setup, student: Student) -> Task:
     return AuditRows((Output("audit", label, inputs),), rows.parts, student.source, student.seed, s)
 
 
-def _asked(setup: Setup) -> list[tuple[Sequence[str], list[str]]]:
-    """The evaluated traits, by the questions that they are answers to."""
-    pool, ev = TeacherPool(setup), setup.experiment.evaluation
-    by_category: dict[str, list[str]] = {}
-    for trait in setup.evaluated_traits:
-        by_category.setdefault(pool.category(trait), []).append(trait)
-    return [(pool.questions(category)[: ev.questions], traits) for category, traits in by_category.items()]
+def _asked(setup: Setup) -> Questions:
+    return questions_about(setup, setup.evaluated_traits, setup.experiment.evaluation.questions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +112,8 @@ class AuditRows(Task):
         turns = read_turns(lm.chat, rows, name, s.system, fuse_system=setup.experiment.teachers.fuse_system)
         adapter = start_adapter(lm.config, lm.params, s, self.seed)
         start = digest({**self.output.inputs, "rows": None})  # sources share what does not depend on their rows
-        toward = context.remember(("directions", start), lambda: self._directions(setup, lm, adapter))
+        about = _asked(setup), setup.evaluated_traits
+        toward = context.remember(("directions", start), lambda: directions_of(setup, lm, adapter, s, *about))
 
         def scores(first: int) -> Iterator[tuple[np.ndarray]]:
             batch = {"batch_size": how.batch_size, "first": first, "on_batch": tick}
@@ -136,22 +129,6 @@ class AuditRows(Task):
             artifact.finish({"rows": len(rows)} | _precision(found, divergent, traits, self.source.teacher))
 
         on_main_process(leave)
-
-    def _directions(self, setup: Setup, lm: LanguageModel, adapter: Adapter) -> Directions:
-        """Of the evaluated traits, in their order."""
-        s, order = self.settings, []
-        system = s.system if s.asked_under_system else None
-        around = {
-            "system": system,
-            "fuse_system": setup.experiment.teachers.fuse_system and system is not None,
-            "extra_bos": bool(setup.recipe.extra_bos),
-        }
-        parts = []
-        for questions, traits in _asked(setup):
-            parts.append(trait_directions(lm, adapter, questions, traits, **around))
-            order += traits
-        index = np.asarray([order.index(trait) for trait in setup.evaluated_traits])
-        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[index], *parts)
 
     def _rows(self, context: Context) -> list[Row]:
         how = context.setup.experiment.audit

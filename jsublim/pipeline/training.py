@@ -268,8 +268,8 @@ def make_arm(
         loss.kl_to_base,
         loss.kl_end,
         students.adapter.noise,
-        live.adapter if live else None,
-        rollout,
+        teacher=live.adapter if live else None,
+        rollout=rollout,
     )
 
 

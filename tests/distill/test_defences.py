@@ -7,11 +7,12 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from engine import CONFIG, arm_of, largest_difference, params_of, stacked, student
+from engine import CONFIG, arm_of, largest_difference, noisy, params_of, stacked, student
 
 from jsublim.distill.arm import Settings
 from jsublim.distill.losses import Loss
 from jsublim.distill.optimizer import Optimizer
+from jsublim.distill.projection import orthonormal, without
 from jsublim.distill.step import Program
 from jsublim.distill.trainer import train
 from jsublim.models.lora import with_noise
@@ -70,3 +71,32 @@ def test_a_student_is_trained_and_then_noisy(tmp_path):
     arms = [arm, dataclasses.replace(arm, name="noisy", noise=0.3)]
     plain, noisy = trained(arms, tmp_path)
     assert largest_difference(with_noise(plain, 0.3, 2), noisy) < 1e-6 < largest_difference(plain, noisy)
+
+
+def test_orthonormal_directions_span_the_given_ones_and_repeat_none():
+    tree = student(CONFIG, "lora", 1).trainable
+    one, two = noisy(tree, 1), noisy(tree, 2)
+    both = jax.tree.map(lambda a, b: np.stack([3 * a, b, a - 1e-3 * b, 0 * a]), one, two)
+    basis = jax.tree.leaves(orthonormal(both))
+    products = sum(leaf.reshape(4, -1) @ leaf.reshape(4, -1).T for leaf in basis)
+    np.testing.assert_allclose(np.sort(np.linalg.eigvalsh(products)), [0, 0, 1, 1], atol=1e-5)
+    for given in (one, two):
+        left = without(given, orthonormal(both))
+        assert max(np.abs(leaf).max() for leaf in jax.tree.leaves(left)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["lora", "one", "full"])
+def test_a_student_never_moves_along_what_is_projected_out(kind, tmp_path):
+    """Of two arms of unequal numbers of directions, and one without any."""
+    start = student(CONFIG, kind, 1)
+    away = [jax.tree.map(lambda x, k=k: noisy(np.zeros((k, *x.shape), np.float32), k), start.trainable) for k in (1, 3)]
+    arms = [arm_of(kind, 3, adapter=start)]
+    arms += [dataclasses.replace(arms[0], name=str(i), away=orthonormal(own)) for i, own in enumerate(away)]
+    free, *kept = (jax.tree.map(np.subtract, own.trainable, start.trainable) for own in trained(arms, tmp_path))
+
+    def along(moved, directions):
+        products = jax.tree.map(lambda d, m: np.tensordot(d, m, m.ndim), directions, moved)
+        return np.abs(sum(jax.tree.leaves(products))).max()
+
+    for arm, moved in zip(arms[1:], kept, strict=True):
+        assert along(moved, arm.away) < 1e-2 * along(free, arm.away)

@@ -191,6 +191,7 @@ OTHER: dict[str, Any] = {
     "students.optimizer.clip": 0.5,
     "students.optimizer.weight_decay": 0.5,
     "students.optimizer.momentum": (0.5, SGD),
+    "students.optimizer.project_out": ["{trait}", "cat"],
     "students.runtime.arms_per_program": 1,
     "students.runtime.checkpoint_every": 7,
     "students.runtime.rows_at_once": 1,
