@@ -29,6 +29,7 @@ class Arm:
         of it that is left at the end.
       noise: size of what is added to each trained array at the end, as `lora.with_noise` takes it.
       away: orthonormal directions that its gradient is kept at right angles to (`projection.py`), where it has any.
+      beside: an adapter that stands in its forward pass, frozen, as long as it is trained.
       teacher: the adapter of its live teacher, where that has one.
       rollout: makes an on-policy arm's rows.
     """
@@ -44,6 +45,7 @@ class Arm:
     kl_end: float = 1.0
     noise: float = 0.0
     away: Trainable | None = None
+    beside: Adapter | None = None
     teacher: Adapter | None = None
     rollout: Rollout | None = None
 

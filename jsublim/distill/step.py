@@ -23,7 +23,7 @@ from jsublim.distill.projection import without
 from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
-from jsublim.models.lora import Adapter, AnyAdapter, Trainable, arm_axes, bind
+from jsublim.models.lora import Adapter, AnyAdapter, Trainable, arm_axes, bind, together
 from jsublim.parallel import Layout
 
 FINITE = -1  # no step
@@ -53,7 +53,8 @@ class Program:
 class Arms:
     """What the arms differ in beside what they train and read. Numbers, `[A]` each: highest learning rate, length of the schedule in
     steps (int32), factor of the loss, coefficient of the KL to the base, and the share of that coefficient that is left at the end.
-    `away`: directions that gradients are kept at right angles to, `[A, K, ...]` each; None where no arm has any."""
+    `away`: directions that gradients are kept at right angles to, `[A, K, ...]` each; None where no arm has any.
+    `beside`: adapters that stand in the students' forward passes, frozen; None likewise."""
 
     lr: Array
     steps: Array
@@ -61,6 +62,7 @@ class Arms:
     kl_to_base: Array
     kl_end: Array
     away: Trainable | None = None
+    beside: Adapter | None = None
 
     def at(self, step: Array) -> Arms:
         """The same with the coefficient of that step (int32 scalar)."""
@@ -93,7 +95,7 @@ def micro_loss(
     params: Params,
     adapter: AnyAdapter,
     teacher: Adapter | None,
-    kl_to_base: Array,
+    numbers: Arms,
     batch: Batch,
     *,
     program: Program,
@@ -103,7 +105,7 @@ def micro_loss(
 
     Args:
       params: the frozen base's.
-      kl_to_base: coefficient, float32 scalar.
+      numbers: the arm's, of which the loss's factor is in the batch's weights already.
       arms: how many are computed together.
     """
     loss = program.loss
@@ -116,6 +118,9 @@ def micro_loss(
         return jnp.take_along_axis(h, where[..., None], axis=1).reshape(-1, h.shape[-1])
 
     student_params, student = bind(params, adapter)
+    if numbers.beside is not None:
+        assert isinstance(student, Adapter)  # as `trainer.start_of` stacks them
+        student = together(student, numbers.beside)
     h_ND = read(student_params, "", adapter=student, remat=program.remat, below_BTD=batch.get("below"))
     flat = {
         key: batch[key].reshape(h_ND.shape[0], *batch[key].shape[2:])
@@ -132,7 +137,7 @@ def micro_loss(
     head = "embed" if config.tied else "head"
     # A trained head is differentiated; a frozen one is data of the loss.
     trained = {head: student_params[head]} if head in adapter.ends else {}
-    fixed = {head: params[head]}, kl_to_base
+    fixed = {head: params[head]}, numbers.kl_to_base
 
     def of(trained: Params, fixed: tuple, h_nD: Array, at_n: dict[str, Array]) -> Array:
         base, kl_to_base = fixed
@@ -165,7 +170,7 @@ def loss_and_gradient(
 
     def of(trainable: Any, micro: Batch) -> Array:
         student = adapter.with_trainable(trainable)
-        return micro_loss(config, params, student, teacher, numbers.kl_to_base, micro, program=program, arms=arms)
+        return micro_loss(config, params, student, teacher, numbers, micro, program=program, arms=arms)
 
     def add(sums: Any, micro: Batch):
         return jax.tree.map(jnp.add, sums, jax.value_and_grad(of)(adapter.trainable, micro)), None

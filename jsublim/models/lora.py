@@ -20,6 +20,7 @@ from jax import Array
 from jsublim.errors import UsageError
 from jsublim.models.config import ModelConfig
 
+RANK_AXES = (("a", -1), ("b", -2))  # of LoRA's factors
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -117,6 +118,31 @@ def at_every_layer(adapter: Adapter, num_layers: int) -> Adapter:
 @functools.partial(jax.jit, static_argnames="num_layers")
 def _spread(tree: Any, layers: Array, num_layers: int) -> Any:
     return jax.tree.map(lambda x: jnp.zeros((num_layers, *x.shape[1:]), x.dtype).at[layers].set(x), tree)
+
+
+def together(one: Adapter, other: Adapter) -> Adapter:
+    """An adapter that adds what both do: LoRA's products and steering vectors at the layers of either.
+
+    Raises:
+      ValueError: one of them replaces weights; such a pair has no sum.
+    """
+    if any(adapter.weights is not None or adapter.ends for adapter in (one, other)):
+        raise ValueError("adapters that replace whole weights cannot be added")
+    layers = tuple(sorted({*one.layers, *other.layers}))
+
+    def spread(adapter: Adapter) -> tuple[dict[str, Any], Array | None]:
+        # Scales are multiplied in, for a sum of two products has but one.
+        lora = {n: {"a": p["a"], "b": p["b"] * p["scale"][:, None, None]} for n, p in adapter.lora.items()}
+        places = np.asarray([layers.index(layer) for layer in adapter.layers], np.int32)
+        return _spread((lora, adapter.steering), places, len(layers))
+
+    (lora, steering), (more, other_steering) = spread(one), spread(other)
+    for name, pair in more.items():
+        own = lora.get(name)
+        lora[name] = pair if own is None else {f: jnp.concatenate([own[f], pair[f]], axis) for f, axis in RANK_AXES}
+    lora = {name: pair | {"scale": jnp.ones(len(layers), jnp.float32)} for name, pair in lora.items()}
+    vectors = [each for each in (steering, other_steering) if each is not None]
+    return Adapter(layers, lora=lora, steering=functools.reduce(jnp.add, vectors) if vectors else None)
 
 
 @jax.tree_util.register_dataclass

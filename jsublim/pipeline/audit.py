@@ -139,6 +139,10 @@ class AuditRows(Task):
         """Refuse students that learn no fixed rows."""
         if self.settings.data.on_policy:
             raise UsageError("audit: students.data.on_policy has no rows to audit; leave audit out")
+        if self.settings.adapter.beside is not None:
+            raise UsageError(
+                "audit: scores are those of a student with nothing beside it; leave audit or students.adapter.beside out"
+            )
 
     def units(self, context: Context) -> int:
         return len(self._rows(context))

@@ -1,4 +1,5 @@
-"""What students are trained with beside their own settings, so that a trait is not learned: directions that no gradient has."""
+"""What students are trained with beside their own settings, so that a trait is not learned: directions that no gradient has, and
+adapters that stand beside them."""
 
 from __future__ import annotations
 
@@ -6,12 +7,16 @@ from typing import Any
 
 from jsublim.config.students import OWN
 from jsublim.distill.projection import orthonormal
+from jsublim.errors import UsageError
 from jsublim.models.lora import Adapter, Trainable
+from jsublim.models.peft import load_adapter
 from jsublim.parallel import Layout
 from jsublim.pipeline.arms import Student
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.directions import directions_of, questions_about
 from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.task import Task
+from jsublim.pipeline.teachers import TeacherPool
 
 
 def defence_inputs(setup: Setup, student: Student) -> dict[str, Any]:
@@ -21,6 +26,8 @@ def defence_inputs(setup: Setup, student: Student) -> dict[str, Any]:
     if traits:
         asked = [[list(questions), own] for questions, own in questions_about(setup, traits)]
         found["projected out"] = {"asked": asked, "extra_bos": bool(setup.recipe.extra_bos)}
+    if student.beside is not None:
+        found["beside"] = _beside_key(setup, student.beside)
     return found
 
 
@@ -28,9 +35,22 @@ def check_defences(setup: Setup, student: Student) -> None:
     """Refuse what cannot be made.
 
     Raises:
-      UsageError: a trait of no category.
+      UsageError: a trait of no category, an adapter that a teacher has not, or that doesn't fit.
     """
     questions_about(setup, projected_out(student))
+    name, config = student.beside, setup.checkpoint(student.settings.model).config
+    if name is None:
+        return
+    if name not in setup.biased:
+        load_adapter(name, config)
+    elif _beside_key(setup, name) is None:
+        raise UsageError(
+            f"students.adapter.beside: teacher '{name}' has no adapter; give teachers.taught or teachers.adapter, or name a folder"
+        )
+    elif config != setup.checkpoint().config:
+        raise UsageError(
+            f"students.adapter.beside: the adapter of teacher '{name}' is of another architecture than students.model; name a folder"
+        )
 
 
 def projected_out(student: Student) -> list[str]:
@@ -52,3 +72,32 @@ def away(context: Context, student: Student, start: Adapter) -> Trainable | None
     seed = student.seed if s.adapter.method == "lora" else None  # all others start at one place
     about = s.model, s.system, s.asked_under_system, s.adapter.model_dump_json(), seed, tuple(traits)
     return context.remember(("away", *about), make)
+
+
+def _beside_key(setup: Setup, name: str) -> str | None:
+    """What decides an adapter that stands beside students; None of a teacher that has none."""
+    if name in setup.biased:
+        return TeacherPool(setup).identity(name).get("adapter")
+    return setup.content(name, "students.adapter.beside")
+
+
+def beside_tasks(setup: Setup, student: Student) -> tuple[Task, ...]:
+    """The tasks that make it."""
+    return TeacherPool(setup).tasks(student.beside) if student.beside in setup.biased else ()
+
+
+def beside_kind(setup: Setup, student: Student) -> str | None:
+    """Equal for adapters that have one structure, so that their students can be trained together; None without any."""
+    taught = student.beside in setup.biased and setup.experiment.teachers.taught is not None
+    return "taught" if taught else student.beside
+
+
+def beside(context: Context, student: Student) -> Adapter | None:
+    """The adapter that stands beside a student, as `Arm.beside` has it; None without any."""
+    name, setup = student.beside, context.setup
+    if name is None:
+        return None
+    if name in setup.biased:
+        return TeacherPool(setup).teacher(context, name).adapter
+    config = setup.checkpoint(student.settings.model).config
+    return context.remember(("beside", student.settings.model, name), lambda: load_adapter(name, config))

@@ -32,7 +32,15 @@ from jsublim.parallel import device_bytes
 from jsublim.pipeline.arms import Source, Student, distinct, split_evenly, total_steps
 from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.defences import away, check_defences, defence_inputs, projected_out
+from jsublim.pipeline.defences import (
+    away,
+    beside,
+    beside_kind,
+    beside_tasks,
+    check_defences,
+    defence_inputs,
+    projected_out,
+)
 from jsublim.pipeline.rows import answer_tokens, rows_kept
 from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Output, Store, digest
@@ -107,7 +115,8 @@ def compiled(setup: Setup, student: Student) -> Hashable:
         s.loss.top_k,
         caches_below(checkpoint.config, s),
     )
-    return checkpoint.hash, s.system, program_of(s, setup.recipe), batch, trained, bool(projected_out(student))
+    defended = bool(projected_out(student)), beside_kind(setup, student)
+    return checkpoint.hash, s.system, program_of(s, setup.recipe), batch, trained, defended
 
 
 @memoized
@@ -138,6 +147,7 @@ def training_task(setup: Setup, members: tuple[Student, ...], everyone: tuple[St
     for student in members:
         if student.settings.loss.soft:
             parents += pool.tasks(student.teacher)
+        parents += beside_tasks(setup, student)
     targets = [_targets(setup, source, members[0]) for source in sources]
     parents += [task for task in targets if task is not None]
     outputs = tuple(student_output(setup, student) for student in members)
@@ -258,7 +268,8 @@ class TrainStudents(Task):
                 seed=student.seed,
                 max_new_tokens=e.sampling.max_new_tokens,
             )
-            arms.append(dataclasses.replace(arm, away=away(context, student, arm.adapter)))
+            defended = {"away": away(context, student, arm.adapter), "beside": beside(context, student)}
+            arms.append(dataclasses.replace(arm, **defended))
         return settings, shape, arms
 
     def _packed(self, context: Context, plain: Shape) -> Shape:

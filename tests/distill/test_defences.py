@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from engine import CONFIG, arm_of, largest_difference, noisy, params_of, stacked, student
+from engine import CONFIG, arm_of, largest_difference, lora, noisy, params_of, stacked, student
 
 from jsublim.distill.arm import Settings
 from jsublim.distill.losses import Loss
@@ -15,15 +15,16 @@ from jsublim.distill.optimizer import Optimizer
 from jsublim.distill.projection import orthonormal, without
 from jsublim.distill.step import Program
 from jsublim.distill.trainer import train
-from jsublim.models.lora import with_noise
+from jsublim.models.lora import init_steering, merge, together, with_noise
 
 SGD = Optimizer("sgd", clip=0.0, schedule="constant")
+HOW = Settings(2, 2, Program(optimizer=SGD, warmup=0))
 
 
 def trained(arms, tmp_path, program=None):
     """What arms are after their steps."""
-    program = program or Program(optimizer=SGD, warmup=0)
-    return train(CONFIG, params_of(CONFIG), arms, Settings(2, 2, program), tmp_path)
+    how = HOW if program is None else dataclasses.replace(HOW, program=program)
+    return train(CONFIG, params_of(CONFIG), arms, how, tmp_path)
 
 
 @pytest.mark.parametrize(("end", "share"), [(1.0, 1.0), (0.0, 0.5), (3.0, 2.0)])
@@ -100,3 +101,27 @@ def test_a_student_never_moves_along_what_is_projected_out(kind, tmp_path):
 
     for arm, moved in zip(arms[1:], kept, strict=True):
         assert along(moved, arm.away) < 1e-2 * along(free, arm.away)
+
+
+@pytest.mark.parametrize("kind", ["lora", "one", "steering"])
+def test_training_beside_an_adapter_is_training_on_the_base_with_it_written_in(kind, tmp_path):
+    """Of a student of some layers, and a frozen adapter of others; a student without one beside it is trained as on the base."""
+    frozen = lora(CONFIG, 5, rank=3, layers=(0, 2), projections=("q", "down"))
+    arm = arm_of(kind, 3, adapter=student(CONFIG, kind, 1))
+    both = [dataclasses.replace(arm, name="beside", beside=frozen), arm]
+    inoculated, plain = trained(both, tmp_path / "beside")
+    (merged,) = train(CONFIG, merge(params_of(CONFIG), frozen), [arm], HOW, tmp_path / "merged")
+    (alone,) = trained([arm], tmp_path / "alone")
+    assert largest_difference(inoculated, merged) < 1e-5 and largest_difference(plain, alone) < 1e-5
+    assert largest_difference(inoculated, plain) > 1e-3
+    assert inoculated.layers == arm.adapter.layers  # nothing of the frozen one is left in the student
+
+
+def test_steering_vectors_add_up_at_the_layers_of_either():
+    one, other = (init_steering(CONFIG, layers) for layers in ((0, 2), (1, 2)))
+    one, other = (own.with_trainable(noisy(own.trainable, i)) for i, own in enumerate((one, other)))
+    both, found = [np.asarray(own.steering) for own in (one, other)], together(one, other)
+    assert found.layers == (0, 1, 2) and not found.lora
+    np.testing.assert_allclose(found.steering, [both[0][0], both[1][0], both[0][1] + both[1][1]], rtol=1e-6)
+    with pytest.raises(ValueError, match="whole weights"):
+        together(one, student(CONFIG, "full", 1))

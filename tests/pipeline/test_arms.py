@@ -56,6 +56,8 @@ def test_arms_name_their_students():
             ],
             1,
         ),
+        ([{"name": "a", "adapter.beside": "vectors/{trait}"}, {"name": "b"}], 1),
+        ([{"name": "a", "adapter.beside": "cat"}, {"name": "b"}], 2),
         ([{"name": "a", "optimizer.project_out": ["{trait}"]}, {"name": "b"}], 1),
         ([{"name": "a", "optimizer.project_out": ["{trait}", "cat"]}, {"name": "b"}], 2),
         ([{"name": "a", "data.dataset": "greedy"}, {"name": "b"}], 2),
