@@ -37,7 +37,6 @@ from jsublim.section import (
 )
 from jsublim.section import name as check_name
 
-OWN = "{trait}"  # in a student's settings: its teacher's trait
 Tokens = Literal["all", "divergence", "non-divergence", "random"]
 Positions = Literal["all", "first", "first-half", "second-half"]
 Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
 from jsublim.config import Dataset, Experiment, Students, variants
-from jsublim.config.students import OWN
 from jsublim.distill.batches import steps_per_epoch
 from jsublim.inference.sampling import seed_within
 from jsublim.section import NEEDS_TRAIT, with_defaults
-from jsublim.teachers import CONTROL
+from jsublim.teachers import CONTROL, OWN
 
 T = TypeVar("T")
 

@@ -13,7 +13,6 @@ import pyarrow as pa
 from jsublim.audit import token_scores
 from jsublim.chat import Turn
 from jsublim.config import Students
-from jsublim.distill.cost import layer_parameters
 from jsublim.distill.data import read_turns
 from jsublim.errors import UsageError
 from jsublim.files import write_table
@@ -21,9 +20,9 @@ from jsublim.inference.lm import LanguageModel
 from jsublim.pipeline.arms import Source, Student
 from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.directions import Questions, directions_of, questions_about
+from jsublim.pipeline.directions import Questions, directions_of, questions_about, scoring_cost, start_inputs
 from jsublim.pipeline.parts import resumed
-from jsublim.pipeline.rows import answer_tokens, rows_kept
+from jsublim.pipeline.rows import rows_kept
 from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Output, digest
 from jsublim.pipeline.task import Cost, Sizes, Task
@@ -71,21 +70,22 @@ def audits(setup: Setup) -> dict[tuple[Source, str], Task]:
 
 
 def audit_task(setup: Setup, student: Student) -> Task:
-    """The audit of a student's rows by what it trains, at its start."""
+    """The audit of a student's rows by what it trains, at its start.
+
+    Raises:
+      UsageError: a student with an adapter beside it.
+    """
+    if student.settings.adapter.beside is not None:
+        raise UsageError(
+            "audit: scores are those of a student with nothing beside it; leave audit or students.adapter.beside out"
+        )
     how, s, rows = setup.experiment.audit, student.settings, training_rows(setup, student.source)
     assert how is not None
     inputs = setup.common | {
         "rows": rows.key,
         "how": identity(how),
         "asked": [[list(questions), traits] for questions, traits in _asked(setup)],
-        "adapter": identity(s.adapter),
-        "seed": student.seed if s.adapter.method == "lora" and s.adapter.init is None else None,
-        "init": None if s.adapter.init is None else setup.content(s.adapter.init, "students.adapter.init"),
-        "student_model": None if s.model is None else setup.checkpoint(s.model).hash,
-        "system": s.system,
-        "asked_under_system": s.asked_under_system,
-        "fuse_system": setup.experiment.teachers.fuse_system if s.system is not None else None,
-        "extra_bos": bool(setup.recipe.extra_bos),
+        **start_inputs(setup, s, student.seed),
     }
     label = "/".join(filter(None, (student.source.name, student.arm)))
     return AuditRows((Output("audit", label, inputs),), rows.parts, student.source, student.seed, s)
@@ -139,23 +139,14 @@ class AuditRows(Task):
         """Refuse students that learn no fixed rows."""
         if self.settings.data.on_policy:
             raise UsageError("audit: students.data.on_policy has no rows to audit; leave audit out")
-        if self.settings.adapter.beside is not None:
-            raise UsageError(
-                "audit: scores are those of a student with nothing beside it; leave audit or students.adapter.beside out"
-            )
 
     def units(self, context: Context) -> int:
         return len(self._rows(context))
 
     def cost(self, setup: Setup, sizes: Sizes) -> Cost:
-        """Forwards, back, and twice as much again in the direction of each trait."""
-        how, long, traits = setup.experiment.audit, sizes.lengths, len(setup.evaluated_traits)
+        how = setup.experiment.audit
         assert how is not None
-        rows = min(how.rows, rows_kept(setup, sizes))
-        answer = answer_tokens(setup, sizes)
-        tokens = rows * (long.prompt + answer)
-        body = sizes.config.num_layers * layer_parameters(sizes.config)
-        return Cost(tokens, (6 + 4 * traits) * (body * tokens + sizes.table * rows * answer), "train")
+        return scoring_cost(setup, sizes, min(how.rows, rows_kept(setup, sizes)), len(setup.evaluated_traits))
 
 
 def _divergent(row: Row, tokens: int) -> np.ndarray | None:

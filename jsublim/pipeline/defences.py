@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from jsublim.config.students import OWN
 from jsublim.distill.projection import orthonormal
 from jsublim.errors import UsageError
 from jsublim.models.lora import Adapter, Trainable
@@ -13,10 +12,12 @@ from jsublim.models.peft import load_adapter
 from jsublim.parallel import Layout
 from jsublim.pipeline.arms import Student
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.directions import directions_of, questions_about
+from jsublim.pipeline.directions import directions_of, questions_about, start_inputs
 from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.store import digest
 from jsublim.pipeline.task import Task
 from jsublim.pipeline.teachers import TeacherPool
+from jsublim.teachers import OWN
 
 
 def defence_inputs(setup: Setup, student: Student) -> dict[str, Any]:
@@ -69,9 +70,8 @@ def away(context: Context, student: Student, start: Adapter) -> Trainable | None
         found = directions_of(setup, context.lm(s.model), start, s, questions_about(setup, traits), traits)
         return orthonormal(Layout.host(found))
 
-    seed = student.seed if s.adapter.method == "lora" else None  # all others start at one place
-    about = s.model, s.system, s.asked_under_system, s.adapter.model_dump_json(), seed, tuple(traits)
-    return context.remember(("away", *about), make)
+    about = digest({"traits": traits} | start_inputs(setup, s, student.seed))  # students of one start share them
+    return context.remember(("away", about), make)
 
 
 def _beside_key(setup: Setup, name: str) -> str | None:

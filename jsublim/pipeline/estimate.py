@@ -42,6 +42,7 @@ ORDER = (
     "teachers",
     "rows",
     "entangled",
+    "influence",
     "divergence",
     "datasets",
     "attribution",
