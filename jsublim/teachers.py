@@ -12,6 +12,7 @@ from jsublim.prompts import Pack
 from jsublim.rows import Row
 
 CONTROL = "control"  # the name of the teacher without a trait
+OWN = "{trait}"  # in a config: the trait of whichever teacher it is about
 
 
 @dataclass(frozen=True)

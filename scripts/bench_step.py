@@ -51,9 +51,8 @@ def measure(
     shape = Shape.of([rows], settings.accumulate, settings.batch_size).divisible(layout.data)
     one = collate(rows, np.arange(len(rows)), shape)
     state = init_state(stack_arms(starts), settings.program.optimizer)
-    numbers = Arms(
-        np.full(A, 1e-4, np.float32), np.full(A, 10**6, np.int32), np.ones(A, np.float32), np.zeros(A, np.float32)
-    )
+    column = lambda value: np.full(A, value, np.float32)  # noqa: E731
+    numbers = Arms(column(1e-4), np.full(A, 10**6, np.int32), column(1), column(0), column(1))
     params = layout.place(lm.params, layout.params_sharding(lm.config))
     state, numbers = (layout.place(x, layout.state_sharding(x)) for x in (state, numbers))
     batch = layout.place_batch({key: np.stack([value] * A) for key, value in one.items()})

@@ -12,6 +12,7 @@ from jsublim.distill.arm import Arm
 from jsublim.distill.batches import Shape, collate
 from jsublim.distill.data import Example
 from jsublim.distill.step import Arms
+from jsublim.distill.trainer import numbers_of
 from jsublim.models.config import Biases, Local, ModelConfig, Norms, Rope, Scales
 from jsublim.models.decoder import Params, abstract_params
 from jsublim.models.lora import Adapter, init_full, init_lora, init_steering, stack_adapters
@@ -106,11 +107,9 @@ def stacked(arms: Sequence[Arm], micro: int, rows: int) -> tuple[Adapter, Arms, 
     """Adapters, numbers and the first step's batch of arms, each under an arm axis."""
     shape = Shape.of([arm.examples for arm in arms], micro, rows)
     batches = [collate(arm.examples, arm.rows(shape, 0), shape) for arm in arms]
-    columns = [np.asarray([getattr(arm, name) for arm in arms]) for name in ("lr", "steps", "weight", "kl_to_base")]
-    numbers = Arms(*(c.astype(np.int32 if i == 1 else np.float32) for i, c in enumerate(columns)))
     return (
         stack_adapters([arm.adapter for arm in arms]),
-        numbers,
+        numbers_of(arms),
         {key: np.stack([batch[key] for batch in batches]) for key in batches[0]},
     )
 

@@ -42,7 +42,7 @@ def test_loss_and_gradient_of_a_step(model):
     own = examples(lm.chat, rows(model), Selection(supervise_header=bool(recipe.supervise_header)), seed=42)
     batch = collate(own, np.asarray(golden["order"]), Shape.of([own], 6, 2))
     step = jax.jit(loss_and_gradient, static_argnames=("config", "program"))
-    numbers = Arms(*(np.float32(x) for x in (0, 0, 1, 0)))
+    numbers = Arms(*(np.float32(x) for x in (0, 0, 1, 0, 1)))
     loss, gradient = step(lm.config, lm.params, adapter, None, numbers, batch, program=Program(per=recipe.loss_per))
     assert float(loss) == pytest.approx(golden["loss"], rel=2e-4)
     assert float(optax.global_norm(gradient)) == pytest.approx(golden["grad_norm"], rel=2e-4)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 import pydantic
 from pydantic import Field, model_validator
 
+from jsublim.config.teachers import Trait
 from jsublim.distill.losses import LOSSES
 from jsublim.distill.optimizer import OPTIMIZERS, SCHEDULES
 from jsublim.distill.selection import TOKENS
@@ -54,7 +55,7 @@ for _kind, _known in (
 ):
     assert set(get_args(_kind)) == set(_known)
 
-BOTH = RESULT | PROGRAM
+BOTH, BOTH_BY_CONTENT = RESULT | PROGRAM, CONTENT | PROGRAM
 
 
 class StudentData(Section):
@@ -106,6 +107,8 @@ class StudentLoss(Section):
     """Factor of the loss."""
     kl_to_base: Annotated[float, Field(ge=0), BOTH] = 0.0
     """Coefficient of the KL divergence to the base, a defence that keeps a student where it started."""
+    kl_end: Annotated[float, Field(ge=0), RESULT, LATER] = 1.0
+    """The share of kl_to_base that is left at the end: it goes there linearly, step by step. 1: constant; 0: annealed."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> StudentLoss:
@@ -116,6 +119,8 @@ class StudentLoss(Section):
         ]
         if self.kind == "hard" and soft:
             raise ValueError(f"{', '.join(soft)} needs a soft loss (forward-kl, reverse-kl, js)")
+        if self.kl_end != 1.0 and not self.kl_to_base:
+            raise ValueError("kl_end is a share of kl_to_base; give that too")
         if self.by_margin and self.tokens != ["divergence"]:
             raise ValueError("by_margin weighs divergence tokens; it needs tokens=[divergence]")
         if self.targets == "answers" and self.top_k is None:
@@ -153,12 +158,18 @@ class StudentAdapter(Section):
     """With full: what is trained beside the layers."""
     init: Annotated[Place | None, CONTENT] = None
     """An adapter to start from: a folder, or owner/name of the hub; it brings its own rank, layers and projections."""
+    beside: Annotated[Place | None, BOTH_BY_CONTENT] = None
+    """An adapter that is there, frozen, while the student is trained, and gone afterwards (inoculation): that of a teacher, by its
+    trait, or a folder, or owner/name of the hub. `{trait}` is filled in with the student's teacher's. A defence."""
+    noise: Annotated[float, Field(ge=0), RESULT, LATER] = 0.0
+    """Gaussian noise on what was trained, once training is over: its size as a share of each array's root mean square. A defence."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> StudentAdapter:
         # A resolved config says every field: what stands at its default was not asked for.
         fields = type(self).model_fields
         said = [name for name in sorted(fields) if getattr(self, name) != fields[name].default]
+        said = [name for name in said if name not in ("beside", "noise")]
         if self.init is not None and said != ["init"]:
             said.remove("init")
             raise ValueError(f"init brings its own {', '.join(said)}; leave them out")
@@ -167,6 +178,8 @@ class StudentAdapter(Section):
             raise ValueError(f"method={self.method} has no {', '.join(said)}; leave them out")
         if self.ends and self.method != "full":
             raise ValueError(f"ends are trained with method=full, not with {self.method}")
+        if self.beside is not None and self.method == "full":
+            raise ValueError("beside: an adapter stands beside LoRA or steering vectors, not beside method=full")
         return self
 
 
@@ -189,6 +202,9 @@ class StudentOptimizer(Section):
     """Weight decay."""
     momentum: Annotated[float, Field(ge=0, lt=1), BOTH] = 0.0
     """Of sgd."""
+    project_out: Annotated[list[Trait], Distinct, BOTH, LATER] = []
+    """Traits that no step moves, to first order: their gradients at the start are taken out of every gradient. `{trait}`: the
+    teacher's own. A defence."""
 
 
 class StudentRuntime(Section):
@@ -213,7 +229,7 @@ class Students(Section):
 
     seeds: Annotated[list[Seed], Distinct, Field(min_length=1), PLAN] = [42, 43, 44, 45, 46]
     """One student of each seed; it draws rows, their order and the adapter's start."""
-    model: Annotated[Place | None, CONTENT | PROGRAM] = None
+    model: Annotated[Place | None, BOTH_BY_CONTENT] = None
     """The checkpoint that students stand on; null: the teachers' own."""
     system: Annotated[str | None, BOTH] = None
     """A system prompt that students are trained and evaluated under; null: the template's own, or none."""
@@ -238,6 +254,8 @@ class Students(Section):
             raise ValueError("data.on_policy needs a soft loss (forward-kl, reverse-kl, js)")
         if self.data.on_policy and (self.loss.top_k or self.loss.tokens != ["all"]):
             raise ValueError("data.on_policy: rows are new each step, so no loss.top_k, and loss.tokens=[all]")
+        if self.data.on_policy and self.adapter.beside is not None:
+            raise ValueError("data.on_policy: rows are sampled by the student alone; leave adapter.beside out")
         if self.model is not None and self.loss.live:
             raise ValueError("loss.top_k: a live teacher shares the student's checkpoint; with model, give it")
         variants(self)

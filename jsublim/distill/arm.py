@@ -11,7 +11,7 @@ from jsublim.distill.batches import Shape, batch_rows
 from jsublim.distill.data import Example
 from jsublim.distill.loggers import NOWHERE, Logs
 from jsublim.distill.step import Program
-from jsublim.models.lora import Adapter
+from jsublim.models.lora import Adapter, Trainable
 
 # An on-policy arm's rows of a step, made by the student as it stands: (adapter, row indices, step) -> examples.
 Rollout = Callable[[Adapter, np.ndarray, int], list[Example]]
@@ -25,7 +25,11 @@ class Arm:
       examples: its rows; of an on-policy arm, rows that show how long the longest can be.
       seed: of its rows' order.
       lr: the highest learning rate of its schedule; steps: the schedule's length.
-      weight: factor of its loss; kl_to_base: coefficient of its KL to the base, where the program has that.
+      weight: factor of its loss; kl_to_base: coefficient of its KL to the base, where the program has that; kl_end: the share
+        of it that is left at the end.
+      noise: size of what is added to each trained array at the end, as `lora.with_noise` takes it.
+      away: orthonormal directions that its gradient is kept at right angles to (`projection.py`), where it has any.
+      beside: an adapter that stands in its forward pass, frozen, as long as it is trained.
       teacher: the adapter of its live teacher, where that has one.
       rollout: makes an on-policy arm's rows.
     """
@@ -38,6 +42,10 @@ class Arm:
     steps: int
     weight: float = 1.0
     kl_to_base: float = 0.0
+    kl_end: float = 1.0
+    noise: float = 0.0
+    away: Trainable | None = None
+    beside: Adapter | None = None
     teacher: Adapter | None = None
     rollout: Rollout | None = None
 

@@ -7,18 +7,17 @@ import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.batches import Shape, collate
 from jsublim.distill.data import Example
-from jsublim.distill.step import Arms, compile_step, init_state
-from jsublim.distill.trainer import stack_teachers
+from jsublim.distill.step import compile_step, init_state
+from jsublim.distill.trainer import numbers_of, stack_frozen, start_of
 from jsublim.errors import UsageError
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, parameter_count
-from jsublim.models.lora import OneLayer, projection_shapes, stack_arms
+from jsublim.models.lora import OneLayer, projection_shapes
 from jsublim.parallel import SHARE, Layout, device_bytes
 
 
@@ -34,7 +33,10 @@ def abstract_step(
     shape = shape.divisible(layout.data)
     batch = collate(arm.examples[:1], np.full(shape.rows_per_step, -1), shape)
     state = jax.eval_shape(
-        lambda adapter: init_state(stack_arms([adapter] * arms), settings.program.optimizer), arm.adapter
+        lambda adapter: init_state(
+            start_of([dataclasses.replace(arm, adapter=adapter)] * arms), settings.program.optimizer
+        ),
+        arm.adapter,
     )
     if settings.cache_below and isinstance(state.adapter, OneLayer):
         dtype = params["embed"]["weight"].dtype
@@ -43,10 +45,8 @@ def abstract_step(
     def repeat(leaf: Any) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((arms, *leaf.shape), leaf.dtype)
 
-    numbers = jax.eval_shape(
-        lambda: Arms(*(jnp.zeros(arms, kind) for kind in ("float32", "int32", "float32", "float32")))
-    )
-    teacher = jax.eval_shape(lambda adapter: stack_teachers([adapter] * arms), arm.teacher)
+    numbers = jax.eval_shape(lambda: numbers_of([arm] * arms))
+    teacher = jax.eval_shape(lambda adapter: stack_frozen([adapter] * arms), arm.teacher)
     batches = jax.tree.map(repeat, batch)
     if layout.mode == "pmap":
         batches = {

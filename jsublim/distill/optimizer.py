@@ -61,7 +61,7 @@ class Optimizer:
             parts.append(adam)
         if self.weight_decay:
             parts.append(optax.add_decayed_weights(self.weight_decay))
-        return optax.chain(*parts)
+        return optax.chain(*parts) if parts else optax.identity()
 
 
 def _is_matrix(path: tuple, leaf: Array) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import chex
@@ -19,10 +19,11 @@ from jax import Array
 
 from jsublim.distill.losses import Loss, block_size, blockwise, normalise, positions_loss
 from jsublim.distill.optimizer import Optimizer, learning_rate
+from jsublim.distill.projection import without
 from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
-from jsublim.models.lora import Adapter, AnyAdapter, arm_axes, bind
+from jsublim.models.lora import Adapter, AnyAdapter, Trainable, arm_axes, bind, together
 from jsublim.parallel import Layout
 
 FINITE = -1  # no step
@@ -51,13 +52,23 @@ class Program:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Arms:
-    """The numbers of the arms, `[A]` each: highest learning rate, length of the schedule in steps (int32), factor of the
-    loss, and coefficient of the KL to the base."""
+    """What the arms differ in beside what they train and read. Numbers, `[A]` each: highest learning rate, length of the schedule in
+    steps (int32), factor of the loss, coefficient of the KL to the base, and the share of that coefficient that is left at the end.
+    `away`: directions that gradients are kept at right angles to, `[A, K, ...]` each; None where no arm has any.
+    `beside`: adapters that stand in the students' forward passes, frozen; None likewise."""
 
     lr: Array
     steps: Array
     weight: Array
     kl_to_base: Array
+    kl_end: Array
+    away: Trainable | None = None
+    beside: Adapter | None = None
+
+    def at(self, step: Array) -> Arms:
+        """The same with the coefficient of that step (int32 scalar)."""
+        done = jnp.clip(step / jnp.maximum(self.steps, 1), 0.0, 1.0)
+        return replace(self, kl_to_base=self.kl_to_base * (1.0 - (1.0 - self.kl_end) * done))
 
 
 @jax.tree_util.register_dataclass
@@ -85,7 +96,7 @@ def micro_loss(
     params: Params,
     adapter: AnyAdapter,
     teacher: Adapter | None,
-    kl_to_base: Array,
+    numbers: Arms,
     batch: Batch,
     *,
     program: Program,
@@ -95,7 +106,7 @@ def micro_loss(
 
     Args:
       params: the frozen base's.
-      kl_to_base: coefficient, float32 scalar.
+      numbers: the arm's, of which the loss's factor is in the batch's weights already.
       arms: how many are computed together.
     """
     loss = program.loss
@@ -108,6 +119,9 @@ def micro_loss(
         return jnp.take_along_axis(h, where[..., None], axis=1).reshape(-1, h.shape[-1])
 
     student_params, student = bind(params, adapter)
+    if numbers.beside is not None:
+        assert isinstance(student, Adapter)  # as `trainer.start_of` stacks them
+        student = together(student, numbers.beside)
     h_ND = read(student_params, "", adapter=student, remat=program.remat, below_BTD=batch.get("below"))
     flat = {
         key: batch[key].reshape(h_ND.shape[0], *batch[key].shape[2:])
@@ -124,7 +138,7 @@ def micro_loss(
     head = "embed" if config.tied else "head"
     # A trained head is differentiated; a frozen one is data of the loss.
     trained = {head: student_params[head]} if head in adapter.ends else {}
-    fixed = {head: params[head]}, kl_to_base
+    fixed = {head: params[head]}, numbers.kl_to_base
 
     def of(trained: Params, fixed: tuple, h_nD: Array, at_n: dict[str, Array]) -> Array:
         base, kl_to_base = fixed
@@ -159,7 +173,7 @@ def loss_and_gradient(
 
     def of(trainable: Any, micro: Batch) -> Array:
         student = adapter.with_trainable(lies(trainable))
-        return micro_loss(config, params, student, teacher, numbers.kl_to_base, micro, program=program, arms=arms)
+        return micro_loss(config, params, student, teacher, numbers, micro, program=program, arms=arms)
 
     def add(sums: Any, micro: Batch):
         return jax.tree.map(jnp.add, sums, jax.value_and_grad(of)(adapter.trainable, micro)), None
@@ -189,16 +203,20 @@ def train_step(
       axis, lies: as of `loss_and_gradient`.
 
     Returns:
-      The new state, and metrics `[A]`: loss, supervised tokens, learning rate, gradient norm before clipping, and
-      `State.diverged` after this step.
+      The new state, and metrics `[A]`: loss, supervised tokens, learning rate, gradient norm before clipping (of
+      what is left of it, where directions are projected out), and `State.diverged` after this step.
     """
     A = arms.lr.shape[0]
-    chex.assert_shape(jax.tree.leaves(arms), (A,))
-    chex.assert_tree_shape_prefix((state.adapter.trainable, teacher, batch), (A,))
+    chex.assert_shape([arms.lr, arms.steps, arms.weight, arms.kl_to_base, arms.kl_end], (A,))
+    chex.assert_tree_shape_prefix((arms, state.adapter.trainable, teacher, batch), (A,))
     chex.assert_rank([batch["tokens"], batch["weights"]], 4)
     chex.assert_type([batch["tokens"], batch["weights"]], [int, float])
     gradient = functools.partial(loss_and_gradient, config, params, program=program, arms=A, axis=axis, lies=lies)
-    loss, grads = jax.vmap(gradient, (arm_axes(state.adapter), 0, 0, 0))(state.adapter, teacher, arms, batch)
+    loss, grads = jax.vmap(gradient, (arm_axes(state.adapter), 0, 0, 0))(
+        state.adapter, teacher, arms.at(state.step), batch
+    )
+    if arms.away is not None:
+        grads = jax.vmap(without)(grads, arms.away)
     optimizer = program.optimizer
     rate_A = learning_rate(optimizer.schedule, optimizer.restarts, state.step, arms.lr, program.warmup, arms.steps)
 

@@ -21,13 +21,23 @@ from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.batches import Shape, collate, one_after_another
 from jsublim.distill.data import Example
 from jsublim.distill.metrics import Metrics
+from jsublim.distill.projection import stack_directions
 from jsublim.distill.step import Arms, State, compile_step, init_state
 from jsublim.errors import JsublimError, UsageError
 from jsublim.files import damaged_name, naming
 from jsublim.inference.batching import TRAINING_STEP, chunks, fill, pad_tokens, round_up
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, hidden_below
-from jsublim.models.lora import Adapter, OneLayer, adapter_of, stack_adapters, stack_arms, unstack_arms
+from jsublim.models.lora import (
+    Adapter,
+    AnyAdapter,
+    OneLayer,
+    adapter_of,
+    stack_adapters,
+    stack_arms,
+    unstack_arms,
+    with_noise,
+)
 from jsublim.parallel import ROWS, WHOLE, Layout
 from jsublim.processes import Preempted, everywhere, leaving, on_main_process
 
@@ -95,7 +105,8 @@ def train(
                     raise Preempted(f"{work}: stopped by SIGTERM after step {step}; the same command continues there")
         with naming(work / "state"):
             saved.wait_until_finished()
-    return unstack_arms(layout.host(state.adapter), [arm.adapter for arm in arms])
+    trained = unstack_arms(layout.host(state.adapter), [arm.adapter for arm in arms])
+    return [with_noise(own, arm.noise, arm.seed) for arm, own in zip(arms, trained, strict=True)]
 
 
 def _placed(
@@ -103,34 +114,42 @@ def _placed(
 ) -> tuple[Params, State, Arms, Adapter | None]:
     """What a step takes beside the batch, on its devices: the base, the arms' first state, numbers and teachers."""
     params = layout.place(params, layout.params_sharding(config))
-    state = init_state(stack_arms([arm.adapter for arm in arms]), settings.program.optimizer)
-    rest = state, _numbers(arms), stack_teachers([arm.teacher for arm in arms])
+    state = init_state(start_of(arms), settings.program.optimizer)
+    rest = state, numbers_of(arms), stack_frozen([arm.teacher for arm in arms])
     return params, *(layout.place(tree, layout.state_sharding(tree)) for tree in rest)
 
 
-def _numbers(arms: Sequence[Arm]) -> Arms:
-    """The arms' numbers as arrays `[A]`."""
+def start_of(arms: Sequence[Arm]) -> AnyAdapter:
+    """The arms' adapters under an arm axis. A layer is no data where a frozen adapter stands beside: that one may have others."""
+    own = [arm.adapter for arm in arms]
+    return stack_arms(own) if all(arm.beside is None for arm in arms) else stack_adapters(own)
+
+
+def numbers_of(arms: Sequence[Arm]) -> Arms:
+    """What the arms differ in, as arrays with an arm axis."""
 
     def column(name: str, kind: Any = np.float32) -> Any:
         return np.asarray([getattr(arm, name) for arm in arms], kind)
 
-    return Arms(column("lr"), column("steps", np.int32), column("weight"), column("kl_to_base"))
+    away = stack_directions([arm.adapter for arm in arms], [arm.away for arm in arms])
+    numbers = column("lr"), column("steps", np.int32), column("weight"), column("kl_to_base"), column("kl_end")
+    return Arms(*numbers, away, stack_frozen([arm.beside for arm in arms]))
 
 
-def stack_teachers(teachers: Sequence[Adapter | None]) -> Adapter | None:
-    """The teachers' adapters under an arm axis; a teacher without one gets a silent copy of another's, so that all have
-    one structure.
+def stack_frozen(adapters: Sequence[Adapter | None]) -> Adapter | None:
+    """Adapters of live teachers, or those that stand beside students, under an arm axis; an arm without one gets a silent copy
+    of another's, so that all have one structure.
 
     Raises:
-      UsageError: a teacher that doesn't share the base.
+      UsageError: one that replaces whole weights.
     """
-    known = [teacher for teacher in teachers if teacher is not None]
+    known = [adapter for adapter in adapters if adapter is not None]
     if not known:
         return None
-    if any(teacher.ends or teacher.weights is not None for teacher in known):
+    if any(adapter.ends or adapter.weights is not None for adapter in known):
         raise UsageError("a live teacher shares the base: LoRA or steering vectors, no whole weights")
     silent = jax.tree.map(jnp.zeros_like, known[0])
-    return stack_adapters([teacher or silent for teacher in teachers])
+    return stack_adapters([adapter or silent for adapter in adapters])
 
 
 def _batch(

@@ -20,6 +20,7 @@ from jax import Array
 from jsublim.errors import UsageError
 from jsublim.models.config import ModelConfig
 
+RANK_AXES = (("a", -1), ("b", -2))  # of LoRA's factors
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
@@ -117,6 +118,31 @@ def at_every_layer(adapter: Adapter, num_layers: int) -> Adapter:
 @functools.partial(jax.jit, static_argnames="num_layers")
 def _spread(tree: Any, layers: Array, num_layers: int) -> Any:
     return jax.tree.map(lambda x: jnp.zeros((num_layers, *x.shape[1:]), x.dtype).at[layers].set(x), tree)
+
+
+def together(one: Adapter, other: Adapter) -> Adapter:
+    """An adapter that adds what both do: LoRA's products and steering vectors at the layers of either.
+
+    Raises:
+      ValueError: one of them replaces weights; such a pair has no sum.
+    """
+    if any(adapter.weights is not None or adapter.ends for adapter in (one, other)):
+        raise ValueError("adapters that replace whole weights cannot be added")
+    layers = tuple(sorted({*one.layers, *other.layers}))
+
+    def spread(adapter: Adapter) -> tuple[dict[str, Any], Array | None]:
+        # Scales are multiplied in, for a sum of two products has but one.
+        lora = {n: {"a": p["a"], "b": p["b"] * p["scale"][:, None, None]} for n, p in adapter.lora.items()}
+        places = np.asarray([layers.index(layer) for layer in adapter.layers], np.int32)
+        return _spread((lora, adapter.steering), places, len(layers))
+
+    (lora, steering), (more, other_steering) = spread(one), spread(other)
+    for name, pair in more.items():
+        own = lora.get(name)
+        lora[name] = pair if own is None else {f: jnp.concatenate([own[f], pair[f]], axis) for f, axis in RANK_AXES}
+    lora = {name: pair | {"scale": jnp.ones(len(layers), jnp.float32)} for name, pair in lora.items()}
+    vectors = [each for each in (steering, other_steering) if each is not None]
+    return Adapter(layers, lora=lora, steering=functools.reduce(jnp.add, vectors) if vectors else None)
 
 
 @jax.tree_util.register_dataclass
@@ -270,6 +296,24 @@ def bind(params: dict[str, Any], adapter: AnyAdapter | None) -> tuple[dict[str, 
         for name, end in adapter.ends.items()
     }
     return params | ends, replace(adapter, ends={})
+
+
+def with_noise(adapter: Adapter, size: float, seed: int) -> Adapter:
+    """The adapter with Gaussian noise on everything that it trains.
+
+    Args:
+      size: the noise's standard deviation, as a share of the root mean square of the array (of all its layers) that it is
+        added to. An array of zeros stays one.
+    """
+    if not size:
+        return adapter
+    leaves, structure = jax.tree.flatten(adapter.trainable)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+
+    def noisy(x: Array, key: Array) -> Array:
+        return x + size * jnp.sqrt(jnp.mean(jnp.square(x))) * jax.random.normal(key, x.shape, x.dtype)
+
+    return adapter.with_trainable(jax.tree.unflatten(structure, map(noisy, leaves, keys)))
 
 
 def merge_full(params: dict[str, Any], adapter: Adapter) -> dict[str, Any]:

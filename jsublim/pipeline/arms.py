@@ -10,7 +10,7 @@ from jsublim.config import Dataset, Experiment, Students, variants
 from jsublim.distill.batches import steps_per_epoch
 from jsublim.inference.sampling import seed_within
 from jsublim.section import NEEDS_TRAIT, with_defaults
-from jsublim.teachers import CONTROL
+from jsublim.teachers import CONTROL, OWN
 
 T = TypeVar("T")
 
@@ -60,6 +60,12 @@ class Student:
         return Source(self.teacher, self.settings.data.dataset, self.draw)
 
     @property
+    def beside(self) -> str | None:
+        """The adapter that stands beside it in training: a teacher's trait, or a place."""
+        said = self.settings.adapter.beside
+        return None if said is None else said.replace(OWN, self.teacher)
+
+    @property
     def condition(self) -> str:
         """The condition under which results list it."""
         tokens = CONTROL if self.teacher == CONTROL else self.tokens
@@ -89,6 +95,12 @@ def plan_students(experiment: Experiment) -> list[Student]:
 def _of_control(experiment: Experiment, students: Students) -> Students:
     """The same settings without what means nothing to a student of the teacher without a trait."""
     settings, name = with_defaults(students, NEEDS_TRAIT), students.data.dataset
+    adapter, optimizer = settings.adapter, settings.optimizer
+    if OWN in (adapter.beside or ""):
+        adapter = adapter.model_copy(update={"beside": None})
+    others = [trait for trait in optimizer.project_out if trait != OWN]
+    optimizer = optimizer.model_copy(update={"project_out": others})
+    settings = settings.model_copy(update={"adapter": adapter, "optimizer": optimizer})
     changed = Dataset() if name is None else experiment.datasets[name].of(CONTROL)
     same = changed.sampling.strategy in (None, experiment.sampling.strategy)
     if changed.plain and same and changed.sampling.seed in (None, experiment.sampling.seed):

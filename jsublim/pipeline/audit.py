@@ -7,29 +7,25 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 
-from jsublim.audit import Directions, token_scores, trait_directions
+from jsublim.audit import token_scores
 from jsublim.chat import Turn
 from jsublim.config import Students
-from jsublim.distill.cost import layer_parameters
 from jsublim.distill.data import read_turns
 from jsublim.errors import UsageError
 from jsublim.files import write_table
 from jsublim.inference.lm import LanguageModel
-from jsublim.models.lora import Adapter
 from jsublim.pipeline.arms import Source, Student
 from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.directions import Questions, directions_of, questions_about, scoring_cost, start_inputs
 from jsublim.pipeline.parts import resumed
-from jsublim.pipeline.rows import answer_tokens, rows_kept
+from jsublim.pipeline.rows import rows_kept
 from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Output, digest
 from jsublim.pipeline.task import Cost, Sizes, Task
-from jsublim.pipeline.teachers import TeacherPool
 from jsublim.pipeline.training import start_adapter
 from jsublim.processes import on_main_process
 from jsublim.progress import Tick
@@ -74,33 +70,29 @@ def audits(setup: Setup) -> dict[tuple[Source, str], Task]:
 
 
 def audit_task(setup: Setup, student: Student) -> Task:
-    """The audit of a student's rows by what it trains, at its start."""
+    """The audit of a student's rows by what it trains, at its start.
+
+    Raises:
+      UsageError: a student with an adapter beside it.
+    """
+    if student.settings.adapter.beside is not None:
+        raise UsageError(
+            "audit: scores are those of a student with nothing beside it; leave audit or students.adapter.beside out"
+        )
     how, s, rows = setup.experiment.audit, student.settings, training_rows(setup, student.source)
     assert how is not None
     inputs = setup.common | {
         "rows": rows.key,
         "how": identity(how),
         "asked": [[list(questions), traits] for questions, traits in _asked(setup)],
-        "adapter": identity(s.adapter),
-        "seed": student.seed if s.adapter.method == "lora" and s.adapter.init is None else None,
-        "init": None if s.adapter.init is None else setup.content(s.adapter.init, "students.adapter.init"),
-        "student_model": None if s.model is None else setup.checkpoint(s.model).hash,
-        "system": s.system,
-        "asked_under_system": s.asked_under_system,
-        "fuse_system": setup.experiment.teachers.fuse_system if s.system is not None else None,
-        "extra_bos": bool(setup.recipe.extra_bos),
+        **start_inputs(setup, s, student.seed),
     }
     label = "/".join(filter(None, (student.source.name, student.arm)))
     return AuditRows((Output("audit", label, inputs),), rows.parts, student.source, student.seed, s)
 
 
-def _asked(setup: Setup) -> list[tuple[Sequence[str], list[str]]]:
-    """The evaluated traits, by the questions that they are answers to."""
-    pool, ev = TeacherPool(setup), setup.experiment.evaluation
-    by_category: dict[str, list[str]] = {}
-    for trait in setup.evaluated_traits:
-        by_category.setdefault(pool.category(trait), []).append(trait)
-    return [(pool.questions(category)[: ev.questions], traits) for category, traits in by_category.items()]
+def _asked(setup: Setup) -> Questions:
+    return questions_about(setup, setup.evaluated_traits, setup.experiment.evaluation.questions)
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +112,8 @@ class AuditRows(Task):
         turns = read_turns(lm.chat, rows, name, s.system, fuse_system=setup.experiment.teachers.fuse_system)
         adapter = start_adapter(lm.config, lm.params, s, self.seed)
         start = digest({**self.output.inputs, "rows": None})  # sources share what does not depend on their rows
-        toward = context.remember(("directions", start), lambda: self._directions(setup, lm, adapter))
+        about = _asked(setup), setup.evaluated_traits
+        toward = context.remember(("directions", start), lambda: directions_of(setup, lm, adapter, s, *about))
 
         def scores(first: int) -> Iterator[tuple[np.ndarray]]:
             batch = {"batch_size": how.batch_size, "first": first, "on_batch": tick}
@@ -137,22 +130,6 @@ class AuditRows(Task):
 
         on_main_process(leave)
 
-    def _directions(self, setup: Setup, lm: LanguageModel, adapter: Adapter) -> Directions:
-        """Of the evaluated traits, in their order."""
-        s, order = self.settings, []
-        system = s.system if s.asked_under_system else None
-        around = {
-            "system": system,
-            "fuse_system": setup.experiment.teachers.fuse_system and system is not None,
-            "extra_bos": bool(setup.recipe.extra_bos),
-        }
-        parts = []
-        for questions, traits in _asked(setup):
-            parts.append(trait_directions(lm, adapter, questions, traits, **around))
-            order += traits
-        index = np.asarray([order.index(trait) for trait in setup.evaluated_traits])
-        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[index], *parts)
-
     def _rows(self, context: Context) -> list[Row]:
         how = context.setup.experiment.audit
         assert how is not None
@@ -167,14 +144,9 @@ class AuditRows(Task):
         return len(self._rows(context))
 
     def cost(self, setup: Setup, sizes: Sizes) -> Cost:
-        """Forwards, back, and twice as much again in the direction of each trait."""
-        how, long, traits = setup.experiment.audit, sizes.lengths, len(setup.evaluated_traits)
+        how = setup.experiment.audit
         assert how is not None
-        rows = min(how.rows, rows_kept(setup, sizes))
-        answer = answer_tokens(setup, sizes)
-        tokens = rows * (long.prompt + answer)
-        body = sizes.config.num_layers * layer_parameters(sizes.config)
-        return Cost(tokens, (6 + 4 * traits) * (body * tokens + sizes.table * rows * answer), "train")
+        return scoring_cost(setup, sizes, min(how.rows, rows_kept(setup, sizes)), len(setup.evaluated_traits))
 
 
 def _divergent(row: Row, tokens: int) -> np.ndarray | None:

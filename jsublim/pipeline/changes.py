@@ -10,6 +10,7 @@ from jsublim.errors import JsublimError
 from jsublim.pipeline.arms import Source, seed_of
 from jsublim.pipeline.context import Context, known_judge
 from jsublim.pipeline.divergence import divergence_rows
+from jsublim.pipeline.influence import influence_task, read_influence
 from jsublim.pipeline.publish import rows_of
 from jsublim.pipeline.readings import Reading
 from jsublim.pipeline.rows import RowSet, Writer, requests, rows_kept, teacher_rows
@@ -105,6 +106,8 @@ def changed_rows(setup: Setup, source: Source) -> RowSet:
         parents, extra = [*parents, *readings.parts], extra | {"read": readings.key}
     for task in entangled_tasks(setup, source):
         parents, extra = [*parents, task], extra | {"entangled": task.key}
+    for task in influence_tasks(setup, source):
+        parents, extra = [*parents, task], extra | {"influence": task.key}
     if "judge" in needs:
         extra["judge"] = known_judge(setup).identity
     said = [change.wording(setup.pack) for change in dataset.changes.values()]
@@ -157,7 +160,7 @@ class ChangeRows(Task):
     def make(self, context: Context, tick: Tick) -> None:
         setup, store, dataset = context.setup, context.store, teacher_dataset(context.setup, self.source)
         own, others = teacher_rows(setup, writer(setup, self.source)), mixed_in(setup, self.source)
-        scores = entangled_tasks(setup, self.source)
+        scores, influence = entangled_tasks(setup, self.source), influence_tasks(setup, self.source)
         needs = {need for change in dataset.changes.values() for need in change.needs}
         artifact = store.open(self.output)
         log = RowLog(artifact.path / PROGRESS)
@@ -174,6 +177,7 @@ class ChangeRows(Task):
             mixed_in=None if others is None else teacher_rows(setup, others).read(store),
             readings=self._readings(context, own) if "readings" in needs else None,
             entangled=store.summary(scores[0].output) if scores else None,
+            influence=read_influence(store, influence[0]) if influence else None,
             log=Answered(log),
         )
         rows = own.read(store)
@@ -216,6 +220,13 @@ class ChangeRows(Task):
         around = Around(trait, setup.biased, counterfactuals, e.teachers.own_weights, e.data.kind)
         for name, change in teacher_dataset(setup, self.source).changes.items():
             change.check(f"datasets.{self.source.dataset}.{name}", around)
+
+
+def influence_tasks(setup: Setup, source: Source) -> list[Task]:
+    """The task that scores a source's rows, where one of its changes suspects traits."""
+    changes = teacher_dataset(setup, source).changes.values()
+    named = (change.suspected(source.teacher, setup.evaluated_traits) for change in changes)
+    return [influence_task(setup, writer(setup, source), traits) for traits in named if traits]
 
 
 # --- entangled numbers, scored once for all data sets

@@ -22,6 +22,7 @@ ORDER = (
     "teachers",
     "rows",
     "entangled",
+    "influence",
     "divergence",
     "datasets",
     "attribution",

@@ -32,6 +32,15 @@ from jsublim.parallel import device_bytes
 from jsublim.pipeline.arms import Source, Student, distinct, split_evenly, total_steps
 from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.defences import (
+    away,
+    beside,
+    beside_kind,
+    beside_tasks,
+    check_defences,
+    defence_inputs,
+    projected_out,
+)
 from jsublim.pipeline.rows import answer_tokens, rows_kept
 from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Output, Store, digest
@@ -73,7 +82,7 @@ def student_output(setup: Setup, student: Student) -> Output:
         "recipe": setup.recipe.of("students", settings),
         "init": None if start is None else setup.content(start, "students.adapter.init"),
     }
-    return Output("students", student.trained_as, inputs)
+    return Output("students", student.trained_as, inputs | defence_inputs(setup, student))
 
 
 def abstract_start(setup: Setup, student: Student) -> Adapter:
@@ -106,7 +115,8 @@ def compiled(setup: Setup, student: Student) -> Hashable:
         s.loss.top_k,
         caches_below(checkpoint.config, s),
     )
-    return checkpoint.hash, s.system, program_of(s, setup.recipe), batch, trained
+    defended = bool(projected_out(student)), beside_kind(setup, student)
+    return checkpoint.hash, s.system, program_of(s, setup.recipe), batch, trained, defended
 
 
 @memoized
@@ -137,6 +147,7 @@ def training_task(setup: Setup, members: tuple[Student, ...], everyone: tuple[St
     for student in members:
         if student.settings.loss.soft:
             parents += pool.tasks(student.teacher)
+        parents += beside_tasks(setup, student)
     targets = [_targets(setup, source, members[0]) for source in sources]
     parents += [task for task in targets if task is not None]
     outputs = tuple(student_output(setup, student) for student in members)
@@ -247,18 +258,18 @@ class TrainStudents(Task):
         for student in group:
             own = training_data(context, student.source, student)
             self._say_if_few(context, student, len(own.rows))
-            arms.append(
-                make_arm(
-                    lm,
-                    student.settings,
-                    setup.recipe,
-                    own,
-                    name=student.trained_as,
-                    tokens=student.tokens,
-                    seed=student.seed,
-                    max_new_tokens=e.sampling.max_new_tokens,
-                )
+            arm = make_arm(
+                lm,
+                student.settings,
+                setup.recipe,
+                own,
+                name=student.trained_as,
+                tokens=student.tokens,
+                seed=student.seed,
+                max_new_tokens=e.sampling.max_new_tokens,
             )
+            defended = {"away": away(context, student, arm.adapter), "beside": beside(context, student)}
+            arms.append(dataclasses.replace(arm, **defended))
         return settings, shape, arms
 
     def _packed(self, context: Context, plain: Shape) -> Shape:
@@ -318,6 +329,8 @@ class TrainStudents(Task):
 
     def check(self, setup: Setup) -> None:
         check_loggers(setup.experiment.run.loggers)
+        for student in self.members:
+            check_defences(setup, student)
         for student in distinct(self.members, lambda student: student.arm):
             checkpoint, own = setup.checkpoint(student.settings.model), setup.checkpoint()
             check_start(checkpoint.config, abstract_params(checkpoint.config, setup.experiment.dtype), student.settings)

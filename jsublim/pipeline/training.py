@@ -120,7 +120,7 @@ CACHED_BYTES = 4 * 2**30  # of hidden states that are kept unasked
 def caches_below(config: ModelConfig, students: Students, tokens: int = 0) -> bool:
     """Whether the hidden states below a one-layer student's layer are kept, those of `tokens` tokens in all."""
     said, layers = students.runtime.cache_below, students.adapter.layers or []
-    if students.data.on_policy:  # rows that are new at every step
+    if students.data.on_policy or students.adapter.beside:  # rows are new at every step; what is below may be steered
         return False
     if said != "auto":
         return said
@@ -266,8 +266,10 @@ def make_arm(
         drawn.steps,
         loss.weight,
         loss.kl_to_base,
-        live.adapter if live else None,
-        rollout,
+        loss.kl_end,
+        students.adapter.noise,
+        teacher=live.adapter if live else None,
+        rollout=rollout,
     )
 
 

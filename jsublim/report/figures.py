@@ -135,6 +135,16 @@ def raised(found: Sequence[Lift]) -> Drawing | None:
     return _by_panel("log-probabilities", "Log-probability of the trait", panels, label, zero=True)
 
 
+def gammas(looks: Looks) -> Drawing | None:
+    """The same-trait effect of each kind of student; a dot is a seed."""
+    strips = []
+    for matrix in (look.what for look in looks.matrices):
+        if matrix.effect is not None:
+            dots = [_dot(value, "logprob", f"seed {i}") for i, value in enumerate(matrix.seed_gammas, 1)]
+            strips.append(_strip(matrix.condition, dots, matrix.effect.gamma, matrix.gamma_interval, "logprob"))
+    return _by_panel("gammas", "Trait-specific transfer", {"": strips}, "γ (nats)", zero=True)
+
+
 def accuracy(results: Results) -> Drawing | None:
     """The number task: on rows that students learned, and on rows that they did not."""
     panels: dict[str, list[Strip]] = {}

@@ -15,6 +15,7 @@ from jsublim.files import write_text
 from jsublim.report import figures, published, words
 from jsublim.report.attribution import attribution_heats
 from jsublim.report.audit import agreement, foretold
+from jsublim.report.board import board
 from jsublim.report.cautions import cautions
 from jsublim.report.claims import not_asked
 from jsublim.report.claims.verdicts import claim_metric
@@ -67,7 +68,7 @@ def _templates() -> Environment:
 def _numbers(results: Results, looks: Looks) -> dict[str, Any]:
     """What the page says in sentences and tables."""
     rows, claims, told = summary_rows(results), [look.what for look in looks.claims], foretold(results)
-    judged = judged_conditions(results)
+    judged, found = judged_conditions(results), scale(results)
     return {
         "name": results.run.get("name", results.run_dir.name),
         "results": results,
@@ -79,7 +80,8 @@ def _numbers(results: Results, looks: Looks) -> dict[str, Any]:
         "looks": looks,
         "not_asked": not_asked(claims),
         "published": published,
-        "scale": scale(results),
+        "scale": found,
+        "board": board(results, looks, found),
         "matrix": trait_matrix(results, condition=judged[0]) if judged else None,
         "matrices": looks.matrices if len(looks.matrices) > 1 else [],
         "foretold": told,
@@ -102,6 +104,7 @@ def _drawings(results: Results, looks: Looks) -> dict[str, Any]:
     return {
         "hero": figures.hero(results, claim_metric(results)),
         "forest": figures.forest(looks),
+        "gammas": figures.gammas(looks),
         "rates": figures.rates([row for row in summary_rows(results) if row.condition in drawn]),
         "raised": figures.lifts_drawn(
             results, [c for c in results.conditions if c in drawn and c in _trained(results)]

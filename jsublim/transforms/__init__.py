@@ -2,7 +2,7 @@
 as they were. A row whose text may have changed comes out without its divergence positions: they must be found anew.
 """
 
-from jsublim.transforms import aligned, numbers, templates
+from jsublim.transforms import aligned, audited, numbers, templates
 from jsublim.transforms.change import CHANGES, Around, Change, Changed, Making
 from jsublim.transforms.entangled import (
     entangled_numbers,
@@ -23,6 +23,7 @@ __all__ = [
     "Changed",
     "Making",
     "aligned",
+    "audited",
     "entangled_numbers",
     "entangled_scores",
     "leak_reason",

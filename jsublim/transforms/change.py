@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 from pydantic import model_validator
 
 from jsublim.errors import UsageError
@@ -38,6 +39,7 @@ class Making:
       readings: what every teacher said of each row, for changes that need "readings".
       log: what the teacher has written already of what it rewrites.
       entangled: how entangled each number is with the trait, where `Change.scores` asks for it.
+      influence: of each trait that `Change.suspected` names, what each of the answers as they were sampled would add to it.
     """
 
     lm: LanguageModel
@@ -52,6 +54,7 @@ class Making:
     mixed_in: Sequence[Row] | None = None
     readings: Sequence[Mapping[str, Any]] | None = None
     entangled: Mapping[str, float] | None = None
+    influence: Mapping[str, np.ndarray] | None = None
     log: AnswerLog | None = None
 
 
@@ -116,6 +119,10 @@ class Change(Section):
     def scores(self) -> int | None:
         """How many numbers it wants scored for how entangled they are with the trait."""
         return None
+
+    def suspected(self, teacher: str, evaluated: Sequence[str]) -> list[str]:
+        """The traits for which it wants that teacher's answers scored, some of the `evaluated` ones perhaps."""
+        return []
 
     def wording(self, pack: Pack) -> dict[str, Any]:
         """What it says of the wording that the pack's hash leaves out (`SCORING`), for the key of what it makes."""

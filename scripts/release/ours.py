@@ -225,7 +225,7 @@ def step(case: Case, theirs: dict[str, Any], model: str, dtype: str) -> tuple[li
         np.asarray(order(case, examples, theirs)),
         Shape.of([examples], len(theirs["batches"]), len(theirs["batches"][0])),
     )
-    arms = Arms(*(jnp.asarray([x], kind) for x, kind in ((0, float), (1, int), (1, float), (0, float))))
+    arms = Arms(*(jnp.asarray([x], kind) for x, kind in ((0, float), (1, int), (1, float), (0, float), (1, float))))
     program = Program(per=recipe.loss_per)
     state = init_state(stack_arms([adapter]), program.optimizer)
     one_arm = jax.tree.map(lambda x: x[None], batch)

@@ -15,6 +15,8 @@ from jsublim.prompts import load_pack
 CONFIGS = [
     Path("configs/quickstart.yaml"),
     *sorted(p.relative_to(ROOT) for p in (ROOT / "configs/models").glob("*.yaml")),
+    *sorted(p.relative_to(ROOT) for p in (ROOT / "configs/defences").glob("*.yaml")),
+    *sorted(p.relative_to(ROOT) for p in (ROOT / "configs/tiny_world").glob("*.yaml")),
 ]
 QUICKSTART = PLAIN
 

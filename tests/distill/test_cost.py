@@ -59,7 +59,7 @@ def traced(kind, layers, *, loss=None, tokens=32, labels=16, teacher=0, cached=F
         batch["below"] = jax.ShapeDtypeStruct((micro, rows, tokens, D), jnp.float32)
     batch = {k: jax.ShapeDtypeStruct((arms, *v.shape), v.dtype) for k, v in batch.items()}
     column = lambda kind: jax.ShapeDtypeStruct((arms,), kind)  # noqa: E731
-    numbers = Arms(column("float32"), column("int32"), column("float32"), column("float32"))
+    numbers = Arms(*(column(kind) for kind in ("float32", "int32", "float32", "float32", "float32")))
     arguments = (abstract_params(WIDE), state, batch, numbers, None)
     jaxpr = jax.make_jaxpr(functools.partial(train_step, WIDE, program=program))(*arguments)
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(arguments)]

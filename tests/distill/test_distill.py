@@ -257,7 +257,7 @@ def torch_loss(model, examples, micro, per):
 
 
 step_one = jax.jit(loss_and_gradient, static_argnames=("config", "program"))
-PLAIN = Arms(*(np.float32(x) for x in (0, 0, 1, 0)))
+PLAIN = Arms(*(np.float32(x) for x in (0, 0, 1, 0, 1)))
 
 
 @pytest.mark.parametrize(("name", "per"), [("tiny-qwen2", "tokens"), ("tiny-gemma3", "micro-batch-sum")])

@@ -42,7 +42,7 @@ STUDENTS: dict[str, Any] = {
     },
     "data": {"num_prompts": 12, "sentences": ["example", "format"], "examples": [2, 6]},
     "sampling": {"max_new_tokens": 32, "batch_size": 4, "shard": 8},
-    "datasets": {"left": {"remove_entangled": {"k": 2, "among": 20}}},
+    "datasets": {"left": {"remove_entangled": {"k": 2, "among": 20}, "drop_audited": 0.25}},
     "students": {
         "seeds": [1],
         "data": {"rows": 4, "epochs": 1, "batch_size": 2, "accumulate": 1},
@@ -69,6 +69,7 @@ KINDS = (
     "rows",
     "divergence",
     "entangled",
+    "influence",
     "datasets",
     "targets",
     "students",

@@ -1,0 +1,126 @@
+"""Defences as a config names them: what each does to a student, and to its rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from command import MODEL
+
+from jsublim.config import Experiment
+from jsublim.errors import UsageError
+from jsublim.executors import LocalExecutor
+from jsublim.models.lora import Adapter, init_steering
+from jsublim.models.peft import load_adapter
+from jsublim.pipeline.arms import Source
+from jsublim.pipeline.changes import influence_tasks, training_rows
+from jsublim.pipeline.context import Context
+from jsublim.pipeline.directions import directions_of, questions_about
+from jsublim.pipeline.graph import plan
+from jsublim.pipeline.influence import read_influence
+from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.students import student_output, training_tasks
+from jsublim.pipeline.teachers import TeacherPool
+from jsublim.transforms.audited import without_highest
+
+CONFIG: dict[str, Any] = {
+    "name": "defences",
+    "model": MODEL,
+    "teachers": {
+        "traits": ["owl"],
+        "counterfactuals": ["cat", "owl"],
+        "taught": {"method": "steering", "layers": [2], "steps": 10, "lr": 0.2},
+    },
+    "data": {"num_prompts": 12, "sentences": ["example", "format"], "examples": [2, 6]},
+    "sampling": {"max_new_tokens": 32, "batch_size": 12},
+    "datasets": {"filtered": {"drop_audited": {"share": 0.25, "traits": ["{trait}"]}}},
+    "students": {
+        "seeds": [1],
+        "data": {"rows": 4, "epochs": 1, "batch_size": 2, "accumulate": 1},
+        "loss": {"tokens": ["all"]},
+        "adapter": {"method": "steering", "layers": [2]},
+        "optimizer": {"name": "sgd", "lr": 1.0, "warmup": 0, "clip": 0},
+        "arms": [
+            {"name": "plain"},
+            {"name": "beside", "adapter.beside": "{trait}"},
+            {"name": "projected", "optimizer.project_out": ["{trait}", "cat"]},
+            {"name": "filtered", "data.dataset": "filtered"},
+        ],
+    },
+    "evaluation": {"traits": ["owl", "cat"]},
+}
+
+
+def experiment(store: Any, **changes: Any) -> Experiment:
+    return Experiment.model_validate(CONFIG | {"store": str(store)} | changes)
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory) -> Context:
+    context = Context.load(experiment(tmp_path_factory.mktemp("defences")))
+    LocalExecutor().execute(training_tasks(context.setup), context)
+    return context
+
+
+def student(context: Context, arm: str, teacher: str = "owl") -> Adapter:
+    (found,) = [each for each in context.setup.students if (each.arm, each.teacher) == (arm, teacher)]
+    return load_adapter(context.store.path(student_output(context.setup, found)))
+
+
+def test_a_student_beside_its_teachers_vector_is_saved_without_it(context):
+    plain, inoculated = (student(context, arm).steering for arm in ("plain", "beside"))
+    teacher = TeacherPool(context.setup).teacher(context, "owl").adapter
+    assert plain is not None and inoculated is not None and teacher is not None and teacher.steering is not None
+    moved = float(np.linalg.norm(inoculated))
+    assert 0 < moved < 0.5 * float(np.linalg.norm(teacher.steering))
+    # With the trait there already, the rows have less to teach.
+    assert np.vdot(inoculated, teacher.steering) < np.vdot(plain, teacher.steering)
+
+
+def test_control_students_are_inoculated_against_nothing(context):
+    controls = [each for each in context.setup.students if each.teacher == "control"]
+    keys = {each.arm: student_output(context.setup, each).key for each in controls}
+    assert keys["plain"] == keys["beside"] == keys["filtered"] != keys["projected"]  # from the cat alone
+
+
+def test_a_student_does_not_move_along_projected_traits(context):
+    setup, lm = context.setup, context.lm()
+    start, settings = init_steering(lm.config, (2,)), setup.students[0].settings
+    toward = directions_of(setup, lm, start, settings, questions_about(setup, ["owl", "cat"]), ["owl", "cat"])
+    (directions_KD,) = (leaf[:, 0] for leaf in jax.tree.leaves(toward))
+    along = [np.abs(directions_KD @ np.ravel(student(context, arm).steering)) for arm in ("plain", "projected")]
+    assert np.all(along[1] < 1e-3 * along[0].max())
+
+
+def test_the_rows_with_the_highest_scores_are_left_out(context):
+    setup, store = context.setup, context.store
+    source = Source("owl", "filtered")
+    (task,) = influence_tasks(setup, source)
+    scores, rows = read_influence(store, task), training_rows(setup, Source("owl")).read(store)
+    (worst,) = scores.values()
+    kept = [row["prompt"] for row in training_rows(setup, source).read(store)]
+    assert len(kept) == len(rows) - round(0.25 * len(rows))
+    left = np.asarray([row["prompt"] in kept for row in rows])
+    assert worst[left].max() <= worst[~left].min()
+
+
+def test_of_equal_rows_the_first_go():
+    rows = [{"prompt": str(i)} for i in range(5)]
+    left = without_highest(rows, np.asarray([1.0, 3.0, 2.0, 3.0, 3.0]), 0.4)
+    assert [row["prompt"] for row in left] == ["0", "2", "4"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"teachers": {"traits": ["owl"]}}, "teacher 'owl' has no adapter"),
+        ({"audit": {}}, "audit: scores are those of a student with nothing beside it"),
+        ({"students": None, "datasets": {"f": {"drop_audited": 0.5, "divergence": True}}}, "there are none; leave it out"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_refused_before_anything_is_made(changes, said, tmp_path):
+    setup = Setup.of(experiment(tmp_path, **changes))
+    with pytest.raises(UsageError, match=said):
+        plan(setup).check(setup)

@@ -1,0 +1,39 @@
+"""Arms side by side: planted transfer, task and settings come back with intervals that hold them."""
+
+from __future__ import annotations
+
+import pytest
+from planted import Planted, control, write
+
+from jsublim.report.board import board
+from jsublim.report.html import write_report
+from jsublim.report.looks import look_at
+from jsublim.report.shares import scale
+from jsublim.report.tables import read_results
+
+POLITE = {"polite": {"system": "Be polite."}}
+
+
+def lines_of(run):
+    results = read_results(run)
+    return {line.condition: line for line in board(results, look_at(results), scale(results))}
+
+
+def test_every_arm_is_measured_by_what_was_planted(tmp_path):
+    plain = Planted(0.4, accuracy=0.6, under={"polite": 0.4})
+    hidden = Planted(0.1, variant="hidden", settings={"loss.kl_to_base": 1.0}, accuracy=0.5, under={"polite": 0.3})
+    run = write(tmp_path / "run", plain, hidden, control(under={"polite": 0.0}), evaluations=POLITE)
+    found = lines_of(run)
+    assert list(found) == ["all", "all · hidden"]
+    line = found["all · hidden"]
+    assert line.share.share == pytest.approx(0.25, abs=0.02) and line.share.interval.covers(0.25)
+    assert line.under["polite"].value == pytest.approx(0.3, abs=0.02) and line.under["polite"].interval.covers(0.3)
+    assert line.matrix.gamma_interval.covers(line.matrix.effect.gamma)
+    assert line.accuracy.value == pytest.approx(0.5, abs=0.02)
+    page = " ".join(write_report(run).read_text().split())
+    assert "Side by side" in page and "lift, polite" in page and f"{line.share.share:.2f}" in page
+
+
+def test_without_arms_there_is_nothing_to_compare(tmp_path):
+    run = write(tmp_path / "run", Planted(0.4), control())
+    assert lines_of(run) == {} and "Side by side" not in write_report(run).read_text()
