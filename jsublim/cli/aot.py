@@ -57,9 +57,7 @@ def aot(
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}  # or libtpu warns
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # several compile beside one another
-    from jsublim.ahead.compile import examine
     from jsublim.ahead.stages import STAGES, Case, Lengths, stages_of
-    from jsublim.ahead.stages import stage as stage_of
     from jsublim.ahead.topology import find_topology
     from jsublim.config import load_experiment
     from jsublim.models.checkpoint import read_config
@@ -69,26 +67,36 @@ def aot(
     experiment = load_experiment(config, overrides)
     names = _chosen(stage, STAGES, stages_of(experiment), config)
     _, model = read_config(architecture(experiment.model, shape))
-    where = find_topology(topology)
-    case = Case(experiment, model, where, arms, Lengths(tokens, labels))
+    case = Case(experiment, model, find_topology(topology), arms, Lengths(tokens, labels))
     _say_case(case)
     if plan:
         _print_plan(case, names, shape, as_json)
         return
-    axes = [model_axis] if model_axis else _axes(case)
+    _print_reports(case, names, [model_axis] if model_axis else _axes(case), as_json)
+
+
+def _print_reports(case: Case, names: list[str], axes: list[int], as_json: bool) -> None:
+    """What the compiler says of each stage, on the first of some model axes on which it fits.
+
+    Raises:
+      JsublimError: a stage fits on none.
+    """
+    from jsublim.ahead.compile import examine
+    from jsublim.ahead.stages import stage as stage_of
+
     unfit, found = [], []
     for name in names:
         report = examine(case, stage_of(case, name), axes, lambda what: console.print(f"compiling {what}"))
         found.append(as_dict(report))
         if not as_json:
-            print("\n".join(lines(report, where)), flush=True)
+            print("\n".join(lines(report, case.topology)), flush=True)
         if not report.programs:
             unfit.append(f"{name} ({'; '.join(report.tried)})")
     if as_json:
-        print(json.dumps({"config": experiment.name, "topology": topology, "stages": found}, indent=2))
+        print(json.dumps({"config": case.experiment.name, "topology": case.topology.name, "stages": found}, indent=2))
     if unfit:
         raise JsublimError(
-            f"aot: does not fit on {topology}: {', '.join(unfit)}; more chips, a larger --model-axis, "
+            f"aot: does not fit on {case.topology.name}: {', '.join(unfit)}; more chips, a larger --model-axis, "
             "students.runtime.remat=true or a lower students.data.batch_size"
         )
 
