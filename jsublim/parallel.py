@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jsublim.errors import UsageError
@@ -231,7 +231,12 @@ def _mesh(layout: Layout, devices: tuple[Any, ...]) -> Mesh:
     shape, types = (layout.arm, layout.data, layout.model), (AxisType.Auto,) * 3
     if layout.in_order:
         return Mesh(np.reshape(np.asarray(devices), shape), AXES, axis_types=types)
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices[: math.prod(shape)])
+    devices = devices[: math.prod(shape)]
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # an axis that no axes of the slice make up, as 8 of 4x4: one of those is split
+        split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(split, AXES, axis_types=types)
 
 
 def _by_device(x: np.ndarray, devices: int) -> np.ndarray:

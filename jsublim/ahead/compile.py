@@ -144,7 +144,7 @@ def _compiled(case: Case, program: Program, layout: Layout) -> Compiled:
     memory = compiled.memory_analysis()
     try:
         text = compiled.as_text()
-    except jax.errors.JaxRuntimeError:  # libtpu 0.0.52 fails on some programs for v5p
+    except jax.errors.JaxRuntimeError:  # libtpu 0.0.52 fails on some programs for v5p and v6e
         text = None
     return Compiled(
         program,

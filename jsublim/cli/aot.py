@@ -122,7 +122,8 @@ def _print_plan(case: Case, names: list[str], shape: Path | None, as_json: bool)
                 cells.append("" if report is None else "does not fit")
                 continue
             slowest = max(batch_times(report, case.topology.chip), key=lambda each: each.seconds)
-            cells.append(f"{choice.seconds[name] / 3600:.3g} h ({slowest.limit})")
+            unknown = ", links unknown" if any(each.collectives is None for each in report.programs) else ""
+            cells.append(f"{choice.seconds[name] / 3600:.3g} h ({slowest.limit}{unknown})")
         total = f"{choice.total / 3600:.3g} h" if choice.fits else ""
         table.add_row(str(choice.model), str(choice.arms), "yes" if choice.remat else "no", *cells, total)
         found.append(choice)

@@ -355,6 +355,20 @@ def test_all_stages_of_a_tiny_model_for_a_tpu():
 
 @pytest.mark.slow
 @needs_tpu_compiler
+def test_every_power_of_two_is_a_model_axis_of_a_slice():
+    script = (
+        "from jsublim.ahead.topology import find_topology; from jsublim.parallel import Layout\n"
+        "for name in ('v5e:4x4', 'v5p:2x2x2', 'v6e:4x4'):\n"
+        "    found = find_topology(name)\n"
+        "    for axis in found.model_axes:\n"
+        "        layout = Layout('mesh', 1, len(found.devices) // axis, axis, found.devices)\n"
+        "        print(len({d.id for d in layout.mesh.devices.flat}) == len(found.devices))\n"
+    )
+    assert _as_child("-c", script).split() == ["True"] * (5 + 4 + 5)
+
+
+@pytest.mark.slow
+@needs_tpu_compiler
 def test_a_plan_names_the_fastest_of_the_layouts_that_fit():
     said = json.loads(
         _as_child(*COMMAND, "--config", str(QWEN), "--plan", "--stage", "score", "model=tiny-qwen2", *SMALL)
