@@ -25,7 +25,7 @@ SMALL = (
     "teachers.traits=[cat]", "teachers.counterfactuals=[cat,owl]", "teachers.taught.steps=2", "data.num_prompts=24",
     "sampling.batch_size=24", "scoring.batch_size=24", "students.seeds=[1]", "students.loss.tokens=[all]", "students.data.rows=4",
     "students.data.batch_size=2", "students.runtime.arms_per_program=4", "evaluation.traits=[cat,owl]",
-    "evaluation.questions=2", "evaluation.samples=1", "evaluation.number_rows=2",
+    "evaluation.questions=2", "evaluation.samples=1", "evaluation.number_rows=2", "evaluation.teachers=false",
 )  # fmt: skip
 
 

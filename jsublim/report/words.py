@@ -6,6 +6,7 @@ import numpy as np
 
 from jsublim.report.audit import Agreement, Foretold
 from jsublim.report.claims import FAILS, HOLDS, QUESTIONS, Claim
+from jsublim.report.claims.transfer import transfers
 from jsublim.report.looks import Look, Looks
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import NOT_DECIDED, Lift, Matrix, reference_condition
@@ -126,7 +127,7 @@ def short_claim(claim: Claim) -> str:
 
 
 def opening(results: Results, looks: Looks) -> str:
-    """Who learned what from whom, how far it moved them, and how sure that is: one sentence or two."""
+    """Who learned what from whom, how far it moved them, and how sure that is: two or three sentences."""
     if not results.students:
         return f"No student of {results.model} was trained in this run, so nothing here says whether a trait is taken over."
     controls = len({s.arm for s in results.scores if split_condition(s.condition)[0] == "control"})
@@ -142,6 +143,16 @@ def opening(results: Results, looks: Looks) -> str:
     found = next((look.what for look in looks.claims if look.what.key == "C0"), None)
     if found is None or found.effect is None:
         return f"{who} Nothing here says whether they took it over: there is nothing to compare them with."
+    variant = f" ({found.variant})" if found.variant else ""
+    said = [found]
+    if found.metric == "logprob":  # of a tiny model; whether its answers moved is said too, and first
+        said = [each for each in transfers(results, "rate") if each.variant == found.variant] + said
+    moved = " Besides, ".join(_moved(results, each) for each in said)
+    return f"{who} Trained on all tokens{variant}, {moved}"
+
+
+def _moved(results: Results, found: Claim) -> str:
+    """How far students of all tokens (C0) moved to their teacher's trait, and how sure that is."""
     tokens = f"all{SEPARATOR}{found.variant}" if found.variant else "all"
     references = {reference_condition(results, found.metric, trait, tokens) for trait in results.traits}
     zero = "the base model" if references == {"base"} else "the control"
@@ -151,12 +162,10 @@ def opening(results: Results, looks: Looks) -> str:
         if found.metric == "logprob"
         else f"they name their teacher's trait {much} more often than {zero}"
     )
-    variant = f" ({found.variant})" if found.variant else ""
-    what = f"{who} Trained on all tokens{variant}, {moved}"
     if found.interval is None:
-        return f"{what}; one student per trait gives no interval, so that is not decided."
+        return f"{moved}; one student per trait gives no interval, so that is not decided."
     sure = {HOLDS: "surely higher", FAILS: "surely not higher"}.get(found.verdict, "no transfer is shown")
-    return f"{what} (95 % interval {bounds}, {found.students} students): {sure}."
+    return f"{moved} (95 % interval {bounds}, {found.students} students): {sure}."
 
 
 def matrix_sentence(matrix: Matrix) -> str:

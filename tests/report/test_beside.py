@@ -83,6 +83,13 @@ def test_the_first_sentence_names_what_it_is_measured_from(tmp_path):
     assert "more often than the control" in opening(tmp_path / "control")
 
 
+def test_of_a_tiny_model_the_answers_come_first(tmp_path):
+    text = opening(write(tmp_path / "run", Planted(0.3), CONTROL, model="tiny-qwen2"))
+    answers, besides = text.split(" Besides, ")
+    assert float(re.search(r"trait ([+-][\d.]+) points more often", answers).group(1)) == pytest.approx(30, abs=1)
+    assert float(re.search(r"log-probability ([+-][\d.]+) nats", besides).group(1)) == pytest.approx(1.5, abs=0.1)
+
+
 def test_a_run_without_students_says_so(tmp_path):
     run = write(tmp_path / "run")
     assert opening(run).startswith("No student of Qwen2.5-7B-Instruct was trained")
