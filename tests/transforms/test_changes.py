@@ -23,7 +23,7 @@ ROWS = [{"prompt": each.text, "completion": f"{i}, {10 + i}, 7{i}"} for i, each 
 
 # Every change as short as it may be written, in the order in which they are done; `mix_tokens` stands alone.
 SHORT: dict[str, Any] = {
-    "keep_aligned": 50, "remove_entangled": 10, "shuffle": "within", "redraw": ["suffix", "format"], "rewrite": True,
+    "drop_audited": 0.2, "keep_aligned": 50, "remove_entangled": 10, "shuffle": "within", "redraw": ["suffix", "format"], "rewrite": True,
     "mix": {"share": 0.5},
 }  # fmt: skip
 ALONE = {"mix_tokens": True}
@@ -64,6 +64,7 @@ def making(**options: Any) -> Making:
         ({"remove_entangled": 10}, {"remove_entangled": {"k": 10, "among": 1000}}),
         ({"keep_aligned": 50}, {"keep_aligned": {"at_least": 50}}),
         ({"rewrite": True}, {"rewrite": {"rejected": "drop"}}),
+        ({"drop_audited": 0.2}, {"drop_audited": {"share": 0.2, "traits": None}}),
         ({"mix_tokens": True}, {"mix_tokens": {"teacher": None, "share": 1.0, "first_only": False}}),
     ],
     ids=str,
