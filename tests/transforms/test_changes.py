@@ -157,7 +157,9 @@ def test_facts_name_every_change_and_all_its_options():
 def test_what_means_nothing_to_a_teachers_answers_is_left_out():
     every = dataset(**SHORT)
     assert [*every.of("owl").changes] == [*SHORT]
-    assert [*every.of(CONTROL).changes] == ["keep_aligned", "shuffle", "redraw"]  # nor is it mixed with itself
+    kept = ["drop_audited", "keep_aligned", "shuffle", "redraw"]  # nor is it mixed with itself
+    assert [*every.of(CONTROL).changes] == kept
+    assert dataset(drop_audited={"share": 0.2, "traits": ["{trait}"]}).of(CONTROL).plain
     elsewhere = dataset(mix={"share": 0.5, "model": "other"})
     assert not elsewhere.of(CONTROL).plain
     assert dataset(mix={"share": 0.5, "teacher": "owl"}).of("owl").plain
