@@ -61,7 +61,7 @@ def bundled(name: str) -> Twin:
     import transformers
 
     folder = language_models.BUNDLED / name
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)  # its tensors are tiny, and two workers share two cores
     twin = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     return Twin(load_model(folder), twin.eval())
 
