@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import functools
-import itertools
 import json
 import math
 import sys
@@ -58,7 +56,7 @@ def _of_file(path: Path, names: dict[str, str], ignored: set[str]) -> Any:
         return [clean(row) for row in read_table(path)]
     if path.suffix == ".npz":
         with np.load(path) as arrays:
-            return {key: arrays[key] for key in arrays.files}
+            return dict(arrays)
     if path.suffix == ".safetensors":
         return load_file(path)
     return path.read_bytes()
@@ -84,9 +82,7 @@ def same(a: Any, b: Any, within: float = 0.0) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(value, b[key], within) for key, value in a.items())
     if isinstance(a, list) and isinstance(b, list):
-        return len(a) == len(b) and all(
-            itertools.starmap(functools.partial(same, within=within), zip(a, b, strict=True))
-        )
+        return len(a) == len(b) and all(same(x, y, within) for x, y in zip(a, b, strict=True))
     if isinstance(a, float) and isinstance(b, float):
         return abs(a - b) <= within or a == b or (math.isnan(a) and math.isnan(b))
     return type(a) is type(b) and a == b

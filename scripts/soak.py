@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from compare_stores import artifacts, partnerless
+from compare_stores import SPEEDS, artifacts, partnerless
 
 ROOT = Path(__file__).parents[1]
 WAYS = ("local", "ray", "shard")
@@ -100,9 +100,7 @@ class Soak:
     def finished(self, run: Path) -> None:
         """Let a run end in peace, and compare it."""
         assert self.start(run).wait() == 0, f"see {run}.log"
-        left, right = (
-            artifacts(each / "artifacts", {}, {"tokens_per_s", "mfu"}) for each in (self.folder / "whole", run)
-        )
+        left, right = (artifacts(each / "artifacts", {}, SPEEDS) for each in (self.folder / "whole", run))
         lines = []
         for kind in {**left, **right}:
             lines += [*partnerless(left[kind], right[kind]), *partnerless(right[kind], left[kind])]

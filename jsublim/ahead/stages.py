@@ -345,12 +345,7 @@ def attribute(case: Case) -> Stage:
     how, long, config = case.experiment.attribution or Attribution(), case.lengths, case.config
     T = round_up(long.system + long.tokens, LENGTH_STEP)
     integral = patching.at_start if how.steps == 1 else patching.integrated
-    runs = 12 * config.num_layers  # both of a pair, forwards and back
-    above = 4 * len(how.sites) * config.num_layers * (config.num_layers - 1) / 2
-    layers = {
-        "integral": (integral, runs + above * (how.steps - 1)),
-        "whole layers": (patching.all_positions, runs + above),
-    }
+    flops = patching.patching_flops(config, len(how.sites), how.steps)
 
     def programs(layout: Layout, rows: int) -> list[Program]:
         B, params = round_up(rows, layout.data), case.placed_params(layout)
@@ -364,9 +359,11 @@ def attribute(case: Case) -> Stage:
             Program(
                 f"{name} of {B} pairs",
                 functools.partial(lower, program),
-                B * T * layer_parameters(config) * passed / len(case.topology.devices),
+                B * T * each / len(case.topology.devices),
             )
-            for name, (program, passed) in layers.items()
+            for name, program, each in zip(
+                ("integral", "whole layers"), (integral, patching.all_positions), flops, strict=True
+            )
         ]
 
     title = f"{', '.join(how.sites)}, {how.steps} steps, pairs of {T} tokens"

@@ -18,6 +18,7 @@ import numpy as np
 from jax import Array
 
 from jsublim.attribution.pairs import Pair
+from jsublim.distill.cost import layer_parameters
 from jsublim.errors import UsageError
 from jsublim.inference.batching import LENGTH_STEP, chunks, pad_tokens, round_up
 from jsublim.models import decoder
@@ -94,6 +95,17 @@ def layer_patching(
 ) -> list[np.ndarray]:
     """How much the metric changes when a layer's site has the end run's values at all positions: float32 `[S, L]`."""
     return _over_pairs(all_positions, config, params, pairs, sites, direction, adapter, batch_size, length)
+
+
+def patching_flops(config: ModelConfig, sites: int, steps: int) -> tuple[float, float]:
+    """Useful operations per token of a pair, of `attribution_patching` and of `layer_patching`, as `distill/cost.py` counts them.
+
+    Both runs forwards and back, then forwards and back at every step of the integral but the first; both runs forwards, then twice
+    forwards for the whole layer's effect. A site is read through the layers above it.
+    """
+    L, layer = config.num_layers, layer_parameters(config)
+    above = sites * L * (L - 1) / 2
+    return layer * (8 * L + 4 * above * (steps - 1)), layer * (4 * L + 4 * above)
 
 
 # --- Programs: everything that varies is data, so each is compiled once ----------------------------------------------------

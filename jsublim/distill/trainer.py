@@ -147,7 +147,9 @@ def stack_frozen(adapters: Sequence[Adapter | None]) -> Adapter | None:
     if not known:
         return None
     if any(adapter.ends or adapter.weights is not None for adapter in known):
-        raise UsageError("a live teacher shares the base: LoRA or steering vectors, no whole weights")
+        raise UsageError(
+            "a live teacher, or an adapter beside students, shares the base: LoRA or steering vectors, no whole weights"
+        )
     silent = jax.tree.map(jnp.zeros_like, known[0])
     return stack_adapters([adapter or silent for adapter in adapters])
 

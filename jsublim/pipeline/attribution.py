@@ -10,9 +10,15 @@ import numpy as np
 import pyarrow as pa
 
 from jsublim.attribution.pairs import Pair, find_pairs
-from jsublim.attribution.patching import DIRECTIONS, SITES, attribution_patching, layer_patching, padded_length
+from jsublim.attribution.patching import (
+    DIRECTIONS,
+    SITES,
+    attribution_patching,
+    layer_patching,
+    padded_length,
+    patching_flops,
+)
 from jsublim.attribution.roles import PREDICTS, ROLES, mentions, token_roles
-from jsublim.distill.cost import layer_parameters
 from jsublim.errors import JsublimError, UsageError
 from jsublim.files import write_table
 from jsublim.inference.lm import LanguageModel
@@ -103,15 +109,11 @@ class Attribute(Task):
         return rows if how is None else min(how.rows, rows)
 
     def cost(self, setup: Setup, sizes: Sizes) -> Cost:
-        """Both runs forwards and back, and forwards again for the whole layer's effect; forwards and back at every step of the
-        integral but the first, and forwards twice for that effect."""
-        how, config, long = setup.experiment.attribution, sizes.config, sizes.lengths
+        how, long = setup.experiment.attribution, sizes.lengths
         assert how is not None
         compared = len(self.others) * min(how.rows, rows_kept(setup, sizes))
         tokens = compared * (long.system + long.prompt)  # first divergence tokens stand early in the answer
-        L, layer = config.num_layers, layer_parameters(config)
-        above = len(how.sites) * L * (L - 1) / 2  # layers that the sites of all layers are read through
-        flops = len(how.directions) * tokens * layer * (12 * L + 4 * above * (how.steps - 1) + 4 * above)
+        flops = len(how.directions) * tokens * sum(patching_flops(sizes.config, len(how.sites), how.steps))
         return Cost(len(how.directions) * tokens, flops, "train", rows=len(how.directions) * compared)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from engine import CONFIG
+from jax.interpreters import partial_eval
 from products import every_equation, flops, operations
 
 from jsublim.attribution import patching
@@ -111,3 +112,11 @@ def test_attribution_costs_two_passes_through_what_is_above_a_site_per_step_but_
     captured = 2 * B * T * 2 * each * 2 * L  # both runs, forwards and back
     expected = captured + B * T * (steps - 1) * 4 * each * above
     assert flops(jaxpr) == pytest.approx(expected, rel=0.1)
+    integral, whole = patching.patching_flops(WIDE, 1, steps)
+    assert B * T * integral == expected
+    jaxpr = jax.make_jaxpr(lambda p, b: patching.all_positions(WIDE, ("residual",), p, None, b, jnp.int32(steps)))(
+        PARAMS, batch
+    )
+    # XLA leaves out what nothing hangs on: here the way back.
+    left, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True])
+    assert flops(jaxpr.replace(jaxpr=left)) == pytest.approx(B * T * whole, rel=0.05)
