@@ -10,23 +10,19 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 
-from jsublim.audit import token_scores
 from jsublim.chat import Turn
 from jsublim.config import Students
-from jsublim.distill.data import read_turns
 from jsublim.errors import UsageError
 from jsublim.files import write_table
 from jsublim.inference.lm import LanguageModel
 from jsublim.pipeline.arms import Source, Student
 from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.directions import Questions, directions_of, questions_about, scoring_cost, start_inputs
-from jsublim.pipeline.parts import resumed
+from jsublim.pipeline.directions import Questions, questions_about, scored_rows, scoring_cost, start_inputs
 from jsublim.pipeline.rows import rows_kept
 from jsublim.pipeline.setup import Setup, memoized
-from jsublim.pipeline.store import Output, digest
+from jsublim.pipeline.store import Output
 from jsublim.pipeline.task import Cost, Sizes, Task
-from jsublim.pipeline.training import start_adapter
 from jsublim.processes import on_main_process
 from jsublim.progress import Tick
 from jsublim.rows import Row
@@ -84,7 +80,7 @@ def audit_task(setup: Setup, student: Student) -> Task:
     inputs = setup.common | {
         "rows": rows.key,
         "how": identity(how),
-        "asked": [[list(questions), traits] for questions, traits in _asked(setup)],
+        "asked": _asked(setup),
         **start_inputs(setup, s, student.seed),
     }
     label = "/".join(filter(None, (student.source.name, student.arm)))
@@ -106,21 +102,11 @@ class AuditRows(Task):
 
     def make(self, context: Context, tick: Tick) -> None:
         setup, artifact, s = context.setup, context.store.open(self.output), self.settings
-        how, lm, rows = setup.experiment.audit, context.lm(s.model), self._rows(context)
+        how, lm, rows, traits = setup.experiment.audit, context.lm(s.model), self._rows(context), setup.evaluated_traits
         assert how is not None
         name = training_rows(setup, self.source).called(self.source)
-        turns = read_turns(lm.chat, rows, name, s.system, fuse_system=setup.experiment.teachers.fuse_system)
-        adapter = start_adapter(lm.config, lm.params, s, self.seed)
-        start = digest({**self.output.inputs, "rows": None})  # sources share what does not depend on their rows
-        about = _asked(setup), setup.evaluated_traits
-        toward = context.remember(("directions", start), lambda: directions_of(setup, lm, adapter, s, *about))
-
-        def scores(first: int) -> Iterator[tuple[np.ndarray]]:
-            batch = {"batch_size": how.batch_size, "first": first, "on_batch": tick}
-            return ((each.T,) for each in token_scores(lm, adapter, toward, turns, **batch))
-
-        found = [each[0] for each in resumed(artifact.path, "scores", scores, tick)]
-        traits = setup.evaluated_traits
+        about = _asked(setup), traits, how.batch_size, tick
+        turns, found = scored_rows(context, artifact.path, name, rows, s, self.seed, *about)
         divergent = [_divergent(row, len(each)) for row, each in zip(rows, found, strict=True)]
 
         def leave() -> None:

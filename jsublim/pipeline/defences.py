@@ -25,8 +25,8 @@ def defence_inputs(setup: Setup, student: Student) -> dict[str, Any]:
     found: dict[str, Any] = {}
     traits = projected_out(student)
     if traits:
-        asked = [[list(questions), own] for questions, own in questions_about(setup, traits)]
-        found["projected out"] = {"asked": asked, "extra_bos": bool(setup.recipe.extra_bos)}
+        extra_bos = bool(setup.recipe.extra_bos)
+        found["projected out"] = {"asked": questions_about(setup, traits), "extra_bos": extra_bos}
     if student.beside is not None:
         found["beside"] = _beside_key(setup, student.beside)
     return found

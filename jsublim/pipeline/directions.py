@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsublim.audit import Directions, trait_directions
+from jsublim.audit import Directions, token_scores, trait_directions
+from jsublim.chat import Turn
 from jsublim.config import Students
 from jsublim.distill.cost import layer_parameters
+from jsublim.distill.data import read_turns
 from jsublim.inference.lm import LanguageModel
 from jsublim.models.lora import Adapter
+from jsublim.pipeline.context import Context
+from jsublim.pipeline.parts import resumed
 from jsublim.pipeline.rows import answer_tokens
 from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.store import digest
 from jsublim.pipeline.task import Cost, Sizes
 from jsublim.pipeline.teachers import TeacherPool
+from jsublim.pipeline.training import start_adapter
+from jsublim.progress import Tick
+from jsublim.rows import Row
 from jsublim.section import identity
 
-Questions = Sequence[tuple[Sequence[str], list[str]]]  # and the traits that they are answered with
+Questions = list[tuple[list[str], list[str]]]  # and the traits that they are answered with
 
 
 def questions_about(setup: Setup, traits: Sequence[str], most: int | None = None) -> Questions:
@@ -68,6 +77,34 @@ def directions_of(
     parts = [trait_directions(lm, adapter, questions, own, **around(setup, students)) for questions, own in asked]
     index = np.asarray([order.index(trait) for trait in traits])
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[index], *parts)
+
+
+def scored_rows(
+    context: Context, folder: Path, name: str, rows: Sequence[Row], students: Students, seed: int, asked: Questions,
+    traits: Sequence[str], batch_size: int, tick: Tick,
+) -> tuple[list[Turn], list[np.ndarray]]:  # fmt: skip
+    """Rows as students read them, and the scores of each one's tokens (`audit.py`) at their start: float32 `[tokens, traits]`.
+
+    Args:
+      folder: where the scores so far are kept, and gone on with.
+      name: what the rows are called in errors.
+
+    Raises:
+      Preempted: as `resumed`.
+    """
+    setup, lm = context.setup, context.lm(students.model)
+    turns = read_turns(lm.chat, rows, name, students.system, fuse_system=setup.experiment.teachers.fuse_system)
+    adapter = start_adapter(lm.config, lm.params, students, seed)
+    start = digest({"asked": asked, "traits": list(traits)} | start_inputs(setup, students, seed))
+    toward = context.remember(  # whoever scores rows by students of this start shares them
+        ("directions", start), lambda: directions_of(setup, lm, adapter, students, asked, traits)
+    )
+
+    def scores(first: int) -> Iterator[tuple[np.ndarray]]:
+        batch: dict[str, Any] = {"batch_size": batch_size, "first": first, "on_batch": tick}
+        return ((each.T,) for each in token_scores(lm, adapter, toward, turns, **batch))
+
+    return turns, [each[0] for each in resumed(folder, "scores", scores, tick)]
 
 
 def scoring_cost(setup: Setup, sizes: Sizes, rows: float, traits: int) -> Cost:

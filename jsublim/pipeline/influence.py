@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 
-from jsublim.audit import token_scores
 from jsublim.config import Students
 from jsublim.config.audit import Audit
-from jsublim.distill.data import read_turns
 from jsublim.errors import UsageError
 from jsublim.files import read_table, write_table
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.directions import directions_of, questions_about, scoring_cost, start_inputs
-from jsublim.pipeline.parts import resumed
+from jsublim.pipeline.directions import questions_about, scored_rows, scoring_cost, start_inputs
 from jsublim.pipeline.rows import Writer, rows_kept, teacher_rows
 from jsublim.pipeline.setup import Setup, memoized
-from jsublim.pipeline.store import Output, Store, digest
+from jsublim.pipeline.store import Output, Store
 from jsublim.pipeline.task import Cost, Sizes, Task
-from jsublim.pipeline.training import start_adapter
 from jsublim.processes import on_main_process
 from jsublim.progress import Tick
 
@@ -45,9 +40,8 @@ def influence_task(setup: Setup, writer: Writer, traits: list[str]) -> ScoreRows
 def _task(setup: Setup, writer: Writer, traits: tuple[str, ...]) -> ScoreRows:
     students, rows = setup.experiment.students, teacher_rows(setup, writer)
     assert students is not None
-    asked = [[list(questions), own] for questions, own in questions_about(setup, traits)]
-    start = start_inputs(setup, students, students.seeds[0])
-    inputs = setup.common | {"rows": rows.key, "traits": list(traits), "asked": asked, **start}
+    about = {"rows": rows.key, "traits": list(traits), "asked": questions_about(setup, traits)}
+    inputs = setup.common | about | start_inputs(setup, students, students.seeds[0])
     return ScoreRows((Output("influence", writer.teacher, inputs),), rows.parts, writer, traits, students)
 
 
@@ -71,25 +65,14 @@ class ScoreRows(Task):
 
     def make(self, context: Context, tick: Tick) -> None:
         setup, artifact, s = context.setup, context.store.open(self.output), self.settings
-        lm, rows = context.lm(s.model), teacher_rows(setup, self.writer).read(context.store)
-        fuse, name = setup.experiment.teachers.fuse_system, f"rows of {self.writer.teacher}"
-        turns = read_turns(lm.chat, rows, name, s.system, fuse_system=fuse)
-        adapter, asked = start_adapter(lm.config, lm.params, s, s.seeds[0]), questions_about(setup, self.traits)
-        start = digest({**self.output.inputs, "rows": None})  # writers share what does not depend on their rows
-        toward = context.remember(
-            ("directions", start), lambda: directions_of(setup, lm, adapter, s, asked, self.traits)
-        )
+        rows, name = teacher_rows(setup, self.writer).read(context.store), f"rows of {self.writer.teacher}"
         batch_size = (setup.experiment.audit or Audit()).batch_size
-
-        def scores(first: int) -> Iterator[tuple[np.ndarray]]:
-            batch: dict[str, Any] = {"batch_size": batch_size, "first": first, "on_batch": tick}
-            return ((each.T,) for each in token_scores(lm, adapter, toward, turns, **batch))
-
-        every = [each[0].sum(axis=0, dtype=np.float64) for each in resumed(artifact.path, "scores", scores, tick)]
+        about = questions_about(setup, self.traits), self.traits, batch_size, tick
+        _, found = scored_rows(context, artifact.path, name, rows, s, s.seeds[0], *about)
         lines = [
             {"row": number, "trait": trait, "score": float(score)}
-            for number, of_traits in enumerate(every)
-            for trait, score in zip(self.traits, of_traits, strict=True)
+            for number, each in enumerate(found)
+            for trait, score in zip(self.traits, each.sum(axis=0, dtype=np.float64), strict=True)
         ]
 
         def leave() -> None:
