@@ -23,14 +23,14 @@ from jsublim.config import Experiment, Students, variants
 from jsublim.config.attribution import Attribution
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.batches import Shape
-from jsublim.distill.cost import layer_parameters, training_flops
+from jsublim.distill.cost import training_flops
 from jsublim.distill.memory import abstract_step, example_like, rows_at_once
 from jsublim.distill.step import compile_step
 from jsublim.inference import decoding, scoring
 from jsublim.inference.batching import LENGTH_STEP, PREFIX_STEP, PROMPT_STEP, round_up, rows_together
 from jsublim.inference.generation import Sizes, sampling_arrays, stop_array
 from jsublim.inference.sampling import Sampling
-from jsublim.models.config import ModelConfig
+from jsublim.models.config import ModelConfig, layer_parameters
 from jsublim.models.decoder import Params, abstract_params
 from jsublim.models.lora import Adapter, at_every_layer, stack_adapters
 from jsublim.parallel import ARM_ROWS, ARMS, ROWS, WHOLE, Layout, model_axis_for

@@ -18,11 +18,10 @@ import numpy as np
 from jax import Array
 
 from jsublim.attribution.pairs import Pair
-from jsublim.distill.cost import layer_parameters
 from jsublim.errors import UsageError
 from jsublim.inference.batching import LENGTH_STEP, chunks, pad_tokens, round_up
 from jsublim.models import decoder
-from jsublim.models.config import ModelConfig
+from jsublim.models.config import ModelConfig, layer_parameters
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, bind
 from jsublim.models.stream import Stream, residual_stream, resume

@@ -13,10 +13,9 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from jsublim.distill.cost import layer_parameters
 from jsublim.distill.data import Example
 from jsublim.inference.batching import TRAINING_STEP, branched, fill, pad_tokens, round_up
-from jsublim.models.config import ModelConfig
+from jsublim.models.config import ModelConfig, layer_parameters
 from jsublim.models.decoder import check_length
 
 

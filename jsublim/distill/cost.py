@@ -9,13 +9,8 @@ from __future__ import annotations
 import jax
 
 from jsublim.distill.losses import Loss
-from jsublim.models.config import ModelConfig
-from jsublim.models.lora import Adapter, projection_shapes
-
-
-def layer_parameters(config: ModelConfig) -> int:
-    """Weights of one layer's projections."""
-    return sum(inputs * outputs for inputs, outputs in projection_shapes(config).values())
+from jsublim.models.config import ModelConfig, layer_parameters
+from jsublim.models.lora import Adapter
 
 
 def training_flops(

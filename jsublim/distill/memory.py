@@ -15,9 +15,9 @@ from jsublim.distill.data import Example
 from jsublim.distill.step import compile_step, init_state
 from jsublim.distill.trainer import numbers_of, stack_frozen, start_of
 from jsublim.errors import UsageError
-from jsublim.models.config import ModelConfig
+from jsublim.models.config import ModelConfig, projection_shapes
 from jsublim.models.decoder import Params, parameter_count
-from jsublim.models.lora import OneLayer, projection_shapes
+from jsublim.models.lora import OneLayer
 from jsublim.parallel import SHARE, Layout, device_bytes
 
 

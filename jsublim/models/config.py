@@ -161,3 +161,16 @@ class ModelConfig:
     def softmax_scale(self) -> float:
         """What the products of queries and keys are multiplied by."""
         return self.scales.query or self.head_dim**-0.5
+
+
+def projection_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each projection that a block has."""
+    D, F, h = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.num_heads * h, config.num_kv_heads * h
+    gate = {"gate": (D, F)} if config.mlp.gated else {}
+    return {"q": (D, q), "k": (D, kv), "v": (D, kv), "o": (q, D), **gate, "up": (D, F), "down": (F, D)}
+
+
+def layer_parameters(config: ModelConfig) -> int:
+    """Weights of one layer's projections."""
+    return sum(inputs * outputs for inputs, outputs in projection_shapes(config).values())

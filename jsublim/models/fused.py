@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from jsublim.models.config import ModelConfig
+from jsublim.models.config import ModelConfig, projection_shapes
 from jsublim.models.families.names import Fused
-from jsublim.models.lora import projection_shapes
 
 Rows = slice | np.ndarray
 Factors = dict[str, np.ndarray]  # {"a": [n, in, r], "b": [n, r, out], "scale": [n]}, as in an adapter

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array
 
 from jsublim.errors import UsageError
-from jsublim.models.config import ModelConfig
+from jsublim.models.config import ModelConfig, projection_shapes
 
 RANK_AXES = (("a", -1), ("b", -2))  # of LoRA's factors
 PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -179,14 +179,6 @@ class OneLayer:
 
 
 AnyAdapter = Adapter | OneLayer  # what a forward pass and the training step take
-
-
-def projection_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Inputs and outputs of each projection that a block has."""
-    D, F, h = config.hidden_size, config.intermediate_size, config.head_dim
-    q, kv = config.num_heads * h, config.num_kv_heads * h
-    gate = {"gate": (D, F)} if config.mlp.gated else {}
-    return {"q": (D, q), "k": (D, kv), "v": (D, kv), "o": (q, D), **gate, "up": (D, F), "down": (F, D)}
 
 
 def check_layers(config: ModelConfig, layers: tuple[int, ...] | None) -> tuple[int, ...]:

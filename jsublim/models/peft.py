@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from jsublim.errors import JsublimError, UsageError
 from jsublim.files import write_json
 from jsublim.models import steering
-from jsublim.models.config import ModelConfig
+from jsublim.models.config import ModelConfig, projection_shapes
 from jsublim.models.families import MODULES, all_modules, weight_names
 from jsublim.models.fused import Factors, join_factors, outputs, split_factors
 from jsublim.models.hub import from_hub, hub_name
-from jsublim.models.lora import PROJECTIONS, Adapter, projection_shapes
+from jsublim.models.lora import PROJECTIONS, Adapter
 from jsublim.models.steering import load_steering, save_steering
 from jsublim.models.tensors import read_float32, write_tensors
 from jsublim.reading import read_json, shown

@@ -13,9 +13,9 @@ import numpy as np
 from jsublim.audit import Directions, token_scores, trait_directions
 from jsublim.chat import Turn
 from jsublim.config import Students
-from jsublim.distill.cost import layer_parameters
 from jsublim.distill.data import read_turns
 from jsublim.inference.lm import LanguageModel
+from jsublim.models.config import layer_parameters
 from jsublim.models.lora import Adapter
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.parts import resumed

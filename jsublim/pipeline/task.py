@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from jsublim.distill.cost import layer_parameters
-from jsublim.models.config import ModelConfig
+from jsublim.models.config import ModelConfig, layer_parameters
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Output, Store, digest

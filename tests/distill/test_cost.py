@@ -15,22 +15,15 @@ from products import UNKNOWN, every_equation, flops
 from jsublim.distill import losses
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.batches import Shape, collate
-from jsublim.distill.cost import layer_parameters, training_flops
+from jsublim.distill.cost import training_flops
 from jsublim.distill.losses import Loss
 from jsublim.distill.memory import example_like
 from jsublim.distill.optimizer import Optimizer
 from jsublim.distill.step import Arms, Program, init_state, train_step
 from jsublim.distill.trainer import train
-from jsublim.models.config import Local
+from jsublim.models.config import Local, layer_parameters, projection_shapes
 from jsublim.models.decoder import abstract_params
-from jsublim.models.lora import (
-    init_full,
-    init_lora,
-    init_steering,
-    projection_shapes,
-    stack_adapters,
-    stack_arms,
-)
+from jsublim.models.lora import init_full, init_lora, init_steering, stack_adapters, stack_arms
 
 # Wide, so that projections are nearly everything, and with a prime for a vocabulary, to recognise it in a shape.
 # Shapes only: nothing of this size exists.

@@ -13,13 +13,12 @@ from jax.interpreters import partial_eval
 from products import every_equation, flops, operations
 
 from jsublim.attribution import patching
-from jsublim.distill.cost import layer_parameters
 from jsublim.inference import decoding, scoring
 from jsublim.inference.constrain import number_limits
 from jsublim.inference.decoding import Begun, Prompts
-from jsublim.models.config import Local
+from jsublim.models.config import Local, layer_parameters, projection_shapes
 from jsublim.models.decoder import abstract_params
-from jsublim.models.lora import init_lora, projection_shapes, stack_adapters
+from jsublim.models.lora import init_lora, stack_adapters
 
 # Wide, so that projections are nearly everything. Shapes only: nothing of this size exists.
 WIDE = dataclasses.replace(

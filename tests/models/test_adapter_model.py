@@ -12,16 +12,8 @@ from scipy import stats
 
 from jsublim.errors import UsageError
 from jsublim.models import Adapter, hidden_states, logits
-from jsublim.models.lora import (
-    PROJECTIONS,
-    bind,
-    init_full,
-    init_lora,
-    merge_full,
-    projection_shapes,
-    stack_adapters,
-    unstack_arms,
-)
+from jsublim.models.config import projection_shapes
+from jsublim.models.lora import PROJECTIONS, bind, init_full, init_lora, merge_full, stack_adapters, unstack_arms
 
 _FAST = {"xla_backend_optimization_level": 0}  # small programs: compiling is what takes the time
 
