@@ -29,11 +29,15 @@ ROOT = Path(__file__).parents[1]
 class Side:
     """One worker process."""
 
-    def __init__(self, name: str, python: str, stage: str, model: str, folder: Path, dtype: str, threads: int):
+    def __init__(
+        self, name: str, python: str, stage: str, model: str, folder: Path, dtype: str, threads: int, devices: int
+    ):
         self.name, self.seconds, self.peak = name, list[float](), 0.0
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(devices)))
+        apart = f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
         limits = {
-            "OMP_NUM_THREADS": str(threads), "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')}", "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": str(threads), "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {apart}".strip(), "HF_HUB_OFFLINE": "1",
+            "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": visible,
         }  # fmt: skip
         cores = sorted(os.sched_getaffinity(0))[:threads] if sys.platform == "linux" else []
         prefix = ["taskset", "-c", ",".join(map(str, cores))] if cores else []
@@ -95,7 +99,7 @@ def measure(
         folder = Path(scratch)
         save(folder, stage, sizes, vocab)
         names = {"ours": sys.executable} if alone else {"ours": sys.executable, "theirs": python}
-        sides = {n: Side(n, p, stage, model, folder, dtype, threads) for n, p in names.items()}
+        sides = {n: Side(n, p, stage, model, folder, dtype, threads, sizes["devices"]) for n, p in names.items()}
         for side in sides.values():
             side.ask(f"check {folder / side.name}.npz")
         for _ in range(repeat):  # in turns: what else the machine does then falls on both
@@ -132,7 +136,7 @@ def cells(result: dict[str, Any]) -> tuple[str, ...]:
     agree = ", ".join(f"{k} {v:.3g}" for k, v in result.get("equal", {}).items() if k != "same")
     return (
         result["stage"],
-        " ".join(f"{k}={v}" for k, v in result["sizes"].items() if k not in COMMON or v),
+        " ".join(f"{k}={v}" for k, v in result["sizes"].items() if v != COMMON.get(k)),
         f"{theirs['median_s']:.2f}" if theirs else "-",
         f"{ours['median_s']:.2f}",
         f"{result['ratio']:.2f}" if result.get("ratio") else "-",

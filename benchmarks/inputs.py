@@ -38,8 +38,9 @@ SIZES: dict[str, Sizes] = {
 }
 
 
-# Of every stage: the checkpoint's first layers alone, so many; zero is all of them.
-COMMON: Sizes = {"depth": 0}
+# Of every stage: the checkpoint's first layers alone, so many (zero is all of them); and devices, which our side spreads its rows and
+# students over. A CPU counts as so many devices that share its cores: this shows what spreading costs, not what it gains.
+COMMON: Sizes = {"depth": 0, "devices": 1}
 
 
 def make(stage: str, sizes: Sizes, vocab: int) -> dict[str, np.ndarray]:

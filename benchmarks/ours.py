@@ -44,9 +44,17 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")}
 
 
-def read(model: str, dtype: str, depth: int = 0) -> LanguageModel:
-    lm = load_model(model, dtype)
-    return lm.ending_at(depth - 1) if depth else lm
+def read(model: str, dtype: str, sizes: Any) -> LanguageModel:
+    lm = load_model(model, dtype, _layout(sizes))
+    return lm.ending_at(sizes.depth - 1) if sizes.depth else lm
+
+
+def _layout(sizes: Any, arms: int = 1) -> Layout:
+    return Layout.fit(_mode(sizes), arms)
+
+
+def _mode(sizes: Any) -> str:
+    return "none" if sizes.devices == 1 else "mesh"
 
 
 def sample(lm: LanguageModel, sizes: Any, arrays: Any) -> Work:
@@ -108,7 +116,7 @@ def train(lm: LanguageModel, sizes: Any, arrays: Any) -> Work:
         program=Program(optimizer=Optimizer("adamw")),
     )  # fmt: skip
     arms = [Arm(f"x{i}", examples, adapter, 0, 0.0, 10**6) for i in range(sizes.arms)]
-    layout, plain = Layout.fit("none", 1), Shape.of([examples], settings.accumulate, settings.batch_size)
+    layout, plain = _layout(sizes, sizes.arms), Shape.of([examples], settings.accumulate, settings.batch_size)
     beginning = shared_beginning([example.tokens[: example.where[0] + 1] for example in examples], PREFIX_STEP)
     shape = packed(plain, lm.config, [Order(lengths_of(examples), 0, 1)], beginning)
     params, state, numbers, teacher = trainer._placed(lm.config, lm.params, arms, settings, layout)
@@ -135,7 +143,7 @@ def pipeline(lm: LanguageModel, sizes: Any, arrays: Any) -> Work:
     systems, requests = arrays["systems"], arrays["requests"]
     start = _start(init_lora(lm.config, jax.random.key(0), rank=sizes.rank, alpha=sizes.rank))
     settings = Settings(
-        batch_size=sizes.micro, accumulate=len(requests) // sizes.micro,
+        batch_size=sizes.micro, accumulate=len(requests) // sizes.micro, parallel=_mode(sizes),
         program=Program(optimizer=Optimizer("adamw", clip=0.0, schedule="constant"), warmup=0),
     )  # fmt: skip
 

@@ -36,9 +36,9 @@ def versions() -> dict[str, str]:
     return {name: found[name] for name in names if name in found}
 
 
-def read(model: str, dtype: str, depth: int = 0) -> tuple[Any, str]:
+def read(model: str, dtype: str, sizes: Any) -> tuple[Any, str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    cut = {"num_hidden_layers": depth} if depth else {}
+    cut = {"num_hidden_layers": sizes.depth} if sizes.depth else {}
     loaded = AutoModelForCausalLM.from_pretrained(model, torch_dtype=getattr(torch, dtype), **cut)
     return loaded.to(device).eval(), model
 

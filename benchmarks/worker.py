@@ -40,7 +40,7 @@ def main() -> None:
     sizes, arrays = load(Path(folder))
     module = importlib.import_module(f"benchmarks.{side}")
     begun = time.perf_counter()
-    read = module.read(model, dtype, sizes.depth)
+    read = module.read(model, dtype, sizes)
     forget_peak()
     work = module.STAGES[stage](read, sizes, arrays)
     print(json.dumps({"ready": time.perf_counter() - begun, "versions": module.versions()}), flush=True)

@@ -43,7 +43,7 @@ def test_both_sides_compute_the_same(stage, tmp_path):
     inputs.save(tmp_path, stage, SMALL[stage] | inputs.COMMON | DEPTH.get(stage, {}), vocab)
     sizes, arrays = inputs.load(tmp_path)
     for side in (ours, theirs):
-        work = side.STAGES[stage](side.read(MODEL, "float32", sizes.depth), sizes, arrays)
+        work = side.STAGES[stage](side.read(MODEL, "float32", sizes), sizes, arrays)
         np.savez(tmp_path / f"{side.__name__.split('.')[1]}.npz", **work.check())
         work.run()
     assert compare.equal(tmp_path)["same"], compare.equal(tmp_path)
