@@ -224,6 +224,7 @@ def random_model(class_name: str, arguments: dict[str, Any], seed: int = 0) -> A
     else:
         config = cls.config_class(**arguments)
     config._attn_implementation = "eager"
+    torch.manual_seed(seed)  # the same model whatever was drawn before
     model = cls(config).float().eval()
     noise = torch.Generator().manual_seed(seed)
     with torch.no_grad():

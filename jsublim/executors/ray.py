@@ -102,7 +102,8 @@ class RayExecutor:
         try:
             with warnings.catch_warnings():  # of JAX, about forks; Ray's processes begin by exec
                 warnings.filterwarnings("ignore", message=r"os\.fork", category=RuntimeWarning)
-                ray.init(address=self.address, log_to_driver=False, logging_level=logging.ERROR, **local)
+                # "local": not one that runs on this machine already, or that RAY_ADDRESS names.
+                ray.init(address=self.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
         except Exception as error:  # of many kinds: no cluster there, another version, a wrong token
             said = f"--ray-address {self.address}" if self.address else "--on ray"
             raise JsublimError(f"{said}: cannot be reached or started: {error}") from error

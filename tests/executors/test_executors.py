@@ -90,8 +90,9 @@ def test_killed_workers_drivers_and_shards_leave_what_an_undisturbed_run_leaves(
 
 
 @needs_ray
-def test_failed_tasks_are_named_and_nothing_listens_outside(tmp_path):
-    """Answers of one token: there is nothing to learn from them."""
+def test_failed_tasks_are_named_and_nothing_listens_outside(tmp_path, monkeypatch):
+    """Answers of one token: there is nothing to learn from them. What cluster there may be elsewhere is not asked."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     listening, ended = set(), threading.Event()
 
     def look() -> None:
