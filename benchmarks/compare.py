@@ -33,7 +33,8 @@ class Side:
         self, name: str, python: str, stage: str, model: str, folder: Path, dtype: str, threads: int, devices: int
     ):
         self.name, self.seconds, self.peak = name, list[float](), 0.0
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(devices)))
+        known = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(devices)))
+        visible = ",".join(known.split(",")[:devices])
         apart = f"--xla_force_host_platform_device_count={devices}" if devices > 1 else ""
         limits = {
             "OMP_NUM_THREADS": str(threads), "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {apart}".strip(), "HF_HUB_OFFLINE": "1",
