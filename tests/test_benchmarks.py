@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -13,7 +14,7 @@ from command import ROOT
 from jsublim.inference.lm import BUNDLED
 
 sys.path.insert(0, str(ROOT))  # benchmarks are no part of the package
-from benchmarks import compare, inputs, ours
+from benchmarks import compare, inputs, ours, profile
 
 MODEL = str(BUNDLED / "tiny-qwen2")
 SMALL = {
@@ -59,3 +60,43 @@ def test_results_that_differ_give_no_ratio(tmp_path):
     for name, token, loss in (("ours", 1, 2.0), ("theirs", 1, 2.001)):
         np.savez(tmp_path / f"{name}.npz", tokens=np.full((2, 3), token), loss=np.float64(loss))
     assert not compare.equal(tmp_path)["same"]
+
+
+HLO = """
+%fused (p: f32[4,8], w: f32[8,2]) -> f32[4,2] {
+  ROOT %dot.1 = f32[4,2]{1,0} dot(%p, %w), lhs_contracting_dims={1}
+}
+%wrapped (p: f32[4,2]) -> f32[4] {
+  %c = f32[] constant(0)
+  ROOT %sum.1 = f32[4]{0} reduce(%p, %c), dimensions={1}
+}
+ENTRY %main (a: f32[4,8], b: f32[8,2]) -> f32[4] {
+  %a_fusion = f32[4,2]{1,0} fusion(%a, %b), kind=kCustom, calls=%fused, metadata={op_name="jit(f)/layer/mlp/dot_general"}
+  %b_fusion = f32[4]{0} fusion(%a_fusion), kind=kLoop, calls=%wrapped
+  %turn = (f32[4]) while(%b_fusion), body=%wrapped
+  ROOT %copy.1 = f32[4]{0} copy(%b_fusion)
+}
+"""
+
+
+def test_a_profile_gives_each_instant_to_one_class():
+    program = profile.Program(HLO)
+    names = ("a_fusion", "b_fusion", "turn", "copy.1")
+    assert [program.kind(name) for name in names] == ["products", "sums", None, "slices and copies"]
+    assert program.source("a_fusion") == "layer/mlp/dot_general" and program.source("b_fusion") == "f32[4]"
+    spans = {"a_fusion": (0, 4e6), "b_fusion": (2e6, 4e6), "turn": (0, 9e6), "copy.1": (8e6, 1e6)}
+    events = [{"ts": t, "dur": d, "args": {"hlo_module": "f", "hlo_op": name}} for name, (t, d) in spans.items()]
+    spent = profile.swept(events, {profile.place(each): program.kind(each["args"]["hlo_op"]) for each in events})
+    found = {name: seconds for name, seconds in spent.items() if seconds}
+    assert found == {"products": 4.0, "sums": 2.0, "nothing": 2.0, "slices and copies": 1.0}
+
+
+def test_a_stage_is_profiled():
+    """In a process of its own: XLA reads once where to dump programs."""
+    sizes = [f"--size={name}={value}" for name, value in (SMALL["score"] | DEPTH["score"]).items()]
+    child = subprocess.run(
+        [sys.executable, "-m", "benchmarks.profile", "--stage", "score", "--model", MODEL, *sizes],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr
+    assert "products" in child.stdout and "mlp/dot" in child.stdout
