@@ -83,6 +83,7 @@ def divergence(
     ] = None,
 ) -> None:
     """Find the divergence tokens of rows; what each teacher said of them goes beside OUT, with .readings.parquet."""
+    from jsublim.pipeline.arms import Source
     from jsublim.pipeline.divergence import divergence_rows, merged
     from jsublim.pipeline.publish import check_free, publish_rows, rows_of
     from jsublim.pipeline.readings import write_readings
@@ -96,7 +97,7 @@ def divergence(
     )
     rows, sidecar = rows_of(data), out.with_name(f"{out.stem}.readings.parquet")
     context = _context(e)
-    found = divergence_rows(context.setup, trait, rows)
+    found = divergence_rows(context.setup, Source(trait), rows)
     check_free(out, found.key, found.inputs)
     if sidecar.exists() and not out.exists():
         raise UsageError(f"{sidecar}: already exists; give another --out or move it away")

@@ -5,7 +5,7 @@ from jsublim.config.experiment import Config, Experiment
 from jsublim.config.loading import check_config, load_experiment, read_config
 from jsublim.config.recipe import Recipe
 from jsublim.config.shipped import find_config
-from jsublim.config.students import Students, variants
+from jsublim.config.students import Students, elders, variants
 from jsublim.config.teachers import Taught, Teachers
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Taught",
     "Teachers",
     "check_config",
+    "elders",
     "find_config",
     "load_experiment",
     "read_config",

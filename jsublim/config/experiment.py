@@ -15,7 +15,7 @@ from jsublim.config.audit import Audit
 from jsublim.config.data import Data, Dataset, Sampling, Scoring
 from jsublim.config.evaluation import Evaluation, JudgeChoice
 from jsublim.config.recipe import Recipe
-from jsublim.config.students import Students, variants
+from jsublim.config.students import Students, elders, variants
 from jsublim.config.teachers import Teachers
 from jsublim.distill.loggers import LOGGERS
 from jsublim.section import CONTENT, HOW, PLAN, RESULT, Distinct, Name, Place, Positive, Rate, Section
@@ -142,7 +142,9 @@ class Experiment(Config):
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Experiment:
-        for name, students in variants(self.students).items() if self.students else ():
+        every = variants(self.students) if self.students else {}
+        elders(every)
+        for name, students in every.items():
             wanted = students.data.dataset
             if wanted is not None and wanted not in self.datasets:
                 where = f"arm '{name}': " if name else ""

@@ -65,6 +65,9 @@ class StudentData(Section):
     """One of `datasets`; null: the teachers' answers as they are."""
     rows: Annotated[Positive | None, RESULT] = 10_000
     """How many rows a student learns, drawn by its seed from those that passed the filter; null: all."""
+    generation: Annotated[Positive, CONTENT, LATER] = 1
+    """Who writes the rows: 1, the teachers; g, the students of generation g - 1 that differ from these in nothing else, each for those of
+    its own trait and seed."""
     epochs: Annotated[Positive, RESULT] = 10
     """How often it reads each row."""
     max_steps: Annotated[Positive | None, RESULT] = None
@@ -258,6 +261,12 @@ class Students(Section):
             raise ValueError("data.on_policy: rows are sampled by the student alone; leave adapter.beside out")
         if self.model is not None and self.loss.live:
             raise ValueError("loss.top_k: a live teacher shares the student's checkpoint; with model, give it")
+        if self.data.generation > 1 and self.model is not None:
+            raise ValueError("data.generation: students of another model are no teachers here; leave model out")
+        if self.data.generation > 1 and self.loss.live and self.adapter.method == "full":
+            raise ValueError(
+                "data.generation: whole students are no live teachers, who share their students' checkpoint; give loss.top_k"
+            )
         variants(self)
         return self
 
@@ -315,6 +324,30 @@ def variants(students: Students) -> dict[str, Students]:
             place = "".join(f"{part}." for part in first["loc"]).rstrip(".")
             said = first["msg"].removeprefix("Value error, ")
             raise ValueError(f"arm '{name}': {place}: {said}" if place else f"arm '{name}': {said}") from None
+    return found
+
+
+def elders(every: Mapping[str, Students]) -> dict[str, str]:
+    """The arms of later generations, and of each the arm whose students write its rows.
+
+    Raises:
+      ValueError: there is no such arm.
+    """
+    found: dict[str, str] = {}
+    for name, students in every.items():
+        before = students.data.generation - 1
+        if not before:
+            continue
+        data = students.data.model_copy(update={"generation": before})
+        wanted = students.model_copy(update={"data": data, "arms": None})
+        alike = [n for n, other in every.items() if other.model_copy(update={"arms": None}) == wanted]
+        if not alike:
+            where = f"arm '{name}': " if name else ""
+            raise ValueError(
+                f"students.data.generation: {where}{before + 1} given, and no arm has generation {before} and is the same otherwise; "
+                f"add one (a grid: arms: {{data.generation: [1, ..., {before + 1}]}})"
+            )
+        found[name] = alike[0]
     return found
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
 
-from jsublim.config import Dataset, Experiment, Students, variants
+from jsublim.config import Dataset, Experiment, Students, elders, variants
 from jsublim.distill.batches import steps_per_epoch
 from jsublim.inference.sampling import seed_within
 from jsublim.section import NEEDS_TRAIT, with_defaults
@@ -15,18 +15,35 @@ from jsublim.teachers import CONTROL, OWN
 T = TypeVar("T")
 
 
+class Elder(NamedTuple):
+    """Students of the generation before, one per trait, who write rows in their teachers' stead."""
+
+    arm: str
+    tokens: str
+    seed: int
+
+    @property
+    def group(self) -> str:
+        """Those of all seeds."""
+        return "/".join(filter(None, [self.tokens, self.arm]))
+
+    def __str__(self) -> str:
+        return f"by student {self.group}/seed{self.seed}"
+
+
 class Source(NamedTuple):
-    """Where a student's rows come from: a teacher, a data set of the config (None: the answers as they are), and the draw that
-    was made for a student's seed (None: the one that all share)."""
+    """Where a student's rows come from: a teacher, a data set of the config (None: the answers as they are), the draw that
+    was made for a student's seed (None: the one that all share), and the student that stands in for the teacher (None: nobody)."""
 
     teacher: str
     dataset: str | None = None
     draw: int | None = None
+    elder: Elder | None = None
 
     @property
     def name(self) -> str:
         drawn = None if self.draw is None else f"drawn for seed {self.draw}"
-        return " · ".join(filter(None, [self.teacher, self.dataset, drawn]))
+        return " · ".join(filter(None, [self.teacher, self.dataset, drawn, self.elder and str(self.elder)]))
 
 
 def seed_of(seed: int, draw: int | None) -> int:
@@ -36,7 +53,8 @@ def seed_of(seed: int, draw: int | None) -> int:
 
 @dataclass(frozen=True)
 class Student:
-    """One student: whose rows it learns from, on which tokens, with which seed, under which arm of the ablation."""
+    """One student: whose rows it learns from, on which tokens, with which seed, under which arm of the ablation. Of a later
+    generation, `elder` is the arm whose students write its rows."""
 
     teacher: str
     tokens: str
@@ -44,6 +62,7 @@ class Student:
     arm: str = ""
     draw: int | None = None
     settings: Students = field(default_factory=Students, compare=False)
+    elder: str | None = None
 
     @property
     def name(self) -> str:
@@ -57,7 +76,8 @@ class Student:
 
     @property
     def source(self) -> Source:
-        return Source(self.teacher, self.settings.data.dataset, self.draw)
+        elder = None if self.elder is None else Elder(self.elder, self.tokens, self.seed)
+        return Source(self.teacher, self.settings.data.dataset, self.draw, elder)
 
     @property
     def beside(self) -> str | None:
@@ -77,18 +97,20 @@ def plan_students(experiment: Experiment) -> list[Student]:
     once only where no arm changes anything for them."""
     planned, every = [], variants(experiment.students) if experiment.students else {}
     controls = {name: _of_control(experiment, students) for name, students in every.items()}
-    alike = len({repr(settings) for settings in controls.values()}) == 1
+    alike, before = len({repr(settings) for settings in controls.values()}) == 1, elders(every)
     drawn: Callable[[int], int | None] = lambda seed: seed if experiment.data.draw == "per-seed" else None  # noqa: E731
     for number, (name, students) in enumerate(every.items()):
         planned += [
-            Student(trait, tokens, seed, name, drawn(seed), students)
+            Student(trait, tokens, seed, name, drawn(seed), students, before.get(name))
             for trait in experiment.teachers.traits
             for tokens in students.loss.tokens
             for seed in students.seeds
         ]
         if experiment.teachers.control and not (alike and number):
             arm, settings = "" if alike else name, controls[name]
-            planned += [Student(CONTROL, "all", seed, arm, drawn(seed), settings) for seed in settings.seeds]
+            planned += [
+                Student(CONTROL, "all", seed, arm, drawn(seed), settings, before.get(name)) for seed in settings.seeds
+            ]
     return planned
 
 

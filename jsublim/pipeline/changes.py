@@ -56,7 +56,8 @@ def mixed_in(setup: Setup, source: Source) -> Writer | None:
 def _writer(setup: Setup, source: Source, teacher: str, model: str | None = None) -> Writer:
     seed = dataset_of(setup, source).sampling.seed
     seed = setup.experiment.sampling.seed if seed is None else seed
-    return Writer(teacher, strategy(setup, source), seed, model, source.draw)
+    elder = source.elder if model is None else None  # another checkpoint has no students here
+    return Writer(teacher, strategy(setup, source), seed, model, source.draw, elder)
 
 
 @memoized
@@ -84,7 +85,8 @@ def has_divergence(setup: Setup, source: Source) -> bool:
     """Whether students of a source learn from rows with divergence positions: a trait's answers always have them, changed ones
     where a mask needs them."""
     masked = any(student.source == source and student.tokens != "all" for student in setup.students)
-    return source.teacher != CONTROL and (teacher_dataset(setup, source).plain or masked)
+    plain = teacher_dataset(setup, source).plain and source.elder is None  # of teachers it is told without being needed
+    return source.teacher != CONTROL and (plain or masked)
 
 
 @memoized
@@ -93,7 +95,7 @@ def changed_rows(setup: Setup, source: Source) -> RowSet:
     own, dataset = teacher_rows(setup, writer(setup, source)), teacher_dataset(setup, source)
     if dataset.plain:
         return own
-    pool, parents = TeacherPool(setup), [*own.parts]
+    pool, parents = TeacherPool(setup, source.elder), [*own.parts]
     extra: dict[str, Any] = {"rows": own.key}
     parents += pool.tasks(source.teacher)
     others = mixed_in(setup, source)
@@ -102,7 +104,7 @@ def changed_rows(setup: Setup, source: Source) -> RowSet:
         parents, extra = [*parents, *mixed.parts], extra | {"mix": mixed.key}
     needs = {need for change in dataset.changes.values() for need in change.needs}
     if "readings" in needs:
-        readings = divergence_rows(setup, source.teacher, own)
+        readings = divergence_rows(setup, source, own)
         parents, extra = [*parents, *readings.parts], extra | {"read": readings.key}
     for task in entangled_tasks(setup, source):
         parents, extra = [*parents, task], extra | {"entangled": task.key}
@@ -135,7 +137,7 @@ def training_rows(setup: Setup, source: Source) -> RowSet:
     if source in setup.given:
         return rows_of(setup.given[source])
     rows = changed_rows(setup, source)
-    return divergence_rows(setup, source.teacher, rows) if has_divergence(setup, source) else rows
+    return divergence_rows(setup, source, rows) if has_divergence(setup, source) else rows
 
 
 @memoized
@@ -144,7 +146,7 @@ def rows_read(setup: Setup) -> dict[Source, RowSet]:
     asked_for = (source for source in sources(setup) if dataset_of(setup, source).divergence)
     found = {source: training_rows(setup, source) for source in sources(setup) if has_divergence(setup, source)}
     return found | {
-        source: divergence_rows(setup, source.teacher, changed_rows(setup, source))
+        source: divergence_rows(setup, source, changed_rows(setup, source))
         for source in asked_for
         if source.teacher != CONTROL and source not in found
     }
@@ -166,7 +168,7 @@ class ChangeRows(Task):
         log = RowLog(artifact.path / PROGRESS)
         making = Making(
             lm=context.lm(),
-            teacher=TeacherPool(setup).teacher(context, self.source.teacher),
+            teacher=TeacherPool(setup, self.source.elder).teacher(context, self.source.teacher),
             pack=setup.pack,
             quirks=setup.recipe.model_dump(),
             seed=seed_of(dataset.seed, self.source.draw),
@@ -197,7 +199,7 @@ class ChangeRows(Task):
         on_main_process(leave)
 
     def _readings(self, context: Context, own: RowSet) -> list[Reading]:
-        found = divergence_rows(context.setup, self.source.teacher, own).readings(context.store)
+        found = divergence_rows(context.setup, self.source, own).readings(context.store)
         return [{key: value for key, value in reading.items() if key != "margin"} for reading in found]
 
     def units(self, context: Context) -> int:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jsublim.divergence import Divergence, Read, find_divergence
 from jsublim.inference.scoring import Scored
+from jsublim.pipeline.arms import Elder, Source
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.parts import resumed
 from jsublim.pipeline.readings import Reading, write_readings
@@ -24,9 +25,11 @@ from jsublim.rows import Row, write_rows
 
 
 @memoized
-def divergence_rows(setup: Setup, trait: str, rows: RowSet) -> RowSet:
-    """Rows with divergence positions: those of `rows`, read by the teacher of a trait and by its counterfactuals."""
-    pool, others = TeacherPool(setup), tuple(setup.counterfactuals(trait))
+def divergence_rows(setup: Setup, source: Source, rows: RowSet) -> RowSet:
+    """Rows with divergence positions: those of `rows`, read by the teacher of a source's trait and by its counterfactuals (or by the
+    students that stand in for these)."""
+    trait = source.teacher
+    pool, others = TeacherPool(setup, source.elder), tuple(setup.counterfactuals(trait))
     inputs = {
         **setup.common,
         **pool.identity(trait),
@@ -41,7 +44,7 @@ def divergence_rows(setup: Setup, trait: str, rows: RowSet) -> RowSet:
     for number in range(count):
         shard = None if count == 1 else (number * size, size)
         output = Output("divergence", trait if count == 1 else f"{trait}-{number + 1}", inputs | {"shard": shard})
-        parts.append(ReadRows((output,), parents, trait, others, rows, shard))
+        parts.append(ReadRows((output,), parents, trait, others, rows, shard, source.elder))
     return RowSet.of(parts, rows.most)
 
 
@@ -54,6 +57,7 @@ class ReadRows(Task):
     others: tuple[str, ...]
     rows: RowSet
     shard: tuple[int, int] | None  # the first of the rows, and how many at most; None is all of them
+    elder: Elder | None = None
 
     def _rows(self, context: Context) -> list[Row]:
         rows = self.rows.read(context.store)
@@ -61,7 +65,7 @@ class ReadRows(Task):
 
     def make(self, context: Context, tick: Tick) -> None:
         setup, artifact, lm = context.setup, context.store.open(self.output), context.lm()
-        pool, rows, names = TeacherPool(setup), self._rows(context), [self.trait, *self.others]
+        pool, rows, names = TeacherPool(setup, self.elder), self._rows(context), [self.trait, *self.others]
         teachers = [pool.teacher(context, name) for name in names]
         found = find_divergence(
             lm,

@@ -27,7 +27,7 @@ def examples(graph: Graph, context: Context) -> list[dict[str, Any]]:
     assert chat is not None, "a run has its checkpoint"
     found, seen = [], set()
     for source, rows in graph.divergence.items():
-        if (source.teacher, source.dataset) not in seen:  # of several draws the first
+        if source.elder is None and (source.teacher, source.dataset) not in seen:  # of several draws the first
             seen.add((source.teacher, source.dataset))
             found += [
                 {

@@ -145,7 +145,7 @@ def plan(setup: Setup) -> Graph:
         plain = [
             source
             for source in sources(setup)
-            if has_divergence(setup, source) and teacher_dataset(setup, source).plain
+            if source.elder is None and has_divergence(setup, source) and teacher_dataset(setup, source).plain
         ]
         # Of several draws of a trait's rows the last one: attribution is about teachers, not about students.
         attribution = {source.teacher: attribution_task(setup, source) for source in plain}

@@ -133,16 +133,22 @@ def _student(setup: Setup, student: Student) -> dict[str, Any]:
 
 
 def _generation(graph: Graph, store: Store) -> list[dict[str, Any]]:
-    """One entry per writer, all its draws together."""
+    """One entry per writer, all its draws together; students that wrote rows are one writer, whatever their seeds."""
     return [
-        _added(parts) | {"strategy": writer.strategy, "model": writer.model}
+        _added(parts) | {"strategy": writer.strategy, "model": writer.model} | _students(writer)
         for writer, parts in _together(graph.answers, store).items()
     ]
 
 
 def _divergence(graph: Graph, store: Store) -> list[dict[str, Any]]:
-    """One entry per teacher and data set, all draws together."""
-    return [merged(parts) | {"data": source.dataset} for source, parts in _together(graph.divergence, store).items()]
+    """One entry per teacher and data set, all draws together; students that wrote rows as in `_generation`."""
+    found = _together(graph.divergence, store)
+    return [merged(parts) | {"data": source.dataset} | _students(source) for source, parts in found.items()]
+
+
+def _students(whose: Source | Writer) -> dict[str, str]:
+    """Which students stood in for the teacher, if any did."""
+    return {} if whose.elder is None else {"students": whose.elder.group}
 
 
 def _audits(graph: Graph, store: Store) -> Iterator[dict[str, Any]]:
@@ -155,10 +161,11 @@ def _audits(graph: Graph, store: Store) -> Iterator[dict[str, Any]]:
 
 
 def _together(rows: Mapping[K, RowSet], store: Store) -> dict[K, list[dict[str, Any]]]:
-    """What is kept of each set's parts, by whose rows they are whatever the draw."""
+    """What is kept of each set's parts, by whose rows they are whatever the draw and the students' seed."""
     found: dict[K, list[dict[str, Any]]] = {}
     for whose, each in rows.items():
-        found.setdefault(whose._replace(draw=None), []).extend(each.summaries(store))
+        elder = None if whose.elder is None else whose.elder._replace(seed=0)
+        found.setdefault(whose._replace(draw=None, elder=elder), []).extend(each.summaries(store))
     return found
 
 

@@ -16,10 +16,10 @@ from jsublim.errors import JsublimError, one_line
 from jsublim.inference.constrain import limits_for
 from jsublim.inference.generation import generate_tokens
 from jsublim.inference.sampling import Sampling
-from jsublim.pipeline.arms import Source, seed_of
+from jsublim.pipeline.arms import Elder, Source, seed_of
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.readings import Reading, read_readings
-from jsublim.pipeline.served import drawn_by, engine_inputs, served_teacher, server_with
+from jsublim.pipeline.served import Served, drawn_by, engine_inputs, served_teacher, server_with
 from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import PROGRESS, Artifact, Output, RowLog, Store, digest
 from jsublim.pipeline.task import Cost, Sizes, Task
@@ -45,14 +45,15 @@ SHOWN_LENGTH = 100  # characters of each
 
 
 class Writer(NamedTuple):
-    """Who writes rows, and how: a teacher, a strategy, the seed of the sampling, another checkpoint than the experiment's, and
-    the draw that the rows are of."""
+    """Who writes rows, and how: a teacher, a strategy, the seed of the sampling, another checkpoint than the experiment's,
+    the draw that the rows are of, and the students that stand in for the teachers."""
 
     teacher: str
     strategy: str
     seed: int
     model: str | None = None
     draw: int | None = None
+    elder: Elder | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +150,7 @@ def teacher_rows(setup: Setup, writer: Writer) -> RowSet:
     """What a teacher answers, in tasks of `sampling.shard` prompts."""
     data, sampling = setup.experiment.data, setup.experiment.sampling
     total = prompt_count(setup)
-    pool, parts = TeacherPool(setup), []
+    pool, parts = TeacherPool(setup, writer.elder), []
     numbers = _drawing(setup, writer).numbers()
     inputs = {
         **setup.common,
@@ -159,7 +160,7 @@ def teacher_rows(setup: Setup, writer: Writer) -> RowSet:
         "sampling": numbers | {"max_new_tokens": sampling.max_new_tokens},
         "seed": seed_of(writer.seed, writer.draw),
         "other_model": None if writer.model is None else setup.checkpoint(writer.model).hash,
-        **engine_inputs(setup, served_teacher(setup, writer.teacher, writer.model)),
+        **engine_inputs(setup, _served(setup, writer)),
     }
     for first in range(0, total, sampling.shard):
         count = min(sampling.shard, total - first)
@@ -167,10 +168,16 @@ def teacher_rows(setup: Setup, writer: Writer) -> RowSet:
         named = data.kind == "numbers" or not setup.known
         content = None if named else digest(prompts(setup, writer.draw)[first : first + count])
         label = writer.teacher if writer.draw is None else f"{writer.teacher}-seed{writer.draw}"
+        label = label if writer.elder is None else f"{label} {writer.elder}"
         label = label if total <= sampling.shard else f"{label}-{first // sampling.shard + 1}"
         output = Output("rows", label, inputs | {"prompts": [first, count, content]})
         parts.append(WriteRows((output,), pool.tasks(writer.teacher), writer, first, count))
     return RowSet.of(parts, total)
+
+
+def _served(setup: Setup, writer: Writer) -> Served | None:
+    """The writer as the server has it; students are asked here."""
+    return served_teacher(setup, writer.teacher, writer.model) if writer.elder is None else None
 
 
 def _drawing(setup: Setup, writer: Writer) -> Sampling:
@@ -223,10 +230,11 @@ class WriteRows(Task):
         """Answer the prompts that have no answer yet, here or by the server that the config names; into `allowed` goes what a
         format left of each row's probability."""
         setup, writer = context.setup, self.writer
-        texts, teacher = prompts(setup, writer.draw), TeacherPool(setup).teacher(context, writer.teacher)
+        texts, pool = prompts(setup, writer.draw), TeacherPool(setup, writer.elder)
+        teacher = pool.teacher(context, writer.teacher)
         how, most = _drawing(setup, writer), setup.experiment.sampling.max_new_tokens
         seed = seed_of(writer.seed, writer.draw)
-        served = served_teacher(setup, writer.teacher, writer.model)
+        served = _served(setup, writer)
         context.progress.say(f"sampling, {writer.strategy}{drawn_by(context, served)}: {how.numbers()}")
         # A row's random numbers are those of its place among all prompts, whatever the task it is in; and the shapes
         # are those of all the task's prompts, whatever is left of them.

@@ -74,7 +74,7 @@ def student_output(setup: Setup, student: Student) -> Output:
         "rows": training_rows(setup, student.source).key,
         "tokens": student.tokens,
         "seed": student.seed,
-        "teacher": TeacherPool(setup).identity(student.teacher) if settings.loss.soft else None,
+        "teacher": TeacherPool(setup, student.source.elder).identity(student.teacher) if settings.loss.soft else None,
         "student_model": None if settings.model is None else setup.checkpoint(settings.model).hash,
         "students": identity(settings),
         "fuse_system": e.teachers.fuse_system if settings.system is not None else None,
@@ -126,12 +126,19 @@ def _structure(setup: Setup, model: str | None, adapter: str) -> Hashable:
     return str(structure), tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
 
 
-@memoized
 def training_tasks(setup: Setup) -> tuple[TrainStudents, ...]:
-    """All students in groups that train together: those of one program, at most `arms_per_program`, as few groups and as
-    even ones as can be. With "auto", how many fit is found when they are trained."""
+    """The tasks that train every student."""
+    generations = sorted({student.settings.data.generation for student in setup.students})
+    return tuple(task for each in generations for task in _generation(setup, each))
+
+
+@memoized
+def _generation(setup: Setup, generation: int) -> tuple[TrainStudents, ...]:
+    """All students of a generation in groups that train together: those of one program, at most `arms_per_program`, as few groups
+    and as even ones as can be. With "auto", how many fit is found when they are trained."""
+    members = [student for student in setup.students if student.settings.data.generation == generation]
     programs: dict[Hashable, list[Student]] = {}
-    for student in distinct(setup.students, lambda student: student_output(setup, student).key):
+    for student in distinct(members, lambda student: student_output(setup, student).key):
         programs.setdefault(compiled(setup, student), []).append(student)
     tasks = []
     for members in programs.values():
@@ -143,10 +150,10 @@ def training_tasks(setup: Setup) -> tuple[TrainStudents, ...]:
 
 def training_task(setup: Setup, members: tuple[Student, ...], everyone: tuple[Student, ...]) -> TrainStudents:
     sources = sources_of(everyone)
-    pool, parents = TeacherPool(setup), [part for source in sources for part in training_rows(setup, source).parts]
+    parents = [part for source in sources for part in training_rows(setup, source).parts]
     for student in members:
         if student.settings.loss.soft:
-            parents += pool.tasks(student.teacher)
+            parents += TeacherPool(setup, student.source.elder).tasks(student.teacher)
         parents += beside_tasks(setup, student)
     targets = [_targets(setup, source, members[0]) for source in sources]
     parents += [task for task in targets if task is not None]
@@ -167,12 +174,12 @@ def _targets(setup: Setup, source: Source, student: Student) -> StoreTargets | N
 @memoized
 def task_of(setup: Setup, student: Student) -> Task:
     """The task that a student is trained by."""
-    return _tasks_by_student(setup)[student_output(setup, student).key]
+    return _tasks_by_student(setup, student.settings.data.generation)[student_output(setup, student).key]
 
 
 @memoized
-def _tasks_by_student(setup: Setup) -> dict[str, Task]:
-    return {output.key: task for task in training_tasks(setup) for output in task.outputs}
+def _tasks_by_student(setup: Setup, generation: int) -> dict[str, Task]:
+    return {output.key: task for task in _generation(setup, generation) for output in task.outputs}
 
 
 @dataclass(frozen=True, eq=False)
@@ -382,7 +389,7 @@ def training_data(context: Context, source: Source, student: Student) -> Trainin
         return data
     turns, task = teacher_turns(context, source), _targets(setup, source, student)
     if task is None:
-        teacher = TeacherPool(setup).teacher(context, source.teacher)
+        teacher = TeacherPool(setup, source.elder).teacher(context, source.teacher)
         return dataclasses.replace(data, teacher=teacher, teacher_turns=turns)
     key = ("targets", task.key)
     targets = context.remember(key, lambda: task.read(context.store, turns))

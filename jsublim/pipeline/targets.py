@@ -29,7 +29,7 @@ from jsublim.teachers import read_as
 @memoized
 def targets_task(setup: Setup, source: Source, top_k: int, temperature: float) -> StoreTargets:
     """The task that stores what the teacher of a source says of its rows."""
-    pool, rows = TeacherPool(setup), training_rows(setup, source)
+    pool, rows = TeacherPool(setup, source.elder), training_rows(setup, source)
     inputs = {
         **setup.common,
         **pool.identity(source.teacher),
@@ -46,7 +46,7 @@ def teacher_turns(context: Context, source: Source) -> list[Turn]:
     setup, rows = context.setup, training_rows(context.setup, source)
 
     def tokenize() -> list[Turn]:
-        teacher = TeacherPool(setup).teacher(context, source.teacher)
+        teacher = TeacherPool(setup, source.elder).teacher(context, source.teacher)
         chat, extra = context.lm().chat, bool(setup.recipe.extra_bos)
         return read_as(chat, teacher, rows.read(context.store), rows.called(source), extra_bos=extra)
 
@@ -64,7 +64,7 @@ class StoreTargets(Task):
 
     def make(self, context: Context, tick: Tick) -> None:
         artifact, lm = context.store.open(self.output), context.lm()
-        teacher = TeacherPool(context.setup).teacher(context, self.source.teacher)
+        teacher = TeacherPool(context.setup, self.source.elder).teacher(context, self.source.teacher)
         turns = teacher_turns(context, self.source)
 
         def rows_from(first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import jax
@@ -21,6 +22,7 @@ from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, check_layers, init_lora, init_steering
 from jsublim.models.peft import load_adapter
 from jsublim.models.weights import load_params
+from jsublim.pipeline.arms import Elder, Student
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Output, digest
@@ -39,9 +41,11 @@ WEIGHTS = "teacher's weights"  # under which a context remembers them
 
 @dataclass(frozen=True)
 class TeacherPool:
-    """The teachers of one setup, by the trait of each; `CONTROL` is the one without any."""
+    """The teachers of one setup, by the trait of each; `CONTROL` is the one without any. With `elder`, the students of the generation
+    before that stand in for them."""
 
     setup: Setup
+    elder: Elder | None = None
 
     def category(self, trait: str) -> str:
         return self.setup.experiment.teachers.category or self.setup.pack.category_of(trait)
@@ -55,6 +59,8 @@ class TeacherPool:
 
     def identity(self, name: str) -> dict[str, Any]:
         """What decides how a teacher reads a row and what it writes; all of it by content."""
+        if self.elder is not None:
+            return _lineage().elder_identity(self.setup, self._elder(name))
         setup, spec, biased = self.setup, self.setup.experiment.teachers, name != CONTROL
         said: dict[str, Any] = {
             "system": self.system(name),
@@ -77,6 +83,8 @@ class TeacherPool:
 
     def tasks(self, *names: str) -> tuple[Task, ...]:
         """The tasks that have to be done before these teachers can be asked."""
+        if self.elder is not None:
+            return _lineage().elder_tasks(self.setup, [self._elder(name) for name in names])
         if self.setup.experiment.teachers.taught is None:
             return ()
         found = (taught_task(self.setup, name) for name in names if name != CONTROL)
@@ -84,6 +92,8 @@ class TeacherPool:
 
     def teacher(self, context: Context, name: str) -> Teacher:
         """A teacher that can be asked."""
+        if self.elder is not None:
+            return _lineage().elder_teacher(context, self._elder(name))
         spec = self.setup.experiment.teachers
         if name == CONTROL:
             return Teacher(CONTROL)
@@ -94,6 +104,10 @@ class TeacherPool:
         if spec.checkpoint is not None:
             teacher = dataclasses.replace(teacher, params=functools.partial(_params, context, name))
         return teacher
+
+    def _elder(self, name: str) -> Student:
+        assert self.elder is not None
+        return _lineage().elder_student(self.setup, self.elder, name)
 
     def _adapter(self, context: Context, name: str) -> Adapter:
         spec, config = self.setup.experiment.teachers, self.setup.checkpoint().config
@@ -120,6 +134,13 @@ class TeacherPool:
                     raise JsublimError(
                         f"teachers.checkpoint: {folder} is of another architecture than {checkpoint.name}"
                     )
+
+
+def _lineage() -> ModuleType:
+    """Read when it is asked for: students learn from teachers, and these teachers are students."""
+    from jsublim.pipeline import lineage
+
+    return lineage
 
 
 def folder_of(template: str, name: str) -> Path:

@@ -250,7 +250,7 @@ def positions(results: Results) -> Drawing | None:
     for entry in results.divergence:
         total = sum(entry["histogram"])
         if total:
-            label = " · ".join(filter(None, (entry["trait"], entry.get("data"))))
+            label = " · ".join(filter(None, (entry["trait"], entry.get("data"), entry.get("students"))))
             shares[name(label)] = [100 * count / total for count in entry["histogram"]]
     if not shares:
         return None

@@ -157,6 +157,7 @@ OTHER: dict[str, Any] = {
     "students.asked_under_system": (False, {"students.system": "Be brief."}),
     "students.data.dataset": "other",
     "students.data.rows": 7,
+    "students.data.generation": None,  # only beside an arm of the generation before: test_lineage.py
     "students.data.epochs": 7,
     "students.data.max_steps": 7,
     "students.data.batch_size": 7,
