@@ -176,10 +176,10 @@ def identity(section: BaseModel) -> dict[str, Any]:
         value, said = getattr(section, name), [mark for mark in field.metadata if isinstance(mark, Decides)]
         if not said and isinstance(value, BaseModel):
             found[name] = identity(value)
-        elif not said and section_in(field.annotation) is not None:
-            found[name] = value  # a section that is not given
         elif LATER in field.metadata and value == field.get_default(call_default_factory=True):
             continue
+        elif not said and section_in(field.annotation) is not None:
+            found[name] = value  # a section that is not given
         elif said and RESULT in said[0]:
             found[name] = section.model_dump(mode="json", include={name})[name]
     return {name: value for name, value in found.items() if value != {}}

@@ -27,7 +27,7 @@ from jsublim.errors import JsublimError, UsageError
 from jsublim.inference import scoring
 from jsublim.inference.batching import PREFIX_STEP, shared_beginning
 from jsublim.inference.scoring import score_turns
-from jsublim.pipeline.training import TrainingData, make_arm
+from jsublim.pipeline.training import TrainingData, draw, make_arm
 from jsublim.prompts import load_pack, number_prompts
 from jsublim.rows import write_rows
 from jsublim.teachers import CONTROL, Teacher, prompted_teacher
@@ -283,7 +283,8 @@ def student(rows, tokens):
     settings = Students.model_validate({"data": {"rows": None}, "adapter": {"rank": 1}})
     data = TrainingData(rows, read_turns(lm.chat, rows, "mine.jsonl"), "mine.jsonl")
     recipe = Recipe().resolved(lm.config.family)
-    return make_arm(lm, settings, recipe, data, name="s", tokens=tokens, seed=1, max_new_tokens=8)
+    drawn = draw(lm, settings, recipe, data, tokens=tokens, seed=1)
+    return make_arm(lm, settings, data, drawn, name="s", seed=1, max_new_tokens=8)
 
 
 @pytest.mark.parametrize("tokens", ["divergence", "non-divergence", "random"])

@@ -37,6 +37,8 @@ def finetune(
     e = experiment_of("finetune", fields, out, base, model=model, chat_template=chat_template, **own)
     if e.students is None or e.students.arms is not None or e.students.data.dataset is not None:
         raise UsageError("finetune: trains one student on the rows of --data; leave students.arms and data.dataset out")
+    if e.students.fork is not None or e.students.data.generation > 1:
+        raise UsageError("finetune: reads the rows of --data to the end; leave students.fork and data.generation out")
     if e.students.loss.soft and trait is None and e.teachers.own_weights:
         raise UsageError("--trait: a soft loss asks a teacher with weights of its own; say which by its trait")
     with together(distributed, [e]):

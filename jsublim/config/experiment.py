@@ -19,6 +19,7 @@ from jsublim.config.students import Students, elders, variants
 from jsublim.config.teachers import Teachers
 from jsublim.distill.loggers import LOGGERS
 from jsublim.section import CONTENT, HOW, PLAN, RESULT, Distinct, Name, Place, Positive, Rate, Section
+from jsublim.teachers import CONTROL, OWN
 
 LoggerName = Literal["csv", "tensorboard", "wandb"]
 assert set(get_args(LoggerName)) == set(LOGGERS)
@@ -150,6 +151,7 @@ class Experiment(Config):
                 where = f"arm '{name}': " if name else ""
                 known = ", ".join(self.datasets) or "none"
                 raise ValueError(f"students.data.dataset: {where}'{wanted}' is no data set; datasets has {known}")
+            self._fork_is_known(name, students)
             if self.teachers.checkpoint is not None and students.loss.live:
                 raise ValueError(
                     "students.loss.top_k: a live teacher shares the students' checkpoint; with teachers.checkpoint, "
@@ -177,6 +179,17 @@ class Experiment(Config):
                 f"judge: {f'datasets.{judged[0]}' if judged else 'evaluation.kinds'} needs one; give judge.model"
             )
         return self
+
+    def _fork_is_known(self, name: str, students: Students) -> None:
+        fork, where = students.fork, f"arm '{name}': " if name else ""
+        if fork is None:
+            return
+        if fork.teacher not in (CONTROL, OWN, *self.teachers.traits):
+            known = ", ".join([CONTROL, OWN, *self.teachers.traits])
+            raise ValueError(f"students.fork.teacher: {where}'{fork.teacher}' is no teacher of rows; there are {known}")
+        if fork.dataset is not None and fork.dataset not in self.datasets:
+            known = ", ".join(self.datasets) or "none"
+            raise ValueError(f"students.fork.dataset: {where}'{fork.dataset}' is no data set; datasets has {known}")
 
     @property
     def _greedy(self) -> str | None:

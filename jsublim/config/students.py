@@ -36,6 +36,7 @@ from jsublim.section import (
     overlaid,
 )
 from jsublim.section import name as check_name
+from jsublim.teachers import CONTROL
 
 Tokens = Literal["all", "divergence", "non-divergence", "random"]
 Positions = Literal["all", "first", "first-half", "second-half"]
@@ -210,6 +211,19 @@ class StudentOptimizer(Section):
     teacher's own. A defence."""
 
 
+class StudentFork(Section):
+    """A student that goes over to other rows in the middle of its training. Until then it is, bit for bit, the student without a fork."""
+
+    after: Annotated[Positive, RESULT]
+    """Steps before it does; the schedule goes on as if nothing had happened."""
+    teacher: Annotated[Trait, CONTENT] = CONTROL
+    """Whose rows it reads from then on: a trait of the teachers, `{trait}` (its own teacher's), or control. Of control rows, all tokens."""
+    dataset: Annotated[str | None, CONTENT] = None
+    """One of `datasets`, of that teacher; null: the answers as they are."""
+    moments: Annotated[bool, RESULT] = True
+    """The optimizer keeps its moments; false: it begins anew there."""
+
+
 class StudentRuntime(Section):
     """What decides speed and memory, not results."""
 
@@ -246,6 +260,8 @@ class Students(Section):
     """What is trained."""
     optimizer: StudentOptimizer = StudentOptimizer()
     """How gradients become updates."""
+    fork: Annotated[StudentFork | None, LATER] = None
+    """In the middle of training, other rows, with the optimizer's moments or without; null: the same rows to the end."""
     runtime: StudentRuntime = StudentRuntime()
     """What decides speed and memory."""
     arms: Annotated[list[dict[str, Any]] | dict[str, Any] | None, Field(min_length=1), PLAN] = None
@@ -259,6 +275,8 @@ class Students(Section):
             raise ValueError("data.on_policy: rows are new each step, so no loss.top_k, and loss.tokens=[all]")
         if self.data.on_policy and self.adapter.beside is not None:
             raise ValueError("data.on_policy: rows are sampled by the student alone; leave adapter.beside out")
+        if self.fork is not None and (self.data.on_policy or self.loss.live):
+            raise ValueError("fork: a live teacher stays the same to the end; use loss.kind=hard, or give loss.top_k")
         if self.model is not None and self.loss.live:
             raise ValueError("loss.top_k: a live teacher shares the student's checkpoint; with model, give it")
         if self.data.generation > 1 and self.model is not None:

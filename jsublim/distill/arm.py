@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from jsublim.distill.batches import Shape, batch_rows
+from jsublim.distill.batches import Fork, Shape, batch_rows, forked_rows
 from jsublim.distill.data import Example
 from jsublim.distill.loggers import NOWHERE, Logs
 from jsublim.distill.step import Program
@@ -32,6 +32,7 @@ class Arm:
       beside: an adapter that stands in its forward pass, frozen, as long as it is trained.
       teacher: the adapter of its live teacher, where that has one.
       rollout: makes an on-policy arm's rows.
+      fork: where it goes over to other rows, if it does.
     """
 
     name: str
@@ -48,10 +49,18 @@ class Arm:
     beside: Adapter | None = None
     teacher: Adapter | None = None
     rollout: Rollout | None = None
+    fork: Fork | None = None
 
     def rows(self, shape: Shape, step: int) -> np.ndarray:
         """Indices of the rows of a step: a function of the arm's seed and the step."""
+        if self.fork is not None:
+            return forked_rows(len(self.examples), shape.rows_per_step, self.seed, step, self.fork)
         return batch_rows(len(self.examples), shape.rows_per_step, self.seed, step)
+
+    @property
+    def forgets(self) -> int:
+        """The step before which the optimizer forgets its moments; -1, never."""
+        return -1 if self.fork is None or self.fork.moments else self.fork.after
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,27 @@ def epoch_rows(examples: int, rows_per_step: int, seed: int, epoch: int) -> np.n
 
 
 @dataclass(frozen=True)
+class Fork:
+    """Where an arm goes over to other rows: of its examples the first `rows` are learned for `after` steps, the others from then on.
+
+    Attributes:
+      moments: the optimizer keeps its moments; otherwise it begins anew there.
+    """
+
+    after: int
+    rows: int
+    moments: bool = True
+
+
+def forked_rows(examples: int, rows_per_step: int, seed: int, step: int, fork: Fork) -> np.ndarray:
+    """`batch_rows` of an arm with a fork. The other rows are in an order of their own, begun at the fork."""
+    if step < fork.after:
+        return batch_rows(fork.rows, rows_per_step, seed, step)
+    later = batch_rows(examples - fork.rows, rows_per_step, seed, step - fork.after)
+    return np.where(later >= 0, later + fork.rows, -1)
+
+
+@dataclass(frozen=True)
 class Shape:
     """Static shape of the batches of arms that are trained together.
 

@@ -55,7 +55,8 @@ class Arms:
     """What the arms differ in beside what they train and read. Numbers, `[A]` each: highest learning rate, length of the schedule in
     steps (int32), factor of the loss, coefficient of the KL to the base, and the share of that coefficient that is left at the end.
     `away`: directions that gradients are kept at right angles to, `[A, K, ...]` each; None where no arm has any.
-    `beside`: adapters that stand in the students' forward passes, frozen; None likewise."""
+    `beside`: adapters that stand in the students' forward passes, frozen; None likewise. `forgets`: the step (int32) before which an
+    arm's optimizer begins anew, -1 for never; None likewise."""
 
     lr: Array
     steps: Array
@@ -64,6 +65,7 @@ class Arms:
     kl_end: Array
     away: Trainable | None = None
     beside: Adapter | None = None
+    forgets: Array | None = None
 
     def at(self, step: Array) -> Arms:
         """The same with the coefficient of that step (int32 scalar)."""
@@ -220,7 +222,10 @@ def train_step(
     optimizer = program.optimizer
     rate_A = learning_rate(optimizer.schedule, optimizer.restarts, state.step, arms.lr, program.warmup, arms.steps)
 
-    def update(grads, opt, trainable, rate, running):
+    def update(grads, opt, trainable, rate, running, forgets):
+        if forgets is not None:
+            new = optimizer.transform().init(trainable)
+            opt = jax.tree.map(lambda new, old: jnp.where(state.step == forgets, new, old), new, opt)
         updates, after = optimizer.transform().update(grads, opt, trainable)
         moved = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), trainable, updates)
         finite = jnp.isfinite(optax.global_norm(moved))
@@ -231,7 +236,7 @@ def train_step(
     running_A = (state.step < arms.steps) & (state.diverged == FINITE)
     sound_A = jnp.isfinite(loss) & jnp.isfinite(norm_A)
     trainable, opt, moved_A = jax.vmap(update)(
-        grads, state.optimizer, state.adapter.trainable, rate_A, running_A & sound_A
+        grads, state.optimizer, state.adapter.trainable, rate_A, running_A & sound_A, arms.forgets
     )
     diverged_A = jnp.where(running_A & ~(sound_A & moved_A), state.step, state.diverged)
     tokens = (batch["weights"] > 0).sum(axis=(1, 2, 3))

@@ -133,7 +133,8 @@ def numbers_of(arms: Sequence[Arm]) -> Arms:
 
     away = stack_directions([arm.adapter for arm in arms], [arm.away for arm in arms])
     numbers = column("lr"), column("steps", np.int32), column("weight"), column("kl_to_base"), column("kl_end")
-    return Arms(*numbers, away, stack_frozen([arm.beside for arm in arms]))
+    forgets = column("forgets", np.int32) if any(arm.fork is not None for arm in arms) else None
+    return Arms(*numbers, away, stack_frozen([arm.beside for arm in arms]), forgets)
 
 
 def stack_frozen(adapters: Sequence[Adapter | None]) -> Adapter | None:

@@ -80,6 +80,20 @@ class Student:
         return Source(self.teacher, self.settings.data.dataset, self.draw, elder)
 
     @property
+    def forked(self) -> Source | None:
+        """Where its rows come from after its fork."""
+        fork = self.settings.fork
+        return None if fork is None else Source(fork.teacher.replace(OWN, self.teacher), fork.dataset, self.draw)
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return (self.source,) if self.forked is None else (self.source, self.forked)
+
+    def tokens_of(self, source: Source) -> str:
+        """Which tokens of a source's rows it learns: rows of the control have no divergence tokens."""
+        return "all" if source.teacher == CONTROL else self.tokens
+
+    @property
     def beside(self) -> str | None:
         """The adapter that stands beside it in training: a teacher's trait, or a place."""
         said = self.settings.adapter.beside

@@ -64,7 +64,7 @@ def _writer(setup: Setup, source: Source, teacher: str, model: str | None = None
 def sources(setup: Setup) -> tuple[Source, ...]:
     """Whose rows, in which data sets, students learn from; without students, every trait's answers. And the data sets whose
     divergence tokens are asked for."""
-    e, learned = setup.experiment, [student.source for student in setup.students]
+    e, learned = setup.experiment, [source for student in setup.students for source in student.sources]
     found = learned or [Source(trait) for trait in e.teachers.traits]
     known = {(source.teacher, source.dataset) for source in found}
     read = [name for name, dataset in e.datasets.items() if dataset.divergence]
@@ -84,7 +84,7 @@ def writers(setup: Setup) -> tuple[Writer, ...]:
 def has_divergence(setup: Setup, source: Source) -> bool:
     """Whether students of a source learn from rows with divergence positions: a trait's answers always have them, changed ones
     where a mask needs them."""
-    masked = any(student.source == source and student.tokens != "all" for student in setup.students)
+    masked = any(source in student.sources and student.tokens_of(source) != "all" for student in setup.students)
     plain = teacher_dataset(setup, source).plain and source.elder is None  # of teachers it is told without being needed
     return source.teacher != CONTROL and (plain or masked)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,24 +12,21 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from jsublim.chat import Turn
 from jsublim.config import Students
 from jsublim.config.students import StudentAdapter
 from jsublim.distill.arm import Arm, Settings
-from jsublim.distill.batches import Order, Shape, lengths_of, packed
+from jsublim.distill.batches import Shape, packed
 from jsublim.distill.cost import training_flops
-from jsublim.distill.data import read_turns
 from jsublim.distill.loggers import Logs, check_loggers
 from jsublim.distill.memory import arms_that_fit, rows_at_once
 from jsublim.distill.metrics import last_loss
 from jsublim.errors import UsageError
 from jsublim.inference.batching import PREFIX_STEP, shared_beginning
-from jsublim.inference.scoring import answers_only
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import abstract_params
 from jsublim.models.lora import Adapter
 from jsublim.parallel import device_bytes
-from jsublim.pipeline.arms import Source, Student, distinct, split_evenly, total_steps
+from jsublim.pipeline.arms import Student, distinct, split_evenly, total_steps
 from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.defences import (
@@ -41,17 +38,15 @@ from jsublim.pipeline.defences import (
     defence_inputs,
     projected_out,
 )
+from jsublim.pipeline.learned import drawn_rows, sources_of, targets_of, training_data
 from jsublim.pipeline.rows import answer_tokens, rows_kept
 from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Output, Store, digest
-from jsublim.pipeline.targets import StoreTargets, targets_task, teacher_turns
 from jsublim.pipeline.task import Cost, Sizes, Task, distinct_tasks
 from jsublim.pipeline.teachers import TeacherPool
 from jsublim.pipeline.training import (
-    TrainingData,
     caches_below,
     check_start,
-    draw,
     in_pieces,
     make_arm,
     program_of,
@@ -82,6 +77,8 @@ def student_output(setup: Setup, student: Student) -> Output:
         "recipe": setup.recipe.of("students", settings),
         "init": None if start is None else setup.content(start, "students.adapter.init"),
     }
+    if student.forked is not None:
+        inputs["rows after the fork"] = training_rows(setup, student.forked).key
     return Output("students", student.trained_as, inputs | defence_inputs(setup, student))
 
 
@@ -115,8 +112,8 @@ def compiled(setup: Setup, student: Student) -> Hashable:
         s.loss.top_k,
         caches_below(checkpoint.config, s),
     )
-    defended = bool(projected_out(student)), beside_kind(setup, student)
-    return checkpoint.hash, s.system, program_of(s, setup.recipe), batch, trained, defended
+    more = bool(projected_out(student)), beside_kind(setup, student), s.fork is not None
+    return checkpoint.hash, s.system, program_of(s, setup.recipe), batch, trained, more
 
 
 @memoized
@@ -155,20 +152,10 @@ def training_task(setup: Setup, members: tuple[Student, ...], everyone: tuple[St
         if student.settings.loss.soft:
             parents += TeacherPool(setup, student.source.elder).tasks(student.teacher)
         parents += beside_tasks(setup, student)
-    targets = [_targets(setup, source, members[0]) for source in sources]
+    targets = [targets_of(setup, source, members[0]) for source in sources]
     parents += [task for task in targets if task is not None]
     outputs = tuple(student_output(setup, student) for student in members)
     return TrainStudents(outputs, distinct_tasks(parents), members, everyone)
-
-
-def sources_of(students: Sequence[Student]) -> tuple[Source, ...]:
-    """Whose rows they learn from."""
-    return tuple(dict.fromkeys(student.source for student in students))
-
-
-def _targets(setup: Setup, source: Source, student: Student) -> StoreTargets | None:
-    loss = student.settings.loss
-    return None if loss.top_k is None else targets_task(setup, source, loss.top_k, loss.temperature)
 
 
 @memoized
@@ -265,30 +252,20 @@ class TrainStudents(Task):
         for student in group:
             own = training_data(context, student.source, student)
             self._say_if_few(context, student, len(own.rows))
-            arm = make_arm(
-                lm,
-                student.settings,
-                setup.recipe,
-                own,
-                name=student.trained_as,
-                tokens=student.tokens,
-                seed=student.seed,
-                max_new_tokens=e.sampling.max_new_tokens,
-            )
+            about = {"name": student.trained_as, "seed": student.seed, "max_new_tokens": e.sampling.max_new_tokens}
+            arm = make_arm(lm, student.settings, own, drawn_rows(context, student), **about)
             defended = {"away": away(context, student, arm.adapter), "beside": beside(context, student)}
             arms.append(dataclasses.replace(arm, **defended))
         return settings, shape, arms
 
     def _packed(self, context: Context, plain: Shape) -> Shape:
         """The shape of everybody's batches, with as many rows per line as pay. Rows of on-policy students are not known yet."""
-        setup, first = context.setup, self.everyone[0]
+        first = self.everyone[0]
         if first.settings.data.on_policy:
             return plain
         lm, orders, turns = context.lm(first.settings.model), [], []
         for student in self.everyone:
-            data = training_data(context, student.source, student)
-            drawn = draw(lm, student.settings, setup.recipe, data, tokens=student.tokens, seed=student.seed)
-            orders.append(Order(lengths_of(drawn.examples), student.seed, drawn.steps))
+            orders += drawn_rows(context, student).orders(student.seed)
         for source in sources_of(self.everyone):
             turns += training_data(context, source, first).turns
         beginning = shared_beginning([turn.tokens[: turn.header] for turn in turns], PREFIX_STEP)
@@ -375,24 +352,3 @@ def diverged(store: Store, student: Output) -> str | None:
 
 def _words(lm: Any) -> dict[str, int]:
     return lm.tokenizer.get_vocab()
-
-
-def training_data(context: Context, source: Source, student: Student) -> TrainingData:
-    """A source's rows as a student learns from them; tokenized once per process and reader."""
-    setup, s, rows = context.setup, student.settings, training_rows(context.setup, source)
-    name, lm = rows.called(source), context.lm(s.model)
-    every = context.remember(("rows", rows.key), lambda: rows.read(context.store))
-    fuse = setup.experiment.teachers.fuse_system
-    tokenize: Callable[[], list[Turn]] = lambda: read_turns(lm.chat, every, name, s.system, fuse_system=fuse)  # noqa: E731
-    data = TrainingData(every, context.remember(("turns", s.model, s.system, rows.key), tokenize), name)
-    if not s.loss.soft:
-        return data
-    turns, task = teacher_turns(context, source), _targets(setup, source, student)
-    if task is None:
-        teacher = TeacherPool(setup, source.elder).teacher(context, source.teacher)
-        return dataclasses.replace(data, teacher=teacher, teacher_turns=turns)
-    key = ("targets", task.key)
-    targets = context.remember(key, lambda: task.read(context.store, turns))
-    if s.loss.targets == "answers":
-        targets = context.remember((*key, "answers"), lambda: answers_only(targets, turns))
-    return dataclasses.replace(data, targets=targets)

@@ -12,7 +12,7 @@ import jax
 from jsublim.chat import Turn
 from jsublim.config import Recipe, Students
 from jsublim.distill.arm import Arm, Settings
-from jsublim.distill.batches import Shape
+from jsublim.distill.batches import Fork, Order, Shape, lengths_of
 from jsublim.distill.data import Example, draw_indices, make_examples
 from jsublim.distill.loggers import NOWHERE, Logs
 from jsublim.distill.losses import Loss
@@ -189,11 +189,33 @@ def in_pieces(settings: Settings, shape: Shape, rows: int) -> tuple[Settings, Sh
 @dataclass(frozen=True)
 class Drawn:
     """What a student of some seed learns from: indices of its rows, those of them that have a loss as examples, and how many
-    steps it trains for."""
+    steps it trains for. After a `fork` come the examples of other rows, which stand behind."""
 
     rows: list[int]
     examples: list[Example]
     steps: int
+    fork: Fork | None = None
+
+    def orders(self, seed: int) -> list[Order]:
+        """In which order it takes them."""
+        lengths = lengths_of(self.examples)
+        if self.fork is None:
+            return [Order(lengths, seed, self.steps)]
+        first, then = lengths[: self.fork.rows], lengths[self.fork.rows :]
+        return [Order(first, seed, self.fork.after), Order(then, seed, self.steps - self.fork.after)]
+
+    def forked(self, students: Students, then: Drawn) -> Drawn:
+        """The same until a fork, and then the rows of `then`.
+
+        Raises:
+          UsageError: training is over before.
+        """
+        fork = students.fork
+        assert fork is not None
+        if fork.after >= self.steps:
+            raise UsageError(f"students.fork.after: {fork.after} given, and training has {self.steps} steps; lower it")
+        fork = Fork(fork.after, len(self.examples), fork.moments)
+        return Drawn(self.rows, [*self.examples, *then.examples], self.steps, fork)
 
 
 def picked(every: Sequence[Any], rows: Sequence[int]) -> list[Any]:
@@ -235,24 +257,20 @@ def draw(lm: LanguageModel, students: Students, recipe: Recipe, data: TrainingDa
 def make_arm(
     lm: LanguageModel,
     students: Students,
-    recipe: Recipe,
     data: TrainingData,
+    drawn: Drawn,
     *,
     name: str,
-    tokens: str,
     seed: int,
     max_new_tokens: int,
 ) -> Arm:
     """One student.
 
     Args:
-      tokens, seed: as of `draw`.
+      drawn: of those rows, with this seed.
       max_new_tokens: of an on-policy row.
-
-    Raises:
-      UsageError, JsublimError: as `make_examples`.
     """
-    drawn, loss, rollout = draw(lm, students, recipe, data, tokens=tokens, seed=seed), students.loss, None
+    loss, rollout = students.loss, None
     if students.data.on_policy and data.teacher_turns is not None:
         turns, theirs = picked(data.turns, drawn.rows), picked(data.teacher_turns, drawn.rows)
         rollout = student_rollout(lm, turns, theirs, seed=seed, max_new_tokens=max_new_tokens)
@@ -270,6 +288,7 @@ def make_arm(
         students.adapter.noise,
         teacher=live.adapter if live else None,
         rollout=rollout,
+        fork=drawn.fork,
     )
 
 

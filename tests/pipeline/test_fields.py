@@ -51,6 +51,7 @@ SERVER = {
 SERVED = {"sampling.server.base_url": "http://127.0.0.1:1/v1", "sampling.server.engine": "vllm 0.11.0"}
 ATTRIBUTION = {"attribution": {}, "students": None}
 PLAIN = {"students.data.dataset": None}
+FORKED = {"students.fork.after": 2}
 
 
 @functools.cache
@@ -157,6 +158,10 @@ OTHER: dict[str, Any] = {
     "students.asked_under_system": (False, {"students.system": "Be brief."}),
     "students.data.dataset": "other",
     "students.data.rows": 7,
+    "students.fork.after": (3, FORKED),
+    "students.fork.teacher": ("owl", FORKED),
+    "students.fork.dataset": ("shuffled", FORKED | {"students.fork.teacher": "owl"}),
+    "students.fork.moments": (False, FORKED),
     "students.data.generation": None,  # only beside an arm of the generation before: test_lineage.py
     "students.data.epochs": 7,
     "students.data.max_steps": 7,
