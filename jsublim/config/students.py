@@ -212,7 +212,7 @@ class StudentOptimizer(Section):
 
 
 class StudentFork(Section):
-    """A student that goes over to other rows in the middle of its training. Until then it is, bit for bit, the student without a fork."""
+    """A student that goes over to other rows in the middle of its training. Until then it is the student without a fork."""
 
     after: Annotated[Positive, RESULT]
     """Steps before it does; the schedule goes on as if nothing had happened."""
