@@ -20,12 +20,14 @@ Key = tuple[str, str, str]
 
 
 def asked(model: str, topology: str, stage: str) -> dict[str, Any]:
-    """What `jsublim aot` says of a stage."""
+    """What `jsublim aot` says of a stage; of a compiler that crashed, by which signal."""
     command = ["aot", "--config", f"configs/models/{model}.yaml", "--topology", topology, "--stage", stage, "--json"]
     child = subprocess.run(
         [sys.executable, "-c", "from jsublim.cli import main; main()", *command, "attribution.rows=100"],
         stdout=subprocess.PIPE, text=True, check=False,
     )  # fmt: skip
+    if child.returncode < 0:
+        return {"crashed": -child.returncode}
     return json.loads(child.stdout)["stages"][0]
 
 
@@ -38,6 +40,8 @@ def cell(said: dict[str, Any] | None) -> str:
     """Chips of one copy, rows, and the memory of the program that needs most; or why nothing fits."""
     if said is None:
         return ""
+    if "crashed" in said:
+        return "the compiler crashes"
     if not said["programs"]:
         return "does not fit"
     most = max(program["total"] for program in said["programs"]) / 2**30
@@ -46,7 +50,7 @@ def cell(said: dict[str, Any] | None) -> str:
 
 def told(said: dict[str, Any] | None) -> str:
     """MiB that a chip puts out for others in one run of each program, and weights that are put together whole."""
-    if said is None or not said["programs"]:
+    if said is None or not said.get("programs"):
         return ""
     if any(program["collectives"] is None for program in said["programs"]):
         return "unknown"
