@@ -74,7 +74,7 @@ def _numbers(results: Results, looks: Looks) -> dict[str, Any]:
         "results": results,
         "cautions": cautions(results),
         "opening": words.opening(results, looks),
-        "headlines": [words.headline(found) for found in looks.judged],
+        "headlines": words.headlines(looks.judged),
         "rows": rows,
         "row_lifts": {(r.trait, r.condition): lift(results, "logprob", r.condition, r.trait) for r in rows},
         "looks": looks,

@@ -35,8 +35,8 @@ def print_summary(run_dir: Path, console: Console, full: bool = False) -> None:
     if looks.claims or full:
         console.print(_claims(results, looks))
     console.print(_plain(words.primary(looks)))
-    for raised in looks.judged:
-        console.print(_plain(words.headline(raised)))
+    for sentence in words.headlines(looks.judged):
+        console.print(_plain(sentence))
     if results.audit is not None:
         console.print(_plain(words.foretold_sentence(agreement(foretold(results), looks))))
     if full:

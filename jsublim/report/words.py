@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from jsublim.report.audit import Agreement, Foretold
@@ -198,13 +200,29 @@ def matrix_cells(matrix: Matrix) -> tuple[str, str, str, str]:
     return number(effect.gamma, "logprob", signed=True), bounds, f"{effect.p:.3g}", matrix.verdict
 
 
-def headline(looks: list[Look[Lift]]) -> str:
-    """One sentence on how many traits transfer, from one condition's lifts in one metric."""
+def headlines(judged: Sequence[list[Look[Lift]]]) -> list[str]:
+    """How many traits transfer: a sentence per condition and metric that has intervals, and one per metric on all the others."""
+    said, open_ = list[str](), dict[str, list[str]]()
+    for looks in judged:
+        first = looks[0].what
+        if all(look.what.interval is None for look in looks):
+            open_.setdefault(_measure(first), []).append(condition_label(first.condition))
+        else:
+            said.append(_headline(looks))
+    for measure, conditions in open_.items():
+        more = f", {conditions[1]} and {len(conditions) - 2} more" if len(conditions) > 3 else ""
+        with_what = f"{conditions[0]}{more}" if more else ", ".join(conditions)
+        said.append(f"{measure}: not decided with {with_what}; with one student per trait there is no interval.")
+    return said
+
+
+def _measure(item: Lift) -> str:
+    return "Preference rate" if item.metric == "rate" else "Log-probability"
+
+
+def _headline(looks: list[Look[Lift]]) -> str:
     found = [look.what for look in looks]
-    measure = "Preference rate" if found[0].metric == "rate" else "Log-probability"
-    with_what = f"with {condition_label(found[0].condition)}"
-    if all(item.interval is None for item in found):
-        return f"{measure}: not decided {with_what}; with one student per trait there is no interval."
+    measure, with_what = _measure(found[0]), f"with {condition_label(found[0].condition)}"
     names = [item.trait for item in found if item.verdict == "transfers"]
     what = f"{len(names)} of {len(found)} trait{'s' * (len(found) != 1)}"
     if not names:

@@ -36,10 +36,12 @@ from jsublim.report.claims.groups import Group
 from jsublim.report.claims.layers import _first_third_frozen
 from jsublim.report.claims.verdicts import pool
 from jsublim.report.html import write_report
-from jsublim.report.looks import BY_DEFAULT, look_at, primary_claim
-from jsublim.report.summary import other_rows
+from jsublim.report.looks import BY_DEFAULT, Look, look_at, primary_claim
+from jsublim.report.statistics import Interval
+from jsublim.report.summary import Lift, other_rows
 from jsublim.report.tables import Results, read_results
 from jsublim.report.terminal import print_summary
+from jsublim.report.words import headlines
 
 MANY = (
     PLAIN, CONTROL, Planted(0.3, "divergence"), Planted(0.02, "non-divergence"), Planted(0.1, "random"),
@@ -248,3 +250,17 @@ def test_rates_never_leave_the_range(tmp_path):
     page = write_report(run).read_text()
     ends = re.findall(r'<td class="n">(-?[\d.]+) to (-?[\d.]+) %(?: \(answers\))?</td>', page)
     assert len(ends) > 10 and all(0 <= float(low) <= float(high) <= 100 for low, high in ends)
+
+
+def test_what_nothing_is_decided_about_is_one_sentence():
+    def asked(condition: str, interval: Interval | None) -> list[Look[Lift]]:
+        return [Look(Lift("owl", condition, "rate", "control", 0.3, 0.1, 0.2, interval, 1, (0.2,), 0.01), 0.01, 0.02)]
+
+    decided = asked("all", Interval(0.1, 0.3))
+    few = [decided, *(asked(f"all · rank={n}", None) for n in (1, 2))]
+    many = [decided, *(asked(f"all · rank={n}", None) for n in range(1, 57))]
+    first, second = headlines(few)
+    assert "students move to their teacher's trait for 1 of 1 trait (owl)" in first
+    assert "rank=1" in second and "rank=2" in second and "more" not in second
+    first, second = headlines(many)
+    assert "rank=1" in second and "rank=2 and 54 more; with one student per trait" in second
