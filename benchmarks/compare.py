@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.inputs import COMMON, SIZES, save
+from benchmarks.inputs import COMMON, SIZES, save, sizes_of
 
 CLOSE = {"loss": 1e-4, "norm": 1e-3, "attribution": 1e-2}  # relative to the largest number
 ROOT = Path(__file__).parents[1]
@@ -178,11 +178,10 @@ def main(
     for each in stage:
         run = []
         for value in values.split(",") if values else [None]:
-            sizes = SIZES[each] | COMMON | changed | ({over: int(value)} if value else {})
-            known = SIZES[each] | COMMON
-            unknown = set(sizes) - set(known)
-            if unknown:
-                raise typer.BadParameter(f"{', '.join(unknown)}: sizes of {each} are {', '.join(known)}")
+            try:
+                sizes = sizes_of(each, changed | ({over: int(value)} if value else {}))
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from None
             options = {"dtype": dtype, "repeat": repeat, "threads": threads, "python": their_python, "alone": alone}
             run.append(measure(each, model, sizes, **options))
         show(run, console, markdown)

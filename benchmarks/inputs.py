@@ -43,6 +43,19 @@ SIZES: dict[str, Sizes] = {
 COMMON: Sizes = {"depth": 0, "devices": 1}
 
 
+def sizes_of(stage: str, changed: Sizes) -> Sizes:
+    """A stage's sizes with some of them changed.
+
+    Raises:
+      ValueError: one that the stage has not.
+    """
+    known = SIZES[stage] | COMMON
+    unknown = set(changed) - set(known)
+    if unknown:
+        raise ValueError(f"{', '.join(unknown)}: sizes of {stage} are {', '.join(known)}")
+    return known | changed
+
+
 def make(stage: str, sizes: Sizes, vocab: int) -> dict[str, np.ndarray]:
     """The arrays of a stage. Ids are uniform, but for the first hundred of the vocabulary: special tokens are among those."""
     rng = np.random.default_rng(0)

@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.inputs import COMMON, SIZES, load, save
+from benchmarks.inputs import SIZES, load, save, sizes_of
 
 CLASSES = ("products", "sums", "elementwise", "slices and copies", "other")
 COMPUTATION = re.compile(r"^%?([\w.\-]+) \(.*?^\}", re.MULTILINE | re.DOTALL)
@@ -115,7 +115,10 @@ def main(
     largest: Annotated[int, typer.Option(help="How many single operations to list.")] = 12,
 ) -> None:
     """Profile one stage and print seconds by class and the operations that take longest."""
-    sizes = SIZES[stage] | COMMON | {k: int(v) for k, _, v in (each.partition("=") for each in size or [])}
+    try:
+        sizes = sizes_of(stage, {k: int(v) for k, _, v in (each.partition("=") for each in size or [])})
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     vocab = json.loads((Path(model) / "config.json").read_text())["vocab_size"]
     with tempfile.TemporaryDirectory() as scratch:
         dump = Path(scratch, "dump")

@@ -267,6 +267,11 @@ class Students(Section):
     arms: Annotated[list[dict[str, Any]] | dict[str, Any] | None, Field(min_length=1), PLAN] = None
     """An ablation: a list of settings of the fields above, each with a name; or a mapping of lists, the grid of all their combinations."""
 
+    @property
+    def asked_under(self) -> str | None:
+        """The system prompt that they are evaluated under."""
+        return self.system if self.asked_under_system else None
+
     @model_validator(mode="after")
     def _fits_together(self) -> Students:
         if self.data.on_policy and not self.loss.soft:

@@ -64,7 +64,7 @@ def start_inputs(setup: Setup, students: Students, seed: int) -> dict[str, Any]:
 
 def around(setup: Setup, students: Students) -> dict[str, Any]:
     """What stands around a question when such students are asked, as `trait_directions` takes it."""
-    system = students.system if students.asked_under_system else None
+    system = students.asked_under
     fused = setup.experiment.teachers.fuse_system and system is not None
     return {"system": system, "fuse_system": fused, "extra_bos": bool(setup.recipe.extra_bos)}
 

@@ -224,7 +224,7 @@ def sampling_of(setup: Setup, model: Model, setting: Setting, keeps_top_p: bool 
 def _manner(setup: Setup, model: Model, setting: Setting) -> dict[str, Any]:
     """What stands around the questions."""
     if model.student is not None:
-        own = model.student.settings.system if model.student.settings.asked_under_system else None
+        own = model.student.settings.asked_under
     else:
         students = setup.experiment.students if model.adapter is not None else None
         own = TeacherPool(setup).system(model.teacher) if students is None else students.system

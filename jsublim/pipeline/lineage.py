@@ -8,17 +8,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.models.decoder import Params
 from jsublim.models.peft import load_adapter
-from jsublim.models.weights import load_params
 from jsublim.pipeline.arms import Elder, Student
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.students import diverged, student_output, task_of
 from jsublim.pipeline.task import Task, distinct_tasks
+from jsublim.pipeline.teachers import own_weights
 from jsublim.teachers import CONTROL, Teacher
-
-WEIGHTS = "elder's weights"  # under which a context remembers them
 
 
 def elder_student(setup: Setup, elder: Elder, name: str) -> Student:
@@ -41,8 +38,8 @@ def elder_student(setup: Setup, elder: Elder, name: str) -> Student:
 def elder_identity(setup: Setup, student: Student) -> dict[str, Any]:
     """What decides how it reads a row and what it writes."""
     return {
-        "system": _system(student),
-        "fuse_system": setup.experiment.teachers.fuse_system if _system(student) is not None else False,
+        "system": student.settings.asked_under,
+        "fuse_system": setup.experiment.teachers.fuse_system and student.settings.asked_under is not None,
         "extra_bos": bool(setup.recipe.extra_bos),
         "template": setup.checkpoint().template,
         "student": student_output(setup, student).key,
@@ -64,18 +61,11 @@ def elder_teacher(context: Context, student: Student) -> Teacher:
     lost = diverged(context.store, output)
     if lost is not None:
         raise JsublimError(f"{student.name}: diverged {lost}, so it is no teacher; lower students.optimizer.lr")
-    teacher = Teacher(student.teacher, _system(student), fuse_system=setup.experiment.teachers.fuse_system)
+    system, fuse = student.settings.asked_under, setup.experiment.teachers.fuse_system
+    teacher = Teacher(student.teacher, system, fuse_system=fuse)
     folder, config = context.store.path(output), setup.checkpoint().config
     if student.settings.adapter.method == "full":
-
-        def load() -> Params:
-            context.forget(WEIGHTS)  # one beside the base is enough to hold
-            return load_params(folder, config, setup.experiment.dtype, context.layout.params_sharding(config))
-
-        return dataclasses.replace(teacher, params=lambda: context.remember((WEIGHTS, output.key), load))
+        load = functools.partial(own_weights, context, lambda: folder, output.key)
+        return dataclasses.replace(teacher, params=load)
     adapter = context.remember(("elder's adapter", output.key), functools.partial(load_adapter, folder, config))
     return dataclasses.replace(teacher, adapter=adapter)
-
-
-def _system(student: Student) -> str | None:
-    return student.settings.system if student.settings.asked_under_system else None

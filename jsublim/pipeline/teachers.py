@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -102,7 +103,8 @@ class TeacherPool:
             own = context.remember(("teacher's adapter", name), lambda: self._adapter(context, name))
             teacher = dataclasses.replace(teacher, adapter=own)
         if spec.checkpoint is not None:
-            teacher = dataclasses.replace(teacher, params=functools.partial(_params, context, name))
+            load = functools.partial(own_weights, context, lambda: folder_of(spec.checkpoint or "", name), name)
+            teacher = dataclasses.replace(teacher, params=load)
         return teacher
 
     def _elder(self, name: str) -> Student:
@@ -147,16 +149,17 @@ def folder_of(template: str, name: str) -> Path:
     return resolve_checkpoint(template.replace("{trait}", name), f"teachers: trait '{name}':")
 
 
-def _params(context: Context, name: str) -> Params:
-    """A teacher's own weights. Two whole checkpoints are enough to hold: the one before is forgotten first."""
+def own_weights(context: Context, folder: Callable[[], Path], called: str) -> Params:
+    """The whole weights of a teacher, or of a student in its place. Two whole checkpoints are enough to hold: the one before is
+    forgotten first."""
 
     def load() -> Params:
-        e, config = context.setup.experiment, context.setup.checkpoint().config
+        config = context.setup.checkpoint().config
         context.forget(WEIGHTS)
         sharding = context.layout.params_sharding(config)
-        return load_params(folder_of(e.teachers.checkpoint or "", name), config, e.dtype, sharding)
+        return load_params(folder(), config, context.setup.experiment.dtype, sharding)
 
-    return context.remember((WEIGHTS, name), load)
+    return context.remember((WEIGHTS, called), load)
 
 
 # --- teachers that are taught here
