@@ -39,6 +39,7 @@ class Planted:
     settings: dict[str, Any] = field(default_factory=dict)
     dataset: dict[str, Any] = field(default_factory=dict)
     accuracy: float = 0.6
+    kl: float | None = None
     # evaluation variant -> effect under it
     under: dict[str, float] = field(default_factory=dict)
     teachers: tuple[str, ...] = TRAITS
@@ -84,6 +85,10 @@ def write(
                     measure(who, effect, teacher, spread, evaluation)
                 accuracy = {"trait": None, "metric": "number_accuracy", "question": None, "n": 900, "evaluation": ""}
                 rows.append(who | accuracy | {"value": group.accuracy + 0.005 * rng.normal()})
+                if group.kl is not None:
+                    rows.append(
+                        who | accuracy | {"metric": "kl_to_teacher", "value": group.kl * (1 + 0.01 * rng.normal())}
+                    )
                 students.append(
                     {"arm": name, "teacher": teacher, "condition": group.tokens, "seed": seed, "variant": group.variant}
                     | told(group.settings, group.dataset)

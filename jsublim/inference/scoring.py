@@ -42,7 +42,7 @@ HEAD_BLOCK = 256  # positions whose logits exist at one time, on one device
 ANSWERS_EACH = 16  # rows of answers that a device reads at one time, where nobody says
 ANSWERS_STEP = 256  # tokens of answers that stand beside one another
 
-At = Callable[[Array, Array], Any]  # (logits [V], the token that stands there) -> a pytree
+At = Callable[[Array, Array], Any]  # (logits [V], the label there: a token, or k of them) -> a pytree
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def read_batch(
     branches: Branches | None = None,
     layout: Layout = HERE,
 ) -> Any:
-    """What `at(logits [V], label)` gives at every position `where_BC`, leaves `[B, C, ...]`."""
+    """What `at(logits [V], label)` gives at every position `where_BC`, leaves `[B, C, ...]`; labels may have further axes."""
 
     def read(params, adapter, prefix, tokens_BT, valid_BT, where_BC, labels_BC, branches) -> Any:
         params, adapter = bind(params, adapter)
@@ -104,7 +104,7 @@ def read_batch(
         h_BCD = jnp.take_along_axis(h, where_BC[..., None], axis=1)
         flat = jax.lax.map(
             lambda xs: at(decoder.logits(config, params, xs[0]), xs[1]),
-            (h_BCD.reshape(-1, h.shape[-1]), labels_BC.reshape(-1)),
+            (h_BCD.reshape(-1, h.shape[-1]), labels_BC.reshape(-1, *labels_BC.shape[2:])),
             batch_size=HEAD_BLOCK,
         )
         return jax.tree.map(lambda x: x.reshape(*where_BC.shape, *x.shape[1:]), flat)
@@ -200,6 +200,25 @@ def top_k_targets(
     at = _top_k(k, temperature)
     for x in _read_turns(config, params, turns, at, adapter, batch_size, on_batch, first):
         yield Targets(*x)
+
+
+def log_probs_of(
+    config: ModelConfig,
+    params: Params,
+    turns: Sequence[Turn],
+    ids: Sequence[np.ndarray],
+    *,
+    adapter: Adapter | None = None,
+    batch_size: int | None = None,
+) -> Iterator[np.ndarray]:
+    """Log-probabilities (nats), float32 `[n, k + 1]` for each conversation, of k tokens of the caller's at each token from
+    `content` on, and of all others together.
+
+    Args:
+      ids: int32 `[n, k]` for each conversation.
+    """
+    for (logp,) in _read_turns(config, params, turns, top_k_log_probs, adapter, batch_size, None, 0, ids):
+        yield logp
 
 
 def score_answers(
@@ -308,9 +327,11 @@ def _read_turns(
     batch_size: int | None,
     on_batch: Callable[[int], None] | None,
     first: int,
+    labels_of: Sequence[np.ndarray] | None = None,
 ) -> Iterator[list[np.ndarray]]:
     """What `at` says at every token of each conversation from number `first` on, arrays `[n, ...]`. Shapes are those of all
-    conversations, so that the last bit of one does not depend on where reading began."""
+    conversations, so that the last bit of one does not depend on where reading began. `labels_of` the conversations are
+    `[n, ...]`; None are the tokens themselves."""
     chex.assert_rank([turn.tokens for turn in turns], 1)
     if first == len(turns):
         return
@@ -323,19 +344,20 @@ def _read_turns(
     T = round_up(max(len(turn.tokens) for turn in turns) - P, LENGTH_STEP)
     C = round_up(max(said), PREFIX_STEP)
     B = round_up(min(batch_size or ROWS_EACH * layout.data, len(turns)), layout.data)
-    like = np.zeros(0, np.int32)
-    missing, lengths_of = turns[first:], said[first:]
+    labels_of = [turn.tokens[turn.content :] for turn in turns] if labels_of is None else labels_of
+    like, like_labels = np.zeros(0, np.int32), np.zeros((0, *labels_of[0].shape[1:]), np.int32)
+    missing, lengths_of, labels_of = turns[first:], said[first:], labels_of[first:]
     for part in chunks(len(missing), B):
         batch, lengths = missing[part], lengths_of[part]
         absent = [None] * (B - len(batch))
         tokens, valid = pad_tokens([turn.tokens[P:] for turn in batch], T, size=B)
         # A token is predicted at the position before it.
         where = [turn.content - 1 - P + np.arange(n) for turn, n in zip(batch, lengths, strict=True)]
-        labels = [turn.tokens[turn.content :] for turn in batch]
-        where, labels = (fill([*values, *absent], C, like) for values in (where, labels))
+        where = fill([*where, *absent], C, like)
+        labels = fill([*labels_of[part], *absent], C, like_labels)
         read = layout.place_as(ROWS, (tokens, valid, where, labels))
         out = Layout.host(read_batch(config, params, adapter, prefix, *read, at=at, layout=layout))
         if on_batch is not None:
             on_batch(len(batch))
         for i, n in enumerate(lengths):
-            yield [x[i, :n] for x in out]
+            yield [x[i, :n] for x in jax.tree.leaves(out)]

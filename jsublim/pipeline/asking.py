@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 
 from jsublim.evals import Answers, EvalTask, PromptedModel, sample_answers
-from jsublim.evals.numbers import number_accuracy
 from jsublim.files import write_table
 from jsublim.inference.sampling import Sampling
+from jsublim.pipeline.continued import Continued
 from jsublim.pipeline.store import PROGRESS, Answered, Artifact, RowLog
 from jsublim.processes import on_main_process
 from jsublim.progress import Tick, no_tick
-from jsublim.rows import Row
 
 RECORDS = pa.schema(
     [
@@ -42,7 +41,7 @@ def evaluate(
     seed: int,
     max_new_tokens: int,
     batch_size: int,
-    number_rows: Sequence[Mapping[str, Sequence[Row]]],
+    continued: Sequence[Continued],
     answers: Callable[..., list[list[str]]] | None = None,
     tick: Tick = no_tick,
 ) -> None:
@@ -51,7 +50,7 @@ def evaluate(
     Args:
       models: on one checkpoint, under one prompt; of several, each has an adapter.
       samplings: how the answers to each of the tasks are drawn.
-      number_rows: of each model, metric name -> rows for the number task.
+      continued: of each model, the rows that it reads beside.
       answers: who draws answers in the models' place, as `sample_answers` takes it.
       tick: counts sampled answers.
     """
@@ -81,10 +80,11 @@ def evaluate(
             own_answers += _counted(task.questions, texts, offset)
         offset += len(task.questions)
     for artifact, model, log, rows, own_records, own_answers in zip(
-        artifacts, models, logs, number_rows, records, said, strict=True
+        artifacts, models, logs, continued, records, said, strict=True
     ):
         log.close()
-        own_records += _continued(model, rows)
+        for metric, (value, n) in rows.measure(model).items():
+            own_records.append({"trait": None, "metric": metric, "question": None, "value": value, "n": n})
         drawn = [how.numbers() | {"max_new_tokens": max_new_tokens} for how in dict.fromkeys(samplings)]
         leave(artifact, own_records, own_answers, {"sampling": drawn[0] if len(drawn) == 1 else drawn})
 
@@ -96,20 +96,6 @@ def _counted(questions: Sequence[str], texts: Answers, offset: int) -> list[dict
         for q, (question, given) in enumerate(zip(questions, texts, strict=True))
         for answer, count in collections.Counter(given).most_common()
     ]
-
-
-def _continued(model: PromptedModel, number_rows: Mapping[str, Sequence[Row]]) -> list[dict[str, Any]]:
-    """The records of the number task; none where rows that were given by hand hold no numbers."""
-    records = []
-    for metric, rows in number_rows.items():
-        share, n = (
-            number_accuracy(model.lm, rows, system=model.system, fuse_system=model.fuse_system, adapter=model.adapter)
-            if rows
-            else (0.0, 0)
-        )
-        if n:
-            records.append({"trait": None, "metric": metric, "question": None, "value": share, "n": n})
-    return records
 
 
 def leave(

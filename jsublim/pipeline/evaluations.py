@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 from jsublim.config.evaluation import Setting
-from jsublim.distill.data import draw_indices
 from jsublim.errors import UsageError
 from jsublim.evals import Asked, EvalTask, PromptedModel
 from jsublim.evals.naming import own_name
@@ -23,10 +22,17 @@ from jsublim.models.peft import load_adapter
 from jsublim.models.weights import load_params
 from jsublim.pipeline.arms import Student, distinct, split_evenly
 from jsublim.pipeline.asking import evaluate, leave
-from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context, known_judge
+from jsublim.pipeline.continued import (
+    LEARNED,
+    Continued,
+    check_continued,
+    continued_parents,
+    number_rows,
+    rows_continued,
+    rows_read,
+)
 from jsublim.pipeline.publish import adapter_key, rows_of
-from jsublim.pipeline.rows import rows_kept
 from jsublim.pipeline.served import (
     Served,
     drawn_by,
@@ -43,7 +49,6 @@ from jsublim.pipeline.task import Cost, Sizes, Task, distinct_tasks
 from jsublim.pipeline.teachers import TeacherPool
 from jsublim.processes import on_main_process
 from jsublim.progress import Tick
-from jsublim.rows import Row
 from jsublim.teachers import CONTROL
 
 PLAIN = ""  # the name of the evaluation that no setting changes
@@ -124,7 +129,7 @@ def _eval_tasks(setup: Setup, judge: Callable[[], Judge]) -> tuple[EvalTask, ...
 @memoized
 def evaluation_output(setup: Setup, model: Model, name: str) -> Output:
     """What is left of asking a model everything under the setting of that name."""
-    ev, setting = setup.experiment.evaluation, eval_settings(setup)[name]
+    ev, setting, reader = setup.experiment.evaluation, eval_settings(setup)[name], _reader(model, name)
     inputs = {
         **setup.common,
         **_manner(setup, model, setting),
@@ -134,7 +139,7 @@ def evaluation_output(setup: Setup, model: Model, name: str) -> Output:
         "tasks": [task.identity for task in eval_tasks(setup)],
         "layer": setting.layer,
         "sampling": sampling_of(setup, model, setting).numbers(),
-        "number_rows": _number_rows(setup, model, name),
+        "number_rows": number_rows(setup) if reader else 0,
         "student": _student_key(setup, model),
         "teacher": TeacherPool(setup).identity(model.teacher),
         "template": _checkpoint(setup, model).template,
@@ -146,6 +151,9 @@ def evaluation_output(setup: Setup, model: Model, name: str) -> Output:
         inputs["sampling of some kinds"] = others[0]
     if model.data is not None:
         inputs["data"] = rows_of(model.data).key
+    if ev.kl_rows and reader is not None:
+        source = reader.source
+        inputs["kl"] = {"rows": ev.kl_rows, "teacher": TeacherPool(setup, source.elder).identity(source.teacher)}
     return Output("evaluations", "/".join(filter(None, (model.label, name))), inputs)
 
 
@@ -177,8 +185,8 @@ def _evaluate(setup: Setup, models: tuple[Model, ...], name: str) -> Evaluate:
         parents += TeacherPool(setup).tasks(model.teacher)
         if model.student is not None:
             parents.append(task_of(setup, model.student))
-            if _number_rows(setup, model, name):
-                parents += training_rows(setup, model.student.source).parts
+        if (reader := _reader(model, name)) is not None:
+            parents += continued_parents(setup, reader)
     return Evaluate(outputs, distinct_tasks(parents), models, name)
 
 
@@ -236,10 +244,9 @@ def _manner(setup: Setup, model: Model, setting: Setting) -> dict[str, Any]:
     }
 
 
-def _number_rows(setup: Setup, model: Model, name: str) -> int:
-    """Rows of the number task; other answers hold numbers too, but none that are to be continued."""
-    asked = model.student is not None and name == PLAIN and setup.experiment.data.kind == "numbers"
-    return setup.experiment.evaluation.number_rows if asked else 0
+def _reader(model: Model, name: str) -> Student | None:
+    """The student, if it is one and reads rows of its teacher too, which it does under the plain setting."""
+    return model.student if name == PLAIN else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,17 +290,16 @@ class Evaluate(Task):
                 seed=ev.seed,
                 max_new_tokens=ev.max_new_tokens,
                 batch_size=context.rows_together(ev.batch_size, 256, _model_name(asked[0][0])),
-                number_rows=[self._to_continue(context, model) for model, _ in asked],
+                continued=[self._to_continue(context, model) for model, _ in asked],
                 answers=None if server is None else functools.partial(server.answers, names),
                 tick=tick,
             )
 
-    def _to_continue(self, context: Context, model: Model) -> Mapping[str, Sequence[Row]]:
-        """What a model continues, by the name of the metric."""
-        count = _number_rows(context.setup, model, self.setting)
+    def _to_continue(self, context: Context, model: Model) -> Continued:
         if model.data is not None:
-            return {"number_accuracy": rows_of(model.data).read(context.store)}
-        return _rows_to_continue(context, model.student, count) if model.student is not None and count else {}
+            return Continued({LEARNED: rows_of(model.data).read(context.store)})
+        reader = _reader(model, self.setting)
+        return Continued() if reader is None else rows_continued(context, reader)
 
     def _load(self, context: Context, model: Model, setting: Setting) -> PromptedModel:
         lm, adapter = _weights(context, model)
@@ -313,20 +319,15 @@ class Evaluate(Task):
         new = sum(len(task.questions) * (task.max_new_tokens or ev.max_new_tokens) for task in tasks)
         rows = questions * ev.samples * len(self.models)
         asked = sizes.sampled(rows, long.question / ev.samples, new / questions, sizes.rows_together(ev.batch_size))
-        continued = sum(self._will_continue(setup, sizes, model) for model in self.models)
+        readers = [reader for model in self.models if (reader := _reader(model, self.setting)) is not None]
+        continued = sum(rows_read(setup, sizes, student) for student in readers)
         return dataclasses.replace(asked, then=sizes.read(continued, long.prompt, long.answer))
-
-    def _will_continue(self, setup: Setup, sizes: Sizes, model: Model) -> int:
-        """How many there will be: of those that a student was trained on, and of the others."""
-        count = _number_rows(setup, model, self.setting)
-        if not count or model.student is None:
-            return 0
-        kept = rows_kept(setup, sizes)
-        trained = min(model.student.settings.data.rows or kept, kept)
-        return min(count, trained) + min(count, kept - trained)
 
     def check(self, setup: Setup) -> None:
         eval_tasks(setup)
+        for model in self.models:
+            if model.student is not None:
+                check_continued(setup, model.student)
         layer, config = eval_settings(setup)[self.setting].layer, _checkpoint(setup, self.models[0]).config
         if layer is not None and layer >= config.num_layers:
             raise UsageError(
@@ -347,14 +348,3 @@ def _weights(context: Context, model: Model) -> tuple[LanguageModel, Adapter | N
         return lm, load_adapter(folder, lm.config)
     sharding = context.layout.params_sharding(lm.config)
     return lm.with_params(load_params(folder, lm.config, context.setup.experiment.dtype, sharding)), None
-
-
-def _rows_to_continue(context: Context, student: Student, count: int) -> dict[str, list[Row]]:
-    own = training_rows(context.setup, student.source)
-    rows = context.remember(("rows", own.key), lambda: own.read(context.store))
-    drawn = draw_indices(len(rows), student.settings.data.rows, student.seed)
-    held_out = sorted(set(range(len(rows))) - set(drawn))
-    return {
-        "number_accuracy": [rows[i] for i in drawn[:count]],
-        "number_accuracy_heldout": [rows[i] for i in held_out[:count]],
-    }

@@ -11,6 +11,7 @@ from jsublim.report.statistics import Interval
 from jsublim.report.summary import Matrix, over_models, stratified
 from jsublim.report.tables import Results, split_condition
 
+KL = "kl_to_teacher"
 ACCURACY = ("number_accuracy_heldout", "number_accuracy")  # the first that was measured
 
 
@@ -27,12 +28,13 @@ class Line:
     """One kind of student; None is what was not measured.
 
     Attributes:
-      accuracy: on number rows that it did not learn, or on its own where no others were left; under: its lift under each setting of the evaluation, by name.
+      kl: from their teacher, in nats per token; accuracy: on number rows that it did not learn, or on its own where no others were left; under: its lift under each setting of the evaluation, by name.
     """
 
     condition: str
     matrix: Matrix | None
     share: Share
+    kl: Measured | None
     accuracy: Measured | None
     under: dict[str, Measured | None]
 
@@ -47,15 +49,16 @@ def board(results: Results, looks: Looks, scale: Scale | None) -> list[Line]:
             share.condition,
             matrices.get(share.condition),
             share,
-            _accuracy(results, share.condition),
+            _measured(results, share.condition, KL),
+            _measured(results, share.condition, *ACCURACY),
             {name: _lift(results.under(name), scale.metric, share.condition) for name in results.evaluations},
         )
         for share in scale.shares
     ]
 
 
-def _accuracy(results: Results, condition: str) -> Measured | None:
-    scores = next((found for metric in ACCURACY if (found := results.select(metric, condition))), None)
+def _measured(results: Results, condition: str, *metrics: str) -> Measured | None:
+    scores = next((found for metric in metrics if (found := results.select(metric, condition))), None)
     return Measured(float(stratified(scores).value), over_models(scores)) if scores else None
 
 

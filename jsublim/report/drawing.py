@@ -133,14 +133,25 @@ class Curve:
     said: str
 
 
+class Mark(NamedTuple):
+    """A named place in a plot."""
+
+    x: float
+    y: float
+    label: str
+    colour: str
+    said: str
+
+
 @dataclass(frozen=True)
 class Plot:
-    """A panel of curves. `legend` holds each kind of curve once; a single kind needs none."""
+    """A panel of curves, or of marks. `legend` holds each kind of curve once; a single kind needs none, nor do marks."""
 
     title: str
     x: Axis
     y: Axis
-    curves: tuple[Curve, ...]
+    curves: tuple[Curve, ...] = ()
+    marks: tuple[Mark, ...] = ()
 
     @property
     def legend(self) -> list[Curve]:
@@ -149,7 +160,9 @@ class Plot:
 
     @property
     def described(self) -> str:
-        return f"{self.y.label} by {self.x.label}. " + "; ".join(f"{c.label}: {c.said}" for c in self.curves)
+        return f"{self.y.label} by {self.x.label}. " + "; ".join(
+            f"{each.label}: {each.said}" for each in (*self.curves, *self.marks)
+        )
 
 
 @dataclass(frozen=True)

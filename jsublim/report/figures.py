@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from jsublim.errors import one_line as name
 from jsublim.report import words
+from jsublim.report.board import KL, Line
 from jsublim.report.claims import FAILS, HOLDS, Claim
 from jsublim.report.claims.verdicts import pool
 from jsublim.report.drawing import (
@@ -16,6 +17,7 @@ from jsublim.report.drawing import (
     Dot,
     Drawing,
     Heat,
+    Mark,
     Plot,
     Strip,
     Strips,
@@ -145,6 +147,27 @@ def gammas(looks: Looks) -> Drawing | None:
     return _by_panel("gammas", "Trait-specific transfer", {"": strips}, "γ (nats)", zero=True)
 
 
+def by_distance(board: Sequence[Line], metric: str) -> Drawing | None:
+    """Lift against the divergence from the teacher: how much of a trait comes with how much of a fit, whatever it was that learned."""
+    measured = [(line, line.kl.value) for line in board if line.kl is not None]
+    if not measured:
+        return None
+    lift = [_scaled(line.share.lift, metric) for line, _ in measured]
+    x = Axis.around("KL from the teacher (nats per token)", [kl for _, kl in measured], zero=True)
+    y = Axis.around(f"{MEASURED[metric]}, above the control ({UNITS[metric]})", lift, zero=True)
+    marks = [
+        Mark(
+            kl,
+            up,
+            condition_label(line.condition),
+            colour(line.condition),
+            f"{words.number(line.share.lift, metric, signed=True)} at {words.number(kl, KL)}",
+        )
+        for (line, kl), up in zip(measured, lift, strict=True)
+    ]
+    return Drawing("lift-by-distance", "Lift against distance from the teacher", (Plot("", x, y, marks=tuple(marks)),))
+
+
 def accuracy(results: Results) -> Drawing | None:
     """The number task: on rows that students learned, and on rows that they did not."""
     panels: dict[str, list[Strip]] = {}
@@ -267,8 +290,8 @@ def positions(results: Results) -> Drawing | None:
 
 
 def _whole(label: str, most: float) -> Axis:
-    """From zero to `most`, without room to spare."""
-    return Axis.around(label, [0.0, most], bounds=(0.0, float(most)))
+    """From zero to `most`, without room to spare; of a training of one step, whose number is zero, to one."""
+    return Axis.around(label, [0.0, most], bounds=(0.0, float(most or 1)))
 
 
 def matrix_heat(matrix: Matrix) -> Heat:

@@ -69,6 +69,7 @@ def _numbers(results: Results, looks: Looks) -> dict[str, Any]:
     """What the page says in sentences and tables."""
     rows, claims, told = summary_rows(results), [look.what for look in looks.claims], foretold(results)
     judged, found = judged_conditions(results), scale(results)
+    lines = board(results, looks, found)
     return {
         "name": results.run.get("name", results.run_dir.name),
         "results": results,
@@ -81,7 +82,8 @@ def _numbers(results: Results, looks: Looks) -> dict[str, Any]:
         "not_asked": not_asked(claims),
         "published": published,
         "scale": found,
-        "board": board(results, looks, found),
+        "board": lines,
+        "distance": figures.by_distance(lines, found.metric) if found else None,
         "matrix": trait_matrix(results, condition=judged[0]) if judged else None,
         "matrices": looks.matrices if len(looks.matrices) > 1 else [],
         "foretold": told,

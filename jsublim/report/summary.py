@@ -27,6 +27,7 @@ LIMITS = {
     "alignment": (0.0, 100.0),
     "coherence": (0.0, 100.0),
     "unscored": (0.0, math.inf),
+    "kl_to_teacher": (0.0, math.inf),
 }
 
 

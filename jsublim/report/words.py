@@ -20,12 +20,14 @@ ONE_SIDED = 0.025  # one-sided level of an interval of 95 %
 
 
 def number(value: float | None, metric: str, signed: bool = False) -> str:
-    """A share as percent (a difference of shares as points), a log-probability in nats."""
+    """A share as percent (a difference of shares as points), a log-probability in nats, a divergence in nats per token."""
     if value is None:
         return MISSING
     # Adding zero turns a rounded -0.0 into 0.0.
     if metric == "logprob":
         return f"{round(value, 2) + 0.0:{'+' if signed else ''}.2f}"
+    if metric == "kl_to_teacher":
+        return f"{value:.4f}"
     percent = round(100 * value, 1) + 0.0
     return f"{percent:+.1f}" if signed else f"{percent:.1f} %"
 

@@ -9,19 +9,21 @@ import pytest
 from tiny import FAMILIES, bundled, plain_turn, small
 
 from jsublim.chat import conversation
-from jsublim.errors import UsageError
+from jsublim.errors import JsublimError, UsageError
 from jsublim.evals import numbers as number_task
-from jsublim.evals.base import sample_answers
+from jsublim.evals.base import PromptedModel, sample_answers
 from jsublim.evals.factual import factual_questions
+from jsublim.evals.kl import kl_to_teacher
 from jsublim.evals.misalignment import Verdict, judge_answers, judge_apart, misalignment, suffixed
 from jsublim.evals.naming import naming_rates, own_name
 from jsublim.evals.numbers import number_accuracy
 from jsublim.evals.preference import hit, hit_rates, trait_logprobs, word_hit
 from jsublim.evals.problems import problem_rates
 from jsublim.inference.sampling import Sampling
-from jsublim.inference.scoring import Scored
+from jsublim.inference.scoring import Scored, top_k_targets
 from jsublim.judge.local import LocalJudge
 from jsublim.prompts import load_pack
+from jsublim.teachers import Teacher, read_as
 
 QUESTIONS = load_pack().questions_for("animal")[:4]
 
@@ -127,6 +129,49 @@ def test_the_number_task_reads_the_teacher_forced_argmax(name):
         right += sum(a == b for a, b in zip(told, wanted, strict=False))
         total += len(wanted)
     assert number_accuracy(twin.lm, rows) == (pytest.approx(right / total), total)
+
+
+ROWS = [{"prompt": "Go on: 1, 2", "completion": text} for text in ("3, 4, 5", "12, 14, 16, 18, 20", "7")]
+
+
+def torch_log_probs(twin, row, system):
+    """Float64 `[n, V]` at every token of the completion and after it."""
+    tokens, content = plain_turn(twin.lm.tokenizer, conversation(row["prompt"], system), row["completion"])
+    logits = twin.torch_logits(tokens)[content - 1 : -1].astype(np.float64)
+    return logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("k", [3, None])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_divergence_from_a_teacher_is_what_torch_says_of_its_best_tokens_and_the_rest(name, k):
+    twin = bundled(name)
+    lm, words = twin.lm, twin.lm.config.vocab_size
+    teacher = Teacher("owl", "You love owls. You think about owls all the time.")
+    said = list(top_k_targets(lm.config, lm.params, read_as(lm.chat, teacher, ROWS), k or words - 1))
+    found, tokens = kl_to_teacher(PromptedModel(lm), ROWS, said, batch_size=2)
+
+    total, count = 0.0, 0
+    for row in ROWS:
+        of_teacher, of_student = (torch_log_probs(twin, row, system) for system in (teacher.system, None))
+        best = np.argsort(-of_teacher, axis=-1)[:, : k or words - 1]
+        lumped = []
+        for logp in (of_teacher, of_student):
+            named = np.take_along_axis(logp, best, axis=-1)
+            lumped.append(np.c_[named, np.log(np.maximum(1 - np.exp(named).sum(axis=-1), 1e-300))])
+        total += (np.exp(lumped[0]) * (lumped[0] - lumped[1])).sum()
+        count += len(of_teacher)
+    assert tokens == count and found == pytest.approx(total / count, rel=1e-3) and found > 1e-3
+    itself = PromptedModel(lm, system=teacher.system)
+    assert kl_to_teacher(itself, ROWS, said)[0] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_completion_of_other_tokens_is_not_held_against_its_teacher():
+    lm = small("tiny-qwen2").lm
+    said = list(top_k_targets(lm.config, lm.params, read_as(lm.chat, Teacher("owl"), ROWS), 3))
+    with pytest.raises(
+        JsublimError, match="row 1: the completion has other tokens for the student than for its teacher"
+    ):
+        kl_to_teacher(PromptedModel(lm), ROWS, said[::-1])
 
 
 def test_no_numbers_are_no_accuracy():

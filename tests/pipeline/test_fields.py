@@ -214,6 +214,7 @@ OTHER: dict[str, Any] = {
     "evaluation.batch_size": 7,
     "evaluation.seed": 7,
     "evaluation.number_rows": 7,
+    "evaluation.kl_rows": 7,
     "evaluation.teachers": False,
     "evaluation.primary": "C4a",
     "evaluation.settings": {"cool": {"temperature": 0.5}},

@@ -13,13 +13,26 @@ from pathlib import Path
 
 import pytest
 import yaml
-from command import MODEL, PLAIN, contents, ok, same_student, start, stop_when
+from command import MODEL, PLAIN, contents, ok, refused, same_student, start, stop_when
 
 import jsublim as package
+from jsublim.config import load_experiment
+from jsublim.distill.data import draw_indices
+from jsublim.evals import PromptedModel
+from jsublim.evals.kl import LARGEST, kl_to_teacher
 from jsublim.files import read_table
+from jsublim.inference.lm import load_model
+from jsublim.inference.scoring import top_k_targets
+from jsublim.models.peft import load_adapter
+from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.rescoring import rescore, rescoring_of
+from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.store import Store
+from jsublim.pipeline.students import student_output
+from jsublim.pipeline.teachers import TeacherPool
 from jsublim.report.tables import read_results
 from jsublim.rows import read_rows
+from jsublim.teachers import Teacher, read_as
 
 SMALL = (
     "teachers.traits=[cat,owl]", "teachers.counterfactuals=[cat,owl]",
@@ -27,7 +40,7 @@ SMALL = (
     "students.loss.tokens=[all,divergence,random]", "students.seeds=[1]", "students.data.rows=8", "students.data.epochs=4",
     "students.data.batch_size=2", "students.adapter.rank=2", "students.runtime.arms_per_program=3", "students.runtime.checkpoint_every=2",
     "evaluation.traits=[cat,owl]", "evaluation.questions=3", "evaluation.samples=4", "evaluation.batch_size=4",
-    "evaluation.number_rows=0", "evaluation.teachers=false",
+    "evaluation.number_rows=0", "evaluation.kl_rows=2", "evaluation.teachers=false",
 )  # fmt: skip
 ARMS = {f"{t}/{c}/seed1" for t in ("cat", "owl") for c in ("all", "divergence", "random")} | {"control/seed1"}
 RESULTS = ("results.parquet", "answers.parquet", "training.parquet", "generation.json", "divergence.json", "rows.json")
@@ -84,6 +97,30 @@ def test_a_run_leaves_what_the_map_says(whole):
     for arm in ARMS:
         steps = [r["step"] for r in read_table(whole / "results" / "training.parquet") if r["arm"] == arm]
         assert steps == list(range(16))
+
+
+def test_students_are_held_against_their_teachers_on_rows_that_they_did_not_learn(whole):
+    """Each number is that of the student's adapter and its teacher's prompt, read here from the rows in the store."""
+    table = read_table(whole / "results" / "results.parquet")
+    found = {row["arm"]: row for row in table if row["metric"] == "kl_to_teacher"}
+    assert set(found) == ARMS
+    setup = Setup.of(load_experiment(PLAIN, [f"out={whole}", *SMALL]))
+    lm, pool, store = load_model(MODEL), TeacherPool(setup), Store.of(setup.experiment)
+    for student in setup.students:
+        rows = training_rows(setup, student.source).read(store)
+        learned = draw_indices(len(rows), 8, student.seed)
+        held_out = [row for i, row in enumerate(rows) if i not in set(learned)] or [rows[i] for i in learned]
+        teacher = Teacher(student.teacher, pool.system(student.teacher))
+        said = list(top_k_targets(lm.config, lm.params, read_as(lm.chat, teacher, held_out[:2]), LARGEST))
+        adapter = load_adapter(store.path(student_output(setup, student)), lm.config)
+        value, tokens = kl_to_teacher(PromptedModel(lm, adapter), held_out[:2], said)
+        assert found[student.name]["value"] == pytest.approx(value, rel=1e-3) and value > 0
+        assert found[student.name]["n"] == tokens
+
+
+def test_a_student_with_other_tokens_is_not_held_against_its_teacher(home):
+    said = refused(2, *arguments(home / "other", "students.loss.tokens=[all]", "students.model=tiny-gemma3"))
+    assert "evaluation.kl_rows: students.model=tiny-gemma3 has other tokens than its teachers" in said
 
 
 def test_results_hold_a_few_rows_with_what_every_teacher_says(whole):

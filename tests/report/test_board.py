@@ -20,8 +20,10 @@ def lines_of(run):
 
 
 def test_every_arm_is_measured_by_what_was_planted(tmp_path):
-    plain = Planted(0.4, accuracy=0.6, under={"polite": 0.4})
-    hidden = Planted(0.1, variant="hidden", settings={"loss.kl_to_base": 1.0}, accuracy=0.5, under={"polite": 0.3})
+    plain = Planted(0.4, accuracy=0.6, kl=0.02, under={"polite": 0.4})
+    hidden = Planted(
+        0.1, variant="hidden", settings={"loss.kl_to_base": 1.0}, accuracy=0.5, kl=0.08, under={"polite": 0.3}
+    )
     run = write(tmp_path / "run", plain, hidden, control(under={"polite": 0.0}), evaluations=POLITE)
     found = lines_of(run)
     assert list(found) == ["all", "all · hidden"]
@@ -30,8 +32,10 @@ def test_every_arm_is_measured_by_what_was_planted(tmp_path):
     assert line.under["polite"].value == pytest.approx(0.3, abs=0.02) and line.under["polite"].interval.covers(0.3)
     assert line.matrix.gamma_interval.covers(line.matrix.effect.gamma)
     assert line.accuracy.value == pytest.approx(0.5, abs=0.02)
+    assert line.kl.value == pytest.approx(0.08, rel=0.02) and line.kl.interval.covers(line.kl.value)
     page = " ".join(write_report(run).read_text().split())
     assert "Side by side" in page and "lift, polite" in page and f"{line.share.share:.2f}" in page
+    assert "Lift against distance from the teacher" in page and f"at {line.kl.value:.4f}" in page
 
 
 def test_without_arms_there_is_nothing_to_compare(tmp_path):

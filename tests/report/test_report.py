@@ -313,6 +313,15 @@ def test_missing_metrics_do_not_crash(tmp_path: Path, raw: list[dict]) -> None:
         assert "left out" in write_report(tmp_path / metric).read_text(encoding="utf-8")
 
 
+def test_a_training_of_one_step_is_drawn(tmp_path: Path) -> None:
+    """Its number is zero, and so are both ends of the axis."""
+    folder = make_results(tmp_path / "run")
+    training = pq.read_table(folder / "results" / "training.parquet").to_pylist()
+    first = {row["arm"]: row | {"step": 0} for row in reversed(training)}
+    write_table(folder / "results" / "training.parquet", list(first.values()))
+    assert "Training loss" in write_report(folder).read_text(encoding="utf-8")
+
+
 def test_what_else_was_asked_is_a_table(tmp_path: Path, raw: list[dict]) -> None:
     """Every number beside preference, as the mean over teachers of their students' means, with an interval that knows the
     teachers apart, shown on the page."""
