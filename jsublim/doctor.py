@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jsublim.errors import one_line
-from jsublim.heap import ACCELERATORS
 from jsublim.inference.lm import load_model
 from jsublim.models.decoder import hidden_states, logits
 from jsublim.models.lora import bind, init_lora
@@ -31,6 +30,11 @@ EXPECTED = (-1.728, -1.2012, -1.6534, -3.8583)
 CLOSE = 5e-3  # of logits that lie between -10 and 10
 SLOPE_CLOSE = 0.02  # of a slope, beside the one that two points give
 LEAST_DISK, LEAST_MEMORY = 5e9, 2e9  # bytes
+ACCELERATORS = {
+    "/dev/nvidia0": ("an NVIDIA GPU", "cuda"),
+    "/dev/accel0": ("a TPU", "tpu"),
+    "/dev/vfio/0": ("a TPU", "tpu"),
+}
 
 
 @dataclass(frozen=True)

@@ -48,10 +48,6 @@ import jax
 import numpy as np
 import pytest
 
-from jsublim.heap import keep_freed_memory
-
-keep_freed_memory()  # JAX has no threads yet
-
 SIZES = {
     "vocab_size": 61,
     "hidden_size": 20,

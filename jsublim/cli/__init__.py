@@ -31,7 +31,6 @@ from jsublim.cli import (  # noqa: F401 (they register their commands)
 from jsublim.cli.app import app
 from jsublim.cli.together import Speaker
 from jsublim.errors import JsublimError, one_line
-from jsublim.heap import keep_freed_memory
 
 
 def main() -> None:
@@ -41,7 +40,6 @@ def main() -> None:
         sys.argv.remove("--debug")
     for name in ("absl", "orbax", "jax", "transformers"):
         logging.getLogger(name).setLevel(logging.DEBUG if debug else logging.ERROR)
-    keep_freed_memory()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
