@@ -71,7 +71,7 @@ class Evaluation(Section):
     number_rows: Annotated[int, Field(ge=0), RESULT] = 200
     """Rows on which students continue numbers, of those they were trained on and of others; 0: none."""
     kl_rows: Annotated[int, Field(ge=0), RESULT] = 0
-    """Rows, chosen as those, on which a student's KL divergence from its teacher is measured; 0: none."""
+    """Rows on which a student's KL divergence from its teacher is measured, of those it did not learn (where none are left, of those it did); 0: none."""
     teachers: Annotated[bool, PLAN] = True
     """Evaluate the teachers too."""
     settings: Annotated[dict[Name, Setting], PLAN] = {}

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jsublim.chat import conversation
 from jsublim.errors import JsublimError
 from jsublim.evals.base import PromptedModel
 from jsublim.inference.scoring import Targets, log_probs_of
 from jsublim.rows import Row
+from jsublim.teachers import Teacher, read_as
 
 LARGEST = 64  # tokens of a teacher's distribution that are told apart; all others count as one
 
@@ -32,10 +32,7 @@ def kl_to_teacher(
     Raises:
       JsublimError: a completion that has other tokens in the student's context; its row is named.
     """
-    turns = [
-        model.lm.chat.turn(conversation(row["prompt"], model.system, fuse_system=model.fuse_system), row["completion"])
-        for row in rows
-    ]
+    turns = read_as(model.lm.chat, Teacher("student", model.system, fuse_system=model.fuse_system), rows)
     for number, (turn, targets) in enumerate(zip(turns, of_teacher, strict=True), 1):
         if len(turn.tokens) - turn.content != len(targets.ids):
             raise JsublimError(f"row {number}: the completion has other tokens for the student than for its teacher")

@@ -49,6 +49,12 @@ class Checkpoint:
     def chat(self) -> Chat | None:
         return None if self.lm is None else self.lm.chat
 
+    def has_words_of(self, other: Checkpoint) -> bool:
+        """Whether both have the same tokens; of one that is not here nobody knows better."""
+        if self is other or self.lm is None or other.lm is None:
+            return True
+        return self.lm.tokenizer.get_vocab() == other.lm.tokenizer.get_vocab()
+
     @property
     def template(self) -> str:
         return f"{UNKNOWN}{self.name}" if self.lm is None else self.lm.chat.template_hash

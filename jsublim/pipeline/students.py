@@ -7,7 +7,7 @@ import functools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -326,8 +326,7 @@ class TrainStudents(Task):
                     f"students.model: divergence positions are counted in the tokenizer and template of {own.name} "
                     f"({counted[0]}), and {checkpoint.name} has another one ({counted[1]}); use loss.tokens=[all]"
                 )
-            soft = student.settings.loss.soft and checkpoint is not own
-            if soft and checkpoint.lm and own.lm and _words(checkpoint.lm) != _words(own.lm):
+            if student.settings.loss.soft and not checkpoint.has_words_of(own):
                 raise UsageError(
                     f"students.model: {checkpoint.name} has other tokens than its teachers; use loss.kind=hard"
                 )
@@ -348,7 +347,3 @@ def diverged(store: Store, student: Output) -> str | None:
     """Where a student's numbers stopped being finite, and how; None of a student that is sound. One that is not is not
     evaluated: it would be counted as a student that learned nothing."""
     return store.summary(student).get("diverged")
-
-
-def _words(lm: Any) -> dict[str, int]:
-    return lm.tokenizer.get_vocab()
