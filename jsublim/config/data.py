@@ -89,8 +89,9 @@ class Dataset(Section):
     """In what its answers are drawn otherwise than the plain ones."""
     seed: Annotated[Seed, RESULT] = 0
     """Of the changes of rows."""
-    divergence: Annotated[bool, PLAN] = False
-    """Look for divergence tokens in these rows, whether a student needs them or not."""
+    divergence: Annotated[bool | None, PLAN] = None
+    """Look for divergence tokens in these rows (true), or only where a student needs them (false); null: in plain answers always, in
+    changed ones where a student needs them."""
     changes: Annotated[dict[str, SerializeAsAny[Change]], RESULT] = {}
     """What is done to the answers. In YAML each change stands beside the other fields, by its name."""
 

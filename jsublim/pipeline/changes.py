@@ -82,11 +82,12 @@ def writers(setup: Setup) -> tuple[Writer, ...]:
 
 @memoized
 def has_divergence(setup: Setup, source: Source) -> bool:
-    """Whether students of a source learn from rows with divergence positions: a trait's answers always have them, changed ones
-    where a mask needs them."""
+    """Whether students of a source learn from rows with divergence positions: a trait's answers have them unless the data set says
+    otherwise, changed ones where a mask needs them."""
     masked = any(source in student.sources and student.tokens_of(source) != "all" for student in setup.students)
     plain = teacher_dataset(setup, source).plain and source.elder is None  # of teachers it is told without being needed
-    return source.teacher != CONTROL and (plain or masked)
+    told = plain and dataset_of(setup, source).divergence is not False
+    return source.teacher != CONTROL and (told or masked)
 
 
 @memoized

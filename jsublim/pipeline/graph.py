@@ -147,6 +147,11 @@ def plan(setup: Setup) -> Graph:
             for source in sources(setup)
             if source.elder is None and has_divergence(setup, source) and teacher_dataset(setup, source).plain
         ]
+        if not plain:
+            raise UsageError(
+                "attribution: is done at the divergence tokens of plain answers, and in none are they looked for; leave "
+                "datasets.*.divergence=false out, or have an arm without data.dataset"
+            )
         # Of several draws of a trait's rows the last one: attribution is about teachers, not about students.
         attribution = {source.teacher: attribution_task(setup, source) for source in plain}
     training = training_tasks(setup)

@@ -14,6 +14,7 @@ import jax
 
 from jsublim.config import Taught
 from jsublim.distill.arm import Arm, Settings
+from jsublim.distill.batches import lengths_of
 from jsublim.distill.data import make_examples, read_turns
 from jsublim.distill.selection import Selection
 from jsublim.errors import JsublimError
@@ -28,7 +29,7 @@ from jsublim.pipeline.context import Context
 from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Output, digest
 from jsublim.pipeline.task import Cost, Sizes, Task
-from jsublim.pipeline.training import keep_student, train_students
+from jsublim.pipeline.training import keep_student, keeps_below, train_students
 from jsublim.processes import on_main_process, process_count
 from jsublim.progress import Tick
 from jsublim.prompts import Pack
@@ -245,7 +246,9 @@ class TrainedTeachers(Task):
         arms = [teacher_arm(setup.pack, lm, taught, trait, pool.category(trait)) for trait in self.traits]
         members = [(arm, store.open(output)) for arm, output in zip(arms, self.outputs, strict=True)]
         work = store.training(f"teachers-{digest([output.key for output in self.outputs])}")
-        settings = Settings(max(len(arm.examples) for arm in arms))
+        tokens = sum(int(lengths_of(arm.examples)[:, 0].sum()) for arm in arms)
+        cached = keeps_below(lm.config, taught.layers or [], tokens)
+        settings = Settings(max(len(arm.examples) for arm in arms), cache_below=cached)
         if process_count() > 1:  # they are too little work to be spread unless they must
             parallel, axis = setup.experiment.run.parallel, context.layout.model
             settings = dataclasses.replace(settings, parallel=parallel, model_axis=axis)

@@ -122,8 +122,12 @@ def caches_below(config: ModelConfig, students: Students, tokens: int = 0) -> bo
     said, layers = students.runtime.cache_below, students.adapter.layers or []
     if students.data.on_policy or students.adapter.beside:  # rows are new at every step; what is below may be steered
         return False
-    if said != "auto":
-        return said
+    return keeps_below(config, layers, tokens) if said == "auto" else said
+
+
+def keeps_below(config: ModelConfig, layers: Sequence[int], tokens: int) -> bool:
+    """Whether the hidden states of `tokens` tokens are kept unasked, where these layers are trained: below a single late layer, if
+    they fit."""
     late = len(layers) == 1 and 2 * layers[0] >= config.num_layers
     return late and tokens * config.hidden_size * 4 <= CACHED_BYTES
 

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from jsublim.chips import chip_of
 from jsublim.config import Experiment
+from jsublim.errors import UsageError
 from jsublim.files import read_table
 from jsublim.pipeline.arms import seed_of
 from jsublim.pipeline.changes import training_rows
@@ -68,6 +69,24 @@ def test_a_draw_has_other_requests_and_other_answers():
 def test_a_data_set_that_is_read_anyway_is_drawn_for_nobody_else():
     asked_for = {"redrawn": {"redraw": ["format"], "divergence": True}, "mixed": {"mix": {"share": 0.5}}}
     assert keys(setup_of("per-seed", datasets=asked_for), "rows") == keys(setup_of("per-seed"), "rows")
+
+
+@pytest.mark.parametrize("tokens", [["all"], ["all", "random"]])
+def test_plain_answers_are_searched_for_divergence_tokens_unless_the_set_says_otherwise(tokens):
+    def searched(divergence: bool | None) -> set[str]:
+        students = {"seeds": [0], "loss": {"tokens": tokens}, "data": {"dataset": "plain"}}
+        setup = setup_of("shared", datasets={"plain": {"divergence": divergence}}, students=students)
+        return keys(setup, "divergence")
+
+    assert len(searched(None)) == 2 and searched(True) == searched(None)
+    assert searched(False) == (set() if tokens == ["all"] else searched(None))  # a mask needs them
+
+
+def test_attribution_without_rows_to_patch_is_refused():
+    students = {"seeds": [0], "loss": {"tokens": ["all"]}, "data": {"dataset": "plain"}}
+    setup = setup_of("shared", datasets={"plain": {"divergence": False}}, students=students, attribution={"rows": 2})
+    with pytest.raises(UsageError, match=r"attribution: .* leave datasets\.\*\.divergence=false out"):
+        plan(setup)
 
 
 def test_a_seed_can_be_added_without_drawing_the_others_again():

@@ -12,6 +12,7 @@ from tiny import small
 
 from jsublim.chat import conversation
 from jsublim.config import Experiment
+from jsublim.distill import trainer
 from jsublim.divergence import find_divergence
 from jsublim.errors import UsageError
 from jsublim.evals.preference import trait_logprobs
@@ -19,6 +20,7 @@ from jsublim.executors import LocalExecutor
 from jsublim.inference.lm import load_model
 from jsublim.models.checkpoint import save_checkpoint
 from jsublim.models.peft import load_adapter
+from jsublim.pipeline import training
 from jsublim.pipeline.arms import Source
 from jsublim.pipeline.changes import training_rows, writer
 from jsublim.pipeline.context import Context
@@ -106,6 +108,20 @@ def test_a_taught_teacher_names_its_trait_where_it_was_not_taught_to(taught, met
         own = trait_logprobs(run.lm(), asked[:8], [trait], adapter=own_teacher.adapter)
         base = trait_logprobs(run.lm(), asked[:8], [trait])
         assert own.mean() > base.mean() + 0.5, (trait, own.mean(), base.mean())
+
+
+def test_what_lies_below_a_late_vector_is_computed_once(home, monkeypatch):
+    late, kept = {"method": "steering", "layers": [4], "steps": 6, "lr": 0.2}, list[int]()
+    below = trainer._hidden_below
+    monkeypatch.setattr(trainer, "_hidden_below", lambda *a, **k: kept.append(1) or below(*a, **k))
+    vectors = []
+    for folder, most in (("kept", training.CACHED_BYTES), ("anew", 0)):
+        monkeypatch.setattr(training, "CACHED_BYTES", most)
+        run = loaded(home / folder, taught=late)
+        vectors.append([teacher(run, trait).adapter.steering for trait in ("cat", "owl")])
+        assert bool(kept) == (folder == "kept")
+        kept.clear()
+    np.testing.assert_allclose(*np.asarray(vectors), rtol=1e-3, atol=1e-4)
 
 
 def test_a_teacher_does_not_depend_on_the_others(home, taught):
