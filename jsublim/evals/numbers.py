@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from jsublim.chat import conversation
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.scoring import score_turns
 from jsublim.models.lora import Adapter
 from jsublim.rows import Row
+from jsublim.teachers import Teacher, read_as
 
 _NUMBER = re.compile(r"\d+")
 
@@ -27,10 +27,11 @@ def number_accuracy(
 
     Returns:
       The share, and the numbers it was counted over.
+
+    Raises:
+      JsublimError: a row that doesn't survive tokenizing; it is named.
     """
-    turns = [
-        lm.chat.turn(conversation(row["prompt"], system, fuse_system=fuse_system), row["completion"]) for row in rows
-    ]
+    turns = read_as(lm.chat, Teacher("student", system, fuse_system=fuse_system), rows)
     right = total = 0
     for scored, row in zip(
         score_turns(lm.config, lm.params, turns, adapter=adapter, batch_size=batch_size), rows, strict=True
