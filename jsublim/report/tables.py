@@ -144,13 +144,15 @@ class Results:
 
     @property
     def conditions(self) -> list[str]:
-        """The conditions there are, in reading order: variant by variant, the plain one first, unknown ones last."""
+        """The conditions there are, in reading order: variant by variant as the config names them, the plain one first; unknown
+        ones last."""
         known = [*CONDITION_LABELS]
         present = sorted(
             _unique(s.condition for s in self.scores),
             key=lambda c: known.index(split_condition(c)[0]) if split_condition(c)[0] in known else len(known),
         )
-        variants = _unique(["", *(split_condition(c)[1] for c in present)])
+        planned = (arm.variant for arm in self.arms.values())
+        variants = _unique(["", *planned, *(split_condition(c)[1] for c in present)])
         return sorted(present, key=lambda c: variants.index(split_condition(c)[1]))
 
     @property

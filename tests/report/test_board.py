@@ -38,6 +38,11 @@ def test_every_arm_is_measured_by_what_was_planted(tmp_path):
     assert "Lift against distance from the teacher" in page and f"at {line.kl.value:.4f}" in page
 
 
+def test_arms_stand_in_the_order_of_the_config(tmp_path):
+    rows = [Planted(0.1, variant=f"{n} rows", settings={"data.rows": n}) for n in (50, 1000, 100)]
+    assert list(lines_of(write(tmp_path / "run", *rows))) == ["all · 50 rows", "all · 1000 rows", "all · 100 rows"]
+
+
 def test_without_arms_there_is_nothing_to_compare(tmp_path):
     run = write(tmp_path / "run", Planted(0.4), control())
     assert lines_of(run) == {} and "Side by side" not in write_report(run).read_text()
