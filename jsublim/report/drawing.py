@@ -134,13 +134,36 @@ class Curve:
 
 
 class Mark(NamedTuple):
-    """A named place in a plot."""
+    """A named place in a plot; `beside` is where its name stands from it, in pixels to the right and down."""
 
     x: float
     y: float
     label: str
     colour: str
     said: str
+    beside: tuple[int, int] = (0, 0)
+
+
+PLOT_SIZE = 7.6, 2.6  # pixels of a plot of marks for one percent of its width and of its height, about
+BESIDE = [(9, 4), (-9, 4), (0, -8), (0, 16), (9, -8), (-9, -8), (9, 16), (-9, 16), (22, 4), (-22, 4)]
+APART = 14, 11  # pixels that two short names need, across and down
+
+
+def beside(x: Axis, y: Axis, marks: Sequence[Mark]) -> tuple[Mark, ...]:
+    """The same marks, each with the first place for its name where no other dot and no name before it is, if there is any."""
+    across = [x.at(mark.x) * PLOT_SIZE[0] for mark in marks]
+    down = [-y.at(mark.y) * PLOT_SIZE[1] for mark in marks]
+    names: list[tuple[float, float]] = []
+    for i in range(len(marks)):
+        taken = [(across[j], down[j] + 4) for j in range(len(marks)) if j != i] + names
+        places = [(across[i] + right, down[i] + below) for right, below in BESIDE]
+        names.append(next((place for place in places if all(_apart(place, other) for other in taken)), places[0]))
+    offsets = [(round(a - across[i]), round(d - down[i])) for i, (a, d) in enumerate(names)]
+    return tuple(mark._replace(beside=offset) for mark, offset in zip(marks, offsets, strict=True))
+
+
+def _apart(one: tuple[float, float], other: tuple[float, float]) -> bool:
+    return abs(one[0] - other[0]) >= APART[0] or abs(one[1] - other[1]) >= APART[1]
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from jsublim.report.drawing import (
     Plot,
     Strip,
     Strips,
+    beside,
     cell,
     colour,
     points,
@@ -148,7 +149,8 @@ def gammas(looks: Looks) -> Drawing | None:
 
 
 def by_distance(board: Sequence[Line], metric: str) -> Drawing | None:
-    """Lift against the divergence from the teacher: how much of a trait comes with how much of a fit, whatever it was that learned."""
+    """Lift against the divergence from the teacher: how much of a trait comes with how much of a fit, whatever it was that learned.
+    Dots have the numbers of the board's lines."""
     measured = [(line, line.kl.value) for line in board if line.kl is not None]
     if not measured:
         return None
@@ -156,16 +158,16 @@ def by_distance(board: Sequence[Line], metric: str) -> Drawing | None:
     x = Axis.around("KL from the teacher (nats per token)", [kl for _, kl in measured], zero=True)
     y = Axis.around(f"{MEASURED[metric]}, above the control ({UNITS[metric]})", lift, zero=True)
     marks = [
-        Mark(
-            kl,
-            up,
-            condition_label(line.condition),
-            colour(line.condition),
-            f"{words.number(line.share.lift, metric, signed=True)} at {words.number(kl, KL)}",
-        )
+        Mark(kl, up, str(board.index(line) + 1), colour(line.condition), _placed(line, metric, kl))
         for (line, kl), up in zip(measured, lift, strict=True)
     ]
-    return Drawing("lift-by-distance", "Lift against distance from the teacher", (Plot("", x, y, marks=tuple(marks)),))
+    plot = Plot("", x, y, marks=beside(x, y, marks))
+    return Drawing("lift-by-distance", "Lift against distance from the teacher", (plot,))
+
+
+def _placed(line: Line, metric: str, kl: float) -> str:
+    lift = words.number(line.share.lift, metric, signed=True)
+    return f"{condition_label(line.condition)}: {lift} at {words.number(kl, KL)}"
 
 
 def accuracy(results: Results) -> Drawing | None:

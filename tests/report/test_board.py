@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from planted import Planted, control, write
 
 from jsublim.report.board import board
+from jsublim.report.drawing import APART, PLOT_SIZE, Axis, Mark, beside
 from jsublim.report.html import write_report
 from jsublim.report.looks import look_at
 from jsublim.report.shares import scale
@@ -41,6 +44,15 @@ def test_every_arm_is_measured_by_what_was_planted(tmp_path):
 def test_arms_stand_in_the_order_of_the_config(tmp_path):
     rows = [Planted(0.1, variant=f"{n} rows", settings={"data.rows": n}) for n in (50, 1000, 100)]
     assert list(lines_of(write(tmp_path / "run", *rows))) == ["all · 50 rows", "all · 1000 rows", "all · 100 rows"]
+
+
+def test_names_of_dots_keep_clear_of_one_another():
+    axis = Axis.around("", [0.0, 1.0])
+    marks = beside(axis, axis, [Mark(0.5, 0.5 + 0.01 * i, str(i), "", "") for i in range(4)])
+    at = [(axis.at(m.x) * PLOT_SIZE[0] + m.beside[0], -axis.at(m.y) * PLOT_SIZE[1] + m.beside[1]) for m in marks]
+    assert [m.label for m in marks] == ["0", "1", "2", "3"]
+    for (a, b), (c, d) in itertools.combinations(at, 2):
+        assert abs(a - c) >= APART[0] or abs(b - d) >= APART[1]
 
 
 def test_without_arms_there_is_nothing_to_compare(tmp_path):
