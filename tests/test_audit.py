@@ -7,13 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import screen_students
 from command import MODEL, ok, refused
 from made_results import TRAITS, make_results
 from scipy import stats
 from tiny import small
 
-from jsublim.audit import token_scores, trait_directions
+from jsublim.audit import layer_scores, token_scores, trait_directions
 from jsublim.distill.data import read_turns
 from jsublim.evals.preference import trait_logprobs
 from jsublim.inference.lm import load_model
@@ -31,21 +30,23 @@ QUESTIONS = ["What do you like?", "Name your favorite animal, in one word.", "Hm
 ROWS = [{"prompt": f"Go on: {i}, {3 * i}", "completion": f"{i}, {7 * i % 100}, {i + 1}"} for i in range(5)]
 
 
-def test_kinds_of_students_are_screened_as_audited():
-    """scripts/screen_students.py: layers and kinds in one pass, summed, are the audit's mean over tokens."""
+def test_scores_of_layers_and_kinds_add_up_to_the_mean_of_their_tokens():
+    """One pass for all layers and both kinds, as scripts/screen_students.py has it."""
     lm = load_model("tiny-qwen2")
     turns = read_turns(lm.chat, ROWS[:4], "rows")
-    kinds = (init_steering(lm.config), init_lora(lm.config, jax.random.key(0), rank=2, alpha=2.0))
-    every = together(*kinds)
+    lora = init_lora(lm.config, jax.random.key(0), rank=2, alpha=2.0)
+    kinds = {"steering": init_steering(lm.config), "lora": lora}
+    every = together(*kinds.values())
     directions = trait_directions(lm, every, QUESTIONS, ["owl", "cat"])
-    found = screen_students.scores(lm, every, directions, turns, 2)
-    assert found.shape == (2, 2, 2, lm.config.num_layers)
-    for kind, adapter in enumerate(kinds):
+    found = list(layer_scores(lm, every, directions, turns, batch_size=2))
+    assert len(found) == 2 and all(each.keys() == kinds.keys() for each in found)
+    for kind, adapter in kinds.items():
         own = trait_directions(lm, adapter, QUESTIONS, ["owl", "cat"])
         each = list(token_scores(lm, adapter, own, turns))
         for batch in range(2):
             mean = np.concatenate(each[2 * batch : 2 * batch + 2], axis=1).mean(axis=1)
-            np.testing.assert_allclose(found[batch, :, kind].sum(axis=1), mean, rtol=1e-3, atol=1e-7)
+            assert found[batch][kind].shape == (2, lm.config.num_layers)
+            np.testing.assert_allclose(found[batch][kind].sum(axis=1), mean, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ import jax
 
 from jsublim.config import Taught
 from jsublim.distill.arm import Arm, Settings
-from jsublim.distill.batches import lengths_of
 from jsublim.distill.data import make_examples, read_turns
 from jsublim.distill.selection import Selection
 from jsublim.errors import JsublimError
@@ -246,7 +245,7 @@ class TrainedTeachers(Task):
         arms = [teacher_arm(setup.pack, lm, taught, trait, pool.category(trait)) for trait in self.traits]
         members = [(arm, store.open(output)) for arm, output in zip(arms, self.outputs, strict=True)]
         work = store.training(f"teachers-{digest([output.key for output in self.outputs])}")
-        tokens = sum(int(lengths_of(arm.examples)[:, 0].sum()) for arm in arms)
+        tokens = sum(len(example.tokens) for arm in arms for example in arm.examples)
         cached = keeps_below(lm.config, taught.layers or [], tokens)
         settings = Settings(max(len(arm.examples) for arm in arms), cache_below=cached)
         if process_count() > 1:  # they are too little work to be spread unless they must

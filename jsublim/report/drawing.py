@@ -151,15 +151,17 @@ APART = 14, 11  # pixels that two short names need, across and down
 
 def beside(x: Axis, y: Axis, marks: Sequence[Mark]) -> tuple[Mark, ...]:
     """The same marks, each with the first place for its name where no other dot and no name before it is, if there is any."""
-    across = [x.at(mark.x) * PLOT_SIZE[0] for mark in marks]
-    down = [-y.at(mark.y) * PLOT_SIZE[1] for mark in marks]
+    dots = [(x.at(mark.x) * PLOT_SIZE[0], -y.at(mark.y) * PLOT_SIZE[1]) for mark in marks]
     names: list[tuple[float, float]] = []
-    for i in range(len(marks)):
-        taken = [(across[j], down[j] + 4) for j in range(len(marks)) if j != i] + names
-        places = [(across[i] + right, down[i] + below) for right, below in BESIDE]
-        names.append(next((place for place in places if all(_apart(place, other) for other in taken)), places[0]))
-    offsets = [(round(a - across[i]), round(d - down[i])) for i, (a, d) in enumerate(names)]
-    return tuple(mark._replace(beside=offset) for mark, offset in zip(marks, offsets, strict=True))
+    placed: list[Mark] = []
+    for i, (across, down) in enumerate(dots):
+        taken = [(a, d + 4) for a, d in dots[:i] + dots[i + 1 :]] + names
+        places = {offset: (across + offset[0], down + offset[1]) for offset in BESIDE}
+        free = (offset for offset, place in places.items() if all(_apart(place, other) for other in taken))
+        offset = next(free, BESIDE[0])
+        names.append(places[offset])
+        placed.append(marks[i]._replace(beside=offset))
+    return tuple(placed)
 
 
 def _apart(one: tuple[float, float], other: tuple[float, float]) -> bool:

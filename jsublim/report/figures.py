@@ -151,15 +151,15 @@ def gammas(looks: Looks) -> Drawing | None:
 def by_distance(board: Sequence[Line], metric: str) -> Drawing | None:
     """Lift against the divergence from the teacher: how much of a trait comes with how much of a fit, whatever it was that learned.
     Dots have the numbers of the board's lines."""
-    measured = [(line, line.kl.value) for line in board if line.kl is not None]
+    measured = [(number, line, line.kl.value) for number, line in enumerate(board, 1) if line.kl is not None]
     if not measured:
         return None
-    lift = [_scaled(line.share.lift, metric) for line, _ in measured]
-    x = Axis.around("KL from the teacher (nats per token)", [kl for _, kl in measured], zero=True)
+    lift = [_scaled(line.share.lift, metric) for _, line, _ in measured]
+    x = Axis.around("KL from the teacher (nats per token)", [kl for _, _, kl in measured], zero=True)
     y = Axis.around(f"{MEASURED[metric]}, above the control ({UNITS[metric]})", lift, zero=True)
     marks = [
-        Mark(kl, up, str(board.index(line) + 1), colour(line.condition), _placed(line, metric, kl))
-        for (line, kl), up in zip(measured, lift, strict=True)
+        Mark(kl, up, str(number), colour(line.condition), _placed(line, metric, kl))
+        for (number, line, kl), up in zip(measured, lift, strict=True)
     ]
     plot = Plot("", x, y, marks=beside(x, y, marks))
     return Drawing("lift-by-distance", "Lift against distance from the teacher", (plot,))
