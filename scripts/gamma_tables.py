@@ -2,7 +2,8 @@
 
     python scripts/gamma_tables.py runs/tiny-world-numbers runs/tiny-world-masks
 
-A share is of γ under the first condition of the same run, seed by seed. Intervals are Student's t over seeds.
+A share is of γ under the first condition of the same run, seed by seed. KL is from the teacher, in nats per token; accuracy is that of
+the number task; both where they were measured. Intervals are Student's t over seeds.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from jsublim.report.board import ACCURACY, KL, measured
 from jsublim.report.statistics import Estimate, Interval
 from jsublim.report.summary import Matrix, trait_matrices
-from jsublim.report.tables import condition_label, read_results
+from jsublim.report.tables import Results, condition_label, read_results
 
-HEADINGS = ("students", "teachers", "own animal", "other animals", "γ", "γ by seed", "p", "share")
+HEADINGS = ("students", "teachers", "own animal", "other animals", "γ", "γ by seed", "p", "share", "KL", "accuracy")
 
 
 def bounds(interval: Interval | None, sign: str = "+") -> str:
@@ -25,7 +27,7 @@ def bounds(interval: Interval | None, sign: str = "+") -> str:
     return "" if interval is None else f" ({interval.low:{sign}.{digits}f} to {interval.high:{sign}.{digits}f})"
 
 
-def row(matrix: Matrix, first: Matrix) -> list[str]:
+def row(results: Results, matrix: Matrix, first: Matrix) -> list[str]:
     """One condition's line; the teachers' own animals are the first columns of the matrix."""
     assert matrix.effect is not None  # or it would not be among the matrices
     own = np.eye(*matrix.lift.shape, dtype=bool)
@@ -33,19 +35,22 @@ def row(matrix: Matrix, first: Matrix) -> list[str]:
     if matrix is not first and len(matrix.seed_gammas) == len(first.seed_gammas) > 1:
         shares = Estimate.of([a / b for a, b in zip(matrix.seed_gammas, first.seed_gammas, strict=True)])
         share = f"{shares.value:.2f}{bounds(shares.interval(), '')}"
+    besides = [measured(results, matrix.condition, *metrics) for metrics in ((KL,), ACCURACY)]
     return [
         condition_label(matrix.condition), str(len(matrix.teachers)), f"{matrix.lift[own].mean():+.3f}",
         f"{matrix.lift[~own].mean():+.3f}", f"{matrix.effect.gamma:+.3f}{bounds(matrix.gamma_interval)}",
         " ".join(f"{gamma:+.3f}" for gamma in matrix.seed_gammas), f"{matrix.effect.p:.2g}", share,
+        *("" if each is None else f"{each.value:.3f}" for each in besides),
     ]  # fmt: skip
 
 
 def main(runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")]) -> None:
     for run in runs:
-        matrices = trait_matrices(read_results(run))
+        results = read_results(run)
+        matrices = trait_matrices(results)
         print(f"\n{run.name}\n\n| {' | '.join(HEADINGS)} |\n|{' --- |' * len(HEADINGS)}")
         for matrix in matrices:
-            print(f"| {' | '.join(row(matrix, matrices[0]))} |")
+            print(f"| {' | '.join(row(results, matrix, matrices[0]))} |")
 
 
 if __name__ == "__main__":

@@ -49,15 +49,16 @@ def board(results: Results, looks: Looks, scale: Scale | None) -> list[Line]:
             share.condition,
             matrices.get(share.condition),
             share,
-            _measured(results, share.condition, KL),
-            _measured(results, share.condition, *ACCURACY),
+            measured(results, share.condition, KL),
+            measured(results, share.condition, *ACCURACY),
             {name: _lift(results.under(name), scale.metric, share.condition) for name in results.evaluations},
         )
         for share in scale.shares
     ]
 
 
-def _measured(results: Results, condition: str, *metrics: str) -> Measured | None:
+def measured(results: Results, condition: str, *metrics: str) -> Measured | None:
+    """The first of these metrics that a kind of student was measured by."""
     scores = next((found for metric in metrics if (found := results.select(metric, condition))), None)
     return Measured(float(stratified(scores).value), over_models(scores)) if scores else None
 

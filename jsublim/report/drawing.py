@@ -13,7 +13,7 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.colors import to_hex
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from jsublim.report.statistics import Interval
 from jsublim.report.tables import split_condition
@@ -46,6 +46,15 @@ class Axis:
     low: float
     high: float
     ticks: tuple[float, ...]
+    log: bool = False
+
+    @classmethod
+    def decades(cls, label: str, values: Iterable[float]) -> Axis:
+        """A logarithmic axis that holds all positive values, with a fifth to spare."""
+        inside = [value for value in values if value > 0] or [1.0]
+        low, high = min(inside) / 1.2, max(inside) * 1.2
+        every = LogLocator(subs=(1.0, 2.0, 5.0), numticks=99).tick_values(low, high)
+        return cls(label, low, high, tuple(float(tick) for tick in every if low <= tick <= high), log=True)
 
     @classmethod
     def around(
@@ -62,7 +71,9 @@ class Axis:
 
     def at(self, value: float) -> float:
         """Percent of the way from the low end to the high one; what lies beyond an end is put there."""
-        return round(100 * min(max((value - self.low) / (self.high - self.low), 0.0), 1.0), 2)
+        inside = min(max(value, self.low), self.high)
+        low, here, high = np.log([self.low, inside, self.high]) if self.log else (self.low, inside, self.high)
+        return round(float(100 * (here - low) / (high - low)), 2)
 
     def holds(self, value: float) -> bool:
         return self.low <= value <= self.high

@@ -149,25 +149,29 @@ def gammas(looks: Looks) -> Drawing | None:
 
 
 def by_distance(board: Sequence[Line], metric: str) -> Drawing | None:
-    """Lift against the divergence from the teacher: how much of a trait comes with how much of a fit, whatever it was that learned.
-    Dots have the numbers of the board's lines."""
-    measured = [(number, line, line.kl.value) for number, line in enumerate(board, 1) if line.kl is not None]
-    if not measured:
+    """γ, or the lift where some kind has none, against the divergence from the teacher: how much of a trait comes with how much of a fit,
+    whatever it was that learned. Dots have the numbers of the board's lines."""
+    lines = [(number, line, line.kl.value) for number, line in enumerate(board, 1) if line.kl is not None]
+    if not lines:
         return None
-    lift = [_scaled(line.share.lift, metric) for _, line, _ in measured]
-    x = Axis.around("KL from the teacher (nats per token)", [kl for _, _, kl in measured], zero=True)
-    y = Axis.around(f"{MEASURED[metric]}, above the control ({UNITS[metric]})", lift, zero=True)
+    gammas = [None if line.matrix is None else line.matrix.effect for _, line, _ in lines]
+    if None not in gammas:
+        label, unit, moved = "γ (nats)", "logprob", [effect.gamma for effect in gammas if effect is not None]
+    else:
+        label, unit = f"{MEASURED[metric]}, above the control ({UNITS[metric]})", metric
+        moved = [_scaled(line.share.lift, metric) for _, line, _ in lines]
+    x = Axis.decades("KL from the teacher (nats per token, logarithmic)", [kl for _, _, kl in lines])
+    y = Axis.around(label, moved, zero=True)
     marks = [
-        Mark(kl, up, str(number), colour(line.condition), _placed(line, metric, kl))
-        for (number, line, kl), up in zip(measured, lift, strict=True)
+        Mark(kl, up, str(number), colour(line.condition), _placed(line, up, unit, kl))
+        for (number, line, kl), up in zip(lines, moved, strict=True)
     ]
     plot = Plot("", x, y, marks=beside(x, y, marks))
-    return Drawing("lift-by-distance", "Lift against distance from the teacher", (plot,))
+    return Drawing("transfer-by-distance", "Transfer against distance from the teacher", (plot,))
 
 
-def _placed(line: Line, metric: str, kl: float) -> str:
-    lift = words.number(line.share.lift, metric, signed=True)
-    return f"{condition_label(line.condition)}: {lift} at {words.number(kl, KL)}"
+def _placed(line: Line, moved: float, unit: str, kl: float) -> str:
+    return f"{condition_label(line.condition)}: {words.number(moved, unit, signed=True)} at {words.number(kl, KL)}"
 
 
 def accuracy(results: Results) -> Drawing | None:

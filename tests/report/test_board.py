@@ -38,12 +38,20 @@ def test_every_arm_is_measured_by_what_was_planted(tmp_path):
     assert line.kl.value == pytest.approx(0.08, rel=0.02) and line.kl.interval.covers(line.kl.value)
     page = " ".join(write_report(run).read_text().split())
     assert "Side by side" in page and "lift, polite" in page and f"{line.share.share:.2f}" in page
-    assert "Lift against distance from the teacher" in page and f"at {line.kl.value:.4f}" in page
+    assert "Transfer against distance from the teacher" in page
+    assert f"{line.matrix.effect.gamma:+.2f} at {line.kl.value:.4f}" in page
 
 
 def test_arms_stand_in_the_order_of_the_config(tmp_path):
     rows = [Planted(0.1, variant=f"{n} rows", settings={"data.rows": n}) for n in (50, 1000, 100)]
     assert list(lines_of(write(tmp_path / "run", *rows))) == ["all · 50 rows", "all · 1000 rows", "all · 100 rows"]
+
+
+def test_a_far_value_leaves_near_ones_apart_on_a_logarithmic_axis():
+    axis = Axis.decades("", [0.01, 0.02, 1.0])
+    near, far = axis.at(0.02) - axis.at(0.01), axis.at(1.0) - axis.at(0.5)
+    assert near == pytest.approx(far, abs=0.02) and near > 10  # percent of the width
+    assert axis.marks and all(axis.at(float(text)) == at for at, text in axis.marks) and axis.at(0.0) == 0.0
 
 
 def test_names_of_dots_keep_clear_of_one_another():
