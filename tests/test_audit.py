@@ -20,7 +20,7 @@ from jsublim.inference.scoring import score_turns
 from jsublim.models.lora import init_lora, init_steering, together
 from jsublim.pipeline.audit import _means
 from jsublim.pipeline.results import AUDITS
-from jsublim.report.audit import agreement, foretold
+from jsublim.report.audit import agreement, predicted
 from jsublim.report.html import write_report
 from jsublim.report.looks import look_at
 from jsublim.report.tables import read_results
@@ -116,7 +116,7 @@ def test_the_command(tmp_path):
 
 
 def planted(run, factors) -> None:
-    """An audit that foretells the lifts of `make_results`, times a factor of each condition."""
+    """An audit that predicts the lifts of `make_results`, times a factor of each condition."""
     lines = []
     for teacher in ("control", *TRAITS):
         for tokens, factor in factors.items():
@@ -135,22 +135,22 @@ def planted(run, factors) -> None:
     pq.write_table(pa.Table.from_pylist(lines, AUDITS), run / "results" / "audit.parquet")
 
 
-def test_what_was_foretold_is_ranked_beside_what_happened(tmp_path):
+def test_what_was_predicted_is_ranked_beside_what_happened(tmp_path):
     run = make_results(tmp_path / "run")
     planted(run, {"all": 1.0, "divergence": 1.2, "non-divergence": 0.1})
     results = read_results(run)
-    every = {each.condition: each for each in foretold(results)}
+    every = {each.condition: each for each in predicted(results)}
     assert every["all"].gamma == pytest.approx(1.0) and every["random"].gamma == every["all"].gamma
     np.testing.assert_allclose(np.diag(every["divergence"].score), 1.2)
     own = every["all"].interval("owl")
     assert (own.low + own.high) / 2 == pytest.approx(1.0) and own.high - own.low == pytest.approx(
         2 * stats.norm.ppf(0.975) * 0.01 * 2**0.5
     )
-    found = agreement(foretold(results), look_at(results))
+    found = agreement(predicted(results), look_at(results))
     assert found is not None and [pair[0] for pair in found.pairs] == results.mask_conditions
     expected = stats.spearmanr([x for _, x, _ in found.pairs], [y for _, _, y in found.pairs])
     assert found.rho == pytest.approx(expected.statistic) and found.rho > 0.5
     page = write_report(run).read_text()
-    assert "What was foretold" in page and f"rank correlation of {found.rho:+.2f}" in page
+    assert "What was predicted" in page and f"rank correlation of {found.rho:+.2f}" in page
     assert "40% (of all 10%)" in page
     assert "rank correlation" in " ".join(ok("report", run).err.split())

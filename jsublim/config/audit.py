@@ -1,4 +1,4 @@
-"""What rows teach, told before anything is trained on them."""
+"""What rows teach, predicted before anything is trained on them."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ class Experiment(Config):
     attribution: Attribution | None = None
     """Where in the model divergence tokens come about; null: not looked for."""
     audit: Audit | None = None
-    """What rows teach to first order, told before anything is trained; null: not told."""
+    """What rows teach to first order, predicted before anything is trained; null: not predicted."""
     judge: JudgeChoice | None = None
     """Who scores answers for misalignment, and rows for keep_aligned."""
     run: Devices = Devices()

@@ -1,4 +1,4 @@
-"""What the audit foretold, beside what the students then did.
+"""What the audit predicted, beside what the students then did.
 
 A mean score is <grad mean log p(token), grad log p(trait)>: what one step of gradient descent would add to the trait's
 log-probability, per unit of learning rate. Settings with other numbers of steps, other rates or another optimizer than SGD are
@@ -24,7 +24,7 @@ LIKE = {"random": "all"}  # a random mask has the expectation of all tokens
 
 
 @dataclass(frozen=True)
-class Foretold:
+class Predicted:
     """Of one condition: mean scores beyond those of the control's rows, by teacher (rows) and evaluated trait (columns).
 
     Attributes:
@@ -48,7 +48,7 @@ class Foretold:
         return Interval(float(self.score[i, j] - half), float(self.score[i, j] + half))
 
 
-def foretold(results: Results) -> list[Foretold]:
+def predicted(results: Results) -> list[Predicted]:
     """One entry per condition of the students."""
     if results.audit is None:
         return []
@@ -59,11 +59,11 @@ def foretold(results: Results) -> list[Foretold]:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How the foretold gammas are ordered, beside the students'; Spearman's rank correlation over conditions.
+    """How the predicted gammas are ordered, beside the students'; Spearman's rank correlation over conditions.
 
     Attributes:
       rho, p: of it, two-sided; None with fewer than four conditions.
-      pairs: condition, foretold, trained.
+      pairs: condition, predicted, trained.
     """
 
     rho: float | None
@@ -71,7 +71,7 @@ class Agreement:
     pairs: tuple[tuple[str, float, float], ...]
 
 
-def agreement(every: Sequence[Foretold], looks: Looks) -> Agreement | None:
+def agreement(every: Sequence[Predicted], looks: Looks) -> Agreement | None:
     """None where nothing was audited."""
     matrices = [look.what for look in looks.matrices]
     trained = {matrix.condition: matrix.effect.gamma for matrix in matrices if matrix.effect is not None}
@@ -103,7 +103,7 @@ def _means(results: Results) -> dict[tuple, dict[str, Any]]:
     return found
 
 
-def _of_condition(results: Results, means: dict[tuple, dict[str, Any]], condition: str) -> Foretold | None:
+def _of_condition(results: Results, means: dict[tuple, dict[str, Any]], condition: str) -> Predicted | None:
     tokens, variant = split_condition(condition)
     tokens = LIKE.get(tokens, tokens)
     control = means.get(("control", variant, "all")) or means.get(("control", "", "all"))
@@ -117,7 +117,7 @@ def _of_condition(results: Results, means: dict[tuple, dict[str, Any]], conditio
     error = np.sqrt(np.asarray([[own[t]["error"][c] for c in columns] for t in teachers]) ** 2 + noise**2)
     gamma = float(same_trait_gamma(score)) if len(teachers) > 1 else None
     top, share = (_mean([each[key] for each in own.values()]) for key in ("top", "share"))
-    return Foretold(condition, teachers, columns, score, error, gamma, top, share)
+    return Predicted(condition, teachers, columns, score, error, gamma, top, share)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

@@ -14,7 +14,7 @@ from jsublim.errors import one_line
 from jsublim.files import write_text
 from jsublim.report import figures, published, words
 from jsublim.report.attribution import attribution_heats
-from jsublim.report.audit import agreement, foretold
+from jsublim.report.audit import agreement, predicted
 from jsublim.report.board import board
 from jsublim.report.cautions import cautions
 from jsublim.report.claims import not_asked
@@ -67,7 +67,7 @@ def _templates() -> Environment:
 
 def _numbers(results: Results, looks: Looks) -> dict[str, Any]:
     """What the page says in sentences and tables."""
-    rows, claims, told = summary_rows(results), [look.what for look in looks.claims], foretold(results)
+    rows, claims, told = summary_rows(results), [look.what for look in looks.claims], predicted(results)
     judged, found = judged_conditions(results), scale(results)
     lines = board(results, looks, found)
     return {
@@ -86,7 +86,7 @@ def _numbers(results: Results, looks: Looks) -> dict[str, Any]:
         "distance": figures.by_distance(lines, found.metric) if found else None,
         "matrix": trait_matrix(results, condition=judged[0]) if judged else None,
         "matrices": looks.matrices if len(looks.matrices) > 1 else [],
-        "foretold": told,
+        "predicted": told,
         "agreement": agreement(told, looks),
         "other_rows": other_rows(results),
         "measure": measure,

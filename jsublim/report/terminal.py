@@ -10,7 +10,7 @@ from rich.text import Text
 
 from jsublim.errors import one_line
 from jsublim.report import words
-from jsublim.report.audit import agreement, foretold
+from jsublim.report.audit import agreement, predicted
 from jsublim.report.cautions import warnings
 from jsublim.report.claims import not_asked
 from jsublim.report.claims.verdicts import pool
@@ -38,7 +38,7 @@ def print_summary(run_dir: Path, console: Console, full: bool = False) -> None:
     for sentence in words.headlines(looks.judged):
         console.print(_plain(sentence))
     if results.audit is not None:
-        console.print(_plain(words.foretold_sentence(agreement(foretold(results), looks))))
+        console.print(_plain(words.predicted_sentence(agreement(predicted(results), looks))))
     if full:
         _print_rest(results, looks, console)
     for warning in warnings(results):

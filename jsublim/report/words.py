@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jsublim.report.audit import Agreement, Foretold
+from jsublim.report.audit import Agreement, Predicted
 from jsublim.report.claims import FAILS, HOLDS, QUESTIONS, Claim
 from jsublim.report.claims.transfer import transfers
 from jsublim.report.looks import Look, Looks
@@ -285,22 +285,22 @@ def tiny_warning(results: Results) -> str:
     )
 
 
-def foretold_sentence(found: Agreement | None) -> str:
+def predicted_sentence(found: Agreement | None) -> str:
     """Whether the audit ranked settings as the students then did."""
     if found is None:
         return (
             "Scores of single teachers: with fewer than two, or without their students, there is no γ to be compared."
         )
     if found.rho is None or found.p is None:
-        return f"With {len(found.pairs)} kinds of students, ranks of what was foretold and what happened are not compared: it takes four."
+        return f"With {len(found.pairs)} kinds of students, ranks of what was predicted and what happened are not compared: it takes four."
     return (
-        f"Over {len(found.pairs)} kinds of students, γ as the audit foretold it and γ of the students have a rank correlation of "
+        f"Over {len(found.pairs)} kinds of students, γ as the audit predicted it and γ of the students have a rank correlation of "
         f"{found.rho:+.2f} (Spearman's, p = {found.p:.2g})."
     )
 
 
-def foretold_cells(each: Foretold, found: Agreement | None) -> tuple[str, str, str, str]:
-    """Of one condition: the own trait's score (mean over teachers, with the widest interval's half), γ foretold and of the students,
+def predicted_cells(each: Predicted, found: Agreement | None) -> tuple[str, str, str, str]:
+    """Of one condition: the own trait's score (mean over teachers, with the widest interval's half), γ predicted and of the students,
     and the share of divergence tokens among those that move the trait most."""
     halves = [(own.high - own.low) / 2 for own in map(each.interval, each.teachers)]
     own = f"{float(np.mean(np.diag(each.score))):+.3g} ± {max(halves):.2g}"

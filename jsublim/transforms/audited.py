@@ -1,4 +1,4 @@
-"""Rows left out that would teach a trait most, as first-order scores foretell (`audit.py`): a defence that looks at the data."""
+"""Rows left out that would teach a trait most, as first-order scores predict (`audit.py`): a defence that looks at the data."""
 
 from __future__ import annotations
 
