@@ -1,0 +1,56 @@
+"""The table of docs/defences.md: the report's section "Side by side", as text.
+
+    python scripts/board_tables.py runs/defences-board
+
+Intervals are Student's t over seeds for γ and for the share of it, and over students for everything else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jsublim.report import words
+from jsublim.report.board import KL, Line, Measured, board
+from jsublim.report.looks import look_at
+from jsublim.report.shares import scale
+from jsublim.report.statistics import Estimate
+from jsublim.report.tables import condition_label, read_results
+
+
+def cell(found: Measured | None, metric: str, signed: bool = False) -> str:
+    """A mean, and its interval."""
+    if found is None:
+        return ""
+    return f"{words.number(found.value, metric, signed)} ({words.interval(found.interval, metric, signed)})"
+
+
+def row(line: Line, first: Line, metric: str) -> list[str]:
+    gamma = share = ""
+    if line.matrix is not None and first.matrix is not None:
+        shares = [a / b for a, b in zip(line.matrix.seed_gammas, first.matrix.seed_gammas, strict=True)]
+        gamma = " ".join(f"{each:+.2f}" for each in line.matrix.seed_gammas)
+        bounds = Estimate.of(shares).interval() if line is not first else None
+        share = "" if bounds is None else f"{sum(shares) / len(shares):.2f} ({bounds.low:.2f} to {bounds.high:.2f})"
+    under = [cell(found, metric, signed=True) for found in line.under.values()]
+    return [condition_label(line.condition), gamma, share, cell(line.kl, KL), cell(line.accuracy, "rate"), *under]
+
+
+def main(runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")]) -> None:
+    for run in runs:
+        results = read_results(run)
+        found = scale(results)
+        lines = board(results, look_at(results), found)
+        if found is None or not lines:
+            raise typer.BadParameter(f"{run}: has no arms to compare")
+        under = (f"lift, {name}" for name in results.evaluations)
+        headings = ["students", "γ by seed", "share of γ", "KL from the teacher", "numbers predicted", *under]
+        print(f"\n{run.name}\n\n| {' | '.join(headings)} |\n|{' --- |' * len(headings)}")
+        for line in lines:
+            print(f"| {' | '.join(row(line, lines[0], found.metric))} |")
+
+
+if __name__ == "__main__":
+    typer.run(main)
