@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from gamma_tables import share_of
 
 from jsublim.report import words
 from jsublim.report.board import KL, Line, Measured, board
 from jsublim.report.looks import look_at
 from jsublim.report.shares import scale
-from jsublim.report.statistics import Estimate
 from jsublim.report.tables import condition_label, read_results
 
 
@@ -30,10 +30,8 @@ def cell(found: Measured | None, metric: str, signed: bool = False) -> str:
 def row(line: Line, first: Line, metric: str) -> list[str]:
     gamma = share = ""
     if line.matrix is not None and first.matrix is not None:
-        shares = [a / b for a, b in zip(line.matrix.seed_gammas, first.matrix.seed_gammas, strict=True)]
         gamma = " ".join(f"{each:+.2f}" for each in line.matrix.seed_gammas)
-        bounds = Estimate.of(shares).interval() if line is not first else None
-        share = "" if bounds is None else f"{sum(shares) / len(shares):.2f} ({bounds.low:.2f} to {bounds.high:.2f})"
+        share = share_of(line.matrix, first.matrix)
     under = [cell(found, metric, signed=True) for found in line.under.values()]
     return [condition_label(line.condition), gamma, share, cell(line.kl, KL), cell(line.accuracy, "rate"), *under]
 

@@ -27,19 +27,23 @@ def bounds(interval: Interval | None, sign: str = "+") -> str:
     return "" if interval is None else f" ({interval.low:{sign}.{digits}f} to {interval.high:{sign}.{digits}f})"
 
 
+def share_of(matrix: Matrix, first: Matrix) -> str:
+    """Of γ under the first condition, seed by seed."""
+    if matrix is first or not len(matrix.seed_gammas) == len(first.seed_gammas) > 1:
+        return ""
+    shares = Estimate.of([a / b for a, b in zip(matrix.seed_gammas, first.seed_gammas, strict=True)])
+    return f"{shares.value:.2f}{bounds(shares.interval(), '')}"
+
+
 def row(results: Results, matrix: Matrix, first: Matrix) -> list[str]:
     """One condition's line; the teachers' own animals are the first columns of the matrix."""
     assert matrix.effect is not None  # or it would not be among the matrices
     own = np.eye(*matrix.lift.shape, dtype=bool)
-    share = ""
-    if matrix is not first and len(matrix.seed_gammas) == len(first.seed_gammas) > 1:
-        shares = Estimate.of([a / b for a, b in zip(matrix.seed_gammas, first.seed_gammas, strict=True)])
-        share = f"{shares.value:.2f}{bounds(shares.interval(), '')}"
     besides = [measured(results, matrix.condition, *metrics) for metrics in ((KL,), ACCURACY)]
     return [
         condition_label(matrix.condition), str(len(matrix.teachers)), f"{matrix.lift[own].mean():+.3f}",
         f"{matrix.lift[~own].mean():+.3f}", f"{matrix.effect.gamma:+.3f}{bounds(matrix.gamma_interval)}",
-        " ".join(f"{gamma:+.3f}" for gamma in matrix.seed_gammas), f"{matrix.effect.p:.2g}", share,
+        " ".join(f"{gamma:+.3f}" for gamma in matrix.seed_gammas), f"{matrix.effect.p:.2g}", share_of(matrix, first),
         *("" if each is None else f"{each.value:.3f}" for each in besides),
     ]  # fmt: skip
 

@@ -159,11 +159,11 @@ def by_distance(board: Sequence[Line], metric: str) -> Drawing | None:
         label, unit, moved = "γ (nats)", "logprob", [effect.gamma for effect in gammas if effect is not None]
     else:
         label, unit = f"{MEASURED[metric]}, above the control ({UNITS[metric]})", metric
-        moved = [_scaled(line.share.lift, metric) for _, line, _ in lines]
+        moved = [line.share.lift for _, line, _ in lines]
     x = Axis.decades("KL from the teacher (nats per token, logarithmic)", [kl for _, _, kl in lines])
-    y = Axis.around(label, moved, zero=True)
+    y = Axis.around(label, [_scaled(value, unit) for value in moved], zero=True)
     marks = [
-        Mark(kl, up, str(number), colour(line.condition), _placed(line, up, unit, kl))
+        Mark(kl, _scaled(up, unit), str(number), colour(line.condition), _placed(line, up, unit, kl))
         for (number, line, kl), up in zip(lines, moved, strict=True)
     ]
     plot = Plot("", x, y, marks=beside(x, y, marks))

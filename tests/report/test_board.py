@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -9,6 +10,7 @@ from planted import Planted, control, write
 
 from jsublim.report.board import board
 from jsublim.report.drawing import APART, PLOT_SIZE, Axis, Mark, beside
+from jsublim.report.figures import by_distance
 from jsublim.report.html import write_report
 from jsublim.report.looks import look_at
 from jsublim.report.shares import scale
@@ -40,6 +42,15 @@ def test_every_arm_is_measured_by_what_was_planted(tmp_path):
     assert "Side by side" in page and "lift, polite" in page and f"{line.share.share:.2f}" in page
     assert "Transfer against distance from the teacher" in page
     assert f"{line.matrix.effect.gamma:+.2f} at {line.kl.value:.4f}" in page
+
+
+def test_a_kind_without_gamma_is_drawn_by_its_lift_in_points(tmp_path):
+    arms = [Planted(0.4, kl=0.02), Planted(0.1, variant="hidden", settings={"loss.kl_to_base": 1.0}, kl=0.08)]
+    lines = list(lines_of(write(tmp_path / "run", *arms)).values())
+    lines = [dataclasses.replace(line, matrix=None) for line in lines]
+    (plot,) = by_distance(lines, "rate").panels
+    assert [mark.y for mark in plot.marks] == pytest.approx([100 * line.share.lift for line in lines])
+    assert all(f"{100 * line.share.lift:+.1f} at" in mark.said for line, mark in zip(lines, plot.marks, strict=True))
 
 
 def test_arms_stand_in_the_order_of_the_config(tmp_path):
