@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import typer
 
+from jsublim.pipeline.audit import precision
 from jsublim.report.statistics import double_centred, same_trait_gamma
 from jsublim.report.summary import trait_matrices
 from jsublim.report.tables import condition_label, read_results
@@ -37,13 +38,6 @@ class Audited:
         """Mean score of the tokens of these rows `[traits]`; a row counts as often as it is there."""
         weight = np.bincount(rows, minlength=self.row.max() + 1)[self.row] * (self.divergent if divergence else 1)
         return (weight[:, None] * self.scores).sum(axis=0) / max(weight.sum(), 1)
-
-    def precision(self, own: int) -> tuple[float, float]:
-        """Of the tokens that move the own trait most beyond the others, as many as there are divergence tokens: the share of
-        those among them; and their share of all tokens."""
-        beyond = self.scores[:, own] - np.delete(self.scores, own, axis=1).mean(axis=1)
-        top = np.argsort(-beyond, kind="stable")[: self.divergent.sum()]
-        return float(self.divergent[top].mean()), float(self.divergent.mean())
 
 
 def main(
@@ -73,8 +67,10 @@ def main(
                 f"  with {condition_label(trained.condition)}: correlation {r:+.2f} over {told.size} cells, p {p:.2g}"
             )
     for trait, each in zip(traits, every, strict=True):
-        top, share = each.precision(traits.index(trait))
-        print(f"{trait}: {each.divergent.sum()} divergence tokens, {share:.1%}; of as many best tokens {top:.0%}")
+        found = precision([each.scores], [each.divergent], traits, trait)
+        if found:
+            top, share = found["top_divergence"], found["divergence_share"]
+            print(f"{trait}: {each.divergent.sum()} divergence tokens, {share:.1%}; of as many best tokens {top:.0%}")
 
 
 if __name__ == "__main__":

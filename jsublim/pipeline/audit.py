@@ -112,7 +112,7 @@ class AuditRows(Task):
         def leave() -> None:
             write_table(artifact.path / "audit.parquet", _lines(lm, turns, found, divergent, traits), AUDIT)
             write_table(artifact.path / "means.parquet", list(_means(found, divergent, traits)), MEANS)
-            artifact.finish({"rows": len(rows)} | _precision(found, divergent, traits, self.source.teacher))
+            artifact.finish({"rows": len(rows)} | precision(found, divergent, traits, self.source.teacher))
 
         on_main_process(leave)
 
@@ -187,7 +187,7 @@ def _means(
             yield {"tokens": tokens, "trait": trait, "score": mean, "error": error, "count": count, "rows": len(found)}
 
 
-def _precision(
+def precision(
     found: Sequence[np.ndarray], divergent: Sequence[np.ndarray | None], traits: Sequence[str], trait: str
 ) -> dict[str, Any]:
     """How many of the tokens that move the teacher's trait most are divergence tokens, of as many as there are of those; and
