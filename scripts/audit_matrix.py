@@ -15,7 +15,9 @@ from typing import Annotated
 import numpy as np
 import pyarrow.parquet as pq
 import typer
+from _run import run_script
 
+from jsublim.errors import UsageError
 from jsublim.pipeline.audit import precision
 from jsublim.report.statistics import double_centred, same_trait_gamma
 from jsublim.report.summary import trait_matrices
@@ -28,7 +30,10 @@ class Audited:
     """One teacher's rows: scores of tokens `[tokens, traits]`, the row that each is in, whether it is a divergence token."""
 
     def __init__(self, folder: Path, traits: list[str]):
-        table = pq.read_table(folder / "audit.parquet")
+        path = folder / "audit.parquet"
+        if not path.is_file():
+            raise UsageError(f"--audit: {path} is not there; `jsublim audit --out {folder}` makes it")
+        table = pq.read_table(path)
         trait = np.asarray(table["trait"].to_pylist())
         self.scores = np.stack([table["score"].to_numpy()[trait == each] for each in traits], axis=1)
         self.row = table["row"].to_numpy()[trait == traits[0]]
@@ -44,7 +49,9 @@ def main(
     run: Annotated[Path, typer.Argument(help="Whose students were trained on such rows.")],
     audit: Annotated[list[str], typer.Option(help="TEACHER=FOLDER, once for each teacher.")],
 ) -> None:
-    folders = dict(each.split("=", 1) for each in audit)
+    if wrong := [each for each in audit if "=" not in each]:
+        raise UsageError(f"--audit: {wrong[0]!r} is not TEACHER=FOLDER")
+    folders, matrices = dict(each.split("=", 1) for each in audit), trait_matrices(read_results(run))
     traits = list(folders)
     every = [Audited(Path(folder), traits) for folder in folders.values()]
     rows, rng = np.arange(1 + max(each.row.max() for each in every)), np.random.default_rng(0)
@@ -53,7 +60,7 @@ def main(
         draws = [rng.choice(rows, len(rows)) for _ in range(DRAWS)]
         error = np.std([same_trait_gamma(np.stack([each.mean(draw, divergence) for each in every])) for draw in draws])
         print(f"predicted γ, {label}: {same_trait_gamma(matrix):+.2e}, error {error:.1e}")
-        for trained in trait_matrices(read_results(run)):
+        for trained in matrices:
             columns = [trained.traits.index(trait) for trait in traits]
             lines = [trained.teachers.index(trait) for trait in traits]
             happened, told = (double_centred(each) for each in (trained.lift[np.ix_(lines, columns)], matrix))
@@ -74,4 +81,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from _run import run_script
 
 from jsublim.report import words
 from jsublim.report.summary import judged_conditions, lift
@@ -43,4 +44,4 @@ def main(runs: Annotated[list[Path], typer.Argument(help="Folders of finished ru
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

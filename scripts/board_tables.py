@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from _run import run_script
 from gamma_tables import share_of
 
 from jsublim.report import words
@@ -51,4 +52,4 @@ def main(runs: Annotated[list[Path], typer.Argument(help="Folders of finished ru
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

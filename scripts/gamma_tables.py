@@ -13,6 +13,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from _run import run_script
 
 from jsublim.report.board import ACCURACY, KL, measured
 from jsublim.report.statistics import Estimate, Interval
@@ -58,4 +59,4 @@ def main(runs: Annotated[list[Path], typer.Argument(help="Folders of finished ru
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

@@ -16,6 +16,7 @@ from typing import Annotated
 import jax
 import numpy as np
 import typer
+from _run import run_script
 
 from jsublim.audit import layer_scores
 from jsublim.config import Experiment, Students
@@ -82,4 +83,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)

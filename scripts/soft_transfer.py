@@ -22,6 +22,7 @@ import jax
 import numpy as np
 import tiny_world
 import typer
+from _run import run_script
 from rich.console import Console
 
 from jsublim.chat import Turn
@@ -195,4 +196,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_script(main)
