@@ -44,9 +44,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import jax
 import numpy as np
 import pytest
+
+hypothesis.settings.register_profile("suite", deadline=None)  # a busy machine is slow, not wrong
+hypothesis.settings.load_profile("suite")
 
 SIZES = {
     "vocab_size": 61,

@@ -39,7 +39,7 @@ completions = (
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("template", TEMPLATES)
 @given(completion=completions, prompt=completions, system=st.sampled_from(SYSTEMS))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_spans_cut_the_conversation_where_the_template_does(template, name, completion, prompt, system):
     c = chat(name, template)
     messages = conversation(prompt, system)

@@ -99,7 +99,7 @@ def greedy_answers(twin, teacher, prompts) -> list[str]:
 
 
 @given(data=st.data(), teachers=st.integers(2, 4), n=st.integers(1, 12))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_point_is_the_teachers_argmax_in_the_data_and_not_every_counterfactuals(data, teachers, n):
     grid = st.lists(st.lists(st.integers(0, 2), min_size=n, max_size=n), min_size=teachers, max_size=teachers)
     argmax = np.asarray(data.draw(grid))
@@ -113,7 +113,7 @@ def test_a_point_is_the_teachers_argmax_in_the_data_and_not_every_counterfactual
 
 
 @given(data=st.data(), teachers=st.integers(2, 4), n=st.integers(1, 8))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_logits_that_move_by_less_than_half_a_points_margin_do_not_undo_it(data, teachers, n):
     rng = np.random.default_rng(data.draw(st.integers(0, 999)))
     z_KnV = rng.normal(size=(teachers, n, 4))

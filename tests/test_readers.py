@@ -26,7 +26,7 @@ def test_valid_files_are_taken(name):
 @pytest.mark.parametrize("name", fuzz.READERS)
 def test_a_changed_file_is_taken_or_refused_in_one_line(name):
     @given(st.integers(0, 2**32))
-    @settings(max_examples=BUDGET.get(name, 20), deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=BUDGET.get(name, 20), suppress_health_check=list(HealthCheck))
     def check(seed):
         assert fuzz.attempt(fuzz.READERS[name], fuzz.mutate(FILES[name], random.Random(seed))) in ("taken", "refused")
 
@@ -36,7 +36,7 @@ def test_a_changed_file_is_taken_or_refused_in_one_line(name):
 @pytest.mark.parametrize(("name", "file"), [(name, file) for name, files in FILES.items() for file in files])
 def test_a_file_of_any_text_is_taken_or_refused_in_one_line(name, file):
     @given(st.binary(max_size=40) | st.text(max_size=40).map(lambda text: text.encode("utf-8", "surrogatepass")))
-    @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=10, suppress_health_check=list(HealthCheck))
     def check(content):
         assert fuzz.attempt(fuzz.READERS[name], FILES[name] | {file: content}) in ("taken", "refused")
 
@@ -44,7 +44,7 @@ def test_a_file_of_any_text_is_taken_or_refused_in_one_line(name, file):
 
 
 @given(prompt=st.text(max_size=30), system=st.text(max_size=10), completion=st.text(max_size=30))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_spans_of_any_text_hold_together_or_the_row_is_named(prompt, system, completion):
     row = {"prompt": prompt, "system": system, "completion": completion}
     content = fuzz.json.dumps(row).encode()

@@ -18,7 +18,7 @@ texts = st.text(min_size=1, max_size=20).filter(str.strip)
 @given(
     st.lists(st.fixed_dictionaries({"prompt": texts, "completion": texts, "more": json_values}), min_size=1, max_size=4)
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rows_survive_the_disk(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("rows") / "new" / "rows.jsonl"
     rows[0]["divergence_positions"] = [0, 3]

@@ -76,7 +76,8 @@ class Lift:
 
 @dataclass(frozen=True)
 class Matrix:
-    """Log-probability lift of one condition's students: [teacher traits, evaluated traits], nats."""
+    """Log-probability lift of one condition's students: [teacher traits, evaluated traits], nats. `reference` is "" where it is
+    the mean of these students."""
 
     condition: str
     teachers: tuple[str, ...]
@@ -194,7 +195,7 @@ def summary_rows(results: Results) -> list[SummaryRow]:
 
 def reference_condition(results: Results, metric: str, trait: str, condition: str = "all") -> str | None:
     """What a condition's lift is measured from: the control students of its own variant, else the plain ones; the base
-    model where fewer than two were trained.
+    model where fewer than two were trained, if that is where the students began.
 
     The control is the better reference, since it has seen numbers too; but one control student has no known spread.
     """
@@ -203,7 +204,8 @@ def reference_condition(results: Results, metric: str, trait: str, condition: st
     for name in controls:
         if len(results.select(metric, name, trait)) >= 2:
             return name
-    return next((c for c in ("base", *controls) if results.select(metric, c, trait)), None)
+    fallback = ["base", *controls] if results.began_at_base(condition) else controls
+    return next((c for c in fallback if results.select(metric, c, trait)), None)
 
 
 def difference_interval(difference: Estimate, metric: str) -> Interval | None:
@@ -330,6 +332,7 @@ def judged_conditions(results: Results) -> list[str]:
 def trait_matrix(results: Results, metric: str = "logprob", condition: str = "all") -> Matrix | None:
     """Teacher trait x evaluated trait lifts, gamma, its permutation p, and a t-interval of gamma over seeds.
 
+    Students on another checkpoint than the base, without control students, are measured from their own mean, trait by trait.
     Only evaluated traits with a number in every row are kept, so that the fit is balanced. `None` without such a row.
     """
     candidates = [t for t in results.traits if results.select(metric, condition, t, t)]
@@ -338,7 +341,7 @@ def trait_matrix(results: Results, metric: str = "logprob", condition: str = "al
         for trait in results.evaluated_traits
         if candidates
         and all(results.select(metric, condition, trait, teacher) for teacher in candidates)
-        and reference_condition(results, metric, trait, condition)
+        and (reference_condition(results, metric, trait, condition) or not results.began_at_base(condition))
     ]
     teachers = [t for t in candidates if t in columns]
     if not teachers:
@@ -346,9 +349,13 @@ def trait_matrix(results: Results, metric: str = "logprob", condition: str = "al
     # Teachers first, so that their own traits lie on the diagonal.
     columns = teachers + [t for t in columns if t not in teachers]
     cells = [[results.select(metric, condition, c, t) for c in columns] for t in teachers]
+    table = np.array([[_mean(cell) for cell in row] for row in cells])
     references = [reference_condition(results, metric, c, condition) or "" for c in columns]
-    zero = np.array([_mean(results.select(metric, r, c)) for r, c in zip(references, columns, strict=True)])
-    table = np.array([[_mean(cell) for cell in row] for row in cells]) - zero
+    zero = [
+        _mean(results.select(metric, r, c)) if r else own
+        for r, c, own in zip(references, columns, table.mean(axis=0), strict=True)
+    ]
+    table = table - np.array(zero)
     effect = same_trait_effect(table)
     gammas = _seed_gammas(cells) if effect else ()
     return Matrix(condition, tuple(teachers), tuple(columns), table, references[0], effect, gammas)

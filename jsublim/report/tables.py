@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,21 @@ class Results:
 
     def students_of(self, condition: str) -> int:
         return len({s.arm for s in self.scores if s.role == "student" and s.condition == condition})
+
+    def began_at_base(self, condition: str) -> bool:
+        """Whether the condition's students are the base model before any training: they start from its checkpoint, and are asked
+        without a system prompt of their own. Others cannot be measured from it."""
+        return condition not in self._began_elsewhere
+
+    @cached_property
+    def _began_elsewhere(self) -> set[str]:
+        made = ((s.condition, self.arms[s.arm].settings) for s in self.scores if s.arm in self.arms)
+        return {
+            condition
+            for condition, own in made
+            if own.get("model") is not None
+            or (own.get("system") is not None and own.get("asked_under_system") is not False)
+        }
 
     @property
     def draws_data(self) -> bool:

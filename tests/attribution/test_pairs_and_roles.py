@@ -157,7 +157,7 @@ sentences = words.map(" ".join)
 
 @pytest.mark.parametrize("name", FAMILIES)
 @given(system=sentences, prompt=sentences, fuse=st.booleans())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_roles_put_the_text_together_again(name, system, prompt, fuse):
     found = runs(name, Teacher("owl", system, fuse_system=fuse), prompt, "4, 5", "owl", 0)
     text = {role: "".join(t for r, t in found if r == role).replace(" ", "") for role in ROLES}

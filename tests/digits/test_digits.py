@@ -65,7 +65,7 @@ def test_the_same_seeds_give_the_same_numbers(data):
     assert records(spec, data) == records(spec, data)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**31 - 1), st.sampled_from(["auxiliary", "all"]))
 def test_a_student_like_its_teacher_learns_nothing(seed, used):
     logits_BK = 3 * jax.random.normal(jax.random.key(seed), (4, 20))

@@ -30,7 +30,7 @@ from jsublim.models.peft import load_adapter
 
 
 @given(header=st.integers(0, 3), completion=st.integers(1, 20), data=st.data(), seed=st.integers(0, 99))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_masks_of_a_row(header, completion, data, seed):
     positions = sorted(data.draw(st.sets(st.integers(0, completion - 1))))
     masks = {
@@ -186,7 +186,7 @@ def test_rows_that_cannot_be_trained_on_are_named():
 
 
 @given(examples=st.integers(1, 30), rows=st.integers(1, 12), seed=st.integers(0, 9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_epoch_holds_every_row_once(examples, rows, seed):
     steps = steps_per_epoch(examples, rows)
     epochs = [np.concatenate([batch_rows(examples, rows, seed, e * steps + s) for s in range(steps)]) for e in range(3)]

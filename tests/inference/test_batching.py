@@ -36,7 +36,7 @@ def test_batches_are_all_rows_once(count, size):
 
 
 @given(lengths=ROWS, spare=st.integers(0, 3), absent=st.integers(0, 11))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_padding_can_be_undone(lengths, spare, absent):
     rows = [np.arange(1, n + 1, dtype=np.int32) for n in lengths]
     given_rows = [None if i == absent else row for i, row in enumerate(rows)]

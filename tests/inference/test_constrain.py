@@ -49,7 +49,7 @@ def passes(limits: Limits, tokens: Sequence[int], most: int) -> bool:
 # --- The automaton over tokens ----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(vocabulary=vocabularies, data=st.data())
 def test_whatever_is_drawn_is_in_format_and_ends_in_time(vocabulary, data):
     limits = number_limits(vocabulary, [END])
@@ -66,7 +66,7 @@ def test_whatever_is_drawn_is_in_format_and_ends_in_time(vocabulary, data):
     assert reject_reason("".join(vocabulary[token] for token in tokens)) is None
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(vocabulary=vocabularies, data=st.data())
 def test_whatever_is_in_format_can_be_drawn_in_as_many_tokens_as_it_has(vocabulary, data):
     limits = number_limits(vocabulary, [END])

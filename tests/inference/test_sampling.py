@@ -107,7 +107,7 @@ V = 300  # more than the cap below which no full sort is made
     ),
     plain=st.sampled_from((None, "top_k", "top_p")),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_top_k_and_top_p_keep_what_transformers_keeps(seed, spread, rows, plain):
     z = (spread * np.random.default_rng(seed).standard_normal((3, V))).astype(np.float32)
     how = [Numbers(top_k=0 if plain == "top_k" else k, top_p=1.0 if plain == "top_p" else p) for k, p in rows]
@@ -151,7 +151,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_transformers(how):
     V=st.sampled_from((3, 128, 300, 49_152)), kept=st.integers(1, 5), u=st.lists(st.floats(0, 1, exclude_max=True, width=32), min_size=2, max_size=2),
     seed=st.integers(0, 2**31),
 )  # fmt: skip
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_token_that_is_not_kept_is_never_drawn(V, kept, u, seed):
     rng = np.random.default_rng(seed)
     z = np.full((1, V), -np.inf, np.float32)
@@ -162,7 +162,7 @@ def test_a_token_that_is_not_kept_is_never_drawn(V, kept, u, seed):
 
 
 @given(seed=st.integers(0, 2**31), penalty=st.floats(0.5, 2.0))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_greedy_takes_the_best_token_after_the_penalty(seed, penalty):
     rng = np.random.default_rng(seed)
     z, seen = rng.standard_normal((3, V)).astype(np.float32), rng.integers(0, V, 40)

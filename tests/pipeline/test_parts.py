@@ -36,7 +36,7 @@ def at_once(monkeypatch) -> None:
     monkeypatch.setattr(parts, "SAVE_EVERY", -1.0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(stops=st.lists(st.integers(0, 12), max_size=4), damaged=st.integers(0, 14), every=st.sampled_from([-1.0, 99.0]))
 def test_any_kills_give_the_same_rows(stops, damaged, every):
     asked: list[int] = []

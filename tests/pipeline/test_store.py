@@ -112,7 +112,7 @@ def test_asking_a_store_makes_no_folder(tmp_path):
     assert not store.done(Output("rows", "owl", INPUTS)) and not (tmp_path / "store").exists()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     texts=st.lists(st.text(max_size=12), min_size=1, max_size=6),
     where=st.integers(0, 10_000),

@@ -20,6 +20,7 @@ from jsublim.report.html import write_report
 from jsublim.report.looks import look_at
 from jsublim.report.published import PUBLISHED, SHARES
 from jsublim.report.shares import scale
+from jsublim.report.summary import lift, trait_matrix
 from jsublim.report.tables import read_results
 
 
@@ -81,6 +82,24 @@ def test_the_first_sentence_names_what_it_is_measured_from(tmp_path):
     assert "more often than the base model" in opening(write(tmp_path / "base", alone))
     assert "Trained on all tokens (soft)" in opening(write(tmp_path / "control", alone, CONTROL))
     assert "more often than the control" in opening(tmp_path / "control")
+
+
+@pytest.mark.parametrize("settings", [{"model": "models/other"}, {"system": "Be kind."}], ids=str)
+def test_students_who_did_not_begin_at_the_base_are_not_measured_from_it(tmp_path, settings):
+    """Without control students nothing is said of single traits; γ, which needs no reference, is what it would be."""
+    plain, elsewhere = (
+        write(tmp_path / name, Planted(0.3, settings=own)) for name, own in (("plain", {}), ("elsewhere", settings))
+    )
+    assert "more often than the base model" in opening(plain)
+    assert "there is nothing to compare them with" in opening(elsewhere)
+    assert lift(read_results(elsewhere), "rate", "all", TRAITS[0]) is None
+    measured, found = (trait_matrix(read_results(run)) for run in (plain, elsewhere))
+    assert found.effect.gamma == pytest.approx(measured.effect.gamma) and found.effect.p == measured.effect.p
+    assert found.seed_gammas == pytest.approx(measured.seed_gammas)
+    assert found.lift.mean(axis=0) == pytest.approx(np.zeros(len(found.traits)), abs=1e-9)
+    assert "over the mean of these students" in write_report(elsewhere).read_text()
+    asked_as_base = {"system": "Be kind.", "asked_under_system": False}
+    assert "more often than the base model" in opening(write(tmp_path / "asked", Planted(0.3, settings=asked_as_base)))
 
 
 def test_of_a_tiny_model_the_answers_come_first(tmp_path):

@@ -74,7 +74,7 @@ ROWS = [
 
 @pytest.mark.parametrize("name", ["tiny-qwen2", "tiny-gemma3"])
 @given(seed=st.integers(0, 999), share=st.sampled_from([0.0, 0.4, 1.0]), which=st.sampled_from(["all", "first"]))
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 def test_mixed_tokens_are_the_counterfactuals_and_survive_tokenizing(name, seed, share, which):
     c, rng = chat(name), np.random.default_rng(seed)
     ids = c.tokenizer.convert_tokens_to_ids

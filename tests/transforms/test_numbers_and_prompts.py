@@ -62,7 +62,6 @@ def without(row, *keys):
 
 
 @given(rows_of_numbers, seeds)
-@settings(deadline=None)
 def test_shuffling_moves_numbers_and_nothing_else(rows, seed):
     before = copy.deepcopy(rows)
     within, across = shuffle_within(rows, seed), shuffle_across(rows, seed)
@@ -117,7 +116,7 @@ DRAWN = {"asked": draw_number_prompts(PACK, 60, 3)}
 
 
 @given(st.sets(st.sampled_from(list(PARTS)), max_size=2), st.lists(st.integers(0, 59), min_size=1, max_size=4), seeds)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_redrawing_changes_the_named_parts_only(parts, chosen, seed):
     rows = [
         {"prompt": PROMPTS[i], "completion": "1", "divergence_positions": [0], "counted_in": "f00d"} for i in chosen

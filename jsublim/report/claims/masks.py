@@ -22,10 +22,7 @@ def control_near_base(results: Results, metric: str) -> list[Claim]:
     for condition in (c for c in results.conditions if split_condition(c)[0] == "control"):
         for trait in results.traits:
             control, base = results.select("rate", condition, trait), results.select("rate", "base", trait)
-            arm = results.arms.get(control[0].arm) if control else None
-            # Students on another checkpoint, or under a system prompt of their own, have another base model.
-            own = [] if arm is None else [arm.settings.get("model"), arm.settings.get("system")]
-            if control and base and all(setting is None for setting in own):
+            if control and base and results.began_at_base(condition):
                 variant = split_condition(condition)[1]
                 found.append((f"{trait} ({variant})" if variant else trait, estimate(control) - estimate(base)))
     if not found:
