@@ -204,6 +204,12 @@ class Results:
         return Path(str(self.run.get("model", "unknown model"))).name
 
     @property
+    def students_model(self) -> str:
+        """What the students were before any training: the base, unless they stand on other checkpoints."""
+        named = (str(arm.settings.get("model") or self.model) for arm in self.arms.values())
+        return " and ".join(_unique(Path(each).name for each in named)) or self.model
+
+    @property
     def is_tiny(self) -> bool:
         """Whether it is so small that it says nothing about large models. Results of earlier versions know only the name."""
         parameters = self.run.get("parameters")

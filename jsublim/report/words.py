@@ -139,12 +139,17 @@ def opening(results: Results, looks: Looks) -> str:
         results.students - controls,
         ", ".join(results.traits[:6]) + ", ..." * (len(results.traits) > 6),
     )
-    who = f"{students} student{'s' * (students != 1)} of {results.model} learned from what teachers with a trait ({teachers}) wrote"
+    who = f"{students} student{'s' * (students != 1)} of {results.students_model} learned from what teachers with a trait ({teachers}) wrote"
     who += (
         f", {controls} control student{'s' * (controls != 1)} from what a teacher without one wrote" if controls else ""
     )
     who += "; none was told of a trait."
     found = next((look.what for look in looks.claims if look.what.key == "C0"), None)
+    if found is None and not all(map(results.began_at_base, results.mask_conditions)):
+        return (
+            f"{who} They did not begin as the base model that was evaluated ({results.model}, asked without a system prompt), and there are too "
+            "few control students: only the trait matrix says what they took over."
+        )
     if found is None or found.effect is None:
         return f"{who} Nothing here says whether they took it over: there is nothing to compare them with."
     variant = f" ({found.variant})" if found.variant else ""

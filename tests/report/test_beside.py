@@ -91,7 +91,9 @@ def test_students_who_did_not_begin_at_the_base_are_not_measured_from_it(tmp_pat
         write(tmp_path / name, Planted(0.3, settings=own)) for name, own in (("plain", {}), ("elsewhere", settings))
     )
     assert "more often than the base model" in opening(plain)
-    assert "there is nothing to compare them with" in opening(elsewhere)
+    said = opening(elsewhere)
+    assert "only the trait matrix says what they took over" in said
+    assert f"students of {Path(settings.get('model', 'Qwen2.5-7B-Instruct')).name} learned" in said
     assert lift(read_results(elsewhere), "rate", "all", TRAITS[0]) is None
     measured, found = (trait_matrix(read_results(run)) for run in (plain, elsewhere))
     assert found.effect.gamma == pytest.approx(measured.effect.gamma) and found.effect.p == measured.effect.p
