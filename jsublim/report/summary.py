@@ -336,12 +336,13 @@ def trait_matrix(results: Results, metric: str = "logprob", condition: str = "al
     Only evaluated traits with a number in every row are kept, so that the fit is balanced. `None` without such a row.
     """
     candidates = [t for t in results.traits if results.select(metric, condition, t, t)]
+    references = {t: reference_condition(results, metric, t, condition) for t in results.evaluated_traits}
     columns = [
         trait
-        for trait in results.evaluated_traits
+        for trait, reference in references.items()
         if candidates
         and all(results.select(metric, condition, trait, teacher) for teacher in candidates)
-        and (reference_condition(results, metric, trait, condition) or not results.began_at_base(condition))
+        and (reference or not results.began_at_base(condition))
     ]
     teachers = [t for t in candidates if t in columns]
     if not teachers:
@@ -350,15 +351,14 @@ def trait_matrix(results: Results, metric: str = "logprob", condition: str = "al
     columns = teachers + [t for t in columns if t not in teachers]
     cells = [[results.select(metric, condition, c, t) for c in columns] for t in teachers]
     table = np.array([[_mean(cell) for cell in row] for row in cells])
-    references = [reference_condition(results, metric, c, condition) or "" for c in columns]
     zero = [
-        _mean(results.select(metric, r, c)) if r else own
-        for r, c, own in zip(references, columns, table.mean(axis=0), strict=True)
+        _mean(results.select(metric, reference, c)) if (reference := references[c]) else own
+        for c, own in zip(columns, table.mean(axis=0), strict=True)
     ]
     table = table - np.array(zero)
     effect = same_trait_effect(table)
     gammas = _seed_gammas(cells) if effect else ()
-    return Matrix(condition, tuple(teachers), tuple(columns), table, references[0], effect, gammas)
+    return Matrix(condition, tuple(teachers), tuple(columns), table, references[columns[0]] or "", effect, gammas)
 
 
 def trait_matrices(results: Results, metric: str = "logprob") -> list[Matrix]:
