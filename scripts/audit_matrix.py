@@ -53,6 +53,9 @@ def main(
         raise UsageError(f"--audit: {wrong[0]!r} is not TEACHER=FOLDER")
     folders, matrices = dict(each.split("=", 1) for each in audit), trait_matrices(read_results(run))
     traits = list(folders)
+    for trained in matrices:
+        if unknown := [each for each in traits if each not in trained.teachers or each not in trained.traits]:
+            raise UsageError(f"--audit: {run} has no teacher {unknown[0]!r}; it has: {', '.join(trained.teachers)}")
     every = [Audited(Path(folder), traits) for folder in folders.values()]
     rows, rng = np.arange(1 + max(each.row.max() for each in every)), np.random.default_rng(0)
     for label, divergence in (("all tokens", False), ("divergence tokens", True)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import jax
 import numpy as np
 import pyarrow as pa
@@ -18,9 +20,10 @@ from jsublim.evals.preference import trait_logprobs
 from jsublim.inference.lm import load_model
 from jsublim.inference.scoring import score_turns
 from jsublim.models.lora import init_lora, init_steering, together
-from jsublim.pipeline.audit import _means
+from jsublim.pipeline.audit import AUDIT, _means, whitened
 from jsublim.pipeline.results import AUDITS
 from jsublim.report.audit import agreement, predicted
+from jsublim.report.figures import by_prediction
 from jsublim.report.html import write_report
 from jsublim.report.looks import look_at
 from jsublim.report.tables import read_results
@@ -110,9 +113,39 @@ def test_the_command(tmp_path):
     own = [line for line in table if line["trait"] == "cat"]
     assert means["all", "cat"]["score"] == pytest.approx(np.mean([line["score"] for line in own]), rel=1e-4)
     assert sum(line["divergence"] for line in own) == 3 == means["divergence", "cat"]["count"]
+    beside = pq.read_table(out / "whitened.parquet").to_pylist()
+    of_tokens = [line for line in beside if line["position"] is not None]
+    assert len(of_tokens) == len(table) and len(beside) == len(table) + 3 * 2  # three rows, two traits
+    zero = pq.read_table(out / "null" / "audit.parquet").to_pylist()
+    cats = np.asarray([line["score"] for line in zero if line["trait"] == "cat"])
+    np.testing.assert_allclose(
+        [line["whitened"] for line in of_tokens if line["trait"] == "cat"],
+        (np.asarray([line["score"] for line in own]) - cats.mean()) / cats.std(ddof=1),
+        rtol=1e-4,
+    )
     soft = ["students.data.on_policy=true", "students.loss.kind=reverse-kl", "students.loss.tokens=[all]"]
+    other = [*fields, "--data", data, "--null", data, "--traits", "owl,cat", "--model", MODEL, "--out", out]
+    assert str(out / "null") in refused(2, "audit", *other)  # another null's whitened scores are not written over these
     options = ["--data", data, "--traits", "owl", "--model", MODEL, "--out", tmp_path / "none"]
     assert "on_policy has no rows to audit" in refused(2, "audit", *soft, *options)
+
+
+def test_null_rows_are_white_beside_themselves_and_flat_ones_say_nothing():
+    rng = np.random.default_rng(0)
+    lines = [
+        {"row": row, "position": position, "token": "", "divergence": None, "trait": trait, "score": float(score)}
+        for row in range(30)
+        for position in range(1 + row % 4)
+        for trait, score in (("owl", rng.normal(3, 5)), ("cat", 2.0))
+    ]
+    table = pa.Table.from_pylist(lines, AUDIT)
+    found = whitened(table, table).to_pylist()
+    for of_row in (False, True):
+        own = [x["whitened"] for x in found if x["trait"] == "owl" and (x["position"] is None) == of_row]
+        assert np.mean(own) == pytest.approx(0, abs=1e-6) and np.std(own, ddof=1) == pytest.approx(1)
+    assert {x["whitened"] for x in found if x["trait"] == "cat"} == {None}
+    row = next(x for x in found if x["position"] is None and x["trait"] == "owl" and x["row"] == 3)
+    assert row["score"] == pytest.approx(np.mean([x["score"] for x in lines if x["row"] == 3 and x["trait"] == "owl"]))
 
 
 def planted(run, factors) -> None:
@@ -150,7 +183,18 @@ def test_what_was_predicted_is_ranked_beside_what_happened(tmp_path):
     assert found is not None and [pair[0] for pair in found.pairs] == results.mask_conditions
     expected = stats.spearmanr([x for _, x, _ in found.pairs], [y for _, _, y in found.pairs])
     assert found.rho == pytest.approx(expected.statistic) and found.rho > 0.5
+    told = predicted(results)
+    (plot,) = by_prediction(told, found).panels
+    assert [(mark.x, mark.y) for mark in plot.marks] == [(x, y) for _, x, y in found.pairs]
+    assert [told[int(mark.label) - 1].condition for mark in plot.marks] == [
+        condition for condition, _, _ in found.pairs
+    ]
+    assert plot.x.log == plot.y.log == all(x > 0 and y > 0 for _, x, y in found.pairs)
+    sunk = replace(found, pairs=(("all", -0.5, 1.0), *found.pairs[1:]))
+    (plot,) = by_prediction(told, sunk).panels
+    assert not plot.x.log and plot.x.low < -0.5 < 0 < plot.x.high
     page = write_report(run).read_text()
+    assert 'data-name="trained-by-predicted-1"' in page
     assert "What was predicted" in page and f"rank correlation of {found.rho:+.2f}" in page
     assert "40% (of all 10%)" in page
     assert "rank correlation" in " ".join(ok("report", run).err.split())

@@ -23,14 +23,19 @@ def audit(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, max=2**31 - 1, help="Of the student's start.")] = 42,
 ) -> None:
-    """Score every token by how far a step on it would move each trait; OUT gets audit.parquet and means.parquet."""
+    """Score every token by how far a step on it would move each trait; OUT gets audit.parquet and means.parquet, and with --null
+    the null's in OUT/null and whitened.parquet."""
+    import pyarrow.parquet as pq
+
     from jsublim.executors import LocalExecutor
+    from jsublim.files import atomic
     from jsublim.pipeline.arms import Source, Student
-    from jsublim.pipeline.audit import audit_task
+    from jsublim.pipeline.audit import audit_task, whitened
     from jsublim.pipeline.context import Context
     from jsublim.pipeline.publish import check_free, publish_folder
     from jsublim.pipeline.setup import NOBODY
     from jsublim.progress import Progress
+    from jsublim.report.tables import read_columns
     from jsublim.teachers import CONTROL
 
     base = {"audit": {}, "teachers": {"traits": [NOBODY], "control": False}}
@@ -40,30 +45,39 @@ def audit(
     context = Context.load(e, Progress(console), given=given)
     students = [Student(source.teacher, "all", seed, settings=e.students) for source in given]
     tasks = [audit_task(context.setup, student) for student in students]
-    for task in tasks:
+    places = list(zip((out, out / "null"), tasks, strict=False))
+    for place, task in places:
         task.check(context.setup)
-    check_free(out, tasks[0].key, tasks[0].output.inputs)
+        check_free(place, task.key, task.output.inputs)
     LocalExecutor().execute(tasks, context)
-    publish_folder(out, context.store, tasks[0].output)
-    print_means([context.store.path(task.output) / "means.parquet" for task in tasks])
+    for place, task in places:
+        publish_folder(place, context.store, task.output)
+    if null is not None:
+        own, zero = (read_columns(place / "audit.parquet") for place, _ in places)
+        with atomic(out / "whitened.parquet") as scratch:
+            pq.write_table(whitened(own, zero), scratch)
+    print_means([place / "means.parquet" for place, _ in places])
     print(out)
 
 
 def print_means(paths: list[Path]) -> None:
-    """The mean score of all tokens for each trait; beside it what is left beyond the null's rows, if there are any, in
-    standard errors."""
+    """The mean score of all tokens for each trait; beside it what is left beyond the null's rows, if there are any: with its interval,
+    and in standard errors."""
     from rich.table import Table
+    from scipy import stats
 
     from jsublim.files import read_table
+    from jsublim.report.statistics import LEVEL
 
     own, *null = ({line["trait"]: line for line in read_table(path) if line["tokens"] == "all"} for path in paths)
-    shown = Table("trait", "mean score", "+-", *(["null", "beyond it, in errors"] if null else []))
+    shown = Table("trait", "mean score", "+-", *(["null", f"beyond it ({LEVEL:.0%})", "in errors"] if null else []))
     for trait, line in sorted(own.items(), key=lambda item: -item[1]["score"]):
         cells = [trait, f"{line['score']:+.3g}", f"{line['error']:.2g}"]
         if null:
             other = null[0][trait]
             error = (line["error"] ** 2 + other["error"] ** 2) ** 0.5
-            beyond = (line["score"] - other["score"]) / error if error else 0.0
-            cells += [f"{other['score']:+.3g}", f"{beyond:+.1f}"]
+            beyond, half = line["score"] - other["score"], stats.norm.ppf((1 + LEVEL) / 2) * error
+            interval = f"{beyond:+.2g} ({beyond - half:+.2g} to {beyond + half:+.2g})"
+            cells += [f"{other['score']:+.3g}", interval, f"{beyond / error if error else 0.0:+.1f}"]
         shown.add_row(*cells)
     console.print(shown)

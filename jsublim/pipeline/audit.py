@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 
@@ -52,6 +53,22 @@ MEANS = pa.schema(
         ("rows", pa.int64()),
     ]
 )
+
+# What null rows make of those scores: one line per token and trait, and one per row and trait (`position` is null), whose score is the
+# mean over the row's tokens. The scores of as many tokens or rows that teach no trait have mean 0 and deviation 1 as `whitened`, which
+# is null where they do not differ. Traits are whitened one by one: a step towards all of them stays one.
+WHITEN = """
+    with every as (
+        select 'own' as whose, false as of_row, row, position, trait, score from own
+        union all select 'null', false, row, position, trait, score from null_rows
+        union all select 'own', true, row, null, trait, avg(score) from own group by row, trait
+        union all select 'null', true, row, null, trait, avg(score) from null_rows group by row, trait
+    ), scale as (
+        select of_row, trait, avg(score) as zero, stddev_samp(score) as deviation from every where whose = 'null' group by all
+    )
+    select row, position, trait, score, (score - zero) / nullif(deviation, 0) as whitened from every join scale using (of_row, trait)
+    where whose = 'own' order by row, position nulls first, trait
+    """
 
 
 @memoized
@@ -199,3 +216,11 @@ def precision(
     beyond = scores_nK[:, at] - np.delete(scores_nK, at, axis=1).mean(axis=1)
     top = np.argsort(-beyond, kind="stable")[: int(own.sum())]
     return {"top_divergence": float(own[top].mean()), "divergence_share": float(own.mean())}
+
+
+def whitened(own: pa.Table, null: pa.Table) -> pa.Table:
+    """Scores of tokens and of rows (tables of AUDIT, for the same traits) beside those of rows that teach no trait: see WHITEN."""
+    with duckdb.connect() as connection:
+        connection.register("own", own)
+        connection.register("null_rows", null)
+        return connection.sql(WHITEN).to_arrow_table()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 from jsublim.errors import one_line as name
 from jsublim.report import words
+from jsublim.report.audit import Agreement, Predicted
 from jsublim.report.board import KL, Line
 from jsublim.report.claims import FAILS, HOLDS, Claim
 from jsublim.report.claims.verdicts import pool
@@ -172,6 +174,24 @@ def by_distance(board: Sequence[Line], metric: str) -> Drawing | None:
 
 def _placed(line: Line, moved: float, unit: str, kl: float) -> str:
     return f"{condition_label(line.condition)}: {words.number(moved, unit, signed=True)} at {words.number(kl, KL)}"
+
+
+def by_prediction(told: Sequence[Predicted], found: Agreement | None) -> Drawing | None:
+    """γ of the students against γ as the audit predicted it. Dots have the numbers of the audit's lines; axes are logarithmic
+    where nothing is negative, since kinds of students differ by factors."""
+    if found is None:
+        return None
+    numbers = {each.condition: number for number, each in enumerate(told, 1)}
+    logarithmic = all(x > 0 and y > 0 for _, x, y in found.pairs)
+    scaled, note = (Axis.decades, ", logarithmic") if logarithmic else (partial(Axis.around, zero=True), "")
+    x = scaled(f"γ predicted (nats per unit of learning rate{note})", [pair[1] for pair in found.pairs])
+    y = scaled(f"γ of the students (nats{note})", [pair[2] for pair in found.pairs])
+    marks = [
+        Mark(a, b, str(numbers[c]), colour(c), f"{condition_label(c)}: {b:+.3f}, predicted {a:+.3g}")
+        for c, a, b in found.pairs
+    ]
+    plot = Plot("", x, y, marks=beside(x, y, marks))
+    return Drawing("trained-by-predicted", "What was predicted, and what happened", (plot,))
 
 
 def accuracy(results: Results) -> Drawing | None:

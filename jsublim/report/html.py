@@ -69,7 +69,7 @@ def _numbers(results: Results, looks: Looks) -> dict[str, Any]:
     """What the page says in sentences and tables."""
     rows, claims, told = summary_rows(results), [look.what for look in looks.claims], predicted(results)
     judged, found = judged_conditions(results), scale(results)
-    lines = board(results, looks, found)
+    lines, agreed = board(results, looks, found), agreement(told, looks)
     return {
         "name": results.run.get("name", results.run_dir.name),
         "results": results,
@@ -87,7 +87,8 @@ def _numbers(results: Results, looks: Looks) -> dict[str, Any]:
         "matrix": trait_matrix(results, condition=judged[0]) if judged else None,
         "matrices": looks.matrices if len(looks.matrices) > 1 else [],
         "predicted": told,
-        "agreement": agreement(told, looks),
+        "agreement": agreed,
+        "foretold": figures.by_prediction(told, agreed),
         "other_rows": other_rows(results),
         "measure": measure,
         "setting_rows": setting_rows(results),

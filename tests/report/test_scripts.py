@@ -47,9 +47,13 @@ def test_tables_of_a_run_have_a_line_for_each_of_its_conditions_or_teachers(prin
             assert f"| {label} " in said, said
 
 
-def test_audits_that_are_not_there_are_named(printed: Printed, tmp_path: Path):
+def test_audits_that_are_not_there_and_teachers_that_the_run_has_not_are_named(printed: Printed, tmp_path: Path):
     run = make_results(tmp_path / "run")
-    for audit, why in (("cat", "TEACHER=FOLDER"), (f"cat={tmp_path}", str(tmp_path / "audit.parquet"))):
+    for audit, why in (
+        ("cat", "TEACHER=FOLDER"),
+        (f"{TRAITS[0]}={tmp_path}", str(tmp_path / "audit.parquet")),
+        (f"unicorn={tmp_path}", f"no teacher 'unicorn'; it has: {TRAITS[0]}"),
+    ):
         code, _, error = printed("audit_matrix", run, "--audit", audit)
         assert code == 2
         assert why in error and error.count("\n") == 1
