@@ -64,10 +64,9 @@ def print_means(paths: list[Path]) -> None:
     """The mean score of all tokens for each trait; beside it what is left beyond the null's rows, if there are any: with its interval,
     and in standard errors."""
     from rich.table import Table
-    from scipy import stats
 
     from jsublim.files import read_table
-    from jsublim.report.statistics import LEVEL
+    from jsublim.report.statistics import LEVEL, normal_interval
 
     own, *null = ({line["trait"]: line for line in read_table(path) if line["tokens"] == "all"} for path in paths)
     shown = Table("trait", "mean score", "+-", *(["null", f"beyond it ({LEVEL:.0%})", "in errors"] if null else []))
@@ -76,8 +75,9 @@ def print_means(paths: list[Path]) -> None:
         if null:
             other = null[0][trait]
             error = (line["error"] ** 2 + other["error"] ** 2) ** 0.5
-            beyond, half = line["score"] - other["score"], stats.norm.ppf((1 + LEVEL) / 2) * error
-            interval = f"{beyond:+.2g} ({beyond - half:+.2g} to {beyond + half:+.2g})"
-            cells += [f"{other['score']:+.3g}", interval, f"{beyond / error if error else 0.0:+.1f}"]
+            beyond = line["score"] - other["score"]
+            interval = normal_interval(beyond, error)
+            shown_interval = f"{beyond:+.2g} ({interval.low:+.2g} to {interval.high:+.2g})"
+            cells += [f"{other['score']:+.3g}", shown_interval, f"{beyond / error if error else 0.0:+.1f}"]
         shown.add_row(*cells)
     console.print(shown)

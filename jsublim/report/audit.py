@@ -16,7 +16,7 @@ import numpy as np
 from scipy import stats
 
 from jsublim.report.looks import Looks
-from jsublim.report.statistics import LEVEL, Interval, same_trait_gamma
+from jsublim.report.statistics import Interval, normal_interval, same_trait_gamma
 from jsublim.report.tables import Results, query, split_condition
 
 SOURCE = "audit.parquet"  # in errors
@@ -44,8 +44,7 @@ class Predicted:
     def interval(self, teacher: str) -> Interval:
         """Of the teacher's own trait."""
         i, j = self.teachers.index(teacher), self.traits.index(teacher)
-        half = stats.norm.ppf((1 + LEVEL) / 2) * self.error[i, j]
-        return Interval(float(self.score[i, j] - half), float(self.score[i, j] + half))
+        return normal_interval(self.score[i, j], self.error[i, j])
 
 
 def predicted(results: Results) -> list[Predicted]:

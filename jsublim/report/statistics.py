@@ -40,6 +40,12 @@ def _interval(low: Any, high: Any) -> Interval | None:
     return None if math.isnan(low) else Interval(float(low), float(high))
 
 
+def normal_interval(value: float, error: float, level: float = LEVEL) -> Interval:
+    """Of a value whose error is known and normal."""
+    half = stats.norm.ppf((1 + level) / 2) * error
+    return Interval(float(value - half), float(value + half))
+
+
 def question_interval(values: Sequence[float], level: float = LEVEL) -> Interval | None:
     """The published interval: over the question means of one model (normal above 30 questions, Student's t below).
 
