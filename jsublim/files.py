@@ -35,6 +35,13 @@ def atomic(path: str | Path) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process had begun to write in a folder. Only for whoever alone writes there."""
+    for path in folder.glob(f".*{PARTIAL}"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Let an error of the system name the file that was written; what fails on an open file does not."""

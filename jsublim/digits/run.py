@@ -16,7 +16,7 @@ from jsublim.digits.config import Digits
 from jsublim.digits.experiment import Data, read_digits, records
 from jsublim.digits.report import print_summary, write_report
 from jsublim.files import read_table, write_json, write_table
-from jsublim.pipeline.results import claim_folder
+from jsublim.pipeline.results import check_folder, claim_folder, run_folder
 from jsublim.pipeline.store import Artifact, Output, Store, device, digest, versions
 from jsublim.programs import Programs
 from jsublim.section import identity
@@ -32,37 +32,24 @@ def run_digits(spec: Digits, console: Console) -> Path:
     data = read_digits(spec.test_share, spec.split_seed)
     inputs = identity(spec) | {"data": _hash(data)}
     key = digest(inputs)
-    claim_folder(spec, key, console)
+    check_folder(spec)
     store, output = Store.of(spec, console.print), Output("digits", spec.name, inputs)
     store.keep_programs()
+    claims = [run_folder(spec), output]
 
     def waiting() -> None:
-        console.print(f"{spec.name}: {store.holder([output]) or 'another process'} is making it; waiting")
+        console.print(f"{spec.name}: {store.holder(claims) or 'another process'} is making it; waiting")
 
-    with store.claim([output], waiting):
+    with store.claim(claims, waiting):
+        claim_folder(spec, key, console)
         damage = store.mend(output)
         if damage is not None:
             console.print(damage)
         artifact = store.open(output)
         if not artifact.done:
             _make(artifact, spec, data, started, console)
-    results = spec.run_dir / "results"
-    results.mkdir(parents=True, exist_ok=True)
-    write_table(results / "results.parquet", read_table(artifact.path / "records.parquet"), RESULTS)
-    write_table(results / "training.parquet", read_table(artifact.path / "curves.parquet"), TRAINING)
-    about = {
-        "name": spec.name,
-        "kind": spec.kind,
-        "data_hash": inputs["data"],
-        "config_hash": key,
-        "versions": versions() | {"scikit-learn": metadata.version("scikit-learn")},
-        "device": device(),
-        "test_images": len(data.test_NP),
-        "config_yaml": spec.yaml(),
-        **artifact.summary,
-    }
-    write_json(results / "run.json", about)
-    report = write_report(spec.run_dir)
+        _gather(artifact, spec, data, key)
+        report = write_report(spec.run_dir)
     print_summary(spec.run_dir, console)
     console.print(str(Programs.so_far() - before))
     return report
@@ -76,6 +63,26 @@ def _make(artifact: Artifact, spec: Digits, data: Data, started: str, console: C
     write_table(artifact.path / "records.parquet", ends, RESULTS)
     write_table(artifact.path / "curves.parquet", curves, TRAINING)
     artifact.finish({"started": started, "seconds": {"run": round(time.perf_counter() - begin, 2)}})
+
+
+def _gather(artifact: Artifact, spec: Digits, data: Data, key: str) -> None:
+    """Write `results/`."""
+    results = spec.run_dir / "results"
+    results.mkdir(parents=True, exist_ok=True)
+    write_table(results / "results.parquet", read_table(artifact.path / "records.parquet"), RESULTS)
+    write_table(results / "training.parquet", read_table(artifact.path / "curves.parquet"), TRAINING)
+    about = {
+        "name": spec.name,
+        "kind": spec.kind,
+        "data_hash": artifact.inputs["data"],
+        "config_hash": key,
+        "versions": versions() | {"scikit-learn": metadata.version("scikit-learn")},
+        "device": device(),
+        "test_images": len(data.test_NP),
+        "config_yaml": spec.yaml(),
+        **artifact.summary,
+    }
+    write_json(results / "run.json", about)
 
 
 def _hash(data: Data) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.files import DAMAGED, PARTIAL, sha256, write_json
+from jsublim.files import DAMAGED, PARTIAL, remove_unfinished, sha256, write_json
 from jsublim.processes import on_main_process
 
 _LIBRARIES = (
@@ -131,9 +131,7 @@ class Artifact:
 
     def finish(self, summary: dict[str, Any] | None = None) -> None:
         """Mark the artifact whole. The mark holds `summary`, and what every file is (`Store.mend`)."""
-        # Whoever makes it holds its claim: what a killed process had begun to write is nobody's.
-        for path in self.path.glob(f".*{PARTIAL}"):
-            path.unlink(missing_ok=True)
+        remove_unfinished(self.path)  # whoever makes it holds its claim
         apart = (RECORD, DONE, PROGRESS)
         files = [path for path in sorted(self.path.iterdir()) if path.is_file() and path.name not in apart]
         said = {path.name: _fingerprint(path) for path in files if path.suffix not in (PARTIAL, DAMAGED)}

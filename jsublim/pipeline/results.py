@@ -17,7 +17,7 @@ from rich.console import Console
 
 from jsublim.config import Config
 from jsublim.errors import UsageError
-from jsublim.files import PARTIAL, atomic, read_table, write_json, write_table, write_text
+from jsublim.files import PARTIAL, atomic, read_table, remove_unfinished, write_json, write_table, write_text
 from jsublim.judge.server import ServerJudge
 from jsublim.models.decoder import parameter_count
 from jsublim.pipeline.arms import Source, Student
@@ -30,7 +30,7 @@ from jsublim.pipeline.examples import examples
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.rows import RowSet, Writer
 from jsublim.pipeline.setup import Setup
-from jsublim.pipeline.store import RECORD, Store, versions
+from jsublim.pipeline.store import RECORD, Output, Store, versions
 from jsublim.pipeline.students import diverged, student_output
 from jsublim.report.tables import read_json
 from jsublim.rows import read_rows
@@ -235,14 +235,23 @@ def _times(e: Config, key: str, started: str, seconds: Mapping[str, float]) -> d
     return {"started": old.get("started", started), "seconds": every}
 
 
+def run_folder(experiment: Config) -> Output:
+    """What a process claims that writes into the run's folder."""
+    return Output("runs", "", {"folder": str(experiment.run_dir.resolve())})
+
+
 def claim_folder(experiment: Config, key: str, console: Console) -> None:
     """Write the resolved config into the run's folder; results of another `key` there are moved aside, not overwritten.
+
+    The caller holds the claim of `run_folder`, so unfinished files there are a killed process's, and are removed.
 
     Raises:
       UsageError: as `check_folder`.
     """
     check_folder(experiment)
     folder, old = experiment.run_dir, _mark(experiment.run_dir)
+    for each in (folder, folder / "results"):
+        remove_unfinished(each)
     if old is not None and old != key and (moved := _move_aside(folder, old)):
         console.print(f"{folder}: the config has changed; earlier results are kept as {', '.join(moved)}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,9 +12,9 @@ from rich.console import Console
 from jsublim.config import Experiment
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import Executor, Graph, JointExecutor, TasksFailed, plan, results_key
-from jsublim.pipeline.results import check_folder, claim_folder, gather, is_reported
+from jsublim.pipeline.results import check_folder, claim_folder, gather, is_reported, run_folder
 from jsublim.pipeline.served import sample_server
-from jsublim.pipeline.store import Output, digest, versions
+from jsublim.pipeline.store import digest, versions
 from jsublim.processes import check_alike, check_shared, heeding_signals, on_main_process
 from jsublim.programs import Programs
 from jsublim.progress import Progress
@@ -64,7 +64,7 @@ class Run:
             context.judge.check()
         if experiment.sampling.server is not None and not self.whole:
             sample_server(context).check()
-        with context.store.claim(self._folder, self._wait):
+        with context.store.claim([run_folder(experiment)], self._wait):
             claim_folder(experiment, self.key, self.console)
 
     @property
@@ -79,18 +79,15 @@ class Run:
             print_summary,  # as in `gather`: only who writes a report loads what draws it
         )
 
+        experiment = self.context.setup.experiment
+
         def write() -> str:
-            with self.context.store.claim(self._folder, self._wait):
+            with self.context.store.claim([run_folder(experiment)], self._wait):
                 path = gather(self.graph, self.context, self.key, self.started)
             print_summary(self.context.setup.experiment.run_dir, self.console)
             return str(path)
 
         return Path(on_main_process(write))
-
-    @property
-    def _folder(self) -> list[Output]:
-        """What a process claims that writes into the run's folder."""
-        return [Output("runs", "", {"folder": str(self.context.setup.experiment.run_dir.resolve())})]
 
     def _wait(self) -> None:
         self.context.progress.say(f"{self.context.setup.experiment.run_dir}: another process is writing there; waiting")

@@ -71,6 +71,9 @@ def test_a_run_killed_between_two_files_goes_on(tmp_path):
     claim(tmp_path)
     whole = contents(tmp_path)
     (tmp_path / "config.yaml").unlink()  # the mark is written first
+    (tmp_path / "results").mkdir()
+    for name in (".config.yaml.0123abcd.partial", "results/.run.json.0123abcd.partial"):
+        (tmp_path / name).write_text("cut")
     claim(tmp_path)
     assert contents(tmp_path) == whole
 
