@@ -84,7 +84,7 @@ class Run:
         def write() -> str:
             with self.context.store.claim([run_folder(experiment)], self._wait):
                 path = gather(self.graph, self.context, self.key, self.started)
-            print_summary(self.context.setup.experiment.run_dir, self.console)
+            print_summary(experiment.run_dir, self.console)
             return str(path)
 
         return Path(on_main_process(write))

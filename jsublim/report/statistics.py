@@ -40,9 +40,9 @@ def _interval(low: Any, high: Any) -> Interval | None:
     return None if math.isnan(low) else Interval(float(low), float(high))
 
 
-def normal_interval(value: float, error: float, level: float = LEVEL) -> Interval:
+def normal_interval(value: float, error: float) -> Interval:
     """Of a value whose error is known and normal."""
-    half = stats.norm.ppf((1 + level) / 2) * error
+    half = stats.norm.ppf((1 + LEVEL) / 2) * error
     return Interval(float(value - half), float(value + half))
 
 
