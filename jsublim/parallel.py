@@ -4,13 +4,17 @@
 are summed); whatever else is computed on rows, each device computes on rows of its own (`Layout.spread`).
 `pmap`: of training alone, devices share the rows and add up gradients and token counts explicitly; all other work as on a mesh.
 `none`: the default device. All three run `distill.step.train_step` (see `compile_step` there) and give the same students.
+
+Devices may be of several slices: TPU slices, or nodes with GPUs, each of which is a slice to JAX. Links inside a slice are fast, those
+between slices slow. So students lie across slices first, then rows; a copy of the checkpoint lies inside one.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,26 +64,30 @@ class Layout:
     in_order: bool = False
 
     @staticmethod
-    def fit(mode: str, arms: int, devices: int | None = None, *, model: int = 1) -> Layout:
-        """The layout of `arms` on so many devices (None: all of them): arms apart first, for they never talk to one
-        another; then rows.
+    def fit(mode: str, arms: int, devices: int | Sequence[Any] | None = None, *, model: int = 1) -> Layout:
+        """The layout of `arms` on devices: arms apart first, for they never talk to one another; then rows.
+
+        Args:
+          devices: None is all that there are; a number stands for so many of one slice.
 
         Raises:
-          UsageError: an unknown mode, or a model axis that the devices cannot be divided by.
+          UsageError: an unknown mode, or a model axis that the devices of a slice cannot be divided by.
         """
         if mode not in MODES:
             raise UsageError(f"parallel: '{mode}' given; known: {', '.join(MODES)}")
         if mode != "mesh" and model != 1:
             raise UsageError(f"model_axis: {model} given, but parallel={mode} has no model axis; choose mesh")
-        devices = jax.device_count() if devices is None else devices
         if mode == "none":
             return Layout()
+        devices = jax.devices() if devices is None else devices
+        count, near = (devices, devices) if isinstance(devices, int) else (len(devices), slice_size(devices))
         if mode == "pmap":
-            return Layout("pmap", data=devices)
-        if devices % model:
-            raise UsageError(f"model_axis: {model} given, which does not divide {devices} devices")
-        apart = math.gcd(arms, devices // model)
-        return Layout("mesh", apart, devices // model // apart, model)
+            return Layout("pmap", data=count)
+        if near % model:
+            of = "" if near == count else " of a slice (or node), inside which a copy has to lie"
+            raise UsageError(f"model_axis: {model} given, which does not divide {near} devices{of}")
+        apart = math.gcd(arms, count // model)
+        return Layout("mesh", apart, count // model // apart, model)
 
     @staticmethod
     def under(params: Params, arms: int = 1) -> tuple[Layout, Params]:
@@ -207,12 +215,31 @@ class Layout:
 HERE = Layout()  # the default device
 
 
+def slice_size(devices: Sequence[Any]) -> int:
+    """How many devices share fast links: those of one TPU slice, or of one node with GPUs.
+
+    Raises:
+      UsageError: slices of different sizes.
+    """
+    sizes = Counter(_slice(device) for device in devices)
+    if len(set(sizes.values())) > 1:
+        raise UsageError(
+            f"parallel: slices (or nodes) of {sorted(sizes.values())} devices; give all of them equally many"
+        )
+    return next(iter(sizes.values()))
+
+
+def _slice(device: Any) -> int:
+    return getattr(device, "slice_index", 0)  # which a CPU of one process alone has not
+
+
 def model_axis_for(weights: float, limit: int | None, devices: int) -> int:
     """How few devices hold one copy of a checkpoint in half of what they may use, so that caches and students have the rest: a
     power of two that divides the number of devices; all that do, where none is enough.
 
     Args:
       weights: bytes of the checkpoint; limit: of a device (`device_bytes`); None for a CPU, which needs no second one.
+      devices: of one slice.
     """
     axes = [1 << i for i in range(devices.bit_length()) if devices % (1 << i) == 0]
     return 1 if limit is None else next((n for n in axes if weights / n <= SHARE * limit / 2), axes[-1])
@@ -229,9 +256,16 @@ def device_bytes() -> int | None:
 @functools.cache
 def _mesh(layout: Layout, devices: tuple[Any, ...]) -> Mesh:
     shape, types = (layout.arm, layout.data, layout.model), (AxisType.Auto,) * 3
-    if layout.in_order:
-        return Mesh(np.reshape(np.asarray(devices), shape), AXES, axis_types=types)
     devices = devices[: math.prod(shape)]
+    if layout.in_order or layout.mode == "pmap":  # `jax.pmap` takes them as they come
+        return Mesh(np.reshape(np.asarray(devices), shape), AXES, axis_types=types)
+    slices = len(devices) // slice_size(devices)
+    if slices > 1:
+        arm = math.gcd(layout.arm, slices)
+        across = (arm, slices // arm, 1)
+        inside = tuple(size // apart for size, apart in zip(shape, across, strict=True))
+        placed = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
+        return Mesh(placed, AXES, axis_types=types)
     try:
         return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
     except NotImplementedError:  # an axis that no axes of the slice make up, as 8 of 4x4: one of those is split

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
 from jax._src import distributed  # its client has no public name; orbax uses it in the same way
 from jax.experimental import multihost_utils
 
@@ -134,6 +135,16 @@ def _grouped(items: Callable[[], Iterable[R]]) -> Generator[list[R]]:
     yield group
     if failed is not None:
         raise failed
+
+
+def from_main_process(tree: Any) -> Any:
+    """Host arrays of the first process, on all; the others give arrays of the same shapes. Through the devices, as they may be
+    large, and as bits: what sums carry over would not keep the sign of a zero."""
+    if not _together():
+        return tree
+    bits = jax.tree.map(lambda x: np.asarray(x).view(f"u{x.dtype.itemsize}"), tree)
+    found = multihost_utils.broadcast_one_to_all(bits)
+    return jax.tree.map(lambda x, own: np.asarray(x).view(own.dtype), found, tree)
 
 
 def everywhere(sound: bool) -> bool:

@@ -33,7 +33,7 @@ from jsublim.inference.sampling import Sampling
 from jsublim.models.config import ModelConfig, layer_parameters
 from jsublim.models.decoder import Params, abstract_params
 from jsublim.models.lora import Adapter, at_every_layer, stack_adapters
-from jsublim.parallel import ARM_ROWS, ARMS, ROWS, WHOLE, Layout, model_axis_for
+from jsublim.parallel import ARM_ROWS, ARMS, ROWS, WHOLE, Layout, model_axis_for, slice_size
 from jsublim.pipeline.evaluations import ASKED_TOGETHER
 from jsublim.pipeline.training import in_pieces, settings_of, start_adapter
 
@@ -125,13 +125,13 @@ class Case:
         if said != "auto":
             return said
         weights = sum(leaf.size for leaf in jax.tree.leaves(self.params)) * self.itemsize
-        return model_axis_for(weights, self.topology.chip.memory, len(self.topology.devices))
+        return model_axis_for(weights, self.topology.chip.memory, slice_size(self.topology.devices))
 
     def layout(self, arms: int, model: int) -> Layout:
         """Raises:
         UsageError: a model axis that the chips cannot be divided by.
         """
-        fitted = Layout.fit("mesh", arms, len(self.topology.devices), model=model)
+        fitted = Layout.fit("mesh", arms, self.topology.devices, model=model)
         return dataclasses.replace(fitted, devices=self.topology.devices)
 
     def placed_params(self, layout: Layout) -> Params:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
+import gc
+import hashlib
+import logging
 import re
 import shutil
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -39,7 +42,7 @@ from jsublim.models.lora import (
     with_noise,
 )
 from jsublim.parallel import ROWS, WHOLE, Layout
-from jsublim.processes import Preempted, everywhere, leaving, on_main_process
+from jsublim.processes import Preempted, from_main_process, is_main_process, leaving, on_main_process
 
 
 def train(
@@ -80,7 +83,7 @@ def train(
     last = max(arm.steps for arm in arms)
     step_of = compile_step(config, settings.program, layout)
     with _states(work / "state") as saved:
-        state = _restore(saved, state, say)
+        state = _restore(saved, state, layout, say)
         first = int(layout.host(state.step))
         with Metrics(work / "metrics.jsonl", first, config, arms, settings, cached=cached) as log:
             for step in range(first, last):
@@ -94,17 +97,14 @@ def train(
                 leave = leaving()
                 if (step + 1) % settings.checkpoint_every == 0 or step + 1 == last or leave:
                     log.catch_up()
-                    # `pmap` leaves every process with arrays of its own; only arrays of all processes can be saved.
-                    whole = layout.place(state, layout.state_sharding(state))
-                    with naming(work / "state"):
-                        saved.save(step + 1, args=ocp.args.StandardSave(_as_tree(whole)))
+                    whole = layout.host(_as_tree(state))
+                    if saved is not None:
+                        with naming(work / "state"):
+                            saved.save(step + 1, args=ocp.args.StandardSave(_sealed(whole)))
                 if on_step is not None:
                     on_step(step + 1)
                 if leave and step + 1 < last:
-                    saved.wait_until_finished()
                     raise Preempted(f"{work}: stopped by SIGTERM after step {step}; the same command continues there")
-        with naming(work / "state"):
-            saved.wait_until_finished()
     trained = unstack_arms(layout.host(state.adapter), [arm.adapter for arm in arms])
     return [with_noise(own, arm.noise, arm.seed) for arm, own in zip(arms, trained, strict=True)]
 
@@ -206,14 +206,22 @@ def _below(
 
 
 @contextlib.contextmanager
-def _states(folder: Path) -> Iterator[ocp.CheckpointManager]:
-    """The saved states of a training, the last two.
+def _states(folder: Path) -> Iterator[ocp.CheckpointManager | None]:
+    """The saved states of a training, the last two; all are written when the block ends. Of several processes the first one has
+    them, whole: hosts need not share a disk, and any number of processes can go on from there.
 
     Raises:
       JsublimError: one cannot be written. (The library says so at length, and as a ValueError.)
     """
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
+    if not is_main_process():
+        yield None
+        return
+    alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=2, enable_async_checkpointing=True, multiprocessing_options=alone, create=False
+    )
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         with ocp.CheckpointManager(folder.resolve(), options=options) as saved:
             yield saved
     except (ValueError, RuntimeError) as error:
@@ -239,32 +247,81 @@ def _as_tree(state: State) -> dict[str, Any]:
     return {"trainable": state.adapter.trainable} | own
 
 
-def _restore(saved: ocp.CheckpointManager, state: State, say: Callable[[str], None]) -> State:
-    """The newest saved state that can be read, or the given one if none was saved. LoRA scales are settings, not state: they
-    stay."""
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_tree(state))
-    tree, broken, why = None, list[int](), ""
-    for step in on_main_process(lambda: sorted(saved.all_steps(), reverse=True)):
-        try:
-            tree = saved.restore(step, args=ocp.args.StandardRestore(abstract))
-        except Exception as error:  # what a damaged file makes the library raise can be anything
-            why = why or " ".join(str(error).split())[:200]
-        if everywhere(tree is not None):
-            break
-        tree = None
-        broken.append(step)
-    if tree is None and not broken:
+def _sealed(tree: dict[str, Any]) -> dict[str, Any]:
+    """A tree of host arrays with the sha256 of their content. A copy: the loop gives its arrays to the next step."""
+    tree = jax.tree.map(np.array, tree)
+    content = hashlib.sha256()
+    for leaf in jax.tree.leaves(tree):
+        content.update(leaf.tobytes())
+    return tree | {"sha256": np.frombuffer(content.digest(), np.uint8)}
+
+
+def _restore(saved: ocp.CheckpointManager | None, state: State, layout: Layout, say: Callable[[str], None]) -> State:
+    """The newest saved state that is what was written, or the given one if none was saved. LoRA scales are settings, not state:
+    they stay."""
+    tree = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), _as_tree(state))
+
+    def read() -> bool:
+        nonlocal tree
+        assert saved is not None, "on the first process"
+        found = _newest(saved, tree, say)
+        tree = tree if found is None else found
+        return found is not None
+
+    if not on_main_process(read):
         return state
-    if tree is None:
+    tree = from_main_process(tree)
+    tree = layout.place(tree, layout.state_sharding(tree))
+    return State(state.adapter.with_trainable(tree["trainable"]), tree["optimizer"], tree["step"], tree["diverged"])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Of a damaged file the library's tasks say pages, as they are collected; what is to be said is one line."""
+    log = logging.getLogger("asyncio")
+    try:
+        log.disabled = True
+        yield
+    except Exception as error:
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
+        raise error.with_traceback(None) from None
+    finally:
+        log.disabled = False
+
+
+def _newest(saved: ocp.CheckpointManager, like: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
+    """The newest saved state that is what was written; None where none was saved. Damaged ones are set aside.
+
+    Raises:
+      JsublimError: none of those that were saved.
+    """
+    steps, broken, tree = sorted(saved.all_steps(), reverse=True), list[tuple[int, str]](), None
+    for step in steps:
+        try:
+            with _quiet():
+                kept: Any = saved.restore(step, args=ocp.args.StandardRestore(_sealed(like)))
+            said = kept.pop("sha256")
+            if jax.tree.map(np.shape, kept) != jax.tree.map(np.shape, like):
+                why = "its arrays have other shapes"
+            elif not np.array_equal(_sealed(kept)["sha256"], said):
+                why = "it is not what was written"
+            else:
+                tree = kept
+                break
+        except Exception as error:  # what a damaged file makes the library raise can be anything
+            why = " ".join(str(error).split())[:200]
+        broken.append((step, why))
+    if broken and tree is None:
         raise JsublimError(
-            f"{saved.directory}: the saved state does not fit these arms, or is damaged ({why}); move the folder away to "
-            "train from the beginning"
+            f"{saved.directory}: the saved state does not fit these arms, or is damaged ({broken[0][1]}); move the folder "
+            "away to train from the beginning"
         )
-    for step in broken:
+    for step, why in broken:
         folder = Path(saved.directory) / str(step)
         aside = damaged_name(folder.parent.with_name(f"state-{step}"))
-        on_main_process(functools.partial(os.replace, folder, aside))
-        say(f"{folder}: cannot be read ({why}); kept as {aside.name}, and training goes on from the state before it")
+        folder.replace(aside)
+        say(f"{folder}: cannot be used ({why}); kept as {aside.name}, and training goes on from the state before it")
     if broken:
         saved.reload()
-    return State(state.adapter.with_trainable(tree["trainable"]), tree["optimizer"], tree["step"], tree["diverged"])
+    return tree

@@ -24,7 +24,7 @@ from jsublim.judge.cache import ReplyCache
 from jsublim.judge.local import LocalJudge
 from jsublim.judge.server import ServerJudge
 from jsublim.models.decoder import parameter_count
-from jsublim.parallel import Layout, device_bytes, model_axis_for
+from jsublim.parallel import Layout, device_bytes, model_axis_for, slice_size
 from jsublim.pipeline.arms import Source
 from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Store
@@ -133,7 +133,7 @@ def _layout(setup: Setup) -> Layout:
     run, axis = setup.experiment.run, setup.experiment.run.least_axis
     if run.parallel == "mesh" and run.model_axis == "auto":
         weights = parameter_count(setup.checkpoint().config) * jnp.dtype(setup.experiment.dtype).itemsize
-        axis = model_axis_for(weights, device_bytes(), jax.device_count())
+        axis = model_axis_for(weights, device_bytes(), slice_size(jax.devices()))
     return Layout.fit(run.parallel, 1, model=axis)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import random
+import shutil
 
 import jax
 import numpy as np
@@ -17,6 +20,8 @@ from jsublim.distill.trainer import forget_state, train
 from jsublim.errors import JsublimError
 from jsublim.models import load_params, read_config
 from jsublim.models.lora import init_lora
+
+FLIPS = int(os.environ.get("FLIPS", "12"))
 
 
 class Killed(Exception):
@@ -195,6 +200,33 @@ def test_a_damaged_state_gives_way_to_the_one_before_it(base, tmp_path, how):
     assert equal(again, whole) and done[0] == 6
     assert len(said) == 1 and str(state / "10") in said[0] and "\n" not in said[0]
     assert (tmp_path / "cut" / "state-10.damaged").is_dir()
+
+
+def test_no_flipped_bit_of_a_saved_state_is_trained_on(base, tmp_path):
+    """Wherever it is: the student is the undisturbed one's, from the state before if what was read differs."""
+    config, params = base
+    arms = [arm_of(config)]
+    whole = train(config, params, arms, SETTINGS, tmp_path)
+    files = [path for path in sorted((tmp_path / "state" / "12").rglob("*")) if path.stat().st_size and path.is_file()]
+    sizes, seed, noticed = [path.stat().st_size for path in files], random.randrange(10**6), 0
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    for _ in range(FLIPS):
+        work = tmp_path / "flipped"
+        shutil.copytree(tmp_path / "state", work / "state")
+        (path,) = draw.choices(files, sizes)
+        path = work / path.relative_to(tmp_path)
+        content = bytearray(path.read_bytes())
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+        said = []
+        assert equal(train(config, params, arms, SETTINGS, work, say=said.append), whole), path
+        noticed += len(said)
+        assert len(said) == (work / "state-12.damaged").is_dir() and all(
+            str(work / "state" / "12") in line for line in said
+        )
+        shutil.rmtree(work)
+    assert noticed > FLIPS / 3  # some bits decide nothing: padding, times, names
 
 
 def test_states_that_are_all_damaged_are_an_error_that_names_them(base, tmp_path):
