@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,9 +39,11 @@ def check_url(url: str) -> str:
     return url.rstrip("/")
 
 
-def folder_name(url: str) -> str:
-    """A name for what is kept of a URL's objects on this machine."""
-    return f"{url.rstrip('/').rsplit('/', 1)[-1]}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+def cache_folder(kind: str, url: str) -> Path:
+    """Where the user's cache keeps what lies behind a URL; `kind` is what it is: stores, checkpoints."""
+    own = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    name = f"{url.rstrip('/').rsplit('/', 1)[-1]}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
+    return Path(own) / "jsublim" / kind / name
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,12 @@ class Bucket:
     _root: str
 
     @staticmethod
-    def at(url: str) -> Bucket:
+    def at(url: str, what: str = "store") -> Bucket:
         """Credentials, region and endpoint are what the storage's own libraries find (AWS_ENDPOINT_URL, profiles,
         GOOGLE_APPLICATION_CREDENTIALS...).
+
+        Args:
+          what: what lies there, for error messages.
 
         Raises:
           UsageError: a scheme that is not known, or whose library is not installed.
@@ -68,12 +74,12 @@ class Bucket:
         try:
             scheme, package = SCHEMES[check_url(url).partition("://")[0]]
         except ValueError as error:
-            raise UsageError(f"store: {error}") from None
+            raise UsageError(f"{what}: {error}") from None
         try:
             # Listings are asked for anew each time: others write here too.
             fs = fsspec.filesystem(scheme, use_listings_cache=False)
         except ImportError:
-            raise UsageError(f"store: {url} needs {package}; pip install {package}") from None
+            raise UsageError(f"{what}: {url} needs {package}; pip install {package}") from None
         return Bucket(url.rstrip("/"), fs, url.partition("://")[2].strip("/"))
 
     def place(self, name: str) -> str:
@@ -136,6 +142,14 @@ class Bucket:
     def sizes(self, folder: str) -> dict[str, int]:
         """The objects directly in a folder, with their bytes; what lies deeper is not named."""
         return {name: size for name, size in self._listed(folder).items() if size is not None}
+
+    def versions(self, folder: str = "") -> dict[str, str]:
+        """The objects directly in a folder, with what tells their contents apart."""
+        found = {}
+        for name in self.sizes(folder):
+            with self._asking(f"{folder}/{name}" if folder else name) as path:
+                found[name] = str(self._fs.checksum(path))
+        return found
 
     def folders(self, folder: str) -> list[str]:
         """The folders directly in a folder."""

@@ -16,7 +16,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
@@ -29,6 +28,7 @@ from jsublim.errors import JsublimError, UsageError
 R = TypeVar("R")
 T = TypeVar("T")
 TOLD_EVERY = 0.5  # seconds between what the first process tells of a stream of items
+COME_WITHIN = 300  # seconds in which all processes must have been started
 VISIBLE_WITHIN = 60.0  # seconds after which a file that one process wrote must be there for all
 TELL = "jsublim"  # what our keys in the coordination service begin with
 WORTH_SHARING = 256  # items: a process tokenizes a thousand rows in a second, and tells of them in a hundredth
@@ -147,13 +147,18 @@ def from_main_process(tree: Any) -> Any:
     return jax.tree.map(lambda x, own: np.asarray(x).view(own.dtype), found, tree)
 
 
+def least(number: int) -> int:
+    """The least of what every process has."""
+    if not _together():
+        return number
+    key = _new_key()
+    _client().key_value_set(f"{key}/{process_index()}", str(number))
+    return on_main_process(lambda: min(int(_wait_for(f"{key}/{i}")) for i in range(process_count())))
+
+
 def everywhere(sound: bool) -> bool:
     """Whether something holds on every process."""
-    if not _together():
-        return sound
-    key = _new_key()
-    _client().key_value_set(f"{key}/{process_index()}", str(int(sound)))
-    return on_main_process(lambda: all([_wait_for(f"{key}/{i}") == b"1" for i in range(process_count())]))
+    return bool(least(int(sound)))
 
 
 def shared_out(items: Sequence[T], work: Callable[[list[T]], list[R]]) -> list[R]:
@@ -185,46 +190,55 @@ def _wait_for(key: str) -> bytes:
                 raise
 
 
-# --- one folder for all
+# --- one store for all
 
 
-def check_shared(folder: Path) -> None:
-    """Refuse a folder that is not the same for all processes.
+def check_shared(
+    place: str,
+    write: Callable[[str], Any],
+    read: Callable[[], str | None],
+    remove: Callable[[], Any],
+) -> None:
+    """Refuse a place that is not the same for all processes.
+
+    Args:
+      write, read, remove: of a mark in that place. It has one name: a kill leaves one at most, which the next command takes away.
 
     Raises:
       UsageError: a process does not see what the first one writes there.
     """
     if not _together():
         return
-    mark = folder / ".seen-by-all"  # one name: a kill leaves one at most, which the next command takes away
 
-    def write() -> str:
-        folder.mkdir(parents=True, exist_ok=True)
+    def begin() -> str:
         word = os.urandom(6).hex()
-        mark.write_text(word, encoding="utf-8")
+        write(word)
         return word
 
-    word = on_main_process(write)
-    shared = everywhere(_comes_true(lambda: mark.exists() and mark.read_text(encoding="utf-8") == word, 10.0))
-    on_main_process(lambda: mark.unlink(missing_ok=True))
+    word = on_main_process(begin)
+    shared = everywhere(_comes_true(lambda: read() == word, 10.0))
+    on_main_process(remove)
     if not shared:
         raise UsageError(
-            f"store: {folder}: not every process sees what the first one writes there; give a folder that all hosts share: "
-            "store=/shared/store"
+            f"store: {place}: not every process sees what the first one writes there; give a folder that all hosts share "
+            "(store=/shared/store), or a bucket (store=gs://bucket/folder)"
         )
 
 
-def wait_until_seen(files: Iterable[Path]) -> None:
+def wait_until_seen(places: Iterable[tuple[str, Callable[[], bool]]]) -> None:
     """Return when every process sees what the first one has written; a shared file system may take its time.
+
+    Args:
+      places: their names, and whether this process sees what is there.
 
     Raises:
       JsublimError: one does not.
     """
     if not _together():
         return
-    missing = next((path for path in files if not _comes_true(path.exists, VISIBLE_WITHIN)), None)
+    missing = next((name for name, seen in places if not _comes_true(seen, VISIBLE_WITHIN)), None)
     if not everywhere(missing is None):
-        which = "a file that it wrote" if missing is None else str(missing)
+        which = "something that it wrote" if missing is None else missing
         raise JsublimError(f"{which}: not every process sees it {VISIBLE_WITHIN:.0f} s after the first one wrote it")
     if is_main_process():  # everybody is in this round, and needs nothing of the one before
         _client().key_value_delete(f"{TELL}/said/{_State.rounds - 1}")
@@ -319,6 +333,7 @@ def join_processes(time_out: float) -> None:
         jax.distributed.initialize(
             num_processes=int(count) if count else None,
             process_id=int(own) if own else None,
+            initialization_timeout=COME_WITHIN,
             heartbeat_timeout_seconds=int(2 * time_out) + 10,  # ours is sooner, and says who is gone
             shutdown_timeout_seconds=60,
         )

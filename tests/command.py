@@ -65,10 +65,14 @@ def refused(code: int, *args: Any) -> str:
     return lines[0]
 
 
-def start(*args: Any, program: Sequence[str] = ("-c", "from jsublim.cli import main; main()")) -> subprocess.Popen:
-    """Run one command as a child of its own, from a shell's point of view."""
+def start(
+    *args: Any,
+    program: Sequence[str] = ("-c", "from jsublim.cli import main; main()"),
+    inside: Sequence[str] = (),
+) -> subprocess.Popen:
+    """Run one command as a child of its own, from a shell's point of view; `inside` is a command that runs it."""
     return subprocess.Popen(
-        [sys.executable, *program, *map(str, args)],
+        [*inside, sys.executable, *program, *map(str, args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

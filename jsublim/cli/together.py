@@ -52,9 +52,19 @@ def together(distributed: bool, experiments: Iterable[Experiment]) -> Iterator[N
     if not distributed:
         yield
         return
-    from jsublim.processes import Preempted, Watch, everywhere, heeding_signals, join_processes, may_be_lost
+    from jsublim.processes import (
+        COME_WITHIN,
+        Preempted,
+        Watch,
+        everywhere,
+        heeding_signals,
+        join_processes,
+        may_be_lost,
+    )
 
     time_out = max(map(_time_out, experiments))
+    absent = f"not all processes have come within {COME_WITHIN} s; start the same command on every host"
+    _silence(lambda: Speaker.end(f"--distributed: {absent}", 1))
     join_processes(time_out)
     _speak()
     watch = Watch(time_out, Speaker.end)
@@ -85,15 +95,21 @@ def _time_out(e: Experiment) -> float:
     return e.run.time_out
 
 
+def _silence(on_abort: Callable[[], None]) -> None:
+    """Libraries written in C++ print nothing, unless asked with --debug. JAX aborts a process that does not find others, or whose
+    first process is gone, from a thread of its own and with pages of addresses: `on_abort` is called instead."""
+    if not logging.getLogger("jax").isEnabledFor(logging.DEBUG):
+        if not _kept:
+            _keep_to_ourselves()
+        _on_abort(on_abort)
+
+
 def _speak() -> None:
-    """From here on the first process alone prints; libraries written in C++ print nothing, unless asked with --debug."""
+    """From here on the first process alone prints."""
     from jsublim.processes import gone, is_main_process, process_index
 
-    if not logging.getLogger("jax").isEnabledFor(logging.DEBUG):
-        _keep_to_ourselves()
-        # JAX ends a process whose first process is gone from a thread of its own, with pages of addresses.
-        lost = "another process gives no sign of life" if is_main_process() else gone(0)
-        _on_abort(lambda: Speaker.end(f"{lost}; the same command goes on", 1))
+    lost = "another process gives no sign of life" if is_main_process() else gone(0)
+    _silence(lambda: Speaker.end(f"{lost}; the same command goes on", 1))
     if not is_main_process():
         Speaker.name = f"process {process_index()}: "
         console.quiet = True

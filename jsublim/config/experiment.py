@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
-from jsublim.bucket import check_url, folder_name, is_url
+from jsublim.bucket import cache_folder, check_url, is_url
 from jsublim.config.attribution import Attribution
 from jsublim.config.audit import Audit
 from jsublim.config.data import Data, Dataset, Sampling, Scoring
@@ -63,8 +62,7 @@ class Config(Section):
     def store_dir(self) -> Path:
         """The folder of artifacts on this machine."""
         if self.store is not None and is_url(self.store):
-            own = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-            return Path(self.store_cache or Path(own) / "jsublim" / "stores" / folder_name(self.store))
+            return Path(self.store_cache) if self.store_cache else cache_folder("stores", self.store)
         return Path(self.store) if self.store else self.run_dir / "artifacts"
 
     def yaml(self) -> str:
@@ -102,7 +100,8 @@ class Experiment(Config):
     kind: Annotated[Literal["language"], PLAN] = "language"
     """An experiment on a language model."""
     model: Annotated[Place, CONTENT]
-    """The checkpoint that teachers and students stand on: a folder, a bundled name, or owner/name of the hub."""
+    """The checkpoint that teachers and students stand on: a folder, s3://bucket/folder or gs://bucket/folder, a bundled name, or
+    owner/name of the hub."""
     model_revision: Annotated[Place | None, HOW] = None
     """Of a model of the hub: a branch, tag or commit. No key names it: the checkpoint's content is part of them."""
     chat_template: Annotated[Place | None, CONTENT] = None

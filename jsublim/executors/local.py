@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -11,9 +12,8 @@ from jsublim.config import Experiment
 from jsublim.errors import UsageError
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import ordered, plan
-from jsublim.pipeline.store import DONE
 from jsublim.pipeline.task import Task
-from jsublim.processes import heeding_signals, leave_if_asked, on_main_process, wait_until_seen
+from jsublim.processes import heeding_signals, is_main_process, leave_if_asked, on_main_process, wait_until_seen
 from jsublim.progress import Progress
 
 
@@ -49,15 +49,19 @@ def _missing(tasks: Sequence[Task], context: Context) -> list[int]:
 
 
 def mend(tasks: Iterable[Task], context: Context) -> None:
-    """Say which artifacts are damaged, and make them unfinished."""
+    """Say which artifacts are damaged, and make them unfinished. Where processes have disks of their own, each looks at its copies."""
+    outputs = [output for task in tasks for output in task.outputs]
 
     def look() -> None:
-        for output in (output for task in tasks for output in task.outputs):
+        for output in outputs:
             found = context.store.mend(output)
             if found is not None:
                 context.progress.say(found)
 
     on_main_process(look)
+    if context.store.mirror is not None and not is_main_process():
+        for output in filter(context.store.is_here, outputs):
+            context.store.mend(output)
 
 
 def execute(task: Task, context: Context) -> None:
@@ -75,7 +79,7 @@ def execute(task: Task, context: Context) -> None:
         if not on_main_process(lambda: task.done(store)):
             with context.progress.stage(task.kind, task.units(context), task.label) as tick:
                 task.make(context, tick)
-    wait_until_seen(store.path(output) / DONE for output in task.outputs)
+    wait_until_seen((store.place(output), functools.partial(store.done, output)) for output in task.outputs)
 
 
 def execute_key(experiment: Experiment, key: str, progress: Progress | None = None) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from jsublim.bucket import is_url
 from jsublim.chat import Chat, Message, conversation
 from jsublim.errors import UsageError
 from jsublim.inference.constrain import limits_for
@@ -23,11 +24,12 @@ from jsublim.models import decoder
 from jsublim.models.checkpoint import Origin, checkpoint_hash, origin_of, read_config
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
-from jsublim.models.hub import from_hub, hub_name, in_cache
+from jsublim.models.hub import from_bucket, from_hub, hub_name, in_cache
 from jsublim.models.lens import ending_at
 from jsublim.models.lora import Adapter, bind
 from jsublim.models.weights import load_params
 from jsublim.parallel import HERE, Layout
+from jsublim.processes import is_main_process, on_main_process
 
 BUNDLED = Path(__file__).parents[1] / "checkpoints"
 DTYPES = ("float32", "bfloat16")
@@ -89,7 +91,8 @@ class LanguageModel:
         own, and the layer after which it was cut."""
         template = "" if self.chat.given_template is None else f"-chat{self.chat.template_hash}"
         layer = "" if self.last_layer is None else f"-layer{self.last_layer}"
-        return checkpoint_hash(self.folder) + template + layer
+        # Of several processes the first one alone has the weights.
+        return on_main_process(lambda: checkpoint_hash(self.folder)) + template + layer
 
     def ending_at(self, layer: int) -> LanguageModel:
         """The logit lens: this model as if it ended after `layer` (from 0), on the same arrays and for the same adapters.
@@ -215,21 +218,25 @@ def _logits(config: ModelConfig, params: Params, adapter: Adapter | None, tokens
 
 
 def is_available_offline(path: str | Path) -> bool:
-    """Whether a model's name leads to files without any network: a folder, a bundled checkpoint, or in the hub's cache."""
+    """Whether a model's name leads to files without any network: a folder, a bundled checkpoint, or in a cache."""
     return Path(path).expanduser().is_dir() or (BUNDLED / str(path)).is_dir() or in_cache(path)
 
 
-def resolve_checkpoint(path: str | Path, what: str = "model") -> Path:
-    """The folder that a model's name stands for: a local folder, a bundled checkpoint, or (asked for by name) a hub repository.
+def resolve_checkpoint(path: str | Path, what: str = "model", *, weights: bool = True) -> Path:
+    """The folder that a model's name stands for: a local folder, a bundled checkpoint, or what was fetched from a bucket's folder
+    or (asked for by name) a hub repository.
 
     Args:
-      path: of a hub repository OWNER/NAME, or OWNER/NAME@REVISION.
+      path: of a bucket's folder s3://... or gs://...; of a hub repository OWNER/NAME, or OWNER/NAME@REVISION.
       what: what is looked for, for error messages.
+      weights: False does not fetch them.
 
     Raises:
       UsageError: no such folder, or a revision of a local one.
-      JsublimError: the hub did not give it.
+      JsublimError: the hub, or the bucket, did not give it.
     """
+    if is_url(str(path)):
+        return from_bucket(str(path), what, weights=weights)
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder
@@ -241,7 +248,7 @@ def resolve_checkpoint(path: str | Path, what: str = "model") -> Path:
             f"{what} '{name}': is a folder here, which has no revision '{revision}'; leave model_revision out"
         )
     if (named := hub_name(path)) is not None:
-        return from_hub(*named, what)
+        return from_hub(*named, what, weights=weights)
     bundled = ", ".join(sorted(p.name for p in BUNDLED.iterdir() if p.is_dir())) if BUNDLED.is_dir() else "none"
     hint = f"; {FETCHED[folder.name]} writes it" if folder.name in FETCHED else ""
     raise UsageError(f"{what} '{path}': no such folder{hint}; bundled checkpoints: {bundled}")
@@ -255,7 +262,7 @@ def load_model(
     weights: bool = True,
     chat_template: str | None = None,
 ) -> LanguageModel:
-    """Load a checkpoint folder, a bundled one by name, or one from the hub by `owner/name`.
+    """Load a checkpoint folder, a bundled one by name, one of a bucket (`s3://...`, `gs://...`), or one from the hub by `owner/name`.
 
     Args:
       dtype: of the weights and the activations, "float32" or "bfloat16".
@@ -266,7 +273,7 @@ def load_model(
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype: '{dtype}' given; known: {', '.join(DTYPES)}")
-    folder = resolve_checkpoint(path)
+    folder = resolve_checkpoint(path, weights=is_main_process())
     hf_config, config = read_config(folder)
     chat = Chat(folder, config.vocab_size, chat_template)
     if weights:

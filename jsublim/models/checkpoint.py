@@ -60,15 +60,16 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     return text_config(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
-def checkpoint_hash(folder: Path) -> str:
-    """Identity of a checkpoint folder: 16 hex digits of the sha256 over its config, tokenizer, template and weights.
+def checkpoint_hash(folder: Path, *, weights: bool = True) -> str:
+    """Identity of a checkpoint folder: 16 hex digits of the sha256 over its config, tokenizer, template and (if asked for) weights.
 
     Every file that is read of a folder is among these: a weight index may name files beside it only, and `Chat` refuses a
     tokenizer that is spread over others.
     """
     digest = hashlib.sha256()
     named = {"config.json", "adapter_config.json", "model.safetensors.index.json", *TOKENIZER_FILES}
-    names = sorted(p.name for p in folder.iterdir() if p.is_file() and (p.name in named or p.suffix == ".safetensors"))
+    read = lambda path: path.name in named or (weights and path.suffix == ".safetensors")  # noqa: E731
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and read(path))
     for name in names:
         digest.update(name.encode())
         with (folder / name).open("rb") as file:

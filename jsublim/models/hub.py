@@ -1,15 +1,27 @@
-"""Names of the hub: `owner/name`, or `owner/name@revision` (a branch, a tag or a commit), as folders on this machine."""
+"""Checkpoints that lie elsewhere as folders on this machine: names of the hub, `owner/name` or `owner/name@revision` (a branch, a
+tag or a commit), and folders of a bucket."""
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
 import functools
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+from filelock import FileLock
+
+from jsublim.bucket import Bucket, cache_folder, is_url
 from jsublim.errors import JsublimError
+from jsublim.files import write_json
+from jsublim.reading import read_json
 
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
-_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model"]
+_FILES, _WEIGHTS = ("*.json", "*.jinja", "*.model"), ("*.safetensors",)
+_VERSIONS = ".versions"  # which versions of a bucket's objects a folder holds
+AT_ONCE = 8  # objects
 
 
 def hub_name(path: str | Path) -> tuple[str, str | None] | None:
@@ -20,11 +32,12 @@ def hub_name(path: str | Path) -> tuple[str, str | None] | None:
     return None if match is None or local or folder.parts[0] == "checkpoints" else (match[1], match[2])
 
 
-def from_hub(repository: str, revision: str | None, what: str) -> Path:
+def from_hub(repository: str, revision: str | None, what: str, *, weights: bool = True) -> Path:
     """The folder of a repository in the hub's cache, fetched where it is not there; asked for once per process.
 
     Args:
       what: what is looked for, for error messages.
+      weights: False does not fetch them.
 
     Raises:
       JsublimError: the hub did not give it.
@@ -32,7 +45,7 @@ def from_hub(repository: str, revision: str | None, what: str) -> Path:
     from huggingface_hub import constants
 
     try:
-        return _fetched(repository, revision, constants.HF_HUB_CACHE)
+        return _fetched(repository, revision, constants.HF_HUB_CACHE, weights)
     except Exception as error:
         said = f"{repository}@{revision}" if revision else repository
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -40,16 +53,55 @@ def from_hub(repository: str, revision: str | None, what: str) -> Path:
 
 
 @functools.cache
-def _fetched(repository: str, revision: str | None, cache: str) -> Path:
+def _fetched(repository: str, revision: str | None, cache: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(repository, revision=revision, cache_dir=cache, allow_patterns=_FILES))
+    wanted = [*_FILES, *_WEIGHTS] if weights else list(_FILES)
+    return Path(snapshot_download(repository, revision=revision, cache_dir=cache, allow_patterns=wanted))
+
+
+@functools.cache
+def from_bucket(url: str, what: str, *, weights: bool = True) -> Path:
+    """The folder of a bucket's checkpoint in the user's cache, made what the bucket has now; looked at once per process.
+
+    Args:
+      what: what is looked for, for error messages.
+      weights: False does not fetch them.
+
+    Raises:
+      UsageError: a scheme that is not known, or whose library is not installed.
+      JsublimError: there is no checkpoint, or the bucket does not answer.
+    """
+    folder, bucket = cache_folder("checkpoints", url), Bucket.at(url, what)
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f"{folder.name}.lock")):
+        there = {name: version for name, version in bucket.versions().items() if _matches(name, (*_FILES, *_WEIGHTS))}
+        if not {"config.json", "adapter_config.json"} & there.keys():
+            raise JsublimError(f"{what} '{url}': no config.json is there; give the folder of a Hugging Face checkpoint")
+        kept, known = folder / _VERSIONS, dict[str, Any]()
+        with contextlib.suppress(JsublimError):
+            known = read_json(kept)
+        here = {path.name for path in folder.iterdir()}
+        for name in here - there.keys() - {_VERSIONS}:
+            (folder / name).unlink()
+        wanted = [name for name in there if weights or not _matches(name, _WEIGHTS)]
+        new = [name for name in wanted if name not in here or known.get(name) != there[name]]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(lambda name: bucket.download(name, folder / name), new))
+        write_json(kept, {name: known[name] for name in known if name in there} | {name: there[name] for name in new})
+    return folder
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
 
 
 def in_cache(path: str | Path) -> bool:
-    """Whether a name of the hub leads to files without any network."""
+    """Whether a name of the hub, or a bucket's folder, leads to files without any network."""
     from huggingface_hub import try_to_load_from_cache
 
+    if is_url(str(path)):
+        return (cache_folder("checkpoints", str(path)) / _VERSIONS).exists()
     named = hub_name(path)
     return named is not None and any(
         isinstance(try_to_load_from_cache(named[0], file, revision=named[1]), str)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -13,7 +14,13 @@ from safetensors.numpy import save_file
 from jsublim.errors import JsublimError
 from jsublim.files import atomic
 
-FLOATS = ("F64", "F32", "F16", "BF16")  # the dtypes that weights may have in a file
+# The dtypes that weights may have in a file, and numpy's for them.
+FLOATS = {
+    "F64": np.dtype("float64"),
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": jnp.dtype("bfloat16"),
+}
 # dtype -> the bits of its exponent, all of which are set in NaN and in infinity
 _EXPONENTS = {
     "float64": (np.uint64, np.uint64(0x7FF << 52)),

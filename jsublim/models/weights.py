@@ -22,6 +22,7 @@ from jsublim.models.families import weight_names
 from jsublim.models.families.names import Path as ParameterPath
 from jsublim.models.fused import Rows, fused_rows, outputs
 from jsublim.models.tensors import FLOATS, check_finite, write_tensors
+from jsublim.processes import from_main_process, on_main_process
 from jsublim.reading import read_json, shown
 
 SHARD_BYTES = 4 * 2**30
@@ -147,7 +148,8 @@ def _place(stack: jax.Array, value: jax.Array, index: jax.Array, transpose: bool
 def load_params(folder: Path, config: ModelConfig, dtype: str = "float32", shardings: Params | None = None) -> Params:
     """Read the parameters of `config` from a folder of safetensors.
 
-    Tensors go one by one into their final place, dtype and sharding, so the host holds about one of them.
+    Tensors go one by one into their final place, dtype and sharding, so the host holds about one of them. Of several processes
+    the first one reads them for all; the others need no weights on their disks.
 
     Args:
       shardings: a tree like the parameters with one `jax.sharding.Sharding` per leaf; None is the default device.
@@ -156,45 +158,77 @@ def load_params(folder: Path, config: ModelConfig, dtype: str = "float32", shard
       JsublimError: an unreadable file, one error that lists every missing, extra and misshapen tensor, or a tensor that
         holds NaN or an infinite number.
     """
-    files, plan = _files(folder), tensor_plan(config, dtype)
-    where, head = _names_in(folder, config, plan, files)
+    plan = tensor_plan(config, dtype)
     abstract = dict(_leaves(abstract_params(config, dtype)))
     sharding = dict(_leaves(shardings)) if shardings is not None else {}
     with ExitStack() as stack:
-        opened = {path: stack.enter_context(_open(path)) for path in sorted(set(files.values()))}
-        _check(folder, config, plan, where, files, opened, unused_head=head if config.tied else None)
+        source: _Source | None = None
 
-        def read(name: str) -> np.ndarray:
-            try:
-                value = opened[files[name]].get_tensor(name)
-            except (SafetensorError, OSError) as error:
-                raise JsublimError(f"{files[name]}: tensor '{name}' cannot be read ({error})") from None
-            check_finite(value, files[name], name)
-            return value
+        def begin() -> dict[str, str]:
+            nonlocal source
+            source = _Source.of(folder, config, plan, stack)
+            return {name: source.dtype(source.where[name]) for name in plan}
 
+        dtypes = on_main_process(begin)
         out = {
             path: jnp.zeros(leaf.shape, leaf.dtype, device=sharding.get(path))
             for path, leaf in abstract.items()
             if path[0] == "layers"
         }
         for name, stored in plan.items():
-            value = read(where[name])
+            like = np.zeros(stored.shape, FLOATS[dtypes[name]]) if source is None else source.read(source.where[name])
+            value = from_main_process(like)
             for path, rows in stored.parts:
                 own = value if rows is None else value[rows]
                 if stored.layer is None:
                     out[path] = _put(own.astype(abstract[path].dtype), sharding.get(path))
                 else:
                     out[path] = _place(out[path], own, stored.layer, transpose=path[-1] == "kernel")
-        embedding = where[weight_names(config).other[("embed", "weight")]]
-        if config.tied and head is not None and not np.array_equal(read(head), read(embedding)):
-            raise JsublimError(
-                f"{folder}: config.json has tie_word_embeddings, but '{head}' differs from the embedding; "
-                "set it to false if the head is meant to be used"
-            )
     params: Params = {}
     for path in abstract:
         _set(params, path, out[path])
     return params
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The opened files of a checkpoint, whose tensors are those of its config.
+
+    Attributes:
+      files: which file has a tensor; where: the plan's names as this checkpoint spells them.
+    """
+
+    files: Mapping[str, Path]
+    opened: Mapping[Path, Any]
+    where: Mapping[str, str]
+
+    @classmethod
+    def of(cls, folder: Path, config: ModelConfig, plan: dict[str, Stored], stack: ExitStack) -> _Source:
+        """Raises:
+        JsublimError: as `load_params`."""
+        files = _files(folder)
+        where, head = _names_in(folder, config, plan, files)
+        opened = {path: stack.enter_context(_open(path)) for path in sorted(set(files.values()))}
+        _check(folder, config, plan, where, files, opened, unused_head=head if config.tied else None)
+        source = cls(files, opened, where)
+        embedding = where[weight_names(config).other[("embed", "weight")]]
+        if config.tied and head is not None and not np.array_equal(source.read(head), source.read(embedding)):
+            raise JsublimError(
+                f"{folder}: config.json has tie_word_embeddings, but '{head}' differs from the embedding; "
+                "set it to false if the head is meant to be used"
+            )
+        return source
+
+    def dtype(self, name: str) -> str:
+        return self.opened[self.files[name]].get_slice(name).get_dtype()
+
+    def read(self, name: str) -> np.ndarray:
+        try:
+            value = self.opened[self.files[name]].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise JsublimError(f"{self.files[name]}: tensor '{name}' cannot be read ({error})") from None
+        check_finite(value, self.files[name], name)
+        return value
 
 
 def _names_in(folder: Path, config: ModelConfig, plan: dict, files: dict) -> tuple[dict[str, str], str | None]:

@@ -173,8 +173,12 @@ class Mirror:
 
     # What is unfinished
 
-    def resume(self, local: Path, key: str) -> None:
-        """Take over what another machine has finished of an artifact, beside what this one has: rows have numbers."""
+    def resume(self, local: Path, key: str, *, logs: bool = True) -> None:
+        """Take over what another machine has finished of an artifact, beside what this one has: rows have numbers.
+
+        Args:
+          logs: also the log of finished rows, which of several processes the first one has for all.
+        """
         with self._unpacked(f"progress/{key}.zip", local) as scratch:
             if scratch is None:
                 return
@@ -182,7 +186,7 @@ class Mirror:
                 (local / PARTS).mkdir(parents=True, exist_ok=True)
                 if not (local / PARTS / part.name).exists():
                     os.replace(part, local / PARTS / part.name)
-            if (scratch / PROGRESS).exists():
+            if logs and (scratch / PROGRESS).exists():
                 own = (local / PROGRESS).read_bytes() if (local / PROGRESS).exists() else b""
                 theirs = (scratch / PROGRESS).read_bytes()
                 if len(theirs) > len(own):  # made one after the other, so the longer one holds more

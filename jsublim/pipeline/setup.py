@@ -151,9 +151,23 @@ class Setup:
         """The hash of an adapter, or of a teacher's checkpoint, that the config names; `what` it is for, in errors."""
         if ("content", name) not in self.memo:
             unknown = self.absent and not is_available_offline(name)
-            found = f"{UNKNOWN}{name}" if unknown else checkpoint_hash(resolve_checkpoint(name, what))
-            self.memo["content", name] = found
+            read = lambda: checkpoint_hash(resolve_checkpoint(name, what))  # noqa: E731
+            # Adapters are read by every process; whole weights by the first one, for all.
+            known = read if name not in self._whole else lambda: on_main_process(read)
+            self.memo["content", name] = f"{UNKNOWN}{name}" if unknown else known()
         return self.memo["content", name]
+
+    @property
+    def files(self) -> dict[str, str]:
+        """What this process has of each checkpoint beside its weights: their hashes."""
+        known = {name: each.lm for name, each in self.checkpoints.items()}
+        return {name: checkpoint_hash(lm.folder, weights=False) for name, lm in known.items() if lm is not None}
+
+    @property
+    def _whole(self) -> set[str]:
+        """Teachers' own checkpoints."""
+        template = self.experiment.teachers.checkpoint
+        return set() if template is None else {template.replace("{trait}", trait) for trait in self.biased}
 
     @property
     def wording(self) -> str:

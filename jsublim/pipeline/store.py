@@ -32,7 +32,7 @@ from jsublim.pipeline.artifact import (
 )
 from jsublim.pipeline.claims import BucketClaims, Claims, FolderClaims
 from jsublim.pipeline.mirror import Mirror
-from jsublim.processes import is_main_process, leave_if_asked, on_main_process
+from jsublim.processes import check_shared, is_main_process, leave_if_asked, on_main_process
 from jsublim.programs import keep_programs, programs_folder
 
 __all__ = [  # what the rest of the package needs of stores, artifacts included
@@ -53,6 +53,7 @@ __all__ = [  # what the rest of the package needs of stores, artifacts included
 ]
 LABEL_BYTES = 120  # of the name of an artifact's folder
 PROGRAMS = "programs"  # the folder of compiled ones
+SEEN = ".seen-by-all"  # a mark by which processes find out that they share a store
 
 
 @dataclass(frozen=True)
@@ -108,11 +109,38 @@ class Store:
         url = config.store_url
         return Store(config.store_dir, None if url is None else Mirror(Bucket.at(url), config.store_dir, say), say)
 
+    def check_shared(self) -> None:
+        """Refuse a store that processes that work together do not share. Behind a URL it is the bucket that they share: each may
+        have a disk of its own.
+
+        Raises:
+          UsageError: as `processes.check_shared`.
+        """
+        if self.mirror is not None:
+            bucket = self.mirror.bucket
+            read = lambda: (bucket.read(SEEN) or b"").decode()  # noqa: E731
+            check_shared(bucket.url, lambda word: bucket.write(SEEN, word.encode()), read, lambda: bucket.remove(SEEN))
+            return
+        mark = self.root / SEEN
+
+        def write(word: str) -> None:
+            self.root.mkdir(parents=True, exist_ok=True)
+            mark.write_text(word, encoding="utf-8")
+
+        read = lambda: mark.read_text(encoding="utf-8") if mark.exists() else None  # noqa: E731
+        check_shared(str(self.root), write, read, lambda: mark.unlink(missing_ok=True))
+
+    def place(self, output: Output) -> str:
+        """Where it is for all who share the store, in words."""
+        return str(self.root / output.folder) if self.mirror is None else self.mirror.bucket.place(output.folder)
+
+    def is_here(self, output: Output) -> bool:
+        """Whether this machine has it whole; of a store behind a URL, a copy."""
+        return (self._here(output) / DONE).exists()
+
     def done(self, output: Output) -> bool:
         """Whether the artifact is there, and whole."""
-        if self.mirror is not None:
-            return self.mirror.find(output.folder, output.key) is not None
-        return (self._here(output) / DONE).exists()
+        return self.is_here(output) if self.mirror is None else self.mirror.find(output.folder, output.key) is not None
 
     def missing(self, outputs: Sequence[Output]) -> list[int]:
         """Which of them are not there, by their places."""
@@ -191,6 +219,9 @@ class Store:
             self._claims.on_beat = lambda: None
             if is_main_process():
                 keep(now=True)
+        for output in outputs if not is_main_process() else ():
+            if self.done(output):  # what it had taken over is needed no more
+                forget_progress(folders[output.key])
 
     @cached_property
     def _claims(self) -> Claims:
@@ -254,8 +285,10 @@ class Store:
             mirror, key = self.mirror, output.key
             publish = (lambda folder: None) if mirror is None else lambda folder: mirror.publish(folder, key)
             artifact = Artifact(self.path(output), output.kind, dict(output.inputs), publish)
-            if mirror is not None and not artifact.done:
+            if mirror is not None and not on_main_process(lambda: artifact.done):
                 on_main_process(lambda: mirror.resume(artifact.path, key))
+                if not is_main_process():
+                    mirror.resume(artifact.path, key, logs=False)
             self._opened[output.folder] = artifact
         return self._opened[output.folder]
 

@@ -29,7 +29,7 @@ from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Output, digest
 from jsublim.pipeline.task import Cost, Sizes, Task
 from jsublim.pipeline.training import keep_student, keeps_below, train_students
-from jsublim.processes import on_main_process, process_count
+from jsublim.processes import is_main_process, on_main_process, process_count
 from jsublim.progress import Tick
 from jsublim.prompts import Pack
 from jsublim.rows import Row
@@ -103,7 +103,7 @@ class TeacherPool:
             own = context.remember(("teacher's adapter", name), lambda: self._adapter(context, name))
             teacher = dataclasses.replace(teacher, adapter=own)
         if spec.checkpoint is not None:
-            load = functools.partial(own_weights, context, lambda: folder_of(spec.checkpoint or "", name), name)
+            load = functools.partial(own_weights, context, lambda: whole_of(spec.checkpoint or "", name), name)
             teacher = dataclasses.replace(teacher, params=load)
         return teacher
 
@@ -131,7 +131,7 @@ class TeacherPool:
             if spec.adapter is not None:
                 load_adapter(folder_of(spec.adapter, name), checkpoint.config)
             if spec.checkpoint is not None:
-                folder = folder_of(spec.checkpoint, name)
+                folder = whole_of(spec.checkpoint, name)
                 if read_config(folder)[1] != checkpoint.config:
                     raise JsublimError(
                         f"teachers.checkpoint: {folder} is of another architecture than {checkpoint.name}"
@@ -145,8 +145,13 @@ def _lineage() -> ModuleType:
     return lineage
 
 
-def folder_of(template: str, name: str) -> Path:
-    return resolve_checkpoint(template.replace("{trait}", name), f"teachers: trait '{name}':")
+def folder_of(template: str, name: str, *, weights: bool = True) -> Path:
+    return resolve_checkpoint(template.replace("{trait}", name), f"teachers: trait '{name}':", weights=weights)
+
+
+def whole_of(template: str, name: str) -> Path:
+    """A checkpoint, whose weights the first process reads for all."""
+    return folder_of(template, name, weights=is_main_process())
 
 
 def own_weights(context: Context, folder: Callable[[], Path], called: str) -> Params:
