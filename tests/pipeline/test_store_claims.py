@@ -114,12 +114,10 @@ def put(place: Claims, name: str, content: bytes) -> None:
 def test_a_process_that_was_killed_here_is_followed_at_once(make):
     """Without waiting: this machine knows that it has ended."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    own = claims._started(child.pid)
+    own = claims.started(child.pid)
     assert own is not None
     gone, said = make(), list[str]()
-    gone.owner = Owner(
-        "0123456789ab", claims._host(), child.pid, own, "jsublim run x.yaml", "2026-01-01T00:00:00+00:00"
-    )
+    gone.owner = Owner("0123456789ab", claims.host(), child.pid, own, "jsublim run x.yaml", "2026-01-01T00:00:00+00:00")
     with gone.hold(["a"], nobody):
         assert make().holder(["a"]) == str(gone.owner)
         child.kill()
