@@ -12,9 +12,9 @@ import yaml
 
 from jsublim.files import write_text
 from jsublim.models.hub import hub_name
-from jsublim.pipeline.artifact import check_whole, mark_of
+from jsublim.pipeline.artifact import check_whole
 from jsublim.pipeline.publish import record_of
-from jsublim.pipeline.store import DONE, RECORD, digest, versions
+from jsublim.pipeline.store import DONE, RECORD, digest, read_summary, versions
 from jsublim.reading import read_json
 
 CARD = "README.md"
@@ -62,7 +62,7 @@ class Origin:
         summary = {}
         if record and (folder / DONE).is_file():
             check_whole(folder, None if path.is_dir() else path.name)
-            summary = mark_of(folder)["summary"]
+            summary = read_summary(folder)
         inside = folder.parent.name == record.get("kind")  # of a store
         parents = dict(_parents(folder.parents[1], record.get("inputs", {}))) if inside else {}
         return cls(path.name if path.is_dir() else path.stem, record, summary, parents)

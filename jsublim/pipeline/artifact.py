@@ -141,7 +141,7 @@ class Artifact:
 
     @property
     def summary(self) -> dict[str, Any]:
-        return mark_of(self.path)["summary"]
+        return read_summary(self.path)
 
 
 def forget_progress(folder: Path) -> None:
@@ -174,6 +174,15 @@ def mark_of(folder: Path) -> dict[str, Any]:
     if mark is None:
         raise JsublimError(f"{folder / DONE}: is not what was written; run the command again that made it")
     return mark
+
+
+def read_summary(folder: Path) -> dict[str, Any]:
+    """What whoever made an artifact kept of it.
+
+    Raises:
+      JsublimError: as `mark_of`.
+    """
+    return mark_of(folder)["summary"]
 
 
 def mark_text(said: Mapping[str, Any]) -> str:

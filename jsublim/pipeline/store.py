@@ -26,7 +26,7 @@ from jsublim.pipeline.artifact import (
     digest,
     forget_progress,
     in_words,
-    mark_of,
+    read_summary,
     versions,
 )
 from jsublim.pipeline.claims import BucketClaims, Claims, FolderClaims
@@ -46,6 +46,7 @@ __all__ = [  # what the rest of the package needs of stores, artifacts included
     "Store",
     "device",
     "digest",
+    "read_summary",
     "versions",
 ]
 LABEL_BYTES = 120  # of the name of an artifact's folder
@@ -279,7 +280,7 @@ class Store:
         here = self._here(output)
         folder = None if self.mirror is None else self.mirror.find(output.folder, output.key)
         if self.mirror is None or folder is None or (here / DONE).exists():
-            return mark_of(here)["summary"]
+            return read_summary(here)
         return self.mirror.summary(folder)
 
     def training(self, name: str) -> Path:
