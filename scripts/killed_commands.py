@@ -103,14 +103,17 @@ class KilledCommands:
         return code, log.read_text()[-2000:]
 
     def undisturbed(self) -> None:
-        """Make what every command is compared with, and count its operations."""
+        """Make what every command is compared with, and count its operations; what is there already is taken as it is."""
+        known = self.folder / "operations.json"
+        self.operations = json.loads(known.read_text()) if known.exists() else {}
         for name, text in SOURCES.items():
             (self.whole / "checkout" / name).parent.mkdir(parents=True, exist_ok=True)
             (self.whole / "checkout" / name).write_text(text)
-        for name in self.commands:
+        for name in [name for name in self.commands if name not in self.operations]:
             code, said = self.call(name, self.whole)
             assert code == 0, (name, said)
             self.operations[name] = int((self.folder / "operations").read_text())
+            known.write_text(json.dumps(self.operations))
 
     def killed(self, name: str) -> None:
         """Kill a command once or twice, let it end, and compare."""
@@ -143,11 +146,11 @@ def whole_already(said: str) -> bool:
 
 
 def left(folder: Path) -> dict[str, Any]:
-    """What lies below a folder, by path: content, but for times and speeds. Locks stay; who has them is gone."""
+    """What lies below a folder, by path: content, but for times and speeds. Locks stay, and who had the last one of something whole."""
     found: dict[str, Any] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
-        if path.suffix == ".lock" or "/programs/" in name:
+        if path.suffix == ".lock" or path.name == "1.json" or "/programs/" in name:
             continue
         found[name] = None if path.name in TIMED else path.read_bytes()
         if path.name == "metrics.jsonl":

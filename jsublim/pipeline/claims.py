@@ -27,7 +27,7 @@ from filelock import FileLock, SoftFileLock, Timeout
 
 from jsublim.bucket import Bucket
 from jsublim.errors import JsublimError
-from jsublim.files import host, started, write_json
+from jsublim.files import host, remove_abandoned, started, write_json
 from jsublim.processes import leave_if_asked, on_main_process
 
 BEAT, STALE = 15.0, 120.0  # seconds: between signs of life; without one, after which a claim is taken over
@@ -247,6 +247,10 @@ class FolderClaims(Claims):
     def place(self) -> str:
         return str(self.folder)
 
+    def _live(self) -> None:
+        remove_abandoned(self.folder / "owners")
+        super()._live()
+
     def _names(self, folder: str) -> list[str]:
         return os.listdir(self.folder / folder) if (self.folder / folder).is_dir() else []
 
@@ -276,6 +280,7 @@ class FolderClaims(Claims):
             lock.release()
             return False
         try:
+            remove_abandoned(self.folder / key)
             self._write(f"{key}/{turn}.json", asdict(self.owner))
         except BaseException:
             lock.release()

@@ -194,7 +194,9 @@ def test_verify_names_what_is_damaged_and_export_refuses_it(tmp_path, rows):
     shutil.copytree(rows.with_suffix(".artifacts"), store)
     assert ok("verify", store).out.splitlines()[-1].endswith("0 damaged")
     folder = next(store.glob("rows/*"))
-    flip(folder / "rows.jsonl", 9)
+    flip(
+        folder / "rows.jsonl", 8 * (folder / "rows.jsonl").read_bytes().index(b"completion") + 8 * len('completion": "')
+    )  # a digit
     found = jsublim("verify", store)
     size = sum(path.stat().st_size for path in folder.iterdir())
     assert found.code == 1 and f"1 artifacts, {size:,} bytes read; 1 damaged" in found.out
