@@ -3,18 +3,60 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import itertools
 import json
 import os
+import platform
+import re
+import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 PARTIAL = ".partial"  # how the name of an unfinished file ends
 DAMAGED = ".damaged"  # and that of one that is not what was written
+# How a scratch name ends: machine, process and its start (earlier versions did not say those), and something random.
+SCRATCH = re.compile(rf"\.(?:([0-9a-f]{{6}})-(\d+)-(\d*)-)?[0-9a-f]{{8}}{re.escape(PARTIAL)}$")
+ABANDONED = 86400.0  # seconds without a change, after which nobody on another machine is writing it any more
+
+
+def host() -> str:
+    """This machine; a container, where numbers of processes are its own, is another one."""
+    with suppress(OSError):
+        return f"{platform.node()}:{Path('/proc/self/ns/pid').stat().st_ino}"
+    return platform.node()
+
+
+def started(pid: int) -> str | None:
+    """When a process of this machine was started, "" where that cannot be told; None: there is no such process, or it has
+    ended and nobody has taken notice."""
+    try:
+        said = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[-1].split()
+        return None if said[0] in "ZX" else said[19]
+    except (OSError, IndexError):
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except OSError:
+        pass
+    return None if Path("/proc/self/stat").exists() else ""
+
+
+def scratch_of(path: Path) -> Path:
+    """A name for what is to become `path`: no other process or thread has it, and it says which process that is."""
+    who = f"{_machine()}-{os.getpid()}-{started(os.getpid()) or ''}"
+    return path.with_name(f".{path.name}.{who}-{uuid.uuid4().hex[:8]}{PARTIAL}")
+
+
+def _machine() -> str:
+    return hashlib.sha256(host().encode()).hexdigest()[:6]
 
 
 @contextmanager
@@ -24,7 +66,7 @@ def atomic(path: str | Path) -> Iterator[Path]:
     The scratch name is unique, so two processes that write one file leave one of the two, whole.
     """
     path = Path(path)
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    scratch = scratch_of(path)
     try:
         with naming(path):
             yield scratch
@@ -40,6 +82,27 @@ def remove_unfinished(folder: Path) -> None:
     for path in folder.glob(f".*{PARTIAL}"):
         if path.is_file():
             path.unlink(missing_ok=True)
+
+
+def remove_abandoned(place: Path) -> None:
+    """Remove what processes that are gone had begun to write: inside a folder, and beside a file or folder, under its name.
+    Others may be writing there; theirs stays."""
+    beside = place.parent.glob(f".{glob.escape(place.stem)}.*{PARTIAL}")
+    for path in [*beside, *place.glob(f".*{PARTIAL}")]:
+        with suppress(OSError):
+            if _is_abandoned(path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_abandoned(scratch: Path) -> bool:
+    """Whether a scratch path is one of ours, and the process that it is of is gone."""
+    ours = SCRATCH.search(scratch.name)
+    if ours is None:
+        return False
+    machine, pid, begun = ours.groups()
+    if machine == _machine():
+        return started(int(pid)) != begun
+    return machine is None or time.time() - scratch.stat().st_mtime > ABANDONED
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 Each kill is a SIGKILL at a random moment of a random stage: of the process itself, of a worker of Ray, of the driver of Ray (its
 cluster goes with it), or of a shard. Who goes on is another executor, over the same store; after five kills a run is let to end.
 An undisturbed run that is there already as FOLDER/whole is taken as it is. Every run must leave what an undisturbed run leaves, artifact for artifact and row for row (`compare_stores.py`).
+With `--ways commands` every command that writes is killed instead, at chosen operations (`killed_commands.py`).
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ SMALL = (
     "evaluation.traits=[cat]", "evaluation.questions=2", "evaluation.samples=2", "evaluation.batch_size=4",
     "evaluation.number_rows=0", "evaluation.teachers=false",
 )  # fmt: skip
+LORA = ("students.adapter", "students.runtime.arms")  # fields that the students of a figure do not have
 
 
 class Soak:
@@ -150,6 +152,11 @@ def main(arguments: list[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     given.folder.mkdir(parents=True, exist_ok=True)
     soak = Soak(given.folder.resolve(), given.config, given.fields, given.seed, given.workers)
+    if given.ways == "commands":
+        fields = [field for field in given.fields if not field.startswith(LORA)]
+        words = [str(soak.folder), str(given.kills), str(given.seed), *fields]
+        script = str(ROOT / "scripts" / "killed_commands.py")
+        os.execve(sys.executable, [sys.executable, script, *words], soak.environment)
     soak.undisturbed()
     ways, runs = itertools.cycle(given.ways.split(",")), 0
     while soak.kills.total() < given.kills:

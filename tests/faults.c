@@ -1,4 +1,4 @@
-/* A disk that fails: one chosen write, fsync, rename or mkdir below FAULT_ROOT.
+/* A disk that fails, or a process that is killed: at one chosen write, fsync, rename or mkdir below FAULT_ROOT.
 
    Preloaded into a process (LD_PRELOAD), so that it meets every library's files, whatever that library is written in. */
 #define _GNU_SOURCE
@@ -6,19 +6,21 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <signal.h>
 #include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
-enum { FAIL = 1, SHORT = 2, SLOW = 3 };
+enum { FAIL = 1, SHORT = 2, SLOW = 3, KILL = 4 };
 static atomic_long count, chosen;
 static atomic_int how;
 
-/* From now on count from zero; the n-th operation (from 1) fails. n = 0: none does. */
+/* From now on count from zero; the n-th operation (from 1) fails, or kills the process. n = 0: none does. */
 void fault_arm(long n, int mode) { atomic_store(&count, 0); atomic_store(&chosen, n); atomic_store(&how, mode); }
 long fault_count(void) { return atomic_load(&count); }
 
@@ -50,6 +52,7 @@ static int fd_below(int fd) {
 static int hit(void) {
     if (atomic_fetch_add(&count, 1) + 1 != atomic_load(&chosen)) return 0;
     if (atomic_load(&how) == SLOW) { usleep(200000); return 0; }
+    if (atomic_load(&how) == KILL) kill(getpid(), SIGKILL);
     errno = ENOSPC;
     return 1;
 }
@@ -84,6 +87,18 @@ ssize_t writev(int fd, const struct iovec *parts, int n) {
     REAL(ssize_t, "writev", int, const struct iovec *, int);
     if (fd > 2 && fd_below(fd) && hit()) return -1;
     return real(fd, parts, n);
+}
+
+ssize_t sendfile(int to, int from, off_t *at, size_t n) {
+    REAL(ssize_t, "sendfile", int, int, off_t *, size_t);
+    if (fd_below(to) && hit()) return -1;
+    return real(to, from, at, n);
+}
+
+ssize_t sendfile64(int to, int from, off64_t *at, size_t n) {
+    REAL(ssize_t, "sendfile64", int, int, off64_t *, size_t);
+    if (fd_below(to) && hit()) return -1;
+    return real(to, from, at, n);
 }
 
 int fsync(int fd) {

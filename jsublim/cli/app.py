@@ -18,7 +18,7 @@ from jsublim.errors import UsageError
 # The help shows commands in this order; one that stands nowhere here is shown last.
 PANELS = {
     "Experiments": ("run", "reproduce", "validate", "ls", "cp", "doctor"),
-    "Results": ("show", "results", "compare", "report", "rescore"),
+    "Results": ("show", "results", "compare", "report", "rescore", "verify"),
     "Stages of an experiment": ("generate", "divergence", "finetune", "evaluate", "attribute", "audit", "steer"),
     "To and from elsewhere": ("import", "export", "push"),
     "Checkpoints, prompts, devices": ("convert", "prompts", "aot", "launch"),
@@ -119,11 +119,15 @@ Model = Annotated[
 
 
 def named(out: Path) -> Path:
-    """A place to write, which must have a name: scratch files and artifacts lie beside it, under names like it."""
+    """A place to write, which must have a name: scratch files and artifacts lie beside it, under names like it. What killed
+    processes had begun to write there is removed."""
+    from jsublim.files import remove_abandoned
+
     if out.name in ("", ".."):
         raise UsageError(
             f"'{out}': is no place for a result; give a file or folder of its own, such as {out / 'result'}"
         )
+    remove_abandoned(out)
     return out
 
 

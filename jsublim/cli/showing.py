@@ -1,4 +1,4 @@
-"""Commands that read what runs have left: show, results, compare. They compute nothing, and need no model."""
+"""Commands that read what runs have left: show, results, compare, verify. They compute nothing, and need no model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 from jsublim.cli.app import Format, Json, app, output
 from jsublim.cli.validating import kinds
-from jsublim.errors import UsageError
+from jsublim.errors import JsublimError, UsageError
 
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")]
 
@@ -65,8 +65,8 @@ def print_about(about: dict[str, Any]) -> None:
         facts.add_row("seconds", ", ".join(f"{kind} {value:g}" for kind, value in seconds.items()))
         facts.add_row("in all", f"{sum(seconds.values()) / 60:.1f} minutes")
     for kind, found in about["artifacts"].items():
-        unfinished = found["there"] - found["whole"]
-        rest = f", {unfinished} unfinished" if unfinished else ""
+        others = {"damaged": found["damaged"], "unfinished": found["there"] - found["whole"] - found["damaged"]}
+        rest = "".join(f", {count} {what}" for what, count in others.items() if count)
         facts.add_row(f"artifacts: {kind}", f"{found['whole']}{rest}, {found['bytes'] / 1e6:.3g} MB")
     for place in about["rescored_as"]:
         facts.add_row("rescored", Text(place))
@@ -175,6 +175,25 @@ def _in_words(found: Any) -> dict[str, Any]:
     bounds = words.MISSING if found.interval is None else words.interval(found.interval, found.metric, signed=True)
     gap = words.number(found.difference, found.metric, signed=True)
     return {"condition": found.condition, "trait": found.trait, "a": a, "b": b, "b - a": gap, "95 %": bounds}
+
+
+@app.command()
+def verify(store: Annotated[str, typer.Argument(metavar="STORE", help="A folder (RUN/artifacts) or a URL.")]) -> None:
+    """Read every artifact of a store, and name those that are not what was written. Nothing is changed."""
+    from jsublim.pipeline import verifying
+
+    count, read, damaged = 0, 0, 0
+    for found in verifying.verify(store):
+        count, read = count + 1, read + found.bytes
+        if found.damage is not None:
+            damaged += 1
+            output.print(found.damage, soft_wrap=True)
+    output.print(f"{count} artifacts, {read:,} bytes read; {damaged} damaged", soft_wrap=True)
+    if damaged:
+        raise JsublimError(
+            f"{store}: {damaged} of {count} artifacts are damaged; remove DONE from those, and the commands that made them make "
+            "them again"
+        )
 
 
 def say_result(report: Path, as_json: bool) -> None:

@@ -107,8 +107,8 @@ def divergence(
         f"{summary['divergence_tokens']} divergence tokens of {summary['tokens']} ({summary['share']:.2%}); "
         f"{summary['rows_with']} of {summary['rows']} rows have one"
     )
-    write_readings(sidecar, found.readings(context.store))
     publish_rows(out, found.read(context.store), found)
+    write_readings(sidecar, found.readings(context.store))  # second: without OUT it would be taken for somebody else's
     print(out)
 
 

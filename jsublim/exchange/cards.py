@@ -12,6 +12,7 @@ import yaml
 
 from jsublim.files import write_text
 from jsublim.models.hub import hub_name
+from jsublim.pipeline.artifact import check_whole
 from jsublim.pipeline.publish import record_of
 from jsublim.pipeline.store import DONE, RECORD, digest, read_summary, versions
 from jsublim.reading import read_json
@@ -50,11 +51,18 @@ class Origin:
 
     @classmethod
     def of(cls, path: Path) -> Origin:
-        """Of an artifact's folder, of a file in one, or of a published copy."""
+        """Of an artifact's folder, of a file in one, or of a published copy.
+
+        Raises:
+          JsublimError: the artifact is not what was written.
+        """
         path = path.absolute()
         folder = path if path.is_dir() else path.parent
         record = record_of(path) or {}
-        summary = read_summary(folder) if record and (folder / DONE).is_file() else {}
+        summary = {}
+        if record and (folder / DONE).is_file():
+            check_whole(folder, None if path.is_dir() else path.name)
+            summary = read_summary(folder)
         inside = folder.parent.name == record.get("kind")  # of a store
         parents = dict(_parents(folder.parents[1], record.get("inputs", {}))) if inside else {}
         return cls(path.name if path.is_dir() else path.stem, record, summary, parents)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.files import PARTIAL, atomic, write_json, write_text
+from jsublim.files import atomic, scratch_of, write_json, write_text
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.families import text_config
@@ -87,7 +86,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: already exists; give another --out or remove it first")
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
+    scratch = scratch_of(out)
     scratch.mkdir()
     try:
         yield scratch

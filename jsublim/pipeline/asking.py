@@ -56,7 +56,7 @@ def evaluate(
     """
     records: list[list[dict[str, Any]]] = [[] for _ in models]
     said: list[list[dict[str, Any]]] = [[] for _ in models]
-    logs, offset, first = [RowLog(artifact.path / PROGRESS) for artifact in artifacts], 0, models[0]
+    logs, offset, first = [RowLog(artifact.path / PROGRESS, artifact.say) for artifact in artifacts], 0, models[0]
     adapters = [model.adapter for model in models if model.adapter is not None]
     tick(sum(len(log.rows) for log in logs))
     for task, sampling in zip(tasks, samplings, strict=True):

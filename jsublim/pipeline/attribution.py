@@ -172,7 +172,7 @@ def attribute_rows(
     for i, own in job.pairs.items():
         longest = max(len(pair.clean) for pair in own)
         job.roles[i] = token_roles(lm.chat, teacher, rows[i], teacher.name, longest - 1, extra_bos=extra_bos)
-    log, used = RowLog(artifact.path / PROGRESS), list(job.pairs)
+    log, used = RowLog(artifact.path / PROGRESS, artifact.say), list(job.pairs)
     tick(len(rows) - len(used))
     # Chunks begin at the same rows whatever was stopped where: the rows beside a row must not change the last bit of a row.
     for first in range(0, len(used), chunk):

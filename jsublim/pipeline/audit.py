@@ -123,7 +123,7 @@ class AuditRows(Task):
         assert how is not None
         name = training_rows(setup, self.source).called(self.source)
         about = _asked(setup), traits, how.batch_size, tick
-        turns, found = scored_rows(context, artifact.path, name, rows, s, self.seed, *about)
+        turns, found = scored_rows(context, artifact, name, rows, s, self.seed, *about)
         divergent = [_divergent(row, len(each)) for row, each in zip(rows, found, strict=True)]
 
         def leave() -> None:

@@ -166,7 +166,7 @@ class ChangeRows(Task):
         scores, influence = entangled_tasks(setup, self.source), influence_tasks(setup, self.source)
         needs = {need for change in dataset.changes.values() for need in change.needs}
         artifact = store.open(self.output)
-        log = RowLog(artifact.path / PROGRESS)
+        log = RowLog(artifact.path / PROGRESS, artifact.say)
         making = Making(
             lm=context.lm(),
             teacher=TeacherPool(setup, self.source.elder).teacher(context, self.source.teacher),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import platform
 import shlex
 import sys
 import threading
@@ -28,10 +27,11 @@ from filelock import FileLock, SoftFileLock, Timeout
 
 from jsublim.bucket import Bucket
 from jsublim.errors import JsublimError
-from jsublim.files import write_json
+from jsublim.files import host, remove_abandoned, started, write_json
 from jsublim.processes import leave_if_asked, on_main_process
 
 BEAT, STALE = 15.0, 120.0  # seconds: between signs of life; without one, after which a claim is taken over
+LONG = 86400.0  # and after which the last one is removed: by then no two machines' clocks differ about it
 LOOK, LOOK_AFAR = 0.2, 2.0  # seconds between two tries to get what another process has: in a folder, in a bucket
 
 
@@ -53,8 +53,8 @@ class Owner:
     def own() -> Owner:
         words = [Path(sys.argv[0]).name, *sys.argv[1:]]
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        started = _started(os.getpid()) or ""
-        return Owner(uuid.uuid4().hex[:12], _host(), os.getpid(), started, shlex.join(words)[:200], now)
+        begun = started(os.getpid()) or ""
+        return Owner(uuid.uuid4().hex[:12], host(), os.getpid(), begun, shlex.join(words)[:200], now)
 
     @staticmethod
     def read(content: bytes | None) -> Owner | None:
@@ -70,31 +70,7 @@ class Owner:
     @property
     def is_gone(self) -> bool:
         """Whether this machine knows that the process has ended; it knows nothing about those of others."""
-        return self.host == _host() and _started(self.pid) != self.started
-
-
-def _host() -> str:
-    """This machine; a container, where numbers of processes are its own, is another one."""
-    with suppress(OSError):
-        return f"{platform.node()}:{Path('/proc/self/ns/pid').stat().st_ino}"
-    return platform.node()
-
-
-def _started(pid: int) -> str | None:
-    """When a process of this machine was started, "" where that cannot be told; None: there is no such process, or it has
-    ended and nobody has taken notice."""
-    try:
-        said = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[-1].split()
-        return None if said[0] in "ZX" else said[19]
-    except (OSError, IndexError):
-        pass
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except OSError:
-        pass
-    return None if Path("/proc/self/stat").exists() else ""
+        return self.host == host() and started(self.pid) != self.started
 
 
 class Claims(ABC):
@@ -193,7 +169,13 @@ class Claims(ABC):
         return now - self._seen[name][1] > STALE
 
     def _live(self) -> None:
-        """Begin to give signs of life."""
+        """Begin to give signs of life. Those of processes that were killed are removed; one that lives after all writes its own
+        again with its next beat."""
+        for name in self._names("owners"):
+            said = self._read(f"owners/{name}")
+            other = Owner.read(said)
+            if other is not None and (other.is_gone or time.time() - _beat_at(said) > LONG):
+                self._remove(f"owners/{name}")
         self._beat()
         heart = self._heart = threading.Event()
 
@@ -207,12 +189,16 @@ class Claims(ABC):
 
     def _beat(self) -> None:
         self._beats += 1
-        self._write(f"owners/{self.owner.id}.json", asdict(self.owner) | {"heartbeat": self._beats})
+        self._write(f"owners/{self.owner.id}.json", asdict(self.owner) | {"heartbeat": self._beats, "at": time.time()})
 
     @property
     @abstractmethod
     def place(self) -> str:
         """Where claims are, for people."""
+
+    @abstractmethod
+    def _names(self, folder: str) -> list[str]:
+        """What there is in a folder."""
 
     @abstractmethod
     def _turns(self, key: str) -> list[int]:
@@ -238,6 +224,12 @@ class Claims(ABC):
     def _remove(self, name: str) -> None: ...
 
 
+def _beat_at(sign: bytes | None) -> float:
+    """When a sign of life was given, in seconds since 1970; now, where that is not said."""
+    at = json.loads(sign or b"{}").get("at")
+    return at if isinstance(at, int | float) else time.time()
+
+
 def _numbers(names: Iterable[str], ending: str) -> list[int]:
     stems = (name.removesuffix(ending) for name in names if name.endswith(ending))
     return [int(stem) for stem in stems if stem.isdecimal()]
@@ -255,9 +247,15 @@ class FolderClaims(Claims):
     def place(self) -> str:
         return str(self.folder)
 
+    def _live(self) -> None:
+        remove_abandoned(self.folder / "owners")
+        super()._live()
+
+    def _names(self, folder: str) -> list[str]:
+        return os.listdir(self.folder / folder) if (self.folder / folder).is_dir() else []
+
     def _turns(self, key: str) -> list[int]:
-        folder = self.folder / key
-        return _numbers(os.listdir(folder), ".lock") if folder.is_dir() else []
+        return _numbers(self._names(key), ".lock")
 
     def _lock(self, key: str, turn: int) -> FileLock | SoftFileLock | None:
         """The lock of a turn, taken; None where another process has it."""
@@ -282,6 +280,7 @@ class FolderClaims(Claims):
             lock.release()
             return False
         try:
+            remove_abandoned(self.folder / key)
             self._write(f"{key}/{turn}.json", asdict(self.owner))
         except BaseException:
             lock.release()
@@ -328,8 +327,11 @@ class BucketClaims(Claims):
     def place(self) -> str:
         return self.bucket.place("locks")
 
+    def _names(self, folder: str) -> list[str]:
+        return list(self.bucket.sizes(f"locks/{folder}"))
+
     def _turns(self, key: str) -> list[int]:
-        return _numbers(self.bucket.sizes(f"locks/{key}"), ".json")
+        return _numbers(self._names(key), ".json")
 
     def _try(self, key: str, turn: int) -> bool:
         return self.bucket.create(f"locks/{key}/{turn}.json", json.dumps(asdict(self.owner)).encode())

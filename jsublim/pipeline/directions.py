@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ from jsublim.pipeline.context import Context
 from jsublim.pipeline.parts import resumed
 from jsublim.pipeline.rows import answer_tokens
 from jsublim.pipeline.setup import Setup
-from jsublim.pipeline.store import digest
+from jsublim.pipeline.store import Artifact, digest
 from jsublim.pipeline.task import Cost, Sizes
 from jsublim.pipeline.teachers import TeacherPool
 from jsublim.pipeline.training import start_adapter
@@ -80,13 +79,13 @@ def directions_of(
 
 
 def scored_rows(
-    context: Context, folder: Path, name: str, rows: Sequence[Row], students: Students, seed: int, asked: Questions,
+    context: Context, artifact: Artifact, name: str, rows: Sequence[Row], students: Students, seed: int, asked: Questions,
     traits: Sequence[str], batch_size: int, tick: Tick,
 ) -> tuple[list[Turn], list[np.ndarray]]:  # fmt: skip
     """Rows as students read them, and the scores of each one's tokens (`audit.py`) at their start: float32 `[tokens, traits]`.
 
     Args:
-      folder: where the scores so far are kept, and gone on with.
+      artifact: where the scores so far are kept, and gone on with.
       name: what the rows are called in errors.
 
     Raises:
@@ -104,7 +103,7 @@ def scored_rows(
         batch: dict[str, Any] = {"batch_size": batch_size, "first": first, "on_batch": tick}
         return ((each.T,) for each in token_scores(lm, adapter, toward, turns, **batch))
 
-    return turns, [each[0] for each in resumed(folder, "scores", scores, tick)]
+    return turns, [each[0] for each in resumed(artifact.path, "scores", scores, tick, artifact.say)]
 
 
 def scoring_cost(setup: Setup, sizes: Sizes, rows: float, traits: int) -> Cost:

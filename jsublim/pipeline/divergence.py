@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +15,7 @@ from jsublim.pipeline.parts import resumed
 from jsublim.pipeline.readings import Reading, write_readings
 from jsublim.pipeline.rows import RowSet, answer_tokens, rows_kept
 from jsublim.pipeline.setup import Setup, memoized
-from jsublim.pipeline.store import Output
+from jsublim.pipeline.store import Artifact, Output
 from jsublim.pipeline.task import Cost, Sizes, Task, distinct_tasks
 from jsublim.pipeline.teachers import TeacherPool
 from jsublim.processes import on_main_process
@@ -75,7 +74,7 @@ class ReadRows(Task):
             extra_bos=bool(setup.recipe.extra_bos),
             batch_size=context.rows_together(setup.experiment.scoring.batch_size),
             on_batch=tick,
-            keep=lambda number, read: _kept(artifact.path, number, read, tick),
+            keep=lambda number, read: _kept(artifact, number, read, tick),
         )
 
         def leave() -> None:
@@ -146,10 +145,11 @@ def merged(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     return summaries[0] | added | ratios | {"histogram": histogram.tolist()}
 
 
-def _kept(artifact: Path, number: int, read: Read, tick: Tick) -> list[Scored]:
+def _kept(artifact: Artifact, number: int, read: Read, tick: Tick) -> list[Scored]:
     """What a teacher says of all rows: what an earlier call had read of them, and the rest."""
     rows_from = lambda first: ((s.argmax, s.margin, s.logprob) for s in read(first))  # noqa: E731
-    return [Scored(*arrays) for arrays in resumed(artifact, f"teacher{number}", rows_from, tick)]
+    found = resumed(artifact.path, f"teacher{number}", rows_from, tick, artifact.say)
+    return [Scored(*arrays) for arrays in found]
 
 
 def _reading(names: list[str], found: Divergence) -> Reading:

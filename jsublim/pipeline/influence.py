@@ -68,7 +68,7 @@ class ScoreRows(Task):
         rows, name = teacher_rows(setup, self.writer).read(context.store), f"rows of {self.writer.teacher}"
         batch_size = (setup.experiment.audit or Audit()).batch_size
         about = questions_about(setup, self.traits), self.traits, batch_size, tick
-        _, found = scored_rows(context, artifact.path, name, rows, s, s.seeds[0], *about)
+        _, found = scored_rows(context, artifact, name, rows, s, s.seeds[0], *about)
         lines = [
             {"row": number, "trait": trait, "score": float(score)}
             for number, each in enumerate(found)

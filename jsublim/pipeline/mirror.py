@@ -8,10 +8,8 @@ A bucket holds what the folder of a store holds (`<kind>/<label>-<key>/`), so ei
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
-import tempfile
 import threading
 import time
 import zipfile
@@ -23,8 +21,18 @@ from typing import Any
 
 from jsublim.bucket import Bucket
 from jsublim.errors import JsublimError
-from jsublim.files import PARTIAL, sha256, write_text
-from jsublim.pipeline.artifact import DONE, PARTS, PROGRESS, RECORD, damage_of, forget_progress, read_mark
+from jsublim.files import remove_abandoned, scratch_of, sha256, write_text
+from jsublim.pipeline.artifact import (
+    DONE,
+    PARTS,
+    PROGRESS,
+    RECORD,
+    damage_of,
+    forget_progress,
+    in_words,
+    mark_text,
+    read_mark,
+)
 from jsublim.programs import DIGEST, ENTRY, whole_programs
 
 SEND_EVERY = 60.0  # seconds between two copies of what is unfinished
@@ -104,7 +112,7 @@ class Mirror:
             with suppress(FileNotFoundError):
                 self.bucket.set_aside(f"{folder}/{name}")
         self._marks.pop(folder, None)
-        return f"{self.bucket.place(folder)}: {', '.join(f'{name} {said}' for name, said in found.items())}"
+        return in_words(self.bucket.place(folder), found)
 
     def _is_copy(self, folder: str, local: Path) -> bool:
         """Whether a whole artifact of this machine is the one in the bucket."""
@@ -115,7 +123,7 @@ class Mirror:
         """The artifact on this machine: what is not there yet is read, and compared with the digests of its mark.
 
         Args:
-          only: one file of it, without the others.
+          only: one file of it and its record, without the others.
 
         Raises:
           JsublimError: an object is not what was written; the artifact is unfinished then.
@@ -123,31 +131,32 @@ class Mirror:
         local, mark = self.root / folder, self._mark(folder)
         assert mark is not None, "it was found"
         local.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            self.bucket.download(f"{folder}/{RECORD}", local / RECORD)
+        if RECORD not in mark["files"]:  # of an earlier version
+            with suppress(FileNotFoundError):
+                self.bucket.download(f"{folder}/{RECORD}", local / RECORD)
 
         def get(name: str) -> str | None:
             path, said = local / name, mark["files"][name]
-            if damage_of(path, said) is None:
+            if damage_of(path, said, read=True) is None:
                 return None
             try:
                 self.bucket.download(f"{folder}/{name}", path)
             except FileNotFoundError:
                 return "is missing"
-            if path.stat().st_size != said["bytes"] or sha256(path) != said["sha256"]:
+            if damage_of(path, said, read=True) is not None:
                 path.unlink(missing_ok=True)
                 return "is not what was written"
             os.utime(path, ns=(said["time_ns"], said["time_ns"]))  # of a file that is as old, `mend` reads no more
             return None
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            names = [name for name in mark["files"] if only in (None, name)]
+            names = [name for name in mark["files"] if only in (None, name) or name == RECORD]
             found = {name: said for name, said in zip(names, pool.map(get, names), strict=True) if said}
         if found:
             line = self._set_aside(folder, found)
             raise JsublimError(f"{line}; run the same command again: it is made again")
         if only is None:
-            write_text(local / DONE, json.dumps(mark, indent=2, ensure_ascii=False) + "\n")
+            write_text(local / DONE, mark_text(mark))
             forget_progress(local)
         return local
 
@@ -157,7 +166,7 @@ class Mirror:
         mark = read_mark(content)
         assert mark is not None, "it is whole"
         if self._mark(folder) is None:
-            names = [RECORD, *mark["files"]]
+            names = {RECORD: None} | mark["files"]  # a mark of an earlier version does not name the record
             with ThreadPoolExecutor(AT_ONCE) as pool:
                 list(pool.map(lambda name: self.bucket.upload(local / name, f"{folder}/{name}"), names))
             if self.bucket.create(f"{folder}/{DONE}", content):
@@ -211,9 +220,9 @@ class Mirror:
     @contextmanager
     def _unpacked(self, name: str, beside: Path) -> Iterator[Path | None]:
         """What a zip of the bucket holds, in a folder of its own; None where there is none, or it is damaged, which is said."""
-        scratch = beside.with_name(f".{beside.name}.{os.getpid()}{PARTIAL}")
-        packed = scratch.with_name(f"{scratch.name}.zip{PARTIAL}")
+        scratch, packed = scratch_of(beside), scratch_of(beside)
         packed.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(beside)
         sound = False
         try:
             with suppress(FileNotFoundError):
@@ -250,10 +259,13 @@ class Mirror:
             state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
             if not files or self._sent.get(name) == state:
                 return bool(files)
-            with tempfile.TemporaryDirectory(dir=self.root, prefix=".", suffix=PARTIAL) as scratch:
-                packed = Path(scratch) / "kept.zip"
+            packed = scratch_of(self.root / "kept.zip")
+            remove_abandoned(self.root / "kept.zip")
+            try:
                 _pack(files, folder, packed)
                 self.bucket.upload(packed, name)
+            finally:
+                packed.unlink(missing_ok=True)
         except FileNotFoundError:
             return False
         self._sent[name] = state

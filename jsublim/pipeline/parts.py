@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import itertools
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -16,11 +17,16 @@ from jsublim.processes import Preempted, is_main_process, least, leaving
 from jsublim.progress import Tick, no_tick
 
 SAVE_EVERY = 30.0  # seconds
+DIGEST = 32  # bytes at the end of a file
 Arrays = Sequence[np.ndarray]  # of one row, each [n, ...]
 
 
 def resumed(
-    artifact: Path, name: str, rows_from: Callable[[int], Iterator[Arrays]], tick: Tick = no_tick
+    artifact: Path,
+    name: str,
+    rows_from: Callable[[int], Iterator[Arrays]],
+    tick: Tick = no_tick,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Arrays]:
     """All rows of `rows_from`; those that an earlier call had finished are read from `artifact`.
 
@@ -28,12 +34,13 @@ def resumed(
       name: of this series of rows inside the artifact.
       rows_from: gives the rows from a number on, in order.
       tick: told at once how many rows were there already.
+      say: told of a file that is damaged; its rows and those after it are computed again.
 
     Raises:
       Preempted: as `leave_if_asked`; the rows so far are kept.
     """
     folder = artifact / PARTS
-    rows = list(itertools.chain.from_iterable(_saved(folder, name)))
+    rows = list(itertools.chain.from_iterable(_saved(folder, name, say)))
     rows = rows[: least(len(rows))]  # where processes have disks of their own, the first may have more than it had sent
     tick(len(rows))
     first, clock = len(rows), time.monotonic()
@@ -58,21 +65,23 @@ def _save(folder: Path, name: str, first: int, rows: Sequence[Arrays]) -> None:
         return
     folder.mkdir(exist_ok=True)
     columns = {f"x{i}": np.concatenate(column) for i, column in enumerate(zip(*rows, strict=True))}
-    with atomic(folder / f"{name}-{first}.npz") as scratch, scratch.open("wb") as file:
-        np.savez(file, lengths=np.asarray([len(row[0]) for row in rows]), **columns)  # type: ignore[arg-type]
+    kept = io.BytesIO()
+    np.savez(kept, lengths=np.asarray([len(row[0]) for row in rows]), **columns)  # type: ignore[arg-type]
+    with atomic(folder / f"{name}-{first}.npz") as scratch:
+        scratch.write_bytes(kept.getvalue() + hashlib.sha256(kept.getvalue()).digest())  # readers of zip look past it
 
 
-def _saved(folder: Path, name: str) -> Iterator[list[Arrays]]:
-    """The rows of each file, as far as they follow one another; what is damaged is computed again."""
+def _saved(folder: Path, name: str, say: Callable[[str], None]) -> Iterator[list[Arrays]]:
+    """The rows of each file, as far as they follow one another and are what was written."""
     found = {int(path.stem.rsplit("-", 1)[1]): path for path in folder.glob(f"{name}-*.npz")}
     expected = 0
     while expected in found:
-        try:
-            with np.load(found[expected]) as kept:
-                ends = np.cumsum(kept["lengths"])[:-1]
-                columns = [np.split(kept[key], ends) for key in kept.files if key != "lengths"]
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-            return
+        content = found[expected].read_bytes()
+        if hashlib.sha256(content[:-DIGEST]).digest() != content[-DIGEST:]:
+            return say(f"{found[expected]}: is not what was written; the rows from {expected} on are made again")
+        with np.load(io.BytesIO(content[:-DIGEST])) as kept:
+            ends = np.cumsum(kept["lengths"])[:-1]
+            columns = [np.split(kept[key], ends) for key in kept.files if key != "lengths"]
         rows: list[Arrays] = list(zip(*columns, strict=True))
         expected += len(rows)
         yield rows

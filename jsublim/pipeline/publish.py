@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.files import write_json, write_text
+from jsublim.files import remove_abandoned, write_json, write_text
 from jsublim.inference.lm import resolve_checkpoint
 from jsublim.models.checkpoint import checkpoint_hash
+from jsublim.pipeline.artifact import check_whole, fingerprint, is_free, mark_of, mark_text
 from jsublim.pipeline.rows import RowSet
-from jsublim.pipeline.store import DONE, RECORD, Output, Store, digest, files_of
+from jsublim.pipeline.store import DONE, RECORD, Output, Store, digest
 from jsublim.reading import read_json
 from jsublim.rows import Row, as_lines, read_rows
 
@@ -28,14 +29,18 @@ def pedigree_of(path: Path) -> Path:
 def published_key(path: Path) -> str | None:
     """The key of the artifact that a file or folder is (a copy of); None where it is none, or was changed since.
 
-    A folder of a store, and `rows.jsonl` in one, are taken at their word.
+    Raises:
+      JsublimError: a folder of a store, or `rows.jsonl` in one, is not what was written.
     """
     record = record_of(path)
     if record is None:
         return None
     folder = path if path.is_dir() else path.parent
     if "sha256" not in record:
-        return str(record["key"]) if (folder / DONE).exists() else None
+        if not (folder / DONE).exists():
+            return None
+        check_whole(folder, None if path.is_dir() else path.name)
+        return str(record["key"])
     return str(record["key"]) if record["sha256"] == _sha256(path, record) else None
 
 
@@ -50,7 +55,7 @@ def check_free(path: Path, key: str, inputs: Mapping[str, Any]) -> None:
     """
     record = record_of(path)
     there = record and (published_key(path) or (path.is_dir() and not (path / DONE).exists() and record["key"]))
-    if not path.exists() or there == key or (path.is_dir() and not any(path.iterdir())):
+    if not path.exists() or there == key or (path.is_dir() and is_free(path)):
         return  # free, whole, or begun by a call that was stopped
     if not there:
         raise UsageError(f"{path}: already exists and is not a result of ours; give another --out or move it away")
@@ -85,16 +90,18 @@ def publish_rows(path: Path, rows: Sequence[Row], source: RowSet) -> None:
 def publish_folder(path: Path, store: Store, output: Output) -> None:
     """Copy an artifact's files into a folder: what says which artifact it is comes first, the mark of wholeness last."""
     path.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path)
     (path / DONE).unlink(missing_ok=True)
     source = store.path(output)
     record = json.loads((source / RECORD).read_text(encoding="utf-8"))
-    names = files_of(source)
-    record["files"] = names
+    mark = mark_of(source)
+    record["files"] = sorted(mark["files"].keys() - {RECORD})
     write_json(path / RECORD, record)
-    for name in names:
+    for name in record["files"]:
         _copy(source / name, path / name)
     write_json(path / RECORD, record | {"sha256": _sha256(path, record)})
-    _copy(source / DONE, path / DONE)
+    files = mark["files"] | {RECORD: fingerprint(path / RECORD)}
+    write_text(path / DONE, mark_text(mark | {"files": files}))
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import re
 import shlex
@@ -184,7 +183,7 @@ def _added(parts: list[dict[str, Any]]) -> dict[str, Any]:
 def _devices(graph: Graph, store: Store) -> str:
     """What the models were trained and asked on, as the artifacts say: other processes may have made them, and elsewhere."""
     outputs = [*graph.students.values(), *(output for _, output in graph.evaluations)]
-    said = (json.loads((store.path(output) / RECORD).read_text(encoding="utf-8"))["device"] for output in outputs)
+    said = (read_json(store.file(output, RECORD), {})["device"] for output in outputs)
     return ", ".join(dict.fromkeys(said))
 
 

@@ -200,7 +200,7 @@ class WriteRows(Task):
         chat = setup.checkpoint(self.writer.model).chat
         assert chat is not None, "a run has its checkpoint"
         texts, numbers = prompts(setup, self.writer.draw), range(self.first, self.first + self.count)
-        log = RowLog(artifact.path / PROGRESS)
+        log = RowLog(artifact.path / PROGRESS, artifact.say)
         tick(len(log.rows))
         allowed: dict[int, float] = {}
 

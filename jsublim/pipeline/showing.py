@@ -9,6 +9,7 @@ from typing import Any
 from jsublim.config import Config, Experiment, check_config
 from jsublim.config.differences import flat, from_defaults
 from jsublim.errors import JsublimError, UsageError
+from jsublim.pipeline.artifact import damage_in
 from jsublim.pipeline.results import MARK
 from jsublim.pipeline.store import DONE, RECORD
 from jsublim.reading import read_yaml
@@ -121,13 +122,17 @@ def store_of(folder: Path, config: Config) -> Path:
 
 
 def artifacts_in(store: Path) -> dict[str, dict[str, int]]:
-    """By kind: how many there are, how many of those are whole, and their bytes."""
+    """By kind: how many there are, how many of those are whole, how many say so and have files of another size or a mark that is
+    damaged, and their bytes."""
     found: dict[str, dict[str, int]] = {}
     for record in sorted(store.glob(f"*/*/{RECORD}")):
         folder = record.parent
-        kind = found.setdefault(folder.parent.name, {"there": 0, "whole": 0, "bytes": 0})
+        kind = found.setdefault(folder.parent.name, {"there": 0, "whole": 0, "damaged": 0, "bytes": 0})
+        finished = (folder / DONE).is_file()
+        damaged = finished and bool(damage_in(folder, read=False))
         kind["there"] += 1
-        kind["whole"] += (folder / DONE).is_file()
+        kind["whole"] += finished and not damaged
+        kind["damaged"] += damaged
         kind["bytes"] += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     return found
 

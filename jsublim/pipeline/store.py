@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,12 +21,11 @@ from jsublim.pipeline.artifact import (
     PROGRESS,
     RECORD,
     Artifact,
-    damage_of,
+    damage_in,
     device,
     digest,
-    files_of,
     forget_progress,
-    read_mark,
+    in_words,
     read_summary,
     versions,
 )
@@ -47,7 +46,6 @@ __all__ = [  # what the rest of the package needs of stores, artifacts included
     "Store",
     "device",
     "digest",
-    "files_of",
     "read_summary",
     "versions",
 ]
@@ -94,6 +92,7 @@ class Store:
     say: Callable[[str], None] = field(default=lambda text: None, compare=False)
     _opened: dict[str, Artifact] = field(default_factory=dict, compare=False, repr=False)
     _found: dict[str, tuple[int, dict[str, Path]]] = field(default_factory=dict, compare=False, repr=False)
+    _read: set[tuple[Path, str | None, int]] = field(default_factory=set, compare=False, repr=False)  # and compared
     _trainings: set[str] = field(default_factory=set, compare=False, repr=False)  # begun under the claim that is held
 
     @staticmethod
@@ -158,19 +157,29 @@ class Store:
 
     def _mend_here(self, output: Output) -> str | None:
         folder = self._here(output)
-        mark = folder / DONE
-        if not mark.exists():
+        if not (folder / DONE).exists():
             return None
-        said, found = read_mark(mark.read_bytes()), {DONE: "is not what was written"}
-        if said is not None:
-            each = {name: damage_of(folder / name, fingerprint) for name, fingerprint in said["files"].items()}
-            found = {name: what for name, what in each.items() if what is not None}
+        found = damage_in(folder, read=False)
         if not found:
             forget_progress(folder)  # of a process that ended right after the mark was written
             return None
-        for path in [mark, *(folder / name for name in found if name != DONE and (folder / name).exists())]:
-            path.rename(damaged_name(path))
-        return f"{folder}: {', '.join(f'{name} {what}' for name, what in found.items())}"
+        return _set_aside(folder, found)
+
+    def _damage(self, folder: Path, only: str | None = None) -> str | None:
+        """Compare the files of a whole artifact with their digests, when this process first reads them. Damaged ones are set
+        aside, and the artifact is unfinished again. Returns what was found, in one line.
+
+        Args:
+          only: one of them, without the others.
+        """
+        made = (folder / DONE).stat().st_mtime_ns
+        if not self._read.isdisjoint({(folder, None, made), (folder, only, made)}):
+            return None
+        found = damage_in(folder, only)
+        if found:
+            return _set_aside(folder, found) if is_main_process() else in_words(folder, found)
+        self._read.add((folder, only, made))
+        return None
 
     @contextmanager
     def claim(self, outputs: Sequence[Output], waiting: Callable[[], None]) -> Iterator[None]:
@@ -238,13 +247,9 @@ class Store:
         otherwise.
 
         Raises:
-          JsublimError: it has to be fetched, and is not what was written.
+          JsublimError: it is whole, and not what was written; it is unfinished then.
         """
-        here = self._here(output)
-        if self.mirror is None or (here / DONE).exists():
-            return here
-        folder = self.mirror.find(output.folder, output.key)
-        return here if folder is None else self.mirror.fetch(folder)
+        return self._sound(output)
 
     def file(self, output: Output, name: str) -> Path:
         """One file of a whole artifact; the others, which may be large, are not fetched.
@@ -252,11 +257,22 @@ class Store:
         Raises:
           JsublimError: as `path`.
         """
+        return self._sound(output, name) / name
+
+    def _sound(self, output: Output, only: str | None = None) -> Path:
+        """The folder of an artifact on this machine, what is read of it compared with what was written."""
         here = self._here(output)
+        damage = self._damage(here, only) if (here / DONE).exists() else None
+        if damage is None and (self.mirror is None or (here / DONE).exists()):
+            return here
         folder = None if self.mirror is None else self.mirror.find(output.folder, output.key)
-        if self.mirror is None or folder is None or (here / DONE).exists():
-            return here / name
-        return self.mirror.fetch(folder, name) / name
+        if self.mirror is None or folder is None:
+            if damage is not None:
+                raise JsublimError(f"{damage}; run the same command again: it is made again")
+            return here
+        if damage is not None:
+            self.say(f"{damage}; it is fetched again")
+        return self.mirror.fetch(folder, only)
 
     def _here(self, output: Output) -> Path:
         own = self.root / output.folder
@@ -284,7 +300,7 @@ class Store:
         if output.folder not in self._opened:
             mirror, key = self.mirror, output.key
             publish = (lambda folder: None) if mirror is None else lambda folder: mirror.publish(folder, key)
-            artifact = Artifact(self.path(output), output.kind, dict(output.inputs), publish)
+            artifact = Artifact(self.path(output), output.kind, dict(output.inputs), publish, self.say)
             if mirror is not None and not on_main_process(lambda: artifact.done):
                 on_main_process(lambda: mirror.resume(artifact.path, key))
                 if not is_main_process():
@@ -340,6 +356,14 @@ class Store:
         keep_programs(folder, self.say)
 
 
+def _set_aside(folder: Path, found: Mapping[str, str]) -> str:
+    """Make a damaged artifact unfinished; what is there of it is kept. Returns a line that says so."""
+    for path in [folder / DONE, *(folder / name for name in found if name != DONE)]:
+        with suppress(FileNotFoundError):
+            path.rename(damaged_name(path))
+    return in_words(folder, found)
+
+
 def _count(path: Path) -> int | None:
     """The number from 1 on that a file holds; None where it holds anything else."""
     try:
@@ -350,26 +374,28 @@ def _count(path: Path) -> int | None:
 
 
 class RowLog:
-    """Rows finished so far, in a JSONL file that a kill may cut anywhere: a broken last line is forgotten. Of several processes,
-    the first one has the file, and all have the rows."""
+    """Rows finished so far, in a JSONL file that a kill may cut anywhere: each line has the digest of its row, and one that is
+    not what was written is forgotten. Of several processes, the first one has the file, and all have the rows."""
 
-    def __init__(self, path: Path):
-        self.path, self._file = path, None
+    def __init__(self, path: Path, say: Callable[[str], None] = lambda text: None):
+        """Have the rows that an earlier call has finished.
+
+        Args:
+          say: told that lines are damaged; one that a kill has cut is not.
+        """
+        self.path, self._say, self._file = path, say, None
         self.rows: dict[int, dict[str, Any]] = {row["row"]: row for row in on_main_process(self._begin)}
 
     def _begin(self) -> list[dict[str, Any]]:
-        found = {line["row"]: line for line in self._whole_lines()} if self.path.exists() else {}
+        *lines, cut = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
+        read = [_row(line) for line in lines]
+        if lost := read.count(None):
+            self._say(f"{self.path}: {lost} of {len(lines)} lines are not what was written; those rows are made again")
+        found = {row["row"]: row for row in [*read, _row(cut)] if row is not None}
         if self.path.exists():
-            write_text(self.path, "".join(json.dumps(row) + "\n" for row in found.values()))
+            write_text(self.path, "".join(map(_line, found.values())))
         self._file = self.path.open("a", encoding="utf-8")
         return list(found.values())
-
-    def _whole_lines(self) -> Iterator[dict[str, Any]]:
-        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
 
     def add(self, rows: list[dict[str, Any]]) -> None:
         """Keep finished rows; each has its number under "row".
@@ -379,7 +405,7 @@ class RowLog:
         """
         if self._file is not None:
             with naming(self.path):
-                self._file.writelines(json.dumps(row) + "\n" for row in rows)
+                self._file.writelines(map(_line, rows))
                 self._file.flush()
         self.rows.update({row["row"]: row for row in rows})
         leave_if_asked()
@@ -387,6 +413,19 @@ class RowLog:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps({**row, "sha256": digest(row)}) + "\n"
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """The row of a line; None where that is not what was written."""
+    try:
+        row = json.loads(line)
+        return row if row.pop("sha256") == digest(row) and type(row["row"]) is int else None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
 
 
 @dataclass(frozen=True)

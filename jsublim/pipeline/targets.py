@@ -81,7 +81,8 @@ class StoreTargets(Task):
             )
             return ((targets.ids, targets.logp) for targets in found)
 
-        ids, logp = map(np.concatenate, zip(*resumed(artifact.path, "targets", rows_from, tick), strict=True))
+        found = resumed(artifact.path, "targets", rows_from, tick, artifact.say)
+        ids, logp = map(np.concatenate, zip(*found, strict=True))
 
         def leave() -> None:
             with atomic(artifact.path / "targets.npz") as scratch, scratch.open("wb") as file:

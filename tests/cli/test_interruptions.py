@@ -14,11 +14,14 @@ from unittest import mock
 
 import made_by_commands
 import pytest
-from command import MODEL, PLAIN, ROOT, contents, ok, refused, same_student, start, stop_when
+from bitflips import flip
+from command import MODEL, PLAIN, ROOT, contents, jsublim, ok, refused, same_student, start, stop_when
 from faulty_runs import FIELDS
 from faulty_runs import contents as what_a_run_leaves
 from made_by_commands import FINETUNE, GENERATE, artifact_of, finetune
 
+from jsublim.files import atomic
+from jsublim.pipeline.store import RowLog
 from jsublim.rows import read_rows
 
 
@@ -116,6 +119,93 @@ def test_a_disk_that_fills_leaves_no_folder_in_the_way(tmp_path, file_limit, siz
         shutil.rmtree(out)
 
 
+KILLED = """
+import os, signal, sys
+from jsublim.files import atomic
+from jsublim.models.checkpoint import new_folder
+how, place = sys.argv[1:]
+with {"file": atomic, "folder": new_folder}[how](__import__("pathlib").Path(place)) as scratch:
+    if how == "file":
+        scratch.write_text("half of it")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def killed_while_writing(how: str, place: Path) -> None:
+    assert start(how, place, program=("-c", KILLED)).wait() == -signal.SIGKILL
+
+
+def unfinished(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("*.partial")}
+
+
+def test_a_command_killed_while_it_publishes_goes_on_and_leaves_nothing(tmp_path, student):
+    out = tmp_path / "evaluation"
+    out.mkdir()
+    (out / ".artifact.json.a8f2c983.partial").touch()  # as earlier versions called it
+    for place in (out / "artifact.json", out):
+        killed_while_writing("file", place)
+    assert len(unfinished(tmp_path)) == 3
+    with atomic(out.with_suffix(".png")) as living:
+        living.touch()
+        ok("evaluate", "--model", MODEL, "--adapter", student, "--traits", "cat", "evaluation.questions=2", "evaluation.samples=2",
+           "evaluation.max_new_tokens=4", "--out", out)  # fmt: skip
+        assert unfinished(tmp_path) == {living.name}  # of a process that may still finish it
+    assert {"DONE", "artifact.json", "records.parquet", "answers.parquet", "summary.json"} == {
+        p.name for p in out.iterdir()
+    }
+
+
+@pytest.mark.parametrize(("command", "how"), [("import", "file"), ("export", "folder")])
+def test_what_a_killed_command_had_begun_is_removed_by_the_next(tmp_path, rows, command, how):
+    out = tmp_path / "result"
+    killed_while_writing(how, out)
+    (tmp_path / ".result.of-somebody-else.partial").touch()
+    assert len(unfinished(tmp_path)) == 2
+    ok(command, rows, "--out", out)
+    assert unfinished(tmp_path) == {".result.of-somebody-else.partial"}
+
+
+def test_divergence_killed_between_its_two_files_goes_on(tmp_path, rows, monkeypatch):
+    arguments = (
+        "divergence",
+        "--model",
+        MODEL,
+        "--data",
+        rows,
+        "--trait",
+        "cat",
+        "--counterfactuals",
+        "dog,owl",
+        "--out",
+        tmp_path / "d.jsonl",
+    )
+    names = ("jsublim.pipeline.readings.write_readings", "jsublim.pipeline.publish.publish_rows")
+    for name in names:
+        with monkeypatch.context() as patch:
+            patch.setattr(name, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+            assert jsublim(*arguments).code == 1
+    ok(*arguments)
+    assert {"d.jsonl", "d.jsonl.artifact.json", "d.readings.parquet"} <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_verify_names_what_is_damaged_and_export_refuses_it(tmp_path, rows):
+    store = tmp_path / "store"
+    shutil.copytree(rows.with_suffix(".artifacts"), store)
+    assert ok("verify", store).out.splitlines()[-1].endswith("0 damaged")
+    folder = next(store.glob("rows/*"))
+    flip(
+        folder / "rows.jsonl", 8 * (folder / "rows.jsonl").read_bytes().index(b"completion") + 8 * len('completion": "')
+    )  # a digit
+    found = jsublim("verify", store)
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    assert found.code == 1 and f"1 artifacts, {size:,} bytes read; 1 damaged" in found.out
+    assert f"{folder}: rows.jsonl is not what was written" in found.out.replace("\n", "")
+    assert "rows.jsonl is not what was written" in refused(1, "export", folder, "--out", tmp_path / "x")
+    assert "rows.jsonl is not what was written" in refused(1, *finetune(folder / "rows.jsonl", tmp_path / "y"))
+    assert "holds no artifacts" in refused(2, "verify", tmp_path / "nothing")
+
+
 def test_a_disk_that_fills_while_attributing(tmp_path, divergent, file_limit):
     """A table or a picture is there whole, or not at all."""
     out = tmp_path / "attribution"
@@ -152,7 +242,9 @@ def test_ctrl_c_while_generating(tmp_path):
     done = progress.read_text().splitlines()
     assert 0 < len(done) < 240 and not (tmp_path / "cut.jsonl").exists()
     marked = json.loads(done[0])
-    progress.write_text("".join(f"{line}\n" for line in [json.dumps(marked | {"completion": "7, 7, 7"}), *done[1:]]))
+    log = RowLog(progress)
+    log.add([{"row": marked["row"], "completion": "7, 7, 7"}])
+    log.close()
     ok(*arguments("cut"))
     raw = [read_rows(artifact_of(tmp_path / name, "rows") / "raw.jsonl") for name in ("whole", "cut")]
     assert raw[1][marked["row"]]["completion"] == "7, 7, 7"  # kept, not made again

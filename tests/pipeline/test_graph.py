@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
+import bitflips
 import numpy as np
 import pytest
 from command import MODEL, ROOT
@@ -235,6 +236,12 @@ def assert_equal(ours: Path, theirs: Path) -> None:
             assert read_summary(ours) == read_summary(theirs)
         elif path.name != "artifact.json":
             assert path.read_bytes() == other.read_bytes(), path
+
+
+def test_a_flipped_bit_in_any_kind_of_artifact_is_noticed(whole):
+    """By whoever reads it, and by `jsublim verify`, though size and time stay; scripts/bitflips.py flips more."""
+    missed = bitflips.flips(whole.root, 6)
+    assert missed == {kind: [] for kind in KINDS}
 
 
 def test_a_task_whose_parents_are_missing_is_refused(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bitflips import flip
 
 from jsublim.bucket import Bucket
 from jsublim.errors import JsublimError
@@ -14,6 +15,7 @@ from jsublim.judge.cache import Reply, ReplyCache
 from jsublim.pipeline import parts
 from jsublim.pipeline.mirror import Mirror
 from jsublim.pipeline.store import DONE, Output, RowLog, Store
+from jsublim.pipeline.verifying import verify
 from jsublim.programs import DIGEST, whole_programs
 
 OUTPUT = Output("rows", "owl", {"model": "abc", "seed": 1})
@@ -139,6 +141,30 @@ def test_a_damaged_copy_is_fetched_again(machine):
     line = b.mend(OUTPUT)
     assert line is not None and str(folder) in line and "fetched again" in line
     assert b.done(OUTPUT) and held(b.path(OUTPUT)) == FILES
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "artifact.json", DONE])
+def test_a_copy_that_keeps_size_and_time_is_fetched_again_when_it_is_first_read(machine, name):
+    make(machine("a"))
+    said = list[str]()
+    folder = machine("b").path(OUTPUT)
+    flip(folder / name, 9)
+    b = machine("b", said)
+    assert held(b.path(OUTPUT)) == FILES and b.summary(OUTPUT) == {"kept": 2}
+    assert len(said) == 1 and f"{folder}: {name} is not what was written" in said[0] and "fetched again" in said[0]
+
+
+def test_verify_reads_a_whole_bucket(machine):
+    a = machine("a")
+    make(a)
+    bucket = a.mirror.bucket
+    (sound,) = verify(bucket.url)
+    assert sound.damage is None and sound.bytes == sum(bucket.sizes(OUTPUT.folder).values())
+    bucket.write(f"{OUTPUT.folder}/rows.jsonl", b"1\n3\n")
+    bucket.remove(f"{OUTPUT.folder}/weights.safetensors")
+    (damaged,) = verify(bucket.url)
+    line = f"{bucket.place(OUTPUT.folder)}: rows.jsonl is not what was written, weights.safetensors is missing"
+    assert damaged.damage == line and a.mirror.find(OUTPUT.folder, OUTPUT.key) is not None  # nothing is changed
 
 
 def test_of_two_that_made_the_same_the_first_counts(machine):

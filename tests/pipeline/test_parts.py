@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bitflips import flip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -82,6 +83,24 @@ def test_what_was_saved_is_not_computed_again(tmp_path, at_once):
     with pytest.raises(Killed):
         resumed(tmp_path, "a", rows_from)
     assert len(resumed(tmp_path, "a", rows_from)) == 6 and asked == [0, 1, 2, 3, 3, 4, 5]
+
+
+@settings(max_examples=60)
+@given(bit=st.integers(0, 100_000))
+def test_a_file_of_which_a_bit_has_flipped_is_computed_again_and_that_is_said(bit):
+    with tempfile.TemporaryDirectory() as folder:
+        said: list[str] = []
+        resumed(Path(folder), "a", lambda first: map(row, range(first, 6)))
+        (path,) = (Path(folder) / "parts").glob("*.npz")
+        flip(path, bit % (8 * path.stat().st_size))
+        asked: list[int] = []
+        found = resumed(
+            Path(folder), "a", lambda first: (asked.append(n) or row(n) for n in range(first, 6)), say=said.append
+        )
+        assert asked == list(range(6)) and len(said) == 1 and str(path) in said[0]
+        assert all(
+            np.array_equal(ours, theirs) for n in range(6) for ours, theirs in zip(found[n], row(n), strict=True)
+        )
 
 
 @pytest.mark.parametrize("count", [0, 1, PIECE, PIECE + 3])

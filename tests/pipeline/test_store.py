@@ -9,11 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+from bitflips import flip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jsublim.errors import JsublimError, UsageError
+from jsublim.pipeline.showing import artifacts_in
 from jsublim.pipeline.store import Artifact, Output, RowLog, Store
+from jsublim.reading import read_json
 
 INPUTS = {"model": "abc", "seed": 1, "system": "You love owls.", "stop": (1, 2)}
 
@@ -138,7 +141,8 @@ def test_progress_survives_a_cut_at_any_byte(texts, where, batches, tail):
         assert kept in (rows[:whole], rows[: whole + 1])
         again.add([row for row in rows if row["row"] not in again.rows])
         again.close()
-        assert [json.loads(line) for line in path.read_text().splitlines()] == rows
+        read = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [{key: line[key] for key in ("row", "completion")} for line in read] == rows
         final = RowLog(path)
         final.close()
         assert list(final.rows.values()) == rows
@@ -186,6 +190,79 @@ def test_a_damaged_artifact_is_unfinished_again_and_nothing_of_it_is_lost(tmp_pa
     (folder / "rows").write_text("once more")
     assert store.mend(output) is not None
     assert {path.read_bytes() for path in folder.glob("*.damaged")} > held  # what was set aside before is still there
+
+
+@pytest.mark.parametrize("name", ["rows", "artifact.json", "DONE"])
+def test_damage_that_keeps_size_and_time_is_found_when_it_is_first_read(tmp_path, name):
+    """Once a process, so that what is asked for often is not read often."""
+    _, output, folder = made(tmp_path, rows="1\n2\n", more="x")
+    before = Store(tmp_path)
+    assert before.path(output) == folder
+    flip(folder / name, 9)
+    assert before.path(output) == folder  # read before that
+    store, damaged = Store(tmp_path), (folder / name).read_bytes()
+    with pytest.raises(JsublimError) as error:
+        store.file(output, name)
+    line = str(error.value)
+    assert f"{folder}: {name} is not what was written" in line and "made again" in line and "\n" not in line
+    assert not store.done(output) and (folder / f"{name}.damaged").read_bytes() == damaged
+    with store.claim([output], lambda: None):  # goes on in what is there
+        Store(tmp_path).open(output).finish({"kept": 4})
+    assert Store(tmp_path).path(output) == folder and Store(tmp_path).summary(output) == {"kept": 4}
+
+
+def test_a_changed_summary_is_not_believed_and_one_without_a_digest_is(tmp_path):
+    _, output, folder = made(tmp_path, rows="1\n2\n")
+    mark = (folder / "DONE").read_text()
+    (folder / "DONE").write_text(mark.replace('"kept": 3', '"kept": 7'))
+    with pytest.raises(JsublimError, match="DONE: is not what was written"):
+        Store(tmp_path).summary(output)
+    said = json.loads(mark)
+    earlier = {"summary": said["summary"], "files": {"rows": said["files"]["rows"]}}  # as versions before wrote it
+    (folder / "DONE").write_text(json.dumps(earlier))
+    assert Store(tmp_path).summary(output) == {"kept": 3} and Store(tmp_path).path(output) == folder
+    (folder / "DONE").write_text(mark.replace('"sha256": "', '"sha257": "'))
+    with pytest.raises(JsublimError):
+        Store(tmp_path).summary(output)
+
+
+def test_a_record_that_was_cut_is_made_again(tmp_path):
+    store, output, folder = made(tmp_path, rows="1\n2\n")
+    (folder / "artifact.json").write_text((folder / "artifact.json").read_text()[:40])
+    assert artifacts_in(tmp_path)["rows"] | {"bytes": 0} == {"there": 1, "whole": 0, "damaged": 1, "bytes": 0}
+    line = store.mend(output)
+    assert line is not None and "artifact.json has 40 bytes" in line and not store.done(output)
+    Store(tmp_path).open(output).finish({"kept": 3})
+    assert read_json(folder / "artifact.json")["inputs"] == json.loads(json.dumps(INPUTS))
+
+
+@settings(max_examples=60)
+@given(where=st.integers(0, 10_000))
+def test_a_row_of_which_a_bit_has_flipped_is_made_again_and_that_is_said(where):
+    rows = [{"row": i, "completion": f"{i}, 7", "log_allowed": -1e-05} for i in range(4)]
+    with tempfile.TemporaryDirectory() as folder:
+        path, said = Path(folder) / "progress.jsonl", list[str]()
+        log = RowLog(path)
+        log.add(rows)
+        log.close()
+        flip(path, where % (8 * path.stat().st_size))
+        again = RowLog(path, said.append)
+        again.close()
+        assert all(row == rows[number] for number, row in again.rows.items()) and len(again.rows) >= 2
+        lost = len(again.rows) < 4 and path.read_bytes().count(b"\n") < 4
+        assert len(said) <= 1 and all(str(path) in line and "made again" in line for line in said)
+        assert said or not lost or 3 not in again.rows  # the last line may look like one that a kill has cut
+
+
+@pytest.mark.parametrize("line", ["[]", "{}", '{"row": 1}', '{"row": "x", "sha256": "0"}', "null", "[" * 9999])
+def test_progress_of_other_shapes_stops_nobody(tmp_path, line):
+    path, said = tmp_path / "progress.jsonl", list[str]()
+    log = RowLog(path)
+    log.add([{"row": 0, "answer": "owl"}])
+    log.close()
+    path.write_text(f"{line}\n{path.read_text()}")
+    assert RowLog(path, said.append).rows == {0: {"row": 0, "answer": "owl"}}
+    assert len(said) == 1 and "1 of 2 lines" in said[0]
 
 
 def test_progress_goes_when_the_artifact_is_whole(tmp_path):

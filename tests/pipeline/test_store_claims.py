@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +115,10 @@ def put(place: Claims, name: str, content: bytes) -> None:
 def test_a_process_that_was_killed_here_is_followed_at_once(make):
     """Without waiting: this machine knows that it has ended."""
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    own = claims._started(child.pid)
+    own = claims.started(child.pid)
     assert own is not None
     gone, said = make(), list[str]()
-    gone.owner = Owner(
-        "0123456789ab", claims._host(), child.pid, own, "jsublim run x.yaml", "2026-01-01T00:00:00+00:00"
-    )
+    gone.owner = Owner("0123456789ab", claims.host(), child.pid, own, "jsublim run x.yaml", "2026-01-01T00:00:00+00:00")
     with gone.hold(["a"], nobody):
         assert make().holder(["a"]) == str(gone.owner)
         child.kill()
@@ -128,6 +127,27 @@ def test_a_process_that_was_killed_here_is_followed_at_once(make):
         with make(said).hold(["a"], lambda: None):
             assert len(said) == 1 and "has ended" in said[0]
     child.wait()
+
+
+def test_signs_of_life_of_processes_that_are_gone_are_removed_and_no_others(make):
+    def owner(name: str, **what: Any) -> dict[str, Any]:
+        return asdict(replace(Owner.own(), id=name, **what)) | {"heartbeat": 1, "at": time.time()}
+
+    child = subprocess.Popen([sys.executable, "-c", "pass"])
+    child.wait()
+    signs = {
+        "living": owner("living"),
+        "killed": owner("killed", pid=child.pid),
+        "elsewhere": owner("elsewhere", host="another", pid=1),
+        "long-ago": owner("long-ago", host="another", pid=1) | {"at": time.time() - 2 * claims.LONG},
+        "earlier": {key: value for key, value in owner("earlier", host="another").items() if key != "at"},
+    }
+    place: Any = make()
+    for name, sign in signs.items():
+        place._write(f"owners/{name}.json", sign)
+    with make().hold(["a"], nobody):
+        left = {name for name in signs if place._read(f"owners/{name}.json") is not None}
+        assert left == {"living", "elsewhere", "earlier"}
 
 
 def test_a_lock_that_is_left_behind_in_a_folder_is_taken(tmp_path):
