@@ -16,6 +16,8 @@ from typing import Annotated, Any, get_args
 import pydantic
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
+from jsublim.reading import repeated, shown
+
 
 class Decides(enum.Flag):
     """What hangs on a field."""
@@ -51,8 +53,7 @@ class Of:
 
 def distinct(values: list | tuple) -> list | tuple:
     if len(set(values)) < len(values):
-        twice = next(value for value in values if values.count(value) > 1)
-        raise ValueError(f"an entry is listed twice: {twice!r}")
+        raise ValueError(f"an entry is listed twice: {shown(repeated(values))}")
     return values
 
 

@@ -84,9 +84,9 @@ def kind_of(values: dict[str, Any], path: Path, kinds: Mapping[str, type[Kind]])
             f"{path}: is a figure of the paper, with an experiment for each panel; `jsublim reproduce {name}`"
         )
     said = values.get("kind", "language")
-    if said not in kinds:
+    if not isinstance(said, str) or said not in kinds:
         hint = near(said, list(kinds)) or f"known: {', '.join(kinds)}"
-        raise UsageError(f"{path}: kind: {said!r} given; {hint}")
+        raise UsageError(f"{path}: kind: {shown(said)} given; {hint}")
     return kinds[said]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +29,7 @@ from jsublim.models.lens import ending_at
 from jsublim.models.lora import Adapter, bind
 from jsublim.models.weights import load_params
 from jsublim.parallel import HERE, Layout
+from jsublim.reading import shown
 
 BUNDLED = Path(__file__).parents[1] / "checkpoints"
 DTYPES = ("float32", "bfloat16")
@@ -216,7 +218,7 @@ def _logits(config: ModelConfig, params: Params, adapter: Adapter | None, tokens
 
 def is_available_offline(path: str | Path) -> bool:
     """Whether a model's name leads to files without any network: a folder, a bundled checkpoint, or in the hub's cache."""
-    return Path(path).expanduser().is_dir() or (BUNDLED / str(path)).is_dir() or in_cache(path)
+    return _folder(path) is not None or in_cache(path)
 
 
 def resolve_checkpoint(path: str | Path, what: str = "model") -> Path:
@@ -230,21 +232,23 @@ def resolve_checkpoint(path: str | Path, what: str = "model") -> Path:
       UsageError: no such folder, or a revision of a local one.
       JsublimError: the hub did not give it.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    if (folder := _folder(path)) is not None:
         return folder
-    if (BUNDLED / str(path)).is_dir():
-        return BUNDLED / str(path)
     name, _, revision = str(path).partition("@")
-    if revision and (Path(name).expanduser().is_dir() or (BUNDLED / name).is_dir()):
+    if revision and _folder(name) is not None:
         raise UsageError(
-            f"{what} '{name}': is a folder here, which has no revision '{revision}'; leave model_revision out"
+            f"{what} '{name}': is a folder here, which has no revision {shown(revision)}; leave model_revision out"
         )
     if (named := hub_name(path)) is not None:
         return from_hub(*named, what)
     bundled = ", ".join(sorted(p.name for p in BUNDLED.iterdir() if p.is_dir())) if BUNDLED.is_dir() else "none"
-    hint = f"; {FETCHED[folder.name]} writes it" if folder.name in FETCHED else ""
-    raise UsageError(f"{what} '{path}': no such folder{hint}; bundled checkpoints: {bundled}")
+    hint = f"; {FETCHED[Path(name).name]} writes it" if Path(name).name in FETCHED else ""
+    raise UsageError(f"{what} {shown(str(path))}: no such folder{hint}; bundled checkpoints: {bundled}")
+
+
+def _folder(path: str | Path) -> Path | None:
+    """The folder here, or the bundled one, that a name leads to. A name that no file can have leads nowhere."""
+    return next((each for each in (Path(path).expanduser(), BUNDLED / str(path)) if os.path.isdir(each)), None)
 
 
 def load_model(
