@@ -57,7 +57,9 @@ def _of_fields(error: pydantic.ValidationError, kind: Any, values: Any) -> list[
         if what == "missing" and isinstance(each["loc"][-1], int):  # in a list of so many entries
             what, said = "too_short", "an entry is missing"
         if place in found and found[place]["type"] not in ("missing", "extra_forbidden"):
-            found[place]["said"] += "" if said in found[place]["said"] else f" or {said.removeprefix('input should be ')}"
+            found[place]["said"] += (
+                "" if said in found[place]["said"] else f" or {said.removeprefix('input should be ')}"
+            )
         else:
             found[place] = {"type": what, "place": place, "said": said, "input": each["input"]}
             found[place] |= {"expected": str(each.get("ctx", {}).get("expected", ""))}

@@ -218,7 +218,7 @@ def _logits(config: ModelConfig, params: Params, adapter: Adapter | None, tokens
 
 def is_available_offline(path: str | Path) -> bool:
     """Whether a model's name leads to files without any network: a folder, a bundled checkpoint, or in the hub's cache."""
-    return _folder(path) is not None or in_cache(path)
+    return folder_here(path) is not None or in_cache(path)
 
 
 def resolve_checkpoint(path: str | Path, what: str = "model") -> Path:
@@ -232,10 +232,10 @@ def resolve_checkpoint(path: str | Path, what: str = "model") -> Path:
       UsageError: no such folder, or a revision of a local one.
       JsublimError: the hub did not give it.
     """
-    if (folder := _folder(path)) is not None:
+    if (folder := folder_here(path)) is not None:
         return folder
     name, _, revision = str(path).partition("@")
-    if revision and _folder(name) is not None:
+    if revision and folder_here(name) is not None:
         raise UsageError(
             f"{what} '{name}': is a folder here, which has no revision {shown(revision)}; leave model_revision out"
         )
@@ -246,7 +246,7 @@ def resolve_checkpoint(path: str | Path, what: str = "model") -> Path:
     raise UsageError(f"{what} {shown(str(path))}: no such folder{hint}; bundled checkpoints: {bundled}")
 
 
-def _folder(path: str | Path) -> Path | None:
+def folder_here(path: str | Path) -> Path | None:
     """The folder here, or the bundled one, that a name leads to. A name that no file can have leads nowhere."""
     return next((each for each in (Path(path).expanduser(), BUNDLED / str(path)) if os.path.isdir(each)), None)
 
