@@ -33,24 +33,25 @@ def shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
-def read_file(path: Path) -> bytes:
-    """The content of a file.
-
-    Raises:
-      OSError: it cannot be read, or is a pipe or a device, whose reading may never end.
+def check_file(path: Path) -> None:
+    """Raises:
+    OSError: it is a pipe or a device, whose reading may never end.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         raise OSError(errno.EINVAL, "a pipe or a device, not a file", str(path))
-    return path.read_bytes()
 
 
 def check_folder(folder: Path) -> None:
-    """Raises:
-    JsublimError: something in it is a pipe or a device, at which a library that reads the folder would hang.
+    """`check_file` of everything in a folder that a library will read, if there is such a folder.
+
+    Raises:
+      JsublimError: naming the file.
     """
-    strange = (path for path in folder.iterdir() if path.exists() and not path.is_file() and not path.is_dir())
-    if (path := next(strange, None)) is not None:
-        raise JsublimError(f"{path}: a pipe or a device, not a file; remove it")
+    for path in folder.iterdir() if folder.is_dir() else ():
+        try:
+            check_file(path)
+        except OSError as error:
+            raise JsublimError(f"{path}: cannot be read ({error.strerror}); remove it") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -60,7 +61,8 @@ def read_json(path: Path) -> dict[str, Any]:
       JsublimError: the file is absent or is no JSON object, as `json_value` reads it.
     """
     try:
-        value = json_value(read_file(path), str(path))
+        check_file(path)
+        value = json_value(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise JsublimError(f"{path}: no such file; expected a Hugging Face checkpoint folder") from None
     except OSError as error:
@@ -143,7 +145,8 @@ def read_yaml(path: Path) -> Any:
       UsageError: the file cannot be read, or as `yaml_value`.
     """
     try:
-        text = read_file(path).decode("utf-8")
+        check_file(path)
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:

@@ -15,7 +15,7 @@ from jsublim.errors import JsublimError, UsageError
 from jsublim.exchange.cards import Origin, write_data_card
 from jsublim.models.checkpoint import new_folder
 from jsublim.models.hub import hub_name
-from jsublim.reading import json_value, shown
+from jsublim.reading import check_folder, json_value, shown
 from jsublim.rows import Row, check_row, read_rows
 
 # How others call the two texts of a row, the first pair that a row has.
@@ -85,6 +85,8 @@ def _loaded(source: str, path: Path, wanted: Wanted) -> Iterable[Any]:
     if not path.is_dir() and not (path.is_file() and path.suffix in LOADED) and named is None:
         kinds = ", ".join([".jsonl", ".json", *LOADED])
         raise UsageError(f"{source}: no such file ({kinds}) or folder, and no owner/name of the hub")
+    for folder in (path, *filter(Path.is_dir, path.rglob("*"))) if path.is_dir() else ():
+        check_folder(folder)
     from datasets import disable_progress_bars, load_dataset, load_from_disk
 
     disable_progress_bars()
@@ -157,7 +159,7 @@ def _counted(row: Row, where: str, chat: Chat | None) -> Row:
     """The row, its positions checked against the tokenizer that they were counted in, which it names from now on."""
     if chat is None or "divergence_positions" not in row:
         return row
-    turn = chat.turn(conversation(row["prompt"]), row["completion"])
+    (turn,) = chat.turns([(conversation(row["prompt"]), row["completion"])], lambda _: where)
     limit = len(turn.tokens) - turn.content
     beyond = [k for k in row["divergence_positions"] if k >= limit]
     if beyond:
