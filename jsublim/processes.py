@@ -35,11 +35,12 @@ _numbers = itertools.count()  # of what was told so far, the same on all process
 
 
 class _State:
-    """Whether the first process is acting for all, whether signals are heeded, whether we are asked to leave and how often we have
-    looked, and how often everybody was known to have heard all that was told."""
+    """Whether the first process is acting for all, whether signals are heeded, whether Ctrl-C was heard, whether we are asked to
+    leave and how often we have looked, and how often everybody was known to have heard all that was told."""
 
     acting = False
     heeding = False
+    interrupted = False
     asked = False
     points = 0
     rounds = 0
@@ -247,7 +248,8 @@ def _comes_true(what: Callable[[], bool], seconds: float) -> bool:
 @contextlib.contextmanager
 def heeding_signals() -> Iterator[None]:
     """Have SIGTERM asked for by `leaving` as long as the block lasts (a second one ends the process). Of several processes,
-    also Ctrl-C."""
+    also Ctrl-C. Of one, Ctrl-C raises `KeyboardInterrupt` at once, and once more in `leaving` where somebody has swallowed it:
+    JAX calls Python from C++, which drops what is raised there."""
     several = process_count() > 1
     kind = signal.SIGINT if several else signal.SIGTERM  # JAX itself looks for SIGTERM where there are several
     if _State.heeding or threading.current_thread() is not threading.main_thread():
@@ -262,16 +264,31 @@ def heeding_signals() -> Iterator[None]:
         else:
             _State.asked = True
 
+    def interrupt(*_: Any) -> None:
+        _State.interrupted = True
+        raise KeyboardInterrupt
+
+    own = not several and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(kind, hear)
+    if own:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
         signal.signal(kind, before)
-        _State.asked = _State.heeding = False
+        if own:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        _State.asked = _State.heeding = _State.interrupted = False
 
 
 def leaving() -> bool:
-    """Whether to keep what is finished and leave: told at the same point on every process. All must ask equally often."""
+    """Whether to keep what is finished and leave: told at the same point on every process. All must ask equally often.
+
+    Raises:
+      KeyboardInterrupt: Ctrl-C was heard, and nothing came of it.
+    """
+    if _State.interrupted:
+        raise KeyboardInterrupt
     if _together():
         _State.points += 1
         _State.asked |= multihost_utils.reached_preemption_sync_point(_State.points)
