@@ -52,7 +52,8 @@ def together(distributed: bool, experiments: Iterable[Experiment]) -> Iterator[N
     if not distributed:
         yield
         return
-    from jsublim.processes import Preempted, Watch, everywhere, heeding_signals, join_processes, may_be_lost
+    from jsublim.processes import Preempted, everywhere, heeding_signals, join_processes
+    from jsublim.watch import Watch, may_be_lost
 
     time_out = max(map(_time_out, experiments))
     join_processes(time_out)
@@ -87,7 +88,8 @@ def _time_out(e: Experiment) -> float:
 
 def _speak() -> None:
     """From here on the first process alone prints; libraries written in C++ print nothing, unless asked with --debug."""
-    from jsublim.processes import gone, is_main_process, process_index
+    from jsublim.processes import is_main_process, process_index
+    from jsublim.watch import gone
 
     if not logging.getLogger("jax").isEnabledFor(logging.DEBUG):
         _keep_to_ourselves()
