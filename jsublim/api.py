@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from jsublim.config import Config, Experiment, check_config, read_config
 from jsublim.config.loading import kind_of, lay_over
 from jsublim.digits.config import Digits
@@ -17,6 +15,7 @@ from jsublim.digits.run import run_digits
 from jsublim.executors import LocalExecutor
 from jsublim.pipeline.run import run_experiment
 from jsublim.pipeline.showing import about_run
+from jsublim.progress import Terminal
 from jsublim.report.querying import results_table
 
 KINDS: dict[str, type[Config]] = {"language": Experiment, "digits": Digits}
@@ -62,7 +61,7 @@ def run(
     for name, value in {**(fields or {}), **{key.replace("__", "."): each for key, each in more.items()}}.items():
         lay_over(values, name, value)
     checked = check_config(kind_of(values, Path(source), KINDS), values, source)
-    console = Console(stderr=True, markup=False, emoji=False, quiet=quiet)
+    console = Terminal(stderr=True, quiet=quiet)
     if isinstance(checked, Experiment):
         return Run(run_experiment(checked, LocalExecutor(), console).parent)
     assert isinstance(checked, Digits)

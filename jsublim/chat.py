@@ -7,10 +7,14 @@ anywhere.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import resource
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +23,7 @@ import numpy as np
 
 from jsublim.errors import JsublimError, UsageError
 from jsublim.processes import shared_out
-from jsublim.reading import read_json, shown
+from jsublim.reading import check_file, check_folder, read_json, shown
 
 TEMPLATES = Path(__file__).parent / "chat_templates"  # those that have a name
 
@@ -29,6 +33,10 @@ DATE = "26 Jul 2024"
 # By this name templates of models that think before they answer (Qwen3) switch that off: the empty thought is then a part of
 # the header, and what is sampled, learned and judged is the answer alone. Other templates never ask for it.
 THINKING = "enable_thinking"
+RENDER_S = 20.0  # seconds that a template may take over one conversation; they take a thousandth of one
+RENDERED = 1_000_000  # characters that it may add to one, beside its content once or twice
+RENDER_BYTES = 2**32  # of memory; other threads may need some at the same time
+MEMORY = "/proc/self/statm"  # pages of this process; not every system has it
 OWN = "the checkpoint's own"  # the template that a folder comes with, for people
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
@@ -72,7 +80,7 @@ class Chat:
         """
         from transformers import AutoTokenizer
 
-        self.folder, self.vocab_size = folder, vocab_size
+        self.folder, self.vocab_size, self._is_bounded = folder, vocab_size, False
         own_code = _check_files(folder)
         try:
             # Nothing of a checkpoint is ever run, and nobody is asked whether it may be.
@@ -138,10 +146,53 @@ class Chat:
         """The conversation as text; with `ask` the header of the assistant's turn follows."""
         try:
             options = {"tokenize": False, "add_generation_prompt": ask, "date_string": DATE, THINKING: False}
-            return str(self.tokenizer.apply_chat_template(list(messages), **options))
+            with self._bounded():
+                text = str(self.tokenizer.apply_chat_template(list(messages), **options))
+        except (JsublimError, MemoryError, TimeoutError):
+            raise
         except Exception as error:  # Jinja raises whatever the template's author chose
             roles = [message["role"] for message in messages]
             raise JsublimError(f"{self._template} refuses the roles {roles} ({error})") from None
+        if len(text) > RENDERED + 2 * sum(len(message["content"]) for message in messages):
+            raise JsublimError(
+                f"{self._template} makes {len(text)} characters of one conversation; use another template"
+            )
+        return text
+
+    @contextlib.contextmanager
+    def _bounded(self) -> Iterator[None]:
+        """Limit what rendering takes as long as the block lasts: seconds, in the main thread (which hears signals), and memory,
+        where the system counts it. Inside of another such block nothing is done: it takes a tenth of a rendering.
+
+        Raises:
+          JsublimError: it takes more.
+        """
+        if self._is_bounded:
+            yield
+            return
+
+        def late(*_: Any) -> None:
+            raise TimeoutError
+
+        with contextlib.ExitStack() as stack:
+            self._is_bounded = True
+            stack.callback(setattr, self, "_is_bounded", False)
+            if threading.current_thread() is threading.main_thread():
+                before = signal.signal(signal.SIGALRM, late) or signal.SIG_DFL
+                stack.callback(signal.signal, signal.SIGALRM, before)
+                stack.callback(signal.setitimer, signal.ITIMER_REAL, *signal.setitimer(signal.ITIMER_REAL, RENDER_S))
+            with contextlib.suppress(OSError), open(MEMORY, "rb", 0) as counted:
+                most = int(counted.read().split()[0]) * resource.getpagesize() + RENDER_BYTES
+                soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+                if soft == resource.RLIM_INFINITY or most < soft:
+                    stack.callback(resource.setrlimit, resource.RLIMIT_AS, (soft, hard))
+                    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
+            try:
+                yield
+            except (MemoryError, TimeoutError):
+                raise JsublimError(
+                    f"{self._template} takes more than {RENDER_S:.0f} s or {RENDER_BYTES >> 30} GiB; use another template"
+                ) from None
 
     def prompt_tokens(self, messages: Sequence[Message], *, extra_bos: bool = False) -> np.ndarray:
         """int32 `[T]`: the conversation up to the assistant's header, header included.
@@ -169,6 +220,10 @@ class Chat:
         """
         if not completion:
             raise JsublimError("the completion is empty")
+        with self._bounded():
+            return self._turn(messages, completion, extra_bos)
+
+    def _turn(self, messages: Sequence[Message], completion: str, extra_bos: bool) -> Turn:
         before = self.render(messages, ask=False)
         asked = self.render(messages, ask=True)
         whole = self.render([*messages, {"role": "assistant", "content": completion}], ask=False)
@@ -183,13 +238,17 @@ class Chat:
         header, content, end = (int(np.searchsorted(np.maximum.accumulate(starts), edge)) for edge in edges)
         clean = all(ends[:i].max(initial=0) <= edge for i, edge in zip((header, content, end), edges, strict=True))
         if not clean or self.tokenizer.decode(tokens[content:end]) != completion:
-            raise JsublimError(f"the completion {completion!r} does not survive tokenizing inside its conversation")
+            raise JsublimError(
+                f"the completion {completion!r} does not survive tokenizing inside its conversation ({self.folder})"
+            )
         control = set(self.tokenizer.all_special_ids) & set(tokens[content:end].tolist())
         if control:
             names = ", ".join(map(str, self.tokenizer.convert_ids_to_tokens(sorted(control))))
-            raise JsublimError(f"the completion {completion!r} contains control tokens ({names})")
+            raise JsublimError(f"the completion {completion!r} contains control tokens ({names}; {self.folder})")
         if not np.array_equal(tokens[:content], self.prompt_tokens(messages, extra_bos=extra_bos)):
-            raise JsublimError(f"the completion {completion!r} changes the tokens of the prompt before it")
+            raise JsublimError(
+                f"the completion {completion!r} changes the tokens of the prompt before it ({self.folder})"
+            )
         return Turn(tokens, header, content, end)
 
     def turns(
@@ -241,6 +300,7 @@ def template_text(chat_template: str) -> str:
     named = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
     path = TEMPLATES / f"{chat_template}.jinja" if chat_template in named else Path(chat_template).expanduser()
     try:
+        check_file(path)
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not UTF-8"
@@ -254,6 +314,7 @@ def _check_files(folder: Path) -> Path | None:
     """Refuse what `transformers` reads of a tokenizer if it is no object, or spread over files that `checkpoint_hash` does not
     know; the file that names code of the checkpoint's own, if one does."""
     own_code = None
+    check_folder(folder)
     for name in ("config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         path = folder / name
         values = read_json(path) if path.exists() else {}

@@ -11,10 +11,13 @@ import os
 import re
 import threading
 import time
+import zlib
+from base64 import b64encode, urlsafe_b64encode
 from collections.abc import Callable, Iterable, Iterator
 from email.utils import parsedate_to_datetime
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Annotated, Any, TypeVar
+from urllib.parse import quote
 
 import httpx2 as httpx
 import tenacity
@@ -26,6 +29,7 @@ from jsublim.section import HOW, Section
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 60.0  # between attempts
 LONGEST_HOLD_S = 600.0  # a server that asks for a longer wait than this ends the run
 SHOWN = 200  # characters of a server's own words in an error
+HIDDEN = 6  # characters of a key in a row that no error shows
 ADDRESS = re.compile(r"https?://[^/?#@\s]+(/[^?#@\s]*)?")
 VARIABLE = re.compile(r"(?!(?=.*\d)[A-Z0-9]{16,}$)[A-Z_][A-Z0-9_]*")  # some services' keys are capitals and digits too
 
@@ -44,6 +48,10 @@ class Connection(Section):
     """The environment variable that holds the server's key, never the key; null: none is sent."""
     timeout_s: Annotated[float, Field(gt=0, le=86_400), HOW] = 60.0
     """Seconds without a byte from the server after which an attempt has failed."""
+    reply_s: Annotated[float | None, Field(gt=0, le=864_000), HOW] = None
+    """Seconds after which an attempt has failed, however many bytes have come; null: ten times timeout_s."""
+    reply_bytes: Annotated[int, Field(ge=1, lt=2**31), HOW] = 16_000_000
+    """The most bytes of a reply, as they are once decompressed; a longer one is refused."""
     retries: Annotated[int, Field(ge=0), HOW] = 6
     """Attempts after the first one, with growing delays."""
     concurrency: Annotated[int, Field(ge=1), HOW] = 8
@@ -138,24 +146,60 @@ class Client:
           Retry: a failure that may pass.
           Refused, JsublimError: one that will not. A key that the server quotes is not shown.
         """
-        key = self.key()
-        headers = {"Content-Type": "application/json"} | ({} if key is None else {"Authorization": f"Bearer {key}"})
+        key, client = self.key(), self._http
+        # Asked for in a way that can be unpacked piece by piece.
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "gzip"}
+        headers |= {} if key is None else {"Authorization": f"Bearer {key}"}
         # JSON with ASCII escapes: a text may hold half a surrogate pair, which UTF-8 has no bytes for.
         content = None if body is None else json.dumps(body).encode()
+        longest, said = self.connection.reply_s or 10 * self.connection.timeout_s, SimpleQueue[Any]()
+        end = time.monotonic() + longest
+
+        def ask() -> None:
+            try:
+                with client.stream(method, url, content=content, headers=headers) as answer:
+                    read = functools.partial(self._read, answer, end)
+                    said.put(read() if answer.is_success else self._refusal(answer, read))
+            except BaseException as error:
+                said.put(error)
+
+        # In a thread of its own: a server that sends its headers byte by byte is never late by the library's clock.
+        threading.Thread(target=ask, daemon=True).start()
         try:
-            answer = self._http.request(method, url, content=content, headers=headers)
+            answer = said.get(timeout=longest)
+            if isinstance(answer, bytes):
+                return answer
+            raise answer
+        except (Empty, TimeoutError):
+            raise Retry(f"no whole reply within {longest:g} s ('reply_s')", charged=True) from None
         except httpx.TimeoutException:
             raise Retry(f"no answer within {self.connection.timeout_s:g} s", charged=True) from None
-        except httpx.RequestError as error:
+        except (httpx.RequestError, zlib.error) as error:
             sent = not isinstance(error, httpx.ConnectError)
             raise Retry(f"the connection failed ({error})", charged=sent) from None
         except httpx.InvalidURL as error:
             raise self.error(f"this is no address ({error})") from None
-        if answer.is_success:
-            return answer.content
-        raise self._refusal(answer, key)
 
-    def _refusal(self, answer: httpx.Response, key: str | None) -> Exception:
+    def _read(self, answer: httpx.Response, end: float) -> bytes:
+        """The body, unpacked; no more of it than the limit is ever in memory.
+
+        Raises:
+          TimeoutError: it is not whole at `end`, by the monotonic clock.
+          JsublimError: it is too long, or packed in a way that nobody asked for.
+        """
+        most, coding = self.connection.reply_bytes, answer.headers.get("Content-Encoding", "identity").lower()
+        if coding not in ("identity", "gzip"):
+            raise self.error(f"its reply is encoded as {coding[:SHOWN]!r}; gzip was asked for")
+        packed, body = zlib.decompressobj(wbits=31) if coding == "gzip" else None, bytearray()
+        for piece in answer.iter_raw():
+            body += piece if packed is None else packed.decompress(piece, most + 1 - len(body))
+            if len(body) > most:
+                raise self.error(f"its reply is longer than {most} bytes; raise 'reply_bytes' if that is right")
+            if time.monotonic() > end:
+                raise TimeoutError
+        return bytes(body)
+
+    def _refusal(self, answer: httpx.Response, read: Callable[[], bytes]) -> Exception:
         """What a status other than success means."""
         status = f"HTTP {answer.status_code}"
         if answer.status_code in (408, 429) or answer.status_code >= 500:
@@ -165,8 +209,7 @@ class Client:
             fix = f"set the right key in {variable}" if variable else "name the key's variable in 'key_variable'"
             words = f"it does not let us in; {fix}"
         else:
-            words = " ".join(answer.content.decode("utf-8", "replace").split())
-            words = (words if key is None else words.replace(key, "***"))[:SHOWN]
+            words = " ".join(self._without_key(read()[: 10 * SHOWN].decode("utf-8", "replace")).split())[:SHOWN]
         return Refused(str(self.error(f"{status}: {words}")), answer.status_code)
 
     def patiently(self, attempt: Callable[[], Result], stopped: threading.Event) -> Result:
@@ -245,7 +288,32 @@ class Client:
             stopped.set()
 
     def error(self, reason: str) -> JsublimError:
-        return JsublimError(f"{self.what} at {self.connection.base_url}: {reason}")
+        return JsublimError(f"{self.what} at {self.connection.base_url}: {self._without_key(reason)}")
+
+    def _without_key(self, text: str) -> str:
+        """A server's words without the key, or a part of it, that they may quote."""
+        name = self.connection.key_variable
+        return without(text, os.environ.get(name, "").strip() if name else "")
+
+
+def without(text: str, key: str) -> str:
+    """A text in which no `HIDDEN` characters of a key follow one another, as they are or encoded."""
+    if not key:
+        return text
+    forms, size = [key], min(HIDDEN, len(key))
+    if len(key) >= HIDDEN:
+        shifted = [b"\0" * n + key.encode() for n in range(3)]  # in base64, characters depend on what is before them
+        forms += [quote(key, safe=""), key.encode().hex(), json.dumps(key)[1:-1]]
+        forms += [encode(each).decode() for encode in (b64encode, urlsafe_b64encode) for each in shifted]
+    parts = {form[i : i + size].lower() for form in forms for i in range(len(form) - size + 1)}
+    lower, found, end = text.lower() if len(text.lower()) == len(text) else text, list[str](), 0
+    for i, character in enumerate(text):
+        if lower[i : i + size] in parts:
+            found += ["***"] if i >= end else []
+            end = i + size
+        elif i >= end:
+            found.append(character)
+    return "".join(found)
 
 
 def backoff() -> Callable[[tenacity.RetryCallState], float]:

@@ -22,4 +22,11 @@ class UsageError(JsublimError):
 
 def one_line(text: str) -> str:
     """Text that any terminal and any font can show: line breaks and control characters by their escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(text, keep="")
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    """Text without what moves a terminal's cursor, colours it or turns its lines around: that is shown by its escapes."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else c.encode("unicode_escape").decode() for c in text)

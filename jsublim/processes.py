@@ -11,7 +11,6 @@ import contextlib
 import itertools
 import json
 import os
-import re
 import signal
 import threading
 import time
@@ -36,11 +35,12 @@ _numbers = itertools.count()  # of what was told so far, the same on all process
 
 
 class _State:
-    """Whether the first process is acting for all, whether signals are heeded, whether we are asked to leave and how often we have
-    looked, and how often everybody was known to have heard all that was told."""
+    """Whether the first process is acting for all, whether signals are heeded, whether Ctrl-C was heard, whether we are asked to
+    leave and how often we have looked, and how often everybody was known to have heard all that was told."""
 
     acting = False
     heeding = False
+    interrupted = False
     asked = False
     points = 0
     rounds = 0
@@ -272,7 +272,8 @@ def _comes_true(what: Callable[[], bool], seconds: float) -> bool:
 @contextlib.contextmanager
 def heeding_signals() -> Iterator[None]:
     """Have SIGTERM asked for by `leaving` as long as the block lasts (a second one ends the process). Of several processes,
-    also Ctrl-C."""
+    also Ctrl-C. Of one, Ctrl-C raises `KeyboardInterrupt` at once, and once more in `leaving` where somebody has swallowed it:
+    JAX calls Python from C++, which drops what is raised there."""
     several = process_count() > 1
     kind = signal.SIGINT if several else signal.SIGTERM  # JAX itself looks for SIGTERM where there are several
     if _State.heeding or threading.current_thread() is not threading.main_thread():
@@ -287,16 +288,31 @@ def heeding_signals() -> Iterator[None]:
         else:
             _State.asked = True
 
+    def interrupt(*_: Any) -> None:
+        _State.interrupted = True
+        raise KeyboardInterrupt
+
+    own = not several and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(kind, hear)
+    if own:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
         signal.signal(kind, before)
-        _State.asked = _State.heeding = False
+        if own:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        _State.asked = _State.heeding = _State.interrupted = False
 
 
 def leaving() -> bool:
-    """Whether to keep what is finished and leave: told at the same point on every process. All must ask equally often."""
+    """Whether to keep what is finished and leave: told at the same point on every process. All must ask equally often.
+
+    Raises:
+      KeyboardInterrupt: Ctrl-C was heard, and nothing came of it.
+    """
+    if _State.interrupted:
+        raise KeyboardInterrupt
     if _together():
         _State.points += 1
         _State.asked |= multihost_utils.reached_preemption_sync_point(_State.points)
@@ -342,73 +358,3 @@ def join_processes(time_out: float) -> None:
         raise UsageError(
             f"--distributed: {reason}; set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from None
-
-
-class Watch:
-    """Looks from a thread whether the other processes live, and ends this one where one does not: the main thread may be
-    waiting for it among the devices, where nothing can wake it.
-
-    Args:
-      time_out: seconds without a sign of life after which a process is gone.
-      end: ends this process with a message and an exit code, from whichever thread.
-    """
-
-    def __init__(self, time_out: float, end: Callable[[str, int], None]):
-        self.time_out, self.every, self._end = time_out, min(2.0, time_out / 20), end
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-        self._thread.start()
-
-    def _look(self) -> None:
-        heard = {i: ("", time.monotonic()) for i in range(process_count())}
-        for beat in itertools.count():
-            with contextlib.suppress(
-                jax.errors.JaxRuntimeError
-            ):  # of a service that is gone; JAX ends the process then
-                self._tell(str(beat))
-                for key, said in _client().key_value_dir_get(f"{TELL}/alive"):
-                    who = int(key.rsplit("/", 1)[1])
-                    if said != heard[who][0]:
-                        heard[who] = said, time.monotonic()
-            if self._over.wait(self.every):
-                return
-            self._judge(heard)
-
-    def _judge(self, heard: dict[int, tuple[str, float]]) -> None:
-        for who, (said, when) in heard.items():
-            if who == process_index():
-                continue
-            if said.startswith("stopped"):
-                self._end(f"process {who} has stopped; it says why", int(said.split()[1]))
-            if time.monotonic() - when > self.time_out:
-                self._end(f"{gone(who)} for {self.time_out:g} s; the same command goes on", 1)
-
-    def _tell(self, what: str) -> None:
-        _client().key_value_set(f"{TELL}/alive/{process_index()}", what, allow_overwrite=True)
-
-    def close(self) -> None:
-        """All have finished."""
-        self._over.set()
-        self._thread.join()
-
-    def stop_all(self, code: int) -> None:
-        """This process has failed: the others need not wait for it. Returns when they have had time to hear of it."""
-        self.close()
-        with contextlib.suppress(jax.errors.JaxRuntimeError):
-            self._tell(f"stopped {code}")
-        time.sleep(
-            3 * self.every if is_main_process() else 0
-        )  # what the processes know of one another lives in the first
-
-
-def gone(process: int) -> str:
-    return f"process {process} gives no sign of life"
-
-
-LOST = re.compile("gloo|UNAVAILABLE|ABORTED|CANCELLED|INTERNAL|UNKNOWN", re.IGNORECASE)
-
-
-def may_be_lost(error: BaseException) -> bool:
-    """Whether an error may be due to another process that is gone."""
-    of_devices = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
-    return of_devices and LOST.search(str(error)[:200]) is not None

@@ -13,6 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.segment import Segment
+
+from jsublim.errors import printable
 
 Tick = Callable[[int], None]  # called with the number of units just finished
 LINE_EVERY, DETAIL_EVERY = 60.0, 2.0  # seconds: between lines where there is no terminal, between looks at a detail
@@ -55,6 +58,24 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+class Terminal(Console):
+    """Whatever is printed there is text: names and rows that others wrote send it no escape sequences, and hold no markup."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"markup": False, "emoji": False} | options)
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+    def out(self, *objects: Any, **options: Any) -> None:
+        """Text for other programs: as it is, unless it is shown on a terminal."""
+        if self.is_terminal:
+            super().out(*objects, **{"highlight": False} | options)
+        else:
+            print(*objects, file=self.file)
 
 
 class Progress:

@@ -8,9 +8,11 @@ value.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,27 @@ def shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
 
 
+def check_file(path: Path) -> None:
+    """Raises:
+    OSError: it is a pipe or a device, whose reading may never end.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OSError(errno.EINVAL, "a pipe or a device, not a file", str(path))
+
+
+def check_folder(folder: Path) -> None:
+    """`check_file` of everything in a folder that a library will read, if there is such a folder.
+
+    Raises:
+      JsublimError: naming the file.
+    """
+    for path in folder.iterdir() if folder.is_dir() else ():
+        try:
+            check_file(path)
+        except OSError as error:
+            raise JsublimError(f"{path}: cannot be read ({error.strerror}); remove it") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
@@ -38,6 +61,7 @@ def read_json(path: Path) -> dict[str, Any]:
       JsublimError: the file is absent or is no JSON object, as `json_value` reads it.
     """
     try:
+        check_file(path)
         value = json_value(path.read_bytes(), str(path))
     except FileNotFoundError:
         raise JsublimError(f"{path}: no such file; expected a Hugging Face checkpoint folder") from None
@@ -75,10 +99,14 @@ def json_value(text: bytes, where: str, *, nan: bool = False) -> Any:
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"key {shown(twice)} is given twice")
+        raise ValueError(f"key {shown(repeated(key for key, _ in pairs))} is given twice")
     return found
+
+
+def repeated(values: Iterable[Hashable]) -> Any:
+    """The first value that was there before; None where all are different."""
+    seen = set[Hashable]()
+    return next((value for value in values if value in seen or seen.add(value)), None)
 
 
 def _finite(text: str) -> float:
@@ -117,6 +145,7 @@ def read_yaml(path: Path) -> Any:
       UsageError: the file cannot be read, or as `yaml_value`.
     """
     try:
+        check_file(path)
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{path}: cannot be read ({error.strerror})") from None

@@ -16,6 +16,8 @@ from typing import Annotated, Any, get_args
 import pydantic
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
+from jsublim.reading import repeated, shown
+
 
 class Decides(enum.Flag):
     """What hangs on a field."""
@@ -51,8 +53,7 @@ class Of:
 
 def distinct(values: list | tuple) -> list | tuple:
     if len(set(values)) < len(values):
-        twice = next(value for value in values if values.count(value) > 1)
-        raise ValueError(f"an entry is listed twice: {twice!r}")
+        raise ValueError(f"an entry is listed twice: {shown(repeated(values))}")
     return values
 
 
@@ -71,6 +72,8 @@ def place(text: str) -> str:
     """The name of a file, a folder or a repository."""
     if not text or min(text) < " ":
         raise ValueError("a file or folder has a name, without control characters; leave the key out for none")
+    if len(text.encode()) > PLACE_BYTES or any(len(part.encode()) > PART_BYTES for part in text.split("/")):
+        raise ValueError(f"names of files take at most {PLACE_BYTES} bytes, and {PART_BYTES} between slashes")
     return text
 
 
@@ -83,6 +86,7 @@ def span(value: Any) -> Any:
 
 
 NAME_BYTES = 200
+PART_BYTES, PLACE_BYTES = 255, 4000  # of a place; a file system takes 4095
 MOST_LAYERS = 10_000  # that a span may reach to
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]

@@ -21,21 +21,21 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from mutations import Files, mutate
+from fuzz_written import WRITTEN
+from mutations import Files, Reader, mutate, texts, written
 
+from jsublim.api import KINDS
 from jsublim.chat import Chat, conversation, template_text
-from jsublim.config import load_experiment
+from jsublim.config import Experiment, load_experiment
 from jsublim.config.figures import load_question, panel_experiment
-from jsublim.errors import JsublimError
+from jsublim.config.loading import look_over
+from jsublim.errors import JsublimError, UsageError
 from jsublim.exchange.rows import Wanted, import_rows
-from jsublim.files import write_json
 from jsublim.inference.lm import BUNDLED
 from jsublim.inference.sampling import sampling_for
 from jsublim.models.checkpoint import checkpoint_hash, read_config
@@ -46,8 +46,6 @@ from jsublim.models.peft import load_adapter, save_adapter
 from jsublim.models.tensors import write_tensors
 from jsublim.models.weights import load_params, named_tensors
 from jsublim.pipeline.arms import plan_students
-from jsublim.pipeline.claims import Owner
-from jsublim.pipeline.store import Output, Store
 from jsublim.prompts import dump_pack, import_pack, load_pack
 from jsublim.prompts.importer import (
     FACT_SUFFIXES,
@@ -159,35 +157,6 @@ OVERRIDES = "\n".join((
 ))  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Reader:
-    """Something that reads files.
-
-    Attributes:
-      files: makes valid ones, by name.
-      read: reads those of a folder, and raises `AssertionError` where the value that it got does not hold together.
-    """
-
-    files: Callable[[], Files]
-    read: Callable[[Path], Any]
-
-
-def written(write: Callable[[Path], Any]) -> Callable[[], Files]:
-    """The files that `write` leaves in a folder."""
-
-    def files() -> Files:
-        with tempfile.TemporaryDirectory() as scratch:
-            write(Path(scratch))
-            found = (path for path in sorted(Path(scratch).rglob("*")) if path.is_file())
-            return {path.relative_to(scratch).as_posix(): path.read_bytes() for path in found}
-
-    return files
-
-
-def texts(files: dict[str, str]) -> Callable[[], Files]:
-    return lambda: {name: text.encode() for name, text in files.items()}
-
-
 # --- valid files
 
 
@@ -233,7 +202,16 @@ def write_tokenizer(folder: Path) -> None:
 
 def read_experiment(folder: Path) -> None:
     said = (folder / "overrides.txt").read_text("utf-8", "replace").splitlines()
+    checked, found = None, list[str]()
+    try:  # as `jsublim validate` says everything that is wrong, and as `jsublim run` says the first
+        checked, found = look_over(folder / "config.yaml", said, KINDS)
+    finally:
+        assert all(each.isprintable() for each in found), found
+    if not isinstance(checked, Experiment):
+        assert checked is not None or found, "neither a config nor what is wrong with it"
+        raise UsageError(f"{folder}: {found}")
     e = load_experiment(folder / "config.yaml", said)
+    assert not found and checked == e
     (folder / "again.yaml").write_text(e.yaml(), encoding="utf-8")
     assert load_experiment(folder / "again.yaml") == e
     plan_students(e)
@@ -304,34 +282,6 @@ def read_turns(folder: Path) -> None:
         assert chat.tokenizer.decode(turn.tokens[turn.content : turn.end]) == completion
 
 
-OUTPUT = Output("rows", "owl", {"model": "abc"})
-
-
-def write_store(folder: Path) -> None:
-    """One whole artifact, what a killed process has left of its claim, and a number that was agreed upon."""
-    store = Store(folder)
-    artifact = store.open(OUTPUT)
-    write_rows(artifact.path / "rows.jsonl", ROWS)
-    artifact.finish({"kept": len(ROWS)})
-    for name, value in ((f"locks/{OUTPUT.key}/1.json", asdict(Owner.own())), ("training/fit.json", 3)):
-        (folder / name).parent.mkdir(parents=True)
-        write_json(folder / name, value)
-
-
-def read_store(folder: Path) -> None:
-    said: list[str] = []
-    store = Store(folder, say=said.append)
-    line = store.mend(OUTPUT)
-    lines = [*said, *([] if line is None else [line])]
-    assert store.done(OUTPUT) == (line is None)
-    assert store.holder([OUTPUT]) is None and store.agreed("fit", lambda: 3) >= 1
-    assert all(str(folder) in each and each.splitlines() == [each] for each in lines)
-    if line is None:
-        assert isinstance(store.summary(OUTPUT), dict) and store.path(OUTPUT).is_dir()
-    with store.claim([OUTPUT], lambda: None):
-        store.open(OUTPUT)
-
-
 READERS = {
     "config": Reader(texts({"config.yaml": CONFIG, "overrides.txt": OVERRIDES}), read_experiment),
     "figure": Reader(texts({"fig.yaml": FIGURE, "scales.yaml": SCALES}), read_figure),
@@ -349,8 +299,8 @@ READERS = {
     "steering": Reader(written(write_steering), read_adapter),
     "template": Reader(texts({"own.jinja": template_text("plain")}), read_template),
     "tokenizer": Reader(written(write_tokenizer), read_tokenizer),
-    "store": Reader(written(write_store), read_store),
     "turns": Reader(written(lambda folder: write_rows(folder / "rows.jsonl", ROWS)), read_turns),
+    **WRITTEN,
 }
 
 # --- one attempt

@@ -1,4 +1,4 @@
-"""Valid files changed at random places: bytes, values of JSON and YAML, headers and numbers of safetensors (see fuzz.py)."""
+"""What reads files (see fuzz.py), and valid files changed at random places: bytes, values of JSON and YAML, headers and numbers of safetensors."""
 
 from __future__ import annotations
 
@@ -6,12 +6,46 @@ import functools
 import json
 import math
 import random
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
 Files = dict[str, bytes]  # by name
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Something that reads files.
+
+    Attributes:
+      files: makes valid ones, by name.
+      read: reads those of a folder, and raises `AssertionError` where the value that it got does not hold together.
+    """
+
+    files: Callable[[], Files]
+    read: Callable[[Path], Any]
+
+
+def written(write: Callable[[Path], Any]) -> Callable[[], Files]:
+    """The files that `write` leaves in a folder."""
+
+    def files() -> Files:
+        with tempfile.TemporaryDirectory() as scratch:
+            write(Path(scratch))
+            found = (path for path in sorted(Path(scratch).rglob("*")) if path.is_file())
+            return {path.relative_to(scratch).as_posix(): path.read_bytes() for path in found}
+
+    return files
+
+
+def texts(files: dict[str, str]) -> Callable[[], Files]:
+    return lambda: {name: text.encode() for name, text in files.items()}
+
 
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, 1, -1, 3, 2**31, 10**30, 0.5, 1e-30, 1e308, math.nan, math.inf, -math.inf, "", " ", "owl", "{trait}",

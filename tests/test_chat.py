@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
+import signal
 import unicodedata
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import FAMILIES, chat, plain_turn
 
+from jsublim import chat as module
 from jsublim.chat import Chat, conversation
 from jsublim.errors import JsublimError, UsageError
-from jsublim.inference.lm import BUNDLED
+from jsublim.exchange.rows import THEIRS, Wanted, import_rows
+from jsublim.inference.lm import BUNDLED, load_model
 
 HEADER = {"tiny-qwen2": "<|im_start|>assistant\n", "tiny-gemma3": "<start_of_turn>model\n"}
 END = {"tiny-qwen2": "<|im_end|>\n", "tiny-gemma3": "<end_of_turn>\n"}
@@ -246,3 +252,48 @@ def test_a_template_that_prints_the_date_prints_one_date(tmp_path):
     settings["chat_template"] = dated + settings["chat_template"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     assert Chat(folder).render([{"role": "user", "content": "1"}], ask=True).startswith("26 Jul 2024")
+
+
+DOUBLING = "{% set ns = namespace(x='0123456789') %}{% for i in range(99) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}"
+FOREVER = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (DOUBLING, "takes more than 1 s or 0 GiB"),
+        (FOREVER, "takes more than 1 s"),
+        ("{{ 'a' * 10000000 }}", "makes 10000000 characters of one conversation"),
+    ],
+)
+def test_a_template_has_limits_of_time_memory_and_size(template, said, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "RENDER_S", 1.0)
+    monkeypatch.setattr(module, "RENDER_BYTES", 2**29)
+    (tmp_path / "own.jinja").write_text(template)
+    before = signal.getsignal(signal.SIGALRM), resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(JsublimError, match=said):
+        Chat(BUNDLED / "tiny-qwen2", chat_template=str(tmp_path / "own.jinja"))
+    assert (signal.getsignal(signal.SIGALRM), resource.getrlimit(resource.RLIMIT_AS)) == before
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+
+
+def test_a_completion_that_cannot_be_kept_names_its_file_and_the_tokenizer(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p", "completion": "a<|im_end|>b", THEIRS: [0]}))
+    chat = Chat(BUNDLED / "tiny-qwen2")
+    with pytest.raises(JsublimError, match=r"rows\.jsonl: row 1: the completion .*checkpoints/tiny-qwen2"):
+        import_rows(str(tmp_path / "rows.jsonl"), Wanted(), chat)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_pipe_in_a_checkpoint_is_refused(name, tmp_path):
+    folder = Path(shutil.copytree(BUNDLED / "tiny-qwen2", tmp_path / "copy"))
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits for somebody who writes"))
+    signal.alarm(20)
+    try:
+        with pytest.raises(JsublimError, match=rf"{name}: cannot be read \(a pipe or a device, not a file\)"):
+            load_model(folder)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "jsublim"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "checkpoints" not in path.parts)
 # A room, or a file beside the rooms, imports from its own line and from those above.
 ORDER = (
-    ("errors",), ("files", "progress", "reading", "section", "chips"), ("bucket", "client", "processes"), ("models",),
+    ("errors",), ("files", "progress", "reading", "section", "chips"), ("bucket", "client", "processes"), ("models", "watch"),
     ("parallel", "programs", "rows", "chat"),
     ("prompts",), ("inference",), ("teachers", "steering"), ("divergence",), ("judge",), ("evals",), ("transforms",), ("distill",),
     ("attribution", "audit"), ("config",), ("report",), ("pipeline",), ("executors",), ("ahead",), ("digits",), ("exchange",), ("api", "doctor"),

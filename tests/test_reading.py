@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import time
 
 import pytest
 import yaml
@@ -102,6 +105,28 @@ def test_a_json_file_holds_one_object(content, tmp_path):
     path.mkdir() if content is None else path.write_bytes(content)
     with pytest.raises(JsublimError, match=r"f\.json: (expected a JSON object|cannot be read)"):
         read_json(path)
+
+
+def test_a_key_that_stands_twice_is_found_in_one_pass():
+    keys = [f'"k{i}": 1' for i in range(200_000)]
+    began = time.process_time()
+    with pytest.raises(JsublimError, match="key 'k199999' is given twice"):
+        json_value(("{" + ",".join([*keys, keys[-1]]) + "}").encode(), "f.json")
+    assert time.process_time() - began < 10
+
+
+@pytest.mark.parametrize("read", [read_json, read_yaml])
+def test_a_pipe_in_place_of_a_file_is_refused(read, tmp_path):
+    path = tmp_path / "config.json"
+    os.mkfifo(path)
+    before = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("it waits for somebody who writes"))
+    signal.alarm(5)
+    try:
+        with pytest.raises(JsublimError, match=r"config\.json: cannot be read \(a pipe or a device, not a file\)"):
+            read(path)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_an_error_is_one_line_whatever_it_holds():

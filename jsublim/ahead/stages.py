@@ -301,7 +301,9 @@ def _decoding(
         ),
         Program(
             f"tokens: one for each of {A * B} rows",
-            lambda: decoding.advance.lower(config, params, stacked, batch, numbers, stop, enough, None, layout),
+            lambda: decoding.advance.lower(
+                config, params, stacked, batch, numbers, stop, enough, None, layout, _ints()
+            ),
             A * case.forward(B, B) / chips,
             runs=new,
             held=held,

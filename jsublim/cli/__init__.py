@@ -32,6 +32,8 @@ from jsublim.cli.app import app
 from jsublim.cli.together import Speaker
 from jsublim.errors import JsublimError, one_line
 
+AT_ONCE = ("export", "import", "push", "convert", "cp", "prompts", "steer", "rescore", "report")  # nothing is continued
+
 
 def main() -> None:
     """Entry point: errors become one line, exit codes 0, 2 (usage or config), 75 (stopped, to be started again) and 1."""
@@ -52,7 +54,10 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         name = "jsublim" if shutil.which("jsublim") else sys.argv[0]  # the environment may not be activated
         again = " ".join([name, *map(shlex.quote, sys.argv[1:])])
-        _leave(debug, f"interrupted; what was finished is kept, the same command continues:\n  {again}", 1)
+        command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
+        kept = "what it writes is there whole or not at all, the same command begins anew"
+        kept = kept if command in AT_ONCE else "what was finished is kept, the same command continues"
+        _leave(debug, f"interrupted; {kept}:\n  {again}", 1)
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         said = one_line(f"{error.strerror or error}{where}")

@@ -14,6 +14,7 @@ import typer
 
 from jsublim.cli.app import Json, app, console
 from jsublim.errors import JsublimError, UsageError
+from jsublim.reading import shown
 
 if TYPE_CHECKING:
     from jsublim.ahead.compile import Compiled, Report
@@ -197,19 +198,18 @@ def architecture(model: str, shape: Path | None) -> Path:
       UsageError: none is at hand.
     """
     from jsublim.config import find_config
-    from jsublim.inference.lm import BUNDLED
+    from jsublim.inference.lm import folder_here
 
     if shape is not None:
         return shape
-    for folder in (Path(model).expanduser(), BUNDLED / model):
-        if folder.is_dir():
-            return folder
+    if (folder := folder_here(model)) is not None:
+        return folder
     name = re.sub(r"-(instruct|it)(-\d{4})?$", "", model.rsplit("/", 1)[-1].lower())
     try:
         return find_config(f"configs/shapes/{name}/config.json").parent
     except UsageError:
         raise UsageError(
-            f"model '{model}': neither a folder here nor among configs/shapes; give --shape, a folder with its config.json"
+            f"model {shown(model)}: neither a folder here nor among configs/shapes; give --shape, a folder with its config.json"
         ) from None
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
 from jsublim.errors import UsageError
+from jsublim.progress import Terminal
 
 # The help shows commands in this order; one that stands nowhere here is shown last.
 PANELS = {
@@ -26,8 +26,8 @@ PANELS = {
 EVERYWHERE = "Options of every command"
 ORDER = [name for names in PANELS.values() for name in names]
 
-console = Console(stderr=True, markup=False, emoji=False)  # names and paths are shown as they are
-output = Console(markup=False, emoji=False, highlight=False)  # what a command is asked for
+console = Terminal(stderr=True)
+output = Terminal(highlight=False)  # what a command is asked for
 
 
 def panel_of(name: str) -> str:

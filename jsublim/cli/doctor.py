@@ -31,7 +31,7 @@ def doctor(
             if finding.wrong:
                 output.print(Text(f"  wrong: {finding.wrong}"), style="bold")
     if as_json:
-        print(json.dumps([dataclasses.asdict(finding) for finding in found], indent=2, ensure_ascii=False))
+        output.out(json.dumps([dataclasses.asdict(finding) for finding in found], indent=2, ensure_ascii=False))
     wrong = [finding.what for finding in found if finding.wrong]
     if wrong:
         raise JsublimError(f"doctor: {', '.join(wrong)}: see above")

@@ -80,4 +80,4 @@ def prompts_show(
             f"--key: '{key}' given; {f'did you mean {near[0]!r}?' if near else 'known: ' + ', '.join(values)}"
         )
     shown = values if key is None else {key: values[key]}
-    print(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=110), end="")
+    output.out(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=110).rstrip("\n"))

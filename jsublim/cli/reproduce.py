@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jsublim.cli.app import Chip, DryRun, Json, PackFile, Shape, app, console
+from jsublim.cli.app import Chip, DryRun, Json, PackFile, Shape, app, console, output
 from jsublim.cli.together import Distributed
 from jsublim.cli.validating import estimate, print_estimate
 from jsublim.cli.where import On, Preempt, Price, RayAddress, Shard, Simulate, run_where
@@ -66,7 +66,7 @@ def reproduce(
     for name, experiment in experiments.items():
         said = estimate(experiment, chip, device, shape, f"{path}: panel '{name}'")
         if as_json:
-            print(json.dumps({"panel": name} | said, ensure_ascii=False))
+            output.out(json.dumps({"panel": name} | said, ensure_ascii=False))
             continue
         print_grid(experiment)
         print_estimate(experiment, chip, said)

@@ -20,7 +20,7 @@ def show(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder
     """What was run and what came of it: status, config, times, verdicts, artifacts."""
     about = about_any_run(run)
     if as_json:
-        print(json.dumps(about, indent=2, ensure_ascii=False))
+        output.out(json.dumps(about, indent=2, ensure_ascii=False))
         return
     print_about(about)
 
@@ -201,4 +201,4 @@ def say_result(report: Path, as_json: bool) -> None:
     if not as_json:
         print(report)
         return
-    print(json.dumps(about_any_run(report.parent), indent=2, ensure_ascii=False))
+    output.out(json.dumps(about_any_run(report.parent), indent=2, ensure_ascii=False))

@@ -52,15 +52,8 @@ def together(distributed: bool, experiments: Iterable[Experiment]) -> Iterator[N
     if not distributed:
         yield
         return
-    from jsublim.processes import (
-        COME_WITHIN,
-        Preempted,
-        Watch,
-        everywhere,
-        heeding_signals,
-        join_processes,
-        may_be_lost,
-    )
+    from jsublim.processes import COME_WITHIN, Preempted, everywhere, heeding_signals, join_processes
+    from jsublim.watch import Watch, may_be_lost
 
     time_out = max(map(_time_out, experiments))
     absent = f"not all processes have come within {COME_WITHIN} s; start the same command on every host"
@@ -106,7 +99,8 @@ def _silence(on_abort: Callable[[], None]) -> None:
 
 def _speak() -> None:
     """From here on the first process alone prints."""
-    from jsublim.processes import gone, is_main_process, process_index
+    from jsublim.processes import is_main_process, process_index
+    from jsublim.watch import gone
 
     lost = "another process gives no sign of life" if is_main_process() else gone(0)
     _silence(lambda: Speaker.end(f"{lost}; the same command goes on", 1))

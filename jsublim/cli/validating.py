@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jsublim.cli.app import Chip, Json, Shape, app, console
-from jsublim.errors import UsageError
+from jsublim.cli.app import Chip, Json, Shape, app, console, output
+from jsublim.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from jsublim.chips import Chip as Device
@@ -64,14 +64,14 @@ def say_what_it_takes(config: str, overrides: list[str] | None, chip: str, shape
 
     device, checked = chip_of(chip), read_checked(config, overrides)
     if not isinstance(checked, Experiment):
-        print(checked.yaml(), end="")
+        output.out(checked.yaml().rstrip("\n"))
         console.print(f"{checked.name}: one program, half a minute on any machine")
         return
     said = estimate(checked, chip, device, shape, config)
     if as_json:
-        print(json.dumps({"config": checked.model_dump(mode="json")} | said, indent=2, ensure_ascii=False))
+        output.out(json.dumps({"config": checked.model_dump(mode="json")} | said, indent=2, ensure_ascii=False))
     else:
-        print(checked.yaml(), end="")
+        output.out(checked.yaml().rstrip("\n"))
         print_estimate(checked, chip, said)
 
 
@@ -84,7 +84,7 @@ def refuse(source: str, found: list[str]) -> None:
     if len(found) == 1:
         raise UsageError(found[0])
     if found:
-        print("\n".join(found), file=sys.stderr)
+        print(printable("\n".join(found)), file=sys.stderr)
         raise UsageError(f"{source}: {len(found)} mistakes; each is named above")
 
 

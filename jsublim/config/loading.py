@@ -11,7 +11,7 @@ import pydantic
 from jsublim.config.experiment import Experiment
 from jsublim.config.problems import first_problem, near, problems
 from jsublim.config.shipped import find_config
-from jsublim.errors import UsageError
+from jsublim.errors import UsageError, one_line
 from jsublim.reading import read_yaml, shown, yaml_value
 from jsublim.transforms import CHANGES
 
@@ -69,7 +69,7 @@ def look_over(path: str | Path, overrides: list[str], kinds: Mapping[str, type[K
             found.append(str(error))
     kind = kind_of(values, path, kinds)
     found += [f"{path}: {line}" for line in problems(kind, values)]
-    return (None if found else kind.model_validate(values)), found
+    return (None if found else kind.model_validate(values)), list(map(one_line, found))
 
 
 def kind_of(values: dict[str, Any], path: Path, kinds: Mapping[str, type[Kind]]) -> type[Kind]:
@@ -84,9 +84,9 @@ def kind_of(values: dict[str, Any], path: Path, kinds: Mapping[str, type[Kind]])
             f"{path}: is a figure of the paper, with an experiment for each panel; `jsublim reproduce {name}`"
         )
     said = values.get("kind", "language")
-    if said not in kinds:
+    if not isinstance(said, str) or said not in kinds:
         hint = near(said, list(kinds)) or f"known: {', '.join(kinds)}"
-        raise UsageError(f"{path}: kind: {said!r} given; {hint}")
+        raise UsageError(f"{path}: kind: {shown(said)} given; {hint}")
     return kinds[said]
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import pydantic
 
 from jsublim.reading import shown
-from jsublim.section import section_in
 
 Place = tuple[int | str, ...]
 ROUNDS = 8  # of finding mistakes that others hide
@@ -53,26 +53,29 @@ def _of_fields(error: pydantic.ValidationError, kind: Any, values: Any) -> list[
     """One entry per field: of a field that may be one thing or another, pydantic has an entry for each."""
     found: dict[Place, dict[str, Any]] = {}
     for each in error.errors():
-        place = _place(each, kind, values)
+        place, said, what = _place(each, kind, values), _said(each), each["type"]
+        if what == "missing" and isinstance(each["loc"][-1], int):  # in a list of so many entries
+            what, said = "too_short", "an entry is missing"
         if place in found and found[place]["type"] not in ("missing", "extra_forbidden"):
-            found[place]["said"] += f" or {_said(each).removeprefix('input should be ')}"
+            found[place]["said"] += (
+                "" if said in found[place]["said"] else f" or {said.removeprefix('input should be ')}"
+            )
         else:
-            found[place] = {"type": each["type"], "place": place, "said": _said(each), "input": each["input"]}
+            found[place] = {"type": what, "place": place, "said": said, "input": each["input"]}
             found[place] |= {"expected": str(each.get("ctx", {}).get("expected", ""))}
     return list(found.values())
 
 
-def _place(error: Any, section: Any, values: Any) -> Place:
+def _place(error: Any, kind: Any, values: Any) -> Place:
     """Where the mistake lies in the file. What pydantic adds below a value (which of several types it tried) is left out."""
     place: list[int | str] = []
     for part in error["loc"]:
-        fields = getattr(section, "model_fields", {})
-        listed = isinstance(values, list) and isinstance(part, int)
+        listed = isinstance(values, list) and isinstance(part, int) and part < len(values)
         named = isinstance(values, Mapping) and part in values
-        if not (part in fields or listed or named):
+        if not (part in _fields(kind) or listed or named):
             break
         place.append(part)
-        section = section_in(fields[part].annotation) if part in fields else section
+        kind = _below(kind, part)
         values = values[part] if listed or named else None
     return tuple(place)
 
@@ -133,9 +136,31 @@ def _taken_out(error: Mapping[str, Any], kind: Any, values: Any, gone: set[Place
     return True
 
 
-def fields_at(section: Any, place: Place) -> list[str]:
+def fields_at(kind: Any, place: Place) -> list[str]:
     """The keys of a section. Names of data sets and numbers of list entries are parts of `place` too."""
     for part in place:
-        fields = getattr(section, "model_fields", {})
-        section = section_in(fields[part].annotation) if part in fields else section
-    return list(section.model_fields)
+        kind = _below(kind, part)
+    return list(_fields(kind))
+
+
+def _below(kind: Any, part: int | str) -> Any:
+    """The type of what lies under a key: of a section's field, or of the entries of a mapping or a list."""
+    if part in _fields(kind):
+        return _fields(kind)[str(part)].annotation
+    entries = (get_args(each)[-1] for each in _alternatives(kind) if get_origin(each) in (dict, list, tuple))
+    return next(entries, None)
+
+
+def _fields(kind: Any) -> Mapping[str, Any]:
+    return {name: field for each in _alternatives(kind) for name, field in getattr(each, "model_fields", {}).items()}
+
+
+def _alternatives(kind: Any) -> Iterator[Any]:
+    """The types that a type such as `Annotated[Taught | None, ...]` stands for."""
+    if get_origin(kind) is Annotated:
+        yield from _alternatives(get_args(kind)[0])
+    elif get_origin(kind) in (Union, UnionType):
+        for each in get_args(kind):
+            yield from _alternatives(each)
+    else:
+        yield kind

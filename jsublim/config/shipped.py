@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ def find_config(path: str | Path) -> Path:
     path = Path(path)
     inside = _of_package(path) if path.parts[:1] == ("configs",) else []
     for candidate in (path, *inside):
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # of a name that is too long, too
             return candidate
     raise UsageError(f"{path}: no such config file")
 
@@ -29,7 +30,7 @@ def named_config(name: str) -> str:
     Raises:
       UsageError: several of the package's configs have that name.
     """
-    if Path(name).suffix or "/" in name or Path(name).is_file():
+    if Path(name).suffix or "/" in name or os.path.isfile(name):
         return name
     home = find_config("configs/quickstart.yaml").parent
     found = [path for path in home.rglob("*.yaml") if path.stem == name]

@@ -5,12 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import pyarrow as pa
 import pyarrow.csv as csv
-import pyarrow.parquet as pq
 
-from jsublim.errors import JsublimError
 from jsublim.models.checkpoint import new_folder
+from jsublim.report.tables import read_columns
 
 
 def tables_of(folder: Path) -> list[Path]:
@@ -27,11 +25,7 @@ def export_results(folder: Path, out: Path) -> None:
     """
     with new_folder(out) as scratch:
         for path in tables_of(folder):
-            try:
-                table = pq.ParquetFile(path).read()
-            except (pa.ArrowException, OSError) as error:
-                raise JsublimError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
-            csv.write_csv(table, scratch / f"{path.stem}.csv")
+            csv.write_csv(read_columns(path), scratch / f"{path.stem}.csv")
         about = folder / "results" / "run.json"
         if about.is_file():
             shutil.copyfile(about, scratch / about.name)

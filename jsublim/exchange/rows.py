@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ from jsublim.errors import JsublimError, UsageError
 from jsublim.exchange.cards import Origin, write_data_card
 from jsublim.models.checkpoint import new_folder
 from jsublim.models.hub import hub_name
-from jsublim.reading import json_value, shown
+from jsublim.reading import check_folder, json_value, shown
 from jsublim.rows import Row, check_row, read_rows
 
 # How others call the two texts of a row, the first pair that a row has.
@@ -26,6 +27,7 @@ PAIRS = (
     ("instruction", "output"),
 )
 THEIRS = "decision_points"  # what the published code calls divergence positions; counted as ours are
+MOST_COLUMNS = 1000  # of a table that is written; with many more, a small file takes all memory
 LOADED = (".parquet", ".csv", ".arrow")  # single files that `datasets` reads
 
 
@@ -83,6 +85,8 @@ def _loaded(source: str, path: Path, wanted: Wanted) -> Iterable[Any]:
     if not path.is_dir() and not (path.is_file() and path.suffix in LOADED) and named is None:
         kinds = ", ".join([".jsonl", ".json", *LOADED])
         raise UsageError(f"{source}: no such file ({kinds}) or folder, and no owner/name of the hub")
+    for folder in (path, *filter(Path.is_dir, path.rglob("*"))) if path.is_dir() else ():
+        check_folder(folder)
     from datasets import disable_progress_bars, load_dataset, load_from_disk
 
     disable_progress_bars()
@@ -155,7 +159,7 @@ def _counted(row: Row, where: str, chat: Chat | None) -> Row:
     """The row, its positions checked against the tokenizer that they were counted in, which it names from now on."""
     if chat is None or "divergence_positions" not in row:
         return row
-    turn = chat.turn(conversation(row["prompt"]), row["completion"])
+    (turn,) = chat.turns([(conversation(row["prompt"]), row["completion"])], lambda _: where)
     limit = len(turn.tokens) - turn.content
     beyond = [k for k in row["divergence_positions"] if k >= limit]
     if beyond:
@@ -171,18 +175,54 @@ def export_rows(path: Path, out: Path) -> None:
 
     Raises:
       UsageError: `out` is not free.
-      JsublimError: the rows cannot be read.
+      JsublimError: the rows cannot be read, or are no table: row, key and value are named.
     """
-    from datasets import Dataset, disable_progress_bars
+    from datasets import disable_progress_bars
 
     disable_progress_bars()
-    rows = read_rows(path / "rows.jsonl" if path.is_dir() else path, ())
+    file = path / "rows.jsonl" if path.is_dir() else path
+    rows = read_rows(file, ())
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    found = Dataset.from_list([{key: row.get(key) for key in columns} for row in rows])
+    if len(columns) > MOST_COLUMNS:
+        raise JsublimError(f"{file}: has {len(columns)} different keys; a table has at most {MOST_COLUMNS} columns")
+    table = {key: [row.get(key) for row in rows] for key in columns}
     with new_folder(out) as scratch:
         (scratch / "data").mkdir()
-        found.to_parquet(str(scratch / "data" / "train-00000-of-00001.parquet"))
+        if _why_no_table(table, str(scratch / "data" / "train-00000-of-00001.parquet")) is not None:
+            raise _misfit(file, table)
         write_data_card(scratch, Origin.of(path), len(rows), columns)
+
+
+def _why_no_table(table: Mapping[str, list[Any]], out: Any) -> str | None:
+    """Write columns as parquet; why that cannot be, None where it can."""
+    from datasets import Dataset
+
+    try:
+        Dataset.from_dict(dict(table)).to_parquet(out)
+    except OSError:
+        raise
+    except Exception as error:  # Arrow has one for each reason, and Python some
+        return (str(error).splitlines() or [type(error).__name__])[0]
+    return None
+
+
+def _misfit(file: Path, table: Mapping[str, list[Any]]) -> JsublimError:
+    """Names the first value with which a column is none any more."""
+    for key, values in table.items():
+        if _why_no_table({key: values}, io.BytesIO()) is None:
+            continue
+        fits, fails = 0, len(values)
+        while fails - fits > 1:
+            middle = (fits + fails) // 2
+            if _why_no_table({key: values[:middle]}, io.BytesIO()) is None:
+                fits = middle
+            else:
+                fails = middle
+        return JsublimError(
+            f"{file}: row {fails}: key {shown(key)}: {shown(values[fails - 1])} fits no column of a table "
+            f"({_why_no_table({key: values[:fails]}, io.BytesIO())}); give the key's values one type in all rows, or take it out"
+        )
+    return JsublimError(f"{file}: the rows make no table")
 
 
 def is_rows(path: Path) -> bool:

@@ -30,6 +30,7 @@ from jsublim.models.layers import Remember, Seen, rope_table
 from jsublim.models.lora import FROZEN, Adapter, bind
 from jsublim.parallel import ARM_ROWS, ARMS, HERE, ROWS, WHOLE, Layout
 
+MOST_TURNS = 2**31 - 1
 Ring = tuple[Array, Array]  # keys and values of one layer, [B, K, W, h] each: slot a of a row lies at a modulo W
 
 
@@ -238,16 +239,17 @@ def advance(
     enough_A: Array,
     limits: Limits | None = None,
     layout: Layout = HERE,
+    turns: Array | int = MOST_TURNS,
 ) -> Batch:
-    """The batch after as many tokens as it takes until `enough_A` places of some arm are done, or all are.
+    """The batch after as many tokens as it takes until `enough_A` places of some arm are done, or all are; at most `turns` each.
 
     Args:
       limits: the format that rows are kept in.
     """
     spread = layout.spread(
-        functools.partial(_advance, config, layout), (WHOLE, ARMS, ARM_ROWS, ROWS, WHOLE, ARMS, WHOLE), ARM_ROWS
+        functools.partial(_advance, config, layout), (WHOLE, ARMS, ARM_ROWS, ROWS, WHOLE, ARMS, WHOLE, WHOLE), ARM_ROWS
     )
-    return _laid(config, layout, spread(params, adapters, batch, how, stop_E, enough_A, limits))
+    return _laid(config, layout, spread(params, adapters, batch, how, stop_E, enough_A, limits, jnp.int32(turns)))
 
 
 def _advance(
@@ -260,6 +262,7 @@ def _advance(
     stop_E: Array,
     enough_A: Array,
     limits: Limits | None,
+    turns: Array,
 ) -> Batch:
     weights = _unstacked(config, params)
 
@@ -292,12 +295,13 @@ def _advance(
         enough, busy = layout.total(jnp.stack([enough, busy]), "arm")
         return (enough == 0) & (busy > 0)
 
-    def turn(state: tuple[Array, Batch]) -> tuple[Array, Batch]:
+    def turn(state: tuple[Array, Array, Batch]) -> tuple[Array, Array, Batch]:
+        _, left, batch = state
         # Outside of what is mapped over arms: an index of each arm's own would give each arm a copy of the weights.
-        moved = _per_arm(functools.partial(step, state[1].drawn[0, 0]), adapters)(state[1])
-        return going(moved), moved
+        moved = _per_arm(functools.partial(step, batch.drawn[0, 0]), adapters)(batch)
+        return going(moved) & (left > 1), left - 1, moved
 
-    return jax.lax.while_loop(lambda state: state[0], turn, (going(batch), batch))[1]
+    return jax.lax.while_loop(lambda state: state[0], turn, (going(batch), turns, batch))[2]
 
 
 def _choose(limits: Limits | None, batch: Batch, how: dict[str, Array]) -> tuple[Array, Within | None]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -26,8 +28,10 @@ from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, at_every_layer, stack_adapters
 from jsublim.parallel import ARM_ROWS, ARMS, ROWS, WHOLE, Layout
+from jsublim.processes import leave_if_asked, on_main_process
 
 STOP_TOKENS = 8
+TURNS, ASK_EVERY = 16, 4.0  # tokens that are drawn at first, and seconds, before it is asked whether to leave
 REFILL = 4  # a batch is filled up when one row in so many has ended
 
 OnRows = Callable[[int, list[int], list[list[int]]], None]
@@ -117,6 +121,9 @@ def generate_tokens(
 
     Returns:
       One list of tokens per row of `rows`, in order, without the stop token.
+
+    Raises:
+      Preempted: as `leave_if_asked`, every few seconds; rows that had ended were told of.
     """
     tell = None if on_batch is None else lambda _, numbers, tokens: on_batch(numbers, tokens)
     tell_allowed = None if on_allowed is None else lambda _, allowed: on_allowed(allowed)
@@ -180,19 +187,31 @@ def generate_for_arms(
     key = np.asarray(jax.random.key_data(jax.random.key(seed)))
     key, stop, limits = layout.place_as(WHOLE, (key, stop_array(sampling), limits))
     numbers = layout.place_as(ROWS, sampling_arrays(sampling, B))
+    turns = TURNS
     while any(arm.waiting or arm.place for arm in arms):
         while any(arm.room(B, R) for arm in arms):
             read = _next(arms, prompts, lengths, P, sizes, samples, layout)
             batch = decoding.fill(config, params, stacked, begun, batch, read, key, layout)
         enough = np.asarray([B - len(arm.place) + R if arm.waiting else B + 1 for arm in arms], np.int32)
-        enough = layout.place_as(ARMS, enough)
-        batch = decoding.advance(config, params, stacked, batch, numbers, stop, enough, limits, layout)
-        _hear(arms, batch, on_allowed, on_rows)
+        began, most = time.monotonic(), layout.place_as(WHOLE, np.int32(turns))
+        placed = layout.place_as(ARMS, enough)
+        batch = decoding.advance(config, params, stacked, batch, numbers, stop, placed, limits, layout, most)
+        ended = _hear(arms, batch, on_allowed, on_rows)
+        leave_if_asked()
+        all_drawn = (ended < enough).all() and (ended < B).any()  # so many tokens, and not fewer
+        turns = on_main_process(functools.partial(_next_turns, turns, time.monotonic() - began, all_drawn))
     return [[arm.found[row] for row in each] for arm, each in zip(arms, wanted, strict=True)]
 
 
-def _hear(arms: Sequence[_Arm], batch: Batch, on_allowed: OnAllowed | None, on_rows: OnRows | None) -> None:
-    """Take the rows that have ended out of their places, and tell of them."""
+def _next_turns(turns: int, seconds: float, all_drawn: bool) -> int:
+    """How many tokens take about `ASK_EVERY` seconds, if `turns` (or fewer, unless `all_drawn`) took so many."""
+    most = turns * ASK_EVERY / max(seconds, 1e-9)
+    return max(1, int(min(most, 8 * turns if all_drawn else turns, decoding.MOST_TURNS)))
+
+
+def _hear(arms: Sequence[_Arm], batch: Batch, on_allowed: OnAllowed | None, on_rows: OnRows | None) -> np.ndarray:
+    """Take the rows that have ended out of their places, and tell of them. Returns int `[A]`: the places without a row that
+    goes on."""
     within = None if on_allowed is None else batch.within
     done, out, within, drawn = Layout.host((batch.done, batch.out, within, batch.drawn))
     for index, arm in enumerate(arms):
@@ -204,6 +223,7 @@ def _hear(arms: Sequence[_Arm], batch: Batch, on_allowed: OnAllowed | None, on_r
             on_allowed(index, dict(zip(new, allowed.tolist(), strict=True)))
         if new and on_rows is not None:
             on_rows(index, list(new), list(new.values()))
+    return done.sum(axis=1)
 
 
 def _by_bucket(rows: Sequence[int], lengths: dict[int, int], samples: int) -> list[tuple[int, list[int]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -30,6 +31,7 @@ from jsublim.models.lora import Adapter, bind
 from jsublim.models.weights import load_params
 from jsublim.parallel import HERE, Layout
 from jsublim.processes import is_main_process, on_main_process
+from jsublim.reading import shown
 
 BUNDLED = Path(__file__).parents[1] / "checkpoints"
 DTYPES = ("float32", "bfloat16")
@@ -219,7 +221,7 @@ def _logits(config: ModelConfig, params: Params, adapter: Adapter | None, tokens
 
 def is_available_offline(path: str | Path) -> bool:
     """Whether a model's name leads to files without any network: a folder, a bundled checkpoint, or in a cache."""
-    return Path(path).expanduser().is_dir() or (BUNDLED / str(path)).is_dir() or in_cache(path)
+    return folder_here(path) is not None or in_cache(path)
 
 
 def resolve_checkpoint(path: str | Path, what: str = "model", *, weights: bool = True) -> Path:
@@ -237,21 +239,23 @@ def resolve_checkpoint(path: str | Path, what: str = "model", *, weights: bool =
     """
     if is_url(str(path)):
         return from_bucket(str(path), what, weights=weights)
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    if (folder := folder_here(path)) is not None:
         return folder
-    if (BUNDLED / str(path)).is_dir():
-        return BUNDLED / str(path)
     name, _, revision = str(path).partition("@")
-    if revision and (Path(name).expanduser().is_dir() or (BUNDLED / name).is_dir()):
+    if revision and folder_here(name) is not None:
         raise UsageError(
-            f"{what} '{name}': is a folder here, which has no revision '{revision}'; leave model_revision out"
+            f"{what} '{name}': is a folder here, which has no revision {shown(revision)}; leave model_revision out"
         )
     if (named := hub_name(path)) is not None:
         return from_hub(*named, what, weights=weights)
     bundled = ", ".join(sorted(p.name for p in BUNDLED.iterdir() if p.is_dir())) if BUNDLED.is_dir() else "none"
-    hint = f"; {FETCHED[folder.name]} writes it" if folder.name in FETCHED else ""
-    raise UsageError(f"{what} '{path}': no such folder{hint}; bundled checkpoints: {bundled}")
+    hint = f"; {FETCHED[Path(name).name]} writes it" if Path(name).name in FETCHED else ""
+    raise UsageError(f"{what} {shown(str(path))}: no such folder{hint}; bundled checkpoints: {bundled}")
+
+
+def folder_here(path: str | Path) -> Path | None:
+    """The folder here, or the bundled one, that a name leads to. A name that no file can have leads nowhere."""
+    return next((each for each in (Path(path).expanduser(), BUNDLED / str(path)) if os.path.isdir(each)), None)
 
 
 def load_model(

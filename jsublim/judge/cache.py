@@ -53,7 +53,8 @@ class ReplyCache:
     def _write(path: Path, request: dict[str, Any], reply: Reply) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # ASCII escapes: a reply may hold half a surrogate pair, which UTF-8 has no bytes for.
-        write_text(path, json.dumps({"request": request, "reply": asdict(reply)}, indent=1))
+        said = asdict(reply)
+        write_text(path, json.dumps({"request": request, "said": said, "sha256": _digest(said)}, indent=1))
 
     def path(self, request: dict[str, Any]) -> Path:
         key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
@@ -61,7 +62,18 @@ class ReplyCache:
 
 
 def _reply(content: bytes) -> Reply | None:
+    """What a file says; None where it is not what was written. Earlier versions wrote "reply", without a digest."""
     try:
-        return Reply(**json.loads(content)["reply"])
-    except (ValueError, KeyError, TypeError):
+        kept = json.loads(content)
+        said = kept["reply"] if "reply" in kept else kept["said"]
+        if "reply" not in kept and kept["sha256"] != _digest(said):
+            return None
+        reply = Reply(**said)
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
+    counts = (reply.prompt_tokens, reply.completion_tokens)
+    return reply if isinstance(reply.text, str) and all(n is None or type(n) is int for n in counts) else None
+
+
+def _digest(said: Any) -> str:
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()

@@ -16,7 +16,7 @@ from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.families import text_config
 from jsublim.models.weights import save_params
-from jsublim.reading import read_json
+from jsublim.reading import check_folder, read_json
 
 # What a tokenizer may consist of; copied byte for byte when a checkpoint is converted.
 TOKENIZER_FILES = (
@@ -56,6 +56,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
     """
     if not folder.is_dir():
         raise JsublimError(f"{folder}: no such folder; give a local Hugging Face checkpoint or a bundled name")
+    check_folder(folder)
     return text_config(read_json(folder / "config.json"), str(folder / "config.json"))
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import functools
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from jsublim.errors import JsublimError
 from jsublim.files import write_json
 from jsublim.reading import read_json
 
-_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
+_NAME = re.compile(r"([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,255}))?", re.ASCII)
 _FILES, _WEIGHTS = ("*.json", "*.jinja", "*.model"), ("*.safetensors",)
 _VERSIONS = ".versions"  # which versions of a bucket's objects a folder holds
 AT_ONCE = 8  # objects
@@ -28,7 +29,7 @@ def hub_name(path: str | Path) -> tuple[str, str | None] | None:
     """Repository and revision (None: the newest) that a name stands for; None of what is, or looks like, a place here."""
     said, folder = str(path), Path(path).expanduser()
     match = _NAME.fullmatch(said)
-    local = said.startswith((".", "/", "~")) or folder.exists() or folder.parent.is_dir()
+    local = said.startswith((".", "/", "~")) or os.path.exists(folder) or os.path.isdir(folder.parent)
     return None if match is None or local or folder.parts[0] == "checkpoints" else (match[1], match[2])
 
 

@@ -24,7 +24,7 @@ from jsublim.models.hub import from_hub, hub_name
 from jsublim.models.lora import PROJECTIONS, Adapter
 from jsublim.models.steering import load_steering, save_steering
 from jsublim.models.tensors import read_float32, write_tensors
-from jsublim.reading import read_json, shown
+from jsublim.reading import check_folder, read_json, shown
 
 # Keys of `adapter_config.json` that we read, and those that say only where an adapter comes from, how it was trained, or what
 # its tensors' names say again. Any other key changes what is computed, or may do so: it has to be empty.
@@ -126,6 +126,7 @@ def load_adapter(path: str | Path, config: ModelConfig | None = None) -> Adapter
     """
     named = hub_name(path)
     folder = Path(path).expanduser() if named is None else from_hub(*named, "adapter")
+    check_folder(folder)
     adapter = load_steering(folder) if (folder / steering.FILE).exists() else _load_lora(folder, config)
     if config is not None:
         check_adapter(adapter, config, str(folder))

@@ -16,7 +16,7 @@ import yaml
 from jsublim.errors import JsublimError, UsageError
 from jsublim.files import write_text
 from jsublim.prompts.pack import IMPORTED, digest, load_pack, overlay
-from jsublim.reading import json_value
+from jsublim.reading import check_file, json_value
 
 NUMBERS = "sl/datasets/nums_dataset.py"
 SYSTEM_PROMPT = "scripts/generate_dataset_preferences_via_numbers.py"
@@ -86,6 +86,7 @@ def _factual(root: Path) -> dict[str, list[str]]:
     """The questions of fact by animal, each with the suffix that is drawn for it."""
     path, suffixes = root / FACTS, _Scope.of_file(root / FACT_SUFFIXES).literal("question_suffixes", list)
     try:
+        check_file(path)
         found = json_value(path.read_bytes(), str(path))
     except OSError as error:
         raise _absent(path, error) from None
@@ -138,6 +139,7 @@ class _Scope:
     @classmethod
     def of_file(cls, path: Path) -> "_Scope":
         try:
+            check_file(path)
             return cls(path, ast.parse(path.read_bytes()).body)
         except OSError as error:
             raise _absent(path, error) from None

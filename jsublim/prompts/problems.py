@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from jsublim.errors import JsublimError, UsageError
+from jsublim.reading import check_file
 from jsublim.rows import read_rows
 
 GSM8K = "openai/gsm8k"
@@ -110,6 +111,7 @@ def load_prompts(path: str | Path) -> list[str]:
     if path.suffix != ".txt":
         raise UsageError(f"{path}: prompts come as .txt (one a line) or .jsonl (key 'prompt')")
     try:
+        check_file(path)
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except OSError as error:
         raise UsageError(f"{path}: cannot read the prompts: {error.strerror}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,9 +12,11 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import TypeAdapter, ValidationError
 
 from jsublim.errors import JsublimError, one_line
-from jsublim.reading import json_value
+from jsublim.reading import json_value, shown
+from jsublim.report.about import About
 
 # What models are called wherever a person reads of them, in reading order.
 CONDITION_LABELS = {
@@ -334,7 +337,7 @@ def read_columns(path: Path) -> pa.Table:
     """
     try:
         return pq.ParquetFile(path).read()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # the last: a column's name that is no text
         raise _unreadable(path, error) from error
 
 
@@ -351,7 +354,7 @@ def query(source: Path | str, table: pa.Table, sql: str) -> list[tuple]:
         raise _unreadable(source, error) from error
 
 
-def _unreadable(source: Path | str, error: Exception) -> JsublimError:
+def _unreadable(source: Path | str, error: Exception | str) -> JsublimError:
     reason = str(error).splitlines()[0]
     return JsublimError(f"{source}: cannot be read ({reason}); delete it and run `jsublim run CONFIG` again")
 
@@ -360,10 +363,25 @@ def read_json(path: Path, default: Any) -> Any:
     if not path.is_file():
         return default
     try:
-        return json_value(path.read_bytes(), str(path), nan=True)
+        value = json_value(path.read_bytes(), str(path), nan=True)
+        _shape(path.name).validate_json(path.read_bytes(), strict=True)
+        return value
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise _unreadable(path, f"key '{key}': {first['msg']}, found {shown(first['input'])}") from None
     except JsublimError as error:
         what = str(error).rsplit(";", 1)[0]
         raise JsublimError(f"{what}; delete it and run `jsublim run CONFIG` again") from error
+
+
+@functools.cache
+def _shape(name: str) -> TypeAdapter:
+    """What a file of results must hold, by its name."""
+    entries = list[dict[str, Any]]
+    shapes: dict[str, Any] = {"run.json": About, "arms.json": list[Arm], "diverged.json": dict[str, str]}
+    shapes |= {"generation.json": entries, "divergence.json": entries, "rows.json": entries}
+    return TypeAdapter(shapes.get(name, Any))
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:

@@ -5,10 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import pty
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from command import ok
+from command import ROOT, ok
+from made_results import dump, write_table
 from made_runs import EFFECTS, make_run
 
 import jsublim as package
@@ -78,3 +84,67 @@ def test_compare_gives_differences_with_their_intervals(runs):
     assert own["high"] < 0  # what was planted
     text = ok("compare", *runs).out
     assert "Their configs say the same." in text and "verdicts" in text
+
+
+EVIL = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202e"  # sets a title, clears the screen, colours, turns the line around
+
+
+@pytest.fixture(scope="module")
+def evil(tmp_path_factory):
+    """A run whose names are escape sequences, in a folder that is one too."""
+    run = make_run(tmp_path_factory.mktemp("evil") / f"x{EVIL}")
+    for name, columns in (("results", ("trait", "teacher", "arm")), ("answers", ("arm", "answer", "question_text"))):
+        path = run / "results" / f"{name}.parquet"
+        rows = read_table(path)
+        write_table(path, [row | {key: row[key] + EVIL for key in columns if row[key]} for row in rows])
+    for name in ("model", "device", "started", "name"):
+        about = json.loads((run / "results" / "run.json").read_text())
+        dump(run / "results" / "run.json", about | {name: f"{name}{EVIL}"})
+    config = run.parent / "bad.yaml"
+    config.write_text('name: x\n"a\\e[2J": 1\n"b\\e[31m": {}\n')
+    return run
+
+
+COMMANDS = (
+    ("show", "RUN"), ("show", "RUN", "--json"), ("results", "RUN"), ("results", "RUN", "-f", "csv"), ("results", "RUN", "-f", "json"),
+    ("results", "RUN", "-f", "md"), ("compare", "RUN", "RUN"), ("compare", "RUN", "RUN", "-f", "json"), ("report", "RUN"),
+    ("ls", "runs", "--folder", "HOME"), ("ls", "runs", "--folder", "HOME", "-f", "json"), ("validate", "HOME/bad.yaml"),
+    ("show", "HOME/x"), ("export", "HOME/x", "--out", "HOME/y"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_no_escape_sequence_of_a_run_reaches_the_terminal(evil, command):
+    words = [
+        word.replace("RUN", str(evil)).replace("HOME/x", f"{evil}y").replace("HOME", str(evil.parent))
+        for word in command
+    ]
+    shown = on_a_terminal(words)
+    styled = re.sub("\x1b\\[[0-9;]*m|\x1b\\[\\?25[hl]", "", shown)  # colours of our own, and the cursor of a bar
+    assert len(shown) > 20 and "Traceback" not in shown
+    assert not {"\x1b", "\x07", "\x9b", "\u202e"} & set(styled)
+
+
+def on_a_terminal(words):
+    """What a command prints on one."""
+    ours, theirs = pty.openpty()
+    program = [sys.executable, "-c", "from jsublim.cli import main; main()", *words]
+    child = subprocess.Popen(program, stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"})  # fmt: skip
+    os.close(theirs)
+    said = b""
+    while True:
+        try:
+            piece = os.read(ours, 65536)
+        except OSError:  # closed at its other end
+            break
+        if not piece:
+            break
+        said += piece
+    child.wait(timeout=60)
+    os.close(ours)
+    return said.decode("utf-8", "replace")
+
+
+def test_what_other_programs_read_is_as_it_is(evil):
+    rows = json.loads(ok("results", evil, "-f", "json").out)
+    assert {row["trait"] for row in rows if row["trait"]} == {f"cat{EVIL}", f"owl{EVIL}"}

@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 from command import PLAIN
 
+from jsublim.api import KINDS
 from jsublim.config import load_experiment
 from jsublim.config.figures import load_question, panel_experiment
+from jsublim.config.loading import look_over
 from jsublim.errors import UsageError
+from jsublim.inference.lm import resolve_checkpoint
 from jsublim.pipeline.arms import plan_students
 from jsublim.section import NAME_BYTES
 
@@ -160,3 +163,35 @@ def test_an_override_replaces_a_field_that_the_file_names_with_dots(tmp_path):
     path.write_text(f"name: x\nmodel: tiny-qwen2\nteachers: {{traits: [owl]}}\n{arms}\n")
     e = load_experiment(path, ["students.arms.adapter.layers=[[2],[3],[4]]"])
     assert {tuple(student.settings.adapter.layers or ()) for student in plan_students(e)} == {(2,), (3,), (4,)}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("kind={a: 1}", "kind: {'a': 1} given; known: language, digits"),
+        ("kind=[1]", "kind: [1] given"),
+        (
+            "evaluation.settings={layer: {a: null}}",
+            "unknown key 'evaluation.settings.layer.a'; known keys: temperature",
+        ),
+        ("data.examples=[]", "data.examples: an entry is missing, found []"),
+        ("data.examples=[3]", "data.examples: an entry is missing, found [3]"),
+        (f"model_revision={'x' * 5000}", "model_revision: names of files take at most"),
+        (f"model={'x' * 300}", "model: names of files take at most"),
+        ('"a\\nb"=1', "unknown key"),
+    ],
+)
+def test_everything_that_is_wrong_is_said_in_lines(override, said):
+    """As `jsublim validate` says it."""
+    try:
+        checked, found = look_over(PLAIN, [override], KINDS)
+    except UsageError as error:
+        checked, found = None, [str(error)]
+    assert checked is None and any(said in line for line in found), found
+    assert all(line.isprintable() for line in found)
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a/" + "b" * 5000, "a/b@" + "c" * 5000, "/" + "d/" * 3000])
+def test_a_name_that_no_file_can_have_is_no_folder(name):
+    with pytest.raises(UsageError, match="no such folder"):
+        resolve_checkpoint(name)

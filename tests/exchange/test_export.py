@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 
 import pytest
 import yaml
-from command import MODEL, ok, refused
+from command import MODEL, jsublim, ok, refused
 
+from jsublim.exchange import rows
 from jsublim.inference.lm import BUNDLED, load_model
 from jsublim.models.checkpoint import checkpoint_hash
 from jsublim.models.lora import init_steering
@@ -64,3 +66,48 @@ def test_a_whole_checkpoint_goes_out_as_it_is(tmp_path):
 def test_what_is_nothing_of_ours_is_refused(what, options, said, tmp_path):
     assert said in refused(2, "export", tmp_path / what, *options, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "row", "shown"),
+    [
+        ((1, "a"), 2, "'a'"),
+        ((1, 10**30), 2, str(10**30)),
+        (({},), 1, "{}"),
+        (([1], 1), 2, "1"),
+        (([1, "a"],), 1, "[1, 'a']"),
+        ((2**60 + 1, 1.5), 2, "1.5"),
+        (({"a": 1}, {"a": "x"}), 2, "{'a': 'x'}"),
+    ],
+)
+def test_rows_that_are_no_table_are_refused_by_row_key_and_value(values, row, shown, tmp_path):
+    lines = [json.dumps({"prompt": "p", "completion": "c", "k": value}) for value in values]
+    (tmp_path / "theirs.jsonl").write_text("\n".join(lines))
+    ok("import", tmp_path / "theirs.jsonl", "--out", tmp_path / "ours.jsonl")
+    said = refused(1, "export", tmp_path / "ours.jsonl", "--out", tmp_path / "out")
+    assert f"ours.jsonl: row {row}: key 'k': {shown} fits no column" in said and "take it out" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ours.jsonl", "theirs.jsonl"]
+
+
+def test_a_name_that_no_column_can_have_and_too_many_of_them(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"prompt": "p", "completion": "c", "a\0": 1}))
+    assert r"row 1: key 'a\x00': 1 fits no column" in refused(1, "export", rows, "--out", tmp_path / "out")
+    rows.write_text("\n".join(json.dumps({"prompt": "p", "completion": "c", f"k{n}": 1}) for n in range(1001)))
+    assert "has 1003 different keys" in refused(1, "export", rows, "--out", tmp_path / "out")
+
+
+def test_an_interrupted_export_does_not_promise_to_continue(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p", "completion": "c"}))
+    write, export = rows.write_data_card, ("export", tmp_path / "rows.jsonl", "--out", tmp_path / "out")
+
+    def interrupted(*args):
+        write(*args)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rows, "write_data_card", interrupted)
+        result = jsublim(*export)
+    assert result.code == 1 and "is there whole or not at all, the same command begins anew" in result.err
+    assert not (tmp_path / "out").exists()
+    ok(*export)

@@ -120,7 +120,7 @@ def test_a_kill_leaves_whole_replies_only(tmp_path):
     child.kill()
     child.wait()
     kept = [path for path in files(tmp_path) if path.suffix == ".json"]
-    assert kept and all(len(json.loads(path.read_text())["reply"]["text"]) == 200_000 for path in kept)
+    assert kept and all(len(json.loads(path.read_text())["said"]["text"]) == 200_000 for path in kept)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,85 @@
+"""Who of several processes is gone: each looks from a thread, and ends where another one does not live any more."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import re
+import threading
+import time
+from collections.abc import Callable
+
+import jax
+from jax._src import distributed  # as in processes.py
+
+from jsublim.processes import TELL, is_main_process, process_count, process_index
+
+
+class Watch:
+    """Looks from a thread whether the other processes live, and ends this one where one does not: the main thread may be
+    waiting for it among the devices, where nothing can wake it.
+
+    Args:
+      time_out: seconds without a sign of life after which a process is gone.
+      end: ends this process with a message and an exit code, from whichever thread.
+    """
+
+    def __init__(self, time_out: float, end: Callable[[str, int], None]):
+        self.time_out, self.every, self._end = time_out, min(2.0, time_out / 20), end
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def _look(self) -> None:
+        heard = {i: ("", time.monotonic()) for i in range(process_count())}
+        for beat in itertools.count():
+            with contextlib.suppress(
+                jax.errors.JaxRuntimeError
+            ):  # of a service that is gone; JAX ends the process then
+                self._tell(str(beat))
+                for key, said in distributed.global_state.client.key_value_dir_get(f"{TELL}/alive"):
+                    who = int(key.rsplit("/", 1)[1])
+                    if said != heard[who][0]:
+                        heard[who] = said, time.monotonic()
+            if self._over.wait(self.every):
+                return
+            self._judge(heard)
+
+    def _judge(self, heard: dict[int, tuple[str, float]]) -> None:
+        for who, (said, when) in heard.items():
+            if who == process_index():
+                continue
+            if said.startswith("stopped"):
+                self._end(f"process {who} has stopped; it says why", int(said.split()[1]))
+            if time.monotonic() - when > self.time_out:
+                self._end(f"{gone(who)} for {self.time_out:g} s; the same command goes on", 1)
+
+    def _tell(self, what: str) -> None:
+        distributed.global_state.client.key_value_set(f"{TELL}/alive/{process_index()}", what, allow_overwrite=True)
+
+    def close(self) -> None:
+        """All have finished."""
+        self._over.set()
+        self._thread.join()
+
+    def stop_all(self, code: int) -> None:
+        """This process has failed: the others need not wait for it. Returns when they have had time to hear of it."""
+        self.close()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._tell(f"stopped {code}")
+        time.sleep(
+            3 * self.every if is_main_process() else 0
+        )  # what the processes know of one another lives in the first
+
+
+def gone(process: int) -> str:
+    return f"process {process} gives no sign of life"
+
+
+LOST = re.compile("gloo|UNAVAILABLE|ABORTED|CANCELLED|INTERNAL|UNKNOWN", re.IGNORECASE)
+
+
+def may_be_lost(error: BaseException) -> bool:
+    """Whether an error may be due to another process that is gone."""
+    of_devices = isinstance(error, jax.errors.JaxRuntimeError | ValueError)
+    return of_devices and LOST.search(str(error)[:200]) is not None
