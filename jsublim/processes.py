@@ -295,7 +295,7 @@ def join_processes(time_out: float) -> None:
     """Make this process one of several that work together, one per host of a pod.
 
     TPU pods, Slurm and Open MPI are recognised; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
-    say who is who. To be called before anything else of JAX.
+    say who is who. To be called before anything else of JAX. The only process of a node takes all GPUs that it sees.
 
     Args:
       time_out: seconds after which a process that gives no sign of life is taken to be gone.
@@ -308,6 +308,7 @@ def join_processes(time_out: float) -> None:
         jax.distributed.initialize(
             num_processes=int(count) if count else None,
             process_id=int(own) if own else None,
+            local_device_ids=_own_gpus(),
             heartbeat_timeout_seconds=int(2 * time_out) + 10,  # ours is sooner, and says who is gone
             shutdown_timeout_seconds=60,
         )
@@ -316,6 +317,22 @@ def join_processes(time_out: float) -> None:
         raise UsageError(
             f"--distributed: {reason}; set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from None
+
+
+def _own_gpus() -> list[int] | None:
+    """Which of the GPUs that this process sees it takes, for JAX: [] is all, None is what JAX_LOCAL_DEVICE_IDS says, or what JAX
+    itself would choose. Under Slurm and Open MPI that is one per process, right only where each GPU of a node has its own. What
+    a process sees is already cut to its share by CUDA_VISIBLE_DEVICES and by Slurm, which number from 0 what is left."""
+    if "JAX_LOCAL_DEVICE_IDS" in os.environ:
+        return None
+    if (
+        beside := os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
+    ) is not None:  # within Slurm, too: there it is what started us
+        return [] if beside == "1" else None
+    if "SLURM_GPUS_PER_TASK" in os.environ:  # bound to this process already
+        return []
+    beside = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_NTASKS_PER_NODE"))  # 1(x2), or 2,1(x3)
+    return [] if beside is not None and set(re.findall(r"(?:^|,)(\d+)", beside)) == {"1"} else None
 
 
 class Watch:
