@@ -320,19 +320,13 @@ def join_processes(time_out: float) -> None:
 
 
 def _own_gpus() -> list[int] | None:
-    """Which of the GPUs that this process sees it takes, for JAX: [] is all, None is what JAX_LOCAL_DEVICE_IDS says, or what JAX
-    itself would choose. Under Slurm and Open MPI that is one per process, right only where each GPU of a node has its own. What
-    a process sees is already cut to its share by CUDA_VISIBLE_DEVICES and by Slurm, which number from 0 what is left."""
-    if "JAX_LOCAL_DEVICE_IDS" in os.environ:
-        return None
-    if (
-        beside := os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")
-    ) is not None:  # within Slurm, too: there it is what started us
-        return [] if beside == "1" else None
-    if "SLURM_GPUS_PER_TASK" in os.environ:  # bound to this process already
-        return []
-    beside = os.environ.get("SLURM_STEP_TASKS_PER_NODE", os.environ.get("SLURM_NTASKS_PER_NODE"))  # 1(x2), or 2,1(x3)
-    return [] if beside is not None and set(re.findall(r"(?:^|,)(\d+)", beside)) == {"1"} else None
+    """[], all GPUs that this process sees, where it is alone on its node or Slurm has bound its own to it; else None: JAX chooses,
+    under Slurm and Open MPI one for each process. What a process sees is cut to its share already, and counted from 0."""
+    said, mpi = os.environ, os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")  # within Slurm, too: there it has started us
+    beside = mpi or said.get("SLURM_STEP_TASKS_PER_NODE", "")  # of each node: 1(x2), or 2,1(x3)
+    alone = set(re.findall(r"(?:^|,)(\d+)", beside)) == {"1"}
+    bound = mpi is None and "SLURM_GPUS_PER_TASK" in said
+    return [] if (alone or bound) and "JAX_LOCAL_DEVICE_IDS" not in said else None
 
 
 class Watch:
