@@ -15,8 +15,12 @@ RUN python -m venv /opt/jsublim \
 
 FROM python:${PYTHON}-slim
 COPY --from=build /opt/jsublim /opt/jsublim
-RUN useradd --create-home jsublim && mkdir /work && chown jsublim /work
-USER jsublim
+# KubeRay asks by wget whether a pod lives.
+RUN apt-get update && apt-get install --yes --no-install-recommends wget && rm -rf /var/lib/apt/lists/* \
+  && useradd --create-home --uid 1000 jsublim && mkdir /work && chown jsublim /work
+# root opens a TPU's /dev/vfio: --build-arg RUN_AS=root.
+ARG RUN_AS=jsublim
+USER ${RUN_AS}
 ENV PATH=/opt/jsublim/bin:$PATH PYTHONUNBUFFERED=1
 WORKDIR /work
 ENTRYPOINT ["jsublim"]

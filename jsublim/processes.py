@@ -336,7 +336,7 @@ def join_processes(time_out: float) -> None:
     """Make this process one of several that work together, one per host of a pod.
 
     TPU pods, Slurm and Open MPI are recognised; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
-    say who is who. To be called before anything else of JAX.
+    say who is who. To be called before anything else of JAX. The only process of a node takes all GPUs that it sees.
 
     Args:
       time_out: seconds after which a process that gives no sign of life is taken to be gone.
@@ -349,6 +349,7 @@ def join_processes(time_out: float) -> None:
         jax.distributed.initialize(
             num_processes=int(count) if count else None,
             process_id=int(own) if own else None,
+            local_device_ids=_own_gpus(),
             initialization_timeout=COME_WITHIN,
             heartbeat_timeout_seconds=int(2 * time_out) + 10,  # ours is sooner, and says who is gone
             shutdown_timeout_seconds=60,
@@ -358,3 +359,13 @@ def join_processes(time_out: float) -> None:
         raise UsageError(
             f"--distributed: {reason}; set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from None
+
+
+def _own_gpus() -> list[int] | None:
+    """[], all GPUs that this process sees, where it is alone on its node or Slurm has bound its own to it; else None: JAX chooses,
+    under Slurm and Open MPI one for each process. What a process sees is cut to its share already, and counted from 0."""
+    said, mpi = os.environ, os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")  # within Slurm, too: there it has started us
+    beside = mpi or said.get("SLURM_STEP_TASKS_PER_NODE", "")  # of each node: 1(x2), or 2,1(x3)
+    alone = set(re.findall(r"(?:^|,)(\d+)", beside)) == {"1"}
+    bound = mpi is None and "SLURM_GPUS_PER_TASK" in said
+    return [] if (alone or bound) and "JAX_LOCAL_DEVICE_IDS" not in said else None

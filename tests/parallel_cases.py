@@ -37,6 +37,10 @@ for _kind, _loss in _every:
     CASES[f"{_kind}, {_loss}"] = (_kind, Loss(_loss), _soft, 2, "tokens", (("mesh", 2), ("pmap", 1)))
 
 
+SAID: list[str] = []  # by a training
+TOLD: dict[str, dict[str, list[str]]] = {}  # by the trainings of a case
+
+
 class Killed(Exception):
     pass
 
@@ -51,7 +55,7 @@ def run(arms: list[Arm], settings: Settings, work: Path, until: int | None = Non
         if step == until:
             raise Killed
 
-    return train(CONFIG, params_of(CONFIG), arms, settings, work, kill)
+    return train(CONFIG, params_of(CONFIG), arms, settings, work, kill, say=SAID.append)
 
 
 def lines(work: Path) -> list[list[float]]:
@@ -69,6 +73,7 @@ def equality(name: str, home: Path) -> dict[str, Any]:
     one = None
     for mode, model in (("none", 1), *layouts):
         work = home / f"{name}-{mode}-{model}"
+        SAID.clear()
         trained = [arm.trainable for arm in run(arms, settings_of(loss, mean, mode, model), work)]
         if one is None:
             one = trained, np.asarray(lines(work))
@@ -76,6 +81,7 @@ def equality(name: str, home: Path) -> dict[str, Any]:
                 largest_difference(t, arm.adapter.trainable) for t, arm in zip(trained, arms, strict=True)
             )
         metrics = np.max(np.abs(np.asarray(lines(work)) - one[1]) / np.maximum(np.abs(one[1]), 1e-3))
+        TOLD.setdefault(name, {})[f"{mode} {model}"] = list(SAID)
         found[f"{mode} {model}"] = {"trained": largest_difference(trained, one[0]), "metrics": float(metrics)}
     return found
 
@@ -103,7 +109,7 @@ def resumes(home: Path) -> dict[str, float]:
 def main() -> None:
     home = Path(sys.argv[1])
     found = {"devices": jax.device_count(), "equality": {name: equality(name, home) for name in CASES}}
-    print(json.dumps(found | {"resumes": resumes(home)}))
+    print(json.dumps(found | {"said": TOLD, "resumes": resumes(home)}))
 
 
 if __name__ == "__main__":

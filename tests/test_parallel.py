@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from engine import CONFIG, arm_of, examples_of, largest_difference, lora, params_of
+from hypothesis import given
+from hypothesis import strategies as st
 from parallel_cases import CASES
 
 from jsublim.distill.arm import Settings
+from jsublim.distill.batches import Shape
 from jsublim.distill.step import Program
 from jsublim.distill.trainer import train
 from jsublim.errors import UsageError
@@ -52,6 +56,31 @@ def test_a_state_saved_under_one_layout_goes_on_under_another(found):
     for pair, difference in found["resumes"].items():
         first, then = pair.split(" then ")
         assert difference == 0 if first == then else difference < 1e-5, pair
+
+
+def test_devices_that_a_batch_leaves_idle_are_told(found):
+    """Micro-batches have three rows."""
+    said = found["said"]["lora"]
+    assert said["none 1"] == []
+    assert said["mesh 2"] == [
+        "2 students on arm 2 x data 2 x model 2: 1 of 4 rows of a batch are empty; a multiple of 4 students in a program, or "
+        "students.data.batch_size=4 would fill them"
+    ]
+    (line,) = said["pmap 1"]
+    assert "5 of 8 rows" in line and line.endswith("are empty; students.data.batch_size=8 would fill them")
+
+
+@given(st.integers(1, 40), st.integers(0, 4), st.integers(0, 8), st.integers(1, 200))
+def test_what_is_told_of_idle_devices_fills_them(arms, model, data, rows):
+    devices, model = 2 ** (model + data), 2**model
+    plain, layout = Shape(6, rows, 64, 32), Layout.fit("mesh", arms, devices, model=model)
+    said = plain.divisible(layout.data).idle(arms, layout)
+    if said is None:
+        assert plain.divisible(layout.data).spare <= rows / 7
+        return
+    more, size = (int(re.search(f"{before}(\\d+)", said)[1]) for before in ("multiple of ", "batch_size="))
+    assert dataclasses.replace(plain, batch_size=size).divisible(layout.data).spare == 0
+    assert plain.divisible(Layout.fit("mesh", more, devices, model=model).data).spare == 0
 
 
 def test_arms_go_apart_first_and_a_wrong_layout_is_a_usage_error():

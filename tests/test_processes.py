@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -166,3 +169,59 @@ def test_processes_that_cannot_train_together(home, monkeypatch):
     monkeypatch.setenv("JAX_PROCESS_ID", "first")
     assert "JAX_PROCESS_ID" in refused(2, *command("run.parallel=mesh"))
     assert not (home / "refused").exists()
+
+
+SEEN = """
+import jax
+from jsublim.processes import join_processes, process_count
+join_processes(60)
+print(jax.config.read("jax_cuda_visible_devices"), process_count())
+"""
+SLURM = {"SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "127.0.0.1,127.0.0.2"}
+OPEN_MPI = {"OMPI_MCA_orte_hnp_uri": "4096.0;tcp://127.0.0.1:34911"}
+
+
+def joined(shared: dict[str, str], *own: dict[str, str]) -> list[str]:
+    """Which of the GPUs that it sees each process takes, and of how many processes it is one. (There are none here: JAX says it
+    to CUDA as soon as CUDA is there.)"""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared |= {"JAX_COORDINATOR_PORT": port, "JAX_COORDINATOR_BIND_ADDRESS": f"127.0.0.1:{port}"}
+    children = []
+    for each in own:
+        with mock.patch.dict(os.environ, shared | each):
+            children.append(start(program=("-c", SEEN)))
+    codes, said = zip(*((child.wait(120), child.communicate()) for child in children), strict=True)
+    assert set(codes) == {0}, said
+    return [out.strip() for out, _ in said]
+
+
+def slurm(tasks: str, count: int, **more: str) -> list[str]:
+    """What srun sets: processes by number, and how many of them each node has."""
+    where = [(0, 0), (1, 0)] if tasks == "1(x2)" else [(0, place) for place in range(count)]
+    shared = SLURM | {"SLURM_NTASKS": str(count), "SLURM_STEP_TASKS_PER_NODE": tasks} | more
+    numbers = [
+        {"SLURM_PROCID": str(i), "SLURM_NODEID": str(node), "SLURM_LOCALID": str(place)}
+        for i, (node, place) in enumerate(where)
+    ]
+    return joined(shared, *numbers)
+
+
+def open_mpi(beside: int, **more: str) -> list[str]:
+    shared = OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+    return joined(shared | {"OMPI_COMM_WORLD_LOCAL_SIZE": str(beside)} | more, {})
+
+
+def test_a_process_alone_on_its_node_takes_all_gpus_that_it_sees():
+    assert slurm("1(x2)", 2, CUDA_VISIBLE_DEVICES="0,1,2,3,4,5,6,7") == ["all 2", "all 2"]
+    # What a step has of a node that it shares: CUDA numbers those from 0.
+    assert slurm("1", 1, CUDA_VISIBLE_DEVICES="2,3", SLURM_STEP_GPUS="2,3") == ["all 1"]
+    assert open_mpi(1) == ["all 1"]
+
+
+def test_processes_that_share_a_node_take_one_gpu_each():
+    assert slurm("2", 2, SLURM_NTASKS_PER_NODE="2") == ["0 2", "1 2"]
+    assert slurm("2", 2, SLURM_GPUS_PER_TASK="4") == ["all 2", "all 2"]  # of those that Slurm bound to it
+    assert open_mpi(8, SLURM_STEP_TASKS_PER_NODE="1(x2)") == ["0 1"]  # Open MPI's helpers are Slurm's tasks
+    assert slurm("1", 1, JAX_LOCAL_DEVICE_IDS="1,2") == ["1,2 1"]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _BLANK = re.compile(r"@([A-Z]+)(?::([^@\n]*))?@")  # @WORKERS:8@: to be filled in; 8 unless something else is given
 ALONE = ("machine",)  # kinds whose store need not be shared
-NAME_LENGTH = 40  # what Kubernetes, xpk and Google's names have room for
+NAME_LENGTH = 28  # what Kubernetes, Cluster Toolkit and Google's names have room for
 
 
 @app.command()

@@ -8,6 +8,7 @@ computed changes (but for the order of sums).
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
@@ -17,6 +18,7 @@ from jsublim.distill.data import Example
 from jsublim.inference.batching import TRAINING_STEP, branched, fill, pad_tokens, round_up
 from jsublim.models.config import ModelConfig, layer_parameters
 from jsublim.models.decoder import check_length
+from jsublim.parallel import Layout
 
 
 def steps_per_epoch(examples: int, rows_per_step: int) -> int:
@@ -117,6 +119,18 @@ class Shape:
     def rows_per_step(self) -> int:
         """Rows of a step that may hold an example."""
         return self.accumulate * self.batch_size
+
+    def idle(self, arms: int, layout: Layout) -> str | None:
+        """What to tell of arms on a layout where more than an eighth of the lines are empty; None where it is less."""
+        if 8 * self.spare <= self.lines:
+            return None
+        copies = layout.arm * layout.data
+        more = copies // math.gcd(self.filled, copies)
+        together = f"a multiple of {more} students in a program, or " if layout.mode == "mesh" else ""
+        return (
+            f"{arms} students on arm {layout.arm} x data {layout.data} x model {layout.model}: {self.spare} of {self.lines} rows of "
+            f"a batch are empty; {together}students.data.batch_size={self.lines * self.rows_per_line} would fill them"
+        )
 
     def placed(self, chosen: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
         """Which rows lie on each of a step's M * B lines.

@@ -67,7 +67,7 @@ def train(
         one layer each share a program, whichever layer it is.
       on_step: called with the number of steps done.
       shape: of the batches, where several calls are to share one program; None fits these arms.
-      say: told of a saved state that is damaged, if an older one can be used.
+      say: told of devices that the batch leaves idle, and of a saved state that is damaged, if an older one can be used.
 
     Raises:
       JsublimError: saved states that cannot be written or read, or are of other arms.
@@ -77,6 +77,8 @@ def train(
     layout = Layout.fit(settings.parallel, len(arms), model=settings.model_axis)
     shape = shape or Shape.of([arm.examples for arm in arms], settings.accumulate, settings.batch_size)
     shape = shape.divisible(layout.data)
+    if (idle := shape.idle(len(arms), layout)) is not None:
+        say(idle)
     params, state, numbers, teacher = _placed(config, params, arms, settings, layout)
     cached = settings.cache_below and isinstance(state.adapter, OneLayer)
     below = _below(config, params, arms, shape) if cached else None

@@ -127,7 +127,9 @@ def memory(setup: Setup) -> Memory:
     size = 1 if s.runtime.arms_per_program == "auto" else s.runtime.arms_per_program
     trained = sum(leaf.size for leaf in jax.tree.leaves(abstract_start(setup, largest).trainable))
     tokens = s.data.batch_size * (long.prompt + long.answer)
-    kept = tokens * config.num_layers * (8 * config.hidden_size + 3 * config.intermediate_size)
+    of_layer = 8 * config.hidden_size + 3 * config.intermediate_size  # values that a layer keeps of a token
+    remat = config.num_layers * config.hidden_size + of_layer  # one layer's, and what each layer begins with
+    kept = tokens * (remat if s.runtime.remat else config.num_layers * of_layer)
     # Of each float32 value that is trained: itself, its gradient and two moments.
     student = 16 * trained + kept * sizes.width
     return Memory(base, student, min(size, len(setup.students)))

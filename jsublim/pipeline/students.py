@@ -59,6 +59,8 @@ from jsublim.processes import on_main_process
 from jsublim.progress import Tick
 from jsublim.section import identity
 
+MOST_TOGETHER = 16  # students of a task, where how many fit decides: a task is one machine's, and others wait for work
+
 
 @memoized
 def student_output(setup: Setup, student: Student) -> Output:
@@ -132,7 +134,7 @@ def training_tasks(setup: Setup) -> tuple[TrainStudents, ...]:
 @memoized
 def _generation(setup: Setup, generation: int) -> tuple[TrainStudents, ...]:
     """All students of a generation in groups that train together: those of one program, at most `arms_per_program`, as few groups
-    and as even ones as can be. With "auto", how many fit is found when they are trained."""
+    and as even ones as can be. With "auto", how many of a group fit is found when they are trained."""
     members = [student for student in setup.students if student.settings.data.generation == generation]
     programs: dict[Hashable, list[Student]] = {}
     for student in distinct(members, lambda student: student_output(setup, student).key):
@@ -140,7 +142,7 @@ def _generation(setup: Setup, generation: int) -> tuple[TrainStudents, ...]:
     tasks = []
     for members in programs.values():
         most = members[0].settings.runtime.arms_per_program
-        groups = [members] if most == "auto" else split_evenly(members, most)
+        groups = split_evenly(members, MOST_TOGETHER if most == "auto" else most)
         tasks += [training_task(setup, tuple(group), tuple(members)) for group in groups]
     return tuple(tasks)
 

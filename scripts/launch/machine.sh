@@ -7,8 +7,10 @@ set -euo pipefail
 HOME_OF_RUN=${HOME_OF_RUN:-/workspace}
 cd "$HOME_OF_RUN"
 if [ ! -x venv/bin/jsublim ]; then
-  python3 -m venv venv
-  venv/bin/pip install -q "${JSUBLIM:?the folder of a checkout, or a wheel}[cuda13,ray]"
+  curl -LsSf https://astral.sh/uv/install.sh | sh # the system's Python may be too old
+  export PATH="$HOME/.local/bin:$PATH"
+  uv venv -q --allow-existing --python 3.12 venv
+  uv pip install -q --python venv "${JSUBLIM:?the folder of a checkout, or a wheel}[cuda12,ray]"
 fi
 export PATH="$PWD/venv/bin:$PATH" HF_HOME="$PWD/huggingface"
 

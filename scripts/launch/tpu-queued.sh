@@ -8,8 +8,11 @@ ZONE=${ZONE:-us-west4-a}
 TYPE=${TYPE:-@ACCELERATOR:v5litepod-16@}                 # v6e-16, v5p-16
 RUNTIME=${RUNTIME:-v2-alpha-tpuv5-lite}  # v2-alpha-tpuv6e, v2-alpha-tpuv5
 COMMAND=$(cat <<'END'
-python3 -m venv ~/jsublim && ~/jsublim/bin/pip install -q "jsublim[tpu,gcs] @ $WHEEL"
-export PATH=~/jsublim/bin:$PATH
+set -e
+curl -LsSf https://astral.sh/uv/install.sh | sh # the system's Python is too old
+export PATH=~/jsublim/bin:~/.local/bin:$PATH
+uv venv -q --allow-existing --python 3.12 ~/jsublim
+uv pip install -q --python ~/jsublim "jsublim[tpu,gcs] @ $WHEEL"
 @COMMAND@ --distributed run.parallel=mesh
 END
 )

@@ -8,8 +8,9 @@ import pytest
 from command import contents, ok, refused
 
 from jsublim.chips import CHIPS, chip_of
+from jsublim.cli.aot import architecture
 from jsublim.config import Experiment, find_config
-from jsublim.config.figures import load_question, panel_experiment
+from jsublim.config.figures import load_question, panel_experiment, questions
 from jsublim.errors import UsageError
 from jsublim.pipeline.estimate import Memory, StageCost, memory, stage_costs
 from jsublim.pipeline.graph import plan
@@ -97,9 +98,28 @@ def test_the_papers_models_need_no_checkpoint_and_no_network(tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
     need = memory(setup("fig02", panel, shape=shape)).needed
     assert 2 * {"qwen": 7.6e9, "gemma": 3.9e9}[panel] < need  # two bytes a weight, and what training needs
-    # Sixteen students at once don't fit an H100 beside Qwen's weights, one does.
-    alone = memory(setup("fig02", panel, "students.runtime.arms_per_program=1", shape=shape)).needed
-    assert alone < CHIPS["h100"].memory and alone < need
+    # Sixteen students at once don't fit an H100 beside Qwen's weights.
+    assert (
+        memory(setup("fig02", panel, "students.runtime.arms_per_program=16", shape=shape)).needed > CHIPS["h100"].memory
+    )
+
+
+@pytest.mark.parametrize("path, question", questions(), ids=lambda each: getattr(each, "stem", ""))
+def test_every_panel_at_scale_paper_fits_its_chip(path, question):
+    """The chip of `--chip`'s default. How many students of a program fit is measured there; one has to."""
+    for panel in question.panels:
+        planned = Setup.of(panel_experiment(path, question, panel, "paper"), lambda name: architecture(name, None))
+        need, has = memory(planned), CHIPS["h100"].memory
+        assert need.advice(has) == "fits" and need.needed < has, panel
+        sizes = {student.settings.runtime.arms_per_program for student in planned.students}
+        assert sizes <= {"auto"}, panel
+        groups = [task for task in plan(planned).tasks.values() if task.kind == "students"]
+        assert all(1 <= len(task.outputs) <= 16 for task in groups), panel
+
+
+def test_layers_that_are_recomputed_keep_less():
+    whole, again = (memory(setup("fig02", "qwen", f"students.runtime.remat={said}")) for said in ("false", "true"))
+    assert whole.base == again.base and again.student < whole.student / 5
 
 
 def test_the_advice_on_memory_names_what_is_too_large():
