@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 
 from jsublim.errors import JsublimError
 from jsublim.models.config import ModelConfig
-from jsublim.models.layers import PROJECTED, Block, Norm, Remember, Seen, rope_table
+from jsublim.models.layers import PROJECTED, Block, Norm, Remember, Seen, product, rope_table
 from jsublim.models.lora import FROZEN, Adapter, OneLayer, Part
 
 Params = dict[str, Any]
@@ -115,7 +115,7 @@ def logits(config: ModelConfig, params: Params, h: Array) -> Array:
     """Normed hidden states `[..., D]` to float32 logits `[..., V]`. Call it on the positions you need only."""
     with jax.named_scope("head"):
         table = head_weight(params)
-        z = jnp.einsum("...D,VD->...V", h, table, preferred_element_type=jnp.float32)
+        z = product("...D,VD->...V", h, table)
         if config.scales.rounded:
             own = jnp.finfo(table.dtype)
             z = jax.lax.reduce_precision(z, own.nexp, own.nmant)  # a cast there and back XLA may take away
