@@ -162,8 +162,8 @@ def _print_plan(case: Case, names: list[str], shape: Path | None, as_json: bool)
         return
     console.print(table)
     console.print(
-        "estimated by roofline, not measured: all rows of the experiment, each chip at its peak, or its memory or its links at their "
-        "bandwidth, whichever takes longest (in brackets what limits the slowest program)"
+        "estimated by roofline, not measured: all rows of the experiment, each chip at its peak or its memory at its bandwidth, "
+        "whichever takes longest, then its links at theirs (in brackets what takes longest of the slowest program)"
     )
     print(best.fields)
 
