@@ -90,7 +90,9 @@ def roofline(compiled: Compiled, base: int, chip: Chip, group: Sequence[Any]) ->
     moved = base * program.passes + (compiled.arguments - base) + 2 * compiled.temporaries * program.pieces
     told = sum(each.bytes * (2 if kind == "all-reduce" else 1) for kind, each in (compiled.collectives or {}).items())
     others = told * (1 - 1 / len(group))
-    return Times(program.flops / chip.peak, moved / chip.bandwidth, others / links_among(group, chip) if others else 0.0)
+    return Times(
+        program.flops / chip.peak, moved / chip.bandwidth, others / links_among(group, chip) if others else 0.0
+    )
 
 
 def links_among(group: Sequence[Any], chip: Chip) -> float:

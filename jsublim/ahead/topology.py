@@ -17,7 +17,9 @@ from jsublim.errors import JsublimError, UsageError
 
 SLICES = ("v5e", "v5p", "v6e")
 GPUS = tuple(name for name, chip in CHIPS.items() if chip.cuda)
-_NAME = re.compile(rf"(?P<slice>{'|'.join(SLICES)}):\d+x\d+(x\d+)?|(?P<gpu>{'|'.join(GPUS)}):((?P<nodes>[1-9]\d*)x)?(?P<each>[1-9]\d*)")
+_NAME = re.compile(
+    rf"(?P<slice>{'|'.join(SLICES)}):\d+x\d+(x\d+)?|(?P<gpu>{'|'.join(GPUS)}):((?P<nodes>[1-9]\d*)x)?(?P<each>[1-9]\d*)"
+)
 # Of a GPU's memory JAX takes this share, unless told otherwise by XLA_PYTHON_CLIENT_MEM_FRACTION.
 TAKEN = 0.75
 
@@ -64,10 +66,7 @@ def _plugin() -> str:
     for cuda in (12, 13):
         if importlib.util.find_spec(f"jax_cuda{cuda}_plugin") is not None:
             return f"jax-cuda{cuda}-plugin"
-    its = f"=={jax.__version__}"
-    raise JsublimError(
-        f"aot: the compiler for GPUs is not installed; pip install jax-cuda12-plugin{its} jax-cuda12-pjrt{its}"
-    )
+    raise JsublimError(f"aot: the compiler for GPUs is not installed; pip install jax-cuda12-plugin=={jax.__version__}")
 
 
 def find_topology(name: str) -> Topology:

@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 @app.command()
 def aot(
     config: Annotated[str, typer.Option("--config", help="YAML, such as configs/models/qwen2.5-7b.yaml.")],
-    topology: Annotated[str, typer.Option("--topology", help="v5e:4x4, v5p:2x2x2, v6e:4x4 ...; h100:1x8, a100:2x8, h200:1, b200:1x8 ...")],
+    topology: Annotated[
+        str,
+        typer.Option("--topology", help="v5e:4x4, v5p:2x2x2, v6e:4x4 ...; h100:1x8, a100:2x8, h200:1, b200:1x8 ..."),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Fields of the config: students.data.batch_size=32 students.runtime.remat=true."),
@@ -97,7 +100,17 @@ def _print_reports(case: Case, names: list[str], axes: list[int], as_json: bool)
         if not report.programs:
             unfit.append(f"{name} ({'; '.join(report.tried)})")
     if as_json:
-        print(json.dumps({"config": case.experiment.name, "topology": case.topology.name, "unknown": case.topology.unknown, "stages": found}, indent=2))
+        print(
+            json.dumps(
+                {
+                    "config": case.experiment.name,
+                    "topology": case.topology.name,
+                    "unknown": case.topology.unknown,
+                    "stages": found,
+                },
+                indent=2,
+            )
+        )
     if unfit:
         raise JsublimError(
             f"aot: does not fit on {case.topology.name}: {', '.join(unfit)}; more chips, a larger --model-axis, "
