@@ -311,6 +311,7 @@ def hidden_states(
     prefix: KV | None = None,
     with_cache: bool = False,
     remat: bool = False,
+    unroll: bool = False,
     below_BTD: Array | None = None,
     branches: Branches | None = None,
 ) -> tuple[Array, KV | None]:
@@ -324,6 +325,7 @@ def hidden_states(
       prefix: keys and values `[L, 1, K, P, h]` of tokens that stand before every row (a shared system prompt).
       with_cache: also return this pass's own keys and values `[L, B, K, T, h]`.
       remat: keep the layers' inputs only, and recompute everything inside them in the backward pass.
+      unroll: layers one after another in the program, not as a loop; those of a `OneLayer` stay loops.
       below_BTD: the residual stream below the layer of a `OneLayer`, where it is known already.
       branches: of rows in which several texts follow one beginning; not with a prefix.
 
@@ -352,7 +354,7 @@ def hidden_states(
 
     body, caches = jax.checkpoint(body, policy=keep), []
     for run in runs(config, adapter):
-        h, cache = jax.lax.scan(body, h, run)
+        h, cache = jax.lax.scan(body, h, run, unroll=unroll)
         caches.append(cache)
     cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches) if with_cache else None
     return final_norm(config, params, h), cache
