@@ -6,28 +6,69 @@ from dataclasses import dataclass
 
 from jsublim.errors import UsageError
 
-GIB = 2**30
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """What a compiler for a GPU is told of it beside the numbers below: its compute capability, how many multiprocessors it has,
+    their clock (GHz), the second cache (bytes), and what each of them has of shared memory (bytes)."""
+
+    capability: int
+    cores: int
+    clock: float
+    cache: int
+    shared: int
+
+    def target(self, memory: int, bandwidth: float) -> str:
+        """The GPU as XLA's `GpuTargetConfigProto`, in text. What it leaves out is no matter of memory or messages."""
+        whole = self.capability >= 9  # of those, XLA uses what only the very generation has
+        return f"""
+            platform_name: "CUDA"
+            gpu_device_info {{
+              cuda_compute_capability {{ major: {self.capability} {"feature_extension: ACCELERATED_FEATURES" if whole else ""} }}
+              core_count: {self.cores} clock_rate_ghz: {self.clock} fpus_per_core: {128 if whole else 64}
+              device_memory_size: {memory} memory_bandwidth: {bandwidth:.0f} l2_cache_size: {self.cache}
+              shared_memory_per_core: {self.shared} shared_memory_per_block_optin: {self.shared - 1024}
+              shared_memory_per_block: 49152 registers_per_core_limit: 65536 registers_per_block_limit: 65536
+              threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
+              thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+              block_dim_limit_x: {2**31 - 1} block_dim_limit_y: 65535 block_dim_limit_z: 65535
+            }}"""
 
 
 @dataclass(frozen=True)
 class Chip:
     """One device: peak of dense bfloat16 products (FLOP/s), memory (bytes) and its bandwidth, and what it sends to other chips of
-    its slice or host over all its links together, in one direction (bytes/s both)."""
+    its slice or host over all its links together, in one direction (bytes/s both).
+
+    Attributes:
+      ports: links of a chip that each lead to one neighbour; 1 where a switch lets all of them lead anywhere.
+      ring: chips from which on a row of neighbours is closed to a ring; 0 where there are no rows.
+      network: bytes/s from one host to another, of each chip.
+      cuda: what a compiler for it is told; of GPUs that one is at hand for.
+    """
 
     peak: float
     memory: int
     bandwidth: float
     links: float
+    ports: int = 1
+    ring: int = 0
+    network: float = 0.0
+    cuda: Cuda | None = None
 
 
+_HOPPER = Cuda(9, 132, 1.98, 50 * MIB, 228 * KIB)
 CHIPS = {
-    "h200": Chip(989e12, 141 * GIB, 4.8e12, 450e9),
-    "h100": Chip(989e12, 80 * GIB, 3.35e12, 450e9),
-    "a100": Chip(312e12, 80 * GIB, 2.0e12, 300e9),
+    "b200": Chip(2250e12, 180 * GIB, 8.0e12, 900e9, network=50e9, cuda=Cuda(10, 148, 1.965, 126 * MIB, 228 * KIB)),
+    "h200": Chip(989e12, 141 * GIB, 4.8e12, 450e9, network=50e9, cuda=_HOPPER),
+    "h100": Chip(989e12, 80 * GIB, 3.35e12, 450e9, network=50e9, cuda=_HOPPER),
+    "a100": Chip(312e12, 80 * GIB, 2.0e12, 300e9, network=25e9, cuda=Cuda(8, 108, 1.41, 40 * MIB, 164 * KIB)),
     "l4": Chip(121e12, 24 * GIB, 300e9, 32e9),
-    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
-    "v5p": Chip(459e12, 95 * GIB, 2.77e12, 600e9),
-    "v6e": Chip(918e12, 32 * GIB, 1.64e12, 400e9),
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, ports=4, ring=16),
+    "v5p": Chip(459e12, 95 * GIB, 2.77e12, 600e9, ports=6, ring=4),
+    "v6e": Chip(918e12, 32 * GIB, 1.64e12, 400e9, ports=4, ring=16),
 }
 
 

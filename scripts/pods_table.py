@@ -1,12 +1,14 @@
-"""The tables of docs/pods.md: every stage of four models, compiled for three slices of TPU pods.
+"""The tables of docs/pods.md: every stage of four models, compiled for three slices of TPU pods, and of two for GPUs.
 
-`python scripts/pods_table.py --kept FILE` asks `jsublim aot` for one model, slice and stage after another (some minutes each, on two
-cores), keeps each answer as a line of FILE, asks for none that is there, and prints the tables of what there is.
+`python scripts/pods_table.py --kept FILE` asks `jsublim aot` for one model, topology and stage after another (some minutes each, on
+two cores), keeps each answer as a line of FILE, asks for none that is there, and prints the tables of what there is. With `--ask none`
+it only prints; `--ask gpus` or `--ask tpus` asks for those alone, as one compiler may be missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -15,6 +17,8 @@ from typing import Any
 
 MODELS = ("qwen2.5-7b", "qwen2.5-32b", "gemma-3-4b", "gemma-3-27b")
 TOPOLOGIES = ("v5e:4x4", "v5p:2x2x2", "v6e:4x4")
+GPU_MODELS = ("qwen2.5-7b", "gemma-3-4b")
+GPUS = ("h100:1", "h100:1x8", "h100:2x8", "a100:1x8", "h200:1x8", "b200:1x8")
 STAGES = ("train", "sample", "score", "evaluate", "attribute")
 Key = tuple[str, str, str]
 
@@ -64,23 +68,23 @@ def told(said: dict[str, Any] | None) -> str:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--kept", type=Path, required=True)
-    file = options.parse_args().kept
+    options.add_argument("--ask", choices=("all", "tpus", "gpus", "none"), default="all")
+    chosen = options.parse_args()
     # What scans its layers is compiled soonest.
     order = sorted(STAGES, key=lambda stage: stage not in ("score", "train"))
-    every = [(model, topology, stage) for stage in order for topology in TOPOLOGIES for model in MODELS]
-    found = known(file)
-    for key in every:
-        if key not in found:
-            found[key] = asked(*key)
-            with file.open("a", encoding="utf-8") as out:
-                out.write(json.dumps({"key": key, "said": found[key]}) + "\n")
-    for content in (cell, told):
-        print(f"| model | slice | {' | '.join(STAGES)} |\n| {' | '.join(['---'] * (len(STAGES) + 2))} |")
-        for model in MODELS:
-            for topology in TOPOLOGIES:
-                cells = [content(found.get((model, topology, stage))) for stage in STAGES]
-                if not any(cells):
-                    continue
+    kinds = {"tpus": (MODELS, TOPOLOGIES), "gpus": (GPU_MODELS, GPUS)}
+    found = known(chosen.kept)
+    for kind, (models, topologies) in kinds.items():
+        for key in itertools.product(models, topologies, order) if chosen.ask in ("all", kind) else ():
+            if key not in found:
+                found[key] = asked(*key)
+                with chosen.kept.open("a", encoding="utf-8") as out:
+                    out.write(json.dumps({"key": key, "said": found[key]}) + "\n")
+    for (models, topologies), content in itertools.product(kinds.values(), (cell, told)):
+        print(f"| model | chips | {' | '.join(STAGES)} |\n| {' | '.join(['---'] * (len(STAGES) + 2))} |")
+        for model, topology in itertools.product(models, topologies):
+            cells = [content(found.get((model, topology, stage))) for stage in STAGES]
+            if any(cells):
                 print(f"| {model} | {topology} | {' | '.join(cells)} |")
         print()
 

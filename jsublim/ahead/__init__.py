@@ -1,5 +1,5 @@
-"""Programs compiled for TPUs that are not there: whether each stage of an experiment fits, how chips communicate, and which layout
-should be fastest.
+"""Programs compiled for TPUs and GPUs that are not there: whether each stage of an experiment fits, how chips communicate, and which
+layout should be fastest.
 
-The compiler that comes with `jax[tpu]` needs no TPU. It shows memory and communication, never speed.
+XLA's compilers need no TPU and no GPU. They show memory and communication, never speed.
 """

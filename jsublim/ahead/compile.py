@@ -141,7 +141,9 @@ def _compiled(case: Case, program: Program, layout: Layout) -> Compiled:
         said = f"{program.name}: needs {sizes[0]:.2f} of {sizes[1]:.2f} GiB per chip"
         raise TooLarge(said, sizes[0] * GIB, sizes[1] * GIB) from None
     seconds = time.perf_counter() - began
-    memory = compiled.memory_analysis()
+    memory, needs, has = compiled.memory_analysis(), bytes_needed(compiled), case.topology.chip.memory
+    if needs > has:  # the compiler for GPUs does not say so
+        raise TooLarge(f"{program.name}: needs {needs / GIB:.2f} of {has / GIB:.2f} GiB per chip", needs, has)
     try:
         text = compiled.as_text()
     except jax.errors.JaxRuntimeError:  # libtpu 0.0.52 fails on some programs for v5p and v6e
@@ -150,7 +152,7 @@ def _compiled(case: Case, program: Program, layout: Layout) -> Compiled:
         program,
         memory.argument_size_in_bytes,
         memory.temp_size_in_bytes,
-        bytes_needed(compiled),
+        needs,
         seconds,
         None if text is None else collectives(text),
         gathered_weights(text, case.params) if text is not None and layout.model > 1 else (),

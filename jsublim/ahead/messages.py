@@ -21,6 +21,7 @@ _CALLED = re.compile(
     r"(?P<how>body|condition|calls|to_apply|true_computation|false_computation|branch_computations|called_computations)="
     r"\{?(?P<names>%[\w.\-]+(?:, ?%[\w.\-]+)*)"
 )
+_TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')  # of a loop, where the compiler says it
 _COUNT = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
 
 
@@ -85,7 +86,8 @@ def _turns(computations: dict[str, list[str]]) -> dict[str, int]:
         own = turns[name] = turns[name] or 1  # what nobody calls begins
         for line in lines:
             called = {each["how"]: each["names"] for each in _CALLED.finditer(line)}
-            loop = _loop(computations.get(called.get("condition", "").lstrip("%"), []))
+            said = _TURNS.search(line)
+            loop = int(said[1]) if said else _loop(computations.get(called.get("condition", "").lstrip("%"), []))
             for how, names in called.items():
                 for callee in re.split(r", ?", names):
                     turns[callee.lstrip("%")] += own * (loop if how == "body" else 1)

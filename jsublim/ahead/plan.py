@@ -1,5 +1,5 @@
-"""Which layout should be fastest, by roofline: of those that fit, each chip at its peak, its memory at its full bandwidth or its
-links at theirs, whichever takes longest. An estimate of what is possible, not of what was reached: no program is run.
+"""Which layout should be fastest, by roofline: of those that fit, each chip at its peak or its memory at its full bandwidth, whichever
+takes longest, and then its links at theirs. An estimate of what is possible, not of what was reached: no program is run.
 """
 
 from __future__ import annotations
@@ -7,11 +7,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 
 from jsublim.ahead.compile import Compiled, Report, on_layout
 from jsublim.ahead.stages import Case, stage
 from jsublim.chips import Chip
 from jsublim.config import Experiment
+from jsublim.parallel import Layout
 from jsublim.pipeline.estimate import sizes_of
 from jsublim.pipeline.graph import plan
 from jsublim.pipeline.setup import Setup
@@ -30,7 +34,7 @@ LIMITS = ("compute", "memory", "links")
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds that a program takes at least, by what limits it."""
+    """Seconds that a program takes at least, by what limits it. Messages are waited for: a layer needs the sum before it goes on."""
 
     compute: float
     memory: float
@@ -38,7 +42,7 @@ class Times:
 
     @property
     def seconds(self) -> float:
-        return max(self.compute, self.memory, self.links)
+        return max(self.compute, self.memory) + self.links
 
     @property
     def limit(self) -> str:
@@ -73,23 +77,49 @@ class Choice:
         )
 
 
-def roofline(compiled: Compiled, base: int, chip: Chip) -> Times:
+def roofline(compiled: Compiled, base: int, chip: Chip, group: Sequence[Any]) -> Times:
     """One run of a program on one chip.
 
     Memory: the base as often as it is read, every other argument once, and temporaries written and read. Links: what collectives
-    put out, sums twice, over all links together; nothing where that is not known.
+    put out less a chip's own part, sums twice; nothing where that is not known.
+
+    Args:
+      group: the devices that exchange messages with one another.
     """
     program = compiled.program
     moved = base * program.passes + (compiled.arguments - base) + 2 * compiled.temporaries * program.pieces
     told = sum(each.bytes * (2 if kind == "all-reduce" else 1) for kind, each in (compiled.collectives or {}).items())
-    return Times(program.flops / chip.peak, moved / chip.bandwidth, told / chip.links)
+    others = told * (1 - 1 / len(group))
+    return Times(
+        program.flops / chip.peak, moved / chip.bandwidth, others / links_among(group, chip) if others else 0.0
+    )
+
+
+def links_among(group: Sequence[Any], chip: Chip) -> float:
+    """Bytes/s that a chip sends to the others of some devices.
+
+    In a slice of a pod a chip has one link to each neighbour: so as many as there are dimensions of the slice along which the devices
+    lie, and two for each that is closed to a ring. Between hosts of GPUs it is their network.
+    """
+    if chip.network and len({device.process_index for device in group}) > 1:
+        return chip.network
+    if chip.ports == 1:
+        return chip.links
+    lengths = [len(set(along)) for along in zip(*(device.coords for device in group), strict=True)]
+    return chip.links * sum(1 + (length >= chip.ring) for length in lengths if length > 1) / chip.ports
+
+
+def exchanging(layout: Layout) -> Sequence[Any]:
+    """The devices between which most messages go: those of one copy where it is spread, else those that share an arm's rows."""
+    devices = layout.mesh.devices if layout.mesh is not None else np.empty((1, 1, 1), object)
+    return devices[0, 0] if layout.model > 1 else devices[0, :, 0]
 
 
 def batch_times(report: Report, chip: Chip) -> list[Times]:
     """Of each program of a stage, what all its runs for one batch take."""
-    every = []
+    every, group = [], exchanging(report.layout)
     for compiled in report.programs:
-        once, runs = roofline(compiled, report.base, chip), compiled.program.runs
+        once, runs = roofline(compiled, report.base, chip, group), compiled.program.runs
         every.append(Times(once.compute * runs, once.memory * runs, once.links * runs))
     return every
 

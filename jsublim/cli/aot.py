@@ -1,4 +1,4 @@
-"""`jsublim aot`: an experiment's stages, compiled for a TPU topology without one."""
+"""`jsublim aot`: an experiment's stages, compiled for TPUs or GPUs that are not there."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from jsublim.chips import CHIPS
 from jsublim.cli.app import Json, app, console
 from jsublim.errors import JsublimError, UsageError
 from jsublim.reading import shown
@@ -25,7 +26,10 @@ if TYPE_CHECKING:
 @app.command()
 def aot(
     config: Annotated[str, typer.Option("--config", help="YAML, such as configs/models/qwen2.5-7b.yaml.")],
-    topology: Annotated[str, typer.Option("--topology", help="v5e:4x4, v5p:2x2x2, v6e:4x4 ...")],
+    topology: Annotated[
+        str,
+        typer.Option("--topology", help="v5e:4x4, v5p:2x2x2, v6e:4x4 ...; h100:1x8, a100:2x8, h200:1, b200:1x8 ..."),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(help="Fields of the config: students.data.batch_size=32 students.runtime.remat=true."),
@@ -53,11 +57,14 @@ def aot(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Compile every stage for a TPU topology that is not there: memory per chip, collectives (docs/pods.md)."""
+    """Compile every stage for TPUs or GPUs that are not there: memory per chip, collectives (docs/pods.md)."""
     # The compiler alone is asked, so no accelerator of this machine is taken, and no metadata server is waited for.
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     os.environ |= {"TPU_ACCELERATOR_TYPE": "v5litepod-1", "TPU_WORKER_HOSTNAMES": "localhost"}  # or libtpu warns
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # several compile beside one another
+    kind = CHIPS.get(topology.partition(":")[0])
+    if kind is not None and kind.cuda is not None:  # kernels cannot be tried where there is no GPU
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0"
     from jsublim.ahead.stages import STAGES, Case, Lengths, stages_of
     from jsublim.ahead.topology import find_topology
     from jsublim.config import load_experiment
@@ -94,7 +101,17 @@ def _print_reports(case: Case, names: list[str], axes: list[int], as_json: bool)
         if not report.programs:
             unfit.append(f"{name} ({'; '.join(report.tried)})")
     if as_json:
-        print(json.dumps({"config": case.experiment.name, "topology": case.topology.name, "stages": found}, indent=2))
+        print(
+            json.dumps(
+                {
+                    "config": case.experiment.name,
+                    "topology": case.topology.name,
+                    "unknown": case.topology.unknown,
+                    "stages": found,
+                },
+                indent=2,
+            )
+        )
     if unfit:
         raise JsublimError(
             f"aot: does not fit on {case.topology.name}: {', '.join(unfit)}; more chips, a larger --model-axis, "
@@ -146,15 +163,21 @@ def _print_plan(case: Case, names: list[str], shape: Path | None, as_json: bool)
         ]
         print(
             json.dumps(
-                {"config": case.experiment.name, "topology": case.topology.name, "best": best.fields, "layouts": every},
+                {
+                    "config": case.experiment.name,
+                    "topology": case.topology.name,
+                    "unknown": case.topology.unknown,
+                    "best": best.fields,
+                    "layouts": every,
+                },
                 indent=2,
             )
         )
         return
     console.print(table)
     console.print(
-        "estimated by roofline, not measured: all rows of the experiment, each chip at its peak, or its memory or its links at their "
-        "bandwidth, whichever takes longest (in brackets what limits the slowest program)"
+        "estimated by roofline, not measured: all rows of the experiment, each chip at its peak or its memory at its bandwidth, "
+        "whichever takes longest, then its links at theirs (in brackets what takes longest of the slowest program)"
     )
     print(best.fields)
 
@@ -182,12 +205,14 @@ def _axes(case: Case) -> list[int]:
 
 
 def _say_case(case: Case) -> None:
-    chips, compiler = len(case.topology.devices), ", ".join(f"{name} {version(name)}" for name in ("jax", "libtpu"))
-    gib = case.topology.chip.memory // 2**30
+    topology = case.topology
+    compiler = ", ".join(f"{name} {version(name)}" for name in ("jax", topology.compiler))
     console.print(
-        f"{case.experiment.name}, {case.experiment.dtype}, on {case.topology.name}: {chips} chips of {gib} GiB ({compiler}); "
-        "a minute or so for each program"
+        f"{case.experiment.name}, {case.experiment.dtype}, on {topology.name}: {len(topology.devices)} chips of "
+        f"{topology.chip.memory // 2**30} GiB ({compiler}); a minute or so for each program"
     )
+    if topology.unknown:
+        console.print(topology.unknown)
 
 
 def architecture(model: str, shape: Path | None) -> Path:

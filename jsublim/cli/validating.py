@@ -136,7 +136,7 @@ def print_estimate(experiment: Experiment, chip: str, said: dict[str, Any]) -> N
     reached = ", ".join(f"{share:.0%} in {work}" for work, share in REACHED.items())
     console.print(
         f"{said['students']} students in {said['programs']} programs; memory at least {memory['bytes'] / 2**30:.3g} of "
-        f"{memory['of'] / 2**30:.0f} GiB ({memory['advice']}; `jsublim aot` tells it exactly for TPUs)\n"
+        f"{memory['of'] / 2**30:.0f} GiB ({memory['advice']}; `jsublim aot` tells it exactly for TPUs and GPUs)\n"
         f"assumed: tokens of a request {long.prompt}, a system prompt {long.system}, an answer {long.answer}; "
         f"{long.kept:.0%} of the answers in format; of the chip's peak {reached}"
     )

@@ -235,6 +235,8 @@ class StudentRuntime(Section):
     """Rows of a step computed at one time, where the loss is a mean over tokens; auto: what memory holds."""
     remat: Annotated[bool, PROGRAM] = False
     """Recompute layers in the backward pass, which takes time and saves memory."""
+    unroll: Annotated[bool, PROGRAM] = False
+    """Compile layers one after another, not as a loop: longer to compile, fewer copies in a step of a GPU (performance.md)."""
     cache_below: Annotated[bool | Literal["auto"], PROGRAM] = "auto"
     """Of one-layer students: keep the hidden states below the layer in host memory. auto: from the middle layer on, up to 4 GiB."""
     peak_tflops: Annotated[float | None, Field(gt=0), HOW] = None

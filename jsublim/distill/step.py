@@ -39,7 +39,7 @@ class Program:
       loss, optimizer: their settings.
       warmup: steps in which the learning rate rises.
       per: what the loss is a mean over, see `losses.normalise`.
-      remat: see `decoder.hidden_states`.
+      remat, unroll: see `decoder.hidden_states`.
     """
 
     loss: Loss = Loss()
@@ -47,6 +47,7 @@ class Program:
     warmup: int = 5
     per: str = "tokens"
     remat: bool = False
+    unroll: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -124,7 +125,8 @@ def micro_loss(
     if numbers.beside is not None:
         assert isinstance(student, Adapter)  # as `trainer.start_of` stacks them
         student = together(student, numbers.beside)
-    h_ND = read(student_params, "", adapter=student, remat=program.remat, below_BTD=batch.get("below"))
+    how = {"remat": program.remat, "unroll": program.unroll, "below_BTD": batch.get("below")}
+    h_ND = read(student_params, "", adapter=student, **how)
     flat = {
         key: batch[key].reshape(h_ND.shape[0], *batch[key].shape[2:])
         for key in ("labels", "weights", "ids", "logp")

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec
 
 from jsublim.errors import JsublimError
 from jsublim.models.config import ModelConfig
-from jsublim.models.layers import PROJECTED, Block, Norm, Remember, Seen, rope_table
+from jsublim.models.layers import PROJECTED, Block, Norm, Remember, Seen, product, rope_table
 from jsublim.models.lora import FROZEN, Adapter, OneLayer, Part
 
 Params = dict[str, Any]
@@ -115,7 +115,7 @@ def logits(config: ModelConfig, params: Params, h: Array) -> Array:
     """Normed hidden states `[..., D]` to float32 logits `[..., V]`. Call it on the positions you need only."""
     with jax.named_scope("head"):
         table = head_weight(params)
-        z = jnp.einsum("...D,VD->...V", h, table, preferred_element_type=jnp.float32)
+        z = product("...D,VD->...V", h, table)
         if config.scales.rounded:
             own = jnp.finfo(table.dtype)
             z = jax.lax.reduce_precision(z, own.nexp, own.nmant)  # a cast there and back XLA may take away
@@ -311,6 +311,7 @@ def hidden_states(
     prefix: KV | None = None,
     with_cache: bool = False,
     remat: bool = False,
+    unroll: bool = False,
     below_BTD: Array | None = None,
     branches: Branches | None = None,
 ) -> tuple[Array, KV | None]:
@@ -324,6 +325,7 @@ def hidden_states(
       prefix: keys and values `[L, 1, K, P, h]` of tokens that stand before every row (a shared system prompt).
       with_cache: also return this pass's own keys and values `[L, B, K, T, h]`.
       remat: keep the layers' inputs only, and recompute everything inside them in the backward pass.
+      unroll: layers one after another in the program, not as a loop; those of a `OneLayer` stay loops.
       below_BTD: the residual stream below the layer of a `OneLayer`, where it is known already.
       branches: of rows in which several texts follow one beginning; not with a prefix.
 
@@ -352,7 +354,7 @@ def hidden_states(
 
     body, caches = jax.checkpoint(body, policy=keep), []
     for run in runs(config, adapter):
-        h, cache = jax.lax.scan(body, h, run)
+        h, cache = jax.lax.scan(body, h, run, unroll=unroll)
         caches.append(cache)
     cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches) if with_cache else None
     return final_norm(config, params, h), cache

@@ -111,6 +111,7 @@ def program_of(students: Students, recipe: Recipe) -> Program:
         warmup=optimizer.warmup,
         per=recipe.loss_per or "tokens",
         remat=students.runtime.remat,
+        unroll=students.runtime.unroll,
     )
 
 

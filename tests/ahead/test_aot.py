@@ -9,7 +9,9 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 
@@ -102,6 +104,15 @@ def test_collectives_are_counted_by_what_they_put_out_in_all_turns():
     assert collectives(HLO) == once | {"all-reduce": Collective(2, 3 * once["all-reduce"].bytes)}
 
 
+def test_turns_that_the_compiler_says_are_taken():
+    """Of GPUs' programs, whose conditions are fusions."""
+    said = HLO.replace("constant(3)", "parameter(0)").replace(
+        "body=%body",
+        'body=%body, backend_config={"known_trip_count":{"n":"28"},"known_init_step":{"init":"0","step":"1"}}',
+    )
+    assert collectives(said)["all-reduce"].bytes == 28 * (8 * 16 * 2 + 4 * (4 + 6))
+
+
 def test_gathered_weights_are_named():
     params = abstract_params(CONFIG)
     assert gathered_weights(HLO, params) == ("layers.up.kernel",)  # [24, 48], of which gate is the same
@@ -136,15 +147,43 @@ def test_a_config_finds_its_architecture(tmp_path):
 
 
 def test_bad_input_is_one_line(monkeypatch):
-    for name in ("v9:4x4", "v5e", "v5e:16", "v5e:4x4x4x4"):
+    for name in ("v9:4x4", "v5e", "v5e:16", "v5e:4x4x4x4", "h100", "h100:0", "h100:2x4x8", "l4:1"):
         line = refused(2, "aot", "--config", QWEN, "--topology", name)
-        assert f"'{name}'" in line and "v5e, v5p, v6e" in line
+        assert f"'{name}'" in line and "v5e, v5p, v6e" in line and "b200, h200, h100, a100" in line
     assert "--shape" in refused(2, "aot", "--config", QWEN, "--topology", "v5e:4x4", "model=some/other-9b")
     at = ("aot", "--config", QWEN, "--topology", "v5e:4x4", "--stage")
     assert "'drive' given; known: train, sample" in refused(2, *at, "drive")
     assert "has no attribution" in refused(2, *at, "attribute")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'jax[tpu]'" in refused(1, "aot", "--config", QWEN, "--topology", "v5e:4x4")
+    plugin = f"pip install jax-cuda12-plugin=={jax.__version__}"
+    assert plugin in refused(1, "aot", "--config", QWEN, "--topology", "h100:2x8")
+
+
+def test_a_target_is_what_the_data_sheet_says():
+    """Every number of it that differs between GPUs."""
+    for name, numbers in {
+        "a100": (8, 108, 1.41, 80 * 2**30, 2.0e12, 40 * 2**20, 167_936),
+        "h100": (9, 132, 1.98, 80 * 2**30, 3.35e12, 50 * 2**20, 233_472),
+        "h200": (9, 132, 1.98, 141 * 2**30, 4.8e12, 50 * 2**20, 233_472),
+        "b200": (10, 148, 1.965, 180 * 2**30, 8.0e12, 126 * 2**20, 233_472),
+    }.items():
+        chip = CHIPS[name]
+        assert chip.cuda is not None
+        said = dict(re.findall(r"(\w+): ([\d.]+)", chip.cuda.target(chip.memory, chip.bandwidth)))
+        keys = (
+            "major core_count clock_rate_ghz device_memory_size memory_bandwidth l2_cache_size shared_memory_per_core"
+        )
+        assert tuple(float(said[key]) for key in keys.split()) == numbers, name
+
+
+def test_what_a_gpu_cannot_hold_is_said():
+    """The compiler for GPUs compiles it all the same."""
+    one = case(tuple(jax.devices()[:1]))
+    (step,) = on_layout(one, stage(one, "train"), one.layout(1, 1)).programs
+    small = case(tuple(jax.devices()[:1]), memory=step.total - 1)
+    found = on_layout(small, stage(small, "train"), small.layout(1, 1))
+    assert not found.programs and "GiB per chip" in found.tried[0]
 
 
 def test_the_model_axis_of_a_run_is_taken_and_larger_ones_where_it_must(monkeypatch):
@@ -351,6 +390,30 @@ def test_all_stages_of_a_tiny_model_for_a_tpu():
         assert all(program["arguments"] <= program["total"] for program in each["programs"])
     sample = said["stages"][1]["programs"]
     assert sample[0]["held"]["caches"] == sample[1]["held"]["caches"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None,
+    reason="needs the compiler for GPUs: pip install '.[aot-gpu]'",
+)
+@pytest.mark.parametrize("name", ["h100:1", "h100:2x2", "a100:1x2", "h200:1x2", "b200:1x2"])
+def test_all_stages_of_a_tiny_model_for_gpus(name):
+    """No weight is gathered where a copy is spread, and several share gradients."""
+    small = [*SMALL, "students.seeds=[1]", "data.num_prompts=32"]
+    where = ("--topology", name, "--config", str(QWEN), "model=tiny-qwen2", "--tokens", "16", "--labels", "8", *small)
+    said = json.loads(_as_child(*COMMAND[:3], "--json", *where))
+    assert [each["stage"] for each in said["stages"]] == list(STAGES) and "kernels" in said["unknown"]
+    count = math.prod(int(number) for number in name.partition(":")[2].split("x"))
+    for each in said["stages"]:
+        assert each["rows"] == each["asked"] > 0 and each["layout"] == {"arm": 1, "data": count, "model": 1}
+        assert all(0 < program["arguments"] <= program["total"] for program in each["programs"])
+    assert ("all-reduce" in said["stages"][0]["programs"][0]["collectives"]) == (count > 1)
+    if count == 2:
+        (step,) = json.loads(_as_child(*COMMAND[:3], "--json", "--stage", "train", "--model-axis", "2", *where))[
+            "stages"
+        ]
+        assert step["layout"]["model"] == 2 and step["programs"][0]["gathered"] == []
 
 
 @pytest.mark.slow

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 from command import ROOT, refused
 from test_aot import QWEN, case
@@ -9,9 +14,9 @@ from test_aot import QWEN, case
 from jsublim.ahead import plan
 from jsublim.ahead.compile import Compiled, Report
 from jsublim.ahead.messages import Collective
-from jsublim.ahead.plan import Times, batch_times, choices, roofline, rows_of
+from jsublim.ahead.plan import Times, batch_times, choices, links_among, roofline, rows_of
 from jsublim.ahead.stages import Program
-from jsublim.chips import Chip
+from jsublim.chips import CHIPS, Chip
 from jsublim.config import load_experiment
 from jsublim.pipeline.setup import Setup
 
@@ -24,21 +29,54 @@ def compiled(total: int = 50, **program) -> Compiled:
 
 
 def test_a_roofline_by_hand():
-    """400 operations at 100 a second; a base of 30 bytes, 10 of other arguments and 5 of temporaries there and back; sums twice."""
-    assert roofline(compiled(), 30, CHIP) == Times(4.0, (30 + 10 + 10) / 10, (12 + 4) / 2)
-    more = roofline(compiled(passes=3, pieces=2), 30, CHIP)
-    assert more == Times(4.0, (90 + 10 + 20) / 10, 8.0) and more.seconds == 12.0 and more.limit == "memory"
-    assert roofline(compiled(), 30, CHIP).limit == "links"
+    """400 operations at 100 a second; a base of 30 bytes, 10 of other arguments and 5 of temporaries there and back; sums twice, and
+    of what is put out half is a chip's own, where two exchange it."""
+    assert roofline(compiled(), 30, CHIP, range(2)) == Times(4.0, (30 + 10 + 10) / 10, (12 + 4) / 2 / 2)
+    more = roofline(compiled(passes=3, pieces=2), 30, CHIP, range(2))
+    assert more == Times(4.0, (90 + 10 + 20) / 10, 4.0) and more.seconds == 16.0 and more.limit == "memory"
+    four = roofline(compiled(), 30, CHIP, range(4))
+    assert four.links == (12 + 4) * 3 / 4 / 2 and four.limit == "links"
+    assert roofline(compiled(), 30, CHIP, range(1)).links == 0.0
+
+
+def chips(*lengths: int, hosts: int = 1) -> tuple:
+    """Stand-ins for the chips of a slice, or of hosts one after another."""
+    every = list(itertools.product(*map(range, lengths)))
+    each = len(every) // hosts
+    return tuple(SimpleNamespace(coords=at, process_index=i // each) for i, at in enumerate(every))
+
+
+@pytest.mark.parametrize(
+    ("chip", "devices", "model", "links"),
+    [
+        ("v5e", chips(4, 4), 1, 100e9),  # 16 chips over both dimensions: a link in each
+        ("v5e", chips(4, 4), 2, 50e9),
+        ("v5e", chips(4, 4), 4, 50e9),
+        ("v5e", chips(4, 4), 8, 100e9),
+        ("v6e", chips(4, 4), 4, 100e9),
+        ("v5e", chips(16, 16), 16, 100e9),  # closed to a ring
+        ("v5p", chips(4, 4, 4), 4, 200e9),
+        ("v5p", chips(2, 2, 2), 4, 200e9),
+        ("h100", chips(8), 8, 450e9),
+        ("h100", chips(16, hosts=2), 8, 450e9),
+        ("h100", chips(16, hosts=2), 16, 50e9),
+        ("h100", chips(16, hosts=2), 1, 50e9),
+    ],
+)
+def test_messages_take_the_links_of_their_axis(chip, devices, model, links):
+    group = np.array(devices, object).reshape(-1, model)
+    assert links_among(group[0] if model > 1 else group[:, 0], CHIPS[chip]) == pytest.approx(links)
 
 
 def report(asked, layout, *, fits: bool = True, **program) -> Report:
     return Report(asked, layout, 60, 60, 30, (compiled(**program),) if fits else ())
 
 
-def test_a_program_runs_as_often_as_a_batch_needs():
+def test_a_program_runs_as_often_as_a_batch_needs(monkeypatch):
     one = case(tuple(range(4)))
     found = report(plan.stage(one, "train"), one.layout(1, 1), runs=2.5)
-    assert [each.seconds for each in batch_times(found, CHIP)] == [20.0]
+    monkeypatch.setattr(plan, "exchanging", lambda layout: range(2))
+    assert [each.seconds for each in batch_times(found, CHIP)] == [2.5 * (5 + 4)]
 
 
 def test_layouts_are_tried_until_training_fits(monkeypatch):
@@ -51,7 +89,9 @@ def test_layouts_are_tried_until_training_fits(monkeypatch):
         return report(asked, layout, fits=asked.name == "score" or layout.model > 1 or remat, runs=8.0 / layout.model)
 
     monkeypatch.setattr(plan, "on_layout", on_layout)
+    monkeypatch.setattr(plan, "exchanging", lambda layout: range(layout.model))
     four = case(tuple(range(4)), arms=2)
+    four = dataclasses.replace(four, topology=dataclasses.replace(four.topology, chip=CHIP))
     found = list(choices(four, ["train", "score"], {"train": 120, "score": 60}))
     assert [(each.model, each.arms, each.remat, each.fits) for each in found] == [
         (1, 1, False, False), (1, 1, True, True), (1, 2, False, False), (1, 2, True, True),

@@ -145,19 +145,31 @@ def test_a_prefix_longer_than_the_window(name, named_checkpoint, padded_rows, as
     check_prefix(*load(named_checkpoint(name)), 6, assert_close, padded_rows)
 
 
-def test_remat_changes_neither_values_nor_gradients(named_checkpoint, padded_rows, assert_close):
+def test_remat_and_unroll_change_neither_values_nor_gradients(named_checkpoint, padded_rows, assert_close):
     config, params = load(named_checkpoint("qwen2-window"))
     tokens, valid = map(jnp.asarray, padded_rows(4))
 
-    def loss(params, remat):
-        h, _ = hidden_states(config, params, tokens, valid, remat=remat)
+    def loss(params, how):
+        h, _ = hidden_states(config, params, tokens, valid, **dict.fromkeys(how, True))
         return jnp.sum(jnp.sin(logits(config, params, h)) * valid[..., None])
 
-    plain, again = (
-        jax.jit(jax.value_and_grad(loss), static_argnums=1, compiler_options=FAST)(params, remat)
-        for remat in (False, True)
-    )
-    jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), again, plain)
+    step = jax.jit(jax.value_and_grad(loss), static_argnums=1, compiler_options=FAST)
+    for how in (("remat",), ("unroll",)):
+        jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), step(params, how), step(params, ()))
+    assert "stablehlo.while" not in step.lower(params, ("unroll",)).as_text()
+
+
+def test_no_product_of_a_bfloat16_gradient_is_float32(named_checkpoint, padded_rows):
+    """Neither the head's nor attention's, where what comes back is float32: such a product takes a GPU or a TPU several times longer."""
+    config, params = load(named_checkpoint("gemma3"), "bfloat16")
+    tokens, valid = map(jnp.asarray, padded_rows(4))
+
+    def loss(params):
+        return jnp.sum(jnp.sin(logits(config, params, hidden_states(config, params, tokens, valid)[0])))
+
+    text = jax.jit(jax.grad(loss)).lower(params).as_text()
+    products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+    assert len(products) > 20 and not [line for line in products if "f32" in line.split(" : ")[-1].split("->")[0]]
 
 
 def test_bfloat16_stays_bfloat16_and_is_near_float32(named_checkpoint, padded_rows):
