@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -98,12 +99,12 @@ def on_main_process(act: Callable[[], R]) -> R:
         made = act()
     except BaseException as error:
         code = error.code if isinstance(error, JsublimError) else 1
-        _client().key_value_set_bytes(key, json.dumps({"failed": code}).encode())
+        client().key_value_set_bytes(key, json.dumps({"failed": code}).encode())
         raise
     finally:
         _State.acting = False
     text = json.dumps({"is": made})
-    _client().key_value_set_bytes(key, text.encode())
+    client().key_value_set_bytes(key, text.encode())
     return json.loads(text)["is"]  # as the others have it
 
 
@@ -152,7 +153,7 @@ def least(number: int) -> int:
     if not _together():
         return number
     key = _new_key()
-    _client().key_value_set(f"{key}/{process_index()}", str(number))
+    client().key_value_set(f"{key}/{process_index()}", str(number))
     return on_main_process(lambda: min(int(_wait_for(f"{key}/{i}")) for i in range(process_count())))
 
 
@@ -171,12 +172,13 @@ def shared_out(items: Sequence[T], work: Callable[[list[T]], list[R]]) -> list[R
         return work(list(items))
     key, count = _new_key(), process_count()
     own = work(list(items[process_index() :: count]))
-    _client().key_value_set_bytes(f"{key}/{process_index()}", json.dumps(own).encode())
+    client().key_value_set_bytes(f"{key}/{process_index()}", json.dumps(own).encode())
     parts = [json.loads(_wait_for(f"{key}/{i}")) for i in range(count)]
     return [parts[i % count][i // count] for i in range(len(items))]
 
 
-def _client() -> Any:
+def client() -> Any:
+    """What processes know of one another lives in the first one; this asks it."""
     return distributed.global_state.client
 
 
@@ -184,7 +186,7 @@ def _wait_for(key: str) -> bytes:
     """What stands under a key, as soon as something does. In steps of a second, between which signals are heard."""
     while True:
         try:
-            return _client().blocking_key_value_get_bytes(key, 1000)
+            return client().blocking_key_value_get_bytes(key, 1000)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
                 raise
@@ -241,7 +243,7 @@ def wait_until_seen(places: Iterable[tuple[str, Callable[[], bool]]]) -> None:
         which = "something that it wrote" if missing is None else missing
         raise JsublimError(f"{which}: not every process sees it {VISIBLE_WITHIN:.0f} s after the first one wrote it")
     if is_main_process():  # everybody is in this round, and needs nothing of the one before
-        _client().key_value_delete(f"{TELL}/said/{_State.rounds - 1}")
+        client().key_value_delete(f"{TELL}/said/{_State.rounds - 1}")
     _State.rounds += 1
 
 

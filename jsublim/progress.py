@@ -64,7 +64,8 @@ class Terminal(Console):
     """Whatever is printed there is text: names and rows that others wrote send it no escape sequences, and hold no markup."""
 
     def __init__(self, **options: Any):
-        super().__init__(**{"markup": False, "emoji": False} | options)
+        plain: dict[str, Any] = {"markup": False, "emoji": False}
+        super().__init__(**plain | options)
 
     def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
         for segment in super().render(renderable, options):
@@ -73,7 +74,8 @@ class Terminal(Console):
     def out(self, *objects: Any, **options: Any) -> None:
         """Text for other programs: as it is, unless it is shown on a terminal."""
         if self.is_terminal:
-            super().out(*objects, **{"highlight": False} | options)
+            options.setdefault("highlight", False)
+            super().out(*objects, **options)
         else:
             print(*objects, file=self.file)
 

@@ -10,9 +10,8 @@ import time
 from collections.abc import Callable
 
 import jax
-from jax._src import distributed  # as in processes.py
 
-from jsublim.processes import TELL, is_main_process, process_count, process_index
+from jsublim.processes import TELL, client, is_main_process, process_count, process_index
 
 
 class Watch:
@@ -37,7 +36,7 @@ class Watch:
                 jax.errors.JaxRuntimeError
             ):  # of a service that is gone; JAX ends the process then
                 self._tell(str(beat))
-                for key, said in distributed.global_state.client.key_value_dir_get(f"{TELL}/alive"):
+                for key, said in client().key_value_dir_get(f"{TELL}/alive"):
                     who = int(key.rsplit("/", 1)[1])
                     if said != heard[who][0]:
                         heard[who] = said, time.monotonic()
@@ -55,7 +54,7 @@ class Watch:
                 self._end(f"{gone(who)} for {self.time_out:g} s; the same command goes on", 1)
 
     def _tell(self, what: str) -> None:
-        distributed.global_state.client.key_value_set(f"{TELL}/alive/{process_index()}", what, allow_overwrite=True)
+        client().key_value_set(f"{TELL}/alive/{process_index()}", what, allow_overwrite=True)
 
     def close(self) -> None:
         """All have finished."""

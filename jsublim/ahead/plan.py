@@ -112,7 +112,7 @@ def links_among(group: Sequence[Any], chip: Chip) -> float:
 def exchanging(layout: Layout) -> Sequence[Any]:
     """The devices between which most messages go: those of one copy where it is spread, else those that share an arm's rows."""
     devices = layout.mesh.devices if layout.mesh is not None else np.empty((1, 1, 1), object)
-    return devices[0, 0] if layout.model > 1 else devices[0, :, 0]
+    return list(devices[0, 0] if layout.model > 1 else devices[0, :, 0])
 
 
 def batch_times(report: Report, chip: Chip) -> list[Times]:

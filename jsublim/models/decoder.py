@@ -115,7 +115,7 @@ def logits(config: ModelConfig, params: Params, h: Array) -> Array:
     """Normed hidden states `[..., D]` to float32 logits `[..., V]`. Call it on the positions you need only."""
     with jax.named_scope("head"):
         table = head_weight(params)
-        z = product("...D,VD->...V", h, table)
+        z: Any = product("...D,VD->...V", h, table)
         if config.scales.rounded:
             own = jnp.finfo(table.dtype)
             z = jax.lax.reduce_precision(z, own.nexp, own.nmant)  # a cast there and back XLA may take away

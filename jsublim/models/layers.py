@@ -181,7 +181,8 @@ def attend(q_BTHh: Array, seen: Seen, scale: float, softcap: float | None = None
     B, T, H, h = q_BTHh.shape
     _, K, S, _ = seen.keys.shape
     q = q_BTHh.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, h)
-    scores = product("BKNh,BKSh->BKNS", q, seen.keys) * scale
+    scores: Any = product("BKNh,BKSh->BKNS", q, seen.keys)
+    scores = scores * scale
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     # A finite floor: a padding query that may see no key must not become NaN.
