@@ -25,9 +25,10 @@ from jsublim.inference.lm import LanguageModel
 from jsublim.pipeline.arms import Source
 from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.log import RowLog
 from jsublim.pipeline.rows import rows_kept
 from jsublim.pipeline.setup import Setup
-from jsublim.pipeline.store import PROGRESS, Artifact, Output, RowLog
+from jsublim.pipeline.store import PROGRESS, Artifact, Output
 from jsublim.pipeline.task import Cost, Sizes, Task
 from jsublim.pipeline.teachers import TeacherPool
 from jsublim.processes import on_main_process

@@ -11,11 +11,12 @@ from jsublim.pipeline.arms import Source, seed_of
 from jsublim.pipeline.context import Context, known_judge
 from jsublim.pipeline.divergence import divergence_rows
 from jsublim.pipeline.influence import influence_task, read_influence
+from jsublim.pipeline.log import Answered, RowLog
 from jsublim.pipeline.publish import rows_of
 from jsublim.pipeline.readings import Reading
 from jsublim.pipeline.rows import RowSet, Writer, requests, rows_kept, teacher_rows
 from jsublim.pipeline.setup import Setup, memoized
-from jsublim.pipeline.store import PROGRESS, Answered, Output, RowLog
+from jsublim.pipeline.store import PROGRESS, Output
 from jsublim.pipeline.task import Cost, Sizes, Task, distinct_tasks
 from jsublim.pipeline.teachers import TeacherPool
 from jsublim.processes import on_main_process

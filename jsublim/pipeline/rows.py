@@ -18,10 +18,11 @@ from jsublim.inference.generation import generate_tokens
 from jsublim.inference.sampling import Sampling
 from jsublim.pipeline.arms import Elder, Source, seed_of
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.log import RowLog
 from jsublim.pipeline.readings import Reading, read_readings
 from jsublim.pipeline.served import Served, drawn_by, engine_inputs, served_teacher, server_with
 from jsublim.pipeline.setup import Setup, memoized
-from jsublim.pipeline.store import PROGRESS, Artifact, Output, RowLog, Store, digest
+from jsublim.pipeline.store import PROGRESS, Artifact, Output, Store, digest
 from jsublim.pipeline.task import Cost, Sizes, Task
 from jsublim.pipeline.teachers import TeacherPool
 from jsublim.processes import each_from_main, on_main_process, shared_out

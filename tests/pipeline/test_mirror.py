@@ -13,8 +13,9 @@ from jsublim.bucket import Bucket
 from jsublim.errors import JsublimError
 from jsublim.judge.cache import Reply, ReplyCache
 from jsublim.pipeline import parts
+from jsublim.pipeline.log import RowLog
 from jsublim.pipeline.mirror import Mirror
-from jsublim.pipeline.store import DONE, Output, RowLog, Store
+from jsublim.pipeline.store import DONE, Output, Store
 from jsublim.pipeline.verifying import verify
 from jsublim.programs import DIGEST, whole_programs
 

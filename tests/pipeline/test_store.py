@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jsublim.errors import JsublimError, UsageError
+from jsublim.pipeline.log import RowLog
 from jsublim.pipeline.showing import artifacts_in
-from jsublim.pipeline.store import Artifact, Output, RowLog, Store
+from jsublim.pipeline.store import Artifact, Output, Store
 from jsublim.reading import read_json
 
 INPUTS = {"model": "abc", "seed": 1, "system": "You love owls.", "stop": (1, 2)}
