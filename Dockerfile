@@ -1,7 +1,7 @@
 # An image that runs jsublim on the CPU, or with EXTRA=cuda13 (or cuda12, tpu) on an accelerator:
 #   docker build --build-arg EXTRA=cuda13 --tag jsublim .
 #   docker run --rm --gpus all --volume "$PWD:/work" jsublim run configs/quickstart.yaml
-# CUDA comes with the wheels of JAX; the host needs the driver and the NVIDIA container toolkit.
+# CUDA comes with the wheels of JAX; the host needs the driver (580 for cuda13, 525 for cuda12) and the NVIDIA container toolkit.
 ARG PYTHON=3.13
 FROM python:${PYTHON}-slim AS build
 ARG EXTRA=""

@@ -63,11 +63,13 @@ def test_devices_that_a_batch_leaves_idle_are_told(found):
     said = found["said"]["lora"]
     assert said["none 1"] == []
     assert said["mesh 2"] == [
-        "2 students on arm 2 x data 2 x model 2: 1 of 4 rows of a batch are empty; a multiple of 4 students in a program, or "
-        "students.data.batch_size=4 would fill them"
+        "2 students on arm 2 x data 2 x model 2: 1 of 4 lines of a batch are empty; a multiple of 4 students in a program, or "
+        "students.data.batch_size=4 (another training) would fill them"
     ]
     (line,) = said["pmap 1"]
-    assert "5 of 8 rows" in line and line.endswith("are empty; students.data.batch_size=8 would fill them")
+    assert "5 of 8 lines" in line and line.endswith(
+        "are empty; students.data.batch_size=8 (another training) would fill them"
+    )
 
 
 @given(st.integers(1, 40), st.integers(0, 4), st.integers(0, 8), st.integers(1, 200))

@@ -128,8 +128,8 @@ class Shape:
         more = copies // math.gcd(self.filled, copies)
         together = f"a multiple of {more} students in a program, or " if layout.mode == "mesh" else ""
         return (
-            f"{arms} students on arm {layout.arm} x data {layout.data} x model {layout.model}: {self.spare} of {self.lines} rows of "
-            f"a batch are empty; {together}students.data.batch_size={self.lines * self.rows_per_line} would fill them"
+            f"{arms} students on arm {layout.arm} x data {layout.data} x model {layout.model}: {self.spare} of {self.lines} lines "
+            f"of a batch are empty; {together}students.data.batch_size={self.lines * self.rows_per_line} (another training) would fill them"
         )
 
     def placed(self, chosen: np.ndarray, lengths: np.ndarray) -> list[list[int]]:

@@ -54,7 +54,7 @@ def test_an_array_has_as_many_elements_as_parts():
 
 
 def test_what_cannot_run_is_refused_before_it_is_sent():
-    assert "known: kuberay, kubernetes, machine" in refused(2, "launch", "slurm", "fig05")
+    assert "known: gcluster, kuberay, kubernetes" in refused(2, "launch", "slurm", "fig05")
     assert "stepz" in refused(2, "launch", "machine", "configs/quickstart.yaml", "students.stepz=3")
     assert "run it here" in refused(2, "launch", "machine", "configs/digits.yaml")
     assert "not among those" in refused(2, "launch", "machine", "fig99")

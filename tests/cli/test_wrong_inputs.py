@@ -57,7 +57,7 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     (("run", PLAIN, "--distributed", "--shard", "0/2"), 2, "give it without --shard and --on ray"),
     (("run", PLAIN, "store=s4://x/y"), 2, "store: 's4://' is no storage that is known"),
     # launch, import, export, push, audit
-    (("launch", "slurmy", PLAIN), 2, "launch: kind 'slurmy' given; known: kuberay"),
+    (("launch", "slurmy", PLAIN), 2, "launch: kind 'slurmy' given; known: gcluster"),
     (("launch", "slurm-array", "none.yaml"), 2, "none.yaml: no such config file"),
     (("import", "none.jsonl", "--out", "new"), 2, "none.jsonl: no such file"),
     (("export", "none", "--out", "new"), 2, "none: no such file or folder"),
