@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jsublim.cli.app import Json, app, console
+from jsublim.cli.app import Json, app, console, output
 from jsublim.errors import JsublimError, UsageError
 from jsublim.reading import shown
 
@@ -156,7 +156,7 @@ def _print_plan(case: Case, names: list[str], shape: Path | None, as_json: bool)
         "estimated by roofline, not measured: all rows of the experiment, each chip at its peak, or its memory or its links at their "
         "bandwidth, whichever takes longest (in brackets what limits the slowest program)"
     )
-    print(best.fields)
+    output.out(best.fields)
 
 
 def _chosen(given: list[str] | None, known: tuple[str, ...], own: list[str], config: str) -> list[str]:
