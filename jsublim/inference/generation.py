@@ -198,7 +198,7 @@ def generate_for_arms(
         batch = decoding.advance(config, params, stacked, batch, numbers, stop, placed, limits, layout, most)
         ended = _hear(arms, batch, on_allowed, on_rows)
         leave_if_asked()
-        all_drawn = (ended < enough).all() and (ended < B).any()  # so many tokens, and not fewer
+        all_drawn = bool((ended < enough).all() and (ended < B).any())  # so many tokens, and not fewer
         turns = on_main_process(functools.partial(_next_turns, turns, time.monotonic() - began, all_drawn))
     return [[arm.found[row] for row in each] for arm, each in zip(arms, wanted, strict=True)]
 
