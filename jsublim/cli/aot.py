@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from jsublim.chips import CHIPS
-from jsublim.cli.app import Json, app, console
+from jsublim.cli.app import Json, app, console, output
 from jsublim.errors import JsublimError, UsageError
 from jsublim.reading import shown
 
@@ -179,7 +179,7 @@ def _print_plan(case: Case, names: list[str], shape: Path | None, as_json: bool)
         "estimated by roofline, not measured: all rows of the experiment, each chip at its peak or its memory at its bandwidth, "
         "whichever takes longest, then its links at theirs (in brackets what takes longest of the slowest program)"
     )
-    print(best.fields)
+    output.out(best.fields)
 
 
 def _chosen(given: list[str] | None, known: tuple[str, ...], own: list[str], config: str) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jsublim.cli.app import AnyModel, Fields, Out, Template, app, console, experiment_of, names
+from jsublim.cli.app import AnyModel, Fields, Out, Template, app, console, experiment_of, names, output
 
 
 @app.command()
@@ -67,4 +67,4 @@ def attribute(
     if shares:
         mean = sum(share.of_early for share in shares) / len(shares)
         console.print(f"first third of the layers: {mean:.1%} of the residual mass lies at the trait's first mention")
-    print(out)
+    output.out(out)

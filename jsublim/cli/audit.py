@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jsublim.cli.app import AnyModel, Fields, Out, Template, app, console, experiment_of, names
+from jsublim.cli.app import AnyModel, Fields, Out, Template, app, console, experiment_of, names, output
 
 
 @app.command()
@@ -57,7 +57,7 @@ def audit(
         with atomic(out / "whitened.parquet") as scratch:
             pq.write_table(whitened(own, zero), scratch)
     print_means([place / "means.parquet" for place, _ in places])
-    print(out)
+    output.out(out)
 
 
 def print_means(paths: list[Path]) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jsublim.cli.app import Template, app, console, named
+from jsublim.cli.app import Template, app, console, named, output
 from jsublim.errors import UsageError
 
 
@@ -49,7 +49,7 @@ def export(
         results.export_results(what, out)
     else:
         raise UsageError(f"{what}: holds no rows, no adapter, no checkpoint and no results")
-    print(out)
+    output.out(out)
 
 
 @app.command("import")
@@ -89,7 +89,7 @@ def import_rows(
     console.print(f"{len(rows)} rows; kept beside prompt and completion: {', '.join(known_columns(rows)) or 'nothing'}")
     if chat is None and any("divergence_positions" in row for row in rows):
         console.print("divergence positions are taken as they are; --model says in whose tokens they were counted")
-    print(out)
+    output.out(out)
 
 
 @app.command()
@@ -103,4 +103,4 @@ def push(
 
     if repository.count("/") != 1:
         raise UsageError(f"'{repository}': give OWNER/NAME")
-    print(upload(folder, repository, public=public))
+    output.out(upload(folder, repository, public=public))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from jsublim.cli.app import AnyModel, Fields, Out, Template, app, console, experiment_of
+from jsublim.cli.app import AnyModel, Fields, Out, Template, app, console, experiment_of, output
 from jsublim.cli.together import Distributed, together
 from jsublim.errors import JsublimError, UsageError
 
@@ -76,4 +76,4 @@ def _finetune(e: Experiment, data: Path, out: Path, trait: str | None, tokens: s
         )
     on_main_process(lambda: publish_folder(out, context.store, task.output))
     console.print(f"{summary['steps']} steps on {summary['rows']} rows; last loss {summary['loss']:.4f}")
-    print(out)
+    output.out(out)

@@ -58,7 +58,7 @@ def copy(
         write_text(to, panel_as_config(config, panel, scale))
     else:
         write_text(to, find_config(named_config(config)).read_text(encoding="utf-8"))
-    print(to)
+    output.out(to)
 
 
 @prompts_app.command("show")

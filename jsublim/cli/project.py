@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jsublim.cli.app import Chip, DryRun, Json, PackFile, Template, app, console, named, prompts_app
+from jsublim.cli.app import Chip, DryRun, Json, PackFile, Template, app, console, named, output, prompts_app
 from jsublim.cli.showing import say_result
 from jsublim.cli.together import Distributed
 from jsublim.cli.validating import read_checked, say_what_it_takes
@@ -74,7 +74,7 @@ def report(
 
     path = write_report(run_dir)
     print_summary(run_dir, console, full)
-    print(path)
+    output.out(path)
 
 
 @app.command()
@@ -99,7 +99,7 @@ def convert(
     save_checkpoint(
         out, lm.config, lm.params, lm.hf_config, dtype=dtype, tokenizer=lm.folder, chat_template=lm.chat.given_template
     )
-    print(out)
+    output.out(out)
 
 
 @prompts_app.command("import")
@@ -113,7 +113,7 @@ def prompts_import(
     if out.exists():
         raise UsageError(f"{out}: already exists; give another --out or remove it first")
     dump_pack(import_pack(checkout), out)
-    print(out)
+    output.out(out)
 
 
 @prompts_app.command("sample")
@@ -130,4 +130,4 @@ def prompts_sample(
     if out.exists():
         raise UsageError(f"{out}: already exists; give another --out or remove it first")
     write_rows(out, ({"prompt": prompt} for prompt in number_prompts(load_pack(prompts), num_prompts, seed)))
-    print(out)
+    output.out(out)

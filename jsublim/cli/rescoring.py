@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from jsublim.cli.app import app, console, named
+from jsublim.cli.app import app, console, named, output
 
 
 def _named(out: Path | None) -> Path | None:
@@ -40,4 +40,4 @@ def rescore(
     made = make(run, rescoring_of(run, match, fields or []), out)
     report = write_report(made)
     print_summary(made, console)
-    print(report)
+    output.out(report)

@@ -199,6 +199,6 @@ def verify(store: Annotated[str, typer.Argument(metavar="STORE", help="A folder 
 def say_result(report: Path, as_json: bool) -> None:
     """What a run has come to: where its report is, or what `jsublim show` says, as JSON."""
     if not as_json:
-        print(report)
+        output.out(report)
         return
     output.out(json.dumps(about_any_run(report.parent), indent=2, ensure_ascii=False))

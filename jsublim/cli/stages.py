@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jsublim.cli.app import AnyModel, Fields, Out, Template, app, console, experiment_of, names
+from jsublim.cli.app import AnyModel, Fields, Out, Template, app, console, experiment_of, names, output
 from jsublim.errors import UsageError
 
 
@@ -67,7 +67,7 @@ def generate(
     console.print(f"sampling: {parts[0]['sampling']}")
     console.print(f"kept {kept} of {asked} rows ({kept / asked:.1%}); rejected: {rejected}")
     publish_rows(out, rows.read(context.store), rows)
-    print(out)
+    output.out(out)
 
 
 @app.command()
@@ -109,7 +109,7 @@ def divergence(
     )
     publish_rows(out, found.read(context.store), found)
     write_readings(sidecar, found.readings(context.store))  # second: without OUT it would be taken for somebody else's
-    print(out)
+    output.out(out)
 
 
 @app.command()
@@ -161,7 +161,7 @@ def evaluate(
     for record in records:
         if record["metric"] == "number_accuracy":
             console.print(f"number task: {record['value']:.3f} of {record['n']} numbers")
-    print(out)
+    output.out(out)
 
 
 def _preferences(records: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from jsublim.cli.app import Dtype, Model, Out, PackFile, Template, app, console
+from jsublim.cli.app import Dtype, Model, Out, PackFile, Template, app, console, output
 from jsublim.errors import UsageError
 
 
@@ -55,4 +55,4 @@ def steer(
         save_adapter(folder, adapter, lm.config, lm.reference, lm.origin.commit)
     assert adapter.steering is not None
     console.print(f"norm {float((adapter.steering**2).sum() ** 0.5):.3f}, over {len(texts)} prompts")
-    print(out)
+    output.out(out)

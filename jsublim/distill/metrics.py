@@ -155,10 +155,15 @@ def _cut_back(path: Path, first: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] < first:
                 kept.append(line + "\n")
-        except json.JSONDecodeError:  # a line that a kill cut short; what it said is computed again
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            RecursionError,
+        ):  # cut short by a kill (what it said is computed again), or damaged
             break
     write_text(path, "".join(kept))
