@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 from jsublim.bucket import Bucket
 from jsublim.config import Config
 from jsublim.errors import JsublimError
-from jsublim.files import damaged_name, naming, write_json, write_text
+from jsublim.files import damaged_name, write_json
 from jsublim.pipeline.artifact import (
     DONE,
     PARTS,
@@ -31,7 +30,8 @@ from jsublim.pipeline.artifact import (
 )
 from jsublim.pipeline.claims import BucketClaims, Claims, FolderClaims
 from jsublim.pipeline.mirror import Mirror
-from jsublim.processes import is_main_process, leave_if_asked, on_main_process
+from jsublim.pipeline.row_log import Answered, RowLog
+from jsublim.processes import is_main_process, on_main_process
 from jsublim.programs import keep_programs, programs_folder
 
 __all__ = [  # what the rest of the package needs of stores, artifacts included
@@ -338,77 +338,3 @@ def _count(path: Path) -> int | None:
     except ValueError:
         return None
     return said if type(said) is int and said >= 1 else None
-
-
-class RowLog:
-    """Rows finished so far, in a JSONL file that a kill may cut anywhere: each line has the digest of its row, and one that is
-    not what was written is forgotten. Of several processes, the first one has the file, and all have the rows."""
-
-    def __init__(self, path: Path, say: Callable[[str], None] = lambda text: None):
-        """Have the rows that an earlier call has finished.
-
-        Args:
-          say: told that lines are damaged; one that a kill has cut is not.
-        """
-        self.path, self._say, self._file = path, say, None
-        self.rows: dict[int, dict[str, Any]] = {row["row"]: row for row in on_main_process(self._begin)}
-
-    def _begin(self) -> list[dict[str, Any]]:
-        *lines, cut = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
-        read = [_row(line) for line in lines]
-        if lost := read.count(None):
-            self._say(f"{self.path}: {lost} of {len(lines)} lines are not what was written; those rows are made again")
-        found = {row["row"]: row for row in [*read, _row(cut)] if row is not None}
-        if self.path.exists():
-            write_text(self.path, "".join(map(_line, found.values())))
-        self._file = self.path.open("a", encoding="utf-8")
-        return list(found.values())
-
-    def add(self, rows: list[dict[str, Any]]) -> None:
-        """Keep finished rows; each has its number under "row".
-
-        Raises:
-          Preempted: as `leave_if_asked`; these rows are kept.
-        """
-        if self._file is not None:
-            with naming(self.path):
-                self._file.writelines(map(_line, rows))
-                self._file.flush()
-        self.rows.update({row["row"]: row for row in rows})
-        leave_if_asked()
-
-    def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps({**row, "sha256": digest(row)}) + "\n"
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    """The row of a line; None where that is not what was written."""
-    try:
-        row = json.loads(line)
-        return row if row.pop("sha256") == digest(row) and type(row["row"]) is int else None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
-
-
-@dataclass(frozen=True)
-class Answered:
-    """Sampled answers in a log, by number; those of one series have the numbers from `first` on in the log."""
-
-    log: RowLog
-    first: int = 0
-    count: int = sys.maxsize
-
-    @property
-    def known(self) -> dict[int, str]:
-        numbers = (row for row in self.log.rows if self.first <= row < self.first + self.count)
-        return {row - self.first: self.log.rows[row]["answer"] for row in numbers}
-
-    def add(self, numbers: Sequence[int], answers: Sequence[str]) -> None:
-        """Keep new answers."""
-        pairs = zip(numbers, answers, strict=True)
-        self.log.add([{"row": self.first + number, "answer": answer} for number, answer in pairs])
