@@ -28,9 +28,9 @@ from jsublim.models.config import ModelConfig, Norms, Rope
 from jsublim.models.decoder import abstract_params
 from jsublim.models.lora import init_lora
 from jsublim.pipeline.claims import Owner
-from jsublim.pipeline.log import RowLog
 from jsublim.pipeline.parts import resumed
 from jsublim.pipeline.readings import read_readings, write_readings
+from jsublim.pipeline.row_log import RowLog
 from jsublim.pipeline.showing import about_run, check_run, status_of, summary_of_run
 from jsublim.pipeline.store import Output, Store
 from jsublim.programs import whole_programs

@@ -13,7 +13,7 @@ from jsublim.evals import Answers, EvalTask, PromptedModel, sample_answers
 from jsublim.files import write_table
 from jsublim.inference.sampling import Sampling
 from jsublim.pipeline.continued import Continued
-from jsublim.pipeline.log import Answered, RowLog
+from jsublim.pipeline.row_log import Answered, RowLog
 from jsublim.pipeline.store import PROGRESS, Artifact
 from jsublim.processes import on_main_process
 from jsublim.progress import Tick, no_tick

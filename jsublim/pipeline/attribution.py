@@ -25,7 +25,7 @@ from jsublim.inference.lm import LanguageModel
 from jsublim.pipeline.arms import Source
 from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.log import RowLog
+from jsublim.pipeline.row_log import RowLog
 from jsublim.pipeline.rows import rows_kept
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import PROGRESS, Artifact, Output

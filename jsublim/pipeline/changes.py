@@ -11,9 +11,9 @@ from jsublim.pipeline.arms import Source, seed_of
 from jsublim.pipeline.context import Context, known_judge
 from jsublim.pipeline.divergence import divergence_rows
 from jsublim.pipeline.influence import influence_task, read_influence
-from jsublim.pipeline.log import Answered, RowLog
 from jsublim.pipeline.publish import rows_of
 from jsublim.pipeline.readings import Reading
+from jsublim.pipeline.row_log import Answered, RowLog
 from jsublim.pipeline.rows import RowSet, Writer, requests, rows_kept, teacher_rows
 from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import PROGRESS, Output

@@ -18,8 +18,8 @@ from jsublim.inference.generation import generate_tokens
 from jsublim.inference.sampling import Sampling
 from jsublim.pipeline.arms import Elder, Source, seed_of
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.log import RowLog
 from jsublim.pipeline.readings import Reading, read_readings
+from jsublim.pipeline.row_log import RowLog
 from jsublim.pipeline.served import Served, drawn_by, engine_inputs, served_teacher, server_with
 from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import PROGRESS, Artifact, Output, Store, digest

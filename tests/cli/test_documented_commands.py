@@ -27,6 +27,7 @@ ELSEWHERE = {
     "rescore": "tests/pipeline/test_rescoring.py",
     "convert": "tests/cli/test_cli.py",
     "doctor": "tests/test_doctor.py",
+    "verify": "tests/cli/test_interruptions.py",
 }
 
 

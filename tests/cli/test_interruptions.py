@@ -21,7 +21,7 @@ from faulty_runs import contents as what_a_run_leaves
 from made_by_commands import FINETUNE, GENERATE, artifact_of, finetune
 
 from jsublim.files import atomic
-from jsublim.pipeline.log import RowLog
+from jsublim.pipeline.row_log import RowLog
 from jsublim.rows import read_rows
 
 

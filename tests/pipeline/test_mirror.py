@@ -13,8 +13,8 @@ from jsublim.bucket import Bucket
 from jsublim.errors import JsublimError
 from jsublim.judge.cache import Reply, ReplyCache
 from jsublim.pipeline import parts
-from jsublim.pipeline.log import RowLog
 from jsublim.pipeline.mirror import Mirror
+from jsublim.pipeline.row_log import RowLog
 from jsublim.pipeline.store import DONE, Output, Store
 from jsublim.pipeline.verifying import verify
 from jsublim.programs import DIGEST, whole_programs

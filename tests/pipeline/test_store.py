@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.pipeline.log import RowLog
+from jsublim.pipeline.row_log import RowLog
 from jsublim.pipeline.showing import artifacts_in
 from jsublim.pipeline.store import Artifact, Output, Store
 from jsublim.reading import read_json

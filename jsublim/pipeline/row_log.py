@@ -1,4 +1,4 @@
-"""Rows that are finished while an artifact is not: kept in a log beside it, so that a kill costs a batch."""
+"""Rows that are finished while an artifact is not: a line for each, so that a kill costs the last one."""
 
 from __future__ import annotations
 
