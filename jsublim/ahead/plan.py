@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from jsublim.ahead.compile import Compiled, Report, on_layout
 from jsublim.ahead.stages import Case, stage
 from jsublim.chips import Chip
@@ -111,7 +109,9 @@ def links_among(group: Sequence[Any], chip: Chip) -> float:
 
 def exchanging(layout: Layout) -> Sequence[Any]:
     """The devices between which most messages go: those of one copy where it is spread, else those that share an arm's rows."""
-    devices = layout.mesh.devices if layout.mesh is not None else np.empty((1, 1, 1), object)
+    if layout.mesh is None:
+        return [None]
+    devices = layout.mesh.devices
     return list(devices[0, 0] if layout.model > 1 else devices[0, :, 0])
 
 

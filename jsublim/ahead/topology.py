@@ -17,11 +17,7 @@ from jsublim.errors import JsublimError, UsageError
 
 SLICES = ("v5e", "v5p", "v6e")
 GPUS = tuple(name for name, chip in CHIPS.items() if chip.cuda)
-_NAME = re.compile(
-    rf"(?P<slice>{'|'.join(SLICES)}):\d+x\d+(x\d+)?|(?P<gpu>{'|'.join(GPUS)}):((?P<nodes>[1-9]\d*)x)?(?P<each>[1-9]\d*)"
-)
-# Of a GPU's memory JAX takes this share, unless told otherwise by XLA_PYTHON_CLIENT_MEM_FRACTION.
-TAKEN = 0.75
+_NAME = re.compile(rf"({'|'.join(SLICES)}):\d+x\d+(x\d+)?|({'|'.join(GPUS)}):((?P<nodes>[1-9]\d*)x)?(?P<each>[1-9]\d*)")
 
 
 @dataclass(frozen=True)
@@ -69,11 +65,25 @@ def _plugin() -> str:
     raise JsublimError(f"aot: the compiler for GPUs is not installed; pip install jax-cuda12-plugin=={jax.__version__}")
 
 
+def _share_taken() -> float:
+    """The share of a GPU's memory that JAX takes.
+
+    Raises:
+      UsageError: the environment says something else than a share.
+    """
+    said = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
+    if re.fullmatch(r"0?\.\d+|1(\.0*)?", said) is None:
+        raise UsageError(
+            f"XLA_PYTHON_CLIENT_MEM_FRACTION: '{said}' given; expected a share of a GPU's memory, such as 0.9"
+        )
+    return float(said)
+
+
 def find_topology(name: str) -> Topology:
     """A topology by its name, from the compiler for its chips.
 
     Raises:
-      UsageError: no such chip or form.
+      UsageError: no such chip or form, or no share of a GPU's memory in XLA_PYTHON_CLIENT_MEM_FRACTION.
       JsublimError: the compiler is not installed.
     """
     known = _NAME.fullmatch(name)
@@ -96,8 +106,7 @@ def find_topology(name: str) -> Topology:
             "topology": f"1x{known['nodes'] or 1}x{known['each']}",
             "target_config": chip.cuda.target(chip.memory, chip.bandwidth),
         }
-        share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", TAKEN))
-        chip = dataclasses.replace(chip, memory=int(share * chip.memory))
+        chip = dataclasses.replace(chip, memory=int(_share_taken() * chip.memory))
     try:
         devices = topologies.get_topology_desc(**found).devices
     except jax.errors.JaxRuntimeError as error:

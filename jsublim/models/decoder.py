@@ -333,8 +333,7 @@ def hidden_states(
       Hidden states `[B, T, D]` after the final norm, and the cache or None.
 
     Raises:
-      ValueError: an adapter whose ends are not bound, or a prefix, a cache or `below_BTD` with an adapter that cannot
-        have it.
+      ValueError: an adapter whose ends are not bound, or with a prefix, a cache or `below_BTD` that it cannot have.
     """
     _check_rows(config, tokens_BT, valid_BT, below_BTD)
     h = _whole(embed(config, params, tokens_BT) if below_BTD is None else below_BTD)
