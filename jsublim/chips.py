@@ -45,7 +45,7 @@ class Chip:
     Attributes:
       ports: links of a chip that each lead to one neighbour; 1 where a switch lets all of them lead anywhere.
       ring: chips from which on a row of neighbours is closed to a ring; 0 where there are no rows.
-      network: bytes/s from one host to another, of each chip.
+      network: bytes/s from one host with GPUs, or one TPU slice, to another, of each chip.
       cuda: what a compiler for it is told; of GPUs that one is at hand for.
     """
 
@@ -66,9 +66,9 @@ CHIPS = {
     "h100": Chip(989e12, 80 * GIB, 3.35e12, 450e9, network=50e9, cuda=_HOPPER),
     "a100": Chip(312e12, 80 * GIB, 2.0e12, 300e9, network=25e9, cuda=Cuda(8, 108, 1.41, 40 * MIB, 164 * KIB)),
     "l4": Chip(121e12, 24 * GIB, 300e9, 32e9),
-    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, ports=4, ring=16),
-    "v5p": Chip(459e12, 95 * GIB, 2.77e12, 600e9, ports=6, ring=4),
-    "v6e": Chip(918e12, 32 * GIB, 1.64e12, 400e9, ports=4, ring=16),
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, ports=4, ring=16, network=3.125e9),
+    "v5p": Chip(459e12, 95 * GIB, 2.77e12, 600e9, ports=6, ring=4, network=6.25e9),
+    "v6e": Chip(918e12, 32 * GIB, 1.64e12, 400e9, ports=4, ring=16, network=12.5e9),
 }
 
 

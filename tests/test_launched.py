@@ -188,8 +188,14 @@ def test_skypilot_gpu(s3, tmp_path):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A store that processes fill together."""
+    """A folder that processes fill together."""
     return tmp_path_factory.mktemp("whole") / "store"
+
+
+@pytest.fixture(scope="module")
+def bucket(s3) -> str:
+    """A bucket that hosts fill together which share no disk."""
+    return s3()
 
 
 def test_slurm_multinode(whole, tmp_path):
@@ -200,8 +206,8 @@ def test_slurm_multinode(whole, tmp_path):
     assert len(node.told("srun")) == 1 and node.told("scontrol") == []
 
 
-def test_gcluster(whole, tmp_path):
-    text, node = filled_in("gcluster", whole), Machine.at(tmp_path, "jsublim")
+def test_gcluster(bucket, tmp_path):
+    text, node = filled_in("gcluster", bucket), Machine.at(tmp_path, "jsublim")
     check_ended([node.run(text, CLUSTER="tests", IMAGE="image:1", **slice_of_two())], tmp_path)
     (words,) = node.told("gcluster")
     assert words[:2] == ["job", "submit"]
@@ -213,8 +219,8 @@ def test_gcluster(whole, tmp_path):
     }  # fmt: skip
 
 
-def test_tpu_queued(whole, tmp_path):
-    text, node = filled_in("tpu-queued", whole), Machine.at(tmp_path)
+def test_tpu_queued(bucket, tmp_path):
+    text, node = filled_in("tpu-queued", bucket), Machine.at(tmp_path)
     check_ended([node.run(text, WHEEL="https://127.0.0.1/jsublim.whl", **slice_of_two())], tmp_path)
     calls = [words[2:4] if "ssh" in words else words[3] for words in node.told("gcloud")]
     assert calls == ["describe", "create", "describe", ["tpu-vm", "ssh"], "delete"]
@@ -225,8 +231,8 @@ def test_tpu_queued(whole, tmp_path):
     assert node.told("uv")[-1][-1] == "jsublim[tpu,gcs] @ https://127.0.0.1/jsublim.whl"
 
 
-def test_skypilot_tpu(whole, tmp_path):
-    task, shared = sky(filled_in("skypilot-tpu", whole)), slice_of_two()
+def test_skypilot_tpu(bucket, tmp_path):
+    task, shared = sky(filled_in("skypilot-tpu", bucket)), slice_of_two()
     hosts = [Machine.at(tmp_path / str(i), "uv") for i in range(2)]
     text = f"set -e\n{task['setup']}\n{task['run']}"
     children = [host.run(text, JAX_PROCESS_ID=str(i), **shared) for i, host in enumerate(hosts)]

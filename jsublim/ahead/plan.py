@@ -97,9 +97,12 @@ def links_among(group: Sequence[Any], chip: Chip) -> float:
     """Bytes/s that a chip sends to the others of some devices.
 
     In a slice of a pod a chip has one link to each neighbour: so as many as there are dimensions of the slice along which the devices
-    lie, and two for each that is closed to a ring. Between hosts of GPUs it is their network.
+    lie, and two for each that is closed to a ring. Between hosts of GPUs, and between slices, it is their network.
     """
-    if chip.network and len({device.process_index for device in group}) > 1:
+    apart = (
+        {device.slice_index if chip.cuda is None else device.process_index for device in group} if chip.network else ()
+    )
+    if len(apart) > 1:
         return chip.network
     if chip.ports == 1:
         return chip.links

@@ -26,6 +26,7 @@ from jsublim.distill.batches import Shape
 from jsublim.distill.cost import training_flops
 from jsublim.distill.memory import abstract_step, example_like, rows_at_once
 from jsublim.distill.step import compile_step
+from jsublim.errors import UsageError
 from jsublim.inference import decoding, scoring
 from jsublim.inference.batching import LENGTH_STEP, PREFIX_STEP, PROMPT_STEP, round_up, rows_together
 from jsublim.inference.generation import Sizes, sampling_arrays, stop_array
@@ -33,7 +34,7 @@ from jsublim.inference.sampling import Sampling
 from jsublim.models.config import ModelConfig, layer_parameters
 from jsublim.models.decoder import Params, abstract_params
 from jsublim.models.lora import Adapter, at_every_layer, stack_adapters
-from jsublim.parallel import ARM_ROWS, ARMS, ROWS, WHOLE, Layout, model_axis_for, slice_size
+from jsublim.parallel import ARM_ROWS, ARMS, ROWS, WHOLE, Layout, model_axis_for
 from jsublim.pipeline.evaluations import ASKED_TOGETHER
 from jsublim.pipeline.training import in_pieces, settings_of, start_adapter
 
@@ -125,12 +126,16 @@ class Case:
         if said != "auto":
             return said
         weights = sum(leaf.size for leaf in jax.tree.leaves(self.params)) * self.itemsize
-        return model_axis_for(weights, self.topology.chip.memory, slice_size(self.topology.devices))
+        return model_axis_for(weights, self.topology.chip.memory, self.topology.near)
 
     def layout(self, arms: int, model: int) -> Layout:
         """Raises:
         UsageError: a model axis that the chips cannot be divided by.
         """
+        if self.topology.near % model:  # of GPUs the compiler does not know which are of one node
+            raise UsageError(
+                f"model_axis: {model} given, which does not divide {self.topology.near} chips of a slice or node"
+            )
         fitted = Layout.fit("mesh", arms, self.topology.devices, model=model)
         return dataclasses.replace(fitted, devices=self.topology.devices)
 

@@ -17,23 +17,31 @@ from jsublim.errors import JsublimError, UsageError
 
 SLICES = ("v5e", "v5p", "v6e")
 GPUS = tuple(name for name, chip in CHIPS.items() if chip.cuda)
-_NAME = re.compile(rf"({'|'.join(SLICES)}):\d+x\d+(x\d+)?|({'|'.join(GPUS)}):((?P<nodes>[1-9]\d*)x)?(?P<each>[1-9]\d*)")
+_NAME = re.compile(
+    rf"((?P<slices>[1-9]\d*)x)?(?P<slice>({'|'.join(SLICES)}):\d+x\d+(x\d+)?)|"
+    rf"(?P<gpu>{'|'.join(GPUS)}):((?P<nodes>[1-9]\d*)x)?(?P<each>[1-9]\d*)"
+)
 
 
 @dataclass(frozen=True)
 class Topology:
-    """A slice of a TPU pod, or nodes of GPUs: its name (`v5e:4x4`, `h100:2x8`), the compiler's stand-ins for its chips, and what
-    each of those can do, its memory being what programs may use."""
+    """Slices of TPU pods, or nodes of GPUs: its name (`v5e:4x4`, `2xv5e:4x4`, `h100:2x8`), the compiler's stand-ins for its chips,
+    and what each of those can do, its memory being what programs may use.
+
+    Attributes:
+      near: how many of the chips share fast links: those of a slice, or of a node.
+    """
 
     name: str
     devices: tuple[Any, ...]
     chip: Chip
+    near: int
 
     @property
     def model_axes(self) -> Iterator[int]:
-        """The powers of two that divide the number of chips, ascending."""
+        """The powers of two that divide the number of chips of a slice or node, ascending."""
         axis = 1
-        while len(self.devices) % axis == 0:
+        while self.near % axis == 0:
             yield axis
             axis *= 2
 
@@ -89,16 +97,16 @@ def find_topology(name: str) -> Topology:
     known = _NAME.fullmatch(name)
     if known is None:
         raise UsageError(
-            f"--topology: '{name}' given; expected a TPU ({', '.join(SLICES)}) and its chips, such as v5e:4x4 or v5p:2x2x2, or a GPU "
-            f"({', '.join(GPUS)}) with nodes x GPUs of each, such as h100:1x8"
+            f"--topology: '{name}' given; expected a TPU ({', '.join(SLICES)}) and its chips, such as v5e:4x4, v5p:2x2x2 or two slices, "
+            f"2xv5e:4x4, or a GPU ({', '.join(GPUS)}) with nodes x GPUs of each, such as h100:1x8"
         )
     from jax.experimental import topologies
 
-    chip = CHIPS[name.partition(":")[0]]
+    chip = CHIPS[known["gpu"] or known["slice"].partition(":")[0]]
     if chip.cuda is None:
         if importlib.util.find_spec("libtpu") is None:
             raise JsublimError("aot: the TPU compiler is not installed; pip install 'jax[tpu]'")
-        found = {"platform": "tpu", "topology_name": name}
+        found = {"platform": "tpu", "topology_name": known["slice"], "num_slices": int(known["slices"] or 1)}
     else:
         _plugin()
         found = {
@@ -108,7 +116,7 @@ def find_topology(name: str) -> Topology:
         }
         chip = dataclasses.replace(chip, memory=int(_share_taken() * chip.memory))
     try:
-        devices = topologies.get_topology_desc(**found).devices
+        devices = tuple(topologies.get_topology_desc(**found).devices)
     except jax.errors.JaxRuntimeError as error:
         raise UsageError(f"--topology: '{name}' given; {str(error).splitlines()[0]}") from None
-    return Topology(name, tuple(devices), chip)
+    return Topology(name, devices, chip, len(devices) // int(known["slices"] or known["nodes"] or 1))

@@ -68,7 +68,7 @@ PROGRAMS = ((decoding, "fill"), (decoding, "advance"), (scoring, "read_batch"), 
 def case(devices: tuple, *overrides: str, memory: int = 2**30, arms: int = 1) -> Case:
     chip = dataclasses.replace(CHIPS["v5e"], memory=memory)
     experiment = load_experiment(str(QWEN), [*SMALL, *overrides])
-    return Case(experiment, CONFIG, Topology("v5e:2x4", devices, chip), arms, Lengths(16, 8, 8, 8))
+    return Case(experiment, CONFIG, Topology("v5e:2x4", devices, chip, len(devices)), arms, Lengths(16, 8, 8, 8))
 
 
 HLO = """
@@ -428,6 +428,25 @@ def test_every_power_of_two_is_a_model_axis_of_a_slice():
         "        print(len({d.id for d in layout.mesh.devices.flat}) == len(found.devices))\n"
     )
     assert _as_child("-c", script).split() == ["True"] * (5 + 4 + 5)
+
+
+@pytest.mark.slow
+@needs_tpu_compiler
+@pytest.mark.parametrize(
+    ("arms", "layout"), [(2, {"arm": 2, "data": 4, "model": 1}), (1, {"arm": 1, "data": 8, "model": 1})]
+)
+def test_two_slices_compile_with_students_or_rows_across_them(arms, layout):
+    """One copy of the checkpoint lies inside a slice."""
+    where = ("--config", QWEN, "--topology", "2xv5e:2x2", "--arms", arms, "model=tiny-qwen2", *SMALL)
+    said = json.loads(_as_child(*COMMAND[:3], "--json", "--stage", "train", "--stage", "score", *map(str, where)))
+    train, score = said["stages"]
+    assert train["layout"] == layout and score["layout"] == {"arm": 1, "data": 8, "model": 1}
+    assert ("all-reduce" in train["programs"][0]["collectives"]) == (layout["data"] > 1)
+    wider = subprocess.run(
+        [sys.executable, *COMMAND[:3], "--stage", "score", "--model-axis", "8", *map(str, where)],
+        capture_output=True, text=True, env=os.environ | {"TPU_SKIP_MDS_QUERY": "1"},
+    )  # fmt: skip
+    assert wider.returncode == 2 and "does not divide 4 chips of a slice" in wider.stderr
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def chips(*lengths: int, hosts: int = 1) -> tuple:
     """Stand-ins for the chips of a slice, or of hosts one after another."""
     every = list(itertools.product(*map(range, lengths)))
     each = len(every) // hosts
-    return tuple(SimpleNamespace(coords=at, process_index=i // each) for i, at in enumerate(every))
+    return tuple(SimpleNamespace(coords=at, process_index=i // each, slice_index=0) for i, at in enumerate(every))
 
 
 @pytest.mark.parametrize(
