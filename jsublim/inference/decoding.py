@@ -318,8 +318,8 @@ def _choose(limits: Limits | None, batch: Batch, how: dict[str, Array]) -> tuple
 def _unstacked(config: ModelConfig, params: Params) -> Callable[[int, Array], Params]:
     """`weights(layer, moving)`: the base's parameters of one layer, inside the loop over tokens.
 
-    The layers are not scanned there: a stack of caches that a scan carries along would be copied at every layer. On the CPU
-    a slice of the stack is a copy, so they are cut once, before the loop. Elsewhere it is read where the product is, if the
+    The layers are not scanned there: a stack of caches that a scan carries along would be copied at every layer. On CPUs and
+    GPUs a slice of the stack is a copy, so they are cut once, before the loop. A TPU reads it where the product is, if the
     compiler cannot tell that it is the same at every turn: hence an index with `moving` in it, which is never below zero.
     """
     stack = params["layers"]
@@ -330,7 +330,7 @@ def _unstacked(config: ModelConfig, params: Params) -> Callable[[int, Array], Pa
             return jax.lax.dynamic_index_in_dim(leaf, layer + jnp.minimum(moving, 0), keepdims=False)
 
         return jax.tree.map(
-            lambda leaf, own: jax.lax.platform_dependent(leaf, own, cpu=lambda _, own: own, default=inside),
+            lambda leaf, own: jax.lax.platform_dependent(leaf, own, tpu=inside, default=lambda _, own: own),
             stack,
             cut[layer],
         )

@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -295,6 +296,20 @@ def test_what_is_compiled_is_what_a_run_calls(monkeypatch):
         for program, shapes in planned.items():
             seen, watched[program].seen = watched[program].seen, []
             assert seen and all(each == shapes[0] for each in seen), (name, program)
+
+
+def test_only_a_tpu_cuts_a_layer_at_every_token(monkeypatch):
+    """Elsewhere that would copy all layers for each token: their stack is cut once, by indices that are no data."""
+    one, advance = case(tuple(jax.devices()[:1])), decoding.advance
+
+    def cut(platform: str) -> int:
+        lower = lambda *arguments: advance.trace(*arguments).lower(lowering_platforms=(platform,))  # noqa: E731
+        monkeypatch.setattr(decoding, "advance", SimpleNamespace(lower=lower))
+        layout = one.layout(1, 1)
+        (_, tokens) = stage(one, "sample").programs(layout, 16)
+        return len(re.findall(r"dynamic_slice .*tensor<2x24x48xf32>", tokens.lower().as_text()))
+
+    assert cut("tpu") > 0 and cut("cuda") == cut("cpu") == 0
 
 
 @functools.cache
