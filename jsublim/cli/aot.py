@@ -28,7 +28,10 @@ def aot(
     config: Annotated[str, typer.Option("--config", help="YAML, such as configs/models/qwen2.5-7b.yaml.")],
     topology: Annotated[
         str,
-        typer.Option("--topology", help="v5e:4x4, v5p:2x2x2, v6e:4x4 ...; h100:1x8, a100:2x8, h200:1, b200:1x8 ..."),
+        typer.Option(
+            "--topology",
+            help="v5e:4x4, v5p:2x2x2, 2xv6e:4x4 (two slices) ...; h100:1x8, a100:2x8, h200:1, b200:1x8 ...",
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
