@@ -28,7 +28,14 @@ from jsublim.distill.memory import abstract_step, example_like, rows_at_once
 from jsublim.distill.step import compile_step
 from jsublim.errors import UsageError
 from jsublim.inference import decoding, scoring
-from jsublim.inference.batching import LENGTH_STEP, PREFIX_STEP, PROMPT_STEP, round_up, rows_together
+from jsublim.inference.batching import (
+    LENGTH_STEP,
+    PREFIX_STEP,
+    PROMPT_STEP,
+    has_room_for_layers,
+    round_up,
+    rows_together,
+)
 from jsublim.inference.generation import Sizes, sampling_arrays, stop_array
 from jsublim.inference.sampling import Sampling
 from jsublim.models.config import ModelConfig, layer_parameters
@@ -295,6 +302,7 @@ def _decoding(
     key, stop = layout.shapes_as(WHOLE, (key, stop_array(Sampling())))
     numbers, enough = layout.shapes_as(ROWS, sampling_arrays(Sampling(), B)), layout.shapes_as(ARMS, _ints(A))
     chips, filled = len(case.topology.devices), sizes.devices * sizes.rows
+    room = has_room_for_layers(config, case.itemsize, case.topology.chip.memory * layout.model)
     held = {"caches": bytes_on_chip(batch.rings)} | ({"adapters": bytes_on_chip(stacked)} if stacked else {})
     return [
         Program(
@@ -307,7 +315,7 @@ def _decoding(
         Program(
             f"tokens: one for each of {A * B} rows",
             lambda: decoding.advance.lower(
-                config, params, stacked, batch, numbers, stop, enough, None, layout, _ints()
+                config, params, stacked, batch, numbers, stop, enough, None, layout, _ints(), room
             ),
             A * case.forward(B, B) / chips,
             runs=new,

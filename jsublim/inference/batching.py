@@ -41,6 +41,12 @@ def rows_together(config: ModelConfig, itemsize: int, otherwise: int, limit: int
     return copies << (min(MOST_ROWS, max(1, int(rows))).bit_length() - 1)
 
 
+def has_room_for_layers(config: ModelConfig, itemsize: int, limit: int | None) -> bool:
+    """Whether the layers may lie there a second time beside the weights and the rows of `rows_together`, which has `itemsize` and
+    `limit` too."""
+    return limit is None or 3 * itemsize * parameter_count(config) <= SHARE * limit
+
+
 def round_up(n: int, step: int) -> int:
     """The smallest multiple of `step` that is not below `n`."""
     return -(-n // step) * step

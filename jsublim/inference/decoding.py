@@ -228,7 +228,7 @@ def _as_ring(x_nKTh: Array, length_n: Array, W: int) -> Array:
     return jnp.take_along_axis(x_nKTh, slot_nW[:, None, :, None], axis=2)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "layout"), donate_argnames="batch")
+@functools.partial(jax.jit, static_argnames=("config", "layout", "cut"), donate_argnames="batch")
 def advance(
     config: ModelConfig,
     params: Params,
@@ -240,14 +240,18 @@ def advance(
     limits: Limits | None = None,
     layout: Layout = HERE,
     turns: Array | int = MOST_TURNS,
+    cut: bool = True,
 ) -> Batch:
     """The batch after as many tokens as it takes until `enough_A` places of some arm are done, or all are; at most `turns` each.
 
     Args:
       limits: the format that rows are kept in.
+      cut: a GPU has room for the layers twice.
     """
     spread = layout.spread(
-        functools.partial(_advance, config, layout), (WHOLE, ARMS, ARM_ROWS, ROWS, WHOLE, ARMS, WHOLE, WHOLE), ARM_ROWS
+        functools.partial(_advance, config, layout, cut),
+        (WHOLE, ARMS, ARM_ROWS, ROWS, WHOLE, ARMS, WHOLE, WHOLE),
+        ARM_ROWS,
     )
     return _laid(config, layout, spread(params, adapters, batch, how, stop_E, enough_A, limits, jnp.int32(turns)))
 
@@ -255,6 +259,7 @@ def advance(
 def _advance(
     config: ModelConfig,
     layout: Layout,
+    cut: bool,
     params: Params,
     adapters: Adapter | None,
     batch: Batch,
@@ -264,7 +269,7 @@ def _advance(
     limits: Limits | None,
     turns: Array,
 ) -> Batch:
-    weights = _unstacked(config, params)
+    weights = _unstacked(config, params, cut)
 
     def step(moving: Array, adapter: Adapter | None, batch: Batch) -> Batch:
         own, adapter = bind(params, adapter)
@@ -315,24 +320,27 @@ def _choose(limits: Limits | None, batch: Batch, how: dict[str, Array]) -> tuple
     return token_B, jax.tree.map(lambda old, new: jnp.where(batch.done, old, new), batch.within, within)
 
 
-def _unstacked(config: ModelConfig, params: Params) -> Callable[[int, Array], Params]:
+def _unstacked(config: ModelConfig, params: Params, cut: bool) -> Callable[[int, Array], Params]:
     """`weights(layer, moving)`: the base's parameters of one layer, inside the loop over tokens.
 
     The layers are not scanned there: a stack of caches that a scan carries along would be copied at every layer. On CPUs and
-    GPUs a slice of the stack is a copy, so they are cut once, before the loop. A TPU reads it where the product is, if the
-    compiler cannot tell that it is the same at every turn: hence an index with `moving` in it, which is never below zero.
+    GPUs a slice of the stack is a copy, so they are cut once, before the loop (of a GPU, if `cut`: it must hold them twice). A TPU
+    reads it where the product is, if the compiler cannot tell that it is the same at every turn: hence an index with `moving`
+    in it, which is never below zero.
     """
     stack = params["layers"]
-    cut = [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(config.num_layers)]
+    apart = [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(config.num_layers)]
 
     def weights(layer: int, moving: Array) -> Params:
         def inside(leaf: Array, _: Array) -> Array:
             return jax.lax.dynamic_index_in_dim(leaf, layer + jnp.minimum(moving, 0), keepdims=False)
 
         return jax.tree.map(
-            lambda leaf, own: jax.lax.platform_dependent(leaf, own, tpu=inside, default=lambda _, own: own),
+            lambda leaf, own: jax.lax.platform_dependent(
+                leaf, own, tpu=inside, cpu=lambda _, own: own, default=(lambda _, own: own) if cut else inside
+            ),
             stack,
-            cut[layer],
+            apart[layer],
         )
 
     return weights

@@ -17,6 +17,7 @@ from jsublim.inference.batching import (
     PROMPT_STEP,
     ROWS_EACH,
     by_length,
+    has_room_for_layers,
     pad_tokens,
     round_up,
     shared_beginning,
@@ -27,7 +28,7 @@ from jsublim.inference.sampling import Sampling
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, at_every_layer, stack_adapters
-from jsublim.parallel import ARM_ROWS, ARMS, ROWS, WHOLE, Layout
+from jsublim.parallel import ARM_ROWS, ARMS, ROWS, WHOLE, Layout, device_bytes
 from jsublim.processes import leave_if_asked, on_main_process
 
 STOP_TOKENS = 8
@@ -187,7 +188,8 @@ def generate_for_arms(
     key = np.asarray(jax.random.key_data(jax.random.key(seed)))
     key, stop, limits = layout.place_as(WHOLE, (key, stop_array(sampling), limits))
     numbers = layout.place_as(ROWS, sampling_arrays(sampling, B))
-    turns = TURNS
+    limit, turns = device_bytes(), TURNS
+    room = has_room_for_layers(config, dtype.itemsize, limit and limit * layout.model)
     while any(arm.waiting or arm.place for arm in arms):
         while any(arm.room(B, R) for arm in arms):
             read = _next(arms, prompts, lengths, P, sizes, samples, layout)
@@ -195,7 +197,7 @@ def generate_for_arms(
         enough = np.asarray([B - len(arm.place) + R if arm.waiting else B + 1 for arm in arms], np.int32)
         began, most = time.monotonic(), layout.place_as(WHOLE, np.int32(turns))
         placed = layout.place_as(ARMS, enough)
-        batch = decoding.advance(config, params, stacked, batch, numbers, stop, placed, limits, layout, most)
+        batch = decoding.advance(config, params, stacked, batch, numbers, stop, placed, limits, layout, most, room)
         ended = _hear(arms, batch, on_allowed, on_rows)
         leave_if_asked()
         all_drawn = bool((ended < enough).all() and (ended < B).any())  # so many tokens, and not fewer
