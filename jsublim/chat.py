@@ -161,13 +161,13 @@ class Chat:
 
     @contextlib.contextmanager
     def _bounded(self) -> Iterator[None]:
-        """Limit what rendering takes as long as the block lasts: seconds, in the main thread (which hears signals), and memory,
-        where the system counts it. Inside of another such block nothing is done: it takes a tenth of a rendering.
+        """Limit what rendering takes as long as the block lasts, in the main thread (which hears signals; the limit of memory is
+        the process's): seconds, and memory where the system counts it. Inside of another such block nothing is done: it takes a tenth of a rendering.
 
         Raises:
           JsublimError: it takes more.
         """
-        if self._is_bounded:
+        if self._is_bounded or threading.current_thread() is not threading.main_thread():
             yield
             return
 
@@ -177,10 +177,9 @@ class Chat:
         with contextlib.ExitStack() as stack:
             self._is_bounded = True
             stack.callback(setattr, self, "_is_bounded", False)
-            if threading.current_thread() is threading.main_thread():
-                before = signal.signal(signal.SIGALRM, late) or signal.SIG_DFL
-                stack.callback(signal.signal, signal.SIGALRM, before)
-                stack.callback(signal.setitimer, signal.ITIMER_REAL, *signal.setitimer(signal.ITIMER_REAL, RENDER_S))
+            before = signal.signal(signal.SIGALRM, late) or signal.SIG_DFL
+            stack.callback(signal.signal, signal.SIGALRM, before)
+            stack.callback(signal.setitimer, signal.ITIMER_REAL, *signal.setitimer(signal.ITIMER_REAL, RENDER_S))
             with contextlib.suppress(OSError), open(MEMORY, "rb", 0) as counted:
                 most = int(counted.read().split()[0]) * resource.getpagesize() + RENDER_BYTES
                 soft, hard = resource.getrlimit(resource.RLIMIT_AS)

@@ -306,7 +306,7 @@ def without(text: str, key: str) -> str:
         forms += [quote(key, safe=""), key.encode().hex(), json.dumps(key)[1:-1]]
         forms += [encode(each).decode() for encode in (b64encode, urlsafe_b64encode) for each in shifted]
     parts = {form[i : i + size].lower() for form in forms for i in range(len(form) - size + 1)}
-    lower, found, end = text.lower() if len(text.lower()) == len(text) else text, list[str](), 0
+    lower, found, end = "".join(c.lower() if len(c.lower()) == 1 else c for c in text), list[str](), 0
     for i, character in enumerate(text):
         if lower[i : i + size] in parts:
             found += ["***"] if i >= end else []

@@ -26,9 +26,10 @@ ABANDONED = 86400.0  # seconds without a change, after which nobody on another m
 
 
 def host() -> str:
-    """This machine; a container, where numbers of processes are its own, is another one."""
-    with suppress(OSError):
-        return f"{platform.node()}:{Path('/proc/self/ns/pid').stat().st_ino}"
+    """This machine since its start; a container, where numbers of processes are its own, is another one."""
+    with suppress(OSError):  # two machines may have one name
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return f"{platform.node()}:{Path('/proc/self/ns/pid').stat().st_ino}:{boot}"
     return platform.node()
 
 
@@ -44,8 +45,8 @@ def started(pid: int) -> str | None:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
-    except OSError:
-        pass
+    except OSError:  # of another user: it lives
+        return ""
     return None if Path("/proc/self/stat").exists() else ""
 
 
@@ -101,7 +102,7 @@ def _is_abandoned(scratch: Path) -> bool:
         return False
     machine, pid, begun = ours.groups()
     if machine == _machine():
-        return started(int(pid)) != begun
+        return started(int(pid)) not in (begun, "")
     return machine is None or time.time() - scratch.stat().st_mtime > ABANDONED
 
 

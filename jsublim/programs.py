@@ -21,7 +21,6 @@ from typing import Any
 import jax
 
 from jsublim.files import sha256, write_text
-from jsublim.processes import on_main_process
 
 ENTRY, DIGEST = "-cache", ".sha256"  # how the name of a kept program ends; of what says which bytes it consists of
 SETTINGS = {
@@ -61,10 +60,7 @@ def keep_programs(folder: Path, say: Callable[[str], None]) -> None:
     if options.jax_compilation_cache_dir is not None or not options.jax_enable_compilation_cache:
         return
 
-    def look() -> None:
-        whole_programs(folder, say)
-
-    on_main_process(look)
+    whole_programs(folder, say)
     jax.config.update("jax_compilation_cache_dir", str(folder.resolve()))
     for name, value in SETTINGS.items():
         if f"JAX_PERSISTENT_CACHE_{name.upper()}" not in os.environ:

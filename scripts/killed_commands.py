@@ -146,7 +146,7 @@ def whole_already(said: str) -> bool:
 
 
 def left(folder: Path) -> dict[str, Any]:
-    """What lies below a folder, by path: content, but for times and speeds. Locks stay, and who had the last one of something whole."""
+    """What lies below a folder, by path: content, but for times and speeds. Locks stay, and until the next claim who had one of something whole."""
     found: dict[str, Any] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))

@@ -66,7 +66,7 @@ def _finetune(e: Experiment, data: Path, out: Path, trait: str | None, tokens: s
     context.store.check_shared()
     on_main_process(lambda: check_free(out, task.key, task.output.inputs))
     if context.store.done(task.output):
-        console.print(f"{context.store.path(task.output)}: whole already")
+        console.print(f"{context.store.place(task.output)}: whole already")
     LocalExecutor().execute([task], context)
     summary = context.store.summary(task.output)
     if "diverged" in summary:

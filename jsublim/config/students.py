@@ -228,7 +228,7 @@ class StudentRuntime(Section):
     """What decides speed and memory, not results."""
 
     arms_per_program: Annotated[Positive | Literal["auto"], HOW] = 16
-    """Students trained together at most; auto: as many of 16 as the device's memory holds."""
+    """Students trained together at most; auto: as many as the device's memory holds, 16 at most."""
     checkpoint_every: Annotated[Positive, HOW] = 100
     """Steps between saved states: what a kill can cost."""
     rows_at_once: Annotated[Positive | Literal["auto"], HOW] = "auto"

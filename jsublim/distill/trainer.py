@@ -272,8 +272,12 @@ def _restore(saved: ocp.CheckpointManager | None, state: State, layout: Layout, 
 
     if not on_main_process(read):
         return state
-    tree = from_main_process(tree)
-    tree = layout.place(tree, layout.state_sharding(tree))
+
+    def placed(x: np.ndarray, sharding: Any) -> Any:
+        return layout.place(from_main_process(x), sharding)
+
+    where = layout.state_sharding(tree)  # one array after another: a device holds no second state beside its own
+    tree = jax.tree.map(placed, tree, where) if layout.mesh is not None else layout.place(tree, where)
     return State(state.adapter.with_trainable(tree["trainable"]), tree["optimizer"], tree["step"], tree["diverged"])
 
 
@@ -298,11 +302,12 @@ def _newest(saved: ocp.CheckpointManager, like: dict[str, Any], say: Callable[[s
     Raises:
       JsublimError: none of those that were saved.
     """
+    template = like | {"sha256": np.zeros(32, np.uint8)}
     steps, broken, tree = sorted(saved.all_steps(), reverse=True), list[tuple[int, str]](), None
     for step in steps:
         try:
             with _quiet():
-                kept: Any = saved.restore(step, args=ocp.args.StandardRestore(_sealed(like)))
+                kept: Any = saved.restore(step, args=ocp.args.StandardRestore(template))
             said = kept.pop("sha256")
             if jax.tree.map(np.shape, kept) != jax.tree.map(np.shape, like):
                 why = "its arrays have other shapes"
@@ -317,7 +322,7 @@ def _newest(saved: ocp.CheckpointManager, like: dict[str, Any], say: Callable[[s
     if broken and tree is None:
         raise JsublimError(
             f"{saved.directory}: the saved state does not fit these arms, or is damaged ({broken[0][1]}); move the folder "
-            "away to train from the beginning"
+            "away to train from the beginning (with a store behind a URL, from the state that was sent there)"
         )
     for step, why in broken:
         folder = Path(saved.directory) / str(step)

@@ -3,25 +3,22 @@ tag or a commit), and folders of a bucket."""
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import functools
+import hashlib
+import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock
 
 from jsublim.bucket import Bucket, cache_folder, is_url
 from jsublim.errors import JsublimError
-from jsublim.files import write_json
-from jsublim.reading import read_json
 
 _NAME = re.compile(r"([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,255}))?", re.ASCII)
 _FILES, _WEIGHTS = ("*.json", "*.jinja", "*.model"), ("*.safetensors",)
-_VERSIONS = ".versions"  # which versions of a bucket's objects a folder holds
 AT_ONCE = 8  # objects
 
 
@@ -63,7 +60,8 @@ def _fetched(repository: str, revision: str | None, cache: str, weights: bool) -
 
 @functools.cache
 def from_bucket(url: str, what: str, *, weights: bool = True) -> Path:
-    """The folder of a bucket's checkpoint in the user's cache, made what the bucket has now; looked at once per process.
+    """A folder of the user's cache with the checkpoint that a bucket holds now; looked at once per process. Each version has a folder of
+    its own, so that what somebody puts into the bucket changes no run that has begun.
 
     Args:
       what: what is looked for, for error messages.
@@ -73,23 +71,17 @@ def from_bucket(url: str, what: str, *, weights: bool = True) -> Path:
       UsageError: a scheme that is not known, or whose library is not installed.
       JsublimError: there is no checkpoint, or the bucket does not answer.
     """
-    folder, bucket = cache_folder("checkpoints", url), Bucket.at(url, what)
+    bucket = Bucket.at(url, what)
+    there = {name: version for name, version in bucket.versions().items() if _matches(name, (*_FILES, *_WEIGHTS))}
+    if not {"config.json", "adapter_config.json"} & there.keys():
+        raise JsublimError(f"{what} '{url}': no config.json is there; give the folder of a Hugging Face checkpoint")
+    version = hashlib.sha256(json.dumps(there, sort_keys=True).encode()).hexdigest()[:12]
+    folder = cache_folder("checkpoints", url) / version
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(f"{folder.name}.lock")):
-        there = {name: version for name, version in bucket.versions().items() if _matches(name, (*_FILES, *_WEIGHTS))}
-        if not {"config.json", "adapter_config.json"} & there.keys():
-            raise JsublimError(f"{what} '{url}': no config.json is there; give the folder of a Hugging Face checkpoint")
-        kept, known = folder / _VERSIONS, dict[str, Any]()
-        with contextlib.suppress(JsublimError):
-            known = read_json(kept)
-        here = {path.name for path in folder.iterdir()}
-        for name in here - there.keys() - {_VERSIONS}:
-            (folder / name).unlink()
-        wanted = [name for name in there if weights or not _matches(name, _WEIGHTS)]
-        new = [name for name in wanted if name not in here or known.get(name) != there[name]]
+    with FileLock(folder.with_name(f"{version}.lock")):
+        new = [name for name in there if (weights or not _matches(name, _WEIGHTS)) and not (folder / name).exists()]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             list(pool.map(lambda name: bucket.download(name, folder / name), new))
-        write_json(kept, {name: known[name] for name in known if name in there} | {name: there[name] for name in new})
     return folder
 
 
@@ -102,7 +94,7 @@ def in_cache(path: str | Path) -> bool:
     from huggingface_hub import try_to_load_from_cache
 
     if is_url(str(path)):
-        return (cache_folder("checkpoints", str(path)) / _VERSIONS).exists()
+        return cache_folder("checkpoints", str(path)).exists()
     named = hub_name(path)
     return named is not None and any(
         isinstance(try_to_load_from_cache(named[0], file, revision=named[1]), str)

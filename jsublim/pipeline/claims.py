@@ -31,7 +31,7 @@ from jsublim.files import host, remove_abandoned, started, write_json
 from jsublim.processes import leave_if_asked, on_main_process
 
 BEAT, STALE = 15.0, 120.0  # seconds: between signs of life; without one, after which a claim is taken over
-LONG = 86400.0  # and after which the last one is removed: by then no two machines' clocks differ about it
+LONG = 86400.0  # and after which the last one is removed; clocks of two machines differ by less
 LOOK, LOOK_AFAR = 0.2, 2.0  # seconds between two tries to get what another process has: in a folder, in a bucket
 
 
@@ -70,7 +70,7 @@ class Owner:
     @property
     def is_gone(self) -> bool:
         """Whether this machine knows that the process has ended; it knows nothing about those of others."""
-        return self.host == host() and started(self.pid) != self.started
+        return self.host == host() and started(self.pid) not in (self.started, "")
 
 
 class Claims(ABC):
@@ -249,6 +249,10 @@ class FolderClaims(Claims):
 
     def _live(self) -> None:
         remove_abandoned(self.folder / "owners")
+        for path in self.folder.glob("*/[0-9]*.json"):  # of something whole, which nobody claims again
+            owner = Owner.read(self._read(f"{path.parent.name}/{path.name}"))
+            if owner is not None and owner.is_gone and not self._is_taken(path.parent.name, int(path.stem)):
+                path.unlink(missing_ok=True)
         super()._live()
 
     def _names(self, folder: str) -> list[str]:

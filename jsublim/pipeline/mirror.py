@@ -21,7 +21,7 @@ from typing import Any
 
 from jsublim.bucket import Bucket
 from jsublim.errors import JsublimError
-from jsublim.files import remove_abandoned, scratch_of, sha256, write_text
+from jsublim.files import DAMAGED, remove_abandoned, scratch_of, sha256, write_text
 from jsublim.pipeline.artifact import (
     DONE,
     PARTS,
@@ -94,7 +94,7 @@ class Mirror:
         if mark is not None:
             self._marks[folder] = mark
         there, mine = self.find(folder, key), (local / DONE).exists()
-        if there is None or (mine and self._is_copy(there, local)):
+        if there is None or (mine and self.is_copy(there, local)):
             return None
         sizes, found = self.bucket.sizes(there), {}
         for name, said in self._marks[there]["files"].items():
@@ -103,7 +103,7 @@ class Mirror:
             elif sizes[name] != said["bytes"]:
                 found[name] = f"has {sizes[name]} bytes, {said['bytes']} were written"
         if not found and mine:
-            (local / DONE).unlink()
+            (local / DONE).unlink(missing_ok=True)
         return self._set_aside(there, found) if found else None
 
     def _set_aside(self, folder: str, found: Mapping[str, str]) -> str:
@@ -114,10 +114,12 @@ class Mirror:
         self._marks.pop(folder, None)
         return in_words(self.bucket.place(folder), found)
 
-    def _is_copy(self, folder: str, local: Path) -> bool:
+    def is_copy(self, folder: str, local: Path) -> bool:
         """Whether a whole artifact of this machine is the one in the bucket."""
-        mark, own = self._mark(folder), read_mark((local / DONE).read_bytes())
-        return mark is not None and own is not None and _content(mark) == _content(own)
+        with suppress(FileNotFoundError):
+            mark, own = self._mark(folder), read_mark((local / DONE).read_bytes())
+            return mark is not None and own is not None and _content(mark) == _content(own)
+        return False
 
     def fetch(self, folder: str, only: str | None = None) -> Path:
         """The artifact on this machine: what is not there yet is read, and compared with the digests of its mark.
@@ -175,7 +177,7 @@ class Mirror:
                 raise JsublimError(
                     f"{self.bucket.place(folder)}/{DONE}: is not what was written; run the same command again"
                 )
-        if not self._is_copy(folder, local):
+        if not self.is_copy(folder, local):
             (local / DONE).unlink()
             self.fetch(folder)
         self.bucket.remove(f"progress/{key}.zip")
@@ -210,8 +212,11 @@ class Mirror:
             with self._unpacked(f"training/{name}/{step}.zip", local) as scratch:
                 if scratch is None:
                     continue
-                shutil.rmtree(local, ignore_errors=True)
-                os.replace(scratch, local)
+                for path in [path for path in local.glob("*") if path.suffix != DAMAGED]:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                local.mkdir(parents=True, exist_ok=True)
+                for path in scratch.iterdir():
+                    os.replace(path, local / path.name)
                 return
 
     def _stems(self, folder: str) -> list[str]:
@@ -302,8 +307,12 @@ class Mirror:
 
     # Compiled programs
 
-    def fetch_programs(self, folder: Path) -> None:
-        """Read the programs that are not in this folder yet. An object's name ends with its digest."""
+    def fetch_programs(self, folder: Path, *, alone: bool = False) -> None:
+        """Read the programs that are not in this folder yet. An object's name ends with its digest.
+
+        Args:
+          alone: remove those of the folder that the bucket has not.
+        """
         above = folder.relative_to(self.root).as_posix()
 
         def get(name: str) -> None:
@@ -319,8 +328,13 @@ class Mirror:
                 self.say(f"{self.bucket.place(above)}/{name}: a damaged program; it is not used")
                 self.bucket.remove(f"{above}/{name}")
 
+        there = self.bucket.sizes(above)
+        known = {name.rpartition(".")[0] for name in there}
+        for path in folder.glob(f"*{ENTRY}") if alone else ():
+            if path.name not in known:
+                path.unlink(missing_ok=True)
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            list(pool.map(get, self.bucket.sizes(above)))
+            list(pool.map(get, there))
 
     def send_programs(self, folder: Path) -> None:
         """Send the programs of a folder that are not in the bucket yet."""

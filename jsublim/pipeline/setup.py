@@ -160,7 +160,8 @@ class Setup:
     @property
     def files(self) -> dict[str, str]:
         """What this process has of each checkpoint beside its weights: their hashes."""
-        known = {name: each.lm for name, each in self.checkpoints.items()}
+        every = [*self.checkpoints.values(), *([] if self.judge is None else [self.judge])]
+        known = {each.name: each.lm for each in every}
         return {name: checkpoint_hash(lm.folder, weights=False) for name, lm in known.items() if lm is not None}
 
     @property

@@ -122,8 +122,8 @@ def store_of(folder: Path, config: Config) -> Path:
 
 
 def artifacts_in(store: Path) -> dict[str, dict[str, int]]:
-    """By kind: how many there are, how many of those are whole, how many say so and have files of another size or a mark that is
-    damaged, and their bytes."""
+    """By kind: how many there are, how many of those are whole, how many are damaged as far as marks and sizes tell, and their
+    bytes."""
     found: dict[str, dict[str, int]] = {}
     for record in sorted(store.glob(f"*/*/{RECORD}")):
         folder = record.parent

@@ -30,7 +30,7 @@ from jsublim.pipeline.artifact import (
 )
 from jsublim.pipeline.claims import BucketClaims, Claims, FolderClaims
 from jsublim.pipeline.mirror import Mirror
-from jsublim.processes import check_shared, is_main_process, on_main_process
+from jsublim.processes import check_shared, group, is_main_process, on_main_process, process_count
 from jsublim.programs import keep_programs, programs_folder
 
 __all__ = [  # what the rest of the package needs of stores, artifacts included
@@ -112,12 +112,13 @@ class Store:
         Raises:
           UsageError: as `processes.check_shared`.
         """
+        name = f"{SEEN}-{group()}"
         if self.mirror is not None:
             bucket = self.mirror.bucket
-            read = lambda: (bucket.read(SEEN) or b"").decode()  # noqa: E731
-            check_shared(bucket.url, lambda word: bucket.write(SEEN, word.encode()), read, lambda: bucket.remove(SEEN))
+            read = lambda: (bucket.read(name) or b"").decode()  # noqa: E731
+            check_shared(bucket.url, lambda word: bucket.write(name, word.encode()), read, lambda: bucket.remove(name))
             return
-        mark = self.root / SEEN
+        mark = self.root / name
 
         def write(word: str) -> None:
             self.root.mkdir(parents=True, exist_ok=True)
@@ -154,9 +155,10 @@ class Store:
 
     def _mend_here(self, output: Output) -> str | None:
         folder = self._here(output)
-        if not (folder / DONE).exists():
+        try:
+            found = damage_in(folder, read=False)
+        except FileNotFoundError:
             return None
-        found = damage_in(folder, read=False)
         if not found:
             forget_progress(folder)  # of a process that ended right after the mark was written
             return None
@@ -259,10 +261,12 @@ class Store:
     def _sound(self, output: Output, only: str | None = None) -> Path:
         """The folder of an artifact on this machine, what is read of it compared with what was written."""
         here = self._here(output)
+        folder = None if self.mirror is None else self.mirror.find(output.folder, output.key)
+        if self.mirror is not None and folder is not None and not self.mirror.is_copy(folder, here):
+            (here / DONE).unlink(missing_ok=True)  # of another making
         damage = self._damage(here, only) if (here / DONE).exists() else None
         if damage is None and (self.mirror is None or (here / DONE).exists()):
             return here
-        folder = None if self.mirror is None else self.mirror.find(output.folder, output.key)
         if self.mirror is None or folder is None:
             if damage is not None:
                 raise JsublimError(f"{damage}; run the same command again: it is made again")
@@ -347,9 +351,11 @@ class Store:
 
     def keep_programs(self) -> None:
         """Have JAX keep compiled programs here, and use those that are (`programs.keep_programs`)."""
-        folder = programs_folder(self.root / PROGRAMS)
-        if self.mirror is not None:
-            self.mirror.fetch_programs(folder)
+        folder, mirror = programs_folder(self.root / PROGRAMS), self.mirror
+        if mirror is not None:
+            if process_count() > 1:  # all begin with the same ones, and compile together what is missing
+                on_main_process(lambda: mirror.send_programs(folder))
+            mirror.fetch_programs(folder, alone=not is_main_process())
         keep_programs(folder, self.say)
 
 

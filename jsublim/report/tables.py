@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 
 from jsublim.errors import JsublimError, one_line
-from jsublim.reading import json_value, shown
+from jsublim.reading import check_file, json_value, shown
 from jsublim.report.about import About
 
 # What models are called wherever a person reads of them, in reading order.
@@ -336,6 +336,7 @@ def read_columns(path: Path) -> pa.Table:
       JsublimError: it is broken.
     """
     try:
+        check_file(path)
         return pq.ParquetFile(path).read()
     except (pa.ArrowException, OSError, ValueError) as error:  # the last: a column's name that is no text
         raise _unreadable(path, error) from error
