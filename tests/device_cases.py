@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from engine import CONFIG as ODD
 from engine import lora, params_of
@@ -26,7 +27,7 @@ from jsublim.inference.generation import generate_for_arms
 from jsublim.inference.sampling import Sampling
 from jsublim.models.config import Local
 from jsublim.parallel import HERE, Layout
-from jsublim.processes import join_processes
+from jsublim.processes import from_main_process, is_main_process, join_processes
 
 CONFIG = dataclasses.replace(ODD, num_layers=2, local=Local((True, False), 5))
 WORDS = dict(enumerate([*"0123456789", ", ", "\n", *(f"{n}" for n in range(10, 50))], 1))
@@ -73,6 +74,20 @@ def attributed(params: Any) -> Any:
     return {"values": np.concatenate([x.ravel() for x in found])}
 
 
+def heard_to_the_bit() -> bool:
+    """Whether what the first process has is the same on all: signs of zeros, NaN, numbers of eight bytes and of one."""
+    zeros = np.float32([[-0.0, np.nan, 1.0]])
+    every = (
+        zeros,
+        np.arange(6.0).reshape(2, 3),
+        zeros.astype(jnp.bfloat16),
+        np.array(True),
+        np.arange(5, dtype=np.uint8),
+    )
+    heard = [from_main_process(x if is_main_process() else np.zeros_like(x)) for x in every]
+    return all(x.tobytes() == y.tobytes() and x.shape == y.shape for x, y in zip(every, heard, strict=True))
+
+
 STAGES: dict[str, Work] = {each.__name__: each for each in (sampled, read, answers, attributed)}
 
 
@@ -108,7 +123,7 @@ def main() -> None:
     together = "JAX_COORDINATOR_ADDRESS" in os.environ
     if together:
         join_processes(60.0)
-    watch, params, found = Watch(), params_of(CONFIG), {"devices": jax.device_count()}
+    watch, params, found = Watch(), params_of(CONFIG), {"devices": jax.device_count(), "heard": heard_to_the_bit()}
     mesh = {"mesh 1": Layout.fit("mesh", 1)}
     layouts = mesh if together else {"one": HERE, **mesh, "mesh 2": Layout.fit("mesh", 1, model=2)}
     for layout_name, layout in layouts.items():

@@ -77,7 +77,7 @@ def test_two_processes_find_what_one_finds(found):
     shared = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": "2"}
     processes = [started(1, **shared, JAX_PROCESS_ID=str(i)) for i in range(2)]
     for ours in map(told, processes):
-        assert ours["devices"] == 2
+        assert ours["devices"] == 2 and ours["heard"]
         for stage in ("sampled", "read"):
             check_same(ours[f"{stage}, mesh 1"], found[f"{stage}, one"])
 

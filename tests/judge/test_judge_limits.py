@@ -105,6 +105,7 @@ BASE64 = base64.b64encode(KEY.encode()).decode()
         ("", KEY[:13] + "..."),
         ("...", KEY[-8:]),
         ("", KEY.upper()),
+        ("\u0130 ", KEY),  # two letters, once it is a small one
         ("", BASE64),
         ("QmVhcmVyIH", base64.b64encode(f"Bearer {KEY}".encode()).decode()[10:]),
         ("", KEY.encode().hex()),
