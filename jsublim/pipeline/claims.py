@@ -249,10 +249,11 @@ class FolderClaims(Claims):
 
     def _live(self) -> None:
         remove_abandoned(self.folder / "owners")
-        for path in self.folder.glob("*/[0-9]*.json"):  # of something whole, which nobody claims again
-            owner = Owner.read(self._read(f"{path.parent.name}/{path.name}"))
-            if owner is not None and owner.is_gone and not self._is_taken(path.parent.name, int(path.stem)):
-                path.unlink(missing_ok=True)
+        for key in {path.parent.name for path in self.folder.glob("*/*.json")} - {"owners"}:
+            for turn in _numbers(self._names(key), ".json"):  # of something whole, which nobody claims again
+                owner = Owner.read(self._read(f"{key}/{turn}.json"))
+                if owner is not None and owner.is_gone and not self._is_taken(key, turn):
+                    self._remove(f"{key}/{turn}.json")
         super()._live()
 
     def _names(self, folder: str) -> list[str]:

@@ -262,9 +262,9 @@ class Store:
         """The folder of an artifact on this machine, what is read of it compared with what was written."""
         here = self._here(output)
         folder = None if self.mirror is None else self.mirror.find(output.folder, output.key)
-        if self.mirror is not None and folder is not None and not self.mirror.is_copy(folder, here):
-            (here / DONE).unlink(missing_ok=True)  # of another making
         damage = self._damage(here, only) if (here / DONE).exists() else None
+        if damage is None and self.mirror is not None and folder is not None and not self.mirror.is_copy(folder, here):
+            (here / DONE).unlink(missing_ok=True)  # of another making
         if damage is None and (self.mirror is None or (here / DONE).exists()):
             return here
         if self.mirror is None or folder is None:
