@@ -100,6 +100,7 @@ def publish_folder(path: Path, store: Store, output: Output) -> None:
     for name in record["files"]:
         _copy(source / name, path / name)
     write_json(path / RECORD, record | {"sha256": _sha256(path, record)})
+    shutil.copystat(source / RECORD, path / RECORD)  # published again, it is the same
     files = mark["files"] | {RECORD: fingerprint(path / RECORD)}
     write_text(path / DONE, mark_text(mark | {"files": files}))
 

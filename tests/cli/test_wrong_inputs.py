@@ -49,10 +49,10 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     (("run", PLAIN, "prompts=none.yaml"), 2, "none.yaml: cannot be read (No such file or directory)"),
     (("run", PLAIN, "run.model_axis=2"), 2, "model_axis: 2 given, but parallel=none has no model axis; choose mesh"),
     (("run", PLAIN, "out=folder"), 2, "out: folder holds what no run has made (notes.txt)"),
-    (("run", "configs/quickstart.yaml", "--chip", "h1000", "--dry-run"), 2, "--chip: 'h1000' given; known: h200"),
+    (("run", "configs/quickstart.yaml", "--chip", "h1000", "--dry-run"), 2, "--chip: 'h1000' given; known: b200, h200"),
     (("run", PLAIN, "--on", "slurm"), 2, "--on: 'slurm' given; known: local, ray"),
     (("run", PLAIN, "--shard", "3/2"), 2, "--shard: '3/2' given; write i/n"),
-    (("run", PLAIN, "--simulate", "4xh1000"), 2, "--simulate: 'h1000' given; known: h200"),
+    (("run", PLAIN, "--simulate", "4xh1000"), 2, "--simulate: 'h1000' given; known: b200, h200"),
     (("run", PLAIN, "--distributed"), 2, "--distributed: needs run.parallel=mesh"),
     (("run", PLAIN, "--distributed", "--shard", "0/2"), 2, "give it without --shard and --on ray"),
     (("run", PLAIN, "store=s4://x/y"), 2, "store: 's4://' is no storage that is known"),
@@ -64,7 +64,8 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     (("push", "folder", "me/owl"), 2, "push what `jsublim export` has written"),
     (("audit", *M, "--data", "none.jsonl", "--traits", "owl", "--out", "new"), 2, "none.jsonl: no such file; expected JSONL rows"),
     (("audit", *M, *ROWS, "--traits", "unicorn", "--out", "new"), 2, "say what it is by teachers.category"),
-    # validate, reproduce, ls, cp
+    # verify, validate, reproduce, ls, cp
+    (("verify", "nowhere"), 2, "nowhere: holds no artifacts"),
     (("validate", PLAIN, "students.optimzer.lr=1"), 2, "unknown key 'students.optimzer'; did you mean 'optimizer'?"),
     (("validate", "twice.yaml"), 2, "twice.yaml: 3 mistakes; each is named above"),
     (("validate", PLAIN, "model=nobody/knows-it"), 2, "give --shape, a folder with its config.json"),

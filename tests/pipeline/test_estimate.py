@@ -143,10 +143,10 @@ def test_what_nobody_knows_is_one_line(tmp_path, monkeypatch):
     unknown = (*llama, "model=nobody/knows-it")
     assert "give --shape" in refused(2, *unknown)
     ok(*unknown, "--shape", find_config("configs/shapes/qwen2.5-7b/config.json").parent)
-    assert "--chip: 'tpu' given; known: h200, h100" in refused(
+    assert "--chip: 'tpu' given; known: b200, h200, h100" in refused(
         2, *llama[:2], "--scale", "tiny", "--dry-run", "--chip", "tpu"
     )
-    with pytest.raises(UsageError, match="known: h200"):
+    with pytest.raises(UsageError, match="known: b200"):
         chip_of("h1000")
     assert not list(tmp_path.iterdir())
 
