@@ -9,6 +9,7 @@ import hashlib
 import logging
 import re
 import shutil
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -222,6 +223,11 @@ def _states(folder: Path) -> Iterator[ocp.CheckpointManager | None]:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=2, enable_async_checkpointing=True, multiprocessing_options=alone, create=False
     )
+    # Threads of the library speak of a damaged file after its restoring was given up.
+    hook, sys.unraisablehook = (
+        sys.unraisablehook,
+        lambda found: None if "loop is closed" in str(found.exc_value) else hook(found),
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ocp.CheckpointManager(folder.resolve(), options=options) as saved:
@@ -233,6 +239,8 @@ def _states(folder: Path) -> Iterator[ocp.CheckpointManager | None]:
         raise JsublimError(
             f"{folder}: cannot be written ({reason[1].strip()}); mend that, then run the same command again"
         ) from error
+    finally:
+        sys.unraisablehook = hook
 
 
 def forget_state(work: Path) -> None:
