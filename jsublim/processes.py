@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import signal
 import threading
 import time
@@ -29,7 +28,6 @@ from jsublim.errors import JsublimError, UsageError
 R = TypeVar("R")
 T = TypeVar("T")
 TOLD_EVERY = 0.5  # seconds between what the first process tells of a stream of items
-COME_WITHIN = 300  # seconds in which all processes must have been started
 VISIBLE_WITHIN = 60.0  # seconds after which a file that one process wrote must be there for all
 TELL = "jsublim"  # what our keys in the coordination service begin with
 WORTH_SHARING = 256  # items: a process tokenizes a thousand rows in a second, and tells of them in a hundredth
@@ -306,12 +304,39 @@ def heeding_signals() -> Iterator[None]:
     if own:
         signal.signal(signal.SIGINT, interrupt)
     try:
-        yield
+        with contextlib.nullcontext() if several else _second_ends(kind):
+            yield
     finally:
         signal.signal(kind, before)
         if own:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         _State.asked = _State.heeding = _State.interrupted = False
+
+
+@contextlib.contextmanager
+def _second_ends(kind: int) -> Iterator[None]:
+    """As long as the block lasts a second signal ends the process, from a thread: inside of a long computation the main one hears
+    of none."""
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    before = signal.set_wakeup_fd(write, warn_on_full_buffer=False)
+
+    def listen() -> None:
+        left = 2
+        while heard := os.read(read, 1):
+            left -= heard[0] == kind
+            if not left:
+                os._exit(128 + kind)
+
+    thread = threading.Thread(target=listen, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(write)
+        thread.join()
+        os.close(read)
 
 
 def leaving() -> bool:
@@ -336,45 +361,3 @@ def leave_if_asked() -> None:
     """
     if leaving():
         raise Preempted("stopped by a signal; what was finished is kept, and the same command goes on")
-
-
-# --- becoming several processes, and ending together
-
-
-def join_processes(time_out: float) -> None:
-    """Make this process one of several that work together, one per host of a pod.
-
-    TPU pods, Slurm and Open MPI are recognised; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
-    say who is who. To be called before anything else of JAX. The only process of a node takes all GPUs that it sees.
-
-    Args:
-      time_out: seconds after which a process that gives no sign of life is taken to be gone.
-
-    Raises:
-      UsageError: nothing says who the others are, or they don't answer.
-    """
-    count, own = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
-    try:
-        jax.distributed.initialize(
-            num_processes=int(count) if count else None,
-            process_id=int(own) if own else None,
-            local_device_ids=_own_gpus(),
-            initialization_timeout=COME_WITHIN,
-            heartbeat_timeout_seconds=int(2 * time_out) + 10,  # ours is sooner, and says who is gone
-            shutdown_timeout_seconds=60,
-        )
-    except (ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(
-            f"--distributed: {reason}; set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
-        ) from None
-
-
-def _own_gpus() -> list[int] | None:
-    """[], all GPUs that this process sees, where it is alone on its node or Slurm has bound its own to it; else None: JAX chooses,
-    under Slurm and Open MPI one for each process. What a process sees is cut to its share already, and counted from 0."""
-    said, mpi = os.environ, os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")  # within Slurm, too: there it has started us
-    beside = mpi or said.get("SLURM_STEP_TASKS_PER_NODE", "")  # of each node: 1(x2), or 2,1(x3)
-    alone = set(re.findall(r"(?:^|,)(\d+)", beside)) == {"1"}
-    bound = mpi is None and "SLURM_GPUS_PER_TASK" in said
-    return [] if (alone or bound) and "JAX_LOCAL_DEVICE_IDS" not in said else None

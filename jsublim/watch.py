@@ -1,9 +1,11 @@
-"""Who of several processes is gone: each looks from a thread, and ends where another one does not live any more."""
+"""Becoming one of several processes, and who of them is gone: each looks from a thread, and ends where another one does not live any
+more."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import os
 import re
 import threading
 import time
@@ -11,7 +13,49 @@ from collections.abc import Callable
 
 import jax
 
+from jsublim.errors import UsageError
 from jsublim.processes import TELL, client, is_main_process, process_count, process_index
+
+COME_WITHIN = 300  # seconds in which all processes must have been started
+
+
+def join_processes(time_out: float) -> None:
+    """Make this process one of several that work together, one per host of a pod.
+
+    TPU pods, Slurm and Open MPI are recognised; elsewhere JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
+    say who is who. To be called before anything else of JAX. The only process of a node takes all GPUs that it sees.
+
+    Args:
+      time_out: seconds after which a process that gives no sign of life is taken to be gone.
+
+    Raises:
+      UsageError: nothing says who the others are, or they don't answer.
+    """
+    count, own = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
+    try:
+        jax.distributed.initialize(
+            num_processes=int(count) if count else None,
+            process_id=int(own) if own else None,
+            local_device_ids=_own_gpus(),
+            initialization_timeout=COME_WITHIN,
+            heartbeat_timeout_seconds=int(2 * time_out) + 10,  # ours is sooner, and says who is gone
+            shutdown_timeout_seconds=60,
+        )
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(
+            f"--distributed: {reason}; set JAX_COORDINATOR_ADDRESS=host:port, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from None
+
+
+def _own_gpus() -> list[int] | None:
+    """[], all GPUs that this process sees, where it is alone on its node or Slurm has bound its own to it; else None: JAX chooses,
+    under Slurm and Open MPI one for each process. What a process sees is cut to its share already, and counted from 0."""
+    said, mpi = os.environ, os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")  # within Slurm, too: there it has started us
+    beside = mpi or said.get("SLURM_STEP_TASKS_PER_NODE", "")  # of each node: 1(x2), or 2,1(x3)
+    alone = set(re.findall(r"(?:^|,)(\d+)", beside)) == {"1"}
+    bound = mpi is None and "SLURM_GPUS_PER_TASK" in said
+    return [] if (alone or bound) and "JAX_LOCAL_DEVICE_IDS" not in said else None
 
 
 class Watch:
@@ -66,9 +110,8 @@ class Watch:
         self.close()
         with contextlib.suppress(jax.errors.JaxRuntimeError):
             self._tell(f"stopped {code}")
-        time.sleep(
-            3 * self.every if is_main_process() else 0
-        )  # what the processes know of one another lives in the first
+        # What the processes know of one another lives in the first.
+        time.sleep(3 * self.every if is_main_process() else 0)
 
 
 def gone(process: int) -> str:

@@ -27,7 +27,8 @@ from jsublim.inference.generation import generate_for_arms
 from jsublim.inference.sampling import Sampling
 from jsublim.models.config import Local
 from jsublim.parallel import HERE, Layout
-from jsublim.processes import from_main_process, is_main_process, join_processes
+from jsublim.processes import from_main_process, is_main_process
+from jsublim.watch import join_processes
 
 CONFIG = dataclasses.replace(ODD, num_layers=2, local=Local((True, False), 5))
 WORDS = dict(enumerate([*"0123456789", ", ", "\n", *(f"{n}" for n in range(10, 50))], 1))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
+from command import ROOT
 
 from jsublim.inference import decoding, generation
 from jsublim.inference.lm import BUNDLED, load_model
@@ -77,3 +82,21 @@ def test_a_second_signal_ends_the_process_at_once():
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_a_second_signal_ends_a_process_that_computes():
+    """Inside of one call of a library, where Python's own handlers do not run."""
+    script = (
+        "import numpy as np\nfrom jsublim.processes import heeding_signals\n"
+        "with heeding_signals():\n    print('begun', flush=True)\n    np.linalg.svd(np.ones((6000, 6000)))\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert child.stdout is not None and child.stdout.readline() == b"begun\n"
+    time.sleep(0.5)
+    for _ in range(2):
+        assert child.poll() is None
+        child.send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+    assert child.wait(timeout=10) == 128 + signal.SIGTERM

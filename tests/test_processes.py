@@ -175,7 +175,8 @@ def test_processes_that_cannot_train_together(home, monkeypatch):
 
 SEEN = """
 import jax
-from jsublim.processes import join_processes, process_count
+from jsublim.processes import process_count
+from jsublim.watch import join_processes
 join_processes(60)
 print(jax.config.read("jax_cuda_visible_devices"), process_count())
 """

@@ -52,8 +52,8 @@ def together(distributed: bool, experiments: Iterable[Experiment]) -> Iterator[N
     if not distributed:
         yield
         return
-    from jsublim.processes import COME_WITHIN, Preempted, everywhere, heeding_signals, join_processes
-    from jsublim.watch import Watch, may_be_lost
+    from jsublim.processes import Preempted, everywhere, heeding_signals
+    from jsublim.watch import COME_WITHIN, Watch, join_processes, may_be_lost
 
     time_out = max(map(_time_out, experiments))
     absent = f"not all processes have come within {COME_WITHIN} s; start the same command on every host"

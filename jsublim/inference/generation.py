@@ -33,6 +33,7 @@ from jsublim.processes import leave_if_asked, on_main_process
 
 STOP_TOKENS = 8
 TURNS, ASK_EVERY = 16, 4.0  # tokens that are drawn at first, and seconds, before it is asked whether to leave
+FEW = 32  # rows of a device, whose prompts are read at once
 REFILL = 4  # a batch is filled up when one row in so many has ended
 
 OnRows = Callable[[int, list[int], list[list[int]]], None]
@@ -83,7 +84,8 @@ class Sizes:
     def of(cls, batch_size: int, devices: int, prompts: int, samples: int) -> Sizes:
         count = prompts * samples
         B = round_up(min(batch_size, count), devices)
-        R = B if count <= B else -(-B // REFILL)  # all at once, or a part of the batch whenever so many have ended
+        # All at once where they are few, or a part of the batch whenever so many have ended: reading them is not interrupted.
+        R = B if count <= min(B, FEW * devices) else -(-B // REFILL)
         if samples > 1:  # a prompt is read again for each part of its samples: as few parts as can be
             R = max(R, min(B, samples))
         rows = -(-R // devices)
@@ -194,6 +196,9 @@ def generate_for_arms(
         while any(arm.room(B, R) for arm in arms):
             read = _next(arms, prompts, lengths, P, sizes, samples, layout)
             batch = decoding.fill(config, params, stacked, begun, batch, read, key, layout)
+            if any(arm.room(B, R) for arm in arms):
+                jax.block_until_ready(batch.drawn)
+                leave_if_asked()
         enough = np.asarray([B - len(arm.place) + R if arm.waiting else B + 1 for arm in arms], np.int32)
         began, most = time.monotonic(), layout.place_as(WHOLE, np.int32(turns))
         placed = layout.place_as(ARMS, enough)
