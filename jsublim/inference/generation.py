@@ -183,10 +183,8 @@ def generate_for_arms(
     slots = P + round_up(max(lengths.values()) + max_new_tokens, LENGTH_STEP)
     dtype = params["embed"]["weight"].dtype
     batch = decoding.empty(config, A, B, slots, max_new_tokens, dtype, limits is not None, layout)
-    begun = None
-    if P:
-        tokens_AP = layout.place_as(ARMS, np.tile(asked[0][:P], (A, 1)))
-        begun = decoding.beginning(config, params, stacked, tokens_AP, layout)
+    tokens_AP = layout.place_as(ARMS, np.tile(asked[0][:P], (A, 1)))
+    begun = decoding.beginning(config, params, stacked, tokens_AP, layout) if P else None
     key = np.asarray(jax.random.key_data(jax.random.key(seed)))
     key, stop, limits = layout.place_as(WHOLE, (key, stop_array(sampling), limits))
     numbers = layout.place_as(ROWS, sampling_arrays(sampling, B))
