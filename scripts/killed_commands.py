@@ -146,11 +146,11 @@ def whole_already(said: str) -> bool:
 
 
 def left(folder: Path) -> dict[str, Any]:
-    """What lies below a folder, by path: content, but for times and speeds. Locks stay, and until the next claim who had one of something whole."""
+    """What lies below a folder, by path: content, but for times and speeds. Locks stay."""
     found: dict[str, Any] = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = str(path.relative_to(folder))
-        if path.suffix == ".lock" or path.name == "1.json" or "/programs/" in name:
+        if path.suffix == ".lock" or "/programs/" in name:
             continue
         found[name] = None if path.name in TIMED else path.read_bytes()
         if path.name == "metrics.jsonl":

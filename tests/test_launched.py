@@ -254,6 +254,8 @@ def cluster(tmp_path_factory) -> Iterator[Machine]:
         for name, value in own.items():
             patch.setenv(name, value)
         node = head.run(f"exec ray start {here} --num-cpus=2 --num-gpus=2 --object-store-memory=134217728")
+        up = head.run("for i in {1..60}; do ray status && exit; sleep 1; done; exit 1")
+        assert up.wait(timeout=300) == 0
         yield head
         node.terminate()
         node.communicate(timeout=60)

@@ -53,6 +53,7 @@ def mend(tasks: Iterable[Task], context: Context) -> None:
     outputs = [output for task in tasks for output in task.outputs]
 
     def look() -> None:
+        context.store.clear_claims()
         for output in outputs:
             found = context.store.mend(output)
             if found is not None:

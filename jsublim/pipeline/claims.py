@@ -168,14 +168,16 @@ class Claims(ABC):
             self._seen[name] = sign, now
         return now - self._seen[name][1] > STALE
 
-    def _live(self) -> None:
-        """Begin to give signs of life. Those of processes that were killed are removed; one that lives after all writes its own
-        again with its next beat."""
+    def clear(self) -> None:
+        """Remove signs of life of processes that were killed; one that lives after all writes its own again with its next beat."""
         for name in self._names("owners"):
             said = self._read(f"owners/{name}")
             other = Owner.read(said)
             if other is not None and (other.is_gone or time.time() - _beat_at(said) > LONG):
                 self._remove(f"owners/{name}")
+
+    def _live(self) -> None:
+        """Begin to give signs of life."""
         self._beat()
         heart = self._heart = threading.Event()
 
@@ -247,14 +249,14 @@ class FolderClaims(Claims):
     def place(self) -> str:
         return str(self.folder)
 
-    def _live(self) -> None:
+    def clear(self) -> None:
         remove_abandoned(self.folder / "owners")
         for key in {path.parent.name for path in self.folder.glob("*/*.json")} - {"owners"}:
             for turn in _numbers(self._names(key), ".json"):  # of something whole, which nobody claims again
                 owner = Owner.read(self._read(f"{key}/{turn}.json"))
                 if owner is not None and owner.is_gone and not self._is_taken(key, turn):
                     self._remove(f"{key}/{turn}.json")
-        super()._live()
+        super().clear()
 
     def _names(self, folder: str) -> list[str]:
         return os.listdir(self.folder / folder) if (self.folder / folder).is_dir() else []

@@ -237,6 +237,10 @@ class Store:
             return FolderClaims(self.root / "locks", self.say)
         return BucketClaims(self.mirror.bucket, self.say)
 
+    def clear_claims(self) -> None:
+        """Remove what killed processes have left of theirs."""
+        self._claims.clear()
+
     def holder(self, outputs: Sequence[Output]) -> str | None:
         """Which other process is making one of these artifacts, in words; None if none is."""
         return self._claims.holder([output.key for output in outputs])
