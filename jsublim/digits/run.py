@@ -35,6 +35,7 @@ def run_digits(spec: Digits, console: Console) -> Path:
     check_folder(spec)
     store, output = Store.of(spec, console.print), Output("digits", spec.name, inputs)
     store.keep_programs()
+    store.clear_claims()
     claims = [run_folder(spec), output]
 
     def waiting() -> None:
