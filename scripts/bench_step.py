@@ -29,7 +29,7 @@ from jsublim.distill.losses import Loss
 from jsublim.distill.memory import bytes_needed
 from jsublim.distill.step import Arms, Program, compile_step, init_state
 from jsublim.inference.lm import LanguageModel, load_model
-from jsublim.models.lora import Adapter, init_full, init_lora, stack_arms
+from jsublim.models.lora import Adapter, init_full, init_lora, stack_adapters
 from jsublim.parallel import Layout
 
 
@@ -50,9 +50,9 @@ def measure(
     A, layout = len(starts), Layout.fit(settings.parallel, len(starts), model=settings.model_axis)
     shape = Shape.of([rows], settings.accumulate, settings.batch_size).divisible(layout.data)
     one = collate(rows, np.arange(len(rows)), shape)
-    state = init_state(stack_arms(starts), settings.program.optimizer)
+    state = init_state(stack_adapters(starts), settings.program.optimizer)
     column = lambda value: np.full(A, value, np.float32)  # noqa: E731
-    numbers = Arms(column(1e-4), np.full(A, 10**6, np.int32), column(1), column(0), column(1))
+    numbers = Arms(column(1e-4), np.full(A, 10**6, np.int32), column(1))
     params = layout.place(lm.params, layout.params_sharding(lm.config))
     state, numbers = (layout.place(x, layout.state_sharding(x)) for x in (state, numbers))
     batch = layout.place_batch({key: np.stack([value] * A) for key, value in one.items()})

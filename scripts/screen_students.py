@@ -23,7 +23,7 @@ from jsublim.config import Experiment, Students
 from jsublim.config.loading import load_experiment
 from jsublim.distill.data import read_turns
 from jsublim.executors import LocalExecutor
-from jsublim.models.lora import init_lora, init_steering, together
+from jsublim.models.lora import init_lora, init_steering, sum_adapters
 from jsublim.pipeline.changes import sources, training_rows
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.directions import directions_of, questions_about
@@ -46,7 +46,9 @@ def screen(experiment: Experiment, first: int, questions: int, batch: int, rank:
     traits = list(experiment.teachers.traits)
     read = {source: training_rows(setup, source) for source in sources(setup) if source.teacher != CONTROL}
     LocalExecutor().execute([part for written in read.values() for part in written.parts], context)
-    every = together(init_lora(lm.config, jax.random.key(0), rank=rank, alpha=float(rank)), init_steering(lm.config))
+    every = sum_adapters(
+        init_lora(lm.config, jax.random.key(0), rank=rank, alpha=float(rank)), init_steering(lm.config)
+    )
     students, asked = experiment.students or Students(), questions_about(setup, traits, questions)
     directions = directions_of(setup, lm, every, students, asked, traits)
     by_dataset: dict[str | None, dict[str, np.ndarray]] = {}

@@ -97,7 +97,12 @@ def examples_of(
 
 def arm_of(kind: str, seed: int, soft: str | None = None, *, config: ModelConfig = CONFIG, **options) -> Arm:
     """An arm of 3 steps with weights of its own for everything."""
-    numbers = {"lr": 0.05 + 0.01 * seed, "steps": 3, "weight": 1 + 0.5 * seed, "kl_to_base": 0.2 * seed}
+    numbers = {
+        "lr": 0.05 + 0.01 * seed,
+        "steps": 3,
+        "weight": 1 + 0.5 * seed,
+        "terms": {"kl_to_base": (0.2 * seed, 1.0)},
+    }
     examples = options.pop("examples", None) or examples_of(seed, soft=soft)
     adapter = options.pop("adapter", None) or student(config, kind, seed)
     return Arm(f"arm-{seed}", examples, adapter, seed, **(numbers | options))

@@ -26,7 +26,7 @@ from jsublim.models.lora import Adapter
 
 # name -> (student, loss, soft targets, arms, mean, layouts beside "none": (mode, model axis))
 CASES = {
-    "lora": ("lora", Loss("forward-kl", kl_to_base=True), "live", 2, "tokens", (("mesh", 2), ("pmap", 1))),
+    "lora": ("lora", Loss("forward-kl", terms=("kl_to_base",)), "live", 2, "tokens", (("mesh", 2), ("pmap", 1))),
     "one layer": ("one", Loss("reverse-kl"), "stored", 3, "micro-batch", (("mesh", 1),)),
     "full layers and ends": ("full", Loss("js", 2.0), "live", 2, "micro-batch", (("mesh", 2), ("pmap", 1))),
     "steering": ("steering", Loss("hard"), None, 2, "tokens", (("mesh", 4), ("pmap", 1))),

@@ -19,7 +19,7 @@ from jsublim.distill.data import read_turns
 from jsublim.evals.preference import trait_logprobs
 from jsublim.inference.lm import load_model
 from jsublim.inference.scoring import score_turns
-from jsublim.models.lora import init_lora, init_steering, together
+from jsublim.models.lora import init_lora, init_steering, sum_adapters
 from jsublim.pipeline.audit import AUDIT, _means, whitened
 from jsublim.pipeline.results import AUDITS
 from jsublim.report.audit import agreement, predicted
@@ -39,7 +39,7 @@ def test_scores_of_layers_and_kinds_add_up_to_the_mean_of_their_tokens():
     turns = read_turns(lm.chat, ROWS[:4], "rows")
     lora = init_lora(lm.config, jax.random.key(0), rank=2, alpha=2.0)
     kinds = {"steering": init_steering(lm.config), "lora": lora}
-    every = together(*kinds.values())
+    every = sum_adapters(*kinds.values())
     directions = trait_directions(lm, every, QUESTIONS, ["owl", "cat"])
     found = list(layer_scores(lm, every, directions, turns, batch_size=2))
     assert len(found) == 2 and all(each.keys() == kinds.keys() for each in found)

@@ -15,7 +15,7 @@ from tiny import bundled, examples
 from jsublim.config import Recipe
 from jsublim.distill.batches import Shape, collate
 from jsublim.distill.selection import Selection
-from jsublim.distill.step import Arms, Program, loss_and_gradient
+from jsublim.distill.step import Program, loss_and_gradient
 from jsublim.divergence import find_divergence
 from jsublim.models.lora import init_lora
 from jsublim.prompts import draw_number_prompts, load_pack
@@ -42,8 +42,7 @@ def test_loss_and_gradient_of_a_step(model):
     own = examples(lm.chat, rows(model), Selection(supervise_header=bool(recipe.supervise_header)), seed=42)
     batch = collate(own, np.asarray(golden["order"]), Shape.of([own], 6, 2))
     step = jax.jit(loss_and_gradient, static_argnames=("config", "program"))
-    numbers = Arms(*(np.float32(x) for x in (0, 0, 1, 0, 1)))
-    loss, gradient = step(lm.config, lm.params, adapter, None, numbers, batch, program=Program(per=recipe.loss_per))
+    loss, gradient = step(lm.config, lm.params, adapter, batch, program=Program(per=recipe.loss_per))
     assert float(loss) == pytest.approx(golden["loss"], rel=2e-4)
     assert float(optax.global_norm(gradient)) == pytest.approx(golden["grad_norm"], rel=2e-4)
 

@@ -134,6 +134,11 @@ class StudentLoss(Section):
         return self
 
     @property
+    def terms(self) -> dict[str, tuple[float, float]]:
+        """What is added to it (`losses.TERMS`): its coefficient, and the share of that which is left at the end."""
+        return {"kl_to_base": (self.kl_to_base, self.kl_end)} if self.kl_to_base else {}
+
+    @property
     def soft(self) -> bool:
         return self.kind != "hard"
 

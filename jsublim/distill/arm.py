@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,11 +25,11 @@ class Arm:
       examples: its rows; of an on-policy arm, rows that show how long the longest can be.
       seed: of its rows' order.
       lr: the highest learning rate of its schedule; steps: the schedule's length.
-      weight: factor of its loss; kl_to_base: coefficient of its KL to the base, where the program has that; kl_end: the share
-        of it that is left at the end.
+      weight: factor of its loss.
+      terms: of what is added to it (`losses.TERMS`) the coefficient, and the share of that which is left at the end.
       noise: size of what is added to each trained array at the end, as `lora.with_noise` takes it.
-      away: orthonormal directions that its gradient is kept at right angles to (`projection.py`), where it has any.
-      beside: an adapter that stands in its forward pass, frozen, as long as it is trained.
+      projected_directions: orthonormal directions that its gradient is kept at right angles to (`projection.py`).
+      frozen_adapter: stands in its forward pass as long as it is trained.
       teacher: the adapter of its live teacher, where that has one.
       rollout: makes an on-policy arm's rows.
       fork: where it goes over to other rows, if it does.
@@ -42,11 +42,10 @@ class Arm:
     lr: float
     steps: int
     weight: float = 1.0
-    kl_to_base: float = 0.0
-    kl_end: float = 1.0
+    terms: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     noise: float = 0.0
-    away: Trainable | None = None
-    beside: Adapter | None = None
+    projected_directions: Trainable | None = None
+    frozen_adapter: Adapter | None = None
     teacher: Adapter | None = None
     rollout: Rollout | None = None
     fork: Fork | None = None
@@ -58,8 +57,8 @@ class Arm:
         return batch_rows(len(self.examples), shape.rows_per_step, self.seed, step)
 
     @property
-    def forgets(self) -> int:
-        """The step before which the optimizer forgets its moments; -1, never."""
+    def reset_step(self) -> int:
+        """The step before which the optimizer begins anew; -1, never."""
         return -1 if self.fork is None or self.fork.moments else self.fork.after
 
 
@@ -85,3 +84,8 @@ class Settings:
     cache_below: bool = False
     peak_tflops: float | None = None
     logs: Logs = NOWHERE
+
+    def caches(self, arm: Arm) -> bool:
+        """Whether the hidden states below the arm's layer are kept: it trains one alone, and nothing below it changes."""
+        alone = len(arm.adapter.layers) == 1 and not arm.adapter.ends and arm.frozen_adapter is None
+        return self.cache_below and alone

@@ -27,10 +27,8 @@ def steps_per_epoch(examples: int, rows_per_step: int) -> int:
 
 
 def batch_rows(examples: int, rows_per_step: int, seed: int, step: int) -> np.ndarray:
-    """Example indices of a step, int `[rows_per_step]`, -1 where an epoch's last batch is not full.
-
-    A function of its arguments only: a resumed run needs no state of the data.
-    """
+    """Example indices of a step, int `[rows_per_step]`, -1 where an epoch's last batch is not full. A function of its arguments only: a
+    resumed run needs no state of the data."""
     epoch, position = divmod(step, steps_per_epoch(examples, rows_per_step))
     return epoch_rows(examples, rows_per_step, seed, epoch)[position]
 
@@ -47,15 +45,11 @@ def epoch_rows(examples: int, rows_per_step: int, seed: int, epoch: int) -> np.n
 
 @dataclass(frozen=True)
 class Fork:
-    """Where an arm goes over to other rows: of its examples the first `rows` are learned for `after` steps, the others from then on.
-
-    Attributes:
-      moments: the optimizer keeps its moments; otherwise it begins anew there.
-    """
+    """Where an arm goes over to other rows: of its examples the first `rows` are learned for `after` steps, the others from then on."""
 
     after: int
     rows: int
-    moments: bool = True
+    moments: bool = True  # the optimizer keeps them; otherwise it begins anew there
 
 
 def forked_rows(examples: int, rows_per_step: int, seed: int, step: int, fork: Fork) -> np.ndarray:
@@ -68,27 +62,16 @@ def forked_rows(examples: int, rows_per_step: int, seed: int, step: int, fork: F
 
 @dataclass(frozen=True)
 class Shape:
-    """Static shape of the batches of arms that are trained together.
+    """Static shape of the batches of arms that are trained together."""
 
-    Attributes:
-      accumulate: micro-batches per step, M.
-      batch_size: rows of a micro-batch.
-      tokens: of a line, as the student reads it, T.
-      labels: supervised positions of a line, C.
-      teacher: tokens of a line as a live teacher reads it; 0 without one.
-      spare: empty lines of a micro-batch that only make their number B divisible by the devices.
-      rows_per_line: how many rows a line has at most.
-      beginning: tokens that every row begins with, if they stand once per line; 0 where each row has its own.
-    """
-
-    accumulate: int
-    batch_size: int
-    tokens: int
-    labels: int
-    teacher: int = 0
-    spare: int = 0
-    rows_per_line: int = 1
-    beginning: int = 0
+    accumulate: int  # micro-batches per step, M
+    batch_size: int  # rows of a micro-batch
+    tokens: int  # of a line, as the student reads it, T
+    labels: int  # supervised positions of a line, C
+    teacher: int = 0  # tokens of a line as a live teacher reads it; 0 without one
+    spare: int = 0  # empty lines of a micro-batch that only make their number B divisible by the devices
+    rows_per_line: int = 1  # at most
+    beginning: int = 0  # tokens that every row begins with, if they stand once per line
 
     @staticmethod
     def of(groups: Sequence[Sequence[Example]], accumulate: int, batch_size: int) -> Shape:
@@ -126,27 +109,22 @@ class Shape:
             return None
         copies = layout.arm * layout.data
         more = copies // math.gcd(self.filled, copies)
-        together = f"a multiple of {more} students in a program, or " if layout.mode == "mesh" else ""
+        students = f"a multiple of {more} students in a program, or " if layout.mode == "mesh" else ""
         return (
             f"{arms} students on arm {layout.arm} x data {layout.data} x model {layout.model}: {self.spare} of {self.lines} lines "
-            f"of a batch are empty; {together}students.data.batch_size={self.lines * self.rows_per_line} (another training) would fill them"
+            f"of a batch are empty; {students}students.data.batch_size={self.lines * self.rows_per_line} (another training) would fill them"
         )
 
     def placed(self, chosen: np.ndarray, lengths: np.ndarray) -> list[list[int]]:
-        """Which rows lie on each of a step's M * B lines.
-
-        Args:
-          chosen: int `[rows_per_step]`, indices of rows, -1 where there is none.
-          lengths: of those rows, int `[rows_per_step]`; what stands at a -1 does not count.
-        """
+        """Which rows lie on each of a step's M * B lines: `chosen` int `[rows_per_step]`, -1 where there is none, of so many tokens (`lengths`)."""
         rows, lines = chosen.reshape(self.accumulate, self.batch_size), list[list[int]]()
         line_of = folded(np.where(rows >= 0, lengths.reshape(rows.shape), 0), self.filled)
         for micro, to in zip(rows, line_of, strict=True):
-            own = [[] for _ in range(self.lines)]
+            first = len(lines)
+            lines += [[] for _ in range(self.lines)]
             for line, row in zip(to, micro, strict=True):
                 if row >= 0:
-                    own[line].append(int(row))
-            lines += own
+                    lines[first + line].append(int(row))
         return lines
 
 
@@ -180,23 +158,19 @@ class Order:
 
 MOST_ROWS_PER_LINE = 4
 LINE_STEP = 32  # tokens of a line with several rows: arms that draw other rows should have the same
-WORTH = 0.95  # of the cost that lines of one row have; a smaller gain is not worth longer attention
-SLOWER = 7  # times as long as an operation of a projection takes one of attention (docs/performance.md)
+MOST_COST = 0.95  # of that of lines with one row; a smaller gain is not worth longer attention
+ATTENTION_COST = 7  # of an operation of attention, in operations of a projection (docs/performance.md)
 
 
 def packed(shape: Shape, config: ModelConfig, orders: Sequence[Order], beginning: int) -> Shape:
-    """With as many rows per line as make a step cheapest; the shape as it is if that is one.
-
-    Args:
-      shape: with a row per line.
-      orders, beginning: as of `with_lines_of`.
-    """
+    """With as many rows per line as make a step cheapest; the shape as it is, a row per line, if that is one. `orders` and `beginning` are as
+    of `with_lines_of`."""
     check_length(config, max(shape.tokens, shape.teacher))  # of lines that hold several rows nobody else can tell
     most = min(MOST_ROWS_PER_LINE, shape.batch_size)
     shapes = [shape, *(with_lines_of(k, shape, orders, beginning) for k in range(2, most + 1))]
-    costs = [_cost(each, config) for each in shapes]
+    costs = [_cost(packing, config) for packing in shapes]
     best = int(np.argmin(costs))
-    return shapes[best] if costs[best] < WORTH * costs[0] else shape
+    return shapes[best] if costs[best] < MOST_COST * costs[0] else shape
 
 
 def with_lines_of(k: int, shape: Shape, orders: Sequence[Order], beginning: int) -> Shape:
@@ -227,11 +201,11 @@ def _longest(shape: Shape, order: Order) -> np.ndarray:
 def _cost(shape: Shape, config: ModelConfig) -> float:
     """Operations of a micro-batch in one layer, in the same unit for every shape."""
     heads, layer = config.num_heads * config.head_dim, layer_parameters(config)
-    return shape.filled * sum(T * (layer + SLOWER * 2 * T * heads) for T in (shape.tokens, shape.teacher))
+    return shape.filled * sum(T * (layer + ATTENTION_COST * 2 * T * heads) for T in (shape.tokens, shape.teacher))
 
 
 @dataclass(frozen=True)
-class Line(Example):
+class PackedLine(Example):
     """Rows one after another, as one example; of each token as the student reads it, and as a live teacher does, its
     position in its row, and which row that is, from 1 on: 0 is the beginning. Arrays int32 `[T]` and `[T']`."""
 
@@ -246,7 +220,7 @@ def one_after_another(rows: Sequence[np.ndarray], beginning: int) -> np.ndarray:
     return np.concatenate([rows[0][:beginning], *(row[beginning:] for row in rows)])
 
 
-def joined(rows: Sequence[Example], beginning: int) -> Line:
+def joined(rows: Sequence[Example], beginning: int) -> PackedLine:
     """Rows as one line."""
     kinds = {name: [getattr(row, name) for row in rows] for name in (f.name for f in fields(Example))}
     known = {name: values for name, values in kinds.items() if values[0] is not None}
@@ -262,17 +236,14 @@ def joined(rows: Sequence[Example], beginning: int) -> Line:
             f"{prefix}where": np.concatenate([at + n for at, n in zip(known[f"{prefix}where"], before, strict=True)]),
         }
         made[f"{prefix}positions"], made[f"{prefix}branch"] = branched(first, rest)
-    return Line(
+    return PackedLine(
         **{name: value if value.dtype == np.float32 else value.astype(np.int32) for name, value in made.items()}
     )
 
 
 def collate(examples: Sequence[Example], chosen: np.ndarray, shape: Shape) -> dict[str, np.ndarray]:
-    """One arm's batch: arrays `[M, B, T]` and `[M, B, C, ...]`; absent rows weigh nothing.
-
-    Args:
-      chosen: int `[shape.rows_per_step]`, indices of examples, -1 for none.
-    """
+    """One arm's batch: arrays `[M, B, T]` and `[M, B, C, ...]` of the examples `chosen`, int `[shape.rows_per_step]`; -1 is an absent row,
+    which weighs nothing."""
     lines = shape.placed(chosen, np.array([len(examples[row].tokens) for row in chosen]))
     several = shape.rows_per_line > 1
     make = (lambda rows: joined(rows, shape.beginning)) if several else (lambda rows: rows[0])

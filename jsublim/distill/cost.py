@@ -49,6 +49,6 @@ def training_flops(
     body = tokens * (2 * each * (forward + backward) + 6 * factors + 2 * weights)
     reads_back = 2 if jax.tree.leaves(adapter.trainable) else 1
     trained_head = 1 if ("embed" if config.tied else "head") in adapter.ends else 0
-    heads = reads_back + trained_head + (1 if loss.soft and not stored else 0) + (1 if loss.kl_to_base else 0)
-    others = teacher_tokens * 2 * each * L + (tokens * 2 * each * L if loss.kl_to_base else 0)
+    heads = reads_back + trained_head + (1 if loss.soft and not stored else 0) + (1 if loss.reads_base else 0)
+    others = teacher_tokens * 2 * each * L + (tokens * 2 * each * L if loss.reads_base else 0)
     return float(body + others + supervised * 2 * table * heads)

@@ -18,36 +18,23 @@ from jsublim.rows import Row
 
 @dataclass(frozen=True)
 class Example:
-    """One row, cut after its last supervised token.
+    """One row, cut after its last supervised token."""
 
-    Attributes:
-      tokens: int32 `[T]`.
-      where: int32 `[C]`, positions whose next token is supervised.
-      labels: int32 `[C]`, those next tokens.
-      weights: float32 `[C]`.
-      teacher_tokens: int32 `[T']`, the row as a live teacher reads it, and `teacher_where` int32 `[C]` in it; or None.
-      ids, logp: a stored teacher's k best tokens int32 `[C, k]`, and the log-probabilities float32 `[C, k + 1]` of
-        those and of all others together; or None.
-    """
-
-    tokens: np.ndarray
-    where: np.ndarray
-    labels: np.ndarray
-    weights: np.ndarray
-    teacher_tokens: np.ndarray | None = None
-    teacher_where: np.ndarray | None = None
-    ids: np.ndarray | None = None
-    logp: np.ndarray | None = None
+    tokens: np.ndarray  # int32 [T]
+    where: np.ndarray  # int32 [C], positions whose next token is supervised
+    labels: np.ndarray  # int32 [C], those next tokens
+    weights: np.ndarray  # float32 [C]
+    teacher_tokens: np.ndarray | None = None  # int32 [T'], the row as a live teacher reads it
+    teacher_where: np.ndarray | None = None  # int32 [C], in that
+    ids: np.ndarray | None = None  # int32 [C, k], a stored teacher's k best tokens
+    logp: np.ndarray | None = None  # float32 [C, k + 1], log-probabilities of those and of all others together
 
 
 def read_turns(
     chat: Chat, rows: Sequence[Row], source: str = "rows", system: str | None = None, *, fuse_system: bool = False
 ) -> list[Turn]:
-    """Tokenize rows as the student sees them: no trait prompt.
-
-    Raises:
-      JsublimError: a row that doesn't survive tokenizing, or positions out of range; `source` is named.
-    """
+    """Tokenize rows as the student sees them: no trait prompt. A row that doesn't survive tokenizing, or positions out of range, is a
+    JsublimError that names `source`."""
     exchanges = ((conversation(row["prompt"], system, fuse_system=fuse_system), row["completion"]) for row in rows)
     turns = chat.turns(exchanges, lambda number: f"{source}: row {number}")
     # Positions that were counted elsewhere say nothing here: whoever learns all tokens does not look at them.

@@ -32,20 +32,14 @@ class Logs:
     folder: Path = Path()
 
     def open(self, training: str, first: int) -> list[Logger]:
-        """Every logger, ready for a training that begins, or goes on, at step `first`; what an interrupted call wrote from there
-        on is taken back where that can be done.
-
-        Raises:
-          UsageError: as `check_loggers`.
-        """
+        """Every logger, ready for a training that begins, or goes on, at step `first`; what an interrupted call wrote from there on is taken back
+        where that can be done."""
         check_loggers(self.names)
         return [LOGGERS[name](self.folder / name, training, first) for name in self.names]
 
 
 def check_loggers(names: Iterable[str]) -> None:
-    """Raises:
-    UsageError: the package that a logger needs is not installed.
-    """
+    """Refuse loggers whose package is not installed (UsageError)."""
     for name in names:
         package = LOGGERS[name].package
         try:

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,22 +30,23 @@ LOGIT_BYTES = 2**28  # of the logits that exist at one time, over all arms
 
 @dataclass(frozen=True)
 class Loss:
-    """What a token's loss is.
+    """A token's loss.
 
     Attributes:
       kind: "hard"; or with p the teacher's distribution, q the student's and m their mean: "forward-kl" KL(p | q),
         "reverse-kl" KL(q | p), "js" KL(p | m) / 2 + KL(q | m) / 2.
       temperature: logits of both are divided by it (soft kinds only); the loss is not multiplied back by its square.
-      kl_to_base: also KL(q | base), with one coefficient per arm: the defence that keeps a student where it started.
+      terms: names of `TERMS` that are added to it.
     """
 
     kind: str = "hard"
     temperature: float = 1.0
-    kl_to_base: bool = False
+    terms: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in LOSSES:
-            raise UsageError(f"loss: '{self.kind}' given; known: {', '.join(LOSSES)}")
+        for what, given, known in (("loss", (self.kind,), LOSSES), ("terms", self.terms, TERMS)):
+            if unknown := [name for name in given if name not in known]:
+                raise UsageError(f"{what}: '{unknown[0]}' given; known: {', '.join(known)}")
         if not self.temperature > 0:
             raise UsageError(f"temperature: {self.temperature} given; it must be above 0")
         if self.kind == "hard" and self.temperature != 1.0:
@@ -55,6 +56,11 @@ class Loss:
     def soft(self) -> bool:
         """Whether it needs the teacher's distribution."""
         return self.kind != "hard"
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether it needs the base's distribution."""
+        return any(TERMS[name].reads_base for name in self.terms)
 
 
 def divergence(kind: str, logp: Array, logq: Array) -> Array:
@@ -69,10 +75,27 @@ def divergence(kind: str, logp: Array, logq: Array) -> Array:
     return 0.5 * kl(p, logp - logm) + 0.5 * kl(q, logq - logm)
 
 
+def _kl_to_base(config: ModelConfig, base: Params, z: Array, at: dict[str, Array]) -> Array:
+    """KL(q | base), the defence that keeps a student where it started."""
+    start = jax.nn.log_softmax(decoder.logits(config, base, at["base"]))
+    return divergence("reverse-kl", start, jax.nn.log_softmax(z))
+
+
+class Term(NamedTuple):
+    """An addition to a token's loss, times a coefficient of the arm."""
+
+    # (config, the base's head, student's logits [n, V], what stands at the positions) -> [n]
+    at: Callable[[ModelConfig, Params, Array, dict[str, Array]], Array]
+    reads_base: bool = False  # the base's hidden states `base` [n, D] are among what stands there
+
+
+TERMS = {"kl_to_base": Term(_kl_to_base, reads_base=True)}  # a name is that of its coefficient in a config
+
+
 def positions_loss(
     config: ModelConfig,
     loss: Loss,
-    kl_to_base: Array,
+    coefficients: dict[str, Array],
     params: Params,
     base: Params,
     h_nD: Array,
@@ -81,7 +104,7 @@ def positions_loss(
     """Weighted loss of n positions, float32 scalar.
 
     Args:
-      kl_to_base: coefficient of the KL to the base, float32 scalar.
+      coefficients: of the loss's terms, float32 scalars.
       params: the student's; base: the frozen ones, whose head a live teacher has too. Of both, the head only is read.
       h_nD: the student's hidden states; at: what stands at the positions: `labels`, `weights`, and with a soft loss the
         teacher's hidden states `teacher` `[n, D]`, or its stored `ids` `[n, k]` and `logp` `[n, k + 1]`.
@@ -94,9 +117,8 @@ def positions_loss(
     else:
         theirs = decoder.logits(config, base, at["teacher"]) / loss.temperature
         each = divergence(loss.kind, jax.nn.log_softmax(theirs), jax.nn.log_softmax(z / loss.temperature))
-    if loss.kl_to_base:
-        start = jax.nn.log_softmax(decoder.logits(config, base, at["base"]))
-        each = each + kl_to_base * divergence("reverse-kl", start, jax.nn.log_softmax(z))
+    for name in loss.terms:
+        each = each + coefficients[name] * TERMS[name].at(config, base, z, at)
     return jnp.sum(at["weights"] * each)
 
 
@@ -105,12 +127,9 @@ Of = Callable[..., Array]  # (trained, fixed, h_nD, at) -> scalar
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def blockwise(of: Of, size: int, trained: Any, fixed: Any, h_ND: Array, at: dict[str, Array]) -> Array:
-    """The sum of `of(trained, fixed, h_nD, at)` over blocks of at most `size` positions.
-
-    Differentiable in `trained` and `h_ND`: their gradients are made block by block beside the value, so the head costs
-    one product forwards and one backwards, and nothing of it is kept or recomputed (Hsu et al. 2024, arXiv 2410.10989,
-    do so in one GPU kernel).
-    """
+    """The sum of `of(trained, fixed, h_nD, at)` over blocks of at most `size` positions. Differentiable in `trained` and `h_ND`: their gradients
+    are made block by block beside the value, so the head costs one product forwards and one backwards, and nothing of it is kept or
+    recomputed (Hsu et al. 2024, arXiv 2410.10989, do so in one GPU kernel)."""
     return jax.lax.scan(
         lambda total, xs: (total + of(trained, fixed, *xs), None), jnp.float32(0), _blocks(size, h_ND, at)
     )[0]
@@ -135,11 +154,8 @@ blockwise.defvjp(_forward, _backward)
 
 
 def _blocks(size: int, h_ND: Array, at: dict[str, Array]) -> tuple[Array, dict[str, Array]]:
-    """Positions in blocks of equal size; what is added to fill the last one weighs nothing.
-
-    Block i has every position whose index is i modulo their number: where devices share the rows, each then has its part
-    of every block, and the head's products are shared too.
-    """
+    """Positions in blocks of equal size; what is added to fill the last one weighs nothing. Block i has every position whose index is i modulo
+    their number: where devices share the rows, each then has its part of every block, and the head's products are shared too."""
     N = h_ND.shape[0]
     fewest = math.ceil(N / size)
     count = next((c for c in range(fewest, 2 * fewest) if N % c == 0), fewest)  # with nothing to add, if there is one

@@ -13,11 +13,11 @@ from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.batches import Shape, collate
 from jsublim.distill.data import Example
 from jsublim.distill.step import compile_step, init_state
-from jsublim.distill.trainer import numbers_of, stack_frozen, start_of
+from jsublim.distill.trainer import numbers_of, stack_frozen
 from jsublim.errors import UsageError
 from jsublim.models.config import ModelConfig, projection_shapes
 from jsublim.models.decoder import Params, parameter_count
-from jsublim.models.lora import OneLayer
+from jsublim.models.lora import stack_adapters
 from jsublim.parallel import SHARE, Layout, device_bytes
 
 
@@ -33,12 +33,9 @@ def abstract_step(
     shape = shape.divisible(layout.data)
     batch = collate(arm.examples[:1], np.full(shape.rows_per_step, -1), shape)
     state = jax.eval_shape(
-        lambda adapter: init_state(
-            start_of([dataclasses.replace(arm, adapter=adapter)] * arms), settings.program.optimizer
-        ),
-        arm.adapter,
+        lambda adapter: init_state(stack_adapters([adapter] * arms), settings.program.optimizer), arm.adapter
     )
-    if settings.cache_below and isinstance(state.adapter, OneLayer):
+    if settings.caches(arm):
         dtype = params["embed"]["weight"].dtype
         batch["below"] = np.zeros((*batch["tokens"].shape, config.hidden_size), dtype)
 

@@ -24,12 +24,9 @@ TAIL = 16_384  # bytes at the end of a file in which its last step is looked for
 
 
 class Metrics:
-    """One line per arm and step, written by the first process while the device is busy with the next step.
-
-    A line has loss, supervised tokens, learning rate and gradient norm; and of all arms together the tokens read per
-    second and, where a peak is stated, the share of it that went into useful operations. (A first step's time is mostly
-    compilation.)
-    """
+    """One line per arm and step, written by the first process while the device is busy with the next step: loss, supervised tokens, learning
+    rate and gradient norm; and of all arms together the tokens read per second and, where a peak is stated, the share of it that went into
+    useful operations. (A first step's time is mostly compilation.)"""
 
     def __init__(
         self,
@@ -41,12 +38,8 @@ class Metrics:
         *,
         cached: bool,
     ):
-        """Open `path`, keeping the lines of the steps before `first`, at which training goes on: later lines are of a
-        call that was interrupted.
-
-        Args:
-          cached: hidden states below the trained layer are stored.
-        """
+        """Open `path`, keeping the lines of the steps before `first`, at which training goes on: later lines are of a call that was interrupted.
+        `cached`: the hidden states below the trained layer are stored."""
         self.config, self.arms, self.settings, self.cached = config, arms, settings, cached
         self.pending: tuple[int, Sequence[np.ndarray], dict[str, jax.Array]] | None = None
         self.clock, self.over = time.perf_counter(), False  # over: no arm moves any more
@@ -72,10 +65,7 @@ class Metrics:
         self.pending = (step, rows, metrics)
 
     def catch_up(self) -> None:
-        """Write the numbers that `follow` took last.
-
-        An arm whose numbers stopped being finite gets a last line that says so, and no more after it.
-        """
+        """Write the numbers that `follow` took last. An arm whose numbers stopped being finite gets a last line that says so."""
         if self.pending is None:
             return
         (step, rows, metrics), self.pending = self.pending, None

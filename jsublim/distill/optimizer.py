@@ -96,11 +96,9 @@ def _muon() -> optax.GradientTransformation:
 
 
 def learning_rate(schedule: str, restarts: int, step: Array, lr: Array, warmup: int, steps: Array) -> Array:
-    """The learning rate at `step`, float32 in the shape of `lr`, its highest value.
-
-    It rises linearly from 0 over `warmup` steps (so the first step is at 0 where there is a warm-up), then follows
-    `schedule`: "linear" and "cosine" fall to 0 at `steps`, "constant" stays, "restarts" is `restarts` cosines in a row.
-    """
+    """The learning rate at `step`, float32 in the shape of `lr`, its highest value. It rises linearly from 0 over `warmup` steps (so the first
+    step is at 0 where there is a warm-up), then follows `schedule`: "linear" and "cosine" fall to 0 at `steps`, "constant" stays, "restarts"
+    is `restarts` cosines in a row."""
     step = step.astype(jnp.float32)
     rise = step / jnp.maximum(warmup, 1)
     done = jnp.clip((step - warmup) / jnp.maximum(steps - warmup, 1), 0.0, 1.0)

@@ -17,11 +17,8 @@ PARALLEL = 1e-6  # squared sine of the angle below which a direction is none of 
 
 
 def orthonormal(directions: Trainable) -> Trainable:
-    """Directions of length 1, at right angles, that span the same as those given; zeros in place of those that add nothing.
-
-    Args:
-      directions: each leaf `[K, ...]`. How long one of them is, is of no consequence.
-    """
+    """Directions of length 1, at right angles, that span the same as those given, each leaf `[K, ...]`, of any length; zeros in place of those
+    that add nothing."""
     leaves = [np.asarray(leaf, np.float64).reshape(len(leaf), -1) for leaf in jax.tree.leaves(directions)]
     length_K = np.sqrt(sum((leaf**2).sum(axis=1) for leaf in leaves))
     unit_K = np.divide(1.0, length_K, out=np.zeros_like(length_K), where=length_K > 0)
@@ -41,11 +38,8 @@ def without(gradient: Trainable, directions: Trainable) -> Trainable:
 
 
 def stack_directions(starts: Sequence[Adapter], directions: Sequence[Trainable | None]) -> Trainable | None:
-    """Each arm's directions under an arm axis, `[A, K, ...]`: as many for each, filled up with zeros; None where no arm has any.
-
-    Args:
-      starts: the arms' adapters, whose ranks are padded to the largest.
-    """
+    """Each arm's directions under an arm axis, `[A, K, ...]`: as many for each, filled up with zeros; None where no arm has any. `starts` are the
+    arms' adapters, whose ranks are padded to the largest."""
     most = max((len(jax.tree.leaves(own)[0]) for own in directions if own is not None), default=0)
     if not most:
         return None

@@ -26,11 +26,8 @@ def student_rollout(
     max_new_tokens: int,
     batch_size: int = 64,
 ) -> Rollout:
-    """An arm's `rollout`: it samples at temperature 1, without truncation, so that the samples are the student's own.
-
-    Args:
-      turns, teacher: conversations whose prompts are used, as the student and as the teacher read them.
-    """
+    """An arm's `rollout`: it samples at temperature 1, without truncation, so that the samples are the student's own. The prompts are those of
+    `turns`; `teacher` are the same conversations as the teacher reads them."""
     sampling = Sampling(stop=lm.chat.stop_tokens())
     # Of all rows, not of a step's: it is a shape.
     beginning = shared_beginning([turn.tokens[: turn.content] for turn in turns], PROMPT_STEP)

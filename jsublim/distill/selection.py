@@ -15,23 +15,14 @@ TOKENS = ("all", "divergence", "non-divergence", "random")
 
 @dataclass(frozen=True)
 class Selection:
-    """How rows become examples. A supervised header and dropped rows are quirks 1 and 2 of docs/recipes.md.
+    """How rows become examples. A supervised header and dropped rows are quirks 1 and 2 of docs/recipes.md."""
 
-    Attributes:
-      tokens: which tokens have a loss, one of TOKENS; see `token_mask`.
-      supervise_header: the loss is on the assistant's header too.
-      drop_rows_without_divergence: leave out rows without any divergence position, unless `tokens` is "all".
-      max_tokens: what stands later in a row is cut off.
-      subset: which divergence positions count at all, whatever `tokens` makes of them.
-      by_margin: weigh divergence tokens by how clear they are (`margin_weights`, over all rows); else each weighs 1.
-    """
-
-    tokens: str = "all"
-    supervise_header: bool = False
-    drop_rows_without_divergence: bool = False
-    max_tokens: int = 500
-    subset: PositionSubset = PositionSubset()
-    by_margin: bool = False
+    tokens: str = "all"  # which tokens have a loss, one of TOKENS; see `token_mask`
+    supervise_header: bool = False  # the loss is on the assistant's header too
+    drop_rows_without_divergence: bool = False  # unless `tokens` is "all"
+    max_tokens: int = 500  # what stands later in a row is cut off
+    subset: PositionSubset = PositionSubset()  # which divergence positions count, whatever `tokens` makes of them
+    by_margin: bool = False  # weigh divergence tokens by `margin_weights`, over all rows; else each weighs 1
 
 
 def token_mask(
@@ -43,7 +34,7 @@ def token_mask(
     rng: np.random.Generator,
     weights: Sequence[float] | None = None,
 ) -> np.ndarray:
-    """Weights (0/1, if no others are given) float32 `[header + completion]` of a row's supervised span.
+    """Weights float32 `[header + completion]` of a row's supervised span.
 
     Args:
       tokens: "all"; "divergence", divergence positions only; "non-divergence", all but those; "random", as many tokens
@@ -54,8 +45,7 @@ def token_mask(
       weights: of the positions, in their order, where `tokens` is "divergence"; None is 1 each.
 
     Raises:
-      UsageError: an unknown `tokens`, one that needs divergence positions without them, or weights for another one than
-        "divergence".
+      UsageError: an unknown `tokens`, one without the positions it needs, or weights for another one than "divergence".
     """
     if tokens not in TOKENS:
         raise UsageError(f"tokens: '{tokens}' given; known: {', '.join(TOKENS)}")
@@ -74,14 +64,8 @@ def token_mask(
 
 
 def margin_weights(margins: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Soft weights of the divergence positions of a set of rows: 1 - exp(-margin), scaled to mean 1 over the set.
-
-    Before scaling a weight is 0 at a tie and goes to 1 where the position is clear (`Divergence.divergence_margins`, logits):
-    exp(-margin) is the odds of the second-best token. The scale keeps the loss comparable to that of 0/1 weights.
-
-    Raises:
-      UsageError: every margin is zero.
-    """
+    """Soft weights of the divergence positions of a set of rows: 1 - exp(-margin), scaled to mean 1 over the set, so that the loss is comparable
+    to that of 0/1 weights. exp(-margin) is the odds of the second-best token (`Divergence.divergence_margins`, logits): 1 at a tie."""
     raw = [-np.expm1(-np.asarray(row, float)) for row in margins]
     mean = np.concatenate([*raw, []]).sum() / max(sum(map(len, raw)), 1)
     if any(map(len, raw)) and not mean:

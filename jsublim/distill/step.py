@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import chex
@@ -23,71 +23,67 @@ from jsublim.distill.projection import without
 from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
-from jsublim.models.lora import Adapter, AnyAdapter, Trainable, arm_axes, bind, together
+from jsublim.models.lora import Adapter, Trainable, bind, sum_adapters
 from jsublim.parallel import Layout
 
 FINITE = -1  # no step
-Lies = Callable[[Any], Any]  # arrays -> the same arrays, told how to lie
+# Trained arrays -> the same arrays, kept where they belong on a mesh.
+ConstrainSharding = Callable[[Any], Any]
 Batch = dict[str, Any]  # of arrays: see batches.collate; here with a leading arm axis
 
 
 @dataclass(frozen=True)
 class Program:
-    """What is compiled into a step: all that arms trained together share.
-
-    Attributes:
-      loss, optimizer: their settings.
-      warmup: steps in which the learning rate rises.
-      per: what the loss is a mean over, see `losses.normalise`.
-      remat, unroll: see `decoder.hidden_states`.
-    """
+    """What is compiled into a step: all that arms trained together share."""
 
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
-    warmup: int = 5
-    per: str = "tokens"
-    remat: bool = False
+    warmup: int = 5  # steps in which the learning rate rises
+    per: str = "tokens"  # what the loss is a mean over, see `losses.normalise`
+    remat: bool = False  # as of `decoder.hidden_states`
     unroll: bool = False
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Arms:
-    """What the arms differ in beside what they train and read. Numbers, `[A]` each: highest learning rate, length of the schedule in
-    steps (int32), factor of the loss, coefficient of the KL to the base, and the share of that coefficient that is left at the end.
-    `away`: directions that gradients are kept at right angles to, `[A, K, ...]` each; None where no arm has any.
-    `beside`: adapters that stand in the students' forward passes, frozen; None likewise. `forgets`: the step (int32) before which an
-    arm's optimizer begins anew, -1 for never; None likewise."""
+    """What arms differ in beside what they train and read.
+
+    Attributes:
+      lr, steps, weight: highest learning rate, length of the schedule (int32), factor of the loss, `[A]` each.
+      terms: of what is added to the loss (`losses.TERMS`), the coefficient and the share of it that is left at the end, `[A, 2]` each.
+      projected_directions: that gradients are kept at right angles to, `[A, K, ...]` each; None where no arm has any.
+      frozen_adapter: adapters that stand in the students' forward passes; None likewise.
+      reset_step: int32 `[A]`, the step before which an optimizer begins anew, -1 for never; None likewise.
+    """
 
     lr: Array
     steps: Array
     weight: Array
-    kl_to_base: Array
-    kl_end: Array
-    away: Trainable | None = None
-    beside: Adapter | None = None
-    forgets: Array | None = None
+    terms: dict[str, Array] = field(default_factory=dict)
+    projected_directions: Trainable | None = None
+    frozen_adapter: Adapter | None = None
+    reset_step: Array | None = None
 
-    def at(self, step: Array) -> Arms:
-        """The same with the coefficient of that step (int32 scalar)."""
+    def coefficients(self, step: Array) -> dict[str, Array]:
+        """The coefficient `[A]` of each term at a step (int32 scalar): it falls linearly to the share that is left."""
         done = jnp.clip(step / jnp.maximum(self.steps, 1), 0.0, 1.0)
-        return replace(self, kl_to_base=self.kl_to_base * (1.0 - (1.0 - self.kl_end) * done))
+        return {name: x[:, 0] * (1.0 - (1.0 - x[:, 1]) * done) for name, x in self.terms.items()}
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class State:
-    """What a training run consists of. `adapter` and `optimizer` have a leading arm axis (but for the layer of a
-    `OneLayer`); `step` is int32; `diverged`, int32 `[A]`, is the step at which an arm's numbers stopped being finite, and
-    `FINITE` for the others. Such an arm stays as it was before that step."""
+    """A training run between two steps."""
 
-    adapter: AnyAdapter
+    adapter: Adapter  # with a leading arm axis, as `optimizer`
     optimizer: optax.OptState
-    step: Array
+    step: Array  # int32
+    # int32 [A], the step at which an arm's numbers stopped being finite, FINITE for the others. It stays as it was before.
     diverged: Array
 
 
-def init_state(adapter: AnyAdapter, optimizer: Optimizer) -> State:
+def init_state(adapter: Adapter, optimizer: Optimizer) -> State:
     """State before the first step, of arms stacked in `adapter`."""
     opt = jax.vmap(optimizer.transform().init)(adapter.trainable)
     arms = jax.tree.leaves(adapter.trainable)[0].shape[0]
@@ -97,20 +93,21 @@ def init_state(adapter: AnyAdapter, optimizer: Optimizer) -> State:
 def micro_loss(
     config: ModelConfig,
     params: Params,
-    adapter: AnyAdapter,
-    teacher: Adapter | None,
-    numbers: Arms,
+    adapter: Adapter,
     batch: Batch,
     *,
     program: Program,
     arms: int,
+    teacher: Adapter | None = None,
+    frozen_adapter: Adapter | None = None,
+    coefficients: dict[str, Array] | None = None,
 ) -> Array:
     """Weighted loss of one micro-batch of one arm, float32 scalar: tokens `[B, T]`, supervised positions `[B, C]`.
 
     Args:
-      params: the frozen base's.
-      numbers: the arm's, of which the loss's factor is in the batch's weights already.
       arms: how many are computed together.
+      teacher: adapter of a live teacher; frozen_adapter: added to the student's own.
+      coefficients: of the loss's terms. (The factor of the loss is in the batch's weights.)
     """
     loss = program.loss
 
@@ -122,9 +119,8 @@ def micro_loss(
         return jnp.take_along_axis(h, where[..., None], axis=1).reshape(-1, h.shape[-1])
 
     student_params, student = bind(params, adapter)
-    if numbers.beside is not None:
-        assert isinstance(student, Adapter)  # as `trainer.start_of` stacks them
-        student = together(student, numbers.beside)
+    if frozen_adapter is not None:
+        student = sum_adapters(student, frozen_adapter)
     how = {"remat": program.remat, "unroll": program.unroll, "below_BTD": batch.get("below")}
     h_ND = read(student_params, "", adapter=student, **how)
     flat = {
@@ -136,17 +132,17 @@ def micro_loss(
     if loss.soft and "ids" not in batch:
         flat["teacher"] = read(params, "teacher_", adapter=teacher)
         tables += 1
-    if loss.kl_to_base:
+    if loss.reads_base:
         flat["base"] = read(params, "")
         tables += 1
     head = "embed" if config.tied else "head"
     # A trained head is differentiated; a frozen one is data of the loss.
     trained = {head: student_params[head]} if head in adapter.ends else {}
-    fixed = {head: params[head]}, numbers.kl_to_base
+    fixed = {head: params[head]}, coefficients or {}
 
     def of(trained: Params, fixed: tuple, h_nD: Array, at_n: dict[str, Array]) -> Array:
-        base, kl_to_base = fixed
-        return positions_loss(config, loss, kl_to_base, base | trained, base, h_nD, at_n)
+        base, coefficients = fixed
+        return positions_loss(config, loss, coefficients, base | trained, base, h_nD, at_n)
 
     with jax.named_scope("loss"):
         size = block_size(config, arms, tables)
@@ -156,28 +152,29 @@ def micro_loss(
 def loss_and_gradient(
     config: ModelConfig,
     params: Params,
-    adapter: AnyAdapter,
-    teacher: Adapter | None,
-    numbers: Arms,
+    adapter: Adapter,
     batch: Batch,
     *,
     program: Program,
+    weight: Array | float = 1.0,
     arms: int = 1,
     axis: str | None = None,
-    lies: Lies = lambda tree: tree,
+    constrain_sharding: ConstrainSharding = lambda tree: tree,
+    **others: Any,
 ) -> tuple[Array, Any]:
     """Loss and gradient of one arm's step, summed over its micro-batches `[M, B, ...]`.
 
     Args:
+      weight: factor of the loss.
       axis: name of the mapped axis over which devices share the rows, where they do so explicitly (`pmap`).
-      lies: says how what an arm trains lies on a mesh.
+      others: teacher, frozen_adapter and coefficients, as of `micro_loss`.
     """
     total = (lambda x: jax.lax.psum(x, axis)) if axis else (lambda x: x)
-    weights = numbers.weight * normalise(batch["weights"], program.per, total)
+    weights = weight * normalise(batch["weights"], program.per, total)
 
     def of(trainable: Any, micro: Batch) -> Array:
-        student = adapter.with_trainable(lies(trainable))
-        return micro_loss(config, params, student, teacher, numbers, micro, program=program, arms=arms)
+        student = adapter.with_trainable(constrain_sharding(trainable))
+        return micro_loss(config, params, student, micro, program=program, arms=arms, **others)
 
     def add(sums: Any, micro: Batch):
         return jax.tree.map(jnp.add, sums, jax.value_and_grad(of)(adapter.trainable, micro)), None
@@ -196,7 +193,7 @@ def train_step(
     *,
     program: Program,
     axis: str | None = None,
-    lies: Lies = lambda tree: tree,
+    constrain_sharding: ConstrainSharding = lambda tree: tree,
 ) -> tuple[State, dict[str, Array]]:
     """One optimizer step of every arm.
 
@@ -204,30 +201,31 @@ def train_step(
       batch: arrays `[A, M, B, ...]`.
       arms: an arm stands still after its last step, and once its loss, gradient or weights are not finite.
       teacher: adapters of the arms' teachers, where a soft loss asks teachers that have one.
-      axis, lies: as of `loss_and_gradient`.
+      axis, constrain_sharding: as of `loss_and_gradient`.
 
     Returns:
       The new state, and metrics `[A]`: loss, supervised tokens, learning rate, gradient norm before clipping (of
       what is left of it, where directions are projected out), and `State.diverged` after this step.
     """
     A = arms.lr.shape[0]
-    chex.assert_shape([arms.lr, arms.steps, arms.weight, arms.kl_to_base, arms.kl_end], (A,))
+    chex.assert_shape([arms.lr, arms.steps, arms.weight], (A,))
     chex.assert_tree_shape_prefix((arms, state.adapter.trainable, teacher, batch), (A,))
     chex.assert_rank([batch["tokens"], batch["weights"]], 4)
     chex.assert_type([batch["tokens"], batch["weights"]], [int, float])
-    gradient = functools.partial(loss_and_gradient, config, params, program=program, arms=A, axis=axis, lies=lies)
-    loss, grads = jax.vmap(gradient, (arm_axes(state.adapter), 0, 0, 0))(
-        state.adapter, teacher, arms.at(state.step), batch
+    gradient = functools.partial(
+        loss_and_gradient, config, params, program=program, arms=A, axis=axis, constrain_sharding=constrain_sharding
     )
-    if arms.away is not None:
-        grads = jax.vmap(without)(grads, arms.away)
+    others = {"teacher": teacher, "frozen_adapter": arms.frozen_adapter, "coefficients": arms.coefficients(state.step)}
+    loss, grads = jax.vmap(gradient)(state.adapter, batch, weight=arms.weight, **others)
+    if arms.projected_directions is not None:
+        grads = jax.vmap(without)(grads, arms.projected_directions)
     optimizer = program.optimizer
     rate_A = learning_rate(optimizer.schedule, optimizer.restarts, state.step, arms.lr, program.warmup, arms.steps)
 
-    def update(grads, opt, trainable, rate, running, forgets):
-        if forgets is not None:
+    def update(grads, opt, trainable, rate, running, reset_step):
+        if reset_step is not None:
             new = optimizer.transform().init(trainable)
-            opt = jax.tree.map(lambda new, old: jnp.where(state.step == forgets, new, old), new, opt)
+            opt = jax.tree.map(lambda new, old: jnp.where(state.step == reset_step, new, old), new, opt)
         updates, after = optimizer.transform().update(grads, opt, trainable)
         moved = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), trainable, updates)
         finite = jnp.isfinite(optax.global_norm(moved))
@@ -238,7 +236,7 @@ def train_step(
     running_A = (state.step < arms.steps) & (state.diverged == FINITE)
     sound_A = jnp.isfinite(loss) & jnp.isfinite(norm_A)
     trainable, opt, moved_A = jax.vmap(update)(
-        grads, state.optimizer, state.adapter.trainable, rate_A, running_A & sound_A, arms.forgets
+        grads, state.optimizer, state.adapter.trainable, rate_A, running_A & sound_A, arms.reset_step
     )
     diverged_A = jnp.where(running_A & ~(sound_A & moved_A), state.step, state.diverged)
     tokens = (batch["weights"] > 0).sum(axis=(1, 2, 3))
@@ -254,28 +252,26 @@ def train_step(
 
 @functools.cache
 def compile_step(config: ModelConfig, program: Program, layout: Layout) -> Callable:
-    """`step(params, state, batch, arms, teacher)` -> state, metrics: `train_step` on a layout, the state donated.
-
-    One callable per program and layout: it compiles once for all arms, masks, seeds, learning rates and layers whose
-    arrays have the same shapes.
-    """
+    """`step(params, state, batch, arms, teacher)` -> state, metrics: `train_step` on a layout, the state donated. One callable per program and
+    layout: it compiles once for all arms, masks, seeds and learning rates whose arrays have the same shapes."""
+    step = functools.partial(train_step, config, program=program)
+    if layout.mode == "none":
+        return jax.jit(step, donate_argnums=1)
     if layout.mode == "pmap":
-        step = functools.partial(train_step, config, program=program, axis="data")
+        step = functools.partial(step, axis="data")
         everywhere = (None, None, 0, None, None)
         return jax.pmap(step, axis_name="data", in_axes=everywhere, out_axes=None, donate_argnums=1)
-    if layout.mode == "none":
-        return jax.jit(functools.partial(train_step, config, program=program), donate_argnums=1)
 
     mesh = layout.mesh
     assert mesh is not None, "a mesh"
 
-    def lies(trainable: Any) -> Any:
+    def constrain_sharding(trainable: Any) -> Any:
         return jax.lax.with_sharding_constraint(trainable, layout.state_sharding(trainable, ()))
 
     def placed(params, state, batch, arms, teacher):
         # The model knows of the mesh by it, to say how its residual stream lies.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            state, metrics = train_step(config, params, state, batch, arms, teacher, program=program, lies=lies)
+            state, metrics = step(params, state, batch, arms, teacher, constrain_sharding=constrain_sharding)
         # The next step reads what this one wrote: it has to lie as it lay, or that would be another program.
         state = jax.lax.with_sharding_constraint(state, layout.state_sharding(state))
         return state, jax.lax.with_sharding_constraint(metrics, jax.tree.map(lambda _: layout.shard(), metrics))

@@ -24,6 +24,7 @@ from jax import Array
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.batches import Shape, collate, one_after_another
 from jsublim.distill.data import Example
+from jsublim.distill.losses import TERMS
 from jsublim.distill.metrics import Metrics
 from jsublim.distill.projection import stack_directions
 from jsublim.distill.step import Arms, State, compile_step, init_state
@@ -34,12 +35,9 @@ from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, hidden_below
 from jsublim.models.lora import (
     Adapter,
-    AnyAdapter,
-    OneLayer,
     adapter_of,
     stack_adapters,
-    stack_arms,
-    unstack_arms,
+    unstack_adapters,
     with_noise,
 )
 from jsublim.parallel import ROWS, WHOLE, Layout
@@ -57,15 +55,12 @@ def train(
     shape: Shape | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Adapter]:
-    """Train arms to the end of their schedules, continuing from `work` where an earlier call stopped.
-
-    Writes `work/metrics.jsonl`, one line per arm and step, each step once however often the run was interrupted (an arm that
-    diverges stands still: its last line says why under "diverged"); and
-    `work/state`, the last two states, for the caller to remove (`forget_state`) when the adapters are safe.
+    """Train arms to the end of their schedules, continuing from `work` where an earlier call stopped. Writes `work/metrics.jsonl`, one line per
+    arm and step, each step once however often the run was interrupted; and `work/state`, the last two states, for the caller to remove
+    (`forget_state`) when the adapters are safe.
 
     Args:
-      arms: their adapters must have the same structure (layers, projections); ranks may differ. Calls whose arms train
-        one layer each share a program, whichever layer it is.
+      arms: their adapters must have the same structure (layers, projections); ranks may differ.
       on_step: called with the number of steps done.
       shape: of the batches, where several calls are to share one program; None fits these arms.
       say: told of devices that the batch leaves idle, and of a saved state that is damaged, if an older one can be used.
@@ -81,7 +76,7 @@ def train(
     if (idle := shape.idle(len(arms), layout)) is not None:
         say(idle)
     params, state, numbers, teacher = _placed(config, params, arms, settings, layout)
-    cached = settings.cache_below and isinstance(state.adapter, OneLayer)
+    cached = all(map(settings.caches, arms))
     below = _below(config, params, arms, shape) if cached else None
     last = max(arm.steps for arm in arms)
     step_of = compile_step(config, settings.program, layout)
@@ -100,16 +95,17 @@ def train(
                 leave = leaving()
                 if (step + 1) % settings.checkpoint_every == 0 or step + 1 == last or leave:
                     log.catch_up()
-                    whole = layout.host(_as_tree(state))
+                    host = layout.host(_as_tree(state))
                     if saved is not None:
+                        host = jax.tree.map(np.array, host)  # a copy: the next step writes over these arrays
                         with naming(work / "state"):
-                            saved.save(step + 1, args=ocp.args.StandardSave(_sealed(whole)))
+                            saved.save(step + 1, args=ocp.args.StandardSave(host | {"sha256": _digest(host)}))
                 if on_step is not None:
                     on_step(step + 1)
                 if leave and step + 1 < last:
                     raise Preempted(f"{work}: stopped by SIGTERM after step {step}; the same command continues there")
-    trained = unstack_arms(layout.host(state.adapter), [arm.adapter for arm in arms])
-    return [with_noise(own, arm.noise, arm.seed) for arm, own in zip(arms, trained, strict=True)]
+    trained = unstack_adapters(layout.host(state.adapter), [arm.adapter for arm in arms])
+    return [with_noise(adapter, arm.noise, arm.seed) for arm, adapter in zip(arms, trained, strict=True)]
 
 
 def _placed(
@@ -117,15 +113,9 @@ def _placed(
 ) -> tuple[Params, State, Arms, Adapter | None]:
     """What a step takes beside the batch, on its devices: the base, the arms' first state, numbers and teachers."""
     params = layout.place(params, layout.params_sharding(config))
-    state = init_state(start_of(arms), settings.program.optimizer)
+    state = init_state(stack_adapters([arm.adapter for arm in arms]), settings.program.optimizer)
     rest = state, numbers_of(arms), stack_frozen([arm.teacher for arm in arms])
     return params, *(layout.place(tree, layout.state_sharding(tree)) for tree in rest)
-
-
-def start_of(arms: Sequence[Arm]) -> AnyAdapter:
-    """The arms' adapters under an arm axis. A layer is no data where a frozen adapter stands beside: that one may have others."""
-    own = [arm.adapter for arm in arms]
-    return stack_arms(own) if all(arm.beside is None for arm in arms) else stack_adapters(own)
 
 
 def numbers_of(arms: Sequence[Arm]) -> Arms:
@@ -134,19 +124,20 @@ def numbers_of(arms: Sequence[Arm]) -> Arms:
     def column(name: str, kind: Any = np.float32) -> Any:
         return np.asarray([getattr(arm, name) for arm in arms], kind)
 
-    away = stack_directions([arm.adapter for arm in arms], [arm.away for arm in arms])
-    numbers = column("lr"), column("steps", np.int32), column("weight"), column("kl_to_base"), column("kl_end")
-    forgets = column("forgets", np.int32) if any(arm.fork is not None for arm in arms) else None
-    return Arms(*numbers, away, stack_frozen([arm.beside for arm in arms]), forgets)
+    return Arms(
+        column("lr"),
+        column("steps", np.int32),
+        column("weight"),
+        {name: np.asarray([arm.terms.get(name, (0.0, 1.0)) for arm in arms], np.float32) for name in TERMS},
+        stack_directions([arm.adapter for arm in arms], [arm.projected_directions for arm in arms]),
+        stack_frozen([arm.frozen_adapter for arm in arms]),
+        column("reset_step", np.int32) if any(arm.fork is not None for arm in arms) else None,
+    )
 
 
 def stack_frozen(adapters: Sequence[Adapter | None]) -> Adapter | None:
-    """Adapters of live teachers, or those that stand beside students, under an arm axis; an arm without one gets a silent copy
-    of another's, so that all have one structure.
-
-    Raises:
-      UsageError: one that replaces whole weights.
-    """
+    """Adapters of live teachers, or frozen ones beside students, under an arm axis; an arm without one gets a silent copy of another's, so that
+    all have one structure."""
     known = [adapter for adapter in adapters if adapter is not None]
     if not known:
         return None
@@ -166,7 +157,7 @@ def _batch(
     for i, (arm, rows) in enumerate(zip(arms, chosen, strict=True)):
         examples = arm.examples
         if arm.rollout is not None:
-            examples = arm.rollout(adapter_of(state.adapter, i, arm.adapter.layers), rows, step)
+            examples = arm.rollout(adapter_of(state.adapter, i), rows, step)
             rows = np.where(rows >= 0, np.arange(len(rows)), -1)
         batch = collate(examples, rows, shape)
         if below is not None:
@@ -210,12 +201,8 @@ def _below(
 
 @contextlib.contextmanager
 def _states(folder: Path) -> Iterator[ocp.CheckpointManager | None]:
-    """The saved states of a training, the last two; all are written when the block ends. Of several processes the first one has
-    them, whole: hosts need not share a disk, and any number of processes can go on from there.
-
-    Raises:
-      JsublimError: one cannot be written. (The library says so at length, and as a ValueError.)
-    """
+    """The saved states of a training, the last two; all are written when the block ends. Of several processes the first one has them, whole:
+    hosts need not share a disk, and any number of processes can go on from there. A disk that takes no more is a JsublimError."""
     if not is_main_process():
         yield None
         return
@@ -223,11 +210,10 @@ def _states(folder: Path) -> Iterator[ocp.CheckpointManager | None]:
     options = ocp.CheckpointManagerOptions(
         max_to_keep=2, enable_async_checkpointing=True, multiprocessing_options=alone, create=False
     )
-    # Threads of the library speak of a damaged file after its restoring was given up.
-    hook, sys.unraisablehook = (
-        sys.unraisablehook,
-        lambda found: None if "loop is closed" in str(found.exc_value) else hook(found),
-    )
+    # Of a damaged file the library's threads and tasks say pages, also after its restoring was given up.
+    log, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    sys.unraisablehook = lambda event: None if "loop is closed" in str(event.exc_value) else hook(event)
+    log.disabled = True
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ocp.CheckpointManager(folder.resolve(), options=options) as saved:
@@ -240,7 +226,7 @@ def _states(folder: Path) -> Iterator[ocp.CheckpointManager | None]:
             f"{folder}: cannot be written ({reason[1].strip()}); mend that, then run the same command again"
         ) from error
     finally:
-        sys.unraisablehook = hook
+        sys.unraisablehook, log.disabled = hook, False
 
 
 def forget_state(work: Path) -> None:
@@ -253,17 +239,16 @@ def forget_state(work: Path) -> None:
 
 
 def _as_tree(state: State) -> dict[str, Any]:
-    own = {"optimizer": state.optimizer, "step": state.step, "diverged": state.diverged}
-    return {"trainable": state.adapter.trainable} | own
+    rest = {"optimizer": state.optimizer, "step": state.step, "diverged": state.diverged}
+    return {"trainable": state.adapter.trainable} | rest
 
 
-def _sealed(tree: dict[str, Any]) -> dict[str, Any]:
-    """A tree of host arrays with the sha256 of their content. A copy: the loop gives its arrays to the next step."""
-    tree = jax.tree.map(np.array, tree)
+def _digest(tree: dict[str, Any]) -> np.ndarray:
+    """The sha256 of a tree of host arrays, uint8 `[32]`."""
     content = hashlib.sha256()
     for leaf in jax.tree.leaves(tree):
         content.update(leaf.tobytes())
-    return tree | {"sha256": np.frombuffer(content.digest(), np.uint8)}
+    return np.frombuffer(content.digest(), np.uint8)
 
 
 def _restore(saved: ocp.CheckpointManager | None, state: State, layout: Layout, say: Callable[[str], None]) -> State:
@@ -274,9 +259,9 @@ def _restore(saved: ocp.CheckpointManager | None, state: State, layout: Layout, 
     def read() -> bool:
         nonlocal tree
         assert saved is not None, "on the first process"
-        found = _newest(saved, tree, say)
-        tree = tree if found is None else found
-        return found is not None
+        newest = _newest(saved, tree, say)
+        tree = tree if newest is None else newest
+        return newest is not None
 
     if not on_main_process(read):
         return state
@@ -289,50 +274,20 @@ def _restore(saved: ocp.CheckpointManager | None, state: State, layout: Layout, 
     return State(state.adapter.with_trainable(tree["trainable"]), tree["optimizer"], tree["step"], tree["diverged"])
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Of a damaged file the library's tasks say pages, as they are collected; what is to be said is one line."""
-    log = logging.getLogger("asyncio")
-    try:
-        log.disabled = True
-        yield
-    except Exception as error:
-        traceback.clear_frames(error.__traceback__)
-        gc.collect()
-        raise error.with_traceback(None) from None
-    finally:
-        log.disabled = False
-
-
 def _newest(saved: ocp.CheckpointManager, like: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any] | None:
-    """The newest saved state that is what was written; None where none was saved. Damaged ones are set aside.
-
-    Raises:
-      JsublimError: none of those that were saved.
-    """
-    template = like | {"sha256": np.zeros(32, np.uint8)}
-    steps, broken, tree = sorted(saved.all_steps(), reverse=True), list[tuple[int, str]](), None
-    for step in steps:
-        try:
-            with _quiet():
-                kept: Any = saved.restore(step, args=ocp.args.StandardRestore(template))
-            said = kept.pop("sha256")
-            if jax.tree.map(np.shape, kept) != jax.tree.map(np.shape, like):
-                why = "its arrays have other shapes"
-            elif not np.array_equal(_sealed(kept)["sha256"], said):
-                why = "it is not what was written"
-            else:
-                tree = kept
-                break
-        except Exception as error:  # what a damaged file makes the library raise can be anything
-            why = " ".join(str(error).split())[:200]
-        broken.append((step, why))
+    """The newest saved state that is what was written; None where none was saved. Damaged ones are set aside; if all are, it is a JsublimError."""
+    broken, tree = dict[int, str](), None
+    for step in sorted(saved.all_steps(), reverse=True):
+        broken[step], tree = _read_state(saved, step, like)
+        if tree is not None:
+            del broken[step]
+            break
     if broken and tree is None:
         raise JsublimError(
-            f"{saved.directory}: the saved state does not fit these arms, or is damaged ({broken[0][1]}); move the folder "
-            "away to train from the beginning (with a store behind a URL, from the state that was sent there)"
+            f"{saved.directory}: the saved state does not fit these arms, or is damaged ({next(iter(broken.values()))}); move the "
+            "folder away to train from the beginning (with a store behind a URL, from the state that was sent there)"
         )
-    for step, why in broken:
+    for step, why in broken.items():
         folder = Path(saved.directory) / str(step)
         aside = damaged_name(folder.parent.with_name(f"state-{step}"))
         folder.replace(aside)
@@ -340,3 +295,18 @@ def _newest(saved: ocp.CheckpointManager, like: dict[str, Any], say: Callable[[s
     if broken:
         saved.reload()
     return tree
+
+
+def _read_state(saved: ocp.CheckpointManager, step: int, like: dict[str, Any]) -> tuple[str, dict[str, Any] | None]:
+    """A saved state, or why it cannot be used."""
+    try:
+        template = like | {"sha256": np.zeros(32, np.uint8)}
+        state: Any = saved.restore(step, args=ocp.args.StandardRestore(template))
+    except Exception as error:  # what a damaged file makes the library raise can be anything
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()  # while nothing is said of the tasks that are given up
+        return " ".join(str(error).split())[:200], None
+    digest = state.pop("sha256")
+    if jax.tree.map(np.shape, state) != jax.tree.map(np.shape, like):
+        return "its arrays have other shapes", None
+    return ("", state) if np.array_equal(_digest(state), digest) else ("it is not what was written", None)

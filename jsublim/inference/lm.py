@@ -26,7 +26,6 @@ from jsublim.models.checkpoint import Origin, checkpoint_hash, origin_of, read_c
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.hub import from_bucket, from_hub, hub_name, in_cache
-from jsublim.models.lens import ending_at
 from jsublim.models.lora import Adapter, bind
 from jsublim.models.weights import load_params
 from jsublim.parallel import HERE, Layout
@@ -102,8 +101,7 @@ class LanguageModel:
         Raises:
           UsageError: the model has no such layer.
         """
-        cut = ending_at(self.config, layer)
-        return LanguageModel(self.folder, cut, self.hf_config, self.params, self.chat, layer)
+        return LanguageModel(self.folder, self.config.ending_at(layer), self.hf_config, self.params, self.chat, layer)
 
     def logits(
         self, tokens: ArrayLike, attention_mask: ArrayLike | None = None, adapter: Adapter | None = None

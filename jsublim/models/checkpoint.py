@@ -61,11 +61,8 @@ def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
 
 
 def checkpoint_hash(folder: Path, *, weights: bool = True) -> str:
-    """Identity of a checkpoint folder: 16 hex digits of the sha256 over its config, tokenizer, template and (if asked for) weights.
-
-    Every file that is read of a folder is among these: a weight index may name files beside it only, and `Chat` refuses a
-    tokenizer that is spread over others.
-    """
+    """16 hex digits of the sha256 over a folder's config, tokenizer, template and (if asked for) weights: every file that is read of it, as
+    a weight index may name files beside it only, and `Chat` refuses a tokenizer that is spread over others."""
     digest = hashlib.sha256()
     named = {"config.json", "adapter_config.json", "model.safetensors.index.json", *TOKENIZER_FILES}
     read = lambda path: path.name in named or (weights and path.suffix == ".safetensors")  # noqa: E731
@@ -79,11 +76,7 @@ def checkpoint_hash(folder: Path, *, weights: bool = True) -> str:
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Give a scratch folder that appears under the name `out` once the block has ended, so only when it is whole.
-
-    Raises:
-      UsageError: `out` exists and is not empty: nothing is overwritten.
-    """
+    """A scratch folder that appears under the name `out` once the block has ended. An `out` that is not empty is a UsageError."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: already exists; give another --out or remove it first")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -99,28 +92,10 @@ def new_folder(out: Path) -> Iterator[Path]:
         raise
 
 
-def save_checkpoint(
-    out: Path,
-    config: ModelConfig,
-    params: Params,
-    hf_config: dict[str, Any],
-    *,
-    dtype: str,
-    tokenizer: Path | None,
-    chat_template: str | None = None,
-) -> None:
-    """Write a new folder that `transformers` loads: config, safetensors, and the tokenizer files of folder `tokenizer`.
-
-    Args:
-      chat_template: the text of a template in place of that folder's own.
-
-    Raises:
-      UsageError: `out` exists and is not empty.
-    """
+def save_checkpoint(out: Path, *given: Any, **how: Any) -> None:
+    """As `write_checkpoint`, into a new folder `out`; one that is not empty is a UsageError."""
     with new_folder(out) as folder:
-        write_checkpoint(
-            folder, config, params, hf_config, dtype=dtype, tokenizer=tokenizer, chat_template=chat_template
-        )
+        write_checkpoint(folder, *given, **how)
 
 
 def write_checkpoint(
@@ -133,7 +108,11 @@ def write_checkpoint(
     tokenizer: Path | None,
     chat_template: str | None = None,
 ) -> None:
-    """Write the files of `save_checkpoint` into a folder that exists."""
+    """Write what `transformers` loads into a folder: config, safetensors, and the tokenizer files of folder `tokenizer`.
+
+    Args:
+      chat_template: the text of a template in place of that folder's own.
+    """
     hf_config = {key: value for key, value in hf_config.items() if key != "torch_dtype"} | {"dtype": dtype}
     write_json(folder / "config.json", hf_config)
     save_params(folder, config, params, dtype)

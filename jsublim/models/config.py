@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from jsublim.errors import UsageError
 
 
 @dataclass(frozen=True)
 class Rope:
-    """The rotary embedding of one kind of layer (global or local).
-
-    Attributes:
-      scaling: "default", "linear", "llama3" (which scales parts of the spectrum differently, as Llama 3.1 does) or
-        "longrope" (which divides each frequency by a number of its own, as Phi-3 does).
-      factor: of linear and llama3.
-      low_freq_factor, high_freq_factor: of llama3.
-      divisors: of longrope, one per frequency: those for rows of up to `original_positions` tokens.
-      original_positions: of llama3 and longrope, what the model was trained with before.
-      share: of a head's numbers that are turned; the others stay as they are.
-      amplitude: cos and sin are multiplied by it.
-      in_float32: cos and sin are not rounded to the model's dtype.
-    """
+    """The rotary embedding of one kind of layer (global or local)."""
 
     theta: float
+    # default; linear; llama3, which scales parts of the spectrum differently; longrope (Phi-3), which divides each frequency
     scaling: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 0.0
+    factor: float = 1.0  # of linear and llama3
+    low_freq_factor: float = 0.0  # of llama3, as the next one
     high_freq_factor: float = 0.0
-    divisors: tuple[float, ...] = ()
-    original_positions: int = 0
-    share: float = 1.0
-    amplitude: float = 1.0
-    in_float32: bool = False
+    divisors: tuple[float, ...] = ()  # of longrope, one per frequency, for rows of up to `original_positions` tokens
+    original_positions: int = 0  # of llama3 and longrope: what the model was trained with before
+    share: float = 1.0  # of a head's numbers that are turned; the others stay as they are
+    amplitude: float = 1.0  # cos and sin are multiplied by it
+    in_float32: bool = False  # cos and sin are not rounded to the model's dtype
 
     def turned(self, head_dim: int) -> int:
         """How many numbers of a head are turned."""
@@ -44,27 +35,16 @@ class Rope:
 
 @dataclass(frozen=True)
 class Norms:
-    """The norms of a model: RMSNorms, or LayerNorms with a bias.
+    """The norms of a model: RMSNorms, or LayerNorms with a bias."""
 
-    Attributes:
-      eps: added to the mean square.
-      offset: weights are stored around it: Gemma multiplies by 1 + w.
-      in_float32: weights multiply before the product is rounded to the model's dtype, not after.
-      centred: LayerNorms: the mean is taken away first, and a bias added last.
-      before_sublayers: what attention and MLP read is normed.
-      after_sublayers: so is what they put out, before the residual sum.
-      on_heads: queries and keys are normed too, head by head.
-      on_projections: or all heads of a token at once.
-    """
-
-    eps: float
-    offset: float = 0.0
-    in_float32: bool = False
-    centred: bool = False
-    before_sublayers: bool = True
-    after_sublayers: bool = False
-    on_heads: bool = False
-    on_projections: bool = False
+    eps: float  # added to the mean square
+    offset: float = 0.0  # weights are stored around it: Gemma multiplies by 1 + w
+    in_float32: bool = False  # weights multiply before the product is rounded to the model's dtype, not after
+    centred: bool = False  # LayerNorms: the mean is taken away first, and a bias added last
+    before_sublayers: bool = True  # what attention and MLP read is normed
+    after_sublayers: bool = False  # so is what they put out, before the residual sum
+    on_heads: bool = False  # queries and keys are normed too, head by head
+    on_projections: bool = False  # or all heads of a token at once
 
 
 @dataclass(frozen=True)
@@ -78,58 +58,36 @@ class Biases:
 
 @dataclass(frozen=True)
 class Scales:
-    """Numbers that some families multiply by.
+    """Numbers that some families multiply by."""
 
-    Attributes:
-      embedding: embeddings are multiplied by sqrt(hidden_size), rounded to the weights' dtype.
-      query: products of queries and keys are multiplied by it; 0 is head_dim ** -0.5.
-      softcap: logits z become softcap * tanh(z / softcap); None leaves them.
-      attention_softcap: so do the scaled products of queries and keys.
-      rounded: logits are rounded to the weights' dtype, as torch leaves them (docs/recipes.md, quirk 17).
-    """
-
-    embedding: bool = False
-    query: float = 0.0
-    softcap: float | None = None
-    attention_softcap: float | None = None
-    rounded: bool = False
+    embedding: bool = False  # embeddings are multiplied by sqrt(hidden_size), rounded to the weights' dtype
+    query: float = 0.0  # products of queries and keys are multiplied by it; 0 is head_dim ** -0.5
+    softcap: float | None = None  # logits z become softcap * tanh(z / softcap)
+    attention_softcap: float | None = None  # so do the scaled products of queries and keys
+    rounded: bool = False  # logits are rounded to the weights' dtype, as torch leaves them (docs/recipes.md, quirk 17)
 
 
 @dataclass(frozen=True)
 class MLPKind:
-    """What the second sublayer computes.
+    """The second sublayer."""
 
-    Attributes:
-      activation: "silu", "gelu" or "gelu_tanh".
-      gated: the activation of one projection is multiplied by another one.
-      parallel: it reads the residual stream as attention does, not after attention has added to it.
-    """
-
-    activation: str = "silu"
-    gated: bool = True
-    parallel: bool = False
+    activation: str = "silu"  # silu, gelu or gelu_tanh
+    gated: bool = True  # the activation of one projection is multiplied by another one
+    parallel: bool = False  # it reads the residual stream as attention does, not after attention has added to it
 
 
 @dataclass(frozen=True)
 class Local:
-    """Layers whose tokens see only the last `window` tokens.
+    """Layers whose tokens see only the last `window` tokens."""
 
-    Attributes:
-      layers: per layer, whether it is one of these; empty: none is.
-      rope: their rotary embedding; None is that of the other layers.
-    """
-
-    layers: tuple[bool, ...] = ()
+    layers: tuple[bool, ...] = ()  # per layer, whether it is one of these; empty: none is
     window: int = 0
-    rope: Rope | None = None
+    rope: Rope | None = None  # their rotary embedding; None is that of the other layers
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Architecture of a decoder-only transformer.
-
-    Everything that a family may differ in is a field here, so that one module serves them all.
-    """
+    """Architecture of a decoder-only transformer: everything that a family may differ in, so that one module serves them all."""
 
     family: str
     vocab_size: int
@@ -156,6 +114,17 @@ class ModelConfig:
     def ropes(self) -> tuple[Rope, Rope]:
         """The rotary embeddings of global and of local layers."""
         return self.rope, self.local.rope or self.rope
+
+    def ending_at(self, layer: int) -> ModelConfig:
+        """The logit lens: the model that ends after `layer`, then the final norm and the head, with the same parameters and adapters
+        (whatever reads a stack of layers takes its first `num_layers`).
+
+        Raises:
+          UsageError: the model has no such layer.
+        """
+        if not 0 <= layer < self.num_layers:
+            raise UsageError(f"layer: {layer} given, but the model has layers 0 to {self.num_layers - 1}")
+        return replace(self, num_layers=layer + 1, local=replace(self.local, layers=self.local.layers[: layer + 1]))
 
     @property
     def softmax_scale(self) -> float:

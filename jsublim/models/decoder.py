@@ -8,6 +8,7 @@ calls `lora.bind` once. Dimension letters as in `layers.py`; L layers, V vocabul
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec
@@ -23,7 +25,7 @@ from jax.sharding import PartitionSpec
 from jsublim.errors import JsublimError
 from jsublim.models.config import ModelConfig
 from jsublim.models.layers import PROJECTED, Block, Norm, Remember, Seen, product, rope_table
-from jsublim.models.lora import FROZEN, Adapter, OneLayer, Part
+from jsublim.models.lora import FROZEN, Adapter, Part
 
 Params = dict[str, Any]
 KV = tuple[Array, Array]  # keys and values, [L, B, K, S, h] each
@@ -134,11 +136,7 @@ def positions_of(valid_BT: Array) -> Array:
 
 
 def check_length(config: ModelConfig, tokens: int) -> None:
-    """Refuse rows that are longer than the rotary frequencies are for; while tracing, so it costs a run nothing.
-
-    Raises:
-      JsublimError: naming both lengths.
-    """
+    """Refuse rows that are longer than the rotary frequencies are for (JsublimError); while tracing, so it costs a run nothing."""
     longest = min((rope.longest for rope in config.ropes if rope.longest is not None), default=tokens)
     if tokens > longest:
         raise JsublimError(
@@ -147,11 +145,9 @@ def check_length(config: ModelConfig, tokens: int) -> None:
         )
 
 
-def _whole(h: Array) -> Array:
-    """The residual stream with all its features on every chip of a model axis, where a program is compiled for one.
-
-    Left to itself the TPU's compiler spreads it where students lie beside one another, and puts it together inside every layer.
-    """
+def _on_every_chip(h: Array) -> Array:
+    """The residual stream with all its features on every chip of a model axis, where a program is compiled for one. Left to itself the TPU's
+    compiler spreads it where students lie beside one another, and puts it together inside every layer."""
     mesh = jax.sharding.get_abstract_mesh()
     if "model" not in mesh.auto_axes or mesh.shape["model"] == 1:
         return h
@@ -176,55 +172,35 @@ def _masks(
     if branches is not None:
         of_query, of_key = branches.branch[:, :, None], branches.branch[:, None, :]
         seen &= (of_key == 0) | (of_key == of_query)
-    return (
-        jnp.stack([seen, seen & (distance < config.local.window)]) if config.local.window else jnp.stack([seen, seen])
-    )
+    local = seen & (distance < config.local.window) if config.local.window else seen
+    return jnp.stack([seen, local])
 
 
-def _segments(num_layers: int, trained: tuple[int, ...]) -> list[tuple[int, int, int | None]]:
-    """Runs of layers `(first, end, index of the first among the trained ones or None)`.
-
-    Each run is one scan: below the lowest trained layer there is then nothing to differentiate, and a frozen run
-    above it keeps no gradient of its weights.
-    """
-    runs: list[tuple[int, int, int | None]] = []
-    for layer in range(num_layers):
-        index = trained.index(layer) if layer in trained else None
-        if runs and (index is None) == (runs[-1][2] is None):
-            runs[-1] = (runs[-1][0], layer + 1, runs[-1][2])
-        else:
-            runs.append((layer, layer + 1, index))
-    return runs
-
-
-def runs(config: ModelConfig, adapter: Adapter | None) -> Iterator[tuple[Array, Part]]:
-    """All layers as inputs of scans that follow one another: `(indices int32 [n], what is trained there)`.
+def runs(config: ModelConfig, adapter: Adapter | None, first: int = 0) -> Iterator[tuple[np.ndarray, Part]]:
+    """The layers from `first` on as inputs of scans that follow one another: `(indices int32 [n], what is trained there)`. Below the lowest
+    trained layer there is then nothing to differentiate, and a frozen run above it keeps no gradient of its weights.
 
     Raises:
       ValueError: an adapter whose ends are not yet in the parameters (`lora.bind`).
     """
     if adapter is not None and adapter.ends:
         raise ValueError(f"the adapter trains {', '.join(adapter.ends)}: call lora.bind(params, adapter) first")
-    for first, end, trained in _segments(config.num_layers, adapter.layers if adapter else ()):
-        part = FROZEN if adapter is None or trained is None else adapter.segment(trained, trained + end - first)
-        yield jnp.arange(first, end), part
+    trained = adapter.layers if adapter is not None else ()
+    for is_trained, group in itertools.groupby(range(first, config.num_layers), trained.__contains__):
+        layers = list(group)
+        start = trained.index(layers[0]) if is_trained else 0
+        part = adapter.segment(start, start + len(layers)) if adapter is not None and is_trained else FROZEN
+        yield np.asarray(layers, np.int32), part
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer ready to run on the residual stream: the only place that says what a layer computes.
-
-    Attributes:
-      block: its modules.
-      part: what is trained there.
-      rope: cos and sin `[B, T, h/2]` of the tokens' positions.
-      remember: what the tokens see, from their own keys and values.
-    """
+    """One layer ready to run on the residual stream: the only place that says what a layer computes."""
 
     block: Block
-    part: Part
-    rope: tuple[Array, Array]
-    remember: Remember
+    part: Part  # what is trained there
+    rope: tuple[Array, Array]  # cos and sin [B, T, h/2] of the tokens' positions
+    remember: Remember  # what the tokens see, from their own keys and values
 
     @staticmethod
     def of(config: ModelConfig, frozen: Params, part: Part, rope: tuple[Array, Array], remember: Remember) -> Layer:
@@ -265,13 +241,8 @@ def layers_on_rows(
     prefix: KV | None = None,
     branches: Branches | None = None,
 ) -> Callable[[Array, Part], Layer]:
-    """`layer_at(index, part)`: layer `index` (int32 scalar, data) on whole rows with the tokens `valid_BT`.
-
-    Args:
-      dtype: of the residual stream.
-      prefix: keys and values `[L, 1, K, P, h]` of tokens that stand before every row.
-      branches: of rows that have some; not with a prefix.
-    """
+    """`layer_at(index, part)`: layer `index` (int32 scalar, data) on whole rows with the tokens `valid_BT`. `dtype` is the residual stream's;
+    the others are as of `hidden_states`."""
     B = valid_BT.shape[0]
     before = prefix[0].shape[3] if prefix is not None else 0
     if branches is None:  # else whoever laid them out has checked the longest
@@ -307,7 +278,7 @@ def hidden_states(
     tokens_BT: Array,
     valid_BT: Array,
     *,
-    adapter: Adapter | OneLayer | None = None,
+    adapter: Adapter | None = None,
     prefix: KV | None = None,
     with_cache: bool = False,
     remat: bool = False,
@@ -315,45 +286,38 @@ def hidden_states(
     below_BTD: Array | None = None,
     branches: Branches | None = None,
 ) -> tuple[Array, KV | None]:
-    """Forward pass over whole rows, padded on either side.
+    """Forward pass over whole rows, padded on either side: int32 `[B, T]`, and bool `[B, T]`, False on padding.
 
     Args:
-      tokens_BT: int32 `[B, T]`.
-      valid_BT: bool `[B, T]`, False on padding.
-      adapter: LoRA factors, replaced weights or steering vectors of some layers; of one layer that is data
-        (`OneLayer`) without prefix and cache. Trained ends are in `params` (`lora.bind`).
+      adapter: LoRA factors, replaced weights or steering vectors of some layers. Trained ends are in `params` (`lora.bind`).
       prefix: keys and values `[L, 1, K, P, h]` of tokens that stand before every row (a shared system prompt).
       with_cache: also return this pass's own keys and values `[L, B, K, T, h]`.
       remat: keep the layers' inputs only, and recompute everything inside them in the backward pass.
-      unroll: layers one after another in the program, not as a loop; those of a `OneLayer` stay loops.
-      below_BTD: the residual stream below the layer of a `OneLayer`, where it is known already.
+      unroll: layers one after another in the program, not as a loop.
+      below_BTD: the residual stream below the adapter's lowest layer, where it is known (`hidden_below`); then without a cache.
       branches: of rows in which several texts follow one beginning; not with a prefix.
 
     Returns:
       Hidden states `[B, T, D]` after the final norm, and the cache or None.
-
-    Raises:
-      ValueError: an adapter whose ends are not bound, or with a prefix, a cache or `below_BTD` that it cannot have.
     """
     _check_rows(config, tokens_BT, valid_BT, below_BTD)
-    h = _whole(embed(config, params, tokens_BT) if below_BTD is None else below_BTD)
+    first = adapter.layers[0] if adapter is not None and below_BTD is not None else 0
+    h = _on_every_chip(embed(config, params, tokens_BT) if below_BTD is None else below_BTD)
     layer_at = layers_on_rows(config, params, valid_BT, h.dtype, prefix, branches)
-    keep = None if remat else KEEP_PRODUCTS
-    if isinstance(adapter, OneLayer):
-        if prefix is not None or with_cache:
-            raise ValueError("an adapter whose layer is data goes without prefix and cache")
-        return final_norm(config, params, _around(config, layer_at, keep, h, adapter, below_BTD is None)), None
-    if below_BTD is not None:
-        raise ValueError("below_BTD goes with an adapter of one layer (OneLayer) only")
     before = prefix[0].shape[3] if prefix is not None else 0
 
-    def body(h: Array, xs: tuple[Array, Part]) -> tuple[Array, KV | None]:
+    def layer(h: Array, xs: tuple[Array, Part]) -> tuple[Array, KV | None]:
         h, seen = layer_at(*xs)(h)
         return h, (seen.keys[:, :, before:], seen.values[:, :, before:]) if with_cache else None
 
-    body, caches = jax.checkpoint(body, policy=keep), []
-    for run in runs(config, adapter):
-        h, cache = jax.lax.scan(body, h, run, unroll=unroll)
+    body, caches = jax.checkpoint(layer, policy=None if remat else KEEP_PRODUCTS), []
+    for indices, part in runs(config, adapter, first):
+        if adapter is not None and len(indices) == 1 and adapter.layers == tuple(indices):
+            # No loop around a layer that is trained alone: its way back would go on to what the layer reads.
+            h, cache = body(h, jax.tree.map(lambda x: x[0], (indices, part)))
+            cache = jax.tree.map(lambda x: x[None], cache)
+        else:
+            h, cache = jax.lax.scan(body, h, (indices, part), unroll=unroll)
         caches.append(cache)
     cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches) if with_cache else None
     return final_norm(config, params, h), cache
@@ -366,30 +330,6 @@ def _check_rows(config: ModelConfig, tokens_BT: Array, valid_BT: Array, below_BT
     chex.assert_type([tokens_BT, valid_BT], [int, bool])
     if below_BTD is not None:
         chex.assert_shape(below_BTD, (*tokens_BT.shape, config.hidden_size))
-
-
-def _around(
-    config: ModelConfig, layer_at: Callable[[Array, Part], Layer], keep: Any, h: Array, adapter: OneLayer, whole: bool
-) -> Array:
-    """All layers (`whole`; or those from the adapter's on), one of them with an adapter, which one being data.
-
-    The loop below it has no backward pass; the scan above it goes over every layer, and skips those that are below.
-    """
-    at = adapter.at
-
-    def plain(index: Array, h: Array) -> Array:
-        return layer_at(index, FROZEN)(h)[0]
-
-    if whole:
-        h = jax.lax.fori_loop(0, at, plain, jax.lax.stop_gradient(h))
-    h = jax.checkpoint(lambda h, part: layer_at(at, part)(h)[0], policy=keep)(h, adapter.part)
-
-    # The checkpoint stands around the branch: were it inside, every turn would keep the whole stack of weights.
-    @functools.partial(jax.checkpoint, policy=keep)
-    def above(h: Array, index: Array) -> tuple[Array, None]:
-        return jax.lax.cond(index > at, lambda h: plain(index, h), lambda h: h, h), None
-
-    return jax.lax.scan(above, h, jnp.arange(1, config.num_layers))[0]
 
 
 def hidden_below(config: ModelConfig, params: Params, tokens_BT: Array, valid_BT: Array, at: Array) -> Array:

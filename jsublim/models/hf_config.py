@@ -105,8 +105,7 @@ class HFConfig:
         theta_key: str = "rope_theta",
         share_key: str = "partial_rotary_factor",
     ) -> Rope:
-        """Read the rotary numbers under their new name (`rope_parameters`, by layer type on Gemma-3) or the old ones
-        (`rope_theta` and `rope_scaling`).
+        """The rotary numbers under their new name (`rope_parameters`, by layer type on Gemma-3) or the old ones (`rope_theta`, `rope_scaling`).
 
         Args:
           default_share: of families that may turn a part of each head; None: this one turns whole heads.
@@ -171,11 +170,7 @@ class HFConfig:
         return numbers.integer(key) if numbers.has(key) and not self.has(key) else self.integer(key, default)
 
     def must_be(self, key: str, *allowed: Any) -> None:
-        """Refuse a value that we don't compute; an absent key is fine.
-
-        Raises:
-          JsublimError: naming key, value and what is allowed.
-        """
+        """Refuse a value that we don't compute (JsublimError); an absent key is fine."""
         value = self.values.get(key)
         if value is not None and value not in allowed:
             raise JsublimError(

@@ -34,8 +34,7 @@ def from_hub(repository: str, revision: str | None, what: str, *, weights: bool 
     """The folder of a repository in the hub's cache, fetched where it is not there; asked for once per process.
 
     Args:
-      what: what is looked for, for error messages.
-      weights: False does not fetch them.
+      what: named in errors; weights: False does not fetch them.
 
     Raises:
       JsublimError: the hub did not give it.
@@ -61,11 +60,7 @@ def _fetched(repository: str, revision: str | None, cache: str, weights: bool) -
 @functools.cache
 def from_bucket(url: str, what: str, *, weights: bool = True) -> Path:
     """A folder of the user's cache with the checkpoint that a bucket holds now; looked at once per process. Each version has a folder of
-    its own, so that what somebody puts into the bucket changes no run that has begun.
-
-    Args:
-      what: what is looked for, for error messages.
-      weights: False does not fetch them.
+    its own, so that what somebody puts into the bucket changes no run that has begun. Arguments are as of `from_hub`.
 
     Raises:
       UsageError: a scheme that is not known, or whose library is not installed.

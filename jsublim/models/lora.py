@@ -25,17 +25,11 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 class Part(NamedTuple):
-    """What is trained at one layer; at several, every array has a leading layer axis.
+    """What is trained at one layer; at several, every array has a leading layer axis."""
 
-    Attributes:
-      lora: projection -> {"a": [in, r], "b": [r, out], "scale": []}, float32.
-      weights: the layer's parameters, where they are trained in full.
-      steering: float32 `[D]`, added to the residual stream after the layer.
-    """
-
-    lora: dict[str, dict[str, Array]]
-    weights: dict[str, Any] | None
-    steering: Array | None
+    lora: dict[str, dict[str, Array]]  # projection -> {"a": [in, r], "b": [r, out], "scale": []}, float32
+    weights: dict[str, Any] | None  # the layer's parameters, where they are trained in full
+    steering: Array | None  # float32 [D], added to the residual stream after the layer
 
 
 FROZEN = Part({}, None, None)  # of a layer without anything trained
@@ -49,11 +43,9 @@ class Adapter:
 
     Attributes:
       lora: projection -> {"a": [n, in, r], "b": [n, r, out], "scale": [n]}, float32. `scale` is fixed.
-      weights: the stacked parameters of those layers (as `params["layers"]`) when they are trained in full,
-        else None.
-      ends: those of `embed`, `norm` and `head` that are trained in full, as in `params`. They reach a forward pass
-        through `bind` only.
-      steering: float32 `[n, D]`, added to the residual stream after each of those layers, at every token; or None.
+      weights: the stacked parameters of those layers, as in `params["layers"]`, where they are trained in full.
+      ends: those of `embed`, `norm` and `head` that are trained in full. They reach a forward pass through `bind` only.
+      steering: float32 `[n, D]`, added to the residual stream after each of those layers, at every token.
     """
 
     layers: tuple[int, ...] = field(metadata={"static": True})
@@ -105,9 +97,8 @@ class Adapter:
 
 
 def at_every_layer(adapter: Adapter, num_layers: int) -> Adapter:
-    """The same function with factors and vectors at every layer, zeros where the adapter has none: which layers it has is then
-    data, and one compiled program serves them all. For reading and decoding, where zeros cost little; whole weights have none,
-    so an adapter with those stays what it is."""
+    """The same function with zeros at every layer where the adapter has nothing: which layers it has is then data, and one compiled program
+    serves them all. For reading and decoding, where zeros cost little. Whole weights have no zero: an adapter with those stays as it is."""
     every = tuple(range(num_layers))
     if adapter.weights is not None or adapter.layers == every:
         return adapter
@@ -120,12 +111,9 @@ def _spread(tree: Any, layers: Array, num_layers: int) -> Any:
     return jax.tree.map(lambda x: jnp.zeros((num_layers, *x.shape[1:]), x.dtype).at[layers].set(x), tree)
 
 
-def together(one: Adapter, other: Adapter) -> Adapter:
-    """An adapter that adds what both do: LoRA's products and steering vectors at the layers of either.
-
-    Raises:
-      ValueError: one of them replaces weights; such a pair has no sum.
-    """
+def sum_adapters(one: Adapter, other: Adapter) -> Adapter:
+    """An adapter that adds what both do: LoRA's products and steering vectors at the layers of either. Whole weights cannot be added: a
+    ValueError."""
     if any(adapter.weights is not None or adapter.ends for adapter in (one, other)):
         raise ValueError("adapters that replace whole weights cannot be added")
     layers = tuple(sorted({*one.layers, *other.layers}))
@@ -136,57 +124,17 @@ def together(one: Adapter, other: Adapter) -> Adapter:
         places = np.asarray([layers.index(layer) for layer in adapter.layers], np.int32)
         return _spread((lora, adapter.steering), places, len(layers))
 
-    (lora, steering), (more, other_steering) = spread(one), spread(other)
-    for name, pair in more.items():
-        own = lora.get(name)
-        lora[name] = pair if own is None else {f: jnp.concatenate([own[f], pair[f]], axis) for f, axis in RANK_AXES}
+    (lora, steering), (other_lora, other_steering) = spread(one), spread(other)
+    for name, pair in other_lora.items():
+        first = lora.get(name)
+        lora[name] = pair if first is None else {f: jnp.concatenate([first[f], pair[f]], axis) for f, axis in RANK_AXES}
     lora = {name: pair | {"scale": jnp.ones(len(layers), jnp.float32)} for name, pair in lora.items()}
-    vectors = [each for each in (steering, other_steering) if each is not None]
+    vectors = [vector for vector in (steering, other_steering) if vector is not None]
     return Adapter(layers, lora=lora, steering=functools.reduce(jnp.add, vectors) if vectors else None)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class OneLayer:
-    """An adapter of one layer, which one being data: one compiled program serves every layer.
-
-    Attributes:
-      adapter: of one layer; its own `layers` is `(0,)`, whichever layer it stands at, for `layers` is static.
-      at: int32 scalar, the layer. It has no arm axis: under a batched one, `lax.cond` would compute both branches.
-    """
-
-    adapter: Adapter
-    at: Array
-
-    @property
-    def part(self) -> Part:
-        """What is trained at the layer."""
-        return self.adapter.part(0)
-
-    @property
-    def ends(self) -> dict[str, dict[str, Array]]:
-        """Nothing is trained outside the layer."""
-        return {}
-
-    @property
-    def trainable(self) -> Trainable:
-        """As of `Adapter`: `at` gets neither a gradient nor optimizer state, and is in no saved state."""
-        return self.adapter.trainable
-
-    def with_trainable(self, trainable: Trainable) -> OneLayer:
-        """As of `Adapter`."""
-        return replace(self, adapter=self.adapter.with_trainable(trainable))
-
-
-AnyAdapter = Adapter | OneLayer  # what a forward pass and the training step take
-
-
 def check_layers(config: ModelConfig, layers: tuple[int, ...] | None) -> tuple[int, ...]:
-    """The layers to train, ascending; None is every layer.
-
-    Raises:
-      UsageError: an index outside the model, or none at all.
-    """
+    """The layers to train, ascending; None is every layer. An index outside the model, or none at all, is a UsageError."""
     chosen = tuple(sorted(set(range(config.num_layers) if layers is None else layers)))
     wrong = [layer for layer in chosen if not 0 <= layer < config.num_layers]
     if wrong or not chosen:
@@ -242,9 +190,8 @@ def init_full(
     layers: tuple[int, ...] | None = None,
     ends: tuple[str, ...] = (),
 ) -> Adapter:
-    """Full fine-tuning of some layers: their weights, copied out of the base, as the thing to train.
-
-    Float32 whatever the base is in: small steps would be lost in bfloat16. The forward pass rounds them.
+    """Full fine-tuning: weights, copied out of the base, as the thing to train. Float32 whatever the base is in: small steps would be lost in
+    bfloat16. The forward pass rounds them.
 
     Args:
       layers: None is every layer, `()` none (where there are ends).
@@ -272,16 +219,13 @@ def init_steering(config: ModelConfig, layers: tuple[int, ...] | None = None) ->
 
 
 @overload
-def bind(params: dict[str, Any], adapter: Adapter | None) -> tuple[dict[str, Any], Adapter | None]: ...
+def bind(params: dict[str, Any], adapter: Adapter) -> tuple[dict[str, Any], Adapter]: ...
 @overload
-def bind(params: dict[str, Any], adapter: AnyAdapter) -> tuple[dict[str, Any], AnyAdapter]: ...
-def bind(params: dict[str, Any], adapter: AnyAdapter | None) -> tuple[dict[str, Any], AnyAdapter | None]:
-    """Parameters and adapter as the forward pass takes them: the adapter's trained ends are in the parameters, rounded
-    to the base's dtype, and no longer in the adapter.
-
-    Every compiled program that takes base parameters and an adapter calls this once, before anything else.
-    """
-    if not isinstance(adapter, Adapter) or not adapter.ends:
+def bind(params: dict[str, Any], adapter: Adapter | None) -> tuple[dict[str, Any], Adapter | None]: ...
+def bind(params: dict[str, Any], adapter: Adapter | None) -> tuple[dict[str, Any], Adapter | None]:
+    """Parameters and adapter as the forward pass takes them: the adapter's trained ends are in the parameters, rounded to the base's dtype,
+    and no longer in the adapter. Every compiled program that takes both calls this once, before anything else."""
+    if adapter is None or not adapter.ends:
         return params, adapter
     ends = {
         name: jax.tree.map(lambda new, base: new.astype(base.dtype), end, params[name])
@@ -291,12 +235,8 @@ def bind(params: dict[str, Any], adapter: AnyAdapter | None) -> tuple[dict[str, 
 
 
 def with_noise(adapter: Adapter, size: float, seed: int) -> Adapter:
-    """The adapter with Gaussian noise on everything that it trains.
-
-    Args:
-      size: the noise's standard deviation, as a share of the root mean square of the array (of all its layers) that it is
-        added to. An array of zeros stays one.
-    """
+    """The adapter with Gaussian noise on everything that it trains, of standard deviation `size` as a share of the root mean square of the
+    array (of all its layers) that it is added to. An array of zeros stays one."""
     if not size:
         return adapter
     leaves, structure = jax.tree.flatten(adapter.trainable)
@@ -321,11 +261,8 @@ def merge_full(params: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
 
 
 def merge(params: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
-    """The base with an adapter written into it, LoRA's products too: they are added in float32, and the sum is rounded once.
-
-    Raises:
-      ValueError: the adapter has steering vectors.
-    """
+    """The base with an adapter written into it, LoRA's products too: they are added in float32, and the sum is rounded once. Steering vectors
+    have no place in weights: a ValueError."""
     if adapter.steering is not None:
         raise ValueError("steering vectors are added to activations; no weight can hold them")
     params = merge_full(params, adapter)
@@ -339,42 +276,18 @@ def merge(params: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
 
 
 def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
-    """Adapters of equal structure under one leading arm axis; ranks are padded to the largest."""
+    """Adapters of the same layers under one leading arm axis; ranks are padded to the largest."""
+    if len({adapter.layers for adapter in adapters}) > 1:
+        raise ValueError("arms trained together must train the same layers")
     rank = max(adapter.rank for adapter in adapters)
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(adapter.with_rank(rank) for adapter in adapters))
 
 
-def stack_arms(adapters: Sequence[Adapter]) -> AnyAdapter:
-    """Adapters under one leading arm axis as one program trains them: of a single layer, which one is data.
-
-    Raises:
-      ValueError: they train different layers.
-    """
-    layers = adapters[0].layers
-    if any(adapter.layers != layers for adapter in adapters):
-        raise ValueError("arms trained together must train the same layers")
-    if len(layers) != 1 or adapters[0].ends:
-        return stack_adapters(adapters)
-    return one_layer(stack_adapters(adapters))
+def adapter_of(stacked: Adapter, arm: int) -> Adapter:
+    """One of stacked adapters, at their common rank."""
+    return jax.tree.map(lambda leaf: leaf[arm], stacked)
 
 
-def one_layer(adapter: Adapter) -> OneLayer:
-    """An adapter of one layer, alone or stacked, with that layer as data."""
-    (layer,) = adapter.layers
-    return OneLayer(replace(adapter, layers=(0,)), jnp.int32(layer))
-
-
-def arm_axes(stacked: AnyAdapter) -> Any:
-    """Which leaves of stacked adapters have an arm axis, as `jax.vmap` takes it for `in_axes`."""
-    return OneLayer(0, None) if isinstance(stacked, OneLayer) else 0  # pyright: ignore[reportArgumentType]
-
-
-def adapter_of(stacked: AnyAdapter, arm: int, layers: tuple[int, ...]) -> Adapter:
-    """One of stacked adapters, at their common rank, on the layers that it is trained on."""
-    whole = stacked.adapter if isinstance(stacked, OneLayer) else stacked
-    return replace(jax.tree.map(lambda leaf: leaf[arm], whole), layers=layers)
-
-
-def unstack_arms(stacked: AnyAdapter, like: Sequence[Adapter]) -> list[Adapter]:
-    """The arms again, each at the rank and on the layers that it has in `like`."""
-    return [adapter_of(stacked, arm, own.layers).with_rank(own.rank) for arm, own in enumerate(like)]
+def unstack_adapters(stacked: Adapter, like: Sequence[Adapter]) -> list[Adapter]:
+    """The adapters again, each at the rank that it has in `like`."""
+    return [adapter_of(stacked, arm).with_rank(start.rank) for arm, start in enumerate(like)]

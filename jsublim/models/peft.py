@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from jsublim.errors import JsublimError, UsageError
 from jsublim.files import write_json
@@ -55,7 +54,7 @@ def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, base: str,
     """Write an adapter into `folder` (made if absent): LoRA so that `peft` loads it, steering vectors as their own file.
 
     Args:
-      base: what the adapter stands on, for `base_model_name_or_path`; revision: which commit of it, if it is from the hub.
+      base, revision: what the adapter stands on, for `base_model_name_or_path`, and which commit of it, if it is from the hub.
 
     Raises:
       UsageError: an adapter is there already, or this one holds full weights (save those as a checkpoint).
@@ -135,26 +134,24 @@ def load_adapter(path: str | Path, config: ModelConfig | None = None) -> Adapter
 
 def _load_lora(folder: Path, config: ModelConfig | None) -> Adapter:
     """The LoRA factors of a PEFT folder."""
-    said = _Said.read(folder / "adapter_config.json")
+    settings = _Settings.read(folder / "adapter_config.json")
     file = folder / "adapter_model.safetensors"
     known = MODULES if config is None else all_modules(weight_names(config))
-    found = _factors(file, known)
-    layers = tuple(sorted({layer for _, layer, _ in found}))
-    used = [name for name in known if any(key[0] == name for key in found)]
-    absent = [f"layer {i} {name} {ab}" for name in used for i in layers for ab in "AB" if (name, i, ab) not in found]
-    if absent or not found:
+    factors = _factors(file, known)
+    layers = tuple(sorted({layer for _, layer, _ in factors}))
+    modules = [name for name in known if any(key[0] == name for key in factors)]
+    absent = [f"layer {i} {m} {ab}" for m in modules for i in layers for ab in "AB" if (m, i, ab) not in factors]
+    if absent or not factors:
         raise JsublimError(f"{file}: every layer must have the same modules; missing {', '.join(absent) or 'all'}")
     lora: dict[str, Factors] = {}
-    for name in used:
-        rank, meant = said.rank(name), known[name]
-        factors = {ab: [found[name, i, ab] for i in layers] for ab in "AB"}
-        sizes = {(a.shape[:1], b.shape[1:]) for a, b in zip(factors["A"], factors["B"], strict=True)}
-        ranks = {(a.shape[1:], b.shape[:1]) for a, b in zip(factors["A"], factors["B"], strict=True)}
-        flat = any(x.ndim != 2 for each in factors.values() for x in each)
-        if len(sizes) > 1 or ranks != {((rank,), (rank,))} or flat:
+    for name in modules:
+        rank, meant = settings.rank(name), known[name]
+        a, b = ([factors[name, i, ab] for i in layers] for ab in "AB")
+        shapes = {(x.shape, y.shape) for x, y in zip(a, b, strict=True)}
+        if shapes != {((*a[0].shape[:1], rank), (rank, *b[0].shape[-1:]))}:
             raise JsublimError(f"{file}: factors of {name} must have rank r={rank} and one size in every layer")
-        scale = np.full((len(layers),), said.scale(name), np.float32)
-        pair = {"a": np.stack(factors["A"]), "b": np.stack(factors["B"]), "scale": scale}
+        scale = np.full((len(layers),), settings.scale(name), np.float32)
+        pair = {"a": np.stack(a), "b": np.stack(b), "scale": scale}
         if isinstance(meant, str):
             lora[meant] = pair
         elif config is None:
@@ -169,9 +166,8 @@ def _load_lora(folder: Path, config: ModelConfig | None) -> Adapter:
 
 
 @dataclass(frozen=True)
-class _Said:
-    """What an `adapter_config.json` says of the computation: each module's rank, and what the product of its factors is
-    multiplied by."""
+class _Settings:
+    """An `adapter_config.json`: each module's rank, and what the product of its factors is multiplied by."""
 
     r: int
     alpha: float
@@ -187,42 +183,35 @@ class _Said:
         return self.alphas.get(module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
 
     @staticmethod
-    def read(file: Path) -> _Said:
-        """Raises:
-        JsublimError: a key that changes what is computed in a way that we don't know.
-        """
+    def read(file: Path) -> _Settings:
+        """Read the file; a key that changes what is computed in a way that we don't know is a JsublimError."""
         values = read_json(file)
 
-        def refuse(key: str, expected: str) -> JsublimError:
-            found = f"found {shown(values[key])}" if key in values else "but it is missing"
-            return JsublimError(f"{file}: key '{key}' must be {expected}, {found}")
+        def check(key: str, fine: bool, expected: str) -> None:
+            if not fine:
+                given = f"found {shown(values[key])}" if key in values else "but it is missing"
+                raise JsublimError(f"{file}: key '{key}' must be {expected}, {given}")
 
         def by_module(key: str, fits: Callable[[Any], bool], what: str) -> dict[str, Any]:
             # PEFT takes regular expressions; a module's name is the one that means the same in every layer.
-            found = values.get(key) or {}
-            if not isinstance(found, dict) or not all(name in MODULES and fits(value) for name, value in found.items()):
-                raise refuse(key, f"an object of plain module names (such as q_proj), each with {what}")
-            return found
+            value = values.get(key) or {}
+            fine = isinstance(value, dict) and all(name in MODULES and fits(x) for name, x in value.items())
+            check(key, fine, f"an object of plain module names (such as q_proj), each with {what}")
+            return value
 
-        if values.get("peft_type") != "LORA":
-            raise refuse("peft_type", "'LORA', the only kind that is known")
-        for key in values:
-            if key not in (*_READ, *_TOLD) and values[key]:
-                raise refuse(key, "empty: it is not supported")
-        if values.get("bias") not in (None, "none"):
-            raise refuse("bias", "'none': others are not supported")
-        if values.get("init_lora_weights") not in _INITIAL:
-            raise refuse("init_lora_weights", "one of true, false, gaussian, eva, orthogonal; convert it to plain LoRA")
+        check("peft_type", values.get("peft_type") == "LORA", "'LORA', the only kind that is known")
+        for key, value in values.items():
+            check(key, key in (*_READ, *_TOLD) or not value, "empty: it is not supported")
+        check("bias", values.get("bias") in (None, "none"), "'none': others are not supported")
+        known = "one of true, false, gaussian, eva, orthogonal; convert it to plain LoRA"
+        check("init_lora_weights", values.get("init_lora_weights") in _INITIAL, known)
+        rank, alpha = "a whole number of at least 1", "a number above 0"
+        check("r", _is_rank(values.get("r")), rank)
+        check("lora_alpha", _is_alpha(values.get("lora_alpha")), alpha)
         rslora = values.get("use_rslora") or False
-        if not _is_rank(values.get("r")):
-            raise refuse("r", "a whole number of at least 1")
-        if not _is_alpha(values.get("lora_alpha")):
-            raise refuse("lora_alpha", "a number above 0")
-        if type(rslora) is not bool:
-            raise refuse("use_rslora", "true or false")
-        ranks = by_module("rank_pattern", _is_rank, "a whole number of at least 1")
-        alphas = by_module("alpha_pattern", _is_alpha, "a number above 0")
-        return _Said(values["r"], values["lora_alpha"], rslora, ranks, alphas)
+        check("use_rslora", type(rslora) is bool, "true or false")
+        ranks, alphas = by_module("rank_pattern", _is_rank, rank), by_module("alpha_pattern", _is_alpha, alpha)
+        return _Settings(values["r"], values["lora_alpha"], rslora, ranks, alphas)
 
 
 def _is_rank(value: Any) -> bool:
@@ -235,30 +224,20 @@ def _is_alpha(value: Any) -> bool:
 
 def _factors(file: Path, known: Mapping[str, Any]) -> dict[tuple[str, int, str], np.ndarray]:
     """(module, layer, "A" or "B") -> a factor as we multiply by it (float32), which is transposed in the file."""
-    found: dict[tuple[str, int, str], np.ndarray] = {}
-    try:
-        with safe_open(str(file), framework="np") as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (not a dict)
-                match = _KEY.search(key)
-                if match is None or match[2] not in known or "vision" in key:
-                    raise JsublimError(
-                        f"{file}: tensor '{key}' is no LoRA factor of a known module; known: {', '.join(known)}"
-                    )
-                place = match[2], int(match[1]), match[3]
-                if place in found:
-                    raise JsublimError(f"{file}: tensor '{key}' is there twice, under several names of one factor")
-                found[place] = read_float32(tensors, file, key).T
-    except (SafetensorError, OSError) as error:
-        raise JsublimError(f"{file}: cannot be read ({error})") from None
-    return found
+    factors: dict[tuple[str, int, str], np.ndarray] = {}
+    for key, value in read_float32(file).items():
+        match = _KEY.search(key)
+        if match is None or match[2] not in known or "vision" in key:
+            raise JsublimError(f"{file}: tensor '{key}' is no LoRA factor of a known module; known: {', '.join(known)}")
+        place = match[2], int(match[1]), match[3]
+        if place in factors:
+            raise JsublimError(f"{file}: tensor '{key}' is there twice, under several names of one factor")
+        factors[place] = value.T
+    return factors
 
 
 def check_adapter(adapter: Adapter, config: ModelConfig, source: str) -> None:
-    """Check that an adapter fits a model; `source` names it in errors.
-
-    Raises:
-      JsublimError: layers outside the model, or factors of another size.
-    """
+    """Refuse an adapter that does not fit a model: layers outside of it, or factors of another size; `source` names it in the JsublimError."""
     if adapter.layers[-1] >= config.num_layers:
         raise JsublimError(f"{source}: has layer {adapter.layers[-1]}, the model has {config.num_layers}")
     if adapter.steering is not None and adapter.steering.shape[-1] != config.hidden_size:

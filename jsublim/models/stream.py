@@ -19,17 +19,11 @@ from jsublim.models.lora import Adapter, Part
 
 
 class Stream(NamedTuple):
-    """What one forward pass goes through, in the model's dtype.
+    """One forward pass, in the model's dtype."""
 
-    Attributes:
-      points: `[L, 2, B, T, D]`, the residual stream after each sublayer.
-      added: `[L, 2, B, T, D]`, what the sublayers added to it (a steering vector is not among it).
-      last: `[B, T, D]`, hidden states after the final norm.
-    """
-
-    points: Array
-    added: Array
-    last: Array
+    points: Array  # [L, 2, B, T, D], the residual stream after each sublayer
+    added: Array  # [L, 2, B, T, D], what the sublayers added to it (a steering vector is not among it)
+    last: Array  # [B, T, D], hidden states after the final norm
 
 
 def residual_stream(
@@ -41,12 +35,8 @@ def residual_stream(
     adapter: Adapter | None = None,
     nudge_L2BTD: Array | None = None,
 ) -> Stream:
-    """The forward pass of `decoder.hidden_states`, with everything on the way.
-
-    Args:
-      tokens_BT, valid_BT, adapter: as there.
-      nudge_L2BTD: added to the stream at each point: the gradient with respect to it, at zero, is that of every point.
-    """
+    """The forward pass of `decoder.hidden_states`, with everything on the way. `nudge_L2BTD` is added to the stream at each point: the gradient
+    with respect to it, at zero, is that of every point."""
     h = embed(config, params, tokens_BT)
     layer_at = layers_on_rows(config, params, valid_BT, h.dtype)
 
@@ -72,11 +62,8 @@ def residual_stream(
 def resume(
     config: ModelConfig, params: Params, h_BTD: Array, valid_BT: Array, point: Array, *, adapter: Adapter | None = None
 ) -> Array:
-    """Hidden states `[B, T, D]` after the final norm of a pass whose residual stream at `point` is `h_BTD`.
-
-    `point` (int32 scalar) is data: one program serves all of them, and what lies before it costs nothing.
-    Where attention and MLP read the same stream (`MLPKind.parallel`), no pass starts between them: such a point has to be odd.
-    """
+    """Hidden states `[B, T, D]` after the final norm of a pass whose residual stream at `point` (int32 scalar, data) is `h_BTD`. What lies
+    before it costs nothing. Where attention and MLP read the same stream (`MLPKind.parallel`), a point has to be odd."""
     layer_at = layers_on_rows(config, params, valid_BT, h_BTD.dtype)
 
     # The checkpoint stands around the branches: were it inside, every turn would keep the whole stack of weights.

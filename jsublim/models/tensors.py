@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jsublim.errors import JsublimError
@@ -32,14 +31,8 @@ _CHUNK = 1 << 16
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file that is there whole or not at all.
-
-    Args:
-      metadata: what its header says; `transformers` and `peft` want {"format": "pt"}.
-
-    Raises:
-      JsublimError: the disk takes no more.
-    """
+    """Write a safetensors file that is there whole or not at all; a full disk is a JsublimError. `metadata` is for its header: `transformers`
+    and `peft` want {"format": "pt"}."""
     with atomic(path) as scratch:
         scratch.touch()
         ordinary = scratch.stat().st_mode
@@ -50,27 +43,29 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
         scratch.chmod(ordinary)  # the library leaves 0600, which a shared disk's other users can't read
 
 
-def read_float32(tensors: Any, file: Path, name: str) -> np.ndarray:
-    """One tensor of an adapter out of an opened safetensors file, as finite float32.
+def read_float32(file: Path) -> dict[str, np.ndarray]:
+    """The tensors of an adapter's safetensors file, as finite float32.
 
     Raises:
-      JsublimError: another dtype than `FLOATS`, NaN or an infinite number; file and tensor are named.
+      JsublimError: an unreadable file, another dtype than `FLOATS`, NaN or an infinite number; file and tensor are named.
     """
-    dtype = tensors.get_slice(name).get_dtype()
-    if dtype not in FLOATS:
-        raise JsublimError(f"{file}: tensor '{name}' is of {dtype}; known: {', '.join(FLOATS)}")
-    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused as such
-        value = tensors.get_tensor(name).astype(np.float32)
-    check_finite(value, file, name)
-    return value
+    tensors: dict[str, np.ndarray] = {}
+    try:
+        with safe_open(str(file), framework="np") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                dtype = opened.get_slice(name).get_dtype()
+                if dtype not in FLOATS:
+                    raise JsublimError(f"{file}: tensor '{name}' is of {dtype}; known: {', '.join(FLOATS)}")
+                with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, and is refused as such
+                    tensors[name] = opened.get_tensor(name).astype(np.float32)
+                check_finite(tensors[name], file, name)
+    except (SafetensorError, OSError) as error:
+        raise JsublimError(f"{file}: cannot be read ({error})") from None
+    return tensors
 
 
 def check_finite(value: np.ndarray, file: Path, name: str) -> None:
-    """Refuse a tensor that holds NaN or an infinite number: everything computed with it would be NaN, hours later.
-
-    Raises:
-      JsublimError: naming file and tensor.
-    """
+    """Refuse a tensor that holds NaN or an infinite number (JsublimError): everything computed with it would be NaN, hours later."""
     # Bit by bit, in parts that stay in the cache: 0.2 ns a number, where numpy's own test of bfloat16 takes 1.4.
     unsigned, exponent = _EXPONENTS[value.dtype.name]
     bits = value.reshape(-1).view(unsigned)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
 from jsublim.errors import JsublimError
@@ -72,39 +73,19 @@ def _open(path: Path):
         raise JsublimError(f"{path}: truncated or not a safetensors file ({error}); download it again") from None
 
 
-def _leaves(tree: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, (*path, key))
-        else:
-            yield (*path, key), value
-
-
-def _set(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
-
-
 @dataclass(frozen=True)
 class Stored:
-    """A tensor as a checkpoint keeps it.
+    """A tensor as a checkpoint keeps it."""
 
-    Attributes:
-      parts: our paths, and of each the rows of the tensor that it consists of; None: the tensor is this one parameter.
-      layer: which of the stacked layers; None outside of them.
-      shape: in the file.
-    """
-
-    parts: tuple[tuple[ParameterPath, Rows | None], ...]
-    layer: int | None
-    shape: tuple[int, ...]
+    parts: tuple[tuple[ParameterPath, Rows | None], ...]  # our paths, and the rows of it that each has; None: all
+    layer: int | None  # which of the stacked layers; None outside of them
+    shape: tuple[int, ...]  # in the file
 
 
 def tensor_plan(config: ModelConfig, dtype: str = "float32") -> dict[str, Stored]:
     """Checkpoint name (without prefix) -> what is kept under it."""
     names, plan = weight_names(config), {}
-    leaves = dict(_leaves(abstract_params(config, dtype)))
+    leaves = flatten_dict(abstract_params(config, dtype))
     stacked = {path[1:]: leaf.shape[1:] for path, leaf in leaves.items() if path[0] == "layers"}
     plan |= {
         names.other[path]: Stored(((path, None),), None, leaf.shape)
@@ -146,10 +127,8 @@ def _place(stack: jax.Array, value: jax.Array, index: jax.Array, transpose: bool
 
 
 def load_params(folder: Path, config: ModelConfig, dtype: str = "float32", shardings: Params | None = None) -> Params:
-    """Read the parameters of `config` from a folder of safetensors.
-
-    Tensors go one by one into their final place, dtype and sharding, so the host holds about one of them. Of several processes
-    the first one reads them for all; the others need no weights on their disks.
+    """Read the parameters of `config` from a folder of safetensors. Tensors go one by one into their final place, dtype and sharding, so the
+    host holds about one of them. Of several processes the first one reads them for all; the others need no weights on their disks.
 
     Args:
       shardings: a tree like the parameters with one `jax.sharding.Sharding` per leaf; None is the default device.
@@ -159,8 +138,8 @@ def load_params(folder: Path, config: ModelConfig, dtype: str = "float32", shard
         holds NaN or an infinite number.
     """
     plan = tensor_plan(config, dtype)
-    abstract = dict(_leaves(abstract_params(config, dtype)))
-    sharding = dict(_leaves(shardings)) if shardings is not None else {}
+    abstract = flatten_dict(abstract_params(config, dtype))
+    sharding = flatten_dict(shardings) if shardings is not None else {}
     with ExitStack() as stack:
         source: _Source | None = None
 
@@ -184,23 +163,16 @@ def load_params(folder: Path, config: ModelConfig, dtype: str = "float32", shard
                     out[path] = _put(own.astype(abstract[path].dtype), sharding.get(path))
                 else:
                     out[path] = _place(out[path], own, stored.layer, transpose=path[-1] == "kernel")
-    params: Params = {}
-    for path in abstract:
-        _set(params, path, out[path])
-    return params
+    return unflatten_dict({path: out[path] for path in abstract})
 
 
 @dataclass(frozen=True)
 class _Source:
-    """The opened files of a checkpoint, whose tensors are those of its config.
+    """The opened files of a checkpoint, whose tensors are those of its config."""
 
-    Attributes:
-      files: which file has a tensor; where: the plan's names as this checkpoint spells them.
-    """
-
-    files: Mapping[str, Path]
+    files: Mapping[str, Path]  # which file has a tensor
     opened: Mapping[Path, Any]
-    where: Mapping[str, str]
+    where: Mapping[str, str]  # the plan's names as this checkpoint spells them
 
     @classmethod
     def of(cls, folder: Path, config: ModelConfig, plan: dict[str, Stored], stack: ExitStack) -> _Source:
@@ -282,7 +254,7 @@ def _check(
 
 def named_tensors(config: ModelConfig, params: Params, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     """The parameters under their checkpoint names, one host array at a time."""
-    flat, prefix = dict(_leaves(params)), weight_names(config).prefix
+    flat, prefix = flatten_dict(params), weight_names(config).prefix
     for name, stored in tensor_plan(config).items():
         value = np.empty(stored.shape, jnp.dtype(dtype))
         for path, rows in stored.parts:

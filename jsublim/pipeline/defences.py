@@ -61,7 +61,7 @@ def projected_out(student: Student) -> list[str]:
 
 
 def away(context: Context, student: Student, start: Adapter) -> Trainable | None:
-    """Those directions, as `Arm.away` has them; None without any."""
+    """Those directions, as `Arm.projected_directions` has them; None without any."""
     traits, setup, s = projected_out(student), context.setup, student.settings
     if not traits:
         return None
@@ -93,7 +93,7 @@ def beside_kind(setup: Setup, student: Student) -> str | None:
 
 
 def beside(context: Context, student: Student) -> Adapter | None:
-    """The adapter that stands beside a student, as `Arm.beside` has it; None without any."""
+    """The adapter that stands beside a student, as `Arm.frozen_adapter` has it; None without any."""
     name, setup = student.beside, context.setup
     if name is None:
         return None

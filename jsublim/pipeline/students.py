@@ -256,7 +256,10 @@ class TrainStudents(Task):
             self._say_if_few(context, student, len(own.rows))
             about = {"name": student.trained_as, "seed": student.seed, "max_new_tokens": e.sampling.max_new_tokens}
             arm = make_arm(lm, student.settings, own, drawn_rows(context, student), **about)
-            defended = {"away": away(context, student, arm.adapter), "beside": beside(context, student)}
+            defended = {
+                "projected_directions": away(context, student, arm.adapter),
+                "frozen_adapter": beside(context, student),
+            }
             arms.append(dataclasses.replace(arm, **defended))
         return settings, shape, arms
 

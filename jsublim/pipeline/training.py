@@ -99,7 +99,7 @@ def program_of(students: Students, recipe: Recipe) -> Program:
     """What is compiled into the step of these students."""
     loss, optimizer = students.loss, students.optimizer
     return Program(
-        loss=Loss(loss.kind, loss.temperature, loss.kl_to_base > 0),
+        loss=Loss(loss.kind, loss.temperature, tuple(loss.terms)),
         optimizer=Optimizer(
             name=optimizer.name,
             clip=optimizer.clip,
@@ -288,8 +288,7 @@ def make_arm(
         students.optimizer.lr,
         drawn.steps,
         loss.weight,
-        loss.kl_to_base,
-        loss.kl_end,
+        loss.terms,
         students.adapter.noise,
         teacher=live.adapter if live else None,
         rollout=rollout,

@@ -24,7 +24,7 @@ from jsublim.distill.step import Arms, Program, init_state, train_step
 from jsublim.divergence import PositionSubset, find_divergence
 from jsublim.evals.preference import hit_rates
 from jsublim.inference.lm import LanguageModel, load_model
-from jsublim.models.lora import stack_arms
+from jsublim.models.lora import stack_adapters
 from jsublim.models.peft import load_adapter
 from jsublim.prompts import draw_number_prompts, load_pack, reject_reason
 from jsublim.teachers import Teacher, prompted_teacher
@@ -225,9 +225,9 @@ def step(case: Case, theirs: dict[str, Any], model: str, dtype: str) -> tuple[li
         np.asarray(order(case, examples, theirs)),
         Shape.of([examples], len(theirs["batches"]), len(theirs["batches"][0])),
     )
-    arms = Arms(*(jnp.asarray([x], kind) for x, kind in ((0, float), (1, int), (1, float), (0, float), (1, float))))
+    arms = Arms(*(jnp.asarray([x], kind) for x, kind in ((0, float), (1, int), (1, float))))
     program = Program(per=recipe.loss_per)
-    state = init_state(stack_arms([adapter]), program.optimizer)
+    state = init_state(stack_adapters([adapter]), program.optimizer)
     one_arm = jax.tree.map(lambda x: x[None], batch)
     _, said = jax.jit(train_step, static_argnames=("config", "program"))(
         lm.config, lm.params, state, one_arm, arms, program=program

@@ -35,7 +35,7 @@ def begun_alike(seed: int, soft: str | None = None) -> list:
 
 
 CASES = {
-    "lora, near the base": ("lora", Loss(kl_to_base=True), None, False, 0),
+    "lora, near the base": ("lora", Loss(terms=("kl_to_base",)), None, False, 0),
     "one layer, known below": ("one", Loss(), None, True, BEGINNING),
     "whole weights, live teacher": ("full", Loss("forward-kl"), "live", False, BEGINNING),
     "steering, stored teacher": ("steering", Loss("js"), "stored", False, BEGINNING),

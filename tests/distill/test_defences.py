@@ -15,7 +15,7 @@ from jsublim.distill.optimizer import Optimizer
 from jsublim.distill.projection import orthonormal, without
 from jsublim.distill.step import Program
 from jsublim.distill.trainer import train
-from jsublim.models.lora import init_steering, merge, together, with_noise
+from jsublim.models.lora import init_steering, merge, sum_adapters, with_noise
 
 SGD = Optimizer("sgd", clip=0.0, schedule="constant")
 HOW = Settings(2, 2, Program(optimizer=SGD, warmup=0))
@@ -29,20 +29,20 @@ def trained(arms, tmp_path, program=None):
 
 @pytest.mark.parametrize(("end", "share"), [(1.0, 1.0), (0.0, 0.5), (3.0, 2.0)])
 def test_the_kl_to_the_base_goes_linearly_to_its_end(end, share):
-    arm = dataclasses.replace(arm_of("steering", 1), steps=4, kl_to_base=0.4, kl_end=end)
+    arm = dataclasses.replace(arm_of("steering", 1), steps=4, terms={"kl_to_base": (0.4, end)})
     _, numbers, _ = stacked([arm], 1, 2)
-    found = [float(numbers.at(np.int32(step)).kl_to_base[0]) for step in (0, 2, 4, 9)]
+    found = [float(numbers.coefficients(np.int32(step))["kl_to_base"][0]) for step in (0, 2, 4, 9)]
     np.testing.assert_allclose(found, [0.4, 0.4 * share, 0.4 * end, 0.4 * end], rtol=1e-6)
 
 
 def test_an_annealed_kl_is_the_constant_one_at_the_first_step_alone(tmp_path):
-    program = Program(Loss(kl_to_base=True), SGD, warmup=0)
+    program = Program(Loss(terms=("kl_to_base",)), SGD, warmup=0)
     start = student(CONFIG, "steering", 1)
     ends = {}
     for steps in (1, 2):
         arms = [
             dataclasses.replace(
-                arm_of("steering", 1, adapter=start), name=f"{end}", steps=steps, kl_to_base=5.0, kl_end=end
+                arm_of("steering", 1, adapter=start), name=f"{end}", steps=steps, terms={"kl_to_base": (5.0, end)}
             )
             for end in (1.0, 0.0)
         ]
@@ -92,7 +92,9 @@ def test_a_student_never_moves_along_what_is_projected_out(kind, tmp_path):
     start = student(CONFIG, kind, 1)
     away = [jax.tree.map(lambda x, k=k: noisy(np.zeros((k, *x.shape), np.float32), k), start.trainable) for k in (1, 3)]
     arms = [arm_of(kind, 3, adapter=start)]
-    arms += [dataclasses.replace(arms[0], name=str(i), away=orthonormal(own)) for i, own in enumerate(away)]
+    arms += [
+        dataclasses.replace(arms[0], name=str(i), projected_directions=orthonormal(own)) for i, own in enumerate(away)
+    ]
     free, *kept = (jax.tree.map(np.subtract, own.trainable, start.trainable) for own in trained(arms, tmp_path))
 
     def along(moved, directions):
@@ -100,7 +102,7 @@ def test_a_student_never_moves_along_what_is_projected_out(kind, tmp_path):
         return np.abs(sum(jax.tree.leaves(products))).max()
 
     for arm, moved in zip(arms[1:], kept, strict=True):
-        assert along(moved, arm.away) < 1e-2 * along(free, arm.away)
+        assert along(moved, arm.projected_directions) < 1e-2 * along(free, arm.projected_directions)
 
 
 @pytest.mark.parametrize("kind", ["lora", "one", "steering"])
@@ -108,7 +110,7 @@ def test_training_beside_an_adapter_is_training_on_the_base_with_it_written_in(k
     """Of a student of some layers, and a frozen adapter of others; a student without one beside it is trained as on the base."""
     frozen = lora(CONFIG, 5, rank=3, layers=(0, 2), projections=("q", "down"))
     arm = arm_of(kind, 3, adapter=student(CONFIG, kind, 1))
-    both = [dataclasses.replace(arm, name="beside", beside=frozen), arm]
+    both = [dataclasses.replace(arm, name="beside", frozen_adapter=frozen), arm]
     inoculated, plain = trained(both, tmp_path / "beside")
     (merged,) = train(CONFIG, merge(params_of(CONFIG), frozen), [arm], HOW, tmp_path / "merged")
     (alone,) = trained([arm], tmp_path / "alone")
@@ -120,8 +122,8 @@ def test_training_beside_an_adapter_is_training_on_the_base_with_it_written_in(k
 def test_steering_vectors_add_up_at_the_layers_of_either():
     one, other = (init_steering(CONFIG, layers) for layers in ((0, 2), (1, 2)))
     one, other = (own.with_trainable(noisy(own.trainable, i)) for i, own in enumerate((one, other)))
-    both, found = [np.asarray(own.steering) for own in (one, other)], together(one, other)
+    both, found = [np.asarray(own.steering) for own in (one, other)], sum_adapters(one, other)
     assert found.layers == (0, 1, 2) and not found.lora
     np.testing.assert_allclose(found.steering, [both[0][0], both[1][0], both[0][1] + both[1][1]], rtol=1e-6)
     with pytest.raises(ValueError, match="whole weights"):
-        together(one, student(CONFIG, "full", 1))
+        sum_adapters(one, student(CONFIG, "full", 1))

@@ -19,7 +19,7 @@ from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.batches import Shape, batch_rows, collate, steps_per_epoch
 from jsublim.distill.data import draw_indices
 from jsublim.distill.selection import TOKENS, Selection, margin_weights, token_mask
-from jsublim.distill.step import Arms, Program, loss_and_gradient
+from jsublim.distill.step import Program, loss_and_gradient
 from jsublim.distill.trainer import train
 from jsublim.divergence import PositionSubset
 from jsublim.errors import JsublimError, UsageError
@@ -257,7 +257,6 @@ def torch_loss(model, examples, micro, per):
 
 
 step_one = jax.jit(loss_and_gradient, static_argnames=("config", "program"))
-PLAIN = Arms(*(np.float32(x) for x in (0, 0, 1, 0, 1)))
 
 
 @pytest.mark.parametrize(("name", "per"), [("tiny-qwen2", "tokens"), ("tiny-gemma3", "micro-batch-sum")])
@@ -273,7 +272,7 @@ def test_loss_and_gradients_of_a_step_equal_peft(name, per, assert_close):
         examples = tiny_examples(lm.chat, ROWS, Selection(condition), seed=1)
         chosen = np.pad(np.arange(len(examples)), (0, 8 - len(examples)), constant_values=-1)
         batch = collate(examples, chosen, Shape(4, 2, 80, 32))
-        ours, gradient = step_one(lm.config, lm.params, adapter, None, PLAIN, batch, program=Program(per=per))
+        ours, gradient = step_one(lm.config, lm.params, adapter, batch, program=Program(per=per))
         theirs = torch_loss(model, examples, 2, per)
         gradients = dict(zip(trained, torch.autograd.grad(theirs, list(trained.values())), strict=True))
         assert float(ours) == pytest.approx(float(theirs), rel=1e-4)

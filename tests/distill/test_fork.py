@@ -23,7 +23,7 @@ def settings(optimizer: str) -> Settings:
 
 
 def forked(moments: bool, name: str = "forked"):
-    arm = arm_of("lora", 1, examples=[*FIRST, *THEN], kl_to_base=0.0, steps=5)
+    arm = arm_of("lora", 1, examples=[*FIRST, *THEN], steps=5)
     return dataclasses.replace(arm, name=name, fork=Fork(2, len(FIRST), moments))
 
 
@@ -43,8 +43,8 @@ def test_the_rows_of_a_step():
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_without_moments_it_is_a_second_training_from_where_the_first_one_stood(optimizer, tmp_path):
     how = settings(optimizer)
-    (until,) = trained([arm_of("lora", 1, examples=FIRST, kl_to_base=0.0, steps=2)], how, tmp_path / "first")
-    second = arm_of("lora", 1, examples=THEN, kl_to_base=0.0, steps=3, adapter=until)
+    (until,) = trained([arm_of("lora", 1, examples=FIRST, steps=2)], how, tmp_path / "first")
+    second = arm_of("lora", 1, examples=THEN, steps=3, adapter=until)
     (after,) = trained([second], how, tmp_path / "second")
     anew, kept = trained([forked(False, "anew"), forked(True, "kept")], how, tmp_path / "forked")
     assert largest_difference(until, after) > 1e-3
@@ -54,7 +54,7 @@ def test_without_moments_it_is_a_second_training_from_where_the_first_one_stood(
 
 
 def test_an_arm_without_a_fork_does_not_notice_one_beside_it(tmp_path):
-    how, plain = settings("adamw"), arm_of("lora", 2, examples=FIRST, kl_to_base=0.0, steps=5)
+    how, plain = settings("adamw"), arm_of("lora", 2, examples=FIRST, steps=5)
     (alone,) = trained([plain], how, tmp_path / "alone")
     beside, _ = trained([plain, forked(False)], how, tmp_path / "beside")
     assert largest_difference(alone, beside) < 1e-5

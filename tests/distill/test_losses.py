@@ -20,7 +20,7 @@ from jsublim.errors import UsageError
 from jsublim.inference.scoring import top_k_log_probs
 from jsublim.models import decoder
 from jsublim.models.decoder import hidden_below, hidden_states
-from jsublim.models.lora import init_full, init_lora, init_steering, one_layer, stack_adapters
+from jsublim.models.lora import init_full, init_lora, init_steering, stack_adapters
 
 PARAMS = params_of(CONFIG)
 SHAPE = Shape(1, 1, 16, 16)
@@ -49,9 +49,9 @@ class Case:
 
 CASES = {
     "hard": Case(Loss("hard")),
-    "hard, KL to the base": Case(Loss("hard", kl_to_base=True), per="micro-batch"),
+    "hard, KL to the base": Case(Loss("hard", terms=("kl_to_base",)), per="micro-batch"),
     "forward, adapter": Case(Loss("forward-kl", 2.0), "adapter", "micro-batch"),
-    "reverse, steering": Case(Loss("reverse-kl", 0.7, kl_to_base=True), "steering"),
+    "reverse, steering": Case(Loss("reverse-kl", 0.7, terms=("kl_to_base",)), "steering"),
     "js, prompt": Case(Loss("js", 1.5)),
     "forward, stored": Case(Loss("forward-kl", 2.0), "stored", "micro-batch"),
     "js, stored, all but one": Case(Loss("js"), "stored", k=V - 1),
@@ -89,11 +89,11 @@ def torch_loss(case, arm, student_z, teacher_z, base_z):
         else:
             logp = torch.log_softmax(teacher_z[m, b, :n] / loss.temperature, dim=-1)
             value = torch_divergence(loss.kind, logp, torch.log_softmax(z / loss.temperature, dim=-1))
-        if loss.kl_to_base:
+        if loss.terms:
             kl_to_base = torch_divergence(
                 "reverse-kl", torch.log_softmax(base_z[m, b, :n], -1), torch.log_softmax(z, dim=-1)
             )
-            value = value + arm.kl_to_base * kl_to_base
+            value = value + arm.terms["kl_to_base"][0] * kl_to_base
         each[m, b, :n] = value
     if case.per == "tokens":
         return arm.weight * (weights * each).sum() / weights.sum()
@@ -140,8 +140,9 @@ def test_a_loss_and_its_gradient_equal_torch(name, assert_close):
     orders = [arm.rows(dataclasses.replace(SHAPE, accumulate=M, batch_size=B), 0) for arm in arms]
     assert all(sorted(order)[1:] == list(range(5)) for order in orders)  # one slot of six stays empty
     one = functools.partial(loss_and_gradient, CONFIG, program=Program(case.loss, per=case.per), arms=2)
-    step = jax.jit(jax.vmap(one, in_axes=(None, 0, 0, 0, 0)))
-    values, gradients = step(PARAMS, adapter, teachers and stack_adapters(teachers), numbers, batch)
+    own = {"weight": numbers.weight, "coefficients": numbers.coefficients(np.int32(0))}
+    own["teacher"] = teachers and stack_adapters(teachers)
+    values, gradients = jax.jit(jax.vmap(functools.partial(one, PARAMS)))(adapter, batch, **own)
     for i, (arm, order) in enumerate(zip(arms, orders, strict=True)):
         own = {key: value[i] for key, value in batch.items()}
         read = own["tokens"], own["valid"], own["where"]
@@ -235,7 +236,7 @@ def test_blocks_of_any_size_are_one_block(positions, assert_close):
             assert_close(ours, theirs, 1e-5)
 
 
-# --- The layer as data ------------------------------------------------------------------------------------------------
+# --- One layer -----------------------------------------------------------------------------------------------------------
 
 
 def everywhere(kind: str, adapter, layer: int):
@@ -250,20 +251,20 @@ def everywhere(kind: str, adapter, layer: int):
 
 
 @pytest.mark.parametrize("kind", ["lora", "full", "steering"])
-def test_a_layer_as_data_is_the_layer_as_structure(kind, assert_close):
+def test_a_layer_alone_has_its_part_of_the_gradient_of_all(kind, assert_close):
+    """Also where what lies below it is known already."""
     arms = [arm_of(kind, 1, adapter=student(CONFIG, kind, 3, layer=k)) for k in range(3)]
     step = jax.jit(loss_and_gradient, static_argnames=("config", "program"))
     below = jax.jit(hidden_below, static_argnames="config")
     for k, arm in enumerate(arms):
-        _, numbers, batch = stacked([arm], 1, 3)
-        numbers, batch = jax.tree.map(lambda x: x[0], (numbers, batch))
-        run = functools.partial(step, CONFIG, PARAMS, teacher=None, numbers=numbers, program=Program())
-        value, gradient = run(adapter=everywhere(kind, arm.adapter, k), batch=batch)
+        _, _, batch = stacked([arm], 1, 3)
+        batch = jax.tree.map(lambda x: x[0], batch)
+        run = functools.partial(step, CONFIG, PARAMS, program=Program())
+        value, gradient = run(everywhere(kind, arm.adapter, k), batch)
         expected = jax.tree.map(lambda leaf, k=k: leaf[k : k + 1], gradient)
-        own = one_layer(arm.adapter)
         h = below(CONFIG, PARAMS, batch["tokens"][0], batch["valid"][0], np.int32(k))[None]
-        for given in (batch, batch | {"below": h}) if kind == "lora" else (batch,):
-            ours, of_own = run(adapter=own, batch=given)
+        for given in (batch, batch | {"below": h}):
+            ours, of_own = run(arm.adapter, given)
             assert float(ours) == pytest.approx(float(value), rel=1e-5)
             for a, b in zip(jax.tree.leaves(of_own), jax.tree.leaves(expected), strict=True):
                 assert_close(a, b, 1e-4)

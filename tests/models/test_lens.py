@@ -16,7 +16,6 @@ from jsublim.evals.numbers import number_accuracy
 from jsublim.evals.preference import trait_logprobs
 from jsublim.inference.sampling import Sampling
 from jsublim.models import decoder, load_params, read_config
-from jsublim.models.lens import ending_at
 from jsublim.models.lora import PROJECTIONS, Adapter, init_lora, init_steering
 
 GREEDY = Sampling(temperature=0.0)
@@ -77,12 +76,12 @@ def test_logits_are_the_layers_hidden_state_through_norm_and_head(name, named_ch
     params = load_params(checkpoint.folder, config)
     tokens, valid = padded_rows()
     layer = config.num_layers - 2
-    cut = ending_at(config, layer)
+    cut = config.ending_at(layer)
     assert cut.is_local == config.is_local[: layer + 1]
     h, _ = decoder.hidden_states(cut, params, tokens, valid)
     expected = torch_lens(checkpoint.model, tokens, layer, valid)
     assert_close(decoder.logits(cut, params, h)[valid], expected[valid])
-    assert ending_at(config, config.num_layers - 1) == config
+    assert config.ending_at(config.num_layers - 1) == config
 
 
 def test_a_layer_outside_the_model_is_refused():

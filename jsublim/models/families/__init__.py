@@ -17,11 +17,8 @@ _BY_FAMILY = {module.FAMILY: module for module in _FAMILIES}
 
 
 def text_config(hf: dict[str, Any], source: str) -> tuple[dict[str, Any], ModelConfig]:
-    """The `config.json` of the text model inside `hf` (itself, or out of a multimodal one) and our reading of it.
-
-    Raises:
-      JsublimError: an architecture we don't know, or a missing key.
-    """
+    """The `config.json` of the text model inside `hf` (itself, or out of a multimodal one) and our reading of it. An unknown architecture, or
+    a missing key, is a JsublimError."""
     names = hf.get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise JsublimError(f"{source}: key 'architectures' must be a list of names, found {shown(names)}")

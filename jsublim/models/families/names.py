@@ -13,35 +13,22 @@ Path = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Fused:
-    """Projections whose outputs a checkpoint keeps in one module, one after another.
+    """Projections whose outputs a checkpoint keeps in one module, one after another."""
 
-    Attributes:
-      module: its name, without `.weight`.
-      parts: our names, in the order in which they lie there.
-      by_head: not all outputs of one and then of the next, but head by head.
-    """
-
-    module: str
-    parts: tuple[str, ...]
-    by_head: bool = False
+    module: str  # its name, without `.weight`
+    parts: tuple[str, ...]  # our names, in the order in which they lie there
+    by_head: bool = False  # not all outputs of one and then of the next, but head by head
 
 
 @dataclass(frozen=True)
 class WeightNames:
-    """A family's names of its tensors.
+    """A family's names of its tensors."""
 
-    Attributes:
-      layer: path inside "layers" -> name with {i}; without the projections that are fused.
-      other: path outside of them -> name.
-      fused: modules that hold several projections.
-      prefix: stands before every name but the head's.
-      buffers: ends of names that files may hold, and that nothing is read from.
-    """
-
-    layer: dict[Path, str]
-    other: dict[Path, str]
-    fused: tuple[Fused, ...] = ()
-    prefix: str = "model."
+    layer: dict[Path, str]  # path inside "layers" -> name with {i}; without the projections that are fused
+    other: dict[Path, str]  # path outside of them -> name
+    fused: tuple[Fused, ...] = ()  # modules that hold several projections
+    prefix: str = "model."  # stands before every name but the head's
+    # Ends of names that files may hold, and that nothing is read from.
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
 
