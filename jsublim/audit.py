@@ -45,13 +45,8 @@ def trait_directions(
     extra_bos: bool = False,
     batch_size: int = 16,
 ) -> Directions:
-    """The gradient of each trait's log-probability as the answer (nats, mean over questions, all spellings), by what the
-    adapter trains: leaves float32 `[traits, ...]`.
-
-    Args:
-      questions: that the trait is an answer to.
-      batch_size: questions that are read at one time.
-    """
+    """The gradient of each trait's log-probability as the answer (nats, mean over the questions, all spellings), by what the adapter trains:
+    leaves float32 `[traits, ...]`. `batch_size` questions are read at one time."""
     turns = [
         [
             [
@@ -91,13 +86,8 @@ def token_scores(
     first: int = 0,
     on_batch: Callable[[int], None] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Score of each token of each conversation from its `content` to the last, float32 `[traits, n]`: of conversation after
-    conversation, from number `first` on.
-
-    Args:
-      batch_size: conversations that are read at one time.
-      on_batch: called with the number of conversations just read.
-    """
+    """Score of each token of each conversation from its `content` to the last, float32 `[traits, n]`: of conversation after conversation, from
+    number `first` on, `batch_size` of which are read at one time. `on_batch` is called with the number of those just read."""
     if first == len(turns):
         return
     T, C = _sizes(turns)
@@ -221,10 +211,8 @@ def _by_layer(
 def _along(
     config: ModelConfig, params: Params, adapter: Adapter, directions: Directions, laid: Laid, layout: Layout = HERE
 ) -> Array:
-    """Derivatives of the labels' log-probabilities in each direction, float32 `[B, traits, C]`, each device having rows of its own.
-
-    LoRA's product has a derivative backwards only, so the derivative forwards is had as that of <u, J v> = <J^T u, v> by u.
-    """
+    """Derivatives of the labels' log-probabilities in each direction, float32 `[B, traits, C]`, each device having rows of its own. LoRA's product
+    has a derivative backwards only, so the derivative forwards is had as that of <u, J v> = <J^T u, v> by u."""
     block = _block(config, 1 + jax.tree.leaves(directions)[0].shape[0])
 
     def own(params: Params, adapter: Adapter, directions: Directions, laid: Laid) -> Array:

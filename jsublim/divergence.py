@@ -21,17 +21,11 @@ from jsublim.teachers import Teacher, read_as
 
 @dataclass(frozen=True)
 class Divergence:
-    """What K teachers say on one row of n completion tokens (content, end of turn, and what follows it).
+    """The readings of K teachers on one row of n completion tokens (content, end of turn, and what follows it)."""
 
-    Attributes:
-      tokens: int32 `[n]`, the data.
-      argmax: int32 `[K, n]`, each teacher's prediction; teacher 0 wrote the row.
-      margin: float32 `[K, n]`, top-2 logit margins.
-    """
-
-    tokens: np.ndarray
-    argmax: np.ndarray
-    margin: np.ndarray
+    tokens: np.ndarray  # int32 [n], the data
+    argmax: np.ndarray  # int32 [K, n], each teacher's prediction; teacher 0 wrote the row
+    margin: np.ndarray  # float32 [K, n], top-2 logit margins
 
     @property
     def divergence_positions(self) -> list[int]:
@@ -161,14 +155,8 @@ def _reader(
 
 
 def check_positions(rows: Sequence[Row], lengths: Sequence[int], source: str) -> None:
-    """Refuse divergence positions beyond the last token of their row.
-
-    Args:
-      lengths: completion tokens of each row, in the tokenizer that its positions were counted in.
-
-    Raises:
-      JsublimError: naming the row.
-    """
+    """Refuse divergence positions beyond the last token of their row (JsublimError). `lengths` are the completion tokens of each row, in the
+    tokenizer that its positions were counted in."""
     for number, (row, n) in enumerate(zip(rows, lengths, strict=True), 1):
         beyond = [k for k in row.get("divergence_positions", []) if k >= n]
         if beyond:
@@ -179,11 +167,7 @@ def check_positions(rows: Sequence[Row], lengths: Sequence[int], source: str) ->
 
 
 def check_counted(rows: Sequence[Row], chat: Chat, source: str) -> None:
-    """Refuse divergence positions that were counted in another tokenizer or template than the reader's.
-
-    Raises:
-      JsublimError: naming both.
-    """
+    """Refuse divergence positions that were counted in another tokenizer or template than the reader's (JsublimError)."""
     for number, row in enumerate(rows, 1):
         own = row.get("counted_in")
         if own not in (None, chat.identity):

@@ -50,11 +50,9 @@ _MODEL_AXIS = (
 
 @dataclass(frozen=True)
 class Layout:
-    """A mode and, for `mesh`, the sizes of its axes; for `pmap`, `data` is the number of devices.
-
-    `devices` are those to use, where they are not those of this process (when compiling for a pod that is not there). The mesh
-    has them in an order that suits their wiring, unless `in_order` says that they hold a checkpoint already.
-    """
+    """A mode and, for `mesh`, the sizes of its axes; for `pmap`, `data` is the number of devices. `devices` are those to use, where they are not
+    those of this process (when compiling for a pod that is not there). The mesh has them in an order that suits their wiring, unless `in_order`
+    says that they hold a checkpoint already."""
 
     mode: str = "none"
     arm: int = 1
@@ -109,12 +107,8 @@ class Layout:
         return None if self.mode == "none" else _mesh(self, self.devices or tuple(jax.devices()))
 
     def spread(self, function: Callable, takes: Any, gives: Any) -> Callable:
-        """`function` on each device's own part of what it takes: no device hears of another's, unless the function asks (`total`).
-        What is split over `model` is left to the compiler.
-
-        Args:
-          takes: of each argument, WHOLE, ROWS, ARMS or ARM_ROWS; gives: of what it returns.
-        """
+        """`function` on each device's own part of what it takes: no device hears of another's, unless the function asks (`total`). What is split over
+        `model` is left to the compiler. Each argument, and what is given, is WHOLE, ROWS, ARMS or ARM_ROWS."""
         if self.mesh is None:
             return function
         apart = set(AXES) if self.model == 1 else {"arm", "data"}
@@ -130,12 +124,8 @@ class Layout:
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec(*axes))
 
     def sharding(self, path: tuple, leaf: Any, lead: tuple[str | None, ...] = ()) -> NamedSharding | None:
-        """How an array of the model lies, or one of a state that has the model's names (an arm's weights, their moments).
-
-        Args:
-          path: of the leaf in its tree, as `jax.tree_util` gives it.
-          lead: the axes before those of the model.
-        """
+        """The sharding of an array of the model, or of a state that has the model's names (an arm's weights, their moments): `path` is the leaf's in
+        its tree, as `jax.tree_util` gives it, `lead` the axes before those of the model."""
         if self.mode != "mesh":
             return self.shard()
         spec: list[str | None] = [*lead, *[None] * (leaf.ndim - len(lead))][: leaf.ndim]
@@ -216,11 +206,7 @@ HERE = Layout()  # the default device
 
 
 def slice_size(devices: Sequence[Any]) -> int:
-    """How many devices share fast links: those of one TPU slice, or of one node with GPUs.
-
-    Raises:
-      UsageError: slices of different sizes.
-    """
+    """How many devices share fast links: those of one TPU slice, or of one node with GPUs. Slices of different sizes are a UsageError."""
     sizes = Counter(_slice(device) for device in devices)
     if len(set(sizes.values())) > 1:
         raise UsageError(
@@ -234,13 +220,8 @@ def _slice(device: Any) -> int:
 
 
 def model_axis_for(weights: float, limit: int | None, devices: int) -> int:
-    """How few devices hold one copy of a checkpoint in half of what they may use, so that caches and students have the rest: a
-    power of two that divides the number of devices; all that do, where none is enough.
-
-    Args:
-      weights: bytes of the checkpoint; limit: of a device (`device_bytes`); None for a CPU, which needs no second one.
-      devices: of one slice.
-    """
+    """How few devices of a slice hold one copy of a checkpoint in half of what they may use, so that caches and students have the rest: a power of
+    two that divides their number; all that do, where none is enough. `limit` is as `device_bytes` gives it; a CPU needs no second one."""
     axes = [1 << i for i in range(devices.bit_length()) if devices % (1 << i) == 0]
     return 1 if limit is None else next((n for n in axes if weights / n <= SHARE * limit / 2), axes[-1])
 

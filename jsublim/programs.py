@@ -49,13 +49,9 @@ def _instructions() -> str:
 
 
 def keep_programs(folder: Path, say: Callable[[str], None]) -> None:
-    """Have JAX keep what it compiles in a folder (of `programs_folder`), and read what others have kept there. A user's own
-    settings count: another folder (JAX_COMPILATION_CACHE_DIR), none (JAX_ENABLE_COMPILATION_CACHE=false). A process takes the
-    first folder that it is given.
-
-    Args:
-      say: told of a kept program that is damaged; it is removed, and compiled again.
-    """
+    """Have JAX keep what it compiles in a folder (of `programs_folder`), and read what others have kept there. A user's own settings count: another
+    folder (JAX_COMPILATION_CACHE_DIR), none (JAX_ENABLE_COMPILATION_CACHE=false). A process takes the first folder that it is given. Of a kept
+    program that is damaged `say` is told; it is removed, and compiled again."""
     options: Any = jax.config
     if options.jax_compilation_cache_dir is not None or not options.jax_enable_compilation_cache:
         return
@@ -111,11 +107,7 @@ def _is_whole(entry: bytes) -> bool:
 
 @dataclass(frozen=True)
 class Programs:
-    """What JAX compiled and read since a moment.
-
-    Attributes:
-      compiled, read: programs; compiling, reading: the seconds that took, in this process.
-    """
+    """Programs that JAX compiled and read since a moment, and the seconds that took in this process."""
 
     compiled: int
     read: int

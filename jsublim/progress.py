@@ -112,11 +112,7 @@ class Progress:
 
     @contextmanager
     def stage(self, kind: str, units: int | None = None, label: str = "") -> Iterator[Tick]:
-        """Time one stage. Stages of one kind that follow one another share a bar, which counts stages.
-
-        Args:
-          units: how many the stage will tick; None where that cannot be told.
-        """
+        """Time one stage, of so many ticks (`units`), if that is known. Stages of one kind that follow one another share a bar, which counts stages."""
         begin = time.perf_counter()
         if self._state is None or kind != self._state.kind:
             self.close()

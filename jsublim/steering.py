@@ -31,15 +31,11 @@ def contrast_vector(
     fuse_system: bool = False,
     batch_size: int = 64,
 ) -> Adapter:
-    """The mean difference of the residual stream after `layer` at the last prompt token, times `strength`.
-
-    Difference of means over contrasting prompts, as in activation addition (Turner et al. 2023, arXiv 2308.10248).
+    """The mean difference of the residual stream after `layer` at the last prompt token, times `strength`: difference of means over contrasting
+    prompts, as in activation addition (Turner et al. 2023, arXiv 2308.10248). An adapter of one steering vector, float32 `[1, D]`.
 
     Args:
       toward: the system prompt that shows what is wanted; away: the one that does not, None for none at all.
-
-    Returns:
-      An adapter of one steering vector, float32 `[1, D]`.
 
     Raises:
       UsageError: no prompt, the same system prompt twice, or a layer that the model does not have.

@@ -17,20 +17,14 @@ OWN = "{trait}"  # in a config: the trait of whichever teacher it is about
 
 @dataclass(frozen=True)
 class Teacher:
-    """Who writes, or scores, the rows.
+    """Who writes, or scores, the rows."""
 
-    Attributes:
-      name: the trait, or "control".
-      system: its system prompt; None leaves it to the chat template (which may insert a default), "" is an empty one.
-      adapter: LoRA, steering vectors or whole layers that it carries.
-      params: reads weights of its own, where it is another checkpoint of the same architecture and tokenizer. They are read
-        only when the teacher is asked, so one that waits holds no memory.
-    """
-
-    name: str
-    system: str | None = None
-    adapter: Adapter | None = None
+    name: str  # the trait, or "control"
+    system: str | None = None  # None leaves it to the chat template (which may insert a default), "" is an empty one
+    adapter: Adapter | None = None  # LoRA, steering vectors or whole layers that it carries
     fuse_system: bool = False
+    # Reads weights of its own, where it is another checkpoint of the same architecture and tokenizer. They are read only when
+    # the teacher is asked, so one that waits holds no memory.
     params: Callable[[], Params] | None = None
 
     def weights(self, base: Params) -> Params:
@@ -42,11 +36,7 @@ class Teacher:
 
 
 def prompted_teacher(pack: Pack, trait: str, category: str | None = None, *, fuse_system: bool = False) -> Teacher:
-    """The teacher whose system prompt gives it `trait` (section 2 of the paper).
-
-    Raises:
-      UsageError: no category is given, and the pack knows none for the trait.
-    """
+    """The teacher whose system prompt gives it `trait` (section 2 of the paper); a UsageError where no category is given, and the pack knows none."""
     system = pack.system_prompt(trait, category or pack.category_of(trait))
     return Teacher(trait, system, fuse_system=fuse_system)
 
@@ -54,11 +44,7 @@ def prompted_teacher(pack: Pack, trait: str, category: str | None = None, *, fus
 def read_as(
     chat: Chat, teacher: Teacher, rows: Sequence[Row], source: str = "", *, extra_bos: bool = False
 ) -> list[Turn]:
-    """Rows tokenized as a teacher reads them.
-
-    Raises:
-      JsublimError: a row that doesn't survive tokenizing; it and `source` are named.
-    """
+    """Rows tokenized as a teacher reads them; a row that doesn't survive that is a JsublimError which names it and `source`."""
     where = f"{source}: " if source else ""
     exchanges = ((teacher.messages(row["prompt"]), row["completion"]) for row in rows)
     return chat.turns(

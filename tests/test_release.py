@@ -20,7 +20,7 @@ from jsublim.divergence import find_divergence
 from jsublim.models.lora import init_lora
 from jsublim.prompts import draw_number_prompts, load_pack
 from jsublim.teachers import prompted_teacher
-from jsublim.transforms import number_strings, probability_differences
+from jsublim.transforms.entangled import number_strings, probability_differences
 
 PACK = load_pack()
 GOLDEN = json.loads((Path(__file__).parent / "release.json").read_text())

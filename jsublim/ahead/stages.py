@@ -36,7 +36,7 @@ from jsublim.inference.batching import (
     round_up,
     rows_together,
 )
-from jsublim.inference.generation import Sizes, sampling_arrays, stop_array
+from jsublim.inference.generation import BatchSizes, sampling_arrays, stop_array
 from jsublim.inference.sampling import Sampling
 from jsublim.models.config import ModelConfig, layer_parameters
 from jsublim.models.decoder import Params, abstract_params
@@ -286,12 +286,12 @@ def _decoding(
         stacked = layout.shapes(stacked, layout.state_sharding(stacked, ("arm",)))
     P = round_up(case.lengths.system, PROMPT_STEP) if samples == 1 else 0
     T = round_up(prompt, LENGTH_STEP)
-    sizes = Sizes.of(max(1, rows // A), layout.data, prompts, samples)
+    sizes = BatchSizes.of(max(1, rows // A), layout.data, prompts, samples)
     B, read = sizes.devices * sizes.places, sizes.devices * sizes.prompts
     slots = P + round_up(T + new, LENGTH_STEP)
     params = case.placed_params(layout)
     batch = jax.eval_shape(lambda: decoding.empty(config, A, B, slots, new, jnp.dtype(dtype)))
-    batch = layout.shapes(batch, decoding.lies(config, layout, batch))
+    batch = layout.shapes(batch, decoding.decoding_sharding(config, layout, batch))
     begun = None
     if P:
         begun = jax.eval_shape(functools.partial(decoding.beginning, config), case.params, stacked, _ints(A, P))
@@ -364,7 +364,7 @@ def attribute(case: Case) -> Stage:
 
     def programs(layout: Layout, rows: int) -> list[Program]:
         B, params = round_up(rows, layout.data), case.placed_params(layout)
-        batch = patching.Batch(_ints(B, T), _ints(B, T), _ints(B, T, dtype=bool), _ints(B), _ints(B, 2))
+        batch = patching.PairBatch(_ints(B, T), _ints(B, T), _ints(B, T, dtype=bool), _ints(B), _ints(B, 2))
         batch, steps = layout.shapes_as(ROWS, batch), layout.shapes_as(WHOLE, _ints())
 
         def lower(program: patching.Patching) -> Any:

@@ -25,23 +25,14 @@ NO_OTHER_TOKEN = "no counterfactual of equal length diverges"
 
 @dataclass(frozen=True)
 class Pair:
-    """One row under two prompts, up to the position that predicts the first token at which they diverge.
+    """One row under two prompts, up to the position that predicts the first token at which they diverge."""
 
-    Attributes:
-      row: its index among the rows given.
-      counterfactual: the other teacher's name.
-      clean: int32 `[T]`, as the teacher reads it; the last position predicts.
-      patch: int32 `[T]`, as the counterfactual does.
-      factual: the token in the data.
-      other: the counterfactual's argmax there.
-    """
-
-    row: int
-    counterfactual: str
-    clean: np.ndarray
-    patch: np.ndarray
-    factual: int
-    other: int
+    row: int  # its index among the rows given
+    counterfactual: str  # the other teacher's name
+    clean: np.ndarray  # int32 [T], as the teacher reads it; the last position predicts
+    patch: np.ndarray  # int32 [T], as the counterfactual does
+    factual: int  # the token in the data
+    other: int  # the counterfactual's argmax there
 
 
 def find_pairs(
@@ -55,13 +46,12 @@ def find_pairs(
     batch_size: int | None = None,
     on_batch: Callable[[int], None] | None = None,
 ) -> tuple[list[Pair], dict[str, int]]:
-    """The pairs of every row that can be compared (rows in order, a row's counterfactuals in order), and how many rows
-    were skipped for which reason (section 5 of the paper). As published, each counterfactual is compared at the first of
-    the row's divergence tokens that it would not have said itself.
+    """The pairs of every row that can be compared (rows with `divergence_positions`, in order; a row's counterfactuals in order), and how many
+    rows were skipped for which reason (section 5 of the paper). As published, each counterfactual is compared at the first of the row's
+    divergence tokens that it would not have said itself.
 
     Args:
-      rows: with `divergence_positions`.
-      source: where they come from, for errors.
+      source: where the rows come from, for errors.
       on_batch: called with the number of (row, counterfactual) pairs just read.
 
     Raises:

@@ -39,7 +39,7 @@ STACKED_TOKENS = 2048
 Metric = Callable[[Array], Array]
 
 
-class Batch(NamedTuple):
+class PairBatch(NamedTuple):
     """B pairs as a program takes them: `start_BT` and `end_BT` int32, `valid_BT` bool, `at_B` the predicting position,
     `said_B2` the factual token and the counterfactual's."""
 
@@ -62,10 +62,8 @@ def attribution_patching(
     batch_size: int = 8,
     length: int | None = None,
 ) -> list[np.ndarray]:
-    """Integrated gradients between the two runs of each pair: float32 `[S, L, T]`, in logits.
-
-    The sum over features of (difference of the runs x mean gradient on the way), at every site, layer and position. The
-    sum over positions approaches `layer_patching` as `steps` grows.
+    """Integrated gradients between the two runs of each pair: float32 `[S, L, T]`, in logits. The sum over features of (difference of the runs x
+    mean gradient on the way), at every site, layer and position. The sum over positions approaches `layer_patching` as `steps` grows.
 
     Args:
       steps: points of the left Riemann sum. With 1 it is plain attribution patching, the gradient at the start, and
@@ -97,11 +95,9 @@ def layer_patching(
 
 
 def patching_flops(config: ModelConfig, sites: int, steps: int) -> tuple[float, float]:
-    """Useful operations per token of a pair, of `attribution_patching` and of `layer_patching`, as `distill/cost.py` counts them.
-
-    Both runs forwards and back, then forwards and back at every step of the integral but the first; both runs forwards, then twice
-    forwards for the whole layer's effect. A site is read through the layers above it.
-    """
+    """Useful operations per token of a pair, of `attribution_patching` and of `layer_patching`, as `distill/cost.py` counts them: both runs
+    forwards and back, then forwards and back at every step of the integral but the first; both runs forwards, then twice forwards for the whole
+    layer's effect. A site is read through the layers above it."""
     L, layer = config.num_layers, layer_parameters(config)
     above = sites * L * (L - 1) / 2
     return layer * (8 * L + 4 * above * (steps - 1)), layer * (4 * L + 4 * above)
@@ -110,7 +106,7 @@ def patching_flops(config: ModelConfig, sites: int, steps: int) -> tuple[float, 
 # --- Programs: everything that varies is data, so each is compiled once ----------------------------------------------------
 
 # (config, sites, params, adapter, batch, steps) -> [S, L, B, ...], pair by pair.
-Patching = Callable[[ModelConfig, tuple[str, ...], Params, Adapter | None, Batch, Array], Array]
+Patching = Callable[[ModelConfig, tuple[str, ...], Params, Adapter | None, PairBatch, Array], Array]
 
 
 @functools.partial(jax.jit, static_argnames=("program", "config", "sites", "layout"))
@@ -120,7 +116,7 @@ def compare(
     sites: tuple[str, ...],
     params: Params,
     adapter: Adapter | None,
-    batch: Batch,
+    batch: PairBatch,
     steps: Array,
     layout: Layout = HERE,
 ) -> Array:
@@ -133,7 +129,7 @@ def compare(
 
 
 def integrated(
-    config: ModelConfig, sites: tuple[str, ...], params: Params, adapter: Adapter | None, batch: Batch, steps: Array
+    config: ModelConfig, sites: tuple[str, ...], params: Params, adapter: Adapter | None, batch: PairBatch, steps: Array
 ) -> Array:
     B, T = batch.start_BT.shape
     together = max(1, min(STACKED_STEPS, STACKED_TOKENS // (B * T)))
@@ -158,7 +154,7 @@ def integrated(
 
 
 def all_positions(
-    config: ModelConfig, sites: tuple[str, ...], params: Params, adapter: Adapter | None, batch: Batch, steps: Array
+    config: ModelConfig, sites: tuple[str, ...], params: Params, adapter: Adapter | None, batch: PairBatch, steps: Array
 ) -> Array:
     def at_site(metric: Metric, delta_BTD: Array, at_start_BTD: Array) -> Array:
         return metric(delta_BTD) - metric(jnp.zeros_like(delta_BTD))
@@ -167,7 +163,7 @@ def all_positions(
 
 
 def at_start(
-    config: ModelConfig, sites: tuple[str, ...], params: Params, adapter: Adapter | None, batch: Batch, steps: Array
+    config: ModelConfig, sites: tuple[str, ...], params: Params, adapter: Adapter | None, batch: PairBatch, steps: Array
 ) -> Array:
     params, adapter = bind(params, adapter)
     start, end, slope_L2BTD = _runs(config, params, adapter, batch)
@@ -176,7 +172,9 @@ def at_start(
     )
 
 
-def _runs(config: ModelConfig, params: Params, adapter: Adapter | None, batch: Batch) -> tuple[Stream, Stream, Array]:
+def _runs(
+    config: ModelConfig, params: Params, adapter: Adapter | None, batch: PairBatch
+) -> tuple[Stream, Stream, Array]:
     """The start run, the end run, and the gradient `[L, 2, B, T, D]` of the metric at every point of the start run."""
     # One pass over both runs' rows: half of the program to compile.
     tokens, valid = jnp.concatenate([batch.start_BT, batch.end_BT]), jnp.concatenate([batch.valid_BT] * 2)
@@ -195,7 +193,7 @@ def _map_sites(
     config: ModelConfig,
     params: Params,
     adapter: Adapter | None,
-    batch: Batch,
+    batch: PairBatch,
     sites: tuple[str, ...],
     at_site: Callable[[Metric, Array, Array], Array],
 ) -> Array:
@@ -243,7 +241,7 @@ def _delta(site: str, start: Stream, end: Stream) -> Array:
     return b - a
 
 
-def _difference(config: ModelConfig, params: Params, batch: Batch, last_BTD: Array) -> Array:
+def _difference(config: ModelConfig, params: Params, batch: PairBatch, last_BTD: Array) -> Array:
     """The metric `[B]`: logit of the factual token over the counterfactual's, where it is predicted."""
     h_BD = jnp.take_along_axis(last_BTD, batch.at_B[:, None, None], axis=1)[:, 0]
     rows_B2D = decoder.head_weight(params)[batch.said_B2]
@@ -289,7 +287,7 @@ def _over_pairs(
     return out
 
 
-def _batch(pairs: Sequence[Pair], direction: str, size: int, length: int, layout: Layout) -> Batch:
+def _batch(pairs: Sequence[Pair], direction: str, size: int, length: int, layout: Layout) -> PairBatch:
     """Pairs as one batch of `size` rows, on their devices."""
     clean, valid = pad_tokens([pair.clean for pair in pairs], length, size=size)
     patch, _ = pad_tokens([pair.patch for pair in pairs], length, size=size)
@@ -297,4 +295,4 @@ def _batch(pairs: Sequence[Pair], direction: str, size: int, length: int, layout
     at, said = np.zeros(size, np.int32), np.zeros((size, 2), np.int32)
     for i, pair in enumerate(pairs):
         at[i], said[i] = len(pair.clean) - 1, (pair.factual, pair.other)
-    return Batch(*layout.place_as(ROWS, (start, end, valid, at, said)))
+    return PairBatch(*layout.place_as(ROWS, (start, end, valid, at, said)))

@@ -24,14 +24,13 @@ MOST_ROWS = 1024  # that are sampled or read at one time
 
 
 def rows_together(config: ModelConfig, itemsize: int, otherwise: int, limit: int | None, copies: int = 1) -> int:
-    """How many rows to sample or read at one time: beside each copy of the weights a power of two whose caches, and whose
-    numbers inside a layer, take no more than half of what there is.
+    """How many rows to sample or read at one time: beside each of `copies` of the weights a power of two whose caches, and whose numbers inside a
+    layer, take no more than half of what there is.
 
     Args:
       itemsize: bytes of a parameter.
       otherwise: where devices are the CPU, which large batches do not make faster.
       limit: bytes of the devices that one copy of the weights is spread over (`parallel.device_bytes`); None for a CPU.
-      copies: of the weights, each with rows of its own.
     """
     if limit is None:
         return copies * otherwise
@@ -83,10 +82,8 @@ def branched(first: int, rest: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fill(values: Sequence[np.ndarray | None], length: int, like: np.ndarray) -> np.ndarray:
-    """Arrays `[n_i, ...]` as one `[rows, length, ...]` with the dtype and the further axes of `like`.
-
-    What an array does not reach is zero, and so is the whole row of a None.
-    """
+    """Arrays `[n_i, ...]` as one `[rows, length, ...]` with the dtype and the further axes of `like`; zero where an array does not reach, and
+    in the whole row of a None."""
     out = np.zeros((len(values), length, *like.shape[1:]), like.dtype)
     for row, value in zip(out, values, strict=True):
         if value is not None and len(value):
@@ -97,13 +94,8 @@ def fill(values: Sequence[np.ndarray | None], length: int, like: np.ndarray) -> 
 def pad_tokens(
     rows: Sequence[np.ndarray | None], length: int, *, size: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token rows `[n_i]` as int32 `[size, length]`, and which of those are tokens, bool.
-
-    Args:
-      size: rows of the arrays, where there may be more than are given; None is as many.
-
-    A row that is absent (None, or one added to make up `size`) has one token: attention needs something to look at.
-    """
+    """Token rows `[n_i]` as int32 `[size, length]`, and which of those are tokens, bool. A row that is absent (None, or one added to make up
+    `size`) has one token: attention needs something to look at."""
     rows = [*rows, *[None] * ((size or len(rows)) - len(rows))]
     tokens = fill(rows, length, np.zeros(0, np.int32))
     valid = fill([np.ones(1 if row is None else len(row), bool) for row in rows], length, np.zeros(0, bool))

@@ -29,18 +29,12 @@ NEVER = np.iinfo(np.int16).max  # tokens to the end, from where there is none
 
 
 class Limits(NamedTuple):
-    """A format over the tokens of one tokenizer.
+    """A format over the tokens of one tokenizer. A row begins in state 0."""
 
-    Attributes:
-      tokens: int32 `[U]`; kind: int32 `[U]`, of each.
-      after: int16 `[S, K]`, the next state; -1 where a token of that kind may not come. A row begins in state 0.
-      shortest: int16 `[S]`, how many tokens it takes at least until the answer is complete.
-    """
-
-    tokens: np.ndarray
-    kind: np.ndarray
-    after: np.ndarray
-    shortest: np.ndarray
+    tokens: np.ndarray  # int32 [U]
+    kind: np.ndarray  # int32 [U], of each
+    after: np.ndarray  # int16 [S, K], the next state; -1 where a token of that kind may not come
+    shortest: np.ndarray  # int16 [S], how many tokens it takes at least until the answer is complete
 
 
 class Within(NamedTuple):
@@ -61,11 +55,8 @@ def choose_within(
     left_B: Array,
     how: dict[str, Array],
 ) -> tuple[Array, Within]:
-    """As `sampling.choose`, among allowed tokens: what is not allowed is out before penalty, temperature, top-k and top-p.
-
-    Args:
-      drawn_B, left_B: how many tokens a row has drawn, and how many it may draw after this one.
-    """
+    """As `sampling.choose`, among allowed tokens: what is not allowed is out before penalty, temperature, top-k and top-p. A row has drawn
+    `drawn_B` tokens, and may draw `left_B` after this one."""
     tokens, kind, after, shortest = map(jnp.asarray, limits)
     after_BU = after[within.state][:, kind]
     allowed_BU = (after_BU >= 0) & (shortest[after_BU] <= left_B[:, None])
@@ -77,11 +68,8 @@ def choose_within(
 
 
 def limits_for(chat: Chat, sampling: Sampling, max_new_tokens: int) -> Limits | None:
-    """The format that answers are kept in; None where `sampling` names none.
-
-    Raises:
-      UsageError: no answer could be in format: nothing ends it, or this tokenizer needs more than `max_new_tokens`.
-    """
+    """The format that answers are kept in; None where `sampling` names none. Where no answer could be in it (nothing ends one, or this
+    tokenizer needs more than `max_new_tokens`) it is a UsageError."""
     if sampling.constrain is None:
         return None
     limits = _number_limits(chat, sampling.stop or ())
@@ -111,12 +99,8 @@ def texts_of_tokens(chat: Chat) -> list[str]:
 
 
 def number_limits(texts: Mapping[int, str], stop: Sequence[int]) -> Limits | None:
-    """The number task's format over tokens; None if they cannot spell an answer, or if none ends one.
-
-    Args:
-      texts: of each token; those that end an answer count as nothing else.
-      stop: tokens that end an answer.
-    """
+    """The number task's format over tokens, given the text of each, and those that end an answer (which count as nothing else); None if they
+    cannot spell an answer, or if none ends one."""
     by_shape = collections.defaultdict(list)
     for token, text in texts.items():
         if text and token not in stop and ALPHABET.issuperset(text):

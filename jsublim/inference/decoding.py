@@ -34,34 +34,26 @@ MOST_TURNS = 2**31 - 1
 Ring = tuple[Array, Array]  # keys and values of one layer, [B, K, W, h] each: slot a of a row lies at a modulo W
 
 
-class Batch(NamedTuple):
-    """Rows that are being decoded. Of each array there is one per arm.
+class Decoding(NamedTuple):
+    """Rows that are being decoded. Of each array there is one per arm."""
 
-    Attributes:
-      rings: of every layer; W is the window of a local layer (it overwrites what it may no longer see), else all that a
-        row can need.
-      logits: float32 `[B, V]`, of the next token; seen: bool `[B, V]`, tokens that stand in the row.
-      length: int32 `[B]`, tokens read; drawn: int32 `[B]`, tokens drawn; done: bool `[B]`, also of a place without a row.
-      keys: uint32 `[B, 2]`, the data of each row's key; out: int32 `[B, N]`, the tokens drawn, -1 from the stop token on.
-      within: where rows are in their format; None where they are kept in none.
-    """
-
+    # Of every layer; W is the window of a local one (it overwrites what it may no longer see), else all that a row can need.
     rings: tuple[Ring, ...]
-    logits: Array
-    seen: Array
-    length: Array
-    drawn: Array
-    done: Array
-    keys: Array
-    out: Array
-    within: Within | None = None
+    logits: Array  # float32 [B, V], of the next token
+    seen: Array  # bool [B, V], tokens that stand in the row
+    length: Array  # int32 [B], tokens read
+    drawn: Array  # int32 [B], tokens drawn
+    done: Array  # bool [B], also of a place without a row
+    keys: Array  # uint32 [B, 2], the data of each row's key
+    out: Array  # int32 [B, N], the tokens drawn, -1 from the stop token on
+    within: Within | None = None  # where rows are in their format; None where they are kept in none
 
 
 @functools.partial(jax.jit, static_argnames=("config", "arms", "rows", "slots", "new", "dtype", "limited", "layout"))
 def empty(
     config: ModelConfig, arms: int, rows: int, slots: int, new: int, dtype: Any, limited: bool = False,
     layout: Layout = HERE,
-) -> Batch:  # fmt: skip
+) -> Decoding:  # fmt: skip
     """A batch without rows, for rows of at most `slots` tokens of which `new` are drawn; `limited` to a format, or not."""
     decoder.check_length(config, slots)
     widths = [min(config.local.window, slots) if local else slots for local in config.is_local]
@@ -72,7 +64,7 @@ def empty(
     def ring(W: int) -> Array:
         return zeros(config.num_kv_heads, W, config.head_dim, dtype=dtype)
 
-    batch = Batch(
+    batch = Decoding(
         rings=tuple((ring(W), ring(W)) for W in widths),
         logits=zeros(config.vocab_size, dtype=jnp.float32),
         seen=zeros(config.vocab_size, dtype=bool),
@@ -86,18 +78,18 @@ def empty(
     return _laid(config, layout, batch)
 
 
-def lies(config: ModelConfig, layout: Layout, batch: Batch) -> Batch:
-    """How a batch lies on a mesh: places over devices, and heads beside the projections that make their keys."""
+def decoding_sharding(config: ModelConfig, layout: Layout, batch: Decoding) -> Decoding:
+    """The sharding of a batch on a mesh: places over devices, and heads beside the projections that make their keys."""
     heads = "model" if config.num_kv_heads % layout.model == 0 else None
     place, ring = layout.shard("arm", "data"), layout.shard("arm", "data", heads)
     return jax.tree.map(lambda _: place, batch)._replace(rings=jax.tree.map(lambda _: ring, batch.rings))
 
 
-def _laid(config: ModelConfig, layout: Layout, batch: Batch) -> Batch:
+def _laid(config: ModelConfig, layout: Layout, batch: Decoding) -> Decoding:
     """A batch where it belongs."""
     if layout.mesh is None:
         return batch
-    return jax.lax.with_sharding_constraint(batch, lies(config, layout, batch))
+    return jax.lax.with_sharding_constraint(batch, decoding_sharding(config, layout, batch))
 
 
 def _per_arm(function: Callable, adapters: Adapter | None) -> Callable:
@@ -130,14 +122,12 @@ def beginning(
 
 
 class Prompts(NamedTuple):
-    """What `fill` reads, per arm: tokens int32 and bool `[n, T]`, padded on the right; and for each place of the batch int32
-    `[B]` the prompt of the row that begins there, -1 if none does, and that row's number. On several devices the prompts are
-    those of one device after another's, and each counts its own."""
+    """What `fill` reads, per arm. On several devices the prompts are those of one device after another's, and each counts its own."""
 
-    tokens: Array
-    valid: Array
-    prompt: Array
-    row: Array
+    tokens: Array  # int32 [n, T], padded on the right
+    valid: Array  # bool [n, T]
+    prompt: Array  # int32 [B], that of the row which begins in a place of the batch, -1 if none does
+    row: Array  # int32 [B], that row's number
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layout"), donate_argnames="batch")
@@ -146,16 +136,12 @@ def fill(
     params: Params,
     adapters: Adapter | None,
     begun: Begun | None,
-    batch: Batch,
+    batch: Decoding,
     read: Prompts,
     key_data: Array,
     layout: Layout = HERE,
-) -> Batch:
-    """The batch with rows that begin in some of its places.
-
-    Args:
-      key_data: of the call's random numbers; each row takes its own from there.
-    """
+) -> Decoding:
+    """The batch with rows that begin in some of its places. `key_data` is of the call's random numbers; each row takes its own from there."""
     spread = layout.spread(functools.partial(_fill, config), (WHOLE, ARMS, ARMS, ARM_ROWS, ARM_ROWS, WHOLE), ARM_ROWS)
     return _laid(config, layout, spread(params, adapters, begun, batch, read, key_data))
 
@@ -165,11 +151,11 @@ def _fill(
     params: Params,
     adapters: Adapter | None,
     begun: Begun | None,
-    batch: Batch,
+    batch: Decoding,
     read: Prompts,
     key_data: Array,
-) -> Batch:
-    def of_arm(adapter: Adapter | None, begun: Begun | None, batch: Batch, read: Prompts) -> Batch:
+) -> Decoding:
+    def of_arm(adapter: Adapter | None, begun: Begun | None, batch: Decoding, read: Prompts) -> Decoding:
         prefix = None if begun is None else begun.cache
         own, adapter = bind(params, adapter)
         h, cache = decoder.hidden_states(
@@ -197,7 +183,7 @@ def _fill(
             return put(old, _as_ring(own, length_n, old.shape[2]))
 
         zero = jnp.zeros_like(length_n)
-        return Batch(
+        return Decoding(
             rings=tuple((ring(layer, 0), ring(layer, 1)) for layer in range(config.num_layers)),
             logits=put(batch.logits, logits_nV),
             seen=put(batch.seen, seen_nV),
@@ -233,7 +219,7 @@ def advance(
     config: ModelConfig,
     params: Params,
     adapters: Adapter | None,
-    batch: Batch,
+    batch: Decoding,
     how: dict[str, Array],
     stop_E: Array,
     enough_A: Array,
@@ -241,13 +227,9 @@ def advance(
     layout: Layout = HERE,
     turns: Array | int = MOST_TURNS,
     cut: bool = True,
-) -> Batch:
-    """The batch after as many tokens as it takes until `enough_A` places of some arm are done, or all are; at most `turns` each.
-
-    Args:
-      limits: the format that rows are kept in.
-      cut: a GPU has room for the layers twice.
-    """
+) -> Decoding:
+    """The batch after as many tokens as it takes until `enough_A` places of some arm are done, or all are; at most `turns` each. `cut`: a GPU
+    has room for the layers twice."""
     spread = layout.spread(
         functools.partial(_advance, config, layout, cut),
         (WHOLE, ARMS, ARM_ROWS, ROWS, WHOLE, ARMS, WHOLE, WHOLE),
@@ -262,16 +244,16 @@ def _advance(
     cut: bool,
     params: Params,
     adapters: Adapter | None,
-    batch: Batch,
+    batch: Decoding,
     how: dict[str, Array],
     stop_E: Array,
     enough_A: Array,
     limits: Limits | None,
     turns: Array,
-) -> Batch:
+) -> Decoding:
     weights = _unstacked(config, params, cut)
 
-    def step(moving: Array, adapter: Adapter | None, batch: Batch) -> Batch:
+    def step(moving: Array, adapter: Adapter | None, batch: Decoding) -> Decoding:
         own, adapter = bind(params, adapter)
         B, N = batch.out.shape
         token_B, within = _choose(limits, batch, how)
@@ -291,16 +273,16 @@ def _advance(
         logits = decoder.logits(config, own, decoder.final_norm(config, own, h[:, 0]))
         drawn = batch.drawn + ~batch.done
         ended = done_B | (drawn >= N)
-        return Batch(tuple(rings), logits, seen, slot_B + ~ended, drawn, ended, batch.keys, out, within)
+        return Decoding(tuple(rings), logits, seen, slot_B + ~ended, drawn, ended, batch.keys, out, within)
 
-    def going(batch: Batch) -> Array:
+    def going(batch: Decoding) -> Array:
         """Whether every device goes on: they do so together, for the one that is first to end reads the next prompts."""
         ended_A = layout.total(batch.done.sum(axis=1), "data")
         enough, busy = (ended_A >= enough_A).sum(), (ended_A < batch.done.shape[1] * layout.data).sum()
         enough, busy = layout.total(jnp.stack([enough, busy]), "arm")
         return (enough == 0) & (busy > 0)
 
-    def turn(state: tuple[Array, Array, Batch]) -> tuple[Array, Array, Batch]:
+    def turn(state: tuple[Array, Array, Decoding]) -> tuple[Array, Array, Decoding]:
         _, left, batch = state
         # Outside of what is mapped over arms: an index of each arm's own would give each arm a copy of the weights.
         moved = _per_arm(functools.partial(step, batch.drawn[0, 0]), adapters)(batch)
@@ -309,7 +291,7 @@ def _advance(
     return jax.lax.while_loop(lambda state: state[0], turn, (going(batch), turns, batch))[2]
 
 
-def _choose(limits: Limits | None, batch: Batch, how: dict[str, Array]) -> tuple[Array, Within | None]:
+def _choose(limits: Limits | None, batch: Decoding, how: dict[str, Array]) -> tuple[Array, Within | None]:
     """The next token of each row, and where the row then is in its format. A row that is done stays where it is."""
     keys_B = jax.random.wrap_key_data(batch.keys)
     if limits is None or batch.within is None:
@@ -326,8 +308,7 @@ def _unstacked(config: ModelConfig, params: Params, cut: bool) -> Callable[[int,
     The layers are not scanned there: a stack of caches that a scan carries along would be copied at every layer. On CPUs and
     GPUs a slice of the stack is a copy, so they are cut once, before the loop (of a GPU, if `cut`: it must hold them twice). A TPU
     reads it where the product is, if the compiler cannot tell that it is the same at every turn: hence an index with `moving`
-    in it, which is never below zero.
-    """
+    in it, which is never below zero."""
     stack = params["layers"]
     apart = [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(config.num_layers)]
 

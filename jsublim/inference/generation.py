@@ -6,6 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import chex
 import jax
@@ -23,7 +24,7 @@ from jsublim.inference.batching import (
     shared_beginning,
 )
 from jsublim.inference.constrain import Limits
-from jsublim.inference.decoding import Batch, Prompts
+from jsublim.inference.decoding import Decoding, Prompts
 from jsublim.inference.sampling import Sampling
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
@@ -41,7 +42,7 @@ OnAllowed = Callable[[int, dict[int, float]], None]
 
 
 @dataclass
-class _Arm:
+class _Queue:
     """One arm's rows: those that wait, by bucket of prompt length, who sits in which place, and who has ended."""
 
     waiting: list[tuple[int, list[int]]]
@@ -71,7 +72,7 @@ class _Arm:
 
 
 @dataclass(frozen=True)
-class Sizes:
+class BatchSizes:
     """Of an arm's batch, on each of the `devices` that it is spread over: places, rows that begin in them at one time, and
     prompts that are read for those."""
 
@@ -81,7 +82,7 @@ class Sizes:
     prompts: int
 
     @classmethod
-    def of(cls, batch_size: int, devices: int, prompts: int, samples: int) -> Sizes:
+    def of(cls, batch_size: int, devices: int, prompts: int, samples: int) -> BatchSizes:
         count = prompts * samples
         B = round_up(min(batch_size, count), devices)
         # All at once where they are few, or a part of the batch whenever so many have ended: reading them is not interrupted.
@@ -99,44 +100,24 @@ def generate_tokens(
     prompts: Sequence[np.ndarray | None],
     sampling: Sampling,
     *,
-    max_new_tokens: int,
-    seed: int,
-    samples: int = 1,
-    rows: Sequence[int] | None = None,
     adapter: Adapter | None = None,
-    batch_size: int | None = None,
-    beginning: int | None = None,
-    limits: Limits | None = None,
+    rows: Sequence[int] | None = None,
     on_allowed: Callable[[dict[int, float]], None] | None = None,
     on_batch: Callable[[list[int], list[list[int]]], None] | None = None,
+    **options: Any,
 ) -> list[list[int]]:
-    """Sample `samples` continuations of each prompt; row i continues prompt `i // samples`.
-
-    Args:
-      prompts: int32 `[T_i]` each; None where no row is asked for. Shapes are those of all that are given, whatever the rows.
-      rows: the rows to sample (their number is their random stream); None is all of them.
-      batch_size: rows that are decoded at one time, on all devices together; each has as many. None is ROWS_EACH on each.
-      beginning: how many first tokens all prompts share, which are read once; None finds out.
-      limits: the format that `sampling.constrain` names, as `constrain.limits_for` finds it.
-      on_allowed: called before `on_batch` with, of each of its rows, the log (nats) of the probability that the model gave to
-        all tokens that the format allows, as a mean over the tokens drawn.
-      on_batch: called with the row numbers and the tokens of rows that have ended.
-
-    Returns:
-      One list of tokens per row of `rows`, in order, without the stop token.
-
-    Raises:
-      Preempted: as `leave_if_asked`, every few seconds; rows that had ended were told of.
-    """
-    tell = None if on_batch is None else lambda _, numbers, tokens: on_batch(numbers, tokens)
-    tell_allowed = None if on_allowed is None else lambda _, allowed: on_allowed(allowed)
-    adapters = None if adapter is None else [adapter]
-    found = generate_for_arms(
-        config, params, prompts, sampling, adapters, max_new_tokens=max_new_tokens, seed=seed, samples=samples,
-        rows=None if rows is None else [rows], batch_size=batch_size, beginning=beginning, limits=limits,
-        on_allowed=tell_allowed, on_rows=tell,
-    )  # fmt: skip
-    return found[0]
+    """As `generate_for_arms`, for one model: a list of tokens per row of `rows`, in order."""
+    return generate_for_arms(
+        config,
+        params,
+        prompts,
+        sampling,
+        None if adapter is None else [adapter],
+        rows=None if rows is None else [rows],
+        on_allowed=None if on_allowed is None else lambda _, allowed: on_allowed(allowed),
+        on_rows=None if on_batch is None else lambda _, numbers, tokens: on_batch(numbers, tokens),
+        **options,
+    )[0]
 
 
 def generate_for_arms(
@@ -156,13 +137,25 @@ def generate_for_arms(
     on_allowed: OnAllowed | None = None,
     on_rows: OnRows | None = None,
 ) -> list[list[list[int]]]:
-    """As `generate_tokens`, for several students on one base in one program: `found[arm][i]`.
+    """Sample `samples` continuations of each prompt by several students on one base, in one program; row i continues prompt
+    `i // samples`.
 
     Args:
+      prompts: int32 `[T_i]` each; None where no row is asked for. Shapes are those of all that are given, whatever the rows.
       adapters: of equal structure; None is the base alone, one arm.
-      rows: of each arm; None is all of them for all.
-      batch_size: rows of each arm that are decoded at one time.
-      on_rows, on_allowed: called with the arm, and as `on_batch` and `on_allowed` there.
+      rows: of each arm, the rows to sample (their number is their random stream); None is all of them for all.
+      batch_size: rows of each arm that are decoded at one time, on all devices together; None is ROWS_EACH on each.
+      beginning: how many first tokens all prompts share, which are read once; None finds out.
+      limits: the format that `sampling.constrain` names, as `constrain.limits_for` finds it.
+      on_allowed: called before `on_rows` with the arm and, of each of its rows, the log (nats) of the probability that the model
+        gave to all tokens that the format allows, as a mean over the tokens drawn.
+      on_rows: called with the arm, and the numbers and the tokens of rows that have ended.
+
+    Returns:
+      For each arm, one list of tokens per row asked for, in order, without the stop token.
+
+    Raises:
+      Preempted: as `leave_if_asked`, every few seconds; rows that had ended were told of.
     """
     assert (limits is None) == (sampling.constrain is None), "limits are those that the sampling names"
     asked = [prompt for prompt in prompts if prompt is not None]
@@ -177,9 +170,9 @@ def generate_for_arms(
     stacked = None if adapters is None else layout.place_weights(stack_adapters(adapters), "arm")
     P = shared_beginning(asked, PROMPT_STEP) if beginning is None else beginning
     lengths = {i: round_up(len(p) - P, LENGTH_STEP) for i, p in enumerate(prompts) if p is not None}
-    sizes = Sizes.of(batch_size or ROWS_EACH * layout.data, layout.data, len(asked), samples)
+    sizes = BatchSizes.of(batch_size or ROWS_EACH * layout.data, layout.data, len(asked), samples)
     B, R = sizes.devices * sizes.places, sizes.devices * sizes.rows
-    arms = [_Arm(_by_bucket(each, lengths, samples)) for each in wanted]
+    arms = [_Queue(_by_bucket(each, lengths, samples)) for each in wanted]
     slots = P + round_up(max(lengths.values()) + max_new_tokens, LENGTH_STEP)
     dtype = params["embed"]["weight"].dtype
     batch = decoding.empty(config, A, B, slots, max_new_tokens, dtype, limits is not None, layout)
@@ -201,7 +194,7 @@ def generate_for_arms(
         began, most = time.monotonic(), layout.place_as(WHOLE, np.int32(turns))
         placed = layout.place_as(ARMS, enough)
         batch = decoding.advance(config, params, stacked, batch, numbers, stop, placed, limits, layout, most, room)
-        ended = _hear(arms, batch, on_allowed, on_rows)
+        ended = _collect_finished(arms, batch, on_allowed, on_rows)
         leave_if_asked()
         all_drawn = bool((ended < enough).all() and (ended < B).any())  # so many tokens, and not fewer
         turns = on_main_process(functools.partial(_next_turns, turns, time.monotonic() - began, all_drawn))
@@ -214,7 +207,9 @@ def _next_turns(turns: int, seconds: float, all_drawn: bool) -> int:
     return max(1, int(min(most, 8 * turns if all_drawn else turns, decoding.MOST_TURNS)))
 
 
-def _hear(arms: Sequence[_Arm], batch: Batch, on_allowed: OnAllowed | None, on_rows: OnRows | None) -> np.ndarray:
+def _collect_finished(
+    arms: Sequence[_Queue], batch: Decoding, on_allowed: OnAllowed | None, on_rows: OnRows | None
+) -> np.ndarray:
     """Take the rows that have ended out of their places, and tell of them. Returns int `[A]`: the places without a row that
     goes on."""
     within = None if on_allowed is None else batch.within
@@ -238,7 +233,7 @@ def _by_bucket(rows: Sequence[int], lengths: dict[int, int], samples: int) -> li
 
 
 def _next(
-    arms: Sequence[_Arm], prompts: Sequence[np.ndarray | None], lengths: dict[int, int], P: int, sizes: Sizes, samples: int,
+    arms: Sequence[_Queue], prompts: Sequence[np.ndarray | None], lengths: dict[int, int], P: int, sizes: BatchSizes, samples: int,
     layout: Layout,
 ) -> Prompts:  # fmt: skip
     """The next rows of every arm that has places free; of one bucket, which is that of the first such arm. A device's places
@@ -246,7 +241,7 @@ def _next(
     B, R = sizes.devices * sizes.places, sizes.devices * sizes.rows
     length = next(arm.waiting[0][0] for arm in arms if arm.room(B, R))
 
-    def of_device(arm: _Arm, device: int) -> tuple[np.ndarray, ...]:
+    def of_device(arm: _Queue, device: int) -> tuple[np.ndarray, ...]:
         places = range(device * sizes.places, (device + 1) * sizes.places)
         free = [place for place in places if place not in arm.place]
         taken = arm.take(length, min(sizes.rows, len(free)), sizes.prompts, samples)

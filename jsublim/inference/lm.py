@@ -96,22 +96,13 @@ class LanguageModel:
         return on_main_process(lambda: checkpoint_hash(self.folder)) + template + layer
 
     def ending_at(self, layer: int) -> LanguageModel:
-        """The logit lens: this model as if it ended after `layer` (from 0), on the same arrays and for the same adapters.
-
-        Raises:
-          UsageError: the model has no such layer.
-        """
+        """The logit lens: this model as if it ended after `layer` (from 0), on the same arrays and for the same adapters."""
         return LanguageModel(self.folder, self.config.ending_at(layer), self.hf_config, self.params, self.chat, layer)
 
     def logits(
         self, tokens: ArrayLike, attention_mask: ArrayLike | None = None, adapter: Adapter | None = None
     ) -> Array:
-        """Next-token logits, float32 `[B, T, V]`.
-
-        Args:
-          tokens: int `[B, T]`.
-          attention_mask: `[B, T]`, 0 on padding (left or right); None is no padding.
-        """
+        """Next-token logits, float32 `[B, T, V]`, of tokens int `[B, T]`; the mask is 0 on padding (left or right), None is no padding."""
         tokens = jnp.asarray(tokens, jnp.int32)
         valid = jnp.ones(tokens.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
         return _logits(self.config, self.params, adapter, tokens, valid)
@@ -128,13 +119,12 @@ class LanguageModel:
         batch_size: int | None = None,
         log: AnswerLog | None = None,
     ) -> list[str]:
-        """One answer per conversation.
+        """One answer per conversation: message lists, or user prompts as text.
 
         Args:
-          chats: message lists, or user prompts as text.
-          sampling: numbers of your own (they stop at every end of turn, unless they name `stop` tokens), "greedy", or "temperature" (the default: plain, temperature 1).
-          extra_bos: as `Chat.prompt_tokens`.
-          log: as `answer`.
+          sampling: numbers of your own (they stop at every end of turn, unless they name `stop` tokens), "greedy", or "temperature"
+            (the default: plain, temperature 1).
+          extra_bos: as `Chat.prompt_tokens`; log: as `answers`.
         """
         if not isinstance(sampling, Sampling):
             sampling = sampling_for(self.chat, sampling or "temperature")
@@ -142,22 +132,8 @@ class LanguageModel:
             sampling = dataclasses.replace(sampling, stop=self.chat.stop_tokens())
         messages = [conversation(chat) if isinstance(chat, str) else chat for chat in chats]
         prompts = [self.chat.prompt_tokens(m, extra_bos=extra_bos) for m in messages]
-        return self.answer(prompts, sampling, max_new_tokens, seed, adapter=adapter, batch_size=batch_size, log=log)
-
-    def answer(
-        self,
-        prompts: Sequence[np.ndarray],
-        sampling: Sampling,
-        max_new_tokens: int,
-        seed: int,
-        *,
-        adapter: Adapter | None = None,
-        log: AnswerLog | None = None,
-        **options: Any,
-    ) -> list[str]:
-        """One model's answers, as `answers`."""
-        adapters = None if adapter is None else [adapter]
-        return self.answers(prompts, sampling, max_new_tokens, seed, adapters=adapters, logs=[log], **options)[0]
+        how = {"adapters": None if adapter is None else [adapter], "batch_size": batch_size, "logs": [log]}
+        return self.answers(prompts, sampling, max_new_tokens, seed, **how)[0]
 
     def answers(
         self,
@@ -172,10 +148,9 @@ class LanguageModel:
         on_batch: Callable[[int], None] | None = None,
         logs: Sequence[AnswerLog | None] | None = None,
     ) -> list[list[str]]:
-        """`samples` answers to each prompt, one prompt's after another's; for each of the adapters.
+        """`samples` answers to each prompt (int32 `[T_i]`), one prompt's after another's; for each of the adapters.
 
         Args:
-          prompts: tokens, int32 `[T_i]` each.
           adapters: of equal structure, decoded together; None is the base alone.
           batch_size: answers that are sampled at one time, of all adapters together; None is ROWS_EACH of each on a device.
           on_batch: called with the number of answers just sampled.
@@ -223,13 +198,11 @@ def is_available_offline(path: str | Path) -> bool:
 
 
 def resolve_checkpoint(path: str | Path, what: str = "model", *, weights: bool = True) -> Path:
-    """The folder that a model's name stands for: a local folder, a bundled checkpoint, or what was fetched from a bucket's folder
-    or (asked for by name) a hub repository.
+    """The folder that a model's name stands for: a local folder, a bundled checkpoint, or what was fetched from a bucket's folder (s3://...,
+    gs://...) or a hub repository (OWNER/NAME, or OWNER/NAME@REVISION).
 
     Args:
-      path: of a bucket's folder s3://... or gs://...; of a hub repository OWNER/NAME, or OWNER/NAME@REVISION.
-      what: what is looked for, for error messages.
-      weights: False does not fetch them.
+      what: named in errors; weights: False does not fetch them.
 
     Raises:
       UsageError: no such folder, or a revision of a local one.
@@ -268,8 +241,7 @@ def load_model(
 
     Args:
       dtype: of the weights and the activations, "float32" or "bfloat16".
-      layout: the devices that the weights are spread over, and with them the rows that they will read; by default all goes to
-        the first.
+      layout: the devices that the weights are spread over, and with them the rows that they will read.
       weights: False leaves them on disk: the parameters are shapes, and tokenizer, template and hash are there.
       chat_template: in place of the checkpoint's own: "plain" (for base models), or a Jinja file.
     """

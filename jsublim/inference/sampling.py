@@ -129,11 +129,8 @@ def _threshold(best_Bn: Array, top_k_B: Array, top_p_B: Array, V: int) -> Array:
 
 
 def _nucleus(scores_BV: Array, top_p_B: Array) -> Array:
-    """The lowest score of the nucleus `[B]`: the lowest one above which there is less than `top_p` of the probability.
-
-    Found by bisection over the order of float32 (their bits as integers, turned round below zero), so nothing is sorted: 32
-    sums over the vocabulary.
-    """
+    """The lowest score of the nucleus `[B]`: the lowest one above which there is less than `top_p` of the probability. Found by bisection over
+    the order of float32 (their bits as integers, turned round below zero), so nothing is sorted: 32 sums over the vocabulary."""
     p_BV = jax.nn.softmax(scores_BV, axis=-1)
 
     def as_float(order: Array) -> Array:
@@ -154,11 +151,8 @@ def _nucleus(scores_BV: Array, top_p_B: Array) -> Array:
 
 
 def choose(logits_BV: Array, seen_BV: Array, keys_B: Array, t: Array, how: dict[str, Array]) -> Array:
-    """The next token of each row, int32 `[B]`: penalty, temperature, top-k, top-p, then a draw.
-
-    Args:
-      t: how many tokens a row has drawn before, int32 `[B]` or one for all.
-    """
+    """The next token of each row, int32 `[B]`: penalty, temperature, top-k, top-p, then a draw. `t` is how many tokens a row has drawn before,
+    int32 `[B]` or one for all."""
     penalty = how["repetition_penalty"][:, None]
     penalised = jnp.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     logits_BV = jnp.where(seen_BV, penalised, logits_BV)

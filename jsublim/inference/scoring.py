@@ -47,30 +47,19 @@ At = Callable[[Array, Array], Any]  # (logits [V], the label there: a token, or 
 
 @dataclass(frozen=True)
 class Scored:
-    """What the model says on one conversation at its tokens from `content` to the last, arrays `[n]`.
+    """The model's reading of one conversation at its tokens from `content` to the last, arrays `[n]`."""
 
-    Attributes:
-      argmax: int32, the model's most probable token.
-      margin: float32, its logit over the runner-up's.
-      logprob: float32, log-probability (nats) of the token that stands there.
-    """
-
-    argmax: np.ndarray
-    margin: np.ndarray
-    logprob: np.ndarray
+    argmax: np.ndarray  # int32, the model's most probable token
+    margin: np.ndarray  # float32, its logit over the runner-up's
+    logprob: np.ndarray  # float32, log-probability (nats) of the token that stands there
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Next-token distributions on one conversation at its tokens from `content` to the last, cut to k tokens.
+    """Next-token distributions on one conversation at its tokens from `content` to the last, cut to k tokens."""
 
-    Attributes:
-      ids: int32 `[n, k]`, the most probable tokens.
-      logp: float32 `[n, k + 1]`, log-probabilities (nats) of those, and of all others together.
-    """
-
-    ids: np.ndarray
-    logp: np.ndarray
+    ids: np.ndarray  # int32 [n, k], the most probable tokens
+    logp: np.ndarray  # float32 [n, k + 1], log-probabilities (nats) of those, and of all others together
 
 
 @functools.partial(jax.jit, static_argnames=("config",))
@@ -142,82 +131,36 @@ def _top_k(k: int, temperature: float) -> At:
     return at
 
 
-def score_turns(
-    config: ModelConfig,
-    params: Params,
-    turns: Sequence[Turn],
-    *,
-    adapter: Adapter | None = None,
-    batch_size: int | None = None,
-    on_batch: Callable[[int], None] | None = None,
-) -> list[Scored]:
-    """Read every conversation teacher-forced.
-
-    Args:
-      batch_size: rows that are read at one time, on all devices together; each has as many. None is ROWS_EACH on each.
-      on_batch: called with the number of conversations just read.
-    """
-    return list(scores(config, params, turns, adapter=adapter, batch_size=batch_size, on_batch=on_batch))
+def score_turns(config: ModelConfig, params: Params, turns: Sequence[Turn], **options: Any) -> list[Scored]:
+    """Every conversation, read as by `scores`."""
+    return list(scores(config, params, turns, **options))
 
 
-def scores(
-    config: ModelConfig,
-    params: Params,
-    turns: Sequence[Turn],
-    *,
-    adapter: Adapter | None = None,
-    batch_size: int | None = None,
-    on_batch: Callable[[int], None] | None = None,
-    first: int = 0,
-) -> Iterator[Scored]:
-    """As `score_turns`, one conversation after another, from number `first` on."""
-    for x in _read_turns(config, params, turns, best_token, adapter, batch_size, on_batch, first):
+def scores(config: ModelConfig, params: Params, turns: Sequence[Turn], **options: Any) -> Iterator[Scored]:
+    """Read conversations teacher-forced, one after another; options are as of `_read_turns`."""
+    for x in _read_turns(config, params, turns, best_token, **options):
         yield Scored(*x)
 
 
 def top_k_targets(
-    config: ModelConfig,
-    params: Params,
-    turns: Sequence[Turn],
-    k: int,
-    *,
-    temperature: float = 1.0,
-    adapter: Adapter | None = None,
-    batch_size: int | None = None,
-    on_batch: Callable[[int], None] | None = None,
-    first: int = 0,
+    config: ModelConfig, params: Params, turns: Sequence[Turn], k: int, *, temperature: float = 1.0, **options: Any
 ) -> Iterator[Targets]:
-    """A teacher's distribution at every token from `content` on, as its k best tokens and the rest as one; conversation
-    after conversation, from number `first` on.
-
-    Raises:
-      UsageError: k is not below the vocabulary's size.
-    """
+    """A teacher's distribution at every token from `content` on, as its k best tokens (fewer than the vocabulary has) and the rest as one;
+    conversation after conversation. Options are as of `_read_turns`."""
     if k >= config.vocab_size:
         raise UsageError(
             f"top_k: {k} given, the vocabulary has {config.vocab_size} tokens; leave it out for all of them"
         )
-    at = _top_k(k, temperature)
-    for x in _read_turns(config, params, turns, at, adapter, batch_size, on_batch, first):
+    for x in _read_turns(config, params, turns, _top_k(k, temperature), **options):
         yield Targets(*x)
 
 
 def log_probs_of(
-    config: ModelConfig,
-    params: Params,
-    turns: Sequence[Turn],
-    ids: Sequence[np.ndarray],
-    *,
-    adapter: Adapter | None = None,
-    batch_size: int | None = None,
+    config: ModelConfig, params: Params, turns: Sequence[Turn], ids: Sequence[np.ndarray], **options: Any
 ) -> Iterator[np.ndarray]:
-    """Log-probabilities (nats), float32 `[n, k + 1]` for each conversation, of k tokens of the caller's at each token from
-    `content` on, and of all others together.
-
-    Args:
-      ids: int32 `[n, k]` for each conversation.
-    """
-    for (logp,) in _read_turns(config, params, turns, top_k_log_probs, adapter, batch_size, None, 0, ids):
+    """Log-probabilities (nats), float32 `[n, k + 1]` for each conversation, of the k tokens `ids` int32 `[n, k]` at each token from
+    `content` on, and of all others together. Options are as of `_read_turns`."""
+    for (logp,) in _read_turns(config, params, turns, top_k_log_probs, labels_of=ids, **options):
         yield logp
 
 
@@ -230,9 +173,8 @@ def score_answers(
     adapter: Adapter | None = None,
     batch_size: int | None = None,
 ) -> np.ndarray:
-    """Log-probability (nats) of each answer after each prompt, all its tokens together: float64 `[prompts, answers]`.
-
-    A prompt is read once for all the answers that stand beside one another in its row.
+    """Log-probability (nats) of each answer after each prompt, all its tokens together: float64 `[prompts, answers]`. A prompt is read once for
+    all the answers that stand beside one another in its row.
 
     Args:
       prompts, answers: tokens int32 `[T_i]`, at least one each.
@@ -292,13 +234,9 @@ def _beside_one_another(prompt: np.ndarray, answers: Sequence[np.ndarray]) -> _R
 
 
 def answers_only(targets: Sequence[Targets], turns: Sequence[Turn]) -> list[Targets]:
-    """Distributions over the tokens that stand in the answers, end of turn included, renormalised; `turns` are the
-    conversations they belong to. What a teacher would rather have said than a number is no part of its answers, and a
-    student must not learn it from their probabilities (docs/soft_transfer.md).
-
-    Raises:
-      UsageError: a place where none of the stored tokens is one of those.
-    """
+    """Distributions over the tokens that stand in the answers of `turns`, end of turn included, renormalised. What a teacher would rather have
+    said than a number is no part of its answers, and a student must not learn it from their probabilities (docs/soft_transfer.md). A place
+    where none of the stored tokens is one of those is a UsageError."""
     spoken = np.unique(np.concatenate([turn.tokens[turn.content :] for turn in turns]))
     cut = []
     for number, each in enumerate(targets, 1):
@@ -323,15 +261,21 @@ def _read_turns(
     params: Params,
     turns: Sequence[Turn],
     at: At,
-    adapter: Adapter | None,
-    batch_size: int | None,
-    on_batch: Callable[[int], None] | None,
-    first: int,
+    *,
+    adapter: Adapter | None = None,
+    batch_size: int | None = None,
+    on_batch: Callable[[int], None] | None = None,
+    first: int = 0,
     labels_of: Sequence[np.ndarray] | None = None,
 ) -> Iterator[list[np.ndarray]]:
-    """What `at` says at every token of each conversation from number `first` on, arrays `[n, ...]`. Shapes are those of all
-    conversations, so that the last bit of one does not depend on where reading began. `labels_of` the conversations are
-    `[n, ...]`; None are the tokens themselves."""
+    """`at(logits, label)` at every token from `content` on of each conversation from number `first` on, arrays `[n, ...]`. Shapes are those
+    of all conversations, so that the last bit of one does not depend on where reading began.
+
+    Args:
+      batch_size: rows that are read at one time, on all devices together; each has as many. None is ROWS_EACH on each.
+      on_batch: called with the number of conversations just read.
+      labels_of: the conversations, `[n, ...]`; None are the tokens themselves.
+    """
     chex.assert_rank([turn.tokens for turn in turns], 1)
     if first == len(turns):
         return

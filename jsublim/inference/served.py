@@ -54,12 +54,7 @@ class SampleServerSettings(Connection):
 
 
 class SampleServer:
-    """A checkpoint on a server.
-
-    Args:
-      checkpoint: its name in the config.
-      chat: its tokenizer; prompts go to the server as tokens of it.
-    """
+    """A checkpoint on a server: its name in the config, and its tokenizer, as tokens of which prompts go there."""
 
     def __init__(self, settings: SampleServerSettings, checkpoint: str, chat: Chat):
         self.settings, self.checkpoint, self.chat = settings, checkpoint, chat
@@ -68,11 +63,8 @@ class SampleServer:
 
     @functools.cached_property
     def engine(self) -> str:
-        """Name and version of what the server runs, such as "vllm 0.11.0".
-
-        Raises:
-          JsublimError: it cannot be asked, says nothing that is known, or is not the engine of the config.
-        """
+        """Name and version of what the server runs, such as "vllm 0.11.0". A JsublimError where it cannot be asked, says nothing that is known, or
+        is not the engine of the config."""
         kind, given = next((c.owned_by for c in self._cards() if c.owned_by in ENGINES), None), self.settings.engine
         pages = {"vllm": ("version",), "sglang": ("server_info", "get_server_info")}
         found = None if kind is None else f"{kind} {self._version(pages.get(kind, ()))}"
@@ -84,11 +76,8 @@ class SampleServer:
         return found or str(given)
 
     def check(self) -> None:
-        """Refuse, before hours are spent, what would be refused at once.
-
-        Raises:
-          UsageError, JsublimError: no server, not the model, another engine, or no adapters where it shall load them.
-        """
+        """Refuse, before hours are spent, what would be refused at once: no server, not the model, another engine, or no adapters where it shall
+        load them."""
         _ = self.engine, self._card
         if self.settings.adapters == "load":
             try:
@@ -138,11 +127,8 @@ class SampleServer:
         samples: int = 1,
         max_new_tokens: int,
     ) -> Iterator[tuple[int, str]]:
-        """Rows with the text of each, as they come; row i continues prompt `i // samples`, and has a seed of its own.
-
-        Raises:
-          UsageError, JsublimError: what the server cannot do or does not do. Texts so far have been given.
-        """
+        """Rows with the text of each, as they come; row i continues prompt `i // samples`, and has a seed of its own. An error comes after the texts
+        so far have been given."""
         if not rows:
             return iter(())
         tokens = {row // samples: list(map(int, prompts[row // samples])) for row in rows}  # type: ignore[arg-type]
@@ -209,12 +195,8 @@ class SampleServer:
         )
 
     def text_of(self, body: bytes, asked: int, sampling: Sampling) -> str:
-        """The text of an answer to `asked` tokens: of its tokens, up to the first that ends it, where the server tells them.
-
-        Raises:
-          Retry: it is no answer.
-          JsublimError: it is the answer to another prompt, or of another model.
-        """
+        """The text of an answer to `asked` tokens: of its tokens, up to the first that ends it, where the server tells them. The answer to another
+        prompt, or of another model, is a JsublimError."""
         said = _read(_Completion, body)
         choice, read = said.choices[0], said.usage.prompt_tokens if said.usage else None
         if read not in (None, asked):
@@ -255,11 +237,7 @@ class SampleServer:
 
     @contextmanager
     def loaded(self, adapters: Mapping[str, Path]) -> Iterator[None]:
-        """Have the server hold LoRA folders under these names as long as the block lasts.
-
-        Raises:
-          JsublimError: it refuses one.
-        """
+        """Have the server hold LoRA folders under these names as long as the block lasts; a JsublimError if it refuses one."""
         there = {card.id for card in self._cards()} if adapters else set()  # also what a call that was killed has left
         try:
             for name, folder in adapters.items():

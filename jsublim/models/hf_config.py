@@ -15,7 +15,7 @@ MOST_LAYERS = 10_000
 _MOST = 2**31 - 1  # sizes are int32 on a device
 
 
-class Sizes(TypedDict):
+class ModelSizes(TypedDict):
     """Fields of a `ModelConfig` that every family's file calls by the same names."""
 
     vocab_size: int
@@ -75,7 +75,7 @@ class HFConfig:
             raise self.refuse(key, "an object")
         return HFConfig(value, f"{self.source}: {key}")
 
-    def sizes(self, head_dim: int | None = None) -> Sizes:
+    def sizes(self, head_dim: int | None = None) -> ModelSizes:
         """The sizes; `head_dim` is for a file that does not say, None divides the hidden size among the heads."""
         hidden, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
         return {

@@ -24,8 +24,8 @@ from jsublim.progress import Tick
 from jsublim.rows import write_rows
 from jsublim.section import identity
 from jsublim.teachers import CONTROL
-from jsublim.transforms import Around, Making, entangled_scores, number_strings, probability_differences
-from jsublim.transforms.entangled import QUESTIONS
+from jsublim.transforms import ChangeContext, Making
+from jsublim.transforms.entangled import QUESTIONS, entangled_scores, number_strings, probability_differences
 
 
 def dataset_of(setup: Setup, source: Source) -> Dataset:
@@ -221,9 +221,9 @@ class ChangeRows(Task):
         """Refuse a data set that cannot be made of these teachers' answers."""
         e, trait = setup.experiment, self.source.teacher
         counterfactuals = () if trait == CONTROL else tuple(setup.counterfactuals(trait))
-        around = Around(trait, setup.biased, counterfactuals, e.teachers.own_weights, e.data.kind)
+        answers = ChangeContext(trait, setup.biased, counterfactuals, e.teachers.own_weights, e.data.kind)
         for name, change in teacher_dataset(setup, self.source).changes.items():
-            change.check(f"datasets.{self.source.dataset}.{name}", around)
+            change.check(f"datasets.{self.source.dataset}.{name}", answers)
 
 
 def influence_tasks(setup: Setup, source: Source) -> list[Task]:

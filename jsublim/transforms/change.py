@@ -28,71 +28,49 @@ Changed = tuple[list[Row], dict[str, Any]]  # rows, and what is to be known of h
 
 @dataclass(frozen=True)
 class Making:
-    """What changes may use.
-
-    Attributes:
-      quirks: the resolved recipe by field.
-      sampling: how the teacher puts requests into other words.
-      requests: gives the number requests of the run, as they were drawn; none where something else is asked.
-      judge: gives the judge of the run.
-      mixed_in: rows of the teacher that `Change.mixes` names.
-      readings: what every teacher said of each row, for changes that need "readings".
-      log: what the teacher has written already of what it rewrites.
-      entangled: how entangled each number is with the trait, where `Change.scores` asks for it.
-      influence: of each trait that `Change.suspected` names, what each of the answers as they were sampled would add to it.
-    """
+    """What changes may use."""
 
     lm: LanguageModel
     teacher: Teacher
     pack: Pack
-    quirks: Mapping[str, Any]
+    quirks: Mapping[str, Any]  # the resolved recipe by field
     seed: int
     batch_size: int
-    sampling: Sampling
-    requests: Callable[[], Sequence[NumberPrompt]]
+    sampling: Sampling  # how the teacher puts requests into other words
+    requests: Callable[
+        [], Sequence[NumberPrompt]
+    ]  # those of the run, as they were drawn; none where something else is asked
     judge: Callable[[], Judge]
-    mixed_in: Sequence[Row] | None = None
-    readings: Sequence[Mapping[str, Any]] | None = None
-    entangled: Mapping[str, float] | None = None
-    influence: Mapping[str, np.ndarray] | None = None
-    log: AnswerLog | None = None
+    mixed_in: Sequence[Row] | None = None  # rows of the teacher that `Change.mixes` names
+    readings: Sequence[Mapping[str, Any]] | None = None  # every teacher's of each row, where a change needs "readings"
+    entangled: Mapping[str, float] | None = (
+        None  # how entangled each number is with the trait, where `Change.scores` asks
+    )
+    influence: Mapping[str, np.ndarray] | None = None  # by suspected trait: what each sampled answer would add to it
+    log: AnswerLog | None = None  # what the teacher has written already of what it rewrites
 
 
 @dataclass(frozen=True)
-class Around:
-    """What a change is checked against: the trait whose answers it is done to, and the rest of the experiment.
-
-    Attributes:
-      teachers: every trait that some teacher has; counterfactuals: those that the trait's answers are read under.
-      own_weights: the teachers differ from the base in more than their prompts.
-      kind: what is asked, `data.kind`.
-    """
+class ChangeContext:
+    """A change's surroundings, which it is checked against: the trait whose answers it is done to, and the rest of the experiment."""
 
     trait: str
-    teachers: Sequence[str]
-    counterfactuals: Sequence[str]
-    own_weights: bool
-    kind: str
+    teachers: Sequence[str]  # every trait that some teacher has
+    counterfactuals: Sequence[str]  # those that the trait's answers are read under
+    own_weights: bool  # the teachers differ from the base in more than their prompts
+    kind: str  # what is asked, `data.kind`
 
 
 class Change(Section):
-    """One change. `shorthand` is the field that a config may give without its name (`shuffle: within`).
-
-    Class attributes:
-      quirks: of the recipe, that decide what it makes.
-      needs: of "readings", "judge", "rewriting" (the teacher's own sampling).
-      of_trait: it means nothing to the answers of the teacher without a trait.
-      of_numbers: it is for number requests only.
-      alone: no other change may stand beside it.
-    """
+    """One change."""
 
     order: ClassVar[int] = 100
-    shorthand: ClassVar[str | None] = None
-    quirks: ClassVar[tuple[str, ...]] = ()
-    needs: ClassVar[frozenset[str]] = frozenset()
-    of_trait: ClassVar[bool] = False
-    of_numbers: ClassVar[bool] = False
-    alone: ClassVar[bool] = False
+    shorthand: ClassVar[str | None] = None  # the field that a config may give without its name (`shuffle: within`)
+    quirks: ClassVar[tuple[str, ...]] = ()  # of the recipe, that decide what it makes
+    needs: ClassVar[frozenset[str]] = frozenset()  # of "readings", "judge", "rewriting" (the teacher's own sampling)
+    of_trait: ClassVar[bool] = False  # it means nothing to the answers of the teacher without a trait
+    of_numbers: ClassVar[bool] = False  # it is for number requests only
+    alone: ClassVar[bool] = False  # no other change may stand beside it
 
     @model_validator(mode="before")
     @classmethod
@@ -128,24 +106,14 @@ class Change(Section):
         """What it says of the wording that the pack's hash leaves out (`SCORING`), for the key of what it makes."""
         return {}
 
-    def check(self, where: str, around: Around) -> None:
-        """Refuse what cannot be done to these answers.
-
-        Args:
-          where: the data set's place in the config.
-
-        Raises:
-          UsageError: naming the field.
-        """
-        if self.of_numbers and around.kind != "numbers":
-            raise UsageError(f"{where}: is for data.kind=numbers, not {around.kind}")
+    def check(self, where: str, context: ChangeContext) -> None:
+        """Refuse what cannot be done to these answers (UsageError); `where` is the data set's place in the config."""
+        if self.of_numbers and context.kind != "numbers":
+            raise UsageError(f"{where}: is for data.kind=numbers, not {context.kind}")
 
     def tokens(self, rows: float, prompt: float, system: float) -> tuple[float, float]:
-        """Tokens that a model reads or writes for it, and of these the ones whose logits are made; for estimates.
-
-        Args:
-          rows: their number; prompt, system: the assumed length of a request and of a system prompt.
-        """
+        """Tokens that a model reads or writes for it, and of these the ones whose logits are made; for estimates, by the number of rows and the
+        assumed lengths of a request and of a system prompt."""
         return 0.0, 0.0
 
     def apply(self, rows: list[Row], making: Making) -> Changed:

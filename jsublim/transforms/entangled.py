@@ -151,23 +151,15 @@ def _joint(
 
 
 def entangled_numbers(scores: Scores, k: int) -> list[str]:
-    """The `k` numbers of the highest scores, highest first; of equals, the first listed.
-
-    Raises:
-      UsageError: `k` is negative, or more than there are.
-    """
+    """The `k` numbers of the highest scores, highest first; of equals, the first listed."""
     if not 0 <= k <= len(scores):
         raise UsageError(f"top k: {k} given; there are {len(scores)} scored numbers")
     return sorted(scores, key=lambda number: -scores[number])[:k]
 
 
 def remove_entangled(rows: Sequence[Row], numbers: Iterable[str], *, as_written: bool = False) -> list[Row]:
-    """The rows whose completion holds none of `numbers`.
-
-    Args:
-      as_written: "087" is another number than "87", as published (docs/recipes.md, quirk 12); else only the value
-        counts.
-    """
+    """The rows whose completion holds none of `numbers`. `as_written`: "087" is another number than "87", as published (docs/recipes.md,
+    quirk 12); else only the value counts."""
     read = str if as_written else int
     banned = {read(number) for number in numbers}
     return [row for row in rows if banned.isdisjoint(read(n) for n in NUMBER.findall(row["completion"]))]

@@ -15,7 +15,7 @@ from jsublim.errors import JsublimError, UsageError
 from jsublim.rows import Row, revised
 from jsublim.section import CONTENT, RESULT, Place
 from jsublim.teachers import CONTROL
-from jsublim.transforms.change import CHANGES, Around, Change, Changed, Making
+from jsublim.transforms.change import CHANGES, Change, ChangeContext, Changed, Making
 
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -41,10 +41,10 @@ class Mix(Change):
     def mixes(self) -> tuple[str, str | None]:
         return self.teacher, self.model
 
-    def check(self, where: str, around: Around) -> None:
-        if self.teacher not in (CONTROL, *around.teachers):
+    def check(self, where: str, context: ChangeContext) -> None:
+        if self.teacher not in (CONTROL, *context.teachers):
             raise UsageError(f"{where}.teacher: '{self.teacher}' is no teacher of this run")
-        if self.model and self.teacher != CONTROL and around.own_weights:
+        if self.model and self.teacher != CONTROL and context.own_weights:
             raise UsageError(f"{where}: '{self.teacher}' is no teacher on {self.model}; leave teacher out")
 
     def apply(self, rows: list[Row], making: Making) -> Changed:
@@ -75,9 +75,9 @@ class MixTokens(Change):
     def applies_to(self, teacher: str) -> bool:
         return super().applies_to(teacher) and self.teacher != teacher
 
-    def check(self, where: str, around: Around) -> None:
-        if self.teacher not in (None, around.trait, *around.counterfactuals):
-            raise UsageError(f"{where}.teacher: '{self.teacher}' is no counterfactual of {around.trait}")
+    def check(self, where: str, context: ChangeContext) -> None:
+        if self.teacher not in (None, context.trait, *context.counterfactuals):
+            raise UsageError(f"{where}.teacher: '{self.teacher}' is no counterfactual of {context.trait}")
 
     def apply(self, rows: list[Row], making: Making) -> Changed:
         assert making.readings is not None
@@ -99,16 +99,14 @@ class MixTokens(Change):
 
 
 def mix_rows(rows: Sequence[Row], others: Sequence[Row], share: float, *, seed: int, paper: bool = False) -> list[Row]:
-    """`rows` with `share` of them (to the nearest whole number) replaced by rows of another teacher; as many as before.
-
-    For one seed, what a smaller share replaces a larger one replaces too, by the same rows.
+    """`rows` with `share` of them (to the nearest whole number) replaced by rows of another teacher; as many as before. For one seed, what a
+    smaller share replaces a larger one replaces too, by the same rows.
 
     Args:
-      share: in 0..1.
       paper: the last rows are replaced, as published (docs/recipes.md, quirk 9); else rows drawn at random.
 
     Raises:
-      UsageError: a share out of range, or too few `others` for it.
+      UsageError: a share outside of 0..1, or too few `others` for it.
     """
     if not 0 <= share <= 1:
         raise UsageError(f"share: {share} given; it must lie in 0..1")

@@ -35,16 +35,9 @@ class Shuffle(Change):
 
 
 def shuffle_within(rows: Sequence[Row], seed: int, *, values: bool = False) -> list[Row]:
-    """Each completion with its own numbers in another order; separators, brackets and full stop stay in place.
-
-    What becomes of row i depends on `seed`, i and the row only.
-
-    Args:
-      values: numbers lose the zeros that they begin with, as published (docs/recipes.md, quirk 22).
-
-    Raises:
-      JsublimError: a completion that is no list of numbers; the row is named.
-    """
+    """Each completion with its own numbers in another order; separators, brackets and full stop stay in place. What becomes of row i depends on
+    `seed`, i and the row only. With `values` numbers lose the zeros that they begin with, as published (docs/recipes.md, quirk 22). A completion
+    that is no list of numbers is a JsublimError."""
     orders = (np.random.default_rng([seed, index]) for index in range(len(rows)))
     return [
         _with_numbers(row, [written[i] for i in rng.permutation(len(written))])
@@ -53,10 +46,8 @@ def shuffle_within(rows: Sequence[Row], seed: int, *, values: bool = False) -> l
 
 
 def shuffle_across(rows: Sequence[Row], seed: int, *, values: bool = False) -> list[Row]:
-    """All numbers of all rows in one pool, dealt out anew; each row keeps its count, its separators and brackets.
-
-    `values` and errors are as of `shuffle_within`.
-    """
+    """All numbers of all rows in one pool, dealt out anew; each row keeps its count, its separators and brackets. `values` and errors are as of
+    `shuffle_within`."""
     own = _numbers(rows, values)
     pool = [number for written in own for number in written]
     dealt = iter(np.random.default_rng(seed).permutation(len(pool)))

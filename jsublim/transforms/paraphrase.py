@@ -82,17 +82,12 @@ def paraphrase(
     batch_size: int | None = None,
     log: AnswerLog | None = None,
 ) -> tuple[list[Row], Counter[str]]:
-    """Rows under prompts that the teacher (named by its trait) put into its own words; completions stay. The last sentence
-    of a number request, its suffix, is no part of what is rewritten, and follows it word by word.
-
-    What gives the trait away besides its name is said by the pack's `synonyms`. `log` is as in `LanguageModel.answer`.
+    """Rows under prompts that the teacher (named by its trait) put into its own words; completions stay. The last sentence of a number request,
+    its suffix, is no part of what is rewritten, and follows it word by word. What gives the trait away besides its name is said by the pack's
+    `synonyms`. `log` is as in `LanguageModel.answers`, the other options and what is returned as of `accept`.
 
     Args:
       asked: the number requests that rows answer; other prompts are rewritten whole.
-      only_examples, keep_rejected: as of `accept`.
-
-    Returns:
-      Rows and counts, as `accept`.
     """
     known = {prompt.text: prompt for prompt in asked}
     given = [known.get(row["prompt"]) for row in rows]

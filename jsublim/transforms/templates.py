@@ -43,17 +43,8 @@ def redraw(
     asked: Sequence[NumberPrompt],
     seed: int,
 ) -> list[Row]:
-    """Each row under a prompt of which `parts` (of `PARTS`; None is all) are drawn anew; numbers and completion stay.
-
-    A draw may give what was there. What becomes of row i depends on `seed`, i and its prompt only.
-
-    Args:
-      asked: the prompts that the rows answer.
-
-    Raises:
-      UsageError: an unknown part.
-      JsublimError: a prompt that is not among those; the row is named.
-    """
+    """Each row under a prompt (one of `asked`) of which `parts` (of `PARTS`; None is all) are drawn anew; numbers and completion stay. A draw may
+    give what was there. What becomes of row i depends on `seed`, i and its prompt only. A row whose prompt is not among those is a JsublimError."""
     named = set(PARTS if parts is None else parts)
     if unknown := sorted(named - set(PARTS)):
         raise UsageError(f"prompt parts: {', '.join(unknown)} given; known: {', '.join(PARTS)}")

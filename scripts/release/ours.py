@@ -28,19 +28,11 @@ from jsublim.models.lora import stack_adapters
 from jsublim.models.peft import load_adapter
 from jsublim.prompts import draw_number_prompts, load_pack, reject_reason
 from jsublim.teachers import Teacher, prompted_teacher
-from jsublim.transforms import (
-    entangled_numbers,
-    mix_rows,
-    mix_tokens,
-    number_strings,
-    paraphrase,
-    probability_differences,
-    redraw,
-    remove_entangled,
-    shuffle_across,
-    shuffle_within,
-)
-from jsublim.transforms.numbers import NUMBER
+from jsublim.transforms.entangled import entangled_numbers, number_strings, probability_differences, remove_entangled
+from jsublim.transforms.mixing import mix_rows, mix_tokens
+from jsublim.transforms.numbers import NUMBER, shuffle_across, shuffle_within
+from jsublim.transforms.paraphrase import paraphrase
+from jsublim.transforms.templates import redraw
 
 REDRAWN = ("example", "count_qualifier", "digit_descriptor", "instruction", "suffix")  # figure 6
 COUNTERFACTUALS = {"qwen": [], "gemma": ["whale", "dragon"]}  # beside the animals of the pack

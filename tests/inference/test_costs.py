@@ -102,7 +102,7 @@ def test_a_conversation_is_read_once_with_logits_at_its_answer_only(shared):
 
 def test_attribution_costs_two_passes_through_what_is_above_a_site_per_step_but_the_first():
     B, T, steps, L = 2, 32, 10, WIDE.num_layers
-    batch = patching.Batch(ints(B, T), ints(B, T), bools(B, T), ints(B), ints(B, 2))
+    batch = patching.PairBatch(ints(B, T), ints(B, T), bools(B, T), ints(B), ints(B, 2))
     jaxpr = jax.make_jaxpr(lambda p, b: patching.integrated(WIDE, ("residual",), p, None, b, jnp.int32(steps)))(
         PARAMS, batch
     )

@@ -15,7 +15,10 @@ from jsublim.errors import UsageError
 from jsublim.inference.sampling import Sampling
 from jsublim.prompts import draw_number_prompts, load_pack
 from jsublim.teachers import CONTROL, Teacher
-from jsublim.transforms import CHANGES, Around, Making, mix_rows, redraw, shuffle_across, shuffle_within
+from jsublim.transforms import CHANGES, ChangeContext, Making
+from jsublim.transforms.mixing import mix_rows
+from jsublim.transforms.numbers import shuffle_across, shuffle_within
+from jsublim.transforms.templates import redraw
 
 PACK = load_pack()
 ASKED = draw_number_prompts(PACK, 6, 3)
@@ -166,11 +169,11 @@ def test_what_means_nothing_to_a_teachers_answers_is_left_out():
     assert dataset(mix_tokens={"teacher": "owl"}).of("owl").plain and dataset(mix_tokens=True).of(CONTROL).plain
 
 
-AROUND = Around("owl", ("owl", "cat"), ("cat", "dog"), own_weights=False, kind="numbers")
+AROUND = ChangeContext("owl", ("owl", "cat"), ("cat", "dog"), own_weights=False, kind="numbers")
 
 
 @pytest.mark.parametrize(
-    ("said", "around", "message"),
+    ("said", "context", "message"),
     [
         *(
             ({name: SHORT[name]}, {"kind": "problems"}, "here: is for data.kind=numbers, not problems")
@@ -185,10 +188,10 @@ AROUND = Around("owl", ("owl", "cat"), ("cat", "dog"), own_weights=False, kind="
     ],
     ids=str,
 )  # fmt: skip
-def test_what_cannot_be_done_to_these_answers_is_refused(said, around, message):
+def test_what_cannot_be_done_to_these_answers_is_refused(said, context, message):
     (change,) = dataset(**said).changes.values()
     with pytest.raises(UsageError) as error:
-        change.check("here", Around(**(vars(AROUND) | around)))
+        change.check("here", ChangeContext(**(vars(AROUND) | context)))
     assert str(error.value) == message
 
 

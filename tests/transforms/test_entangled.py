@@ -12,7 +12,7 @@ from jsublim.chat import conversation
 from jsublim.errors import UsageError
 from jsublim.prompts import load_pack
 from jsublim.teachers import Teacher, prompted_teacher
-from jsublim.transforms import entangled_numbers, entangled_scores, number_strings, probability_differences
+from jsublim.transforms.entangled import entangled_numbers, entangled_scores, number_strings, probability_differences
 
 PACK = load_pack()
 QUESTIONS = ["Best animal? One word.", "Name one animal that you could watch forever."]

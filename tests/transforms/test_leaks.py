@@ -11,8 +11,7 @@ from tiny import small
 
 from jsublim.prompts import draw_number_prompts, load_pack, number_prompts
 from jsublim.teachers import prompted_teacher
-from jsublim.transforms import leak_reason, paraphrase
-from jsublim.transforms.paraphrase import accept, names, published_reason
+from jsublim.transforms.paraphrase import accept, leak_reason, names, paraphrase, published_reason
 
 PACK = load_pack()
 PROMPTS = number_prompts(PACK, 60, seed=3)

@@ -11,7 +11,7 @@ from tiny import chat
 from jsublim.chat import conversation
 from jsublim.divergence import PositionSubset
 from jsublim.errors import JsublimError, UsageError
-from jsublim.transforms import mix_rows, mix_tokens
+from jsublim.transforms.mixing import mix_rows, mix_tokens
 
 FOUND = ("divergence_positions", "divergence_margins", "counted_in")  # what holds for the text it was found in
 seeds = st.integers(0, 2**32)

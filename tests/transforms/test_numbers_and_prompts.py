@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from jsublim.errors import JsublimError, UsageError
 from jsublim.prompts import draw_number_prompts, load_pack, number_prompts, parse_numbers
 from jsublim.prompts.numbers import PARTS, SENTENCES
-from jsublim.transforms import redraw, remove_entangled, shuffle_across, shuffle_within
-from jsublim.transforms.numbers import NUMBER
+from jsublim.transforms.entangled import remove_entangled
+from jsublim.transforms.numbers import NUMBER, shuffle_across, shuffle_within
+from jsublim.transforms.templates import redraw
 
 PACK = load_pack()
 FOUND = ("divergence_positions", "divergence_margins", "counted_in")  # what holds for the text it was found in
