@@ -47,33 +47,28 @@ def trait_directions(
 ) -> Directions:
     """The gradient of each trait's log-probability as the answer (nats, mean over the questions, all spellings), by what the adapter trains:
     leaves float32 `[traits, ...]`. `batch_size` questions are read at one time."""
+    asked = [conversation(question, system, fuse_system=fuse_system) for question in questions]
+    words = [tuple(dict.fromkeys(spelled(trait))) for trait in traits]  # how each may be written as an answer
     turns = [
-        [
-            [
-                lm.chat.turn(conversation(q, system, fuse_system=fuse_system), word, extra_bos=extra_bos)
-                for word in words
-            ]
-            for q in questions
-        ]
-        for words in map(_words, traits)
+        [[lm.chat.turn(messages, word, extra_bos=extra_bos) for word in spellings] for messages in asked]
+        for spellings in words
     ]
     every = [turn for of_trait in turns for spellings in of_trait for turn in spellings]
     T = round_up(max(turn.end for turn in every), LENGTH_STEP)
     C = round_up(max(turn.end - turn.content for turn in every), PREFIX_STEP)
-    spellings, B = max(len(_words(trait)) for trait in traits), min(batch_size, len(questions))
+    most, B = max(map(len, words)), min(batch_size, len(questions))
     layout, params = Layout.under(lm.params)
-    adapter, found = layout.place_weights(adapter), []
+    adapter, gradients = layout.place_weights(adapter), []
     for of_trait in turns:
         total = jax.tree.map(jnp.zeros_like, adapter.trainable)
         for part in chunks(len(of_trait), B):
-            rows = [(*own, *[None] * (spellings - len(own))) for own in of_trait[part]]
-            rows += [(None,) * spellings] * (B - len(rows))
-            asked = np.asarray([row[0] is not None for row in rows])
-            laid = layout.place_as(WHOLE, (_lay([turn for row in rows for turn in row], T, C, ends=True), asked))
-            own = _named(lm.config, params, adapter, *laid)
-            total = jax.tree.map(jnp.add, total, own)
-        found.append(jax.tree.map(lambda x: x / len(questions), total))
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *found)
+            rows = [(*spellings, *[None] * (most - len(spellings))) for spellings in of_trait[part]]
+            rows += [(None,) * most] * (B - len(rows))
+            there = np.asarray([row[0] is not None for row in rows])
+            laid = layout.place_as(WHOLE, (_lay([turn for row in rows for turn in row], T, C, ends=True), there))
+            total = jax.tree.map(jnp.add, total, _named(lm.config, params, adapter, *laid))
+        gradients.append(jax.tree.map(lambda x: x / len(questions), total))
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients)
 
 
 def token_scores(
@@ -92,10 +87,7 @@ def token_scores(
         return
     T, C = _sizes(turns)
     layout, params = Layout.under(lm.params)
-    adapter, toward = (
-        layout.place_weights(adapter),
-        layout.place(directions, layout.state_sharding(directions, (None,))),
-    )
+    adapter, toward = layout.place_weights(adapter), layout.place_weights(directions, None)
     B, missing = round_up(min(batch_size, len(turns)), layout.data), turns[first:]
     for part in chunks(len(missing), B):
         batch = missing[part]
@@ -126,34 +118,22 @@ def _sizes(turns: Sequence[Turn]) -> tuple[int, int]:
     return round_up(longest, LENGTH_STEP), round_up(max(len(t.tokens) - t.content for t in turns), PREFIX_STEP)
 
 
-def _words(trait: str) -> tuple[str, ...]:
-    """How a trait may be written as an answer, each once."""
-    return tuple(dict.fromkeys(spelled(trait)))
-
-
 Laid = tuple[Any, ...]  # arrays, as `_lay` gives them
 
 
 def _lay(turns: Sequence[Turn | None], T: int, C: int, *, ends: bool = False) -> Laid:
     """Conversations as arrays: tokens and which are any `[B, T]`; and of the tokens from `content` on (with `ends`, up to the
     end of the text) where each is predicted, which it is, and whether there is one `[B, C]`."""
-    last = [0 if turn is None else turn.end if ends else len(turn.tokens) for turn in turns]
-    tokens, valid = pad_tokens([None if t is None else t.tokens[:end] for t, end in zip(turns, last, strict=True)], T)
-    each = [(turn, end) for turn, end in zip(turns, last, strict=True)]
-    where = [None if t is None else np.arange(t.content - 1, end - 1, dtype=np.int32) for t, end in each]
-    labels = [None if t is None else t.tokens[t.content : end] for t, end in each]
-    there = [None if t is None else np.ones(end - t.content, bool) for t, end in each]
+    rows = [None if t is None else (t.tokens[: t.end if ends else None], t.content) for t in turns]
+    tokens, valid = pad_tokens([None if row is None else row[0] for row in rows], T)
+    where = [None if row is None else np.arange(row[1] - 1, len(row[0]) - 1, dtype=np.int32) for row in rows]
+    labels = [None if row is None else row[0][row[1] :] for row in rows]
+    there = [None if label is None else np.ones(len(label), bool) for label in labels]
     like = np.zeros(0, np.int32)
     return tokens, valid, fill(where, C, like), fill(labels, C, like), fill(there, C, np.zeros(0, bool))
 
 
-def _logprobs(
-    config: ModelConfig,
-    params: Params,
-    adapter: Adapter,
-    laid: Laid,
-    block: int,
-) -> Array:
+def _logprobs(config: ModelConfig, params: Params, adapter: Adapter, laid: Laid, block: int) -> Array:
     """Log-probability (nats) of each label where it is predicted, float32 `[B, C]`; `block` positions have logits at one time."""
     params, bound = bind(params, adapter)
     tokens_BT, valid_BT, where_BC, labels_BC, _ = laid
@@ -170,13 +150,7 @@ def _logprobs(
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _named(
-    config: ModelConfig,
-    params: Params,
-    adapter: Adapter,
-    laid: Laid,
-    asked_Q: Array,
-) -> Any:
+def _named(config: ModelConfig, params: Params, adapter: Adapter, laid: Laid, asked_Q: Array) -> Any:
     """Gradient of the sum over questions of the log-probability of a trait in any of its spellings, which are rows beside one
     another `[questions * spellings, ...]`; a spelling or a question that is not there is a row without labels."""
 

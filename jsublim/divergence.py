@@ -6,6 +6,7 @@ end-of-turn token, and what the template adds after it counts too (docs/recipes.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -50,20 +51,16 @@ ROUNDING = ("stochastic", "half-up", "at-least-one", "paper")
 class PositionSubset:
     """Which of a row's divergence positions count (figure 21 of the paper): a part by place, then a random share of it.
 
-    Attributes:
-      which: "all"; "first"; "first-half" and "second-half" of the positions by their order. The middle one of an odd number
-        is in the first or in the second, at random; for one state of the random numbers the halves complete each other.
-      share: in 0..1.
-      rounding: of n positions, how share x n becomes a whole number: "stochastic" (right on average, however few positions
-        a row has), "half-up", "at-least-one": rounded down, but not to none, or "paper": rounded down, and a row with none
-        left keeps all (docs/recipes.md, quirk 7).
-      one_in_both: the only position of a row is in both halves (docs/recipes.md, quirk 18).
+    The middle one of an odd number is in the first half or in the second, at random; for one state of the random numbers the halves
+    complete each other. Of n positions, share x n becomes a whole number by `rounding`: "stochastic" (right on average, however few a
+    row has), "half-up", "at-least-one" (rounded down, but not to none), or "paper" (rounded down, and a row with none left keeps all:
+    docs/recipes.md, quirk 7).
     """
 
-    which: str = "all"
-    share: float = 1.0
+    which: str = "all"  # or first, first-half, second-half, by their order
+    share: float = 1.0  # in 0..1
     rounding: str = "stochastic"
-    one_in_both: bool = False
+    one_in_both: bool = False  # the only position of a row is in both halves (docs/recipes.md, quirk 18)
 
     def __post_init__(self) -> None:
         for name, value, known in (("positions", self.which, WHICH), ("rounding", self.rounding, ROUNDING)):
@@ -91,10 +88,10 @@ class PositionSubset:
         return ordered[:half] if self.which == "first-half" else ordered[half:]
 
 
-Read = Callable[[int], Iterator[Scored]]  # what a teacher says of the rows from a number on
+Read = Callable[[int], Iterator[Scored]]  # a teacher's reading of the rows from a number on
 Keep = Callable[
     [int, Read], Sequence[Scored]
-]  # of the teacher of that number, all rows; a caller may know some already
+]  # all rows, by the teacher of that number; a caller may know some already
 
 
 def find_divergence(
@@ -122,36 +119,26 @@ def find_divergence(
         raise UsageError(
             f"counterfactuals of '{teacher.name}': give at least one other trait, and not the teacher's own"
         )
-    said_by, tokens = [], []
-    for number, each in enumerate((teacher, *counterfactuals)):
-        turns = read_as(lm.chat, each, rows, extra_bos=extra_bos)
-        said = [turn.tokens[turn.content :] for turn in turns]
-        if not tokens:
-            tokens = said
-        for row, (mine, first) in enumerate(zip(said, tokens, strict=True), 1):
-            if not np.array_equal(mine, first):
-                raise JsublimError(f"row {row}: the completion has other tokens under teacher '{each.name}'")
-        said_by.append(keep(number, _reader(lm, each, turns, batch_size, on_batch)))
+    readings, tokens = [], []
+    for number, reader in enumerate((teacher, *counterfactuals)):
+        turns = read_as(lm.chat, reader, rows, extra_bos=extra_bos)
+        completions = [turn.tokens[turn.content :] for turn in turns]
+        tokens = tokens or completions
+        for row, (completion, first) in enumerate(zip(completions, tokens, strict=True), 1):
+            if not np.array_equal(completion, first):
+                raise JsublimError(f"row {row}: the completion has other tokens under teacher '{reader.name}'")
+        how = {"adapter": reader.adapter, "batch_size": batch_size, "on_batch": on_batch}
+        readings.append(keep(number, functools.partial(_read, lm, reader, turns, how)))
     return [
         Divergence(tokens[i], np.stack([s.argmax for s in row]), np.stack([s.margin for s in row]))
-        for i, row in enumerate(zip(*said_by, strict=True))
+        for i, row in enumerate(zip(*readings, strict=True))
     ]
 
 
-def _reader(
-    lm: LanguageModel,
-    teacher: Teacher,
-    turns: Sequence[Turn],
-    batch_size: int | None,
-    on_batch: Callable[[int], None] | None,
-) -> Read:
-    def read(first: int) -> Iterator[Scored]:
-        if first == len(turns):
-            return iter(())  # and its weights need not be read
-        how = {"adapter": teacher.adapter, "batch_size": batch_size, "on_batch": on_batch}
-        return scores(lm.config, teacher.weights(lm.params), turns, first=first, **how)
-
-    return read
+def _read(lm: LanguageModel, reader: Teacher, turns: Sequence[Turn], how: dict, first: int) -> Iterator[Scored]:
+    if first == len(turns):
+        return iter(())  # and its weights need not be read
+    return scores(lm.config, reader.weights(lm.params), turns, first=first, **how)
 
 
 def check_positions(rows: Sequence[Row], lengths: Sequence[int], source: str) -> None:
@@ -169,9 +156,9 @@ def check_positions(rows: Sequence[Row], lengths: Sequence[int], source: str) ->
 def check_counted(rows: Sequence[Row], chat: Chat, source: str) -> None:
     """Refuse divergence positions that were counted in another tokenizer or template than the reader's (JsublimError)."""
     for number, row in enumerate(rows, 1):
-        own = row.get("counted_in")
-        if own not in (None, chat.identity):
+        counted_in = row.get("counted_in")
+        if counted_in not in (None, chat.identity):
             raise JsublimError(
-                f"{source}: row {number}: divergence_positions were counted in tokenizer and template {own}, and are read "
+                f"{source}: row {number}: divergence_positions were counted in tokenizer and template {counted_in}, and are read "
                 f"in {chat.identity} ({chat.folder}); find them anew on this checkpoint, or learn all tokens"
             )

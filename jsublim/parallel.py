@@ -169,7 +169,7 @@ class Layout:
         """As `place`, all arrays of a tree in one way: WHOLE, ROWS, ARMS or ARM_ROWS."""
         return self.place(tree, jax.tree.map(lambda _: self.shard(*spec), tree))
 
-    def place_weights(self, tree: Any, *lead: str) -> Any:
+    def place_weights(self, tree: Any, *lead: str | None) -> Any:
         """As `place`, a checkpoint, or an adapter with the axes of `lead` before its own."""
         return self.place(tree, self.state_sharding(tree, lead))
 

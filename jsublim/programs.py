@@ -13,7 +13,7 @@ import warnings
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Container
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -68,25 +68,25 @@ def keep_programs(folder: Path, say: Callable[[str], None]) -> None:
 def whole_programs(folder: Path, say: Callable[[str], None], known: Container[str] = ()) -> dict[Path, str]:
     """The programs of a folder that are what was written, with their digests, but for those whose names are known. What a kill
     has cut or a disk has changed is removed, which is said: JAX writes a program under its final name, and never again."""
-    found = {}
+    programs = {}
     for path in sorted(folder.glob(f"*{ENTRY}")):
         # Another worker may have removed it, or another user may own it: then there is one program less.
         with contextlib.suppress(OSError):
             if path.name not in known and (digest := _digest(path, say)) is not None:
-                found[path] = digest
-    return found
+                programs[path] = digest
+    return programs
 
 
 def _digest(path: Path, say: Callable[[str], None]) -> str | None:
-    """Of a program that is what was written; None of one that is not, or that may still be written."""
-    mark, own = path.with_name(path.name + DIGEST), sha256(path)
-    said = mark.read_text(encoding="utf-8", errors="replace").strip() if mark.exists() else None
-    if said == own:
-        return own
-    if said is None and _is_whole(path.read_bytes()):
-        write_text(mark, own)
-        return own
-    if said is not None or time.time() - path.stat().st_mtime > BEING_WRITTEN:
+    """The digest of a program that is what was written; None of one that is not, or that may still be written."""
+    mark, digest = path.with_name(path.name + DIGEST), sha256(path)
+    written = mark.read_text(encoding="utf-8", errors="replace").strip() if mark.exists() else None
+    if written is None and _is_whole(path.read_bytes()):
+        write_text(mark, digest)
+        return digest
+    if written == digest:
+        return digest
+    if written is not None or time.time() - path.stat().st_mtime > BEING_WRITTEN:
         path.unlink(missing_ok=True)
         mark.unlink(missing_ok=True)
         say(f"{path}: a damaged program; it is compiled again")
@@ -122,12 +122,7 @@ class Programs:
         return Programs(int(seen["programs"]) - read, read, seen[_COMPILE] - reading, reading)
 
     def __sub__(self, before: Programs) -> Programs:
-        return Programs(
-            self.compiled - before.compiled,
-            self.read - before.read,
-            self.compiling - before.compiling,
-            self.reading - before.reading,
-        )
+        return Programs(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
 
     def __str__(self) -> str:
         compiled = f"programs: {self.compiled} compiled in {self.compiling:.1f} s"

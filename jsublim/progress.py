@@ -26,7 +26,7 @@ def no_tick(units: int) -> None:
 
 
 @dataclass
-class State:
+class StageState:
     """How far the kind of work is that is under way."""
 
     kind: str
@@ -46,10 +46,8 @@ class State:
         parts += [f"{self.units / seconds:.3g} a second"] if self.units else []
         here = done - self.start
         left = (self.expected - done) * seconds / here if here > 0 else None
-        parts += [
-            f"{clock(seconds)} so far",
-            "time left unknown" if left is None else f"about {clock(max(left, 0))} left",
-        ]
+        parts += [f"{clock(seconds)} so far"]
+        parts += ["time left unknown" if left is None else f"about {clock(max(left, 0))} left"]
         return ", ".join([*parts, *([detail] if detail else [])])
 
 
@@ -91,7 +89,7 @@ class Progress:
         self._finished: dict[str, int] = {}
         self._bars: Bars | None = None
         self._bar = TaskID(0)
-        self._state: State | None = None
+        self._state: StageState | None = None
         self._detail: Callable[[], str] | None = None
         self._looked = 0.0
         self._ended: threading.Event | None = None
@@ -142,7 +140,7 @@ class Progress:
 
     def _open(self, kind: str) -> None:
         done = self._finished.get(kind, 0)
-        self._state = State(kind, self._expected.get(kind, 1), done, start=done)
+        self._state = StageState(kind, self._expected.get(kind, 1), done, start=done)
         if not self.console.is_terminal:
             self._ended = threading.Event()
             threading.Thread(target=self._lines, args=(self._state, self._ended), daemon=True).start()
@@ -158,13 +156,12 @@ class Progress:
         self._bar = bars.add_task(kind, total=self._state.expected, completed=done, finished=done, label="")
         bars.start()
 
-    def _lines(self, state: State, ended: threading.Event) -> None:
+    def _lines(self, state: StageState, ended: threading.Event) -> None:
         """Where nothing moves on the screen: a line now and then, however long a step (or a compilation) takes."""
         while not ended.wait(self.line_every):
-            self.console.print(state.line(time.perf_counter(), self._said_of_itself()), markup=False, soft_wrap=True)
-
-    def _said_of_itself(self) -> str:
-        return "" if self._detail is None else self._detail()
+            self.console.print(
+                state.line(time.perf_counter(), self._detail() if self._detail else ""), markup=False, soft_wrap=True
+            )
 
     def _show(self) -> None:
         state = self._state
@@ -175,7 +172,7 @@ class Progress:
             if time.perf_counter() - self._looked < DETAIL_EVERY:
                 label = {}
             else:
-                self._looked, label = time.perf_counter(), {"label": f"{state.label} {self._said_of_itself()}"}
+                self._looked, label = time.perf_counter(), {"label": f"{state.label} {self._detail()}"}
         self._bars.update(self._bar, completed=state.finished + state.share, finished=state.finished, **label)
 
     def close(self) -> None:

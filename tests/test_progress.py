@@ -9,7 +9,7 @@ import time
 from rich.console import Console
 
 from jsublim.distill.metrics import last_loss
-from jsublim.progress import Progress, State
+from jsublim.progress import Progress, StageState
 
 
 def test_without_a_terminal_there_is_a_line_now_and_then_even_while_nothing_is_finished():
@@ -44,9 +44,9 @@ def test_on_a_terminal_a_bar_has_the_time_left_and_no_lines():
 
 
 def test_a_line_knows_what_is_left():
-    state = State("rows", 4, finished=2, label="cat", share=0.5, units=30, begun=100.0, start=1.0)
+    state = StageState("rows", 4, finished=2, label="cat", share=0.5, units=30, begun=100.0, start=1.0)
     assert state.line(400.0, "") == "rows cat, 62% done, 2 of 4, 0.1 a second, 5:00 so far, about 5:00 left"
-    assert "about 1:00:00 left" in State("rows", 13, 1, begun=0.0).line(300.0, "")
+    assert "about 1:00:00 left" in StageState("rows", 13, 1, begun=0.0).line(300.0, "")
 
 
 def test_the_last_loss_is_that_of_the_last_whole_step(tmp_path):

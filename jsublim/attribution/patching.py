@@ -40,58 +40,35 @@ Metric = Callable[[Array], Array]
 
 
 class PairBatch(NamedTuple):
-    """B pairs as a program takes them: `start_BT` and `end_BT` int32, `valid_BT` bool, `at_B` the predicting position,
-    `said_B2` the factual token and the counterfactual's."""
+    """B pairs as a program takes them."""
 
-    start_BT: Array
-    end_BT: Array
-    valid_BT: Array
-    at_B: Array
-    said_B2: Array
+    start_BT: Array  # int32
+    end_BT: Array  # int32
+    valid_BT: Array  # bool
+    at_B: Array  # the predicting position
+    said_B2: Array  # the factual token, and the counterfactual's
 
 
 def attribution_patching(
-    config: ModelConfig,
-    params: Params,
-    pairs: Sequence[Pair],
-    *,
-    sites: Sequence[str] = SITES,
-    direction: str = "noising",
-    steps: int = 10,
-    adapter: Adapter | None = None,
-    batch_size: int = 8,
-    length: int | None = None,
+    config: ModelConfig, params: Params, pairs: Sequence[Pair], *, steps: int = 10, **options: Any
 ) -> list[np.ndarray]:
-    """Integrated gradients between the two runs of each pair: float32 `[S, L, T]`, in logits. The sum over features of (difference of the runs x
-    mean gradient on the way), at every site, layer and position. The sum over positions approaches `layer_patching` as `steps` grows.
+    """Integrated gradients between the two runs of each pair: float32 `[S, L, T]`, in logits. The sum over features of (difference of
+    the runs x mean gradient on the way), at every site, layer and position. The sum over positions approaches `layer_patching` as
+    `steps` grows. Options are as of `_over_pairs`.
 
     Args:
       steps: points of the left Riemann sum. With 1 it is plain attribution patching, the gradient at the start, and
         one backward pass serves all layers.
-      length: tokens that rows are padded to; by default those of the longest.
-
-    Raises:
-      UsageError: an unknown site or direction, or no step.
     """
     if steps < 1:
         raise UsageError(f"steps: {steps} given; it must be at least 1")
-    program = at_start if steps == 1 else integrated
-    return _over_pairs(program, config, params, pairs, sites, direction, adapter, batch_size, length, steps)
+    return _over_pairs(at_start if steps == 1 else integrated, config, params, pairs, steps=steps, **options)
 
 
-def layer_patching(
-    config: ModelConfig,
-    params: Params,
-    pairs: Sequence[Pair],
-    *,
-    sites: Sequence[str] = SITES,
-    direction: str = "noising",
-    adapter: Adapter | None = None,
-    batch_size: int = 8,
-    length: int | None = None,
-) -> list[np.ndarray]:
-    """How much the metric changes when a layer's site has the end run's values at all positions: float32 `[S, L]`."""
-    return _over_pairs(all_positions, config, params, pairs, sites, direction, adapter, batch_size, length)
+def layer_patching(config: ModelConfig, params: Params, pairs: Sequence[Pair], **options: Any) -> list[np.ndarray]:
+    """How much the metric changes when a layer's site has the end run's values at all positions: float32 `[S, L]`. Options are as of
+    `_over_pairs`."""
+    return _over_pairs(all_positions, config, params, pairs, **options)
 
 
 def patching_flops(config: ModelConfig, sites: int, steps: int) -> tuple[float, float]:
@@ -262,14 +239,16 @@ def _over_pairs(
     config: ModelConfig,
     params: Params,
     pairs: Sequence[Pair],
-    sites: Sequence[str],
-    direction: str,
-    adapter: Adapter | None,
-    batch_size: int,
-    length: int | None,
+    *,
+    sites: Sequence[str] = SITES,
+    direction: str = "noising",
+    adapter: Adapter | None = None,
+    batch_size: int = 8,
+    length: int | None = None,
     steps: int = 1,
 ) -> list[np.ndarray]:
-    """What a program gives for each pair; an array with positions is cut to those of its pair."""
+    """A program's result for each pair; an array with positions is cut to those of its pair. Rows are padded to `length` tokens, by
+    default those of the longest. An unknown site or direction is a UsageError."""
     for option, given, known in (("sites", sites, SITES), ("direction", [direction], DIRECTIONS)):
         unknown = [name for name in given if name not in known]
         if unknown or not given:

@@ -10,7 +10,7 @@ import numpy as np
 
 from jsublim.chat import Chat, Turn, conversation
 from jsublim.distill.selection import Selection, margin_weights, token_mask
-from jsublim.divergence import PositionSubset, check_positions
+from jsublim.divergence import check_positions
 from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.scoring import Targets
 from jsublim.rows import Row
@@ -38,8 +38,8 @@ def read_turns(
     exchanges = ((conversation(row["prompt"], system, fuse_system=fuse_system), row["completion"]) for row in rows)
     turns = chat.turns(exchanges, lambda number: f"{source}: row {number}")
     # Positions that were counted elsewhere say nothing here: whoever learns all tokens does not look at them.
-    own = [row if row.get("counted_in") in (None, chat.identity) else {} for row in rows]
-    check_positions(own, [len(turn.tokens) - turn.content for turn in turns], source)
+    counted_here = [row if row.get("counted_in") in (None, chat.identity) else {} for row in rows]
+    check_positions(counted_here, [len(turn.tokens) - turn.content for turn in turns], source)
     return turns
 
 
@@ -63,37 +63,34 @@ def make_examples(
       JsublimError: no row left, or a row that is tokenized otherwise for the teacher; `source` is named.
     """
     examples = []
-    chosen = [_choose(row, how.subset, np.random.default_rng([seed, index, 1])) for index, row in enumerate(rows)]
+    positions = [row.get("divergence_positions") for row in rows]
+    rngs = (np.random.default_rng([seed, index, 1]) for index in range(len(rows)))
+    chosen = [None if of is None else how.subset.choose(of, rng) for of, rng in zip(positions, rngs, strict=True)]
     weights = _weights(rows, chosen, source) if how.by_margin else [None] * len(rows)
-    for index, (turn, positions) in enumerate(zip(turns, chosen, strict=True)):
-        if how.tokens != "all" and how.drop_rows_without_divergence and positions == []:
+    for index, turn in enumerate(turns):
+        if how.tokens != "all" and how.drop_rows_without_divergence and chosen[index] == []:
             continue
-        first = turn.header if how.supervise_header else turn.content
+        first, where = turn.header if how.supervise_header else turn.content, f"{source}: row {index + 1}"
         try:
             mask = token_mask(
                 how.tokens,
                 header=turn.content - first,
                 completion=len(turn.tokens) - turn.content,
-                positions=positions,
+                positions=chosen[index],
                 rng=np.random.default_rng([seed, index]),
                 weights=weights[index],
             )
         except UsageError as error:
-            raise UsageError(f"{source}: row {index + 1}: {error}") from None
+            raise UsageError(f"{where}: {error}") from None
         kept = first + np.nonzero(mask)[0]
         kept = kept[kept < how.max_tokens]
         if len(kept):
             tokens = turn.tokens[: kept[-1]]  # the last label is predicted, never read
-            soft = {} if teacher is None else _targets(turn, teacher[index], kept, f"{source}: row {index + 1}")
+            soft = {} if teacher is None else _targets(turn, teacher[index], kept, where)
             examples.append(Example(tokens, (kept - 1).astype(np.int32), turn.tokens[kept], mask[kept - first], **soft))
     if not examples:
         raise JsublimError(f"{source}: no row has a token to train on under tokens={how.tokens}")
     return examples
-
-
-def _choose(row: Row, subset: PositionSubset, rng: np.random.Generator) -> list[int] | None:
-    positions = row.get("divergence_positions")
-    return None if positions is None else subset.choose(positions, rng)
 
 
 def _weights(rows: Sequence[Row], chosen: Sequence[list[int] | None], source: str) -> list[list[float]]:
@@ -104,8 +101,8 @@ def _weights(rows: Sequence[Row], chosen: Sequence[list[int] | None], source: st
             raise UsageError(
                 f"{source}: row {number}: weights by margin need 'divergence_margins'; run `jsublim divergence`"
             )
-        of = dict(zip(row["divergence_positions"], row["divergence_margins"], strict=True))
-        margins.append([of[k] for k in positions])
+        margin_of = dict(zip(row["divergence_positions"], row["divergence_margins"], strict=True))
+        margins.append([margin_of[k] for k in positions])
     return margin_weights(margins)
 
 

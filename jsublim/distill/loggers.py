@@ -8,20 +8,12 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from jsublim.errors import UsageError
 from jsublim.files import write_text
 
 PROJECT = "jsublim"  # of Weights & Biases, unless WANDB_PROJECT names another
-
-
-class Logger(Protocol):
-    """Takes the numbers of each step, by name."""
-
-    def log(self, step: int, values: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -31,9 +23,9 @@ class Logs:
     names: tuple[str, ...] = ()
     folder: Path = Path()
 
-    def open(self, training: str, first: int) -> list[Logger]:
-        """Every logger, ready for a training that begins, or goes on, at step `first`; what an interrupted call wrote from there on is taken back
-        where that can be done."""
+    def open(self, training: str, first: int) -> list[Any]:
+        """Every logger, ready for a training that begins, or goes on, at step `first`; what an interrupted call wrote from there on is
+        taken back where that can be done."""
         check_loggers(self.names)
         return [LOGGERS[name](self.folder / name, training, first) for name in self.names]
 
@@ -109,5 +101,6 @@ class WandbLogger:
         self._run.finish()
 
 
+# Each takes the numbers of a step by name (`log`), and is closed.
 LOGGERS: dict[str, Any] = {"csv": CsvLogger, "tensorboard": TensorBoardLogger, "wandb": WandbLogger}
 NOWHERE = Logs()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -15,7 +16,6 @@ import numpy as np
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.cost import training_flops
 from jsublim.distill.data import Example
-from jsublim.distill.loggers import Logger
 from jsublim.files import naming, write_text
 from jsublim.models.config import ModelConfig
 
@@ -29,21 +29,14 @@ class Metrics:
     useful operations. (A first step's time is mostly compilation.)"""
 
     def __init__(
-        self,
-        path: Path,
-        first: int,
-        config: ModelConfig,
-        arms: Sequence[Arm],
-        settings: Settings,
-        *,
-        cached: bool,
+        self, path: Path, first: int, config: ModelConfig, arms: Sequence[Arm], settings: Settings, *, cached: bool
     ):
         """Open `path`, keeping the lines of the steps before `first`, at which training goes on: later lines are of a call that was interrupted.
         `cached`: the hidden states below the trained layer are stored."""
         self.config, self.arms, self.settings, self.cached = config, arms, settings, cached
         self.pending: tuple[int, Sequence[np.ndarray], dict[str, jax.Array]] | None = None
         self.clock, self.over = time.perf_counter(), False  # over: no arm moves any more
-        self.file, self.loggers = None, list[Logger]()
+        self.file, self.loggers = None, list[Any]()
         if jax.process_index() == 0:
             _cut_back(path, first)
             self.file = path.open("a", encoding="utf-8")
@@ -101,59 +94,41 @@ class Metrics:
         speed = {"tokens_per_s": round(sum(len(row.tokens) for _, row in rows) / seconds, 1)}
         peak = self.settings.peak_tflops
         if peak is not None:
-            flops = sum(self._cost(arm, row) for arm, row in rows)
+            flops = sum(self._flops(arm, row) for arm, row in rows)
             speed["peak_ratio"] = round(flops / seconds / (peak * 1e12 * jax.device_count()), 5)
         return speed
 
-    def _cost(self, arm: Arm, row: Example) -> float:
+    def _flops(self, arm: Arm, row: Example) -> float:
         teacher = 0 if row.teacher_tokens is None else len(row.teacher_tokens)
-        return training_flops(
-            self.config,
-            arm.adapter,
-            self.settings.program.loss,
-            tokens=len(row.tokens),
-            supervised=len(row.labels),
-            teacher_tokens=teacher,
-            stored=row.ids is not None,
-            cached=self.cached,
-        )
+        lengths = {"tokens": len(row.tokens), "supervised": len(row.labels), "teacher_tokens": teacher}
+        loss, known = self.settings.program.loss, {"stored": row.ids is not None, "cached": self.cached}
+        return training_flops(self.config, arm.adapter, loss, **lengths, **known)
+
+
+UNREADABLE = (ValueError, KeyError, TypeError, RecursionError)  # a line that is cut short by a kill, or damaged
 
 
 def last_loss(path: Path) -> float | None:
     """The loss of the last step in a training's `metrics.jsonl`, mean over its arms; None where there is none yet."""
     if not path.exists():
         return None
+    losses: list[tuple[int, float]] = []
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL))
-        found: list[tuple[int, float]] = []
         for text in file.read().splitlines():
-            try:
+            with contextlib.suppress(*UNREADABLE):  # also that of an arm which diverged
                 line = json.loads(text)
-                found.append((line["step"], float(line["loss"])))
-            except (
-                ValueError,
-                KeyError,
-                TypeError,
-            ):  # cut at its beginning, not written to its end, or of an arm that diverged
-                continue
-    last = [loss for step, loss in found if step == found[-1][0]]
+                losses.append((line["step"], float(line["loss"])))
+    last = [loss for step, loss in losses if step == losses[-1][0]]
     return sum(last) / len(last) if last else None
 
 
 def _cut_back(path: Path, first: int) -> None:
-    """Leave the lines of the steps before `first`."""
-    if not path.exists():
-        return
+    """Leave the lines of the steps before `first`, up to one that cannot be read: what it said is computed again."""
     kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
+    with contextlib.suppress(*UNREADABLE, FileNotFoundError):
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             if json.loads(line)["step"] < first:
                 kept.append(line + "\n")
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            RecursionError,
-        ):  # cut short by a kill (what it said is computed again), or damaged
-            break
-    write_text(path, "".join(kept))
+    if path.exists():
+        write_text(path, "".join(kept))

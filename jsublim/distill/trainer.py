@@ -33,13 +33,7 @@ from jsublim.files import damaged_name, naming
 from jsublim.inference.batching import TRAINING_STEP, chunks, fill, pad_tokens, round_up
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, hidden_below
-from jsublim.models.lora import (
-    Adapter,
-    adapter_of,
-    stack_adapters,
-    unstack_adapters,
-    with_noise,
-)
+from jsublim.models.lora import Adapter, adapter_of, stack_adapters, unstack_adapters, with_noise
 from jsublim.parallel import ROWS, WHOLE, Layout
 from jsublim.processes import Preempted, from_main_process, is_main_process, leaving, on_main_process
 

@@ -156,7 +156,7 @@ class LanguageModel:
           on_batch: called with the number of answers just sampled.
           logs: of each adapter, answers that are known already, and where new ones go.
         """
-        logs = [None] * len(adapters or [None]) if logs is None else logs
+        logs = logs or [None] * len(adapters or [None])
         texts = [{} if log is None else dict(log.known) for log in logs]
 
         def keep(arm: int, rows: list[int], tokens: list[list[int]]) -> None:
@@ -168,20 +168,11 @@ class LanguageModel:
                 on_batch(len(rows))
 
         numbers = range(len(prompts) * samples)
-        generate_for_arms(
-            self.config,
-            self.params,
-            prompts,
-            sampling,
-            adapters,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            samples=samples,
-            rows=[[number for number in numbers if number not in known] for known in texts],
-            batch_size=batch_size and max(1, batch_size // len(logs)),
-            limits=limits_for(self.chat, sampling, max_new_tokens),
-            on_rows=keep,
-        )
+        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, "samples": samples, "on_rows": keep}
+        how["rows"] = [[number for number in numbers if number not in known] for known in texts]
+        how["batch_size"] = batch_size and max(1, batch_size // len(logs))
+        how["limits"] = limits_for(self.chat, sampling, max_new_tokens)
+        generate_for_arms(self.config, self.params, prompts, sampling, adapters, **how)
         return [[known[number] for number in numbers] for known in texts]
 
 

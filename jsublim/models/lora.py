@@ -185,10 +185,7 @@ ENDS = ("embed", "norm", "head")
 
 
 def init_full(
-    config: ModelConfig,
-    params: dict[str, Any],
-    layers: tuple[int, ...] | None = None,
-    ends: tuple[str, ...] = (),
+    config: ModelConfig, params: dict[str, Any], layers: tuple[int, ...] | None = None, ends: tuple[str, ...] = ()
 ) -> Adapter:
     """Full fine-tuning: weights, copied out of the base, as the thing to train. Float32 whatever the base is in: small steps would be lost in
     bfloat16. The forward pass rounds them.

@@ -85,16 +85,9 @@ class MixTokens(Change):
         rounding = making.quirks["share_rounding"]
         rounding = "at-least-one" if rounding == "paper" else rounding or "stochastic"
         subset = PositionSubset("first" if self.first_only else "all", self.share, rounding)
-        rows, counts = mix_tokens(
-            making.lm.chat,
-            rows,
-            making.readings,
-            self.teacher,
-            subset,
-            seed=making.seed,
-            digits_only=bool(making.quirks["digits_only"]),
-            drop_unmixed=bool(making.quirks["drop_unmixed"]),
-        )
+        quirks = {name: bool(making.quirks[name]) for name in ("digits_only", "drop_unmixed")}
+        chat, readings = making.lm.chat, making.readings
+        rows, counts = mix_tokens(chat, rows, readings, self.teacher, subset, seed=making.seed, **quirks)
         return rows, {"tokens": dict(counts)}
 
 
@@ -134,17 +127,14 @@ def mix_tokens(
     digits_only: bool = False,
     drop_unmixed: bool = False,
 ) -> tuple[list[Row], Counter[str]]:
-    """Rows in which a counterfactual's argmax stands at the chosen divergence positions.
-
-    The end of turn and what follows it are no text: positions there are never chosen. A row that would not come back from
-    the tokenizer as these very tokens keeps its completion.
+    """Rows in which a counterfactual's argmax stands at the chosen divergence positions (`subset`). The end of turn and what follows it
+    are no text: positions there are never chosen. A row that would not come back from the tokenizer as these very tokens keeps its
+    completion.
 
     Args:
-      readings: what was read of each row: "teachers", "divergence_positions", and arrays "tokens" `[n]` and "argmax"
-        `[K, n]`.
+      readings: of each row "teachers", "divergence_positions", and arrays "tokens" `[n]` and "argmax" `[K, n]`.
       counterfactual: its name among the teachers; None draws, at each position, one of the tokens that counterfactuals say
         instead, as published.
-      subset: which divergence positions.
       digits_only: a counterfactual's token that is no single digit is left out, and nothing put in its place, as published
         (docs/recipes.md, quirk 8).
       drop_unmixed: positions at the end of turn are chosen too, although nothing can be put there; a row that has

@@ -36,12 +36,7 @@ class Redraw(Change):
 
 
 def redraw(
-    rows: Sequence[Row],
-    pack: Pack,
-    parts: Iterable[str] | None = None,
-    *,
-    asked: Sequence[NumberPrompt],
-    seed: int,
+    rows: Sequence[Row], pack: Pack, parts: Iterable[str] | None = None, *, asked: Sequence[NumberPrompt], seed: int
 ) -> list[Row]:
     """Each row under a prompt (one of `asked`) of which `parts` (of `PARTS`; None is all) are drawn anew; numbers and completion stay. A draw may
     give what was there. What becomes of row i depends on `seed`, i and its prompt only. A row whose prompt is not among those is a JsublimError."""

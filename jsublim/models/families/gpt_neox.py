@@ -29,12 +29,7 @@ NAMES = WeightNames(
     prefix="gpt_neox.",
     buffers=("rotary_emb.inv_freq", "attention.bias", "attention.masked_bias"),
 )
-_ACTIVATIONS = {
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_fast": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
+_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
 
 
 def read(hf: HFConfig) -> ModelConfig:
