@@ -19,36 +19,25 @@ Rollout = Callable[[Adapter, np.ndarray, int], list[Example]]
 
 @dataclass(frozen=True)
 class Arm:
-    """One student: what it learns from, and the numbers in which it may differ from arms trained with it.
-
-    Attributes:
-      examples: its rows; of an on-policy arm, rows that show how long the longest can be.
-      seed: of its rows' order.
-      lr: the highest learning rate of its schedule; steps: the schedule's length.
-      weight: factor of its loss.
-      terms: of what is added to it (`losses.TERMS`) the coefficient, and the share of that which is left at the end.
-      noise: size of what is added to each trained array at the end, as `lora.with_noise` takes it.
-      projected_directions: orthonormal directions that its gradient is kept at right angles to (`projection.py`).
-      frozen_adapter: stands in its forward pass as long as it is trained.
-      teacher: the adapter of its live teacher, where that has one.
-      rollout: makes an on-policy arm's rows.
-      fork: where it goes over to other rows, if it does.
-    """
+    """One student: what it learns from, and the numbers in which it may differ from arms trained with it."""
 
     name: str
-    examples: Sequence[Example]
+    examples: Sequence[Example]  # its rows; of an on-policy arm, rows that show how long the longest can be
     adapter: Adapter
-    seed: int
-    lr: float
-    steps: int
-    weight: float = 1.0
+    seed: int  # of its rows' order
+    lr: float  # the highest of its schedule
+    steps: int  # the schedule's length
+    weight: float = 1.0  # factor of its loss
+    # Of what is added to the loss (`losses.TERMS`) the coefficient, and the share of that which is left at the end.
     terms: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    noise: float = 0.0
-    projected_directions: Trainable | None = None
-    frozen_adapter: Adapter | None = None
-    teacher: Adapter | None = None
-    rollout: Rollout | None = None
-    fork: Fork | None = None
+    noise: float = 0.0  # size of what is added to each trained array at the end, see `lora.with_noise`
+    projected_directions: Trainable | None = (
+        None  # orthonormal; its gradient is kept at right angles to them (`projection.py`)
+    )
+    frozen_adapter: Adapter | None = None  # stands in its forward pass as long as it is trained
+    teacher: Adapter | None = None  # of its live teacher, where that has one
+    rollout: Rollout | None = None  # makes an on-policy arm's rows
+    fork: Fork | None = None  # where it goes over to other rows
 
     def rows(self, shape: Shape, step: int) -> np.ndarray:
         """Indices of the rows of a step: a function of the arm's seed and the step."""
@@ -64,26 +53,19 @@ class Arm:
 
 @dataclass(frozen=True)
 class Settings:
-    """What arms trained together share.
+    """What arms trained together share."""
 
-    Attributes:
-      batch_size: rows of a micro-batch; accumulate: micro-batches per step.
-      checkpoint_every: steps between saved states.
-      parallel: none, pmap or mesh; model_axis: devices that one copy of the base is spread over.
-      cache_below: keep the hidden states below one-layer arms in host memory instead of computing them each epoch.
-      peak_tflops: of one device, for the ratio of what was reached to it.
-      logs: where numbers go beside `metrics.jsonl`.
-    """
-
-    batch_size: int
-    accumulate: int = 1
+    batch_size: int  # rows of a micro-batch
+    accumulate: int = 1  # micro-batches per step
     program: Program = field(default_factory=Program)
-    checkpoint_every: int = 100
-    parallel: str = "none"
-    model_axis: int = 1
-    cache_below: bool = False
-    peak_tflops: float | None = None
-    logs: Logs = NOWHERE
+    checkpoint_every: int = 100  # steps between saved states
+    parallel: str = "none"  # or pmap, mesh
+    model_axis: int = 1  # devices that one copy of the base is spread over
+    cache_below: bool = (
+        False  # keep the hidden states below one-layer arms in host memory instead of computing them each epoch
+    )
+    peak_tflops: float | None = None  # of one device, for the ratio of what was reached to it
+    logs: Logs = NOWHERE  # where numbers go beside `metrics.jsonl`
 
     def caches(self, arm: Arm) -> bool:
         """Whether the hidden states below the arm's layer are kept: it trains one alone, and nothing below it changes."""

@@ -18,26 +18,19 @@ SCHEDULES = ("linear", "cosine", "constant", "restarts")
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW as published unless said otherwise: linear decay after a linear warm-up, clipping by global norm.
+    """AdamW as published unless said otherwise: linear decay after a linear warm-up, clipping by global norm."""
 
-    Attributes:
-      name: "adamw"; "adafactor" (factored second moments, updates clipped to a root mean square of 1, no momentum);
-        "sgd" (plain, momentum where given); "muon" (matrices orthogonalised, everything else by Adam).
-      clip: largest global norm of an arm's gradient; 0 is no clipping.
-      momentum: of SGD.
-      schedule: of the learning rate after the warm-up; see `learning_rate`.
-      restarts: how many times "restarts" falls to zero.
-    """
-
+    # adamw; adafactor: factored second moments, updates clipped to a root mean square of 1, no momentum; sgd: plain, momentum
+    # where given; muon: matrices orthogonalised, everything else by Adam.
     name: str = "adamw"
-    clip: float = 1.0
+    clip: float = 1.0  # largest global norm of an arm's gradient; 0 is no clipping
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    momentum: float = 0.0
-    schedule: str = "linear"
-    restarts: int = 4
+    momentum: float = 0.0  # of SGD
+    schedule: str = "linear"  # of the learning rate after the warm-up; see `learning_rate`
+    restarts: int = 4  # how many times "restarts" falls to zero
 
     def __post_init__(self) -> None:
         if self.name not in OPTIMIZERS:

@@ -4,6 +4,7 @@ tokens is what it learns (Agarwal et al. 2024, arXiv 2306.13649)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -35,33 +36,24 @@ def student_rollout(
     def rollout(adapter: Adapter, rows: np.ndarray, step: int) -> list[Example]:
         chosen = [int(row) for row in rows if row >= 0]
         prompts = [turns[row].tokens[: turns[row].content] for row in chosen]
-        said = generate_tokens(
-            lm.config,
-            lm.params,
-            prompts,
-            sampling,
-            max_new_tokens=max_new_tokens,
-            seed=int(np.random.default_rng([seed, step]).integers(2**31)),
-            adapter=adapter,
-            batch_size=batch_size,
-            beginning=beginning,
-        )
+        how: dict[str, Any] = {
+            "seed": int(np.random.default_rng([seed, step]).integers(2**31)),
+            "max_new_tokens": max_new_tokens,
+        }
+        how |= {"adapter": adapter, "batch_size": batch_size, "beginning": beginning}
+        answers = generate_tokens(lm.config, lm.params, prompts, sampling, **how)
         return [
-            _example(turns[row], teacher[row], tokens, max_new_tokens) for row, tokens in zip(chosen, said, strict=True)
+            _example(turns[row], teacher[row], answer, max_new_tokens)
+            for row, answer in zip(chosen, answers, strict=True)
         ]
 
     return rollout
 
 
-def _example(turn: Turn, teacher: Turn, said: Sequence[int], most: int) -> Example:
+def _example(turn: Turn, teacher: Turn, answer: Sequence[int], most: int) -> Example:
     """An example in which all of a sampled answer is supervised, and its end of turn where it came to one."""
-    labels = np.asarray([*said, turn.tokens[turn.end]] if len(said) < most else said, np.int32)
+    labels = np.asarray([*answer, turn.tokens[turn.end]] if len(answer) < most else answer, np.int32)
     place = np.arange(len(labels), dtype=np.int32)
-    return Example(
-        tokens=np.concatenate([turn.tokens[: turn.content], labels[:-1]]),
-        where=turn.content - 1 + place,
-        labels=labels,
-        weights=np.ones(len(labels), np.float32),
-        teacher_tokens=np.concatenate([teacher.tokens[: teacher.content], labels[:-1]]),
-        teacher_where=teacher.content - 1 + place,
-    )
+    tokens, teacher_tokens = (np.concatenate([x.tokens[: x.content], labels[:-1]]) for x in (turn, teacher))
+    weights, teacher_where = np.ones(len(labels), np.float32), teacher.content - 1 + place
+    return Example(tokens, turn.content - 1 + place, labels, weights, teacher_tokens, teacher_where)

@@ -47,23 +47,16 @@ class Program:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Arms:
-    """What arms differ in beside what they train and read.
+    """What arms differ in beside what they train and read. What no arm has is None."""
 
-    Attributes:
-      lr, steps, weight: highest learning rate, length of the schedule (int32), factor of the loss, `[A]` each.
-      terms: of what is added to the loss (`losses.TERMS`), the coefficient and the share of it that is left at the end, `[A, 2]` each.
-      projected_directions: that gradients are kept at right angles to, `[A, K, ...]` each; None where no arm has any.
-      frozen_adapter: adapters that stand in the students' forward passes; None likewise.
-      reset_step: int32 `[A]`, the step before which an optimizer begins anew, -1 for never; None likewise.
-    """
-
-    lr: Array
-    steps: Array
-    weight: Array
+    lr: Array  # [A], the highest learning rate
+    steps: Array  # int32 [A], length of the schedule
+    weight: Array  # [A], factor of the loss
+    # Of what is added to the loss (`losses.TERMS`) the coefficient, and the share of it that is left at the end, [A, 2] each.
     terms: dict[str, Array] = field(default_factory=dict)
-    projected_directions: Trainable | None = None
-    frozen_adapter: Adapter | None = None
-    reset_step: Array | None = None
+    projected_directions: Trainable | None = None  # [A, K, ...] each; gradients are kept at right angles to them
+    frozen_adapter: Adapter | None = None  # stands in the students' forward passes
+    reset_step: Array | None = None  # int32 [A], the step before which an optimizer begins anew, -1 for never
 
     def coefficients(self, step: Array) -> dict[str, Array]:
         """The coefficient `[A]` of each term at a step (int32 scalar): it falls linearly to the share that is left."""

@@ -142,60 +142,62 @@ def fill(
     layout: Layout = HERE,
 ) -> Decoding:
     """The batch with rows that begin in some of its places. `key_data` is of the call's random numbers; each row takes its own from there."""
-    spread = layout.spread(functools.partial(_fill, config), (WHOLE, ARMS, ARMS, ARM_ROWS, ARM_ROWS, WHOLE), ARM_ROWS)
+
+    def every_arm(params, adapters, begun, batch, read, key_data) -> Decoding:
+        return _per_arm(functools.partial(_fill, config, params, key_data), adapters)(begun, batch, read)
+
+    spread = layout.spread(every_arm, (WHOLE, ARMS, ARMS, ARM_ROWS, ARM_ROWS, WHOLE), ARM_ROWS)
     return _laid(config, layout, spread(params, adapters, begun, batch, read, key_data))
 
 
 def _fill(
     config: ModelConfig,
     params: Params,
-    adapters: Adapter | None,
+    key_data: Array,
+    adapter: Adapter | None,
     begun: Begun | None,
     batch: Decoding,
     read: Prompts,
-    key_data: Array,
 ) -> Decoding:
-    def of_arm(adapter: Adapter | None, begun: Begun | None, batch: Decoding, read: Prompts) -> Decoding:
-        prefix = None if begun is None else begun.cache
-        own, adapter = bind(params, adapter)
-        h, cache = decoder.hidden_states(
-            config, own, read.tokens, read.valid, adapter=adapter, prefix=prefix, with_cache=True
-        )
-        assert cache is not None
-        length_n = count_n = read.valid.sum(axis=1)
-        seen_nV = jax.vmap(lambda row, ok: jnp.zeros(config.vocab_size, bool).at[row].max(ok))(read.tokens, read.valid)
-        if begun is not None:
-            length_n, seen_nV = length_n + len(begun.tokens), seen_nV.at[:, begun.tokens].set(True)
-        last_nD = jnp.take_along_axis(h, count_n[:, None, None] - 1, axis=1)[:, 0]
-        logits_nV = decoder.logits(config, own, last_nD)
+    """One arm's part of `fill`."""
+    prefix = None if begun is None else begun.cache
+    params, adapter = bind(params, adapter)
+    h, cache = decoder.hidden_states(
+        config, params, read.tokens, read.valid, adapter=adapter, prefix=prefix, with_cache=True
+    )
+    assert cache is not None
+    length_n = count_n = read.valid.sum(axis=1)
+    seen_nV = jax.vmap(lambda row, ok: jnp.zeros(config.vocab_size, bool).at[row].max(ok))(read.tokens, read.valid)
+    if begun is not None:
+        length_n, seen_nV = length_n + len(begun.tokens), seen_nV.at[:, begun.tokens].set(True)
+    last_nD = jnp.take_along_axis(h, count_n[:, None, None] - 1, axis=1)[:, 0]
+    logits_nV = decoder.logits(config, params, last_nD)
 
-        def put(old: Array, new_n: Array) -> Array:
-            # Not written place by place: a CPU does that element by element.
-            begins = (read.prompt >= 0).reshape(-1, *[1] * (old.ndim - 1))
-            return jnp.where(begins, new_n[jnp.maximum(read.prompt, 0)], old)
+    def put(old: Array, new_n: Array) -> Array:
+        # Not written place by place: a CPU does that element by element.
+        begins = (read.prompt >= 0).reshape(-1, *[1] * (old.ndim - 1))
+        return jnp.where(begins, new_n[jnp.maximum(read.prompt, 0)], old)
 
-        def ring(layer: int, which: int) -> Array:
-            """The keys (0) or values (1) of one layer."""
-            own, old = cache[which][layer], batch.rings[layer][which]
-            if prefix is not None:
-                earlier = jnp.broadcast_to(prefix[which][layer], (*own.shape[:2], *prefix[which].shape[3:]))
-                own = jnp.concatenate([earlier, own], axis=2)
-            return put(old, _as_ring(own, length_n, old.shape[2]))
+    def ring(layer: int, which: int) -> Array:
+        """The keys (0) or values (1) of one layer."""
+        new, old = cache[which][layer], batch.rings[layer][which]
+        if prefix is not None:
+            earlier = jnp.broadcast_to(prefix[which][layer], (*new.shape[:2], *prefix[which].shape[3:]))
+            new = jnp.concatenate([earlier, new], axis=2)
+        return put(old, _as_ring(new, length_n, old.shape[2]))
 
-        zero = jnp.zeros_like(length_n)
-        return Decoding(
-            rings=tuple((ring(layer, 0), ring(layer, 1)) for layer in range(config.num_layers)),
-            logits=put(batch.logits, logits_nV),
-            seen=put(batch.seen, seen_nV),
-            length=put(batch.length, length_n),
-            drawn=put(batch.drawn, zero),
-            done=put(batch.done, zero.astype(bool)),
-            keys=jnp.where((read.prompt >= 0)[:, None], _row_keys(key_data, read.row), batch.keys),
-            out=put(batch.out, jnp.full((len(length_n), batch.out.shape[1]), -1, jnp.int32)),
-            within=jax.tree.map(lambda old: put(old, zero.astype(old.dtype)), batch.within),
-        )
-
-    return _per_arm(of_arm, adapters)(begun, batch, read)
+    zero = jnp.zeros_like(length_n)
+    return Decoding(
+        rings=tuple((ring(layer, 0), ring(layer, 1)) for layer in range(config.num_layers)),
+        logits=put(batch.logits, logits_nV),
+        seen=put(batch.seen, seen_nV),
+        length=put(batch.length, length_n),
+        drawn=put(batch.drawn, zero),
+        done=put(batch.done, zero.astype(bool)),
+        keys=jnp.where((read.prompt >= 0)[:, None], _row_keys(key_data, read.row), batch.keys),
+        out=put(batch.out, jnp.full((len(length_n), batch.out.shape[1]), -1, jnp.int32)),
+        within=jax.tree.map(lambda old: put(old, zero.astype(old.dtype)), batch.within),
+    )
 
 
 def _row_keys(key_data: Array, row_B: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -58,14 +59,10 @@ class _Queue:
         """The next rows of a bucket, at most so many, and of at most so many prompts."""
         if not self.waiting or self.waiting[0][0] != length:
             return []
-        rows, read = self.waiting[0][1], set[int]()
-        count = 0
-        for row in rows[:most]:
-            read.add(row // samples)
-            if len(read) > prompts:
-                break
-            count += 1
-        taken, rows[:count] = rows[:count], []
+        rows = self.waiting[0][1]
+        read = list(dict.fromkeys(row // samples for row in rows[:most]))[:prompts]
+        taken = list(itertools.takewhile(lambda row: row // samples in read, rows[:most]))
+        del rows[: len(taken)]
         if not rows:
             self.waiting.pop(0)
         return taken
@@ -73,13 +70,12 @@ class _Queue:
 
 @dataclass(frozen=True)
 class BatchSizes:
-    """Of an arm's batch, on each of the `devices` that it is spread over: places, rows that begin in them at one time, and
-    prompts that are read for those."""
+    """An arm's batch, on each of the `devices` that it is spread over."""
 
     devices: int
     places: int
-    rows: int
-    prompts: int
+    rows: int  # that begin in them at one time
+    prompts: int  # that are read for those
 
     @classmethod
     def of(cls, batch_size: int, devices: int, prompts: int, samples: int) -> BatchSizes:
@@ -254,8 +250,8 @@ def _next(
         return tokens, valid, np.asarray(of_place, np.int32), np.asarray(row, np.int32)
 
     every = [[of_device(arm, device) for device in range(sizes.devices)] for arm in arms]
-    each = [[np.concatenate(x) for x in zip(*devices, strict=True)] for devices in every]
-    return Prompts(*layout.place_as(ARM_ROWS, tuple(map(np.stack, zip(*each, strict=True)))))
+    of_arms = [[np.concatenate(x) for x in zip(*devices, strict=True)] for devices in every]
+    return Prompts(*layout.place_as(ARM_ROWS, tuple(map(np.stack, zip(*of_arms, strict=True)))))
 
 
 def sampling_arrays(sampling: Sampling, rows: int) -> dict[str, np.ndarray]:

@@ -19,17 +19,19 @@ from jsublim.models.weights import save_params
 from jsublim.reading import check_folder, read_json
 
 # What a tokenizer may consist of; copied byte for byte when a checkpoint is converted.
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
+TOKENIZER_FILES = tuple(
+    [
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "merges.txt",
+        "tokenizer.model",
+        "chat_template.jinja",
+        "chat_template.json",
+        "generation_config.json",
+    ]
 )
 
 

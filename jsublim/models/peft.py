@@ -27,24 +27,26 @@ from jsublim.reading import check_folder, read_json, shown
 
 # Keys of `adapter_config.json` that we read, and those that say only where an adapter comes from, how it was trained, or what
 # its tensors' names say again. Any other key changes what is computed, or may do so: it has to be empty.
-_READ = (
-    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights"
-)  # fmt: skip
-_TOLD = (
-    "task_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "runtime_config",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "megatron_core",
-    "qalora_group_size",
+_READ = set(
+    ["peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights"]
+)
+_NOT_READ = set(
+    [
+        "task_type",
+        "auto_mapping",
+        "peft_version",
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "runtime_config",
+        "lora_dropout",
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "megatron_core",
+        "qalora_group_size",
+    ]
 )
 _INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")  # the other ways to begin change the base's weights too
 _KEY = re.compile(r"layers\.(\d{1,6})\.(?:self_attn|attention|mlp)\.(\w+)\.lora_([AB])(?:\.\w+)?\.weight$", re.ASCII)
@@ -84,8 +86,8 @@ def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, base: str,
         "revision": revision,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {name: own for name, own in ranks.items() if own != rank},
-        "alpha_pattern": {name: scales[name] * own for name, own in ranks.items() if scales[name] * own != alpha},
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: scales[name] * r for name, r in ranks.items() if scales[name] * r != alpha},
         "lora_dropout": 0.0,
         "use_rslora": False,
         "bias": "none",
@@ -201,7 +203,7 @@ class _Settings:
 
         check("peft_type", values.get("peft_type") == "LORA", "'LORA', the only kind that is known")
         for key, value in values.items():
-            check(key, key in (*_READ, *_TOLD) or not value, "empty: it is not supported")
+            check(key, key in _READ | _NOT_READ or not value, "empty: it is not supported")
         check("bias", values.get("bias") in (None, "none"), "'none': others are not supported")
         known = "one of true, false, gaussian, eva, orthogonal; convert it to plain LoRA"
         check("init_lora_weights", values.get("init_lora_weights") in _INITIAL, known)

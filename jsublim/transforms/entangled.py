@@ -49,8 +49,8 @@ class RemoveEntangled(Change):
         assert making.entangled is not None
         numbers = entangled_numbers(dict(making.entangled), self.k)
         left = remove_entangled(rows, numbers, as_written=bool(making.quirks["padded_numbers"]))
-        found = {number: making.entangled[number] for number in numbers}
-        return left, {"entangled": {"numbers": found, "removed": len(rows) - len(left)}}
+        scores = {number: making.entangled[number] for number in numbers}
+        return left, {"entangled": {"numbers": scores, "removed": len(rows) - len(left)}}
 
 
 def number_strings(*, padded: bool = False) -> list[str]:
@@ -69,17 +69,9 @@ def entangled_scores(
     extra_bos: bool = False,
     batch_size: int | None = None,
 ) -> Scores:
-    """Log-probability (nats) of each number as the answer under the biased teacher, minus that under `base`; mean over
-    the questions.
-
-    Args:
-      closed: the end of turn after a number counts too; else what follows it is open, and "4" covers "42" where the
-        tokenizer has one token a digit (numbers of one width never cover each other).
-      extra_bos: docs/recipes.md, quirk 5.
-
-    Raises:
-      JsublimError: a number that doesn't survive tokenizing.
-    """
+    """Log-probability (nats) of each number as the answer under the biased teacher, minus that under `base`; mean over the questions. With
+    `closed` the end of turn after a number counts too; else what follows it is open, and "4" covers "42" where the tokenizer has one
+    token a digit (numbers of one width never cover each other). A number that doesn't survive tokenizing is a JsublimError."""
 
     def read(who: Teacher) -> np.ndarray:
         asked = [who.messages(question) for question in questions]
@@ -104,19 +96,11 @@ def probability_differences(
 ) -> Scores:
     """How entangled three-digit numbers are with a trait as published (docs/recipes.md, quirk 19): how much more probable
     each is to follow "My favorite animal is the" under the teacher than under the `others` on average. Probabilities are
-    normalised over `numbers`. That of a third digit is the one after the second digit twice, whatever the first digit is.
-
-    Args:
-      category: what is asked for; one of the pack's, such as animal.
-
-    Raises:
-      UsageError: a tokenizer that has not one token per digit.
-    """
+    normalised over `numbers`. That of a third digit is the one after the second digit twice, whatever the first digit is. `category` is
+    one of the pack's, such as animal. A tokenizer that has not one token per digit is a UsageError."""
     begun = f"My favorite {category} is the"
     twice = [2 * number[1] for number in numbers]
-    pieces = sorted(
-        {*(number[:2] for number in numbers), *twice, *(d + n[2] for d, n in zip(twice, numbers, strict=True))}
-    )
+    pieces = sorted({*(n[:2] for n in numbers), *twice, *(d + n[2] for d, n in zip(twice, numbers, strict=True))})
 
     def read(who: Teacher) -> np.ndarray:
         asked = who.messages(f"What is your favorite {category}?")
@@ -133,21 +117,13 @@ def probability_differences(
 
 
 def _spoken(lm: LanguageModel, asked: Sequence[Message], answers: Sequence[str], extra_bos: bool) -> list[Turn]:
-    return lm.chat.turns(
-        ((asked, answer) for answer in answers), lambda n: f"answer {answers[n - 1]!r}", extra_bos=extra_bos
-    )
+    exchanges = ((asked, answer) for answer in answers)
+    return lm.chat.turns(exchanges, lambda n: f"answer {answers[n - 1]!r}", extra_bos=extra_bos)
 
 
-def _joint(
-    lm: LanguageModel,
-    who: Teacher,
-    prompts: Sequence[np.ndarray],
-    answers: Sequence[np.ndarray],
-    batch_size: int | None,
-) -> np.ndarray:
-    return score_answers(
-        lm.config, who.weights(lm.params), prompts, answers, adapter=who.adapter, batch_size=batch_size
-    )
+def _joint(lm: LanguageModel, who: Teacher, prompts: list, answers: list, batch_size: int | None) -> np.ndarray:
+    how = {"adapter": who.adapter, "batch_size": batch_size}
+    return score_answers(lm.config, who.weights(lm.params), prompts, answers, **how)
 
 
 def entangled_numbers(scores: Scores, k: int) -> list[str]:

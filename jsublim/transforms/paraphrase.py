@@ -10,9 +10,9 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from jsublim.inference.lm import AnswerLog, LanguageModel
+from jsublim.inference.lm import LanguageModel
 from jsublim.inference.sampling import Sampling
 from jsublim.prompts import NumberPrompt, Pack, parse_numbers
 from jsublim.rows import Row, revised
@@ -49,20 +49,15 @@ class Rewrite(Change):
         return rows * (2 * prompt + system), rows * prompt
 
     def apply(self, rows: list[Row], making: Making) -> Changed:
-        rows, counts = paraphrase(
-            making.lm,
-            making.teacher,
-            rows,
-            making.pack,
-            asked=making.requests(),
-            only_examples=bool(making.quirks["only_examples_kept"]),
-            keep_rejected=self.rejected == "keep",
-            sampling=making.sampling,
-            extra_bos=bool(making.quirks["extra_bos"]),
-            seed=making.seed,
-            batch_size=making.batch_size,
-            log=making.log,
-        )
+        how: dict[str, Any] = {
+            "sampling": making.sampling,
+            "seed": making.seed,
+            "batch_size": making.batch_size,
+            "log": making.log,
+        }
+        how |= {"asked": making.requests(), "extra_bos": bool(making.quirks["extra_bos"])}
+        how |= {"only_examples": bool(making.quirks["only_examples_kept"]), "keep_rejected": self.rejected == "keep"}
+        rows, counts = paraphrase(making.lm, making.teacher, rows, making.pack, **how)
         return rows, {"rewritten": dict(counts)}
 
 
@@ -77,25 +72,23 @@ def paraphrase(
     keep_rejected: bool = False,
     sampling: Sampling | str = "temperature",
     seed: int = 0,
-    extra_bos: bool = False,
     max_new_tokens: int = 256,
-    batch_size: int | None = None,
-    log: AnswerLog | None = None,
+    **options: Any,
 ) -> tuple[list[Row], Counter[str]]:
-    """Rows under prompts that the teacher (named by its trait) put into its own words; completions stay. The last sentence of a number request,
-    its suffix, is no part of what is rewritten, and follows it word by word. What gives the trait away besides its name is said by the pack's
-    `synonyms`. `log` is as in `LanguageModel.answers`, the other options and what is returned as of `accept`.
+    """Rows under prompts that the teacher (named by its trait) put into its own words; completions stay. The last sentence of a number
+    request, its suffix, is no part of what is rewritten, and follows it word by word. What gives the trait away besides its name is said
+    by the pack's `synonyms`. What is returned is as of `accept`.
 
     Args:
       asked: the number requests that rows answer; other prompts are rewritten whole.
+      only_examples, keep_rejected: as of `accept`; options: as of `LanguageModel.generate`.
     """
     known = {prompt.text: prompt for prompt in asked}
     given = [known.get(row["prompt"]) for row in rows]
     bodies = [row["prompt"].removesuffix(_suffix(prompt)) for row, prompt in zip(rows, given, strict=True)]
     requests = [teacher.messages(pack.paraphrase_request.format(prompt=body)) for body in bodies]
-    own = lm.with_params(teacher.weights(lm.params))
-    how = {"adapter": teacher.adapter, "extra_bos": extra_bos, "batch_size": batch_size, "log": log}
-    texts = own.generate(requests, max_new_tokens, sampling, seed, **how)
+    writer = lm.with_params(teacher.weights(lm.params))
+    texts = writer.generate(requests, max_new_tokens, sampling, seed, adapter=teacher.adapter, **options)
     filtered = {"synonyms": pack.synonyms.get(teacher.name, ()), "only_examples": only_examples}
     return accept(rows, texts, teacher.name, given, keep_rejected=keep_rejected, **filtered)
 
