@@ -1,4 +1,4 @@
-"""What rows teach to first order: how far a step of gradient descent on each token would move the probability of each trait.
+"""The first-order effect of rows: how far a step of gradient descent on each token would move the probability of each trait.
 
 A student with trained part w takes the step -eta * grad L(w), and L is the mean of -log p(token). To first order that moves
 a trait's log-probability T by eta times the mean over tokens of <grad log p(token), grad T>. This inner product is the

@@ -91,8 +91,10 @@ class Layout:
     def under(params: Params, arms: int = 1) -> tuple[Layout, Params]:
         """How rows lie that a checkpoint reads: on the devices that it lies on, arms apart first, as `fit` lays them. And the
         checkpoint, which stays where it is, for programs on that layout."""
-        lies = [x.sharding for x in jax.tree.leaves(params) if isinstance(getattr(x, "sharding", None), NamedSharding)]
-        mesh = next((sharding.mesh for sharding in lies if sharding.mesh.axis_names == AXES), None)
+        shardings = [
+            x.sharding for x in jax.tree.leaves(params) if isinstance(getattr(x, "sharding", None), NamedSharding)
+        ]
+        mesh = next((sharding.mesh for sharding in shardings if sharding.mesh.axis_names == AXES), None)
         if mesh is None:
             layout = Layout()
         else:
@@ -207,16 +209,12 @@ HERE = Layout()  # the default device
 
 def slice_size(devices: Sequence[Any]) -> int:
     """How many devices share fast links: those of one TPU slice, or of one node with GPUs. Slices of different sizes are a UsageError."""
-    sizes = Counter(_slice(device) for device in devices)
+    sizes = Counter(getattr(device, "slice_index", 0) for device in devices)  # a CPU of one process alone has none
     if len(set(sizes.values())) > 1:
         raise UsageError(
             f"parallel: slices (or nodes) of {sorted(sizes.values())} devices; give all of them equally many"
         )
     return next(iter(sizes.values()))
-
-
-def _slice(device: Any) -> int:
-    return getattr(device, "slice_index", 0)  # which a CPU of one process alone has not
 
 
 def model_axis_for(weights: float, limit: int | None, devices: int) -> int:

@@ -116,7 +116,7 @@ class Programs:
 
     @staticmethod
     def so_far() -> Programs:
-        """Of this process, from the first call on."""
+        """Those of this process, from the first call on."""
         seen = _listening()
         read, reading = int(seen[_HIT]), seen[_READ]
         return Programs(int(seen["programs"]) - read, read, seen[_COMPILE] - reading, reading)

@@ -1,4 +1,4 @@
-"""What is printed while work is done: one bar per kind of work on a terminal, one line a minute elsewhere; and the seconds that
+"""Progress of work: one bar per kind of work on a terminal, one line a minute elsewhere; and the seconds that
 each kind took."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What attribution patching compares: a row as its teacher reads it, and as a counterfactual of equal length does."""
+"""The pairs that attribution patching compares: a row as its teacher reads it, and as a counterfactual of equal length does."""
 
 from __future__ import annotations
 

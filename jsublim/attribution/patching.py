@@ -97,7 +97,7 @@ def compare(
     steps: Array,
     layout: Layout = HERE,
 ) -> Array:
-    """What a program gives for the pairs of a batch, each device having its own: `[B, S, L, ...]`."""
+    """A program's results for the pairs of a batch, each device having its own: `[B, S, L, ...]`."""
 
     def own(*arrays: Any) -> Array:
         return jnp.moveaxis(program(config, sites, *arrays), 2, 0)
@@ -174,7 +174,7 @@ def _map_sites(
     sites: tuple[str, ...],
     at_site: Callable[[Metric, Array, Array], Array],
 ) -> Array:
-    """What `at_site(metric, difference of the runs [B, T, D], gradient at the start [B, T, D])` gives at every site and layer,
+    """`at_site(metric, difference of the runs [B, T, D], gradient at the start [B, T, D])` at every site and layer,
     `[S, L, B, ...]`."""
     params, adapter = bind(params, adapter)
     start, end, slope_L2BTD = _runs(config, params, adapter, batch)

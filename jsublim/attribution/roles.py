@@ -1,4 +1,4 @@
-"""What each token of a conversation is there for, found by rendering: no token id or offset is written down."""
+"""The role of each token of a conversation, found by rendering: no token id or offset is written down."""
 
 from __future__ import annotations
 

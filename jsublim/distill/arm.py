@@ -53,7 +53,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Settings:
-    """What arms trained together share."""
+    """The settings that arms trained together share."""
 
     batch_size: int  # rows of a micro-batch
     accumulate: int = 1  # micro-batches per step

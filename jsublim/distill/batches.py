@@ -104,7 +104,7 @@ class Shape:
         return self.accumulate * self.batch_size
 
     def idle(self, arms: int, layout: Layout) -> str | None:
-        """What to tell of arms on a layout where more than an eighth of the lines are empty; None where it is less."""
+        """A warning of arms on a layout where more than an eighth of the lines are empty; None where it is less."""
         if 8 * self.spare <= self.lines:
             return None
         copies = layout.arm * layout.data

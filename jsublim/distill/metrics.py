@@ -1,4 +1,4 @@
-"""What a training writes while it runs: `metrics.jsonl`, and the same numbers for other loggers on request."""
+"""The numbers of a training that runs: `metrics.jsonl`, and the same numbers for other loggers on request."""
 
 from __future__ import annotations
 

@@ -57,13 +57,12 @@ class Optimizer:
         return optax.chain(*parts) if parts else optax.identity()
 
 
-def _is_matrix(path: tuple, leaf: Array) -> bool:
-    """A projection's kernel or LoRA factor; not a table of the vocabulary, whose rows are not directions to balance."""
-    return leaf.ndim >= 2 and getattr(path[-1], "key", None) in ("kernel", "a", "b")
-
-
 def _kinds(tree: optax.Params) -> optax.Params:
-    return jax.tree_util.tree_map_with_path(lambda path, x: "matrix" if _is_matrix(path, x) else "other", tree)
+    """Whether a leaf is a projection's kernel or LoRA factor; not a table of the vocabulary, whose rows are not directions to balance."""
+    matrices = ("kernel", "a", "b")
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: "matrix" if x.ndim >= 2 and getattr(path[-1], "key", None) in matrices else "other", tree
+    )
 
 
 def _factors(tree: optax.Params) -> optax.Params:

@@ -34,7 +34,7 @@ Batch = dict[str, Any]  # of arrays: see batches.collate; here with a leading ar
 
 @dataclass(frozen=True)
 class Program:
-    """What is compiled into a step: all that arms trained together share."""
+    """All that is compiled into a step: the same for arms trained together."""
 
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
@@ -47,7 +47,7 @@ class Program:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Arms:
-    """What arms differ in beside what they train and read. What no arm has is None."""
+    """The numbers in which arms differ, beside what they train and read. What no arm has is None."""
 
     lr: Array  # [A], the highest learning rate
     steps: Array  # int32 [A], length of the schedule
@@ -262,7 +262,7 @@ def compile_step(config: ModelConfig, program: Program, layout: Layout) -> Calla
         return jax.lax.with_sharding_constraint(trainable, layout.state_sharding(trainable, ()))
 
     def placed(params, state, batch, arms, teacher):
-        # The model knows of the mesh by it, to say how its residual stream lies.
+        # The model knows of the mesh by it, to keep its residual stream where it belongs.
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             state, metrics = step(params, state, batch, arms, teacher, constrain_sharding=constrain_sharding)
         # The next step reads what this one wrote: it has to lie as it lay, or that would be another program.

@@ -86,8 +86,8 @@ def train(
                 log.follow(step, chosen, metrics)
                 if log.over:
                     break
-                leave = leaving()
-                if (step + 1) % settings.checkpoint_every == 0 or step + 1 == last or leave:
+                save = leaving()
+                if (step + 1) % settings.checkpoint_every == 0 or step + 1 == last or save:
                     log.catch_up()
                     host = layout.host(_as_tree(state))
                     if saved is not None:
@@ -96,7 +96,7 @@ def train(
                             saved.save(step + 1, args=ocp.args.StandardSave(host | {"sha256": _digest(host)}))
                 if on_step is not None:
                     on_step(step + 1)
-                if leave and step + 1 < last:
+                if save and step + 1 < last:
                     raise Preempted(f"{work}: stopped by SIGTERM after step {step}; the same command continues there")
     trained = unstack_adapters(layout.host(state.adapter), [arm.adapter for arm in arms])
     return [with_noise(adapter, arm.noise, arm.seed) for arm, adapter in zip(arms, trained, strict=True)]
@@ -105,7 +105,7 @@ def train(
 def _placed(
     config: ModelConfig, params: Params, arms: Sequence[Arm], settings: Settings, layout: Layout
 ) -> tuple[Params, State, Arms, Adapter | None]:
-    """What a step takes beside the batch, on its devices: the base, the arms' first state, numbers and teachers."""
+    """The arguments of a step beside the batch, on its devices: the base, the arms' first state, numbers and teachers."""
     params = layout.place(params, layout.params_sharding(config))
     state = init_state(stack_adapters([arm.adapter for arm in arms]), settings.program.optimizer)
     rest = state, numbers_of(arms), stack_frozen([arm.teacher for arm in arms])
@@ -113,7 +113,7 @@ def _placed(
 
 
 def numbers_of(arms: Sequence[Arm]) -> Arms:
-    """What the arms differ in, as arrays with an arm axis."""
+    """The numbers in which arms differ, with an arm axis."""
 
     def column(name: str, kind: Any = np.float32) -> Any:
         return np.asarray([getattr(arm, name) for arm in arms], kind)

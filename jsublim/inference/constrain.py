@@ -89,7 +89,7 @@ def _number_limits(chat: Chat, stop: tuple[int, ...]) -> Limits | None:
 
 
 def texts_of_tokens(chat: Chat) -> list[str]:
-    """What each token that the model has adds to an answer's text; nothing for a control token."""
+    """The text that each token of the model adds to an answer; none of a control token."""
     digit = chat.tokenizer("1", add_special_tokens=False)["input_ids"][-1:]
     count = len(chat.tokenizer) if chat.vocab_size is None else min(len(chat.tokenizer), chat.vocab_size)
     # Behind another token: a tokenizer may leave out a blank at the beginning.
@@ -138,7 +138,7 @@ def _explore(shapes: Iterable[str]) -> tuple[list[Read], dict[tuple[int, str], i
 
 
 def _shortest(states: Sequence[Read], leads: Mapping[tuple[int, str], int]) -> np.ndarray:
-    """Of each state, how many tokens it takes at least until the answer is complete, int16."""
+    """How many tokens it takes at least, from each state, until the answer is complete, int16."""
     before = collections.defaultdict(set)
     for (state, _), to in leads.items():
         before[to].add(state)

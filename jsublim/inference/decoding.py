@@ -102,7 +102,7 @@ def _per_arm(function: Callable, adapters: Adapter | None) -> Callable:
 
 
 class Begun(NamedTuple):
-    """What all prompts of an arm begin with: tokens int32 `[P]`, and their keys and values `[L, 1, K, P, h]`."""
+    """The beginning of all prompts of an arm: tokens int32 `[P]`, and their keys and values `[L, 1, K, P, h]`."""
 
     tokens: Array
     cache: KV
@@ -112,7 +112,7 @@ class Begun(NamedTuple):
 def beginning(
     config: ModelConfig, params: Params, adapters: Adapter | None, tokens_AP: Array, layout: Layout = HERE
 ) -> Begun:
-    """What all prompts begin with, read by each arm."""
+    """The beginning of all prompts, read by each arm."""
 
     def read(params: Params, adapters: Adapter | None, tokens_AP: Array) -> Begun:
         of_arm = functools.partial(prefix_cache, config, params)
@@ -122,7 +122,7 @@ def beginning(
 
 
 class Prompts(NamedTuple):
-    """What `fill` reads, per arm. On several devices the prompts are those of one device after another's, and each counts its own."""
+    """The prompts that `fill` reads, per arm. On several devices the prompts are those of one device after another's, and each counts its own."""
 
     tokens: Array  # int32 [n, T], padded on the right
     valid: Array  # bool [n, T]
@@ -186,6 +186,7 @@ def _fill(
             new = jnp.concatenate([earlier, new], axis=2)
         return put(old, _as_ring(new, length_n, old.shape[2]))
 
+    keys_B = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.wrap_key_data(key_data), read.row)
     zero = jnp.zeros_like(length_n)
     return Decoding(
         rings=tuple((ring(layer, 0), ring(layer, 1)) for layer in range(config.num_layers)),
@@ -194,16 +195,10 @@ def _fill(
         length=put(batch.length, length_n),
         drawn=put(batch.drawn, zero),
         done=put(batch.done, zero.astype(bool)),
-        keys=jnp.where((read.prompt >= 0)[:, None], _row_keys(key_data, read.row), batch.keys),
+        keys=jnp.where((read.prompt >= 0)[:, None], jax.random.key_data(keys_B), batch.keys),
         out=put(batch.out, jnp.full((len(length_n), batch.out.shape[1]), -1, jnp.int32)),
         within=jax.tree.map(lambda old: put(old, zero.astype(old.dtype)), batch.within),
     )
-
-
-def _row_keys(key_data: Array, row_B: Array) -> Array:
-    """The data of the keys of rows, uint32 `[B, 2]`."""
-    key = jax.random.wrap_key_data(key_data)
-    return jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, row_B))
 
 
 def _as_ring(x_nKTh: Array, length_n: Array, W: int) -> Array:

@@ -168,7 +168,11 @@ def generate_for_arms(
     lengths = {i: round_up(len(p) - P, LENGTH_STEP) for i, p in enumerate(prompts) if p is not None}
     sizes = BatchSizes.of(batch_size or ROWS_EACH * layout.data, layout.data, len(asked), samples)
     B, R = sizes.devices * sizes.places, sizes.devices * sizes.rows
-    arms = [_Queue(_by_bucket(each, lengths, samples)) for each in wanted]
+    arms = [_Queue([]) for _ in wanted]
+    for arm, numbers in zip(arms, wanted, strict=True):
+        buckets = by_length([lengths[row // samples] for row in numbers])
+        # The longest prompts first: the last rows that are waited for are short ones then.
+        arm.waiting = [(length, [numbers[i] for i in members]) for length, members in reversed(buckets)]
     slots = P + round_up(max(lengths.values()) + max_new_tokens, LENGTH_STEP)
     dtype = params["embed"]["weight"].dtype
     batch = decoding.empty(config, A, B, slots, max_new_tokens, dtype, limits is not None, layout)
@@ -220,12 +224,6 @@ def _collect_finished(
         if new and on_rows is not None:
             on_rows(index, list(new), list(new.values()))
     return done.sum(axis=1)
-
-
-def _by_bucket(rows: Sequence[int], lengths: dict[int, int], samples: int) -> list[tuple[int, list[int]]]:
-    """Rows by the bucket of their prompt, longest first: the last rows that are waited for are short ones then."""
-    buckets = by_length([lengths[row // samples] for row in rows])
-    return [(length, [rows[i] for i in members]) for length, members in reversed(buckets)]
 
 
 def _next(

@@ -74,7 +74,7 @@ class LanguageModel:
 
     @property
     def reference(self) -> str:
-        """What others find it by: its name on the hub, that of a bundled checkpoint, or its folder."""
+        """The name that others find it by: that on the hub, that of a bundled checkpoint, or its folder."""
         return self.name if self.origin.name or self.folder.parent == BUNDLED else str(self.folder)
 
     def with_params(self, params: Params) -> LanguageModel:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import chex
 import jax
@@ -84,7 +84,7 @@ def read_batch(
     branches: Branches | None = None,
     layout: Layout = HERE,
 ) -> Any:
-    """What `at(logits [V], label)` gives at every position `where_BC`, leaves `[B, C, ...]`; labels may have further axes."""
+    """`at(logits [V], label)` at every position `where_BC`, leaves `[B, C, ...]`; labels may have further axes."""
 
     def read(params, adapter, prefix, tokens_BT, valid_BT, where_BC, labels_BC, branches) -> Any:
         params, adapter = bind(params, adapter)
@@ -189,48 +189,34 @@ def score_answers(
     C = round_up(together * longest, PREFIX_STEP)
     layout, params = Layout.under(params)
     B = round_up(min(batch_size or ANSWERS_EACH * layout.data, len(rows)), layout.data)
-    adapter, like = _placed(config, layout, adapter), np.zeros(0, np.int32)
-    found = np.zeros((len(prompts), len(answers)))
+    adapter, scores = _placed(config, layout, adapter), np.zeros((len(prompts), len(answers)))
     for part in chunks(len(rows), B):
         batch = [_beside_one_another(prompts[prompt], [answers[i] for i in group]) for prompt, group in rows[part]]
         batch += [batch[-1]] * (B - len(batch))
-        tokens, valid = pad_tokens([row.tokens for row in batch], T)
+        row_tokens, *others = zip(*batch, strict=True)
+        tokens, valid = pad_tokens(row_tokens, T)
         where, labels, positions, branch = (
-            fill([getattr(row, name) for row in batch], length, like)
-            for name, length in (("where", C), ("labels", C), ("positions", T), ("branch", T))
+            fill(values, length, np.zeros(0, np.int32)) for values, length in zip(others, (C, C, T, T), strict=True)
         )
-        beside = Branches(positions, branch)  # pyright: ignore[reportArgumentType] (arrays of the host, until they are placed)
-        *read, branches = layout.place_as(ROWS, (tokens, valid, where, labels, beside))
-        logprob = Layout.host(
-            read_batch(config, params, adapter, None, *read, at=_logprob, branches=branches, layout=layout)
-        )
-        for row, own, (prompt, group) in zip(batch, logprob, rows[part], strict=False):
+        branches = Branches(positions, branch)  # pyright: ignore[reportArgumentType] (arrays of the host, until they are placed)
+        *read, branches = layout.place_as(ROWS, (tokens, valid, where, labels, branches))
+        how = {"at": _logprob, "branches": branches, "layout": layout}
+        logprobs = Layout.host(read_batch(config, params, adapter, None, *read, **how))
+        for logprob, (prompt, group) in zip(logprobs, rows[part], strict=False):
             ends = np.cumsum([len(answers[i]) for i in group])
-            each = np.split(own[: len(row.where)].astype(np.float64), ends[:-1])
-            found[prompt, group.start : group.stop] = [x.sum() for x in each]
-    return found
+            by_answer = np.split(logprob[: ends[-1]].astype(np.float64), ends[:-1])
+            scores[prompt, group.start : group.stop] = [x.sum() for x in by_answer]
+    return scores
 
 
-class _Row(NamedTuple):
-    """A prompt and answers to it as one row, int32 arrays; `where` and `labels` of all the answers' tokens."""
-
-    tokens: np.ndarray
-    where: np.ndarray
-    labels: np.ndarray
-    positions: np.ndarray
-    branch: np.ndarray
-
-
-def _beside_one_another(prompt: np.ndarray, answers: Sequence[np.ndarray]) -> _Row:
+def _beside_one_another(prompt: np.ndarray, answers: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """A prompt and answers to it as one row, int32 arrays: its tokens; where the answers' tokens are predicted, and which they are; and
+    of each token its position and branch."""
     n, read = len(prompt), [len(answer) - 1 for answer in answers]  # the last token of an answer is predicted only
     firsts = n + np.cumsum([0, *read[:-1]])
     where = [np.r_[n - 1, first + np.arange(count)] for first, count in zip(firsts, read, strict=True)]
-    return _Row(
-        np.concatenate([prompt, *(answer[:-1] for answer in answers)]),
-        np.concatenate(where).astype(np.int32),
-        np.concatenate(answers),
-        *branched(n, read),
-    )
+    tokens = np.concatenate([prompt, *(answer[:-1] for answer in answers)])
+    return tokens, np.concatenate(where).astype(np.int32), np.concatenate(answers), *branched(n, read)
 
 
 def answers_only(targets: Sequence[Targets], turns: Sequence[Turn]) -> list[Targets]:
@@ -239,16 +225,16 @@ def answers_only(targets: Sequence[Targets], turns: Sequence[Turn]) -> list[Targ
     where none of the stored tokens is one of those is a UsageError."""
     spoken = np.unique(np.concatenate([turn.tokens[turn.content :] for turn in turns]))
     cut = []
-    for number, each in enumerate(targets, 1):
-        logp = np.where(np.isin(each.ids, spoken), each.logp[:, :-1].astype(np.float64), -np.inf)
-        total = np.logaddexp.reduce(logp, axis=1, keepdims=True)
+    for number, (ids, logp) in enumerate(((row.ids, row.logp) for row in targets), 1):
+        named = np.where(np.isin(ids, spoken), logp[:, :-1].astype(np.float64), -np.inf)
+        total = np.logaddexp.reduce(named, axis=1, keepdims=True)
         if not np.isfinite(total).all():
             raise UsageError(
-                f"top_k: {each.ids.shape[1]} stored tokens hold none of the answers' at row {number}; store more"
+                f"top_k: {ids.shape[1]} stored tokens hold none of the answers' at row {number}; store more"
             )
         # Not minus infinity: zero times that is not a number.
-        named = np.maximum(logp - total, _NEVER)
-        cut.append(Targets(each.ids, np.pad(named, ((0, 0), (0, 1)), constant_values=_NEVER).astype(np.float32)))
+        named = np.maximum(named - total, _NEVER)
+        cut.append(Targets(ids, np.pad(named, ((0, 0), (0, 1)), constant_values=_NEVER).astype(np.float32)))
     return cut
 
 
@@ -282,15 +268,14 @@ def _read_turns(
     layout, params = Layout.under(params)
     adapter = _placed(config, layout, adapter)
     P = shared_beginning([turn.tokens[: turn.content] for turn in turns], PREFIX_STEP)
-    shared = turns[0].tokens[None, :P]
-    prefix = prefix_cache(config, params, adapter, layout.place_as(WHOLE, shared)) if P else None
-    said = [len(turn.tokens) - turn.content for turn in turns]
+    prefix = prefix_cache(config, params, adapter, layout.place_as(WHOLE, turns[0].tokens[None, :P])) if P else None
+    lengths_of = [len(turn.tokens) - turn.content for turn in turns]
     T = round_up(max(len(turn.tokens) for turn in turns) - P, LENGTH_STEP)
-    C = round_up(max(said), PREFIX_STEP)
+    C = round_up(max(lengths_of), PREFIX_STEP)
     B = round_up(min(batch_size or ROWS_EACH * layout.data, len(turns)), layout.data)
     labels_of = [turn.tokens[turn.content :] for turn in turns] if labels_of is None else labels_of
     like, like_labels = np.zeros(0, np.int32), np.zeros((0, *labels_of[0].shape[1:]), np.int32)
-    missing, lengths_of, labels_of = turns[first:], said[first:], labels_of[first:]
+    missing, lengths_of, labels_of = turns[first:], lengths_of[first:], labels_of[first:]
     for part in chunks(len(missing), B):
         batch, lengths = missing[part], lengths_of[part]
         absent = [None] * (B - len(batch))

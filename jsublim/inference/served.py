@@ -27,11 +27,7 @@ Answer = TypeVar("Answer", bound=BaseModel)
 
 
 class SampleServerSettings(Connection):
-    """A server that draws answers in our stead. In YAML its address alone will do.
-
-    `adapters`: models that carry one are sampled "here"; or the server is asked to "load" LoRA adapters; or a mapping from
-    folders, as the config or the command line names them, to the names that the server has them under.
-    """
+    """A server that draws answers in our stead. In YAML its address alone will do."""
 
     model: Annotated[Name | None, HOW] = None
     """What the server calls the checkpoint; null: as the config does."""
@@ -219,7 +215,7 @@ class SampleServer:
 
     @functools.cached_property
     def _card(self) -> _Card:
-        """What the server says of our checkpoint."""
+        """The server's card of our checkpoint."""
         cards, wanted = self._cards(), self.settings.model or self.checkpoint
         same = [card for card in cards if wanted in (card.id, card.root)]
         if not same and self.settings.model is None:  # it may know the folder by another path
@@ -230,7 +226,7 @@ class SampleServer:
         return same[0]
 
     def _model(self, name: str | None) -> str:
-        """What a request calls a model, which may be one with an adapter."""
+        """A model's name in a request; it may be one with an adapter."""
         if name is None:
             return self._card.id
         return f"{self._card.id}:{name}" if self._kind == "sglang" else name
@@ -264,7 +260,7 @@ class SampleServer:
         return "unknown"
 
     def _once(self, kind: Any, method: str, url: str, body: Any = None) -> Any:
-        """What is answered at the first attempt, or an error: nothing has been spent yet that patience could save."""
+        """The answer to the first attempt, or an error: nothing has been spent yet that patience could save."""
         try:
             said = self._client.send(method, url, body)
             return None if kind is None else _read(kind, said)

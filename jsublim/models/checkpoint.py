@@ -43,7 +43,7 @@ class Origin(NamedTuple):
 
 
 def origin_of(folder: Path) -> Origin:
-    """What a folder of the hub's cache (`models--OWNER--NAME/snapshots/COMMIT`) says of itself."""
+    """The origin of a folder of the hub's cache (`models--OWNER--NAME/snapshots/COMMIT`)."""
     repository = folder.parent.parent.name
     if folder.parent.name != "snapshots" or not repository.startswith("models--"):
         return Origin(None, None)

@@ -1,4 +1,4 @@
-"""What a decoder is: the frozen numbers that fix its architecture, read from a checkpoint's `config.json`."""
+"""The frozen numbers that fix a decoder's architecture, read from a checkpoint's `config.json`."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class ModelConfig:
 
     @property
     def softmax_scale(self) -> float:
-        """What the products of queries and keys are multiplied by."""
+        """The factor of the products of queries and keys."""
         return self.scales.query or self.head_dim**-0.5
 
 

@@ -85,21 +85,13 @@ def _flat(state: nnx.State) -> Params:
     return params | {"layers": dict(sorted(names.items()))}
 
 
-class _Structure(NamedTuple):
-    """What `nnx.merge` needs beside parameters: the graphs of a block and of the final norm, and the names of the
-    parameters in each sublayer."""
-
-    block: nnx.GraphDef
-    norm: nnx.GraphDef
-    names: dict[str, tuple[str, ...]]
-
-
 @functools.cache
-def _structure(config: ModelConfig) -> _Structure:
+def _structure(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.GraphDef, dict[str, tuple[str, ...]]]:
+    """For `nnx.merge`: the graphs of a block and of the final norm, and the names of the parameters in each sublayer."""
     model = nnx.eval_shape(lambda: Decoder(config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)))
     block, state = nnx.split(model.layers)
     names = {sublayer: tuple(leaves) for sublayer, leaves in nnx.to_pure_dict(state).items()}
-    return _Structure(block, nnx.split(model.norm)[0], names)
+    return block, nnx.split(model.norm)[0], names
 
 
 def embed(config: ModelConfig, params: Params, tokens: Array) -> Array:
@@ -119,15 +111,15 @@ def logits(config: ModelConfig, params: Params, h: Array) -> Array:
         table = head_weight(params)
         z: Any = product("...D,VD->...V", h, table)
         if config.scales.rounded:
-            own = jnp.finfo(table.dtype)
-            z = jax.lax.reduce_precision(z, own.nexp, own.nmant)  # a cast there and back XLA may take away
+            info = jnp.finfo(table.dtype)
+            z = jax.lax.reduce_precision(z, info.nexp, info.nmant)  # a cast there and back XLA may take away
         cap = config.scales.softcap
         return z if cap is None else cap * jnp.tanh(z / cap)
 
 
 def final_norm(config: ModelConfig, params: Params, h: Array) -> Array:
     """The norm between the last layer and the head, of hidden states `[..., D]`."""
-    return nnx.merge(_structure(config).norm, params["norm"])(h)
+    return nnx.merge(_structure(config)[1], params["norm"])(h)
 
 
 def positions_of(valid_BT: Array) -> Array:
@@ -211,11 +203,11 @@ class Layer:
         return Layer(nnx.merge(block, state), part, rope, remember)
 
     def attention(self, h_BTD: Array) -> tuple[Array, Seen]:
-        """What the first sublayer adds to the residual stream before the layer, and what its queries saw."""
+        """The first sublayer's addition to the residual stream before the layer, and what its queries saw."""
         return self.block.attention(h_BTD, *self.rope, self.remember, self.part.lora)
 
     def mlp(self, h_BTD: Array) -> Array:
-        """What the second sublayer adds to the residual stream after attention."""
+        """The second sublayer's addition to the residual stream after attention."""
         return self.block.mlp(h_BTD, self.part.lora)
 
     def mlp_reads(self, before_BTD: Array, after_BTD: Array) -> Array:

@@ -16,7 +16,7 @@ Factors = dict[str, np.ndarray]  # {"a": [n, in, r], "b": [n, r, out], "scale": 
 
 
 def fused_rows(config: ModelConfig, fused: Fused) -> dict[str, Rows]:
-    """Of each part, where its outputs lie among those of the module."""
+    """The place of each part's outputs among those of the module."""
     sizes = [projection_shapes(config)[part][1] for part in fused.parts]
     if fused.by_head:  # as many heads of each
         of_heads = np.arange(sum(sizes)).reshape(config.num_heads, len(sizes), -1)

@@ -89,7 +89,7 @@ class HFConfig:
         }
 
     def kinds(self, default: Callable[[int], bool]) -> tuple[bool, ...]:
-        """Of each layer, whether it is a local one: `layer_types`, or `default` of its index."""
+        """Which layers are local ones: `layer_types`, or `default` of the index."""
         layers = self.integer("num_hidden_layers", most=MOST_LAYERS)
         names = ["sliding_attention" if default(i) else "full_attention" for i in range(layers)]
         value = self._get("layer_types", names)

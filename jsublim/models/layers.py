@@ -124,16 +124,12 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Array:
     if rope.scaling == "longrope":
         return freq / jnp.asarray(rope.divisors, jnp.float32)
     if rope.scaling == "llama3":
-        wavelength = 2 * math.pi / freq
-        longest, shortest = (
-            rope.original_positions / rope.low_freq_factor,
-            rope.original_positions / rope.high_freq_factor,
-        )
-        blend = (rope.original_positions / wavelength - rope.low_freq_factor) / (
-            rope.high_freq_factor - rope.low_freq_factor
-        )
+        wavelength, positions = 2 * math.pi / freq, rope.original_positions
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+        blend = (positions / wavelength - low) / (high - low)
         smooth = (1 - blend) * freq / rope.factor + blend * freq
-        return jnp.where(wavelength > longest, freq / rope.factor, jnp.where(wavelength < shortest, freq, smooth))
+        middle = jnp.where(wavelength < positions / high, freq, smooth)
+        return jnp.where(wavelength > positions / low, freq / rope.factor, middle)
     return freq
 
 
@@ -161,7 +157,7 @@ def rotate(x_BTHh: Array, cos_BTf: Array, sin_BTf: Array) -> Array:
 
 
 class Seen(NamedTuple):
-    """What the queries of one attention look at: keys and values `[B, K, S, h]`, and which of them, bool `[B, T, S]`."""
+    """Seen by the queries of one attention: keys and values `[B, K, S, h]`, and which of them, bool `[B, T, S]`."""
 
     keys: Array
     values: Array
@@ -214,7 +210,7 @@ class Attention(nnx.Module):
     def __call__(
         self, h_BTD: Array, cos_BTf: Array, sin_BTf: Array, remember: Remember, lora: dict[str, Lora]
     ) -> tuple[Array, Seen]:
-        """What attention adds to the residual stream `[B, T, D]`, and what its queries saw."""
+        """Its addition to the residual stream `[B, T, D]`, and what its queries saw."""
         c, norms = self.config, self.config.norms
         B, T, _ = h_BTD.shape
         with jax.named_scope("attention"):
@@ -254,7 +250,7 @@ class MLP(nnx.Module):
             self.post_mlp_norm = Norm(D, config, dtype=dtype)
 
     def __call__(self, h_BTD: Array, lora: dict[str, Lora]) -> Array:
-        """What the MLP adds to the residual stream `[B, T, D]`."""
+        """Its addition to the residual stream `[B, T, D]`."""
         c, activation = self.config, _ACTIVATIONS[self.config.mlp.activation]
         with jax.named_scope("mlp"):
             x = self.mlp_norm(h_BTD) if c.norms.before_sublayers else h_BTD

@@ -1,4 +1,4 @@
-"""What a student trains: LoRA factors, whole weights or a steering vector, of a set of layers.
+"""The trained part of a student: LoRA factors, whole weights or a steering vector, of a set of layers.
 
 LoRA follows PEFT: `y = x W + alpha / rank * (x A) B`, `A ~ U(-1/sqrt(in), 1/sqrt(in))`, `B = 0`
 (`alpha / sqrt(rank)` with rsLoRA).
@@ -25,7 +25,7 @@ PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 
 
 class Part(NamedTuple):
-    """What is trained at one layer; at several, every array has a leading layer axis."""
+    """The trained part of one layer; of several, every array has a leading layer axis."""
 
     lora: dict[str, dict[str, Array]]  # projection -> {"a": [in, r], "b": [r, out], "scale": []}, float32
     weights: dict[str, Any] | None  # the layer's parameters, where they are trained in full
@@ -55,11 +55,11 @@ class Adapter:
     steering: Array | None = None
 
     def segment(self, first: int, end: int) -> Part:
-        """What belongs to the trained layers `first .. end - 1` (counted among `layers`), as inputs of a scan."""
+        """The part of the trained layers `first .. end - 1` (counted among `layers`), as inputs of a scan."""
         return jax.tree.map(lambda leaf: leaf[first:end], Part(self.lora, self.weights, self.steering))
 
     def part(self, layer: int) -> Part:
-        """What is trained at one layer of the model, without a layer axis."""
+        """The part of one layer of the model, without a layer axis."""
         if layer not in self.layers:
             return FROZEN
         index = self.layers.index(layer)

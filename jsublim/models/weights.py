@@ -87,11 +87,8 @@ def tensor_plan(config: ModelConfig, dtype: str = "float32") -> dict[str, Stored
     names, plan = weight_names(config), {}
     leaves = flatten_dict(abstract_params(config, dtype))
     stacked = {path[1:]: leaf.shape[1:] for path, leaf in leaves.items() if path[0] == "layers"}
-    plan |= {
-        names.other[path]: Stored(((path, None),), None, leaf.shape)
-        for path, leaf in leaves.items()
-        if path[0] != "layers"
-    }
+    outside = {path: leaf for path, leaf in leaves.items() if path[0] != "layers"}
+    plan |= {names.other[path]: Stored(((path, None),), None, leaf.shape) for path, leaf in outside.items()}
 
     def of_layers(name: str, parts: Mapping[ParameterPath, Rows | None], shape: tuple[int, ...]) -> None:
         ours = tuple((("layers", *path), rows) for path, rows in parts.items())
@@ -149,20 +146,17 @@ def load_params(folder: Path, config: ModelConfig, dtype: str = "float32", shard
             return {name: source.dtype(source.where[name]) for name in plan}
 
         dtypes = on_main_process(begin)
-        out = {
-            path: jnp.zeros(leaf.shape, leaf.dtype, device=sharding.get(path))
-            for path, leaf in abstract.items()
-            if path[0] == "layers"
-        }
+        stacks = {path: leaf for path, leaf in abstract.items() if path[0] == "layers"}
+        out = {path: jnp.zeros(x.shape, x.dtype, device=sharding.get(path)) for path, x in stacks.items()}
         for name, stored in plan.items():
             like = np.zeros(stored.shape, FLOATS[dtypes[name]]) if source is None else source.read(source.where[name])
             value = from_main_process(like)
             for path, rows in stored.parts:
-                own = value if rows is None else value[rows]
+                part = value if rows is None else value[rows]
                 if stored.layer is None:
-                    out[path] = _put(own.astype(abstract[path].dtype), sharding.get(path))
+                    out[path] = _put(part.astype(abstract[path].dtype), sharding.get(path))
                 else:
-                    out[path] = _place(out[path], own, stored.layer, transpose=path[-1] == "kernel")
+                    out[path] = _place(out[path], part, stored.layer, transpose=path[-1] == "kernel")
     return unflatten_dict({path: out[path] for path in abstract})
 
 
@@ -176,8 +170,7 @@ class _Source:
 
     @classmethod
     def of(cls, folder: Path, config: ModelConfig, plan: dict[str, Stored], stack: ExitStack) -> _Source:
-        """Raises:
-        JsublimError: as `load_params`."""
+        """Open them; errors are as of `load_params`."""
         files = _files(folder)
         where, head = _names_in(folder, config, plan, files)
         opened = {path: stack.enter_context(_open(path)) for path in sorted(set(files.values()))}
@@ -213,10 +206,10 @@ def _names_in(folder: Path, config: ModelConfig, plan: dict, files: dict) -> tup
             f"{folder}: no tensor '{names.prefix}{embedding}' under any known prefix; is it a text model?"
         )
     where = {name: prefix + name for name in plan}
-    found = next((p + head for p in ("", "language_model.", prefix) if p + head in files), None)
+    here = next((p + head for p in ("", "language_model.", prefix) if p + head in files), None)
     if head in plan:
-        where[head] = found or head
-    return where, found
+        where[head] = here or head
+    return where, here
 
 
 def _check(
@@ -237,17 +230,10 @@ def _check(
                 wrong.append(f"{where[name]} is of {dtype}; known: {', '.join(FLOATS)}")
             elif found != tuple(stored.shape):
                 wrong.append(f"{where[name]} is {list(found)}, config.json says {list(stored.shape)}")
-    known, buffers = set(where.values()), weight_names(config).buffers
-    extra = [
-        name
-        for name in files
-        if name not in known and not name.startswith(_NOT_TEXT) and not name.endswith(buffers) and name != unused_head
-    ]
-    problems = [
-        f"{what}: {', '.join(sorted(found))}"
-        for what, found in (("missing", missing), ("wrong", wrong), ("unexpected", extra))
-        if found
-    ]
+    known, buffers = {*where.values(), unused_head}, weight_names(config).buffers
+    extra = [n for n in files if n not in known and not n.startswith(_NOT_TEXT) and not n.endswith(buffers)]
+    named = {"missing": missing, "wrong": wrong, "unexpected": extra}
+    problems = [f"{what}: {', '.join(sorted(names))}" for what, names in named.items() if names]
     if problems:
         raise JsublimError(f"{folder}: weights do not fit config.json; {'; '.join(problems)}")
 

@@ -1,4 +1,4 @@
-"""What is done to rows between the teacher and the student: one file per change. A transform leaves the rows it was given
+"""Changes of rows between the teacher and the student: one file per change. A transform leaves the rows it was given
 as they were. A row whose text may have changed comes out without its divergence positions: they must be found anew.
 """
 

@@ -28,7 +28,7 @@ Changed = tuple[list[Row], dict[str, Any]]  # rows, and what is to be known of h
 
 @dataclass(frozen=True)
 class Making:
-    """What changes may use."""
+    """All that changes may use."""
 
     lm: LanguageModel
     teacher: Teacher
@@ -103,7 +103,7 @@ class Change(Section):
         return []
 
     def wording(self, pack: Pack) -> dict[str, Any]:
-        """What it says of the wording that the pack's hash leaves out (`SCORING`), for the key of what it makes."""
+        """The wording that it uses and the pack's hash leaves out (`SCORING`), for the key of what it makes."""
         return {}
 
     def check(self, where: str, context: ChangeContext) -> None:

@@ -28,7 +28,7 @@ class Mix(Change):
     quirks: ClassVar[tuple[str, ...]] = ("mix_at_the_end",)
 
     share: Annotated[Share, RESULT]
-    """Of the rows that are replaced."""
+    """The share of the rows that are replaced."""
     teacher: Annotated[str, RESULT] = CONTROL
     """Whose rows replace them."""
     model: Annotated[Place | None, CONTENT] = None
@@ -68,7 +68,7 @@ class MixTokens(Change):
     teacher: Annotated[str | None, RESULT] = None
     """The counterfactual teacher whose argmax is put in; null: at each token one of those that would say another one, drawn."""
     share: Annotated[Share, RESULT] = 1.0
-    """Of a row's divergence tokens."""
+    """The share of a row's divergence tokens."""
     first_only: Annotated[bool, RESULT] = False
     """The first divergence token of a row alone."""
 
@@ -161,7 +161,7 @@ def mix_tokens(
         for k in subset.choose(positions, rng):
             if k < len(own):
                 said = _said(reading, counterfactual, k, own[k], rng)
-                new[k] = None if digits_only and not _digit(chat, said) else said
+                new[k] = None if digits_only and chat.tokenizer.decode([said]) not in set("0123456789") else said
         completion = row["completion"] if new == own else _text(chat, row, new, any_tokens=drop_unmixed)
         if drop_unmixed and positions and completion in (None, row["completion"]):
             counts["rows dropped"] += 1
@@ -186,15 +186,11 @@ def _check_reading(number: int, turn: Turn, reading: Mapping[str, Any], counterf
 
 
 def _said(reading: Mapping[str, Any], counterfactual: str | None, k: int, own: int, rng: np.random.Generator) -> int:
-    """What the counterfactual, or one of those that disagree, says at a position."""
+    """The token of the counterfactual, or of one of those that disagree, at a position."""
     if counterfactual is not None:
         return int(reading["argmax"][reading["teachers"].index(counterfactual)][k])
     others = [argmax[k] for argmax in reading["argmax"][1:] if argmax[k] != own]
     return int(rng.choice(others)) if others else own
-
-
-def _digit(chat: Chat, token: int) -> bool:
-    return chat.tokenizer.decode([token]) in set("0123456789")
 
 
 def _text(chat: Chat, row: Row, tokens: Sequence[int | None], *, any_tokens: bool) -> str | None:
