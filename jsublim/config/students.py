@@ -116,11 +116,8 @@ class StudentLoss(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> StudentLoss:
-        soft = [
-            name
-            for name in ("top_k", "temperature", "targets")
-            if getattr(self, name) != type(self).model_fields[name].default
-        ]
+        fields = type(self).model_fields
+        soft = [n for n in ("top_k", "temperature", "targets") if getattr(self, n) != fields[n].default]
         if self.kind == "hard" and soft:
             raise ValueError(f"{', '.join(soft)} needs a soft loss (forward-kl, reverse-kl, js)")
         if self.kl_end != 1.0 and not self.kl_to_base:

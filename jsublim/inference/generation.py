@@ -50,6 +50,12 @@ class _Queue:
     place: dict[int, int] = field(default_factory=dict)  # place -> row
     found: dict[int, list[int]] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, rows: Sequence[int], lengths: dict[int, int], samples: int) -> _Queue:
+        """The longest prompts first: the last rows that are waited for are short ones then."""
+        buckets = by_length([lengths[row // samples] for row in rows])
+        return cls([(length, [rows[i] for i in members]) for length, members in reversed(buckets)])
+
     def room(self, places: int, filled: int) -> bool:
         """Whether to read prompts now: of the rows that could be `filled` at once, at least half would be."""
         left = sum(len(rows) for _, rows in self.waiting)
@@ -168,11 +174,7 @@ def generate_for_arms(
     lengths = {i: round_up(len(p) - P, LENGTH_STEP) for i, p in enumerate(prompts) if p is not None}
     sizes = BatchSizes.of(batch_size or ROWS_EACH * layout.data, layout.data, len(asked), samples)
     B, R = sizes.devices * sizes.places, sizes.devices * sizes.rows
-    arms = [_Queue([]) for _ in wanted]
-    for arm, numbers in zip(arms, wanted, strict=True):
-        buckets = by_length([lengths[row // samples] for row in numbers])
-        # The longest prompts first: the last rows that are waited for are short ones then.
-        arm.waiting = [(length, [numbers[i] for i in members]) for length, members in reversed(buckets)]
+    arms = [_Queue.of(numbers, lengths, samples) for numbers in wanted]
     slots = P + round_up(max(lengths.values()) + max_new_tokens, LENGTH_STEP)
     dtype = params["embed"]["weight"].dtype
     batch = decoding.empty(config, A, B, slots, max_new_tokens, dtype, limits is not None, layout)
