@@ -188,10 +188,10 @@ def with_lines_of(k: int, shape: Shape, orders: Sequence[Order], beginning: int)
 
 def _longest(shape: Shape, order: Order) -> np.ndarray:
     """The longest line of all epochs of an arm, beginning left out, as `lengths_of` counts: int `[3]`."""
-    own, longest = order.lengths - [shape.beginning, 0, 0], np.zeros(3, int)
-    for epoch in range(-(-order.steps // steps_per_epoch(len(own), shape.rows_per_step))):
-        micro = epoch_rows(len(own), shape.rows_per_step, order.seed, epoch).reshape(-1, shape.batch_size)
-        lengths = np.where(micro[..., None] >= 0, own[micro], 0)
+    rows, longest = order.lengths - [shape.beginning, 0, 0], np.zeros(3, int)
+    for epoch in range(-(-order.steps // steps_per_epoch(len(rows), shape.rows_per_step))):
+        micro = epoch_rows(len(rows), shape.rows_per_step, order.seed, epoch).reshape(-1, shape.batch_size)
+        lengths = np.where(micro[..., None] >= 0, rows[micro], 0)
         sums = np.zeros((len(micro), shape.filled, 3), int)
         np.add.at(sums, (np.arange(len(micro))[:, None], folded(lengths[..., 0], shape.filled)), lengths)
         longest = np.maximum(longest, sums.max(axis=(0, 1)))

@@ -111,15 +111,15 @@ def positions_loss(
     """
     z = decoder.logits(config, params, h_nD)
     if not loss.soft:
-        each = jax.nn.logsumexp(z, axis=-1) - jnp.take_along_axis(z, at["labels"][:, None], axis=-1)[:, 0]
+        nats = jax.nn.logsumexp(z, axis=-1) - jnp.take_along_axis(z, at["labels"][:, None], axis=-1)[:, 0]
     elif "ids" in at:
-        each = divergence(loss.kind, at["logp"], top_k_log_probs(z / loss.temperature, at["ids"]))
+        nats = divergence(loss.kind, at["logp"], top_k_log_probs(z / loss.temperature, at["ids"]))
     else:
         theirs = decoder.logits(config, base, at["teacher"]) / loss.temperature
-        each = divergence(loss.kind, jax.nn.log_softmax(theirs), jax.nn.log_softmax(z / loss.temperature))
+        nats = divergence(loss.kind, jax.nn.log_softmax(theirs), jax.nn.log_softmax(z / loss.temperature))
     for name in loss.terms:
-        each = each + coefficients[name] * TERMS[name].at(config, base, z, at)
-    return jnp.sum(at["weights"] * each)
+        nats = nats + coefficients[name] * TERMS[name].at(config, base, z, at)
+    return jnp.sum(at["weights"] * nats)
 
 
 Of = Callable[..., Array]  # (trained, fixed, h_nD, at) -> scalar

@@ -40,14 +40,14 @@ def without(gradient: Trainable, directions: Trainable) -> Trainable:
 def stack_directions(starts: Sequence[Adapter], directions: Sequence[Trainable | None]) -> Trainable | None:
     """Each arm's directions under an arm axis, `[A, K, ...]`: as many for each, filled up with zeros; None where no arm has any. `starts` are the
     arms' adapters, whose ranks are padded to the largest."""
-    most = max((len(jax.tree.leaves(own)[0]) for own in directions if own is not None), default=0)
+    most = max((len(jax.tree.leaves(tree)[0]) for tree in directions if tree is not None), default=0)
     if not most:
         return None
     rank = max(start.rank for start in starts)
 
-    def filled(start: Adapter, own: Trainable | None) -> Trainable:
-        given = jax.tree.map(lambda x: np.zeros((0, *x.shape), np.float32), start.trainable) if own is None else own
-        own = start.with_trainable(given).with_rank(rank).trainable
-        return jax.tree.map(lambda x: jnp.pad(x, [(0, most - len(x))] + [(0, 0)] * (x.ndim - 1)), own)
+    def filled(start: Adapter, tree: Trainable | None) -> Trainable:
+        given = jax.tree.map(lambda x: np.zeros((0, *x.shape), np.float32), start.trainable) if tree is None else tree
+        padded = start.with_trainable(given).with_rank(rank).trainable
+        return jax.tree.map(lambda x: jnp.pad(x, [(0, most - len(x))] + [(0, 0)] * (x.ndim - 1)), padded)
 
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(filled, starts, directions))

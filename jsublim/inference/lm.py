@@ -160,7 +160,7 @@ class LanguageModel:
         texts = [{} if log is None else dict(log.known) for log in logs]
 
         def keep(arm: int, rows: list[int], tokens: list[list[int]]) -> None:
-            new, log = [self.chat.decode(each) for each in tokens], logs[arm]
+            new, log = [self.chat.decode(row) for row in tokens], logs[arm]
             texts[arm].update(zip(rows, new, strict=True))
             if log is not None:
                 log.add(rows, new)
@@ -217,7 +217,7 @@ def resolve_checkpoint(path: str | Path, what: str = "model", *, weights: bool =
 
 def folder_here(path: str | Path) -> Path | None:
     """The folder here, or the bundled one, that a name leads to. A name that no file can have leads nowhere."""
-    return next((each for each in (Path(path).expanduser(), BUNDLED / str(path)) if os.path.isdir(each)), None)
+    return next((place for place in (Path(path).expanduser(), BUNDLED / str(path)) if os.path.isdir(place)), None)
 
 
 def load_model(

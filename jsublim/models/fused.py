@@ -37,14 +37,14 @@ def split_factors(config: ModelConfig, fused: Fused, module: Factors) -> dict[st
     side by side is taken apart again, at the rank that it had.
     """
     a, b, rows = module["a"], module["b"], fused_rows(config, fused)
-    own = {part: b[:, :, where] for part, where in rows.items()}
-    trained = [part for part in fused.parts if own[part].any()]
+    b_of = {part: b[:, :, where] for part, where in rows.items()}
+    trained = [part for part in fused.parts if b_of[part].any()]
     rank, odd = divmod(a.shape[-1], max(len(trained), 1))
     if trained and not odd:
         places = {part: slice(i * rank, (i + 1) * rank) for i, part in enumerate(trained)}
-        if all(not np.delete(own[part], np.r_[where], axis=1).any() for part, where in places.items()):
-            return {part: module | {"a": a[:, :, at], "b": own[part][:, at]} for part, at in places.items()}
-    return {part: module | {"a": a, "b": own[part]} for part in fused.parts}
+        if all(not np.delete(b_of[part], np.r_[where], axis=1).any() for part, where in places.items()):
+            return {part: module | {"a": a[:, :, at], "b": b_of[part][:, at]} for part, at in places.items()}
+    return {part: module | {"a": a, "b": b_of[part]} for part in fused.parts}
 
 
 def join_factors(config: ModelConfig, fused: Fused, parts: dict[str, Factors]) -> Factors:
@@ -54,17 +54,14 @@ def join_factors(config: ModelConfig, fused: Fused, parts: dict[str, Factors]) -
     per part: three parts of rank r make a module of rank 3 r.
     """
     first, rows = next(iter(parts.values())), fused_rows(config, fused)
-    shared = all(
-        np.array_equal(each["a"], first["a"]) and np.array_equal(each["scale"], first["scale"])
-        for each in parts.values()
-    )
-    ranks = [each["a"].shape[-1] for each in parts.values()]
+    shared = all(np.array_equal(x[name], first[name]) for x in parts.values() for name in ("a", "scale"))
+    ranks = [factors["a"].shape[-1] for factors in parts.values()]
     starts = [0] * len(ranks) if shared else [0, *np.cumsum(ranks).tolist()][:-1]
     rank = ranks[0] if shared else sum(ranks)
     b = np.zeros((len(first["b"]), rank, outputs(config, fused)), np.float32)
-    for (part, each), start in zip(parts.items(), starts, strict=True):
-        ratio = each["scale"] / first["scale"]  # one number per module is all that PEFT has
-        block = each["b"] if (ratio == 1).all() else each["b"] * ratio[:, None, None]
-        b[:, start : start + each["b"].shape[1], rows[part]] = block
-    a = first["a"] if shared else np.concatenate([each["a"] for each in parts.values()], axis=-1)
+    for (part, factors), start in zip(parts.items(), starts, strict=True):
+        ratio = factors["scale"] / first["scale"]  # one number per module is all that PEFT has
+        block = factors["b"] if (ratio == 1).all() else factors["b"] * ratio[:, None, None]
+        b[:, start : start + block.shape[1], rows[part]] = block
+    a = first["a"] if shared else np.concatenate([factors["a"] for factors in parts.values()], axis=-1)
     return {"a": a, "b": b, "scale": first["scale"]}

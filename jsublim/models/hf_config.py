@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, TypedDict
+from typing import Any
 
 from jsublim.errors import JsublimError
 from jsublim.models.config import Rope
@@ -13,18 +13,6 @@ from jsublim.reading import shown
 
 MOST_LAYERS = 10_000
 _MOST = 2**31 - 1  # sizes are int32 on a device
-
-
-class ModelSizes(TypedDict):
-    """Fields of a `ModelConfig` that every family's file calls by the same names."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
 
 
 class HFConfig:
@@ -75,8 +63,9 @@ class HFConfig:
             raise self.refuse(key, "an object")
         return HFConfig(value, f"{self.source}: {key}")
 
-    def sizes(self, head_dim: int | None = None) -> ModelSizes:
-        """The sizes; `head_dim` is for a file that does not say, None divides the hidden size among the heads."""
+    def sizes(self, head_dim: int | None = None) -> dict[str, Any]:
+        """The sizes, by their names in a `ModelConfig`; `head_dim` is for a file that does not say, None divides the hidden size among the
+        heads."""
         hidden, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
         return {
             "vocab_size": self.integer("vocab_size"),
@@ -93,9 +82,9 @@ class HFConfig:
         layers = self.integer("num_hidden_layers", most=MOST_LAYERS)
         names = ["sliding_attention" if default(i) else "full_attention" for i in range(layers)]
         value = self._get("layer_types", names)
-        if not isinstance(value, list) or not all(each in ("sliding_attention", "full_attention") for each in value):
+        if not isinstance(value, list) or not all(name in ("sliding_attention", "full_attention") for name in value):
             raise self.refuse("layer_types", "a list of 'sliding_attention' and 'full_attention'")
-        return tuple(each == "sliding_attention" for each in value)
+        return tuple(name == "sliding_attention" for name in value)
 
     def rope(
         self,
@@ -119,8 +108,8 @@ class HFConfig:
             numbers = numbers.section(kind)
         if not numbers.values:
             numbers = self.section("rope_scaling")
-        own = numbers.has("rope_theta")
-        theta = numbers.number("rope_theta") if own else self.number(theta_key, default_theta)
+        has_theta = numbers.has("rope_theta")
+        theta = numbers.number("rope_theta") if has_theta else self.number(theta_key, default_theta)
         scaling = next((v for key in ("rope_type", "type") if (v := numbers.values.get(key)) is not None), "default")
         scaling = "longrope" if scaling == "su" else scaling  # as Phi-3's files called it at first
         if scaling not in ("default", "linear", "llama3", "longrope"):

@@ -267,8 +267,9 @@ def merge(params: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
     for name, pair in adapter.lora.items():
         base = layers[name]["kernel"]
         change = pair["scale"][:, None, None] * (pair["a"] @ pair["b"])
-        whole = base.at[index].set((base[index].astype(jnp.float32) + change).astype(base.dtype))
-        layers[name] = layers[name] | {"kernel": whole}
+        layers[name] = layers[name] | {
+            "kernel": base.at[index].set((base[index].astype(jnp.float32) + change).astype(base.dtype))
+        }
     return params | {"layers": layers}
 
 

@@ -106,12 +106,12 @@ def _modules(adapter: Adapter, config: ModelConfig) -> dict[str, Factors]:
     """The factors under the names of the checkpoint's modules, with {i} for the layer; those that are fused there joined."""
     names, lora = weight_names(config), jax.tree.map(np.asarray, adapter.lora)
     plain = {ours: names.layer.get((ours, "kernel"), "").removesuffix(".weight") for ours in lora}
-    found = {module: lora[ours] for ours, module in plain.items() if module}
+    modules = {module: lora[ours] for ours, module in plain.items() if module}
     for fused in names.fused:
         parts = {part: lora[part] for part in fused.parts if part in lora}
         if parts:
-            found[fused.module] = join_factors(config, fused, parts)
-    return found
+            modules[fused.module] = join_factors(config, fused, parts)
+    return modules
 
 
 def load_adapter(path: str | Path, config: ModelConfig | None = None) -> Adapter:

@@ -11,6 +11,7 @@ from jsublim.models.families.names import Fused, WeightNames
 from jsublim.models.hf_config import HFConfig
 from jsublim.reading import shown
 
+# Each file has its family's NAMES, its ARCHITECTURES, and `read`: the architecture that a `config.json` describes.
 _FAMILIES = (qwen2, qwen3, gemma2, gemma3, llama, mistral, phi3, olmo2, gpt_neox)
 _BY_ARCHITECTURE = {name: module for module in _FAMILIES for name in module.ARCHITECTURES}
 _BY_FAMILY = {module.FAMILY: module for module in _FAMILIES}

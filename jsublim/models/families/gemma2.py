@@ -17,7 +17,6 @@ def softcap(hf: HFConfig, key: str, absent: float) -> float | None:
 
 
 def read(hf: HFConfig) -> ModelConfig:
-    """The architecture that a `config.json` of this family describes."""
     hf.must_be("hidden_activation", "gelu_pytorch_tanh")
     hf.must_be("use_bidirectional_attention", False)
     bias = hf.flag("attention_bias", False)

@@ -37,7 +37,6 @@ def text_config(hf: HFConfig) -> dict[str, Any]:
 
 
 def read(hf: HFConfig) -> ModelConfig:
-    """The architecture that a `config.json` of this family describes."""
     hf = HFConfig(_DEFAULTS | {key: value for key, value in hf.values.items() if value is not None}, hf.source)
     hf.must_be("hidden_activation", "gelu_pytorch_tanh")
     hf.must_be("use_bidirectional_attention", False)

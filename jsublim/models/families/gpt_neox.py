@@ -33,7 +33,6 @@ _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh
 
 
 def read(hf: HFConfig) -> ModelConfig:
-    """The architecture that a `config.json` of this family describes."""
     hf.must_be("hidden_act", *_ACTIVATIONS)
     sizes, bias = hf.sizes(), hf.flag("attention_bias", True)
     hf.must_be("num_key_value_heads", sizes["num_heads"])

@@ -12,7 +12,6 @@ NAMES = PRE_NORM
 
 
 def read(hf: HFConfig) -> ModelConfig:
-    """The architecture that a `config.json` of this family describes."""
     hf.must_be("hidden_act", "silu")
     bias = hf.flag("attention_bias", False)
     return ModelConfig(

@@ -15,7 +15,6 @@ NAMES = WeightNames(layer=SEVEN | HEAD_NORMS | _AFTER, other=OUTSIDE)
 
 
 def read(hf: HFConfig) -> ModelConfig:
-    """The architecture that a `config.json` of this family describes."""
     hf.must_be("hidden_act", "silu")
     bias = hf.flag("attention_bias", False)
     eps = hf.number("rms_norm_eps", 1e-5)

@@ -24,7 +24,6 @@ NAMES = WeightNames(
 
 
 def read(hf: HFConfig) -> ModelConfig:
-    """The architecture that a `config.json` of this family describes."""
     hf.must_be("hidden_act", "silu")
     hf.must_be("attention_bias", False)
     sizes, windowed = hf.sizes(), hf.has("sliding_window")

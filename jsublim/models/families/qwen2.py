@@ -20,7 +20,6 @@ def windows(hf: HFConfig) -> Local:
 
 
 def read(hf: HFConfig) -> ModelConfig:
-    """The architecture that a `config.json` of this family describes."""
     hf.must_be("hidden_act", "silu")
     return ModelConfig(
         family=FAMILY,

@@ -16,7 +16,6 @@ NAMES = WeightNames(layer=SEVEN | HEAD_NORMS | NORMS_BEFORE, other=OUTSIDE)
 
 
 def read(hf: HFConfig) -> ModelConfig:
-    """The architecture that a `config.json` of this family describes."""
     hf.must_be("hidden_act", "silu")
     bias = hf.flag("attention_bias", False)
     return ModelConfig(
