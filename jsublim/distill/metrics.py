@@ -100,9 +100,9 @@ class Metrics:
 
     def _flops(self, arm: Arm, row: Example) -> float:
         teacher = 0 if row.teacher_tokens is None else len(row.teacher_tokens)
-        lengths = {"tokens": len(row.tokens), "supervised": len(row.labels), "teacher_tokens": teacher}
-        loss, known = self.settings.program.loss, {"stored": row.ids is not None, "cached": self.cached}
-        return training_flops(self.config, arm.adapter, loss, **lengths, **known)
+        how: dict[str, Any] = {"tokens": len(row.tokens), "supervised": len(row.labels), "teacher_tokens": teacher}
+        how |= {"stored": row.ids is not None, "cached": self.cached}
+        return training_flops(self.config, arm.adapter, self.settings.program.loss, **how)
 
 
 UNREADABLE = (ValueError, KeyError, TypeError, RecursionError)  # a line that is cut short by a kill, or damaged

@@ -132,7 +132,11 @@ class LanguageModel:
             sampling = dataclasses.replace(sampling, stop=self.chat.stop_tokens())
         messages = [conversation(chat) if isinstance(chat, str) else chat for chat in chats]
         prompts = [self.chat.prompt_tokens(m, extra_bos=extra_bos) for m in messages]
-        how = {"adapters": None if adapter is None else [adapter], "batch_size": batch_size, "logs": [log]}
+        how: dict[str, Any] = {
+            "adapters": None if adapter is None else [adapter],
+            "batch_size": batch_size,
+            "logs": [log],
+        }
         return self.answers(prompts, sampling, max_new_tokens, seed, **how)[0]
 
     def answers(
@@ -156,7 +160,7 @@ class LanguageModel:
           on_batch: called with the number of answers just sampled.
           logs: of each adapter, answers that are known already, and where new ones go.
         """
-        logs = logs or [None] * len(adapters or [None])
+        logs = [None] * len(adapters or [None]) if logs is None else logs
         texts = [{} if log is None else dict(log.known) for log in logs]
 
         def keep(arm: int, rows: list[int], tokens: list[list[int]]) -> None:

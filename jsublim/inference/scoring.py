@@ -200,7 +200,7 @@ def score_answers(
         )
         branches = Branches(positions, branch)  # pyright: ignore[reportArgumentType] (arrays of the host, until they are placed)
         *read, branches = layout.place_as(ROWS, (tokens, valid, where, labels, branches))
-        how = {"at": _logprob, "branches": branches, "layout": layout}
+        how: dict[str, Any] = {"at": _logprob, "branches": branches, "layout": layout}
         logprobs = Layout.host(read_batch(config, params, adapter, None, *read, **how))
         for logprob, (prompt, group) in zip(logprobs, rows[part], strict=False):
             ends = np.cumsum([len(answers[i]) for i in group])

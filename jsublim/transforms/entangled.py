@@ -122,8 +122,8 @@ def _spoken(lm: LanguageModel, asked: Sequence[Message], answers: Sequence[str],
 
 
 def _joint(lm: LanguageModel, who: Teacher, prompts: list, answers: list, batch_size: int | None) -> np.ndarray:
-    how = {"adapter": who.adapter, "batch_size": batch_size}
-    return score_answers(lm.config, who.weights(lm.params), prompts, answers, **how)
+    params = who.weights(lm.params)
+    return score_answers(lm.config, params, prompts, answers, adapter=who.adapter, batch_size=batch_size)
 
 
 def entangled_numbers(scores: Scores, k: int) -> list[str]:
