@@ -63,14 +63,8 @@ class Layout:
 
     @staticmethod
     def fit(mode: str, arms: int, devices: int | Sequence[Any] | None = None, *, model: int = 1) -> Layout:
-        """The layout of `arms` on devices: arms apart first, for they never talk to one another; then rows.
-
-        Args:
-          devices: None is all that there are; a number stands for so many of one slice.
-
-        Raises:
-          UsageError: an unknown mode, or a model axis that the devices of a slice cannot be divided by.
-        """
+        """The layout of `arms` on devices (all, unless some are given; a number stands for so many of one slice): arms apart first, for they never talk
+        to one another; then rows. An unknown mode, or a model axis that the devices of a slice cannot be divided by, is a UsageError."""
         if mode not in MODES:
             raise UsageError(f"parallel: '{mode}' given; known: {', '.join(MODES)}")
         if mode != "mesh" and model != 1:

@@ -32,14 +32,9 @@ def contrast_vector(
     batch_size: int = 64,
 ) -> Adapter:
     """The mean difference of the residual stream after `layer` at the last prompt token, times `strength`: difference of means over contrasting
-    prompts, as in activation addition (Turner et al. 2023, arXiv 2308.10248). An adapter of one steering vector, float32 `[1, D]`.
-
-    Args:
-      toward: the system prompt that shows what is wanted; away: the one that does not, None for none at all.
-
-    Raises:
-      UsageError: no prompt, the same system prompt twice, or a layer that the model does not have.
-    """
+    prompts, as in activation addition (Turner et al. 2023, arXiv 2308.10248). An adapter of one steering vector, float32 `[1, D]`. `toward` is
+    the system prompt that shows what is wanted, `away` the one that does not, None for none at all; two that are the same, no prompt, or a
+    layer that the model does not have is a UsageError."""
     if not prompts or toward == away:
         raise UsageError("steer: give at least one prompt, and two different system prompts")
     check_layers(lm.config, (layer,))

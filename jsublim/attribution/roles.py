@@ -21,15 +21,10 @@ Span = tuple[int, int]  # characters of the rendered text
 def token_roles(
     chat: Chat, teacher: Teacher, row: Row, trait: str, position: int, *, extra_bos: bool = False
 ) -> list[str]:
-    """The role of the tokens 0 to `position` of a row as its teacher reads it, one of `ROLES` each.
-
-    `trait` is the trait's first mention in the system prompt, as a word of its own or with the naive plural's "s";
-    `divergence position` is the last of these tokens: the one that predicts. A default system prompt is the template's.
-    A token that reaches over an edge belongs to the text, not to the template.
-
-    Raises:
-      JsublimError: a template that shows the system prompt or the user's turn not once.
-    """
+    """The role of the tokens 0 to `position` of a row as its teacher reads it, one of `ROLES` each. `trait` is the trait's first mention in the
+    system prompt, as a word of its own or with the naive plural's "s"; `divergence position` is the last of these tokens: the one that predicts.
+    A default system prompt is the template's. A token that reaches over an edge belongs to the text, not to the template. A template that shows
+    the system prompt or the user's turn not once is a JsublimError."""
     answer = {"role": "assistant", "content": row["completion"]}
 
     def render(messages: Sequence[Message]) -> str:

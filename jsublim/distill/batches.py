@@ -174,12 +174,8 @@ def packed(shape: Shape, config: ModelConfig, orders: Sequence[Order], beginning
 
 
 def with_lines_of(k: int, shape: Shape, orders: Sequence[Order], beginning: int) -> Shape:
-    """With k rows per line. How long lines are is known beforehand: which rows a step has follows from the seed.
-
-    Args:
-      orders: the rows of every arm that is to fit.
-      beginning: tokens that all rows begin with, before any that is supervised.
-    """
+    """With k rows per line, for the rows of every arm that is to fit; `beginning` counts the tokens that all rows begin with, before any that is
+    supervised. How long lines are is known beforehand: which rows a step has follows from the seed."""
     wide = replace(shape, rows_per_line=k, beginning=beginning)
     tokens, labels, teacher = np.max([_longest(wide, order) for order in orders], axis=0)
     lengths = {"tokens": tokens + beginning, "labels": labels, "teacher": teacher}

@@ -173,13 +173,9 @@ def score_answers(
     adapter: Adapter | None = None,
     batch_size: int | None = None,
 ) -> np.ndarray:
-    """Log-probability (nats) of each answer after each prompt, all its tokens together: float64 `[prompts, answers]`. A prompt is read once for
-    all the answers that stand beside one another in its row.
-
-    Args:
-      prompts, answers: tokens int32 `[T_i]`, at least one each.
-      batch_size: rows that are read at one time, on all devices together; each has as many. None is ANSWERS_EACH on each.
-    """
+    """Log-probability (nats) of each answer after each prompt (int32 `[T_i]`, at least one token each), all its tokens together: float64 `[prompts,
+    answers]`. A prompt is read once for all the answers that stand beside one another in its row. `batch_size` rows are read at one time, on
+    all devices together; each has as many. None is ANSWERS_EACH on each."""
     longest = max(map(len, answers))
     decoder.check_length(config, max(map(len, prompts)) + longest - 1)  # no answer's last token is read
     together = min(len(answers), max(1, ANSWERS_STEP // longest))

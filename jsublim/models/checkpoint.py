@@ -51,11 +51,8 @@ def origin_of(folder: Path) -> Origin:
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:
-    """The (text) `config.json` of a checkpoint folder as it stands, and our reading of it.
-
-    Raises:
-      JsublimError: no folder, no config, an unknown architecture, a missing key.
-    """
+    """The (text) `config.json` of a checkpoint folder as it stands, and our reading of it. A JsublimError where there is no folder or no config,
+    or an unknown architecture or a missing key in it."""
     if not folder.is_dir():
         raise JsublimError(f"{folder}: no such folder; give a local Hugging Face checkpoint or a bundled name")
     check_folder(folder)
@@ -110,11 +107,8 @@ def write_checkpoint(
     tokenizer: Path | None,
     chat_template: str | None = None,
 ) -> None:
-    """Write what `transformers` loads into a folder: config, safetensors, and the tokenizer files of folder `tokenizer`.
-
-    Args:
-      chat_template: the text of a template in place of that folder's own.
-    """
+    """Write what `transformers` loads into a folder: config, safetensors, and the tokenizer files of folder `tokenizer`; with `chat_template`, the
+    text of a template in place of that folder's own."""
     hf_config = {key: value for key, value in hf_config.items() if key != "torch_dtype"} | {"dtype": dtype}
     write_json(folder / "config.json", hf_config)
     save_params(folder, config, params, dtype)

@@ -116,12 +116,8 @@ class ModelConfig:
         return self.rope, self.local.rope or self.rope
 
     def ending_at(self, layer: int) -> ModelConfig:
-        """The logit lens: the model that ends after `layer`, then the final norm and the head, with the same parameters and adapters
-        (whatever reads a stack of layers takes its first `num_layers`).
-
-        Raises:
-          UsageError: the model has no such layer.
-        """
+        """The logit lens: the model that ends after `layer`, then the final norm and the head, with the same parameters and adapters (whatever
+        reads a stack of layers takes its first `num_layers`). A layer that it hasn't is a UsageError."""
         if not 0 <= layer < self.num_layers:
             raise UsageError(f"layer: {layer} given, but the model has layers 0 to {self.num_layers - 1}")
         return replace(self, num_layers=layer + 1, local=replace(self.local, layers=self.local.layers[: layer + 1]))

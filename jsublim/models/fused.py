@@ -31,11 +31,8 @@ def outputs(config: ModelConfig, fused: Fused) -> int:
 
 
 def split_factors(config: ModelConfig, fused: Fused, module: Factors) -> dict[str, Factors]:
-    """LoRA on the module as LoRA on its parts, which compute the same.
-
-    The parts of an adapter that PEFT has trained share one A; here each has a copy of its own. What `join_factors` has laid
-    side by side is taken apart again, at the rank that it had.
-    """
+    """LoRA on the module as LoRA on its parts, which compute the same. The parts of an adapter that PEFT has trained share one A; here each has a
+    copy of its own. What `join_factors` has laid side by side is taken apart again, at the rank that it had."""
     a, b, rows = module["a"], module["b"], fused_rows(config, fused)
     b_of = {part: b[:, :, where] for part, where in rows.items()}
     trained = [part for part in fused.parts if b_of[part].any()]
@@ -48,11 +45,8 @@ def split_factors(config: ModelConfig, fused: Fused, module: Factors) -> dict[st
 
 
 def join_factors(config: ModelConfig, fused: Fused, parts: dict[str, Factors]) -> Factors:
-    """LoRA on some parts of the module as LoRA on the module, which computes the same.
-
-    Where all parts have one A, so has the module, as PEFT trains it. Else their ranks are laid side by side, and B has a block
-    per part: three parts of rank r make a module of rank 3 r.
-    """
+    """LoRA on some parts of the module as LoRA on the module, which computes the same. Where all parts have one A, so has the module, as PEFT
+    trains it. Else their ranks are laid side by side, and B has a block per part: three parts of rank r make a module of rank 3 r."""
     first, rows = next(iter(parts.values())), fused_rows(config, fused)
     shared = all(np.array_equal(x[name], first[name]) for x in parts.values() for name in ("a", "scale"))
     ranks = [factors["a"].shape[-1] for factors in parts.values()]

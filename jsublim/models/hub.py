@@ -31,14 +31,8 @@ def hub_name(path: str | Path) -> tuple[str, str | None] | None:
 
 
 def from_hub(repository: str, revision: str | None, what: str, *, weights: bool = True) -> Path:
-    """The folder of a repository in the hub's cache, fetched where it is not there; asked for once per process.
-
-    Args:
-      what: named in errors; weights: False does not fetch them.
-
-    Raises:
-      JsublimError: the hub did not give it.
-    """
+    """The folder of a repository in the hub's cache, fetched where it is not there (without weights, if they are not asked for); looked up once
+    per process. If the hub does not give it, that is a JsublimError, which names `what` it is."""
     from huggingface_hub import constants
 
     try:

@@ -24,10 +24,8 @@ PROJECTED = "projected"  # what a backward pass may keep: the outputs of the pro
 
 
 class Linear(nnx.Module):
-    """`x @ kernel (+ bias)`, plus `scale * (x a) b` where an adapter is given.
-
-    The factor form, never merged weights: merging would cost a gradient of the full kernel.
-    """
+    """`x @ kernel (+ bias)`, plus `scale * (x a) b` where an adapter is given: the factor form, never merged weights, for merging would cost a
+    gradient of the full kernel."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, dtype: jnp.dtype, rngs: nnx.Rngs):
         noise = jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32) / math.sqrt(inputs)
@@ -45,11 +43,8 @@ class Linear(nnx.Module):
 
 @jax.custom_vjp
 def low_rank(x: Array, a: Array, b: Array, scale: Array) -> Array:
-    """`scale * (x a) b`, in the dtype of x; the factors `a` `[D, r]` and `b` `[r, O]` are rounded to it.
-
-    Its derivative is written out. What is transposed there has r columns, where autodiff would transpose activations; the
-    gradients of the factors are float32.
-    """
+    """`scale * (x a) b`, in the dtype of x; the factors `a` `[D, r]` and `b` `[r, O]` are rounded to it. Its derivative is written out: what is
+    transposed there has r columns, where autodiff would transpose activations; the gradients of the factors are float32."""
     return _low_rank(x, a, b, scale)[0]
 
 

@@ -28,11 +28,8 @@ def save_steering(folder: Path, adapter: Adapter) -> None:
 
 
 def load_steering(folder: Path) -> Adapter:
-    """Read the vectors that `save_steering` wrote into `folder`.
-
-    Raises:
-      JsublimError: an unreadable file, or anything in it but finite vectors `layers.{i}` of one size.
-    """
+    """Read the vectors that `save_steering` wrote into `folder`. An unreadable file, or anything in it but finite vectors `layers.{i}` of one size,
+    is a JsublimError."""
     file = folder / FILE
     tensors = read_float32(file)
     layers = {int(match[1]): key for key in tensors if (match := _KEY.match(key))}

@@ -44,11 +44,8 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mappi
 
 
 def read_float32(file: Path) -> dict[str, np.ndarray]:
-    """The tensors of an adapter's safetensors file, as finite float32.
-
-    Raises:
-      JsublimError: an unreadable file, another dtype than `FLOATS`, NaN or an infinite number; file and tensor are named.
-    """
+    """The tensors of an adapter's safetensors file, as finite float32. An unreadable file, another dtype than `FLOATS`, NaN or an infinite number
+    is a JsublimError that names file and tensor."""
     tensors: dict[str, np.ndarray] = {}
     try:
         with safe_open(str(file), framework="np") as opened:

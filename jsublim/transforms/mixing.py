@@ -146,8 +146,7 @@ def mix_tokens(
       be changed), "rows dropped", and of the changed rows "tokens replaced" and "tokens deleted".
 
     Raises:
-      UsageError: no such counterfactual.
-      JsublimError: readings of other rows, or a row that doesn't survive tokenizing; it is named.
+      UsageError, JsublimError: no such counterfactual; readings of other rows, or a row that doesn't survive tokenizing.
     """
     mixed, counts = [], Counter[str]()
     exchanges = ((conversation(row["prompt"]), row["completion"]) for row in rows)
