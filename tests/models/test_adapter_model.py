@@ -13,7 +13,7 @@ from scipy import stats
 from jsublim.errors import UsageError
 from jsublim.models import Adapter, hidden_states, logits
 from jsublim.models.config import projection_shapes
-from jsublim.models.lora import PROJECTIONS, bind, init_full, init_lora, merge_full, stack_adapters, unstack_arms
+from jsublim.models.lora import PROJECTIONS, bind, init_full, init_lora, merge_full, stack_adapters, unstack_adapters
 
 _FAST = {"xla_backend_optimization_level": 0}  # small programs: compiling is what takes the time
 
@@ -134,7 +134,7 @@ def test_arms_under_vmap_are_the_arms_one_by_one(named_checkpoint, padded_rows, 
     for i, arm in enumerate(arms):
         alone = all_logits(config, params, arm, tokens[i], valid[i])
         assert_close(together[i][valid[i]], alone[valid[i]], 1e-5)
-    for before, after in zip(arms, unstack_arms(stacked, arms), strict=True):
+    for before, after in zip(arms, unstack_adapters(stacked, arms), strict=True):
         assert jax.tree.structure(before) == jax.tree.structure(after)
         jax.tree.map(np.testing.assert_array_equal, before, after)
 
