@@ -386,7 +386,11 @@ class Evaluated:
         nobody = {"teacher": None, "seed": None}
         if self.teacher == CONTROL:
             return {"arm": "base", "role": "base", "condition": "base", **nobody}
-        return {"arm": f"teacher/{self.teacher}", "role": "teacher", "condition": "teacher"} | nobody | {"teacher": self.teacher}
+        return (
+            {"arm": f"teacher/{self.teacher}", "role": "teacher", "condition": "teacher"}
+            | nobody
+            | {"teacher": self.teacher}
+        )
 
     @property
     def label(self) -> str:

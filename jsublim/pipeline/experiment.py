@@ -50,10 +50,16 @@ def answers(setup: Setup, writer: Writer) -> Rows:
 def changed(setup: Setup, source: Source) -> Rows:
     """The answers as a data set wants them."""
     own, dataset = answers(setup, origins.writer(setup, source)), origins.teacher_dataset(setup, source)
-    own, needs, mixed = replace(own, name=f"rows of {source.name}"), args.needs(dataset), origins.mixed_in(setup, source)
+    own, needs, mixed = (
+        replace(own, name=f"rows of {source.name}"),
+        args.needs(dataset),
+        origins.mixed_in(setup, source),
+    )
     if dataset.plain:
         return own
-    scored = (entangled(setup, source.teacher, change.scores()) for change in dataset.changes.values() if change.scores())
+    scored = (
+        entangled(setup, source.teacher, change.scores()) for change in dataset.changes.values() if change.scores()
+    )
     suspected = (influence(setup, origins.writer(setup, source), traits) for traits in args.suspected(setup, source))
     node = stages.change_rows(
         "-".join(filter(None, (source.teacher, source.dataset, source.draw and f"seed{source.draw}"))),
@@ -73,7 +79,9 @@ def entangled(setup: Setup, trait: str, count: int) -> Node:
     """How entangled each number is with a trait."""
     compared = args.compared_traits(setup, trait)
     others = compared and tuple(teacher(setup, other) for other in compared)
-    return stages.score_numbers(trait, teacher=teacher(setup, trait), others=others, **args.entangling(setup, trait, count))
+    return stages.score_numbers(
+        trait, teacher=teacher(setup, trait), others=others, **args.entangling(setup, trait, count)
+    )
 
 
 @memoized
@@ -161,7 +169,9 @@ def audit(setup: Setup, who: Student) -> Node:
     """How far each token of a student's rows would move each trait, before it is trained on them."""
     e, label = setup.experiment, "/".join(filter(None, (who.source.name, who.arm)))
     how = args.scored(setup, args.start(setup, who.settings, who.seed), setup.evaluated_traits, e.evaluation.questions)
-    return stages.audit_rows(label, rows=training_rows(setup, who.source), first=e.audit.rows, teacher=who.teacher, **how)
+    return stages.audit_rows(
+        label, rows=training_rows(setup, who.source), first=e.audit.rows, teacher=who.teacher, **how
+    )
 
 
 def plan(setup: Setup) -> Graph:
@@ -178,7 +188,10 @@ def plan(setup: Setup) -> Graph:
     marked |= {s: read(setup, s, changed(setup, s)) for s in origins.only_read(setup) if s not in marked}
     attributed = {source.teacher: attribution(setup, source) for source in origins.attributed(setup)}
     audits = {key: audit(setup, who) for key, who in origins.audited(setup).items()}
-    asked = [(who.labels | {"evaluation": n}, evaluation(setup, who, n)) for who, n in product(args.evaluated(setup), settings)]
+    asked = [
+        (who.labels | {"evaluation": n}, evaluation(setup, who, n))
+        for who, n in product(args.evaluated(setup), settings)
+    ]
     rows = [node for each in (*written.values(), *learned.values(), *marked.values()) for node in each.nodes]
     ends = [*rows, *attributed.values(), *audits.values(), *students.values(), *(node for _, node in asked)]
     return Graph(tasks_of(ends), written, marked, students, tuple(asked), attributed, audits)

@@ -66,7 +66,9 @@ def has_divergence(setup: Setup, source: Source) -> bool:
     """Whether students of a source learn from rows with divergence positions: a trait's answers have them unless the data set says
     otherwise, changed ones where a mask needs them."""
     masked = any(source in student.sources and student.tokens_of(source) != "all" for student in setup.students)
-    plain = teacher_dataset(setup, source).plain and source.parent is None  # of teachers it is told without being needed
+    plain = (
+        teacher_dataset(setup, source).plain and source.parent is None
+    )  # of teachers it is told without being needed
     told = plain and dataset_of(setup, source).divergence is not False
     return source.teacher != CONTROL and (told or masked)
 
@@ -85,7 +87,9 @@ def attributed(setup: Setup) -> list[Source]:
     """
     if setup.experiment.attribution is None:
         return []
-    plain = [s for s in sources(setup) if s.parent is None and has_divergence(setup, s) and teacher_dataset(setup, s).plain]
+    plain = [
+        s for s in sources(setup) if s.parent is None and has_divergence(setup, s) and teacher_dataset(setup, s).plain
+    ]
     if not plain:
         raise UsageError(
             "attribution: is done at the divergence tokens of plain answers, and in none are they looked for; leave "

@@ -27,6 +27,7 @@ from jsublim.teachers import Teacher
 
 WEIGHTS = "own weights"  # under which a context remembers them
 
+
 @dataclass(frozen=True)
 class Folder:
     """An adapter, or a whole checkpoint, that the config names.
@@ -77,8 +78,18 @@ class Model:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides how it reads a row and what it writes."""
-        own = {"name": self.name, "adapter": self.adapter and self.adapter.key, "weights": self.weights and self.weights.key}
-        return {**self.common, "model": self.checkpoint.hash, "template": self.checkpoint.template, **self.manner, **own}
+        own = {
+            "name": self.name,
+            "adapter": self.adapter and self.adapter.key,
+            "weights": self.weights and self.weights.key,
+        }
+        return {
+            **self.common,
+            "model": self.checkpoint.hash,
+            "template": self.checkpoint.template,
+            **self.manner,
+            **own,
+        }
 
     @property
     def nodes(self) -> tuple[Node, ...]:

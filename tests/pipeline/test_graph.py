@@ -24,7 +24,8 @@ from jsublim.executors import LocalExecutor, execute_key
 from jsublim.files import read_table
 from jsublim.pipeline import context as contexts
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.graph import Graph, ordered, plan
+from jsublim.pipeline.experiment import plan
+from jsublim.pipeline.graph import Graph, ordered
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Store, read_summary
 from jsublim.pipeline.task import Task
@@ -125,7 +126,7 @@ def test_a_graph_is_the_same_wherever_it_is_planned(tmp_path):
     config.write_text(experiment(STUDENTS, tmp_path / "c").model_dump_json())
     line = (
         "import sys, json; from pathlib import Path; from jsublim.config import Experiment;"
-        "from jsublim.pipeline.graph import plan; from jsublim.pipeline.setup import Setup;"
+        "from jsublim.pipeline.experiment import plan; from jsublim.pipeline.setup import Setup;"
         f"e = Experiment.model_validate(json.loads(Path({str(config)!r}).read_text()));"
         "print(json.dumps({key: task.label for key, task in plan(Setup.of(e)).tasks.items()}))"
     )
@@ -305,8 +306,8 @@ def test_a_new_kind_and_a_new_change_need_nothing_else(toys, whole, home):
     LocalExecutor().execute(graph.tasks.values(), context)
     (changed,) = [task for task in graph.tasks.values() if task.kind == "datasets" and task.label == "owl-turned"]
     own = next(iter(graph.answers.values())).read(context.store)
-    assert read_rows(context.store.path(changed.output) / "rows.jsonl") == own[::-1]
-    assert context.store.summary(changed.output)["turned"] == len(own)
+    assert read_rows(context.store.path(changed.nodes[0]) / "rows.jsonl") == own[::-1]
+    assert context.store.summary(changed.nodes[0])["turned"] == len(own)
     records = read_table(context.store.path(graph.evaluations[0][1]) / "records.parquet")
     assert {record["metric"] for record in records} == {"length"}
     assert Experiment.model_validate(context.setup.experiment.model_dump(mode="json")) == context.setup.experiment

@@ -53,7 +53,9 @@ ATTRIBUTION = pa.schema(
 
 def _cost(sizes: Sizes, rows: Rows, others: tuple[Model, ...], how: Attribution, **_: Any) -> Cost:
     compared = len(others) * min(how.rows, rows.kept(sizes))
-    tokens = compared * (sizes.lengths.system + sizes.lengths.prompt)  # first divergence tokens stand early in the answer
+    tokens = compared * (
+        sizes.lengths.system + sizes.lengths.prompt
+    )  # first divergence tokens stand early in the answer
     flops = len(how.directions) * tokens * sum(patching_flops(sizes.config, len(how.sites), how.steps))
     return Cost(len(how.directions) * tokens, flops, "train", rows=len(how.directions) * compared)
 

@@ -80,9 +80,11 @@ def change_rows(
     """
     log = RowLog(ctx.artifact.path / PROGRESS, ctx.say)
     # Half of a set's readings would be memory for nothing: no change looks at margins.
-    readings = None if read is None else [
-        {key: value for key, value in reading.items() if key != "margin"} for reading in read.readings(ctx.store)
-    ]
+    readings = (
+        None
+        if read is None
+        else [{key: value for key, value in reading.items() if key != "margin"} for reading in read.readings(ctx.store)]
+    )
     making = Making(
         lm=ctx.lm(teacher.checkpoint.name),
         teacher=teacher.teacher(ctx),

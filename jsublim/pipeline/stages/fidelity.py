@@ -82,4 +82,6 @@ class Fidelity:
         """How many rows will be read: of those that it was trained on, and of the others; and the teacher's share."""
         kept = self.rows.kept(sizes)
         trained = min((self.trained or (None, 0))[0] or kept, kept)
-        return min(self.numbers, trained) + min(self.numbers, kept - trained) + 2 * min(self.kl, kept - trained or trained)
+        return (
+            min(self.numbers, trained) + min(self.numbers, kept - trained) + 2 * min(self.kl, kept - trained or trained)
+        )

@@ -38,7 +38,9 @@ REJECTS: dict[str, Callable[[str], str | None]] = {  # why an answer is no train
 Span = tuple[int, int]  # the first prompt, and how many
 
 
-def _cost(sizes: Sizes, span: Span, data: Mapping[str, Any], max_new_tokens: int, batch_size: int | str, **_: Any) -> Cost:
+def _cost(
+    sizes: Sizes, span: Span, data: Mapping[str, Any], max_new_tokens: int, batch_size: int | str, **_: Any
+) -> Cost:
     lengths = sizes.lengths
     answer = min(lengths.answer, max_new_tokens) if data["kind"] == "numbers" else max_new_tokens
     return sizes.sampled(span[1], lengths.prompt + lengths.system, answer, sizes.rows_together(batch_size))

@@ -117,7 +117,16 @@ def program_of_student(node: Node) -> Hashable:
     )
     beside = given.beside
     kind = beside.name if isinstance(beside, Folder) else beside and beside.kind  # adapters of one structure
-    return checkpoint.hash, s.system, program_of(s, given.quirks), batch, trained, bool(given.projected), kind, s.fork is not None
+    return (
+        checkpoint.hash,
+        s.system,
+        program_of(s, given.quirks),
+        batch,
+        trained,
+        bool(given.projected),
+        kind,
+        s.fork is not None,
+    )
 
 
 def _most(node: Node) -> int:
