@@ -182,8 +182,8 @@ class Task:
 
     @cached_property
     def parents(self) -> tuple[Task, ...]:
-        """The tasks that have to be done before it."""
-        tasks = (self.task_of(parent) for node in self.nodes for parent in node.parents)
+        """The tasks that have to be done before it: a program has the shape of everyone's rows."""
+        tasks = (self.task_of(parent) for node in self.everyone for parent in node.parents)
         return tuple({task.key: task for task in tasks}.values())
 
     @property

@@ -7,7 +7,7 @@ import re
 
 import pytest
 from command import jsublim, ok, refused
-from jsublim.pipeline.rows import FEWEST_ROWS, FEWEST_SHARE
+from jsublim.pipeline.stages.rows import FEWEST_ROWS, FEWEST_SHARE
 from made_by_commands import artifact_of
 from tiny import small
 
