@@ -28,8 +28,8 @@ from jsublim.inference.served import TOLD, SampleServer, SampleServerSettings
 from jsublim.models.lora import init_lora, init_steering
 from jsublim.models.peft import load_adapter, save_adapter
 from jsublim.pipeline import experiment as page
-from jsublim.pipeline.arguments import Evaluated
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.evaluated import Evaluated
 from jsublim.pipeline.experiment import evaluation, plan
 from jsublim.pipeline.graph import results_key
 from jsublim.pipeline.served import Served

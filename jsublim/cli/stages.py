@@ -128,7 +128,7 @@ def evaluate(
 ) -> None:
     """Ask a model for its favourites (and whatever else evaluation.kinds names): OUT gets records and answers."""
     from jsublim.files import read_table, write_json
-    from jsublim.pipeline.arguments import Evaluated, eval_settings
+    from jsublim.pipeline.evaluated import Evaluated, eval_settings
     from jsublim.pipeline.experiment import evaluation
     from jsublim.pipeline.publish import check_free, publish_folder
     from jsublim.pipeline.setup import NOBODY

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-from jsublim.config import Dataset, Students
+from jsublim.config import Dataset, Students, Taught
 from jsublim.config.audit import Audit
-from jsublim.config.evaluation import Setting
 from jsublim.errors import JsublimError, UsageError
-from jsublim.evals import Asked, EvalTask
-from jsublim.evals.naming import own_name
-from jsublim.inference.lm import resolve_checkpoint
 from jsublim.inference.sampling import Sampling
-from jsublim.judge import Judge
-from jsublim.models.checkpoint import checkpoint_hash, read_config
+from jsublim.models.checkpoint import read_config
 from jsublim.models.lora import check_layers
 from jsublim.models.peft import load_adapter
 from jsublim.pipeline.arms import Source, Student, Writer, seed_of
@@ -26,9 +20,8 @@ from jsublim.pipeline.origins import teacher_dataset
 from jsublim.pipeline.publish import published_key, record_of
 from jsublim.pipeline.served import served
 from jsublim.pipeline.setup import Setup, memoized
+from jsublim.pipeline.stage import Node
 from jsublim.pipeline.stages.datasets import check_changes
-from jsublim.pipeline.stages.evaluations import Questions
-from jsublim.pipeline.stages.fidelity import Fidelity
 from jsublim.pipeline.stages.starts import Questions as QuestionsAbout
 from jsublim.pipeline.stages.starts import Start
 from jsublim.pipeline.store import digest
@@ -40,8 +33,6 @@ from jsublim.teachers import CONTROL, OWN
 from jsublim.transforms import Around
 from jsublim.transforms.entangled import QUESTIONS
 
-T = TypeVar("T")
-PLAIN = ""  # the name of the evaluation that no setting changes
 STUDENT = "student"  # the name of a model that only learns
 
 
@@ -114,6 +105,15 @@ def taught_questions(setup: Setup, trait: str) -> tuple[str, ...]:
     """The others, whose answer a trait's teacher learns; of a contrast all are read."""
     every, taught = setup.pack.questions_for(category(setup, trait)), setup.experiment.teachers.taught
     return tuple(every if taught is None or taught.method == "contrast" else every[::2])
+
+
+def taught(setup: Setup, how: Taught, trait: str) -> dict[str, Any]:
+    """How a teacher is made here."""
+    questions = {"taught": how, "questions": taught_questions(setup, trait)}
+    if how.method == "contrast":
+        return questions | {"toward": setup.pack.system_prompt(trait, category(setup, trait))}
+    most = max(len(taught_questions(setup, each)) for each in setup.biased)
+    return questions | {"trait": trait, "together": most}
 
 
 def questions_about(setup: Setup, traits: Sequence[str], most: int | None = None) -> QuestionsAbout:
@@ -236,8 +236,15 @@ def needs(dataset: Dataset) -> set[str]:
     return {need for change in dataset.changes.values() for need in change.needs}
 
 
-def first(every: Iterable[T]) -> T | None:
-    return next(iter(every), None)
+def label(source: Source) -> str:
+    """What a data set of a teacher's answers is called."""
+    drawn = None if source.draw is None else f"seed{source.draw}"
+    return "-".join(filter(None, (source.teacher, source.dataset, drawn)))
+
+
+def scored_numbers(dataset: Dataset) -> Iterator[int]:
+    """How many numbers each change wants scored for how entangled they are, of those that want any."""
+    return (count for change in dataset.changes.values() if (count := change.scores()) is not None)
 
 
 def suspected(setup: Setup, source: Source) -> Iterator[tuple[str, ...]]:
@@ -361,130 +368,14 @@ def trained(setup: Setup, student: Student) -> dict[str, Any]:
     }
 
 
-# --- evaluations
+def beside(setup: Setup, name: str | None, teacher: Model | None) -> Node | Folder | None:
+    """The adapter that stands beside a student in training: the teacher's of that name, or a folder's.
 
-
-@dataclass(frozen=True)
-class Evaluated:
-    """One model that is evaluated: a student, a teacher (the base being the one without a trait), or what a user gives.
-
-    Attributes:
-      adapter: a student's folder; data: rows for its number task.
+    Raises:
+      UsageError: that teacher has none.
     """
-
-    student: Student | None = None
-    teacher: str = CONTROL
-    adapter: Path | None = None
-    data: Path | None = None
-
-    @property
-    def labels(self) -> dict[str, Any]:
-        """Its columns in the results."""
-        s = self.student
-        if s is not None:
-            return {"arm": s.name, "role": "student", "teacher": s.teacher, "condition": s.condition, "seed": s.seed}
-        nobody = {"teacher": None, "seed": None}
-        if self.teacher == CONTROL:
-            return {"arm": "base", "role": "base", "condition": "base", **nobody}
-        return (
-            {"arm": f"teacher/{self.teacher}", "role": "teacher", "condition": "teacher"}
-            | nobody
-            | {"teacher": self.teacher}
-        )
-
-    @property
-    def label(self) -> str:
-        if self.adapter is not None:
-            return self.adapter.name
-        return self.labels["arm"] if self.student is None else self.student.trained_as
-
-
-def evaluated(setup: Setup) -> Iterator[Evaluated]:
-    """Every model that is evaluated."""
-    yield Evaluated()
-    for trait in setup.experiment.teachers.traits if setup.experiment.evaluation.teachers else ():
-        yield Evaluated(teacher=trait)
-    for student in setup.students:
-        yield Evaluated(student)
-
-
-def eval_settings(setup: Setup) -> dict[str, Setting]:
-    """Every setting by name, the plain one first."""
-    return {PLAIN: Setting()} | setup.experiment.evaluation.settings
-
-
-@memoized
-def questions(setup: Setup) -> Questions:
-    """Everything that a model is asked under a setting."""
-
-    def tasks(judge: Callable[[], Judge]) -> tuple[EvalTask, ...]:
-        asked = Asked(
-            setup.pack,
-            setup.evaluated_traits,
-            lambda trait: category(setup, trait),
-            lambda category: open_questions(setup, category),
-            setup.experiment.evaluation.questions,
-            own_name(setup.checkpoint().config),
-            judge,
-            bool(setup.recipe.judge_apart),
-        )
-        return tuple(task for kind in setup.experiment.evaluation.kinds.values() for task in kind.tasks(asked))
-
-    return Questions(tasks(lambda: known_judge(setup)), tasks)
-
-
-def samplings(setup: Setup, model: Model, setting: Setting) -> tuple[Sampling, ...]:
-    """How answers to each of the evaluation's tasks are drawn: with a top-p that the recipe inherits, or without."""
-    chosen = {"temperature": setting.temperature, "top_p": setting.top_p}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    plain = (
-        setup.sampling("temperature", model.checkpoint.name, evaluation=not task.keeps_top_p)
-        for task in questions(setup).planned
+    if teacher is None or teacher.adapter is not None:
+        return folder(setup, name, "students.adapter.beside") if teacher is None else teacher.adapter
+    raise UsageError(
+        f"students.adapter.beside: teacher '{name}' has no adapter; give teachers.taught or teachers.adapter, or name a folder"
     )
-    return tuple(dataclasses.replace(each, **chosen) for each in plain)
-
-
-def under(setup: Setup, asked: Evaluated, model: Model, name: str) -> Model:
-    """A model as it is asked under a setting: with the adapter that a user gives, under the setting's system prompt."""
-    system, students = eval_settings(setup)[name].system, setup.experiment.students
-    if asked.adapter is not None:
-        given = Folder(str(asked.adapter), adapter_key(asked.adapter), "adapter")
-        model = dataclasses.replace(model, adapter=given, system=None if students is None else students.system)
-    return dataclasses.replace(model, system=system) if system is not None and asked.teacher == CONTROL else model
-
-
-def adapter_key(path: Path) -> str:
-    """The key of a published student, else the content of the folder, or of the hub's repository of that name."""
-    return published_key(path) or checkpoint_hash(resolve_checkpoint(path, "adapter"))
-
-
-def asked(setup: Setup, model: Model, name: str) -> dict[str, Any]:
-    """What a model is asked under a setting, and how."""
-    evaluation, setting = setup.experiment.evaluation, eval_settings(setup)[name]
-    by = served(setup, model) if setting.layer is None else None  # a server knows whole models only
-    return {
-        "questions": questions(setup),
-        "samples": evaluation.samples,
-        "seed": evaluation.seed,
-        "max_new_tokens": evaluation.max_new_tokens,
-        "samplings": samplings(setup, model, setting),
-        "layer": setting.layer,
-        "engine": None if by is None else setup.engine,
-        "setting": name,
-        "served": by,
-        "batch_size": evaluation.batch_size,
-    }
-
-
-def fidelity(setup: Setup, student: Student, rows: Rows, teacher: Model) -> Fidelity | None:
-    """What a student reads of its teacher's rows. Answers that are no numbers hold some too, but none that are to be continued."""
-    evaluation = setup.experiment.evaluation
-    numbers = evaluation.number_rows if setup.experiment.data.kind == "numbers" else 0
-    trained = student.settings.data.rows, student.seed
-    return Fidelity(rows, numbers, evaluation.kl_rows, teacher, trained) if numbers or evaluation.kl_rows else None
-
-
-def fidelity_to_file(setup: Setup, path: Path) -> Fidelity:
-    """All rows of a file, for the number task."""
-    rows = rows_of_file(setup, path)
-    return Fidelity(rows, rows.most)

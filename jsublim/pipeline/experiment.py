@@ -6,16 +6,15 @@ Each function gives nodes (`stage.py`): nothing is computed here. What a stage i
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
 
-from jsublim.errors import UsageError
+from jsublim.config.audit import Audit
 from jsublim.pipeline import arguments as args
-from jsublim.pipeline import origins, stages
+from jsublim.pipeline import evaluated, origins, stages
 from jsublim.pipeline.arms import Parent, Source, Student, Writer
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.stage import Node, tasks_of
-from jsublim.pipeline.values import Folder, Model, Rows
+from jsublim.pipeline.values import Model, Rows
 from jsublim.teachers import CONTROL
 
 
@@ -29,66 +28,54 @@ def teacher(setup: Setup, name: str, parent: Parent | None = None) -> Model:
         return model
     if taught is None:
         return replace(model, **args.own_folders(setup, name))
-    about = {"base": args.model(setup, CONTROL), "taught": taught, "questions": args.taught_questions(setup, name)}
-    if taught.method == "contrast":
-        toward = setup.pack.system_prompt(name, args.category(setup, name))
-        return replace(model, adapter=stages.contrast_teacher(name, toward=toward, **about))
-    most = max(len(args.taught_questions(setup, trait)) for trait in setup.biased)
-    return replace(model, adapter=stages.train_teachers(name, trait=name, together=most, **about))
+    make = stages.contrast_teacher if taught.method == "contrast" else stages.train_teachers
+    return replace(model, adapter=make(name, base=args.model(setup, CONTROL), **args.taught(setup, taught, name)))
 
 
 @memoized
 def answers(setup: Setup, writer: Writer) -> Rows:
     """What a teacher answers to the prompts, in nodes of `sampling.shard` prompts each."""
-    model = teacher(setup, writer.teacher, writer.parent)
-    model = model if writer.model is None else replace(model, checkpoint=setup.checkpoint(writer.model))
+    own = teacher(setup, writer.teacher, writer.parent)
+    model = own if writer.model is None else replace(own, checkpoint=setup.checkpoint(writer.model))
     nodes = [stages.sample_rows(label, **how) for label, how in args.sampled(setup, writer, model)]
     return args.rows(setup, Source(writer.teacher)).made_by(nodes)
 
 
 @memoized
 def changed(setup: Setup, source: Source) -> Rows:
-    """The answers as a data set wants them."""
-    own, dataset = answers(setup, origins.writer(setup, source)), origins.teacher_dataset(setup, source)
-    own, needs, mixed = (
-        replace(own, name=f"rows of {source.name}"),
+    """The answers as a data set wants them. Some changes need them read, numbers or rows scored, or another teacher's answers."""
+    dataset, mixed = origins.teacher_dataset(setup, source), origins.mixed_in(setup, source)
+    own, needs = (
+        replace(answers(setup, origins.writer(setup, source)), name=f"rows of {source.name}"),
         args.needs(dataset),
-        origins.mixed_in(setup, source),
     )
     if dataset.plain:
         return own
-    scored = (
-        entangled(setup, source.teacher, change.scores()) for change in dataset.changes.values() if change.scores()
-    )
-    suspected = (influence(setup, origins.writer(setup, source), traits) for traits in args.suspected(setup, source))
+    entangled = (score_numbers(setup, source.teacher, count) for count in args.scored_numbers(dataset))
+    influence = (score_rows(setup, source.teacher, own, traits) for traits in args.suspected(setup, source))
     node = stages.change_rows(
-        "-".join(filter(None, (source.teacher, source.dataset, source.draw and f"seed{source.draw}"))),
+        args.label(source),
         rows=own,
         teacher=teacher(setup, source.teacher, source.parent),
         mixed_in=mixed and answers(setup, mixed),
         read=read(setup, source, own) if "readings" in needs else None,
-        scores=args.first(scored),
-        suspected=args.first(suspected),
+        scores=next(entangled, None),
+        suspected=next(influence, None),
         **args.changes(setup, source),
     )
     return own.made_by([node])
 
 
-@memoized
-def entangled(setup: Setup, trait: str, count: int) -> Node:
+def score_numbers(setup: Setup, trait: str, count: int) -> Node:
     """How entangled each number is with a trait."""
-    compared = args.compared_traits(setup, trait)
+    compared, how = args.compared_traits(setup, trait), args.entangling(setup, trait, count)
     others = compared and tuple(teacher(setup, other) for other in compared)
-    return stages.score_numbers(
-        trait, teacher=teacher(setup, trait), others=others, **args.entangling(setup, trait, count)
-    )
+    return stages.score_numbers(trait, teacher=teacher(setup, trait), others=others, **how)
 
 
-@memoized
-def influence(setup: Setup, writer: Writer, traits: tuple[str, ...]) -> Node:
-    """What each answer would add to suspected traits."""
-    how = args.scored(setup, args.first_start(setup), traits)
-    return stages.score_rows(writer.teacher, rows=answers(setup, writer), **how)
+def score_rows(setup: Setup, trait: str, rows: Rows, suspected: tuple[str, ...]) -> Node:
+    """What each row would add to suspected traits."""
+    return stages.score_rows(trait, rows=rows, **args.scored(setup, args.first_start(setup), suspected))
 
 
 @memoized
@@ -121,20 +108,9 @@ def lesson(setup: Setup, source: Source, student: Student) -> stages.Lesson:
 @memoized
 def student(setup: Setup, who: Student) -> Node:
     """A student: where it starts, and what it learns from. It does not depend on who is trained beside it."""
-    then = None if who.forked is None else lesson(setup, who.forked, who)
-    about = {"lesson": lesson(setup, who.source, who), "forked": then, "beside": adapter_beside(setup, who.beside)}
-    return stages.train_students(who.trained_as, **about, **args.trained(setup, who))
-
-
-def adapter_beside(setup: Setup, name: str | None) -> Node | Folder | None:
-    """The adapter that stands beside a student in training: a teacher's, or a folder's."""
-    if name is None or name not in setup.biased:
-        return args.folder(setup, name, "students.adapter.beside")
-    if (own := teacher(setup, name).adapter) is None:
-        raise UsageError(
-            f"students.adapter.beside: teacher '{name}' has no adapter; give teachers.taught or teachers.adapter, or name a folder"
-        )
-    return own
+    learned, then = lesson(setup, who.source, who), who.forked and lesson(setup, who.forked, who)
+    beside = args.beside(setup, who.beside, teacher(setup, who.beside) if who.beside in setup.biased else None)
+    return stages.train_students(who.trained_as, lesson=learned, forked=then, beside=beside, **args.trained(setup, who))
 
 
 def student_model(setup: Setup, who: Student) -> Model:
@@ -144,16 +120,15 @@ def student_model(setup: Setup, who: Student) -> Model:
 
 
 @memoized
-def evaluation(setup: Setup, who: args.Evaluated, name: str) -> Node:
+def evaluation(setup: Setup, who: evaluated.Evaluated, name: str) -> Node:
     """A student, a teacher or the base, asked everything under the setting of that name."""
-    own, reads = who.student, None if who.data is None else args.fidelity_to_file(setup, who.data)
-    if own is not None and name == args.PLAIN:
-        source = own.source
-        taught_by = teacher(setup, source.teacher, source.parent)
-        reads = args.fidelity(setup, own, training_rows(setup, source), taught_by)
+    own, reads = who.student, who.data and evaluated.fidelity_to_file(setup, who.data)
     model = teacher(setup, who.teacher) if own is None else student_model(setup, own)
-    model, label = args.under(setup, who, model, name), "/".join(filter(None, (who.label, name)))
-    return stages.evaluate_models(label, model=model, fidelity=reads, **args.asked(setup, model, name))
+    if own is not None and name == evaluated.PLAIN:
+        written = teacher(setup, own.source.teacher, own.source.parent)
+        reads = evaluated.fidelity(setup, own, training_rows(setup, own.source), written)
+    model, label = evaluated.under(setup, who, model, name), "/".join(filter(None, (who.label, name)))
+    return stages.evaluate_models(label, model=model, fidelity=reads, **evaluated.asked(setup, model, name))
 
 
 @memoized
@@ -167,20 +142,15 @@ def attribution(setup: Setup, source: Source) -> Node:
 @memoized
 def audit(setup: Setup, who: Student) -> Node:
     """How far each token of a student's rows would move each trait, before it is trained on them."""
-    e, label = setup.experiment, "/".join(filter(None, (who.source.name, who.arm)))
-    how = args.scored(setup, args.start(setup, who.settings, who.seed), setup.evaluated_traits, e.evaluation.questions)
-    return stages.audit_rows(
-        label, rows=training_rows(setup, who.source), first=e.audit.rows, teacher=who.teacher, **how
-    )
+    about, label = setup.experiment.audit or Audit(), "/".join(filter(None, (who.source.name, who.arm)))
+    start, asked = args.start(setup, who.settings, who.seed), setup.experiment.evaluation.questions
+    how = args.scored(setup, start, setup.evaluated_traits, asked)
+    return stages.audit_rows(label, rows=training_rows(setup, who.source), first=about.rows, teacher=who.teacher, **how)
 
 
 def plan(setup: Setup) -> Graph:
-    """Everything that has to be done for an experiment.
-
-    Raises:
-      UsageError: a trait, a data set or a question that nobody can make.
-    """
-    sources, settings = origins.sources(setup), args.eval_settings(setup)
+    """Everything that has to be done for an experiment. What nobody can make is refused (`UsageError`)."""
+    sources, every = origins.sources(setup), evaluated.evaluated(setup)
     students = {who: student(setup, who) for who in setup.students}
     written = {writer: answers(setup, writer) for writer in origins.writers(setup)}
     learned = {source: training_rows(setup, source) for source in sources}
@@ -188,10 +158,8 @@ def plan(setup: Setup) -> Graph:
     marked |= {s: read(setup, s, changed(setup, s)) for s in origins.only_read(setup) if s not in marked}
     attributed = {source.teacher: attribution(setup, source) for source in origins.attributed(setup)}
     audits = {key: audit(setup, who) for key, who in origins.audited(setup).items()}
-    asked = [
-        (who.labels | {"evaluation": n}, evaluation(setup, who, n))
-        for who, n in product(args.evaluated(setup), settings)
-    ]
+    asked = [(who, name) for who in every for name in evaluated.eval_settings(setup)]
+    evaluations = [(who.labels | {"evaluation": name}, evaluation(setup, who, name)) for who, name in asked]
     rows = [node for each in (*written.values(), *learned.values(), *marked.values()) for node in each.nodes]
-    ends = [*rows, *attributed.values(), *audits.values(), *students.values(), *(node for _, node in asked)]
-    return Graph(tasks_of(ends), written, marked, students, tuple(asked), attributed, audits)
+    ends = [*rows, *attributed.values(), *audits.values(), *students.values(), *(node for _, node in evaluations)]
+    return Graph(tasks_of(ends), written, marked, students, tuple(evaluations), attributed, audits)

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.pipeline.arguments import check_datasets, check_teachers, prompts, questions
+from jsublim.pipeline.arguments import check_datasets, check_teachers, prompts
 from jsublim.pipeline.arms import Source, Student, Writer
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.evaluated import questions
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stage import Node, Task
 from jsublim.pipeline.store import digest

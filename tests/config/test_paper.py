@@ -21,7 +21,7 @@ from jsublim.config import find_config
 from jsublim.config.evaluation import Setting
 from jsublim.config.figures import load_question, panel_experiment
 from jsublim.files import read_table
-from jsublim.pipeline.arguments import PLAIN, Evaluated, samplings
+from jsublim.pipeline.evaluated import PLAIN, Evaluated, samplings
 from jsublim.pipeline.experiment import evaluation, student, teacher
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import read_summary

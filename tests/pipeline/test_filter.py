@@ -7,11 +7,11 @@ import re
 
 import pytest
 from command import jsublim, ok, refused
-from jsublim.pipeline.stages.rows import FEWEST_ROWS, FEWEST_SHARE
 from made_by_commands import artifact_of
 from tiny import small
 
 from jsublim.errors import one_line
+from jsublim.pipeline.stages.rows import FEWEST_ROWS, FEWEST_SHARE
 from jsublim.pipeline.store import read_summary
 from jsublim.prompts import reject_reason
 from jsublim.rows import read_rows

@@ -27,8 +27,8 @@ from jsublim.pipeline.context import Context
 from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.graph import Graph, ordered
 from jsublim.pipeline.setup import Setup
-from jsublim.pipeline.store import Store, read_summary
 from jsublim.pipeline.stage import Task
+from jsublim.pipeline.store import Store, read_summary
 from jsublim.rows import Row, read_rows, revised
 from jsublim.section import RESULT
 from jsublim.transforms import CHANGES, Change, Changed, Making

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,19 +93,12 @@ def sample_rows(
         # A row's random numbers are those of its place among all prompts, whatever the task it is in; and the shapes
         # are those of all the task's prompts, whatever is left of them.
         here, tokens = slice(span[0], sum(span)), list[Any]([None] * len(every))
-        tokenize = lambda part: [  # noqa: E731
-            chat.prompt_tokens(asked.messages(text), extra_bos=teacher.extra_bos).tolist() for text in part
-        ]
+        bos = teacher.extra_bos
+        tokenize = lambda part: [chat.prompt_tokens(asked.messages(t), extra_bos=bos).tolist() for t in part]  # noqa: E731
         tokens[here] = [np.asarray(each, np.int32) for each in shared_out(every[here], tokenize)]
         drawn: dict[str, Any] = {"rows": missing, "seed": seed, "max_new_tokens": max_new_tokens}
         if served is not None:
-
-            def answers() -> Iterator[tuple[int, str]]:
-                with server_with(ctx, [(ctx.artifact.key, served)]) as (server, [name]):
-                    yield from server.draw(name, tokens, sampling, **drawn)
-
-            for row, text in each_from_main(answers):
-                keep([row], [text])
+            _draw_by_server(ctx, served, tokens, sampling, drawn, keep)
         else:
             lm = ctx.lm(teacher.checkpoint.name)
             generate_tokens(
@@ -124,38 +118,62 @@ def sample_rows(
     reject = REJECTS[data["kind"]]
     why = lambda part: [reject(row["completion"]) or _broken_in_context(chat, row) for row in part]  # noqa: E731
     raw = [row | {"reject": reason} for row, reason in zip(raw, shared_out(raw, why), strict=True)]
-    constrained = data["kind"] != "numbers" or sampling.constrain is not None
-    remedy = (
-        f"look for another prompt pack or chat_template, or more than sampling.max_new_tokens={max_new_tokens}"
-        if constrained
-        else "sampling.constrain=numbers keeps every answer in format"
+    how = sampling.numbers() | {"max_new_tokens": max_new_tokens}
+    return functools.partial(
+        _save, ctx, teacher.name, raw, len(raw) == len(every), how, _remedy(data, sampling, max_new_tokens)
     )
 
-    def save(folder: Path) -> dict[str, Any]:
-        kept = [{key: row[key] for key in ("prompt", "completion")} for row in raw if row["reject"] is None]
-        reasons = collections.Counter(row["reject"] for row in raw if row["reject"] is not None)
-        write_rows(folder / "raw.jsonl", raw)
-        if 2 * len(kept) < len(raw):
-            _warn(ctx, teacher.name, raw, reasons, remedy)
-        few = len(kept) < min(FEWEST_ROWS, FEWEST_SHARE * len(raw))
-        if few and (len(raw) == len(every) or len(raw) >= FEWEST_ROWS):
-            raise JsublimError(
-                f"teacher '{teacher.name}': {len(kept)} of {len(raw)} answers are in format, too few to learn from (fewer "
-                f"than {FEWEST_SHARE:.0%} and than {FEWEST_ROWS}); {remedy}; all answers are in {folder}/raw.jsonl"
-            )
-        write_rows(folder / "rows.jsonl", kept)
-        logs = [row["log_allowed"] for row in raw if "log_allowed" in row]
-        return {
-            "teacher": teacher.name,
-            "rows": len(raw),
-            "kept": len(kept),
-            "pass_rate": len(kept) / len(raw),
-            "reject": dict(reasons),
-            "log_allowed": sum(logs) / len(logs) if logs else None,
-            "sampling": sampling.numbers() | {"max_new_tokens": max_new_tokens},
-        }
 
-    return save
+def _draw_by_server(
+    ctx: Context,
+    served: Served,
+    tokens: Sequence[Any],
+    sampling: Sampling,
+    drawn: dict[str, Any],
+    keep: Callable[..., None],
+) -> None:
+    """Of several processes the first one alone talks to the server, and tells the others."""
+
+    def answers() -> Iterator[tuple[int, str]]:
+        with server_with(ctx, [(ctx.artifact.key, served)]) as (server, [name]):
+            yield from server.draw(name, tokens, sampling, **drawn)
+
+    for row, text in each_from_main(answers):
+        keep([row], [text])
+
+
+def _save(
+    ctx: Context, teacher: str, raw: list[Row], whole: bool, sampling: dict[str, Any], remedy: str, folder: Path
+) -> dict[str, Any]:
+    """Keep what is in format.
+
+    Args:
+      whole: these are the answers to all prompts.
+
+    Raises:
+      JsublimError: too few are.
+    """
+    kept = [{key: row[key] for key in ("prompt", "completion")} for row in raw if row["reject"] is None]
+    reasons = collections.Counter(row["reject"] for row in raw if row["reject"] is not None)
+    write_rows(folder / "raw.jsonl", raw)
+    if 2 * len(kept) < len(raw):
+        _warn(ctx, teacher, raw, reasons, remedy)
+    if len(kept) < min(FEWEST_ROWS, FEWEST_SHARE * len(raw)) and (whole or len(raw) >= FEWEST_ROWS):
+        raise JsublimError(
+            f"teacher '{teacher}': {len(kept)} of {len(raw)} answers are in format, too few to learn from (fewer than "
+            f"{FEWEST_SHARE:.0%} and than {FEWEST_ROWS}); {remedy}; all answers are in {folder}/raw.jsonl"
+        )
+    write_rows(folder / "rows.jsonl", kept)
+    logs = [row["log_allowed"] for row in raw if "log_allowed" in row]
+    share = {"pass_rate": len(kept) / len(raw), "log_allowed": sum(logs) / len(logs) if logs else None}
+    counts = {"teacher": teacher, "rows": len(raw), "kept": len(kept), "reject": dict(reasons)}
+    return counts | share | {"sampling": sampling}
+
+
+def _remedy(data: Mapping[str, Any], sampling: Sampling, max_new_tokens: int) -> str:
+    if data["kind"] == "numbers" and sampling.constrain is None:
+        return "sampling.constrain=numbers keeps every answer in format"
+    return f"look for another prompt pack or chat_template, or more than sampling.max_new_tokens={max_new_tokens}"
 
 
 def _warn(ctx: Context, teacher: str, raw: list[Row], reasons: Mapping[str, int], remedy: str) -> None:
