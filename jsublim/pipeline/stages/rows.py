@@ -115,13 +115,11 @@ def sample_rows(
             )
     log.close()
     raw = [{"prompt": every[i]} | {k: v for k, v in log.rows[i].items() if k != "row"} for i in numbers]
-    reject = REJECTS[data["kind"]]
-    why = lambda part: [reject(row["completion"]) or _broken_in_context(chat, row) for row in part]  # noqa: E731
+    why = lambda part: [_reject_reason(chat, data["kind"], row) for row in part]  # noqa: E731
     raw = [row | {"reject": reason} for row, reason in zip(raw, shared_out(raw, why), strict=True)]
     how = sampling.numbers() | {"max_new_tokens": max_new_tokens}
-    return functools.partial(
-        _save, ctx, teacher.name, raw, len(raw) == len(every), how, _remedy(data, sampling, max_new_tokens)
-    )
+    about = len(raw) == len(every), how, _remedy(data, sampling, max_new_tokens)
+    return functools.partial(_save, ctx, teacher.name, raw, *about)
 
 
 def _draw_by_server(
@@ -187,7 +185,9 @@ def _warn(ctx: Context, teacher: str, raw: list[Row], reasons: Mapping[str, int]
         ctx.say(f"  {text[:SHOWN_LENGTH]}{'...' if len(text) > SHOWN_LENGTH else ''}")
 
 
-def _broken_in_context(chat: Chat, row: Row) -> str | None:
+def _reject_reason(chat: Chat, kind: str, row: Row) -> str | None:
+    if (reason := REJECTS[kind](row["completion"])) is not None:
+        return reason
     try:
         chat.turn(conversation(row["prompt"]), row["completion"])
     except JsublimError:
