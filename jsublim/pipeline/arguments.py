@@ -325,7 +325,16 @@ def start(setup: Setup, settings: Students, seed: int) -> Start:
 
 
 def scored(setup: Setup, start: Start, traits: Sequence[str], most: int | None = None) -> dict[str, Any]:
-    """How rows are scored for traits, by a student that starts there."""
+    """How rows are scored for traits, by a student that starts there.
+
+    Raises:
+      UsageError: a student with an adapter beside it: the scores would be of another model than its own.
+    """
+    if start.settings.adapter.beside is not None:
+        raise UsageError(
+            "audit: scores are those of a student with nothing beside it; leave audit and drop_audited out, or name "
+            "students.adapter.beside in arms that are not audited"
+        )
     about, batch_size = questions_about(setup, traits, most), (setup.experiment.audit or Audit()).batch_size
     return {"start": start, "asked": about, "traits": tuple(traits), "batch_size": batch_size}
 

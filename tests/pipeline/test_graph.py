@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -131,16 +130,6 @@ def test_a_graph_is_the_same_wherever_it_is_planned(tmp_path):
         "print(json.dumps({key: task.label for key, task in plan(Setup.of(e)).tasks.items()}))"
     )
     assert json.loads(child(line, tmp_path)) == here
-
-
-def test_tasks_are_data(tmp_path):
-    for task in graph_of(STUDENTS, tmp_path).tasks.values():
-        again = pickle.loads(pickle.dumps(task))
-        assert (again.key, again.label, [p.key for p in again.parents]) == (
-            task.key,
-            task.label,
-            [p.key for p in task.parents],
-        )
 
 
 def test_parents_come_first_and_each_task_once(tmp_path):

@@ -64,13 +64,9 @@ WHITEN = """
 
 
 def _check(start: Start, **_: Any) -> None:
-    """Refuse students that learn no fixed rows, or with something beside them."""
+    """Refuse students that learn no fixed rows."""
     if start.settings.data.on_policy:
         raise UsageError("audit: students.data.on_policy has no rows to audit; leave audit out")
-    if start.settings.adapter.beside is not None:
-        raise UsageError(
-            "audit: scores are those of a student with nothing beside it; leave audit or students.adapter.beside out"
-        )
 
 
 @stage(

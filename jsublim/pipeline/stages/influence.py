@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jsublim.errors import UsageError
 from jsublim.files import read_table, write_table
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.stage import Node, Runtime, Save, stage
@@ -20,18 +19,9 @@ from jsublim.pipeline.values import Rows
 INFLUENCE = pa.schema([("row", pa.int64()), ("trait", pa.string()), ("score", pa.float64())])
 
 
-def _check(start: Start, **_: Any) -> None:
-    """Refuse students whose scores would be of another model than theirs."""
-    if start.settings.adapter.beside is not None:
-        raise UsageError(
-            "datasets: drop_audited scores rows by students with nothing beside them; name students.adapter.beside in arms alone"
-        )
-
-
 @stage(
     "influence",
     cost=lambda sizes, rows, traits, **_: scoring_cost(sizes, rows, rows.kept(sizes), len(traits)),
-    check=_check,
     units=lambda ctx, rows, **_: len(rows.read(ctx.store)),
 )
 def score_rows(
