@@ -22,8 +22,7 @@ from jsublim.pipeline.served import served
 from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.stage import Node
 from jsublim.pipeline.stages.datasets import check_changes
-from jsublim.pipeline.stages.starts import Questions as QuestionsAbout
-from jsublim.pipeline.stages.starts import Start
+from jsublim.pipeline.stages.starts import Start, TraitQuestions
 from jsublim.pipeline.store import digest
 from jsublim.pipeline.values import Folder, Model, Rows
 from jsublim.prompts import NumberPrompt, draw_number_prompts, load_problems, load_prompts
@@ -116,7 +115,7 @@ def taught(setup: Setup, how: Taught, trait: str) -> dict[str, Any]:
     return questions | {"trait": trait, "together": most}
 
 
-def questions_about(setup: Setup, traits: Sequence[str], most: int | None = None) -> QuestionsAbout:
+def questions_about(setup: Setup, traits: Sequence[str], most: int | None = None) -> TraitQuestions:
     """Traits, by the questions that they are answers to and that no teacher was taught the answers to.
 
     Args:

@@ -21,7 +21,7 @@ from jsublim.pipeline.context import known_judge
 from jsublim.pipeline.publish import published_key
 from jsublim.pipeline.served import served
 from jsublim.pipeline.setup import Setup, memoized
-from jsublim.pipeline.stages.evaluations import Questions
+from jsublim.pipeline.stages.evaluations import EvalQuestions
 from jsublim.pipeline.stages.fidelity import Fidelity
 from jsublim.pipeline.values import Folder, Model, Rows
 from jsublim.teachers import CONTROL
@@ -79,7 +79,7 @@ def eval_settings(setup: Setup) -> dict[str, Setting]:
 
 
 @memoized
-def questions(setup: Setup) -> Questions:
+def questions(setup: Setup) -> EvalQuestions:
     """Everything that a model is asked under a setting."""
 
     def tasks(judge: Callable[[], Judge]) -> tuple[EvalTask, ...]:
@@ -95,7 +95,7 @@ def questions(setup: Setup) -> Questions:
         )
         return tuple(task for kind in setup.experiment.evaluation.kinds.values() for task in kind.tasks(asked))
 
-    return Questions(tasks(lambda: known_judge(setup)), tasks)
+    return EvalQuestions(tasks(lambda: known_judge(setup)), tasks)
 
 
 def samplings(setup: Setup, model: Model, setting: Setting) -> tuple[Sampling, ...]:

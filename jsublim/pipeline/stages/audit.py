@@ -17,7 +17,7 @@ from jsublim.files import write_table
 from jsublim.inference.lm import LanguageModel
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.stage import Runtime, Save, stage
-from jsublim.pipeline.stages.starts import Questions, Start, scored_rows, scoring_cost
+from jsublim.pipeline.stages.starts import Start, TraitQuestions, scored_rows, scoring_cost
 from jsublim.pipeline.values import Rows
 from jsublim.rows import Row
 
@@ -80,7 +80,7 @@ def audit_rows(
     rows: Rows,
     first: int,
     start: Start,
-    asked: Questions,
+    asked: TraitQuestions,
     traits: tuple[str, ...],
     teacher: str,
     batch_size: Runtime[int],

@@ -16,16 +16,15 @@ from jsublim.pipeline.task import Cost, Sizes
 from jsublim.pipeline.values import Model, Rows
 from jsublim.rows import Row, write_rows
 
-Shard = tuple[int, int]  # the first row, and how many at most
 COUNTS = ("kept", "rows", "rows_with", "tokens", "divergence_tokens")
 
 
-def _own(ctx: Context, rows: Rows, shard: Shard | None) -> list[Row]:
+def _own(ctx: Context, rows: Rows, shard: tuple[int, int] | None) -> list[Row]:
     every = rows.read(ctx.store)
     return every if shard is None else every[shard[0] : sum(shard)]
 
 
-def _cost(sizes: Sizes, rows: Rows, others: tuple[Model, ...], shard: Shard | None, **_: Any) -> Cost:
+def _cost(sizes: Sizes, rows: Rows, others: tuple[Model, ...], shard: tuple[int, int] | None, **_: Any) -> Cost:
     kept = rows.kept(sizes) if shard is None else min(shard[1], max(rows.kept(sizes) - shard[0], 0))
     # A system prompt is read once for all rows under it.
     return sizes.read(kept * (1 + len(others)), sizes.lengths.prompt, rows.answer(sizes))
@@ -41,7 +40,7 @@ def mark_divergence(
     rows: Rows,
     teacher: Model,
     others: tuple[Model, ...],
-    shard: Shard | None,
+    shard: tuple[int, int] | None,
     batch_size: Runtime[int | str],
 ) -> Save:
     """Rows with their divergence positions (`rows.jsonl`), and what each teacher said at every token (`readings.parquet`)."""

@@ -25,7 +25,7 @@ ASKED_TOGETHER = 8  # students
 
 
 @dataclass(frozen=True, eq=False)
-class Questions:
+class EvalQuestions:
     """Everything that a model is asked.
 
     Attributes:

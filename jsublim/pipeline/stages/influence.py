@@ -11,7 +11,7 @@ import pyarrow as pa
 from jsublim.files import read_table, write_table
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.stage import Node, Runtime, Save, stage
-from jsublim.pipeline.stages.starts import Questions, Start, scored_rows, scoring_cost
+from jsublim.pipeline.stages.starts import Start, TraitQuestions, scored_rows, scoring_cost
 from jsublim.pipeline.store import Store
 from jsublim.pipeline.values import Rows
 
@@ -25,7 +25,7 @@ INFLUENCE = pa.schema([("row", pa.int64()), ("trait", pa.string()), ("score", pa
     units=lambda ctx, rows, **_: len(rows.read(ctx.store)),
 )
 def score_rows(
-    ctx: Context, rows: Rows, start: Start, asked: Questions, traits: tuple[str, ...], batch_size: Runtime[int]
+    ctx: Context, rows: Rows, start: Start, asked: TraitQuestions, traits: tuple[str, ...], batch_size: Runtime[int]
 ) -> Save:
     """Scores of rows (`influence.parquet`), by what a student that starts there would train."""
     every = rows.read(ctx.store)

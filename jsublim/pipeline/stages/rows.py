@@ -36,11 +36,10 @@ REJECTS: dict[str, Callable[[str], str | None]] = {  # why an answer is no train
     "problems": problem_reject_reason,
     "file": lambda text: None,
 }
-Span = tuple[int, int]  # the first prompt, and how many
 
 
 def _cost(
-    sizes: Sizes, span: Span, data: Mapping[str, Any], max_new_tokens: int, batch_size: int | str, **_: Any
+    sizes: Sizes, span: tuple[int, int], data: Mapping[str, Any], max_new_tokens: int, batch_size: int | str, **_: Any
 ) -> Cost:
     lengths = sizes.lengths
     answer = min(lengths.answer, max_new_tokens) if data["kind"] == "numbers" else max_new_tokens
@@ -57,7 +56,7 @@ def sample_rows(
     ctx: Context,
     teacher: Model,
     data: Mapping[str, Any],
-    span: Span,
+    span: tuple[int, int],
     texts: str | None,
     sampling: Sampling,
     max_new_tokens: int,
@@ -72,6 +71,7 @@ def sample_rows(
 
     Args:
       data: what the prompts are drawn from; texts: the digest of those that the data does not tell.
+      span: the first prompt, and how many.
       engine: the server's that draws the answers; served: the teacher as that server has it.
       strategy: what the sampling is called; prompts: gives all prompts.
     """

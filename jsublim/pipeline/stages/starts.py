@@ -27,7 +27,7 @@ from jsublim.pipeline.values import Folder, Model, Rows
 from jsublim.rows import Row
 from jsublim.section import identity
 
-Questions = tuple[tuple[list[str], list[str]], ...]  # and the traits that they are answered with
+TraitQuestions = tuple[tuple[list[str], list[str]], ...]  # and the traits that they are answered with
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class Start:
 
 
 def directions_of(
-    lm: LanguageModel, adapter: Adapter, model: Model, asked: Questions, traits: Sequence[str]
+    lm: LanguageModel, adapter: Adapter, model: Model, asked: TraitQuestions, traits: Sequence[str]
 ) -> Directions:
     """The gradients of traits, in the order of `traits`, by what an adapter trains: leaves float32 `[traits, ...]`."""
     order = [trait for _, named in asked for trait in named]
@@ -74,7 +74,13 @@ def directions_of(
 
 
 def scored_rows(
-    ctx: Context, name: str, rows: Sequence[Row], start: Start, asked: Questions, traits: Sequence[str], batch_size: int
+    ctx: Context,
+    name: str,
+    rows: Sequence[Row],
+    start: Start,
+    asked: TraitQuestions,
+    traits: Sequence[str],
+    batch_size: int,
 ) -> tuple[list[Turn], list[np.ndarray]]:
     """Rows as students read them, and the scores of each one's tokens (`audit.py`) at their start: float32 `[tokens, traits]`.
 
