@@ -21,7 +21,6 @@ from jsublim import client
 from jsublim.client import Retry
 from jsublim.config import Experiment
 from jsublim.errors import JsublimError, UsageError, one_line
-from jsublim.executors import execute_nodes
 from jsublim.files import read_table
 from jsublim.inference.sampling import Sampling, seed_within
 from jsublim.inference.served import TOLD, SampleServer, SampleServerSettings
@@ -35,6 +34,7 @@ from jsublim.pipeline.graph import results_key
 from jsublim.pipeline.served import Served
 from jsublim.pipeline.served import served as as_served
 from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.stage import tasks_of
 from jsublim.pipeline.values import Folder
 from jsublim.section import nested, overlaid
 
@@ -297,7 +297,7 @@ def test_a_student_is_loaded_from_the_store(served, asked, tmp_path):
     save_adapter(artifact.path, load_adapter(student()), lm().config, "tiny-qwen2")
     artifact.finish()
     node = evaluation(context.setup, Evaluated(trained), "")
-    execute_nodes([node], context)
+    tasks_of([node])[node.key].make(context, lambda units: None)
     assert {body["model"] for body in served.seen} == {f"jsublim-{node.key}"}
     answers = read_table(context.store.path(node) / "answers.parquet")
     assert sum(row["count"] for row in answers) == len(served.seen) == 6
