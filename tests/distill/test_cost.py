@@ -195,30 +195,20 @@ def test_frozen_weights_have_no_optimizer_state(kind):
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["", "cached"])
-def test_one_program_serves_every_layer_mask_seed_rate_and_alpha(cached, tmp_path, compiles, traced_once):
+def test_one_program_serves_every_mask_seed_rate_and_alpha_of_a_layer(cached, tmp_path, compiles, traced_once):
     """... and what it trains is each time something else."""
     settings = Settings(batch_size=2, accumulate=2, program=Program(warmup=0), cache_below=cached)
 
-    def sweep(name: str, seed: int) -> list[jax.Array]:
-        trained = []
-        for layer in range(CONFIG.num_layers):
-            for i, alpha in enumerate((2.0, 8.0)):
-                options = {"layers": (layer,), "alpha": alpha, "projections": ("q", "down")}
-                rows = examples_of(seed + i, 5 + i)
-                arm = Arm("a", rows, lora(CONFIG, seed, **options), seed + i, 1e-2 * (1 + i), 1 + i)
-                (student,) = train(CONFIG, params_of(CONFIG), [arm], settings, tmp_path / f"{name}-{layer}-{i}")
-                assert student.layers == (layer,)
-                trained.append(student.lora["q"]["a"])
-        return trained
+    def trained(name: str, seed: int, rows: int, alpha: float, rate: float, steps: int) -> jax.Array:
+        start = lora(CONFIG, seed, layers=(1,), alpha=alpha, projections=("q", "down"))
+        arm = Arm("a", examples_of(seed, rows), start, seed, rate, steps)
+        (student,) = train(CONFIG, params_of(CONFIG), [arm], settings, tmp_path / name)
+        assert student.layers == (1,)
+        return student.lora["q"]["a"]
 
     before = compiles()
-    (first,) = train(
-        CONFIG, params_of(CONFIG),
-        [Arm("a", examples_of(0, 5), lora(CONFIG, 0, layers=(1,), projections=("q", "down")), 0, 1e-2, 1)],
-        settings, tmp_path / "first",
-    )  # fmt: skip
+    trained("first", 5, 5, 2.0, 1e-2, 1)
     warm = compiles()
-    students = sweep("one", 0)
+    students = [trained(f"{i}", i, 5 + i % 2, 2.0 + i, 1e-2 * (1 + i), 1 + i % 2) for i in range(4)]
     assert warm > before and compiles() == warm
     assert all(largest_difference(a, b) > 1e-6 for i, a in enumerate(students) for b in students[:i])
-    assert first.layers == (1,)
