@@ -257,14 +257,14 @@ def layers_on_rows(
     dtype: jnp.dtype,
     prefix: KV | None = None,
     branches: Branches | None = None,
-    fused: str | None = None,
+    attention: str | None = None,
 ) -> Callable[[Array, Part], Layer]:
     """`layer_at(index, part)`: layer `index` (int32 scalar, data) on whole rows with the tokens `valid_BT`.
 
     Args:
       dtype: of the residual stream.
       prefix: keys and values `[L, 1, K, P, h]` of tokens that stand before every row.
-      branches, fused: as of `hidden_states`.
+      branches, attention: as of `hidden_states`.
     """
     B = valid_BT.shape[0]
     before = prefix[0].shape[3] if prefix is not None else 0
@@ -288,7 +288,7 @@ def layers_on_rows(
             if prefix is not None:
                 earlier = [jnp.broadcast_to(stack[index], (B, *stack.shape[2:])) for stack in prefix]
                 k, v = (jnp.concatenate(both, axis=2) for both in zip(earlier, (k, v), strict=True))
-            return Seen(k, v, masks[kind], fused)
+            return Seen(k, v, masks[kind], attention)
 
         return Layer.of(config, frozen, part, (cos[kind], sin[kind]), remember)
 
@@ -308,7 +308,7 @@ def hidden_states(
     unroll: bool = False,
     below_BTD: Array | None = None,
     branches: Branches | None = None,
-    fused: str | None = None,
+    attention: str | None = None,
 ) -> tuple[Array, KV | None]:
     """Forward pass over whole rows, padded on either side.
 
@@ -323,7 +323,7 @@ def hidden_states(
       unroll: layers one after another in the program, not as a loop; those of a `OneLayer` stay loops.
       below_BTD: the residual stream below the layer of a `OneLayer`, where it is known already.
       branches: of rows in which several texts follow one beginning; not with a prefix.
-      fused: what computes attention, see `Seen`.
+      attention: what computes it, see `Seen`.
 
     Returns:
       Hidden states `[B, T, D]` after the final norm, and the cache or None.
@@ -333,7 +333,7 @@ def hidden_states(
     """
     _check_rows(config, tokens_BT, valid_BT, below_BTD)
     h = _whole(embed(config, params, tokens_BT) if below_BTD is None else below_BTD)
-    layer_at = layers_on_rows(config, params, valid_BT, h.dtype, prefix, branches, fused)
+    layer_at = layers_on_rows(config, params, valid_BT, h.dtype, prefix, branches, attention)
     keep = None if remat else KEEP_PRODUCTS
     if isinstance(adapter, OneLayer):
         if prefix is not None or with_cache:

@@ -164,12 +164,12 @@ def rotate(x_BTHh: Array, cos_BTf: Array, sin_BTf: Array) -> Array:
 
 class Seen(NamedTuple):
     """What the queries of one attention look at: keys and values `[B, K, S, h]`, and which of them, bool `[B, T, S]`.
-    `fused`: the implementation of `jax.nn.dot_product_attention` that computes it; None: `attend`'s own products."""
+    `attention`: the implementation of `jax.nn.dot_product_attention` that computes it; None: `attend`'s own products."""
 
     keys: Array
     values: Array
     mask: Array
-    fused: str | None = None
+    attention: str | None = None
 
 
 # From the keys and values `[B, K, T, h]` of the tokens at hand to all that their queries see.
@@ -184,9 +184,9 @@ def attend(q_BTHh: Array, seen: Seen, scale: float, softcap: float | None = None
     """
     B, T, H, h = q_BTHh.shape
     _, K, S, _ = seen.keys.shape
-    if seen.fused is not None:
+    if seen.attention is not None:
         k, v = seen.keys.swapaxes(1, 2), seen.values.swapaxes(1, 2)
-        return _fused(seen.fused, scale)(q_BTHh, k, v, seen.mask).reshape(B, T, H * h)
+        return _by_kernel(seen.attention, scale)(q_BTHh, k, v, seen.mask).reshape(B, T, H * h)
     q = q_BTHh.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, h)
     scores: Any = product("BKNh,BKSh->BKNS", q, seen.keys)
     scores = scores * scale
@@ -199,7 +199,7 @@ def attend(q_BTHh: Array, seen: Seen, scale: float, softcap: float | None = None
     return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, H * h)
 
 
-def check_fused(config: ModelConfig, dtype: jnp.dtype) -> None:
+def check_attention(config: ModelConfig, dtype: jnp.dtype) -> None:
     """Whether cuDNN's kernel computes this model's attention.
 
     Raises:
@@ -217,7 +217,7 @@ def check_fused(config: ModelConfig, dtype: jnp.dtype) -> None:
 
 
 @functools.cache
-def _fused(implementation: str, scale: float) -> Callable[[Array, Array, Array, Array], Array]:
+def _by_kernel(implementation: str, scale: float) -> Callable[[Array, Array, Array, Array], Array]:
     """`attend` by a fused kernel, forward and back: queries `[B, T, H, h]`, keys and values `[B, S, K, h]`, mask `[B, T, S]`, to
     `[B, T, H, h]`. Under `vmap` all rows are one batch: JAX's own rule for cuDNN wants a mask for each head."""
 
