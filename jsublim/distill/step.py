@@ -42,6 +42,7 @@ class Program:
     per: str = "tokens"  # what the loss is a mean over, see `losses.normalise`
     remat: bool = False  # as of `decoder.hidden_states`
     unroll: bool = False
+    attention: str | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -108,7 +109,7 @@ def micro_loss(
         tokens, valid, where = (batch[f"{whose}{name}"] for name in ("tokens", "valid", "where"))
         if f"{whose}branch" in batch:
             options["branches"] = decoder.Branches(batch[f"{whose}positions"], batch[f"{whose}branch"])
-        h, _ = decoder.hidden_states(config, params, tokens, valid, **options)
+        h, _ = decoder.hidden_states(config, params, tokens, valid, attention=program.attention, **options)
         return jnp.take_along_axis(h, where[..., None], axis=1).reshape(-1, h.shape[-1])
 
     student_params, student = bind(params, adapter)

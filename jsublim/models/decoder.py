@@ -60,12 +60,7 @@ class Decoder(nnx.Module):
 
 def init_params(config: ModelConfig, seed: int, dtype: str = "float32") -> Params:
     """Random parameters, as the start of a pretraining run."""
-
-    @jax.jit
-    def make() -> Params:
-        return _flat(nnx.state(Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed))))
-
-    return make()
+    return jax.jit(lambda: _flat(nnx.state(Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed)))))()
 
 
 def abstract_params(config: ModelConfig, dtype: str = "float32") -> Params:
@@ -164,8 +159,7 @@ def _masks(
     if branches is not None:
         of_query, of_key = branches.branch[:, :, None], branches.branch[:, None, :]
         seen &= (of_key == 0) | (of_key == of_query)
-    local = seen & (distance < config.local.window) if config.local.window else seen
-    return jnp.stack([seen, local])
+    return jnp.stack([seen, seen & (distance < config.local.window) if config.local.window else seen])
 
 
 def runs(config: ModelConfig, adapter: Adapter | None, first: int = 0) -> Iterator[tuple[np.ndarray, Part]]:
@@ -232,6 +226,7 @@ def layers_on_rows(
     dtype: jnp.dtype,
     prefix: KV | None = None,
     branches: Branches | None = None,
+    attention: str | None = None,
 ) -> Callable[[Array, Part], Layer]:
     """`layer_at(index, part)`: layer `index` (int32 scalar, data) on whole rows with the tokens `valid_BT`. `dtype` is the residual stream's;
     the others are as of `hidden_states`."""
@@ -257,7 +252,7 @@ def layers_on_rows(
             if prefix is not None:
                 earlier = [jnp.broadcast_to(stack[index], (B, *stack.shape[2:])) for stack in prefix]
                 k, v = (jnp.concatenate(both, axis=2) for both in zip(earlier, (k, v), strict=True))
-            return Seen(k, v, masks[kind])
+            return Seen(k, v, masks[kind], attention)
 
         return Layer.of(config, frozen, part, (cos[kind], sin[kind]), remember)
 
@@ -277,6 +272,7 @@ def hidden_states(
     unroll: bool = False,
     below_BTD: Array | None = None,
     branches: Branches | None = None,
+    attention: str | None = None,
 ) -> tuple[Array, KV | None]:
     """Forward pass over whole rows, padded on either side: int32 `[B, T]`, and bool `[B, T]`, False on padding.
 
@@ -288,6 +284,7 @@ def hidden_states(
       unroll: layers one after another in the program, not as a loop.
       below_BTD: the residual stream below the adapter's lowest layer, where it is known (`hidden_below`); then without a cache.
       branches: of rows in which several texts follow one beginning; not with a prefix.
+      attention: what computes it, see `Seen`.
 
     Returns:
       Hidden states `[B, T, D]` after the final norm, and the cache or None.
@@ -295,7 +292,7 @@ def hidden_states(
     _check_rows(config, tokens_BT, valid_BT, below_BTD)
     first = adapter.layers[0] if adapter is not None and below_BTD is not None else 0
     h = _on_every_chip(embed(config, params, tokens_BT) if below_BTD is None else below_BTD)
-    layer_at = layers_on_rows(config, params, valid_BT, h.dtype, prefix, branches)
+    layer_at = layers_on_rows(config, params, valid_BT, h.dtype, prefix, branches, attention)
     before = prefix[0].shape[3] if prefix is not None else 0
 
     def layer(h: Array, xs: tuple[Array, Part]) -> tuple[Array, KV | None]:
