@@ -18,7 +18,7 @@ import jax
 
 from jsublim.chips import Chip, chip_of
 from jsublim.errors import UsageError
-from jsublim.executors.frontier import Frontier, Node, checkpoint_of
+from jsublim.executors.frontier import Frontier, Node
 from jsublim.pipeline.estimate import sizes_of, weights
 from jsublim.pipeline.evaluations import Evaluate
 from jsublim.pipeline.students import TrainStudents, abstract_start, compiled
@@ -197,7 +197,7 @@ class _Play:
                 self.idle.remove(worker)
                 self._replace(worker, worker.taken_away)
                 continue
-            node = self.frontier.take(lambda node, known=worker.checkpoint: _checkpoint(node) == known)
+            node = self.frontier.take(lambda node, known=worker.checkpoint: node.checkpoint == known)
             if node is None:
                 return
             self.idle.remove(worker)
@@ -215,8 +215,8 @@ class _Play:
         if self.given is not None:
             return {node.task.kind: self.given[node.key]}
         a, doing = self.assumed, dict[str, float]()
-        if worker.checkpoint != _checkpoint(node):
-            worker.checkpoint, worker.programs = _checkpoint(node), set()
+        if worker.checkpoint != node.checkpoint:
+            worker.checkpoint, worker.programs = node.checkpoint, set()
             doing["loading"] = weights(node.context.setup) / a.read
         program = program_of(node)
         if program not in worker.programs:
@@ -264,7 +264,7 @@ def program_of(node: Node) -> Hashable:
         own = compiled(setup, task.members[0])
     elif isinstance(task, Evaluate):
         own = task.setting
-    return _checkpoint(node), task.kind, own
+    return node.checkpoint, task.kind, own
 
 
 def traffic(node: Node, assumed: Assumptions) -> float:
@@ -274,7 +274,3 @@ def traffic(node: Node, assumed: Assumptions) -> float:
         trained = abstract_start(setup, task.members[0]).trainable
         return 12.0 * len(task.members) * sum(leaf.size for leaf in jax.tree.leaves(trained))
     return assumed.token_bytes * sum(part.tokens for part in task.cost(setup, sizes_of(setup)).parts)
-
-
-def _checkpoint(node: Node) -> Hashable:
-    return checkpoint_of(node.context.setup.experiment)

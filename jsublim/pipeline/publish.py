@@ -14,7 +14,7 @@ from jsublim.errors import JsublimError, UsageError
 from jsublim.files import remove_abandoned, write_json, write_text
 from jsublim.inference.lm import resolve_checkpoint
 from jsublim.models.checkpoint import checkpoint_hash
-from jsublim.pipeline.artifact import check_whole, fingerprint, is_free, mark_of, mark_text
+from jsublim.pipeline.artifact import check_whole, differences, fingerprint, is_free, mark_of, mark_text
 from jsublim.pipeline.rows import RowSet
 from jsublim.pipeline.store import DONE, RECORD, Output, Store, digest
 from jsublim.reading import read_json
@@ -59,22 +59,8 @@ def check_free(path: Path, key: str, inputs: Mapping[str, Any]) -> None:
         return  # free, whole, or begun by a call that was stopped
     if not there:
         raise UsageError(f"{path}: already exists and is not a result of ours; give another --out or move it away")
-    old, new = (_flat(values) for values in ((record or {}).get("inputs", {}), dict(inputs)))
-    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    what = ", ".join(f"{name} was {_short(old.get(name))}, is {_short(new.get(name))}" for name in changed[:3])
+    what = differences((record or {}).get("inputs", {}), inputs)
     raise UsageError(f"{path}: already exists, a result of other settings ({what}); give another --out or move it away")
-
-
-def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
-    return found
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def publish_rows(path: Path, rows: Sequence[Row], source: RowSet) -> None:

@@ -64,7 +64,7 @@ class Run:
             context.judge.check()
         if experiment.sampling.server is not None and not self.whole:
             sample_server(context).check()
-        with context.store.claim([run_folder(experiment)], self._wait):
+        with context.store.locked([run_folder(experiment)], self._wait):
             claim_folder(experiment, self.key, self.console)
 
     @property
@@ -82,7 +82,7 @@ class Run:
         experiment = self.context.setup.experiment
 
         def write() -> str:
-            with self.context.store.claim([run_folder(experiment)], self._wait):
+            with self.context.store.locked([run_folder(experiment)], self._wait):
                 path = gather(self.graph, self.context, self.key, self.started)
             print_summary(experiment.run_dir, self.console)
             return str(path)

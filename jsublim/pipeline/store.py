@@ -1,19 +1,25 @@
-"""A store: artifacts under the hash of what went into them, in a folder or behind a URL."""
+"""A store: artifacts under the hash of what went into them, in a folder or behind a URL.
+
+They are made deterministically, so nothing is lost where two machines make the same one: the first that is whole counts. On
+one machine (or in a folder that several share) a lock of the operating system keeps two runs from doing the same work.
+"""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jsublim.bucket import Bucket
+from filelock import FileLock, Timeout
+
+from jsublim.bucket import Bucket, at_once
 from jsublim.config import Config
 from jsublim.errors import JsublimError
-from jsublim.files import damaged_name, write_json
 from jsublim.pipeline.artifact import (
     DONE,
     PARTS,
@@ -26,11 +32,11 @@ from jsublim.pipeline.artifact import (
     forget_progress,
     in_words,
     read_summary,
+    set_aside,
     versions,
 )
-from jsublim.pipeline.claims import BucketClaims, Claims, FolderClaims
-from jsublim.pipeline.mirror import Mirror
-from jsublim.processes import check_shared, group, is_main_process, on_main_process, process_count
+from jsublim.pipeline.remote import Remote
+from jsublim.processes import check_shared, is_main_process, leave_if_asked, on_main_process, process_count
 from jsublim.programs import keep_programs, programs_folder
 
 __all__ = [  # what the rest of the package needs of stores, artifacts included
@@ -47,8 +53,8 @@ __all__ = [  # what the rest of the package needs of stores, artifacts included
     "versions",
 ]
 LABEL_BYTES = 120  # of the name of an artifact's folder
-PROGRAMS = "programs"  # the folder of compiled ones
-SEEN = ".seen-by-all"  # a mark by which processes find out that they share a store
+PROGRAMS, TRAINING, LOCKS = "programs", "training", "locks"  # folders beside those of artifacts
+LOOK = 0.2  # seconds between two tries to get what another process has
 
 
 @dataclass(frozen=True)
@@ -80,170 +86,170 @@ class Output:
 class Store:
     """Artifacts, one folder each, named by kind, label and key. Any number of runs share one.
 
-    Tasks read and write in the folder `root`. With a `mirror` that is a folder of this machine, and what counts lies behind a
+    Tasks read and write in the folder `root`. With a `remote` that is a folder of this machine, and what counts lies behind a
     URL: artifacts are sent there once they are whole, and fetched when their path is first asked for.
     """
 
     root: Path
-    mirror: Mirror | None = field(default=None, compare=False)
+    remote: Remote | None = field(default=None, compare=False)
     say: Callable[[str], None] = field(default=lambda text: None, compare=False)
     _opened: dict[str, Artifact] = field(default_factory=dict, compare=False, repr=False)
     _found: dict[str, tuple[int, dict[str, Path]]] = field(default_factory=dict, compare=False, repr=False)
     _read: set[tuple[Path, str | None, int]] = field(default_factory=set, compare=False, repr=False)  # and compared
-    _trainings: set[str] = field(default_factory=set, compare=False, repr=False)  # begun under the claim that is held
+    _trainings: set[str] = field(default_factory=set, compare=False, repr=False)  # begun under the lock that is held
 
     @staticmethod
     def of(config: Config, say: Callable[[str], None] = lambda text: None) -> Store:
         """The store that a config names; nothing is made, and nobody asked, before it is used.
 
         Args:
-          say: told what a user should know: of a claim that is taken over, of something damaged.
+          say: told what a user should know, such as what is damaged.
 
         Raises:
           UsageError: a URL whose library is not installed.
         """
         url = config.store_url
-        return Store(config.store_dir, None if url is None else Mirror(Bucket.at(url), config.store_dir, say), say)
+        return Store(config.store_dir, None if url is None else Remote(Bucket.at(url), config.store_dir, say), say)
+
+    @cached_property
+    def bucket(self) -> Bucket:
+        """What all share who share the store."""
+        return Bucket.at(str(self.root)) if self.remote is None else self.remote.bucket
 
     def check_shared(self) -> None:
-        """Refuse a store that processes that work together do not share. Behind a URL it is the bucket that they share: each may
-        have a disk of its own.
+        """Refuse a store that processes that work together do not share. Behind a URL each may have a disk of its own.
 
         Raises:
           UsageError: as `processes.check_shared`.
         """
-        name = f"{SEEN}-{group()}"
-        if self.mirror is not None:
-            bucket = self.mirror.bucket
-            read = lambda: (bucket.read(name) or b"").decode()  # noqa: E731
-            check_shared(bucket.url, lambda word: bucket.write(name, word.encode()), read, lambda: bucket.remove(name))
-            return
-        mark = self.root / name
-
-        def write(word: str) -> None:
-            self.root.mkdir(parents=True, exist_ok=True)
-            mark.write_text(word, encoding="utf-8")
-
-        read = lambda: mark.read_text(encoding="utf-8") if mark.exists() else None  # noqa: E731
-        check_shared(str(self.root), write, read, lambda: mark.unlink(missing_ok=True))
+        check_shared(self.bucket)
 
     def place(self, output: Output) -> str:
         """Where it is for all who share the store, in words."""
-        return str(self.root / output.folder) if self.mirror is None else self.mirror.bucket.place(output.folder)
-
-    def is_here(self, output: Output) -> bool:
-        """Whether this machine has it whole; of a store behind a URL, a copy."""
-        return (self._here(output) / DONE).exists()
+        return self.bucket.place(output.folder)
 
     def done(self, output: Output) -> bool:
         """Whether the artifact is there, and whole."""
-        return self.is_here(output) if self.mirror is None else self.mirror.find(output.folder, output.key) is not None
+        if self.remote is not None:
+            return self.remote.find(output.folder, output.key) is not None
+        return (self._here(output) / DONE).exists()
 
     def missing(self, outputs: Sequence[Output]) -> list[int]:
         """Which of them are not there, by their places."""
         return [i for i, output in enumerate(outputs) if not self.done(output)]
 
-    def mend(self, output: Output) -> str | None:
-        """Look whether the files of a whole artifact are what was written. A damaged one is set aside, and the artifact is
-        unfinished again. Returns what was found, in one line; None where all is well."""
-        here, there = self._mend_here(output), None
-        if self.mirror is not None:
-            there = self.mirror.mend(output.folder, output.key, self._here(output))
-        found = "; ".join(line for line in (here, there) if line is not None)
-        again = "fetched" if self.mirror is not None and self.done(output) else "made"
-        return f"{found}; it is {again} again" if found else None
+    def mend(self, outputs: Sequence[Output]) -> None:
+        """Look, before work, whether the files of whole artifacts are what was written, as far as sizes and times tell. A damaged
+        one is set aside, which is said, and the artifact is unfinished again.
 
-    def _mend_here(self, output: Output) -> str | None:
-        folder = self._here(output)
-        try:
-            found = damage_in(folder, read=False)
-        except FileNotFoundError:
-            return None
-        if not found:
-            forget_progress(folder)  # of a process that ended right after the mark was written
-            return None
-        return _set_aside(folder, found)
-
-    def _damage(self, folder: Path, only: str | None = None) -> str | None:
-        """Compare the files of a whole artifact with their digests, when this process first reads them. Damaged ones are set
-        aside, and the artifact is unfinished again. Returns what was found, in one line.
-
-        Args:
-          only: one of them, without the others.
+        Raises:
+          UsageError: one is of another version of jsublim.
         """
-        made = (folder / DONE).stat().st_mtime_ns
-        if not self._read.isdisjoint({(folder, None, made), (folder, only, made)}):
+
+        def look() -> None:
+            for damage in at_once(self._mend, outputs) if self.remote is not None else map(self._mend, outputs):
+                if damage is not None:
+                    self.say(f"{damage}; it is made again")
+
+        on_main_process(look)
+
+    def _mend(self, output: Output) -> str | None:
+        """What is wrong with a whole artifact, in one line. A copy is compared when it is read."""
+        if self.remote is not None:
+            damage = self.remote.mend(output.folder, output.key)
+            if damage is not None or self.done(output):
+                return damage
+        folder = self._here(output)
+        if not (folder / DONE).exists():
             return None
-        found = damage_in(folder, only)
-        if found:
-            return _set_aside(folder, found) if is_main_process() else in_words(folder, found)
-        self._read.add((folder, only, made))
+        if damaged := damage_in(folder, read=False):
+            return set_aside(folder, damaged)
+        forget_progress(folder)  # of a process that ended right after the mark was written
         return None
 
+    # Locks
+
     @contextmanager
-    def claim(self, outputs: Sequence[Output], waiting: Callable[[], None]) -> Iterator[None]:
-        """Keep other processes of this store from making the same artifacts as long as the block lasts; of several
-        processes that work together, the first one does so for all.
+    def locked(self, outputs: Sequence[Output], waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Keep other processes from making the same artifacts as long as the block lasts; of several processes that work
+        together, the first one does so for all.
 
         Args:
-          waiting: called if another process is at one of them (`holder` says which), before this one waits until that has
-            finished or died.
+          waiting: called if another process has one of them, before this one waits.
+
+        Raises:
+          Preempted: as `leave_if_asked`, while it waits.
         """
-        with self._claims.hold([output.key for output in outputs], waiting):
-            if self.mirror is None:
+        left, told = (
+            sorted({output.key for output in outputs}),
+            False,
+        )  # in one order, so that no two wait for each other
+        with ExitStack() as held:
+
+            def take() -> bool:
+                nonlocal told
+                try:
+                    while left:
+                        held.enter_context(self._lock(left[0]))
+                        left.pop(0)
+                except Timeout:
+                    if not told:
+                        told = True
+                        waiting()
+                return not left
+
+            while not on_main_process(take):
+                leave_if_asked()
+                time.sleep(LOOK)
+            with ExitStack() if self.remote is None else self._sending(self.remote, outputs):
                 yield
-            else:
-                with self._shared(self.mirror, outputs):
-                    yield
+
+    def _lock(self, key: str) -> Any:
+        """A lock that is taken, and given back at the end of a block or of the process.
+
+        Raises:
+          Timeout: another process has it.
+        """
+        (self.root / LOCKS).mkdir(parents=True, exist_ok=True)
+        return FileLock(self.root / LOCKS / f"{key}.lock", thread_local=False).acquire(timeout=0)
+
+    def busy(self, outputs: Sequence[Output]) -> bool:
+        """Whether somebody is making one of these artifacts on this machine, or in this folder."""
+        try:
+            for output in outputs:
+                if (self.root / LOCKS / f"{output.key}.lock").exists():
+                    with self._lock(output.key):
+                        pass
+        except Timeout:
+            return True
+        return False
 
     @contextmanager
-    def _shared(self, mirror: Mirror, outputs: Sequence[Output]) -> Iterator[None]:
-        """Send what a killed process left whole, what is unfinished as it grows, and what there is of it in the end."""
-        mirror.forget()
-        folders = {output.key: self._here(output) for output in outputs}
+    def _sending(self, remote: Remote, outputs: Sequence[Output]) -> Iterator[None]:
+        """Send what a killed process left whole, states of trainings as they are saved, and in the end what was compiled."""
 
         def send_whole() -> None:
             for output in outputs:
-                if (folders[output.key] / DONE).exists() and not self.done(output):
-                    mirror.publish(folders[output.key], output.key)
-
-        def keep(now: bool = False) -> None:
-            unfinished = {key: folder for key, folder in folders.items() if not (folder / DONE).exists()}
-            try:
-                mirror.keep(unfinished, tuple(self._trainings), now=now)
-                if now:
-                    mirror.send_programs(programs_folder(self.root / PROGRAMS))
-                for name in self._trainings if now and not unfinished else ():
-                    mirror.forget_training(name)
-            except (OSError, JsublimError) as error:
-                self.say(f"{error} (what is unfinished was not sent; whole artifacts are)")
+                if not self.done(output) and (self._here(output) / DONE).exists() and self._mend(output) is None:
+                    remote.publish(self._here(output), output.folder, output.key)
 
         on_main_process(send_whole)
         self._trainings.clear()
-        self._claims.on_beat = keep
-        try:
+        if not is_main_process():
             yield
-        finally:
-            self._claims.on_beat = lambda: None
-            if is_main_process():
-                keep(now=True)
-        for output in outputs if not is_main_process() else ():
-            if self.done(output):  # what it had taken over is needed no more
-                forget_progress(folders[output.key])
+            return
+        with remote.sending_states(self._trainings):
+            try:
+                yield
+            finally:
+                try:
+                    remote.send_programs(programs_folder(self.root / PROGRAMS))
+                    while self._trainings and not self.missing(outputs):
+                        remote.forget_training(self._trainings.pop())
+                except (OSError, JsublimError) as error:
+                    self.say(f"{error} (whole artifacts were sent; what was compiled may not be)")
 
-    @cached_property
-    def _claims(self) -> Claims:
-        if self.mirror is None:
-            return FolderClaims(self.root / "locks", self.say)
-        return BucketClaims(self.mirror.bucket, self.say)
-
-    def clear_claims(self) -> None:
-        """Remove what killed processes have left of theirs."""
-        self._claims.clear()
-
-    def holder(self, outputs: Sequence[Output]) -> str | None:
-        """Which other process is making one of these artifacts, in words; None if none is."""
-        return self._claims.holder([output.key for output in outputs])
+    # Artifacts
 
     def path(self, output: Output) -> Path:
         """Its folder on this machine, under whichever label it was made: another command may have called the same thing
@@ -263,21 +269,21 @@ class Store:
         return self._sound(output, name) / name
 
     def _sound(self, output: Output, only: str | None = None) -> Path:
-        """The folder of an artifact on this machine, what is read of it compared with what was written."""
-        here = self._here(output)
-        folder = None if self.mirror is None else self.mirror.find(output.folder, output.key)
-        damage = self._damage(here, only) if (here / DONE).exists() else None
-        if damage is None and self.mirror is not None and folder is not None and not self.mirror.is_copy(folder, here):
-            (here / DONE).unlink(missing_ok=True)  # of another making
-        if damage is None and (self.mirror is None or (here / DONE).exists()):
-            return here
-        if self.mirror is None or folder is None:
-            if damage is not None:
-                raise JsublimError(f"{damage}; run the same command again: it is made again")
-            return here
-        if damage is not None:
-            self.say(f"{damage}; it is fetched again")
-        return self.mirror.fetch(folder, only)
+        """The folder of an artifact on this machine; what is read of it (all, or one file) is compared with what was written, once
+        in a process."""
+        folder = self._here(output)
+        there = None if self.remote is None else self.remote.find(output.folder, output.key)
+        if self.remote is not None and there is not None:
+            return self.remote.fetch(there, folder, only)
+        if not (folder / DONE).exists():
+            return folder
+        made = (folder / DONE).stat().st_mtime_ns
+        if self._read.isdisjoint({(folder, None, made), (folder, only, made)}):
+            if damage := damage_in(folder, only):
+                line = set_aside(folder, damage) if is_main_process() else in_words(folder, damage)
+                raise JsublimError(f"{line}; run the same command again: it is made again")
+            self._read.add((folder, only, made))
+        return folder
 
     def _here(self, output: Output) -> Path:
         own = self.root / output.folder
@@ -297,56 +303,51 @@ class Store:
         return known[1]
 
     def open(self, output: Output) -> Artifact:
-        """The artifact, its folder made if there is none; what another machine has finished of it is there.
+        """The artifact, its folder made if there is none.
 
         Raises:
           UsageError, JsublimError: as `Artifact`.
         """
         if output.folder not in self._opened:
-            mirror, key = self.mirror, output.key
-            publish = (lambda folder: None) if mirror is None else lambda folder: mirror.publish(folder, key)
-            artifact = Artifact(self.path(output), output.kind, dict(output.inputs), publish, self.say)
-            if mirror is not None and not on_main_process(lambda: artifact.done):
-                on_main_process(lambda: mirror.resume(artifact.path, key))
-                if not is_main_process():
-                    mirror.resume(artifact.path, key, logs=False)
-            self._opened[output.folder] = artifact
+            folder = self.path(output)
+
+            def publish() -> None:
+                if self.remote is not None:
+                    self.remote.publish(folder, output.folder, output.key)
+
+            self._opened[output.folder] = Artifact(folder, output.kind, dict(output.inputs), publish, self.say)
         return self._opened[output.folder]
 
     def summary(self, output: Output) -> dict[str, Any]:
         """What whoever made it kept of it."""
-        here = self._here(output)
-        folder = None if self.mirror is None else self.mirror.find(output.folder, output.key)
-        if self.mirror is None or folder is None or (here / DONE).exists():
-            return read_summary(here)
-        return self.mirror.summary(folder)
+        there = None if self.remote is None else self.remote.find(output.folder, output.key)
+        if self.remote is not None and there is not None:
+            return self.remote.summary(there)
+        return read_summary(self._here(output))
+
+    # What is no artifact
 
     def training(self, name: str) -> Path:
-        """The folder of a training's states; those that another machine has saved are there."""
-        mirror = self.mirror
-        if mirror is not None:
+        """The folder of a training's states; the newest that another machine has sent is there."""
+        if self.remote is not None:
             self._trainings.add(name)
-            on_main_process(lambda: mirror.resume_training(name))
-        return self.root / "training" / name
+            on_main_process(lambda: self.remote.resume_training(name))
+        return self.root / TRAINING / name
 
     def agreed(self, name: str, decide: Callable[[], int]) -> int:
         """A number from 1 on that is decided once for all who share the store."""
-        path, remote = self.root / "training" / f"{name}.json", f"training/{name}.json"
+        place, bucket = f"{TRAINING}/{name}.json", self.bucket
 
         def known() -> int | None:
-            if self.mirror is not None:
-                self.mirror.agree(remote, path)
-            if path.exists() and _count(path) is None:
-                self.say(f"{path}: is not what was written; it is decided anew")
-            return _count(path) if path.exists() else None
+            content = bucket.read(place)
+            if content is not None and _count(content) is None:
+                self.say(f"{bucket.place(place)}: is not what was written; it is decided anew")
+            return _count(content)
 
         def keep() -> int:
-            damaged = path.exists()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, count)
-            if self.mirror is not None:
-                self.mirror.agree(remote, path, damaged=damaged)
-            return _count(path) or count
+            if not bucket.create(place, f"{count}\n".encode()) and _count(bucket.read(place)) is None:
+                bucket.write(place, f"{count}\n".encode())
+            return _count(bucket.read(place)) or count
 
         if (agreed := on_main_process(known)) is not None:
             return agreed
@@ -355,26 +356,18 @@ class Store:
 
     def keep_programs(self) -> None:
         """Have JAX keep compiled programs here, and use those that are (`programs.keep_programs`)."""
-        folder, mirror = programs_folder(self.root / PROGRAMS), self.mirror
-        if mirror is not None:
+        folder, remote = programs_folder(self.root / PROGRAMS), self.remote
+        if remote is not None:
             if process_count() > 1:  # all begin with the same ones, and compile together what is missing
-                on_main_process(lambda: mirror.send_programs(folder))
-            mirror.fetch_programs(folder, alone=not is_main_process())
+                on_main_process(lambda: remote.send_programs(folder))
+            remote.fetch_programs(folder, alone=not is_main_process())
         keep_programs(folder, self.say)
 
 
-def _set_aside(folder: Path, found: Mapping[str, str]) -> str:
-    """Make a damaged artifact unfinished; what is there of it is kept. Returns a line that says so."""
-    for path in [folder / DONE, *(folder / name for name in found if name != DONE)]:
-        with suppress(FileNotFoundError):
-            path.rename(damaged_name(path))
-    return in_words(folder, found)
-
-
-def _count(path: Path) -> int | None:
+def _count(content: bytes | None) -> int | None:
     """The number from 1 on that a file holds; None where it holds anything else."""
     try:
-        said = json.loads(path.read_bytes())
+        said = json.loads(content or b"")
     except ValueError:
         return None
     return said if type(said) is int and said >= 1 else None
