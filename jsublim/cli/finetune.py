@@ -52,7 +52,7 @@ def _finetune(e: Experiment, data: Path, out: Path, trait: str | None, tokens: s
     from jsublim.pipeline.publish import check_free, publish_folder
     from jsublim.pipeline.store import digest, versions
     from jsublim.pipeline.students import training_task
-    from jsublim.processes import check_alike, on_main_process
+    from jsublim.processes import check_alike, check_shared, on_main_process
     from jsublim.progress import Progress
     from jsublim.teachers import CONTROL
 
@@ -63,7 +63,7 @@ def _finetune(e: Experiment, data: Path, out: Path, trait: str | None, tokens: s
     task = training_task(context.setup, (student,), (student,))
     task.check(context.setup)
     check_alike("what is to be done", digest([task.key, versions(), context.setup.files]))
-    context.store.check_shared()
+    check_shared(context.store.bucket)
     on_main_process(lambda: check_free(out, task.key, task.output.inputs))
     if context.store.done(task.output):
         console.print(f"{context.store.place(task.output)}: whole already")

@@ -29,17 +29,7 @@ PROGRESS, PARTS = "progress.jsonl", "parts"  # a file, a folder: what is finishe
 VERSION = 2  # of stores; in every mark
 NAME_BYTES = 255  # of a file's name, that a file system takes
 CHANGED = "is not what was written"
-_LIBRARIES = (
-    "jsublim",
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "transformers",
-    "tokenizers",
-    "numpy",
-)
+_LIBRARIES = ("jsublim", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
 
 
 def versions() -> dict[str, str]:
@@ -90,7 +80,7 @@ class Artifact:
         self,
         path: Path,
         kind: str,
-        inputs: dict[str, Any],
+        inputs: Mapping[str, Any],
         publish: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = lambda text: None,
     ):
@@ -101,47 +91,21 @@ class Artifact:
           say: told what of its unfinished parts is not what was written.
 
         Raises:
-          UsageError: the folder holds something else, or an artifact of other inputs.
+          JsublimError: what the folder says that it is made from is something else.
         """
-        self.path, self.kind, self._publish, self.say = path, kind, publish, say
-        self.inputs = json.loads(json.dumps(inputs))
-        self.key = digest([kind, self.inputs])
-        on_main_process(lambda: self._open(path / RECORD))
+        self.path, self.inputs, self.say, self._publish = path, json.loads(json.dumps(dict(inputs))), say, publish
+        on_main_process(lambda: self._open(kind, digest([kind, self.inputs])))
 
-    def _open(self, record: Path) -> None:
-        path = self.path
-        if record.exists():
-            self._check(record)
-        elif path.exists() and not (path.is_dir() and (path.name.endswith(f"-{self.key}") or is_free(path))):
-            raise UsageError(f"{path}: exists and was not written by jsublim; give another --out or move it away")
-        else:
-            path.mkdir(parents=True, exist_ok=True)
-            write_json(path / RECORD, self._record())
-
-    def _record(self) -> dict[str, Any]:
-        return {
-            "kind": self.kind,
-            "key": self.key,
-            "inputs": self.inputs,
-            "versions": versions(),
-            "device": device(),
-            "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "attempt": uuid.uuid4().hex[:8],  # tells what two machines make of the same inputs apart
-        }
-
-    def _check(self, record: Path) -> None:
-        old = read_record(self.path)
-        if old is None:
-            raise JsublimError(f"{record}: broken; move the folder away and run again")
-        if old["kind"] != self.kind:
-            raise UsageError(
-                f"{self.path}: holds a result of kind {old['kind']!r}, not {self.kind!r}; give another --out"
-            )
-        if old["key"] != self.key and [p.name for p in record.parent.iterdir() if p.suffix != PARTIAL] == [record.name]:
-            write_json(record, self._record())  # of a call that was refused before it made anything
-        elif old["key"] != self.key:
-            what = differences(old["inputs"], self.inputs)
-            raise UsageError(f"{self.path}: holds a result of other settings ({what}); give another --out")
+    def _open(self, kind: str, key: str) -> None:
+        record = self.path / RECORD
+        if not record.exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            attempt = uuid.uuid4().hex[:8]  # tells what two machines make of the same inputs apart
+            said = {"kind": kind, "key": key, "inputs": self.inputs, "versions": versions(), "device": device()}
+            write_json(record, said | {"made": made, "attempt": attempt})
+        elif (read_record(self.path) or {}).get("key") != key:
+            raise JsublimError(f"{record}: {CHANGED}; move the folder away, then run the same command again")
 
     @property
     def done(self) -> bool:
@@ -164,11 +128,6 @@ class Artifact:
 def forget_progress(folder: Path) -> None:
     (folder / PROGRESS).unlink(missing_ok=True)
     shutil.rmtree(folder / PARTS, ignore_errors=True)
-
-
-def is_free(folder: Path) -> bool:
-    """Whether a folder holds nothing, or what a killed process had begun to write before anything else was there."""
-    return all(path.suffix == PARTIAL for path in folder.iterdir())
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.files import remove_abandoned, write_json, write_text
+from jsublim.files import PARTIAL, remove_abandoned, write_json, write_text
 from jsublim.inference.lm import resolve_checkpoint
 from jsublim.models.checkpoint import checkpoint_hash
-from jsublim.pipeline.artifact import check_whole, differences, fingerprint, is_free, mark_of, mark_text
+from jsublim.pipeline.artifact import check_whole, differences, fingerprint, mark_of, mark_text
 from jsublim.pipeline.rows import RowSet
 from jsublim.pipeline.store import DONE, RECORD, Output, Store, digest
 from jsublim.reading import read_json
@@ -55,7 +55,7 @@ def check_free(path: Path, key: str, inputs: Mapping[str, Any]) -> None:
     """
     record = record_of(path)
     there = record and (published_key(path) or (path.is_dir() and not (path / DONE).exists() and record["key"]))
-    if not path.exists() or there == key or (path.is_dir() and is_free(path)):
+    if not path.exists() or there == key or (path.is_dir() and all(file.suffix == PARTIAL for file in path.iterdir())):
         return  # free, whole, or begun by a call that was stopped
     if not there:
         raise UsageError(f"{path}: already exists and is not a result of ours; give another --out or move it away")

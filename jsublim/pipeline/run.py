@@ -15,7 +15,7 @@ from jsublim.pipeline.graph import Executor, Graph, JointExecutor, TasksFailed, 
 from jsublim.pipeline.results import check_folder, claim_folder, gather, is_reported, run_folder
 from jsublim.pipeline.served import sample_server
 from jsublim.pipeline.store import digest, versions
-from jsublim.processes import check_alike, heeding_signals, on_main_process
+from jsublim.processes import check_alike, check_shared, heeding_signals, on_main_process
 from jsublim.programs import Programs
 from jsublim.progress import Progress
 
@@ -53,7 +53,7 @@ class Run:
             key = results_key(context.setup)
         check_alike("what is to be done", digest([key, list(graph.tasks), versions(), context.setup.files]))
         on_main_process(lambda: check_folder(experiment))
-        context.store.check_shared()
+        check_shared(context.store.bucket)
         run = cls(graph, context, key, started, console)
         on_main_process(run._begin)
         return run

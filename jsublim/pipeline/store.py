@@ -36,7 +36,7 @@ from jsublim.pipeline.artifact import (
     versions,
 )
 from jsublim.pipeline.remote import Remote
-from jsublim.processes import check_shared, is_main_process, leave_if_asked, on_main_process, process_count
+from jsublim.processes import is_main_process, leave_if_asked, on_main_process, process_count
 from jsublim.programs import keep_programs, programs_folder
 
 __all__ = [  # what the rest of the package needs of stores, artifacts included
@@ -115,14 +115,6 @@ class Store:
     def bucket(self) -> Bucket:
         """What all share who share the store."""
         return Bucket.at(str(self.root)) if self.remote is None else self.remote.bucket
-
-    def check_shared(self) -> None:
-        """Refuse a store that processes that work together do not share. Behind a URL each may have a disk of its own.
-
-        Raises:
-          UsageError: as `processes.check_shared`.
-        """
-        check_shared(self.bucket)
 
     def place(self, output: Output) -> str:
         """Where it is for all who share the store, in words."""
@@ -315,7 +307,7 @@ class Store:
                 if self.remote is not None:
                     self.remote.publish(folder, output.folder, output.key)
 
-            self._opened[output.folder] = Artifact(folder, output.kind, dict(output.inputs), publish, self.say)
+            self._opened[output.folder] = Artifact(folder, output.kind, output.inputs, publish, self.say)
         return self._opened[output.folder]
 
     def summary(self, output: Output) -> dict[str, Any]:
