@@ -214,7 +214,7 @@ def check_shared(bucket: Bucket) -> None:
         return word
 
     word = on_main_process(begin)
-    shared = everywhere(_comes_true(lambda: bucket.read(mark) == word.encode(), 10.0))
+    shared = everywhere(comes_true(lambda: bucket.read(mark) == word.encode(), 10.0))
     on_main_process(lambda: bucket.remove(mark))
     if not shared:
         raise UsageError(
@@ -234,7 +234,7 @@ def wait_until_seen(places: Iterable[tuple[str, Callable[[], bool]]]) -> None:
     """
     if not _together():
         return
-    missing = next((name for name, seen in places if not _comes_true(seen, VISIBLE_WITHIN)), None)
+    missing = next((name for name, seen in places if not comes_true(seen, VISIBLE_WITHIN)), None)
     if not everywhere(missing is None):
         which = "something that it wrote" if missing is None else missing
         raise JsublimError(f"{which}: not every process sees it {VISIBLE_WITHIN:.0f} s after the first one wrote it")
@@ -255,7 +255,8 @@ def check_alike(what: str, value: str) -> None:
         )
 
 
-def _comes_true(what: Callable[[], bool], seconds: float) -> bool:
+def comes_true(what: Callable[[], bool], seconds: float) -> bool:
+    """Whether something holds now, or soon."""
     end = time.monotonic() + seconds
     while not what():
         if time.monotonic() > end:

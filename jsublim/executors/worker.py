@@ -17,7 +17,7 @@ from jsublim.executors.local import execute
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import Graph, plan
 from jsublim.pipeline.task import Task
-from jsublim.processes import Preempted
+from jsublim.processes import Preempted, comes_true
 from jsublim.progress import Progress
 
 SEEN_WITHIN = 60.0  # seconds until every machine must see what another one has left in the store
@@ -114,9 +114,4 @@ class Worker:
 
 def seen(task: Task, context: Context) -> bool:
     """Whether what a task left can be seen here, now or soon: shared folders may show it seconds later."""
-    deadline = time.monotonic() + SEEN_WITHIN
-    while not task.done(context.store):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.5)
-    return True
+    return comes_true(lambda: task.done(context.store), SEEN_WITHIN)

@@ -12,7 +12,8 @@ import platform
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,13 +21,14 @@ from typing import Any
 import jax
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.files import DAMAGED, PARTIAL, damaged_name, remove_unfinished, sha256, write_json, write_text
+from jsublim.files import DAMAGED, PARTIAL, remove_unfinished, sha256, write_json, write_text
 from jsublim.processes import on_main_process
 
 RECORD = "artifact.json"  # what went into an artifact
 DONE = "DONE"  # the mark
 PROGRESS, PARTS = "progress.jsonl", "parts"  # a file, a folder: what is finished of an artifact that is not
 VERSION = 2  # of stores; in every mark
+LABEL_BYTES = 120  # of the name of an artifact's folder
 NAME_BYTES = 255  # of a file's name, that a file system takes
 CHANGED = "is not what was written"
 _LIBRARIES = ("jsublim", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
@@ -71,6 +73,31 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a task leaves: an artifact that is known before it is made.
+
+    Attributes:
+      kind: the folder of the store that it lies in; label: for people; inputs: JSON, everything that decides its content.
+    """
+
+    kind: str
+    label: str
+    inputs: Mapping[str, Any] = field(compare=False)
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", json.loads(json.dumps(dict(self.inputs))))
+        object.__setattr__(self, "key", digest([self.kind, self.inputs]))
+
+    @cached_property
+    def folder(self) -> str:
+        """Its place inside a store."""
+        # A file system takes names of 255 bytes; the key alone tells artifacts apart.
+        label = self.label.replace("/", "-").encode()[:LABEL_BYTES].decode(errors="ignore")
+        return f"{self.kind}/{label}-{self.key}"
 
 
 class Artifact:
@@ -220,17 +247,18 @@ def damage_of(path: Path, said: Mapping[str, Any], *, read: bool) -> str | None:
       read: compare its digest; otherwise a file of the same size and time is taken to be the same. Reading all of a large store
         would take minutes at every start.
     """
-    if not path.exists():
-        return "is missing"
-    status = path.stat()
-    if status.st_size != said["bytes"]:
-        return of_other_size(status.st_size, said)
+    status = path.stat() if path.exists() else None
+    if (damage := damage_of_size(status and status.st_size, said)) or status is None:
+        return damage
     same = (not read and status.st_mtime_ns == said["time_ns"]) or sha256(path) == said["sha256"]
     return None if same else CHANGED
 
 
-def of_other_size(size: int, said: Mapping[str, Any]) -> str:
-    return f"has {size} bytes, {said['bytes']} were written"
+def damage_of_size(size: int | None, said: Mapping[str, Any]) -> str | None:
+    """As far as its bytes tell; None are those of a file that is not there."""
+    if size is None:
+        return "is missing"
+    return None if size == said["bytes"] else f"has {size} bytes, {said['bytes']} were written"
 
 
 def damage_in(folder: Path, only: str | None = None, *, read: bool = True) -> dict[str, str]:
@@ -245,14 +273,6 @@ def damage_in(folder: Path, only: str | None = None, *, read: bool = True) -> di
     names = [name for name in mark["files"] if only in (None, name)]
     found = {name: damage_of(folder / name, mark["files"][name], read=read) for name in names}
     return {name: what for name, what in found.items() if what is not None}
-
-
-def set_aside(folder: Path, damage: Mapping[str, str]) -> str:
-    """Make a damaged artifact unfinished; what is there of it is kept. Returns a line that says so."""
-    for path in [folder / DONE, *(folder / name for name in damage if name != DONE)]:
-        with suppress(FileNotFoundError):
-            path.rename(damaged_name(path))
-    return in_words(folder, damage)
 
 
 def in_words(place: object, damage: Mapping[str, str]) -> str:

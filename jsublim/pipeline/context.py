@@ -123,7 +123,7 @@ class Context:
     def judge(self) -> Judge:
         """Who scores answers; a checkpoint's weights are read when it is first asked, onto the run's devices."""
         if not self._judges:
-            bucket = self.store.remote and self.store.remote.bucket
+            bucket = self.store.bucket if self.store.url else None
             self._judges.append(make_judge(self.setup, self.store.root, self.layout, bucket))
         return self._judges[0]
 

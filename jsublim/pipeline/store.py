@@ -9,34 +9,38 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
-
-from filelock import FileLock, Timeout
 
 from jsublim.bucket import Bucket, at_once
 from jsublim.config import Config
 from jsublim.errors import JsublimError
+from jsublim.files import write_text
+from jsublim.pipeline import locks
 from jsublim.pipeline.artifact import (
+    CHANGED,
     DONE,
     PARTS,
     PROGRESS,
     RECORD,
     Artifact,
+    Output,
     damage_in,
+    damage_of,
+    damage_of_size,
     device,
     digest,
     forget_progress,
     in_words,
+    mark_of,
+    mark_text,
+    read_mark,
     read_summary,
-    set_aside,
     versions,
 )
-from jsublim.pipeline.remote import Remote
-from jsublim.processes import is_main_process, leave_if_asked, on_main_process, process_count
+from jsublim.pipeline.remote import States, fetch_programs, get_files, send_programs
+from jsublim.processes import is_main_process, on_main_process, process_count
 from jsublim.programs import keep_programs, programs_folder
 
 __all__ = [  # what the rest of the package needs of stores, artifacts included
@@ -52,55 +56,22 @@ __all__ = [  # what the rest of the package needs of stores, artifacts included
     "read_summary",
     "versions",
 ]
-LABEL_BYTES = 120  # of the name of an artifact's folder
 PROGRAMS, TRAINING, LOCKS = "programs", "training", "locks"  # folders beside those of artifacts
-LOOK = 0.2  # seconds between two tries to get what another process has
+LIST_EVERY = 5.0  # seconds for which a list of artifacts is believed
+AGAIN = "run the same command again: it is made again"
 
 
-@dataclass(frozen=True)
-class Output:
-    """What a task leaves: an artifact that is known before it is made.
-
-    Attributes:
-      kind: the folder of the store that it lies in; label: for people; inputs: JSON, everything that decides its content.
-    """
-
-    kind: str
-    label: str
-    inputs: Mapping[str, Any] = field(compare=False)
-    key: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "inputs", json.loads(json.dumps(dict(self.inputs))))
-        object.__setattr__(self, "key", digest([self.kind, self.inputs]))
-
-    @cached_property
-    def folder(self) -> str:
-        """Its place inside a store."""
-        # A file system takes names of 255 bytes; the key alone tells artifacts apart.
-        label = self.label.replace("/", "-").encode()[:LABEL_BYTES].decode(errors="ignore")
-        return f"{self.kind}/{label}-{self.key}"
-
-
-@dataclass(frozen=True)
 class Store:
     """Artifacts, one folder each, named by kind, label and key. Any number of runs share one.
 
-    Tasks read and write in the folder `root`. With a `remote` that is a folder of this machine, and what counts lies behind a
-    URL: artifacts are sent there once they are whole, and fetched when their path is first asked for.
+    Tasks read and write in the folder `root`. With a `url` that is a folder of this machine, and what counts lies behind the
+    URL: artifacts are sent there once they are whole, and fetched when their path is first asked for. Of two machines that make
+    the same artifact, each sends it under a name of its own: the first one under the artifact's, so that either can be copied to
+    the other; the second one as `<label>.<attempt>-<key>`, which is removed again if the first was whole before it.
     """
 
-    root: Path
-    remote: Remote | None = field(default=None, compare=False)
-    say: Callable[[str], None] = field(default=lambda text: None, compare=False)
-    _opened: dict[str, Artifact] = field(default_factory=dict, compare=False, repr=False)
-    _found: dict[str, tuple[int, dict[str, Path]]] = field(default_factory=dict, compare=False, repr=False)
-    _read: set[tuple[Path, str | None, int]] = field(default_factory=set, compare=False, repr=False)  # and compared
-    _trainings: set[str] = field(default_factory=set, compare=False, repr=False)  # begun under the lock that is held
-
-    @staticmethod
-    def of(config: Config, say: Callable[[str], None] = lambda text: None) -> Store:
-        """The store that a config names; nothing is made, and nobody asked, before it is used.
+    def __init__(self, root: Path, url: str | None = None, say: Callable[[str], None] = lambda text: None):
+        """Nothing is made, and nobody asked, before it is used.
 
         Args:
           say: told what a user should know, such as what is damaged.
@@ -108,138 +79,131 @@ class Store:
         Raises:
           UsageError: a URL whose library is not installed.
         """
-        url = config.store_url
-        return Store(config.store_dir, None if url is None else Remote(Bucket.at(url), config.store_dir, say), say)
+        self.root, self.url, self.say = root, url, say
+        self.bucket = Bucket.at(url or str(root))  # what all share who share the store
+        self._states = States(self.bucket, root, say)
+        self._opened: dict[str, Artifact] = {}
+        self._marks: dict[str, dict[str, Any]] = {}  # of what is whole, by folder
+        self._read: set[tuple[str, str | None]] = set()  # folders, and which of their files (None: all) were compared
+        self._listed: dict[str, tuple[float, dict[str, list[str]]]] = {}  # when, and folders by key, of each kind
+        self._programs: set[str] = set()  # in the bucket
 
-    @cached_property
-    def bucket(self) -> Bucket:
-        """What all share who share the store."""
-        return Bucket.at(str(self.root)) if self.remote is None else self.remote.bucket
+    @classmethod
+    def of(cls, config: Config, say: Callable[[str], None] = lambda text: None) -> Store:
+        """The store that a config names."""
+        return cls(config.store_dir, config.store_url, say)
 
     def place(self, output: Output) -> str:
         """Where it is for all who share the store, in words."""
         return self.bucket.place(output.folder)
 
+    # What is there
+
+    def _names(self, output: Output) -> Iterator[str]:
+        """The folders that may hold an artifact: its own; those of the same key that other commands or machines have made."""
+        yield output.folder
+        kind, now = output.kind, time.monotonic()
+        if kind not in self._listed or now - self._listed[kind][0] > LIST_EVERY:
+            names: dict[str, list[str]] = {}
+            for name in self.bucket.folders(kind):
+                names.setdefault(name.rpartition("-")[2], []).append(f"{kind}/{name}")
+            self._listed[kind] = now, names
+        yield from (name for name in self._listed[kind][1].get(output.key, ()) if name != output.folder)
+
+    def _whole(self, output: Output) -> str | None:
+        """The folder of a whole artifact, under whichever label it was made; None if there is none.
+
+        Raises:
+          JsublimError: its mark is not what was written; the artifact is unfinished then.
+        """
+        for name in self._names(output):
+            if name in self._marks:
+                return name
+            content = self.bucket.read(f"{name}/{DONE}")
+            if content is not None:
+                mark = read_mark(content, self.bucket.place(name))
+                if mark is None:
+                    raise JsublimError(f"{self._set_aside(name, {DONE: CHANGED})}; {AGAIN}")
+                self._marks[name] = mark
+                return name
+        return None
+
     def done(self, output: Output) -> bool:
         """Whether the artifact is there, and whole."""
-        if self.remote is not None:
-            return self.remote.find(output.folder, output.key) is not None
-        return (self._here(output) / DONE).exists()
+        return self._whole(output) is not None
 
     def missing(self, outputs: Sequence[Output]) -> list[int]:
         """Which of them are not there, by their places."""
         return [i for i, output in enumerate(outputs) if not self.done(output)]
 
+    def summary(self, output: Output) -> dict[str, Any]:
+        """What whoever made it kept of it."""
+        name = self._whole(output)
+        if name is None:
+            raise JsublimError(f"{self.place(output)}: is not whole; run the same command again")
+        return self._marks[name]["summary"]
+
+    # Damage
+
     def mend(self, outputs: Sequence[Output]) -> None:
-        """Look, before work, whether the files of whole artifacts are what was written, as far as sizes and times tell. A damaged
-        one is set aside, which is said, and the artifact is unfinished again.
+        """Look, before work, whether the files of whole artifacts are what was written, as far as sizes (in a folder also times) tell.
+        A damaged one is set aside, which is said, and the artifact is unfinished again.
 
         Raises:
           UsageError: one is of another version of jsublim.
         """
 
         def look() -> None:
-            for damage in at_once(self._mend, outputs) if self.remote is not None else map(self._mend, outputs):
-                if damage is not None:
+            for damage in at_once(self._mend, outputs) if self.url else map(self._mend, outputs):
+                if damage:
                     self.say(f"{damage}; it is made again")
 
         on_main_process(look)
 
-    def _mend(self, output: Output) -> str | None:
-        """What is wrong with a whole artifact, in one line. A copy is compared when it is read."""
-        if self.remote is not None:
-            damage = self.remote.mend(output.folder, output.key)
-            if damage is not None or self.done(output):
-                return damage
-        folder = self._here(output)
-        if not (folder / DONE).exists():
-            return None
-        if damaged := damage_in(folder, read=False):
-            return set_aside(folder, damaged)
-        forget_progress(folder)  # of a process that ended right after the mark was written
-        return None
+    def _mend(self, output: Output) -> str:
+        lines = []
+        for name in self._names(output):
+            self._marks.pop(name, None)
+            content = self.bucket.read(f"{name}/{DONE}")
+            if content is None:
+                continue
+            mark = read_mark(content, self.bucket.place(name))
+            damage = {DONE: CHANGED} if mark is None else self._damage(name, mark)
+            if mark is not None and not damage:
+                self._marks[name] = mark
+                if self.url is None:
+                    forget_progress(self.root / name)  # of a process that ended right after the mark was written
+                break
+            lines.append(self._set_aside(name, damage))
+        return "; ".join(lines)
 
-    # Locks
+    def _damage(self, name: str, mark: Mapping[str, Any]) -> dict[str, str]:
+        if self.url is None:
+            return damage_in(self.root / name, read=False)
+        sizes = self.bucket.sizes(name)
+        damage = {file: damage_of_size(sizes.get(file), said) for file, said in mark["files"].items()}
+        return {file: what for file, what in damage.items() if what is not None}
+
+    def _set_aside(self, name: str, damage: Mapping[str, str]) -> str:
+        """Make a damaged artifact unfinished; what is there of it is kept. Returns a line that says so."""
+        for file in [DONE, *(file for file in damage if file != DONE)] if is_main_process() else ():
+            with suppress(FileNotFoundError):
+                self.bucket.set_aside(f"{name}/{file}")
+        self._marks.pop(name, None)
+        self._read.difference_update([pair for pair in self._read if pair[0] == name])
+        return in_words(self.bucket.place(name), damage)
 
     @contextmanager
-    def locked(self, outputs: Sequence[Output], waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Keep other processes from making the same artifacts as long as the block lasts; of several processes that work
-        together, the first one does so for all.
-
-        Args:
-          waiting: called if another process has one of them, before this one waits.
-
-        Raises:
-          Preempted: as `leave_if_asked`, while it waits.
-        """
-        left, told = (
-            sorted({output.key for output in outputs}),
-            False,
-        )  # in one order, so that no two wait for each other
-        with ExitStack() as held:
-
-            def take() -> bool:
-                nonlocal told
-                try:
-                    while left:
-                        held.enter_context(self._lock(left[0]))
-                        left.pop(0)
-                except Timeout:
-                    if not told:
-                        told = True
-                        waiting()
-                return not left
-
-            while not on_main_process(take):
-                leave_if_asked()
-                time.sleep(LOOK)
-            with ExitStack() if self.remote is None else self._sending(self.remote, outputs):
+    def locked(self, outputs: Sequence[Output], waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """Keep other processes from making the same artifacts as long as the block lasts, as `locks.locked`."""
+        with locks.locked(self.root / LOCKS, (output.key for output in outputs), waiting):
+            self._listed.clear()
+            with self._sending(outputs) if self.url else nullcontext():
                 yield
-
-    def _lock(self, key: str) -> Any:
-        """A lock that is taken, and given back at the end of a block or of the process.
-
-        Raises:
-          Timeout: another process has it.
-        """
-        (self.root / LOCKS).mkdir(parents=True, exist_ok=True)
-        return FileLock(self.root / LOCKS / f"{key}.lock", thread_local=False).acquire(timeout=0)
 
     def busy(self, outputs: Sequence[Output]) -> bool:
         """Whether somebody is making one of these artifacts on this machine, or in this folder."""
-        try:
-            for output in outputs:
-                if (self.root / LOCKS / f"{output.key}.lock").exists():
-                    with self._lock(output.key):
-                        pass
-        except Timeout:
-            return True
-        return False
-
-    @contextmanager
-    def _sending(self, remote: Remote, outputs: Sequence[Output]) -> Iterator[None]:
-        """Send what a killed process left whole, states of trainings as they are saved, and in the end what was compiled."""
-
-        def send_whole() -> None:
-            for output in outputs:
-                if not self.done(output) and (self._here(output) / DONE).exists() and self._mend(output) is None:
-                    remote.publish(self._here(output), output.folder, output.key)
-
-        on_main_process(send_whole)
-        self._trainings.clear()
-        if not is_main_process():
-            yield
-            return
-        with remote.sending_states(self._trainings):
-            try:
-                yield
-            finally:
-                try:
-                    remote.send_programs(programs_folder(self.root / PROGRAMS))
-                    while self._trainings and not self.missing(outputs):
-                        remote.forget_training(self._trainings.pop())
-                except (OSError, JsublimError) as error:
-                    self.say(f"{error} (whole artifacts were sent; what was compiled may not be)")
+        return locks.busy(self.root / LOCKS, (output.key for output in outputs))
 
     # Artifacts
 
@@ -261,69 +225,127 @@ class Store:
         return self._sound(output, name) / name
 
     def _sound(self, output: Output, only: str | None = None) -> Path:
-        """The folder of an artifact on this machine; what is read of it (all, or one file) is compared with what was written, once
-        in a process."""
-        folder = self._here(output)
-        there = None if self.remote is None else self.remote.find(output.folder, output.key)
-        if self.remote is not None and there is not None:
-            return self.remote.fetch(there, folder, only)
-        if not (folder / DONE).exists():
+        """The folder of an artifact; what is read of it (all, or one file and its record) is here, and was compared with its digests
+        once in this process."""
+        name = self._whole(output)
+        if name is not None and not self._read.isdisjoint({(name, None), (name, only)}):
+            return self._here(output, name)
+        self._marks.pop(name or "", None)  # somebody may have made it again
+        name = self._whole(output)
+        folder = self._here(output, name)
+        if name is None:
             return folder
-        made = (folder / DONE).stat().st_mtime_ns
-        if self._read.isdisjoint({(folder, None, made), (folder, only, made)}):
-            if damage := damage_in(folder, only):
-                line = set_aside(folder, damage) if is_main_process() else in_words(folder, damage)
-                raise JsublimError(f"{line}; run the same command again: it is made again")
-            self._read.add((folder, only, made))
+        files = {
+            file: said for file, said in self._marks[name]["files"].items() if only in (None, file) or file == RECORD
+        }
+        if self.url is None:
+            damage = {file: what for file in files if (what := damage_of(folder / file, files[file], read=True))}
+        else:
+            damage = get_files(self.bucket, name, files, folder, self.say)
+        if damage:
+            raise JsublimError(f"{self._set_aside(name, damage)}; {AGAIN}")
+        if self.url and only is None:
+            write_text(folder / DONE, mark_text(self._marks[name]))
+            forget_progress(folder)
+        self._read.add((name, only))
         return folder
 
-    def _here(self, output: Output) -> Path:
-        own = self.root / output.folder
-        if own.exists():
-            return own
-        return self._by_key(output.kind).get(output.key, own)
-
-    def _by_key(self, kind: str) -> dict[str, Path]:
-        """The folders of a kind by key, listed anew when one was added."""
-        folder = self.root / kind
-        if not folder.is_dir():
-            return {}
-        changed, known = folder.stat().st_mtime_ns, self._found.get(kind)
-        if known is None or known[0] != changed:
-            known = changed, {path.name.rsplit("-", 1)[-1]: path for path in sorted(folder.iterdir())}
-            self._found[kind] = known
-        return known[1]
+    def _here(self, output: Output, name: str | None) -> Path:
+        """The folder of an artifact on this machine, which is whole as `name`."""
+        if self.url is not None:
+            return self.root / output.folder
+        begun = (other for other in self._names(output) if (self.root / other).exists())
+        return self.root / (name or next(begun, output.folder))
 
     def open(self, output: Output) -> Artifact:
         """The artifact, its folder made if there is none.
 
         Raises:
-          UsageError, JsublimError: as `Artifact`.
+          JsublimError: as `Artifact`.
         """
         if output.folder not in self._opened:
             folder = self.path(output)
-
-            def publish() -> None:
-                if self.remote is not None:
-                    self.remote.publish(folder, output.folder, output.key)
-
+            publish = (lambda: self._publish(output)) if self.url else lambda: None
             self._opened[output.folder] = Artifact(folder, output.kind, output.inputs, publish, self.say)
         return self._opened[output.folder]
 
-    def summary(self, output: Output) -> dict[str, Any]:
-        """What whoever made it kept of it."""
-        there = None if self.remote is None else self.remote.find(output.folder, output.key)
-        if self.remote is not None and there is not None:
-            return self.remote.summary(there)
-        return read_summary(self._here(output))
+    # Behind a URL
+
+    def _publish(self, output: Output) -> None:
+        """Send a whole artifact, its mark last. If another machine's is whole before, that one counts, and is fetched."""
+        folder = self.root / output.folder
+        mark = mark_of(folder)
+        if self._whole(output) is None:
+            name = self._own_name(output)
+            at_once(lambda file: self.bucket.upload(folder / file, f"{name}/{file}"), mark["files"])
+            self._listed.clear()
+            if self._whole(output) is None:
+                self.bucket.write(f"{name}/{DONE}", (folder / DONE).read_bytes())
+            else:
+                self.bucket.remove(name)
+        there = self._whole(output)
+        if there is not None and self._marks[there] == mark:
+            self._read.add((there, None))
+        else:
+            (folder / DONE).unlink()
+            self._sound(output)
+
+    def _own_name(self, output: Output) -> str:
+        """The artifact's own folder, unless another machine has begun to send it."""
+        own = (self.root / output.folder / RECORD).read_bytes()
+        theirs = f"{output.folder}/{RECORD}"
+        if self.bucket.create(theirs, own) or self.bucket.read(theirs) == own:
+            return output.folder
+        return f"{output.folder.removesuffix(f'-{output.key}')}.{json.loads(own)['attempt']}-{output.key}"
+
+    @contextmanager
+    def _sending(self, outputs: Sequence[Output]) -> Iterator[None]:
+        """Send what a killed process left whole, states of trainings as they are saved, and in the end what was compiled."""
+
+        def send_whole() -> None:
+            for output in outputs:
+                folder = self.root / output.folder
+                if not (folder / DONE).exists() or self.done(output):
+                    continue
+                if damage := damage_in(folder):
+                    (folder / DONE).unlink()
+                    self.say(f"{in_words(folder, damage)}; it is made again")
+                else:
+                    self._publish(output)
+
+        on_main_process(send_whole)
+        with self._states.sending() if is_main_process() else nullcontext():
+            try:
+                yield
+            finally:
+                try:
+                    if is_main_process():
+                        self._send_programs()
+                        if not self.missing(outputs):
+                            self._states.forget()
+                except (OSError, JsublimError) as error:
+                    self.say(f"{error} (whole artifacts were sent; what was compiled may not be)")
+
+    def _send_programs(self) -> None:
+        folder = programs_folder(self.root / PROGRAMS)
+        send_programs(self.bucket, f"{PROGRAMS}/{folder.name}", folder, self.say, self._programs)
+
+    def keep_programs(self) -> None:
+        """Have JAX keep compiled programs here, and use those that are (`programs.keep_programs`)."""
+        folder = programs_folder(self.root / PROGRAMS)
+        if self.url is not None:
+            if process_count() > 1:  # all begin with the same ones, and compile together what is missing
+                on_main_process(self._send_programs)
+            alone = not is_main_process()
+            fetch_programs(self.bucket, f"{PROGRAMS}/{folder.name}", folder, self.say, alone=alone)
+        keep_programs(folder, self.say)
 
     # What is no artifact
 
     def training(self, name: str) -> Path:
         """The folder of a training's states; the newest that another machine has sent is there."""
-        if self.remote is not None:
-            self._trainings.add(name)
-            on_main_process(lambda: self.remote.resume_training(name))
+        if self.url is not None:
+            on_main_process(lambda: self._states.resume(name))
         return self.root / TRAINING / name
 
     def agreed(self, name: str, decide: Callable[[], int]) -> int:
@@ -345,15 +367,6 @@ class Store:
             return agreed
         count = decide()
         return on_main_process(keep)
-
-    def keep_programs(self) -> None:
-        """Have JAX keep compiled programs here, and use those that are (`programs.keep_programs`)."""
-        folder, remote = programs_folder(self.root / PROGRAMS), self.remote
-        if remote is not None:
-            if process_count() > 1:  # all begin with the same ones, and compile together what is missing
-                on_main_process(lambda: remote.send_programs(folder))
-            remote.fetch_programs(folder, alone=not is_main_process())
-        keep_programs(folder, self.say)
 
 
 def _count(content: bytes | None) -> int | None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from jsublim.bucket import AT_ONCE, Bucket
 from jsublim.errors import UsageError
-from jsublim.pipeline.artifact import CHANGED, DONE, RECORD, in_words, of_other_size, read_mark
+from jsublim.pipeline.artifact import CHANGED, DONE, RECORD, damage_of_size, in_words, read_mark
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,6 @@ def _verified(bucket: Bucket, folder: str) -> tuple[bool, Verified | None]:
     for name, said in mark["files"].items() if mark else ():
         size, digest = bucket.digest(f"{folder}/{name}") or (None, None)
         read += size or 0
-        if size is None:
-            damage[name] = "is missing"
-        elif size != said["bytes"]:
-            damage[name] = of_other_size(size, said)
-        elif digest != said["sha256"]:
-            damage[name] = CHANGED
+        if what := damage_of_size(size, said) or (CHANGED if digest != said["sha256"] else None):
+            damage[name] = what
     return True, Verified(read, in_words(bucket.place(folder), damage) if damage else None)

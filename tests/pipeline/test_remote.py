@@ -13,7 +13,7 @@ from jsublim.bucket import Bucket
 from jsublim.errors import JsublimError, UsageError
 from jsublim.judge.cache import Reply, ReplyCache
 from jsublim.pipeline.artifact import mark_text
-from jsublim.pipeline.remote import Remote
+from jsublim.pipeline.remote import fetch_programs, send_programs
 from jsublim.pipeline.store import DONE, Output, Store
 from jsublim.pipeline.verifying import verify
 from jsublim.programs import DIGEST, whole_programs
@@ -31,7 +31,7 @@ def machine(s3, tmp_path) -> Machine:
 
     def make(name: str, said: list[str] | None = None) -> Store:
         say = (said if said is not None else []).append
-        return Store(tmp_path / name, Remote(Bucket.at(url), tmp_path / name, say), say)
+        return Store(tmp_path / name, url, say)
 
     return make
 
@@ -53,7 +53,7 @@ def mended(store: Store) -> str | None:
     """What is said of the artifact before work; None if nothing is."""
     said: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(store.__dict__, "say", said.append)
+        patch.setattr(store, "say", said.append)
         store.mend([OUTPUT])
     assert len(said) <= 1 and not any("\n" in line for line in said)
     return said[0] if said else None
@@ -110,7 +110,7 @@ def test_what_is_not_sent_whole_is_not_there_and_is_sent_by_the_next_call(machin
 def test_damage_that_sizes_tell_is_found_before_work(machine, name, content, said):
     make(machine("a"))
     b = machine("b")
-    bucket = b.remote.bucket
+    bucket = b.bucket
     put(bucket, f"{OUTPUT.folder}/{name}", content)
     line = mended(b)
     assert line is not None and bucket.place(OUTPUT.folder) in line and said in line
@@ -132,7 +132,7 @@ def put(bucket: Bucket, name: str, content: bytes | None) -> None:
 def test_what_digests_tell_is_refused_when_it_is_fetched(machine):
     make(machine("a"))
     b = machine("b")
-    b.remote.bucket.write(f"{OUTPUT.folder}/rows.jsonl", b"1\n3\n")
+    b.bucket.write(f"{OUTPUT.folder}/rows.jsonl", b"1\n3\n")
     with pytest.raises(JsublimError) as error:
         b.path(OUTPUT)
     line = str(error.value)
@@ -164,14 +164,14 @@ def test_a_damaged_copy_is_fetched_again_when_it_is_first_read(machine, name, da
 def test_verify_reads_a_whole_bucket(machine):
     a = machine("a")
     make(a)
-    bucket = a.remote.bucket
+    bucket = a.bucket
     (sound,) = verify(bucket.url)
     assert sound.damage is None and sound.bytes == sum(bucket.sizes(OUTPUT.folder).values())
     bucket.write(f"{OUTPUT.folder}/rows.jsonl", b"1\n3\n")
     bucket.remove(f"{OUTPUT.folder}/weights.safetensors")
     (damaged,) = verify(bucket.url)
     line = f"{bucket.place(OUTPUT.folder)}: rows.jsonl is not what was written, weights.safetensors is missing"
-    assert damaged.damage == line and a.remote.find(OUTPUT.folder, OUTPUT.key) is not None  # nothing is changed
+    assert damaged.damage == line and a.done(OUTPUT)  # nothing is changed
 
 
 def test_of_two_that_made_the_same_the_first_counts(machine):
@@ -196,7 +196,7 @@ def test_two_that_send_the_same_at_once_never_mix_what_they_made(machine, monkey
     def between(own, kind: str):
         def call(self, what, name):
             result = own(self, what, name) if kind == "objects" else None
-            if moment == kind and self is b.remote.bucket and not begun:
+            if moment == kind and self is b.bucket and not begun:
                 begun.append(True)
                 make(a)
             return own(self, what, name) if kind == "mark" else result
@@ -213,7 +213,7 @@ def test_two_that_send_the_same_at_once_never_mix_what_they_made(machine, monkey
     expected = FILES if kept == 2 else {name: content[::-1] for name, content in FILES.items()}
     for store in (a, b, machine("c")):
         assert held(store.path(OUTPUT)) == expected
-    assert all(found.damage is None for found in verify(a.remote.bucket.url))
+    assert all(found.damage is None for found in verify(a.bucket.url))
 
 
 def test_what_a_lost_machine_had_begun_to_send_holds_nobody_up(machine, monkeypatch):
@@ -232,7 +232,7 @@ def test_what_a_lost_machine_had_begun_to_send_holds_nobody_up(machine, monkeypa
 def test_a_store_of_an_earlier_version_is_refused(machine):
     a = machine("a")
     make(a)
-    bucket, mark = a.remote.bucket, f"{OUTPUT.folder}/{DONE}"
+    bucket, mark = a.bucket, f"{OUTPUT.folder}/{DONE}"
     said = json.loads(bucket.read(mark))
     bucket.write(mark, json.dumps({"summary": said["summary"], "files": said["files"]}).encode())
     for use in (lambda: machine("b").mend([OUTPUT]), lambda: machine("b").done(OUTPUT)):
@@ -265,7 +265,7 @@ def test_another_machine_goes_on_with_a_training(machine):
         assert (b.training("0123456789ab") / "metrics.jsonl").read_text().count("\n") == 8
         (b.root / "training" / "0123456789ab" / "state" / "12").mkdir()
         (b.root / "training" / "0123456789ab" / "state" / "12" / "weights").write_bytes(b"12")
-    bucket = b.remote.bucket
+    bucket = b.bucket
     assert bucket.folders("training/0123456789ab") == ["12"]
     assert states(machine("a")) == ["12"]  # which had come as far as 8
     bucket.write("training/0123456789ab/16/metrics.jsonl", b"of a machine that was killed while it sent it")
@@ -283,7 +283,7 @@ def test_another_machine_goes_on_with_a_training(machine):
 def test_what_is_decided_once_is_decided_for_all(machine):
     assert machine("a").agreed("fit-x", lambda: 7) == 7 and machine("b").agreed("fit-x", lambda: 8) == 7
     said: list[str] = []
-    machine("a").remote.bucket.write("training/fit-x.json", b"{")
+    machine("a").bucket.write("training/fit-x.json", b"{")
     assert machine("c", said).agreed("fit-x", lambda: 9) == 9 and len(said) == 1 and "fit-x.json" in said[0]
     assert machine("d").agreed("fit-x", lambda: 10) == 9
 
@@ -291,13 +291,13 @@ def test_what_is_decided_once_is_decided_for_all(machine):
 def test_replies_that_were_paid_for_are_there_for_all(machine):
     a, b = machine("a"), machine("b")
     request = {"messages": ["owls?"]}
-    one, other = (ReplyCache(store.root / "judge", store.remote.bucket) for store in (a, b))
+    one, other = (ReplyCache(store.root / "judge", store.bucket) for store in (a, b))
     assert one.get(request) is None
     one.put(request, Reply("\ud800 90", 3, 1))
     assert other.get(request) == Reply("\ud800 90", 3, 1)
     place = one.path(request).relative_to(one.folder).as_posix()
-    a.remote.bucket.write(f"judge/{place}", b'{"reply"')
-    assert ReplyCache(machine("c").root / "judge", a.remote.bucket).get(request) is None
+    a.bucket.write(f"judge/{place}", b'{"reply"')
+    assert ReplyCache(machine("c").root / "judge", a.bucket).get(request) is None
 
 
 def test_programs_are_shared_whole(machine):
@@ -309,13 +309,13 @@ def test_programs_are_shared_whole(machine):
     for name in ("one", "two"):
         (folders[0] / f"{name}-cache").write_bytes(zlib.compress(name.encode()))
     (folders[0] / "cut-cache").write_bytes(zlib.compress(b"of a process that is still writing it")[:-3])
-    a.remote.send_programs(folders[0])
-    machine("b").remote.fetch_programs(folders[1])
+    above = "programs/jaxlib-x"
+    send_programs(a.bucket, above, folders[0], said.append, set())
+    fetch_programs(a.bucket, above, folders[1], said.append)
     assert sorted(path.name for path in whole_programs(folders[1], said.append)) == ["one-cache", "two-cache"]
-    bucket = a.remote.bucket
+    bucket = a.bucket
     (name,) = (name for name in bucket.sizes("programs/jaxlib-x") if name.startswith("one"))
     bucket.write(f"programs/jaxlib-x/{name}", b"something else")
-    c = machine("c", said)
-    c.remote.fetch_programs(folders[2])
+    fetch_programs(bucket, above, folders[2], said.append)
     assert sorted(path.name for path in folders[2].iterdir()) == ["two-cache", f"two-cache{DIGEST}"]
     assert len(said) == 1 and name in said[0]
