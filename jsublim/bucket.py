@@ -121,7 +121,11 @@ class Bucket:
     def write(self, name: str, content: bytes) -> None:
         """Put an object there, in place of one of that name."""
         with self._asking(name, writing=True) as path:
-            self._fs.pipe_file(path, content)
+            if is_url(self.url):
+                return self._fs.pipe_file(path, content)
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with atomic(path) as scratch:
+                scratch.write_bytes(content)
 
     def create(self, name: str, content: bytes) -> bool:
         """Put an object there unless there is one; of several who try, one is told True."""

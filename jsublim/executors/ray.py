@@ -222,9 +222,9 @@ class _Drive:
         self.idle: list[_Hand] = []
         self.lost: Counter[str] = Counter()  # workers, by the key of their task
         self.failed: list[str] = []  # lines
-        self.not_begun = self.number = self.begins = (
-            0  # tasks; of the last worker; workers that failed to begin, one after another
-        )
+        self.number = 0  # of the last worker
+        self.not_begun = 0  # tasks
+        self.begins = 0  # workers that failed to begin, one after another
         self.alone_since = time.monotonic()  # without any worker
 
     def run(self) -> None:

@@ -18,10 +18,8 @@ from jsublim.files import DAMAGED, remove_abandoned, scratch_of, sha256, write_t
 from jsublim.pipeline.artifact import CHANGED, DONE, damage_of, fingerprint, mark_text, read_mark
 from jsublim.programs import DIGEST, ENTRY, whole_programs
 
-SEND_EVERY, SHARE = (
-    60.0,
-    10,
-)  # seconds between two looks for a new state; and as many times what sending the last one took
+SEND_EVERY = 60.0  # seconds between two looks for a new state
+SHARE = 10  # and as many times what sending the last one took
 STATE = "state"  # of a training: a folder with one folder per saved step
 Say = Callable[[str], None]
 

@@ -186,7 +186,7 @@ class Store:
 
     def _set_aside(self, name: str, damage: Mapping[str, str]) -> str:
         """Make a damaged artifact unfinished; what is there of it is kept. Returns a line that says so."""
-        for file in [DONE, *(file for file in damage if file != DONE)] if is_main_process() else ():
+        for file in [DONE, *(file for file in damage if file != DONE)] if is_main_process() or self.url else ():
             with suppress(FileNotFoundError):
                 self.bucket.set_aside(f"{name}/{file}")
         self._marks.pop(name, None)
@@ -359,8 +359,9 @@ class Store:
             return _count(content)
 
         def keep() -> int:
-            if not bucket.create(place, f"{count}\n".encode()) and _count(bucket.read(place)) is None:
-                bucket.write(place, f"{count}\n".encode())
+            text = f"{count}\n".encode()
+            if self.url is None or (not bucket.create(place, text) and _count(bucket.read(place)) is None):
+                bucket.write(place, text)
             return _count(bucket.read(place)) or count
 
         if (agreed := on_main_process(known)) is not None:
