@@ -199,7 +199,7 @@ def test_a_changed_summary_is_not_believed(tmp_path):
     _, output, folder = made(tmp_path, rows="1\n2\n")
     mark = (folder / "DONE").read_text()
     (folder / "DONE").write_text(mark.replace('"kept": 3', '"kept": 7'))
-    with pytest.raises(JsublimError, match="DONE: is not what was written"):
+    with pytest.raises(JsublimError, match="DONE is not what was written"):
         Store(tmp_path).summary(output)
     (folder / "DONE").write_text(mark.replace('"sha256": "', '"sha257": "'))
     with pytest.raises(JsublimError):
