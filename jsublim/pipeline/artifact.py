@@ -121,17 +121,18 @@ class Artifact:
           JsublimError: what the folder says that it is made from is something else.
         """
         self.path, self.inputs, self.say, self._publish = path, json.loads(json.dumps(dict(inputs))), say, publish
-        on_main_process(lambda: self._open(kind, digest([kind, self.inputs])))
+        self.key = digest([kind, self.inputs])
+        on_main_process(lambda: self._open(kind))
 
-    def _open(self, kind: str, key: str) -> None:
+    def _open(self, kind: str) -> None:
         record = self.path / RECORD
         if not record.exists():
             self.path.mkdir(parents=True, exist_ok=True)
             made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             attempt = uuid.uuid4().hex[:8]  # tells what two machines make of the same inputs apart
-            said = {"kind": kind, "key": key, "inputs": self.inputs, "versions": versions(), "device": device()}
+            said = {"kind": kind, "key": self.key, "inputs": self.inputs, "versions": versions(), "device": device()}
             write_json(record, said | {"made": made, "attempt": attempt})
-        elif (read_record(self.path) or {}).get("key") != key:
+        elif (read_record(self.path) or {}).get("key") != self.key:
             raise JsublimError(f"{record}: {CHANGED}; move the folder away, then run the same command again")
 
     @property
