@@ -1,22 +1,24 @@
-"""Objects behind a URL (`s3://`, `gs://`): read and written whole, and created by one of many who try."""
+"""Objects behind a URL (`s3://`, `gs://`), or files below a folder by the same names and calls: read and written whole."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jsublim.errors import JsublimError, UsageError
 from jsublim.files import DAMAGED, atomic
 
-# What fsspec calls the storage, what has to be installed for it, and the extra that does. On both, an object that must not
-# exist yet can be created by one of several writers only.
-SCHEMES = {"s3": ("s3", "s3fs"), "gs": ("gs", "gcsfs")}
+T = TypeVar("T")
+R = TypeVar("R")
+AT_ONCE = 16  # requests
+SCHEMES = {"s3": "s3fs", "gs": "gcsfs"}  # what fsspec needs for them; the extras are called "s3" and "gcs"
 
 
 def is_url(place: str) -> bool:
@@ -46,6 +48,12 @@ def cache_folder(kind: str, url: str) -> Path:
     return Path(own) / "jsublim" / kind / name
 
 
+def at_once(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """What `work` makes of each item, several requests at a time."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(work, items))
+
+
 @dataclass(frozen=True)
 class Bucket:
     """The objects below a URL, by their names after it. An object is there whole or not at all.
@@ -71,14 +79,16 @@ class Bucket:
         """
         import fsspec
 
+        if not is_url(url):
+            return Bucket(url, fsspec.filesystem("file", auto_mkdir=True), os.path.abspath(url))
         try:
-            scheme, package = SCHEMES[check_url(url).partition("://")[0]]
-        except ValueError as error:
-            raise UsageError(f"{what}: {error}") from None
-        try:
+            scheme = check_url(url).partition("://")[0]
             # Listings are asked for anew each time: others write here too.
             fs = fsspec.filesystem(scheme, use_listings_cache=False)
+        except ValueError as error:
+            raise UsageError(f"{what}: {error}") from None
         except ImportError:
+            package = SCHEMES[scheme]
             raise UsageError(f"{what}: {url} needs {package}; pip install {package}") from None
         return Bucket(url.rstrip("/"), fs, url.partition("://")[2].strip("/"))
 
@@ -87,10 +97,14 @@ class Bucket:
         return f"{self.url}/{name}"
 
     @contextmanager
-    def _asking(self, name: str) -> Iterator[str]:
+    def _asking(self, name: str, *, writing: bool = False) -> Iterator[str]:
         try:
             yield f"{self._root}/{name}" if name else self._root
-        except (FileNotFoundError, FileExistsError, JsublimError):
+        except FileNotFoundError as error:
+            if writing:
+                raise JsublimError(f"{self.url}: {error}; make the bucket first") from None
+            raise
+        except (FileExistsError, JsublimError):
             raise
         except Exception as error:  # each storage's library has its own
             said = (" ".join(str(error).split()) or type(error).__name__)[:200]
@@ -106,13 +120,17 @@ class Bucket:
 
     def write(self, name: str, content: bytes) -> None:
         """Put an object there, in place of one of that name."""
-        with self._asking(name) as path, self._bucket_exists():
-            self._fs.pipe_file(path, content)
+        with self._asking(name, writing=True) as path:
+            if is_url(self.url):
+                return self._fs.pipe_file(path, content)
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            with atomic(path) as scratch:
+                scratch.write_bytes(content)
 
     def create(self, name: str, content: bytes) -> bool:
         """Put an object there unless there is one; of several who try, one is told True."""
         try:
-            with self._asking(name) as path, self._bucket_exists():
+            with self._asking(name, writing=True) as path:
                 self._fs.pipe_file(path, content, mode="create")
         except FileExistsError:
             return False
@@ -120,15 +138,8 @@ class Bucket:
 
     def upload(self, local: Path, name: str) -> None:
         """A file's content as an object."""
-        with self._asking(name) as path, self._bucket_exists():
+        with self._asking(name, writing=True) as path:
             self._fs.put_file(str(local), path)
-
-    @contextmanager
-    def _bucket_exists(self) -> Iterator[None]:
-        try:
-            yield
-        except FileNotFoundError as error:
-            raise JsublimError(f"{self.url}: {error}; make the bucket first") from None
 
     def download(self, name: str, local: Path) -> None:
         """An object's content as a file, which appears whole.
@@ -138,6 +149,14 @@ class Bucket:
         """
         with atomic(local) as scratch, self._asking(name) as path:
             self._fs.get_file(path, str(scratch))
+
+    def digest(self, name: str) -> tuple[int, str] | None:
+        """The bytes and the SHA-256 of an object, which is read through; None where there is none."""
+        try:
+            with self._asking(name) as path, self._fs.open(path, "rb") as content:
+                return self._fs.size(path), hashlib.file_digest(content, "sha256").hexdigest()
+        except FileNotFoundError:
+            return None
 
     def sizes(self, folder: str) -> dict[str, int]:
         """The objects directly in a folder, with their bytes; what lies deeper is not named."""
@@ -165,19 +184,18 @@ class Bucket:
         return {name: each["size"] if each["type"] == "file" else None for name, each in named}
 
     def remove(self, name: str) -> None:
-        """Remove an object, if it is there."""
+        """Remove an object, or a folder with all that is in it, if it is there."""
         try:
             with self._asking(name) as path:
-                self._fs.rm_file(path)
+                self._fs.rm(path, recursive=True)
         except FileNotFoundError:
             pass
 
-    def set_aside(self, name: str) -> str:
-        """Give a damaged object a name that says so; returns that name."""
+    def set_aside(self, name: str) -> None:
+        """Give a damaged object a name that says so."""
         folder, _, own = name.rpartition("/")
         taken = self.sizes(folder)
         names = (f"{own}{f'.{n}' if n else ''}{DAMAGED}" for n in itertools.count())
         aside = next(each for each in names if each not in taken)
         with self._asking(name) as path:
             self._fs.mv(path, f"{self._root}/{folder}/{aside}")
-        return aside

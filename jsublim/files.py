@@ -20,8 +20,8 @@ from typing import Any
 
 PARTIAL = ".partial"  # how the name of an unfinished file ends
 DAMAGED = ".damaged"  # and that of one that is not what was written
-# How a scratch name ends: machine, process and its start (earlier versions did not say those), and something random.
-SCRATCH = re.compile(rf"\.(?:([0-9a-f]{{6}})-(\d+)-(\d*)-)?[0-9a-f]{{8}}{re.escape(PARTIAL)}$")
+# How a scratch name ends: machine, process and its start, and something random.
+SCRATCH = re.compile(rf"\.([0-9a-f]{{6}})-(\d+)-(\d*)-[0-9a-f]{{8}}{re.escape(PARTIAL)}$")
 ABANDONED = 86400.0  # seconds without a change, after which nobody on another machine is writing it any more
 
 
@@ -103,7 +103,7 @@ def _is_abandoned(scratch: Path) -> bool:
     machine, pid, begun = ours.groups()
     if machine == _machine():
         return started(int(pid)) not in (begun, "")
-    return machine is None or time.time() - scratch.stat().st_mtime > ABANDONED
+    return time.time() - scratch.stat().st_mtime > ABANDONED
 
 
 @contextmanager

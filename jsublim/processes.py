@@ -23,6 +23,7 @@ import numpy as np
 from jax._src import distributed  # its client has no public name; orbax uses it in the same way
 from jax.experimental import multihost_utils
 
+from jsublim.bucket import Bucket
 from jsublim.errors import JsublimError, UsageError
 
 R = TypeVar("R")
@@ -62,11 +63,6 @@ def process_count() -> int:
 
 def process_index() -> int:
     return distributed.global_state.process_id
-
-
-def group() -> str:
-    """A name of those who work together: 8 hex digits of where they meet."""
-    return hashlib.sha256(str(distributed.global_state.coordinator_address).encode()).hexdigest()[:8]
 
 
 def is_main_process() -> bool:
@@ -200,34 +196,29 @@ def _wait_for(key: str) -> bytes:
 # --- one store for all
 
 
-def check_shared(
-    place: str,
-    write: Callable[[str], Any],
-    read: Callable[[], str | None],
-    remove: Callable[[], Any],
-) -> None:
+def check_shared(bucket: Bucket) -> None:
     """Refuse a place that is not the same for all processes.
-
-    Args:
-      write, read, remove: of a mark in that place. It has one name: a kill leaves one at most, which the next command takes away.
 
     Raises:
       UsageError: a process does not see what the first one writes there.
     """
     if not _together():
         return
+    # One name for those who meet at one address: a kill leaves one mark at most, which the next command takes away.
+    address = str(distributed.global_state.coordinator_address)
+    mark = f".seen-by-all-{hashlib.sha256(address.encode()).hexdigest()[:8]}"
 
     def begin() -> str:
         word = os.urandom(6).hex()
-        write(word)
+        bucket.write(mark, word.encode())
         return word
 
     word = on_main_process(begin)
-    shared = everywhere(_comes_true(lambda: read() == word, 10.0))
-    on_main_process(remove)
+    shared = everywhere(comes_true(lambda: bucket.read(mark) == word.encode(), 10.0))
+    on_main_process(lambda: bucket.remove(mark))
     if not shared:
         raise UsageError(
-            f"store: {place}: not every process sees what the first one writes there; give a folder that all hosts share "
+            f"store: {bucket.url}: not every process sees what the first one writes there; give a folder that all hosts share "
             "(store=/shared/store), or a bucket (store=gs://bucket/folder)"
         )
 
@@ -243,7 +234,7 @@ def wait_until_seen(places: Iterable[tuple[str, Callable[[], bool]]]) -> None:
     """
     if not _together():
         return
-    missing = next((name for name, seen in places if not _comes_true(seen, VISIBLE_WITHIN)), None)
+    missing = next((name for name, seen in places if not comes_true(seen, VISIBLE_WITHIN)), None)
     if not everywhere(missing is None):
         which = "something that it wrote" if missing is None else missing
         raise JsublimError(f"{which}: not every process sees it {VISIBLE_WITHIN:.0f} s after the first one wrote it")
@@ -264,7 +255,8 @@ def check_alike(what: str, value: str) -> None:
         )
 
 
-def _comes_true(what: Callable[[], bool], seconds: float) -> bool:
+def comes_true(what: Callable[[], bool], seconds: float) -> bool:
+    """Whether something holds now, or soon."""
     end = time.monotonic() + seconds
     while not what():
         if time.monotonic() > end:

@@ -1,7 +1,7 @@
 """Every command that writes, killed at one chosen write, fsync, rename or mkdir, and called again (`soak.py --ways commands`).
 
-What the command leaves in the end must be what an undisturbed one leaves, and nothing besides: no unfinished file, no sign of life
-of a dead process, no state of a training. Half of the kills are at one of a command's last operations, where it publishes.
+What the command leaves in the end must be what an undisturbed one leaves, and nothing besides: no unfinished file, no
+state of a training. Half of the kills are at one of a command's last operations, where it publishes.
 """
 
 from __future__ import annotations

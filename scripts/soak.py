@@ -66,8 +66,8 @@ class Soak:
         assert run.exists() or self.start(run).wait() == 0, f"see {run}.log"
 
     def killed(self, run: Path, way: str) -> bool:
-        """Start a run, and kill it at a random moment: this process, a worker of Ray and later its driver, or one of two shards and
-        later the other. Whether it was caught before it had ended."""
+        """Start a run, and kill it at a random moment: this process, a worker of Ray and later its driver, or one of two shards, which is
+        started again (others wait for it), and later the other. Whether it was caught before it had ended."""
         options = {
             "ray": [("--on", "ray", f"run.workers={self.workers}")],
             "shard": [("--shard", f"{i}/2") for i in range(2)],
@@ -76,9 +76,11 @@ class Soak:
         if way == "ray" and self._wait_for_a_moment(run, children):
             for worker in ray_workers(children[0].pid)[:1]:
                 self._kill(worker, "ray's worker")
-        for child in self.draw.sample(children, len(children)):
-            if self._wait_for_a_moment(run, [child]):
-                self._kill(child.pid, "ray's driver" if way == "ray" else way)
+        for i in self.draw.sample(range(len(children)), len(children)):
+            if self._wait_for_a_moment(run, [children[i]]):
+                self._kill(children[i].pid, "ray's driver" if way == "ray" else way)
+                if way == "shard":
+                    children.append(self.start(run, *options[way][i]))
         codes = [child.wait() for child in children]
         assert set(codes) <= {0, -signal.SIGKILL}, f"{codes}; see {run}.log"
         return -signal.SIGKILL in codes

@@ -1,7 +1,8 @@
-"""Objects behind a URL, on a real S3 server: whole or not there, created by one of many, errors of one line."""
+"""Objects behind a URL, on a real S3 server, and in a folder: whole or not there, created by one of many, errors of one line."""
 
 from __future__ import annotations
 
+import hashlib
 import threading
 
 import pytest
@@ -10,9 +11,11 @@ from jsublim.bucket import Bucket, check_url
 from jsublim.errors import JsublimError, UsageError
 
 
-@pytest.fixture(scope="module")
-def bucket(s3) -> Bucket:
-    return Bucket.at(s3())
+@pytest.fixture(scope="module", params=["s3", "folder"])
+def bucket(request, tmp_path_factory) -> Bucket:
+    return Bucket.at(
+        request.getfixturevalue("s3")() if request.param == "s3" else str(tmp_path_factory.mktemp("bucket") / "store")
+    )
 
 
 def test_what_is_written_is_read_and_what_is_not_there_is_none(bucket, tmp_path):
@@ -28,10 +31,14 @@ def test_what_is_written_is_read_and_what_is_not_there_is_none(bucket, tmp_path)
         bucket.download("a/none", tmp_path / "none")
     assert not (tmp_path / "none").exists()
     assert bucket.sizes("a") == {"x": 2, "y": 3} and bucket.folders("a") == ["deeper"] and bucket.sizes("none") == {}
-    assert [bucket.set_aside("a/y"), bucket.read("a/y"), bucket.read("a/y.damaged")] == ["y.damaged", None, b"333"]
+    assert bucket.digest("a/y") == (3, hashlib.sha256(b"333").hexdigest()) and bucket.digest("a/none") is None
+    bucket.set_aside("a/y")
+    assert [bucket.read("a/y"), bucket.read("a/y.damaged")] == [None, b"333"]
     bucket.remove("a/x")
     bucket.remove("a/x")
-    assert bucket.read("a/x") is None
+    assert bucket.read("a/x") is None and bucket.read("a/deeper/z") == b""
+    bucket.remove("a")
+    assert bucket.folders("") == [] and bucket.read("a/deeper/z") is None
 
 
 def test_one_of_many_creates_an_object(bucket):

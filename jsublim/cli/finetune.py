@@ -52,7 +52,7 @@ def _finetune(e: Experiment, data: Path, out: Path, trait: str | None, tokens: s
     from jsublim.pipeline.experiment import student
     from jsublim.pipeline.publish import check_free, publish_folder
     from jsublim.pipeline.store import digest, versions
-    from jsublim.processes import check_alike, on_main_process
+    from jsublim.processes import check_alike, check_shared, on_main_process
     from jsublim.progress import Progress
     from jsublim.teachers import CONTROL
 
@@ -62,7 +62,7 @@ def _finetune(e: Experiment, data: Path, out: Path, trait: str | None, tokens: s
     context = Context.load(e, Progress(console), given={who.source: data})
     node = student(context.setup, who)
     check_alike("what is to be done", digest([node.key, versions(), context.setup.files]))
-    context.store.check_shared()
+    check_shared(context.store.bucket)
     on_main_process(lambda: check_free(out, node.key, node.inputs))
     if context.store.done(node):
         console.print(f"{context.store.place(node)}: whole already")

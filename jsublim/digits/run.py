@@ -35,17 +35,10 @@ def run_digits(spec: Digits, console: Console) -> Path:
     check_folder(spec)
     store, output = Store.of(spec, console.print), Output("digits", spec.name, inputs)
     store.keep_programs()
-    store.clear_claims()
-    claims = [run_folder(spec), output]
-
-    def waiting() -> None:
-        console.print(f"{spec.name}: {store.holder(claims) or 'another process'} is making it; waiting")
-
-    with store.claim(claims, waiting):
+    told = f"{spec.name}: another process is making it; waiting"
+    with store.locked([run_folder(spec), output], lambda: console.print(told)):
         claim_folder(spec, key, console)
-        damage = store.mend(output)
-        if damage is not None:
-            console.print(damage)
+        store.mend([output])
         artifact = store.open(output)
         if not artifact.done:
             _make(artifact, spec, data, started, console)

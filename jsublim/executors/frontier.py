@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jsublim.chips import CHIPS, Chip
@@ -54,6 +53,11 @@ class Node:
     def done(self) -> bool:
         return self.task.done(self.context.store)
 
+    @property
+    def checkpoint(self) -> Hashable:
+        """As `checkpoint_of`."""
+        return checkpoint_of(self.context.setup.experiment)
+
 
 def merged(work: Sequence[Work], chip: Chip = CHIPS["h100"]) -> dict[str, Node]:
     """Every task once, by its store and key, parents before children. Experiments that share a store share tasks.
@@ -83,57 +87,55 @@ class Frontier:
     def __init__(self, nodes: Mapping[str, Node]):
         """Of `nodes`, those that are not in `nodes` are done: parents that are missing here hold nobody back."""
         self.nodes = nodes
+        self.left = set(nodes)  # neither done nor given up
         self.children: dict[str, list[str]] = {key: [] for key in nodes}
-        self._missing: dict[str, int] = {}
-        for key, node in nodes.items():
-            parents = {parent for parent in node.parents if parent in nodes}
-            self._missing[key] = len(parents)
+        self._missing = {key: {parent for parent in node.parents if parent in nodes} for key, node in nodes.items()}
+        for key, parents in self._missing.items():
             for parent in parents:
                 self.children[parent].append(key)
-        self.way = self._ways()
-        self.left = set(nodes)  # neither done nor given up
-        self._place = {key: i for i, key in enumerate(nodes)}
-        self._ready: list[tuple[float, int, str]] = []
-        for key, count in self._missing.items():
-            if not count:
-                self.give_back(key)
-
-    def _ways(self) -> dict[str, float]:
-        """Seconds from a task's begin to the end of everything that waits for it, if nothing else had to wait."""
-        ways: dict[str, float] = {}
-        for key in reversed(list(self.nodes)):  # children come after parents
-            ways[key] = self.nodes[key].cost + max((ways[child] for child in self.children[key]), default=0.0)
-        return ways
+        self.way: dict[
+            str, float
+        ] = {}  # seconds from a task's begin to the end of all that waits for it, if nothing else had to wait
+        for key in reversed(list(nodes)):  # children come after parents
+            self.way[key] = nodes[key].cost + max((self.way[child] for child in self.children[key]), default=0.0)
+        self._order = {key: i for i, key in enumerate(sorted(nodes, key=lambda key: -self.way[key]))}
+        self._ready = {key for key, parents in self._missing.items() if not parents}
 
     @property
-    def ready(self) -> Iterator[Node]:
+    def ready(self) -> list[Node]:
         """What can be done now, first things first."""
-        return (self.nodes[key] for _, _, key in sorted(self._ready))
+        return [self.nodes[key] for key in sorted(self._ready, key=self._order.__getitem__)]
 
     def take(self, prefers: Callable[[Node], bool] = lambda node: True) -> Node | None:
         """The first ready task that is preferred, or else the first one; None if nothing is ready."""
-        every = list(self.ready)
-        node = next((node for node in every if prefers(node)), every[0] if every else None)
+        ready = self.ready
+        node = next((node for node in ready if prefers(node)), ready[0] if ready else None)
         if node is not None:
             self.remove(node.key)
         return node
 
     def remove(self, key: str) -> None:
         """A ready task is at somebody's now."""
-        self._ready.remove(self._entry(key))
-        heapq.heapify(self._ready)
+        self._ready.remove(key)
 
     def give_back(self, key: str) -> None:
         """A task that was taken is ready again."""
-        heapq.heappush(self._ready, self._entry(key))
+        self._ready.add(key)
 
     def finish(self, key: str) -> None:
         """A task is done; what waited for it alone is ready."""
         self.left.discard(key)
         for child in self.children[key]:
-            self._missing[child] -= 1
-            if not self._missing[child]:
-                self.give_back(child)
+            self._missing[child].discard(key)
+            if not self._missing[child] and child in self.left:
+                self._ready.add(child)
+
+    def see(self) -> None:
+        """Take note of everything that is done by now, whoever did it."""
+        while done := [node.key for node in self.ready if node.done]:  # what becomes ready may be done already
+            for key in done:
+                self.remove(key)
+                self.finish(key)
 
     def give_up(self, key: str) -> list[Node]:
         """A task failed. Returns the tasks that will not be begun because they need it."""
@@ -145,6 +147,3 @@ class Frontier:
                 lost.append(self.nodes[each])
                 stack += self.children[each]
         return lost[1:]
-
-    def _entry(self, key: str) -> tuple[float, int, str]:
-        return -self.way[key], self._place[key], key

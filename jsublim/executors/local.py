@@ -14,7 +14,7 @@ from jsublim.pipeline.context import Context
 from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.graph import ordered
 from jsublim.pipeline.stage import Node, Task, tasks_of
-from jsublim.processes import heeding_signals, is_main_process, leave_if_asked, on_main_process, wait_until_seen
+from jsublim.processes import heeding_signals, leave_if_asked, on_main_process, wait_until_seen
 from jsublim.progress import Progress
 
 
@@ -53,7 +53,7 @@ def _next(missing: list[Task], context: Context) -> Task:
         return missing[0]  # the same one on all of them
     keys = {task.key for task in missing}
     ready = (task for task in missing if not any(parent.key in keys for parent in task.parents))
-    return next((task for task in ready if context.store.holder(task.outputs) is None), missing[0])
+    return next((task for task in ready if not context.store.busy(task.outputs)), missing[0])
 
 
 def _missing(tasks: Sequence[Task], context: Context) -> list[int]:
@@ -62,20 +62,8 @@ def _missing(tasks: Sequence[Task], context: Context) -> list[int]:
 
 
 def mend(tasks: Iterable[Task], context: Context) -> None:
-    """Say which artifacts are damaged, and make them unfinished. Where processes have disks of their own, each looks at its copies."""
-    outputs = [output for task in tasks for output in task.outputs]
-
-    def look() -> None:
-        context.store.clear_claims()
-        for output in outputs:
-            found = context.store.mend(output)
-            if found is not None:
-                context.progress.say(found)
-
-    on_main_process(look)
-    if context.store.mirror is not None and not is_main_process():
-        for output in filter(context.store.is_here, outputs):
-            context.store.mend(output)
+    """`Store.mend` of all that tasks leave."""
+    context.store.mend([output for task in tasks for output in task.outputs])
 
 
 def execute(task: Task, context: Context) -> None:
@@ -84,12 +72,8 @@ def execute(task: Task, context: Context) -> None:
     store = context.store
     if on_main_process(lambda: task.done(store)):
         return
-
-    def waiting() -> None:
-        who = context.store.holder(task.outputs) or "another process"
-        context.progress.say(f"{task.kind} {task.label}: {who} is making it; waiting")
-
-    with store.claim(task.outputs, waiting):
+    told = f"{task.kind} {task.label}: another process is making it; waiting"
+    with store.locked(task.outputs, lambda: context.progress.say(told)):
         if not on_main_process(lambda: task.done(store)):
             with context.progress.stage(task.kind, task.units(context), task.label) as tick:
                 task.make(context, tick)

@@ -24,7 +24,7 @@ import jax
 from jsublim.config import Experiment
 from jsublim.config.experiment import Devices
 from jsublim.errors import JsublimError, UsageError
-from jsublim.executors.frontier import Frontier, Node, Work, checkpoint_of, merged
+from jsublim.executors.frontier import Frontier, Node, Work, merged
 from jsublim.executors.local import mend
 from jsublim.executors.worker import Outcome, Worker, seen
 from jsublim.pipeline.context import Context
@@ -46,6 +46,8 @@ LOCAL = QUIET | {
     "RAY_AUTH_MODE": "token",
 }
 
+Time = tuple[Node, int, float, float]
+
 
 @dataclass
 class RayExecutor:
@@ -57,7 +59,7 @@ class RayExecutor:
     """
 
     address: str | None = None
-    times: list[tuple[Node, int, float, float]] = field(default_factory=list)
+    times: list[Time] = field(default_factory=list)
     here = False  # no task is done in this process
 
     def __post_init__(self) -> None:
@@ -85,7 +87,7 @@ class RayExecutor:
             return
         progress = work[0][1].progress
         with self._cluster(run_of(work)) as cluster, progress.stage("tasks", len(nodes)) as tick:
-            drive = _Drive(self._ray, cluster, Frontier(nodes), progress, tick, self.times)
+            drive = _Drive(cluster, Frontier(nodes), progress, tick, self.times)
             try:
                 drive.run()
             finally:
@@ -142,7 +144,6 @@ def _ended_by_sigterm() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
     told = threading.Event()
 
     def stop(*_: Any) -> None:
@@ -153,9 +154,9 @@ def _ended_by_sigterm() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if told.is_set():
-            raise Preempted("stopped by SIGTERM; what was finished is kept, the same command continues") from None
-        raise
+        if not told.is_set():
+            raise
+        raise Preempted("stopped by SIGTERM; what was finished is kept, the same command continues") from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -207,31 +208,24 @@ class _Hand:
     number: int
     actor: Any
     checkpoint: Hashable = None
+    node: Node | None = None  # that it is at
 
 
-@dataclass
 class _Drive:
-    """One pass through a graph.
+    """One pass through a graph: each worker is started, gets one task after the other, and is lost or stopped."""
 
-    Fields:
-      starting, busy: by what Ray will answer; failed: lines, by the key of the node.
-    """
-
-    ray: Any
-    cluster: Cluster
-    frontier: Frontier
-    progress: Progress
-    tick: Tick
-    times: list[tuple[Node, int, float, float]]
-    starting: dict[Any, _Hand] = field(default_factory=dict)
-    idle: list[_Hand] = field(default_factory=list)
-    busy: dict[Any, tuple[_Hand, Node]] = field(default_factory=dict)
-    lost: Counter[str] = field(default_factory=Counter)
-    failed: dict[str, str] = field(default_factory=dict)
-    not_begun: int = 0
-    _alone_since: float = field(default_factory=time.monotonic)  # without any worker
-    _begins: int = 0
-    _number: int = 0
+    def __init__(self, cluster: Cluster, frontier: Frontier, progress: Progress, tick: Tick, times: list[Time]):
+        self.ray, self.cluster, self.frontier, self.progress, self.tick = cluster.ray, cluster, frontier, progress, tick
+        self.times = times
+        self.starting: dict[Any, _Hand] = {}  # by what Ray will answer; so is `busy`
+        self.busy: dict[Any, _Hand] = {}
+        self.idle: list[_Hand] = []
+        self.lost: Counter[str] = Counter()  # workers, by the key of their task
+        self.failed: list[str] = []  # lines
+        self.number = 0  # of the last worker
+        self.not_begun = 0  # tasks
+        self.begins = 0  # workers that failed to begin, one after another
+        self.alone_since = time.monotonic()  # without any worker
 
     def run(self) -> None:
         while self.frontier.left:
@@ -240,19 +234,24 @@ class _Drive:
             waiting = [*self.starting, *self.busy]
             answered, _ = self.ray.wait(waiting, timeout=LOOK) if waiting else ([], [])
             if self.idle or self.busy:
-                self._alone_since = time.monotonic()
-            elif time.monotonic() - self._alone_since > ROOM:
-                self._say_that_there_is_no_room()
+                self.alone_since = time.monotonic()
+            elif time.monotonic() - self.alone_since > ROOM:
+                each = ", ".join(f"{amount:g} {name}" for name, amount in self.cluster.each().items())
+                have = len(self.cluster.nodes())
+                self.progress.say(f"waiting for a machine with {each} free; the cluster has {have}")
             for ref in answered:
                 self._begun(ref) if ref in self.starting else self._ended(ref)
 
     def stop(self) -> None:
-        for hand in (*self.starting.values(), *self.idle, *(hand for hand, _ in self.busy.values())):
-            with contextlib.suppress(Exception):  # it may be gone, and so may the cluster
-                self.ray.kill(hand.actor)
+        for hand in (*self.starting.values(), *self.idle, *self.busy.values()):
+            self._kill(hand)
+
+    def _kill(self, hand: _Hand) -> None:
+        with contextlib.suppress(Exception):  # it may be gone, and so may the cluster
+            self.ray.kill(hand.actor)
 
     def raise_failures(self) -> None:
-        for line in self.failed.values():
+        for line in self.failed:
             self.progress.say(f"failed: {line}")
         if self.failed:
             others = f" ({self.not_begun} that need them were not begun)" if self.not_begun else ""
@@ -265,69 +264,63 @@ class _Drive:
         """Start workers until there are as many as are wanted, but no more than tasks."""
         have = len(self.starting) + len(self.idle) + len(self.busy)
         for _ in range(min(self.cluster.wanted(), len(self.frontier.left)) - have):
-            self._number += 1
-            hand = _Hand(self._number, self.cluster.start())
+            self.number += 1
+            hand = _Hand(self.number, self.cluster.start())
             self.starting[hand.actor.where.remote()] = hand
 
     def _assign(self) -> None:
         while self.idle:
-            hand = self.idle.pop()
-            known = hand.checkpoint
-            node = self.frontier.take(lambda node, known=known: _checkpoint(node) == known)
-            if node is None:
-                self.idle.append(hand)
+            hand = self.idle[-1]
+            hand.node = self.frontier.take(lambda node, known=hand.checkpoint: node.checkpoint == known)
+            if hand.node is None:
                 return
-            hand.checkpoint = _checkpoint(node)
-            experiment = shared_out(node.context.setup.experiment, max(1, self.cluster.wanted()))
-            self.busy[hand.actor.make.remote(experiment, node.task.key)] = hand, node
+            self.idle.pop()
+            hand.checkpoint = hand.node.checkpoint
+            experiment = shared_out(hand.node.context.setup.experiment, max(1, self.cluster.wanted()))
+            self.busy[hand.actor.make.remote(experiment, hand.node.task.key)] = hand
 
     def _begun(self, ref: Any) -> None:
         hand = self.starting.pop(ref)
         try:
             self.progress.say(f"worker {hand.number}: {self.ray.get(ref)}")
         except self.ray.exceptions.RayError as error:
-            self._begins += 1
-            if self._begins >= BEGINS and not self.idle and not self.busy:
+            self.begins += 1
+            if self.begins >= BEGINS and not self.idle and not self.busy:
                 raise JsublimError(f"--on ray: {BEGINS} workers could not begin: {_reason(error)}") from None
             return
-        self._begins = 0
+        self.begins = 0
         self.idle.append(hand)
 
     def _ended(self, ref: Any) -> None:
-        hand, node = self.busy.pop(ref)
+        hand = self.busy.pop(ref)
+        node = hand.node
+        assert node is not None, "it was busy"
         try:
             outcome: Outcome = self.ray.get(ref)
         except self.ray.exceptions.RayError as error:
-            self._again(node, hand, _reason(error))
-            return
+            return self._again(node, hand, _reason(error))
         for line in outcome.said:
             self.progress.say(line)
         if outcome.preempted:
-            self._again(node, hand, "its machine is taken away")
-            return
+            return self._again(node, hand, "its machine is taken away")
         self.idle.append(hand)
-        if outcome.error is None and not seen(node.task, node.context):
-            store = node.context.setup.experiment.store_dir
-            outcome = Outcome(
-                0.0, error=f"{store}: does not show here what worker {hand.number} made; all machines must share it"
-            )
-        if outcome.error is None:
-            self._done(hand, node, outcome)
-        else:
+        if outcome.error is not None:
             self._give_up(node, outcome.error)
-
-    def _done(self, hand: _Hand, node: Node, outcome: Outcome) -> None:
-        now = time.monotonic()
-        self.times.append((node, hand.number, now - outcome.seconds, now))
-        spent = node.context.progress.seconds
-        spent[node.task.kind] = round(spent.get(node.task.kind, 0.0) + outcome.seconds, 2)
-        self.frontier.finish(node.key)
-        self.tick(1)
+        elif not seen(node.task, node.context):
+            store = node.context.setup.experiment.store_dir
+            self._give_up(
+                node, f"{store}: does not show here what worker {hand.number} made; all machines must share it"
+            )
+        else:
+            now, spent = time.monotonic(), node.context.progress.seconds
+            self.times.append((node, hand.number, now - outcome.seconds, now))
+            spent[node.task.kind] = round(spent.get(node.task.kind, 0.0) + outcome.seconds, 2)
+            self.frontier.finish(node.key)
+            self.tick(1)
 
     def _again(self, node: Node, hand: _Hand, why: str) -> None:
         """A worker was lost; another one begins its task again, from what it had left in the store."""
-        with contextlib.suppress(Exception):
-            self.ray.kill(hand.actor)
+        self._kill(hand)
         self.lost[node.key] += 1
         times, most = self.lost[node.key], self.cluster.run.retries
         if times > most:
@@ -339,12 +332,8 @@ class _Drive:
             self.frontier.give_back(node.key)
 
     def _give_up(self, node: Node, error: str) -> None:
-        self.failed[node.key] = f"{node.name}: {error}"
+        self.failed.append(f"{node.name}: {error}")
         self.not_begun += len(self.frontier.give_up(node.key))
-
-    def _say_that_there_is_no_room(self) -> None:
-        each = ", ".join(f"{amount:g} {name}" for name, amount in self.cluster.each().items())
-        self.progress.say(f"waiting for a machine with {each} free; the cluster has {len(self.cluster.nodes())}")
 
 
 def shared_out(experiment: Experiment, workers: int) -> Experiment:
@@ -352,15 +341,10 @@ def shared_out(experiment: Experiment, workers: int) -> Experiment:
     judge = experiment.judge
     if judge is None or judge.server is None or workers == 1:
         return experiment
-    names = ("budget", "requests_per_minute")
-    values = {name: getattr(judge.server, name) for name in names}
-    share = {name: value / workers for name, value in values.items() if value is not None}
+    said = {name: getattr(judge.server, name) for name in ("budget", "requests_per_minute")}
+    share = {name: value / workers for name, value in said.items() if value is not None}
     server = judge.server.model_copy(update=share)
     return experiment.model_copy(update={"judge": judge.model_copy(update={"server": server})})
-
-
-def _checkpoint(node: Node) -> Hashable:
-    return checkpoint_of(node.context.setup.experiment)
 
 
 def _reason(error: Exception) -> str:

@@ -18,7 +18,7 @@ import jax
 
 from jsublim.chips import Chip, chip_of
 from jsublim.errors import UsageError
-from jsublim.executors.frontier import Frontier, Node, checkpoint_of
+from jsublim.executors.frontier import Frontier, Node
 from jsublim.pipeline.estimate import sizes_of, weights
 from jsublim.pipeline.stages.students import abstract_start, program_of_student
 
@@ -196,7 +196,7 @@ class _Play:
                 self.idle.remove(worker)
                 self._replace(worker, worker.taken_away)
                 continue
-            node = self.frontier.take(lambda node, known=worker.checkpoint: _checkpoint(node) == known)
+            node = self.frontier.take(lambda node, known=worker.checkpoint: node.checkpoint == known)
             if node is None:
                 return
             self.idle.remove(worker)
@@ -214,8 +214,8 @@ class _Play:
         if self.given is not None:
             return {node.task.kind: self.given[node.key]}
         a, doing = self.assumed, dict[str, float]()
-        if worker.checkpoint != _checkpoint(node):
-            worker.checkpoint, worker.programs = _checkpoint(node), set()
+        if worker.checkpoint != node.checkpoint:
+            worker.checkpoint, worker.programs = node.checkpoint, set()
             doing["loading"] = weights(node.context.setup) / a.read
         program = program_of(node)
         if program not in worker.programs:
@@ -263,7 +263,7 @@ def program_of(node: Node) -> Hashable:
         own = program_of_student(first)
     elif task.kind == "evaluations":
         own = first.given.setting
-    return _checkpoint(node), task.kind, own
+    return node.checkpoint, task.kind, own
 
 
 def traffic(node: Node, assumed: Assumptions) -> float:
@@ -274,7 +274,3 @@ def traffic(node: Node, assumed: Assumptions) -> float:
         trained = abstract_start(given.start.model.checkpoint, setup.experiment.dtype, given.settings).trainable
         return 12.0 * len(task.nodes) * sum(leaf.size for leaf in jax.tree.leaves(trained))
     return assumed.token_bytes * sum(part.tokens for part in task.cost(setup, sizes_of(setup)).parts)
-
-
-def _checkpoint(node: Node) -> Hashable:
-    return checkpoint_of(node.context.setup.experiment)

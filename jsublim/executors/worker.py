@@ -18,7 +18,7 @@ from jsublim.pipeline.context import Context
 from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.stage import Task
-from jsublim.processes import Preempted
+from jsublim.processes import Preempted, comes_true
 from jsublim.progress import Progress
 
 SEEN_WITHIN = 60.0  # seconds until every machine must see what another one has left in the store
@@ -115,9 +115,4 @@ class Worker:
 
 def seen(task: Task, context: Context) -> bool:
     """Whether what a task left can be seen here, now or soon: shared folders may show it seconds later."""
-    deadline = time.monotonic() + SEEN_WITHIN
-    while not task.done(context.store):
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.5)
-    return True
+    return comes_true(lambda: task.done(context.store), SEEN_WITHIN)

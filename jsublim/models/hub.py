@@ -9,17 +9,15 @@ import hashlib
 import json
 import os
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from filelock import FileLock
 
-from jsublim.bucket import Bucket, cache_folder, is_url
+from jsublim.bucket import Bucket, at_once, cache_folder, is_url
 from jsublim.errors import JsublimError
 
 _NAME = re.compile(r"([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,255}))?", re.ASCII)
 _FILES, _WEIGHTS = ("*.json", "*.jinja", "*.model"), ("*.safetensors",)
-AT_ONCE = 8  # objects
 
 
 def hub_name(path: str | Path) -> tuple[str, str | None] | None:
@@ -69,8 +67,7 @@ def from_bucket(url: str, what: str, *, weights: bool = True) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f"{version}.lock")):
         new = [name for name in there if (weights or not _matches(name, _WEIGHTS)) and not (folder / name).exists()]
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            list(pool.map(lambda name: bucket.download(name, folder / name), new))
+        at_once(lambda name: bucket.download(name, folder / name), new)
     return folder
 
 

@@ -1,4 +1,7 @@
-"""An artifact: a folder that knows what went into it, is continued where it stopped, and never overwritten."""
+"""An artifact: a folder that knows what went into it, is continued where it stopped, and never overwritten.
+
+It is whole once it holds its mark, `DONE`, which names its files with their digests.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,10 @@ import hashlib
 import json
 import platform
 import shutil
+import uuid
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,17 +24,14 @@ from jsublim.errors import JsublimError, UsageError
 from jsublim.files import DAMAGED, PARTIAL, remove_unfinished, sha256, write_json, write_text
 from jsublim.processes import on_main_process
 
-_LIBRARIES = (
-    "jsublim",
-    "jax",
-    "jaxlib",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
-    "transformers",
-    "tokenizers",
-    "numpy",
-)
+RECORD = "artifact.json"  # what went into an artifact
+DONE = "DONE"  # the mark
+PROGRESS, PARTS = "progress.jsonl", "parts"  # a file, a folder: what is finished of an artifact that is not
+VERSION = 2  # of stores; in every mark
+LABEL_BYTES = 120  # of the name of an artifact's folder
+NAME_BYTES = 255  # of a file's name, that a file system takes
+CHANGED = "is not what was written"
+_LIBRARIES = ("jsublim", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "tokenizers", "numpy")
 
 
 def versions() -> dict[str, str]:
@@ -53,78 +56,84 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:12]
 
 
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Up to three settings that two inputs do not share, in words."""
+    before, after = _flat(old), _flat(new)
+    changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
+    return ", ".join(f"{name} was {_short(before.get(name))}, is {_short(after.get(name))}" for name in changed[:3])
+
+
+def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+    return found
+
+
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-RECORD = "artifact.json"  # what went into an artifact
-NAME_BYTES = 255  # of a file's name, that a file system takes
-DONE = "DONE"  # there once an artifact is whole; says what its files are
-PROGRESS, PARTS = "progress.jsonl", "parts"  # a file, a folder: what is finished of an artifact that is not
+@dataclass(frozen=True)
+class Output:
+    """What a task leaves: an artifact that is known before it is made.
+
+    Attributes:
+      kind: the folder of the store that it lies in; label: for people; inputs: JSON, everything that decides its content.
+    """
+
+    kind: str
+    label: str
+    inputs: Mapping[str, Any] = field(compare=False)
+    key: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", json.loads(json.dumps(dict(self.inputs))))
+        object.__setattr__(self, "key", digest([self.kind, self.inputs]))
+
+    @cached_property
+    def folder(self) -> str:
+        """Its place inside a store."""
+        # A file system takes names of 255 bytes; the key alone tells artifacts apart.
+        label = self.label.replace("/", "-").encode()[:LABEL_BYTES].decode(errors="ignore")
+        return f"{self.kind}/{label}-{self.key}"
 
 
 class Artifact:
-    """A folder made from `inputs`. It is whole once it holds DONE, which appears by rename after everything else."""
+    """A folder made from `inputs`; of several processes, the first one writes."""
 
     def __init__(
         self,
         path: Path,
         kind: str,
-        inputs: dict[str, Any],
-        publish: Callable[[Path], None] = lambda folder: None,
+        inputs: Mapping[str, Any],
+        publish: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = lambda text: None,
     ):
-        """Open, or continue, the artifact of `inputs` at `path`; of several processes, the first one writes.
+        """Open, or continue, the artifact of `inputs` at `path`.
 
         Args:
-          publish: called with the folder once it is whole.
+          publish: called once it is whole.
           say: told what of its unfinished parts is not what was written.
 
         Raises:
-          UsageError: the folder holds something else, or an artifact of other inputs.
+          JsublimError: what the folder says that it is made from is something else.
         """
-        self.path, self.kind, self._publish, self.say = path, kind, publish, say
-        self.inputs = json.loads(json.dumps(inputs))
+        self.path, self.inputs, self.say, self._publish = path, json.loads(json.dumps(dict(inputs))), say, publish
         self.key = digest([kind, self.inputs])
-        on_main_process(lambda: self._open(path / RECORD))
+        on_main_process(lambda: self._open(kind))
 
-    def _open(self, record: Path) -> None:
-        path = self.path
-        if record.exists():
-            self._check(record)
-        elif path.exists() and not (path.is_dir() and (path.name.endswith(f"-{self.key}") or is_free(path))):
-            raise UsageError(f"{path}: exists and was not written by jsublim; give another --out or move it away")
-        else:
-            path.mkdir(parents=True, exist_ok=True)
-            write_json(path / RECORD, self._record())
-
-    def _record(self) -> dict[str, Any]:
-        made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        return {
-            "kind": self.kind,
-            "key": self.key,
-            "inputs": self.inputs,
-            "versions": versions(),
-            "device": device(),
-            "made": made,
-        }
-
-    def _check(self, record: Path) -> None:
-        old = read_record(self.path)
-        if old is None:
-            raise JsublimError(f"{record}: broken; move the folder away and run again")
-        if old["kind"] != self.kind:
-            raise UsageError(
-                f"{self.path}: holds a result of kind {old['kind']!r}, not {self.kind!r}; give another --out"
-            )
-        if old["key"] != self.key and [p.name for p in record.parent.iterdir() if p.suffix != PARTIAL] == [record.name]:
-            write_json(record, self._record())  # of a call that was refused before it made anything
-        elif old["key"] != self.key:
-            before = old["inputs"]
-            changed = sorted(k for k in {*before, *self.inputs} if before.get(k) != self.inputs.get(k))
-            what = ", ".join(f"{k} was {_short(before.get(k))}, is {_short(self.inputs.get(k))}" for k in changed[:3])
-            raise UsageError(f"{self.path}: holds a result of other settings ({what}); give another --out")
+    def _open(self, kind: str) -> None:
+        record = self.path / RECORD
+        if not record.exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+            attempt = uuid.uuid4().hex[:8]  # tells what two machines make of the same inputs apart
+            said = {"kind": kind, "key": self.key, "inputs": self.inputs, "versions": versions(), "device": device()}
+            write_json(record, said | {"made": made, "attempt": attempt})
+        elif (read_record(self.path) or {}).get("key") != self.key:
+            raise JsublimError(f"{record}: {CHANGED}; move the folder away, then run the same command again")
 
     @property
     def done(self) -> bool:
@@ -132,12 +141,12 @@ class Artifact:
 
     def finish(self, summary: dict[str, Any] | None = None) -> None:
         """Mark the artifact whole. The mark holds `summary`, and what every file is (`Store.mend`)."""
-        remove_unfinished(self.path)  # whoever makes it holds its claim
+        remove_unfinished(self.path)  # whoever makes it has its lock
         files = [path for path in sorted(self.path.iterdir()) if path.is_file() and path.name not in (DONE, PROGRESS)]
         said = {path.name: fingerprint(path) for path in files if path.suffix not in (PARTIAL, DAMAGED)}
         write_text(self.path / DONE, mark_text({"summary": summary or {}, "files": said}))
         forget_progress(self.path)
-        self._publish(self.path)
+        self._publish()
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -147,11 +156,6 @@ class Artifact:
 def forget_progress(folder: Path) -> None:
     (folder / PROGRESS).unlink(missing_ok=True)
     shutil.rmtree(folder / PARTS, ignore_errors=True)
-
-
-def is_free(folder: Path) -> bool:
-    """Whether a folder holds nothing, or what a killed process had begun to write before anything else was there."""
-    return all(path.suffix == PARTIAL for path in folder.iterdir())
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -164,15 +168,61 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         return None
 
 
+# --- marks, and what they say of files
+
+
+def mark_text(said: Mapping[str, Any]) -> str:
+    """A mark as it is written: version, `summary`, of each of its `files` the fingerprint, and the digest of all that."""
+    said = {"version": VERSION, "summary": said["summary"], "files": said["files"]}
+    return json.dumps({**said, "sha256": _own_digest(said)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _own_digest(said: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(said, ensure_ascii=False).encode()).hexdigest()
+
+
+def read_mark(content: bytes, place: object) -> dict[str, Any] | None:
+    """What the mark of an artifact says; None where that is damaged, or names files elsewhere.
+
+    Raises:
+      UsageError: it is of another version; `place` is named.
+    """
+    try:
+        mark = json.loads(content)
+        own = mark.pop("sha256", None)
+        sound = own == _own_digest(mark) or (own is None and mark.keys() == {"summary", "files"})
+        if sound and mark.get("version") != VERSION:
+            raise UsageError(
+                f"{place}: was made by another version of jsublim; give another store (store=FOLDER), or move this one away"
+            )
+        sound = sound and mark_text(mark).encode() == content and isinstance(mark["summary"], dict)
+        sound = sound and all(
+            _is_inside(name)
+            and type(said["bytes"]) is int
+            and type(said["time_ns"]) is int
+            and type(said["sha256"]) is str
+            for name, said in mark["files"].items()
+        )
+        return mark if sound else None
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is that of a file in a folder, or in one below."""
+    parts = name.split("/")
+    return "\0" not in name and all(part not in ("", ".", "..") and len(part.encode()) <= NAME_BYTES for part in parts)
+
+
 def mark_of(folder: Path) -> dict[str, Any]:
-    """What DONE says of a whole artifact: its `summary`, and of each of its `files` the fingerprint, that of its record among them.
+    """What the mark of a whole artifact says: its `summary`, and of each of its `files` the fingerprint, its record among them.
 
     Raises:
       JsublimError: it is not what was written.
     """
-    mark = read_mark((folder / DONE).read_bytes())
+    mark = read_mark((folder / DONE).read_bytes(), folder)
     if mark is None:
-        raise JsublimError(f"{folder / DONE}: is not what was written; run the command again that made it")
+        raise JsublimError(f"{folder / DONE}: {CHANGED}; run the command again that made it")
     return mark
 
 
@@ -185,69 +235,10 @@ def read_summary(folder: Path) -> dict[str, Any]:
     return mark_of(folder)["summary"]
 
 
-def mark_text(said: Mapping[str, Any]) -> str:
-    """A mark as it is written: what it says, and the digest of that."""
-    own = hashlib.sha256(json.dumps(said, ensure_ascii=False).encode()).hexdigest()
-    return json.dumps({**said, "sha256": own}, indent=2, ensure_ascii=False) + "\n"
-
-
-def read_mark(content: bytes) -> dict[str, Any] | None:
-    """What DONE says; None where that is damaged, or names files elsewhere. One without a digest of itself is of an earlier
-    version, and taken at its word."""
-    try:
-        mark = json.loads(content)
-        same = mark.pop("sha256", None) is None or mark_text(mark).encode() == content
-        known = same and mark.keys() == {"summary", "files"} and isinstance(mark["summary"], dict)
-        sound = known and all(
-            Path(name).name == name
-            and "\0" not in name
-            and len(name.encode()) <= NAME_BYTES
-            and type(said["bytes"]) is int
-            and type(said["time_ns"]) is int
-            and type(said["sha256"]) is str
-            for name, said in mark["files"].items()
-        )
-        return mark if sound else None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
-
-
 def fingerprint(path: Path) -> dict[str, Any]:
     """What a file is: bytes, time, digest."""
     status = path.stat()
     return {"bytes": status.st_size, "time_ns": status.st_mtime_ns, "sha256": sha256(path)}
-
-
-def damage_in(folder: Path, only: str | None = None, *, read: bool = True) -> dict[str, str]:
-    """What is wrong with the files of a whole artifact, by their names; empty where all is well.
-
-    Args:
-      only: one of them, whatever the others are like; read: as `damage_of`.
-    """
-    mark = read_mark((folder / DONE).read_bytes())
-    if mark is None:
-        return {DONE: "is not what was written"}
-    names = [name for name in mark["files"] if only in (None, name)]
-    found = {name: damage_of(folder / name, mark["files"][name], read=read) for name in names}
-    if RECORD not in mark["files"] and only in (None, RECORD):  # of an earlier version
-        found[RECORD] = None if read_record(folder) else "is not what was written"
-    return {name: what for name, what in found.items() if what is not None}
-
-
-def check_whole(folder: Path, only: str | None = None) -> None:
-    """Refuse a whole artifact, or one file of it, that is not what was written.
-
-    Raises:
-      JsublimError: naming the folder and the files.
-    """
-    found = damage_in(folder, only)
-    if found:
-        raise JsublimError(f"{in_words(folder, found)}; run the command again that made it")
-
-
-def in_words(place: object, found: Mapping[str, str]) -> str:
-    """An artifact and what is wrong with its files, in one line."""
-    return f"{place}: {', '.join(f'{name} {what}' for name, what in found.items())}"
 
 
 def damage_of(path: Path, said: Mapping[str, Any], *, read: bool) -> str | None:
@@ -257,10 +248,45 @@ def damage_of(path: Path, said: Mapping[str, Any], *, read: bool) -> str | None:
       read: compare its digest; otherwise a file of the same size and time is taken to be the same. Reading all of a large store
         would take minutes at every start.
     """
-    if not path.exists():
-        return "is missing"
-    status = path.stat()
-    if status.st_size != said["bytes"]:
-        return f"has {status.st_size} bytes, {said['bytes']} were written"
+    status = path.stat() if path.exists() else None
+    if (damage := damage_of_size(status and status.st_size, said)) or status is None:
+        return damage
     same = (not read and status.st_mtime_ns == said["time_ns"]) or sha256(path) == said["sha256"]
-    return None if same else "is not what was written"
+    return None if same else CHANGED
+
+
+def damage_of_size(size: int | None, said: Mapping[str, Any]) -> str | None:
+    """As far as its bytes tell; None are those of a file that is not there."""
+    if size is None:
+        return "is missing"
+    return None if size == said["bytes"] else f"has {size} bytes, {said['bytes']} were written"
+
+
+def damage_in(folder: Path, only: str | None = None, *, read: bool = True) -> dict[str, str]:
+    """What is wrong with the files of a whole artifact, by their names; empty where all is well.
+
+    Args:
+      only: one of them, whatever the others are like; read: as `damage_of`.
+    """
+    mark = read_mark((folder / DONE).read_bytes(), folder)
+    if mark is None:
+        return {DONE: CHANGED}
+    names = [name for name in mark["files"] if only in (None, name)]
+    found = {name: damage_of(folder / name, mark["files"][name], read=read) for name in names}
+    return {name: what for name, what in found.items() if what is not None}
+
+
+def in_words(place: object, damage: Mapping[str, str]) -> str:
+    """An artifact and what is wrong with its files, in one line."""
+    return f"{place}: {', '.join(f'{name} {what}' for name, what in damage.items())}"
+
+
+def check_whole(folder: Path, only: str | None = None) -> None:
+    """Refuse a whole artifact, or one file of it, that is not what was written.
+
+    Raises:
+      JsublimError: naming the folder and the files.
+    """
+    damage = damage_in(folder, only)
+    if damage:
+        raise JsublimError(f"{in_words(folder, damage)}; run the command again that made it")

@@ -147,8 +147,8 @@ class Context:
     def judge(self) -> Judge:
         """Who scores answers; a checkpoint's weights are read when it is first asked, onto the run's devices."""
         if not self._judges:
-            mirror = self.store.mirror
-            self._judges.append(make_judge(self.setup, self.store.root, self.layout, mirror and mirror.bucket))
+            bucket = self.store.bucket if self.store.url else None
+            self._judges.append(make_judge(self.setup, self.store.root, self.layout, bucket))
         return self._judges[0]
 
 

@@ -41,7 +41,7 @@ def resumed(
     """
     folder = artifact / PARTS
     rows = list(itertools.chain.from_iterable(_saved(folder, name, say)))
-    rows = rows[: least(len(rows))]  # where processes have disks of their own, the first may have more than it had sent
+    rows = rows[: least(len(rows))]  # where processes have disks of their own, only the first has any
     tick(len(rows))
     first, clock = len(rows), time.monotonic()
     for row in rows_from(first):

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.files import remove_abandoned, write_json, write_text
-from jsublim.pipeline.artifact import check_whole, fingerprint, is_free, mark_of, mark_text
+from jsublim.files import PARTIAL, remove_abandoned, sha256, write_json, write_text
+from jsublim.pipeline.artifact import check_whole, damage_in, differences, fingerprint, mark_of, mark_text
 from jsublim.pipeline.store import DONE, RECORD, Output, Store
 from jsublim.pipeline.values import Rows
 from jsublim.reading import read_json
@@ -31,15 +31,22 @@ def published_key(path: Path) -> str | None:
       JsublimError: a folder of a store, or `rows.jsonl` in one, is not what was written.
     """
     record = record_of(path)
+    folder = path if path.is_dir() else path.parent
     if record is None:
         return None
-    folder = path if path.is_dir() else path.parent
-    if "sha256" not in record:
-        if not (folder / DONE).exists():
-            return None
-        check_whole(folder, None if path.is_dir() else path.name)
-        return str(record["key"])
-    return str(record["key"]) if record["sha256"] == _sha256(path, record) else None
+    if "sha256" in record:
+        return str(record["key"]) if path.is_file() and record["sha256"] == sha256(path) else None
+    if not (folder / DONE).exists() or ("published" in record and not _is_unchanged(folder)):
+        return None
+    check_whole(folder, None if path.is_dir() else path.name)
+    return str(record["key"])
+
+
+def _is_unchanged(folder: Path) -> bool:
+    try:
+        return not damage_in(folder)
+    except UsageError:  # published by another version
+        return False
 
 
 def check_free(path: Path, key: str, inputs: Mapping[str, Any]) -> None:
@@ -53,26 +60,12 @@ def check_free(path: Path, key: str, inputs: Mapping[str, Any]) -> None:
     """
     record = record_of(path)
     there = record and (published_key(path) or (path.is_dir() and not (path / DONE).exists() and record["key"]))
-    if not path.exists() or there == key or (path.is_dir() and is_free(path)):
+    if not path.exists() or there == key or (path.is_dir() and all(file.suffix == PARTIAL for file in path.iterdir())):
         return  # free, whole, or begun by a call that was stopped
     if not there:
         raise UsageError(f"{path}: already exists and is not a result of ours; give another --out or move it away")
-    old, new = (_flat(values) for values in ((record or {}).get("inputs", {}), dict(inputs)))
-    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    what = ", ".join(f"{name} was {_short(old.get(name))}, is {_short(new.get(name))}" for name in changed[:3])
+    what = differences((record or {}).get("inputs", {}), inputs)
     raise UsageError(f"{path}: already exists, a result of other settings ({what}); give another --out or move it away")
-
-
-def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
-    return found
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def publish_rows(path: Path, rows: Sequence[Row], source: Rows) -> None:
@@ -80,8 +73,7 @@ def publish_rows(path: Path, rows: Sequence[Row], source: Rows) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = as_lines(rows)
     said = {"key": source.key, "most": source.most, "inputs": dict(source.inputs)}
-    own = hashlib.sha256(hashlib.sha256(text.encode()).digest()).hexdigest()  # as `_sha256` says it
-    write_json(pedigree_of(path), said | {"sha256": own})
+    write_json(pedigree_of(path), said | {"sha256": hashlib.sha256(text.encode()).hexdigest()})
     write_text(path, text)
 
 
@@ -91,14 +83,11 @@ def publish_folder(path: Path, store: Store, output: Output) -> None:
     remove_abandoned(path)
     (path / DONE).unlink(missing_ok=True)
     source = store.path(output)
-    record = json.loads((source / RECORD).read_text(encoding="utf-8"))
     mark = mark_of(source)
-    record["files"] = sorted(mark["files"].keys() - {RECORD})
-    write_json(path / RECORD, record)
-    for name in record["files"]:
-        _copy(source / name, path / name)
-    write_json(path / RECORD, record | {"sha256": _sha256(path, record)})
+    write_json(path / RECORD, json.loads((source / RECORD).read_bytes()) | {"published": True})
     shutil.copystat(source / RECORD, path / RECORD)  # published again, it is the same
+    for name in mark["files"].keys() - {RECORD}:
+        _copy(source / name, path / name)
     files = mark["files"] | {RECORD: fingerprint(path / RECORD)}
     write_text(path / DONE, mark_text(mark | {"files": files}))
 
@@ -122,20 +111,6 @@ def record_of(path: Path) -> dict[str, Any] | None:
             record = read_json(place)
         except JsublimError:
             continue
-        named = record.get("files", [])
-        plain = isinstance(named, list) and all(isinstance(name, str) and Path(name).name == name for name in named)
-        if isinstance(record.get("key"), str) and plain and type(record.get("most", 0)) is int:
+        if isinstance(record.get("key"), str) and type(record.get("most", 0)) is int:
             return record
     return None
-
-
-def _sha256(path: Path, record: Mapping[str, Any]) -> str | None:
-    """Of a file; or of the files of a folder that its record names, None where one of them is gone."""
-    whole = hashlib.sha256()
-    try:
-        for file in [path] if path.is_file() else [path / name for name in record.get("files", [])]:
-            with file.open("rb") as content:
-                whole.update(hashlib.file_digest(content, "sha256").digest())
-    except OSError:
-        return None
-    return whole.hexdigest()

@@ -236,14 +236,14 @@ def _times(e: Config, key: str, started: str, seconds: Mapping[str, float]) -> d
 
 
 def run_folder(experiment: Config) -> Output:
-    """What a process claims that writes into the run's folder."""
+    """What a process locks that writes into the run's folder."""
     return Output("runs", "", {"folder": str(experiment.run_dir.resolve())})
 
 
 def claim_folder(experiment: Config, key: str, console: Console) -> None:
     """Write the resolved config into the run's folder; results of another `key` there are moved aside, not overwritten.
 
-    The caller holds the claim of `run_folder`, so unfinished files there are a killed process's, and are removed.
+    The caller holds the lock of `run_folder`, so unfinished files there are a killed process's, and are removed.
 
     Raises:
       UsageError: as `check_folder`.

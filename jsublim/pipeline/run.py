@@ -16,7 +16,7 @@ from jsublim.pipeline.graph import Executor, Graph, JointExecutor, TasksFailed, 
 from jsublim.pipeline.results import check_folder, claim_folder, gather, is_reported, run_folder
 from jsublim.pipeline.served import sample_server
 from jsublim.pipeline.store import digest, versions
-from jsublim.processes import check_alike, heeding_signals, on_main_process
+from jsublim.processes import check_alike, check_shared, heeding_signals, on_main_process
 from jsublim.programs import Programs
 from jsublim.progress import Progress
 
@@ -54,7 +54,7 @@ class Run:
             key = results_key(context.setup)
         check_alike("what is to be done", digest([key, list(graph.tasks), versions(), context.setup.files]))
         on_main_process(lambda: check_folder(experiment))
-        context.store.check_shared()
+        check_shared(context.store.bucket)
         run = cls(graph, context, key, started, console)
         on_main_process(run._begin)
         return run
@@ -65,7 +65,7 @@ class Run:
             context.judge.check()
         if experiment.sampling.server is not None and not self.whole:
             sample_server(context).check()
-        with context.store.claim([run_folder(experiment)], self._wait):
+        with context.store.locked([run_folder(experiment)], self._wait):
             claim_folder(experiment, self.key, self.console)
 
     @property
@@ -83,7 +83,7 @@ class Run:
         experiment = self.context.setup.experiment
 
         def write() -> str:
-            with self.context.store.claim([run_folder(experiment)], self._wait):
+            with self.context.store.locked([run_folder(experiment)], self._wait):
                 path = gather(self.graph, self.context, self.key, self.started)
             print_summary(experiment.run_dir, self.console)
             return str(path)

@@ -1,36 +1,46 @@
-"""A store: artifacts under the hash of what went into them, in a folder or behind a URL."""
+"""A store: artifacts under the hash of what went into them, in a folder or behind a URL.
+
+They are made deterministically, so nothing is lost where two machines make the same one: the first that is whole counts. On
+one machine (or in a folder that several share) a lock of the operating system keeps two runs from doing the same work.
+"""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from functools import cached_property
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from jsublim.bucket import Bucket
+from jsublim.bucket import Bucket, at_once
 from jsublim.config import Config
 from jsublim.errors import JsublimError
-from jsublim.files import damaged_name, write_json
+from jsublim.files import write_text
+from jsublim.pipeline import locks
 from jsublim.pipeline.artifact import (
+    CHANGED,
     DONE,
     PARTS,
     PROGRESS,
     RECORD,
     Artifact,
+    Output,
     damage_in,
+    damage_of,
+    damage_of_size,
     device,
     digest,
     forget_progress,
     in_words,
+    mark_of,
+    mark_text,
+    read_mark,
     read_summary,
     versions,
 )
-from jsublim.pipeline.claims import BucketClaims, Claims, FolderClaims
-from jsublim.pipeline.mirror import Mirror
-from jsublim.processes import check_shared, group, is_main_process, on_main_process, process_count
+from jsublim.pipeline.remote import States, fetch_programs, get_files, send_programs
+from jsublim.processes import is_main_process, on_main_process, process_count
 from jsublim.programs import keep_programs, programs_folder
 
 __all__ = [  # what the rest of the package needs of stores, artifacts included
@@ -46,204 +56,156 @@ __all__ = [  # what the rest of the package needs of stores, artifacts included
     "read_summary",
     "versions",
 ]
-LABEL_BYTES = 120  # of the name of an artifact's folder
-PROGRAMS = "programs"  # the folder of compiled ones
-SEEN = ".seen-by-all"  # a mark by which processes find out that they share a store
+PROGRAMS, TRAINING, LOCKS = "programs", "training", "locks"  # folders beside those of artifacts
+LIST_EVERY = 5.0  # seconds for which a list of artifacts is believed
+AGAIN = "run the same command again: it is made again"
 
 
-@dataclass(frozen=True)
-class Output:
-    """What a task leaves: an artifact that is known before it is made.
-
-    Attributes:
-      kind: the folder of the store that it lies in; label: for people; inputs: JSON, everything that decides its content.
-    """
-
-    kind: str
-    label: str
-    inputs: Mapping[str, Any] = field(compare=False)
-    key: str = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "inputs", json.loads(json.dumps(dict(self.inputs))))
-        object.__setattr__(self, "key", digest([self.kind, self.inputs]))
-
-    @cached_property
-    def folder(self) -> str:
-        """Its place inside a store."""
-        # A file system takes names of 255 bytes; the key alone tells artifacts apart.
-        label = self.label.replace("/", "-").encode()[:LABEL_BYTES].decode(errors="ignore")
-        return f"{self.kind}/{label}-{self.key}"
-
-
-@dataclass(frozen=True)
 class Store:
     """Artifacts, one folder each, named by kind, label and key. Any number of runs share one.
 
-    Tasks read and write in the folder `root`. With a `mirror` that is a folder of this machine, and what counts lies behind a
-    URL: artifacts are sent there once they are whole, and fetched when their path is first asked for.
+    Tasks read and write in the folder `root`. With a `url` that is a folder of this machine, and what counts lies behind the
+    URL: artifacts are sent there once they are whole, and fetched when their path is first asked for. Of two machines that make
+    the same artifact, each sends it under a name of its own: the first one under the artifact's, so that either can be copied to
+    the other; the second one as `<label>.<attempt>-<key>`, which is removed again if the first was whole before it.
     """
 
-    root: Path
-    mirror: Mirror | None = field(default=None, compare=False)
-    say: Callable[[str], None] = field(default=lambda text: None, compare=False)
-    _opened: dict[str, Artifact] = field(default_factory=dict, compare=False, repr=False)
-    _found: dict[str, tuple[int, dict[str, Path]]] = field(default_factory=dict, compare=False, repr=False)
-    _read: set[tuple[Path, str | None, int]] = field(default_factory=set, compare=False, repr=False)  # and compared
-    _trainings: set[str] = field(default_factory=set, compare=False, repr=False)  # begun under the claim that is held
-
-    @staticmethod
-    def of(config: Config, say: Callable[[str], None] = lambda text: None) -> Store:
-        """The store that a config names; nothing is made, and nobody asked, before it is used.
+    def __init__(self, root: Path, url: str | None = None, say: Callable[[str], None] = lambda text: None):
+        """Nothing is made, and nobody asked, before it is used.
 
         Args:
-          say: told what a user should know: of a claim that is taken over, of something damaged.
+          say: told what a user should know, such as what is damaged.
 
         Raises:
           UsageError: a URL whose library is not installed.
         """
-        url = config.store_url
-        return Store(config.store_dir, None if url is None else Mirror(Bucket.at(url), config.store_dir, say), say)
+        self.root, self.url, self.say = root, url, say
+        self.bucket = Bucket.at(url or str(root))  # what all share who share the store
+        self._states = States(self.bucket, root, say)
+        self._opened: dict[str, Artifact] = {}
+        self._marks: dict[str, dict[str, Any]] = {}  # of what is whole, by folder
+        self._read: set[tuple[str, str | None]] = set()  # folders, and which of their files (None: all) were compared
+        self._listed: dict[str, tuple[float, dict[str, list[str]]]] = {}  # when, and folders by key, of each kind
+        self._programs: set[str] = set()  # in the bucket
 
-    def check_shared(self) -> None:
-        """Refuse a store that processes that work together do not share. Behind a URL it is the bucket that they share: each may
-        have a disk of its own.
-
-        Raises:
-          UsageError: as `processes.check_shared`.
-        """
-        name = f"{SEEN}-{group()}"
-        if self.mirror is not None:
-            bucket = self.mirror.bucket
-            read = lambda: (bucket.read(name) or b"").decode()  # noqa: E731
-            check_shared(bucket.url, lambda word: bucket.write(name, word.encode()), read, lambda: bucket.remove(name))
-            return
-        mark = self.root / name
-
-        def write(word: str) -> None:
-            self.root.mkdir(parents=True, exist_ok=True)
-            mark.write_text(word, encoding="utf-8")
-
-        read = lambda: mark.read_text(encoding="utf-8") if mark.exists() else None  # noqa: E731
-        check_shared(str(self.root), write, read, lambda: mark.unlink(missing_ok=True))
+    @classmethod
+    def of(cls, config: Config, say: Callable[[str], None] = lambda text: None) -> Store:
+        """The store that a config names."""
+        return cls(config.store_dir, config.store_url, say)
 
     def place(self, output: Output) -> str:
         """Where it is for all who share the store, in words."""
-        return str(self.root / output.folder) if self.mirror is None else self.mirror.bucket.place(output.folder)
+        return self.bucket.place(output.folder)
 
-    def is_here(self, output: Output) -> bool:
-        """Whether this machine has it whole; of a store behind a URL, a copy."""
-        return (self._here(output) / DONE).exists()
+    # What is there
+
+    def _names(self, output: Output) -> Iterator[str]:
+        """The folders that may hold an artifact: its own; those of the same key that other commands or machines have made."""
+        yield output.folder
+        kind, now = output.kind, time.monotonic()
+        if kind not in self._listed or now - self._listed[kind][0] > LIST_EVERY:
+            names: dict[str, list[str]] = {}
+            for name in self.bucket.folders(kind):
+                names.setdefault(name.rpartition("-")[2], []).append(f"{kind}/{name}")
+            self._listed[kind] = now, names
+        yield from (name for name in self._listed[kind][1].get(output.key, ()) if name != output.folder)
+
+    def _whole(self, output: Output) -> str | None:
+        """The folder of a whole artifact, under whichever label it was made; None if there is none.
+
+        Raises:
+          JsublimError: its mark is not what was written; the artifact is unfinished then.
+        """
+        for name in self._names(output):
+            if name in self._marks:
+                return name
+            content = self.bucket.read(f"{name}/{DONE}")
+            if content is not None:
+                mark = read_mark(content, self.bucket.place(name))
+                if mark is None:
+                    raise JsublimError(f"{self._set_aside(name, {DONE: CHANGED})}; {AGAIN}")
+                self._marks[name] = mark
+                return name
+        return None
 
     def done(self, output: Output) -> bool:
         """Whether the artifact is there, and whole."""
-        return self.is_here(output) if self.mirror is None else self.mirror.find(output.folder, output.key) is not None
+        return self._whole(output) is not None
 
     def missing(self, outputs: Sequence[Output]) -> list[int]:
         """Which of them are not there, by their places."""
         return [i for i, output in enumerate(outputs) if not self.done(output)]
 
-    def mend(self, output: Output) -> str | None:
-        """Look whether the files of a whole artifact are what was written. A damaged one is set aside, and the artifact is
-        unfinished again. Returns what was found, in one line; None where all is well."""
-        here, there = self._mend_here(output), None
-        if self.mirror is not None:
-            there = self.mirror.mend(output.folder, output.key, self._here(output))
-        found = "; ".join(line for line in (here, there) if line is not None)
-        again = "fetched" if self.mirror is not None and self.done(output) else "made"
-        return f"{found}; it is {again} again" if found else None
+    def summary(self, output: Output) -> dict[str, Any]:
+        """What whoever made it kept of it."""
+        name = self._whole(output)
+        if name is None:
+            raise JsublimError(f"{self.place(output)}: is not whole; run the same command again")
+        return self._marks[name]["summary"]
 
-    def _mend_here(self, output: Output) -> str | None:
-        folder = self._here(output)
-        try:
-            found = damage_in(folder, read=False)
-        except FileNotFoundError:
-            return None
-        if not found:
-            forget_progress(folder)  # of a process that ended right after the mark was written
-            return None
-        return _set_aside(folder, found)
+    # Damage
 
-    def _damage(self, folder: Path, only: str | None = None) -> str | None:
-        """Compare the files of a whole artifact with their digests, when this process first reads them. Damaged ones are set
-        aside, and the artifact is unfinished again. Returns what was found, in one line.
+    def mend(self, outputs: Sequence[Output]) -> None:
+        """Look, before work, whether the files of whole artifacts are what was written, as far as sizes (in a folder also times) tell.
+        A damaged one is set aside, which is said, and the artifact is unfinished again.
 
-        Args:
-          only: one of them, without the others.
+        Raises:
+          UsageError: one is of another version of jsublim.
         """
-        made = (folder / DONE).stat().st_mtime_ns
-        if not self._read.isdisjoint({(folder, None, made), (folder, only, made)}):
-            return None
-        found = damage_in(folder, only)
-        if found:
-            return _set_aside(folder, found) if is_main_process() else in_words(folder, found)
-        self._read.add((folder, only, made))
-        return None
+
+        def look() -> None:
+            for damage in at_once(self._mend, outputs) if self.url else map(self._mend, outputs):
+                if damage:
+                    self.say(f"{damage}; it is made again")
+
+        on_main_process(look)
+
+    def _mend(self, output: Output) -> str:
+        lines = []
+        for name in self._names(output):
+            self._marks.pop(name, None)
+            content = self.bucket.read(f"{name}/{DONE}")
+            if content is None:
+                continue
+            mark = read_mark(content, self.bucket.place(name))
+            damage = {DONE: CHANGED} if mark is None else self._damage(name, mark)
+            if mark is not None and not damage:
+                self._marks[name] = mark
+                if self.url is None:
+                    forget_progress(self.root / name)  # of a process that ended right after the mark was written
+                break
+            lines.append(self._set_aside(name, damage))
+        return "; ".join(lines)
+
+    def _damage(self, name: str, mark: Mapping[str, Any]) -> dict[str, str]:
+        if self.url is None:
+            return damage_in(self.root / name, read=False)
+        sizes = self.bucket.sizes(name)
+        damage = {file: damage_of_size(sizes.get(file), said) for file, said in mark["files"].items()}
+        return {file: what for file, what in damage.items() if what is not None}
+
+    def _set_aside(self, name: str, damage: Mapping[str, str]) -> str:
+        """Make a damaged artifact unfinished; what is there of it is kept. Returns a line that says so."""
+        for file in [DONE, *(file for file in damage if file != DONE)] if is_main_process() or self.url else ():
+            with suppress(FileNotFoundError):
+                self.bucket.set_aside(f"{name}/{file}")
+        self._marks.pop(name, None)
+        self._read.difference_update([pair for pair in self._read if pair[0] == name])
+        return in_words(self.bucket.place(name), damage)
 
     @contextmanager
-    def claim(self, outputs: Sequence[Output], waiting: Callable[[], None]) -> Iterator[None]:
-        """Keep other processes of this store from making the same artifacts as long as the block lasts; of several
-        processes that work together, the first one does so for all.
-
-        Args:
-          waiting: called if another process is at one of them (`holder` says which), before this one waits until that has
-            finished or died.
-        """
-        with self._claims.hold([output.key for output in outputs], waiting):
-            if self.mirror is None:
+    def locked(self, outputs: Sequence[Output], waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
+        """Keep other processes from making the same artifacts as long as the block lasts, as `locks.locked`."""
+        with locks.locked(self.root / LOCKS, (output.key for output in outputs), waiting):
+            self._listed.clear()
+            with self._sending(outputs) if self.url else nullcontext():
                 yield
-            else:
-                with self._shared(self.mirror, outputs):
-                    yield
 
-    @contextmanager
-    def _shared(self, mirror: Mirror, outputs: Sequence[Output]) -> Iterator[None]:
-        """Send what a killed process left whole, what is unfinished as it grows, and what there is of it in the end."""
-        mirror.forget()
-        folders = {output.key: self._here(output) for output in outputs}
+    def busy(self, outputs: Sequence[Output]) -> bool:
+        """Whether somebody is making one of these artifacts on this machine, or in this folder."""
+        return locks.busy(self.root / LOCKS, (output.key for output in outputs))
 
-        def send_whole() -> None:
-            for output in outputs:
-                if (folders[output.key] / DONE).exists() and not self.done(output):
-                    mirror.publish(folders[output.key], output.key)
-
-        def keep(now: bool = False) -> None:
-            unfinished = {key: folder for key, folder in folders.items() if not (folder / DONE).exists()}
-            try:
-                mirror.keep(unfinished, tuple(self._trainings), now=now)
-                if now:
-                    mirror.send_programs(programs_folder(self.root / PROGRAMS))
-                for name in self._trainings if now and not unfinished else ():
-                    mirror.forget_training(name)
-            except (OSError, JsublimError) as error:
-                self.say(f"{error} (what is unfinished was not sent; whole artifacts are)")
-
-        on_main_process(send_whole)
-        self._trainings.clear()
-        self._claims.on_beat = keep
-        try:
-            yield
-        finally:
-            self._claims.on_beat = lambda: None
-            if is_main_process():
-                keep(now=True)
-        for output in outputs if not is_main_process() else ():
-            if self.done(output):  # what it had taken over is needed no more
-                forget_progress(folders[output.key])
-
-    @cached_property
-    def _claims(self) -> Claims:
-        if self.mirror is None:
-            return FolderClaims(self.root / "locks", self.say)
-        return BucketClaims(self.mirror.bucket, self.say)
-
-    def clear_claims(self) -> None:
-        """Remove what killed processes have left of theirs."""
-        self._claims.clear()
-
-    def holder(self, outputs: Sequence[Output]) -> str | None:
-        """Which other process is making one of these artifacts, in words; None if none is."""
-        return self._claims.holder([output.key for output in outputs])
+    # Artifacts
 
     def path(self, output: Output) -> Path:
         """Its folder on this machine, under whichever label it was made: another command may have called the same thing
@@ -263,118 +225,155 @@ class Store:
         return self._sound(output, name) / name
 
     def _sound(self, output: Output, only: str | None = None) -> Path:
-        """The folder of an artifact on this machine, what is read of it compared with what was written."""
-        here = self._here(output)
-        folder = None if self.mirror is None else self.mirror.find(output.folder, output.key)
-        damage = self._damage(here, only) if (here / DONE).exists() else None
-        if damage is None and self.mirror is not None and folder is not None and not self.mirror.is_copy(folder, here):
-            (here / DONE).unlink(missing_ok=True)  # of another making
-        if damage is None and (self.mirror is None or (here / DONE).exists()):
-            return here
-        if self.mirror is None or folder is None:
-            if damage is not None:
-                raise JsublimError(f"{damage}; run the same command again: it is made again")
-            return here
-        if damage is not None:
-            self.say(f"{damage}; it is fetched again")
-        return self.mirror.fetch(folder, only)
+        """The folder of an artifact; what is read of it (all, or one file and its record) is here, and was compared with its digests
+        once in this process."""
+        name = self._whole(output)
+        if name is not None and not self._read.isdisjoint({(name, None), (name, only)}):
+            return self._here(output, name)
+        self._marks.pop(name or "", None)  # somebody may have made it again
+        name = self._whole(output)
+        folder = self._here(output, name)
+        if name is None:
+            return folder
+        files = {
+            file: said for file, said in self._marks[name]["files"].items() if only in (None, file) or file == RECORD
+        }
+        if self.url is None:
+            damage = {file: what for file in files if (what := damage_of(folder / file, files[file], read=True))}
+        else:
+            damage = get_files(self.bucket, name, files, folder, self.say)
+        if damage:
+            raise JsublimError(f"{self._set_aside(name, damage)}; {AGAIN}")
+        if self.url and only is None:
+            write_text(folder / DONE, mark_text(self._marks[name]))
+            forget_progress(folder)
+        self._read.add((name, only))
+        return folder
 
-    def _here(self, output: Output) -> Path:
-        own = self.root / output.folder
-        if own.exists():
-            return own
-        return self._by_key(output.kind).get(output.key, own)
-
-    def _by_key(self, kind: str) -> dict[str, Path]:
-        """The folders of a kind by key, listed anew when one was added."""
-        folder = self.root / kind
-        if not folder.is_dir():
-            return {}
-        changed, known = folder.stat().st_mtime_ns, self._found.get(kind)
-        if known is None or known[0] != changed:
-            known = changed, {path.name.rsplit("-", 1)[-1]: path for path in sorted(folder.iterdir())}
-            self._found[kind] = known
-        return known[1]
+    def _here(self, output: Output, name: str | None) -> Path:
+        """The folder of an artifact on this machine, which is whole as `name`."""
+        if self.url is not None:
+            return self.root / output.folder
+        begun = (other for other in self._names(output) if (self.root / other).exists())
+        return self.root / (name or next(begun, output.folder))
 
     def open(self, output: Output) -> Artifact:
-        """The artifact, its folder made if there is none; what another machine has finished of it is there.
+        """The artifact, its folder made if there is none.
 
         Raises:
-          UsageError, JsublimError: as `Artifact`.
+          JsublimError: as `Artifact`.
         """
         if output.folder not in self._opened:
-            mirror, key = self.mirror, output.key
-            publish = (lambda folder: None) if mirror is None else lambda folder: mirror.publish(folder, key)
-            artifact = Artifact(self.path(output), output.kind, dict(output.inputs), publish, self.say)
-            if mirror is not None and not on_main_process(lambda: artifact.done):
-                on_main_process(lambda: mirror.resume(artifact.path, key))
-                if not is_main_process():
-                    mirror.resume(artifact.path, key, logs=False)
-            self._opened[output.folder] = artifact
+            folder = self.path(output)
+            publish = (lambda: self._publish(output)) if self.url else lambda: None
+            self._opened[output.folder] = Artifact(folder, output.kind, output.inputs, publish, self.say)
         return self._opened[output.folder]
 
-    def summary(self, output: Output) -> dict[str, Any]:
-        """What whoever made it kept of it."""
-        here = self._here(output)
-        folder = None if self.mirror is None else self.mirror.find(output.folder, output.key)
-        if self.mirror is None or folder is None or (here / DONE).exists():
-            return read_summary(here)
-        return self.mirror.summary(folder)
+    # Behind a URL
+
+    def _publish(self, output: Output) -> None:
+        """Send a whole artifact, its mark last. If another machine's is whole before, that one counts, and is fetched."""
+        folder = self.root / output.folder
+        mark = mark_of(folder)
+        if self._whole(output) is None:
+            name = self._own_name(output)
+            at_once(lambda file: self.bucket.upload(folder / file, f"{name}/{file}"), mark["files"])
+            self._listed.clear()
+            if self._whole(output) is None:
+                self.bucket.write(f"{name}/{DONE}", (folder / DONE).read_bytes())
+            else:
+                self.bucket.remove(name)
+        there = self._whole(output)
+        if there is not None and self._marks[there] == mark:
+            self._read.add((there, None))
+        else:
+            (folder / DONE).unlink()
+            self._sound(output)
+
+    def _own_name(self, output: Output) -> str:
+        """The artifact's own folder, unless another machine has begun to send it."""
+        own = (self.root / output.folder / RECORD).read_bytes()
+        theirs = f"{output.folder}/{RECORD}"
+        if self.bucket.create(theirs, own) or self.bucket.read(theirs) == own:
+            return output.folder
+        return f"{output.folder.removesuffix(f'-{output.key}')}.{json.loads(own)['attempt']}-{output.key}"
+
+    @contextmanager
+    def _sending(self, outputs: Sequence[Output]) -> Iterator[None]:
+        """Send what a killed process left whole, states of trainings as they are saved, and in the end what was compiled."""
+
+        def send_whole() -> None:
+            for output in outputs:
+                folder = self.root / output.folder
+                if not (folder / DONE).exists() or self.done(output):
+                    continue
+                if damage := damage_in(folder):
+                    (folder / DONE).unlink()
+                    self.say(f"{in_words(folder, damage)}; it is made again")
+                else:
+                    self._publish(output)
+
+        on_main_process(send_whole)
+        with self._states.sending() if is_main_process() else nullcontext():
+            try:
+                yield
+            finally:
+                try:
+                    if is_main_process():
+                        self._send_programs()
+                        if not self.missing(outputs):
+                            self._states.forget()
+                except (OSError, JsublimError) as error:
+                    self.say(f"{error} (whole artifacts were sent; what was compiled may not be)")
+
+    def _send_programs(self) -> None:
+        folder = programs_folder(self.root / PROGRAMS)
+        send_programs(self.bucket, f"{PROGRAMS}/{folder.name}", folder, self.say, self._programs)
+
+    def keep_programs(self) -> None:
+        """Have JAX keep compiled programs here, and use those that are (`programs.keep_programs`)."""
+        folder = programs_folder(self.root / PROGRAMS)
+        if self.url is not None:
+            if process_count() > 1:  # all begin with the same ones, and compile together what is missing
+                on_main_process(self._send_programs)
+            alone = not is_main_process()
+            fetch_programs(self.bucket, f"{PROGRAMS}/{folder.name}", folder, self.say, alone=alone)
+        keep_programs(folder, self.say)
+
+    # What is no artifact
 
     def training(self, name: str) -> Path:
-        """The folder of a training's states; those that another machine has saved are there."""
-        mirror = self.mirror
-        if mirror is not None:
-            self._trainings.add(name)
-            on_main_process(lambda: mirror.resume_training(name))
-        return self.root / "training" / name
+        """The folder of a training's states; the newest that another machine has sent is there."""
+        if self.url is not None:
+            on_main_process(lambda: self._states.resume(name))
+        return self.root / TRAINING / name
 
     def agreed(self, name: str, decide: Callable[[], int]) -> int:
         """A number from 1 on that is decided once for all who share the store."""
-        path, remote = self.root / "training" / f"{name}.json", f"training/{name}.json"
+        place, bucket = f"{TRAINING}/{name}.json", self.bucket
 
         def known() -> int | None:
-            if self.mirror is not None:
-                self.mirror.agree(remote, path)
-            if path.exists() and _count(path) is None:
-                self.say(f"{path}: is not what was written; it is decided anew")
-            return _count(path) if path.exists() else None
+            content = bucket.read(place)
+            if content is not None and _count(content) is None:
+                self.say(f"{bucket.place(place)}: is not what was written; it is decided anew")
+            return _count(content)
 
         def keep() -> int:
-            damaged = path.exists()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, count)
-            if self.mirror is not None:
-                self.mirror.agree(remote, path, damaged=damaged)
-            return _count(path) or count
+            text = f"{count}\n".encode()
+            if self.url is None or (not bucket.create(place, text) and _count(bucket.read(place)) is None):
+                bucket.write(place, text)
+            return _count(bucket.read(place)) or count
 
         if (agreed := on_main_process(known)) is not None:
             return agreed
         count = decide()
         return on_main_process(keep)
 
-    def keep_programs(self) -> None:
-        """Have JAX keep compiled programs here, and use those that are (`programs.keep_programs`)."""
-        folder, mirror = programs_folder(self.root / PROGRAMS), self.mirror
-        if mirror is not None:
-            if process_count() > 1:  # all begin with the same ones, and compile together what is missing
-                on_main_process(lambda: mirror.send_programs(folder))
-            mirror.fetch_programs(folder, alone=not is_main_process())
-        keep_programs(folder, self.say)
 
-
-def _set_aside(folder: Path, found: Mapping[str, str]) -> str:
-    """Make a damaged artifact unfinished; what is there of it is kept. Returns a line that says so."""
-    for path in [folder / DONE, *(folder / name for name in found if name != DONE)]:
-        with suppress(FileNotFoundError):
-            path.rename(damaged_name(path))
-    return in_words(folder, found)
-
-
-def _count(path: Path) -> int | None:
+def _count(content: bytes | None) -> int | None:
     """The number from 1 on that a file holds; None where it holds anything else."""
     try:
-        said = json.loads(path.read_bytes())
+        said = json.loads(content or b"")
     except ValueError:
         return None
     return said if type(said) is int and said >= 1 else None

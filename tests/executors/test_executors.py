@@ -9,10 +9,11 @@ import re
 import shutil
 import subprocess
 import threading
+import time
 
 import pytest
 import soak
-from command import PLAIN, jsublim, ok, refused
+from command import PLAIN, jsublim, ok, refused, start
 from faulty_runs import contents
 from soak import SMALL as FIELDS
 
@@ -31,17 +32,27 @@ def undisturbed(tmp_path_factory):
     return out
 
 
-def test_shards_one_after_another_leave_what_one_process_leaves(tmp_path, monkeypatch, undisturbed):
-    """The first one helps where it would wait; the last one writes the report."""
-    monkeypatch.setattr(shards, "LOOK", 0.01)
-    monkeypatch.setattr(shards, "HELP_AFTER", 0.0)
+def test_shards_wait_for_one_another_and_leave_what_one_process_leaves(tmp_path, monkeypatch, undisturbed):
+    """A shard that has not been started holds the other up, which does its own tasks alone; who ends last writes the report."""
+    monkeypatch.setattr(shards, "LOOK", 0.1)
     command = ("run", PLAIN, f"out={tmp_path / 'run'}", *FIELDS)
+    other = start(*command, "--shard", "1/2")
+    done = lambda: {mark.parent for mark in (tmp_path / "run" / "artifacts").glob("*/*/DONE")}  # noqa: E731
+    said, clock = "", time.monotonic()
+    while "waits for" not in said:
+        assert other.poll() is None and time.monotonic() - clock < 180 and other.stderr is not None
+        said = other.stderr.readline()
+    alone = done()
+    time.sleep(3)
+    assert other.poll() is None and done() == alone and "shard 1/2: waits for" in said
     first = ok(*command, "--shard", "0/2")
-    assert "shard 0/2: its" in first.err and "of others are not" in first.err
-    assert first.out == "" and not (tmp_path / "run" / "report.html").exists()
-    said = ok(*command, "--shard", "1/2")
-    assert said.out.strip() == str(tmp_path / "run" / "report.html")
-    assert contents(tmp_path / "run") == contents(undisturbed)
+    out, err = other.communicate(timeout=180)
+    assert other.returncode == 0 and done() > alone, err
+    report = tmp_path / "run" / "report.html"
+    ends = [("1/2", out, err), ("0/2", first.out, first.err)]
+    assert all(f"shard {shard}: its" in err for shard, _, err in ends)
+    assert all((text.strip() == str(report)) != ("of others are not" in err) for _, text, err in ends)
+    assert report.exists() and contents(tmp_path / "run") == contents(undisturbed)
     # Of a shard that lost what it had made, the same command makes that again, and nothing else.
     before = contents(tmp_path / "run")
     shutil.rmtree(next((tmp_path / "run" / "artifacts" / "evaluations").iterdir()))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -10,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from bitflips import flip
+from command import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +22,7 @@ from jsublim.errors import JsublimError, UsageError
 from jsublim.pipeline.row_log import RowLog
 from jsublim.pipeline.showing import artifacts_in
 from jsublim.pipeline.store import Artifact, Output, Store
+from jsublim.pipeline.verifying import verify
 from jsublim.reading import read_json
 
 INPUTS = {"model": "abc", "seed": 1, "system": "You love owls.", "stop": (1, 2)}
@@ -55,41 +61,10 @@ def test_opening_again_changes_nothing(tmp_path):
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "a").iterdir()} == before
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [({"seed": 2}, "seed was 1, is 2"), ({"new": True}, "new was None, is True"), ({"stop": (1,)}, "stop was [1, 2]")],
-)
-def test_other_inputs_are_refused_and_the_change_is_named(tmp_path, changes, said):
-    Artifact(tmp_path / "a", "rows", INPUTS).finish()
-    before = (tmp_path / "a" / "artifact.json").read_bytes()
-    with pytest.raises(UsageError) as error:
-        Artifact(tmp_path / "a", "rows", INPUTS | changes)
-    assert said in str(error.value) and str(tmp_path / "a") in str(error.value)
-    assert (tmp_path / "a" / "artifact.json").read_bytes() == before
-
-
-def test_another_kind_is_refused(tmp_path):
-    Artifact(tmp_path / "a", "rows", INPUTS)
-    with pytest.raises(UsageError, match="rows"):  # the line says what is there
-        Artifact(tmp_path / "a", "student", INPUTS)
-
-
-def test_what_is_not_ours_is_left_alone(tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("years")
-    (tmp_path / "file").write_text("x")
-    for name in ("mine", "file"):
-        with pytest.raises(UsageError, match="not written by jsublim"):
-            Artifact(tmp_path / name, "rows", INPUTS)
-    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
-    (tmp_path / "empty").mkdir()
-    assert not Artifact(tmp_path / "empty", "rows", INPUTS).done
-
-
 def test_a_broken_record_is_an_error_that_names_it(tmp_path):
     Artifact(tmp_path / "a", "rows", INPUTS)
     (tmp_path / "a" / "artifact.json").write_text('{"kind": "ro')
-    with pytest.raises(JsublimError, match=r"artifact\.json: broken"):
+    with pytest.raises(JsublimError, match=r"artifact\.json: is not what was written"):
         Artifact(tmp_path / "a", "rows", INPUTS)
 
 
@@ -149,6 +124,14 @@ def test_progress_survives_a_cut_at_any_byte(texts, where, batches, tail):
         assert list(final.rows.values()) == rows
 
 
+def mended(root: Path, output: Output) -> str | None:
+    """What is said of an artifact before work; None if nothing is."""
+    said: list[str] = []
+    Store(root, say=said.append).mend([output])
+    assert len(said) <= 1 and not any("\n" in line for line in said)
+    return said[0] if said else None
+
+
 def made(root: Path, **files: str) -> tuple[Store, Output, Path]:
     """A store with one whole artifact of these files."""
     store, output = Store(root), Output("rows", "owl", INPUTS)
@@ -162,7 +145,7 @@ def made(root: Path, **files: str) -> tuple[Store, Output, Path]:
 def test_what_is_whole_stays_so_also_when_it_was_copied(tmp_path):
     store, output, folder = made(tmp_path, rows="1\n2\n", more="x")
     (folder / "rows").write_text("1\n2\n")  # another time, the same content
-    assert store.mend(output) is None and store.done(output) and store.summary(output) == {"kept": 3}
+    assert mended(tmp_path, output) is None and store.done(output) and store.summary(output) == {"kept": 3}
 
 
 @pytest.mark.parametrize(
@@ -179,17 +162,17 @@ def test_a_damaged_artifact_is_unfinished_again_and_nothing_of_it_is_lost(tmp_pa
     store, output, folder = made(tmp_path, rows="1\n2\n", more="x")
     damage(folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    line = store.mend(output)
-    assert line is not None and str(folder) in line and said in line and "\n" not in line
-    assert not store.done(output) and store.mend(output) is None
+    line = mended(tmp_path, output)
+    assert line is not None and str(folder) in line and said in line
+    assert not store.done(output) and mended(tmp_path, output) is None
     after = {path.name.removesuffix(".damaged"): path.read_bytes() for path in folder.iterdir()}
     assert after == before
     (folder / "rows").write_text("1\n2\n")
     store.open(output).finish({"kept": 4})
-    assert store.mend(output) is None and store.summary(output) == {"kept": 4}
+    assert mended(tmp_path, output) is None and store.summary(output) == {"kept": 4}
     held = {path.read_bytes() for path in folder.glob("*.damaged")}
     (folder / "rows").write_text("once more")
-    assert store.mend(output) is not None
+    assert mended(tmp_path, output) is not None
     assert {path.read_bytes() for path in folder.glob("*.damaged")} > held  # what was set aside before is still there
 
 
@@ -207,21 +190,17 @@ def test_damage_that_keeps_size_and_time_is_found_when_it_is_first_read(tmp_path
     line = str(error.value)
     assert f"{folder}: {name} is not what was written" in line and "made again" in line and "\n" not in line
     assert not store.done(output) and (folder / f"{name}.damaged").read_bytes() == damaged
-    with store.claim([output], lambda: None):  # goes on in what is there
+    with store.locked([output]):  # goes on in what is there
         Store(tmp_path).open(output).finish({"kept": 4})
     assert Store(tmp_path).path(output) == folder and Store(tmp_path).summary(output) == {"kept": 4}
 
 
-def test_a_changed_summary_is_not_believed_and_one_without_a_digest_is(tmp_path):
+def test_a_changed_summary_is_not_believed(tmp_path):
     _, output, folder = made(tmp_path, rows="1\n2\n")
     mark = (folder / "DONE").read_text()
     (folder / "DONE").write_text(mark.replace('"kept": 3', '"kept": 7'))
-    with pytest.raises(JsublimError, match="DONE: is not what was written"):
+    with pytest.raises(JsublimError, match="DONE is not what was written"):
         Store(tmp_path).summary(output)
-    said = json.loads(mark)
-    earlier = {"summary": said["summary"], "files": {"rows": said["files"]["rows"]}}  # as versions before wrote it
-    (folder / "DONE").write_text(json.dumps(earlier))
-    assert Store(tmp_path).summary(output) == {"kept": 3} and Store(tmp_path).path(output) == folder
     (folder / "DONE").write_text(mark.replace('"sha256": "', '"sha257": "'))
     with pytest.raises(JsublimError):
         Store(tmp_path).summary(output)
@@ -231,7 +210,7 @@ def test_a_record_that_was_cut_is_made_again(tmp_path):
     store, output, folder = made(tmp_path, rows="1\n2\n")
     (folder / "artifact.json").write_text((folder / "artifact.json").read_text()[:40])
     assert artifacts_in(tmp_path)["rows"] | {"bytes": 0} == {"there": 1, "whole": 0, "damaged": 1, "bytes": 0}
-    line = store.mend(output)
+    line = mended(tmp_path, output)
     assert line is not None and "artifact.json has 40 bytes" in line and not store.done(output)
     Store(tmp_path).open(output).finish({"kept": 3})
     assert read_json(folder / "artifact.json")["inputs"] == json.loads(json.dumps(INPUTS))
@@ -289,14 +268,14 @@ def test_a_long_label_is_cut_to_what_a_file_system_takes(tmp_path, label):
 
 
 def test_one_process_at_a_time_makes_an_artifact(tmp_path):
-    """Claims of overlapping sets of artifacts, in any order, never overlap in time and never wait for each other."""
+    """Locks of overlapping sets of artifacts, in any order, never overlap in time and never wait for each other."""
     outputs = [Output("rows", "owl", {"seed": seed}) for seed in range(4)]
     inside, most, waited = [0, 0, 0, 0], [0, 0, 0, 0], []
 
     def work(number: int) -> None:
         for turn in range(6):
             chosen = [outputs[(number + turn + i) % 4] for i in range(2)][:: 1 if number % 2 else -1]
-            with Store(tmp_path).claim(chosen, lambda: waited.append(number)):
+            with Store(tmp_path).locked(chosen, lambda: waited.append(number)):
                 for output in chosen:
                     at = outputs.index(output)
                     inside[at] += 1
@@ -312,3 +291,47 @@ def test_one_process_at_a_time_makes_an_artifact(tmp_path):
         thread.join(timeout=60)
     assert not any(thread.is_alive() for thread in threads)
     assert most == [1, 1, 1, 1] and waited
+
+
+def test_others_know_that_an_artifact_is_being_made_until_its_process_has_ended(tmp_path):
+    """Also by a kill, at once and without a word."""
+    output, waited = Output("rows", "owl", INPUTS), list[str]()
+    script = (
+        "import sys; from pathlib import Path; from jsublim.pipeline.store import Output, Store\n"
+        "with Store(Path(sys.argv[1])).locked([Output('rows', 'owl', eval(sys.argv[2]))]):\n    print(flush=True); input()"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path, repr(INPUTS)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert child.stdout is not None and child.stdout.readline()
+    store = Store(tmp_path)
+    assert store.busy([output]) and not store.busy([Output("rows", "owl", INPUTS | {"seed": 2})])
+    with store.locked([output], lambda: (waited.append("another process"), child.kill())):
+        pass
+    child.wait()
+    assert waited == ["another process"] and not store.busy([output])
+
+
+def earlier(mark: dict) -> list[dict]:
+    """The mark of an artifact as earlier versions wrote it: without a version; and before that, without a digest."""
+    said = {"summary": mark["summary"], "files": mark["files"]}
+    own = hashlib.sha256(json.dumps(said, ensure_ascii=False).encode()).hexdigest()
+    return [said | {"sha256": own}, said]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_store_of_an_earlier_version_is_refused_and_not_touched(tmp_path, which):
+    _, output, folder = made(tmp_path, rows="1\n2\n")
+    (folder / "DONE").write_text(json.dumps(earlier(json.loads((folder / "DONE").read_text()))[which], indent=2) + "\n")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for use in (
+        lambda: Store(tmp_path).mend([output]),
+        lambda: Store(tmp_path).path(output),
+        lambda: Store(tmp_path).summary(output),
+        lambda: list(verify(str(tmp_path))),
+    ):
+        with pytest.raises(UsageError, match="another version of jsublim; give another store") as error:
+            use()
+        assert str(folder) in str(error.value) and "\n" not in str(error.value)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

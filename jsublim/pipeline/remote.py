@@ -1,0 +1,195 @@
+"""What a store behind a URL has besides artifacts: the newest saved state of each training, so that another machine can go on,
+as files in `training/<name>/<step>/` with a mark as artifacts have; and compiled programs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from jsublim.bucket import Bucket, at_once
+from jsublim.errors import JsublimError
+from jsublim.files import DAMAGED, remove_abandoned, scratch_of, sha256, write_text
+from jsublim.pipeline.artifact import CHANGED, DONE, damage_of, fingerprint, mark_text, read_mark
+from jsublim.programs import DIGEST, ENTRY, whole_programs
+
+SEND_EVERY = 60.0  # seconds between two looks for a new state
+SHARE = 10  # and as many times what sending the last one took
+STATE = "state"  # of a training: a folder with one folder per saved step
+Say = Callable[[str], None]
+
+
+def get_files(bucket: Bucket, folder: str, files: Mapping[str, Any], local: Path, say: Say) -> dict[str, str]:
+    """Have files of a folder of the bucket on this machine, as their fingerprints say; those that are here are not read again.
+
+    Args:
+      files: fingerprints by name; say: told of a copy here that is damaged.
+
+    Returns:
+      What is wrong with those that the bucket does not hold so.
+    """
+
+    def get(name: str) -> str | None:
+        path, said = local / name, files[name]
+        if path.exists():
+            if damage_of(path, said, read=True) is None:
+                return None
+            if (local / DONE).exists():
+                say(f"{local}: {name} {CHANGED}; it is fetched again")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            bucket.download(f"{folder}/{name}", path)
+        except FileNotFoundError:
+            return "is missing"
+        damage = damage_of(path, said, read=True)
+        if damage is None:
+            os.utime(path, ns=(said["time_ns"], said["time_ns"]))
+        else:
+            path.unlink(missing_ok=True)
+        return damage
+
+    return {name: damage for name, damage in zip(files, at_once(get, files), strict=True) if damage}
+
+
+class States:
+    """The newest states of the trainings in the folder of a store of this machine, and those in its bucket."""
+
+    def __init__(self, bucket: Bucket, root: Path, say: Say):
+        self.bucket, self.root, self.say = bucket, root, say
+        self._begun: set[str] = set()  # trainings, since the last `forget`
+        self._sent: dict[str, int] = {}  # the newest step of each that is in the bucket
+
+    def resume(self, name: str) -> None:
+        """Begin a training with its newest state, if another machine has come further with it than this one."""
+        self._begun.add(name)
+        local, above = self.root / "training" / name, f"training/{name}"
+        own = max(_steps(local), default=0)
+        steps = [int(step) for step in self.bucket.folders(above) if step.isdecimal() and int(step) > own]
+        for step in sorted(steps, reverse=True):
+            content = self.bucket.read(f"{above}/{step}/{DONE}")
+            if content is None:
+                continue  # not sent to its end
+            mark = read_mark(content, self.bucket.place(f"{above}/{step}"))
+            local.parent.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(local)
+            scratch = scratch_of(local)
+            try:
+                if mark is None or get_files(self.bucket, f"{above}/{step}", mark["files"], scratch, self.say):
+                    self.say(f"{self.bucket.place(above)}/{step}: {CHANGED}; what it held is made again")
+                    continue
+                for path in [path for path in local.glob("*") if path.suffix != DAMAGED]:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                local.mkdir(parents=True, exist_ok=True)
+                for path in scratch.iterdir():
+                    os.replace(path, local / path.name)
+                self._sent[name] = step
+                return
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+
+    @contextmanager
+    def sending(self) -> Iterator[None]:
+        """Send the newest state of each training that is begun now and then, and when the block ends."""
+        over = threading.Event()
+
+        def send() -> float:
+            begin = time.monotonic()
+            for name in tuple(self._begun):
+                try:
+                    self._send(name)
+                except (OSError, JsublimError) as error:
+                    self.say(f"{error} (the state of a training was not sent; whole artifacts are)")
+            return time.monotonic() - begin
+
+        def run() -> None:
+            took = 0.0
+            while not over.wait(max(SEND_EVERY, SHARE * took)):
+                took = send()
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+            send()
+            self._begun.clear()
+
+    def _send(self, name: str) -> None:
+        folder, above = self.root / "training" / name, f"training/{name}"
+        step = max(_steps(folder), default=0)
+        if step <= self._sent.get(name, 0):
+            return
+        lines, scratch = folder / "metrics.jsonl", scratch_of(folder / "metrics.jsonl")
+        try:
+            with suppress(FileNotFoundError):  # the training removes a state when a newer one is there
+                paths = [path for path in sorted((folder / STATE / str(step)).rglob("*")) if path.is_file()]
+                files = {path.relative_to(folder).as_posix(): path for path in paths}
+                if lines.exists():  # which grows
+                    files[lines.name] = Path(shutil.copy(lines, scratch))
+                said = {file: fingerprint(path) for file, path in files.items()}
+                at_once(lambda file: self.bucket.upload(files[file], f"{above}/{step}/{file}"), files)
+                self.bucket.write(f"{above}/{step}/{DONE}", mark_text({"summary": {}, "files": said}).encode())
+                self._sent[name] = step
+                for other in self.bucket.folders(above):
+                    if other != str(step):
+                        self.bucket.remove(f"{above}/{other}")
+        finally:
+            scratch.unlink(missing_ok=True)
+
+    def forget(self) -> None:
+        """Remove the states of what was begun: all that was trained is whole."""
+        while self._begun:
+            name = self._begun.pop()
+            self._sent.pop(name, None)
+            self.bucket.remove(f"training/{name}")
+
+
+def _steps(training: Path) -> list[int]:
+    """The saved steps of a training that are whole: others have longer names until they are."""
+    folder = training / STATE
+    return [int(path.name) for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+
+
+def fetch_programs(bucket: Bucket, above: str, folder: Path, say: Say, *, alone: bool = False) -> None:
+    """Read the programs that are not in a folder yet.
+
+    Args:
+      above: where the bucket has them; an object's name ends with its digest.
+      alone: remove those of the folder that the bucket has not.
+    """
+
+    def get(name: str) -> None:
+        path, said = folder / name.rpartition(".")[0], name.rpartition(".")[2]
+        if not path.name.endswith(ENTRY) or path.exists():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
+            bucket.download(f"{above}/{name}", path)
+            if sha256(path) == said:
+                return write_text(path.with_name(path.name + DIGEST), said)
+            path.unlink()
+            say(f"{bucket.place(above)}/{name}: a damaged program; it is not used")
+            bucket.remove(f"{above}/{name}")
+
+    there = bucket.sizes(above)
+    known = {name.rpartition(".")[0] for name in there}
+    for path in folder.glob(f"*{ENTRY}") if alone else ():
+        if path.name not in known:
+            path.unlink(missing_ok=True)
+    at_once(get, there)
+
+
+def send_programs(bucket: Bucket, above: str, folder: Path, say: Say, known: set[str]) -> None:
+    """Send the programs of a folder that are not in the bucket yet, as far as is `known`, to which they are added."""
+    if not known:
+        known |= {name.rpartition(".")[0] for name in bucket.sizes(above)}
+    new = whole_programs(folder, say, known)
+    at_once(lambda path: bucket.upload(path, f"{above}/{path.name}.{new[path]}"), new)
+    known |= {path.name for path in new}
