@@ -1,6 +1,6 @@
 """A graph played through before it is run: the Ray executor's choices on machines that are not there, event by event.
 
-What tasks take comes from their costs (`pipeline/estimate.py`); everything else is assumed, in one place (`Assumptions`).
+What tasks take comes from their costs (`pipeline/cost.py`); everything else is assumed, in one place (`Assumptions`).
 """
 
 from __future__ import annotations
@@ -11,17 +11,26 @@ import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import jax
 
 from jsublim.chips import Chip, chip_of
+from jsublim.config import Experiment
 from jsublim.errors import UsageError
-from jsublim.executors.frontier import Frontier, Node, checkpoint_of
-from jsublim.pipeline.estimate import sizes_of, weights
+from jsublim.executors.frontier import Frontier, Node, checkpoint_of, merged
+from jsublim.forecast.estimate import architecture
+from jsublim.parallel import Layout
+from jsublim.pipeline.context import Context
+from jsublim.pipeline.cost import Sizes
 from jsublim.pipeline.evaluations import Evaluate
+from jsublim.pipeline.graph import plan
+from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.store import Store
 from jsublim.pipeline.students import TrainStudents, abstract_start, compiled
+from jsublim.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -70,11 +79,11 @@ class Machines:
         Raises:
           UsageError: neither of these, or an unknown chip.
         """
-        found = re.fullmatch(r"(\d{1,5})x([a-z0-9]+?)(?:-(\d{1,4}))?", text)
-        if found is None or not int(found[1]) or found[3] == "0":
+        parts = re.fullmatch(r"(\d{1,5})x([a-z0-9]+?)(?:-(\d{1,4}))?", text)
+        if parts is None or not int(parts[1]) or parts[3] == "0":
             raise UsageError(f"--simulate: '{text}' given; write 64xh100, or 4xv5e-16 for four slices of 16 chips")
-        chip_of(found[2], "--simulate")
-        return cls(int(found[1]), found[2], int(found[3] or 1))
+        chip_of(parts[2], "--simulate")
+        return cls(int(parts[1]), parts[2], int(parts[3] or 1))
 
     @property
     def kind(self) -> Chip:
@@ -86,17 +95,18 @@ class Machines:
 
 
 @dataclass
-class Played:
+class Simulated:
     """What came of it; times in seconds.
 
     Attributes:
-      seconds: of workers, by what they did; critical: the longest way through the graph, with any number of workers.
+      critical: the longest way through the graph, with any number of workers.
+      seconds: of workers, by what they did.
       ends: of each task: its node, its worker, when it began and ended.
     """
 
     machines: Machines
+    critical: float
     makespan: float = 0.0
-    critical: float = 0.0
     preempted: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     ends: list[tuple[Node, int, float, float]] = field(default_factory=list)
@@ -108,88 +118,97 @@ class Played:
     @property
     def idle(self) -> float:
         """The share of the workers' time in which nothing was done for anybody."""
-        if not self.makespan:
-            return 0.0
-        return max(0.0, 1 - sum(self.seconds.values()) / (self.makespan * self.machines.workers))
+        workers_time = self.makespan * self.machines.workers
+        return max(0.0, 1 - sum(self.seconds.values()) / workers_time) if workers_time else 0.0
 
 
-@dataclass
-class _Worker:
-    number: int
-    taken_away: float  # when its machine is
-    checkpoint: Hashable = None
-    programs: set[Hashable] = field(default_factory=set)
-    life: int = 0  # events of an earlier life are void
+def simulate_experiments(
+    experiments: Sequence[Experiment], machines: Machines, preempt_per_hour: float = 0.0, shape: Path | None = None
+) -> Simulated:
+    """What is left to do of some experiments, which nothing is made of, not even a folder.
+
+    Args:
+      preempt_per_hour, shape: as of `simulate` and `architecture`.
+
+    Raises:
+      UsageError: one worker's chips do not hold the checkpoint.
+    """
+    work = []
+    for experiment in experiments:
+        setup = Setup.of(experiment, lambda name: architecture(name, shape))
+        has, needs = machines.kind.memory * machines.chips, Sizes.of(setup).weights
+        if needs > has:
+            raise UsageError(
+                f"--simulate: {experiment.model} has {needs / 2**30:.3g} GiB, and a worker of {machines.chips} {machines.chip} "
+                f"{has / 2**30:.3g} GiB; give larger slices, such as {machines.workers}x{machines.chip}-{4 * machines.chips}"
+            )
+        work.append((list(plan(setup).tasks.values()), Context(setup, Store.of(experiment), Layout(), Progress())))
+    nodes = merged(work, machines.kind)
+    missing = {key: node for key, node in nodes.items() if not (node.context.setup.known and node.done)}
+    return simulate(missing, machines, preempt_per_hour=preempt_per_hour)
 
 
-def play(
-    nodes: Mapping[str, Node],
-    machines: Machines,
-    assumed: Assumptions | None = None,
-    *,
-    preempt_per_hour: float = 0.0,
-    seed: int = 0,
-    given: Mapping[str, float] | None = None,
-) -> Played:
+def simulate(
+    nodes: Mapping[str, Node], machines: Machines, assumed: Assumptions | None = None, *, preempt_per_hour: float = 0.0,
+    seed: int = 0, given: Mapping[str, float] | None = None,
+) -> Simulated:  # fmt: skip
     """Do what is in `nodes`, whose costs are seconds on one chip of those machines.
 
     Args:
       preempt_per_hour: how often a machine is taken away, on average.
       given: measured seconds by key, loading and compiling included; in place of what would be assumed.
     """
-    return _Play(
+    return _Fleet(
         Frontier(nodes), machines, assumed or Assumptions(), preempt_per_hour, random.Random(seed), given
     ).run()
 
 
 @dataclass
-class _Play:
-    """The state of a simulation.
+class _Worker:
+    number: int
+    taken_away: float = math.inf  # when its machine is
+    checkpoint: Hashable = None
+    programs: set[Hashable] = field(default_factory=set)
 
-    Fields:
-      events: when, in which order they were planned, worker, its life, node (None: it is ready for one), what it does until then.
-      kept: seconds of a task's work that outlive its worker; pipe: when the store has answered everybody.
-    """
 
-    frontier: Frontier
-    machines: Machines
-    assumed: Assumptions
-    rate: float
-    draw: random.Random
-    given: Mapping[str, float] | None
-    events: list[tuple[float, int, int, int, Node | None, dict[str, float]]] = field(default_factory=list)
-    workers: list[_Worker] = field(default_factory=list)
-    idle: list[_Worker] = field(default_factory=list)
-    compiled: set[Hashable] = field(default_factory=set)
-    kept: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    pipe: float = 0.0
-    _order: itertools.count[int] = field(default_factory=itertools.count)
+class _Fleet:
+    """The state of a simulation. A worker has one event before it, or is idle."""
 
-    def run(self) -> Played:
-        speed = self.machines.speedup(self.assumed)
-        self.played = Played(self.machines, critical=max(self.frontier.way.values(), default=0.0) / speed)
-        for number in range(self.machines.workers):
-            self.workers.append(_Worker(number, math.inf))
-            self._starts(self.workers[-1], 0.0)
+    def __init__(
+        self, frontier: Frontier, machines: Machines, assumed: Assumptions, rate: float, draw: random.Random,
+        given: Mapping[str, float] | None,
+    ):  # fmt: skip
+        self.frontier, self.assumed, self.rate, self.draw, self.given = frontier, assumed, rate, draw, given
+        self.speed = machines.speedup(assumed)
+        self.result = Simulated(machines, max(frontier.way.values(), default=0.0) / self.speed)
+        # When, in which order they were planned, whose, for which task (None: it starts), since when, and what it does until then.
+        self.events: list[tuple[float, int, _Worker, Node | None, float, dict[str, float]]] = []
+        self.order = itertools.count()
+        self.idle: list[_Worker] = []
+        self.compiled: set[Hashable] = set()
+        self.kept: dict[str, float] = defaultdict(float)  # seconds of a task's work that outlive its worker
+        self.pipe = 0.0  # when the store has answered everybody
+
+    def run(self) -> Simulated:
+        for number in range(self.result.machines.workers):
+            self._starts(_Worker(number), 0.0)
         while self.frontier.left:
-            now, _, number, life, node, doing = heapq.heappop(self.events)
-            worker = self.workers[number]
-            if life != worker.life:
-                continue
-            if node is not None and "lost" in doing:
-                self._lost(worker, node, now, doing)
+            now, _, worker, node, began, doing = heapq.heappop(self.events)
+            if node is not None and now < began + sum(doing.values()):
+                self._lost(worker, node, now - began, doing)
+                self._replace(worker, now)
             else:
-                self._ended(worker, node, now, doing)
+                self._ended(worker, node, began, now, doing)
             self._assign(now)
-        return self.played
+        return self.result
 
     def _starts(self, worker: _Worker, now: float) -> None:
         begins = now + self.assumed.start
         worker.taken_away = begins + self.draw.expovariate(self.rate / 3600) if self.rate else math.inf
-        self._plan(worker, begins, None, {"starting": self.assumed.start})
+        self._plan(begins, worker, None, now, {"starting": self.assumed.start})
 
-    def _plan(self, worker: _Worker, when: float, node: Node | None, doing: dict[str, float]) -> None:
-        heapq.heappush(self.events, (when, next(self._order), worker.number, worker.life, node, doing))
+    def _plan(self, when: float, worker: _Worker, node: Node | None, began: float, doing: dict[str, float]) -> None:
+        heapq.heappush(self.events, (when, next(self.order), worker, node, began, doing))
 
     def _assign(self, now: float) -> None:
         for worker in list(self.idle):
@@ -202,13 +221,7 @@ class _Play:
                 return
             self.idle.remove(worker)
             doing = self._durations(worker, node, now)
-            ends = now + sum(doing.values())
-            if ends <= worker.taken_away:
-                self._plan(worker, ends, node, doing)
-            else:
-                self._plan(
-                    worker, worker.taken_away, node, {"lost": worker.taken_away - now, "work": doing[node.task.kind]}
-                )
+            self._plan(min(now + sum(doing.values()), worker.taken_away), worker, node, now, doing)
 
     def _durations(self, worker: _Worker, node: Node, now: float) -> dict[str, float]:
         """What a worker does for a task, and how long."""
@@ -217,63 +230,59 @@ class _Play:
         a, doing = self.assumed, dict[str, float]()
         if worker.checkpoint != _checkpoint(node):
             worker.checkpoint, worker.programs = _checkpoint(node), set()
-            doing["loading"] = weights(node.context.setup) / a.read
-        program = program_of(node)
+            doing["loading"] = Sizes.of(node.context.setup).weights / a.read
+        program = _program(node)
         if program not in worker.programs:
             doing["compiling"] = a.cached if program in self.compiled else a.compiles
             worker.programs.add(program)
             self.compiled.add(program)
         factor = self.draw.lognormvariate(0.0, a.spread) * (a.slower if self.draw.random() < a.slow else 1.0)
-        doing[node.task.kind] = max(0.0, node.cost / self.machines.speedup(a) * factor - self.kept[node.key])
+        doing[node.task.kind] = max(0.0, node.cost / self.speed * factor - self.kept[node.key])
         begins = max(self.pipe, now)  # the store serves one after another
-        self.pipe = begins + traffic(node, a) / a.store
+        self.pipe = begins + _traffic(node, a) / a.store
         doing["store"] = self.pipe - now + a.latency * len(node.task.outputs)
         return doing
 
-    def _ended(self, worker: _Worker, node: Node | None, now: float, doing: Mapping[str, float]) -> None:
+    def _ended(self, worker: _Worker, node: Node | None, began: float, now: float, doing: Mapping[str, float]) -> None:
         for what, seconds in doing.items():
-            self.played.seconds[what] += seconds
+            self.result.seconds[what] += seconds
         if node is not None:
             self.frontier.finish(node.key)
-            self.played.ends.append((node, worker.number, now - sum(doing.values()), now))
-            self.played.makespan = now
+            self.result.ends.append((node, worker.number, began, now))
+            self.result.makespan = now
         self.idle.append(worker)
 
-    def _lost(self, worker: _Worker, node: Node, now: float, doing: Mapping[str, float]) -> None:
+    def _lost(self, worker: _Worker, node: Node, lost: float, doing: Mapping[str, float]) -> None:
         """A machine is taken away in the middle of a task."""
-        worked = min(doing["lost"], doing["work"])
+        worked = min(lost, doing[node.task.kind])
         kept = worked // self.assumed.kept * self.assumed.kept
         self.kept[node.key] += kept
-        self.played.seconds[node.task.kind] += kept
-        self.played.seconds["lost"] += doing["lost"] - kept
+        self.result.seconds[node.task.kind] += kept
+        self.result.seconds["lost"] += lost - kept
         self.frontier.give_back(node.key)
-        self._replace(worker, now)
 
     def _replace(self, worker: _Worker, now: float) -> None:
-        self.played.preempted += 1
-        worker.life += 1
-        worker.checkpoint, worker.programs = None, set()
-        self._starts(worker, now + self.assumed.replaced)
+        self.result.preempted += 1
+        self._starts(_Worker(worker.number), now + self.assumed.replaced)
 
 
-def program_of(node: Node) -> Hashable:
+def _program(node: Node) -> Hashable:
     """What is compiled for a task: equal for tasks that run the same program."""
-    task, setup = node.task, node.context.setup
-    own: Hashable = None
+    task, of_task = node.task, None
     if isinstance(task, TrainStudents):
-        own = compiled(setup, task.members[0])
+        of_task = compiled(node.context.setup, task.members[0])
     elif isinstance(task, Evaluate):
-        own = task.setting
-    return _checkpoint(node), task.kind, own
+        of_task = task.setting
+    return _checkpoint(node), task.kind, of_task
 
 
-def traffic(node: Node, assumed: Assumptions) -> float:
+def _traffic(node: Node, assumed: Assumptions) -> float:
     """Bytes that a task moves to and from the store: rows and readings; of students, adapters and two moments of each value."""
     task, setup = node.task, node.context.setup
     if isinstance(task, TrainStudents):
         trained = abstract_start(setup, task.members[0]).trainable
         return 12.0 * len(task.members) * sum(leaf.size for leaf in jax.tree.leaves(trained))
-    return assumed.token_bytes * sum(part.tokens for part in task.cost(setup, sizes_of(setup)).parts)
+    return assumed.token_bytes * sum(part.tokens for part in task.cost(setup, Sizes.of(setup)).parts)
 
 
 def _checkpoint(node: Node) -> Hashable:

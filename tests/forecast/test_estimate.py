@@ -8,11 +8,10 @@ import pytest
 from command import contents, ok, refused
 
 from jsublim.chips import CHIPS, chip_of
-from jsublim.cli.aot import architecture
 from jsublim.config import Experiment, find_config
 from jsublim.config.figures import load_question, panel_experiment, questions
 from jsublim.errors import UsageError
-from jsublim.pipeline.estimate import Memory, StageCost, memory, stage_costs
+from jsublim.forecast.estimate import Memory, StageCost, architecture, memory, stage_costs
 from jsublim.pipeline.graph import plan
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Store

@@ -17,49 +17,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsublim.ahead.topology import Topology
 from jsublim.attribution import patching
 from jsublim.config import Experiment, Students, variants
 from jsublim.config.attribution import Attribution
-from jsublim.distill.arm import Arm, Settings
+from jsublim.distill.arm import Arm
 from jsublim.distill.batches import Shape
 from jsublim.distill.cost import training_flops
 from jsublim.distill.memory import abstract_step, example_like, rows_at_once
 from jsublim.distill.step import compile_step
 from jsublim.errors import UsageError
-from jsublim.inference import decoding, scoring
-from jsublim.inference.batching import (
-    LENGTH_STEP,
-    PREFIX_STEP,
-    PROMPT_STEP,
-    has_room_for_layers,
-    round_up,
-    rows_together,
-)
-from jsublim.inference.generation import Sizes, sampling_arrays, stop_array
+from jsublim.forecast.topology import Topology
+from jsublim.inference import batching, decoding, generation, scoring
+from jsublim.inference.batching import LENGTH_STEP, PREFIX_STEP, PROMPT_STEP, round_up
 from jsublim.inference.sampling import Sampling
-from jsublim.models.config import ModelConfig, layer_parameters
+from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, abstract_params
 from jsublim.models.lora import Adapter, at_every_layer, stack_adapters
 from jsublim.parallel import ARM_ROWS, ARMS, ROWS, WHOLE, Layout, model_axis_for
+from jsublim.pipeline.cost import Lengths, Sizes
 from jsublim.pipeline.evaluations import ASKED_TOGETHER
 from jsublim.pipeline.training import in_pieces, settings_of, start_adapter
 
-STAGES = ("train", "sample", "score", "evaluate", "attribute")
-
 
 @dataclass(frozen=True)
-class Lengths:
-    """Assumed tokens: of a row as a student reads it, of those that are supervised (the answer), of a system prompt, of a question."""
-
-    tokens: int = 192
-    labels: int = 64
-    system: int = 64
-    question: int = 64
-
-
-@dataclass(frozen=True)
-class Program:
+class StageProgram:
     """One program of a stage.
 
     Attributes:
@@ -94,7 +75,7 @@ class Stage:
     title: str
     arms: int
     rows: Callable[[Layout], int]
-    programs: Callable[[Layout, int], list[Program]]
+    programs: Callable[[Layout, int], list[StageProgram]]
     fixed: bool = False
 
 
@@ -116,9 +97,9 @@ class Case:
     def params(self) -> Params:
         return abstract_params(self.config, self.experiment.dtype)
 
-    @property
-    def itemsize(self) -> int:
-        return jnp.dtype(self.experiment.dtype).itemsize
+    @functools.cached_property
+    def sizes(self) -> Sizes:
+        return Sizes(self.config, jnp.dtype(self.experiment.dtype).itemsize)
 
     @property
     def students(self) -> Students | None:
@@ -126,14 +107,16 @@ class Case:
         every = self.experiment.students
         return None if every is None else next(iter(variants(every).values()))
 
+    @functools.cached_property
+    def adapter(self) -> Adapter:
+        """The shapes of a student's adapter."""
+        return jax.eval_shape(lambda params: start_adapter(self.config, params, self.students, 0), self.params)
+
     @property
     def least_axis(self) -> int:
         """The model axis that a run takes by itself."""
-        said = self.experiment.run.model_axis
-        if said != "auto":
-            return said
-        weights = sum(leaf.size for leaf in jax.tree.leaves(self.params)) * self.itemsize
-        return model_axis_for(weights, self.topology.chip.memory, self.topology.near)
+        axis, topology = self.experiment.run.model_axis, self.topology
+        return model_axis_for(self.sizes.weights, topology.chip.memory, topology.near) if axis == "auto" else axis
 
     def layout(self, arms: int, model: int) -> Layout:
         """Raises:
@@ -149,28 +132,18 @@ class Case:
     def placed_params(self, layout: Layout) -> Params:
         return layout.shapes(self.params, layout.params_sharding(self.config, self.experiment.dtype))
 
-    def rows_together(self, said: int | str, layout: Layout) -> int:
+    def rows_together(self, given: int | str, layout: Layout) -> int:
         """As `Context.rows_together`, on chips that are not there."""
-        if isinstance(said, int):
-            return said
         memory = self.topology.chip.memory * layout.model
-        return rows_together(self.config, self.itemsize, 0, memory, layout.data)
+        return (
+            given
+            if isinstance(given, int)
+            else batching.rows_together(self.config, self.sizes.width, 0, memory, layout.data)
+        )
 
-    def forward(self, tokens: float, labels: float) -> float:
-        """Operations of reading so many tokens, with logits at some."""
-        body = self.config.num_layers * layer_parameters(self.config)
-        return 2 * body * tokens + 2 * self.config.hidden_size * self.config.vocab_size * labels
-
-
-def stages_of(experiment: Experiment) -> list[str]:
-    """The stages that a config has."""
-    absent = {"train": experiment.students is None, "attribute": experiment.attribution is None}
-    return [name for name in STAGES if not absent.get(name)]
-
-
-def stage(case: Case, name: str) -> Stage:
-    """A stage by its name."""
-    return {"train": train, "sample": sample, "score": score, "evaluate": evaluate, "attribute": attribute}[name](case)
+    def flops(self, tokens: float, labels: float) -> float:
+        """Operations of each chip, of reading so many tokens, with logits at some."""
+        return self.sizes.forward(tokens, labels) / len(self.topology.devices)
 
 
 def bytes_on_chip(tree: Any) -> int:
@@ -181,205 +154,196 @@ def bytes_on_chip(tree: Any) -> int:
     )
 
 
-# --- Training
-
-
 def train(case: Case) -> Stage:
     """Students on rows: the whole step."""
-    students, long = case.students, case.lengths
+    students, long, config = case.students, case.lengths, case.config
     assert students is not None
-    live = students.loss.live
-    adapter = _adapter(case, students)
-    lengths = Shape.fit(
-        students.data.accumulate, students.data.batch_size, long.tokens, long.labels, long.tokens + long.system if live else 0
-    )  # fmt: skip
-    row = example_like(lengths, soft=live)
-    if students.loss.top_k is not None:
-        k, n = students.loss.top_k, lengths.labels
-        row = dataclasses.replace(row, ids=np.zeros((n, k), np.int32), logp=np.zeros((n, k + 1), np.float32))
-    arm = Arm("student", [row], adapter, 0, students.optimizer.lr, 1)
+    data, loss, row = students.data, students.loss, long.prompt + long.answer
+    teacher = row + long.system if loss.live else 0
+    longest = Shape.fit(data.accumulate, data.batch_size, row, long.answer, teacher)
+    example = example_like(longest, soft=loss.live)
+    if loss.top_k is not None:
+        ids, logp = (np.zeros((longest.labels, n)) for n in (loss.top_k, loss.top_k + 1))
+        example = dataclasses.replace(example, ids=ids.astype(np.int32), logp=logp.astype(np.float32))
+    arm = Arm("student", [example], case.adapter, 0, students.optimizer.lr, 1)
 
-    def prepared(layout: Layout) -> tuple[Settings, Shape]:
-        recipe = case.experiment.recipe.resolved(case.config.family)
-        settings = settings_of(case.config, students, recipe, parallel="mesh", model_axis=layout.model)
-        rows = students.runtime.rows_at_once
-        if rows == "auto":
-            memory, chips = case.topology.chip.memory, len(case.topology.devices)
-            how = {"itemsize": case.itemsize, "limit": memory, "devices": chips}
-            rows = rows_at_once(case.config, settings, lengths.tokens, case.arms, **how)
-        settings, shape = in_pieces(settings, lengths, rows)
-        return settings, shape.divisible(layout.data)
-
-    def programs(layout: Layout, rows: int) -> list[Program]:
-        settings, shape = prepared(layout)
-        arguments = abstract_step(case.config, case.params, arm, case.arms, settings, shape, layout)
-        lines = shape.accumulate * shape.lines
-        each = training_flops(
-            case.config, adapter, settings.program.loss, tokens=lengths.tokens, supervised=lengths.labels,
-            teacher_tokens=lengths.teacher, stored=not live, cached=settings.cache_below,
+    def programs(layout: Layout, rows: int) -> list[StageProgram]:
+        recipe, chips = case.experiment.recipe.resolved(config.family), len(case.topology.devices)
+        settings = settings_of(config, students, recipe, parallel="mesh", model_axis=layout.model)
+        together = students.runtime.rows_at_once
+        if together == "auto":
+            how = {"itemsize": case.sizes.width, "limit": case.topology.chip.memory, "devices": chips}
+            together = rows_at_once(config, settings, longest.tokens, case.arms, **how)
+        settings, shape = in_pieces(settings, longest, together)
+        shape = shape.divisible(layout.data)
+        arguments = abstract_step(config, case.params, arm, case.arms, settings, shape, layout)
+        of_row = training_flops(
+            config, case.adapter, settings.program.loss, tokens=longest.tokens, supervised=longest.labels,
+            teacher_tokens=longest.teacher, stored=not loss.live, cached=settings.cache_below,
         )  # fmt: skip
-        backward = 1 + settings.program.remat
+        spare = f" (+ {shape.spare} empty)" if shape.spare else ""
         return [
-            Program(
-                f"step of {shape.accumulate} x {shape.batch_size} rows" + (f" (+ {shape.spare} empty)" if shape.spare else ""),
-                lambda: compile_step(case.config, settings.program, layout).lower(*arguments),
-                case.arms * lines * each / len(case.topology.devices),
-                passes=shape.accumulate * (1 + backward),
+            StageProgram(
+                f"step of {shape.accumulate} x {shape.batch_size} rows{spare}",
+                lambda: compile_step(config, settings.program, layout).lower(*arguments),
+                case.arms * shape.accumulate * shape.lines * of_row / chips,
+                passes=shape.accumulate * (2 + settings.program.remat),
                 pieces=shape.accumulate,
                 held={"adapters and optimizer": bytes_on_chip(arguments[1])},
             )
-        ]  # fmt: skip
+        ]
 
-    step = students.data.batch_size * students.data.accumulate
-    title = f"{students.adapter.method}, {students.loss.kind} loss, arms: {case.arms}, {long.tokens} tokens, {long.labels} supervised"
-    return Stage("train", title, case.arms, lambda layout: case.arms * step, programs, fixed=True)
-
-
-def _adapter(case: Case, students: Students) -> Adapter:
-    """The shapes of a student's adapter."""
-    return jax.eval_shape(lambda params: start_adapter(case.config, params, students, 0), case.params)
-
-
-# --- Decoding
+    title = f"{students.adapter.method}, {loss.kind} loss, arms: {case.arms}, {row} tokens, {long.answer} supervised"
+    return Stage(
+        "train", title, case.arms, lambda _: case.arms * data.batch_size * data.accumulate, programs, fixed=True
+    )
 
 
 def sample(case: Case) -> Stage:
     """Teachers answer prompts, each a row of its own."""
     e, long = case.experiment, case.lengths
-    new, prompt = e.sampling.max_new_tokens, long.tokens - long.labels
-    prompts = min(e.sampling.shard, e.data.num_prompts)
+    new, prompts = e.sampling.max_new_tokens, min(e.sampling.shard, e.data.num_prompts)
 
-    def programs(layout: Layout, rows: int) -> list[Program]:
-        return _decoding(case, layout, None, rows, prompts=prompts, samples=1, prompt=prompt, new=new)
+    def programs(layout: Layout, rows: int) -> list[StageProgram]:
+        return _decoding(case, layout, None, rows, prompts=prompts, samples=1, prompt=long.prompt, new=new)
 
-    title = f"{new} tokens after prompts of {long.system} + {prompt}"
+    title = f"{new} tokens after prompts of {round_up(long.system, PROMPT_STEP)} + {long.prompt}"
     return Stage("sample", title, 1, lambda layout: case.rows_together(e.sampling.batch_size, layout), programs)
 
 
 def evaluate(case: Case) -> Stage:
     """Students that were trained together answer questions, several times each; without students, the base does."""
-    ev, long = case.experiment.evaluation, case.lengths
+    ev, question = case.experiment.evaluation, round_up(case.lengths.question, LENGTH_STEP)
     arms = min(case.arms, ASKED_TOGETHER)
-    adapter = None if case.students is None else _adapter(case, case.students)
+    adapter = None if case.students is None else case.adapter
 
-    def programs(layout: Layout, rows: int) -> list[Program]:
-        how = {"prompts": ev.questions or 50, "samples": ev.samples, "prompt": long.question, "new": ev.max_new_tokens}
+    def programs(layout: Layout, rows: int) -> list[StageProgram]:
+        how = {"prompts": ev.questions or 50, "samples": ev.samples, "prompt": question, "new": ev.max_new_tokens}
         return _decoding(case, layout, adapter, rows, **how)
 
-    title = f"{ev.max_new_tokens} tokens after questions of {long.question}, {ev.samples} answers to each, students together: {arms}"
+    title = f"{ev.max_new_tokens} tokens after questions of {question}, {ev.samples} answers to each, students together: {arms}"
     return Stage("evaluate", title, arms, lambda layout: case.rows_together(ev.batch_size, layout), programs)
 
 
 def _decoding(
     case: Case, layout: Layout, adapter: Adapter | None, rows: int, *, prompts: int, samples: int, prompt: int, new: int
-) -> list[Program]:
+) -> list[StageProgram]:
     """Both programs of `generation.generate_for_arms`: prompts are read into places of a batch, and tokens are drawn in all.
 
     Args:
       rows: places of all arms together.
     """
-    config, dtype = case.config, case.experiment.dtype
-    stacked, A = None, 1
+    config, stacked, A = case.config, None, 1
     if adapter is not None:
         A = min(case.arms, ASKED_TOGETHER)
         stacked = jax.eval_shape(lambda a: stack_adapters([at_every_layer(a, config.num_layers)] * A), adapter)
         stacked = layout.shapes(stacked, layout.state_sharding(stacked, ("arm",)))
     P = round_up(case.lengths.system, PROMPT_STEP) if samples == 1 else 0
     T = round_up(prompt, LENGTH_STEP)
-    sizes = Sizes.of(max(1, rows // A), layout.data, prompts, samples)
-    B, read = sizes.devices * sizes.places, sizes.devices * sizes.prompts
-    slots = P + round_up(T + new, LENGTH_STEP)
+    sizes = generation.Sizes.of(max(1, rows // A), layout.data, prompts, samples)
+    B, read, filled = (sizes.devices * n for n in (sizes.places, sizes.prompts, sizes.rows))
+    slots, dtype = P + round_up(T + new, LENGTH_STEP), jnp.dtype(case.experiment.dtype)
     params = case.placed_params(layout)
-    batch = jax.eval_shape(lambda: decoding.empty(config, A, B, slots, new, jnp.dtype(dtype)))
+    batch = jax.eval_shape(lambda: decoding.empty(config, A, B, slots, new, dtype))
     batch = layout.shapes(batch, decoding.lies(config, layout, batch))
     begun = None
     if P:
         begun = jax.eval_shape(functools.partial(decoding.beginning, config), case.params, stacked, _ints(A, P))
         begun = layout.shapes_as(ARMS, begun)
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    asked = decoding.Prompts(_ints(A, read, T), _ints(A, read, T, dtype=bool), _ints(A, B), _ints(A, B))
+    asked = decoding.Prompts(_ints(A, read, T), _bools(A, read, T), _ints(A, B), _ints(A, B))
     asked = layout.shapes_as(ARM_ROWS, asked)
-    key, stop = layout.shapes_as(WHOLE, (key, stop_array(Sampling())))
-    numbers, enough = layout.shapes_as(ROWS, sampling_arrays(Sampling(), B)), layout.shapes_as(ARMS, _ints(A))
-    chips, filled = len(case.topology.devices), sizes.devices * sizes.rows
-    room = has_room_for_layers(config, case.itemsize, case.topology.chip.memory * layout.model)
+    key, stop = layout.shapes_as(WHOLE, (key, generation.stop_array(Sampling())))
+    numbers, enough = (
+        layout.shapes_as(ROWS, generation.sampling_arrays(Sampling(), B)),
+        layout.shapes_as(ARMS, _ints(A)),
+    )
+    room = batching.has_room_for_layers(config, case.sizes.width, case.topology.chip.memory * layout.model)
     held = {"caches": bytes_on_chip(batch.rings)} | ({"adapters": bytes_on_chip(stacked)} if stacked else {})
     return [
-        Program(
+        StageProgram(
             f"prompts: {filled} rows begin",
             lambda: decoding.fill.lower(config, params, stacked, begun, batch, asked, key, layout),
-            A * case.forward(read * T, read) / chips,
+            A * case.flops(read * T, read),
             runs=B / filled,
             held=held,
         ),
-        Program(
+        StageProgram(
             f"tokens: one for each of {A * B} rows",
             lambda: decoding.advance.lower(
                 config, params, stacked, batch, numbers, stop, enough, None, layout, _ints(), room
             ),
-            A * case.forward(B, B) / chips,
+            A * case.flops(B, B),
             runs=new,
             held=held,
         ),
     ]
 
 
-def _ints(*shape: int, dtype: Any = np.int32) -> Any:
-    return jax.ShapeDtypeStruct(shape, dtype)
+def _ints(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, np.int32)
 
 
-# --- Reading
+def _bools(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, bool)
 
 
 def score(case: Case) -> Stage:
     """A teacher reads rows, all of them behind its system prompt: divergence. Teachers do so one after another."""
     config, long = case.config, case.lengths
-    P, T, C = (
-        round_up(n, step)
-        for n, step in ((long.system, PREFIX_STEP), (long.tokens, LENGTH_STEP), (long.labels, PREFIX_STEP))
-    )
+    P, C = (round_up(n, PREFIX_STEP) for n in (long.system, long.answer))
+    T = round_up(long.prompt + long.answer, LENGTH_STEP)
 
-    def programs(layout: Layout, rows: int) -> list[Program]:
+    def programs(layout: Layout, rows: int) -> list[StageProgram]:
         B, params = round_up(rows, layout.data), case.placed_params(layout)
         prefix = jax.eval_shape(functools.partial(scoring.prefix_cache, config), case.params, None, _ints(1, P))
         prefix = layout.shapes_as(WHOLE, prefix)
-        read = layout.shapes_as(ROWS, (_ints(B, T), _ints(B, T, dtype=bool), _ints(B, C), _ints(B, C)))
-        lower = lambda: scoring.read_batch.lower(  # noqa: E731
-            config, params, None, prefix, *read, at=scoring.best_token, layout=layout
-        )
-        return [Program(f"{B} rows are read", lower, case.forward(B * T, B * C) / len(case.topology.devices))]
+        read = layout.shapes_as(ROWS, (_ints(B, T), _bools(B, T), _ints(B, C), _ints(B, C)))
 
+        def lower() -> Any:
+            how = {"at": scoring.best_token, "layout": layout}
+            return scoring.read_batch.lower(config, params, None, prefix, *read, **how)
+
+        return [StageProgram(f"{B} rows are read", lower, case.flops(B * T, B * C))]
+
+    rows = case.experiment.scoring.batch_size
     title = f"rows of {P} + {T} tokens, {C} of the answer"
-    return Stage(
-        "score", title, 1, lambda layout: case.rows_together(case.experiment.scoring.batch_size, layout), programs
-    )
+    return Stage("score", title, 1, lambda layout: case.rows_together(rows, layout), programs)
 
 
 def attribute(case: Case) -> Stage:
     """Pairs of runs: what each layer's value does to the next token."""
     how, long, config = case.experiment.attribution or Attribution(), case.lengths, case.config
-    T = round_up(long.system + long.tokens, LENGTH_STEP)
+    T = round_up(long.system + long.prompt + long.answer, LENGTH_STEP)
     integral = patching.at_start if how.steps == 1 else patching.integrated
-    flops = patching.patching_flops(config, len(how.sites), how.steps)
+    kinds = ("integral", integral), ("whole layers", patching.all_positions)
 
-    def programs(layout: Layout, rows: int) -> list[Program]:
+    def programs(layout: Layout, rows: int) -> list[StageProgram]:
         B, params = round_up(rows, layout.data), case.placed_params(layout)
-        batch = patching.Batch(_ints(B, T), _ints(B, T), _ints(B, T, dtype=bool), _ints(B), _ints(B, 2))
+        batch = patching.Batch(_ints(B, T), _ints(B, T), _bools(B, T), _ints(B), _ints(B, 2))
         batch, steps = layout.shapes_as(ROWS, batch), layout.shapes_as(WHOLE, _ints())
 
         def lower(program: patching.Patching) -> Any:
             return patching.compare.lower(program, config, tuple(how.sites), params, None, batch, steps, layout)
 
+        flops = patching.patching_flops(config, len(how.sites), how.steps)
         return [
-            Program(
-                f"{name} of {B} pairs",
-                functools.partial(lower, program),
-                B * T * each / len(case.topology.devices),
+            StageProgram(
+                f"{name} of {B} pairs", functools.partial(lower, program), B * T * each / len(case.topology.devices)
             )
-            for name, program, each in zip(
-                ("integral", "whole layers"), (integral, patching.all_positions), flops, strict=True
-            )
+            for (name, program), each in zip(kinds, flops, strict=True)
         ]
 
     title = f"{', '.join(how.sites)}, {how.steps} steps, pairs of {T} tokens"
     return Stage("attribute", title, 1, lambda layout: how.batch_size, programs)
+
+
+STAGES: dict[str, Callable[[Case], Stage]] = {
+    "train": train, "sample": sample, "score": score, "evaluate": evaluate, "attribute": attribute
+}  # fmt: skip
+SECTIONS = {"train": "students", "attribute": "attribution"}  # of a config, without which it lacks a stage
+
+
+def stages_of(experiment: Experiment) -> list[str]:
+    """The stages that a config has."""
+    return [name for name in STAGES if name not in SECTIONS or getattr(experiment, SECTIONS[name]) is not None]
