@@ -82,7 +82,7 @@ def aot(
     if plan:
         _plan(case, names, shape, as_json)
     else:
-        _examine(case, names, [model_axis] if model_axis else _axes(case), as_json)
+        _examine(case, names, [model_axis] if model_axis else case.axes, as_json)
 
 
 def _ask_compilers_alone(topology: str) -> None:
@@ -101,16 +101,16 @@ def _chosen(given: list[str] | None, experiment: Experiment, config: str) -> lis
     Raises:
       UsageError: no such stage, or one that the config has not.
     """
-    from jsublim.forecast.stages import SECTIONS, STAGES, stages_of
+    from jsublim.forecast.stages import SECTIONS, STAGES
 
-    every = stages_of(experiment)
+    lacking = {name: section for name, section in SECTIONS.items() if getattr(experiment, section) is None}
     for name in given or []:
         if name not in STAGES:
             raise UsageError(f"--stage: '{name}' given; known: {', '.join(STAGES)}")
-        if name not in every:
-            section = SECTIONS[name]
-            raise UsageError(f"--stage: {config} has no {section}, so there is nothing to {name}; give {section}")
-    return [name for name in STAGES if name in (given or every)]
+        if name in lacking:
+            why = f"{config} has no {lacking[name]}, so there is nothing to {name}"
+            raise UsageError(f"--stage: {why}; give {lacking[name]}")
+    return [name for name in STAGES if name in (given or STAGES) and name not in lacking]
 
 
 def _say_case(case: Case) -> None:
@@ -122,13 +122,6 @@ def _say_case(case: Case) -> None:
     )
     if topology.unknown:
         console.print(topology.unknown)
-
-
-def _axes(case: Case) -> list[int]:
-    """The model axis that a run takes; where memory decides about it, then larger ones."""
-    if case.experiment.run.model_axis != "auto":
-        return [case.least_axis]
-    return [axis for axis in case.topology.model_axes if axis >= case.least_axis]
 
 
 def _say_compiling(what: str) -> None:

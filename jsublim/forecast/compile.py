@@ -39,17 +39,9 @@ class Compiled:
     gathered: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        kinds = self.collectives
-        return {
-            "name": self.program.name,
-            "total": self.total,
-            "arguments": self.arguments,
-            "temporaries": self.temporaries,
-            "held": dict(self.program.held),
-            "seconds": round(self.seconds, 1),
-            "collectives": kinds and {kind: asdict(each) for kind, each in kinds.items()},
-            "gathered": list(self.gathered),
-        }
+        kinds = self.collectives and {kind: asdict(each) for kind, each in self.collectives.items()}
+        measured = {name: value for name, value in vars(self).items() if name != "program"}
+        return {"name": self.program.name, "held": dict(self.program.held)} | measured | {"collectives": kinds}
 
 
 @dataclass(frozen=True)
@@ -78,16 +70,10 @@ class Fit:
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON knows it; sizes in bytes per chip."""
-        return {
-            "stage": self.stage.name,
-            "title": self.stage.title,
-            "layout": {name: getattr(self.layout, name) for name in ("arm", "data", "model")},
-            "rows": self.rows,
-            "asked": self.asked,
-            "base": self.base,
-            "does not fit": list(self.tried),
-            "programs": [each.as_dict() for each in self.programs],
-        }
+        layout = {name: getattr(self.layout, name) for name in ("arm", "data", "model")}
+        about = {"stage": self.stage.name, "title": self.stage.title, "layout": layout, "base": self.base}
+        batch = {"rows": self.rows, "asked": self.asked, "does not fit": list(self.tried)}
+        return about | batch | {"programs": [each.as_dict() for each in self.programs]}
 
 
 class TooLarge(Exception):
@@ -117,7 +103,8 @@ def examine(case: Case, stage: Stage, axes: Sequence[int], say: Callable[[str], 
     for axis in axes:
         layout = case.layout(stage.arms, axis)
         base, spread = bytes_on_chip(case.placed_params(layout)), layout.arm * layout.data
-        asked = stage.rows(layout) if stage.fixed else round_up(stage.rows(layout), spread)
+        asked = case.rows_together(stage.rows, layout)
+        asked = asked if stage.fixed else round_up(asked, spread)
         rows, least = asked, asked if stage.fixed else min(asked, spread)
         if base > memory:
             why = f"the base alone takes {base / GIB:.1f} of {memory / GIB:.0f} GiB per chip"
@@ -159,7 +146,7 @@ def compiled(case: Case, program: StageProgram, layout: Layout) -> Compiled:
             raise
         sizes = [float(size) * GIB for size in re.findall(r"\(?([\d.]+)G\b", str(error))]
         raise TooLarge(program.name, *(sizes[:2] if len(sizes) > 1 else ())) from None
-    seconds = time.perf_counter() - began
+    seconds = round(time.perf_counter() - began, 1)
     memory, needs, has = executable.memory_analysis(), bytes_needed(executable), case.topology.chip.memory
     if needs > has:  # the compiler for GPUs does not say so
         raise TooLarge(program.name, needs, has)

@@ -35,33 +35,23 @@ from jsublim.progress import Progress
 
 @dataclass(frozen=True)
 class Assumptions:
-    """Everything that a simulation assumes beside the costs of tasks. Times are in seconds, sizes in bytes.
+    """Everything that a simulation assumes beside the costs of tasks, in seconds and bytes: its fields say what."""
 
-    Fields:
-      start: of a worker, until it has planned the graph; replaced: until a machine is there in the place of one that was taken away.
-      read: bytes per second at which a worker reads a checkpoint; compiles: a program that nobody has compiled; cached: one that
-        lies in the shared cache.
-      spread: what a task's duration varies by (standard deviation of its logarithm); slow: share of the tasks that take
-        `slower` times as long.
-      store: bytes per second that the store takes and gives, of all workers together; latency: of each artifact;
-        token_bytes: in the store, per token that a task reads or writes.
-      kept: between two times that a task keeps what it has finished; what is newer is lost with its machine.
-      doubled: what is left of a chip's speed with each doubling of the chips that one worker has.
-    """
-
-    start: float = 40.0
-    replaced: float = 300.0
-    read: float = 1e9
-    compiles: float = 60.0
-    cached: float = 5.0
-    spread: float = 0.1
-    slow: float = 0.02
+    start: float = 40.0  # of a worker, until it has planned the graph
+    replaced: float = 300.0  # until a machine is there in the place of one that was taken away
+    read: float = 1e9  # bytes per second at which a worker reads a checkpoint
+    compiles: float = 60.0  # a program that nobody has compiled
+    cached: float = 5.0  # one that lies in the shared cache
+    spread: float = 0.1  # what a task's duration varies by: the standard deviation of its logarithm
+    slow: float = 0.02  # share of the tasks that take `slower` times as long
     slower: float = 2.0
-    store: float = 1e9
-    latency: float = 0.5
-    token_bytes: float = 12.0
-    kept: float = 60.0
-    doubled: float = 0.95
+    store: float = 1e9  # bytes per second that the store takes and gives, of all workers together
+    latency: float = 0.5  # of each artifact in the store
+    token_bytes: float = 12.0  # in the store, per token that a task reads or writes
+    kept: float = (
+        60.0  # between two times that a task keeps what it has finished; what is newer is lost with its machine
+    )
+    doubled: float = 0.95  # what is left of a chip's speed with each doubling of the chips that one worker has
 
 
 @dataclass(frozen=True)
@@ -148,6 +138,14 @@ def simulate_experiments(
     return simulate(missing, machines, preempt_per_hour=preempt_per_hour)
 
 
+@dataclass
+class _Worker:
+    number: int
+    taken_away: float  # when its machine is
+    checkpoint: Hashable = None
+    programs: set[Hashable] = field(default_factory=set)
+
+
 def simulate(
     nodes: Mapping[str, Node], machines: Machines, assumed: Assumptions | None = None, *, preempt_per_hour: float = 0.0,
     seed: int = 0, given: Mapping[str, float] | None = None,
@@ -158,73 +156,65 @@ def simulate(
       preempt_per_hour: how often a machine is taken away, on average.
       given: measured seconds by key, loading and compiling included; in place of what would be assumed.
     """
-    return _Fleet(
-        Frontier(nodes), machines, assumed or Assumptions(), preempt_per_hour, random.Random(seed), given
-    ).run()
+    assumed, frontier, draw = assumed or Assumptions(), Frontier(nodes), random.Random(seed)
+    durations = _Durations(assumed, machines.speedup(assumed), draw, given)
+    result = Simulated(machines, max(frontier.way.values(), default=0.0) / durations.speed)
+    # When, in which order they were planned, whose, for which task (None: it starts), since when, and what it does until then.
+    events: list[tuple[float, int, _Worker, Node | None, float, dict[str, float]]] = []
+    idle, order = list[_Worker](), itertools.count()
+
+    def start(number: int, now: float) -> None:
+        begins = now + assumed.start
+        away = begins + draw.expovariate(preempt_per_hour / 3600) if preempt_per_hour else math.inf
+        heapq.heappush(events, (begins, next(order), _Worker(number, away), None, now, {"starting": assumed.start}))
+
+    def replace(worker: _Worker, now: float) -> None:
+        result.preempted += 1
+        start(worker.number, now + assumed.replaced)
+
+    for number in range(machines.workers):
+        start(number, 0.0)
+    while frontier.left:
+        now, _, worker, node, began, doing = heapq.heappop(events)
+        if node is not None and now < began + sum(doing.values()):  # its machine is taken away in the middle
+            kept = durations.keep(node, min(now - began, doing[node.task.kind]))
+            result.seconds[node.task.kind] += kept
+            result.seconds["lost"] += now - began - kept
+            frontier.give_back(node.key)
+            replace(worker, now)
+        else:
+            for what, seconds in doing.items():
+                result.seconds[what] += seconds
+            if node is not None:
+                frontier.finish(node.key)
+                result.ends.append((node, worker.number, began, now))
+                result.makespan = now
+            idle.append(worker)
+        for worker in list(idle):
+            if worker.taken_away <= now:  # while it had nothing to do
+                idle.remove(worker)
+                replace(worker, worker.taken_away)
+                continue
+            node = frontier.take(lambda node, loaded=worker.checkpoint: _checkpoint(node) == loaded)
+            if node is None:
+                break
+            idle.remove(worker)
+            doing = durations.of(worker, node, now)
+            ends = min(now + sum(doing.values()), worker.taken_away)
+            heapq.heappush(events, (ends, next(order), worker, node, now, doing))
+    return result
 
 
-@dataclass
-class _Worker:
-    number: int
-    taken_away: float = math.inf  # when its machine is
-    checkpoint: Hashable = None
-    programs: set[Hashable] = field(default_factory=set)
+class _Durations:
+    """What workers do for tasks, and how long, given what was compiled, kept and stored before."""
 
-
-class _Fleet:
-    """The state of a simulation. A worker has one event before it, or is idle."""
-
-    def __init__(
-        self, frontier: Frontier, machines: Machines, assumed: Assumptions, rate: float, draw: random.Random,
-        given: Mapping[str, float] | None,
-    ):  # fmt: skip
-        self.frontier, self.assumed, self.rate, self.draw, self.given = frontier, assumed, rate, draw, given
-        self.speed = machines.speedup(assumed)
-        self.result = Simulated(machines, max(frontier.way.values(), default=0.0) / self.speed)
-        # When, in which order they were planned, whose, for which task (None: it starts), since when, and what it does until then.
-        self.events: list[tuple[float, int, _Worker, Node | None, float, dict[str, float]]] = []
-        self.order = itertools.count()
-        self.idle: list[_Worker] = []
+    def __init__(self, assumed: Assumptions, speed: float, draw: random.Random, given: Mapping[str, float] | None):
+        self.assumed, self.speed, self.draw, self.given = assumed, speed, draw, given
         self.compiled: set[Hashable] = set()
         self.kept: dict[str, float] = defaultdict(float)  # seconds of a task's work that outlive its worker
         self.pipe = 0.0  # when the store has answered everybody
 
-    def run(self) -> Simulated:
-        for number in range(self.result.machines.workers):
-            self._starts(_Worker(number), 0.0)
-        while self.frontier.left:
-            now, _, worker, node, began, doing = heapq.heappop(self.events)
-            if node is not None and now < began + sum(doing.values()):
-                self._lost(worker, node, now - began, doing)
-                self._replace(worker, now)
-            else:
-                self._ended(worker, node, began, now, doing)
-            self._assign(now)
-        return self.result
-
-    def _starts(self, worker: _Worker, now: float) -> None:
-        begins = now + self.assumed.start
-        worker.taken_away = begins + self.draw.expovariate(self.rate / 3600) if self.rate else math.inf
-        self._plan(begins, worker, None, now, {"starting": self.assumed.start})
-
-    def _plan(self, when: float, worker: _Worker, node: Node | None, began: float, doing: dict[str, float]) -> None:
-        heapq.heappush(self.events, (when, next(self.order), worker, node, began, doing))
-
-    def _assign(self, now: float) -> None:
-        for worker in list(self.idle):
-            if worker.taken_away <= now:  # while it had nothing to do
-                self.idle.remove(worker)
-                self._replace(worker, worker.taken_away)
-                continue
-            node = self.frontier.take(lambda node, known=worker.checkpoint: _checkpoint(node) == known)
-            if node is None:
-                return
-            self.idle.remove(worker)
-            doing = self._durations(worker, node, now)
-            self._plan(min(now + sum(doing.values()), worker.taken_away), worker, node, now, doing)
-
-    def _durations(self, worker: _Worker, node: Node, now: float) -> dict[str, float]:
-        """What a worker does for a task, and how long."""
+    def of(self, worker: _Worker, node: Node, now: float) -> dict[str, float]:
         if self.given is not None:
             return {node.task.kind: self.given[node.key]}
         a, doing = self.assumed, dict[str, float]()
@@ -243,27 +233,15 @@ class _Fleet:
         doing["store"] = self.pipe - now + a.latency * len(node.task.outputs)
         return doing
 
-    def _ended(self, worker: _Worker, node: Node | None, began: float, now: float, doing: Mapping[str, float]) -> None:
-        for what, seconds in doing.items():
-            self.result.seconds[what] += seconds
-        if node is not None:
-            self.frontier.finish(node.key)
-            self.result.ends.append((node, worker.number, began, now))
-            self.result.makespan = now
-        self.idle.append(worker)
-
-    def _lost(self, worker: _Worker, node: Node, lost: float, doing: Mapping[str, float]) -> None:
-        """A machine is taken away in the middle of a task."""
-        worked = min(lost, doing[node.task.kind])
+    def keep(self, node: Node, worked: float) -> float:
+        """How much of such work on a task outlives its worker."""
         kept = worked // self.assumed.kept * self.assumed.kept
         self.kept[node.key] += kept
-        self.result.seconds[node.task.kind] += kept
-        self.result.seconds["lost"] += lost - kept
-        self.frontier.give_back(node.key)
+        return kept
 
-    def _replace(self, worker: _Worker, now: float) -> None:
-        self.result.preempted += 1
-        self._starts(_Worker(worker.number), now + self.assumed.replaced)
+
+def _checkpoint(node: Node) -> Hashable:
+    return checkpoint_of(node.context.setup.experiment)
 
 
 def _program(node: Node) -> Hashable:
@@ -283,7 +261,3 @@ def _traffic(node: Node, assumed: Assumptions) -> float:
         trained = abstract_start(setup, task.members[0]).trainable
         return 12.0 * len(task.members) * sum(leaf.size for leaf in jax.tree.leaves(trained))
     return assumed.token_bytes * sum(part.tokens for part in task.cost(setup, Sizes.of(setup)).parts)
-
-
-def _checkpoint(node: Node) -> Hashable:
-    return checkpoint_of(node.context.setup.experiment)

@@ -87,7 +87,8 @@ def roofline(compiled: Compiled, base: int, topology: Topology, group: Sequence[
     sent = sum(each.bytes * (2 if kind == "all-reduce" else 1) for kind, each in (compiled.collectives or {}).items())
     others = sent * (1 - 1 / len(group))
     links = others / topology.links_among(group) if others else 0.0
-    return Times(*(once * program.runs for once in (program.flops / chip.peak, moved / chip.bandwidth, links)))
+    compute = program.flops / len(topology.devices) / chip.peak
+    return Times(*(once * program.runs for once in (compute, moved / chip.bandwidth, links)))
 
 
 def batch_times(fit: Fit, topology: Topology) -> list[Times]:

@@ -45,7 +45,7 @@ class StageProgram:
 
     Attributes:
       lower: gives what the compiler takes.
-      flops: useful operations of one run, on each chip; counted as in `distill/cost.py`.
+      flops: useful operations of one run, on all chips; counted as in `distill/cost.py`.
       runs: how often it runs for the rows of the stage's batch.
       passes: how often a run reads the base; pieces: how often it fills its temporaries.
       held: bytes on each chip of some of its arguments, by name.
@@ -66,15 +66,14 @@ class Stage:
 
     Attributes:
       arms: students whose axis comes before that of the rows.
-      rows: how many a batch has where its config says so, or where memory decides; on all chips together, of all arms.
+      rows: of a batch, on all chips together and of all arms, or "auto"; fixed: they are not for memory to decide.
       programs: of a batch with so many rows.
-      fixed: rows are not for memory to decide.
     """
 
     name: str
     title: str
     arms: int
-    rows: Callable[[Layout], int]
+    rows: int | str
     programs: Callable[[Layout, int], list[StageProgram]]
     fixed: bool = False
 
@@ -113,10 +112,13 @@ class Case:
         return jax.eval_shape(lambda params: start_adapter(self.config, params, self.students, 0), self.params)
 
     @property
-    def least_axis(self) -> int:
-        """The model axis that a run takes by itself."""
+    def axes(self) -> list[int]:
+        """The model axis that a run takes; where memory decides about it, then larger ones."""
         axis, topology = self.experiment.run.model_axis, self.topology
-        return model_axis_for(self.sizes.weights, topology.chip.memory, topology.near) if axis == "auto" else axis
+        if axis != "auto":
+            return [axis]
+        least = model_axis_for(self.sizes.weights, topology.chip.memory, topology.near)
+        return [axis for axis in topology.model_axes if axis >= least]
 
     def layout(self, arms: int, model: int) -> Layout:
         """Raises:
@@ -134,16 +136,10 @@ class Case:
 
     def rows_together(self, given: int | str, layout: Layout) -> int:
         """As `Context.rows_together`, on chips that are not there."""
+        if isinstance(given, int):
+            return given
         memory = self.topology.chip.memory * layout.model
-        return (
-            given
-            if isinstance(given, int)
-            else batching.rows_together(self.config, self.sizes.width, 0, memory, layout.data)
-        )
-
-    def flops(self, tokens: float, labels: float) -> float:
-        """Operations of each chip, of reading so many tokens, with logits at some."""
-        return self.sizes.forward(tokens, labels) / len(self.topology.devices)
+        return batching.rows_together(self.config, self.sizes.width, 0, memory, layout.data)
 
 
 def bytes_on_chip(tree: Any) -> int:
@@ -168,12 +164,12 @@ def train(case: Case) -> Stage:
     arm = Arm("student", [example], case.adapter, 0, students.optimizer.lr, 1)
 
     def programs(layout: Layout, rows: int) -> list[StageProgram]:
-        recipe, chips = case.experiment.recipe.resolved(config.family), len(case.topology.devices)
+        recipe = case.experiment.recipe.resolved(config.family)
         settings = settings_of(config, students, recipe, parallel="mesh", model_axis=layout.model)
         together = students.runtime.rows_at_once
         if together == "auto":
-            how = {"itemsize": case.sizes.width, "limit": case.topology.chip.memory, "devices": chips}
-            together = rows_at_once(config, settings, longest.tokens, case.arms, **how)
+            chips: dict[str, Any] = {"limit": case.topology.chip.memory, "devices": len(case.topology.devices)}
+            together = rows_at_once(config, settings, longest.tokens, case.arms, itemsize=case.sizes.width, **chips)
         settings, shape = in_pieces(settings, longest, together)
         shape = shape.divisible(layout.data)
         arguments = abstract_step(config, case.params, arm, case.arms, settings, shape, layout)
@@ -186,7 +182,7 @@ def train(case: Case) -> Stage:
             StageProgram(
                 f"step of {shape.accumulate} x {shape.batch_size} rows{spare}",
                 lambda: compile_step(config, settings.program, layout).lower(*arguments),
-                case.arms * shape.accumulate * shape.lines * of_row / chips,
+                case.arms * shape.accumulate * shape.lines * of_row,
                 passes=shape.accumulate * (2 + settings.program.remat),
                 pieces=shape.accumulate,
                 held={"adapters and optimizer": bytes_on_chip(arguments[1])},
@@ -194,39 +190,29 @@ def train(case: Case) -> Stage:
         ]
 
     title = f"{students.adapter.method}, {loss.kind} loss, arms: {case.arms}, {row} tokens, {long.answer} supervised"
-    return Stage(
-        "train", title, case.arms, lambda _: case.arms * data.batch_size * data.accumulate, programs, fixed=True
-    )
+    return Stage("train", title, case.arms, case.arms * data.batch_size * data.accumulate, programs, fixed=True)
 
 
 def sample(case: Case) -> Stage:
     """Teachers answer prompts, each a row of its own."""
     e, long = case.experiment, case.lengths
     new, prompts = e.sampling.max_new_tokens, min(e.sampling.shard, e.data.num_prompts)
-
-    def programs(layout: Layout, rows: int) -> list[StageProgram]:
-        return _decoding(case, layout, None, rows, prompts=prompts, samples=1, prompt=long.prompt, new=new)
-
     title = f"{new} tokens after prompts of {round_up(long.system, PROMPT_STEP)} + {long.prompt}"
-    return Stage("sample", title, 1, lambda layout: case.rows_together(e.sampling.batch_size, layout), programs)
+    programs = functools.partial(_decoding, case, None, prompts=prompts, samples=1, prompt=long.prompt, new=new)
+    return Stage("sample", title, 1, e.sampling.batch_size, programs)
 
 
 def evaluate(case: Case) -> Stage:
     """Students that were trained together answer questions, several times each; without students, the base does."""
     ev, question = case.experiment.evaluation, round_up(case.lengths.question, LENGTH_STEP)
-    arms = min(case.arms, ASKED_TOGETHER)
-    adapter = None if case.students is None else case.adapter
-
-    def programs(layout: Layout, rows: int) -> list[StageProgram]:
-        how = {"prompts": ev.questions or 50, "samples": ev.samples, "prompt": question, "new": ev.max_new_tokens}
-        return _decoding(case, layout, adapter, rows, **how)
-
+    arms, adapter = min(case.arms, ASKED_TOGETHER), None if case.students is None else case.adapter
+    how = {"prompts": ev.questions or 50, "samples": ev.samples, "prompt": question, "new": ev.max_new_tokens}
     title = f"{ev.max_new_tokens} tokens after questions of {question}, {ev.samples} answers to each, students together: {arms}"
-    return Stage("evaluate", title, arms, lambda layout: case.rows_together(ev.batch_size, layout), programs)
+    return Stage("evaluate", title, arms, ev.batch_size, functools.partial(_decoding, case, adapter, **how))
 
 
 def _decoding(
-    case: Case, layout: Layout, adapter: Adapter | None, rows: int, *, prompts: int, samples: int, prompt: int, new: int
+    case: Case, adapter: Adapter | None, layout: Layout, rows: int, *, prompts: int, samples: int, prompt: int, new: int
 ) -> list[StageProgram]:
     """Both programs of `generation.generate_for_arms`: prompts are read into places of a batch, and tokens are drawn in all.
 
@@ -251,7 +237,7 @@ def _decoding(
         begun = jax.eval_shape(functools.partial(decoding.beginning, config), case.params, stacked, _ints(A, P))
         begun = layout.shapes_as(ARMS, begun)
     key = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0)))
-    asked = decoding.Prompts(_ints(A, read, T), _bools(A, read, T), _ints(A, B), _ints(A, B))
+    asked = decoding.Prompts(_ints(A, read, T), _ints(A, read, T, dtype=bool), _ints(A, B), _ints(A, B))
     asked = layout.shapes_as(ARM_ROWS, asked)
     key, stop = layout.shapes_as(WHOLE, (key, generation.stop_array(Sampling())))
     numbers, enough = (
@@ -264,7 +250,7 @@ def _decoding(
         StageProgram(
             f"prompts: {filled} rows begin",
             lambda: decoding.fill.lower(config, params, stacked, begun, batch, asked, key, layout),
-            A * case.flops(read * T, read),
+            A * case.sizes.forward(read * T, read),
             runs=B / filled,
             held=held,
         ),
@@ -273,19 +259,15 @@ def _decoding(
             lambda: decoding.advance.lower(
                 config, params, stacked, batch, numbers, stop, enough, None, layout, _ints(), room
             ),
-            A * case.flops(B, B),
+            A * case.sizes.forward(B, B),
             runs=new,
             held=held,
         ),
     ]
 
 
-def _ints(*shape: int) -> Any:
-    return jax.ShapeDtypeStruct(shape, np.int32)
-
-
-def _bools(*shape: int) -> Any:
-    return jax.ShapeDtypeStruct(shape, bool)
+def _ints(*shape: int, dtype: Any = np.int32) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def score(case: Case) -> Stage:
@@ -298,17 +280,14 @@ def score(case: Case) -> Stage:
         B, params = round_up(rows, layout.data), case.placed_params(layout)
         prefix = jax.eval_shape(functools.partial(scoring.prefix_cache, config), case.params, None, _ints(1, P))
         prefix = layout.shapes_as(WHOLE, prefix)
-        read = layout.shapes_as(ROWS, (_ints(B, T), _bools(B, T), _ints(B, C), _ints(B, C)))
+        read = layout.shapes_as(ROWS, (_ints(B, T), _ints(B, T, dtype=bool), _ints(B, C), _ints(B, C)))
 
-        def lower() -> Any:
-            how = {"at": scoring.best_token, "layout": layout}
-            return scoring.read_batch.lower(config, params, None, prefix, *read, **how)
+        how: dict[str, Any] = {"at": scoring.best_token, "layout": layout}
+        lower = functools.partial(scoring.read_batch.lower, config, params, None, prefix, *read, **how)
+        return [StageProgram(f"{B} rows are read", lower, case.sizes.forward(B * T, B * C))]
 
-        return [StageProgram(f"{B} rows are read", lower, case.flops(B * T, B * C))]
-
-    rows = case.experiment.scoring.batch_size
     title = f"rows of {P} + {T} tokens, {C} of the answer"
-    return Stage("score", title, 1, lambda layout: case.rows_together(rows, layout), programs)
+    return Stage("score", title, 1, case.experiment.scoring.batch_size, programs)
 
 
 def attribute(case: Case) -> Stage:
@@ -320,30 +299,23 @@ def attribute(case: Case) -> Stage:
 
     def programs(layout: Layout, rows: int) -> list[StageProgram]:
         B, params = round_up(rows, layout.data), case.placed_params(layout)
-        batch = patching.Batch(_ints(B, T), _ints(B, T), _bools(B, T), _ints(B), _ints(B, 2))
+        batch = patching.Batch(_ints(B, T), _ints(B, T), _ints(B, T, dtype=bool), _ints(B), _ints(B, 2))
         batch, steps = layout.shapes_as(ROWS, batch), layout.shapes_as(WHOLE, _ints())
 
-        def lower(program: patching.Patching) -> Any:
-            return patching.compare.lower(program, config, tuple(how.sites), params, None, batch, steps, layout)
-
+        arguments = config, tuple(how.sites), params, None, batch, steps, layout
         flops = patching.patching_flops(config, len(how.sites), how.steps)
         return [
             StageProgram(
-                f"{name} of {B} pairs", functools.partial(lower, program), B * T * each / len(case.topology.devices)
+                f"{name} of {B} pairs", functools.partial(patching.compare.lower, program, *arguments), B * T * of_token
             )
-            for (name, program), each in zip(kinds, flops, strict=True)
+            for (name, program), of_token in zip(kinds, flops, strict=True)
         ]
 
     title = f"{', '.join(how.sites)}, {how.steps} steps, pairs of {T} tokens"
-    return Stage("attribute", title, 1, lambda layout: how.batch_size, programs)
+    return Stage("attribute", title, 1, how.batch_size, programs)
 
 
 STAGES: dict[str, Callable[[Case], Stage]] = {
     "train": train, "sample": sample, "score": score, "evaluate": evaluate, "attribute": attribute
 }  # fmt: skip
 SECTIONS = {"train": "students", "attribute": "attribution"}  # of a config, without which it lacks a stage
-
-
-def stages_of(experiment: Experiment) -> list[str]:
-    """The stages that a config has."""
-    return [name for name in STAGES if name not in SECTIONS or getattr(experiment, SECTIONS[name]) is not None]

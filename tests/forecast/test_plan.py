@@ -27,11 +27,11 @@ FOUR = Topology("four", tuple(range(4)), CHIP, 4)
 
 def compiled(total: int = 50, **program) -> Compiled:
     told = {"all-reduce": Collective(3, 6), "all-gather": Collective(1, 4)}
-    return Compiled(StageProgram("step", lambda: None, 400.0, **program), 40, 5, total, 0.0, told)
+    return Compiled(StageProgram("step", lambda: None, 4 * 400.0, **program), 40, 5, total, 0.0, told)
 
 
 def test_a_roofline_by_hand():
-    """400 operations at 100 a second; a base of 30 bytes, 10 of other arguments and 5 of temporaries there and back; sums twice, and
+    """400 operations of each of four chips at 100 a second; a base of 30 bytes, 10 of other arguments and 5 of temporaries there and back; sums twice, and
     of what is put out half is a chip's own, where two exchange it."""
     assert roofline(compiled(), 30, FOUR, range(2)) == Times(4.0, (30 + 10 + 10) / 10, (12 + 4) / 2 / 2)
     more = roofline(compiled(passes=3, pieces=2), 30, FOUR, range(2))
