@@ -20,47 +20,27 @@ from jsublim.errors import JsublimError, UsageError
 if TYPE_CHECKING:
     from jsublim.config import Experiment
     from jsublim.forecast.compile import Compiled, Fit
-    from jsublim.forecast.plan import Choice
     from jsublim.forecast.stages import Case
+
+
+STAGE_HELP = "train, sample, score, evaluate, attribute (again for another); default: all it has."
+AXIS_HELP = "Chips that a copy is spread over; default: as a run, or more where it must."
 
 
 @app.command()
 def aot(
     config: Annotated[str, typer.Option("--config", help="YAML, such as configs/models/qwen2.5-7b.yaml.")],
-    topology: Annotated[
-        str,
-        typer.Option(
-            "--topology",
-            help="v5e:4x4, v5p:2x2x2, 2xv6e:4x4 (two slices) ...; h100:1x8, a100:2x8, h200:1, b200:1x8 ...",
-        ),
-    ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="Fields of the config: students.data.batch_size=32 students.runtime.remat=true."),
-    ] = None,
-    stage: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--stage", help="train, sample, score, evaluate, attribute (again for another); default: all it has."
-        ),
-    ] = None,
-    model_axis: Annotated[
-        int | None,
-        typer.Option(
-            "--model-axis", min=1, help="Chips that a copy is spread over; default: as a run, or more where it must."
-        ),
-    ] = None,
+    topology: Annotated[str, typer.Option("--topology", help="v5e:4x4, 2xv6e:4x4 (two slices), h100:1x8, b200:1 ...")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Fields of the config: students.runtime.remat=true.")] = None,
+    stage: Annotated[list[str] | None, typer.Option("--stage", help=STAGE_HELP)] = None,
+    model_axis: Annotated[int | None, typer.Option("--model-axis", min=1, help=AXIS_HELP)] = None,
     arms: Annotated[int, typer.Option("--arms", min=1, help="Students trained together.")] = 1,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="Length of a row.")] = 192,
     labels: Annotated[int, typer.Option("--labels", min=1, help="Supervised tokens of a row.")] = 64,
-    shape: Annotated[
-        Path | None, typer.Option("--shape", help="Folder with a config.json, where the checkpoint is not at hand.")
-    ] = None,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="Try layouts, and print the one that should be fastest of those that fit.")
-    ] = False,
+    shape: Annotated[Path | None, typer.Option("--shape", help="Folder of a config.json, without the checkpoint.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Try layouts; print the one that should be fastest.")] = False,
     as_json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Compile every stage for TPUs or GPUs that are not there: memory per chip, collectives (docs/pods.md)."""
     _ask_compilers_alone(topology)
     from jsublim.config import load_experiment
@@ -202,7 +182,7 @@ def _plan(case: Case, names: list[str], shape: Path | None, as_json: bool) -> No
       JsublimError: none fits.
     """
     from jsublim.forecast.estimate import architecture
-    from jsublim.forecast.plan import choices, rows_of
+    from jsublim.forecast.plan import batch_times, choices, rows_of
     from jsublim.pipeline.setup import Setup
 
     rows = rows_of(Setup.of(case.experiment, lambda name: architecture(name, shape)))
@@ -218,26 +198,23 @@ def _plan(case: Case, names: list[str], shape: Path | None, as_json: bool) -> No
         return
     table = Table("model axis", "students together", "remat", *names, "all")
     for choice in every:
+        cells = []
+        for name in names:
+            fit = choice.fits.get(name)
+            if fit is None or not fit.programs:
+                cells.append("" if fit is None else "does not fit")
+                continue
+            slowest = max(batch_times(fit, case.topology), key=lambda each: each.seconds)
+            unknown = ", links unknown" if any(each.collectives is None for each in fit.programs) else ""
+            cells.append(f"{_hours(choice.seconds[name])} ({slowest.limit}{unknown})")
         total = _hours(choice.total) if choice.possible else ""
-        how = str(choice.model), str(choice.arms), "yes" if choice.remat else "no"
-        table.add_row(*how, *(_cell(case, choice, name) for name in names), total)
+        table.add_row(str(choice.model), str(choice.arms), "yes" if choice.remat else "no", *cells, total)
     console.print(table)
     console.print(
         "estimated by roofline, not measured: all rows of the experiment, each chip at its peak or its memory at its bandwidth, "
         "whichever takes longest, then its links at theirs (in brackets what takes longest of the slowest program)"
     )
     output.out(best.fields)
-
-
-def _cell(case: Case, choice: Choice, name: str) -> str:
-    from jsublim.forecast.plan import batch_times
-
-    fit = choice.fits.get(name)
-    if fit is None or not fit.programs:
-        return "" if fit is None else "does not fit"
-    slowest = max(batch_times(fit, case.topology), key=lambda each: each.seconds)
-    unknown = ", links unknown" if any(each.collectives is None for each in fit.programs) else ""
-    return f"{_hours(choice.seconds[name])} ({slowest.limit}{unknown})"
 
 
 def _hours(seconds: float) -> str:

@@ -79,14 +79,9 @@ class Fit:
 class TooLarge(Exception):
     """A program does not fit: it needs so many of the bytes that each chip has, where the compiler says so."""
 
-    def __init__(self, name: str, needs: float | None = None, has: float | None = None):
-        known = needs is not None and has is not None
-        why = (
-            f"{name}: needs {needs / GIB:.2f} of {has / GIB:.2f} GiB per chip"
-            if known
-            else "the compiler runs out of memory"
-        )
-        super().__init__(why)
+    def __init__(self, name: str, needs: float = 0.0, has: float = 0.0):
+        known = f"{name}: needs {needs / GIB:.2f} of {has / GIB:.2f} GiB per chip"
+        super().__init__(known if has else "the compiler runs out of memory")
         self.needs, self.has = needs, has
 
 
@@ -123,10 +118,8 @@ def examine(case: Case, stage: Stage, axes: Sequence[int], say: Callable[[str], 
 
 def _fewer(rows: int, base: int, error: TooLarge) -> int:
     """The next power of two below, or the largest that should fit by proportion."""
-    below = 1 << (rows - 1).bit_length() - 1
-    if error.needs is None or error.has is None or error.has <= base:
-        return below
-    return min(below, _power_below(rows * (error.has - base) / (error.needs - base)))
+    share = (error.has - base) / (error.needs - base) if error.has > base else 1.0
+    return min(1 << (rows - 1).bit_length() - 1, _power_below(rows * share))
 
 
 def _power_below(rows: float) -> int:

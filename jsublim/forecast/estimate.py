@@ -26,12 +26,6 @@ from jsublim.pipeline.students import abstract_start
 from jsublim.pipeline.task import Task
 from jsublim.reading import shown
 
-ORDER = (
-    "teachers", "rows", "entangled", "influence", "divergence", "datasets", "attribution", "targets", "students",
-    "evaluations",
-)  # fmt: skip
-MOST_AXIS = 512  # chips that one copy is spread over
-
 
 def architecture(model: str, shape: Path | None) -> Path:
     """The folder whose `config.json` says what a config's model is: the one given, the checkpoint, or the numbers that
@@ -79,18 +73,16 @@ class StageCost:
 
 
 def stage_costs(graph: Graph, setup: Setup, store: Store, chip: Chip) -> list[StageCost]:
-    """One line per kind of task, in the order of work."""
-    sizes, kinds = Sizes.of(setup), dict[str, list[Task]]()
+    """One line per kind of task, in the order of the graph."""
+    sizes, kinds, lines = Sizes.of(setup), dict[str, list[Task]](), []
     for task in graph.tasks.values():
         kinds.setdefault(task.kind, []).append(task)
-    lines = []
-    for kind in sorted(kinds, key=lambda kind: ORDER.index(kind) if kind in ORDER else len(ORDER)):
-        costs = [task.cost(setup, sizes) for task in kinds[kind]]
-        tokens, flops = (
-            sum(getattr(part, what) for cost in costs for part in cost.parts) for what in ("tokens", "flops")
-        )
-        done = sum(task.done(store) for task in kinds[kind]) if setup.known else None
-        lines.append(StageCost(kind, len(costs), tokens, flops, sum(cost.seconds(chip) for cost in costs), done))
+    for kind, tasks in kinds.items():
+        costs = [task.cost(setup, sizes) for task in tasks]
+        parts = [part for cost in costs for part in cost.parts]
+        tokens, flops = sum(part.tokens for part in parts), sum(part.flops for part in parts)
+        done = sum(task.done(store) for task in tasks) if setup.known else None
+        lines.append(StageCost(kind, len(tasks), tokens, flops, sum(cost.seconds(chip) for cost in costs), done))
     return lines
 
 
@@ -114,10 +106,8 @@ class Memory:
         fitting = int((has - self.base) / self.student) if self.student else 0
         if fitting >= 1:
             return f"{self.together} students in a program are too many: set students.runtime.arms_per_program={fitting}, or auto"
-        copies = 2
-        while self.base / copies + self.student > has and copies < MOST_AXIS:
-            copies *= 2
-        if copies < MOST_AXIS:
+        copies = next((n for n in (1 << i for i in range(1, 9)) if self.base / n + self.student <= has), None)
+        if copies is not None:
             program = ", students.runtime.arms_per_program=1" if self.together > 1 else ""
             return f"the weights are too large: set run.parallel=mesh run.model_axis={copies}{program}, on {copies} such chips"
         return (

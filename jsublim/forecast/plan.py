@@ -4,9 +4,10 @@ takes longest, and then its links at theirs. An estimate of what is possible, no
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from jsublim.forecast.compile import Compiled, Fit, examine
 from jsublim.forecast.estimate import with_runtime
@@ -22,11 +23,9 @@ KINDS = {
     "students": "train", "rows": "sample", "divergence": "score", "targets": "score", "evaluations": "evaluate",
     "attribution": "attribute",
 }  # fmt: skip
-LIMITS = ("compute", "memory", "links")
 
 
-@dataclass(frozen=True)
-class Times:
+class Times(NamedTuple):
     """Seconds that a program takes at least, by what limits it. Messages are waited for: a layer needs the sum before it goes on."""
 
     compute: float
@@ -39,7 +38,7 @@ class Times:
 
     @property
     def limit(self) -> str:
-        return max(LIMITS, key=lambda name: getattr(self, name))
+        return max(self._fields, key=lambda name: getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -122,30 +121,26 @@ def choices(
     """Layouts over powers of two: of chips of one copy, and of students that are trained together (up to the case's). Layers are
     computed again on the way back only where training does not fit otherwise; a layout ends with the first stage that does not
     fit."""
-    for model in case.topology.model_axes:
-        alike: dict[tuple[str, int], Fit] = {}  # stages that more students do not change
-        for arms in (1 << i for i in range(case.arms.bit_length())):
-            for remat in (False, True) if "train" in names else (False,):
-                tried = replace(case, arms=arms, experiment=with_runtime(case.experiment, remat=remat))
-                choice = _choice(tried, model, remat, names, rows, alike, say)
-                yield choice
-                first = choice.fits.get("train", next(iter(choice.fits.values()), None))
-                if first is not None and first.programs:
-                    break
+    alike: dict[tuple[str, int, int], Fit] = {}  # stages that more students do not change
 
+    def choice(model: int, arms: int, remat: bool) -> Choice:
+        tried = replace(case, arms=arms, experiment=with_runtime(case.experiment, remat=remat))
+        fits, seconds = dict[str, Fit](), dict[str, float]()
+        for name in names:
+            stage = STAGES[name](tried)
+            key = name, model, stage.arms
+            if name == "train" or key not in alike:
+                alike[key] = examine(tried, stage, [model], say)
+            fit = fits[name] = alike[key]
+            if not fit.programs:
+                break
+            batch = sum(each.seconds for each in batch_times(fit, case.topology))
+            seconds[name] = rows.get(name, 0.0) / fit.rows * batch
+        return Choice(model, arms, remat, fits, seconds)
 
-def _choice(
-    case: Case, model: int, remat: bool, names: Sequence[str], rows: Mapping[str, float],
-    alike: dict[tuple[str, int], Fit], say: Callable[[str], None],
-) -> Choice:  # fmt: skip
-    fits, seconds = dict[str, Fit](), dict[str, float]()
-    for name in names:
-        stage = STAGES[name](case)
-        key = name, stage.arms
-        if name == "train" or key not in alike:
-            alike[key] = examine(case, stage, [model], say)
-        fit = fits[name] = alike[key]
-        if not fit.programs:
-            break
-        seconds[name] = rows.get(name, 0.0) / fit.rows * sum(each.seconds for each in batch_times(fit, case.topology))
-    return Choice(model, case.arms, remat, fits, seconds)
+    powers = [1 << i for i in range(case.arms.bit_length())]
+    for model, arms in itertools.product(case.topology.model_axes, powers):
+        for remat in (False, True) if "train" in names else (False,):
+            yield (tried := choice(model, arms, remat))
+            if "train" in names and tried.fits["train"].programs:
+                break
