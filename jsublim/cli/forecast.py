@@ -30,7 +30,7 @@ AXIS_HELP = "Chips that a copy is spread over; default: as a run, or more where 
 @app.command()
 def aot(
     config: Annotated[str, typer.Option("--config", help="YAML, such as configs/models/qwen2.5-7b.yaml.")],
-    topology: Annotated[str, typer.Option("--topology", help="v5e:4x4, 2xv6e:4x4 (two slices), h100:1x8, b200:1 ...")],
+    topology: Annotated[str, typer.Option("--topology", help="v5e:4x4, v5p:2x2x2, 2xv6e:4x4 (two slices), h100:2x8 ...")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Fields of the config: students.runtime.remat=true.")] = None,
     stage: Annotated[list[str] | None, typer.Option("--stage", help=STAGE_HELP)] = None,
     model_axis: Annotated[int | None, typer.Option("--model-axis", min=1, help=AXIS_HELP)] = None,

@@ -112,11 +112,11 @@ def examine(case: Case, stage: Stage, axes: Sequence[int], say: Callable[[str], 
                 return Fit(stage, layout, rows, asked, base, programs, tuple(tried))
             except TooLarge as error:
                 tried.append(f"model axis {axis}, {rows} rows: {error}")
-                rows = max(least, _fewer(rows, base, error)) if rows > least else 0
+                rows = max(least, fewer(rows, base, error)) if rows > least else 0
     return Fit(stage, layout, 0, asked, base, tried=tuple(tried))
 
 
-def _fewer(rows: int, base: int, error: TooLarge) -> int:
+def fewer(rows: int, base: int, error: TooLarge) -> int:
     """The next power of two below, or the largest that should fit by proportion."""
     share = (error.has - base) / (error.needs - base) if error.has > base else 1.0
     return min(1 << (rows - 1).bit_length() - 1, _power_below(rows * share))

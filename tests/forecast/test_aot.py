@@ -28,7 +28,7 @@ from jsublim.chips import CHIPS
 from jsublim.config import load_experiment
 from jsublim.distill import losses
 from jsublim.errors import UsageError
-from jsublim.forecast.compile import Fit, examine
+from jsublim.forecast.compile import Fit, TooLarge, examine, fewer
 from jsublim.forecast.estimate import architecture
 from jsublim.forecast.hlo import Collective, collectives, gathered_weights
 from jsublim.forecast.stages import STAGES, Case, bytes_on_chip
@@ -194,7 +194,8 @@ def test_what_a_gpu_cannot_hold_is_said():
     (step,) = on_axis(one, "train").programs
     small = case(tuple(jax.devices()[:1]), memory=step.total - 1)
     found = on_axis(small, "train")
-    assert not found.programs and "GiB per chip" in found.tried[0]
+    assert not found.programs and len(found.tried) == 1  # rows of training are the config's
+    assert "GiB per chip" in found.tried[0]
 
 
 def test_students_lie_apart_first_and_a_copy_inside_a_slice():
@@ -219,6 +220,8 @@ def test_rows_are_fewer_until_they_fit():
     assert (fit.rows, fit.asked) == (8, 48) and fit.programs[0].total == read.total
     tried = [int(re.findall(r", (\d+) rows: .* needs", line)[0]) for line in fit.tried]
     assert tried[0] == 48 and all(rows in (16, 32) for rows in tried[1:])
+    assert [fewer(rows, 0, TooLarge("step")) for rows in (48, 32, 2)] == [32, 16, 1]  # needs are unknown
+    assert fewer(48, 0, TooLarge("step", 4800, 1000)) == 8 and fewer(48, 900, TooLarge("step", 4800, 1000)) == 1
 
 
 def test_a_step_for_one_chip():
