@@ -13,7 +13,7 @@ import jax
 from jsublim.chips import GIB
 from jsublim.distill.memory import bytes_needed
 from jsublim.forecast.hlo import Collective, collectives, gathered_weights
-from jsublim.forecast.stages import Case, Stage, StageProgram, bytes_on_chip
+from jsublim.forecast.stages import Case, StageProgram, Workload, bytes_on_chip
 from jsublim.inference.batching import round_up
 from jsublim.parallel import Layout
 
@@ -55,7 +55,7 @@ class Fit:
       tried: what does not fit, and why.
     """
 
-    stage: Stage
+    stage: Workload
     layout: Layout
     rows: int
     asked: int
@@ -85,7 +85,7 @@ class TooLarge(Exception):
         self.needs, self.has = needs, has
 
 
-def examine(case: Case, stage: Stage, axes: Sequence[int], say: Callable[[str], None] = lambda _: None) -> Fit:
+def examine(case: Case, stage: Workload, axes: Sequence[int], say: Callable[[str], None] = lambda _: None) -> Fit:
     """A stage on the first of some model axes on which it fits; rows that memory decides about are halved until they do.
 
     Args:

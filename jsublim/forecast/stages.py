@@ -61,8 +61,8 @@ class StageProgram:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """What is compiled for a stage.
+class Workload:
+    """A stage as programs to compile.
 
     Attributes:
       arms: students whose axis comes before that of the rows.
@@ -150,7 +150,7 @@ def bytes_on_chip(tree: Any) -> int:
     )
 
 
-def train(case: Case) -> Stage:
+def train(case: Case) -> Workload:
     """Students on rows: the whole step."""
     students, long, config = case.students, case.lengths, case.config
     assert students is not None
@@ -190,25 +190,25 @@ def train(case: Case) -> Stage:
         ]
 
     title = f"{students.adapter.method}, {loss.kind} loss, arms: {case.arms}, {row} tokens, {long.answer} supervised"
-    return Stage("train", title, case.arms, case.arms * data.batch_size * data.accumulate, programs, fixed=True)
+    return Workload("train", title, case.arms, case.arms * data.batch_size * data.accumulate, programs, fixed=True)
 
 
-def sample(case: Case) -> Stage:
+def sample(case: Case) -> Workload:
     """Teachers answer prompts, each a row of its own."""
     e, long = case.experiment, case.lengths
     new, prompts = e.sampling.max_new_tokens, min(e.sampling.shard, e.data.num_prompts)
     title = f"{new} tokens after prompts of {round_up(long.system, PROMPT_STEP)} + {long.prompt}"
     programs = functools.partial(_decoding, case, None, prompts=prompts, samples=1, prompt=long.prompt, new=new)
-    return Stage("sample", title, 1, e.sampling.batch_size, programs)
+    return Workload("sample", title, 1, e.sampling.batch_size, programs)
 
 
-def evaluate(case: Case) -> Stage:
+def evaluate(case: Case) -> Workload:
     """Students that were trained together answer questions, several times each; without students, the base does."""
     ev, question = case.experiment.evaluation, round_up(case.lengths.question, LENGTH_STEP)
     arms, adapter = min(case.arms, ASKED_TOGETHER), None if case.students is None else case.adapter
     how = {"prompts": ev.questions or 50, "samples": ev.samples, "prompt": question, "new": ev.max_new_tokens}
     title = f"{ev.max_new_tokens} tokens after questions of {question}, {ev.samples} answers to each, students together: {arms}"
-    return Stage("evaluate", title, arms, ev.batch_size, functools.partial(_decoding, case, adapter, **how))
+    return Workload("evaluate", title, arms, ev.batch_size, functools.partial(_decoding, case, adapter, **how))
 
 
 def _decoding(
@@ -270,7 +270,7 @@ def _ints(*shape: int, dtype: Any = np.int32) -> Any:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def score(case: Case) -> Stage:
+def score(case: Case) -> Workload:
     """A teacher reads rows, all of them behind its system prompt: divergence. Teachers do so one after another."""
     config, long = case.config, case.lengths
     P, C = (round_up(n, PREFIX_STEP) for n in (long.system, long.answer))
@@ -287,10 +287,10 @@ def score(case: Case) -> Stage:
         return [StageProgram(f"{B} rows are read", lower, case.sizes.forward(B * T, B * C))]
 
     title = f"rows of {P} + {T} tokens, {C} of the answer"
-    return Stage("score", title, 1, case.experiment.scoring.batch_size, programs)
+    return Workload("score", title, 1, case.experiment.scoring.batch_size, programs)
 
 
-def attribute(case: Case) -> Stage:
+def attribute(case: Case) -> Workload:
     """Pairs of runs: what each layer's value does to the next token."""
     how, long, config = case.experiment.attribution or Attribution(), case.lengths, case.config
     T = round_up(long.system + long.prompt + long.answer, LENGTH_STEP)
@@ -312,10 +312,10 @@ def attribute(case: Case) -> Stage:
         ]
 
     title = f"{', '.join(how.sites)}, {how.steps} steps, pairs of {T} tokens"
-    return Stage("attribute", title, 1, how.batch_size, programs)
+    return Workload("attribute", title, 1, how.batch_size, programs)
 
 
-STAGES: dict[str, Callable[[Case], Stage]] = {
+STAGES: dict[str, Callable[[Case], Workload]] = {
     "train": train, "sample": sample, "score": score, "evaluate": evaluate, "attribute": attribute
 }  # fmt: skip
 SECTIONS = {"train": "students", "attribute": "attribution"}  # of a config, without which it lacks a stage
