@@ -21,9 +21,9 @@ from jsublim.inference.lm import folder_here
 from jsublim.pipeline.cost import Sizes
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.stage import Task
+from jsublim.pipeline.stages.students import abstract_start
 from jsublim.pipeline.store import Store
-from jsublim.pipeline.students import abstract_start
-from jsublim.pipeline.task import Task
 from jsublim.reading import shown
 
 
@@ -125,7 +125,8 @@ def memory(setup: Setup) -> Memory:
     s, long, of_layer = largest.settings, sizes.lengths, kept_per_token(config)
     # Recomputed layers keep what each begins with, and all of one of them.
     values = of_layer + config.num_layers * config.hidden_size if s.runtime.remat else config.num_layers * of_layer
-    trained = sum(leaf.size for leaf in jax.tree.leaves(abstract_start(setup, largest).trainable))
+    start = abstract_start(setup.checkpoint(s.model), setup.experiment.dtype, s)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(start.trainable))
     # Of each float32 value that is trained: itself, its gradient and two moments.
     student = 16 * trained + s.data.batch_size * (long.prompt + long.answer) * values * sizes.width
     size = 1 if s.runtime.arms_per_program == "auto" else s.runtime.arms_per_program

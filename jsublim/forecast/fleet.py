@@ -25,11 +25,10 @@ from jsublim.forecast.estimate import architecture
 from jsublim.parallel import Layout
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Sizes
-from jsublim.pipeline.evaluations import Evaluate
-from jsublim.pipeline.graph import plan
+from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.stages.students import abstract_start, program_of_student
 from jsublim.pipeline.store import Store
-from jsublim.pipeline.students import TrainStudents, abstract_start, compiled
 from jsublim.progress import Progress
 
 
@@ -246,18 +245,19 @@ def _checkpoint(node: Node) -> Hashable:
 
 def _program(node: Node) -> Hashable:
     """What is compiled for a task: equal for tasks that run the same program."""
-    task, of_task = node.task, None
-    if isinstance(task, TrainStudents):
-        of_task = compiled(node.context.setup, task.members[0])
-    elif isinstance(task, Evaluate):
-        of_task = task.setting
-    return _checkpoint(node), task.kind, of_task
+    kind, first, of_task = node.task.kind, node.task.nodes[0], None
+    if kind == "students":
+        of_task = program_of_student(first)
+    elif kind == "evaluations":
+        of_task = first.given.setting
+    return _checkpoint(node), kind, of_task
 
 
 def _traffic(node: Node, assumed: Assumptions) -> float:
     """Bytes that a task moves to and from the store: rows and readings; of students, adapters and two moments of each value."""
     task, setup = node.task, node.context.setup
-    if isinstance(task, TrainStudents):
-        trained = abstract_start(setup, task.members[0]).trainable
-        return 12.0 * len(task.members) * sum(leaf.size for leaf in jax.tree.leaves(trained))
+    if task.kind == "students":
+        given = task.nodes[0].given
+        trained = abstract_start(given.start.model.checkpoint, setup.experiment.dtype, given.settings).trainable
+        return 12.0 * len(task.nodes) * sum(leaf.size for leaf in jax.tree.leaves(trained))
     return assumed.token_bytes * sum(part.tokens for part in task.cost(setup, Sizes.of(setup)).parts)

@@ -15,7 +15,7 @@ from jsublim.forecast.stages import STAGES, Case
 from jsublim.forecast.topology import Topology
 from jsublim.parallel import Layout
 from jsublim.pipeline.cost import Sizes
-from jsublim.pipeline.graph import plan
+from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.setup import Setup
 
 # Kinds of tasks that a stage's programs do.

@@ -13,7 +13,7 @@ from jsublim.executors.frontier import Frontier, Node, merged
 from jsublim.executors.shards import dealt
 from jsublim.parallel import Layout
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.graph import plan
+from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Store
 from jsublim.progress import Progress

@@ -13,7 +13,7 @@ from jsublim.executors.frontier import Node, merged
 from jsublim.forecast.fleet import Assumptions, Machines, simulate, simulate_experiments
 from jsublim.parallel import Layout
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.graph import plan
+from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Store
 from jsublim.progress import Progress
