@@ -32,9 +32,9 @@ MODULES = {module(path): path for path in FILES}
 
 # The same inside `pipeline/`: a floor stands on those before it.
 FLOORS = (
-    ("store", "artifact", "claims", "mirror", "parts", "readings", "row_log", "verifying"), ("arms",), ("setup",), ("task", "context"),
+    ("store", "artifact", "claims", "mirror", "parts", "readings", "row_log", "verifying"), ("arms",), ("setup",), ("cost", "context"),
     ("stage",), ("values",), ("publish", "training", "served"), ("stages",), ("origins",), ("arguments",), ("evaluated",), ("graph",),
-    ("experiment", "estimate"), ("checking", "examples"), ("results",), ("run", "rescoring", "showing"), ("listing",),
+    ("experiment",), ("checking", "examples"), ("results",), ("run", "rescoring", "showing"), ("listing",),
 )  # fmt: skip
 
 
