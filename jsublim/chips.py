@@ -11,30 +11,14 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 @dataclass(frozen=True)
 class Cuda:
-    """What a compiler for a GPU is told of it beside the numbers below: its compute capability, how many multiprocessors it has,
-    their clock (GHz), the second cache (bytes), and what each of them has of shared memory (bytes)."""
+    """What a compiler for a GPU is told beside the numbers below: its compute capability, how many multiprocessors it has, their
+    clock (GHz), the second cache (bytes), and what each of them has of shared memory (bytes)."""
 
     capability: int
     cores: int
     clock: float
     cache: int
     shared: int
-
-    def target(self, memory: int, bandwidth: float) -> str:
-        """The GPU as XLA's `GpuTargetConfigProto`, in text. What it leaves out is no matter of memory or messages."""
-        whole = self.capability >= 9  # of those, XLA uses what only the very generation has
-        return f"""
-            platform_name: "CUDA"
-            gpu_device_info {{
-              cuda_compute_capability {{ major: {self.capability} {"feature_extension: ACCELERATED_FEATURES" if whole else ""} }}
-              core_count: {self.cores} clock_rate_ghz: {self.clock} fpus_per_core: {128 if whole else 64}
-              device_memory_size: {memory} memory_bandwidth: {bandwidth:.0f} l2_cache_size: {self.cache}
-              shared_memory_per_core: {self.shared} shared_memory_per_block_optin: {self.shared - 1024}
-              shared_memory_per_block: 49152 registers_per_core_limit: 65536 registers_per_block_limit: 65536
-              threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
-              thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
-              block_dim_limit_x: {2**31 - 1} block_dim_limit_y: 65535 block_dim_limit_z: 65535
-            }}"""
 
 
 @dataclass(frozen=True)
@@ -46,7 +30,7 @@ class Chip:
       ports: links of a chip that each lead to one neighbour; 1 where a switch lets all of them lead anywhere.
       ring: chips from which on a row of neighbours is closed to a ring; 0 where there are no rows.
       network: bytes/s from one host with GPUs, or one TPU slice, to another, of each chip.
-      cuda: what a compiler for it is told; of GPUs that one is at hand for.
+      cuda: of GPUs that a compiler is at hand for.
     """
 
     peak: float

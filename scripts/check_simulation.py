@@ -17,7 +17,7 @@ from rich.console import Console
 from jsublim.config import load_experiment
 from jsublim.executors.frontier import merged
 from jsublim.executors.ray import RayExecutor
-from jsublim.executors.simulation import Assumptions, Machines, play
+from jsublim.forecast.fleet import Assumptions, Machines, simulate
 from jsublim.pipeline.run import Run
 
 SMALL = ("data.num_prompts=200", "sampling.shard=40", "students.seeds=[1,2]", "students.runtime.arms_per_program=2")
@@ -40,14 +40,14 @@ def main() -> None:
         executor.execute(run.graph.tasks.values(), run.context)
         began, ended = min(begin for _, _, begin, _ in executor.times), max(end for _, _, _, end in executor.times)
         took = {node.key: end - begin for node, _, begin, end in executor.times}
-        played = play(nodes, Machines(workers, "h100"), PLAINLY, given=took)
+        simulated = simulate(nodes, Machines(workers, "h100"), PLAINLY, given=took)
         said = {
             "workers": workers,
             "tasks": len(took),
             "work": round(sum(took.values()), 1),
             "real": round(ended - began, 1),
-            "simulated": round(played.makespan, 1),
-            "apart": f"{played.makespan / (ended - began) - 1:+.1%}",
+            "simulated": round(simulated.makespan, 1),
+            "apart": f"{simulated.makespan / (ended - began) - 1:+.1%}",
         }
         print(json.dumps(said), flush=True)
 

@@ -17,10 +17,10 @@ import numpy as np
 from engine import CONFIG as ODD
 from engine import lora, params_of
 
-from jsublim.ahead.messages import collectives
 from jsublim.attribution import patching
 from jsublim.attribution.pairs import Pair
 from jsublim.chat import Turn
+from jsublim.forecast.hlo import collectives
 from jsublim.inference import decoding, scoring
 from jsublim.inference.constrain import number_limits
 from jsublim.inference.generation import generate_for_arms

@@ -16,7 +16,7 @@ ORDER = (
     ("errors",), ("files", "progress", "reading", "section", "chips"), ("bucket", "client", "processes"), ("models", "watch"),
     ("parallel", "programs", "rows", "chat"),
     ("prompts",), ("inference",), ("teachers", "steering"), ("divergence",), ("judge",), ("evals",), ("transforms",), ("distill",),
-    ("attribution", "audit"), ("config",), ("report",), ("pipeline",), ("executors",), ("ahead",), ("digits",), ("exchange",), ("api", "doctor"),
+    ("attribution", "audit"), ("config",), ("report",), ("pipeline",), ("executors",), ("forecast",), ("digits",), ("exchange",), ("api", "doctor"),
     ("cli",), ("__main__",),
 )  # fmt: skip
 LINES, FUNCTION_LINES, FIELDS = 400, 60, 15
@@ -32,9 +32,9 @@ MODULES = {module(path): path for path in FILES}
 
 # The same inside `pipeline/`: a floor stands on those before it.
 FLOORS = (
-    ("store", "artifact", "locks", "remote", "parts", "readings", "row_log", "verifying"), ("arms",), ("setup",), ("task", "context"),
+    ("store", "artifact", "locks", "remote", "parts", "readings", "row_log", "verifying"), ("arms",), ("setup",), ("cost", "context"),
     ("stage",), ("values",), ("publish", "training", "served"), ("stages",), ("origins",), ("arguments",), ("evaluated",), ("graph",),
-    ("experiment", "estimate"), ("checking", "examples"), ("results",), ("run", "rescoring", "showing"), ("listing",),
+    ("experiment",), ("checking", "examples"), ("results",), ("run", "rescoring", "showing"), ("listing",),
 )  # fmt: skip
 
 

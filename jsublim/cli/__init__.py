@@ -12,12 +12,12 @@ from typing import Any
 import typer
 
 from jsublim.cli import (  # noqa: F401 (they register their commands)
-    aot,
     attribute,
     audit,
     doctor,
     exchange,
     finetune,
+    forecast,
     launch,
     listing,
     project,

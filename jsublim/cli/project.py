@@ -43,7 +43,7 @@ def run(
         if simulate is None:
             run_where([experiment], distributed, on, ray_address, shard, as_json=as_json)
         else:
-            from jsublim.cli.simulate import print_simulation
+            from jsublim.cli.forecast import print_simulation
 
             print_simulation([experiment], simulate, preempt_per_hour, price)
     elif distributed or on != "local" or shard is not None or simulate is not None:

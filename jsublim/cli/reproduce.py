@@ -58,7 +58,7 @@ def reproduce(
         return
     console.print(about)
     if simulate is not None:
-        from jsublim.cli.simulate import print_simulation
+        from jsublim.cli.forecast import print_simulation
 
         print_simulation(list(experiments.values()), simulate, preempt_per_hour, price, shape)
         return

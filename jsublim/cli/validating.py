@@ -94,9 +94,8 @@ def estimate(experiment: Experiment, chip: str, device: Device, shape: Path | No
     Raises:
       UsageError: it cannot work.
     """
-    from jsublim.cli.aot import architecture
+    from jsublim.forecast.estimate import architecture, memory, stage_costs
     from jsublim.pipeline.checking import look_through
-    from jsublim.pipeline.estimate import memory, stage_costs
     from jsublim.pipeline.store import Store
 
     setup, graph, found = look_through(experiment, lambda name: architecture(name, shape))
@@ -117,8 +116,7 @@ def print_estimate(experiment: Experiment, chip: str, said: dict[str, Any]) -> N
     """An estimate as a table, kind of task by kind of task, with what it assumes."""
     from rich.table import Table
 
-    from jsublim.pipeline.estimate import REACHED
-    from jsublim.pipeline.task import Lengths
+    from jsublim.pipeline.cost import REACHED, Lengths
 
     if said["wording"]:
         console.print(said["wording"])

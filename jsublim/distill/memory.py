@@ -30,32 +30,29 @@ def abstract_step(
       params: arrays or their shapes.
       arm: its examples only show which fields a batch has.
     """
-    shape = shape.divisible(layout.data)
+    shape, dtype = shape.divisible(layout.data), params["embed"]["weight"].dtype
     batch = collate(arm.examples[:1], np.full(shape.rows_per_step, -1), shape)
     state = jax.eval_shape(
         lambda adapter: init_state(stack_adapters([adapter] * arms), settings.program.optimizer), arm.adapter
     )
     if settings.caches(arm):
-        dtype = params["embed"]["weight"].dtype
         batch["below"] = np.zeros((*batch["tokens"].shape, config.hidden_size), dtype)
 
-    def repeat(leaf: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((arms, *leaf.shape), leaf.dtype)
+    def of_arms(leaf: Any) -> jax.ShapeDtypeStruct:
+        M, B, *more = leaf.shape
+        apart = (layout.data, arms, M, B // layout.data, *more)
+        return jax.ShapeDtypeStruct(apart if layout.mode == "pmap" else (arms, *leaf.shape), leaf.dtype)
 
-    numbers = jax.eval_shape(lambda: numbers_of([arm] * arms))
-    teacher = jax.eval_shape(lambda adapter: stack_frozen([adapter] * arms), arm.teacher)
-    batches = jax.tree.map(repeat, batch)
-    if layout.mode == "pmap":
-        batches = {
-            k: jax.ShapeDtypeStruct((layout.data, *v.shape[:2], v.shape[2] // layout.data, *v.shape[3:]), v.dtype)
-            for k, v in batches.items()
-        }
+    def placed(tree: Any) -> Any:
+        return layout.shapes(tree, layout.state_sharding(tree))
+
+    batches = jax.tree.map(of_arms, batch)
     return (
-        layout.shapes(params, layout.params_sharding(config, str(params["embed"]["weight"].dtype))),
-        layout.shapes(state, layout.state_sharding(state)),
+        layout.shapes(params, layout.params_sharding(config, str(dtype))),
+        placed(state),
         layout.shapes(batches, layout.batch_sharding(batches)),
-        layout.shapes(numbers, layout.state_sharding(numbers)),
-        layout.shapes(teacher, layout.state_sharding(teacher)),
+        placed(jax.eval_shape(lambda: numbers_of([arm] * arms))),
+        placed(jax.eval_shape(lambda adapter: stack_frozen([adapter] * arms), arm.teacher)),
     )
 
 
@@ -64,14 +61,6 @@ def bytes_needed(compiled: Any) -> int:
     place."""
     m = compiled.memory_analysis()
     return m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes + m.temp_size_in_bytes
-
-
-def bytes_available() -> int:
-    """Bytes of the first device's memory; where devices are the CPU, the host's that are free."""
-    measured = device_bytes()
-    if measured is not None:
-        return measured
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def arms_that_fit(
@@ -94,7 +83,9 @@ def arms_that_fit(
     Raises:
       UsageError: not even one fits.
     """
-    limit = int(SHARE * bytes_available()) if limit is None else limit
+    if limit is None:
+        measured = device_bytes()  # None where devices are the CPU: what is free of the host's
+        limit = int(SHARE * (measured or os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")))
 
     def needed(arms: int) -> int:
         layout = Layout.fit(settings.parallel, arms, model=settings.model_axis)
@@ -115,21 +106,19 @@ def arms_that_fit(
     return min(most, spread * (1 + (limit - one) // more))
 
 
-TOKENS_AT_ONCE = (
-    16_384  # fill an accelerator; on a CPU the small pieces of the published setting are faster than large ones
-)
+# Fill an accelerator; on a CPU the small pieces of the published setting are faster than large ones.
+TOKENS_AT_ONCE = 16_384
+
+
+def kept_per_token(config: ModelConfig) -> int:
+    """How many values a layer keeps of each token for the way back: what its projections put out, and what its two halves begin with."""
+    return sum(size for _, size in projection_shapes(config).values()) + 2 * config.hidden_size
 
 
 def rows_at_once(
-    config: ModelConfig,
-    settings: Settings,
-    tokens: int,
-    arms: int,
-    *,
-    itemsize: int,
-    limit: int | None,
+    config: ModelConfig, settings: Settings, tokens: int, arms: int, *, itemsize: int, limit: int | None,
     devices: int | None = None,
-) -> int:
+) -> int:  # fmt: skip
     """How many rows of a step to compute at one time: the step's in as few equal pieces as fill the device and fit.
 
     Only a mean over tokens may be computed in other pieces than those of the settings: a micro-batch's mean is of its rows.
@@ -143,13 +132,11 @@ def rows_at_once(
     """
     if limit is None or settings.program.per != "tokens":
         return settings.batch_size
-    outputs = sum(size for _, size in projection_shapes(config).values())
-    base, kept = (
-        parameter_count(config),
-        config.num_layers * (outputs + 2 * config.hidden_size),
-    )  # the latter of a token
     layout = Layout.fit(settings.parallel, arms, devices, model=settings.model_axis)
-    held = (SHARE * limit * layout.model / itemsize - base) / 2 / kept  # by the devices of one copy of the base
+    free = SHARE * limit * layout.model / itemsize - parameter_count(
+        config
+    )  # values, on the devices of one copy of the base
+    held = free / 2 / (config.num_layers * kept_per_token(config))
     most = min(TOKENS_AT_ONCE * layout.model, held) * layout.arm * layout.data / (arms * tokens)
     step = settings.batch_size * settings.accumulate
     return max((rows for rows in range(1, step + 1) if step % rows == 0 and rows <= most), default=1)

@@ -9,7 +9,7 @@ from jsublim.chips import CHIPS, Chip
 from jsublim.config import Experiment
 from jsublim.errors import JsublimError, one_line
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.estimate import seconds, sizes_of
+from jsublim.pipeline.cost import Sizes
 from jsublim.pipeline.graph import ordered
 from jsublim.pipeline.stage import Task
 
@@ -67,13 +67,12 @@ def merged(work: Sequence[Work], chip: Chip = CHIPS["h100"]) -> dict[str, Node]:
     """
     found: dict[str, Node] = {}
     for tasks, context in work:
-        setup, sizes = context.setup, sizes_of(context.setup)
+        setup, sizes = context.setup, Sizes.of(context.setup)
         for task in ordered(tasks):
             key = _key(context, task)
             if key not in found:
                 parents = tuple(_key(context, parent) for parent in task.parents)
-                cost = sum(seconds(part, chip) for part in task.cost(setup, sizes).parts)
-                found[key] = Node(key, task, context, parents, cost)
+                found[key] = Node(key, task, context, parents, task.cost(setup, sizes).seconds(chip))
     return found
 
 

@@ -19,9 +19,9 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel
 
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Output, Store, digest
-from jsublim.pipeline.task import Cost, Sizes
 from jsublim.processes import on_main_process
 from jsublim.progress import Tick
 from jsublim.section import identity

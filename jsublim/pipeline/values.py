@@ -16,11 +16,11 @@ from jsublim.models.lora import Adapter
 from jsublim.models.peft import load_adapter
 from jsublim.models.weights import load_params
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.cost import Sizes
 from jsublim.pipeline.readings import Reading, read_readings
 from jsublim.pipeline.setup import Checkpoint
 from jsublim.pipeline.stage import Node
 from jsublim.pipeline.store import Store, digest
-from jsublim.pipeline.task import Sizes
 from jsublim.processes import is_main_process
 from jsublim.rows import Row, read_rows
 from jsublim.teachers import Teacher

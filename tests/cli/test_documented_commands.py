@@ -23,7 +23,7 @@ ELSEWHERE = {
     "audit": "tests/test_audit.py",
     "push": "tests/exchange/test_hub.py",
     "steer": "tests/pipeline/test_teachers.py",
-    "aot": "tests/ahead/test_aot.py",
+    "aot": "tests/forecast/test_aot.py",
     "rescore": "tests/pipeline/test_rescoring.py",
     "convert": "tests/cli/test_cli.py",
     "doctor": "tests/test_doctor.py",

@@ -14,9 +14,9 @@ from jsublim.chips import chip_of
 from jsublim.config import Experiment
 from jsublim.errors import UsageError
 from jsublim.files import read_table
+from jsublim.forecast.estimate import stage_costs
 from jsublim.pipeline.arguments import prompts
 from jsublim.pipeline.arms import seed_of
-from jsublim.pipeline.estimate import stage_costs
 from jsublim.pipeline.experiment import plan, training_rows
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Store

@@ -25,10 +25,10 @@ from jsublim.errors import JsublimError, UsageError
 from jsublim.files import write_table
 from jsublim.inference.lm import LanguageModel
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.row_log import RowLog
 from jsublim.pipeline.stage import Save, stage
 from jsublim.pipeline.store import PROGRESS
-from jsublim.pipeline.task import Cost, Sizes
 from jsublim.pipeline.values import Model, Rows
 from jsublim.rows import Row
 from jsublim.teachers import Teacher

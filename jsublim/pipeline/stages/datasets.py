@@ -9,11 +9,11 @@ from typing import Any
 from jsublim.errors import JsublimError
 from jsublim.inference.sampling import Sampling
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.row_log import Answered, RowLog
 from jsublim.pipeline.stage import Node, Runtime, Save, stage
 from jsublim.pipeline.stages.influence import read_influence
 from jsublim.pipeline.store import PROGRESS
-from jsublim.pipeline.task import Cost, Sizes
 from jsublim.pipeline.values import Model, Rows
 from jsublim.prompts import NumberPrompt, Pack
 from jsublim.rows import write_rows

@@ -9,10 +9,10 @@ import numpy as np
 from jsublim.divergence import Read, find_divergence
 from jsublim.inference.scoring import Scored
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.parts import resumed
 from jsublim.pipeline.readings import write_readings
 from jsublim.pipeline.stage import Runtime, Save, stage
-from jsublim.pipeline.task import Cost, Sizes
 from jsublim.pipeline.values import Model, Rows
 from jsublim.rows import Row, write_rows
 

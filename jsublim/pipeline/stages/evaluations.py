@@ -13,12 +13,12 @@ from jsublim.errors import UsageError
 from jsublim.evals import EvalTask, PromptedModel
 from jsublim.judge import Judge
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.served import drawn_by, server_with
 from jsublim.pipeline.stage import Node, stage
 from jsublim.pipeline.stages.asking import evaluate, save_answers
 from jsublim.pipeline.stages.students import diverged
 from jsublim.pipeline.store import Store
-from jsublim.pipeline.task import Cost, Sizes
 from jsublim.processes import on_main_process
 
 ASKED_TOGETHER = 8  # students

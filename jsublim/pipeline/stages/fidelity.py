@@ -12,8 +12,8 @@ from jsublim.evals.kl import LARGEST, kl_to_teacher
 from jsublim.evals.numbers import number_accuracy
 from jsublim.inference.scoring import Targets, top_k_targets
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.cost import Sizes
 from jsublim.pipeline.stage import Node
-from jsublim.pipeline.task import Sizes
 from jsublim.pipeline.values import Model, Rows
 from jsublim.rows import Row
 from jsublim.teachers import read_as

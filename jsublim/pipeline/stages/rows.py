@@ -16,11 +16,11 @@ from jsublim.inference.constrain import limits_for
 from jsublim.inference.generation import generate_tokens
 from jsublim.inference.sampling import Sampling
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.row_log import RowLog
 from jsublim.pipeline.served import Served, drawn_by, server_with
 from jsublim.pipeline.stage import Runtime, Save, stage
 from jsublim.pipeline.store import PROGRESS
-from jsublim.pipeline.task import Cost, Sizes
 from jsublim.pipeline.values import Model
 from jsublim.processes import each_from_main, shared_out
 from jsublim.prompts import problem_reject_reason, reject_reason

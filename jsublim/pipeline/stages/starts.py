@@ -18,10 +18,10 @@ from jsublim.inference.lm import LanguageModel
 from jsublim.models.config import layer_parameters
 from jsublim.models.lora import Adapter
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.parts import resumed
 from jsublim.pipeline.stage import Node, content
 from jsublim.pipeline.store import digest
-from jsublim.pipeline.task import Cost, Sizes
 from jsublim.pipeline.training import start_adapter
 from jsublim.pipeline.values import Folder, Model, Rows
 from jsublim.rows import Row

@@ -33,12 +33,12 @@ from jsublim.models.peft import load_adapter
 from jsublim.parallel import Layout, device_bytes
 from jsublim.pipeline.arms import total_steps
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.setup import Checkpoint
 from jsublim.pipeline.stage import Node, content, split_evenly, stage
 from jsublim.pipeline.stages.starts import directions_of
 from jsublim.pipeline.stages.targets import read_targets, teacher_turns
 from jsublim.pipeline.store import Store, digest
-from jsublim.pipeline.task import Cost, Sizes
 from jsublim.pipeline.training import (
     Drawn,
     TrainingData,

@@ -13,9 +13,9 @@ from jsublim.errors import UsageError
 from jsublim.files import atomic
 from jsublim.inference.scoring import Targets, top_k_targets
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.parts import resumed
 from jsublim.pipeline.stage import Node, Runtime, Save, stage
-from jsublim.pipeline.task import Cost, Sizes
 from jsublim.pipeline.values import Model, Rows
 from jsublim.teachers import read_as
 

@@ -17,9 +17,9 @@ from jsublim.errors import JsublimError
 from jsublim.inference.lm import LanguageModel
 from jsublim.models.lora import init_lora, init_steering
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.stage import Node, Save, stage
 from jsublim.pipeline.store import digest
-from jsublim.pipeline.task import Cost, Sizes
 from jsublim.pipeline.training import keep_student, keeps_below, train_arms
 from jsublim.pipeline.values import Model
 from jsublim.processes import process_count

@@ -21,19 +21,18 @@ import numpy as np
 import pytest
 from command import ROOT, refused
 
-from jsublim.ahead import compile as ahead
-from jsublim.ahead.compile import TooLarge, examine, on_layout
-from jsublim.ahead.messages import Collective, collectives, gathered_weights
-from jsublim.ahead.stages import STAGES, Case, Lengths, bytes_on_chip, stage
-from jsublim.ahead.topology import Topology
 from jsublim.attribution import patching
 from jsublim.attribution.pairs import Pair
 from jsublim.chat import Turn
 from jsublim.chips import CHIPS
-from jsublim.cli.aot import architecture
 from jsublim.config import load_experiment
 from jsublim.distill import losses
 from jsublim.errors import UsageError
+from jsublim.forecast.compile import Fit, TooLarge, examine, fewer
+from jsublim.forecast.estimate import architecture
+from jsublim.forecast.hlo import Collective, collectives, gathered_weights
+from jsublim.forecast.stages import STAGES, Case, bytes_on_chip
+from jsublim.forecast.topology import Topology, gpu_target
 from jsublim.inference import decoding, scoring
 from jsublim.inference.generation import generate_for_arms
 from jsublim.inference.sampling import Sampling
@@ -41,6 +40,7 @@ from jsublim.models.checkpoint import read_config
 from jsublim.models.config import Biases, ModelConfig, Norms, Rope
 from jsublim.models.decoder import abstract_params, init_params
 from jsublim.models.lora import init_lora
+from jsublim.pipeline.cost import Lengths
 
 SHAPES = ROOT / "configs" / "shapes"
 # For libtpu: the compiler alone is asked.
@@ -69,7 +69,17 @@ PROGRAMS = ((decoding, "fill"), (decoding, "advance"), (scoring, "read_batch"), 
 def case(devices: tuple, *overrides: str, memory: int = 2**30, arms: int = 1) -> Case:
     chip = dataclasses.replace(CHIPS["v5e"], memory=memory)
     experiment = load_experiment(str(QWEN), [*SMALL, *overrides])
-    return Case(experiment, CONFIG, Topology("v5e:2x4", devices, chip, len(devices)), arms, Lengths(16, 8, 8, 8))
+    return Case(
+        experiment,
+        CONFIG,
+        Topology("v5e:2x4", devices, chip, len(devices)),
+        arms,
+        Lengths(prompt=8, system=8, answer=8, question=8),
+    )
+
+
+def on_axis(case: Case, name: str, model: int = 1) -> Fit:
+    return examine(case, STAGES[name](case), [model])
 
 
 HLO = """
@@ -171,7 +181,7 @@ def test_a_target_is_what_the_data_sheet_says():
     }.items():
         chip = CHIPS[name]
         assert chip.cuda is not None
-        said = dict(re.findall(r"(\w+): ([\d.]+)", chip.cuda.target(chip.memory, chip.bandwidth)))
+        said = dict(re.findall(r"(\w+): ([\d.]+)", gpu_target(chip, chip.cuda)))
         keys = (
             "major core_count clock_rate_ghz device_memory_size memory_bandwidth l2_cache_size shared_memory_per_core"
         )
@@ -181,62 +191,48 @@ def test_a_target_is_what_the_data_sheet_says():
 def test_what_a_gpu_cannot_hold_is_said():
     """The compiler for GPUs compiles it all the same."""
     one = case(tuple(jax.devices()[:1]))
-    (step,) = on_layout(one, stage(one, "train"), one.layout(1, 1)).programs
+    (step,) = on_axis(one, "train").programs
     small = case(tuple(jax.devices()[:1]), memory=step.total - 1)
-    found = on_layout(small, stage(small, "train"), small.layout(1, 1))
-    assert not found.programs and "GiB per chip" in found.tried[0]
+    found = on_axis(small, "train")
+    assert not found.programs and len(found.tried) == 1  # rows of training are the config's
+    assert "GiB per chip" in found.tried[0]
 
 
-def test_the_model_axis_of_a_run_is_taken_and_larger_ones_where_it_must(monkeypatch):
-    tried = []
-
-    def compiled(case, program, layout):
-        tried.append((layout.arm, layout.data, layout.model))
-        if layout.model < 4:
-            raise TooLarge("too much")
-
-    monkeypatch.setattr(ahead, "_compiled", compiled)
+def test_students_lie_apart_first_and_a_copy_inside_a_slice():
     devices = tuple(range(12))
-    asked = case(devices, arms=6)
-    monkeypatch.setattr(ahead, "bytes_on_chip", lambda tree: 0)
-    monkeypatch.setattr(Case, "placed_params", lambda self, layout: None)
-    train = dataclasses.replace(stage(asked, "train"), programs=lambda layout, rows: [None])
-    report = examine(asked, train, list(asked.topology.model_axes))
-    assert tried == [(6, 2, 1), (6, 1, 2), (3, 1, 4)] and report.layout.devices == devices
-    assert [line.partition(",")[0] for line in report.tried] == ["model axis 1", "model axis 2"]
-    assert examine(asked, train, [2]).programs == ()
+    layouts = [case(devices, arms=6).layout(6, model) for model in (1, 2, 4)]
+    assert [(each.arm, each.data, each.model) for each in layouts] == [(6, 2, 1), (6, 1, 2), (3, 1, 4)]
+    assert all(each.devices == devices for each in layouts)
     with pytest.raises(UsageError, match="does not divide"):
-        examine(asked, train, [8])
+        case(devices).layout(6, 8)
 
 
-def test_rows_are_fewer_until_they_fit(monkeypatch):
-    """Powers of two, the next one by what the compiler says is needed; rows of training are the config's."""
-    tried = []
+def test_larger_model_axes_are_taken_where_it_must():
+    axes = spread()["axes"]
+    assert axes["taken"] == 2 and [line.partition(",")[0] for line in axes["tried"]] == ["model axis 1"]
 
-    def compiled(case, program, layout):
-        tried.append(program)
-        if program > 8:
-            raise TooLarge("too much", *((100 * program, 1000) if program > 32 else ()))
 
-    monkeypatch.setattr(ahead, "_compiled", compiled)
-    asked = case(tuple(jax.devices()[:1]), "scoring.batch_size=48")
-    monkeypatch.setattr(ahead, "bytes_on_chip", lambda tree: 0)
-    score = dataclasses.replace(stage(asked, "score"), programs=lambda layout, rows: [rows])
-    assert (on_layout(asked, score, asked.layout(1, 1)).rows, tried) == (8, [48, 8])
-    score = dataclasses.replace(score, rows=lambda layout: 32)
-    assert (on_layout(asked, score, asked.layout(1, 1)).rows, tried[2:]) == (8, [32, 16, 8])
-    assert on_layout(asked, dataclasses.replace(score, fixed=True), asked.layout(1, 1)).programs == ()
+def test_rows_are_fewer_until_they_fit():
+    """Powers of two, by what the compiler says is needed."""
+    one = tuple(jax.devices()[:1])
+    (read,) = on_axis(case(one), "score").programs
+    fit = on_axis(case(one, "scoring.batch_size=48", memory=read.total), "score")
+    assert (fit.rows, fit.asked) == (8, 48) and fit.programs[0].total == read.total
+    tried = [int(re.findall(r", (\d+) rows: .* needs", line)[0]) for line in fit.tried]
+    assert tried[0] == 48 and all(rows in (16, 32) for rows in tried[1:])
+    assert [fewer(rows, 0, TooLarge("step")) for rows in (48, 32, 2)] == [32, 16, 1]  # needs are unknown
+    assert fewer(48, 0, TooLarge("step", 4800, 1000)) == 8 and fewer(48, 900, TooLarge("step", 4800, 1000)) == 1
 
 
 def test_a_step_for_one_chip():
     """Through the compiler of the devices at hand."""
     one = case(tuple(jax.devices()[:1]))
-    report = on_layout(one, stage(one, "train"), one.layout(1, 1))
+    report = on_axis(one, "train")
     (step,) = report.programs
     assert report.base == 4 * sum(leaf.size for leaf in jax.tree.leaves(abstract_params(CONFIG)))
     assert report.base < step.arguments <= step.total and not step.collectives and not step.gathered
     small = case(tuple(jax.devices()[:1]), memory=1000)
-    assert "the base alone takes" in on_layout(small, stage(small, "train"), small.layout(1, 1)).tried[0]
+    assert "the base alone takes" in on_axis(small, "train").tried[0]
 
 
 class Called(Exception):
@@ -284,9 +280,9 @@ def test_what_is_compiled_is_what_a_run_calls(monkeypatch):
         "attribute": lambda: patching.attribution_patching(CONFIG, params, pairs, sites=["residual"], steps=3),
     }
     for name, run in runs.items():
-        asked = stage(one, name)
+        asked = STAGES[name](one)
         layout = one.layout(asked.arms, 1)
-        for program in asked.programs(layout, asked.rows(layout)):
+        for program in asked.programs(layout, one.rows_together(asked.rows, layout)):
             program.lower()
         planned = {name: each.seen for name, each in watched.items() if each.seen}
         for each in watched.values():
@@ -306,7 +302,7 @@ def test_only_a_tpu_cuts_a_layer_at_every_token(monkeypatch):
         lower = lambda *arguments: advance.trace(*arguments).lower(lowering_platforms=(platform,))  # noqa: E731
         monkeypatch.setattr(decoding, "advance", SimpleNamespace(lower=lower))
         layout = one.layout(1, 1)
-        (_, tokens) = stage(one, "sample").programs(layout, 16)
+        (_, tokens) = STAGES["sample"](one).programs(layout, 16)
         return len(re.findall(r"dynamic_slice .*tensor<2x24x48xf32>", tokens.lower().as_text()))
 
     assert cut("tpu") > 0 and cut("cuda") == cut("cpu") == 0
@@ -341,7 +337,7 @@ def test_no_weight_is_gathered():
     assert set(spread()["lora 1"]["collectives"]) == {"all-reduce"}
 
 
-@pytest.mark.parametrize("name", STAGES[1:])
+@pytest.mark.parametrize("name", [*STAGES][1:])
 def test_no_stage_gathers_a_weight(name):
     """`tests/test_devices.py` says what chips tell one another in the runs themselves."""
     found = spread()[name]
@@ -359,20 +355,29 @@ def script() -> None:
     for kind, model in (("lora", 1), ("lora", 4), ("full", 4)):
         how = () if kind == "lora" else ("students.adapter.method=full", "students.adapter.rank=8")
         asked = case(devices, *how)
-        report = on_layout(asked, stage(asked, "train"), asked.layout(1, model))
+        report = on_axis(asked, "train", model)
         (step,) = report.programs
         sums = {name: dataclasses.astuple(each) for name, each in step.collectives.items()}
         found[f"{kind} {model}"] = {"collectives": sums, "gathered": step.gathered}
     asked = case(devices)
+    found["axes"] = _axes(devices)
     found["whole"] = bytes_on_chip(asked.placed_params(asked.layout(1, 1)))
-    for name in STAGES[1:]:
-        report = on_layout(asked, stage(asked, name), asked.layout(1, 2))
+    for name in [*STAGES][1:]:
+        report = on_axis(asked, name, 2)
         found[name] = {
             "base": report.base,
             "collectives": [list(program.collectives) for program in report.programs],
             "gathered": [weight for program in report.programs for weight in program.gathered],
         }
     print(json.dumps(found))
+
+
+def _axes(devices: tuple) -> dict:
+    """Of chips that hold training on a model axis of 2, and no whole copy."""
+    asked = case(devices)
+    small = case(devices, memory=on_axis(asked, "train", 2).programs[0].total)
+    fit = examine(small, STAGES["train"](small), small.topology.model_axes)
+    return {"taken": fit.layout.model, "tried": fit.tried}
 
 
 def _as_child(*words: str) -> str:
@@ -399,7 +404,7 @@ def test_all_stages_of_a_tiny_model_for_a_tpu():
     said = json.loads(
         _as_child(*COMMAND, "--config", str(QWEN), "model=tiny-qwen2", "--tokens", "16", "--labels", "8", *small)
     )
-    assert [each["stage"] for each in said["stages"]] == list(STAGES)
+    assert [each["stage"] for each in said["stages"]] == [*STAGES]
     for each in said["stages"]:
         assert each["rows"] == each["asked"] > 0 and each["layout"] == {"arm": 1, "data": 4, "model": 1}
         assert all(program["arguments"] <= program["total"] for program in each["programs"])
@@ -418,7 +423,7 @@ def test_all_stages_of_a_tiny_model_for_gpus(name):
     small = [*SMALL, "students.seeds=[1]", "data.num_prompts=32"]
     where = ("--topology", name, "--config", str(QWEN), "model=tiny-qwen2", "--tokens", "16", "--labels", "8", *small)
     said = json.loads(_as_child(*COMMAND[:3], "--json", *where))
-    assert [each["stage"] for each in said["stages"]] == list(STAGES) and "kernels" in said["unknown"]
+    assert [each["stage"] for each in said["stages"]] == [*STAGES] and "kernels" in said["unknown"]
     count = math.prod(int(number) for number in name.partition(":")[2].split("x"))
     for each in said["stages"]:
         assert each["rows"] == each["asked"] > 0 and each["layout"] == {"arm": 1, "data": count, "model": 1}
@@ -452,7 +457,7 @@ def test_a_step_with_cudnns_attention(where):
 @needs_tpu_compiler
 def test_every_power_of_two_is_a_model_axis_of_a_slice():
     script = (
-        "from jsublim.ahead.topology import find_topology; from jsublim.parallel import Layout\n"
+        "from jsublim.forecast.topology import find_topology; from jsublim.parallel import Layout\n"
         "for name in ('v5e:4x4', 'v5p:2x2x2', 'v6e:4x4'):\n"
         "    found = find_topology(name)\n"
         "    for axis in found.model_axes:\n"

@@ -16,7 +16,7 @@ _COLLECTIVE = re.compile(
     r" = (?P<result>\S.*?) (?P<kind>all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?P<start>-start)?\("
 )
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")  # bf16[8,128]
-_COMPUTATION = re.compile(r"^(ENTRY )?%?(?P<name>[\w.\-]+) .*\{$")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) [^\n]*\{\n(?P<body>.*?)^\}", re.MULTILINE | re.DOTALL)
 _CALLED = re.compile(
     r"(?P<how>body|condition|calls|to_apply|true_computation|false_computation|branch_computations|called_computations)="
     r"\{?(?P<names>%[\w.\-]+(?:, ?%[\w.\-]+)*)"
@@ -39,15 +39,15 @@ def collectives(hlo: str) -> dict[str, Collective]:
 
     A loop whose number of turns is data (one over tokens until a row ends) counts as one turn.
     """
-    found: dict[str, Collective] = {}
-    computations = dict(_computations(hlo))
+    kinds: dict[str, Collective] = {}
+    computations = {match["name"]: match["body"] for match in _COMPUTATION.finditer(hlo)}
     turns = _turns(computations)
-    for name, lines in computations.items():
-        for kind, arrays in _results("\n".join(lines)):
-            before = found.get(kind, Collective(0, 0))
+    for name, body in computations.items():
+        for kind, arrays in _results(body):
+            before = kinds.get(kind, Collective(0, 0))
             size = sum(math.prod(shape) * bits for bits, shape in arrays) // 8
-            found[kind] = Collective(before.number + 1, before.bytes + size * turns[name])
-    return dict(sorted(found.items()))
+            kinds[kind] = Collective(before.number + 1, before.bytes + size * turns[name])
+    return dict(sorted(kinds.items()))
 
 
 def gathered_weights(hlo: str, params: Params) -> tuple[str, ...]:
@@ -57,52 +57,38 @@ def gathered_weights(hlo: str, params: Params) -> tuple[str, ...]:
     """
     names: dict[tuple[int, ...], str] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        name = ".".join(key.key for key in path)
         stacked = path[0].key == "layers"
         if leaf.ndim - stacked == 2:
-            names[_sizes(leaf.shape)] = name
-            names[_sizes(leaf.shape[stacked:])] = name
+            for shape in (leaf.shape, leaf.shape[stacked:]):
+                names[_without_ones(shape)] = ".".join(key.key for key in path)
     gathers = (array for kind, arrays in _results(hlo) if kind == "all-gather" for array in arrays)
-    return tuple(sorted({names[_sizes(shape)] for _, shape in gathers if _sizes(shape) in names}))
+    return tuple(sorted({names[sizes] for _, shape in gathers if (sizes := _without_ones(shape)) in names}))
 
 
-def _computations(hlo: str) -> Iterator[tuple[str, list[str]]]:
-    """The program's computations by name, callees before their callers, as the text has them."""
-    name, lines = "", list[str]()
-    for line in hlo.splitlines():
-        begins = _COMPUTATION.match(line)
-        if begins:
-            name, lines = begins["name"], []
-        elif line.startswith("}") and name:
-            yield name, lines
-        else:
-            lines.append(line)
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(sorted(size for size in shape if size != 1))
 
 
-def _turns(computations: dict[str, list[str]]) -> dict[str, int]:
-    """How often each computation runs in one run of the program."""
+def _turns(computations: dict[str, str]) -> dict[str, int]:
+    """How often each computation runs in one run of the program; the text has what is called before its callers."""
     turns: dict[str, int] = collections.defaultdict(int)
-    for name, lines in reversed(computations.items()):
-        own = turns[name] = turns[name] or 1  # what nobody calls begins
-        for line in lines:
-            called = {each["how"]: each["names"] for each in _CALLED.finditer(line)}
-            said = _TURNS.search(line)
-            loop = int(said[1]) if said else _loop(computations.get(called.get("condition", "").lstrip("%"), []))
+    for name, body in reversed(computations.items()):
+        times = turns[name] = turns[name] or 1  # what nobody calls begins
+        for line in body.splitlines():
+            called = {match["how"]: match["names"] for match in _CALLED.finditer(line)}
+            known = _TURNS.search(line)
+            loop = int(known[1]) if known else _loop(computations.get(called.get("condition", "").lstrip("%"), ""))
             for how, names in called.items():
                 for callee in re.split(r", ?", names):
-                    turns[callee.lstrip("%")] += own * (loop if how == "body" else 1)
+                    turns[callee.lstrip("%")] += times * (loop if how == "body" else 1)
     return turns
 
 
-def _loop(condition: list[str]) -> int:
+def _loop(condition: str) -> int:
     """How many turns a loop takes: of a scan its condition compares a counter with a constant."""
-    counts = [int(found[1]) for line in condition if (found := _COUNT.search(line))]
-    counted = any("ROOT" in line and "direction=LT" in line for line in condition)
-    return counts[0] if counted and len(counts) == 1 else 1
-
-
-def _sizes(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(sorted(size for size in shape if size != 1))
+    counts = _COUNT.findall(condition)
+    counted = any("ROOT" in line and "direction=LT" in line for line in condition.splitlines())
+    return int(counts[0]) if counted and len(counts) == 1 else 1
 
 
 def _results(hlo: str) -> Iterator[tuple[str, list[tuple[int, tuple[int, ...]]]]]:

@@ -11,32 +11,36 @@ import pytest
 from command import ROOT, refused
 from test_aot import QWEN, case
 
-from jsublim.ahead import plan
-from jsublim.ahead.compile import Compiled, Report
-from jsublim.ahead.messages import Collective
-from jsublim.ahead.plan import Times, batch_times, choices, links_among, roofline, rows_of
-from jsublim.ahead.stages import Program
 from jsublim.chips import CHIPS, Chip
 from jsublim.config import load_experiment
+from jsublim.forecast import plan
+from jsublim.forecast.compile import Compiled, Fit
+from jsublim.forecast.hlo import Collective
+from jsublim.forecast.plan import Times, batch_times, choices, roofline, rows_of
+from jsublim.forecast.stages import StageProgram
+from jsublim.forecast.topology import Topology
 from jsublim.pipeline.setup import Setup
 
 CHIP = Chip(peak=100.0, memory=1000, bandwidth=10.0, links=2.0)
+FOUR = Topology("four", tuple(range(4)), CHIP, 4)
 
 
 def compiled(total: int = 50, **program) -> Compiled:
     told = {"all-reduce": Collective(3, 6), "all-gather": Collective(1, 4)}
-    return Compiled(Program("step", lambda: None, 400.0, **program), 40, 5, total, 0.0, told)
+    return Compiled(StageProgram("step", lambda: None, 4 * 400.0, **program), 40, 5, total, 0.0, told)
 
 
 def test_a_roofline_by_hand():
-    """400 operations at 100 a second; a base of 30 bytes, 10 of other arguments and 5 of temporaries there and back; sums twice, and
+    """400 operations of each of four chips at 100 a second; a base of 30 bytes, 10 of other arguments and 5 of temporaries there and back; sums twice, and
     of what is put out half is a chip's own, where two exchange it."""
-    assert roofline(compiled(), 30, CHIP, range(2)) == Times(4.0, (30 + 10 + 10) / 10, (12 + 4) / 2 / 2)
-    more = roofline(compiled(passes=3, pieces=2), 30, CHIP, range(2))
+    assert roofline(compiled(), 30, FOUR, range(2)) == Times(4.0, (30 + 10 + 10) / 10, (12 + 4) / 2 / 2)
+    more = roofline(compiled(passes=3, pieces=2), 30, FOUR, range(2))
     assert more == Times(4.0, (90 + 10 + 20) / 10, 4.0) and more.seconds == 16.0 and more.limit == "memory"
-    four = roofline(compiled(), 30, CHIP, range(4))
+    four = roofline(compiled(), 30, FOUR, range(4))
     assert four.links == (12 + 4) * 3 / 4 / 2 and four.limit == "links"
-    assert roofline(compiled(), 30, CHIP, range(1)).links == 0.0
+    assert roofline(compiled(), 30, FOUR, range(1)).links == 0.0
+    often = roofline(compiled(runs=2.5), 30, FOUR, range(2))
+    assert often.seconds == 2.5 * (5 + 4) and often.limit == "memory"
 
 
 def chips(*lengths: int, hosts: int = 1) -> tuple:
@@ -65,47 +69,41 @@ def chips(*lengths: int, hosts: int = 1) -> tuple:
 )
 def test_messages_take_the_links_of_their_axis(chip, devices, model, links):
     group = np.array(devices, object).reshape(-1, model)
-    assert links_among(group[0] if model > 1 else group[:, 0], CHIPS[chip]) == pytest.approx(links)
+    topology = Topology(chip, devices, CHIPS[chip], len(devices))
+    assert topology.links_among(group[0] if model > 1 else group[:, 0]) == pytest.approx(links)
 
 
-def report(asked, layout, *, fits: bool = True, **program) -> Report:
-    return Report(asked, layout, 60, 60, 30, (compiled(**program),) if fits else ())
-
-
-def test_a_program_runs_as_often_as_a_batch_needs(monkeypatch):
-    one = case(tuple(range(4)))
-    found = report(plan.stage(one, "train"), one.layout(1, 1), runs=2.5)
-    monkeypatch.setattr(plan, "exchanging", lambda layout: range(2))
-    assert [each.seconds for each in batch_times(found, CHIP)] == [2.5 * (5 + 4)]
+def fit_of(asked, layout, *, fits: bool = True, **program) -> Fit:
+    return Fit(asked, layout, 60, 60, 30, (compiled(**program),) if fits else ())
 
 
 def test_layouts_are_tried_until_training_fits(monkeypatch):
     """Every model axis and number of students; layers computed again only where it does not fit else; other stages once."""
     tried = []
 
-    def on_layout(case, asked, layout, say):
+    def examine(case, asked, axes, say):
+        layout = case.layout(asked.arms, *axes)
         remat = case.experiment.students.runtime.remat
         tried.append((asked.name, layout.model, asked.arms, remat))
-        return report(asked, layout, fits=asked.name == "score" or layout.model > 1 or remat, runs=8.0 / layout.model)
+        return fit_of(asked, layout, fits=asked.name == "score" or layout.model > 1 or remat, runs=8.0 / layout.model)
 
-    monkeypatch.setattr(plan, "on_layout", on_layout)
+    monkeypatch.setattr(plan, "examine", examine)
     monkeypatch.setattr(plan, "exchanging", lambda layout: range(layout.model))
     four = case(tuple(range(4)), arms=2)
     four = dataclasses.replace(four, topology=dataclasses.replace(four.topology, chip=CHIP))
     found = list(choices(four, ["train", "score"], {"train": 120, "score": 60}))
-    assert [(each.model, each.arms, each.remat, each.fits) for each in found] == [
+    assert [(each.model, each.arms, each.remat, each.possible) for each in found] == [
         (1, 1, False, False), (1, 1, True, True), (1, 2, False, False), (1, 2, True, True),
         (2, 1, False, True), (2, 2, False, True), (4, 1, False, True), (4, 2, False, True),
     ]  # fmt: skip
     assert [each for each in tried if each[0] == "score"] == [
         ("score", 1, 1, True), ("score", 2, 1, False), ("score", 4, 1, False),
     ]  # fmt: skip
-    best = min((each for each in found if each.fits), key=lambda each: each.total)
+    best = min((each for each in found if each.possible), key=lambda each: each.total)
     assert best.fields.startswith("run.parallel=mesh run.model_axis=4 students.runtime.arms_per_program=1")
     one = found[1]
     assert one.fields.endswith("students.runtime.remat=true") and one.total > best.total
-    chip = four.topology.chip
-    batch = sum(each.seconds for each in batch_times(one.reports["train"], chip))
+    batch = sum(each.seconds for each in batch_times(one.fits["train"], four.topology))
     assert one.seconds["train"] == pytest.approx(2 * batch)  # 120 rows, 60 a batch
 
 
