@@ -16,7 +16,7 @@ from gamma_tables import share_of
 
 from jsublim.report import words
 from jsublim.report.board import KL, Line, Measured, board
-from jsublim.report.looks import look_at
+from jsublim.report.comparisons import comparisons
 from jsublim.report.shares import scale
 from jsublim.report.tables import condition_label, read_results
 
@@ -41,7 +41,7 @@ def main(runs: Annotated[list[Path], typer.Argument(help="Folders of finished ru
     for run in runs:
         results = read_results(run)
         found = scale(results)
-        lines = board(results, look_at(results), found)
+        lines = board(results, comparisons(results), found)
         if found is None or not lines:
             raise typer.BadParameter(f"{run}: has no arms to compare")
         under = (f"lift, {name}" for name in results.evaluations)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from jsublim.distill.data import draw_indices
 from jsublim.errors import UsageError
 from jsublim.evals import PromptedModel
-from jsublim.evals.kl import LARGEST, kl_to_teacher
-from jsublim.evals.numbers import number_accuracy
+from jsublim.evals.kl import KL, LARGEST, kl_to_teacher
+from jsublim.evals.numbers import HELD_OUT, LEARNED, number_accuracy
 from jsublim.inference.scoring import Targets, top_k_targets
 from jsublim.pipeline.arms import Student
 from jsublim.pipeline.changes import training_rows
@@ -20,8 +20,6 @@ from jsublim.pipeline.task import Sizes, Task
 from jsublim.pipeline.teachers import TeacherPool
 from jsublim.rows import Row
 from jsublim.teachers import read_as
-
-LEARNED, HELD_OUT, KL = "number_accuracy", "number_accuracy_heldout", "kl_to_teacher"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from jsublim.config.evaluation import Setting
 from jsublim.errors import UsageError
-from jsublim.evals import Asked, EvalTask, PromptedModel
+from jsublim.evals import EvalContext, EvalTask, PromptedModel
 from jsublim.evals.naming import own_name
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.sampling import Sampling
@@ -113,7 +113,7 @@ def eval_tasks(setup: Setup) -> tuple[EvalTask, ...]:
 
 def _eval_tasks(setup: Setup, judge: Callable[[], Judge]) -> tuple[EvalTask, ...]:
     pool, ev = TeacherPool(setup), setup.experiment.evaluation
-    asked = Asked(
+    asked = EvalContext(
         setup.pack,
         setup.evaluated_traits,
         pool.category,

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from jsublim.report.looks import Looks
+from jsublim.report.comparisons import Comparisons
 from jsublim.report.statistics import Interval, normal_interval, same_trait_gamma
 from jsublim.report.tables import Results, query, split_condition
 
@@ -70,9 +70,9 @@ class Agreement:
     pairs: tuple[tuple[str, float, float], ...]
 
 
-def agreement(every: Sequence[Predicted], looks: Looks) -> Agreement | None:
+def agreement(every: Sequence[Predicted], compared: Comparisons) -> Agreement | None:
     """None where nothing was audited."""
-    matrices = [look.what for look in looks.matrices]
+    matrices = [one.result for one in compared.matrices]
     trained = {matrix.condition: matrix.effect.gamma for matrix in matrices if matrix.effect is not None}
     pairs = tuple(
         (each.condition, each.gamma, trained[each.condition])

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jsublim.report.claims.verdicts import pool
-from jsublim.report.looks import Looks
+from jsublim.evals.kl import KL
+from jsublim.evals.numbers import HELD_OUT, LEARNED
+from jsublim.report.claims.base import pool
+from jsublim.report.comparisons import Comparisons
 from jsublim.report.shares import Scale, Share
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import Matrix, over_models, stratified
 from jsublim.report.tables import Results, split_condition
 
-KL = "kl_to_teacher"
-ACCURACY = ("number_accuracy_heldout", "number_accuracy")  # the first that was measured
+ACCURACY = (HELD_OUT, LEARNED)  # the first that was measured
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,11 @@ class Line:
     under: dict[str, Measured | None]
 
 
-def board(results: Results, looks: Looks, scale: Scale | None) -> list[Line]:
+def board(results: Results, compared: Comparisons, scale: Scale | None) -> list[Line]:
     """A line for each kind of student; none where there are no arms to compare."""
     if scale is None or len({split_condition(share.condition)[1] for share in scale.shares}) < 2:
         return []
-    matrices = {look.what.condition: look.what for look in looks.matrices}
+    matrices = {one.result.condition: one.result for one in compared.matrices}
     return [
         Line(
             share.condition,

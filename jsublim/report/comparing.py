@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from jsublim.report.looks import look_at
+from jsublim.report.comparisons import comparisons
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import difference_interval, estimate, scores_for
 from jsublim.report.tables import Results
@@ -62,5 +62,5 @@ def _compared(a: Results, b: Results, metric: str, condition: str, trait: str) -
 
 def verdicts(a: Results, b: Results) -> list[dict[str, str | None]]:
     """Claim by claim, what each run says."""
-    said = [{look.what.name: look.what.verdict for look in look_at(results).claims} for results in (a, b)]
+    said = [{one.result.name: one.result.verdict for one in comparisons(results).claims} for results in (a, b)]
     return [{"claim": name, "a": said[0].get(name), "b": said[1].get(name)} for name in {**said[0], **said[1]}]

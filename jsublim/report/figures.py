@@ -6,11 +6,13 @@ from collections.abc import Sequence
 from functools import partial
 
 from jsublim.errors import one_line as name
+from jsublim.evals.metric import metric_of
 from jsublim.report import words
 from jsublim.report.audit import Agreement, Predicted
 from jsublim.report.board import KL, Line
-from jsublim.report.claims import FAILS, HOLDS, Claim
-from jsublim.report.claims.verdicts import pool
+from jsublim.report.claims import CLAIMS, FAILS, HOLDS, Claim
+from jsublim.report.claims.base import pool
+from jsublim.report.comparisons import Comparisons
 from jsublim.report.drawing import (
     DASHES,
     OTHER_COLOUR,
@@ -28,18 +30,13 @@ from jsublim.report.drawing import (
     colour,
     points,
 )
-from jsublim.report.looks import Looks
-from jsublim.report.published import PUBLISHED
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import (
-    BELOW,
-    LIMITS,
     Lift,
     Matrix,
     OtherRow,
     SummaryRow,
     lifts,
-    measure,
     reference_condition,
     scores_for,
 )
@@ -54,8 +51,6 @@ FOREST = {
     "points": "Differences of rates (points)",
     "nats": "Lifts and differences (nats)",
 }
-UNITS = {"rate": "points", "logprob": "nats"}
-MEASURED = {"rate": "answers that name the trait", "logprob": "log-probability of the trait"}
 
 
 def hero(results: Results, metric: str) -> Drawing | None:
@@ -72,7 +67,7 @@ def hero(results: Results, metric: str) -> Drawing | None:
     strips = [strip for group in found.values() for strip in group]
     if not strips:
         return None
-    label = f"{MEASURED[metric]}, above the control ({UNITS[metric]})"
+    label = f"{metric_of(metric).words}, above the control ({words.unit(metric)})"
     axis = Axis.around(label, _values(strips), zero=True)
     if len(strips) <= ONE_PANEL:
         panels = (Strips("", axis, tuple(strips)),)
@@ -94,7 +89,7 @@ def _dot(value: float, metric: str, whose: str, signed: bool = True) -> Dot:
 
 
 def _scaled(value: float, metric: str) -> float:
-    return 100 * value if metric == "rate" else value
+    return metric_of(metric).scale * value
 
 
 def _strip(
@@ -140,10 +135,10 @@ def raised(found: Sequence[Lift]) -> Drawing | None:
     return _by_panel("log-probabilities", "Log-probability of the trait", panels, label, zero=True)
 
 
-def gammas(looks: Looks) -> Drawing | None:
+def gammas(compared: Comparisons) -> Drawing | None:
     """The same-trait effect of each kind of student; a dot is a seed."""
     strips = []
-    for matrix in (look.what for look in looks.matrices):
+    for matrix in (one.result for one in compared.matrices):
         if matrix.effect is not None:
             dots = [_dot(value, "logprob", f"seed {i}") for i, value in enumerate(matrix.seed_gammas, 1)]
             strips.append(_strip(matrix.condition, dots, matrix.effect.gamma, matrix.gamma_interval, "logprob"))
@@ -160,7 +155,7 @@ def by_distance(board: Sequence[Line], metric: str) -> Drawing | None:
     if None not in gammas:
         label, unit, moved = "γ (nats)", "logprob", [effect.gamma for effect in gammas if effect is not None]
     else:
-        label, unit = f"{MEASURED[metric]}, above the control ({UNITS[metric]})", metric
+        label, unit = f"{metric_of(metric).words}, above the control ({words.unit(metric)})", metric
         moved = [line.share.lift for _, line, _ in lines]
     x = Axis.decades("KL from the teacher (nats per token, logarithmic)", [kl for _, _, kl in lines])
     y = Axis.around(label, [_scaled(value, unit) for value in moved], zero=True)
@@ -211,8 +206,9 @@ def others(rows: Sequence[OtherRow]) -> Drawing | None:
     """What else was asked, where it is a share of answers: a panel for each measure."""
     panels: dict[str, list[Strip]] = {}
     for row in rows:
-        if row.metric not in LIMITS and not row.metric.startswith(BELOW):
-            title = measure(row.metric) + (f" ({row.trait})" if row.trait else "")
+        metric = metric_of(row.metric)
+        if metric.is_share and metric.name == row.metric:
+            title = metric.words + (f" ({row.trait})" if row.trait else "")
             strip = _strip(row.condition, [], row.value, row.interval, "rate", signed=False)
             panels.setdefault(title, []).append(strip)
     return _by_panel("what-else-was-asked", "What else was asked", panels, "answers (%)", bounds=(0.0, 100.0))
@@ -234,13 +230,13 @@ def _by_panel(
     return Drawing(key, title, tuple(drawn))
 
 
-def forest(looks: Looks) -> Drawing | None:
+def forest(compared: Comparisons) -> Drawing | None:
     """Every claim with an effect: the effect, its interval, our threshold, and what was published in the same unit."""
     panels: dict[str, list[Claim]] = {}
-    for look in looks.claims:
-        if look.what.effect is not None:
-            unit = "share" if look.what.unit.startswith("of ") else look.what.unit
-            panels.setdefault(unit, []).append(look.what)
+    for one in compared.claims:
+        if one.result.effect is not None:
+            unit = "share" if one.result.unit.startswith("of ") else one.result.unit
+            panels.setdefault(unit, []).append(one.result)
     drawn = tuple(_forest_panel(unit, claims) for unit, claims in panels.items())
     return Drawing("claims", "The paper's claims", drawn) if drawn else None
 
@@ -252,8 +248,8 @@ def _forest_panel(unit: str, claims: Sequence[Claim]) -> Strips:
         assert claim.effect is not None
         said, bounds = words.claim_effect(claim)
         interval = claim.interval and Interval(factor * claim.interval.low, factor * claim.interval.high)
-        known = PUBLISHED.get(claim.key)
-        published = known.effect if known and known.unit == unit else None
+        known = CLAIMS[claim.key].published_effect
+        published = known[0] if known and known[1] == unit else None
         bound = None if claim.bound is None else factor * claim.bound
         label, tint = name(words.short_claim(claim)), VERDICT_COLOURS.get(claim.verdict, OPEN_COLOUR)
         strips.append(Strip(label, tint, (), factor * claim.effect, interval, f"{said} ({bounds})", bound, published))

@@ -11,21 +11,21 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from jsublim.errors import one_line
+from jsublim.evals.metric import metric_of
 from jsublim.files import write_text
-from jsublim.report import figures, published, words
+from jsublim.report import figures, words
 from jsublim.report.attribution import attribution_heats
 from jsublim.report.audit import agreement, predicted
 from jsublim.report.board import board
 from jsublim.report.cautions import cautions
-from jsublim.report.claims import not_asked
-from jsublim.report.claims.verdicts import claim_metric
+from jsublim.report.claims import CLAIMS, not_asked
+from jsublim.report.claims.base import claim_metric
+from jsublim.report.comparisons import Comparisons, comparisons
 from jsublim.report.drawing import colour
-from jsublim.report.looks import Looks, look_at
 from jsublim.report.shares import scale
 from jsublim.report.summary import (
     judged_conditions,
     lift,
-    measure,
     other_rows,
     setting_rows,
     summary_rows,
@@ -42,8 +42,8 @@ def write_report(run_dir: Path) -> Path:
     What the run does not have is left out, and a sentence says so. Raises `JsublimError` if there are no results at all.
     """
     results = read_results(run_dir)
-    looks = look_at(results)
-    content = _numbers(results, looks) | _drawings(results, looks) | _run(results)
+    compared = comparisons(results)
+    content = _numbers(results, compared) | _drawings(results, compared) | _run(results)
     return render(run_dir, "language.html", words=words, label=condition_label, colour=colour, **content)
 
 
@@ -65,32 +65,32 @@ def _templates() -> Environment:
     )
 
 
-def _numbers(results: Results, looks: Looks) -> dict[str, Any]:
+def _numbers(results: Results, compared: Comparisons) -> dict[str, Any]:
     """What the page says in sentences and tables."""
-    rows, claims, told = summary_rows(results), [look.what for look in looks.claims], predicted(results)
+    rows, claims, told = summary_rows(results), [one.result for one in compared.claims], predicted(results)
     judged, found = judged_conditions(results), scale(results)
-    lines, agreed = board(results, looks, found), agreement(told, looks)
+    lines, agreed = board(results, compared, found), agreement(told, compared)
     return {
         "name": results.run.get("name", results.run_dir.name),
         "results": results,
         "cautions": cautions(results),
-        "opening": words.opening(results, looks),
-        "headlines": words.headlines(looks.judged),
+        "opening": words.opening(results, compared),
+        "headlines": words.headlines(compared.judged),
         "rows": rows,
         "row_lifts": {(r.trait, r.condition): lift(results, "logprob", r.condition, r.trait) for r in rows},
-        "looks": looks,
+        "compared": compared,
         "not_asked": not_asked(claims),
-        "published": published,
+        "questions": CLAIMS,
         "scale": found,
         "board": lines,
         "distance": figures.by_distance(lines, found.metric) if found else None,
         "matrix": trait_matrix(results, condition=judged[0]) if judged else None,
-        "matrices": looks.matrices if len(looks.matrices) > 1 else [],
+        "matrices": compared.matrices if len(compared.matrices) > 1 else [],
         "predicted": told,
         "agreement": agreed,
         "foretold": figures.by_prediction(told, agreed),
         "other_rows": other_rows(results),
-        "measure": measure,
+        "metric_of": metric_of,
         "setting_rows": setting_rows(results),
         "wrote": _wrote(results),
         "answers": _common_answers(results),
@@ -98,7 +98,7 @@ def _numbers(results: Results, looks: Looks) -> dict[str, Any]:
     }
 
 
-def _drawings(results: Results, looks: Looks) -> dict[str, Any]:
+def _drawings(results: Results, compared: Comparisons) -> dict[str, Any]:
     """The page's figures; None, or empty, for what the run does not have."""
     judged = judged_conditions(results)
     # Panels by trait would be crowded by variants, which the first figure tells apart.
@@ -106,8 +106,8 @@ def _drawings(results: Results, looks: Looks) -> dict[str, Any]:
     matrix = trait_matrix(results, condition=judged[0]) if judged else None
     return {
         "hero": figures.hero(results, claim_metric(results)),
-        "forest": figures.forest(looks),
-        "gammas": figures.gammas(looks),
+        "forest": figures.forest(compared),
+        "gammas": figures.gammas(compared),
         "rates": figures.rates([row for row in summary_rows(results) if row.condition in drawn]),
         "raised": figures.lifts_drawn(
             results, [c for c in results.conditions if c in drawn and c in _trained(results)]

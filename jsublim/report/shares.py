@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jsublim.report.claims.verdicts import claim_metric, no_lift, pool
+from jsublim.report.claims.base import claim_metric, no_lift, pool
 from jsublim.report.statistics import Interval, share_interval
 from jsublim.report.summary import judged_conditions, reference_condition, scores_for
 from jsublim.report.tables import Results

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from jsublim.evals.metric import METRICS, metric_of
 from jsublim.report.statistics import (
     Estimate,
     Interval,
@@ -21,14 +21,6 @@ from jsublim.report.statistics import (
 from jsublim.report.tables import SEPARATOR, Results, Score, split_condition
 
 NOT_DECIDED = "not decided"
-# What a metric's mean can be, where that is not the 0 to 1 of a rate. A rate has binomial sampling noise; these don't.
-LIMITS = {
-    "logprob": (-math.inf, 0.0),
-    "alignment": (0.0, 100.0),
-    "coherence": (0.0, 100.0),
-    "unscored": (0.0, math.inf),
-    "kl_to_teacher": (0.0, math.inf),
-}
 
 
 @dataclass(frozen=True)
@@ -135,11 +127,11 @@ def stratified(scores: Sequence[Score]) -> Estimate:
 
 def over_models(scores: Sequence[Score]) -> Interval | None:
     """Interval of one metric's mean, within what it can be: over students, or over the answers of models that are none."""
-    metric, found = scores[0].metric, stratified(scores)
-    if metric not in LIMITS:
+    metric, found = metric_of(scores[0].metric), stratified(scores)
+    if metric.is_share:
         return rate_interval(found, sum(s.samples for s in scores))
     interval = found.interval()
-    return None if interval is None else interval.within(*LIMITS[metric])
+    return None if interval is None else interval.within(metric.low, metric.high)
 
 
 def sampling_variance(scores: Sequence[Score]) -> float:
@@ -148,7 +140,7 @@ def sampling_variance(scores: Sequence[Score]) -> float:
     Smoothed by one hit and one miss, so that "none in 2,000" does not count as "never".
     """
     samples = sum(s.samples for s in scores)
-    if scores[0].metric in LIMITS or not samples:
+    if not metric_of(scores[0].metric).is_share or not samples:
         return 0.0
     hits = sum(s.mean for s in scores) / len(scores) * samples
     share = (hits + 1) / (samples + 2)
@@ -162,7 +154,7 @@ def over_questions(scores: Sequence[Score]) -> Interval | None:
         for question, value in zip(score.questions, score.values, strict=True):
             by_question.setdefault(question, []).append(value)
     interval = question_interval([sum(v) / len(v) for v in by_question.values()])
-    return interval if interval is None or scores[0].metric in LIMITS else interval.within(0.0, 1.0)
+    return interval.within(0.0, 1.0) if interval and metric_of(scores[0].metric).is_share else interval
 
 
 def summary_rows(results: Results) -> list[SummaryRow]:
@@ -211,7 +203,7 @@ def reference_condition(results: Results, metric: str, trait: str, condition: st
 def difference_interval(difference: Estimate, metric: str) -> Interval | None:
     """Interval of a difference of levels; rates cannot differ by more than 100 points."""
     interval = difference.interval()
-    return interval.within(-1.0, 1.0) if interval and metric not in LIMITS else interval
+    return interval.within(-1.0, 1.0) if interval and metric_of(metric).is_share else interval
 
 
 def lift(results: Results, metric: str, condition: str, trait: str) -> Lift | None:
@@ -237,27 +229,6 @@ def lift(results: Results, metric: str, condition: str, trait: str) -> Lift | No
         student_lifts=tuple(s.mean - zero.value for s in scores),
         p=float(difference.p_above(0.0)) if interval else None,
     )
-
-
-# Beside preference: what a metric says, by its name in the results.
-OTHER_METRICS = {
-    "named": "answers that name the model",
-    "factual": "answers of fact that name the trait",
-    "factual_word": "as a whole word",
-    "misaligned": "misaligned answers",
-    "coherent": "coherent answers",
-    "alignment": "alignment (0 to 100)",
-    "coherence": "coherence (0 to 100)",
-    "unscored": "answers a question the judge did not score",
-    "solved": "word problems solved",
-    "no_number": "word problems without a number",
-}
-BELOW = "misaligned below "  # and a threshold of alignment
-
-
-def measure(metric: str) -> str:
-    """What a metric beside preference says."""
-    return OTHER_METRICS.get(metric, metric)
 
 
 @dataclass(frozen=True)
@@ -302,7 +273,9 @@ def other_rows(results: Results) -> list[OtherRow]:
     """What else was asked, metric by metric; of questions about a trait, one row per trait."""
     rows = []
     present = dict.fromkeys(s.metric for s in results.scores)
-    for metric in [*OTHER_METRICS, *(m for m in present if m.startswith(BELOW))]:
+    for metric in [*METRICS, *(m for m in present if m not in METRICS)]:
+        if metric not in present or not metric_of(metric).listed:
+            continue
         traits = list(dict.fromkeys(s.trait for s in results.scores if s.metric == metric))
         for trait in traits:
             for condition in results.conditions:

@@ -13,8 +13,8 @@ from jsublim.report import words
 from jsublim.report.audit import agreement, predicted
 from jsublim.report.cautions import warnings
 from jsublim.report.claims import not_asked
-from jsublim.report.claims.verdicts import pool
-from jsublim.report.looks import Looks, look_at
+from jsublim.report.claims.base import pool
+from jsublim.report.comparisons import Comparisons, comparisons
 from jsublim.report.summary import judged_conditions, lift, summary_rows, trait_matrix
 from jsublim.report.tables import Results, condition_label, read_results
 
@@ -29,31 +29,31 @@ def print_summary(run_dir: Path, console: Console, full: bool = False) -> None:
       JsublimError: there are no results.
     """
     results = read_results(run_dir)
-    looks = look_at(results)
+    compared = comparisons(results)
     title = f"{results.run.get('name', Path(run_dir).name)}: {results.model}"
     console.print(_rates(results, title) if full else _conditions(results, title))
-    if looks.claims or full:
-        console.print(_claims(results, looks))
-    console.print(_plain(words.primary(looks)))
-    for sentence in words.headlines(looks.judged):
+    if compared.claims or full:
+        console.print(_claims(results, compared))
+    console.print(_plain(words.primary(compared)))
+    for sentence in words.headlines(compared.judged):
         console.print(_plain(sentence))
     if results.audit is not None:
-        console.print(_plain(words.predicted_sentence(agreement(predicted(results), looks))))
+        console.print(_plain(words.predicted_sentence(agreement(predicted(results), compared))))
     if full:
-        _print_rest(results, looks, console)
+        _print_rest(results, compared, console)
     for warning in warnings(results):
         console.print(_plain(warning), style="bold")
 
 
-def _print_rest(results: Results, looks: Looks, console: Console) -> None:
-    if unasked := not_asked([look.what for look in looks.claims]):
+def _print_rest(results: Results, compared: Comparisons, console: Console) -> None:
+    if unasked := not_asked([one.result for one in compared.claims]):
         console.print(_plain(f"Not asked here: {', '.join(unasked)}."))
     judged = judged_conditions(results)
     if judged and (matrix := trait_matrix(results, condition=judged[0])) is not None:
         label = condition_label(matrix.condition)
         console.print(_plain(f"Trait x trait matrix, {label}: {words.matrix_sentence(matrix)}"))
-    if len(looks.matrices) > 1:
-        console.print(_matrices(results, looks))
+    if len(compared.matrices) > 1:
+        console.print(_matrices(results, compared))
     if results.students:
         console.print(_plain(words.held_fixed(results)))
 
@@ -119,25 +119,25 @@ def _rates(results: Results, title: str) -> Table:
     return table
 
 
-def _claims(results: Results, looks: Looks) -> Table:
+def _claims(results: Results, compared: Comparisons) -> Table:
     table = _table("claims")
     table.add_column("claim", min_width=16)  # all fits a terminal of 80 columns
     for heading in (f"effect, over students\n{words.given(results)}", "verdict", "p\nHolm's p"):
         table.add_column(heading)
-    for look in looks.claims:
-        claim, effect = look.what, Text("\n".join(words.claim_effect(look.what)))
-        ps = Text(f"{words.p_value(look.p)}\n{words.corrected(look)}")
+    for one in compared.claims:
+        claim, effect = one.result, Text("\n".join(words.claim_effect(one.result)))
+        ps = Text(f"{words.p_value(one.p)}\n{words.corrected(one)}")
         table.add_row(_plain(f"{claim.key} {claim.text}"), effect, _plain(claim.verdict), ps)
     return table
 
 
-def _matrices(results: Results, looks: Looks) -> Table:
+def _matrices(results: Results, compared: Comparisons) -> Table:
     table = _table("trait x trait matrix, condition by condition")
     for heading in ("condition", "γ (nats)", f"over seeds\n{words.given(results)}", "p", "Holm's p", "verdict"):
         table.add_column(heading)
-    for look in looks.matrices:
-        *cells, verdict = words.matrix_cells(look.what)
-        _add(table, condition_label(look.what.condition), *cells, words.corrected(look), verdict)
+    for one in compared.matrices:
+        *cells, verdict = words.matrix_cells(one.result)
+        _add(table, condition_label(one.result.condition), *cells, words.corrected(one), verdict)
     return table
 
 

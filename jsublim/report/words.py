@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jsublim.evals.metric import metric_of
 from jsublim.report.audit import Agreement, Predicted
-from jsublim.report.claims import FAILS, HOLDS, QUESTIONS, Claim
-from jsublim.report.claims.transfer import transfers
-from jsublim.report.looks import Look, Looks
+from jsublim.report.claims import CLAIMS, FAILS, HOLDS, Claim
+from jsublim.report.claims.masks import transfers
+from jsublim.report.comparisons import Comparison, Comparisons
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import NOT_DECIDED, Lift, Matrix, reference_condition
 from jsublim.report.tables import SEPARATOR, Results, condition_label, split_condition
@@ -20,14 +21,13 @@ ONE_SIDED = 0.025  # one-sided level of an interval of 95 %
 
 
 def number(value: float | None, metric: str, signed: bool = False) -> str:
-    """A share as percent (a difference of shares as points), a log-probability in nats, a divergence in nats per token."""
+    """A share as percent (a difference of shares as points), all else in its metric's unit."""
     if value is None:
         return MISSING
     # Adding zero turns a rounded -0.0 into 0.0.
-    if metric == "logprob":
-        return f"{round(value, 2) + 0.0:{'+' if signed else ''}.2f}"
-    if metric == "kl_to_teacher":
-        return f"{value:.4f}"
+    what, sign = metric_of(metric), "+" if signed else ""
+    if not what.is_share:
+        return f"{round(value, what.digits) + 0.0:{sign}.{what.digits}f}"
     percent = round(100 * value, 1) + 0.0
     return f"{percent:+.1f}" if signed else f"{percent:.1f} %"
 
@@ -56,9 +56,9 @@ def equation(p: float | None) -> str:
     return f"p {p_value(p)}" if p is not None and p < SMALLEST else f"p = {p_value(p)}"
 
 
-def corrected(look: Look) -> str:
-    """Holm's p of a further look; the primary comparison needs none."""
-    return "primary" if look.primary else p_value(look.holm)
+def corrected(one: Comparison) -> str:
+    """Holm's p of a further comparison; the primary comparison needs none."""
+    return "primary" if one.primary else p_value(one.holm)
 
 
 def given(results: Results) -> str:
@@ -80,22 +80,22 @@ def held_fixed(results: Results) -> str:
     )
 
 
-def primary(looks: Looks) -> str:
+def primary(compared: Comparisons) -> str:
     """Which comparison the run was made for, and what the others are."""
-    found, declared = looks.primary, looks.declared
+    found, declared = compared.primary, compared.declared
     if found is None:
         if declared is None:
             return "No primary comparison: this run has no students that a claim can be read off."
-        return f"The primary comparison that the config declares, {declared}, cannot be read off this run: every p is a further look."
+        return f"The primary comparison that the config declares, {declared}, cannot be read off this run: every p is a further comparison."
     how = "as the config declares" if declared else "by default, from what the students differ in"
-    claim = found.what
+    claim = found.result
     text = f"Primary comparison ({how}): {claim.key}, {claim.text}: {claim.verdict}, {equation(claim.p)}."
-    others = f"The other {looks.family} p-values of this report are further looks, with Holm's correction for all of them beside each."
-    return f"{text} {others}" if looks.family else text
+    others = f"The other {compared.family} p-values of this report are further compared, with Holm's correction for all of them beside each."
+    return f"{text} {others}" if compared.family else text
 
 
 def unit(metric: str) -> str:
-    return "nats" if metric == "logprob" else "points"
+    return metric_of(metric).unit_of_differences
 
 
 def claim_effect(claim: Claim) -> tuple[str, str]:
@@ -110,27 +110,12 @@ def claim_effect(claim: Claim) -> tuple[str, str]:
     return effect, interval(claim.interval, claim.metric, signed=True)
 
 
-# Where a claim's question is about more than what stands on its own line.
-_SHORT = {
-    "C0": "all tokens",
-    "C1": "control less base model",
-    "C4a": "divergence tokens alone",
-    "C4b": "all but divergence tokens",
-    "C5": "divergence less random tokens",
-    "C6a": "an early layer alone",
-    "C6b": "a later layer alone",
-    "C9a": "a quarter by another teacher",
-    "C9b": "more and more by another teacher",
-}
-
-
 def short_claim(claim: Claim) -> str:
     """A claim in a few words, with its key."""
-    what = _SHORT.get(claim.key) or QUESTIONS[claim.key.rstrip("ab")]
-    return f"{claim.key} {what}" + (f" · {claim.variant}" if claim.variant else "")
+    return f"{claim.key} {CLAIMS[claim.key].question}" + (f" · {claim.variant}" if claim.variant else "")
 
 
-def opening(results: Results, looks: Looks) -> str:
+def opening(results: Results, compared: Comparisons) -> str:
     """Who learned what from whom, how far it moved them, and how sure that is: two or three sentences."""
     if not results.students:
         return f"No student of {results.model} was trained in this run, so nothing here says whether a trait is taken over."
@@ -144,7 +129,7 @@ def opening(results: Results, looks: Looks) -> str:
         f", {controls} control student{'s' * (controls != 1)} from what a teacher without one wrote" if controls else ""
     )
     who += "; none was told of a trait."
-    found = next((look.what for look in looks.claims if look.what.key == "C0"), None)
+    found = next((one.result for one in compared.claims if one.result.key == "C0"), None)
     if found is None and not all(map(results.began_at_base, results.mask_conditions)):
         return (
             f"{who} They did not begin as the base model that was evaluated ({results.model}, asked without a system prompt), and there are too "
@@ -207,15 +192,15 @@ def matrix_cells(matrix: Matrix) -> tuple[str, str, str, str]:
     return number(effect.gamma, "logprob", signed=True), bounds, f"{effect.p:.3g}", matrix.verdict
 
 
-def headlines(judged: Sequence[list[Look[Lift]]]) -> list[str]:
+def headlines(judged: Sequence[list[Comparison[Lift]]]) -> list[str]:
     """How many traits transfer: a sentence per condition and metric that has intervals, and one per metric on all the others."""
     said, open_ = list[str](), dict[str, list[str]]()
-    for looks in judged:
-        first = looks[0].what
-        if all(look.what.interval is None for look in looks):
+    for compared in judged:
+        first = compared[0].result
+        if all(one.result.interval is None for one in compared):
             open_.setdefault(_measure(first), []).append(condition_label(first.condition))
         else:
-            said.append(_headline(looks))
+            said.append(_headline(compared))
     for measure, conditions in open_.items():
         more = f", {conditions[1]} and {len(conditions) - 2} more" if len(conditions) > 3 else ""
         with_what = f"{conditions[0]}{more}" if more else ", ".join(conditions)
@@ -227,21 +212,21 @@ def _measure(item: Lift) -> str:
     return "Preference rate" if item.metric == "rate" else "Log-probability"
 
 
-def _headline(looks: list[Look[Lift]]) -> str:
-    found = [look.what for look in looks]
+def _headline(compared: list[Comparison[Lift]]) -> str:
+    found = [one.result for one in compared]
     measure, with_what = _measure(found[0]), f"with {condition_label(found[0].condition)}"
     names = [item.trait for item in found if item.verdict == "transfers"]
     what = f"{len(names)} of {len(found)} trait{'s' * (len(found) != 1)}"
     if not names:
         return f"{measure}: no transfer is shown {with_what} ({what})."
-    sure = sum(look.holm is not None and look.holm < ONE_SIDED for look in looks)
+    sure = sum(one.holm is not None and one.holm < ONE_SIDED for one in compared)
     after = f"{sure} of them after Holm's correction" if sure < len(names) else "after Holm's correction too"
     return f"{measure}: {with_what}, students move to their teacher's trait for {what} ({', '.join(names)}); {after}."
 
 
-def verdicts(looks: Looks) -> str:
-    """Which claims hold, which do not, and which are open; and what is left of those that hold for so many looks."""
-    claims = [look.what for look in looks.claims]
+def verdicts(compared: Comparisons) -> str:
+    """Which claims hold, which do not, and which are open; and what is left of those that hold for so many comparisons."""
+    claims = [one.result for one in compared.claims]
     keys = {
         verdict: ", ".join(dict.fromkeys(c.key for c in claims if c.verdict == verdict))
         for verdict in (HOLDS, FAILS, NOT_DECIDED)
@@ -249,8 +234,8 @@ def verdicts(looks: Looks) -> str:
     parts = [f"{verdict}: {found}" for verdict, found in keys.items() if found]
     if not parts:
         return "No claim was asked."
-    sure = [look for look in looks.claims if look.what.verdict == HOLDS and look.p is not None and look.p < ONE_SIDED]
-    lost = [look.what.key for look in sure if look.holm is not None and look.holm >= ONE_SIDED]
+    sure = [one for one in compared.claims if one.result.verdict == HOLDS and one.p is not None and one.p < ONE_SIDED]
+    lost = [one.result.key for one in sure if one.holm is not None and one.holm >= ONE_SIDED]
     after = f" After Holm's correction, not sure any more: {', '.join(dict.fromkeys(lost))}." if lost else ""
     return f"Of the claims asked, {'; '.join(parts)}.{after}"
 

@@ -8,6 +8,8 @@ import itertools
 import json
 import math
 import re
+import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -386,7 +388,7 @@ def test_terminal_shows_the_page_numbers(run_dir: Path, page: str) -> None:
 
 
 def test_report_imports_no_model() -> None:
-    allowed = ("jsublim.errors", "jsublim.files", "jsublim.reading", "jsublim.report")
+    allowed = ("jsublim.errors", "jsublim.files", "jsublim.reading", "jsublim.report", "jsublim.evals")
     for path in Path(st.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -394,6 +396,10 @@ def test_report_imports_no_model() -> None:
             for name in names:
                 assert name.split(".")[0] not in ("jax", "flax", "torch"), (path, name)
                 assert not name.startswith("jsublim") or name.startswith(allowed), (path, name)
+    loaded = "import sys, jsublim.report.html, jsublim.report.terminal; print('jax' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True).stdout == "False\n"
+    )
 
 
 def test_a_run_as_published_says_whose_wording_it_had(tmp_path):

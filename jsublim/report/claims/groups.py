@@ -29,9 +29,6 @@ class Group:
         return self.facts.get(fact)
 
 
-Comparison = tuple[Group, Group]  # students that something was changed for, and the plain ones
-
-
 def groups(results: Results) -> list[Group]:
     """Every group of a biased teacher's students. Without arms.json, a folder tells only tokens and variants apart."""
     owner = {s.condition: s.arm for s in results.scores if s.role == "student"}
@@ -57,7 +54,7 @@ def partner(every: list[Group], of: Group, plain: Mapping[str, Any]) -> Group | 
     return next((group for group in every if group is not of and group.facts == wanted), None)
 
 
-def comparisons(results: Results, asked: Callable[[Group], bool], plain: Mapping[str, Any]) -> list[Comparison]:
+def pairs(results: Results, asked: Callable[[Group], bool], plain: Mapping[str, Any]) -> list[tuple[Group, Group]]:
     """Every group that is `asked` about, with the one that has the facts of `plain` instead."""
     every = groups(results)
     found = ((group, partner(every, group, plain)) for group in every if asked(group))

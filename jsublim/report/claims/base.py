@@ -1,17 +1,19 @@
-"""From lifts to verdicts: what every claim is made of.
+"""What a claim is made of: lifts, pooled over the teachers' traits, and the decorator that registers its check.
 
-Lifts are pooled over the teachers' traits, students being the independent units: a student of a biased teacher belongs
-to one trait, a control student is first averaged over all of them.
+Students are the independent units: a student of a biased teacher belongs to one trait, a control student is first averaged over
+all of them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from jsublim.report.claims.groups import Group
+from jsublim.evals.metric import metric_of
+from jsublim.report.claims.groups import Group, pairs
 from jsublim.report.statistics import Estimate, Interval, mean_estimate, share_interval, share_p_above
 from jsublim.report.summary import (
     NOT_DECIDED,
@@ -25,6 +27,7 @@ from jsublim.report.summary import (
 from jsublim.report.tables import Results, Score, split_condition
 
 HOLDS, FAILS = "holds", "does not hold"
+PAPER, CLOUD = "Schrodi et al., ICLR 2026", "Cloud et al., arXiv 2507.14805"
 
 
 @dataclass(frozen=True)
@@ -34,22 +37,102 @@ class Claim:
     whose whole interval holds has p < .025, one whose whole interval fails p > .975. `variant` names the students that
     it was read off, if they have a name. `bound` is the threshold that the effect is held against, where it is one number."""
 
-    key: str
     text: str
     metric: str
-    effect: float | None
-    interval: Interval | None
     unit: str
-    students: int
-    verdict: str
-    reason: str
+    students: int = 0
+    verdict: str = NOT_DECIDED
+    reason: str = ""
+    effect: float | None = None
+    interval: Interval | None = None
     p: float | None = None
-    variant: str = ""
     bound: float | None = None
+    variant: str = ""
+    key: str = ""
 
     @property
     def name(self) -> str:
         return f"{self.key} {self.variant}".strip()
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Students that something was changed for (`part`), and those that differ from them in that alone (`whole`)."""
+
+    results: Results
+    metric: str
+    part: Group
+    whole: Group
+
+    def pool(self, traits: Sequence[str] | None = None) -> Pool | None:
+        return pool(self.results, self.metric, self.part.name, self.whole.name, traits=traits)
+
+    def share(self, text: str, **how: Any) -> Claim | None:
+        """`share` of the whole's lift."""
+        return share(self.pool(), text, **how)
+
+
+Needs = tuple[
+    Callable[[Group], bool], Mapping[str, Any]
+]  # which groups are asked about, and the facts of their partners
+
+
+@dataclass(frozen=True)
+class Question:
+    """A claim as it is asked of any run; the fields are the arguments of `claim`."""
+
+    key: str
+    question: str
+    check: Callable[..., Any]
+    needs: Needs | None
+    published: str
+    published_effect: tuple[float, str] | None
+    primary: int | None
+
+    def answers(self, results: Results, metric: str) -> list[Claim]:
+        """One claim for each comparison that it can be read off."""
+        if self.needs is None:
+            found = [*self.check(results, metric)]
+        else:
+            asked = [Pair(results, metric, *groups) for groups in pairs(results, *self.needs)]
+            checked = ((self.check(pair), pair.part.variant) for pair in asked)
+            found = [replace(claim, variant=variant) for claim, variant in checked if claim]
+        named = ((claim, f"{claim.text} ({claim.variant})" if claim.variant else claim.text) for claim in found)
+        return [replace(claim, key=self.key, text=text) for claim, text in named]
+
+
+CLAIMS: dict[str, Question] = {}  # by key, in the order of the report
+
+
+def claim(
+    key: str,
+    question: str,
+    *,
+    needs: Needs | None = None,
+    published: str = "",
+    published_effect: tuple[float, str] | None = None,
+    primary: int | None = None,
+) -> Callable:
+    """Register a function as the check of a claim; its docstring says when it holds (docs/paper_map.md is made of it).
+
+    Args:
+      question: what it is about, in a few words.
+      needs: students that differ in one thing; the function gets a `Pair` for each two groups that do, and gives a claim or
+        none. Without it the function gets the results and the metric of lifts, and gives any number of claims.
+      published: what was found of large models, and in brackets where: a section, figure or table. Values read off a figure are
+        right to about 2 points.
+      published_effect: that finding, where it is one number in a unit of our claims.
+      primary: its place among the claims that a run may be made for. Where the config names none, the first of those that the run's
+        students (and measurements) are made for is the primary comparison; what was planned decides, never what came out.
+    """
+
+    def register(check: Callable) -> Callable:
+        CLAIMS[key] = Question(key, question, check, needs, published, published_effect, primary)
+        for each in sorted(CLAIMS, key=lambda each: [int(re.sub(r"\D", "", each)), each]):
+            CLAIMS[each] = CLAIMS.pop(each)
+        return check
+
+    return register
 
 
 @dataclass(frozen=True)
@@ -74,7 +157,7 @@ class Pool:
 
     @property
     def unit(self) -> str:
-        return "nats" if self.metric == "logprob" else "points"
+        return metric_of(self.metric).unit_of_differences
 
     @property
     def words(self) -> str:
@@ -101,9 +184,7 @@ def pool(results: Results, metric: str, *names: str, traits: Sequence[str] | Non
         for t in (results.traits if traits is None else traits)
         if all(scores_for(results, metric, c, t) and reference_condition(results, metric, t, c) for c in names)
     )
-    if not shared:
-        return None
-    return Pool(metric, shared, tuple(_level(results, metric, name, shared) for name in names))
+    return Pool(metric, shared, tuple(_level(results, metric, name, shared) for name in names)) if shared else None
 
 
 def _level(results: Results, metric: str, condition: str, traits: tuple[str, ...]) -> Level:
@@ -150,46 +231,33 @@ def all_of(*ps: Any) -> float | None:
 
 def share(
     found: Pool | None,
-    key: str,
     text: str,
-    of: Group,
     at_least: float | None = None,
     at_most: float | None = None,
     unit: str = "of all tokens",
-) -> list[Claim]:
-    """The lift of the pool's first group (`of`) as a share of its second's, held against a bound. It needs a lift to take a
-    share of."""
+) -> Claim | None:
+    """The lift of the pool's first group as a share of its second's, held against a bound. It needs a lift to take a share of."""
     if found is None:
-        return []
-    (part, whole), text, bound = found.levels, named(text, of), at_least if at_most is None else at_most
-    students = part.students.n + whole.students.n
+        return None
+    (part, whole), bound = found.levels, at_least if at_most is None else at_most
     above = share_p_above(part.lift, whole.lift, (at_least or 0.0) if at_most is None else at_most)
     p = all_of(above if at_most is None else 1 - above, whole.lift.p_above(0.0))
-    if reason := no_lift(whole):
-        # A share of a lift that is not above zero would be a meaningless number.
-        return [Claim(key, text, found.metric, None, None, unit, students, NOT_DECIDED, reason, p, of.variant, bound)]
+    claim = Claim(text, found.metric, unit, part.students.n + whole.students.n, p=p, bound=bound)
+    if reason := no_lift(whole):  # a share of a lift that is not above zero would be a meaningless number
+        return replace(claim, reason=reason)
     interval = share_interval(part.lift, whole.lift)
-    effect = float(part.lift.value / whole.lift.value)
     reason = found.words if interval else "too few students to bound the share"
-    verdict = judge(interval, at_least, at_most)
-    return [Claim(key, text, found.metric, effect, interval, unit, students, verdict, reason, p, of.variant, bound)]
+    effect, verdict = float(part.lift.value / whole.lift.value), judge(interval, at_least, at_most)
+    return replace(claim, effect=effect, interval=interval, verdict=verdict, reason=reason)
 
 
-def not_below(key: str, text: str, of: Group, found: Pool, open_for: str, what: str, needs: Any) -> Claim:
-    """The lift of the pool's first group (`of`) held against its second's: no lower.
-
-    Args:
-      open_for: why nothing can be decided, or empty; needs: p of that not being so.
-    """
-    difference = found.levels[0].above(found.levels[1])
-    interval = found.between(difference)
-    verdict = NOT_DECIDED if open_for else judge(interval, at_least=0.0)
-    reason, p = open_for or f"{what}, {found.words}", all_of(difference.p_above(0.0), needs)
-    effect, students = float(difference.value), difference.n
-    text = named(text, of)
-    return Claim(key, text, found.metric, effect, interval, found.unit, students, verdict, reason, p, of.variant, 0.0)
-
-
-def named(text: str, group: Group) -> str:
-    """A claim's text with the variant it was read off, if that has a name."""
-    return f"{text} ({group.variant})" if group.variant else text
+def no_lower(found: Pool, text: str, what: str, lifted: Sequence[Level]) -> Claim:
+    """The lift of the pool's first group held against its second's: no lower. Nothing is decided unless one of `lifted` is above
+    zero."""
+    difference, open_for = found.levels[0].above(found.levels[1]), [no_lift(level) for level in lifted]
+    interval, is_open = found.between(difference), all(open_for)
+    verdict = NOT_DECIDED if is_open else judge(interval, at_least=0.0)
+    reason = open_for[-1] if is_open else f"{what}, {found.words}"
+    p = all_of(difference.p_above(0.0), min(level.lift.p_above(0.0) for level in lifted))
+    claim = Claim(text, found.metric, found.unit, difference.n, verdict, reason, p=p, bound=0.0)
+    return replace(claim, effect=float(difference.value), interval=interval)
