@@ -44,12 +44,13 @@ def write_report(run_dir: Path) -> Path:
     results = read_results(run_dir)
     compared = comparisons(results)
     content = _numbers(results, compared) | _drawings(results, compared) | _run(results)
-    return render(run_dir, "language.html", words=words, label=condition_label, colour=colour, **content)
+    return render(
+        Path(run_dir) / "report.html", "language.html", words=words, label=condition_label, colour=colour, **content
+    )
 
 
-def render(run_dir: Path, template: str, **content: Any) -> Path:
-    """Write a template of `page/` as RUN/report.html, which appears whole or not at all; returns its path."""
-    path = Path(run_dir) / "report.html"
+def render(path: Path, template: str, **content: Any) -> Path:
+    """Write a template of `page/` to a file, which appears whole or not at all; returns its path."""
     write_text(path, _templates().get_template(template).render(**content))
     return path
 
@@ -109,9 +110,7 @@ def _drawings(results: Results, compared: Comparisons) -> dict[str, Any]:
         "forest": figures.forest(compared),
         "gammas": figures.gammas(compared),
         "rates": figures.rates([row for row in summary_rows(results) if row.condition in drawn]),
-        "raised": figures.lifts_drawn(
-            results, [c for c in results.conditions if c in drawn and c in _trained(results)]
-        ),
+        "raised": figures.raised(results, [c for c in results.conditions if c in drawn and c in _trained(results)]),
         "matrix_heat": figures.matrix_heat(matrix) if matrix else None,
         "positions": figures.positions(results),
         "attribution": [] if results.attribution is None else attribution_heats(results.attribution),
