@@ -64,11 +64,11 @@ def _failed_filters(results: Results) -> str:
 
 def _unmatched_steps(results: Results) -> str:
     """Students of one variant that differ in their tokens alone should train for as many steps."""
-    owner = {s.arm: s.condition for s in results.scores}
+    owners = results.owners
     steps: dict[str, dict[str, int]] = {}
     for curve in results.curves:
-        if curve.arm in owner:
-            condition = owner[curve.arm]
+        if curve.arm in owners:
+            condition = owners[curve.arm][1]
             by_condition = steps.setdefault(split_condition(condition)[1], {})
             by_condition[condition] = max(by_condition.get(condition, 0), len(curve.steps))
     apart = [counts for counts in steps.values() if len(set(counts.values())) > 1]

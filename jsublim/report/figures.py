@@ -18,8 +18,16 @@ from jsublim.report.claims.base import pool
 from jsublim.report.comparisons import Comparisons
 from jsublim.report.drawing import Axis, Dot, Drawing, Heat, Mark, Plot, Polyline, Strip, Strips, colour
 from jsublim.report.statistics import Interval
-from jsublim.report.summary import Matrix, OtherRow, SummaryRow, lifts, reference_condition, scores_for
-from jsublim.report.tables import CONDITION_LABELS, Results, condition_label, split_condition
+from jsublim.report.summary import (
+    Matrix,
+    OtherRow,
+    judged_conditions,
+    lifts,
+    reference_condition,
+    scores_for,
+    summary_rows,
+)
+from jsublim.report.tables import CONDITIONS, Results, condition_label, split_condition
 
 ONE_PANEL = 16  # strips at most; of more, a panel for each variant
 VERDICT_COLOURS = {HOLDS: drawing.OTHER_COLOUR, FAILS: "#d55e00"}
@@ -96,12 +104,18 @@ def _students(results: Results, metric: str, condition: str, trait: str) -> list
     return [_dot(s.mean - zero, metric, f"{trait}, seed {s.seed}") for s in own]
 
 
-def rates(rows: Sequence[SummaryRow]) -> Drawing | None:
+def _apart(results: Results) -> list[str]:
+    """Conditions that have panels by trait: those would be crowded by variants, which the first figure tells apart."""
+    plain = [c for c in results.conditions if not split_condition(c)[1]]
+    return plain if "all" in judged_conditions(results) else results.conditions
+
+
+def rates(results: Results) -> Drawing | None:
     """Preference rate: a panel for each trait. Teachers answer near 100 % and would squeeze everything else, so they
     are in the table only."""
     panels: Panels = {}
-    for row in rows:
-        if row.rate is not None and row.condition != "teacher":
+    for row in summary_rows(results):
+        if row.rate is not None and row.condition != "teacher" and row.condition in _apart(results):
             dots = [_dot(value, RATE, f"model {i}", signed=False) for i, value in enumerate(row.student_rates, 1)]
             interval = row.over_students if row.students else row.over_answers
             strip = _strip(row.condition, dots, row.rate, interval, RATE, signed=False)
@@ -109,10 +123,11 @@ def rates(rows: Sequence[SummaryRow]) -> Drawing | None:
     return _strips("rates", "Preference rate", f"{metric_of(RATE).words} (%)", panels, bounds=PERCENT)
 
 
-def raised(results: Results, conditions: Sequence[str]) -> Drawing | None:
-    """Log-probability lifts of some conditions, and of the control where it is measured from the base model: a panel for each trait."""
-    known = {tokens: i for i, tokens in enumerate(CONDITION_LABELS)}
-    ordered = sorted(conditions, key=lambda c: known.get(split_condition(c)[0], len(known)))
+def raised(results: Results) -> Drawing | None:
+    """Log-probability lifts of students, and of the control where it is measured from the base model: a panel for each trait."""
+    known = {tokens: i for i, tokens in enumerate(CONDITIONS)}
+    students = [c for c in results.trained if c in _apart(results)]
+    ordered = sorted(students, key=lambda c: known.get(split_condition(c)[0], len(known)))
     panels: Panels = {}
     for item in lifts(results, LOGPROB, ordered):
         dots = [_dot(value, item.metric, f"student {i}") for i, value in enumerate(item.student_lifts, 1)]
@@ -230,16 +245,15 @@ def _forest_panel(unit: str, claims: Sequence[Claim]) -> Strips:
 
 def losses(results: Results) -> Drawing | None:
     """Training loss of every student: a panel for each teacher, a colour for each choice of tokens, a dash for each variant."""
-    owner = {s.arm: (s.teacher or "student", s.condition) for s in results.scores}
-    curves = [(*owner.get(curve.arm, ("other students", curve.arm)), curve) for curve in results.curves]
+    owners = results.owners
+    curves = [(*owners.get(curve.arm, ("other students", curve.arm)), curve) for curve in results.curves]
     if not curves:
         return None
     x = _whole("step", max(curve.steps[-1] for curve in results.curves))
     y = Axis.around("loss (nats per token)", [value for curve in results.curves for value in curve.loss])
-    trained = {s.condition for s in results.scores if s.role == "student"}
-    variants = list(dict.fromkeys(split_condition(c)[1] for c in results.conditions if c in trained))
+    variants = list(dict.fromkeys(split_condition(c)[1] for c in results.trained))
     order = {condition: i for i, condition in enumerate(results.conditions)}
-    panels: dict[str, list[Polyline]] = {
+    panels: dict[str | None, list[Polyline]] = {
         teacher: [] for teacher, *_ in sorted(curves, key=lambda each: each[0] not in results.traits)
     }
     for teacher, condition, curve in sorted(curves, key=lambda each: order.get(each[1], len(order))):
@@ -247,7 +261,7 @@ def losses(results: Results) -> Drawing | None:
         dash = drawing.DASHES[variants.index(variant) % len(drawing.DASHES)] if variant in variants else ""
         said, path = f"{curve.loss[0]:.3f} to {curve.loss[-1]:.3f}", drawing.points(x, y, curve.steps, curve.loss)
         panels[teacher].append(Polyline(condition_label(condition), colour(condition), dash, path, said))
-    drawn = tuple(Plot(name(teacher), x, y, tuple(lines)) for teacher, lines in panels.items())
+    drawn = tuple(Plot(name(teacher or "student"), x, y, tuple(lines)) for teacher, lines in panels.items())
     return Drawing("training-loss", "Training loss", drawn)
 
 

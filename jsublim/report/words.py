@@ -90,7 +90,7 @@ def primary(compared: Comparisons) -> str:
     how = "as the config declares" if declared else "by default, from what the students differ in"
     claim = found.result
     text = f"Primary comparison ({how}): {claim.key}, {claim.text}: {claim.verdict}, {equation(claim.p)}."
-    others = f"The other {compared.family} p-values of this report are further compared, with Holm's correction for all of them beside each."
+    others = f"The other {compared.family} p-values of this report are further comparisons, with Holm's correction for all of them beside each."
     return f"{text} {others}" if compared.family else text
 
 

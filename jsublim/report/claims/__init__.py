@@ -8,6 +8,7 @@ without such students.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 
 from jsublim.report.claims import data, evaluation, layers, masks, training
 from jsublim.report.claims.base import CLAIMS, FAILS, HOLDS, Claim, claim_metric
@@ -24,7 +25,7 @@ def check_claims(results: Results) -> list[Claim]:
     return [claim for question in CLAIMS.values() for claim in question.answers(results, metric)]
 
 
-def not_asked(claims: list[Claim]) -> list[str]:
+def not_asked(claims: Iterable[Claim]) -> list[str]:
     """The claims that a run says nothing about, in words."""
     asked = {claim.key for claim in claims}
     return [f"{key} ({claim.question})" for key, claim in CLAIMS.items() if key not in asked]
