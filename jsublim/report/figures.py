@@ -7,16 +7,17 @@ from functools import partial
 from itertools import chain
 
 from jsublim.errors import one_line as name
+from jsublim.evals.kl import KL
 from jsublim.evals.metric import metric_of
 from jsublim.evals.numbers import HELD_OUT, LEARNED
 from jsublim.evals.preference import LOGPROB, RATE
 from jsublim.report import drawing, words
 from jsublim.report.audit import Agreement, Predicted
-from jsublim.report.board import KL, Line
 from jsublim.report.claims import CLAIMS, FAILS, HOLDS, Claim
 from jsublim.report.claims.base import pool
 from jsublim.report.comparisons import Comparisons
 from jsublim.report.drawing import Axis, Dot, Drawing, Heat, Mark, Plot, Polyline, Strip, Strips, colour
+from jsublim.report.scale import ArmSummary
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import (
     Matrix,
@@ -117,8 +118,7 @@ def rates(results: Results) -> Drawing | None:
     for row in summary_rows(results):
         if row.rate is not None and row.condition != "teacher" and row.condition in _apart(results):
             dots = [_dot(value, RATE, f"model {i}", signed=False) for i, value in enumerate(row.student_rates, 1)]
-            interval = row.over_students if row.students else row.over_answers
-            strip = _strip(row.condition, dots, row.rate, interval, RATE, signed=False)
+            strip = _strip(row.condition, dots, row.rate, row.over_models, RATE, signed=False)
             panels.setdefault(row.trait, []).append(strip)
     return _strips("rates", "Preference rate", f"{metric_of(RATE).words} (%)", panels, bounds=PERCENT)
 
@@ -171,7 +171,7 @@ def others(rows: Sequence[OtherRow]) -> Drawing | None:
     return _strips("what-else-was-asked", "What else was asked", "answers (%)", panels, bounds=PERCENT)
 
 
-def by_distance(board: Sequence[Line], metric: str) -> Drawing | None:
+def by_distance(board: Sequence[ArmSummary], metric: str) -> Drawing | None:
     """γ, or the lift where some kind has none, against the divergence from the teacher: how much of a trait comes with how much of a fit,
     whatever it was that learned. Dots have the numbers of the board's lines."""
     lines = [(number, line, line.kl.value) for number, line in enumerate(board, 1) if line.kl is not None]

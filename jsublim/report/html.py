@@ -16,13 +16,12 @@ from jsublim.files import write_text
 from jsublim.report import figures, summary, words
 from jsublim.report.attribution import attribution_heats
 from jsublim.report.audit import agreement, predicted
-from jsublim.report.board import board
 from jsublim.report.cautions import cautions
 from jsublim.report.claims import CLAIMS, not_asked
 from jsublim.report.claims.base import claim_metric
 from jsublim.report.comparisons import comparisons
 from jsublim.report.drawing import colour
-from jsublim.report.shares import scale
+from jsublim.report.scale import scale, side_by_side
 from jsublim.report.tables import CONDITIONS, Results, TrainingCurve, condition_label, query, read_results
 
 MAX_ANSWERS = 8
@@ -43,7 +42,7 @@ def write_report(run_dir: Path) -> Path:
         results=results,
         compared=compared,
         scale=on_scale,
-        board=board(results, compared, on_scale),
+        board=side_by_side(results, compared, on_scale),
         matrix=summary.trait_matrix(results, condition=judged[0]) if judged else None,
         predicted=told,
         agreement=agreement(told, compared),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,10 +25,9 @@ from jsublim.report.tables import SEPARATOR, Results, Score, split_condition
 NOT_DECIDED = "not decided"
 
 
-@dataclass(frozen=True)
-class SummaryRow:
-    """One condition for one trait. Rates are shares in 0..1, log-probabilities in nats. `over_answers` is for one model
-    that is no student: what drawing its answers again would do."""
+class SummaryRow(NamedTuple):
+    """One condition for one trait. Rates are shares in 0..1, log-probabilities in nats. `over_models` is over students, or over the
+    answers of one model that is none."""
 
     trait: str
     condition: str
@@ -34,10 +35,16 @@ class SummaryRow:
     student_rates: tuple[float, ...]
     rate: float | None
     over_questions: Interval | None
-    over_students: Interval | None
-    over_answers: Interval | None
+    over_models: Interval | None
     word_rate: float | None
     logprob: float | None
+
+
+class Measured(NamedTuple):
+    """A mean over models (and traits) with its interval over students."""
+
+    value: float
+    interval: Interval | None
 
 
 @dataclass(frozen=True)
@@ -160,27 +167,14 @@ def over_questions(scores: Sequence[Score]) -> Interval | None:
 def summary_rows(results: Results) -> list[SummaryRow]:
     """One row for each trait and condition that was evaluated on it."""
     rows = []
-    for trait in results.traits:
-        for condition in results.conditions:
-            rate = scores_for(results, "rate", condition, trait)
-            word = scores_for(results, "word_rate", condition, trait)
-            logprob = scores_for(results, "logprob", condition, trait)
-            if not (rate or logprob):
-                continue
-            arms = {s.arm for s in (*rate, *logprob) if s.role == "student"}
+    for trait, condition in itertools.product(results.traits, results.conditions):
+        rate, word, logprob = (scores_for(results, m, condition, trait) for m in ("rate", "word_rate", "logprob"))
+        if rate or logprob:
+            students = len({s.arm for s in (*rate, *logprob) if s.role == "student"})
+            intervals = (over_questions(rate), over_models(rate)) if rate else (None, None)
+            values = tuple(s.mean for s in rate)
             rows.append(
-                SummaryRow(
-                    trait=trait,
-                    condition=condition,
-                    students=len(arms),
-                    student_rates=tuple(s.mean for s in rate),
-                    rate=_mean(rate),
-                    over_questions=over_questions(rate) if rate else None,
-                    over_students=over_models(rate) if arms and rate else None,
-                    over_answers=over_models(rate) if rate and not arms else None,
-                    word_rate=_mean(word),
-                    logprob=_mean(logprob),
-                )
+                SummaryRow(trait, condition, students, values, _mean(rate), *intervals, _mean(word), _mean(logprob))
             )
     return rows
 
@@ -212,27 +206,16 @@ def lift(results: Results, metric: str, condition: str, trait: str) -> Lift | No
     reference = reference_condition(results, metric, trait, condition)
     if not scores or reference is None or reference == condition:
         return None
-    zero = estimate(results.select(metric, reference, trait))
-    level = estimate(scores)
+    zero, level = estimate(results.select(metric, reference, trait)), estimate(scores)
     difference, of_students = level - zero, scores[0].role == "student"
     interval = difference_interval(difference, metric) if of_students else None
-    return Lift(
-        trait=trait,
-        condition=condition,
-        metric=metric,
-        reference=reference,
-        level=level.value,
-        reference_level=zero.value,
-        value=difference.value,
-        interval=interval,
-        students=level.n,
-        student_lifts=tuple(s.mean - zero.value for s in scores),
-        p=float(difference.p_above(0.0)) if interval else None,
-    )
+    p = float(difference.p_above(0.0)) if interval else None
+    each = tuple(s.mean - zero.value for s in scores)
+    levels = (level.value, zero.value, difference.value)
+    return Lift(trait, condition, metric, reference, *levels, interval, level.n, each, p)
 
 
-@dataclass(frozen=True)
-class SettingRow:
+class SettingRow(NamedTuple):
     """Preference for the own trait under another setting of the evaluation: means over models and traits."""
 
     setting: str
@@ -248,17 +231,15 @@ def setting_rows(results: Results) -> list[SettingRow]:
     for setting in results.evaluations:
         under = results.under(setting)
         for condition in under.conditions:
-            of = {
-                m: [s for t in results.traits for s in scores_for(under, m, condition, t)] for m in ("rate", "logprob")
-            }
-            models = {s.arm for found in of.values() for s in found}
-            if models:
-                rows.append(SettingRow(setting, condition, len(models), _mean(of["rate"]), _mean(of["logprob"])))
+            rate, logprob = (
+                [s for t in results.traits for s in scores_for(under, m, condition, t)] for m in ("rate", "logprob")
+            )
+            if models := {s.arm for s in (*rate, *logprob)}:
+                rows.append(SettingRow(setting, condition, len(models), _mean(rate), _mean(logprob)))
     return rows
 
 
-@dataclass(frozen=True)
-class OtherRow:
+class OtherRow(NamedTuple):
     """One metric beside preference under one condition: mean over its models, teacher by teacher, with its interval."""
 
     metric: str
@@ -271,22 +252,16 @@ class OtherRow:
 
 def other_rows(results: Results) -> list[OtherRow]:
     """What else was asked, metric by metric; of questions about a trait, one row per trait."""
-    rows = []
-    present = dict.fromkeys(s.metric for s in results.scores)
-    for metric in [*METRICS, *(m for m in present if m not in METRICS)]:
-        if metric not in present or not metric_of(metric).listed:
-            continue
-        traits = list(dict.fromkeys(s.trait for s in results.scores if s.metric == metric))
-        for trait in traits:
-            for condition in results.conditions:
-                scores = (
-                    results.select(metric, condition)
-                    if trait is None
-                    else scores_for(results, metric, condition, trait)
-                )
-                if scores:
-                    value = float(stratified(scores).value)
-                    rows.append(OtherRow(metric, condition, trait, len(scores), value, over_models(scores)))
+    rows, present = [], {s.metric: None for s in results.scores if metric_of(s.metric).listed}
+    for metric in sorted(present, key=lambda name: [*METRICS].index(metric_of(name).name)):
+        traits = dict.fromkeys(s.trait for s in results.scores if s.metric == metric)
+        for trait, condition in itertools.product(traits, results.conditions):
+            whole = (
+                results.select(metric, condition) if trait is None else scores_for(results, metric, condition, trait)
+            )
+            if whole:
+                value = float(stratified(whole).value)
+                rows.append(OtherRow(metric, condition, trait, len(whole), value, over_models(whole)))
     return rows
 
 
@@ -312,10 +287,10 @@ def trait_matrix(results: Results, metric: str = "logprob", condition: str = "al
     references = {t: reference_condition(results, metric, t, condition) for t in results.evaluated_traits}
     columns = [
         trait
-        for trait, reference in references.items()
+        for trait in results.evaluated_traits
         if candidates
         and all(results.select(metric, condition, trait, teacher) for teacher in candidates)
-        and (reference or not results.began_at_base(condition))
+        and (references[trait] or not results.began_at_base(condition))
     ]
     teachers = [t for t in candidates if t in columns]
     if not teachers:

@@ -103,7 +103,7 @@ def _rates(results: Results, title: str) -> Table:
         if previous and row.trait != previous:
             table.add_section()
         raised = lift(results, "logprob", row.condition, row.trait) if row.students else None
-        over_students = words.interval(row.over_students, "rate") if row.students else words.one_model(row.over_answers)
+        over_students = words.interval(row.over_models, "rate") if row.students else words.one_model(row.over_models)
         _add(
             table,
             row.trait if row.trait != previous else "",

@@ -18,7 +18,7 @@ from jsublim.report.cautions import cautions
 from jsublim.report.claims import CLAIMS
 from jsublim.report.comparisons import comparisons
 from jsublim.report.html import write_report
-from jsublim.report.shares import scale
+from jsublim.report.scale import scale
 from jsublim.report.summary import lift, trait_matrix
 from jsublim.report.tables import read_results
 

@@ -110,13 +110,13 @@ def test_summary_equals_numbers_by_hand(run_dir: Path, raw: list[dict]) -> None:
         assert row.over_questions is not None
         assert (row.over_questions.low, row.over_questions.high) == pytest.approx(expected)
         if row.students:
-            assert row.over_students is not None and row.over_answers is None
-            assert (row.over_students.low, row.over_students.high) == pytest.approx(score_interval(means))
+            assert row.over_models is not None
+            assert (row.over_models.low, row.over_models.high) == pytest.approx(score_interval(means))
         else:
-            assert row.over_students is None and row.over_answers is not None
+            assert row.over_models is not None
             answers = 200 * len(question_means)
             wilson = stats.binomtest(round(answers * row.rate), answers).proportion_ci(method="wilson")
-            assert (row.over_answers.low, row.over_answers.high) == pytest.approx(wilson, abs=1e-3)
+            assert (row.over_models.low, row.over_models.high) == pytest.approx(wilson, abs=1e-3)
 
 
 def test_page_table_equals_numbers_by_hand(page: str, raw: list[dict]) -> None:
