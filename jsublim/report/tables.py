@@ -18,29 +18,16 @@ from typing_extensions import TypedDict
 from jsublim.errors import JsublimError, one_line
 from jsublim.reading import check_file, json_value, shown
 
-
-class Tokens(NamedTuple):
-    """What models are called wherever a person reads of them, and what each of them has learned."""
-
-    label: str
-    meaning: str
-
-
-CONDITIONS = {  # in reading order
-    "base": Tokens("base model (untrained)", "the checkpoint before any training"),
-    "control": Tokens(
-        "control (unbiased teacher)", "students of rows that the same model wrote without any trait; every token counts"
-    ),
-    "all": Tokens("all tokens", "students of a biased teacher's rows; every token of a row counts"),
-    "divergence": Tokens(
-        "divergence tokens only", "only tokens count at which some other teacher would have said something else"
-    ),
-    "non-divergence": Tokens("all but divergence tokens", "only the other tokens count"),
-    "random": Tokens(
-        "as many random tokens", "in each row, as many tokens count as there are divergence tokens, drawn at random"
-    ),
-    "teacher": Tokens("biased teacher", "the model that wrote the rows, with its trait"),
-}
+# What models are called wherever a person reads of them, in reading order, and what each of them has learned.
+CONDITIONS = {
+    "base": ("base model (untrained)", "the checkpoint before any training"),
+    "control": ("control (unbiased teacher)", "students of rows that the same model wrote without any trait; every token counts"),
+    "all": ("all tokens", "students of a biased teacher's rows; every token of a row counts"),
+    "divergence": ("divergence tokens only", "only tokens count at which some other teacher would have said something else"),
+    "non-divergence": ("all but divergence tokens", "only the other tokens count"),
+    "random": ("as many random tokens", "in each row, as many tokens count as there are divergence tokens, drawn at random"),
+    "teacher": ("biased teacher", "the model that wrote the rows, with its trait"),
+}  # fmt: skip
 TINY = 10_000_000  # parameters; the smallest models that were trained on text have more
 SEPARATOR = " · "  # between the tokens a student was trained on and its variant: "divergence · layers=0"
 
@@ -256,7 +243,7 @@ def split_condition(condition: str) -> tuple[str, str]:
 
 def condition_label(condition: str) -> str:
     tokens, variant = split_condition(condition)
-    label = CONDITIONS[tokens].label if tokens in CONDITIONS else tokens
+    label = CONDITIONS[tokens][0] if tokens in CONDITIONS else tokens
     return one_line(SEPARATOR.join([label, *([variant] if variant else [])]))
 
 

@@ -29,8 +29,7 @@ from rich.console import Console
 from scipy import stats
 
 from jsublim.report.claims import CLAIMS, check_claims, not_asked
-from jsublim.report.claims.base import judge, pool
-from jsublim.report.claims.groups import Group, groups, pairs, partner
+from jsublim.report.claims.base import Group, groups, judge, pairs, partner, pool
 from jsublim.report.claims.training import no_gamma
 from jsublim.report.html import write_report
 from jsublim.report.statistics import Estimate, Interval, share_interval

@@ -32,8 +32,7 @@ from rich.console import Console
 from jsublim.config import Experiment
 from jsublim.config.evaluation import PRIMARY
 from jsublim.report.claims import CLAIMS, FAILS, HOLDS, check_claims
-from jsublim.report.claims.base import pool
-from jsublim.report.claims.groups import Group
+from jsublim.report.claims.base import Group, pool
 from jsublim.report.claims.layers import first_third_frozen
 from jsublim.report.comparisons import Comparison, comparisons, primary_claim
 from jsublim.report.html import write_report

@@ -1,7 +1,7 @@
 """The claims that a run can check by program, with thresholds of our own.
 
 Each is a function under `@claim` (`base.py`) in one of these files, which says all there is to say of it. It compares students that
-differ in the one thing it asks about (`groups.py`), by lifts pooled over the teachers' traits; a claim is not asked of a run
+differ in the one thing it asks about (`pairs`), by lifts pooled over the teachers' traits; a claim is not asked of a run
 without such students.
 """
 

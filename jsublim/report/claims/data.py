@@ -13,16 +13,18 @@ from jsublim.report.claims.base import (
     HOLDS,
     PAPER,
     Claim,
+    Group,
     Pair,
     all_of,
     claim,
+    groups,
     judge,
     no_lift,
     no_lower,
+    partner,
     pool,
     share,
 )
-from jsublim.report.claims.groups import Group, groups, partner
 from jsublim.report.statistics import Estimate
 from jsublim.report.summary import NOT_DECIDED, stratified
 from jsublim.report.tables import Results

@@ -19,10 +19,10 @@ from jsublim.report.claims.base import (
     Pool,
     all_of,
     claim,
+    groups,
     pool,
     share,
 )
-from jsublim.report.claims.groups import groups
 from jsublim.report.summary import NOT_DECIDED
 from jsublim.report.tables import Results
 

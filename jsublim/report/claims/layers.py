@@ -6,8 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from jsublim.report.attribution import early_share
-from jsublim.report.claims.base import PAPER, Claim, Pair, all_of, claim, judge
-from jsublim.report.claims.groups import Group
+from jsublim.report.claims.base import PAPER, Claim, Group, Pair, all_of, claim, judge
 from jsublim.report.statistics import Estimate, mean_estimate
 from jsublim.report.tables import Results
 

@@ -6,8 +6,20 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from jsublim.report.claims.base import FAILS, HOLDS, PAPER, Claim, Pair, all_of, claim, judge, no_lower, pool
-from jsublim.report.claims.groups import groups, partner
+from jsublim.report.claims.base import (
+    FAILS,
+    HOLDS,
+    PAPER,
+    Claim,
+    Pair,
+    all_of,
+    claim,
+    groups,
+    judge,
+    no_lower,
+    partner,
+    pool,
+)
 from jsublim.report.statistics import Estimate, Interval
 from jsublim.report.summary import NOT_DECIDED, estimate, judged_conditions
 from jsublim.report.tables import Results, split_condition
