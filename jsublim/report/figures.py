@@ -24,8 +24,7 @@ from jsublim.report.summary import (
     OtherRow,
     judged_conditions,
     lifts,
-    reference_condition,
-    scores_for,
+    student_lifts,
     summary_rows,
 )
 from jsublim.report.tables import CONDITIONS, Results, condition_label, split_condition
@@ -89,20 +88,17 @@ def hero(results: Results, metric: str) -> Drawing | None:
     for condition in results.mask_conditions:
         if (pooled := pool(results, metric, condition)) is not None:
             lift = pooled.levels[0].lift
-            dots = [dot for trait in pooled.traits for dot in _students(results, metric, condition, trait)]
+            dots = [
+                _dot(value, metric, f"{trait}, seed {score.seed}")
+                for trait in pooled.traits
+                for score, value in student_lifts(results, metric, condition, trait)
+            ]
             strip = _strip(condition, dots, float(lift.value), pooled.between(lift), metric)
             panels.setdefault(split_condition(condition)[1] or "plain", []).append(strip)
     if sum(map(len, panels.values())) <= ONE_PANEL:
         panels = {"": [*chain(*panels.values())]}
     title = "How far students moved towards their teacher's trait"
     return _strips("transfer-by-tokens", title, _risen(metric), panels, zero=True)
-
-
-def _students(results: Results, metric: str, condition: str, trait: str) -> list[Dot]:
-    zeros = results.select(metric, reference_condition(results, metric, trait, condition) or "", trait)
-    zero = sum(s.mean for s in zeros) / len(zeros)
-    own = scores_for(results, metric, condition, trait)
-    return [_dot(s.mean - zero, metric, f"{trait}, seed {s.seed}") for s in own]
 
 
 def _apart(results: Results) -> list[str]:

@@ -18,9 +18,8 @@ from jsublim.report.summary import (
     Measured,
     judged_conditions,
     over_models,
-    reference_condition,
-    scores_for,
     stratified,
+    student_lifts,
 )
 from jsublim.report.tables import Results, split_condition
 
@@ -83,12 +82,9 @@ def scale(results: Results) -> Scale | None:
 def _by_seed(results: Results, metric: str, condition: str, traits: tuple[str, ...], whole: float) -> dict[int, float]:
     """Each seed's lift, the mean over the traits, as a share of `whole`; seeds that lack a trait are left out."""
     lifts: dict[int, list[float]] = {}
-    for trait in traits:
-        zeros = results.select(metric, reference_condition(results, metric, trait, condition) or "", trait)
-        zero = sum(s.mean for s in zeros) / len(zeros)
-        for score in scores_for(results, metric, condition, trait):
-            if score.seed is not None:
-                lifts.setdefault(score.seed, []).append(score.mean - zero)
+    for score, value in (each for trait in traits for each in student_lifts(results, metric, condition, trait)):
+        if score.seed is not None:
+            lifts.setdefault(score.seed, []).append(value)
     return {seed: sum(values) / len(values) / whole for seed, values in lifts.items() if len(values) == len(traits)}
 
 

@@ -124,6 +124,13 @@ def group_of(scores: Sequence[Score]) -> Hashable:
     return first.metric, first.evaluation, traits, frozenset(s.model or s.arm for s in scores)
 
 
+def student_lifts(results: Results, metric: str, condition: str, trait: str) -> list[tuple[Score, float]]:
+    """Each model of a condition, and how far it lies above the mean of the reference."""
+    zeros = results.select(metric, reference_condition(results, metric, trait, condition) or "", trait)
+    zero = _mean(zeros) or 0.0
+    return [(score, score.mean - zero) for score in scores_for(results, metric, condition, trait)]
+
+
 def stratified(scores: Sequence[Score]) -> Estimate:
     """Mean over teachers of their students' means: teachers differ, and that is no spread between students."""
     strata: dict[str | None, list[Score]] = {}
