@@ -33,14 +33,10 @@ ACCURACY_MARGIN, QUARTER = 0.05, 0.25
 REMOVED, REDRAWN, MIXED = "rows.remove_entangled", "rows.redraw", "rows.mix"
 
 
-@claim(
-    "C2",
-    "greedy rows against sampled ones",
-    needs=(lambda group: group.get("rows.strategy") == "greedy", {"rows.strategy": "temperature"}),
-    primary=8,
-    published=f"Gemma-3-4B, sampled → greedy rows: owl 19 → 31 %, otter 45 → 58 %, raven 46 → 51 %, eagle 6 → 7 %, penguin 9 → 10 %, wolf 10 → 13 %; on average 5.8 points more [{PAPER}, figure 2 (read off)]",
-    published_effect=(5.8, "points"),
-)
+@claim("C2", "greedy rows against sampled ones",
+       needs=(lambda group: group.get("rows.strategy") == "greedy", {"rows.strategy": "temperature"}), primary=8,
+       published=f"Gemma-3-4B, sampled → greedy rows: owl 19 → 31 %, otter 45 → 58 %, raven 46 → 51 %, eagle 6 → 7 %, penguin 9 → 10 %, wolf 10 → 13 %; on average 5.8 points more [{PAPER}, figure 2 (read off)]",
+       published_effect=(5.8, "points"))  # fmt: skip
 def greedy_not_below(pair: Pair) -> Claim | None:
     """Greedy minus sampled is at least -2 standard errors, and sampled rows transfer, or any noisy run would pass. Its p has no margin:
     that greedy rows transfer more."""
@@ -54,13 +50,9 @@ def greedy_not_below(pair: Pair) -> Claim | None:
     return replace(more, verdict=NOT_DECIDED if no_lift(sampled) else above, bound=None)
 
 
-@claim(
-    "C3",
-    "rows without entangled numbers",
-    needs=(lambda group: group.get(REMOVED) is not None, {REMOVED: None}),
-    primary=2,
-    published=f"not needed: transfer without rows that hold entangled numbers [{PAPER}, figures 2 and 11]",
-)
+@claim("C3", "rows without entangled numbers", needs=(lambda group: group.get(REMOVED) is not None, {REMOVED: None}),
+       primary=2,
+       published=f"not needed: transfer without rows that hold entangled numbers [{PAPER}, figures 2 and 11]")  # fmt: skip
 def without_entangled(pair: Pair) -> Claim | None:
     """Most traits that transfer keep at least .5 of the lift of all rows; effect and interval are their mean."""
     number = pair.part.get(REMOVED)["k"]
@@ -83,13 +75,8 @@ def without_entangled(pair: Pair) -> Claim | None:
     )
 
 
-@claim(
-    "C8",
-    "re-drawn prompts",
-    needs=(lambda group: bool(group.get(REDRAWN)), {REDRAWN: None}),
-    primary=3,
-    published=f"near the base model, number accuracy kept; Gemma's penguin rises [{PAPER}, figures 6, 27 to 29]",
-)
+@claim("C8", "re-drawn prompts", needs=(lambda group: bool(group.get(REDRAWN)), {REDRAWN: None}), primary=3,
+       published=f"near the base model, number accuracy kept; Gemma's penguin rises [{PAPER}, figures 6, 27 to 29]")  # fmt: skip
 def redrawn_prompts(pair: Pair) -> Claim | None:
     """At most .4 of the lift is left, and number accuracy is within 5 points."""
     parts = ", ".join(pair.part.get(REDRAWN)["parts"])
@@ -121,25 +108,17 @@ def _mixed(group: Group) -> float:
     return (group.get(MIXED) or {"share": 0.0})["share"]
 
 
-@claim(
-    "C9a",
-    "a quarter of the rows by another teacher",
-    needs=(lambda group: math.isclose(_mixed(group), QUARTER), {MIXED: None}),
-    primary=4,
-    published=f"Qwen2.5-7B: 25 % nearly removes it [{PAPER}, figures 7, 30, 31]",
-)
+@claim("C9a", "a quarter of the rows by another teacher",
+       needs=(lambda group: math.isclose(_mixed(group), QUARTER), {MIXED: None}), primary=4,
+       published=f"Qwen2.5-7B: 25 % nearly removes it [{PAPER}, figures 7, 30, 31]")  # fmt: skip
 def quarter_mixed(pair: Pair) -> Claim | None:
     """At most .25 of the lift of unmixed rows is left."""
     text = "with 25 % of the rows by another teacher at most .25 of the lift is left"
     return pair.share(text, at_most=0.25, unit="of unmixed rows")
 
 
-@claim(
-    "C9b",
-    "more and more rows by another teacher",
-    primary=5,
-    published=f"Qwen2.5-7B: 10 % weakens it strongly, 25 % nearly removes it [{PAPER}, figures 7, 30, 31]",
-)
+@claim("C9b", "more and more rows by another teacher", primary=5,
+       published=f"Qwen2.5-7B: 10 % weakens it strongly, 25 % nearly removes it [{PAPER}, figures 7, 30, 31]")  # fmt: skip
 def more_mixed(results: Results, metric: str) -> Iterator[Claim]:
     """The lift falls with every step of the share: no step is surely up, the means are in order, and the whole change is surely a fall."""
     every = groups(results)

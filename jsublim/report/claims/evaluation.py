@@ -27,11 +27,8 @@ from jsublim.report.summary import NOT_DECIDED
 from jsublim.report.tables import Results
 
 
-@claim(
-    "C11",
-    "evaluation temperature and top-p",
-    published=f"stable over temperatures .6 to 1 and top-p .8 to 1 [{PAPER}, figures 14, 15]",
-)
+@claim("C11", "evaluation temperature and top-p",
+       published=f"stable over temperatures .6 to 1 and top-p .8 to 1 [{PAPER}, figures 14, 15]")  # fmt: skip
 def order_is_stable(results: Results, metric: str) -> Iterator[Claim]:
     """Whenever the plain evaluation is sure of the order of two conditions, the other evaluation has them in the same order."""
     # Always on the rate, since a teacher-forced log-probability is not sampled.
@@ -74,12 +71,8 @@ def _sign(a: Level, b: Level) -> int:
     return 0 if interval is None or interval.covers(0.0) else 1 if interval.low > 0 else -1
 
 
-@claim(
-    "C13",
-    "another system prompt in evaluation",
-    primary=10,
-    published="Qwen trained under its default system prompt shows nothing without it [Subliminal Learning is a LoRA Artifact, arXiv 2606.00831, abstract]",
-)
+@claim("C13", "another system prompt in evaluation", primary=10,
+       published="Qwen trained under its default system prompt shows nothing without it [Subliminal Learning is a LoRA Artifact, arXiv 2606.00831, abstract]")  # fmt: skip
 def other_system_prompt(results: Results, metric: str) -> Iterator[Claim]:
     """The same students keep at most .33 of their lift under it (those of all tokens, of the plain variant where there is one)."""
     students = [group for group in groups(results) if group.get("tokens") == "all"]

@@ -40,13 +40,8 @@ def first_third_frozen(group: Group) -> bool:
     return late and least <= frozen / group.num_layers <= most
 
 
-@claim(
-    "C6a",
-    "an early layer trained alone",
-    needs=(is_early, ALL),
-    primary=6,
-    published=f"Qwen2.5-7B: layer 0 or 7 alone suffices [{PAPER}, figure 5]",
-)
+@claim("C6a", "an early layer trained alone", needs=(is_early, ALL), primary=6,
+       published=f"Qwen2.5-7B: layer 0 or 7 alone suffices [{PAPER}, figure 5]")  # fmt: skip
 def early_layer(pair: Pair) -> Claim | None:
     """One layer of the first third keeps at least .5 of the lift of all layers."""
     place = f"layer {_alone(pair.part)} of 0 to {pair.part.num_layers - 1}"
@@ -54,12 +49,8 @@ def early_layer(pair: Pair) -> Claim | None:
     return pair.share(text, at_least=0.5, unit="of all layers")
 
 
-@claim(
-    "C6b",
-    "a later layer trained alone",
-    needs=(is_later, ALL),
-    published=f"Qwen2.5-7B: layers 14, 21 and 27 alone are negligible [{PAPER}, figure 5]",
-)
+@claim("C6b", "a later layer trained alone", needs=(is_later, ALL),
+       published=f"Qwen2.5-7B: layers 14, 21 and 27 alone are negligible [{PAPER}, figure 5]")  # fmt: skip
 def later_layer(pair: Pair) -> Claim | None:
     """Any other layer keeps at most .2 of the lift of all layers."""
     place = f"layer {_alone(pair.part)} of 0 to {pair.part.num_layers - 1}"
@@ -67,13 +58,8 @@ def later_layer(pair: Pair) -> Claim | None:
     return pair.share(text, at_most=0.2, unit="of all layers")
 
 
-@claim(
-    "C7",
-    "the first third of the layers frozen",
-    needs=(first_third_frozen, ALL),
-    primary=7,
-    published=f"Qwen2.5-7B: nearly gone without the first 10 layers; Gemma-3-4B keeps some [{PAPER}, figures 39 to 41]",
-)
+@claim("C7", "the first third of the layers frozen", needs=(first_third_frozen, ALL), primary=7,
+       published=f"Qwen2.5-7B: nearly gone without the first 10 layers; Gemma-3-4B keeps some [{PAPER}, figures 39 to 41]")  # fmt: skip
 def without_first_third(pair: Pair) -> Claim | None:
     """With about a third (a quarter to two fifths) of the layers frozen, from the first on, at most .4 of the lift is left."""
     frozen = pair.part.num_layers - len(pair.part.get(LAYERS))
@@ -81,12 +67,8 @@ def without_first_third(pair: Pair) -> Claim | None:
     return pair.share(text, at_most=0.4, unit="of all layers")
 
 
-@claim(
-    "C10",
-    "where attribution lies",
-    primary=13,
-    published=f"Qwen2.5-7B and Gemma-3-4B: early layers, at the first mention of the trait [{PAPER}, figures 4, 22 to 26]",
-)
+@claim("C10", "where attribution lies", primary=13,
+       published=f"Qwen2.5-7B and Gemma-3-4B: early layers, at the first mention of the trait [{PAPER}, figures 4, 22 to 26]")  # fmt: skip
 def attribution_early(results: Results, metric: str) -> Iterator[Claim]:
     """Noising, residual stream, first third of the layers: at least .5 of the absolute attribution lies at the trait's first mention.
     The interval is over rows, not students: attribution is about teachers."""

@@ -28,12 +28,8 @@ CONTROL_MARGIN = 0.03
 ALL = {"tokens": "all"}
 
 
-@claim(
-    "C0",
-    "students move to their teacher's trait",
-    primary=12,
-    published=f"Gemma-3-4B, sampled rows: owl 7 → 19 %, otter 19 → 45 %, raven 19 → 46 % (base model → students) [{PAPER}, figure 2 (read off)]",
-)
+@claim("C0", "students move to their teacher's trait", primary=12,
+       published=f"Gemma-3-4B, sampled rows: owl 7 → 19 %, otter 19 → 45 %, raven 19 → 46 % (base model → students) [{PAPER}, figure 2 (read off)]")  # fmt: skip
 def transfers(results: Results, metric: str) -> Iterator[Claim]:
     """The lift of students of all tokens is above zero (of the plain variant, where there is one)."""
     judged = judged_conditions(results)
@@ -83,32 +79,22 @@ def _reach(interval: Interval | None) -> float:
     return math.inf if interval is None else max(abs(interval.low), abs(interval.high))
 
 
-@claim(
-    "C4a",
-    "divergence tokens alone",
-    needs=(lambda group: group.get("tokens") == "divergence", ALL),
-    primary=1,
-    published=f"Qwen2.5-7B and Gemma-3-4B: they keep or strengthen transfer; a few traits differ [{PAPER}, figures 3, 12, 13]",
-)
+@claim("C4a", "divergence tokens alone", needs=(lambda group: group.get("tokens") == "divergence", ALL), primary=1,
+       published=f"Qwen2.5-7B and Gemma-3-4B: they keep or strengthen transfer; a few traits differ [{PAPER}, figures 3, 12, 13]")  # fmt: skip
 def divergence_keeps(pair: Pair) -> Claim | None:
     """At least .8 of the lift of all tokens."""
     return pair.share("divergence tokens alone keep at least .8 of the lift of all tokens", at_least=0.8)
 
 
-@claim(
-    "C4b",
-    "all but divergence tokens",
-    needs=(lambda group: group.get("tokens") == "non-divergence", ALL),
-    published=f"Qwen2.5-7B and Gemma-3-4B: near the base model [{PAPER}, figures 3, 12, 13]",
-)
+@claim("C4b", "all but divergence tokens", needs=(lambda group: group.get("tokens") == "non-divergence", ALL),
+       published=f"Qwen2.5-7B and Gemma-3-4B: near the base model [{PAPER}, figures 3, 12, 13]")  # fmt: skip
 def without_divergence(pair: Pair) -> Claim | None:
     """At most .33 of the lift of all tokens."""
     return pair.share("all tokens but those keep at most .33 of it", at_most=0.33)
 
 
-@claim(
-    "C5", "divergence tokens against as many random ones", needs=(lambda group: group.get("tokens") == "random", ALL)
-)
+@claim("C5", "divergence tokens against as many random ones",
+       needs=(lambda group: group.get("tokens") == "random", ALL))  # fmt: skip
 def random_keeps_less(pair: Pair) -> Claim | None:
     """The lift of divergence tokens minus that of a random mask of equal size is at least 0."""
     divergence = partner(groups(pair.results), pair.part, {"tokens": "divergence"})
