@@ -91,8 +91,7 @@ class Dot(NamedTuple):
     said: str
 
 
-@dataclass(frozen=True)
-class Strip:
+class Strip(NamedTuple):
     """One line of dots: models of one kind, their mean, the mean's interval; all of it once more in words (`said`). `bound` is a
     threshold, `published` a value that others found."""
 
@@ -105,24 +104,13 @@ class Strip:
     bound: float | None = None
     published: float | None = None
 
-    def offset(self, number: int) -> float:
-        """Pixels by which a dot lies above or below the line's middle, so that equal ones can be told apart."""
-        count = len(self.dots)
-        return 0.0 if count < 2 else round(-5 + 10 * number / (count - 1), 1)
 
-
-@dataclass(frozen=True)
-class Strips:
+class Strips(NamedTuple):
     """A panel of strips under one title, along one axis."""
 
     title: str
     axis: Axis
     strips: tuple[Strip, ...]
-
-    @property
-    def described(self) -> str:
-        """For those who do not see it."""
-        return "; ".join(f"{strip.label}: {strip.said}" for strip in self.strips)
 
 
 class Polyline(NamedTuple):
@@ -146,9 +134,8 @@ class Mark(NamedTuple):
     beside: tuple[int, int] = (0, 0)
 
 
-@dataclass(frozen=True)
-class Plot:
-    """A panel of lines, or of marks. `legend` holds each kind of line once; a single kind needs none, nor do marks."""
+class Plot(NamedTuple):
+    """A panel of lines, or of marks."""
 
     title: str
     x: Axis
@@ -156,19 +143,8 @@ class Plot:
     lines: tuple[Polyline, ...] = ()
     marks: tuple[Mark, ...] = ()
 
-    @property
-    def legend(self) -> list[Polyline]:
-        kinds = list({line[:3]: line for line in self.lines}.values())
-        return kinds if len(kinds) > 1 else []
 
-    @property
-    def described(self) -> str:
-        shown = "; ".join(f"{each.label}: {each.said}" for each in (*self.lines, *self.marks))
-        return f"{self.y.label} by {self.x.label}. {shown}"
-
-
-@dataclass(frozen=True)
-class Drawing:
+class Drawing(NamedTuple):
     """A figure: panels that stand beside one another where there is room, and below one another where there is none. `key` is its name
     in links and in files that are saved from the page."""
 
@@ -217,8 +193,7 @@ class Cell(NamedTuple):
     own: bool = False  # framed
 
 
-@dataclass(frozen=True)
-class Heat:
+class Heat(NamedTuple):
     """A heat map as a table: `rows` are headings with their cells."""
 
     title: str

@@ -68,7 +68,7 @@ def _templates() -> Environment:
     modules: dict[str, Any] = {"words": words, "figures": figures, "summary": summary}
     named: dict[str, Any] = {"label": condition_label, "questions": CLAIMS, "known_conditions": CONDITIONS}
     functions = (
-        cautions, claim_metric, colour, common_answers, metric_of, not_asked, said_at_tokens, training_table, variants
+        cautions, claim_metric, colour, common_answers, metric_of, not_asked, quoted, shown, training_table, variants
     )  # fmt: skip
     environment.globals |= modules | named | {function.__name__: function for function in functions}
     return environment
@@ -84,23 +84,13 @@ def variants(results: Results) -> dict[str, dict[str, Any]]:
     return {variant: {key: own.get(key) for key in apart} for variant, own in settings.items()} if apart else {}
 
 
-def said_at_tokens(row: dict[str, Any]) -> dict[str, Any]:
-    """A kept row of a teacher, in text that can be shown; what a teacher says at a token is quoted."""
-    tokens = [
-        {
-            "text": _lines(piece["text"]),
-            "readings": [
-                r | {"says": one_line(json.dumps(r["says"], ensure_ascii=False))} for r in piece.get("readings", [])
-            ],
-        }
-        for piece in row["tokens"]
-    ]
-    return row | {"prompt": _lines(row["prompt"]), "tokens": tokens}
-
-
-def _lines(text: str) -> str:
+def shown(text: str) -> str:
     """Text whose lines stay lines, and whose other control characters are shown by their escapes."""
     return "\n".join(map(one_line, text.split("\n")))
+
+
+def quoted(text: str) -> str:
+    return one_line(json.dumps(text, ensure_ascii=False))
 
 
 def training_table(results: Results) -> list[dict[str, Any]]:
