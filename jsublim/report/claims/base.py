@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 from jsublim.evals.metric import metric_of
@@ -123,50 +123,15 @@ class Pair:
         return share(self.pool(), text, **how)
 
 
-Needs = tuple[
-    Callable[[Group], bool], Mapping[str, Any]
-]  # which groups are asked about, and the facts of their partners
+# Which groups a claim asks about, and the facts of those that it holds them against.
+Needs = tuple[Callable[[Group], bool], Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
-class Question:
-    """A claim as it is asked of any run; the fields are the arguments of `claim`."""
+@dataclass(eq=False)
+class claim:  # noqa: N801: it decorates functions
+    """Registers a function as the check of a claim; its docstring says when it holds (docs/paper_map.md is made of it).
 
-    key: str
-    question: str
-    check: Callable[..., Any]
-    needs: Needs | None
-    published: str
-    published_effect: tuple[float, str] | None
-    primary: int | None
-
-    def answers(self, results: Results, metric: str) -> list[Claim]:
-        """One claim for each comparison that it can be read off."""
-        if self.needs is None:
-            found = [*self.check(results, metric)]
-        else:
-            asked = [Pair(results, metric, *groups) for groups in pairs(results, *self.needs)]
-            checked = ((self.check(pair), pair.part.variant) for pair in asked)
-            found = [replace(claim, variant=variant) for claim, variant in checked if claim]
-        named = ((claim, f"{claim.text} ({claim.variant})" if claim.variant else claim.text) for claim in found)
-        return [replace(claim, key=self.key, text=text) for claim, text in named]
-
-
-CLAIMS: dict[str, Question] = {}  # by key, in the order of the report
-
-
-def claim(
-    key: str,
-    question: str,
-    *,
-    needs: Needs | None = None,
-    published: str = "",
-    published_effect: tuple[float, str] | None = None,
-    primary: int | None = None,
-) -> Callable:
-    """Register a function as the check of a claim; its docstring says when it holds (docs/paper_map.md is made of it).
-
-    Args:
+    Attributes:
       question: what it is about, in a few words.
       needs: students that differ in one thing; the function gets a `Pair` for each two groups that do, and gives a claim or
         none. Without it the function gets the results and the metric of lifts, and gives any number of claims.
@@ -177,13 +142,35 @@ def claim(
         students (and measurements) are made for is the primary comparison; what was planned decides, never what came out.
     """
 
-    def register(check: Callable) -> Callable:
-        CLAIMS[key] = Question(key, question, check, needs, published, published_effect, primary)
-        for each in sorted(CLAIMS, key=lambda each: [int(re.sub(r"\D", "", each)), each]):
-            CLAIMS[each] = CLAIMS.pop(each)
+    key: str
+    question: str
+    _: KW_ONLY
+    needs: Needs | None = None
+    published: str = ""
+    published_effect: tuple[float, str] | None = None
+    primary: int | None = None
+    check: Callable[..., Any] = field(init=False)
+
+    def __call__(self, check: Callable) -> Callable:
+        self.check = check
+        CLAIMS[self.key] = self
+        for key in sorted(CLAIMS, key=lambda key: [int(re.sub(r"\D", "", key)), key]):
+            CLAIMS[key] = CLAIMS.pop(key)
         return check
 
-    return register
+    def answers(self, results: Results, metric: str) -> list[Claim]:
+        """One claim for each comparison that it can be read off."""
+        if self.needs is None:
+            found = [*self.check(results, metric)]
+        else:
+            asked = [Pair(results, metric, *groups) for groups in pairs(results, *self.needs)]
+            checked = ((self.check(pair), pair.part.variant) for pair in asked)
+            found = [replace(one, variant=variant) for one, variant in checked if one]
+        named = ((one, f"{one.text} ({one.variant})" if one.variant else one.text) for one in found)
+        return [replace(one, key=self.key, text=text) for one, text in named]
+
+
+CLAIMS: dict[str, claim] = {}  # by key, in the order of the report
 
 
 @dataclass(frozen=True)
