@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -222,27 +222,18 @@ def lift(results: Results, metric: str, condition: str, trait: str) -> Lift | No
     return Lift(trait, condition, metric, reference, *levels, interval, level.n, each, p)
 
 
-class SettingRow(NamedTuple):
-    """Preference for the own trait under another setting of the evaluation: means over models and traits."""
-
-    setting: str
-    condition: str
-    models: int
-    rate: float | None
-    logprob: float | None
-
-
-def setting_rows(results: Results) -> list[SettingRow]:
-    """Setting by setting, condition by condition."""
+def setting_rows(results: Results) -> list[dict[str, Any]]:
+    """Preference for the own trait under every other setting of the evaluation, condition by condition: means over models and traits."""
     rows = []
     for setting in results.evaluations:
         under = results.under(setting)
         for condition in under.conditions:
-            rate, logprob = (
-                [s for t in results.traits for s in scores_for(under, m, condition, t)] for m in ("rate", "logprob")
-            )
-            if models := {s.arm for s in (*rate, *logprob)}:
-                rows.append(SettingRow(setting, condition, len(models), _mean(rate), _mean(logprob)))
+            of = {
+                m: [s for t in results.traits for s in scores_for(under, m, condition, t)] for m in ("rate", "logprob")
+            }
+            if models := len({s.arm for scores in of.values() for s in scores}):
+                means = {metric: _mean(scores) for metric, scores in of.items()}
+                rows.append({"setting": setting, "condition": condition, "models": models, **means})
     return rows
 
 

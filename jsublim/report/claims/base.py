@@ -107,7 +107,7 @@ def pairs(results: Results, asked: Callable[[Group], bool], plain: Mapping[str, 
 
 
 @dataclass(frozen=True)
-class Pair:
+class StudentPair:
     """Students that something was changed for (`part`), and those that differ from them in that alone (`whole`)."""
 
     results: Results
@@ -128,12 +128,12 @@ Needs = tuple[Callable[[Group], bool], Mapping[str, Any]]
 
 
 @dataclass(eq=False)
-class claim:  # noqa: N801: it decorates functions
+class claim:
     """Registers a function as the check of a claim; its docstring says when it holds (docs/paper_map.md is made of it).
 
     Attributes:
       question: what it is about, in a few words.
-      needs: students that differ in one thing; the function gets a `Pair` for each two groups that do, and gives a claim or
+      needs: students that differ in one thing; the function gets a `StudentPair` for each two groups that do, and gives a claim or
         none. Without it the function gets the results and the metric of lifts, and gives any number of claims.
       published: what was found of large models, and in brackets where: a section, figure or table. Values read off a figure are
         right to about 2 points.
@@ -163,7 +163,7 @@ class claim:  # noqa: N801: it decorates functions
         if self.needs is None:
             found = [*self.check(results, metric)]
         else:
-            asked = [Pair(results, metric, *groups) for groups in pairs(results, *self.needs)]
+            asked = [StudentPair(results, metric, *groups) for groups in pairs(results, *self.needs)]
             checked = ((self.check(pair), pair.part.variant) for pair in asked)
             found = [replace(one, variant=variant) for one, variant in checked if one]
         named = ((one, f"{one.text} ({one.variant})" if one.variant else one.text) for one in found)

@@ -14,7 +14,7 @@ from jsublim.report.claims.base import (
     PAPER,
     Claim,
     Group,
-    Pair,
+    StudentPair,
     all_of,
     claim,
     groups,
@@ -37,7 +37,7 @@ REMOVED, REDRAWN, MIXED = "rows.remove_entangled", "rows.redraw", "rows.mix"
        needs=(lambda group: group.get("rows.strategy") == "greedy", {"rows.strategy": "temperature"}), primary=8,
        published=f"Gemma-3-4B, sampled → greedy rows: owl 19 → 31 %, otter 45 → 58 %, raven 46 → 51 %, eagle 6 → 7 %, penguin 9 → 10 %, wolf 10 → 13 %; on average 5.8 points more [{PAPER}, figure 2 (read off)]",
        published_effect=(5.8, "points"))  # fmt: skip
-def greedy_not_below(pair: Pair) -> Claim | None:
+def greedy_not_below(pair: StudentPair) -> Claim | None:
     """Greedy minus sampled is at least -2 standard errors, and sampled rows transfer, or any noisy run would pass. Its p has no margin:
     that greedy rows transfer more."""
     found = pair.pool()
@@ -53,7 +53,7 @@ def greedy_not_below(pair: Pair) -> Claim | None:
 @claim("C3", "rows without entangled numbers", needs=(lambda group: group.get(REMOVED) is not None, {REMOVED: None}),
        primary=2,
        published=f"not needed: transfer without rows that hold entangled numbers [{PAPER}, figures 2 and 11]")  # fmt: skip
-def without_entangled(pair: Pair) -> Claim | None:
+def without_entangled(pair: StudentPair) -> Claim | None:
     """Most traits that transfer keep at least .5 of the lift of all rows; effect and interval are their mean."""
     number = pair.part.get(REMOVED)["k"]
     text = f"without the top {number} entangled numbers most transferring traits keep over half their lift"
@@ -77,7 +77,7 @@ def without_entangled(pair: Pair) -> Claim | None:
 
 @claim("C8", "re-drawn prompts", needs=(lambda group: bool(group.get(REDRAWN)), {REDRAWN: None}), primary=3,
        published=f"near the base model, number accuracy kept; Gemma's penguin rises [{PAPER}, figures 6, 27 to 29]")  # fmt: skip
-def redrawn_prompts(pair: Pair) -> Claim | None:
+def redrawn_prompts(pair: StudentPair) -> Claim | None:
     """At most .4 of the lift is left, and number accuracy is within 5 points."""
     parts = ", ".join(pair.part.get(REDRAWN)["parts"])
     text = f"with prompts re-drawn ({parts}) at most .4 of the lift is left, number accuracy within 5 points"
@@ -90,7 +90,7 @@ def redrawn_prompts(pair: Pair) -> Claim | None:
     return replace(lost, verdict=joint, reason=f"{lost.reason}; {words}", p=all_of(lost.p, p))
 
 
-def _accuracy_kept(pair: Pair) -> tuple[str, str, float | None]:
+def _accuracy_kept(pair: StudentPair) -> tuple[str, str, float | None]:
     for metric in ("number_accuracy_heldout", "number_accuracy"):
         scores = [pair.results.select(metric, group.name) for group in (pair.part, pair.whole)]
         if all(scores):
@@ -111,7 +111,7 @@ def _mixed(group: Group) -> float:
 @claim("C9a", "a quarter of the rows by another teacher",
        needs=(lambda group: math.isclose(_mixed(group), QUARTER), {MIXED: None}), primary=4,
        published=f"Qwen2.5-7B: 25 % nearly removes it [{PAPER}, figures 7, 30, 31]")  # fmt: skip
-def quarter_mixed(pair: Pair) -> Claim | None:
+def quarter_mixed(pair: StudentPair) -> Claim | None:
     """At most .25 of the lift of unmixed rows is left."""
     text = "with 25 % of the rows by another teacher at most .25 of the lift is left"
     return pair.share(text, at_most=0.25, unit="of unmixed rows")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from jsublim.report.attribution import early_share
-from jsublim.report.claims.base import PAPER, Claim, Group, Pair, all_of, claim, judge
+from jsublim.report.claims.base import PAPER, Claim, Group, StudentPair, all_of, claim, judge
 from jsublim.report.statistics import Estimate, mean_estimate
 from jsublim.report.tables import Results
 
@@ -42,7 +42,7 @@ def first_third_frozen(group: Group) -> bool:
 
 @claim("C6a", "an early layer trained alone", needs=(is_early, ALL), primary=6,
        published=f"Qwen2.5-7B: layer 0 or 7 alone suffices [{PAPER}, figure 5]")  # fmt: skip
-def early_layer(pair: Pair) -> Claim | None:
+def early_layer(pair: StudentPair) -> Claim | None:
     """One layer of the first third keeps at least .5 of the lift of all layers."""
     place = f"layer {_alone(pair.part)} of 0 to {pair.part.num_layers - 1}"
     text = f"{place} (early), trained alone, keeps at least .5 of the lift of all layers"
@@ -51,7 +51,7 @@ def early_layer(pair: Pair) -> Claim | None:
 
 @claim("C6b", "a later layer trained alone", needs=(is_later, ALL),
        published=f"Qwen2.5-7B: layers 14, 21 and 27 alone are negligible [{PAPER}, figure 5]")  # fmt: skip
-def later_layer(pair: Pair) -> Claim | None:
+def later_layer(pair: StudentPair) -> Claim | None:
     """Any other layer keeps at most .2 of the lift of all layers."""
     place = f"layer {_alone(pair.part)} of 0 to {pair.part.num_layers - 1}"
     text = f"{place} (later), trained alone, keeps at most .2 of the lift of all layers"
@@ -60,7 +60,7 @@ def later_layer(pair: Pair) -> Claim | None:
 
 @claim("C7", "the first third of the layers frozen", needs=(first_third_frozen, ALL), primary=7,
        published=f"Qwen2.5-7B: nearly gone without the first 10 layers; Gemma-3-4B keeps some [{PAPER}, figures 39 to 41]")  # fmt: skip
-def without_first_third(pair: Pair) -> Claim | None:
+def without_first_third(pair: StudentPair) -> Claim | None:
     """With about a third (a quarter to two fifths) of the layers frozen, from the first on, at most .4 of the lift is left."""
     frozen = pair.part.num_layers - len(pair.part.get(LAYERS))
     text = f"with the first {frozen} of {pair.part.num_layers} layers frozen, at most .4 of the lift is left"

@@ -11,7 +11,7 @@ from jsublim.report.claims.base import (
     HOLDS,
     PAPER,
     Claim,
-    Pair,
+    StudentPair,
     all_of,
     claim,
     groups,
@@ -81,21 +81,21 @@ def _reach(interval: Interval | None) -> float:
 
 @claim("C4a", "divergence tokens alone", needs=(lambda group: group.get("tokens") == "divergence", ALL), primary=1,
        published=f"Qwen2.5-7B and Gemma-3-4B: they keep or strengthen transfer; a few traits differ [{PAPER}, figures 3, 12, 13]")  # fmt: skip
-def divergence_keeps(pair: Pair) -> Claim | None:
+def divergence_keeps(pair: StudentPair) -> Claim | None:
     """At least .8 of the lift of all tokens."""
     return pair.share("divergence tokens alone keep at least .8 of the lift of all tokens", at_least=0.8)
 
 
 @claim("C4b", "all but divergence tokens", needs=(lambda group: group.get("tokens") == "non-divergence", ALL),
        published=f"Qwen2.5-7B and Gemma-3-4B: near the base model [{PAPER}, figures 3, 12, 13]")  # fmt: skip
-def without_divergence(pair: Pair) -> Claim | None:
+def without_divergence(pair: StudentPair) -> Claim | None:
     """At most .33 of the lift of all tokens."""
     return pair.share("all tokens but those keep at most .33 of it", at_most=0.33)
 
 
 @claim("C5", "divergence tokens against as many random ones",
        needs=(lambda group: group.get("tokens") == "random", ALL))  # fmt: skip
-def random_keeps_less(pair: Pair) -> Claim | None:
+def random_keeps_less(pair: StudentPair) -> Claim | None:
     """The lift of divergence tokens minus that of a random mask of equal size is at least 0."""
     divergence = partner(groups(pair.results), pair.part, {"tokens": "divergence"})
     found = divergence and pool(pair.results, pair.metric, divergence.name, pair.part.name, pair.whole.name)

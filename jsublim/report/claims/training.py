@@ -8,7 +8,7 @@ from jsublim.report.claims.base import (
     HOLDS,
     PAPER,
     Claim,
-    Pair,
+    StudentPair,
     all_of,
     claim,
     judge,
@@ -29,7 +29,7 @@ _HARD = {
 @claim("C12", "another initialisation",
        needs=(lambda group: group.get("students.model") is not None, {"students.model": None}), primary=9,
        published=f"no transfer between models that start from different weights [{CLOUD}, abstract]")  # fmt: skip
-def other_initialisation(pair: Pair) -> Claim | None:
+def other_initialisation(pair: StudentPair) -> Claim | None:
     """γ of the trait matrix is surely smaller than that of the teacher's own initialisation, which is surely above 0. If γ is above 0
     both over seeds and over relabellings, the claim does not hold; if it is over seeds, and there are too few teachers to relabel
     (two or three), it is not decided."""
@@ -62,7 +62,7 @@ def no_gamma(other: Estimate | None, own: Estimate | None, by_labels: bool | Non
 @claim("C14", "soft targets against hard ones",
        needs=(lambda group: group.get("students.loss.kind") == "forward-kl", _HARD), primary=11,
        published=f"expected of whole distributions, surprising of sampled tokens [{PAPER}, abstract]")  # fmt: skip
-def soft_not_below(pair: Pair) -> Claim | None:
+def soft_not_below(pair: StudentPair) -> Claim | None:
     """The lift by forward KL minus that by tokens is at least 0; one of the two is above zero, or "no less" would say nothing."""
     found = pair.pool()
     text = "forward KL to the teacher transfers no less than its tokens"
