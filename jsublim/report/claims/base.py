@@ -268,34 +268,34 @@ def all_of(*ps: Any) -> float | None:
 
 
 def share(
-    found: Pool | None,
+    pooled: Pool | None,
     text: str,
     at_least: float | None = None,
     at_most: float | None = None,
     unit: str = "of all tokens",
 ) -> Claim | None:
     """The lift of the pool's first group as a share of its second's, held against a bound. It needs a lift to take a share of."""
-    if found is None:
+    if pooled is None:
         return None
-    (part, whole), bound = found.levels, at_least if at_most is None else at_most
+    (part, whole), bound = pooled.levels, at_least if at_most is None else at_most
     above = share_p_above(part.lift, whole.lift, (at_least or 0.0) if at_most is None else at_most)
     p = all_of(above if at_most is None else 1 - above, whole.lift.p_above(0.0))
-    claim = Claim(text, found.metric, unit, part.students.n + whole.students.n, p=p, bound=bound)
+    claim = Claim(text, pooled.metric, unit, part.students.n + whole.students.n, p=p, bound=bound)
     if reason := no_lift(whole):  # a share of a lift that is not above zero would be a meaningless number
         return replace(claim, reason=reason)
     interval = share_interval(part.lift, whole.lift)
-    reason = found.words if interval else "too few students to bound the share"
+    reason = pooled.words if interval else "too few students to bound the share"
     effect, verdict = float(part.lift.value / whole.lift.value), judge(interval, at_least, at_most)
     return replace(claim, effect=effect, interval=interval, verdict=verdict, reason=reason)
 
 
-def no_lower(found: Pool, text: str, what: str, lifted: Sequence[Level]) -> Claim:
+def no_lower(pooled: Pool, text: str, what: str, lifted: Sequence[Level]) -> Claim:
     """The lift of the pool's first group held against its second's: no lower. Nothing is decided unless one of `lifted` is above
     zero."""
-    difference, open_for = found.levels[0].above(found.levels[1]), [no_lift(level) for level in lifted]
-    interval, is_open = found.between(difference), all(open_for)
+    difference, open_for = pooled.levels[0].above(pooled.levels[1]), [no_lift(level) for level in lifted]
+    interval, is_open = pooled.between(difference), all(open_for)
     verdict = NOT_DECIDED if is_open else judge(interval, at_least=0.0)
-    reason = open_for[-1] if is_open else f"{what}, {found.words}"
+    reason = open_for[-1] if is_open else f"{what}, {pooled.words}"
     p = all_of(difference.p_above(0.0), min(level.lift.p_above(0.0) for level in lifted))
-    claim = Claim(text, found.metric, found.unit, difference.n, verdict, reason, p=p, bound=0.0)
+    claim = Claim(text, pooled.metric, pooled.unit, difference.n, verdict, reason, p=p, bound=0.0)
     return replace(claim, effect=float(difference.value), interval=interval)

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from jsublim.evals.numbers import HELD_OUT, LEARNED
 from jsublim.report.claims.base import (
     FAILS,
     HOLDS,
@@ -40,13 +41,13 @@ REMOVED, REDRAWN, MIXED = "rows.remove_entangled", "rows.redraw", "rows.mix"
 def greedy_not_below(pair: StudentPair) -> Claim | None:
     """Greedy minus sampled is at least -2 standard errors, and sampled rows transfer, or any noisy run would pass. Its p has no margin:
     that greedy rows transfer more."""
-    found = pair.pool()
-    if found is None:
+    pooled = pair.pool()
+    if pooled is None:
         return None
     text = "greedy rows transfer no less than sampled ones, but for 2 standard errors"
-    difference, sampled = found.levels[0].above(found.levels[1]), found.levels[1]
+    difference, sampled = pooled.levels[0].above(pooled.levels[1]), pooled.levels[1]
     above = HOLDS if difference.value >= -2 * float(difference.error) else FAILS
-    more = no_lower(found, text, "greedy minus sampled", [sampled])
+    more = no_lower(pooled, text, "greedy minus sampled", [sampled])
     return replace(more, verdict=NOT_DECIDED if no_lift(sampled) else above, bound=None)
 
 
@@ -59,20 +60,18 @@ def without_entangled(pair: StudentPair) -> Claim | None:
     text = f"without the top {number} entangled numbers most transferring traits keep over half their lift"
     how: dict[str, Any] = {"at_least": 0.5, "unit": "of all rows"}
     by_trait = {trait: pair.pool(traits=[trait]) for trait in pair.results.traits}
-    moving = {trait: found for trait, found in by_trait.items() if found and not no_lift(found.levels[1])}
+    moving = {trait: pooled for trait, pooled in by_trait.items() if pooled and not no_lift(pooled.levels[1])}
     mean = share(pair.pool(traits=[*moving] or None), text, **how)
     if not moving or mean is None:
         return mean
-    kept = [found for pooled in moving.values() if (found := share(pooled, text, **how))]
-    verdicts = Counter(found.verdict for found in kept)
+    kept = [one for pooled in moving.values() if (one := share(pooled, text, **how))]
+    verdicts = Counter(one.verdict for one in kept)
     majority = {verdict for verdict, count in verdicts.items() if 2 * count > len(moving)}
     reason = f"{verdicts[HOLDS]} of {len(moving)} transferring traits keep it, {verdicts[FAILS]} do not ({', '.join(moving)})"
-    most = sorted(math.inf if found.p is None else found.p for found in kept)[
-        len(kept) // 2
-    ]  # over half have one as small
-    return replace(
-        mean, verdict=majority.pop() if majority else NOT_DECIDED, reason=reason, p=None if most == math.inf else most
-    )
+    ps = sorted(math.inf if one.p is None else one.p for one in kept)
+    p = ps[len(kept) // 2]  # over half have one as small
+    verdict = majority.pop() if majority else NOT_DECIDED
+    return replace(mean, verdict=verdict, reason=reason, p=None if p == math.inf else p)
 
 
 @claim("C8", "re-drawn prompts", needs=(lambda group: bool(group.get(REDRAWN)), {REDRAWN: None}), primary=3,
@@ -91,7 +90,7 @@ def redrawn_prompts(pair: StudentPair) -> Claim | None:
 
 
 def _accuracy_kept(pair: StudentPair) -> tuple[str, str, float | None]:
-    for metric in ("number_accuracy_heldout", "number_accuracy"):
+    for metric in (HELD_OUT, LEARNED):
         scores = [pair.results.select(metric, group.name) for group in (pair.part, pair.whole)]
         if all(scores):
             difference = stratified(scores[0]) - stratified(scores[1])
@@ -129,22 +128,20 @@ def more_mixed(results: Results, metric: str) -> Iterator[Claim]:
             plain = partner(every, group, {MIXED: None})
             series.append([*([plain] if plain else []), *sorted(alike, key=_mixed)])
     for members in (members for members in series if len(members) > 2):
-        found = pool(results, metric, *(group.name for group in members))
-        if found is None:
+        pooled = pool(results, metric, *(group.name for group in members))
+        if pooled is None:
             continue
         shares = [f"{_mixed(group):.0%}" for group in members]
-        steps = [b.above(a) for a, b in zip(found.levels, found.levels[1:], strict=False)]
-        first, whole = found.levels[0], found.levels[-1].above(found.levels[0])
+        steps = [b.above(a) for a, b in zip(pooled.levels, pooled.levels[1:], strict=False)]
+        first, whole = pooled.levels[0], pooled.levels[-1].above(pooled.levels[0])
         verdict = NOT_DECIDED if no_lift(first) else _falling(steps, whole)
-        reason = no_lift(first) or f"{shares[-1]} minus {shares[0]}; shares {', '.join(shares)}, {found.words}"
-        text, students = (
-            "the lift falls with every step of the share that another teacher wrote",
-            sum(level.students.n for level in found.levels),
-        )
+        reason = no_lift(first) or f"{shares[-1]} minus {shares[0]}; shares {', '.join(shares)}, {pooled.words}"
+        text = "the lift falls with every step of the share that another teacher wrote"
+        students = sum(level.students.n for level in pooled.levels)
         # Of the whole change; where a mean is out of order, 1.
         p = all_of(whole.p_below(0.0), first.lift.p_above(0.0), 0.0 if _in_order(steps) else 1.0)
-        claim = Claim(text, metric, found.unit, students, verdict, reason, p=p, bound=0.0, variant=members[-1].variant)
-        yield replace(claim, effect=float(whole.value), interval=found.between(whole))
+        claim = Claim(text, metric, pooled.unit, students, verdict, reason, p=p, bound=0.0, variant=members[-1].variant)
+        yield replace(claim, effect=float(whole.value), interval=pooled.between(whole))
 
 
 def _but_share(group: Group) -> dict:

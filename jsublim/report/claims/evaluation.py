@@ -58,12 +58,12 @@ def _order(text: str, plain: Pool, varied: Pool) -> Claim:
             ps.append(again.p_above(0.0))
     students = sum(level.students.n for level in plain.levels)
     reason = "no two conditions are surely apart in the plain evaluation"
-    found = Claim(text, plain.metric, "of the sure orders", students, reason=reason)
+    claim = Claim(text, plain.metric, "of the sure orders", students, reason=reason)
     if not sure:
-        return found
+        return claim
     verdict = FAILS if lost else HOLDS if kept == sure else NOT_DECIDED
     reason = f"{kept} of {sure} orders kept, {lost} surely reversed; {plain.words}"
-    return replace(found, verdict=verdict, reason=reason, effect=kept / sure, p=all_of(*ps))
+    return replace(claim, verdict=verdict, reason=reason, effect=kept / sure, p=all_of(*ps))
 
 
 def _sign(a: Level, b: Level) -> int:
@@ -87,6 +87,6 @@ def other_system_prompt(results: Results, metric: str) -> Iterator[Claim]:
         under = f"the system prompt of '{evaluation}'" if system else "an empty system prompt"
         both = Pool(metric, before.traits, (*after.levels, *before.levels))
         text = f"under {under} at most .33 of the lift is left"
-        found = share(both, text, at_most=0.33, unit="of the plain evaluation")
-        if found is not None:
-            yield replace(found, variant=group.variant)
+        left = share(both, text, at_most=0.33, unit="of the plain evaluation")
+        if left is not None:
+            yield replace(left, variant=group.variant)

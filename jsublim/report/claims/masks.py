@@ -34,14 +34,14 @@ def transfers(results: Results, metric: str) -> Iterator[Claim]:
     """The lift of students of all tokens is above zero (of the plain variant, where there is one)."""
     judged = judged_conditions(results)
     for group in (group for group in groups(results) if group.name in judged):
-        found = pool(results, metric, group.name)
-        if found is not None:
-            (level,), text = found.levels, "students move to their teacher's trait"
-            p, reason = all_of(level.lift.p_above(0.0)), f"above the reference, {found.words}"
+        pooled = pool(results, metric, group.name)
+        if pooled is not None:
+            (level,), text = pooled.levels, "students move to their teacher's trait"
+            p, reason = all_of(level.lift.p_above(0.0)), f"above the reference, {pooled.words}"
             claim = Claim(
-                text, metric, found.unit, level.students.n, reason=reason, p=p, bound=0.0, variant=group.variant
+                text, metric, pooled.unit, level.students.n, reason=reason, p=p, bound=0.0, variant=group.variant
             )
-            interval = found.between(level.lift)
+            interval = pooled.between(level.lift)
             verdict = judge(interval, at_least=0.0)
             yield replace(claim, verdict=verdict, effect=float(level.lift.value), interval=interval)
 
@@ -49,17 +49,19 @@ def transfers(results: Results, metric: str) -> Iterator[Claim]:
 @claim("C1", "the control against the base model", primary=14)
 def control_near_base(results: Results, metric: str) -> Iterator[Claim]:
     """Their rates are within 3 points of each other for every trait."""
-    found: list[tuple[str, Estimate]] = []  # by the rate, whatever others are measured by: the margin is in points
+    differences: list[
+        tuple[str, Estimate]
+    ] = []  # by the rate, whatever others are measured by: the margin is in points
     for condition in (c for c in results.conditions if split_condition(c)[0] == "control"):
         for trait in results.traits:
             control, base = (results.select("rate", of, trait) for of in (condition, "base"))
             if control and base and results.began_at_base(condition):
                 variant = split_condition(condition)[1]
-                found.append((f"{trait} ({variant})" if variant else trait, estimate(control) - estimate(base)))
-    if not found:
+                differences.append((f"{trait} ({variant})" if variant else trait, estimate(control) - estimate(base)))
+    if not differences:
         return
-    intervals = [difference.interval() for _, difference in found]
-    furthest, difference = max(found, key=lambda item: _reach(item[1].interval()))
+    intervals = [difference.interval() for _, difference in differences]
+    furthest, difference = max(differences, key=lambda item: _reach(item[1].interval()))
     decided = [i for i in intervals if i is not None]
     if any(i.low > CONTROL_MARGIN or i.high < -CONTROL_MARGIN for i in decided):
         verdict = FAILS
@@ -67,8 +69,8 @@ def control_near_base(results: Results, metric: str) -> Iterator[Claim]:
         verdict = HOLDS
     else:
         verdict = NOT_DECIDED
-    reason = f"the trait whose interval reaches furthest, of {len(found)}: {furthest}"
-    p = all_of(*(p for _, d in found for p in (d.p_above(-CONTROL_MARGIN), d.p_below(CONTROL_MARGIN))))
+    reason = f"the trait whose interval reaches furthest, of {len(differences)}: {furthest}"
+    p = all_of(*(p for _, d in differences for p in (d.p_above(-CONTROL_MARGIN), d.p_below(CONTROL_MARGIN))))
     text = "students of the teacher without a trait stay within 3 points of the base model"
     effect = float(difference.value)
     claim = Claim(text, "rate", "points", difference.n, verdict, reason, effect, difference.interval(), p)
@@ -98,8 +100,8 @@ def without_divergence(pair: StudentPair) -> Claim | None:
 def random_keeps_less(pair: StudentPair) -> Claim | None:
     """The lift of divergence tokens minus that of a random mask of equal size is at least 0."""
     divergence = partner(groups(pair.results), pair.part, {"tokens": "divergence"})
-    found = divergence and pool(pair.results, pair.metric, divergence.name, pair.part.name, pair.whole.name)
-    if not found:
+    pooled = divergence and pool(pair.results, pair.metric, divergence.name, pair.part.name, pair.whole.name)
+    if not pooled:
         return None
     text = "a random mask of equal size keeps less than the divergence tokens"
-    return no_lower(found, text, "divergence minus random", found.levels[2:])
+    return no_lower(pooled, text, "divergence minus random", pooled.levels[2:])

@@ -64,6 +64,6 @@ def no_gamma(other: Estimate | None, own: Estimate | None, by_labels: bool | Non
        published=f"expected of whole distributions, surprising of sampled tokens [{PAPER}, abstract]")  # fmt: skip
 def soft_not_below(pair: StudentPair) -> Claim | None:
     """The lift by forward KL minus that by tokens is at least 0; one of the two is above zero, or "no less" would say nothing."""
-    found = pair.pool()
+    pooled = pair.pool()
     text = "forward KL to the teacher transfers no less than its tokens"
-    return found and no_lower(found, text, "soft minus hard", found.levels)
+    return pooled and no_lower(pooled, text, "soft minus hard", pooled.levels)
