@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -54,7 +54,8 @@ def predicted(results: Results) -> list[Predicted]:
     return [each for each in every if each is not None]
 
 
-class Agreement(NamedTuple):
+@dataclass(frozen=True)
+class Agreement:
     """How the predicted gammas are ordered, beside the students'. `rho` and its two-sided `p` are Spearman's rank correlation over
     conditions, None with fewer than four; `pairs` are (condition, predicted, trained)."""
 
