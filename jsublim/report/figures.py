@@ -19,14 +19,7 @@ from jsublim.report.comparisons import Comparisons
 from jsublim.report.drawing import Axis, Dot, Drawing, Heat, Mark, Plot, Polyline, Strip, Strips, colour
 from jsublim.report.scale import ArmSummary
 from jsublim.report.statistics import Interval
-from jsublim.report.summary import (
-    Matrix,
-    OtherRow,
-    judged_conditions,
-    lifts,
-    student_lifts,
-    summary_rows,
-)
+from jsublim.report.summary import Matrix, OtherRow, judged_conditions, lifts, student_lifts, summary_rows
 from jsublim.report.tables import CONDITIONS, Results, condition_label, split_condition
 
 ONE_PANEL = 16  # strips at most; of more, a panel for each variant
@@ -57,12 +50,7 @@ def _strip(
 
 
 def _strips(
-    key: str,
-    title: str,
-    label: str,
-    panels: Panels,
-    zero: bool = False,
-    bounds: tuple[float, float] | None = None,
+    key: str, title: str, label: str, panels: Panels, zero: bool = False, bounds: tuple[float, float] | None = None
 ) -> Drawing | None:
     """Panels of strips along one axis, which holds dots and means. A t-interval of two students may be wider than any plot and is
     cut off."""

@@ -13,14 +13,7 @@ from jsublim.evals.numbers import HELD_OUT, LEARNED
 from jsublim.report.claims.base import claim_metric, no_lift, pool
 from jsublim.report.comparisons import Comparisons
 from jsublim.report.statistics import Interval, share_interval
-from jsublim.report.summary import (
-    Matrix,
-    Measured,
-    judged_conditions,
-    over_models,
-    stratified,
-    student_lifts,
-)
+from jsublim.report.summary import Matrix, Measured, judged_conditions, over_models, stratified, student_lifts
 from jsublim.report.tables import Results, split_condition
 
 ACCURACY = (HELD_OUT, LEARNED)  # the first that was measured

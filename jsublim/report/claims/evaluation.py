@@ -10,19 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from jsublim.report.claims.base import (
-    FAILS,
-    HOLDS,
-    PAPER,
-    Claim,
-    Level,
-    Pool,
-    all_of,
-    claim,
-    groups,
-    pool,
-    share,
-)
+from jsublim.report.claims.base import FAILS, HOLDS, PAPER, Claim, Level, Pool, all_of, claim, groups, pool, share
 from jsublim.report.summary import NOT_DECIDED
 from jsublim.report.tables import Results
 

@@ -2,18 +2,7 @@
 
 from __future__ import annotations
 
-from jsublim.report.claims.base import (
-    CLOUD,
-    FAILS,
-    HOLDS,
-    PAPER,
-    Claim,
-    StudentPair,
-    all_of,
-    claim,
-    judge,
-    no_lower,
-)
+from jsublim.report.claims.base import CLOUD, FAILS, HOLDS, PAPER, Claim, StudentPair, all_of, claim, judge, no_lower
 from jsublim.report.statistics import Estimate
 from jsublim.report.summary import NOT_DECIDED, trait_matrix
 
