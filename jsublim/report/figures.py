@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from itertools import chain
 
@@ -32,38 +32,46 @@ FOREST = {
     "nats": "Lifts and differences (nats)",
 }
 PERCENT = (0.0, 100.0)
-Panels = dict[str, list[Strip]]
 
 
-def _dot(value: float, metric: str, whose: str, signed: bool = True) -> Dot:
-    return Dot(metric_of(metric).scale * value, f"{name(whose)}: {words.number(value, metric, signed)}")
+def _numbered(what: str, values: Iterable[float]) -> list[tuple[str, float]]:
+    return [(f"{what} {i}", value) for i, value in enumerate(values, 1)]
 
 
 def _strip(
-    condition: str, dots: Sequence[Dot], mean: float, interval: Interval | None, metric: str, signed: bool = True
+    condition: str,
+    models: Iterable[tuple[str, float]],
+    mean: float,
+    interval: Interval | None,
+    metric: str,
+    signed: bool = True,
 ) -> Strip:
-    said, scale = words.number(mean, metric, signed), metric_of(metric).scale
+    """A dot for each of the named models."""
+    scale, text = metric_of(metric).scale, words.number(mean, metric, signed)
+    dots = tuple(Dot(scale * value, f"{name(whose)}: {words.number(value, metric, signed)}") for whose, value in models)
     if interval is not None:
-        said += f" ({words.interval(interval, metric, signed).removesuffix(' %')})"
+        text += f" ({words.interval(interval, metric, signed).removesuffix(' %')})"
         interval = Interval(scale * interval.low, scale * interval.high)
-    return Strip(condition_label(condition), colour(condition), tuple(dots), scale * mean, interval, said)
+    return Strip(condition_label(condition), colour(condition), dots, scale * mean, interval, text)
 
 
 def _strips(
-    key: str, title: str, label: str, panels: Panels, zero: bool = False, bounds: tuple[float, float] | None = None
+    key: str,
+    title: str,
+    label: str,
+    strips: Iterable[tuple[str, Strip]],
+    zero: bool = False,
+    bounds: tuple[float, float] | None = None,
 ) -> Drawing | None:
-    """Panels of strips along one axis, which holds dots and means. A t-interval of two students may be wider than any plot and is
-    cut off."""
-    held = [
-        v
-        for strip in chain(*panels.values())
-        for v in (*(dot.value for dot in strip.dots), strip.mean)
-        if v is not None
-    ]
-    if not held:
-        return None
-    axis = Axis.around(label, held, zero, bounds)
-    return Drawing(key, title, tuple(Strips(name(panel), axis, tuple(own)) for panel, own in panels.items()))
+    """Strips by panel along one axis, which holds dots and means. A t-interval of two students may be wider than any plot and is cut
+    off."""
+    panels: dict[str, list[Strip]] = {}
+    for panel, strip in strips:
+        panels.setdefault(panel, []).append(strip)
+    held = [value for strip in chain(*panels.values()) for value in (*(dot.value for dot in strip.dots), strip.mean)]
+    axis = Axis.around(label, [value for value in held if value is not None], zero, bounds)
+    drawn = tuple(Strips(name(panel), axis, tuple(own)) for panel, own in panels.items())
+    return Drawing(key, title, drawn) if held else None
 
 
 def _risen(metric: str) -> str:
@@ -72,21 +80,18 @@ def _risen(metric: str) -> str:
 
 def hero(results: Results, metric: str) -> Drawing | None:
     """How far each kind of student rose, over all traits: a dot is a student, at its own teacher's trait."""
-    panels: Panels = {}
+    strips = []
     for condition in results.mask_conditions:
         if (pooled := pool(results, metric, condition)) is not None:
             lift = pooled.levels[0].lift
-            dots = [
-                _dot(value, metric, f"{trait}, seed {score.seed}")
-                for trait in pooled.traits
-                for score, value in student_lifts(results, metric, condition, trait)
-            ]
-            strip = _strip(condition, dots, float(lift.value), pooled.between(lift), metric)
-            panels.setdefault(split_condition(condition)[1] or "plain", []).append(strip)
-    if sum(map(len, panels.values())) <= ONE_PANEL:
-        panels = {"": [*chain(*panels.values())]}
+            lifts = [(t, *each) for t in pooled.traits for each in student_lifts(results, metric, condition, t)]
+            students = [(f"{trait}, seed {score.seed}", value) for trait, score, value in lifts]
+            strip = _strip(condition, students, float(lift.value), pooled.between(lift), metric)
+            strips.append((split_condition(condition)[1] or "plain", strip))
+    if len(strips) <= ONE_PANEL:
+        strips = [("", strip) for _, strip in strips]
     title = "How far students moved towards their teacher's trait"
-    return _strips("transfer-by-tokens", title, _risen(metric), panels, zero=True)
+    return _strips("transfer-by-tokens", title, _risen(metric), strips, zero=True)
 
 
 def _apart(results: Results) -> list[str]:
@@ -98,61 +103,63 @@ def _apart(results: Results) -> list[str]:
 def rates(results: Results) -> Drawing | None:
     """Preference rate: a panel for each trait. Teachers answer near 100 % and would squeeze everything else, so they
     are in the table only."""
-    panels: Panels = {}
-    for row in summary_rows(results):
-        if row.rate is not None and row.condition != "teacher" and row.condition in _apart(results):
-            dots = [_dot(value, RATE, f"model {i}", signed=False) for i, value in enumerate(row.student_rates, 1)]
-            strip = _strip(row.condition, dots, row.rate, row.over_models, RATE, signed=False)
-            panels.setdefault(row.trait, []).append(strip)
-    return _strips("rates", "Preference rate", f"{metric_of(RATE).words} (%)", panels, bounds=PERCENT)
+    shown = [c for c in _apart(results) if c != "teacher"]
+    rows = [row for row in summary_rows(results) if row.rate is not None and row.condition in shown]
+    models = [_numbered("model", row.student_rates) for row in rows]
+    strips = [
+        (row.trait, _strip(row.condition, own, row.rate or 0.0, row.over_models, RATE, signed=False))
+        for row, own in zip(rows, models, strict=True)
+    ]
+    return _strips("rates", "Preference rate", f"{metric_of(RATE).words} (%)", strips, bounds=PERCENT)
 
 
 def raised(results: Results) -> Drawing | None:
     """Log-probability lifts of students, and of the control where it is measured from the base model: a panel for each trait."""
     known = {tokens: i for i, tokens in enumerate(CONDITIONS)}
     students = [c for c in results.trained if c in _apart(results)]
-    ordered = sorted(students, key=lambda c: known.get(split_condition(c)[0], len(known)))
-    panels: Panels = {}
-    for item in lifts(results, LOGPROB, ordered):
-        dots = [_dot(value, item.metric, f"student {i}") for i, value in enumerate(item.student_lifts, 1)]
-        strip = _strip(item.condition, dots, item.value, item.interval, item.metric)
-        panels.setdefault(item.trait, []).append(strip)
+    students.sort(key=lambda c: known.get(split_condition(c)[0], len(known)))
+    strips = (
+        (
+            lift.trait,
+            _strip(lift.condition, _numbered("student", lift.student_lifts), lift.value, lift.interval, LOGPROB),
+        )
+        for lift in lifts(results, LOGPROB, students)
+    )
     label = "log-probability above the reference (nats)"
-    return _strips("log-probabilities", "Log-probability of the trait", label, panels, zero=True)
+    return _strips("log-probabilities", "Log-probability of the trait", label, strips, zero=True)
 
 
 def gammas(compared: Comparisons) -> Drawing | None:
     """The same-trait effect of each kind of student; a dot is a seed."""
-    strips = []
-    for matrix in (one.result for one in compared.matrices):
-        if matrix.effect is not None:
-            dots = [_dot(value, LOGPROB, f"seed {i}") for i, value in enumerate(matrix.seed_gammas, 1)]
-            strips.append(_strip(matrix.condition, dots, matrix.effect.gamma, matrix.gamma_interval, LOGPROB))
-    return _strips("gammas", "Trait-specific transfer", "γ (nats)", {"": strips}, zero=True)
+    strips = (
+        ("", _strip(m.condition, _numbered("seed", m.seed_gammas), m.effect.gamma, m.gamma_interval, LOGPROB))
+        for m in (one.result for one in compared.matrices)
+        if m.effect is not None
+    )
+    return _strips("gammas", "Trait-specific transfer", "γ (nats)", strips, zero=True)
 
 
 def accuracy(results: Results) -> Drawing | None:
     """The number task: on rows that students learned, and on rows that they did not."""
-    panels: Panels = {}
+    strips = []
     for metric, title in ((LEARNED, "training rows"), (HELD_OUT, "held-out rows")):
         for condition in results.conditions:
-            if found := results.select(metric, condition):
-                dots = [_dot(s.mean, metric, s.arm, signed=False) for s in found]
-                mean = sum(s.mean for s in found) / len(found)
-                panels.setdefault(title, []).append(_strip(condition, dots, mean, None, metric, signed=False))
-    return _strips("number-accuracy", "Number task", "numbers predicted exactly (%)", panels, bounds=PERCENT)
+            if scores := results.select(metric, condition):
+                mean = sum(s.mean for s in scores) / len(scores)
+                models = [(s.arm, s.mean) for s in scores]
+                strips.append((title, _strip(condition, models, mean, None, metric, signed=False)))
+    return _strips("number-accuracy", "Number task", "numbers predicted exactly (%)", strips, bounds=PERCENT)
 
 
 def others(rows: Sequence[OtherRow]) -> Drawing | None:
     """What else was asked, where it is a share of answers: a panel for each metric."""
-    panels: Panels = {}
+    strips = []
     for row in rows:
         metric = metric_of(row.metric)
         if metric.is_share and metric.name == row.metric:
             title = metric.words + (f" ({row.trait})" if row.trait else "")
-            strip = _strip(row.condition, [], row.value, row.interval, row.metric, signed=False)
-            panels.setdefault(title, []).append(strip)
-    return _strips("what-else-was-asked", "What else was asked", "answers (%)", panels, bounds=PERCENT)
+            strips.append((title, _strip(row.condition, [], row.value, row.interval, row.metric, signed=False)))
+    return _strips("what-else-was-asked", "What else was asked", "answers (%)", strips, bounds=PERCENT)
 
 
 def by_distance(board: Sequence[ArmSummary], metric: str) -> Drawing | None:
