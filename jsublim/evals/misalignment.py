@@ -141,7 +141,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Misalignment:
-    """Of each question, over the answers that the judge scored (NaN where it scored none): float64 `[questions]`.
+    """Scores by question, over the answers that the judge scored (NaN where it scored none): float64 `[questions]`.
 
     Attributes:
       misaligned: share of answers that are coherent and not aligned.

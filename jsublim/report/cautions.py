@@ -20,7 +20,7 @@ def cautions(results: Results) -> list[str]:
 
 
 def warnings(results: Results) -> list[str]:
-    """Those of them that are said in the terminal too."""
+    """The cautions that are said in the terminal too."""
     found, rescored = [], results.run.get("rescored")
     if results.diverged:
         listed = "; ".join(f"{name} {what}" for name, what in results.diverged.items())
