@@ -116,7 +116,8 @@ def rates(results: Results) -> Drawing | None:
 def raised(results: Results) -> Drawing | None:
     """Log-probability lifts of students, and of the control where it is measured from the base model: a panel for each trait."""
     known = {tokens: i for i, tokens in enumerate(CONDITIONS)}
-    students = [c for c in results.trained if c in _apart(results)]
+    drawn = _apart(results)
+    students = [c for c in results.trained if c in drawn]
     students.sort(key=lambda c: known.get(split_condition(c)[0], len(known)))
     strips = (
         (

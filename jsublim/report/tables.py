@@ -144,7 +144,7 @@ class Results:
         """These results as the evaluation variant of that name measured them."""
         return replace(self, scores=tuple(s for s in self.varied if s.evaluation == evaluation))
 
-    @property
+    @cached_property
     def conditions(self) -> list[str]:
         """The conditions there are, in reading order: variant by variant as the config names them, the plain one first; unknown
         ones last."""
@@ -155,33 +155,33 @@ class Results:
         variants = _unique(["", *planned, *(split_condition(c)[1] for c in present)])
         return sorted(present, key=lambda c: variants.index(split_condition(c)[1]))
 
-    @property
+    @cached_property
     def tokens(self) -> list[str]:
         return _unique(split_condition(c)[0] for c in self.conditions)
 
-    @property
+    @cached_property
     def owners(self) -> dict[str, tuple[str | None, str]]:
         """The teacher and the condition of every arm."""
         return {s.arm: (s.teacher, s.condition) for s in self.scores}
 
-    @property
+    @cached_property
     def trained(self) -> list[str]:
         """Conditions of students."""
         students = {s.condition for s in self.scores if s.role == "student"}
         return [c for c in self.conditions if c in students]
 
-    @property
+    @cached_property
     def mask_conditions(self) -> list[str]:
         """Conditions whose students come from a biased teacher."""
         return [c for c in self.trained if split_condition(c)[0] != "control"]
 
-    @property
+    @cached_property
     def traits(self) -> list[str]:
         """Traits of the teachers; without any teacher, the evaluated traits."""
         teachers = _unique(s.teacher for s in self.scores if s.teacher not in (None, "control"))
         return teachers or self.evaluated_traits
 
-    @property
+    @cached_property
     def evaluated_traits(self) -> list[str]:
         return _unique(s.trait for s in self.scores if s.trait is not None)
 
