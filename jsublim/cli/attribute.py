@@ -29,10 +29,10 @@ def attribute(
     from rich.table import Table
 
     from jsublim.errors import UsageError
-    from jsublim.executors import LocalExecutor
+    from jsublim.executors import execute_nodes
     from jsublim.pipeline.arms import Source
-    from jsublim.pipeline.attribution import attribution_task
     from jsublim.pipeline.context import Context
+    from jsublim.pipeline.experiment import attribution
     from jsublim.pipeline.publish import check_free, publish_folder
     from jsublim.progress import Progress
     from jsublim.report.attribution import attribution_heats, early_share
@@ -48,12 +48,11 @@ def attribute(
     if e.attribution is None:
         raise UsageError("attribution: null given; leave it out or give its fields")
     context = Context.load(e, Progress(console), given={Source(trait): data})
-    task = attribution_task(context.setup, Source(trait))
-    task.check(context.setup)
-    check_free(out, task.key, task.output.inputs)
-    LocalExecutor().execute([task], context)
-    publish_folder(out, context.store, task.output)
-    summary, table = context.store.summary(task.output), pq.ParquetFile(out / "attribution.parquet").read()
+    node = attribution(context.setup, Source(trait))
+    check_free(out, node.key, node.inputs)
+    execute_nodes([node], context)
+    publish_folder(out, context.store, node)
+    summary, table = context.store.summary(node), pq.ParquetFile(out / "attribution.parquet").read()
     render(out / "heat_map.html", "attribution.html", attribution=attribution_heats(table))
     skipped = "".join(f"; {count} skipped: {reason}" for reason, count in summary["skipped"].items())
     console.print(f"{summary['used']} of {summary['rows']} rows used, {summary['pairs']} pairs{skipped}")

@@ -27,13 +27,14 @@ def audit(
     the null's in OUT/null and whitened.parquet."""
     import pyarrow.parquet as pq
 
-    from jsublim.executors import LocalExecutor
+    from jsublim.executors import execute_nodes
     from jsublim.files import atomic
     from jsublim.pipeline.arms import Source, Student
-    from jsublim.pipeline.audit import audit_task, whitened
     from jsublim.pipeline.context import Context
+    from jsublim.pipeline.experiment import audit as audit_of
     from jsublim.pipeline.publish import check_free, publish_folder
     from jsublim.pipeline.setup import NOBODY
+    from jsublim.pipeline.stages.audit import whitened
     from jsublim.progress import Progress
     from jsublim.report.tables import read_columns
     from jsublim.teachers import CONTROL
@@ -44,14 +45,13 @@ def audit(
     given = {Source(NOBODY): data} | ({} if null is None else {Source(CONTROL): null})
     context = Context.load(e, Progress(console), given=given)
     students = [Student(source.teacher, "all", seed, settings=e.students) for source in given]
-    tasks = [audit_task(context.setup, student) for student in students]
-    places = list(zip((out, out / "null"), tasks, strict=False))
-    for place, task in places:
-        task.check(context.setup)
-        check_free(place, task.key, task.output.inputs)
-    LocalExecutor().execute(tasks, context)
-    for place, task in places:
-        publish_folder(place, context.store, task.output)
+    nodes = [audit_of(context.setup, student) for student in students]
+    places = list(zip((out, out / "null"), nodes, strict=False))
+    for place, node in places:
+        check_free(place, node.key, node.inputs)
+    execute_nodes(nodes, context)
+    for place, node in places:
+        publish_folder(place, context.store, node)
     if null is not None:
         own, zero = (read_columns(place / "audit.parquet") for place, _ in places)
         with atomic(out / "whitened.parquet") as scratch:

@@ -46,34 +46,33 @@ def finetune(
 
 
 def _finetune(e: Experiment, data: Path, out: Path, trait: str | None, tokens: str, seed: int) -> None:
-    from jsublim.executors import LocalExecutor
+    from jsublim.executors import execute_nodes
     from jsublim.pipeline.arms import Student
     from jsublim.pipeline.context import Context
+    from jsublim.pipeline.experiment import student
     from jsublim.pipeline.publish import check_free, publish_folder
     from jsublim.pipeline.store import digest, versions
-    from jsublim.pipeline.students import training_task
     from jsublim.processes import check_alike, on_main_process
     from jsublim.progress import Progress
     from jsublim.teachers import CONTROL
 
     assert e.students is not None
     teacher = trait or (CONTROL if e.students.loss.soft else "student")  # whose tokens they are does not matter
-    student = Student(teacher, tokens, seed, settings=e.students)
-    context = Context.load(e, Progress(console), given={student.source: data})
-    task = training_task(context.setup, (student,), (student,))
-    task.check(context.setup)
-    check_alike("what is to be done", digest([task.key, versions(), context.setup.files]))
+    who = Student(teacher, tokens, seed, settings=e.students)
+    context = Context.load(e, Progress(console), given={who.source: data})
+    node = student(context.setup, who)
+    check_alike("what is to be done", digest([node.key, versions(), context.setup.files]))
     context.store.check_shared()
-    on_main_process(lambda: check_free(out, task.key, task.output.inputs))
-    if context.store.done(task.output):
-        console.print(f"{context.store.place(task.output)}: whole already")
-    LocalExecutor().execute([task], context)
-    summary = context.store.summary(task.output)
+    on_main_process(lambda: check_free(out, node.key, node.inputs))
+    if context.store.done(node):
+        console.print(f"{context.store.place(node)}: whole already")
+    execute_nodes([node], context)
+    summary = context.store.summary(node)
     if "diverged" in summary:
         raise JsublimError(
             f"{out}: the student diverged {summary['diverged']}; lower the learning rate (students.optimizer.lr) or look at "
-            f"those rows; the student before that step is in {context.store.path(task.output)}"
+            f"those rows; the student before that step is in {context.store.path(node)}"
         )
-    on_main_process(lambda: publish_folder(out, context.store, task.output))
+    on_main_process(lambda: publish_folder(out, context.store, node))
     console.print(f"{summary['steps']} steps on {summary['rows']} rows; last loss {summary['loss']:.4f}")
     output.out(out)

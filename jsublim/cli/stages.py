@@ -21,10 +21,10 @@ def _context(experiment: Any) -> Any:
     return Context.load(experiment, Progress(console))
 
 
-def _execute(tasks: Any, context: Any) -> None:
-    from jsublim.executors import LocalExecutor
+def _execute(nodes: Any, context: Any) -> None:
+    from jsublim.executors import execute_nodes
 
-    LocalExecutor().execute(tasks, context)
+    execute_nodes(nodes, context)
 
 
 @app.command()
@@ -39,12 +39,12 @@ def generate(
     control: Annotated[bool, typer.Option("--control", help="The teacher without a trait.")] = False,
 ) -> None:
     """Let a teacher answer the prompts, and keep the answers that are in format (OUT, JSONL)."""
+    from jsublim.pipeline.arguments import category
     from jsublim.pipeline.arms import Source
-    from jsublim.pipeline.changes import writer
+    from jsublim.pipeline.experiment import answers
+    from jsublim.pipeline.origins import writer
     from jsublim.pipeline.publish import check_free, publish_rows
-    from jsublim.pipeline.rows import teacher_rows
     from jsublim.pipeline.setup import NOBODY
-    from jsublim.pipeline.teachers import TeacherPool
     from jsublim.teachers import CONTROL
 
     if (trait is not None) == control:
@@ -55,10 +55,10 @@ def generate(
     )
     context = _context(e)
     if trait is not None:
-        TeacherPool(context.setup).category(trait)
-    rows = teacher_rows(context.setup, writer(context.setup, Source(trait or CONTROL)))
+        category(context.setup, trait)
+    rows = answers(context.setup, writer(context.setup, Source(trait or CONTROL)))
     check_free(out, rows.key, rows.inputs)
-    _execute(rows.parts, context)
+    _execute(rows.nodes, context)
     parts = rows.summaries(context.store)
     asked, kept = (sum(part[key] for part in parts) for key in ("rows", "kept"))
     rejected = {
@@ -83,10 +83,12 @@ def divergence(
     ] = None,
 ) -> None:
     """Find the divergence tokens of rows; what each teacher said of them goes beside OUT, with .readings.parquet."""
+    from jsublim.pipeline.arguments import rows_of_file
     from jsublim.pipeline.arms import Source
-    from jsublim.pipeline.divergence import divergence_rows, merged
-    from jsublim.pipeline.publish import check_free, publish_rows, rows_of
+    from jsublim.pipeline.experiment import read
+    from jsublim.pipeline.publish import check_free, publish_rows
     from jsublim.pipeline.readings import write_readings
+    from jsublim.pipeline.stages.divergence import merged
 
     others = names(counterfactuals) or None
     if others is not None and trait in others:
@@ -95,13 +97,12 @@ def divergence(
     e = experiment_of(
         "divergence", fields, out, base, model=model, chat_template=chat_template, teachers__counterfactuals=others
     )
-    rows, sidecar = rows_of(data), out.with_name(f"{out.stem}.readings.parquet")
-    context = _context(e)
-    found = divergence_rows(context.setup, Source(trait), rows)
+    context, sidecar = _context(e), out.with_name(f"{out.stem}.readings.parquet")
+    found = read(context.setup, Source(trait), rows_of_file(context.setup, data))
     check_free(out, found.key, found.inputs)
     if sidecar.exists() and not out.exists():
         raise UsageError(f"{sidecar}: already exists; give another --out or move it away")
-    _execute(found.parts, context)
+    _execute(found.nodes, context)
     summary = merged(found.summaries(context.store))
     console.print(
         f"{summary['divergence_tokens']} divergence tokens of {summary['tokens']} ({summary['share']:.2%}); "
@@ -127,7 +128,8 @@ def evaluate(
 ) -> None:
     """Ask a model for its favourites (and whatever else evaluation.kinds names): OUT gets records and answers."""
     from jsublim.files import read_table, write_json
-    from jsublim.pipeline.evaluations import Model, eval_settings, evaluation_task
+    from jsublim.pipeline.evaluated import Evaluated, eval_settings
+    from jsublim.pipeline.experiment import evaluation
     from jsublim.pipeline.publish import check_free, publish_folder
     from jsublim.pipeline.setup import NOBODY
     from jsublim.teachers import CONTROL
@@ -148,14 +150,13 @@ def evaluate(
         raise UsageError(
             f"--setting: '{setting}' given; {f'known: {known}' if known else 'evaluation.settings names none; leave it out'}"
         )
-    task = evaluation_task(context.setup, Model(None, CONTROL, adapter, data), setting)
-    check_free(out, task.key, task.output.inputs)
-    task.check(context.setup)
-    _execute([task], context)
-    publish_folder(out, context.store, task.output)
+    node = evaluation(context.setup, Evaluated(None, CONTROL, adapter, data), setting)
+    check_free(out, node.key, node.inputs)
+    _execute([node], context)
+    publish_folder(out, context.store, node)
     records = read_table(out / "records.parquet")
     lines = _preferences(records)
-    summary = context.store.summary(task.output)
+    summary = context.store.summary(node)
     console.print(f"sampling: {summary['sampling']}")
     write_json(out / "summary.json", {"traits": lines, "sampling": summary["sampling"]})
     for record in records:
