@@ -1,4 +1,4 @@
-"""Every comparison of a report that has a p-value: one is what the run was made for, the others are further looks.
+"""Every comparison of a report that has a p-value: one is what the run was made for, the others are further comparisons.
 
 Who looks thirty times finds something once by chance. So one comparison is declared before (`evaluation.primary`, or what the
 students differ in), and keeps its p. All others, wherever on the page, are one family: beside the p of each stands Holm's.
