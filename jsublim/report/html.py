@@ -33,9 +33,8 @@ def write_report(run_dir: Path) -> Path:
     What the run does not have is left out, and a sentence says so. Raises `JsublimError` if there are no results at all.
     """
     results = read_results(run_dir)
-    compared, judged, on_scale, told = (
-        comparisons(results), summary.judged_conditions(results), scale(results), predicted(results)
-    )  # fmt: skip
+    compared, on_scale, told = comparisons(results), scale(results), predicted(results)
+    judged = summary.judged_conditions(results)
     return render(
         Path(run_dir) / "report.html",
         "language.html",
