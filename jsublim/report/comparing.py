@@ -50,13 +50,13 @@ def _compared(a: Results, b: Results, metric: str, condition: str, trait: str) -
     if not first and not second:
         return None
     levels = [estimate(scores) for scores in (first, second) if scores]
-    values = (float(estimate(scores).value) if scores else None for scores in (first, second))
+    one, other = (float(estimate(scores).value) if scores else None for scores in (first, second))
     difference, interval = None, None
     if len(levels) == 2:
         gap = levels[1] - levels[0]
         students = first[0].role == second[0].role == "student"
         difference, interval = float(gap.value), difference_interval(gap, metric) if students and gap.terms else None
-    return Compared(trait, condition, metric, *values, difference, interval, (len(first), len(second)))
+    return Compared(trait, condition, metric, one, other, difference, interval, (len(first), len(second)))
 
 
 def verdicts(a: Results, b: Results) -> list[dict[str, str | None]]:

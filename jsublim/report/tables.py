@@ -298,7 +298,14 @@ def _scores(path: Path, arms: dict[str, StudentArm]) -> tuple[list[Score], int]:
         """
     rows, models = query(path, table, sql), {name: arm.artifact or name for name, arm in arms.items()}
     scores = [
-        Score(*row[:7], tuple(row[7]), tuple(row[8]), row[9], row[10], models.get(row[0], row[0]))
+        Score(
+            *row[:7],
+            questions=tuple(row[7]),
+            values=tuple(row[8]),
+            samples=row[9],
+            evaluation=row[10],
+            model=models.get(row[0], row[0]),
+        )
         for row in rows
         if row[8]
     ]
