@@ -296,7 +296,8 @@ def _scores(path: Path, arms: dict[str, StudentArm]) -> tuple[list[Score], int]:
         group by arm, teacher, condition, seed, trait, metric, variant
         order by variant, arm, trait, metric
         """
-    rows, models = query(path, table, sql), {name: arm.artifact or name for name, arm in arms.items()}
+    rows: list[tuple[Any, ...]] = query(path, table, sql)
+    models: dict[str, str] = {name: arm.artifact or name for name, arm in arms.items()}
     scores = [
         Score(
             *row[:7],
