@@ -67,13 +67,13 @@ def _templates() -> Environment:
     modules: dict[str, Any] = {"words": words, "figures": figures, "summary": summary}
     named: dict[str, Any] = {"label": condition_label, "questions": CLAIMS, "known_conditions": CONDITIONS}
     functions = (
-        cautions, claim_metric, colour, common_answers, metric_of, not_asked, quoted, shown, training_table, variants
+        cautions, claim_metric, colour, common_answers, differing_fields, metric_of, not_asked, quoted, shown, training_table
     )  # fmt: skip
     environment.globals |= modules | named | {function.__name__: function for function in functions}
     return environment
 
 
-def variants(results: Results) -> dict[str, dict[str, Any]]:
+def differing_fields(results: Results) -> dict[str, dict[str, Any]]:
     """How the arms of an ablation differ: the fields that are not the same in all of them, by arm."""
     settings: dict[str, dict[str, Any]] = {}
     for arm in results.arms.values():

@@ -296,8 +296,8 @@ def _scores(path: Path, arms: dict[str, StudentArm]) -> tuple[list[Score], int]:
         group by arm, teacher, condition, seed, trait, metric, variant
         order by variant, arm, trait, metric
         """
-    rows: list[tuple[Any, ...]] = query(path, table, sql)
-    models: dict[str, str] = {name: arm.artifact or name for name, arm in arms.items()}
+    rows = query(path, table, sql)
+    models = {name: arm.artifact or name for name, arm in arms.items()}
     scores = [
         Score(
             *row[:7],
@@ -305,7 +305,7 @@ def _scores(path: Path, arms: dict[str, StudentArm]) -> tuple[list[Score], int]:
             values=tuple(row[8]),
             samples=row[9],
             evaluation=row[10],
-            model=models.get(row[0], row[0]),
+            model=models[row[0]] if row[0] in models else row[0],
         )
         for row in rows
         if row[8]
