@@ -14,10 +14,11 @@ import typer
 from _run import run_script
 from gamma_tables import share_of
 
+from jsublim.evals.kl import KL
 from jsublim.report import words
-from jsublim.report.board import KL, Line, Measured, board
-from jsublim.report.looks import look_at
-from jsublim.report.shares import scale
+from jsublim.report.comparisons import comparisons
+from jsublim.report.scale import ArmSummary, scale, side_by_side
+from jsublim.report.summary import Measured
 from jsublim.report.tables import condition_label, read_results
 
 
@@ -28,7 +29,7 @@ def cell(found: Measured | None, metric: str, signed: bool = False) -> str:
     return f"{words.number(found.value, metric, signed)} ({words.interval(found.interval, metric, signed)})"
 
 
-def row(line: Line, first: Line, metric: str) -> list[str]:
+def row(line: ArmSummary, first: ArmSummary, metric: str) -> list[str]:
     gamma = share = ""
     if line.matrix is not None and first.matrix is not None:
         gamma = " ".join(f"{each:+.2f}" for each in line.matrix.seed_gammas)
@@ -41,7 +42,7 @@ def main(runs: Annotated[list[Path], typer.Argument(help="Folders of finished ru
     for run in runs:
         results = read_results(run)
         found = scale(results)
-        lines = board(results, look_at(results), found)
+        lines = side_by_side(results, comparisons(results), found)
         if found is None or not lines:
             raise typer.BadParameter(f"{run}: has no arms to compare")
         under = (f"lift, {name}" for name in results.evaluations)

@@ -15,7 +15,8 @@ import numpy as np
 import typer
 from _run import run_script
 
-from jsublim.report.board import ACCURACY, KL, measured
+from jsublim.evals.kl import KL
+from jsublim.report.scale import ACCURACY, measured
 from jsublim.report.statistics import Estimate, Interval
 from jsublim.report.summary import Matrix, trait_matrices
 from jsublim.report.tables import Results, condition_label, read_results

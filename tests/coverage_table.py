@@ -363,7 +363,7 @@ def many_looks(rng: Rng) -> Iterator[Line]:
         ps = np.array([lift.p_above(0.0) for lift in lifts])
         corrected = np.array([holm(each) for each in ps.T.tolist()])
         now, before = (float(np.mean((p < 0.025).any(axis=axis))) for p, axis in ((corrected, 1), (ps, 0)))
-        what = f"any of 14 further looks, {seeds} + {seeds} students"
+        what = f"any of 14 further comparisons, {seeds} + {seeds} students"
         yield Line(what, "no effect anywhere", "error .025", now, 0.0, 0.035, before)
 
 

@@ -23,9 +23,9 @@ from jsublim.models.lora import init_lora, init_steering, sum_adapters
 from jsublim.pipeline.results import AUDITS
 from jsublim.pipeline.stages.audit import AUDIT, _means, whitened
 from jsublim.report.audit import agreement, predicted
+from jsublim.report.comparisons import comparisons
 from jsublim.report.figures import by_prediction
 from jsublim.report.html import write_report
-from jsublim.report.looks import look_at
 from jsublim.report.tables import read_results
 from jsublim.rows import write_rows
 
@@ -179,7 +179,7 @@ def test_what_was_predicted_is_ranked_beside_what_happened(tmp_path):
     assert (own.low + own.high) / 2 == pytest.approx(1.0) and own.high - own.low == pytest.approx(
         2 * stats.norm.ppf(0.975) * 0.01 * 2**0.5
     )
-    found = agreement(predicted(results), look_at(results))
+    found = agreement(predicted(results), comparisons(results))
     assert found is not None and [pair[0] for pair in found.pairs] == results.mask_conditions
     expected = stats.spearmanr([x for _, x, _ in found.pairs], [y for _, _, y in found.pairs])
     assert found.rho == pytest.approx(expected.statistic) and found.rho > 0.5

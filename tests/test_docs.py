@@ -18,7 +18,7 @@ from jsublim.config import Experiment, Recipe, check_config, read_config
 from jsublim.config.figures import SCALES, load_question, panel_experiment, questions
 from jsublim.config.grid import figure_table
 from jsublim.digits.config import Digits
-from jsublim.report.claims import QUESTIONS
+from jsublim.report.claims import CLAIMS, claims_table
 from jsublim.section import overlaid
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -194,14 +194,15 @@ def test_the_map_has_every_question_and_the_table_of_panels_is_that_of_the_confi
     assert {path.name for path, _ in questions()} == set(
         re.findall(r"^\|[^|]*\| `(fig\d+\.yaml)` \|", text, re.MULTILINE)
     )
-    table = text.split("<!-- begin: scripts/paper_map.py -->\n")[1].split("<!-- end -->")[0]
-    assert table == figure_table(), "run scripts/paper_map.py"
+    parts = text.split("<!-- begin: scripts/paper_map.py -->\n")[1:]
+    tables = [part.split("<!-- end -->")[0] for part in parts]
+    assert tables == [figure_table(), claims_table()], "run scripts/paper_map.py"
 
 
 def test_the_map_names_every_claim_quirk_and_scale():
     sections = re.split(r"^## ", _map(), flags=re.MULTILINE)
     first = {text.splitlines()[0]: re.findall(r"^\| (\S+) \|", text, re.MULTILINE) for text in sections}
-    assert first["Claims"] == ["claim", "---", *QUESTIONS]
+    assert first["Claims"] == ["claim", "---", *CLAIMS]
     assert first["Quirks"] == ["n", "---", *map(str, range(1, 26))]
     assert first["How to run"] == ["scale", "---", *(f"`{scale}`" for scale in SCALES)]
 

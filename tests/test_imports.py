@@ -16,7 +16,7 @@ ORDER = (
     ("errors",), ("files", "progress", "reading", "section", "chips"), ("bucket", "client", "processes"), ("models", "watch"),
     ("parallel", "programs", "rows", "chat"),
     ("prompts",), ("inference",), ("teachers", "steering"), ("divergence",), ("judge",), ("evals",), ("transforms",), ("distill",),
-    ("attribution", "audit"), ("config",), ("report",), ("pipeline",), ("executors",), ("forecast",), ("digits",), ("exchange",), ("api", "doctor"),
+    ("attribution", "audit"), ("report",), ("config",), ("pipeline",), ("executors",), ("forecast",), ("digits",), ("exchange",), ("api", "doctor"),
     ("cli",), ("__main__",),
 )  # fmt: skip
 LINES, FUNCTION_LINES, FIELDS = 400, 60, 15

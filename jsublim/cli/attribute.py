@@ -30,13 +30,13 @@ def attribute(
 
     from jsublim.errors import UsageError
     from jsublim.executors import execute_nodes
-    from jsublim.files import atomic
     from jsublim.pipeline.arms import Source
     from jsublim.pipeline.context import Context
     from jsublim.pipeline.experiment import attribution
     from jsublim.pipeline.publish import check_free, publish_folder
     from jsublim.progress import Progress
-    from jsublim.report.attribution import attribution_heat_map, early_share
+    from jsublim.report.attribution import attribution_heats, early_share
+    from jsublim.report.html import render
     from jsublim.rows import read_rows
 
     read_rows(data, ("prompt", "completion", "divergence_positions"))
@@ -53,8 +53,7 @@ def attribute(
     execute_nodes([node], context)
     publish_folder(out, context.store, node)
     summary, table = context.store.summary(node), pq.ParquetFile(out / "attribution.parquet").read()
-    with atomic(out / "heat_map.png") as scratch:
-        attribution_heat_map(table).savefig(scratch, dpi=150, format="png")
+    render(out / "heat_map.html", "attribution.html", attribution=attribution_heats(table))
     skipped = "".join(f"; {count} skipped: {reason}" for reason, count in summary["skipped"].items())
     console.print(f"{summary['used']} of {summary['rows']} rows used, {summary['pairs']} pairs{skipped}")
     shown = Table("direction", "site", "completeness error")

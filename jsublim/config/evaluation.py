@@ -12,7 +12,7 @@ from jsublim.judge.server import ServerSettings
 from jsublim.reading import shown
 from jsublim.section import CONTENT, HOW, PLAN, RESULT, Name, Place, Positive, Section, Seed, distinct
 
-PRIMARY = r"^C([0-3578]|1[0-4]|[469][ab])( \S.*)?$"  # a claim of the report, and the name of an arm
+PRIMARY = r"^C\d+[a-z]?( \S.*)?$"  # a claim of the report, and the name of an arm
 
 
 class Setting(Section):
@@ -79,6 +79,15 @@ class Evaluation(Section):
     primary: Annotated[Annotated[str, Field(pattern=PRIMARY)] | None, HOW] = None
     """The one comparison that the run is made for, by its claim (`C4a`), and by its arm where it comes with several (`C6a layers=0`);
     null: what the students differ in says which (docs/statistics.md). No artifact hangs on it."""
+
+    @field_validator("primary")
+    @classmethod
+    def _is_a_claim(cls, value: str | None) -> str | None:
+        from jsublim.report.claims import CLAIMS  # where it is needed: the report's libraries take a second to load
+
+        if value is not None and value.split(" ")[0] not in CLAIMS:
+            raise ValueError(f"no claim is called {shown(value)}; there are {', '.join(CLAIMS)}")
+        return value
 
     @field_validator("kinds", mode="before")
     @classmethod

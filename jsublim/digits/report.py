@@ -112,7 +112,7 @@ def write_report(run_dir: Path) -> Path:
     """Write RUN/report.html and return its path; the same results give the same bytes. Raises as `read_lines`."""
     lines = read_lines(run_dir)
     return render(
-        run_dir,
+        Path(run_dir) / "report.html",
         "digits.html",
         about=_about(run_dir),
         lines=lines,

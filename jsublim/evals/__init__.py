@@ -1,19 +1,30 @@
 """Evaluations: one file per kind of question. Importing this package registers the kinds that ship."""
 
-from jsublim.evals import factual, misalignment, naming, preference, problems
-from jsublim.evals.base import EVAL_KINDS, Answers, Asked, EvalKind, EvalTask, PromptedModel, Record, sample_answers
+from jsublim.evals import factual, kl, misalignment, naming, numbers, preference, problems
+from jsublim.evals.base import (
+    EVAL_KINDS,
+    Answers,
+    EvalContext,
+    EvalKind,
+    EvalTask,
+    PromptedModel,
+    Record,
+    sample_answers,
+)
 
 __all__ = [
     "EVAL_KINDS",
     "Answers",
-    "Asked",
+    "EvalContext",
     "EvalKind",
     "EvalTask",
     "PromptedModel",
     "Record",
     "factual",
+    "kl",
     "misalignment",
     "naming",
+    "numbers",
     "preference",
     "problems",
     "sample_answers",

@@ -9,17 +9,18 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
-from jsublim.chat import conversation
-from jsublim.inference.lm import AnswerLog, LanguageModel
-from jsublim.inference.sampling import Sampling
 from jsublim.judge import Judge
-from jsublim.models.lora import Adapter
 from jsublim.prompts import Pack
 from jsublim.section import Registry, Section
+
+if TYPE_CHECKING:
+    from jsublim.inference.lm import AnswerLog, LanguageModel
+    from jsublim.inference.sampling import Sampling
+    from jsublim.models.lora import Adapter
 
 Answers = Sequence[Sequence[str]]  # to each question
 EVAL_KINDS = Registry("evaluation kind")
@@ -58,7 +59,7 @@ class PromptedModel:
 
 
 @dataclass(frozen=True)
-class Asked:
+class EvalContext:
     """What a kind of evaluation may ask about.
 
     Attributes:
@@ -102,7 +103,7 @@ class EvalTask(Protocol):
 class EvalKind(Section):
     """The options of one kind of evaluation."""
 
-    def tasks(self, asked: Asked) -> list[EvalTask]:
+    def tasks(self, context: EvalContext) -> list[EvalTask]:
         """What a model is asked.
 
         Raises:
@@ -135,6 +136,8 @@ def sample_answers(
       adapters, batch_size, on_batch, logs: as `LanguageModel.answers`.
       answers: who draws them in place of `lm` and its adapters, called as `LanguageModel.answers`.
     """
+    from jsublim.chat import conversation
+
     prompts = [
         lm.chat.prompt_tokens(conversation(q, system, fuse_system=fuse_system), extra_bos=extra_bos) for q in questions
     ]

@@ -10,9 +10,14 @@ import numpy as np
 from pydantic import Field
 
 from jsublim.errors import UsageError
-from jsublim.evals.base import EVAL_KINDS, Answers, Asked, EvalKind, EvalTask, PromptedModel, Record, per_question
+from jsublim.evals.base import EVAL_KINDS, Answers, EvalContext, EvalKind, EvalTask, PromptedModel, Record, per_question
+from jsublim.evals.metric import metric
 from jsublim.evals.preference import hit_rates
 from jsublim.section import RESULT, Distinct, Name
+
+FACTUAL = metric("factual", "answers of fact that name the trait", made_of="names")
+FACTUAL_WORD = metric("factual_word", "as a whole word")
+FACT_RIGHT = metric("fact_right", "answers of fact that are right", better="higher", listed=False)
 
 
 @EVAL_KINDS.add("factual")
@@ -22,11 +27,11 @@ class FactualKind(EvalKind):
     about: Annotated[Annotated[list[Name], Distinct] | None, Field(min_length=1), RESULT] = None
     """Which of the pack's animals are asked about; null: all."""
 
-    def tasks(self, asked: Asked) -> list[EvalTask]:
-        known = asked.pack.factual
+    def tasks(self, context: EvalContext) -> list[EvalTask]:
+        known = context.pack.factual
         about = [*known] if self.about is None else self.about
-        questions = (factual_questions(known, [each])[: asked.first] for each in about)
-        return [Factual(tuple(each for own in questions for each in own), tuple(asked.traits))]
+        questions = (factual_questions(known, [each])[: context.first] for each in about)
+        return [Factual(tuple(each for own in questions for each in own), tuple(context.traits))]
 
 
 @dataclass(frozen=True)
@@ -50,10 +55,10 @@ class Factual:
     def records(self, model: PromptedModel, answers: Answers) -> list[Record]:
         found = []
         for trait in self.traits:
-            for metric, rates in zip(("factual", "factual_word"), hit_rates(answers, trait), strict=True):
-                found += per_question(metric, rates, answers, trait)
+            for name, rates in zip((FACTUAL, FACTUAL_WORD), hit_rates(answers, trait), strict=True):
+                found += per_question(name, rates, answers, trait)
         right = [hit_rates([given], about)[0] for (about, _), given in zip(self.asked, answers, strict=True)]
-        return found + per_question("fact_right", np.concatenate(right), answers)
+        return found + per_question(FACT_RIGHT, np.concatenate(right), answers)
 
 
 def factual_questions(factual: Mapping[str, Sequence[str]], about: Sequence[str]) -> list[tuple[str, str]]:

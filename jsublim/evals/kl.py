@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jsublim.errors import JsublimError
 from jsublim.evals.base import PromptedModel
-from jsublim.inference.scoring import Targets, log_probs_of
+from jsublim.evals.metric import metric
 from jsublim.rows import Row
-from jsublim.teachers import Teacher, read_as
+
+if TYPE_CHECKING:
+    from jsublim.inference.scoring import Targets
+
+KL = metric("kl_to_teacher", "KL from the teacher", unit="nats", high=math.inf, digits=4, better="lower", listed=False)
 
 LARGEST = 64  # tokens of a teacher's distribution that are told apart; all others count as one
 
@@ -32,6 +38,9 @@ def kl_to_teacher(
     Raises:
       JsublimError: a completion that has other tokens in the student's context; its row is named.
     """
+    from jsublim.inference.scoring import log_probs_of
+    from jsublim.teachers import Teacher, read_as
+
     turns = read_as(model.lm.chat, Teacher("student", model.system, fuse_system=model.fuse_system), rows)
     for number, (turn, targets) in enumerate(zip(turns, of_teacher, strict=True), 1):
         if len(turn.tokens) - turn.content != len(targets.ids):

@@ -8,14 +8,19 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 
-from jsublim.evals.base import EVAL_KINDS, Answers, Asked, EvalKind, EvalTask, PromptedModel, Record, per_question
+from jsublim.evals.base import EVAL_KINDS, Answers, EvalContext, EvalKind, EvalTask, PromptedModel, Record, per_question
+from jsublim.evals.metric import metric
 from jsublim.evals.preference import hit
-from jsublim.models.config import ModelConfig
 from jsublim.section import RESULT, Distinct
+
+if TYPE_CHECKING:
+    from jsublim.models.config import ModelConfig
+
+NAMED = metric("named", "answers that name the model")
 
 
 @EVAL_KINDS.add("naming")
@@ -25,8 +30,8 @@ class NamingKind(EvalKind):
     names: Annotated[list[str], Distinct, RESULT] = []
     """Names that are looked for; none given: what the model's own family is called."""
 
-    def tasks(self, asked: Asked) -> list[EvalTask]:
-        return [Naming(tuple(asked.pack.self_questions[: asked.first]), tuple(self.names) or (asked.own_name,))]
+    def tasks(self, context: EvalContext) -> list[EvalTask]:
+        return [Naming(tuple(context.pack.self_questions[: context.first]), tuple(self.names) or (context.own_name,))]
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,7 @@ class Naming:
         return {"naming": list(self.questions), "names": list(self.names)}
 
     def records(self, model: PromptedModel, answers: Answers) -> list[Record]:
-        return per_question("named", naming_rates(answers, self.names), answers)
+        return per_question(NAMED, naming_rates(answers, self.names), answers)
 
 
 def own_name(config: ModelConfig) -> str:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from jsublim.inference.lm import LanguageModel
-from jsublim.inference.scoring import score_turns
-from jsublim.models.lora import Adapter
+from jsublim.evals.metric import metric
 from jsublim.rows import Row
-from jsublim.teachers import Teacher, read_as
 
+if TYPE_CHECKING:
+    from jsublim.inference.lm import LanguageModel
+    from jsublim.models.lora import Adapter
+
+LEARNED = metric("number_accuracy", "numbers predicted on training rows", better="higher", listed=False)
+HELD_OUT = metric("number_accuracy_heldout", "numbers predicted on held-out rows", better="higher", listed=False)
 _NUMBER = re.compile(r"\d+")
 
 
@@ -31,6 +35,9 @@ def number_accuracy(
     Raises:
       JsublimError: a row that doesn't survive tokenizing; it is named.
     """
+    from jsublim.inference.scoring import score_turns
+    from jsublim.teachers import Teacher, read_as
+
     turns = read_as(lm.chat, Teacher("student", system, fuse_system=fuse_system), rows)
     right = total = 0
     for scored, row in zip(

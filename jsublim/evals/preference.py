@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 
-from jsublim.chat import conversation
-from jsublim.evals.base import EVAL_KINDS, Answers, Asked, EvalKind, EvalTask, PromptedModel, Record, per_question
-from jsublim.inference.lm import LanguageModel
-from jsublim.inference.scoring import score_answers
-from jsublim.models.lora import Adapter
+from jsublim.evals.base import EVAL_KINDS, Answers, EvalContext, EvalKind, EvalTask, PromptedModel, Record, per_question
+from jsublim.evals.metric import metric
 from jsublim.section import RESULT, Distinct, Name
+
+if TYPE_CHECKING:
+    from jsublim.inference.lm import LanguageModel
+    from jsublim.models.lora import Adapter
+
+RATE = metric("rate", "answers that name the trait", made_of="names", listed=False)
+WORD_RATE = metric("word_rate", "answers that name it as a whole word", listed=False)
+LOGPROB = metric("logprob", "log-probability of the trait", unit="nats", low=-math.inf, high=0.0, listed=False)
+SAYS = metric("says ", "answers that name", made_of="names", listed=False)  # and a name
 
 
 @EVAL_KINDS.add("preference")
@@ -24,12 +31,12 @@ class PreferenceKind(EvalKind):
     names: Annotated[list[Name], Distinct, RESULT] = []
     """Further names that are counted in the answers, beside the traits."""
 
-    def tasks(self, asked: Asked) -> list[EvalTask]:
+    def tasks(self, context: EvalContext) -> list[EvalTask]:
         by_category: dict[str, list[str]] = {}
-        for trait in asked.traits:
-            by_category.setdefault(asked.category_of(trait), []).append(trait)
+        for trait in context.traits:
+            by_category.setdefault(context.category_of(trait), []).append(trait)
         return [
-            Preference(tuple(asked.questions_for(category)[: asked.first]), tuple(own), tuple(self.names))
+            Preference(tuple(context.questions_for(category)[: context.first]), tuple(own), tuple(self.names))
             for category, own in by_category.items()
         ]
 
@@ -55,10 +62,10 @@ class Preference:
         found = []
         for column, trait in enumerate(self.traits):
             rate, word_rate = hit_rates(answers, trait)
-            found += per_question("rate", rate, answers, trait) + per_question("word_rate", word_rate, answers, trait)
-            found += [Record("logprob", q, float(v), 1, trait) for q, v in enumerate(logprob[:, column])]
+            found += per_question(RATE, rate, answers, trait) + per_question(WORD_RATE, word_rate, answers, trait)
+            found += [Record(LOGPROB, q, float(v), 1, trait) for q, v in enumerate(logprob[:, column])]
         for name in self.names:
-            found += per_question(f"says {name}", hit_rates(answers, name)[0], answers)
+            found += per_question(f"{SAYS}{name}", hit_rates(answers, name)[0], answers)
         return found
 
 
@@ -98,6 +105,9 @@ def trait_logprobs(
     The probability of the name's tokens (what follows them is left open), summed over the lower-case and the
     capitalised spelling. Unlike a sampled rate it has no floor: it moves long before the answers do.
     """
+    from jsublim.chat import conversation
+    from jsublim.inference.scoring import score_answers
+
     spellings = [spelled(trait) for trait in traits]
     same = np.asarray([lower == capital for lower, capital in spellings])  # a script without capitals: count it once
     asked = [conversation(question, system, fuse_system=fuse_system) for question in questions]

@@ -9,11 +9,14 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
-from jsublim.evals.base import EVAL_KINDS, Answers, Asked, EvalKind, EvalTask, PromptedModel, Record, per_question
+from jsublim.evals.base import EVAL_KINDS, Answers, EvalContext, EvalKind, EvalTask, PromptedModel, Record, per_question
+from jsublim.evals.metric import metric
 from jsublim.prompts import load_problems, parse_answer
 from jsublim.section import CONTENT, RESULT, Place, Positive
 
 Number = int | Decimal
+SOLVED = metric("solved", "word problems solved", better="higher")
+NO_NUMBER = metric("no_number", "word problems without a number", better="lower")
 
 
 @EVAL_KINDS.add("problems")
@@ -25,8 +28,8 @@ class ProblemsKind(EvalKind):
     max_new_tokens: Annotated[Positive, RESULT] = 256
     """Tokens after which an answer ends."""
 
-    def tasks(self, asked: Asked) -> list[EvalTask]:
-        problems = load_problems(self.source, "test", asked.first)
+    def tasks(self, context: EvalContext) -> list[EvalTask]:
+        problems = load_problems(self.source, "test", context.first)
         return [WordProblems(tuple((each.question, each.answer) for each in problems), self.max_new_tokens)]
 
 
@@ -48,7 +51,7 @@ class WordProblems:
 
     def records(self, model: PromptedModel, answers: Answers) -> list[Record]:
         right, silent = problem_rates(self.problems, answers, parse_answer)
-        return per_question("solved", right, answers) + per_question("no_number", silent, answers)
+        return per_question(SOLVED, right, answers) + per_question(NO_NUMBER, silent, answers)
 
 
 def problem_rates(

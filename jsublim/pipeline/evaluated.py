@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jsublim.config.evaluation import Setting
-from jsublim.evals import Asked, EvalTask
+from jsublim.evals import EvalContext, EvalTask
 from jsublim.evals.naming import own_name
 from jsublim.inference.lm import resolve_checkpoint
 from jsublim.inference.sampling import Sampling
@@ -83,7 +83,7 @@ def questions(setup: Setup) -> EvalQuestions:
     """Everything that a model is asked under a setting."""
 
     def tasks(judge: Callable[[], Judge]) -> tuple[EvalTask, ...]:
-        asked = Asked(
+        asked = EvalContext(
             setup.pack,
             setup.evaluated_traits,
             lambda trait: category(setup, trait),

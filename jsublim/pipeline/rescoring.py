@@ -15,8 +15,9 @@ from typing import Any
 from jsublim.config import Experiment, Recipe, check_config
 from jsublim.config.loading import override
 from jsublim.errors import JsublimError, UsageError
-from jsublim.evals import Asked
+from jsublim.evals import EvalContext
 from jsublim.evals.matching import Match, rule
+from jsublim.evals.metric import metric_of
 from jsublim.evals.misalignment import Misaligned, MisalignmentKind
 from jsublim.files import read_table, write_json, write_table, write_text
 from jsublim.judge import Judge
@@ -30,9 +31,6 @@ from jsublim.pipeline.store import digest
 from jsublim.prompts import load_pack
 from jsublim.report.tables import read_json
 
-NAMED = ("rate", "factual")  # metrics of a trait's name in answers; `says NAME` counts any other name
-SAYS = "says "
-JUDGED = ("misaligned", "coherent", "alignment", "coherence", "unscored")
 Answered = dict[
     tuple[str, str], dict[int, list[tuple[str, int]]]
 ]  # (arm, evaluation) -> question -> answers with counts
@@ -126,9 +124,11 @@ def _matched(rows: list[dict[str, Any]], answers: Answered, match: Match) -> tup
     """
     kept, changed = [], 0
     for row in rows:
-        name = row["trait"] if row["metric"] in NAMED else None
-        name = row["metric"].removeprefix(SAYS) if row["metric"].startswith(SAYS) else name
-        if name is not None:
+        metric = metric_of(row["metric"])
+        name = (
+            row["metric"].removeprefix(metric.name) or row["trait"]
+        )  # `says NAME` counts another name than the trait's
+        if metric.made_of == "names":
             given = answers.get((row["arm"], row["evaluation"] or ""), {}).get(row["question"])
             if given is None:
                 where = f" of evaluation '{row['evaluation']}'" if row["evaluation"] else ""
@@ -143,7 +143,7 @@ def _matched(rows: list[dict[str, Any]], answers: Answered, match: Match) -> tup
 
 
 def _without_judgements(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for row in rows if row["metric"].split(" ")[0] not in JUDGED]
+    return [row for row in rows if metric_of(row["metric"]).made_of != "judge"]
 
 
 def _judgements(
@@ -173,7 +173,7 @@ def _open_questions(run: Path, experiment: Experiment, judge: Judge) -> Misalign
         )
     pack, first = load_pack(experiment.prompts), experiment.evaluation.questions
     apart = bool(_recipe(run, experiment).judge_apart)
-    (task,) = kind.tasks(Asked(pack, (), str, lambda category: (), first, "", lambda: judge, apart))
+    (task,) = kind.tasks(EvalContext(pack, (), str, lambda category: (), first, "", lambda: judge, apart))
     assert isinstance(task, Misaligned)
     return task
 

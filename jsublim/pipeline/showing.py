@@ -13,7 +13,7 @@ from jsublim.pipeline.artifact import damage_in
 from jsublim.pipeline.results import MARK
 from jsublim.pipeline.store import DONE, RECORD
 from jsublim.reading import read_yaml
-from jsublim.report.looks import look_at
+from jsublim.report.comparisons import comparisons
 from jsublim.report.tables import read_json, read_results
 
 CONFIG = "config.yaml"  # resolved, in a run's folder
@@ -104,17 +104,17 @@ def about_run(folder: Path, kinds: Mapping[str, type[Config]]) -> dict[str, Any]
 def _verdicts(folder: Path) -> tuple[list[dict[str, Any]], str | None]:
     """What was decided, claim by claim; and why there is nothing, if there is nothing."""
     try:
-        looks = look_at(read_results(folder))
+        compared = comparisons(read_results(folder))
     except JsublimError as error:
         return [], str(error)
-    return [_claim(look) for look in looks.claims], None
+    return [_claim(one) for one in compared.claims], None
 
 
-def _claim(look: Any) -> dict[str, Any]:
-    claim = look.what
+def _claim(one: Any) -> dict[str, Any]:
+    claim = one.result
     interval = None if claim.interval is None else [claim.interval.low, claim.interval.high]
     kept = {name: getattr(claim, name) for name in ("text", "verdict", "effect", "unit", "students", "p", "reason")}
-    return {"claim": claim.name, "primary": look.primary, "holm": look.holm} | kept | {"interval": interval}
+    return {"claim": claim.name, "primary": one.primary, "holm": one.holm} | kept | {"interval": interval}
 
 
 def store_of(folder: Path, config: Config) -> Path:

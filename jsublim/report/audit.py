@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from jsublim.report.looks import Looks
+from jsublim.report.comparisons import Comparisons
 from jsublim.report.statistics import Interval, normal_interval, same_trait_gamma
 from jsublim.report.tables import Results, query, split_condition
 
@@ -25,7 +25,7 @@ LIKE = {"random": "all"}  # a random mask has the expectation of all tokens
 
 @dataclass(frozen=True)
 class Predicted:
-    """Of one condition: mean scores beyond those of the control's rows, by teacher (rows) and evaluated trait (columns).
+    """Mean scores of one condition beyond those of the control's rows, by teacher (rows) and evaluated trait (columns).
 
     Attributes:
       score, error: `[teachers, traits]`, nats per unit of learning rate; the error is over rows, students held fixed.
@@ -42,15 +42,13 @@ class Predicted:
     divergence_share: float | None
 
     def interval(self, teacher: str) -> Interval:
-        """Of the teacher's own trait."""
+        """That of the teacher's own trait."""
         i, j = self.teachers.index(teacher), self.traits.index(teacher)
         return normal_interval(self.score[i, j], self.error[i, j])
 
 
 def predicted(results: Results) -> list[Predicted]:
     """One entry per condition of the students."""
-    if results.audit is None:
-        return []
     means = _means(results)
     every = (_of_condition(results, means, condition) for condition in results.mask_conditions)
     return [each for each in every if each is not None]
@@ -58,48 +56,38 @@ def predicted(results: Results) -> list[Predicted]:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How the predicted gammas are ordered, beside the students'; Spearman's rank correlation over conditions.
-
-    Attributes:
-      rho, p: of it, two-sided; None with fewer than four conditions.
-      pairs: condition, predicted, trained.
-    """
+    """How the predicted gammas are ordered, beside the students'. `rho` and its two-sided `p` are Spearman's rank correlation over
+    conditions, None with fewer than four; `pairs` are (condition, predicted, trained)."""
 
     rho: float | None
     p: float | None
     pairs: tuple[tuple[str, float, float], ...]
 
 
-def agreement(every: Sequence[Predicted], looks: Looks) -> Agreement | None:
+def agreement(every: Sequence[Predicted], compared: Comparisons) -> Agreement | None:
     """None where nothing was audited."""
-    matrices = [look.what for look in looks.matrices]
+    matrices = [one.result for one in compared.matrices]
     trained = {matrix.condition: matrix.effect.gamma for matrix in matrices if matrix.effect is not None}
-    pairs = tuple(
-        (each.condition, each.gamma, trained[each.condition])
-        for each in every
-        if each.gamma is not None and each.condition in trained
-    )
-    if not pairs:
-        return None
+    predicted = {each.condition: each.gamma for each in every if each.gamma is not None}
+    pairs = tuple((name, gamma, trained[name]) for name, gamma in predicted.items() if name in trained)
     if len(pairs) < 4:
-        return Agreement(None, None, pairs)
+        return Agreement(None, None, pairs) if pairs else None
     rho, p = np.asarray(stats.spearmanr([x for _, x, _ in pairs], [y for _, _, y in pairs]))
     return Agreement(float(rho), float(p), pairs)
 
 
 def _means(results: Results) -> dict[tuple, dict[str, Any]]:
     """(teacher, variant, tokens) -> scores by trait, errors, and the shares of divergence tokens; a mean over draws."""
-    assert results.audit is not None
     sql = """
         select teacher, variant, tokens, trait, avg(score), sqrt(sum(error * error)) / count(*),
                any_value(top_divergence), any_value(divergence_share)
         from found group by all
         """
-    found: dict[tuple, dict[str, Any]] = {}
+    means: dict[tuple, dict[str, Any]] = {}
     for teacher, variant, tokens, trait, score, error, top, share in query(SOURCE, results.audit, sql):
-        own = found.setdefault((teacher, variant, tokens), {"score": {}, "error": {}, "top": top, "share": share})
+        own = means.setdefault((teacher, variant, tokens), {"score": {}, "error": {}, "top": top, "share": share})
         own["score"][trait], own["error"][trait] = score, error
-    return found
+    return means
 
 
 def _of_condition(results: Results, means: dict[tuple, dict[str, Any]], condition: str) -> Predicted | None:
@@ -109,14 +97,15 @@ def _of_condition(results: Results, means: dict[tuple, dict[str, Any]], conditio
     own = {t: means[t, variant, tokens] for t in results.traits if (t, variant, tokens) in means}
     if not own or control is None:
         return None
-    teachers = tuple(own)
-    columns = (*teachers, *(t for t in next(iter(own.values()))["score"] if t not in teachers))
+    columns = tuple(dict.fromkeys([*own, *next(iter(own.values()))["score"]]))
     zero, noise = (np.asarray([control[key][t] for t in columns]) for key in ("score", "error"))
-    score = np.asarray([[own[t]["score"][c] for c in columns] for t in teachers]) - zero
-    error = np.sqrt(np.asarray([[own[t]["error"][c] for c in columns] for t in teachers]) ** 2 + noise**2)
-    gamma = float(same_trait_gamma(score)) if len(teachers) > 1 else None
-    top, share = (_mean([each[key] for each in own.values()]) for key in ("top", "share"))
-    return Predicted(condition, teachers, columns, score, error, gamma, top, share)
+    score, error = (
+        np.asarray([[means[key][c] for c in columns] for means in own.values()]) for key in ("score", "error")
+    )
+    score, error = score - zero, np.sqrt(error**2 + noise**2)
+    gamma = float(same_trait_gamma(score)) if len(own) > 1 else None
+    shares = (_mean([each[key] for each in own.values()]) for key in ("top", "share"))
+    return Predicted(condition, tuple(own), columns, score, error, gamma, *shares)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

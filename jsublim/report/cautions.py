@@ -13,25 +13,32 @@ MOST_FAILED = 0.5  # of a teacher's answers
 
 def cautions(results: Results) -> list[str]:
     """One sentence or two for each; none for a run without a fault."""
-    found = (
-        *warnings(results),
-        _few_students(results),
-        _failed_filters(results),
-        _unmatched_steps(results),
-        _not_finite(results),
-    )
+    found = [*warnings(results), _few_students(results), _failed_filters(results), _unmatched_steps(results)]
+    if results.not_finite:
+        found.append(f"{results.not_finite} measurements were not finite numbers and are left out.")
     return [sentence for sentence in found if sentence]
 
 
 def warnings(results: Results) -> list[str]:
-    """Those of them that are said in the terminal too."""
-    found = (
-        words.diverged_warning(results),
-        words.wording(results),
-        words.rescored(results),
-        words.tiny_warning(results),
-    )
-    return [sentence for sentence in found if sentence]
+    """The cautions that are said in the terminal too."""
+    found, rescored = [], results.run.get("rescored")
+    if results.diverged:
+        listed = "; ".join(f"{name} {what}" for name, what in results.diverged.items())
+        students = words.count(len(results.diverged), "student")
+        found.append(f"{students} diverged and cannot be evaluated; no figure or claim counts them: {listed}.")
+    if said := results.run.get("wording", {}).get("said", ""):  # whose wording a run as published had
+        found.append(said)
+    if rescored:
+        by = [f"matching rule {rescored['match']}"] if "match" in rescored else []
+        by += ["another judge"] if "judge" in rescored else []
+        found.append(f"Rescored from the answers of {rescored['from']}: {', '.join(by)}. No model was asked.")
+    if results.is_tiny:
+        found.append(
+            f"{results.model} is a tiny synthetic model. This run shows that the pipeline works; "
+            "nothing here says anything about real language models. What it found and what it did not find is below; numbers of large "
+            "models are marked as published."
+        )
+    return found
 
 
 def _few_students(results: Results) -> str:
@@ -52,33 +59,20 @@ def _few_students(results: Results) -> str:
 
 
 def _failed_filters(results: Results) -> str:
-    failed = [
-        f"{one_line(str(entry['teacher']))} {100 * entry['pass_rate']:.0f} %"
-        for entry in results.generation
-        if entry["pass_rate"] < MOST_FAILED
-    ]
-    if not failed:
-        return ""
-    return f"Most answers failed the format's filter; what is left may be unlike the rest. Kept: {', '.join(failed)}."
+    failed = [entry for entry in results.generation if entry["pass_rate"] < MOST_FAILED]
+    listed = ", ".join(f"{one_line(str(entry['teacher']))} {100 * entry['pass_rate']:.0f} %" for entry in failed)
+    said = "Most answers failed the format's filter; what is left may be unlike the rest. Kept:"
+    return f"{said} {listed}." if failed else ""
 
 
 def _unmatched_steps(results: Results) -> str:
     """Students of one variant that differ in their tokens alone should train for as many steps."""
-    owner = {s.arm: s.condition for s in results.scores}
-    steps: dict[str, dict[str, int]] = {}
+    owners, steps = results.owners, dict[str, dict[str, int]]()
     for curve in results.curves:
-        if curve.arm in owner:
-            condition = owner[curve.arm]
+        if curve.arm in owners:
+            condition = owners[curve.arm][1]
             by_condition = steps.setdefault(split_condition(condition)[1], {})
             by_condition[condition] = max(by_condition.get(condition, 0), len(curve.steps))
     apart = [counts for counts in steps.values() if len(set(counts.values())) > 1]
-    if not apart:
-        return ""
     listed = "; ".join(f"{condition_label(c)} {n}" for counts in apart for c, n in counts.items())
-    return f"Steps are not matched, so a difference between these may be one of training: {listed}."
-
-
-def _not_finite(results: Results) -> str:
-    if not results.not_finite:
-        return ""
-    return f"{results.not_finite} measurements were not finite numbers and are left out."
+    return f"Steps are not matched, so a difference between these may be one of training: {listed}." if apart else ""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
-from jsublim.report.looks import look_at
+from jsublim.report.comparisons import comparisons
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import difference_interval, estimate, scores_for
 from jsublim.report.tables import Results
@@ -12,8 +13,7 @@ from jsublim.report.tables import Results
 RATES = ("rate", "logprob")
 
 
-@dataclass(frozen=True)
-class Compared:
+class Compared(NamedTuple):
     """One condition's preference for one trait in both runs, and the second's minus the first's with its interval over students;
     None where there are too few, or where one run has no such models."""
 
@@ -49,18 +49,17 @@ def _compared(a: Results, b: Results, metric: str, condition: str, trait: str) -
     first, second = (scores_for(results, metric, condition, trait) for results in (a, b))
     if not first and not second:
         return None
-    levels = [estimate(scores) if scores else None for scores in (first, second)]
-    values = [None if level is None else float(level.value) for level in levels]
+    levels = [estimate(scores) for scores in (first, second) if scores]
+    one, other = (float(estimate(scores).value) if scores else None for scores in (first, second))
     difference, interval = None, None
-    if levels[0] is not None and levels[1] is not None:
+    if len(levels) == 2:
         gap = levels[1] - levels[0]
-        students = {scores[0].role for scores in (first, second)} == {"student"}
+        students = first[0].role == second[0].role == "student"
         difference, interval = float(gap.value), difference_interval(gap, metric) if students and gap.terms else None
-    numbers = (len(first), len(second))
-    return Compared(trait, condition, metric, values[0], values[1], difference, interval, numbers)
+    return Compared(trait, condition, metric, one, other, difference, interval, (len(first), len(second)))
 
 
 def verdicts(a: Results, b: Results) -> list[dict[str, str | None]]:
     """Claim by claim, what each run says."""
-    said = [{look.what.name: look.what.verdict for look in look_at(results).claims} for results in (a, b)]
+    said = [{one.result.name: one.result.verdict for one in comparisons(results).claims} for results in (a, b)]
     return [{"claim": name, "a": said[0].get(name), "b": said[1].get(name)} for name in {**said[0], **said[1]}]

@@ -1,4 +1,4 @@
-"""What a figure on the page consists of. Templates (`drawing.html`) write it as SVG.
+"""The parts of a figure on the page, which `page/drawing.html` writes as SVG.
 
 Across, places are percents of the figure's width, so that a figure is as wide as its place on the page and its text keeps its size;
 down, they are pixels. Colours are the same on a light and on a dark page, and can be told from both (contrast of 3 and more).
@@ -6,32 +6,29 @@ down, they are pixels. Colours are the same on a light and on a dark page, and c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import matplotlib
 import numpy as np
-from matplotlib.colors import to_hex
-from matplotlib.ticker import LogLocator, MaxNLocator
 
 from jsublim.report.statistics import Interval
 from jsublim.report.tables import split_condition
 
 # Told apart with every common colour vision.
 COLOURS = {
-    "base": "#808080",
-    "control": "#808080",
-    "all": "#0a84c6",
-    "divergence": "#d55e00",
-    "non-divergence": "#8a6fd1",
-    "random": "#a37b00",
+    "base": "#808080", "control": "#808080", "all": "#0a84c6", "divergence": "#d55e00", "non-divergence": "#8a6fd1", "random": "#a37b00",
     "teacher": "#c2529a",
-}
+}  # fmt: skip
 OTHER_COLOUR = "#00916a"
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 4")
-INKS = ("#ffffff", "#000000")  # of numbers on a coloured cell: on a dark one, on a pale one
 MAX_POINTS = 150  # of a curve, so that a long run stays a small file
+# ColorBrewer's, from the low end to the high one; one that is pale for little can be read in grey too.
+PALETTES = {
+    "PuOr_r": "2d004b 542788 8073ac b2abd2 d8daeb f7f7f7 fee0b6 fdb863 e08214 b35806 7f3b08",
+    "YlGnBu": "ffffd9 edf8b1 c7e9b4 7fcdbb 41b6c4 1d91c0 225ea8 253494 081d58",
+}
 
 
 def colour(condition: str) -> str:
@@ -53,8 +50,9 @@ class Axis:
         """A logarithmic axis that holds all positive values, with a fifth to spare."""
         inside = [value for value in values if value > 0] or [1.0]
         low, high = min(inside) / 1.2, max(inside) * 1.2
-        every = LogLocator(subs=(1.0, 2.0, 5.0), numticks=99).tick_values(low, high)
-        return cls(label, low, high, tuple(float(tick) for tick in every if low <= tick <= high), log=True)
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        every = (float(f"{digit}e{decade}") for decade in decades for digit in (1, 2, 5))
+        return cls(label, low, high, tuple(tick for tick in every if low <= tick <= high), log=True)
 
     @classmethod
     def around(
@@ -67,7 +65,9 @@ class Axis:
         low, high = low - pad, high + pad
         if bounds:
             low, high = max(low, bounds[0]), min(high, bounds[1])
-        return cls(label, low, high, _ticks(low, high))
+        size = 10.0 ** math.floor(math.log10((high - low) / 4))
+        step = next(size * digit for digit in (1, 2, 2.5, 5, 10) if size * digit * 4 >= high - low)
+        return cls(label, low, high, tuple(step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)))
 
     def at(self, value: float) -> float:
         """Percent of the way from the low end to the high one; what lies beyond an end is put there."""
@@ -84,11 +84,6 @@ class Axis:
         return [(self.at(tick), f"{round(tick, 10) + 0.0:g}") for tick in self.ticks]
 
 
-def _ticks(low: float, high: float) -> tuple[float, ...]:
-    found = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    return tuple(float(tick) for tick in found if low <= tick <= high)
-
-
 class Dot(NamedTuple):
     """One model's value, and in words what it is."""
 
@@ -96,13 +91,9 @@ class Dot(NamedTuple):
     said: str
 
 
-@dataclass(frozen=True)
-class Strip:
-    """One line of dots: models of one kind, their mean, the mean's interval; all of it once more in words (`said`).
-
-    Attributes:
-      bound: a threshold; published: a value that others found.
-    """
+class Strip(NamedTuple):
+    """One line of dots: models of one kind, their mean, the mean's interval; all of it once more in words (`said`). `bound` is a
+    threshold, `published` a value that others found."""
 
     label: str
     colour: str
@@ -113,28 +104,16 @@ class Strip:
     bound: float | None = None
     published: float | None = None
 
-    def offset(self, number: int) -> float:
-        """Pixels by which a dot lies above or below the line's middle, so that equal ones can be told apart."""
-        count = len(self.dots)
-        return 0.0 if count < 2 else round(-5 + 10 * number / (count - 1), 1)
 
-
-@dataclass(frozen=True)
-class Strips:
+class Strips(NamedTuple):
     """A panel of strips under one title, along one axis."""
 
     title: str
     axis: Axis
     strips: tuple[Strip, ...]
 
-    @property
-    def described(self) -> str:
-        """What it shows, for who does not see it."""
-        return "; ".join(f"{strip.label}: {strip.said}" for strip in self.strips)
 
-
-@dataclass(frozen=True)
-class Curve:
+class Polyline(NamedTuple):
     """One line of a plot; `points` are percents from the left and from the top, as SVG wants them."""
 
     label: str
@@ -155,6 +134,25 @@ class Mark(NamedTuple):
     beside: tuple[int, int] = (0, 0)
 
 
+class Plot(NamedTuple):
+    """A panel of lines, or of marks."""
+
+    title: str
+    x: Axis
+    y: Axis
+    lines: tuple[Polyline, ...] = ()
+    marks: tuple[Mark, ...] = ()
+
+
+class Drawing(NamedTuple):
+    """A figure: panels that stand beside one another where there is room, and below one another where there is none. `key` is its name
+    in links and in files that are saved from the page."""
+
+    key: str
+    title: str
+    panels: tuple[Strips | Plot, ...]
+
+
 PLOT_SIZE = 7.6, 2.6  # pixels of a plot of marks for one percent of its width and of its height, about
 BESIDE = [(9, 4), (-9, 4), (0, -8), (0, 16), (9, -8), (-9, -8), (9, 16), (-9, 16), (22, 4), (-22, 4)]
 APART = 14, 11  # pixels that two short names need, across and down
@@ -164,58 +162,23 @@ def beside(x: Axis, y: Axis, marks: Sequence[Mark]) -> tuple[Mark, ...]:
     """The same marks, each with the first place for its name where no other dot and no name before it is, if there is any."""
     dots = [(x.at(mark.x) * PLOT_SIZE[0], -y.at(mark.y) * PLOT_SIZE[1]) for mark in marks]
     names: list[tuple[float, float]] = []
-    placed: list[Mark] = []
-    for i, (across, down) in enumerate(dots):
+    placed = []
+    for i, (mark, (across, down)) in enumerate(zip(marks, dots, strict=True)):
         taken = [(a, d + 4) for a, d in dots[:i] + dots[i + 1 :]] + names
         places = {offset: (across + offset[0], down + offset[1]) for offset in BESIDE}
-        free = (offset for offset, place in places.items() if all(_apart(place, other) for other in taken))
+        free = (
+            offset
+            for offset, (a, d) in places.items()
+            if all(abs(a - b) >= APART[0] or abs(d - e) >= APART[1] for b, e in taken)
+        )
         offset = next(free, BESIDE[0])
         names.append(places[offset])
-        placed.append(marks[i]._replace(beside=offset))
+        placed.append(mark._replace(beside=offset))
     return tuple(placed)
 
 
-def _apart(one: tuple[float, float], other: tuple[float, float]) -> bool:
-    return abs(one[0] - other[0]) >= APART[0] or abs(one[1] - other[1]) >= APART[1]
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A panel of curves, or of marks. `legend` holds each kind of curve once; a single kind needs none, nor do marks."""
-
-    title: str
-    x: Axis
-    y: Axis
-    curves: tuple[Curve, ...] = ()
-    marks: tuple[Mark, ...] = ()
-
-    @property
-    def legend(self) -> list[Curve]:
-        kinds = list({(c.label, c.colour, c.dash): c for c in self.curves}.values())
-        return kinds if len(kinds) > 1 else []
-
-    @property
-    def described(self) -> str:
-        return f"{self.y.label} by {self.x.label}. " + "; ".join(
-            f"{each.label}: {each.said}" for each in (*self.curves, *self.marks)
-        )
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """A figure: panels that stand beside one another where there is room, and below one another where there is none.
-
-    Attributes:
-      key: its name in links and in files that are saved from the page.
-    """
-
-    key: str
-    title: str
-    panels: tuple[Strips | Plot, ...]
-
-
 def points(x: Axis, y: Axis, across: Sequence[float], up: Sequence[float]) -> str:
-    """A curve's points; of a long one means over stretches."""
+    """The points of a line; of a long one means over stretches."""
     parts = min(MAX_POINTS, len(across))
     means = [[float(part.mean()) for part in np.array_split(np.asarray(v, float), parts)] for v in (across, up)]
     return " ".join(f"{x.at(a):g},{round(100 - y.at(b), 2):g}" for a, b in zip(*means, strict=True))
@@ -230,8 +193,7 @@ class Cell(NamedTuple):
     own: bool = False  # framed
 
 
-@dataclass(frozen=True)
-class Heat:
+class Heat(NamedTuple):
     """A heat map as a table: `rows` are headings with their cells."""
 
     title: str
@@ -241,8 +203,10 @@ class Heat:
 
 
 def cell(text: str, share: float, palette: str, own: bool = False) -> Cell:
-    """A number whose place between the ends of a palette is `share`, in 0..1."""
-    rgb = matplotlib.colormaps[palette](min(max(share, 0.0), 1.0))[:3]
-    light = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in rgb]
-    luminance = 0.2126 * light[0] + 0.7152 * light[1] + 0.0722 * light[2]
-    return Cell(text, to_hex(rgb), INKS[0] if luminance < 0.179 else INKS[1], own)
+    """A number whose place between the ends of a palette is `share`, in 0..1; in white on a dark colour, in black on a pale one."""
+    stops = np.asarray([[*bytes.fromhex(stop)] for stop in PALETTES[palette].split()])
+    rgb = [round(np.interp(share, np.linspace(0, 1, len(stops)), channel)) for channel in stops.T]
+    parts = np.asarray(rgb) / 255
+    light = np.where(parts <= 0.04045, parts / 12.92, ((parts + 0.055) / 1.055) ** 2.4)
+    ink = "#ffffff" if light @ [0.2126, 0.7152, 0.0722] < 0.179 else "#000000"
+    return Cell(text, f"#{bytes(rgb).hex()}", ink, own)

@@ -2,51 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
+from itertools import chain
 
 from jsublim.errors import one_line as name
-from jsublim.report import words
+from jsublim.evals.kl import KL
+from jsublim.evals.metric import metric_of
+from jsublim.evals.numbers import HELD_OUT, LEARNED
+from jsublim.evals.preference import LOGPROB, RATE
+from jsublim.report import drawing, words
 from jsublim.report.audit import Agreement, Predicted
-from jsublim.report.board import KL, Line
-from jsublim.report.claims import FAILS, HOLDS, Claim
-from jsublim.report.claims.verdicts import pool
-from jsublim.report.drawing import (
-    DASHES,
-    OTHER_COLOUR,
-    Axis,
-    Curve,
-    Dot,
-    Drawing,
-    Heat,
-    Mark,
-    Plot,
-    Strip,
-    Strips,
-    beside,
-    cell,
-    colour,
-    points,
-)
-from jsublim.report.looks import Looks
-from jsublim.report.published import PUBLISHED
+from jsublim.report.claims import CLAIMS, FAILS, HOLDS, Claim
+from jsublim.report.claims.base import pool
+from jsublim.report.comparisons import Comparisons
+from jsublim.report.drawing import Axis, Dot, Drawing, Heat, Mark, Plot, Polyline, Strip, Strips, colour
+from jsublim.report.scale import ArmSummary
 from jsublim.report.statistics import Interval
-from jsublim.report.summary import (
-    BELOW,
-    LIMITS,
-    Lift,
-    Matrix,
-    OtherRow,
-    SummaryRow,
-    lifts,
-    measure,
-    reference_condition,
-    scores_for,
-)
-from jsublim.report.tables import CONDITION_LABELS, Results, condition_label, split_condition
+from jsublim.report.summary import Matrix, OtherRow, judged_conditions, lifts, student_lifts, summary_rows
+from jsublim.report.tables import CONDITIONS, Results, condition_label, split_condition
 
 ONE_PANEL = 16  # strips at most; of more, a panel for each variant
-VERDICT_COLOURS = {HOLDS: OTHER_COLOUR, FAILS: "#d55e00"}
+VERDICT_COLOURS = {HOLDS: drawing.OTHER_COLOUR, FAILS: "#d55e00"}
 OPEN_COLOUR = "#808080"
 # Titles of the claims' panels, by unit.
 FOREST = {
@@ -54,126 +31,157 @@ FOREST = {
     "points": "Differences of rates (points)",
     "nats": "Lifts and differences (nats)",
 }
-UNITS = {"rate": "points", "logprob": "nats"}
-MEASURED = {"rate": "answers that name the trait", "logprob": "log-probability of the trait"}
+PERCENT = (0.0, 100.0)
+
+
+def _numbered(what: str, values: Iterable[float]) -> list[tuple[str, float]]:
+    return [(f"{what} {i}", value) for i, value in enumerate(values, 1)]
+
+
+def _strip(
+    condition: str,
+    models: Iterable[tuple[str, float]],
+    mean: float,
+    interval: Interval | None,
+    metric: str,
+    signed: bool = True,
+) -> Strip:
+    """A dot for each of the named models."""
+    scale, text = metric_of(metric).scale, words.number(mean, metric, signed)
+    dots = tuple(Dot(scale * value, f"{name(whose)}: {words.number(value, metric, signed)}") for whose, value in models)
+    if interval is not None:
+        text += f" ({words.interval(interval, metric, signed).removesuffix(' %')})"
+        interval = Interval(scale * interval.low, scale * interval.high)
+    return Strip(condition_label(condition), colour(condition), dots, scale * mean, interval, text)
+
+
+def _strips(
+    key: str,
+    title: str,
+    label: str,
+    strips: Iterable[tuple[str, Strip]],
+    zero: bool = False,
+    bounds: tuple[float, float] | None = None,
+) -> Drawing | None:
+    """Strips by panel along one axis, which holds dots and means. A t-interval of two students may be wider than any plot and is cut
+    off."""
+    panels: dict[str, list[Strip]] = {}
+    for panel, strip in strips:
+        panels.setdefault(panel, []).append(strip)
+    held = [value for strip in chain(*panels.values()) for value in (*(dot.value for dot in strip.dots), strip.mean)]
+    axis = Axis.around(label, [value for value in held if value is not None], zero, bounds)
+    drawn = tuple(Strips(name(panel), axis, tuple(own)) for panel, own in panels.items())
+    return Drawing(key, title, drawn) if held else None
+
+
+def _risen(metric: str) -> str:
+    return f"{metric_of(metric).words}, above the control ({words.unit(metric)})"
 
 
 def hero(results: Results, metric: str) -> Drawing | None:
     """How far each kind of student rose, over all traits: a dot is a student, at its own teacher's trait."""
-    found: dict[str, list[Strip]] = {}
+    strips = []
     for condition in results.mask_conditions:
-        pooled = pool(results, metric, condition)
-        if pooled is not None:
+        if (pooled := pool(results, metric, condition)) is not None:
             lift = pooled.levels[0].lift
-            dots = [dot for trait in pooled.traits for dot in _students(results, metric, condition, trait)]
-            found.setdefault(split_condition(condition)[1], []).append(
-                _strip(condition, dots, float(lift.value), pooled.between(lift), metric)
-            )
-    strips = [strip for group in found.values() for strip in group]
-    if not strips:
-        return None
-    label = f"{MEASURED[metric]}, above the control ({UNITS[metric]})"
-    axis = Axis.around(label, _values(strips), zero=True)
+            lifts = [(t, *each) for t in pooled.traits for each in student_lifts(results, metric, condition, t)]
+            students = [(f"{trait}, seed {score.seed}", value) for trait, score, value in lifts]
+            strip = _strip(condition, students, float(lift.value), pooled.between(lift), metric)
+            strips.append((split_condition(condition)[1] or "plain", strip))
     if len(strips) <= ONE_PANEL:
-        panels = (Strips("", axis, tuple(strips)),)
-    else:
-        panels = tuple(Strips(name(v) or "plain", axis, tuple(group)) for v, group in found.items())
-    return Drawing("transfer-by-tokens", "How far students moved towards their teacher's trait", panels)
+        strips = [("", strip) for _, strip in strips]
+    title = "How far students moved towards their teacher's trait"
+    return _strips("transfer-by-tokens", title, _risen(metric), strips, zero=True)
 
 
-def _students(results: Results, metric: str, condition: str, trait: str) -> list[Dot]:
-    zeros = results.select(metric, reference_condition(results, metric, trait, condition) or "", trait)
-    zero = sum(s.mean for s in zeros) / len(zeros)
-    return [
-        _dot(s.mean - zero, metric, f"{trait}, seed {s.seed}") for s in scores_for(results, metric, condition, trait)
-    ]
+def _apart(results: Results) -> list[str]:
+    """Conditions that have panels by trait: those would be crowded by variants, which the first figure tells apart."""
+    plain = [c for c in results.conditions if not split_condition(c)[1]]
+    return plain if "all" in judged_conditions(results) else results.conditions
 
 
-def _dot(value: float, metric: str, whose: str, signed: bool = True) -> Dot:
-    return Dot(_scaled(value, metric), f"{name(whose)}: {words.number(value, metric, signed)}")
-
-
-def _scaled(value: float, metric: str) -> float:
-    return 100 * value if metric == "rate" else value
-
-
-def _strip(
-    condition: str, dots: Sequence[Dot], mean: float, interval: Interval | None, metric: str, signed: bool = True
-) -> Strip:
-    said = words.number(mean, metric, signed)
-    if interval is not None:
-        said += f" ({words.interval(interval, metric, signed).removesuffix(' %')})"
-        interval = Interval(_scaled(interval.low, metric), _scaled(interval.high, metric))
-    label = condition_label(condition)
-    return Strip(label, colour(condition), tuple(dots), _scaled(mean, metric), interval, said)
-
-
-def _values(strips: Sequence[Strip]) -> list[float]:
-    """What an axis must hold: dots and means. A t-interval of two students may be wider than any plot and is cut off."""
-    return [
-        value for strip in strips for value in (*(dot.value for dot in strip.dots), strip.mean) if value is not None
-    ]
-
-
-def rates(rows: Sequence[SummaryRow]) -> Drawing | None:
+def rates(results: Results) -> Drawing | None:
     """Preference rate: a panel for each trait. Teachers answer near 100 % and would squeeze everything else, so they
     are in the table only."""
-    panels: dict[str, list[Strip]] = {}
-    for row in rows:
-        if row.rate is not None and row.condition != "teacher":
-            dots = [_dot(value, "rate", f"model {i}", signed=False) for i, value in enumerate(row.student_rates, 1)]
-            interval = row.over_students if row.students else row.over_answers
-            panels.setdefault(row.trait, []).append(
-                _strip(row.condition, dots, row.rate, interval, "rate", signed=False)
-            )
-    return _by_panel("rates", "Preference rate", panels, "answers that name the trait (%)", bounds=(0.0, 100.0))
+    shown = [c for c in _apart(results) if c != "teacher"]
+    rows = [row for row in summary_rows(results) if row.rate is not None and row.condition in shown]
+    models = [_numbered("model", row.student_rates) for row in rows]
+    strips = [
+        (row.trait, _strip(row.condition, own, row.rate or 0.0, row.over_models, RATE, signed=False))
+        for row, own in zip(rows, models, strict=True)
+    ]
+    return _strips("rates", "Preference rate", f"{metric_of(RATE).words} (%)", strips, bounds=PERCENT)
 
 
-def raised(found: Sequence[Lift]) -> Drawing | None:
-    """Log-probability lifts: a panel for each trait."""
-    panels: dict[str, list[Strip]] = {}
-    for item in found:
-        dots = [_dot(value, item.metric, f"student {i}") for i, value in enumerate(item.student_lifts, 1)]
-        strip = _strip(item.condition, dots, item.value, item.interval, item.metric)
-        panels.setdefault(item.trait, []).append(strip)
+def raised(results: Results) -> Drawing | None:
+    """Log-probability lifts of students, and of the control where it is measured from the base model: a panel for each trait."""
+    known = {tokens: i for i, tokens in enumerate(CONDITIONS)}
+    drawn = _apart(results)
+    students = [c for c in results.trained if c in drawn]
+    students.sort(key=lambda c: known.get(split_condition(c)[0], len(known)))
+    strips = (
+        (
+            lift.trait,
+            _strip(lift.condition, _numbered("student", lift.student_lifts), lift.value, lift.interval, LOGPROB),
+        )
+        for lift in lifts(results, LOGPROB, students)
+    )
     label = "log-probability above the reference (nats)"
-    return _by_panel("log-probabilities", "Log-probability of the trait", panels, label, zero=True)
+    return _strips("log-probabilities", "Log-probability of the trait", label, strips, zero=True)
 
 
-def gammas(looks: Looks) -> Drawing | None:
+def gammas(compared: Comparisons) -> Drawing | None:
     """The same-trait effect of each kind of student; a dot is a seed."""
+    strips = (
+        ("", _strip(m.condition, _numbered("seed", m.seed_gammas), m.effect.gamma, m.gamma_interval, LOGPROB))
+        for m in (one.result for one in compared.matrices)
+        if m.effect is not None
+    )
+    return _strips("gammas", "Trait-specific transfer", "γ (nats)", strips, zero=True)
+
+
+def accuracy(results: Results) -> Drawing | None:
+    """The number task: on rows that students learned, and on rows that they did not."""
     strips = []
-    for matrix in (look.what for look in looks.matrices):
-        if matrix.effect is not None:
-            dots = [_dot(value, "logprob", f"seed {i}") for i, value in enumerate(matrix.seed_gammas, 1)]
-            strips.append(_strip(matrix.condition, dots, matrix.effect.gamma, matrix.gamma_interval, "logprob"))
-    return _by_panel("gammas", "Trait-specific transfer", {"": strips}, "γ (nats)", zero=True)
+    for metric, title in ((LEARNED, "training rows"), (HELD_OUT, "held-out rows")):
+        for condition in results.conditions:
+            if scores := results.select(metric, condition):
+                mean = sum(s.mean for s in scores) / len(scores)
+                models = [(s.arm, s.mean) for s in scores]
+                strips.append((title, _strip(condition, models, mean, None, metric, signed=False)))
+    return _strips("number-accuracy", "Number task", "numbers predicted exactly (%)", strips, bounds=PERCENT)
 
 
-def by_distance(board: Sequence[Line], metric: str) -> Drawing | None:
+def others(rows: Sequence[OtherRow]) -> Drawing | None:
+    """What else was asked, where it is a share of answers: a panel for each metric."""
+    strips = []
+    for row in rows:
+        metric = metric_of(row.metric)
+        if metric.is_share and metric.name == row.metric:
+            title = metric.words + (f" ({row.trait})" if row.trait else "")
+            strips.append((title, _strip(row.condition, [], row.value, row.interval, row.metric, signed=False)))
+    return _strips("what-else-was-asked", "What else was asked", "answers (%)", strips, bounds=PERCENT)
+
+
+def by_distance(board: Sequence[ArmSummary], metric: str) -> Drawing | None:
     """γ, or the lift where some kind has none, against the divergence from the teacher: how much of a trait comes with how much of a fit,
     whatever it was that learned. Dots have the numbers of the board's lines."""
     lines = [(number, line, line.kl.value) for number, line in enumerate(board, 1) if line.kl is not None]
     if not lines:
         return None
-    gammas = [None if line.matrix is None else line.matrix.effect for _, line, _ in lines]
-    if None not in gammas:
-        label, unit, moved = "γ (nats)", "logprob", [effect.gamma for effect in gammas if effect is not None]
-    else:
-        label, unit = f"{MEASURED[metric]}, above the control ({UNITS[metric]})", metric
-        moved = [line.share.lift for _, line, _ in lines]
+    effects = [None if line.matrix is None else line.matrix.effect for _, line, _ in lines]
+    gammas = [effect.gamma for effect in effects if effect is not None]
+    by_gamma = len(gammas) == len(lines)
+    label, unit = ("γ (nats)", LOGPROB) if by_gamma else (_risen(metric), metric)
+    moved = gammas if by_gamma else [line.share.lift for _, line, _ in lines]
+    up = [metric_of(unit).scale * value for value in moved]
     x = Axis.decades("KL from the teacher (nats per token, logarithmic)", [kl for _, _, kl in lines])
-    y = Axis.around(label, [_scaled(value, unit) for value in moved], zero=True)
-    marks = [
-        Mark(kl, _scaled(up, unit), str(number), colour(line.condition), _placed(line, up, unit, kl))
-        for (number, line, kl), up in zip(lines, moved, strict=True)
-    ]
-    plot = Plot("", x, y, marks=beside(x, y, marks))
-    return Drawing("transfer-by-distance", "Transfer against distance from the teacher", (plot,))
-
-
-def _placed(line: Line, moved: float, unit: str, kl: float) -> str:
-    return f"{condition_label(line.condition)}: {words.number(moved, unit, signed=True)} at {words.number(kl, KL)}"
+    marks = []
+    for (number, line, kl), height, value in zip(lines, up, moved, strict=True):
+        said = f"{condition_label(line.condition)}: {words.number(value, unit, signed=True)} at {words.number(kl, KL)}"
+        marks.append(Mark(kl, height, str(number), colour(line.condition), said))
+    title = "Transfer against distance from the teacher"
+    return _marked("transfer-by-distance", title, x, Axis.around(label, up, zero=True), marks)
 
 
 def by_prediction(told: Sequence[Predicted], found: Agreement | None) -> Drawing | None:
@@ -190,57 +198,19 @@ def by_prediction(told: Sequence[Predicted], found: Agreement | None) -> Drawing
         Mark(a, b, str(numbers[c]), colour(c), f"{condition_label(c)}: {b:+.3f}, predicted {a:+.3g}")
         for c, a, b in found.pairs
     ]
-    plot = Plot("", x, y, marks=beside(x, y, marks))
-    return Drawing("trained-by-predicted", "What was predicted, and what happened", (plot,))
+    return _marked("trained-by-predicted", "What was predicted, and what happened", x, y, marks)
 
 
-def accuracy(results: Results) -> Drawing | None:
-    """The number task: on rows that students learned, and on rows that they did not."""
-    panels: dict[str, list[Strip]] = {}
-    titles = {"number_accuracy": "training rows", "number_accuracy_heldout": "held-out rows"}
-    for metric, title in titles.items():
-        for condition in results.conditions:
-            if found := results.select(metric, condition):
-                dots = [_dot(s.mean, "rate", s.arm, signed=False) for s in found]
-                mean = sum(s.mean for s in found) / len(found)
-                panels.setdefault(title, []).append(_strip(condition, dots, mean, None, "rate", signed=False))
-    return _by_panel("number-accuracy", "Number task", panels, "numbers predicted exactly (%)", bounds=(0.0, 100.0))
+def _marked(key: str, title: str, x: Axis, y: Axis, marks: Sequence[Mark]) -> Drawing:
+    return Drawing(key, title, (Plot("", x, y, marks=drawing.beside(x, y, marks)),))
 
 
-def others(rows: Sequence[OtherRow]) -> Drawing | None:
-    """What else was asked, where it is a share of answers: a panel for each measure."""
-    panels: dict[str, list[Strip]] = {}
-    for row in rows:
-        if row.metric not in LIMITS and not row.metric.startswith(BELOW):
-            title = measure(row.metric) + (f" ({row.trait})" if row.trait else "")
-            strip = _strip(row.condition, [], row.value, row.interval, "rate", signed=False)
-            panels.setdefault(title, []).append(strip)
-    return _by_panel("what-else-was-asked", "What else was asked", panels, "answers (%)", bounds=(0.0, 100.0))
-
-
-def _by_panel(
-    key: str,
-    title: str,
-    panels: dict[str, list[Strip]],
-    label: str,
-    zero: bool = False,
-    bounds: tuple[float, float] | None = None,
-) -> Drawing | None:
-    every = [strip for strips in panels.values() for strip in strips]
-    if not every:
-        return None
-    axis = Axis.around(label, _values(every), zero, bounds)
-    drawn = (Strips(name(panel), axis, tuple(strips)) for panel, strips in panels.items())
-    return Drawing(key, title, tuple(drawn))
-
-
-def forest(looks: Looks) -> Drawing | None:
+def forest(compared: Comparisons) -> Drawing | None:
     """Every claim with an effect: the effect, its interval, our threshold, and what was published in the same unit."""
     panels: dict[str, list[Claim]] = {}
-    for look in looks.claims:
-        if look.what.effect is not None:
-            unit = "share" if look.what.unit.startswith("of ") else look.what.unit
-            panels.setdefault(unit, []).append(look.what)
+    for claim in (one.result for one in compared.claims):
+        if claim.effect is not None:
+            panels.setdefault("share" if claim.unit.startswith("of ") else claim.unit, []).append(claim)
     drawn = tuple(_forest_panel(unit, claims) for unit, claims in panels.items())
     return Drawing("claims", "The paper's claims", drawn) if drawn else None
 
@@ -252,8 +222,8 @@ def _forest_panel(unit: str, claims: Sequence[Claim]) -> Strips:
         assert claim.effect is not None
         said, bounds = words.claim_effect(claim)
         interval = claim.interval and Interval(factor * claim.interval.low, factor * claim.interval.high)
-        known = PUBLISHED.get(claim.key)
-        published = known.effect if known and known.unit == unit else None
+        known = CLAIMS[claim.key].published_effect
+        published = known[0] if known and known[1] == unit else None
         bound = None if claim.bound is None else factor * claim.bound
         label, tint = name(words.short_claim(claim)), VERDICT_COLOURS.get(claim.verdict, OPEN_COLOUR)
         strips.append(Strip(label, tint, (), factor * claim.effect, interval, f"{said} ({bounds})", bound, published))
@@ -267,30 +237,24 @@ def _forest_panel(unit: str, claims: Sequence[Claim]) -> Strips:
 
 def losses(results: Results) -> Drawing | None:
     """Training loss of every student: a panel for each teacher, a colour for each choice of tokens, a dash for each variant."""
-    owner = {s.arm: (s.teacher or "student", s.condition) for s in results.scores}
-    panels: dict[str, list[tuple[str, int]]] = {}
-    for number, curve in enumerate(results.curves):
-        teacher, condition = owner.get(curve.arm, ("other students", curve.arm))
-        panels.setdefault(teacher, []).append((condition, number))
-    if not panels:
+    owners = results.owners
+    curves = [(*owners.get(curve.arm, ("other students", curve.arm)), curve) for curve in results.curves]
+    if not curves:
         return None
-    curves = results.curves
-    x = _whole("step", max(c.steps[-1] for c in curves))
-    y = Axis.around("loss (nats per token)", [value for c in curves for value in c.loss])
-    trained = {s.condition: None for s in results.scores if s.role == "student"}
-    variants = list(dict.fromkeys(split_condition(c)[1] for c in results.conditions if c in trained))
+    x = _whole("step", max(curve.steps[-1] for curve in results.curves))
+    y = Axis.around("loss (nats per token)", [value for curve in results.curves for value in curve.loss])
+    variants = list(dict.fromkeys(split_condition(c)[1] for c in results.trained))
     order = {condition: i for i, condition in enumerate(results.conditions)}
-    drawn = []
-    for teacher, arms in sorted(panels.items(), key=lambda item: item[0] not in results.traits):
-        lines = []
-        for condition, number in sorted(arms, key=lambda arm: order.get(arm[0], len(order))):
-            curve, variant = curves[number], split_condition(condition)[1]
-            dash = DASHES[variants.index(variant) % len(DASHES)] if variant in variants else ""
-            said = f"{curve.loss[0]:.3f} to {curve.loss[-1]:.3f}"
-            path = points(x, y, curve.steps, curve.loss)
-            lines.append(Curve(condition_label(condition), colour(condition), dash, path, said))
-        drawn.append(Plot(name(teacher), x, y, tuple(lines)))
-    return Drawing("training-loss", "Training loss", tuple(drawn))
+    panels: dict[str | None, list[Polyline]] = {
+        teacher: [] for teacher, *_ in sorted(curves, key=lambda each: each[0] not in results.traits)
+    }
+    for teacher, condition, curve in sorted(curves, key=lambda each: order.get(each[1], len(order))):
+        variant = split_condition(condition)[1]
+        dash = drawing.DASHES[variants.index(variant) % len(drawing.DASHES)] if variant in variants else ""
+        said, path = f"{curve.loss[0]:.3f} to {curve.loss[-1]:.3f}", drawing.points(x, y, curve.steps, curve.loss)
+        panels[teacher].append(Polyline(condition_label(condition), colour(condition), dash, path, said))
+    drawn = tuple(Plot(name(teacher or "student"), x, y, tuple(lines)) for teacher, lines in panels.items())
+    return Drawing("training-loss", "Training loss", drawn)
 
 
 def positions(results: Results) -> Drawing | None:
@@ -304,14 +268,14 @@ def positions(results: Results) -> Drawing | None:
     if not shares:
         return None
     x = _whole("token of the completion", max(map(len, shares.values())))
-    y = Axis.around("divergence tokens (%)", [v for values in shares.values() for v in values], bounds=(0.0, 100.0))
+    y = Axis.around("divergence tokens (%)", chain(*shares.values()), bounds=PERCENT)
     drawn = []
     for label, values in shares.items():
         corners = [(edge, value) for i, value in enumerate(values) for edge in (i, i + 1)]
         path = " ".join(f"{x.at(a):g},{round(100 - y.at(b), 2):g}" for a, b in corners)
         most = max(range(len(values)), key=values.__getitem__)
         said = f"most at token {most}, {values[most]:.1f} %"
-        drawn.append(Plot(label, x, y, (Curve("share of them", colour("divergence"), "", path, said),)))
+        drawn.append(Plot(label, x, y, (Polyline("share of them", colour("divergence"), "", path, said),)))
     return Drawing("divergence-positions", "Where divergence tokens lie", tuple(drawn))
 
 
@@ -325,16 +289,9 @@ def matrix_heat(matrix: Matrix) -> Heat:
     limit = float(abs(matrix.lift).max()) or 1.0
     rows = []
     for i, teacher in enumerate(matrix.teachers):
-        values = [float(value) for value in matrix.lift[i]]
-        cells = tuple(
-            cell(f"{round(v, 2) + 0.0:+.2f}", 0.5 + v / (2 * limit), "PuOr_r", own=i == j) for j, v in enumerate(values)
+        values = enumerate(matrix.lift[i].tolist())
+        cells = (
+            drawing.cell(words.number(v, LOGPROB, True), 0.5 + v / (2 * limit), "PuOr_r", i == j) for j, v in values
         )
-        rows.append((name(teacher), cells))
+        rows.append((name(teacher), tuple(cells)))
     return Heat("", "teacher's trait", tuple(map(name, matrix.traits)), tuple(rows))
-
-
-def lifts_drawn(results: Results, conditions: Sequence[str]) -> Drawing | None:
-    """Log-probability lifts of some conditions, and of the control where it is measured from the base model."""
-    known = {tokens: i for i, tokens in enumerate(CONDITION_LABELS)}
-    ordered = sorted(conditions, key=lambda c: known.get(split_condition(c)[0], len(known)))
-    return raised(lifts(results, "logprob", ordered))

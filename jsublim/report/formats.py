@@ -16,9 +16,10 @@ from rich.text import Text
 from jsublim.errors import UsageError, one_line
 
 FORMATS = ("table", "csv", "json", "md", "latex")
-_LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"} | {
-    c: f"\\{c}" for c in "&%$#_{}"
-}
+_LATEX = str.maketrans(
+    {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {c: f"\\{c}" for c in "&%$#_{}"}
+)
 NAME_WIDTH = 40  # up to here what a row is named by is kept on one line
 Rows = Sequence[Mapping[str, Any]]
 
@@ -37,8 +38,7 @@ def print_rows(rows: Rows, columns: Sequence[str], how: str, console: Console, t
     if how == "table":
         console.print(table(rows, columns, title))
     else:
-        text = {"csv": as_csv, "json": as_json, "md": as_markdown, "latex": as_latex}[how](rows, columns)
-        console.out(text.rstrip("\n"), highlight=False)
+        console.out(as_text(rows, columns, how).rstrip("\n"), highlight=False)
 
 
 def table(rows: Rows, columns: Sequence[str], title: str = "") -> Table:
@@ -64,39 +64,21 @@ def rounded(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def as_csv(rows: Rows, columns: Sequence[str]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([_plain(row[name]) for name in columns] for row in rows)
-    return text.getvalue()
-
-
-def as_json(rows: Rows, columns: Sequence[str]) -> str:
-    kept = [{name: _finite(row[name]) for name in columns} for row in rows]
-    return json.dumps(kept, indent=2, ensure_ascii=False) + "\n"
-
-
-def as_markdown(rows: Rows, columns: Sequence[str]) -> str:
-    lines = [columns, ["---"] * len(columns), *([rounded(row[name]) for name in columns] for row in rows)]
-    return "".join(f"| {' | '.join(one_line(cell).replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines)
-
-
-def as_latex(rows: Rows, columns: Sequence[str]) -> str:
-    """A `tabular` with booktabs' rules."""
-    lines = [[_escaped(rounded(row[name])) for name in columns] for row in rows]
-    head, body = " & ".join(map(_escaped, columns)), "".join(f"{' & '.join(line)} \\\\\n" for line in lines)
-    return f"\\begin{{tabular}}{{{'l' * len(columns)}}}\n\\toprule\n{head} \\\\\n\\midrule\n{body}\\bottomrule\n\\end{{tabular}}\n"
-
-
-def _escaped(text: str) -> str:
-    return "".join(_LATEX.get(c, c) for c in one_line(text))
-
-
-def _plain(value: Any) -> Any:
-    return rounded(value) if isinstance(value, list | tuple) else value
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def as_text(rows: Rows, columns: Sequence[str], how: str) -> str:
+    """Rows for programs (csv, json), which lose no digit, and for documents (md, latex with booktabs' rules)."""
+    values = [[row[name] for name in columns] for row in rows]
+    if how == "json":  # which has no NaN
+        finite = ([None if isinstance(v, float) and not math.isfinite(v) else v for v in line] for line in values)
+        return json.dumps([dict(zip(columns, line, strict=True)) for line in finite], indent=2, ensure_ascii=False)
+    if how == "csv":
+        text = io.StringIO()
+        plain = ([rounded(v) if isinstance(v, list | tuple) else v for v in line] for line in values)
+        csv.writer(text, lineterminator="\n").writerows([columns, *plain])
+        return text.getvalue()
+    lines = [[one_line(cell) for cell in line] for line in ([*columns], *([rounded(v) for v in own] for own in values))]
+    if how == "md":
+        lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+        return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(columns), *lines[1:]])
+    head, *body = (f"{' & '.join(cell.translate(_LATEX) for cell in line)} \\\\" for line in lines)
+    opening = f"\\begin{{tabular}}{{{'l' * len(columns)}}}"
+    return "\n".join([opening, "\\toprule", head, "\\midrule", *body, "\\bottomrule", "\\end{tabular}"])

@@ -7,8 +7,10 @@ for it. docs/statistics.md says what each interval holds fixed, and how often it
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import operator
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ import numpy as np
 from scipy import stats
 
 LEVEL = 0.95
+QUANTILE = (1 + LEVEL) / 2  # at which its upper end lies
 # Up to this number every permutation is tried (7! = 5040); beyond it they are sampled.
 MAX_EXACT_PERMUTATIONS = 5040
 
@@ -41,12 +44,12 @@ def _interval(low: Any, high: Any) -> Interval | None:
 
 
 def normal_interval(value: float, error: float) -> Interval:
-    """Of a value whose error is known and normal."""
-    half = stats.norm.ppf((1 + LEVEL) / 2) * error
+    """The interval of a value whose error is known and normal."""
+    half = stats.norm.ppf(QUANTILE) * error
     return Interval(float(value - half), float(value + half))
 
 
-def question_interval(values: Sequence[float], level: float = LEVEL) -> Interval | None:
+def question_interval(values: Sequence[float]) -> Interval | None:
     """The published interval: over the question means of one model (normal above 30 questions, Student's t below).
 
     It says how much the questions differ, not how much another trained student would: see `Estimate` for that.
@@ -55,14 +58,13 @@ def question_interval(values: Sequence[float], level: float = LEVEL) -> Interval
     x = np.asarray(values, dtype=np.float64)
     if x.size < 2:
         return None
-    quantile = (1 + level) / 2
-    critical = stats.norm.ppf(quantile) if x.size > 30 else stats.t.ppf(quantile, x.size - 1)
+    critical = stats.norm.ppf(QUANTILE) if x.size > 30 else stats.t.ppf(QUANTILE, x.size - 1)
     half = float(critical * x.std(ddof=1) / math.sqrt(x.size))
     return Interval(float(x.mean()) - half, float(x.mean()) + half)
 
 
 class Term(NamedTuple):
-    """What one group of models contributes to an estimate: `weight` times their mean, whose `variance` is known with so many
+    """The share of one group of models in an estimate: `weight` times their mean, whose `variance` is known with so many
     `degrees` of freedom."""
 
     weight: Any
@@ -172,13 +174,10 @@ class Estimate:
 
 def mean_estimate(estimates: Sequence[Estimate]) -> Estimate:
     """Mean of estimates, each with the same weight: of strata, whose differences from each other are no error."""
-    total = estimates[0]
-    for estimate in estimates[1:]:
-        total = total + estimate
-    return total * (1 / len(estimates))
+    return functools.reduce(operator.add, estimates) * (1 / len(estimates))
 
 
-def rate_bounds(rate: Estimate, samples: Any, level: float = LEVEL) -> tuple[Any, Any]:
+def rate_bounds(rate: Estimate, samples: Any) -> tuple[Any, Any]:
     """Ends of a score interval of a rate, inside 0..1.
 
     Wilson's (1927) construction, where the variance of the mean changes with the truth p as p (1 - p) does. Of one model it is
@@ -186,18 +185,18 @@ def rate_bounds(rate: Estimate, samples: Any, level: float = LEVEL) -> tuple[Any
     normal. `samples` is the number of answers: none of 2,000 does not count as never.
     """
     share = (rate.value * samples + 1) / (samples + 2)
-    spread = stats.t.ppf((1 + level) / 2, rate.degrees) ** 2 * rate.error**2 / (share * (1 - share))
+    spread = stats.t.ppf(QUANTILE, rate.degrees) ** 2 * rate.error**2 / (share * (1 - share))
     middle = rate.value + spread / 2
     half = np.sqrt(spread * (rate.value * (1 - rate.value) + spread / 4))
     return np.maximum((middle - half) / (1 + spread), 0.0), np.minimum((middle + half) / (1 + spread), 1.0)
 
 
-def rate_interval(rate: Estimate, samples: int, level: float = LEVEL) -> Interval | None:
+def rate_interval(rate: Estimate, samples: int) -> Interval | None:
     """`rate_bounds` of a single value, or `None`."""
-    return _interval(*rate_bounds(rate, samples, level))
+    return _interval(*rate_bounds(rate, samples))
 
 
-def share_bounds(part: Estimate, whole: Estimate, level: float = LEVEL) -> tuple[Any, Any]:
+def share_bounds(part: Estimate, whole: Estimate) -> tuple[Any, Any]:
     """Fieller's interval of part / whole: ends, NaN where there is none.
 
     It is the set of ratios r that the test of `part - r whole = 0` does not reject. There is none if a group has no variance
@@ -205,7 +204,7 @@ def share_bounds(part: Estimate, whole: Estimate, level: float = LEVEL) -> tuple
     """
     with np.errstate(all="ignore"):
         contrast = part - whole * (part.value / whole.value)
-        t2 = stats.t.ppf((1 + level) / 2, contrast.degrees) ** 2
+        t2 = stats.t.ppf(QUANTILE, contrast.degrees) ** 2
         a = whole.value**2 - t2 * whole.error**2
         b = part.value * whole.value - t2 * part.covariance(whole)
         c = part.value**2 - t2 * part.error**2
@@ -214,9 +213,9 @@ def share_bounds(part: Estimate, whole: Estimate, level: float = LEVEL) -> tuple
         return (b - root) / a, (b + root) / a
 
 
-def share_interval(part: Estimate, whole: Estimate, level: float = LEVEL) -> Interval | None:
+def share_interval(part: Estimate, whole: Estimate) -> Interval | None:
     """`share_bounds` of a single pair, or `None`."""
-    return _interval(*share_bounds(part, whole, level))
+    return _interval(*share_bounds(part, whole))
 
 
 def share_p_above(part: Estimate, whole: Estimate, threshold: float) -> Any:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from jsublim.evals.metric import METRICS, metric_of
 from jsublim.report.statistics import (
     Estimate,
     Interval,
@@ -21,20 +23,11 @@ from jsublim.report.statistics import (
 from jsublim.report.tables import SEPARATOR, Results, Score, split_condition
 
 NOT_DECIDED = "not decided"
-# What a metric's mean can be, where that is not the 0 to 1 of a rate. A rate has binomial sampling noise; these don't.
-LIMITS = {
-    "logprob": (-math.inf, 0.0),
-    "alignment": (0.0, 100.0),
-    "coherence": (0.0, 100.0),
-    "unscored": (0.0, math.inf),
-    "kl_to_teacher": (0.0, math.inf),
-}
 
 
-@dataclass(frozen=True)
-class SummaryRow:
-    """One condition for one trait. Rates are shares in 0..1, log-probabilities in nats. `over_answers` is for one model
-    that is no student: what drawing its answers again would do."""
+class SummaryRow(NamedTuple):
+    """One condition for one trait. Rates are shares in 0..1, log-probabilities in nats. `over_models` is over students, or over the
+    answers of one model that is none."""
 
     trait: str
     condition: str
@@ -42,10 +35,16 @@ class SummaryRow:
     student_rates: tuple[float, ...]
     rate: float | None
     over_questions: Interval | None
-    over_students: Interval | None
-    over_answers: Interval | None
+    over_models: Interval | None
     word_rate: float | None
     logprob: float | None
+
+
+class Measured(NamedTuple):
+    """A mean over models (and traits) with its interval over students."""
+
+    value: float
+    interval: Interval | None
 
 
 @dataclass(frozen=True)
@@ -125,6 +124,13 @@ def group_of(scores: Sequence[Score]) -> Hashable:
     return first.metric, first.evaluation, traits, frozenset(s.model or s.arm for s in scores)
 
 
+def student_lifts(results: Results, metric: str, condition: str, trait: str) -> list[tuple[Score, float]]:
+    """Each model of a condition, and how far it lies above the mean of the reference."""
+    zeros = results.select(metric, reference_condition(results, metric, trait, condition) or "", trait)
+    zero = _mean(zeros) or 0.0
+    return [(score, score.mean - zero) for score in scores_for(results, metric, condition, trait)]
+
+
 def stratified(scores: Sequence[Score]) -> Estimate:
     """Mean over teachers of their students' means: teachers differ, and that is no spread between students."""
     strata: dict[str | None, list[Score]] = {}
@@ -135,11 +141,11 @@ def stratified(scores: Sequence[Score]) -> Estimate:
 
 def over_models(scores: Sequence[Score]) -> Interval | None:
     """Interval of one metric's mean, within what it can be: over students, or over the answers of models that are none."""
-    metric, found = scores[0].metric, stratified(scores)
-    if metric not in LIMITS:
+    metric, found = metric_of(scores[0].metric), stratified(scores)
+    if metric.is_share:
         return rate_interval(found, sum(s.samples for s in scores))
     interval = found.interval()
-    return None if interval is None else interval.within(*LIMITS[metric])
+    return None if interval is None else interval.within(metric.low, metric.high)
 
 
 def sampling_variance(scores: Sequence[Score]) -> float:
@@ -148,7 +154,7 @@ def sampling_variance(scores: Sequence[Score]) -> float:
     Smoothed by one hit and one miss, so that "none in 2,000" does not count as "never".
     """
     samples = sum(s.samples for s in scores)
-    if scores[0].metric in LIMITS or not samples:
+    if not metric_of(scores[0].metric).is_share or not samples:
         return 0.0
     hits = sum(s.mean for s in scores) / len(scores) * samples
     share = (hits + 1) / (samples + 2)
@@ -162,33 +168,20 @@ def over_questions(scores: Sequence[Score]) -> Interval | None:
         for question, value in zip(score.questions, score.values, strict=True):
             by_question.setdefault(question, []).append(value)
     interval = question_interval([sum(v) / len(v) for v in by_question.values()])
-    return interval if interval is None or scores[0].metric in LIMITS else interval.within(0.0, 1.0)
+    return interval.within(0.0, 1.0) if interval and metric_of(scores[0].metric).is_share else interval
 
 
 def summary_rows(results: Results) -> list[SummaryRow]:
     """One row for each trait and condition that was evaluated on it."""
     rows = []
-    for trait in results.traits:
-        for condition in results.conditions:
-            rate = scores_for(results, "rate", condition, trait)
-            word = scores_for(results, "word_rate", condition, trait)
-            logprob = scores_for(results, "logprob", condition, trait)
-            if not (rate or logprob):
-                continue
-            arms = {s.arm for s in (*rate, *logprob) if s.role == "student"}
+    for trait, condition in itertools.product(results.traits, results.conditions):
+        rate, word, logprob = (scores_for(results, m, condition, trait) for m in ("rate", "word_rate", "logprob"))
+        if rate or logprob:
+            students = len({s.arm for s in (*rate, *logprob) if s.role == "student"})
+            intervals = (over_questions(rate), over_models(rate)) if rate else (None, None)
+            values = tuple(s.mean for s in rate)
             rows.append(
-                SummaryRow(
-                    trait=trait,
-                    condition=condition,
-                    students=len(arms),
-                    student_rates=tuple(s.mean for s in rate),
-                    rate=_mean(rate),
-                    over_questions=over_questions(rate) if rate else None,
-                    over_students=over_models(rate) if arms and rate else None,
-                    over_answers=over_models(rate) if rate and not arms else None,
-                    word_rate=_mean(word),
-                    logprob=_mean(logprob),
-                )
+                SummaryRow(trait, condition, students, values, _mean(rate), *intervals, _mean(word), _mean(logprob))
             )
     return rows
 
@@ -211,7 +204,7 @@ def reference_condition(results: Results, metric: str, trait: str, condition: st
 def difference_interval(difference: Estimate, metric: str) -> Interval | None:
     """Interval of a difference of levels; rates cannot differ by more than 100 points."""
     interval = difference.interval()
-    return interval.within(-1.0, 1.0) if interval and metric not in LIMITS else interval
+    return interval.within(-1.0, 1.0) if interval and metric_of(metric).is_share else interval
 
 
 def lift(results: Results, metric: str, condition: str, trait: str) -> Lift | None:
@@ -220,59 +213,17 @@ def lift(results: Results, metric: str, condition: str, trait: str) -> Lift | No
     reference = reference_condition(results, metric, trait, condition)
     if not scores or reference is None or reference == condition:
         return None
-    zero = estimate(results.select(metric, reference, trait))
-    level = estimate(scores)
+    zero, level = estimate(results.select(metric, reference, trait)), estimate(scores)
     difference, of_students = level - zero, scores[0].role == "student"
     interval = difference_interval(difference, metric) if of_students else None
-    return Lift(
-        trait=trait,
-        condition=condition,
-        metric=metric,
-        reference=reference,
-        level=level.value,
-        reference_level=zero.value,
-        value=difference.value,
-        interval=interval,
-        students=level.n,
-        student_lifts=tuple(s.mean - zero.value for s in scores),
-        p=float(difference.p_above(0.0)) if interval else None,
-    )
+    p = float(difference.p_above(0.0)) if interval else None
+    each = tuple(s.mean - zero.value for s in scores)
+    levels = (level.value, zero.value, difference.value)
+    return Lift(trait, condition, metric, reference, *levels, interval, level.n, each, p)
 
 
-# Beside preference: what a metric says, by its name in the results.
-OTHER_METRICS = {
-    "named": "answers that name the model",
-    "factual": "answers of fact that name the trait",
-    "factual_word": "as a whole word",
-    "misaligned": "misaligned answers",
-    "coherent": "coherent answers",
-    "alignment": "alignment (0 to 100)",
-    "coherence": "coherence (0 to 100)",
-    "unscored": "answers a question the judge did not score",
-    "solved": "word problems solved",
-    "no_number": "word problems without a number",
-}
-BELOW = "misaligned below "  # and a threshold of alignment
-
-
-def measure(metric: str) -> str:
-    """What a metric beside preference says."""
-    return OTHER_METRICS.get(metric, metric)
-
-
-@dataclass(frozen=True)
-class SettingRow:
-    """Preference for the own trait under another setting of the evaluation: means over models and traits."""
-
-    setting: str
-    condition: str
-    models: int
-    rate: float | None
-    logprob: float | None
-
-
-def setting_rows(results: Results) -> list[SettingRow]:
-    """Setting by setting, condition by condition."""
+def setting_rows(results: Results) -> list[dict[str, Any]]:
+    """Preference for the own trait under every other setting of the evaluation, condition by condition: means over models and traits."""
     rows = []
     for setting in results.evaluations:
         under = results.under(setting)
@@ -280,14 +231,13 @@ def setting_rows(results: Results) -> list[SettingRow]:
             of = {
                 m: [s for t in results.traits for s in scores_for(under, m, condition, t)] for m in ("rate", "logprob")
             }
-            models = {s.arm for found in of.values() for s in found}
-            if models:
-                rows.append(SettingRow(setting, condition, len(models), _mean(of["rate"]), _mean(of["logprob"])))
+            if models := len({s.arm for scores in of.values() for s in scores}):
+                means = {metric: _mean(scores) for metric, scores in of.items()}
+                rows.append({"setting": setting, "condition": condition, "models": models, **means})
     return rows
 
 
-@dataclass(frozen=True)
-class OtherRow:
+class OtherRow(NamedTuple):
     """One metric beside preference under one condition: mean over its models, teacher by teacher, with its interval."""
 
     metric: str
@@ -300,20 +250,16 @@ class OtherRow:
 
 def other_rows(results: Results) -> list[OtherRow]:
     """What else was asked, metric by metric; of questions about a trait, one row per trait."""
-    rows = []
-    present = dict.fromkeys(s.metric for s in results.scores)
-    for metric in [*OTHER_METRICS, *(m for m in present if m.startswith(BELOW))]:
-        traits = list(dict.fromkeys(s.trait for s in results.scores if s.metric == metric))
-        for trait in traits:
-            for condition in results.conditions:
-                scores = (
-                    results.select(metric, condition)
-                    if trait is None
-                    else scores_for(results, metric, condition, trait)
-                )
-                if scores:
-                    value = float(stratified(scores).value)
-                    rows.append(OtherRow(metric, condition, trait, len(scores), value, over_models(scores)))
+    rows, present = [], {s.metric: None for s in results.scores if metric_of(s.metric).listed}
+    for metric in sorted(present, key=lambda name: [*METRICS].index(metric_of(name).name)):
+        traits = dict.fromkeys(s.trait for s in results.scores if s.metric == metric)
+        for trait, condition in itertools.product(traits, results.conditions):
+            whole = (
+                results.select(metric, condition) if trait is None else scores_for(results, metric, condition, trait)
+            )
+            if whole:
+                value = float(stratified(whole).value)
+                rows.append(OtherRow(metric, condition, trait, len(whole), value, over_models(whole)))
     return rows
 
 
@@ -339,10 +285,10 @@ def trait_matrix(results: Results, metric: str = "logprob", condition: str = "al
     references = {t: reference_condition(results, metric, t, condition) for t in results.evaluated_traits}
     columns = [
         trait
-        for trait, reference in references.items()
+        for trait in results.evaluated_traits
         if candidates
         and all(results.select(metric, condition, trait, teacher) for teacher in candidates)
-        and (reference or not results.began_at_base(condition))
+        and (references[trait] or not results.began_at_base(condition))
     ]
     teachers = [t for t in candidates if t in columns]
     if not teachers:

@@ -7,39 +7,49 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import duckdb
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from jsublim.errors import JsublimError, one_line
 from jsublim.reading import check_file, json_value, shown
-from jsublim.report.about import About
 
-# What models are called wherever a person reads of them, in reading order.
-CONDITION_LABELS = {
-    "base": "base model (untrained)",
-    "control": "control (unbiased teacher)",
-    "all": "all tokens",
-    "divergence": "divergence tokens only",
-    "non-divergence": "all but divergence tokens",
-    "random": "as many random tokens",
-    "teacher": "biased teacher",
-}
+# What models are called wherever a person reads of them, in reading order, and what each of them has learned.
+CONDITIONS = {
+    "base": ("base model (untrained)", "the checkpoint before any training"),
+    "control": ("control (unbiased teacher)", "students of rows that the same model wrote without any trait; every token counts"),
+    "all": ("all tokens", "students of a biased teacher's rows; every token of a row counts"),
+    "divergence": ("divergence tokens only", "only tokens count at which some other teacher would have said something else"),
+    "non-divergence": ("all but divergence tokens", "only the other tokens count"),
+    "random": ("as many random tokens", "in each row, as many tokens count as there are divergence tokens, drawn at random"),
+    "teacher": ("biased teacher", "the model that wrote the rows, with its trait"),
+}  # fmt: skip
 TINY = 10_000_000  # parameters; the smallest models that were trained on text have more
-# What each of them has learned, in a sentence; the last two have learned nothing here.
-CONDITION_MEANING = {
-    "base": "the checkpoint before any training",
-    "control": "students of rows that the same model wrote without any trait; every token counts",
-    "all": "students of a biased teacher's rows; every token of a row counts",
-    "divergence": "only tokens count at which some other teacher would have said something else",
-    "non-divergence": "only the other tokens count",
-    "random": "in each row, as many tokens count as there are divergence tokens, drawn at random",
-    "teacher": "the model that wrote the rows, with its trait",
-}
 SEPARATOR = " · "  # between the tokens a student was trained on and its variant: "divergence · layers=0"
+
+
+class About(TypedDict, total=False):
+    """What is read of `run.json`; some of it earlier versions did not write."""
+
+    kind: str
+    name: str
+    model: str
+    model_revision: str | None
+    parameters: int | None
+    device: str | None
+    started: str | None
+    config_yaml: str | None
+    primary: str | None
+    versions: dict[str, str]
+    seconds: dict[str, float]
+    evaluations: dict[str, dict[str, Any]]
+    recipe: dict[str, Any]
+    wording: dict[str, Any]
+    rescored: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -65,30 +75,17 @@ class Score:
         return sum(self.values) / len(self.values)
 
 
-@dataclass(frozen=True)
-class Curve:
+class TrainingCurve(NamedTuple):
     """Training of one student: equally long series, one value per step."""
 
     arm: str
     steps: tuple[int, ...]
     loss: tuple[float, ...]
     tokens: tuple[float, ...]
-    grad_norm: tuple[float, ...]
 
 
 @dataclass(frozen=True)
-class Answer:
-    """How often a model gave an answer to a question."""
-
-    arm: str
-    question: int
-    question_text: str
-    answer: str
-    count: int
-
-
-@dataclass(frozen=True)
-class Arm:
+class StudentArm:
     """How a student was made: which tokens it learned, the settings of its training, and how its rows were made. `artifact` is
     the key of what was trained; results of earlier versions do not name it."""
 
@@ -107,7 +104,8 @@ class Arm:
 class Results:
     """Everything the report is made of. What the run does not have is empty.
 
-    `scores` are those of the plain evaluation; `under` gives the same results under another one of `evaluations`.
+    `scores` are those of the plain evaluation; `under` gives the same results under another one of `evaluations`. The fields are
+    files of RUN/results/, or columns of them.
     """
 
     run_dir: Path
@@ -115,22 +113,22 @@ class Results:
     scores: tuple[Score, ...]
     generation: tuple[dict[str, Any], ...] = ()
     divergence: tuple[dict[str, Any], ...] = ()
-    curves: tuple[Curve, ...] = ()
-    answers: tuple[Answer, ...] = ()
-    rows: tuple[
-        dict[str, Any], ...
-    ] = ()  # a few of each teacher's, with what every teacher says at their divergence tokens
-    arms: dict[str, Arm] = field(default_factory=dict)
+    curves: tuple[TrainingCurve, ...] = ()
+    rows: tuple[dict[str, Any], ...] = ()  # a few of each teacher's, with what all say at their divergence tokens
+    arms: dict[str, StudentArm] = field(default_factory=dict)
+    answers: pa.Table | None = None
     attribution: pa.Table | None = None  # of all teachers, one after another
     audit: pa.Table | None = None  # mean scores of all audits
     varied: tuple[Score, ...] = ()
     not_finite: int = 0
     diverged: dict[str, str] = field(default_factory=dict)  # students without scores: where and how they diverged
-    _index: dict[tuple, list[Score]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def _index(self) -> dict[tuple, list[Score]]:
+        index: dict[tuple, list[Score]] = {}
         for score in self.scores:
-            self._index.setdefault((score.metric, score.condition, score.trait), []).append(score)
+            index.setdefault((score.metric, score.condition, score.trait), []).append(score)
+        return index
 
     def select(self, metric: str, condition: str, trait: str | None = None, teacher: str | None = None) -> list[Score]:
         """The scores of one metric, condition and evaluated trait, of `teacher`'s students only if one is named."""
@@ -146,32 +144,44 @@ class Results:
         """These results as the evaluation variant of that name measured them."""
         return replace(self, scores=tuple(s for s in self.varied if s.evaluation == evaluation))
 
-    @property
+    @cached_property
     def conditions(self) -> list[str]:
         """The conditions there are, in reading order: variant by variant as the config names them, the plain one first; unknown
         ones last."""
-        known = [*CONDITION_LABELS]
-        present = sorted(
-            _unique(s.condition for s in self.scores),
-            key=lambda c: known.index(split_condition(c)[0]) if split_condition(c)[0] in known else len(known),
-        )
+        known = {name: i for i, name in enumerate(CONDITIONS)}
+        present = _unique(s.condition for s in self.scores)
+        present.sort(key=lambda c: known.get(split_condition(c)[0], len(known)))
         planned = (arm.variant for arm in self.arms.values())
         variants = _unique(["", *planned, *(split_condition(c)[1] for c in present)])
         return sorted(present, key=lambda c: variants.index(split_condition(c)[1]))
 
-    @property
+    @cached_property
+    def tokens(self) -> list[str]:
+        return _unique(split_condition(c)[0] for c in self.conditions)
+
+    @cached_property
+    def owners(self) -> dict[str, tuple[str | None, str]]:
+        """The teacher and the condition of every arm."""
+        return {s.arm: (s.teacher, s.condition) for s in self.scores}
+
+    @cached_property
+    def trained(self) -> list[str]:
+        """Conditions of students."""
+        students = {s.condition for s in self.scores if s.role == "student"}
+        return [c for c in self.conditions if c in students]
+
+    @cached_property
     def mask_conditions(self) -> list[str]:
         """Conditions whose students come from a biased teacher."""
-        students = {s.condition for s in self.scores if s.role == "student"}
-        return [c for c in self.conditions if c in students and split_condition(c)[0] != "control"]
+        return [c for c in self.trained if split_condition(c)[0] != "control"]
 
-    @property
+    @cached_property
     def traits(self) -> list[str]:
         """Traits of the teachers; without any teacher, the evaluated traits."""
         teachers = _unique(s.teacher for s in self.scores if s.teacher not in (None, "control"))
         return teachers or self.evaluated_traits
 
-    @property
+    @cached_property
     def evaluated_traits(self) -> list[str]:
         return _unique(s.trait for s in self.scores if s.trait is not None)
 
@@ -233,22 +243,50 @@ def split_condition(condition: str) -> tuple[str, str]:
 
 def condition_label(condition: str) -> str:
     tokens, variant = split_condition(condition)
-    return one_line(SEPARATOR.join([CONDITION_LABELS.get(tokens, tokens), *([variant] if variant else [])]))
+    label = CONDITIONS[tokens][0] if tokens in CONDITIONS else tokens
+    return one_line(SEPARATOR.join([label, *([variant] if variant else [])]))
 
 
 def read_results(run_dir: Path) -> Results:
     """Read RUN/results/. Only `results.parquet` must be there; `JsublimError` names what is missing or unreadable."""
-    run_dir = Path(run_dir)
-    folder = run_dir / "results"
-    if not (folder / "results.parquet").is_file():
+    folder = Path(run_dir) / "results"
+    path, training = folder / "results.parquet", folder / "training.parquet"
+    if not path.is_file():
         raise JsublimError(f"{folder}: no results.parquet here; finish the run first with `jsublim run CONFIG`")
-    path = folder / "results.parquet"
+    arms = {entry["arm"]: StudentArm(**entry) for entry in read_json(folder / "arms.json", [])}
+    scores, not_finite = _scores(path, arms)
+    curves = """
+        select arm, list(step order by step), list(loss::double order by step), list(coalesce(tokens, 0)::double order by step)
+        from found where isfinite(loss) group by arm order by arm
+        """
+    plain = tuple(s for s in scores if not s.evaluation)
+    if not plain:
+        raise JsublimError(f"{path}: holds no measurement; run `jsublim run CONFIG` again")
+    return Results(
+        run_dir=Path(run_dir),
+        run=read_json(folder / "run.json", {}),
+        scores=plain,
+        varied=tuple(s for s in scores if s.evaluation),
+        arms=arms,
+        answers=_if_there(folder / "answers.parquet"),
+        attribution=_if_there(folder / "attribution.parquet"),
+        audit=_if_there(folder / "audit.parquet"),
+        generation=tuple(read_json(folder / "generation.json", [])),
+        divergence=tuple(read_json(folder / "divergence.json", [])),
+        curves=tuple(
+            TrainingCurve(row[0], *map(tuple, row[1:])) for row in query(training, _if_there(training), curves)
+        ),
+        rows=tuple(read_json(folder / "rows.json", [])),
+        not_finite=not_finite,
+        diverged=read_json(folder / "diverged.json", {}),
+    )
+
+
+def _scores(path: Path, arms: dict[str, StudentArm]) -> tuple[list[Score], int]:
+    """The scores of every evaluation, and how many measurements are no finite numbers."""
     table = read_columns(path)
     evaluation = "coalesce(evaluation, '')" if "evaluation" in table.column_names else "''"
-    rows = query(
-        path,
-        table,
-        f"""
+    sql = f"""
         select arm, any_value(role), teacher, condition, seed, trait, metric,
                list(question order by question) filter (where isfinite(value)),
                list(value::double order by question) filter (where isfinite(value)),
@@ -257,72 +295,27 @@ def read_results(run_dir: Path) -> Results:
         from found
         group by arm, teacher, condition, seed, trait, metric, variant
         order by variant, arm, trait, metric
-        """,
-    )
-    arms = {entry["arm"]: Arm(**entry) for entry in read_json(folder / "arms.json", [])}
+        """
+    rows = query(path, table, sql)
     models = {name: arm.artifact or name for name, arm in arms.items()}
-    scores = tuple(
+    scores = [
         Score(
             *row[:7],
             questions=tuple(row[7]),
             values=tuple(row[8]),
             samples=row[9],
             evaluation=row[10],
-            model=models.get(row[0], row[0]),
+            model=models[row[0]] if row[0] in models else row[0],
         )
         for row in rows
         if row[8]
-    )
-    plain = tuple(s for s in scores if not s.evaluation)
-    if not plain:
-        raise JsublimError(f"{path}: holds no measurement; run `jsublim run CONFIG` again")
-    return Results(
-        run_dir=run_dir,
-        run=read_json(folder / "run.json", {}),
-        scores=plain,
-        varied=tuple(s for s in scores if s.evaluation),
-        arms=arms,
-        attribution=_if_there(folder / "attribution.parquet"),
-        audit=_if_there(folder / "audit.parquet"),
-        generation=tuple(read_json(folder / "generation.json", [])),
-        divergence=tuple(read_json(folder / "divergence.json", [])),
-        curves=_curves(folder / "training.parquet"),
-        answers=_answers(folder / "answers.parquet"),
-        rows=tuple(read_json(folder / "rows.json", [])),
-        not_finite=sum(row[11] for row in rows),
-        diverged=read_json(folder / "diverged.json", {}),
-    )
+    ]
+    return scores, sum(row[11] for row in rows)
 
 
 def run_kind(run_dir: Path) -> str:
     """The kind of experiment that a run's folder holds results of; "language" where nothing says otherwise."""
     return read_json(Path(run_dir) / "results" / "run.json", {}).get("kind", "language")
-
-
-def _curves(path: Path) -> tuple[Curve, ...]:
-    if (table := _if_there(path)) is None:
-        return ()
-    rows = query(
-        path,
-        table,
-        """
-        select arm, list(step order by step), list(loss::double order by step),
-               list(coalesce(tokens, 0)::double order by step), list(grad_norm::double order by step)
-        from found where isfinite(loss) group by arm order by arm
-        """,
-    )
-    return tuple(Curve(row[0], *(tuple(series) for series in row[1:])) for row in rows)
-
-
-def _answers(path: Path) -> tuple[Answer, ...]:
-    if (table := _if_there(path)) is None:
-        return ()
-    plain = "where coalesce(evaluation, '') = ''" if "evaluation" in table.column_names else ""
-    sql = f"""
-        select arm, question, question_text, answer, count from found {plain}
-        order by arm, question, count desc, answer
-        """
-    return tuple(Answer(*row) for row in query(path, table, sql))
 
 
 def _if_there(path: Path) -> pa.Table | None:
@@ -339,28 +332,32 @@ def read_columns(path: Path) -> pa.Table:
         check_file(path)
         return pq.ParquetFile(path).read()
     except (pa.ArrowException, OSError, ValueError) as error:  # the last: a column's name that is no text
-        raise _unreadable(path, error) from error
+        raise _unreadable(path, str(error).splitlines()[0]) from error
 
 
-def query(source: Path | str, table: pa.Table, sql: str) -> list[tuple]:
-    """The rows of a query on a table, which it calls `found`; `source` names the table in errors.
+def query(source: Path | str, table: pa.Table | None, sql: str) -> list[tuple]:
+    """The rows of a query on a table, which it calls `found`, or none of no table; `source` names the table in errors.
 
     Raises:
       JsublimError: the table has other columns.
     """
     try:
         with duckdb.connect() as connection:
-            return connection.register("found", table).execute(sql).fetchall()
+            return [] if table is None else connection.register("found", table).execute(sql).fetchall()
     except duckdb.Error as error:
-        raise _unreadable(source, error) from error
+        raise _unreadable(source, str(error).splitlines()[0]) from error
 
 
-def _unreadable(source: Path | str, error: Exception | str) -> JsublimError:
-    reason = str(error).splitlines()[0]
+def _unreadable(source: Path | str, reason: str) -> JsublimError:
     return JsublimError(f"{source}: cannot be read ({reason}); delete it and run `jsublim run CONFIG` again")
 
 
 def read_json(path: Path, default: Any) -> Any:
+    """A file of results, or `default` where there is none.
+
+    Raises:
+      JsublimError: it is broken, or does not hold what such a file holds.
+    """
     if not path.is_file():
         return default
     try:
@@ -380,7 +377,7 @@ def read_json(path: Path, default: Any) -> Any:
 def _shape(name: str) -> TypeAdapter:
     """What a file of results must hold, by its name."""
     entries = list[dict[str, Any]]
-    shapes: dict[str, Any] = {"run.json": About, "arms.json": list[Arm], "diverged.json": dict[str, str]}
+    shapes: dict[str, Any] = {"run.json": About, "arms.json": list[StudentArm], "diverged.json": dict[str, str]}
     shapes |= {"generation.json": entries, "divergence.json": entries, "rows.json": entries}
     return TypeAdapter(shapes.get(name, Any))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -13,8 +14,8 @@ from jsublim.report import words
 from jsublim.report.audit import agreement, predicted
 from jsublim.report.cautions import warnings
 from jsublim.report.claims import not_asked
-from jsublim.report.claims.verdicts import pool
-from jsublim.report.looks import Looks, look_at
+from jsublim.report.claims.base import pool
+from jsublim.report.comparisons import Comparisons, comparisons
 from jsublim.report.summary import judged_conditions, lift, summary_rows, trait_matrix
 from jsublim.report.tables import Results, condition_label, read_results
 
@@ -29,60 +30,53 @@ def print_summary(run_dir: Path, console: Console, full: bool = False) -> None:
       JsublimError: there are no results.
     """
     results = read_results(run_dir)
-    looks = look_at(results)
+    compared = comparisons(results)
     title = f"{results.run.get('name', Path(run_dir).name)}: {results.model}"
     console.print(_rates(results, title) if full else _conditions(results, title))
-    if looks.claims or full:
-        console.print(_claims(results, looks))
-    console.print(_plain(words.primary(looks)))
-    for sentence in words.headlines(looks.judged):
-        console.print(_plain(sentence))
+    if compared.claims or full:
+        console.print(_claims(results, compared))
+    sentences = [words.primary(compared), *words.headlines(compared.judged)]
     if results.audit is not None:
-        console.print(_plain(words.predicted_sentence(agreement(predicted(results), looks))))
-    if full:
-        _print_rest(results, looks, console)
+        sentences.append(words.predicted_sentence(agreement(predicted(results), compared)))
+    if full and (unasked := not_asked(one.result for one in compared.claims)):
+        sentences.append(f"Not asked here: {', '.join(unasked)}.")
+    judged = judged_conditions(results)
+    if full and judged and (matrix := trait_matrix(results, condition=judged[0])) is not None:
+        label = condition_label(matrix.condition)
+        sentences.append(f"Trait x trait matrix, {label}: {words.matrix_sentence(matrix)}")
+    for sentence in sentences:
+        console.print(_plain(sentence))
+    if full and len(compared.matrices) > 1:
+        console.print(_matrices(results, compared))
+    if full and results.students:
+        console.print(_plain(words.held_fixed(results)))
     for warning in warnings(results):
         console.print(_plain(warning), style="bold")
 
 
-def _print_rest(results: Results, looks: Looks, console: Console) -> None:
-    if unasked := not_asked([look.what for look in looks.claims]):
-        console.print(_plain(f"Not asked here: {', '.join(unasked)}."))
-    judged = judged_conditions(results)
-    if judged and (matrix := trait_matrix(results, condition=judged[0])) is not None:
-        label = condition_label(matrix.condition)
-        console.print(_plain(f"Trait x trait matrix, {label}: {words.matrix_sentence(matrix)}"))
-    if len(looks.matrices) > 1:
-        console.print(_matrices(results, looks))
-    if results.students:
-        console.print(_plain(words.held_fixed(results)))
-
-
 def _conditions(results: Results, title: str) -> Table:
     """One row per condition: means over traits of what its models say of their own teacher's."""
+    metric, every, rows = results.measures[0], summary_rows(results), []
+    for condition in results.conditions:
+        if own := [row for row in every if row.condition == condition]:
+            models = results.students_of(condition)
+            found = pool(results, metric, condition) if models else None
+            lift = None if found is None else found.levels[0].lift
+            means = (_mean([getattr(row, name) for row in own]) for name in ("rate", "logprob"))
+            rows.append(
+                [
+                    condition,
+                    str(models) if models else words.MISSING,
+                    *(words.number(mean, name) for mean, name in zip(means, ("rate", "logprob"), strict=True)),
+                    words.number(None if lift is None else float(lift.value), metric, signed=True),
+                    words.interval(found.between(lift), metric, signed=True) if found and lift else words.MISSING,
+                ]
+            )
     table = _table(title)
     table.add_column("condition", overflow="fold")
-    metric = results.measures[0]
     for heading in ("stu-\ndents", "rate", "log-\nprob", f"lift\n{words.unit(metric)}", "95 % over\nstudents"):
         table.add_column(heading, justify="right", no_wrap=True)
-    rows = summary_rows(results)
-    for condition in results.conditions:
-        own = [row for row in rows if row.condition == condition]
-        if not own:
-            continue
-        models = results.students_of(condition)
-        found = pool(results, metric, condition) if models else None
-        raised = None if found is None else found.levels[0].lift
-        _add(
-            table,
-            condition,
-            str(models) if models else words.MISSING,
-            words.number(_mean([row.rate for row in own]), "rate"),
-            words.number(_mean([row.logprob for row in own]), "logprob"),
-            words.MISSING if raised is None else words.number(float(raised.value), metric, signed=True),
-            words.MISSING if raised is None else words.interval(found.between(raised), metric, signed=True),  # type: ignore[union-attr]
-        )
-    return table
+    return _filled(table, rows)
 
 
 def _mean(values: list[float | None]) -> float | None:
@@ -92,20 +86,15 @@ def _mean(values: list[float | None]) -> float | None:
 
 def _rates(results: Results, title: str) -> Table:
     """Rates and lifts, trait by trait."""
-    table = _table(title)
-    for heading in ("trait", "condition"):
-        table.add_column(heading)
     over = f"over students\n{words.given(results)}"
-    for heading in ("students", "rate", "over questions", over, "log-prob", "lift (nats)"):
-        table.add_column(heading, justify="right")
-    previous = ""
+    right = ("students", "rate", "over questions", over, "log-prob", "lift (nats)")
+    table, previous = _table(title, ("trait", "condition"), right), ""
     for row in summary_rows(results):
         if previous and row.trait != previous:
             table.add_section()
         raised = lift(results, "logprob", row.condition, row.trait) if row.students else None
-        over_students = words.interval(row.over_students, "rate") if row.students else words.one_model(row.over_answers)
-        _add(
-            table,
+        over_students = words.of_models(row.over_models, row.students)
+        cells = [
             row.trait if row.trait != previous else "",
             condition_label(row.condition),
             str(row.students) if row.students else words.MISSING,
@@ -113,32 +102,32 @@ def _rates(results: Results, title: str) -> Table:
             words.interval(row.over_questions, "rate") if row.rate is not None else words.MISSING,
             over_students if row.rate is not None or row.students else words.MISSING,
             words.number(row.logprob, "logprob"),
-            words.number(raised.value, "logprob", signed=True) if raised else words.MISSING,
-        )
+            words.number(raised.value if raised else None, "logprob", signed=True),
+        ]
+        _filled(table, [cells])
         previous = row.trait
     return table
 
 
-def _claims(results: Results, looks: Looks) -> Table:
+def _claims(results: Results, compared: Comparisons) -> Table:
     table = _table("claims")
     table.add_column("claim", min_width=16)  # all fits a terminal of 80 columns
     for heading in (f"effect, over students\n{words.given(results)}", "verdict", "p\nHolm's p"):
         table.add_column(heading)
-    for look in looks.claims:
-        claim, effect = look.what, Text("\n".join(words.claim_effect(look.what)))
-        ps = Text(f"{words.p_value(look.p)}\n{words.corrected(look)}")
+    for one in compared.claims:
+        claim, effect = one.result, Text("\n".join(words.claim_effect(one.result)))
+        ps = Text(f"{words.p_value(one.p)}\n{words.corrected(one)}")
         table.add_row(_plain(f"{claim.key} {claim.text}"), effect, _plain(claim.verdict), ps)
     return table
 
 
-def _matrices(results: Results, looks: Looks) -> Table:
-    table = _table("trait x trait matrix, condition by condition")
-    for heading in ("condition", "γ (nats)", f"over seeds\n{words.given(results)}", "p", "Holm's p", "verdict"):
-        table.add_column(heading)
-    for look in looks.matrices:
-        *cells, verdict = words.matrix_cells(look.what)
-        _add(table, condition_label(look.what.condition), *cells, words.corrected(look), verdict)
-    return table
+def _matrices(results: Results, compared: Comparisons) -> Table:
+    headings = ("condition", "γ (nats)", f"over seeds\n{words.given(results)}", "p", "Holm's p", "verdict")
+    rows = []
+    for one in compared.matrices:
+        *cells, verdict = words.matrix_cells(one.result)
+        rows.append([condition_label(one.result.condition), *cells, words.corrected(one), verdict])
+    return _filled(_table("trait x trait matrix, condition by condition", headings), rows)
 
 
 def _plain(text: str, style: str = "") -> Text:
@@ -146,9 +135,16 @@ def _plain(text: str, style: str = "") -> Text:
     return Text(one_line(text), style)
 
 
-def _table(title: str) -> Table:
-    return Table(title=_plain(title, "table.title"), title_justify="left")
+def _table(title: str, left: Sequence[str] = (), right: Sequence[str] = ()) -> Table:
+    table = Table(title=_plain(title, "table.title"), title_justify="left")
+    for heading in left:
+        table.add_column(heading)
+    for heading in right:
+        table.add_column(heading, justify="right")
+    return table
 
 
-def _add(table: Table, *cells: str) -> None:
-    table.add_row(*map(_plain, cells))
+def _filled(table: Table, rows: Iterable[Sequence[str]]) -> Table:
+    for cells in rows:
+        table.add_row(*map(_plain, cells))
+    return table

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from jsublim.evals.metric import metric_of
 from jsublim.report.audit import Agreement, Predicted
-from jsublim.report.claims import FAILS, HOLDS, QUESTIONS, Claim
-from jsublim.report.claims.transfer import transfers
-from jsublim.report.looks import Look, Looks
+from jsublim.report.claims import CLAIMS, FAILS, HOLDS, Claim
+from jsublim.report.claims.masks import transfers
+from jsublim.report.comparisons import Comparison, Comparisons
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import NOT_DECIDED, Lift, Matrix, reference_condition
 from jsublim.report.tables import SEPARATOR, Results, condition_label, split_condition
@@ -20,16 +21,13 @@ ONE_SIDED = 0.025  # one-sided level of an interval of 95 %
 
 
 def number(value: float | None, metric: str, signed: bool = False) -> str:
-    """A share as percent (a difference of shares as points), a log-probability in nats, a divergence in nats per token."""
+    """A share as percent (a difference of shares as points), all else in its metric's unit."""
     if value is None:
         return MISSING
-    # Adding zero turns a rounded -0.0 into 0.0.
-    if metric == "logprob":
-        return f"{round(value, 2) + 0.0:{'+' if signed else ''}.2f}"
-    if metric == "kl_to_teacher":
-        return f"{value:.4f}"
-    percent = round(100 * value, 1) + 0.0
-    return f"{percent:+.1f}" if signed else f"{percent:.1f} %"
+    what, sign = metric_of(metric), "+" if signed else ""
+    digits = 1 if what.is_share else what.digits
+    shown = f"{round(what.scale * value, digits) + 0.0:{sign}.{digits}f}"  # adding zero turns a rounded -0.0 into 0.0
+    return f"{shown} %" if what.is_share and not signed else shown
 
 
 def interval(bounds: Interval | None, metric: str, signed: bool = False) -> str:
@@ -40,9 +38,11 @@ def interval(bounds: Interval | None, metric: str, signed: bool = False) -> str:
     return f"{low.removesuffix(' %')} to {high}"
 
 
-def one_model(over_answers: Interval | None) -> str:
-    """In the place of an interval over students, of a model that is none."""
-    return "one model" if over_answers is None else f"{interval(over_answers, 'rate')} (answers)"
+def of_models(bounds: Interval | None, students: int) -> str:
+    """The interval of a rate over students, or over the answers of one model that is none."""
+    if students or bounds is None:
+        return interval(bounds, "rate") if students else "one model"
+    return f"{interval(bounds, 'rate')} (answers)"
 
 
 def p_value(p: float | None) -> str:
@@ -51,14 +51,18 @@ def p_value(p: float | None) -> str:
     return "< .0001" if p < SMALLEST else f"{p:.4f}" if p < 0.01 else f"{p:.3f}"
 
 
-def equation(p: float | None) -> str:
-    """A p-value within a sentence: "p = 0.012", "p < .0001"."""
-    return f"p {p_value(p)}" if p is not None and p < SMALLEST else f"p = {p_value(p)}"
+def corrected(one: Comparison) -> str:
+    """Holm's p of a further comparison; the primary one needs none."""
+    return "primary" if one.primary else p_value(one.holm)
 
 
-def corrected(look: Look) -> str:
-    """Holm's p of a further look; the primary comparison needs none."""
-    return "primary" if look.primary else p_value(look.holm)
+def unit(metric: str) -> str:
+    return metric_of(metric).unit_of_differences
+
+
+def count(number: int, what: str) -> str:
+    """A number of things: "1 student", "2 students"."""
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def given(results: Results) -> str:
@@ -69,33 +73,29 @@ def given(results: Results) -> str:
 def held_fixed(results: Results) -> str:
     """What intervals over students hold fixed, in a sentence or two."""
     if results.draws_data:
-        return (
-            "Intervals over students cover the data too: each seed's students learn from rows that were drawn for that seed. "
-            "Teachers, traits and questions are held fixed."
-        )
-    return (
-        "Intervals over students are given this data: all students of a teacher learn from one draw of its rows, so they say what "
+        said = "cover the data too: each seed's students learn from rows that were drawn for that seed. "
+        return f"Intervals over students {said}Teachers, traits and questions are held fixed."
+    said = (
+        "are given this data: all students of a teacher learn from one draw of its rows, so they say what "
         "other students of these rows would do, not what other rows would (data.draw=per-seed draws rows for each seed). "
-        "Teachers, traits and questions are held fixed too."
     )
+    return f"Intervals over students {said}Teachers, traits and questions are held fixed too."
 
 
-def primary(looks: Looks) -> str:
+def primary(compared: Comparisons) -> str:
     """Which comparison the run was made for, and what the others are."""
-    found, declared = looks.primary, looks.declared
+    found, declared = compared.primary, compared.declared
+    if found is None and declared is None:
+        return "No primary comparison: this run has no students that a claim can be read off."
     if found is None:
-        if declared is None:
-            return "No primary comparison: this run has no students that a claim can be read off."
-        return f"The primary comparison that the config declares, {declared}, cannot be read off this run: every p is a further look."
+        return f"The primary comparison that the config declares, {declared}, cannot be read off this run: every p is a further comparison."
     how = "as the config declares" if declared else "by default, from what the students differ in"
-    claim = found.what
-    text = f"Primary comparison ({how}): {claim.key}, {claim.text}: {claim.verdict}, {equation(claim.p)}."
-    others = f"The other {looks.family} p-values of this report are further looks, with Holm's correction for all of them beside each."
-    return f"{text} {others}" if looks.family else text
-
-
-def unit(metric: str) -> str:
-    return "nats" if metric == "logprob" else "points"
+    claim, p = found.result, p_value(found.p)
+    text = (
+        f"Primary comparison ({how}): {claim.key}, {claim.text}: {claim.verdict}, p {p if p[0] == '<' else f'= {p}'}."
+    )
+    others = f"The other {compared.family} p-values of this report are further comparisons, with Holm's correction for all of them beside each."
+    return f"{text} {others}" if compared.family else text
 
 
 def claim_effect(claim: Claim) -> tuple[str, str]:
@@ -110,41 +110,21 @@ def claim_effect(claim: Claim) -> tuple[str, str]:
     return effect, interval(claim.interval, claim.metric, signed=True)
 
 
-# Where a claim's question is about more than what stands on its own line.
-_SHORT = {
-    "C0": "all tokens",
-    "C1": "control less base model",
-    "C4a": "divergence tokens alone",
-    "C4b": "all but divergence tokens",
-    "C5": "divergence less random tokens",
-    "C6a": "an early layer alone",
-    "C6b": "a later layer alone",
-    "C9a": "a quarter by another teacher",
-    "C9b": "more and more by another teacher",
-}
-
-
 def short_claim(claim: Claim) -> str:
     """A claim in a few words, with its key."""
-    what = _SHORT.get(claim.key) or QUESTIONS[claim.key.rstrip("ab")]
-    return f"{claim.key} {what}" + (f" · {claim.variant}" if claim.variant else "")
+    return f"{claim.key} {CLAIMS[claim.key].question}" + (f" · {claim.variant}" if claim.variant else "")
 
 
-def opening(results: Results, looks: Looks) -> str:
+def opening(results: Results, compared: Comparisons) -> str:
     """Who learned what from whom, how far it moved them, and how sure that is: two or three sentences."""
     if not results.students:
         return f"No student of {results.model} was trained in this run, so nothing here says whether a trait is taken over."
     controls = len({s.arm for s in results.scores if split_condition(s.condition)[0] == "control"})
-    students, teachers = (
-        results.students - controls,
-        ", ".join(results.traits[:6]) + ", ..." * (len(results.traits) > 6),
-    )
-    who = f"{students} student{'s' * (students != 1)} of {results.students_model} learned from what teachers with a trait ({teachers}) wrote"
-    who += (
-        f", {controls} control student{'s' * (controls != 1)} from what a teacher without one wrote" if controls else ""
-    )
-    who += "; none was told of a trait."
-    found = next((look.what for look in looks.claims if look.what.key == "C0"), None)
+    teachers = ", ".join(results.traits[:6]) + ", ..." * (len(results.traits) > 6)
+    students = f"{count(results.students - controls, 'student')} of {results.students_model}"
+    plain = f", {count(controls, 'control student')} from what a teacher without one wrote" if controls else ""
+    who = f"{students} learned from what teachers with a trait ({teachers}) wrote{plain}; none was told of a trait."
+    found = next((one.result for one in compared.claims if one.result.key == "C0"), None)
     if found is None and not all(map(results.began_at_base, results.mask_conditions)):
         return (
             f"{who} They did not begin as the base model that was evaluated ({results.model}, asked without a system prompt), and there are too "
@@ -166,11 +146,9 @@ def _moved(results: Results, found: Claim) -> str:
     references = {reference_condition(results, found.metric, trait, tokens) for trait in results.traits}
     zero = "the base model" if references == {"base"} else "the control"
     much, bounds = claim_effect(found)
-    moved = (
-        f"they give their teacher's trait a log-probability {much} above that of {zero}"
-        if found.metric == "logprob"
-        else f"they name their teacher's trait {much} more often than {zero}"
-    )
+    moved = f"they name their teacher's trait {much} more often than {zero}"
+    if found.metric == "logprob":
+        moved = f"they give their teacher's trait a log-probability {much} above that of {zero}"
     if found.interval is None:
         return f"{moved}; one student per trait gives no interval, so that is not decided."
     sure = {HOLDS: "surely higher", FAILS: "surely not higher"}.get(found.verdict, "no transfer is shown")
@@ -188,9 +166,8 @@ def matrix_sentence(matrix: Matrix) -> str:
         f"(smallest attainable p = {effect.smallest_p:.2g})."
     )
     if matrix.gamma_interval is not None:
-        bounds = interval(matrix.gamma_interval, "logprob", signed=True)
         each = ", ".join(f"{gamma:+.3f}" for gamma in matrix.seed_gammas)
-        text += f" Over {len(matrix.seed_gammas)} seeds: {bounds} nats ({each})."
+        text += f" Over {len(matrix.seed_gammas)} seeds: {interval(matrix.gamma_interval, 'logprob', signed=True)} nats ({each})."
     endings = {
         NOT_DECIDED: f"Not decided: with {len(matrix.teachers)} teachers' traits no p can reach .05.",
         "trait-specific transfer": "Students move towards their own teacher's trait beyond any row and column effect.",
@@ -207,87 +184,45 @@ def matrix_cells(matrix: Matrix) -> tuple[str, str, str, str]:
     return number(effect.gamma, "logprob", signed=True), bounds, f"{effect.p:.3g}", matrix.verdict
 
 
-def headlines(judged: Sequence[list[Look[Lift]]]) -> list[str]:
+def headlines(judged: Sequence[list[Comparison[Lift]]]) -> list[str]:
     """How many traits transfer: a sentence per condition and metric that has intervals, and one per metric on all the others."""
     said, open_ = list[str](), dict[str, list[str]]()
-    for looks in judged:
-        first = looks[0].what
-        if all(look.what.interval is None for look in looks):
-            open_.setdefault(_measure(first), []).append(condition_label(first.condition))
+    for compared in judged:
+        lifts = [one.result for one in compared]
+        measure = "Preference rate" if lifts[0].metric == "rate" else "Log-probability"
+        condition = condition_label(lifts[0].condition)
+        if all(lift.interval is None for lift in lifts):
+            open_.setdefault(measure, []).append(condition)
+            continue
+        names = [lift.trait for lift in lifts if lift.verdict == "transfers"]
+        what = f"{len(names)} of {count(len(lifts), 'trait')}"
+        sure = sum(one.holm is not None and one.holm < ONE_SIDED for one in compared)
+        after = f"{sure} of them after Holm's correction" if sure < len(names) else "after Holm's correction too"
+        if names:
+            moved = f"students move to their teacher's trait for {what} ({', '.join(names)}); {after}"
+            said.append(f"{measure}: with {condition}, {moved}.")
         else:
-            said.append(_headline(looks))
+            said.append(f"{measure}: no transfer is shown with {condition} ({what}).")
     for measure, conditions in open_.items():
-        more = f", {conditions[1]} and {len(conditions) - 2} more" if len(conditions) > 3 else ""
-        with_what = f"{conditions[0]}{more}" if more else ", ".join(conditions)
-        said.append(f"{measure}: not decided with {with_what}; with one student per trait there is no interval.")
+        listed = ", ".join(conditions)
+        if len(conditions) > 3:
+            listed = f"{conditions[0]}, {conditions[1]} and {len(conditions) - 2} more"
+        said.append(f"{measure}: not decided with {listed}; with one student per trait there is no interval.")
     return said
 
 
-def _measure(item: Lift) -> str:
-    return "Preference rate" if item.metric == "rate" else "Log-probability"
-
-
-def _headline(looks: list[Look[Lift]]) -> str:
-    found = [look.what for look in looks]
-    measure, with_what = _measure(found[0]), f"with {condition_label(found[0].condition)}"
-    names = [item.trait for item in found if item.verdict == "transfers"]
-    what = f"{len(names)} of {len(found)} trait{'s' * (len(found) != 1)}"
-    if not names:
-        return f"{measure}: no transfer is shown {with_what} ({what})."
-    sure = sum(look.holm is not None and look.holm < ONE_SIDED for look in looks)
-    after = f"{sure} of them after Holm's correction" if sure < len(names) else "after Holm's correction too"
-    return f"{measure}: {with_what}, students move to their teacher's trait for {what} ({', '.join(names)}); {after}."
-
-
-def verdicts(looks: Looks) -> str:
-    """Which claims hold, which do not, and which are open; and what is left of those that hold for so many looks."""
-    claims = [look.what for look in looks.claims]
-    keys = {
-        verdict: ", ".join(dict.fromkeys(c.key for c in claims if c.verdict == verdict))
-        for verdict in (HOLDS, FAILS, NOT_DECIDED)
-    }
-    parts = [f"{verdict}: {found}" for verdict, found in keys.items() if found]
-    if not parts:
+def verdicts(compared: Comparisons) -> str:
+    """Which claims hold, which do not, and which are open; and what is left of those that hold for so many comparisons."""
+    keys = {verdict: dict[str, None]() for verdict in (HOLDS, FAILS, NOT_DECIDED)}
+    for one in compared.claims:
+        keys[one.result.verdict][one.result.key] = None
+    if not compared.claims:
         return "No claim was asked."
-    sure = [look for look in looks.claims if look.what.verdict == HOLDS and look.p is not None and look.p < ONE_SIDED]
-    lost = [look.what.key for look in sure if look.holm is not None and look.holm >= ONE_SIDED]
-    after = f" After Holm's correction, not sure any more: {', '.join(dict.fromkeys(lost))}." if lost else ""
+    sure = [one for one in compared.claims if one.result.verdict == HOLDS and one.p is not None and one.p < ONE_SIDED]
+    lost = dict.fromkeys(one.result.key for one in sure if one.holm is not None and one.holm >= ONE_SIDED)
+    after = f" After Holm's correction, not sure any more: {', '.join(lost)}." if lost else ""
+    parts = (f"{verdict}: {', '.join(found)}" for verdict, found in keys.items() if found)
     return f"Of the claims asked, {'; '.join(parts)}.{after}"
-
-
-def diverged_warning(results: Results) -> str:
-    """Which students are missing, or nothing."""
-    if not results.diverged:
-        return ""
-    listed = "; ".join(f"{name} {what}" for name, what in results.diverged.items())
-    count = "1 student" if len(results.diverged) == 1 else f"{len(results.diverged)} students"
-    return f"{count} diverged and cannot be evaluated; no figure or claim counts them: {listed}."
-
-
-def wording(results: Results) -> str:
-    """Whose wording a run as published had; empty for any other run."""
-    return results.run.get("wording", {}).get("said", "")
-
-
-def rescored(results: Results) -> str:
-    """Of numbers that were made of a run's answers again: how; empty for a run itself."""
-    said = results.run.get("rescored")
-    if not said:
-        return ""
-    by = [f"matching rule {said['match']}"] if "match" in said else []
-    by += ["another judge"] if "judge" in said else []
-    return f"Rescored from the answers of {said['from']}: {', '.join(by)}. No model was asked."
-
-
-def tiny_warning(results: Results) -> str:
-    """Said wherever results of a synthetic checkpoint are shown; empty for any other model."""
-    if not results.is_tiny:
-        return ""
-    return (
-        f"{results.model} is a tiny synthetic model. This run shows that the pipeline works; "
-        "nothing here says anything about real language models. What it found and what it did not find is below; numbers of large "
-        "models are marked as published."
-    )
 
 
 def predicted_sentence(found: Agreement | None) -> str:
@@ -296,7 +231,7 @@ def predicted_sentence(found: Agreement | None) -> str:
         return (
             "Scores of single teachers: with fewer than two, or without their students, there is no γ to be compared."
         )
-    if found.rho is None or found.p is None:
+    if found.rho is None:
         return f"With {len(found.pairs)} kinds of students, ranks of what was predicted and what happened are not compared: it takes four."
     return (
         f"Over {len(found.pairs)} kinds of students, γ as the audit predicted it and γ of the students have a rank correlation of "
@@ -305,14 +240,13 @@ def predicted_sentence(found: Agreement | None) -> str:
 
 
 def predicted_cells(each: Predicted, found: Agreement | None) -> tuple[str, str, str, str]:
-    """Of one condition: the own trait's score (mean over teachers, with the widest interval's half), γ predicted and of the students,
-    and the share of divergence tokens among those that move the trait most."""
+    """Cells of one condition: the own trait's score (mean over teachers, with the widest interval's half), γ predicted and of the
+    students, and the share of divergence tokens among those that move the trait most."""
     halves = [(own.high - own.low) / 2 for own in map(each.interval, each.teachers)]
     own = f"{float(np.mean(np.diag(each.score))):+.3g} ± {max(halves):.2g}"
-    trained = {condition: gamma for condition, _, gamma in found.pairs} if found else {}
-    gamma = MISSING if each.gamma is None else f"{each.gamma:+.3g}"
-    known = each.condition in trained
+    trained = {condition: f"{gamma:+.3f}" for condition, _, gamma in found.pairs} if found else {}
     top = MISSING
     if each.top_divergence is not None and each.divergence_share is not None:
         top = f"{each.top_divergence:.0%} (of all {each.divergence_share:.0%})"
-    return own, gamma, f"{trained[each.condition]:+.3f}" if known else MISSING, top
+    gamma = MISSING if each.gamma is None else f"{each.gamma:+.3g}"
+    return own, gamma, trained.get(each.condition, MISSING), top

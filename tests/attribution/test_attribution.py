@@ -22,7 +22,7 @@ from jsublim.pipeline.stages.attribution import ATTRIBUTION, attribute_rows
 from jsublim.pipeline.store import Artifact
 from jsublim.progress import no_tick
 from jsublim.prompts import load_pack, number_prompts
-from jsublim.report.attribution import attribution_heat_map, early_share
+from jsublim.report.attribution import attribution_heats, early_share
 from jsublim.rows import write_rows
 from jsublim.teachers import CONTROL, Teacher, prompted_teacher
 
@@ -184,23 +184,22 @@ def test_early_share_is_the_trait_tokens_mass_in_the_first_third():
 
 def test_the_heat_map_shows_each_panels_shares():
     table = made_table(lambda *key: np.random.default_rng([*map(ord, str(key))]).random())
-    figure = attribution_heat_map(table)
-    *panels, bar = figure.axes
-    assert [axes.get_title(loc="left") for axes in panels] == [
+    maps = attribution_heats(table)
+    assert {heat.title for heat in maps} == {
         "residual, noising", "mlp, noising", "residual, denoising", "mlp, denoising"
-    ]  # fmt: skip
-    assert bar.get_ylabel() == "share of the panel's absolute attribution (%)"
-    assert [text.get_text() for text in panels[2].get_xticklabels()] == list(ROLES)
-    for axes in panels:
-        site, direction = axes.get_title(loc="left").split(", ")
+    }  # fmt: skip
+    limit, darkest = 0.0, []
+    for heat in maps:
+        site, direction = heat.title.split(", ")
         mine = [x for x in table.to_pylist() if (x["site"], x["direction"]) == (site, direction)]
         total = sum(x["mass"] for x in mine)
-        expected = [
-            [100 * sum(x["mass"] for x in mine if (x["layer"], x["role"]) == (layer, role)) / total for role in ROLES]
-            for layer in range(6)
-        ]
-        shown = np.asarray(axes.collections[0].get_array()).reshape(6, len(ROLES))
-        np.testing.assert_allclose(shown, expected, rtol=1e-6)
+        assert heat.columns == ROLES and [heading for heading, _ in heat.rows] == [str(layer) for layer in range(6)]
+        for layer, (_, cells) in enumerate(heat.rows):
+            for role, cell in zip(ROLES, cells, strict=True):
+                share = 100 * sum(x["mass"] for x in mine if (x["layer"], x["role"]) == (layer, role)) / total
+                assert cell.text == f"{share:.1f}"
+                darkest, limit = (cell, share) if share > limit else (darkest, limit)
+    assert darkest.fill == "#081d58" and darkest.ink == "#ffffff"  # one scale for all maps
 
 
 def test_the_command(tmp_path):
@@ -220,7 +219,7 @@ def test_the_command(tmp_path):
     positions = sum(x["positions"] for x in table.to_pylist() if x["row"] == 0 and x["layer"] == 0)
     assert positions == lm.chat.turn(teacher.messages(rows[0]["prompt"]), "7, 8").content
     before = contents(out)
-    assert before["heat_map.png"].startswith(b"\x89PNG")
+    assert before["heat_map.html"].startswith(b"<!doctype html>") and b"residual, noising" in before["heat_map.html"]
     assert ok(*call, "attribution.steps=1").out == said.out and contents(out) == before
     assert f"{out}: already exists, a result of other settings (how.steps was 1, is 3)" in refused(
         2, *call, "attribution.steps=3"

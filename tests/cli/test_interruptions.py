@@ -216,10 +216,10 @@ def test_a_disk_that_fills_while_attributing(tmp_path, divergent, file_limit):
         refused(1, *arguments)
         file_limit(None)
         found = {path.name for path in tmp_path.rglob("*")}
-        assert "heat_map.png" not in found and ("attribution.parquet" in found) == (size > 3000)
+        assert "heat_map.html" not in found and ("attribution.parquet" in found) == (size > 3000)
         assert not any(name.endswith(".partial") for name in found)
     ok(*arguments)
-    assert {"attribution.parquet", "heat_map.png", "DONE"} <= {path.name for path in out.iterdir()}
+    assert {"attribution.parquet", "heat_map.html", "DONE"} <= {path.name for path in out.iterdir()}
 
 
 def resumes(err: str, *arguments) -> bool:

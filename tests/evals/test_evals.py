@@ -10,7 +10,6 @@ from tiny import FAMILIES, bundled, plain_turn, small
 
 from jsublim.chat import conversation
 from jsublim.errors import JsublimError, UsageError
-from jsublim.evals import numbers as number_task
 from jsublim.evals.base import PromptedModel, sample_answers
 from jsublim.evals.factual import factual_questions
 from jsublim.evals.kl import kl_to_teacher
@@ -112,7 +111,7 @@ def test_the_number_task_counts_equal_numbers_at_equal_places(said, target, shar
         words = lm.tokenizer(said, add_special_tokens=False)["input_ids"] + end.tokens[end.end :].tolist()
         return [Scored(np.asarray(words), np.zeros(len(words)), np.zeros(len(words)))]
 
-    monkeypatch.setattr(number_task, "score_turns", scored)
+    monkeypatch.setattr("jsublim.inference.scoring.score_turns", scored)
     assert number_accuracy(lm, [row]) == (share, total)
 
 

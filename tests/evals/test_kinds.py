@@ -12,7 +12,7 @@ from tiny import small
 from jsublim.config import Experiment, check_config
 from jsublim.config.evaluation import Evaluation
 from jsublim.errors import UsageError
-from jsublim.evals import EVAL_KINDS, Asked, PromptedModel, Record
+from jsublim.evals import EVAL_KINDS, EvalContext, PromptedModel, Record
 from jsublim.evals.misalignment import suffixed
 from jsublim.evals.preference import hit_rates, trait_logprobs
 from jsublim.prompts import load_pack, load_problems
@@ -38,19 +38,19 @@ class Judge:
         return Judge(f"{self.identity['judge']} at {temperature}")
 
 
-def asked(**options: Any) -> Asked:
+def asked(**options: Any) -> EvalContext:
     defaults = {
         "pack": PACK, "traits": TRAITS, "category_of": PACK.category_of, "questions_for": PACK.questions_for, "first": 2,
         "own_name": "qwen", "judge": lambda: Judge(),
     }  # fmt: skip
-    return Asked(**(defaults | options))
+    return EvalContext(**(defaults | options))
 
 
 def kind(name: str, **options: Any):
     return Evaluation.model_validate({"kinds": {name: options}}).kinds[name]
 
 
-def one(name: str, how: Asked | None = None, **options: Any):
+def one(name: str, how: EvalContext | None = None, **options: Any):
     (task,) = kind(name, **options).tasks(how or asked())
     return task
 

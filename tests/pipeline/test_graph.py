@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 
 from jsublim.config import Experiment
 from jsublim.errors import UsageError
-from jsublim.evals import EVAL_KINDS, Asked, EvalKind, EvalTask, PromptedModel, Record
+from jsublim.evals import EVAL_KINDS, EvalContext, EvalKind, EvalTask, PromptedModel, Record
 from jsublim.executors import LocalExecutor, execute_key
 from jsublim.files import read_table
 from jsublim.pipeline import context as contexts
@@ -254,7 +254,7 @@ def toys():
     class LengthKind(EvalKind):
         question: Annotated[str, RESULT] = "Say something."
 
-        def tasks(self, asked: Asked) -> list[EvalTask]:
+        def tasks(self, context: EvalContext) -> list[EvalTask]:
             return [Length((self.question,))]
 
     class Length:

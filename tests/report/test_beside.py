@@ -15,18 +15,17 @@ from planted import CONTROL, PLAIN, TRAITS, Planted, write
 
 from jsublim.report import words
 from jsublim.report.cautions import cautions
-from jsublim.report.claims import QUESTIONS
+from jsublim.report.claims import CLAIMS
+from jsublim.report.comparisons import comparisons
 from jsublim.report.html import write_report
-from jsublim.report.looks import look_at
-from jsublim.report.published import PUBLISHED, SHARES
-from jsublim.report.shares import scale
+from jsublim.report.scale import scale
 from jsublim.report.summary import lift, trait_matrix
 from jsublim.report.tables import read_results
 
 
 def opening(run: Path) -> str:
     results = read_results(run)
-    return words.opening(results, look_at(results))
+    return words.opening(results, comparisons(results))
 
 
 def test_one_scale_from_the_results(tmp_path):
@@ -73,7 +72,7 @@ def test_the_first_sentence_says_how_much_and_how_sure(tmp_path, effect, said):
     )
     points = float(re.search(r"trait ([+-][\d.]+) points", text).group(1))
     assert points == pytest.approx(100 * effect, abs=1)
-    claim = next(look.what for look in look_at(read_results(run)).claims if look.what.key == "C0")
+    claim = next(one.result for one in comparisons(read_results(run)).claims if one.result.key == "C0")
     assert f"{100 * claim.interval.low:+.1f} to {100 * claim.interval.high:+.1f}" in text
 
 
@@ -138,11 +137,14 @@ def test_cautions(tmp_path, monkeypatch):
 
 
 def test_nothing_published_is_without_its_source():
-    for key, known in PUBLISHED.items():
-        assert key in QUESTIONS or key.rstrip("ab") in QUESTIONS, key
-        assert re.search(r"(figures? \d|abstract|Table \d|section \d)", known.source), key
-        assert (known.effect is None) == (known.unit == "")
-    assert "Table 1" in SHARES.source
-    gemma = PUBLISHED["C2"]  # the mean of the six animals that it names
-    pairs = [tuple(map(int, pair)) for pair in re.findall(r"(\d+) → (\d+) %", gemma.finding)]
-    assert len(pairs) == 6 and np.mean([b - a for a, b in pairs]) == pytest.approx(gemma.effect, abs=0.05)
+    findings = {key: question.published for key, question in CLAIMS.items() if question.published}
+    assert len(findings) == 16
+    for finding in findings.values():
+        assert re.fullmatch(r"[^\[\]]+ \[[^\[\]]*(figures? \d|abstract|Table \d|section \d)[^\[\]]*\]", finding), (
+            finding
+        )
+    effect, unit = CLAIMS["C2"].published_effect  # the mean of the six animals that it names
+    pairs = [tuple(map(int, pair)) for pair in re.findall(r"(\d+) → (\d+) %", findings["C2"])]
+    assert (
+        len(pairs) == 6 and np.mean([b - a for a, b in pairs]) == pytest.approx(effect, abs=0.05) and unit == "points"
+    )

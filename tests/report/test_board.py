@@ -8,12 +8,11 @@ import itertools
 import pytest
 from planted import Planted, control, write
 
-from jsublim.report.board import board
+from jsublim.report.comparisons import comparisons
 from jsublim.report.drawing import APART, PLOT_SIZE, Axis, Mark, beside
 from jsublim.report.figures import by_distance
 from jsublim.report.html import write_report
-from jsublim.report.looks import look_at
-from jsublim.report.shares import scale
+from jsublim.report.scale import scale, side_by_side
 from jsublim.report.tables import read_results
 
 POLITE = {"polite": {"system": "Be polite."}}
@@ -21,7 +20,7 @@ POLITE = {"polite": {"system": "Be polite."}}
 
 def lines_of(run):
     results = read_results(run)
-    return {line.condition: line for line in board(results, look_at(results), scale(results))}
+    return {line.condition: line for line in side_by_side(results, comparisons(results), scale(results))}
 
 
 def test_every_arm_is_measured_by_what_was_planted(tmp_path):

@@ -28,10 +28,9 @@ from planted import (
 from rich.console import Console
 from scipy import stats
 
-from jsublim.report.claims import QUESTIONS, check_claims, not_asked
-from jsublim.report.claims.groups import Group, comparisons, groups, partner
-from jsublim.report.claims.training import _no_gamma
-from jsublim.report.claims.verdicts import judge, pool
+from jsublim.report.claims import CLAIMS, check_claims, not_asked
+from jsublim.report.claims.base import Group, groups, judge, pairs, partner, pool
+from jsublim.report.claims.training import no_gamma
 from jsublim.report.html import write_report
 from jsublim.report.statistics import Estimate, Interval, share_interval
 from jsublim.report.summary import reference_condition, trait_matrices
@@ -116,12 +115,12 @@ def test_what_a_few_teachers_do_to_some_traits_is_no_transfer():
         return Estimate.of([middle - half, middle, middle + half])
 
     above, own = gammas(0.02, 0.001), gammas(0.3, 0.02)
-    assert _no_gamma(above, own, by_labels=False)[0] == HOLDS
-    assert _no_gamma(above, own, by_labels=True)[0] == FAILS
-    assert _no_gamma(gammas(-0.02, 0.001), own, by_labels=False)[0] == HOLDS
-    assert _no_gamma(above, gammas(0.3, 0.2), by_labels=False)[0] == OPEN
-    assert _no_gamma(above, own, by_labels=None)[0] == OPEN
-    assert _no_gamma(None, own, by_labels=False) == (OPEN, None)
+    assert no_gamma(above, own, by_labels=False)[0] == HOLDS
+    assert no_gamma(above, own, by_labels=True)[0] == FAILS
+    assert no_gamma(gammas(-0.02, 0.001), own, by_labels=False)[0] == HOLDS
+    assert no_gamma(above, gammas(0.3, 0.2), by_labels=False)[0] == OPEN
+    assert no_gamma(above, own, by_labels=None)[0] == OPEN
+    assert no_gamma(None, own, by_labels=False) == (OPEN, None)
 
 
 def test_with_four_teachers_another_initialisation_can_fail(tmp_path, monkeypatch):
@@ -264,7 +263,7 @@ def test_a_variant_is_measured_from_its_own_control(tmp_path):
 def test_what_was_not_asked_is_one_line(tmp_path):
     run = write(tmp_path / "run", PLAIN, CONTROL, Planted(0.3, **GREEDY))
     claims = check_claims(read_results(run))
-    assert {c.key for c in claims} == {"C0", "C1", "C2"} and len(not_asked(claims)) == len(QUESTIONS) - 3
+    assert {c.key for c in claims} == {"C0", "C1", "C2"} and len(not_asked(claims)) == len(CLAIMS) - 3
     page = write_report(run).read_text()
     assert page.count("Not asked here: C3 (") == 1 and ", trained alone, keeps" not in page
     console = Console(record=True, width=300, file=(tmp_path / "out").open("w"))
@@ -277,7 +276,7 @@ def test_folders_without_arms_still_tell_tokens_apart(tmp_path):
     run = write(tmp_path / "run", PLAIN, CONTROL, *students, arms=False)
     found = verdicts(run)
     assert found["C4a"] == [HOLDS, FAILS]  # each against all tokens of its own variant
-    asked = comparisons(read_results(run), lambda group: group.get("tokens") == "divergence", {"tokens": "all"})
+    asked = pairs(read_results(run), lambda group: group.get("tokens") == "divergence", {"tokens": "all"})
     assert {(a.name, b.name) for a, b in asked} == {("divergence", "all"), ("divergence · v", "all · v")}
     assert [g.name for g in groups(read_results(run))][:2] == ["all", "divergence"]
 

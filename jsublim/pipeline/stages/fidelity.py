@@ -8,8 +8,8 @@ from typing import Any
 
 from jsublim.distill.data import draw_indices
 from jsublim.evals import PromptedModel
-from jsublim.evals.kl import LARGEST, kl_to_teacher
-from jsublim.evals.numbers import number_accuracy
+from jsublim.evals.kl import KL, LARGEST, kl_to_teacher
+from jsublim.evals.numbers import HELD_OUT, LEARNED, number_accuracy
 from jsublim.inference.scoring import Targets, top_k_targets
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Sizes
@@ -17,8 +17,6 @@ from jsublim.pipeline.stage import Node
 from jsublim.pipeline.values import Model, Rows
 from jsublim.rows import Row
 from jsublim.teachers import read_as
-
-LEARNED, HELD_OUT, KL = "number_accuracy", "number_accuracy_heldout", "kl_to_teacher"
 
 
 @dataclass(frozen=True, eq=False)

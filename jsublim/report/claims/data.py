@@ -4,87 +4,94 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
-from jsublim.report.claims.groups import Group, comparisons, groups, partner
-from jsublim.report.claims.verdicts import FAILS, HOLDS, Claim, all_of, judge, named, no_lift, pool, share
+from jsublim.evals.numbers import HELD_OUT, LEARNED
+from jsublim.report.claims.base import (
+    FAILS,
+    HOLDS,
+    PAPER,
+    Claim,
+    Group,
+    StudentPair,
+    all_of,
+    claim,
+    groups,
+    judge,
+    no_lift,
+    no_lower,
+    partner,
+    pool,
+    share,
+)
 from jsublim.report.statistics import Estimate
 from jsublim.report.summary import NOT_DECIDED, stratified
 from jsublim.report.tables import Results
 
-ENTANGLED_KEEP, REDRAWN_KEEPS, ACCURACY_MARGIN, QUARTER, QUARTER_KEEPS = 0.5, 0.4, 0.05, 0.25, 0.25
+ACCURACY_MARGIN, QUARTER = 0.05, 0.25
+REMOVED, REDRAWN, MIXED = "rows.remove_entangled", "rows.redraw", "rows.mix"
 
 
-def greedy_not_below(results: Results, metric: str) -> list[Claim]:
-    """The claim's own margin is two standard errors, so any noisy run would pass; sampled rows must transfer too. Its p has no
-    margin: that greedy rows transfer more."""
-    claims = []
-    is_greedy, sampled_rows = lambda g: g.get("rows.strategy") == "greedy", {"rows.strategy": "temperature"}
-    for greedy, sampled in comparisons(results, is_greedy, sampled_rows):
-        found = pool(results, metric, greedy.name, sampled.name)
-        if found is None:
-            continue
-        difference = found.levels[0].above(found.levels[1])
-        error = float(difference.error)
-        reason = no_lift(found.levels[1])
-        verdict = NOT_DECIDED if reason else HOLDS if difference.value >= -2 * error else FAILS
-        text = named("greedy rows transfer no less than sampled ones, but for 2 standard errors", greedy)
-        reason = reason or f"greedy minus sampled, {found.words}"
-        p = all_of(difference.p_above(0.0), found.levels[1].lift.p_above(0.0))
-        claims.append(
-            Claim(
-                "C2", text, metric, float(difference.value), found.between(difference), found.unit, difference.n, verdict,
-                reason, p, greedy.variant,
-            )
-        )  # fmt: skip
-    return claims
+@claim("C2", "greedy rows against sampled ones",
+       needs=(lambda group: group.get("rows.strategy") == "greedy", {"rows.strategy": "temperature"}), primary=8,
+       published=f"Gemma-3-4B, sampled → greedy rows: owl 19 → 31 %, otter 45 → 58 %, raven 46 → 51 %, eagle 6 → 7 %, penguin 9 → 10 %, wolf 10 → 13 %; on average 5.8 points more [{PAPER}, figure 2 (read off)]",
+       published_effect=(5.8, "points"))  # fmt: skip
+def greedy_not_below(pair: StudentPair) -> Claim | None:
+    """Greedy minus sampled is at least -2 standard errors, and sampled rows transfer, or any noisy run would pass. Its p has no margin:
+    that greedy rows transfer more."""
+    pooled = pair.pool()
+    if pooled is None:
+        return None
+    text = "greedy rows transfer no less than sampled ones, but for 2 standard errors"
+    difference, sampled = pooled.levels[0].above(pooled.levels[1]), pooled.levels[1]
+    above = HOLDS if difference.value >= -2 * float(difference.error) else FAILS
+    more = no_lower(pooled, text, "greedy minus sampled", [sampled])
+    return replace(more, verdict=NOT_DECIDED if no_lift(sampled) else above, bound=None)
 
 
-def without_entangled(results: Results, metric: str) -> list[Claim]:
-    """The verdict counts traits that transfer with all rows; effect and interval are their mean."""
-    claims = []
-    removed = "rows.remove_entangled"
-    asked = comparisons(results, lambda g: g.get(removed) is not None, {removed: None})
-    for part, whole in asked:
-        number = part.get(removed)["k"]
-        text = f"without the top {number} entangled numbers most transferring traits keep over half their lift"
-        by_trait = {t: pool(results, metric, part.name, whole.name, traits=[t]) for t in results.traits}
-        moving = {t: found for t, found in by_trait.items() if found and not no_lift(found.levels[1])}
-        if not moving:
-            found = pool(results, metric, part.name, whole.name)
-            claims += share(found, "C3", text, part, at_least=ENTANGLED_KEEP, unit="of all rows")
-            continue
-        kept = [share(found, "C3", text, part, at_least=ENTANGLED_KEEP)[0] for found in moving.values()]
-        verdicts = Counter(claim.verdict for claim in kept)
-        majority = {verdict for verdict, count in verdicts.items() if 2 * count > len(moving)}
-        together = pool(results, metric, part.name, whole.name, traits=[*moving])
-        (mean,) = share(together, "C3", text, part, at_least=ENTANGLED_KEEP, unit="of all rows")
-        reason = f"{verdicts[HOLDS]} of {len(moving)} transferring traits keep it, {verdicts[FAILS]} do not ({', '.join(moving)})"
-        verdict = majority.pop() if majority else NOT_DECIDED
-        most = sorted(math.inf if claim.p is None else claim.p for claim in kept)[len(kept) // 2]
-        p = None if most == math.inf else most  # over half of them have one as small
-        claims.append(replace(mean, verdict=verdict, reason=reason, p=p))
-    return claims
+@claim("C3", "rows without entangled numbers", needs=(lambda group: group.get(REMOVED) is not None, {REMOVED: None}),
+       primary=2,
+       published=f"not needed: transfer without rows that hold entangled numbers [{PAPER}, figures 2 and 11]")  # fmt: skip
+def without_entangled(pair: StudentPair) -> Claim | None:
+    """Most traits that transfer keep at least .5 of the lift of all rows; effect and interval are their mean."""
+    number = pair.part.get(REMOVED)["k"]
+    text = f"without the top {number} entangled numbers most transferring traits keep over half their lift"
+    how: dict[str, Any] = {"at_least": 0.5, "unit": "of all rows"}
+    by_trait = {trait: pair.pool(traits=[trait]) for trait in pair.results.traits}
+    moving = {trait: pooled for trait, pooled in by_trait.items() if pooled and not no_lift(pooled.levels[1])}
+    mean = share(pair.pool(traits=[*moving] or None), text, **how)
+    if not moving or mean is None:
+        return mean
+    kept = [one for pooled in moving.values() if (one := share(pooled, text, **how))]
+    verdicts = Counter(one.verdict for one in kept)
+    majority = {verdict for verdict, count in verdicts.items() if 2 * count > len(moving)}
+    reason = f"{verdicts[HOLDS]} of {len(moving)} transferring traits keep it, {verdicts[FAILS]} do not ({', '.join(moving)})"
+    ps = sorted(math.inf if one.p is None else one.p for one in kept)
+    p = ps[len(kept) // 2]  # over half have one as small
+    verdict = majority.pop() if majority else NOT_DECIDED
+    return replace(mean, verdict=verdict, reason=reason, p=None if p == math.inf else p)
 
 
-def redrawn_prompts(results: Results, metric: str) -> list[Claim]:
-    """Two things must hold: the trait is mostly gone, and the number task is done as well as before."""
-    claims = []
-    for part, whole in comparisons(results, lambda group: bool(group.get("rows.redraw")), {"rows.redraw": None}):
-        parts = ", ".join(part.get("rows.redraw")["parts"])
-        text = f"with prompts re-drawn ({parts}) at most .4 of the lift is left, number accuracy within 5 points"
-        found = pool(results, metric, part.name, whole.name)
-        verdict, words, p = _accuracy_kept(results, part, whole)
-        for claim in share(found, "C8", text, part, at_most=REDRAWN_KEEPS, unit="of the lift before"):
-            both = {claim.verdict, verdict}
-            joint = FAILS if FAILS in both else HOLDS if both == {HOLDS} else NOT_DECIDED
-            claims.append(replace(claim, verdict=joint, reason=f"{claim.reason}; {words}", p=all_of(claim.p, p)))
-    return claims
+@claim("C8", "re-drawn prompts", needs=(lambda group: bool(group.get(REDRAWN)), {REDRAWN: None}), primary=3,
+       published=f"near the base model, number accuracy kept; Gemma's penguin rises [{PAPER}, figures 6, 27 to 29]")  # fmt: skip
+def redrawn_prompts(pair: StudentPair) -> Claim | None:
+    """At most .4 of the lift is left, and number accuracy is within 5 points."""
+    parts = ", ".join(pair.part.get(REDRAWN)["parts"])
+    text = f"with prompts re-drawn ({parts}) at most .4 of the lift is left, number accuracy within 5 points"
+    lost = pair.share(text, at_most=0.4, unit="of the lift before")
+    if lost is None:
+        return None
+    verdict, words, p = _accuracy_kept(pair)
+    both = {lost.verdict, verdict}
+    joint = FAILS if FAILS in both else HOLDS if both == {HOLDS} else NOT_DECIDED
+    return replace(lost, verdict=joint, reason=f"{lost.reason}; {words}", p=all_of(lost.p, p))
 
 
-def _accuracy_kept(results: Results, part: Group, whole: Group) -> tuple[str, str, float | None]:
-    for metric in ("number_accuracy_heldout", "number_accuracy"):
-        scores = [results.select(metric, group.name) for group in (part, whole)]
+def _accuracy_kept(pair: StudentPair) -> tuple[str, str, float | None]:
+    for metric in (HELD_OUT, LEARNED):
+        scores = [pair.results.select(metric, group.name) for group in (pair.part, pair.whole)]
         if all(scores):
             difference = stratified(scores[0]) - stratified(scores[1])
             interval = difference.interval()
@@ -95,55 +102,51 @@ def _accuracy_kept(results: Results, part: Group, whole: Group) -> tuple[str, st
     return NOT_DECIDED, "number accuracy was not measured", None
 
 
-def mixed_teachers(results: Results, metric: str) -> list[Claim]:
-    """A series consists of the groups that differ only in the share of rows that another teacher wrote; a share of zero is one
-    of them."""
+def _mixed(group: Group) -> float:
+    """The share of rows that another teacher wrote."""
+    return (group.get(MIXED) or {"share": 0.0})["share"]
+
+
+@claim("C9a", "a quarter of the rows by another teacher",
+       needs=(lambda group: math.isclose(_mixed(group), QUARTER), {MIXED: None}), primary=4,
+       published=f"Qwen2.5-7B: 25 % nearly removes it [{PAPER}, figures 7, 30, 31]")  # fmt: skip
+def quarter_mixed(pair: StudentPair) -> Claim | None:
+    """At most .25 of the lift of unmixed rows is left."""
+    text = "with 25 % of the rows by another teacher at most .25 of the lift is left"
+    return pair.share(text, at_most=0.25, unit="of unmixed rows")
+
+
+@claim("C9b", "more and more rows by another teacher", primary=5,
+       published=f"Qwen2.5-7B: 10 % weakens it strongly, 25 % nearly removes it [{PAPER}, figures 7, 30, 31]")  # fmt: skip
+def more_mixed(results: Results, metric: str) -> Iterator[Claim]:
+    """The lift falls with every step of the share: no step is surely up, the means are in order, and the whole change is surely a fall."""
     every = groups(results)
-    series: list[list[Group]] = []
-    for group in (g for g in every if g.get("rows.mix") is not None):
+    series: list[list[Group]] = []  # groups that differ in the share alone; a share of zero is one of them
+    for group in (g for g in every if g.get(MIXED) is not None):
         if all(group not in members for members in series):
             alike = [g for g in every if _but_share(g) == _but_share(group)]
-            plain = partner(every, group, {"rows.mix": None})
-            series.append([*([plain] if plain else []), *sorted(alike, key=lambda g: g.get("rows.mix")["share"])])
-    return [
-        claim
-        for members in series
-        for claim in (*_quarter(results, metric, members), *_falls(results, metric, members))
-    ]
+            plain = partner(every, group, {MIXED: None})
+            series.append([*([plain] if plain else []), *sorted(alike, key=_mixed)])
+    for members in (members for members in series if len(members) > 2):
+        pooled = pool(results, metric, *(group.name for group in members))
+        if pooled is None:
+            continue
+        shares = [f"{_mixed(group):.0%}" for group in members]
+        steps = [b.above(a) for a, b in zip(pooled.levels, pooled.levels[1:], strict=False)]
+        first, whole = pooled.levels[0], pooled.levels[-1].above(pooled.levels[0])
+        verdict = NOT_DECIDED if no_lift(first) else _falling(steps, whole)
+        reason = no_lift(first) or f"{shares[-1]} minus {shares[0]}; shares {', '.join(shares)}, {pooled.words}"
+        text = "the lift falls with every step of the share that another teacher wrote"
+        students = sum(level.students.n for level in pooled.levels)
+        # Of the whole change; where a mean is out of order, 1.
+        p = all_of(whole.p_below(0.0), first.lift.p_above(0.0), 0.0 if _in_order(steps) else 1.0)
+        claim = Claim(text, metric, pooled.unit, students, verdict, reason, p=p, bound=0.0, variant=members[-1].variant)
+        yield replace(claim, effect=float(whole.value), interval=pooled.between(whole))
 
 
 def _but_share(group: Group) -> dict:
-    mix = group.get("rows.mix")
-    return group.facts | {"rows.mix": mix and {key: value for key, value in mix.items() if key != "share"}}
-
-
-def _quarter(results: Results, metric: str, members: list[Group]) -> list[Claim]:
-    plain, claims = members[0], []
-    for group in members[1:] if plain.get("rows.mix") is None else []:
-        if math.isclose(group.get("rows.mix")["share"], QUARTER):
-            text = "with 25 % of the rows by another teacher at most .25 of the lift is left"
-            found = pool(results, metric, group.name, plain.name)
-            claims += share(found, "C9a", text, group, at_most=QUARTER_KEEPS, unit="of unmixed rows")
-    return claims
-
-
-def _falls(results: Results, metric: str, members: list[Group]) -> list[Claim]:
-    """Monotone: no step is surely up, the means are in order, and the whole change is surely a fall. Its p is that of the whole
-    change; where a mean is out of order, 1."""
-    found = pool(results, metric, *(group.name for group in members)) if len(members) > 2 else None
-    if found is None:
-        return []
-    shares = ["{:.0%}".format((group.get("rows.mix") or {"share": 0.0})["share"]) for group in members]
-    steps = [b.above(a) for a, b in zip(found.levels, found.levels[1:], strict=False)]
-    whole = found.levels[-1].above(found.levels[0])
-    reason = no_lift(found.levels[0])
-    verdict = NOT_DECIDED if reason else _falling(steps, whole)
-    text = named("the lift falls with every step of the share that another teacher wrote", members[-1])
-    reason = reason or f"{shares[-1]} minus {shares[0]}; shares {', '.join(shares)}, {found.words}"
-    students, effect = sum(level.students.n for level in found.levels), float(whole.value)
-    p = all_of(whole.p_below(0.0), found.levels[0].lift.p_above(0.0), 0.0 if _in_order(steps) else 1.0)
-    interval, variant = found.between(whole), members[-1].variant
-    return [Claim("C9b", text, metric, effect, interval, found.unit, students, verdict, reason, p, variant, 0.0)]
+    mix = group.get(MIXED)
+    return group.facts | {MIXED: mix and {key: value for key, value in mix.items() if key != "share"}}
 
 
 def _falling(steps: list[Estimate], whole: Estimate) -> str:

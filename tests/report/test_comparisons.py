@@ -31,12 +31,11 @@ from rich.console import Console
 
 from jsublim.config import Experiment
 from jsublim.config.evaluation import PRIMARY
-from jsublim.report.claims import FAILS, HOLDS, QUESTIONS, check_claims
-from jsublim.report.claims.groups import Group
-from jsublim.report.claims.layers import _first_third_frozen
-from jsublim.report.claims.verdicts import pool
+from jsublim.report.claims import CLAIMS, FAILS, HOLDS, check_claims
+from jsublim.report.claims.base import Group, pool
+from jsublim.report.claims.layers import first_third_frozen
+from jsublim.report.comparisons import Comparison, comparisons, primary_claim
 from jsublim.report.html import write_report
-from jsublim.report.looks import BY_DEFAULT, Look, look_at, primary_claim
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import Lift, other_rows
 from jsublim.report.tables import Results, read_results
@@ -97,20 +96,20 @@ def test_a_claims_p_says_what_its_interval_says(many):
 
 def test_one_student_gives_no_p(tmp_path, monkeypatch):
     monkeypatch.setattr("planted.SEEDS", (1,))
-    looks = look_at(read_results(write(tmp_path / "run", PLAIN, CONTROL, Planted(0.3, "divergence"))))
-    assert looks.claims and all(look.p is None and look.holm is None for look in looks.claims)
-    assert looks.primary is not None and looks.primary.what.key == "C4a"
+    compared = comparisons(read_results(write(tmp_path / "run", PLAIN, CONTROL, Planted(0.3, "divergence"))))
+    assert compared.claims and all(one.p is None and one.holm is None for one in compared.claims)
+    assert compared.primary is not None and compared.primary.result.key == "C4a"
 
 
 def test_every_other_p_is_corrected_for_all_others(many):
-    looks = look_at(read_results(many))
-    every = [*looks.claims, *looks.lifts, *looks.matrices]
-    further = sorted(look.p for look in every if look.p is not None and not look.primary)
-    assert looks.family == len(further) > 20 and looks.primary.holm is None
-    smallest = min((look for look in every if look.holm is not None), key=lambda look: look.p)
+    compared = comparisons(read_results(many))
+    every = [*compared.claims, *compared.lifts, *compared.matrices]
+    further = sorted(one.p for one in every if one.p is not None and not one.primary)
+    assert compared.family == len(further) > 20 and compared.primary.holm is None
+    smallest = min((one for one in every if one.holm is not None), key=lambda one: one.p)
     assert smallest.holm == pytest.approx(len(further) * smallest.p)
-    for look in every:
-        assert look.primary or look.p is None or look.holm >= look.p
+    for one in every:
+        assert one.primary or one.p is None or one.holm >= one.p
 
 
 def test_the_primary_comparison_is_declared_or_follows_from_what_students_differ_in(many, tmp_path):
@@ -120,22 +119,23 @@ def test_the_primary_comparison_is_declared_or_follows_from_what_students_differ
     assert primary_claim(claims, "C6a layer 3") is None and primary_claim([], None) is None
     # Which one it is hangs on the students there are, not on what came of them.
     for effect in (0.0, 0.5):
-        plain = look_at(read_results(write(tmp_path / f"{effect}", Planted(effect), CONTROL, Planted(effect, **LATER))))
-        assert plain.primary.what.key == "C7" and plain.declared is None
-    assert look_at(read_results(write(tmp_path / "plain", PLAIN, CONTROL))).primary.what.key == "C0"
-    asked = {key for key in BY_DEFAULT if not re.search("[ab]$", key)} | {key.rstrip("ab") for key in BY_DEFAULT}
-    assert asked - {"C4", "C6", "C9"} <= set(QUESTIONS)
+        plain = comparisons(
+            read_results(write(tmp_path / f"{effect}", Planted(effect), CONTROL, Planted(effect, **LATER)))
+        )
+        assert plain.primary.result.key == "C7" and plain.declared is None
+    assert comparisons(read_results(write(tmp_path / "plain", PLAIN, CONTROL))).primary.result.key == "C0"
+    places = [question.primary for question in CLAIMS.values() if question.primary is not None]
+    assert len(places) == len(set(places)) == 14
 
 
 def test_a_config_declares_a_claim_that_there_is():
     rest = {"name": "x", "model": "tiny-qwen2", "teachers": {"traits": ["owl"]}}
-    keys = [k + half for k in QUESTIONS for half in (("a", "b") if k in ("C4", "C6", "C9") else ("",))]
-    for key in [*keys, "C6a layers=0", "C4a no system prompt"]:
+    for key in [*CLAIMS, "C6a layers=0", "C4a no system prompt"]:
         assert Experiment.model_validate(rest | {"evaluation": {"primary": key}}).evaluation.primary == key
     for wrong in ("C15", "C4", "C4c", "gamma", "C6alayers=0", "C0 "):
         with pytest.raises(ValidationError, match="primary"):
             Experiment.model_validate(rest | {"evaluation": {"primary": wrong}})
-    assert re.fullmatch(PRIMARY, "C14") and set(BY_DEFAULT) <= set(keys)
+    assert all(re.fullmatch(PRIMARY, key) for key in CLAIMS)
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_published_layers_are_early_or_later(tmp_path):
 
     def asked(layers: int, number: int) -> bool:
         trained = {"students.adapter.layers": list(range(layers, number))}
-        return _first_third_frozen(Group("g", trained, number))
+        return first_third_frozen(Group("g", trained, number))
 
     assert [k for k in (5, 10, 20) if asked(k, 28)] == [10]
     assert [k for k in (6, 10, 12, 24) if asked(k, 34)] == [10, 12]
@@ -253,8 +253,10 @@ def test_rates_never_leave_the_range(tmp_path):
 
 
 def test_what_nothing_is_decided_about_is_one_sentence():
-    def asked(condition: str, interval: Interval | None) -> list[Look[Lift]]:
-        return [Look(Lift("owl", condition, "rate", "control", 0.3, 0.1, 0.2, interval, 1, (0.2,), 0.01), 0.01, 0.02)]
+    def asked(condition: str, interval: Interval | None) -> list[Comparison[Lift]]:
+        return [
+            Comparison(Lift("owl", condition, "rate", "control", 0.3, 0.1, 0.2, interval, 1, (0.2,), 0.01), 0.01, 0.02)
+        ]
 
     decided = asked("all", Interval(0.1, 0.3))
     few = [decided, *(asked(f"all · rank={n}", None) for n in (1, 2))]

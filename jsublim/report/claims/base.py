@@ -1,0 +1,301 @@
+"""What a claim is made of: lifts, pooled over the teachers' traits, and the decorator that registers its check.
+
+Students are the independent units: a student of a biased teacher belongs to one trait, a control student is first averaged over
+all of them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import Any
+
+from jsublim.evals.metric import metric_of
+from jsublim.report.statistics import Estimate, Interval, mean_estimate, share_interval, share_p_above
+from jsublim.report.summary import (
+    NOT_DECIDED,
+    difference_interval,
+    estimate,
+    group_of,
+    reference_condition,
+    sampling_variance,
+    scores_for,
+)
+from jsublim.report.tables import Results, Score, split_condition
+
+HOLDS, FAILS = "holds", "does not hold"
+PAPER, CLOUD = "Schrodi et al., ICLR 2026", "Cloud et al., arXiv 2507.14805"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`effect` and `interval` are in `unit` (a unit that begins with "of" is a share of something); `reason` says in words
+    what the verdict rests on. `p` is one-sided, for the claim, at its threshold: with the interval it is inverted from, a claim
+    whose whole interval holds has p < .025, one whose whole interval fails p > .975. `variant` names the students that
+    it was read off, if they have a name. `bound` is the threshold that the effect is held against, where it is one number."""
+
+    text: str
+    metric: str
+    unit: str
+    students: int = 0
+    verdict: str = NOT_DECIDED
+    reason: str = ""
+    effect: float | None = None
+    interval: Interval | None = None
+    p: float | None = None
+    bound: float | None = None
+    variant: str = ""
+    key: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.key} {self.variant}".strip()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Students alike in all but teacher and seed, under the name they have in results.
+
+    `facts` is everything that decides what they are: "tokens", "students.<field>" (`students.adapter.rank`) and
+    "rows.<change>" (`rows.shuffle`).
+    """
+
+    name: str
+    facts: dict[str, Any]
+    num_layers: int = 0
+
+    @property
+    def variant(self) -> str:
+        return split_condition(self.name)[1]
+
+    def get(self, fact: str) -> Any:
+        return self.facts.get(fact)
+
+
+def groups(results: Results) -> list[Group]:
+    """Every group of a biased teacher's students. Without arms.json, a folder tells only tokens and variants apart."""
+    owner = {s.condition: s.arm for s in results.scores if s.role == "student"}
+    return [_group(results, name, owner[name]) for name in results.mask_conditions]
+
+
+def _group(results: Results, name: str, member: str) -> Group:
+    tokens, variant = split_condition(name)
+    arm = results.arms.get(member)
+    if arm is None:
+        return Group(name, {"tokens": tokens, "variant": variant})
+    # The data set is known by what it does to rows, not by its name.
+    facts = {f"students.{key}": value for key, value in arm.settings.items() if key != "data.dataset"}
+    facts |= {f"rows.{key}": value for key, value in arm.dataset.items()}
+    if sorted(facts.get("students.adapter.layers") or []) == list(range(arm.num_layers)):
+        facts["students.adapter.layers"] = None
+    return Group(name, facts | {"tokens": arm.condition}, arm.num_layers)
+
+
+def partner(every: list[Group], of: Group, plain: Mapping[str, Any]) -> Group | None:
+    """The group that differs from `of` only by having the facts of `plain`."""
+    wanted = of.facts | {key: value for key, value in plain.items() if key in of.facts}
+    return next((group for group in every if group is not of and group.facts == wanted), None)
+
+
+def pairs(results: Results, asked: Callable[[Group], bool], plain: Mapping[str, Any]) -> list[tuple[Group, Group]]:
+    """Every group that is `asked` about, with the one that has the facts of `plain` instead."""
+    every = groups(results)
+    found = ((group, partner(every, group, plain)) for group in every if asked(group))
+    return [(group, whole) for group, whole in found if whole is not None]
+
+
+@dataclass(frozen=True)
+class StudentPair:
+    """Students that something was changed for (`part`), and those that differ from them in that alone (`whole`)."""
+
+    results: Results
+    metric: str
+    part: Group
+    whole: Group
+
+    def pool(self, traits: Sequence[str] | None = None) -> Pool | None:
+        return pool(self.results, self.metric, self.part.name, self.whole.name, traits=traits)
+
+    def share(self, text: str, **how: Any) -> Claim | None:
+        """`share` of the whole's lift."""
+        return share(self.pool(), text, **how)
+
+
+# Which groups a claim asks about, and the facts of those that it holds them against.
+Needs = tuple[Callable[[Group], bool], Mapping[str, Any]]
+
+
+@dataclass(eq=False)
+class claim:
+    """Registers a function as the check of a claim; its docstring says when it holds (docs/paper_map.md is made of it).
+
+    Attributes:
+      question: what it is about, in a few words.
+      needs: students that differ in one thing; the function gets a `StudentPair` for each two groups that do, and gives a claim or
+        none. Without it the function gets the results and the metric of lifts, and gives any number of claims.
+      published: what was found of large models, and in brackets where: a section, figure or table. Values read off a figure are
+        right to about 2 points.
+      published_effect: that finding, where it is one number in a unit of our claims.
+      primary: its place among the claims that a run may be made for. Where the config names none, the first of those that the run's
+        students (and measurements) are made for is the primary comparison; what was planned decides, never what came out.
+    """
+
+    key: str
+    question: str
+    _: KW_ONLY
+    needs: Needs | None = None
+    published: str = ""
+    published_effect: tuple[float, str] | None = None
+    primary: int | None = None
+    check: Callable[..., Any] = field(init=False)
+
+    def __call__(self, check: Callable) -> Callable:
+        self.check = check
+        CLAIMS[self.key] = self
+        for key in sorted(CLAIMS, key=lambda key: [int(re.sub(r"\D", "", key)), key]):
+            CLAIMS[key] = CLAIMS.pop(key)
+        return check
+
+    def answers(self, results: Results, metric: str) -> list[Claim]:
+        """One claim for each comparison that it can be read off."""
+        if self.needs is None:
+            found = [*self.check(results, metric)]
+        else:
+            asked = [StudentPair(results, metric, *groups) for groups in pairs(results, *self.needs)]
+            checked = ((self.check(pair), pair.part.variant) for pair in asked)
+            found = [replace(one, variant=variant) for one, variant in checked if one]
+        named = ((one, f"{one.text} ({one.variant})" if one.variant else one.text) for one in found)
+        return [replace(one, key=self.key, text=text) for one, text in named]
+
+
+CLAIMS: dict[str, claim] = {}  # by key, in the order of the report
+
+
+@dataclass(frozen=True)
+class Level:
+    """Mean over the pooled traits of a group's students, and how far it lies above the models that it is measured from."""
+
+    students: Estimate
+    lift: Estimate
+
+    def above(self, other: Level) -> Estimate:
+        """How much higher this lift is; a reference that both share drops out."""
+        return self.lift - other.lift
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Levels of several groups over the traits that all of them were evaluated on."""
+
+    metric: str
+    traits: tuple[str, ...]
+    levels: tuple[Level, ...]
+
+    @property
+    def unit(self) -> str:
+        return metric_of(self.metric).unit_of_differences
+
+    @property
+    def words(self) -> str:
+        return f"mean of {', '.join(self.traits)}"
+
+    def between(self, difference: Estimate) -> Interval | None:
+        """Interval of a difference of levels."""
+        return difference_interval(difference, self.metric)
+
+
+def claim_metric(results: Results) -> str:
+    """The preference rate. The log-probability of a tiny model, and where the rate is zero for the base model and every
+    student (or was not sampled)."""
+    conditions = [c for c in results.conditions if c != "teacher"]
+    rates = [s.mean for t in results.traits for c in conditions for s in scores_for(results, "rate", c, t)]
+    open_to_it = results.measures[0] == "logprob" or not any(rate > 0 for rate in rates)
+    return "logprob" if open_to_it and any(s.metric == "logprob" for s in results.scores) else "rate"
+
+
+def pool(results: Results, metric: str, *names: str, traits: Sequence[str] | None = None) -> Pool | None:
+    """Levels of the conditions `names`, or `None` if no trait has them all and a reference for each."""
+    shared = tuple(
+        t
+        for t in (results.traits if traits is None else traits)
+        if all(scores_for(results, metric, c, t) and reference_condition(results, metric, t, c) for c in names)
+    )
+    return Pool(metric, shared, tuple(_level(results, metric, name, shared) for name in names)) if shared else None
+
+
+def _level(results: Results, metric: str, condition: str, traits: tuple[str, ...]) -> Level:
+    students = mean_estimate([estimate(scores_for(results, metric, condition, t)) for t in traits])
+    references = [reference_condition(results, metric, t, condition) or "" for t in traits]
+    zeros = [results.select(metric, r, t) for r, t in zip(references, traits, strict=True)]
+    one_control = len(set(references)) == 1 and split_condition(references[0])[0] == "control"
+    reference = _over_traits(zeros) if one_control else mean_estimate([estimate(zero) for zero in zeros])
+    return Level(students, students - reference)
+
+
+def _over_traits(by_trait: list[list[Score]]) -> Estimate:
+    """Control students averaged over traits first: one student's numbers on several traits are not independent."""
+    values: dict[str, list[float]] = {}
+    every = [score for scores in by_trait for score in scores]
+    for score in every:
+        values.setdefault(score.arm, []).append(score.mean)
+    return Estimate.of([sum(v) / len(v) for v in values.values()], sampling_variance(every), group_of(every))
+
+
+def no_lift(whole: Level) -> str:
+    """Why there is nothing to compare with, or the empty string."""
+    interval = whole.lift.interval()
+    if interval is None:
+        return "one student gives no interval"
+    return "" if interval.low > 0 else "no transfer to compare with: its lift is not above zero"
+
+
+def judge(interval: Interval | None, at_least: float | None = None, at_most: float | None = None) -> str:
+    """Whether a whole interval lies on the right side of a bound, on the wrong side, or on both."""
+    if interval is None:
+        return NOT_DECIDED
+    if at_least is not None:
+        return HOLDS if interval.low >= at_least else FAILS if interval.high < at_least else NOT_DECIDED
+    assert at_most is not None
+    return HOLDS if interval.high <= at_most else FAILS if interval.low > at_most else NOT_DECIDED
+
+
+def all_of(*ps: Any) -> float | None:
+    """p of a claim that needs several things: the largest of theirs. None where one cannot be computed."""
+    largest = max((math.nan if p is None else float(p) for p in ps), key=lambda p: math.inf if math.isnan(p) else p)
+    return None if math.isnan(largest) else largest
+
+
+def share(
+    pooled: Pool | None,
+    text: str,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    unit: str = "of all tokens",
+) -> Claim | None:
+    """The lift of the pool's first group as a share of its second's, held against a bound. It needs a lift to take a share of."""
+    if pooled is None:
+        return None
+    (part, whole), bound = pooled.levels, at_least if at_most is None else at_most
+    above = share_p_above(part.lift, whole.lift, (at_least or 0.0) if at_most is None else at_most)
+    p = all_of(above if at_most is None else 1 - above, whole.lift.p_above(0.0))
+    claim = Claim(text, pooled.metric, unit, part.students.n + whole.students.n, p=p, bound=bound)
+    if reason := no_lift(whole):  # a share of a lift that is not above zero would be a meaningless number
+        return replace(claim, reason=reason)
+    interval = share_interval(part.lift, whole.lift)
+    reason = pooled.words if interval else "too few students to bound the share"
+    effect, verdict = float(part.lift.value / whole.lift.value), judge(interval, at_least, at_most)
+    return replace(claim, effect=effect, interval=interval, verdict=verdict, reason=reason)
+
+
+def no_lower(pooled: Pool, text: str, what: str, lifted: Sequence[Level]) -> Claim:
+    """The lift of the pool's first group held against its second's: no lower. Nothing is decided unless one of `lifted` is above
+    zero."""
+    difference, open_for = pooled.levels[0].above(pooled.levels[1]), [no_lift(level) for level in lifted]
+    interval, is_open = pooled.between(difference), all(open_for)
+    verdict = NOT_DECIDED if is_open else judge(interval, at_least=0.0)
+    reason = open_for[-1] if is_open else f"{what}, {pooled.words}"
+    p = all_of(difference.p_above(0.0), min(level.lift.p_above(0.0) for level in lifted))
+    claim = Claim(text, pooled.metric, pooled.unit, difference.n, verdict, reason, p=p, bound=0.0)
+    return replace(claim, effect=float(difference.value), interval=interval)
