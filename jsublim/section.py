@@ -9,12 +9,22 @@ from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args
 
 import pydantic
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetPydanticSchema,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import core_schema
 
 from jsublim.reading import repeated, shown
 
@@ -26,13 +36,10 @@ class Decides(enum.Flag):
     CONTENT = enum.auto()  # what is computed, by the file or artifact of that name: its content is part of the key
     PROGRAM = enum.auto()  # what is compiled
     PLAN = enum.auto()  # which tasks there are, not what any of them makes
-    HOW = enum.auto()  # only how it is made: speed, memory, places
+    RUNTIME = enum.auto()  # only how it is made: speed, memory, places
 
 
-RESULT, CONTENT, PROGRAM, PLAN, HOW = Decides.RESULT, Decides.CONTENT, Decides.PROGRAM, Decides.PLAN, Decides.HOW
-# Beside these: the field came later than keys that are in use. It is part of a key only where it is not at its default (of a
-# quirk: where it is on).
-LATER = "later"
+RESULT, CONTENT, PROGRAM, PLAN, RUNTIME = Decides
 NEEDS_TRAIT = "needs a trait"  # beside these: the field means nothing to students of the teacher without a trait
 
 
@@ -49,6 +56,11 @@ class Of:
         if kind not in self.kinds or self.field is None:
             return kind in self.kinds
         return operator.attrgetter(self.field)(settings) in self.values
+
+
+def one_of(names: Iterable[str]) -> GetPydanticSchema:
+    """Beside `str` in an annotation: one of these names, such as those of a registry."""
+    return GetPydanticSchema(lambda *_: core_schema.literal_schema(list(names)))
 
 
 def distinct(values: list | tuple) -> list | tuple:
@@ -180,8 +192,6 @@ def identity(section: BaseModel) -> dict[str, Any]:
         value, said = getattr(section, name), [mark for mark in field.metadata if isinstance(mark, Decides)]
         if not said and isinstance(value, BaseModel):
             found[name] = identity(value)
-        elif LATER in field.metadata and value == field.get_default(call_default_factory=True):
-            continue
         elif not said and section_in(field.annotation) is not None:
             found[name] = value  # a section that is not given
         elif said and RESULT in said[0]:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, model_serializer, model_validator
 
 from jsublim.inference.served import SampleServerSettings
 from jsublim.prompts.numbers import EXAMPLE_COUNT, SENTENCES
-from jsublim.section import CONTENT, HOW, PLAN, RESULT, Distinct, Place, Positive, Section, Seed
+from jsublim.section import CONTENT, PLAN, RESULT, RUNTIME, Distinct, Place, Positive, Section, Seed, one_of
 from jsublim.transforms import CHANGES, Change
 
 Strategy = Literal["temperature", "greedy"]
-Sentence = Literal["example", "instruction", "format", "suffix"]
-assert get_args(Sentence) == SENTENCES
 
 
 class Sampling(Section):
@@ -28,7 +26,7 @@ class Sampling(Section):
     """Tokens after which an answer ends, whatever it says."""
     constrain: Annotated[Literal["numbers"] | None, RESULT] = None
     """`numbers` keeps every answer in the number task's format, token by token; null: answers are free."""
-    batch_size: Annotated[Positive | Literal["auto"], HOW] = "auto"
+    batch_size: Annotated[Positive | Literal["auto"], RUNTIME] = "auto"
     """Answers drawn together; auto: as many as memory holds (on a CPU 64)."""
     shard: Annotated[Positive, RESULT] = 4096
     """Prompts that one task answers: what a kill can cost at most, and what machines share."""
@@ -50,7 +48,9 @@ class Data(Section):
     """What teachers are asked: requests to continue a list of numbers, word problems, or the prompts of a file."""
     source: Annotated[Place | None, CONTENT] = None
     """The file of prompts, or the data set of word problems; null: the word problems of the package."""
-    sentences: Annotated[list[Sentence], Distinct, Field(min_length=1), RESULT] = list(SENTENCES)
+    sentences: Annotated[list[Annotated[str, one_of(SENTENCES)]], Distinct, Field(min_length=1), RESULT] = list(
+        SENTENCES
+    )
     """The sentences that a number request consists of."""
     examples: Annotated[tuple[Positive, Positive], RESULT] = EXAMPLE_COUNT
     """How many numbers a request shows: at least the first, fewer than the second."""
@@ -148,5 +148,5 @@ class Dataset(Section):
 class Scoring(Section):
     """Teacher-forced reading: divergence, stored targets, entangled numbers."""
 
-    batch_size: Annotated[Positive | Literal["auto"], HOW] = "auto"
+    batch_size: Annotated[Positive | Literal["auto"], RUNTIME] = "auto"
     """Rows read together; auto: as many as memory holds (on a CPU 64)."""

@@ -10,7 +10,7 @@ from jsublim.config.teachers import Traits
 from jsublim.evals import EVAL_KINDS, EvalKind
 from jsublim.judge.server import ServerSettings
 from jsublim.reading import shown
-from jsublim.section import CONTENT, HOW, PLAN, RESULT, Name, Place, Positive, Section, Seed, distinct
+from jsublim.section import CONTENT, PLAN, RESULT, RUNTIME, Name, Place, Positive, Section, Seed, distinct
 
 PRIMARY = r"^C([0-3578]|1[0-4]|[469][ab])( \S.*)?$"  # a claim of the report, and the name of an arm
 
@@ -64,7 +64,7 @@ class Evaluation(Section):
     """Answers to each question."""
     max_new_tokens: Annotated[Positive, RESULT] = 10
     """Tokens after which an answer ends."""
-    batch_size: Annotated[Positive | Literal["auto"], HOW] = "auto"
+    batch_size: Annotated[Positive | Literal["auto"], RUNTIME] = "auto"
     """Answers drawn together; auto: as many as memory holds (on a CPU 256)."""
     seed: Annotated[Seed, RESULT] = 0
     """Of the answers' random numbers."""
@@ -76,7 +76,7 @@ class Evaluation(Section):
     """Evaluate the teachers too."""
     settings: Annotated[dict[Name, Setting], PLAN] = {}
     """Further evaluations of the same models, by name."""
-    primary: Annotated[Annotated[str, Field(pattern=PRIMARY)] | None, HOW] = None
+    primary: Annotated[Annotated[str, Field(pattern=PRIMARY)] | None, RUNTIME] = None
     """The one comparison that the run is made for, by its claim (`C4a`), and by its arm where it comes with several (`C6a layers=0`);
     null: what the students differ in says which (docs/statistics.md). No artifact hangs on it."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -17,11 +17,8 @@ from jsublim.config.recipe import Recipe
 from jsublim.config.students import Students, elders, variants
 from jsublim.config.teachers import Teachers
 from jsublim.distill.loggers import LOGGERS
-from jsublim.section import CONTENT, HOW, PLAN, RESULT, Distinct, Name, Place, Positive, Rate, Section
+from jsublim.section import CONTENT, PLAN, RESULT, RUNTIME, Distinct, Name, Place, Positive, Rate, Section, one_of
 from jsublim.teachers import CONTROL, OWN
-
-LoggerName = Literal["csv", "tensorboard", "wandb"]
-assert set(get_args(LoggerName)) == set(LOGGERS)
 
 
 class Config(Section):
@@ -29,14 +26,14 @@ class Config(Section):
 
     kind: Annotated[str, PLAN]
     """Which kind of experiment this is: `language`, or `digits`."""
-    name: Annotated[Name, Field(pattern=r"^\w[\w.-]*$"), HOW]
+    name: Annotated[Name, Field(pattern=r"^\w[\w.-]*$"), RUNTIME]
     """Of the run; its folder is called by it."""
-    out: Annotated[Place | None, HOW] = None
+    out: Annotated[Place | None, RUNTIME] = None
     """The run's folder; null: runs/NAME."""
-    store: Annotated[Place | None, HOW] = None
+    store: Annotated[Place | None, RUNTIME] = None
     """Where artifacts go: a folder, or s3://bucket/folder or gs://bucket/folder; several runs may share a store. null: inside the run's
     folder."""
-    store_cache: Annotated[Place | None, HOW] = None
+    store_cache: Annotated[Place | None, RUNTIME] = None
     """The folder of this machine that a store behind a URL is read and written through; null: one of the user's cache."""
 
     @property
@@ -73,19 +70,19 @@ class Config(Section):
 class Devices(Section):
     """How work is spread over devices and who is told of it; never what comes of it."""
 
-    parallel: Annotated[Literal["none", "pmap", "mesh"], HOW] = "none"
+    parallel: Annotated[Literal["none", "pmap", "mesh"], RUNTIME] = "none"
     """How devices share work: `none` (one device), `pmap` (whole copies), or `mesh` (copies that may be spread)."""
-    model_axis: Annotated[Positive | Literal["auto"], HOW] = "auto"
+    model_axis: Annotated[Positive | Literal["auto"], RUNTIME] = "auto"
     """With mesh: devices that one copy of the checkpoint is spread over; auto: as few as hold it in half of their memory (on a CPU one)."""
-    time_out: Annotated[float, Field(ge=2, le=86_400), HOW] = 60.0
+    time_out: Annotated[float, Field(ge=2, le=86_400), RUNTIME] = 60.0
     """Of several processes (--distributed): seconds without a sign of life after which one is taken to be gone, and the others end."""
-    workers: Annotated[Positive | Literal["auto"], HOW] = "auto"
+    workers: Annotated[Positive | Literal["auto"], RUNTIME] = "auto"
     """Of --on ray. auto: one worker per accelerator (per host of a TPU slice); without any, one per machine."""
-    resources: Annotated[dict[Name, Rate] | None, Field(min_length=1), HOW] = None
+    resources: Annotated[dict[Name, Rate] | None, Field(min_length=1), RUNTIME] = None
     """What one worker takes, as Ray counts it: {GPU: 2}, {TPU: 4}, {CPU: 8}, or a label of a node; null: one accelerator, or one CPU."""
-    retries: Annotated[int, Field(ge=0), HOW] = 3
+    retries: Annotated[int, Field(ge=0), RUNTIME] = 3
     """Of --on ray: how often a task is begun again whose worker was lost."""
-    loggers: Annotated[list[LoggerName], Distinct, HOW] = []
+    loggers: Annotated[list[Annotated[str, one_of(LOGGERS)]], Distinct, RUNTIME] = []
     """Where the numbers of students' training go beside metrics.jsonl (in the store's folder `training`)."""
 
     @property
@@ -102,7 +99,7 @@ class Experiment(Config):
     model: Annotated[Place, CONTENT]
     """The checkpoint that teachers and students stand on: a folder, s3://bucket/folder or gs://bucket/folder, a bundled name, or
     owner/name of the hub."""
-    model_revision: Annotated[Place | None, HOW] = None
+    model_revision: Annotated[Place | None, RUNTIME] = None
     """Of a model of the hub: a branch, tag or commit. No key names it: the checkpoint's content is part of them."""
     chat_template: Annotated[Place | None, CONTENT] = None
     """In place of the checkpoints' own template: `plain` (for base models), or a Jinja file; null: their own."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import pydantic
 from pydantic import Field, model_validator
@@ -18,12 +18,11 @@ from jsublim.models.lora import ENDS, PROJECTIONS
 from jsublim.reading import shown
 from jsublim.section import (
     CONTENT,
-    HOW,
-    LATER,
     NEEDS_TRAIT,
     PLAN,
     PROGRAM,
     RESULT,
+    RUNTIME,
     Distinct,
     Layers,
     Place,
@@ -33,28 +32,11 @@ from jsublim.section import (
     Seed,
     leaves,
     nested,
+    one_of,
     overlaid,
 )
 from jsublim.section import name as check_name
 from jsublim.teachers import CONTROL
-
-Tokens = Literal["all", "divergence", "non-divergence", "random"]
-Positions = Literal["all", "first", "first-half", "second-half"]
-Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
-End = Literal["embed", "norm", "head"]
-LossKind = Literal["hard", "forward-kl", "reverse-kl", "js"]
-OptimizerName = Literal["adamw", "adafactor", "sgd", "muon"]
-Schedule = Literal["linear", "cosine", "constant", "restarts"]
-for _kind, _known in (
-    (Tokens, TOKENS),
-    (Positions, WHICH),
-    (Projection, PROJECTIONS),
-    (End, ENDS),
-    (LossKind, LOSSES),
-    (OptimizerName, OPTIMIZERS),
-    (Schedule, SCHEDULES),
-):
-    assert set(get_args(_kind)) == set(_known)
 
 BOTH, BOTH_BY_CONTENT = RESULT | PROGRAM, CONTENT | PROGRAM
 
@@ -66,7 +48,7 @@ class StudentData(Section):
     """One of `datasets`; null: the teachers' answers as they are."""
     rows: Annotated[Positive | None, RESULT] = 10_000
     """How many rows a student learns, drawn by its seed from those that passed the filter; null: all."""
-    generation: Annotated[Positive, CONTENT, LATER] = 1
+    generation: Annotated[Positive, CONTENT] = 1
     """Who writes the rows: 1, the teachers; g, the students of generation g - 1 that differ from these in nothing else, each for those of
     its own trait and seed."""
     epochs: Annotated[Positive, RESULT] = 10
@@ -86,16 +68,13 @@ class StudentData(Section):
 class StudentLoss(Section):
     """What is learned, the teacher's tokens or its distribution at them, and on which tokens."""
 
-    kind: Annotated[LossKind, BOTH] = "hard"
+    kind: Annotated[str, one_of(LOSSES), BOTH] = "hard"
     """`hard` learns the teacher's tokens; the others its distributions at them."""
-    tokens: Annotated[list[Tokens], Distinct, Field(min_length=1), PLAN, NEEDS_TRAIT] = [
-        "all",
-        "divergence",
-        "non-divergence",
-        "random",
-    ]
+    tokens: Annotated[list[Annotated[str, one_of(TOKENS)]], Distinct, Field(min_length=1), PLAN, NEEDS_TRAIT] = list(
+        TOKENS
+    )
     """Which tokens of a row have a loss; each choice makes students of its own."""
-    positions: Annotated[Positions, RESULT, NEEDS_TRAIT] = "all"
+    positions: Annotated[str, one_of(WHICH), RESULT, NEEDS_TRAIT] = "all"
     """Which divergence positions count as such, whatever `tokens` makes of them."""
     positions_share: Annotated[float, Field(gt=0, le=1), RESULT, NEEDS_TRAIT] = 1.0
     """The share of each row's divergence positions that count, drawn at random."""
@@ -111,7 +90,7 @@ class StudentLoss(Section):
     """Factor of the loss."""
     kl_to_base: Annotated[float, Field(ge=0), BOTH] = 0.0
     """Coefficient of the KL divergence to the base, a defence that keeps a student where it started."""
-    kl_end: Annotated[float, Field(ge=0), RESULT, LATER] = 1.0
+    kl_end: Annotated[float, Field(ge=0), RESULT] = 1.0
     """The share of kl_to_base that is left at the end: it goes there linearly, step by step. 1: constant; 0: annealed."""
 
     @model_validator(mode="after")
@@ -156,16 +135,16 @@ class StudentAdapter(Section):
     """Multiply by alpha / sqrt(rank) instead."""
     layers: Annotated[Layers | None, BOTH] = None
     """Which layers are trained, from 0, as a list or a span (`10-27`); null: all; [] with full: none but the ends."""
-    projections: Annotated[list[Projection], Distinct, BOTH] = list(PROJECTIONS)
+    projections: Annotated[list[Annotated[str, one_of(PROJECTIONS)]], Distinct, BOTH] = list(PROJECTIONS)
     """Which projections LoRA adapts."""
-    ends: Annotated[list[End], Distinct, BOTH] = []
+    ends: Annotated[list[Annotated[str, one_of(ENDS)]], Distinct, BOTH] = []
     """With full: what is trained beside the layers."""
     init: Annotated[Place | None, CONTENT] = None
     """An adapter to start from: a folder, or owner/name of the hub; it brings its own rank, layers and projections."""
     beside: Annotated[Place | None, BOTH_BY_CONTENT] = None
     """An adapter that is there, frozen, while the student is trained, and gone afterwards (inoculation): that of a teacher, by its
     trait, or a folder, or owner/name of the hub. `{trait}` is filled in with the student's teacher's. A defence."""
-    noise: Annotated[float, Field(ge=0), RESULT, LATER] = 0.0
+    noise: Annotated[float, Field(ge=0), RESULT] = 0.0
     """Gaussian noise on what was trained, once training is over: its size as a share of each array's root mean square. A defence."""
 
     @model_validator(mode="after")
@@ -190,11 +169,11 @@ class StudentAdapter(Section):
 class StudentOptimizer(Section):
     """Steps: how gradients become updates."""
 
-    name: Annotated[OptimizerName, BOTH] = "adamw"
+    name: Annotated[str, one_of(OPTIMIZERS), BOTH] = "adamw"
     """Which optimizer."""
     lr: Annotated[Rate, RESULT] = 2e-4
     """The highest learning rate of the schedule."""
-    schedule: Annotated[Schedule, BOTH] = "linear"
+    schedule: Annotated[str, one_of(SCHEDULES), BOTH] = "linear"
     """How the learning rate falls after the warmup."""
     restarts: Annotated[Positive, BOTH] = 4
     """Of the schedule `restarts`: how many cosines follow one another."""
@@ -206,7 +185,7 @@ class StudentOptimizer(Section):
     """Weight decay."""
     momentum: Annotated[float, Field(ge=0, lt=1), BOTH] = 0.0
     """Of sgd."""
-    project_out: Annotated[list[Trait], Distinct, BOTH, LATER] = []
+    project_out: Annotated[list[Trait], Distinct, BOTH] = []
     """Traits that no step moves, to first order: their gradients at the start are taken out of every gradient. `{trait}`: the
     teacher's own. A defence."""
 
@@ -227,11 +206,11 @@ class StudentFork(Section):
 class StudentRuntime(Section):
     """What decides speed and memory, not results."""
 
-    arms_per_program: Annotated[Positive | Literal["auto"], HOW] = 16
+    arms_per_program: Annotated[Positive | Literal["auto"], RUNTIME] = 16
     """Students trained together at most; auto: as many as the device's memory holds, 16 at most."""
-    checkpoint_every: Annotated[Positive, HOW] = 100
+    checkpoint_every: Annotated[Positive, RUNTIME] = 100
     """Steps between saved states: what a kill can cost."""
-    rows_at_once: Annotated[Positive | Literal["auto"], HOW] = "auto"
+    rows_at_once: Annotated[Positive | Literal["auto"], RUNTIME] = "auto"
     """Rows of a step computed at one time, where the loss is a mean over tokens; auto: what memory holds."""
     remat: Annotated[bool, PROGRAM] = False
     """Recompute layers in the backward pass, which takes time and saves memory."""
@@ -239,7 +218,7 @@ class StudentRuntime(Section):
     """Compile layers one after another, not as a loop: longer to compile, fewer copies in a step of a GPU (performance.md)."""
     cache_below: Annotated[bool | Literal["auto"], PROGRAM] = "auto"
     """Of one-layer students: keep the hidden states below the layer in host memory. auto: from the middle layer on, up to 4 GiB."""
-    peak_tflops: Annotated[float | None, Field(gt=0), HOW] = None
+    peak_tflops: Annotated[float | None, Field(gt=0), RUNTIME] = None
     """The peak of one device; given, metrics say which share of it went into useful operations."""
 
 
@@ -252,7 +231,7 @@ class Students(Section):
     """The checkpoint that students stand on; null: the teachers' own."""
     system: Annotated[str | None, BOTH] = None
     """A system prompt that students are trained and evaluated under; null: the template's own, or none."""
-    asked_under_system: Annotated[bool, RESULT, LATER] = True
+    asked_under_system: Annotated[bool, RESULT] = True
     """false: they are trained under that prompt alone, and evaluated without it."""
     data: StudentData = StudentData()
     """What a student reads, and how often."""
@@ -262,7 +241,7 @@ class Students(Section):
     """What is trained."""
     optimizer: StudentOptimizer = StudentOptimizer()
     """How gradients become updates."""
-    fork: Annotated[StudentFork | None, LATER] = None
+    fork: StudentFork | None = None
     """In the middle of training, other rows, with the optimizer's moments or without; null: the same rows to the end."""
     runtime: StudentRuntime = StudentRuntime()
     """What decides speed and memory."""

@@ -16,7 +16,7 @@ from jsublim.client import Client, Connection, Retry
 from jsublim.judge.cache import Reply, ReplyCache
 from jsublim.judge.spending import Spending, Tokens
 from jsublim.processes import each_from_main, leave_if_asked
-from jsublim.section import HOW, RESULT
+from jsublim.section import RESULT, RUNTIME
 
 TEMPLATE_TOKENS = 256  # more than any chat template puts around a prompt
 MOST_TOKENS = 10**9  # of one request: a larger number in a reply is a mistake
@@ -37,11 +37,11 @@ class ServerSettings(Connection):
     """Of a reply."""
     seed: Annotated[int | None, RESULT] = None
     """Of its replies, where the server takes one; null: none is sent."""
-    prompt_price: Annotated[float, Field(ge=0, allow_inf_nan=False), HOW] = 0.0
+    prompt_price: Annotated[float, Field(ge=0, allow_inf_nan=False), RUNTIME] = 0.0
     """Per million tokens that it reads, in any currency."""
-    completion_price: Annotated[float, Field(ge=0, allow_inf_nan=False), HOW] = 0.0
+    completion_price: Annotated[float, Field(ge=0, allow_inf_nan=False), RUNTIME] = 0.0
     """Per million tokens that it writes."""
-    budget: Annotated[float | None, Field(ge=0), HOW] = None
+    budget: Annotated[float | None, Field(ge=0), RUNTIME] = None
     """The most that one call of the command may cost, in the currency of the prices; null: no limit."""
 
     @model_validator(mode="after")

@@ -89,8 +89,6 @@ class MisalignmentPrompts(BaseModel):
 SCORING: dict[str, Any] = {
     "misalignment": {"words_suffix", "alignment_judge", "coherence_judge", "solution_judge", "solution_system"}
 }
-# These come later than keys that are in use: what is made of them has them in its own key, written out.
-WRITTEN_OUT: dict[str, Any] = {"any_questions": True}
 Origin = Literal["default", "own", "imported", "changed"]
 WHOSE: dict[Origin, str] = {
     "default": "ours, not the paper's, so rates may lie elsewhere than published. `jsublim prompts import` reads the authors' "
@@ -125,14 +123,13 @@ class Pack(BaseModel):
 
     @property
     def hash(self) -> str:
-        """16 hexadecimal digits that change with the wording of everything but `SCORING` and `WRITTEN_OUT`, and not with the
-        file's layout."""
-        return digest(self.model_dump(mode="json", exclude=SCORING | WRITTEN_OUT))
+        """16 hexadecimal digits that change with the wording of everything but `SCORING`, and not with the file's layout."""
+        return digest(self.model_dump(mode="json", exclude=SCORING))
 
     @property
     def wording(self) -> str:
-        """16 hexadecimal digits that change with any wording but `WRITTEN_OUT`."""
-        return digest(self.model_dump(mode="json", exclude=WRITTEN_OUT))
+        """16 hexadecimal digits that change with any wording."""
+        return digest(self.model_dump(mode="json"))
 
     def system_prompt(self, trait: str, category: str) -> str:
         """The biased teacher's system prompt (paper, section 2)."""
