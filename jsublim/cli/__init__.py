@@ -12,21 +12,15 @@ from typing import Any
 import typer
 
 from jsublim.cli import (  # noqa: F401 (they register their commands)
+    analysis,
     aot,
-    attribute,
-    audit,
-    doctor,
     exchange,
-    finetune,
+    experiments,
     launch,
     listing,
-    project,
-    reproduce,
     rescoring,
     showing,
     stages,
-    steer,
-    validating,
 )
 from jsublim.cli.app import app
 from jsublim.cli.together import Speaker
