@@ -64,8 +64,7 @@ def _parameters(function: Callable[..., Any]) -> Iterator[inspect.Parameter]:
         else:
             flags = [f"--{parameter.name.replace('_', '-')}"] if parameter.kind is parameter.KEYWORD_ONLY else []
             options: dict[str, Any] = {"help": texts[0], "callback": named if parameter.name == "out" else None}
-            metavar = parameter.name.upper()
-            described = typer.Option(*flags, **options) if flags else typer.Argument(metavar=metavar, **options)
+            described = typer.Option(*flags, **options) if flags else typer.Argument(**options)
             yield parameter.replace(annotation=Annotated[parameter.annotation.__origin__, described])
 
 
