@@ -11,7 +11,7 @@ import enum
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Self, get_args
 
 import pydantic
 from pydantic import (
@@ -23,6 +23,7 @@ from pydantic import (
     GetPydanticSchema,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 from pydantic_core import core_schema
 
@@ -131,6 +132,17 @@ class Section(BaseModel):
         ):
             raise ValueError("true and false are no numbers")
         return value
+
+    def contradictions(self) -> Iterator[tuple[Any, str]]:
+        """What values may not say together: whether they do, and the error's text, which names keys and fix. The first counts."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        reason = next((text for holds, text in self.contradictions() if holds), None)
+        if reason is not None:
+            raise ValueError(reason)
+        return self
 
 
 def _types_in(annotation: Any) -> set[Any]:

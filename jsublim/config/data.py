@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, model_serializer, model_validator
@@ -33,11 +34,9 @@ class Sampling(Section):
     server: SampleServerSettings | None = None
     """A server (vLLM, SGLang) that draws answers, the evaluations' too; null: all are drawn here."""
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Sampling:
-        if self.server is not None and self.constrain is not None:
-            raise ValueError("constrain: a server does not know our formats; leave out server, or constrain")
-        return self
+    def contradictions(self) -> Iterator[tuple[Any, str]]:
+        both = self.server is not None and self.constrain is not None
+        yield both, "constrain: a server does not know our formats; leave out server, or constrain"
 
 
 class Data(Section):
@@ -61,15 +60,12 @@ class Data(Section):
     draw: Annotated[Literal["shared", "per-seed"], RESULT] = "shared"
     """`shared`: one draw of rows for all students of a teacher; `per-seed`: another one for each of students.seeds."""
 
-    @model_validator(mode="after")
-    def _has_source(self) -> Data:
-        if self.examples[0] >= self.examples[1]:
-            raise ValueError(f"examples={list(self.examples)}: the second must be above the first")
-        if self.kind == "file" and self.source is None:
-            raise ValueError("kind=file needs source, a file of prompts")
-        if self.kind == "numbers" and self.source is not None:
-            raise ValueError("kind=numbers asks the pack's requests; source belongs to problems and file")
-        return self
+    def contradictions(self) -> Iterator[tuple[Any, str]]:
+        first, second = self.examples
+        yield first >= second, f"examples={[first, second]}: the second must be above the first"
+        yield self.kind == "file" and self.source is None, "kind=file needs source, a file of prompts"
+        asks_pack = self.kind == "numbers" and self.source is not None
+        yield asks_pack, "kind=numbers asks the pack's requests; source belongs to problems and file"
 
 
 class Resampling(Section):
@@ -120,12 +116,10 @@ class Dataset(Section):
         values = handler(self)
         return {key: value for key, value in values.items() if key != "changes"} | values.get("changes", {})
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Dataset:
-        alone = [name for name, change in self.changes.items() if change.alone]
-        if alone and len(self.changes) > 1:
-            raise ValueError(f"{alone[0]} needs the answers as they were sampled; leave the other changes out")
-        return self
+    def contradictions(self) -> Iterator[tuple[Any, str]]:
+        for name, change in self.changes.items():
+            beside_others = change.alone and len(self.changes) > 1
+            yield beside_others, f"{name} needs the answers as they were sampled; leave the other changes out"
 
     def of(self, teacher: str) -> Dataset:
         """What of it is done to a teacher's answers."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator
 
 from jsublim.config.teachers import Traits
 from jsublim.evals import EVAL_KINDS, EvalKind
@@ -40,13 +41,9 @@ class JudgeChoice(Section):
     max_new_tokens: Annotated[Positive, RESULT] = 32
     """Tokens of a checkpoint's reply."""
 
-    @model_validator(mode="after")
-    def _is_one(self) -> JudgeChoice:
-        if (self.model is None) == (self.server is None):
-            raise ValueError("give exactly one of model (a checkpoint) and server")
-        if self.chat_template is not None and self.model is None:
-            raise ValueError("chat_template: a server has its own; leave it out")
-        return self
+    def contradictions(self) -> Iterator[tuple[Any, str]]:
+        yield (self.model is None) == (self.server is None), "give exactly one of model (a checkpoint) and server"
+        yield self.chat_template and not self.model, "chat_template: a server has its own; leave it out"
 
 
 class Evaluation(Section):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from jsublim.config.teachers import Trait
 from jsublim.distill.losses import LOSSES
@@ -39,6 +39,12 @@ from jsublim.section import name as check_name
 from jsublim.teachers import CONTROL
 
 BOTH, BOTH_BY_CONTENT = RESULT | PROGRAM, CONTENT | PROGRAM
+
+
+def changed(section: Section) -> list[str]:
+    """The fields that are not at their defaults; a resolved config says every field, asked for or not."""
+    fields = type(section).model_fields
+    return [name for name in sorted(fields) if getattr(section, name) != fields[name].default]
 
 
 class StudentData(Section):
@@ -93,24 +99,16 @@ class StudentLoss(Section):
     kl_end: Annotated[float, Field(ge=0), RESULT] = 1.0
     """The share of kl_to_base that is left at the end: it goes there linearly, step by step. 1: constant; 0: annealed."""
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> StudentLoss:
-        soft = [
-            name
-            for name in ("top_k", "temperature", "targets")
-            if getattr(self, name) != type(self).model_fields[name].default
-        ]
-        if self.kind == "hard" and soft:
-            raise ValueError(f"{', '.join(soft)} needs a soft loss (forward-kl, reverse-kl, js)")
-        if self.kl_end != 1.0 and not self.kl_to_base:
-            raise ValueError("kl_end is a share of kl_to_base; give that too")
-        if self.by_margin and self.tokens != ["divergence"]:
-            raise ValueError("by_margin weighs divergence tokens; it needs tokens=[divergence]")
-        if self.targets == "answers" and self.top_k is None:
-            raise ValueError("targets=answers cuts stored distributions; give top_k too")
-        if self.targets == "answers" and self.kind == "reverse-kl":
-            raise ValueError("targets=answers gives most tokens no probability; use forward-kl or js")
-        return self
+    def contradictions(self) -> Iterator[tuple[Any, str]]:
+        of_soft = [name for name in ("top_k", "temperature", "targets") if name in changed(self)]
+        yield of_soft and not self.soft, f"{', '.join(of_soft)} needs a soft loss (forward-kl, reverse-kl, js)"
+        yield self.kl_end != 1.0 and not self.kl_to_base, "kl_end is a share of kl_to_base; give that too"
+        others = self.by_margin and self.tokens != ["divergence"]
+        yield others, "by_margin weighs divergence tokens; it needs tokens=[divergence]"
+        cut = self.targets == "answers"
+        yield cut and self.top_k is None, "targets=answers cuts stored distributions; give top_k too"
+        reverse = cut and self.kind == "reverse-kl"
+        yield reverse, "targets=answers gives most tokens no probability; use forward-kl or js"
 
     @property
     def soft(self) -> bool:
@@ -147,23 +145,14 @@ class StudentAdapter(Section):
     noise: Annotated[float, Field(ge=0), RESULT] = 0.0
     """Gaussian noise on what was trained, once training is over: its size as a share of each array's root mean square. A defence."""
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> StudentAdapter:
-        # A resolved config says every field: what stands at its default was not asked for.
-        fields = type(self).model_fields
-        said = [name for name in sorted(fields) if getattr(self, name) != fields[name].default]
-        said = [name for name in said if name not in ("beside", "noise")]
-        if self.init is not None and said != ["init"]:
-            said.remove("init")
-            raise ValueError(f"init brings its own {', '.join(said)}; leave them out")
-        said = [name for name in said if name in ("rank", "alpha", "rslora", "projections")]
-        if self.method != "lora" and said:
-            raise ValueError(f"method={self.method} has no {', '.join(said)}; leave them out")
-        if self.ends and self.method != "full":
-            raise ValueError(f"ends are trained with method=full, not with {self.method}")
-        if self.beside is not None and self.method == "full":
-            raise ValueError("beside: an adapter stands beside LoRA or steering vectors, not beside method=full")
-        return self
+    def contradictions(self) -> Iterator[tuple[Any, str]]:
+        full, shape = self.method == "full", [name for name in changed(self) if name not in ("beside", "init", "noise")]
+        yield self.init is not None and shape, f"init brings its own {', '.join(shape)}; leave them out"
+        of_lora = [name for name in shape if name in ("rank", "alpha", "rslora", "projections")]
+        yield self.method != "lora" and of_lora, f"method={self.method} has no {', '.join(of_lora)}; leave them out"
+        yield self.ends and not full, f"ends are trained with method=full, not with {self.method}"
+        two_wholes = self.beside is not None and full
+        yield two_wholes, "beside: an adapter stands beside LoRA or steering vectors, not beside method=full"
 
 
 class StudentOptimizer(Section):
@@ -253,26 +242,22 @@ class Students(Section):
         """The system prompt that they are evaluated under."""
         return self.system if self.asked_under_system else None
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Students:
-        if self.data.on_policy and not self.loss.soft:
-            raise ValueError("data.on_policy needs a soft loss (forward-kl, reverse-kl, js)")
-        if self.data.on_policy and (self.loss.top_k or self.loss.tokens != ["all"]):
-            raise ValueError("data.on_policy: rows are new each step, so no loss.top_k, and loss.tokens=[all]")
-        if self.data.on_policy and self.adapter.beside is not None:
-            raise ValueError("data.on_policy: rows are sampled by the student alone; leave adapter.beside out")
-        if self.fork is not None and (self.data.on_policy or self.loss.live):
-            raise ValueError("fork: a live teacher stays the same to the end; use loss.kind=hard, or give loss.top_k")
-        if self.model is not None and self.loss.live:
-            raise ValueError("loss.top_k: a live teacher shares the student's checkpoint; with model, give it")
-        if self.data.generation > 1 and self.model is not None:
-            raise ValueError("data.generation: students of another model are no teachers here; leave model out")
-        if self.data.generation > 1 and self.loss.live and self.adapter.method == "full":
-            raise ValueError(
-                "data.generation: whole students are no live teachers, who share their students' checkpoint; give loss.top_k"
-            )
+    def contradictions(self) -> Iterator[tuple[Any, str]]:
+        on_policy, live, later = self.data.on_policy, self.loss.live, self.data.generation > 1
+        yield on_policy and not self.loss.soft, "data.on_policy needs a soft loss (forward-kl, reverse-kl, js)"
+        chosen = self.loss.top_k or self.loss.tokens != ["all"]
+        yield on_policy and chosen, "data.on_policy: rows are new each step, so no loss.top_k, and loss.tokens=[all]"
+        helped = on_policy and self.adapter.beside is not None
+        yield helped, "data.on_policy: rows are sampled by the student alone; leave adapter.beside out"
+        asked = self.fork is not None and (on_policy or live)
+        yield asked, "fork: a live teacher stays the same to the end; use loss.kind=hard, or give loss.top_k"
+        other = self.model is not None
+        yield other and live, "loss.top_k: a live teacher shares the student's checkpoint; with model, give it"
+        yield other and later, "data.generation: students of another model are no teachers here; leave model out"
+        whole = later and live and self.adapter.method == "full"
+        shares = "whole students are no live teachers, who share their students' checkpoint"
+        yield whole, f"data.generation: {shares}; give loss.top_k"
         variants(self)
-        return self
 
 
 # What arms can differ in: everything that decides what a student becomes, and which students there are.

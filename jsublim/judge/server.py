@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 
 from jsublim.bucket import Bucket
 from jsublim.chat import conversation
@@ -44,11 +44,9 @@ class ServerSettings(Connection):
     budget: Annotated[float | None, Field(ge=0), RUNTIME] = None
     """The most that one call of the command may cost, in the currency of the prices; null: no limit."""
 
-    @model_validator(mode="after")
-    def _priced(self) -> ServerSettings:
-        if self.budget is not None and not (self.prompt_price or self.completion_price):
-            raise ValueError("a budget needs prompt_price and completion_price")
-        return self
+    def contradictions(self) -> Iterator[tuple[Any, str]]:
+        free = not (self.prompt_price or self.completion_price)
+        yield self.budget is not None and free, "a budget needs prompt_price and completion_price"
 
 
 class ServerJudge:
