@@ -12,12 +12,12 @@ import pytest
 import typer
 import yaml
 from command import ROOT
+from paper_map import figure_table
 
 from jsublim.cli.app import app
 from jsublim.cli.stages import Stage
 from jsublim.config import Experiment, Recipe, check_config, read_config
 from jsublim.config.figures import SCALES, load_question, panel_experiment, questions
-from jsublim.config.grid import figure_table
 from jsublim.digits.config import Digits
 from jsublim.report.claims import QUESTIONS
 from jsublim.section import overlaid

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -161,14 +160,6 @@ def must_be_new(out: Path, fix: str = "give another --out or remove it first") -
     """
     if out.exists():
         raise UsageError(f"{out}: already exists; {fix}")
-
-
-def unknown(what: str, given: str, known: Iterable[str]) -> UsageError:
-    """The error of a name that is none of those that are known."""
-    near = difflib.get_close_matches(given, list(known), n=1)
-    return UsageError(
-        f"{what}: '{given}' given; {f'did you mean {near[0]!r}?' if near else 'known: ' + ', '.join(known)}"
-    )
 
 
 # Options of several commands.

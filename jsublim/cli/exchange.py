@@ -7,8 +7,9 @@ from typing import Annotated
 
 import typer
 
-from jsublim.cli.app import PackFile, Template, app, console, must_be_new, output, prompts_app, unknown
+from jsublim.cli.app import PackFile, Template, app, console, must_be_new, output, prompts_app
 from jsublim.errors import UsageError
+from jsublim.reading import near_or_all
 
 
 @app.command()
@@ -125,7 +126,7 @@ def show(
 
     values = load_pack(pack).model_dump(mode="json")
     if key is not None and key not in values:
-        raise unknown("--key", key, values)
+        raise UsageError(f"--key: '{key}' given; {near_or_all(key, values)}")
     shown = values if key is None else {key: values[key]}
     output.out(yaml.safe_dump(shown, sort_keys=False, allow_unicode=True, width=110).rstrip("\n"))
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from jsublim.cli.app import Format, Json, app, must_be_new, output, unknown
+from jsublim.cli.app import Format, Json, app, must_be_new, output
 from jsublim.errors import JsublimError, UsageError
+from jsublim.reading import near_or_all
 
 
 @app.command()
@@ -22,7 +23,7 @@ def ls(
     from jsublim.report.formats import check_format, print_rows
 
     if what not in LISTS:
-        raise unknown("ls", what, LISTS)
+        raise UsageError(f"ls: '{what}' given; {near_or_all(what, LISTS)}")
     check_format(how)
     options = {"runs": (folder,), "traits": (prompts,)}.get(what, ())
     rows = LISTS[what](*options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -10,6 +9,7 @@ from pydantic import Field, SerializeAsAny, model_serializer, model_validator
 
 from jsublim.inference.served import SampleServerSettings
 from jsublim.prompts.numbers import EXAMPLE_COUNT, SENTENCES
+from jsublim.reading import near_or_all
 from jsublim.section import CONTENT, PLAN, RESULT, RUNTIME, Distinct, Place, Positive, Section, Seed, one_of
 from jsublim.transforms import CHANGES, Change
 
@@ -105,9 +105,7 @@ class Dataset(Section):
                 continue
             if name not in CHANGES.known:
                 known = [*(key for key in cls.model_fields if key != "changes"), *CHANGES.known]
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
-                raise ValueError(f"unknown key '{name}'; {hint}")
+                raise ValueError(f"unknown key '{name}'; {near_or_all(name, known, 'known keys')}")
             changes[name] = CHANGES.parse(name, said)
         return own | {"changes": dict(sorted(changes.items(), key=lambda each: each[1].order))}
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from jsublim.errors import UsageError
-from jsublim.reading import read_yaml, shown, yaml_value
+from jsublim.reading import near_or_all, read_yaml, shown, yaml_value
 from jsublim.section import Distinct
 
 
@@ -231,10 +231,8 @@ def _explain(error: Any) -> str:
     *parents, name = error["loc"]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
     if error["type"] == "extra_forbidden":
-        known = list((_SECTIONS[parents[0]] if parents else Pack).model_fields)
-        close = get_close_matches(str(name), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-        return f"{key}: unknown key; {hint}"
+        known = (_SECTIONS[parents[0]] if parents else Pack).model_fields
+        return f"{key}: unknown key; {near_or_all(str(name), known, 'known keys')}"
     if error["type"] == "value_error":
         return f"{key}: {error['ctx']['error']}: {shown(error['input'])}"
     message = error["msg"][0].lower() + error["msg"][1:]
