@@ -115,14 +115,16 @@ class Where:
         if self.simulate is not None:
             from jsublim.cli.simulate import print_simulation
 
-            console.print(about) if about else None
+            if about is not None:
+                console.print(about)
             print_simulation(experiments, self.simulate, self.preempt_per_hour, self.price, forecast.shape)
             return
         from jsublim.pipeline.run import run_experiment, run_together
 
         self.check()
         with together(self.distributed, experiments):
-            console.print(about) if about else None
+            if about is not None:
+                console.print(about)
             if self.on == "ray":
                 from jsublim.executors.ray import RayExecutor
 
