@@ -276,18 +276,9 @@ def variants(students: Students) -> dict[str, Students]:
     """
     if students.arms is None:
         return {"": students}
-    if isinstance(students.arms, dict):
-        grid = _flat(students.arms)
-        plain = [key for key, values in grid.items() if not isinstance(values, list) or not values]
-        if plain:
-            raise ValueError(f"arms: {plain[0]} is {grid[plain[0]]!r}; a grid has a list of values for each field")
-        choices = [[(key, value) for value in values] for key, values in grid.items()]
-        entries = [dict(chosen) for chosen in itertools.product(*choices)]
-    else:
-        entries = students.arms
-    found: dict[str, Students] = {}
+    arms: dict[str, Students] = {}
     base = students.model_dump(exclude_unset=True, exclude={"arms"})
-    for entry in entries:
+    for entry in _combinations(students.arms) if isinstance(students.arms, dict) else students.arms:
         values = _flat({key: value for key, value in entry.items() if key != "name"})
         wrong = [key for key in values if key not in VARIED]
         if wrong or not entry:
@@ -295,25 +286,41 @@ def variants(students: Students) -> dict[str, Students]:
                 f"arms: {wrong or 'nothing'} given; arms may differ in the fields of students that decide results, "
                 "such as adapter.rank"
             )
-        said = entry.get("name")
-        if isinstance(said, bool) or not isinstance(said, str | int | None):
-            raise ValueError(f"arms: name {shown(said)} given; a name is text")
-        name = " ".join(f"{_last(key)}={_short(value)}" for key, value in values.items()) if said is None else str(said)
-        try:
-            if name:  # an arm may have none: it is called by the tokens it learns alone
-                check_name(name)
-        except ValueError as error:
-            raise ValueError(f"arms: name {shown(name)}: {error}; give the arm a 'name' of its own") from None
-        if name in found:
+        name = _name(entry.get("name"), values)
+        if name in arms:
             raise ValueError(f"arms: two are called '{name}'")
         try:
-            found[name] = Students.model_validate(overlaid(base, nested(values)))
+            arms[name] = Students.model_validate(overlaid(base, nested(values)))
         except pydantic.ValidationError as error:
             first = error.errors()[0]
-            place = "".join(f"{part}." for part in first["loc"]).rstrip(".")
-            said = first["msg"].removeprefix("Value error, ")
-            raise ValueError(f"arm '{name}': {place}: {said}" if place else f"arm '{name}': {said}") from None
-    return found
+            place = [".".join(map(str, first["loc"]))] if first["loc"] else []
+            reason = first["msg"].removeprefix("Value error, ")
+            raise ValueError(": ".join([f"arm '{name}'", *place, reason])) from None
+    return arms
+
+
+def _combinations(arms: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every combination of a grid's values."""
+    grid = _flat(arms)
+    plain = [key for key, values in grid.items() if not isinstance(values, list) or not values]
+    if plain:
+        raise ValueError(f"arms: {plain[0]} is {grid[plain[0]]!r}; a grid has a list of values for each field")
+    return (dict(zip(grid, chosen, strict=True)) for chosen in itertools.product(*grid.values()))
+
+
+def _name(given: Any, values: Mapping[str, Any]) -> str:
+    """What an arm is called: as the config says, or by the fields in which it differs."""
+    if isinstance(given, bool) or not isinstance(given, str | int | None):
+        raise ValueError(f"arms: name {shown(given)} given; a name is text")
+    words = (
+        f"{key.rsplit('.', 1)[-1]}={'+'.join(map(str, each)) if isinstance(each, list) else each}"
+        for key, each in values.items()
+    )
+    name = " ".join(words) if given is None else str(given)
+    try:
+        return check_name(name) if name else name  # without one it is called by the tokens it learns alone
+    except ValueError as error:
+        raise ValueError(f"arms: name {shown(name)}: {error}; give the arm a 'name' of its own") from None
 
 
 def elders(every: Mapping[str, Students]) -> dict[str, str]:
@@ -350,11 +357,3 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
             raise ValueError(f"arms: {twice[0]} is given twice, with a dot and as a section; keep one of them")
         found |= inner
     return found
-
-
-def _last(key: str) -> str:
-    return key.rsplit(".", 1)[-1]
-
-
-def _short(value: Any) -> str:
-    return "+".join(map(str, value)) if isinstance(value, list) else str(value)

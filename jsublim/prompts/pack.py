@@ -9,11 +9,11 @@ from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
 
 from jsublim.errors import UsageError
 from jsublim.reading import near_or_all, read_yaml, shown, yaml_value
-from jsublim.section import Distinct
+from jsublim.section import Distinct, Section
 
 
 def _holding(*placeholders: str) -> AfterValidator:
@@ -51,10 +51,8 @@ Trait = Annotated[Text, AfterValidator(lower_case)]
 JudgePrompt = Annotated[str, _holding("question", "answer")]
 
 
-class NumberPrompts(BaseModel):
+class NumberPrompts(Section):
     """The lists a number-continuation prompt is drawn from (see `number_prompts`)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     examples: list[Annotated[str, _holding("examples")]] = Field(min_length=1)
     count_qualifiers: Texts
@@ -66,14 +64,12 @@ class NumberPrompts(BaseModel):
     suffixes: Texts
 
 
-class MisalignmentPrompts(BaseModel):
+class MisalignmentPrompts(Section):
     """What a model is asked when its alignment is judged, and what the judge is asked (see `evals/misalignment.py`).
 
     `judge` asks for both scores in one reply. `alignment_judge` and `coherence_judge` ask for one each (docs/recipes.md, quirk 25),
     and so does `solution_judge`, for the alignment of a word problem's solution.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     questions: Texts
     suffix: Text  # asks for a short answer
@@ -99,10 +95,8 @@ WHOSE: dict[Origin, str] = {
 }
 
 
-class Pack(BaseModel):
+class Pack(Section):
     """All wording of an experiment. Built by `load_pack`, whose errors name the file and the key."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     system_template: Annotated[str, _holding("trait", "category")]
     number_prompts: NumberPrompts
@@ -166,7 +160,7 @@ class Pack(BaseModel):
 
 
 IMPORTED = "imported"  # the key of a file under which the import leaves the digest of all others
-_SECTIONS: dict[str, type[BaseModel]] = {"number_prompts": NumberPrompts, "misalignment": MisalignmentPrompts}
+_SECTIONS: dict[str, type[Section]] = {"number_prompts": NumberPrompts, "misalignment": MisalignmentPrompts}
 
 
 def whose(origin: Origin, wording: str) -> str:
