@@ -28,7 +28,6 @@ PANELS = {
     "Checkpoints, prompts, devices": ("convert", "prompts", "aot", "launch"),
 }
 ORDER = [name for names in PANELS.values() for name in names]
-EVERYWHERE: dict[str, Any] = {"rich_help_panel": "Options of every command"}
 
 console = Terminal(stderr=True)
 output = Terminal(highlight=False)  # what a command is asked for
@@ -42,13 +41,11 @@ def panel_of(name: str) -> str:
 class Everywhere:
     """Options of every command."""
 
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print results and errors, nothing else.", **EVERYWHERE)] = (
-        False
-    )
-    debug: Annotated[bool, typer.Option("--debug", help="Show where an error came from.", **EVERYWHERE)] = False
+    quiet: Annotated[bool, "Print results and errors, nothing else."] = False
+    debug: Annotated[bool, "Show where an error came from."] = False
 
 
-def _parameters(function: Callable[..., Any]) -> Iterator[inspect.Parameter]:
+def _parameters(function: Callable[..., Any], panel: str | None = None) -> Iterator[inspect.Parameter]:
     """A command's parameters as typer takes them. One that is a dataclass stands for its fields, which several commands share.
 
     A text in an annotation is the parameter's help: of an argument, or behind `*` of an option that is called as it is. A parameter
@@ -57,12 +54,13 @@ def _parameters(function: Callable[..., Any]) -> Iterator[inspect.Parameter]:
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
         texts = [mark for mark in getattr(parameter.annotation, "__metadata__", ()) if isinstance(mark, str)]
         if is_dataclass(parameter.annotation):
-            yield from _parameters(parameter.annotation)  # type: ignore[arg-type]
+            yield from _parameters(parameter.annotation, panel)  # type: ignore[arg-type]
         elif not texts:
             yield parameter
         else:
             flags = [f"--{parameter.name.replace('_', '-')}"] if parameter.kind is parameter.KEYWORD_ONLY else []
-            options: dict[str, Any] = {"help": texts[0], "callback": named if parameter.name == "out" else None}
+            options: dict[str, Any] = {"help": texts[0], "rich_help_panel": panel}
+            options |= {"callback": named} if parameter.name == "out" else {}
             described = typer.Option(*flags, **options) if flags else typer.Argument(**options)
             yield parameter.replace(annotation=Annotated[parameter.annotation.__origin__, described])
 
@@ -79,10 +77,9 @@ def _registered(function: Callable[..., Any]) -> Callable[..., Any]:
             given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
         return function(**given)
 
-    parameters = [each for source in (function, Everywhere) for each in _parameters(source)]
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    every = [each.replace(kind=keyword) for each in parameters]
-    command.__signature__ = signature.replace(parameters=every)  # type: ignore[attr-defined]
+    parameters = [*_parameters(function), *_parameters(Everywhere, "Options of every command")]
+    keyword = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+    command.__signature__ = signature.replace(parameters=keyword)  # type: ignore[attr-defined]
     return command
 
 
