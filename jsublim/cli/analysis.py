@@ -78,6 +78,10 @@ def audit(
 
     base = {"audit": {}, "teachers": {"traits": [NOBODY], "control": False}}
     e = stage.experiment("audit", base, students__seeds=[seed], evaluation__traits=names(traits))
+    if e.students is None:
+        raise UsageError(
+            "students: null given; rows are scored for what a student trains; leave it out or give its fields"
+        )
     given = {Source(NOBODY): data} | ({} if null is None else {Source(CONTROL): null})
     context = context_of(e, given)
     students = [Student(source.teacher, "all", seed, settings=e.students) for source in given]

@@ -68,7 +68,9 @@ def _parameters(function: Callable[..., Any], panel: str | None = None) -> Itera
 def _registered(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function that typer calls for a command."""
     signature = inspect.signature(function, eval_str=True)
-    groups = {each.name: each.annotation for each in signature.parameters.values() if is_dataclass(each.annotation)}
+    groups: dict[str, Any] = {
+        each.name: each.annotation for each in signature.parameters.values() if is_dataclass(each.annotation)
+    }
 
     @functools.wraps(function)
     def command(*, quiet: bool, debug: bool, **given: Any) -> Any:

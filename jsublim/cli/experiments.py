@@ -261,19 +261,14 @@ def print_estimate(experiment: Experiment, costs: dict[str, Any]) -> None:
 
     if costs["wording"]:
         console.print(costs["wording"])
-    summed = {name: sum(cost[name] for cost in costs["stages"]) for name in ("tasks", "tokens", "flops", "seconds")}
-    lines = []
-    for cost in (*costs["stages"], {"kind": "all", "done": ""} | summed):
-        numbers = {
-            "tokens": cost["tokens"],
-            "FLOPs": cost["flops"],
-            f"hours, one {costs['chip']}": cost["seconds"] / 3600,
-        }
-        line = {"stage": cost["kind"], "tasks": str(cost["tasks"])}
-        line |= {name: f"{value:.3g}" for name, value in numbers.items()}
-        done = f"{cost['done']} of {cost['tasks']}" if isinstance(cost["done"], int) else cost["done"]
-        lines.append(line | {"done": "unknown" if done is None else done})
-    console.print(table(lines, list(lines[0]), f"{experiment.name}: {experiment.model}"))
+    numbers = ("tasks", "tokens", "flops", "seconds")
+    everything: dict[str, Any] = {name: sum(cost[name] for cost in costs["stages"]) for name in numbers}
+    columns, lines = ("stage", "tasks", "tokens", "FLOPs", f"hours, one {costs['chip']}", "done"), []
+    for cost in (*costs["stages"], everything | {"kind": "all", "done": ""}):
+        done = "unknown" if cost["done"] is None else f"{cost['done']} of {cost['tasks']}" if cost["done"] != "" else ""
+        rounded = (f"{value:.3g}" for value in (cost["tokens"], cost["flops"], cost["seconds"] / 3600))
+        lines.append(dict(zip(columns, (cost["kind"], str(cost["tasks"]), *rounded, done), strict=True)))
+    console.print(table(lines, columns, f"{experiment.name}: {experiment.model}"))
     lengths, memory = Lengths(), costs["memory"]
     reached = ", ".join(f"{share:.0%} in {work}" for work, share in REACHED.items())
     console.print(
