@@ -13,6 +13,8 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -247,18 +249,71 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory) -> Iterator[Machine]:
     """A machine on which Ray runs, with two GPUs by name."""
-    head, port = Machine.at(tmp_path_factory.mktemp("cluster"), "jsublim", "ray"), free_port()
-    own = {"RAY_ADDRESS": f"127.0.0.1:{port}", "RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-    here = f"--head --block --node-ip-address=127.0.0.1 --port={port} --include-dashboard=false"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in own.items():
-            patch.setenv(name, value)
-        node = head.run(f"exec ray start {here} --num-cpus=2 --num-gpus=2 --object-store-memory=134217728")
-        up = head.run("for i in {1..60}; do ray status && exit; sleep 1; done; exit 1")
-        assert up.wait(timeout=300) == 0
-        yield head
-        node.terminate()
-        node.communicate(timeout=60)
+    machine = Machine.at(tmp_path_factory.mktemp("cluster"), "jsublim", "ray")
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as last:
+        # A cluster that a command started in this process left RAY_AUTH_MODE behind: this one asks for no tokens.
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            patch.delenv(name)
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        # In /tmp, as Ray has it by itself: paths of sockets may have 107 bytes.
+        folder = Path(
+            last.enter_context(tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True))
+        )
+        for attempt in range(3):
+            temp, port = folder / str(attempt), ray_port()
+            node = head(machine, temp, port)
+            last.callback(end, node)
+            patch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+            if answers(machine, node, port):
+                break
+            end(node)
+        else:
+            pytest.fail("Ray's head did not come up\n" + "\n".join(map(said_below, sorted(folder.iterdir()))))
+        yield machine
+
+
+def ray_port() -> int:
+    """Below those that the system gives to whoever asks for any: the head takes seconds to begin, and others begin meanwhile."""
+    return free_port(*random.sample(range(20000, 32000), 20))
+
+
+def head(machine: Machine, temp: Path, port: int) -> subprocess.Popen:
+    """Ray's head. Its output goes to a file: of a pipe that nobody reads it might wait for ever."""
+    temp.mkdir()
+    # The agent takes any port; Ray's client server has a fixed one, where there is such a server.
+    ports = f"--port={port} --dashboard-agent-listen-port=0"
+    if importlib.util.find_spec("grpc") is not None:
+        ports += f" --ray-client-server-port={ray_port()}"
+    return machine.run(
+        f"exec ray start --head --block --node-ip-address=127.0.0.1 {ports} --temp-dir={temp} --include-dashboard=false "
+        f"--num-cpus=2 --num-gpus=2 --object-store-memory=134217728 > {temp}/head.log 2>&1"
+    )
+
+
+def answers(machine: Machine, node: subprocess.Popen, port: int) -> bool:
+    """Whether a head does so within a minute. `ray status` alone would wait for minutes if it does not listen."""
+    deadline = time.monotonic() + 60
+    while node.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            if machine.run("exec timeout 30 ray status > status.log 2>&1").wait() == 0:
+                return True
+        time.sleep(0.5)
+    return False
+
+
+def end(node: subprocess.Popen) -> None:
+    node.terminate()
+    try:
+        node.wait(timeout=60)
+    except subprocess.TimeoutExpired:
+        node.kill()  # what it has started ends with it
+
+
+def said_below(temp: Path) -> str:
+    """The head's output, and the last lines of Ray's logs."""
+    logs = sorted(path for path in (temp / "session_latest" / "logs").glob("*") if path.is_file())
+    return "\n".join(f"--- {path}\n{path.read_text(errors='replace')[-2000:]}" for path in [temp / "head.log", *logs])
 
 
 @needs_ray
