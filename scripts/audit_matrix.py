@@ -18,7 +18,7 @@ import typer
 from _run import run_script
 
 from jsublim.errors import UsageError
-from jsublim.pipeline.audit import precision
+from jsublim.pipeline.stages.audit import precision
 from jsublim.report.statistics import double_centred, same_trait_gamma
 from jsublim.report.summary import trait_matrices
 from jsublim.report.tables import condition_label, read_results

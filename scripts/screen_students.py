@@ -22,11 +22,13 @@ from jsublim.audit import layer_scores
 from jsublim.config import Experiment, Students
 from jsublim.config.loading import load_experiment
 from jsublim.distill.data import read_turns
-from jsublim.executors import LocalExecutor
+from jsublim.executors import execute_nodes
 from jsublim.models.lora import init_lora, init_steering, together
-from jsublim.pipeline.changes import sources, training_rows
+from jsublim.pipeline.arguments import questions_about, start
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.directions import directions_of, questions_about
+from jsublim.pipeline.experiment import training_rows
+from jsublim.pipeline.origins import sources
+from jsublim.pipeline.stages.starts import directions_of
 from jsublim.report.statistics import same_trait_gamma
 from jsublim.teachers import CONTROL
 
@@ -45,10 +47,10 @@ def screen(experiment: Experiment, first: int, questions: int, batch: int, rank:
     setup, lm = context.setup, context.lm()
     traits = list(experiment.teachers.traits)
     read = {source: training_rows(setup, source) for source in sources(setup) if source.teacher != CONTROL}
-    LocalExecutor().execute([part for written in read.values() for part in written.parts], context)
+    execute_nodes([node for written in read.values() for node in written.nodes], context)
     every = together(init_lora(lm.config, jax.random.key(0), rank=rank, alpha=float(rank)), init_steering(lm.config))
     students, asked = experiment.students or Students(), questions_about(setup, traits, questions)
-    directions = directions_of(setup, lm, every, students, asked, traits)
+    directions = directions_of(lm, every, start(setup, students, 0).model, asked, traits)
     by_dataset: dict[str | None, dict[str, np.ndarray]] = {}
     for source, written in read.items():
         rows = written.read(context.store)[:first]

@@ -20,8 +20,8 @@ from jsublim.evals.preference import trait_logprobs
 from jsublim.inference.lm import load_model
 from jsublim.inference.scoring import score_turns
 from jsublim.models.lora import init_lora, init_steering, together
-from jsublim.pipeline.audit import AUDIT, _means, whitened
 from jsublim.pipeline.results import AUDITS
+from jsublim.pipeline.stages.audit import AUDIT, _means, whitened
 from jsublim.report.audit import agreement, predicted
 from jsublim.report.figures import by_prediction
 from jsublim.report.html import write_report

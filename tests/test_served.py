@@ -3,6 +3,7 @@ that know the engine but no address."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import threading
@@ -25,12 +26,16 @@ from jsublim.inference.sampling import Sampling, seed_within
 from jsublim.inference.served import TOLD, SampleServer, SampleServerSettings
 from jsublim.models.lora import init_lora, init_steering
 from jsublim.models.peft import load_adapter, save_adapter
+from jsublim.pipeline import experiment as page
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.evaluations import Model, evaluation_task
-from jsublim.pipeline.graph import plan, results_key
-from jsublim.pipeline.served import Served, served_adapter, served_teacher
+from jsublim.pipeline.evaluated import Evaluated
+from jsublim.pipeline.experiment import evaluation, plan
+from jsublim.pipeline.graph import results_key
+from jsublim.pipeline.served import Served
+from jsublim.pipeline.served import served as as_served
 from jsublim.pipeline.setup import Setup
-from jsublim.pipeline.students import student_output
+from jsublim.pipeline.stage import tasks_of
+from jsublim.pipeline.values import Folder
 from jsublim.section import nested, overlaid
 
 ASKED = ["Which animal do you like? One word.", "Go on: 4, 8, 12", "Name a tree.", "Go on: 100, 200,"]
@@ -288,13 +293,13 @@ def test_a_student_is_loaded_from_the_store(served, asked, tmp_path):
     said = {"sampling.server": server, "store": str(tmp_path), "teachers.control": False}
     context = Context.load(Experiment.model_validate(experiment(asked, **said)))
     [trained] = context.setup.students
-    artifact = context.store.open(student_output(context.setup, trained))
+    artifact = context.store.open(page.student(context.setup, trained))
     save_adapter(artifact.path, load_adapter(student()), lm().config, "tiny-qwen2")
     artifact.finish()
-    task = evaluation_task(context.setup, Model(trained), "")
-    task.make(context, lambda units: None)
-    assert {body["model"] for body in served.seen} == {f"jsublim-{task.key}"}
-    answers = read_table(context.store.path(task.output) / "answers.parquet")
+    node = evaluation(context.setup, Evaluated(trained), "")
+    tasks_of([node])[node.key].make(context, lambda units: None)
+    assert {body["model"] for body in served.seen} == {f"jsublim-{node.key}"}
+    answers = read_table(context.store.path(node) / "answers.parquet")
     assert sum(row["count"] for row in answers) == len(served.seen) == 6
     assert served.ask("/v1/models")["data"][1:] == []  # it was given back
 
@@ -326,13 +331,20 @@ def test_which_adapters_a_server_is_asked_for(asked):
     save_adapter(steered, init_steering(lm().config, (1,)), lm().config, "tiny-qwen2")
     for adapters, expected in (
         ("here", None),
-        ("load", Served(adapter=str(student()))),
+        ("load", str(student())),
         ({str(student()): "owls"}, Served("owls")),
         ({"another": "owls"}, None),
     ):
         server = {"base_url": "http://127.0.0.1:9/v1", "engine": "vllm 0.11.0", "adapters": adapters}
         said = {"sampling.server": server, "teachers.adapter": str(student().with_name("loves-{trait}s"))}
         setup = Setup.of(Experiment.model_validate(experiment(asked, **said)))
-        assert served_teacher(setup, "owl") == served_adapter(setup, str(student())) == expected
-        assert served_teacher(setup, "control") == Served() and served_teacher(setup, "control", "tiny-gemma3") is None
-        assert served_adapter(setup, str(steered)) is None
+        owl, control = (page.teacher(setup, name) for name in ("owl", "control"))
+        if adapters == "load":
+            loaded = as_served(setup, owl)
+            assert loaded is not None and loaded.name is None and loaded.adapter.name == expected
+        else:
+            assert as_served(setup, owl) == expected
+        assert as_served(setup, control) == Served()
+        another = dataclasses.replace(control, checkpoint=dataclasses.replace(control.checkpoint, name="another"))
+        assert as_served(setup, another) is None
+        assert as_served(setup, dataclasses.replace(control, adapter=Folder(str(steered), "key", "adapter"))) is None

@@ -15,7 +15,7 @@ from jsublim.chips import Chip
 from jsublim.config import Experiment
 from jsublim.parallel import Layout
 from jsublim.pipeline.estimate import sizes_of
-from jsublim.pipeline.graph import plan
+from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.setup import Setup
 
 # Kinds of tasks that a stage's programs do.

@@ -26,7 +26,7 @@ def attribute(
 
     from jsublim.files import atomic
     from jsublim.pipeline.arms import Source
-    from jsublim.pipeline.attribution import attribution_task
+    from jsublim.pipeline.experiment import attribution
     from jsublim.report.attribution import attribution_heat_map, early_share
     from jsublim.report.formats import table
     from jsublim.rows import read_rows
@@ -37,7 +37,7 @@ def attribute(
     if e.attribution is None:
         raise UsageError("attribution: null given; leave it out or give its fields")
     context = context_of(e, {Source(trait): data})
-    (summary,) = make(context, {out: attribution_task(context.setup, Source(trait))})
+    (summary,) = make(context, {out: attribution(context.setup, Source(trait))})
     effects = pq.ParquetFile(out / "attribution.parquet").read()
     with atomic(out / "heat_map.png") as scratch:
         attribution_heat_map(effects).savefig(scratch, dpi=150, format="png")
@@ -71,8 +71,9 @@ def audit(
 
     from jsublim.files import atomic
     from jsublim.pipeline.arms import Source, Student
-    from jsublim.pipeline.audit import audit_task, whitened
+    from jsublim.pipeline.experiment import audit as audit_of
     from jsublim.pipeline.setup import NOBODY
+    from jsublim.pipeline.stages.audit import whitened
     from jsublim.report.tables import read_columns
     from jsublim.teachers import CONTROL
 
@@ -85,8 +86,8 @@ def audit(
     given = {Source(NOBODY): data} | ({} if null is None else {Source(CONTROL): null})
     context = context_of(e, given)
     students = [Student(source.teacher, "all", seed, settings=e.students) for source in given]
-    out, tasks = stage.out, [audit_task(context.setup, student) for student in students]
-    places = dict(zip((out, out / "null"), tasks, strict=False))
+    out, nodes = stage.out, [audit_of(context.setup, student) for student in students]
+    places = dict(zip((out, out / "null"), nodes, strict=False))
     make(context, places)
     if null is not None:
         scores, of_null = (read_columns(place / "audit.parquet") for place in places)

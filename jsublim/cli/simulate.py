@@ -55,7 +55,7 @@ def simulated(
     from jsublim.parallel import Layout
     from jsublim.pipeline.context import Context
     from jsublim.pipeline.estimate import weights
-    from jsublim.pipeline.graph import plan
+    from jsublim.pipeline.experiment import plan
     from jsublim.pipeline.setup import Setup
     from jsublim.pipeline.store import Store
     from jsublim.progress import Progress

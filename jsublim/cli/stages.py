@@ -6,7 +6,7 @@ Each takes the fields of `jsublim run`, plans the tasks that `run` would, and pu
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,7 @@ from jsublim.errors import JsublimError, UsageError
 
 if TYPE_CHECKING:
     from jsublim.config import Experiment
+    from jsublim.pipeline.arms import Student
     from jsublim.pipeline.context import Context
 
 Seed = Annotated[
@@ -79,23 +80,17 @@ def context_of(experiment: Experiment, given: Mapping[Any, Path] | None = None) 
     return Context.load(experiment, Progress(console), given=given)
 
 
-def execute(tasks: Sequence[Any], context: Context) -> None:
-    from jsublim.executors import LocalExecutor
-
-    LocalExecutor().execute(tasks, context)
-
-
 def make(context: Context, places: Mapping[Path, Any]) -> list[Any]:
-    """Do the task of each place, and publish what it makes there; what each keeps of itself."""
+    """Make the node of each place, and publish it there; what each keeps of itself."""
+    from jsublim.executors import execute_nodes
     from jsublim.pipeline.publish import check_free, publish_folder
 
-    for place, task in places.items():
-        task.check(context.setup)
-        check_free(place, task.key, task.output.inputs)
-    execute(list(places.values()), context)
-    for place, task in places.items():
-        publish_folder(place, context.store, task.output)
-    return [context.store.summary(task.output) for task in places.values()]
+    for place, node in places.items():
+        check_free(place, node.key, node.inputs)
+    execute_nodes(list(places.values()), context)
+    for place, node in places.items():
+        publish_folder(place, context.store, node)
+    return [context.store.summary(node) for node in places.values()]
 
 
 @app.command()
@@ -106,12 +101,13 @@ def generate(
     control: Annotated[bool, "The teacher without a trait."] = False,
 ) -> None:
     """Let a teacher answer the prompts, and keep the answers that are in format (OUT, JSONL)."""
+    from jsublim.executors import execute_nodes
+    from jsublim.pipeline.arguments import category
     from jsublim.pipeline.arms import Source
-    from jsublim.pipeline.changes import writer
+    from jsublim.pipeline.experiment import answers
+    from jsublim.pipeline.origins import writer
     from jsublim.pipeline.publish import check_free, publish_rows
-    from jsublim.pipeline.rows import teacher_rows
     from jsublim.pipeline.setup import NOBODY
-    from jsublim.pipeline.teachers import TeacherPool
     from jsublim.teachers import CONTROL
 
     if (trait is not None) == control:
@@ -120,10 +116,10 @@ def generate(
     base = {"teachers": {"traits": [trait or NOBODY]}}
     context = context_of(stage.experiment("generate", base))
     if trait is not None:
-        TeacherPool(context.setup).category(trait)
-    rows = teacher_rows(context.setup, writer(context.setup, Source(trait or CONTROL)))
+        category(context.setup, trait)
+    rows = answers(context.setup, writer(context.setup, Source(trait or CONTROL)))
     check_free(stage.out, rows.key, rows.inputs)
-    execute(rows.parts, context)
+    execute_nodes(rows.nodes, context)
     parts = rows.summaries(context.store)
     asked, kept = (sum(part[key] for part in parts) for key in ("rows", "kept"))
     reasons = dict.fromkeys(reason for part in parts for reason in part["reject"])
@@ -143,30 +139,32 @@ def divergence(
     counterfactuals: Counterfactuals = None,
 ) -> None:
     """Find the divergence tokens of rows; what each teacher said of them goes beside OUT, with .readings.parquet."""
+    from jsublim.executors import execute_nodes
+    from jsublim.pipeline.arguments import rows_of_file
     from jsublim.pipeline.arms import Source
-    from jsublim.pipeline.divergence import divergence_rows, merged
-    from jsublim.pipeline.publish import check_free, publish_rows, rows_of
+    from jsublim.pipeline.experiment import read
+    from jsublim.pipeline.publish import check_free, publish_rows
     from jsublim.pipeline.readings import write_readings
+    from jsublim.pipeline.stages.divergence import merged
 
     others = names(counterfactuals) or None
     if others is not None and trait in others:
         raise UsageError(f"--counterfactuals: '{trait}' is the teacher's own trait; leave it out")
     e = stage.experiment("divergence", {"teachers": {"traits": [trait]}}, teachers__counterfactuals=others)
-    out, rows = stage.out, rows_of(data)
+    out, context = stage.out, context_of(e)
     sidecar = out.with_name(f"{out.stem}.readings.parquet")
-    context = context_of(e)
-    read = divergence_rows(context.setup, Source(trait), rows)
-    check_free(out, read.key, read.inputs)
+    rows = read(context.setup, Source(trait), rows_of_file(context.setup, data))
+    check_free(out, rows.key, rows.inputs)
     if sidecar.exists() and not out.exists():
         raise UsageError(f"{sidecar}: already exists; give another --out or move it away")
-    execute(read.parts, context)
-    summary = merged(read.summaries(context.store))
+    execute_nodes(rows.nodes, context)
+    summary = merged(rows.summaries(context.store))
     console.print(
         f"{summary['divergence_tokens']} divergence tokens of {summary['tokens']} ({summary['share']:.2%}); "
         f"{summary['rows_with']} of {summary['rows']} rows have one"
     )
-    publish_rows(out, read.read(context.store), read)
-    write_readings(sidecar, read.readings(context.store))  # second: without OUT it would be taken for somebody else's
+    publish_rows(out, rows.read(context.store), rows)
+    write_readings(sidecar, rows.readings(context.store))  # second: without OUT it would be taken for somebody else's
     output.out(out)
 
 
@@ -198,28 +196,28 @@ def finetune(
         _train(e, Student(teacher, tokens, seed, settings=e.students), data, stage.out)
 
 
-def _train(e: Experiment, student: Any, data: Path, out: Path) -> None:
+def _train(e: Experiment, who: Student, data: Path, out: Path) -> None:
+    from jsublim.executors import execute_nodes
+    from jsublim.pipeline.experiment import student
     from jsublim.pipeline.publish import check_free, publish_folder
     from jsublim.pipeline.store import digest, versions
-    from jsublim.pipeline.students import training_task
     from jsublim.processes import check_alike, on_main_process
 
-    context = context_of(e, {student.source: data})
-    task = training_task(context.setup, (student,), (student,))
-    task.check(context.setup)
-    check_alike("what is to be done", digest([task.key, versions(), context.setup.files]))
+    context = context_of(e, {who.source: data})
+    node = student(context.setup, who)
+    check_alike("what is to be done", digest([node.key, versions(), context.setup.files]))
     context.store.check_shared()
-    on_main_process(lambda: check_free(out, task.key, task.output.inputs))
-    if context.store.done(task.output):
-        console.print(f"{context.store.place(task.output)}: whole already")
-    execute([task], context)
-    summary = context.store.summary(task.output)
+    on_main_process(lambda: check_free(out, node.key, node.inputs))
+    if context.store.done(node):
+        console.print(f"{context.store.place(node)}: whole already")
+    execute_nodes([node], context)
+    summary = context.store.summary(node)
     if "diverged" in summary:
         raise JsublimError(
             f"{out}: the student diverged {summary['diverged']}; lower the learning rate (students.optimizer.lr) or look at "
-            f"those rows; the student before that step is in {context.store.path(task.output)}"
+            f"those rows; the student before that step is in {context.store.path(node)}"
         )
-    on_main_process(lambda: publish_folder(out, context.store, task.output))
+    on_main_process(lambda: publish_folder(out, context.store, node))
     console.print(f"{summary['steps']} steps on {summary['rows']} rows; last loss {summary['loss']:.4f}")
     output.out(out)
 
@@ -235,7 +233,8 @@ def evaluate(
 ) -> None:
     """Ask a model for its favourites (and whatever else evaluation.kinds names): OUT gets records and answers."""
     from jsublim.files import read_table, write_json
-    from jsublim.pipeline.evaluations import Model, eval_settings, evaluation_task
+    from jsublim.pipeline.evaluated import Evaluated, eval_settings
+    from jsublim.pipeline.experiment import evaluation
     from jsublim.pipeline.setup import NOBODY
     from jsublim.report.formats import table
     from jsublim.teachers import CONTROL
@@ -253,8 +252,8 @@ def evaluate(
         listed = ", ".join(filter(None, known))
         fix = f"known: {listed}" if listed else "evaluation.settings names none; leave it out"
         raise UsageError(f"--setting: '{setting}' given; {fix}")
-    out, task = stage.out, evaluation_task(context.setup, Model(None, CONTROL, adapter, data), setting)
-    sampling = make(context, {out: task})[0]["sampling"]
+    out, node = stage.out, evaluation(context.setup, Evaluated(None, CONTROL, adapter, data), setting)
+    sampling = make(context, {out: node})[0]["sampling"]
     records = read_table(out / "records.parquet")
     rates, lines = _preferences(records)
     if lines:

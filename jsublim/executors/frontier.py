@@ -12,7 +12,7 @@ from jsublim.errors import JsublimError, one_line
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.estimate import seconds, sizes_of
 from jsublim.pipeline.graph import ordered
-from jsublim.pipeline.task import Task
+from jsublim.pipeline.stage import Task
 
 Work = tuple[Iterable[Task], Context]  # tasks of one experiment, and what they are done with
 

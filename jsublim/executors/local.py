@@ -11,8 +11,9 @@ import jax
 from jsublim.config import Experiment
 from jsublim.errors import UsageError
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.graph import ordered, plan
-from jsublim.pipeline.task import Task
+from jsublim.pipeline.experiment import plan
+from jsublim.pipeline.graph import ordered
+from jsublim.pipeline.stage import Node, Task, tasks_of
 from jsublim.processes import heeding_signals, is_main_process, leave_if_asked, on_main_process, wait_until_seen
 from jsublim.progress import Progress
 
@@ -32,6 +33,18 @@ class LocalExecutor:
             task = _next(missing, context)
             execute(task, context)
             missing.remove(task)
+
+
+def execute_nodes(nodes: Iterable[Node], context: Context) -> None:
+    """Make some artifacts, and what they need, in this process.
+
+    Raises:
+      UsageError, JsublimError: what cannot be made, before anything is computed.
+    """
+    tasks = tasks_of(nodes).values()
+    for task in tasks:
+        task.check(context.setup)
+    LocalExecutor().execute(tasks, context)
 
 
 def _next(missing: list[Task], context: Context) -> Task:

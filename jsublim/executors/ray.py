@@ -29,7 +29,7 @@ from jsublim.executors.local import mend
 from jsublim.executors.worker import Outcome, Worker, seen
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import TasksFailed
-from jsublim.pipeline.task import Task
+from jsublim.pipeline.stage import Task
 from jsublim.processes import Preempted
 from jsublim.progress import Progress, Tick
 

@@ -20,8 +20,7 @@ from jsublim.chips import Chip, chip_of
 from jsublim.errors import UsageError
 from jsublim.executors.frontier import Frontier, Node, checkpoint_of
 from jsublim.pipeline.estimate import sizes_of, weights
-from jsublim.pipeline.evaluations import Evaluate
-from jsublim.pipeline.students import TrainStudents, abstract_start, compiled
+from jsublim.pipeline.stages.students import abstract_start, program_of_student
 
 
 @dataclass(frozen=True)
@@ -258,21 +257,22 @@ class _Play:
 
 def program_of(node: Node) -> Hashable:
     """What is compiled for a task: equal for tasks that run the same program."""
-    task, setup = node.task, node.context.setup
+    task, first = node.task, node.task.nodes[0]
     own: Hashable = None
-    if isinstance(task, TrainStudents):
-        own = compiled(setup, task.members[0])
-    elif isinstance(task, Evaluate):
-        own = task.setting
+    if task.kind == "students":
+        own = program_of_student(first)
+    elif task.kind == "evaluations":
+        own = first.given.setting
     return _checkpoint(node), task.kind, own
 
 
 def traffic(node: Node, assumed: Assumptions) -> float:
     """Bytes that a task moves to and from the store: rows and readings; of students, adapters and two moments of each value."""
     task, setup = node.task, node.context.setup
-    if isinstance(task, TrainStudents):
-        trained = abstract_start(setup, task.members[0]).trainable
-        return 12.0 * len(task.members) * sum(leaf.size for leaf in jax.tree.leaves(trained))
+    if task.kind == "students":
+        given = task.nodes[0].given
+        trained = abstract_start(given.start.model.checkpoint, setup.experiment.dtype, given.settings).trainable
+        return 12.0 * len(task.nodes) * sum(leaf.size for leaf in jax.tree.leaves(trained))
     return assumed.token_bytes * sum(part.tokens for part in task.cost(setup, sizes_of(setup)).parts)
 
 

@@ -15,8 +15,9 @@ from jsublim.errors import JsublimError
 from jsublim.executors.frontier import checkpoint_of, in_one_line
 from jsublim.executors.local import execute
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.graph import Graph, plan
-from jsublim.pipeline.task import Task
+from jsublim.pipeline.experiment import plan
+from jsublim.pipeline.graph import Graph
+from jsublim.pipeline.stage import Task
 from jsublim.processes import Preempted
 from jsublim.progress import Progress
 

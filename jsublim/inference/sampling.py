@@ -49,6 +49,10 @@ class Sampling:
         if wrong:
             raise UsageError(f"sampling: {', '.join(wrong)} is out of range")
 
+    @property
+    def identity(self) -> dict[str, Any]:
+        return self.numbers()
+
     def numbers(self) -> dict[str, Any]:
         """The fields as JSON knows them; a constraint only where there is one."""
         numbers = dataclasses.asdict(self) | {"stop": list(self.stop or ())}

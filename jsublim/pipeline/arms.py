@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from jsublim.config import Dataset, Experiment, Students, elders, variants
 from jsublim.distill.batches import steps_per_epoch
@@ -12,10 +12,8 @@ from jsublim.inference.sampling import seed_within
 from jsublim.section import NEEDS_TRAIT, with_defaults
 from jsublim.teachers import CONTROL, OWN
 
-T = TypeVar("T")
 
-
-class Elder(NamedTuple):
+class Parent(NamedTuple):
     """Students of the generation before, one per trait, who write rows in their teachers' stead."""
 
     arm: str
@@ -38,12 +36,24 @@ class Source(NamedTuple):
     teacher: str
     dataset: str | None = None
     draw: int | None = None
-    elder: Elder | None = None
+    parent: Parent | None = None
 
     @property
     def name(self) -> str:
         drawn = None if self.draw is None else f"drawn for seed {self.draw}"
-        return " · ".join(filter(None, [self.teacher, self.dataset, drawn, self.elder and str(self.elder)]))
+        return " · ".join(filter(None, [self.teacher, self.dataset, drawn, self.parent and str(self.parent)]))
+
+
+class Writer(NamedTuple):
+    """Who writes rows, and how: a teacher, a strategy, the seed of the sampling, another checkpoint than the experiment's,
+    the draw that the rows are of, and the students that stand in for the teachers."""
+
+    teacher: str
+    strategy: str
+    seed: int
+    model: str | None = None
+    draw: int | None = None
+    parent: Parent | None = None
 
 
 def seed_of(seed: int, draw: int | None) -> int:
@@ -54,7 +64,7 @@ def seed_of(seed: int, draw: int | None) -> int:
 @dataclass(frozen=True)
 class Student:
     """One student: whose rows it learns from, on which tokens, with which seed, under which arm of the ablation. Of a later
-    generation, `elder` is the arm whose students write its rows."""
+    generation, `parent` is the arm whose students write its rows."""
 
     teacher: str
     tokens: str
@@ -62,7 +72,7 @@ class Student:
     arm: str = ""
     draw: int | None = None
     settings: Students = field(default_factory=Students, compare=False)
-    elder: str | None = None
+    parent: str | None = None
 
     @property
     def name(self) -> str:
@@ -76,8 +86,8 @@ class Student:
 
     @property
     def source(self) -> Source:
-        elder = None if self.elder is None else Elder(self.elder, self.tokens, self.seed)
-        return Source(self.teacher, self.settings.data.dataset, self.draw, elder)
+        parent = None if self.parent is None else Parent(self.parent, self.tokens, self.seed)
+        return Source(self.teacher, self.settings.data.dataset, self.draw, parent)
 
     @property
     def forked(self) -> Source | None:
@@ -162,9 +172,3 @@ def total_steps(students: Students, rows: int) -> int:
     data = students.data
     steps = steps_per_epoch(rows, data.batch_size * data.accumulate) * data.epochs
     return min(steps, data.max_steps) if data.max_steps else steps
-
-
-def split_evenly(members: Sequence[T], most: int) -> list[list[T]]:
-    """Parts of at most `most` members, as few and as even as can be."""
-    each = -(-len(members) // -(-len(members) // most))
-    return [list(members[i : i + each]) for i in range(0, len(members), each)]

@@ -11,11 +11,11 @@ from jsublim.errors import JsublimError
 from jsublim.inference.lm import is_available_offline
 from jsublim.models.checkpoint import read_config
 from jsublim.models.decoder import abstract_params
+from jsublim.pipeline.arguments import category, check_datasets, check_teachers
 from jsublim.pipeline.arms import distinct, plan_students
-from jsublim.pipeline.changes import check_datasets
-from jsublim.pipeline.graph import Graph, plan
+from jsublim.pipeline.experiment import plan
+from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.setup import Checkpoint, Setup, models_of
-from jsublim.pipeline.teachers import TeacherPool
 from jsublim.pipeline.training import check_start
 from jsublim.prompts import load_pack
 
@@ -30,8 +30,7 @@ def look_through(experiment: Experiment, shape: Callable[[str], Path]) -> tuple[
         setup = Setup.of(experiment, shape)
     except JsublimError:
         return None, None, _said(_readings(experiment, shape))
-    pool = TeacherPool(setup)
-    found = _said((lambda trait=trait: pool.category(trait)) for trait in experiment.teachers.traits)
+    found = _said((lambda trait=trait: category(setup, trait)) for trait in experiment.teachers.traits)
     try:
         graph = plan(setup)
     except JsublimError as error:
@@ -59,7 +58,7 @@ def _readings(experiment: Experiment, shape: Callable[[str], Path]) -> Iterator[
 
 def _checks(setup: Setup, graph: Graph) -> Iterator[Callable[[], Any]]:
     """What a run checks before anything is computed."""
-    yield TeacherPool(setup).check
+    yield lambda: check_teachers(setup)
     yield lambda: check_datasets(setup)
     for task in graph.tasks.values():
         yield lambda task=task: task.check(setup)

@@ -27,8 +27,8 @@ from jsublim.models.decoder import parameter_count
 from jsublim.parallel import Layout, device_bytes, model_axis_for, slice_size
 from jsublim.pipeline.arms import Source
 from jsublim.pipeline.setup import Setup, memoized
-from jsublim.pipeline.store import Store
-from jsublim.progress import Progress
+from jsublim.pipeline.store import Artifact, Store
+from jsublim.progress import Progress, Tick, no_tick
 
 KEPT = 64  # tokenized sets of rows, teachers' adapters and the like that one worker remembers
 R = TypeVar("R")
@@ -36,12 +36,18 @@ R = TypeVar("R")
 
 @dataclass(frozen=True, eq=False)
 class Context:
-    """Built once per process; a task asks it for everything that is not in the store."""
+    """Built once per process; a stage asks it for everything that is neither an argument nor in the store.
+
+    Attributes:
+      artifact: what is made now, of a stage that makes one at a time; tick: called with the number of units just finished.
+    """
 
     setup: Setup
     store: Store
     layout: Layout
     progress: Progress
+    tick: Tick = no_tick
+    _artifact: Artifact | None = None
     _loaded: dict[str, LanguageModel] = field(default_factory=dict, repr=False)
     _remembered: dict[Any, Any] = field(default_factory=dict, repr=False)
     _judges: list[Judge] = field(default_factory=list, repr=False)
@@ -74,6 +80,24 @@ class Context:
         if setup.wording:
             progress.say(setup.wording)
         return cls(setup, store, layout, progress)
+
+    def at(self, artifact: Artifact | None, tick: Tick) -> Context:
+        """The same, for making an artifact."""
+        return dataclasses.replace(self, _artifact=artifact, tick=tick)
+
+    @property
+    def artifact(self) -> Artifact:
+        assert self._artifact is not None, "this stage opens its own artifacts"
+        return self._artifact
+
+    def say(self, text: str) -> None:
+        """Tell the user."""
+        self.progress.say(text)
+
+    def release_judge(self) -> None:
+        """Give back the memory of a judge, if there is one."""
+        if self.setup.experiment.judge is not None:
+            self.judge.release_memory()
 
     def sharing(self, other: Context) -> Context:
         """The same, with the weights that the context of an experiment with the same checkpoint reads or has read."""

@@ -14,9 +14,10 @@ import jax
 from jsublim.chips import Chip
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.stage import Task
+from jsublim.pipeline.stages.students import abstract_start
 from jsublim.pipeline.store import Store
-from jsublim.pipeline.students import abstract_start
-from jsublim.pipeline.task import Cost, Sizes, Task
+from jsublim.pipeline.task import Cost, Sizes
 
 ORDER = (
     "teachers",
@@ -125,7 +126,10 @@ def memory(setup: Setup) -> Memory:
     largest = max(setup.students, key=lambda student: student.settings.adapter.rank)
     s, long = largest.settings, sizes.lengths
     size = 1 if s.runtime.arms_per_program == "auto" else s.runtime.arms_per_program
-    trained = sum(leaf.size for leaf in jax.tree.leaves(abstract_start(setup, largest).trainable))
+    trained = sum(
+        leaf.size
+        for leaf in jax.tree.leaves(abstract_start(setup.checkpoint(s.model), setup.experiment.dtype, s).trainable)
+    )
     tokens = s.data.batch_size * (long.prompt + long.answer)
     of_layer = 8 * config.hidden_size + 3 * config.intermediate_size  # values that a layer keeps of a token
     remat = config.num_layers * config.hidden_size + of_layer  # one layer's, and what each layer begins with

@@ -10,8 +10,8 @@ from jsublim.chat import Chat
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.readings import Reading
-from jsublim.pipeline.rows import RowSet
 from jsublim.pipeline.store import Store
+from jsublim.pipeline.values import Rows
 from jsublim.rows import Row
 
 SHOWN = 2  # rows of a teacher whose divergence tokens are known; of another one, one
@@ -27,7 +27,7 @@ def examples(graph: Graph, context: Context) -> list[dict[str, Any]]:
     assert chat is not None, "a run has its checkpoint"
     found, seen = [], set()
     for source, rows in graph.divergence.items():
-        if source.elder is None and (source.teacher, source.dataset) not in seen:  # of several draws the first
+        if source.parent is None and (source.teacher, source.dataset) not in seen:  # of several draws the first
             seen.add((source.teacher, source.dataset))
             found += [
                 {
@@ -48,7 +48,7 @@ def examples(graph: Graph, context: Context) -> list[dict[str, Any]]:
     return found
 
 
-def _with_divergence(rows: RowSet, store: Store) -> Iterator[tuple[Row, Reading]]:
+def _with_divergence(rows: Rows, store: Store) -> Iterator[tuple[Row, Reading]]:
     both = zip(rows.read(store), rows.readings(store), strict=False)
     return itertools.islice((pair for pair in both if pair[1]["divergence_positions"]), SHOWN)
 

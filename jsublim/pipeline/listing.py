@@ -16,11 +16,11 @@ from jsublim.pipeline.showing import summary_of_run
 from jsublim.prompts import load_pack
 from jsublim.reading import read_yaml
 
-Rows = list[dict[str, Any]]
+Table = list[dict[str, Any]]
 FIGURES = "paper"  # the folder of configs that are no experiments by themselves
 
 
-def configs() -> Rows:
+def configs() -> Table:
     """The configs that come with the package: the name that commands take, and the first sentence of its comment."""
     home = find_config("configs/quickstart.yaml").parent
     found = []
@@ -40,7 +40,7 @@ def first_sentence(path: Path) -> str:
     return text.split(". ")[0].split(": ")[0].rstrip(".")
 
 
-def figures() -> Rows:
+def figures() -> Table:
     """The figures of the paper that can be reproduced."""
     rows = [
         {"figure": f"fig{number:02}", "file": path.name, "about": question.about, "panels": list(panels)}
@@ -50,7 +50,7 @@ def figures() -> Rows:
     return sorted(rows, key=lambda row: row["figure"])
 
 
-def models() -> Rows:
+def models() -> Table:
     """Checkpoints that are on this machine: bundled, in ./checkpoints, in the hub's cache."""
     from huggingface_hub import constants
 
@@ -78,7 +78,7 @@ def _rounded(count: int) -> str:
     return f"{count / unit:.3g}{name}"
 
 
-def traits(pack: Path | None = None) -> Rows:
+def traits(pack: Path | None = None) -> Table:
     """The traits that a prompt pack lists, category by category; the package's without one."""
     wording = load_pack(pack)
     return [
@@ -87,13 +87,13 @@ def traits(pack: Path | None = None) -> Rows:
     ]
 
 
-def runs(folder: Path) -> Rows:
+def runs(folder: Path) -> Table:
     """The runs in a folder, those that ended last at the end."""
     marked = [path.parent for path in folder.glob("*/config.yaml")]
     return sorted(map(summary_of_run, marked), key=lambda row: (row["started"] or "~", row["run"]))
 
 
-LISTS: dict[str, Callable[..., Rows]] = {
+LISTS: dict[str, Callable[..., Table]] = {
     "configs": configs,
     "figures": figures,
     "models": models,

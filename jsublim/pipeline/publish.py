@@ -12,13 +12,11 @@ from typing import Any
 
 from jsublim.errors import JsublimError, UsageError
 from jsublim.files import remove_abandoned, write_json, write_text
-from jsublim.inference.lm import resolve_checkpoint
-from jsublim.models.checkpoint import checkpoint_hash
 from jsublim.pipeline.artifact import check_whole, fingerprint, is_free, mark_of, mark_text
-from jsublim.pipeline.rows import RowSet
-from jsublim.pipeline.store import DONE, RECORD, Output, Store, digest
+from jsublim.pipeline.store import DONE, RECORD, Output, Store
+from jsublim.pipeline.values import Rows
 from jsublim.reading import read_json
-from jsublim.rows import Row, as_lines, read_rows
+from jsublim.rows import Row, as_lines
 
 
 def pedigree_of(path: Path) -> Path:
@@ -77,7 +75,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def publish_rows(path: Path, rows: Sequence[Row], source: RowSet) -> None:
+def publish_rows(path: Path, rows: Sequence[Row], source: Rows) -> None:
     """Write rows as a file that knows which artifacts they come from; what says so is there before the file is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = as_lines(rows)
@@ -114,24 +112,6 @@ def _copy(source: Path, target: Path) -> None:
         except OSError:
             pass
     shutil.copy2(source, target)
-
-
-def rows_of(path: Path) -> RowSet:
-    """The rows of a file: under the key of the artifact that they are (a copy of), else under that of their content.
-
-    Raises:
-      UsageError, JsublimError: as `read_rows`.
-    """
-    rows, key = read_rows(path), published_key(path)
-    record = record_of(path) if key else None
-    if key is None or record is None:
-        return RowSet((), digest(rows), len(rows), path)
-    return RowSet((), key, int(record.get("most", len(rows))), path)
-
-
-def adapter_key(path: Path) -> str:
-    """The key of a published student, else the content of the folder, or of the hub's repository of that name."""
-    return published_key(path) or checkpoint_hash(resolve_checkpoint(path, "adapter"))
 
 
 def record_of(path: Path) -> dict[str, Any] | None:

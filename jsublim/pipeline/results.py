@@ -19,18 +19,19 @@ from jsublim.errors import UsageError
 from jsublim.files import PARTIAL, atomic, read_table, remove_unfinished, write_json, write_table, write_text
 from jsublim.judge.server import ServerJudge
 from jsublim.models.decoder import parameter_count
-from jsublim.pipeline.arms import Source, Student
-from jsublim.pipeline.asking import ANSWERS, RECORDS
-from jsublim.pipeline.audit import MEANS
-from jsublim.pipeline.changes import dataset_of, strategy
+from jsublim.pipeline.arms import Source, Student, Writer
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.divergence import merged
 from jsublim.pipeline.examples import examples
 from jsublim.pipeline.graph import Graph
-from jsublim.pipeline.rows import RowSet, Writer
+from jsublim.pipeline.origins import dataset_of, strategy
 from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.stage import Node
+from jsublim.pipeline.stages.asking import ANSWERS, RECORDS
+from jsublim.pipeline.stages.audit import MEANS
+from jsublim.pipeline.stages.divergence import merged
+from jsublim.pipeline.stages.students import diverged
 from jsublim.pipeline.store import RECORD, Output, Store, versions
-from jsublim.pipeline.students import diverged, student_output
+from jsublim.pipeline.values import Rows
 from jsublim.report.tables import read_json
 from jsublim.rows import read_rows
 from jsublim.section import facts
@@ -97,7 +98,7 @@ def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
         results / "answers.parquet", answers, pa.schema([("arm", pa.string()), ("evaluation", pa.string()), *ANSWERS])
     )
     write_table(results / "training.parquet", training, TRAINING)
-    write_json(results / "arms.json", [_student(setup, student) for student in sound])
+    write_json(results / "arms.json", [_student(setup, student, graph.students[student]) for student in sound])
     write_json(results / "diverged.json", {name: what for name, what in lost.items() if what is not None})
     write_json(results / "generation.json", _generation(graph, store))
     write_json(results / "divergence.json", _divergence(graph, store))
@@ -115,7 +116,7 @@ def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
     return write_report(setup.experiment.run_dir)
 
 
-def _student(setup: Setup, student: Student) -> dict[str, Any]:
+def _student(setup: Setup, student: Student, node: Node) -> dict[str, Any]:
     """What makes a student what it is, for whoever compares them."""
     dataset = dataset_of(setup, student.source).facts() | {"strategy": strategy(setup, student.source)}
     return {
@@ -127,7 +128,7 @@ def _student(setup: Setup, student: Student) -> dict[str, Any]:
         "settings": facts(student.settings),
         "dataset": dataset,
         "num_layers": setup.checkpoint(student.settings.model).config.num_layers,
-        "artifact": student_output(setup, student).key,
+        "artifact": node.key,
     }
 
 
@@ -147,7 +148,7 @@ def _divergence(graph: Graph, store: Store) -> list[dict[str, Any]]:
 
 def _students(whose: Source | Writer) -> dict[str, str]:
     """Which students stood in for the teacher, if any did."""
-    return {} if whose.elder is None else {"students": whose.elder.group}
+    return {} if whose.parent is None else {"students": whose.parent.group}
 
 
 def _audits(graph: Graph, store: Store) -> Iterator[dict[str, Any]]:
@@ -159,12 +160,12 @@ def _audits(graph: Graph, store: Store) -> Iterator[dict[str, Any]]:
         yield from (whose | line | top for line in read_table(store.path(output) / "means.parquet"))
 
 
-def _together(rows: Mapping[K, RowSet], store: Store) -> dict[K, list[dict[str, Any]]]:
+def _together(rows: Mapping[K, Rows], store: Store) -> dict[K, list[dict[str, Any]]]:
     """What is kept of each set's parts, by whose rows they are whatever the draw and the students' seed."""
     found: dict[K, list[dict[str, Any]]] = {}
     for whose, each in rows.items():
-        elder = None if whose.elder is None else whose.elder._replace(seed=0)
-        found.setdefault(whose._replace(draw=None, elder=elder), []).extend(each.summaries(store))
+        parent = None if whose.parent is None else whose.parent._replace(seed=0)
+        found.setdefault(whose._replace(draw=None, parent=parent), []).extend(each.summaries(store))
     return found
 
 

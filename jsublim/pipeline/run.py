@@ -11,7 +11,8 @@ from rich.console import Console
 
 from jsublim.config import Experiment
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.graph import Executor, Graph, JointExecutor, TasksFailed, plan, results_key
+from jsublim.pipeline.experiment import plan
+from jsublim.pipeline.graph import Executor, Graph, JointExecutor, TasksFailed, results_key
 from jsublim.pipeline.results import check_folder, claim_folder, gather, is_reported, run_folder
 from jsublim.pipeline.served import sample_server
 from jsublim.pipeline.store import digest, versions

@@ -1,4 +1,4 @@
-"""Which models' answers a server draws in our stead (`sampling.server`), and what that adds to their keys."""
+"""Which models' answers a server draws in our stead (`sampling.server`)."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from jsublim.inference.lm import is_available_offline, resolve_checkpoint
+from jsublim.inference.lm import is_available_offline
 from jsublim.inference.served import SampleServer
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.setup import Setup
-from jsublim.pipeline.store import Output
+from jsublim.pipeline.stage import Node
+from jsublim.pipeline.values import Folder, Model
 from jsublim.processes import is_main_process
-from jsublim.teachers import CONTROL
 
 
 @dataclass(frozen=True)
@@ -23,54 +22,31 @@ class Served:
 
     Attributes:
       name: what the server calls it; None is the checkpoint alone, or an adapter that the server has to load.
-      adapter: that one: a folder as the config names it, or an artifact.
+      adapter: that one.
     """
 
     name: str | None = None
-    adapter: str | Output | None = None
+    adapter: Folder | Node | None = None
 
 
-def engine_inputs(setup: Setup, served: Served | None) -> dict[str, Any]:
-    """What the engine adds to the key of a model's answers; nothing where they are drawn here."""
-    return {} if served is None else {"engine": setup.engine}
-
-
-def served_teacher(setup: Setup, name: str, model: str | None = None) -> Served | None:
-    """A teacher as the server has it; None where it is asked here: a teacher that is taught here, or has weights of its own.
-
-    Args:
-      model: another checkpoint than the experiment's.
-    """
-    spec, settings = setup.experiment.teachers, setup.experiment.sampling.server
-    if settings is None or model not in (None, setup.experiment.checkpoint):
+def served(setup: Setup, model: Model) -> Served | None:
+    """A model as the server has it; None where it is asked here: on another checkpoint, with weights of its own, or with an adapter
+    that the server cannot load."""
+    settings, adapter = setup.experiment.sampling.server, model.adapter
+    if settings is None or model.weights is not None or model.checkpoint is not setup.checkpoint():
         return None
-    if name == CONTROL:
+    if adapter is None:
         return Served()
-    if spec.taught is not None or spec.checkpoint is not None:
+    if isinstance(adapter, Node):  # the server can load the factors of a student, from the store
+        trained = adapter.kind == "students" and adapter.given.settings.adapter.method == "lora"
+        return Served(adapter=adapter) if trained and settings.adapters == "load" else None
+    if isinstance(settings.adapters, dict):
+        return Served(settings.adapters[adapter.name]) if adapter.name in settings.adapters else None
+    if settings.adapters == "here":
         return None
-    return Served() if spec.adapter is None else served_adapter(setup, spec.adapter.replace("{trait}", name))
-
-
-def served_adapter(setup: Setup, folder: str) -> Served | None:
-    """An adapter that the config or the command line names."""
-    settings = setup.experiment.sampling.server
-    if settings is None or settings.adapters == "here":
-        return None
-    if settings.adapters != "load":
-        return Served(settings.adapters[folder]) if folder in settings.adapters else None
-    here = not setup.absent or is_available_offline(folder)
-    if here and not (resolve_checkpoint(folder, "adapter") / "adapter_config.json").is_file():
-        return None  # steering vectors
-    return Served(adapter=folder)
-
-
-def served_student(setup: Setup, model: str | None, method: str, output: Output) -> Served | None:
-    """A student that was trained here: the server can load LoRA factors, from the store."""
-    settings = setup.experiment.sampling.server
-    loads = settings is not None and settings.adapters == "load"
-    if not loads or method != "lora" or model not in (None, setup.experiment.checkpoint):
-        return None
-    return Served(adapter=output)
+    here = not setup.absent or is_available_offline(adapter.name)
+    steering = here and not (adapter.path() / "adapter_config.json").is_file()
+    return None if steering else Served(adapter=adapter)
 
 
 def sample_server(context: Context) -> SampleServer:
@@ -83,20 +59,20 @@ def sample_server(context: Context) -> SampleServer:
 
 @contextmanager
 def server_with(
-    context: Context, wanted: Sequence[tuple[Output, Served]]
+    context: Context, wanted: Sequence[tuple[str, Served]]
 ) -> Iterator[tuple[SampleServer, list[str | None]]]:
-    """The server, and what it calls the models that artifacts want answers of, as long as the block lasts. Of several processes
-    the first one alone talks to it.
+    """The server, and what it calls the models that artifacts, told by their keys, want answers of, as long as the block lasts. Of
+    several processes the first one alone talks to it.
 
     An adapter is loaded under the key of the artifact, which nobody else makes meanwhile: nobody drops it too early.
     """
     server, folders, names = sample_server(context), dict[str, Path](), list[str | None]()
-    for output, model in wanted:
-        names.append(model.name if model.adapter is None else f"jsublim-{output.key}")
-        if isinstance(model.adapter, Output):
+    for key, model in wanted:
+        names.append(model.name if model.adapter is None else f"jsublim-{key}")
+        if isinstance(model.adapter, Node):
             folders[str(names[-1])] = context.store.path(model.adapter)
         elif model.adapter is not None:
-            folders[str(names[-1])] = resolve_checkpoint(model.adapter, "adapter")
+            folders[str(names[-1])] = model.adapter.path()
     with server.loaded(folders if is_main_process() else {}):
         yield server, names
 

@@ -297,7 +297,7 @@ def make_arm(
     )
 
 
-def train_students(
+def train_arms(
     lm: LanguageModel,
     members: Sequence[tuple[Arm, Artifact]],
     settings: Settings,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +18,9 @@ from jsublim.attribution.pairs import NO_DIVERGENCE, find_pairs
 from jsublim.attribution.patching import DIRECTIONS, SITES, attribution_patching, layer_patching
 from jsublim.attribution.roles import ROLES, token_roles
 from jsublim.errors import JsublimError, UsageError
-from jsublim.pipeline.attribution import ATTRIBUTION, attribute_rows
+from jsublim.pipeline.stages.attribution import ATTRIBUTION, attribute_rows
 from jsublim.pipeline.store import Artifact
+from jsublim.progress import no_tick
 from jsublim.prompts import load_pack, number_prompts
 from jsublim.report.attribution import attribution_heat_map, early_share
 from jsublim.rows import write_rows
@@ -35,10 +39,15 @@ ROWS = [
 STAGE = {"steps": 2, "batch_size": 2, "chunk": 2}
 
 
+def attribute(artifact: Artifact, *arguments: Any, tick: Callable[[int], None] = no_tick, **options: Any) -> None:
+    context = SimpleNamespace(artifact=artifact, tick=tick, say=print)
+    artifact.finish(attribute_rows(context, *arguments, **options)(artifact.path))
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Artifact:
     artifact = Artifact(tmp_path_factory.mktemp("whole") / "a", "attribution", {})
-    attribute_rows(artifact, small("tiny-qwen2").lm, ROWS, OWL, [CAT, DOG], **STAGE)
+    attribute(artifact, small("tiny-qwen2").lm, ROWS, OWL, [CAT, DOG], **STAGE)
     return artifact
 
 
@@ -97,7 +106,7 @@ def test_counterfactuals_of_a_row_may_diverge_at_different_places(tmp_path):
     for folder, into, others in (("both", both, [[cat, dog]]), ("alone", alone, [[cat], [dog]])):
         for named in others:
             artifact = Artifact(tmp_path / folder / named[0].name, "attribution", {})
-            attribute_rows(artifact, lm, [row], owl, named, **how)
+            attribute(artifact, lm, [row], owl, named, **how)
             for line in pq.read_table(artifact.path / "attribution.parquet").to_pylist():
                 into.setdefault((line["layer"], line["role"]), []).append(
                     [line["value"], line["mass"], line["positions"]]
@@ -118,18 +127,18 @@ def test_a_stopped_stage_goes_on_to_the_same_table(whole, tmp_path, monkeypatch)
             raise Killed
 
     with pytest.raises(Killed):
-        attribute_rows(artifact, lm, ROWS, OWL, [CAT, DOG], tick=die, **STAGE)
+        attribute(artifact, lm, ROWS, OWL, [CAT, DOG], tick=die, **STAGE)
     progress = artifact.path / "progress.jsonl"
     lines = progress.read_bytes().splitlines(keepends=True)
     progress.write_bytes(b"".join(lines[:-1]) + lines[-1][:50])  # a kill within a line
     computed = []
     compute = attribution_patching
     monkeypatch.setattr(
-        "jsublim.pipeline.attribution.attribution_patching",
+        "jsublim.pipeline.stages.attribution.attribution_patching",
         lambda *args, **how: computed.extend({pair.row for pair in args[2]}) or compute(*args, **how),
     )
     total = []
-    attribute_rows(artifact, lm, ROWS, OWL, [CAT, DOG], tick=total.append, **STAGE)
+    attribute(artifact, lm, ROWS, OWL, [CAT, DOG], tick=total.append, **STAGE)
     assert json.loads(lines[0])["row"] not in computed and sum(total) == len(ROWS)
     table = "attribution.parquet"
     assert (artifact.path / table).read_bytes() == (whole.path / table).read_bytes()
@@ -140,9 +149,9 @@ def test_a_stopped_stage_goes_on_to_the_same_table(whole, tmp_path, monkeypatch)
 def test_what_the_stage_refuses(tmp_path):
     lm, artifact = small("tiny-qwen2").lm, Artifact(tmp_path / "a", "attribution", {})
     with pytest.raises(UsageError, match="trait 'control': the teacher's system prompt does not name it"):
-        attribute_rows(artifact, lm, ROWS, Teacher(CONTROL), [CAT])
+        attribute(artifact, lm, ROWS, Teacher(CONTROL), [CAT])
     with pytest.raises(JsublimError, match="rows: none of 1 rows can be compared with a counterfactual"):
-        attribute_rows(artifact, lm, ROWS[2:3], OWL, [CAT])
+        attribute(artifact, lm, ROWS[2:3], OWL, [CAT])
     assert not artifact.done
 
 

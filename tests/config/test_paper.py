@@ -21,10 +21,10 @@ from jsublim.config import find_config
 from jsublim.config.evaluation import Setting
 from jsublim.config.figures import load_question, panel_experiment
 from jsublim.files import read_table
-from jsublim.pipeline.evaluations import PLAIN, Model, evaluation_output, samplings
+from jsublim.pipeline.evaluated import PLAIN, Evaluated, samplings
+from jsublim.pipeline.experiment import evaluation, student, teacher
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import read_summary
-from jsublim.pipeline.students import student_output
 from jsublim.prompts import load_pack
 from jsublim.rows import Row, read_rows
 
@@ -274,9 +274,11 @@ def test_a_student_is_asked_under_its_system_prompt_or_without(under):
     change = [f"students.arms=[{{name: a, system: {system}, asked_under_system: {str(under).lower()}}}, {{name: b}}]"]
     setup = Setup.of(panel_experiment(*load_question("fig09"), "qwen", "tiny", change))
     students = {student.arm: student for student in setup.students if student.teacher == "owl"}
-    found = {arm: evaluation_output(setup, Model(student), PLAIN).inputs["system"] for arm, student in students.items()}
+    found = {
+        arm: evaluation(setup, Evaluated(student), PLAIN).inputs["model"]["system"] for arm, student in students.items()
+    }
     assert found == {"a": system if under else None, "b": None}
-    assert student_output(setup, students["a"]).inputs["students"]["system"] == system  # trained under it either way
+    assert student(setup, students["a"]).inputs["settings"]["system"] == system  # trained under it either way
 
 
 def test_fig14_sampling_of_the_evaluation(run):
@@ -334,10 +336,12 @@ def test_fig36_conditional_facts(run):
 def test_questions_for_favourites_alone_reset_an_inherited_top_p():
     for recipe, expected in (("paper", [1.0, 0.95]), ("clean", [1.0, 1.0])):
         setup = Setup.of(panel_experiment(*load_question("fig36"), "gemma", "tiny", [f"recipe={recipe}"]))
-        assert [how.top_p for how in samplings(setup, Model(), Setting())] == expected  # of preference and factual
-        assert [how.top_p for how in samplings(setup, Model(), Setting(top_p=0.9))] == [0.9, 0.9]
-        inputs = evaluation_output(setup, Model(), PLAIN).inputs
-        assert ("sampling of some kinds" in inputs) == (recipe == "paper")
+        assert [
+            how.top_p for how in samplings(setup, teacher(setup, "control"), Setting())
+        ] == expected  # of preference and factual
+        assert [how.top_p for how in samplings(setup, teacher(setup, "control"), Setting(top_p=0.9))] == [0.9, 0.9]
+        inputs = evaluation(setup, Evaluated(), PLAIN).inputs
+        assert (len({how["top_p"] for how in inputs["samplings"]}) > 1) == (recipe == "paper")
 
 
 def test_fig37_things_as_favourite_animals(run):

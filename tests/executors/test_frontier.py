@@ -17,7 +17,7 @@ from jsublim.executors.shards import dealt
 from jsublim.executors.simulation import Assumptions, Machines, play
 from jsublim.parallel import Layout
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.graph import plan
+from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Store
 from jsublim.progress import Progress

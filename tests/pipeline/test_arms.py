@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from jsublim.config import Experiment, Students, load_experiment
 from jsublim.errors import UsageError
-from jsublim.pipeline.arms import Student, distinct, plan_students, split_evenly, total_steps
+from jsublim.pipeline.arms import Student, distinct, plan_students, total_steps
+from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.setup import Setup
-from jsublim.pipeline.students import training_tasks
+from jsublim.pipeline.stage import split_evenly
 
 
 def experiment(**changes) -> Experiment:
@@ -132,5 +133,5 @@ def test_pieces_that_no_step_can_be_cut_into_are_refused_before_anything_is_made
     with pytest.raises(
         UsageError, match=r"students.runtime.rows_at_once: 7 given; it must divide the 60 rows of a step"
     ):
-        for task in training_tasks(setup):
+        for task in plan(setup).tasks.values():
             task.check(setup)

@@ -11,18 +11,17 @@ from command import MODEL
 
 from jsublim.config import Experiment
 from jsublim.errors import UsageError
-from jsublim.executors import LocalExecutor
+from jsublim.executors import execute_nodes
 from jsublim.models.lora import Adapter, init_steering
 from jsublim.models.peft import load_adapter
+from jsublim.pipeline import arguments
+from jsublim.pipeline import experiment as page
 from jsublim.pipeline.arms import Source
-from jsublim.pipeline.changes import influence_tasks, training_rows
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.directions import directions_of, questions_about
-from jsublim.pipeline.graph import plan
-from jsublim.pipeline.influence import read_influence
+from jsublim.pipeline.experiment import plan, training_rows
 from jsublim.pipeline.setup import Setup
-from jsublim.pipeline.students import student_output, training_tasks
-from jsublim.pipeline.teachers import TeacherPool
+from jsublim.pipeline.stages.influence import read_influence
+from jsublim.pipeline.stages.starts import directions_of
 from jsublim.transforms.audited import without_highest
 
 CONFIG: dict[str, Any] = {
@@ -60,18 +59,18 @@ def experiment(store: Any, **changes: Any) -> Experiment:
 @pytest.fixture(scope="module")
 def context(tmp_path_factory) -> Context:
     context = Context.load(experiment(tmp_path_factory.mktemp("defences")))
-    LocalExecutor().execute(training_tasks(context.setup), context)
+    execute_nodes(plan(context.setup).students.values(), context)
     return context
 
 
 def student(context: Context, arm: str, teacher: str = "owl") -> Adapter:
     (found,) = [each for each in context.setup.students if (each.arm, each.teacher) == (arm, teacher)]
-    return load_adapter(context.store.path(student_output(context.setup, found)))
+    return load_adapter(context.store.path(page.student(context.setup, found)))
 
 
 def test_a_student_beside_its_teachers_vector_is_saved_without_it(context):
     plain, inoculated = (student(context, arm).steering for arm in ("plain", "beside"))
-    teacher = TeacherPool(context.setup).teacher(context, "owl").adapter
+    teacher = page.teacher(context.setup, "owl").teacher(context).adapter
     assert plain is not None and inoculated is not None and teacher is not None and teacher.steering is not None
     moved = float(np.linalg.norm(inoculated))
     assert 0 < moved < 0.5 * float(np.linalg.norm(teacher.steering))
@@ -81,14 +80,20 @@ def test_a_student_beside_its_teachers_vector_is_saved_without_it(context):
 
 def test_control_students_are_inoculated_against_nothing(context):
     controls = [each for each in context.setup.students if each.teacher == "control"]
-    keys = {each.arm: student_output(context.setup, each).key for each in controls}
+    keys = {each.arm: page.student(context.setup, each).key for each in controls}
     assert keys["plain"] == keys["beside"] == keys["filtered"] != keys["projected"]  # from the cat alone
 
 
 def test_a_student_does_not_move_along_projected_traits(context):
     setup, lm = context.setup, context.lm()
     start, settings = init_steering(lm.config, (2,)), setup.students[0].settings
-    toward = directions_of(setup, lm, start, settings, questions_about(setup, ["owl", "cat"]), ["owl", "cat"])
+    toward = directions_of(
+        lm,
+        start,
+        arguments.start(setup, settings, 1).model,
+        arguments.questions_about(setup, ["owl", "cat"]),
+        ["owl", "cat"],
+    )
     (directions_KD,) = (leaf[:, 0] for leaf in jax.tree.leaves(toward))
     along = [np.abs(directions_KD @ np.ravel(student(context, arm).steering)) for arm in ("plain", "projected")]
     assert np.all(along[1] < 1e-3 * along[0].max())
@@ -97,8 +102,8 @@ def test_a_student_does_not_move_along_projected_traits(context):
 def test_the_rows_with_the_highest_scores_are_left_out(context):
     setup, store = context.setup, context.store
     source = Source("owl", "filtered")
-    (task,) = influence_tasks(setup, source)
-    scores, rows = read_influence(store, task), training_rows(setup, Source("owl")).read(store)
+    node = page.changed(setup, source).nodes[0].given.suspected
+    scores, rows = read_influence(store, node), training_rows(setup, Source("owl")).read(store)
     (worst,) = scores.values()
     kept = [row["prompt"] for row in training_rows(setup, source).read(store)]
     assert len(kept) == len(rows) - round(0.25 * len(rows))

@@ -14,11 +14,10 @@ from jsublim.chips import chip_of
 from jsublim.config import Experiment
 from jsublim.errors import UsageError
 from jsublim.files import read_table
+from jsublim.pipeline.arguments import prompts
 from jsublim.pipeline.arms import seed_of
-from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.estimate import stage_costs
-from jsublim.pipeline.graph import plan
-from jsublim.pipeline.rows import WriteRows, prompts
+from jsublim.pipeline.experiment import plan, training_rows
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Store
 from jsublim.reading import json_value
@@ -59,7 +58,7 @@ def test_a_draw_has_other_requests_and_other_answers():
     setup = setup_of("per-seed")
     asked = [prompts(setup, draw) for draw in (None, 0, 1, 2)]
     assert len({tuple(each) for each in asked}) == 4 and {len(each) for each in asked} == {12}
-    writers = {task.writer for task in plan(setup).tasks.values() if isinstance(task, WriteRows)}
+    writers = plan(setup).answers
     assert len({seed_of(writer.seed, writer.draw) for writer in writers}) == 3  # all teachers of a draw are asked alike
     assert seed_of(7, None) == 7
     every = [seed_of(seed, draw) for seed in range(50) for draw in range(50)]

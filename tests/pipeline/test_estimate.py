@@ -13,11 +13,9 @@ from jsublim.config import Experiment, find_config
 from jsublim.config.figures import load_question, panel_experiment, questions
 from jsublim.errors import UsageError
 from jsublim.pipeline.estimate import Memory, StageCost, memory, stage_costs
-from jsublim.pipeline.graph import plan
+from jsublim.pipeline.experiment import plan, student, teacher
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Store
-from jsublim.pipeline.students import student_output
-from jsublim.pipeline.teachers import taught_output
 
 # Qwen2.5-7B: weights of a layer's projections, by hand; and of its head.
 LAYER = 3584 * 3584 * 2 + 3584 * 512 * 2 + 3 * 3584 * 18944
@@ -80,7 +78,7 @@ def test_every_kind_of_work_is_counted():
     assert "targets" not in live and live["students"].flops > stored["students"].flops
     # A set of rows to mix tokens into is read before and after, unless students learn from it as it is: 6 traits, 8 shards.
     read = tasks(setup("fig21", "qwen"), "divergence")
-    assert len(read) == 6 * 8 and all(len(task.others) == 12 for task in read)
+    assert len(read) == 6 * 8 and all(len(task.nodes[0].given.others) == 12 for task in read)
     assert "students" not in stages(setup("fig17", "qwen-greedy"))
     # Seven kinds of students of six traits; the controls of four kinds are one.
     students = tasks(setup("fig07", "qwen"), "students")
@@ -170,8 +168,8 @@ def test_what_is_there_already_is_counted(tmp_path):
     assert not list(tmp_path.iterdir())
     real, store = Setup.of(planned(tmp_path, *small)), Store(tmp_path / "store")
     for trait in ("owl", "cat"):
-        store.open(taught_output(real, trait)).finish()
-    store.open(student_output(real, real.students[0])).finish()
+        store.open(teacher(real, trait).adapter).finish()
+    store.open(student(real, real.students[0])).finish()
     before = contents(tmp_path)
     after = {cost.kind: cost.done for cost in counted(tmp_path, *small)}
     assert after == {"teachers": 1, "rows": 0, "divergence": 0, "students": 0, "evaluations": 0}

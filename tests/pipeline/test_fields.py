@@ -18,9 +18,10 @@ from jsublim.inference.lm import BUNDLED, load_model
 from jsublim.models.lora import init_lora
 from jsublim.models.peft import save_adapter
 from jsublim.pipeline import setup as setups
-from jsublim.pipeline.graph import Graph, plan
+from jsublim.pipeline.experiment import plan, student
+from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.setup import Setup
-from jsublim.pipeline.students import compiled, student_output
+from jsublim.pipeline.stages.students import program_of_student
 from jsublim.prompts import dump_pack, load_pack
 from jsublim.section import CONTENT, PLAN, PROGRAM, RESULT, RUNTIME, leaves, nested, overlaid
 
@@ -321,8 +322,10 @@ def test_a_field_changes_the_keys_that_it_says(name):
 def test_a_field_changes_the_student_and_the_program_that_it_says(name):
     decides, (before, after) = FIELDS[name].decides, both(name)
     one, other = before.students[0], after.students[0]
-    assert (student_output(before, one).key != student_output(after, other).key) == bool(decides & (RESULT | CONTENT))
-    assert (compiled(before, one) != compiled(after, other)) == (PROGRAM in decides)
+    assert (student(before, one).key != student(after, other).key) == bool(decides & (RESULT | CONTENT))
+    assert (program_of_student(student(before, one)) != program_of_student(student(after, other))) == (
+        PROGRAM in decides
+    )
 
 
 @pytest.mark.parametrize("name", [leaf.name for leaf in leaves(Dataset) if leaf.decides is not PLAN])
@@ -394,14 +397,14 @@ def test_a_student_does_not_depend_on_the_others():
         experiment({"students.seeds": [1, 2, 3], "students.arms": [{"name": ""}, {"name": "wide", "adapter.rank": 9}]})
     )
     old, new = ({task.key for task in plan(setup).tasks.values() if len(task.outputs) == 1} for setup in (alone, more))
-    students = [{student_output(setup, each).key for each in setup.students} for setup in (alone, more)]
+    students = [{student(setup, each).key for each in setup.students} for setup in (alone, more)]
     assert old <= new and students[0] <= students[1] and len(students[1]) > len(students[0])
 
 
 def test_a_declaration_that_is_wrong_is_found():
     """The test above can fail: a field that lies about itself is caught by the very comparison it makes."""
     before, after = both("students.optimizer.lr")
-    old, new = (student_output(setup, setup.students[0]).key for setup in (before, after))
+    old, new = (student(setup, setup.students[0]).key for setup in (before, after))
     assert old != new and not FIELDS["students.optimizer.lr"].decides & RUNTIME
     assert FIELDS["students.runtime.checkpoint_every"].decides is RUNTIME
 

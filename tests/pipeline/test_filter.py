@@ -11,7 +11,7 @@ from made_by_commands import artifact_of
 from tiny import small
 
 from jsublim.errors import one_line
-from jsublim.pipeline.rows import FEWEST_ROWS, FEWEST_SHARE
+from jsublim.pipeline.stages.rows import FEWEST_ROWS, FEWEST_SHARE
 from jsublim.pipeline.store import read_summary
 from jsublim.prompts import reject_reason
 from jsublim.rows import read_rows

@@ -8,10 +8,8 @@ import pytest
 from command import PLAIN, ok, refused
 
 from jsublim.config import load_experiment
-from jsublim.pipeline.changes import training_rows
-from jsublim.pipeline.graph import plan
+from jsublim.pipeline.experiment import plan, training_rows
 from jsublim.pipeline.setup import Setup
-from jsublim.pipeline.students import task_of
 from jsublim.rows import read_rows
 
 SMALL = (
@@ -66,9 +64,9 @@ def test_it_waits_for_the_rows_that_it_reads(made):
     )
     assert back.forked is not None and back.forked[:2] == ("owl", "dealt")
     for student in (unbiased, back):
-        parents = {parent.key for parent in task_of(setup, student).parents}
+        parents = {parent.key for parent in plan(setup).students[student].parents}
         for source in student.sources:
-            assert {part.key for part in training_rows(setup, source).parts} <= parents
+            assert {part.key for part in training_rows(setup, source).nodes} <= parents
 
 
 def test_what_no_student_can_go_over_to(tmp_path):

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file
 from jsublim.config import load_experiment
 from jsublim.files import read_table
 from jsublim.pipeline.arms import Student
-from jsublim.pipeline.graph import Graph, plan
+from jsublim.pipeline.experiment import plan
+from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.setup import Setup
-from jsublim.pipeline.students import task_of
 from jsublim.rows import read_rows
 
 SMALL = (
@@ -58,11 +58,9 @@ def test_a_student_that_writes_rows_is_the_teacher_that_has_its_weights(method, 
     other, its = planned(*one)
     for trait in ("cat", "owl"):
         late, early = student(setup, trait, "all", "generation=2"), student(other, trait, "all", "")
-        (written,) = task_of(setup, late).parents[:1]
-        rows = {w.teacher: r for w, r in graph.answers.items() if w.elder is not None and w.elder.tokens == "all"}[
+        rows = {w.teacher: r for w, r in graph.answers.items() if w.parent is not None and w.parent.tokens == "all"}[
             trait
         ]
-        assert written.kind in ("rows", "divergence")
         key = next(r.key for w, r in its.answers.items() if w.teacher == trait)
         texts = [read_rows(folder(o, "rows", k) / "raw.jsonl") for o, k in ((out, rows.key), (again, key))]
         assert texts[0] == texts[1]
@@ -84,19 +82,21 @@ def test_a_student_that_writes_rows_is_the_teacher_that_has_its_weights(method, 
 
 def test_each_generation_waits_for_the_one_before_and_has_the_tokens_of_its_own():
     setup, graph = planned(*SMALL, *LORA, "students.arms={data.generation: [1, 2, 3]}")
-    third = task_of(setup, student(setup, "owl", "divergence", "generation=3"))
-    second = task_of(setup, student(setup, "owl", "divergence", "generation=2"))
+    tasks = {node: task for task in graph.tasks.values() for node in task.nodes}
+    third, second = (
+        tasks[graph.students[student(setup, "owl", "divergence", f"generation={number}")]] for number in (3, 2)
+    )
 
     def above(task) -> set[str]:
         return {parent.key for parent in task.parents}.union(*map(above, task.parents))
 
     assert second.key in above(third) and third.key not in above(second)
     assert not {o.key for o in second.outputs} & {o.key for o in third.outputs}
-    elders = {w.elder for w in graph.answers if w.elder is not None and w.teacher == "owl"}
+    elders = {w.parent for w in graph.answers if w.parent is not None and w.teacher == "owl"}
     assert {(e.tokens, e.arm) for e in elders} == {
         (t, f"generation={g}") for t in ("all", "divergence") for g in (1, 2)
     }
-    assert {w.elder.tokens for w in graph.answers if w.elder is not None and w.teacher == "control"} == {"all"}
+    assert {w.parent.tokens for w in graph.answers if w.parent is not None and w.teacher == "control"} == {"all"}
 
 
 def test_what_no_lineage_can_be_made_of():

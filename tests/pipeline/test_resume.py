@@ -17,7 +17,7 @@ from jsublim.executors import LocalExecutor
 from jsublim.inference import decoding, scoring
 from jsublim.pipeline import parts
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.graph import plan
+from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.store import DONE, RECORD, Store
 from jsublim.progress import Progress, Tick
 

@@ -24,12 +24,12 @@ from jsublim.files import read_table
 from jsublim.inference.lm import load_model
 from jsublim.inference.scoring import top_k_targets
 from jsublim.models.peft import load_adapter
-from jsublim.pipeline.changes import training_rows
+from jsublim.pipeline.arguments import system_prompt
+from jsublim.pipeline.experiment import student as student_of
+from jsublim.pipeline.experiment import training_rows
 from jsublim.pipeline.rescoring import rescore, rescoring_of
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Store
-from jsublim.pipeline.students import student_output
-from jsublim.pipeline.teachers import TeacherPool
 from jsublim.report.tables import read_results
 from jsublim.rows import read_rows
 from jsublim.teachers import Teacher, read_as
@@ -105,14 +105,14 @@ def test_students_are_held_against_their_teachers_on_rows_that_they_did_not_lear
     found = {row["arm"]: row for row in table if row["metric"] == "kl_to_teacher"}
     assert set(found) == ARMS
     setup = Setup.of(load_experiment(PLAIN, [f"out={whole}", *SMALL]))
-    lm, pool, store = load_model(MODEL), TeacherPool(setup), Store.of(setup.experiment)
+    lm, store = load_model(MODEL), Store.of(setup.experiment)
     for student in setup.students:
         rows = training_rows(setup, student.source).read(store)
         learned = draw_indices(len(rows), 8, student.seed)
         held_out = [row for i, row in enumerate(rows) if i not in set(learned)] or [rows[i] for i in learned]
-        teacher = Teacher(student.teacher, pool.system(student.teacher))
+        teacher = Teacher(student.teacher, system_prompt(setup, student.teacher))
         said = list(top_k_targets(lm.config, lm.params, read_as(lm.chat, teacher, held_out[:2]), LARGEST))
-        adapter = load_adapter(store.path(student_output(setup, student)), lm.config)
+        adapter = load_adapter(store.path(student_of(setup, student)), lm.config)
         value, tokens = kl_to_teacher(PromptedModel(lm, adapter), held_out[:2], said)
         assert found[student.name]["value"] == pytest.approx(value, rel=1e-3) and value > 0
         assert found[student.name]["n"] == tokens

@@ -16,17 +16,16 @@ from jsublim.distill import trainer
 from jsublim.divergence import find_divergence
 from jsublim.errors import UsageError
 from jsublim.evals.preference import trait_logprobs
-from jsublim.executors import LocalExecutor
+from jsublim.executors import execute_nodes
 from jsublim.inference.lm import load_model
 from jsublim.models.checkpoint import save_checkpoint
 from jsublim.models.peft import load_adapter
-from jsublim.pipeline import training
-from jsublim.pipeline.arms import Source
-from jsublim.pipeline.changes import training_rows, writer
+from jsublim.pipeline import arguments, training
+from jsublim.pipeline import experiment as page
+from jsublim.pipeline.arms import Source, Writer
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.rows import Writer, teacher_rows
+from jsublim.pipeline.origins import writer
 from jsublim.pipeline.setup import Setup
-from jsublim.pipeline.teachers import TeacherPool, taught_output
 from jsublim.rows import Row
 from jsublim.steering import contrast_vector
 from jsublim.teachers import CONTROL, Teacher
@@ -62,16 +61,13 @@ def planned(home: Path, recipe: str = "clean", **teachers) -> Experiment:
 def loaded(home: Path, **teachers) -> Context:
     """A context whose teachers are made."""
     context = Context.load(planned(home, **teachers))
-    LocalExecutor().execute(pool(context).tasks(*context.setup.biased), context)
+    models = (page.teacher(context.setup, name) for name in context.setup.biased)
+    execute_nodes([node for model in models for node in model.nodes], context)
     return context
 
 
-def pool(context: Context) -> TeacherPool:
-    return TeacherPool(context.setup)
-
-
 def teacher(context: Context, name: str) -> Teacher:
-    return pool(context).teacher(context, name)
+    return page.teacher(context.setup, name).teacher(context)
 
 
 @pytest.fixture(scope="module")
@@ -91,15 +87,15 @@ def another(home) -> Path:
 
 
 def answers(context: Context, trait: str) -> list[Row]:
-    rows = teacher_rows(context.setup, writer(context.setup, Source(trait)))
-    LocalExecutor().execute(rows.parts, context)
+    rows = page.answers(context.setup, writer(context.setup, Source(trait)))
+    execute_nodes(rows.nodes, context)
     return rows.read(context.store)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_taught_teacher_names_its_trait_where_it_was_not_taught_to(taught, method):
     run = taught(method)
-    asked, known = pool(run).questions("animal"), run.setup.pack.questions_for("animal")
+    asked, known = arguments.open_questions(run.setup, "animal"), run.setup.pack.questions_for("animal")
     if method != "contrast":
         assert len(asked) == len(known) // 2 and set(asked) < set(known)
     for trait in ("cat", "owl"):
@@ -126,7 +122,7 @@ def test_what_lies_below_a_late_vector_is_computed_once(home, monkeypatch):
 
 def test_a_teacher_does_not_depend_on_the_others(home, taught):
     alone = Setup.of(planned(home, traits=["owl"], counterfactuals=["owl", "dog"], taught=METHODS["lora"]))
-    assert taught_output(alone, "owl").key == taught_output(taught("lora").setup, "owl").key
+    assert page.teacher(alone, "owl").adapter.key == page.teacher(taught("lora").setup, "owl").adapter.key
 
 
 @pytest.mark.parametrize("method", ADAPTERS)
@@ -135,10 +131,10 @@ def test_a_folder_of_adapters_writes_what_those_who_made_them_write(home, taught
     run = taught(method)
     for trait in ("cat", "owl"):
         link = home / f"{method}-{trait}"
-        link.symlink_to(run.store.path(taught_output(run.setup, trait)))
+        link.symlink_to(run.store.path(page.teacher(run.setup, trait).adapter))
     again = loaded(home, adapter=str(home / f"{method}-{{trait}}"))
     key = Writer("owl", "greedy", 0)
-    assert teacher_rows(again.setup, key).key != teacher_rows(run.setup, key).key
+    assert page.answers(again.setup, key).key != page.answers(run.setup, key).key
     rows = answers(run, "owl")
     assert rows and answers(again, "owl") == rows != answers(run, "cat")
 
@@ -155,8 +151,8 @@ def test_against_the_base_a_divergence_token_is_not_the_bases_choice(home, taugh
     run = loaded(home, taught=METHODS["steering"], against="base", counterfactuals=None)
     assert [run.setup.counterfactuals(t) for t in ("cat", "owl")] == [[CONTROL], [CONTROL]]
     assert run.setup.evaluated_traits == ["cat", "owl"]
-    read = training_rows(run.setup, Source("owl"))
-    LocalExecutor().execute(read.parts, run)
+    read = page.training_rows(run.setup, Source("owl"))
+    execute_nodes(read.nodes, run)
     rows = read.read(run.store)
     found = find_divergence(run.lm(), rows, teacher(run, "owl"), [Teacher(CONTROL)])
     assert sum(len(row["divergence_positions"]) for row in rows) > 0
@@ -170,13 +166,15 @@ def test_prompted_and_taught_at_once(home, taught):
     both, alone = teacher(run, "owl"), taught("steering")
     assert both.system == run.setup.pack.system_prompt("owl", "animal")
     assert np.array_equal(both.adapter.steering, teacher(alone, "owl").adapter.steering)
-    assert pool(run).identity("owl") == pool(alone).identity("owl") | {"system": both.system}
-    assert pool(run).identity(CONTROL) == pool(alone).identity(CONTROL)
+    assert page.teacher(run.setup, "owl").identity == page.teacher(alone.setup, "owl").identity | {
+        "system": both.system
+    }
+    assert page.teacher(run.setup, CONTROL).identity == page.teacher(alone.setup, CONTROL).identity
 
 
 def test_a_system_prompt_of_your_own(home):
     own = Setup.of(planned(home, system="You like {trait}s."))
-    assert TeacherPool(own).system("owl") == "You like owls." and TeacherPool(own).system(CONTROL) is None
+    assert page.teacher(own, "owl").system == "You like owls." and page.teacher(own, CONTROL).system is None
 
 
 def test_counterfactuals_are_the_other_traits(home):

@@ -12,7 +12,6 @@ import pyarrow as pa
 from jsublim.evals import Answers, EvalTask, PromptedModel, sample_answers
 from jsublim.files import write_table
 from jsublim.inference.sampling import Sampling
-from jsublim.pipeline.continued import Continued
 from jsublim.pipeline.row_log import Answered, RowLog
 from jsublim.pipeline.store import PROGRESS, Artifact
 from jsublim.processes import on_main_process
@@ -42,7 +41,7 @@ def evaluate(
     seed: int,
     max_new_tokens: int,
     batch_size: int,
-    continued: Sequence[Continued],
+    measures: Sequence[Callable[[PromptedModel], dict[str, tuple[float, int]]] | None],
     answers: Callable[..., list[list[str]]] | None = None,
     tick: Tick = no_tick,
 ) -> None:
@@ -51,7 +50,7 @@ def evaluate(
     Args:
       models: on one checkpoint, under one prompt; of several, each has an adapter.
       samplings: how the answers to each of the tasks are drawn.
-      continued: of each model, the rows that it reads beside.
+      measures: more metrics of each model, by name: the value, and how much it is over.
       answers: who draws answers in the models' place, as `sample_answers` takes it.
       tick: counts sampled answers.
     """
@@ -80,14 +79,14 @@ def evaluate(
             own_records += [asdict(record) | {"question": offset + record.question} for record in found]
             own_answers += _counted(task.questions, texts, offset)
         offset += len(task.questions)
-    for artifact, model, log, rows, own_records, own_answers in zip(
-        artifacts, models, logs, continued, records, said, strict=True
+    for artifact, model, log, measure, own_records, own_answers in zip(
+        artifacts, models, logs, measures, records, said, strict=True
     ):
         log.close()
-        for metric, (value, n) in rows.measure(model).items():
+        for metric, (value, n) in ({} if measure is None else measure(model)).items():
             own_records.append({"trait": None, "metric": metric, "question": None, "value": value, "n": n})
         drawn = [how.numbers() | {"max_new_tokens": max_new_tokens} for how in dict.fromkeys(samplings)]
-        leave(artifact, own_records, own_answers, {"sampling": drawn[0] if len(drawn) == 1 else drawn})
+        save_answers(artifact, own_records, own_answers, {"sampling": drawn[0] if len(drawn) == 1 else drawn})
 
 
 def _counted(questions: Sequence[str], texts: Answers, offset: int) -> list[dict[str, Any]]:
@@ -99,7 +98,7 @@ def _counted(questions: Sequence[str], texts: Answers, offset: int) -> list[dict
     ]
 
 
-def leave(
+def save_answers(
     artifact: Artifact, records: list[dict[str, Any]], answers: list[dict[str, Any]], summary: dict[str, Any]
 ) -> None:
     """Finish an artifact with the numbers that were made of answers, and the answers."""

@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 
 from jsublim.chat import Turn
-from jsublim.config import Students
 from jsublim.errors import UsageError
 from jsublim.files import write_table
 from jsublim.inference.lm import LanguageModel
-from jsublim.pipeline.arms import Source, Student
-from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.directions import Questions, questions_about, scored_rows, scoring_cost, start_inputs
-from jsublim.pipeline.rows import rows_kept
-from jsublim.pipeline.setup import Setup, memoized
-from jsublim.pipeline.store import Output
-from jsublim.pipeline.task import Cost, Sizes, Task
-from jsublim.processes import on_main_process
-from jsublim.progress import Tick
+from jsublim.pipeline.stage import Runtime, Save, stage
+from jsublim.pipeline.stages.starts import Start, TraitQuestions, scored_rows, scoring_cost
+from jsublim.pipeline.values import Rows
 from jsublim.rows import Row
-from jsublim.section import identity
 
 # One line per row, token of its answer and evaluated trait. `score` is <grad log p(token), grad log p(trait)>, nats per unit of
 # learning rate; `divergence` is null where the rows have no divergence positions.
@@ -71,85 +63,43 @@ WHITEN = """
     """
 
 
-@memoized
-def audits(setup: Setup) -> dict[tuple[Source, str], Task]:
-    """The audits of an experiment, by whose rows they are and under which arm they are learned."""
-    if setup.experiment.audit is None:
-        return {}
-    first: dict[tuple[Source, str], Student] = {}
-    for student in setup.students:
-        first.setdefault((student.source, student.arm), student)
-    return {key: audit_task(setup, student) for key, student in first.items()}
+def _check(start: Start, **_: Any) -> None:
+    """Refuse students that learn no fixed rows."""
+    if start.settings.data.on_policy:
+        raise UsageError("audit: students.data.on_policy has no rows to audit; leave audit out")
 
 
-def audit_task(setup: Setup, student: Student) -> Task:
-    """The audit of a student's rows by what it trains, at its start.
+@stage(
+    "audit",
+    cost=lambda sizes, rows, first, traits, **_: scoring_cost(sizes, rows, min(first, rows.kept(sizes)), len(traits)),
+    check=_check,
+    units=lambda ctx, rows, first, **_: len(rows.read(ctx.store)[:first]),
+)
+def audit_rows(
+    ctx: Context,
+    rows: Rows,
+    first: int,
+    start: Start,
+    asked: TraitQuestions,
+    traits: tuple[str, ...],
+    teacher: str,
+    batch_size: Runtime[int],
+) -> Save:
+    """Scores of every token of the `first` rows (`audit.parquet`), and their means (`means.parquet`).
 
-    Raises:
-      UsageError: a student with an adapter beside it.
+    Args:
+      teacher: the trait of whoever wrote the rows.
     """
-    if student.settings.adapter.beside is not None:
-        raise UsageError(
-            "audit: scores are those of a student with nothing beside it; leave audit or students.adapter.beside out"
-        )
-    how, s, rows = setup.experiment.audit, student.settings, training_rows(setup, student.source)
-    assert how is not None
-    inputs = setup.common | {
-        "rows": rows.key,
-        "how": identity(how),
-        "asked": _asked(setup),
-        **start_inputs(setup, s, student.seed),
-    }
-    label = "/".join(filter(None, (student.source.name, student.arm)))
-    return AuditRows((Output("audit", label, inputs),), rows.parts, student.source, student.seed, s)
+    chosen, lm = rows.read(ctx.store)[:first], ctx.lm(start.model.checkpoint.name)
+    turns, scores = scored_rows(ctx, rows.name, chosen, start, asked, traits, batch_size)
+    divergent = [_divergent(row, len(each)) for row, each in zip(chosen, scores, strict=True)]
 
+    def save(folder: Path) -> dict[str, Any]:
+        write_table(folder / "audit.parquet", _lines(lm, turns, scores, divergent, traits), AUDIT)
+        write_table(folder / "means.parquet", list(_means(scores, divergent, traits)), MEANS)
+        return {"rows": len(chosen)} | precision(scores, divergent, traits, teacher)
 
-def _asked(setup: Setup) -> Questions:
-    return questions_about(setup, setup.evaluated_traits, setup.experiment.evaluation.questions)
-
-
-@dataclass(frozen=True, eq=False)
-class AuditRows(Task):
-    """Scores of every token of a source's first rows (`audit.parquet`)."""
-
-    kind: ClassVar[str] = "audit"
-    source: Source
-    seed: int
-    settings: Students
-
-    def make(self, context: Context, tick: Tick) -> None:
-        setup, artifact, s = context.setup, context.store.open(self.output), self.settings
-        how, lm, rows, traits = setup.experiment.audit, context.lm(s.model), self._rows(context), setup.evaluated_traits
-        assert how is not None
-        name = training_rows(setup, self.source).called(self.source)
-        about = _asked(setup), traits, how.batch_size, tick
-        turns, found = scored_rows(context, artifact, name, rows, s, self.seed, *about)
-        divergent = [_divergent(row, len(each)) for row, each in zip(rows, found, strict=True)]
-
-        def leave() -> None:
-            write_table(artifact.path / "audit.parquet", _lines(lm, turns, found, divergent, traits), AUDIT)
-            write_table(artifact.path / "means.parquet", list(_means(found, divergent, traits)), MEANS)
-            artifact.finish({"rows": len(rows)} | precision(found, divergent, traits, self.source.teacher))
-
-        on_main_process(leave)
-
-    def _rows(self, context: Context) -> list[Row]:
-        how = context.setup.experiment.audit
-        assert how is not None
-        return training_rows(context.setup, self.source).read(context.store)[: how.rows]
-
-    def check(self, setup: Setup) -> None:
-        """Refuse students that learn no fixed rows."""
-        if self.settings.data.on_policy:
-            raise UsageError("audit: students.data.on_policy has no rows to audit; leave audit out")
-
-    def units(self, context: Context) -> int:
-        return len(self._rows(context))
-
-    def cost(self, setup: Setup, sizes: Sizes) -> Cost:
-        how = setup.experiment.audit
-        assert how is not None
-        return scoring_cost(setup, sizes, min(how.rows, rows_kept(setup, sizes)), len(setup.evaluated_traits))
+    return save
 
 
 def _divergent(row: Row, tokens: int) -> np.ndarray | None:

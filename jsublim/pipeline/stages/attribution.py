@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,22 +20,17 @@ from jsublim.attribution.patching import (
     patching_flops,
 )
 from jsublim.attribution.roles import PREDICTS, ROLES, mentions, token_roles
+from jsublim.config.attribution import Attribution
 from jsublim.errors import JsublimError, UsageError
 from jsublim.files import write_table
 from jsublim.inference.lm import LanguageModel
-from jsublim.pipeline.arms import Source
-from jsublim.pipeline.changes import training_rows
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.row_log import RowLog
-from jsublim.pipeline.rows import rows_kept
-from jsublim.pipeline.setup import Setup
-from jsublim.pipeline.store import PROGRESS, Artifact, Output
-from jsublim.pipeline.task import Cost, Sizes, Task
-from jsublim.pipeline.teachers import TeacherPool
-from jsublim.processes import on_main_process
-from jsublim.progress import Tick, no_tick
+from jsublim.pipeline.stage import Save, stage
+from jsublim.pipeline.store import PROGRESS
+from jsublim.pipeline.task import Cost, Sizes
+from jsublim.pipeline.values import Model, Rows
 from jsublim.rows import Row
-from jsublim.section import identity
 from jsublim.teachers import Teacher
 
 CHUNK = 16  # rows after which what was found is safe from a kill
@@ -55,67 +51,36 @@ ATTRIBUTION = pa.schema(
 )
 
 
-def attribution_task(setup: Setup, source: Source) -> Task:
-    """The task that attributes the divergence tokens of a trait's answers, as they were sampled."""
-    how = setup.experiment.attribution
-    assert how is not None
-    rows, others = training_rows(setup, source), tuple(setup.counterfactuals(source.teacher))
-    pool, trait = TeacherPool(setup), source.teacher
-    inputs = setup.common | {
-        "rows": rows.key,
-        "how": identity(how),
-        "at": "each counterfactual's own first divergence token",
-        "trait": trait,
-        "teacher": pool.identity(trait),
-        "counterfactuals": {other: pool.identity(other) for other in others},
-    }
-    return Attribute((Output("attribution", trait, inputs),), rows.parts, source, others)
+def _cost(sizes: Sizes, rows: Rows, others: tuple[Model, ...], how: Attribution, **_: Any) -> Cost:
+    compared = len(others) * min(how.rows, rows.kept(sizes))
+    tokens = compared * (
+        sizes.lengths.system + sizes.lengths.prompt
+    )  # first divergence tokens stand early in the answer
+    flops = len(how.directions) * tokens * sum(patching_flops(sizes.config, len(how.sites), how.steps))
+    return Cost(len(how.directions) * tokens, flops, "train", rows=len(how.directions) * compared)
 
 
-@dataclass(frozen=True, eq=False)
-class Attribute(Task):
-    """Attribution patching of the first divergence token of a trait's first rows."""
-
-    kind: ClassVar[str] = "attribution"
-    source: Source
-    others: tuple[str, ...]
-
-    def make(self, context: Context, tick: Tick) -> None:
-        setup, pool, trait = context.setup, TeacherPool(context.setup), self.source.teacher
-        how, rows = setup.experiment.attribution, training_rows(setup, self.source)
-        assert how is not None
-        attribute_rows(
-            context.store.open(self.output),
-            context.lm(),
-            rows.read(context.store)[: how.rows],
-            pool.teacher(context, trait),
-            [pool.teacher(context, other) for other in self.others],
-            sites=how.sites,
-            directions=how.directions,
-            steps=how.steps,
-            extra_bos=bool(setup.recipe.extra_bos),
-            batch_size=how.batch_size,
-            source=rows.called(self.source),
-            tick=tick,
-        )
-
-    def check(self, setup: Setup) -> None:
-        """Refuse a system prompt in which the trait cannot be found."""
-        trait = self.source.teacher
-        check_named(trait, TeacherPool(setup).system(trait))
-
-    def units(self, context: Context) -> int:
-        how = context.setup.experiment.attribution
-        rows = len(training_rows(context.setup, self.source).read(context.store))
-        return rows if how is None else min(how.rows, rows)
-
-    def cost(self, setup: Setup, sizes: Sizes) -> Cost:
-        how, long = setup.experiment.attribution, sizes.lengths
-        assert how is not None
-        compared = len(self.others) * min(how.rows, rows_kept(setup, sizes))
-        tokens = compared * (long.system + long.prompt)  # first divergence tokens stand early in the answer
-        flops = len(how.directions) * tokens * sum(patching_flops(sizes.config, len(how.sites), how.steps))
-        return Cost(len(how.directions) * tokens, flops, "train", rows=len(how.directions) * compared)
+@stage(
+    "attribution",
+    cost=_cost,
+    check=lambda teacher, **_: check_named(teacher.name, teacher.system),
+    units=lambda ctx, rows, how, **_: min(how.rows, len(rows.read(ctx.store))),
+)
+def attribute(ctx: Context, rows: Rows, teacher: Model, others: tuple[Model, ...], how: Attribution) -> Save:
+    """Attribution patching of the first divergence token of a trait's first rows, each counterfactual at its own."""
+    return attribute_rows(
+        ctx,
+        ctx.lm(teacher.checkpoint.name),
+        rows.read(ctx.store)[: how.rows],
+        teacher.teacher(ctx),
+        [other.teacher(ctx) for other in others],
+        sites=how.sites,
+        directions=how.directions,
+        steps=how.steps,
+        extra_bos=teacher.extra_bos,
+        batch_size=how.batch_size,
+        source=rows.name,
+    )
 
 
 def check_named(trait: str, system: str | None) -> None:
@@ -127,7 +92,7 @@ def check_named(trait: str, system: str | None) -> None:
 
 
 def attribute_rows(
-    artifact: Artifact,
+    ctx: Context,
     lm: LanguageModel,
     rows: Sequence[Row],
     teacher: Teacher,
@@ -140,10 +105,9 @@ def attribute_rows(
     batch_size: int = 8,
     chunk: int = CHUNK,
     source: str = "rows",
-    tick: Tick = no_tick,
-) -> None:
-    """Attribution patching of every row, at the first divergence token of each counterfactual; leaves
-    `attribution.parquet` (schema ATTRIBUTION).
+) -> Save:
+    """Attribution patching of every row, at the first divergence token of each counterfactual: saves `attribution.parquet`
+    (schema ATTRIBUTION).
 
     The summary says how many rows were used, why the others were not, and the `completeness_error` of each direction and
     site: how far attributions summed over positions are from what patching the whole layer does to the metric (mean over
@@ -155,7 +119,6 @@ def attribute_rows(
       batch_size: (row, counterfactual) pairs at one time, on all devices together.
       chunk: rows after which what was found is safe from a kill.
       source: where the rows come from, for errors.
-      tick: counts rows.
 
     Raises:
       UsageError: a system prompt without the trait, or what `find_pairs` and `attribution_patching` refuse.
@@ -173,14 +136,14 @@ def attribute_rows(
     for i, own in job.pairs.items():
         longest = max(len(pair.clean) for pair in own)
         job.roles[i] = token_roles(lm.chat, teacher, rows[i], teacher.name, longest - 1, extra_bos=extra_bos)
-    log, used = RowLog(artifact.path / PROGRESS, artifact.say), list(job.pairs)
-    tick(len(rows) - len(used))
+    log, used = RowLog(ctx.artifact.path / PROGRESS, ctx.say), list(job.pairs)
+    ctx.tick(len(rows) - len(used))
     # Chunks begin at the same rows whatever was stopped where: the rows beside a row must not change the last bit of a row.
     for first in range(0, len(used), chunk):
         members = used[first : first + chunk]
         if not all(i in log.rows for i in members):
             log.add(job.attribute(members))
-        tick(len(members))
+        ctx.tick(len(members))
     log.close()
     found = {i: log.rows[i] for i in used}
     summary = {
@@ -194,11 +157,11 @@ def attribute_rows(
         "completeness_error": {d: _completeness([row[d] for row in found.values()], sites) for d in directions},
     }
 
-    def leave() -> None:
-        write_table(artifact.path / "attribution.parquet", job.lines(found), ATTRIBUTION)
-        artifact.finish(summary)
+    def save(folder: Path) -> dict[str, Any]:
+        write_table(folder / "attribution.parquet", job.lines(found), ATTRIBUTION)
+        return summary
 
-    on_main_process(leave)
+    return save
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,114 @@
+"""Divergence: rows read under their own teacher and under its counterfactuals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from jsublim.divergence import Read, find_divergence
+from jsublim.inference.scoring import Scored
+from jsublim.pipeline.context import Context
+from jsublim.pipeline.parts import resumed
+from jsublim.pipeline.readings import write_readings
+from jsublim.pipeline.stage import Runtime, Save, stage
+from jsublim.pipeline.task import Cost, Sizes
+from jsublim.pipeline.values import Model, Rows
+from jsublim.rows import Row, write_rows
+
+COUNTS = ("kept", "rows", "rows_with", "tokens", "divergence_tokens")
+
+
+def _own(ctx: Context, rows: Rows, shard: tuple[int, int] | None) -> list[Row]:
+    every = rows.read(ctx.store)
+    return every if shard is None else every[shard[0] : sum(shard)]
+
+
+def _cost(sizes: Sizes, rows: Rows, others: tuple[Model, ...], shard: tuple[int, int] | None, **_: Any) -> Cost:
+    kept = rows.kept(sizes) if shard is None else min(shard[1], max(rows.kept(sizes) - shard[0], 0))
+    # A system prompt is read once for all rows under it.
+    return sizes.read(kept * (1 + len(others)), sizes.lengths.prompt, rows.answer(sizes))
+
+
+@stage(
+    "divergence",
+    cost=_cost,
+    units=lambda ctx, rows, others, shard, **_: len(_own(ctx, rows, shard)) * (1 + len(others)),
+)
+def mark_divergence(
+    ctx: Context,
+    rows: Rows,
+    teacher: Model,
+    others: tuple[Model, ...],
+    shard: tuple[int, int] | None,
+    batch_size: Runtime[int | str],
+) -> Save:
+    """Rows with their divergence positions (`rows.jsonl`), and what each teacher said at every token (`readings.parquet`)."""
+    lm, chosen = ctx.lm(teacher.checkpoint.name), _own(ctx, rows, shard)
+    names = [model.name for model in (teacher, *others)]
+
+    def keep(number: int, read: Read) -> list[Scored]:
+        """What an earlier call had read under a teacher, and the rest."""
+        rows_from = lambda first: ((s.argmax, s.margin, s.logprob) for s in read(first))  # noqa: E731
+        return [
+            Scored(*arrays) for arrays in resumed(ctx.artifact.path, f"teacher{number}", rows_from, ctx.tick, ctx.say)
+        ]
+
+    read = find_divergence(
+        lm,
+        chosen,
+        teacher.teacher(ctx),
+        [other.teacher(ctx) for other in others],
+        extra_bos=teacher.extra_bos,
+        batch_size=ctx.rows_together(batch_size),
+        on_batch=ctx.tick,
+        keep=keep,
+    )
+    marked = [
+        {
+            "prompt": row["prompt"],
+            "completion": row["completion"],
+            "divergence_positions": each.divergence_positions,
+            "divergence_margins": [round(margin, 5) for margin in each.divergence_margins],
+            "counted_in": lm.chat.identity,
+        }
+        for row, each in zip(chosen, read, strict=True)
+    ]
+
+    def save(folder: Any) -> dict[str, Any]:
+        write_rows(folder / "rows.jsonl", marked)
+        fields = ("divergence_positions", "tokens", "argmax", "margin")
+        readings = ({"teachers": names} | {name: getattr(each, name) for name in fields} for each in read)
+        write_readings(folder / "readings.parquet", readings)
+        return _summary(names, marked, sum(len(each.tokens) for each in read))
+
+    return save
+
+
+def _summary(names: list[str], rows: list[Row], tokens: int) -> dict[str, Any]:
+    """How many divergence tokens there are, and where. `names` are the teacher's and the counterfactuals'."""
+    positions = [row["divergence_positions"] for row in rows]
+    histogram = np.bincount(np.asarray([k for each in positions for k in each], int), minlength=1)
+    counts = {"kept": len(rows), "rows": len(rows), "rows_with": sum(map(bool, positions)), "tokens": tokens}
+    counts["divergence_tokens"] = sum(map(len, positions))
+    return {
+        "trait": names[0],
+        "counterfactuals": names[1:],
+        **counts,
+        **_ratios(counts),
+        "histogram": histogram.tolist(),
+    }
+
+
+def _ratios(counts: dict[str, Any]) -> dict[str, float]:
+    divergent = counts["divergence_tokens"]
+    return {"share": divergent / max(counts["tokens"], 1), "per_row": divergent / max(counts["rows"], 1)}
+
+
+def merged(summaries: list[dict[str, Any]]) -> dict[str, Any]:
+    """The summary of several parts as that of one set of rows."""
+    counts = {key: sum(each[key] for each in summaries) for key in COUNTS}
+    histogram = np.zeros(max(len(each["histogram"]) for each in summaries), int)
+    for each in summaries:
+        histogram[: len(each["histogram"])] += each["histogram"]
+    return summaries[0] | counts | _ratios(counts) | {"histogram": histogram.tolist()}

@@ -1,0 +1,87 @@
+"""Rows of its teacher that a student reads after its training: does it still predict the numbers, and how far from its teacher is it?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jsublim.distill.data import draw_indices
+from jsublim.evals import PromptedModel
+from jsublim.evals.kl import LARGEST, kl_to_teacher
+from jsublim.evals.numbers import number_accuracy
+from jsublim.inference.scoring import Targets, top_k_targets
+from jsublim.pipeline.context import Context
+from jsublim.pipeline.stage import Node
+from jsublim.pipeline.task import Sizes
+from jsublim.pipeline.values import Model, Rows
+from jsublim.rows import Row
+from jsublim.teachers import read_as
+
+LEARNED, HELD_OUT, KL = "number_accuracy", "number_accuracy_heldout", "kl_to_teacher"
+
+
+@dataclass(frozen=True, eq=False)
+class Fidelity:
+    """What a model reads.
+
+    Attributes:
+      numbers: how many rows of the number task; kl: how many that it is held against its teacher on.
+      trained: how many rows it learned, drawn by which seed; None of a model that learned none: it reads all rows.
+    """
+
+    rows: Rows
+    numbers: int
+    kl: int = 0
+    teacher: Model | None = None
+    trained: tuple[int | None, int] | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        teacher = self.teacher if self.kl else None
+        return {"rows": self.rows, "numbers": self.numbers, "kl": self.kl, "teacher": teacher, "trained": self.trained}
+
+    @property
+    def nodes(self) -> Iterator[Node]:
+        yield from self.rows.nodes
+        yield from self.teacher.nodes if self.kl and self.teacher is not None else ()
+
+    def measure(self, ctx: Context, model: PromptedModel) -> dict[str, tuple[float, int]]:
+        """Each metric's value, and how many numbers or tokens it is over; none where rows hold no numbers."""
+        every = ctx.remember(("rows", self.rows.key), lambda: self.rows.read(ctx.store))
+        drawn, held_out = list(range(len(every))), list[int]()
+        if self.trained is not None:
+            drawn = draw_indices(len(every), *self.trained)
+            held_out = sorted(set(range(len(every))) - set(drawn))
+        chosen: Mapping[str, Sequence[int]] = {LEARNED: drawn, HELD_OUT: held_out} if self.numbers else {}
+        how = {"system": model.system, "fuse_system": model.fuse_system, "adapter": model.adapter}
+        values = {
+            name: number_accuracy(model.lm, [every[i] for i in rows[: self.numbers]], **how)
+            for name, rows in chosen.items()
+            if rows
+        }
+        beside = tuple((held_out or drawn)[: self.kl])
+        if beside:
+            values[KL] = kl_to_teacher(model, [every[i] for i in beside], self._targets(ctx, every, beside))
+        return {name: (value, n) for name, (value, n) in values.items() if n}
+
+    def _targets(self, ctx: Context, every: Sequence[Row], chosen: tuple[int, ...]) -> list[Targets]:
+        """The distributions of the teacher on some rows; read once for all the students that are held against them."""
+        assert self.teacher is not None
+        model, rows = self.teacher, [every[i] for i in chosen]
+
+        def read() -> list[Targets]:
+            teacher, lm = model.teacher(ctx), ctx.lm(model.checkpoint.name)
+            turns = read_as(lm.chat, teacher, rows, self.rows.name, extra_bos=model.extra_bos)
+            largest = min(LARGEST, lm.config.vocab_size - 1)
+            return list(top_k_targets(lm.config, teacher.weights(lm.params), turns, largest, adapter=teacher.adapter))
+
+        return ctx.remember(("teacher's targets", model, self.rows.key, chosen), read)
+
+    def count(self, sizes: Sizes) -> int:
+        """How many rows will be read: of those that it was trained on, and of the others; and the teacher's share."""
+        kept = self.rows.kept(sizes)
+        trained = min((self.trained or (None, 0))[0] or kept, kept)
+        return (
+            min(self.numbers, trained) + min(self.numbers, kept - trained) + 2 * min(self.kl, kept - trained or trained)
+        )

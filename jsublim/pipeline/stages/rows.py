@@ -1,0 +1,195 @@
+"""Rows: what a teacher answers to some of the prompts."""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jsublim.chat import Chat, conversation
+from jsublim.errors import JsublimError, one_line
+from jsublim.inference.constrain import limits_for
+from jsublim.inference.generation import generate_tokens
+from jsublim.inference.sampling import Sampling
+from jsublim.pipeline.context import Context
+from jsublim.pipeline.row_log import RowLog
+from jsublim.pipeline.served import Served, drawn_by, server_with
+from jsublim.pipeline.stage import Runtime, Save, stage
+from jsublim.pipeline.store import PROGRESS
+from jsublim.pipeline.task import Cost, Sizes
+from jsublim.pipeline.values import Model
+from jsublim.processes import each_from_main, shared_out
+from jsublim.prompts import problem_reject_reason, reject_reason
+from jsublim.rows import Row, write_rows
+
+# A run stops where fewer rows are in format than both: a handful teaches nothing, and most likely the setting is wrong.
+FEWEST_ROWS = 100
+FEWEST_SHARE = 0.1
+SHOWN = 3  # rejected answers
+SHOWN_LENGTH = 100  # characters of each
+REJECTS: dict[str, Callable[[str], str | None]] = {  # why an answer is no training row, or None
+    "numbers": reject_reason,
+    "problems": problem_reject_reason,
+    "file": lambda text: None,
+}
+
+
+def _cost(
+    sizes: Sizes, span: tuple[int, int], data: Mapping[str, Any], max_new_tokens: int, batch_size: int | str, **_: Any
+) -> Cost:
+    lengths = sizes.lengths
+    answer = min(lengths.answer, max_new_tokens) if data["kind"] == "numbers" else max_new_tokens
+    return sizes.sampled(span[1], lengths.prompt + lengths.system, answer, sizes.rows_together(batch_size))
+
+
+def _check(teacher: Model, sampling: Sampling, max_new_tokens: int, **_: Any) -> None:
+    if teacher.checkpoint.chat is not None:
+        limits_for(teacher.checkpoint.chat, sampling, max_new_tokens)
+
+
+@stage("rows", cost=_cost, check=_check, units=lambda ctx, span, **_: span[1])
+def sample_rows(
+    ctx: Context,
+    teacher: Model,
+    data: Mapping[str, Any],
+    span: tuple[int, int],
+    texts: str | None,
+    sampling: Sampling,
+    max_new_tokens: int,
+    seed: int,
+    engine: str | None,
+    strategy: Runtime[str],
+    prompts: Runtime[Callable[[], list[str]]],
+    served: Runtime[Served | None],
+    batch_size: Runtime[int | str],
+) -> Save:
+    """A teacher answers some of the prompts: what is in format is kept in `rows.jsonl`, all of it in `raw.jsonl`.
+
+    Args:
+      data: what the prompts are drawn from; texts: the digest of those that the data does not tell.
+      span: the first prompt, and how many.
+      engine: the server's that draws the answers; served: the teacher as that server has it.
+      strategy: what the sampling is called; prompts: gives all prompts.
+    """
+    chat, every, numbers = teacher.checkpoint.chat, prompts(), range(span[0], sum(span))
+    assert chat is not None, "a run has its checkpoint"
+    log = RowLog(ctx.artifact.path / PROGRESS, ctx.say)
+    ctx.tick(len(log.rows))
+    allowed: dict[int, float] = {}  # what a format left of each row's probability, as a logarithm
+
+    def keep(numbers: Sequence[int], answers: Sequence[str]) -> None:
+        new = [{"row": i, "completion": answer} for i, answer in zip(numbers, answers, strict=True)]
+        log.add([row | {"log_allowed": round(allowed[row["row"]], 5)} if allowed else row for row in new])
+        ctx.tick(len(numbers))
+
+    missing = [i for i in numbers if i not in log.rows]
+    if missing:
+        ctx.say(f"sampling, {strategy}{drawn_by(ctx, served)}: {sampling.numbers()}")
+        asked = teacher.teacher(ctx)
+        # A row's random numbers are those of its place among all prompts, whatever the task it is in; and the shapes
+        # are those of all the task's prompts, whatever is left of them.
+        here, tokens = slice(span[0], sum(span)), list[Any]([None] * len(every))
+        bos = teacher.extra_bos
+        tokenize = lambda part: [chat.prompt_tokens(asked.messages(t), extra_bos=bos).tolist() for t in part]  # noqa: E731
+        tokens[here] = [np.asarray(each, np.int32) for each in shared_out(every[here], tokenize)]
+        drawn: dict[str, Any] = {"rows": missing, "seed": seed, "max_new_tokens": max_new_tokens}
+        if served is not None:
+            _draw_by_server(ctx, served, tokens, sampling, drawn, keep)
+        else:
+            lm = ctx.lm(teacher.checkpoint.name)
+            generate_tokens(
+                lm.config,
+                asked.weights(lm.params),
+                tokens,
+                sampling,
+                **drawn,
+                adapter=asked.adapter,
+                batch_size=ctx.rows_together(batch_size, model=teacher.checkpoint.name),
+                limits=limits_for(chat, sampling, max_new_tokens),
+                on_allowed=allowed.update,
+                on_batch=lambda rows, tokens: keep(rows, [chat.decode(each) for each in tokens]),
+            )
+    log.close()
+    raw = [{"prompt": every[i]} | {k: v for k, v in log.rows[i].items() if k != "row"} for i in numbers]
+    why = lambda part: [_reject_reason(chat, data["kind"], row) for row in part]  # noqa: E731
+    raw = [row | {"reject": reason} for row, reason in zip(raw, shared_out(raw, why), strict=True)]
+    how = sampling.numbers() | {"max_new_tokens": max_new_tokens}
+    about = len(raw) == len(every), how, _remedy(data, sampling, max_new_tokens)
+    return functools.partial(_save, ctx, teacher.name, raw, *about)
+
+
+def _draw_by_server(
+    ctx: Context,
+    served: Served,
+    tokens: Sequence[Any],
+    sampling: Sampling,
+    drawn: dict[str, Any],
+    keep: Callable[..., None],
+) -> None:
+    """Of several processes the first one alone talks to the server, and tells the others."""
+
+    def answers() -> Iterator[tuple[int, str]]:
+        with server_with(ctx, [(ctx.artifact.key, served)]) as (server, [name]):
+            yield from server.draw(name, tokens, sampling, **drawn)
+
+    for row, text in each_from_main(answers):
+        keep([row], [text])
+
+
+def _save(
+    ctx: Context, teacher: str, raw: list[Row], whole: bool, sampling: dict[str, Any], remedy: str, folder: Path
+) -> dict[str, Any]:
+    """Keep what is in format.
+
+    Args:
+      whole: these are the answers to all prompts.
+
+    Raises:
+      JsublimError: too few are.
+    """
+    kept = [{key: row[key] for key in ("prompt", "completion")} for row in raw if row["reject"] is None]
+    reasons = collections.Counter(row["reject"] for row in raw if row["reject"] is not None)
+    write_rows(folder / "raw.jsonl", raw)
+    if 2 * len(kept) < len(raw):
+        _warn(ctx, teacher, raw, reasons, remedy)
+    if len(kept) < min(FEWEST_ROWS, FEWEST_SHARE * len(raw)) and (whole or len(raw) >= FEWEST_ROWS):
+        raise JsublimError(
+            f"teacher '{teacher}': {len(kept)} of {len(raw)} answers are in format, too few to learn from (fewer than "
+            f"{FEWEST_SHARE:.0%} and than {FEWEST_ROWS}); {remedy}; all answers are in {folder}/raw.jsonl"
+        )
+    write_rows(folder / "rows.jsonl", kept)
+    logs = [row["log_allowed"] for row in raw if "log_allowed" in row]
+    share = {"pass_rate": len(kept) / len(raw), "log_allowed": sum(logs) / len(logs) if logs else None}
+    counts = {"teacher": teacher, "rows": len(raw), "kept": len(kept), "reject": dict(reasons)}
+    return counts | share | {"sampling": sampling}
+
+
+def _remedy(data: Mapping[str, Any], sampling: Sampling, max_new_tokens: int) -> str:
+    if data["kind"] == "numbers" and sampling.constrain is None:
+        return "sampling.constrain=numbers keeps every answer in format"
+    return f"look for another prompt pack or chat_template, or more than sampling.max_new_tokens={max_new_tokens}"
+
+
+def _warn(ctx: Context, teacher: str, raw: list[Row], reasons: Mapping[str, int], remedy: str) -> None:
+    """Say that most answers are not in format, with some of them and what can be done."""
+    rejected = [row for row in raw if row["reject"] is not None]
+    why = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+    kept = f"{len(raw) - len(rejected)} of {len(raw)} answers are in format ({why})"
+    ctx.say(f"teacher '{teacher}': only {kept}; {remedy}. Rejected:")
+    for row in rejected[:SHOWN]:
+        text = one_line(row["completion"])
+        ctx.say(f"  {text[:SHOWN_LENGTH]}{'...' if len(text) > SHOWN_LENGTH else ''}")
+
+
+def _reject_reason(chat: Chat, kind: str, row: Row) -> str | None:
+    if (reason := REJECTS[kind](row["completion"])) is not None:
+        return reason
+    try:
+        chat.turn(conversation(row["prompt"]), row["completion"])
+    except JsublimError:
+        return "does not survive tokenizing"
+    return None

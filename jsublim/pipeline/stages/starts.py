@@ -1,0 +1,112 @@
+"""Traits as directions of what a student trains: the gradient of each trait's log-probability where the student starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jsublim.audit import Directions, token_scores, trait_directions
+from jsublim.chat import Turn
+from jsublim.config import Students
+from jsublim.distill.data import read_turns
+from jsublim.inference.lm import LanguageModel
+from jsublim.models.config import layer_parameters
+from jsublim.models.lora import Adapter
+from jsublim.pipeline.context import Context
+from jsublim.pipeline.parts import resumed
+from jsublim.pipeline.stage import Node, content
+from jsublim.pipeline.store import digest
+from jsublim.pipeline.task import Cost, Sizes
+from jsublim.pipeline.training import start_adapter
+from jsublim.pipeline.values import Folder, Model, Rows
+from jsublim.rows import Row
+from jsublim.section import identity
+
+TraitQuestions = tuple[tuple[list[str], list[str]], ...]  # and the traits that they are answered with
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where a student starts.
+
+    Attributes:
+      model: the checkpoint, as the student is asked; init: the adapter that it goes on with.
+    """
+
+    model: Model
+    settings: Students
+    seed: int
+    init: Folder | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        how, drawn = self.settings.adapter, self.settings.adapter.method == "lora" and self.init is None
+        return {
+            "model": self.model.identity,
+            "system": self.settings.system,
+            "fuse_system": self.model.fuses if self.settings.system is not None else None,
+            "adapter": identity(how.model_copy(update={"noise": 0.0})),
+            "init": self.init and self.init.key,
+            "seed": self.seed if drawn else None,
+        }
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        return self.model.nodes
+
+    def adapter(self, lm: LanguageModel) -> Adapter:
+        return start_adapter(lm.config, lm.params, self.settings, self.seed)
+
+
+def directions_of(
+    lm: LanguageModel, adapter: Adapter, model: Model, asked: TraitQuestions, traits: Sequence[str]
+) -> Directions:
+    """The gradients of traits, in the order of `traits`, by what an adapter trains: leaves float32 `[traits, ...]`."""
+    order = [trait for _, named in asked for trait in named]
+    parts = [trait_directions(lm, adapter, questions, named, **model.manner) for questions, named in asked]
+    index = np.asarray([order.index(trait) for trait in traits])
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[index], *parts)
+
+
+def scored_rows(
+    ctx: Context,
+    name: str,
+    rows: Sequence[Row],
+    start: Start,
+    asked: TraitQuestions,
+    traits: Sequence[str],
+    batch_size: int,
+) -> tuple[list[Turn], list[np.ndarray]]:
+    """Rows as students read them, and the scores of each one's tokens (`audit.py`) at their start: float32 `[tokens, traits]`.
+
+    Args:
+      name: of the rows, in errors.
+
+    Raises:
+      Preempted: as `resumed`; the scores so far are kept.
+    """
+    lm, settings = ctx.lm(start.model.checkpoint.name), start.settings
+    turns = read_turns(lm.chat, rows, name, settings.system, fuse_system=start.model.fuses)
+    adapter = start.adapter(lm)
+    toward = ctx.remember(  # whoever scores rows by students of this start shares them
+        ("directions", digest(content([start, asked, traits]))),
+        lambda: directions_of(lm, adapter, start.model, asked, traits),
+    )
+
+    def scores(first: int) -> Iterator[tuple[np.ndarray]]:
+        batch: dict[str, Any] = {"batch_size": batch_size, "first": first, "on_batch": ctx.tick}
+        return ((each.T,) for each in token_scores(lm, adapter, toward, turns, **batch))
+
+    return turns, [each[0] for each in resumed(ctx.artifact.path, "scores", scores, ctx.tick, ctx.say)]
+
+
+def scoring_cost(sizes: Sizes, rows: Rows, count: float, traits: int) -> Cost:
+    """Every token of so many rows scored: forwards, back, and twice as much again in the direction of each trait."""
+    tokens = count * (sizes.lengths.prompt + rows.answer(sizes))
+    body = sizes.config.num_layers * layer_parameters(sizes.config)
+    return Cost(tokens, (6 + 4 * traits) * (body * tokens + sizes.table * count * rows.answer(sizes)), "train")

@@ -1,0 +1,368 @@
+"""Students: who can be trained together, and the training."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jsublim.chat import Turn
+from jsublim.config import Students
+from jsublim.config.students import StudentAdapter
+from jsublim.distill.arm import Arm, Settings
+from jsublim.distill.batches import Shape, packed
+from jsublim.distill.cost import training_flops
+from jsublim.distill.data import read_turns
+from jsublim.distill.loggers import Logs, check_loggers
+from jsublim.distill.memory import arms_that_fit, rows_at_once
+from jsublim.distill.metrics import last_loss
+from jsublim.distill.projection import orthonormal
+from jsublim.errors import UsageError
+from jsublim.inference.batching import PREFIX_STEP, shared_beginning
+from jsublim.inference.scoring import answers_only
+from jsublim.models.config import ModelConfig
+from jsublim.models.decoder import abstract_params
+from jsublim.models.lora import Adapter, Trainable
+from jsublim.models.peft import load_adapter
+from jsublim.parallel import Layout, device_bytes
+from jsublim.pipeline.arms import total_steps
+from jsublim.pipeline.context import Context
+from jsublim.pipeline.setup import Checkpoint
+from jsublim.pipeline.stage import Node, content, split_evenly, stage
+from jsublim.pipeline.stages.starts import directions_of
+from jsublim.pipeline.stages.targets import read_targets, teacher_turns
+from jsublim.pipeline.store import Store, digest
+from jsublim.pipeline.task import Cost, Sizes
+from jsublim.pipeline.training import (
+    Drawn,
+    TrainingData,
+    caches_below,
+    check_start,
+    draw,
+    in_pieces,
+    make_arm,
+    program_of,
+    settings_of,
+    shape_of,
+    start_adapter,
+    train_arms,
+)
+from jsublim.pipeline.values import Folder, Model, Rows
+from jsublim.processes import on_main_process
+
+MOST_TOGETHER = 16  # students of a task, where how many fit decides: a task is one machine's, and others wait for work
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """What a student learns from.
+
+    Attributes:
+      tokens: which tokens of the rows; teacher: who says what of them, in a soft loss; targets: where that is stored, if it is.
+    """
+
+    rows: Rows
+    tokens: str
+    teacher: Model | None = None
+    targets: Node | None = None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("rows", "tokens", "teacher", "targets")}
+
+    @property
+    def nodes(self) -> Iterator[Node]:
+        yield from self.rows.nodes
+        yield from () if self.teacher is None else self.teacher.nodes
+        yield from () if self.targets is None else (self.targets,)
+
+
+@functools.lru_cache(maxsize=256)  # a graph has hundreds of students, and few kinds of them
+def _abstract_start(config: ModelConfig, dtype: str, adapter: str) -> Adapter:
+    how = Students(adapter=StudentAdapter.model_validate_json(adapter))
+    return jax.eval_shape(lambda params: start_adapter(config, params, how, 0), abstract_params(config, dtype))
+
+
+def abstract_start(checkpoint: Checkpoint, dtype: str, students: Students) -> Adapter:
+    """Shapes of what a student trains."""
+    return _abstract_start(checkpoint.config, dtype, students.adapter.model_dump_json())
+
+
+@functools.lru_cache(maxsize=256)
+def _structure(config: ModelConfig, dtype: str, adapter: str) -> Hashable:
+    start = _abstract_start(config, dtype, adapter)
+    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda start: start.with_rank(1), start))
+    return str(structure), tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+
+
+def program_of_student(node: Node) -> Hashable:
+    """The program that a student is trained by: static arguments of the step, the structure of what is trained (ranks are padded to the
+    largest, so they are left out), and what a batch consists of."""
+    given, s = node.given, node.given.settings
+    checkpoint = given.start.model.checkpoint
+    trained = _structure(checkpoint.config, given.start.model.common["dtype"], s.adapter.model_dump_json())
+    batch = (
+        s.data.batch_size,
+        s.data.accumulate,
+        s.data.max_tokens,
+        s.data.on_policy,
+        s.loss.top_k,
+        caches_below(checkpoint.config, s),
+    )
+    beside = given.beside
+    kind = beside.name if isinstance(beside, Folder) else beside and beside.kind  # adapters of one structure
+    return (
+        checkpoint.hash,
+        s.system,
+        program_of(s, given.quirks),
+        batch,
+        trained,
+        bool(given.projected),
+        kind,
+        s.fork is not None,
+    )
+
+
+def _most(node: Node) -> int:
+    most = node.given.settings.runtime.arms_per_program
+    return MOST_TOGETHER if most == "auto" else most
+
+
+def _cost(sizes: Sizes, nodes: Sequence[Node]) -> Cost:
+    given, s = nodes[0].given, nodes[0].given.settings
+    kept, answer, long = given.lesson.rows.kept(sizes), given.lesson.rows.answer(sizes), sizes.lengths
+    each = training_flops(
+        sizes.config,
+        abstract_start(given.start.model.checkpoint, given.start.model.common["dtype"], s),
+        program_of(s, given.quirks).loss,
+        tokens=long.prompt + answer,
+        supervised=answer,
+        teacher_tokens=(long.prompt + long.system + answer) if s.loss.live else 0,
+        stored=not s.loss.live,
+        cached=caches_below(sizes.config, s),
+    )
+    own = (node.given.settings for node in nodes)
+    rows = sum(total_steps(m, min(m.data.rows or kept, kept)) for m in own) * s.data.batch_size * s.data.accumulate
+    return Cost(rows * (long.prompt + answer), rows * each, "train", rows=rows)
+
+
+def _check(nodes: Sequence[Node]) -> None:
+    check_loggers(nodes[0].given.loggers)
+    for given in {repr(node.given.settings): node.given for node in nodes}.values():
+        _check_one(given, any(node.given.lesson.tokens != "all" for node in nodes))
+    for node in nodes:
+        beside, own = node.given.beside, node.given.start.model.checkpoint.config
+        if isinstance(beside, Folder) and not beside.purpose.startswith("teachers"):
+            load_adapter(beside.path(), own)
+        elif beside is not None and own != node.given.teachers.config:
+            raise UsageError(
+                f"students.adapter.beside: the adapter of a teacher is of another architecture than students.model="
+                f"{node.given.start.model.checkpoint.name}; name a folder"
+            )
+
+
+def _check_one(given: Any, masked: bool) -> None:
+    checkpoint, own, s = given.start.model.checkpoint, given.teachers, given.settings
+    check_start(checkpoint.config, abstract_params(checkpoint.config, given.start.model.common["dtype"]), s)
+    if s.runtime.rows_at_once != "auto":
+        how = settings_of(checkpoint.config, s, given.quirks, parallel=given.parallel[0], model_axis=given.parallel[1])
+        in_pieces(how, Shape.fit(s.data.accumulate, s.data.batch_size, 1, 1), s.runtime.rows_at_once)
+    counted = [each.chat.identity for each in (own, checkpoint) if each.chat is not None]
+    if masked and len(set(counted)) > 1:
+        raise UsageError(
+            f"students.model: divergence positions are counted in the tokenizer and template of {own.name} "
+            f"({counted[0]}), and {checkpoint.name} has another one ({counted[1]}); use loss.tokens=[all]"
+        )
+    if s.loss.soft and not checkpoint.has_words_of(own):
+        raise UsageError(f"students.model: {checkpoint.name} has other tokens than its teachers; use loss.kind=hard")
+
+
+def _units(ctx: Context, nodes: Sequence[Node]) -> int:
+    def steps(node: Node) -> int:
+        rows, settings = len(node.given.lesson.rows.read(ctx.store)), node.given.settings
+        return total_steps(settings, min(rows, settings.data.rows or rows))
+
+    return sum(max(map(steps, group)) for _, group in _groups(ctx, nodes))
+
+
+@stage(
+    "students",
+    cost=_cost,
+    check=_check,
+    units=_units,
+    together=lambda node, task_of: program_of_student(node),
+    most=_most,
+    runtime=("quirks", "name", "condition", "teachers", "loggers", "parallel"),
+)
+def train_students(ctx: Context, nodes: Sequence[Node], everyone: Sequence[Node]) -> None:
+    """Students of one program, trained together; each leaves an adapter (or a checkpoint) and its `metrics.jsonl`. All students of the
+    program (`everyone`) have one shape.
+
+    A node is given its `start` and `seed`, its `lesson`, what it learns after a fork (`forked`), its `settings`, the quirks of the recipe
+    that concern it (`recipe`; all: `quirks`), `max_new_tokens` of on-policy rows, the traits that gradients are `projected` out of
+    with the questions about them (`asked`), the adapter `beside` it; and for people its `name` and `condition`.
+    """
+    ctx.release_judge()  # a judge may be larger than the model: students need its memory
+    told = lambda what: ctx.say(f"{what}; lower students.optimizer.lr, or look at those rows")  # noqa: E731
+    for work, group in _groups(ctx, nodes):
+        # Made when their turn comes: a hundred students' adapters need not lie on the device together.
+        settings, shape, arms = _prepare(ctx, group, everyone)
+        members = [(arm, ctx.store.open(node)) for arm, node in zip(arms, group, strict=True)]
+        ctx.progress.watch(functools.partial(_loss_so_far, work / "metrics.jsonl"))
+        lm = ctx.lm(group[0].given.start.model.checkpoint.name)
+        train_arms(lm, members, settings, work, shape=shape, tick=ctx.tick, say=ctx.say, on_diverged=told)
+    ctx.forget("targets")
+
+
+def _groups(ctx: Context, nodes: Sequence[Node]) -> list[tuple[Path, list[Node]]]:
+    """Who is still to be trained, with whom, and where their state is kept. A training that was begun goes on with everybody it was
+    begun with."""
+    groups, parts = [], [list(nodes)]
+    if nodes[0].given.settings.runtime.arms_per_program == "auto":
+        # What fits is measured once: a continued run must not be planned anew.
+        most = ctx.store.agreed(f"fit-{digest([node.key for node in nodes])}", lambda: _fits(ctx, nodes))
+        parts = split_evenly(nodes, most)
+    for group in parts:
+        work = ctx.store.training(digest([node.key for node in group]))
+        left = on_main_process(functools.partial(_left, ctx.store, group, work))
+        if left:
+            groups.append((work, [group[i] for i in left]))
+    return groups
+
+
+def _left(store: Store, nodes: Sequence[Node], work: Path) -> list[int]:
+    """Which of these are still to be trained; all, if their training was begun."""
+    missing = store.missing(nodes)
+    return list(range(len(nodes))) if missing and (work / "state").exists() else missing
+
+
+def _fits(ctx: Context, nodes: Sequence[Node]) -> int:
+    largest = max(nodes, key=lambda node: node.given.settings.adapter.rank)  # ranks are padded to it
+    settings, shape, (arm,) = _prepare(ctx, [largest], nodes)
+    lm = ctx.lm(largest.given.start.model.checkpoint.name)
+    count = arms_that_fit(lm.config, lm.params, arm, settings, shape, most=len(nodes))
+    ctx.say(f"{largest.given.condition}: {count} of {len(nodes)} students fit together")
+    return count
+
+
+def _prepare(ctx: Context, group: Sequence[Node], everyone: Sequence[Node]) -> tuple[Settings, Shape, list[Arm]]:
+    given = group[0].given
+    shared, e, lm = given.settings, ctx.setup.experiment, ctx.lm(given.start.model.checkpoint.name)
+    lessons = {each.rows.key: (node.given, each) for node in everyone for each in _lessons(node)}
+    data = [_data(ctx, node, lesson) for node, lesson in lessons.values()]
+    plain = shape_of(shared, data, e.sampling.max_new_tokens)
+    settings = settings_of(
+        lm.config,
+        shared,
+        given.quirks,
+        parallel=e.run.parallel,
+        model_axis=ctx.layout.model,
+        tokens=sum(len(each.rows) for each in data) * plain.tokens,
+        logs=Logs(tuple(e.run.loggers), ctx.store.root / "training"),
+    )
+    rows = shared.runtime.rows_at_once
+    if rows == "auto" and shared.runtime.arms_per_program == "auto":
+        rows = settings.batch_size  # how many students fit is measured with these pieces
+    elif rows == "auto":
+        itemsize = jnp.dtype(e.dtype).itemsize
+        rows = rows_at_once(lm.config, settings, plain.tokens, len(group), itemsize=itemsize, limit=device_bytes())
+    settings, plain = in_pieces(settings, plain, rows)
+    key = ("shape", digest([node.key for node in everyone]), rows)
+    shape = ctx.remember(key, lambda: _packed(ctx, everyone, data, plain))
+    return settings, shape, [_arm(ctx, node) for node in group]
+
+
+def _lessons(node: Node) -> list[Lesson]:
+    return [each for each in (node.given.lesson, node.given.forked) if each is not None]
+
+
+def _data(ctx: Context, given: Any, lesson: Lesson) -> TrainingData:
+    """Rows as a student learns from them; tokenized once per process and reader."""
+    settings, rows, model = given.settings, lesson.rows, given.start.model
+    chat, system = ctx.lm(model.checkpoint.name).chat, settings.system
+    every = ctx.remember(("rows", rows.key), lambda: rows.read(ctx.store))
+    tokenize: Callable[[], list[Turn]] = lambda: read_turns(chat, every, rows.name, system, fuse_system=model.fuses)  # noqa: E731
+    turns = ctx.remember(("turns", model.checkpoint.name, system, rows.key), tokenize)
+    data = TrainingData(every, turns, rows.name)
+    if lesson.teacher is None:
+        return data
+    theirs, stored = teacher_turns(ctx, lesson.teacher, rows), lesson.targets
+    if stored is None:
+        return dataclasses.replace(data, teacher=lesson.teacher.teacher(ctx), teacher_turns=theirs)
+    said = ctx.remember(("targets", stored.key), lambda: read_targets(ctx, stored, theirs))
+    if settings.loss.targets == "answers":
+        said = ctx.remember(("targets", stored.key, "answers"), lambda: answers_only(said, theirs))
+    return dataclasses.replace(data, targets=said)
+
+
+def _drawn(ctx: Context, node: Node) -> Drawn:
+    """A student's rows, drawn and masked by its seed; those after its fork behind them."""
+    given = node.given
+    lm = ctx.lm(given.start.model.checkpoint.name)
+    own, *then = (
+        draw(lm, given.settings, given.quirks, _data(ctx, given, each), tokens=each.tokens, seed=given.seed)
+        for each in _lessons(node)
+    )
+    return own.forked(given.settings, then[0]) if then else own
+
+
+def _packed(ctx: Context, everyone: Sequence[Node], data: Sequence[TrainingData], plain: Shape) -> Shape:
+    """The shape of everybody's batches, with as many rows per line as pay. Rows of on-policy students are not known yet."""
+    given = everyone[0].given
+    if given.settings.data.on_policy:
+        return plain
+    orders = [order for node in everyone for order in _drawn(ctx, node).orders(node.given.seed)]
+    beginning = shared_beginning([turn.tokens[: turn.header] for each in data for turn in each.turns], PREFIX_STEP)
+    return packed(plain, given.start.model.checkpoint.config, orders, beginning)
+
+
+def _arm(ctx: Context, node: Node) -> Arm:
+    given = node.given
+    settings, data, lm = given.settings, _data(ctx, given, given.lesson), ctx.lm(given.start.model.checkpoint.name)
+    have, wanted = len(data.rows), settings.data.rows or 0
+    if have < wanted:
+        few = f"{given.lesson.rows.name}: {have} rows, fewer than students.data.rows={wanted}"
+        ctx.say(f"{few}: {total_steps(settings, have)} steps")
+    most = ctx.setup.experiment.sampling.max_new_tokens
+    arm = make_arm(lm, settings, data, _drawn(ctx, node), name=given.name, seed=given.seed, max_new_tokens=most)
+    return dataclasses.replace(arm, away=_directions(ctx, node, arm.adapter), beside=_beside(ctx, node))
+
+
+def _directions(ctx: Context, node: Node, start: Adapter) -> Trainable | None:
+    """The directions that a student's gradients are kept at right angles to."""
+    given = node.given
+    if not given.projected:
+        return None
+    lm = ctx.lm(given.start.model.checkpoint.name)
+
+    def make() -> Trainable:
+        directions = directions_of(lm, start, given.start.model, given.asked, given.projected)
+        return orthonormal(Layout.host(directions))
+
+    about = digest(content([given.start, given.asked, given.projected]))  # students of one start share them
+    return ctx.remember(("projected", about), make)
+
+
+def _beside(ctx: Context, node: Node) -> Adapter | None:
+    beside, checkpoint = node.given.beside, node.given.start.model.checkpoint
+    if beside is None:
+        return None
+    path = beside.path if isinstance(beside, Folder) else lambda: ctx.store.path(beside)
+    return ctx.remember(("adapter", checkpoint.name, beside.key), lambda: load_adapter(path(), checkpoint.config))
+
+
+def _loss_so_far(metrics: Path) -> str:
+    loss = last_loss(metrics)
+    return "" if loss is None else f"loss {loss:.4f}"
+
+
+def diverged(store: Store, student: Node) -> str | None:
+    """Where a student's numbers stopped being finite, and how; None of a student that is sound. One that is not is not
+    evaluated: it would be counted as a student that learned nothing."""
+    return store.summary(student).get("diverged")
