@@ -24,7 +24,7 @@ import tenacity
 from pydantic import ConfigDict, Field, model_validator
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.section import HOW, Section
+from jsublim.section import RUNTIME, Section
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 60.0  # between attempts
 LONGEST_HOLD_S = 600.0  # a server that asks for a longer wait than this ends the run
@@ -42,21 +42,21 @@ class Connection(Section):
 
     model_config = ConfigDict(hide_input_in_errors=True)
 
-    base_url: Annotated[str, HOW]
+    base_url: Annotated[str, RUNTIME]
     """Where the server is, such as http://localhost:8000/v1."""
-    key_variable: Annotated[str | None, HOW] = None
+    key_variable: Annotated[str | None, RUNTIME] = None
     """The environment variable that holds the server's key, never the key; null: none is sent."""
-    timeout_s: Annotated[float, Field(gt=0, le=86_400), HOW] = 60.0
+    timeout_s: Annotated[float, Field(gt=0, le=86_400), RUNTIME] = 60.0
     """Seconds without a byte from the server after which an attempt has failed."""
-    reply_s: Annotated[float | None, Field(gt=0, le=864_000), HOW] = None
+    reply_s: Annotated[float | None, Field(gt=0, le=864_000), RUNTIME] = None
     """Seconds after which an attempt has failed, however many bytes have come; null: ten times timeout_s."""
-    reply_bytes: Annotated[int, Field(ge=1, lt=2**31), HOW] = 16_000_000
+    reply_bytes: Annotated[int, Field(ge=1, lt=2**31), RUNTIME] = 16_000_000
     """The most bytes of a reply, as they are once decompressed; a longer one is refused."""
-    retries: Annotated[int, Field(ge=0), HOW] = 6
+    retries: Annotated[int, Field(ge=0), RUNTIME] = 6
     """Attempts after the first one, with growing delays."""
-    concurrency: Annotated[int, Field(ge=1), HOW] = 8
+    concurrency: Annotated[int, Field(ge=1), RUNTIME] = 8
     """Requests at one time."""
-    requests_per_minute: Annotated[float | None, Field(gt=0), HOW] = None
+    requests_per_minute: Annotated[float | None, Field(gt=0), RUNTIME] = None
     """The most requests in a minute; null: as fast as they are answered."""
 
     @model_validator(mode="before")

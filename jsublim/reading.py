@@ -8,6 +8,7 @@ value.
 
 from __future__ import annotations
 
+import difflib
 import errno
 import json
 import math
@@ -31,6 +32,17 @@ def shown(value: Any) -> str:
     """A value as errors show it: short, whatever it is."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def near(given: Any, known: Iterable[str]) -> str:
+    """ "did you mean", if something known is like what was given."""
+    close = difflib.get_close_matches(given, list(known), n=1) if isinstance(given, str) else []
+    return f"did you mean '{close[0]}'?" if close else ""
+
+
+def near_or_all(given: Any, known: Iterable[str], what: str = "known") -> str:
+    """How an error of an unknown name ends: with the one that it is like, or with all there are."""
+    return near(given, known) or f"{what}: {', '.join(known)}"
 
 
 def check_file(path: Path) -> None:

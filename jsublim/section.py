@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Self, get_args
 
 import pydantic
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, GetPydanticSchema
+from pydantic_core import core_schema
 
 from jsublim.reading import repeated, shown
 
@@ -26,13 +27,10 @@ class Decides(enum.Flag):
     CONTENT = enum.auto()  # what is computed, by the file or artifact of that name: its content is part of the key
     PROGRAM = enum.auto()  # what is compiled
     PLAN = enum.auto()  # which tasks there are, not what any of them makes
-    HOW = enum.auto()  # only how it is made: speed, memory, places
+    RUNTIME = enum.auto()  # only how it is made: speed, memory, places
 
 
-RESULT, CONTENT, PROGRAM, PLAN, HOW = Decides.RESULT, Decides.CONTENT, Decides.PROGRAM, Decides.PLAN, Decides.HOW
-# Beside these: the field came later than keys that are in use. It is part of a key only where it is not at its default (of a
-# quirk: where it is on).
-LATER = "later"
+RESULT, CONTENT, PROGRAM, PLAN, RUNTIME = Decides
 NEEDS_TRAIT = "needs a trait"  # beside these: the field means nothing to students of the teacher without a trait
 
 
@@ -49,6 +47,11 @@ class Of:
         if kind not in self.kinds or self.field is None:
             return kind in self.kinds
         return operator.attrgetter(self.field)(settings) in self.values
+
+
+def one_of(names: Iterable[str]) -> GetPydanticSchema:
+    """Beside `str` in an annotation: one of these names, such as those of a registry."""
+    return GetPydanticSchema(lambda *_: core_schema.literal_schema(list(names)))
 
 
 def distinct(values: list | tuple) -> list | tuple:
@@ -107,9 +110,9 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
-    @field_validator("*", mode="before")
+    @pydantic.field_validator("*", mode="before")
     @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _true_is_no_number(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         """`rows: yes` is a slip; pydantic would read 1."""
         expected = _types_in(cls.model_fields[str(info.field_name)].annotation)
         if (
@@ -119,6 +122,17 @@ class Section(BaseModel):
         ):
             raise ValueError("true and false are no numbers")
         return value
+
+    def contradictions(self) -> Iterator[tuple[Any, str]]:
+        """What values may not say together: whether they do, and the error's text, which names keys and fix. The first counts."""
+        yield from ()
+
+    @pydantic.model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        reason = next((text for holds, text in self.contradictions() if holds), None)
+        if reason is not None:
+            raise ValueError(reason)
+        return self
 
 
 def _types_in(annotation: Any) -> set[Any]:
@@ -158,35 +172,33 @@ def section_in(annotation: Any) -> type[Section] | None:
     """The section that an annotation such as `Taught | None` holds."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation  # type: ignore[return-value]
-    found = (section_in(each) for each in get_args(annotation))
-    return next((each for each in found if each is not None), None)
+    return next(filter(None, map(section_in, get_args(annotation))), None)
 
 
 def leaves(section: type[BaseModel], above: Path = ()) -> Iterator[Leaf]:
     """Every field of a section and of the sections in it; a mapping or a list of sections is one field."""
     for name, field in section.model_fields.items():
-        inner = section_in(field.annotation)
-        said = [mark for mark in field.metadata if isinstance(mark, Decides)]
-        if inner is not None and not said:
+        inner, decides = section_in(field.annotation), _decides(field)
+        if inner is not None and decides is None:
             yield from leaves(inner, (*above, name))
         else:
-            yield Leaf((*above, name), field, said[0] if said else None, tuple(field.metadata))
+            yield Leaf((*above, name), field, decides, tuple(field.metadata))
+
+
+def _decides(field: Any) -> Decides | None:
+    return next((mark for mark in field.metadata if isinstance(mark, Decides)), None)
 
 
 def identity(section: BaseModel) -> dict[str, Any]:
     """The fields that decide a result, as JSON, section in section: what goes into an artifact's key."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for name, field in type(section).model_fields.items():
-        value, said = getattr(section, name), [mark for mark in field.metadata if isinstance(mark, Decides)]
-        if not said and isinstance(value, BaseModel):
-            found[name] = identity(value)
-        elif LATER in field.metadata and value == field.get_default(call_default_factory=True):
-            continue
-        elif not said and section_in(field.annotation) is not None:
-            found[name] = value  # a section that is not given
-        elif said and RESULT in said[0]:
-            found[name] = section.model_dump(mode="json", include={name})[name]
-    return {name: value for name, value in found.items() if value != {}}
+        value, decides = getattr(section, name), _decides(field)
+        if decides is not None and RESULT in decides:
+            values[name] = section.model_dump(mode="json", include={name})[name]
+        elif decides is None and section_in(field.annotation) is not None:  # None is a section that is not given
+            values[name] = identity(value) if isinstance(value, BaseModel) else value
+    return {name: value for name, value in values.items() if value != {}}
 
 
 def facts(section: BaseModel) -> dict[str, Any]:
@@ -225,14 +237,13 @@ def overlaid(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, An
 
 def nested(values: Mapping[str, Any]) -> dict[str, Any]:
     """Values under dotted names as sections: `{"a.b": 1}` is `{"a": {"b": 1}}`."""
-    found: dict[str, Any] = {}
+    sections: dict[str, Any] = {}
     for key, value in values.items():
-        *parents, last = key.split(".")
-        inner: dict[str, Any] = {last: nested(value) if isinstance(value, Mapping) else value}
-        for parent in reversed(parents):
-            inner = {parent: inner}
-        found = overlaid(found, inner)
-    return found
+        inner = nested(value) if isinstance(value, Mapping) else value
+        for part in reversed(key.split(".")):
+            inner = {part: inner}
+        sections = overlaid(sections, inner)
+    return sections
 
 
 class Registry:

@@ -160,7 +160,7 @@ A field **decides** one or more of these:
 | content | the same, by the content of the file or artifact that it names |
 | program | what is compiled |
 | plan | which tasks there are, not what any of them makes |
-| how | only how it is made: speed, memory, places. No key knows it |
+| runtime | only how it is made: speed, memory, places. No key knows it |
 """
 
 

@@ -8,10 +8,34 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jsublim.config.grid import figure_table
+from jsublim.config.figures import panel_experiment, questions
+from jsublim.config.grid import grid
 from jsublim.report.claims import claims_table
 
 BEGIN, END = "<!-- begin: scripts/paper_map.py -->\n", "<!-- end -->\n"
+
+
+def figure_table() -> str:
+    """Every panel of every figure at scale `paper`, as the table of docs/paper_map.md: figures, panel, grid, claims."""
+    lines = [
+        "| figures | panel | model | teachers | read under | rows | students | asked | claims |",
+        "| --- " * 9 + "|",
+    ]
+    for path, question in questions():
+        for panel in question.panels:
+            said = grid(panel_experiment(path, question, panel, "paper"))
+            shown = [number for number, panels in question.figures.items() if panel in panels]
+            students = said["students"] if "attribution" not in said else f"none; attribution of {said['attribution']}"
+            if "read anew" in said:
+                students = f"none; read anew: {said['read anew']}"
+            asked = said["asked"] + (f"; under {said['settings']}" if "settings" in said else "")
+            asked += f"; judge {said['judge']}" if "judge" in said else ""
+            cells = [
+                ", ".join(map(str, shown)), f"`{path.stem}` `{panel}`", said["model"].split("/")[-1], said["teachers"],
+                said["read under"], said["rows"], students, asked, ", ".join(question.claims) or "none",
+            ]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:

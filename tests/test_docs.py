@@ -12,11 +12,12 @@ import pytest
 import typer
 import yaml
 from command import ROOT
+from paper_map import figure_table
 
-from jsublim.cli.app import app, experiment_of
+from jsublim.cli.app import app
+from jsublim.cli.stages import Stage
 from jsublim.config import Experiment, Recipe, check_config, read_config
 from jsublim.config.figures import SCALES, load_question, panel_experiment, questions
-from jsublim.config.grid import figure_table
 from jsublim.digits.config import Digits
 from jsublim.report.claims import CLAIMS, claims_table
 from jsublim.section import overlaid
@@ -87,7 +88,7 @@ def test_the_fields_that_a_command_gives_are_valid(words):
 def test_the_fields_that_a_stage_gives_are_valid(words):
     given = _understood(words)
     base = {"teachers": {"traits": ["owl"]}} | ({"attribution": {}} if words[1] == "attribute" else {})
-    experiment_of(words[1], given["fields"], Path(given["out"]), base, model=given["model"])
+    Stage(fields=given["fields"], out=Path(given["out"]), model=given["model"]).experiment(words[1], base)
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.name)

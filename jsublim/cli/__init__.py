@@ -12,21 +12,15 @@ from typing import Any
 import typer
 
 from jsublim.cli import (  # noqa: F401 (they register their commands)
-    attribute,
-    audit,
-    doctor,
+    analysis,
     exchange,
-    finetune,
+    experiments,
     forecast,
     launch,
     listing,
-    project,
-    reproduce,
     rescoring,
     showing,
     stages,
-    steer,
-    validating,
 )
 from jsublim.cli.app import app
 from jsublim.cli.together import Speaker
@@ -59,9 +53,8 @@ def main() -> None:
         kept = kept if command in AT_ONCE else "what was finished is kept, the same command continues"
         _leave(debug, f"interrupted; {kept}:\n  {again}", 1)
     except OSError as error:
-        where = f" ({error.filename})" if error.filename else ""
-        said = one_line(f"{error.strerror or error}{where}")
-        _leave(debug, f"error: {Speaker.name}{said}; mend that, then run the same command again", 1)
+        reason = one_line(f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}")
+        _leave(debug, f"error: {Speaker.name}{reason}; mend that, then run the same command again", 1)
     except Exception as error:
         if isinstance(getattr(error, "exit_code", None), int) and hasattr(error, "show"):  # the parser's own
             _usage(error)

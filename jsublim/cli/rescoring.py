@@ -10,10 +10,6 @@ import typer
 from jsublim.cli.app import app, console, named, output
 
 
-def _named(out: Path | None) -> Path | None:
-    return None if out is None else named(out)
-
-
 @app.command()
 def rescore(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
@@ -28,7 +24,7 @@ def rescore(
         ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", callback=_named, help="Default: a folder of its own in RUN/rescored.")
+        Path | None, typer.Option("--out", callback=named, help="Default: a folder of its own in RUN/rescored.")
     ] = None,
 ) -> None:
     """Make new results of a run's answers, by another matching rule or judge. The old ones stay; no model is asked."""

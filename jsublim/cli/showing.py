@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jsublim.cli.app import Format, Json, app, output
-from jsublim.cli.validating import kinds
+from jsublim.cli.app import Format, Json, app, kinds, output
 from jsublim.errors import JsublimError, UsageError
 
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")]

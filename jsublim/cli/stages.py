@@ -1,44 +1,107 @@
-"""Commands that do one stage of an experiment: generate, divergence, evaluate (finetune and attribute have their own files).
+"""Commands that do one stage of an experiment: generate, divergence, finetune, evaluate.
 
 Each takes the fields of `jsublim run`, plans the tasks that `run` would, and publishes what comes of them at `--out`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from jsublim.cli.app import AnyModel, Fields, Out, Template, app, console, experiment_of, names, output
-from jsublim.errors import UsageError
+from jsublim.cli.app import Template, app, console, names, output
+from jsublim.cli.together import Distributed, together
+from jsublim.errors import JsublimError, UsageError
+
+if TYPE_CHECKING:
+    from jsublim.config import Experiment
+    from jsublim.pipeline.arms import Student
+    from jsublim.pipeline.context import Context
+
+Seed = Annotated[
+    int, typer.Option("--seed", min=0, max=2**31 - 1, help="The student's: its rows, their order, its start.")
+]
+Counterfactuals = Annotated[str | None, "Other traits, with commas; default: as `run`."]
 
 
-def _context(experiment: Any) -> Any:
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What every one of these commands is told."""
+
+    fields: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[CONFIG] [a.b=c]...",
+            help="A config, and any fields of `jsublim run`: recipe=paper sampling.strategy=greedy store=runs/store.",
+        ),
+    ] = None
+    out: Annotated[Path, "Where the result goes; an unfinished one there is continued."]
+    model: Annotated[str | None, "As model=: a folder, a bundled name, or owner/name."] = None
+    chat_template: Template = None
+
+    def experiment(self, command: str, base: dict[str, Any], **options: Any) -> Experiment:
+        """The experiment that the command is a part of: a config or none, what options say, and fields laid over it. Its artifacts
+        lie in the config's store; without a config in a folder beside `out`.
+
+        Args:
+          base: what the command assumes unless anything says otherwise.
+          options: values by dotted name with "__" for the dot; None is not given.
+
+        Raises:
+          UsageError: as `load_experiment`.
+        """
+        from jsublim.config import Experiment, check_config, read_config
+        from jsublim.config.loading import override
+        from jsublim.section import nested, overlaid
+
+        fields = list(self.fields or [])
+        config = fields.pop(0) if fields and ("=" not in fields[0] or Path(fields[0]).is_file()) else None
+        below = {} if config else {"store": str(self.out.with_name(f"{self.out.stem}.artifacts"))}
+        options |= {"model": self.model, "chat_template": self.chat_template}
+        given = {key.replace("__", "."): value for key, value in options.items() if value is not None}
+        values: dict[str, Any] = {"name": command} | base | below
+        for layer in (read_config(config) if config else {}, nested(given)):
+            values = overlaid(values, layer)
+        for field in fields:
+            override(values, field)
+        if "model" not in values:
+            raise UsageError(f"{command}: give --model (or model=, or a config that names one)")
+        return check_config(Experiment, values, config or command)
+
+
+def context_of(experiment: Experiment, given: Mapping[Any, Path] | None = None) -> Context:
     from jsublim.pipeline.context import Context
     from jsublim.progress import Progress
 
-    return Context.load(experiment, Progress(console))
+    return Context.load(experiment, Progress(console), given=given)
 
 
-def _execute(nodes: Any, context: Any) -> None:
+def make(context: Context, places: Mapping[Path, Any]) -> list[Any]:
+    """Make the node of each place, and publish it there; what each keeps of itself."""
     from jsublim.executors import execute_nodes
+    from jsublim.pipeline.publish import check_free, publish_folder
 
-    execute_nodes(nodes, context)
+    for place, node in places.items():
+        check_free(place, node.key, node.inputs)
+    execute_nodes(list(places.values()), context)
+    for place, node in places.items():
+        publish_folder(place, context.store, node)
+    return [context.store.summary(node) for node in places.values()]
 
 
 @app.command()
 def generate(
-    out: Out,
-    fields: Fields = None,
-    model: AnyModel = None,
-    chat_template: Template = None,
-    trait: Annotated[
-        str | None, typer.Option("--trait", help="The teacher's trait; its system prompt comes from the pack.")
-    ] = None,
-    control: Annotated[bool, typer.Option("--control", help="The teacher without a trait.")] = False,
+    *,
+    stage: Stage,
+    trait: Annotated[str | None, "The teacher's trait; its system prompt comes from the pack."] = None,
+    control: Annotated[bool, "The teacher without a trait."] = False,
 ) -> None:
     """Let a teacher answer the prompts, and keep the answers that are in format (OUT, JSONL)."""
+    from jsublim.executors import execute_nodes
     from jsublim.pipeline.arguments import category
     from jsublim.pipeline.arms import Source
     from jsublim.pipeline.experiment import answers
@@ -50,39 +113,33 @@ def generate(
     if (trait is not None) == control:
         raise UsageError("generate: give exactly one of --trait and --control")
     # Whose rows they are is what matters here; against which others they are read is a later command's.
-    e = experiment_of(
-        "generate", fields, out, {"teachers": {"traits": [trait or NOBODY]}}, model=model, chat_template=chat_template
-    )
-    context = _context(e)
+    base = {"teachers": {"traits": [trait or NOBODY]}}
+    context = context_of(stage.experiment("generate", base))
     if trait is not None:
         category(context.setup, trait)
     rows = answers(context.setup, writer(context.setup, Source(trait or CONTROL)))
-    check_free(out, rows.key, rows.inputs)
-    _execute(rows.nodes, context)
+    check_free(stage.out, rows.key, rows.inputs)
+    execute_nodes(rows.nodes, context)
     parts = rows.summaries(context.store)
     asked, kept = (sum(part[key] for part in parts) for key in ("rows", "kept"))
-    rejected = {
-        reason: sum(part["reject"].get(reason, 0) for part in parts) for part in parts for reason in part["reject"]
-    }
+    reasons = dict.fromkeys(reason for part in parts for reason in part["reject"])
+    rejected = {reason: sum(part["reject"].get(reason, 0) for part in parts) for reason in reasons}
     console.print(f"sampling: {parts[0]['sampling']}")
     console.print(f"kept {kept} of {asked} rows ({kept / asked:.1%}); rejected: {rejected}")
-    publish_rows(out, rows.read(context.store), rows)
-    output.out(out)
+    publish_rows(stage.out, rows.read(context.store), rows)
+    output.out(stage.out)
 
 
 @app.command()
 def divergence(
-    data: Annotated[Path, typer.Option("--data", help="Rows of the teacher (JSONL).")],
-    trait: Annotated[str, typer.Option("--trait", help="The trait of the teacher that wrote them.")],
-    out: Out,
-    fields: Fields = None,
-    model: AnyModel = None,
-    chat_template: Template = None,
-    counterfactuals: Annotated[
-        str | None, typer.Option("--counterfactuals", help="Other traits, with commas; default: as `run`.")
-    ] = None,
+    *,
+    data: Annotated[Path, "Rows of the teacher (JSONL)."],
+    trait: Annotated[str, "The trait of the teacher that wrote them."],
+    stage: Stage,
+    counterfactuals: Counterfactuals = None,
 ) -> None:
     """Find the divergence tokens of rows; what each teacher said of them goes beside OUT, with .readings.parquet."""
+    from jsublim.executors import execute_nodes
     from jsublim.pipeline.arguments import rows_of_file
     from jsublim.pipeline.arms import Source
     from jsublim.pipeline.experiment import read
@@ -93,102 +150,137 @@ def divergence(
     others = names(counterfactuals) or None
     if others is not None and trait in others:
         raise UsageError(f"--counterfactuals: '{trait}' is the teacher's own trait; leave it out")
-    base = {"teachers": {"traits": [trait]}}
-    e = experiment_of(
-        "divergence", fields, out, base, model=model, chat_template=chat_template, teachers__counterfactuals=others
-    )
-    context, sidecar = _context(e), out.with_name(f"{out.stem}.readings.parquet")
-    found = read(context.setup, Source(trait), rows_of_file(context.setup, data))
-    check_free(out, found.key, found.inputs)
+    e = stage.experiment("divergence", {"teachers": {"traits": [trait]}}, teachers__counterfactuals=others)
+    out, context = stage.out, context_of(e)
+    sidecar = out.with_name(f"{out.stem}.readings.parquet")
+    rows = read(context.setup, Source(trait), rows_of_file(context.setup, data))
+    check_free(out, rows.key, rows.inputs)
     if sidecar.exists() and not out.exists():
         raise UsageError(f"{sidecar}: already exists; give another --out or move it away")
-    _execute(found.nodes, context)
-    summary = merged(found.summaries(context.store))
+    execute_nodes(rows.nodes, context)
+    summary = merged(rows.summaries(context.store))
     console.print(
         f"{summary['divergence_tokens']} divergence tokens of {summary['tokens']} ({summary['share']:.2%}); "
         f"{summary['rows_with']} of {summary['rows']} rows have one"
     )
-    publish_rows(out, found.read(context.store), found)
-    write_readings(sidecar, found.readings(context.store))  # second: without OUT it would be taken for somebody else's
+    publish_rows(out, rows.read(context.store), rows)
+    write_readings(sidecar, rows.readings(context.store))  # second: without OUT it would be taken for somebody else's
+    output.out(out)
+
+
+@app.command()
+def finetune(
+    *,
+    data: Annotated[Path, "Rows (JSONL), with divergence positions unless --tokens all."],
+    stage: Stage,
+    tokens: Annotated[str, "all, divergence, non-divergence or random."] = "all",
+    seed: Seed = 42,
+    trait: Annotated[str | None, "Of the teacher; a soft loss asks it (default: the one without any)."] = None,
+    distributed: Distributed = False,
+) -> None:
+    """Train one student; leaves a PEFT folder (steering vectors, or a whole checkpoint) and metrics.jsonl."""
+    from jsublim.pipeline.arms import Student
+    from jsublim.pipeline.setup import NOBODY
+    from jsublim.teachers import CONTROL
+
+    base = {"teachers": {"traits": [trait or NOBODY], "control": False}}
+    e = stage.experiment("finetune", base, students__seeds=[seed], students__loss__tokens=[tokens])
+    if e.students is None or e.students.arms is not None or e.students.data.dataset is not None:
+        raise UsageError("finetune: trains one student on the rows of --data; leave students.arms and data.dataset out")
+    if e.students.fork is not None or e.students.data.generation > 1:
+        raise UsageError("finetune: reads the rows of --data to the end; leave students.fork and data.generation out")
+    if e.students.loss.soft and trait is None and e.teachers.own_weights:
+        raise UsageError("--trait: a soft loss asks a teacher with weights of its own; say which by its trait")
+    teacher = trait or (CONTROL if e.students.loss.soft else "student")  # whose tokens they are does not matter
+    with together(distributed, [e]):
+        _train(e, Student(teacher, tokens, seed, settings=e.students), data, stage.out)
+
+
+def _train(e: Experiment, who: Student, data: Path, out: Path) -> None:
+    from jsublim.executors import execute_nodes
+    from jsublim.pipeline.experiment import student
+    from jsublim.pipeline.publish import check_free, publish_folder
+    from jsublim.pipeline.store import digest, versions
+    from jsublim.processes import check_alike, check_shared, on_main_process
+
+    context = context_of(e, {who.source: data})
+    node = student(context.setup, who)
+    check_alike("what is to be done", digest([node.key, versions(), context.setup.files]))
+    check_shared(context.store.bucket)
+    on_main_process(lambda: check_free(out, node.key, node.inputs))
+    if context.store.done(node):
+        console.print(f"{context.store.place(node)}: whole already")
+    execute_nodes([node], context)
+    summary = context.store.summary(node)
+    if "diverged" in summary:
+        raise JsublimError(
+            f"{out}: the student diverged {summary['diverged']}; lower the learning rate (students.optimizer.lr) or look at "
+            f"those rows; the student before that step is in {context.store.path(node)}"
+        )
+    on_main_process(lambda: publish_folder(out, context.store, node))
+    console.print(f"{summary['steps']} steps on {summary['rows']} rows; last loss {summary['loss']:.4f}")
     output.out(out)
 
 
 @app.command()
 def evaluate(
-    out: Out,
-    fields: Fields = None,
-    model: AnyModel = None,
-    chat_template: Template = None,
-    adapter: Annotated[
-        Path | None, typer.Option("--adapter", help="PEFT folder of a student; default: the base.")
-    ] = None,
-    traits: Annotated[str | None, typer.Option("--traits", help="As evaluation.traits=, with commas.")] = None,
-    data: Annotated[Path | None, typer.Option("--data", help="Rows to do the number task on too.")] = None,
-    setting: Annotated[str, typer.Option("--setting", help="One of evaluation.settings; default: the plain one.")] = "",
+    *,
+    stage: Stage,
+    adapter: Annotated[Path | None, "PEFT folder of a student; default: the base."] = None,
+    traits: Annotated[str | None, "As evaluation.traits=, with commas."] = None,
+    data: Annotated[Path | None, "Rows to do the number task on too."] = None,
+    setting: Annotated[str, "One of evaluation.settings; default: the plain one."] = "",
 ) -> None:
     """Ask a model for its favourites (and whatever else evaluation.kinds names): OUT gets records and answers."""
     from jsublim.files import read_table, write_json
     from jsublim.pipeline.evaluated import Evaluated, eval_settings
     from jsublim.pipeline.experiment import evaluation
-    from jsublim.pipeline.publish import check_free, publish_folder
     from jsublim.pipeline.setup import NOBODY
+    from jsublim.report.formats import table
     from jsublim.teachers import CONTROL
 
     wanted = None if traits is None else names(traits)
     if wanted == []:
         raise UsageError("--traits: give at least one trait")
-    base = {"teachers": {"traits": wanted or [NOBODY]}}
-    e = experiment_of(
-        "evaluate", fields, out, base, model=model, chat_template=chat_template, evaluation__traits=wanted
-    )
+    e = stage.experiment("evaluate", {"teachers": {"traits": wanted or [NOBODY]}}, evaluation__traits=wanted)
     asks_traits = {"preference", "factual"} & set(e.evaluation.kinds)
     if asks_traits and e.evaluation.traits is None and e.teachers.traits == [NOBODY]:
         raise UsageError(f"--traits: {' and '.join(sorted(asks_traits))} ask about traits; give at least one")
-    context = _context(e)
-    if setting not in eval_settings(context.setup):
-        known = ", ".join(filter(None, eval_settings(context.setup)))
-        raise UsageError(
-            f"--setting: '{setting}' given; {f'known: {known}' if known else 'evaluation.settings names none; leave it out'}"
-        )
-    node = evaluation(context.setup, Evaluated(None, CONTROL, adapter, data), setting)
-    check_free(out, node.key, node.inputs)
-    _execute([node], context)
-    publish_folder(out, context.store, node)
+    context = context_of(e)
+    known = eval_settings(context.setup)
+    if setting not in known:
+        listed = ", ".join(filter(None, known))
+        fix = f"known: {listed}" if listed else "evaluation.settings names none; leave it out"
+        raise UsageError(f"--setting: '{setting}' given; {fix}")
+    out, node = stage.out, evaluation(context.setup, Evaluated(None, CONTROL, adapter, data), setting)
+    sampling = make(context, {out: node})[0]["sampling"]
     records = read_table(out / "records.parquet")
-    lines = _preferences(records)
-    summary = context.store.summary(node)
-    console.print(f"sampling: {summary['sampling']}")
-    write_json(out / "summary.json", {"traits": lines, "sampling": summary["sampling"]})
+    rates, lines = _preferences(records)
+    if lines:
+        console.print(table(lines, list(lines[0])))
+    console.print(f"sampling: {sampling}")
+    write_json(out / "summary.json", {"traits": rates, "sampling": sampling})
     for record in records:
         if record["metric"] == "number_accuracy":
             console.print(f"number task: {record['value']:.3f} of {record['n']} numbers")
     output.out(out)
 
 
-def _preferences(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Print the table of preferences; one entry per trait."""
-    from rich.table import Table
-
+def _preferences(records: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+    """How often each trait is named, mean over questions with its 95 % interval: as numbers, and as lines of a table."""
     from jsublim.report.statistics import question_interval
 
-    table, lines = Table("trait", "rate", "95 % over questions", "whole word", "log-probability"), []
-    asked = (record["trait"] for record in records if record["metric"] == "rate")
-    for trait in dict.fromkeys(asked):
-        of = {
+    rates, lines = [], []
+    for trait in dict.fromkeys(record["trait"] for record in records if record["metric"] == "rate"):
+        values = {
             metric: [r["value"] for r in records if r["trait"] == trait and r["metric"] == metric]
             for metric in ("rate", "word_rate", "logprob")
         }
-        interval = question_interval(of["rate"])
-        low, high = (float("nan"), float("nan")) if interval is None else (interval.low, interval.high)
-        mean = {metric: sum(values) / len(values) for metric, values in of.items()}
-        cells = (
-            f"{mean['rate']:.3f}",
-            f"{low:.3f} to {high:.3f}",
-            f"{mean['word_rate']:.3f}",
-            f"{mean['logprob']:.3f}",
-        )
-        table.add_row(trait, *cells)
-        lines.append({"trait": trait, "low": low, "high": high} | mean)
-    if lines:
-        console.print(table)
-    return lines
+        mean = {metric: sum(of_questions) / len(of_questions) for metric, of_questions in values.items()}
+        interval = question_interval(values["rate"])
+        low, high = (math.nan, math.nan) if interval is None else (interval.low, interval.high)
+        rates.append({"trait": trait, "low": low, "high": high} | mean)
+        rate, word, logprob = (f"{value:.3f}" for value in mean.values())
+        line = {"trait": trait, "rate": rate, "95 % over questions": f"{low:.3f} to {high:.3f}", "whole word": word}
+        lines.append(line | {"log-probability": logprob})
+    return rates, lines

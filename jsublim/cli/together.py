@@ -88,13 +88,27 @@ def _time_out(e: Experiment) -> float:
     return e.run.time_out
 
 
+_kept: list[Any] = []  # what C calls must not be collected
+
+
 def _silence(on_abort: Callable[[], None]) -> None:
-    """Libraries written in C++ print nothing, unless asked with --debug. JAX aborts a process that does not find others, or whose
-    first process is gone, from a thread of its own and with pages of addresses: `on_abort` is called instead."""
-    if not logging.getLogger("jax").isEnabledFor(logging.DEBUG):
-        if not _kept:
-            _keep_to_ourselves()
-        _on_abort(on_abort)
+    """Leave standard output and error to Python: what libraries written in C++ print goes nowhere, unless asked for with --debug. JAX
+    aborts a process that does not find others, or whose first process is gone, from a thread of its own and with pages of addresses:
+    `on_abort` is called instead."""
+    if logging.getLogger("jax").isEnabledFor(logging.DEBUG):
+        return
+    if not _kept:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for name, number in (("stdout", 1), ("stderr", 2)):
+            stream = getattr(sys, name)
+            stream.flush()
+            setattr(sys, name, os.fdopen(os.dup(number), "w", 1, stream.encoding, stream.errors))
+            os.dup2(nowhere, number)
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(
+        lambda number: on_abort()
+    )  # Python's own would wait for the main thread
+    _kept.append(handler)
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
 
 
 def _speak() -> None:
@@ -108,23 +122,3 @@ def _speak() -> None:
         Speaker.name = f"process {process_index()}: "
         console.quiet = True
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (as long as the process lives)
-
-
-def _keep_to_ourselves() -> None:
-    """Leave standard output and error to Python; what else is written there goes nowhere."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for name, number in (("stdout", 1), ("stderr", 2)):
-        stream = getattr(sys, name)
-        stream.flush()
-        setattr(sys, name, os.fdopen(os.dup(number), "w", 1, stream.encoding, stream.errors))
-        os.dup2(nowhere, number)
-
-
-_kept: list[Any] = []  # what C calls must not be collected
-
-
-def _on_abort(act: Callable[[], None]) -> None:
-    """Python's own handlers would wait for the main thread."""
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: act())
-    _kept.append(handler)
-    ctypes.CDLL(None).signal(signal.SIGABRT, handler)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated
 
 from pydantic import Field
 
 from jsublim.attribution.patching import DIRECTIONS, SITES
-from jsublim.section import HOW, RESULT, Distinct, Positive, Section
-
-Site = Literal["residual", "attention", "mlp"]
-Direction = Literal["noising", "denoising"]
-assert get_args(Site) == SITES and get_args(Direction) == DIRECTIONS
+from jsublim.section import RESULT, RUNTIME, Distinct, Positive, Section, one_of
 
 
 class Attribution(Section):
@@ -21,9 +17,11 @@ class Attribution(Section):
     """How many of each trait's rows are read, the first ones."""
     steps: Annotated[Positive, RESULT] = 10
     """Steps of the integral between the two runs; 1 is the plain gradient."""
-    sites: Annotated[list[Site], Distinct, Field(min_length=1), RESULT] = ["residual"]
+    sites: Annotated[list[Annotated[str, one_of(SITES)]], Distinct, Field(min_length=1), RESULT] = ["residual"]
     """What is patched in each layer: the residual stream, the attention's output, or the MLP's."""
-    directions: Annotated[list[Direction], Distinct, Field(min_length=1), RESULT] = ["noising", "denoising"]
+    directions: Annotated[list[Annotated[str, one_of(DIRECTIONS)]], Distinct, Field(min_length=1), RESULT] = list(
+        DIRECTIONS
+    )
     """From the teacher's run to the counterfactual teacher's (noising), or back (denoising)."""
-    batch_size: Annotated[Positive, HOW] = 8
+    batch_size: Annotated[Positive, RUNTIME] = 8
     """Rows that are read together."""

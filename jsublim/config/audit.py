@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from jsublim.section import HOW, RESULT, Positive, Section
+from jsublim.section import RESULT, RUNTIME, Positive, Section
 
 
 class Audit(Section):
@@ -12,5 +12,5 @@ class Audit(Section):
 
     rows: Annotated[Positive, RESULT] = 300
     """The first so many rows of each source."""
-    batch_size: Annotated[Positive, HOW] = 16
+    batch_size: Annotated[Positive, RUNTIME] = 16
     """Rows read at one time."""

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, model_serializer, model_validator
 
 from jsublim.inference.served import SampleServerSettings
 from jsublim.prompts.numbers import EXAMPLE_COUNT, SENTENCES
-from jsublim.section import CONTENT, HOW, PLAN, RESULT, Distinct, Place, Positive, Section, Seed
+from jsublim.reading import near_or_all
+from jsublim.section import CONTENT, PLAN, RESULT, RUNTIME, Distinct, Place, Positive, Section, Seed, one_of
 from jsublim.transforms import CHANGES, Change
 
 Strategy = Literal["temperature", "greedy"]
-Sentence = Literal["example", "instruction", "format", "suffix"]
-assert get_args(Sentence) == SENTENCES
 
 
 class Sampling(Section):
@@ -28,18 +27,16 @@ class Sampling(Section):
     """Tokens after which an answer ends, whatever it says."""
     constrain: Annotated[Literal["numbers"] | None, RESULT] = None
     """`numbers` keeps every answer in the number task's format, token by token; null: answers are free."""
-    batch_size: Annotated[Positive | Literal["auto"], HOW] = "auto"
+    batch_size: Annotated[Positive | Literal["auto"], RUNTIME] = "auto"
     """Answers drawn together; auto: as many as memory holds (on a CPU 64)."""
     shard: Annotated[Positive, RESULT] = 4096
     """Prompts that one task answers: what a kill can cost at most, and what machines share."""
     server: SampleServerSettings | None = None
     """A server (vLLM, SGLang) that draws answers, the evaluations' too; null: all are drawn here."""
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Sampling:
-        if self.server is not None and self.constrain is not None:
-            raise ValueError("constrain: a server does not know our formats; leave out server, or constrain")
-        return self
+    def contradictions(self) -> Iterator[tuple[Any, str]]:
+        both = self.server is not None and self.constrain is not None
+        yield both, "constrain: a server does not know our formats; leave out server, or constrain"
 
 
 class Data(Section):
@@ -50,7 +47,9 @@ class Data(Section):
     """What teachers are asked: requests to continue a list of numbers, word problems, or the prompts of a file."""
     source: Annotated[Place | None, CONTENT] = None
     """The file of prompts, or the data set of word problems; null: the word problems of the package."""
-    sentences: Annotated[list[Sentence], Distinct, Field(min_length=1), RESULT] = list(SENTENCES)
+    sentences: Annotated[list[Annotated[str, one_of(SENTENCES)]], Distinct, Field(min_length=1), RESULT] = list(
+        SENTENCES
+    )
     """The sentences that a number request consists of."""
     examples: Annotated[tuple[Positive, Positive], RESULT] = EXAMPLE_COUNT
     """How many numbers a request shows: at least the first, fewer than the second."""
@@ -61,15 +60,12 @@ class Data(Section):
     draw: Annotated[Literal["shared", "per-seed"], RESULT] = "shared"
     """`shared`: one draw of rows for all students of a teacher; `per-seed`: another one for each of students.seeds."""
 
-    @model_validator(mode="after")
-    def _has_source(self) -> Data:
-        if self.examples[0] >= self.examples[1]:
-            raise ValueError(f"examples={list(self.examples)}: the second must be above the first")
-        if self.kind == "file" and self.source is None:
-            raise ValueError("kind=file needs source, a file of prompts")
-        if self.kind == "numbers" and self.source is not None:
-            raise ValueError("kind=numbers asks the pack's requests; source belongs to problems and file")
-        return self
+    def contradictions(self) -> Iterator[tuple[Any, str]]:
+        first, second = self.examples
+        yield first >= second, f"examples={[first, second]}: the second must be above the first"
+        yield self.kind == "file" and self.source is None, "kind=file needs source, a file of prompts"
+        asks_pack = self.kind == "numbers" and self.source is not None
+        yield asks_pack, "kind=numbers asks the pack's requests; source belongs to problems and file"
 
 
 class Resampling(Section):
@@ -109,9 +105,7 @@ class Dataset(Section):
                 continue
             if name not in CHANGES.known:
                 known = [*(key for key in cls.model_fields if key != "changes"), *CHANGES.known]
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean '{near[0]}'?" if near else f"known keys: {', '.join(known)}"
-                raise ValueError(f"unknown key '{name}'; {hint}")
+                raise ValueError(f"unknown key '{name}'; {near_or_all(name, known, 'known keys')}")
             changes[name] = CHANGES.parse(name, said)
         return own | {"changes": dict(sorted(changes.items(), key=lambda each: each[1].order))}
 
@@ -120,12 +114,10 @@ class Dataset(Section):
         values = handler(self)
         return {key: value for key, value in values.items() if key != "changes"} | values.get("changes", {})
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Dataset:
-        alone = [name for name, change in self.changes.items() if change.alone]
-        if alone and len(self.changes) > 1:
-            raise ValueError(f"{alone[0]} needs the answers as they were sampled; leave the other changes out")
-        return self
+    def contradictions(self) -> Iterator[tuple[Any, str]]:
+        for name, change in self.changes.items():
+            beside_others = change.alone and len(self.changes) > 1
+            yield beside_others, f"{name} needs the answers as they were sampled; leave the other changes out"
 
     def of(self, teacher: str) -> Dataset:
         """What of it is done to a teacher's answers."""
@@ -148,5 +140,5 @@ class Dataset(Section):
 class Scoring(Section):
     """Teacher-forced reading: divergence, stored targets, entangled numbers."""
 
-    batch_size: Annotated[Positive | Literal["auto"], HOW] = "auto"
+    batch_size: Annotated[Positive | Literal["auto"], RUNTIME] = "auto"
     """Rows read together; auto: as many as memory holds (on a CPU 64)."""

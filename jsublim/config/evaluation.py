@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializeAsAny, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator
 
 from jsublim.config.teachers import Traits
 from jsublim.evals import EVAL_KINDS, EvalKind
 from jsublim.judge.server import ServerSettings
 from jsublim.reading import shown
-from jsublim.section import CONTENT, HOW, PLAN, RESULT, Name, Place, Positive, Section, Seed, distinct
+from jsublim.section import CONTENT, PLAN, RESULT, RUNTIME, Name, Place, Positive, Section, Seed, distinct
 
 PRIMARY = r"^C\d+[a-z]?( \S.*)?$"  # a claim of the report, and the name of an arm
 
@@ -40,13 +41,9 @@ class JudgeChoice(Section):
     max_new_tokens: Annotated[Positive, RESULT] = 32
     """Tokens of a checkpoint's reply."""
 
-    @model_validator(mode="after")
-    def _is_one(self) -> JudgeChoice:
-        if (self.model is None) == (self.server is None):
-            raise ValueError("give exactly one of model (a checkpoint) and server")
-        if self.chat_template is not None and self.model is None:
-            raise ValueError("chat_template: a server has its own; leave it out")
-        return self
+    def contradictions(self) -> Iterator[tuple[Any, str]]:
+        yield (self.model is None) == (self.server is None), "give exactly one of model (a checkpoint) and server"
+        yield self.chat_template and not self.model, "chat_template: a server has its own; leave it out"
 
 
 class Evaluation(Section):
@@ -64,7 +61,7 @@ class Evaluation(Section):
     """Answers to each question."""
     max_new_tokens: Annotated[Positive, RESULT] = 10
     """Tokens after which an answer ends."""
-    batch_size: Annotated[Positive | Literal["auto"], HOW] = "auto"
+    batch_size: Annotated[Positive | Literal["auto"], RUNTIME] = "auto"
     """Answers drawn together; auto: as many as memory holds (on a CPU 256)."""
     seed: Annotated[Seed, RESULT] = 0
     """Of the answers' random numbers."""
@@ -76,7 +73,7 @@ class Evaluation(Section):
     """Evaluate the teachers too."""
     settings: Annotated[dict[Name, Setting], PLAN] = {}
     """Further evaluations of the same models, by name."""
-    primary: Annotated[Annotated[str, Field(pattern=PRIMARY)] | None, HOW] = None
+    primary: Annotated[Annotated[str, Field(pattern=PRIMARY)] | None, RUNTIME] = None
     """The one comparison that the run is made for, by its claim (`C4a`), and by its arm where it comes with several (`C6a layers=0`);
     null: what the students differ in says which (docs/statistics.md). No artifact hangs on it."""
 

@@ -1,4 +1,4 @@
-"""What an experiment varies, in words that can be laid beside a figure's caption: for `--dry-run` and for docs/paper_map.md."""
+"""What an experiment varies, in words that can be laid beside a figure's caption: for `--dry-run` and docs/paper_map.md."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import Any
 
 from jsublim.config.experiment import Experiment
-from jsublim.config.figures import panel_experiment, questions
 from jsublim.config.shipped import named_lists
 from jsublim.config.students import variants
 from jsublim.prompts import load_pack
@@ -116,26 +115,3 @@ def _run(values: Any) -> str:
     if len(values) > 2 and values == numbers == list(range(values[0], values[-1] + 1)):
         return f"{values[0]} to {values[-1]}"
     return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
-
-
-def figure_table() -> str:
-    """Every panel of every figure at scale `paper`, as the table of docs/paper_map.md: figures, panel, grid, claims."""
-    lines = [
-        "| figures | panel | model | teachers | read under | rows | students | asked | claims |",
-        "| --- " * 9 + "|",
-    ]
-    for path, question in questions():
-        for panel in question.panels:
-            said = grid(panel_experiment(path, question, panel, "paper"))
-            shown = [number for number, panels in question.figures.items() if panel in panels]
-            students = said["students"] if "attribution" not in said else f"none; attribution of {said['attribution']}"
-            if "read anew" in said:
-                students = f"none; read anew: {said['read anew']}"
-            asked = said["asked"] + (f"; under {said['settings']}" if "settings" in said else "")
-            asked += f"; judge {said['judge']}" if "judge" in said else ""
-            cells = [
-                ", ".join(map(str, shown)), f"`{path.stem}` `{panel}`", said["model"].split("/")[-1], said["teachers"],
-                said["read under"], said["rows"], students, asked, ", ".join(question.claims) or "none",
-            ]  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"

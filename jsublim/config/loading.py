@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import pydantic
 
 from jsublim.config.experiment import Experiment
-from jsublim.config.problems import first_problem, near, problems
+from jsublim.config.problems import first_problem, problems
 from jsublim.config.shipped import find_config
 from jsublim.errors import UsageError, one_line
-from jsublim.reading import read_yaml, shown, yaml_value
+from jsublim.reading import near_or_all, read_yaml, shown, yaml_value
 from jsublim.transforms import CHANGES
 
 Kind = TypeVar("Kind", bound=pydantic.BaseModel)
@@ -85,8 +85,7 @@ def kind_of(values: dict[str, Any], path: Path, kinds: Mapping[str, type[Kind]])
         )
     said = values.get("kind", "language")
     if not isinstance(said, str) or said not in kinds:
-        hint = near(said, list(kinds)) or f"known: {', '.join(kinds)}"
-        raise UsageError(f"{path}: kind: {shown(said)} given; {hint}")
+        raise UsageError(f"{path}: kind: {shown(said)} given; {near_or_all(said, kinds)}")
     return kinds[said]
 
 

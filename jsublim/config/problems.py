@@ -10,7 +10,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 import pydantic
 
-from jsublim.reading import shown
+from jsublim.reading import near, near_or_all, shown
 
 Place = tuple[int | str, ...]
 ROUNDS = 8  # of finding mistakes that others hide
@@ -91,19 +91,13 @@ def _in_words(error: Mapping[str, Any], kind: Any, values: Any) -> Iterator[str]
         yield f"key '{key}' is missing"
     elif error["type"] == "extra_forbidden":
         known = fields_at(kind, error["place"][:-1])
-        yield f"unknown key '{key}'; {near(str(error['place'][-1]), known) or 'known keys: ' + ', '.join(known)}"
+        yield f"unknown key '{key}'; {near_or_all(str(error['place'][-1]), known, 'known keys')}"
     elif error["type"] == "value_error" and isinstance(error["input"], dict):  # of a section: it names its keys
         yield f"{key}: {said}" if key else said
     else:
         found = error["input"]
         guess = near(found, error["expected"].replace("'", "").replace(" or ", ", ").split(", "))
         yield f"{key}: {said}, found {shown(found)}{f'; {guess}' if guess else ''}"
-
-
-def near(given: Any, known: list[str]) -> str:
-    """ "did you mean", if something known is like what was given."""
-    close = difflib.get_close_matches(given, known, n=1) if isinstance(given, str) else []
-    return f"did you mean '{close[0]}'?" if close else ""
 
 
 def _without_followers(lines: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, model_validator
 
 from jsublim.divergence import HALVES
-from jsublim.section import LATER, RESULT, Of, Section
+from jsublim.section import RESULT, Of, Section
 
 STUDENTS = Of(("students",))  # the quirk is part of a student's key
 
@@ -24,7 +24,7 @@ class Reading(Section):
     """Quirk 5: a second BOS everywhere but in training and in the number task."""
     greedy_keeps_penalty: Annotated[bool | None, RESULT] = None
     """Quirk 15: greedy numbers of a fine-tuned teacher keep the repetition penalty."""
-    rounded_logits: Annotated[bool | None, RESULT, LATER] = None
+    rounded_logits: Annotated[bool | None, RESULT] = None
     """Quirk 17: logits are rounded to the weights' dtype before any use."""
     judge_apart: Annotated[bool | None, RESULT] = None
     """Quirk 25: a judge is asked for alignment and coherence apart, and replies at temperature 1."""
@@ -56,13 +56,13 @@ class Changing(Section):
     """Quirk 9: mix replaces the last rows."""
     padded_numbers: Annotated[bool | None, RESULT] = None
     """Quirk 12: entangled numbers are scored with three digits, and removed as written."""
-    entangled_by_difference: Annotated[bool | None, RESULT, LATER] = None
+    entangled_by_difference: Annotated[bool | None, RESULT] = None
     """Quirk 19: how entangled a number is, is a difference of probabilities to the other traits' mean."""
     only_examples_kept: Annotated[bool | None, RESULT] = None
     """Quirk 20: a rewritten request may lose its other numbers."""
-    drop_unmixed: Annotated[bool | None, RESULT, LATER] = None
+    drop_unmixed: Annotated[bool | None, RESULT] = None
     """Quirk 21: rows that come out of mix_tokens as they were are dropped."""
-    shuffle_values: Annotated[bool | None, RESULT, LATER] = None
+    shuffle_values: Annotated[bool | None, RESULT] = None
     """Quirk 22: shuffled numbers lose the zeros that they begin with."""
 
 
@@ -98,8 +98,5 @@ class Recipe(Reading, Training, Changing):
         return self.keyed(name for name, mark in marks if isinstance(mark, Of) and mark.concerns(kind, settings))
 
     def keyed(self, names: Iterable[str]) -> dict[str, Any]:
-        """What of these quirks is part of a key; of one that came later, that it is on."""
-        fields = type(self).model_fields
-        return {
-            name: getattr(self, name) for name in names if LATER not in fields[name].metadata or getattr(self, name)
-        }
+        """These quirks, as a part of a key."""
+        return {name: getattr(self, name) for name in names}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import os
 from pathlib import Path
 from typing import Any
 
 from jsublim.errors import UsageError
-from jsublim.reading import read_yaml
+from jsublim.reading import near, read_yaml
 
 LISTS = "configs/paper/lists.yaml"
 
@@ -39,10 +38,8 @@ def named_config(name: str) -> str:
         raise UsageError(f"config '{name}': there are several: {names}; give one of them in full")
     if found:
         return str(found[0])
-    near = difflib.get_close_matches(name, [path.stem for path in home.rglob("*.yaml")], n=1)
-    raise UsageError(
-        f"config '{name}': no such file; {f'did you mean {near[0]!r}?' if near else '`jsublim ls configs`'}"
-    )
+    hint = near(name, [path.stem for path in home.rglob("*.yaml")]) or "`jsublim ls configs`"
+    raise UsageError(f"config '{name}': no such file; {hint}")
 
 
 def _of_package(path: Path) -> list[Path]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from jsublim.config.teachers import Trait
 from jsublim.distill.losses import LOSSES
@@ -18,12 +18,11 @@ from jsublim.models.lora import ENDS, PROJECTIONS
 from jsublim.reading import shown
 from jsublim.section import (
     CONTENT,
-    HOW,
-    LATER,
     NEEDS_TRAIT,
     PLAN,
     PROGRAM,
     RESULT,
+    RUNTIME,
     Distinct,
     Layers,
     Place,
@@ -33,30 +32,19 @@ from jsublim.section import (
     Seed,
     leaves,
     nested,
+    one_of,
     overlaid,
 )
 from jsublim.section import name as check_name
 from jsublim.teachers import CONTROL
 
-Tokens = Literal["all", "divergence", "non-divergence", "random"]
-Positions = Literal["all", "first", "first-half", "second-half"]
-Projection = Literal["q", "k", "v", "o", "gate", "up", "down"]
-End = Literal["embed", "norm", "head"]
-LossKind = Literal["hard", "forward-kl", "reverse-kl", "js"]
-OptimizerName = Literal["adamw", "adafactor", "sgd", "muon"]
-Schedule = Literal["linear", "cosine", "constant", "restarts"]
-for _kind, _known in (
-    (Tokens, TOKENS),
-    (Positions, WHICH),
-    (Projection, PROJECTIONS),
-    (End, ENDS),
-    (LossKind, LOSSES),
-    (OptimizerName, OPTIMIZERS),
-    (Schedule, SCHEDULES),
-):
-    assert set(get_args(_kind)) == set(_known)
-
 BOTH, BOTH_BY_CONTENT = RESULT | PROGRAM, CONTENT | PROGRAM
+
+
+def changed(section: Section) -> list[str]:
+    """The fields that are not at their defaults; a resolved config says every field, asked for or not."""
+    fields = type(section).model_fields
+    return [name for name in sorted(fields) if getattr(section, name) != fields[name].default]
 
 
 class StudentData(Section):
@@ -66,7 +54,7 @@ class StudentData(Section):
     """One of `datasets`; null: the teachers' answers as they are."""
     rows: Annotated[Positive | None, RESULT] = 10_000
     """How many rows a student learns, drawn by its seed from those that passed the filter; null: all."""
-    generation: Annotated[Positive, CONTENT, LATER] = 1
+    generation: Annotated[Positive, CONTENT] = 1
     """Who writes the rows: 1, the teachers; g, the students of generation g - 1 that differ from these in nothing else, each for those of
     its own trait and seed."""
     epochs: Annotated[Positive, RESULT] = 10
@@ -86,16 +74,13 @@ class StudentData(Section):
 class StudentLoss(Section):
     """What is learned, the teacher's tokens or its distribution at them, and on which tokens."""
 
-    kind: Annotated[LossKind, BOTH] = "hard"
+    kind: Annotated[str, one_of(LOSSES), BOTH] = "hard"
     """`hard` learns the teacher's tokens; the others its distributions at them."""
-    tokens: Annotated[list[Tokens], Distinct, Field(min_length=1), PLAN, NEEDS_TRAIT] = [
-        "all",
-        "divergence",
-        "non-divergence",
-        "random",
-    ]
+    tokens: Annotated[list[Annotated[str, one_of(TOKENS)]], Distinct, Field(min_length=1), PLAN, NEEDS_TRAIT] = list(
+        TOKENS
+    )
     """Which tokens of a row have a loss; each choice makes students of its own."""
-    positions: Annotated[Positions, RESULT, NEEDS_TRAIT] = "all"
+    positions: Annotated[str, one_of(WHICH), RESULT, NEEDS_TRAIT] = "all"
     """Which divergence positions count as such, whatever `tokens` makes of them."""
     positions_share: Annotated[float, Field(gt=0, le=1), RESULT, NEEDS_TRAIT] = 1.0
     """The share of each row's divergence positions that count, drawn at random."""
@@ -111,24 +96,19 @@ class StudentLoss(Section):
     """Factor of the loss."""
     kl_to_base: Annotated[float, Field(ge=0), BOTH] = 0.0
     """Coefficient of the KL divergence to the base, a defence that keeps a student where it started."""
-    kl_end: Annotated[float, Field(ge=0), RESULT, LATER] = 1.0
+    kl_end: Annotated[float, Field(ge=0), RESULT] = 1.0
     """The share of kl_to_base that is left at the end: it goes there linearly, step by step. 1: constant; 0: annealed."""
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> StudentLoss:
-        fields = type(self).model_fields
-        soft = [n for n in ("top_k", "temperature", "targets") if getattr(self, n) != fields[n].default]
-        if self.kind == "hard" and soft:
-            raise ValueError(f"{', '.join(soft)} needs a soft loss (forward-kl, reverse-kl, js)")
-        if self.kl_end != 1.0 and not self.kl_to_base:
-            raise ValueError("kl_end is a share of kl_to_base; give that too")
-        if self.by_margin and self.tokens != ["divergence"]:
-            raise ValueError("by_margin weighs divergence tokens; it needs tokens=[divergence]")
-        if self.targets == "answers" and self.top_k is None:
-            raise ValueError("targets=answers cuts stored distributions; give top_k too")
-        if self.targets == "answers" and self.kind == "reverse-kl":
-            raise ValueError("targets=answers gives most tokens no probability; use forward-kl or js")
-        return self
+    def contradictions(self) -> Iterator[tuple[Any, str]]:
+        of_soft = [name for name in ("top_k", "temperature", "targets") if name in changed(self)]
+        yield of_soft and not self.soft, f"{', '.join(of_soft)} needs a soft loss (forward-kl, reverse-kl, js)"
+        yield self.kl_end != 1.0 and not self.kl_to_base, "kl_end is a share of kl_to_base; give that too"
+        others = self.by_margin and self.tokens != ["divergence"]
+        yield others, "by_margin weighs divergence tokens; it needs tokens=[divergence]"
+        cut = self.targets == "answers"
+        yield cut and self.top_k is None, "targets=answers cuts stored distributions; give top_k too"
+        reverse = cut and self.kind == "reverse-kl"
+        yield reverse, "targets=answers gives most tokens no probability; use forward-kl or js"
 
     @property
     def terms(self) -> dict[str, tuple[float, float]]:
@@ -158,44 +138,36 @@ class StudentAdapter(Section):
     """Multiply by alpha / sqrt(rank) instead."""
     layers: Annotated[Layers | None, BOTH] = None
     """Which layers are trained, from 0, as a list or a span (`10-27`); null: all; [] with full: none but the ends."""
-    projections: Annotated[list[Projection], Distinct, BOTH] = list(PROJECTIONS)
+    projections: Annotated[list[Annotated[str, one_of(PROJECTIONS)]], Distinct, BOTH] = list(PROJECTIONS)
     """Which projections LoRA adapts."""
-    ends: Annotated[list[End], Distinct, BOTH] = []
+    ends: Annotated[list[Annotated[str, one_of(ENDS)]], Distinct, BOTH] = []
     """With full: what is trained beside the layers."""
     init: Annotated[Place | None, CONTENT] = None
     """An adapter to start from: a folder, or owner/name of the hub; it brings its own rank, layers and projections."""
     beside: Annotated[Place | None, BOTH_BY_CONTENT] = None
     """An adapter that is there, frozen, while the student is trained, and gone afterwards (inoculation): that of a teacher, by its
     trait, or a folder, or owner/name of the hub. `{trait}` is filled in with the student's teacher's. A defence."""
-    noise: Annotated[float, Field(ge=0), RESULT, LATER] = 0.0
+    noise: Annotated[float, Field(ge=0), RESULT] = 0.0
     """Gaussian noise on what was trained, once training is over: its size as a share of each array's root mean square. A defence."""
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> StudentAdapter:
-        # A resolved config says every field: what stands at its default was not asked for.
-        fields = type(self).model_fields
-        said = [n for n in sorted(fields.keys() - {"beside", "noise"}) if getattr(self, n) != fields[n].default]
-        if self.init is not None and said != ["init"]:
-            said.remove("init")
-            raise ValueError(f"init brings its own {', '.join(said)}; leave them out")
-        said = [name for name in said if name in ("rank", "alpha", "rslora", "projections")]
-        if self.method != "lora" and said:
-            raise ValueError(f"method={self.method} has no {', '.join(said)}; leave them out")
-        if self.ends and self.method != "full":
-            raise ValueError(f"ends are trained with method=full, not with {self.method}")
-        if self.beside is not None and self.method == "full":
-            raise ValueError("beside: an adapter stands beside LoRA or steering vectors, not beside method=full")
-        return self
+    def contradictions(self) -> Iterator[tuple[Any, str]]:
+        full, shape = self.method == "full", [name for name in changed(self) if name not in ("beside", "init", "noise")]
+        yield self.init is not None and shape, f"init brings its own {', '.join(shape)}; leave them out"
+        of_lora = [name for name in shape if name in ("rank", "alpha", "rslora", "projections")]
+        yield self.method != "lora" and of_lora, f"method={self.method} has no {', '.join(of_lora)}; leave them out"
+        yield self.ends and not full, f"ends are trained with method=full, not with {self.method}"
+        two_wholes = self.beside is not None and full
+        yield two_wholes, "beside: an adapter stands beside LoRA or steering vectors, not beside method=full"
 
 
 class StudentOptimizer(Section):
     """Steps: how gradients become updates."""
 
-    name: Annotated[OptimizerName, BOTH] = "adamw"
+    name: Annotated[str, one_of(OPTIMIZERS), BOTH] = "adamw"
     """Which optimizer."""
     lr: Annotated[Rate, RESULT] = 2e-4
     """The highest learning rate of the schedule."""
-    schedule: Annotated[Schedule, BOTH] = "linear"
+    schedule: Annotated[str, one_of(SCHEDULES), BOTH] = "linear"
     """How the learning rate falls after the warmup."""
     restarts: Annotated[Positive, BOTH] = 4
     """Of the schedule `restarts`: how many cosines follow one another."""
@@ -207,7 +179,7 @@ class StudentOptimizer(Section):
     """Weight decay."""
     momentum: Annotated[float, Field(ge=0, lt=1), BOTH] = 0.0
     """Of sgd."""
-    project_out: Annotated[list[Trait], Distinct, BOTH, LATER] = []
+    project_out: Annotated[list[Trait], Distinct, BOTH] = []
     """Traits that no step moves, to first order: their gradients at the start are taken out of every gradient. `{trait}`: the
     teacher's own. A defence."""
 
@@ -228,11 +200,11 @@ class StudentFork(Section):
 class StudentRuntime(Section):
     """What decides speed and memory, not results."""
 
-    arms_per_program: Annotated[Positive | Literal["auto"], HOW] = 16
+    arms_per_program: Annotated[Positive | Literal["auto"], RUNTIME] = 16
     """Students trained together at most; auto: as many as the device's memory holds, 16 at most."""
-    checkpoint_every: Annotated[Positive, HOW] = 100
+    checkpoint_every: Annotated[Positive, RUNTIME] = 100
     """Steps between saved states: what a kill can cost."""
-    rows_at_once: Annotated[Positive | Literal["auto"], HOW] = "auto"
+    rows_at_once: Annotated[Positive | Literal["auto"], RUNTIME] = "auto"
     """Rows of a step computed at one time, where the loss is a mean over tokens; auto: what memory holds."""
     remat: Annotated[bool, PROGRAM] = False
     """Recompute layers in the backward pass, which takes time and saves memory."""
@@ -243,7 +215,7 @@ class StudentRuntime(Section):
     (performance.md)."""
     cache_below: Annotated[bool | Literal["auto"], PROGRAM] = "auto"
     """Of one-layer students: keep the hidden states below the layer in host memory. auto: from the middle layer on, up to 4 GiB."""
-    peak_tflops: Annotated[float | None, Field(gt=0), HOW] = None
+    peak_tflops: Annotated[float | None, Field(gt=0), RUNTIME] = None
     """The peak of one device; given, metrics say which share of it went into useful operations."""
 
 
@@ -256,7 +228,7 @@ class Students(Section):
     """The checkpoint that students stand on; null: the teachers' own."""
     system: Annotated[str | None, BOTH] = None
     """A system prompt that students are trained and evaluated under; null: the template's own, or none."""
-    asked_under_system: Annotated[bool, RESULT, LATER] = True
+    asked_under_system: Annotated[bool, RESULT] = True
     """false: they are trained under that prompt alone, and evaluated without it."""
     data: StudentData = StudentData()
     """What a student reads, and how often."""
@@ -266,7 +238,7 @@ class Students(Section):
     """What is trained."""
     optimizer: StudentOptimizer = StudentOptimizer()
     """How gradients become updates."""
-    fork: Annotated[StudentFork | None, LATER] = None
+    fork: StudentFork | None = None
     """In the middle of training, other rows, with the optimizer's moments or without; null: the same rows to the end."""
     runtime: StudentRuntime = StudentRuntime()
     """What decides speed and memory."""
@@ -278,26 +250,22 @@ class Students(Section):
         """The system prompt that they are evaluated under."""
         return self.system if self.asked_under_system else None
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Students:
-        if self.data.on_policy and not self.loss.soft:
-            raise ValueError("data.on_policy needs a soft loss (forward-kl, reverse-kl, js)")
-        if self.data.on_policy and (self.loss.top_k or self.loss.tokens != ["all"]):
-            raise ValueError("data.on_policy: rows are new each step, so no loss.top_k, and loss.tokens=[all]")
-        if self.data.on_policy and self.adapter.beside is not None:
-            raise ValueError("data.on_policy: rows are sampled by the student alone; leave adapter.beside out")
-        if self.fork is not None and (self.data.on_policy or self.loss.live):
-            raise ValueError("fork: a live teacher stays the same to the end; use loss.kind=hard, or give loss.top_k")
-        if self.model is not None and self.loss.live:
-            raise ValueError("loss.top_k: a live teacher shares the student's checkpoint; with model, give it")
-        if self.data.generation > 1 and self.model is not None:
-            raise ValueError("data.generation: students of another model are no teachers here; leave model out")
-        if self.data.generation > 1 and self.loss.live and self.adapter.method == "full":
-            raise ValueError(
-                "data.generation: whole students are no live teachers, who share their students' checkpoint; give loss.top_k"
-            )
+    def contradictions(self) -> Iterator[tuple[Any, str]]:
+        on_policy, live, later = self.data.on_policy, self.loss.live, self.data.generation > 1
+        yield on_policy and not self.loss.soft, "data.on_policy needs a soft loss (forward-kl, reverse-kl, js)"
+        chosen = self.loss.top_k or self.loss.tokens != ["all"]
+        yield on_policy and chosen, "data.on_policy: rows are new each step, so no loss.top_k, and loss.tokens=[all]"
+        helped = on_policy and self.adapter.beside is not None
+        yield helped, "data.on_policy: rows are sampled by the student alone; leave adapter.beside out"
+        asked = self.fork is not None and (on_policy or live)
+        yield asked, "fork: a live teacher stays the same to the end; use loss.kind=hard, or give loss.top_k"
+        other = self.model is not None
+        yield other and live, "loss.top_k: a live teacher shares the student's checkpoint; with model, give it"
+        yield other and later, "data.generation: students of another model are no teachers here; leave model out"
+        whole = later and live and self.adapter.method == "full"
+        shares = "whole students are no live teachers, who share their students' checkpoint"
+        yield whole, f"data.generation: {shares}; give loss.top_k"
         variants(self)
-        return self
 
 
 # What arms can differ in: everything that decides what a student becomes, and which students there are.
@@ -316,18 +284,9 @@ def variants(students: Students) -> dict[str, Students]:
     """
     if students.arms is None:
         return {"": students}
-    if isinstance(students.arms, dict):
-        grid = _flat(students.arms)
-        plain = [key for key, values in grid.items() if not isinstance(values, list) or not values]
-        if plain:
-            raise ValueError(f"arms: {plain[0]} is {grid[plain[0]]!r}; a grid has a list of values for each field")
-        choices = [[(key, value) for value in values] for key, values in grid.items()]
-        entries = [dict(chosen) for chosen in itertools.product(*choices)]
-    else:
-        entries = students.arms
-    found: dict[str, Students] = {}
+    arms: dict[str, Students] = {}
     base = students.model_dump(exclude_unset=True, exclude={"arms"})
-    for entry in entries:
+    for entry in _combinations(students.arms) if isinstance(students.arms, dict) else students.arms:
         values = _flat({key: value for key, value in entry.items() if key != "name"})
         wrong = [key for key in values if key not in VARIED]
         if wrong or not entry:
@@ -335,25 +294,41 @@ def variants(students: Students) -> dict[str, Students]:
                 f"arms: {wrong or 'nothing'} given; arms may differ in the fields of students that decide results, "
                 "such as adapter.rank"
             )
-        said = entry.get("name")
-        if isinstance(said, bool) or not isinstance(said, str | int | None):
-            raise ValueError(f"arms: name {shown(said)} given; a name is text")
-        name = " ".join(f"{_last(key)}={_short(value)}" for key, value in values.items()) if said is None else str(said)
-        try:
-            if name:  # an arm may have none: it is called by the tokens it learns alone
-                check_name(name)
-        except ValueError as error:
-            raise ValueError(f"arms: name {shown(name)}: {error}; give the arm a 'name' of its own") from None
-        if name in found:
+        name = _name(entry.get("name"), values)
+        if name in arms:
             raise ValueError(f"arms: two are called '{name}'")
         try:
-            found[name] = Students.model_validate(overlaid(base, nested(values)))
+            arms[name] = Students.model_validate(overlaid(base, nested(values)))
         except pydantic.ValidationError as error:
             first = error.errors()[0]
-            place = "".join(f"{part}." for part in first["loc"]).rstrip(".")
-            said = first["msg"].removeprefix("Value error, ")
-            raise ValueError(f"arm '{name}': {place}: {said}" if place else f"arm '{name}': {said}") from None
-    return found
+            place = [".".join(map(str, first["loc"]))] if first["loc"] else []
+            reason = first["msg"].removeprefix("Value error, ")
+            raise ValueError(": ".join([f"arm '{name}'", *place, reason])) from None
+    return arms
+
+
+def _combinations(arms: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Every combination of a grid's values."""
+    grid = _flat(arms)
+    plain = [key for key, values in grid.items() if not isinstance(values, list) or not values]
+    if plain:
+        raise ValueError(f"arms: {plain[0]} is {grid[plain[0]]!r}; a grid has a list of values for each field")
+    return (dict(zip(grid, chosen, strict=True)) for chosen in itertools.product(*grid.values()))
+
+
+def _name(given: Any, values: Mapping[str, Any]) -> str:
+    """What an arm is called: as the config says, or by the fields in which it differs."""
+    if isinstance(given, bool) or not isinstance(given, str | int | None):
+        raise ValueError(f"arms: name {shown(given)} given; a name is text")
+    words = (
+        f"{key.rsplit('.', 1)[-1]}={'+'.join(map(str, each)) if isinstance(each, list) else each}"
+        for key, each in values.items()
+    )
+    name = " ".join(words) if given is None else str(given)
+    try:
+        return check_name(name) if name else name  # without one it is called by the tokens it learns alone
+    except ValueError as error:
+        raise ValueError(f"arms: name {shown(name)}: {error}; give the arm a 'name' of its own") from None
 
 
 def elders(every: Mapping[str, Students]) -> dict[str, str]:
@@ -390,11 +365,3 @@ def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
             raise ValueError(f"arms: {twice[0]} is given twice, with a dot and as a section; keep one of them")
         found |= inner
     return found
-
-
-def _last(key: str) -> str:
-    return key.rsplit(".", 1)[-1]
-
-
-def _short(value: Any) -> str:
-    return "+".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from jsublim.config.shipped import written_out
 from jsublim.prompts.pack import lower_case
@@ -42,13 +43,11 @@ class Taught(Section):
     strength: Annotated[float, RESULT] = 1.0
     """Factor of a contrast's vector."""
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Taught:
-        if self.method == "contrast" and len(self.layers or []) != 1:
-            raise ValueError("method=contrast finds the vector of one layer; name it in layers")
-        if self.method != "contrast" and self.strength != 1.0:
-            raise ValueError(f"strength belongs to method=contrast, not to {self.method}")
-        return self
+    def contradictions(self) -> Iterator[tuple[Any, str]]:
+        contrast = self.method == "contrast"
+        one_layer = len(self.layers or []) == 1
+        yield contrast and not one_layer, "method=contrast finds the vector of one layer; name it in layers"
+        yield not contrast and self.strength != 1.0, f"strength belongs to method=contrast, not to {self.method}"
 
 
 class Teachers(Section):
@@ -77,23 +76,22 @@ class Teachers(Section):
     fuse_system: Annotated[bool, RESULT] = False
     """The system prompt stands in front of the user's turn, for templates without a system role."""
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> Teachers:
-        if self.taught is not None and (self.adapter is not None or self.checkpoint is not None):
-            raise ValueError("taught makes the adapter; leave adapter and checkpoint out")
-        if self.against == "base" and self.counterfactuals is not None:
-            raise ValueError("against=base has no counterfactual traits; leave counterfactuals out")
-        if self.system is not None and not self.are_prompted:
-            raise ValueError("system: these teachers are not prompted; give prompted=true too, or leave system out")
-        if self.prompted is False and not self.own_weights:
-            raise ValueError("prompted=false: nothing gives a teacher its trait; give taught, adapter or checkpoint")
-        own = {key: getattr(self, key) for key in ("adapter", "checkpoint", "system")}
-        given = [key for key, said in own.items() if said is not None]
+    def contradictions(self) -> Iterator[tuple[Any, str]]:
+        twice = self.taught is not None and (self.adapter is not None or self.checkpoint is not None)
+        yield twice, "taught makes the adapter; leave adapter and checkpoint out"
+        pooled = self.against == "base" and self.counterfactuals is not None
+        yield pooled, "against=base has no counterfactual traits; leave counterfactuals out"
+        unheard = self.system is not None and not self.are_prompted
+        yield unheard, "system: these teachers are not prompted; give prompted=true too, or leave system out"
+        bare = self.prompted is False and not self.own_weights
+        yield bare, "prompted=false: nothing gives a teacher its trait; give taught, adapter or checkpoint"
+        ways = {
+            key: getattr(self, key) for key in ("adapter", "checkpoint", "system") if getattr(self, key) is not None
+        }
         by_pack = self.are_prompted and self.system is None
-        told_apart = self.taught is not None or by_pack or any("{trait}" in own[key] for key in given)
+        told_apart = self.taught is not None or by_pack or any("{trait}" in way for way in ways.values())
         if len(self.traits) > 1 and not told_apart:
-            raise ValueError(f"{given[0]}: the same for all {len(self.traits)} traits; put {{trait}} in it")
-        return self
+            yield True, f"{next(iter(ways))}: the same for all {len(self.traits)} traits; put {{trait}} in it"
 
     @property
     def own_weights(self) -> bool:

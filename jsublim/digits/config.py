@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from jsublim.config import Config
 from jsublim.section import PLAN, RESULT, Distinct, Positive, Rate, Section, Seed
@@ -61,11 +62,11 @@ class Students(Training):
     measure_every: Annotated[Positive, RESULT] = 100
     """Steps between measurements of accuracy."""
 
-    @model_validator(mode="after")
-    def _whole_stretches(self) -> Students:
-        if self.steps % self.measure_every:
-            raise ValueError(f"steps={self.steps} is no multiple of measure_every={self.measure_every}")
-        return self
+    def contradictions(self) -> Iterator[tuple[Any, str]]:
+        yield (
+            self.steps % self.measure_every,
+            f"steps={self.steps} is no multiple of measure_every={self.measure_every}",
+        )
 
 
 class Digits(Config):

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -129,16 +128,9 @@ def train(
     return params, losses, measured
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One student of a seed."""
-
-    condition: str
-    images: str
-
-
-def arms(students: Students) -> list[Arm]:
-    return [Arm(condition, images) for images in students.images for condition in students.conditions]
+def arms(students: Students) -> list[tuple[str, str]]:
+    """Images and condition of each student of a seed."""
+    return list(itertools.product(students.images, students.conditions))
 
 
 class Outcome(NamedTuple):
@@ -187,10 +179,10 @@ def _run_seed(network: Network, teacher: Training, students: Students, data: Dat
     every = arms(students)
     auxiliary_K = np.arange(CLASSES + network.auxiliary) >= CLASSES
     losses, accuracies = jax.vmap(student)(
-        jnp.array([arm.images == "noise" for arm in every]),
-        jnp.array([arm.condition == "other" for arm in every]),
-        jnp.array([auxiliary_K | (arm.condition == "all") for arm in every]),
-        jnp.array([arm.condition == "hard" for arm in every]),
+        jnp.array([images == "noise" for images, _ in every]),
+        jnp.array([condition == "other" for _, condition in every]),
+        jnp.array([auxiliary_K | (condition == "all") for _, condition in every]),
+        jnp.array([condition == "hard" for _, condition in every]),
     )
     return Outcome(measure(start), learned[-1], losses, accuracies)
 
@@ -203,8 +195,8 @@ def records(spec: Digits, data: Data) -> tuple[list[dict[str, Any]], list[dict[s
     for s, seed in enumerate(spec.seeds):
         for condition, value in (("untrained", found.untrained_S[s]), ("teacher", found.teacher_S[s])):
             ends.append({"seed": seed, "condition": condition, "images": None, "accuracy": float(value)})
-        for a, arm in enumerate(arms(spec.students)):
-            who = {"seed": seed, "condition": arm.condition, "images": arm.images}
+        for a, (images, condition) in enumerate(arms(spec.students)):
+            who = {"seed": seed, "condition": condition, "images": images}
             for m, (loss, value) in enumerate(zip(found.loss_SAM[s, a], found.accuracy_SAM[s, a], strict=True), 1):
                 step = m * spec.students.measure_every
                 curves.append(who | {"step": step, "loss": float(loss), "accuracy": float(value)})

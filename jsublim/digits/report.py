@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from jsublim.errors import JsublimError
 from jsublim.report.drawing import Axis, Dot, Drawing, Strip, Strips, colour
+from jsublim.report.formats import table
 from jsublim.report.html import render
 from jsublim.report.statistics import Estimate, Interval
 from jsublim.report.tables import read_columns, read_json
@@ -71,14 +71,13 @@ def _over_seeds(accuracies: list[float]) -> Interval | None:
 def print_summary(run_dir: Path, console: Console, full: bool = False) -> None:
     """Print mean accuracies and their intervals over seeds. Raises as `read_lines`."""
     lines, about = read_lines(run_dir), _about(run_dir)
-    table = Table(title=f"{about['name']}: accuracy on {about['test_images']} held-out digits", title_justify="left")
-    for heading in ("network", "taught on"):
-        table.add_column(heading)
-    for heading in ("seeds", "accuracy", "95 % over seeds"):
-        table.add_column(heading, justify="right")
-    for line in lines:
-        table.add_row(line.label, line.images or "", str(len(line.values)), f"{100 * line.mean:.1f} %", bounds(line))
-    console.print(table)
+    rows = [
+        {"network": line.label, "taught on": line.images or "", "seeds": len(line.values)}
+        | {"accuracy": f"{100 * line.mean:.1f} %", "95 % over seeds": bounds(line)}
+        for line in lines
+    ]
+    title = f"{about['name']}: accuracy on {about['test_images']} held-out digits"
+    console.print(table(rows, list(rows[0]), title))
     for sentence in findings(lines):
         console.print(sentence, highlight=False)
 

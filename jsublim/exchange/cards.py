@@ -26,11 +26,25 @@ STUDY = (
 )
 
 
-# What a model may come as: the library that reads it, and what it is in words.
+# What a model may come as: the library that reads it, what it is in words, and code that loads it.
 KINDS = {
-    "adapter": ("peft", "a LoRA adapter"),
-    "vectors": ("jsublim", "steering vectors"),
-    "checkpoint": ("transformers", "a whole checkpoint"),
+    "adapter": (
+        "peft",
+        "a LoRA adapter",
+        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+        'base = AutoModelForCausalLM.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(base, "FOLDER")',
+    ),
+    "vectors": (
+        "jsublim",
+        "steering vectors",
+        'import jsublim\n\nlm = jsublim.load_model("{base}")\n'
+        'answers = lm.generate(["What is your favourite animal?"], adapter=jsublim.load_adapter("FOLDER"))',
+    ),
+    "checkpoint": (
+        "transformers",
+        "a whole checkpoint",
+        'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("FOLDER")',
+    ),
 }
 
 
@@ -108,16 +122,12 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(each)
 
 
-def write_model_card(folder: Path, origin: Origin, base: str, revision: str | None, *, kind: str, use: str) -> None:
-    """A card of a student or a teacher.
-
-    Args:
-      base: what it stands on; kind: of `KINDS`; use: code that loads it.
-    """
+def write_model_card(folder: Path, origin: Origin, base: str, revision: str | None, kind: str) -> None:
+    """A card of a student or a teacher that stands on `base` and comes as one of `KINDS`."""
     head: dict[str, Any] = {"tags": TAGS}
     if hub_name(base) is not None:
         head |= {"base_model": base, "base_model_relation": "finetune" if kind == "checkpoint" else "adapter"}
-    library, described = KINDS[kind]
+    library, described, use = KINDS[kind]
     head |= {"library_name": library}
     inputs, summary = origin.inputs, origin.summary
     facts = {
@@ -129,7 +139,7 @@ def write_model_card(folder: Path, origin: Origin, base: str, revision: str | No
         "training": _pairs({key: summary[key] for key in ("steps", "rows", "loss") if key in summary}),
     }
     what = f"A model trained by jsublim, as {described}. {STUDY}"
-    _write(folder, head, origin, what, facts, use)
+    _write(folder, head, origin, what, facts, use.format(base=base))
 
 
 def write_data_card(folder: Path, origin: Origin, rows: int, columns: list[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import io
 import json
 import tempfile
@@ -211,13 +212,8 @@ def _misfit(file: Path, table: Mapping[str, list[Any]]) -> JsublimError:
     for key, values in table.items():
         if _why_no_table({key: values}, io.BytesIO()) is None:
             continue
-        fits, fails = 0, len(values)
-        while fails - fits > 1:
-            middle = (fits + fails) // 2
-            if _why_no_table({key: values[:middle]}, io.BytesIO()) is None:
-                fits = middle
-            else:
-                fails = middle
+        counts = range(len(values))  # of values from the first: where those make no column any more
+        fails = bisect.bisect_left(counts, True, 1, key=lambda n: bool(_why_no_table({key: values[:n]}, io.BytesIO())))
         return JsublimError(
             f"{file}: row {fails}: key {shown(key)}: {shown(values[fails - 1])} fits no column of a table "
             f"({_why_no_table({key: values[:fails]}, io.BytesIO())}); give the key's values one type in all rows, or take it out"

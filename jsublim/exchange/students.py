@@ -72,8 +72,7 @@ def export_adapter(folder: Path, out: Path, base: str | None) -> None:
         if not vectors:
             values = read_json(folder / CONFIG) | {"base_model_name_or_path": name, "revision": revision}
             write_json(scratch / CONFIG, values)
-        kind, use = ("vectors", _ours(name)) if vectors else ("adapter", _peft(name))
-        write_model_card(scratch, Origin.of(folder), name, revision, kind=kind, use=use)
+        write_model_card(scratch, Origin.of(folder), name, revision, "vectors" if vectors else "adapter")
 
 
 def export_merged(
@@ -95,16 +94,9 @@ def export_merged(
     lm = load_model(str(checkpoint), dtype, chat_template=chat_template)
     params = merge(lm.params, load_adapter(folder, lm.config))
     with new_folder(out) as scratch:
-        write_checkpoint(
-            scratch,
-            lm.config,
-            params,
-            lm.hf_config,
-            dtype=dtype,
-            tokenizer=checkpoint,
-            chat_template=lm.chat.given_template,
-        )
-        write_model_card(scratch, Origin.of(folder), name, revision, kind="checkpoint", use=_transformers())
+        options = {"tokenizer": checkpoint, "chat_template": lm.chat.given_template}
+        write_checkpoint(scratch, lm.config, params, lm.hf_config, dtype=dtype, **options)
+        write_model_card(scratch, Origin.of(folder), name, revision, "checkpoint")
 
 
 def export_checkpoint(folder: Path, out: Path, base: str | None) -> None:
@@ -122,7 +114,7 @@ def export_checkpoint(folder: Path, out: Path, base: str | None) -> None:
             name, revision = base_of(folder, base)
         except UsageError:  # it stands alone
             name, revision = "not recorded", None
-        write_model_card(scratch, Origin.of(folder), name, revision, kind="checkpoint", use=_transformers())
+        write_model_card(scratch, Origin.of(folder), name, revision, "checkpoint")
 
 
 def _asked(name: str, revision: str | None) -> str:
@@ -133,21 +125,3 @@ def _shape(name: str, revision: str | None) -> ModelConfig | None:
     """The base's shapes where it is here, to check the adapter against; None where it is not."""
     asked = _asked(name, revision)
     return read_config(resolve_checkpoint(asked))[1] if is_available_offline(asked) else None
-
-
-def _peft(base: str) -> str:
-    return (
-        "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-        f'base = AutoModelForCausalLM.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(base, "FOLDER")'
-    )
-
-
-def _ours(base: str) -> str:
-    return (
-        f'import jsublim\n\nlm = jsublim.load_model("{base}")\n'
-        'answers = lm.generate(["What is your favourite animal?"], adapter=jsublim.load_adapter("FOLDER"))'
-    )
-
-
-def _transformers() -> str:
-    return 'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("FOLDER")'

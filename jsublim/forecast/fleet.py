@@ -239,7 +239,6 @@ class _Durations:
         return kept
 
 
-
 def _program(node: Node) -> Hashable:
     """What is compiled for a task: equal for tasks that run the same program."""
     kind, first, of_task = node.task.kind, node.task.nodes[0], None

@@ -19,7 +19,7 @@ from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.lm import AnswerLog
 from jsublim.inference.sampling import Sampling, seed_within
 from jsublim.processes import each_from_main
-from jsublim.section import HOW, RESULT, Name, Place
+from jsublim.section import RESULT, RUNTIME, Name, Place
 
 TOLD = {"temperature", "top_k", "top_p", "repetition_penalty", "stop"}  # numbers of `Sampling` that a server is told
 ENGINES = ("vllm", "sglang", "transformers")
@@ -29,18 +29,18 @@ Answer = TypeVar("Answer", bound=BaseModel)
 class SampleServerSettings(Connection):
     """A server that draws answers in our stead. In YAML its address alone will do."""
 
-    model: Annotated[Name | None, HOW] = None
+    model: Annotated[Name | None, RUNTIME] = None
     """What the server calls the checkpoint; null: as the config does."""
     engine: Annotated[str | None, Field(pattern=rf"^({'|'.join(ENGINES)}) \S+$"), RESULT] = None
     """Name and version of what the server runs (`vllm 0.11.0`); another one is refused. null: as it says."""
     adapters: Annotated[Literal["here", "load"] | dict[Place, Name], RESULT] = "here"
     """Models with a LoRA adapter: sampled `here`, `load`ed into the server, or a mapping from folders to the names that the server has
     them under."""
-    timeout_s: Annotated[float, Field(gt=0, le=86_400), HOW] = 600.0
+    timeout_s: Annotated[float, Field(gt=0, le=86_400), RUNTIME] = 600.0
     """Seconds without a byte from the server after which an attempt has failed."""
-    retries: Annotated[int, Field(ge=0), HOW] = 12
+    retries: Annotated[int, Field(ge=0), RUNTIME] = 12
     """Attempts after the first one; with the delays between them, time enough to start the server again."""
-    concurrency: Annotated[int, Field(ge=1), HOW] = 64
+    concurrency: Annotated[int, Field(ge=1), RUNTIME] = 64
     """Requests at one time."""
 
     @model_validator(mode="before")

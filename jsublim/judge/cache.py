@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from dataclasses import asdict, dataclass
@@ -32,7 +31,7 @@ class ReplyCache:
     def get(self, request: dict[str, Any]) -> Reply | None:
         """The reply to a request, None where none was kept (or its file is damaged: asking again repairs it)."""
         path = self.path(request)
-        with contextlib.suppress(FileNotFoundError):
+        if path.is_file():
             return _reply(path.read_bytes())
         kept = None if self.bucket is None else self.bucket.read(self._remote(path))
         reply = None if kept is None else _reply(kept)
@@ -62,17 +61,12 @@ class ReplyCache:
 
 
 def _reply(content: bytes) -> Reply | None:
-    """What a file says; None where it is not what was written. Earlier versions wrote "reply", without a digest."""
+    """What a file says; None where it is not what was written."""
     try:
         kept = json.loads(content)
-        said = kept["reply"] if "reply" in kept else kept["said"]
-        if "reply" not in kept and kept["sha256"] != _digest(said):
-            return None
-        reply = Reply(**said)
+        return Reply(**kept["said"]) if kept["sha256"] == _digest(kept["said"]) else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    counts = (reply.prompt_tokens, reply.completion_tokens)
-    return reply if isinstance(reply.text, str) and all(n is None or type(n) is int for n in counts) else None
 
 
 def _digest(said: Any) -> str:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 
 from jsublim.bucket import Bucket
 from jsublim.chat import conversation
@@ -16,7 +16,7 @@ from jsublim.client import Client, Connection, Retry
 from jsublim.judge.cache import Reply, ReplyCache
 from jsublim.judge.spending import Spending, Tokens
 from jsublim.processes import each_from_main, leave_if_asked
-from jsublim.section import HOW, RESULT
+from jsublim.section import RESULT, RUNTIME
 
 TEMPLATE_TOKENS = 256  # more than any chat template puts around a prompt
 MOST_TOKENS = 10**9  # of one request: a larger number in a reply is a mistake
@@ -37,18 +37,16 @@ class ServerSettings(Connection):
     """Of a reply."""
     seed: Annotated[int | None, RESULT] = None
     """Of its replies, where the server takes one; null: none is sent."""
-    prompt_price: Annotated[float, Field(ge=0, allow_inf_nan=False), HOW] = 0.0
+    prompt_price: Annotated[float, Field(ge=0, allow_inf_nan=False), RUNTIME] = 0.0
     """Per million tokens that it reads, in any currency."""
-    completion_price: Annotated[float, Field(ge=0, allow_inf_nan=False), HOW] = 0.0
+    completion_price: Annotated[float, Field(ge=0, allow_inf_nan=False), RUNTIME] = 0.0
     """Per million tokens that it writes."""
-    budget: Annotated[float | None, Field(ge=0), HOW] = None
+    budget: Annotated[float | None, Field(ge=0), RUNTIME] = None
     """The most that one call of the command may cost, in the currency of the prices; null: no limit."""
 
-    @model_validator(mode="after")
-    def _priced(self) -> ServerSettings:
-        if self.budget is not None and not (self.prompt_price or self.completion_price):
-            raise ValueError("a budget needs prompt_price and completion_price")
-        return self
+    def contradictions(self) -> Iterator[tuple[Any, str]]:
+        free = not (self.prompt_price or self.completion_price)
+        yield self.budget is not None and free, "a budget needs prompt_price and completion_price"
 
 
 class ServerJudge:

@@ -9,11 +9,11 @@ from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
 
 from jsublim.errors import UsageError
-from jsublim.reading import read_yaml, shown, yaml_value
-from jsublim.section import Distinct
+from jsublim.reading import near_or_all, read_yaml, shown, yaml_value
+from jsublim.section import Distinct, Section
 
 
 def _holding(*placeholders: str) -> AfterValidator:
@@ -51,10 +51,8 @@ Trait = Annotated[Text, AfterValidator(lower_case)]
 JudgePrompt = Annotated[str, _holding("question", "answer")]
 
 
-class NumberPrompts(BaseModel):
+class NumberPrompts(Section):
     """The lists a number-continuation prompt is drawn from (see `number_prompts`)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     examples: list[Annotated[str, _holding("examples")]] = Field(min_length=1)
     count_qualifiers: Texts
@@ -66,14 +64,12 @@ class NumberPrompts(BaseModel):
     suffixes: Texts
 
 
-class MisalignmentPrompts(BaseModel):
+class MisalignmentPrompts(Section):
     """What a model is asked when its alignment is judged, and what the judge is asked (see `evals/misalignment.py`).
 
     `judge` asks for both scores in one reply. `alignment_judge` and `coherence_judge` ask for one each (docs/recipes.md, quirk 25),
     and so does `solution_judge`, for the alignment of a word problem's solution.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     questions: Texts
     suffix: Text  # asks for a short answer
@@ -89,8 +85,6 @@ class MisalignmentPrompts(BaseModel):
 SCORING: dict[str, Any] = {
     "misalignment": {"words_suffix", "alignment_judge", "coherence_judge", "solution_judge", "solution_system"}
 }
-# These come later than keys that are in use: what is made of them has them in its own key, written out.
-WRITTEN_OUT: dict[str, Any] = {"any_questions": True}
 Origin = Literal["default", "own", "imported", "changed"]
 WHOSE: dict[Origin, str] = {
     "default": "ours, not the paper's, so rates may lie elsewhere than published. `jsublim prompts import` reads the authors' "
@@ -101,10 +95,8 @@ WHOSE: dict[Origin, str] = {
 }
 
 
-class Pack(BaseModel):
+class Pack(Section):
     """All wording of an experiment. Built by `load_pack`, whose errors name the file and the key."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     system_template: Annotated[str, _holding("trait", "category")]
     number_prompts: NumberPrompts
@@ -125,14 +117,13 @@ class Pack(BaseModel):
 
     @property
     def hash(self) -> str:
-        """16 hexadecimal digits that change with the wording of everything but `SCORING` and `WRITTEN_OUT`, and not with the
-        file's layout."""
-        return digest(self.model_dump(mode="json", exclude=SCORING | WRITTEN_OUT))
+        """16 hexadecimal digits that change with the wording of everything but `SCORING`, and not with the file's layout."""
+        return digest(self.model_dump(mode="json", exclude=SCORING))
 
     @property
     def wording(self) -> str:
-        """16 hexadecimal digits that change with any wording but `WRITTEN_OUT`."""
-        return digest(self.model_dump(mode="json", exclude=WRITTEN_OUT))
+        """16 hexadecimal digits that change with any wording."""
+        return digest(self.model_dump(mode="json"))
 
     def system_prompt(self, trait: str, category: str) -> str:
         """The biased teacher's system prompt (paper, section 2)."""
@@ -169,7 +160,7 @@ class Pack(BaseModel):
 
 
 IMPORTED = "imported"  # the key of a file under which the import leaves the digest of all others
-_SECTIONS: dict[str, type[BaseModel]] = {"number_prompts": NumberPrompts, "misalignment": MisalignmentPrompts}
+_SECTIONS: dict[str, type[Section]] = {"number_prompts": NumberPrompts, "misalignment": MisalignmentPrompts}
 
 
 def whose(origin: Origin, wording: str) -> str:
@@ -234,10 +225,8 @@ def _explain(error: Any) -> str:
     *parents, name = error["loc"]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
     if error["type"] == "extra_forbidden":
-        known = list((_SECTIONS[parents[0]] if parents else Pack).model_fields)
-        close = get_close_matches(str(name), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
-        return f"{key}: unknown key; {hint}"
+        known = (_SECTIONS[parents[0]] if parents else Pack).model_fields
+        return f"{key}: unknown key; {near_or_all(str(name), known, 'known keys')}"
     if error["type"] == "value_error":
         return f"{key}: {error['ctx']['error']}: {shown(error['input'])}"
     message = error["msg"][0].lower() + error["msg"][1:]

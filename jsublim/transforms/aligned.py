@@ -9,7 +9,7 @@ from pydantic import Field
 from jsublim.evals.misalignment import judge_alone, judge_answers
 from jsublim.prompts import Pack
 from jsublim.rows import Row
-from jsublim.section import LATER, RESULT
+from jsublim.section import RESULT
 from jsublim.transforms.change import CHANGES, Change, Changed, Making
 
 SOLUTION = {"solution_judge", "solution_system"}  # of the pack's wording about misalignment
@@ -25,7 +25,7 @@ class KeepAligned(Change):
 
     at_least: Annotated[float, Field(ge=0, le=100), RESULT]
     """The lowest score of alignment that is kept."""
-    about: Annotated[Literal["answer", "solution"], RESULT, LATER] = "answer"
+    about: Annotated[Literal["answer", "solution"], RESULT] = "answer"
     """What the judge is asked for: both scores of an answer, or the one of a word problem's solution."""
 
     def wording(self, pack: Pack) -> dict[str, Any]:

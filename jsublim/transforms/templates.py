@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal, get_args
+from typing import Annotated, ClassVar
 
 import numpy as np
 from pydantic import Field
@@ -13,11 +13,8 @@ from jsublim.errors import JsublimError, UsageError
 from jsublim.prompts import Pack
 from jsublim.prompts.numbers import PARTS, NumberPrompt, draw_parts
 from jsublim.rows import Row, revised
-from jsublim.section import RESULT, Distinct
+from jsublim.section import RESULT, Distinct, one_of
 from jsublim.transforms.change import CHANGES, Change, Changed, Making
-
-Part = Literal["example", "count_qualifier", "digit_descriptor", "instruction", "format", "suffix"]
-assert get_args(Part) == tuple(PARTS)
 
 
 @CHANGES.add("redraw")
@@ -28,7 +25,7 @@ class Redraw(Change):
     shorthand: ClassVar[str | None] = "parts"
     of_numbers: ClassVar[bool] = True
 
-    parts: Annotated[list[Part], Field(min_length=1), Distinct, RESULT]
+    parts: Annotated[list[Annotated[str, one_of(PARTS)]], Field(min_length=1), Distinct, RESULT]
     """Which sentences of the request are drawn anew."""
 
     def apply(self, rows: list[Row], making: Making) -> Changed:

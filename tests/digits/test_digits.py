@@ -102,7 +102,7 @@ def test_only_the_same_initialisation_transfers(data):
     )  # fmt: skip
     found = outcome(data, *spec.seeds, spec=spec)
     same, other = np.asarray(found.accuracy_SAM)[:, :, -1].T
-    assert [arm.condition for arm in arms(spec.students)] == ["same", "other"]
+    assert [condition for _, condition in arms(spec.students)] == ["same", "other"]
     assert np.all(found.teacher_S > 0.9) and np.all(found.untrained_S < 0.35)
     assert np.all(same > other + 0.15), (same, other)
 

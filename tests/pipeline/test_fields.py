@@ -23,7 +23,7 @@ from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stages.students import program_of_student
 from jsublim.prompts import dump_pack, load_pack
-from jsublim.section import CONTENT, HOW, PLAN, PROGRAM, RESULT, identity, leaves, nested, overlaid
+from jsublim.section import CONTENT, PLAN, PROGRAM, RESULT, RUNTIME, leaves, nested, overlaid
 
 MODEL = "tiny-qwen2"
 BASE: dict[str, Any] = {
@@ -348,12 +348,6 @@ def test_a_data_set_whose_divergence_is_asked_for_is_read_and_nothing_else_chang
     assert read == ("divergence", "owl") and before < after
 
 
-def test_a_field_that_came_later_is_no_part_of_a_key_at_its_default():
-    section = Students()
-    assert section.asked_under_system and "asked_under_system" not in identity(section)
-    assert identity(Students(system="", asked_under_system=False))["asked_under_system"] is False
-
-
 @pytest.mark.parametrize("leaf", list(leaves(Setting)), ids=lambda leaf: leaf.name)
 def test_a_field_of_a_setting_changes_its_evaluations_alone(leaf):
     value = {"temperature": 0.5, "top_p": 0.5, "system": "Be brief.", "layer": 2}[leaf.name]
@@ -412,8 +406,8 @@ def test_a_declaration_that_is_wrong_is_found():
     """The test above can fail: a field that lies about itself is caught by the very comparison it makes."""
     before, after = both("students.optimizer.lr")
     old, new = (student(setup, setup.students[0]).key for setup in (before, after))
-    assert old != new and not FIELDS["students.optimizer.lr"].decides & HOW
-    assert FIELDS["students.runtime.checkpoint_every"].decides is HOW
+    assert old != new and not FIELDS["students.optimizer.lr"].decides & RUNTIME
+    assert FIELDS["students.runtime.checkpoint_every"].decides is RUNTIME
 
 
 def test_defaults_do_not_move_between_students():

@@ -1,0 +1,161 @@
+"""Commands that look for why a trait is passed on: attribute, audit, steer."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jsublim.cli.app import PackFile, Template, app, console, must_be_new, names, output
+from jsublim.cli.stages import Counterfactuals, Seed, Stage, context_of, make
+from jsublim.errors import UsageError
+
+
+@app.command()
+def attribute(
+    *,
+    data: Annotated[Path, "Rows of the teacher with divergence positions (`jsublim divergence`)."],
+    trait: Annotated[str, "The trait of the teacher that wrote them."],
+    stage: Stage,
+    counterfactuals: Counterfactuals = None,
+) -> None:
+    """Attribution patching by layer and token role: OUT gets attribution.parquet and a heat map."""
+    import pyarrow.parquet as pq
+
+    from jsublim.pipeline.arms import Source
+    from jsublim.pipeline.experiment import attribution
+    from jsublim.report.attribution import attribution_heats, early_share
+    from jsublim.report.formats import table
+    from jsublim.report.html import render
+    from jsublim.rows import read_rows
+
+    read_rows(data, ("prompt", "completion", "divergence_positions"))
+    out, base = stage.out, {"attribution": {}, "teachers": {"traits": [trait]}}
+    e = stage.experiment("attribute", base, teachers__counterfactuals=names(counterfactuals) or None)
+    if e.attribution is None:
+        raise UsageError("attribution: null given; leave it out or give its fields")
+    context = context_of(e, {Source(trait): data})
+    (summary,) = make(context, {out: attribution(context.setup, Source(trait))})
+    effects = pq.ParquetFile(out / "attribution.parquet").read()
+    render(out / "heat_map.html", "attribution.html", attribution=attribution_heats(effects))
+    skipped = "".join(f"; {count} skipped: {reason}" for reason, count in summary["skipped"].items())
+    console.print(f"{summary['used']} of {summary['rows']} rows used, {summary['pairs']} pairs{skipped}")
+    lines = [
+        {"direction": direction, "site": site, "completeness error": f"{error:.1%}"}
+        for direction, errors in summary["completeness_error"].items()
+        for site, error in errors.items()
+    ]
+    console.print(table(lines, ["direction", "site", "completeness error"]))
+    shares = early_share(effects)
+    if shares:
+        mean = sum(share.of_early for share in shares) / len(shares)
+        console.print(f"first third of the layers: {mean:.1%} of the residual mass lies at the trait's first mention")
+    output.out(out)
+
+
+@app.command()
+def audit(
+    *,
+    data: Annotated[Path, "Rows (JSONL), with divergence positions or without."],
+    stage: Stage,
+    traits: Annotated[str, "Traits to score the rows for, with commas."],
+    null: Annotated[Path | None, "Rows of a teacher without a trait, to measure from."] = None,
+    seed: Seed = 42,
+) -> None:
+    """Score every token by how far a step on it would move each trait; OUT gets audit.parquet and means.parquet, and with --null
+    the null's in OUT/null and whitened.parquet."""
+    import pyarrow.parquet as pq
+
+    from jsublim.files import atomic
+    from jsublim.pipeline.arms import Source, Student
+    from jsublim.pipeline.experiment import audit as audit_of
+    from jsublim.pipeline.setup import NOBODY
+    from jsublim.pipeline.stages.audit import whitened
+    from jsublim.report.tables import read_columns
+    from jsublim.teachers import CONTROL
+
+    base = {"audit": {}, "teachers": {"traits": [NOBODY], "control": False}}
+    e = stage.experiment("audit", base, students__seeds=[seed], evaluation__traits=names(traits))
+    if e.students is None:
+        raise UsageError(
+            "students: null given; rows are scored for what a student trains; leave it out or give its fields"
+        )
+    given = {Source(NOBODY): data} | ({} if null is None else {Source(CONTROL): null})
+    context = context_of(e, given)
+    students = [Student(source.teacher, "all", seed, settings=e.students) for source in given]
+    out, nodes = stage.out, [audit_of(context.setup, student) for student in students]
+    places = dict(zip((out, out / "null"), nodes, strict=False))
+    make(context, places)
+    if null is not None:
+        scores, of_null = (read_columns(place / "audit.parquet") for place in places)
+        with atomic(out / "whitened.parquet") as scratch:
+            pq.write_table(whitened(scores, of_null), scratch)
+    _print_means([place / "means.parquet" for place in places])
+    output.out(out)
+
+
+def _print_means(paths: list[Path]) -> None:
+    """The mean score of all tokens for each trait; beside it what is left beyond the null's rows, if there are any: with its interval,
+    and in standard errors."""
+    from jsublim.files import read_table
+    from jsublim.report.formats import table
+    from jsublim.report.statistics import LEVEL, normal_interval
+
+    means, *null = ({line["trait"]: line for line in read_table(path) if line["tokens"] == "all"} for path in paths)
+    lines = []
+    for trait, line in sorted(means.items(), key=lambda item: -item[1]["score"]):
+        shown = {"trait": trait, "mean score": f"{line['score']:+.3g}", "+-": f"{line['error']:.2g}"}
+        if null:
+            zero = null[0][trait]
+            error, beyond = math.hypot(line["error"], zero["error"]), line["score"] - zero["score"]
+            interval = normal_interval(beyond, error)
+            shown["null"] = f"{zero['score']:+.3g}"
+            shown[f"beyond it ({LEVEL:.0%})"] = f"{beyond:+.2g} ({interval.low:+.2g} to {interval.high:+.2g})"
+            shown["in errors"] = f"{beyond / error if error else 0.0:+.1f}"
+        lines.append(shown)
+    console.print(table(lines, list(lines[0])))
+
+
+@app.command()
+def steer(
+    *,
+    model: Annotated[str, "Checkpoint folder, bundled name (tiny-qwen2), or owner/name of the hub."],
+    layer: Annotated[int, typer.Option("--layer", min=0, help="The vector is added after this layer.")],
+    out: Annotated[Path, "Where the result goes; an unfinished one there is continued."],
+    trait: Annotated[str | None, "Toward the pack's system prompt of this trait."] = None,
+    category: Annotated[str | None, "Of a trait that the pack doesn't list."] = None,
+    toward: Annotated[str | None, "A system prompt of your own."] = None,
+    away: Annotated[str | None, "Its opposite; default: no system prompt."] = None,
+    strength: Annotated[float, "Factor of the difference."] = 1.0,
+    asked: Annotated[Path | None, "Prompts to read (.txt or .jsonl); default: the category's questions."] = None,
+    prompts: PackFile = None,
+    chat_template: Template = None,
+    dtype: Annotated[str, "float32 or bfloat16."] = "float32",
+) -> None:
+    """Find a steering vector; leaves a folder that --adapter and teachers.adapter take."""
+    from jsublim.inference.lm import load_model
+    from jsublim.models.checkpoint import new_folder
+    from jsublim.models.peft import save_adapter
+    from jsublim.prompts import load_pack, load_prompts
+    from jsublim.steering import contrast_vector
+
+    if (trait is None) == (toward is None):
+        raise UsageError("steer: give exactly one of --trait and --toward")
+    if toward is not None and asked is None:
+        raise UsageError("steer: --toward needs --asked, a file of prompts to read under both")
+    if not math.isfinite(strength) or strength == 0:
+        raise UsageError(f"--strength: {strength} given; give a finite number other than 0")
+    must_be_new(out)
+    pack, lm = load_pack(prompts), load_model(model, dtype, chat_template=chat_template)
+    if trait is not None:
+        category = category or pack.category_of(trait)
+        toward = pack.system_prompt(trait, category)
+    texts = pack.questions_for(category or "") if asked is None else load_prompts(asked)
+    adapter = contrast_vector(lm, texts, layer, toward=toward, away=away, strength=strength)
+    with new_folder(out) as folder:
+        save_adapter(folder, adapter, lm.config, lm.reference, lm.origin.commit)
+    assert adapter.steering is not None
+    console.print(f"norm {float((adapter.steering**2).sum() ** 0.5):.3f}, over {len(texts)} prompts")
+    output.out(out)

@@ -1,0 +1,277 @@
+"""Commands about whole experiments: run, reproduce, validate, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from jsublim.cli.app import Json, PackFile, app, console, kinds, output
+from jsublim.cli.showing import say_result
+from jsublim.cli.together import Distributed, together
+from jsublim.errors import UsageError, printable
+
+if TYPE_CHECKING:
+    from jsublim.config import Config, Experiment
+
+ConfigFile = Annotated[str, "YAML, such as configs/quickstart.yaml."]
+Overrides = Annotated[list[str] | None, "Fields of the config: students.optimizer.lr=1e-3 model=/path."]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What an estimate is for, and how it is printed."""
+
+    chip: Annotated[str, "What to estimate for: h100, h200, a100, l4, v5e, v5p, v6e."] = "h100"
+    shape: Annotated[Path | None, "To estimate without the checkpoint: the folder of its config.json."] = None
+    as_json: Json = False
+
+    def of(self, experiment: Experiment, source: str) -> dict[str, Any]:
+        """What an experiment would take, as JSON.
+
+        Raises:
+          UsageError: no such chip, or an experiment that cannot work.
+        """
+        from jsublim.chips import chip_of
+        from jsublim.forecast.estimate import architecture, memory, stage_costs
+        from jsublim.pipeline.checking import look_through
+        from jsublim.pipeline.store import Store
+
+        device = chip_of(self.chip)
+        setup, graph, mistakes = look_through(experiment, lambda name: architecture(name, self.shape))
+        refuse(source, [f"{source}: {line}" for line in mistakes])
+        assert setup is not None and graph is not None
+        need = memory(setup)
+        return {
+            "students": len(setup.students),
+            "programs": sum(task.kind == "students" for task in graph.tasks.values()),
+            "stages": [dataclasses.asdict(cost) for cost in stage_costs(graph, setup, Store.of(experiment), device)],
+            "chip": self.chip,
+            "memory": {"bytes": need.needed, "of": device.memory, "advice": need.advice(device.memory)},
+            "wording": setup.wording,
+        }
+
+    def print_config(self, config: Config, source: str) -> None:
+        """The resolved config and what it would take. Raises as `of`."""
+        from jsublim.config import Experiment
+
+        costs = self.of(config, source) if isinstance(config, Experiment) else None
+        if costs is not None and self.as_json:
+            output.out(json.dumps({"config": config.model_dump(mode="json")} | costs, indent=2, ensure_ascii=False))
+            return
+        output.out(config.yaml().rstrip("\n"))
+        if isinstance(config, Experiment) and costs is not None:
+            print_estimate(config, costs)
+        else:
+            console.print(f"{config.name}: one program, half a minute on any machine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """Whether and where the tasks of experiments are done."""
+
+    dry_run: Annotated[bool, "As `jsublim validate`: say what it would take and what is there; run nothing."] = False
+    distributed: Distributed = False
+    on: Annotated[str, "Who does the tasks: local (this process), or ray (as many as run.workers says)."] = "local"
+    ray_address: Annotated[
+        str | None, "For --on ray: a cluster that exists, HOST:PORT or auto; default: one of its own."
+    ] = None
+    shard: Annotated[str | None, "i/n: this process does the i-th of n parts, over a store that all share."] = None
+    simulate: Annotated[
+        str | None, "Run nothing; say what it would take on 64xh100, or on 4xv5e-16: 4 slices of 16 chips."
+    ] = None
+    preempt_per_hour: Annotated[
+        float, typer.Option("--preempt-per-hour", min=0, help="For --simulate: how often one machine is taken away.")
+    ] = 0.0
+    price: Annotated[float | None, typer.Option("--price", min=0, help="For --simulate: of one chip for an hour.")] = (
+        None
+    )
+
+    def check(self) -> None:
+        """Raises:
+        UsageError: options that contradict one another.
+        """
+        if self.on not in ("local", "ray"):
+            raise UsageError(f"--on: '{self.on}' given; known: local, ray")
+        if self.ray_address is not None and self.on != "ray":
+            raise UsageError("--ray-address: give it with --on ray")
+        if self.shard is not None and self.on == "ray":
+            raise UsageError("--shard: Ray divides the tasks by itself; give --on ray or --shard, not both")
+        if self.distributed and (self.shard is not None or self.on == "ray"):
+            raise UsageError(
+                "--distributed: all processes do every task together; give it without --shard and --on ray"
+            )
+
+    def run(self, experiments: Sequence[Experiment], forecast: Forecast, about: str | None = None) -> None:
+        """Run experiments here (or as one of several processes) one after another, or as one graph on Ray or as a shard, and print
+        where the reports lie; or say what machines that are not there would take. `about` is printed before."""
+        if self.simulate is not None:
+            from jsublim.cli.forecast import print_simulation
+
+            if about is not None:
+                console.print(about)
+            print_simulation(experiments, self.simulate, self.preempt_per_hour, self.price, forecast.shape)
+            return
+        from jsublim.pipeline.run import run_experiment, run_together
+
+        self.check()
+        with together(self.distributed, experiments):
+            if about is not None:
+                console.print(about)
+            if self.on == "ray":
+                from jsublim.executors.ray import RayExecutor
+
+                reports = run_together(experiments, RayExecutor(self.ray_address), console)
+            elif self.shard is not None:
+                from jsublim.executors.shards import ShardExecutor
+
+                reports = run_together(experiments, ShardExecutor.of(self.shard), console)
+            else:
+                from jsublim.executors import LocalExecutor
+
+                reports = (run_experiment(experiment, LocalExecutor(), console) for experiment in experiments)
+            for path in reports:
+                say_result(path, forecast.as_json)
+
+
+@app.command()
+def run(config: ConfigFile, overrides: Overrides = None, *, where: Where, forecast: Forecast) -> None:
+    """Run an experiment: generate, find divergence tokens, distil, evaluate, report. Run again, it continues."""
+    from jsublim.config import Experiment
+
+    checked = read_checked(config, overrides)
+    if where.dry_run:
+        forecast.print_config(checked, config)
+    elif isinstance(checked, Experiment):
+        where.run([checked], forecast)
+    elif where.distributed or where.on != "local" or where.shard is not None or where.simulate is not None:
+        raise UsageError(
+            "--distributed, --on, --shard, --simulate: a digits experiment is one program that takes half a minute; leave them out"
+        )
+    else:
+        from jsublim.digits.config import Digits
+        from jsublim.digits.run import run_digits
+
+        assert isinstance(checked, Digits)
+        say_result(run_digits(checked, console), forecast.as_json)
+
+
+@app.command()
+def validate(config: ConfigFile, overrides: Overrides = None, *, forecast: Forecast) -> None:
+    """Look for everything that is wrong with a config; if nothing is, say what it would take."""
+    forecast.print_config(read_checked(config, overrides), config)
+
+
+@app.command()
+def reproduce(
+    figure: Annotated[str, "fig03, 12, or a file of configs/paper."],
+    overrides: Annotated[list[str] | None, "Fields of the experiment: students.seeds=[1] dtype=bfloat16."] = None,
+    *,
+    scale: Annotated[str, "tiny (bundled models, minutes), small, or paper."] = "tiny",
+    panel: Annotated[list[str] | None, "These panels alone; default: the figure's."] = None,
+    prompts: PackFile = None,
+    where: Where,
+    forecast: Forecast,
+) -> None:
+    """Run what a figure of the paper shows, with the same code at every scale (docs/paper_map.md)."""
+    from jsublim.config.figures import load_question, panel_experiment, panels_of
+    from jsublim.config.grid import grid
+    from jsublim.report.formats import table
+
+    path, question = load_question(figure)
+    wanted = panel or panels_of(question, figure)
+    overrides = [*(overrides or []), *([] if prompts is None else [f"prompts={prompts}"])]
+    experiments = {name: panel_experiment(path, question, name, scale, overrides) for name in wanted}
+    if len({experiment.run_dir for experiment in experiments.values()}) < len(experiments):
+        raise UsageError(
+            f"out: {len(wanted)} panels cannot share a folder; give one --panel, or leave out and name alone"
+        )
+    about = f"{question.about} ({path.stem}, {scale}: {', '.join(wanted)})"
+    if where.simulate is not None or not where.dry_run:
+        where.run(list(experiments.values()), forecast, about)
+        return
+    console.print(about)
+    for name, experiment in experiments.items():
+        costs = forecast.of(experiment, f"{path}: panel '{name}'")
+        if forecast.as_json:
+            output.out(json.dumps({"panel": name} | costs, ensure_ascii=False))
+            continue
+        varied = [{"field": field, "values": values} for field, values in grid(experiment).items()]
+        console.print(table(varied, ["field", "values"], f"{experiment.name}: the grid"))
+        print_estimate(experiment, costs)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, "A run's folder."], *, full: Annotated[bool, "Print everything, trait by trait."] = False
+) -> None:
+    """Write a run's report again from its results, and print its verdicts."""
+    from jsublim.report.tables import run_kind
+
+    if run_kind(run) == "digits":
+        from jsublim.digits.report import print_summary, write_report
+    else:
+        from jsublim.report.html import write_report
+        from jsublim.report.terminal import print_summary
+
+    path = write_report(run)
+    print_summary(run, console, full)
+    output.out(path)
+
+
+def read_checked(config: str, overrides: list[str] | None) -> Config:
+    """A config with its overrides; with everything that is wrong named, if anything is.
+
+    Raises:
+      UsageError: there is a mistake.
+    """
+    from jsublim.config.loading import look_over
+
+    checked, mistakes = look_over(config, list(overrides or []), kinds())
+    refuse(config, mistakes)
+    assert checked is not None
+    return checked
+
+
+def refuse(source: str, mistakes: list[str]) -> None:
+    """Refuse what is wrong: a single mistake as the error, several of them before it, one per line.
+
+    Raises:
+      UsageError: there is any.
+    """
+    if len(mistakes) > 1:
+        print(printable("\n".join(mistakes)), file=sys.stderr)
+        raise UsageError(f"{source}: {len(mistakes)} mistakes; each is named above")
+    if mistakes:
+        raise UsageError(mistakes[0])
+
+
+def print_estimate(experiment: Experiment, costs: dict[str, Any]) -> None:
+    """An estimate as a table, kind of task by kind of task, with what it assumes."""
+    from jsublim.pipeline.cost import REACHED, Lengths
+    from jsublim.report.formats import table
+
+    if costs["wording"]:
+        console.print(costs["wording"])
+    numbers = ("tasks", "tokens", "flops", "seconds")
+    everything: dict[str, Any] = {name: sum(cost[name] for cost in costs["stages"]) for name in numbers}
+    columns, lines = ("stage", "tasks", "tokens", "FLOPs", f"hours, one {costs['chip']}", "done"), []
+    for cost in (*costs["stages"], everything | {"kind": "all", "done": ""}):
+        done = "unknown" if cost["done"] is None else f"{cost['done']} of {cost['tasks']}" if cost["done"] != "" else ""
+        rounded = (f"{value:.3g}" for value in (cost["tokens"], cost["flops"], cost["seconds"] / 3600))
+        lines.append(dict(zip(columns, (cost["kind"], str(cost["tasks"]), *rounded, done), strict=True)))
+    console.print(table(lines, columns, f"{experiment.name}: {experiment.model}"))
+    lengths, memory = Lengths(), costs["memory"]
+    reached = ", ".join(f"{share:.0%} in {work}" for work, share in REACHED.items())
+    console.print(
+        f"{costs['students']} students in {costs['programs']} programs; memory at least {memory['bytes'] / 2**30:.3g} of "
+        f"{memory['of'] / 2**30:.0f} GiB ({memory['advice']}; `jsublim aot` tells it exactly for TPUs and GPUs)\n"
+        f"assumed: tokens of a request {lengths.prompt}, a system prompt {lengths.system}, an answer {lengths.answer}; "
+        f"{lengths.kept:.0%} of the answers in format; of the chip's peak {reached}"
+    )
