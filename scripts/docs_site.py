@@ -6,6 +6,7 @@ The README and its neighbours become pages, and each room of the package has one
 from __future__ import annotations
 
 import ast
+import posixpath
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,11 +51,11 @@ def on_page_markdown(markdown: str, page: Any, files: Files, **_: Any) -> str:
         text, path, anchor = match[1], match[2], match[3] or ""
         if not path:
             return match[0]
-        plain = re.sub(r"^(\.\./|docs/)+", "", path)
+        plain = re.sub(r"^(\.\./|docs/)+", "", posixpath.normpath((here / path).as_posix()))
         place = PAGES.get(plain, plain)
-        if files.get_file_from_path((here / place).as_posix()) is None:
+        if files.get_file_from_path(place) is None:
             return text
-        return f"[{text}]({place}{anchor})"
+        return f"[{text}]({posixpath.relpath(place, here.as_posix())}{anchor})"
 
     return LINK.sub(target, markdown)
 

@@ -117,6 +117,53 @@ def test_code_that_is_named_is_there(path):
             body = found[0].body
 
 
+def test_the_paths_through_the_code_follow_the_calls():
+    """Each function of a path is reached from one above it, or stands on the page of the experiment."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("## Two paths")[1].split("\n## ")[0]
+    paths = [re.findall(r"^\| \d+ \| `([^`]+)`", part, re.MULTILINE) for part in text.split("\n\n**")[1:]]
+    assert len(paths) == 2 and all(5 < len(path) <= 10 for path in paths)
+    calls = _Calls()
+    for path in paths:
+        for place, name in enumerate(path):
+            assert name.startswith("pipeline/experiment.py") or place == 0 or calls.reach(path[:place], name), name
+
+
+class _Calls:
+    """Which functions of the package name which others."""
+
+    def __init__(self) -> None:
+        self.named: dict[str, set[str]] = {}  # "file:function", and the names in it
+        self.known: dict[str, set[str]] = {}  # of each name, the functions that are called so
+        self.imported: dict[tuple[str, str], str] = {}  # what a name means in a file
+        for file in sorted((ROOT / "jsublim").rglob("*.py")):
+            place = str(file.relative_to(ROOT / "jsublim"))
+            for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.FunctionDef):
+                    inside = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+                    inside |= {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
+                    self.named.setdefault(f"{place}:{node.name}", set()).update(inside)
+                    self.known.setdefault(node.name, set()).add(f"{place}:{node.name}")
+                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("jsublim."):
+                    home = (node.module or "").removeprefix("jsublim.").replace(".", "/")
+                    self.imported |= {(place, each.name): f"{home}.py:{each.name}" for each in node.names}
+
+    def follow(self, function: str) -> set[str]:
+        """What a function calls: those of its own file, those that are imported, and those whose names nobody else has."""
+        place, found = function.split(":")[0], set()
+        for name in self.named.get(function, set()):
+            here, there = f"{place}:{name}", self.imported.get((place, name), "")
+            every = self.known.get(name, set())
+            found |= {here} & every or {there} & every or (every if len(every) == 1 else set())
+        return found
+
+    def reach(self, begins: list[str], end: str, calls: int = 6) -> bool:
+        seen = front = set(begins)
+        for _ in range(calls):
+            front = {other for each in front for other in self.follow(each)} - seen
+            seen = seen | front
+        return end in seen
+
+
 def test_a_room_imports_only_from_rooms_above_it():
     text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
     table = text.split("## Rooms")[1].split("\n## ")[0]

@@ -237,6 +237,9 @@ class StudentRuntime(Section):
     """Recompute layers in the backward pass, which takes time and saves memory."""
     unroll: Annotated[bool, PROGRAM] = False
     """Compile layers one after another, not as a loop: longer to compile, fewer copies in a step of a GPU (performance.md)."""
+    attention: Annotated[Literal["products", "cudnn"], PROGRAM] = "products"
+    """cudnn: in training by one kernel of NVIDIA's, to bfloat16's rounding, with dtype=bfloat16 on a GPU; compiled, never run by us
+    (performance.md)."""
     cache_below: Annotated[bool | Literal["auto"], PROGRAM] = "auto"
     """Of one-layer students: keep the hidden states below the layer in host memory. auto: from the middle layer on, up to 4 GiB."""
     peak_tflops: Annotated[float | None, Field(gt=0), HOW] = None

@@ -39,7 +39,7 @@ class Program:
       loss, optimizer: their settings.
       warmup: steps in which the learning rate rises.
       per: what the loss is a mean over, see `losses.normalise`.
-      remat, unroll: see `decoder.hidden_states`.
+      remat, unroll, attention: see `decoder.hidden_states`.
     """
 
     loss: Loss = Loss()
@@ -48,6 +48,7 @@ class Program:
     per: str = "tokens"
     remat: bool = False
     unroll: bool = False
+    attention: str | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -118,7 +119,7 @@ def micro_loss(
         tokens, valid, where = (batch[f"{whose}{name}"] for name in ("tokens", "valid", "where"))
         if f"{whose}branch" in batch:
             options["branches"] = decoder.Branches(batch[f"{whose}positions"], batch[f"{whose}branch"])
-        h, _ = decoder.hidden_states(config, params, tokens, valid, **options)
+        h, _ = decoder.hidden_states(config, params, tokens, valid, attention=program.attention, **options)
         return jnp.take_along_axis(h, where[..., None], axis=1).reshape(-1, h.shape[-1])
 
     student_params, student = bind(params, adapter)

@@ -84,14 +84,14 @@ def _parents(store: Path, inputs: Any) -> Iterator[tuple[str, Mapping[str, Any]]
 
 
 def _series(store: Path, key: str) -> list[Path]:
-    """The records of the shards that have a key together (`RowSet.of`), in their order."""
+    """The records of the shards that have a key together (`Rows.key`), in their order."""
     series: dict[str, list[tuple[int, str, Path]]] = {}
     for record in store.glob(f"*/*/{RECORD}"):
         said = read_json(record)
         inputs = said.get("inputs", {})
-        shard = inputs.get("shard") or inputs.get("prompts")
+        shard = inputs.get("shard") or inputs.get("span")
         if shard:
-            rest = {name: value for name, value in inputs.items() if name not in ("shard", "prompts")}
+            rest = {name: value for name, value in inputs.items() if name not in ("shard", "span")}
             series.setdefault(digest([said["kind"], rest]), []).append((shard[0], said["key"], record))
     for shards in map(sorted, series.values()):
         for count in range(2, len(shards) + 1):
@@ -123,7 +123,7 @@ def write_model_card(folder: Path, origin: Origin, base: str, revision: str | No
     facts = {
         "base": f"`{base}`" + (f" at `{revision}`" if revision else ""),
         "data": _data(origin),
-        "tokens that had a loss": inputs.get("tokens"),
+        "tokens that had a loss": inputs.get("lesson", {}).get("tokens"),
         "seed": inputs.get("seed"),
         "recipe": _pairs(inputs.get("recipe", {})),
         "training": _pairs({key: summary[key] for key in ("steps", "rows", "loss") if key in summary}),

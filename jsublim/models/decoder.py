@@ -58,12 +58,7 @@ class Decoder(nnx.Module):
 
 def init_params(config: ModelConfig, seed: int, dtype: str = "float32") -> Params:
     """Random parameters, as the start of a pretraining run."""
-
-    @jax.jit
-    def make() -> Params:
-        return _flat(nnx.state(Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed))))
-
-    return make()
+    return jax.jit(lambda: _flat(nnx.state(Decoder(config, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(seed)))))()
 
 
 def abstract_params(config: ModelConfig, dtype: str = "float32") -> Params:
@@ -176,9 +171,7 @@ def _masks(
     if branches is not None:
         of_query, of_key = branches.branch[:, :, None], branches.branch[:, None, :]
         seen &= (of_key == 0) | (of_key == of_query)
-    return (
-        jnp.stack([seen, seen & (distance < config.local.window)]) if config.local.window else jnp.stack([seen, seen])
-    )
+    return jnp.stack([seen, seen & (distance < config.local.window) if config.local.window else seen])
 
 
 def _segments(num_layers: int, trained: tuple[int, ...]) -> list[tuple[int, int, int | None]]:
@@ -264,13 +257,14 @@ def layers_on_rows(
     dtype: jnp.dtype,
     prefix: KV | None = None,
     branches: Branches | None = None,
+    attention: str | None = None,
 ) -> Callable[[Array, Part], Layer]:
     """`layer_at(index, part)`: layer `index` (int32 scalar, data) on whole rows with the tokens `valid_BT`.
 
     Args:
       dtype: of the residual stream.
       prefix: keys and values `[L, 1, K, P, h]` of tokens that stand before every row.
-      branches: of rows that have some; not with a prefix.
+      branches, attention: as of `hidden_states`.
     """
     B = valid_BT.shape[0]
     before = prefix[0].shape[3] if prefix is not None else 0
@@ -294,7 +288,7 @@ def layers_on_rows(
             if prefix is not None:
                 earlier = [jnp.broadcast_to(stack[index], (B, *stack.shape[2:])) for stack in prefix]
                 k, v = (jnp.concatenate(both, axis=2) for both in zip(earlier, (k, v), strict=True))
-            return Seen(k, v, masks[kind])
+            return Seen(k, v, masks[kind], attention)
 
         return Layer.of(config, frozen, part, (cos[kind], sin[kind]), remember)
 
@@ -314,6 +308,7 @@ def hidden_states(
     unroll: bool = False,
     below_BTD: Array | None = None,
     branches: Branches | None = None,
+    attention: str | None = None,
 ) -> tuple[Array, KV | None]:
     """Forward pass over whole rows, padded on either side.
 
@@ -328,6 +323,7 @@ def hidden_states(
       unroll: layers one after another in the program, not as a loop; those of a `OneLayer` stay loops.
       below_BTD: the residual stream below the layer of a `OneLayer`, where it is known already.
       branches: of rows in which several texts follow one beginning; not with a prefix.
+      attention: what computes it, see `Seen`.
 
     Returns:
       Hidden states `[B, T, D]` after the final norm, and the cache or None.
@@ -337,7 +333,7 @@ def hidden_states(
     """
     _check_rows(config, tokens_BT, valid_BT, below_BTD)
     h = _whole(embed(config, params, tokens_BT) if below_BTD is None else below_BTD)
-    layer_at = layers_on_rows(config, params, valid_BT, h.dtype, prefix, branches)
+    layer_at = layers_on_rows(config, params, valid_BT, h.dtype, prefix, branches, attention)
     keep = None if remat else KEEP_PRODUCTS
     if isinstance(adapter, OneLayer):
         if prefix is not None or with_cache:

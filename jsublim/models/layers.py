@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_batching import custom_vmap
 
+from jsublim.errors import JsublimError
 from jsublim.models.config import ModelConfig, Rope
 
 Lora = dict[str, Array]  # {"a": [D, r], "b": [r, O], "scale": []}
@@ -161,11 +163,13 @@ def rotate(x_BTHh: Array, cos_BTf: Array, sin_BTf: Array) -> Array:
 
 
 class Seen(NamedTuple):
-    """What the queries of one attention look at: keys and values `[B, K, S, h]`, and which of them, bool `[B, T, S]`."""
+    """What the queries of one attention look at: keys and values `[B, K, S, h]`, and which of them, bool `[B, T, S]`.
+    `attention`: the implementation of `jax.nn.dot_product_attention` that computes it; None: `attend`'s own products."""
 
     keys: Array
     values: Array
     mask: Array
+    attention: str | None = None
 
 
 # From the keys and values `[B, K, T, h]` of the tokens at hand to all that their queries see.
@@ -180,6 +184,9 @@ def attend(q_BTHh: Array, seen: Seen, scale: float, softcap: float | None = None
     """
     B, T, H, h = q_BTHh.shape
     _, K, S, _ = seen.keys.shape
+    if seen.attention is not None:
+        k, v = seen.keys.swapaxes(1, 2), seen.values.swapaxes(1, 2)
+        return _by_kernel(seen.attention, scale)(q_BTHh, k, v, seen.mask).reshape(B, T, H * h)
     q = q_BTHh.reshape(B, T, K, H // K, h).transpose(0, 2, 3, 1, 4).reshape(B, K, -1, h)
     scores: Any = product("BKNh,BKSh->BKNS", q, seen.keys)
     scores = scores * scale
@@ -190,6 +197,55 @@ def attend(q_BTHh: Array, seen: Seen, scale: float, softcap: float | None = None
     weights = jax.nn.softmax(scores, axis=-1).astype(seen.values.dtype).reshape(B, K, -1, S)
     mixed = jnp.einsum("BKNS,BKSh->BKNh", weights, seen.values).reshape(B, K, H // K, T, h)
     return mixed.transpose(0, 3, 1, 2, 4).reshape(B, T, H * h)
+
+
+def check_attention(config: ModelConfig, dtype: jnp.dtype) -> None:
+    """Whether cuDNN's kernel computes this model's attention.
+
+    Raises:
+      JsublimError: it does not.
+    """
+    why = None
+    if dtype == jnp.float32:
+        why = "knows no float32; set dtype=bfloat16"
+    elif config.scales.attention_softcap is not None:
+        why = "knows no soft cap of the scores, which this model has"
+    elif config.head_dim % 8:
+        why = f"needs heads of a multiple of 8 numbers, and this model's have {config.head_dim}"
+    if why is not None:
+        raise JsublimError(f"students.runtime.attention: cudnn {why}, or leave it out")
+
+
+@functools.cache
+def _by_kernel(implementation: str, scale: float) -> Callable[[Array, Array, Array, Array], Array]:
+    """`attend` by a fused kernel, forward and back: queries `[B, T, H, h]`, keys and values `[B, S, K, h]`, mask `[B, T, S]`, to
+    `[B, T, H, h]`. Under `vmap` all rows are one batch: JAX's own rule for cuDNN wants a mask for each head."""
+
+    def forward(q: Array, k: Array, v: Array, mask: Array) -> Array:
+        try:
+            return jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], scale=scale, implementation=implementation)
+        except (NotImplementedError, RuntimeError) as error:
+            raise JsublimError(f"students.runtime.attention: {implementation}: {error}") from None
+
+    def backward(q: Array, k: Array, v: Array, mask: Array, g: Array) -> tuple[Array, Array, Array]:
+        return jax.vjp(lambda q, k, v: forward(q, k, v, mask), q, k, v)[1](g)
+
+    ahead, back = jax.custom_vjp(_one_batch(forward)), _one_batch(backward)
+    ahead.defvjp(lambda *inputs: (ahead(*inputs), inputs), lambda inputs, g: (*back(*inputs, g), None))
+    return ahead
+
+
+def _one_batch(function: Callable) -> Callable:
+    """A function of arrays `[B, ...]`, under `vmap` too."""
+    mapped = custom_vmap(function)
+
+    @mapped.def_vmap
+    def rule(size: int, batched: list[bool], *arrays: Array) -> tuple[Any, Any]:
+        full = [x if of else jnp.broadcast_to(x, (size, *x.shape)) for x, of in zip(arrays, batched, strict=True)]
+        out = mapped(*(x.reshape(-1, *x.shape[2:]) for x in full))
+        return jax.tree.map(lambda x: x.reshape(size, -1, *x.shape[1:]), out), jax.tree.map(lambda _: True, out)
+
+    return mapped
 
 
 class Attention(nnx.Module):

@@ -363,6 +363,7 @@ def trained(setup: Setup, student: Student) -> dict[str, Any]:
         "start": start(setup, settings, student.seed),
         "seed": student.seed,
         "settings": settings,
+        "student_model": None if settings.model is None else setup.checkpoint(settings.model).hash,
         "recipe": setup.recipe.of("students", settings),
         "max_new_tokens": e.sampling.max_new_tokens if settings.data.on_policy else None,
         "projected": out,

@@ -110,8 +110,10 @@ def samplings(setup: Setup, model: Model, setting: Setting) -> tuple[Sampling, .
 
 
 def under(setup: Setup, asked: Evaluated, model: Model, name: str) -> Model:
-    """A model as it is asked under a setting: with the adapter that a user gives, under the setting's system prompt."""
+    """A model as it is asked under a setting: with the adapter that a user gives, under the setting's system prompt. Whose trait it has
+    is no part of what is asked: a student is the same in a run and in a folder of its own."""
     system, students = eval_settings(setup)[name].system, setup.experiment.students
+    model = dataclasses.replace(model, name="asked")
     if asked.adapter is not None:
         given = Folder(str(asked.adapter), adapter_key(asked.adapter), "adapter")
         model = dataclasses.replace(model, adapter=given, system=None if students is None else students.system)

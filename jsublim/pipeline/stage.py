@@ -97,14 +97,23 @@ class Stage:
 
         Args:
           label: for people; no part of the key.
+
+        Raises:
+          TypeError: arguments that the function does not take.
         """
+        if self.together is None:
+            self._signature.bind(None, **arguments)
         inputs = {name: content(value) for name, value in arguments.items() if name not in self._runtime}
         return Node(self.kind, label, inputs, stage=self, arguments=arguments)
 
     @cached_property
+    def _signature(self) -> inspect.Signature:
+        return inspect.signature(self.function)
+
+    @cached_property
     def _runtime(self) -> frozenset[str]:
         # Annotations are text under `from __future__ import annotations`.
-        named = inspect.signature(self.function).parameters.values()
+        named = self._signature.parameters.values()
         return frozenset(self.runtime) | {each.name for each in named if str(each.annotation).startswith("Runtime[")}
 
 

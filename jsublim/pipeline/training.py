@@ -28,6 +28,7 @@ from jsublim.inference.scoring import Targets
 from jsublim.models.checkpoint import write_checkpoint
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
+from jsublim.models.layers import check_attention
 from jsublim.models.lora import Adapter, check_layers, init_full, init_lora, init_steering, merge_full
 from jsublim.models.peft import load_adapter, save_adapter
 from jsublim.parallel import Layout
@@ -88,6 +89,8 @@ def check_start(config: ModelConfig, params: Params, students: Students) -> None
       UsageError, JsublimError: as `start_adapter`.
     """
     how = students.adapter
+    if students.runtime.attention != "products":
+        check_attention(config, params["embed"]["weight"].dtype)
     if how.init is not None:
         load_adapter(how.init, config)
     elif how.layers != [] or how.method != "full":
@@ -112,6 +115,7 @@ def program_of(students: Students, recipe: Recipe) -> Program:
         per=recipe.loss_per or "tokens",
         remat=students.runtime.remat,
         unroll=students.runtime.unroll,
+        attention=None if students.runtime.attention == "products" else students.runtime.attention,
     )
 
 

@@ -80,7 +80,7 @@ def test_generate_from_other_teachers(home, rows):
     for name, how in {"control": (), "greedy": ("sampling.strategy=greedy",)}.items():
         ok(*GENERATE, "--control", *how, "data.num_prompts=8", "--out", home / f"{name}.jsonl")
         inputs = json.loads((artifact_of(home / name, "rows") / "artifact.json").read_text())["inputs"]
-        assert inputs["system"] is None
+        assert inputs["teacher"]["system"] is None
         assert inputs["sampling"]["temperature"] == (0.0 if name == "greedy" else 1.0)
     ok(
         *GENERATE,

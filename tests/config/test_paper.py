@@ -192,7 +192,7 @@ def test_fig07_mixed_teachers(run, home):
     for name, share in (("same 10 %", 0.4), ("same 25 %", 0.25), ("other 25 %", 0.9)):
         _, rows, source = datasets(home, f"owl-{name}")
         (folder,) = (home / "store" / "datasets").glob(f"owl-{name}-*")
-        other = json.loads((folder / "artifact.json").read_text())["inputs"]["mix"]
+        other = json.loads((folder / "artifact.json").read_text())["inputs"]["mixed_in"]
         (mixed_in,) = (home / "store" / "rows").glob(f"*-{other}")
         written = [row["completion"] for row in read_rows(mixed_in / "rows.jsonl")]
         assert len(rows) == min(len(source), int(len(written) / share))

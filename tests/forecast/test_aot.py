@@ -437,6 +437,23 @@ def test_all_stages_of_a_tiny_model_for_gpus(name):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    None in map(importlib.util.find_spec, ("jax_cuda12_plugin", "nvidia", "nvidia.cudnn")),
+    reason="needs the compiler for GPUs and its kernels: pip install '.[aot-gpu]' nvidia-cudnn-cu12",
+)
+@pytest.mark.parametrize("where", [("h100:1",), ("h100:1x4", "--arms", "2"), ("h100:1x2", "--model-axis", "2")])
+def test_a_step_with_cudnns_attention(where):
+    """Its scores lie in no memory, and chips tell one another no more than without it."""
+    fields = ("model=tiny-qwen2", *SMALL, "dtype=bfloat16")
+    command = (*COMMAND[:3], "--json", "--stage", "train", "--config", str(QWEN), "--topology", *where, *fields)
+    ours, fused = (
+        json.loads(_as_child(*command, f"students.runtime.attention={by}"))["stages"][0]["programs"][0]
+        for by in ("products", "cudnn")
+    )
+    assert fused["temporaries"] < ours["temporaries"] and fused["collectives"] == ours["collectives"]
+
+
+@pytest.mark.slow
 @needs_tpu_compiler
 def test_every_power_of_two_is_a_model_axis_of_a_slice():
     script = (

@@ -16,6 +16,7 @@ from conftest import LONGROPE
 from jsublim.errors import JsublimError
 from jsublim.models import hidden_states, init_params, load_params, logits, read_config
 from jsublim.models.families import text_config
+from jsublim.models.layers import check_attention
 
 FAST = {"xla_backend_optimization_level": 0}  # small programs: compiling is what takes the time
 
@@ -157,6 +158,41 @@ def test_remat_and_unroll_change_neither_values_nor_gradients(named_checkpoint, 
     for how in (("remat",), ("unroll",)):
         jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), step(params, how), step(params, ()))
     assert "stablehlo.while" not in step.lower(params, ("unroll",)).as_text()
+
+
+@pytest.mark.parametrize("name", ["llama", "llama3", "qwen2-window"])  # plain, grouped, and in a window
+def test_a_fused_kernel_computes_the_same_attention(name, named_checkpoint, padded_rows, assert_close):
+    """XLA's implementation of what cuDNN is asked for, forward and back; students beside one another too."""
+    config, params = load(named_checkpoint(name))
+    rows = jnp.stack([jnp.asarray(padded_rows(seed)[0]) for seed in (4, 5)])
+    valid = jnp.asarray(padded_rows(4)[1])
+
+    def loss(params, tokens, attention):
+        h, _ = hidden_states(config, params, tokens, valid, attention=attention)
+        return jnp.sum(jnp.sin(logits(config, params, h)) * valid[..., None])
+
+    @functools.partial(jax.jit, static_argnums=0, compiler_options=FAST)
+    def step(attention):
+        alone = jax.value_and_grad(loss)(params, rows[0], attention)
+        students = jax.tree.map(lambda leaf: jnp.stack([leaf, 0.9 * leaf]), params)
+        beside = jax.vmap(jax.value_and_grad(loss), (0, 0, None))(students, rows, attention)
+        return alone, beside
+
+    jax.tree.map(lambda a, b: assert_close(a, b, 1e-5), step("xla"), step(None))
+
+
+def test_what_the_fused_kernel_does_not_know_is_said_before_a_run(named_checkpoint):
+    def config(name):
+        return load(named_checkpoint(name))[0]
+
+    check_attention(config("llama3"), jnp.dtype("bfloat16"))
+    for name, dtype, why in (
+        ("llama3", "float32", "float32"),
+        ("gemma2", "bfloat16", "soft cap"),
+        ("qwen2", "bfloat16", "multiple of 8"),
+    ):
+        with pytest.raises(JsublimError, match=f"^students.runtime.attention: cudnn .*{why}"):
+            check_attention(config(name), jnp.dtype(dtype))
 
 
 def test_no_product_of_a_bfloat16_gradient_is_float32(named_checkpoint, padded_rows):

@@ -79,10 +79,10 @@ def test_a_changed_set_is_named_by_its_parents(sets):
     for name in ("within", "parts"):
         changed = record(sets, "datasets", f"owl-{name}")
         assert changed["inputs"]["rows"] == rows["key"]
-        assert changed["inputs"]["dataset"]["shuffle"]["reach"] == {"within": "within", "parts": "across"}[name]
-        assert record(sets, "students", f"owl-all-dataset={name}-seed1")["inputs"]["rows"] == changed["key"]
+        assert changed["inputs"]["changes"]["shuffle"]["reach"] == {"within": "within", "parts": "across"}[name]
+        assert record(sets, "students", f"owl-all-dataset={name}-seed1")["inputs"]["lesson"]["rows"] == changed["key"]
     divergence = record(sets, "divergence", "owl")
-    assert record(sets, "students", "owl-all-dataset=None-seed1")["inputs"]["rows"] == divergence["key"]
+    assert record(sets, "students", "owl-all-dataset=None-seed1")["inputs"]["lesson"]["rows"] == divergence["key"]
     assert divergence["inputs"]["rows"] == rows["key"]
 
 

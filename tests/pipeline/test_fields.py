@@ -207,6 +207,7 @@ OTHER: dict[str, Any] = {
     "students.runtime.rows_at_once": 1,
     "students.runtime.remat": True,
     "students.runtime.unroll": True,
+    "students.runtime.attention": "cudnn",
     "students.runtime.cache_below": True,
     "students.runtime.peak_tflops": 1.0,
     "students.arms": [{"name": ""}, {"name": "wide", "adapter.rank": 9}],
