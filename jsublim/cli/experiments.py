@@ -262,7 +262,8 @@ def print_estimate(experiment: Experiment, costs: dict[str, Any]) -> None:
     numbers = ("tasks", "tokens", "flops", "seconds")
     everything: dict[str, Any] = {name: sum(cost[name] for cost in costs["stages"]) for name in numbers}
     columns, lines = ("stage", "tasks", "tokens", "FLOPs", f"hours, one {costs['chip']}", "done"), []
-    for cost in (*costs["stages"], everything | {"kind": "all", "done": ""}):
+    every: list[dict[str, Any]] = [*costs["stages"], everything | {"kind": "all", "done": ""}]
+    for cost in every:
         done = "unknown" if cost["done"] is None else f"{cost['done']} of {cost['tasks']}" if cost["done"] != "" else ""
         rounded = (f"{value:.3g}" for value in (cost["tokens"], cost["flops"], cost["seconds"] / 3600))
         lines.append(dict(zip(columns, (cost["kind"], str(cost["tasks"]), *rounded, done), strict=True)))

@@ -109,7 +109,9 @@ class Case:
     @functools.cached_property
     def adapter(self) -> Adapter:
         """The shapes of a student's adapter."""
-        return jax.eval_shape(lambda params: start_adapter(self.config, params, self.students, 0), self.params)
+        students = self.students
+        assert students is not None, "only stages of training ask for it"
+        return jax.eval_shape(lambda params: start_adapter(self.config, params, students, 0), self.params)
 
     @property
     def axes(self) -> list[int]:
