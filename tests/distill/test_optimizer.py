@@ -25,11 +25,9 @@ def problem(kind: str):
         "lora": lambda: lora(CONFIG, 1, projections=("q", "down")),
         "full": lambda: student(CONFIG, "full", 1),
     }[kind]()
-    _, numbers, batch = stacked([arm_of(kind, 0, adapter=adapter, examples=examples_of(1, 4))], 1, 4)
-    numbers, batch = jax.tree.map(lambda x: x[0], (numbers, batch))
-    return adapter, lambda adapter: step(
-        CONFIG, params_of(CONFIG), adapter, None, numbers, batch, program=Program(per="tokens")
-    )
+    _, _, batch = stacked([arm_of(kind, 0, adapter=adapter, examples=examples_of(1, 4))], 1, 4)
+    batch = jax.tree.map(lambda x: x[0], batch)
+    return adapter, lambda adapter: step(CONFIG, params_of(CONFIG), adapter, batch, program=Program(per="tokens"))
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])
