@@ -157,7 +157,7 @@ class _Calls:
             found |= {here} & every or {there} & every or (every if len(every) == 1 else set())
         return found
 
-    def reach(self, begins: list[str], end: str, calls: int = 6) -> bool:
+    def reach(self, begins: list[str], end: str, calls: int = 9) -> bool:
         seen = front = set(begins)
         for _ in range(calls):
             front = {other for each in front for other in self.follow(each)} - seen
