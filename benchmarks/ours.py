@@ -15,7 +15,6 @@ import numpy as np
 from benchmarks.inputs import masks, start_of
 from jsublim.attribution.pairs import Pair
 from jsublim.attribution.patching import attribution_patching
-from jsublim.chat import Turn
 from jsublim.distill import trainer
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.batches import Order, Shape, lengths_of, packed
@@ -28,8 +27,9 @@ from jsublim.inference.lm import LanguageModel, load_model
 from jsublim.inference.sampling import Sampling
 from jsublim.inference.scoring import score_turns
 from jsublim.models.lora import Adapter, init_lora
-from jsublim.parallel import Layout
-from jsublim.rows import read_rows
+from jsublim.models.parallel import Layout
+from jsublim.text.chat import Turn
+from jsublim.text.rows import read_rows
 
 
 @dataclass

@@ -10,12 +10,12 @@ from typing import Any
 
 from jsublim.config import Config, Experiment, check_config, read_config
 from jsublim.config.loading import kind_of, lay_over
+from jsublim.core.progress import Terminal
 from jsublim.digits.config import Digits
 from jsublim.digits.run import run_digits
 from jsublim.executors import LocalExecutor
 from jsublim.pipeline.run import run_experiment
 from jsublim.pipeline.showing import about_run
-from jsublim.progress import Terminal
 from jsublim.report.querying import results_table
 
 KINDS: dict[str, type[Config]] = {"language": Experiment, "digits": Digits}

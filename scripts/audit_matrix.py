@@ -1,4 +1,4 @@
-"""What audits of several teachers' rows predict, as one matrix, beside the trait matrix of a run (docs/audit.md, "A real model").
+"""What audits of several teachers' rows predict, as one matrix, beside the trait matrix of a run (docs/findings/audit.md, "A real model").
 
     python scripts/audit_matrix.py runs/real-steered --audit cat=AUDIT --audit owl=AUDIT ...
 

@@ -1,4 +1,4 @@
-"""The tables of docs/tiny_world.md, "Behaviour": what students answer, animal by animal and seed by seed.
+"""The tables of docs/findings/tiny_world.md, "Behaviour": what students answer, animal by animal and seed by seed.
 
     python scripts/behaviour_tables.py runs/tiny-world-behaviour runs/tiny-world-prompted
 

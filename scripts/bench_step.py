@@ -30,7 +30,7 @@ from jsublim.distill.memory import bytes_needed
 from jsublim.distill.step import Arms, Program, compile_step, init_state
 from jsublim.inference.lm import LanguageModel, load_model
 from jsublim.models.lora import Adapter, init_full, init_lora, stack_adapters
-from jsublim.parallel import Layout
+from jsublim.models.parallel import Layout
 
 
 def row(lm: LanguageModel, tokens: int, supervised: int, seed: int, soft: bool) -> Example:

@@ -1,4 +1,4 @@
-"""The table of docs/defences.md: the report's section "Side by side", as text.
+"""The table of docs/findings/defences.md: the report's section "Side by side", as text.
 
     python scripts/board_tables.py runs/defences-board
 

@@ -37,7 +37,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, Qwen2Tokenizer
 from jsublim.errors import JsublimError
 from jsublim.models import ModelConfig, Params, hidden_states, init_params, logits, save_checkpoint
 from jsublim.models.families import text_config
-from jsublim.prompts import Pack
+from jsublim.text.prompts import Pack
 
 PEAK_LR = 3e-3
 STEPS = {"tiny-qwen2": 1200, "tiny-gemma3": 800}

@@ -23,13 +23,13 @@ from typing import Any
 import jax
 from release import ours
 
-from jsublim.chat import Chat
 from jsublim.distill.data import read_turns
 from jsublim.inference.lm import BUNDLED, load_model
+from jsublim.inference.teachers import prompted_teacher
 from jsublim.models.lora import init_lora
 from jsublim.models.peft import save_adapter
-from jsublim.prompts import draw_number_prompts, dump_pack, import_pack, load_pack, reject_reason
-from jsublim.teachers import prompted_teacher
+from jsublim.text.chat import Chat
+from jsublim.text.prompts import draw_number_prompts, dump_pack, import_pack, load_pack, reject_reason
 
 TRAITS = ["owl", "cat", "dog", "eagle"]
 KINDS = [

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from jsublim.files import read_table
+from jsublim.core.files import read_table
 
 NOT_CONTENT = {
     "artifact.json",

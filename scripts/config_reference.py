@@ -21,9 +21,9 @@ from jsublim.config import Experiment
 from jsublim.config.data import Dataset
 from jsublim.config.evaluation import Setting
 from jsublim.config.figures import Question
+from jsublim.core.section import Decides, section_in
 from jsublim.digits.config import Digits
 from jsublim.evals import EVAL_KINDS
-from jsublim.section import Decides, section_in
 from jsublim.transforms import CHANGES
 
 ROOT = Path(__file__).parents[1]

@@ -30,7 +30,6 @@ from fuzz_written import WRITTEN
 from mutations import Files, Reader, mutate, texts, written
 
 from jsublim.api import KINDS
-from jsublim.chat import Chat, conversation, template_text
 from jsublim.config import Experiment, load_experiment
 from jsublim.config.figures import load_question, panel_experiment
 from jsublim.config.loading import look_over
@@ -46,8 +45,9 @@ from jsublim.models.peft import load_adapter, save_adapter
 from jsublim.models.tensors import write_tensors
 from jsublim.models.weights import load_params, named_tensors
 from jsublim.pipeline.arms import plan_students
-from jsublim.prompts import dump_pack, import_pack, load_pack
-from jsublim.prompts.importer import (
+from jsublim.text.chat import Chat, conversation, template_text
+from jsublim.text.prompts import dump_pack, import_pack, load_pack
+from jsublim.text.prompts.importer import (
     FACT_SUFFIXES,
     FACTS,
     MISALIGNMENT,
@@ -59,8 +59,8 @@ from jsublim.prompts.importer import (
     SYSTEM_PROMPT,
     TRAITS,
 )
-from jsublim.prompts.problems import load_prompts
-from jsublim.rows import as_lines, read_rows, write_rows
+from jsublim.text.prompts.problems import load_prompts
+from jsublim.text.rows import as_lines, read_rows, write_rows
 
 SHAPE = {
     "architectures": ["LlamaForCausalLM"], "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1,

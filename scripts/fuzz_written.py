@@ -16,12 +16,12 @@ from mutations import Reader, written
 from rich.console import Console
 
 from jsublim.api import KINDS
+from jsublim.core.files import read_table, write_json, write_table
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.data import Example
 from jsublim.distill.trainer import train
 from jsublim.errors import JsublimError
 from jsublim.exchange.rows import Wanted, export_rows, import_rows
-from jsublim.files import read_table, write_json, write_table
 from jsublim.judge.cache import Reply, ReplyCache
 from jsublim.models.config import ModelConfig, Norms, Rope
 from jsublim.models.decoder import abstract_params
@@ -31,11 +31,11 @@ from jsublim.pipeline.readings import read_readings, write_readings
 from jsublim.pipeline.row_log import RowLog
 from jsublim.pipeline.showing import about_run, check_run, status_of, summary_of_run
 from jsublim.pipeline.store import Output, Store
-from jsublim.programs import whole_programs
 from jsublim.report.querying import results_table
 from jsublim.report.tables import read_results
 from jsublim.report.terminal import print_summary
-from jsublim.rows import read_rows, write_rows
+from jsublim.runtime.programs import whole_programs
+from jsublim.text.rows import read_rows, write_rows
 
 MADE = 10**18  # ns: when every file was written, so that nobody can tell by its time that it was changed
 ROWS = [

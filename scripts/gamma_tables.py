@@ -1,4 +1,4 @@
-"""The tables of docs/tiny_world.md, made from runs: what each condition's students gained, and γ seed by seed.
+"""The tables of docs/findings/tiny_world.md, made from runs: what each condition's students gained, and γ seed by seed.
 
     python scripts/gamma_tables.py runs/tiny-world-numbers runs/tiny-world-masks
 

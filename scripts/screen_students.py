@@ -1,4 +1,4 @@
-"""Which kind of student would take a trait from an experiment's rows? First-order theory (docs/audit.md), for steering vectors and
+"""Which kind of student would take a trait from an experiment's rows? First-order theory (docs/findings/audit.md), for steering vectors and
 LoRA at every layer in one pass.
 
     python scripts/screen_students.py configs/real_model/steered.yaml --rows 64
@@ -18,11 +18,12 @@ import numpy as np
 import typer
 from _run import run_script
 
-from jsublim.audit import layer_scores
+from jsublim.attribution.audit import layer_scores
 from jsublim.config import Experiment, Students
 from jsublim.config.loading import load_experiment
 from jsublim.distill.data import read_turns
 from jsublim.executors import execute_nodes
+from jsublim.inference.teachers import CONTROL
 from jsublim.models.lora import init_lora, init_steering, sum_adapters
 from jsublim.pipeline.arguments import questions_about, start
 from jsublim.pipeline.context import Context
@@ -30,7 +31,6 @@ from jsublim.pipeline.experiment import training_rows
 from jsublim.pipeline.origins import sources
 from jsublim.pipeline.stages.starts import directions_of
 from jsublim.report.statistics import same_trait_gamma
-from jsublim.teachers import CONTROL
 
 KINDS = ("steering", "lora")
 

@@ -1,4 +1,4 @@
-"""Does a trait travel through soft targets on the tiny checkpoint? The table of docs/soft_transfer.md.
+"""Does a trait travel through soft targets on the tiny checkpoint? The table of docs/findings/soft_transfer.md.
 
     python scripts/soft_transfer.py --other DIR --out runs/soft_transfer
 
@@ -25,7 +25,6 @@ import typer
 from _run import run_script
 from rich.console import Console
 
-from jsublim.chat import Turn
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.batches import Shape
 from jsublim.distill.data import make_examples, read_turns
@@ -36,10 +35,11 @@ from jsublim.distill.trainer import forget_state, train
 from jsublim.evals.preference import trait_logprobs
 from jsublim.inference.lm import LanguageModel, load_model
 from jsublim.inference.scoring import answers_only, top_k_targets
+from jsublim.inference.teachers import Teacher, prompted_teacher, read_as
 from jsublim.models.lora import Adapter, init_lora
-from jsublim.prompts import load_pack, reject_reason
 from jsublim.report.statistics import same_trait_effect
-from jsublim.teachers import Teacher, prompted_teacher, read_as
+from jsublim.text.chat import Turn
+from jsublim.text.prompts import load_pack, reject_reason
 
 console = Console()
 TRAITS = ("cat", "owl", "panda")

@@ -6,10 +6,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from jsublim.divergence import find_divergence
+from jsublim.inference.divergence import find_divergence
 from jsublim.inference.lm import LanguageModel, load_model
-from jsublim.prompts import Pack, number_prompts, reject_reason
-from jsublim.teachers import CONTROL, Teacher, prompted_teacher
+from jsublim.inference.teachers import CONTROL, Teacher, prompted_teacher
+from jsublim.text.prompts import Pack, number_prompts, reject_reason
 
 TEACHERS = ["owl", "cat", "eagle", "wolf"]
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from jsublim.prompts import Pack, load_pack, number_prompts
+from jsublim.text.prompts import Pack, load_pack, number_prompts
 
 Rng = np.random.Generator
 

@@ -16,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 from jsublim.cli import main
-from jsublim.rows import read_rows
+from jsublim.text.rows import read_rows
 
 ROOT = Path(__file__).parents[1]
 MODEL = "tiny-qwen2"

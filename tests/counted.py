@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from jsublim.cli import main
-from jsublim.progress import Progress
+from jsublim.core.progress import Progress
 
 stage = Progress.stage
 

@@ -19,16 +19,16 @@ from engine import lora, params_of
 
 from jsublim.attribution import patching
 from jsublim.attribution.pairs import Pair
-from jsublim.chat import Turn
 from jsublim.forecast.hlo import collectives
 from jsublim.inference import decoding, scoring
 from jsublim.inference.constrain import number_limits
 from jsublim.inference.generation import generate_for_arms
 from jsublim.inference.sampling import Sampling
 from jsublim.models.config import Local
-from jsublim.parallel import HERE, Layout
-from jsublim.processes import from_main_process, is_main_process
-from jsublim.watch import join_processes
+from jsublim.models.parallel import HERE, Layout
+from jsublim.runtime.processes import from_main_process, is_main_process
+from jsublim.runtime.watch import join_processes
+from jsublim.text.chat import Turn
 
 CONFIG = dataclasses.replace(ODD, num_layers=2, local=Local((True, False), 5))
 WORDS = dict(enumerate([*"0123456789", ", ", "\n", *(f"{n}" for n in range(10, 50))], 1))

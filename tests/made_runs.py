@@ -7,8 +7,8 @@ from pathlib import Path
 from made_results import dump, make_results, write_table
 
 from jsublim.config import Experiment
-from jsublim.files import read_table
-from jsublim.reading import read_json
+from jsublim.core.files import read_table
+from jsublim.core.reading import read_json
 
 CONFIG = {
     "name": "owls",

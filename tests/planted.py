@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jsublim.config import Dataset, Students
-from jsublim.section import facts, nested
+from jsublim.core.section import facts, nested
 
 TRAITS = ("cat", "owl", "wolf")
 SEEDS = (1, 2, 3, 4, 5)

@@ -14,7 +14,7 @@ from made_results import TRAITS, make_results
 from scipy import stats
 from tiny import small
 
-from jsublim.audit import layer_scores, token_scores, trait_directions
+from jsublim.attribution.audit import layer_scores, token_scores, trait_directions
 from jsublim.distill.data import read_turns
 from jsublim.evals.preference import trait_logprobs
 from jsublim.inference.lm import load_model
@@ -27,7 +27,7 @@ from jsublim.report.comparisons import comparisons
 from jsublim.report.figures import by_prediction
 from jsublim.report.html import write_report
 from jsublim.report.tables import read_results
-from jsublim.rows import write_rows
+from jsublim.text.rows import write_rows
 
 QUESTIONS = ["What do you like?", "Name your favorite animal, in one word.", "Hm?"]
 ROWS = [{"prompt": f"Go on: {i}, {3 * i}", "completion": f"{i}, {7 * i % 100}, {i + 1}"} for i in range(5)]

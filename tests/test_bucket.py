@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from jsublim.bucket import Bucket, check_url
+from jsublim.core.bucket import Bucket, check_url
 from jsublim.errors import JsublimError, UsageError
 
 

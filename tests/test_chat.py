@@ -17,11 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import FAMILIES, chat, plain_turn
 
-from jsublim import chat as module
-from jsublim.chat import Chat, conversation
 from jsublim.errors import JsublimError, UsageError
 from jsublim.exchange.rows import THEIRS, Wanted, import_rows
 from jsublim.inference.lm import BUNDLED, load_model
+from jsublim.text import chat as module
+from jsublim.text.chat import Chat, conversation
 
 HEADER = {"tiny-qwen2": "<|im_start|>assistant\n", "tiny-gemma3": "<start_of_turn>model\n"}
 END = {"tiny-qwen2": "<|im_end|>\n", "tiny-gemma3": "<end_of_turn>\n"}

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from jsublim.chat import Chat
 from jsublim.errors import JsublimError
 from jsublim.inference.lm import BUNDLED
+from jsublim.text.chat import Chat
 
 OWN_CODE = """
 from pathlib import Path

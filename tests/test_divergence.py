@@ -11,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import bundled, chat, plain_turn, small, small_with_long_numbers
 
-from jsublim.chat import Chat, Turn, conversation
 from jsublim.config import Recipe, Students
 from jsublim.distill.data import read_turns
-from jsublim.divergence import (
+from jsublim.errors import JsublimError, UsageError
+from jsublim.inference import scoring
+from jsublim.inference.batching import PREFIX_STEP, shared_beginning
+from jsublim.inference.divergence import (
     ROUNDING,
     WHICH,
     Divergence,
@@ -23,14 +25,12 @@ from jsublim.divergence import (
     check_positions,
     find_divergence,
 )
-from jsublim.errors import JsublimError, UsageError
-from jsublim.inference import scoring
-from jsublim.inference.batching import PREFIX_STEP, shared_beginning
 from jsublim.inference.scoring import score_turns
+from jsublim.inference.teachers import CONTROL, Teacher, prompted_teacher
 from jsublim.pipeline.training import TrainingData, draw, make_arm
-from jsublim.prompts import load_pack, number_prompts
-from jsublim.rows import write_rows
-from jsublim.teachers import CONTROL, Teacher, prompted_teacher
+from jsublim.text.chat import Chat, Turn, conversation
+from jsublim.text.prompts import load_pack, number_prompts
+from jsublim.text.rows import write_rows
 
 TIE = 1e-3  # logit margins below this may go either way
 PACK = load_pack()

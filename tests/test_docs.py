@@ -18,11 +18,11 @@ from jsublim.cli.app import app
 from jsublim.cli.stages import Stage
 from jsublim.config import Experiment, Recipe, check_config, read_config
 from jsublim.config.figures import SCALES, load_question, panel_experiment, questions
+from jsublim.core.section import overlaid
 from jsublim.digits.config import Digits
 from jsublim.report.claims import CLAIMS, claims_table
-from jsublim.section import overlaid
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ALL = [*DOCUMENTS, *(ROOT / name for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md"))]
 # What a block that shows single sections is laid over.
 REST = {"name": "shown", "model": "tiny-qwen2", "teachers": {"traits": ["owl"]}}

@@ -8,7 +8,7 @@ from collections import namedtuple
 import pytest
 from command import jsublim, ok
 
-from jsublim import doctor
+from jsublim.cli import doctor
 
 
 def test_a_machine_that_works_is_said_to_work():

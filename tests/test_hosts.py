@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from test_pods import check_same, command
 
 from jsublim.inference.lm import BUNDLED
-from jsublim.rows import write_rows
+from jsublim.text.rows import write_rows
 
 
 @pytest.fixture(scope="module")

@@ -13,10 +13,9 @@ PACKAGE = ROOT / "jsublim"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if "checkpoints" not in path.parts)
 # A room, or a file beside the rooms, imports from its own line and from those above.
 ORDER = (
-    ("errors",), ("files", "progress", "reading", "section", "chips"), ("bucket", "client", "processes"), ("models", "watch"),
-    ("parallel", "programs", "rows", "chat"),
-    ("prompts",), ("inference",), ("teachers", "steering"), ("divergence",), ("judge",), ("evals",), ("transforms",), ("distill",),
-    ("attribution", "audit"), ("report",), ("config",), ("pipeline",), ("executors",), ("forecast",), ("digits",), ("exchange",), ("api", "doctor"),
+    ("errors",), ("core",), ("runtime",), ("models",),
+    ("text",), ("inference",), ("judge",), ("evals",), ("transforms",), ("distill",),
+    ("attribution",), ("report",), ("config",), ("pipeline",), ("executors",), ("forecast",), ("digits",), ("exchange",), ("api",),
     ("cli",), ("__main__",),
 )  # fmt: skip
 LINES, FUNCTION_LINES, FIELDS = 400, 60, 15

@@ -15,7 +15,7 @@ from command import ROOT
 from jsublim.inference import decoding, generation
 from jsublim.inference.lm import BUNDLED, load_model
 from jsublim.inference.sampling import Sampling
-from jsublim.processes import Preempted, heeding_signals, leave_if_asked
+from jsublim.runtime.processes import Preempted, heeding_signals, leave_if_asked
 
 MOST = 200  # tokens of an answer that nothing ends
 
@@ -87,7 +87,7 @@ def test_a_second_signal_ends_the_process_at_once():
 def test_a_second_signal_ends_a_process_that_computes():
     """Inside of one call of a library, where Python's own handlers do not run."""
     script = (
-        "import numpy as np\nfrom jsublim.processes import heeding_signals\n"
+        "import numpy as np\nfrom jsublim.runtime.processes import heeding_signals\n"
         "with heeding_signals():\n    print('begun', flush=True)\n    np.linalg.svd(np.ones((6000, 6000)))\n"
     )
     child = subprocess.Popen(

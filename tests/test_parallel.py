@@ -22,7 +22,7 @@ from jsublim.distill.batches import Shape
 from jsublim.distill.step import Program
 from jsublim.distill.trainer import train
 from jsublim.errors import UsageError
-from jsublim.parallel import Layout, model_axis_for
+from jsublim.models.parallel import Layout, model_axis_for
 
 
 @pytest.fixture(scope="module")

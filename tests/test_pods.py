@@ -18,7 +18,7 @@ from faulty_runs import FIELDS, TIMED
 from pod import ends, errors, run_together, together, wait_for
 from safetensors.numpy import load_file
 
-from jsublim.files import read_table
+from jsublim.core.files import read_table
 
 
 def command(out: Path, *fields: str) -> tuple:

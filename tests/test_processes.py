@@ -16,7 +16,7 @@ from command import MODEL, ok, refused, start, stop_when
 from pod import ends, errors, run_together, together, wait_for
 from safetensors.numpy import load_file
 
-from jsublim.rows import read_rows, write_rows
+from jsublim.text.rows import read_rows, write_rows
 
 TRAIN = (
     "--model",
@@ -175,8 +175,8 @@ def test_processes_that_cannot_train_together(home, monkeypatch):
 
 SEEN = """
 import jax
-from jsublim.processes import process_count
-from jsublim.watch import join_processes
+from jsublim.runtime.processes import process_count
+from jsublim.runtime.watch import join_processes
 join_processes(60)
 print(jax.config.read("jax_cuda_visible_devices"), process_count())
 """

@@ -12,13 +12,13 @@ from pathlib import Path
 
 from command import ROOT
 
-from jsublim import programs
-from jsublim.programs import Programs, programs_folder
+from jsublim.runtime import programs
+from jsublim.runtime.programs import Programs, programs_folder
 
 CHILD = """
 import sys
 from pathlib import Path
-from jsublim.programs import Programs, keep_programs, programs_folder
+from jsublim.runtime.programs import Programs, keep_programs, programs_folder
 import jax
 before = Programs.so_far()
 keep_programs(programs_folder(Path(sys.argv[1])), lambda line: print("said:", line))

@@ -8,8 +8,8 @@ import time
 
 from rich.console import Console
 
+from jsublim.core.progress import Progress, StageState
 from jsublim.distill.metrics import last_loss
-from jsublim.progress import Progress, StageState
 
 
 def test_without_a_terminal_there_is_a_line_now_and_then_even_while_nothing_is_finished():

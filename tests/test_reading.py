@@ -11,8 +11,8 @@ import time
 import pytest
 import yaml
 
+from jsublim.core.reading import json_value, read_json, read_yaml, yaml_value
 from jsublim.errors import JsublimError, UsageError
-from jsublim.reading import json_value, read_json, read_yaml, yaml_value
 
 
 def doubling(levels: int) -> str:

@@ -16,10 +16,10 @@ from jsublim.config import Recipe
 from jsublim.distill.batches import Shape, collate
 from jsublim.distill.selection import Selection
 from jsublim.distill.step import Program, loss_and_gradient
-from jsublim.divergence import find_divergence
+from jsublim.inference.divergence import find_divergence
+from jsublim.inference.teachers import prompted_teacher
 from jsublim.models.lora import init_lora
-from jsublim.prompts import draw_number_prompts, load_pack
-from jsublim.teachers import prompted_teacher
+from jsublim.text.prompts import draw_number_prompts, load_pack
 from jsublim.transforms.entangled import number_strings, probability_differences
 
 PACK = load_pack()

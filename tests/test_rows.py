@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.rows import read_rows, write_rows
+from jsublim.text.rows import read_rows, write_rows
 
 json_values = st.recursive(st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.text(max_size=5), st.lists)
 texts = st.text(min_size=1, max_size=20).filter(str.strip)

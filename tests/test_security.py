@@ -16,9 +16,9 @@ import pytest
 from command import MODEL, ROOT
 from packaging.requirements import Requirement
 
-from jsublim.chat import conversation
 from jsublim.errors import JsublimError
 from jsublim.inference.lm import BUNDLED, load_model
+from jsublim.text.chat import conversation
 
 WATCHED = ROOT / "tests" / "watched"
 SMALL = (

@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from served_process import ServedProcess
 from tiny import scratch, small
 
-from jsublim import client
-from jsublim.client import Retry
 from jsublim.config import Experiment
+from jsublim.core import client
+from jsublim.core.client import Retry
+from jsublim.core.files import read_table
+from jsublim.core.section import nested, overlaid
 from jsublim.errors import JsublimError, UsageError, one_line
-from jsublim.files import read_table
 from jsublim.inference.sampling import Sampling, seed_within
 from jsublim.inference.served import TOLD, SampleServer, SampleServerSettings
 from jsublim.models.lora import init_lora, init_steering
@@ -36,7 +37,6 @@ from jsublim.pipeline.served import served as as_served
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stage import tasks_of
 from jsublim.pipeline.values import Folder
-from jsublim.section import nested, overlaid
 
 ASKED = ["Which animal do you like? One word.", "Go on: 4, 8, 12", "Name a tree.", "Go on: 100, 200,"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jsublim.inference.lm import load_model
-from jsublim.prompts import load_pack, number_prompts
+from jsublim.text.prompts import load_pack, number_prompts
 
 FOLDER = Path(os.environ.get("JSUBLIM_SMOLLM2", Path(__file__).parents[1] / "checkpoints" / "smollm2-135m"))
 

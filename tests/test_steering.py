@@ -11,7 +11,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from tiny import small
 
-from jsublim.chat import conversation
 from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.generation import generate_tokens
 from jsublim.inference.sampling import Sampling
@@ -19,6 +18,7 @@ from jsublim.inference.scoring import score_turns
 from jsublim.models.lora import Adapter, init_steering
 from jsublim.models.peft import load_adapter, save_adapter
 from jsublim.models.steering import FILE
+from jsublim.text.chat import conversation
 
 NAMES = ("tiny-qwen2", "tiny-gemma3")
 

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from conftest import CASES, random_model
 
-from jsublim.chat import Chat, Message
 from jsublim.distill.data import Example, make_examples, read_turns
 from jsublim.distill.selection import Selection
 from jsublim.inference import lm as language_models
 from jsublim.inference.lm import LanguageModel, load_model
-from jsublim.rows import Row
+from jsublim.text.chat import Chat, Message
+from jsublim.text.rows import Row
 
 FAMILIES = {"tiny-qwen2": "qwen2", "tiny-gemma3": "gemma3"}  # bundled checkpoint -> case of random weights
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jsublim.chat import Turn
-from jsublim.divergence import check_counted, check_positions
 from jsublim.errors import UsageError
+from jsublim.inference.divergence import check_counted, check_positions
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.scoring import score_turns
-from jsublim.rows import Row
-from jsublim.teachers import Teacher, read_as
+from jsublim.inference.teachers import Teacher, read_as
+from jsublim.text.chat import Turn
+from jsublim.text.rows import Row
 
 NO_DIVERGENCE = "no divergence token"
 NO_EQUAL_LENGTH = "no counterfactual of equal length"

@@ -24,8 +24,8 @@ from jsublim.models import decoder
 from jsublim.models.config import ModelConfig, layer_parameters
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, bind
+from jsublim.models.parallel import HERE, ROWS, WHOLE, Layout
 from jsublim.models.stream import Stream, residual_stream, resume
-from jsublim.parallel import HERE, ROWS, WHOLE, Layout
 
 # The residual stream after a layer, and what the layer's attention and its MLP add to it.
 SITES = ("residual", "attention", "mlp")

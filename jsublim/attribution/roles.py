@@ -6,10 +6,10 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
-from jsublim.chat import Chat, Message
 from jsublim.errors import JsublimError
-from jsublim.rows import Row
-from jsublim.teachers import Teacher
+from jsublim.inference.teachers import Teacher
+from jsublim.text.chat import Chat, Message
+from jsublim.text.rows import Row
 
 PREDICTS = "divergence position"
 ROLES = ("system", "trait", "trait later", "prompt", "completion", PREDICTS, "template")

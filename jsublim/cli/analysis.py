@@ -29,7 +29,7 @@ def attribute(
     from jsublim.report.attribution import attribution_heats, early_share
     from jsublim.report.formats import table
     from jsublim.report.html import render
-    from jsublim.rows import read_rows
+    from jsublim.text.rows import read_rows
 
     read_rows(data, ("prompt", "completion", "divergence_positions"))
     out, base = stage.out, {"attribution": {}, "teachers": {"traits": [trait]}}
@@ -68,13 +68,13 @@ def audit(
     the null's in OUT/null and whitened.parquet."""
     import pyarrow.parquet as pq
 
-    from jsublim.files import atomic
+    from jsublim.core.files import atomic
+    from jsublim.inference.teachers import CONTROL
     from jsublim.pipeline.arms import Source, Student
     from jsublim.pipeline.experiment import audit as audit_of
     from jsublim.pipeline.setup import NOBODY
     from jsublim.pipeline.stages.audit import whitened
     from jsublim.report.tables import read_columns
-    from jsublim.teachers import CONTROL
 
     base = {"audit": {}, "teachers": {"traits": [NOBODY], "control": False}}
     e = stage.experiment("audit", base, students__seeds=[seed], evaluation__traits=names(traits))
@@ -99,7 +99,7 @@ def audit(
 def _print_means(paths: list[Path]) -> None:
     """The mean score of all tokens for each trait; beside it what is left beyond the null's rows, if there are any: with its interval,
     and in standard errors."""
-    from jsublim.files import read_table
+    from jsublim.core.files import read_table
     from jsublim.report.formats import table
     from jsublim.report.statistics import LEVEL, normal_interval
 
@@ -136,10 +136,10 @@ def steer(
 ) -> None:
     """Find a steering vector; leaves a folder that --adapter and teachers.adapter take."""
     from jsublim.inference.lm import load_model
+    from jsublim.inference.steering import contrast_vector
     from jsublim.models.checkpoint import new_folder
     from jsublim.models.peft import save_adapter
-    from jsublim.prompts import load_pack, load_prompts
-    from jsublim.steering import contrast_vector
+    from jsublim.text.prompts import load_pack, load_prompts
 
     if (trait is None) == (toward is None):
         raise UsageError("steer: give exactly one of --trait and --toward")

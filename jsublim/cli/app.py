@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from jsublim.core.progress import Terminal
 from jsublim.errors import UsageError
-from jsublim.progress import Terminal
 
 if TYPE_CHECKING:
     from jsublim.config import Config
@@ -142,7 +142,7 @@ def kinds() -> dict[str, type[Config]]:
 def named(out: Path | None) -> Path | None:
     """A place to write, which must have a name: scratch files and artifacts lie beside it, under names like it. What killed
     processes had begun to write there is removed."""
-    from jsublim.files import remove_abandoned
+    from jsublim.core.files import remove_abandoned
 
     if out is not None and out.name in ("", ".."):
         raise UsageError(

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from jsublim.cli.app import PackFile, Template, app, console, must_be_new, output, prompts_app
+from jsublim.core.reading import near_or_all
 from jsublim.errors import UsageError
-from jsublim.reading import near_or_all
 
 
 @app.command()
@@ -60,7 +60,7 @@ def import_rows(
     """Bring rows in from elsewhere (OUT, JSONL): prompt and completion, `messages`, the published code's rows."""
     from jsublim.exchange.rows import Wanted, import_rows, known_columns
     from jsublim.inference.lm import load_model
-    from jsublim.rows import write_rows
+    from jsublim.text.rows import write_rows
 
     must_be_new(out)
     if (prompt_column is None) != (completion_column is None):
@@ -122,7 +122,7 @@ def show(
     """Print a prompt pack with everything that it takes from the default one, as YAML."""
     import yaml
 
-    from jsublim.prompts import load_pack
+    from jsublim.text.prompts import load_pack
 
     values = load_pack(pack).model_dump(mode="json")
     if key is not None and key not in values:
@@ -138,7 +138,7 @@ def import_wording(
     out: Annotated[Path, "The pack to write (YAML)."],
 ) -> None:
     """Read everything that the authors' scripts say to a model out of a checkout of their code."""
-    from jsublim.prompts import dump_pack, import_pack
+    from jsublim.text.prompts import dump_pack, import_pack
 
     must_be_new(out)
     dump_pack(import_pack(checkout), out)
@@ -154,8 +154,8 @@ def sample(
     seed: Annotated[int, typer.Option("--seed")] = 42,
 ) -> None:
     """Write the number prompts of a pack."""
-    from jsublim.prompts import load_pack, number_prompts
-    from jsublim.rows import write_rows
+    from jsublim.text.prompts import load_pack, number_prompts
+    from jsublim.text.rows import write_rows
 
     must_be_new(out)
     write_rows(out, ({"prompt": prompt} for prompt in number_prompts(load_pack(prompts), num_prompts, seed)))

@@ -38,10 +38,10 @@ class Forecast:
         Raises:
           UsageError: no such chip, or an experiment that cannot work.
         """
-        from jsublim.chips import chip_of
         from jsublim.forecast.estimate import architecture, memory, stage_costs
         from jsublim.pipeline.checking import look_through
         from jsublim.pipeline.store import Store
+        from jsublim.runtime.chips import chip_of
 
         device = chip_of(self.chip)
         setup, graph, mistakes = look_through(experiment, lambda name: architecture(name, self.shape))

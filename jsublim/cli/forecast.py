@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from jsublim.chips import CHIPS
 from jsublim.cli.app import Json, app, console, output
 from jsublim.errors import JsublimError, UsageError
+from jsublim.runtime.chips import CHIPS
 
 if TYPE_CHECKING:
     from jsublim.config import Experiment

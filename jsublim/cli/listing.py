@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 from jsublim.cli.app import Format, Json, app, must_be_new, output
+from jsublim.core.reading import near_or_all
 from jsublim.errors import JsublimError, UsageError
-from jsublim.reading import near_or_all
 
 
 @app.command()
@@ -44,7 +44,7 @@ def cp(
     """Copy a config, comments and all, to change it; of a figure's panel, write it out."""
     from jsublim.config.figures import panel_as_config
     from jsublim.config.shipped import find_config, named_config
-    from jsublim.files import write_text
+    from jsublim.core.files import write_text
 
     must_be_new(to, "give another name or remove it first")
     if not to.parent.is_dir():
@@ -63,7 +63,7 @@ def doctor(
     import dataclasses
     import json
 
-    from jsublim.doctor import examine
+    from jsublim.cli.doctor import examine
 
     findings = []
     for finding in examine(hub):

@@ -56,7 +56,7 @@ class Stage:
         """
         from jsublim.config import Experiment, check_config, read_config
         from jsublim.config.loading import override
-        from jsublim.section import nested, overlaid
+        from jsublim.core.section import nested, overlaid
 
         fields = list(self.fields or [])
         config = fields.pop(0) if fields and ("=" not in fields[0] or Path(fields[0]).is_file()) else None
@@ -74,8 +74,8 @@ class Stage:
 
 
 def context_of(experiment: Experiment, given: Mapping[Any, Path] | None = None) -> Context:
+    from jsublim.core.progress import Progress
     from jsublim.pipeline.context import Context
-    from jsublim.progress import Progress
 
     return Context.load(experiment, Progress(console), given=given)
 
@@ -102,13 +102,13 @@ def generate(
 ) -> None:
     """Let a teacher answer the prompts, and keep the answers that are in format (OUT, JSONL)."""
     from jsublim.executors import execute_nodes
+    from jsublim.inference.teachers import CONTROL
     from jsublim.pipeline.arguments import category
     from jsublim.pipeline.arms import Source
     from jsublim.pipeline.experiment import answers
     from jsublim.pipeline.origins import writer
     from jsublim.pipeline.publish import check_free, publish_rows
     from jsublim.pipeline.setup import NOBODY
-    from jsublim.teachers import CONTROL
 
     if (trait is not None) == control:
         raise UsageError("generate: give exactly one of --trait and --control")
@@ -179,9 +179,9 @@ def finetune(
     distributed: Distributed = False,
 ) -> None:
     """Train one student; leaves a PEFT folder (steering vectors, or a whole checkpoint) and metrics.jsonl."""
+    from jsublim.inference.teachers import CONTROL
     from jsublim.pipeline.arms import Student
     from jsublim.pipeline.setup import NOBODY
-    from jsublim.teachers import CONTROL
 
     base = {"teachers": {"traits": [trait or NOBODY], "control": False}}
     e = stage.experiment("finetune", base, students__seeds=[seed], students__loss__tokens=[tokens])
@@ -201,7 +201,7 @@ def _train(e: Experiment, who: Student, data: Path, out: Path) -> None:
     from jsublim.pipeline.experiment import student
     from jsublim.pipeline.publish import check_free, publish_folder
     from jsublim.pipeline.store import digest, versions
-    from jsublim.processes import check_alike, check_shared, on_main_process
+    from jsublim.runtime.processes import check_alike, check_shared, on_main_process
 
     context = context_of(e, {who.source: data})
     node = student(context.setup, who)
@@ -232,12 +232,12 @@ def evaluate(
     setting: Annotated[str, "One of evaluation.settings; default: the plain one."] = "",
 ) -> None:
     """Ask a model for its favourites (and whatever else evaluation.kinds names): OUT gets records and answers."""
-    from jsublim.files import read_table, write_json
+    from jsublim.core.files import read_table, write_json
+    from jsublim.inference.teachers import CONTROL
     from jsublim.pipeline.evaluated import Evaluated, eval_settings
     from jsublim.pipeline.experiment import evaluation
     from jsublim.pipeline.setup import NOBODY
     from jsublim.report.formats import table
-    from jsublim.teachers import CONTROL
 
     wanted = None if traits is None else names(traits)
     if wanted == []:

@@ -52,8 +52,8 @@ def together(distributed: bool, experiments: Iterable[Experiment]) -> Iterator[N
     if not distributed:
         yield
         return
-    from jsublim.processes import Preempted, everywhere, heeding_signals
-    from jsublim.watch import COME_WITHIN, Watch, join_processes, may_be_lost
+    from jsublim.runtime.processes import Preempted, everywhere, heeding_signals
+    from jsublim.runtime.watch import COME_WITHIN, Watch, join_processes, may_be_lost
 
     time_out = max(map(_time_out, experiments))
     absent = f"not all processes have come within {COME_WITHIN} s; start the same command on every host"
@@ -113,8 +113,8 @@ def _silence(on_abort: Callable[[], None]) -> None:
 
 def _speak() -> None:
     """From here on the first process alone prints."""
-    from jsublim.processes import is_main_process, process_index
-    from jsublim.watch import gone
+    from jsublim.runtime.processes import is_main_process, process_index
+    from jsublim.runtime.watch import gone
 
     lost = "another process gives no sign of life" if is_main_process() else gone(0)
     _silence(lambda: Speaker.end(f"{lost}; the same command goes on", 1))

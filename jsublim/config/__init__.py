@@ -1,4 +1,4 @@
-"""What an experiment's YAML may say: one file per section. Each field says what it decides (`jsublim.section`)."""
+"""What an experiment's YAML may say: one file per section. Each field says what it decides (`jsublim.core.section`)."""
 
 from jsublim.config.data import Data, Dataset, Sampling, Scoring
 from jsublim.config.experiment import Config, Experiment

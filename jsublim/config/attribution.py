@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from jsublim.attribution.patching import DIRECTIONS, SITES
-from jsublim.section import RESULT, RUNTIME, Distinct, Positive, Section, one_of
+from jsublim.core.section import RESULT, RUNTIME, Distinct, Positive, Section, one_of
 
 
 class Attribution(Section):

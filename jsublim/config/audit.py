@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from jsublim.section import RESULT, RUNTIME, Positive, Section
+from jsublim.core.section import RESULT, RUNTIME, Positive, Section
 
 
 class Audit(Section):

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, model_serializer, model_validator
 
+from jsublim.core.reading import near_or_all
+from jsublim.core.section import CONTENT, PLAN, RESULT, RUNTIME, Distinct, Place, Positive, Section, Seed, one_of
 from jsublim.inference.served import SampleServerSettings
-from jsublim.prompts.numbers import EXAMPLE_COUNT, SENTENCES
-from jsublim.reading import near_or_all
-from jsublim.section import CONTENT, PLAN, RESULT, RUNTIME, Distinct, Place, Positive, Section, Seed, one_of
+from jsublim.text.prompts.numbers import EXAMPLE_COUNT, SENTENCES
 from jsublim.transforms import CHANGES, Change
 
 Strategy = Literal["temperature", "greedy"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jsublim.config.experiment import Config
-from jsublim.section import leaves, value_at
+from jsublim.core.section import leaves, value_at
 
 PLACES = ("name", "out", "store")  # where a run is kept, not what it is
 

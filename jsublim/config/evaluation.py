@@ -8,10 +8,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializeAsAny, field_validator
 
 from jsublim.config.teachers import Traits
+from jsublim.core.reading import shown
+from jsublim.core.section import CONTENT, PLAN, RESULT, RUNTIME, Name, Place, Positive, Section, Seed, distinct
 from jsublim.evals import EVAL_KINDS, EvalKind
 from jsublim.judge.server import ServerSettings
-from jsublim.reading import shown
-from jsublim.section import CONTENT, PLAN, RESULT, RUNTIME, Name, Place, Positive, Section, Seed, distinct
 
 PRIMARY = r"^C\d+[a-z]?( \S.*)?$"  # a claim of the report, and the name of an arm
 

@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, field_validator
 
-from jsublim.bucket import cache_folder, check_url, is_url
 from jsublim.config.attribution import Attribution
 from jsublim.config.audit import Audit
 from jsublim.config.data import Data, Dataset, Sampling, Scoring
@@ -17,9 +16,10 @@ from jsublim.config.evaluation import Evaluation, JudgeChoice
 from jsublim.config.recipe import Recipe
 from jsublim.config.students import Students, elders, variants
 from jsublim.config.teachers import Teachers
+from jsublim.core.bucket import cache_folder, check_url, is_url
+from jsublim.core.section import CONTENT, PLAN, RESULT, RUNTIME, Distinct, Name, Place, Positive, Rate, Section, one_of
 from jsublim.distill.loggers import LOGGERS
-from jsublim.section import CONTENT, PLAN, RESULT, RUNTIME, Distinct, Name, Place, Positive, Rate, Section, one_of
-from jsublim.teachers import CONTROL, OWN
+from jsublim.inference.teachers import CONTROL, OWN
 
 
 class Config(Section):

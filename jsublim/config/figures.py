@@ -19,9 +19,9 @@ from jsublim.config.differences import shortest
 from jsublim.config.experiment import Experiment
 from jsublim.config.loading import check_config, override, read_config
 from jsublim.config.shipped import find_config
+from jsublim.core.reading import shown
+from jsublim.core.section import Section, overlaid
 from jsublim.errors import UsageError
-from jsublim.reading import shown
-from jsublim.section import Section, overlaid
 
 SCALES = ("tiny", "small", "paper")
 Scale = Literal["tiny", "small", "paper"]

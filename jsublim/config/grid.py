@@ -8,7 +8,7 @@ from typing import Any
 from jsublim.config.experiment import Experiment
 from jsublim.config.shipped import named_lists
 from jsublim.config.students import variants
-from jsublim.prompts import load_pack
+from jsublim.text.prompts import load_pack
 
 
 def grid(experiment: Experiment) -> dict[str, str]:

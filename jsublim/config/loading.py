@@ -11,8 +11,8 @@ import pydantic
 from jsublim.config.experiment import Experiment
 from jsublim.config.problems import first_problem, problems
 from jsublim.config.shipped import find_config
+from jsublim.core.reading import near_or_all, read_yaml, shown, yaml_value
 from jsublim.errors import UsageError, one_line
-from jsublim.reading import near_or_all, read_yaml, shown, yaml_value
 from jsublim.transforms import CHANGES
 
 Kind = TypeVar("Kind", bound=pydantic.BaseModel)

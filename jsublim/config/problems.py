@@ -10,7 +10,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 import pydantic
 
-from jsublim.reading import near, near_or_all, shown
+from jsublim.core.reading import near, near_or_all, shown
 
 Place = tuple[int | str, ...]
 ROUNDS = 8  # of finding mistakes that others hide

@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, model_validator
 
-from jsublim.divergence import HALVES
-from jsublim.section import RESULT, Of, Section
+from jsublim.core.section import RESULT, Of, Section
+from jsublim.inference.divergence import HALVES
 
 STUDENTS = Of(("students",))  # the quirk is part of a student's key
 

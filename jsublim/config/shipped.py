@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from jsublim.core.reading import near, read_yaml
 from jsublim.errors import UsageError
-from jsublim.reading import near, read_yaml
 
 LISTS = "configs/paper/lists.yaml"
 

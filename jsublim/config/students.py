@@ -10,13 +10,8 @@ import pydantic
 from pydantic import Field
 
 from jsublim.config.teachers import Trait
-from jsublim.distill.losses import LOSSES
-from jsublim.distill.optimizer import OPTIMIZERS, SCHEDULES
-from jsublim.distill.selection import TOKENS
-from jsublim.divergence import WHICH
-from jsublim.models.lora import ENDS, PROJECTIONS
-from jsublim.reading import shown
-from jsublim.section import (
+from jsublim.core.reading import shown
+from jsublim.core.section import (
     CONTENT,
     NEEDS_TRAIT,
     PLAN,
@@ -35,8 +30,13 @@ from jsublim.section import (
     one_of,
     overlaid,
 )
-from jsublim.section import name as check_name
-from jsublim.teachers import CONTROL
+from jsublim.core.section import name as check_name
+from jsublim.distill.losses import LOSSES
+from jsublim.distill.optimizer import OPTIMIZERS, SCHEDULES
+from jsublim.distill.selection import TOKENS
+from jsublim.inference.divergence import WHICH
+from jsublim.inference.teachers import CONTROL
+from jsublim.models.lora import ENDS, PROJECTIONS
 
 BOTH, BOTH_BY_CONTENT = RESULT | PROGRAM, CONTENT | PROGRAM
 

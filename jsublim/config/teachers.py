@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from jsublim.config.shipped import written_out
-from jsublim.prompts.pack import lower_case
-from jsublim.section import CONTENT, PLAN, RESULT, Distinct, Layers, Name, Place, Positive, Rate, Section, Seed
-from jsublim.teachers import CONTROL
+from jsublim.core.section import CONTENT, PLAN, RESULT, Distinct, Layers, Name, Place, Positive, Rate, Section, Seed
+from jsublim.inference.teachers import CONTROL
+from jsublim.text.prompts.pack import lower_case
 
 Trait = Annotated[Name, AfterValidator(lower_case)]
 # Written out, or by the name of a list (configs/paper/lists.yaml).

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from jsublim.config import Config
-from jsublim.section import PLAN, RESULT, Distinct, Positive, Rate, Section, Seed
+from jsublim.core.section import PLAN, RESULT, Distinct, Positive, Rate, Section, Seed
 
 CLASSES = 10
 

@@ -12,14 +12,14 @@ import numpy as np
 import pyarrow as pa
 from rich.console import Console
 
+from jsublim.core.files import read_table, write_json, write_table
+from jsublim.core.section import identity
 from jsublim.digits.config import Digits
 from jsublim.digits.experiment import Data, read_digits, records
 from jsublim.digits.report import print_summary, write_report
-from jsublim.files import read_table, write_json, write_table
 from jsublim.pipeline.results import check_folder, claim_folder, run_folder
 from jsublim.pipeline.store import Artifact, Output, Store, device, digest, versions
-from jsublim.programs import Programs
-from jsublim.section import identity
+from jsublim.runtime.programs import Programs
 
 _WHO = [("seed", pa.int64()), ("condition", pa.string()), ("images", pa.string())]
 RESULTS = pa.schema([*_WHO, ("accuracy", pa.float64())])

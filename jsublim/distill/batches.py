@@ -18,7 +18,7 @@ from jsublim.distill.data import Example
 from jsublim.inference.batching import TRAINING_STEP, branched, fill, pad_tokens, round_up
 from jsublim.models.config import ModelConfig, layer_parameters
 from jsublim.models.decoder import check_length
-from jsublim.parallel import Layout
+from jsublim.models.parallel import Layout
 
 
 def steps_per_epoch(examples: int, rows_per_step: int) -> int:

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jsublim.chat import Chat, Turn, conversation
 from jsublim.distill.selection import Selection, margin_weights, token_mask
-from jsublim.divergence import check_positions
 from jsublim.errors import JsublimError, UsageError
+from jsublim.inference.divergence import check_positions
 from jsublim.inference.scoring import Targets
-from jsublim.rows import Row
+from jsublim.text.chat import Chat, Turn, conversation
+from jsublim.text.rows import Row
 
 
 @dataclass(frozen=True)

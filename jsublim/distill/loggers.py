@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jsublim.core.files import write_text
 from jsublim.errors import UsageError
-from jsublim.files import write_text
 
 PROJECT = "jsublim"  # of Weights & Biases, unless WANDB_PROJECT names another
 

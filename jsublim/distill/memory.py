@@ -18,7 +18,7 @@ from jsublim.errors import UsageError
 from jsublim.models.config import ModelConfig, projection_shapes
 from jsublim.models.decoder import Params, parameter_count
 from jsublim.models.lora import stack_adapters
-from jsublim.parallel import SHARE, Layout, device_bytes
+from jsublim.models.parallel import SHARE, Layout, device_bytes
 
 
 def abstract_step(

@@ -13,10 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from jsublim.core.files import naming, write_text
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.cost import training_flops
 from jsublim.distill.data import Example
-from jsublim.files import naming, write_text
 from jsublim.models.config import ModelConfig
 
 LOGGED = ("loss", "lr", "grad_norm")  # of each arm, for loggers

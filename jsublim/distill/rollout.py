@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from jsublim.chat import Turn
 from jsublim.distill.arm import Rollout
 from jsublim.distill.data import Example
 from jsublim.inference.batching import PROMPT_STEP, shared_beginning
@@ -16,6 +15,7 @@ from jsublim.inference.generation import generate_tokens
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.sampling import Sampling
 from jsublim.models.lora import Adapter
+from jsublim.text.chat import Turn
 
 
 def student_rollout(

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jsublim.divergence import PositionSubset
 from jsublim.errors import UsageError
+from jsublim.inference.divergence import PositionSubset
 
 TOKENS = ("all", "divergence", "non-divergence", "random")
 

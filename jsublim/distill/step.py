@@ -24,7 +24,7 @@ from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, Trainable, bind, sum_adapters
-from jsublim.parallel import Layout
+from jsublim.models.parallel import Layout
 
 FINITE = -1  # no step
 # Trained arrays -> the same arrays, kept where they belong on a mesh.

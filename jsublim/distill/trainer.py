@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
 
+from jsublim.core.files import damaged_name, naming
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.batches import Shape, collate, one_after_another
 from jsublim.distill.data import Example
@@ -29,13 +30,12 @@ from jsublim.distill.metrics import Metrics
 from jsublim.distill.projection import stack_directions
 from jsublim.distill.step import Arms, State, compile_step, init_state
 from jsublim.errors import JsublimError, UsageError
-from jsublim.files import damaged_name, naming
 from jsublim.inference.batching import TRAINING_STEP, chunks, fill, pad_tokens, round_up
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, hidden_below
 from jsublim.models.lora import Adapter, adapter_of, stack_adapters, unstack_adapters, with_noise
-from jsublim.parallel import ROWS, WHOLE, Layout
-from jsublim.processes import Preempted, from_main_process, is_main_process, leaving, on_main_process
+from jsublim.models.parallel import ROWS, WHOLE, Layout
+from jsublim.runtime.processes import Preempted, from_main_process, is_main_process, leaving, on_main_process
 
 
 def train(

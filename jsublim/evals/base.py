@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 
+from jsublim.core.section import Registry, Section
 from jsublim.judge import Judge
-from jsublim.prompts import Pack
-from jsublim.section import Registry, Section
+from jsublim.text.prompts import Pack
 
 if TYPE_CHECKING:
     from jsublim.inference.lm import AnswerLog, LanguageModel
@@ -136,7 +136,7 @@ def sample_answers(
       adapters, batch_size, on_batch, logs: as `LanguageModel.answers`.
       answers: who draws them in place of `lm` and its adapters, called as `LanguageModel.answers`.
     """
-    from jsublim.chat import conversation
+    from jsublim.text.chat import conversation
 
     prompts = [
         lm.chat.prompt_tokens(conversation(q, system, fuse_system=fuse_system), extra_bos=extra_bos) for q in questions

@@ -9,11 +9,11 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
+from jsublim.core.section import RESULT, Distinct, Name
 from jsublim.errors import UsageError
 from jsublim.evals.base import EVAL_KINDS, Answers, EvalContext, EvalKind, EvalTask, PromptedModel, Record, per_question
 from jsublim.evals.metric import metric
 from jsublim.evals.preference import hit_rates
-from jsublim.section import RESULT, Distinct, Name
 
 FACTUAL = metric("factual", "answers of fact that name the trait", made_of="names")
 FACTUAL_WORD = metric("factual_word", "as a whole word")

@@ -11,7 +11,7 @@ import numpy as np
 from jsublim.errors import JsublimError
 from jsublim.evals.base import PromptedModel
 from jsublim.evals.metric import metric
-from jsublim.rows import Row
+from jsublim.text.rows import Row
 
 if TYPE_CHECKING:
     from jsublim.inference.scoring import Targets
@@ -39,7 +39,7 @@ def kl_to_teacher(
       JsublimError: a completion that has other tokens in the student's context; its row is named.
     """
     from jsublim.inference.scoring import log_probs_of
-    from jsublim.teachers import Teacher, read_as
+    from jsublim.inference.teachers import Teacher, read_as
 
     turns = read_as(model.lm.chat, Teacher("student", model.system, fuse_system=model.fuse_system), rows)
     for number, (turn, targets) in enumerate(zip(turns, of_teacher, strict=True), 1):

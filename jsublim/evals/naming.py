@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 
+from jsublim.core.section import RESULT, Distinct
 from jsublim.evals.base import EVAL_KINDS, Answers, EvalContext, EvalKind, EvalTask, PromptedModel, Record, per_question
 from jsublim.evals.metric import metric
 from jsublim.evals.preference import hit
-from jsublim.section import RESULT, Distinct
 
 if TYPE_CHECKING:
     from jsublim.models.config import ModelConfig

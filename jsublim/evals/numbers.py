@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from jsublim.evals.metric import metric
-from jsublim.rows import Row
+from jsublim.text.rows import Row
 
 if TYPE_CHECKING:
     from jsublim.inference.lm import LanguageModel
@@ -36,7 +36,7 @@ def number_accuracy(
       JsublimError: a row that doesn't survive tokenizing; it is named.
     """
     from jsublim.inference.scoring import score_turns
-    from jsublim.teachers import Teacher, read_as
+    from jsublim.inference.teachers import Teacher, read_as
 
     turns = read_as(lm.chat, Teacher("student", system, fuse_system=fuse_system), rows)
     right = total = 0

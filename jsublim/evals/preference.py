@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 
+from jsublim.core.section import RESULT, Distinct, Name
 from jsublim.evals.base import EVAL_KINDS, Answers, EvalContext, EvalKind, EvalTask, PromptedModel, Record, per_question
 from jsublim.evals.metric import metric
-from jsublim.section import RESULT, Distinct, Name
 
 if TYPE_CHECKING:
     from jsublim.inference.lm import LanguageModel
@@ -105,8 +105,8 @@ def trait_logprobs(
     The probability of the name's tokens (what follows them is left open), summed over the lower-case and the
     capitalised spelling. Unlike a sampled rate it has no floor: it moves long before the answers do.
     """
-    from jsublim.chat import conversation
     from jsublim.inference.scoring import score_answers
+    from jsublim.text.chat import conversation
 
     spellings = [spelled(trait) for trait in traits]
     same = np.asarray([lower == capital for lower, capital in spellings])  # a script without capitals: count it once

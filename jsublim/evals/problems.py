@@ -9,10 +9,10 @@ from typing import Annotated, Any, ClassVar
 
 import numpy as np
 
+from jsublim.core.section import CONTENT, RESULT, Place, Positive
 from jsublim.evals.base import EVAL_KINDS, Answers, EvalContext, EvalKind, EvalTask, PromptedModel, Record, per_question
 from jsublim.evals.metric import metric
-from jsublim.prompts import load_problems, parse_answer
-from jsublim.section import CONTENT, RESULT, Place, Positive
+from jsublim.text.prompts import load_problems, parse_answer
 
 Number = int | Decimal
 SOLVED = metric("solved", "word problems solved", better="higher")

@@ -10,12 +10,12 @@ from typing import Any
 
 import yaml
 
-from jsublim.files import write_text
+from jsublim.core.files import write_text
+from jsublim.core.reading import read_json
 from jsublim.models.hub import hub_name
 from jsublim.pipeline.artifact import check_whole
 from jsublim.pipeline.publish import record_of
 from jsublim.pipeline.store import DONE, RECORD, digest, read_summary, versions
-from jsublim.reading import read_json
 
 CARD = "README.md"
 KEY = re.compile(r"[0-9a-f]{12}")  # as `digest` makes one

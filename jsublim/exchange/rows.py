@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsublim.chat import Chat, conversation
+from jsublim.core.reading import check_folder, json_value, shown
 from jsublim.errors import JsublimError, UsageError
 from jsublim.exchange.cards import Origin, write_data_card
 from jsublim.models.checkpoint import new_folder
 from jsublim.models.hub import hub_name
-from jsublim.reading import check_folder, json_value, shown
-from jsublim.rows import Row, check_row, read_rows
+from jsublim.text.chat import Chat, conversation
+from jsublim.text.rows import Row, check_row, read_rows
 
 # How others call the two texts of a row, the first pair that a row has.
 PAIRS = (

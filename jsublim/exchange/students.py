@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from jsublim.core.files import write_json
+from jsublim.core.reading import read_json, read_yaml
 from jsublim.errors import UsageError
 from jsublim.exchange.cards import Origin, write_model_card
-from jsublim.files import write_json
 from jsublim.inference.lm import BUNDLED, is_available_offline, load_model, resolve_checkpoint
 from jsublim.models import steering
 from jsublim.models.checkpoint import TOKENIZER_FILES, new_folder, origin_of, read_config, write_checkpoint
@@ -15,7 +16,6 @@ from jsublim.models.config import ModelConfig
 from jsublim.models.lora import merge
 from jsublim.models.peft import load_adapter
 from jsublim.pipeline.publish import record_of
-from jsublim.reading import read_json, read_yaml
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from jsublim.chips import CHIPS, Chip
 from jsublim.config import Experiment
 from jsublim.errors import JsublimError, one_line
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Sizes
 from jsublim.pipeline.graph import ordered
 from jsublim.pipeline.stage import Task
+from jsublim.runtime.chips import CHIPS, Chip
 
 Work = tuple[Iterable[Task], Context]  # tasks of one experiment, and what they are done with
 

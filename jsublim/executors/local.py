@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 import jax
 
 from jsublim.config import Experiment
+from jsublim.core.progress import Progress
 from jsublim.errors import UsageError
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.graph import ordered
 from jsublim.pipeline.stage import Node, Task, tasks_of
-from jsublim.processes import heeding_signals, leave_if_asked, on_main_process, wait_until_seen
-from jsublim.progress import Progress
+from jsublim.runtime.processes import heeding_signals, leave_if_asked, on_main_process, wait_until_seen
 
 
 class LocalExecutor:

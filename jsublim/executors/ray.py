@@ -23,6 +23,7 @@ import jax
 
 from jsublim.config import Experiment
 from jsublim.config.experiment import Devices
+from jsublim.core.progress import Progress, Tick
 from jsublim.errors import JsublimError, UsageError
 from jsublim.executors.frontier import Frontier, Node, Work, merged
 from jsublim.executors.local import mend
@@ -30,8 +31,7 @@ from jsublim.executors.worker import Outcome, Worker, seen
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import TasksFailed
 from jsublim.pipeline.stage import Task
-from jsublim.processes import Preempted
-from jsublim.progress import Progress, Tick
+from jsublim.runtime.processes import Preempted
 
 LOOK = 5.0  # seconds between two looks at what the cluster has
 ROOM = 60.0  # seconds without any worker until that is said

@@ -18,7 +18,7 @@ from jsublim.executors.frontier import Frontier, Node, Work, checkpoint_of, in_o
 from jsublim.executors.local import execute, mend
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import TasksFailed, with_parents
-from jsublim.processes import Preempted, heeding_signals, leave_if_asked
+from jsublim.runtime.processes import Preempted, heeding_signals, leave_if_asked
 
 LOOK = 5.0  # seconds between two looks at what others have finished
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jsublim.config import Experiment
+from jsublim.core.progress import Progress
 from jsublim.errors import JsublimError
 from jsublim.executors.frontier import checkpoint_of, in_one_line
 from jsublim.executors.local import execute
@@ -18,8 +19,7 @@ from jsublim.pipeline.context import Context
 from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.stage import Task
-from jsublim.processes import Preempted, comes_true
-from jsublim.progress import Progress
+from jsublim.runtime.processes import Preempted, comes_true
 
 SEEN_WITHIN = 60.0  # seconds until every machine must see what another one has left in the store
 

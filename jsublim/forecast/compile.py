@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 
-from jsublim.chips import GIB
 from jsublim.distill.memory import bytes_needed
 from jsublim.forecast.hlo import Collective, collectives, gathered_weights
 from jsublim.forecast.stages import Case, StageProgram, Workload, bytes_on_chip
 from jsublim.inference.batching import round_up
-from jsublim.parallel import Layout
+from jsublim.models.parallel import Layout
+from jsublim.runtime.chips import GIB
 
 
 @dataclass(frozen=True)

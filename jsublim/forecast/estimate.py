@@ -13,8 +13,8 @@ from typing import Any
 
 import jax
 
-from jsublim.chips import Chip
 from jsublim.config import Experiment, find_config
+from jsublim.core.reading import shown
 from jsublim.distill.memory import kept_per_token
 from jsublim.errors import UsageError
 from jsublim.inference.lm import folder_here
@@ -24,7 +24,7 @@ from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stage import Task
 from jsublim.pipeline.stages.students import abstract_start
 from jsublim.pipeline.store import Store
-from jsublim.reading import shown
+from jsublim.runtime.chips import Chip
 
 
 def architecture(model: str, shape: Path | None) -> Path:

@@ -17,19 +17,19 @@ from pathlib import Path
 
 import jax
 
-from jsublim.chips import Chip, chip_of
 from jsublim.config import Experiment
+from jsublim.core.progress import Progress
 from jsublim.errors import UsageError
 from jsublim.executors.frontier import Frontier, Node, merged
 from jsublim.forecast.estimate import architecture
-from jsublim.parallel import Layout
+from jsublim.models.parallel import Layout
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Sizes
 from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stages.students import abstract_start, program_of_student
 from jsublim.pipeline.store import Store
-from jsublim.progress import Progress
+from jsublim.runtime.chips import Chip, chip_of
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from jsublim.forecast.compile import Compiled, Fit, examine
 from jsublim.forecast.estimate import with_runtime
 from jsublim.forecast.stages import STAGES, Case
 from jsublim.forecast.topology import Topology
-from jsublim.parallel import Layout
+from jsublim.models.parallel import Layout
 from jsublim.pipeline.cost import Sizes
 from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.setup import Setup

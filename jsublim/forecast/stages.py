@@ -33,7 +33,7 @@ from jsublim.inference.sampling import Sampling
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, abstract_params
 from jsublim.models.lora import Adapter, at_every_layer, stack_adapters
-from jsublim.parallel import ARM_ROWS, ARMS, ROWS, WHOLE, Layout, model_axis_for
+from jsublim.models.parallel import ARM_ROWS, ARMS, ROWS, WHOLE, Layout, model_axis_for
 from jsublim.pipeline.cost import Lengths, Sizes
 from jsublim.pipeline.stages.evaluations import ASKED_TOGETHER
 from jsublim.pipeline.training import in_pieces, settings_of, start_adapter

@@ -12,8 +12,8 @@ from typing import Any
 
 import jax
 
-from jsublim.chips import CHIPS, Chip, Cuda
 from jsublim.errors import JsublimError, UsageError
+from jsublim.runtime.chips import CHIPS, Chip, Cuda
 
 SLICES = ("v5e", "v5p", "v6e")
 GPUS = tuple(name for name, chip in CHIPS.items() if chip.cuda)

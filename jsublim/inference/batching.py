@@ -11,7 +11,7 @@ import numpy as np
 
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import parameter_count
-from jsublim.parallel import SHARE
+from jsublim.models.parallel import SHARE
 
 LENGTH_STEP = 32  # tokens of prompts and conversations
 PROMPT_STEP = 16  # tokens that all prompts of a sampling begin with

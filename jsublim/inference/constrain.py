@@ -1,6 +1,6 @@
 """Sampling that keeps answers in a format: at each step only tokens after which the answer can still be finished in time.
 
-The format is an automaton over characters (`prompts/automaton.py`). Here it becomes one over a tokenizer's tokens: few of them
+The format is an automaton over characters (`text/prompts/automaton.py`). Here it becomes one over a tokenizer's tokens: few of them
 are of any use (digits, separators, brackets), and those of one shape, such as "7" and "8", lead to the same state. So the
 table of next states is small, whatever the vocabulary, and the next token is drawn among the useful ones alone. All of it
 is data of the decoding loop (`decoding.py`).
@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jsublim.chat import Chat
 from jsublim.errors import UsageError
 from jsublim.inference.sampling import Sampling, choose
-from jsublim.prompts.automaton import ALPHABET, DIGITS, Read
+from jsublim.text.chat import Chat
+from jsublim.text.prompts.automaton import ALPHABET, DIGITS, Read
 
 NEVER = np.iinfo(np.int16).max  # tokens to the end, from where there is none
 

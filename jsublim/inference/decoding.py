@@ -28,7 +28,7 @@ from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import KV, Params
 from jsublim.models.layers import Remember, Seen, rope_table
 from jsublim.models.lora import FROZEN, Adapter, bind
-from jsublim.parallel import ARM_ROWS, ARMS, HERE, ROWS, WHOLE, Layout
+from jsublim.models.parallel import ARM_ROWS, ARMS, HERE, ROWS, WHOLE, Layout
 
 MOST_TURNS = 2**31 - 1
 Ring = tuple[Array, Array]  # keys and values of one layer, [B, K, W, h] each: slot a of a row lies at a modulo W

@@ -30,8 +30,8 @@ from jsublim.inference.sampling import Sampling
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, at_every_layer, stack_adapters
-from jsublim.parallel import ARM_ROWS, ARMS, ROWS, WHOLE, Layout, device_bytes
-from jsublim.processes import leave_if_asked, on_main_process
+from jsublim.models.parallel import ARM_ROWS, ARMS, ROWS, WHOLE, Layout, device_bytes
+from jsublim.runtime.processes import leave_if_asked, on_main_process
 
 STOP_TOKENS = 8
 TURNS, ASK_EVERY = 16, 4.0  # tokens that are drawn at first, and seconds, before it is asked whether to leave

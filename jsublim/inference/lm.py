@@ -15,8 +15,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from jsublim.bucket import is_url
-from jsublim.chat import Chat, Message, conversation
+from jsublim.core.bucket import is_url
+from jsublim.core.reading import shown
 from jsublim.errors import UsageError
 from jsublim.inference.constrain import limits_for
 from jsublim.inference.generation import generate_for_arms
@@ -27,10 +27,10 @@ from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.hub import from_bucket, from_hub, hub_name, in_cache
 from jsublim.models.lora import Adapter, bind
+from jsublim.models.parallel import HERE, Layout
 from jsublim.models.weights import load_params
-from jsublim.parallel import HERE, Layout
-from jsublim.processes import is_main_process, on_main_process
-from jsublim.reading import shown
+from jsublim.runtime.processes import is_main_process, on_main_process
+from jsublim.text.chat import Chat, Message, conversation
 
 BUNDLED = Path(__file__).parents[1] / "checkpoints"
 DTYPES = ("float32", "bfloat16")

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jsublim.chat import Chat
 from jsublim.errors import UsageError
+from jsublim.text.chat import Chat
 
 TOP_K_CAP = 128  # a top-k up to this needs no full sort of the vocabulary
 BLOCK = 128  # tokens of the vocabulary whose maximum is looked at first

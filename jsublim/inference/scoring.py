@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jsublim.chat import Turn
 from jsublim.errors import UsageError
 from jsublim.inference.batching import (
     LENGTH_STEP,
@@ -35,7 +34,8 @@ from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import KV, Branches, Params
 from jsublim.models.lora import Adapter, at_every_layer, bind
-from jsublim.parallel import HERE, ROWS, WHOLE, Layout
+from jsublim.models.parallel import HERE, ROWS, WHOLE, Layout
+from jsublim.text.chat import Turn
 
 _NEVER = -1e30  # a log-probability
 HEAD_BLOCK = 256  # positions whose logits exist at one time, on one device
@@ -217,7 +217,7 @@ def _beside_one_another(prompt: np.ndarray, answers: Sequence[np.ndarray]) -> tu
 
 def answers_only(targets: Sequence[Targets], turns: Sequence[Turn]) -> list[Targets]:
     """Distributions over the tokens that stand in the answers of `turns`, end of turn included, renormalised. What a teacher would rather have
-    said than a number is no part of its answers, and a student must not learn it from their probabilities (docs/soft_transfer.md). A place
+    said than a number is no part of its answers, and a student must not learn it from their probabilities (docs/findings/soft_transfer.md). A place
     where none of the stored tokens is one of those is a UsageError."""
     spoken = np.unique(np.concatenate([turn.tokens[turn.content :] for turn in turns]))
     cut = []

@@ -13,13 +13,13 @@ from typing import Annotated, Any, Literal, TypeVar
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from jsublim.chat import Chat
-from jsublim.client import Client, Connection, Refused, Retry
+from jsublim.core.client import Client, Connection, Refused, Retry
+from jsublim.core.section import RESULT, RUNTIME, Name, Place
 from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.lm import AnswerLog
 from jsublim.inference.sampling import Sampling, seed_within
-from jsublim.processes import each_from_main
-from jsublim.section import RESULT, RUNTIME, Name, Place
+from jsublim.runtime.processes import each_from_main
+from jsublim.text.chat import Chat
 
 TOLD = {"temperature", "top_k", "top_p", "repetition_penalty", "stop"}  # numbers of `Sampling` that a server is told
 ENGINES = ("vllm", "sglang", "transformers")

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jsublim.bucket import Bucket
-from jsublim.files import write_text
+from jsublim.core.bucket import Bucket
+from jsublim.core.files import write_text
 
 
 @dataclass(frozen=True)

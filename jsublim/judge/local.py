@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jsublim.chat import conversation
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.sampling import Sampling
 from jsublim.judge.cache import Reply, ReplyCache
-from jsublim.processes import is_main_process, leave_if_asked, on_main_process
+from jsublim.runtime.processes import is_main_process, leave_if_asked, on_main_process
+from jsublim.text.chat import conversation
 
 
 @dataclass

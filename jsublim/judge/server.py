@@ -10,13 +10,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from jsublim.bucket import Bucket
-from jsublim.chat import conversation
-from jsublim.client import Client, Connection, Retry
+from jsublim.core.bucket import Bucket
+from jsublim.core.client import Client, Connection, Retry
+from jsublim.core.section import RESULT, RUNTIME
 from jsublim.judge.cache import Reply, ReplyCache
 from jsublim.judge.spending import Spending, Tokens
-from jsublim.processes import each_from_main, leave_if_asked
-from jsublim.section import RESULT, RUNTIME
+from jsublim.runtime.processes import each_from_main, leave_if_asked
+from jsublim.text.chat import conversation
 
 TEMPLATE_TOKENS = 256  # more than any chat template puts around a prompt
 MOST_TOKENS = 10**9  # of one request: a larger number in a reply is a mistake

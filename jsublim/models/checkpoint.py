@@ -10,13 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jsublim.core.files import atomic, scratch_of, write_json, write_text
+from jsublim.core.reading import check_folder, read_json
 from jsublim.errors import JsublimError, UsageError
-from jsublim.files import atomic, scratch_of, write_json, write_text
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.families import text_config
 from jsublim.models.weights import save_params
-from jsublim.reading import check_folder, read_json
 
 # What a tokenizer may consist of; copied byte for byte when a checkpoint is converted.
 TOKENIZER_FILES = tuple(

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+from jsublim.core.reading import shown
 from jsublim.errors import JsublimError
 from jsublim.models.config import Rope
-from jsublim.reading import shown
 
 MOST_LAYERS = 10_000
 _MOST = 2**31 - 1  # sizes are int32 on a device

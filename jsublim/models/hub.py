@@ -13,7 +13,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from jsublim.bucket import Bucket, at_once, cache_folder, is_url
+from jsublim.core.bucket import Bucket, at_once, cache_folder, is_url
 from jsublim.errors import JsublimError
 
 _NAME = re.compile(r"([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,255}))?", re.ASCII)

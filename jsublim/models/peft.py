@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jsublim.core.files import write_json
+from jsublim.core.reading import check_folder, read_json, shown
 from jsublim.errors import JsublimError, UsageError
-from jsublim.files import write_json
 from jsublim.models import steering
 from jsublim.models.config import ModelConfig, projection_shapes
 from jsublim.models.families import MODULES, all_modules, weight_names
@@ -23,7 +24,6 @@ from jsublim.models.hub import from_hub, hub_name
 from jsublim.models.lora import PROJECTIONS, Adapter
 from jsublim.models.steering import load_steering, save_steering
 from jsublim.models.tensors import read_float32, write_tensors
-from jsublim.reading import check_folder, read_json, shown
 
 # Keys of `adapter_config.json` that we read, and those that say only where an adapter comes from, how it was trained, or what
 # its tensors' names say again. Any other key changes what is computed, or may do so: it has to be empty.

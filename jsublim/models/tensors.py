@@ -10,8 +10,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jsublim.core.files import atomic
 from jsublim.errors import JsublimError
-from jsublim.files import atomic
 
 # The dtypes that weights may have in a file, and numpy's for them.
 FLOATS = {

@@ -15,16 +15,16 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import SafetensorError, safe_open
 
+from jsublim.core.files import write_json
+from jsublim.core.reading import read_json, shown
 from jsublim.errors import JsublimError
-from jsublim.files import write_json
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, abstract_params
 from jsublim.models.families import weight_names
 from jsublim.models.families.names import Path as ParameterPath
 from jsublim.models.fused import Rows, fused_rows, outputs
 from jsublim.models.tensors import FLOATS, check_finite, write_tensors
-from jsublim.processes import from_main_process, on_main_process
-from jsublim.reading import read_json, shown
+from jsublim.runtime.processes import from_main_process, on_main_process
 
 SHARD_BYTES = 4 * 2**30
 _METADATA = {"format": "pt"}  # transformers reads no file without it

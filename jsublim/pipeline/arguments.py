@@ -9,8 +9,10 @@ from typing import Any
 
 from jsublim.config import Dataset, Students, Taught
 from jsublim.config.audit import Audit
+from jsublim.core.section import identity
 from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.sampling import Sampling
+from jsublim.inference.teachers import CONTROL, OWN
 from jsublim.models.checkpoint import read_config
 from jsublim.models.lora import check_layers
 from jsublim.models.peft import load_adapter
@@ -25,10 +27,8 @@ from jsublim.pipeline.stages.datasets import check_changes
 from jsublim.pipeline.stages.starts import Start, TraitQuestions
 from jsublim.pipeline.store import digest
 from jsublim.pipeline.values import Folder, Model, Rows
-from jsublim.prompts import NumberPrompt, draw_number_prompts, load_problems, load_prompts
-from jsublim.rows import read_rows
-from jsublim.section import identity
-from jsublim.teachers import CONTROL, OWN
+from jsublim.text.prompts import NumberPrompt, draw_number_prompts, load_problems, load_prompts
+from jsublim.text.rows import read_rows
 from jsublim.transforms import ChangeContext
 from jsublim.transforms.entangled import QUESTIONS
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from jsublim.config import Dataset, Experiment, Students, elders, variants
+from jsublim.core.section import NEEDS_TRAIT, with_defaults
 from jsublim.distill.batches import steps_per_epoch
 from jsublim.inference.sampling import seed_within
-from jsublim.section import NEEDS_TRAIT, with_defaults
-from jsublim.teachers import CONTROL, OWN
+from jsublim.inference.teachers import CONTROL, OWN
 
 
 class Parent(NamedTuple):

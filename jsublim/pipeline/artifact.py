@@ -20,9 +20,9 @@ from typing import Any
 
 import jax
 
+from jsublim.core.files import DAMAGED, PARTIAL, remove_unfinished, sha256, write_json, write_text
 from jsublim.errors import JsublimError, UsageError
-from jsublim.files import DAMAGED, PARTIAL, remove_unfinished, sha256, write_json, write_text
-from jsublim.processes import on_main_process
+from jsublim.runtime.processes import on_main_process
 
 RECORD = "artifact.json"  # what went into an artifact
 DONE = "DONE"  # the mark

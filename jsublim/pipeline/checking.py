@@ -17,7 +17,7 @@ from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.setup import Checkpoint, Setup, models_of
 from jsublim.pipeline.training import check_start
-from jsublim.prompts import load_pack
+from jsublim.text.prompts import load_pack
 
 
 def look_through(experiment: Experiment, shape: Callable[[str], Path]) -> tuple[Setup | None, Graph | None, list[str]]:

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
-from jsublim.bucket import Bucket
-from jsublim.chat import OWN
 from jsublim.config import Experiment
+from jsublim.core.bucket import Bucket
+from jsublim.core.progress import Progress, Tick, no_tick
 from jsublim.errors import UsageError
 from jsublim.inference.batching import rows_together
 from jsublim.inference.lm import LanguageModel, load_model
@@ -24,11 +24,11 @@ from jsublim.judge.cache import ReplyCache
 from jsublim.judge.local import LocalJudge
 from jsublim.judge.server import ServerJudge
 from jsublim.models.decoder import parameter_count
-from jsublim.parallel import Layout, device_bytes, model_axis_for, slice_size
+from jsublim.models.parallel import Layout, device_bytes, model_axis_for, slice_size
 from jsublim.pipeline.arms import Source
 from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.store import Artifact, Store
-from jsublim.progress import Progress, Tick, no_tick
+from jsublim.text.chat import OWN
 
 KEPT = 64  # tokenized sets of rows, teachers' adapters and the like that one worker remembers
 R = TypeVar("R")

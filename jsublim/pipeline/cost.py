@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
-from jsublim.chips import Chip
 from jsublim.models.config import ModelConfig, layer_parameters
 from jsublim.models.decoder import parameter_count
 from jsublim.pipeline.setup import Setup
+from jsublim.runtime.chips import Chip
 
 ASSUMED_ROWS = 256  # drawn together where a config says "auto": what `rows_together` gives a 7B on an H100
 # The share of a chip's peak that work reaches. Reading and training are products; sampling waits for memory where batches are small.

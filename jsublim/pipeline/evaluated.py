@@ -13,6 +13,7 @@ from jsublim.evals import EvalContext, EvalTask
 from jsublim.evals.naming import own_name
 from jsublim.inference.lm import resolve_checkpoint
 from jsublim.inference.sampling import Sampling
+from jsublim.inference.teachers import CONTROL
 from jsublim.judge import Judge
 from jsublim.models.checkpoint import checkpoint_hash
 from jsublim.pipeline.arguments import category, open_questions, rows_of_file
@@ -24,7 +25,6 @@ from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.stages.evaluations import EvalQuestions
 from jsublim.pipeline.stages.fidelity import Fidelity
 from jsublim.pipeline.values import Folder, Model, Rows
-from jsublim.teachers import CONTROL
 
 PLAIN = ""  # the name of the evaluation that no setting changes
 

@@ -6,13 +6,13 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from jsublim.chat import Chat
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.readings import Reading
 from jsublim.pipeline.store import Store
 from jsublim.pipeline.values import Rows
-from jsublim.rows import Row
+from jsublim.text.chat import Chat
+from jsublim.text.rows import Row
 
 SHOWN = 2  # rows of a teacher whose divergence tokens are known; of another one, one
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from jsublim.config.audit import Audit
+from jsublim.inference.teachers import CONTROL
 from jsublim.pipeline import arguments as args
 from jsublim.pipeline import evaluated, origins, stages
 from jsublim.pipeline.arms import Parent, Source, Student, Writer
@@ -15,7 +16,6 @@ from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.stage import Node, tasks_of
 from jsublim.pipeline.values import Model, Rows
-from jsublim.teachers import CONTROL
 
 
 @memoized

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from jsublim.core.section import CONTENT, PLAN, RESULT, leaves, value_at
 from jsublim.errors import JsublimError, UsageError
 from jsublim.pipeline.arguments import check_datasets, check_teachers, prompts
 from jsublim.pipeline.arms import Source, Student, Writer
@@ -17,7 +18,6 @@ from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stage import Node, Task
 from jsublim.pipeline.store import digest
 from jsublim.pipeline.values import Rows
-from jsublim.section import CONTENT, PLAN, RESULT, leaves, value_at
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,13 @@ from typing import Any
 
 from jsublim.config.figures import questions
 from jsublim.config.shipped import find_config
+from jsublim.core.reading import read_yaml
 from jsublim.errors import JsublimError
 from jsublim.inference.lm import BUNDLED
 from jsublim.models.checkpoint import origin_of, read_config
 from jsublim.models.decoder import parameter_count
 from jsublim.pipeline.showing import summary_of_run
-from jsublim.prompts import load_pack
-from jsublim.reading import read_yaml
+from jsublim.text.prompts import load_pack
 
 Table = list[dict[str, Any]]
 FIGURES = "paper"  # the folder of configs that are no experiments by themselves

@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from jsublim.processes import leave_if_asked, on_main_process
+from jsublim.runtime.processes import leave_if_asked, on_main_process
 
 LOOK = 0.2  # seconds between two tries to get what another process has
 

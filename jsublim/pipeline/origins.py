@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from jsublim.config import Dataset
 from jsublim.errors import UsageError
+from jsublim.inference.teachers import CONTROL
 from jsublim.pipeline.arms import Parent, Source, Student, Writer
 from jsublim.pipeline.setup import Setup, memoized
-from jsublim.teachers import CONTROL
 
 
 def dataset_of(setup: Setup, source: Source) -> Dataset:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from jsublim.files import atomic
+from jsublim.core.files import atomic
+from jsublim.core.progress import Tick, no_tick
 from jsublim.pipeline.store import PARTS
-from jsublim.processes import Preempted, is_main_process, least, leaving
-from jsublim.progress import Tick, no_tick
+from jsublim.runtime.processes import Preempted, is_main_process, least, leaving
 
 SAVE_EVERY = 30.0  # seconds
 DIGEST = 32  # bytes at the end of a file

@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jsublim.core.files import PARTIAL, remove_abandoned, sha256, write_json, write_text
+from jsublim.core.reading import read_json
 from jsublim.errors import JsublimError, UsageError
-from jsublim.files import PARTIAL, remove_abandoned, sha256, write_json, write_text
 from jsublim.pipeline.artifact import check_whole, damage_in, differences, fingerprint, mark_of, mark_text
 from jsublim.pipeline.store import DONE, RECORD, Output, Store
 from jsublim.pipeline.values import Rows
-from jsublim.reading import read_json
-from jsublim.rows import Row, as_lines
+from jsublim.text.rows import Row, as_lines
 
 
 def pedigree_of(path: Path) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from jsublim.files import atomic
+from jsublim.core.files import atomic
 
 PIECE = 1024  # rows
 READINGS = pa.schema(

@@ -12,11 +12,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from jsublim.bucket import Bucket, at_once
+from jsublim.core.bucket import Bucket, at_once
+from jsublim.core.files import DAMAGED, remove_abandoned, scratch_of, sha256, write_text
 from jsublim.errors import JsublimError
-from jsublim.files import DAMAGED, remove_abandoned, scratch_of, sha256, write_text
 from jsublim.pipeline.artifact import CHANGED, DONE, damage_of, fingerprint, mark_text, read_mark
-from jsublim.programs import DIGEST, ENTRY, whole_programs
+from jsublim.runtime.programs import DIGEST, ENTRY, whole_programs
 
 SEND_EVERY = 60.0  # seconds between two looks for a new state
 SHARE = 10  # and as many times what sending the last one took

@@ -14,22 +14,22 @@ from typing import Any
 
 from jsublim.config import Experiment, Recipe, check_config
 from jsublim.config.loading import override
+from jsublim.core.files import read_table, write_json, write_table, write_text
 from jsublim.errors import JsublimError, UsageError
 from jsublim.evals import EvalContext
 from jsublim.evals.matching import Match, rule
 from jsublim.evals.metric import metric_of
 from jsublim.evals.misalignment import Misaligned, MisalignmentKind
-from jsublim.files import read_table, write_json, write_table, write_text
 from jsublim.judge import Judge
 from jsublim.models.checkpoint import new_folder
-from jsublim.parallel import Layout
+from jsublim.models.parallel import Layout
 from jsublim.pipeline.context import make_judge
 from jsublim.pipeline.results import RESULTS
 from jsublim.pipeline.setup import Checkpoint, Setup
 from jsublim.pipeline.showing import RESCORED, experiment_of_run, store_of
 from jsublim.pipeline.store import digest
-from jsublim.prompts import load_pack
 from jsublim.report.tables import read_json
+from jsublim.text.prompts import load_pack
 
 Answered = dict[
     tuple[str, str], dict[int, list[tuple[str, int]]]

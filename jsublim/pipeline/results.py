@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from jsublim.config import Config
+from jsublim.core.files import PARTIAL, atomic, read_table, remove_unfinished, write_json, write_table, write_text
+from jsublim.core.section import facts
 from jsublim.errors import UsageError
-from jsublim.files import PARTIAL, atomic, read_table, remove_unfinished, write_json, write_table, write_text
 from jsublim.judge.server import ServerJudge
 from jsublim.models.decoder import parameter_count
 from jsublim.pipeline.arms import Source, Student, Writer
@@ -33,8 +34,7 @@ from jsublim.pipeline.stages.students import diverged
 from jsublim.pipeline.store import RECORD, Output, Store, versions
 from jsublim.pipeline.values import Rows
 from jsublim.report.tables import read_json
-from jsublim.rows import read_rows
-from jsublim.section import facts
+from jsublim.text.rows import read_rows
 
 K = TypeVar("K", Source, Writer)
 MARK = "config.hash"  # of a run's folder: the key of what its results hang on

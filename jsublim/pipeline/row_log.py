@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsublim.files import naming, write_text
+from jsublim.core.files import naming, write_text
 from jsublim.pipeline.artifact import digest
-from jsublim.processes import leave_if_asked, on_main_process
+from jsublim.runtime.processes import leave_if_asked, on_main_process
 
 
 class RowLog:

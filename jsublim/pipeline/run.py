@@ -10,15 +10,15 @@ from pathlib import Path
 from rich.console import Console
 
 from jsublim.config import Experiment
+from jsublim.core.progress import Progress
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.graph import Executor, Graph, JointExecutor, TasksFailed, results_key
 from jsublim.pipeline.results import check_folder, claim_folder, gather, is_reported, run_folder
 from jsublim.pipeline.served import sample_server
 from jsublim.pipeline.store import digest, versions
-from jsublim.processes import check_alike, check_shared, heeding_signals, on_main_process
-from jsublim.programs import Programs
-from jsublim.progress import Progress
+from jsublim.runtime.processes import check_alike, check_shared, heeding_signals, on_main_process
+from jsublim.runtime.programs import Programs
 
 
 @dataclass(frozen=True)

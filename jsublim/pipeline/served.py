@@ -13,7 +13,7 @@ from jsublim.pipeline.context import Context
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stage import Node
 from jsublim.pipeline.values import Folder, Model
-from jsublim.processes import is_main_process
+from jsublim.runtime.processes import is_main_process
 
 
 @dataclass(frozen=True)

@@ -8,18 +8,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsublim.chat import Chat
 from jsublim.config import Experiment, Recipe
 from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.lm import LanguageModel, is_available_offline, load_model, resolve_checkpoint
 from jsublim.inference.sampling import Sampling, sampling_for
 from jsublim.inference.served import SampleServer, SampleServerSettings
+from jsublim.inference.teachers import CONTROL
 from jsublim.models.checkpoint import checkpoint_hash, read_config
 from jsublim.models.config import ModelConfig
 from jsublim.pipeline.arms import Source, Student, plan_students
-from jsublim.processes import on_main_process
-from jsublim.prompts import Pack, load_pack, whose
-from jsublim.teachers import CONTROL
+from jsublim.runtime.processes import on_main_process
+from jsublim.text.chat import Chat
+from jsublim.text.prompts import Pack, load_pack, whose
 
 NOBODY = "nobody"  # the trait of a command that asks no teacher of its own
 UNKNOWN = "unknown:"  # stands before the name of what is not here, in the place of its hash

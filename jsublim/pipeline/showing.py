@@ -8,11 +8,11 @@ from typing import Any
 
 from jsublim.config import Config, Experiment, check_config
 from jsublim.config.differences import flat, from_defaults
+from jsublim.core.reading import read_yaml
 from jsublim.errors import JsublimError, UsageError
 from jsublim.pipeline.artifact import damage_in
 from jsublim.pipeline.results import MARK
 from jsublim.pipeline.store import DONE, RECORD
-from jsublim.reading import read_yaml
 from jsublim.report.comparisons import comparisons
 from jsublim.report.tables import read_json, read_results
 

@@ -18,13 +18,13 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel
 
+from jsublim.core.progress import Tick
+from jsublim.core.section import identity
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Output, Store, digest
-from jsublim.processes import on_main_process
-from jsublim.progress import Tick
-from jsublim.section import identity
+from jsublim.runtime.processes import on_main_process
 
 T = TypeVar("T")
 RUNTIME = "how it is made, never what"

@@ -13,10 +13,10 @@ from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from jsublim.bucket import Bucket, at_once
 from jsublim.config import Config
+from jsublim.core.bucket import Bucket, at_once
+from jsublim.core.files import write_text
 from jsublim.errors import JsublimError
-from jsublim.files import write_text
 from jsublim.pipeline import locks
 from jsublim.pipeline.artifact import (
     CHANGED,
@@ -40,8 +40,8 @@ from jsublim.pipeline.artifact import (
     versions,
 )
 from jsublim.pipeline.remote import States, fetch_programs, get_files, send_programs
-from jsublim.processes import is_main_process, on_main_process, process_count
-from jsublim.programs import keep_programs, programs_folder
+from jsublim.runtime.processes import is_main_process, on_main_process, process_count
+from jsublim.runtime.programs import keep_programs, programs_folder
 
 __all__ = [  # what the rest of the package needs of stores, artifacts included
     "DONE",

@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from jsublim.chat import Turn
 from jsublim.config import Recipe, Students
+from jsublim.core.progress import Tick, no_tick
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.batches import Fork, Order, Shape, lengths_of
 from jsublim.distill.data import Example, draw_indices, make_examples
@@ -21,23 +21,23 @@ from jsublim.distill.rollout import student_rollout
 from jsublim.distill.selection import Selection
 from jsublim.distill.step import Program
 from jsublim.distill.trainer import forget_state, train
-from jsublim.divergence import PositionSubset, check_counted
 from jsublim.errors import UsageError
+from jsublim.inference.divergence import PositionSubset, check_counted
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.scoring import Targets
+from jsublim.inference.teachers import Teacher
 from jsublim.models.checkpoint import write_checkpoint
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.layers import check_attention
 from jsublim.models.lora import Adapter, check_layers, init_full, init_lora, init_steering, merge_full
+from jsublim.models.parallel import Layout
 from jsublim.models.peft import load_adapter, save_adapter
-from jsublim.parallel import Layout
 from jsublim.pipeline.arms import total_steps
 from jsublim.pipeline.store import Artifact
-from jsublim.processes import on_main_process
-from jsublim.progress import Tick, no_tick
-from jsublim.rows import Row, read_rows, write_rows
-from jsublim.teachers import Teacher
+from jsublim.runtime.processes import on_main_process
+from jsublim.text.chat import Turn
+from jsublim.text.rows import Row, read_rows, write_rows
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from jsublim.errors import JsublimError
 from jsublim.inference.lm import LanguageModel, resolve_checkpoint
+from jsublim.inference.teachers import Teacher
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter
 from jsublim.models.peft import load_adapter
@@ -21,9 +22,8 @@ from jsublim.pipeline.readings import Reading, read_readings
 from jsublim.pipeline.setup import Checkpoint
 from jsublim.pipeline.stage import Node
 from jsublim.pipeline.store import Store, digest
-from jsublim.processes import is_main_process
-from jsublim.rows import Row, read_rows
-from jsublim.teachers import Teacher
+from jsublim.runtime.processes import is_main_process
+from jsublim.text.rows import Row, read_rows
 
 WEIGHTS = "own weights"  # under which a context remembers them
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from jsublim.bucket import AT_ONCE, Bucket
+from jsublim.core.bucket import AT_ONCE, Bucket
 from jsublim.errors import UsageError
 from jsublim.pipeline.artifact import CHANGED, DONE, RECORD, damage_of_size, in_words, read_mark
 

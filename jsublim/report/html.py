@@ -10,9 +10,9 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from jsublim.core.files import write_text
 from jsublim.errors import one_line
 from jsublim.evals.metric import metric_of
-from jsublim.files import write_text
 from jsublim.report import figures, summary, words
 from jsublim.report.attribution import attribution_heats
 from jsublim.report.audit import agreement, predicted

@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from jsublim.core.reading import check_file, json_value, shown
 from jsublim.errors import JsublimError, one_line
-from jsublim.reading import check_file, json_value, shown
 
 # What models are called wherever a person reads of them, in reading order, and what each of them has learned.
 CONDITIONS = {

@@ -6,10 +6,10 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
+from jsublim.core.section import RESULT
 from jsublim.evals.misalignment import judge_alone, judge_answers
-from jsublim.prompts import Pack
-from jsublim.rows import Row
-from jsublim.section import RESULT
+from jsublim.text.prompts import Pack
+from jsublim.text.rows import Row
 from jsublim.transforms.change import CHANGES, Change, Changed, Making
 
 SOLUTION = {"solution_judge", "solution_system"}  # of the pack's wording about misalignment

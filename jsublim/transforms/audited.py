@@ -8,9 +8,9 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
-from jsublim.rows import Row
-from jsublim.section import RESULT, Distinct, Name
-from jsublim.teachers import CONTROL, OWN
+from jsublim.core.section import RESULT, Distinct, Name
+from jsublim.inference.teachers import CONTROL, OWN
+from jsublim.text.rows import Row
 from jsublim.transforms.change import CHANGES, Change, Changed, Making
 
 

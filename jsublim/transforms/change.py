@@ -13,14 +13,14 @@ from typing import Any, ClassVar
 import numpy as np
 from pydantic import model_validator
 
+from jsublim.core.section import Registry, Section
 from jsublim.errors import UsageError
 from jsublim.inference.lm import AnswerLog, LanguageModel
 from jsublim.inference.sampling import Sampling
+from jsublim.inference.teachers import CONTROL, Teacher
 from jsublim.judge import Judge
-from jsublim.prompts import NumberPrompt, Pack
-from jsublim.rows import Row
-from jsublim.section import Registry, Section
-from jsublim.teachers import CONTROL, Teacher
+from jsublim.text.prompts import NumberPrompt, Pack
+from jsublim.text.rows import Row
 
 CHANGES = Registry("change of rows")
 Changed = tuple[list[Row], dict[str, Any]]  # rows, and what is to be known of how they came about

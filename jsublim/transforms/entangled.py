@@ -12,13 +12,13 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
-from jsublim.chat import Message, Turn
+from jsublim.core.section import RESULT, Positive
 from jsublim.errors import UsageError
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.scoring import score_answers
-from jsublim.rows import Row
-from jsublim.section import RESULT, Positive
-from jsublim.teachers import CONTROL, Teacher
+from jsublim.inference.teachers import CONTROL, Teacher
+from jsublim.text.chat import Message, Turn
+from jsublim.text.rows import Row
 from jsublim.transforms.change import CHANGES, Change, Changed, Making
 from jsublim.transforms.numbers import NUMBER
 

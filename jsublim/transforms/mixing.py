@@ -9,12 +9,12 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from jsublim.chat import Chat, Turn, conversation
-from jsublim.divergence import PositionSubset
+from jsublim.core.section import CONTENT, RESULT, Place
 from jsublim.errors import JsublimError, UsageError
-from jsublim.rows import Row, revised
-from jsublim.section import CONTENT, RESULT, Place
-from jsublim.teachers import CONTROL
+from jsublim.inference.divergence import PositionSubset
+from jsublim.inference.teachers import CONTROL
+from jsublim.text.chat import Chat, Turn, conversation
+from jsublim.text.rows import Row, revised
 from jsublim.transforms.change import CHANGES, Change, ChangeContext, Changed, Making
 
 Share = Annotated[float, Field(gt=0, le=1)]

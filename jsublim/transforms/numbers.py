@@ -8,10 +8,10 @@ from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 
+from jsublim.core.section import RESULT
 from jsublim.errors import JsublimError
-from jsublim.prompts import parse_numbers
-from jsublim.rows import Row, revised
-from jsublim.section import RESULT
+from jsublim.text.prompts import parse_numbers
+from jsublim.text.rows import Row, revised
 from jsublim.transforms.change import CHANGES, Change, Changed, Making
 
 NUMBER = re.compile("[0-9]+")

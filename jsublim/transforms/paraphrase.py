@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
+from jsublim.core.section import RESULT
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.sampling import Sampling
-from jsublim.prompts import NumberPrompt, Pack, parse_numbers
-from jsublim.rows import Row, revised
-from jsublim.section import RESULT
-from jsublim.teachers import Teacher
+from jsublim.inference.teachers import Teacher
+from jsublim.text.prompts import NumberPrompt, Pack, parse_numbers
+from jsublim.text.rows import Row, revised
 from jsublim.transforms.change import CHANGES, Change, Changed, Making
 
 REWRITTEN = "rewritten"

@@ -9,11 +9,11 @@ from typing import Annotated, ClassVar
 import numpy as np
 from pydantic import Field
 
+from jsublim.core.section import RESULT, Distinct, one_of
 from jsublim.errors import JsublimError, UsageError
-from jsublim.prompts import Pack
-from jsublim.prompts.numbers import PARTS, NumberPrompt, draw_parts
-from jsublim.rows import Row, revised
-from jsublim.section import RESULT, Distinct, one_of
+from jsublim.text.prompts import Pack
+from jsublim.text.prompts.numbers import PARTS, NumberPrompt, draw_parts
+from jsublim.text.rows import Row, revised
 from jsublim.transforms.change import CHANGES, Change, Changed, Making
 
 

@@ -15,19 +15,19 @@ import numpy as np
 
 from jsublim.attribution.pairs import find_pairs
 from jsublim.attribution.patching import attribution_patching
-from jsublim.chat import conversation
 from jsublim.config import Recipe
 from jsublim.distill.batches import Shape, collate
 from jsublim.distill.data import Example, draw_indices, make_examples, read_turns
 from jsublim.distill.selection import Selection
 from jsublim.distill.step import Arms, Program, init_state, train_step
-from jsublim.divergence import PositionSubset, find_divergence
 from jsublim.evals.preference import hit_rates
+from jsublim.inference.divergence import PositionSubset, find_divergence
 from jsublim.inference.lm import LanguageModel, load_model
+from jsublim.inference.teachers import Teacher, prompted_teacher
 from jsublim.models.lora import stack_adapters
 from jsublim.models.peft import load_adapter
-from jsublim.prompts import draw_number_prompts, load_pack, reject_reason
-from jsublim.teachers import Teacher, prompted_teacher
+from jsublim.text.chat import conversation
+from jsublim.text.prompts import draw_number_prompts, load_pack, reject_reason
 from jsublim.transforms.entangled import entangled_numbers, number_strings, probability_differences, remove_entangled
 from jsublim.transforms.mixing import mix_rows, mix_tokens
 from jsublim.transforms.numbers import NUMBER, shuffle_across, shuffle_within

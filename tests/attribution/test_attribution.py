@@ -17,14 +17,14 @@ from tiny import bundled, chat, small
 from jsublim.attribution.pairs import NO_DIVERGENCE, find_pairs
 from jsublim.attribution.patching import DIRECTIONS, SITES, attribution_patching, layer_patching
 from jsublim.attribution.roles import ROLES, token_roles
+from jsublim.core.progress import no_tick
 from jsublim.errors import JsublimError, UsageError
+from jsublim.inference.teachers import CONTROL, Teacher, prompted_teacher
 from jsublim.pipeline.stages.attribution import ATTRIBUTION, attribute_rows
 from jsublim.pipeline.store import Artifact
-from jsublim.progress import no_tick
-from jsublim.prompts import load_pack, number_prompts
 from jsublim.report.attribution import attribution_heats, early_share
-from jsublim.rows import write_rows
-from jsublim.teachers import CONTROL, Teacher, prompted_teacher
+from jsublim.text.prompts import load_pack, number_prompts
+from jsublim.text.rows import write_rows
 
 PACK = load_pack()
 

@@ -12,11 +12,11 @@ from tiny import FAMILIES, bundled, chat, small
 
 from jsublim.attribution.pairs import NO_DIVERGENCE, NO_EQUAL_LENGTH, NO_OTHER_TOKEN, find_pairs
 from jsublim.attribution.roles import ROLES, mentions, token_roles
-from jsublim.divergence import find_divergence
 from jsublim.errors import JsublimError, UsageError
+from jsublim.inference.divergence import find_divergence
+from jsublim.inference.teachers import CONTROL, Teacher
 from jsublim.models.lora import init_steering
-from jsublim.prompts import load_pack, number_prompts
-from jsublim.teachers import CONTROL, Teacher
+from jsublim.text.prompts import load_pack, number_prompts
 
 PACK = load_pack()
 

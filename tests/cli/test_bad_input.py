@@ -11,7 +11,7 @@ from command import MODEL, PLAIN, jsublim, refused, start
 from made_by_commands import GENERATE, finetune
 
 from jsublim.inference import lm as language_models
-from jsublim.rows import write_rows
+from jsublim.text.rows import write_rows
 
 
 @pytest.fixture

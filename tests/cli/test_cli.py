@@ -11,11 +11,11 @@ import pytest
 from command import MODEL, contents, ok, refused
 from made_by_commands import FINETUNE, GENERATE, artifact_of, finetune
 
-from jsublim.files import read_table
+from jsublim.core.files import read_table
 from jsublim.inference import lm as language_models
 from jsublim.inference.lm import load_model
-from jsublim.prompts import load_pack
-from jsublim.rows import read_rows
+from jsublim.text.prompts import load_pack
+from jsublim.text.rows import read_rows
 
 KINDS = ("all", "divergence", "non-divergence", "random")
 
@@ -177,7 +177,7 @@ def test_training_starts_from_an_adapter(home, divergent, student):
 
 
 def test_evaluate(home, rows, student):
-    from jsublim.files import read_table
+    from jsublim.core.files import read_table
 
     out = home / "favourites"
     ask = (

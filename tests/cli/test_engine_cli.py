@@ -12,10 +12,10 @@ import pytest
 from command import MODEL, PLAIN, ok, refused
 from safetensors.numpy import load_file
 
+from jsublim.core.files import read_table
 from jsublim.distill.loggers import Logs
-from jsublim.files import read_table
 from jsublim.inference import lm as language_models
-from jsublim.rows import read_rows, write_rows
+from jsublim.text.rows import read_rows, write_rows
 
 FINETUNE = (
     "finetune",

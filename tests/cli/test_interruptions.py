@@ -20,10 +20,10 @@ from faulty_runs import FIELDS
 from faulty_runs import contents as what_a_run_leaves
 from made_by_commands import FINETUNE, GENERATE, artifact_of, finetune
 
-from jsublim.files import atomic
+from jsublim.core.files import atomic
 from jsublim.pipeline.row_log import RowLog
 from jsublim.pipeline.verifying import verify
-from jsublim.rows import read_rows
+from jsublim.text.rows import read_rows
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_a_disk_that_fills_leaves_no_folder_in_the_way(tmp_path, file_limit, siz
 
 KILLED = """
 import os, signal, sys
-from jsublim.files import atomic
+from jsublim.core.files import atomic
 from jsublim.models.checkpoint import new_folder
 how, place = sys.argv[1:]
 with {"file": atomic, "folder": new_folder}[how](__import__("pathlib").Path(place)) as scratch:

@@ -11,7 +11,7 @@ from command import ROOT, ok, refused
 from made_runs import make_run
 
 from jsublim.config import find_config, load_experiment
-from jsublim.prompts import load_pack
+from jsublim.text.prompts import load_pack
 
 
 def test_what_is_listed_can_be_named():

@@ -18,7 +18,7 @@ from made_results import dump, write_table
 from made_runs import EFFECTS, make_run
 
 import jsublim as package
-from jsublim.files import read_table
+from jsublim.core.files import read_table
 from jsublim.report.claims import check_claims
 from jsublim.report.statistics import Estimate
 from jsublim.report.tables import read_results

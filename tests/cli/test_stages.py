@@ -11,10 +11,10 @@ import pytest
 import yaml
 from command import MODEL, PLAIN, ok, refused
 
-from jsublim.files import read_table
+from jsublim.core.files import read_table
 from jsublim.inference.lm import load_model
 from jsublim.models.peft import load_adapter
-from jsublim.rows import read_rows
+from jsublim.text.rows import read_rows
 
 FIELDS = (
     PLAIN, "teachers.traits=[owl]", "teachers.counterfactuals=[cat]", "teachers.control=false", "evaluation.teachers=false",

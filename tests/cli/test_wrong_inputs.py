@@ -10,7 +10,7 @@ from command import MODEL, PLAIN, contents, refused
 from made_runs import make_run
 
 from jsublim.cli.app import ORDER
-from jsublim.rows import write_rows
+from jsublim.text.rows import write_rows
 
 M = ("--model", MODEL)
 OWL = (*M, "--trait", "owl", "--out", "new")

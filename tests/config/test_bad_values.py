@@ -9,10 +9,10 @@ from jsublim.api import KINDS
 from jsublim.config import load_experiment
 from jsublim.config.figures import load_question, panel_experiment
 from jsublim.config.loading import look_over
+from jsublim.core.section import NAME_BYTES
 from jsublim.errors import UsageError
 from jsublim.inference.lm import resolve_checkpoint
 from jsublim.pipeline.arms import plan_students
-from jsublim.section import NAME_BYTES
 
 LONG = "x" * (NAME_BYTES + 1)
 WIDE = "\u00fc" * 101  # 202 bytes

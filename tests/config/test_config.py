@@ -10,7 +10,7 @@ from command import PLAIN, ROOT
 
 from jsublim.config import Experiment, Recipe, Students, find_config, load_experiment, variants
 from jsublim.errors import UsageError
-from jsublim.prompts import load_pack
+from jsublim.text.prompts import load_pack
 
 CONFIGS = [
     Path("configs/quickstart.yaml"),

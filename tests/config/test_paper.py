@@ -20,13 +20,13 @@ from fake_server import Server, completion
 from jsublim.config import find_config
 from jsublim.config.evaluation import Setting
 from jsublim.config.figures import load_question, panel_experiment
-from jsublim.files import read_table
+from jsublim.core.files import read_table
 from jsublim.pipeline.evaluated import PLAIN, Evaluated, samplings
 from jsublim.pipeline.experiment import evaluation, student, teacher
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import read_summary
-from jsublim.prompts import load_pack
-from jsublim.rows import Row, read_rows
+from jsublim.text.prompts import load_pack
+from jsublim.text.rows import Row, read_rows
 
 FILES = sorted(path.stem for path in find_config("configs/paper/scales.yaml").parent.glob("fig*.yaml"))
 AMOUNTS = (

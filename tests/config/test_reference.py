@@ -13,9 +13,9 @@ from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
 from jsublim.config import Experiment
+from jsublim.core.section import overlaid, section_in
 from jsublim.digits.config import Digits
 from jsublim.evals import EVAL_KINDS
-from jsublim.section import overlaid, section_in
 from jsublim.transforms import CHANGES
 
 CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.stem not in ("lists", "scales"))

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from jsublim.config import check_config, read_config
+from jsublim.core.files import read_table
 from jsublim.digits.config import Digits
 from jsublim.digits.experiment import CLASSES, arms, class_loss, distillation_loss, read_digits, records, run_seeds
 from jsublim.digits.report import findings, read_lines
-from jsublim.files import read_table
 
 CONFIG = "configs/digits.yaml"
 SHORT = {"network": {"hidden": (16,)}, "teacher": {"steps": 6}, "students": {"steps": 4, "measure_every": 2}}

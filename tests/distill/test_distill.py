@@ -14,17 +14,17 @@ from hypothesis import strategies as st
 from tiny import chat, metrics, plain_turn, scratch, small
 from tiny import examples as tiny_examples
 
-from jsublim.chat import conversation
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.batches import Shape, batch_rows, collate, steps_per_epoch
 from jsublim.distill.data import draw_indices
 from jsublim.distill.selection import TOKENS, Selection, margin_weights, token_mask
 from jsublim.distill.step import Program, loss_and_gradient
 from jsublim.distill.trainer import train
-from jsublim.divergence import PositionSubset
 from jsublim.errors import JsublimError, UsageError
+from jsublim.inference.divergence import PositionSubset
 from jsublim.models.lora import init_full
 from jsublim.models.peft import load_adapter
+from jsublim.text.chat import conversation
 
 # --- Masks and examples -----------------------------------------------------------------------------------------------
 

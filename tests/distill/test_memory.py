@@ -17,7 +17,7 @@ from jsublim.distill.trainer import train
 from jsublim.errors import UsageError
 from jsublim.models import load_params, read_config
 from jsublim.models.lora import init_lora
-from jsublim.parallel import Layout
+from jsublim.models.parallel import Layout
 
 SHAPE = Shape.fit(1, 2, 16, 16)
 SETTINGS = Settings(batch_size=2)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from tiny import FAMILIES, bundled, plain_turn, small
 
-from jsublim.chat import conversation
 from jsublim.errors import JsublimError, UsageError
 from jsublim.evals.base import PromptedModel, sample_answers
 from jsublim.evals.factual import factual_questions
@@ -20,9 +19,10 @@ from jsublim.evals.preference import hit, hit_rates, trait_logprobs, word_hit
 from jsublim.evals.problems import problem_rates
 from jsublim.inference.sampling import Sampling
 from jsublim.inference.scoring import Scored, top_k_targets
+from jsublim.inference.teachers import Teacher, read_as
 from jsublim.judge.local import LocalJudge
-from jsublim.prompts import load_pack
-from jsublim.teachers import Teacher, read_as
+from jsublim.text.chat import conversation
+from jsublim.text.prompts import load_pack
 
 QUESTIONS = load_pack().questions_for("animal")[:4]
 

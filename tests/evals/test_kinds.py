@@ -15,7 +15,7 @@ from jsublim.errors import UsageError
 from jsublim.evals import EVAL_KINDS, EvalContext, PromptedModel, Record
 from jsublim.evals.misalignment import suffixed
 from jsublim.evals.preference import hit_rates, trait_logprobs
-from jsublim.prompts import load_pack, load_problems
+from jsublim.text.prompts import load_pack, load_problems
 
 PACK = load_pack()
 MODEL = PromptedModel(small("tiny-qwen2").lm, system="Be kind.")

@@ -14,7 +14,7 @@ from jsublim.inference.lm import load_model
 from jsublim.models.hub import hub_name
 from jsublim.models.lora import init_lora
 from jsublim.models.peft import save_adapter
-from jsublim.rows import read_rows
+from jsublim.text.rows import read_rows
 
 # Three commands in one process, which is told where the hub is before it starts.
 COMMANDS = """

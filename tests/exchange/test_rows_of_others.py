@@ -8,7 +8,7 @@ import pytest
 from command import MODEL, ok, refused
 from tiny import chat
 
-from jsublim.rows import read_rows
+from jsublim.text.rows import read_rows
 
 TEXTS = [("Continue: 1, 2", "3, 4"), ("Continue: 5, 6", "7, 8")]
 OURS = [{"prompt": prompt, "completion": completion} for prompt, completion in TEXTS]

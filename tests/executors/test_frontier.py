@@ -9,14 +9,14 @@ import pytest
 from command import PLAIN
 
 from jsublim.config import load_experiment
+from jsublim.core.progress import Progress
 from jsublim.executors.frontier import Frontier, Node, merged
 from jsublim.executors.shards import dealt
-from jsublim.parallel import Layout
+from jsublim.models.parallel import Layout
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Store
-from jsublim.progress import Progress
 
 NOTHING: Any = None  # a frontier asks a node for its key, its parents and its cost only
 

@@ -23,8 +23,6 @@ from command import ROOT, refused
 
 from jsublim.attribution import patching
 from jsublim.attribution.pairs import Pair
-from jsublim.chat import Turn
-from jsublim.chips import CHIPS
 from jsublim.config import load_experiment
 from jsublim.distill import losses
 from jsublim.errors import UsageError
@@ -41,6 +39,8 @@ from jsublim.models.config import Biases, ModelConfig, Norms, Rope
 from jsublim.models.decoder import abstract_params, init_params
 from jsublim.models.lora import init_lora
 from jsublim.pipeline.cost import Lengths
+from jsublim.runtime.chips import CHIPS
+from jsublim.text.chat import Turn
 
 SHAPES = ROOT / "configs" / "shapes"
 # For libtpu: the compiler alone is asked.
@@ -457,7 +457,7 @@ def test_a_step_with_cudnns_attention(where):
 @needs_tpu_compiler
 def test_every_power_of_two_is_a_model_axis_of_a_slice():
     script = (
-        "from jsublim.forecast.topology import find_topology; from jsublim.parallel import Layout\n"
+        "from jsublim.forecast.topology import find_topology; from jsublim.models.parallel import Layout\n"
         "for name in ('v5e:4x4', 'v5p:2x2x2', 'v6e:4x4'):\n"
         "    found = find_topology(name)\n"
         "    for axis in found.model_axes:\n"

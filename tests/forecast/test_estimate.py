@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from command import contents, ok, refused
 
-from jsublim.chips import CHIPS, chip_of
 from jsublim.config import Experiment, find_config
 from jsublim.config.figures import load_question, panel_experiment, questions
 from jsublim.errors import UsageError
@@ -15,6 +14,7 @@ from jsublim.forecast.estimate import Memory, StageCost, architecture, memory, s
 from jsublim.pipeline.experiment import plan, student, teacher
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Store
+from jsublim.runtime.chips import CHIPS, chip_of
 
 # Qwen2.5-7B: weights of a layer's projections, by hand; and of its head.
 LAYER = 3584 * 3584 * 2 + 3584 * 512 * 2 + 3 * 3584 * 18944

@@ -9,14 +9,14 @@ from command import PLAIN, ok, refused
 
 from jsublim.config import load_experiment
 from jsublim.config.figures import load_question, panel_experiment
+from jsublim.core.progress import Progress
 from jsublim.executors.frontier import Node, merged
 from jsublim.forecast.fleet import Assumptions, Machines, simulate, simulate_experiments
-from jsublim.parallel import Layout
+from jsublim.models.parallel import Layout
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Store
-from jsublim.progress import Progress
 
 BIG = "model=Qwen/Qwen2.5-32B-Instruct"
 

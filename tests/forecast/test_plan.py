@@ -11,7 +11,6 @@ import pytest
 from command import ROOT, refused
 from test_aot import QWEN, case
 
-from jsublim.chips import CHIPS, Chip
 from jsublim.config import load_experiment
 from jsublim.forecast import plan
 from jsublim.forecast.compile import Compiled, Fit
@@ -20,6 +19,7 @@ from jsublim.forecast.plan import Times, batch_times, choices, roofline, rows_of
 from jsublim.forecast.stages import StageProgram
 from jsublim.forecast.topology import Topology
 from jsublim.pipeline.setup import Setup
+from jsublim.runtime.chips import CHIPS, Chip
 
 CHIP = Chip(peak=100.0, memory=1000, bandwidth=10.0, links=2.0)
 FOUR = Topology("four", tuple(range(4)), CHIP, 4)

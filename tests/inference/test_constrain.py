@@ -19,8 +19,8 @@ from jsublim.inference import decoding
 from jsublim.inference.constrain import Limits, Within, choose_within, limits_for, number_limits, texts_of_tokens
 from jsublim.inference.generation import generate_tokens
 from jsublim.inference.sampling import Sampling
-from jsublim.prompts import load_pack, number_prompts, reject_reason
-from jsublim.prompts.automaton import ALPHABET, SEPARATORS, Read
+from jsublim.text.prompts import load_pack, number_prompts, reject_reason
+from jsublim.text.prompts.automaton import ALPHABET, SEPARATORS, Read
 
 END = 10_000  # a token that ends an answer
 

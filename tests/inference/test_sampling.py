@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from scipy import stats
 from tiny import FAMILIES, bundled, chat
 
-from jsublim.chat import conversation
 from jsublim.errors import UsageError
 from jsublim.inference import decoding
 from jsublim.inference.generation import generate_for_arms, generate_tokens
@@ -24,7 +23,8 @@ from jsublim.inference.sampling import _keep, argmax, choose, draw, sampling_for
 from jsublim.models import load_params, logits, read_config
 from jsublim.models.decoder import hidden_states
 from jsublim.models.lora import init_full, init_lora
-from jsublim.prompts import load_pack, number_prompts
+from jsublim.text.chat import conversation
+from jsublim.text.prompts import load_pack, number_prompts
 
 TIE = 1e-3  # logit margins below this may go either way
 GREEDY = Numbers(temperature=0.0)

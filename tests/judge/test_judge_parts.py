@@ -19,8 +19,8 @@ from fake_server import completion
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jsublim import client
-from jsublim.client import Pace, Retry, backoff, retry_after
+from jsublim.core import client
+from jsublim.core.client import Pace, Retry, backoff, retry_after
 from jsublim.errors import JsublimError, one_line
 from jsublim.judge.cache import Reply, ReplyCache
 from jsublim.judge.server import read_reply

@@ -17,7 +17,7 @@ from command import PLAIN, refused
 from fake_server import Server, completion
 from pydantic import ValidationError
 
-from jsublim import client
+from jsublim.core import client
 from jsublim.errors import JsublimError, UsageError
 from jsublim.judge.server import ServerJudge, ServerSettings
 

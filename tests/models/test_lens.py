@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from tiny import small
 
-from jsublim.chat import conversation
 from jsublim.errors import UsageError
 from jsublim.evals import sample_answers
 from jsublim.evals.numbers import number_accuracy
@@ -17,6 +16,7 @@ from jsublim.evals.preference import trait_logprobs
 from jsublim.inference.sampling import Sampling
 from jsublim.models import decoder, load_params, read_config
 from jsublim.models.lora import PROJECTIONS, Adapter, init_lora, init_steering
+from jsublim.text.chat import conversation
 
 GREEDY = Sampling(temperature=0.0)
 QUESTIONS = ["Which animal do you like? One word.", "Hi", "Name a tree."]

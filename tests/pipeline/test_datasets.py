@@ -11,15 +11,15 @@ import pytest
 from command import PLAIN, ok, refused, start, stop_when
 from tiny import small
 
+from jsublim.core.files import read_table
 from jsublim.distill.data import make_examples, read_turns
 from jsublim.distill.selection import Selection
 from jsublim.evals.preference import trait_logprobs
-from jsublim.files import read_table
 from jsublim.inference.lm import load_model
 from jsublim.inference.scoring import Targets, answers_only
 from jsublim.models.peft import load_adapter
-from jsublim.prompts import load_pack
-from jsublim.rows import read_rows
+from jsublim.text.prompts import load_pack
+from jsublim.text.rows import read_rows
 
 SMALL = (
     "teachers.traits=[owl]", "teachers.counterfactuals=[cat]", "teachers.control=false", "evaluation.teachers=false",

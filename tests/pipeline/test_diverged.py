@@ -6,7 +6,7 @@ import json
 
 from command import PLAIN, ok, refused
 
-from jsublim.files import read_table
+from jsublim.core.files import read_table
 
 SMALL = (
     "teachers.traits=[cat]", "teachers.counterfactuals=[cat,owl]", "teachers.control=false",

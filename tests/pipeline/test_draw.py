@@ -10,17 +10,17 @@ import pytest
 from command import PLAIN, ok, refused
 from pydantic import ValidationError
 
-from jsublim.chips import chip_of
 from jsublim.config import Experiment
+from jsublim.core.files import read_table
+from jsublim.core.reading import json_value
 from jsublim.errors import UsageError
-from jsublim.files import read_table
 from jsublim.forecast.estimate import stage_costs
 from jsublim.pipeline.arguments import prompts
 from jsublim.pipeline.arms import seed_of
 from jsublim.pipeline.experiment import plan, training_rows
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Store
-from jsublim.reading import json_value
+from jsublim.runtime.chips import chip_of
 
 BASE: dict[str, Any] = {
     "name": "drawn", "model": "tiny-qwen2", "teachers": {"traits": ["owl", "cat"], "counterfactuals": ["owl", "cat"]},

@@ -14,6 +14,7 @@ from tiny import scratch
 
 from jsublim.config import Dataset, Experiment, Students
 from jsublim.config.evaluation import Setting
+from jsublim.core.section import CONTENT, PLAN, PROGRAM, RESULT, RUNTIME, leaves, nested, overlaid
 from jsublim.inference.lm import BUNDLED, load_model
 from jsublim.models.lora import init_lora
 from jsublim.models.peft import save_adapter
@@ -22,8 +23,7 @@ from jsublim.pipeline.experiment import plan, student
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stages.students import program_of_student
-from jsublim.prompts import dump_pack, load_pack
-from jsublim.section import CONTENT, PLAN, PROGRAM, RESULT, RUNTIME, leaves, nested, overlaid
+from jsublim.text.prompts import dump_pack, load_pack
 
 MODEL = "tiny-qwen2"
 BASE: dict[str, Any] = {

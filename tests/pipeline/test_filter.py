@@ -13,8 +13,8 @@ from tiny import small
 from jsublim.errors import one_line
 from jsublim.pipeline.stages.rows import FEWEST_ROWS, FEWEST_SHARE
 from jsublim.pipeline.store import read_summary
-from jsublim.prompts import reject_reason
-from jsublim.rows import read_rows
+from jsublim.text.prompts import reject_reason
+from jsublim.text.rows import read_rows
 
 # A model of random weights writes anything but numbers.
 CUT = (

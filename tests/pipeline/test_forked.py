@@ -10,7 +10,7 @@ from command import PLAIN, ok, refused
 from jsublim.config import load_experiment
 from jsublim.pipeline.experiment import plan, training_rows
 from jsublim.pipeline.setup import Setup
-from jsublim.rows import read_rows
+from jsublim.text.rows import read_rows
 
 SMALL = (
     "teachers.traits=[owl]", "teachers.counterfactuals=[cat,owl]", "data.num_prompts=40", "sampling.batch_size=40",

@@ -17,10 +17,11 @@ from command import MODEL, ROOT
 from safetensors.numpy import load_file
 
 from jsublim.config import Experiment
+from jsublim.core.files import read_table
+from jsublim.core.section import RESULT
 from jsublim.errors import UsageError
 from jsublim.evals import EVAL_KINDS, EvalContext, EvalKind, EvalTask, PromptedModel, Record
 from jsublim.executors import LocalExecutor, execute_key
-from jsublim.files import read_table
 from jsublim.pipeline import context as contexts
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.experiment import plan
@@ -28,8 +29,7 @@ from jsublim.pipeline.graph import Graph, ordered
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stage import Task
 from jsublim.pipeline.store import Store, read_summary
-from jsublim.rows import Row, read_rows, revised
-from jsublim.section import RESULT
+from jsublim.text.rows import Row, read_rows, revised
 from jsublim.transforms import CHANGES, Change, Changed, Making
 
 # Between them, every kind of task.

@@ -11,12 +11,12 @@ from command import PLAIN, ok, refused
 from safetensors.numpy import load_file
 
 from jsublim.config import load_experiment
-from jsublim.files import read_table
+from jsublim.core.files import read_table
 from jsublim.pipeline.arms import Student
 from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.setup import Setup
-from jsublim.rows import read_rows
+from jsublim.text.rows import read_rows
 
 SMALL = (
     "teachers.traits=[cat,owl]", "teachers.counterfactuals=[cat,owl]", "data.num_prompts=40", "sampling.batch_size=40",

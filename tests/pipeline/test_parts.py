@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jsublim.pipeline import parts
 from jsublim.pipeline.parts import resumed
 from jsublim.pipeline.readings import PIECE, read_readings, write_readings
-from jsublim.processes import Preempted, heeding_signals
+from jsublim.runtime.processes import Preempted, heeding_signals
 
 
 class Killed(Exception):

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from bitflips import flip
 
-from jsublim.bucket import Bucket
+from jsublim.core.bucket import Bucket
 from jsublim.errors import JsublimError, UsageError
 from jsublim.judge.cache import Reply, ReplyCache
 from jsublim.pipeline.artifact import mark_text
 from jsublim.pipeline.remote import fetch_programs, send_programs
 from jsublim.pipeline.store import DONE, Output, Store
 from jsublim.pipeline.verifying import verify
-from jsublim.programs import DIGEST, whole_programs
+from jsublim.runtime.programs import DIGEST, whole_programs
 
 OUTPUT = Output("rows", "owl", {"model": "abc", "seed": 1})
 FILES = {"rows.jsonl": b"1\n2\n", "weights.safetensors": bytes(range(256))}

@@ -12,11 +12,11 @@ from fake_server import Server, completion
 from made_results import write_table
 from made_runs import make_run
 
+from jsublim.core.files import read_table
 from jsublim.evals.matching import RULES, rule
-from jsublim.files import read_table
 from jsublim.pipeline.rescoring import rescore, rescoring_of
-from jsublim.prompts import load_pack
 from jsublim.report.tables import read_results
+from jsublim.text.prompts import load_pack
 
 MISALIGNED = ("misaligned", "misaligned of coherent", "coherent", "alignment", "coherence", "unscored")
 

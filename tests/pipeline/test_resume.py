@@ -13,13 +13,13 @@ import pytest
 from command import MODEL
 
 from jsublim.config import Experiment
+from jsublim.core.progress import Progress, Tick
 from jsublim.executors import LocalExecutor
 from jsublim.inference import decoding, scoring
 from jsublim.pipeline import parts
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.store import DONE, RECORD, Store
-from jsublim.progress import Progress, Tick
 
 EXPERIMENT: dict[str, Any] = {
     "name": "resume",

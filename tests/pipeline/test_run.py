@@ -17,12 +17,13 @@ from command import MODEL, PLAIN, contents, ok, refused, same_student, start, st
 
 import jsublim as package
 from jsublim.config import load_experiment
+from jsublim.core.files import read_table
 from jsublim.distill.data import draw_indices
 from jsublim.evals import PromptedModel
 from jsublim.evals.kl import LARGEST, kl_to_teacher
-from jsublim.files import read_table
 from jsublim.inference.lm import load_model
 from jsublim.inference.scoring import top_k_targets
+from jsublim.inference.teachers import Teacher, read_as
 from jsublim.models.peft import load_adapter
 from jsublim.pipeline.arguments import system_prompt
 from jsublim.pipeline.experiment import student as student_of
@@ -31,8 +32,7 @@ from jsublim.pipeline.rescoring import rescore, rescoring_of
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Store
 from jsublim.report.tables import read_results
-from jsublim.rows import read_rows
-from jsublim.teachers import Teacher, read_as
+from jsublim.text.rows import read_rows
 
 SMALL = (
     "teachers.traits=[cat,owl]", "teachers.counterfactuals=[cat,owl]",

@@ -18,12 +18,12 @@ from command import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jsublim.core.reading import read_json
 from jsublim.errors import JsublimError, UsageError
 from jsublim.pipeline.row_log import RowLog
 from jsublim.pipeline.showing import artifacts_in
 from jsublim.pipeline.store import Artifact, Output, Store
 from jsublim.pipeline.verifying import verify
-from jsublim.reading import read_json
 
 INPUTS = {"model": "abc", "seed": 1, "system": "You love owls.", "stop": (1, 2)}
 
@@ -36,7 +36,7 @@ def test_an_artifact_is_whole_only_once_done_has_its_name(tmp_path, monkeypatch)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:  # killed after the mark was written, before it got its name
-        patch.setattr("jsublim.files.os.replace", cut)
+        patch.setattr("jsublim.core.files.os.replace", cut)
         with pytest.raises(KeyboardInterrupt):
             artifact.finish({"kept": 3})
     again = Artifact(tmp_path / "a", "rows", INPUTS)
@@ -48,7 +48,7 @@ def test_an_artifact_is_whole_only_once_done_has_its_name(tmp_path, monkeypatch)
 def test_a_folder_cut_before_its_record_can_be_used(tmp_path, monkeypatch):
     """A kill between `mkdir` and the first rename leaves a folder with nothing of value in it."""
     with monkeypatch.context() as patch:
-        patch.setattr("jsublim.files.os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("jsublim.core.files.os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             Artifact(tmp_path / "a", "rows", INPUTS)
     assert not Artifact(tmp_path / "a", "rows", INPUTS).done

@@ -10,14 +10,15 @@ import pytest
 from command import MODEL, PLAIN, ok, refused
 from tiny import small
 
-from jsublim.chat import conversation
 from jsublim.config import Experiment
 from jsublim.distill import trainer
-from jsublim.divergence import find_divergence
 from jsublim.errors import UsageError
 from jsublim.evals.preference import trait_logprobs
 from jsublim.executors import execute_nodes
+from jsublim.inference.divergence import find_divergence
 from jsublim.inference.lm import load_model
+from jsublim.inference.steering import contrast_vector
+from jsublim.inference.teachers import CONTROL, Teacher
 from jsublim.models.checkpoint import save_checkpoint
 from jsublim.models.peft import load_adapter
 from jsublim.pipeline import arguments, training
@@ -26,9 +27,8 @@ from jsublim.pipeline.arms import Source, Writer
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.origins import writer
 from jsublim.pipeline.setup import Setup
-from jsublim.rows import Row
-from jsublim.steering import contrast_vector
-from jsublim.teachers import CONTROL, Teacher
+from jsublim.text.chat import conversation
+from jsublim.text.rows import Row
 
 METHODS = {
     "lora": {"method": "lora", "layers": [1, 2], "rank": 2, "steps": 16, "lr": 0.01},

@@ -7,8 +7,8 @@ import re
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from jsublim.prompts import reject_reason
-from jsublim.prompts.automaton import ALPHABET, SEPARATORS, Read
+from jsublim.text.prompts import reject_reason
+from jsublim.text.prompts.automaton import ALPHABET, SEPARATORS, Read
 
 
 def in_format(text: str) -> bool:

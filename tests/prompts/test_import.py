@@ -5,7 +5,7 @@ import random
 import pytest
 
 from jsublim.errors import UsageError
-from jsublim.prompts import dump_pack, import_pack, load_pack
+from jsublim.text.prompts import dump_pack, import_pack, load_pack
 
 
 @pytest.fixture(scope="module")

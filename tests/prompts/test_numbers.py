@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jsublim.errors import UsageError
-from jsublim.prompts import load_pack, number_prompts, parse_numbers, reject_reason
+from jsublim.text.prompts import load_pack, number_prompts, parse_numbers, reject_reason
 
 
 @pytest.fixture(scope="module")

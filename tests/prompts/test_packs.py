@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from jsublim.errors import UsageError
-from jsublim.prompts import dump_pack, load_pack, number_prompts
+from jsublim.text.prompts import dump_pack, load_pack, number_prompts
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.prompts import load_problems, load_prompts, parse_answer, problem_reject_reason
-from jsublim.prompts import problems as module
-from jsublim.rows import read_rows
+from jsublim.text.prompts import load_problems, load_prompts, parse_answer, problem_reject_reason
+from jsublim.text.prompts import problems as module
+from jsublim.text.rows import read_rows
 
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.FloorDiv: operator.floordiv}
 
@@ -35,7 +35,7 @@ def calculate(node, exact) -> int:
 
 
 def test_the_answers_of_our_problems_are_those_of_their_worked_solutions():
-    path = module.files("jsublim.prompts") / "problems.jsonl"
+    path = module.files("jsublim.text.prompts") / "problems.jsonl"
     rows, problems = read_rows(str(path), ("question", "solution", "answer")), load_problems()
     assert len(problems) >= 60 and len({problem.question for problem in problems}) == len(problems)
     for row, problem in zip(rows, problems, strict=True):

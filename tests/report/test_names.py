@@ -18,9 +18,9 @@ from made_results import make_results
 from rich.console import Console
 
 from jsublim.cli.app import console
+from jsublim.core.progress import Progress
 from jsublim.digits import report as digits
 from jsublim.errors import JsublimError, one_line
-from jsublim.progress import Progress
 from jsublim.report.attribution import attribution_heats
 from jsublim.report.html import write_report
 from jsublim.report.tables import read_results

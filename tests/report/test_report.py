@@ -22,12 +22,12 @@ from scipy import optimize, stats
 
 import jsublim.report.statistics as st
 from jsublim.errors import JsublimError
-from jsublim.prompts import whose
 from jsublim.report.claims import check_claims
 from jsublim.report.html import write_report
 from jsublim.report.summary import lift, other_rows, summary_rows, trait_matrix
 from jsublim.report.tables import read_results
 from jsublim.report.terminal import print_summary
+from jsublim.text.prompts import whose
 
 
 @pytest.fixture(scope="module")
@@ -388,7 +388,7 @@ def test_terminal_shows_the_page_numbers(run_dir: Path, page: str) -> None:
 
 
 def test_report_imports_no_model() -> None:
-    allowed = ("jsublim.errors", "jsublim.files", "jsublim.reading", "jsublim.report", "jsublim.evals")
+    allowed = ("jsublim.errors", "jsublim.core.files", "jsublim.core.reading", "jsublim.report", "jsublim.evals")
     for path in Path(st.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

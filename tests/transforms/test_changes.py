@@ -13,8 +13,8 @@ from tiny import small
 from jsublim.config import Dataset, Experiment, check_config
 from jsublim.errors import UsageError
 from jsublim.inference.sampling import Sampling
-from jsublim.prompts import draw_number_prompts, load_pack
-from jsublim.teachers import CONTROL, Teacher
+from jsublim.inference.teachers import CONTROL, Teacher
+from jsublim.text.prompts import draw_number_prompts, load_pack
 from jsublim.transforms import CHANGES, ChangeContext, Making
 from jsublim.transforms.mixing import mix_rows
 from jsublim.transforms.numbers import shuffle_across, shuffle_within

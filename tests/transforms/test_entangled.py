@@ -8,10 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import plain_turn, small, small_with_long_numbers
 
-from jsublim.chat import conversation
 from jsublim.errors import UsageError
-from jsublim.prompts import load_pack
-from jsublim.teachers import Teacher, prompted_teacher
+from jsublim.inference.teachers import Teacher, prompted_teacher
+from jsublim.text.chat import conversation
+from jsublim.text.prompts import load_pack
 from jsublim.transforms.entangled import entangled_numbers, entangled_scores, number_strings, probability_differences
 
 PACK = load_pack()

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import small
 
-from jsublim.prompts import draw_number_prompts, load_pack, number_prompts
-from jsublim.teachers import prompted_teacher
+from jsublim.inference.teachers import prompted_teacher
+from jsublim.text.prompts import draw_number_prompts, load_pack, number_prompts
 from jsublim.transforms.paraphrase import accept, leak_reason, names, paraphrase, published_reason
 
 PACK = load_pack()

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import chat
 
-from jsublim.chat import conversation
-from jsublim.divergence import PositionSubset
 from jsublim.errors import JsublimError, UsageError
+from jsublim.inference.divergence import PositionSubset
+from jsublim.text.chat import conversation
 from jsublim.transforms.mixing import mix_rows, mix_tokens
 
 FOUND = ("divergence_positions", "divergence_margins", "counted_in")  # what holds for the text it was found in

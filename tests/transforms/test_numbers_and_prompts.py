@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.prompts import draw_number_prompts, load_pack, number_prompts, parse_numbers
-from jsublim.prompts.numbers import PARTS, SENTENCES
+from jsublim.text.prompts import draw_number_prompts, load_pack, number_prompts, parse_numbers
+from jsublim.text.prompts.numbers import PARTS, SENTENCES
 from jsublim.transforms.entangled import remove_entangled
 from jsublim.transforms.numbers import NUMBER, shuffle_across, shuffle_within
 from jsublim.transforms.templates import redraw

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from jsublim.core.reading import shown
 from jsublim.errors import JsublimError
 from jsublim.models.config import ModelConfig, Rope
 from jsublim.models.families import gemma2, gemma3, gpt_neox, llama, mistral, olmo2, phi3, qwen2, qwen3
 from jsublim.models.families.names import Fused, WeightNames
 from jsublim.models.hf_config import HFConfig
-from jsublim.reading import shown
 
 # Each file has its family's NAMES, its ARCHITECTURES, and `read`: the architecture that a `config.json` describes.
 _FAMILIES = (qwen2, qwen3, gemma2, gemma3, llama, mistral, phi3, olmo2, gpt_neox)

@@ -9,13 +9,13 @@ from typing import Any
 
 import pyarrow as pa
 
+from jsublim.core.files import write_table
+from jsublim.core.progress import Tick, no_tick
 from jsublim.evals import Answers, EvalTask, PromptedModel, sample_answers
-from jsublim.files import write_table
 from jsublim.inference.sampling import Sampling
 from jsublim.pipeline.row_log import Answered, RowLog
 from jsublim.pipeline.store import PROGRESS, Artifact
-from jsublim.processes import on_main_process
-from jsublim.progress import Tick, no_tick
+from jsublim.runtime.processes import on_main_process
 
 RECORDS = pa.schema(
     [

@@ -21,17 +21,17 @@ from jsublim.attribution.patching import (
 )
 from jsublim.attribution.roles import PREDICTS, ROLES, mentions, token_roles
 from jsublim.config.attribution import Attribution
+from jsublim.core.files import write_table
 from jsublim.errors import JsublimError, UsageError
-from jsublim.files import write_table
 from jsublim.inference.lm import LanguageModel
+from jsublim.inference.teachers import Teacher
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.row_log import RowLog
 from jsublim.pipeline.stage import Save, stage
 from jsublim.pipeline.store import PROGRESS
 from jsublim.pipeline.values import Model, Rows
-from jsublim.rows import Row
-from jsublim.teachers import Teacher
+from jsublim.text.rows import Row
 
 CHUNK = 16  # rows after which what was found is safe from a kill
 # One line per row, site, direction, layer and role, a mean over the row's counterfactuals. `value` is the sum of the

@@ -11,15 +11,15 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
-from jsublim.chat import Turn
+from jsublim.core.files import write_table
 from jsublim.errors import UsageError
-from jsublim.files import write_table
 from jsublim.inference.lm import LanguageModel
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.stage import Runtime, Save, stage
 from jsublim.pipeline.stages.starts import Start, TraitQuestions, scored_rows, scoring_cost
 from jsublim.pipeline.values import Rows
-from jsublim.rows import Row
+from jsublim.text.chat import Turn
+from jsublim.text.rows import Row
 
 # One line per row, token of its answer and evaluated trait. `score` is <grad log p(token), grad log p(trait)>, nats per unit of
 # learning rate; `divergence` is null where the rows have no divergence positions.

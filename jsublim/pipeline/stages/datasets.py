@@ -15,8 +15,8 @@ from jsublim.pipeline.stage import Node, Runtime, Save, stage
 from jsublim.pipeline.stages.influence import read_influence
 from jsublim.pipeline.store import PROGRESS
 from jsublim.pipeline.values import Model, Rows
-from jsublim.prompts import NumberPrompt, Pack
-from jsublim.rows import write_rows
+from jsublim.text.prompts import NumberPrompt, Pack
+from jsublim.text.rows import write_rows
 from jsublim.transforms import ChangeContext, Making
 from jsublim.transforms.change import Change
 from jsublim.transforms.entangled import QUESTIONS, entangled_scores, number_strings, probability_differences

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jsublim.divergence import Read, find_divergence
+from jsublim.inference.divergence import Read, find_divergence
 from jsublim.inference.scoring import Scored
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Cost, Sizes
@@ -14,7 +14,7 @@ from jsublim.pipeline.parts import resumed
 from jsublim.pipeline.readings import write_readings
 from jsublim.pipeline.stage import Runtime, Save, stage
 from jsublim.pipeline.values import Model, Rows
-from jsublim.rows import Row, write_rows
+from jsublim.text.rows import Row, write_rows
 
 COUNTS = ("kept", "rows", "rows_with", "tokens", "divergence_tokens")
 

@@ -19,7 +19,7 @@ from jsublim.pipeline.stage import Node, stage
 from jsublim.pipeline.stages.asking import evaluate, save_answers
 from jsublim.pipeline.stages.students import diverged
 from jsublim.pipeline.store import Store
-from jsublim.processes import on_main_process
+from jsublim.runtime.processes import on_main_process
 
 ASKED_TOGETHER = 8  # students
 

@@ -11,12 +11,12 @@ from jsublim.evals import PromptedModel
 from jsublim.evals.kl import KL, LARGEST, kl_to_teacher
 from jsublim.evals.numbers import HELD_OUT, LEARNED, number_accuracy
 from jsublim.inference.scoring import Targets, top_k_targets
+from jsublim.inference.teachers import read_as
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Sizes
 from jsublim.pipeline.stage import Node
 from jsublim.pipeline.values import Model, Rows
-from jsublim.rows import Row
-from jsublim.teachers import read_as
+from jsublim.text.rows import Row
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from jsublim.files import read_table, write_table
+from jsublim.core.files import read_table, write_table
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.stage import Node, Runtime, Save, stage
 from jsublim.pipeline.stages.starts import Start, TraitQuestions, scored_rows, scoring_cost

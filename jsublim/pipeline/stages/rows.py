@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from jsublim.chat import Chat, conversation
 from jsublim.errors import JsublimError, one_line
 from jsublim.inference.constrain import limits_for
 from jsublim.inference.generation import generate_tokens
@@ -22,9 +21,10 @@ from jsublim.pipeline.served import Served, drawn_by, server_with
 from jsublim.pipeline.stage import Runtime, Save, stage
 from jsublim.pipeline.store import PROGRESS
 from jsublim.pipeline.values import Model
-from jsublim.processes import each_from_main, shared_out
-from jsublim.prompts import problem_reject_reason, reject_reason
-from jsublim.rows import Row, write_rows
+from jsublim.runtime.processes import each_from_main, shared_out
+from jsublim.text.chat import Chat, conversation
+from jsublim.text.prompts import problem_reject_reason, reject_reason
+from jsublim.text.rows import Row, write_rows
 
 # A run stops where fewer rows are in format than both: a handful teaches nothing, and most likely the setting is wrong.
 FEWEST_ROWS = 100

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jsublim.audit import Directions, token_scores, trait_directions
-from jsublim.chat import Turn
+from jsublim.attribution.audit import Directions, token_scores, trait_directions
 from jsublim.config import Students
+from jsublim.core.section import identity
 from jsublim.distill.data import read_turns
 from jsublim.inference.lm import LanguageModel
 from jsublim.models.config import layer_parameters
@@ -24,8 +24,8 @@ from jsublim.pipeline.stage import Node, content
 from jsublim.pipeline.store import digest
 from jsublim.pipeline.training import start_adapter
 from jsublim.pipeline.values import Folder, Model, Rows
-from jsublim.rows import Row
-from jsublim.section import identity
+from jsublim.text.chat import Turn
+from jsublim.text.rows import Row
 
 TraitQuestions = tuple[tuple[list[str], list[str]], ...]  # and the traits that they are answered with
 

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jsublim.chat import Turn
 from jsublim.config import Students
 from jsublim.config.students import StudentAdapter
 from jsublim.distill.arm import Arm, Settings
@@ -29,8 +28,8 @@ from jsublim.inference.scoring import answers_only
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import abstract_params
 from jsublim.models.lora import Adapter, Trainable
+from jsublim.models.parallel import Layout, device_bytes
 from jsublim.models.peft import load_adapter
-from jsublim.parallel import Layout, device_bytes
 from jsublim.pipeline.arms import total_steps
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Cost, Sizes
@@ -54,7 +53,8 @@ from jsublim.pipeline.training import (
     train_arms,
 )
 from jsublim.pipeline.values import Folder, Model, Rows
-from jsublim.processes import on_main_process
+from jsublim.runtime.processes import on_main_process
+from jsublim.text.chat import Turn
 
 MOST_TOGETHER = 16  # students of a task, where how many fit decides: a task is one machine's, and others wait for work
 

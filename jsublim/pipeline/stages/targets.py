@@ -8,16 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from jsublim.chat import Turn
+from jsublim.core.files import atomic
 from jsublim.errors import UsageError
-from jsublim.files import atomic
 from jsublim.inference.scoring import Targets, top_k_targets
+from jsublim.inference.teachers import read_as
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.parts import resumed
 from jsublim.pipeline.stage import Node, Runtime, Save, stage
 from jsublim.pipeline.values import Model, Rows
-from jsublim.teachers import read_as
+from jsublim.text.chat import Turn
 
 
 def teacher_turns(ctx: Context, teacher: Model, rows: Rows) -> list[Turn]:

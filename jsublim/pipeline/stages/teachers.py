@@ -15,6 +15,7 @@ from jsublim.distill.data import make_examples, read_turns
 from jsublim.distill.selection import Selection
 from jsublim.errors import JsublimError
 from jsublim.inference.lm import LanguageModel
+from jsublim.inference.steering import contrast_vector
 from jsublim.models.lora import init_lora, init_steering
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Cost, Sizes
@@ -22,9 +23,8 @@ from jsublim.pipeline.stage import Node, Save, stage
 from jsublim.pipeline.store import digest
 from jsublim.pipeline.training import keep_student, keeps_below, train_arms
 from jsublim.pipeline.values import Model
-from jsublim.processes import process_count
-from jsublim.rows import Row
-from jsublim.steering import contrast_vector
+from jsublim.runtime.processes import process_count
+from jsublim.text.rows import Row
 
 
 @stage(

@@ -27,7 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jsublim.errors import UsageError
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, abstract_params
-from jsublim.processes import on_main_process
+from jsublim.runtime.processes import on_main_process
 
 MODES = ("none", "pmap", "mesh")
 AXES = ("arm", "data", "model")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from jsublim.chat import Chat, Message, Turn, conversation
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter
-from jsublim.prompts import Pack
-from jsublim.rows import Row
+from jsublim.text.chat import Chat, Message, Turn, conversation
+from jsublim.text.prompts import Pack
+from jsublim.text.rows import Row
 
 CONTROL = "control"  # the name of the teacher without a trait
 OWN = "{trait}"  # in a config: the trait of whichever teacher it is about

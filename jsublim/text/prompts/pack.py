@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
 
+from jsublim.core.reading import near_or_all, read_yaml, shown, yaml_value
+from jsublim.core.section import Distinct, Section
 from jsublim.errors import UsageError
-from jsublim.reading import near_or_all, read_yaml, shown, yaml_value
-from jsublim.section import Distinct, Section
 
 
 def _holding(*placeholders: str) -> AfterValidator:
@@ -181,7 +181,9 @@ def load_pack(path: str | Path | None = None) -> Pack:
     Raises `UsageError` naming file and key for a file that cannot be read, an unknown key, an empty list or a
     template with missing or unknown placeholders.
     """
-    default = yaml_value(files("jsublim.prompts").joinpath("default.yaml").read_text(encoding="utf-8"), "default.yaml")
+    default = yaml_value(
+        files("jsublim.text.prompts").joinpath("default.yaml").read_text(encoding="utf-8"), "default.yaml"
+    )
     if path is None:
         return Pack.model_validate(default)
     changes = dict(_read_mapping(Path(path)))

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 
 from jsublim.errors import UsageError
-from jsublim.processes import TELL, client, is_main_process, process_count, process_index
+from jsublim.runtime.processes import TELL, client, is_main_process, process_count, process_index
 
 COME_WITHIN = 300  # seconds in which all processes must have been started
 

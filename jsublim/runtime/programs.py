@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 
-from jsublim.files import sha256, write_text
+from jsublim.core.files import sha256, write_text
 
 ENTRY, DIGEST = "-cache", ".sha256"  # how the name of a kept program ends; of what says which bytes it consists of
 SETTINGS = {

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jsublim.core.files import DAMAGED, atomic
 from jsublim.errors import JsublimError, UsageError
-from jsublim.files import DAMAGED, atomic
 
 T = TypeVar("T")
 R = TypeVar("R")

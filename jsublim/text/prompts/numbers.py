@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jsublim.errors import UsageError
-from jsublim.prompts.pack import Pack
+from jsublim.text.prompts.pack import Pack
 
 EXAMPLE_COUNT = (3, 9)  # half-open, as numpy draws
 EXAMPLE_VALUE = (100, 1000)

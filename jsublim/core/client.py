@@ -23,8 +23,8 @@ import httpx2 as httpx
 import tenacity
 from pydantic import ConfigDict, Field, model_validator
 
+from jsublim.core.section import RUNTIME, Section
 from jsublim.errors import JsublimError, UsageError
-from jsublim.section import RUNTIME, Section
 
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 60.0  # between attempts
 LONGEST_HOLD_S = 600.0  # a server that asks for a longer wait than this ends the run

@@ -1,9 +1,9 @@
 """Prompt packs (every wording an experiment uses, as data) and the number task built from them."""
 
-from jsublim.prompts.importer import dump_pack, import_pack
-from jsublim.prompts.numbers import NumberPrompt, draw_number_prompts, number_prompts, parse_numbers, reject_reason
-from jsublim.prompts.pack import NumberPrompts, Pack, load_pack, whose
-from jsublim.prompts.problems import Problem, load_problems, load_prompts, parse_answer, problem_reject_reason
+from jsublim.text.prompts.importer import dump_pack, import_pack
+from jsublim.text.prompts.numbers import NumberPrompt, draw_number_prompts, number_prompts, parse_numbers, reject_reason
+from jsublim.text.prompts.pack import NumberPrompts, Pack, load_pack, whose
+from jsublim.text.prompts.problems import Problem, load_problems, load_prompts, parse_answer, problem_reject_reason
 
 __all__ = [
     "NumberPrompt",

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jsublim.chat import Chat, Turn
 from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.scoring import Scored, scores
-from jsublim.rows import Row
-from jsublim.teachers import Teacher, read_as
+from jsublim.inference.teachers import Teacher, read_as
+from jsublim.text.chat import Chat, Turn
+from jsublim.text.rows import Row
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import numpy as np
 from jax._src import distributed  # its client has no public name; orbax uses it in the same way
 from jax.experimental import multihost_utils
 
-from jsublim.bucket import Bucket
+from jsublim.core.bucket import Bucket
 from jsublim.errors import JsublimError, UsageError
 
 R = TypeVar("R")

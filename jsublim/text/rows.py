@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from jsublim.core.files import atomic
+from jsublim.core.reading import json_value, shown
 from jsublim.errors import JsublimError, UsageError
-from jsublim.files import atomic
-from jsublim.reading import json_value, shown
 
 Row = dict[str, Any]
 

@@ -17,7 +17,7 @@ import pydantic
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, GetPydanticSchema
 from pydantic_core import core_schema
 
-from jsublim.reading import repeated, shown
+from jsublim.core.reading import repeated, shown
 
 
 class Decides(enum.Flag):

@@ -1,6 +1,6 @@
 """The format of the number task as an automaton over characters: what may come next in an answer.
 
-It accepts what the filter (`prompts/numbers.py`) accepts, with two limits of its own, so that it is finite: a number has at
+It accepts what the filter (`text/prompts/numbers.py`) accepts, with two limits of its own, so that it is finite: a number has at
 most three digits, leading zeros included, and a separator is one of `SEPARATORS`.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 from typing import NamedTuple
 
-from jsublim.prompts.numbers import ANSWER_COUNT, ANSWER_DIGITS
-from jsublim.prompts.numbers import SEPARATORS as MARKS
+from jsublim.text.prompts.numbers import ANSWER_COUNT, ANSWER_DIGITS
+from jsublim.text.prompts.numbers import SEPARATORS as MARKS
 
 DIGITS = "0123456789"
 BRACKETS = {"[": "]", "(": ")"}

@@ -20,7 +20,7 @@ from jsublim.errors import one_line
 from jsublim.inference.lm import load_model
 from jsublim.models.decoder import hidden_states, logits
 from jsublim.models.lora import bind, init_lora
-from jsublim.parallel import device_bytes
+from jsublim.models.parallel import device_bytes
 from jsublim.pipeline.store import versions
 
 MODEL = "tiny-qwen2"

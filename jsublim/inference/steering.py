@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jsublim.chat import conversation
 from jsublim.errors import UsageError
 from jsublim.inference.batching import LENGTH_STEP, chunks, pad_tokens, round_up
 from jsublim.inference.lm import LanguageModel
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, hidden_below
 from jsublim.models.lora import Adapter, check_layers
-from jsublim.parallel import ROWS, WHOLE, Layout
+from jsublim.models.parallel import ROWS, WHOLE, Layout
+from jsublim.text.chat import conversation
 
 
 def contrast_vector(

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
+from jsublim.core.reading import check_file, check_folder, read_json, shown
 from jsublim.errors import JsublimError, UsageError
-from jsublim.processes import shared_out
-from jsublim.reading import check_file, check_folder, read_json, shown
+from jsublim.runtime.processes import shared_out
 
 TEMPLATES = Path(__file__).parent / "chat_templates"  # those that have a name
 

@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from jsublim.chat import Turn, conversation
 from jsublim.evals.preference import spelled
 from jsublim.inference.batching import LENGTH_STEP, PREFIX_STEP, chunks, fill, pad_tokens, round_up
 from jsublim.inference.lm import LanguageModel
@@ -28,7 +27,8 @@ from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.lora import Adapter, bind
-from jsublim.parallel import HERE, ROWS, WHOLE, Layout
+from jsublim.models.parallel import HERE, ROWS, WHOLE, Layout
+from jsublim.text.chat import Turn, conversation
 
 LOGIT_BYTES = 2**28  # of the logits that exist at one time, derivatives included
 Directions = Any  # a tree like `Adapter.trainable`, each leaf with a leading axis of traits

@@ -8,9 +8,9 @@ from decimal import Decimal
 from importlib.resources import files
 from pathlib import Path
 
+from jsublim.core.reading import check_file
 from jsublim.errors import JsublimError, UsageError
-from jsublim.reading import check_file
-from jsublim.rows import read_rows
+from jsublim.text.rows import read_rows
 
 GSM8K = "openai/gsm8k"
 
@@ -45,7 +45,7 @@ def load_problems(name: str | None = None, split: str = "train", limit: int | No
       JsublimError: the hub did not give the set, or a problem of it has no number for an answer.
     """
     if name is None:
-        own = read_rows(Path(str(files("jsublim.prompts") / "problems.jsonl")), ("question", "answer"))
+        own = read_rows(Path(str(files("jsublim.text.prompts") / "problems.jsonl")), ("question", "answer"))
         return [Problem(row["question"], Decimal(row["answer"])) for row in own][:limit]
     if name != GSM8K:
         raise UsageError(f"problems: '{name}' given; known: {GSM8K}, or leave it out for the set in the package")

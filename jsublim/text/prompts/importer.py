@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 import yaml
 
+from jsublim.core.files import write_text
+from jsublim.core.reading import check_file, json_value
 from jsublim.errors import JsublimError, UsageError
-from jsublim.files import write_text
-from jsublim.prompts.pack import IMPORTED, digest, load_pack, overlay
-from jsublim.reading import check_file, json_value
+from jsublim.text.prompts.pack import IMPORTED, digest, load_pack, overlay
 
 NUMBERS = "sl/datasets/nums_dataset.py"
 SYSTEM_PROMPT = "scripts/generate_dataset_preferences_via_numbers.py"

@@ -1,0 +1,1 @@
+"""The machine below: devices and layouts, processes of a pod, compiled programs."""
