@@ -205,7 +205,7 @@ def test_evaluate(home, rows, student):
     before = contents(out)
     ok(*ask, "--adapter", student, "--out", out)
     assert contents(out) == before
-    assert "student was" in refused(2, *ask, "--out", out)
+    assert "model.adapter was" in refused(2, *ask, "--out", out)
 
 
 def test_again_changes_nothing(home, rows, divergent, student):

@@ -211,7 +211,7 @@ def test_a_disk_that_fills_while_attributing(tmp_path, divergent, file_limit):
     out = tmp_path / "attribution"
     arguments = ("attribute", "--model", MODEL, "--data", divergent, "--trait", "cat", "--counterfactuals", "dog,owl",
                  "attribution.rows=2", "attribution.steps=2", "--out", out)  # fmt: skip
-    for size in (3000, 20_000):  # room for no table; for the table, but for no picture
+    for size in (3000, 10_000):  # room for no table; for the table, but for no picture
         file_limit(size)
         refused(1, *arguments)
         file_limit(None)
