@@ -167,7 +167,11 @@ A field **decides** one or more of these:
 def reference() -> str:
     """docs/config.md."""
     parts = [HEAD, "## An experiment on a language model\n", *_tables(Experiment, "")]
-    parts += ["## An experiment on digits\n", "With `kind: digits` ([digits.md](findings/digits.md)).\n", *_tables(Digits, "")]
+    parts += [
+        "## An experiment on digits\n",
+        "With `kind: digits` ([digits.md](findings/digits.md)).\n",
+        *_tables(Digits, ""),
+    ]
     return "\n".join(parts)
 
 

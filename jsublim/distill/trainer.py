@@ -29,7 +29,7 @@ from jsublim.distill.losses import TERMS
 from jsublim.distill.metrics import Metrics
 from jsublim.distill.projection import stack_directions
 from jsublim.distill.step import Arms, State, compile_step, init_state
-from jsublim.errors import JsublimError, UsageError
+from jsublim.errors import JsublimError, UsageError, one_line
 from jsublim.inference.batching import TRAINING_STEP, chunks, fill, pad_tokens, round_up
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, hidden_below
@@ -207,15 +207,21 @@ def _states(folder: Path) -> Iterator[ocp.CheckpointManager | None]:
     # Of a damaged file the library's threads and tasks say pages, also after its restoring was given up.
     log, hook = logging.getLogger("asyncio"), sys.unraisablehook
     sys.unraisablehook = lambda event: None if "loop is closed" in str(event.exc_value) else hook(event)
-    log.disabled = True
+    log.disabled, opened = True, False
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ocp.CheckpointManager(folder.resolve(), options=options) as saved:
+            opened = True
             yield saved
     except (ValueError, RuntimeError) as error:
         reason = re.search(r"([^:\n]+) \[os_error_code", str(error))
-        if reason is None:
+        if reason is None and opened:
             raise
+        if reason is None:
+            raise JsublimError(
+                f"{folder}: what it says of its saved states is damaged ({one_line(str(error))}); move the folder away to train from "
+                "the beginning"
+            ) from error
         raise JsublimError(
             f"{folder}: cannot be written ({reason[1].strip()}); mend that, then run the same command again"
         ) from error
