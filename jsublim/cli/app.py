@@ -91,7 +91,8 @@ class Commands(typer.Typer):
     def command(self, name: str | None = None, **options: Any) -> Callable[..., Any]:
         def register(function: Callable[..., Any]) -> Callable[..., Any]:
             panel = panel_of(name or function.__name__) if self.info.name == "jsublim" else None
-            super(Commands, self).command(name, **({"rich_help_panel": panel} | options))(_registered(function))
+            about: dict[str, Any] = {"rich_help_panel": panel} | options
+            super(Commands, self).command(name, **about)(_registered(function))
             return function
 
         return register

@@ -122,7 +122,7 @@ def numbers_of(arms: Sequence[Arm]) -> Arms:
         column("lr"),
         column("steps", np.int32),
         column("weight"),
-        {name: np.asarray([arm.terms.get(name, (0.0, 1.0)) for arm in arms], np.float32) for name in TERMS},
+        {name: np.asarray([arm.terms.get(name, (0.0, 1.0)) for arm in arms], np.float32) for name in TERMS},  # type: ignore[arg-type]
         stack_directions([arm.adapter for arm in arms], [arm.projected_directions for arm in arms]),
         stack_frozen([arm.frozen_adapter for arm in arms]),
         column("reset_step", np.int32) if any(arm.fork is not None for arm in arms) else None,

@@ -208,7 +208,7 @@ def check_attention(config: ModelConfig, dtype: jnp.dtype) -> None:
 
 
 @functools.cache
-def _by_kernel(implementation: str, scale: float) -> Callable[[Array, Array, Array, Array], Array]:
+def _by_kernel(implementation: Any, scale: float) -> Callable[[Array, Array, Array, Array], Array]:
     """`attend` by a fused kernel, forward and back: queries `[B, T, H, h]`, keys and values `[B, S, K, h]`, mask `[B, T, S]`, to
     `[B, T, H, h]`. Under `vmap` all rows are one batch: JAX's own rule for cuDNN wants a mask for each head."""
 

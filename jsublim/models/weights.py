@@ -85,7 +85,7 @@ class Stored:
 def tensor_plan(config: ModelConfig, dtype: str = "float32") -> dict[str, Stored]:
     """Checkpoint name (without prefix) -> what is kept under it."""
     names, plan = weight_names(config), {}
-    leaves = flatten_dict(abstract_params(config, dtype))
+    leaves: dict[Any, Any] = flatten_dict(abstract_params(config, dtype))
     stacked = {path[1:]: leaf.shape[1:] for path, leaf in leaves.items() if path[0] == "layers"}
     outside = {path: leaf for path, leaf in leaves.items() if path[0] != "layers"}
     plan |= {names.other[path]: Stored(((path, None),), None, leaf.shape) for path, leaf in outside.items()}
@@ -135,8 +135,8 @@ def load_params(folder: Path, config: ModelConfig, dtype: str = "float32", shard
         holds NaN or an infinite number.
     """
     plan = tensor_plan(config, dtype)
-    abstract = flatten_dict(abstract_params(config, dtype))
-    sharding = flatten_dict(shardings) if shardings is not None else {}
+    abstract: dict[Any, Any] = flatten_dict(abstract_params(config, dtype))
+    sharding: dict[Any, Any] = flatten_dict(shardings) if shardings is not None else {}
     with ExitStack() as stack:
         source: _Source | None = None
 
@@ -240,7 +240,8 @@ def _check(
 
 def named_tensors(config: ModelConfig, params: Params, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     """The parameters under their checkpoint names, one host array at a time."""
-    flat, prefix = flatten_dict(params), weight_names(config).prefix
+    flat: dict[Any, Any] = flatten_dict(params)
+    prefix = weight_names(config).prefix
     for name, stored in tensor_plan(config).items():
         value = np.empty(stored.shape, jnp.dtype(dtype))
         for path, rows in stored.parts:
