@@ -217,14 +217,10 @@ def _states(folder: Path) -> Iterator[ocp.CheckpointManager | None]:
         reason = re.search(r"([^:\n]+) \[os_error_code", str(error))
         if reason is None and opened:
             raise
-        if reason is None:
-            raise JsublimError(
-                f"{folder}: what it says of its saved states is damaged ({one_line(str(error))}); move the folder away to train from "
-                "the beginning"
-            ) from error
-        raise JsublimError(
-            f"{folder}: cannot be written ({reason[1].strip()}); mend that, then run the same command again"
-        ) from error
+        why = f"what it says of its saved states is damaged ({one_line(str(error))}); move the folder away to train from the beginning"
+        if reason is not None:
+            why = f"cannot be written ({reason[1].strip()}); mend that, then run the same command again"
+        raise JsublimError(f"{folder}: {why}") from error
     finally:
         sys.unraisablehook, log.disabled = hook, False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
 import shutil
@@ -235,6 +236,17 @@ def test_states_that_are_all_damaged_are_an_error_that_names_them(base, tmp_path
     for path in (path for path in (tmp_path / "state").rglob("*") if path.is_file()):
         path.write_bytes(b"")
     with pytest.raises(JsublimError, match="move the folder away") as error:
+        train(config, params, [arm_of(config)], SETTINGS, tmp_path)
+    assert str(tmp_path / "state") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_metadata_of_a_state_that_the_library_cannot_read_is_an_error_that_names_the_folder(base, tmp_path):
+    config, params = base
+    train(config, params, [arm_of(config)], SETTINGS, tmp_path)
+    (newest, *_) = sorted((tmp_path / "state").glob("*/_CHECKPOINT_METADATA"), reverse=True)
+    written = json.loads(newest.read_text())
+    newest.write_text(json.dumps(written | {"commit_timestamp_nsecs": float(written["commit_timestamp_nsecs"])}))
+    with pytest.raises(JsublimError, match="saved states is damaged") as error:
         train(config, params, [arm_of(config)], SETTINGS, tmp_path)
     assert str(tmp_path / "state") in str(error.value) and "\n" not in str(error.value)
 
