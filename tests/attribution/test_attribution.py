@@ -17,6 +17,7 @@ from tiny import bundled, chat, small
 from jsublim.attribution.pairs import NO_DIVERGENCE, find_pairs
 from jsublim.attribution.patching import DIRECTIONS, SITES, attribution_patching, layer_patching
 from jsublim.attribution.roles import ROLES, token_roles
+from jsublim.config.attribution import Attribution
 from jsublim.core.progress import no_tick
 from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.teachers import CONTROL, Teacher, prompted_teacher
@@ -39,9 +40,12 @@ ROWS = [
 STAGE = {"steps": 2, "batch_size": 2, "chunk": 2}
 
 
-def attribute(artifact: Artifact, *arguments: Any, tick: Callable[[int], None] = no_tick, **options: Any) -> None:
-    context = SimpleNamespace(artifact=artifact, tick=tick, say=print)
-    artifact.finish(attribute_rows(context, *arguments, **options)(artifact.path))
+def attribute(
+    artifact: Artifact, *arguments: Any, tick: Callable[[int], None] = no_tick, chunk: int = 16, **options: Any
+) -> None:
+    context, how = SimpleNamespace(artifact=artifact, tick=tick, say=print), {"sites": list(SITES)} | options
+    save = attribute_rows(context, *arguments, Attribution.model_validate(how), chunk=chunk)
+    artifact.finish(save(artifact.path))
 
 
 @pytest.fixture(scope="module")

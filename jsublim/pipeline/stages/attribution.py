@@ -12,8 +12,6 @@ import pyarrow as pa
 
 from jsublim.attribution.pairs import Pair, find_pairs
 from jsublim.attribution.patching import (
-    DIRECTIONS,
-    SITES,
     attribution_patching,
     layer_patching,
     padded_length,
@@ -74,11 +72,8 @@ def attribute(ctx: Context, rows: Rows, teacher: Model, others: tuple[Model, ...
         rows.read(ctx.store)[: how.rows],
         teacher.teacher(ctx),
         [other.teacher(ctx) for other in others],
-        sites=how.sites,
-        directions=how.directions,
-        steps=how.steps,
+        how,
         extra_bos=teacher.extra_bos,
-        batch_size=how.batch_size,
         source=rows.name,
     )
 
@@ -97,12 +92,9 @@ def attribute_rows(
     rows: Sequence[Row],
     teacher: Teacher,
     counterfactuals: Sequence[Teacher],
+    how: Attribution,
     *,
-    sites: Sequence[str] = SITES,
-    directions: Sequence[str] = DIRECTIONS,
-    steps: int = 10,
     extra_bos: bool = False,
-    batch_size: int = 8,
     chunk: int = CHUNK,
     source: str = "rows",
 ) -> Save:
@@ -116,7 +108,7 @@ def attribute_rows(
     Args:
       rows: of the teacher, with `divergence_positions`.
       teacher: its name is the trait that is looked for in its system prompt.
-      batch_size: (row, counterfactual) pairs at one time, on all devices together.
+      how: its rows are chosen already.
       chunk: rows after which what was found is safe from a kill.
       source: where the rows come from, for errors.
 
@@ -126,11 +118,11 @@ def attribute_rows(
     """
     check_named(teacher.name, teacher.system)
     pairs, skipped = find_pairs(
-        lm, rows, teacher, counterfactuals, source=source, extra_bos=extra_bos, batch_size=batch_size
+        lm, rows, teacher, counterfactuals, source=source, extra_bos=extra_bos, batch_size=how.batch_size
     )
     if not pairs:
         raise JsublimError(f"{source}: none of {len(rows)} rows can be compared with a counterfactual ({skipped})")
-    job = _Job(lm, teacher, tuple(sites), tuple(directions), steps, batch_size, padded_length(pairs))
+    job = _Job(lm, teacher, how, padded_length(pairs))
     for pair in pairs:
         job.pairs.setdefault(pair.row, []).append(pair)
     for i, own in job.pairs.items():
@@ -153,8 +145,8 @@ def attribute_rows(
         "used": len(used),
         "skipped": skipped,
         "pairs": len(pairs),
-        "steps": steps,
-        "completeness_error": {d: _completeness([row[d] for row in found.values()], sites) for d in directions},
+        "steps": how.steps,
+        "completeness_error": {d: _completeness([row[d] for row in found.values()], how.sites) for d in how.directions},
     }
 
     def save(folder: Path) -> dict[str, Any]:
@@ -171,10 +163,7 @@ class _Job:
 
     lm: LanguageModel
     teacher: Teacher
-    sites: tuple[str, ...]
-    directions: tuple[str, ...]
-    steps: int
-    batch_size: int
+    how: Attribution
     length: int
     pairs: dict[int, list[Pair]] = field(default_factory=dict)
     roles: dict[int, list[str]] = field(default_factory=dict)
@@ -183,16 +172,16 @@ class _Job:
         """One entry per row, as `RowLog` keeps it."""
         found: dict[int, dict[str, Any]] = {i: {"row": i} for i in members}
         chosen = [pair for i in members for pair in self.pairs[i]]
-        for direction in self.directions:
-            how: dict[str, Any] = {
-                "sites": self.sites,
+        for direction in self.how.directions:
+            shared: dict[str, Any] = {
+                "sites": tuple(self.how.sites),
                 "direction": direction,
                 "adapter": self.teacher.adapter,
-                "batch_size": self.batch_size,
+                "batch_size": self.how.batch_size,
                 "length": self.length,
             }
-            values = iter(attribution_patching(self.lm.config, self.lm.params, chosen, steps=self.steps, **how))
-            effects = iter(layer_patching(self.lm.config, self.lm.params, chosen, **how))
+            values = iter(attribution_patching(self.lm.config, self.lm.params, chosen, steps=self.how.steps, **shared))
+            effects = iter(layer_patching(self.lm.config, self.lm.params, chosen, **shared))
             for i in members:
                 each = [_sums(next(values), next(effects), self.roles_of(pair)) for pair in self.pairs[i]]
                 found[i][direction] = {key: np.mean([sums[key] for sums in each], axis=0).tolist() for key in each[0]}
@@ -217,8 +206,8 @@ class _Job:
                 "positions": float(np.mean([self.roles_of(pair).count(role) for pair in self.pairs[i]])),
             }
             for i, row in found.items()
-            for direction in self.directions
-            for s, site in enumerate(self.sites)
+            for direction in self.how.directions
+            for s, site in enumerate(self.how.sites)
             for layer in range(len(row[direction]["value"][s]))
             for r, role in enumerate(ROLES)
         ]
