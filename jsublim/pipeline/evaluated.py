@@ -48,14 +48,9 @@ class Evaluated:
         s = self.student
         if s is not None:
             return {"arm": s.name, "role": "student", "teacher": s.teacher, "condition": s.condition, "seed": s.seed}
-        nobody = {"teacher": None, "seed": None}
-        if self.teacher == CONTROL:
-            return {"arm": "base", "role": "base", "condition": "base", **nobody}
-        return (
-            {"arm": f"teacher/{self.teacher}", "role": "teacher", "condition": "teacher"}
-            | nobody
-            | {"teacher": self.teacher}
-        )
+        role, teacher = ("base", None) if self.teacher == CONTROL else ("teacher", self.teacher)
+        arm = role if teacher is None else f"{role}/{teacher}"
+        return {"arm": arm, "role": role, "teacher": teacher, "condition": role, "seed": None}
 
     @property
     def label(self) -> str:

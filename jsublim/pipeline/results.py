@@ -30,9 +30,8 @@ from jsublim.pipeline.stage import Node
 from jsublim.pipeline.stages.asking import ANSWERS, RECORDS
 from jsublim.pipeline.stages.audit import MEANS
 from jsublim.pipeline.stages.divergence import merged
-from jsublim.pipeline.stages.students import diverged
 from jsublim.pipeline.store import RECORD, Output, Store, versions
-from jsublim.pipeline.values import Rows
+from jsublim.pipeline.values import Rows, diverged
 from jsublim.report.tables import read_json
 from jsublim.text.rows import read_rows
 

@@ -12,7 +12,7 @@ from jsublim.inference.served import SampleServer
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stage import Node
-from jsublim.pipeline.values import Folder, Model
+from jsublim.pipeline.values import Folder, Model, path_of
 from jsublim.runtime.processes import is_main_process
 
 
@@ -69,10 +69,8 @@ def server_with(
     server, folders, names = sample_server(context), dict[str, Path](), list[str | None]()
     for key, model in wanted:
         names.append(model.name if model.adapter is None else f"jsublim-{key}")
-        if isinstance(model.adapter, Node):
-            folders[str(names[-1])] = context.store.path(model.adapter)
-        elif model.adapter is not None:
-            folders[str(names[-1])] = model.adapter.path()
+        if model.adapter is not None:
+            folders[str(names[-1])] = path_of(model.adapter, context.store)
     with server.loaded(folders if is_main_process() else {}):
         yield server, names
 

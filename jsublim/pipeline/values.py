@@ -49,6 +49,23 @@ class Folder:
         return resolve_checkpoint(self.name, self.purpose, weights=not whole or is_main_process())
 
 
+def diverged(store: Store, student: Node) -> str | None:
+    """Where a student's numbers stopped being finite, and how; None of a student that is sound. One that is not is neither asked nor
+    evaluated: it would be counted as a student that learned nothing."""
+    return store.summary(student).get("diverged")
+
+
+def path_of(source: Node | Folder, store: Store, *, whole: bool = False) -> Path:
+    """The folder on this machine; `whole` as of `Folder.path`."""
+    return source.path(whole=whole) if isinstance(source, Folder) else store.path(source)
+
+
+def adapter_of(source: Node | Folder, checkpoint: Checkpoint, context: Context) -> Adapter:
+    """An adapter for a checkpoint; read once per process."""
+    load = lambda: load_adapter(path_of(source, context.store), checkpoint.config)  # noqa: E731
+    return context.remember(("adapter", checkpoint.name, source.key), load)
+
+
 @dataclass(frozen=True)
 class Model:
     """Who can be asked, or learn: a checkpoint under a prompt, with an adapter or with weights of its own. Teachers, students that
@@ -102,10 +119,8 @@ class Model:
           JsublimError: a student whose numbers stopped being finite in training.
         """
         for node in self.nodes:
-            if "diverged" in (summary := context.store.summary(node)):
-                raise JsublimError(
-                    f"{node.label}: diverged {summary['diverged']}, so it is no teacher; lower students.optimizer.lr"
-                )
+            if (lost := diverged(context.store, node)) is not None:
+                raise JsublimError(f"{node.label}: diverged {lost}, so it is no teacher; lower students.optimizer.lr")
         load = None if self.weights is None else functools.partial(self._own_weights, context)
         return Teacher(self.name, self.system, self._own_adapter(context), self.manner["fuse_system"], load)
 
@@ -116,12 +131,7 @@ class Model:
         return lm, self._own_adapter(context)
 
     def _own_adapter(self, context: Context) -> Adapter | None:
-        source = self.adapter
-        if source is None:
-            return None
-        path = source.path if isinstance(source, Folder) else lambda: context.store.path(source)
-        load = lambda: load_adapter(path(), self.checkpoint.config)  # noqa: E731
-        return context.remember(("adapter", self.checkpoint.name, source.key), load)
+        return None if self.adapter is None else adapter_of(self.adapter, self.checkpoint, context)
 
     def _own_weights(self, context: Context) -> Params:
         """Two whole checkpoints are enough to hold: the one before is forgotten first."""
@@ -130,8 +140,7 @@ class Model:
 
         def load() -> Params:
             context.forget(WEIGHTS)
-            folder = source.path(whole=True) if isinstance(source, Folder) else context.store.path(source)
-            sharding = context.layout.params_sharding(config)
+            folder, sharding = path_of(source, context.store, whole=True), context.layout.params_sharding(config)
             return load_params(folder, config, context.setup.experiment.dtype, sharding)
 
         return context.remember((WEIGHTS, source.key), load)

@@ -17,8 +17,8 @@ from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.served import drawn_by, server_with
 from jsublim.pipeline.stage import Node, stage
 from jsublim.pipeline.stages.asking import evaluate, save_answers
-from jsublim.pipeline.stages.students import diverged
 from jsublim.pipeline.store import Store
+from jsublim.pipeline.values import diverged
 from jsublim.runtime.processes import on_main_process
 
 ASKED_TOGETHER = 8  # students

@@ -52,7 +52,7 @@ from jsublim.pipeline.training import (
     start_adapter,
     train_arms,
 )
-from jsublim.pipeline.values import Folder, Model, Rows
+from jsublim.pipeline.values import Folder, Model, Rows, adapter_of
 from jsublim.runtime.processes import on_main_process
 from jsublim.text.chat import Turn
 
@@ -331,8 +331,9 @@ def _arm(ctx: Context, node: Node) -> Arm:
         ctx.say(f"{few}: {total_steps(settings, have)} steps")
     most = ctx.setup.experiment.sampling.max_new_tokens
     arm = make_arm(lm, settings, data, _drawn(ctx, node), name=given.name, seed=given.seed, max_new_tokens=most)
-    directions = _directions(ctx, node, arm.adapter)
-    return dataclasses.replace(arm, projected_directions=directions, frozen_adapter=_beside(ctx, node))
+    beside, checkpoint = given.beside, given.start.model.checkpoint
+    frozen = None if beside is None else adapter_of(beside, checkpoint, ctx)
+    return dataclasses.replace(arm, projected_directions=_directions(ctx, node, arm.adapter), frozen_adapter=frozen)
 
 
 def _directions(ctx: Context, node: Node, start: Adapter) -> Trainable | None:
@@ -350,20 +351,6 @@ def _directions(ctx: Context, node: Node, start: Adapter) -> Trainable | None:
     return ctx.remember(("projected", about), make)
 
 
-def _beside(ctx: Context, node: Node) -> Adapter | None:
-    beside, checkpoint = node.given.beside, node.given.start.model.checkpoint
-    if beside is None:
-        return None
-    path = beside.path if isinstance(beside, Folder) else lambda: ctx.store.path(beside)
-    return ctx.remember(("adapter", checkpoint.name, beside.key), lambda: load_adapter(path(), checkpoint.config))
-
-
 def _loss_so_far(metrics: Path) -> str:
     loss = last_loss(metrics)
     return "" if loss is None else f"loss {loss:.4f}"
-
-
-def diverged(store: Store, student: Node) -> str | None:
-    """Where a student's numbers stopped being finite, and how; None of a student that is sound. One that is not is not
-    evaluated: it would be counted as a student that learned nothing."""
-    return store.summary(student).get("diverged")
