@@ -32,7 +32,7 @@ def checkpoint_of(experiment: Experiment) -> Hashable:
 
 
 @dataclass(frozen=True, eq=False)
-class Node:
+class Job:
     """A task, in the first experiment that needs it.
 
     Attributes:
@@ -59,20 +59,20 @@ class Node:
         return checkpoint_of(self.context.setup.experiment)
 
 
-def merged(work: Sequence[Work], chip: Chip = CHIPS["h100"]) -> dict[str, Node]:
+def merged(work: Sequence[Work], chip: Chip = CHIPS["h100"]) -> dict[str, Job]:
     """Every task once, by its store and key, parents before children. Experiments that share a store share tasks.
 
     Args:
       chip: what costs are seconds of.
     """
-    found: dict[str, Node] = {}
+    found: dict[str, Job] = {}
     for tasks, context in work:
         setup, sizes = context.setup, Sizes.of(context.setup)
         for task in ordered(tasks):
             key = _key(context, task)
             if key not in found:
                 parents = tuple(_key(context, parent) for parent in task.parents)
-                found[key] = Node(key, task, context, parents, task.cost(setup, sizes).seconds(chip))
+                found[key] = Job(key, task, context, parents, task.cost(setup, sizes).seconds(chip))
     return found
 
 
@@ -83,7 +83,7 @@ def _key(context: Context, task: Task) -> str:
 class Frontier:
     """The tasks that are to be done. Of those that are ready, the one with the longest way to the end comes first."""
 
-    def __init__(self, nodes: Mapping[str, Node]):
+    def __init__(self, nodes: Mapping[str, Job]):
         """Of `nodes`, those that are not in `nodes` are done: parents that are missing here hold nobody back."""
         self.nodes = nodes
         self.left = set(nodes)  # neither done nor given up
@@ -101,11 +101,11 @@ class Frontier:
         self._ready = {key for key, parents in self._missing.items() if not parents}
 
     @property
-    def ready(self) -> list[Node]:
+    def ready(self) -> list[Job]:
         """What can be done now, first things first."""
         return [self.nodes[key] for key in sorted(self._ready, key=self._order.__getitem__)]
 
-    def take(self, prefers: Callable[[Node], bool] = lambda node: True) -> Node | None:
+    def take(self, prefers: Callable[[Job], bool] = lambda node: True) -> Job | None:
         """The first ready task that is preferred, or else the first one; None if nothing is ready."""
         ready = self.ready
         node = next((node for node in ready if prefers(node)), ready[0] if ready else None)
@@ -136,7 +136,7 @@ class Frontier:
                 self.remove(key)
                 self.finish(key)
 
-    def give_up(self, key: str) -> list[Node]:
+    def give_up(self, key: str) -> list[Job]:
         """A task failed. Returns the tasks that will not be begun because they need it."""
         lost, stack = [], [key]
         while stack:

@@ -25,7 +25,7 @@ from jsublim.config import Experiment
 from jsublim.config.experiment import Devices
 from jsublim.core.progress import Progress, Tick
 from jsublim.errors import JsublimError, UsageError
-from jsublim.executors.frontier import Frontier, Node, Work, merged
+from jsublim.executors.frontier import Frontier, Job, Work, merged
 from jsublim.executors.local import mend
 from jsublim.executors.worker import Outcome, Worker, seen
 from jsublim.pipeline.context import Context
@@ -46,7 +46,7 @@ LOCAL = QUIET | {
     "RAY_AUTH_MODE": "token",
 }
 
-Time = tuple[Node, int, float, float]
+Time = tuple[Job, int, float, float]
 
 
 @dataclass
@@ -208,7 +208,7 @@ class _Hand:
     number: int
     actor: Any
     checkpoint: Hashable = None
-    node: Node | None = None  # that it is at
+    node: Job | None = None  # that it is at
 
 
 class _Drive:
@@ -276,7 +276,7 @@ class _Drive:
                 return
             self.idle.pop()
             hand.checkpoint = hand.node.checkpoint
-            experiment = shared_out(hand.node.context.setup.experiment, max(1, self.cluster.wanted()))
+            experiment = one_workers_share(hand.node.context.setup.experiment, max(1, self.cluster.wanted()))
             self.busy[hand.actor.make.remote(experiment, hand.node.task.key)] = hand
 
     def _begun(self, ref: Any) -> None:
@@ -318,7 +318,7 @@ class _Drive:
             self.frontier.finish(node.key)
             self.tick(1)
 
-    def _again(self, node: Node, hand: _Hand, why: str) -> None:
+    def _again(self, node: Job, hand: _Hand, why: str) -> None:
         """A worker was lost; another one begins its task again, from what it had left in the store."""
         self._kill(hand)
         self.lost[node.key] += 1
@@ -331,12 +331,12 @@ class _Drive:
             )
             self.frontier.give_back(node.key)
 
-    def _give_up(self, node: Node, error: str) -> None:
+    def _give_up(self, node: Job, error: str) -> None:
         self.failed.append(f"{node.name}: {error}")
         self.not_begun += len(self.frontier.give_up(node.key))
 
 
-def shared_out(experiment: Experiment, workers: int) -> Experiment:
+def one_workers_share(experiment: Experiment, workers: int) -> Experiment:
     """The experiment as one of several workers does its tasks: a judge's budget and pace are shared out among them."""
     judge = experiment.judge
     if judge is None or judge.server is None or workers == 1:

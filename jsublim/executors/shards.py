@@ -14,10 +14,11 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jsublim.errors import UsageError
-from jsublim.executors.frontier import Frontier, Node, Work, checkpoint_of, in_one_line, merged
+from jsublim.executors.frontier import Frontier, Job, Work, checkpoint_of, in_one_line, merged
 from jsublim.executors.local import execute, mend
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.graph import TasksFailed, with_parents
+from jsublim.pipeline.graph import TasksFailed
+from jsublim.pipeline.stage import with_parents
 from jsublim.runtime.processes import Preempted, heeding_signals, leave_if_asked
 
 LOOK = 5.0  # seconds between two looks at what others have finished
@@ -109,9 +110,9 @@ class ShardExecutor:
         time.sleep(LOOK)
 
 
-def dealt(nodes: Mapping[str, Node], count: int) -> dict[str, int]:
+def dealt(nodes: Mapping[str, Job], count: int) -> dict[str, int]:
     """The shard of each task."""
-    kinds: dict[str, list[Node]] = defaultdict(list)
+    kinds: dict[str, list[Job]] = defaultdict(list)
     for node in nodes.values():
         kinds[node.task.kind].append(node)
     found: dict[str, int] = {}

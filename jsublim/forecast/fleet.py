@@ -20,7 +20,7 @@ import jax
 from jsublim.config import Experiment
 from jsublim.core.progress import Progress
 from jsublim.errors import UsageError
-from jsublim.executors.frontier import Frontier, Node, merged
+from jsublim.executors.frontier import Frontier, Job, merged
 from jsublim.forecast.estimate import architecture
 from jsublim.models.parallel import Layout
 from jsublim.pipeline.context import Context
@@ -98,7 +98,7 @@ class Simulated:
     makespan: float = 0.0
     preempted: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    ends: list[tuple[Node, int, float, float]] = field(default_factory=list)
+    ends: list[tuple[Job, int, float, float]] = field(default_factory=list)
 
     @property
     def chip_hours(self) -> float:
@@ -146,7 +146,7 @@ class _Worker:
 
 
 def simulate(
-    nodes: Mapping[str, Node], machines: Machines, assumed: Assumptions | None = None, *, preempt_per_hour: float = 0.0,
+    nodes: Mapping[str, Job], machines: Machines, assumed: Assumptions | None = None, *, preempt_per_hour: float = 0.0,
     seed: int = 0, given: Mapping[str, float] | None = None,
 ) -> Simulated:  # fmt: skip
     """Do what is in `nodes`, whose costs are seconds on one chip of those machines.
@@ -159,7 +159,7 @@ def simulate(
     durations = _Durations(assumed, machines.speedup(assumed), draw, given)
     result = Simulated(machines, max(frontier.way.values(), default=0.0) / durations.speed)
     # When, in which order they were planned, whose, for which task (None: it starts), since when, and what it does until then.
-    events: list[tuple[float, int, _Worker, Node | None, float, dict[str, float]]] = []
+    events: list[tuple[float, int, _Worker, Job | None, float, dict[str, float]]] = []
     idle, order = list[_Worker](), itertools.count()
 
     def start(number: int, now: float) -> None:
@@ -213,7 +213,7 @@ class _Durations:
         self.kept: dict[str, float] = defaultdict(float)  # seconds of a task's work that outlive its worker
         self.pipe = 0.0  # when the store has answered everybody
 
-    def of(self, worker: _Worker, node: Node, now: float) -> dict[str, float]:
+    def of(self, worker: _Worker, node: Job, now: float) -> dict[str, float]:
         if self.given is not None:
             return {node.task.kind: self.given[node.key]}
         a, doing = self.assumed, dict[str, float]()
@@ -232,14 +232,14 @@ class _Durations:
         doing["store"] = self.pipe - now + a.latency * len(node.task.outputs)
         return doing
 
-    def keep(self, node: Node, worked: float) -> float:
+    def keep(self, node: Job, worked: float) -> float:
         """How much of such work on a task outlives its worker."""
         kept = worked // self.assumed.kept * self.assumed.kept
         self.kept[node.key] += kept
         return kept
 
 
-def _program(node: Node) -> Hashable:
+def _program(node: Job) -> Hashable:
     """What is compiled for a task: equal for tasks that run the same program."""
     kind, first, of_task = node.task.kind, node.task.nodes[0], None
     if kind == "students":
@@ -249,7 +249,7 @@ def _program(node: Node) -> Hashable:
     return node.checkpoint, kind, of_task
 
 
-def _traffic(node: Node, assumed: Assumptions) -> float:
+def _traffic(node: Job, assumed: Assumptions) -> float:
     """Bytes that a task moves to and from the store: rows and readings; of students, adapters and two moments of each value."""
     task, setup = node.task, node.context.setup
     if task.kind == "students":

@@ -15,7 +15,7 @@ from jsublim.pipeline.arms import Source, Student, Writer
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.evaluated import questions
 from jsublim.pipeline.setup import Setup
-from jsublim.pipeline.stage import Node, Task
+from jsublim.pipeline.stage import Node, Task, with_parents
 from jsublim.pipeline.store import digest
 from jsublim.pipeline.values import Rows
 
@@ -103,21 +103,6 @@ def ordered(tasks: Iterable[Task]) -> Iterator[Task]:
         key = keys[heapq.heappop(ready)]
         yield every[key]
         sorter.done(key)
-
-
-def with_parents(tasks: Iterable[Task]) -> dict[str, Task]:
-    """Tasks and everything they need, by key, as they were planned."""
-    found: dict[str, Task] = {}
-
-    def add(task: Task) -> None:
-        if task.key not in found:
-            for parent in task.parents:
-                add(parent)
-            found[task.key] = task
-
-    for task in tasks:
-        add(task)
-    return found
 
 
 def results_key(setup: Setup) -> str:

@@ -27,6 +27,7 @@ from jsublim.pipeline.store import Output, Store, digest
 from jsublim.runtime.processes import on_main_process
 
 T = TypeVar("T")
+P = TypeVar("P", "Node", "Task")
 RUNTIME = "how it is made, never what"
 Runtime = Annotated[T, RUNTIME]  # of an argument that is no part of a key
 Save = Callable[[Path], dict[str, Any]]  # writes the files of an artifact into its folder; returns its summary
@@ -239,24 +240,24 @@ class Task:
         return function(*first, **self.nodes[0].arguments)
 
 
-def ancestors(ends: Iterable[Node]) -> dict[str, Node]:
-    """Nodes and everything they need, by key, as they were planned: parents first."""
-    every: dict[str, Node] = {}
+def with_parents(ends: Iterable[P]) -> dict[str, P]:
+    """Nodes, or tasks, and everything they need, by key, as they were planned: parents first."""
+    every: dict[str, P] = {}
 
-    def add(node: Node) -> None:
-        if node.key not in every:
-            for parent in node.parents:
+    def add(each: Any) -> None:
+        if each.key not in every:
+            for parent in each.parents:
                 add(parent)
-            every.setdefault(node.key, node)
+            every[each.key] = each
 
-    for node in ends:
-        add(node)
+    for end in ends:
+        add(end)
     return every
 
 
 def tasks_of(ends: Iterable[Node]) -> dict[str, Task]:
     """The tasks that make nodes and everything they need, by key, parents first."""
-    every, made = ancestors(ends), dict[str, Task]()
+    every, made = with_parents(ends), dict[str, Task]()
 
     def task_of(node: Node) -> Task:
         if node.key not in made:
@@ -274,17 +275,7 @@ def tasks_of(ends: Iterable[Node]) -> dict[str, Task]:
                 task = Task(tuple(part), tuple(members), task_of)
                 made.update({node.key: task for node in part})
 
-    tasks: dict[str, Task] = {}
-
-    def add(task: Task) -> None:
-        if task.key not in tasks:
-            for parent in task.parents:
-                add(parent)
-            tasks[task.key] = task
-
-    for node in every.values():
-        add(task_of(node))
-    return tasks
+    return with_parents(task_of(node) for node in every.values())
 
 
 def split_evenly(members: Sequence[T], most: int) -> list[list[T]]:

@@ -10,7 +10,7 @@ from command import PLAIN
 
 from jsublim.config import load_experiment
 from jsublim.core.progress import Progress
-from jsublim.executors.frontier import Frontier, Node, merged
+from jsublim.executors.frontier import Frontier, Job, merged
 from jsublim.executors.shards import dealt
 from jsublim.models.parallel import Layout
 from jsublim.pipeline.context import Context
@@ -21,12 +21,12 @@ from jsublim.pipeline.store import Store
 NOTHING: Any = None  # a frontier asks a node for its key, its parents and its cost only
 
 
-def graph(dice: random.Random) -> dict[str, Node]:
+def graph(dice: random.Random) -> dict[str, Job]:
     """Up to a dozen tasks, parents first."""
-    nodes: dict[str, Node] = {}
+    nodes: dict[str, Job] = {}
     for i in range(dice.randint(1, 12)):
         parents = tuple(key for key in nodes if dice.random() < 0.4)
-        nodes[str(i)] = Node(str(i), NOTHING, NOTHING, parents, dice.uniform(0.1, 10))
+        nodes[str(i)] = Job(str(i), NOTHING, NOTHING, parents, dice.uniform(0.1, 10))
     return nodes
 
 
@@ -69,7 +69,7 @@ def planned() -> tuple[list, Context]:
 
 
 @pytest.fixture(scope="module")
-def nodes(planned) -> dict[str, Node]:
+def nodes(planned) -> dict[str, Job]:
     return merged([planned])
 
 

@@ -10,7 +10,7 @@ from command import PLAIN, ok, refused
 from jsublim.config import load_experiment
 from jsublim.config.figures import load_question, panel_experiment
 from jsublim.core.progress import Progress
-from jsublim.executors.frontier import Node, merged
+from jsublim.executors.frontier import Job, merged
 from jsublim.forecast.fleet import Assumptions, Machines, simulate, simulate_experiments
 from jsublim.models.parallel import Layout
 from jsublim.pipeline.context import Context
@@ -22,7 +22,7 @@ BIG = "model=Qwen/Qwen2.5-32B-Instruct"
 
 
 @pytest.fixture(scope="module")
-def nodes() -> dict[str, Node]:
+def nodes() -> dict[str, Job]:
     """The graph of a small experiment."""
     experiment = load_experiment(PLAIN, ["store=no-such-store", "sampling.shard=50"])
     setup = Setup.of(experiment)
@@ -53,7 +53,7 @@ def test_one_machine_takes_the_sum_and_any_number_the_longest_way(nodes):
 
 
 def test_every_task_is_done_after_its_parents_whatever_is_taken_away(nodes):
-    hours = {key: Node(key, node.task, node.context, node.parents, 600.0) for key, node in nodes.items()}
+    hours = {key: Job(key, node.task, node.context, node.parents, 600.0) for key, node in nodes.items()}
     quiet = simulate(hours, Machines(4, "h100"))
     played = simulate(hours, Machines(4, "h100"), preempt_per_hour=2.0, seed=1)
     assert played.ends == simulate(hours, Machines(4, "h100"), preempt_per_hour=2.0, seed=1).ends
