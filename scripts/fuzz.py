@@ -27,7 +27,7 @@ from typing import Any
 import jax
 import numpy as np
 from fuzz_written import WRITTEN
-from mutations import Files, Reader, mutate, texts, written
+from changed_files import Files, Reader, mutate, texts, written
 
 from jsublim.api import KINDS
 from jsublim.config import Experiment, load_experiment

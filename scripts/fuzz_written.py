@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pyarrow as pa
-from mutations import Reader, written
+from changed_files import Reader, written
 from rich.console import Console
 
 from jsublim.api import KINDS

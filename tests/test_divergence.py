@@ -132,6 +132,13 @@ def test_logits_that_move_by_less_than_half_a_points_margin_do_not_undo_it(data,
         assert all(k in read(z_KnV + 0.999 * margin * nudge).divergence_positions for nudge in nudges)
 
 
+def test_a_points_margin_is_that_of_the_clearest_counterfactual_but_never_above_the_teachers():
+    """It takes a change of every counterfactual that says something else to undo a point, so the clearest one counts."""
+    tokens, argmax = np.array([7, 7]), np.array([[7, 7], [1, 1], [2, 2], [7, 7]])
+    margin = np.array([[4.0, 2.0], [1.0, 1.0], [3.0, 3.0], [9.0, 9.0]])  # the last counterfactual agrees with the data
+    assert Divergence(tokens, argmax, margin).divergence_margins == [3.0, 2.0]
+
+
 # --- Subsets of the positions -------------------------------------------------------------------------------------------
 
 some_points = st.sets(st.integers(0, 40), max_size=12).map(sorted)

@@ -197,6 +197,17 @@ def test_the_lumped_tail_holds_all_others():
         np.testing.assert_allclose(np.exp(logp[:, -1]), 1 - np.take_along_axis(whole, ids, 1).sum(-1), atol=1e-6)
 
 
+@pytest.mark.parametrize("per", ["tokens", "micro-batch", "micro-batch-sum"])
+def test_a_micro_batch_without_a_supervised_token_counts_in_no_mean(per):
+    weights = np.random.default_rng(0).uniform(0.5, 2, (3, 2, 4)).astype(np.float32)
+    weights[1] = 0  # an epoch's last batch may leave a micro-batch empty
+    ours = np.asarray(losses.normalise(jnp.asarray(weights), per))
+    sums = weights.sum(axis=(1, 2), keepdims=True)[[0, 2]]
+    total = {"tokens": sums.sum(), "micro-batch": 2 * sums, "micro-batch-sum": sums}[per]
+    np.testing.assert_allclose(ours[[0, 2]], weights[[0, 2]] / total, rtol=1e-6)
+    assert not ours[1].any()
+
+
 def test_wrong_losses_are_usage_errors():
     for options, said in (({"kind": "kl"}, "forward-kl"), ({"kind": "js", "temperature": 0}, "temperature: 0")):
         with pytest.raises(UsageError, match=said):

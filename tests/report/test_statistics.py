@@ -152,6 +152,20 @@ def test_sampled_p_is_seeded_and_near_exact() -> None:
     assert first.p == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / 20_000) + 1e-4)
 
 
+def test_a_sampled_p_counts_the_observed_labelling_and_is_never_zero() -> None:
+    """Davison and Hinkley (1997), section 4.2: (1 + as large) / (1 + drawn)."""
+    lift = np.random.default_rng(6).normal(size=(8, 8))
+    strong, samples = lift + 100 * np.eye(8), 50
+    found = st.same_trait_effect(strong, samples=samples)
+    assert found is not None and found.p == found.smallest_p == 1 / (samples + 1)
+    weak = st.same_trait_effect(lift, samples=samples, seed=2)
+    assert weak is not None
+    labels = np.random.default_rng(2).permuted(np.tile(np.arange(8), (samples, 1)), axis=1)
+    sums = st.double_centred(lift)[np.arange(8), labels].sum(axis=1)
+    as_large = int((sums >= np.trace(st.double_centred(lift)) - 1e-9).sum())
+    assert 0 < as_large < samples and weak.p == pytest.approx((1 + as_large) / (1 + samples), abs=1e-12)
+
+
 def test_one_trait_has_no_gamma() -> None:
     assert st.same_trait_effect(np.ones((1, 1))) is None
     assert st.same_trait_effect(np.ones((1, 4))) is None
