@@ -20,6 +20,7 @@ from jsublim.text.rows import read_rows
 
 ROOT = Path(__file__).parents[1]
 MODEL = "tiny-qwen2"
+PATIENCE = 400  # seconds
 PLAIN = str(ROOT / "tests" / "plain.yaml")  # a small experiment that tests lay their own fields over
 
 
@@ -84,14 +85,22 @@ def start(
 
 def stop_when(child: subprocess.Popen, ready: Callable[[], bool], how: signal.Signals) -> tuple[int, str]:
     """Signal a child as soon as `ready`, and wait for its end: exit code and standard error."""
-    deadline = time.monotonic() + 180
-    while not ready():
+    try:
+        wait_until(lambda: ready() or child.poll() is not None)
         assert child.poll() is None, f"ended before it was stopped: {child.communicate()[1]}"
+        child.send_signal(how)
+        _, err = child.communicate(timeout=PATIENCE)
+        return child.returncode, err
+    finally:
+        child.kill()  # whatever became of the test, it leaves nobody behind
+
+
+def wait_until(ready: Callable[[], bool]) -> None:
+    """Return when it is; a busy machine is slow, not wrong."""
+    deadline = time.monotonic() + PATIENCE
+    while not ready():
         assert time.monotonic() < deadline, "never got so far"
         time.sleep(0.005)
-    child.send_signal(how)
-    _, err = child.communicate(timeout=60)
-    return child.returncode, err
 
 
 def contents(folder: Path) -> dict[str, bytes]:

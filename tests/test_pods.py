@@ -96,9 +96,7 @@ def alone(tmp_path_factory) -> Path:
 
 
 def test_two_processes_that_are_stopped_and_killed(alone, tmp_path):
-    out, seed = tmp_path / "run", random.randrange(10**6)
-    draw, whole = random.Random(seed), left(alone)
-    print(f"seed {seed}")  # of the moments, if it fails
+    out, draw, whole = tmp_path / "run", random.Random(20), left(alone)
     both = command(out, "run.parallel=mesh")
     with together(1, *both) as children:
         moment = draw.randrange(2, whole // 2)
