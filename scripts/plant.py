@@ -57,7 +57,9 @@ def outcome(folder: Path, tests: str) -> str:
         return f"took more than {LIMIT} s"
     if done.returncode == 0:
         return "passed"
-    failures = [] if not said.exists() else [node.get("message", "") for node in ElementTree.parse(said).iter("failure")]
+    failures = (
+        [] if not said.exists() else [node.get("message", "") for node in ElementTree.parse(said).iter("failure")]
+    )
     if any(message.startswith(ASSERTED) for message in failures):
         return "found"
     return f"no assertion: {failures[0] if failures else done.stdout.decode()[-300:]}".replace("\n", " ")[:300]
@@ -88,7 +90,10 @@ def main() -> None:
             ended = outcome(folder, fault.tests)
             shutil.copy2(ROOT / fault.file, folder / fault.file)
             wrong += ended != "found"
-            print(f"{'found' if ended == 'found' else 'NOT FOUND'}: {fault.what} ({time.monotonic() - began:.0f} s)", flush=True)
+            print(
+                f"{'found' if ended == 'found' else 'NOT FOUND'}: {fault.what} ({time.monotonic() - began:.0f} s)",
+                flush=True,
+            )
             if ended != "found":
                 print(f"    {ended}", flush=True)
     print(f"{len(faults)} faults, {len(faults) - wrong} found")

@@ -18,6 +18,7 @@ from command import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jsublim.core.files import write_text
 from jsublim.core.reading import read_json
 from jsublim.errors import JsublimError, UsageError
 from jsublim.pipeline.row_log import RowLog
@@ -335,3 +336,24 @@ def test_a_store_of_an_earlier_version_is_refused_and_not_touched(tmp_path, whic
             use()
         assert str(folder) in str(error.value) and "\n" not in str(error.value)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_content_is_on_disk_before_it_has_its_name_and_the_name_before_anything_goes_on(tmp_path, monkeypatch):
+    """Else a machine that loses power right then has an empty file under the final name."""
+    path, order = tmp_path / "file.json", []
+    sync, replace = os.fsync, os.replace
+
+    def fsync(opened: int) -> None:
+        order.append(os.readlink(f"/proc/self/fd/{opened}"))
+        sync(opened)
+
+    def moved(source, target, **options) -> None:
+        order.append("moved")
+        replace(source, target, **options)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", moved)
+    write_text(path, "{}\n")
+    content, then, folder = order
+    assert then == "moved" and folder == str(tmp_path)
+    assert content.startswith(f"{tmp_path}/.file.json.") and path.read_text() == "{}\n"
