@@ -26,8 +26,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from fuzz_written import WRITTEN
 from changed_files import Files, Reader, mutate, texts, written
+from fuzz_written import WRITTEN
 
 from jsublim.api import KINDS
 from jsublim.config import Experiment, load_experiment
