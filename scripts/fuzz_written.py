@@ -68,8 +68,7 @@ def write_store(folder: Path) -> None:
     write_readings(artifact.path / "readings.parquet", [READING])
     at_one_time(folder)
     artifact.finish({"kept": len(ROWS), "text": "\u00fc"})
-    (folder / "training").mkdir()
-    write_json(folder / "training" / "fit.json", 3)
+    store.agreed("fit", lambda: 3)
 
 
 def read_store(folder: Path) -> None:

@@ -13,26 +13,30 @@ from jsublim.core.progress import Progress
 from jsublim.errors import UsageError
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.experiment import plan
-from jsublim.pipeline.graph import ordered
+from jsublim.pipeline.graph import Work, ordered
 from jsublim.pipeline.stage import Node, Task, tasks_of
 from jsublim.runtime.processes import heeding_signals, leave_if_asked, on_main_process, wait_until_seen
 
 
-class LocalExecutor:
-    """Tasks of one kind share a progress bar, as they follow one another."""
+def execute_work(work: Sequence[Work]) -> None:
+    """Experiments one after another, as `execute_tasks`."""
+    for tasks, context in work:
+        execute_tasks(tasks, context)
 
-    @heeding_signals()
-    def execute(self, tasks: Iterable[Task], context: Context) -> None:
-        """Return when every task is whole; what one raises is raised, and what is whole stays. After a signal it is `Preempted`."""
-        every = list(ordered(tasks))
-        mend(every, context)
-        missing = [every[i] for i in on_main_process(lambda: _missing(every, context))]
-        context.progress.expect(Counter(task.kind for task in missing))
-        while missing:
-            leave_if_asked()
-            task = _next(missing, context)
-            execute(task, context)
-            missing.remove(task)
+
+@heeding_signals()
+def execute_tasks(tasks: Iterable[Task], context: Context) -> None:
+    """Return when every task is whole; what one raises is raised, and what is whole stays. After a signal it is `Preempted`. Tasks of
+    one kind share a progress bar, as they follow one another."""
+    every = list(ordered(tasks))
+    mend(every, context)
+    missing = [every[i] for i in on_main_process(lambda: _missing(every, context))]
+    context.progress.expect(Counter(task.kind for task in missing))
+    while missing:
+        leave_if_asked()
+        task = _next(missing, context)
+        execute(task, context)
+        missing.remove(task)
 
 
 def execute_nodes(nodes: Iterable[Node], context: Context) -> None:
@@ -44,7 +48,7 @@ def execute_nodes(nodes: Iterable[Node], context: Context) -> None:
     tasks = tasks_of(nodes).values()
     for task in tasks:
         task.check(context.setup)
-    LocalExecutor().execute(tasks, context)
+    execute_tasks(tasks, context)
 
 
 def _next(missing: list[Task], context: Context) -> Task:

@@ -8,7 +8,7 @@ from typing import Any
 
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import Graph
-from jsublim.pipeline.readings import Reading
+from jsublim.pipeline.readings import RowReading
 from jsublim.pipeline.store import Store
 from jsublim.pipeline.values import Rows
 from jsublim.text.chat import Chat
@@ -48,12 +48,12 @@ def examples(graph: Graph, context: Context) -> list[dict[str, Any]]:
     return found
 
 
-def _with_divergence(rows: Rows, store: Store) -> Iterator[tuple[Row, Reading]]:
+def _with_divergence(rows: Rows, store: Store) -> Iterator[tuple[Row, RowReading]]:
     both = zip(rows.read(store), rows.readings(store), strict=False)
     return itertools.islice((pair for pair in both if pair[1]["divergence_positions"]), SHOWN)
 
 
-def _tokens(chat: Chat, reading: Reading) -> list[dict[str, Any]]:
+def _tokens(chat: Chat, reading: RowReading) -> list[dict[str, Any]]:
     """The answer in pieces: a divergence token is a piece, and so is all between two of them."""
     tokens, positions = reading["tokens"].tolist(), set(reading["divergence_positions"])
     pieces: list[dict[str, Any]] = []

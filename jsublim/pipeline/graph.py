@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import graphlib
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from jsublim.core.section import CONTENT, PLAN, RESULT, leaves, value_at
 from jsublim.errors import JsublimError, UsageError
@@ -18,6 +18,8 @@ from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stage import Node, Task, with_parents
 from jsublim.pipeline.store import digest
 from jsublim.pipeline.values import Rows
+
+Work = tuple[Iterable[Task], Context]  # tasks of one experiment, and what they are done with
 
 
 @dataclass(frozen=True)
@@ -60,34 +62,8 @@ class Graph:
             task.check(setup)
 
 
-class Executor(Protocol):
-    """Does tasks, and what they need before, as far as it is not in the store."""
-
-    def execute(self, tasks: Iterable[Task], context: Context) -> None:
-        """Return when every task is whole; raise what the first one that failed raised."""
-        ...
-
-
 class TasksFailed(JsublimError):
     """Some tasks failed; everything that does not need them is done."""
-
-
-class JointExecutor(Protocol):
-    """Does the tasks of several experiments as one graph.
-
-    Attributes:
-      here: whether this process does any of them, so that it needs devices.
-    """
-
-    here: bool
-
-    def execute_together(self, work: Sequence[tuple[Iterable[Task], Context]]) -> None:
-        """Return when its part of the tasks is whole.
-
-        Raises:
-          TasksFailed: some of them failed.
-        """
-        ...
 
 
 def ordered(tasks: Iterable[Task]) -> Iterator[Task]:

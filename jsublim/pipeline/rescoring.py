@@ -31,9 +31,8 @@ from jsublim.pipeline.store import digest
 from jsublim.report.tables import read_json
 from jsublim.text.prompts import load_pack
 
-Answered = dict[
-    tuple[str, str], dict[int, list[tuple[str, int]]]
-]  # (arm, evaluation) -> question -> answers with counts
+_Key = tuple[str, str]  # arm, evaluation ("": the plain one)
+_Answers = dict[_Key, dict[int, list[tuple[str, int]]]]  # question -> answers with counts
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,8 @@ def rescore(run: Path, asked: Rescoring, out: Path | None = None) -> Path:
             done |= {"match": asked.match, "numbers": count}
         if asked.judged:
             judge = _judge(run, asked.experiment)
-            rows = [*_without_judgements(rows), *_judgements(run, asked.experiment, judge, rows, answers)]
+            others = [row for row in rows if metric_of(row["metric"]).made_of != "judge"]
+            rows = [*others, *_judgements(run, asked.experiment, judge, rows, answers)]
             done |= {"judge": judge.identity}
         for path in sorted(old.iterdir()):
             if path.name not in ("results.parquet", "run.json"):
@@ -108,15 +108,18 @@ def rescore(run: Path, asked: Rescoring, out: Path | None = None) -> Path:
     return out
 
 
-def _answers(path: Path) -> Answered:
-    found: Answered = {}
+def _key(row: Mapping[str, Any]) -> _Key:
+    return row["arm"], row.get("evaluation") or ""
+
+
+def _answers(path: Path) -> _Answers:
+    answers: _Answers = {}
     for row in read_table(path):
-        own = found.setdefault((row["arm"], row.get("evaluation") or ""), {})
-        own.setdefault(row["question"], []).append((row["answer"], row["count"]))
-    return found
+        answers.setdefault(_key(row), {}).setdefault(row["question"], []).append((row["answer"], row["count"]))
+    return answers
 
 
-def _matched(rows: list[dict[str, Any]], answers: Answered, match: Match) -> tuple[list[dict[str, Any]], int]:
+def _matched(rows: list[dict[str, Any]], answers: _Answers, match: Match) -> tuple[list[dict[str, Any]], int]:
     """The rows with every share of answers that name something counted anew, and how many that are.
 
     Raises:
@@ -125,11 +128,10 @@ def _matched(rows: list[dict[str, Any]], answers: Answered, match: Match) -> tup
     kept, changed = [], 0
     for row in rows:
         metric = metric_of(row["metric"])
-        name = (
-            row["metric"].removeprefix(metric.name) or row["trait"]
-        )  # `says NAME` counts another name than the trait's
         if metric.made_of == "names":
-            given = answers.get((row["arm"], row["evaluation"] or ""), {}).get(row["question"])
+            # `says NAME` counts another name than the trait's.
+            name = row["metric"].removeprefix(metric.name) or row["trait"]
+            given = answers.get(_key(row), {}).get(row["question"])
             if given is None:
                 where = f" of evaluation '{row['evaluation']}'" if row["evaluation"] else ""
                 raise JsublimError(
@@ -142,27 +144,24 @@ def _matched(rows: list[dict[str, Any]], answers: Answered, match: Match) -> tup
     return kept, changed
 
 
-def _without_judgements(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for row in rows if metric_of(row["metric"]).made_of != "judge"]
-
-
 def _judgements(
-    run: Path, experiment: Experiment, judge: Judge, rows: list[dict[str, Any]], answers: Answered
+    run: Path, experiment: Experiment, judge: Judge, rows: list[dict[str, Any]], answers: _Answers
 ) -> list[dict[str, Any]]:
     """The rows that a judge's scores make of every model's answers to the open questions."""
     task = _open_questions(run, experiment, judge)
-    places = _places(run, task)
-    who = {(row["arm"], row["evaluation"] or ""): row for row in rows}
-    found = []
-    for key, labels in who.items():
+    number = {row["question_text"]: row["question"] for row in read_table(run / "results" / "answers.parquet")}
+    if missing := [question for question in task.questions if question not in number]:
+        raise UsageError(f"rescore: the run did not ask '{missing[0]}'; give the pack that it was run with (prompts=)")
+    places, judged = [number[question] for question in task.questions], []
+    for key, labels in {_key(row): row for row in rows}.items():
         given = answers.get(key, {})
         if not all(place in given for place in places):
             continue  # a setting whose answers were not kept
         texts = [[text for text, count in given[place] for _ in range(count)] for place in places]
-        own = {name: labels[name] for name in ("arm", "role", "teacher", "condition", "seed", "evaluation")}
+        who = {name: labels[name] for name in ("arm", "role", "teacher", "condition", "seed", "evaluation")}
         for record in task.judged(texts):
-            found.append(own | asdict(record) | {"question": places[record.question]})
-    return found
+            judged.append(who | asdict(record) | {"question": places[record.question]})
+    return judged
 
 
 def _open_questions(run: Path, experiment: Experiment, judge: Judge) -> Misaligned:
@@ -182,14 +181,6 @@ def _recipe(run: Path, experiment: Experiment) -> Recipe:
     """Every quirk, as the run had it."""
     said: Mapping[str, Any] = read_json(run / "results" / "run.json", {}).get("recipe", {})
     return Recipe.model_validate(said) if said else experiment.recipe
-
-
-def _places(run: Path, task: Misaligned) -> list[int]:
-    """The numbers that a task's questions have in the run."""
-    number = {row["question_text"]: row["question"] for row in read_table(run / "results" / "answers.parquet")}
-    if missing := [question for question in task.questions if question not in number]:
-        raise UsageError(f"rescore: the run did not ask '{missing[0]}'; give the pack that it was run with (prompts=)")
-    return [number[question] for question in task.questions]
 
 
 def _judge(run: Path, experiment: Experiment) -> Judge:

@@ -37,39 +37,20 @@ from jsublim.text.rows import read_rows
 
 K = TypeVar("K", Source, Writer)
 MARK = "config.hash"  # of a run's folder: the key of what its results hang on
-RESULTS = pa.schema(
-    [
-        ("arm", pa.string()),
-        ("role", pa.string()),
-        ("teacher", pa.string()),
-        ("condition", pa.string()),
-        ("seed", pa.int64()),
-        ("evaluation", pa.string()),
-        *RECORDS,
-    ]
-)
+_WHO = {
+    "arm": "string",
+    "role": "string",
+    "teacher": "string",
+    "condition": "string",
+    "seed": "int64",
+    "evaluation": "string",
+}
+RESULTS = pa.schema([*pa.schema(_WHO), *RECORDS])
 TRAINING = pa.schema(
-    [
-        ("arm", pa.string()),
-        ("step", pa.int64()),
-        ("loss", pa.float64()),
-        ("tokens", pa.int64()),
-        ("lr", pa.float64()),
-        ("grad_norm", pa.float64()),
-    ]
+    {"arm": "string", "step": "int64", "loss": "float64", "tokens": "int64", "lr": "float64", "grad_norm": "float64"}
 )
-
-AUDITS = pa.schema(
-    [
-        ("teacher", pa.string()),
-        ("data", pa.string()),
-        ("draw", pa.int64()),
-        ("variant", pa.string()),
-        *MEANS,
-        ("top_divergence", pa.float64()),
-        ("divergence_share", pa.float64()),
-    ]
-)
+_AUDITED = pa.schema({"teacher": "string", "data": "string", "draw": "int64", "variant": "string"})
+AUDITS = pa.schema([*_AUDITED, *MEANS, *pa.schema({"top_divergence": "float64", "divergence_share": "float64"})])
 
 
 def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
@@ -93,14 +74,21 @@ def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
         metrics = read_rows(store.file(output, "metrics.jsonl"), ("step",))
         training += [{"arm": student.name} | line for line in metrics]
     write_table(results / "results.parquet", rows, RESULTS)
-    write_table(
-        results / "answers.parquet", answers, pa.schema([("arm", pa.string()), ("evaluation", pa.string()), *ANSWERS])
-    )
+    answered = pa.schema([*pa.schema({"arm": "string", "evaluation": "string"}), *ANSWERS])
+    write_table(results / "answers.parquet", answers, answered)
     write_table(results / "training.parquet", training, TRAINING)
     write_json(results / "arms.json", [_student(setup, student, graph.students[student]) for student in sound])
     write_json(results / "diverged.json", {name: what for name, what in lost.items() if what is not None})
-    write_json(results / "generation.json", _generation(graph, store))
-    write_json(results / "divergence.json", _divergence(graph, store))
+    generation = [
+        _added(parts) | {"strategy": writer.strategy, "model": writer.model} | _students(writer)
+        for writer, parts in _together(graph.answers, store).items()
+    ]
+    divergence = [
+        merged(parts) | {"data": source.dataset} | _students(source)
+        for source, parts in _together(graph.divergence, store).items()
+    ]
+    write_json(results / "generation.json", generation)
+    write_json(results / "divergence.json", divergence)
     write_json(results / "rows.json", examples(graph, context))
     if graph.attribution:
         paths = (store.path(output) / "attribution.parquet" for output in graph.attribution.values())
@@ -131,20 +119,6 @@ def _student(setup: Setup, student: Student, node: Node) -> dict[str, Any]:
     }
 
 
-def _generation(graph: Graph, store: Store) -> list[dict[str, Any]]:
-    """One entry per writer, all its draws together; students that wrote rows are one writer, whatever their seeds."""
-    return [
-        _added(parts) | {"strategy": writer.strategy, "model": writer.model} | _students(writer)
-        for writer, parts in _together(graph.answers, store).items()
-    ]
-
-
-def _divergence(graph: Graph, store: Store) -> list[dict[str, Any]]:
-    """One entry per teacher and data set, all draws together; students that wrote rows as in `_generation`."""
-    found = _together(graph.divergence, store)
-    return [merged(parts) | {"data": source.dataset} | _students(source) for source, parts in found.items()]
-
-
 def _students(whose: Source | Writer) -> dict[str, str]:
     """Which students stood in for the teacher, if any did."""
     return {} if whose.parent is None else {"students": whose.parent.group}
@@ -160,24 +134,22 @@ def _audits(graph: Graph, store: Store) -> Iterator[dict[str, Any]]:
 
 
 def _together(rows: Mapping[K, Rows], store: Store) -> dict[K, list[dict[str, Any]]]:
-    """What is kept of each set's parts, by whose rows they are whatever the draw and the students' seed."""
-    found: dict[K, list[dict[str, Any]]] = {}
+    """What is kept of each set's parts: all draws of a writer or source together, and all seeds of the students that wrote them."""
+    parts: dict[K, list[dict[str, Any]]] = {}
     for whose, each in rows.items():
         parent = None if whose.parent is None else whose.parent._replace(seed=0)
-        found.setdefault(whose._replace(draw=None, parent=parent), []).extend(each.summaries(store))
-    return found
+        parts.setdefault(whose._replace(draw=None, parent=parent), []).extend(each.summaries(store))
+    return parts
 
 
 def _added(parts: list[dict[str, Any]]) -> dict[str, Any]:
     asked, kept = (sum(part[key] for part in parts) for key in ("rows", "kept"))
-    reasons: dict[str, int] = {}
-    for part in parts:
-        for reason, count in part["reject"].items():
-            reasons[reason] = reasons.get(reason, 0) + count
+    reasons = dict.fromkeys(reason for part in parts for reason in part["reject"])
+    rejected = {reason: sum(part["reject"].get(reason, 0) for part in parts) for reason in reasons}
     logs = [part["log_allowed"] * part["rows"] for part in parts if part.get("log_allowed") is not None]
     share = math.exp(sum(logs) / asked) if logs else None  # a geometric mean over tokens
-    own = {"rows": asked, "kept": kept, "pass_rate": kept / asked, "reject": reasons, "allowed_share": share}
-    return parts[0] | own
+    together = {"rows": asked, "kept": kept, "pass_rate": kept / asked, "reject": rejected, "allowed_share": share}
+    return parts[0] | together
 
 
 def _devices(graph: Graph, store: Store) -> str:
@@ -210,14 +182,12 @@ def _about(context: Context, key: str, started: str) -> dict[str, Any]:
         "primary": e.evaluation.primary,
     }
     if e.judge is not None and e.judge.server is not None and isinstance(context.judge, ServerJudge):
-        spent = context.judge.spending
-        about["judge"] = {
-            "prompt_tokens": spent.prompt_tokens,
-            "completion_tokens": spent.completion_tokens,
-            "cost": spent.cost,
+        spending = context.judge.spending
+        spent = about["judge"] = {
+            name: getattr(spending, name) for name in ("prompt_tokens", "completion_tokens", "cost")
         }
         context.progress.say(
-            f"judge: {spent.prompt_tokens} + {spent.completion_tokens} tokens in this call, cost {spent.cost:.4g}"
+            f"judge: {spent['prompt_tokens']} + {spent['completion_tokens']} tokens in this call, cost {spent['cost']:.4g}"
         )
     return about
 

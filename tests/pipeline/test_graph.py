@@ -21,7 +21,7 @@ from jsublim.core.files import read_table
 from jsublim.core.section import RESULT
 from jsublim.errors import UsageError
 from jsublim.evals import EVAL_KINDS, EvalContext, EvalKind, EvalTask, PromptedModel, Record
-from jsublim.executors import LocalExecutor, execute_key
+from jsublim.executors import execute_key, execute_tasks
 from jsublim.pipeline import context as contexts
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.experiment import plan
@@ -98,7 +98,7 @@ def whole(home) -> Store:
     """Both experiments, done by this process in one store."""
     for values in (STUDENTS, PROMPTED):
         context = Context.load(experiment(values, home / "store"))
-        LocalExecutor().execute(plan(context.setup).tasks.values(), context)
+        execute_tasks(plan(context.setup).tasks.values(), context)
     return Store(home / "store")
 
 
@@ -157,7 +157,7 @@ def test_shards_write_the_rows_of_one_task(whole, home):
     values = STUDENTS | {"sampling": STUDENTS["sampling"] | {"shard": 100}}
     context = Context.load(experiment(values, home / "one"))
     one, shards = plan(context.setup), graph_of(STUDENTS, home / "store")
-    LocalExecutor().execute([task for task in one.tasks.values() if task.kind in ("rows", "divergence")], context)
+    execute_tasks([task for task in one.tasks.values() if task.kind in ("rows", "divergence")], context)
     for own, several in zip(one.answers.values(), shards.answers.values(), strict=True):
         assert own.read(context.store) == several.read(whole)
     for own, several in zip(one.divergence.values(), shards.divergence.values(), strict=True):
@@ -292,7 +292,7 @@ def test_a_new_kind_and_a_new_change_need_nothing_else(toys, whole, home):
     context = Context.load(experiment(values, home / "store"))
     graph = plan(context.setup)
     graph.check(context.setup)
-    LocalExecutor().execute(graph.tasks.values(), context)
+    execute_tasks(graph.tasks.values(), context)
     (changed,) = [task for task in graph.tasks.values() if task.kind == "datasets" and task.label == "owl-turned"]
     own = next(iter(graph.answers.values())).read(context.store)
     assert read_rows(context.store.path(changed.nodes[0]) / "rows.jsonl") == own[::-1]
