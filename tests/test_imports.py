@@ -33,7 +33,7 @@ MODULES = {module(path): path for path in FILES}
 FLOORS = (
     ("store", "artifact", "remote", "parts", "readings", "row_log", "verifying"), ("arms",), ("setup",), ("cost", "context"),
     ("stage",), ("values",), ("publish", "training", "served"), ("stages",), ("origins",), ("arguments",), ("evaluated",), ("graph",),
-    ("experiment",), ("checking", "examples"), ("results",), ("run", "rescoring", "showing"), ("listing",),
+    ("experiment",), ("checking",), ("results",), ("run", "rescoring", "showing"), ("listing",),
 )  # fmt: skip
 
 

@@ -6,8 +6,10 @@ The judge and the served sampler both ask this way.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
+import random
 import re
 import threading
 import time
@@ -20,7 +22,6 @@ from typing import Annotated, Any, TypeVar
 from urllib.parse import quote
 
 import httpx2 as httpx
-import tenacity
 from pydantic import ConfigDict, Field, model_validator
 
 from jsublim.core.section import RUNTIME, Section
@@ -212,39 +213,28 @@ class Client:
             words = " ".join(self._without_key(read()[: 10 * SHOWN].decode("utf-8", "replace")).split())[:SHOWN]
         return Refused(str(self.error(f"{status}: {words}")), answer.status_code)
 
-    def patiently(self, attempt: Callable[[], Result], stopped: threading.Event) -> Result:
-        """What `attempt` returns; after a failure that may pass, it is called again.
+    def patiently(self, work: Callable[[], Result], stopped: threading.Event) -> Result:
+        """What `work` returns; after a failure that may pass, it is called again.
 
         Raises:
           JsublimError: it keeps failing, or the server asks for too long a wait.
           Stopped: `stopped` was set while it waited.
         """
 
-        def once() -> Result:
+        for attempt in itertools.count(1):
             self._pace.wait(stopped)
             if stopped.is_set():
-                raise Stopped
-            return attempt()
-
-        def wait(state: tenacity.RetryCallState) -> float:
-            failure = state.outcome.exception() if state.outcome is not None else None
-            assert isinstance(failure, Retry)
-            if failure.after > LONGEST_HOLD_S:
-                raise self.error(f"{failure}, and it asks to wait for {failure.after:.0f} s") from None
-            self._pace.hold(failure.after)
-            return 0.0 if failure.after else backoff()(state)
-
-        try:
-            return tenacity.Retrying(
-                retry=tenacity.retry_if_exception_type(Retry),
-                stop=tenacity.stop_after_attempt(self.connection.retries + 1),
-                wait=wait,
-                sleep=tenacity.sleep_using_event(stopped),
-                reraise=True,
-            )(once)
-        except Retry as failure:
-            attempts = self.connection.retries + 1
-            raise self.error(f"{failure} ({attempts} attempts; run again to go on)") from None
+                break
+            try:
+                return work()
+            except Retry as failure:
+                if attempt > self.connection.retries:
+                    raise self.error(f"{failure} ({attempt} attempts; run again to go on)") from None
+                if failure.after > LONGEST_HOLD_S:
+                    raise self.error(f"{failure}, and it asks to wait for {failure.after:.0f} s") from None
+                self._pace.hold(failure.after)
+                stopped.wait(0.0 if failure.after else backoff(attempt))
+        raise Stopped
 
     def each(
         self, items: Iterable[Item], work: Callable[[Item, threading.Event], Result]
@@ -316,19 +306,19 @@ def without(text: str, key: str) -> str:
     return "".join(found)
 
 
-def backoff() -> Callable[[tenacity.RetryCallState], float]:
-    """Seconds between attempts: a delay that doubles each time, drawn from its upper half."""
-    half = {"multiplier": FIRST_DELAY_S / 2, "max": LONGEST_DELAY_S / 2}
-    return tenacity.wait_exponential(**half) + tenacity.wait_random_exponential(**half)
+def backoff(attempt: int) -> float:
+    """Seconds to wait after an attempt, counted from 1: a delay that doubles each time, drawn from its upper half."""
+    longest = min(FIRST_DELAY_S * 2.0 ** min(attempt - 1, 30), LONGEST_DELAY_S)
+    return random.uniform(longest / 2, longest)
 
 
 def retry_after(header: str | None) -> float:
     """Seconds that a Retry-After header asks for, as a number or as a date; 0 where it is past or cannot be read."""
-    said = "" if header is None else header.strip()
-    if said.isascii() and said.isdecimal():
-        return float(said)  # of hundreds of digits, infinity
+    text = (header or "").strip()
+    if text.isascii() and text.isdecimal():
+        return float(text)  # of hundreds of digits, infinity
     try:
-        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError, OSError):
         return 0.0
 

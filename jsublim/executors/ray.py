@@ -22,7 +22,7 @@ import jax
 from jsublim.config import Experiment
 from jsublim.config.experiment import Devices
 from jsublim.core.progress import Progress, Tick
-from jsublim.errors import JsublimError, UsageError
+from jsublim.errors import JsublimError, UsageError, first_line
 from jsublim.executors.frontier import Frontier, Job, merged
 from jsublim.executors.local import mend
 from jsublim.executors.worker import TaskOutcome, Worker, seen
@@ -240,7 +240,7 @@ class _Drive:
         except self.ray.exceptions.RayError as error:
             self.begins += 1
             if self.begins >= BEGINS and not self.idle and not self.busy:
-                raise JsublimError(f"--on ray: {BEGINS} workers could not begin: {_reason(error)}") from None
+                raise JsublimError(f"--on ray: {BEGINS} workers could not begin: {first_line(error)}") from None
             return
         self.begins = 0
         self.idle.append(hand)
@@ -252,7 +252,7 @@ class _Drive:
         try:
             outcome: TaskOutcome = self.ray.get(ref)
         except self.ray.exceptions.RayError as error:
-            return self._again(job, hand, _reason(error))
+            return self._again(job, hand, first_line(error))
         for line in outcome.lines:
             self.progress.say(line)
         if outcome.preempted:
@@ -299,8 +299,3 @@ def one_workers_share(experiment: Experiment, workers: int) -> Experiment:
     shares = {name: value / workers for name, value in limits.items() if value is not None}
     server = judge.server.model_copy(update=shares)
     return experiment.model_copy(update={"judge": judge.model_copy(update={"server": server})})
-
-
-def _reason(error: Exception) -> str:
-    """What Ray says of a worker, without its list of details."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

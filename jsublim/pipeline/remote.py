@@ -178,10 +178,7 @@ def fetch_programs(bucket: Bucket, above: str, folder: Path, say: Say, *, alone:
     at_once(get, there)
 
 
-def send_programs(bucket: Bucket, above: str, folder: Path, say: Say, known: set[str]) -> None:
-    """Send the programs of a folder that are not in the bucket yet, as far as is `known`, to which they are added."""
-    if not known:
-        known |= {name.rpartition(".")[0] for name in bucket.sizes(above)}
-    new = whole_programs(folder, say, known)
+def send_programs(bucket: Bucket, above: str, folder: Path, say: Say) -> None:
+    """Send the programs of a folder that are not in the bucket yet."""
+    new = whole_programs(folder, say, {name.rpartition(".")[0] for name in bucket.sizes(above)})
     at_once(lambda path: bucket.upload(path, f"{above}/{path.name}.{new[path]}"), new)
-    known |= {path.name for path in new}

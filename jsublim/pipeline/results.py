@@ -22,9 +22,9 @@ from jsublim.judge.server import ServerJudge
 from jsublim.models.decoder import parameter_count
 from jsublim.pipeline.arms import Source, Student, Writer
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.examples import examples
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.origins import dataset_of, strategy
+from jsublim.pipeline.readings import RowReading
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stage import Node
 from jsublim.pipeline.stages.asking import ANSWERS, RECORDS
@@ -33,9 +33,11 @@ from jsublim.pipeline.stages.divergence import merged
 from jsublim.pipeline.store import RECORD, Output, Store, versions
 from jsublim.pipeline.values import Rows, diverged
 from jsublim.report.tables import read_json
+from jsublim.text.chat import Chat
 from jsublim.text.rows import read_rows
 
 K = TypeVar("K", Source, Writer)
+SHOWN = 2  # rows of a teacher whose divergence tokens are known; of another one, one
 MARK = "config.hash"  # of a run's folder: the key of what its results hang on
 _WHO = {
     "arm": "string",
@@ -89,7 +91,7 @@ def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
     ]
     write_json(results / "generation.json", generation)
     write_json(results / "divergence.json", divergence)
-    write_json(results / "rows.json", examples(graph, context))
+    write_json(results / "rows.json", _examples(graph, context))
     if graph.attribution:
         paths = (store.path(output) / "attribution.parquet" for output in graph.attribution.values())
         with atomic(results / "attribution.parquet") as scratch:
@@ -101,6 +103,59 @@ def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
     from jsublim.report.html import write_report
 
     return write_report(setup.experiment.run_dir)
+
+
+def _examples(graph: Graph, context: Context) -> list[dict[str, Any]]:
+    """For the report, the first rows with a divergence token of each teacher and data set, then one row of each teacher without any.
+
+    Each has `teacher`, `data`, `prompt` and `tokens`: pieces of the answer (`text`), a divergence token with its `readings`: what
+    each teacher's most probable token was (`says`), and by how many logits before its second.
+    """
+    chat = context.setup.checkpoint().chat
+    assert chat is not None, "a run has its checkpoint"
+    examples, read = [], set()
+    for source, rows in graph.divergence.items():
+        if source.parent is None and (source.teacher, source.dataset) not in read:  # of several draws the first
+            read.add((source.teacher, source.dataset))
+            whose = {"teacher": source.teacher, "data": source.dataset}
+            both = zip(rows.read(context.store), rows.readings(context.store), strict=False)
+            for row, reading in itertools.islice((pair for pair in both if pair[1]["divergence_positions"]), SHOWN):
+                examples.append(whose | {"prompt": row["prompt"], "tokens": _tokens(chat, reading)})
+    teachers = {teacher for teacher, _ in read}
+    for writer, rows in graph.answers.items():
+        if writer.teacher not in teachers:
+            teachers.add(writer.teacher)
+            row = rows.read(context.store)[0]
+            tokens = [{"text": row["completion"]}]
+            examples.append({"teacher": writer.teacher, "data": None, "prompt": row["prompt"], "tokens": tokens})
+    return examples
+
+
+def _tokens(chat: Chat, reading: RowReading) -> list[dict[str, Any]]:
+    """The answer in pieces: a divergence token is a piece, and so is all between two of them."""
+    tokens, positions = reading["tokens"].tolist(), set(reading["divergence_positions"])
+    pieces: list[dict[str, Any]] = []
+    for k, token in enumerate(tokens):
+        text = _after(chat, tokens[:k], token)
+        if k in positions:
+            argmax, margins = reading["argmax"][:, k].tolist(), reading["margin"][:, k].tolist()
+            readings = [
+                {"teacher": teacher, "says": _after(chat, tokens[:k], most), "margin": round(margin, 3)}
+                for teacher, most, margin in zip(reading["teachers"], argmax, margins, strict=True)
+            ]
+            pieces.append({"text": text, "readings": readings})
+        elif pieces and "readings" not in pieces[-1]:
+            pieces[-1]["text"] += text
+        else:
+            pieces.append({"text": text})
+    return pieces
+
+
+def _after(chat: Chat, before: list[int], token: int) -> str:
+    """The text that a token adds to those before it: a token's own text may lack the space in front of it."""
+    decode = chat.tokenizer.decode
+    start, whole = decode(before), decode([*before, token])
+    return whole[len(start) :] if whole.startswith(start) else decode([token])
 
 
 def _student(setup: Setup, student: Student, node: Node) -> dict[str, Any]:

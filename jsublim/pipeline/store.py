@@ -84,11 +84,9 @@ class Store:
         self.root, self.url, self.say = root, url, say
         self.bucket = Bucket.at(url or str(root))  # what all share who share the store
         self._states = States(self.bucket, root / TRAINING, say)
-        self._opened: dict[str, Artifact] = {}
         self._marks: dict[str, dict[str, Any]] = {}  # of what is whole, by folder
         self._read: set[tuple[str, str | None]] = set()  # folders, and which of their files (None: all) were compared
         self._listed: dict[str, tuple[float, dict[str, list[str]]]] = {}  # when, and folders by key, of each kind
-        self._programs: set[str] = set()  # in the bucket
 
     @classmethod
     def of(cls, config: Config, say: Callable[[str], None] = lambda text: None) -> Store:
@@ -112,26 +110,31 @@ class Store:
             self._listed[kind] = now, names
         yield from (name for name in self._listed[kind][1].get(output.key, ()) if name != output.folder)
 
-    def _mark(self, name: str) -> dict[str, Any] | None:
-        """The mark of a folder, read again; {} where it is damaged, None where there is none."""
-        self._marks.pop(name, None)
-        content = self.bucket.read(f"{name}/{DONE}")
-        mark = None if content is None else read_mark(content, self.bucket.place(name)) or {}
-        if mark:
-            self._marks[name] = mark
-        return mark
-
-    def _whole(self, output: Output) -> str | None:
+    def _whole(self, output: Output, *, mend: bool = False) -> str | None:
         """The folder of a whole artifact, under whichever label it was made; None if there is none.
 
+        Args:
+          mend: look at it again, and at the sizes of its files (in a folder also at their times).
+
         Raises:
-          JsublimError: its mark is not what was written; the artifact is unfinished then.
+          JsublimError: its mark is not what was written; the artifact is unfinished then. With `mend` that is only said.
         """
         for name in self._names(output):
-            if name in self._marks or (mark := self._mark(name)):
+            if name in self._marks and not mend:
                 return name
-            if mark is not None:
-                raise JsublimError(f"{self._set_aside(name, {DONE: CHANGED})}; {AGAIN}")
+            self._marks.pop(name, None)
+            content = self.bucket.read(f"{name}/{DONE}")
+            if content is None:
+                continue
+            mark = read_mark(content, self.bucket.place(name))
+            wrong = {DONE: CHANGED} if mark is None else self._damage(name, mark) if mend else {}
+            if mark is not None and not wrong:
+                self._marks[name] = mark
+                return name
+            line = self._set_aside(name, wrong)
+            if not mend:
+                raise JsublimError(f"{line}; {AGAIN}")
+            self.say(f"{line}; it is made again")
         return None
 
     def done(self, output: Output) -> bool:
@@ -159,26 +162,12 @@ class Store:
           UsageError: one is of another version of jsublim.
         """
 
-        def look() -> None:
-            for lines in at_once(self._mend, outputs) if self.url else map(self._mend, outputs):
-                if lines:
-                    self.say(f"{'; '.join(lines)}; it is made again")
+        def look(output: Output) -> None:
+            name = self._whole(output, mend=True)
+            if name is not None and self.url is None:
+                forget_progress(self.root / name)  # of a process that ended right after the mark was written
 
-        on_main_process(look)
-
-    def _mend(self, output: Output) -> list[str]:
-        lines = []
-        for name in self._names(output):
-            mark = self._mark(name)
-            if mark is None:
-                continue
-            wrong = self._damage(name, mark) if mark else {DONE: CHANGED}
-            if not wrong:
-                if self.url is None:
-                    forget_progress(self.root / name)  # of a process that ended right after the mark was written
-                break
-            lines.append(self._set_aside(name, wrong))
-        return lines
+        on_main_process(lambda: at_once(look, outputs))
 
     def _damage(self, name: str, mark: Mapping[str, Any]) -> dict[str, str]:
         if self.url is None:
@@ -301,11 +290,8 @@ class Store:
         Raises:
           JsublimError: as `Artifact`.
         """
-        if output.folder not in self._opened:
-            folder = self.path(output)
-            publish = (lambda: self._publish(output)) if self.url else lambda: None
-            self._opened[output.folder] = Artifact(folder, output.kind, output.inputs, publish, self.say)
-        return self._opened[output.folder]
+        publish = (lambda: self._publish(output)) if self.url else lambda: None
+        return Artifact(self.path(output), output.kind, output.inputs, publish, self.say)
 
     def agreed(self, name: str, decide: Callable[[], int]) -> int:
         """A number that is decided once for all who share the store: it is an artifact, too."""
@@ -377,7 +363,7 @@ class Store:
 
     def _send_programs(self) -> None:
         folder = programs_folder(self.root / PROGRAMS)
-        send_programs(self.bucket, f"{PROGRAMS}/{folder.name}", folder, self.say, self._programs)
+        send_programs(self.bucket, f"{PROGRAMS}/{folder.name}", folder, self.say)
 
     def keep_programs(self) -> None:
         """Have JAX keep compiled programs here, and use those that are (`programs.keep_programs`)."""

@@ -312,7 +312,7 @@ def test_programs_are_shared_whole(machine):
         (folders[0] / f"{name}-cache").write_bytes(zlib.compress(name.encode()))
     (folders[0] / "cut-cache").write_bytes(zlib.compress(b"of a process that is still writing it")[:-3])
     above = "programs/jaxlib-x"
-    send_programs(a.bucket, above, folders[0], said.append, set())
+    send_programs(a.bucket, above, folders[0], said.append)
     fetch_programs(a.bucket, above, folders[1], said.append)
     assert sorted(path.name for path in whole_programs(folders[1], said.append)) == ["one-cache", "two-cache"]
     bucket = a.bucket
