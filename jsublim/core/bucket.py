@@ -26,11 +26,7 @@ def is_url(place: str) -> bool:
 
 
 def check_url(url: str) -> str:
-    """A URL that a `Bucket` can be opened at.
-
-    Raises:
-      ValueError: another scheme, or no bucket.
-    """
+    """A URL that a `Bucket` can be opened at. Raises ValueError: another scheme, or no bucket."""
     scheme, _, rest = url.partition("://")
     if scheme not in SCHEMES:
         known = " or ".join(f"{name}://bucket/folder" for name in SCHEMES)
@@ -137,11 +133,7 @@ class Bucket:
             self._fs.put_file(str(local), path)
 
     def download(self, name: str, local: Path) -> None:
-        """An object's content as a file, which appears whole.
-
-        Raises:
-          FileNotFoundError: there is no such object.
-        """
+        """An object's content as a file, which appears whole. Raises FileNotFoundError: there is no such object."""
         with atomic(local) as scratch, self._asking(name) as path:
             self._fs.get_file(path, str(scratch))
 

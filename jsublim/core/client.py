@@ -122,11 +122,7 @@ class Client:
             raise UsageError(f"{self.what}: the environment names a proxy that cannot be used ({error})") from None
 
     def key(self) -> str | None:
-        """The key from its environment variable.
-
-        Raises:
-          UsageError: it is wanted, and none is usable.
-        """
+        """The key from its environment variable. Raises UsageError: it is wanted, and none is usable."""
         name = self.connection.key_variable
         if name is None:
             return None

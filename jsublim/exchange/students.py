@@ -28,11 +28,8 @@ def is_checkpoint(folder: Path) -> bool:
 
 
 def base_of(folder: Path, given: str | None) -> tuple[str, str | None]:
-    """What an adapter stands on, as others find it, and its revision: what the user says, the adapter, or the run that it is of.
-
-    Raises:
-      UsageError: nobody says it.
-    """
+    """What an adapter stands on, as others find it, and its revision: what the user says, the adapter, or the run that
+    it is of. Raises UsageError: nobody says it."""
     if given is not None:
         name, _, revision = given.partition("@")
         return name, revision or None
@@ -101,11 +98,8 @@ def export_merged(
 
 
 def export_checkpoint(folder: Path, out: Path, base: str | None) -> None:
-    """A student whose whole weights were trained is a checkpoint already: its files, and a card.
-
-    Raises:
-      UsageError: `out` is not free.
-    """
+    """A student whose whole weights were trained is a checkpoint already: its files, and a card. Raises UsageError:
+    `out` is not free."""
     kept = {"config.json", "model.safetensors.index.json", *TOKENIZER_FILES}
     files = [path for path in folder.iterdir() if path.name in kept or path.suffix == ".safetensors"]
     with new_folder(out) as scratch:

@@ -40,11 +40,8 @@ def execute_tasks(tasks: Iterable[Task], context: Context) -> None:
 
 
 def execute_nodes(nodes: Iterable[Node], context: Context) -> None:
-    """Make some artifacts, and what they need, in this process.
-
-    Raises:
-      UsageError, JsublimError: what cannot be made, before anything is computed.
-    """
+    """Make some artifacts, and what they need, in this process. Raises UsageError, JsublimError: what cannot be made,
+    before anything is computed."""
     tasks = tasks_of(nodes).values()
     for task in tasks:
         task.check(context.setup)
@@ -85,11 +82,8 @@ def execute(task: Task, context: Context) -> None:
 
 
 def execute_key(experiment: Experiment, key: str, progress: Progress | None = None) -> None:
-    """Do one task of an experiment's graph, told by its key alone: what any process of any machine with the store can do.
-
-    Raises:
-      UsageError: the graph has no such task, or a parent of it is not done.
-    """
+    """Do one task of an experiment's graph, told by its key alone: what any process of any machine with the store can
+    do. Raises UsageError: the graph has no such task, or a parent of it is not done."""
     context = Context.load(experiment, progress)
     task = plan(context.setup).task(key)
     mend([task, *task.parents], context)

@@ -176,11 +176,8 @@ def _own_digest(mark: Mapping[str, Any]) -> str:
 
 
 def read_mark(content: bytes, place: object) -> dict[str, Any] | None:
-    """What the mark of an artifact says; None where that is damaged, or names files elsewhere.
-
-    Raises:
-      UsageError: it is of another version; `place` is named.
-    """
+    """What the mark of an artifact says; None where that is damaged, or names files elsewhere. Raises UsageError: it
+    is of another version; `place` is named."""
     try:
         mark = json.loads(content)
         own = mark.pop("sha256", None)
@@ -205,11 +202,7 @@ def _is_inside(name: str) -> bool:
 
 
 def mark_of(folder: Path) -> dict[str, Any]:
-    """What the mark of a whole artifact says.
-
-    Raises:
-      JsublimError: it is not what was written.
-    """
+    """What the mark of a whole artifact says. Raises JsublimError: it is not what was written."""
     mark = read_mark((folder / DONE).read_bytes(), folder)
     if mark is None:
         raise JsublimError(f"{folder / DONE}: {CHANGED}; run the command again that made it")
@@ -271,10 +264,7 @@ def in_words(place: object, damage: Mapping[str, str]) -> str:
 
 
 def check_whole(folder: Path, only: str | None = None) -> None:
-    """Refuse a whole artifact, or one file of it, that is not what was written.
-
-    Raises:
-      JsublimError: naming the folder and the files.
-    """
+    """Refuse a whole artifact, or one file of it, that is not what was written. Raises JsublimError: naming the folder
+    and the files."""
     if wrong := damage_in(folder, only):
         raise JsublimError(f"{in_words(folder, wrong)}; run the command again that made it")

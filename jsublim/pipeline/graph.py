@@ -41,21 +41,14 @@ class Graph:
     audits: Mapping[tuple[Source, str], Node]
 
     def task(self, key: str) -> Task:
-        """The task of that key.
-
-        Raises:
-          UsageError: this graph has none.
-        """
+        """The task of that key. Raises UsageError: this graph has none."""
         if key not in self.tasks:
             raise UsageError(f"task '{key}': is not in the graph of this config; it has {len(self.tasks)} tasks")
         return self.tasks[key]
 
     def check(self, setup: Setup) -> None:
-        """Refuse, before anything is computed, what a task would refuse after hours.
-
-        Raises:
-          UsageError, JsublimError: naming the field of the config.
-        """
+        """Refuse, before anything is computed, what a task would refuse after hours. Raises UsageError, JsublimError:
+        naming the field of the config."""
         check_teachers(setup)
         check_datasets(setup)
         for task in self.tasks.values():

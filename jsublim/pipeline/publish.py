@@ -27,10 +27,7 @@ def pedigree_of(path: Path) -> Path:
 
 def published_key(path: Path) -> str | None:
     """The key of the artifact that a file or folder is (a copy of); None where it is none, or was changed since.
-
-    Raises:
-      JsublimError: a folder of a store, or `rows.jsonl` in one, is not what was written.
-    """
+    Raises JsublimError: a folder of a store, or `rows.jsonl` in one, is not what was written."""
     record = record_of(path)
     folder = path if path.is_dir() else path.parent
     if record is None:

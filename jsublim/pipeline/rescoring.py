@@ -120,11 +120,9 @@ def _answers(path: Path) -> _Answers:
 
 
 def _matched(rows: list[dict[str, Any]], answers: _Answers, match: Match) -> tuple[list[dict[str, Any]], int]:
-    """The rows with every share of answers that name something counted anew, and how many that are.
-
-    Raises:
-      JsublimError: answers of a row are not there (results of an earlier version hold those of the plain evaluation alone).
-    """
+    """The rows with every share of answers that name something counted anew, and how many that are. Raises
+    JsublimError: answers of a row are not there (results of an earlier version hold those of the plain evaluation
+    alone)."""
     kept, changed = [], 0
     for row in rows:
         metric = metric_of(row["metric"])

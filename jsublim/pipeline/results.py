@@ -284,11 +284,8 @@ def claim_folder(experiment: Config, key: str, console: Console) -> None:
 
 
 def check_folder(experiment: Config) -> None:
-    """Touch nothing in a folder that is not a run's.
-
-    Raises:
-      UsageError: the folder has no mark of a run, and holds more than the store.
-    """
+    """Touch nothing in a folder that is not a run's. Raises UsageError: the folder has no mark of a run, and holds
+    more than the store."""
     folder = experiment.run_dir
     if _mark(folder) is None and (foreign := _foreign(folder, experiment.store_dir)):
         raise UsageError(

@@ -39,11 +39,8 @@ class RowLog:
         return list(rows.values())
 
     def add(self, rows: list[dict[str, Any]]) -> None:
-        """Keep finished rows; each has its number under "row".
-
-        Raises:
-          Preempted: as `leave_if_asked`; these rows are kept.
-        """
+        """Keep finished rows; each has its number under "row". Raises Preempted: as `leave_if_asked`; these rows are
+        kept."""
         if self._file is not None:
             with naming(self.path):
                 self._file.writelines(map(_line, rows))

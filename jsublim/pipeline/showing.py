@@ -138,11 +138,7 @@ def artifacts_in(store: Path) -> dict[str, dict[str, int]]:
 
 
 def full_config(folder: Path, kinds: Mapping[str, type[Config]]) -> dict[str, Any]:
-    """Every field of a run's config, by dotted name.
-
-    Raises:
-      UsageError: the folder has none that can be read.
-    """
+    """Every field of a run's config, by dotted name. Raises UsageError: the folder has none that can be read."""
     check_run(folder)
     config = config_of(folder, kinds)
     if config is None:
@@ -151,11 +147,7 @@ def full_config(folder: Path, kinds: Mapping[str, type[Config]]) -> dict[str, An
 
 
 def experiment_of_run(folder: Path) -> Experiment:
-    """The config of a run on a language model.
-
-    Raises:
-      UsageError: the folder has none that can be read.
-    """
+    """The config of a run on a language model. Raises UsageError: the folder has none that can be read."""
     check_run(folder)
     config = config_of(folder, {"language": Experiment})
     if not isinstance(config, Experiment):

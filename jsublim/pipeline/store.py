@@ -155,12 +155,9 @@ class Store:
     # Damage
 
     def mend(self, outputs: Sequence[Output]) -> None:
-        """Look, before work, whether the files of whole artifacts are what was written, as far as sizes (in a folder also times) tell.
-        A damaged one is set aside, which is said, and the artifact is unfinished again.
-
-        Raises:
-          UsageError: one is of another version of jsublim.
-        """
+        """Look, before work, whether the files of whole artifacts are what was written, as far as sizes (in a folder
+        also times) tell. A damaged one is set aside, which is said, and the artifact is unfinished again. Raises
+        UsageError: one is of another version of jsublim."""
 
         def look(output: Output) -> None:
             name = self._whole(output, mend=True)
@@ -231,23 +228,17 @@ class Store:
         return False
 
     def _lock(self, key: str) -> Any:
-        """A lock that is taken, and given back at the end of a block.
-
-        Raises:
-          Timeout: somebody has it.
-        """
+        """A lock that is taken, and given back at the end of a block. Raises Timeout: somebody has it."""
         (self.root / LOCKS).mkdir(parents=True, exist_ok=True)
         return FileLock(self.root / LOCKS / f"{key}.lock", thread_local=False).acquire(timeout=0)
 
     # Artifacts
 
     def path(self, output: Output, only: str | None = None) -> Path:
-        """Its folder on this machine, under whichever label it was made: another command may have called the same thing otherwise.
-        What is read of it (all, or `only` one file and its record) is there, and was compared with its digests once in this process.
-
-        Raises:
-          JsublimError: it is whole, and not what was written; it is unfinished then.
-        """
+        """Its folder on this machine, under whichever label it was made: another command may have called the same
+        thing otherwise. What is read of it (all, or `only` one file and its record) is there, and was compared with
+        its digests once in this process. Raises JsublimError: it is whole, and not what was written; it is
+        unfinished then."""
         name = self._whole(output)
         if name is not None and not self._read.isdisjoint({(name, None), (name, only)}):
             return self._here(output, name)
@@ -285,11 +276,7 @@ class Store:
         return self.root / (name or next(begun, output.folder))
 
     def open(self, output: Output) -> Artifact:
-        """The artifact, its folder made if there is none.
-
-        Raises:
-          JsublimError: as `Artifact`.
-        """
+        """The artifact, its folder made if there is none. Raises JsublimError: as `Artifact`."""
         publish = (lambda: self._publish(output)) if self.url else lambda: None
         return Artifact(self.path(output), output.kind, output.inputs, publish, self.say)
 

@@ -79,11 +79,8 @@ def _new_key() -> str:
 
 
 def on_main_process(act: Callable[[], R]) -> R:
-    """Let the first process act; all go on when it has, with what it returns (JSON).
-
-    Raises:
-      JsublimError: on the others, where the first failed.
-    """
+    """Let the first process act; all go on when it has, with what it returns (JSON). Raises JsublimError: on the
+    others, where the first failed."""
     if not _together():
         return act()
     key = _new_key()
@@ -109,11 +106,8 @@ def on_main_process(act: Callable[[], R]) -> R:
 
 
 def each_from_main(items: Callable[[], Iterable[R]]) -> Iterator[R]:
-    """Items that the first process gets, one after another and when they come; on all processes the same.
-
-    Raises:
-      JsublimError: as `on_main_process`.
-    """
+    """Items that the first process gets, one after another and when they come; on all processes the same. Raises
+    JsublimError: as `on_main_process`."""
     if not _together():
         yield from items()
         return
@@ -164,11 +158,8 @@ def everywhere(sound: bool) -> bool:
 
 
 def shared_out(items: Sequence[T], work: Callable[[list[T]], list[R]]) -> list[R]:
-    """What `work` makes of items (JSON, one for each): every process makes a part, and all have all.
-
-    Raises:
-      Whatever `work` raises, on the process whose part it is.
-    """
+    """What `work` makes of items (JSON, one for each): every process makes a part, and all have all. Raises Whatever
+    `work` raises, on the process whose part it is.:"""
     if not _together() or len(items) < WORTH_SHARING:
         return work(list(items))
     key, count = _new_key(), process_count()
@@ -197,11 +188,8 @@ def _wait_for(key: str) -> bytes:
 
 
 def check_shared(bucket: Bucket) -> None:
-    """Refuse a place that is not the same for all processes.
-
-    Raises:
-      UsageError: a process does not see what the first one writes there.
-    """
+    """Refuse a place that is not the same for all processes. Raises UsageError: a process does not see what the first
+    one writes there."""
     if not _together():
         return
     # One name for those who meet at one address: a kill leaves one mark at most, which the next command takes away.
@@ -244,11 +232,7 @@ def wait_until_seen(places: Iterable[tuple[str, Callable[[], bool]]]) -> None:
 
 
 def check_alike(what: str, value: str) -> None:
-    """Refuse processes that are about to do different things.
-
-    Raises:
-      UsageError: `value` is not the first one's.
-    """
+    """Refuse processes that are about to do different things. Raises UsageError: `value` is not the first one's."""
     if not everywhere(value == on_main_process(lambda: value)):
         raise UsageError(
             f"--distributed: the processes do not agree on {what}; give all hosts the same command, package, config and checkpoints"
@@ -333,10 +317,7 @@ def _second_ends(kind: int) -> Iterator[None]:
 
 def leaving() -> bool:
     """Whether to keep what is finished and leave: told at the same point on every process. All must ask equally often.
-
-    Raises:
-      KeyboardInterrupt: Ctrl-C was heard, and nothing came of it.
-    """
+    Raises KeyboardInterrupt: Ctrl-C was heard, and nothing came of it."""
     if _State.interrupted:
         raise KeyboardInterrupt
     if _together():
@@ -346,10 +327,6 @@ def leaving() -> bool:
 
 
 def leave_if_asked() -> None:
-    """To be called where all that was done is kept.
-
-    Raises:
-      Preempted: the machine is being taken away.
-    """
+    """To be called where all that was done is kept. Raises Preempted: the machine is being taken away."""
     if leaving():
         raise Preempted("stopped by a signal; what was finished is kept, and the same command goes on")
