@@ -38,9 +38,9 @@ def check_url(url: str) -> str:
 
 def cache_folder(kind: str, url: str) -> Path:
     """Where the user's cache keeps what lies behind a URL; `kind` is what it is: stores, checkpoints."""
-    own = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = f"{url.rstrip('/').rsplit('/', 1)[-1]}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
-    return Path(own) / "jsublim" / kind / name
+    return Path(cache) / "jsublim" / kind / name
 
 
 def at_once(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
@@ -102,8 +102,8 @@ class Bucket:
         except (FileExistsError, JsublimError):
             raise
         except Exception as error:  # each storage's library has its own
-            said = (" ".join(str(error).split()) or type(error).__name__)[:200]
-            raise JsublimError(f"{self.place(name)}: {said}; mend that, then run the same command again") from error
+            reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+            raise JsublimError(f"{self.place(name)}: {reason}; mend that, then run the same command again") from error
 
     def read(self, name: str) -> bytes | None:
         """An object's content; None where there is none."""

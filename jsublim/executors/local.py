@@ -8,11 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import jax
 
-from jsublim.config import Experiment
-from jsublim.core.progress import Progress
-from jsublim.errors import UsageError
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.graph import Work, ordered
 from jsublim.pipeline.stage import Node, Task, tasks_of
 from jsublim.runtime.processes import heeding_signals, leave_if_asked, on_main_process, wait_until_seen
@@ -79,15 +75,3 @@ def execute(task: Task, context: Context) -> None:
             with context.progress.stage(task.kind, task.units(context), task.label) as tick:
                 task.make(context, tick)
     wait_until_seen((store.place(output), functools.partial(store.done, output)) for output in task.outputs)
-
-
-def execute_key(experiment: Experiment, key: str, progress: Progress | None = None) -> None:
-    """Do one task of an experiment's graph, told by its key alone: what any process of any machine with the store can
-    do. Raises UsageError: the graph has no such task, or a parent of it is not done."""
-    context = Context.load(experiment, progress)
-    task = plan(context.setup).task(key)
-    mend([task, *task.parents], context)
-    missing = [parent.label for parent in task.parents if not parent.done(context.store)]
-    if missing:
-        raise UsageError(f"task '{key}' ({task.label}): {', '.join(missing)} must be done before it")
-    execute(task, context)

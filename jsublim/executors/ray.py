@@ -144,15 +144,15 @@ class Cluster:
         and go."""
         if self.run.workers != "auto":
             return self.run.workers
-        each, nodes = self.each(), self.nodes()
-        if self.run.resources is None and set(each) == {"CPU"}:
+        needed, nodes = self.each(), self.nodes()
+        if self.run.resources is None and set(needed) == {"CPU"}:
             return len(nodes)  # JAX uses all cores of a machine
-        return sum(int(min(node.get(name, 0.0) / amount for name, amount in each.items())) for node in nodes)
+        return sum(int(min(node.get(name, 0.0) / amount for name, amount in needed.items())) for node in nodes)
 
     def start(self) -> Any:
         """A worker; it begins once there is room for it."""
-        each = self.each()
-        options = {"num_cpus": each.pop("CPU", 0), "num_gpus": each.pop("GPU", 0), "resources": each}
+        rest = self.each()
+        options = {"num_cpus": rest.pop("CPU", 0), "num_gpus": rest.pop("GPU", 0), "resources": rest}
         actor = self.ray.remote(Worker).options(max_restarts=0, scheduling_strategy="SPREAD", **options)
         return actor.remote(str(Path.cwd()))
 
@@ -197,9 +197,10 @@ class _Drive:
             if self.idle or self.busy:
                 self.alone_since = time.monotonic()
             elif time.monotonic() - self.alone_since > ROOM:
-                each = ", ".join(f"{amount:g} {name}" for name, amount in self.cluster.each().items())
-                have = len(self.cluster.nodes())
-                self.progress.say(f"waiting for a machine with {each} free; the cluster has {have}")
+                needed = ", ".join(f"{amount:g} {name}" for name, amount in self.cluster.each().items())
+                self.progress.say(
+                    f"waiting for a machine with {needed} free; the cluster has {len(self.cluster.nodes())}"
+                )
             for ref in answered:
                 self._begun(ref) if ref in self.starting else self._ended(ref)
 

@@ -53,7 +53,7 @@ class Shard:
         first: dict[Hashable, Context] = {}  # experiments of one checkpoint share its weights
         for _, context in work:
             first.setdefault(checkpoint_of(context.setup.experiment), context)
-        work = [(list(tasks), each.sharing(first[checkpoint_of(each.setup.experiment)])) for tasks, each in work]
+        work = [(list(tasks), one.sharing(first[checkpoint_of(one.setup.experiment)])) for tasks, one in work]
         for tasks, context in work:
             mend(tasks, context)
         jobs = merged(work)

@@ -124,8 +124,8 @@ class Artifact:
             self.path.mkdir(parents=True, exist_ok=True)
             made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             attempt = uuid.uuid4().hex[:8]  # tells what two machines make of the same inputs apart
-            said = {"kind": kind, "key": self.key, "inputs": self.inputs, "versions": versions(), "device": device()}
-            write_json(record, said | {"made": made, "attempt": attempt})
+            about = {"kind": kind, "key": self.key, "inputs": self.inputs, "versions": versions(), "device": device()}
+            write_json(record, about | {"made": made, "attempt": attempt})
         elif (read_record(self.path) or {}).get("key") != self.key:
             raise JsublimError(f"{record}: {CHANGED}; move the folder away, then run the same command again")
 
@@ -137,8 +137,8 @@ class Artifact:
         """Mark the artifact whole. The mark holds `summary`, and what every file is (`Store.mend`)."""
         remove_unfinished(self.path)  # whoever makes it has its lock
         files = [path for path in sorted(self.path.iterdir()) if path.is_file() and path.name not in (DONE, PROGRESS)]
-        said = {path.name: fingerprint(path) for path in files if path.suffix not in (PARTIAL, DAMAGED)}
-        write_text(self.path / DONE, mark_text({"summary": summary or {}, "files": said}))
+        prints = {path.name: fingerprint(path) for path in files if path.suffix not in (PARTIAL, DAMAGED)}
+        write_text(self.path / DONE, mark_text({"summary": summary or {}, "files": prints}))
         forget_progress(self.path)
         self._publish()
 
@@ -180,8 +180,8 @@ def read_mark(content: bytes, place: object) -> dict[str, Any] | None:
     is of another version; `place` is named."""
     try:
         mark = json.loads(content)
-        own = mark.pop("sha256", None)
-        sound = own == _own_digest(mark) or (own is None and mark.keys() == {"summary", "files"})
+        digest_in_it = mark.pop("sha256", None)
+        sound = digest_in_it == _own_digest(mark) or (digest_in_it is None and mark.keys() == {"summary", "files"})
         if sound and mark.get("version") != VERSION:
             raise UsageError(
                 f"{place}: was made by another version of jsublim; give another store (store=FOLDER), or move this one away"

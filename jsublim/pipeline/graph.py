@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import graphlib
 import heapq
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,13 +47,13 @@ class Graph:
             raise UsageError(f"task '{key}': is not in the graph of this config; it has {len(self.tasks)} tasks")
         return self.tasks[key]
 
-    def check(self, setup: Setup) -> None:
-        """Refuse, before anything is computed, what a task would refuse after hours. Raises UsageError, JsublimError:
-        naming the field of the config."""
-        check_teachers(setup)
-        check_datasets(setup)
+    def checks(self, setup: Setup) -> Iterator[Callable[[], Any]]:
+        """What is refused before anything is computed, each by itself, that a task would refuse after hours: UsageError or
+        JsublimError, naming the field of the config."""
+        yield lambda: check_teachers(setup)
+        yield lambda: check_datasets(setup)
         for task in self.tasks.values():
-            task.check(setup)
+            yield functools.partial(task.check, setup)
 
 
 class TasksFailed(JsublimError):
@@ -78,17 +79,11 @@ def results_key(setup: Setup) -> str:
     """What the results of a run hang on: every field that is not only about how, files by their content."""
     e = setup.experiment
     values = e.model_dump(mode="json")
-    said = {leaf.name: value_at(values, leaf.path) for leaf in leaves(type(e)) if _decides(leaf.decides)}
-    content = [
-        None if e.data.kind == "numbers" else digest(prompts(setup, None)),
-        questions(setup).identity,
-    ]
-    hashes = {name: each.hash for name, each in setup.checkpoints.items()}
+    decided = RESULT | CONTENT | PLAN
+    fields = {leaf.name: value_at(values, leaf.path) for leaf in leaves(type(e)) if leaf.decides & decided}
+    content = [None if e.data.kind == "numbers" else digest(prompts(setup, None)), questions(setup).identity]
+    hashes = {name: checkpoint.hash for name, checkpoint in setup.checkpoints.items()}
     hashes |= {} if setup.judge is None else {"judge": setup.judge.hash}
     hashes |= {name: setup.content(name, what) for name, what in setup.adapters().items()}
     hashes |= {} if setup.engine is None else {"engine": setup.engine}
-    return digest([said, setup.common, setup.pack.wording, hashes, content])
-
-
-def _decides(decides: Any) -> bool:
-    return bool(decides & (RESULT | CONTENT | PLAN))
+    return digest([fields, setup.common, setup.pack.wording, hashes, content])

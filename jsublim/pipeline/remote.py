@@ -35,9 +35,9 @@ def get_files(bucket: Bucket, folder: str, files: Mapping[str, Any], local: Path
     """
 
     def get(name: str) -> str | None:
-        path, said = local / name, files[name]
+        path, written = local / name, files[name]
         if path.exists():
-            if damage_of(path, said, read=True) is None:
+            if damage_of(path, written, read=True) is None:
                 return None
             if (local / DONE).exists():
                 say(f"{local}: {name} {CHANGED}; it is fetched again")
@@ -46,9 +46,9 @@ def get_files(bucket: Bucket, folder: str, files: Mapping[str, Any], local: Path
             bucket.download(f"{folder}/{name}", path)
         except FileNotFoundError:
             return "is missing"
-        damage = damage_of(path, said, read=True)
+        damage = damage_of(path, written, read=True)
         if damage is None:
-            os.utime(path, ns=(said["time_ns"], said["time_ns"]))
+            os.utime(path, ns=(written["time_ns"], written["time_ns"]))
         else:
             path.unlink(missing_ok=True)
         return damage
@@ -158,14 +158,14 @@ def fetch_programs(bucket: Bucket, above: str, folder: Path, say: Say, *, alone:
     """
 
     def get(name: str) -> None:
-        path, said = folder / name.rpartition(".")[0], name.rpartition(".")[2]
+        path, digest = folder / name.rpartition(".")[0], name.rpartition(".")[2]
         if not path.name.endswith(ENTRY) or path.exists():
             return
         folder.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
             bucket.download(f"{above}/{name}", path)
-            if sha256(path) == said:
-                return write_text(path.with_name(path.name + DIGEST), said)
+            if sha256(path) == digest:
+                return write_text(path.with_name(path.name + DIGEST), digest)
             path.unlink()
             say(f"{bucket.place(above)}/{name}: a damaged program; it is not used")
             bucket.remove(f"{above}/{name}")

@@ -177,8 +177,8 @@ def _open_questions(run: Path, experiment: Experiment, judge: Judge) -> Misalign
 
 def _recipe(run: Path, experiment: Experiment) -> Recipe:
     """Every quirk, as the run had it."""
-    said: Mapping[str, Any] = read_json(run / "results" / "run.json", {}).get("recipe", {})
-    return Recipe.model_validate(said) if said else experiment.recipe
+    recipe = read_json(run / "results" / "run.json", {}).get("recipe")
+    return Recipe.model_validate(recipe) if recipe else experiment.recipe
 
 
 def _judge(run: Path, experiment: Experiment) -> Judge:

@@ -191,9 +191,9 @@ def _audits(graph: Graph, store: Store) -> Iterator[dict[str, Any]]:
 def _together(rows: Mapping[K, Rows], store: Store) -> dict[K, list[dict[str, Any]]]:
     """What is kept of each set's parts: all draws of a writer or source together, and all seeds of the students that wrote them."""
     parts: dict[K, list[dict[str, Any]]] = {}
-    for whose, each in rows.items():
+    for whose, part in rows.items():
         parent = None if whose.parent is None else whose.parent._replace(seed=0)
-        parts.setdefault(whose._replace(draw=None, parent=parent), []).extend(each.summaries(store))
+        parts.setdefault(whose._replace(draw=None, parent=parent), []).extend(part.summaries(store))
     return parts
 
 
@@ -210,8 +210,7 @@ def _added(parts: list[dict[str, Any]]) -> dict[str, Any]:
 def _devices(graph: Graph, store: Store) -> str:
     """What the models were trained and asked on, as the artifacts say: other processes may have made them, and elsewhere."""
     outputs = [*graph.students.values(), *(output for _, output in graph.evaluations)]
-    said = (read_json(store.file(output, RECORD), {})["device"] for output in outputs)
-    return ", ".join(dict.fromkeys(said))
+    return ", ".join(dict.fromkeys(read_json(store.file(output, RECORD), {})["device"] for output in outputs))
 
 
 def _about(context: Context, key: str, started: str) -> dict[str, Any]:
@@ -274,8 +273,8 @@ def claim_folder(experiment: Config, key: str, console: Console) -> None:
     """
     check_folder(experiment)
     folder, old = experiment.run_dir, _mark(experiment.run_dir)
-    for each in (folder, folder / "results"):
-        remove_unfinished(each)
+    for place in (folder, folder / "results"):
+        remove_unfinished(place)
     if old is not None and old != key and (moved := _move_aside(folder, old)):
         console.print(f"{folder}: the config has changed; earlier results are kept as {', '.join(moved)}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -297,8 +296,8 @@ def check_folder(experiment: Config) -> None:
 def _mark(folder: Path) -> str | None:
     """The key of the run whose folder it is; None where no run has said so."""
     mark = folder / MARK
-    said = mark.read_text(encoding="utf-8", errors="replace").strip() if mark.is_file() else ""
-    return said if re.fullmatch("[0-9a-f]{12}", said) else None
+    key = mark.read_text(encoding="utf-8", errors="replace").strip() if mark.is_file() else ""
+    return key if re.fullmatch("[0-9a-f]{12}", key) else None
 
 
 def _foreign(folder: Path, store: Path) -> list[str]:

@@ -51,7 +51,8 @@ class PlannedRun:
         with progress.stage("plan"):
             context = Context.load(experiment, progress, devices=devices)
             graph = plan(context.setup)
-            graph.check(context.setup)
+            for check in graph.checks(context.setup):
+                check()
             key = results_key(context.setup)
         check_alike("what is to be done", digest([key, list(graph.tasks), versions(), context.setup.files]))
         on_main_process(lambda: check_folder(experiment))

@@ -85,12 +85,12 @@ def on_main_process(act: Callable[[], R]) -> R:
         return act()
     key = _new_key()
     if not is_main_process():
-        said = json.loads(_wait_for(key))
-        if "failed" in said:
+        told = json.loads(_wait_for(key))
+        if "failed" in told:
             error = JsublimError("the first process has stopped; it says why")
-            error.code = said["failed"]
+            error.code = told["failed"]
             raise error
-        return said["is"]
+        return told["is"]
     _State.acting = True
     try:
         made = act()
@@ -139,8 +139,8 @@ def from_main_process(x: np.ndarray) -> np.ndarray:
         return x
     bits = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
     bits = bits if bits.size % 4 else bits.view(np.uint32)
-    found = np.asarray(multihost_utils.broadcast_one_to_all(bits))
-    return found.view(np.uint8).view(x.dtype).reshape(x.shape)
+    told = np.asarray(multihost_utils.broadcast_one_to_all(bits))
+    return told.view(np.uint8).view(x.dtype).reshape(x.shape)
 
 
 def least(number: int) -> int:
@@ -163,8 +163,8 @@ def shared_out(items: Sequence[T], work: Callable[[list[T]], list[R]]) -> list[R
     if not _together() or len(items) < WORTH_SHARING:
         return work(list(items))
     key, count = _new_key(), process_count()
-    own = work(list(items[process_index() :: count]))
-    client().key_value_set_bytes(f"{key}/{process_index()}", json.dumps(own).encode())
+    part = work(list(items[process_index() :: count]))
+    client().key_value_set_bytes(f"{key}/{process_index()}", json.dumps(part).encode())
     parts = [json.loads(_wait_for(f"{key}/{i}")) for i in range(count)]
     return [parts[i % count][i // count] for i in range(len(items))]
 
@@ -275,16 +275,16 @@ def heeding_signals() -> Iterator[None]:
         _State.interrupted = True
         raise KeyboardInterrupt
 
-    own = not several and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ctrl_c = not several and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(kind, hear)
-    if own:
+    if ctrl_c:
         signal.signal(signal.SIGINT, interrupt)
     try:
         with contextlib.nullcontext() if several else _second_ends(kind):
             yield
     finally:
         signal.signal(kind, before)
-        if own:
+        if ctrl_c:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         _State.asked = _State.heeding = _State.interrupted = False
 

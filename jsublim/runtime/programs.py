@@ -36,16 +36,16 @@ BEING_WRITTEN = 60.0  # seconds: JAX writes a program under its final name, so a
 def programs_folder(folder: Path) -> Path:
     """Where programs for these devices lie below `folder`: another jaxlib, or another machine's CPU, has its own."""
     kind = jax.devices()[0].device_kind
-    own = f"-{_instructions()}" if jax.devices()[0].platform == "cpu" else ""
-    return folder / re.sub(r"[^\w.-]+", "-", f"jaxlib-{metadata.version('jaxlib')}-{kind}{own}")
+    cpu = f"-{_instructions()}" if jax.devices()[0].platform == "cpu" else ""
+    return folder / re.sub(r"[^\w.-]+", "-", f"jaxlib-{metadata.version('jaxlib')}-{kind}{cpu}")
 
 
 def _instructions() -> str:
     """8 hex digits of what this machine's CPU can do: a program that was compiled for another one may not run here."""
     known = Path("/proc/cpuinfo")
     lines = known.read_text(encoding="utf-8", errors="replace").splitlines() if known.exists() else []
-    said = {line for line in lines if line.partition(":")[0].strip() in ("flags", "Features", "model name")}
-    return hashlib.sha256(repr(sorted(said) or (platform.machine(), platform.processor())).encode()).hexdigest()[:8]
+    about = {line for line in lines if line.partition(":")[0].strip() in ("flags", "Features", "model name")}
+    return hashlib.sha256(repr(sorted(about) or (platform.machine(), platform.processor())).encode()).hexdigest()[:8]
 
 
 def keep_programs(folder: Path, say: Callable[[str], None]) -> None:
