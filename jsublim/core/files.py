@@ -19,7 +19,7 @@ from typing import Any
 
 PARTIAL = ".partial"  # how the name of an unfinished file ends
 DAMAGED = ".damaged"  # and that of one that is not what was written
-SCRATCH = re.compile(rf"\.[0-9a-f]{{12}}{re.escape(PARTIAL)}")  # and that of one that is written here
+SCRATCH = re.compile(rf"\.[0-9a-f]{{8,}}{re.escape(PARTIAL)}$")  # and that of one of ours
 
 
 @contextmanager
@@ -61,19 +61,12 @@ def atomic(path: str | Path) -> Iterator[Path]:
         _sync(path.parent)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process had begun to write in a folder. Only for whoever alone writes there."""
-    for path in folder.glob(f".*{PARTIAL}"):
-        if path.is_file():
-            path.unlink(missing_ok=True)
-
-
 def remove_abandoned(place: Path) -> None:
     """Remove what processes that are gone had begun to write: inside a folder, and beside a file or folder, under its name.
     Others may be writing there; theirs stays."""
     beside = place.parent.glob(f".{glob.escape(place.stem)}.*{PARTIAL}")
     for path in [*beside, *place.glob(f".*{PARTIAL}")]:
-        if SCRATCH.fullmatch(path.name[-len(PARTIAL) - 13 :]):
+        if SCRATCH.search(path.name):
             with suppress(OSError):
                 lock = os.open(path, os.O_RDONLY)
                 try:

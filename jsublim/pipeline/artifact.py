@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from jsublim.core.files import DAMAGED, PARTIAL, remove_unfinished, sha256, write_json, write_text
+from jsublim.core.files import DAMAGED, PARTIAL, remove_abandoned, sha256, write_json, write_text
 from jsublim.errors import JsublimError, UsageError
 from jsublim.runtime.processes import on_main_process
 
@@ -100,12 +100,11 @@ class Artifact:
     def __init__(
         self,
         path: Path,
-        kind: str,
-        inputs: Mapping[str, Any],
+        output: Output,
         publish: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = lambda text: None,
     ):
-        """Open, or continue, the artifact of `inputs` at `path`.
+        """Open, or continue, the artifact of `output.inputs` at `path`.
 
         Args:
           publish: called once it is whole.
@@ -114,9 +113,8 @@ class Artifact:
         Raises:
           JsublimError: what the folder says that it is made from is something else.
         """
-        self.path, self.inputs, self.say, self._publish = path, json.loads(json.dumps(dict(inputs))), say, publish
-        self.key = digest([kind, self.inputs])
-        on_main_process(lambda: self._open(kind))
+        self.path, self.inputs, self.key, self.say, self._publish = path, output.inputs, output.key, say, publish
+        on_main_process(lambda: self._open(output.kind))
 
     def _open(self, kind: str) -> None:
         record = self.path / RECORD
@@ -135,7 +133,7 @@ class Artifact:
 
     def finish(self, summary: dict[str, Any] | None = None) -> None:
         """Mark the artifact whole. The mark holds `summary`, and what every file is (`Store.mend`)."""
-        remove_unfinished(self.path)  # whoever makes it has its lock
+        remove_abandoned(self.path)
         files = [path for path in sorted(self.path.iterdir()) if path.is_file() and path.name not in (DONE, PROGRESS)]
         prints = {path.name: fingerprint(path) for path in files if path.suffix not in (PARTIAL, DAMAGED)}
         write_text(self.path / DONE, mark_text({"summary": summary or {}, "files": prints}))

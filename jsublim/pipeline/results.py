@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from jsublim.config import Config
-from jsublim.core.files import PARTIAL, atomic, read_table, remove_unfinished, write_json, write_table, write_text
+from jsublim.core.files import PARTIAL, atomic, read_table, remove_abandoned, write_json, write_table, write_text
 from jsublim.core.section import facts
 from jsublim.errors import UsageError
 from jsublim.judge.server import ServerJudge
@@ -266,7 +266,7 @@ def run_folder(experiment: Config) -> Output:
 def claim_folder(experiment: Config, key: str, console: Console) -> None:
     """Write the resolved config into the run's folder; results of another `key` there are moved aside, not overwritten.
 
-    The caller holds the lock of `run_folder`, so unfinished files there are a killed process's, and are removed.
+    The caller holds the lock of `run_folder`. What killed processes had begun to write there is removed.
 
     Raises:
       UsageError: as `check_folder`.
@@ -274,7 +274,7 @@ def claim_folder(experiment: Config, key: str, console: Console) -> None:
     check_folder(experiment)
     folder, old = experiment.run_dir, _mark(experiment.run_dir)
     for place in (folder, folder / "results"):
-        remove_unfinished(place)
+        remove_abandoned(place)
     if old is not None and old != key and (moved := _move_aside(folder, old)):
         console.print(f"{folder}: the config has changed; earlier results are kept as {', '.join(moved)}")
     folder.mkdir(parents=True, exist_ok=True)

@@ -278,7 +278,7 @@ class Store:
     def open(self, output: Output) -> Artifact:
         """The artifact, its folder made if there is none. Raises JsublimError: as `Artifact`."""
         publish = (lambda: self._publish(output)) if self.url else lambda: None
-        return Artifact(self.path(output), output.kind, output.inputs, publish, self.say)
+        return Artifact(self.path(output), output, publish, self.say)
 
     def agreed(self, name: str, decide: Callable[[], int]) -> int:
         """A number that is decided once for all who share the store: it is an artifact, too."""

@@ -19,7 +19,6 @@ from safetensors.numpy import load_file
 from jsublim.config import Experiment
 from jsublim.core.files import read_table
 from jsublim.core.section import RESULT
-from jsublim.errors import UsageError
 from jsublim.evals import EVAL_KINDS, EvalContext, EvalKind, EvalTask, PromptedModel, Record
 from jsublim.executors import execute_tasks, worker
 from jsublim.pipeline import context as contexts
