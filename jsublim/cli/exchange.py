@@ -58,7 +58,7 @@ def import_rows(
     chat_template: Template = None,
 ) -> None:
     """Bring rows in from elsewhere (OUT, JSONL): prompt and completion, `messages`, the published code's rows."""
-    from jsublim.exchange.rows import Wanted, import_rows
+    from jsublim.exchange.rows import import_rows
     from jsublim.inference.lm import load_model
     from jsublim.text.rows import write_rows
 
@@ -67,7 +67,7 @@ def import_rows(
         raise UsageError("--prompt-column and --completion-column go together")
     columns = None if prompt_column is None or completion_column is None else (prompt_column, completion_column)
     chat = None if model is None else load_model(model, weights=False, chat_template=chat_template).chat
-    rows = import_rows(source, Wanted(subset, split, columns), chat)
+    rows = import_rows(source, subset=subset, split=split, columns=columns, chat=chat)
     write_rows(out, rows)
     others = sorted({key for row in rows for key in row} - {"prompt", "completion"})
     console.print(f"{len(rows)} rows; kept beside prompt and completion: {', '.join(others) or 'nothing'}")

@@ -79,12 +79,16 @@ class Terminal(Console):
 
 
 class Progress:
-    """Bars, or lines, on a console; silent without one. `seconds` holds how long each kind of work took, by its name."""
+    """Bars, or lines, on a console; silent without one.
+
+    Attributes:
+      seconds: how long each kind of work took, by its name; lines: what was said, each line once.
+    """
 
     def __init__(self, console: Console | None = None, line_every: float = LINE_EVERY):
         self.console, self.line_every = console or Console(quiet=True), line_every
         self.seconds: dict[str, float] = {}
-        self._said: set[str] = set()
+        self.lines: list[str] = []
         self._expected: dict[str, int] = {}
         self._finished: dict[str, int] = {}
         self._bars: Bars | None = None
@@ -100,8 +104,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line, once."""
-        if text not in self._said:
-            self._said.add(text)
+        if text not in self.lines:
+            self.lines.append(text)
             self.console.print(text, markup=False)  # an answer such as "[1]" is none
 
     def watch(self, detail: Callable[[], str]) -> None:

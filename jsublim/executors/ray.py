@@ -87,8 +87,8 @@ class RayExecutor:
         if not jobs:
             return
         progress = work[0][1].progress
-        with self._cluster(runs[0]) as cluster, progress.stage("tasks", len(jobs)) as tick:
-            drive = _Drive(cluster, Frontier(jobs), progress, tick, self.times)
+        with self._cluster(runs[0]) as ray, progress.stage("tasks", len(jobs)) as tick:
+            drive = _Drive(ray, runs[0], Frontier(jobs), progress, tick, self.times)
             try:
                 drive.run()
             finally:
@@ -96,7 +96,7 @@ class RayExecutor:
         drive.raise_failures()
 
     @contextlib.contextmanager
-    def _cluster(self, run: Devices) -> Iterator[Cluster]:
+    def _cluster(self, run: Devices) -> Iterator[Any]:
         ray, local = self._ray, {}
         if self.address is None:
             cores = 0 if run.workers == "auto" else int(run.workers * (run.resources or {"CPU": 1}).get("CPU", 1))
@@ -112,49 +112,9 @@ class RayExecutor:
             raise JsublimError(f"{option}: cannot be reached or started: {error}") from error
         try:
             with heeding_signals():  # `ray.init` has put a handler of its own
-                yield Cluster(ray, run)
+                yield ray
         finally:
             ray.shutdown()
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What a cluster has, counted in workers."""
-
-    ray: Any
-    run: Devices
-
-    def nodes(self) -> list[Mapping[str, float]]:
-        """Of each machine that is up, its resources."""
-        return [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
-
-    def each(self) -> dict[str, float]:
-        """What one worker takes: as the config says; or the accelerators that one copy of the checkpoint is spread over (of a
-        TPU all chips of a host), or one CPU."""
-        if self.run.resources is not None:
-            return dict(self.run.resources)
-        nodes = self.nodes()
-        hosts = [node["TPU"] for node in nodes if node.get("TPU")]
-        if any(node.get("GPU") for node in nodes):
-            return {"GPU": float(self.run.least_axis)}
-        return {"TPU": min(hosts)} if hosts else {"CPU": 1.0}
-
-    def wanted(self) -> int:
-        """How many workers there should be now. With "auto", as many as the machines that are up hold: machines may come
-        and go."""
-        if self.run.workers != "auto":
-            return self.run.workers
-        needed, nodes = self.each(), self.nodes()
-        if self.run.resources is None and set(needed) == {"CPU"}:
-            return len(nodes)  # JAX uses all cores of a machine
-        return sum(int(min(node.get(name, 0.0) / amount for name, amount in needed.items())) for node in nodes)
-
-    def start(self) -> Any:
-        """A worker; it begins once there is room for it."""
-        rest = self.each()
-        options = {"num_cpus": rest.pop("CPU", 0), "num_gpus": rest.pop("GPU", 0), "resources": rest}
-        actor = self.ray.remote(Worker).options(max_restarts=0, scheduling_strategy="SPREAD", **options)
-        return actor.remote(str(Path.cwd()))
 
 
 @dataclass
@@ -170,8 +130,10 @@ class _Hand:
 class _Drive:
     """One pass through a graph: each worker is started, gets one task after the other, and is lost or stopped."""
 
-    def __init__(self, cluster: Cluster, frontier: Frontier, progress: Progress, tick: Tick, times: list[Time]):
-        self.ray, self.cluster, self.frontier, self.progress, self.tick = cluster.ray, cluster, frontier, progress, tick
+    def __init__(
+        self, ray: Any, devices: Devices, frontier: Frontier, progress: Progress, tick: Tick, times: list[Time]
+    ):
+        self.ray, self.devices, self.frontier, self.progress, self.tick = ray, devices, frontier, progress, tick
         self.times = times
         self.starting: dict[Any, _Hand] = {}  # by what Ray will answer; so is `busy`
         self.busy: dict[Any, _Hand] = {}
@@ -187,9 +149,9 @@ class _Drive:
         while self.frontier.left:
             leave_if_asked()
             have = len(self.starting) + len(self.idle) + len(self.busy)
-            for _ in range(min(self.cluster.wanted(), len(self.frontier.left)) - have):
+            for _ in range(min(self._wanted(), len(self.frontier.left)) - have):
                 self.number += 1
-                hand = _Hand(self.number, self.cluster.start())
+                hand = _Hand(self.number, self._start())
                 self.starting[hand.actor.where.remote()] = hand
             self._assign()
             waiting = [*self.starting, *self.busy]
@@ -197,10 +159,8 @@ class _Drive:
             if self.idle or self.busy:
                 self.alone_since = time.monotonic()
             elif time.monotonic() - self.alone_since > ROOM:
-                needed = ", ".join(f"{amount:g} {name}" for name, amount in self.cluster.each().items())
-                self.progress.say(
-                    f"waiting for a machine with {needed} free; the cluster has {len(self.cluster.nodes())}"
-                )
+                needed = ", ".join(f"{amount:g} {name}" for name, amount in self._needed().items())
+                self.progress.say(f"waiting for a machine with {needed} free; the cluster has {len(self._nodes())}")
             for ref in answered:
                 self._begun(ref) if ref in self.starting else self._ended(ref)
 
@@ -222,6 +182,38 @@ class _Drive:
                 "what their lines say, then run the same command again"
             )
 
+    def _nodes(self) -> list[Mapping[str, float]]:
+        """Of each machine that is up, its resources."""
+        return [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+
+    def _needed(self) -> dict[str, float]:
+        """What one worker takes: as the config says; or the accelerators that one copy of the checkpoint is spread over (of a
+        TPU all chips of a host), or one CPU."""
+        if self.devices.resources is not None:
+            return dict(self.devices.resources)
+        nodes = self._nodes()
+        hosts = [node["TPU"] for node in nodes if node.get("TPU")]
+        if any(node.get("GPU") for node in nodes):
+            return {"GPU": float(self.devices.least_axis)}
+        return {"TPU": min(hosts)} if hosts else {"CPU": 1.0}
+
+    def _wanted(self) -> int:
+        """How many workers there should be now. With "auto", as many as the machines that are up hold: machines may come
+        and go."""
+        if self.devices.workers != "auto":
+            return self.devices.workers
+        needed, nodes = self._needed(), self._nodes()
+        if self.devices.resources is None and set(needed) == {"CPU"}:
+            return len(nodes)  # JAX uses all cores of a machine
+        return sum(int(min(node.get(name, 0.0) / amount for name, amount in needed.items())) for node in nodes)
+
+    def _start(self) -> Any:
+        """A worker; it begins once there is room for it."""
+        rest = self._needed()
+        options = {"num_cpus": rest.pop("CPU", 0), "num_gpus": rest.pop("GPU", 0), "resources": rest}
+        actor = self.ray.remote(Worker).options(max_restarts=0, scheduling_strategy="SPREAD", **options)
+        return actor.remote(str(Path.cwd()))
+
     def _assign(self) -> None:
         """Give the idle workers what is ready; a judge's budget and pace are shared out among all."""
         while self.idle:
@@ -231,7 +223,7 @@ class _Drive:
                 return
             self.idle.pop()
             hand.checkpoint = hand.job.checkpoint
-            experiment = one_workers_share(hand.job.context.setup.experiment, max(1, self.cluster.wanted()))
+            experiment = one_workers_share(hand.job.context.setup.experiment, max(1, self._wanted()))
             self.busy[hand.actor.make.remote(experiment, hand.job.task.key)] = hand
 
     def _begun(self, ref: Any) -> None:
@@ -277,7 +269,7 @@ class _Drive:
         """A worker was lost; another one begins its task again, from what it had left in the store."""
         self._kill(hand)
         self.lost[job.key] += 1
-        times, most = self.lost[job.key], self.cluster.run.retries
+        times, most = self.lost[job.key], self.devices.retries
         if times > most:
             self._give_up(job, f"its worker was lost {times} times, the last time because: {why} (run.retries={most})")
         else:

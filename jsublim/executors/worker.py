@@ -39,19 +39,6 @@ class TaskOutcome:
     preempted: bool = False
 
 
-class Noted(Progress):
-    """Progress without a terminal: lines are kept for whoever has one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            self.lines.append(text)
-
-
 @dataclass
 class Worker:
     """Experiments of one checkpoint share its weights; with the first task of another one they are let go.
@@ -77,7 +64,7 @@ class Worker:
 
     def make(self, experiment: Experiment, key: str) -> TaskOutcome:
         """Do one task whose parents are done. Whatever fails is told, not raised."""
-        began, progress = time.perf_counter(), Noted()
+        began, progress = time.perf_counter(), Progress()
         error, preempted = None, False
         try:
             context, graph = self._plan(experiment, progress)
@@ -94,7 +81,7 @@ class Worker:
             error = f"{in_one_line(failed)} (on {socket.gethostname()})"
         return TaskOutcome(time.perf_counter() - began, tuple(progress.lines), error, preempted)
 
-    def _plan(self, experiment: Experiment, progress: Noted) -> tuple[Context, Graph]:
+    def _plan(self, experiment: Experiment, progress: Progress) -> tuple[Context, Graph]:
         """The context and the graph of an experiment, made once."""
         if checkpoint_of(experiment) != self._checkpoint:
             self._planned.clear()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,67 +35,36 @@ _Key = tuple[str, str]  # arm, evaluation ("": the plain one)
 _Answers = dict[_Key, dict[int, list[tuple[str, int]]]]  # question -> answers with counts
 
 
-@dataclass(frozen=True)
-class Rescoring:
-    """What is made anew: names in answers by the rule `match`, judgements by the experiment's judge."""
-
-    experiment: Experiment
-    match: str | None = None
-    judged: bool = False
-
-    @property
-    def label(self) -> str:
-        judge = digest(self.experiment.model_dump(mode="json")["judge"])[:6] if self.judged else ""
-        named = self.match if self.match is None or self.match.isalnum() else f"pattern-{digest(self.match)[:6]}"
-        return "-".join(part for part in (named and f"match-{named}", judge and f"judge-{judge}") if part)
-
-
-def rescoring_of(run: Path, match: str | None, fields: Sequence[str]) -> Rescoring:
-    """What a user asks for.
-
-    Args:
-      fields: of the run's config, such as judge.model=...; another judge takes the place of the whole old one.
-
-    Raises:
-      UsageError: nothing is asked for, or something that cannot be made of answers.
-    """
-    values = experiment_of_run(run).model_dump(mode="json")
-    kept = ("judge.", "evaluation.kinds.misalignment.", "prompts=")
-    if wrong := [field for field in fields if not field.startswith(kept)]:
-        raise UsageError(f"rescore: '{wrong[0]}' given; the answers stay, so only {', '.join(kept)} can be given")
-    if not fields and match is None:
-        raise UsageError("rescore: give --match, or another judge (judge.model=FOLDER)")
-    if any(field.startswith(("judge.model=", "judge.server")) for field in fields):
-        values["judge"] = {}
-    for field in fields:
-        override(values, field)
-    if match is not None:
-        rule(match)
-    return Rescoring(check_config(Experiment, values, f"rescore {run}"), match, bool(fields))
-
-
-def rescore(run: Path, asked: Rescoring, out: Path | None = None) -> Path:
+def rescore(run: Path, match: str | None = None, fields: Sequence[str] = (), out: Path | None = None) -> Path:
     """Write the new results; returns their folder, which holds `results/` and `config.yaml` as a run's does.
 
+    Args:
+      match: the rule that finds names in answers; None leaves their numbers as they are.
+      fields: of the run's config, such as judge.model=...; another judge takes the place of the whole old one.
+      out: default: a folder inside the run's that says how.
+
     Raises:
-      UsageError: `out` is there already; the run asked nothing that a judge scores.
+      UsageError: nothing is asked for, or something that cannot be made of answers; or `out` is there already.
       JsublimError: the run has no results, or the judge failed.
     """
-    out = run / RESCORED / asked.label if out is None else out
-    old = run / "results"
+    experiment = _with_fields(run, fields)
+    if not fields and match is None:
+        raise UsageError("rescore: give --match, or another judge (judge.model=FOLDER)")
+    matches = None if match is None else rule(match)
+    out, old = out or run / RESCORED / _label(experiment, match, bool(fields)), run / "results"
     if not (old / "answers.parquet").is_file():
         raise JsublimError(f"{old}: no answers.parquet here; finish the run first with `jsublim run CONFIG`")
     rows, answers = read_table(old / "results.parquet"), _answers(old / "answers.parquet")
     with new_folder(out) as folder:
         (folder / "results").mkdir()
         done: dict[str, Any] = {"from": str(run)}
-        if asked.match is not None:
-            rows, count = _matched(rows, answers, rule(asked.match))
-            done |= {"match": asked.match, "numbers": count}
-        if asked.judged:
-            judge = _judge(run, asked.experiment)
+        if matches is not None:
+            rows, count = _matched(rows, answers, matches)
+            done |= {"match": match, "numbers": count}
+        if fields:
+            judge = _judge(run, experiment)
             others = [row for row in rows if metric_of(row["metric"]).made_of != "judge"]
-            rows = [*others, *_judgements(run, asked.experiment, judge, rows, answers)]
+            rows = [*others, *_judgements(run, experiment, judge, rows, answers)]
             done |= {"judge": judge.identity}
         for path in sorted(old.iterdir()):
             if path.name not in ("results.parquet", "run.json"):
@@ -103,9 +72,27 @@ def rescore(run: Path, asked: Rescoring, out: Path | None = None) -> Path:
         write_table(folder / "results" / "results.parquet", rows, RESULTS)
         done["made"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         write_json(folder / "results" / "run.json", read_json(old / "run.json", {}) | {"rescored": done})
-        kept = {"store": str(store_of(run, asked.experiment)), "out": str(out)}
-        write_text(folder / "config.yaml", asked.experiment.model_copy(update=kept).yaml())
+        kept = {"store": str(store_of(run, experiment)), "out": str(out)}
+        write_text(folder / "config.yaml", experiment.model_copy(update=kept).yaml())
     return out
+
+
+def _with_fields(run: Path, fields: Sequence[str]) -> Experiment:
+    values = experiment_of_run(run).model_dump(mode="json")
+    allowed = ("judge.", "evaluation.kinds.misalignment.", "prompts=")
+    if wrong := [field for field in fields if not field.startswith(allowed)]:
+        raise UsageError(f"rescore: '{wrong[0]}' given; the answers stay, so only {', '.join(allowed)} can be given")
+    if any(field.startswith(("judge.model=", "judge.server")) for field in fields):
+        values["judge"] = {}
+    for field in fields:
+        override(values, field)
+    return check_config(Experiment, values, f"rescore {run}")
+
+
+def _label(experiment: Experiment, match: str | None, judged: bool) -> str:
+    judge = digest(experiment.model_dump(mode="json")["judge"])[:6] if judged else ""
+    named = match if match is None or match.isalnum() else f"pattern-{digest(match)[:6]}"
+    return "-".join(part for part in (named and f"match-{named}", judge and f"judge-{judge}") if part)
 
 
 def _key(row: Mapping[str, Any]) -> _Key:
