@@ -102,11 +102,7 @@ class Stopped(Exception):
 
 
 class Client:
-    """One server, asked by several threads within a rate.
-
-    Args:
-      what: how errors call the server, such as "judge 'm'".
-    """
+    """One server, asked by several threads within a rate. `what`: how errors call the server, such as "judge 'm'"."""
 
     def __init__(self, connection: Connection, what: str):
         self.connection, self.what = connection, what

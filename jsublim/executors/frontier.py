@@ -58,10 +58,7 @@ class Job:
 
 def merged(work: Sequence[Work], chip: Chip = CHIPS["h100"]) -> dict[str, Job]:
     """Every task once, by its store and key, parents before children. Experiments that share a store share tasks.
-
-    Args:
-      chip: what costs are seconds of.
-    """
+    `chip`: what costs are seconds of."""
     jobs: dict[str, Job] = {}
     for tasks, context in work:
         setup, sizes = context.setup, Sizes.of(context.setup)

@@ -41,11 +41,8 @@ class TaskOutcome:
 
 @dataclass
 class Worker:
-    """Experiments of one checkpoint share its weights; with the first task of another one they are let go.
-
-    Attributes:
-      folder: where the command was given, for names of files that are relative to it.
-    """
+    """Experiments of one checkpoint share its weights; with the first task of another one they are let go. `folder`:
+    where the command was given, for names of files that are relative to it."""
 
     folder: str
     _planned: dict[str, tuple[Context, Graph]] = field(default_factory=dict, repr=False)

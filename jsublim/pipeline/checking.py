@@ -21,11 +21,8 @@ from jsublim.text.prompts import load_pack
 
 
 def look_through(experiment: Experiment, shape: Callable[[str], Path]) -> tuple[Setup | None, Graph | None, list[str]]:
-    """What would be done, as far as it can be planned, and what is wrong, in one line each.
-
-    Args:
-      shape: as of `Setup.of`. What is not here is not looked at: nothing is asked of the hub.
-    """
+    """What would be done, as far as it can be planned, and what is wrong, in one line each. `shape`: as of `Setup.of`.
+    What is not here is not looked at: nothing is asked of the hub."""
     try:
         setup = Setup.of(experiment, shape)
     except JsublimError:

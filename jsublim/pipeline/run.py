@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from jsublim.pipeline.results import check_folder, claim_folder, gather, is_repo
 from jsublim.pipeline.served import sample_server
 from jsublim.pipeline.store import digest, versions
 from jsublim.runtime.processes import check_alike, check_shared, heeding_signals, on_main_process
-from jsublim.runtime.programs import Programs
+from jsublim.runtime.programs import counting_programs
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,8 @@ class PlannedRun:
 
     @classmethod
     def of(cls, experiment: Experiment, console: Console, *, devices: bool = True) -> PlannedRun:
-        """Plan, check, and put the config into the run's folder.
-
-        Args:
-          devices: False where other processes do the tasks.
-
-        Raises:
-          UsageError, JsublimError: a config that cannot work.
-        """
+        """Plan, check, and put the config into the run's folder. `devices`: False where other processes do the tasks.
+        Raises UsageError, JsublimError: a config that cannot work."""
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         progress = Progress(console)
         with progress.stage("plan"):
@@ -116,16 +110,17 @@ def run_experiments(
       TasksFailed: what does not need them is reported all the same.
       Preempted: a signal; what was finished is kept.
     """
-    before, failed = Programs.so_far(), None
-    with heeding_signals() if devices else nullcontext():
+    failed: TasksFailed | None = None
+    with ExitStack() as stack:
+        if devices:
+            stack.enter_context(counting_programs(console.print))
+            stack.enter_context(heeding_signals())
         runs = [PlannedRun.of(experiment, console, devices=devices) for experiment in experiments]
         try:
             execute([run.work for run in runs])
         except TasksFailed as error:
             failed = error
         reports = [run.report() for run in runs if run.whole]
-    if devices:
-        console.print(str(Programs.so_far() - before))
     if failed is not None:
         for report in reports:
             console.print(f"{report}: written, as nothing that failed is part of it")

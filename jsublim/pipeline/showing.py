@@ -69,14 +69,8 @@ def config_of(folder: Path, kinds: Mapping[str, type[Config]]) -> Config | None:
 
 
 def about_run(folder: Path, kinds: Mapping[str, type[Config]]) -> dict[str, Any]:
-    """Everything that `jsublim show` prints.
-
-    Args:
-      kinds: of configs, by the name that a config says.
-
-    Raises:
-      UsageError, JsublimError: no run's folder, or results that cannot be read.
-    """
+    """Everything that `jsublim show` prints. `kinds`: of configs, by the name that a config says. Raises UsageError,
+    JsublimError: no run's folder, or results that cannot be read."""
     check_run(folder)
     run, config = read_json(folder / "results" / "run.json", {}), config_of(folder, kinds)
     kind = run.get("kind", config.kind if config else "language")

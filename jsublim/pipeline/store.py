@@ -73,14 +73,8 @@ class Store:
     """
 
     def __init__(self, root: Path, url: str | None = None, say: Callable[[str], None] = lambda text: None):
-        """Nothing is made, and nobody asked, before it is used.
-
-        Args:
-          say: told what a user should know, such as what is damaged.
-
-        Raises:
-          UsageError: a URL whose library is not installed.
-        """
+        """Nothing is made, and nobody asked, before it is used. `say`: told what a user should know, such as what is
+        damaged. Raises UsageError: a URL whose library is not installed."""
         self.root, self.url, self.say = root, url, say
         self.bucket = Bucket.at(url or str(root))  # what all share who share the store
         self._states = States(self.bucket, root / TRAINING, say)

@@ -212,14 +212,8 @@ def check_shared(bucket: Bucket) -> None:
 
 
 def wait_until_seen(places: Iterable[tuple[str, Callable[[], bool]]]) -> None:
-    """Return when every process sees what the first one has written; a shared file system may take its time.
-
-    Args:
-      places: their names, and whether this process sees what is there.
-
-    Raises:
-      JsublimError: one does not.
-    """
+    """Return when every process sees what the first one has written; a shared file system may take its time. `places`:
+    their names, and whether this process sees what is there. Raises JsublimError: one does not."""
     if not _together():
         return
     missing = next((name for name, seen in places if not comes_true(seen, VISIBLE_WITHIN)), None)
