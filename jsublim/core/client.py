@@ -145,21 +145,21 @@ class Client:
         headers |= {} if key is None else {"Authorization": f"Bearer {key}"}
         # JSON with ASCII escapes: a text may hold half a surrogate pair, which UTF-8 has no bytes for.
         content = None if body is None else json.dumps(body).encode()
-        longest, said = self.connection.reply_s or 10 * self.connection.timeout_s, SimpleQueue[Any]()
+        longest, results = self.connection.reply_s or 10 * self.connection.timeout_s, SimpleQueue[Any]()
         end = time.monotonic() + longest
 
         def ask() -> None:
             try:
                 with client.stream(method, url, content=content, headers=headers) as answer:
                     read = functools.partial(self._read, answer, end)
-                    said.put(read() if answer.is_success else self._refusal(answer, read))
+                    results.put(read() if answer.is_success else self._refusal(answer, read))
             except BaseException as error:
-                said.put(error)
+                results.put(error)
 
         # In a thread of its own: a server that sends its headers byte by byte is never late by the library's clock.
         threading.Thread(target=ask, daemon=True).start()
         try:
-            answer = said.get(timeout=longest)
+            answer = results.get(timeout=longest)
             if isinstance(answer, bytes):
                 return answer
             raise answer
@@ -236,20 +236,20 @@ class Client:
         An error waits for the requests under way, whose results come first; Ctrl-C does not.
         """
         todo = list(items)
-        left, stopped, said = iter(todo), threading.Event(), SimpleQueue[Any]()
+        left, stopped, results = iter(todo), threading.Event(), SimpleQueue[Any]()
 
         def thread() -> None:
             for item in left:  # the threads share it: each item is taken once
                 if stopped.is_set():
                     break
                 try:
-                    said.put((item, work(item, stopped), None))
+                    results.put((item, work(item, stopped), None))
                 except Stopped:
                     break
                 except BaseException as error:
                     stopped.set()
-                    said.put((item, None, error))
-            said.put(None)
+                    results.put((item, None, error))
+            results.put(None)
 
         # The threads of a `ThreadPoolExecutor` would be waited for at the end of the process, whatever ended it.
         running, failed = min(self.connection.concurrency, len(todo)), None
@@ -257,7 +257,7 @@ class Client:
             threading.Thread(target=thread, daemon=True).start()
         try:
             while running:
-                one = said.get()
+                one = results.get()
                 if one is None:
                     running -= 1
                 elif one[2] is None:
@@ -288,14 +288,14 @@ def without(text: str, key: str) -> str:
         forms += [quote(key, safe=""), key.encode().hex(), json.dumps(key)[1:-1]]
         forms += [encode(each).decode() for encode in (b64encode, urlsafe_b64encode) for each in shifted]
     parts = {form[i : i + size].lower() for form in forms for i in range(len(form) - size + 1)}
-    lower, found, end = "".join(c.lower() if len(c.lower()) == 1 else c for c in text), list[str](), 0
+    lower, shown, end = "".join(c.lower() if len(c.lower()) == 1 else c for c in text), list[str](), 0
     for i, character in enumerate(text):
         if lower[i : i + size] in parts:
-            found += ["***"] if i >= end else []
+            shown += ["***"] if i >= end else []
             end = i + size
         elif i >= end:
-            found.append(character)
-    return "".join(found)
+            shown.append(character)
+    return "".join(shown)
 
 
 def backoff(attempt: int) -> float:

@@ -34,7 +34,7 @@ def scratch_beside(path: Path, *, folder: bool = False) -> Iterator[Path]:
         scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
         scratch.mkdir() if folder else scratch.touch()
         with suppress(FileNotFoundError):
-            lock = os.open(scratch, os.O_RDONLY)
+            lock = _opened(scratch)
             with suppress(OSError):  # a file system without locks: nothing there is ever taken for abandoned
                 fcntl.flock(lock, fcntl.LOCK_EX)
             if not scratch.exists():  # somebody took it for abandoned before it was locked
@@ -45,6 +45,11 @@ def scratch_beside(path: Path, *, folder: bool = False) -> Iterator[Path]:
     finally:
         os.close(lock)
         shutil.rmtree(scratch, ignore_errors=True) if folder else scratch.unlink(missing_ok=True)
+
+
+def _opened(scratch: Path) -> int:
+    """A descriptor to lock it by; NFS locks nothing that is open for reading alone."""
+    return os.open(scratch, os.O_RDONLY if scratch.is_dir() else os.O_RDWR)
 
 
 @contextmanager
@@ -68,7 +73,7 @@ def remove_abandoned(place: Path) -> None:
     for path in [*beside, *place.glob(f".*{PARTIAL}")]:
         if SCRATCH.search(path.name):
             with suppress(OSError):
-                lock = os.open(path, os.O_RDONLY)
+                lock = _opened(path)
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
