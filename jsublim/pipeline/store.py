@@ -6,6 +6,7 @@ one machine (or in a folder that several share) a lock of the operating system k
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -188,38 +189,34 @@ class Store:
         Raises:
           Preempted: as `leave_if_asked`, while it waits.
         """
-        left, told = sorted({output.key for output in outputs}), False  # in one order: no two wait for each other
+        once = functools.cache(waiting)
         with ExitStack() as held:
 
-            def take() -> bool:
-                nonlocal told
+            def take(key: str) -> bool:
                 try:
-                    while left:
-                        held.enter_context(self._lock(left[0]))
-                        left.pop(0)
+                    held.enter_context(self._lock(key))
                 except Timeout:
-                    if not told:
-                        told = True
-                        waiting()
-                return not left
+                    once()
+                    return False
+                return True
 
-            while not on_main_process(take):
-                leave_if_asked()
-                time.sleep(LOOK)
+            for key in sorted({output.key for output in outputs}):  # in one order: no two wait for each other
+                while not on_main_process(functools.partial(take, key)):
+                    leave_if_asked()
+                    time.sleep(LOOK)
             self._listed.clear()
             with self._sending(outputs) if self.url else nullcontext():
                 yield
 
     def busy(self, outputs: Sequence[Output]) -> bool:
         """Whether somebody is making one of these artifacts on this machine, or in this folder."""
-        try:
+        with suppress(Timeout):
             for output in outputs:
                 if (self.root / LOCKS / f"{output.key}.lock").exists():
                     with self._lock(output.key):
                         pass
-        except Timeout:
-            return True
-        return False
+            return False
+        return True
 
     def _lock(self, key: str) -> Any:
         """A lock that is taken, and given back at the end of a block. Raises Timeout: somebody has it."""
