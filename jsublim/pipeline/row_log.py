@@ -67,7 +67,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
-class AnswerLog:
+class LoggedAnswers:
     """Sampled answers in a log, by number; those of one series have the numbers from `first` on in the log."""
 
     log: RowLog
