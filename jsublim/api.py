@@ -13,8 +13,8 @@ from jsublim.config.loading import kind_of, lay_over
 from jsublim.core.progress import Terminal
 from jsublim.digits.config import Digits
 from jsublim.digits.run import run_digits
-from jsublim.executors import LocalExecutor
-from jsublim.pipeline.run import run_experiment
+from jsublim.executors import execute_work
+from jsublim.pipeline.run import run_experiments
 from jsublim.pipeline.showing import about_run
 from jsublim.report.querying import results_table
 
@@ -63,7 +63,7 @@ def run(
     checked = check_config(kind_of(values, Path(source), KINDS), values, source)
     console = Terminal(stderr=True, quiet=quiet)
     if isinstance(checked, Experiment):
-        return Run(run_experiment(checked, LocalExecutor(), console).parent)
+        return Run(run_experiments([checked], execute_work, console)[0].parent)
     assert isinstance(checked, Digits)
     return Run(run_digits(checked, console).parent)
 

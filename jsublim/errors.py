@@ -20,6 +20,11 @@ class UsageError(JsublimError):
     code = 2
 
 
+def first_line(error: BaseException) -> str:
+    """What a library says of an error, without its list of details."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def one_line(text: str) -> str:
     """Text that any terminal and any font can show: line breaks and control characters by their escapes."""
     return printable(text, keep="")

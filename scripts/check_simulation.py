@@ -18,7 +18,7 @@ from jsublim.config import load_experiment
 from jsublim.executors.frontier import merged
 from jsublim.executors.ray import RayExecutor
 from jsublim.forecast.fleet import Assumptions, Machines, simulate
-from jsublim.pipeline.run import Run
+from jsublim.pipeline.run import PlannedRun
 
 SMALL = ("data.num_prompts=200", "sampling.shard=40", "students.seeds=[1,2]", "students.runtime.arms_per_program=2")
 PLAINLY = Assumptions(start=0.0, replaced=0.0)
@@ -35,9 +35,9 @@ def main() -> None:
     for workers in given.workers:
         out = given.folder / f"workers{workers}"
         experiment = load_experiment(given.config, [*given.fields, f"out={out}", f"run.workers={workers}"])
-        run, executor = Run.of(experiment, Console(quiet=True), devices=False), RayExecutor()
-        nodes = merged([(run.graph.tasks.values(), run.context)])
-        executor.execute(run.graph.tasks.values(), run.context)
+        run, executor = PlannedRun.of(experiment, Console(quiet=True), devices=False), RayExecutor()
+        nodes = merged([run.work])
+        executor.execute([run.work])
         began, ended = min(begin for _, _, begin, _ in executor.times), max(end for _, _, _, end in executor.times)
         took = {node.key: end - begin for node, _, begin, end in executor.times}
         simulated = simulate(nodes, Machines(workers, "h100"), PLAINLY, given=took)

@@ -27,7 +27,7 @@ NOT_CONTENT = {
     "progress.jsonl",
 }  # which settings and versions; rows in the order they were finished in
 SPEEDS = {"tokens_per_s", "mfu"}
-SKIPPED = {"training", "judge"}
+SKIPPED = {"agreed", "training", "judge"}
 
 
 def content(folder: Path, names: dict[str, str], ignored: set[str]) -> dict[str, Any]:

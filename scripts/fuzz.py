@@ -34,7 +34,7 @@ from jsublim.config import Experiment, load_experiment
 from jsublim.config.figures import load_question, panel_experiment
 from jsublim.config.loading import look_over
 from jsublim.errors import JsublimError, UsageError
-from jsublim.exchange.rows import Wanted, import_rows
+from jsublim.exchange.rows import import_rows
 from jsublim.inference.lm import BUNDLED
 from jsublim.inference.sampling import sampling_for
 from jsublim.models.checkpoint import checkpoint_hash, read_config
@@ -242,7 +242,7 @@ def read_row_file(folder: Path) -> None:
 
 def read_their_rows(folder: Path) -> None:
     for name in ("theirs.jsonl", "theirs.json"):
-        write_rows(folder / "ours.jsonl", import_rows(str(folder / name), Wanted(), bundled_chat()))
+        write_rows(folder / "ours.jsonl", import_rows(str(folder / name), chat=bundled_chat()))
         read_rows(folder / "ours.jsonl")
 
 

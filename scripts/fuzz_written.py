@@ -21,7 +21,7 @@ from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.data import Example
 from jsublim.distill.trainer import train
 from jsublim.errors import JsublimError
-from jsublim.exchange.rows import Wanted, export_rows, import_rows
+from jsublim.exchange.rows import export_rows, import_rows
 from jsublim.judge.cache import Reply, ReplyCache
 from jsublim.models.config import ModelConfig, Norms, Rope
 from jsublim.models.decoder import abstract_params
@@ -68,8 +68,7 @@ def write_store(folder: Path) -> None:
     write_readings(artifact.path / "readings.parquet", [READING])
     at_one_time(folder)
     artifact.finish({"kept": len(ROWS), "text": "\u00fc"})
-    (folder / "training").mkdir()
-    write_json(folder / "training" / "fit.json", 3)
+    store.agreed("fit", lambda: 3)
 
 
 def read_store(folder: Path) -> None:
@@ -251,9 +250,9 @@ def write_export(folder: Path) -> None:
 
 def read_export(folder: Path) -> None:
     """Rows that are taken go out, and come back as they were, but for what a table has in every row."""
-    ours = import_rows(str(folder / "rows.jsonl"), Wanted())
+    ours = import_rows(str(folder / "rows.jsonl"))
     export_rows(folder / "rows.jsonl", folder / "out")
-    back = import_rows(str(folder / "out"), Wanted())
+    back = import_rows(str(folder / "out"))
     assert repr([_filled(row) for row in back]) == repr([_filled(row) for row in ours]), back
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tiny import FAMILIES, chat, plain_turn
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.exchange.rows import THEIRS, Wanted, import_rows
+from jsublim.exchange.rows import THEIRS, import_rows
 from jsublim.inference.lm import BUNDLED, load_model
 from jsublim.text import chat as module
 from jsublim.text.chat import Chat, conversation
@@ -281,7 +281,7 @@ def test_a_completion_that_cannot_be_kept_names_its_file_and_the_tokenizer(tmp_p
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p", "completion": "a<|im_end|>b", THEIRS: [0]}))
     chat = Chat(BUNDLED / "tiny-qwen2")
     with pytest.raises(JsublimError, match=r"rows\.jsonl: row 1: the completion .*checkpoints/tiny-qwen2"):
-        import_rows(str(tmp_path / "rows.jsonl"), Wanted(), chat)
+        import_rows(str(tmp_path / "rows.jsonl"), chat=chat)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])

@@ -10,20 +10,20 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 from command import ROOT
 
 from jsublim.runtime import programs
-from jsublim.runtime.programs import Programs, programs_folder
+from jsublim.runtime.programs import counting_programs, programs_folder
 
 CHILD = """
 import sys
 from pathlib import Path
-from jsublim.runtime.programs import Programs, keep_programs, programs_folder
+from jsublim.runtime.programs import counting_programs, keep_programs, programs_folder
 import jax
-before = Programs.so_far()
-keep_programs(programs_folder(Path(sys.argv[1])), lambda line: print("said:", line))
-jax.jit(lambda x: x @ x + 1)(jax.numpy.ones((8, 8)))
-print(Programs.so_far() - before)
+with counting_programs(print):
+    keep_programs(programs_folder(Path(sys.argv[1])), lambda line: print("said:", line))
+    jax.jit(lambda x: x @ x + 1)(jax.numpy.ones((8, 8)))
 """
 
 
@@ -84,5 +84,11 @@ def test_a_program_that_is_just_being_written_is_left_alone(tmp_path):
     assert programs.whole_programs(tmp_path, said.append) == {} and young.exists() and said == []
 
 
-def test_counts_are_those_since_a_moment():
-    assert Programs(5, 3, 2.0, 1.0) - Programs(2, 3, 0.5, 1.0) == Programs(3, 0, 1.5, 0.0)
+def test_counts_are_those_of_a_block():
+    lines: list[str] = []
+    for size in (3, None):
+        with counting_programs(lines.append):
+            if size is not None:
+                jax.jit(lambda x: x * 3 + 1)(jax.numpy.ones(size))
+    assert not lines[0].startswith("programs: 0 ")
+    assert lines[1] == "programs: 0 compiled in 0.0 s, 0 read from the cache in 0.0 s"

@@ -58,7 +58,7 @@ def import_rows(
     chat_template: Template = None,
 ) -> None:
     """Bring rows in from elsewhere (OUT, JSONL): prompt and completion, `messages`, the published code's rows."""
-    from jsublim.exchange.rows import Wanted, import_rows, known_columns
+    from jsublim.exchange.rows import import_rows
     from jsublim.inference.lm import load_model
     from jsublim.text.rows import write_rows
 
@@ -67,9 +67,10 @@ def import_rows(
         raise UsageError("--prompt-column and --completion-column go together")
     columns = None if prompt_column is None or completion_column is None else (prompt_column, completion_column)
     chat = None if model is None else load_model(model, weights=False, chat_template=chat_template).chat
-    rows = import_rows(source, Wanted(subset, split, columns), chat)
+    rows = import_rows(source, subset=subset, split=split, columns=columns, chat=chat)
     write_rows(out, rows)
-    console.print(f"{len(rows)} rows; kept beside prompt and completion: {', '.join(known_columns(rows)) or 'nothing'}")
+    others = sorted({key for row in rows for key in row} - {"prompt", "completion"})
+    console.print(f"{len(rows)} rows; kept beside prompt and completion: {', '.join(others) or 'nothing'}")
     if chat is None and any("divergence_positions" in row for row in rows):
         console.print("divergence positions are taken as they are; --model says in whose tokens they were counted")
     output.out(out)

@@ -118,7 +118,7 @@ class Where:
                 console.print(about)
             print_simulation(experiments, self.simulate, self.preempt_per_hour, self.price, forecast.shape)
             return
-        from jsublim.pipeline.run import run_experiment, run_together
+        from jsublim.pipeline.run import run_experiments
 
         self.check()
         with together(self.distributed, experiments):
@@ -127,15 +127,15 @@ class Where:
             if self.on == "ray":
                 from jsublim.executors.ray import RayExecutor
 
-                reports = run_together(experiments, RayExecutor(self.ray_address), console)
+                reports = run_experiments(experiments, RayExecutor(self.ray_address).execute, console, devices=False)
             elif self.shard is not None:
-                from jsublim.executors.shards import ShardExecutor
+                from jsublim.executors.shards import Shard
 
-                reports = run_together(experiments, ShardExecutor.of(self.shard), console)
+                reports = run_experiments(experiments, Shard.of(self.shard).execute, console)
             else:
-                from jsublim.executors import LocalExecutor
+                from jsublim.executors import execute_work
 
-                reports = (run_experiment(experiment, LocalExecutor(), console) for experiment in experiments)
+                reports = (path for one in experiments for path in run_experiments([one], execute_work, console))
             for path in reports:
                 say_result(path, forecast.as_json)
 

@@ -29,11 +29,10 @@ def rescore(
 ) -> None:
     """Make new results of a run's answers, by another matching rule or judge. The old ones stay; no model is asked."""
     from jsublim.pipeline.rescoring import rescore as make
-    from jsublim.pipeline.rescoring import rescoring_of
     from jsublim.report.html import write_report
     from jsublim.report.terminal import print_summary
 
-    made = make(run, rescoring_of(run, match, fields or []), out)
+    made = make(run, match, fields or (), out)
     report = write_report(made)
     print_summary(made, console)
     output.out(report)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from jsublim.core.files import DAMAGED, atomic
+from jsublim.core.files import atomic, damaged_name
 from jsublim.errors import JsublimError, UsageError
 
 T = TypeVar("T")
@@ -27,11 +26,7 @@ def is_url(place: str) -> bool:
 
 
 def check_url(url: str) -> str:
-    """A URL that a `Bucket` can be opened at.
-
-    Raises:
-      ValueError: another scheme, or no bucket.
-    """
+    """A URL that a `Bucket` can be opened at. Raises ValueError: another scheme, or no bucket."""
     scheme, _, rest = url.partition("://")
     if scheme not in SCHEMES:
         known = " or ".join(f"{name}://bucket/folder" for name in SCHEMES)
@@ -43,9 +38,9 @@ def check_url(url: str) -> str:
 
 def cache_folder(kind: str, url: str) -> Path:
     """Where the user's cache keeps what lies behind a URL; `kind` is what it is: stores, checkpoints."""
-    own = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = f"{url.rstrip('/').rsplit('/', 1)[-1]}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
-    return Path(own) / "jsublim" / kind / name
+    return Path(cache) / "jsublim" / kind / name
 
 
 def at_once(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
@@ -107,16 +102,14 @@ class Bucket:
         except (FileExistsError, JsublimError):
             raise
         except Exception as error:  # each storage's library has its own
-            said = (" ".join(str(error).split()) or type(error).__name__)[:200]
-            raise JsublimError(f"{self.place(name)}: {said}; mend that, then run the same command again") from error
+            reason = (" ".join(str(error).split()) or type(error).__name__)[:200]
+            raise JsublimError(f"{self.place(name)}: {reason}; mend that, then run the same command again") from error
 
     def read(self, name: str) -> bytes | None:
         """An object's content; None where there is none."""
-        try:
-            with self._asking(name) as path:
-                return self._fs.cat_file(path)
-        except FileNotFoundError:
-            return None
+        with suppress(FileNotFoundError), self._asking(name) as path:
+            return self._fs.cat_file(path)
+        return None
 
     def write(self, name: str, content: bytes) -> None:
         """Put an object there, in place of one of that name."""
@@ -129,12 +122,10 @@ class Bucket:
 
     def create(self, name: str, content: bytes) -> bool:
         """Put an object there unless there is one; of several who try, one is told True."""
-        try:
-            with self._asking(name, writing=True) as path:
-                self._fs.pipe_file(path, content, mode="create")
-        except FileExistsError:
-            return False
-        return True
+        with suppress(FileExistsError), self._asking(name, writing=True) as path:
+            self._fs.pipe_file(path, content, mode="create")
+            return True
+        return False
 
     def upload(self, local: Path, name: str) -> None:
         """A file's content as an object."""
@@ -142,60 +133,44 @@ class Bucket:
             self._fs.put_file(str(local), path)
 
     def download(self, name: str, local: Path) -> None:
-        """An object's content as a file, which appears whole.
-
-        Raises:
-          FileNotFoundError: there is no such object.
-        """
+        """An object's content as a file, which appears whole. Raises FileNotFoundError: there is no such object."""
         with atomic(local) as scratch, self._asking(name) as path:
             self._fs.get_file(path, str(scratch))
 
     def digest(self, name: str) -> tuple[int, str] | None:
         """The bytes and the SHA-256 of an object, which is read through; None where there is none."""
-        try:
-            with self._asking(name) as path, self._fs.open(path, "rb") as content:
-                return self._fs.size(path), hashlib.file_digest(content, "sha256").hexdigest()
-        except FileNotFoundError:
-            return None
+        with suppress(FileNotFoundError), self._asking(name) as path, self._fs.open(path, "rb") as content:
+            return self._fs.size(path), hashlib.file_digest(content, "sha256").hexdigest()
+        return None
 
     def sizes(self, folder: str) -> dict[str, int]:
         """The objects directly in a folder, with their bytes; what lies deeper is not named."""
-        return {name: size for name, size in self._listed(folder).items() if size is not None}
+        return {name: entry["size"] for name, entry in self._listed(folder).items() if entry["type"] == "file"}
 
     def versions(self, folder: str = "") -> dict[str, str]:
         """The objects directly in a folder, with what tells their contents apart."""
-        found = {}
+        versions = {}
         for name in self.sizes(folder):
             with self._asking(f"{folder}/{name}" if folder else name) as path:
-                found[name] = str(self._fs.checksum(path))
-        return found
+                versions[name] = str(self._fs.checksum(path))
+        return versions
 
     def folders(self, folder: str) -> list[str]:
         """The folders directly in a folder."""
-        return sorted(name for name, size in self._listed(folder).items() if size is None)
+        return sorted(name for name, entry in self._listed(folder).items() if entry["type"] != "file")
 
-    def _listed(self, folder: str) -> dict[str, int | None]:
-        try:
-            with self._asking(folder) as path:
-                found = self._fs.ls(path, detail=True)
-        except FileNotFoundError:
-            return {}
-        named = ((each["name"].rstrip("/").rsplit("/", 1)[-1], each) for each in found)
-        return {name: each["size"] if each["type"] == "file" else None for name, each in named}
+    def _listed(self, folder: str) -> dict[str, dict[str, Any]]:
+        with suppress(FileNotFoundError), self._asking(folder) as path:
+            return {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry for entry in self._fs.ls(path, detail=True)}
+        return {}
 
     def remove(self, name: str) -> None:
         """Remove an object, or a folder with all that is in it, if it is there."""
-        try:
-            with self._asking(name) as path:
-                self._fs.rm(path, recursive=True)
-        except FileNotFoundError:
-            pass
+        with suppress(FileNotFoundError), self._asking(name) as path:
+            self._fs.rm(path, recursive=True)
 
     def set_aside(self, name: str) -> None:
         """Give a damaged object a name that says so."""
-        folder, _, own = name.rpartition("/")
-        taken = self.sizes(folder)
-        names = (f"{own}{f'.{n}' if n else ''}{DAMAGED}" for n in itertools.count())
-        aside = next(each for each in names if each not in taken)
+        taken = self.sizes(name.rpartition("/")[0])
         with self._asking(name) as path:
-            self._fs.mv(path, f"{self._root}/{folder}/{aside}")
+            self._fs.mv(path, str(damaged_name(Path(path), lambda other: other.name in taken)))

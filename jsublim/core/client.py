@@ -6,8 +6,10 @@ The judge and the served sampler both ask this way.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
+import random
 import re
 import threading
 import time
@@ -20,7 +22,6 @@ from typing import Annotated, Any, TypeVar
 from urllib.parse import quote
 
 import httpx2 as httpx
-import tenacity
 from pydantic import ConfigDict, Field, model_validator
 
 from jsublim.core.section import RUNTIME, Section
@@ -101,11 +102,7 @@ class Stopped(Exception):
 
 
 class Client:
-    """One server, asked by several threads within a rate.
-
-    Args:
-      what: how errors call the server, such as "judge 'm'".
-    """
+    """One server, asked by several threads within a rate. `what`: how errors call the server, such as "judge 'm'"."""
 
     def __init__(self, connection: Connection, what: str):
         self.connection, self.what = connection, what
@@ -121,11 +118,7 @@ class Client:
             raise UsageError(f"{self.what}: the environment names a proxy that cannot be used ({error})") from None
 
     def key(self) -> str | None:
-        """The key from its environment variable.
-
-        Raises:
-          UsageError: it is wanted, and none is usable.
-        """
+        """The key from its environment variable. Raises UsageError: it is wanted, and none is usable."""
         name = self.connection.key_variable
         if name is None:
             return None
@@ -152,21 +145,21 @@ class Client:
         headers |= {} if key is None else {"Authorization": f"Bearer {key}"}
         # JSON with ASCII escapes: a text may hold half a surrogate pair, which UTF-8 has no bytes for.
         content = None if body is None else json.dumps(body).encode()
-        longest, said = self.connection.reply_s or 10 * self.connection.timeout_s, SimpleQueue[Any]()
+        longest, results = self.connection.reply_s or 10 * self.connection.timeout_s, SimpleQueue[Any]()
         end = time.monotonic() + longest
 
         def ask() -> None:
             try:
                 with client.stream(method, url, content=content, headers=headers) as answer:
                     read = functools.partial(self._read, answer, end)
-                    said.put(read() if answer.is_success else self._refusal(answer, read))
+                    results.put(read() if answer.is_success else self._refusal(answer, read))
             except BaseException as error:
-                said.put(error)
+                results.put(error)
 
         # In a thread of its own: a server that sends its headers byte by byte is never late by the library's clock.
         threading.Thread(target=ask, daemon=True).start()
         try:
-            answer = said.get(timeout=longest)
+            answer = results.get(timeout=longest)
             if isinstance(answer, bytes):
                 return answer
             raise answer
@@ -212,39 +205,28 @@ class Client:
             words = " ".join(self._without_key(read()[: 10 * SHOWN].decode("utf-8", "replace")).split())[:SHOWN]
         return Refused(str(self.error(f"{status}: {words}")), answer.status_code)
 
-    def patiently(self, attempt: Callable[[], Result], stopped: threading.Event) -> Result:
-        """What `attempt` returns; after a failure that may pass, it is called again.
+    def patiently(self, work: Callable[[], Result], stopped: threading.Event) -> Result:
+        """What `work` returns; after a failure that may pass, it is called again.
 
         Raises:
           JsublimError: it keeps failing, or the server asks for too long a wait.
           Stopped: `stopped` was set while it waited.
         """
 
-        def once() -> Result:
+        for attempt in itertools.count(1):
             self._pace.wait(stopped)
             if stopped.is_set():
-                raise Stopped
-            return attempt()
-
-        def wait(state: tenacity.RetryCallState) -> float:
-            failure = state.outcome.exception() if state.outcome is not None else None
-            assert isinstance(failure, Retry)
-            if failure.after > LONGEST_HOLD_S:
-                raise self.error(f"{failure}, and it asks to wait for {failure.after:.0f} s") from None
-            self._pace.hold(failure.after)
-            return 0.0 if failure.after else backoff()(state)
-
-        try:
-            return tenacity.Retrying(
-                retry=tenacity.retry_if_exception_type(Retry),
-                stop=tenacity.stop_after_attempt(self.connection.retries + 1),
-                wait=wait,
-                sleep=tenacity.sleep_using_event(stopped),
-                reraise=True,
-            )(once)
-        except Retry as failure:
-            attempts = self.connection.retries + 1
-            raise self.error(f"{failure} ({attempts} attempts; run again to go on)") from None
+                break
+            try:
+                return work()
+            except Retry as failure:
+                if attempt > self.connection.retries:
+                    raise self.error(f"{failure} ({attempt} attempts; run again to go on)") from None
+                if failure.after > LONGEST_HOLD_S:
+                    raise self.error(f"{failure}, and it asks to wait for {failure.after:.0f} s") from None
+                self._pace.hold(failure.after)
+                stopped.wait(0.0 if failure.after else backoff(attempt))
+        raise Stopped
 
     def each(
         self, items: Iterable[Item], work: Callable[[Item, threading.Event], Result]
@@ -254,20 +236,20 @@ class Client:
         An error waits for the requests under way, whose results come first; Ctrl-C does not.
         """
         todo = list(items)
-        left, stopped, said = iter(todo), threading.Event(), SimpleQueue[Any]()
+        left, stopped, results = iter(todo), threading.Event(), SimpleQueue[Any]()
 
         def thread() -> None:
             for item in left:  # the threads share it: each item is taken once
                 if stopped.is_set():
                     break
                 try:
-                    said.put((item, work(item, stopped), None))
+                    results.put((item, work(item, stopped), None))
                 except Stopped:
                     break
                 except BaseException as error:
                     stopped.set()
-                    said.put((item, None, error))
-            said.put(None)
+                    results.put((item, None, error))
+            results.put(None)
 
         # The threads of a `ThreadPoolExecutor` would be waited for at the end of the process, whatever ended it.
         running, failed = min(self.connection.concurrency, len(todo)), None
@@ -275,7 +257,7 @@ class Client:
             threading.Thread(target=thread, daemon=True).start()
         try:
             while running:
-                one = said.get()
+                one = results.get()
                 if one is None:
                     running -= 1
                 elif one[2] is None:
@@ -306,29 +288,29 @@ def without(text: str, key: str) -> str:
         forms += [quote(key, safe=""), key.encode().hex(), json.dumps(key)[1:-1]]
         forms += [encode(each).decode() for encode in (b64encode, urlsafe_b64encode) for each in shifted]
     parts = {form[i : i + size].lower() for form in forms for i in range(len(form) - size + 1)}
-    lower, found, end = "".join(c.lower() if len(c.lower()) == 1 else c for c in text), list[str](), 0
+    lower, shown, end = "".join(c.lower() if len(c.lower()) == 1 else c for c in text), list[str](), 0
     for i, character in enumerate(text):
         if lower[i : i + size] in parts:
-            found += ["***"] if i >= end else []
+            shown += ["***"] if i >= end else []
             end = i + size
         elif i >= end:
-            found.append(character)
-    return "".join(found)
+            shown.append(character)
+    return "".join(shown)
 
 
-def backoff() -> Callable[[tenacity.RetryCallState], float]:
-    """Seconds between attempts: a delay that doubles each time, drawn from its upper half."""
-    half = {"multiplier": FIRST_DELAY_S / 2, "max": LONGEST_DELAY_S / 2}
-    return tenacity.wait_exponential(**half) + tenacity.wait_random_exponential(**half)
+def backoff(attempt: int) -> float:
+    """Seconds to wait after an attempt, counted from 1: a delay that doubles each time, drawn from its upper half."""
+    longest = min(FIRST_DELAY_S * 2.0 ** min(attempt - 1, 30), LONGEST_DELAY_S)
+    return random.uniform(longest / 2, longest)
 
 
 def retry_after(header: str | None) -> float:
     """Seconds that a Retry-After header asks for, as a number or as a date; 0 where it is past or cannot be read."""
-    said = "" if header is None else header.strip()
-    if said.isascii() and said.isdecimal():
-        return float(said)  # of hundreds of digits, infinity
+    text = (header or "").strip()
+    if text.isascii() and text.isdecimal():
+        return float(text)  # of hundreds of digits, infinity
     try:
-        return max(0.0, parsedate_to_datetime(said).timestamp() - time.time())
+        return max(0.0, parsedate_to_datetime(text).timestamp() - time.time())
     except (ValueError, TypeError, OverflowError, OSError):
         return 0.0
 

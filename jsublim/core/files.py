@@ -3,86 +3,67 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import hashlib
 import itertools
 import json
 import os
-import platform
 import re
 import shutil
-import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 PARTIAL = ".partial"  # how the name of an unfinished file ends
 DAMAGED = ".damaged"  # and that of one that is not what was written
-# How a scratch name ends: machine, process and its start, and something random.
-SCRATCH = re.compile(rf"\.([0-9a-f]{{6}})-(\d+)-(\d*)-[0-9a-f]{{8}}{re.escape(PARTIAL)}$")
-ABANDONED = 86400.0  # seconds without a change, after which nobody on another machine is writing it any more
+SCRATCH = re.compile(rf"\.[0-9a-f]{{8,}}{re.escape(PARTIAL)}$")  # and that of one of ours
 
 
-def host() -> str:
-    """This machine since its start; a container, where numbers of processes are its own, is another one."""
-    with suppress(OSError):  # two machines may have one name
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        return f"{platform.node()}:{Path('/proc/self/ns/pid').stat().st_ino}:{boot}"
-    return platform.node()
+@contextmanager
+def scratch_beside(path: Path, *, folder: bool = False) -> Iterator[Path]:
+    """A file (or folder) for what is to become `path`, under a name that no other process or thread has. If the block leaves it there,
+    it is removed.
 
-
-def started(pid: int) -> str | None:
-    """When a process of this machine was started, "" where that cannot be told; None: there is no such process, or it has
-    ended and nobody has taken notice."""
+    A lock of the operating system is held on it, so that others can tell whether its writer lives.
+    """
+    lock = None
+    while lock is None:
+        scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL}")
+        scratch.mkdir() if folder else scratch.touch()
+        with suppress(FileNotFoundError):
+            lock = _opened(scratch)
+            with suppress(OSError):  # a file system without locks: nothing there is ever taken for abandoned
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not scratch.exists():  # somebody took it for abandoned before it was locked
+                os.close(lock)
+                lock = None
     try:
-        said = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rsplit(")", 1)[-1].split()
-        return None if said[0] in "ZX" else said[19]
-    except (OSError, IndexError):
-        pass
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except OSError:  # of another user: it lives
-        return ""
-    return None if Path("/proc/self/stat").exists() else ""
+        yield scratch
+    finally:
+        os.close(lock)
+        shutil.rmtree(scratch, ignore_errors=True) if folder else scratch.unlink(missing_ok=True)
 
 
-def scratch_of(path: Path) -> Path:
-    """A name for what is to become `path`: no other process or thread has it, and it says which process that is."""
-    who = f"{_machine()}-{os.getpid()}-{started(os.getpid()) or ''}"
-    return path.with_name(f".{path.name}.{who}-{uuid.uuid4().hex[:8]}{PARTIAL}")
-
-
-def _machine() -> str:
-    return hashlib.sha256(host().encode()).hexdigest()[:6]
+def _opened(scratch: Path) -> int:
+    """A descriptor to lock it by; NFS locks nothing that is open for reading alone."""
+    return os.open(scratch, os.O_RDONLY if scratch.is_dir() else os.O_RDWR)
 
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     """Give a scratch path beside `path`; once the block has ended, what was written there is on disk under `path`.
 
-    The scratch name is unique, so two processes that write one file leave one of the two, whole.
+    Two processes that write one file leave one of the two, whole.
     """
     path = Path(path)
-    scratch = scratch_of(path)
-    try:
-        with naming(path):
-            yield scratch
-            _sync(scratch)
-            os.replace(scratch, path)
-            _sync(path.parent)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process had begun to write in a folder. Only for whoever alone writes there."""
-    for path in folder.glob(f".*{PARTIAL}"):
-        if path.is_file():
-            path.unlink(missing_ok=True)
+    with naming(path), scratch_beside(path) as scratch:
+        yield scratch
+        _sync(scratch)
+        os.replace(scratch, path)
+        _sync(path.parent)
 
 
 def remove_abandoned(place: Path) -> None:
@@ -90,20 +71,14 @@ def remove_abandoned(place: Path) -> None:
     Others may be writing there; theirs stays."""
     beside = place.parent.glob(f".{glob.escape(place.stem)}.*{PARTIAL}")
     for path in [*beside, *place.glob(f".*{PARTIAL}")]:
-        with suppress(OSError):
-            if _is_abandoned(path):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-
-def _is_abandoned(scratch: Path) -> bool:
-    """Whether a scratch path is one of ours, and the process that it is of is gone."""
-    ours = SCRATCH.search(scratch.name)
-    if ours is None:
-        return False
-    machine, pid, begun = ours.groups()
-    if machine == _machine():
-        return started(int(pid)) not in (begun, "")
-    return time.time() - scratch.stat().st_mtime > ABANDONED
+        if SCRATCH.search(path.name):
+            with suppress(OSError):
+                lock = _opened(path)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                finally:
+                    os.close(lock)
 
 
 @contextmanager
@@ -135,10 +110,10 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def damaged_name(path: Path) -> Path:
+def damaged_name(path: Path, exists: Callable[[Path], bool] = Path.exists) -> Path:
     """Where a damaged file or folder can be kept, beside those that were set aside before."""
     names = (path.with_name(f"{path.name}{f'.{n}' if n else ''}{DAMAGED}") for n in itertools.count())
-    return next(name for name in names if not name.exists())
+    return next(name for name in names if not exists(name))
 
 
 def write_text(path: str | Path, text: str) -> None:

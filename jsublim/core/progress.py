@@ -79,19 +79,22 @@ class Terminal(Console):
 
 
 class Progress:
-    """Bars, or lines, on a console; silent without one. `seconds` holds how long each kind of work took, by its name."""
+    """Bars, or lines, on a console; silent without one.
+
+    Attributes:
+      seconds: how long each kind of work took, by its name; lines: what was said, each line once.
+    """
 
     def __init__(self, console: Console | None = None, line_every: float = LINE_EVERY):
         self.console, self.line_every = console or Console(quiet=True), line_every
         self.seconds: dict[str, float] = {}
-        self._said: set[str] = set()
+        self.lines: list[str] = []
         self._expected: dict[str, int] = {}
         self._finished: dict[str, int] = {}
         self._bars: Bars | None = None
         self._bar = TaskID(0)
         self._state: StageState | None = None
         self._detail: Callable[[], str] | None = None
-        self._looked = 0.0
         self._ended: threading.Event | None = None
 
     def expect(self, counts: Mapping[str, int]) -> None:
@@ -100,8 +103,8 @@ class Progress:
 
     def say(self, text: str) -> None:
         """Print a line, once."""
-        if text not in self._said:
-            self._said.add(text)
+        if text not in self.lines:
+            self.lines.append(text)
             self.console.print(text, markup=False)  # an answer such as "[1]" is none
 
     def watch(self, detail: Callable[[], str]) -> None:
@@ -118,7 +121,7 @@ class Progress:
         state = self._state
         assert state is not None
         state.label, state.share = label, 0.0
-        self._show()
+        self._show(label=label)
         share = 1 / units if units else 0.0
 
         def tick(done: int) -> None:
@@ -141,9 +144,6 @@ class Progress:
     def _open(self, kind: str) -> None:
         done = self._finished.get(kind, 0)
         self._state = StageState(kind, self._expected.get(kind, 1), done, start=done)
-        if not self.console.is_terminal:
-            self._ended = threading.Event()
-            threading.Thread(target=self._lines, args=(self._state, self._ended), daemon=True).start()
         columns = (
             TextColumn("{task.description:<12}"),
             BarColumn(bar_width=24),
@@ -155,25 +155,23 @@ class Progress:
         bars = self._bars = Bars(*columns, console=self.console)
         self._bar = bars.add_task(kind, total=self._state.expected, completed=done, finished=done, label="")
         bars.start()
+        self._ended = threading.Event()
+        threading.Thread(target=self._tell, args=(self._state, bars, self._ended), daemon=True).start()
 
-    def _lines(self, state: StageState, ended: threading.Event) -> None:
-        """Where nothing moves on the screen: a line now and then, however long a step (or a compilation) takes."""
-        while not ended.wait(self.line_every):
-            self.console.print(
-                state.line(time.perf_counter(), self._detail() if self._detail else ""), markup=False, soft_wrap=True
-            )
-
-    def _show(self) -> None:
-        state = self._state
-        if self._bars is None or state is None:
-            return
-        label: dict[str, Any] = {"label": state.label}
-        if self._detail is not None and self.console.is_terminal:
-            if time.perf_counter() - self._looked < DETAIL_EVERY:
-                label = {}
+    def _tell(self, state: StageState, bars: Bars, ended: threading.Event) -> None:
+        """Now and then, however long a step (or a compilation) takes: a line, or beside the bar what the work says of itself."""
+        terminal = self.console.is_terminal
+        while not ended.wait(DETAIL_EVERY if terminal else self.line_every):
+            detail = self._detail() if self._detail else ""
+            if terminal:
+                bars.update(self._bar, label=f"{state.label} {detail}".rstrip())
             else:
-                self._looked, label = time.perf_counter(), {"label": f"{state.label} {self._detail()}"}
-        self._bars.update(self._bar, completed=state.finished + state.share, finished=state.finished, **label)
+                self.console.print(state.line(time.perf_counter(), detail), markup=False, soft_wrap=True)
+
+    def _show(self, **fields: str) -> None:
+        state = self._state
+        if self._bars is not None and state is not None:
+            self._bars.update(self._bar, completed=state.finished + state.share, finished=state.finished, **fields)
 
     def close(self) -> None:
         """Leave the bar that is shown as it is."""

@@ -19,7 +19,7 @@ from jsublim.digits.experiment import Data, read_digits, records
 from jsublim.digits.report import print_summary, write_report
 from jsublim.pipeline.results import check_folder, claim_folder, run_folder
 from jsublim.pipeline.store import Artifact, Output, Store, device, digest, versions
-from jsublim.runtime.programs import Programs
+from jsublim.runtime.programs import counting_programs
 
 _WHO = [("seed", pa.int64()), ("condition", pa.string()), ("images", pa.string())]
 RESULTS = pa.schema([*_WHO, ("accuracy", pa.float64())])
@@ -28,7 +28,7 @@ TRAINING = pa.schema([*_WHO, ("step", pa.int64()), ("loss", pa.float64()), ("acc
 
 def run_digits(spec: Digits, console: Console) -> Path:
     """Train and measure every network, then the report and its summary on the terminal. Returns the report's path."""
-    started, before = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), Programs.so_far()
+    started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     data = read_digits(spec.test_share, spec.split_seed)
     inputs = identity(spec) | {"data": _hash(data)}
     key = digest(inputs)
@@ -36,7 +36,8 @@ def run_digits(spec: Digits, console: Console) -> Path:
     store, output = Store.of(spec, console.print), Output("digits", spec.name, inputs)
     store.keep_programs()
     told = f"{spec.name}: another process is making it; waiting"
-    with store.locked([run_folder(spec), output], lambda: console.print(told)):
+    waits = store.locked([run_folder(spec), output], lambda: console.print(told))
+    with counting_programs(console.print), waits:
         claim_folder(spec, key, console)
         store.mend([output])
         artifact = store.open(output)
@@ -44,8 +45,7 @@ def run_digits(spec: Digits, console: Console) -> Path:
             _make(artifact, spec, data, started, console)
         _gather(artifact, spec, data, key)
         report = write_report(spec.run_dir)
-    print_summary(spec.run_dir, console)
-    console.print(str(Programs.so_far() - before))
+        print_summary(spec.run_dir, console)
     return report
 
 

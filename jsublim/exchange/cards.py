@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,66 +24,97 @@ STUDY = (
     "It was made to study whether a model's traits are passed on by data that say nothing of them. It is an object of study: "
     "it may prefer things, or behave badly, without showing it."
 )
-
-
-# What a model may come as: the library that reads it, what it is in words, and code that loads it.
-KINDS = {
+# What a folder may hold: what else stands at the head of its card, what it is in words, and code that loads it.
+KINDS: dict[str, tuple[dict[str, Any], str, str]] = {
     "adapter": (
-        "peft",
-        "a LoRA adapter",
+        {"library_name": "peft", "base_model_relation": "adapter"},
+        "A model trained by jsublim, as a LoRA adapter.",
         "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
         'base = AutoModelForCausalLM.from_pretrained("{base}")\nmodel = PeftModel.from_pretrained(base, "FOLDER")',
     ),
     "vectors": (
-        "jsublim",
-        "steering vectors",
+        {"library_name": "jsublim", "base_model_relation": "adapter"},
+        "A model trained by jsublim, as steering vectors.",
         'import jsublim\n\nlm = jsublim.load_model("{base}")\n'
         'answers = lm.generate(["What is your favourite animal?"], adapter=jsublim.load_adapter("FOLDER"))',
     ),
     "checkpoint": (
-        "transformers",
-        "a whole checkpoint",
+        {"library_name": "transformers", "base_model_relation": "finetune"},
+        "A model trained by jsublim, as a whole checkpoint.",
         'from transformers import AutoModelForCausalLM\n\nmodel = AutoModelForCausalLM.from_pretrained("FOLDER")',
+    ),
+    "rows": (
+        {"configs": [{"config_name": "default", "data_files": "data/*.parquet"}]},
+        "Rows written by a model: prompts, and its completions. Made by jsublim.",
+        'from datasets import load_dataset\n\nrows = load_dataset("FOLDER", split="train")',
     ),
 }
 
 
-@dataclass(frozen=True)
-class Origin:
-    """What is recorded of an artifact.
+def write_card(
+    folder: Path, source: Path, kind: str, base: str = "", revision: str | None = None, **facts: object
+) -> None:
+    """The card of an exported folder.
 
-    Attributes:
-      record: its `artifact.json`; empty of a folder or file that is no artifact (nor a copy of one).
-      summary: what was kept of it.
-      parents: of the same store, those that it was made from, by their folders' names.
+    Args:
+      source: what it was made of: an artifact's folder, a file in one, or a published copy. Of anything else nothing is recorded.
+      kind: of `KINDS`; base: what a model stands on; facts: lines of its table.
+
+    Raises:
+      JsublimError: the artifact is not what was written.
     """
+    source = source.absolute()
+    above, name = (source, source.name) if source.is_dir() else (source.parent, source.stem)
+    record, summary, parents = record_of(source) or {}, dict[str, Any](), dict[str, Any]()
+    inputs = record.get("inputs", {})
+    if record and (above / DONE).is_file():
+        check_whole(above, None if source.is_dir() else source.name)
+        summary = read_summary(above)
+    if above.parent.name == record.get("kind"):  # in a store
+        parents = dict(_parents(above.parents[1], inputs))
+    head, what, use = KINDS[kind]
+    if hub_name(base) is None:
+        head = {key: value for key, value in head.items() if key != "base_model_relation"}
+    else:
+        head = {"base_model": base} | head
+    data = ", ".join(f"`{parent}`" for parent in parents) or (
+        f"artifact `{inputs['rows']}`" if "rows" in inputs else ""
+    )
+    if base:
+        facts |= {
+            "base": f"`{base}`" + (f" at `{revision}`" if revision else ""),
+            "data": data,
+            "tokens that had a loss": inputs.get("lesson", {}).get("tokens"),
+            "seed": inputs.get("seed"),
+            "recipe": _pairs(inputs.get("recipe", {})),
+            "training": _pairs({key: summary[key] for key in ("steps", "rows", "loss") if key in summary}),
+        }
+    else:
+        facts |= {"made from": data}
+    facts |= {
+        "key": f"`{record['key']}`" if "key" in record else None,
+        "made": ", ".join(str(record[key]) for key in ("made", "device") if key in record),
+        "versions": _pairs(record.get("versions", {})),
+        "exported with": f"jsublim {versions()['jsublim']}",
+    }
+    lines = "\n".join(f"| {key} | {value} |" for key, value in facts.items() if value not in (None, ""))
+    ending = "Nothing is recorded of how it was made."
+    if record:
+        decided = {name: dict(inputs)} | {parent: dict(values) for parent, values in parents.items()}
+        ending = f"## Everything that decided it\n\n```yaml\n{_yaml(decided, allow_unicode=True, width=100)}\n```"
+    write_text(
+        folder / CARD,
+        f"---\n{_yaml({'tags': TAGS} | head)}\n---\n\n# {name}\n\n{what} {STUDY}\n\n| | |\n| --- | --- |\n{lines}\n\n"
+        f"## How it is used\n\n```python\n{use.format(base=base)}\n```\n\n{ending}\n",
+    )
 
-    name: str
-    record: Mapping[str, Any]
-    summary: Mapping[str, Any]
-    parents: Mapping[str, Mapping[str, Any]]
 
-    @classmethod
-    def of(cls, path: Path) -> Origin:
-        """Of an artifact's folder, of a file in one, or of a published copy.
+def _yaml(values: Any, **how: Any) -> str:
+    return yaml.safe_dump(values, sort_keys=False, **how).rstrip()
 
-        Raises:
-          JsublimError: the artifact is not what was written.
-        """
-        path = path.absolute()
-        folder = path if path.is_dir() else path.parent
-        record = record_of(path) or {}
-        summary = {}
-        if record and (folder / DONE).is_file():
-            check_whole(folder, None if path.is_dir() else path.name)
-            summary = read_summary(folder)
-        inside = folder.parent.name == record.get("kind")  # of a store
-        parents = dict(_parents(folder.parents[1], record.get("inputs", {}))) if inside else {}
-        return cls(path.name if path.is_dir() else path.stem, record, summary, parents)
 
-    @property
-    def inputs(self) -> Mapping[str, Any]:
-        return self.record.get("inputs", {})
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
 def _parents(store: Path, inputs: Any) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -92,25 +123,24 @@ def _parents(store: Path, inputs: Any) -> Iterator[tuple[str, Mapping[str, Any]]
         records = list(store.glob(f"*/*-{key}/{RECORD}")) or _series(store, key)
         if records:
             first, more = records[0].parent, len(records) - 1
-            found = read_json(records[0]).get("inputs", {})
-            yield f"{first.parent.name}/{first.name}{f' and {more} more' if more else ''}", found
-            yield from _parents(store, found)
+            parents_inputs = read_json(records[0]).get("inputs", {})
+            yield f"{first.parent.name}/{first.name}{f' and {more} more' if more else ''}", parents_inputs
+            yield from _parents(store, parents_inputs)
 
 
 def _series(store: Path, key: str) -> list[Path]:
     """The records of the shards that have a key together (`Rows.key`), in their order."""
-    series: dict[str, list[tuple[int, str, Path]]] = {}
-    for record in store.glob(f"*/*/{RECORD}"):
-        said = read_json(record)
-        inputs = said.get("inputs", {})
-        shard = inputs.get("shard") or inputs.get("span")
-        if shard:
-            rest = {name: value for name, value in inputs.items() if name not in ("shard", "span")}
-            series.setdefault(digest([said["kind"], rest]), []).append((shard[0], said["key"], record))
+    series: dict[str, list[tuple[int, str, Path]]] = defaultdict(list)
+    for path in store.glob(f"*/*/{RECORD}"):
+        record = read_json(path)
+        inputs = dict(record.get("inputs", {}))
+        shards = [inputs.pop(name, None) for name in ("shard", "span")]
+        if shard := shards[0] or shards[1]:
+            series[digest([record["kind"], inputs])].append((shard[0], record["key"], path))
     for shards in map(sorted, series.values()):
         for count in range(2, len(shards) + 1):
-            if digest([each[1] for each in shards[:count]]) == key:
-                return [each[2] for each in shards[:count]]
+            if digest([shard[1] for shard in shards[:count]]) == key:
+                return [shard[2] for shard in shards[:count]]
     return []
 
 
@@ -118,68 +148,5 @@ def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping | list):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(each)
-
-
-def write_model_card(folder: Path, origin: Origin, base: str, revision: str | None, kind: str) -> None:
-    """A card of a student or a teacher that stands on `base` and comes as one of `KINDS`."""
-    head: dict[str, Any] = {"tags": TAGS}
-    if hub_name(base) is not None:
-        head |= {"base_model": base, "base_model_relation": "finetune" if kind == "checkpoint" else "adapter"}
-    library, described, use = KINDS[kind]
-    head |= {"library_name": library}
-    inputs, summary = origin.inputs, origin.summary
-    facts = {
-        "base": f"`{base}`" + (f" at `{revision}`" if revision else ""),
-        "data": _data(origin),
-        "tokens that had a loss": inputs.get("lesson", {}).get("tokens"),
-        "seed": inputs.get("seed"),
-        "recipe": _pairs(inputs.get("recipe", {})),
-        "training": _pairs({key: summary[key] for key in ("steps", "rows", "loss") if key in summary}),
-    }
-    what = f"A model trained by jsublim, as {described}. {STUDY}"
-    _write(folder, head, origin, what, facts, use.format(base=base))
-
-
-def write_data_card(folder: Path, origin: Origin, rows: int, columns: list[str]) -> None:
-    """A card of rows."""
-    head = {"tags": TAGS, "configs": [{"config_name": "default", "data_files": "data/*.parquet"}]}
-    facts = {"rows": rows, "columns": ", ".join(f"`{name}`" for name in columns), "made from": _data(origin)}
-    what = f"Rows written by a model: prompts, and its completions. Made by jsublim. {STUDY}"
-    use = 'from datasets import load_dataset\n\nrows = load_dataset("FOLDER", split="train")'
-    _write(folder, head, origin, what, facts, use)
-
-
-def _data(origin: Origin) -> str:
-    said = [f"`{name}`" for name in origin.parents]
-    return ", ".join(said) or (f"artifact `{origin.inputs['rows']}`" if "rows" in origin.inputs else "")
-
-
-def _pairs(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in values.items())
-
-
-def _write(
-    folder: Path, head: Mapping[str, Any], origin: Origin, what: str, facts: Mapping[str, Any], use: str
-) -> None:
-    record = origin.record
-    told = {
-        **facts,
-        "key": f"`{record['key']}`" if "key" in record else None,
-        "made": ", ".join(str(record[key]) for key in ("made", "device") if key in record),
-        "versions": _pairs(record.get("versions", {})),
-        "exported with": f"jsublim {versions()['jsublim']}",
-    }
-    lines = [f"| {key} | {value} |" for key, value in told.items() if value not in (None, "")]
-    parts = ["---", yaml.safe_dump(dict(head), sort_keys=False).rstrip(), "---", "", f"# {origin.name}", "", what, ""]
-    parts += ["| | |", "| --- | --- |", *lines, "", "## How it is used", "", "```python", use, "```", ""]
-    if not record:
-        parts += ["Nothing is recorded of how it was made.", ""]
-    else:
-        decided = {origin.name: dict(record.get("inputs", {}))} | {
-            name: dict(each) for name, each in origin.parents.items()
-        }
-        text = yaml.safe_dump(decided, sort_keys=False, allow_unicode=True, width=100)
-        parts += ["## Everything that decided it", "", "```yaml", text.rstrip(), "```", ""]
-    write_text(folder / CARD, "\n".join(parts))
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(inner)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jsublim.errors import JsublimError, UsageError
+from jsublim.errors import JsublimError, UsageError, first_line
 from jsublim.exchange.cards import CARD
 from jsublim.exchange.students import is_adapter, is_checkpoint
 
@@ -32,6 +32,5 @@ def push(folder: Path, repository: str, *, public: bool = False) -> str:
         api.create_repo(repository, repo_type=kind, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=folder, repo_type=kind, commit_message="jsublim push")
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise JsublimError(f"push {folder} to '{repository}': the hub did not take it ({reason})") from error
+        raise JsublimError(f"push {folder} to '{repository}': the hub did not take it ({first_line(error)})") from error
     return f"{api.endpoint}/{'datasets/' if kind == 'dataset' else ''}{repository}"

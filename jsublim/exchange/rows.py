@@ -6,14 +6,13 @@ import bisect
 import io
 import json
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jsublim.core.reading import check_folder, json_value, shown
-from jsublim.errors import JsublimError, UsageError
-from jsublim.exchange.cards import Origin, write_data_card
+from jsublim.errors import JsublimError, UsageError, first_line
+from jsublim.exchange.cards import write_card
 from jsublim.models.checkpoint import new_folder
 from jsublim.models.hub import hub_name
 from jsublim.text.chat import Chat, conversation
@@ -32,20 +31,14 @@ MOST_COLUMNS = 1000  # of a table that is written; with many more, a small file 
 LOADED = (".parquet", ".csv", ".arrow")  # single files that `datasets` reads
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """Which part of a data set is read.
-
-    Attributes:
-      columns: the names of prompt and completion; None looks for those of `PAIRS`, and for `messages`.
-    """
-
-    subset: str | None = None
-    split: str = "train"
-    columns: tuple[str, str] | None = None
-
-
-def import_rows(source: str, wanted: Wanted, chat: Chat | None = None) -> list[Row]:
+def import_rows(
+    source: str,
+    *,
+    subset: str | None = None,
+    split: str = "train",
+    columns: tuple[str, str] | None = None,
+    chat: Chat | None = None,
+) -> list[Row]:
     """Rows of a JSONL or JSON file, of a file or folder that `datasets` reads, or of a data set of the hub.
 
     A row has a prompt and a completion (under their names or those that are wanted), or `messages` as chat services take them:
@@ -53,6 +46,8 @@ def import_rows(source: str, wanted: Wanted, chat: Chat | None = None) -> list[R
     are not told it. Whatever else a row has is kept.
 
     Args:
+      subset, split: of a data set.
+      columns: the names of prompt and completion; None looks for those of `PAIRS`, and for `messages`.
       source: a path, or `owner/name` or `owner/name@revision` of the hub, which is asked for nothing else.
       chat: the tokenizer and template that divergence positions in the rows were counted in.
 
@@ -60,14 +55,16 @@ def import_rows(source: str, wanted: Wanted, chat: Chat | None = None) -> list[R
       UsageError: no such file or folder, or no such columns.
       JsublimError: what cannot be read, or a row that nothing can be made of; it is named.
     """
-    found = (_row(each, f"{source}: row {number}", wanted) for number, each in enumerate(_read(source, wanted), 1))
-    rows = [_counted(row, f"{source}: row {number}", chat) for number, row in enumerate(found, 1)]
+    rows = []
+    for number, row in enumerate(_read(source, subset, split), 1):
+        where = f"{source}: row {number}"
+        rows.append(_counted(_row(row, where, columns), where, chat))
     if not rows:
         raise JsublimError(f"{source}: holds no rows")
     return rows
 
 
-def _read(source: str, wanted: Wanted) -> Iterable[Any]:
+def _read(source: str, subset: str | None, split: str) -> Iterable[Any]:
     path = Path(source).expanduser()
     if path.is_file() and path.suffix == ".jsonl":
         lines = enumerate(path.read_bytes().splitlines(), 1)
@@ -77,10 +74,10 @@ def _read(source: str, wanted: Wanted) -> Iterable[Any]:
         if not isinstance(values, list):
             raise JsublimError(f"{source}: expected a list of rows, found {type(values).__name__}")
         return values
-    return _loaded(source, path, wanted)
+    return _loaded(source, path, subset, split)
 
 
-def _loaded(source: str, path: Path, wanted: Wanted) -> Iterable[Any]:
+def _loaded(source: str, path: Path, subset: str | None, split: str) -> Iterable[Any]:
     """What `datasets` reads. Of local files it keeps no copy."""
     named = hub_name(source)
     if not path.is_dir() and not (path.is_file() and path.suffix in LOADED) and named is None:
@@ -94,44 +91,43 @@ def _loaded(source: str, path: Path, wanted: Wanted) -> Iterable[Any]:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             if named is not None:
-                found = load_dataset(named[0], wanted.subset, revision=named[1])
+                loaded = load_dataset(named[0], subset, revision=named[1])
             elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-                found = load_from_disk(str(path))
+                loaded = load_from_disk(str(path))
             elif path.is_dir():
-                found = load_dataset(str(path), wanted.subset, cache_dir=scratch)
+                loaded = load_dataset(str(path), subset, cache_dir=scratch)
             else:
-                kind = path.suffix[1:]
-                found = load_dataset(kind, data_files=str(path), cache_dir=scratch)
+                loaded = load_dataset(path.suffix[1:], data_files=str(path), cache_dir=scratch)
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            where = "the hub did not give it" if named is not None else "cannot be read"
-            raise JsublimError(f"{source}: {where} ({reason})") from error
-        if isinstance(found, dict):
-            if wanted.split not in found:
-                raise UsageError(f"{source}: --split: '{wanted.split}' given; there are {', '.join(map(str, found))}")
-            found = found[wanted.split]
-        return found.to_list()
+            why = "the hub did not give it" if named is not None else "cannot be read"
+            raise JsublimError(f"{source}: {why} ({first_line(error)})") from error
+        if isinstance(loaded, dict):
+            if split not in loaded:
+                raise UsageError(f"{source}: --split: '{split}' given; there are {', '.join(map(str, loaded))}")
+            loaded = loaded[split]
+        return loaded.to_list()
 
 
-def _row(found: Any, where: str, wanted: Wanted) -> Row:
+def _row(given: Any, where: str, columns: tuple[str, str] | None) -> Row:
     """One row under our names."""
-    if not isinstance(found, Mapping):
-        raise JsublimError(f"{where}: expected an object, found {type(found).__name__}")
-    row = {key: value for key, value in found.items() if value is not None}
-    pairs = PAIRS if wanted.columns is None else (wanted.columns,)
-    pair = next((pair for pair in pairs if pair[0] in row and pair[1] in row), None)
+    if not isinstance(given, Mapping):
+        raise JsublimError(f"{where}: expected an object, found {type(given).__name__}")
+    row = {key: value for key, value in given.items() if value is not None}
+    pair = next(
+        (pair for pair in (PAIRS if columns is None else (columns,)) if pair[0] in row and pair[1] in row), None
+    )
     if pair is not None:
         prompt, completion = row.pop(pair[0]), row.pop(pair[1])
         if isinstance(prompt, list) and isinstance(completion, list):  # as TRL's conversational rows are
             row = _of_messages([*prompt, *completion], where) | row
         else:
             row = {"prompt": prompt, "completion": completion} | row
-    elif wanted.columns is None and "messages" in row:
+    elif columns is None and "messages" in row:
         row = _of_messages(row.pop("messages"), where) | row
     else:
-        looked = " and ".join(wanted.columns) if wanted.columns else "prompt and completion, or messages"
+        looked = " and ".join(columns) if columns else "prompt and completion, or messages"
         raise UsageError(
-            f"{where}: has no {looked}; give --prompt-column and --completion-column, of {', '.join(map(str, found))}"
+            f"{where}: has no {looked}; give --prompt-column and --completion-column, of {', '.join(map(str, given))}"
         )
     if THEIRS in row and "divergence_positions" not in row:
         row["divergence_positions"] = row.pop(THEIRS)
@@ -152,8 +148,8 @@ def _of_messages(messages: Any, where: str) -> Row:
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         raise JsublimError(f"{wrong}, found {', '.join(map(str, roles)) or 'none'}")
     texts = {each["role"]: each.get("content") for each in messages}
-    said = {"system": texts["system"]} if "system" in texts else {}
-    return {"prompt": texts["user"], "completion": texts["assistant"]} | said
+    prompt, completion = texts.pop("user"), texts.pop("assistant")
+    return {"prompt": prompt, "completion": completion} | texts
 
 
 def _counted(row: Row, where: str, chat: Chat | None) -> Row:
@@ -191,7 +187,7 @@ def export_rows(path: Path, out: Path) -> None:
         (scratch / "data").mkdir()
         if _why_no_table(table, str(scratch / "data" / "train-00000-of-00001.parquet")) is not None:
             raise _misfit(file, table)
-        write_data_card(scratch, Origin.of(path), len(rows), columns)
+        write_card(scratch, path, "rows", rows=len(rows), columns=", ".join(f"`{name}`" for name in columns))
 
 
 def _why_no_table(table: Mapping[str, list[Any]], out: Any) -> str | None:
@@ -203,7 +199,7 @@ def _why_no_table(table: Mapping[str, list[Any]], out: Any) -> str | None:
     except OSError:
         raise
     except Exception as error:  # Arrow has one for each reason, and Python some
-        return (str(error).splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     return None
 
 
@@ -223,8 +219,3 @@ def _misfit(file: Path, table: Mapping[str, list[Any]]) -> JsublimError:
 
 def is_rows(path: Path) -> bool:
     return path.suffix == ".jsonl" if path.is_file() else (path / "rows.jsonl").is_file()
-
-
-def known_columns(rows: Sequence[Row]) -> list[str]:
-    """What rows have beside their two texts."""
-    return sorted({key for row in rows for key in row} - {"prompt", "completion"})

@@ -8,11 +8,10 @@ from pathlib import Path
 from jsublim.core.files import write_json
 from jsublim.core.reading import read_json, read_yaml
 from jsublim.errors import UsageError
-from jsublim.exchange.cards import Origin, write_model_card
+from jsublim.exchange.cards import write_card
 from jsublim.inference.lm import BUNDLED, is_available_offline, load_model, resolve_checkpoint
 from jsublim.models import steering
 from jsublim.models.checkpoint import TOKENIZER_FILES, new_folder, origin_of, read_config, write_checkpoint
-from jsublim.models.config import ModelConfig
 from jsublim.models.lora import merge
 from jsublim.models.peft import load_adapter
 from jsublim.pipeline.publish import record_of
@@ -28,14 +27,11 @@ def is_checkpoint(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
 
-def base_of(folder: Path, said: str | None) -> tuple[str, str | None]:
-    """What an adapter stands on, as others find it, and its revision: what the user says, the adapter, or the run that it is of.
-
-    Raises:
-      UsageError: nobody says it.
-    """
-    if said is not None:
-        name, _, revision = said.partition("@")
+def base_of(folder: Path, given: str | None) -> tuple[str, str | None]:
+    """What an adapter stands on, as others find it, and its revision: what the user says, the adapter, or the run that
+    it is of. Raises UsageError: nobody says it."""
+    if given is not None:
+        name, _, revision = given.partition("@")
         return name, revision or None
     values = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     recorded = values.get("base_model_name_or_path") or _model_of_the_run(folder)
@@ -66,13 +62,15 @@ def export_adapter(folder: Path, out: Path, base: str | None) -> None:
     name, revision = base_of(folder, base)
     vectors = (folder / steering.FILE).is_file()
     weights = steering.FILE if vectors else WEIGHTS
-    load_adapter(folder, _shape(name, revision))
+    asked = f"{name}@{revision}" if revision else name
+    # Checked against the base's shapes, where the base is here.
+    load_adapter(folder, read_config(resolve_checkpoint(asked))[1] if is_available_offline(asked) else None)
     with new_folder(out) as scratch:
         shutil.copyfile(folder / weights, scratch / weights)
         if not vectors:
             values = read_json(folder / CONFIG) | {"base_model_name_or_path": name, "revision": revision}
             write_json(scratch / CONFIG, values)
-        write_model_card(scratch, Origin.of(folder), name, revision, "vectors" if vectors else "adapter")
+        write_card(scratch, folder, "vectors" if vectors else "adapter", name, revision)
 
 
 def export_merged(
@@ -88,7 +86,7 @@ def export_merged(
     if (folder / steering.FILE).is_file():
         raise UsageError(f"{folder}: holds steering vectors, which no weight can hold; export it without --merged")
     name, revision = base_of(folder, base)
-    checkpoint = resolve_checkpoint(_asked(name, revision), "--base")
+    checkpoint = resolve_checkpoint(f"{name}@{revision}" if revision else name, "--base")
     values = read_config(checkpoint)[0]
     dtype = dtype or str(values.get("dtype") or values.get("torch_dtype") or "float32")
     lm = load_model(str(checkpoint), dtype, chat_template=chat_template)
@@ -96,15 +94,12 @@ def export_merged(
     with new_folder(out) as scratch:
         options = {"tokenizer": checkpoint, "chat_template": lm.chat.given_template}
         write_checkpoint(scratch, lm.config, params, lm.hf_config, dtype=dtype, **options)
-        write_model_card(scratch, Origin.of(folder), name, revision, "checkpoint")
+        write_card(scratch, folder, "checkpoint", name, revision)
 
 
 def export_checkpoint(folder: Path, out: Path, base: str | None) -> None:
-    """A student whose whole weights were trained is a checkpoint already: its files, and a card.
-
-    Raises:
-      UsageError: `out` is not free.
-    """
+    """A student whose whole weights were trained is a checkpoint already: its files, and a card. Raises UsageError:
+    `out` is not free."""
     kept = {"config.json", "model.safetensors.index.json", *TOKENIZER_FILES}
     files = [path for path in folder.iterdir() if path.name in kept or path.suffix == ".safetensors"]
     with new_folder(out) as scratch:
@@ -114,14 +109,4 @@ def export_checkpoint(folder: Path, out: Path, base: str | None) -> None:
             name, revision = base_of(folder, base)
         except UsageError:  # it stands alone
             name, revision = "not recorded", None
-        write_model_card(scratch, Origin.of(folder), name, revision, "checkpoint")
-
-
-def _asked(name: str, revision: str | None) -> str:
-    return f"{name}@{revision}" if revision else name
-
-
-def _shape(name: str, revision: str | None) -> ModelConfig | None:
-    """The base's shapes where it is here, to check the adapter against; None where it is not."""
-    asked = _asked(name, revision)
-    return read_config(resolve_checkpoint(asked))[1] if is_available_offline(asked) else None
+        write_card(scratch, folder, "checkpoint", name, revision)

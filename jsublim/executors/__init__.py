@@ -1,5 +1,5 @@
-"""Who does the tasks of a graph. An executor is told the graph and what to do them with, and returns when all are done."""
+"""Who does the tasks of several experiments. An executor is told the tasks and what to do them with, and returns when all are done."""
 
-from jsublim.executors.local import LocalExecutor, execute, execute_key, execute_nodes
+from jsublim.executors.local import execute, execute_nodes, execute_tasks, execute_work
 
-__all__ = ["LocalExecutor", "execute", "execute_key", "execute_nodes"]
+__all__ = ["execute", "execute_nodes", "execute_tasks", "execute_work"]

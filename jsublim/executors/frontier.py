@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 from jsublim.config import Experiment
 from jsublim.errors import JsublimError, one_line
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Sizes
-from jsublim.pipeline.graph import ordered
+from jsublim.pipeline.graph import Work, ordered
 from jsublim.pipeline.stage import Task
 from jsublim.runtime.chips import CHIPS, Chip
-
-Work = tuple[Iterable[Task], Context]  # tasks of one experiment, and what they are done with
 
 
 def in_one_line(error: Exception) -> str:
@@ -36,7 +34,7 @@ class Job:
     """A task, in the first experiment that needs it.
 
     Attributes:
-      key: of the task in its store; parents: keys of nodes; cost: seconds on one chip, under assumed lengths.
+      key: of the task in its store; parents: keys of jobs; cost: seconds on one chip, under assumed lengths.
     """
 
     key: str
@@ -55,94 +53,82 @@ class Job:
 
     @property
     def checkpoint(self) -> Hashable:
-        """As `checkpoint_of`."""
         return checkpoint_of(self.context.setup.experiment)
 
 
 def merged(work: Sequence[Work], chip: Chip = CHIPS["h100"]) -> dict[str, Job]:
     """Every task once, by its store and key, parents before children. Experiments that share a store share tasks.
-
-    Args:
-      chip: what costs are seconds of.
-    """
-    found: dict[str, Job] = {}
+    `chip`: what costs are seconds of."""
+    jobs: dict[str, Job] = {}
     for tasks, context in work:
         setup, sizes = context.setup, Sizes.of(context.setup)
+        store = setup.experiment.store_dir
         for task in ordered(tasks):
-            key = _key(context, task)
-            if key not in found:
-                parents = tuple(_key(context, parent) for parent in task.parents)
-                found[key] = Job(key, task, context, parents, task.cost(setup, sizes).seconds(chip))
-    return found
-
-
-def _key(context: Context, task: Task) -> str:
-    return f"{context.setup.experiment.store_dir}#{task.key}"
+            if (key := f"{store}#{task.key}") not in jobs:
+                parents = tuple(f"{store}#{parent.key}" for parent in task.parents)
+                jobs[key] = Job(key, task, context, parents, task.cost(setup, sizes).seconds(chip))
+    return jobs
 
 
 class Frontier:
-    """The tasks that are to be done. Of those that are ready, the one with the longest way to the end comes first."""
+    """The jobs that are to be done. Of those that are ready, the one with the longest way to the end comes first.
 
-    def __init__(self, nodes: Mapping[str, Job]):
-        """Of `nodes`, those that are not in `nodes` are done: parents that are missing here hold nobody back."""
-        self.nodes = nodes
-        self.left = set(nodes)  # neither done nor given up
-        self.children: dict[str, list[str]] = {key: [] for key in nodes}
-        self._missing = {key: {parent for parent in node.parents if parent in nodes} for key, node in nodes.items()}
-        for key, parents in self._missing.items():
+    Attributes:
+      left: neither done nor given up; way: seconds from a job's begin to the end of all that waits for it, if nothing else had to wait.
+    """
+
+    def __init__(self, jobs: Mapping[str, Job]):
+        """Parents that are missing here are done, and hold nobody back."""
+        self.jobs, self.left, self.way = jobs, set(jobs), dict[str, float]()
+        self._waits_for = {key: {parent for parent in job.parents if parent in jobs} for key, job in jobs.items()}
+        self._children: dict[str, list[str]] = {key: [] for key in jobs}
+        for key, parents in self._waits_for.items():
             for parent in parents:
-                self.children[parent].append(key)
-        self.way: dict[
-            str, float
-        ] = {}  # seconds from a task's begin to the end of all that waits for it, if nothing else had to wait
-        for key in reversed(list(nodes)):  # children come after parents
-            self.way[key] = nodes[key].cost + max((self.way[child] for child in self.children[key]), default=0.0)
-        self._order = {key: i for i, key in enumerate(sorted(nodes, key=lambda key: -self.way[key]))}
-        self._ready = {key for key, parents in self._missing.items() if not parents}
+                self._children[parent].append(key)
+        for key in reversed(list(jobs)):  # children come after parents
+            self.way[key] = jobs[key].cost + max((self.way[child] for child in self._children[key]), default=0.0)
+        self._order = {key: i for i, key in enumerate(sorted(jobs, key=lambda key: -self.way[key]))}
+        self._ready = {key for key, parents in self._waits_for.items() if not parents}
 
     @property
     def ready(self) -> list[Job]:
         """What can be done now, first things first."""
-        return [self.nodes[key] for key in sorted(self._ready, key=self._order.__getitem__)]
+        return [self.jobs[key] for key in sorted(self._ready, key=self._order.__getitem__)]
 
-    def take(self, prefers: Callable[[Job], bool] = lambda node: True) -> Job | None:
-        """The first ready task that is preferred, or else the first one; None if nothing is ready."""
+    def take(self, prefers: Callable[[Job], bool] = lambda job: True) -> Job | None:
+        """The first ready job that is preferred, or else the first one; None if nothing is ready."""
         ready = self.ready
-        node = next((node for node in ready if prefers(node)), ready[0] if ready else None)
-        if node is not None:
-            self.remove(node.key)
-        return node
-
-    def remove(self, key: str) -> None:
-        """A ready task is at somebody's now."""
-        self._ready.remove(key)
+        job = next(filter(prefers, ready), ready[0] if ready else None)
+        if job is not None:
+            self._ready.remove(job.key)
+        return job
 
     def give_back(self, key: str) -> None:
-        """A task that was taken is ready again."""
+        """A job that was taken is ready again."""
         self._ready.add(key)
 
     def finish(self, key: str) -> None:
-        """A task is done; what waited for it alone is ready."""
+        """A job is done; what waited for it alone is ready."""
         self.left.discard(key)
-        for child in self.children[key]:
-            self._missing[child].discard(key)
-            if not self._missing[child] and child in self.left:
+        self._ready.discard(key)
+        for child in self._children[key]:
+            self._waits_for[child].discard(key)
+            if not self._waits_for[child] and child in self.left:
                 self._ready.add(child)
 
     def see(self) -> None:
         """Take note of everything that is done by now, whoever did it."""
-        while done := [node.key for node in self.ready if node.done]:  # what becomes ready may be done already
+        while done := [job.key for job in self.ready if job.done]:  # what becomes ready may be done already
             for key in done:
-                self.remove(key)
                 self.finish(key)
 
     def give_up(self, key: str) -> list[Job]:
-        """A task failed. Returns the tasks that will not be begun because they need it."""
-        lost, stack = [], [key]
+        """A job failed. Returns the jobs that will not be begun because they need it."""
+        lost, stack = list[Job](), [key]
+        self._ready.discard(key)
         while stack:
-            each = stack.pop()
-            if each in self.left:
-                self.left.discard(each)
-                lost.append(self.nodes[each])
-                stack += self.children[each]
+            if (key := stack.pop()) in self.left:
+                self.left.discard(key)
+                lost.append(self.jobs[key])
+                stack += self._children[key]
         return lost[1:]

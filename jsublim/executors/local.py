@@ -8,43 +8,40 @@ from collections.abc import Iterable, Sequence
 
 import jax
 
-from jsublim.config import Experiment
-from jsublim.core.progress import Progress
-from jsublim.errors import UsageError
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.experiment import plan
-from jsublim.pipeline.graph import ordered
+from jsublim.pipeline.graph import Work, ordered
 from jsublim.pipeline.stage import Node, Task, tasks_of
 from jsublim.runtime.processes import heeding_signals, leave_if_asked, on_main_process, wait_until_seen
 
 
-class LocalExecutor:
-    """Tasks of one kind share a progress bar, as they follow one another."""
+def execute_work(work: Sequence[Work]) -> None:
+    """Experiments one after another, as `execute_tasks`."""
+    for tasks, context in work:
+        execute_tasks(tasks, context)
 
-    @heeding_signals()
-    def execute(self, tasks: Iterable[Task], context: Context) -> None:
-        """Return when every task is whole; what one raises is raised, and what is whole stays. After a signal it is `Preempted`."""
-        every = list(ordered(tasks))
-        mend(every, context)
-        missing = [every[i] for i in on_main_process(lambda: _missing(every, context))]
-        context.progress.expect(Counter(task.kind for task in missing))
-        while missing:
-            leave_if_asked()
-            task = _next(missing, context)
-            execute(task, context)
-            missing.remove(task)
+
+@heeding_signals()
+def execute_tasks(tasks: Iterable[Task], context: Context) -> None:
+    """Return when every task is whole; what one raises is raised, and what is whole stays. After a signal it is `Preempted`. Tasks of
+    one kind share a progress bar, as they follow one another."""
+    every = list(ordered(tasks))
+    mend(every, context)
+    missing = [every[i] for i in on_main_process(lambda: _missing(every, context))]
+    context.progress.expect(Counter(task.kind for task in missing))
+    while missing:
+        leave_if_asked()
+        task = _next(missing, context)
+        execute(task, context)
+        missing.remove(task)
 
 
 def execute_nodes(nodes: Iterable[Node], context: Context) -> None:
-    """Make some artifacts, and what they need, in this process.
-
-    Raises:
-      UsageError, JsublimError: what cannot be made, before anything is computed.
-    """
+    """Make some artifacts, and what they need, in this process. Raises UsageError, JsublimError: what cannot be made,
+    before anything is computed."""
     tasks = tasks_of(nodes).values()
     for task in tasks:
         task.check(context.setup)
-    LocalExecutor().execute(tasks, context)
+    execute_tasks(tasks, context)
 
 
 def _next(missing: list[Task], context: Context) -> Task:
@@ -78,18 +75,3 @@ def execute(task: Task, context: Context) -> None:
             with context.progress.stage(task.kind, task.units(context), task.label) as tick:
                 task.make(context, tick)
     wait_until_seen((store.place(output), functools.partial(store.done, output)) for output in task.outputs)
-
-
-def execute_key(experiment: Experiment, key: str, progress: Progress | None = None) -> None:
-    """Do one task of an experiment's graph, told by its key alone: what any process of any machine with the store can do.
-
-    Raises:
-      UsageError: the graph has no such task, or a parent of it is not done.
-    """
-    context = Context.load(experiment, progress)
-    task = plan(context.setup).task(key)
-    mend([task, *task.parents], context)
-    missing = [parent.label for parent in task.parents if not parent.done(context.store)]
-    if missing:
-        raise UsageError(f"task '{key}' ({task.label}): {', '.join(missing)} must be done before it")
-    execute(task, context)

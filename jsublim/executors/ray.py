@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
-import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,14 +22,12 @@ import jax
 from jsublim.config import Experiment
 from jsublim.config.experiment import Devices
 from jsublim.core.progress import Progress, Tick
-from jsublim.errors import JsublimError, UsageError
-from jsublim.executors.frontier import Frontier, Job, Work, merged
+from jsublim.errors import JsublimError, UsageError, first_line
+from jsublim.executors.frontier import Frontier, Job, merged
 from jsublim.executors.local import mend
-from jsublim.executors.worker import Outcome, Worker, seen
-from jsublim.pipeline.context import Context
-from jsublim.pipeline.graph import TasksFailed
-from jsublim.pipeline.stage import Task
-from jsublim.runtime.processes import Preempted
+from jsublim.executors.worker import TaskOutcome, Worker, seen
+from jsublim.pipeline.graph import TasksFailed, Work
+from jsublim.runtime.processes import heeding_signals, leave_if_asked
 
 LOOK = 5.0  # seconds between two looks at what the cluster has
 ROOM = 60.0  # seconds without any worker until that is said
@@ -41,7 +37,7 @@ QUIET = {  # before Ray is imported
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".",  # its own lines about lost workers, which would go to standard output
 }
-LOCAL = QUIET | {
+LOCAL = {  # for a cluster that it starts
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Ray's name for listening on 127.0.0.1 alone
     "RAY_AUTH_MODE": "token",
 }
@@ -55,39 +51,44 @@ class RayExecutor:
 
     Attributes:
       address: of a cluster that exists; None starts one on this machine, for as long as the tasks take.
-      times: of every task that was done: its node, the worker, and when it began and ended, in seconds of `time.monotonic`.
+      times: of every task that was done: its job, the worker, and when it began and ended, in seconds of `time.monotonic`.
     """
 
     address: str | None = None
     times: list[Time] = field(default_factory=list)
-    here = False  # no task is done in this process
 
     def __post_init__(self) -> None:
+        for name, value in (QUIET if self.address else QUIET | LOCAL).items():
+            os.environ.setdefault(name, value)
         try:
-            self._ray = _import_ray(self.address is None)
+            import ray
         except ImportError:
             raise UsageError("--on ray: Ray is not installed; pip install ray") from None
+        self._ray: Any = ray
         jax.config.update("jax_platforms", "cpu")  # accelerators are the workers'
 
-    def execute(self, tasks: Iterable[Task], context: Context) -> None:
-        """As `execute_together`, of one experiment."""
-        self.execute_together([(tasks, context)])
-
-    def execute_together(self, work: Sequence[Work]) -> None:
+    def execute(self, work: Sequence[Work]) -> None:
         """Return when every task is whole.
 
         Raises:
+          UsageError: the experiments do not say the same of workers and devices.
           TasksFailed: some failed, each is named in a line of its own; those that do not need them are done.
+          Preempted: SIGTERM.
         """
         work = [(list(tasks), context) for tasks, context in work]
         for tasks, context in work:
             mend(tasks, context)
-        nodes = {key: node for key, node in merged(work).items() if not node.done}
-        if not nodes:
+        runs = [context.setup.experiment.run for _, context in work]
+        if any(run != runs[0] for run in runs):
+            raise UsageError(
+                "run: experiments of one graph must say the same of workers and devices; give it for all of them"
+            )
+        jobs = {key: job for key, job in merged(work).items() if not job.done}
+        if not jobs:
             return
         progress = work[0][1].progress
-        with self._cluster(run_of(work)) as cluster, progress.stage("tasks", len(nodes)) as tick:
-            drive = _Drive(cluster, Frontier(nodes), progress, tick, self.times)
+        with self._cluster(runs[0]) as ray, progress.stage("tasks", len(jobs)) as tick:
+            drive = _Drive(ray, runs[0], Frontier(jobs), progress, tick, self.times)
             try:
                 drive.run()
             finally:
@@ -95,7 +96,7 @@ class RayExecutor:
         drive.raise_failures()
 
     @contextlib.contextmanager
-    def _cluster(self, run: Devices) -> Iterator[Cluster]:
+    def _cluster(self, run: Devices) -> Iterator[Any]:
         ray, local = self._ray, {}
         if self.address is None:
             cores = 0 if run.workers == "auto" else int(run.workers * (run.resources or {"CPU": 1}).get("CPU", 1))
@@ -107,98 +108,13 @@ class RayExecutor:
                 # "local": not one that runs on this machine already, or that RAY_ADDRESS names.
                 ray.init(address=self.address or "local", log_to_driver=False, logging_level=logging.ERROR, **local)
         except Exception as error:  # of many kinds: no cluster there, another version, a wrong token
-            said = f"--ray-address {self.address}" if self.address else "--on ray"
-            raise JsublimError(f"{said}: cannot be reached or started: {error}") from error
-        with _ended_by_sigterm():
-            try:
-                yield Cluster(ray, run)
-            finally:
-                ray.shutdown()
-
-
-def _import_ray(local: bool) -> Any:
-    for name, value in (LOCAL if local else QUIET).items():
-        os.environ.setdefault(name, value)
-    import ray
-
-    return ray
-
-
-def run_of(work: Sequence[Work]) -> Devices:
-    """What the experiments say of devices and workers.
-
-    Raises:
-      UsageError: they do not say the same.
-    """
-    said = list(dict.fromkeys(context.setup.experiment.run.model_dump_json() for _, context in work))
-    if len(said) > 1:
-        raise UsageError(
-            "run: experiments of one graph must say the same of workers and devices; give it for all of them"
-        )
-    return work[0][1].setup.experiment.run
-
-
-@contextlib.contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the block."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    told = threading.Event()
-
-    def stop(*_: Any) -> None:
-        told.set()
-        raise KeyboardInterrupt  # the one exception that Ray's own code lets through
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not told.is_set():
-            raise
-        raise Preempted("stopped by SIGTERM; what was finished is kept, the same command continues") from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@dataclass(frozen=True)
-class Cluster:
-    """What a cluster has, counted in workers."""
-
-    ray: Any
-    run: Devices
-
-    def nodes(self) -> list[Mapping[str, float]]:
-        """Of each machine that is up, its resources."""
-        return [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
-
-    def each(self) -> dict[str, float]:
-        """What one worker takes: as the config says; or the accelerators that one copy of the checkpoint is spread over (of a
-        TPU all chips of a host), or one CPU."""
-        if self.run.resources is not None:
-            return dict(self.run.resources)
-        nodes = self.nodes()
-        hosts = [node["TPU"] for node in nodes if node.get("TPU")]
-        if any(node.get("GPU") for node in nodes):
-            return {"GPU": float(self.run.least_axis)}
-        return {"TPU": min(hosts)} if hosts else {"CPU": 1.0}
-
-    def wanted(self) -> int:
-        """How many workers there should be now. With "auto", as many as the machines that are up hold: machines may come
-        and go."""
-        if self.run.workers != "auto":
-            return self.run.workers
-        each, nodes = self.each(), self.nodes()
-        if self.run.resources is None and set(each) == {"CPU"}:
-            return len(nodes)  # JAX uses all cores of a machine
-        return sum(int(min(node.get(name, 0.0) / amount for name, amount in each.items())) for node in nodes)
-
-    def start(self) -> Any:
-        """A worker; it begins once there is room for it."""
-        each = self.each()
-        options = {"num_cpus": each.pop("CPU", 0), "num_gpus": each.pop("GPU", 0), "resources": each}
-        actor = self.ray.remote(Worker).options(max_restarts=0, scheduling_strategy="SPREAD", **options)
-        return actor.remote(str(Path.cwd()))
+            option = f"--ray-address {self.address}" if self.address else "--on ray"
+            raise JsublimError(f"{option}: cannot be reached or started: {error}") from error
+        try:
+            with heeding_signals():  # `ray.init` has put a handler of its own
+                yield ray
+        finally:
+            ray.shutdown()
 
 
 @dataclass
@@ -208,14 +124,16 @@ class _Hand:
     number: int
     actor: Any
     checkpoint: Hashable = None
-    node: Job | None = None  # that it is at
+    job: Job | None = None  # that it is at
 
 
 class _Drive:
     """One pass through a graph: each worker is started, gets one task after the other, and is lost or stopped."""
 
-    def __init__(self, cluster: Cluster, frontier: Frontier, progress: Progress, tick: Tick, times: list[Time]):
-        self.ray, self.cluster, self.frontier, self.progress, self.tick = cluster.ray, cluster, frontier, progress, tick
+    def __init__(
+        self, ray: Any, devices: Devices, frontier: Frontier, progress: Progress, tick: Tick, times: list[Time]
+    ):
+        self.ray, self.devices, self.frontier, self.progress, self.tick = ray, devices, frontier, progress, tick
         self.times = times
         self.starting: dict[Any, _Hand] = {}  # by what Ray will answer; so is `busy`
         self.busy: dict[Any, _Hand] = {}
@@ -229,16 +147,20 @@ class _Drive:
 
     def run(self) -> None:
         while self.frontier.left:
-            self._fill()
+            leave_if_asked()
+            have = len(self.starting) + len(self.idle) + len(self.busy)
+            for _ in range(min(self._wanted(), len(self.frontier.left)) - have):
+                self.number += 1
+                hand = _Hand(self.number, self._start())
+                self.starting[hand.actor.where.remote()] = hand
             self._assign()
             waiting = [*self.starting, *self.busy]
             answered, _ = self.ray.wait(waiting, timeout=LOOK) if waiting else ([], [])
             if self.idle or self.busy:
                 self.alone_since = time.monotonic()
             elif time.monotonic() - self.alone_since > ROOM:
-                each = ", ".join(f"{amount:g} {name}" for name, amount in self.cluster.each().items())
-                have = len(self.cluster.nodes())
-                self.progress.say(f"waiting for a machine with {each} free; the cluster has {have}")
+                needed = ", ".join(f"{amount:g} {name}" for name, amount in self._needed().items())
+                self.progress.say(f"waiting for a machine with {needed} free; the cluster has {len(self._nodes())}")
             for ref in answered:
                 self._begun(ref) if ref in self.starting else self._ended(ref)
 
@@ -256,28 +178,53 @@ class _Drive:
         if self.failed:
             others = f" ({self.not_begun} that need them were not begun)" if self.not_begun else ""
             raise TasksFailed(
-                f"failed tasks: {len(self.failed)} of {len(self.frontier.nodes)}{others}; everything else is done. Mend "
+                f"failed tasks: {len(self.failed)} of {len(self.frontier.jobs)}{others}; everything else is done. Mend "
                 "what their lines say, then run the same command again"
             )
 
-    def _fill(self) -> None:
-        """Start workers until there are as many as are wanted, but no more than tasks."""
-        have = len(self.starting) + len(self.idle) + len(self.busy)
-        for _ in range(min(self.cluster.wanted(), len(self.frontier.left)) - have):
-            self.number += 1
-            hand = _Hand(self.number, self.cluster.start())
-            self.starting[hand.actor.where.remote()] = hand
+    def _nodes(self) -> list[Mapping[str, float]]:
+        """Of each machine that is up, its resources."""
+        return [node["Resources"] for node in self.ray.nodes() if node["Alive"]]
+
+    def _needed(self) -> dict[str, float]:
+        """What one worker takes: as the config says; or the accelerators that one copy of the checkpoint is spread over (of a
+        TPU all chips of a host), or one CPU."""
+        if self.devices.resources is not None:
+            return dict(self.devices.resources)
+        nodes = self._nodes()
+        hosts = [node["TPU"] for node in nodes if node.get("TPU")]
+        if any(node.get("GPU") for node in nodes):
+            return {"GPU": float(self.devices.least_axis)}
+        return {"TPU": min(hosts)} if hosts else {"CPU": 1.0}
+
+    def _wanted(self) -> int:
+        """How many workers there should be now. With "auto", as many as the machines that are up hold: machines may come
+        and go."""
+        if self.devices.workers != "auto":
+            return self.devices.workers
+        needed, nodes = self._needed(), self._nodes()
+        if self.devices.resources is None and set(needed) == {"CPU"}:
+            return len(nodes)  # JAX uses all cores of a machine
+        return sum(int(min(node.get(name, 0.0) / amount for name, amount in needed.items())) for node in nodes)
+
+    def _start(self) -> Any:
+        """A worker; it begins once there is room for it."""
+        rest = self._needed()
+        options = {"num_cpus": rest.pop("CPU", 0), "num_gpus": rest.pop("GPU", 0), "resources": rest}
+        actor = self.ray.remote(Worker).options(max_restarts=0, scheduling_strategy="SPREAD", **options)
+        return actor.remote(str(Path.cwd()))
 
     def _assign(self) -> None:
+        """Give the idle workers what is ready; a judge's budget and pace are shared out among all."""
         while self.idle:
             hand = self.idle[-1]
-            hand.node = self.frontier.take(lambda node, known=hand.checkpoint: node.checkpoint == known)
-            if hand.node is None:
+            hand.job = self.frontier.take(lambda job, known=hand.checkpoint: job.checkpoint == known)
+            if hand.job is None:
                 return
             self.idle.pop()
-            hand.checkpoint = hand.node.checkpoint
-            experiment = one_workers_share(hand.node.context.setup.experiment, max(1, self.cluster.wanted()))
-            self.busy[hand.actor.make.remote(experiment, hand.node.task.key)] = hand
+            hand.checkpoint = hand.job.checkpoint
+            experiment = one_workers_share(hand.job.context.setup.experiment, max(1, self._wanted()))
+            self.busy[hand.actor.make.remote(experiment, hand.job.task.key)] = hand
 
     def _begun(self, ref: Any) -> None:
         hand = self.starting.pop(ref)
@@ -286,68 +233,62 @@ class _Drive:
         except self.ray.exceptions.RayError as error:
             self.begins += 1
             if self.begins >= BEGINS and not self.idle and not self.busy:
-                raise JsublimError(f"--on ray: {BEGINS} workers could not begin: {_reason(error)}") from None
+                raise JsublimError(f"--on ray: {BEGINS} workers could not begin: {first_line(error)}") from None
             return
         self.begins = 0
         self.idle.append(hand)
 
     def _ended(self, ref: Any) -> None:
         hand = self.busy.pop(ref)
-        node = hand.node
-        assert node is not None, "it was busy"
+        job = hand.job
+        assert job is not None, "it was busy"
         try:
-            outcome: Outcome = self.ray.get(ref)
+            outcome: TaskOutcome = self.ray.get(ref)
         except self.ray.exceptions.RayError as error:
-            return self._again(node, hand, _reason(error))
-        for line in outcome.said:
+            return self._again(job, hand, first_line(error))
+        for line in outcome.lines:
             self.progress.say(line)
         if outcome.preempted:
-            return self._again(node, hand, "its machine is taken away")
+            return self._again(job, hand, "its machine is taken away")
         self.idle.append(hand)
         if outcome.error is not None:
-            self._give_up(node, outcome.error)
-        elif not seen(node.task, node.context):
-            store = node.context.setup.experiment.store_dir
+            self._give_up(job, outcome.error)
+        elif not seen(job.task, job.context):
+            store = job.context.setup.experiment.store_dir
             self._give_up(
-                node, f"{store}: does not show here what worker {hand.number} made; all machines must share it"
+                job, f"{store}: does not show here what worker {hand.number} made; all machines must share it"
             )
         else:
-            now, spent = time.monotonic(), node.context.progress.seconds
-            self.times.append((node, hand.number, now - outcome.seconds, now))
-            spent[node.task.kind] = round(spent.get(node.task.kind, 0.0) + outcome.seconds, 2)
-            self.frontier.finish(node.key)
+            now, spent = time.monotonic(), job.context.progress.seconds
+            self.times.append((job, hand.number, now - outcome.seconds, now))
+            spent[job.task.kind] = round(spent.get(job.task.kind, 0.0) + outcome.seconds, 2)
+            self.frontier.finish(job.key)
             self.tick(1)
 
-    def _again(self, node: Job, hand: _Hand, why: str) -> None:
+    def _again(self, job: Job, hand: _Hand, why: str) -> None:
         """A worker was lost; another one begins its task again, from what it had left in the store."""
         self._kill(hand)
-        self.lost[node.key] += 1
-        times, most = self.lost[node.key], self.cluster.run.retries
+        self.lost[job.key] += 1
+        times, most = self.lost[job.key], self.devices.retries
         if times > most:
-            self._give_up(node, f"its worker was lost {times} times, the last time because: {why} (run.retries={most})")
+            self._give_up(job, f"its worker was lost {times} times, the last time because: {why} (run.retries={most})")
         else:
             self.progress.say(
-                f"{node.name}: worker {hand.number} was lost ({why}); begun again, {times} of {most} times"
+                f"{job.name}: worker {hand.number} was lost ({why}); begun again, {times} of {most} times"
             )
-            self.frontier.give_back(node.key)
+            self.frontier.give_back(job.key)
 
-    def _give_up(self, node: Job, error: str) -> None:
-        self.failed.append(f"{node.name}: {error}")
-        self.not_begun += len(self.frontier.give_up(node.key))
+    def _give_up(self, job: Job, error: str) -> None:
+        self.failed.append(f"{job.name}: {error}")
+        self.not_begun += len(self.frontier.give_up(job.key))
 
 
 def one_workers_share(experiment: Experiment, workers: int) -> Experiment:
-    """The experiment as one of several workers does its tasks: a judge's budget and pace are shared out among them."""
+    """The experiment as one of several workers does its tasks: with its share of a judge's budget and pace."""
     judge = experiment.judge
-    if judge is None or judge.server is None or workers == 1:
+    if judge is None or judge.server is None:
         return experiment
-    said = {name: getattr(judge.server, name) for name in ("budget", "requests_per_minute")}
-    share = {name: value / workers for name, value in said.items() if value is not None}
-    server = judge.server.model_copy(update=share)
+    limits = {name: getattr(judge.server, name) for name in ("budget", "requests_per_minute")}
+    shares = {name: value / workers for name, value in limits.items() if value is not None}
+    server = judge.server.model_copy(update=shares)
     return experiment.model_copy(update={"judge": judge.model_copy(update={"server": server})})
-
-
-def _reason(error: Exception) -> str:
-    """What Ray says of a worker, without its list of details."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -25,40 +25,24 @@ SEEN_WITHIN = 60.0  # seconds until every machine must see what another one has 
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TaskOutcome:
     """How a task ended.
 
     Attributes:
       seconds: from its begin to its end, the reading of the checkpoint included.
-      said: lines for the user; error: why it failed, in one line; preempted: it was told to stop, and can be continued.
+      lines: for the user; error: why it failed, in one line; preempted: it was told to stop, and can be continued.
     """
 
     seconds: float
-    said: tuple[str, ...] = ()
+    lines: tuple[str, ...] = ()
     error: str | None = None
     preempted: bool = False
 
 
-class Noted(Progress):
-    """Progress without a terminal: lines are kept for whoever has one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            self.lines.append(text)
-
-
 @dataclass
 class Worker:
-    """Experiments of one checkpoint share its weights; with the first task of another one they are let go.
-
-    Attributes:
-      folder: where the command was given, for names of files that are relative to it.
-    """
+    """Experiments of one checkpoint share its weights; with the first task of another one they are let go. `folder`:
+    where the command was given, for names of files that are relative to it."""
 
     folder: str
     _planned: dict[str, tuple[Context, Graph]] = field(default_factory=dict, repr=False)
@@ -75,30 +59,26 @@ class Worker:
         """Machine and process, for people."""
         return f"{socket.gethostname()}, process {os.getpid()}"
 
-    def make(self, experiment: Experiment, key: str) -> Outcome:
+    def make(self, experiment: Experiment, key: str) -> TaskOutcome:
         """Do one task whose parents are done. Whatever fails is told, not raised."""
-        began, progress = time.perf_counter(), Noted()
+        began, progress = time.perf_counter(), Progress()
         error, preempted = None, False
         try:
-            self._make(experiment, key, progress)
+            context, graph = self._plan(experiment, progress)
+            task = graph.task(key)
+            if absent := [parent for parent in task.parents if not seen(parent, context)]:
+                raise JsublimError(
+                    f"{experiment.store_dir}: does not show {absent[0].kind} {absent[0].label}, which is done; all machines must "
+                    "share the store"
+                )
+            execute(task, context)
         except Preempted as stopped:
             error, preempted = str(stopped), True
         except Exception as failed:
             error = f"{in_one_line(failed)} (on {socket.gethostname()})"
-        return Outcome(time.perf_counter() - began, tuple(progress.lines), error, preempted)
+        return TaskOutcome(time.perf_counter() - began, tuple(progress.lines), error, preempted)
 
-    def _make(self, experiment: Experiment, key: str, progress: Noted) -> None:
-        context, graph = self._plan(experiment, progress)
-        task = graph.task(key)
-        absent = [parent for parent in task.parents if not seen(parent, context)]
-        if absent:
-            raise JsublimError(
-                f"{context.setup.experiment.store_dir}: does not show {absent[0].kind} {absent[0].label}, which is done; "
-                "all machines must share the store"
-            )
-        execute(task, context)
-
-    def _plan(self, experiment: Experiment, progress: Noted) -> tuple[Context, Graph]:
+    def _plan(self, experiment: Experiment, progress: Progress) -> tuple[Context, Graph]:
         """The context and the graph of an experiment, made once."""
         if checkpoint_of(experiment) != self._checkpoint:
             self._planned.clear()
@@ -114,5 +94,5 @@ class Worker:
 
 
 def seen(task: Task, context: Context) -> bool:
-    """Whether what a task left can be seen here, now or soon: shared folders may show it seconds later."""
+    """Whether what a task left can be seen here, now or soon."""
     return comes_true(lambda: task.done(context.store), SEEN_WITHIN)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jsublim.core.files import atomic, scratch_of, write_json, write_text
+from jsublim.core.files import atomic, scratch_beside, write_json, write_text
 from jsublim.core.reading import check_folder, read_json
 from jsublim.errors import JsublimError, UsageError
 from jsublim.models.config import ModelConfig
@@ -79,16 +79,11 @@ def new_folder(out: Path) -> Iterator[Path]:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"{out}: already exists; give another --out or remove it first")
     out.parent.mkdir(parents=True, exist_ok=True)
-    scratch = scratch_of(out)
-    scratch.mkdir()
-    try:
+    with scratch_beside(out, folder=True) as scratch:
         yield scratch
         if out.exists():
             out.rmdir()
         os.replace(scratch, out)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
 
 
 def save_checkpoint(out: Path, *given: Any, **how: Any) -> None:

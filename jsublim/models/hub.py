@@ -14,7 +14,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from jsublim.core.bucket import Bucket, at_once, cache_folder, is_url
-from jsublim.errors import JsublimError
+from jsublim.errors import JsublimError, first_line
 
 _NAME = re.compile(r"([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,255}))?", re.ASCII)
 _FILES, _WEIGHTS = ("*.json", "*.jinja", "*.model"), ("*.safetensors",)
@@ -37,8 +37,9 @@ def from_hub(repository: str, revision: str | None, what: str, *, weights: bool 
         return _fetched(repository, revision, constants.HF_HUB_CACHE, weights)
     except Exception as error:
         said = f"{repository}@{revision}" if revision else repository
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise JsublimError(f"{what} '{said}': no such folder, and the hub did not give it ({reason})") from error
+        raise JsublimError(
+            f"{what} '{said}': no such folder, and the hub did not give it ({first_line(error)})"
+        ) from error
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import platform
 import shutil
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import metadata
@@ -20,7 +21,7 @@ from typing import Any
 
 import jax
 
-from jsublim.core.files import DAMAGED, PARTIAL, remove_unfinished, sha256, write_json, write_text
+from jsublim.core.files import DAMAGED, PARTIAL, remove_abandoned, sha256, write_json, write_text
 from jsublim.errors import JsublimError, UsageError
 from jsublim.runtime.processes import on_main_process
 
@@ -36,13 +37,11 @@ _LIBRARIES = ("jsublim", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the libraries that results depend on."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()} | dict.fromkeys(_LIBRARIES, "not installed")
     for name in _LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+        with suppress(metadata.PackageNotFoundError):
+            installed[name] = metadata.version(name)
+    return installed
 
 
 def device() -> str:
@@ -60,19 +59,14 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """Up to three settings that two inputs do not share, in words."""
     before, after = _flat(old), _flat(new)
     changed = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    return ", ".join(f"{name} was {_short(before.get(name))}, is {_short(after.get(name))}" for name in changed[:3])
+    return ", ".join(f"{name} was {before.get(name)!r:.60}, is {after.get(name)!r:.60}" for name in changed[:3])
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, value in values.items():
-        found |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
-    return found
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        flat |= _flat(value, f"{above}{key}.") if isinstance(value, Mapping) else {f"{above}{key}": value}
+    return flat
 
 
 @dataclass(frozen=True)
@@ -106,12 +100,11 @@ class Artifact:
     def __init__(
         self,
         path: Path,
-        kind: str,
-        inputs: Mapping[str, Any],
+        output: Output,
         publish: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = lambda text: None,
     ):
-        """Open, or continue, the artifact of `inputs` at `path`.
+        """Open, or continue, the artifact of `output.inputs` at `path`.
 
         Args:
           publish: called once it is whole.
@@ -120,9 +113,8 @@ class Artifact:
         Raises:
           JsublimError: what the folder says that it is made from is something else.
         """
-        self.path, self.inputs, self.say, self._publish = path, json.loads(json.dumps(dict(inputs))), say, publish
-        self.key = digest([kind, self.inputs])
-        on_main_process(lambda: self._open(kind))
+        self.path, self.inputs, self.key, self.say, self._publish = path, output.inputs, output.key, say, publish
+        on_main_process(lambda: self._open(output.kind))
 
     def _open(self, kind: str) -> None:
         record = self.path / RECORD
@@ -130,8 +122,8 @@ class Artifact:
             self.path.mkdir(parents=True, exist_ok=True)
             made = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
             attempt = uuid.uuid4().hex[:8]  # tells what two machines make of the same inputs apart
-            said = {"kind": kind, "key": self.key, "inputs": self.inputs, "versions": versions(), "device": device()}
-            write_json(record, said | {"made": made, "attempt": attempt})
+            about = {"kind": kind, "key": self.key, "inputs": self.inputs, "versions": versions(), "device": device()}
+            write_json(record, about | {"made": made, "attempt": attempt})
         elif (read_record(self.path) or {}).get("key") != self.key:
             raise JsublimError(f"{record}: {CHANGED}; move the folder away, then run the same command again")
 
@@ -141,10 +133,10 @@ class Artifact:
 
     def finish(self, summary: dict[str, Any] | None = None) -> None:
         """Mark the artifact whole. The mark holds `summary`, and what every file is (`Store.mend`)."""
-        remove_unfinished(self.path)  # whoever makes it has its lock
+        remove_abandoned(self.path)
         files = [path for path in sorted(self.path.iterdir()) if path.is_file() and path.name not in (DONE, PROGRESS)]
-        said = {path.name: fingerprint(path) for path in files if path.suffix not in (PARTIAL, DAMAGED)}
-        write_text(self.path / DONE, mark_text({"summary": summary or {}, "files": said}))
+        prints = {path.name: fingerprint(path) for path in files if path.suffix not in (PARTIAL, DAMAGED)}
+        write_text(self.path / DONE, mark_text({"summary": summary or {}, "files": prints}))
         forget_progress(self.path)
         self._publish()
 
@@ -171,38 +163,31 @@ def read_record(folder: Path) -> dict[str, Any] | None:
 # --- marks, and what they say of files
 
 
-def mark_text(said: Mapping[str, Any]) -> str:
+def mark_text(mark: Mapping[str, Any]) -> str:
     """A mark as it is written: version, `summary`, of each of its `files` the fingerprint, and the digest of all that."""
-    said = {"version": VERSION, "summary": said["summary"], "files": said["files"]}
-    return json.dumps({**said, "sha256": _own_digest(said)}, indent=2, ensure_ascii=False) + "\n"
+    mark = {"version": VERSION, "summary": mark["summary"], "files": mark["files"]}
+    return json.dumps({**mark, "sha256": _own_digest(mark)}, indent=2, ensure_ascii=False) + "\n"
 
 
-def _own_digest(said: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(said, ensure_ascii=False).encode()).hexdigest()
+def _own_digest(mark: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(mark, ensure_ascii=False).encode()).hexdigest()
 
 
 def read_mark(content: bytes, place: object) -> dict[str, Any] | None:
-    """What the mark of an artifact says; None where that is damaged, or names files elsewhere.
-
-    Raises:
-      UsageError: it is of another version; `place` is named.
-    """
+    """What the mark of an artifact says; None where that is damaged, or names files elsewhere. Raises UsageError: it
+    is of another version; `place` is named."""
     try:
         mark = json.loads(content)
-        own = mark.pop("sha256", None)
-        sound = own == _own_digest(mark) or (own is None and mark.keys() == {"summary", "files"})
+        digest_in_it = mark.pop("sha256", None)
+        sound = digest_in_it == _own_digest(mark) or (digest_in_it is None and mark.keys() == {"summary", "files"})
         if sound and mark.get("version") != VERSION:
             raise UsageError(
                 f"{place}: was made by another version of jsublim; give another store (store=FOLDER), or move this one away"
             )
         sound = sound and mark_text(mark).encode() == content and isinstance(mark["summary"], dict)
-        sound = sound and all(
-            _is_inside(name)
-            and type(said["bytes"]) is int
-            and type(said["time_ns"]) is int
-            and type(said["sha256"]) is str
-            for name, said in mark["files"].items()
-        )
+        for name, written in mark["files"].items():
+            types = [type(written[key]) for key in ("bytes", "time_ns", "sha256")]
+            sound = sound and _is_inside(name) and types == [int, int, str]
         return mark if sound else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
@@ -215,11 +200,7 @@ def _is_inside(name: str) -> bool:
 
 
 def mark_of(folder: Path) -> dict[str, Any]:
-    """What the mark of a whole artifact says: its `summary`, and of each of its `files` the fingerprint, its record among them.
-
-    Raises:
-      JsublimError: it is not what was written.
-    """
+    """What the mark of a whole artifact says. Raises JsublimError: it is not what was written."""
     mark = read_mark((folder / DONE).read_bytes(), folder)
     if mark is None:
         raise JsublimError(f"{folder / DONE}: {CHANGED}; run the command again that made it")
@@ -227,11 +208,7 @@ def mark_of(folder: Path) -> dict[str, Any]:
 
 
 def read_summary(folder: Path) -> dict[str, Any]:
-    """What whoever made an artifact kept of it.
-
-    Raises:
-      JsublimError: as `mark_of`.
-    """
+    """What whoever made an artifact kept of it. Raises as `mark_of`."""
     return mark_of(folder)["summary"]
 
 
@@ -241,25 +218,27 @@ def fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": status.st_size, "time_ns": status.st_mtime_ns, "sha256": sha256(path)}
 
 
-def damage_of(path: Path, said: Mapping[str, Any], *, read: bool) -> str | None:
-    """What is wrong with a file, by what was written.
+def damage(written: Mapping[str, Any], size: int | None, digest: str | None = None) -> str | None:
+    """What is wrong with a file of so many bytes (None: there is none), by what was written; without a digest, as far as they tell."""
+    if size is None:
+        return "is missing"
+    if size != written["bytes"]:
+        return f"has {size} bytes, {written['bytes']} were written"
+    return None if digest in (None, written["sha256"]) else CHANGED
+
+
+def damage_of(path: Path, written: Mapping[str, Any], *, read: bool) -> str | None:
+    """What is wrong with a file on this machine.
 
     Args:
       read: compare its digest; otherwise a file of the same size and time is taken to be the same. Reading all of a large store
         would take minutes at every start.
     """
-    status = path.stat() if path.exists() else None
-    if (damage := damage_of_size(status and status.st_size, said)) or status is None:
-        return damage
-    same = (not read and status.st_mtime_ns == said["time_ns"]) or sha256(path) == said["sha256"]
-    return None if same else CHANGED
-
-
-def damage_of_size(size: int | None, said: Mapping[str, Any]) -> str | None:
-    """As far as its bytes tell; None are those of a file that is not there."""
-    if size is None:
-        return "is missing"
-    return None if size == said["bytes"] else f"has {size} bytes, {said['bytes']} were written"
+    if not path.exists():
+        return damage(written, None)
+    status = path.stat()
+    known = status.st_size != written["bytes"] or (not read and status.st_mtime_ns == written["time_ns"])
+    return damage(written, status.st_size, None if known else sha256(path))
 
 
 def damage_in(folder: Path, only: str | None = None, *, read: bool = True) -> dict[str, str]:
@@ -271,9 +250,10 @@ def damage_in(folder: Path, only: str | None = None, *, read: bool = True) -> di
     mark = read_mark((folder / DONE).read_bytes(), folder)
     if mark is None:
         return {DONE: CHANGED}
-    names = [name for name in mark["files"] if only in (None, name)]
-    found = {name: damage_of(folder / name, mark["files"][name], read=read) for name in names}
-    return {name: what for name, what in found.items() if what is not None}
+    looked = {
+        name: damage_of(folder / name, mark["files"][name], read=read) for name in mark["files"] if only in (None, name)
+    }
+    return {name: what for name, what in looked.items() if what}
 
 
 def in_words(place: object, damage: Mapping[str, str]) -> str:
@@ -282,11 +262,7 @@ def in_words(place: object, damage: Mapping[str, str]) -> str:
 
 
 def check_whole(folder: Path, only: str | None = None) -> None:
-    """Refuse a whole artifact, or one file of it, that is not what was written.
-
-    Raises:
-      JsublimError: naming the folder and the files.
-    """
-    damage = damage_in(folder, only)
-    if damage:
-        raise JsublimError(f"{in_words(folder, damage)}; run the command again that made it")
+    """Refuse a whole artifact, or one file of it, that is not what was written. Raises JsublimError: naming the folder
+    and the files."""
+    if wrong := damage_in(folder, only):
+        raise JsublimError(f"{in_words(folder, wrong)}; run the command again that made it")

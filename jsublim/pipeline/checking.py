@@ -11,7 +11,7 @@ from jsublim.errors import JsublimError
 from jsublim.inference.lm import is_available_offline
 from jsublim.models.checkpoint import read_config
 from jsublim.models.decoder import abstract_params
-from jsublim.pipeline.arguments import category, check_datasets, check_teachers
+from jsublim.pipeline.arguments import category
 from jsublim.pipeline.arms import distinct, plan_students
 from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.graph import Graph
@@ -21,23 +21,20 @@ from jsublim.text.prompts import load_pack
 
 
 def look_through(experiment: Experiment, shape: Callable[[str], Path]) -> tuple[Setup | None, Graph | None, list[str]]:
-    """What would be done, as far as it can be planned, and what is wrong, in one line each.
-
-    Args:
-      shape: as of `Setup.of`. What is not here is not looked at: nothing is asked of the hub.
-    """
+    """What would be done, as far as it can be planned, and what is wrong, in one line each. `shape`: as of `Setup.of`.
+    What is not here is not looked at: nothing is asked of the hub."""
     try:
         setup = Setup.of(experiment, shape)
     except JsublimError:
-        return None, None, _said(_readings(experiment, shape))
-    found = _said((lambda trait=trait: category(setup, trait)) for trait in experiment.teachers.traits)
+        return None, None, _refused(_readings(experiment, shape))
+    mistakes = _refused((lambda trait=trait: category(setup, trait)) for trait in experiment.teachers.traits)
     try:
         graph = plan(setup)
     except JsublimError as error:
-        return setup, None, [*(found or [str(error)]), *_said(_starts(setup) if setup.known else ())]
+        return setup, None, [*(mistakes or [str(error)]), *_refused(_starts(setup) if setup.known else ())]
     if setup.known:
-        found = _said(_checks(setup, graph))
-    return setup, graph, found
+        mistakes = _refused(graph.checks(setup))
+    return setup, graph, mistakes
 
 
 def _readings(experiment: Experiment, shape: Callable[[str], Path]) -> Iterator[Callable[[], Any]]:
@@ -56,28 +53,20 @@ def _readings(experiment: Experiment, shape: Callable[[str], Path]) -> Iterator[
     yield lambda: Setup.of(experiment, shape)
 
 
-def _checks(setup: Setup, graph: Graph) -> Iterator[Callable[[], Any]]:
-    """What a run checks before anything is computed."""
-    yield lambda: check_teachers(setup)
-    yield lambda: check_datasets(setup)
-    for task in graph.tasks.values():
-        yield lambda task=task: task.check(setup)
-
-
 def _starts(setup: Setup) -> Iterator[Callable[[], Any]]:
     """What can be checked of students where no plan can be made."""
     for student in distinct(setup.students, lambda student: student.arm):
         config = setup.checkpoint(student.settings.model).config
         params = abstract_params(config, setup.experiment.dtype)
-        yield lambda config=config, params=params, own=student.settings: check_start(config, params, own)
+        yield lambda config=config, params=params, settings=student.settings: check_start(config, params, settings)
 
 
-def _said(checks: Iterable[Callable[[], Any]]) -> list[str]:
+def _refused(checks: Iterable[Callable[[], Any]]) -> list[str]:
     """What each of them refuses, each line once."""
-    found: dict[str, None] = {}
+    lines: dict[str, None] = {}
     for check in checks:
         try:
             check()
         except JsublimError as error:
-            found[str(error)] = None
-    return list(found)
+            lines[str(error)] = None
+    return list(lines)

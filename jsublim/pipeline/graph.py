@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import graphlib
 import heapq
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from jsublim.core.section import CONTENT, PLAN, RESULT, leaves, value_at
 from jsublim.errors import JsublimError, UsageError
@@ -18,6 +19,8 @@ from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stage import Node, Task, with_parents
 from jsublim.pipeline.store import digest
 from jsublim.pipeline.values import Rows
+
+Work = tuple[Iterable[Task], Context]  # tasks of one experiment, and what they are done with
 
 
 @dataclass(frozen=True)
@@ -39,55 +42,22 @@ class Graph:
     audits: Mapping[tuple[Source, str], Node]
 
     def task(self, key: str) -> Task:
-        """The task of that key.
-
-        Raises:
-          UsageError: this graph has none.
-        """
+        """The task of that key. Raises UsageError: this graph has none."""
         if key not in self.tasks:
             raise UsageError(f"task '{key}': is not in the graph of this config; it has {len(self.tasks)} tasks")
         return self.tasks[key]
 
-    def check(self, setup: Setup) -> None:
-        """Refuse, before anything is computed, what a task would refuse after hours.
-
-        Raises:
-          UsageError, JsublimError: naming the field of the config.
-        """
-        check_teachers(setup)
-        check_datasets(setup)
+    def checks(self, setup: Setup) -> Iterator[Callable[[], Any]]:
+        """What is refused before anything is computed, each by itself, that a task would refuse after hours: UsageError or
+        JsublimError, naming the field of the config."""
+        yield lambda: check_teachers(setup)
+        yield lambda: check_datasets(setup)
         for task in self.tasks.values():
-            task.check(setup)
-
-
-class Executor(Protocol):
-    """Does tasks, and what they need before, as far as it is not in the store."""
-
-    def execute(self, tasks: Iterable[Task], context: Context) -> None:
-        """Return when every task is whole; raise what the first one that failed raised."""
-        ...
+            yield functools.partial(task.check, setup)
 
 
 class TasksFailed(JsublimError):
     """Some tasks failed; everything that does not need them is done."""
-
-
-class JointExecutor(Protocol):
-    """Does the tasks of several experiments as one graph.
-
-    Attributes:
-      here: whether this process does any of them, so that it needs devices.
-    """
-
-    here: bool
-
-    def execute_together(self, work: Sequence[tuple[Iterable[Task], Context]]) -> None:
-        """Return when its part of the tasks is whole.
-
-        Raises:
-          TasksFailed: some of them failed.
-        """
-        ...
 
 
 def ordered(tasks: Iterable[Task]) -> Iterator[Task]:
@@ -109,17 +79,11 @@ def results_key(setup: Setup) -> str:
     """What the results of a run hang on: every field that is not only about how, files by their content."""
     e = setup.experiment
     values = e.model_dump(mode="json")
-    said = {leaf.name: value_at(values, leaf.path) for leaf in leaves(type(e)) if _decides(leaf.decides)}
-    content = [
-        None if e.data.kind == "numbers" else digest(prompts(setup, None)),
-        questions(setup).identity,
-    ]
-    hashes = {name: each.hash for name, each in setup.checkpoints.items()}
+    decided = RESULT | CONTENT | PLAN
+    fields = {leaf.name: value_at(values, leaf.path) for leaf in leaves(type(e)) if leaf.decides & decided}
+    content = [None if e.data.kind == "numbers" else digest(prompts(setup, None)), questions(setup).identity]
+    hashes = {name: checkpoint.hash for name, checkpoint in setup.checkpoints.items()}
     hashes |= {} if setup.judge is None else {"judge": setup.judge.hash}
     hashes |= {name: setup.content(name, what) for name, what in setup.adapters().items()}
     hashes |= {} if setup.engine is None else {"engine": setup.engine}
-    return digest([said, setup.common, setup.pack.wording, hashes, content])
-
-
-def _decides(decides: Any) -> bool:
-    return bool(decides & (RESULT | CONTENT | PLAN))
+    return digest([fields, setup.common, setup.pack.wording, hashes, content])

@@ -73,12 +73,11 @@ def _save(folder: Path, name: str, first: int, rows: Sequence[Arrays]) -> None:
 
 def _saved(folder: Path, name: str, say: Callable[[str], None]) -> Iterator[list[Arrays]]:
     """The rows of each file, as far as they follow one another and are what was written."""
-    found = {int(path.stem.rsplit("-", 1)[1]): path for path in folder.glob(f"{name}-*.npz")}
     expected = 0
-    while expected in found:
-        content = found[expected].read_bytes()
+    while (path := folder / f"{name}-{expected}.npz").exists():
+        content = path.read_bytes()
         if hashlib.sha256(content[:-DIGEST]).digest() != content[-DIGEST:]:
-            return say(f"{found[expected]}: is not what was written; the rows from {expected} on are made again")
+            return say(f"{path}: is not what was written; the rows from {expected} on are made again")
         with np.load(io.BytesIO(content[:-DIGEST])) as kept:
             ends = np.cumsum(kept["lengths"])[:-1]
             columns = [np.split(kept[key], ends) for key in kept.files if key != "lengths"]

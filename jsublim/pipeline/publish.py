@@ -7,13 +7,14 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from jsublim.core.files import PARTIAL, remove_abandoned, sha256, write_json, write_text
 from jsublim.core.reading import read_json
 from jsublim.errors import JsublimError, UsageError
-from jsublim.pipeline.artifact import check_whole, damage_in, differences, fingerprint, mark_of, mark_text
+from jsublim.pipeline.artifact import check_whole, differences, fingerprint, mark_of, mark_text
 from jsublim.pipeline.store import DONE, RECORD, Output, Store
 from jsublim.pipeline.values import Rows
 from jsublim.text.rows import Row, as_lines
@@ -26,27 +27,22 @@ def pedigree_of(path: Path) -> Path:
 
 def published_key(path: Path) -> str | None:
     """The key of the artifact that a file or folder is (a copy of); None where it is none, or was changed since.
-
-    Raises:
-      JsublimError: a folder of a store, or `rows.jsonl` in one, is not what was written.
-    """
+    Raises JsublimError: a folder of a store, or `rows.jsonl` in one, is not what was written."""
     record = record_of(path)
     folder = path if path.is_dir() else path.parent
     if record is None:
         return None
     if "sha256" in record:
         return str(record["key"]) if path.is_file() and record["sha256"] == sha256(path) else None
-    if not (folder / DONE).exists() or ("published" in record and not _is_unchanged(folder)):
+    if not (folder / DONE).exists():
         return None
-    check_whole(folder, None if path.is_dir() else path.name)
-    return str(record["key"])
-
-
-def _is_unchanged(folder: Path) -> bool:
     try:
-        return not damage_in(folder)
-    except UsageError:  # published by another version
-        return False
+        check_whole(folder, None if path.is_dir() else path.name)
+    except JsublimError:
+        if "published" in record:  # changed since, or by another version
+            return None
+        raise
+    return str(record["key"])
 
 
 def check_free(path: Path, key: str, inputs: Mapping[str, Any]) -> None:
@@ -72,8 +68,8 @@ def publish_rows(path: Path, rows: Sequence[Row], source: Rows) -> None:
     """Write rows as a file that knows which artifacts they come from; what says so is there before the file is."""
     path.parent.mkdir(parents=True, exist_ok=True)
     text = as_lines(rows)
-    said = {"key": source.key, "most": source.most, "inputs": dict(source.inputs)}
-    write_json(pedigree_of(path), said | {"sha256": hashlib.sha256(text.encode()).hexdigest()})
+    record = {"key": source.key, "most": source.most, "inputs": dict(source.inputs)}
+    write_json(pedigree_of(path), record | {"sha256": hashlib.sha256(text.encode()).hexdigest()})
     write_text(path, text)
 
 
@@ -87,30 +83,20 @@ def publish_folder(path: Path, store: Store, output: Output) -> None:
     write_json(path / RECORD, json.loads((source / RECORD).read_bytes()) | {"published": True})
     shutil.copystat(source / RECORD, path / RECORD)  # published again, it is the same
     for name in mark["files"].keys() - {RECORD}:
-        _copy(source / name, path / name)
+        (path / name).unlink(missing_ok=True)
+        try:  # weights are linked where the disk can: they are large, and nobody edits them in place
+            (os.link if name.endswith(".safetensors") else shutil.copy2)(source / name, path / name)
+        except OSError:
+            shutil.copy2(source / name, path / name)
     files = mark["files"] | {RECORD: fingerprint(path / RECORD)}
     write_text(path / DONE, mark_text(mark | {"files": files}))
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Weights are linked where the disk can: they are large, and nobody edits them in place."""
-    target.unlink(missing_ok=True)
-    if source.suffix == ".safetensors":
-        try:
-            return os.link(source, target)
-        except OSError:
-            pass
-    shutil.copy2(source, target)
-
-
 def record_of(path: Path) -> dict[str, Any] | None:
     """What says which artifact a result is; of a file in a store, what its folder says."""
-    inside = [path.parent / RECORD] if path.name == "rows.jsonl" else []
-    for place in (pedigree_of(path), *inside):
-        try:
+    for place in (pedigree_of(path), *([path.parent / RECORD] if path.name == "rows.jsonl" else ())):
+        with suppress(JsublimError):
             record = read_json(place)
-        except JsublimError:
-            continue
-        if isinstance(record.get("key"), str) and type(record.get("most", 0)) is int:
-            return record
+            if isinstance(record.get("key"), str) and type(record.get("most", 0)) is int:
+                return record
     return None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from jsublim.core.bucket import Bucket, at_once
-from jsublim.core.files import DAMAGED, remove_abandoned, scratch_of, sha256, write_text
+from jsublim.core.files import DAMAGED, remove_abandoned, scratch_beside, sha256, write_text
 from jsublim.errors import JsublimError
 from jsublim.pipeline.artifact import CHANGED, DONE, damage_of, fingerprint, mark_text, read_mark
 from jsublim.runtime.programs import DIGEST, ENTRY, whole_programs
@@ -35,9 +35,9 @@ def get_files(bucket: Bucket, folder: str, files: Mapping[str, Any], local: Path
     """
 
     def get(name: str) -> str | None:
-        path, said = local / name, files[name]
+        path, written = local / name, files[name]
         if path.exists():
-            if damage_of(path, said, read=True) is None:
+            if damage_of(path, written, read=True) is None:
                 return None
             if (local / DONE).exists():
                 say(f"{local}: {name} {CHANGED}; it is fetched again")
@@ -46,9 +46,9 @@ def get_files(bucket: Bucket, folder: str, files: Mapping[str, Any], local: Path
             bucket.download(f"{folder}/{name}", path)
         except FileNotFoundError:
             return "is missing"
-        damage = damage_of(path, said, read=True)
+        damage = damage_of(path, written, read=True)
         if damage is None:
-            os.utime(path, ns=(said["time_ns"], said["time_ns"]))
+            os.utime(path, ns=(written["time_ns"], written["time_ns"]))
         else:
             path.unlink(missing_ok=True)
         return damage
@@ -57,7 +57,7 @@ def get_files(bucket: Bucket, folder: str, files: Mapping[str, Any], local: Path
 
 
 class States:
-    """The newest states of the trainings in the folder of a store of this machine, and those in its bucket."""
+    """The newest states of trainings in a folder of this machine, one folder each, and those in the bucket of its store."""
 
     def __init__(self, bucket: Bucket, root: Path, say: Say):
         self.bucket, self.root, self.say = bucket, root, say
@@ -67,30 +67,26 @@ class States:
     def resume(self, name: str) -> None:
         """Begin a training with its newest state, if another machine has come further with it than this one."""
         self._begun.add(name)
-        local, above = self.root / "training" / name, f"training/{name}"
-        own = max(_steps(local), default=0)
-        steps = [int(step) for step in self.bucket.folders(above) if step.isdecimal() and int(step) > own]
+        local, above = self.root / name, f"training/{name}"
+        newest = max(_steps(local), default=0)
+        steps = [int(step) for step in self.bucket.folders(above) if step.isdecimal() and int(step) > newest]
         for step in sorted(steps, reverse=True):
             content = self.bucket.read(f"{above}/{step}/{DONE}")
             if content is None:
                 continue  # not sent to its end
             mark = read_mark(content, self.bucket.place(f"{above}/{step}"))
-            local.parent.mkdir(parents=True, exist_ok=True)
+            local.mkdir(parents=True, exist_ok=True)
             remove_abandoned(local)
-            scratch = scratch_of(local)
-            try:
+            with scratch_beside(local, folder=True) as scratch:
                 if mark is None or get_files(self.bucket, f"{above}/{step}", mark["files"], scratch, self.say):
                     self.say(f"{self.bucket.place(above)}/{step}: {CHANGED}; what it held is made again")
                     continue
-                for path in [path for path in local.glob("*") if path.suffix != DAMAGED]:
+                for path in [path for path in local.iterdir() if path.suffix != DAMAGED]:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
-                local.mkdir(parents=True, exist_ok=True)
                 for path in scratch.iterdir():
                     os.replace(path, local / path.name)
-                self._sent[name] = step
-                return
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+            self._sent[name] = step
+            return
 
     @contextmanager
     def sending(self) -> Iterator[None]:
@@ -122,26 +118,22 @@ class States:
             self._begun.clear()
 
     def _send(self, name: str) -> None:
-        folder, above = self.root / "training" / name, f"training/{name}"
-        step = max(_steps(folder), default=0)
+        folder, above = self.root / name, f"training/{name}"
+        step, lines = max(_steps(folder), default=0), folder / "metrics.jsonl"
         if step <= self._sent.get(name, 0):
             return
-        lines, scratch = folder / "metrics.jsonl", scratch_of(folder / "metrics.jsonl")
-        try:
-            with suppress(FileNotFoundError):  # the training removes a state when a newer one is there
-                paths = [path for path in sorted((folder / STATE / str(step)).rglob("*")) if path.is_file()]
-                files = {path.relative_to(folder).as_posix(): path for path in paths}
-                if lines.exists():  # which grows
-                    files[lines.name] = Path(shutil.copy(lines, scratch))
-                said = {file: fingerprint(path) for file, path in files.items()}
-                at_once(lambda file: self.bucket.upload(files[file], f"{above}/{step}/{file}"), files)
-                self.bucket.write(f"{above}/{step}/{DONE}", mark_text({"summary": {}, "files": said}).encode())
-                self._sent[name] = step
-                for other in self.bucket.folders(above):
-                    if other != str(step):
-                        self.bucket.remove(f"{above}/{other}")
-        finally:
-            scratch.unlink(missing_ok=True)
+        with suppress(FileNotFoundError), scratch_beside(lines) as scratch:  # a state goes when a newer one is there
+            paths = sorted(path for path in (folder / STATE / str(step)).rglob("*") if path.is_file())
+            files = {path.relative_to(folder).as_posix(): path for path in paths}
+            if lines.exists():  # which grows
+                files[lines.name] = Path(shutil.copy(lines, scratch))
+            written = {file: fingerprint(path) for file, path in files.items()}
+            at_once(lambda file: self.bucket.upload(files[file], f"{above}/{step}/{file}"), files)
+            self.bucket.write(f"{above}/{step}/{DONE}", mark_text({"summary": {}, "files": written}).encode())
+            self._sent[name] = step
+            for other in self.bucket.folders(above):
+                if other != str(step):
+                    self.bucket.remove(f"{above}/{other}")
 
     def forget(self) -> None:
         """Remove the states of what was begun: all that was trained is whole."""
@@ -166,14 +158,14 @@ def fetch_programs(bucket: Bucket, above: str, folder: Path, say: Say, *, alone:
     """
 
     def get(name: str) -> None:
-        path, said = folder / name.rpartition(".")[0], name.rpartition(".")[2]
+        path, digest = folder / name.rpartition(".")[0], name.rpartition(".")[2]
         if not path.name.endswith(ENTRY) or path.exists():
             return
         folder.mkdir(parents=True, exist_ok=True)
         with suppress(FileNotFoundError):
             bucket.download(f"{above}/{name}", path)
-            if sha256(path) == said:
-                return write_text(path.with_name(path.name + DIGEST), said)
+            if sha256(path) == digest:
+                return write_text(path.with_name(path.name + DIGEST), digest)
             path.unlink()
             say(f"{bucket.place(above)}/{name}: a damaged program; it is not used")
             bucket.remove(f"{above}/{name}")
@@ -186,10 +178,7 @@ def fetch_programs(bucket: Bucket, above: str, folder: Path, say: Say, *, alone:
     at_once(get, there)
 
 
-def send_programs(bucket: Bucket, above: str, folder: Path, say: Say, known: set[str]) -> None:
-    """Send the programs of a folder that are not in the bucket yet, as far as is `known`, to which they are added."""
-    if not known:
-        known |= {name.rpartition(".")[0] for name in bucket.sizes(above)}
-    new = whole_programs(folder, say, known)
+def send_programs(bucket: Bucket, above: str, folder: Path, say: Say) -> None:
+    """Send the programs of a folder that are not in the bucket yet."""
+    new = whole_programs(folder, say, {name.rpartition(".")[0] for name in bucket.sizes(above)})
     at_once(lambda path: bucket.upload(path, f"{above}/{path.name}.{new[path]}"), new)
-    known |= {path.name for path in new}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,71 +31,40 @@ from jsublim.pipeline.store import digest
 from jsublim.report.tables import read_json
 from jsublim.text.prompts import load_pack
 
-Answered = dict[
-    tuple[str, str], dict[int, list[tuple[str, int]]]
-]  # (arm, evaluation) -> question -> answers with counts
+_Key = tuple[str, str]  # arm, evaluation ("": the plain one)
+_Answers = dict[_Key, dict[int, list[tuple[str, int]]]]  # question -> answers with counts
 
 
-@dataclass(frozen=True)
-class Rescoring:
-    """What is made anew: names in answers by the rule `match`, judgements by the experiment's judge."""
-
-    experiment: Experiment
-    match: str | None = None
-    judged: bool = False
-
-    @property
-    def label(self) -> str:
-        judge = digest(self.experiment.model_dump(mode="json")["judge"])[:6] if self.judged else ""
-        named = self.match if self.match is None or self.match.isalnum() else f"pattern-{digest(self.match)[:6]}"
-        return "-".join(part for part in (named and f"match-{named}", judge and f"judge-{judge}") if part)
-
-
-def rescoring_of(run: Path, match: str | None, fields: Sequence[str]) -> Rescoring:
-    """What a user asks for.
-
-    Args:
-      fields: of the run's config, such as judge.model=...; another judge takes the place of the whole old one.
-
-    Raises:
-      UsageError: nothing is asked for, or something that cannot be made of answers.
-    """
-    values = experiment_of_run(run).model_dump(mode="json")
-    kept = ("judge.", "evaluation.kinds.misalignment.", "prompts=")
-    if wrong := [field for field in fields if not field.startswith(kept)]:
-        raise UsageError(f"rescore: '{wrong[0]}' given; the answers stay, so only {', '.join(kept)} can be given")
-    if not fields and match is None:
-        raise UsageError("rescore: give --match, or another judge (judge.model=FOLDER)")
-    if any(field.startswith(("judge.model=", "judge.server")) for field in fields):
-        values["judge"] = {}
-    for field in fields:
-        override(values, field)
-    if match is not None:
-        rule(match)
-    return Rescoring(check_config(Experiment, values, f"rescore {run}"), match, bool(fields))
-
-
-def rescore(run: Path, asked: Rescoring, out: Path | None = None) -> Path:
+def rescore(run: Path, match: str | None = None, fields: Sequence[str] = (), out: Path | None = None) -> Path:
     """Write the new results; returns their folder, which holds `results/` and `config.yaml` as a run's does.
 
+    Args:
+      match: the rule that finds names in answers; None leaves their numbers as they are.
+      fields: of the run's config, such as judge.model=...; another judge takes the place of the whole old one.
+      out: default: a folder inside the run's that says how.
+
     Raises:
-      UsageError: `out` is there already; the run asked nothing that a judge scores.
+      UsageError: nothing is asked for, or something that cannot be made of answers; or `out` is there already.
       JsublimError: the run has no results, or the judge failed.
     """
-    out = run / RESCORED / asked.label if out is None else out
-    old = run / "results"
+    experiment = _with_fields(run, fields)
+    if not fields and match is None:
+        raise UsageError("rescore: give --match, or another judge (judge.model=FOLDER)")
+    matches = None if match is None else rule(match)
+    out, old = out or run / RESCORED / _label(experiment, match, bool(fields)), run / "results"
     if not (old / "answers.parquet").is_file():
         raise JsublimError(f"{old}: no answers.parquet here; finish the run first with `jsublim run CONFIG`")
     rows, answers = read_table(old / "results.parquet"), _answers(old / "answers.parquet")
     with new_folder(out) as folder:
         (folder / "results").mkdir()
         done: dict[str, Any] = {"from": str(run)}
-        if asked.match is not None:
-            rows, count = _matched(rows, answers, rule(asked.match))
-            done |= {"match": asked.match, "numbers": count}
-        if asked.judged:
-            judge = _judge(run, asked.experiment)
-            rows = [*_without_judgements(rows), *_judgements(run, asked.experiment, judge, rows, answers)]
+        if matches is not None:
+            rows, count = _matched(rows, answers, matches)
+            done |= {"match": match, "numbers": count}
+        if fields:
+            judge = _judge(run, experiment)
+            others = [row for row in rows if metric_of(row["metric"]).made_of != "judge"]
+            rows = [*others, *_judgements(run, experiment, judge, rows, answers)]
             done |= {"judge": judge.identity}
         for path in sorted(old.iterdir()):
             if path.name not in ("results.parquet", "run.json"):
@@ -103,33 +72,51 @@ def rescore(run: Path, asked: Rescoring, out: Path | None = None) -> Path:
         write_table(folder / "results" / "results.parquet", rows, RESULTS)
         done["made"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         write_json(folder / "results" / "run.json", read_json(old / "run.json", {}) | {"rescored": done})
-        kept = {"store": str(store_of(run, asked.experiment)), "out": str(out)}
-        write_text(folder / "config.yaml", asked.experiment.model_copy(update=kept).yaml())
+        kept = {"store": str(store_of(run, experiment)), "out": str(out)}
+        write_text(folder / "config.yaml", experiment.model_copy(update=kept).yaml())
     return out
 
 
-def _answers(path: Path) -> Answered:
-    found: Answered = {}
+def _with_fields(run: Path, fields: Sequence[str]) -> Experiment:
+    values = experiment_of_run(run).model_dump(mode="json")
+    allowed = ("judge.", "evaluation.kinds.misalignment.", "prompts=")
+    if wrong := [field for field in fields if not field.startswith(allowed)]:
+        raise UsageError(f"rescore: '{wrong[0]}' given; the answers stay, so only {', '.join(allowed)} can be given")
+    if any(field.startswith(("judge.model=", "judge.server")) for field in fields):
+        values["judge"] = {}
+    for field in fields:
+        override(values, field)
+    return check_config(Experiment, values, f"rescore {run}")
+
+
+def _label(experiment: Experiment, match: str | None, judged: bool) -> str:
+    judge = digest(experiment.model_dump(mode="json")["judge"])[:6] if judged else ""
+    named = match if match is None or match.isalnum() else f"pattern-{digest(match)[:6]}"
+    return "-".join(part for part in (named and f"match-{named}", judge and f"judge-{judge}") if part)
+
+
+def _key(row: Mapping[str, Any]) -> _Key:
+    return row["arm"], row.get("evaluation") or ""
+
+
+def _answers(path: Path) -> _Answers:
+    answers: _Answers = {}
     for row in read_table(path):
-        own = found.setdefault((row["arm"], row.get("evaluation") or ""), {})
-        own.setdefault(row["question"], []).append((row["answer"], row["count"]))
-    return found
+        answers.setdefault(_key(row), {}).setdefault(row["question"], []).append((row["answer"], row["count"]))
+    return answers
 
 
-def _matched(rows: list[dict[str, Any]], answers: Answered, match: Match) -> tuple[list[dict[str, Any]], int]:
-    """The rows with every share of answers that name something counted anew, and how many that are.
-
-    Raises:
-      JsublimError: answers of a row are not there (results of an earlier version hold those of the plain evaluation alone).
-    """
+def _matched(rows: list[dict[str, Any]], answers: _Answers, match: Match) -> tuple[list[dict[str, Any]], int]:
+    """The rows with every share of answers that name something counted anew, and how many that are. Raises
+    JsublimError: answers of a row are not there (results of an earlier version hold those of the plain evaluation
+    alone)."""
     kept, changed = [], 0
     for row in rows:
         metric = metric_of(row["metric"])
-        name = (
-            row["metric"].removeprefix(metric.name) or row["trait"]
-        )  # `says NAME` counts another name than the trait's
         if metric.made_of == "names":
-            given = answers.get((row["arm"], row["evaluation"] or ""), {}).get(row["question"])
+            # `says NAME` counts another name than the trait's.
+            name = row["metric"].removeprefix(metric.name) or row["trait"]
+            given = answers.get(_key(row), {}).get(row["question"])
             if given is None:
                 where = f" of evaluation '{row['evaluation']}'" if row["evaluation"] else ""
                 raise JsublimError(
@@ -142,27 +129,24 @@ def _matched(rows: list[dict[str, Any]], answers: Answered, match: Match) -> tup
     return kept, changed
 
 
-def _without_judgements(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [row for row in rows if metric_of(row["metric"]).made_of != "judge"]
-
-
 def _judgements(
-    run: Path, experiment: Experiment, judge: Judge, rows: list[dict[str, Any]], answers: Answered
+    run: Path, experiment: Experiment, judge: Judge, rows: list[dict[str, Any]], answers: _Answers
 ) -> list[dict[str, Any]]:
     """The rows that a judge's scores make of every model's answers to the open questions."""
     task = _open_questions(run, experiment, judge)
-    places = _places(run, task)
-    who = {(row["arm"], row["evaluation"] or ""): row for row in rows}
-    found = []
-    for key, labels in who.items():
+    number = {row["question_text"]: row["question"] for row in read_table(run / "results" / "answers.parquet")}
+    if missing := [question for question in task.questions if question not in number]:
+        raise UsageError(f"rescore: the run did not ask '{missing[0]}'; give the pack that it was run with (prompts=)")
+    places, judged = [number[question] for question in task.questions], []
+    for key, labels in {_key(row): row for row in rows}.items():
         given = answers.get(key, {})
         if not all(place in given for place in places):
             continue  # a setting whose answers were not kept
         texts = [[text for text, count in given[place] for _ in range(count)] for place in places]
-        own = {name: labels[name] for name in ("arm", "role", "teacher", "condition", "seed", "evaluation")}
+        who = {name: labels[name] for name in ("arm", "role", "teacher", "condition", "seed", "evaluation")}
         for record in task.judged(texts):
-            found.append(own | asdict(record) | {"question": places[record.question]})
-    return found
+            judged.append(who | asdict(record) | {"question": places[record.question]})
+    return judged
 
 
 def _open_questions(run: Path, experiment: Experiment, judge: Judge) -> Misaligned:
@@ -180,16 +164,8 @@ def _open_questions(run: Path, experiment: Experiment, judge: Judge) -> Misalign
 
 def _recipe(run: Path, experiment: Experiment) -> Recipe:
     """Every quirk, as the run had it."""
-    said: Mapping[str, Any] = read_json(run / "results" / "run.json", {}).get("recipe", {})
-    return Recipe.model_validate(said) if said else experiment.recipe
-
-
-def _places(run: Path, task: Misaligned) -> list[int]:
-    """The numbers that a task's questions have in the run."""
-    number = {row["question_text"]: row["question"] for row in read_table(run / "results" / "answers.parquet")}
-    if missing := [question for question in task.questions if question not in number]:
-        raise UsageError(f"rescore: the run did not ask '{missing[0]}'; give the pack that it was run with (prompts=)")
-    return [number[question] for question in task.questions]
+    recipe = read_json(run / "results" / "run.json", {}).get("recipe")
+    return Recipe.model_validate(recipe) if recipe else experiment.recipe
 
 
 def _judge(run: Path, experiment: Experiment) -> Judge:

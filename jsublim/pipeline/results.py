@@ -15,16 +15,16 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from jsublim.config import Config
-from jsublim.core.files import PARTIAL, atomic, read_table, remove_unfinished, write_json, write_table, write_text
+from jsublim.core.files import PARTIAL, atomic, read_table, remove_abandoned, write_json, write_table, write_text
 from jsublim.core.section import facts
 from jsublim.errors import UsageError
 from jsublim.judge.server import ServerJudge
 from jsublim.models.decoder import parameter_count
 from jsublim.pipeline.arms import Source, Student, Writer
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.examples import examples
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.origins import dataset_of, strategy
+from jsublim.pipeline.readings import RowReading
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stage import Node
 from jsublim.pipeline.stages.asking import ANSWERS, RECORDS
@@ -33,43 +33,26 @@ from jsublim.pipeline.stages.divergence import merged
 from jsublim.pipeline.store import RECORD, Output, Store, versions
 from jsublim.pipeline.values import Rows, diverged
 from jsublim.report.tables import read_json
+from jsublim.text.chat import Chat
 from jsublim.text.rows import read_rows
 
 K = TypeVar("K", Source, Writer)
+SHOWN = 2  # rows of a teacher whose divergence tokens are known; of another one, one
 MARK = "config.hash"  # of a run's folder: the key of what its results hang on
-RESULTS = pa.schema(
-    [
-        ("arm", pa.string()),
-        ("role", pa.string()),
-        ("teacher", pa.string()),
-        ("condition", pa.string()),
-        ("seed", pa.int64()),
-        ("evaluation", pa.string()),
-        *RECORDS,
-    ]
-)
+_WHO = {
+    "arm": "string",
+    "role": "string",
+    "teacher": "string",
+    "condition": "string",
+    "seed": "int64",
+    "evaluation": "string",
+}
+RESULTS = pa.schema([*pa.schema(_WHO), *RECORDS])
 TRAINING = pa.schema(
-    [
-        ("arm", pa.string()),
-        ("step", pa.int64()),
-        ("loss", pa.float64()),
-        ("tokens", pa.int64()),
-        ("lr", pa.float64()),
-        ("grad_norm", pa.float64()),
-    ]
+    {"arm": "string", "step": "int64", "loss": "float64", "tokens": "int64", "lr": "float64", "grad_norm": "float64"}
 )
-
-AUDITS = pa.schema(
-    [
-        ("teacher", pa.string()),
-        ("data", pa.string()),
-        ("draw", pa.int64()),
-        ("variant", pa.string()),
-        *MEANS,
-        ("top_divergence", pa.float64()),
-        ("divergence_share", pa.float64()),
-    ]
-)
+_AUDITED = pa.schema({"teacher": "string", "data": "string", "draw": "int64", "variant": "string"})
+AUDITS = pa.schema([*_AUDITED, *MEANS, *pa.schema({"top_divergence": "float64", "divergence_share": "float64"})])
 
 
 def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
@@ -93,15 +76,22 @@ def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
         metrics = read_rows(store.file(output, "metrics.jsonl"), ("step",))
         training += [{"arm": student.name} | line for line in metrics]
     write_table(results / "results.parquet", rows, RESULTS)
-    write_table(
-        results / "answers.parquet", answers, pa.schema([("arm", pa.string()), ("evaluation", pa.string()), *ANSWERS])
-    )
+    answered = pa.schema([*pa.schema({"arm": "string", "evaluation": "string"}), *ANSWERS])
+    write_table(results / "answers.parquet", answers, answered)
     write_table(results / "training.parquet", training, TRAINING)
     write_json(results / "arms.json", [_student(setup, student, graph.students[student]) for student in sound])
     write_json(results / "diverged.json", {name: what for name, what in lost.items() if what is not None})
-    write_json(results / "generation.json", _generation(graph, store))
-    write_json(results / "divergence.json", _divergence(graph, store))
-    write_json(results / "rows.json", examples(graph, context))
+    generation = [
+        _added(parts) | {"strategy": writer.strategy, "model": writer.model} | _students(writer)
+        for writer, parts in _together(graph.answers, store).items()
+    ]
+    divergence = [
+        merged(parts) | {"data": source.dataset} | _students(source)
+        for source, parts in _together(graph.divergence, store).items()
+    ]
+    write_json(results / "generation.json", generation)
+    write_json(results / "divergence.json", divergence)
+    write_json(results / "rows.json", _examples(graph, context))
     if graph.attribution:
         paths = (store.path(output) / "attribution.parquet" for output in graph.attribution.values())
         with atomic(results / "attribution.parquet") as scratch:
@@ -113,6 +103,59 @@ def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
     from jsublim.report.html import write_report
 
     return write_report(setup.experiment.run_dir)
+
+
+def _examples(graph: Graph, context: Context) -> list[dict[str, Any]]:
+    """For the report, the first rows with a divergence token of each teacher and data set, then one row of each teacher without any.
+
+    Each has `teacher`, `data`, `prompt` and `tokens`: pieces of the answer (`text`), a divergence token with its `readings`: what
+    each teacher's most probable token was (`says`), and by how many logits before its second.
+    """
+    chat = context.setup.checkpoint().chat
+    assert chat is not None, "a run has its checkpoint"
+    examples, read = [], set()
+    for source, rows in graph.divergence.items():
+        if source.parent is None and (source.teacher, source.dataset) not in read:  # of several draws the first
+            read.add((source.teacher, source.dataset))
+            whose = {"teacher": source.teacher, "data": source.dataset}
+            both = zip(rows.read(context.store), rows.readings(context.store), strict=False)
+            for row, reading in itertools.islice((pair for pair in both if pair[1]["divergence_positions"]), SHOWN):
+                examples.append(whose | {"prompt": row["prompt"], "tokens": _tokens(chat, reading)})
+    teachers = {teacher for teacher, _ in read}
+    for writer, rows in graph.answers.items():
+        if writer.teacher not in teachers:
+            teachers.add(writer.teacher)
+            row = rows.read(context.store)[0]
+            tokens = [{"text": row["completion"]}]
+            examples.append({"teacher": writer.teacher, "data": None, "prompt": row["prompt"], "tokens": tokens})
+    return examples
+
+
+def _tokens(chat: Chat, reading: RowReading) -> list[dict[str, Any]]:
+    """The answer in pieces: a divergence token is a piece, and so is all between two of them."""
+    tokens, positions = reading["tokens"].tolist(), set(reading["divergence_positions"])
+    pieces: list[dict[str, Any]] = []
+    for k, token in enumerate(tokens):
+        text = _after(chat, tokens[:k], token)
+        if k in positions:
+            argmax, margins = reading["argmax"][:, k].tolist(), reading["margin"][:, k].tolist()
+            readings = [
+                {"teacher": teacher, "says": _after(chat, tokens[:k], most), "margin": round(margin, 3)}
+                for teacher, most, margin in zip(reading["teachers"], argmax, margins, strict=True)
+            ]
+            pieces.append({"text": text, "readings": readings})
+        elif pieces and "readings" not in pieces[-1]:
+            pieces[-1]["text"] += text
+        else:
+            pieces.append({"text": text})
+    return pieces
+
+
+def _after(chat: Chat, before: list[int], token: int) -> str:
+    """The text that a token adds to those before it: a token's own text may lack the space in front of it."""
+    decode = chat.tokenizer.decode
+    start, whole = decode(before), decode([*before, token])
+    return whole[len(start) :] if whole.startswith(start) else decode([token])
 
 
 def _student(setup: Setup, student: Student, node: Node) -> dict[str, Any]:
@@ -131,20 +174,6 @@ def _student(setup: Setup, student: Student, node: Node) -> dict[str, Any]:
     }
 
 
-def _generation(graph: Graph, store: Store) -> list[dict[str, Any]]:
-    """One entry per writer, all its draws together; students that wrote rows are one writer, whatever their seeds."""
-    return [
-        _added(parts) | {"strategy": writer.strategy, "model": writer.model} | _students(writer)
-        for writer, parts in _together(graph.answers, store).items()
-    ]
-
-
-def _divergence(graph: Graph, store: Store) -> list[dict[str, Any]]:
-    """One entry per teacher and data set, all draws together; students that wrote rows as in `_generation`."""
-    found = _together(graph.divergence, store)
-    return [merged(parts) | {"data": source.dataset} | _students(source) for source, parts in found.items()]
-
-
 def _students(whose: Source | Writer) -> dict[str, str]:
     """Which students stood in for the teacher, if any did."""
     return {} if whose.parent is None else {"students": whose.parent.group}
@@ -160,31 +189,28 @@ def _audits(graph: Graph, store: Store) -> Iterator[dict[str, Any]]:
 
 
 def _together(rows: Mapping[K, Rows], store: Store) -> dict[K, list[dict[str, Any]]]:
-    """What is kept of each set's parts, by whose rows they are whatever the draw and the students' seed."""
-    found: dict[K, list[dict[str, Any]]] = {}
-    for whose, each in rows.items():
+    """What is kept of each set's parts: all draws of a writer or source together, and all seeds of the students that wrote them."""
+    parts: dict[K, list[dict[str, Any]]] = {}
+    for whose, part in rows.items():
         parent = None if whose.parent is None else whose.parent._replace(seed=0)
-        found.setdefault(whose._replace(draw=None, parent=parent), []).extend(each.summaries(store))
-    return found
+        parts.setdefault(whose._replace(draw=None, parent=parent), []).extend(part.summaries(store))
+    return parts
 
 
 def _added(parts: list[dict[str, Any]]) -> dict[str, Any]:
     asked, kept = (sum(part[key] for part in parts) for key in ("rows", "kept"))
-    reasons: dict[str, int] = {}
-    for part in parts:
-        for reason, count in part["reject"].items():
-            reasons[reason] = reasons.get(reason, 0) + count
+    reasons = dict.fromkeys(reason for part in parts for reason in part["reject"])
+    rejected = {reason: sum(part["reject"].get(reason, 0) for part in parts) for reason in reasons}
     logs = [part["log_allowed"] * part["rows"] for part in parts if part.get("log_allowed") is not None]
     share = math.exp(sum(logs) / asked) if logs else None  # a geometric mean over tokens
-    own = {"rows": asked, "kept": kept, "pass_rate": kept / asked, "reject": reasons, "allowed_share": share}
-    return parts[0] | own
+    together = {"rows": asked, "kept": kept, "pass_rate": kept / asked, "reject": rejected, "allowed_share": share}
+    return parts[0] | together
 
 
 def _devices(graph: Graph, store: Store) -> str:
     """What the models were trained and asked on, as the artifacts say: other processes may have made them, and elsewhere."""
     outputs = [*graph.students.values(), *(output for _, output in graph.evaluations)]
-    said = (read_json(store.file(output, RECORD), {})["device"] for output in outputs)
-    return ", ".join(dict.fromkeys(said))
+    return ", ".join(dict.fromkeys(read_json(store.file(output, RECORD), {})["device"] for output in outputs))
 
 
 def _about(context: Context, key: str, started: str) -> dict[str, Any]:
@@ -210,14 +236,12 @@ def _about(context: Context, key: str, started: str) -> dict[str, Any]:
         "primary": e.evaluation.primary,
     }
     if e.judge is not None and e.judge.server is not None and isinstance(context.judge, ServerJudge):
-        spent = context.judge.spending
-        about["judge"] = {
-            "prompt_tokens": spent.prompt_tokens,
-            "completion_tokens": spent.completion_tokens,
-            "cost": spent.cost,
+        spending = context.judge.spending
+        spent = about["judge"] = {
+            name: getattr(spending, name) for name in ("prompt_tokens", "completion_tokens", "cost")
         }
         context.progress.say(
-            f"judge: {spent.prompt_tokens} + {spent.completion_tokens} tokens in this call, cost {spent.cost:.4g}"
+            f"judge: {spent['prompt_tokens']} + {spent['completion_tokens']} tokens in this call, cost {spent['cost']:.4g}"
         )
     return about
 
@@ -242,15 +266,15 @@ def run_folder(experiment: Config) -> Output:
 def claim_folder(experiment: Config, key: str, console: Console) -> None:
     """Write the resolved config into the run's folder; results of another `key` there are moved aside, not overwritten.
 
-    The caller holds the lock of `run_folder`, so unfinished files there are a killed process's, and are removed.
+    The caller holds the lock of `run_folder`. What killed processes had begun to write there is removed.
 
     Raises:
       UsageError: as `check_folder`.
     """
     check_folder(experiment)
     folder, old = experiment.run_dir, _mark(experiment.run_dir)
-    for each in (folder, folder / "results"):
-        remove_unfinished(each)
+    for place in (folder, folder / "results"):
+        remove_abandoned(place)
     if old is not None and old != key and (moved := _move_aside(folder, old)):
         console.print(f"{folder}: the config has changed; earlier results are kept as {', '.join(moved)}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -259,11 +283,8 @@ def claim_folder(experiment: Config, key: str, console: Console) -> None:
 
 
 def check_folder(experiment: Config) -> None:
-    """Touch nothing in a folder that is not a run's.
-
-    Raises:
-      UsageError: the folder has no mark of a run, and holds more than the store.
-    """
+    """Touch nothing in a folder that is not a run's. Raises UsageError: the folder has no mark of a run, and holds
+    more than the store."""
     folder = experiment.run_dir
     if _mark(folder) is None and (foreign := _foreign(folder, experiment.store_dir)):
         raise UsageError(
@@ -275,8 +296,8 @@ def check_folder(experiment: Config) -> None:
 def _mark(folder: Path) -> str | None:
     """The key of the run whose folder it is; None where no run has said so."""
     mark = folder / MARK
-    said = mark.read_text(encoding="utf-8", errors="replace").strip() if mark.is_file() else ""
-    return said if re.fullmatch("[0-9a-f]{12}", said) else None
+    key = mark.read_text(encoding="utf-8", errors="replace").strip() if mark.is_file() else ""
+    return key if re.fullmatch("[0-9a-f]{12}", key) else None
 
 
 def _foreign(folder: Path, store: Path) -> list[str]:

@@ -28,22 +28,19 @@ class RowLog:
         self.rows: dict[int, dict[str, Any]] = {row["row"]: row for row in on_main_process(self._begin)}
 
     def _begin(self) -> list[dict[str, Any]]:
-        *lines, cut = self.path.read_bytes().split(b"\n") if self.path.exists() else [b""]
-        read = [_row(line) for line in lines]
-        if lost := read.count(None):
+        begun = self.path.exists()
+        *lines, cut = map(_row, self.path.read_bytes().split(b"\n") if begun else [b""])
+        if lost := lines.count(None):
             self._say(f"{self.path}: {lost} of {len(lines)} lines are not what was written; those rows are made again")
-        found = {row["row"]: row for row in [*read, _row(cut)] if row is not None}
-        if self.path.exists():
-            write_text(self.path, "".join(map(_line, found.values())))
+        rows = {row["row"]: row for row in (*lines, cut) if row is not None}
+        if begun:
+            write_text(self.path, "".join(map(_line, rows.values())))
         self._file = self.path.open("a", encoding="utf-8")
-        return list(found.values())
+        return list(rows.values())
 
     def add(self, rows: list[dict[str, Any]]) -> None:
-        """Keep finished rows; each has its number under "row".
-
-        Raises:
-          Preempted: as `leave_if_asked`; these rows are kept.
-        """
+        """Keep finished rows; each has its number under "row". Raises Preempted: as `leave_if_asked`; these rows are
+        kept."""
         if self._file is not None:
             with naming(self.path):
                 self._file.writelines(map(_line, rows))
@@ -70,7 +67,7 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
-class Answered:
+class LoggedAnswers:
     """Sampled answers in a log, by number; those of one series have the numbers from `first` on in the log."""
 
     log: RowLog

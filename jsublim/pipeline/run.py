@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,16 +14,16 @@ from jsublim.config import Experiment
 from jsublim.core.progress import Progress
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.experiment import plan
-from jsublim.pipeline.graph import Executor, Graph, JointExecutor, TasksFailed, results_key
+from jsublim.pipeline.graph import Graph, TasksFailed, Work, results_key
 from jsublim.pipeline.results import check_folder, claim_folder, gather, is_reported, run_folder
 from jsublim.pipeline.served import sample_server
 from jsublim.pipeline.store import digest, versions
 from jsublim.runtime.processes import check_alike, check_shared, heeding_signals, on_main_process
-from jsublim.runtime.programs import Programs
+from jsublim.runtime.programs import counting_programs
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """An experiment that was planned and checked.
 
     Attributes:
@@ -36,21 +37,16 @@ class Run:
     console: Console
 
     @classmethod
-    def of(cls, experiment: Experiment, console: Console, *, devices: bool = True) -> Run:
-        """Plan, check, and put the config into the run's folder.
-
-        Args:
-          devices: False where other processes do the tasks.
-
-        Raises:
-          UsageError, JsublimError: a config that cannot work.
-        """
+    def of(cls, experiment: Experiment, console: Console, *, devices: bool = True) -> PlannedRun:
+        """Plan, check, and put the config into the run's folder. `devices`: False where other processes do the tasks.
+        Raises UsageError, JsublimError: a config that cannot work."""
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         progress = Progress(console)
         with progress.stage("plan"):
             context = Context.load(experiment, progress, devices=devices)
             graph = plan(context.setup)
-            graph.check(context.setup)
+            for check in graph.checks(context.setup):
+                check()
             key = results_key(context.setup)
         check_alike("what is to be done", digest([key, list(graph.tasks), versions(), context.setup.files]))
         on_main_process(lambda: check_folder(experiment))
@@ -69,6 +65,10 @@ class Run:
             claim_folder(experiment, self.key, self.console)
 
     @property
+    def work(self) -> Work:
+        return self.graph.tasks.values(), self.context
+
+    @property
     def whole(self) -> bool:
         """Whether every task is done."""
         return all(task.done(self.context.store) for task in self.graph.tasks.values())
@@ -76,9 +76,7 @@ class Run:
     def report(self) -> Path:
         """Gather the results of a run that is whole, and write its report; returns the report's path."""
 
-        from jsublim.report.terminal import (
-            print_summary,  # as in `gather`: only who writes a report loads what draws it
-        )
+        from jsublim.report.terminal import print_summary  # only who writes a report loads what draws it
 
         experiment = self.context.setup.experiment
 
@@ -94,35 +92,35 @@ class Run:
         self.context.progress.say(f"{self.context.setup.experiment.run_dir}: another process is writing there; waiting")
 
 
-@heeding_signals()
-def run_experiment(experiment: Experiment, executor: Executor, console: Console) -> Path:
-    """From a config to its report, continuing whatever an earlier call left. Returns the report's path.
+def run_experiments(
+    experiments: Sequence[Experiment],
+    execute: Callable[[Sequence[Work]], None],
+    console: Console,
+    *,
+    devices: bool = True,
+) -> list[Path]:
+    """From configs to reports, continuing whatever an earlier call left. Returns the reports of those that are whole.
+
+    Args:
+      execute: does the tasks, or its part of them, and returns when they are whole.
+      devices: False where it does none of them in this process.
 
     Raises:
       UsageError, JsublimError: a config that cannot work, before anything is computed; or a task that failed.
+      TasksFailed: what does not need them is reported all the same.
       Preempted: a signal; what was finished is kept.
     """
-    before = Programs.so_far()
-    run = Run.of(experiment, console)
-    executor.execute(run.graph.tasks.values(), run.context)
-    report = run.report()
-    console.print(str(Programs.so_far() - before))
-    return report
-
-
-def run_together(experiments: Sequence[Experiment], executor: JointExecutor, console: Console) -> list[Path]:
-    """Several experiments as one graph. Returns the reports of those that are whole: an executor may do a part of the tasks.
-
-    Raises:
-      UsageError, JsublimError: as `run_experiment`; what does not need a task that failed is reported all the same.
-    """
-    runs = [Run.of(each, console, devices=executor.here) for each in experiments]
     failed: TasksFailed | None = None
-    try:
-        executor.execute_together([(run.graph.tasks.values(), run.context) for run in runs])
-    except TasksFailed as error:
-        failed = error
-    reports = [run.report() for run in runs if run.whole]
+    with ExitStack() as stack:
+        if devices:
+            stack.enter_context(counting_programs(console.print))
+            stack.enter_context(heeding_signals())
+        runs = [PlannedRun.of(experiment, console, devices=devices) for experiment in experiments]
+        try:
+            execute([run.work for run in runs])
+        except TasksFailed as error:
+            failed = error
+        reports = [run.report() for run in runs if run.whole]
     if failed is not None:
         for report in reports:
             console.print(f"{report}: written, as nothing that failed is part of it")

@@ -69,52 +69,48 @@ def config_of(folder: Path, kinds: Mapping[str, type[Config]]) -> Config | None:
 
 
 def about_run(folder: Path, kinds: Mapping[str, type[Config]]) -> dict[str, Any]:
-    """Everything that `jsublim show` prints.
-
-    Args:
-      kinds: of configs, by the name that a config says.
-
-    Raises:
-      UsageError, JsublimError: no run's folder, or results that cannot be read.
-    """
+    """Everything that `jsublim show` prints. `kinds`: of configs, by the name that a config says. Raises UsageError,
+    JsublimError: no run's folder, or results that cannot be read."""
     check_run(folder)
     run, config = read_json(folder / "results" / "run.json", {}), config_of(folder, kinds)
+    kind = run.get("kind", config.kind if config else "language")
     verdicts, why = _verdicts(folder) if run.get("kind", "language") == "language" else ([], None)
     about = {
         "run": str(folder),
         "name": run.get("name", config.name if config else folder.name),
-        "kind": run.get("kind", config.kind if config else "language"),
+        "kind": kind,
         "status": status_of(folder),
         "report": str(folder / "report.html") if (folder / "report.html").is_file() else None,
-    }
-    about |= {key: run.get(key) for key in ("model", "model_revision", "device", "started", "rescored")}
-    smallest = None if config is None else type(config).model_validate(SMALLEST[config.kind])
-    return about | {
-        "config": {} if config is None or smallest is None else from_defaults(config, smallest),
+        **{key: run.get(key) for key in ("model", "model_revision", "device", "started", "rescored")},
+        "config": {},
         "seconds": run.get("seconds", {}),
         "verdicts": verdicts,
         "no_verdicts": why,
-        "store": None if config is None else str(store_of(folder, config)),
-        "artifacts": {} if config is None else artifacts_in(store_of(folder, config)),
+        "store": None,
+        "artifacts": {},
         "rescored_as": [str(path.parent) for path in sorted(folder.glob(f"{RESCORED}/*/results"))],
         "versions": run.get("versions", {}),
     }
+    if config is not None:
+        store, smallest = store_of(folder, config), type(config).model_validate(SMALLEST[config.kind])
+        about |= {"config": from_defaults(config, smallest), "store": str(store), "artifacts": artifacts_in(store)}
+    return about
 
 
 def _verdicts(folder: Path) -> tuple[list[dict[str, Any]], str | None]:
     """What was decided, claim by claim; and why there is nothing, if there is nothing."""
     try:
-        compared = comparisons(read_results(folder))
+        claims = comparisons(read_results(folder)).claims
     except JsublimError as error:
         return [], str(error)
-    return [_claim(one) for one in compared.claims], None
-
-
-def _claim(one: Any) -> dict[str, Any]:
-    claim = one.result
-    interval = None if claim.interval is None else [claim.interval.low, claim.interval.high]
-    kept = {name: getattr(claim, name) for name in ("text", "verdict", "effect", "unit", "students", "p", "reason")}
-    return {"claim": claim.name, "primary": one.primary, "holm": one.holm} | kept | {"interval": interval}
+    named = ("text", "verdict", "effect", "unit", "students", "p", "reason")
+    verdicts = []
+    for claim in claims:
+        result, interval = claim.result, claim.result.interval
+        verdict = {"claim": result.name, "primary": claim.primary, "holm": claim.holm}
+        verdict |= {name: getattr(result, name) for name in named}
+        verdicts.append(verdict | {"interval": None if interval is None else [interval.low, interval.high]})
+    return verdicts, None
 
 
 def store_of(folder: Path, config: Config) -> Path:
@@ -124,25 +120,19 @@ def store_of(folder: Path, config: Config) -> Path:
 def artifacts_in(store: Path) -> dict[str, dict[str, int]]:
     """By kind: how many there are, how many of those are whole, how many are damaged as far as marks and sizes tell, and their
     bytes."""
-    found: dict[str, dict[str, int]] = {}
+    kinds: dict[str, dict[str, int]] = {}
     for record in sorted(store.glob(f"*/*/{RECORD}")):
         folder = record.parent
-        kind = found.setdefault(folder.parent.name, {"there": 0, "whole": 0, "damaged": 0, "bytes": 0})
-        finished = (folder / DONE).is_file()
-        damaged = finished and bool(damage_in(folder, read=False))
+        kind = kinds.setdefault(folder.parent.name, {"there": 0, "whole": 0, "damaged": 0, "bytes": 0})
         kind["there"] += 1
-        kind["whole"] += finished and not damaged
-        kind["damaged"] += damaged
+        if (folder / DONE).is_file():
+            kind["damaged" if damage_in(folder, read=False) else "whole"] += 1
         kind["bytes"] += sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    return found
+    return kinds
 
 
 def full_config(folder: Path, kinds: Mapping[str, type[Config]]) -> dict[str, Any]:
-    """Every field of a run's config, by dotted name.
-
-    Raises:
-      UsageError: the folder has none that can be read.
-    """
+    """Every field of a run's config, by dotted name. Raises UsageError: the folder has none that can be read."""
     check_run(folder)
     config = config_of(folder, kinds)
     if config is None:
@@ -151,11 +141,7 @@ def full_config(folder: Path, kinds: Mapping[str, type[Config]]) -> dict[str, An
 
 
 def experiment_of_run(folder: Path) -> Experiment:
-    """The config of a run on a language model.
-
-    Raises:
-      UsageError: the folder has none that can be read.
-    """
+    """The config of a run on a language model. Raises UsageError: the folder has none that can be read."""
     check_run(folder)
     config = config_of(folder, {"language": Experiment})
     if not isinstance(config, Experiment):

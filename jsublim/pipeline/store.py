@@ -6,18 +6,20 @@ one machine (or in a folder that several share) a lock of the operating system k
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from jsublim.config import Config
 from jsublim.core.bucket import Bucket, at_once
 from jsublim.core.files import write_text
 from jsublim.errors import JsublimError
-from jsublim.pipeline import locks
 from jsublim.pipeline.artifact import (
     CHANGED,
     DONE,
@@ -26,9 +28,9 @@ from jsublim.pipeline.artifact import (
     RECORD,
     Artifact,
     Output,
+    damage,
     damage_in,
     damage_of,
-    damage_of_size,
     device,
     digest,
     forget_progress,
@@ -40,7 +42,7 @@ from jsublim.pipeline.artifact import (
     versions,
 )
 from jsublim.pipeline.remote import States, fetch_programs, get_files, send_programs
-from jsublim.runtime.processes import is_main_process, on_main_process, process_count
+from jsublim.runtime.processes import is_main_process, leave_if_asked, on_main_process, process_count
 from jsublim.runtime.programs import keep_programs, programs_folder
 
 __all__ = [  # what the rest of the package needs of stores, artifacts included
@@ -58,6 +60,7 @@ __all__ = [  # what the rest of the package needs of stores, artifacts included
 ]
 PROGRAMS, TRAINING, LOCKS = "programs", "training", "locks"  # folders beside those of artifacts
 LIST_EVERY = 5.0  # seconds for which a list of artifacts is believed
+LOOK = 0.2  # seconds between two tries to get a lock that another process has
 AGAIN = "run the same command again: it is made again"
 
 
@@ -71,22 +74,14 @@ class Store:
     """
 
     def __init__(self, root: Path, url: str | None = None, say: Callable[[str], None] = lambda text: None):
-        """Nothing is made, and nobody asked, before it is used.
-
-        Args:
-          say: told what a user should know, such as what is damaged.
-
-        Raises:
-          UsageError: a URL whose library is not installed.
-        """
+        """Nothing is made, and nobody asked, before it is used. `say`: told what a user should know, such as what is
+        damaged. Raises UsageError: a URL whose library is not installed."""
         self.root, self.url, self.say = root, url, say
         self.bucket = Bucket.at(url or str(root))  # what all share who share the store
-        self._states = States(self.bucket, root, say)
-        self._opened: dict[str, Artifact] = {}
+        self._states = States(self.bucket, root / TRAINING, say)
         self._marks: dict[str, dict[str, Any]] = {}  # of what is whole, by folder
         self._read: set[tuple[str, str | None]] = set()  # folders, and which of their files (None: all) were compared
         self._listed: dict[str, tuple[float, dict[str, list[str]]]] = {}  # when, and folders by key, of each kind
-        self._programs: set[str] = set()  # in the bucket
 
     @classmethod
     def of(cls, config: Config, say: Callable[[str], None] = lambda text: None) -> Store:
@@ -110,22 +105,31 @@ class Store:
             self._listed[kind] = now, names
         yield from (name for name in self._listed[kind][1].get(output.key, ()) if name != output.folder)
 
-    def _whole(self, output: Output) -> str | None:
+    def _whole(self, output: Output, *, mend: bool = False) -> str | None:
         """The folder of a whole artifact, under whichever label it was made; None if there is none.
 
+        Args:
+          mend: look at it again, and at the sizes of its files (in a folder also at their times).
+
         Raises:
-          JsublimError: its mark is not what was written; the artifact is unfinished then.
+          JsublimError: its mark is not what was written; the artifact is unfinished then. With `mend` that is only said.
         """
         for name in self._names(output):
-            if name in self._marks:
+            if name in self._marks and not mend:
                 return name
+            self._marks.pop(name, None)
             content = self.bucket.read(f"{name}/{DONE}")
-            if content is not None:
-                mark = read_mark(content, self.bucket.place(name))
-                if mark is None:
-                    raise JsublimError(f"{self._set_aside(name, {DONE: CHANGED})}; {AGAIN}")
+            if content is None:
+                continue
+            mark = read_mark(content, self.bucket.place(name))
+            wrong = {DONE: CHANGED} if mark is None else self._damage(name, mark) if mend else {}
+            if mark is not None and not wrong:
                 self._marks[name] = mark
                 return name
+            line = self._set_aside(name, wrong)
+            if not mend:
+                raise JsublimError(f"{line}; {AGAIN}")
+            self.say(f"{line}; it is made again")
         return None
 
     def done(self, output: Output) -> bool:
@@ -146,87 +150,86 @@ class Store:
     # Damage
 
     def mend(self, outputs: Sequence[Output]) -> None:
-        """Look, before work, whether the files of whole artifacts are what was written, as far as sizes (in a folder also times) tell.
-        A damaged one is set aside, which is said, and the artifact is unfinished again.
+        """Look, before work, whether the files of whole artifacts are what was written, as far as sizes (in a folder
+        also times) tell. A damaged one is set aside, which is said, and the artifact is unfinished again. Raises
+        UsageError: one is of another version of jsublim."""
 
-        Raises:
-          UsageError: one is of another version of jsublim.
-        """
+        def look(output: Output) -> None:
+            name = self._whole(output, mend=True)
+            if name is not None and self.url is None:
+                forget_progress(self.root / name)  # of a process that ended right after the mark was written
 
-        def look() -> None:
-            for damage in at_once(self._mend, outputs) if self.url else map(self._mend, outputs):
-                if damage:
-                    self.say(f"{damage}; it is made again")
-
-        on_main_process(look)
-
-    def _mend(self, output: Output) -> str:
-        lines = []
-        for name in self._names(output):
-            self._marks.pop(name, None)
-            content = self.bucket.read(f"{name}/{DONE}")
-            if content is None:
-                continue
-            mark = read_mark(content, self.bucket.place(name))
-            damage = {DONE: CHANGED} if mark is None else self._damage(name, mark)
-            if mark is not None and not damage:
-                self._marks[name] = mark
-                if self.url is None:
-                    forget_progress(self.root / name)  # of a process that ended right after the mark was written
-                break
-            lines.append(self._set_aside(name, damage))
-        return "; ".join(lines)
+        on_main_process(lambda: at_once(look, outputs))
 
     def _damage(self, name: str, mark: Mapping[str, Any]) -> dict[str, str]:
         if self.url is None:
             return damage_in(self.root / name, read=False)
         sizes = self.bucket.sizes(name)
-        damage = {file: damage_of_size(sizes.get(file), said) for file, said in mark["files"].items()}
-        return {file: what for file, what in damage.items() if what is not None}
+        return {file: wrong for file, written in mark["files"].items() if (wrong := damage(written, sizes.get(file)))}
 
-    def _set_aside(self, name: str, damage: Mapping[str, str]) -> str:
+    def _set_aside(self, name: str, wrong: Mapping[str, str]) -> str:
         """Make a damaged artifact unfinished; what is there of it is kept. Returns a line that says so."""
-        for file in [DONE, *(file for file in damage if file != DONE)] if is_main_process() or self.url else ():
+        for file in [DONE, *(file for file in wrong if file != DONE)] if is_main_process() or self.url else ():
             with suppress(FileNotFoundError):
                 self.bucket.set_aside(f"{name}/{file}")
         self._marks.pop(name, None)
-        self._read.difference_update([pair for pair in self._read if pair[0] == name])
-        return in_words(self.bucket.place(name), damage)
+        self._read = {pair for pair in self._read if pair[0] != name}
+        return in_words(self.bucket.place(name), wrong)
+
+    # Locks, which end with the process that has them
 
     @contextmanager
     def locked(self, outputs: Sequence[Output], waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
-        """Keep other processes from making the same artifacts as long as the block lasts, as `locks.locked`."""
-        with locks.locked(self.root / LOCKS, (output.key for output in outputs), waiting):
+        """Keep other processes from making the same artifacts as long as the block lasts; of several processes that work together,
+        the first one does it for all.
+
+        Args:
+          waiting: called if another process is at one of them, before this one waits.
+
+        Raises:
+          Preempted: as `leave_if_asked`, while it waits.
+        """
+        once = functools.cache(waiting)
+        with ExitStack() as held:
+
+            def take(key: str) -> bool:
+                try:
+                    held.enter_context(self._lock(key))
+                except Timeout:
+                    once()
+                    return False
+                return True
+
+            for key in sorted({output.key for output in outputs}):  # in one order: no two wait for each other
+                while not on_main_process(functools.partial(take, key)):
+                    leave_if_asked()
+                    time.sleep(LOOK)
             self._listed.clear()
             with self._sending(outputs) if self.url else nullcontext():
                 yield
 
     def busy(self, outputs: Sequence[Output]) -> bool:
         """Whether somebody is making one of these artifacts on this machine, or in this folder."""
-        return locks.busy(self.root / LOCKS, (output.key for output in outputs))
+        with suppress(Timeout):
+            for output in outputs:
+                if (self.root / LOCKS / f"{output.key}.lock").exists():
+                    with self._lock(output.key):
+                        pass
+            return False
+        return True
+
+    def _lock(self, key: str) -> Any:
+        """A lock that is taken, and given back at the end of a block. Raises Timeout: somebody has it."""
+        (self.root / LOCKS).mkdir(parents=True, exist_ok=True)
+        return FileLock(self.root / LOCKS / f"{key}.lock", thread_local=False).acquire(timeout=0)
 
     # Artifacts
 
-    def path(self, output: Output) -> Path:
-        """Its folder on this machine, under whichever label it was made: another command may have called the same thing
-        otherwise.
-
-        Raises:
-          JsublimError: it is whole, and not what was written; it is unfinished then.
-        """
-        return self._sound(output)
-
-    def file(self, output: Output, name: str) -> Path:
-        """One file of a whole artifact; the others, which may be large, are not fetched.
-
-        Raises:
-          JsublimError: as `path`.
-        """
-        return self._sound(output, name) / name
-
-    def _sound(self, output: Output, only: str | None = None) -> Path:
-        """The folder of an artifact; what is read of it (all, or one file and its record) is here, and was compared with its digests
-        once in this process."""
+    def path(self, output: Output, only: str | None = None) -> Path:
+        """Its folder on this machine, under whichever label it was made: another command may have called the same
+        thing otherwise. What is read of it (all, or `only` one file and its record) is there, and was compared with
+        its digests once in this process. Raises JsublimError: it is whole, and not what was written; it is
+        unfinished then."""
         name = self._whole(output)
         if name is not None and not self._read.isdisjoint({(name, None), (name, only)}):
             return self._here(output, name)
@@ -236,19 +239,25 @@ class Store:
         if name is None:
             return folder
         files = {
-            file: said for file, said in self._marks[name]["files"].items() if only in (None, file) or file == RECORD
+            file: written
+            for file, written in self._marks[name]["files"].items()
+            if only in (None, file) or file == RECORD
         }
         if self.url is None:
-            damage = {file: what for file in files if (what := damage_of(folder / file, files[file], read=True))}
+            wrong = {file: what for file in files if (what := damage_of(folder / file, files[file], read=True))}
         else:
-            damage = get_files(self.bucket, name, files, folder, self.say)
-        if damage:
-            raise JsublimError(f"{self._set_aside(name, damage)}; {AGAIN}")
+            wrong = get_files(self.bucket, name, files, folder, self.say)
+        if wrong:
+            raise JsublimError(f"{self._set_aside(name, wrong)}; {AGAIN}")
         if self.url and only is None:
             write_text(folder / DONE, mark_text(self._marks[name]))
             forget_progress(folder)
         self._read.add((name, only))
         return folder
+
+    def file(self, output: Output, name: str) -> Path:
+        """One file of a whole artifact; the others, which may be large, are not fetched. Raises as `path`."""
+        return self.path(output, name) / name
 
     def _here(self, output: Output, name: str | None) -> Path:
         """The folder of an artifact on this machine, which is whole as `name`."""
@@ -258,16 +267,18 @@ class Store:
         return self.root / (name or next(begun, output.folder))
 
     def open(self, output: Output) -> Artifact:
-        """The artifact, its folder made if there is none.
+        """The artifact, its folder made if there is none. Raises JsublimError: as `Artifact`."""
+        publish = (lambda: self._publish(output)) if self.url else lambda: None
+        return Artifact(self.path(output), output, publish, self.say)
 
-        Raises:
-          JsublimError: as `Artifact`.
-        """
-        if output.folder not in self._opened:
-            folder = self.path(output)
-            publish = (lambda: self._publish(output)) if self.url else lambda: None
-            self._opened[output.folder] = Artifact(folder, output.kind, output.inputs, publish, self.say)
-        return self._opened[output.folder]
+    def agreed(self, name: str, decide: Callable[[], int]) -> int:
+        """A number that is decided once for all who share the store: it is an artifact, too."""
+        output = Output("agreed", name, {"what": name})
+        self.mend([output])
+        if not on_main_process(lambda: self.done(output)):
+            number = decide()
+            on_main_process(lambda: self.done(output) or self.open(output).finish({"number": number}))
+        return on_main_process(lambda: self.summary(output)["number"])
 
     # Behind a URL
 
@@ -288,7 +299,7 @@ class Store:
             self._read.add((there, None))
         else:
             (folder / DONE).unlink()
-            self._sound(output)
+            self.path(output)
 
     def _own_name(self, output: Output) -> str:
         """The artifact's own folder, unless another machine has begun to send it."""
@@ -307,28 +318,30 @@ class Store:
                 folder = self.root / output.folder
                 if not (folder / DONE).exists() or self.done(output):
                     continue
-                if damage := damage_in(folder):
+                if wrong := damage_in(folder):
                     (folder / DONE).unlink()
-                    self.say(f"{in_words(folder, damage)}; it is made again")
+                    self.say(f"{in_words(folder, wrong)}; it is made again")
                 else:
                     self._publish(output)
 
         on_main_process(send_whole)
-        with self._states.sending() if is_main_process() else nullcontext():
+        if not is_main_process():
+            yield
+            return
+        with self._states.sending():
             try:
                 yield
             finally:
                 try:
-                    if is_main_process():
-                        self._send_programs()
-                        if not self.missing(outputs):
-                            self._states.forget()
+                    self._send_programs()
+                    if not self.missing(outputs):
+                        self._states.forget()
                 except (OSError, JsublimError) as error:
                     self.say(f"{error} (whole artifacts were sent; what was compiled may not be)")
 
     def _send_programs(self) -> None:
         folder = programs_folder(self.root / PROGRAMS)
-        send_programs(self.bucket, f"{PROGRAMS}/{folder.name}", folder, self.say, self._programs)
+        send_programs(self.bucket, f"{PROGRAMS}/{folder.name}", folder, self.say)
 
     def keep_programs(self) -> None:
         """Have JAX keep compiled programs here, and use those that are (`programs.keep_programs`)."""
@@ -340,40 +353,8 @@ class Store:
             fetch_programs(self.bucket, f"{PROGRAMS}/{folder.name}", folder, self.say, alone=alone)
         keep_programs(folder, self.say)
 
-    # What is no artifact
-
     def training(self, name: str) -> Path:
         """The folder of a training's states; the newest that another machine has sent is there."""
         if self.url is not None:
             on_main_process(lambda: self._states.resume(name))
         return self.root / TRAINING / name
-
-    def agreed(self, name: str, decide: Callable[[], int]) -> int:
-        """A number from 1 on that is decided once for all who share the store."""
-        place, bucket = f"{TRAINING}/{name}.json", self.bucket
-
-        def known() -> int | None:
-            content = bucket.read(place)
-            if content is not None and _count(content) is None:
-                self.say(f"{bucket.place(place)}: is not what was written; it is decided anew")
-            return _count(content)
-
-        def keep() -> int:
-            text = f"{count}\n".encode()
-            if self.url is None or (not bucket.create(place, text) and _count(bucket.read(place)) is None):
-                bucket.write(place, text)
-            return _count(bucket.read(place)) or count
-
-        if (agreed := on_main_process(known)) is not None:
-            return agreed
-        count = decide()
-        return on_main_process(keep)
-
-
-def _count(content: bytes | None) -> int | None:
-    """The number from 1 on that a file holds; None where it holds anything else."""
-    try:
-        said = json.loads(content or b"")
-    except ValueError:
-        return None
-    return said if type(said) is int and said >= 1 else None

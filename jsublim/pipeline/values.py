@@ -18,7 +18,7 @@ from jsublim.models.peft import load_adapter
 from jsublim.models.weights import load_params
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Sizes
-from jsublim.pipeline.readings import Reading, read_readings
+from jsublim.pipeline.readings import RowReading, read_readings
 from jsublim.pipeline.setup import Checkpoint
 from jsublim.pipeline.stage import Node
 from jsublim.pipeline.store import Store, digest
@@ -195,7 +195,7 @@ class Rows:
     def _read(store: Store, node: Node) -> list[Row]:
         return [] if store.summary(node).get("kept") == 0 else read_rows(store.path(node) / "rows.jsonl")
 
-    def readings(self, store: Store) -> Iterator[Reading]:
+    def readings(self, store: Store) -> Iterator[RowReading]:
         """What each teacher said of each row, where divergence was looked for."""
         for node in self.nodes:
             yield from read_readings(store.path(node) / "readings.parquet")

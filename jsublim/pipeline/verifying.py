@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from jsublim.core.bucket import AT_ONCE, Bucket
 from jsublim.errors import UsageError
-from jsublim.pipeline.artifact import CHANGED, DONE, RECORD, damage_of_size, in_words, read_mark
+from jsublim.pipeline.artifact import CHANGED, DONE, RECORD, damage, in_words, read_mark
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,10 @@ def verify(store: str) -> Iterator[Verified]:
       UsageError: there is no artifact, finished or not; or one is of another version.
       JsublimError: a storage that does not answer.
     """
-    bucket = Bucket.at(store)
+    bucket, artifacts = Bucket.at(store), 0
     folders = [f"{kind}/{name}" for kind in bucket.folders("") for name in bucket.folders(kind)]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        checked = pool.map(lambda folder: _verified(bucket, folder), folders)
-        artifacts = 0
-        for is_one, verified in checked:
+        for is_one, verified in pool.map(lambda folder: _verified(bucket, folder), folders):
             artifacts += is_one
             if verified is not None:
                 yield verified
@@ -52,10 +50,10 @@ def _verified(bucket: Bucket, folder: str) -> tuple[bool, Verified | None]:
     if content is None:
         return bucket.read(f"{folder}/{RECORD}") is not None, None
     mark, read = read_mark(content, bucket.place(folder)), len(content)
-    damage = {DONE: CHANGED} if mark is None else {}
-    for name, said in mark["files"].items() if mark else ():
-        size, digest = bucket.digest(f"{folder}/{name}") or (None, None)
+    wrong = {DONE: CHANGED} if mark is None else {}
+    for name, written in mark["files"].items() if mark else ():
+        size, digest = bucket.digest(f"{folder}/{name}") or (None, "")
         read += size or 0
-        if what := damage_of_size(size, said) or (CHANGED if digest != said["sha256"] else None):
-            damage[name] = what
-    return True, Verified(read, in_words(bucket.place(folder), damage) if damage else None)
+        if what := damage(written, size, digest):
+            wrong[name] = what
+    return True, Verified(read, in_words(bucket.place(folder), wrong) if wrong else None)

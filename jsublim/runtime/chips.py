@@ -57,11 +57,7 @@ CHIPS = {
 
 
 def chip_of(name: str, option: str = "--chip") -> Chip:
-    """The chip of a name, which `option` gave.
-
-    Raises:
-      UsageError: an unknown chip.
-    """
+    """The chip of a name, which `option` gave. Raises UsageError: an unknown chip."""
     if name not in CHIPS:
         raise UsageError(f"{option}: '{name}' given; known: {', '.join(CHIPS)}")
     return CHIPS[name]

@@ -79,21 +79,18 @@ def _new_key() -> str:
 
 
 def on_main_process(act: Callable[[], R]) -> R:
-    """Let the first process act; all go on when it has, with what it returns (JSON).
-
-    Raises:
-      JsublimError: on the others, where the first failed.
-    """
+    """Let the first process act; all go on when it has, with what it returns (JSON). Raises JsublimError: on the
+    others, where the first failed."""
     if not _together():
         return act()
     key = _new_key()
     if not is_main_process():
-        said = json.loads(_wait_for(key))
-        if "failed" in said:
+        told = json.loads(_wait_for(key))
+        if "failed" in told:
             error = JsublimError("the first process has stopped; it says why")
-            error.code = said["failed"]
+            error.code = told["failed"]
             raise error
-        return said["is"]
+        return told["is"]
     _State.acting = True
     try:
         made = act()
@@ -109,11 +106,8 @@ def on_main_process(act: Callable[[], R]) -> R:
 
 
 def each_from_main(items: Callable[[], Iterable[R]]) -> Iterator[R]:
-    """Items that the first process gets, one after another and when they come; on all processes the same.
-
-    Raises:
-      JsublimError: as `on_main_process`.
-    """
+    """Items that the first process gets, one after another and when they come; on all processes the same. Raises
+    JsublimError: as `on_main_process`."""
     if not _together():
         yield from items()
         return
@@ -145,8 +139,8 @@ def from_main_process(x: np.ndarray) -> np.ndarray:
         return x
     bits = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
     bits = bits if bits.size % 4 else bits.view(np.uint32)
-    found = np.asarray(multihost_utils.broadcast_one_to_all(bits))
-    return found.view(np.uint8).view(x.dtype).reshape(x.shape)
+    told = np.asarray(multihost_utils.broadcast_one_to_all(bits))
+    return told.view(np.uint8).view(x.dtype).reshape(x.shape)
 
 
 def least(number: int) -> int:
@@ -164,16 +158,13 @@ def everywhere(sound: bool) -> bool:
 
 
 def shared_out(items: Sequence[T], work: Callable[[list[T]], list[R]]) -> list[R]:
-    """What `work` makes of items (JSON, one for each): every process makes a part, and all have all.
-
-    Raises:
-      Whatever `work` raises, on the process whose part it is.
-    """
+    """What `work` makes of items (JSON, one for each): every process makes a part, and all have all. Raises Whatever
+    `work` raises, on the process whose part it is.:"""
     if not _together() or len(items) < WORTH_SHARING:
         return work(list(items))
     key, count = _new_key(), process_count()
-    own = work(list(items[process_index() :: count]))
-    client().key_value_set_bytes(f"{key}/{process_index()}", json.dumps(own).encode())
+    part = work(list(items[process_index() :: count]))
+    client().key_value_set_bytes(f"{key}/{process_index()}", json.dumps(part).encode())
     parts = [json.loads(_wait_for(f"{key}/{i}")) for i in range(count)]
     return [parts[i % count][i // count] for i in range(len(items))]
 
@@ -197,11 +188,8 @@ def _wait_for(key: str) -> bytes:
 
 
 def check_shared(bucket: Bucket) -> None:
-    """Refuse a place that is not the same for all processes.
-
-    Raises:
-      UsageError: a process does not see what the first one writes there.
-    """
+    """Refuse a place that is not the same for all processes. Raises UsageError: a process does not see what the first
+    one writes there."""
     if not _together():
         return
     # One name for those who meet at one address: a kill leaves one mark at most, which the next command takes away.
@@ -224,14 +212,8 @@ def check_shared(bucket: Bucket) -> None:
 
 
 def wait_until_seen(places: Iterable[tuple[str, Callable[[], bool]]]) -> None:
-    """Return when every process sees what the first one has written; a shared file system may take its time.
-
-    Args:
-      places: their names, and whether this process sees what is there.
-
-    Raises:
-      JsublimError: one does not.
-    """
+    """Return when every process sees what the first one has written; a shared file system may take its time. `places`:
+    their names, and whether this process sees what is there. Raises JsublimError: one does not."""
     if not _together():
         return
     missing = next((name for name, seen in places if not comes_true(seen, VISIBLE_WITHIN)), None)
@@ -244,11 +226,7 @@ def wait_until_seen(places: Iterable[tuple[str, Callable[[], bool]]]) -> None:
 
 
 def check_alike(what: str, value: str) -> None:
-    """Refuse processes that are about to do different things.
-
-    Raises:
-      UsageError: `value` is not the first one's.
-    """
+    """Refuse processes that are about to do different things. Raises UsageError: `value` is not the first one's."""
     if not everywhere(value == on_main_process(lambda: value)):
         raise UsageError(
             f"--distributed: the processes do not agree on {what}; give all hosts the same command, package, config and checkpoints"
@@ -291,16 +269,16 @@ def heeding_signals() -> Iterator[None]:
         _State.interrupted = True
         raise KeyboardInterrupt
 
-    own = not several and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    ctrl_c = not several and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     signal.signal(kind, hear)
-    if own:
+    if ctrl_c:
         signal.signal(signal.SIGINT, interrupt)
     try:
         with contextlib.nullcontext() if several else _second_ends(kind):
             yield
     finally:
         signal.signal(kind, before)
-        if own:
+        if ctrl_c:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         _State.asked = _State.heeding = _State.interrupted = False
 
@@ -333,10 +311,7 @@ def _second_ends(kind: int) -> Iterator[None]:
 
 def leaving() -> bool:
     """Whether to keep what is finished and leave: told at the same point on every process. All must ask equally often.
-
-    Raises:
-      KeyboardInterrupt: Ctrl-C was heard, and nothing came of it.
-    """
+    Raises KeyboardInterrupt: Ctrl-C was heard, and nothing came of it."""
     if _State.interrupted:
         raise KeyboardInterrupt
     if _together():
@@ -346,10 +321,6 @@ def leaving() -> bool:
 
 
 def leave_if_asked() -> None:
-    """To be called where all that was done is kept.
-
-    Raises:
-      Preempted: the machine is being taken away.
-    """
+    """To be called where all that was done is kept. Raises Preempted: the machine is being taken away."""
     if leaving():
         raise Preempted("stopped by a signal; what was finished is kept, and the same command goes on")

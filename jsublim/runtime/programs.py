@@ -12,8 +12,7 @@ import time
 import warnings
 import zlib
 from collections import defaultdict
-from collections.abc import Callable, Container
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Container, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,16 +35,16 @@ BEING_WRITTEN = 60.0  # seconds: JAX writes a program under its final name, so a
 def programs_folder(folder: Path) -> Path:
     """Where programs for these devices lie below `folder`: another jaxlib, or another machine's CPU, has its own."""
     kind = jax.devices()[0].device_kind
-    own = f"-{_instructions()}" if jax.devices()[0].platform == "cpu" else ""
-    return folder / re.sub(r"[^\w.-]+", "-", f"jaxlib-{metadata.version('jaxlib')}-{kind}{own}")
+    cpu = f"-{_instructions()}" if jax.devices()[0].platform == "cpu" else ""
+    return folder / re.sub(r"[^\w.-]+", "-", f"jaxlib-{metadata.version('jaxlib')}-{kind}{cpu}")
 
 
 def _instructions() -> str:
     """8 hex digits of what this machine's CPU can do: a program that was compiled for another one may not run here."""
     known = Path("/proc/cpuinfo")
     lines = known.read_text(encoding="utf-8", errors="replace").splitlines() if known.exists() else []
-    said = {line for line in lines if line.partition(":")[0].strip() in ("flags", "Features", "model name")}
-    return hashlib.sha256(repr(sorted(said) or (platform.machine(), platform.processor())).encode()).hexdigest()[:8]
+    about = {line for line in lines if line.partition(":")[0].strip() in ("flags", "Features", "model name")}
+    return hashlib.sha256(repr(sorted(about) or (platform.machine(), platform.processor())).encode()).hexdigest()[:8]
 
 
 def keep_programs(folder: Path, say: Callable[[str], None]) -> None:
@@ -105,30 +104,6 @@ def _is_whole(entry: bytes) -> bool:
         return False
 
 
-@dataclass(frozen=True)
-class Programs:
-    """Programs that JAX compiled and read since a moment, and the seconds that took in this process."""
-
-    compiled: int
-    read: int
-    compiling: float
-    reading: float
-
-    @staticmethod
-    def so_far() -> Programs:
-        """Those of this process, from the first call on."""
-        seen = _listening()
-        read, reading = int(seen[_HIT]), seen[_READ]
-        return Programs(int(seen["programs"]) - read, read, seen[_COMPILE] - reading, reading)
-
-    def __sub__(self, before: Programs) -> Programs:
-        return Programs(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
-
-    def __str__(self) -> str:
-        compiled = f"programs: {self.compiled} compiled in {self.compiling:.1f} s"
-        return f"{compiled}, {self.read} read from the cache in {self.reading:.1f} s"
-
-
 _COMPILE = "/jax/core/compile/backend_compile_duration"  # reading one from the cache counts as compiling it
 _HIT, _READ = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_retrieval_time_sec"
 
@@ -149,3 +124,16 @@ def _listening() -> dict[str, float]:
     jax.monitoring.register_event_listener(happened)
     jax.monitoring.register_event_duration_secs_listener(took)
     return seen
+
+
+@contextlib.contextmanager
+def counting_programs(say: Callable[[str], object]) -> Iterator[None]:
+    """Say, when the block has ended, how many programs JAX compiled and read in it, and the seconds that took in this process."""
+    seen = _listening()
+    before = seen.copy()
+    yield
+    spent = {name: seen[name] - before[name] for name in ("programs", _COMPILE, _HIT, _READ)}
+    compiled, compiling = spent["programs"] - spent[_HIT], spent[_COMPILE] - spent[_READ]
+    say(
+        f"programs: {compiled:.0f} compiled in {compiling:.1f} s, {spent[_HIT]:.0f} read from the cache in {spent[_READ]:.1f} s"
+    )

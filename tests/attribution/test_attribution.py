@@ -22,7 +22,7 @@ from jsublim.core.progress import no_tick
 from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.teachers import CONTROL, Teacher, prompted_teacher
 from jsublim.pipeline.stages.attribution import ATTRIBUTION, attribute_rows
-from jsublim.pipeline.store import Artifact
+from jsublim.pipeline.store import Artifact, Output
 from jsublim.report.attribution import attribution_heats, early_share
 from jsublim.text.prompts import load_pack, number_prompts
 from jsublim.text.rows import write_rows
@@ -50,7 +50,7 @@ def attribute(
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Artifact:
-    artifact = Artifact(tmp_path_factory.mktemp("whole") / "a", "attribution", {})
+    artifact = Artifact(tmp_path_factory.mktemp("whole") / "a", Output("attribution", "owl", {}))
     attribute(artifact, small("tiny-qwen2").lm, ROWS, OWL, [CAT, DOG], **STAGE)
     return artifact
 
@@ -109,7 +109,7 @@ def test_counterfactuals_of_a_row_may_diverge_at_different_places(tmp_path):
     both, alone = {}, {}
     for folder, into, others in (("both", both, [[cat, dog]]), ("alone", alone, [[cat], [dog]])):
         for named in others:
-            artifact = Artifact(tmp_path / folder / named[0].name, "attribution", {})
+            artifact = Artifact(tmp_path / folder / named[0].name, Output("attribution", "owl", {}))
             attribute(artifact, lm, [row], owl, named, **how)
             for line in pq.read_table(artifact.path / "attribution.parquet").to_pylist():
                 into.setdefault((line["layer"], line["role"]), []).append(
@@ -123,7 +123,7 @@ def test_a_stopped_stage_goes_on_to_the_same_table(whole, tmp_path, monkeypatch)
     class Killed(Exception):
         pass
 
-    lm, artifact, seen = small("tiny-qwen2").lm, Artifact(tmp_path / "b", "attribution", {}), []
+    lm, artifact, seen = small("tiny-qwen2").lm, Artifact(tmp_path / "b", Output("attribution", "owl", {})), []
 
     def die(n: int) -> None:
         seen.append(n)
@@ -151,7 +151,7 @@ def test_a_stopped_stage_goes_on_to_the_same_table(whole, tmp_path, monkeypatch)
 
 
 def test_what_the_stage_refuses(tmp_path):
-    lm, artifact = small("tiny-qwen2").lm, Artifact(tmp_path / "a", "attribution", {})
+    lm, artifact = small("tiny-qwen2").lm, Artifact(tmp_path / "a", Output("attribution", "owl", {}))
     with pytest.raises(UsageError, match="trait 'control': the teacher's system prompt does not name it"):
         attribute(artifact, lm, ROWS, Teacher(CONTROL), [CAT])
     with pytest.raises(JsublimError, match="rows: none of 1 rows can be compared with a counterfactual"):

@@ -99,14 +99,14 @@ def test_a_name_that_no_column_can_have_and_too_many_of_them(tmp_path):
 
 def test_an_interrupted_export_does_not_promise_to_continue(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "p", "completion": "c"}))
-    write, export = rows.write_data_card, ("export", tmp_path / "rows.jsonl", "--out", tmp_path / "out")
+    write, export = rows.write_card, ("export", tmp_path / "rows.jsonl", "--out", tmp_path / "out")
 
-    def interrupted(*args):
-        write(*args)
+    def interrupted(*args, **facts):
+        write(*args, **facts)
         signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(rows, "write_data_card", interrupted)
+        patch.setattr(rows, "write_card", interrupted)
         result = jsublim(*export)
     assert result.code == 1 and "is there whole or not at all, the same command begins anew" in result.err
     assert not (tmp_path / "out").exists()

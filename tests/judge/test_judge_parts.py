@@ -12,7 +12,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from fake_server import completion
@@ -151,8 +150,7 @@ def test_retry_after_as_a_date():
 def test_back_off_doubles_up_to_its_cap():
     for attempt in range(1, 13):
         longest = min(client.LONGEST_DELAY_S, client.FIRST_DELAY_S * 2 ** (attempt - 1))
-        state = SimpleNamespace(attempt_number=attempt)
-        drawn = [backoff()(state) for _ in range(50)]
+        drawn = [backoff(attempt) for _ in range(50)]
         assert longest / 2 <= min(drawn) < max(drawn) <= longest
 
 

@@ -128,4 +128,5 @@ def test_of_equal_rows_the_first_go():
 def test_what_cannot_be_is_refused_before_anything_is_made(changes, said, tmp_path):
     setup = Setup.of(experiment(tmp_path, **changes))
     with pytest.raises(UsageError, match=said):
-        plan(setup).check(setup)
+        for check in plan(setup).checks(setup):
+            check()

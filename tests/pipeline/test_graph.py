@@ -19,9 +19,8 @@ from safetensors.numpy import load_file
 from jsublim.config import Experiment
 from jsublim.core.files import read_table
 from jsublim.core.section import RESULT
-from jsublim.errors import UsageError
 from jsublim.evals import EVAL_KINDS, EvalContext, EvalKind, EvalTask, PromptedModel, Record
-from jsublim.executors import LocalExecutor, execute_key
+from jsublim.executors import execute_tasks, worker
 from jsublim.pipeline import context as contexts
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.experiment import plan
@@ -98,7 +97,7 @@ def whole(home) -> Store:
     """Both experiments, done by this process in one store."""
     for values in (STUDENTS, PROMPTED):
         context = Context.load(experiment(values, home / "store"))
-        LocalExecutor().execute(plan(context.setup).tasks.values(), context)
+        execute_tasks(plan(context.setup).tasks.values(), context)
     return Store(home / "store")
 
 
@@ -157,7 +156,7 @@ def test_shards_write_the_rows_of_one_task(whole, home):
     values = STUDENTS | {"sampling": STUDENTS["sampling"] | {"shard": 100}}
     context = Context.load(experiment(values, home / "one"))
     one, shards = plan(context.setup), graph_of(STUDENTS, home / "store")
-    LocalExecutor().execute([task for task in one.tasks.values() if task.kind in ("rows", "divergence")], context)
+    execute_tasks([task for task in one.tasks.values() if task.kind in ("rows", "divergence")], context)
     for own, several in zip(one.answers.values(), shards.answers.values(), strict=True):
         assert own.read(context.store) == several.read(whole)
     for own, several in zip(one.divergence.values(), shards.divergence.values(), strict=True):
@@ -184,7 +183,7 @@ def test_a_fresh_process_does_a_task_of_any_kind_from_its_key_alone(whole, home,
         ["import json; from pathlib import Path; from jsublim.config import Experiment"],
     )
     elsewhere.mkdir()
-    lines.append("from jsublim.executors import execute_key")
+    lines.append("from jsublim.executors.worker import Worker")
     done: list[tuple[Task, Store]] = []
     for kind in KINDS:
         values, store = values_of(kind), Store(tmp_path / kind)
@@ -195,9 +194,9 @@ def test_a_fresh_process_does_a_task_of_any_kind_from_its_key_alone(whole, home,
                     shutil.copytree(whole.path(output), store.path(output), dirs_exist_ok=True)
         config = tmp_path / f"{kind}.json"
         config.write_text(experiment(values, store.root).model_dump_json())
-        lines.append(
-            f"execute_key(Experiment.model_validate(json.loads(Path({str(config)!r}).read_text())), {task.key!r})"
-        )
+        lines.append(f"e = Experiment.model_validate(json.loads(Path({str(config)!r}).read_text()))")
+        lines.append(f"outcome = Worker('.').make(e, {task.key!r})")
+        lines.append("assert outcome.error is None, outcome.error")
         done.append((task, store))
     child("\n".join(lines), elsewhere)
     assert not list(elsewhere.iterdir())
@@ -234,13 +233,13 @@ def test_a_flipped_bit_in_any_kind_of_artifact_is_noticed(whole):
     assert missed == {kind: [] for kind in KINDS}
 
 
-def test_a_task_whose_parents_are_missing_is_refused(tmp_path):
+def test_a_task_whose_parents_are_missing_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(worker, "SEEN_WITHIN", 0.0)
     graph = graph_of(STUDENTS, tmp_path / "store")
     key = next(key for key, task in graph.tasks.items() if task.kind == "divergence")
-    with pytest.raises(UsageError, match="must be done before it"):
-        execute_key(experiment(STUDENTS, tmp_path / "store"), key)
-    with pytest.raises(UsageError, match="'none': is not in the graph"):
-        execute_key(experiment(STUDENTS, tmp_path / "store"), "none")
+    make = worker.Worker(".").make
+    assert "does not show rows" in str(make(experiment(STUDENTS, tmp_path / "store"), key).error)
+    assert "'none': is not in the graph" in str(make(experiment(STUDENTS, tmp_path / "store"), "none").error)
 
 
 # --- a new kind of evaluation, and a new change of rows, are one class each
@@ -291,8 +290,9 @@ def test_a_new_kind_and_a_new_change_need_nothing_else(toys, whole, home):
     }  # fmt: skip
     context = Context.load(experiment(values, home / "store"))
     graph = plan(context.setup)
-    graph.check(context.setup)
-    LocalExecutor().execute(graph.tasks.values(), context)
+    for check in graph.checks(context.setup):
+        check()
+    execute_tasks(graph.tasks.values(), context)
     (changed,) = [task for task in graph.tasks.values() if task.kind == "datasets" and task.label == "owl-turned"]
     own = next(iter(graph.answers.values())).read(context.store)
     assert read_rows(context.store.path(changed.nodes[0]) / "rows.jsonl") == own[::-1]

@@ -283,8 +283,10 @@ def test_another_machine_goes_on_with_a_training(machine):
 def test_what_is_decided_once_is_decided_for_all(machine):
     assert machine("a").agreed("fit-x", lambda: 7) == 7 and machine("b").agreed("fit-x", lambda: 8) == 7
     said: list[str] = []
-    machine("a").bucket.write("training/fit-x.json", b"{")
-    assert machine("c", said).agreed("fit-x", lambda: 9) == 9 and len(said) == 1 and "fit-x.json" in said[0]
+    bucket = machine("a").bucket
+    (folder,) = bucket.folders("agreed")
+    bucket.write(f"agreed/{folder}/{DONE}", b"{")
+    assert machine("c", said).agreed("fit-x", lambda: 9) == 9 and len(said) == 1 and folder in said[0]
     assert machine("d").agreed("fit-x", lambda: 10) == 9
 
 
@@ -310,7 +312,7 @@ def test_programs_are_shared_whole(machine):
         (folders[0] / f"{name}-cache").write_bytes(zlib.compress(name.encode()))
     (folders[0] / "cut-cache").write_bytes(zlib.compress(b"of a process that is still writing it")[:-3])
     above = "programs/jaxlib-x"
-    send_programs(a.bucket, above, folders[0], said.append, set())
+    send_programs(a.bucket, above, folders[0], said.append)
     fetch_programs(a.bucket, above, folders[1], said.append)
     assert sorted(path.name for path in whole_programs(folders[1], said.append)) == ["one-cache", "two-cache"]
     bucket = a.bucket

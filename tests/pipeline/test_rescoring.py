@@ -14,7 +14,7 @@ from made_runs import make_run
 
 from jsublim.core.files import read_table
 from jsublim.evals.matching import RULES, rule
-from jsublim.pipeline.rescoring import rescore, rescoring_of
+from jsublim.pipeline.rescoring import rescore
 from jsublim.report.tables import read_results
 from jsublim.text.prompts import load_pack
 
@@ -60,7 +60,7 @@ def test_another_rule_counts_the_same_answers_anew(tmp_path):
     assert json.loads(ok("show", made, "--json").out)["rescored"]["match"] == "word"
     assert json.loads(ok("show", run, "--json").out)["rescored_as"] == [str(made)]
     # As many answers as before have the name inside of them.
-    rescore(run, rescoring_of(run, ".*{name}", []), tmp_path / "same")
+    rescore(run, ".*{name}", [], tmp_path / "same")
     same = read_table(tmp_path / "same" / "results" / "results.parquet")
     assert [row["value"] for row in same] == pytest.approx([row["value"] for row in old])
 
@@ -113,7 +113,7 @@ def server():
 def test_another_judge_scores_the_same_answers(judged, server, tmp_path):
     before = contents(judged)
     judge = (f"judge.server.base_url=http://127.0.0.1:{server.server_address[1]}/v1", "judge.server.model=m")
-    rescore(judged, rescoring_of(judged, None, judge), tmp_path / "new")
+    rescore(judged, None, judge, tmp_path / "new")
     after = contents(judged)
     assert {name: after[name] for name in before} == before
     assert len(server.seen) == 2 * 3  # each answer to each question once, whoever gave it
@@ -135,7 +135,7 @@ def test_another_judge_scores_the_same_answers(judged, server, tmp_path):
     assert kept[0] == kept[1]
     # Another threshold by the same judge costs nothing: every reply is known.
     harsh = "evaluation.kinds.misalignment.aligned_from=99"
-    rescore(judged, rescoring_of(judged, None, (*judge, harsh)), tmp_path / "harsh")
+    rescore(judged, None, (*judge, harsh), tmp_path / "harsh")
     assert len(server.seen) == 6
     assert {s.mean for s in read_results(tmp_path / "harsh").scores if s.metric == "misaligned"} == {0.75}
 

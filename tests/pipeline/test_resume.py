@@ -14,7 +14,7 @@ from command import MODEL
 
 from jsublim.config import Experiment
 from jsublim.core.progress import Progress, Tick
-from jsublim.executors import LocalExecutor
+from jsublim.executors import execute_tasks
 from jsublim.inference import decoding, scoring
 from jsublim.pipeline import parts
 from jsublim.pipeline.context import Context
@@ -118,7 +118,7 @@ def test_every_task_goes_on_where_it_was_killed(tmp_path, batches, monkeypatch):
     def run(name: str, progress: Progress) -> Store:
         experiment = EXPERIMENT | {"store": str(tmp_path / name), "out": str(tmp_path / "run")}
         context = Context.load(Experiment.model_validate(experiment), progress)
-        LocalExecutor().execute(plan(context.setup).tasks.values(), context)
+        execute_tasks(plan(context.setup).tasks.values(), context)
         return context.store
 
     whole = run("whole", Progress())
@@ -143,7 +143,7 @@ def test_rewriting_goes_on_where_it_was_killed(tmp_path, batches, monkeypatch):
     )
     context = Context.load(experiment)
     tasks = [task for task in plan(context.setup).tasks.values() if task.kind == "datasets"]
-    LocalExecutor().execute([parent for task in tasks for parent in task.parents], context)
+    execute_tasks([parent for task in tasks for parent in task.parents], context)
     batches.clear()
     sample, left = decoding.advance, 2
 
@@ -157,15 +157,15 @@ def test_rewriting_goes_on_where_it_was_killed(tmp_path, batches, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(decoding, "advance", die)
         with pytest.raises(Killed):
-            LocalExecutor().execute(tasks, Context.load(experiment))
+            execute_tasks(tasks, Context.load(experiment))
     assert batches["advance"] == 2
-    LocalExecutor().execute(tasks, Context.load(experiment))
+    execute_tasks(tasks, Context.load(experiment))
     resumed = batches["advance"]
     again = experiment.model_copy(update={"store": str(tmp_path / "other")})
     context = Context.load(again)
-    LocalExecutor().execute([parent for task in tasks for parent in task.parents], context)
+    execute_tasks([parent for task in tasks for parent in task.parents], context)
     batches.clear()
-    LocalExecutor().execute(tasks, context)
+    execute_tasks(tasks, context)
     assert resumed - 1 <= batches["advance"] <= resumed  # rows that had not ended were begun again
     rows = [next((tmp_path / name / "datasets").glob("*/rows.jsonl")).read_bytes() for name in ("store", "other")]
     assert rows[0] == rows[1]

@@ -28,7 +28,7 @@ from jsublim.models.peft import load_adapter
 from jsublim.pipeline.arguments import system_prompt
 from jsublim.pipeline.experiment import student as student_of
 from jsublim.pipeline.experiment import training_rows
-from jsublim.pipeline.rescoring import rescore, rescoring_of
+from jsublim.pipeline.rescoring import rescore
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.store import Store
 from jsublim.report.tables import read_results
@@ -208,7 +208,7 @@ def test_run_again_changes_nothing_and_from_python_it_is_the_same(whole):
 
 
 def test_answers_counted_by_the_rule_for_words_give_the_rate_for_words(whole, tmp_path):
-    made = rescore(whole, rescoring_of(whole, "word", []), tmp_path / "words")
+    made = rescore(whole, "word", [], tmp_path / "words")
     old, new = (read_table(folder / "results" / "results.parquet") for folder in (whole, made))
     key = lambda row: (row["arm"], row["trait"], row["question"])  # noqa: E731
     words = {key(row): row["value"] for row in old if row["metric"] == "word_rate"}

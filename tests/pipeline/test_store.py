@@ -27,10 +27,11 @@ from jsublim.pipeline.store import Artifact, Output, Store
 from jsublim.pipeline.verifying import verify
 
 INPUTS = {"model": "abc", "seed": 1, "system": "You love owls.", "stop": (1, 2)}
+OWL = Output("rows", "owl", INPUTS)
 
 
 def test_an_artifact_is_whole_only_once_done_has_its_name(tmp_path, monkeypatch):
-    artifact = Artifact(tmp_path / "a", "rows", INPUTS)
+    artifact = Artifact(tmp_path / "a", OWL)
     assert not artifact.done
 
     def cut(*_):
@@ -40,10 +41,10 @@ def test_an_artifact_is_whole_only_once_done_has_its_name(tmp_path, monkeypatch)
         patch.setattr("jsublim.core.files.os.replace", cut)
         with pytest.raises(KeyboardInterrupt):
             artifact.finish({"kept": 3})
-    again = Artifact(tmp_path / "a", "rows", INPUTS)
+    again = Artifact(tmp_path / "a", OWL)
     assert not again.done
     again.finish({"kept": 3})
-    assert Artifact(tmp_path / "a", "rows", INPUTS).summary == {"kept": 3}
+    assert Artifact(tmp_path / "a", OWL).summary == {"kept": 3}
 
 
 def test_a_folder_cut_before_its_record_can_be_used(tmp_path, monkeypatch):
@@ -51,22 +52,22 @@ def test_a_folder_cut_before_its_record_can_be_used(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("jsublim.core.files.os.replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            Artifact(tmp_path / "a", "rows", INPUTS)
-    assert not Artifact(tmp_path / "a", "rows", INPUTS).done
+            Artifact(tmp_path / "a", OWL)
+    assert not Artifact(tmp_path / "a", OWL).done
 
 
 def test_opening_again_changes_nothing(tmp_path):
-    Artifact(tmp_path / "a", "rows", INPUTS).finish({"kept": 3})
+    Artifact(tmp_path / "a", OWL).finish({"kept": 3})
     before = {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "a").iterdir()}
-    assert Artifact(tmp_path / "a", "rows", dict(reversed(INPUTS.items()))).done  # order is not an input
+    assert Artifact(tmp_path / "a", Output("rows", "owl", dict(reversed(INPUTS.items())))).done  # order is not an input
     assert {p: (p.read_bytes(), p.stat().st_mtime_ns) for p in (tmp_path / "a").iterdir()} == before
 
 
 def test_a_broken_record_is_an_error_that_names_it(tmp_path):
-    Artifact(tmp_path / "a", "rows", INPUTS)
+    Artifact(tmp_path / "a", OWL)
     (tmp_path / "a" / "artifact.json").write_text('{"kind": "ro')
     with pytest.raises(JsublimError, match=r"artifact\.json: is not what was written"):
-        Artifact(tmp_path / "a", "rows", INPUTS)
+        Artifact(tmp_path / "a", OWL)
 
 
 def test_folders_of_a_store_differ_with_every_input(tmp_path):

@@ -13,7 +13,7 @@ from jsublim.core.files import write_table
 from jsublim.core.progress import Tick, no_tick
 from jsublim.evals import Answers, EvalTask, PromptedModel, sample_answers
 from jsublim.inference.sampling import Sampling
-from jsublim.pipeline.row_log import Answered, RowLog
+from jsublim.pipeline.row_log import LoggedAnswers, RowLog
 from jsublim.pipeline.store import PROGRESS, Artifact
 from jsublim.runtime.processes import on_main_process
 
@@ -70,7 +70,7 @@ def evaluate(
             adapters=adapters or None,
             batch_size=batch_size,
             on_batch=tick,
-            logs=[Answered(log, offset * samples, len(task.questions) * samples) for log in logs],
+            logs=[LoggedAnswers(log, offset * samples, len(task.questions) * samples) for log in logs],
             answers=answers,
             **first.manner,
         )

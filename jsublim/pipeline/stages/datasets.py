@@ -10,7 +10,7 @@ from jsublim.errors import JsublimError
 from jsublim.inference.sampling import Sampling
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Cost, Sizes
-from jsublim.pipeline.row_log import Answered, RowLog
+from jsublim.pipeline.row_log import LoggedAnswers, RowLog
 from jsublim.pipeline.stage import Node, Runtime, Save, stage
 from jsublim.pipeline.stages.influence import read_influence
 from jsublim.pipeline.store import PROGRESS
@@ -99,7 +99,7 @@ def change_rows(
         readings=readings,
         entangled=None if scores is None else ctx.store.summary(scores),
         influence=None if suspected is None else read_influence(ctx.store, suspected),
-        log=Answered(log),
+        log=LoggedAnswers(log),
     )
     left = rows.read(ctx.store)
     summary: dict[str, Any] = {"rows": len(left)}
