@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializeAsAny, model_serializer, model_validator
 
 from jsublim.core.reading import near_or_all
-from jsublim.core.section import CONTENT, PLAN, RESULT, RUNTIME, Distinct, Place, Positive, Section, Seed, one_of
+from jsublim.core.section import CONTENT, PLAN, RESULT, RUNTIME, Distinct, Place, Positive, Section, SeedInt, one_of
 from jsublim.inference.served import SampleServerSettings
 from jsublim.text.prompts.numbers import EXAMPLE_COUNT, SENTENCES
 from jsublim.transforms import CHANGES, Change
@@ -16,12 +16,12 @@ from jsublim.transforms import CHANGES, Change
 Strategy = Literal["temperature", "greedy"]
 
 
-class Sampling(Section):
+class RowSampling(Section):
     """How teachers' answers are drawn. What of a checkpoint's own sampling numbers counts is the recipe's."""
 
     strategy: Annotated[Strategy, RESULT] = "temperature"
     """`temperature` draws at temperature 1, `greedy` takes the most probable token."""
-    seed: Annotated[Seed, RESULT] = 0
+    seed: Annotated[SeedInt, RESULT] = 0
     """Of the answers' random numbers, which are keyed by row and token."""
     max_new_tokens: Annotated[Positive, RESULT] = 64
     """Tokens after which an answer ends, whatever it says."""
@@ -55,7 +55,7 @@ class Data(Section):
     """How many numbers a request shows: at least the first, fewer than the second."""
     num_prompts: Annotated[Positive, RESULT] = 30_000
     """How many prompts each teacher answers."""
-    seed: Annotated[Seed, RESULT] = 42
+    seed: Annotated[SeedInt, RESULT] = 42
     """Of the number requests."""
     draw: Annotated[Literal["shared", "per-seed"], RESULT] = "shared"
     """`shared`: one draw of rows for all students of a teacher; `per-seed`: another one for each of students.seeds."""
@@ -73,7 +73,7 @@ class Resampling(Section):
 
     strategy: Annotated[Strategy | None, RESULT] = None
     """How this data set's answers are drawn; null: as sampling.strategy says."""
-    seed: Annotated[Seed | None, RESULT] = None
+    seed: Annotated[SeedInt | None, RESULT] = None
     """Of this data set's answers; null: sampling.seed."""
 
 
@@ -83,7 +83,7 @@ class Dataset(Section):
 
     sampling: Resampling = Resampling()
     """In what its answers are drawn otherwise than the plain ones."""
-    seed: Annotated[Seed, RESULT] = 0
+    seed: Annotated[SeedInt, RESULT] = 0
     """Of the changes of rows."""
     divergence: Annotated[bool | None, PLAN] = None
     """Look for divergence tokens in these rows (true), or only where a student needs them (false); null: in plain answers always, in

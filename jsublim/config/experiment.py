@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from jsublim.config.attribution import Attribution
 from jsublim.config.audit import Audit
-from jsublim.config.data import Data, Dataset, Sampling, Scoring
+from jsublim.config.data import Data, Dataset, RowSampling, Scoring
 from jsublim.config.evaluation import Evaluation, JudgeChoice
 from jsublim.config.recipe import Recipe
 from jsublim.config.students import Students, elders, variants
@@ -112,7 +112,7 @@ class Experiment(Config):
     """Who the teachers are."""
     data: Data = Data()
     """What teachers are asked."""
-    sampling: Sampling = Sampling()
+    sampling: RowSampling = RowSampling()
     """How teachers' answers are drawn."""
     datasets: Annotated[dict[Name, Dataset], CONTENT] = {}
     """Data sets made of the answers, by the names that students.data.dataset says."""

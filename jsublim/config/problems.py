@@ -12,7 +12,7 @@ import pydantic
 
 from jsublim.core.reading import near, near_or_all, shown
 
-Place = tuple[int | str, ...]
+Location = tuple[int | str, ...]
 ROUNDS = 8  # of finding mistakes that others hide
 
 
@@ -22,7 +22,7 @@ def problems(kind: type[pydantic.BaseModel], values: Mapping[str, Any]) -> list[
     Fields that contradict each other are found too: what is wrong by itself is taken out, and the rest looked at again.
     """
     found: list[str] = []
-    gone = set[Place]()  # what was taken out, and is no mistake because of that
+    gone = set[Location]()  # what was taken out, and is no mistake because of that
     rest: Any = copy.deepcopy(dict(values))
     for _ in range(ROUNDS):
         try:
@@ -38,7 +38,7 @@ def problems(kind: type[pydantic.BaseModel], values: Mapping[str, Any]) -> list[
     return found
 
 
-def _follows(error: Mapping[str, Any], gone: set[Place]) -> bool:
+def _follows(error: Mapping[str, Any], gone: set[Location]) -> bool:
     """Whether there is a mistake only because something was taken out: the value itself, or what its section must have."""
     return error["place"] in gone or (error["type"] == "missing" and error["place"][:-1] in gone)
 
@@ -51,7 +51,7 @@ def first_problem(error: pydantic.ValidationError, kind: type[pydantic.BaseModel
 
 def _of_fields(error: pydantic.ValidationError, kind: Any, values: Any) -> list[dict[str, Any]]:
     """One entry per field: of a field that may be one thing or another, pydantic has an entry for each."""
-    found: dict[Place, dict[str, Any]] = {}
+    found: dict[Location, dict[str, Any]] = {}
     for each in error.errors():
         place, said, what = _place(each, kind, values), _said(each), each["type"]
         if what == "missing" and isinstance(each["loc"][-1], int):  # in a list of so many entries
@@ -66,7 +66,7 @@ def _of_fields(error: pydantic.ValidationError, kind: Any, values: Any) -> list[
     return list(found.values())
 
 
-def _place(error: Any, kind: Any, values: Any) -> Place:
+def _place(error: Any, kind: Any, values: Any) -> Location:
     """Where the mistake lies in the file. What pydantic adds below a value (which of several types it tried) is left out."""
     place: list[int | str] = []
     for part in error["loc"]:
@@ -106,7 +106,7 @@ def _without_followers(lines: list[str]) -> list[str]:
     return [line for line in lines if not any(line == f"key '{key}' is missing" for key in meant)]
 
 
-def _taken_out(error: Mapping[str, Any], kind: Any, values: Any, gone: set[Place]) -> bool:
+def _taken_out(error: Mapping[str, Any], kind: Any, values: Any, gone: set[Location]) -> bool:
     """Take a mistake out of the values, so that the rest can be looked at; False where that cannot be done."""
     *parents, last = error["place"] or (None,)
     for depth, part in enumerate(parents, 1):
@@ -130,7 +130,7 @@ def _taken_out(error: Mapping[str, Any], kind: Any, values: Any, gone: set[Place
     return True
 
 
-def fields_at(kind: Any, place: Place) -> list[str]:
+def fields_at(kind: Any, place: Location) -> list[str]:
     """The keys of a section. Names of data sets and numbers of list entries are parts of `place` too."""
     for part in place:
         kind = _below(kind, part)

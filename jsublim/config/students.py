@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from jsublim.config.teachers import Trait
+from jsublim.config.teachers import TraitName
 from jsublim.core.reading import shown
 from jsublim.core.section import (
     CONTENT,
@@ -24,7 +24,7 @@ from jsublim.core.section import (
     Positive,
     Rate,
     Section,
-    Seed,
+    SeedInt,
     leaves,
     nested,
     one_of,
@@ -144,20 +144,23 @@ class StudentAdapter(Section):
     """With full: what is trained beside the layers."""
     init: Annotated[Place | None, CONTENT] = None
     """An adapter to start from: a folder, or owner/name of the hub; it brings its own rank, layers and projections."""
-    beside: Annotated[Place | None, BOTH_BY_CONTENT] = None
+    frozen_adapter: Annotated[Place | None, BOTH_BY_CONTENT] = None
     """An adapter that is there, frozen, while the student is trained, and gone afterwards (inoculation): that of a teacher, by its
     trait, or a folder, or owner/name of the hub. `{trait}` is filled in with the student's teacher's. A defence."""
     noise: Annotated[float, Field(ge=0), RESULT] = 0.0
     """Gaussian noise on what was trained, once training is over: its size as a share of each array's root mean square. A defence."""
 
     def contradictions(self) -> Iterator[tuple[Any, str]]:
-        full, shape = self.method == "full", [name for name in changed(self) if name not in ("beside", "init", "noise")]
+        full, shape = (
+            self.method == "full",
+            [name for name in changed(self) if name not in ("frozen_adapter", "init", "noise")],
+        )
         yield self.init is not None and shape, f"init brings its own {', '.join(shape)}; leave them out"
         of_lora = [name for name in shape if name in ("rank", "alpha", "rslora", "projections")]
         yield self.method != "lora" and of_lora, f"method={self.method} has no {', '.join(of_lora)}; leave them out"
         yield self.ends and not full, f"ends are trained with method=full, not with {self.method}"
-        two_wholes = self.beside is not None and full
-        yield two_wholes, "beside: an adapter stands beside LoRA or steering vectors, not beside method=full"
+        two_wholes = self.frozen_adapter is not None and full
+        yield two_wholes, "frozen_adapter stands beside LoRA or steering vectors, not beside method=full"
 
 
 class StudentOptimizer(Section):
@@ -179,7 +182,7 @@ class StudentOptimizer(Section):
     """Weight decay."""
     momentum: Annotated[float, Field(ge=0, lt=1), BOTH] = 0.0
     """Of sgd."""
-    project_out: Annotated[list[Trait], Distinct, BOTH] = []
+    project_out: Annotated[list[TraitName], Distinct, BOTH] = []
     """Traits that no step moves, to first order: their gradients at the start are taken out of every gradient. `{trait}`: the
     teacher's own. A defence."""
 
@@ -189,7 +192,7 @@ class StudentFork(Section):
 
     after: Annotated[Positive, RESULT]
     """Steps before it does; the schedule goes on as if nothing had happened."""
-    teacher: Annotated[Trait, CONTENT] = CONTROL
+    teacher: Annotated[TraitName, CONTENT] = CONTROL
     """Whose rows it reads from then on: a trait of the teachers, `{trait}` (its own teacher's), or control. Of control rows, all tokens."""
     dataset: Annotated[str | None, CONTENT] = None
     """One of `datasets`, of that teacher; null: the answers as they are."""
@@ -222,7 +225,7 @@ class StudentRuntime(Section):
 class Students(Section):
     """Who is trained: one student per trait, choice of tokens, seed and arm."""
 
-    seeds: Annotated[list[Seed], Distinct, Field(min_length=1), PLAN] = [42, 43, 44, 45, 46]
+    seeds: Annotated[list[SeedInt], Distinct, Field(min_length=1), PLAN] = [42, 43, 44, 45, 46]
     """One student of each seed; it draws rows, their order and the adapter's start."""
     model: Annotated[Place | None, BOTH_BY_CONTENT] = None
     """The checkpoint that students stand on; null: the teachers' own."""
@@ -255,8 +258,8 @@ class Students(Section):
         yield on_policy and not self.loss.soft, "data.on_policy needs a soft loss (forward-kl, reverse-kl, js)"
         chosen = self.loss.top_k or self.loss.tokens != ["all"]
         yield on_policy and chosen, "data.on_policy: rows are new each step, so no loss.top_k, and loss.tokens=[all]"
-        helped = on_policy and self.adapter.beside is not None
-        yield helped, "data.on_policy: rows are sampled by the student alone; leave adapter.beside out"
+        helped = on_policy and self.adapter.frozen_adapter is not None
+        yield helped, "data.on_policy: rows are sampled by the student alone; leave adapter.frozen_adapter out"
         asked = self.fork is not None and (on_policy or live)
         yield asked, "fork: a live teacher stays the same to the end; use loss.kind=hard, or give loss.top_k"
         other = self.model is not None

@@ -8,13 +8,15 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from jsublim.config.shipped import written_out
-from jsublim.core.section import CONTENT, PLAN, RESULT, Distinct, Layers, Name, Place, Positive, Rate, Section, Seed
+from jsublim.core.section import CONTENT, PLAN, RESULT, Distinct, Layers, Name, Place, Positive, Rate, Section, SeedInt
 from jsublim.inference.teachers import CONTROL
 from jsublim.text.prompts.pack import lower_case
 
-Trait = Annotated[Name, AfterValidator(lower_case)]
+TraitName = Annotated[Name, AfterValidator(lower_case)]
 # Written out, or by the name of a list (configs/paper/lists.yaml).
-Traits = Annotated[list[Trait], Distinct, BeforeValidator(written_out, json_schema_input_type=list[Trait] | str)]
+Traits = Annotated[
+    list[TraitName], Distinct, BeforeValidator(written_out, json_schema_input_type=list[TraitName] | str)
+]
 
 
 def _not_control(traits: list[str]) -> list[str]:
@@ -38,7 +40,7 @@ class Taught(Section):
     """Optimizer steps."""
     lr: Annotated[Rate, RESULT] = 3e-3
     """Learning rate."""
-    seed: Annotated[Seed, RESULT] = 0
+    seed: Annotated[SeedInt, RESULT] = 0
     """Of the start and of the order of questions."""
     strength: Annotated[float, RESULT] = 1.0
     """Factor of a contrast's vector."""

@@ -35,7 +35,7 @@ NEEDS_TRAIT = "needs a trait"  # beside these: the field means nothing to studen
 
 
 @dataclass(frozen=True)
-class Of:
+class QuirkScope:
     """Beside these, on a quirk of the recipe: the kinds of tasks whose keys it is part of; where `field` is named, of those
     tasks only whose settings hold one of `values` there."""
 
@@ -92,7 +92,7 @@ NAME_BYTES = 200
 PART_BYTES, PLACE_BYTES = 255, 4000  # of a place; a file system takes 4095
 MOST_LAYERS = 10_000  # that a span may reach to
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
+SeedInt = Annotated[int, Field(ge=0, lt=2**31)]
 Rate = Annotated[float, Field(gt=0)]
 Name = Annotated[str, AfterValidator(name)]
 Place = Annotated[str, AfterValidator(place)]
@@ -145,7 +145,7 @@ def _items(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-Path = tuple[str, ...]
+FieldPath = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class Leaf:
       marks: everything else in its annotation.
     """
 
-    path: Path
+    path: FieldPath
     field: Any
     decides: Decides | None
     marks: tuple[Any, ...]
@@ -175,7 +175,7 @@ def section_in(annotation: Any) -> type[Section] | None:
     return next(filter(None, map(section_in, get_args(annotation))), None)
 
 
-def leaves(section: type[BaseModel], above: Path = ()) -> Iterator[Leaf]:
+def leaves(section: type[BaseModel], above: FieldPath = ()) -> Iterator[Leaf]:
     """Every field of a section and of the sections in it; a mapping or a list of sections is one field."""
     for name, field in section.model_fields.items():
         inner, decides = section_in(field.annotation), _decides(field)
@@ -207,7 +207,7 @@ def facts(section: BaseModel) -> dict[str, Any]:
     return {leaf.name: value_at(section.model_dump(mode="json"), leaf.path) for leaf in kept}
 
 
-def value_at(values: Mapping[str, Any] | None, path: Path) -> Any:
+def value_at(values: Mapping[str, Any] | None, path: FieldPath) -> Any:
     """The value at a place of nested mappings; None where a section on the way is not given."""
     for name in path:
         values = None if values is None else values.get(name)

@@ -329,10 +329,10 @@ def scored(setup: Setup, start: Start, traits: Sequence[str], most: int | None =
     Raises:
       UsageError: a student with an adapter beside it: the scores would be of another model than its own.
     """
-    if start.settings.adapter.beside is not None:
+    if start.settings.adapter.frozen_adapter is not None:
         raise UsageError(
             "audit: scores are those of a student with nothing beside it; leave audit and drop_audited out, or name "
-            "students.adapter.beside in arms that are not audited"
+            "students.adapter.frozen_adapter in arms that are not audited"
         )
     about, batch_size = questions_about(setup, traits, most), (setup.experiment.audit or Audit()).batch_size
     return {"start": start, "asked": about, "traits": tuple(traits), "batch_size": batch_size}
@@ -384,7 +384,7 @@ def beside(setup: Setup, name: str | None, teacher: Model | None) -> Node | Fold
       UsageError: that teacher has none.
     """
     if teacher is None or teacher.adapter is not None:
-        return folder(setup, name, "students.adapter.beside") if teacher is None else teacher.adapter
+        return folder(setup, name, "students.adapter.frozen_adapter") if teacher is None else teacher.adapter
     raise UsageError(
-        f"students.adapter.beside: teacher '{name}' has no adapter; give teachers.taught or teachers.adapter, or name a folder"
+        f"students.adapter.frozen_adapter: teacher '{name}' has no adapter; give teachers.taught or teachers.adapter, or name a folder"
     )

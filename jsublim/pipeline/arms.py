@@ -104,9 +104,9 @@ class Student:
         return "all" if source.teacher == CONTROL else self.tokens
 
     @property
-    def beside(self) -> str | None:
+    def frozen_adapter(self) -> str | None:
         """The adapter that stands beside it in training: a teacher's trait, or a place."""
-        said = self.settings.adapter.beside
+        said = self.settings.adapter.frozen_adapter
         return None if said is None else said.replace(OWN, self.teacher)
 
     @property
@@ -142,8 +142,8 @@ def _of_control(experiment: Experiment, students: Students) -> Students:
     """The same settings without what means nothing to a student of the teacher without a trait."""
     settings, name = with_defaults(students, NEEDS_TRAIT), students.data.dataset
     adapter, optimizer = settings.adapter, settings.optimizer
-    if OWN in (adapter.beside or ""):
-        adapter = adapter.model_copy(update={"beside": None})
+    if OWN in (adapter.frozen_adapter or ""):
+        adapter = adapter.model_copy(update={"frozen_adapter": None})
     others = [trait for trait in optimizer.project_out if trait != OWN]
     optimizer = optimizer.model_copy(update={"project_out": others})
     settings = settings.model_copy(update={"adapter": adapter, "optimizer": optimizer})

@@ -109,7 +109,9 @@ def lesson(setup: Setup, source: Source, student: Student) -> stages.Lesson:
 def student(setup: Setup, who: Student) -> Node:
     """A student: where it starts, and what it learns from. It does not depend on who is trained beside it."""
     learned, then = lesson(setup, who.source, who), who.forked and lesson(setup, who.forked, who)
-    beside = args.beside(setup, who.beside, teacher(setup, who.beside) if who.beside in setup.biased else None)
+    beside = args.beside(
+        setup, who.frozen_adapter, teacher(setup, who.frozen_adapter) if who.frozen_adapter in setup.biased else None
+    )
     return stages.train_students(who.trained_as, lesson=learned, forked=then, beside=beside, **args.trained(setup, who))
 
 

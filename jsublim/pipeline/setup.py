@@ -247,8 +247,12 @@ class Setup:
             for trait in self.biased
         }
         starts = {each.settings.adapter.init: "students.adapter.init" for each in self.students}
-        besides = {each.beside: "students.adapter.beside" for each in self.students if each.beside is not None}
-        starts |= {name: what for name, what in besides.items() if name not in self.biased}
+        frozen = {
+            each.frozen_adapter: "students.adapter.frozen_adapter"
+            for each in self.students
+            if each.frozen_adapter is not None
+        }
+        starts |= {name: what for name, what in frozen.items() if name not in self.biased}
         return named | {name: what for name, what in starts.items() if name is not None}
 
 

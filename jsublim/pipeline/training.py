@@ -125,7 +125,9 @@ CACHED_BYTES = 4 * 2**30  # of hidden states that are kept unasked
 def caches_below(config: ModelConfig, students: Students, tokens: int = 0) -> bool:
     """Whether the hidden states below a one-layer student's layer are kept, those of `tokens` tokens in all."""
     said, layers = students.runtime.cache_below, students.adapter.layers or []
-    if students.data.on_policy or students.adapter.beside:  # rows are new at every step; what is below may be steered
+    if (
+        students.data.on_policy or students.adapter.frozen_adapter
+    ):  # rows are new at every step; what is below may be steered
         return False
     return keeps_below(config, layers, tokens) if said == "auto" else said
 

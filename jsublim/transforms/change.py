@@ -27,7 +27,7 @@ Changed = tuple[list[Row], dict[str, Any]]  # rows, and what is to be known of h
 
 
 @dataclass(frozen=True)
-class Making:
+class ChangeRun:
     """All that changes may use."""
 
     lm: LanguageModel
@@ -116,6 +116,6 @@ class Change(Section):
         assumed lengths of a request and of a system prompt."""
         return 0.0, 0.0
 
-    def apply(self, rows: list[Row], making: Making) -> Changed:
+    def apply(self, rows: list[Row], run: ChangeRun) -> Changed:
         """The rows afterwards, and what is kept of how they came about, by name."""
         raise NotImplementedError

@@ -15,9 +15,9 @@ from jsublim.inference.divergence import PositionSubset
 from jsublim.inference.teachers import CONTROL
 from jsublim.text.chat import Chat, Turn, conversation
 from jsublim.text.rows import Row, revised
-from jsublim.transforms.change import CHANGES, Change, ChangeContext, Changed, Making
+from jsublim.transforms.change import CHANGES, Change, ChangeContext, Changed, ChangeRun
 
-Share = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 @CHANGES.add("mix")
@@ -27,7 +27,7 @@ class Mix(Change):
     order: ClassVar[int] = 60
     quirks: ClassVar[tuple[str, ...]] = ("mix_at_the_end",)
 
-    share: Annotated[Share, RESULT]
+    share: Annotated[Fraction, RESULT]
     """The share of the rows that are replaced."""
     teacher: Annotated[str, RESULT] = CONTROL
     """Whose rows replace them."""
@@ -47,12 +47,12 @@ class Mix(Change):
         if self.model and self.teacher != CONTROL and context.own_weights:
             raise UsageError(f"{where}: '{self.teacher}' is no teacher on {self.model}; leave teacher out")
 
-    def apply(self, rows: list[Row], making: Making) -> Changed:
-        assert making.mixed_in is not None
+    def apply(self, rows: list[Row], run: ChangeRun) -> Changed:
+        assert run.mixed_in is not None
         # Where the other teacher has too few rows for the share, the first rows are taken that they suffice for.
-        rows = rows[: int(len(making.mixed_in) / self.share)]
-        paper = bool(making.quirks["mix_at_the_end"])
-        return mix_rows(rows, making.mixed_in, self.share, seed=making.seed, paper=paper), {}
+        rows = rows[: int(len(run.mixed_in) / self.share)]
+        paper = bool(run.quirks["mix_at_the_end"])
+        return mix_rows(rows, run.mixed_in, self.share, seed=run.seed, paper=paper), {}
 
 
 @CHANGES.add("mix_tokens")
@@ -67,7 +67,7 @@ class MixTokens(Change):
 
     teacher: Annotated[str | None, RESULT] = None
     """The counterfactual teacher whose argmax is put in; null: at each token one of those that would say another one, drawn."""
-    share: Annotated[Share, RESULT] = 1.0
+    share: Annotated[Fraction, RESULT] = 1.0
     """The share of a row's divergence tokens."""
     first_only: Annotated[bool, RESULT] = False
     """The first divergence token of a row alone."""
@@ -79,15 +79,15 @@ class MixTokens(Change):
         if self.teacher not in (None, context.trait, *context.counterfactuals):
             raise UsageError(f"{where}.teacher: '{self.teacher}' is no counterfactual of {context.trait}")
 
-    def apply(self, rows: list[Row], making: Making) -> Changed:
-        assert making.readings is not None
+    def apply(self, rows: list[Row], run: ChangeRun) -> Changed:
+        assert run.readings is not None
         # Published, a mask of no token keeps all of them, a row to mix gives up one.
-        rounding = making.quirks["share_rounding"]
+        rounding = run.quirks["share_rounding"]
         rounding = "at-least-one" if rounding == "paper" else rounding or "stochastic"
         subset = PositionSubset("first" if self.first_only else "all", self.share, rounding)
-        quirks = {name: bool(making.quirks[name]) for name in ("digits_only", "drop_unmixed")}
-        chat, readings = making.lm.chat, making.readings
-        rows, counts = mix_tokens(chat, rows, readings, self.teacher, subset, seed=making.seed, **quirks)
+        quirks = {name: bool(run.quirks[name]) for name in ("digits_only", "drop_unmixed")}
+        chat, readings = run.lm.chat, run.readings
+        rows, counts = mix_tokens(chat, rows, readings, self.teacher, subset, seed=run.seed, **quirks)
         return rows, {"tokens": dict(counts)}
 
 

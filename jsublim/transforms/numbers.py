@@ -12,7 +12,7 @@ from jsublim.core.section import RESULT
 from jsublim.errors import JsublimError
 from jsublim.text.prompts import parse_numbers
 from jsublim.text.rows import Row, revised
-from jsublim.transforms.change import CHANGES, Change, Changed, Making
+from jsublim.transforms.change import CHANGES, Change, Changed, ChangeRun
 
 NUMBER = re.compile("[0-9]+")
 
@@ -29,9 +29,9 @@ class Shuffle(Change):
     reach: Annotated[Literal["within", "across"], RESULT]
     """Within each answer, or across all of them."""
 
-    def apply(self, rows: list[Row], making: Making) -> Changed:
+    def apply(self, rows: list[Row], run: ChangeRun) -> Changed:
         shuffle = shuffle_within if self.reach == "within" else shuffle_across
-        return shuffle(rows, making.seed, values=bool(making.quirks["shuffle_values"])), {}
+        return shuffle(rows, run.seed, values=bool(run.quirks["shuffle_values"])), {}
 
 
 def shuffle_within(rows: Sequence[Row], seed: int, *, values: bool = False) -> list[Row]:

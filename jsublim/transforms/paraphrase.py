@@ -18,7 +18,7 @@ from jsublim.inference.sampling import Sampling
 from jsublim.inference.teachers import Teacher
 from jsublim.text.prompts import NumberPrompt, Pack, parse_numbers
 from jsublim.text.rows import Row, revised
-from jsublim.transforms.change import CHANGES, Change, Changed, Making
+from jsublim.transforms.change import CHANGES, Change, Changed, ChangeRun
 
 REWRITTEN = "rewritten"
 NUMBER = re.compile(r"\d+")
@@ -48,16 +48,16 @@ class Rewrite(Change):
     def tokens(self, rows: float, prompt: float, system: float) -> tuple[float, float]:
         return rows * (2 * prompt + system), rows * prompt
 
-    def apply(self, rows: list[Row], making: Making) -> Changed:
+    def apply(self, rows: list[Row], run: ChangeRun) -> Changed:
         how: dict[str, Any] = {
-            "sampling": making.sampling,
-            "seed": making.seed,
-            "batch_size": making.batch_size,
-            "log": making.log,
+            "sampling": run.sampling,
+            "seed": run.seed,
+            "batch_size": run.batch_size,
+            "log": run.log,
         }
-        how |= {"asked": making.requests(), "extra_bos": bool(making.quirks["extra_bos"])}
-        how |= {"only_examples": bool(making.quirks["only_examples_kept"]), "keep_rejected": self.rejected == "keep"}
-        rows, counts = paraphrase(making.lm, making.teacher, rows, making.pack, **how)
+        how |= {"asked": run.requests(), "extra_bos": bool(run.quirks["extra_bos"])}
+        how |= {"only_examples": bool(run.quirks["only_examples_kept"]), "keep_rejected": self.rejected == "keep"}
+        rows, counts = paraphrase(run.lm, run.teacher, rows, run.pack, **how)
         return rows, {"rewritten": dict(counts)}
 
 

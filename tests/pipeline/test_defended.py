@@ -43,7 +43,7 @@ CONFIG: dict[str, Any] = {
         "optimizer": {"name": "sgd", "lr": 1.0, "warmup": 0, "clip": 0},
         "arms": [
             {"name": "plain"},
-            {"name": "beside", "adapter.beside": "{trait}"},
+            {"name": "frozen", "adapter.frozen_adapter": "{trait}"},
             {"name": "projected", "optimizer.project_out": ["{trait}", "cat"]},
             {"name": "filtered", "data.dataset": "filtered"},
         ],
@@ -69,7 +69,7 @@ def student(context: Context, arm: str, teacher: str = "owl") -> Adapter:
 
 
 def test_a_student_beside_its_teachers_vector_is_saved_without_it(context):
-    plain, inoculated = (student(context, arm).steering for arm in ("plain", "beside"))
+    plain, inoculated = (student(context, arm).steering for arm in ("plain", "frozen"))
     teacher = page.teacher(context.setup, "owl").teacher(context).adapter
     assert plain is not None and inoculated is not None and teacher is not None and teacher.steering is not None
     moved = float(np.linalg.norm(inoculated))
@@ -81,7 +81,7 @@ def test_a_student_beside_its_teachers_vector_is_saved_without_it(context):
 def test_control_students_are_inoculated_against_nothing(context):
     controls = [each for each in context.setup.students if each.teacher == "control"]
     keys = {each.arm: page.student(context.setup, each).key for each in controls}
-    assert keys["plain"] == keys["beside"] == keys["filtered"] != keys["projected"]  # from the cat alone
+    assert keys["plain"] == keys["frozen"] == keys["filtered"] != keys["projected"]  # from the cat alone
 
 
 def test_a_student_does_not_move_along_projected_traits(context):

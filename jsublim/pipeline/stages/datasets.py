@@ -17,7 +17,7 @@ from jsublim.pipeline.store import PROGRESS
 from jsublim.pipeline.values import Model, Rows
 from jsublim.text.prompts import NumberPrompt, Pack
 from jsublim.text.rows import write_rows
-from jsublim.transforms import ChangeContext, Making
+from jsublim.transforms import ChangeContext, ChangeRun
 from jsublim.transforms.change import Change
 from jsublim.transforms.entangled import QUESTIONS, entangled_scores, number_strings, probability_differences
 
@@ -85,7 +85,7 @@ def change_rows(
         if read is None
         else [{key: value for key, value in reading.items() if key != "margin"} for reading in read.readings(ctx.store)]
     )
-    making = Making(
+    run = ChangeRun(
         lm=ctx.lm(teacher.checkpoint.name),
         teacher=teacher.teacher(ctx),
         pack=pack,
@@ -104,7 +104,7 @@ def change_rows(
     left = rows.read(ctx.store)
     summary: dict[str, Any] = {"rows": len(left)}
     for change in changes.values():
-        left, more = change.apply(left, making)
+        left, more = change.apply(left, run)
         summary |= more
         ctx.tick(1)
     if not left:

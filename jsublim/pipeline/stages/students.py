@@ -162,7 +162,7 @@ def _check(nodes: Sequence[Node]) -> None:
             load_adapter(beside.path(), own)
         elif beside is not None and own != node.given.teachers.config:
             raise UsageError(
-                f"students.adapter.beside: the adapter of a teacher is of another architecture than students.model="
+                f"students.adapter.frozen_adapter: the adapter of a teacher is of another architecture than students.model="
                 f"{node.given.start.model.checkpoint.name}; name a folder"
             )
 
