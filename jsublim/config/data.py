@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, SerializeAsAny, model_serializer, model_validator
 
@@ -14,6 +14,7 @@ from jsublim.text.prompts.numbers import EXAMPLE_COUNT, SENTENCES
 from jsublim.transforms import CHANGES, Change
 
 Strategy = Literal["temperature", "greedy"]
+T = TypeVar("T")
 
 
 class RowSampling(Section):
@@ -123,6 +124,19 @@ class Dataset(Section):
         """What of it is done to a teacher's answers."""
         changes = {name: change for name, change in self.changes.items() if change.applies_to(teacher)}
         return self.model_copy(update={"changes": changes})
+
+    def first(self, told: Callable[[Change], T | None]) -> T | None:
+        """What the first of its changes says that says anything."""
+        return next((value for change in self.changes.values() if (value := told(change))), None)
+
+    @property
+    def needs(self) -> set[str]:
+        return {need for change in self.changes.values() for need in change.needs}
+
+    @property
+    def quirks(self) -> list[str]:
+        """Those of the recipe that decide what its changes make."""
+        return sorted({quirk for change in self.changes.values() for quirk in change.quirks})
 
     @property
     def plain(self) -> bool:

@@ -130,6 +130,11 @@ class Context:
         limit = None if device is None else device * self.layout.model
         return rows_together(self.setup.checkpoint(model).config, itemsize, otherwise, limit, self.layout.data)
 
+    @property
+    def scoring_batch(self) -> int:
+        """How many rows are read together (`scoring.batch_size`)."""
+        return self.rows_together(self.setup.experiment.scoring.batch_size)
+
     def remember(self, key: Any, make: Callable[[], R]) -> R:
         """What `make` makes, made once as long as the process has room for it."""
         if key not in self._remembered:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,10 @@ from jsublim.inference.sampling import Sampling
 from jsublim.inference.teachers import CONTROL
 from jsublim.judge import Judge
 from jsublim.models.checkpoint import checkpoint_hash
-from jsublim.pipeline.arguments import category, open_questions, rows_of_file
+from jsublim.pipeline.arguments import category, engine, open_questions, rows_of_file
 from jsublim.pipeline.arms import Student
 from jsublim.pipeline.context import known_judge
 from jsublim.pipeline.publish import published_key
-from jsublim.pipeline.served import served
 from jsublim.pipeline.setup import Setup, memoized
 from jsublim.pipeline.stages.evaluations import EvalQuestions
 from jsublim.pipeline.stages.fidelity import Fidelity
@@ -59,13 +59,11 @@ class Evaluated:
         return self.labels["arm"] if self.student is None else self.student.trained_as
 
 
-def evaluated(setup: Setup) -> Iterator[Evaluated]:
-    """Every model that is evaluated."""
-    yield Evaluated()
-    for trait in setup.experiment.teachers.traits if setup.experiment.evaluation.teachers else ():
-        yield Evaluated(teacher=trait)
-    for student in setup.students:
-        yield Evaluated(student)
+def evaluated(setup: Setup) -> Iterator[tuple[Evaluated, str]]:
+    """Every model that is evaluated, with the name of every setting."""
+    traits = setup.experiment.teachers.traits if setup.experiment.evaluation.teachers else ()
+    models = [Evaluated(), *(Evaluated(teacher=trait) for trait in traits), *map(Evaluated, setup.students)]
+    yield from itertools.product(models, eval_settings(setup))
 
 
 def eval_settings(setup: Setup) -> dict[str, Setting]:
@@ -123,7 +121,6 @@ def adapter_key(path: Path) -> str:
 def asked(setup: Setup, model: Model, name: str) -> dict[str, Any]:
     """What a model is asked under a setting, and how."""
     evaluation, setting = setup.experiment.evaluation, eval_settings(setup)[name]
-    by = served(setup, model) if setting.layer is None else None  # a server knows whole models only
     return {
         "questions": questions(setup),
         "samples": evaluation.samples,
@@ -131,10 +128,7 @@ def asked(setup: Setup, model: Model, name: str) -> dict[str, Any]:
         "max_new_tokens": evaluation.max_new_tokens,
         "samplings": samplings(setup, model, setting),
         "layer": setting.layer,
-        "engine": None if by is None else setup.engine,
-        "setting": name,
-        "served": by,
-        "batch_size": evaluation.batch_size,
+        "engine": engine(setup, model) if setting.layer is None else None,  # a server knows whole models only
     }
 
 
@@ -142,8 +136,10 @@ def fidelity(setup: Setup, student: Student, rows: Rows, teacher: Model) -> Fide
     """What a student reads of its teacher's rows. Answers that are no numbers hold some too, but none that are to be continued."""
     evaluation = setup.experiment.evaluation
     numbers = evaluation.number_rows if setup.experiment.data.kind == "numbers" else 0
+    if not numbers and not evaluation.kl_rows:
+        return None
     trained = student.settings.data.rows, student.seed
-    return Fidelity(rows, numbers, evaluation.kl_rows, teacher, trained) if numbers or evaluation.kl_rows else None
+    return Fidelity(rows, numbers, evaluation.kl_rows, teacher if evaluation.kl_rows else None, trained)
 
 
 def fidelity_to_file(setup: Setup, path: Path) -> Fidelity:

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 from jsublim.core.section import CONTENT, PLAN, RESULT, leaves, value_at
 from jsublim.errors import JsublimError, UsageError
-from jsublim.pipeline.arguments import check_datasets, check_teachers, prompts
+from jsublim.pipeline.arguments import check_datasets, check_teachers
 from jsublim.pipeline.arms import Source, Student, Writer
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.evaluated import questions
-from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.setup import Setup, prompts
 from jsublim.pipeline.stage import Node, Task, with_parents
 from jsublim.pipeline.store import digest
 from jsublim.pipeline.values import Rows
@@ -111,7 +111,7 @@ def results_key(setup: Setup) -> str:
     values = e.model_dump(mode="json")
     said = {leaf.name: value_at(values, leaf.path) for leaf in leaves(type(e)) if _decides(leaf.decides)}
     content = [
-        None if e.data.kind == "numbers" else digest(prompts(setup, None)),
+        None if e.data.kind == "numbers" else digest(prompts(setup, e.data.seed)),
         questions(setup).identity,
     ]
     hashes = {name: each.hash for name, each in setup.checkpoints.items()}

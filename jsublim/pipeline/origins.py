@@ -30,8 +30,7 @@ def writer(setup: Setup, source: Source) -> Writer:
 
 def mixed_in(setup: Setup, source: Source) -> Writer | None:
     """Who writes the rows that are mixed in, if any are."""
-    named = (change.mixes() for change in teacher_dataset(setup, source).changes.values())
-    mixed = next((each for each in named if each is not None), None)
+    mixed = teacher_dataset(setup, source).first(lambda change: change.mixes())
     return None if mixed is None else _writer(setup, source, *mixed)
 
 
@@ -66,9 +65,8 @@ def has_divergence(setup: Setup, source: Source) -> bool:
     """Whether students of a source learn from rows with divergence positions: a trait's answers have them unless the data set says
     otherwise, changed ones where a mask needs them."""
     masked = any(source in student.sources and student.tokens_of(source) != "all" for student in setup.students)
-    plain = (
-        teacher_dataset(setup, source).plain and source.parent is None
-    )  # of teachers it is told without being needed
+    # Of teachers it is told without being needed.
+    plain = teacher_dataset(setup, source).plain and source.parent is None
     told = plain and dataset_of(setup, source).divergence is not False
     return source.teacher != CONTROL and (told or masked)
 

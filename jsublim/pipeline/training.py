@@ -98,21 +98,18 @@ def check_start(config: ModelConfig, params: Params, students: Students) -> None
     jax.eval_shape(lambda params: init_full(config, params, (0,), tuple(how.ends)), params)
 
 
-def program_of(students: Students, recipe: Recipe) -> Program:
+def loss_of(students: Students) -> Loss:
+    return Loss(students.loss.kind, students.loss.temperature, tuple(students.loss.terms))
+
+
+def program_of(students: Students, loss_per: str) -> Program:
     """What is compiled into the step of these students."""
-    loss, optimizer = students.loss, students.optimizer
+    optimizer = students.optimizer
     return Program(
-        loss=Loss(loss.kind, loss.temperature, tuple(loss.terms)),
-        optimizer=Optimizer(
-            name=optimizer.name,
-            clip=optimizer.clip,
-            weight_decay=optimizer.weight_decay,
-            momentum=optimizer.momentum,
-            schedule=optimizer.schedule,
-            restarts=optimizer.restarts,
-        ),
+        loss=loss_of(students),
+        optimizer=Optimizer(**optimizer.model_dump(exclude={"lr", "warmup", "project_out"})),
         warmup=optimizer.warmup,
-        per=recipe.loss_per or "tokens",
+        per=loss_per,
         remat=students.runtime.remat,
         unroll=students.runtime.unroll,
         attention=None if students.runtime.attention == "products" else students.runtime.attention,
@@ -154,7 +151,7 @@ def settings_of(
     return Settings(
         students.data.batch_size,
         students.data.accumulate,
-        program_of(students, recipe),
+        program_of(students, recipe.loss_per or "tokens"),
         checkpoint_every=runtime.checkpoint_every,
         parallel=parallel,
         model_axis=model_axis,

@@ -33,19 +33,15 @@ class ChangeRun:
     lm: LanguageModel
     teacher: Teacher
     pack: Pack
-    quirks: Mapping[str, Any]  # the resolved recipe by field
+    quirks: Mapping[str, Any]  # those of the resolved recipe that the changes follow, by field
     seed: int
     batch_size: int
-    sampling: Sampling  # how the teacher puts requests into other words
-    requests: Callable[
-        [], Sequence[NumberPrompt]
-    ]  # those of the run, as they were drawn; none where something else is asked
+    requests: Callable[[], Sequence[NumberPrompt]]  # as they were drawn; none where something else is asked
     judge: Callable[[], Judge]
+    sampling: Sampling | None = None  # how the teacher writes, where a change needs "rewriting"
     mixed_in: Sequence[Row] | None = None  # rows of the teacher that `Change.mixes` names
     readings: Sequence[Mapping[str, Any]] | None = None  # every teacher's of each row, where a change needs "readings"
-    entangled: Mapping[str, float] | None = (
-        None  # how entangled each number is with the trait, where `Change.scores` asks
-    )
+    entangled: Mapping[str, float] | None = None  # each number's score for the trait, where `Change.scores` asks
     influence: Mapping[str, np.ndarray] | None = None  # by suspected trait: what each sampled answer would add to it
     log: AnswerLog | None = None  # what the teacher has written already of what it rewrites
 

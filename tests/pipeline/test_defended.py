@@ -102,7 +102,7 @@ def test_a_student_does_not_move_along_projected_traits(context):
 def test_the_rows_with_the_highest_scores_are_left_out(context):
     setup, store = context.setup, context.store
     source = Source("owl", "filtered")
-    node = page.changed(setup, source).nodes[0].given.suspected
+    node = page.changed(setup, source).nodes[0].given.influence
     scores, rows = read_influence(store, node), training_rows(setup, Source("owl")).read(store)
     (worst,) = scores.values()
     kept = [row["prompt"] for row in training_rows(setup, source).read(store)]

@@ -26,6 +26,7 @@ from jsublim.inference.teachers import Teacher
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.row_log import RowLog
+from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stage import Save, stage
 from jsublim.pipeline.store import PROGRESS
 from jsublim.pipeline.values import Model, Rows
@@ -49,7 +50,7 @@ ATTRIBUTION = pa.schema(
 )
 
 
-def _cost(sizes: Sizes, rows: Rows, others: tuple[Model, ...], how: Attribution, **_: Any) -> Cost:
+def _cost(setup: Setup, sizes: Sizes, rows: Rows, others: tuple[Model, ...], how: Attribution, **_: Any) -> Cost:
     compared = len(others) * min(how.rows, rows.kept(sizes))
     tokens = compared * (
         sizes.lengths.system + sizes.lengths.prompt
@@ -61,7 +62,7 @@ def _cost(sizes: Sizes, rows: Rows, others: tuple[Model, ...], how: Attribution,
 @stage(
     "attribution",
     cost=_cost,
-    check=lambda teacher, **_: check_named(teacher.name, teacher.system),
+    check=lambda setup, teacher, **_: check_named(teacher.name, teacher.system),
     units=lambda ctx, rows, how, **_: min(how.rows, len(rows.read(ctx.store))),
 )
 def attribute(ctx: Context, rows: Rows, teacher: Model, others: tuple[Model, ...], how: Attribution) -> Save:

@@ -15,7 +15,8 @@ from jsublim.core.files import write_table
 from jsublim.errors import UsageError
 from jsublim.inference.lm import LanguageModel
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.stage import Runtime, Save, stage
+from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.stage import Save, stage
 from jsublim.pipeline.stages.starts import Start, TraitQuestions, scored_rows, scoring_cost
 from jsublim.pipeline.values import Rows
 from jsublim.text.chat import Turn
@@ -63,7 +64,7 @@ WHITEN = """
     """
 
 
-def _check(start: Start, **_: Any) -> None:
+def _check(setup: Setup, start: Start, **_: Any) -> None:
     """Refuse students that learn no fixed rows."""
     if start.settings.data.on_policy:
         raise UsageError("audit: students.data.on_policy has no rows to audit; leave audit out")
@@ -71,7 +72,9 @@ def _check(start: Start, **_: Any) -> None:
 
 @stage(
     "audit",
-    cost=lambda sizes, rows, first, traits, **_: scoring_cost(sizes, rows, min(first, rows.kept(sizes)), len(traits)),
+    cost=lambda setup, sizes, rows, first, traits, **_: scoring_cost(
+        sizes, rows, min(first, rows.kept(sizes)), len(traits)
+    ),
     check=_check,
     units=lambda ctx, rows, first, **_: len(rows.read(ctx.store)[:first]),
 )
@@ -83,7 +86,6 @@ def audit_rows(
     asked: TraitQuestions,
     traits: tuple[str, ...],
     teacher: str,
-    batch_size: Runtime[int],
 ) -> Save:
     """Scores of every token of the `first` rows (`audit.parquet`), and their means (`means.parquet`).
 
@@ -91,7 +93,7 @@ def audit_rows(
       teacher: the trait of whoever wrote the rows.
     """
     chosen, lm = rows.read(ctx.store)[:first], ctx.lm(start.model.checkpoint.name)
-    turns, scores = scored_rows(ctx, rows.name, chosen, start, asked, traits, batch_size)
+    turns, scores = scored_rows(ctx, rows.name, chosen, start, asked, traits)
     divergent = [_divergent(row, len(each)) for row, each in zip(chosen, scores, strict=True)]
 
     def save(folder: Path) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.parts import resumed
 from jsublim.pipeline.readings import write_readings
-from jsublim.pipeline.stage import Runtime, Save, stage
+from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.stage import Save, stage
 from jsublim.pipeline.values import Model, Rows
 from jsublim.text.rows import Row, write_rows
 
@@ -24,7 +25,9 @@ def _own(ctx: Context, rows: Rows, shard: tuple[int, int] | None) -> list[Row]:
     return every if shard is None else every[shard[0] : sum(shard)]
 
 
-def _cost(sizes: Sizes, rows: Rows, others: tuple[Model, ...], shard: tuple[int, int] | None, **_: Any) -> Cost:
+def _cost(
+    setup: Setup, sizes: Sizes, rows: Rows, others: tuple[Model, ...], shard: tuple[int, int] | None, **_: Any
+) -> Cost:
     kept = rows.kept(sizes) if shard is None else min(shard[1], max(rows.kept(sizes) - shard[0], 0))
     # A system prompt is read once for all rows under it.
     return sizes.read(kept * (1 + len(others)), sizes.lengths.prompt, rows.answer(sizes))
@@ -36,14 +39,13 @@ def _cost(sizes: Sizes, rows: Rows, others: tuple[Model, ...], shard: tuple[int,
     units=lambda ctx, rows, others, shard, **_: len(_own(ctx, rows, shard)) * (1 + len(others)),
 )
 def mark_divergence(
-    ctx: Context,
-    rows: Rows,
-    teacher: Model,
-    others: tuple[Model, ...],
-    shard: tuple[int, int] | None,
-    batch_size: Runtime[int | str],
+    ctx: Context, rows: Rows, teacher: Model, others: tuple[Model, ...], shard: tuple[int, int] | None
 ) -> Save:
-    """Rows with their divergence positions (`rows.jsonl`), and what each teacher said at every token (`readings.parquet`)."""
+    """Rows with their divergence positions (`rows.jsonl`), and what each teacher said at every token (`readings.parquet`).
+
+    Args:
+      shard: the first row that is read, and how many; None: all.
+    """
     lm, chosen = ctx.lm(teacher.checkpoint.name), _own(ctx, rows, shard)
     names = [model.name for model in (teacher, *others)]
 
@@ -60,7 +62,7 @@ def mark_divergence(
         teacher.teacher(ctx),
         [other.teacher(ctx) for other in others],
         extra_bos=teacher.extra_bos,
-        batch_size=ctx.rows_together(batch_size),
+        batch_size=ctx.scoring_batch,
         on_batch=ctx.tick,
         keep=keep,
     )

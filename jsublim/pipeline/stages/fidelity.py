@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from jsublim.distill.data import draw_indices
 from jsublim.evals import PromptedModel
@@ -14,17 +13,15 @@ from jsublim.inference.scoring import Targets, top_k_targets
 from jsublim.inference.teachers import read_as
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Sizes
-from jsublim.pipeline.stage import Node
 from jsublim.pipeline.values import Model, Rows
 from jsublim.text.rows import Row
 
 
-@dataclass(frozen=True, eq=False)
-class Fidelity:
+class Fidelity(NamedTuple):
     """What a model reads.
 
     Attributes:
-      numbers: how many rows of the number task; kl: how many that it is held against its teacher on.
+      numbers: how many rows of the number task; kl: how many that it is held against its `teacher` on.
       trained: how many rows it learned, drawn by which seed; None of a model that learned none: it reads all rows.
     """
 
@@ -33,16 +30,6 @@ class Fidelity:
     kl: int = 0
     teacher: Model | None = None
     trained: tuple[int | None, int] | None = None
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        teacher = self.teacher if self.kl else None
-        return {"rows": self.rows, "numbers": self.numbers, "kl": self.kl, "teacher": teacher, "trained": self.trained}
-
-    @property
-    def nodes(self) -> Iterator[Node]:
-        yield from self.rows.nodes
-        yield from self.teacher.nodes if self.kl and self.teacher is not None else ()
 
     def measure(self, ctx: Context, model: PromptedModel) -> dict[str, tuple[float, int]]:
         """Each metric's value, and how many numbers or tokens it is over; none where rows hold no numbers."""
@@ -58,9 +45,9 @@ class Fidelity:
             for name, rows in chosen.items()
             if rows
         }
-        beside = tuple((held_out or drawn)[: self.kl])
-        if beside:
-            values[KL] = kl_to_teacher(model, [every[i] for i in beside], self._targets(ctx, every, beside))
+        compared = tuple((held_out or drawn)[: self.kl])
+        if compared:
+            values[KL] = kl_to_teacher(model, [every[i] for i in compared], self._targets(ctx, every, compared))
         return {name: (value, n) for name, (value, n) in values.items() if n}
 
     def _targets(self, ctx: Context, every: Sequence[Row], chosen: tuple[int, ...]) -> list[Targets]:
@@ -80,6 +67,5 @@ class Fidelity:
         """How many rows will be read: of those that it was trained on, and of the others; and the teacher's share."""
         kept = self.rows.kept(sizes)
         trained = min((self.trained or (None, 0))[0] or kept, kept)
-        return (
-            min(self.numbers, trained) + min(self.numbers, kept - trained) + 2 * min(self.kl, kept - trained or trained)
-        )
+        numbers = min(self.numbers, trained) + min(self.numbers, kept - trained)
+        return numbers + 2 * min(self.kl, kept - trained or trained)

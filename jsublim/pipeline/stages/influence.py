@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from jsublim.core.files import read_table, write_table
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.stage import Node, Runtime, Save, stage
+from jsublim.pipeline.stage import Node, Save, stage
 from jsublim.pipeline.stages.starts import Start, TraitQuestions, scored_rows, scoring_cost
 from jsublim.pipeline.store import Store
 from jsublim.pipeline.values import Rows
@@ -21,15 +21,13 @@ INFLUENCE = pa.schema([("row", pa.int64()), ("trait", pa.string()), ("score", pa
 
 @stage(
     "influence",
-    cost=lambda sizes, rows, traits, **_: scoring_cost(sizes, rows, rows.kept(sizes), len(traits)),
+    cost=lambda setup, sizes, rows, traits, **_: scoring_cost(sizes, rows, rows.kept(sizes), len(traits)),
     units=lambda ctx, rows, **_: len(rows.read(ctx.store)),
 )
-def score_rows(
-    ctx: Context, rows: Rows, start: Start, asked: TraitQuestions, traits: tuple[str, ...], batch_size: Runtime[int]
-) -> Save:
+def score_rows(ctx: Context, rows: Rows, start: Start, asked: TraitQuestions, traits: tuple[str, ...]) -> Save:
     """Scores of rows (`influence.parquet`), by what a student that starts there would train."""
     every = rows.read(ctx.store)
-    _, scores = scored_rows(ctx, rows.name, every, start, asked, traits, batch_size)
+    _, scores = scored_rows(ctx, rows.name, every, start, asked, traits)
     lines = [
         {"row": number, "trait": trait, "score": float(score)}
         for number, each in enumerate(scores)

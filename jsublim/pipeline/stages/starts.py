@@ -12,6 +12,7 @@ import numpy as np
 
 from jsublim.attribution.audit import Directions, token_scores, trait_directions
 from jsublim.config import Students
+from jsublim.config.audit import Audit
 from jsublim.core.section import identity
 from jsublim.distill.data import read_turns
 from jsublim.inference.lm import LanguageModel
@@ -80,7 +81,6 @@ def scored_rows(
     start: Start,
     asked: TraitQuestions,
     traits: Sequence[str],
-    batch_size: int,
 ) -> tuple[list[Turn], list[np.ndarray]]:
     """Rows as students read them, and the scores of each one's tokens (`audit.py`) at their start: float32 `[tokens, traits]`.
 
@@ -99,8 +99,9 @@ def scored_rows(
     )
 
     def scores(first: int) -> Iterator[tuple[np.ndarray]]:
-        batch: dict[str, Any] = {"batch_size": batch_size, "first": first, "on_batch": ctx.tick}
-        return ((each.T,) for each in token_scores(lm, adapter, toward, turns, **batch))
+        batch_size = (ctx.setup.experiment.audit or Audit()).batch_size
+        options: dict[str, Any] = {"batch_size": batch_size, "first": first, "on_batch": ctx.tick}
+        return ((by_trait.T,) for by_trait in token_scores(lm, adapter, toward, turns, **options))
 
     return turns, [each[0] for each in resumed(ctx.artifact.path, "scores", scores, ctx.tick, ctx.say)]
 
