@@ -1,4 +1,4 @@
-"""Where in the model divergence tokens come from."""
+"""Where in the model divergence tokens come from, and what rows teach, predicted before anything is trained on them."""
 
 from __future__ import annotations
 
@@ -25,3 +25,12 @@ class Attribution(Section):
     """From the teacher's run to the counterfactual teacher's (noising), or back (denoising)."""
     batch_size: Annotated[Positive, RUNTIME] = 8
     """Rows that are read together."""
+
+
+class Audit(Section):
+    """First-order scores of each source's first rows for each evaluated trait, by what the first seed's student trains."""
+
+    rows: Annotated[Positive, RESULT] = 300
+    """The first so many rows of each source."""
+    batch_size: Annotated[Positive, RUNTIME] = 16
+    """Rows read at one time."""

@@ -9,8 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, field_validator
 
-from jsublim.config.attribution import Attribution
-from jsublim.config.audit import Audit
+from jsublim.config.attribution import Attribution, Audit
 from jsublim.config.data import Data, Dataset, RowSampling, Scoring
 from jsublim.config.evaluation import Evaluation, JudgeChoice
 from jsublim.config.recipe import Recipe

@@ -8,7 +8,6 @@ the field says what it is.
 from __future__ import annotations
 
 import enum
-import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Self, get_args
@@ -32,21 +31,6 @@ class Decides(enum.Flag):
 
 RESULT, CONTENT, PROGRAM, PLAN, RUNTIME = Decides
 NEEDS_TRAIT = "needs a trait"  # beside these: the field means nothing to students of the teacher without a trait
-
-
-@dataclass(frozen=True)
-class QuirkScope:
-    """Beside these, on a quirk of the recipe: the kinds of tasks whose keys it is part of; where `field` is named, of those
-    tasks only whose settings hold one of `values` there."""
-
-    kinds: tuple[str, ...]
-    field: str | None = None
-    values: tuple[Any, ...] = ()
-
-    def concerns(self, kind: str, settings: BaseModel) -> bool:
-        if kind not in self.kinds or self.field is None:
-            return kind in self.kinds
-        return operator.attrgetter(self.field)(settings) in self.values
 
 
 def one_of(names: Iterable[str]) -> GetPydanticSchema:
@@ -115,11 +99,8 @@ class Section(BaseModel):
     def _true_is_no_number(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         """`rows: yes` is a slip; pydantic would read 1."""
         expected = _types_in(cls.model_fields[str(info.field_name)].annotation)
-        if (
-            expected & {int, float}
-            and not expected & {bool, Any}
-            and any(type(each) is bool for each in (value, *_items(value)))
-        ):
+        values = [value, *(value if isinstance(value, list) else [])]
+        if expected & {int, float} and not expected & {bool, Any} and any(type(item) is bool for item in values):
             raise ValueError("true and false are no numbers")
         return value
 
@@ -139,10 +120,6 @@ def _types_in(annotation: Any) -> set[Any]:
     """The types that an annotation such as `list[int] | None` is made of."""
     inner = get_args(annotation)
     return set().union(*map(_types_in, inner)) if inner else {annotation}
-
-
-def _items(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
 
 
 FieldPath = tuple[str, ...]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jsublim.config import Students
-from jsublim.config.audit import Audit
+from jsublim.config.attribution import Audit
 from jsublim.core.section import identity
 from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.teachers import CONTROL, OWN
@@ -313,7 +313,7 @@ def trained(setup: Setup, student: Student, of_teacher: Model | None) -> dict[st
         "start": start(setup, settings, student.seed),
         "seed": student.seed,
         "settings": settings,
-        "recipe": setup.recipe.of("students", settings),
+        "recipe": setup.recipe.of_student(settings.loss.positions),
         "max_new_tokens": setup.experiment.sampling.max_new_tokens if settings.data.on_policy else None,
         "projected": projected,
         "asked": questions_about(setup, projected),

@@ -12,7 +12,7 @@ import numpy as np
 
 from jsublim.attribution.audit import Directions, token_scores, trait_directions
 from jsublim.config import Students
-from jsublim.config.audit import Audit
+from jsublim.config.attribution import Audit
 from jsublim.core.section import identity
 from jsublim.distill.data import read_turns
 from jsublim.inference.lm import LanguageModel
