@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -152,19 +152,6 @@ def _of_control(experiment: Experiment, students: Students) -> Students:
     if changed.plain and same and changed.sampling.seed in (None, experiment.sampling.seed):
         settings = settings.model_copy(update={"data": settings.data.model_copy(update={"dataset": None})})
     return settings
-
-
-def planned_as(student: Student) -> Hashable:
-    """What tells students apart before there are any rows."""
-    return student.trained_as, repr(student.settings)
-
-
-def distinct(students: Sequence[Student], identity: Callable[[Student], Hashable] = planned_as) -> list[Student]:
-    """The first of those that are one and the same under several arms' names."""
-    first: dict[Hashable, Student] = {}
-    for student in students:
-        first.setdefault(identity(student), student)
-    return list(first.values())
 
 
 def total_steps(students: Students, rows: int) -> int:

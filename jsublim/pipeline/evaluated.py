@@ -22,8 +22,7 @@ from jsublim.pipeline.arms import Student
 from jsublim.pipeline.context import known_judge
 from jsublim.pipeline.publish import published_key
 from jsublim.pipeline.setup import Setup, memoized
-from jsublim.pipeline.stages.evaluations import EvalQuestions
-from jsublim.pipeline.stages.fidelity import Fidelity
+from jsublim.pipeline.stages.evaluations import EvalQuestions, Fidelity
 from jsublim.pipeline.values import Folder, Model, Rows
 
 PLAIN = ""  # the name of the evaluation that no setting changes

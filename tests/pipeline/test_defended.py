@@ -20,8 +20,7 @@ from jsublim.pipeline.arms import Source
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.experiment import plan, training_rows
 from jsublim.pipeline.setup import Setup
-from jsublim.pipeline.stages.influence import read_influence
-from jsublim.pipeline.stages.starts import directions_of
+from jsublim.pipeline.stages.starts import directions_of, read_influence
 from jsublim.transforms.audited import without_highest
 
 CONFIG: dict[str, Any] = {

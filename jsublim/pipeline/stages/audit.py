@@ -92,7 +92,7 @@ def audit_rows(
     Args:
       teacher: the trait of whoever wrote the rows.
     """
-    chosen, lm = rows.read(ctx.store)[:first], ctx.lm(start.model.checkpoint.name)
+    chosen, lm = rows.read(ctx.store)[:first], start.lm(ctx)
     turns, scores = scored_rows(ctx, rows.name, chosen, start, asked, traits)
     divergent = [_divergent(row, len(each)) for row, each in zip(chosen, scores, strict=True)]
 

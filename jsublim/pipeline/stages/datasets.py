@@ -13,7 +13,7 @@ from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.row_log import Answered, RowLog
 from jsublim.pipeline.setup import Setup, number_requests
 from jsublim.pipeline.stage import Node, Save, stage
-from jsublim.pipeline.stages.influence import read_influence
+from jsublim.pipeline.stages.starts import read_influence
 from jsublim.pipeline.store import PROGRESS
 from jsublim.pipeline.values import Model, Rows
 from jsublim.text.rows import write_rows

@@ -1,18 +1,22 @@
-"""Traits as directions of what a student trains: the gradient of each trait's log-probability where the student starts."""
+"""Traits as directions of what a student trains: the gradient of each trait's log-probability where the student starts; and what each
+row of a teacher's answers would add to suspected traits, to first order."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pyarrow as pa
 
 from jsublim.attribution.audit import Directions, token_scores, trait_directions
 from jsublim.config import Students
 from jsublim.config.attribution import Audit
+from jsublim.core.files import read_table, write_table
 from jsublim.core.section import identity
 from jsublim.distill.data import read_turns
 from jsublim.inference.lm import LanguageModel
@@ -21,13 +25,16 @@ from jsublim.models.lora import Adapter
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.parts import resumed
-from jsublim.pipeline.stage import Node, content
-from jsublim.pipeline.store import digest
+from jsublim.pipeline.setup import Checkpoint
+from jsublim.pipeline.stage import Node, Save, content, stage
+from jsublim.pipeline.store import Store, digest
 from jsublim.pipeline.training import start_adapter
 from jsublim.pipeline.values import Folder, Model, Rows
 from jsublim.text.chat import Turn
 from jsublim.text.rows import Row
 
+# One line per row and suspected trait: the sum of its tokens' scores (`audit.py`).
+INFLUENCE = pa.schema([("row", pa.int64()), ("trait", pa.string()), ("score", pa.float64())])
 TraitQuestions = tuple[tuple[list[str], list[str]], ...]  # and the traits that they are answered with
 
 
@@ -60,8 +67,12 @@ class Start:
     def nodes(self) -> tuple[Node, ...]:
         return self.model.nodes
 
-    def adapter(self, lm: LanguageModel) -> Adapter:
-        return start_adapter(lm.config, lm.params, self.settings, self.seed)
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.model.checkpoint
+
+    def lm(self, ctx: Context) -> LanguageModel:
+        return ctx.lm(self.checkpoint.name)
 
 
 def directions_of(
@@ -90,9 +101,9 @@ def scored_rows(
     Raises:
       Preempted: as `resumed`; the scores so far are kept.
     """
-    lm, settings = ctx.lm(start.model.checkpoint.name), start.settings
+    lm, settings = start.lm(ctx), start.settings
     turns = read_turns(lm.chat, rows, name, settings.system, fuse_system=start.model.fuses)
-    adapter = start.adapter(lm)
+    adapter = start_adapter(lm.config, lm.params, settings, start.seed)
     toward = ctx.remember(  # whoever scores rows by students of this start shares them
         ("directions", digest(content([start, asked, traits]))),
         lambda: directions_of(lm, adapter, start.model, asked, traits),
@@ -111,3 +122,34 @@ def scoring_cost(sizes: Sizes, rows: Rows, count: float, traits: int) -> Cost:
     tokens = count * (sizes.lengths.prompt + rows.answer(sizes))
     body = sizes.config.num_layers * layer_parameters(sizes.config)
     return Cost(tokens, (6 + 4 * traits) * (body * tokens + sizes.table * count * rows.answer(sizes)), "train")
+
+
+@stage(
+    "influence",
+    cost=lambda setup, sizes, rows, traits, **_: scoring_cost(sizes, rows, rows.kept(sizes), len(traits)),
+    units=lambda ctx, rows, **_: len(rows.read(ctx.store)),
+)
+def score_rows(ctx: Context, rows: Rows, start: Start, asked: TraitQuestions, traits: tuple[str, ...]) -> Save:
+    """Scores of rows (`influence.parquet`), by what a student that starts there would train."""
+    every = rows.read(ctx.store)
+    _, scores = scored_rows(ctx, rows.name, every, start, asked, traits)
+    lines = [
+        {"row": number, "trait": trait, "score": float(score)}
+        for number, each in enumerate(scores)
+        for trait, score in zip(traits, each.sum(axis=0, dtype=np.float64), strict=True)
+    ]
+
+    def save(folder: Path) -> dict[str, Any]:
+        write_table(folder / "influence.parquet", lines, INFLUENCE)
+        return {"rows": len(every)}
+
+    return save
+
+
+def read_influence(store: Store, node: Node) -> dict[str, np.ndarray]:
+    """By trait: a score for each row, float64 `[rows]`, what a step on it adds to the trait's log-probability (nats per unit of
+    learning rate and token)."""
+    scores: dict[str, list[float]] = {}
+    for line in read_table(store.path(node) / "influence.parquet"):
+        scores.setdefault(line["trait"], []).append(line["score"])
+    return {trait: np.asarray(each) for trait, each in scores.items()}

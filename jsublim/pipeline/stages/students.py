@@ -94,7 +94,7 @@ def program_of_student(node: Node) -> Hashable:
     """The program that a student is trained by: static arguments of the step, the structure of what is trained (ranks are padded to the
     largest, so they are left out), and what a batch consists of."""
     given, s = node.given, node.given.settings
-    checkpoint = given.start.model.checkpoint
+    checkpoint = given.start.checkpoint
     trained = _structure(checkpoint.config, given.start.model.common["dtype"], s.adapter.model_dump_json())
     batch = (
         s.data.batch_size,
@@ -128,7 +128,7 @@ def _cost(setup: Setup, sizes: Sizes, nodes: Sequence[Node]) -> Cost:
     kept, answer, long = given.lessons[0].rows.kept(sizes), given.lessons[0].rows.answer(sizes), sizes.lengths
     each = training_flops(
         sizes.config,
-        abstract_start(given.start.model.checkpoint, given.start.model.common["dtype"], s),
+        abstract_start(given.start.checkpoint, given.start.model.common["dtype"], s),
         loss_of(s),
         tokens=long.prompt + answer,
         supervised=answer,
@@ -146,18 +146,18 @@ def _check(setup: Setup, nodes: Sequence[Node]) -> None:
     for given in {repr(node.given.settings): node.given for node in nodes}.values():
         _check_settings(setup, given, any(node.given.lessons[0].tokens != "all" for node in nodes))
     for node in nodes:
-        frozen, config = node.given.frozen_adapter, node.given.start.model.checkpoint.config
+        frozen, config = node.given.frozen_adapter, node.given.start.checkpoint.config
         if isinstance(frozen, Folder) and not frozen.purpose.startswith("teachers"):
             load_adapter(frozen.path(), config)
         elif frozen is not None and config != setup.checkpoint().config:
             raise UsageError(
                 f"students.adapter.frozen_adapter: the adapter of a teacher is of another architecture than students.model="
-                f"{node.given.start.model.checkpoint.name}; name a folder"
+                f"{node.given.start.checkpoint.name}; name a folder"
             )
 
 
 def _check_settings(setup: Setup, given: Any, masked: bool) -> None:
-    checkpoint, own, s = given.start.model.checkpoint, setup.checkpoint(), given.settings
+    checkpoint, own, s = given.start.checkpoint, setup.checkpoint(), given.settings
     check_start(checkpoint.config, abstract_params(checkpoint.config, given.start.model.common["dtype"]), s)
     if s.runtime.rows_at_once != "auto":
         run = setup.experiment.run
@@ -204,7 +204,7 @@ def train_students(ctx: Context, nodes: Sequence[Node], everyone: Sequence[Node]
         settings, shape, arms = _prepare(ctx, group, everyone)
         members = [(arm, ctx.store.open(node)) for arm, node in zip(arms, group, strict=True)]
         ctx.progress.watch(functools.partial(_loss_so_far, work / "metrics.jsonl"))
-        lm = ctx.lm(group[0].given.start.model.checkpoint.name)
+        lm = group[0].given.start.lm(ctx)
         train_arms(lm, members, settings, work, shape=shape, tick=ctx.tick, say=ctx.say, on_diverged=told)
     ctx.forget("targets")
 
@@ -234,7 +234,7 @@ def _left(store: Store, nodes: Sequence[Node], work: Path) -> list[int]:
 def _fits(ctx: Context, nodes: Sequence[Node]) -> int:
     largest = max(nodes, key=lambda node: node.given.settings.adapter.rank)  # ranks are padded to it
     settings, shape, (arm,) = _prepare(ctx, [largest], nodes)
-    lm = ctx.lm(largest.given.start.model.checkpoint.name)
+    lm = largest.given.start.lm(ctx)
     count = arms_that_fit(lm.config, lm.params, arm, settings, shape, most=len(nodes))
     ctx.say(f"{largest.label}: {count} of {len(nodes)} students fit together")
     return count
@@ -242,7 +242,7 @@ def _fits(ctx: Context, nodes: Sequence[Node]) -> int:
 
 def _prepare(ctx: Context, group: Sequence[Node], everyone: Sequence[Node]) -> tuple[Settings, Shape, list[Arm]]:
     given = group[0].given
-    shared, e, lm = given.settings, ctx.setup.experiment, ctx.lm(given.start.model.checkpoint.name)
+    shared, e, lm = given.settings, ctx.setup.experiment, given.start.lm(ctx)
     lessons = {lesson.rows.key: (node.given, lesson) for node in everyone for lesson in node.given.lessons}
     data = [_data(ctx, given, lesson) for given, lesson in lessons.values()]
     plain = shape_of(shared, data, e.sampling.max_new_tokens)
@@ -289,7 +289,7 @@ def _data(ctx: Context, given: Any, lesson: Lesson) -> TrainingData:
 def _drawn(ctx: Context, node: Node) -> Drawn:
     """A student's rows, drawn and masked by its seed; those after its fork behind them."""
     given = node.given
-    lm = ctx.lm(given.start.model.checkpoint.name)
+    lm = given.start.lm(ctx)
     own, *then = (
         draw(lm, given.settings, ctx.setup.recipe, _data(ctx, given, lesson), tokens=lesson.tokens, seed=given.seed)
         for lesson in given.lessons
@@ -304,19 +304,19 @@ def _packed(ctx: Context, everyone: Sequence[Node], data: Sequence[TrainingData]
         return plain
     orders = [order for node in everyone for order in _drawn(ctx, node).orders(node.given.seed)]
     beginning = shared_beginning([turn.tokens[: turn.header] for each in data for turn in each.turns], PREFIX_STEP)
-    return packed(plain, given.start.model.checkpoint.config, orders, beginning)
+    return packed(plain, given.start.checkpoint.config, orders, beginning)
 
 
 def _arm(ctx: Context, node: Node) -> Arm:
     given = node.given
-    settings, data, lm = given.settings, _data(ctx, given, given.lessons[0]), ctx.lm(given.start.model.checkpoint.name)
+    settings, data, lm = given.settings, _data(ctx, given, given.lessons[0]), given.start.lm(ctx)
     have, wanted = len(data.rows), settings.data.rows or 0
     if have < wanted:
         few = f"{given.lessons[0].rows.name}: {have} rows, fewer than students.data.rows={wanted}"
         ctx.say(f"{few}: {total_steps(settings, have)} steps")
     most = ctx.setup.experiment.sampling.max_new_tokens
     arm = make_arm(lm, settings, data, _drawn(ctx, node), name=node.label, seed=given.seed, max_new_tokens=most)
-    frozen, checkpoint = given.frozen_adapter, given.start.model.checkpoint
+    frozen, checkpoint = given.frozen_adapter, given.start.checkpoint
     frozen = None if frozen is None else adapter_of(frozen, checkpoint, ctx)
     return dataclasses.replace(arm, projected_directions=_directions(ctx, node, arm.adapter), frozen_adapter=frozen)
 
@@ -326,7 +326,7 @@ def _directions(ctx: Context, node: Node, start: Adapter) -> Trainable | None:
     given = node.given
     if not given.projected:
         return None
-    lm = ctx.lm(given.start.model.checkpoint.name)
+    lm = given.start.lm(ctx)
 
     def make() -> Trainable:
         directions = directions_of(lm, start, given.start.model, given.asked, given.projected)
