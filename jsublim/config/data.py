@@ -97,18 +97,18 @@ class Dataset(Section):
     def _changes_by_name(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        own = {key: each for key, each in value.items() if key in cls.model_fields and key != "changes"}
+        fields = {key: each for key, each in value.items() if key in cls.model_fields and key != "changes"}
         changes = {}
-        for name, said in value.items():
+        for name, options in value.items():
             if not isinstance(name, str):
                 raise ValueError(f"key {name!r} is no name of a change; known: {', '.join(CHANGES.known)}")
-            if name in own or said is None or said is False or said == []:
+            if name in fields or options is None or options is False or options == []:
                 continue
             if name not in CHANGES.known:
                 known = [*(key for key in cls.model_fields if key != "changes"), *CHANGES.known]
                 raise ValueError(f"unknown key '{name}'; {near_or_all(name, known, 'known keys')}")
-            changes[name] = CHANGES.parse(name, said)
-        return own | {"changes": dict(sorted(changes.items(), key=lambda each: each[1].order))}
+            changes[name] = CHANGES.parse(name, options)
+        return fields | {"changes": dict(sorted(changes.items(), key=lambda each: each[1].order))}
 
     @model_serializer(mode="wrap")
     def _flat(self, handler: Any) -> dict[str, Any]:

@@ -99,4 +99,4 @@ class Evaluation(Section):
             value = {name: {} for name in value}
         if not isinstance(value, dict):
             return value
-        return {name: EVAL_KINDS.parse(name, {} if said is None else said) for name, said in value.items()}
+        return {name: EVAL_KINDS.parse(name, {} if options is None else options) for name, options in value.items()}

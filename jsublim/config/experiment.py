@@ -178,6 +178,6 @@ class Experiment(Config):
     def _greedy(self, every: Iterable[Students]) -> Iterator[str]:
         """The fields by which rows that students learn from are greedy ones."""
         for name in (students.data.dataset for students in every):
-            own = None if name is None else self.datasets[name].sampling.strategy
-            if (own or self.sampling.strategy) == "greedy":
-                yield "sampling.strategy" if own is None else f"datasets.{name}.sampling.strategy"
+            strategy = None if name is None else self.datasets[name].sampling.strategy
+            if (strategy or self.sampling.strategy) == "greedy":
+                yield "sampling.strategy" if strategy is None else f"datasets.{name}.sampling.strategy"

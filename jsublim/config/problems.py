@@ -21,7 +21,7 @@ def problems(kind: type[pydantic.BaseModel], values: Mapping[str, Any]) -> list[
 
     Fields that contradict each other are found too: what is wrong by itself is taken out, and the rest looked at again.
     """
-    found: list[str] = []
+    lines: list[str] = []
     gone = set[Location]()  # what was taken out, and is no mistake because of that
     rest: Any = copy.deepcopy(dict(values))
     for _ in range(ROUNDS):
@@ -31,11 +31,11 @@ def problems(kind: type[pydantic.BaseModel], values: Mapping[str, Any]) -> list[
         except pydantic.ValidationError as error:
             errors = [each for each in _of_fields(error, kind, rest) if not _follows(each, gone)]
         new = [line for each in errors for line in _in_words(each, kind, rest)]
-        found += [line for line in _without_followers(new) if line not in found]
+        lines += [line for line in _without_followers(new) if line not in lines]
         errors.sort(key=lambda each: each["type"] == "missing")  # a misspelt key is why another one is missing
         if not errors or not all([_taken_out(each, kind, rest, gone) for each in errors]):
             break
-    return found
+    return lines
 
 
 def _follows(error: Mapping[str, Any], gone: set[Location]) -> bool:
@@ -51,19 +51,19 @@ def first_problem(error: pydantic.ValidationError, kind: type[pydantic.BaseModel
 
 def _of_fields(error: pydantic.ValidationError, kind: Any, values: Any) -> list[dict[str, Any]]:
     """One entry per field: of a field that may be one thing or another, pydantic has an entry for each."""
-    found: dict[Location, dict[str, Any]] = {}
+    entries: dict[Location, dict[str, Any]] = {}
     for each in error.errors():
         place, said, what = _place(each, kind, values), _said(each), each["type"]
         if what == "missing" and isinstance(each["loc"][-1], int):  # in a list of so many entries
             what, said = "too_short", "an entry is missing"
-        if place in found and found[place]["type"] not in ("missing", "extra_forbidden"):
-            found[place]["said"] += (
-                "" if said in found[place]["said"] else f" or {said.removeprefix('input should be ')}"
+        if place in entries and entries[place]["type"] not in ("missing", "extra_forbidden"):
+            entries[place]["said"] += (
+                "" if said in entries[place]["said"] else f" or {said.removeprefix('input should be ')}"
             )
         else:
-            found[place] = {"type": what, "place": place, "said": said, "input": each["input"]}
-            found[place] |= {"expected": str(each.get("ctx", {}).get("expected", ""))}
-    return list(found.values())
+            entries[place] = {"type": what, "place": place, "said": said, "input": each["input"]}
+            entries[place] |= {"expected": str(each.get("ctx", {}).get("expected", ""))}
+    return list(entries.values())
 
 
 def _place(error: Any, kind: Any, values: Any) -> Location:
@@ -86,18 +86,18 @@ def _said(error: Any) -> str:
 
 
 def _in_words(error: Mapping[str, Any], kind: Any, values: Any) -> Iterator[str]:
-    key, said = ".".join(map(str, error["place"])), error["said"]
+    key, reason = ".".join(map(str, error["place"])), error["said"]
     if error["type"] == "missing":
         yield f"key '{key}' is missing"
     elif error["type"] == "extra_forbidden":
         known = fields_at(kind, error["place"][:-1])
         yield f"unknown key '{key}'; {near_or_all(str(error['place'][-1]), known, 'known keys')}"
     elif error["type"] == "value_error" and isinstance(error["input"], dict):  # of a section: it names its keys
-        yield f"{key}: {said}" if key else said
+        yield f"{key}: {reason}" if key else reason
     else:
         found = error["input"]
         guess = near(found, error["expected"].replace("'", "").replace(" or ", ", ").split(", "))
-        yield f"{key}: {said}, found {shown(found)}{f'; {guess}' if guess else ''}"
+        yield f"{key}: {reason}, found {shown(found)}{f'; {guess}' if guess else ''}"
 
 
 def _without_followers(lines: list[str]) -> list[str]:

@@ -260,8 +260,8 @@ class Students(Section):
         yield on_policy and chosen, "data.on_policy: rows are new each step, so no loss.top_k, and loss.tokens=[all]"
         helped = on_policy and self.adapter.frozen_adapter is not None
         yield helped, "data.on_policy: rows are sampled by the student alone; leave adapter.frozen_adapter out"
-        asked = self.fork is not None and (on_policy or live)
-        yield asked, "fork: a live teacher stays the same to the end; use loss.kind=hard, or give loss.top_k"
+        forked = self.fork is not None and (on_policy or live)
+        yield forked, "fork: a live teacher stays the same to the end; use loss.kind=hard, or give loss.top_k"
         other = self.model is not None
         yield other and live, "loss.top_k: a live teacher shares the student's checkpoint; with model, give it"
         yield other and later, "data.generation: students of another model are no teachers here; leave model out"
@@ -324,8 +324,8 @@ def _name(given: Any, values: Mapping[str, Any]) -> str:
     if isinstance(given, bool) or not isinstance(given, str | int | None):
         raise ValueError(f"arms: name {shown(given)} given; a name is text")
     words = (
-        f"{key.rsplit('.', 1)[-1]}={'+'.join(map(str, each)) if isinstance(each, list) else each}"
-        for key, each in values.items()
+        f"{key.rsplit('.', 1)[-1]}={'+'.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in values.items()
     )
     name = " ".join(words) if given is None else str(given)
     try:
@@ -340,7 +340,7 @@ def elders(every: Mapping[str, Students]) -> dict[str, str]:
     Raises:
       ValueError: there is no such arm.
     """
-    found: dict[str, str] = {}
+    before_of: dict[str, str] = {}
     for name, students in every.items():
         before = students.data.generation - 1
         if not before:
@@ -354,17 +354,17 @@ def elders(every: Mapping[str, Students]) -> dict[str, str]:
                 f"students.data.generation: {where}{before + 1} given, and no arm has generation {before} and is the same otherwise; "
                 f"add one (a grid: arms: {{data.generation: [1, ..., {before + 1}]}})"
             )
-        found[name] = alike[0]
-    return found
+        before_of[name] = alike[0]
+    return before_of
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """Sections as dotted names: `{"a": {"b": 1}}` is `{"a.b": 1}`."""
-    found: dict[str, Any] = {}
+    dotted: dict[str, Any] = {}
     for key, value in values.items():
         inner = _flat(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {f"{above}{key}": value}
-        twice = sorted(found.keys() & inner.keys())
+        twice = sorted(dotted.keys() & inner.keys())
         if twice:
             raise ValueError(f"arms: {twice[0]} is given twice, with a dot and as a section; keep one of them")
-        found |= inner
-    return found
+        dotted |= inner
+    return dotted

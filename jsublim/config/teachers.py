@@ -98,7 +98,7 @@ class Teachers(Section):
     @property
     def own_weights(self) -> bool:
         """Whether something else than a prompt tells the teachers from the base."""
-        return any(each is not None for each in (self.taught, self.adapter, self.checkpoint))
+        return any(given is not None for given in (self.taught, self.adapter, self.checkpoint))
 
     @property
     def are_prompted(self) -> bool:

@@ -106,8 +106,8 @@ class Student:
     @property
     def frozen_adapter(self) -> str | None:
         """The adapter that stands beside it in training: a teacher's trait, or a place."""
-        said = self.settings.adapter.frozen_adapter
-        return None if said is None else said.replace(OWN, self.teacher)
+        named = self.settings.adapter.frozen_adapter
+        return None if named is None else named.replace(OWN, self.teacher)
 
     @property
     def condition(self) -> str:

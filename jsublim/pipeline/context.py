@@ -74,9 +74,9 @@ class Context:
         layout = _layout(setup) if devices else Layout()
         store = Store.of(experiment, progress.say)
         store.keep_programs()
-        for name, each in setup.checkpoints.items():
-            if each.chat is not None and each.chat.described != OWN:
-                progress.say(f"{name}: chat template: {each.chat.described}")
+        for name, checkpoint in setup.checkpoints.items():
+            if checkpoint.chat is not None and checkpoint.chat.described != OWN:
+                progress.say(f"{name}: chat template: {checkpoint.chat.described}")
         if setup.wording:
             progress.say(setup.wording)
         return cls(setup, store, layout, progress)
@@ -120,11 +120,11 @@ class Context:
             self._loaded[known] = lm.with_rounded_logits() if self.setup.recipe.rounded_logits else lm
         return self._loaded[known]
 
-    def rows_together(self, said: int | str, otherwise: int = 64, model: str | None = None) -> int:
-        """How many rows to sample or read at one time where a config says `said`, on all devices together; of "auto", as
+    def rows_together(self, given: int | str, otherwise: int = 64, model: str | None = None) -> int:
+        """How many rows to sample or read at one time where a config says `given`, on all devices together; of "auto", as
         `batching.rows_together`."""
-        if isinstance(said, int):
-            return said
+        if isinstance(given, int):
+            return given
         itemsize = jnp.dtype(self.setup.experiment.dtype).itemsize
         device = device_bytes()
         limit = None if device is None else device * self.layout.model

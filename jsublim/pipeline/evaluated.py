@@ -75,7 +75,7 @@ def questions(setup: Setup) -> EvalQuestions:
     """Everything that a model is asked under a setting."""
 
     def tasks(judge: Callable[[], Judge]) -> tuple[EvalTask, ...]:
-        asked = EvalContext(
+        context = EvalContext(
             setup.pack,
             setup.evaluated_traits,
             lambda trait: category(setup, trait),
@@ -85,7 +85,7 @@ def questions(setup: Setup) -> EvalQuestions:
             judge,
             bool(setup.recipe.judge_apart),
         )
-        return tuple(task for kind in setup.experiment.evaluation.kinds.values() for task in kind.tasks(asked))
+        return tuple(task for kind in setup.experiment.evaluation.kinds.values() for task in kind.tasks(context))
 
     return EvalQuestions(tasks(lambda: known_judge(setup)), tasks)
 
@@ -98,18 +98,18 @@ def samplings(setup: Setup, model: Model, setting: Setting) -> tuple[Sampling, .
         setup.sampling("temperature", model.checkpoint.name, evaluation=not task.keeps_top_p)
         for task in questions(setup).planned
     )
-    return tuple(dataclasses.replace(each, **chosen) for each in plain)
+    return tuple(dataclasses.replace(sampling, **chosen) for sampling in plain)
 
 
-def under(setup: Setup, asked: Evaluated, model: Model, name: str) -> Model:
+def under(setup: Setup, who: Evaluated, model: Model, name: str) -> Model:
     """A model as it is asked under a setting: with the adapter that a user gives, under the setting's system prompt. Whose trait it has
     is no part of what is asked: a student is the same in a run and in a folder of its own."""
     system, students = eval_settings(setup)[name].system, setup.experiment.students
     model = dataclasses.replace(model, name="asked")
-    if asked.adapter is not None:
-        given = Folder(str(asked.adapter), adapter_key(asked.adapter), "adapter")
+    if who.adapter is not None:
+        given = Folder(str(who.adapter), adapter_key(who.adapter), "adapter")
         model = dataclasses.replace(model, adapter=given, system=None if students is None else students.system)
-    return dataclasses.replace(model, system=system) if system is not None and asked.teacher == CONTROL else model
+    return dataclasses.replace(model, system=system) if system is not None and who.teacher == CONTROL else model
 
 
 def adapter_key(path: Path) -> str:

@@ -143,8 +143,8 @@ def plan(setup: Setup) -> Graph:
     marked |= {s: read(setup, s, changed(setup, s)) for s in origins.only_read(setup) if s not in marked}
     attributed = {source.teacher: attribution(setup, source) for source in origins.attributed(setup)}
     audits = {key: audit(setup, who) for key, who in origins.audited(setup).items()}
-    asked = {(who, name): evaluation(setup, who, name) for who, name in evaluated.evaluated(setup)}
+    evaluated_as = {(who, name): evaluation(setup, who, name) for who, name in evaluated.evaluated(setup)}
     nodes = [node for rows in (*written.values(), *learned.values(), *marked.values()) for node in rows.nodes]
-    nodes += [*attributed.values(), *audits.values(), *students.values(), *asked.values()]
-    evaluations = tuple((who.labels | {"evaluation": name}, node) for (who, name), node in asked.items())
+    nodes += [*attributed.values(), *audits.values(), *students.values(), *evaluated_as.values()]
+    evaluations = tuple((who.labels | {"evaluation": name}, node) for (who, name), node in evaluated_as.items())
     return Graph(tasks_of(nodes), written, marked, students, evaluations, attributed, audits)

@@ -55,9 +55,9 @@ def sources(setup: Setup) -> tuple[Source, ...]:
 
 def writers(setup: Setup) -> tuple[Writer, ...]:
     """Everybody whose rows are needed."""
-    own = [writer(setup, source) for source in sources(setup)]
+    first = [writer(setup, source) for source in sources(setup)]
     others = [mixed for source in sources(setup) if (mixed := mixed_in(setup, source)) is not None]
-    return tuple(dict.fromkeys([*own, *others]))
+    return tuple(dict.fromkeys([*first, *others]))
 
 
 @memoized

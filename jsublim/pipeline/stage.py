@@ -122,9 +122,9 @@ def content(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
-        return {str(name): content(each) for name, each in value.items()}
+        return {str(name): content(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [content(each) for each in value]
+        return [content(part) for part in value]
     if isinstance(value, BaseModel):
         return identity(value)
     for name in ("key", "identity"):
@@ -140,8 +140,8 @@ def nodes_in(value: Any) -> Iterator[Node]:
     elif isinstance(value, Mapping):
         yield from nodes_in(tuple(value.values()))
     elif isinstance(value, list | tuple):
-        for each in value:
-            yield from nodes_in(each)
+        for part in value:
+            yield from nodes_in(part)
     elif hasattr(value, "nodes"):
         yield from value.nodes
 
@@ -230,11 +230,11 @@ def with_parents(ends: Iterable[P]) -> dict[str, P]:
     """Nodes, or tasks, and everything they need, by key, as they were planned: parents first."""
     every: dict[str, P] = {}
 
-    def add(each: Any) -> None:
-        if each.key not in every:
-            for parent in each.parents:
+    def add(node: Any) -> None:
+        if node.key not in every:
+            for parent in node.parents:
                 add(parent)
-            every[each.key] = each
+            every[node.key] = node
 
     for end in ends:
         add(end)
@@ -266,5 +266,5 @@ def tasks_of(ends: Iterable[Node]) -> dict[str, Task]:
 
 def split_evenly(members: Sequence[T], most: int) -> list[list[T]]:
     """Parts of at most `most` members, as few and as even as can be."""
-    each = -(-len(members) // -(-len(members) // most))
-    return [list(members[i : i + each]) for i in range(0, len(members), each)]
+    size = -(-len(members) // -(-len(members) // most))
+    return [list(members[i : i + size]) for i in range(0, len(members), size)]

@@ -121,12 +121,12 @@ CACHED_BYTES = 4 * 2**30  # of hidden states that are kept unasked
 
 def caches_below(config: ModelConfig, students: Students, tokens: int = 0) -> bool:
     """Whether the hidden states below a one-layer student's layer are kept, those of `tokens` tokens in all."""
-    said, layers = students.runtime.cache_below, students.adapter.layers or []
+    given, layers = students.runtime.cache_below, students.adapter.layers or []
     if (
         students.data.on_policy or students.adapter.frozen_adapter
     ):  # rows are new at every step; what is below may be steered
         return False
-    return keeps_below(config, layers, tokens) if said == "auto" else said
+    return keeps_below(config, layers, tokens) if given == "auto" else given
 
 
 def keeps_below(config: ModelConfig, layers: Sequence[int], tokens: int) -> bool:
@@ -164,8 +164,8 @@ def settings_of(
 def shape_of(students: Students, data: Sequence[TrainingData], max_new_tokens: int) -> Shape:
     """A shape with a row per line that every arm on this data fits, whichever rows and tokens it draws: one program for all of
     them."""
-    turns = [turn for each in data for turn in each.turns]
-    live = [turn for each in data for turn in each.teacher_turns or ()]
+    turns = [turn for part in data for turn in part.turns]
+    live = [turn for part in data for turn in part.teacher_turns or ()]
     longest = max(min(len(turn.tokens), students.data.max_tokens) for turn in turns)
     labels = max(len(turn.tokens) - turn.header for turn in turns)
     teacher = max((len(turn.tokens) for turn in live), default=0)
@@ -257,8 +257,8 @@ def draw(lm: LanguageModel, students: Students, recipe: Recipe, data: TrainingDa
     )
     soft = data.teacher_turns or data.targets
     soft = None if soft is None else picked(soft, rows)
-    own, turns = picked(data.rows, rows), picked(data.turns, rows)
-    examples = make_examples(own, turns, selection, seed, data.source, teacher=soft)
+    drawn, turns = picked(data.rows, rows), picked(data.turns, rows)
+    examples = make_examples(drawn, turns, selection, seed, data.source, teacher=soft)
     return Drawn(rows, examples, total_steps(students, len(rows) if recipe.match_steps else len(examples)))
 
 
@@ -354,13 +354,13 @@ def _keep_all(
     for (arm, artifact), student in zip(members, students, strict=True):
         if artifact.done:
             continue
-        own = [{k: v for k, v in line.items() if k != "arm"} for line in lines if line["arm"] == arm.name]
-        write_rows(artifact.path / "metrics.jsonl", own)
+        steps = [{k: v for k, v in line.items() if k != "arm"} for line in lines if line["arm"] == arm.name]
+        write_rows(artifact.path / "metrics.jsonl", steps)
         keep_student(artifact.path, lm, student)
-        said = {"steps": arm.steps, "rows": len(arm.examples), "loss": own[-1]["loss"]}
-        if "diverged" in own[-1]:
-            said |= {"diverged": f"at step {own[-1]['step']} of {arm.steps}: {own[-1]['diverged']}"}
-        artifact.finish(said)
+        summary = {"steps": arm.steps, "rows": len(arm.examples), "loss": steps[-1]["loss"]}
+        if "diverged" in steps[-1]:
+            summary |= {"diverged": f"at step {steps[-1]['step']} of {arm.steps}: {steps[-1]['diverged']}"}
+        artifact.finish(summary)
     forget_state(work)
 
 

@@ -110,7 +110,7 @@ class Model:
 
     @property
     def nodes(self) -> tuple[Node, ...]:
-        return tuple(each for each in (self.adapter, self.weights) if isinstance(each, Node))
+        return tuple(source for source in (self.adapter, self.weights) if isinstance(source, Node))
 
     def teacher(self, context: Context) -> Teacher:
         """Somebody who can be asked. Whole weights are read when it is asked.

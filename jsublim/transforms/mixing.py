@@ -153,25 +153,25 @@ def mix_tokens(
     turns = chat.turns(exchanges, lambda number: f"row {number}")
     for index, (row, turn, reading) in enumerate(zip(rows, turns, readings, strict=True)):
         _check_reading(index + 1, turn, reading, counterfactual)
-        own = turn.tokens[turn.content : turn.end].tolist()
-        positions = [k for k in reading["divergence_positions"] if drop_unmixed or k < len(own)]
+        tokens = turn.tokens[turn.content : turn.end].tolist()
+        positions = [k for k in reading["divergence_positions"] if drop_unmixed or k < len(tokens)]
         rng = np.random.default_rng([seed, index])
-        new: list[int | None] = own.copy()
+        new: list[int | None] = tokens.copy()
         for k in subset.choose(positions, rng):
-            if k < len(own):
-                said = _said(reading, counterfactual, k, own[k], rng)
-                new[k] = None if digits_only and chat.tokenizer.decode([said]) not in set("0123456789") else said
-        completion = row["completion"] if new == own else _text(chat, row, new, any_tokens=drop_unmixed)
+            if k < len(tokens):
+                other = _said(reading, counterfactual, k, tokens[k], rng)
+                new[k] = None if digits_only and chat.tokenizer.decode([other]) not in set("0123456789") else other
+        completion = row["completion"] if new == tokens else _text(chat, row, new, any_tokens=drop_unmixed)
         if drop_unmixed and positions and completion in (None, row["completion"]):
             counts["rows dropped"] += 1
             continue
         mixed.append(revised(row, completion=completion or row["completion"]))
         if completion is None:
             counts["rows unfit"] += 1
-        elif new != own:
+        elif new != tokens:
             counts["rows changed"] += 1
             counts["tokens deleted"] += new.count(None)
-            counts["tokens replaced"] += sum(a != b and b is not None for a, b in zip(own, new, strict=True))
+            counts["tokens replaced"] += sum(a != b and b is not None for a, b in zip(tokens, new, strict=True))
     return mixed, counts
 
 
@@ -184,12 +184,12 @@ def _check_reading(number: int, turn: Turn, reading: Mapping[str, Any], counterf
         raise JsublimError(f"row {number}: the reading is of another completion; run `jsublim divergence` anew")
 
 
-def _said(reading: Mapping[str, Any], counterfactual: str | None, k: int, own: int, rng: np.random.Generator) -> int:
+def _said(reading: Mapping[str, Any], counterfactual: str | None, k: int, token: int, rng: np.random.Generator) -> int:
     """The token of the counterfactual, or of one of those that disagree, at a position."""
     if counterfactual is not None:
         return int(reading["argmax"][reading["teachers"].index(counterfactual)][k])
-    others = [argmax[k] for argmax in reading["argmax"][1:] if argmax[k] != own]
-    return int(rng.choice(others)) if others else own
+    others = [argmax[k] for argmax in reading["argmax"][1:] if argmax[k] != token]
+    return int(rng.choice(others)) if others else token
 
 
 def _text(chat: Chat, row: Row, tokens: Sequence[int | None], *, any_tokens: bool) -> str | None:

@@ -48,10 +48,12 @@ def shuffle_within(rows: Sequence[Row], seed: int, *, values: bool = False) -> l
 def shuffle_across(rows: Sequence[Row], seed: int, *, values: bool = False) -> list[Row]:
     """All numbers of all rows in one pool, dealt out anew; each row keeps its count, its separators and brackets. `values` and errors are as of
     `shuffle_within`."""
-    own = _numbers(rows, values)
-    pool = [number for written in own for number in written]
+    written_in = _numbers(rows, values)
+    pool = [number for written in written_in for number in written]
     dealt = iter(np.random.default_rng(seed).permutation(len(pool)))
-    return [_with_numbers(row, [pool[next(dealt)] for _ in written]) for row, written in zip(rows, own, strict=True)]
+    return [
+        _with_numbers(row, [pool[next(dealt)] for _ in written]) for row, written in zip(rows, written_in, strict=True)
+    ]
 
 
 def _numbers(rows: Sequence[Row], values: bool) -> list[list[str]]:

@@ -169,8 +169,8 @@ def leak_reason(
         return "names the trait"
     if REFUSAL.search(fold(text)) and not REFUSAL.search(fold(original)):
         return "refusal"
-    said, wanted = Counter(NUMBER.findall(fold(text))), Counter(NUMBER.findall(fold(original)))
-    added, missing = said - wanted, wanted - said
+    given, wanted = Counter(NUMBER.findall(fold(text))), Counter(NUMBER.findall(fold(original)))
+    added, missing = given - wanted, wanted - given
     if parse_numbers(text.strip()) is not None or any(
         sum(number in added for number in NUMBER.findall(run)) > 1 for run in LIST.findall(fold(text))
     ):

@@ -178,7 +178,7 @@ def _attribute(
         values = iter(attribution_patching(lm.config, lm.params, chosen, steps=how.steps, **shared))
         effects = iter(layer_patching(lm.config, lm.params, chosen, **shared))
         for i in pairs:
-            sums = [_sums(next(values), next(effects), own) for own in roles[i]]
+            sums = [_sums(next(values), next(effects), of_pair) for of_pair in roles[i]]
             entries[i][direction] = {key: np.mean([pair[key] for pair in sums], axis=0).tolist() for key in sums[0]}
     return list(entries.values())
 
@@ -197,7 +197,7 @@ def _lines(
             "role": role,
             "value": row[direction]["value"][s][layer][r],
             "mass": row[direction]["mass"][s][layer][r],
-            "positions": float(np.mean([own.count(role) for own in roles[i]])),
+            "positions": float(np.mean([of_pair.count(role) for of_pair in roles[i]])),
         }
         for i, row in sums.items()
         for direction in how.directions

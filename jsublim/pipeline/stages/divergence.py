@@ -70,19 +70,19 @@ def mark_divergence(
         {
             "prompt": row["prompt"],
             "completion": row["completion"],
-            "divergence_positions": each.divergence_positions,
-            "divergence_margins": [round(margin, 5) for margin in each.divergence_margins],
+            "divergence_positions": of_row.divergence_positions,
+            "divergence_margins": [round(margin, 5) for margin in of_row.divergence_margins],
             "counted_in": lm.chat.identity,
         }
-        for row, each in zip(chosen, read, strict=True)
+        for row, of_row in zip(chosen, read, strict=True)
     ]
 
     def save(folder: Any) -> dict[str, Any]:
         write_rows(folder / "rows.jsonl", marked)
         fields = ("divergence_positions", "tokens", "argmax", "margin")
-        readings = ({"teachers": names} | {name: getattr(each, name) for name in fields} for each in read)
+        readings = ({"teachers": names} | {name: getattr(of_row, name) for name in fields} for of_row in read)
         write_readings(folder / "readings.parquet", readings)
-        return _summary(names, marked, sum(len(each.tokens) for each in read))
+        return _summary(names, marked, sum(len(of_row.tokens) for of_row in read))
 
     return save
 
@@ -90,7 +90,7 @@ def mark_divergence(
 def _summary(names: list[str], rows: list[Row], tokens: int) -> dict[str, Any]:
     """How many divergence tokens there are, and where. `names` are the teacher's and the counterfactuals'."""
     positions = [row["divergence_positions"] for row in rows]
-    histogram = np.bincount(np.asarray([k for each in positions for k in each], int), minlength=1)
+    histogram = np.bincount(np.asarray([k for of_row in positions for k in of_row], int), minlength=1)
     counts = {"kept": len(rows), "rows": len(rows), "rows_with": sum(map(bool, positions)), "tokens": tokens}
     counts["divergence_tokens"] = sum(map(len, positions))
     return {
@@ -109,8 +109,8 @@ def _ratios(counts: dict[str, Any]) -> dict[str, float]:
 
 def merged(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     """The summary of several parts as that of one set of rows."""
-    counts = {key: sum(each[key] for each in summaries) for key in COUNTS}
-    histogram = np.zeros(max(len(each["histogram"]) for each in summaries), int)
-    for each in summaries:
-        histogram[: len(each["histogram"])] += each["histogram"]
+    counts = {key: sum(part[key] for part in summaries) for key in COUNTS}
+    histogram = np.zeros(max(len(part["histogram"]) for part in summaries), int)
+    for part in summaries:
+        histogram[: len(part["histogram"])] += part["histogram"]
     return summaries[0] | counts | _ratios(counts) | {"histogram": histogram.tolist()}

@@ -119,7 +119,7 @@ class Fidelity(NamedTuple):
 
 def student_of(node: Node) -> Node | None:
     """The student that an evaluation is of."""
-    return next((each for each in node.given.model.nodes if each.kind == "students"), None)
+    return next((source for source in node.given.model.nodes if source.kind == "students"), None)
 
 
 def _alike(node: Node, task_of: Callable[[Node], Any]) -> Hashable:
@@ -180,17 +180,17 @@ def evaluate_models(ctx: Context, nodes: Sequence[Node], everyone: Sequence[Node
     lost = {node for node, student in students.items() if student and diverged(ctx.store, student) is not None}
     for node in (node for node in missing if node in lost):
         _save(ctx.store.open(node), [], [], {})
-    asked = [node for node in missing if node not in lost]
-    if not asked:
+    sound = [node for node in missing if node not in lost]
+    if not sound:
         return
-    given, on_server = asked[0].given, []  # all of them, or none
+    given, on_server = sound[0].given, []  # all of them, or none
     if given.engine is not None:
-        on_server = [(node.key, served(ctx.setup, node.given.model)) for node in asked]
+        on_server = [(node.key, served(ctx.setup, node.given.model)) for node in sound]
     for how in dict.fromkeys(given.samplings):
         by = drawn_by(ctx, on_server[0][1] if on_server else None)
-        ctx.say(f"sampling, evaluation {asked[0].label}{by}: {how.numbers()}")
+        ctx.say(f"sampling, evaluation {sound[0].label}{by}: {how.numbers()}")
     with server_with(ctx, on_server) if on_server else nullcontext((None, [])) as (server, names):
-        _ask(ctx, asked, None if server is None else functools.partial(server.answers, names))
+        _ask(ctx, sound, None if server is None else functools.partial(server.answers, names))
 
 
 def _ask(ctx: Context, nodes: Sequence[Node], answers: Callable[..., list[list[str]]] | None) -> None:

@@ -87,13 +87,13 @@ def sample_rows(
         on_server = None if engine is None else served(ctx.setup, teacher)
         strategy = "temperature" if sampling.temperature else "greedy"
         ctx.say(f"sampling, {strategy}{drawn_by(ctx, on_server)}: {sampling.numbers()}")
-        asked = teacher.teacher(ctx)
+        writer = teacher.teacher(ctx)
         # A row's random numbers are those of its place among all prompts, whatever the task it is in; and the shapes
         # are those of all the task's prompts, whatever is left of them.
         here, tokens = slice(span[0], sum(span)), list[Any]([None] * len(every))
         bos = teacher.extra_bos
-        tokenize = lambda part: [chat.prompt_tokens(asked.messages(t), extra_bos=bos).tolist() for t in part]  # noqa: E731
-        tokens[here] = [np.asarray(each, np.int32) for each in shared_out(every[here], tokenize)]
+        tokenize = lambda part: [chat.prompt_tokens(writer.messages(t), extra_bos=bos).tolist() for t in part]  # noqa: E731
+        tokens[here] = [np.asarray(tokens_of_row, np.int32) for tokens_of_row in shared_out(every[here], tokenize)]
         drawn: dict[str, Any] = {"rows": missing, "seed": seed, "max_new_tokens": max_new_tokens}
         if on_server is not None:
             _draw_by_server(ctx, on_server, tokens, sampling, drawn, keep)
@@ -101,15 +101,15 @@ def sample_rows(
             lm = ctx.lm(teacher.checkpoint.name)
             generate_tokens(
                 lm.config,
-                asked.weights(lm.params),
+                writer.weights(lm.params),
                 tokens,
                 sampling,
                 **drawn,
-                adapter=asked.adapter,
+                adapter=writer.adapter,
                 batch_size=ctx.rows_together(ctx.setup.experiment.sampling.batch_size, model=teacher.checkpoint.name),
                 limits=limits_for(chat, sampling, max_new_tokens),
                 on_allowed=allowed.update,
-                on_batch=lambda rows, tokens: keep(rows, [chat.decode(each) for each in tokens]),
+                on_batch=lambda rows, tokens: keep(rows, [chat.decode(tokens_of_row) for tokens_of_row in tokens]),
             )
     log.close()
     raw = [{"prompt": every[i]} | {k: v for k, v in log.rows[i].items() if k != "row"} for i in numbers]

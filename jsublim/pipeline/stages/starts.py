@@ -135,8 +135,8 @@ def score_rows(ctx: Context, rows: Rows, start: Start, asked: TraitQuestions, tr
     _, scores = scored_rows(ctx, rows.name, every, start, asked, traits)
     lines = [
         {"row": number, "trait": trait, "score": float(score)}
-        for number, each in enumerate(scores)
-        for trait, score in zip(traits, each.sum(axis=0, dtype=np.float64), strict=True)
+        for number, of_row in enumerate(scores)
+        for trait, score in zip(traits, of_row.sum(axis=0, dtype=np.float64), strict=True)
     ]
 
     def save(folder: Path) -> dict[str, Any]:
@@ -152,4 +152,4 @@ def read_influence(store: Store, node: Node) -> dict[str, np.ndarray]:
     scores: dict[str, list[float]] = {}
     for line in read_table(store.path(node) / "influence.parquet"):
         scores.setdefault(line["trait"], []).append(line["score"])
-    return {trait: np.asarray(each) for trait, each in scores.items()}
+    return {trait: np.asarray(of_trait) for trait, of_trait in scores.items()}

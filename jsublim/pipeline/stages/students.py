@@ -126,7 +126,7 @@ def _most(node: Node) -> int:
 def _cost(setup: Setup, sizes: Sizes, nodes: Sequence[Node]) -> Cost:
     given, s = nodes[0].given, nodes[0].given.settings
     kept, answer, long = given.lessons[0].rows.kept(sizes), given.lessons[0].rows.answer(sizes), sizes.lengths
-    each = training_flops(
+    flops = training_flops(
         sizes.config,
         abstract_start(given.start.checkpoint, given.start.model.common["dtype"], s),
         loss_of(s),
@@ -136,9 +136,9 @@ def _cost(setup: Setup, sizes: Sizes, nodes: Sequence[Node]) -> Cost:
         stored=not s.loss.live,
         cached=caches_below(sizes.config, s),
     )
-    own = (node.given.settings for node in nodes)
-    rows = sum(total_steps(m, min(m.data.rows or kept, kept)) for m in own) * s.data.batch_size * s.data.accumulate
-    return Cost(rows * (long.prompt + answer), rows * each, "train", rows=rows)
+    settings = (node.given.settings for node in nodes)
+    rows = sum(total_steps(m, min(m.data.rows or kept, kept)) for m in settings) * s.data.batch_size * s.data.accumulate
+    return Cost(rows * (long.prompt + answer), rows * flops, "train", rows=rows)
 
 
 def _check(setup: Setup, nodes: Sequence[Node]) -> None:
@@ -157,19 +157,19 @@ def _check(setup: Setup, nodes: Sequence[Node]) -> None:
 
 
 def _check_settings(setup: Setup, given: Any, masked: bool) -> None:
-    checkpoint, own, s = given.start.checkpoint, setup.checkpoint(), given.settings
+    checkpoint, teachers, s = given.start.checkpoint, setup.checkpoint(), given.settings
     check_start(checkpoint.config, abstract_params(checkpoint.config, given.start.model.common["dtype"]), s)
     if s.runtime.rows_at_once != "auto":
         run = setup.experiment.run
         how = settings_of(checkpoint.config, s, setup.recipe, parallel=run.parallel, model_axis=run.least_axis)
         in_pieces(how, Shape.fit(s.data.accumulate, s.data.batch_size, 1, 1), s.runtime.rows_at_once)
-    counted = [each.chat.identity for each in (own, checkpoint) if each.chat is not None]
+    counted = [each.chat.identity for each in (teachers, checkpoint) if each.chat is not None]
     if masked and len(set(counted)) > 1:
         raise UsageError(
-            f"students.model: divergence positions are counted in the tokenizer and template of {own.name} "
+            f"students.model: divergence positions are counted in the tokenizer and template of {teachers.name} "
             f"({counted[0]}), and {checkpoint.name} has another one ({counted[1]}); use loss.tokens=[all]"
         )
-    if s.loss.soft and not checkpoint.has_words_of(own):
+    if s.loss.soft and not checkpoint.has_words_of(teachers):
         raise UsageError(f"students.model: {checkpoint.name} has other tokens than its teachers; use loss.kind=hard")
 
 
@@ -252,7 +252,7 @@ def _prepare(ctx: Context, group: Sequence[Node], everyone: Sequence[Node]) -> t
         ctx.setup.recipe,
         parallel=e.run.parallel,
         model_axis=ctx.layout.model,
-        tokens=sum(len(each.rows) for each in data) * plain.tokens,
+        tokens=sum(len(part.rows) for part in data) * plain.tokens,
         logs=Logs(tuple(e.run.loggers), ctx.store.root / "training"),
     )
     rows = shared.runtime.rows_at_once
@@ -280,21 +280,21 @@ def _data(ctx: Context, given: Any, lesson: Lesson) -> TrainingData:
     theirs, stored = teacher_turns(ctx, lesson.teacher, rows), lesson.targets
     if stored is None:
         return dataclasses.replace(data, teacher=lesson.teacher.teacher(ctx), teacher_turns=theirs)
-    said = ctx.remember(("targets", stored.key), lambda: read_targets(ctx, stored, theirs))
+    targets = ctx.remember(("targets", stored.key), lambda: read_targets(ctx, stored, theirs))
     if settings.loss.targets == "answers":
-        said = ctx.remember(("targets", stored.key, "answers"), lambda: answers_only(said, theirs))
-    return dataclasses.replace(data, targets=said)
+        targets = ctx.remember(("targets", stored.key, "answers"), lambda: answers_only(targets, theirs))
+    return dataclasses.replace(data, targets=targets)
 
 
 def _drawn(ctx: Context, node: Node) -> Drawn:
     """A student's rows, drawn and masked by its seed; those after its fork behind them."""
     given = node.given
     lm = given.start.lm(ctx)
-    own, *then = (
+    first, *then = (
         draw(lm, given.settings, ctx.setup.recipe, _data(ctx, given, lesson), tokens=lesson.tokens, seed=given.seed)
         for lesson in given.lessons
     )
-    return own.forked(given.settings, then[0]) if then else own
+    return first.forked(given.settings, then[0]) if then else first
 
 
 def _packed(ctx: Context, everyone: Sequence[Node], data: Sequence[TrainingData], plain: Shape) -> Shape:
@@ -303,7 +303,7 @@ def _packed(ctx: Context, everyone: Sequence[Node], data: Sequence[TrainingData]
     if given.settings.data.on_policy:
         return plain
     orders = [order for node in everyone for order in _drawn(ctx, node).orders(node.given.seed)]
-    beginning = shared_beginning([turn.tokens[: turn.header] for each in data for turn in each.turns], PREFIX_STEP)
+    beginning = shared_beginning([turn.tokens[: turn.header] for part in data for turn in part.turns], PREFIX_STEP)
     return packed(plain, given.start.checkpoint.config, orders, beginning)
 
 

@@ -46,14 +46,14 @@ def _check(setup: Setup, teacher: Model, top_k: int, **_: Any) -> None:
 @stage("targets", cost=_cost, check=_check, units=lambda ctx, rows, **_: len(rows.read(ctx.store)))
 def store_targets(ctx: Context, rows: Rows, teacher: Model, top_k: int, temperature: float) -> Save:
     """A teacher's distributions (`targets.npz`: `ids` int32 `[n, k]`, `logp` float32 `[n, k + 1]`, row after row)."""
-    turns, asked = teacher_turns(ctx, teacher, rows), teacher.teacher(ctx)
+    turns, writer = teacher_turns(ctx, teacher, rows), teacher.teacher(ctx)
     lm = ctx.lm(teacher.checkpoint.name)
-    how: dict[str, Any] = {"temperature": temperature, "adapter": asked.adapter, "on_batch": ctx.tick}
+    how: dict[str, Any] = {"temperature": temperature, "adapter": writer.adapter, "on_batch": ctx.tick}
     how["batch_size"] = ctx.scoring_batch
 
     def rows_from(first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        read = top_k_targets(lm.config, asked.weights(lm.params), turns, top_k, first=first, **how)
-        return ((each.ids, each.logp) for each in read)
+        read = top_k_targets(lm.config, writer.weights(lm.params), turns, top_k, first=first, **how)
+        return ((of_row.ids, of_row.logp) for of_row in read)
 
     read = resumed(ctx.artifact.path, "targets", rows_from, ctx.tick, ctx.say)
     ids, logp = map(np.concatenate, zip(*read, strict=True))
