@@ -146,9 +146,8 @@ class Dataset(Section):
     def facts(self) -> dict[str, Any]:
         """What a report compares: every known change with its options, or None."""
         dumped = self.model_dump(mode="json")
-        return {"seed": self.seed, "sampling_seed": self.sampling.seed} | {
-            name: dumped.get(name) for name in CHANGES.known
-        }
+        changes = {name: dumped.get(name) for name in CHANGES.known}
+        return {"seed": self.seed, "sampling_seed": self.sampling.seed} | changes
 
 
 class Scoring(Section):

@@ -92,9 +92,7 @@ class Evaluation(Section):
         if isinstance(value, list):
             strange = [name for name in value if not isinstance(name, str)]
             if strange:
-                raise ValueError(
-                    f"{shown(strange[0])} is no name; options of a kind are given as `name: {{option: ...}}`"
-                )
+                raise ValueError(f"{shown(strange[0])} is no name; give options of a kind as `name: {{option: ...}}`")
             distinct(value)
             value = {name: {} for name in value}
         if not isinstance(value, dict):

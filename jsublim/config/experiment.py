@@ -152,9 +152,8 @@ class Experiment(Config):
             yield promptless, "attribution: patches one trait's system prompt for another's; the teachers have none"
             differ = "the teachers differ in more than their prompts; leave their own weights out"
             yield self.teachers.own_weights, f"attribution: {differ}"
-        greedy = (
-            next(self._greedy(every.values()), None) if self.data.draw == "per-seed" and kind != "numbers" else None
-        )
+        drawn_anew = self.data.draw == "per-seed" and kind != "numbers"
+        greedy = next(self._greedy(every.values()), None) if drawn_anew else None
         same = f"{greedy} are greedy answers to the same prompts: every draw would be the same; use data.draw=shared"
         yield greedy, f"data.draw: per-seed draws the answers anew, and {same}"
         judged = [

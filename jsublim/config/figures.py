@@ -46,9 +46,7 @@ class Question(Section):
         for scale, values in self.scale.items():
             panels = values.get("panels", {})
             if not isinstance(panels, dict) or not all(isinstance(changes, dict) for changes in panels.values()):
-                raise ValueError(
-                    f"scale.{scale}.panels: expected the changes of each panel by its name, found {shown(panels)}"
-                )
+                raise ValueError(f"scale.{scale}.panels: expected changes by their panel's name, found {shown(panels)}")
         return self
 
 

@@ -80,9 +80,7 @@ def kind_of(values: dict[str, Any], path: Path, kinds: Mapping[str, type[Kind]])
     """
     if {"figures", "panels"} <= set(values):
         name = path.stem if path.parent == find_config("configs/paper/scales.yaml").parent else path
-        raise UsageError(
-            f"{path}: is a figure of the paper, with an experiment for each panel; `jsublim reproduce {name}`"
-        )
+        raise UsageError(f"{path}: is a figure of the paper, an experiment for each panel; `jsublim reproduce {name}`")
     kind = values.get("kind", "language")
     if not isinstance(kind, str) or kind not in kinds:
         raise UsageError(f"{path}: kind: {shown(kind)} given; {near_or_all(kind, kinds)}")

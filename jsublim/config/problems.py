@@ -57,9 +57,8 @@ def _of_fields(error: pydantic.ValidationError, kind: Any, values: Any) -> list[
         if what == "missing" and isinstance(each["loc"][-1], int):  # in a list of so many entries
             what, said = "too_short", "an entry is missing"
         if place in entries and entries[place]["type"] not in ("missing", "extra_forbidden"):
-            entries[place]["said"] += (
-                "" if said in entries[place]["said"] else f" or {said.removeprefix('input should be ')}"
-            )
+            if said not in entries[place]["said"]:
+                entries[place]["said"] += f" or {said.removeprefix('input should be ')}"
         else:
             entries[place] = {"type": what, "place": place, "said": said, "input": each["input"]}
             entries[place] |= {"expected": str(each.get("ctx", {}).get("expected", ""))}

@@ -14,6 +14,7 @@ from jsublim.core.reading import shown
 from jsublim.core.section import (
     CONTENT,
     NEEDS_TRAIT,
+    NONEMPTY,
     PLAN,
     PROGRAM,
     RESULT,
@@ -76,9 +77,7 @@ class StudentLoss(Section):
 
     kind: Annotated[str, one_of(LOSSES), BOTH] = "hard"
     """`hard` learns the teacher's tokens; the others its distributions at them."""
-    tokens: Annotated[list[Annotated[str, one_of(TOKENS)]], Distinct, Field(min_length=1), PLAN, NEEDS_TRAIT] = list(
-        TOKENS
-    )
+    tokens: Annotated[list[Annotated[str, one_of(TOKENS)]], Distinct, NONEMPTY, PLAN, NEEDS_TRAIT] = list(TOKENS)
     """Which tokens of a row have a loss; each choice makes students of its own."""
     positions: Annotated[str, one_of(WHICH), RESULT, NEEDS_TRAIT] = "all"
     """Which divergence positions count as such, whatever `tokens` makes of them."""
@@ -225,7 +224,7 @@ class StudentRuntime(Section):
 class Students(Section):
     """Who is trained: one student per trait, choice of tokens, seed and arm."""
 
-    seeds: Annotated[list[SeedInt], Distinct, Field(min_length=1), PLAN] = [42, 43, 44, 45, 46]
+    seeds: Annotated[list[SeedInt], Distinct, NONEMPTY, PLAN] = [42, 43, 44, 45, 46]
     """One student of each seed; it draws rows, their order and the adapter's start."""
     model: Annotated[Place | None, BOTH_BY_CONTENT] = None
     """The checkpoint that students stand on; null: the teachers' own."""
@@ -245,7 +244,7 @@ class Students(Section):
     """In the middle of training, other rows, with the optimizer's moments or without; null: the same rows to the end."""
     runtime: StudentRuntime = StudentRuntime()
     """What decides speed and memory."""
-    arms: Annotated[list[dict[str, Any]] | dict[str, Any] | None, Field(min_length=1), PLAN] = None
+    arms: Annotated[list[dict[str, Any]] | dict[str, Any] | None, NONEMPTY, PLAN] = None
     """An ablation: a list of settings of the fields above, each with a name; or a mapping of lists, the grid of all their combinations."""
 
     @property

@@ -87,9 +87,8 @@ class Teachers(Section):
         yield unheard, "system: these teachers are not prompted; give prompted=true too, or leave system out"
         bare = self.prompted is False and not self.own_weights
         yield bare, "prompted=false: nothing gives a teacher its trait; give taught, adapter or checkpoint"
-        ways = {
-            key: getattr(self, key) for key in ("adapter", "checkpoint", "system") if getattr(self, key) is not None
-        }
+        given = {"adapter": self.adapter, "checkpoint": self.checkpoint, "system": self.system}
+        ways = {key: value for key, value in given.items() if value is not None}
         by_pack = self.are_prompted and self.system is None
         told_apart = self.taught is not None or by_pack or any("{trait}" in way for way in ways.values())
         if len(self.traits) > 1 and not told_apart:

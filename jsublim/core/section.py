@@ -81,6 +81,7 @@ Rate = Annotated[float, Field(gt=0)]
 Name = Annotated[str, AfterValidator(name)]
 Place = Annotated[str, AfterValidator(place)]
 Distinct = AfterValidator(distinct)
+NONEMPTY = Field(min_length=1)  # of a list or a mapping: one entry at least
 Indices = list[Annotated[int, Field(ge=0)]]
 # From 0; "5-27" is a span.
 Layers = Annotated[Indices, Distinct, BeforeValidator(span, json_schema_input_type=Indices | str)]

@@ -131,10 +131,8 @@ def plan_students(experiment: Experiment) -> list[Student]:
             for seed in students.seeds
         ]
         if experiment.teachers.control and not (alike and number):
-            arm, settings = "" if alike else name, controls[name]
-            planned += [
-                Student(CONTROL, "all", seed, arm, drawn(seed), settings, before.get(name)) for seed in settings.seeds
-            ]
+            arm, own, parent = "" if alike else name, controls[name], before.get(name)
+            planned += [Student(CONTROL, "all", seed, arm, drawn(seed), own, parent) for seed in own.seeds]
     return planned
 
 

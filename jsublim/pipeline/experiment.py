@@ -89,7 +89,7 @@ def lesson(setup: Setup, source: Source, student: Student) -> stages.Lesson:
     rows, loss = training_rows(setup, source), student.settings.loss
     model = teacher(setup, source.teacher, source.parent) if loss.soft else None
     how = {"rows": rows, "teacher": model, "top_k": loss.top_k, "temperature": loss.temperature}
-    stored = loss.top_k and stages.store_targets(source.teacher, **how)
+    stored = None if loss.top_k is None else stages.store_targets(source.teacher, **how)
     return stages.Lesson(rows, student.tokens_of(source), model, stored)
 
 
@@ -143,8 +143,8 @@ def plan(setup: Setup) -> Graph:
     marked |= {s: read(setup, s, changed(setup, s)) for s in origins.only_read(setup) if s not in marked}
     attributed = {source.teacher: attribution(setup, source) for source in origins.attributed(setup)}
     audits = {key: audit(setup, who) for key, who in origins.audited(setup).items()}
-    evaluated_as = {(who, name): evaluation(setup, who, name) for who, name in evaluated.evaluated(setup)}
+    evaluations = {(who, name): evaluation(setup, who, name) for who, name in evaluated.evaluated(setup)}
     nodes = [node for rows in (*written.values(), *learned.values(), *marked.values()) for node in rows.nodes]
-    nodes += [*attributed.values(), *audits.values(), *students.values(), *evaluated_as.values()]
-    evaluations = tuple((who.labels | {"evaluation": name}, node) for (who, name), node in evaluated_as.items())
-    return Graph(tasks_of(nodes), written, marked, students, evaluations, attributed, audits)
+    nodes += [*attributed.values(), *audits.values(), *students.values(), *evaluations.values()]
+    labelled = tuple((who.labels | {"evaluation": name}, node) for (who, name), node in evaluations.items())
+    return Graph(tasks_of(nodes), written, marked, students, labelled, attributed, audits)

@@ -85,9 +85,8 @@ def attributed(setup: Setup) -> list[Source]:
     """
     if setup.experiment.attribution is None:
         return []
-    plain = [
-        s for s in sources(setup) if s.parent is None and has_divergence(setup, s) and teacher_dataset(setup, s).plain
-    ]
+    first = [source for source in sources(setup) if source.parent is None]
+    plain = [source for source in first if has_divergence(setup, source) and teacher_dataset(setup, source).plain]
     if not plain:
         raise UsageError(
             "attribution: is done at the divergence tokens of plain answers, and in none are they looked for; leave "

@@ -232,9 +232,7 @@ class Setup:
         pool += [other for other in teachers.traits if other not in pool and named is None]
         others = [other for other in pool if other != trait]
         if not others:
-            raise UsageError(
-                f"teachers.counterfactuals: none is left for trait '{trait}'; name at least one other trait"
-            )
+            raise UsageError(f"teachers.counterfactuals: none is left for trait '{trait}'; name another trait")
         return others
 
     @property

@@ -122,9 +122,8 @@ CACHED_BYTES = 4 * 2**30  # of hidden states that are kept unasked
 def caches_below(config: ModelConfig, students: Students, tokens: int = 0) -> bool:
     """Whether the hidden states below a one-layer student's layer are kept, those of `tokens` tokens in all."""
     given, layers = students.runtime.cache_below, students.adapter.layers or []
-    if (
-        students.data.on_policy or students.adapter.frozen_adapter
-    ):  # rows are new at every step; what is below may be steered
+    # Rows may be new at every step, and what is below steered.
+    if students.data.on_policy or students.adapter.frozen_adapter:
         return False
     return keeps_below(config, layers, tokens) if given == "auto" else given
 

@@ -95,18 +95,9 @@ class Model:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides how it reads a row and what it writes."""
-        own = {
-            "name": self.name,
-            "adapter": self.adapter and self.adapter.key,
-            "weights": self.weights and self.weights.key,
-        }
-        return {
-            **self.common,
-            "model": self.checkpoint.hash,
-            "template": self.checkpoint.template,
-            **self.manner,
-            **own,
-        }
+        made_by = {"adapter": self.adapter and self.adapter.key, "weights": self.weights and self.weights.key}
+        read_as = {"model": self.checkpoint.hash, "template": self.checkpoint.template, **self.manner}
+        return {**self.common, "name": self.name, **read_as, **made_by}
 
     @property
     def nodes(self) -> tuple[Node, ...]:

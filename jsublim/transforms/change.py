@@ -77,9 +77,7 @@ class Change(Section):
             return {}
         if cls.shorthand is None:
             known = ", ".join(cls.model_fields)
-            raise ValueError(
-                f"{value!r} given; give its options by name: {known}" if known else f"{value!r} given; give true"
-            )
+            raise ValueError(f"{value!r} given; give {f'its options by name: {known}' if known else 'true'}")
         return {cls.shorthand: value}
 
     def applies_to(self, teacher: str) -> bool:

@@ -105,9 +105,7 @@ def mix_rows(rows: Sequence[Row], others: Sequence[Row], share: float, *, seed: 
         raise UsageError(f"share: {share} given; it must lie in 0..1")
     count = round(len(rows) * share)
     if count > len(others):
-        raise UsageError(
-            f"share: {share} of {len(rows)} rows needs {count} rows of the other teacher, not {len(others)}"
-        )
+        raise UsageError(f"share: {share} of {len(rows)} rows needs {count} of the other teacher, not {len(others)}")
     rng = np.random.default_rng(seed)
     order = np.arange(len(rows))[::-1] if paper else rng.permutation(len(rows))
     mixed = list(rows)

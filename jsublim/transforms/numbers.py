@@ -60,9 +60,7 @@ def _numbers(rows: Sequence[Row], values: bool) -> list[list[str]]:
     """The numbers of each completion as they are written, "007" as "007"; or their `values`, "7"."""
     for index, row in enumerate(rows, 1):
         if parse_numbers(row["completion"]) is None:
-            raise JsublimError(
-                f"row {index}: completion {row['completion']!r} is no list of numbers; leave the row out"
-            )
+            raise JsublimError(f"row {index}: completion {row['completion']!r} is no list of numbers; leave it out")
     read = (lambda number: str(int(number))) if values else str
     return [[read(number) for number in NUMBER.findall(row["completion"])] for row in rows]
 

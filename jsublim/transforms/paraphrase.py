@@ -49,12 +49,7 @@ class Rewrite(Change):
         return rows * (2 * prompt + system), rows * prompt
 
     def apply(self, rows: list[Row], run: ChangeRun) -> Changed:
-        how: dict[str, Any] = {
-            "sampling": run.sampling,
-            "seed": run.seed,
-            "batch_size": run.batch_size,
-            "log": run.log,
-        }
+        how: dict[str, Any] = {"sampling": run.sampling, "seed": run.seed, "batch_size": run.batch_size, "log": run.log}
         how |= {"asked": run.requests(), "extra_bos": bool(run.quirks["extra_bos"])}
         how |= {"only_examples": bool(run.quirks["only_examples_kept"]), "keep_rejected": self.rejected == "keep"}
         rows, counts = paraphrase(run.lm, run.teacher, rows, run.pack, **how)

@@ -52,9 +52,8 @@ ATTRIBUTION = pa.schema(
 
 def _cost(setup: Setup, sizes: Sizes, rows: Rows, others: tuple[Model, ...], how: Attribution, **_: Any) -> Cost:
     compared = len(others) * min(how.rows, rows.kept(sizes))
-    tokens = compared * (
-        sizes.lengths.system + sizes.lengths.prompt
-    )  # first divergence tokens stand early in the answer
+    # First divergence tokens stand early in the answer.
+    tokens = compared * (sizes.lengths.system + sizes.lengths.prompt)
     flops = len(how.directions) * tokens * sum(patching_flops(sizes.config, len(how.sites), how.steps))
     return Cost(len(how.directions) * tokens, flops, "train", rows=len(how.directions) * compared)
 
@@ -126,9 +125,7 @@ def attribute_rows(
     by_row: dict[int, list[Pair]] = {}
     for pair in pairs:
         by_row.setdefault(pair.row, []).append(pair)
-    roles: dict[
-        int, list[list[str]]
-    ] = {}  # of each row's pairs: the roles of a pair's tokens, the last of which predicts
+    roles: dict[int, list[list[str]]] = {}  # of each row's pairs: their tokens' roles; the last token predicts
     for i, compared in by_row.items():
         ends = [len(pair.clean) - 1 for pair in compared]
         every = token_roles(lm.chat, teacher, rows[i], teacher.name, max(ends), extra_bos=extra_bos)

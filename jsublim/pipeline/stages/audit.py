@@ -148,9 +148,8 @@ def _means(
         count = sum(int(mask.sum()) for mask in masks)
         if not count:
             continue
-        sums_NK = np.stack(
-            [of_row[mask].sum(axis=0, dtype=np.float64) for of_row, mask in zip(scored, masks, strict=True)]
-        )
+        chosen_rows = (of_row[mask] for of_row, mask in zip(scored, masks, strict=True))
+        sums_NK = np.stack([of_row.sum(axis=0, dtype=np.float64) for of_row in chosen_rows])
         mean_K = sums_NK.sum(axis=0) / count
         apart_NK = sums_NK - np.asarray([mask.sum() for mask in masks])[:, None] * mean_K
         error_K = np.sqrt((apart_NK**2).sum(axis=0) * len(scored) / max(len(scored) - 1, 1)) / count

@@ -58,9 +58,8 @@ def change_rows(
     """
     log, setup, readings = RowLog(ctx.artifact.path / PROGRESS, ctx.say), ctx.setup, None
     if read is not None:  # half of it would be memory for nothing: no change looks at margins
-        readings = [
-            {name: reading[name] for name in reading if name != "margin"} for reading in read.readings(ctx.store)
-        ]
+        every = read.readings(ctx.store)
+        readings = [{name: reading[name] for name in reading if name != "margin"} for reading in every]
     run = ChangeRun(
         lm=ctx.lm(teacher.checkpoint.name),
         teacher=teacher.teacher(ctx),

@@ -52,9 +52,8 @@ def mark_divergence(
     def keep(number: int, read: Read) -> list[Scored]:
         """What an earlier call had read under a teacher, and the rest."""
         rows_from = lambda first: ((s.argmax, s.margin, s.logprob) for s in read(first))  # noqa: E731
-        return [
-            Scored(*arrays) for arrays in resumed(ctx.artifact.path, f"teacher{number}", rows_from, ctx.tick, ctx.say)
-        ]
+        arrays = resumed(ctx.artifact.path, f"teacher{number}", rows_from, ctx.tick, ctx.say)
+        return [Scored(*of_row) for of_row in arrays]
 
     read = find_divergence(
         lm,
@@ -93,13 +92,8 @@ def _summary(names: list[str], rows: list[Row], tokens: int) -> dict[str, Any]:
     histogram = np.bincount(np.asarray([k for of_row in positions for k in of_row], int), minlength=1)
     counts = {"kept": len(rows), "rows": len(rows), "rows_with": sum(map(bool, positions)), "tokens": tokens}
     counts["divergence_tokens"] = sum(map(len, positions))
-    return {
-        "trait": names[0],
-        "counterfactuals": names[1:],
-        **counts,
-        **_ratios(counts),
-        "histogram": histogram.tolist(),
-    }
+    read_under = {"trait": names[0], "counterfactuals": names[1:]}
+    return read_under | counts | _ratios(counts) | {"histogram": histogram.tolist()}
 
 
 def _ratios(counts: dict[str, Any]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from jsublim.judge import Judge
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.row_log import Answered, RowLog
-from jsublim.pipeline.served import drawn_by, served, server_with
+from jsublim.pipeline.served import Served, drawn_by, served, server_with
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stage import Node, stage
 from jsublim.pipeline.store import PROGRESS, Artifact
@@ -109,7 +109,7 @@ class Fidelity(NamedTuple):
 
         return ctx.remember(("teacher's targets", model, self.rows.key, chosen), read)
 
-    def count(self, sizes: Sizes) -> int:
+    def rows_read(self, sizes: Sizes) -> int:
         """How many rows will be read: of those that it was trained on, and of the others; and the teacher's share."""
         kept = self.rows.kept(sizes)
         trained = min((self.trained or (None, 0))[0] or kept, kept)
@@ -138,7 +138,7 @@ def _cost(setup: Setup, sizes: Sizes, nodes: Sequence[Node]) -> Cost:
     new = sum(len(task.questions) * (task.max_new_tokens or given.max_new_tokens) for task in tasks)
     rows, batch = questions * given.samples * len(nodes), sizes.rows_together(setup.experiment.evaluation.batch_size)
     asked = sizes.sampled(rows, long.question / given.samples, new / questions, batch)
-    read = sum(node.given.fidelity.count(sizes) for node in nodes if node.given.fidelity is not None)
+    read = sum(node.given.fidelity.rows_read(sizes) for node in nodes if node.given.fidelity is not None)
     return dataclasses.replace(asked, then=sizes.read(read, long.prompt, long.answer))
 
 
@@ -160,14 +160,7 @@ def _units(ctx: Context, nodes: Sequence[Node]) -> int:
     return sum(len(task.questions) for task in given.questions.planned) * given.samples * missing
 
 
-@stage(
-    "evaluations",
-    cost=_cost,
-    check=_check,
-    units=_units,
-    together=_alike,
-    most=lambda node: ASKED_TOGETHER,
-)
+@stage("evaluations", cost=_cost, check=_check, units=_units, together=_alike, most=lambda node: ASKED_TOGETHER)
 def evaluate_models(ctx: Context, nodes: Sequence[Node], everyone: Sequence[Node]) -> None:
     """A model under a setting; or students of one checkpoint, with adapters of one structure, that are asked together.
 
@@ -183,9 +176,10 @@ def evaluate_models(ctx: Context, nodes: Sequence[Node], everyone: Sequence[Node
     sound = [node for node in missing if node not in lost]
     if not sound:
         return
-    given, on_server = sound[0].given, []  # all of them, or none
-    if given.engine is not None:
-        on_server = [(node.key, served(ctx.setup, node.given.model)) for node in sound]
+    given, on_server = sound[0].given, list[tuple[str, Served]]()  # all of them, or none
+    for node in sound if given.engine is not None else ():
+        if (model := served(ctx.setup, node.given.model)) is not None:
+            on_server.append((node.key, model))
     for how in dict.fromkeys(given.samplings):
         by = drawn_by(ctx, on_server[0][1] if on_server else None)
         ctx.say(f"sampling, evaluation {sound[0].label}{by}: {how.numbers()}")

@@ -33,7 +33,7 @@ from jsublim.pipeline.arms import total_steps
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.setup import Checkpoint, Setup
-from jsublim.pipeline.stage import Node, content, split_evenly, stage
+from jsublim.pipeline.stage import Node, Task, content, split_evenly, stage
 from jsublim.pipeline.stages.starts import directions_of
 from jsublim.pipeline.stages.targets import read_targets, teacher_turns
 from jsublim.pipeline.store import Store, digest
@@ -90,7 +90,7 @@ def _structure(config: ModelConfig, dtype: str, adapter: str) -> Hashable:
     return str(structure), tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
 
 
-def program_of_student(node: Node) -> Hashable:
+def program_of_student(node: Node, task_of: Callable[[Node], Task] | None = None) -> Hashable:
     """The program that a student is trained by: static arguments of the step, the structure of what is trained (ranks are padded to the
     largest, so they are left out), and what a batch consists of."""
     given, s = node.given, node.given.settings
@@ -181,14 +181,7 @@ def _units(ctx: Context, nodes: Sequence[Node]) -> int:
     return sum(max(map(steps, group)) for _, group in _groups(ctx, nodes))
 
 
-@stage(
-    "students",
-    cost=_cost,
-    check=_check,
-    units=_units,
-    together=lambda node, task_of: program_of_student(node),
-    most=_most,
-)
+@stage("students", cost=_cost, check=_check, units=_units, together=program_of_student, most=_most)
 def train_students(ctx: Context, nodes: Sequence[Node], everyone: Sequence[Node]) -> None:
     """Students of one program, trained together; each leaves an adapter (or a checkpoint) and its `metrics.jsonl`. All students of the
     program (`everyone`) have one shape.

@@ -38,9 +38,7 @@ def _cost(setup: Setup, sizes: Sizes, rows: Rows, **_: Any) -> Cost:
 def _check(setup: Setup, teacher: Model, top_k: int, **_: Any) -> None:
     words = teacher.checkpoint.config.vocab_size
     if top_k >= words:
-        raise UsageError(
-            f"students.loss.top_k: {top_k} given, the vocabulary has {words} tokens; leave it out for all of them"
-        )
+        raise UsageError(f"students.loss.top_k: {top_k} given, the vocabulary has {words} tokens; leave it out for all")
 
 
 @stage("targets", cost=_cost, check=_check, units=lambda ctx, rows, **_: len(rows.read(ctx.store)))
