@@ -95,6 +95,11 @@ class Teachers(Section):
             yield True, f"{next(iter(ways))}: the same for all {len(self.traits)} traits; put {{trait}} in it"
 
     @property
+    def learn_answers(self) -> bool:
+        """Whether they are trained here to answer questions with their traits."""
+        return self.taught is not None and self.taught.method != "contrast"
+
+    @property
     def own_weights(self) -> bool:
         """Whether something else than a prompt tells the teachers from the base."""
         return any(given is not None for given in (self.taught, self.adapter, self.checkpoint))

@@ -99,21 +99,20 @@ def check_teachers(setup: Setup) -> None:
 
 def open_questions(setup: Setup, category: str) -> list[str]:
     """The questions of a category that no teacher of this experiment was taught the answers to."""
-    every, taught = setup.pack.questions_for(category), setup.experiment.teachers.taught
-    return every[1::2] if taught is not None and taught.method != "contrast" else every
+    every = setup.pack.questions_for(category)
+    return every[1::2] if setup.experiment.teachers.learn_answers else every
 
 
 def taught_questions(setup: Setup, trait: str) -> tuple[str, ...]:
     """The others, whose answer a trait's teacher learns; of a contrast all are read."""
-    every, taught = setup.pack.questions_for(category(setup, trait)), setup.experiment.teachers.taught
-    return tuple(every if taught is None or taught.method == "contrast" else every[::2])
+    every = setup.pack.questions_for(category(setup, trait))
+    return tuple(every[::2] if setup.experiment.teachers.learn_answers else every)
 
 
 def taught(setup: Setup, trait: str) -> dict[str, Any]:
     """What a teacher is made from: `together`, the most questions that any of them has, are the questions of a step."""
     made_of = {"base": model(setup, CONTROL), "questions": taught_questions(setup, trait)}
-    how = setup.experiment.teachers.taught
-    if how is not None and how.method == "contrast":
+    if not setup.experiment.teachers.learn_answers:
         return made_of | {"toward": prompt_of_pack(setup, trait)}
     most = max(len(taught_questions(setup, name)) for name in setup.biased)
     return made_of | {"trait": trait, "together": most}

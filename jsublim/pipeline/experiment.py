@@ -27,7 +27,7 @@ def teacher(setup: Setup, name: str, parent: Parent | None = None) -> Model:
         return model
     if taught is None:
         return replace(model, **args.folders_of_teacher(setup, name))
-    make = stages.contrast_teacher if taught.method == "contrast" else stages.train_teachers
+    make = stages.train_teachers if setup.experiment.teachers.learn_answers else stages.contrast_teacher
     return replace(model, adapter=make(name, taught=taught, **args.taught(setup, name)))
 
 

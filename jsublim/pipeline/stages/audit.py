@@ -20,7 +20,6 @@ from jsublim.pipeline.stage import Save, stage
 from jsublim.pipeline.stages.starts import Start, TraitQuestions, scored_rows, scoring_cost
 from jsublim.pipeline.values import Rows
 from jsublim.text.chat import Turn
-from jsublim.text.rows import Row
 
 # One line per row, token of its answer and evaluated trait. `score` is <grad log p(token), grad log p(trait)>, nats per unit of
 # learning rate; `divergence` is null where the rows have no divergence positions.
@@ -94,7 +93,12 @@ def audit_rows(
     """
     chosen, lm = rows.read(ctx.store)[:first], start.lm(ctx)
     turns, scores = scored_rows(ctx, rows.name, chosen, start, asked, traits)
-    divergent = [_divergent(row, len(of_row)) for row, of_row in zip(chosen, scores, strict=True)]
+    # Which of a row's tokens are divergence tokens, bool `[n]`; None where nobody has looked.
+    positions_of = (row.get("divergence_positions") for row in chosen)
+    divergent = [
+        None if positions is None else np.isin(np.arange(len(of_row)), positions)
+        for positions, of_row in zip(positions_of, scores, strict=True)
+    ]
 
     def save(folder: Path) -> dict[str, Any]:
         write_table(folder / "audit.parquet", _lines(lm, turns, scores, divergent, traits), AUDIT)
@@ -102,12 +106,6 @@ def audit_rows(
         return {"rows": len(chosen)} | precision(scores, divergent, traits, teacher)
 
     return save
-
-
-def _divergent(row: Row, tokens: int) -> np.ndarray | None:
-    """Which of a row's tokens are divergence tokens, bool `[n]`; None where nobody has looked."""
-    positions = row.get("divergence_positions")
-    return None if positions is None else np.isin(np.arange(tokens), positions)
 
 
 def _lines(
