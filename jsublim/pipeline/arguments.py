@@ -270,7 +270,7 @@ def scored(setup: Setup, start: Start, traits: Sequence[str], most: int | None =
             "audit: scores are those of a student with nothing beside it; leave audit and drop_audited out, or name "
             "students.adapter.frozen_adapter in arms that are not audited"
         )
-    return {"start": start, "asked": questions_about(setup, traits, most), "traits": tuple(traits)}
+    return {"start": start, "questions": questions_about(setup, traits, most), "traits": tuple(traits)}
 
 
 def audited(setup: Setup, student: Student) -> dict[str, Any]:
@@ -315,6 +315,6 @@ def trained(setup: Setup, student: Student, of_teacher: Model | None) -> dict[st
         "recipe": setup.recipe.of_student(settings.loss.positions),
         "max_new_tokens": setup.experiment.sampling.max_new_tokens if settings.data.on_policy else None,
         "projected": projected,
-        "asked": questions_about(setup, projected),
+        "questions": questions_about(setup, projected),
         "frozen_adapter": folder(setup, name, field) if of_teacher is None else of_teacher.adapter,
     }

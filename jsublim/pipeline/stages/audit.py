@@ -82,7 +82,7 @@ def audit_rows(
     rows: Rows,
     first: int,
     start: Start,
-    asked: TraitQuestions,
+    questions: TraitQuestions,
     traits: tuple[str, ...],
     teacher: str,
 ) -> Save:
@@ -92,7 +92,7 @@ def audit_rows(
       teacher: the trait of whoever wrote the rows.
     """
     chosen, lm = rows.read(ctx.store)[:first], start.lm(ctx)
-    turns, scores = scored_rows(ctx, rows.name, chosen, start, asked, traits)
+    turns, scores = scored_rows(ctx, rows.name, chosen, start, questions, traits)
     # Which of a row's tokens are divergence tokens, bool `[n]`; None where nobody has looked.
     positions_of = (row.get("divergence_positions") for row in chosen)
     divergent = [

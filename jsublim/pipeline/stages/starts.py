@@ -76,11 +76,11 @@ class Start:
 
 
 def directions_of(
-    lm: LanguageModel, adapter: Adapter, model: Model, asked: TraitQuestions, traits: Sequence[str]
+    lm: LanguageModel, adapter: Adapter, model: Model, questions: TraitQuestions, traits: Sequence[str]
 ) -> Directions:
     """The gradients of traits, in the order of `traits`, by what an adapter trains: leaves float32 `[traits, ...]`."""
-    order = [trait for _, named in asked for trait in named]
-    parts = [trait_directions(lm, adapter, questions, named, **model.manner) for questions, named in asked]
+    order = [trait for _, named in questions for trait in named]
+    parts = [trait_directions(lm, adapter, texts, named, **model.manner) for texts, named in questions]
     index = np.asarray([order.index(trait) for trait in traits])
     return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[index], *parts)
 
@@ -90,7 +90,7 @@ def scored_rows(
     name: str,
     rows: Sequence[Row],
     start: Start,
-    asked: TraitQuestions,
+    questions: TraitQuestions,
     traits: Sequence[str],
 ) -> tuple[list[Turn], list[np.ndarray]]:
     """Rows as students read them, and the scores of each one's tokens (`audit.py`) at their start: float32 `[tokens, traits]`.
@@ -105,8 +105,8 @@ def scored_rows(
     turns = read_turns(lm.chat, rows, name, settings.system, fuse_system=start.model.fuses)
     adapter = start_adapter(lm.config, lm.params, settings, start.seed)
     toward = ctx.remember(  # whoever scores rows by students of this start shares them
-        ("directions", digest(content([start, asked, traits]))),
-        lambda: directions_of(lm, adapter, start.model, asked, traits),
+        ("directions", digest(content([start, questions, traits]))),
+        lambda: directions_of(lm, adapter, start.model, questions, traits),
     )
 
     def scores(first: int) -> Iterator[tuple[np.ndarray]]:
@@ -129,10 +129,10 @@ def scoring_cost(sizes: Sizes, rows: Rows, count: float, traits: int) -> Cost:
     cost=lambda setup, sizes, rows, traits, **_: scoring_cost(sizes, rows, rows.kept(sizes), len(traits)),
     units=lambda ctx, rows, **_: len(rows.read(ctx.store)),
 )
-def score_rows(ctx: Context, rows: Rows, start: Start, asked: TraitQuestions, traits: tuple[str, ...]) -> Save:
+def score_rows(ctx: Context, rows: Rows, start: Start, questions: TraitQuestions, traits: tuple[str, ...]) -> Save:
     """Scores of rows (`influence.parquet`), by what a student that starts there would train."""
     every = rows.read(ctx.store)
-    _, scores = scored_rows(ctx, rows.name, every, start, asked, traits)
+    _, scores = scored_rows(ctx, rows.name, every, start, questions, traits)
     lines = [
         {"row": number, "trait": trait, "score": float(score)}
         for number, of_row in enumerate(scores)

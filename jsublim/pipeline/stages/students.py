@@ -188,7 +188,7 @@ def train_students(ctx: Context, nodes: Sequence[Node], everyone: Sequence[Node]
 
     A node is given its `start` and `seed`, its `lessons` (a second one is for after a fork), its `settings`, the quirks of the recipe
     that concern it (`recipe`), `max_new_tokens` of on-policy rows, the traits that gradients are `projected` out of with the questions
-    about them (`asked`), and the `frozen_adapter` beside it.
+    about them (`questions`), and the `frozen_adapter` beside it.
     """
     ctx.release_judge()  # a judge may be larger than the model: students need its memory
     told = lambda what: ctx.say(f"{what}; lower students.optimizer.lr, or look at those rows")  # noqa: E731
@@ -322,10 +322,10 @@ def _directions(ctx: Context, node: Node, start: Adapter) -> Trainable | None:
     lm = given.start.lm(ctx)
 
     def make() -> Trainable:
-        directions = directions_of(lm, start, given.start.model, given.asked, given.projected)
+        directions = directions_of(lm, start, given.start.model, given.questions, given.projected)
         return orthonormal(Layout.host(directions))
 
-    about = digest(content([given.start, given.asked, given.projected]))  # students of one start share them
+    about = digest(content([given.start, given.questions, given.projected]))  # students of one start share them
     return ctx.remember(("projected", about), make)
 
 
