@@ -179,10 +179,12 @@ def identity(section: BaseModel) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value != {}}
 
 
-def facts(section: BaseModel) -> dict[str, Any]:
-    """The fields in which results may differ, by dotted name, contents by the name they have in the config."""
-    kept = (leaf for leaf in leaves(type(section)) if leaf.decides is not None and leaf.decides & (RESULT | CONTENT))
-    return {leaf.name: value_at(section.model_dump(mode="json"), leaf.path) for leaf in kept}
+def facts(section: BaseModel, decide: Decides = Decides.RESULT | Decides.CONTENT) -> dict[str, Any]:
+    """The fields that decide any of these, by dotted name, contents by the name they have in the config: by default those in which
+    results may differ."""
+    values = section.model_dump(mode="json")
+    kept = (leaf for leaf in leaves(type(section)) if leaf.decides is not None and leaf.decides & decide)
+    return {leaf.name: value_at(values, leaf.path) for leaf in kept}
 
 
 def value_at(values: Mapping[str, Any] | None, path: FieldPath) -> Any:

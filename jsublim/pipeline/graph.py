@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from jsublim.core.section import CONTENT, PLAN, RESULT, leaves, value_at
+from jsublim.core.section import CONTENT, PLAN, RESULT, facts
 from jsublim.errors import JsublimError, UsageError
 from jsublim.pipeline.arguments import check_datasets, check_teachers
 from jsublim.pipeline.arms import Source, Student, Writer
@@ -108,18 +108,9 @@ def ordered(tasks: Iterable[Task]) -> Iterator[Task]:
 def results_key(setup: Setup) -> str:
     """What the results of a run hang on: every field that is not only about how, files by their content."""
     e = setup.experiment
-    values = e.model_dump(mode="json")
-    said = {leaf.name: value_at(values, leaf.path) for leaf in leaves(type(e)) if _decides(leaf.decides)}
-    content = [
-        None if e.data.kind == "numbers" else digest(prompts(setup, e.data.seed)),
-        questions(setup).identity,
-    ]
+    content = [None if e.data.kind == "numbers" else digest(prompts(setup, e.data.seed)), questions(setup).identity]
     hashes = {name: each.hash for name, each in setup.checkpoints.items()}
     hashes |= {} if setup.judge is None else {"judge": setup.judge.hash}
     hashes |= {name: setup.content(name, what) for name, what in setup.adapters().items()}
     hashes |= {} if setup.engine is None else {"engine": setup.engine}
-    return digest([said, setup.common, setup.pack.wording, hashes, content])
-
-
-def _decides(decides: Any) -> bool:
-    return bool(decides & (RESULT | CONTENT | PLAN))
+    return digest([facts(e, RESULT | CONTENT | PLAN), setup.common, setup.pack.wording, hashes, content])
