@@ -14,7 +14,7 @@ PLACES = ("name", "out", "store")  # where a run is kept, not what it is
 def flat(config: Config) -> dict[str, Any]:
     """Every field that the config has, as JSON; fields of sections that are not given are left out."""
     values = config.model_dump(mode="json")
-    there = (leaf for leaf in leaves(type(config)) if _section(values, leaf.path) is not None)
+    there = (leaf for leaf in leaves(type(config)) if value_at(values, leaf.path[:-1]) is not None)
     return {leaf.name: value_at(values, leaf.path) for leaf in there}
 
 
@@ -43,7 +43,3 @@ def between(a: dict[str, Any], b: dict[str, Any]) -> list[dict[str, Any]]:
     """The fields in which two configs (as `flat`) differ: one row each."""
     names = [name for name in {**a, **b} if name not in PLACES and a.get(name) != b.get(name)]
     return [{"field": name, "a": a.get(name), "b": b.get(name)} for name in names]
-
-
-def _section(values: Any, path: tuple[str, ...]) -> Any:
-    return value_at(values, path[:-1]) if len(path) > 1 else values

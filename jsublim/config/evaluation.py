@@ -90,11 +90,10 @@ class Evaluation(Section):
     @classmethod
     def _by_name(cls, value: Any) -> Any:
         if isinstance(value, list):
-            strange = [name for name in value if not isinstance(name, str)]
-            if strange:
-                raise ValueError(f"{shown(strange[0])} is no name; give options of a kind as `name: {{option: ...}}`")
-            distinct(value)
-            value = {name: {} for name in value}
+            for name in value:
+                if not isinstance(name, str):
+                    raise ValueError(f"{shown(name)} is no name; give options of a kind as `name: {{option: ...}}`")
+            value = dict.fromkeys(distinct(value), None)
         if not isinstance(value, dict):
             return value
         return {name: EVAL_KINDS.parse(name, {} if options is None else options) for name, options in value.items()}

@@ -56,8 +56,8 @@ class Config(Section):
     @property
     def store_dir(self) -> Path:
         """The folder of artifacts on this machine."""
-        if self.store is not None and is_url(self.store):
-            return Path(self.store_cache) if self.store_cache else cache_folder("stores", self.store)
+        if self.store_url is not None:
+            return Path(self.store_cache) if self.store_cache else cache_folder("stores", self.store_url)
         return Path(self.store) if self.store else self.run_dir / "artifacts"
 
     def yaml(self) -> str:
@@ -156,10 +156,7 @@ class Experiment(Config):
         greedy = next(self._greedy(every.values()), None) if drawn_anew else None
         same = f"{greedy} are greedy answers to the same prompts: every draw would be the same; use data.draw=shared"
         yield greedy, f"data.draw: per-seed draws the answers anew, and {same}"
-        judged = [
-            f"datasets.{name}" for name, dataset in self.datasets.items()
-            if any("judge" in change.needs for change in dataset.changes.values())
-        ]  # fmt: skip
+        judged = [f"datasets.{name}" for name, dataset in self.datasets.items() if "judge" in dataset.needs]
         judged += ["evaluation.kinds"] if "misalignment" in self.evaluation.kinds else []
         yield self.judge is None and judged, f"judge: {''.join(judged[:1])} needs one; give judge.model"
 
