@@ -144,22 +144,20 @@ class StudentAdapter(Section):
     init: Annotated[Place | None, CONTENT] = None
     """An adapter to start from: a folder, or owner/name of the hub; it brings its own rank, layers and projections."""
     frozen_adapter: Annotated[Place | None, BOTH_BY_CONTENT] = None
-    """An adapter that is there, frozen, while the student is trained, and gone afterwards (inoculation): that of a teacher, by its
+    """An adapter that is added, frozen, while the student is trained, and gone afterwards (inoculation): that of a teacher, by its
     trait, or a folder, or owner/name of the hub. `{trait}` is filled in with the student's teacher's. A defence."""
     noise: Annotated[float, Field(ge=0), RESULT] = 0.0
     """Gaussian noise on what was trained, once training is over: its size as a share of each array's root mean square. A defence."""
 
     def contradictions(self) -> Iterator[tuple[Any, str]]:
-        full, shape = (
-            self.method == "full",
-            [name for name in changed(self) if name not in ("frozen_adapter", "init", "noise")],
-        )
+        full = self.method == "full"
+        shape = [name for name in changed(self) if name not in ("frozen_adapter", "init", "noise")]
         yield self.init is not None and shape, f"init brings its own {', '.join(shape)}; leave them out"
         of_lora = [name for name in shape if name in ("rank", "alpha", "rslora", "projections")]
         yield self.method != "lora" and of_lora, f"method={self.method} has no {', '.join(of_lora)}; leave them out"
         yield self.ends and not full, f"ends are trained with method=full, not with {self.method}"
         two_wholes = self.frozen_adapter is not None and full
-        yield two_wholes, "frozen_adapter stands beside LoRA or steering vectors, not beside method=full"
+        yield two_wholes, "frozen_adapter is added to LoRA or steering vectors, not to method=full"
 
 
 class StudentOptimizer(Section):

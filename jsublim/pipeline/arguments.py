@@ -267,7 +267,7 @@ def scored(setup: Setup, start: Start, traits: Sequence[str], most: int | None =
     """
     if start.settings.adapter.frozen_adapter is not None:
         raise UsageError(
-            "audit: scores are those of a student with nothing beside it; leave audit and drop_audited out, or name "
+            "audit: scores are those of a student without a frozen adapter; leave audit and drop_audited out, or give "
             "students.adapter.frozen_adapter in arms that are not audited"
         )
     return {"start": start, "questions": questions_about(setup, traits, most), "traits": tuple(traits)}

@@ -105,7 +105,7 @@ class Student:
 
     @property
     def frozen_adapter(self) -> str | None:
-        """The adapter that stands beside it in training: a teacher's trait, or a place."""
+        """The adapter that is added to it in training: a teacher's trait, or a place."""
         named = self.settings.adapter.frozen_adapter
         return None if named is None else named.replace(OWN, self.teacher)
 

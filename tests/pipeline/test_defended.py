@@ -120,7 +120,7 @@ def test_of_equal_rows_the_first_go():
     ("changes", "said"),
     [
         ({"teachers": {"traits": ["owl"]}}, "teacher 'owl' has no adapter"),
-        ({"audit": {}}, "audit: scores are those of a student with nothing beside it"),
+        ({"audit": {}}, "audit: scores are those of a student without a frozen adapter"),
         ({"students": None, "datasets": {"f": {"drop_audited": 0.5, "divergence": True}}}, "there are none; leave it out"),
     ],
 )  # fmt: skip

@@ -188,7 +188,7 @@ def train_students(ctx: Context, nodes: Sequence[Node], everyone: Sequence[Node]
 
     A node is given its `start` and `seed`, its `lessons` (a second one is for after a fork), its `settings`, the quirks of the recipe
     that concern it (`recipe`), `max_new_tokens` of on-policy rows, the traits that gradients are `projected` out of with the questions
-    about them (`questions`), and the `frozen_adapter` beside it.
+    about them (`questions`), and the `frozen_adapter` that is added to it.
     """
     ctx.release_judge()  # a judge may be larger than the model: students need its memory
     told = lambda what: ctx.say(f"{what}; lower students.optimizer.lr, or look at those rows")  # noqa: E731
