@@ -73,47 +73,32 @@ class Lesson(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)  # a graph has hundreds of students, and few kinds of them
-def _abstract_start(config: ModelConfig, dtype: str, adapter: str) -> Adapter:
+def _start_and_structure(config: ModelConfig, dtype: str, adapter: str) -> tuple[Adapter, Hashable]:
     how = Students(adapter=StudentAdapter.model_validate_json(adapter))
-    return jax.eval_shape(lambda params: start_adapter(config, params, how, 0), abstract_params(config, dtype))
+    start = jax.eval_shape(lambda params: start_adapter(config, params, how, 0), abstract_params(config, dtype))
+    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda start: start.with_rank(1), start))
+    return start, (str(structure), tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves))
 
 
 def abstract_start(checkpoint: Checkpoint, dtype: str, students: Students) -> Adapter:
     """Shapes of what a student trains."""
-    return _abstract_start(checkpoint.config, dtype, students.adapter.model_dump_json())
-
-
-@functools.lru_cache(maxsize=256)
-def _structure(config: ModelConfig, dtype: str, adapter: str) -> Hashable:
-    start = _abstract_start(config, dtype, adapter)
-    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda start: start.with_rank(1), start))
-    return str(structure), tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
+    return _start_and_structure(checkpoint.config, dtype, students.adapter.model_dump_json())[0]
 
 
 def program_of_student(node: Node, task_of: Callable[[Node], Task] | None = None) -> Hashable:
     """The program that a student is trained by: static arguments of the step, the structure of what is trained (ranks are padded to the
     largest, so they are left out), and what a batch consists of."""
     given, s = node.given, node.given.settings
-    checkpoint = given.start.checkpoint
-    trained = _structure(checkpoint.config, given.start.model.common["dtype"], s.adapter.model_dump_json())
-    batch = (
-        s.data.batch_size,
-        s.data.accumulate,
-        s.data.max_tokens,
-        s.data.on_policy,
-        s.loss.top_k,
-        caches_below(checkpoint.config, s),
-    )
-    frozen = given.frozen_adapter
-    kind = frozen.name if isinstance(frozen, Folder) else frozen and frozen.kind  # adapters of one structure
+    config, dtype, frozen = given.start.checkpoint.config, given.start.model.common["dtype"], given.frozen_adapter
     return (
-        checkpoint.hash,
+        given.start.checkpoint.hash,
         s.system,
         program_of(s, given.recipe["loss_per"]),
-        batch,
-        trained,
+        (s.data.batch_size, s.data.accumulate, s.data.max_tokens, s.data.on_policy, s.loss.top_k),
+        caches_below(config, s),
+        _start_and_structure(config, dtype, s.adapter.model_dump_json())[1],
         bool(given.projected),
-        kind,
+        frozen.name if isinstance(frozen, Folder) else frozen and frozen.kind,  # adapters of one structure
         s.fork is not None,
     )
 
