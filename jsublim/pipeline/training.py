@@ -327,12 +327,27 @@ def train_arms(
 
     adapters = train(lm.config, lm.params, [arm for arm, _ in members], settings, work, on_step, shape=shape, say=say)
     whole = [_whole(lm, adapter) for adapter in adapters]
-    lines = on_main_process(lambda: read_rows(work / "metrics.jsonl", ("arm", "step")))
+    every = on_main_process(lambda: read_rows(work / "metrics.jsonl", ("arm", "step")))
+    lines = {arm.name: [line for line in every if line["arm"] == arm.name] for arm, _ in members}
+    diverged: dict[str, str] = {}
     for arm, _ in members:
-        last = next(line for line in reversed(lines) if line["arm"] == arm.name)
+        last = lines[arm.name][-1]
         if "diverged" in last:
-            on_diverged(f"{arm.name}: diverged at step {last['step']} of {arm.steps}: {last['diverged']}")
-    on_main_process(lambda: _keep_all(lm, members, whole, work, lines))
+            diverged[arm.name] = f"at step {last['step']} of {arm.steps}: {last['diverged']}"
+            on_diverged(f"{arm.name}: diverged {diverged[arm.name]}")
+
+    def keep() -> None:
+        for (arm, artifact), student in zip(members, whole, strict=True):
+            if artifact.done:
+                continue
+            steps = [{name: value for name, value in line.items() if name != "arm"} for line in lines[arm.name]]
+            write_rows(artifact.path / "metrics.jsonl", steps)
+            keep_student(artifact.path, lm, student)
+            summary = {"steps": arm.steps, "rows": len(arm.examples), "loss": steps[-1]["loss"]}
+            artifact.finish(summary | ({"diverged": diverged[arm.name]} if arm.name in diverged else {}))
+        forget_state(work)
+
+    on_main_process(keep)
 
 
 def _whole(lm: LanguageModel, adapter: Adapter) -> Adapter | Params:
@@ -341,26 +356,6 @@ def _whole(lm: LanguageModel, adapter: Adapter) -> Adapter | Params:
         return adapter
     merged = merge_full(lm.params, adapter)
     return merged if jax.process_count() == 1 else Layout.host(merged)
-
-
-def _keep_all(
-    lm: LanguageModel,
-    members: Sequence[tuple[Arm, Artifact]],
-    students: Sequence[Adapter | Params],
-    work: Path,
-    lines: Sequence[Row],
-) -> None:
-    for (arm, artifact), student in zip(members, students, strict=True):
-        if artifact.done:
-            continue
-        steps = [{k: v for k, v in line.items() if k != "arm"} for line in lines if line["arm"] == arm.name]
-        write_rows(artifact.path / "metrics.jsonl", steps)
-        keep_student(artifact.path, lm, student)
-        summary = {"steps": arm.steps, "rows": len(arm.examples), "loss": steps[-1]["loss"]}
-        if "diverged" in steps[-1]:
-            summary |= {"diverged": f"at step {steps[-1]['step']} of {arm.steps}: {steps[-1]['diverged']}"}
-        artifact.finish(summary)
-    forget_state(work)
 
 
 def keep_student(folder: Path, lm: LanguageModel, student: Adapter | Params) -> None:
