@@ -94,11 +94,6 @@ class Context:
         """Tell the user."""
         self.progress.say(text)
 
-    def release_judge(self) -> None:
-        """Give back the memory of a judge, if there is one."""
-        if self.setup.experiment.judge is not None:
-            self.judge.release_memory()
-
     def sharing(self, other: Context) -> Context:
         """The same, with the weights that the context of an experiment with the same checkpoint reads or has read."""
         return dataclasses.replace(self, _loaded=other._loaded)
@@ -106,10 +101,6 @@ class Context:
     def let_go(self) -> None:
         """Give back the memory of weights; they are read again when they are next asked for."""
         self._loaded.clear()
-
-    def telling(self, progress: Progress) -> Context:
-        """The same, with whatever is said and timed told to somebody else."""
-        return dataclasses.replace(self, progress=progress)
 
     def lm(self, name: str | None = None) -> LanguageModel:
         """A checkpoint of the config with its weights; None is the experiment's."""

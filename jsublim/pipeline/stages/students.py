@@ -175,7 +175,8 @@ def train_students(ctx: Context, nodes: Sequence[Node], everyone: Sequence[Node]
     that concern it (`recipe`), `max_new_tokens` of on-policy rows, the traits that gradients are `projected` out of with the questions
     about them (`questions`), and the `frozen_adapter` that is added to it.
     """
-    ctx.release_judge()  # a judge may be larger than the model: students need its memory
+    if ctx.setup.experiment.judge is not None:
+        ctx.judge.release_memory()  # it may be larger than the model: students need its memory
     told = lambda what: ctx.say(f"{what}; lower students.optimizer.lr, or look at those rows")  # noqa: E731
     for work, group in _groups(ctx, nodes):
         # Made when their turn comes: a hundred students' adapters need not lie on the device together.
