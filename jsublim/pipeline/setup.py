@@ -235,7 +235,7 @@ class Setup:
             raise UsageError(f"teachers.counterfactuals: none is left for trait '{trait}'; name another trait")
         return others
 
-    @property
+    @functools.cached_property
     def biased(self) -> list[str]:
         """Every trait that some teacher has: the teachers' and their counterfactuals'."""
         traits = [trait for trait in self.experiment.teachers.traits if trait != NOBODY]
