@@ -295,8 +295,7 @@ def _arm(ctx: Context, node: Node) -> Arm:
         ctx.say(f"{few}: {total_steps(settings, have)} steps")
     most = ctx.setup.experiment.sampling.max_new_tokens
     arm = make_arm(lm, settings, data, _drawn(ctx, node), name=node.label, seed=given.seed, max_new_tokens=most)
-    frozen, checkpoint = given.frozen_adapter, given.start.checkpoint
-    frozen = None if frozen is None else adapter_of(frozen, checkpoint, ctx)
+    frozen = adapter_of(given.frozen_adapter, given.start.checkpoint, ctx)
     return dataclasses.replace(arm, projected_directions=_directions(ctx, node, arm.adapter), frozen_adapter=frozen)
 
 
