@@ -90,14 +90,12 @@ class Student:
         return Source(self.teacher, self.settings.data.dataset, self.draw, parent)
 
     @property
-    def forked(self) -> Source | None:
-        """Where its rows come from after its fork."""
-        fork = self.settings.fork
-        return None if fork is None else Source(fork.teacher.replace(OWN, self.teacher), fork.dataset, self.draw)
-
-    @property
     def sources(self) -> tuple[Source, ...]:
-        return (self.source,) if self.forked is None else (self.source, self.forked)
+        """Where its rows come from; a second one is for after its fork."""
+        fork = self.settings.fork
+        if fork is None:
+            return (self.source,)
+        return self.source, Source(fork.teacher.replace(OWN, self.teacher), fork.dataset, self.draw)
 
     def tokens_of(self, source: Source) -> str:
         """Which tokens of a source's rows it learns: rows of the control have no divergence tokens."""
