@@ -180,9 +180,9 @@ def evaluate_models(ctx: Context, nodes: Sequence[Node], everyone: Sequence[Node
     for node in sound if given.engine is not None else ():
         if (model := served(ctx.setup, node.given.model)) is not None:
             on_server.append((node.key, model))
-    for how in dict.fromkeys(given.samplings):
-        by = drawn_by(ctx, on_server[0][1] if on_server else None)
-        ctx.say(f"sampling, evaluation{by}: {how.numbers()}")
+    by = drawn_by(ctx, on_server[0][1] if on_server else None)
+    for sampling in dict.fromkeys(given.samplings):
+        ctx.say(f"sampling, evaluation{by}: {sampling.numbers()}")
     with server_with(ctx, on_server) if on_server else nullcontext((None, [])) as (server, names):
         _ask(ctx, sound, None if server is None else functools.partial(server.answers, names))
 
@@ -198,7 +198,7 @@ def _ask(ctx: Context, nodes: Sequence[Node], answers: Callable[..., list[list[s
     logs = [RowLog(artifact.path / PROGRESS, artifact.say) for artifact in artifacts]
     records: list[list[dict[str, Any]]] = [[] for _ in nodes]
     counts: list[list[dict[str, Any]]] = [[] for _ in nodes]
-    how = {
+    how: dict[str, Any] = {
         "samples": given.samples,
         "seed": given.seed,
         "adapters": [model.adapter for model in models if model.adapter is not None] or None,
@@ -217,7 +217,8 @@ def _ask(ctx: Context, nodes: Sequence[Node], answers: Callable[..., list[list[s
             records[i] += [asdict(record) | {"question": offset + record.question} for record in of_task]
             counts[i] += _counted(task.questions, texts, offset)
         offset += len(task.questions)
-    drawn = [how.numbers() | {"max_new_tokens": given.max_new_tokens} for how in dict.fromkeys(given.samplings)]
+    every_sampling = dict.fromkeys(given.samplings)
+    drawn = [sampling.numbers() | {"max_new_tokens": given.max_new_tokens} for sampling in every_sampling]
     for i, (node, artifact) in enumerate(zip(nodes, artifacts, strict=True)):
         logs[i].close()
         measured = {} if node.given.fidelity is None else node.given.fidelity.measure(ctx, models[i])
