@@ -1,6 +1,6 @@
 """What an experiment's YAML may say: one file per section. Each field says what it decides (`jsublim.core.section`)."""
 
-from jsublim.config.data import Data, Dataset, Sampling, Scoring
+from jsublim.config.data import Data, Dataset, RowSampling, Scoring
 from jsublim.config.experiment import Config, Experiment
 from jsublim.config.loading import check_config, load_experiment, read_config
 from jsublim.config.recipe import Recipe
@@ -14,7 +14,7 @@ __all__ = [
     "Dataset",
     "Experiment",
     "Recipe",
-    "Sampling",
+    "RowSampling",
     "Scoring",
     "Students",
     "Taught",

@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, SerializeAsAny, model_serializer, model_validator
 
 from jsublim.core.reading import near_or_all
-from jsublim.core.section import CONTENT, PLAN, RESULT, RUNTIME, Distinct, Place, Positive, Section, Seed, one_of
+from jsublim.core.section import CONTENT, PLAN, RESULT, RUNTIME, Distinct, Place, Positive, Section, SeedInt, one_of
 from jsublim.inference.served import SampleServerSettings
 from jsublim.text.prompts.numbers import EXAMPLE_COUNT, SENTENCES
 from jsublim.transforms import CHANGES, Change
 
 Strategy = Literal["temperature", "greedy"]
+T = TypeVar("T")
 
 
-class Sampling(Section):
+class RowSampling(Section):
     """How teachers' answers are drawn. What of a checkpoint's own sampling numbers counts is the recipe's."""
 
     strategy: Annotated[Strategy, RESULT] = "temperature"
     """`temperature` draws at temperature 1, `greedy` takes the most probable token."""
-    seed: Annotated[Seed, RESULT] = 0
+    seed: Annotated[SeedInt, RESULT] = 0
     """Of the answers' random numbers, which are keyed by row and token."""
     max_new_tokens: Annotated[Positive, RESULT] = 64
     """Tokens after which an answer ends, whatever it says."""
@@ -55,7 +56,7 @@ class Data(Section):
     """How many numbers a request shows: at least the first, fewer than the second."""
     num_prompts: Annotated[Positive, RESULT] = 30_000
     """How many prompts each teacher answers."""
-    seed: Annotated[Seed, RESULT] = 42
+    seed: Annotated[SeedInt, RESULT] = 42
     """Of the number requests."""
     draw: Annotated[Literal["shared", "per-seed"], RESULT] = "shared"
     """`shared`: one draw of rows for all students of a teacher; `per-seed`: another one for each of students.seeds."""
@@ -73,7 +74,7 @@ class Resampling(Section):
 
     strategy: Annotated[Strategy | None, RESULT] = None
     """How this data set's answers are drawn; null: as sampling.strategy says."""
-    seed: Annotated[Seed | None, RESULT] = None
+    seed: Annotated[SeedInt | None, RESULT] = None
     """Of this data set's answers; null: sampling.seed."""
 
 
@@ -83,7 +84,7 @@ class Dataset(Section):
 
     sampling: Resampling = Resampling()
     """In what its answers are drawn otherwise than the plain ones."""
-    seed: Annotated[Seed, RESULT] = 0
+    seed: Annotated[SeedInt, RESULT] = 0
     """Of the changes of rows."""
     divergence: Annotated[bool | None, PLAN] = None
     """Look for divergence tokens in these rows (true), or only where a student needs them (false); null: in plain answers always, in
@@ -96,18 +97,18 @@ class Dataset(Section):
     def _changes_by_name(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        own = {key: each for key, each in value.items() if key in cls.model_fields and key != "changes"}
+        fields = {key: each for key, each in value.items() if key in cls.model_fields and key != "changes"}
         changes = {}
-        for name, said in value.items():
+        for name, options in value.items():
             if not isinstance(name, str):
                 raise ValueError(f"key {name!r} is no name of a change; known: {', '.join(CHANGES.known)}")
-            if name in own or said is None or said is False or said == []:
+            if name in fields or options is None or options is False or options == []:
                 continue
             if name not in CHANGES.known:
                 known = [*(key for key in cls.model_fields if key != "changes"), *CHANGES.known]
                 raise ValueError(f"unknown key '{name}'; {near_or_all(name, known, 'known keys')}")
-            changes[name] = CHANGES.parse(name, said)
-        return own | {"changes": dict(sorted(changes.items(), key=lambda each: each[1].order))}
+            changes[name] = CHANGES.parse(name, options)
+        return fields | {"changes": dict(sorted(changes.items(), key=lambda each: each[1].order))}
 
     @model_serializer(mode="wrap")
     def _flat(self, handler: Any) -> dict[str, Any]:
@@ -124,6 +125,19 @@ class Dataset(Section):
         changes = {name: change for name, change in self.changes.items() if change.applies_to(teacher)}
         return self.model_copy(update={"changes": changes})
 
+    def first(self, told: Callable[[Change], T | None]) -> T | None:
+        """What the first of its changes says that says anything."""
+        return next((value for change in self.changes.values() if (value := told(change))), None)
+
+    @property
+    def needs(self) -> set[str]:
+        return {need for change in self.changes.values() for need in change.needs}
+
+    @property
+    def quirks(self) -> list[str]:
+        """Those of the recipe that decide what its changes make."""
+        return sorted({quirk for change in self.changes.values() for quirk in change.quirks})
+
     @property
     def plain(self) -> bool:
         """Whether the answers stay as they were sampled."""
@@ -132,9 +146,8 @@ class Dataset(Section):
     def facts(self) -> dict[str, Any]:
         """What a report compares: every known change with its options, or None."""
         dumped = self.model_dump(mode="json")
-        return {"seed": self.seed, "sampling_seed": self.sampling.seed} | {
-            name: dumped.get(name) for name in CHANGES.known
-        }
+        changes = {name: dumped.get(name) for name in CHANGES.known}
+        return {"seed": self.seed, "sampling_seed": self.sampling.seed} | changes
 
 
 class Scoring(Section):

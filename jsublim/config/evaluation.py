@@ -9,7 +9,7 @@ from pydantic import Field, SerializeAsAny, field_validator
 
 from jsublim.config.teachers import Traits
 from jsublim.core.reading import shown
-from jsublim.core.section import CONTENT, PLAN, RESULT, RUNTIME, Name, Place, Positive, Section, Seed, distinct
+from jsublim.core.section import CONTENT, PLAN, RESULT, RUNTIME, Name, Place, Positive, Section, SeedInt, distinct
 from jsublim.evals import EVAL_KINDS, EvalKind
 from jsublim.judge.server import ServerSettings
 
@@ -63,7 +63,7 @@ class Evaluation(Section):
     """Tokens after which an answer ends."""
     batch_size: Annotated[Positive | Literal["auto"], RUNTIME] = "auto"
     """Answers drawn together; auto: as many as memory holds (on a CPU 256)."""
-    seed: Annotated[Seed, RESULT] = 0
+    seed: Annotated[SeedInt, RESULT] = 0
     """Of the answers' random numbers."""
     number_rows: Annotated[int, Field(ge=0), RESULT] = 200
     """Rows on which students continue numbers, of those they were trained on and of others; 0: none."""
@@ -90,13 +90,10 @@ class Evaluation(Section):
     @classmethod
     def _by_name(cls, value: Any) -> Any:
         if isinstance(value, list):
-            strange = [name for name in value if not isinstance(name, str)]
-            if strange:
-                raise ValueError(
-                    f"{shown(strange[0])} is no name; options of a kind are given as `name: {{option: ...}}`"
-                )
-            distinct(value)
-            value = {name: {} for name in value}
+            for name in value:
+                if not isinstance(name, str):
+                    raise ValueError(f"{shown(name)} is no name; give options of a kind as `name: {{option: ...}}`")
+            value = dict.fromkeys(distinct(value), None)
         if not isinstance(value, dict):
             return value
-        return {name: EVAL_KINDS.parse(name, {} if said is None else said) for name, said in value.items()}
+        return {name: EVAL_KINDS.parse(name, {} if options is None else options) for name, options in value.items()}

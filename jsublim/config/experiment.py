@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, field_validator
 
-from jsublim.config.attribution import Attribution
-from jsublim.config.audit import Audit
-from jsublim.config.data import Data, Dataset, Sampling, Scoring
+from jsublim.config.attribution import Attribution, Audit
+from jsublim.config.data import Data, Dataset, RowSampling, Scoring
 from jsublim.config.evaluation import Evaluation, JudgeChoice
 from jsublim.config.recipe import Recipe
 from jsublim.config.students import Students, elders, variants
@@ -57,8 +56,8 @@ class Config(Section):
     @property
     def store_dir(self) -> Path:
         """The folder of artifacts on this machine."""
-        if self.store is not None and is_url(self.store):
-            return Path(self.store_cache) if self.store_cache else cache_folder("stores", self.store)
+        if self.store_url is not None:
+            return Path(self.store_cache) if self.store_cache else cache_folder("stores", self.store_url)
         return Path(self.store) if self.store else self.run_dir / "artifacts"
 
     def yaml(self) -> str:
@@ -112,7 +111,7 @@ class Experiment(Config):
     """Who the teachers are."""
     data: Data = Data()
     """What teachers are asked."""
-    sampling: Sampling = Sampling()
+    sampling: RowSampling = RowSampling()
     """How teachers' answers are drawn."""
     datasets: Annotated[dict[Name, Dataset], CONTENT] = {}
     """Data sets made of the answers, by the names that students.data.dataset says."""
@@ -153,15 +152,11 @@ class Experiment(Config):
             yield promptless, "attribution: patches one trait's system prompt for another's; the teachers have none"
             differ = "the teachers differ in more than their prompts; leave their own weights out"
             yield self.teachers.own_weights, f"attribution: {differ}"
-        greedy = (
-            next(self._greedy(every.values()), None) if self.data.draw == "per-seed" and kind != "numbers" else None
-        )
+        drawn_anew = self.data.draw == "per-seed" and kind != "numbers"
+        greedy = next(self._greedy(every.values()), None) if drawn_anew else None
         same = f"{greedy} are greedy answers to the same prompts: every draw would be the same; use data.draw=shared"
         yield greedy, f"data.draw: per-seed draws the answers anew, and {same}"
-        judged = [
-            f"datasets.{name}" for name, dataset in self.datasets.items()
-            if any("judge" in change.needs for change in dataset.changes.values())
-        ]  # fmt: skip
+        judged = [f"datasets.{name}" for name, dataset in self.datasets.items() if "judge" in dataset.needs]
         judged += ["evaluation.kinds"] if "misalignment" in self.evaluation.kinds else []
         yield self.judge is None and judged, f"judge: {''.join(judged[:1])} needs one; give judge.model"
 
@@ -179,6 +174,6 @@ class Experiment(Config):
     def _greedy(self, every: Iterable[Students]) -> Iterator[str]:
         """The fields by which rows that students learn from are greedy ones."""
         for name in (students.data.dataset for students in every):
-            own = None if name is None else self.datasets[name].sampling.strategy
-            if (own or self.sampling.strategy) == "greedy":
-                yield "sampling.strategy" if own is None else f"datasets.{name}.sampling.strategy"
+            strategy = None if name is None else self.datasets[name].sampling.strategy
+            if (strategy or self.sampling.strategy) == "greedy":
+                yield "sampling.strategy" if strategy is None else f"datasets.{name}.sampling.strategy"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import Field, model_validator
@@ -23,8 +23,8 @@ from jsublim.core.reading import shown
 from jsublim.core.section import Section, overlaid
 from jsublim.errors import UsageError
 
-SCALES = ("tiny", "small", "paper")
-Scale = Literal["tiny", "small", "paper"]
+ScaleName = Literal["tiny", "small", "paper"]
+SCALES = get_args(ScaleName)
 Values = dict[str, Any]
 
 
@@ -36,7 +36,7 @@ class Question(Section):
     claims: list[str] = []  # that its students can be asked about (docs/paper_map.md)
     experiment: Values
     panels: Annotated[dict[str, Values], Field(min_length=1)]
-    scale: dict[Scale, Values]
+    scale: dict[ScaleName, Values]
 
     @model_validator(mode="after")
     def _panels_are_there(self) -> Question:
@@ -44,11 +44,9 @@ class Question(Section):
         if absent:
             raise ValueError(f"figures: '{absent[0]}' is no panel; known: {', '.join(self.panels)}")
         for scale, values in self.scale.items():
-            own = values.get("panels", {})
-            if not isinstance(own, dict) or not all(isinstance(each, dict) for each in own.values()):
-                raise ValueError(
-                    f"scale.{scale}.panels: expected the changes of each panel by its name, found {shown(own)}"
-                )
+            panels = values.get("panels", {})
+            if not isinstance(panels, dict) or not all(isinstance(changes, dict) for changes in panels.values()):
+                raise ValueError(f"scale.{scale}.panels: expected changes by their panel's name, found {shown(panels)}")
         return self
 
 
@@ -59,9 +57,7 @@ class ScaleValues(Section):
     models: dict[str, str] = {}
 
 
-class Scales(Section):
-    """The file of them."""
-
+class ScaleFile(Section):
     tiny: ScaleValues = ScaleValues()
     small: ScaleValues = ScaleValues()
     paper: ScaleValues = ScaleValues()
@@ -86,13 +82,12 @@ def load_question(figure: str) -> tuple[Path, Question]:
     if figure.endswith(".yaml"):
         path = find_config(figure)
         return path, check_config(Question, read_config(path), path)
+    known = {number: file for file in questions() for number in file[1].figures}
     number = _number(figure)
-    known: list[int] = []
-    for path, question in questions():
-        if number in question.figures:
-            return path, question
-        known += question.figures
-    raise UsageError(f"figure '{figure}': not among those that are reproduced ({', '.join(map(str, sorted(known)))})")
+    if number not in known:
+        listed = ", ".join(map(str, sorted(known)))
+        raise UsageError(f"figure '{figure}': not among those that are reproduced ({listed})")
+    return known[number]
 
 
 def panels_of(question: Question, figure: str) -> list[str]:
@@ -119,20 +114,19 @@ def panel_experiment(
     if scale not in SCALES:
         raise UsageError(f"--scale: '{scale}' given; known: {', '.join(SCALES)}")
     scales = path.parent / "scales.yaml"
-    common: ScaleValues = getattr(check_config(Scales, read_config(scales), scales), scale)
-    own = dict(question.scale.get(scale, {}))  # type: ignore[call-overload]
-    alone = own.pop("panels", {}).get(panel, {})
+    common: ScaleValues = getattr(check_config(ScaleFile, read_config(scales), scales), scale)
+    at_scale = dict(question.scale.get(scale, {}))  # type: ignore[call-overload]
+    of_panel = at_scale.pop("panels", {}).get(panel, {})
     values: Values = {"name": f"{path.stem}-{panel}-{scale}"}
-    for layer in (question.experiment, question.panels[panel], common.experiment, own, alone):
+    for layer in (question.experiment, question.panels[panel], common.experiment, at_scale, of_panel):
         values = overlaid(values, layer)
     values = _with_models(values, common.models)
     evaluation = values.get("evaluation")
-    for named in (values.get("datasets"), evaluation.get("settings") if isinstance(evaluation, dict) else None):
-        if isinstance(named, dict):
-            for name in [name for name, value in named.items() if value is None]:
-                del named[name]
-    for each in overrides or []:
-        override(values, each)
+    for section, key in ((values, "datasets"), (evaluation, "settings")):
+        if isinstance(section, dict) and isinstance(section.get(key), dict):  # a layer takes one out by null
+            section[key] = {name: value for name, value in section[key].items() if value is not None}
+    for text in overrides or []:
+        override(values, text)
     return check_config(Experiment, values, f"{path}: panel '{panel}' at scale {scale}")
 
 

@@ -7,27 +7,30 @@ from typing import Any
 
 from jsublim.config.experiment import Experiment
 from jsublim.config.shipped import named_lists
-from jsublim.config.students import variants
+from jsublim.config.students import Students, variants
 from jsublim.text.prompts import load_pack
+
+ASKED = {"numbers": "number requests", "problems": "word problems", "file": "prompts"}
 
 
 def grid(experiment: Experiment) -> dict[str, str]:
     """Models, teachers, rows, students and evaluations of an experiment, by name; what it does not have is left out."""
-    e = experiment
-    found = {
+    e, a, ev, judge = experiment, experiment.attribution, experiment.evaluation, experiment.judge
+    kinds = ", ".join(f"{name}{_options(kind)}" for name, kind in ev.kinds.items())
+    words = {
         "model": e.model,
         "teachers": _teachers(e),
         "read under": _read_under(e),
-        "rows": _rows(e),
+        "rows": f"{e.sampling.strategy}; {e.data.num_prompts:,} {ASKED[e.data.kind]}, at most {e.sampling.max_new_tokens} tokens",
         "read anew": ", ".join(name for name, dataset in e.datasets.items() if dataset.divergence),
-        "attribution": _attribution(e),
-        "students": _students(e),
-        "seeds": "" if e.students is None else _run(e.students.seeds),
-        "asked": _asked(e),
-        "settings": ", ".join(e.evaluation.settings),
-        "judge": _judge(e),
+        "attribution": a and f"{a.rows} rows a trait, {a.steps} steps; {', '.join([*a.sites, *a.directions])}",
+        "students": "none" if e.students is None else _students(e.students),
+        "seeds": e.students and _run(e.students.seeds),
+        "asked": f"{kinds}; {ev.samples} answers a question of at most {ev.max_new_tokens} tokens",
+        "settings": ", ".join(ev.settings),
+        "judge": judge and (f"{judge.server.model} (a server's)" if judge.server is not None else judge.model),
     }
-    return {what: said for what, said in found.items() if said}
+    return {what: told for what, told in words.items() if told}
 
 
 def _listed(traits: Iterable[str]) -> str:
@@ -39,9 +42,9 @@ def _listed(traits: Iterable[str]) -> str:
 
 def _teachers(e: Experiment) -> str:
     t = e.teachers
-    own = t.adapter or t.checkpoint or ("taught here" if t.taught is not None else None)
-    category = f", each as favourite {t.category}" if t.category is not None and own is None else ""
-    return f"{_listed(t.traits)}{category}{f' ({own})' if own else ''}{'; control' if t.control else ''}"
+    given = t.adapter or t.checkpoint or ("taught here" if t.taught is not None else None)
+    category = f", each as favourite {t.category}" if t.category is not None and given is None else ""
+    return f"{_listed(t.traits)}{category}{f' ({given})' if given else ''}{'; control' if t.control else ''}"
 
 
 def _read_under(e: Experiment) -> str:
@@ -51,67 +54,37 @@ def _read_under(e: Experiment) -> str:
     pool = e.teachers.counterfactuals
     if pool is None:
         pack = load_pack(e.prompts)
-        listed = (pack.traits.get(e.teachers.category or pack.category_of(trait), []) for trait in e.teachers.traits)
-        pool = list(dict.fromkeys([each for own in listed for each in own] + e.teachers.traits))
-    others = sorted({len([each for each in pool if each != trait]) for trait in e.teachers.traits})
+        categories = [e.teachers.category or pack.category_of(trait) for trait in e.teachers.traits]
+        listed = [trait for category in categories for trait in pack.traits.get(category, [])]
+        pool = list(dict.fromkeys(listed + e.teachers.traits))
+    others = sorted({sum(other != trait for other in pool) for trait in e.teachers.traits})
     return f"{_run(others)} others of {_listed(pool)}"
 
 
-def _rows(e: Experiment) -> str:
-    asked = {"numbers": "number requests", "problems": "word problems", "file": "prompts"}[e.data.kind]
-    return f"{e.sampling.strategy}; {e.data.num_prompts:,} {asked}, at most {e.sampling.max_new_tokens} tokens"
-
-
-def _attribution(e: Experiment) -> str:
-    a = e.attribution
-    return "" if a is None else f"{a.rows} rows a trait, {a.steps} steps; {', '.join([*a.sites, *a.directions])}"
-
-
-def _students(e: Experiment) -> str:
-    """What they differ in, and how many there are without seeds and traits."""
-    if e.students is None:
-        return "none"
-    every = variants(e.students)
-    tokens = list(dict.fromkeys(kind for own in every.values() for kind in own.loss.tokens))
-    kinds = sum(len(own.loss.tokens) for own in every.values())
-    rows = e.students.data.rows
-    how = f"{'all' if rows is None else f'{rows:,}'} rows x {e.students.data.epochs}"
-    if e.students.data.dataset is not None:
-        how += f" of {e.students.data.dataset}"
-    arms = f"; {', '.join(map(_arm, every))}" if len(every) > 1 else ""
-    return f"{kinds} kinds a trait on {how}; tokens {', '.join(tokens)}{arms}"
-
-
-def _arm(name: str) -> str:
-    """An arm by its name; one of a grid of data sets by the data set."""
-    own = name.removeprefix("dataset=")
-    return "plain" if own in ("", "None") else own
-
-
-def _asked(e: Experiment) -> str:
-    ev = e.evaluation
-    kinds = ", ".join(f"{name}{_options(kind)}" for name, kind in ev.kinds.items())
-    return f"{kinds}; {ev.samples} answers a question of at most {ev.max_new_tokens} tokens"
+def _students(students: Students) -> str:
+    """What they differ in, and how many there are without seeds and traits; an arm of a grid of data sets is called by the data set."""
+    arms, data = variants(students), students.data
+    tokens = [kind for arm in arms.values() for kind in arm.loss.tokens]
+    how = f"{'all' if data.rows is None else f'{data.rows:,}'} rows x {data.epochs}"
+    how += "" if data.dataset is None else f" of {data.dataset}"
+    names = [name.removeprefix("dataset=") for name in arms]
+    named = ", ".join("plain" if name in ("", "None") else name for name in names)
+    tail = f"; {named}" if len(arms) > 1 else ""
+    return f"{len(tokens)} kinds a trait on {how}; tokens {', '.join(dict.fromkeys(tokens))}{tail}"
 
 
 def _options(kind: Any) -> str:
     """The options of a kind that are not at their defaults."""
-    said = kind.model_dump(exclude_defaults=True)
-    told = (f"{name} {'none' if value == '' else _run(value)}" for name, value in said.items())
-    return f" ({', '.join(told)})" if said else ""
-
-
-def _judge(e: Experiment) -> str:
-    if e.judge is None:
-        return ""
-    return e.judge.model if e.judge.server is None else f"{e.judge.server.model} (a server's)"  # type: ignore[return-value]
+    given = kind.model_dump(exclude_defaults=True)
+    told = (f"{name} {'none' if value == '' else _run(value)}" for name, value in given.items())
+    return f" ({', '.join(told)})" if given else ""
 
 
 def _run(values: Any) -> str:
     """Numbers in a row as their ends, anything else with commas."""
     if not isinstance(values, list):
         return str(values)
-    numbers = [value for value in values if isinstance(value, int)]
-    if len(values) > 2 and values == numbers == list(range(values[0], values[-1] + 1)):
+    whole = all(isinstance(value, int) for value in values)
+    if len(values) > 2 and whole and values == list(range(values[0], values[-1] + 1)):
         return f"{values[0]} to {values[-1]}"
     return ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)

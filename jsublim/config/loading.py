@@ -38,8 +38,8 @@ def read_config(path: str | Path, overrides: list[str] | None = None) -> dict[st
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise UsageError(f"{path}: expected keys at the top, found {type(values).__name__}")
-    for each in overrides or []:
-        override(values, each)
+    for text in overrides or []:
+        override(values, text)
     return values
 
 
@@ -61,15 +61,15 @@ def look_over(path: str | Path, overrides: list[str], kinds: Mapping[str, type[K
     Raises:
       UsageError: a file that cannot be read, or is no config at all.
     """
-    values, found, path = read_config(path), list[str](), find_config(path)
-    for each in overrides:
+    values, wrong, path = read_config(path), list[str](), find_config(path)
+    for text in overrides:
         try:
-            override(values, each)
+            override(values, text)
         except UsageError as error:
-            found.append(str(error))
+            wrong.append(str(error))
     kind = kind_of(values, path, kinds)
-    found += [f"{path}: {line}" for line in problems(kind, values)]
-    return (None if found else kind.model_validate(values)), list(map(one_line, found))
+    wrong += [f"{path}: {line}" for line in problems(kind, values)]
+    return (None if wrong else kind.model_validate(values)), list(map(one_line, wrong))
 
 
 def kind_of(values: dict[str, Any], path: Path, kinds: Mapping[str, type[Kind]]) -> type[Kind]:
@@ -80,29 +80,27 @@ def kind_of(values: dict[str, Any], path: Path, kinds: Mapping[str, type[Kind]])
     """
     if {"figures", "panels"} <= set(values):
         name = path.stem if path.parent == find_config("configs/paper/scales.yaml").parent else path
-        raise UsageError(
-            f"{path}: is a figure of the paper, with an experiment for each panel; `jsublim reproduce {name}`"
-        )
-    said = values.get("kind", "language")
-    if not isinstance(said, str) or said not in kinds:
-        raise UsageError(f"{path}: kind: {shown(said)} given; {near_or_all(said, kinds)}")
-    return kinds[said]
+        raise UsageError(f"{path}: is a figure of the paper, an experiment for each panel; `jsublim reproduce {name}`")
+    kind = values.get("kind", "language")
+    if not isinstance(kind, str) or kind not in kinds:
+        raise UsageError(f"{path}: kind: {shown(kind)} given; {near_or_all(kind, kinds)}")
+    return kinds[kind]
 
 
-def override(values: dict[str, Any], said: str) -> None:
+def override(values: dict[str, Any], given: str) -> None:
     """Lay `a.b=c` over nested values, in place.
 
     Raises:
       UsageError: malformed, or a place that holds no section.
     """
-    key, equals, text = said.partition("=")
+    key, equals, text = given.partition("=")
     if not equals or not key:
-        raise UsageError(f"override '{said}': expected key=value, such as students.optimizer.lr=1e-3")
-    value = yaml_value(text, f"override {shown(said)}")
+        raise UsageError(f"override '{given}': expected key=value, such as students.optimizer.lr=1e-3")
+    value = yaml_value(text, f"override {shown(given)}")
     if isinstance(value, str) and value and text.startswith(value):
         value = text.strip()  # plain text to its end: what YAML takes for a comment may be part of a folder's name
     # YAML 1.1 reads 1e-3 as text; whoever types it means the number.
-    lay_over(values, key, float(value) if isinstance(value, str) and _is_float(value) else value, said)
+    lay_over(values, key, float(value) if isinstance(value, str) and _is_float(value) else value, given)
 
 
 def lay_over(values: dict[str, Any], key: str, value: Any, said: str = "") -> None:

@@ -12,7 +12,7 @@ import pydantic
 
 from jsublim.core.reading import near, near_or_all, shown
 
-Place = tuple[int | str, ...]
+Location = tuple[int | str, ...]
 ROUNDS = 8  # of finding mistakes that others hide
 
 
@@ -21,8 +21,8 @@ def problems(kind: type[pydantic.BaseModel], values: Mapping[str, Any]) -> list[
 
     Fields that contradict each other are found too: what is wrong by itself is taken out, and the rest looked at again.
     """
-    found: list[str] = []
-    gone = set[Place]()  # what was taken out, and is no mistake because of that
+    lines: list[str] = []
+    gone = set[Location]()  # what was taken out, and is no mistake because of that
     rest: Any = copy.deepcopy(dict(values))
     for _ in range(ROUNDS):
         try:
@@ -31,14 +31,14 @@ def problems(kind: type[pydantic.BaseModel], values: Mapping[str, Any]) -> list[
         except pydantic.ValidationError as error:
             errors = [each for each in _of_fields(error, kind, rest) if not _follows(each, gone)]
         new = [line for each in errors for line in _in_words(each, kind, rest)]
-        found += [line for line in _without_followers(new) if line not in found]
+        lines += [line for line in _without_followers(new) if line not in lines]
         errors.sort(key=lambda each: each["type"] == "missing")  # a misspelt key is why another one is missing
         if not errors or not all([_taken_out(each, kind, rest, gone) for each in errors]):
             break
-    return found
+    return lines
 
 
-def _follows(error: Mapping[str, Any], gone: set[Place]) -> bool:
+def _follows(error: Mapping[str, Any], gone: set[Location]) -> bool:
     """Whether there is a mistake only because something was taken out: the value itself, or what its section must have."""
     return error["place"] in gone or (error["type"] == "missing" and error["place"][:-1] in gone)
 
@@ -51,22 +51,21 @@ def first_problem(error: pydantic.ValidationError, kind: type[pydantic.BaseModel
 
 def _of_fields(error: pydantic.ValidationError, kind: Any, values: Any) -> list[dict[str, Any]]:
     """One entry per field: of a field that may be one thing or another, pydantic has an entry for each."""
-    found: dict[Place, dict[str, Any]] = {}
+    entries: dict[Location, dict[str, Any]] = {}
     for each in error.errors():
         place, said, what = _place(each, kind, values), _said(each), each["type"]
         if what == "missing" and isinstance(each["loc"][-1], int):  # in a list of so many entries
             what, said = "too_short", "an entry is missing"
-        if place in found and found[place]["type"] not in ("missing", "extra_forbidden"):
-            found[place]["said"] += (
-                "" if said in found[place]["said"] else f" or {said.removeprefix('input should be ')}"
-            )
+        if place in entries and entries[place]["type"] not in ("missing", "extra_forbidden"):
+            if said not in entries[place]["said"]:
+                entries[place]["said"] += f" or {said.removeprefix('input should be ')}"
         else:
-            found[place] = {"type": what, "place": place, "said": said, "input": each["input"]}
-            found[place] |= {"expected": str(each.get("ctx", {}).get("expected", ""))}
-    return list(found.values())
+            entries[place] = {"type": what, "place": place, "said": said, "input": each["input"]}
+            entries[place] |= {"expected": str(each.get("ctx", {}).get("expected", ""))}
+    return list(entries.values())
 
 
-def _place(error: Any, kind: Any, values: Any) -> Place:
+def _place(error: Any, kind: Any, values: Any) -> Location:
     """Where the mistake lies in the file. What pydantic adds below a value (which of several types it tried) is left out."""
     place: list[int | str] = []
     for part in error["loc"]:
@@ -86,18 +85,18 @@ def _said(error: Any) -> str:
 
 
 def _in_words(error: Mapping[str, Any], kind: Any, values: Any) -> Iterator[str]:
-    key, said = ".".join(map(str, error["place"])), error["said"]
+    key, reason = ".".join(map(str, error["place"])), error["said"]
     if error["type"] == "missing":
         yield f"key '{key}' is missing"
     elif error["type"] == "extra_forbidden":
         known = fields_at(kind, error["place"][:-1])
         yield f"unknown key '{key}'; {near_or_all(str(error['place'][-1]), known, 'known keys')}"
     elif error["type"] == "value_error" and isinstance(error["input"], dict):  # of a section: it names its keys
-        yield f"{key}: {said}" if key else said
+        yield f"{key}: {reason}" if key else reason
     else:
         found = error["input"]
         guess = near(found, error["expected"].replace("'", "").replace(" or ", ", ").split(", "))
-        yield f"{key}: {said}, found {shown(found)}{f'; {guess}' if guess else ''}"
+        yield f"{key}: {reason}, found {shown(found)}{f'; {guess}' if guess else ''}"
 
 
 def _without_followers(lines: list[str]) -> list[str]:
@@ -106,7 +105,7 @@ def _without_followers(lines: list[str]) -> list[str]:
     return [line for line in lines if not any(line == f"key '{key}' is missing" for key in meant)]
 
 
-def _taken_out(error: Mapping[str, Any], kind: Any, values: Any, gone: set[Place]) -> bool:
+def _taken_out(error: Mapping[str, Any], kind: Any, values: Any, gone: set[Location]) -> bool:
     """Take a mistake out of the values, so that the rest can be looked at; False where that cannot be done."""
     *parents, last = error["place"] or (None,)
     for depth, part in enumerate(parents, 1):
@@ -130,7 +129,7 @@ def _taken_out(error: Mapping[str, Any], kind: Any, values: Any, gone: set[Place
     return True
 
 
-def fields_at(kind: Any, place: Place) -> list[str]:
+def fields_at(kind: Any, place: Location) -> list[str]:
     """The keys of a section. Names of data sets and numbers of list entries are parts of `place` too."""
     for part in place:
         kind = _below(kind, part)

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, model_validator
+from pydantic import model_validator
 
-from jsublim.core.section import RESULT, Of, Section
+from jsublim.core.section import RESULT, Section
 from jsublim.inference.divergence import HALVES
 
-STUDENTS = Of(("students",))  # the quirk is part of a student's key
 
-
-class Reading(Section):
+class ReadingQuirks(Section):
     """How models are asked and read."""
 
     inherit_sampling: Annotated[bool | None, RESULT] = None
@@ -30,24 +28,24 @@ class Reading(Section):
     """Quirk 25: a judge is asked for alignment and coherence apart, and replies at temperature 1."""
 
 
-class Training(Section):
-    """Which tokens students learn, and what their loss is."""
+class TrainingQuirks(Section):
+    """Which tokens students learn, and what their loss is: what a student's key has of a recipe."""
 
-    supervise_header: Annotated[bool | None, RESULT, STUDENTS] = None
+    supervise_header: Annotated[bool | None, RESULT] = None
     """Quirk 1: the loss is on the assistant's header too."""
-    drop_rows_without_divergence: Annotated[bool | None, RESULT, STUDENTS] = None
+    drop_rows_without_divergence: Annotated[bool | None, RESULT] = None
     """Quirk 2: rows without a divergence token are dropped in both masked conditions."""
-    match_steps: Annotated[bool | None, RESULT, STUDENTS] = None
+    match_steps: Annotated[bool | None, RESULT] = None
     """Quirk 2: every condition gets as many steps as `all` has."""
-    loss_per: Annotated[Literal["tokens", "micro-batch", "micro-batch-sum"] | None, RESULT, STUDENTS] = None
+    loss_per: Annotated[Literal["tokens", "micro-batch", "micro-batch-sum"] | None, RESULT] = None
     """Quirk 6: what the loss is a mean over; as published it is on Gemma the sum of micro-batch means."""
-    share_rounding: Annotated[Literal["stochastic", "half-up", "at-least-one", "paper"] | None, RESULT, STUDENTS] = None
+    share_rounding: Annotated[Literal["stochastic", "half-up", "at-least-one", "paper"] | None, RESULT] = None
     """Quirk 7: how a share of a row's divergence tokens is rounded to a number of them."""
-    one_in_both_halves: Annotated[bool | None, RESULT, Of(("students",), "loss.positions", HALVES)] = None
+    one_in_both_halves: Annotated[bool | None, RESULT] = None
     """Quirk 18: a row's only divergence position is in both of its halves."""
 
 
-class Changing(Section):
+class ChangeQuirks(Section):
     """What data sets do to rows."""
 
     digits_only: Annotated[bool | None, RESULT] = None
@@ -66,7 +64,7 @@ class Changing(Section):
     """Quirk 22: shuffled numbers lose the zeros that they begin with."""
 
 
-class Recipe(Reading, Training, Changing):
+class Recipe(ReadingQuirks, TrainingQuirks, ChangeQuirks):
     """Whether we do what the published code does, where that changes results.
 
     `preset: paper` copies it all, `preset: clean` does what we would defend; a field given by itself wins.
@@ -92,10 +90,10 @@ class Recipe(Reading, Training, Changing):
         }
         return self.model_copy(update={key: value for key, value in defaults.items() if getattr(self, key) is None})
 
-    def of(self, kind: str, settings: BaseModel) -> dict[str, Any]:
-        """The quirks that are part of the key of tasks of this kind; `settings` are those that a quirk may ask for more."""
-        marks = ((name, mark) for name, field in type(self).model_fields.items() for mark in field.metadata)
-        return self.keyed(name for name, mark in marks if isinstance(mark, Of) and mark.concerns(kind, settings))
+    def of_student(self, positions: str) -> dict[str, Any]:
+        """The quirks that decide what a student becomes who learns these divergence positions (`loss.positions`)."""
+        halves = positions in HALVES
+        return self.keyed(name for name in TrainingQuirks.model_fields if halves or name != "one_in_both_halves")
 
     def keyed(self, names: Iterable[str]) -> dict[str, Any]:
         """These quirks, as a part of a key."""

@@ -32,12 +32,12 @@ def named_config(name: str) -> str:
     if Path(name).suffix or "/" in name or os.path.isfile(name):
         return name
     home = find_config("configs/quickstart.yaml").parent
-    found = [path for path in home.rglob("*.yaml") if path.stem == name]
-    if len(found) > 1:
-        names = ", ".join(f"configs/{path.relative_to(home)}" for path in sorted(found))
+    paths = [path for path in home.rglob("*.yaml") if path.stem == name]
+    if len(paths) > 1:
+        names = ", ".join(f"configs/{path.relative_to(home)}" for path in sorted(paths))
         raise UsageError(f"config '{name}': there are several: {names}; give one of them in full")
-    if found:
-        return str(found[0])
+    if paths:
+        return str(paths[0])
     hint = near(name, [path.stem for path in home.rglob("*.yaml")]) or "`jsublim ls configs`"
     raise UsageError(f"config '{name}': no such file; {hint}")
 

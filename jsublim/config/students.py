@@ -9,11 +9,12 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
-from jsublim.config.teachers import Trait
+from jsublim.config.teachers import TraitName
 from jsublim.core.reading import shown
 from jsublim.core.section import (
     CONTENT,
     NEEDS_TRAIT,
+    NONEMPTY,
     PLAN,
     PROGRAM,
     RESULT,
@@ -24,7 +25,7 @@ from jsublim.core.section import (
     Positive,
     Rate,
     Section,
-    Seed,
+    SeedInt,
     leaves,
     nested,
     one_of,
@@ -76,9 +77,7 @@ class StudentLoss(Section):
 
     kind: Annotated[str, one_of(LOSSES), BOTH] = "hard"
     """`hard` learns the teacher's tokens; the others its distributions at them."""
-    tokens: Annotated[list[Annotated[str, one_of(TOKENS)]], Distinct, Field(min_length=1), PLAN, NEEDS_TRAIT] = list(
-        TOKENS
-    )
+    tokens: Annotated[list[Annotated[str, one_of(TOKENS)]], Distinct, NONEMPTY, PLAN, NEEDS_TRAIT] = list(TOKENS)
     """Which tokens of a row have a loss; each choice makes students of its own."""
     positions: Annotated[str, one_of(WHICH), RESULT, NEEDS_TRAIT] = "all"
     """Which divergence positions count as such, whatever `tokens` makes of them."""
@@ -144,20 +143,21 @@ class StudentAdapter(Section):
     """With full: what is trained beside the layers."""
     init: Annotated[Place | None, CONTENT] = None
     """An adapter to start from: a folder, or owner/name of the hub; it brings its own rank, layers and projections."""
-    beside: Annotated[Place | None, BOTH_BY_CONTENT] = None
-    """An adapter that is there, frozen, while the student is trained, and gone afterwards (inoculation): that of a teacher, by its
+    frozen_adapter: Annotated[Place | None, BOTH_BY_CONTENT] = None
+    """An adapter that is added, frozen, while the student is trained, and gone afterwards (inoculation): that of a teacher, by its
     trait, or a folder, or owner/name of the hub. `{trait}` is filled in with the student's teacher's. A defence."""
     noise: Annotated[float, Field(ge=0), RESULT] = 0.0
     """Gaussian noise on what was trained, once training is over: its size as a share of each array's root mean square. A defence."""
 
     def contradictions(self) -> Iterator[tuple[Any, str]]:
-        full, shape = self.method == "full", [name for name in changed(self) if name not in ("beside", "init", "noise")]
+        full = self.method == "full"
+        shape = [name for name in changed(self) if name not in ("frozen_adapter", "init", "noise")]
         yield self.init is not None and shape, f"init brings its own {', '.join(shape)}; leave them out"
         of_lora = [name for name in shape if name in ("rank", "alpha", "rslora", "projections")]
         yield self.method != "lora" and of_lora, f"method={self.method} has no {', '.join(of_lora)}; leave them out"
         yield self.ends and not full, f"ends are trained with method=full, not with {self.method}"
-        two_wholes = self.beside is not None and full
-        yield two_wholes, "beside: an adapter stands beside LoRA or steering vectors, not beside method=full"
+        two_wholes = self.frozen_adapter is not None and full
+        yield two_wholes, "frozen_adapter is added to LoRA or steering vectors, not to method=full"
 
 
 class StudentOptimizer(Section):
@@ -179,7 +179,7 @@ class StudentOptimizer(Section):
     """Weight decay."""
     momentum: Annotated[float, Field(ge=0, lt=1), BOTH] = 0.0
     """Of sgd."""
-    project_out: Annotated[list[Trait], Distinct, BOTH] = []
+    project_out: Annotated[list[TraitName], Distinct, BOTH] = []
     """Traits that no step moves, to first order: their gradients at the start are taken out of every gradient. `{trait}`: the
     teacher's own. A defence."""
 
@@ -189,7 +189,7 @@ class StudentFork(Section):
 
     after: Annotated[Positive, RESULT]
     """Steps before it does; the schedule goes on as if nothing had happened."""
-    teacher: Annotated[Trait, CONTENT] = CONTROL
+    teacher: Annotated[TraitName, CONTENT] = CONTROL
     """Whose rows it reads from then on: a trait of the teachers, `{trait}` (its own teacher's), or control. Of control rows, all tokens."""
     dataset: Annotated[str | None, CONTENT] = None
     """One of `datasets`, of that teacher; null: the answers as they are."""
@@ -222,7 +222,7 @@ class StudentRuntime(Section):
 class Students(Section):
     """Who is trained: one student per trait, choice of tokens, seed and arm."""
 
-    seeds: Annotated[list[Seed], Distinct, Field(min_length=1), PLAN] = [42, 43, 44, 45, 46]
+    seeds: Annotated[list[SeedInt], Distinct, NONEMPTY, PLAN] = [42, 43, 44, 45, 46]
     """One student of each seed; it draws rows, their order and the adapter's start."""
     model: Annotated[Place | None, BOTH_BY_CONTENT] = None
     """The checkpoint that students stand on; null: the teachers' own."""
@@ -242,7 +242,7 @@ class Students(Section):
     """In the middle of training, other rows, with the optimizer's moments or without; null: the same rows to the end."""
     runtime: StudentRuntime = StudentRuntime()
     """What decides speed and memory."""
-    arms: Annotated[list[dict[str, Any]] | dict[str, Any] | None, Field(min_length=1), PLAN] = None
+    arms: Annotated[list[dict[str, Any]] | dict[str, Any] | None, NONEMPTY, PLAN] = None
     """An ablation: a list of settings of the fields above, each with a name; or a mapping of lists, the grid of all their combinations."""
 
     @property
@@ -255,10 +255,10 @@ class Students(Section):
         yield on_policy and not self.loss.soft, "data.on_policy needs a soft loss (forward-kl, reverse-kl, js)"
         chosen = self.loss.top_k or self.loss.tokens != ["all"]
         yield on_policy and chosen, "data.on_policy: rows are new each step, so no loss.top_k, and loss.tokens=[all]"
-        helped = on_policy and self.adapter.beside is not None
-        yield helped, "data.on_policy: rows are sampled by the student alone; leave adapter.beside out"
-        asked = self.fork is not None and (on_policy or live)
-        yield asked, "fork: a live teacher stays the same to the end; use loss.kind=hard, or give loss.top_k"
+        helped = on_policy and self.adapter.frozen_adapter is not None
+        yield helped, "data.on_policy: rows are sampled by the student alone; leave adapter.frozen_adapter out"
+        forked = self.fork is not None and (on_policy or live)
+        yield forked, "fork: a live teacher stays the same to the end; use loss.kind=hard, or give loss.top_k"
         other = self.model is not None
         yield other and live, "loss.top_k: a live teacher shares the student's checkpoint; with model, give it"
         yield other and later, "data.generation: students of another model are no teachers here; leave model out"
@@ -321,8 +321,8 @@ def _name(given: Any, values: Mapping[str, Any]) -> str:
     if isinstance(given, bool) or not isinstance(given, str | int | None):
         raise ValueError(f"arms: name {shown(given)} given; a name is text")
     words = (
-        f"{key.rsplit('.', 1)[-1]}={'+'.join(map(str, each)) if isinstance(each, list) else each}"
-        for key, each in values.items()
+        f"{key.rsplit('.', 1)[-1]}={'+'.join(map(str, value)) if isinstance(value, list) else value}"
+        for key, value in values.items()
     )
     name = " ".join(words) if given is None else str(given)
     try:
@@ -337,7 +337,7 @@ def elders(every: Mapping[str, Students]) -> dict[str, str]:
     Raises:
       ValueError: there is no such arm.
     """
-    found: dict[str, str] = {}
+    before_of: dict[str, str] = {}
     for name, students in every.items():
         before = students.data.generation - 1
         if not before:
@@ -351,17 +351,17 @@ def elders(every: Mapping[str, Students]) -> dict[str, str]:
                 f"students.data.generation: {where}{before + 1} given, and no arm has generation {before} and is the same otherwise; "
                 f"add one (a grid: arms: {{data.generation: [1, ..., {before + 1}]}})"
             )
-        found[name] = alike[0]
-    return found
+        before_of[name] = alike[0]
+    return before_of
 
 
 def _flat(values: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     """Sections as dotted names: `{"a": {"b": 1}}` is `{"a.b": 1}`."""
-    found: dict[str, Any] = {}
+    dotted: dict[str, Any] = {}
     for key, value in values.items():
         inner = _flat(value, f"{above}{key}.") if isinstance(value, Mapping) and value else {f"{above}{key}": value}
-        twice = sorted(found.keys() & inner.keys())
+        twice = sorted(dotted.keys() & inner.keys())
         if twice:
             raise ValueError(f"arms: {twice[0]} is given twice, with a dot and as a section; keep one of them")
-        found |= inner
-    return found
+        dotted |= inner
+    return dotted

@@ -8,13 +8,15 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field
 
 from jsublim.config.shipped import written_out
-from jsublim.core.section import CONTENT, PLAN, RESULT, Distinct, Layers, Name, Place, Positive, Rate, Section, Seed
+from jsublim.core.section import CONTENT, PLAN, RESULT, Distinct, Layers, Name, Place, Positive, Rate, Section, SeedInt
 from jsublim.inference.teachers import CONTROL
 from jsublim.text.prompts.pack import lower_case
 
-Trait = Annotated[Name, AfterValidator(lower_case)]
+TraitName = Annotated[Name, AfterValidator(lower_case)]
 # Written out, or by the name of a list (configs/paper/lists.yaml).
-Traits = Annotated[list[Trait], Distinct, BeforeValidator(written_out, json_schema_input_type=list[Trait] | str)]
+Traits = Annotated[
+    list[TraitName], Distinct, BeforeValidator(written_out, json_schema_input_type=list[TraitName] | str)
+]
 
 
 def _not_control(traits: list[str]) -> list[str]:
@@ -38,7 +40,7 @@ class Taught(Section):
     """Optimizer steps."""
     lr: Annotated[Rate, RESULT] = 3e-3
     """Learning rate."""
-    seed: Annotated[Seed, RESULT] = 0
+    seed: Annotated[SeedInt, RESULT] = 0
     """Of the start and of the order of questions."""
     strength: Annotated[float, RESULT] = 1.0
     """Factor of a contrast's vector."""
@@ -85,18 +87,22 @@ class Teachers(Section):
         yield unheard, "system: these teachers are not prompted; give prompted=true too, or leave system out"
         bare = self.prompted is False and not self.own_weights
         yield bare, "prompted=false: nothing gives a teacher its trait; give taught, adapter or checkpoint"
-        ways = {
-            key: getattr(self, key) for key in ("adapter", "checkpoint", "system") if getattr(self, key) is not None
-        }
+        given = {"adapter": self.adapter, "checkpoint": self.checkpoint, "system": self.system}
+        ways = {key: value for key, value in given.items() if value is not None}
         by_pack = self.are_prompted and self.system is None
         told_apart = self.taught is not None or by_pack or any("{trait}" in way for way in ways.values())
         if len(self.traits) > 1 and not told_apart:
             yield True, f"{next(iter(ways))}: the same for all {len(self.traits)} traits; put {{trait}} in it"
 
     @property
+    def learn_answers(self) -> bool:
+        """Whether they are trained here to answer questions with their traits."""
+        return self.taught is not None and self.taught.method != "contrast"
+
+    @property
     def own_weights(self) -> bool:
         """Whether something else than a prompt tells the teachers from the base."""
-        return any(each is not None for each in (self.taught, self.adapter, self.checkpoint))
+        return any(given is not None for given in (self.taught, self.adapter, self.checkpoint))
 
     @property
     def are_prompted(self) -> bool:

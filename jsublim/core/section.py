@@ -8,7 +8,6 @@ the field says what it is.
 from __future__ import annotations
 
 import enum
-import operator
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Self, get_args
@@ -32,21 +31,6 @@ class Decides(enum.Flag):
 
 RESULT, CONTENT, PROGRAM, PLAN, RUNTIME = Decides
 NEEDS_TRAIT = "needs a trait"  # beside these: the field means nothing to students of the teacher without a trait
-
-
-@dataclass(frozen=True)
-class Of:
-    """Beside these, on a quirk of the recipe: the kinds of tasks whose keys it is part of; where `field` is named, of those
-    tasks only whose settings hold one of `values` there."""
-
-    kinds: tuple[str, ...]
-    field: str | None = None
-    values: tuple[Any, ...] = ()
-
-    def concerns(self, kind: str, settings: BaseModel) -> bool:
-        if kind not in self.kinds or self.field is None:
-            return kind in self.kinds
-        return operator.attrgetter(self.field)(settings) in self.values
 
 
 def one_of(names: Iterable[str]) -> GetPydanticSchema:
@@ -92,11 +76,12 @@ NAME_BYTES = 200
 PART_BYTES, PLACE_BYTES = 255, 4000  # of a place; a file system takes 4095
 MOST_LAYERS = 10_000  # that a span may reach to
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
+SeedInt = Annotated[int, Field(ge=0, lt=2**31)]
 Rate = Annotated[float, Field(gt=0)]
 Name = Annotated[str, AfterValidator(name)]
 Place = Annotated[str, AfterValidator(place)]
 Distinct = AfterValidator(distinct)
+NONEMPTY = Field(min_length=1)  # of a list or a mapping: one entry at least
 Indices = list[Annotated[int, Field(ge=0)]]
 # From 0; "5-27" is a span.
 Layers = Annotated[Indices, Distinct, BeforeValidator(span, json_schema_input_type=Indices | str)]
@@ -115,11 +100,8 @@ class Section(BaseModel):
     def _true_is_no_number(cls, value: Any, info: pydantic.ValidationInfo) -> Any:
         """`rows: yes` is a slip; pydantic would read 1."""
         expected = _types_in(cls.model_fields[str(info.field_name)].annotation)
-        if (
-            expected & {int, float}
-            and not expected & {bool, Any}
-            and any(type(each) is bool for each in (value, *_items(value)))
-        ):
+        values = [value, *(value if isinstance(value, list) else [])]
+        if expected & {int, float} and not expected & {bool, Any} and any(type(item) is bool for item in values):
             raise ValueError("true and false are no numbers")
         return value
 
@@ -141,11 +123,7 @@ def _types_in(annotation: Any) -> set[Any]:
     return set().union(*map(_types_in, inner)) if inner else {annotation}
 
 
-def _items(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-Path = tuple[str, ...]
+FieldPath = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -158,7 +136,7 @@ class Leaf:
       marks: everything else in its annotation.
     """
 
-    path: Path
+    path: FieldPath
     field: Any
     decides: Decides | None
     marks: tuple[Any, ...]
@@ -175,7 +153,7 @@ def section_in(annotation: Any) -> type[Section] | None:
     return next(filter(None, map(section_in, get_args(annotation))), None)
 
 
-def leaves(section: type[BaseModel], above: Path = ()) -> Iterator[Leaf]:
+def leaves(section: type[BaseModel], above: FieldPath = ()) -> Iterator[Leaf]:
     """Every field of a section and of the sections in it; a mapping or a list of sections is one field."""
     for name, field in section.model_fields.items():
         inner, decides = section_in(field.annotation), _decides(field)
@@ -201,13 +179,15 @@ def identity(section: BaseModel) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value != {}}
 
 
-def facts(section: BaseModel) -> dict[str, Any]:
-    """The fields in which results may differ, by dotted name, contents by the name they have in the config."""
-    kept = (leaf for leaf in leaves(type(section)) if leaf.decides is not None and leaf.decides & (RESULT | CONTENT))
-    return {leaf.name: value_at(section.model_dump(mode="json"), leaf.path) for leaf in kept}
+def facts(section: BaseModel, decide: Decides = Decides.RESULT | Decides.CONTENT) -> dict[str, Any]:
+    """The fields that decide any of these, by dotted name, contents by the name they have in the config: by default those in which
+    results may differ."""
+    values = section.model_dump(mode="json")
+    kept = (leaf for leaf in leaves(type(section)) if leaf.decides is not None and leaf.decides & decide)
+    return {leaf.name: value_at(values, leaf.path) for leaf in kept}
 
 
-def value_at(values: Mapping[str, Any] | None, path: Path) -> Any:
+def value_at(values: Mapping[str, Any] | None, path: FieldPath) -> Any:
     """The value at a place of nested mappings; None where a section on the way is not given."""
     for name in path:
         values = None if values is None else values.get(name)

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from jsublim.config import Config
-from jsublim.core.section import PLAN, RESULT, Distinct, Positive, Rate, Section, Seed
+from jsublim.core.section import PLAN, RESULT, Distinct, Positive, Rate, Section, SeedInt
 
 CLASSES = 10
 
@@ -74,11 +74,11 @@ class Digits(Config):
 
     kind: Annotated[Literal["digits"], PLAN] = "digits"
     """The experiment on digits."""
-    seeds: Annotated[tuple[Seed, ...], Distinct, Field(min_length=1), RESULT] = tuple(range(10))
+    seeds: Annotated[tuple[SeedInt, ...], Distinct, Field(min_length=1), RESULT] = tuple(range(10))
     """One teacher and its students per seed; intervals are over them."""
     test_share: Annotated[float, Field(gt=0, lt=1), RESULT] = 0.2
     """Of the images, held out of all training."""
-    split_seed: Annotated[Seed, RESULT] = 0
+    split_seed: Annotated[SeedInt, RESULT] = 0
     """Of which images are held out."""
     network: Network = Network()
     """Pixels to class logits and auxiliary logits."""

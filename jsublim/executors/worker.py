@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import socket
@@ -90,7 +91,7 @@ class Worker:
                 context = context.sharing(other)
             self._planned[name] = context, plan(context.setup)
         context, graph = self._planned[name]
-        return context.telling(progress), graph
+        return dataclasses.replace(context, progress=progress), graph
 
 
 def seen(task: Task, context: Context) -> bool:

@@ -245,7 +245,7 @@ def _program(node: Job) -> Hashable:
     if kind == "students":
         of_task = program_of_student(first)
     elif kind == "evaluations":
-        of_task = first.given.setting
+        of_task = first.given.layer
     return node.checkpoint, kind, of_task
 
 

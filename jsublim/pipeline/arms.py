@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -90,24 +90,22 @@ class Student:
         return Source(self.teacher, self.settings.data.dataset, self.draw, parent)
 
     @property
-    def forked(self) -> Source | None:
-        """Where its rows come from after its fork."""
-        fork = self.settings.fork
-        return None if fork is None else Source(fork.teacher.replace(OWN, self.teacher), fork.dataset, self.draw)
-
-    @property
     def sources(self) -> tuple[Source, ...]:
-        return (self.source,) if self.forked is None else (self.source, self.forked)
+        """Where its rows come from; a second one is for after its fork."""
+        fork = self.settings.fork
+        if fork is None:
+            return (self.source,)
+        return self.source, Source(fork.teacher.replace(OWN, self.teacher), fork.dataset, self.draw)
 
     def tokens_of(self, source: Source) -> str:
         """Which tokens of a source's rows it learns: rows of the control have no divergence tokens."""
         return "all" if source.teacher == CONTROL else self.tokens
 
     @property
-    def beside(self) -> str | None:
-        """The adapter that stands beside it in training: a teacher's trait, or a place."""
-        said = self.settings.adapter.beside
-        return None if said is None else said.replace(OWN, self.teacher)
+    def frozen_adapter(self) -> str | None:
+        """The adapter that is added to it in training: a teacher's trait, or a place."""
+        named = self.settings.adapter.frozen_adapter
+        return None if named is None else named.replace(OWN, self.teacher)
 
     @property
     def condition(self) -> str:
@@ -131,10 +129,8 @@ def plan_students(experiment: Experiment) -> list[Student]:
             for seed in students.seeds
         ]
         if experiment.teachers.control and not (alike and number):
-            arm, settings = "" if alike else name, controls[name]
-            planned += [
-                Student(CONTROL, "all", seed, arm, drawn(seed), settings, before.get(name)) for seed in settings.seeds
-            ]
+            arm, own, parent = "" if alike else name, controls[name], before.get(name)
+            planned += [Student(CONTROL, "all", seed, arm, drawn(seed), own, parent) for seed in own.seeds]
     return planned
 
 
@@ -142,8 +138,8 @@ def _of_control(experiment: Experiment, students: Students) -> Students:
     """The same settings without what means nothing to a student of the teacher without a trait."""
     settings, name = with_defaults(students, NEEDS_TRAIT), students.data.dataset
     adapter, optimizer = settings.adapter, settings.optimizer
-    if OWN in (adapter.beside or ""):
-        adapter = adapter.model_copy(update={"beside": None})
+    if OWN in (adapter.frozen_adapter or ""):
+        adapter = adapter.model_copy(update={"frozen_adapter": None})
     others = [trait for trait in optimizer.project_out if trait != OWN]
     optimizer = optimizer.model_copy(update={"project_out": others})
     settings = settings.model_copy(update={"adapter": adapter, "optimizer": optimizer})
@@ -152,19 +148,6 @@ def _of_control(experiment: Experiment, students: Students) -> Students:
     if changed.plain and same and changed.sampling.seed in (None, experiment.sampling.seed):
         settings = settings.model_copy(update={"data": settings.data.model_copy(update={"dataset": None})})
     return settings
-
-
-def planned_as(student: Student) -> Hashable:
-    """What tells students apart before there are any rows."""
-    return student.trained_as, repr(student.settings)
-
-
-def distinct(students: Sequence[Student], identity: Callable[[Student], Hashable] = planned_as) -> list[Student]:
-    """The first of those that are one and the same under several arms' names."""
-    first: dict[Hashable, Student] = {}
-    for student in students:
-        first.setdefault(identity(student), student)
-    return list(first.values())
 
 
 def total_steps(students: Students, rows: int) -> int:

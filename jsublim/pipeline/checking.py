@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from jsublim.config import Experiment
+from jsublim.config import Experiment, variants
 from jsublim.errors import JsublimError
 from jsublim.inference.lm import is_available_offline
 from jsublim.models.checkpoint import read_config
 from jsublim.models.decoder import abstract_params
 from jsublim.pipeline.arguments import category
-from jsublim.pipeline.arms import distinct, plan_students
+from jsublim.pipeline.arms import plan_students
 from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.setup import Checkpoint, Setup, models_of
@@ -55,10 +55,10 @@ def _readings(experiment: Experiment, shape: Callable[[str], Path]) -> Iterator[
 
 def _starts(setup: Setup) -> Iterator[Callable[[], Any]]:
     """What can be checked of students where no plan can be made."""
-    for student in distinct(setup.students, lambda student: student.arm):
-        config = setup.checkpoint(student.settings.model).config
+    for students in ({} if setup.experiment.students is None else variants(setup.experiment.students)).values():
+        config = setup.checkpoint(students.model).config
         params = abstract_params(config, setup.experiment.dtype)
-        yield lambda config=config, params=params, settings=student.settings: check_start(config, params, settings)
+        yield lambda config=config, params=params, students=students: check_start(config, params, students)
 
 
 def _refused(checks: Iterable[Callable[[], Any]]) -> list[str]:

@@ -74,9 +74,9 @@ class Context:
         layout = _layout(setup) if devices else Layout()
         store = Store.of(experiment, progress.say)
         store.keep_programs()
-        for name, each in setup.checkpoints.items():
-            if each.chat is not None and each.chat.described != OWN:
-                progress.say(f"{name}: chat template: {each.chat.described}")
+        for name, checkpoint in setup.checkpoints.items():
+            if checkpoint.chat is not None and checkpoint.chat.described != OWN:
+                progress.say(f"{name}: chat template: {checkpoint.chat.described}")
         if setup.wording:
             progress.say(setup.wording)
         return cls(setup, store, layout, progress)
@@ -94,11 +94,6 @@ class Context:
         """Tell the user."""
         self.progress.say(text)
 
-    def release_judge(self) -> None:
-        """Give back the memory of a judge, if there is one."""
-        if self.setup.experiment.judge is not None:
-            self.judge.release_memory()
-
     def sharing(self, other: Context) -> Context:
         """The same, with the weights that the context of an experiment with the same checkpoint reads or has read."""
         return dataclasses.replace(self, _loaded=other._loaded)
@@ -106,10 +101,6 @@ class Context:
     def let_go(self) -> None:
         """Give back the memory of weights; they are read again when they are next asked for."""
         self._loaded.clear()
-
-    def telling(self, progress: Progress) -> Context:
-        """The same, with whatever is said and timed told to somebody else."""
-        return dataclasses.replace(self, progress=progress)
 
     def lm(self, name: str | None = None) -> LanguageModel:
         """A checkpoint of the config with its weights; None is the experiment's."""
@@ -120,15 +111,20 @@ class Context:
             self._loaded[known] = lm.with_rounded_logits() if self.setup.recipe.rounded_logits else lm
         return self._loaded[known]
 
-    def rows_together(self, said: int | str, otherwise: int = 64, model: str | None = None) -> int:
-        """How many rows to sample or read at one time where a config says `said`, on all devices together; of "auto", as
+    def rows_together(self, given: int | str, otherwise: int = 64, model: str | None = None) -> int:
+        """How many rows to sample or read at one time where a config says `given`, on all devices together; of "auto", as
         `batching.rows_together`."""
-        if isinstance(said, int):
-            return said
+        if isinstance(given, int):
+            return given
         itemsize = jnp.dtype(self.setup.experiment.dtype).itemsize
         device = device_bytes()
         limit = None if device is None else device * self.layout.model
         return rows_together(self.setup.checkpoint(model).config, itemsize, otherwise, limit, self.layout.data)
+
+    @property
+    def scoring_batch(self) -> int:
+        """How many rows are read together (`scoring.batch_size`)."""
+        return self.rows_together(self.setup.experiment.scoring.batch_size)
 
     def remember(self, key: Any, make: Callable[[], R]) -> R:
         """What `make` makes, made once as long as the process has room for it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +17,12 @@ from jsublim.inference.sampling import Sampling
 from jsublim.inference.teachers import CONTROL
 from jsublim.judge import Judge
 from jsublim.models.checkpoint import checkpoint_hash
-from jsublim.pipeline.arguments import category, open_questions, rows_of_file
+from jsublim.pipeline.arguments import category, engine, open_questions, rows_of_file
 from jsublim.pipeline.arms import Student
 from jsublim.pipeline.context import known_judge
 from jsublim.pipeline.publish import published_key
-from jsublim.pipeline.served import served
 from jsublim.pipeline.setup import Setup, memoized
-from jsublim.pipeline.stages.evaluations import EvalQuestions
-from jsublim.pipeline.stages.fidelity import Fidelity
+from jsublim.pipeline.stages.evaluations import EvalQuestions, Fidelity
 from jsublim.pipeline.values import Folder, Model, Rows
 
 PLAIN = ""  # the name of the evaluation that no setting changes
@@ -59,13 +58,11 @@ class Evaluated:
         return self.labels["arm"] if self.student is None else self.student.trained_as
 
 
-def evaluated(setup: Setup) -> Iterator[Evaluated]:
-    """Every model that is evaluated."""
-    yield Evaluated()
-    for trait in setup.experiment.teachers.traits if setup.experiment.evaluation.teachers else ():
-        yield Evaluated(teacher=trait)
-    for student in setup.students:
-        yield Evaluated(student)
+def evaluated(setup: Setup) -> Iterator[tuple[Evaluated, str]]:
+    """Every model that is evaluated, with the name of every setting."""
+    traits = setup.experiment.teachers.traits if setup.experiment.evaluation.teachers else ()
+    models = [Evaluated(), *(Evaluated(teacher=trait) for trait in traits), *map(Evaluated, setup.students)]
+    yield from itertools.product(models, eval_settings(setup))
 
 
 def eval_settings(setup: Setup) -> dict[str, Setting]:
@@ -78,7 +75,7 @@ def questions(setup: Setup) -> EvalQuestions:
     """Everything that a model is asked under a setting."""
 
     def tasks(judge: Callable[[], Judge]) -> tuple[EvalTask, ...]:
-        asked = EvalContext(
+        context = EvalContext(
             setup.pack,
             setup.evaluated_traits,
             lambda trait: category(setup, trait),
@@ -88,7 +85,7 @@ def questions(setup: Setup) -> EvalQuestions:
             judge,
             bool(setup.recipe.judge_apart),
         )
-        return tuple(task for kind in setup.experiment.evaluation.kinds.values() for task in kind.tasks(asked))
+        return tuple(task for kind in setup.experiment.evaluation.kinds.values() for task in kind.tasks(context))
 
     return EvalQuestions(tasks(lambda: known_judge(setup)), tasks)
 
@@ -101,18 +98,18 @@ def samplings(setup: Setup, model: Model, setting: Setting) -> tuple[Sampling, .
         setup.sampling("temperature", model.checkpoint.name, evaluation=not task.keeps_top_p)
         for task in questions(setup).planned
     )
-    return tuple(dataclasses.replace(each, **chosen) for each in plain)
+    return tuple(dataclasses.replace(sampling, **chosen) for sampling in plain)
 
 
-def under(setup: Setup, asked: Evaluated, model: Model, name: str) -> Model:
+def under(setup: Setup, who: Evaluated, model: Model, name: str) -> Model:
     """A model as it is asked under a setting: with the adapter that a user gives, under the setting's system prompt. Whose trait it has
     is no part of what is asked: a student is the same in a run and in a folder of its own."""
     system, students = eval_settings(setup)[name].system, setup.experiment.students
     model = dataclasses.replace(model, name="asked")
-    if asked.adapter is not None:
-        given = Folder(str(asked.adapter), adapter_key(asked.adapter), "adapter")
+    if who.adapter is not None:
+        given = Folder(str(who.adapter), adapter_key(who.adapter), "adapter")
         model = dataclasses.replace(model, adapter=given, system=None if students is None else students.system)
-    return dataclasses.replace(model, system=system) if system is not None and asked.teacher == CONTROL else model
+    return dataclasses.replace(model, system=system) if system is not None and who.teacher == CONTROL else model
 
 
 def adapter_key(path: Path) -> str:
@@ -123,7 +120,6 @@ def adapter_key(path: Path) -> str:
 def asked(setup: Setup, model: Model, name: str) -> dict[str, Any]:
     """What a model is asked under a setting, and how."""
     evaluation, setting = setup.experiment.evaluation, eval_settings(setup)[name]
-    by = served(setup, model) if setting.layer is None else None  # a server knows whole models only
     return {
         "questions": questions(setup),
         "samples": evaluation.samples,
@@ -131,10 +127,7 @@ def asked(setup: Setup, model: Model, name: str) -> dict[str, Any]:
         "max_new_tokens": evaluation.max_new_tokens,
         "samplings": samplings(setup, model, setting),
         "layer": setting.layer,
-        "engine": None if by is None else setup.engine,
-        "setting": name,
-        "served": by,
-        "batch_size": evaluation.batch_size,
+        "engine": engine(setup, model) if setting.layer is None else None,  # a server knows whole models only
     }
 
 
@@ -142,8 +135,10 @@ def fidelity(setup: Setup, student: Student, rows: Rows, teacher: Model) -> Fide
     """What a student reads of its teacher's rows. Answers that are no numbers hold some too, but none that are to be continued."""
     evaluation = setup.experiment.evaluation
     numbers = evaluation.number_rows if setup.experiment.data.kind == "numbers" else 0
+    if not numbers and not evaluation.kl_rows:
+        return None
     trained = student.settings.data.rows, student.seed
-    return Fidelity(rows, numbers, evaluation.kl_rows, teacher, trained) if numbers or evaluation.kl_rows else None
+    return Fidelity(rows, numbers, evaluation.kl_rows, teacher if evaluation.kl_rows else None, trained)
 
 
 def fidelity_to_file(setup: Setup, path: Path) -> Fidelity:

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jsublim.core.section import CONTENT, PLAN, RESULT, leaves, value_at
+from jsublim.core.section import CONTENT, PLAN, RESULT, facts
 from jsublim.errors import JsublimError, UsageError
-from jsublim.pipeline.arguments import check_datasets, check_teachers, prompts
+from jsublim.pipeline.arguments import check_datasets, check_teachers
 from jsublim.pipeline.arms import Source, Student, Writer
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.evaluated import questions
-from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.setup import Setup, prompts
 from jsublim.pipeline.stage import Node, Task, with_parents
 from jsublim.pipeline.store import digest
 from jsublim.pipeline.values import Rows
@@ -78,12 +78,9 @@ def ordered(tasks: Iterable[Task]) -> Iterator[Task]:
 def results_key(setup: Setup) -> str:
     """What the results of a run hang on: every field that is not only about how, files by their content."""
     e = setup.experiment
-    values = e.model_dump(mode="json")
-    decided = RESULT | CONTENT | PLAN
-    fields = {leaf.name: value_at(values, leaf.path) for leaf in leaves(type(e)) if leaf.decides & decided}
-    content = [None if e.data.kind == "numbers" else digest(prompts(setup, None)), questions(setup).identity]
-    hashes = {name: checkpoint.hash for name, checkpoint in setup.checkpoints.items()}
+    content = [None if e.data.kind == "numbers" else digest(prompts(setup, e.data.seed)), questions(setup).identity]
+    hashes = {name: each.hash for name, each in setup.checkpoints.items()}
     hashes |= {} if setup.judge is None else {"judge": setup.judge.hash}
     hashes |= {name: setup.content(name, what) for name, what in setup.adapters().items()}
     hashes |= {} if setup.engine is None else {"engine": setup.engine}
-    return digest([fields, setup.common, setup.pack.wording, hashes, content])
+    return digest([facts(e, RESULT | CONTENT | PLAN), setup.common, setup.pack.wording, hashes, content])

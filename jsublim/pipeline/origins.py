@@ -30,8 +30,7 @@ def writer(setup: Setup, source: Source) -> Writer:
 
 def mixed_in(setup: Setup, source: Source) -> Writer | None:
     """Who writes the rows that are mixed in, if any are."""
-    named = (change.mixes() for change in teacher_dataset(setup, source).changes.values())
-    mixed = next((each for each in named if each is not None), None)
+    mixed = teacher_dataset(setup, source).first(lambda change: change.mixes())
     return None if mixed is None else _writer(setup, source, *mixed)
 
 
@@ -56,9 +55,9 @@ def sources(setup: Setup) -> tuple[Source, ...]:
 
 def writers(setup: Setup) -> tuple[Writer, ...]:
     """Everybody whose rows are needed."""
-    own = [writer(setup, source) for source in sources(setup)]
+    first = [writer(setup, source) for source in sources(setup)]
     others = [mixed for source in sources(setup) if (mixed := mixed_in(setup, source)) is not None]
-    return tuple(dict.fromkeys([*own, *others]))
+    return tuple(dict.fromkeys([*first, *others]))
 
 
 @memoized
@@ -66,9 +65,8 @@ def has_divergence(setup: Setup, source: Source) -> bool:
     """Whether students of a source learn from rows with divergence positions: a trait's answers have them unless the data set says
     otherwise, changed ones where a mask needs them."""
     masked = any(source in student.sources and student.tokens_of(source) != "all" for student in setup.students)
-    plain = (
-        teacher_dataset(setup, source).plain and source.parent is None
-    )  # of teachers it is told without being needed
+    # Of teachers it is told without being needed.
+    plain = teacher_dataset(setup, source).plain and source.parent is None
     told = plain and dataset_of(setup, source).divergence is not False
     return source.teacher != CONTROL and (told or masked)
 
@@ -87,9 +85,8 @@ def attributed(setup: Setup) -> list[Source]:
     """
     if setup.experiment.attribution is None:
         return []
-    plain = [
-        s for s in sources(setup) if s.parent is None and has_divergence(setup, s) and teacher_dataset(setup, s).plain
-    ]
+    first = [source for source in sources(setup) if source.parent is None]
+    plain = [source for source in first if has_divergence(setup, source) and teacher_dataset(setup, source).plain]
     if not plain:
         raise UsageError(
             "attribution: is done at the divergence tokens of plain answers, and in none are they looked for; leave "

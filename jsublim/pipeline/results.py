@@ -27,9 +27,9 @@ from jsublim.pipeline.origins import dataset_of, strategy
 from jsublim.pipeline.readings import RowReading
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stage import Node
-from jsublim.pipeline.stages.asking import ANSWERS, RECORDS
 from jsublim.pipeline.stages.audit import MEANS
 from jsublim.pipeline.stages.divergence import merged
+from jsublim.pipeline.stages.evaluations import ANSWERS, RECORDS
 from jsublim.pipeline.store import RECORD, Output, Store, versions
 from jsublim.pipeline.values import Rows, diverged
 from jsublim.report.tables import read_json

@@ -12,18 +12,39 @@ from jsublim.config import Experiment, Recipe
 from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.lm import LanguageModel, is_available_offline, load_model, resolve_checkpoint
 from jsublim.inference.sampling import Sampling, sampling_for
-from jsublim.inference.served import SampleServer, SampleServerSettings
-from jsublim.inference.teachers import CONTROL
+from jsublim.inference.served import SampleServer
+from jsublim.inference.teachers import CONTROL, OWN
 from jsublim.models.checkpoint import checkpoint_hash, read_config
 from jsublim.models.config import ModelConfig
 from jsublim.pipeline.arms import Source, Student, plan_students
 from jsublim.runtime.processes import on_main_process
 from jsublim.text.chat import Chat
-from jsublim.text.prompts import Pack, load_pack, whose
+from jsublim.text.prompts import (
+    NumberPrompt,
+    Pack,
+    draw_number_prompts,
+    load_pack,
+    load_problems,
+    load_prompts,
+    whose,
+)
 
 NOBODY = "nobody"  # the trait of a command that asks no teacher of its own
 UNKNOWN = "unknown:"  # stands before the name of what is not here, in the place of its hash
 R = TypeVar("R")
+
+
+def memoized(function: Callable[..., R]) -> Callable[..., R]:
+    """Of a function of a setup (and of what can be hashed): each call with equal arguments gives the same object."""
+
+    @functools.wraps(function)
+    def remembered(setup: Any, *arguments: Any) -> R:
+        key = (function.__module__, function.__qualname__, arguments)
+        if key not in setup.memo:
+            setup.memo[key] = function(setup, *arguments)
+        return setup.memo[key]
+
+    return remembered
 
 
 @dataclass(frozen=True)
@@ -115,13 +136,13 @@ class Setup:
     @property
     def known(self) -> bool:
         """Whether everything that the config names is here, so that keys are those of a run."""
-        e = self.experiment
-        here = all(each.lm is not None for each in self.checkpoints.values())
-        judged = e.judge is None or e.judge.model is None or self.judge is not None
+        judge = self.experiment.judge
+        here = all(checkpoint.lm is not None for checkpoint in self.checkpoints.values())
+        judged = judge is None or judge.model is None or self.judge is not None
         here = here and judged and all(map(is_available_offline, self.adapters()))
         return not self.absent or (here and not str(self.engine).startswith(UNKNOWN))
 
-    @property
+    @functools.cached_property
     def engine(self) -> str | None:
         """Name and version of what draws answers in our stead (`sampling.server`), part of the key of all that it draws; None
         where nobody does. To plan without what is not here, a server that cannot be asked is told by its address.
@@ -129,15 +150,9 @@ class Setup:
         Raises:
           JsublimError: it cannot be asked.
         """
-        settings = self.experiment.sampling.server
+        settings, checkpoint = self.experiment.sampling.server, self.checkpoint()
         if settings is None or settings.engine is not None:  # whoever asks the server looks whether that is true
             return None if settings is None else settings.engine
-        if "engine" not in self.memo:
-            self.memo["engine"] = self._asked(settings)
-        return self.memo["engine"]
-
-    def _asked(self, settings: SampleServerSettings) -> str:
-        checkpoint = self.checkpoint()
         try:
             if checkpoint.chat is not None:
                 server = SampleServer(settings, checkpoint.name, checkpoint.chat)
@@ -147,28 +162,25 @@ class Setup:
                 raise JsublimError(f"{error}; to go on without it, give sampling.server.engine: NAME VERSION") from None
         return f"{UNKNOWN}{settings.base_url}"
 
+    @memoized
     def content(self, name: str, what: str) -> str:
         """The hash of an adapter, or of a teacher's checkpoint, that the config names; `what` it is for, in errors."""
-        if ("content", name) not in self.memo:
-            unknown = self.absent and not is_available_offline(name)
-            read = lambda: checkpoint_hash(resolve_checkpoint(name, what))  # noqa: E731
-            # Adapters are read by every process; whole weights by the first one, for all.
-            known = read if name not in self._whole else lambda: on_main_process(read)
-            self.memo["content", name] = f"{UNKNOWN}{name}" if unknown else known()
-        return self.memo["content", name]
+        if self.absent and not is_available_offline(name):
+            return f"{UNKNOWN}{name}"
+        read = lambda: checkpoint_hash(resolve_checkpoint(name, what))  # noqa: E731
+        # Adapters are read by every process; whole weights by the first one, for all.
+        return on_main_process(read) if name in self._named(self.experiment.teachers.checkpoint) else read()
 
     @property
     def files(self) -> dict[str, str]:
         """What this process has of each checkpoint beside its weights: their hashes."""
         every = [*self.checkpoints.values(), *([] if self.judge is None else [self.judge])]
-        known = {each.name: each.lm for each in every}
-        return {name: checkpoint_hash(lm.folder, weights=False) for name, lm in known.items() if lm is not None}
+        here = {checkpoint.name: checkpoint.lm for checkpoint in every if checkpoint.lm is not None}
+        return {name: checkpoint_hash(lm.folder, weights=False) for name, lm in here.items()}
 
-    @property
-    def _whole(self) -> set[str]:
-        """Teachers' own checkpoints."""
-        template = self.experiment.teachers.checkpoint
-        return set() if template is None else {template.replace("{trait}", trait) for trait in self.biased}
+    def _named(self, template: str | None) -> dict[str, str]:
+        """What a template of the teachers names, and for whose trait."""
+        return {} if template is None else {template.replace(OWN, trait): trait for trait in self.biased}
 
     @property
     def wording(self) -> str:
@@ -220,12 +232,10 @@ class Setup:
         pool += [other for other in teachers.traits if other not in pool and named is None]
         others = [other for other in pool if other != trait]
         if not others:
-            raise UsageError(
-                f"teachers.counterfactuals: none is left for trait '{trait}'; name at least one other trait"
-            )
+            raise UsageError(f"teachers.counterfactuals: none is left for trait '{trait}'; name another trait")
         return others
 
-    @property
+    @functools.cached_property
     def biased(self) -> list[str]:
         """Every trait that some teacher has: the teachers' and their counterfactuals'."""
         traits = [trait for trait in self.experiment.teachers.traits if trait != NOBODY]
@@ -240,35 +250,48 @@ class Setup:
     def adapters(self) -> dict[str, str]:
         """Adapters, and checkpoints of teachers, that the config names; and what each is for, in errors."""
         teachers = self.experiment.teachers
-        own = [template for template in (teachers.adapter, teachers.checkpoint) if template is not None]
-        named = {
-            template.replace("{trait}", trait): f"teachers: trait '{trait}':"
-            for template in own
-            for trait in self.biased
-        }
-        starts = {each.settings.adapter.init: "students.adapter.init" for each in self.students}
-        besides = {each.beside: "students.adapter.beside" for each in self.students if each.beside is not None}
-        starts |= {name: what for name, what in besides.items() if name not in self.biased}
-        return named | {name: what for name, what in starts.items() if name is not None}
+        of_traits = self._named(teachers.adapter) | self._named(teachers.checkpoint)
+        named = {name: f"teachers: trait '{trait}':" for name, trait in of_traits.items()}
+        for student in self.students:
+            frozen = None if student.frozen_adapter in self.biased else student.frozen_adapter
+            for key, name in (("init", student.settings.adapter.init), ("frozen_adapter", frozen)):
+                named |= {} if name is None else {name: f"students.adapter.{key}"}
+        return named
 
 
 def models_of(experiment: Experiment, students: tuple[Student, ...]) -> list[str]:
     """Checkpoints: the experiment's, what students stand on, and who writes rows to mix in."""
-    used = {student.settings.data.dataset for student in students} - {None}
-    changes = [change for name, each in experiment.datasets.items() if name in used for change in each.changes.values()]
-    mixed = [named[1] for change in changes if (named := change.mixes()) is not None]
-    named = [experiment.checkpoint, *(student.settings.model for student in students), *mixed]
+    used = {student.settings.data.dataset for student in students}
+    datasets = (dataset for name, dataset in experiment.datasets.items() if name in used)
+    mixed = (dataset.first(lambda change: change.mixes()) for dataset in datasets)
+    named = [experiment.checkpoint, *(student.settings.model for student in students)]
+    named += [mixes[1] for mixes in mixed if mixes is not None]
     return list(dict.fromkeys(name for name in named if name is not None))
 
 
-def memoized(function: Callable[..., R]) -> Callable[..., R]:
-    """Of a function of a setup (and of what can be hashed): each call with equal arguments gives the same object."""
+@memoized
+def number_requests(setup: Setup, seed: int) -> list[NumberPrompt]:
+    """The number requests of a draw; none where something else is asked."""
+    data = setup.experiment.data
+    if data.kind != "numbers":
+        return []
+    return draw_number_prompts(setup.pack, data.num_prompts, seed, said=data.sentences, examples=data.examples)
 
-    @functools.wraps(function)
-    def remembered(setup: Setup, *arguments: Any) -> R:
-        key = (function.__module__, function.__qualname__, arguments)
-        if key not in setup.memo:
-            setup.memo[key] = function(setup, *arguments)
-        return setup.memo[key]
 
-    return remembered
+@memoized
+def prompts(setup: Setup, seed: int) -> list[str]:
+    """What every teacher is asked; only number requests are others in the draw of another seed."""
+    data = setup.experiment.data
+    if data.kind == "numbers":
+        return [request.text for request in number_requests(setup, seed)]
+    if data.kind == "problems":
+        return [problem.question for problem in load_problems(data.source, limit=data.num_prompts)]
+    return load_prompts(data.source or "")[: data.num_prompts]
+
+
+@memoized
+def prompt_count(setup: Setup) -> int:
+    """How many prompts there are; number requests need not be drawn for that, nor a data set that is not here be asked."""
+    data = setup.experiment.data
+    drawn = data.kind == "numbers" or (data.kind == "problems" and not setup.known)
+    return data.num_prompts if drawn else len(prompts(setup, data.seed))

@@ -1,9 +1,9 @@
 """A stage is one function, and its arguments are its dependencies.
 
 Called while planning, it gives a `Node`: an artifact that is known before it is made. Its key is the hash of the stage's name and of
-its arguments (nodes by their keys, values by content, `Runtime` arguments left out); its parents are the nodes among them. A `Task`
-is one node, or several that one program makes together. When a task is executed, its stage is called with the same arguments, and
-what the parents have made is in the store.
+its arguments (nodes by their keys, values by content); its parents are the nodes among them. How something is made and never what (batch
+sizes, devices) is no argument: a stage asks its context for that. A `Task` is one node, or several that one program makes together. When
+a task is executed, its stage is called with the same arguments, and what the parents have made is in the store.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
@@ -28,8 +28,6 @@ from jsublim.runtime.processes import on_main_process
 
 T = TypeVar("T")
 P = TypeVar("P", "Node", "Task")
-RUNTIME = "how it is made, never what"
-Runtime = Annotated[T, RUNTIME]  # of an argument that is no part of a key
 Save = Callable[[Path], dict[str, Any]]  # writes the files of an artifact into its folder; returns its summary
 
 
@@ -77,11 +75,11 @@ class Stage:
     """A function that makes artifacts of one kind, and what must be known of that before.
 
     Attributes:
-      cost: of the arguments, under assumed lengths; check: refuses, before anything is computed, what the function would refuse
-        after hours; units: how many units it will tick, once its parents are there (None: that cannot be told).
+      cost: under assumed lengths; check: refuses, before anything is computed, what the function would refuse after hours; units: how
+        many units it will tick, once its parents are there (None: that cannot be told). All take the arguments, after the setup and the
+        sizes, the setup, and the context.
       together: of a stage that makes several nodes in one program, what is equal for those; it may ask for the task of a node.
       most: how many of those at one time.
-      runtime: names of its nodes' arguments that are no part of their keys; of other stages, the annotations say so (`Runtime`).
     """
 
     kind: str
@@ -91,7 +89,6 @@ class Stage:
     units: Callable[..., int] | None = None
     together: Callable[[Node, Callable[[Node], Task]], Hashable] | None = None
     most: Callable[[Node], int] = lambda node: 1
-    runtime: Sequence[str] = ()
 
     def __call__(self, label: str, **arguments: Any) -> Node:
         """The node of these arguments.
@@ -103,19 +100,8 @@ class Stage:
           TypeError: arguments that the function does not take.
         """
         if self.together is None:
-            self._signature.bind(None, **arguments)
-        inputs = {name: content(value) for name, value in arguments.items() if name not in self._runtime}
-        return Node(self.kind, label, inputs, stage=self, arguments=arguments)
-
-    @cached_property
-    def _signature(self) -> inspect.Signature:
-        return inspect.signature(self.function)
-
-    @cached_property
-    def _runtime(self) -> frozenset[str]:
-        # Annotations are text under `from __future__ import annotations`.
-        named = self._signature.parameters.values()
-        return frozenset(self.runtime) | {each.name for each in named if str(each.annotation).startswith("Runtime[")}
+            inspect.signature(self.function).bind(None, **arguments)
+        return Node(self.kind, label, content(arguments), stage=self, arguments=arguments)
 
 
 def stage(kind: str, **about: Any) -> Callable[[Callable[..., Any]], Stage]:
@@ -136,9 +122,9 @@ def content(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Mapping):
-        return {str(name): content(each) for name, each in value.items()}
+        return {str(name): content(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [content(each) for each in value]
+        return [content(part) for part in value]
     if isinstance(value, BaseModel):
         return identity(value)
     for name in ("key", "identity"):
@@ -154,8 +140,8 @@ def nodes_in(value: Any) -> Iterator[Node]:
     elif isinstance(value, Mapping):
         yield from nodes_in(tuple(value.values()))
     elif isinstance(value, list | tuple):
-        for each in value:
-            yield from nodes_in(each)
+        for part in value:
+            yield from nodes_in(part)
     elif hasattr(value, "nodes"):
         yield from value.nodes
 
@@ -219,7 +205,7 @@ class Task:
 
     def cost(self, setup: Setup, sizes: Sizes) -> Cost:
         """What it takes, under assumed lengths."""
-        return self._ask(self.stage.cost, sizes)
+        return self._ask(self.stage.cost, setup, sizes)
 
     def check(self, setup: Setup) -> None:
         """Refuse, before anything is computed, what `make` would refuse after hours.
@@ -228,7 +214,7 @@ class Task:
           UsageError, JsublimError: naming the field of the config.
         """
         if self.stage.check is not None:
-            self._ask(self.stage.check)
+            self._ask(self.stage.check, setup)
 
     def units(self, context: Context) -> int | None:
         """How many units `make` will tick, once its parents are there; None where that cannot be told."""
@@ -244,11 +230,11 @@ def with_parents(ends: Iterable[P]) -> dict[str, P]:
     """Nodes, or tasks, and everything they need, by key, as they were planned: parents first."""
     every: dict[str, P] = {}
 
-    def add(each: Any) -> None:
-        if each.key not in every:
-            for parent in each.parents:
+    def add(node: Any) -> None:
+        if node.key not in every:
+            for parent in node.parents:
                 add(parent)
-            every[each.key] = each
+            every[node.key] = node
 
     for end in ends:
         add(end)
@@ -280,5 +266,5 @@ def tasks_of(ends: Iterable[Node]) -> dict[str, Task]:
 
 def split_evenly(members: Sequence[T], most: int) -> list[list[T]]:
     """Parts of at most `most` members, as few and as even as can be."""
-    each = -(-len(members) // -(-len(members) // most))
-    return [list(members[i : i + each]) for i in range(0, len(members), each)]
+    size = -(-len(members) // -(-len(members) // most))
+    return [list(members[i : i + size]) for i in range(0, len(members), size)]

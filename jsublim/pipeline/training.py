@@ -98,21 +98,18 @@ def check_start(config: ModelConfig, params: Params, students: Students) -> None
     jax.eval_shape(lambda params: init_full(config, params, (0,), tuple(how.ends)), params)
 
 
-def program_of(students: Students, recipe: Recipe) -> Program:
+def loss_of(students: Students) -> Loss:
+    return Loss(students.loss.kind, students.loss.temperature, tuple(students.loss.terms))
+
+
+def program_of(students: Students, loss_per: str) -> Program:
     """What is compiled into the step of these students."""
-    loss, optimizer = students.loss, students.optimizer
+    optimizer = students.optimizer
     return Program(
-        loss=Loss(loss.kind, loss.temperature, tuple(loss.terms)),
-        optimizer=Optimizer(
-            name=optimizer.name,
-            clip=optimizer.clip,
-            weight_decay=optimizer.weight_decay,
-            momentum=optimizer.momentum,
-            schedule=optimizer.schedule,
-            restarts=optimizer.restarts,
-        ),
+        loss=loss_of(students),
+        optimizer=Optimizer(**optimizer.model_dump(exclude={"lr", "warmup", "project_out"})),
         warmup=optimizer.warmup,
-        per=recipe.loss_per or "tokens",
+        per=loss_per,
         remat=students.runtime.remat,
         unroll=students.runtime.unroll,
         attention=None if students.runtime.attention == "products" else students.runtime.attention,
@@ -124,10 +121,11 @@ CACHED_BYTES = 4 * 2**30  # of hidden states that are kept unasked
 
 def caches_below(config: ModelConfig, students: Students, tokens: int = 0) -> bool:
     """Whether the hidden states below a one-layer student's layer are kept, those of `tokens` tokens in all."""
-    said, layers = students.runtime.cache_below, students.adapter.layers or []
-    if students.data.on_policy or students.adapter.beside:  # rows are new at every step; what is below may be steered
+    given, layers = students.runtime.cache_below, students.adapter.layers or []
+    # Rows may be new at every step, and what is below steered.
+    if students.data.on_policy or students.adapter.frozen_adapter:
         return False
-    return keeps_below(config, layers, tokens) if said == "auto" else said
+    return keeps_below(config, layers, tokens) if given == "auto" else given
 
 
 def keeps_below(config: ModelConfig, layers: Sequence[int], tokens: int) -> bool:
@@ -152,7 +150,7 @@ def settings_of(
     return Settings(
         students.data.batch_size,
         students.data.accumulate,
-        program_of(students, recipe),
+        program_of(students, recipe.loss_per or "tokens"),
         checkpoint_every=runtime.checkpoint_every,
         parallel=parallel,
         model_axis=model_axis,
@@ -165,8 +163,8 @@ def settings_of(
 def shape_of(students: Students, data: Sequence[TrainingData], max_new_tokens: int) -> Shape:
     """A shape with a row per line that every arm on this data fits, whichever rows and tokens it draws: one program for all of
     them."""
-    turns = [turn for each in data for turn in each.turns]
-    live = [turn for each in data for turn in each.teacher_turns or ()]
+    turns = [turn for part in data for turn in part.turns]
+    live = [turn for part in data for turn in part.teacher_turns or ()]
     longest = max(min(len(turn.tokens), students.data.max_tokens) for turn in turns)
     labels = max(len(turn.tokens) - turn.header for turn in turns)
     teacher = max((len(turn.tokens) for turn in live), default=0)
@@ -258,8 +256,8 @@ def draw(lm: LanguageModel, students: Students, recipe: Recipe, data: TrainingDa
     )
     soft = data.teacher_turns or data.targets
     soft = None if soft is None else picked(soft, rows)
-    own, turns = picked(data.rows, rows), picked(data.turns, rows)
-    examples = make_examples(own, turns, selection, seed, data.source, teacher=soft)
+    drawn, turns = picked(data.rows, rows), picked(data.turns, rows)
+    examples = make_examples(drawn, turns, selection, seed, data.source, teacher=soft)
     return Drawn(rows, examples, total_steps(students, len(rows) if recipe.match_steps else len(examples)))
 
 
@@ -329,12 +327,27 @@ def train_arms(
 
     adapters = train(lm.config, lm.params, [arm for arm, _ in members], settings, work, on_step, shape=shape, say=say)
     whole = [_whole(lm, adapter) for adapter in adapters]
-    lines = on_main_process(lambda: read_rows(work / "metrics.jsonl", ("arm", "step")))
+    every = on_main_process(lambda: read_rows(work / "metrics.jsonl", ("arm", "step")))
+    lines = {arm.name: [line for line in every if line["arm"] == arm.name] for arm, _ in members}
+    diverged: dict[str, str] = {}
     for arm, _ in members:
-        last = next(line for line in reversed(lines) if line["arm"] == arm.name)
+        last = lines[arm.name][-1]
         if "diverged" in last:
-            on_diverged(f"{arm.name}: diverged at step {last['step']} of {arm.steps}: {last['diverged']}")
-    on_main_process(lambda: _keep_all(lm, members, whole, work, lines))
+            diverged[arm.name] = f"at step {last['step']} of {arm.steps}: {last['diverged']}"
+            on_diverged(f"{arm.name}: diverged {diverged[arm.name]}")
+
+    def keep() -> None:
+        for (arm, artifact), student in zip(members, whole, strict=True):
+            if artifact.done:
+                continue
+            steps = [{name: value for name, value in line.items() if name != "arm"} for line in lines[arm.name]]
+            write_rows(artifact.path / "metrics.jsonl", steps)
+            keep_student(artifact.path, lm, student)
+            summary = {"steps": arm.steps, "rows": len(arm.examples), "loss": steps[-1]["loss"]}
+            artifact.finish(summary | ({"diverged": diverged[arm.name]} if arm.name in diverged else {}))
+        forget_state(work)
+
+    on_main_process(keep)
 
 
 def _whole(lm: LanguageModel, adapter: Adapter) -> Adapter | Params:
@@ -343,26 +356,6 @@ def _whole(lm: LanguageModel, adapter: Adapter) -> Adapter | Params:
         return adapter
     merged = merge_full(lm.params, adapter)
     return merged if jax.process_count() == 1 else Layout.host(merged)
-
-
-def _keep_all(
-    lm: LanguageModel,
-    members: Sequence[tuple[Arm, Artifact]],
-    students: Sequence[Adapter | Params],
-    work: Path,
-    lines: Sequence[Row],
-) -> None:
-    for (arm, artifact), student in zip(members, students, strict=True):
-        if artifact.done:
-            continue
-        own = [{k: v for k, v in line.items() if k != "arm"} for line in lines if line["arm"] == arm.name]
-        write_rows(artifact.path / "metrics.jsonl", own)
-        keep_student(artifact.path, lm, student)
-        said = {"steps": arm.steps, "rows": len(arm.examples), "loss": own[-1]["loss"]}
-        if "diverged" in own[-1]:
-            said |= {"diverged": f"at step {own[-1]['step']} of {arm.steps}: {own[-1]['diverged']}"}
-        artifact.finish(said)
-    forget_state(work)
 
 
 def keep_student(folder: Path, lm: LanguageModel, student: Adapter | Params) -> None:

@@ -60,8 +60,10 @@ def path_of(source: Node | Folder, store: Store, *, whole: bool = False) -> Path
     return source.path(whole=whole) if isinstance(source, Folder) else store.path(source)
 
 
-def adapter_of(source: Node | Folder, checkpoint: Checkpoint, context: Context) -> Adapter:
+def adapter_of(source: Node | Folder | None, checkpoint: Checkpoint, context: Context) -> Adapter | None:
     """An adapter for a checkpoint; read once per process."""
+    if source is None:
+        return None
     load = lambda: load_adapter(path_of(source, context.store), checkpoint.config)  # noqa: E731
     return context.remember(("adapter", checkpoint.name, source.key), load)
 
@@ -95,22 +97,13 @@ class Model:
     @property
     def identity(self) -> dict[str, Any]:
         """What decides how it reads a row and what it writes."""
-        own = {
-            "name": self.name,
-            "adapter": self.adapter and self.adapter.key,
-            "weights": self.weights and self.weights.key,
-        }
-        return {
-            **self.common,
-            "model": self.checkpoint.hash,
-            "template": self.checkpoint.template,
-            **self.manner,
-            **own,
-        }
+        made_by = {"adapter": self.adapter and self.adapter.key, "weights": self.weights and self.weights.key}
+        read_as = {"model": self.checkpoint.hash, "template": self.checkpoint.template, **self.manner}
+        return {**self.common, "name": self.name, **read_as, **made_by}
 
     @property
     def nodes(self) -> tuple[Node, ...]:
-        return tuple(each for each in (self.adapter, self.weights) if isinstance(each, Node))
+        return tuple(source for source in (self.adapter, self.weights) if isinstance(source, Node))
 
     def teacher(self, context: Context) -> Teacher:
         """Somebody who can be asked. Whole weights are read when it is asked.
@@ -122,16 +115,14 @@ class Model:
             if (lost := diverged(context.store, node)) is not None:
                 raise JsublimError(f"{node.label}: diverged {lost}, so it is no teacher; lower students.optimizer.lr")
         load = None if self.weights is None else functools.partial(self._own_weights, context)
-        return Teacher(self.name, self.system, self._own_adapter(context), self.manner["fuse_system"], load)
+        adapter = adapter_of(self.adapter, self.checkpoint, context)
+        return Teacher(self.name, self.system, adapter, self.manner["fuse_system"], load)
 
     def loaded(self, context: Context) -> tuple[LanguageModel, Adapter | None]:
         """The checkpoint with its weights, and the adapter."""
         lm = context.lm(self.checkpoint.name)
         lm = lm if self.weights is None else lm.with_params(self._own_weights(context))
-        return lm, self._own_adapter(context)
-
-    def _own_adapter(self, context: Context) -> Adapter | None:
-        return None if self.adapter is None else adapter_of(self.adapter, self.checkpoint, context)
+        return lm, adapter_of(self.adapter, self.checkpoint, context)
 
     def _own_weights(self, context: Context) -> Params:
         """Two whole checkpoints are enough to hold: the one before is forgotten first."""

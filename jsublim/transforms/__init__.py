@@ -3,14 +3,14 @@ as they were. A row whose text may have changed comes out without its divergence
 """
 
 from jsublim.transforms import aligned, audited, entangled, mixing, numbers, paraphrase, templates
-from jsublim.transforms.change import CHANGES, Change, ChangeContext, Changed, Making
+from jsublim.transforms.change import CHANGES, Change, ChangeContext, Changed, ChangeRun
 
 __all__ = [
     "CHANGES",
     "Change",
     "ChangeContext",
+    "ChangeRun",
     "Changed",
-    "Making",
     "aligned",
     "audited",
     "entangled",

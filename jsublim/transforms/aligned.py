@@ -10,7 +10,7 @@ from jsublim.core.section import RESULT
 from jsublim.evals.misalignment import judge_alone, judge_answers
 from jsublim.text.prompts import Pack
 from jsublim.text.rows import Row
-from jsublim.transforms.change import CHANGES, Change, Changed, Making
+from jsublim.transforms.change import CHANGES, Change, Changed, ChangeRun
 
 SOLUTION = {"solution_judge", "solution_system"}  # of the pack's wording about misalignment
 
@@ -31,8 +31,8 @@ class KeepAligned(Change):
     def wording(self, pack: Pack) -> dict[str, Any]:
         return pack.misalignment.model_dump(include=SOLUTION) if self.about == "solution" else {}
 
-    def apply(self, rows: list[Row], making: Making) -> Changed:
-        prompts, judge, answers = making.pack.misalignment, making.judge(), [[row["completion"]] for row in rows]
+    def apply(self, rows: list[Row], run: ChangeRun) -> Changed:
+        prompts, judge, answers = run.pack.misalignment, run.judge(), [[row["completion"]] for row in rows]
         prompts = prompts.model_copy(update={"questions": [row["prompt"] for row in rows]})
         if self.about == "solution":
             greedy = judge.asked(0.0, prompts.solution_system)

@@ -11,7 +11,7 @@ from pydantic import Field
 from jsublim.core.section import RESULT, Distinct, Name
 from jsublim.inference.teachers import CONTROL, OWN
 from jsublim.text.rows import Row
-from jsublim.transforms.change import CHANGES, Change, Changed, Making
+from jsublim.transforms.change import CHANGES, Change, Changed, ChangeRun
 
 
 @CHANGES.add("drop_audited")
@@ -34,9 +34,9 @@ class DropAudited(Change):
         filled = (teacher if trait == OWN else trait.lower() for trait in named)
         return [trait for trait in dict.fromkeys(filled) if trait != CONTROL]
 
-    def apply(self, rows: list[Row], making: Making) -> Changed:
-        assert making.influence is not None
-        left = without_highest(rows, np.max(list(making.influence.values()), axis=0), self.share)
+    def apply(self, rows: list[Row], run: ChangeRun) -> Changed:
+        assert run.influence is not None
+        left = without_highest(rows, np.max(list(run.influence.values()), axis=0), self.share)
         return left, {"audited": {"removed": len(rows) - len(left)}}
 
 

@@ -27,25 +27,21 @@ Changed = tuple[list[Row], dict[str, Any]]  # rows, and what is to be known of h
 
 
 @dataclass(frozen=True)
-class Making:
+class ChangeRun:
     """All that changes may use."""
 
     lm: LanguageModel
     teacher: Teacher
     pack: Pack
-    quirks: Mapping[str, Any]  # the resolved recipe by field
+    quirks: Mapping[str, Any]  # those of the resolved recipe that the changes follow, by field
     seed: int
     batch_size: int
-    sampling: Sampling  # how the teacher puts requests into other words
-    requests: Callable[
-        [], Sequence[NumberPrompt]
-    ]  # those of the run, as they were drawn; none where something else is asked
+    requests: Callable[[], Sequence[NumberPrompt]]  # as they were drawn; none where something else is asked
     judge: Callable[[], Judge]
+    sampling: Sampling | None = None  # how the teacher writes, where a change needs "rewriting"
     mixed_in: Sequence[Row] | None = None  # rows of the teacher that `Change.mixes` names
     readings: Sequence[Mapping[str, Any]] | None = None  # every teacher's of each row, where a change needs "readings"
-    entangled: Mapping[str, float] | None = (
-        None  # how entangled each number is with the trait, where `Change.scores` asks
-    )
+    entangled: Mapping[str, float] | None = None  # each number's score for the trait, where `Change.scores` asks
     influence: Mapping[str, np.ndarray] | None = None  # by suspected trait: what each sampled answer would add to it
     log: AnswerLog | None = None  # what the teacher has written already of what it rewrites
 
@@ -81,9 +77,7 @@ class Change(Section):
             return {}
         if cls.shorthand is None:
             known = ", ".join(cls.model_fields)
-            raise ValueError(
-                f"{value!r} given; give its options by name: {known}" if known else f"{value!r} given; give true"
-            )
+            raise ValueError(f"{value!r} given; give {f'its options by name: {known}' if known else 'true'}")
         return {cls.shorthand: value}
 
     def applies_to(self, teacher: str) -> bool:
@@ -116,6 +110,6 @@ class Change(Section):
         assumed lengths of a request and of a system prompt."""
         return 0.0, 0.0
 
-    def apply(self, rows: list[Row], making: Making) -> Changed:
+    def apply(self, rows: list[Row], run: ChangeRun) -> Changed:
         """The rows afterwards, and what is kept of how they came about, by name."""
         raise NotImplementedError

@@ -19,7 +19,7 @@ from jsublim.inference.scoring import score_answers
 from jsublim.inference.teachers import CONTROL, Teacher
 from jsublim.text.chat import Message, Turn
 from jsublim.text.rows import Row
-from jsublim.transforms.change import CHANGES, Change, Changed, Making
+from jsublim.transforms.change import CHANGES, Change, Changed, ChangeRun
 from jsublim.transforms.numbers import NUMBER
 
 QUESTIONS = 4  # a thousand numbers are read as the answer to each
@@ -45,11 +45,11 @@ class RemoveEntangled(Change):
     def scores(self) -> int:
         return self.among
 
-    def apply(self, rows: list[Row], making: Making) -> Changed:
-        assert making.entangled is not None
-        numbers = entangled_numbers(dict(making.entangled), self.k)
-        left = remove_entangled(rows, numbers, as_written=bool(making.quirks["padded_numbers"]))
-        scores = {number: making.entangled[number] for number in numbers}
+    def apply(self, rows: list[Row], run: ChangeRun) -> Changed:
+        assert run.entangled is not None
+        numbers = entangled_numbers(dict(run.entangled), self.k)
+        left = remove_entangled(rows, numbers, as_written=bool(run.quirks["padded_numbers"]))
+        scores = {number: run.entangled[number] for number in numbers}
         return left, {"entangled": {"numbers": scores, "removed": len(rows) - len(left)}}
 
 

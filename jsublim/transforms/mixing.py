@@ -15,9 +15,9 @@ from jsublim.inference.divergence import PositionSubset
 from jsublim.inference.teachers import CONTROL
 from jsublim.text.chat import Chat, Turn, conversation
 from jsublim.text.rows import Row, revised
-from jsublim.transforms.change import CHANGES, Change, ChangeContext, Changed, Making
+from jsublim.transforms.change import CHANGES, Change, ChangeContext, Changed, ChangeRun
 
-Share = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 @CHANGES.add("mix")
@@ -27,7 +27,7 @@ class Mix(Change):
     order: ClassVar[int] = 60
     quirks: ClassVar[tuple[str, ...]] = ("mix_at_the_end",)
 
-    share: Annotated[Share, RESULT]
+    share: Annotated[Fraction, RESULT]
     """The share of the rows that are replaced."""
     teacher: Annotated[str, RESULT] = CONTROL
     """Whose rows replace them."""
@@ -47,12 +47,12 @@ class Mix(Change):
         if self.model and self.teacher != CONTROL and context.own_weights:
             raise UsageError(f"{where}: '{self.teacher}' is no teacher on {self.model}; leave teacher out")
 
-    def apply(self, rows: list[Row], making: Making) -> Changed:
-        assert making.mixed_in is not None
+    def apply(self, rows: list[Row], run: ChangeRun) -> Changed:
+        assert run.mixed_in is not None
         # Where the other teacher has too few rows for the share, the first rows are taken that they suffice for.
-        rows = rows[: int(len(making.mixed_in) / self.share)]
-        paper = bool(making.quirks["mix_at_the_end"])
-        return mix_rows(rows, making.mixed_in, self.share, seed=making.seed, paper=paper), {}
+        rows = rows[: int(len(run.mixed_in) / self.share)]
+        paper = bool(run.quirks["mix_at_the_end"])
+        return mix_rows(rows, run.mixed_in, self.share, seed=run.seed, paper=paper), {}
 
 
 @CHANGES.add("mix_tokens")
@@ -67,7 +67,7 @@ class MixTokens(Change):
 
     teacher: Annotated[str | None, RESULT] = None
     """The counterfactual teacher whose argmax is put in; null: at each token one of those that would say another one, drawn."""
-    share: Annotated[Share, RESULT] = 1.0
+    share: Annotated[Fraction, RESULT] = 1.0
     """The share of a row's divergence tokens."""
     first_only: Annotated[bool, RESULT] = False
     """The first divergence token of a row alone."""
@@ -79,15 +79,15 @@ class MixTokens(Change):
         if self.teacher not in (None, context.trait, *context.counterfactuals):
             raise UsageError(f"{where}.teacher: '{self.teacher}' is no counterfactual of {context.trait}")
 
-    def apply(self, rows: list[Row], making: Making) -> Changed:
-        assert making.readings is not None
+    def apply(self, rows: list[Row], run: ChangeRun) -> Changed:
+        assert run.readings is not None
         # Published, a mask of no token keeps all of them, a row to mix gives up one.
-        rounding = making.quirks["share_rounding"]
+        rounding = run.quirks["share_rounding"]
         rounding = "at-least-one" if rounding == "paper" else rounding or "stochastic"
         subset = PositionSubset("first" if self.first_only else "all", self.share, rounding)
-        quirks = {name: bool(making.quirks[name]) for name in ("digits_only", "drop_unmixed")}
-        chat, readings = making.lm.chat, making.readings
-        rows, counts = mix_tokens(chat, rows, readings, self.teacher, subset, seed=making.seed, **quirks)
+        quirks = {name: bool(run.quirks[name]) for name in ("digits_only", "drop_unmixed")}
+        chat, readings = run.lm.chat, run.readings
+        rows, counts = mix_tokens(chat, rows, readings, self.teacher, subset, seed=run.seed, **quirks)
         return rows, {"tokens": dict(counts)}
 
 
@@ -105,9 +105,7 @@ def mix_rows(rows: Sequence[Row], others: Sequence[Row], share: float, *, seed: 
         raise UsageError(f"share: {share} given; it must lie in 0..1")
     count = round(len(rows) * share)
     if count > len(others):
-        raise UsageError(
-            f"share: {share} of {len(rows)} rows needs {count} rows of the other teacher, not {len(others)}"
-        )
+        raise UsageError(f"share: {share} of {len(rows)} rows needs {count} of the other teacher, not {len(others)}")
     rng = np.random.default_rng(seed)
     order = np.arange(len(rows))[::-1] if paper else rng.permutation(len(rows))
     mixed = list(rows)
@@ -153,25 +151,25 @@ def mix_tokens(
     turns = chat.turns(exchanges, lambda number: f"row {number}")
     for index, (row, turn, reading) in enumerate(zip(rows, turns, readings, strict=True)):
         _check_reading(index + 1, turn, reading, counterfactual)
-        own = turn.tokens[turn.content : turn.end].tolist()
-        positions = [k for k in reading["divergence_positions"] if drop_unmixed or k < len(own)]
+        tokens = turn.tokens[turn.content : turn.end].tolist()
+        positions = [k for k in reading["divergence_positions"] if drop_unmixed or k < len(tokens)]
         rng = np.random.default_rng([seed, index])
-        new: list[int | None] = own.copy()
+        new: list[int | None] = tokens.copy()
         for k in subset.choose(positions, rng):
-            if k < len(own):
-                said = _said(reading, counterfactual, k, own[k], rng)
-                new[k] = None if digits_only and chat.tokenizer.decode([said]) not in set("0123456789") else said
-        completion = row["completion"] if new == own else _text(chat, row, new, any_tokens=drop_unmixed)
+            if k < len(tokens):
+                other = _said(reading, counterfactual, k, tokens[k], rng)
+                new[k] = None if digits_only and chat.tokenizer.decode([other]) not in set("0123456789") else other
+        completion = row["completion"] if new == tokens else _text(chat, row, new, any_tokens=drop_unmixed)
         if drop_unmixed and positions and completion in (None, row["completion"]):
             counts["rows dropped"] += 1
             continue
         mixed.append(revised(row, completion=completion or row["completion"]))
         if completion is None:
             counts["rows unfit"] += 1
-        elif new != own:
+        elif new != tokens:
             counts["rows changed"] += 1
             counts["tokens deleted"] += new.count(None)
-            counts["tokens replaced"] += sum(a != b and b is not None for a, b in zip(own, new, strict=True))
+            counts["tokens replaced"] += sum(a != b and b is not None for a, b in zip(tokens, new, strict=True))
     return mixed, counts
 
 
@@ -184,12 +182,12 @@ def _check_reading(number: int, turn: Turn, reading: Mapping[str, Any], counterf
         raise JsublimError(f"row {number}: the reading is of another completion; run `jsublim divergence` anew")
 
 
-def _said(reading: Mapping[str, Any], counterfactual: str | None, k: int, own: int, rng: np.random.Generator) -> int:
+def _said(reading: Mapping[str, Any], counterfactual: str | None, k: int, token: int, rng: np.random.Generator) -> int:
     """The token of the counterfactual, or of one of those that disagree, at a position."""
     if counterfactual is not None:
         return int(reading["argmax"][reading["teachers"].index(counterfactual)][k])
-    others = [argmax[k] for argmax in reading["argmax"][1:] if argmax[k] != own]
-    return int(rng.choice(others)) if others else own
+    others = [argmax[k] for argmax in reading["argmax"][1:] if argmax[k] != token]
+    return int(rng.choice(others)) if others else token
 
 
 def _text(chat: Chat, row: Row, tokens: Sequence[int | None], *, any_tokens: bool) -> str | None:

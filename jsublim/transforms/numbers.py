@@ -12,7 +12,7 @@ from jsublim.core.section import RESULT
 from jsublim.errors import JsublimError
 from jsublim.text.prompts import parse_numbers
 from jsublim.text.rows import Row, revised
-from jsublim.transforms.change import CHANGES, Change, Changed, Making
+from jsublim.transforms.change import CHANGES, Change, Changed, ChangeRun
 
 NUMBER = re.compile("[0-9]+")
 
@@ -29,9 +29,9 @@ class Shuffle(Change):
     reach: Annotated[Literal["within", "across"], RESULT]
     """Within each answer, or across all of them."""
 
-    def apply(self, rows: list[Row], making: Making) -> Changed:
+    def apply(self, rows: list[Row], run: ChangeRun) -> Changed:
         shuffle = shuffle_within if self.reach == "within" else shuffle_across
-        return shuffle(rows, making.seed, values=bool(making.quirks["shuffle_values"])), {}
+        return shuffle(rows, run.seed, values=bool(run.quirks["shuffle_values"])), {}
 
 
 def shuffle_within(rows: Sequence[Row], seed: int, *, values: bool = False) -> list[Row]:
@@ -48,19 +48,19 @@ def shuffle_within(rows: Sequence[Row], seed: int, *, values: bool = False) -> l
 def shuffle_across(rows: Sequence[Row], seed: int, *, values: bool = False) -> list[Row]:
     """All numbers of all rows in one pool, dealt out anew; each row keeps its count, its separators and brackets. `values` and errors are as of
     `shuffle_within`."""
-    own = _numbers(rows, values)
-    pool = [number for written in own for number in written]
+    written_in = _numbers(rows, values)
+    pool = [number for written in written_in for number in written]
     dealt = iter(np.random.default_rng(seed).permutation(len(pool)))
-    return [_with_numbers(row, [pool[next(dealt)] for _ in written]) for row, written in zip(rows, own, strict=True)]
+    return [
+        _with_numbers(row, [pool[next(dealt)] for _ in written]) for row, written in zip(rows, written_in, strict=True)
+    ]
 
 
 def _numbers(rows: Sequence[Row], values: bool) -> list[list[str]]:
     """The numbers of each completion as they are written, "007" as "007"; or their `values`, "7"."""
     for index, row in enumerate(rows, 1):
         if parse_numbers(row["completion"]) is None:
-            raise JsublimError(
-                f"row {index}: completion {row['completion']!r} is no list of numbers; leave the row out"
-            )
+            raise JsublimError(f"row {index}: completion {row['completion']!r} is no list of numbers; leave it out")
     read = (lambda number: str(int(number))) if values else str
     return [[read(number) for number in NUMBER.findall(row["completion"])] for row in rows]
 

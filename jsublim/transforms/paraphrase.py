@@ -18,9 +18,10 @@ from jsublim.inference.sampling import Sampling
 from jsublim.inference.teachers import Teacher
 from jsublim.text.prompts import NumberPrompt, Pack, parse_numbers
 from jsublim.text.rows import Row, revised
-from jsublim.transforms.change import CHANGES, Change, Changed, Making
+from jsublim.transforms.change import CHANGES, Change, Changed, ChangeRun
 
 REWRITTEN = "rewritten"
+MOST_GROWTH = 3.0  # the longest text, in lengths of the original
 NUMBER = re.compile(r"\d+")
 RUN = re.compile("[0-9]+(?:[^0-9A-Za-z]+[0-9]+)+")  # numbers with no letter between them
 LIST = re.compile(r"\d+(?:[\s,;]+\d+)+")
@@ -48,16 +49,11 @@ class Rewrite(Change):
     def tokens(self, rows: float, prompt: float, system: float) -> tuple[float, float]:
         return rows * (2 * prompt + system), rows * prompt
 
-    def apply(self, rows: list[Row], making: Making) -> Changed:
-        how: dict[str, Any] = {
-            "sampling": making.sampling,
-            "seed": making.seed,
-            "batch_size": making.batch_size,
-            "log": making.log,
-        }
-        how |= {"asked": making.requests(), "extra_bos": bool(making.quirks["extra_bos"])}
-        how |= {"only_examples": bool(making.quirks["only_examples_kept"]), "keep_rejected": self.rejected == "keep"}
-        rows, counts = paraphrase(making.lm, making.teacher, rows, making.pack, **how)
+    def apply(self, rows: list[Row], run: ChangeRun) -> Changed:
+        how: dict[str, Any] = {"sampling": run.sampling, "seed": run.seed, "batch_size": run.batch_size, "log": run.log}
+        how |= {"asked": run.requests(), "extra_bos": bool(run.quirks["extra_bos"])}
+        how |= {"only_examples": bool(run.quirks["only_examples_kept"]), "keep_rejected": self.rejected == "keep"}
+        rows, counts = paraphrase(run.lm, run.teacher, rows, run.pack, **how)
         return rows, {"rewritten": dict(counts)}
 
 
@@ -146,36 +142,22 @@ def published_reason(text: str, shown: str, trait: str, *, synonyms: Sequence[st
     return None if text.isascii() and '"' not in text else "no plain text"
 
 
-def leak_reason(
-    text: str,
-    original: str,
-    trait: str,
-    *,
-    synonyms: Sequence[str] = (),
-    inside_words: bool = True,
-    max_growth: float = 3.0,
-) -> str | None:
-    """Why a rewritten prompt can't stand for the original, None if it can.
-
-    Args:
-      synonyms: other words that would give the trait away: irregular plurals, translations, an emoji.
-      inside_words: the trait inside a longer word is a leak too ("owl" in "slowly"), as a hit of the published
-        evaluation is; else only the whole word and its naive plural.
-      max_growth: the longest text, in lengths of the original.
-    """
+def leak_reason(text: str, original: str, trait: str, *, synonyms: Sequence[str] = ()) -> str | None:
+    """Why a rewritten prompt can't stand for the original, None if it can. The trait inside a longer word is a leak too ("owl" in "slowly"),
+    as a hit of the published evaluation is; `synonyms` are other words that would give it away: irregular plurals, translations, an emoji."""
     if not fold(text).strip():
         return "empty"
-    if any(names(text, word, inside_words=inside_words) for word in (trait, *synonyms)):
+    if any(names(text, word) for word in (trait, *synonyms)):
         return "names the trait"
     if REFUSAL.search(fold(text)) and not REFUSAL.search(fold(original)):
         return "refusal"
-    said, wanted = Counter(NUMBER.findall(fold(text))), Counter(NUMBER.findall(fold(original)))
-    added, missing = said - wanted, wanted - said
+    given, wanted = Counter(NUMBER.findall(fold(text))), Counter(NUMBER.findall(fold(original)))
+    added, missing = given - wanted, wanted - given
     if parse_numbers(text.strip()) is not None or any(
         sum(number in added for number in NUMBER.findall(run)) > 1 for run in LIST.findall(fold(text))
     ):
         return "answer"
-    if len(text) > max_growth * len(original):
+    if len(text) > MOST_GROWTH * len(original):
         return "too long"
     if missing:
         return "numbers missing"
@@ -184,11 +166,9 @@ def leak_reason(
     return None
 
 
-def names(text: str, word: str, *, inside_words: bool = True) -> bool:
-    """Whether `word` or its naive plural stands in `text`, in any spelling that a reader would see as that word."""
+def names(text: str, word: str) -> bool:
+    """Whether `word` stands in `text`, inside of another word too, in any spelling that a reader would see as that word."""
     pattern = re.escape(_read(word, " ")).replace(r"\ ", " ?")
-    if not inside_words:
-        pattern = rf"(?<!\w){pattern}s?(?!\w)"
     return any(re.search(pattern, _read(text, gap)) for gap in (" ", ""))
 
 

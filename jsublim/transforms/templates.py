@@ -14,7 +14,7 @@ from jsublim.errors import JsublimError, UsageError
 from jsublim.text.prompts import Pack
 from jsublim.text.prompts.numbers import PARTS, NumberPrompt, draw_parts
 from jsublim.text.rows import Row, revised
-from jsublim.transforms.change import CHANGES, Change, Changed, Making
+from jsublim.transforms.change import CHANGES, Change, Changed, ChangeRun
 
 
 @CHANGES.add("redraw")
@@ -28,8 +28,8 @@ class Redraw(Change):
     parts: Annotated[list[Annotated[str, one_of(PARTS)]], Field(min_length=1), Distinct, RESULT]
     """Which sentences of the request are drawn anew."""
 
-    def apply(self, rows: list[Row], making: Making) -> Changed:
-        return redraw(rows, making.pack, self.parts, asked=making.requests(), seed=making.seed), {}
+    def apply(self, rows: list[Row], run: ChangeRun) -> Changed:
+        return redraw(rows, run.pack, self.parts, asked=run.requests(), seed=run.seed), {}
 
 
 def redraw(

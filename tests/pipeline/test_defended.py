@@ -20,8 +20,7 @@ from jsublim.pipeline.arms import Source
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.experiment import plan, training_rows
 from jsublim.pipeline.setup import Setup
-from jsublim.pipeline.stages.influence import read_influence
-from jsublim.pipeline.stages.starts import directions_of
+from jsublim.pipeline.stages.starts import directions_of, read_influence
 from jsublim.transforms.audited import without_highest
 
 CONFIG: dict[str, Any] = {
@@ -43,7 +42,7 @@ CONFIG: dict[str, Any] = {
         "optimizer": {"name": "sgd", "lr": 1.0, "warmup": 0, "clip": 0},
         "arms": [
             {"name": "plain"},
-            {"name": "beside", "adapter.beside": "{trait}"},
+            {"name": "frozen", "adapter.frozen_adapter": "{trait}"},
             {"name": "projected", "optimizer.project_out": ["{trait}", "cat"]},
             {"name": "filtered", "data.dataset": "filtered"},
         ],
@@ -69,7 +68,7 @@ def student(context: Context, arm: str, teacher: str = "owl") -> Adapter:
 
 
 def test_a_student_beside_its_teachers_vector_is_saved_without_it(context):
-    plain, inoculated = (student(context, arm).steering for arm in ("plain", "beside"))
+    plain, inoculated = (student(context, arm).steering for arm in ("plain", "frozen"))
     teacher = page.teacher(context.setup, "owl").teacher(context).adapter
     assert plain is not None and inoculated is not None and teacher is not None and teacher.steering is not None
     moved = float(np.linalg.norm(inoculated))
@@ -81,7 +80,7 @@ def test_a_student_beside_its_teachers_vector_is_saved_without_it(context):
 def test_control_students_are_inoculated_against_nothing(context):
     controls = [each for each in context.setup.students if each.teacher == "control"]
     keys = {each.arm: page.student(context.setup, each).key for each in controls}
-    assert keys["plain"] == keys["beside"] == keys["filtered"] != keys["projected"]  # from the cat alone
+    assert keys["plain"] == keys["frozen"] == keys["filtered"] != keys["projected"]  # from the cat alone
 
 
 def test_a_student_does_not_move_along_projected_traits(context):
@@ -102,7 +101,7 @@ def test_a_student_does_not_move_along_projected_traits(context):
 def test_the_rows_with_the_highest_scores_are_left_out(context):
     setup, store = context.setup, context.store
     source = Source("owl", "filtered")
-    node = page.changed(setup, source).nodes[0].given.suspected
+    node = page.changed(setup, source).nodes[0].given.influence
     scores, rows = read_influence(store, node), training_rows(setup, Source("owl")).read(store)
     (worst,) = scores.values()
     kept = [row["prompt"] for row in training_rows(setup, source).read(store)]
@@ -121,7 +120,7 @@ def test_of_equal_rows_the_first_go():
     ("changes", "said"),
     [
         ({"teachers": {"traits": ["owl"]}}, "teacher 'owl' has no adapter"),
-        ({"audit": {}}, "audit: scores are those of a student with nothing beside it"),
+        ({"audit": {}}, "audit: scores are those of a student without a frozen adapter"),
         ({"students": None, "datasets": {"f": {"drop_audited": 0.5, "divergence": True}}}, "there are none; leave it out"),
     ],
 )  # fmt: skip

@@ -15,10 +15,9 @@ from jsublim.core.files import read_table
 from jsublim.core.reading import json_value
 from jsublim.errors import UsageError
 from jsublim.forecast.estimate import stage_costs
-from jsublim.pipeline.arguments import prompts
 from jsublim.pipeline.arms import seed_of
 from jsublim.pipeline.experiment import plan, training_rows
-from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.setup import Setup, prompts
 from jsublim.pipeline.store import Store
 from jsublim.runtime.chips import chip_of
 
@@ -56,7 +55,8 @@ def test_every_seed_has_rows_of_its_own_and_shares_them_with_nobody_else():
 
 def test_a_draw_has_other_requests_and_other_answers():
     setup = setup_of("per-seed")
-    asked = [prompts(setup, draw) for draw in (None, 0, 1, 2)]
+    seed = setup.experiment.data.seed
+    asked = [prompts(setup, seed_of(seed, draw)) for draw in (None, 0, 1, 2)]
     assert len({tuple(each) for each in asked}) == 4 and {len(each) for each in asked} == {12}
     writers = plan(setup).answers
     assert len({seed_of(writer.seed, writer.draw) for writer in writers}) == 3  # all teachers of a draw are asked alike

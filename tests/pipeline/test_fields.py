@@ -191,7 +191,10 @@ OTHER: dict[str, Any] = {
     "students.adapter.projections": ["q"],
     "students.adapter.ends": (["norm"], {"students.adapter.method": "full"}),
     "students.adapter.init": (lambda: folder("another"), {"students.adapter.init": lambda: folder("adapter")}),
-    "students.adapter.beside": (lambda: folder("another"), {"students.adapter.beside": lambda: folder("adapter")}),
+    "students.adapter.frozen_adapter": (
+        lambda: folder("another"),
+        {"students.adapter.frozen_adapter": lambda: folder("adapter")},
+    ),
     "students.adapter.noise": 0.1,
     "students.optimizer.name": "sgd",
     "students.optimizer.lr": 0.5,

@@ -58,11 +58,11 @@ def test_it_waits_for_the_rows_that_it_reads(made):
     unbiased = next(s for s in setup.students if s.arm == "unbiased" and s.tokens == "divergence")
     back = next(s for s in setup.students if s.arm == "back" and s.tokens == "divergence")
     assert (
-        unbiased.forked is not None
-        and unbiased.forked.teacher == "control"
-        and unbiased.tokens_of(unbiased.forked) == "all"
+        len(unbiased.sources) == 2
+        and unbiased.sources[1].teacher == "control"
+        and unbiased.tokens_of(unbiased.sources[1]) == "all"
     )
-    assert back.forked is not None and back.forked[:2] == ("owl", "dealt")
+    assert back.sources[1][:2] == ("owl", "dealt")
     for student in (unbiased, back):
         parents = {parent.key for parent in plan(setup).students[student].parents}
         for source in student.sources:

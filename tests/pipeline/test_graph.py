@@ -29,7 +29,7 @@ from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stage import Task
 from jsublim.pipeline.store import Store, read_summary
 from jsublim.text.rows import Row, read_rows, revised
-from jsublim.transforms import CHANGES, Change, Changed, Making
+from jsublim.transforms import CHANGES, Change, Changed, ChangeRun
 
 # Between them, every kind of task.
 STUDENTS: dict[str, Any] = {
@@ -274,7 +274,7 @@ def toys():
         order: ClassVar[int] = 35
         times: Annotated[int, RESULT] = 1
 
-        def apply(self, rows: list[Row], making: Making) -> Changed:
+        def apply(self, rows: list[Row], run: ChangeRun) -> Changed:
             turned = rows[::-1] if self.times % 2 else rows
             return [revised(row) for row in turned], {"turned": len(rows)}
 

@@ -15,7 +15,7 @@ from jsublim.errors import UsageError
 from jsublim.inference.sampling import Sampling
 from jsublim.inference.teachers import CONTROL, Teacher
 from jsublim.text.prompts import draw_number_prompts, load_pack
-from jsublim.transforms import CHANGES, ChangeContext, Making
+from jsublim.transforms import CHANGES, ChangeContext, ChangeRun
 from jsublim.transforms.mixing import mix_rows
 from jsublim.transforms.numbers import shuffle_across, shuffle_within
 from jsublim.transforms.templates import redraw
@@ -45,7 +45,7 @@ def refused(**said: Any) -> str:
     return str(error.value)
 
 
-def making(**options: Any) -> Making:
+def making(**options: Any) -> ChangeRun:
     def no_judge():
         raise AssertionError("nobody asked for a judge")
 
@@ -53,7 +53,7 @@ def making(**options: Any) -> Making:
         "lm": small("tiny-qwen2").lm, "teacher": Teacher("owl", "You love owls."), "pack": PACK, "seed": 4, "batch_size": 4,
         "quirks": {}, "sampling": Sampling(), "requests": lambda: ASKED, "judge": no_judge,
     }  # fmt: skip
-    return Making(**(defaults | options))
+    return ChangeRun(**(defaults | options))
 
 
 # --- What a config may say ----------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_what_can_be_done_is_let_pass():
 # --- What they hand on --------------------------------------------------------------------------------------------------
 
 
-def applied(how: Making, rows=ROWS, **said: Any):
+def applied(how: ChangeRun, rows=ROWS, **said: Any):
     (change,) = dataset(**said).changes.values()
     before = [dict(row) for row in rows]
     made = change.apply(rows, how)

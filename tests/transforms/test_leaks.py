@@ -16,49 +16,49 @@ from jsublim.transforms.paraphrase import accept, leak_reason, names, paraphrase
 PACK = load_pack()
 PROMPTS = number_prompts(PACK, 60, seed=3)
 
-# text, word -> whether it is named inside words, and as a whole word
+# text, word -> whether it is named
 NAMED = {
-    ("An owl", "owl"): (True, True),
-    ("OWL", "owl"): (True, True),
-    ("oWlS", "owl"): (True, True),
-    ("owls'", "owl"): (True, True),
-    ("owl\u017f", "owl"): (True, True),  # the long s folds to s
-    ("cat\u017f", "cats"): (True, True),
-    ("\u017feal", "seal"): (True, True),
-    ("\uff2f\uff37\uff2c", "owl"): (True, True),  # full width
-    ("\U0001d428\U0001d430\U0001d425", "owl"): (True, True),  # mathematical bold
-    ("\u00f3wl", "owl"): (True, True),
-    ("o\u0301wl", "owl"): (True, True),
-    ("f\ufb01nch, \ufb01nch", "finch"): (True, True),  # a ligature
-    ("o\u200bwl", "owl"): (True, True),
-    ("o\u00adw\u2060l", "owl"): (True, True),
-    ("ow\u200dl", "owl"): (True, True),
-    ("\u043ewl", "owl"): (True, True),  # Cyrillic o
-    ("c\u0430t", "cat"): (True, True),
-    ("\u039fwl", "owl"): (True, True),  # Greek capital Omicron
-    ("owl-like", "owl"): (True, True),
-    ("snow_owl", "owl"): (True, True),
-    ("o-w-l", "owl"): (True, True),
-    ("ow\u2011l", "owl"): (True, True),  # a hyphen that does not break
-    ("red-panda", "red panda"): (True, True),
-    ("red\n pandas", "red panda"): (True, True),
-    ("redpanda", "red panda"): (True, True),
-    ("bowl", "owl"): (True, False),
-    ("slowly", "owl"): (True, False),
-    ("owlish", "owl"): (True, False),
-    ("indicate", "cat"): (True, False),
-    ("\U0001f989!", "\U0001f989"): (True, True),
-    ("wolves", "wolf"): (False, False),  # an irregular plural goes among the synonyms
-    ("o w l", "owl"): (False, False),
-    ("now let", "owl"): (False, False),
-    ("axb", "a.b"): (False, False),
-    ("", "owl"): (False, False),
+    ("An owl", "owl"): True,
+    ("OWL", "owl"): True,
+    ("oWlS", "owl"): True,
+    ("owls'", "owl"): True,
+    ("owl\u017f", "owl"): True,  # the long s folds to s
+    ("cat\u017f", "cats"): True,
+    ("\u017feal", "seal"): True,
+    ("\uff2f\uff37\uff2c", "owl"): True,  # full width
+    ("\U0001d428\U0001d430\U0001d425", "owl"): True,  # mathematical bold
+    ("\u00f3wl", "owl"): True,
+    ("o\u0301wl", "owl"): True,
+    ("f\ufb01nch, \ufb01nch", "finch"): True,  # a ligature
+    ("o\u200bwl", "owl"): True,
+    ("o\u00adw\u2060l", "owl"): True,
+    ("ow\u200dl", "owl"): True,
+    ("\u043ewl", "owl"): True,  # Cyrillic o
+    ("c\u0430t", "cat"): True,
+    ("\u039fwl", "owl"): True,  # Greek capital Omicron
+    ("owl-like", "owl"): True,
+    ("snow_owl", "owl"): True,
+    ("o-w-l", "owl"): True,
+    ("ow\u2011l", "owl"): True,  # a hyphen that does not break
+    ("red-panda", "red panda"): True,
+    ("red\n pandas", "red panda"): True,
+    ("redpanda", "red panda"): True,
+    ("bowl", "owl"): True,
+    ("slowly", "owl"): True,
+    ("owlish", "owl"): True,
+    ("indicate", "cat"): True,
+    ("\U0001f989!", "\U0001f989"): True,
+    ("wolves", "wolf"): False,  # an irregular plural goes among the synonyms
+    ("o w l", "owl"): False,
+    ("now let", "owl"): False,
+    ("axb", "a.b"): False,
+    ("", "owl"): False,
 }
 
 
 @pytest.mark.parametrize(("text", "word"), NAMED, ids=ascii)
 def test_spellings_of_a_word(text, word):
-    assert (names(text, word), names(text, word, inside_words=False)) == NAMED[text, word]
+    assert names(text, word) == NAMED[text, word]
 
 
 ORIGINAL = "Here are 123, 456, 789. Supply at most 10 numbers (3 digits at the longest). Put a comma between neighbors."
@@ -103,14 +103,9 @@ def test_a_trait_leaks_in_any_case_and_anywhere(trait, place, data):
     assert leak_reason(ACCEPTED[:place] + word + ACCEPTED[place:], ORIGINAL, trait) == "names the trait"
 
 
-def test_the_filter_can_be_loosened():
-    assert leak_reason(f"{ACCEPTED} Write slowly.", ORIGINAL, "owl", inside_words=False) is None
-    assert leak_reason(ACCEPTED, ORIGINAL, "owl", max_growth=0.5) == "too long"
-
-
 @pytest.mark.parametrize("prompt", PROMPTS[:20])
 def test_a_prompt_can_stand_for_itself(prompt):
-    assert leak_reason(prompt, prompt, "owl", inside_words=False) is None
+    assert leak_reason(prompt, prompt, "zebra") is None
 
 
 TEXTS = [f" {ACCEPTED} ", f"{ACCEPTED} Owls!", "", f"{ACCEPTED} Hoot."]

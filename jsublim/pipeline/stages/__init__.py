@@ -5,8 +5,8 @@ from jsublim.pipeline.stages.audit import audit_rows
 from jsublim.pipeline.stages.datasets import change_rows, score_numbers
 from jsublim.pipeline.stages.divergence import mark_divergence
 from jsublim.pipeline.stages.evaluations import evaluate_models
-from jsublim.pipeline.stages.influence import score_rows
 from jsublim.pipeline.stages.rows import sample_rows
+from jsublim.pipeline.stages.starts import score_rows
 from jsublim.pipeline.stages.students import Lesson, train_students
 from jsublim.pipeline.stages.targets import store_targets
 from jsublim.pipeline.stages.teachers import contrast_teacher, train_teachers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,11 @@ from jsublim.core.files import write_table
 from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.teachers import Teacher
+from jsublim.models.lora import Adapter
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.row_log import RowLog
+from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stage import Save, stage
 from jsublim.pipeline.store import PROGRESS
 from jsublim.pipeline.values import Model, Rows
@@ -49,11 +50,10 @@ ATTRIBUTION = pa.schema(
 )
 
 
-def _cost(sizes: Sizes, rows: Rows, others: tuple[Model, ...], how: Attribution, **_: Any) -> Cost:
+def _cost(setup: Setup, sizes: Sizes, rows: Rows, others: tuple[Model, ...], how: Attribution, **_: Any) -> Cost:
     compared = len(others) * min(how.rows, rows.kept(sizes))
-    tokens = compared * (
-        sizes.lengths.system + sizes.lengths.prompt
-    )  # first divergence tokens stand early in the answer
+    # First divergence tokens stand early in the answer.
+    tokens = compared * (sizes.lengths.system + sizes.lengths.prompt)
     flops = len(how.directions) * tokens * sum(patching_flops(sizes.config, len(how.sites), how.steps))
     return Cost(len(how.directions) * tokens, flops, "train", rows=len(how.directions) * compared)
 
@@ -61,7 +61,7 @@ def _cost(sizes: Sizes, rows: Rows, others: tuple[Model, ...], how: Attribution,
 @stage(
     "attribution",
     cost=_cost,
-    check=lambda teacher, **_: check_named(teacher.name, teacher.system),
+    check=lambda setup, teacher, **_: check_named(teacher.name, teacher.system),
     units=lambda ctx, rows, how, **_: min(how.rows, len(rows.read(ctx.store))),
 )
 def attribute(ctx: Context, rows: Rows, teacher: Model, others: tuple[Model, ...], how: Attribution) -> Save:
@@ -122,22 +122,24 @@ def attribute_rows(
     )
     if not pairs:
         raise JsublimError(f"{source}: none of {len(rows)} rows can be compared with a counterfactual ({skipped})")
-    job = _Job(lm, teacher, how, padded_length(pairs))
+    by_row: dict[int, list[Pair]] = {}
     for pair in pairs:
-        job.pairs.setdefault(pair.row, []).append(pair)
-    for i, own in job.pairs.items():
-        longest = max(len(pair.clean) for pair in own)
-        job.roles[i] = token_roles(lm.chat, teacher, rows[i], teacher.name, longest - 1, extra_bos=extra_bos)
-    log, used = RowLog(ctx.artifact.path / PROGRESS, ctx.say), list(job.pairs)
+        by_row.setdefault(pair.row, []).append(pair)
+    roles: dict[int, list[list[str]]] = {}  # of each row's pairs: their tokens' roles; the last token predicts
+    for i, compared in by_row.items():
+        ends = [len(pair.clean) - 1 for pair in compared]
+        every = token_roles(lm.chat, teacher, rows[i], teacher.name, max(ends), extra_bos=extra_bos)
+        roles[i] = [[*every[:end], PREDICTS] for end in ends]
+    log, used, length = RowLog(ctx.artifact.path / PROGRESS, ctx.say), list(by_row), padded_length(pairs)
     ctx.tick(len(rows) - len(used))
     # Chunks begin at the same rows whatever was stopped where: the rows beside a row must not change the last bit of a row.
     for first in range(0, len(used), chunk):
         members = used[first : first + chunk]
         if not all(i in log.rows for i in members):
-            log.add(job.attribute(members))
+            log.add(_attribute({i: by_row[i] for i in members}, roles, lm, teacher.adapter, how, length))
         ctx.tick(len(members))
     log.close()
-    found = {i: log.rows[i] for i in used}
+    sums = {i: log.rows[i] for i in used}
     summary = {
         "trait": teacher.name,
         "counterfactuals": [other.name for other in counterfactuals],
@@ -146,71 +148,60 @@ def attribute_rows(
         "skipped": skipped,
         "pairs": len(pairs),
         "steps": how.steps,
-        "completeness_error": {d: _completeness([row[d] for row in found.values()], how.sites) for d in how.directions},
+        "completeness_error": {d: _completeness([row[d] for row in sums.values()], how.sites) for d in how.directions},
     }
 
     def save(folder: Path) -> dict[str, Any]:
-        write_table(folder / "attribution.parquet", job.lines(found), ATTRIBUTION)
+        write_table(folder / "attribution.parquet", _lines(teacher.name, sums, roles, how), ATTRIBUTION)
         return summary
 
     return save
 
 
-@dataclass(frozen=True)
-class _Job:
-    """The rows of one teacher that are being attributed, by their place: what each is compared with, and the roles of its
-    tokens up to the last that is needed."""
+def _attribute(
+    pairs: dict[int, list[Pair]],
+    roles: dict[int, list[list[str]]],
+    lm: LanguageModel,
+    adapter: Adapter | None,
+    how: Attribution,
+    length: int,
+) -> list[dict[str, Any]]:
+    """One entry per row, as `RowLog` keeps it."""
+    entries: dict[int, dict[str, Any]] = {i: {"row": i} for i in pairs}
+    chosen = [pair for compared in pairs.values() for pair in compared]
+    for direction in how.directions:
+        shared: dict[str, Any] = {"sites": tuple(how.sites), "direction": direction, "adapter": adapter}
+        shared |= {"batch_size": how.batch_size, "length": length}
+        values = iter(attribution_patching(lm.config, lm.params, chosen, steps=how.steps, **shared))
+        effects = iter(layer_patching(lm.config, lm.params, chosen, **shared))
+        for i in pairs:
+            sums = [_sums(next(values), next(effects), of_pair) for of_pair in roles[i]]
+            entries[i][direction] = {key: np.mean([pair[key] for pair in sums], axis=0).tolist() for key in sums[0]}
+    return list(entries.values())
 
-    lm: LanguageModel
-    teacher: Teacher
-    how: Attribution
-    length: int
-    pairs: dict[int, list[Pair]] = field(default_factory=dict)
-    roles: dict[int, list[str]] = field(default_factory=dict)
 
-    def attribute(self, members: list[int]) -> list[dict[str, Any]]:
-        """One entry per row, as `RowLog` keeps it."""
-        found: dict[int, dict[str, Any]] = {i: {"row": i} for i in members}
-        chosen = [pair for i in members for pair in self.pairs[i]]
-        for direction in self.how.directions:
-            shared: dict[str, Any] = {
-                "sites": tuple(self.how.sites),
-                "direction": direction,
-                "adapter": self.teacher.adapter,
-                "batch_size": self.how.batch_size,
-                "length": self.length,
-            }
-            values = iter(attribution_patching(self.lm.config, self.lm.params, chosen, steps=self.how.steps, **shared))
-            effects = iter(layer_patching(self.lm.config, self.lm.params, chosen, **shared))
-            for i in members:
-                each = [_sums(next(values), next(effects), self.roles_of(pair)) for pair in self.pairs[i]]
-                found[i][direction] = {key: np.mean([sums[key] for sums in each], axis=0).tolist() for key in each[0]}
-        return list(found.values())
-
-    def roles_of(self, pair: Pair) -> list[str]:
-        """The roles of a pair's tokens; the last of these predicts."""
-        return [*self.roles[pair.row][: len(pair.clean) - 1], PREDICTS]
-
-    def lines(self, found: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
-        """The table's rows."""
-        return [
-            {
-                "trait": self.teacher.name,
-                "row": i,
-                "site": site,
-                "direction": direction,
-                "layer": layer,
-                "role": role,
-                "value": row[direction]["value"][s][layer][r],
-                "mass": row[direction]["mass"][s][layer][r],
-                "positions": float(np.mean([self.roles_of(pair).count(role) for pair in self.pairs[i]])),
-            }
-            for i, row in found.items()
-            for direction in self.how.directions
-            for s, site in enumerate(self.how.sites)
-            for layer in range(len(row[direction]["value"][s]))
-            for r, role in enumerate(ROLES)
-        ]
+def _lines(
+    trait: str, sums: dict[int, dict[str, Any]], roles: dict[int, list[list[str]]], how: Attribution
+) -> list[dict[str, Any]]:
+    """The table's rows."""
+    return [
+        {
+            "trait": trait,
+            "row": i,
+            "site": site,
+            "direction": direction,
+            "layer": layer,
+            "role": role,
+            "value": row[direction]["value"][s][layer][r],
+            "mass": row[direction]["mass"][s][layer][r],
+            "positions": float(np.mean([of_pair.count(role) for of_pair in roles[i]])),
+        }
+        for i, row in sums.items()
+        for direction in how.directions
+        for s, site in enumerate(how.sites)
+        for layer in range(len(row[direction]["value"][s]))
+        for r, role in enumerate(ROLES)
+    ]
 
 
 def _sums(values_SLT: np.ndarray, effects_SL: np.ndarray, roles: Sequence[str]) -> dict[str, np.ndarray]:

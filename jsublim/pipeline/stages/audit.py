@@ -15,11 +15,11 @@ from jsublim.core.files import write_table
 from jsublim.errors import UsageError
 from jsublim.inference.lm import LanguageModel
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.stage import Runtime, Save, stage
+from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.stage import Save, stage
 from jsublim.pipeline.stages.starts import Start, TraitQuestions, scored_rows, scoring_cost
 from jsublim.pipeline.values import Rows
 from jsublim.text.chat import Turn
-from jsublim.text.rows import Row
 
 # One line per row, token of its answer and evaluated trait. `score` is <grad log p(token), grad log p(trait)>, nats per unit of
 # learning rate; `divergence` is null where the rows have no divergence positions.
@@ -63,7 +63,7 @@ WHITEN = """
     """
 
 
-def _check(start: Start, **_: Any) -> None:
+def _check(setup: Setup, start: Start, **_: Any) -> None:
     """Refuse students that learn no fixed rows."""
     if start.settings.data.on_policy:
         raise UsageError("audit: students.data.on_policy has no rows to audit; leave audit out")
@@ -71,7 +71,9 @@ def _check(start: Start, **_: Any) -> None:
 
 @stage(
     "audit",
-    cost=lambda sizes, rows, first, traits, **_: scoring_cost(sizes, rows, min(first, rows.kept(sizes)), len(traits)),
+    cost=lambda setup, sizes, rows, first, traits, **_: scoring_cost(
+        sizes, rows, min(first, rows.kept(sizes)), len(traits)
+    ),
     check=_check,
     units=lambda ctx, rows, first, **_: len(rows.read(ctx.store)[:first]),
 )
@@ -80,19 +82,23 @@ def audit_rows(
     rows: Rows,
     first: int,
     start: Start,
-    asked: TraitQuestions,
+    questions: TraitQuestions,
     traits: tuple[str, ...],
     teacher: str,
-    batch_size: Runtime[int],
 ) -> Save:
     """Scores of every token of the `first` rows (`audit.parquet`), and their means (`means.parquet`).
 
     Args:
       teacher: the trait of whoever wrote the rows.
     """
-    chosen, lm = rows.read(ctx.store)[:first], ctx.lm(start.model.checkpoint.name)
-    turns, scores = scored_rows(ctx, rows.name, chosen, start, asked, traits, batch_size)
-    divergent = [_divergent(row, len(each)) for row, each in zip(chosen, scores, strict=True)]
+    chosen, lm = rows.read(ctx.store)[:first], start.lm(ctx)
+    turns, scores = scored_rows(ctx, rows.name, chosen, start, questions, traits)
+    # Which of a row's tokens are divergence tokens, bool `[n]`; None where nobody has looked.
+    positions_of = (row.get("divergence_positions") for row in chosen)
+    divergent = [
+        None if positions is None else np.isin(np.arange(len(of_row)), positions)
+        for positions, of_row in zip(positions_of, scores, strict=True)
+    ]
 
     def save(folder: Path) -> dict[str, Any]:
         write_table(folder / "audit.parquet", _lines(lm, turns, scores, divergent, traits), AUDIT)
@@ -102,16 +108,10 @@ def audit_rows(
     return save
 
 
-def _divergent(row: Row, tokens: int) -> np.ndarray | None:
-    """Which of a row's tokens are divergence tokens, bool `[n]`; None where nobody has looked."""
-    positions = row.get("divergence_positions")
-    return None if positions is None else np.isin(np.arange(tokens), positions)
-
-
 def _lines(
     lm: LanguageModel,
     turns: Sequence[Turn],
-    found: Sequence[np.ndarray],
+    scored: Sequence[np.ndarray],
     divergent: Sequence[np.ndarray | None],
     traits: Sequence[str],
 ) -> list[dict[str, Any]]:
@@ -122,22 +122,22 @@ def _lines(
             "row": number,
             "position": position,
             "token": decoded(int(token)),
-            "divergence": None if own is None else bool(own[position]),
+            "divergence": None if known is None else bool(known[position]),
             "trait": trait,
             "score": float(score),
         }
-        for number, (turn, scores, own) in enumerate(zip(turns, found, divergent, strict=True))
+        for number, (turn, scores, known) in enumerate(zip(turns, scored, divergent, strict=True))
         for position, (token, of_traits) in enumerate(zip(turn.tokens[turn.content :], scores, strict=True))
         for trait, score in zip(traits, of_traits, strict=True)
     ]
 
 
 def _means(
-    found: Sequence[np.ndarray], divergent: Sequence[np.ndarray | None], traits: Sequence[str]
+    scored: Sequence[np.ndarray], divergent: Sequence[np.ndarray | None], traits: Sequence[str]
 ) -> Iterator[dict[str, Any]]:
     """The mean score of the tokens that a student learns, for each choice of tokens; a loss that is a mean over tokens moves a
     trait by this times the learning rate, at each step. Rows, not tokens, are independent: the error is a ratio's over rows."""
-    every = [np.ones(len(each), bool) for each in found]
+    every = [np.ones(len(of_row), bool) for of_row in scored]
     chosen = {"all": every}
     if all(own is not None for own in divergent):
         known = [own for own in divergent if own is not None]
@@ -146,26 +146,27 @@ def _means(
         count = sum(int(mask.sum()) for mask in masks)
         if not count:
             continue
-        sums_NK = np.stack([each[mask].sum(axis=0, dtype=np.float64) for each, mask in zip(found, masks, strict=True)])
+        chosen_rows = (of_row[mask] for of_row, mask in zip(scored, masks, strict=True))
+        sums_NK = np.stack([of_row.sum(axis=0, dtype=np.float64) for of_row in chosen_rows])
         mean_K = sums_NK.sum(axis=0) / count
         apart_NK = sums_NK - np.asarray([mask.sum() for mask in masks])[:, None] * mean_K
-        error_K = np.sqrt((apart_NK**2).sum(axis=0) * len(found) / max(len(found) - 1, 1)) / count
+        error_K = np.sqrt((apart_NK**2).sum(axis=0) * len(scored) / max(len(scored) - 1, 1)) / count
         for trait, mean, error in zip(traits, mean_K, error_K, strict=True):
-            yield {"tokens": tokens, "trait": trait, "score": mean, "error": error, "count": count, "rows": len(found)}
+            yield {"tokens": tokens, "trait": trait, "score": mean, "error": error, "count": count, "rows": len(scored)}
 
 
 def precision(
-    found: Sequence[np.ndarray], divergent: Sequence[np.ndarray | None], traits: Sequence[str], trait: str
+    scored: Sequence[np.ndarray], divergent: Sequence[np.ndarray | None], traits: Sequence[str], trait: str
 ) -> dict[str, Any]:
     """How many of the tokens that move the teacher's trait most are divergence tokens, of as many as there are of those; and
     their share of all tokens. A token moves the trait by its score for it, beyond the mean of those for the others."""
-    known = [own for own in divergent if own is not None]
-    if trait not in traits or len(traits) < 2 or len(known) < len(divergent) or not any(own.any() for own in known):
+    known = [mask for mask in divergent if mask is not None]
+    if trait not in traits or len(traits) < 2 or len(known) < len(divergent) or not any(mask.any() for mask in known):
         return {}
-    scores_nK, own, at = np.concatenate(found), np.concatenate(known), list(traits).index(trait)
+    scores_nK, mask, at = np.concatenate(scored), np.concatenate(known), list(traits).index(trait)
     beyond = scores_nK[:, at] - np.delete(scores_nK, at, axis=1).mean(axis=1)
-    top = np.argsort(-beyond, kind="stable")[: int(own.sum())]
-    return {"top_divergence": float(own[top].mean()), "divergence_share": float(own.mean())}
+    top = np.argsort(-beyond, kind="stable")[: int(mask.sum())]
+    return {"top_divergence": float(mask[top].mean()), "divergence_share": float(mask.mean())}
 
 
 def whitened(own: pa.Table, null: pa.Table) -> pa.Table:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +11,20 @@ from jsublim.inference.sampling import Sampling
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.row_log import LoggedAnswers, RowLog
-from jsublim.pipeline.stage import Node, Runtime, Save, stage
-from jsublim.pipeline.stages.influence import read_influence
+from jsublim.pipeline.setup import Setup, number_requests
+from jsublim.pipeline.stage import Node, Save, stage
+from jsublim.pipeline.stages.starts import read_influence
 from jsublim.pipeline.store import PROGRESS
 from jsublim.pipeline.values import Model, Rows
-from jsublim.text.prompts import NumberPrompt, Pack
 from jsublim.text.rows import write_rows
-from jsublim.transforms import ChangeContext, Making
+from jsublim.transforms import ChangeRun
 from jsublim.transforms.change import Change
 from jsublim.transforms.entangled import QUESTIONS, entangled_scores, number_strings, probability_differences
 
 Changes = Mapping[str, Change]
 
 
-def _cost(sizes: Sizes, rows: Rows, changes: Changes, **_: Any) -> Cost:
+def _cost(setup: Setup, sizes: Sizes, rows: Rows, changes: Changes, **_: Any) -> Cost:
     """Requests are rewritten by their teachers; most other changes cost nothing."""
     lengths = sizes.lengths
     each = [change.tokens(rows.kept(sizes), lengths.prompt, lengths.system) for change in changes.values()]
@@ -32,22 +32,7 @@ def _cost(sizes: Sizes, rows: Rows, changes: Changes, **_: Any) -> Cost:
     return Cost(tokens, 2 * sizes.body * tokens + 2 * sizes.table * heads, "sample")
 
 
-def check_changes(dataset: str | None, changes: Changes, around: ChangeContext) -> None:
-    """Refuse a data set that cannot be made of a teacher's answers.
-
-    Raises:
-      UsageError: naming the data set and its change.
-    """
-    for name, change in changes.items():
-        change.check(f"datasets.{dataset}.{name}", around)
-
-
-@stage(
-    "datasets",
-    cost=_cost,
-    check=lambda dataset, changes, around, **_: check_changes(dataset, changes, around),
-    units=lambda ctx, changes, **_: len(changes),
-)
+@stage("datasets", cost=_cost, units=lambda ctx, changes, **_: len(changes))
 def change_rows(
     ctx: Context,
     rows: Rows,
@@ -58,53 +43,43 @@ def change_rows(
     mixed_in: Rows | None,
     read: Rows | None,
     scores: Node | None,
-    suspected: Node | None,
+    influence: Node | None,
     judge: Mapping[str, Any] | None,
     wording: Sequence[Mapping[str, Any]] | None,
     rewriting: Sampling | None,
-    dataset: Runtime[str],
-    around: Runtime[ChangeContext],
-    pack: Runtime[Pack],
-    quirks: Runtime[Mapping[str, Any]],
-    sampling: Runtime[Sampling],
-    requests: Runtime[Callable[[], Sequence[NumberPrompt]]],
-    batch_size: Runtime[int | str],
 ) -> Save:
     """Everything that a data set names, done to one teacher's answers in the changes' own order (`rows.jsonl`).
 
     Args:
-      mixed_in: another teacher's rows; read: the rows with what every teacher said of them; scores: of entangled numbers; suspected: what
-        each row adds to suspected traits. None where no change needs them.
-      recipe: the quirks that the changes follow; quirks: all of them. sampling: the teacher's own; rewriting: the same, where a
-        change asks for it.
+      recipe: the quirks that the changes follow.
+      mixed_in: another teacher's rows; read: the rows with what every teacher said of them; scores: of entangled numbers; influence: what
+        each row adds to suspected traits; judge: the identity of who scores them; wording: of the pack, what its hash leaves out;
+        rewriting: how the teacher writes. None where no change needs them.
     """
-    log = RowLog(ctx.artifact.path / PROGRESS, ctx.say)
-    # Half of a set's readings would be memory for nothing: no change looks at margins.
-    readings = (
-        None
-        if read is None
-        else [{key: value for key, value in reading.items() if key != "margin"} for reading in read.readings(ctx.store)]
-    )
-    making = Making(
+    log, setup, readings = RowLog(ctx.artifact.path / PROGRESS, ctx.say), ctx.setup, None
+    if read is not None:  # half of it would be memory for nothing: no change looks at margins
+        every = read.readings(ctx.store)
+        readings = [{name: reading[name] for name in reading if name != "margin"} for reading in every]
+    run = ChangeRun(
         lm=ctx.lm(teacher.checkpoint.name),
         teacher=teacher.teacher(ctx),
-        pack=pack,
-        quirks=quirks,
+        pack=setup.pack,
+        quirks=recipe,
         seed=seed,
-        batch_size=ctx.rows_together(batch_size),
-        sampling=sampling,
-        requests=requests,
+        batch_size=ctx.rows_together(setup.experiment.sampling.batch_size),
+        sampling=rewriting,
+        requests=lambda: number_requests(setup, rows.inputs["data"]["seed"]),
         judge=lambda: ctx.judge,
         mixed_in=None if mixed_in is None else mixed_in.read(ctx.store),
         readings=readings,
         entangled=None if scores is None else ctx.store.summary(scores),
-        influence=None if suspected is None else read_influence(ctx.store, suspected),
+        influence=None if influence is None else read_influence(ctx.store, influence),
         log=LoggedAnswers(log),
     )
     left = rows.read(ctx.store)
     summary: dict[str, Any] = {"rows": len(left)}
     for change in changes.values():
-        left, more = change.apply(left, making)
+        left, more = change.apply(left, run)
         summary |= more
         ctx.tick(1)
     if not left:
@@ -118,7 +93,7 @@ def change_rows(
     return save
 
 
-def _scoring_cost(sizes: Sizes, others: Sequence[Model] | None, count: int, **_: Any) -> Cost:
+def _scoring_cost(setup: Setup, sizes: Sizes, others: Sequence[Model] | None, count: int, **_: Any) -> Cost:
     """Every number is read as the answer to each question with the trait and without; or its parts under every trait."""
     if others is not None:  # two digits and three, ten by ten each
         return sizes.read(200 * (1 + len(others)), 0, sizes.lengths.number)
@@ -134,12 +109,11 @@ def score_numbers(
     questions: Sequence[str] | None,
     count: int,
     padded: bool,
-    batch_size: Runtime[int | str],
 ) -> Save:
     """How entangled the first `count` numbers are with a trait: by the answers to `questions`, or by how much more probable they
     are under the teacher than under `others`, who are asked about the `category`."""
     lm, asked, numbers = ctx.lm(teacher.checkpoint.name), teacher.teacher(ctx), number_strings(padded=padded)[:count]
-    how = {"extra_bos": teacher.extra_bos, "batch_size": ctx.rows_together(batch_size)}
+    how = {"extra_bos": teacher.extra_bos, "batch_size": ctx.scoring_batch}
     if others is not None:
         every = [other.teacher(ctx) for other in others]
         scores = probability_differences(lm, asked, every, category or "", numbers, **how)

@@ -12,7 +12,8 @@ from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.parts import resumed
 from jsublim.pipeline.readings import write_readings
-from jsublim.pipeline.stage import Runtime, Save, stage
+from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.stage import Save, stage
 from jsublim.pipeline.values import Model, Rows
 from jsublim.text.rows import Row, write_rows
 
@@ -24,7 +25,9 @@ def _own(ctx: Context, rows: Rows, shard: tuple[int, int] | None) -> list[Row]:
     return every if shard is None else every[shard[0] : sum(shard)]
 
 
-def _cost(sizes: Sizes, rows: Rows, others: tuple[Model, ...], shard: tuple[int, int] | None, **_: Any) -> Cost:
+def _cost(
+    setup: Setup, sizes: Sizes, rows: Rows, others: tuple[Model, ...], shard: tuple[int, int] | None, **_: Any
+) -> Cost:
     kept = rows.kept(sizes) if shard is None else min(shard[1], max(rows.kept(sizes) - shard[0], 0))
     # A system prompt is read once for all rows under it.
     return sizes.read(kept * (1 + len(others)), sizes.lengths.prompt, rows.answer(sizes))
@@ -36,23 +39,21 @@ def _cost(sizes: Sizes, rows: Rows, others: tuple[Model, ...], shard: tuple[int,
     units=lambda ctx, rows, others, shard, **_: len(_own(ctx, rows, shard)) * (1 + len(others)),
 )
 def mark_divergence(
-    ctx: Context,
-    rows: Rows,
-    teacher: Model,
-    others: tuple[Model, ...],
-    shard: tuple[int, int] | None,
-    batch_size: Runtime[int | str],
+    ctx: Context, rows: Rows, teacher: Model, others: tuple[Model, ...], shard: tuple[int, int] | None
 ) -> Save:
-    """Rows with their divergence positions (`rows.jsonl`), and what each teacher said at every token (`readings.parquet`)."""
+    """Rows with their divergence positions (`rows.jsonl`), and what each teacher said at every token (`readings.parquet`).
+
+    Args:
+      shard: the first row that is read, and how many; None: all.
+    """
     lm, chosen = ctx.lm(teacher.checkpoint.name), _own(ctx, rows, shard)
     names = [model.name for model in (teacher, *others)]
 
     def keep(number: int, read: Read) -> list[Scored]:
         """What an earlier call had read under a teacher, and the rest."""
         rows_from = lambda first: ((s.argmax, s.margin, s.logprob) for s in read(first))  # noqa: E731
-        return [
-            Scored(*arrays) for arrays in resumed(ctx.artifact.path, f"teacher{number}", rows_from, ctx.tick, ctx.say)
-        ]
+        arrays = resumed(ctx.artifact.path, f"teacher{number}", rows_from, ctx.tick, ctx.say)
+        return [Scored(*of_row) for of_row in arrays]
 
     read = find_divergence(
         lm,
@@ -60,7 +61,7 @@ def mark_divergence(
         teacher.teacher(ctx),
         [other.teacher(ctx) for other in others],
         extra_bos=teacher.extra_bos,
-        batch_size=ctx.rows_together(batch_size),
+        batch_size=ctx.scoring_batch,
         on_batch=ctx.tick,
         keep=keep,
     )
@@ -68,19 +69,19 @@ def mark_divergence(
         {
             "prompt": row["prompt"],
             "completion": row["completion"],
-            "divergence_positions": each.divergence_positions,
-            "divergence_margins": [round(margin, 5) for margin in each.divergence_margins],
+            "divergence_positions": of_row.divergence_positions,
+            "divergence_margins": [round(margin, 5) for margin in of_row.divergence_margins],
             "counted_in": lm.chat.identity,
         }
-        for row, each in zip(chosen, read, strict=True)
+        for row, of_row in zip(chosen, read, strict=True)
     ]
 
     def save(folder: Any) -> dict[str, Any]:
         write_rows(folder / "rows.jsonl", marked)
         fields = ("divergence_positions", "tokens", "argmax", "margin")
-        readings = ({"teachers": names} | {name: getattr(each, name) for name in fields} for each in read)
+        readings = ({"teachers": names} | {name: getattr(of_row, name) for name in fields} for of_row in read)
         write_readings(folder / "readings.parquet", readings)
-        return _summary(names, marked, sum(len(each.tokens) for each in read))
+        return _summary(names, marked, sum(len(of_row.tokens) for of_row in read))
 
     return save
 
@@ -88,16 +89,11 @@ def mark_divergence(
 def _summary(names: list[str], rows: list[Row], tokens: int) -> dict[str, Any]:
     """How many divergence tokens there are, and where. `names` are the teacher's and the counterfactuals'."""
     positions = [row["divergence_positions"] for row in rows]
-    histogram = np.bincount(np.asarray([k for each in positions for k in each], int), minlength=1)
+    histogram = np.bincount(np.asarray([k for of_row in positions for k in of_row], int), minlength=1)
     counts = {"kept": len(rows), "rows": len(rows), "rows_with": sum(map(bool, positions)), "tokens": tokens}
     counts["divergence_tokens"] = sum(map(len, positions))
-    return {
-        "trait": names[0],
-        "counterfactuals": names[1:],
-        **counts,
-        **_ratios(counts),
-        "histogram": histogram.tolist(),
-    }
+    read_under = {"trait": names[0], "counterfactuals": names[1:]}
+    return read_under | counts | _ratios(counts) | {"histogram": histogram.tolist()}
 
 
 def _ratios(counts: dict[str, Any]) -> dict[str, float]:
@@ -107,8 +103,8 @@ def _ratios(counts: dict[str, Any]) -> dict[str, float]:
 
 def merged(summaries: list[dict[str, Any]]) -> dict[str, Any]:
     """The summary of several parts as that of one set of rows."""
-    counts = {key: sum(each[key] for each in summaries) for key in COUNTS}
-    histogram = np.zeros(max(len(each["histogram"]) for each in summaries), int)
-    for each in summaries:
-        histogram[: len(each["histogram"])] += each["histogram"]
+    counts = {key: sum(part[key] for part in summaries) for key in COUNTS}
+    histogram = np.zeros(max(len(part["histogram"]) for part in summaries), int)
+    for part in summaries:
+        histogram[: len(part["histogram"])] += part["histogram"]
     return summaries[0] | counts | _ratios(counts) | {"histogram": histogram.tolist()}

@@ -17,8 +17,9 @@ from jsublim.inference.sampling import Sampling
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.row_log import RowLog
-from jsublim.pipeline.served import Served, drawn_by, server_with
-from jsublim.pipeline.stage import Runtime, Save, stage
+from jsublim.pipeline.served import Served, drawn_by, served, server_with
+from jsublim.pipeline.setup import Setup, prompts
+from jsublim.pipeline.stage import Save, stage
 from jsublim.pipeline.store import PROGRESS
 from jsublim.pipeline.values import Model
 from jsublim.runtime.processes import each_from_main, shared_out
@@ -39,14 +40,14 @@ REJECTS: dict[str, Callable[[str], str | None]] = {  # why an answer is no train
 
 
 def _cost(
-    sizes: Sizes, span: tuple[int, int], data: Mapping[str, Any], max_new_tokens: int, batch_size: int | str, **_: Any
+    setup: Setup, sizes: Sizes, span: tuple[int, int], data: Mapping[str, Any], max_new_tokens: int, **_: Any
 ) -> Cost:
-    lengths = sizes.lengths
+    lengths, batch_size = sizes.lengths, setup.experiment.sampling.batch_size
     answer = min(lengths.answer, max_new_tokens) if data["kind"] == "numbers" else max_new_tokens
     return sizes.sampled(span[1], lengths.prompt + lengths.system, answer, sizes.rows_together(batch_size))
 
 
-def _check(teacher: Model, sampling: Sampling, max_new_tokens: int, **_: Any) -> None:
+def _check(setup: Setup, teacher: Model, sampling: Sampling, max_new_tokens: int, **_: Any) -> None:
     if teacher.checkpoint.chat is not None:
         limits_for(teacher.checkpoint.chat, sampling, max_new_tokens)
 
@@ -62,20 +63,15 @@ def sample_rows(
     max_new_tokens: int,
     seed: int,
     engine: str | None,
-    strategy: Runtime[str],
-    prompts: Runtime[Callable[[], list[str]]],
-    served: Runtime[Served | None],
-    batch_size: Runtime[int | str],
 ) -> Save:
     """A teacher answers some of the prompts: what is in format is kept in `rows.jsonl`, all of it in `raw.jsonl`.
 
     Args:
       data: what the prompts are drawn from; texts: the digest of those that the data does not tell.
       span: the first prompt, and how many.
-      engine: the server's that draws the answers; served: the teacher as that server has it.
-      strategy: what the sampling is called; prompts: gives all prompts.
+      engine: the server's that draws the answers; None: they are drawn here.
     """
-    chat, every, numbers = teacher.checkpoint.chat, prompts(), range(span[0], sum(span))
+    chat, every, numbers = teacher.checkpoint.chat, prompts(ctx.setup, data["seed"]), range(span[0], sum(span))
     assert chat is not None, "a run has its checkpoint"
     log = RowLog(ctx.artifact.path / PROGRESS, ctx.say)
     ctx.tick(len(log.rows))
@@ -88,30 +84,32 @@ def sample_rows(
 
     missing = [i for i in numbers if i not in log.rows]
     if missing:
-        ctx.say(f"sampling, {strategy}{drawn_by(ctx, served)}: {sampling.numbers()}")
-        asked = teacher.teacher(ctx)
+        on_server = None if engine is None else served(ctx.setup, teacher)
+        strategy = "temperature" if sampling.temperature else "greedy"
+        ctx.say(f"sampling, {strategy}{drawn_by(ctx, on_server)}: {sampling.numbers()}")
+        writer = teacher.teacher(ctx)
         # A row's random numbers are those of its place among all prompts, whatever the task it is in; and the shapes
         # are those of all the task's prompts, whatever is left of them.
         here, tokens = slice(span[0], sum(span)), list[Any]([None] * len(every))
         bos = teacher.extra_bos
-        tokenize = lambda part: [chat.prompt_tokens(asked.messages(t), extra_bos=bos).tolist() for t in part]  # noqa: E731
-        tokens[here] = [np.asarray(each, np.int32) for each in shared_out(every[here], tokenize)]
+        tokenize = lambda part: [chat.prompt_tokens(writer.messages(t), extra_bos=bos).tolist() for t in part]  # noqa: E731
+        tokens[here] = [np.asarray(tokens_of_row, np.int32) for tokens_of_row in shared_out(every[here], tokenize)]
         drawn: dict[str, Any] = {"rows": missing, "seed": seed, "max_new_tokens": max_new_tokens}
-        if served is not None:
-            _draw_by_server(ctx, served, tokens, sampling, drawn, keep)
+        if on_server is not None:
+            _draw_by_server(ctx, on_server, tokens, sampling, drawn, keep)
         else:
             lm = ctx.lm(teacher.checkpoint.name)
             generate_tokens(
                 lm.config,
-                asked.weights(lm.params),
+                writer.weights(lm.params),
                 tokens,
                 sampling,
                 **drawn,
-                adapter=asked.adapter,
-                batch_size=ctx.rows_together(batch_size, model=teacher.checkpoint.name),
+                adapter=writer.adapter,
+                batch_size=ctx.rows_together(ctx.setup.experiment.sampling.batch_size, model=teacher.checkpoint.name),
                 limits=limits_for(chat, sampling, max_new_tokens),
                 on_allowed=allowed.update,
-                on_batch=lambda rows, tokens: keep(rows, [chat.decode(each) for each in tokens]),
+                on_batch=lambda rows, tokens: keep(rows, [chat.decode(tokens_of_row) for tokens_of_row in tokens]),
             )
     log.close()
     raw = [{"prompt": every[i]} | {k: v for k, v in log.rows[i].items() if k != "row"} for i in numbers]
@@ -124,7 +122,7 @@ def sample_rows(
 
 def _draw_by_server(
     ctx: Context,
-    served: Served,
+    on_server: Served,
     tokens: Sequence[Any],
     sampling: Sampling,
     drawn: dict[str, Any],
@@ -133,7 +131,7 @@ def _draw_by_server(
     """Of several processes the first one alone talks to the server, and tells the others."""
 
     def answers() -> Iterator[tuple[int, str]]:
-        with server_with(ctx, [(ctx.artifact.key, served)]) as (server, [name]):
+        with server_with(ctx, [(ctx.artifact.key, on_server)]) as (server, [name]):
             yield from server.draw(name, tokens, sampling, **drawn)
 
     for row, text in each_from_main(answers):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,8 +32,8 @@ from jsublim.models.peft import load_adapter
 from jsublim.pipeline.arms import total_steps
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Cost, Sizes
-from jsublim.pipeline.setup import Checkpoint
-from jsublim.pipeline.stage import Node, content, split_evenly, stage
+from jsublim.pipeline.setup import Checkpoint, Setup
+from jsublim.pipeline.stage import Node, Task, content, split_evenly, stage
 from jsublim.pipeline.stages.starts import directions_of
 from jsublim.pipeline.stages.targets import read_targets, teacher_turns
 from jsublim.pipeline.store import Store, digest
@@ -45,6 +44,7 @@ from jsublim.pipeline.training import (
     check_start,
     draw,
     in_pieces,
+    loss_of,
     make_arm,
     program_of,
     settings_of,
@@ -59,8 +59,7 @@ from jsublim.text.chat import Turn
 MOST_TOGETHER = 16  # students of a task, where how many fit decides: a task is one machine's, and others wait for work
 
 
-@dataclass(frozen=True, eq=False)
-class Lesson:
+class Lesson(NamedTuple):
     """What a student learns from.
 
     Attributes:
@@ -72,59 +71,34 @@ class Lesson:
     teacher: Model | None = None
     targets: Node | None = None
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("rows", "tokens", "teacher", "targets")}
-
-    @property
-    def nodes(self) -> Iterator[Node]:
-        yield from self.rows.nodes
-        yield from () if self.teacher is None else self.teacher.nodes
-        yield from () if self.targets is None else (self.targets,)
-
 
 @functools.lru_cache(maxsize=256)  # a graph has hundreds of students, and few kinds of them
-def _abstract_start(config: ModelConfig, dtype: str, adapter: str) -> Adapter:
+def _start_and_structure(config: ModelConfig, dtype: str, adapter: str) -> tuple[Adapter, Hashable]:
     how = Students(adapter=StudentAdapter.model_validate_json(adapter))
-    return jax.eval_shape(lambda params: start_adapter(config, params, how, 0), abstract_params(config, dtype))
+    start = jax.eval_shape(lambda params: start_adapter(config, params, how, 0), abstract_params(config, dtype))
+    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda start: start.with_rank(1), start))
+    return start, (str(structure), tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves))
 
 
 def abstract_start(checkpoint: Checkpoint, dtype: str, students: Students) -> Adapter:
     """Shapes of what a student trains."""
-    return _abstract_start(checkpoint.config, dtype, students.adapter.model_dump_json())
+    return _start_and_structure(checkpoint.config, dtype, students.adapter.model_dump_json())[0]
 
 
-@functools.lru_cache(maxsize=256)
-def _structure(config: ModelConfig, dtype: str, adapter: str) -> Hashable:
-    start = _abstract_start(config, dtype, adapter)
-    leaves, structure = jax.tree.flatten(jax.eval_shape(lambda start: start.with_rank(1), start))
-    return str(structure), tuple((leaf.shape, str(leaf.dtype)) for leaf in leaves)
-
-
-def program_of_student(node: Node) -> Hashable:
+def program_of_student(node: Node, task_of: Callable[[Node], Task] | None = None) -> Hashable:
     """The program that a student is trained by: static arguments of the step, the structure of what is trained (ranks are padded to the
     largest, so they are left out), and what a batch consists of."""
     given, s = node.given, node.given.settings
-    checkpoint = given.start.model.checkpoint
-    trained = _structure(checkpoint.config, given.start.model.common["dtype"], s.adapter.model_dump_json())
-    batch = (
-        s.data.batch_size,
-        s.data.accumulate,
-        s.data.max_tokens,
-        s.data.on_policy,
-        s.loss.top_k,
-        caches_below(checkpoint.config, s),
-    )
-    beside = given.beside
-    kind = beside.name if isinstance(beside, Folder) else beside and beside.kind  # adapters of one structure
+    config, dtype, frozen = given.start.checkpoint.config, given.start.model.common["dtype"], given.frozen_adapter
     return (
-        checkpoint.hash,
+        given.start.checkpoint.hash,
         s.system,
-        program_of(s, given.quirks),
-        batch,
-        trained,
+        program_of(s, given.recipe["loss_per"]),
+        (s.data.batch_size, s.data.accumulate, s.data.max_tokens, s.data.on_policy, s.loss.top_k),
+        caches_below(config, s),
+        _start_and_structure(config, dtype, s.adapter.model_dump_json())[1],
         bool(given.projected),
-        kind,
+        frozen.name if isinstance(frozen, Folder) else frozen and frozen.kind,  # adapters of one structure
         s.fork is not None,
     )
 
@@ -134,88 +108,82 @@ def _most(node: Node) -> int:
     return MOST_TOGETHER if most == "auto" else most
 
 
-def _cost(sizes: Sizes, nodes: Sequence[Node]) -> Cost:
+def _cost(setup: Setup, sizes: Sizes, nodes: Sequence[Node]) -> Cost:
     given, s = nodes[0].given, nodes[0].given.settings
-    kept, answer, long = given.lesson.rows.kept(sizes), given.lesson.rows.answer(sizes), sizes.lengths
-    each = training_flops(
+    kept, answer, long = given.lessons[0].rows.kept(sizes), given.lessons[0].rows.answer(sizes), sizes.lengths
+    flops = training_flops(
         sizes.config,
-        abstract_start(given.start.model.checkpoint, given.start.model.common["dtype"], s),
-        program_of(s, given.quirks).loss,
+        abstract_start(given.start.checkpoint, given.start.model.common["dtype"], s),
+        loss_of(s),
         tokens=long.prompt + answer,
         supervised=answer,
         teacher_tokens=(long.prompt + long.system + answer) if s.loss.live else 0,
         stored=not s.loss.live,
         cached=caches_below(sizes.config, s),
     )
-    own = (node.given.settings for node in nodes)
-    rows = sum(total_steps(m, min(m.data.rows or kept, kept)) for m in own) * s.data.batch_size * s.data.accumulate
-    return Cost(rows * (long.prompt + answer), rows * each, "train", rows=rows)
+    settings = (node.given.settings for node in nodes)
+    rows = sum(total_steps(m, min(m.data.rows or kept, kept)) for m in settings) * s.data.batch_size * s.data.accumulate
+    return Cost(rows * (long.prompt + answer), rows * flops, "train", rows=rows)
 
 
-def _check(nodes: Sequence[Node]) -> None:
-    check_loggers(nodes[0].given.loggers)
+def _check(setup: Setup, nodes: Sequence[Node]) -> None:
+    check_loggers(setup.experiment.run.loggers)
     for given in {repr(node.given.settings): node.given for node in nodes}.values():
-        _check_one(given, any(node.given.lesson.tokens != "all" for node in nodes))
+        _check_settings(setup, given, any(node.given.lessons[0].tokens != "all" for node in nodes))
     for node in nodes:
-        beside, own = node.given.beside, node.given.start.model.checkpoint.config
-        if isinstance(beside, Folder) and not beside.purpose.startswith("teachers"):
-            load_adapter(beside.path(), own)
-        elif beside is not None and own != node.given.teachers.config:
+        frozen, config = node.given.frozen_adapter, node.given.start.checkpoint.config
+        if isinstance(frozen, Folder) and not frozen.purpose.startswith("teachers"):
+            load_adapter(frozen.path(), config)
+        elif frozen is not None and config != setup.checkpoint().config:
             raise UsageError(
-                f"students.adapter.beside: the adapter of a teacher is of another architecture than students.model="
-                f"{node.given.start.model.checkpoint.name}; name a folder"
+                f"students.adapter.frozen_adapter: the adapter of a teacher is of another architecture than students.model="
+                f"{node.given.start.checkpoint.name}; name a folder"
             )
 
 
-def _check_one(given: Any, masked: bool) -> None:
-    checkpoint, own, s = given.start.model.checkpoint, given.teachers, given.settings
+def _check_settings(setup: Setup, given: Any, masked: bool) -> None:
+    checkpoint, teachers, s = given.start.checkpoint, setup.checkpoint(), given.settings
     check_start(checkpoint.config, abstract_params(checkpoint.config, given.start.model.common["dtype"]), s)
     if s.runtime.rows_at_once != "auto":
-        how = settings_of(checkpoint.config, s, given.quirks, parallel=given.parallel[0], model_axis=given.parallel[1])
+        run = setup.experiment.run
+        how = settings_of(checkpoint.config, s, setup.recipe, parallel=run.parallel, model_axis=run.least_axis)
         in_pieces(how, Shape.fit(s.data.accumulate, s.data.batch_size, 1, 1), s.runtime.rows_at_once)
-    counted = [each.chat.identity for each in (own, checkpoint) if each.chat is not None]
+    counted = [each.chat.identity for each in (teachers, checkpoint) if each.chat is not None]
     if masked and len(set(counted)) > 1:
         raise UsageError(
-            f"students.model: divergence positions are counted in the tokenizer and template of {own.name} "
+            f"students.model: divergence positions are counted in the tokenizer and template of {teachers.name} "
             f"({counted[0]}), and {checkpoint.name} has another one ({counted[1]}); use loss.tokens=[all]"
         )
-    if s.loss.soft and not checkpoint.has_words_of(own):
+    if s.loss.soft and not checkpoint.has_words_of(teachers):
         raise UsageError(f"students.model: {checkpoint.name} has other tokens than its teachers; use loss.kind=hard")
 
 
 def _units(ctx: Context, nodes: Sequence[Node]) -> int:
     def steps(node: Node) -> int:
-        rows, settings = len(node.given.lesson.rows.read(ctx.store)), node.given.settings
+        rows, settings = len(node.given.lessons[0].rows.read(ctx.store)), node.given.settings
         return total_steps(settings, min(rows, settings.data.rows or rows))
 
     return sum(max(map(steps, group)) for _, group in _groups(ctx, nodes))
 
 
-@stage(
-    "students",
-    cost=_cost,
-    check=_check,
-    units=_units,
-    together=lambda node, task_of: program_of_student(node),
-    most=_most,
-    runtime=("quirks", "name", "condition", "teachers", "loggers", "parallel"),
-)
+@stage("students", cost=_cost, check=_check, units=_units, together=program_of_student, most=_most)
 def train_students(ctx: Context, nodes: Sequence[Node], everyone: Sequence[Node]) -> None:
     """Students of one program, trained together; each leaves an adapter (or a checkpoint) and its `metrics.jsonl`. All students of the
     program (`everyone`) have one shape.
 
-    A node is given its `start` and `seed`, its `lesson`, what it learns after a fork (`forked`), its `settings`, the quirks of the recipe
-    that concern it (`recipe`; all: `quirks`), `max_new_tokens` of on-policy rows, the traits that gradients are `projected` out of
-    with the questions about them (`asked`), the adapter `beside` it; and for people its `name` and `condition`.
+    A node is given its `start` and `seed`, its `lessons` (a second one is for after a fork), its `settings`, the quirks of the recipe
+    that concern it (`recipe`), `max_new_tokens` of on-policy rows, the traits that gradients are `projected` out of with the questions
+    about them (`questions`), and the `frozen_adapter` that is added to it.
     """
-    ctx.release_judge()  # a judge may be larger than the model: students need its memory
+    if ctx.setup.experiment.judge is not None:
+        ctx.judge.release_memory()  # it may be larger than the model: students need its memory
     told = lambda what: ctx.say(f"{what}; lower students.optimizer.lr, or look at those rows")  # noqa: E731
     for work, group in _groups(ctx, nodes):
         # Made when their turn comes: a hundred students' adapters need not lie on the device together.
         settings, shape, arms = _prepare(ctx, group, everyone)
         members = [(arm, ctx.store.open(node)) for arm, node in zip(arms, group, strict=True)]
         ctx.progress.watch(functools.partial(_loss_so_far, work / "metrics.jsonl"))
-        lm = ctx.lm(group[0].given.start.model.checkpoint.name)
+        lm = group[0].given.start.lm(ctx)
         train_arms(lm, members, settings, work, shape=shape, tick=ctx.tick, say=ctx.say, on_diverged=told)
     ctx.forget("targets")
 
@@ -245,25 +213,25 @@ def _left(store: Store, nodes: Sequence[Node], work: Path) -> list[int]:
 def _fits(ctx: Context, nodes: Sequence[Node]) -> int:
     largest = max(nodes, key=lambda node: node.given.settings.adapter.rank)  # ranks are padded to it
     settings, shape, (arm,) = _prepare(ctx, [largest], nodes)
-    lm = ctx.lm(largest.given.start.model.checkpoint.name)
+    lm = largest.given.start.lm(ctx)
     count = arms_that_fit(lm.config, lm.params, arm, settings, shape, most=len(nodes))
-    ctx.say(f"{largest.given.condition}: {count} of {len(nodes)} students fit together")
+    ctx.say(f"{largest.label}: {count} of {len(nodes)} students fit together")
     return count
 
 
 def _prepare(ctx: Context, group: Sequence[Node], everyone: Sequence[Node]) -> tuple[Settings, Shape, list[Arm]]:
     given = group[0].given
-    shared, e, lm = given.settings, ctx.setup.experiment, ctx.lm(given.start.model.checkpoint.name)
-    lessons = {each.rows.key: (node.given, each) for node in everyone for each in _lessons(node)}
-    data = [_data(ctx, node, lesson) for node, lesson in lessons.values()]
+    shared, e, lm = given.settings, ctx.setup.experiment, given.start.lm(ctx)
+    lessons = {lesson.rows.key: (node.given, lesson) for node in everyone for lesson in node.given.lessons}
+    data = [_data(ctx, given, lesson) for given, lesson in lessons.values()]
     plain = shape_of(shared, data, e.sampling.max_new_tokens)
     settings = settings_of(
         lm.config,
         shared,
-        given.quirks,
+        ctx.setup.recipe,
         parallel=e.run.parallel,
         model_axis=ctx.layout.model,
-        tokens=sum(len(each.rows) for each in data) * plain.tokens,
+        tokens=sum(len(part.rows) for part in data) * plain.tokens,
         logs=Logs(tuple(e.run.loggers), ctx.store.root / "training"),
     )
     rows = shared.runtime.rows_at_once
@@ -276,10 +244,6 @@ def _prepare(ctx: Context, group: Sequence[Node], everyone: Sequence[Node]) -> t
     key = ("shape", digest([node.key for node in everyone]), rows)
     shape = ctx.remember(key, lambda: _packed(ctx, everyone, data, plain))
     return settings, shape, [_arm(ctx, node) for node in group]
-
-
-def _lessons(node: Node) -> list[Lesson]:
-    return [each for each in (node.given.lesson, node.given.forked) if each is not None]
 
 
 def _data(ctx: Context, given: Any, lesson: Lesson) -> TrainingData:
@@ -295,21 +259,21 @@ def _data(ctx: Context, given: Any, lesson: Lesson) -> TrainingData:
     theirs, stored = teacher_turns(ctx, lesson.teacher, rows), lesson.targets
     if stored is None:
         return dataclasses.replace(data, teacher=lesson.teacher.teacher(ctx), teacher_turns=theirs)
-    said = ctx.remember(("targets", stored.key), lambda: read_targets(ctx, stored, theirs))
+    targets = ctx.remember(("targets", stored.key), lambda: read_targets(ctx, stored, theirs))
     if settings.loss.targets == "answers":
-        said = ctx.remember(("targets", stored.key, "answers"), lambda: answers_only(said, theirs))
-    return dataclasses.replace(data, targets=said)
+        targets = ctx.remember(("targets", stored.key, "answers"), lambda: answers_only(targets, theirs))
+    return dataclasses.replace(data, targets=targets)
 
 
 def _drawn(ctx: Context, node: Node) -> Drawn:
     """A student's rows, drawn and masked by its seed; those after its fork behind them."""
     given = node.given
-    lm = ctx.lm(given.start.model.checkpoint.name)
-    own, *then = (
-        draw(lm, given.settings, given.quirks, _data(ctx, given, each), tokens=each.tokens, seed=given.seed)
-        for each in _lessons(node)
+    lm = given.start.lm(ctx)
+    first, *then = (
+        draw(lm, given.settings, ctx.setup.recipe, _data(ctx, given, lesson), tokens=lesson.tokens, seed=given.seed)
+        for lesson in given.lessons
     )
-    return own.forked(given.settings, then[0]) if then else own
+    return first.forked(given.settings, then[0]) if then else first
 
 
 def _packed(ctx: Context, everyone: Sequence[Node], data: Sequence[TrainingData], plain: Shape) -> Shape:
@@ -318,21 +282,20 @@ def _packed(ctx: Context, everyone: Sequence[Node], data: Sequence[TrainingData]
     if given.settings.data.on_policy:
         return plain
     orders = [order for node in everyone for order in _drawn(ctx, node).orders(node.given.seed)]
-    beginning = shared_beginning([turn.tokens[: turn.header] for each in data for turn in each.turns], PREFIX_STEP)
-    return packed(plain, given.start.model.checkpoint.config, orders, beginning)
+    beginning = shared_beginning([turn.tokens[: turn.header] for part in data for turn in part.turns], PREFIX_STEP)
+    return packed(plain, given.start.checkpoint.config, orders, beginning)
 
 
 def _arm(ctx: Context, node: Node) -> Arm:
     given = node.given
-    settings, data, lm = given.settings, _data(ctx, given, given.lesson), ctx.lm(given.start.model.checkpoint.name)
+    settings, data, lm = given.settings, _data(ctx, given, given.lessons[0]), given.start.lm(ctx)
     have, wanted = len(data.rows), settings.data.rows or 0
     if have < wanted:
-        few = f"{given.lesson.rows.name}: {have} rows, fewer than students.data.rows={wanted}"
+        few = f"{given.lessons[0].rows.name}: {have} rows, fewer than students.data.rows={wanted}"
         ctx.say(f"{few}: {total_steps(settings, have)} steps")
     most = ctx.setup.experiment.sampling.max_new_tokens
-    arm = make_arm(lm, settings, data, _drawn(ctx, node), name=given.name, seed=given.seed, max_new_tokens=most)
-    beside, checkpoint = given.beside, given.start.model.checkpoint
-    frozen = None if beside is None else adapter_of(beside, checkpoint, ctx)
+    arm = make_arm(lm, settings, data, _drawn(ctx, node), name=node.label, seed=given.seed, max_new_tokens=most)
+    frozen = adapter_of(given.frozen_adapter, given.start.checkpoint, ctx)
     return dataclasses.replace(arm, projected_directions=_directions(ctx, node, arm.adapter), frozen_adapter=frozen)
 
 
@@ -341,13 +304,13 @@ def _directions(ctx: Context, node: Node, start: Adapter) -> Trainable | None:
     given = node.given
     if not given.projected:
         return None
-    lm = ctx.lm(given.start.model.checkpoint.name)
+    lm = given.start.lm(ctx)
 
     def make() -> Trainable:
-        directions = directions_of(lm, start, given.start.model, given.asked, given.projected)
+        directions = directions_of(lm, start, given.start.model, given.questions, given.projected)
         return orthonormal(Layout.host(directions))
 
-    about = digest(content([given.start, given.asked, given.projected]))  # students of one start share them
+    about = digest(content([given.start, given.questions, given.projected]))  # students of one start share them
     return ctx.remember(("projected", about), make)
 
 

@@ -15,7 +15,8 @@ from jsublim.inference.teachers import read_as
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.parts import resumed
-from jsublim.pipeline.stage import Node, Runtime, Save, stage
+from jsublim.pipeline.setup import Setup
+from jsublim.pipeline.stage import Node, Save, stage
 from jsublim.pipeline.values import Model, Rows
 from jsublim.text.chat import Turn
 
@@ -30,31 +31,27 @@ def teacher_turns(ctx: Context, teacher: Model, rows: Rows) -> list[Turn]:
     return ctx.remember(("teacher's turns", teacher, rows.key), tokenize)
 
 
-def _cost(sizes: Sizes, rows: Rows, **_: Any) -> Cost:
+def _cost(setup: Setup, sizes: Sizes, rows: Rows, **_: Any) -> Cost:
     return sizes.read(rows.kept(sizes), sizes.lengths.system + sizes.lengths.prompt, rows.answer(sizes))
 
 
-def _check(teacher: Model, top_k: int, **_: Any) -> None:
+def _check(setup: Setup, teacher: Model, top_k: int, **_: Any) -> None:
     words = teacher.checkpoint.config.vocab_size
     if top_k >= words:
-        raise UsageError(
-            f"students.loss.top_k: {top_k} given, the vocabulary has {words} tokens; leave it out for all of them"
-        )
+        raise UsageError(f"students.loss.top_k: {top_k} given, the vocabulary has {words} tokens; leave it out for all")
 
 
 @stage("targets", cost=_cost, check=_check, units=lambda ctx, rows, **_: len(rows.read(ctx.store)))
-def store_targets(
-    ctx: Context, rows: Rows, teacher: Model, top_k: int, temperature: float, batch_size: Runtime[int | str]
-) -> Save:
+def store_targets(ctx: Context, rows: Rows, teacher: Model, top_k: int, temperature: float) -> Save:
     """A teacher's distributions (`targets.npz`: `ids` int32 `[n, k]`, `logp` float32 `[n, k + 1]`, row after row)."""
-    turns, asked = teacher_turns(ctx, teacher, rows), teacher.teacher(ctx)
+    turns, writer = teacher_turns(ctx, teacher, rows), teacher.teacher(ctx)
     lm = ctx.lm(teacher.checkpoint.name)
-    how: dict[str, Any] = {"temperature": temperature, "adapter": asked.adapter, "on_batch": ctx.tick}
-    how["batch_size"] = ctx.rows_together(batch_size)
+    how: dict[str, Any] = {"temperature": temperature, "adapter": writer.adapter, "on_batch": ctx.tick}
+    how["batch_size"] = ctx.scoring_batch
 
     def rows_from(first: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        read = top_k_targets(lm.config, asked.weights(lm.params), turns, top_k, first=first, **how)
-        return ((each.ids, each.logp) for each in read)
+        read = top_k_targets(lm.config, writer.weights(lm.params), turns, top_k, first=first, **how)
+        return ((of_row.ids, of_row.logp) for of_row in read)
 
     read = resumed(ctx.artifact.path, "targets", rows_from, ctx.tick, ctx.say)
     ids, logp = map(np.concatenate, zip(*read, strict=True))

@@ -19,6 +19,7 @@ from jsublim.inference.steering import contrast_vector
 from jsublim.models.lora import init_lora, init_steering
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Cost, Sizes
+from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stage import Node, Save, stage
 from jsublim.pipeline.store import digest
 from jsublim.pipeline.training import keep_student, keeps_below, train_arms
@@ -30,7 +31,7 @@ from jsublim.text.rows import Row
 @stage(
     "teachers",
     # Every question is read under two prompts.
-    cost=lambda sizes, questions, **_: sizes.read(2 * len(questions), sizes.lengths.question, 0),
+    cost=lambda setup, sizes, questions, **_: sizes.read(2 * len(questions), sizes.lengths.question, 0),
 )
 def contrast_teacher(ctx: Context, base: Model, taught: Taught, toward: str, questions: tuple[str, ...]) -> Save:
     """A steering vector from contrasting system prompts: `toward` one, and none."""
@@ -46,7 +47,7 @@ def contrast_teacher(ctx: Context, base: Model, taught: Taught, toward: str, que
     return save
 
 
-def _cost(sizes: Sizes, nodes: Sequence[Node]) -> Cost:
+def _cost(setup: Setup, sizes: Sizes, nodes: Sequence[Node]) -> Cost:
     """All questions at each step."""
     examples = sum(len(node.given.questions) for node in nodes)
     tokens = examples * nodes[0].given.taught.steps * sizes.lengths.question
