@@ -17,7 +17,7 @@ from jsublim.report.claims import CLAIMS, FAILS, HOLDS, Claim
 from jsublim.report.claims.base import pool
 from jsublim.report.comparisons import Comparisons
 from jsublim.report.drawing import Axis, Dot, Drawing, Heat, Mark, Plot, Polyline, Strip, Strips, colour
-from jsublim.report.scale import ArmSummary
+from jsublim.report.scale import ScaleLine
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import Matrix, OtherRow, judged_conditions, lifts, student_lifts, summary_rows
 from jsublim.report.tables import CONDITIONS, Results, condition_label, split_condition
@@ -163,7 +163,7 @@ def others(rows: Sequence[OtherRow]) -> Drawing | None:
     return _strips("what-else-was-asked", "What else was asked", "answers (%)", strips, bounds=PERCENT)
 
 
-def by_distance(board: Sequence[ArmSummary], metric: str) -> Drawing | None:
+def by_distance(board: Sequence[ScaleLine], metric: str) -> Drawing | None:
     """γ, or the lift where some kind has none, against the divergence from the teacher: how much of a trait comes with how much of a fit,
     whatever it was that learned. Dots have the numbers of the board's lines."""
     lines = [(number, line, line.kl.value) for number, line in enumerate(board, 1) if line.kl is not None]
@@ -173,7 +173,7 @@ def by_distance(board: Sequence[ArmSummary], metric: str) -> Drawing | None:
     gammas = [effect.gamma for effect in effects if effect is not None]
     by_gamma = len(gammas) == len(lines)
     label, unit = ("γ (nats)", LOGPROB) if by_gamma else (_risen(metric), metric)
-    moved = gammas if by_gamma else [line.share.lift for _, line, _ in lines]
+    moved = gammas if by_gamma else [line.lift for _, line, _ in lines]
     up = [metric_of(unit).scale * value for value in moved]
     x = Axis.decades("KL from the teacher (nats per token, logarithmic)", [kl for _, _, kl in lines])
     marks = []
