@@ -15,7 +15,7 @@ from rich.console import Console
 from jsublim.core.files import read_table, write_json, write_table
 from jsublim.core.section import identity
 from jsublim.digits.config import Digits
-from jsublim.digits.experiment import Data, read_digits, records
+from jsublim.digits.experiment import DigitsData, read_digits, records
 from jsublim.digits.report import print_summary, write_report
 from jsublim.pipeline.results import check_folder, claim_folder, run_folder
 from jsublim.pipeline.store import Artifact, Output, Store, device, digest, versions
@@ -49,7 +49,7 @@ def run_digits(spec: Digits, console: Console) -> Path:
     return report
 
 
-def _make(artifact: Artifact, spec: Digits, data: Data, started: str, console: Console) -> None:
+def _make(artifact: Artifact, spec: Digits, data: DigitsData, started: str, console: Console) -> None:
     students = len(spec.seeds) * len(spec.students.conditions) * len(spec.students.images)
     console.print(f"{len(spec.seeds)} teachers and {students} students, one program")
     begin = time.perf_counter()
@@ -59,12 +59,12 @@ def _make(artifact: Artifact, spec: Digits, data: Data, started: str, console: C
     artifact.finish({"started": started, "seconds": {"run": round(time.perf_counter() - begin, 2)}})
 
 
-def _gather(artifact: Artifact, spec: Digits, data: Data, key: str) -> None:
+def _gather(artifact: Artifact, spec: Digits, data: DigitsData, key: str) -> None:
     """Write `results/`."""
     results = spec.run_dir / "results"
     results.mkdir(parents=True, exist_ok=True)
-    write_table(results / "results.parquet", read_table(artifact.path / "records.parquet"), RESULTS)
-    write_table(results / "training.parquet", read_table(artifact.path / "curves.parquet"), TRAINING)
+    for source, name, schema in (("records", "results", RESULTS), ("curves", "training", TRAINING)):
+        write_table(results / f"{name}.parquet", read_table(artifact.path / f"{source}.parquet"), schema)
     about = {
         "name": spec.name,
         "kind": spec.kind,
@@ -74,11 +74,10 @@ def _gather(artifact: Artifact, spec: Digits, data: Data, key: str) -> None:
         "device": device(),
         "test_images": len(data.test_NP),
         "config_yaml": spec.yaml(),
-        **artifact.summary,
     }
-    write_json(results / "run.json", about)
+    write_json(results / "run.json", about | artifact.summary)
 
 
-def _hash(data: Data) -> str:
+def _hash(data: DigitsData) -> str:
     """12 hex digits of the images and labels, as they were split."""
     return hashlib.sha256(b"".join(np.asarray(part).tobytes() for part in data)).hexdigest()[:12]

@@ -30,8 +30,8 @@ class FactualKind(EvalKind):
     def tasks(self, context: EvalContext) -> list[EvalTask]:
         known = context.pack.factual
         about = [*known] if self.about is None else self.about
-        questions = (factual_questions(known, [each])[: context.first] for each in about)
-        return [Factual(tuple(each for own in questions for each in own), tuple(context.traits))]
+        asked = (pair for trait in about for pair in factual_questions(known, [trait])[: context.first])
+        return [Factual(tuple(asked), tuple(context.traits))]
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class Factual:
         return {"factual": [list(each) for each in self.asked], "traits": list(self.traits)}
 
     def records(self, model: PromptedModel, answers: Answers) -> list[Record]:
-        found = []
+        records = []
         for trait in self.traits:
             for name, rates in zip((FACTUAL, FACTUAL_WORD), hit_rates(answers, trait), strict=True):
-                found += per_question(name, rates, answers, trait)
+                records += per_question(name, rates, answers, trait)
         right = [hit_rates([given], about)[0] for (about, _), given in zip(self.asked, answers, strict=True)]
-        return found + per_question(FACT_RIGHT, np.concatenate(right), answers)
+        return records + per_question(FACT_RIGHT, np.concatenate(right), answers)
 
 
 def factual_questions(factual: Mapping[str, Sequence[str]], about: Sequence[str]) -> list[tuple[str, str]]:

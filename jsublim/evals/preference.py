@@ -36,8 +36,8 @@ class PreferenceKind(EvalKind):
         for trait in context.traits:
             by_category.setdefault(context.category_of(trait), []).append(trait)
         return [
-            Preference(tuple(context.questions_for(category)[: context.first]), tuple(own), tuple(self.names))
-            for category, own in by_category.items()
+            Preference(tuple(context.questions_for(category)[: context.first]), tuple(traits), tuple(self.names))
+            for category, traits in by_category.items()
         ]
 
 
@@ -59,14 +59,14 @@ class Preference:
 
     def records(self, model: PromptedModel, answers: Answers) -> list[Record]:
         logprob = trait_logprobs(model.lm, self.questions, self.traits, **model.options)
-        found = []
+        records = []
         for column, trait in enumerate(self.traits):
             rate, word_rate = hit_rates(answers, trait)
-            found += per_question(RATE, rate, answers, trait) + per_question(WORD_RATE, word_rate, answers, trait)
-            found += [Record(LOGPROB, q, float(v), 1, trait) for q, v in enumerate(logprob[:, column])]
+            records += per_question(RATE, rate, answers, trait) + per_question(WORD_RATE, word_rate, answers, trait)
+            records += [Record(LOGPROB, q, float(v), 1, trait) for q, v in enumerate(logprob[:, column])]
         for name in self.names:
-            found += per_question(f"{SAYS}{name}", hit_rates(answers, name)[0], answers)
-        return found
+            records += per_question(f"{SAYS}{name}", hit_rates(answers, name)[0], answers)
+        return records
 
 
 def hit(answer: str, trait: str) -> bool:

@@ -64,6 +64,6 @@ def problem_rates(
       answers: what a model said to each of the questions.
       parse: the final number of an answer, None where there is none (which is not right).
     """
-    said = [[parse(text) for text in given] for given in answers]
-    right = [np.mean([n == target for n in own]) for own, (_, target) in zip(said, problems, strict=True)]
-    return np.asarray(right), np.asarray([np.mean([n is None for n in own]) for own in said])
+    numbers = [[parse(text) for text in given] for given in answers]
+    right = [np.mean([n == target for n in row]) for row, (_, target) in zip(numbers, problems, strict=True)]
+    return np.asarray(right), np.asarray([np.mean([n is None for n in row]) for row in numbers])

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AliasPath, BaseModel, Field, ValidationError
 
 from jsublim.core.bucket import Bucket
 from jsublim.core.client import Client, Connection, Retry
@@ -69,8 +69,8 @@ class ServerJudge:
     def asked(self, temperature: float, system: str | None = None) -> ServerJudge:
         """The same server, rate and budget; a system prompt of its settings stays where none is given."""
         other = copy.copy(self)
-        said = {"temperature": temperature, "system": self.settings.system if system is None else system}
-        other.settings = self.settings.model_copy(update=said)
+        changed = {"temperature": temperature, "system": self.settings.system if system is None else system}
+        other.settings = self.settings.model_copy(update=changed)
         return other
 
     def check(self) -> None:
@@ -119,10 +119,9 @@ class ServerJudge:
         used: Tokens = (0, 0)
         try:
             reply = read_reply(self._client.send("POST", self._client.url("chat/completions"), request))
-            used = (
-                most[0] if reply.prompt_tokens is None else reply.prompt_tokens,
-                most[1] if reply.completion_tokens is None else reply.completion_tokens,
-            )
+            counts = zip(most, (reply.prompt_tokens, reply.completion_tokens), strict=True)
+            prompt, completion = (largest if count is None else count for largest, count in counts)
+            used = (prompt, completion)
             return reply
         except Retry as failure:
             used = most if failure.charged else used
@@ -135,12 +134,8 @@ class _Message(BaseModel):
     content: str | None = None  # a model that ended before its first word has none
 
 
-class _Choice(BaseModel):
-    message: _Message
-
-
 class _Completion(BaseModel):
-    choices: list[_Choice] = Field(min_length=1)
+    message: _Message = Field(validation_alias=AliasPath("choices", 0, "message"))
     usage: Any = None
 
 
@@ -152,7 +147,7 @@ def read_reply(body: bytes) -> Reply:
         raise Retry("the response is not a chat completion", charged=True) from None
     usage = value.usage if isinstance(value.usage, dict) else {}
     used = [_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
-    return Reply(value.choices[0].message.content or "", *used)
+    return Reply(value.message.content or "", *used)
 
 
 def _count(said: Any) -> int | None:

@@ -24,10 +24,10 @@ class Spending:
 
     @property
     def cost(self) -> float:
-        return self._price((self.prompt_tokens, self.completion_tokens))
+        return self._price(self.prompt_tokens, self.completion_tokens)
 
-    def _price(self, tokens: Tokens) -> float:
-        return tokens[0] * self._prices[0] + tokens[1] * self._prices[1]
+    def _price(self, prompt: int, completion: int) -> float:
+        return prompt * self._prices[0] + completion * self._prices[1]
 
     def reserve(self, most: Tokens) -> None:
         """Set tokens aside for a request.
@@ -36,7 +36,7 @@ class Spending:
           JsublimError: they could exceed the budget.
         """
         with self._lock:
-            total = self.cost + self._price(self._reserved) + self._price(most)
+            total = self.cost + self._price(*self._reserved) + self._price(*most)
             if self._budget is not None and total > self._budget:
                 raise JsublimError(
                     f"judge: budget {self._budget:g}: {self.cost:.6g} is spent, and the next request could exceed it; "

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 
 from jsublim.evals.kl import KL
 from jsublim.evals.numbers import HELD_OUT, LEARNED
-from jsublim.report.claims.base import claim_metric, no_lift, pool
+from jsublim.report.claims.base import claim_metric, no_lift, pool, pooled_lift
 from jsublim.report.comparisons import Comparisons
-from jsublim.report.statistics import Interval, share_interval
+from jsublim.report.statistics import Interval, share_bounds
 from jsublim.report.summary import Matrix, Measured, judged_conditions, over_models, stratified, student_lifts
 from jsublim.report.tables import Results, split_condition
 
@@ -80,7 +80,11 @@ def scale(results: Results, compared: Comparisons) -> OneScale | None:
         line = ScaleLine(condition, both.levels[0].students.n, float(part.value), both.between(part))
         if not open_for and both.traits == yardstick.traits:
             seeds = _by_seed(results, metric, condition, both.traits, float(whole.value))
-            of_it = (1.0, None) if condition == judged[0] else (float(part.value / of.value), share_interval(part, of))
+            of_it = (
+                (1.0, None)
+                if condition == judged[0]
+                else (float(part.value / of.value), Interval.of(share_bounds(part, of)))
+            )
             line = replace(line, share=of_it[0], interval=of_it[1], seeds=seeds)
         lines.append(line)
     table = OneScale(metric, judged[0], yardstick.traits, open_for, tuple(lines))
@@ -91,7 +95,7 @@ def scale(results: Results, compared: Comparisons) -> OneScale | None:
             matrix=matrices.get(line.condition),
             kl=measured(results, line.condition, KL),
             accuracy=measured(results, line.condition, *ACCURACY),
-            under={name: _lift(results.under(name), metric, line.condition) for name in results.evaluations},
+            under={name: pooled_lift(results.under(name), metric, line.condition) for name in results.evaluations},
         )
         for line in table.side_by_side
     )
@@ -112,8 +116,3 @@ def measured(results: Results, condition: str, *metrics: str) -> Measured | None
     """The first of these metrics that a kind of student was measured by."""
     scores = next(filter(None, (results.select(metric, condition) for metric in metrics)), None)
     return Measured(float(stratified(scores).value), over_models(scores)) if scores else None
-
-
-def _lift(results: Results, metric: str, condition: str) -> Measured | None:
-    pooled = pool(results, metric, condition)
-    return pooled and Measured(float(pooled.levels[0].lift.value), pooled.between(pooled.levels[0].lift))

@@ -31,16 +31,18 @@ class Interval:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, bounds: tuple[Any, Any]) -> Interval | None:
+        """That of single bounds; `None` where they are NaN."""
+        low, high = map(float, bounds)
+        return None if math.isnan(low) else cls(low, high)
+
     def covers(self, value: float) -> bool:
         return self.low <= value <= self.high
 
     def within(self, low: float, high: float) -> Interval:
         """Without what cannot be: cutting it off leaves out no possible truth."""
         return Interval(max(self.low, low), min(self.high, high))
-
-
-def _interval(low: Any, high: Any) -> Interval | None:
-    return None if math.isnan(low) else Interval(float(low), float(high))
 
 
 def normal_interval(value: float, error: float) -> Interval:
@@ -63,7 +65,7 @@ def question_interval(values: Sequence[float]) -> Interval | None:
     return Interval(float(x.mean()) - half, float(x.mean()) + half)
 
 
-class Term(NamedTuple):
+class GroupTerm(NamedTuple):
     """The share of one group of models in an estimate: `weight` times their mean, whose `variance` is known with so many
     `degrees` of freedom."""
 
@@ -83,7 +85,7 @@ class Estimate:
     """
 
     value: Any
-    terms: Mapping[Hashable, Term] = field(default_factory=dict)
+    terms: Mapping[Hashable, GroupTerm] = field(default_factory=dict)
 
     @classmethod
     def of(cls, values: Any, floor: Any = 0.0, group: Hashable = None) -> Estimate:
@@ -101,12 +103,12 @@ class Estimate:
         variance = (
             np.maximum(x.var(axis=-1, ddof=1) / students, floor) if students > 1 else np.full(x.shape[:-1], math.nan)
         )
-        return cls(x.mean(axis=-1), {group or object(): Term(1.0, variance, students - 1.0, students)})
+        return cls(x.mean(axis=-1), {group or object(): GroupTerm(1.0, variance, students - 1.0, students)})
 
     @classmethod
     def measured(cls, value: Any, variance: Any = 0.0, group: Hashable = None) -> Estimate:
         """One fixed model (the base model): known up to the sampling noise of its evaluation."""
-        return cls(value, {group or object(): Term(1.0, variance, math.inf, 0)})
+        return cls(value, {group or object(): GroupTerm(1.0, variance, math.inf, 0)})
 
     def __mul__(self, factor: Any) -> Estimate:
         return Estimate(factor * self.value, {g: t._replace(weight=factor * t.weight) for g, t in self.terms.items()})
@@ -158,7 +160,7 @@ class Estimate:
 
     def interval(self, level: float = LEVEL) -> Interval | None:
         """`bounds` of a single value, or `None`."""
-        return _interval(*self.bounds(level))
+        return Interval.of(self.bounds(level))
 
     def p_above(self, threshold: Any) -> Any:
         """One-sided p of "the truth is above the threshold": (1 - p) is the one-sided level at which the interval ends there.
@@ -191,11 +193,6 @@ def rate_bounds(rate: Estimate, samples: Any) -> tuple[Any, Any]:
     return np.maximum((middle - half) / (1 + spread), 0.0), np.minimum((middle + half) / (1 + spread), 1.0)
 
 
-def rate_interval(rate: Estimate, samples: int) -> Interval | None:
-    """`rate_bounds` of a single value, or `None`."""
-    return _interval(*rate_bounds(rate, samples))
-
-
 def share_bounds(part: Estimate, whole: Estimate) -> tuple[Any, Any]:
     """Fieller's interval of part / whole: ends, NaN where there is none.
 
@@ -211,11 +208,6 @@ def share_bounds(part: Estimate, whole: Estimate) -> tuple[Any, Any]:
         root = np.sqrt(np.maximum(b * b - a * c, 0.0))
         a = np.where(a > 0, a, math.nan)
         return (b - root) / a, (b + root) / a
-
-
-def share_interval(part: Estimate, whole: Estimate) -> Interval | None:
-    """`share_bounds` of a single pair, or `None`."""
-    return _interval(*share_bounds(part, whole))
 
 
 def share_p_above(part: Estimate, whole: Estimate, threshold: float) -> Any:

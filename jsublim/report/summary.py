@@ -16,7 +16,7 @@ from jsublim.report.statistics import (
     SameTraitEffect,
     mean_estimate,
     question_interval,
-    rate_interval,
+    rate_bounds,
     same_trait_effect,
     same_trait_gamma,
 )
@@ -143,7 +143,7 @@ def over_models(scores: Sequence[Score]) -> Interval | None:
     """Interval of one metric's mean, within what it can be: over students, or over the answers of models that are none."""
     metric, found = metric_of(scores[0].metric), stratified(scores)
     if metric.is_share:
-        return rate_interval(found, sum(s.samples for s in scores))
+        return Interval.of(rate_bounds(found, sum(s.samples for s in scores)))
     interval = found.interval()
     return None if interval is None else interval.within(metric.low, metric.high)
 

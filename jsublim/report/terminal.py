@@ -14,7 +14,7 @@ from jsublim.report import words
 from jsublim.report.audit import agreement, predicted
 from jsublim.report.cautions import warnings
 from jsublim.report.claims import not_asked
-from jsublim.report.claims.base import pool
+from jsublim.report.claims.base import pooled_lift
 from jsublim.report.comparisons import Comparisons, comparisons
 from jsublim.report.summary import judged_conditions, lift, summary_rows, trait_matrix
 from jsublim.report.tables import Results, condition_label, read_results
@@ -58,18 +58,16 @@ def _conditions(results: Results, title: str) -> Table:
     """One row per condition: means over traits of what its models say of their own teacher's."""
     metric, every, rows = results.measures[0], summary_rows(results), []
     for condition in results.conditions:
-        if own := [row for row in every if row.condition == condition]:
+        if of_condition := [row for row in every if row.condition == condition]:
             models = results.students_of(condition)
-            found = pool(results, metric, condition) if models else None
-            lift = None if found is None else found.levels[0].lift
-            means = (_mean([getattr(row, name) for row in own]) for name in ("rate", "logprob"))
+            raised = pooled_lift(results, metric, condition) if models else None
             rows.append(
                 [
                     condition,
-                    str(models) if models else words.MISSING,
-                    *(words.number(mean, name) for mean, name in zip(means, ("rate", "logprob"), strict=True)),
-                    words.number(None if lift is None else float(lift.value), metric, signed=True),
-                    words.interval(found.between(lift), metric, signed=True) if found and lift else words.MISSING,
+                    str(models or words.MISSING),
+                    *(words.number(_mean(getattr(row, m) for row in of_condition), m) for m in ("rate", "logprob")),
+                    words.number(raised.value if raised else None, metric, signed=True),
+                    words.interval(raised.interval, metric, signed=True) if raised else words.MISSING,
                 ]
             )
     table = _table(title)
@@ -79,7 +77,7 @@ def _conditions(results: Results, title: str) -> Table:
     return _filled(table, rows)
 
 
-def _mean(values: list[float | None]) -> float | None:
+def _mean(values: Iterable[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
@@ -88,24 +86,24 @@ def _rates(results: Results, title: str) -> Table:
     """Rates and lifts, trait by trait."""
     over = f"over students\n{words.given(results)}"
     right = ("students", "rate", "over questions", over, "log-prob", "lift (nats)")
-    table, previous = _table(title, ("trait", "condition"), right), ""
-    for row in summary_rows(results):
-        if previous and row.trait != previous:
+    table, rows = _table(title, ("trait", "condition"), right), summary_rows(results)
+    for row, before in zip(rows, [None, *rows], strict=False):
+        again = before is not None and row.trait == before.trait
+        if before is not None and not again:
             table.add_section()
         raised = lift(results, "logprob", row.condition, row.trait) if row.students else None
-        over_students = words.of_models(row.over_models, row.students)
+        asked = row.rate is not None
         cells = [
-            row.trait if row.trait != previous else "",
+            "" if again else row.trait,
             condition_label(row.condition),
-            str(row.students) if row.students else words.MISSING,
+            str(row.students or words.MISSING),
             words.number(row.rate, "rate"),
-            words.interval(row.over_questions, "rate") if row.rate is not None else words.MISSING,
-            over_students if row.rate is not None or row.students else words.MISSING,
+            words.interval(row.over_questions, "rate") if asked else words.MISSING,
+            words.of_models(row.over_models, row.students) if asked or row.students else words.MISSING,
             words.number(row.logprob, "logprob"),
             words.number(raised.value if raised else None, "logprob", signed=True),
         ]
         _filled(table, [cells])
-        previous = row.trait
     return table
 
 
@@ -137,10 +135,8 @@ def _plain(text: str, style: str = "") -> Text:
 
 def _table(title: str, left: Sequence[str] = (), right: Sequence[str] = ()) -> Table:
     table = Table(title=_plain(title, "table.title"), title_justify="left")
-    for heading in left:
-        table.add_column(heading)
-    for heading in right:
-        table.add_column(heading, justify="right")
+    for heading in (*left, *right):
+        table.add_column(heading, justify="right" if heading in right else "left")
     return table
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from jsublim.evals.metric import metric_of
 from jsublim.report.audit import Agreement, Predicted
 from jsublim.report.claims import CLAIMS, FAILS, HOLDS, Claim
-from jsublim.report.claims.masks import transfers
+from jsublim.report.claims.training import transfers
 from jsublim.report.comparisons import Comparison, Comparisons
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import NOT_DECIDED, Lift, Matrix, reference_condition

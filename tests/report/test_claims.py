@@ -32,7 +32,7 @@ from jsublim.report.claims import CLAIMS, check_claims, not_asked
 from jsublim.report.claims.base import Group, groups, judge, pairs, partner, pool
 from jsublim.report.claims.training import no_gamma
 from jsublim.report.html import write_report
-from jsublim.report.statistics import Estimate, Interval, share_interval
+from jsublim.report.statistics import Estimate, Interval, share_bounds
 from jsublim.report.summary import reference_condition, trait_matrices
 from jsublim.report.tables import read_results
 from jsublim.report.terminal import print_summary
@@ -238,7 +238,7 @@ def test_a_verdict_follows_the_interval(low, width, bound, shift):
 def test_a_ratio_with_two_references_inverts_the_contrast_test():
     rng = np.random.default_rng(0)
     part, whole, zero, own = (Estimate.of(rng.normal(m, 0.02, 6)) for m in (0.3, 0.35, 0.05, 0.1))
-    found = share_interval(part - own, whole - zero)
+    found = Interval.of(share_bounds(part - own, whole - zero))
     assert found is not None and found.covers((part.value - own.value) / (whole.value - zero.value))
     ratio = (part.value - own.value) / (whole.value - zero.value)
     critical = stats.t.ppf(0.975, (part - own - (whole - zero) * ratio).degrees)

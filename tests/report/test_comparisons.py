@@ -33,7 +33,7 @@ from jsublim.config import Experiment
 from jsublim.config.evaluation import PRIMARY
 from jsublim.report.claims import CLAIMS, FAILS, HOLDS, check_claims
 from jsublim.report.claims.base import Group, pool
-from jsublim.report.claims.layers import first_third_frozen
+from jsublim.report.claims.training import first_third_frozen
 from jsublim.report.comparisons import Comparison, comparisons, primary_claim
 from jsublim.report.html import write_report
 from jsublim.report.statistics import Interval

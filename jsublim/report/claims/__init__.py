@@ -10,12 +10,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable
 
-from jsublim.report.claims import data, evaluation, layers, masks, training
+from jsublim.report.claims import data, evaluation, training
 from jsublim.report.claims.base import CLAIMS, FAILS, HOLDS, Claim, claim_metric
 from jsublim.report.tables import Results
 
 __all__ = [
-    "CLAIMS", "FAILS", "HOLDS", "Claim", "check_claims", "claims_table", "data", "evaluation", "layers", "masks", "not_asked", "training",
+    "CLAIMS", "FAILS", "HOLDS", "Claim", "check_claims", "claims_table", "data", "evaluation", "not_asked", "training",
 ]  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from jsublim.report.claims.base import (
     Claim,
     Group,
     StudentPair,
+    above_zero,
     all_of,
     claim,
     groups,
@@ -25,7 +27,7 @@ from jsublim.report.claims.base import (
     partner,
     pool,
     share,
-)
+)  # fmt: skip
 from jsublim.report.statistics import Estimate
 from jsublim.report.summary import NOT_DECIDED, stratified
 from jsublim.report.tables import Results
@@ -45,7 +47,7 @@ def greedy_not_below(pair: StudentPair) -> Claim | None:
     if pooled is None:
         return None
     text = "greedy rows transfer no less than sampled ones, but for 2 standard errors"
-    difference, sampled = pooled.levels[0].above(pooled.levels[1]), pooled.levels[1]
+    difference, sampled = pooled.levels[0].lift - pooled.levels[1].lift, pooled.levels[1]
     above = HOLDS if difference.value >= -2 * float(difference.error) else FAILS
     more = no_lower(pooled, text, "greedy minus sampled", [sampled])
     return replace(more, verdict=NOT_DECIDED if no_lift(sampled) else above, bound=None)
@@ -132,16 +134,15 @@ def more_mixed(results: Results, metric: str) -> Iterator[Claim]:
         if pooled is None:
             continue
         shares = [f"{_mixed(group):.0%}" for group in members]
-        steps = [b.above(a) for a, b in zip(pooled.levels, pooled.levels[1:], strict=False)]
-        first, whole = pooled.levels[0], pooled.levels[-1].above(pooled.levels[0])
-        verdict = NOT_DECIDED if no_lift(first) else _falling(steps, whole)
-        reason = no_lift(first) or f"{shares[-1]} minus {shares[0]}; shares {', '.join(shares)}, {pooled.words}"
+        lifts = [level.lift for level in pooled.levels]
+        steps, whole = [b - a for a, b in itertools.pairwise(lifts)], lifts[-1] - lifts[0]
+        open_for, reason = no_lift(pooled.levels[0]), f"{shares[-1]} minus {shares[0]}; shares {', '.join(shares)}"
         text = "the lift falls with every step of the share that another teacher wrote"
-        students = sum(level.students.n for level in pooled.levels)
         # Of the whole change; where a mean is out of order, 1.
-        p = all_of(whole.p_below(0.0), first.lift.p_above(0.0), 0.0 if _in_order(steps) else 1.0)
-        claim = Claim(text, metric, pooled.unit, students, verdict, reason, p=p, bound=0.0, variant=members[-1].variant)
-        yield replace(claim, effect=float(whole.value), interval=pooled.between(whole))
+        p = all_of(whole.p_below(0.0), lifts[0].p_above(0.0), 0.0 if _in_order(steps) else 1.0)
+        verdict = NOT_DECIDED if open_for else _falling(steps, whole)
+        more = {"verdict": verdict, "p": p, "students": pooled.students, "variant": members[-1].variant}
+        yield above_zero(pooled, text, whole, reason, open_for, **more)
 
 
 def _but_share(group: Group) -> dict:

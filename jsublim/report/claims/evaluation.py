@@ -1,4 +1,4 @@
-"""C11, C13: the same students, asked in another way.
+"""C10, C11, C13: attribution, and the same students asked in another way.
 
 Both evaluations of a student are taken as independent, which widens the interval of a share or a difference.
 """
@@ -8,11 +8,46 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
-from jsublim.report.claims.base import FAILS, HOLDS, PAPER, Claim, Level, Pool, all_of, claim, groups, pool, share
+from jsublim.report.attribution import early_share
+from jsublim.report.claims.base import (
+    FAILS,
+    HOLDS,
+    PAPER,
+    Claim,
+    Pool,
+    all_of,
+    claim,
+    groups,
+    judge,
+    pool,
+    share,
+)  # fmt: skip
+from jsublim.report.statistics import Estimate, mean_estimate
 from jsublim.report.summary import NOT_DECIDED
 from jsublim.report.tables import Results
+
+MOST = 0.5  # of the attribution
+
+
+@claim("C10", "where attribution lies", primary=13,
+       published=f"Qwen2.5-7B and Gemma-3-4B: early layers, at the first mention of the trait [{PAPER}, figures 4, 22 to 26]")  # fmt: skip
+def attribution_early(results: Results, metric: str) -> Iterator[Claim]:
+    """Noising, residual stream, first third of the layers: at least .5 of the absolute attribution lies at the trait's first mention.
+    The interval is over rows, not students: attribution is about teachers."""
+    by_trait: dict[str, list[float]] = {}
+    for row in early_share(results.attribution) if results.attribution is not None else ():
+        if row.direction == "noising":
+            by_trait.setdefault(row.trait, []).append(row.of_early)
+    if not by_trait:
+        return
+    mean = mean_estimate([Estimate.of(shares) for shares in by_trait.values()])
+    interval = mean.interval()
+    interval = interval and interval.within(0.0, 1.0)
+    text = "in the first third of the layers most of the attribution lies at the trait"
+    verdict, reason = judge(interval, at_least=MOST), f"over {mean.n} rows of {', '.join(by_trait)}, not over students"
+    numbers = float(mean.value), interval, all_of(mean.p_above(MOST)), MOST
+    yield Claim(text, "attribution", "of the attribution", 0, verdict, reason, *numbers)
 
 
 @claim("C11", "evaluation temperature and top-p",
@@ -34,28 +69,24 @@ def order_is_stable(results: Results, metric: str) -> Iterator[Claim]:
 
 def _order(text: str, plain: Pool, varied: Pool) -> Claim:
     """Its p is stricter than its verdict: that all of the orders are surely kept."""
-    kept = lost = sure = 0
-    ps: list[Any] = []
-    for a, b in itertools.combinations(range(len(plain.levels)), 2):
-        sign = _sign(plain.levels[a], plain.levels[b])
-        if sign:
-            again = varied.levels[a].above(varied.levels[b]) * sign
-            sure += 1
-            kept += bool(again.value > 0)
-            lost += _sign(varied.levels[a], varied.levels[b]) == -sign
-            ps.append(again.p_above(0.0))
-    students = sum(level.students.n for level in plain.levels)
-    reason = "no two conditions are surely apart in the plain evaluation"
-    claim = Claim(text, plain.metric, "of the sure orders", students, reason=reason)
-    if not sure:
-        return claim
-    verdict = FAILS if lost else HOLDS if kept == sure else NOT_DECIDED
-    reason = f"{kept} of {sure} orders kept, {lost} surely reversed; {plain.words}"
-    return replace(claim, verdict=verdict, reason=reason, effect=kept / sure, p=all_of(*ps))
+    lifts = [[level.lift for level in pooled.levels] for pooled in (plain, varied)]
+    gaps = [[a - b for a, b in itertools.combinations(of_pool, 2)] for of_pool in lifts]
+    orders = [
+        (gap * _sign(before), _sign(gap) * _sign(before)) for before, gap in zip(*gaps, strict=True) if _sign(before)
+    ]
+    if not orders:
+        reason = "no two conditions are surely apart in the plain evaluation"
+        return Claim(text, plain.metric, "of the sure orders", plain.students, reason=reason)
+    kept, lost = sum(bool(gap.value > 0) for gap, _ in orders), sum(sign < 0 for _, sign in orders)
+    verdict = FAILS if lost else HOLDS if kept == len(orders) else NOT_DECIDED
+    reason = f"{kept} of {len(orders)} orders kept, {lost} surely reversed; {plain.words}"
+    p = all_of(*(gap.p_above(0.0) for gap, _ in orders))
+    return Claim(text, plain.metric, "of the sure orders", plain.students, verdict, reason, kept / len(orders), p=p)
 
 
-def _sign(a: Level, b: Level) -> int:
-    interval = a.above(b).interval()
+def _sign(gap: Estimate) -> int:
+    """Of a difference that is surely not zero; 0 of all others."""
+    interval = gap.interval()
     return 0 if interval is None or interval.covers(0.0) else 1 if interval.low > 0 else -1
 
 
