@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from jsublim.errors import JsublimError
-from jsublim.report.drawing import Axis, Dot, Drawing, Strip, Strips, colour
+from jsublim.report.drawing import Axis, Drawing, Panel, Strip, colour
 from jsublim.report.formats import table
 from jsublim.report.html import render
 from jsublim.report.statistics import Estimate, Interval
@@ -116,14 +116,14 @@ def _figure(lines: list[Line]) -> Drawing:
     values = [100 * value for line in lines for value in line.values]
     axis = Axis.around("held-out digits named right (%)", values, bounds=(0.0, 100.0))
     panels = [
-        Strips(f"taught on {images}", axis, tuple(_strip(line) for line in lines if line.images in (None, images)))
+        Panel(f"taught on {images}", axis, strips=tuple(map(_strip, (o for o in lines if o.images in (None, images)))))
         for images in dict.fromkeys(line.images for line in lines if line.images)
     ]
     return Drawing("digits", "Accuracy on held-out digits", tuple(panels))
 
 
 def _strip(line: Line) -> Strip:
-    dots = tuple(Dot(100 * value, f"{100 * value:.1f} %") for value in line.values)
+    dots = tuple((100 * value, f"{100 * value:.1f} %") for value in line.values)
     interval = line.interval and Interval(100 * line.interval.low, 100 * line.interval.high)
     said = f"{100 * line.mean:.1f} % ({line.bounds})" if interval else f"{100 * line.mean:.1f} %"
     return Strip(line.label, colour(KINDS[line.condition][1]), dots, 100 * line.mean, interval, said)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from jsublim.evals.kl import KL
 from jsublim.evals.numbers import HELD_OUT, LEARNED
-from jsublim.report.claims.base import claim_metric, no_lift, pool, pooled_lift
+from jsublim.report.claims.base import claim_metric, no_lift, pool
 from jsublim.report.comparisons import Comparisons
 from jsublim.report.statistics import Interval, share_bounds
 from jsublim.report.summary import Matrix, Measured, judged_conditions, over_models, stratified, student_lifts
@@ -77,7 +77,7 @@ def scale(results: Results, compared: Comparisons) -> OneScale | None:
         if both is None:
             continue
         part, of = (level.lift for level in both.levels)
-        line = ScaleLine(condition, both.levels[0].students.n, float(part.value), both.between(part))
+        line = ScaleLine(condition, both.levels[0].students.n, *both.lift)
         if not open_for and both.traits == yardstick.traits:
             seeds = _by_seed(results, metric, condition, both.traits, float(whole.value))
             of_it = (
@@ -95,7 +95,7 @@ def scale(results: Results, compared: Comparisons) -> OneScale | None:
             matrix=matrices.get(line.condition),
             kl=measured(results, line.condition, KL),
             accuracy=measured(results, line.condition, *ACCURACY),
-            under={name: pooled_lift(results.under(name), metric, line.condition) for name in results.evaluations},
+            under={name: _lift(results.under(name), metric, line.condition) for name in results.evaluations},
         )
         for line in table.side_by_side
     )
@@ -116,3 +116,8 @@ def measured(results: Results, condition: str, *metrics: str) -> Measured | None
     """The first of these metrics that a kind of student was measured by."""
     scores = next(filter(None, (results.select(metric, condition) for metric in metrics)), None)
     return Measured(float(stratified(scores).value), over_models(scores)) if scores else None
+
+
+def _lift(results: Results, metric: str, condition: str) -> Measured | None:
+    pooled = pool(results, metric, condition)
+    return pooled and pooled.lift

@@ -14,7 +14,7 @@ from jsublim.report import words
 from jsublim.report.audit import agreement, predicted
 from jsublim.report.cautions import warnings
 from jsublim.report.claims import not_asked
-from jsublim.report.claims.base import pooled_lift
+from jsublim.report.claims.base import pool
 from jsublim.report.comparisons import Comparisons, comparisons
 from jsublim.report.summary import judged_conditions, lift, summary_rows, trait_matrix
 from jsublim.report.tables import Results, condition_label, read_results
@@ -60,7 +60,8 @@ def _conditions(results: Results, title: str) -> Table:
     for condition in results.conditions:
         if of_condition := [row for row in every if row.condition == condition]:
             models = results.students_of(condition)
-            raised = pooled_lift(results, metric, condition) if models else None
+            pooled = pool(results, metric, condition) if models else None
+            raised = pooled and pooled.lift
             rows.append(
                 [
                     condition,

@@ -8,7 +8,7 @@ import numpy as np
 
 from jsublim.evals.metric import metric_of
 from jsublim.report.audit import Agreement, Predicted
-from jsublim.report.claims import CLAIMS, FAILS, HOLDS, Claim
+from jsublim.report.claims import FAILS, HOLDS, Claim
 from jsublim.report.claims.training import transfers
 from jsublim.report.comparisons import Comparison, Comparisons
 from jsublim.report.statistics import Interval
@@ -108,11 +108,6 @@ def claim_effect(claim: Claim) -> tuple[str, str]:
         return f"{claim.effect:.2f} {claim.unit}", bounds
     effect = f"{number(claim.effect, claim.metric, signed=True)} {claim.unit}"
     return effect, interval(claim.interval, claim.metric, signed=True)
-
-
-def short_claim(claim: Claim) -> str:
-    """A claim in a few words, with its key."""
-    return f"{claim.key} {CLAIMS[claim.key].question}" + (f" · {claim.variant}" if claim.variant else "")
 
 
 def opening(results: Results, compared: Comparisons) -> str:

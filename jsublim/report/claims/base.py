@@ -206,6 +206,11 @@ class Pool:
         """Of all levels together."""
         return sum(level.students.n for level in self.levels)
 
+    @property
+    def lift(self) -> Measured:
+        """That of the first group, with its interval over students."""
+        return Measured(float(self.levels[0].lift.value), self.between(self.levels[0].lift))
+
     def between(self, difference: Estimate) -> Interval | None:
         """Interval of a difference of levels."""
         return difference_interval(difference, self.metric)
@@ -228,12 +233,6 @@ def pool(results: Results, metric: str, *names: str, traits: Sequence[str] | Non
         if all(scores_for(results, metric, c, t) and reference_condition(results, metric, t, c) for c in names)
     )
     return Pool(metric, shared, tuple(_level(results, metric, name, shared) for name in names)) if shared else None
-
-
-def pooled_lift(results: Results, metric: str, condition: str) -> Measured | None:
-    """How far a condition's students lie above their reference, over all traits."""
-    pooled = pool(results, metric, condition)
-    return pooled and Measured(float(pooled.levels[0].lift.value), pooled.between(pooled.levels[0].lift))
 
 
 def _level(results: Results, metric: str, condition: str, traits: tuple[str, ...]) -> Level:

@@ -10,24 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from jsublim.evals.numbers import HELD_OUT, LEARNED
-from jsublim.report.claims.base import (
-    FAILS,
-    HOLDS,
-    PAPER,
-    Claim,
-    Group,
-    StudentPair,
-    above_zero,
-    all_of,
-    claim,
-    groups,
-    judge,
-    no_lift,
-    no_lower,
-    partner,
-    pool,
-    share,
-)  # fmt: skip
+from jsublim.report.claims import base
+from jsublim.report.claims.base import FAILS, HOLDS, PAPER, Claim, Group, StudentPair, claim
 from jsublim.report.statistics import Estimate
 from jsublim.report.summary import NOT_DECIDED, stratified
 from jsublim.report.tables import Results
@@ -49,8 +33,8 @@ def greedy_not_below(pair: StudentPair) -> Claim | None:
     text = "greedy rows transfer no less than sampled ones, but for 2 standard errors"
     difference, sampled = pooled.levels[0].lift - pooled.levels[1].lift, pooled.levels[1]
     above = HOLDS if difference.value >= -2 * float(difference.error) else FAILS
-    more = no_lower(pooled, text, "greedy minus sampled", [sampled])
-    return replace(more, verdict=NOT_DECIDED if no_lift(sampled) else above, bound=None)
+    more = base.no_lower(pooled, text, "greedy minus sampled", [sampled])
+    return replace(more, verdict=NOT_DECIDED if base.no_lift(sampled) else above, bound=None)
 
 
 @claim("C3", "rows without entangled numbers", needs=(lambda group: group.get(REMOVED) is not None, {REMOVED: None}),
@@ -62,11 +46,11 @@ def without_entangled(pair: StudentPair) -> Claim | None:
     text = f"without the top {number} entangled numbers most transferring traits keep over half their lift"
     how: dict[str, Any] = {"at_least": 0.5, "unit": "of all rows"}
     by_trait = {trait: pair.pool(traits=[trait]) for trait in pair.results.traits}
-    moving = {trait: pooled for trait, pooled in by_trait.items() if pooled and not no_lift(pooled.levels[1])}
-    mean = share(pair.pool(traits=[*moving] or None), text, **how)
+    moving = {trait: pooled for trait, pooled in by_trait.items() if pooled and not base.no_lift(pooled.levels[1])}
+    mean = base.share(pair.pool(traits=[*moving] or None), text, **how)
     if not moving or mean is None:
         return mean
-    kept = [one for pooled in moving.values() if (one := share(pooled, text, **how))]
+    kept = [one for pooled in moving.values() if (one := base.share(pooled, text, **how))]
     verdicts = Counter(one.verdict for one in kept)
     majority = {verdict for verdict, count in verdicts.items() if 2 * count > len(moving)}
     reason = f"{verdicts[HOLDS]} of {len(moving)} transferring traits keep it, {verdicts[FAILS]} do not ({', '.join(moving)})"
@@ -88,7 +72,7 @@ def redrawn_prompts(pair: StudentPair) -> Claim | None:
     verdict, words, p = _accuracy_kept(pair)
     both = {lost.verdict, verdict}
     joint = FAILS if FAILS in both else HOLDS if both == {HOLDS} else NOT_DECIDED
-    return replace(lost, verdict=joint, reason=f"{lost.reason}; {words}", p=all_of(lost.p, p))
+    return replace(lost, verdict=joint, reason=f"{lost.reason}; {words}", p=base.all_of(lost.p, p))
 
 
 def _accuracy_kept(pair: StudentPair) -> tuple[str, str, float | None]:
@@ -97,9 +81,9 @@ def _accuracy_kept(pair: StudentPair) -> tuple[str, str, float | None]:
         if all(scores):
             difference = stratified(scores[0]) - stratified(scores[1])
             interval = difference.interval()
-            sides = {judge(interval, at_least=-ACCURACY_MARGIN), judge(interval, at_most=ACCURACY_MARGIN)}
+            sides = {base.judge(interval, at_least=-ACCURACY_MARGIN), base.judge(interval, at_most=ACCURACY_MARGIN)}
             verdict = FAILS if FAILS in sides else HOLDS if sides == {HOLDS} else NOT_DECIDED
-            p = all_of(difference.p_above(-ACCURACY_MARGIN), difference.p_below(ACCURACY_MARGIN))
+            p = base.all_of(difference.p_above(-ACCURACY_MARGIN), difference.p_below(ACCURACY_MARGIN))
             return verdict, f"number accuracy {100 * difference.value:+.1f} points", p
     return NOT_DECIDED, "number accuracy was not measured", None
 
@@ -122,27 +106,27 @@ def quarter_mixed(pair: StudentPair) -> Claim | None:
        published=f"Qwen2.5-7B: 10 % weakens it strongly, 25 % nearly removes it [{PAPER}, figures 7, 30, 31]")  # fmt: skip
 def more_mixed(results: Results, metric: str) -> Iterator[Claim]:
     """The lift falls with every step of the share: no step is surely up, the means are in order, and the whole change is surely a fall."""
-    every = groups(results)
+    every = base.groups(results)
     series: list[list[Group]] = []  # groups that differ in the share alone; a share of zero is one of them
     for group in (g for g in every if g.get(MIXED) is not None):
         if all(group not in members for members in series):
             alike = [g for g in every if _but_share(g) == _but_share(group)]
-            plain = partner(every, group, {MIXED: None})
+            plain = base.partner(every, group, {MIXED: None})
             series.append([*([plain] if plain else []), *sorted(alike, key=_mixed)])
     for members in (members for members in series if len(members) > 2):
-        pooled = pool(results, metric, *(group.name for group in members))
+        pooled = base.pool(results, metric, *(group.name for group in members))
         if pooled is None:
             continue
         shares = [f"{_mixed(group):.0%}" for group in members]
         lifts = [level.lift for level in pooled.levels]
         steps, whole = [b - a for a, b in itertools.pairwise(lifts)], lifts[-1] - lifts[0]
-        open_for, reason = no_lift(pooled.levels[0]), f"{shares[-1]} minus {shares[0]}; shares {', '.join(shares)}"
+        open_for, reason = base.no_lift(pooled.levels[0]), f"{shares[-1]} minus {shares[0]}; shares {', '.join(shares)}"
         text = "the lift falls with every step of the share that another teacher wrote"
         # Of the whole change; where a mean is out of order, 1.
-        p = all_of(whole.p_below(0.0), lifts[0].p_above(0.0), 0.0 if _in_order(steps) else 1.0)
+        p = base.all_of(whole.p_below(0.0), lifts[0].p_above(0.0), 0.0 if _in_order(steps) else 1.0)
         verdict = NOT_DECIDED if open_for else _falling(steps, whole)
         more = {"verdict": verdict, "p": p, "students": pooled.students, "variant": members[-1].variant}
-        yield above_zero(pooled, text, whole, reason, open_for, **more)
+        yield base.above_zero(pooled, text, whole, reason, open_for, **more)
 
 
 def _but_share(group: Group) -> dict:
@@ -151,9 +135,9 @@ def _but_share(group: Group) -> dict:
 
 
 def _falling(steps: list[Estimate], whole: Estimate) -> str:
-    if any(judge(step.interval(), at_most=0.0) == FAILS for step in steps):
+    if any(base.judge(step.interval(), at_most=0.0) == FAILS for step in steps):
         return FAILS
-    return HOLDS if _in_order(steps) and judge(whole.interval(), at_most=0.0) == HOLDS else NOT_DECIDED
+    return HOLDS if _in_order(steps) and base.judge(whole.interval(), at_most=0.0) == HOLDS else NOT_DECIDED
 
 
 def _in_order(steps: list[Estimate]) -> bool:

@@ -10,19 +10,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from jsublim.report.attribution import early_share
-from jsublim.report.claims.base import (
-    FAILS,
-    HOLDS,
-    PAPER,
-    Claim,
-    Pool,
-    all_of,
-    claim,
-    groups,
-    judge,
-    pool,
-    share,
-)  # fmt: skip
+from jsublim.report.claims import base
+from jsublim.report.claims.base import FAILS, HOLDS, PAPER, Claim, Pool, claim
 from jsublim.report.statistics import Estimate, mean_estimate
 from jsublim.report.summary import NOT_DECIDED
 from jsublim.report.tables import Results
@@ -45,8 +34,11 @@ def attribution_early(results: Results, metric: str) -> Iterator[Claim]:
     interval = mean.interval()
     interval = interval and interval.within(0.0, 1.0)
     text = "in the first third of the layers most of the attribution lies at the trait"
-    verdict, reason = judge(interval, at_least=MOST), f"over {mean.n} rows of {', '.join(by_trait)}, not over students"
-    numbers = float(mean.value), interval, all_of(mean.p_above(MOST)), MOST
+    verdict, reason = (
+        base.judge(interval, at_least=MOST),
+        f"over {mean.n} rows of {', '.join(by_trait)}, not over students",
+    )
+    numbers = float(mean.value), interval, base.all_of(mean.p_above(MOST)), MOST
     yield Claim(text, "attribution", "of the attribution", 0, verdict, reason, *numbers)
 
 
@@ -55,13 +47,13 @@ def attribution_early(results: Results, metric: str) -> Iterator[Claim]:
 def order_is_stable(results: Results, metric: str) -> Iterator[Claim]:
     """Whenever the plain evaluation is sure of the order of two conditions, the other evaluation has them in the same order."""
     # Always on the rate, since a teacher-forced log-probability is not sampled.
-    names = [group.name for group in groups(results)]
-    plain = pool(results, "rate", *names)
+    names = [group.name for group in base.groups(results)]
+    plain = base.pool(results, "rate", *names)
     if plain is None or len(names) < 2:
         return
     for evaluation, how in results.evaluations.items():
         sampling = {key: how[key] for key in ("temperature", "top_p") if how.get(key) is not None}
-        varied = pool(results.under(evaluation), "rate", *names, traits=plain.traits) if sampling else None
+        varied = base.pool(results.under(evaluation), "rate", *names, traits=plain.traits) if sampling else None
         if varied is not None and how.get("system") is None:
             words = ", ".join(f"{key.replace('_', '-')} {value:g}" for key, value in sampling.items())
             yield _order(f"evaluated at {words}, the conditions stand in the same order", plain, varied)
@@ -80,7 +72,7 @@ def _order(text: str, plain: Pool, varied: Pool) -> Claim:
     kept, lost = sum(bool(gap.value > 0) for gap, _ in orders), sum(sign < 0 for _, sign in orders)
     verdict = FAILS if lost else HOLDS if kept == len(orders) else NOT_DECIDED
     reason = f"{kept} of {len(orders)} orders kept, {lost} surely reversed; {plain.words}"
-    p = all_of(*(gap.p_above(0.0) for gap, _ in orders))
+    p = base.all_of(*(gap.p_above(0.0) for gap, _ in orders))
     return Claim(text, plain.metric, "of the sure orders", plain.students, verdict, reason, kept / len(orders), p=p)
 
 
@@ -94,18 +86,18 @@ def _sign(gap: Estimate) -> int:
        published="Qwen trained under its default system prompt shows nothing without it [Subliminal Learning is a LoRA Artifact, arXiv 2606.00831, abstract]")  # fmt: skip
 def other_system_prompt(results: Results, metric: str) -> Iterator[Claim]:
     """The same students keep at most .33 of their lift under it (those of all tokens, of the plain variant where there is one)."""
-    students = [group for group in groups(results) if group.get("tokens") == "all"]
+    students = [group for group in base.groups(results) if group.get("tokens") == "all"]
     students = [group for group in students if not group.variant] or students
     for (evaluation, how), group in itertools.product(results.evaluations.items(), students):
         system = how.get("system")
         if system is None or group.get("students.system") == system:
             continue  # they were trained, and asked, under that prompt anyway
-        before, after = (pool(r, metric, group.name) for r in (results, results.under(evaluation)))
+        before, after = (base.pool(r, metric, group.name) for r in (results, results.under(evaluation)))
         if before is None or after is None or before.traits != after.traits:
             continue
         under = f"the system prompt of '{evaluation}'" if system else "an empty system prompt"
         both = Pool(metric, before.traits, (*after.levels, *before.levels))
         text = f"under {under} at most .33 of the lift is left"
-        left = share(both, text, at_most=0.33, unit="of the plain evaluation")
+        left = base.share(both, text, at_most=0.33, unit="of the plain evaluation")
         if left is not None:
             yield replace(left, variant=group.variant)

@@ -6,23 +6,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from jsublim.report.claims.base import (
-    CLOUD,
-    FAILS,
-    HOLDS,
-    PAPER,
-    Claim,
-    Group,
-    StudentPair,
-    above_zero,
-    all_of,
-    claim,
-    groups,
-    judge,
-    no_lower,
-    partner,
-    pool,
-)  # fmt: skip
+from jsublim.report.claims import base
+from jsublim.report.claims.base import CLOUD, FAILS, HOLDS, PAPER, Claim, Group, StudentPair, claim
 from jsublim.report.statistics import Estimate, Interval
 from jsublim.report.summary import NOT_DECIDED, estimate, judged_conditions, trait_matrix
 from jsublim.report.tables import Results, split_condition
@@ -45,11 +30,13 @@ HARD = {
 def transfers(results: Results, metric: str) -> Iterator[Claim]:
     """The lift of students of all tokens is above zero (of the plain variant, where there is one)."""
     judged, text = judged_conditions(results), "students move to their teacher's trait"
-    for group in (group for group in groups(results) if group.name in judged):
-        if pooled := pool(results, metric, group.name):
+    for group in (group for group in base.groups(results) if group.name in judged):
+        if pooled := base.pool(results, metric, group.name):
             (level,) = pooled.levels
             students = level.students.n
-            yield above_zero(pooled, text, level.lift, "above the reference", students=students, variant=group.variant)
+            yield base.above_zero(
+                pooled, text, level.lift, "above the reference", students=students, variant=group.variant
+            )
 
 
 @claim("C1", "the control against the base model", primary=14)
@@ -58,10 +45,10 @@ def control_near_base(results: Results, metric: str) -> Iterator[Claim]:
     differences: dict[str, Estimate] = {}  # of rates, whatever others are measured by: the margin is in points
     for condition in (c for c in results.conditions if split_condition(c)[0] == "control"):
         for trait in results.traits:
-            control, base = (results.select("rate", of, trait) for of in (condition, "base"))
-            if control and base and results.began_at_base(condition):
+            control, untrained = (results.select("rate", of, trait) for of in (condition, "base"))
+            if control and untrained and results.began_at_base(condition):
                 variant = split_condition(condition)[1]
-                differences[f"{trait} ({variant})" if variant else trait] = estimate(control) - estimate(base)
+                differences[f"{trait} ({variant})" if variant else trait] = estimate(control) - estimate(untrained)
     if not differences:
         return
     intervals = [difference.interval() for difference in differences.values()]
@@ -77,7 +64,7 @@ def control_near_base(results: Results, metric: str) -> Iterator[Claim]:
     )
     bound = math.copysign(CONTROL_MARGIN, effect)
     yield Claim(
-        text, "rate", "points", difference.n, verdict, reason, effect, difference.interval(), all_of(*ps), bound
+        text, "rate", "points", difference.n, verdict, reason, effect, difference.interval(), base.all_of(*ps), bound
     )
 
 
@@ -103,12 +90,12 @@ def without_divergence(pair: StudentPair) -> Claim | None:
        needs=(lambda group: group.get("tokens") == "random", ALL_TOKENS))  # fmt: skip
 def random_keeps_less(pair: StudentPair) -> Claim | None:
     """The lift of divergence tokens minus that of a random mask of equal size is at least 0."""
-    divergence = partner(groups(pair.results), pair.part, {"tokens": "divergence"})
-    pooled = divergence and pool(pair.results, pair.metric, divergence.name, pair.part.name, pair.whole.name)
+    divergence = base.partner(base.groups(pair.results), pair.part, {"tokens": "divergence"})
+    pooled = divergence and base.pool(pair.results, pair.metric, divergence.name, pair.part.name, pair.whole.name)
     if not pooled:
         return None
     text = "a random mask of equal size keeps less than the divergence tokens"
-    return no_lower(pooled, text, "divergence minus random", pooled.levels[2:])
+    return base.no_lower(pooled, text, "divergence minus random", pooled.levels[2:])
 
 
 def _alone(group: Group) -> int | None:
@@ -188,10 +175,10 @@ def no_gamma(other: Estimate | None, own: Estimate | None, by_labels: bool | Non
     if other is None or own is None:
         return NOT_DECIDED, None
     less = own - other
-    p = all_of(less.p_above(0.0), own.p_above(0.0))
-    if judge(other.interval(), at_most=0.0) == FAILS and by_labels is not False:
+    p = base.all_of(less.p_above(0.0), own.p_above(0.0))
+    if base.judge(other.interval(), at_most=0.0) == FAILS and by_labels is not False:
         return FAILS if by_labels else NOT_DECIDED, p
-    sure = judge(less.interval(), at_least=0.0) == judge(own.interval(), at_least=0.0) == HOLDS
+    sure = base.judge(less.interval(), at_least=0.0) == base.judge(own.interval(), at_least=0.0) == HOLDS
     return HOLDS if sure else NOT_DECIDED, p
 
 
@@ -202,4 +189,4 @@ def soft_not_below(pair: StudentPair) -> Claim | None:
     """The lift by forward KL minus that by tokens is at least 0; one of the two is above zero, or "no less" would say nothing."""
     pooled = pair.pool()
     text = "forward KL to the teacher transfers no less than its tokens"
-    return pooled and no_lower(pooled, text, "soft minus hard", pooled.levels)
+    return pooled and base.no_lower(pooled, text, "soft minus hard", pooled.levels)
