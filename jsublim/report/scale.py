@@ -13,7 +13,7 @@ from jsublim.evals.numbers import HELD_OUT, LEARNED
 from jsublim.report.claims.base import claim_metric, no_lift, pool
 from jsublim.report.comparisons import Comparisons
 from jsublim.report.statistics import Interval, share_bounds
-from jsublim.report.summary import Matrix, Measured, judged_conditions, over_models, stratified, student_lifts
+from jsublim.report.summary import Matrix, Measured, judged_conditions, measured, student_lifts
 from jsublim.report.tables import Results, split_condition
 
 ACCURACY = (HELD_OUT, LEARNED)  # the first that was measured
@@ -93,8 +93,8 @@ def scale(results: Results, compared: Comparisons) -> OneScale | None:
         replace(
             line,
             matrix=matrices.get(line.condition),
-            kl=measured(results, line.condition, KL),
-            accuracy=measured(results, line.condition, *ACCURACY),
+            kl=first_measured(results, line.condition, KL),
+            accuracy=first_measured(results, line.condition, *ACCURACY),
             under={name: _lift(results.under(name), metric, line.condition) for name in results.evaluations},
         )
         for line in table.side_by_side
@@ -112,10 +112,10 @@ def _by_seed(results: Results, metric: str, condition: str, traits: tuple[str, .
     return {seed: sum(values) / len(values) / whole for seed, values in lifts.items() if len(values) == len(traits)}
 
 
-def measured(results: Results, condition: str, *metrics: str) -> Measured | None:
+def first_measured(results: Results, condition: str, *metrics: str) -> Measured | None:
     """The first of these metrics that a kind of student was measured by."""
     scores = next(filter(None, (results.select(metric, condition) for metric in metrics)), None)
-    return Measured(float(stratified(scores).value), over_models(scores)) if scores else None
+    return measured(scores) if scores else None
 
 
 def _lift(results: Results, metric: str, condition: str) -> Measured | None:
