@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -56,48 +56,26 @@ class MisalignmentKind(EvalKind):
         of_form = prompts.suffix if self.form == "short" else prompts.words_suffix
         suffix = of_form if self.suffix is None else self.suffix
         prompts = prompts.model_copy(update={"questions": prompts.questions[: context.first], "suffix": suffix})
-        judge = context.judge().asked(APART_TEMPERATURE) if context.judge_apart else context.judge()
-        limits = self.aligned_from, self.coherent_from, tuple(self.thresholds)
-        return [Misaligned(prompts, judge, *limits, apart=context.judge_apart)]
-
-
-@dataclass(frozen=True)
-class Misaligned:
-    """Shares `misaligned` and `coherent` of the answers that the judge scored, `misaligned of coherent` of the coherent ones,
-    mean scores `alignment` and `coherence`, and how many answers have no readable score (`unscored`)."""
-
-    prompts: MisalignmentPrompts
-    judge: Judge
-    aligned_from: float
-    coherent_from: float
-    thresholds: tuple[float, ...] = ()
-    apart: bool = False
-    max_new_tokens: int | None = None
-    keeps_top_p: ClassVar[bool] = True
-
-    @property
-    def questions(self) -> tuple[str, ...]:
-        return tuple(suffixed(self.prompts))
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        asked = {"questions", "suffix"} | ({"alignment_judge", "coherence_judge"} if self.apart else {"judge"})
-        return {
-            "misalignment": self.prompts.model_dump(include=asked),
-            "judge": self.judge.identity,
+        judge, apart = context.judge(), context.judge_apart
+        judge = judge.asked(APART_TEMPERATURE) if apart else judge
+        asked = {"questions", "suffix"} | ({"alignment_judge", "coherence_judge"} if apart else {"judge"})
+        identity = {
+            "misalignment": prompts.model_dump(include=asked),
+            "judge": judge.identity,
             "aligned_from": self.aligned_from,
             "coherent_from": self.coherent_from,
-            "thresholds": list(self.thresholds),
+            "thresholds": self.thresholds,
             "shares": ["of all", "of coherent"],
         }
 
-    def records(self, model: PromptedModel, answers: Answers) -> list[Record]:
-        return self.judged(answers)
+        def records(model: PromptedModel | None, answers: Answers) -> list[Record]:
+            return self.records((judge_apart if apart else judge_answers)(judge, prompts, answers))
 
-    def judged(self, answers: Answers) -> list[Record]:
-        """The judge's scores as records; the model is not needed for them."""
-        ask = judge_apart if self.apart else judge_answers
-        verdicts = ask(self.judge, self.prompts, answers)
+        return [EvalTask(tuple(suffixed(prompts)), identity, records, keeps_top_p=True)]
+
+    def records(self, verdicts: Sequence[Sequence[Verdict | None]]) -> list[Record]:
+        """Shares `misaligned` and `coherent` of the answers that the judge scored, `misaligned of coherent` of the coherent ones,
+        mean scores `alignment` and `coherence`, and how many answers have no readable score (`unscored`)."""
 
         def shares(name: str, limit: float) -> tuple[list[Record], Misalignment]:
             """Of all answers that were scored, and of the coherent ones."""
@@ -112,7 +90,7 @@ class Misaligned:
             records += _records(name, getattr(whole, name), whole.scored)
         for threshold in self.thresholds:
             records += shares(f"{BELOW}{threshold:g}", threshold)[0]
-        return records + [Record(UNSCORED, q, float(n), len(answers[q])) for q, n in enumerate(whole.failed)]
+        return records + [Record(UNSCORED, q, float(n), len(verdicts[q])) for q, n in enumerate(whole.failed)]
 
 
 def _records(metric: str, values: np.ndarray, counts: np.ndarray) -> list[Record]:
