@@ -124,7 +124,7 @@ def _figure(lines: list[Line]) -> Drawing:
 
 def _strip(line: Line) -> Strip:
     dots = tuple((100 * value, f"{100 * value:.1f} %") for value in line.values)
-    interval = line.interval and Interval(100 * line.interval.low, 100 * line.interval.high)
+    interval = line.interval and line.interval.times(100)
     said = f"{100 * line.mean:.1f} % ({line.bounds})" if interval else f"{100 * line.mean:.1f} %"
     return Strip(line.label, colour(KINDS[line.condition][1]), dots, 100 * line.mean, interval, said)
 

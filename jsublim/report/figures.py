@@ -50,7 +50,7 @@ def _strips(
         said = words.number(mean, metric, signed)
         if interval is not None:
             said += f" ({words.interval(interval, metric, signed).removesuffix(' %')})"
-            interval = Interval(scale * interval.low, scale * interval.high)
+            interval = interval.times(scale)
         dots = tuple((scale * value, f"{name(who)}: {words.number(value, metric, signed)}") for who, value in models)
         strip = Strip(condition_label(condition), colour(condition), dots, scale * mean, interval, said)
         panels.setdefault(panel, []).append(strip)
@@ -201,7 +201,7 @@ def _forest_panel(unit: str, claims: Sequence[Claim]) -> Panel:
     for claim in claims:
         assert claim.effect is not None
         said, bounds = words.claim_effect(claim)
-        interval = claim.interval and Interval(factor * claim.interval.low, factor * claim.interval.high)
+        interval = claim.interval and claim.interval.times(factor)
         known = CLAIMS[claim.key].published_effect
         published = known[0] if known and known[1] == unit else None
         bound = None if claim.bound is None else factor * claim.bound

@@ -23,7 +23,14 @@ from jsublim.report.claims.base import claim_metric
 from jsublim.report.comparisons import comparisons
 from jsublim.report.drawing import colour
 from jsublim.report.scale import scale
-from jsublim.report.tables import CONDITIONS, Results, TrainingCurve, condition_label, query, read_results
+from jsublim.report.tables import (
+    CONDITIONS,
+    Results,
+    TrainingCurve,
+    condition_label,
+    query,
+    read_results,
+)
 
 MAX_ANSWERS = 8
 

@@ -40,6 +40,9 @@ class Interval:
     def covers(self, value: float) -> bool:
         return self.low <= value <= self.high
 
+    def times(self, factor: float) -> Interval:
+        return Interval(factor * self.low, factor * self.high)
+
     def within(self, low: float, high: float) -> Interval:
         """Without what cannot be: cutting it off leaves out no possible truth."""
         return Interval(max(self.low, low), min(self.high, high))
@@ -99,10 +102,9 @@ class Estimate:
         x = np.asarray(values, dtype=np.float64)
         if x.size == 0:
             raise ValueError("an estimate needs at least one value")
-        students = x.shape[-1]
-        variance = (
-            np.maximum(x.var(axis=-1, ddof=1) / students, floor) if students > 1 else np.full(x.shape[:-1], math.nan)
-        )
+        students, variance = x.shape[-1], np.full(x.shape[:-1], math.nan)
+        if students > 1:
+            variance = np.maximum(x.var(axis=-1, ddof=1) / students, floor)
         return cls(x.mean(axis=-1), {group or object(): GroupTerm(1.0, variance, students - 1.0, students)})
 
     @classmethod
@@ -289,6 +291,5 @@ def same_trait_effect(lift: np.ndarray, samples: int = 20_000, seed: int = 0) ->
         labels = np.array(list(itertools.permutations(range(rows))))
     else:
         labels = np.random.default_rng(seed).permuted(np.tile(np.arange(rows), (samples, 1)), axis=1)
-    p = float(permutation_p(lift, labels, exact))
-    smallest = 1 / count if exact else 1 / (samples + 1)
+    p, smallest = float(permutation_p(lift, labels, exact)), 1 / count if exact else 1 / (samples + 1)
     return SameTraitEffect(float(same_trait_gamma(lift)), p, smallest, len(labels), exact)

@@ -10,16 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jsublim.evals.metric import METRICS, metric_of
-from jsublim.report.statistics import (
-    Estimate,
-    Interval,
-    SameTraitEffect,
-    mean_estimate,
-    question_interval,
-    rate_bounds,
-    same_trait_effect,
-    same_trait_gamma,
-)
+from jsublim.report import statistics
+from jsublim.report.statistics import Estimate, Interval, SameTraitEffect
 from jsublim.report.tables import SEPARATOR, Results, Score, split_condition
 
 NOT_DECIDED = "not decided"
@@ -133,14 +125,18 @@ def stratified(scores: Sequence[Score]) -> Estimate:
     strata: dict[str | None, list[Score]] = {}
     for score in scores:
         strata.setdefault(score.teacher, []).append(score)
-    return mean_estimate([estimate(stratum) for stratum in strata.values()])
+    return statistics.mean_estimate([estimate(stratum) for stratum in strata.values()])
 
 
 def measured(scores: Sequence[Score]) -> Measured:
     """One metric's mean, teacher by teacher, with its interval within what it can be: over students, or over the answers of models
     that are none."""
     metric, mean = metric_of(scores[0].metric), stratified(scores)
-    interval = Interval.of(rate_bounds(mean, sum(s.samples for s in scores))) if metric.is_share else mean.interval()
+    interval = (
+        Interval.of(statistics.rate_bounds(mean, sum(s.samples for s in scores)))
+        if metric.is_share
+        else mean.interval()
+    )
     return Measured(float(mean.value), interval and interval.within(metric.low, metric.high))
 
 
@@ -163,7 +159,7 @@ def over_questions(scores: Sequence[Score]) -> Interval | None:
     for score in scores:
         for question, value in zip(score.questions, score.values, strict=True):
             by_question.setdefault(question, []).append(value)
-    interval = question_interval([sum(v) / len(v) for v in by_question.values()])
+    interval = statistics.question_interval([sum(v) / len(v) for v in by_question.values()])
     return interval and interval.within(0.0, 1.0)
 
 
@@ -295,7 +291,7 @@ def trait_matrix(results: Results, metric: str = "logprob", condition: str = "al
     lift = table - np.array(
         [mean if zero is None else zero for zero, mean in zip(zeros, table.mean(axis=0), strict=True)]
     )
-    effect = same_trait_effect(lift)
+    effect = statistics.same_trait_effect(lift)
     gammas = _seed_gammas(cells) if effect else ()
     return Matrix(condition, tuple(teachers), tuple(columns), lift, references[columns[0]] or "", effect, gammas)
 
@@ -312,7 +308,7 @@ def _seed_gammas(cells: list[list[list[Score]]]) -> tuple[float, ...]:
     by_seed = [[{s.seed: s.mean for s in cell} for cell in row] for row in cells]
     shared = set.intersection(*(set(cell) for row in by_seed for cell in row))
     tables = ([[cell[seed] for cell in row] for row in by_seed] for seed in sorted(shared - {None}))
-    return tuple(float(same_trait_gamma(np.array(table))) for table in tables)
+    return tuple(float(statistics.same_trait_gamma(np.array(table))) for table in tables)
 
 
 def _mean(scores: Sequence[Score]) -> float | None:

@@ -148,16 +148,15 @@ class Results:
     def conditions(self) -> list[str]:
         """The conditions there are, in reading order: variant by variant as the config names them, the plain one first; unknown
         ones last."""
-        known = {name: i for i, name in enumerate(CONDITIONS)}
-        present = _unique(s.condition for s in self.scores)
-        present.sort(key=lambda c: known.get(split_condition(c)[0], len(known)))
-        planned = (arm.variant for arm in self.arms.values())
-        variants = _unique(["", *planned, *(split_condition(c)[1] for c in present)])
-        return sorted(present, key=lambda c: variants.index(split_condition(c)[1]))
+        known, present = [*CONDITIONS], _unique(split_condition(s.condition) for s in self.scores)
+        present.sort(key=lambda c: known.index(c[0]) if c[0] in known else len(known))
+        variants = _unique(["", *(arm.variant for arm in self.arms.values()), *(variant for _, variant in present)])
+        present.sort(key=lambda c: variants.index(c[1]))
+        return [SEPARATOR.join(filter(None, condition)) for condition in present]
 
-    @cached_property
+    @property
     def tokens(self) -> list[str]:
-        return _unique(split_condition(c)[0] for c in self.conditions)
+        return _unique(split_condition(condition)[0] for condition in self.conditions)
 
     @cached_property
     def owners(self) -> dict[str, tuple[str | None, str]]:
@@ -167,8 +166,7 @@ class Results:
     @cached_property
     def trained(self) -> list[str]:
         """Conditions of students."""
-        students = {s.condition for s in self.scores if s.role == "student"}
-        return [c for c in self.conditions if c in students]
+        return [c for c in self.conditions if self.students_of(c)]
 
     @cached_property
     def mask_conditions(self) -> list[str]:
@@ -178,8 +176,7 @@ class Results:
     @cached_property
     def traits(self) -> list[str]:
         """Traits of the teachers; without any teacher, the evaluated traits."""
-        teachers = _unique(s.teacher for s in self.scores if s.teacher not in (None, "control"))
-        return teachers or self.evaluated_traits
+        return _unique(s.teacher for s in self.scores if s.teacher not in (None, "control")) or self.evaluated_traits
 
     @cached_property
     def evaluated_traits(self) -> list[str]:
@@ -200,13 +197,13 @@ class Results:
 
     @cached_property
     def _began_elsewhere(self) -> set[str]:
-        made = {(s.condition, s.arm) for s in self.scores if s.arm in self.arms}
-        settings = ((condition, self.arms[arm].settings) for condition, arm in made)
-        return {
-            condition
-            for condition, of in settings
-            if of.get("model") or (of.get("system") is not None and of.get("asked_under_system") is not False)
+        elsewhere = {
+            arm
+            for arm, made in self.arms.items()
+            if made.settings.get("model") is not None
+            or (made.settings.get("system") is not None and made.settings.get("asked_under_system") is not False)
         }
+        return {s.condition for s in self.scores if s.arm in elsewhere}
 
     @property
     def draws_data(self) -> bool:

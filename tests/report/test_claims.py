@@ -223,7 +223,7 @@ def test_a_partner_differs_in_what_was_asked_alone(every):
             assert not any(g is not group and g.facts == group.facts | {LAYERS_OF: None} for g in found)
         else:
             assert other is not group and other.get(LAYERS_OF) is None
-            assert all(other.get(key) == group.get(key) for key in group.facts if key != LAYERS_OF)
+            assert all(other.facts.get(key) == group.facts.get(key) for key in group.facts if key != LAYERS_OF)
 
 
 @given(st.floats(-2, 2), st.floats(0, 2), st.floats(-2, 2), st.floats(0, 2))
@@ -276,7 +276,7 @@ def test_folders_without_arms_still_tell_tokens_apart(tmp_path):
     run = write(tmp_path / "run", PLAIN, CONTROL, *students, arms=False)
     found = verdicts(run)
     assert found["C4a"] == [HOLDS, FAILS]  # each against all tokens of its own variant
-    asked = pairs(read_results(run), lambda group: group.get("tokens") == "divergence", {"tokens": "all"})
+    asked = pairs(read_results(run), lambda group: group.facts.get("tokens") == "divergence", {"tokens": "all"})
     assert {(a.name, b.name) for a, b in asked} == {("divergence", "all"), ("divergence · v", "all · v")}
     assert [g.name for g in groups(read_results(run))][:2] == ["all", "divergence"]
 

@@ -13,17 +13,9 @@ from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 from jsublim.evals.metric import metric_of
+from jsublim.report import summary
 from jsublim.report.statistics import Estimate, Interval, mean_estimate, share_bounds, share_p_above
-from jsublim.report.summary import (
-    NOT_DECIDED,
-    Measured,
-    difference_interval,
-    estimate,
-    group_of,
-    reference_condition,
-    sampling_variance,
-    scores_for,
-)
+from jsublim.report.summary import NOT_DECIDED, Measured
 from jsublim.report.tables import Results, Score, StudentArm, split_condition
 
 HOLDS, FAILS = "holds", "does not hold"
@@ -75,9 +67,6 @@ class Group:
     @property
     def variant(self) -> str:
         return split_condition(self.name)[1]
-
-    def get(self, fact: str) -> Any:
-        return self.facts.get(fact)
 
 
 def groups(results: Results) -> list[Group]:
@@ -213,14 +202,14 @@ class Pool:
 
     def between(self, difference: Estimate) -> Interval | None:
         """Interval of a difference of levels."""
-        return difference_interval(difference, self.metric)
+        return summary.difference_interval(difference, self.metric)
 
 
 def claim_metric(results: Results) -> str:
     """The preference rate. The log-probability of a tiny model, and where the rate is zero for the base model and every
     student (or was not sampled)."""
     conditions = [c for c in results.conditions if c != "teacher"]
-    rates = [s.mean for t in results.traits for c in conditions for s in scores_for(results, "rate", c, t)]
+    rates = [s.mean for t in results.traits for c in conditions for s in summary.scores_for(results, "rate", c, t)]
     open_to_it = results.measures[0] == "logprob" or not any(rate > 0 for rate in rates)
     return "logprob" if open_to_it and any(s.metric == "logprob" for s in results.scores) else "rate"
 
@@ -230,17 +219,20 @@ def pool(results: Results, metric: str, *names: str, traits: Sequence[str] | Non
     shared = tuple(
         t
         for t in (results.traits if traits is None else traits)
-        if all(scores_for(results, metric, c, t) and reference_condition(results, metric, t, c) for c in names)
+        if all(
+            summary.scores_for(results, metric, c, t) and summary.reference_condition(results, metric, t, c)
+            for c in names
+        )
     )
     return Pool(metric, shared, tuple(_level(results, metric, name, shared) for name in names)) if shared else None
 
 
 def _level(results: Results, metric: str, condition: str, traits: tuple[str, ...]) -> Level:
-    students = mean_estimate([estimate(scores_for(results, metric, condition, t)) for t in traits])
-    references = [reference_condition(results, metric, t, condition) or "" for t in traits]
+    students = mean_estimate([summary.estimate(summary.scores_for(results, metric, condition, t)) for t in traits])
+    references = [summary.reference_condition(results, metric, t, condition) or "" for t in traits]
     zeros = [results.select(metric, r, t) for r, t in zip(references, traits, strict=True)]
     one_control = len(set(references)) == 1 and split_condition(references[0])[0] == "control"
-    reference = _over_traits(zeros) if one_control else mean_estimate([estimate(zero) for zero in zeros])
+    reference = _over_traits(zeros) if one_control else mean_estimate([summary.estimate(zero) for zero in zeros])
     return Level(students, students - reference)
 
 
@@ -250,7 +242,9 @@ def _over_traits(by_trait: list[list[Score]]) -> Estimate:
     every = [score for scores in by_trait for score in scores]
     for score in every:
         values.setdefault(score.arm, []).append(score.mean)
-    return Estimate.of([sum(v) / len(v) for v in values.values()], sampling_variance(every), group_of(every))
+    return Estimate.of(
+        [sum(v) / len(v) for v in values.values()], summary.sampling_variance(every), summary.group_of(every)
+    )
 
 
 def no_lift(whole: Level) -> str:

@@ -12,7 +12,6 @@ from typing import Any
 from jsublim.evals.numbers import HELD_OUT, LEARNED
 from jsublim.report.claims import base
 from jsublim.report.claims.base import FAILS, HOLDS, PAPER, Claim, Group, StudentPair, claim
-from jsublim.report.statistics import Estimate
 from jsublim.report.summary import NOT_DECIDED, stratified
 from jsublim.report.tables import Results
 
@@ -21,7 +20,7 @@ REMOVED, REDRAWN, MIXED = "rows.remove_entangled", "rows.redraw", "rows.mix"
 
 
 @claim("C2", "greedy rows against sampled ones",
-       needs=(lambda group: group.get("rows.strategy") == "greedy", {"rows.strategy": "temperature"}), primary=8,
+       needs=(lambda group: group.facts.get("rows.strategy") == "greedy", {"rows.strategy": "temperature"}), primary=8,
        published=f"Gemma-3-4B, sampled → greedy rows: owl 19 → 31 %, otter 45 → 58 %, raven 46 → 51 %, eagle 6 → 7 %, penguin 9 → 10 %, wolf 10 → 13 %; on average 5.8 points more [{PAPER}, figure 2 (read off)]",
        published_effect=(5.8, "points"))  # fmt: skip
 def greedy_not_below(pair: StudentPair) -> Claim | None:
@@ -37,12 +36,12 @@ def greedy_not_below(pair: StudentPair) -> Claim | None:
     return replace(more, verdict=NOT_DECIDED if base.no_lift(sampled) else above, bound=None)
 
 
-@claim("C3", "rows without entangled numbers", needs=(lambda group: group.get(REMOVED) is not None, {REMOVED: None}),
+@claim("C3", "rows without entangled numbers", needs=(lambda group: group.facts.get(REMOVED) is not None, {REMOVED: None}),
        primary=2,
        published=f"not needed: transfer without rows that hold entangled numbers [{PAPER}, figures 2 and 11]")  # fmt: skip
 def without_entangled(pair: StudentPair) -> Claim | None:
     """Most traits that transfer keep at least .5 of the lift of all rows; effect and interval are their mean."""
-    number = pair.part.get(REMOVED)["k"]
+    number = pair.part.facts.get(REMOVED)["k"]
     text = f"without the top {number} entangled numbers most transferring traits keep over half their lift"
     how: dict[str, Any] = {"at_least": 0.5, "unit": "of all rows"}
     by_trait = {trait: pair.pool(traits=[trait]) for trait in pair.results.traits}
@@ -60,11 +59,11 @@ def without_entangled(pair: StudentPair) -> Claim | None:
     return replace(mean, verdict=verdict, reason=reason, p=None if p == math.inf else p)
 
 
-@claim("C8", "re-drawn prompts", needs=(lambda group: bool(group.get(REDRAWN)), {REDRAWN: None}), primary=3,
+@claim("C8", "re-drawn prompts", needs=(lambda group: bool(group.facts.get(REDRAWN)), {REDRAWN: None}), primary=3,
        published=f"near the base model, number accuracy kept; Gemma's penguin rises [{PAPER}, figures 6, 27 to 29]")  # fmt: skip
 def redrawn_prompts(pair: StudentPair) -> Claim | None:
     """At most .4 of the lift is left, and number accuracy is within 5 points."""
-    parts = ", ".join(pair.part.get(REDRAWN)["parts"])
+    parts = ", ".join(pair.part.facts.get(REDRAWN)["parts"])
     text = f"with prompts re-drawn ({parts}) at most .4 of the lift is left, number accuracy within 5 points"
     lost = pair.share(text, at_most=0.4, unit="of the lift before")
     if lost is None:
@@ -90,7 +89,7 @@ def _accuracy_kept(pair: StudentPair) -> tuple[str, str, float | None]:
 
 def _mixed(group: Group) -> float:
     """The share of rows that another teacher wrote."""
-    return (group.get(MIXED) or {"share": 0.0})["share"]
+    return (group.facts.get(MIXED) or {"share": 0.0})["share"]
 
 
 @claim("C9a", "a quarter of the rows by another teacher",
@@ -108,7 +107,7 @@ def more_mixed(results: Results, metric: str) -> Iterator[Claim]:
     """The lift falls with every step of the share: no step is surely up, the means are in order, and the whole change is surely a fall."""
     every = base.groups(results)
     series: list[list[Group]] = []  # groups that differ in the share alone; a share of zero is one of them
-    for group in (g for g in every if g.get(MIXED) is not None):
+    for group in (g for g in every if g.facts.get(MIXED) is not None):
         if all(group not in members for members in series):
             alike = [g for g in every if _but_share(g) == _but_share(group)]
             plain = base.partner(every, group, {MIXED: None})
@@ -122,23 +121,16 @@ def more_mixed(results: Results, metric: str) -> Iterator[Claim]:
         steps, whole = [b - a for a, b in itertools.pairwise(lifts)], lifts[-1] - lifts[0]
         open_for, reason = base.no_lift(pooled.levels[0]), f"{shares[-1]} minus {shares[0]}; shares {', '.join(shares)}"
         text = "the lift falls with every step of the share that another teacher wrote"
+        in_order = all(step.value <= 0 for step in steps)
         # Of the whole change; where a mean is out of order, 1.
-        p = base.all_of(whole.p_below(0.0), lifts[0].p_above(0.0), 0.0 if _in_order(steps) else 1.0)
-        verdict = NOT_DECIDED if open_for else _falling(steps, whole)
+        p = base.all_of(whole.p_below(0.0), lifts[0].p_above(0.0), 0.0 if in_order else 1.0)
+        verdict = HOLDS if in_order and base.judge(whole.interval(), at_most=0.0) == HOLDS else NOT_DECIDED
+        if open_for or any(base.judge(step.interval(), at_most=0.0) == FAILS for step in steps):
+            verdict = NOT_DECIDED if open_for else FAILS
         more = {"verdict": verdict, "p": p, "students": pooled.students, "variant": members[-1].variant}
         yield base.above_zero(pooled, text, whole, reason, open_for, **more)
 
 
 def _but_share(group: Group) -> dict:
-    mix = group.get(MIXED)
+    mix = group.facts.get(MIXED)
     return group.facts | {MIXED: mix and {key: value for key, value in mix.items() if key != "share"}}
-
-
-def _falling(steps: list[Estimate], whole: Estimate) -> str:
-    if any(base.judge(step.interval(), at_most=0.0) == FAILS for step in steps):
-        return FAILS
-    return HOLDS if _in_order(steps) and base.judge(whole.interval(), at_most=0.0) == HOLDS else NOT_DECIDED
-
-
-def _in_order(steps: list[Estimate]) -> bool:
-    return all(step.value <= 0 for step in steps)

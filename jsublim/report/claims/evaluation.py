@@ -86,11 +86,11 @@ def _sign(gap: Estimate) -> int:
        published="Qwen trained under its default system prompt shows nothing without it [Subliminal Learning is a LoRA Artifact, arXiv 2606.00831, abstract]")  # fmt: skip
 def other_system_prompt(results: Results, metric: str) -> Iterator[Claim]:
     """The same students keep at most .33 of their lift under it (those of all tokens, of the plain variant where there is one)."""
-    students = [group for group in base.groups(results) if group.get("tokens") == "all"]
+    students = [group for group in base.groups(results) if group.facts.get("tokens") == "all"]
     students = [group for group in students if not group.variant] or students
     for (evaluation, how), group in itertools.product(results.evaluations.items(), students):
         system = how.get("system")
-        if system is None or group.get("students.system") == system:
+        if system is None or group.facts.get("students.system") == system:
             continue  # they were trained, and asked, under that prompt anyway
         before, after = (base.pool(r, metric, group.name) for r in (results, results.under(evaluation)))
         if before is None or after is None or before.traits != after.traits:

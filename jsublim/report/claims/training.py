@@ -72,14 +72,14 @@ def _reach(interval: Interval | None) -> float:
     return math.inf if interval is None else max(abs(interval.low), abs(interval.high))
 
 
-@claim("C4a", "divergence tokens alone", needs=(lambda group: group.get("tokens") == "divergence", ALL_TOKENS), primary=1,
+@claim("C4a", "divergence tokens alone", needs=(lambda group: group.facts.get("tokens") == "divergence", ALL_TOKENS), primary=1,
        published=f"Qwen2.5-7B and Gemma-3-4B: they keep or strengthen transfer; a few traits differ [{PAPER}, figures 3, 12, 13]")  # fmt: skip
 def divergence_keeps(pair: StudentPair) -> Claim | None:
     """At least .8 of the lift of all tokens."""
     return pair.share("divergence tokens alone keep at least .8 of the lift of all tokens", at_least=0.8)
 
 
-@claim("C4b", "all but divergence tokens", needs=(lambda group: group.get("tokens") == "non-divergence", ALL_TOKENS),
+@claim("C4b", "all but divergence tokens", needs=(lambda group: group.facts.get("tokens") == "non-divergence", ALL_TOKENS),
        published=f"Qwen2.5-7B and Gemma-3-4B: near the base model [{PAPER}, figures 3, 12, 13]")  # fmt: skip
 def without_divergence(pair: StudentPair) -> Claim | None:
     """At most .33 of the lift of all tokens."""
@@ -87,7 +87,7 @@ def without_divergence(pair: StudentPair) -> Claim | None:
 
 
 @claim("C5", "divergence tokens against as many random ones",
-       needs=(lambda group: group.get("tokens") == "random", ALL_TOKENS))  # fmt: skip
+       needs=(lambda group: group.facts.get("tokens") == "random", ALL_TOKENS))  # fmt: skip
 def random_keeps_less(pair: StudentPair) -> Claim | None:
     """The lift of divergence tokens minus that of a random mask of equal size is at least 0."""
     divergence = base.partner(base.groups(pair.results), pair.part, {"tokens": "divergence"})
@@ -100,7 +100,7 @@ def random_keeps_less(pair: StudentPair) -> Claim | None:
 
 def _alone(group: Group) -> int | None:
     """The one layer that was trained."""
-    layers = group.get(LAYERS) or []
+    layers = group.facts.get(LAYERS) or []
     return layers[0] if len(layers) == 1 else None
 
 
@@ -116,7 +116,7 @@ def is_later(group: Group) -> bool:
 
 def first_third_frozen(group: Group) -> bool:
     """Whether all layers from about a third on are trained (the paper froze 10 of Qwen's 28, and of Gemma's 34)."""
-    trained = sorted(group.get(LAYERS) or [])
+    trained = sorted(group.facts.get(LAYERS) or [])
     frozen, (least, most) = group.num_layers - len(trained), FROZEN
     late = bool(trained) and trained == list(range(frozen, group.num_layers))
     return late and least <= frozen / group.num_layers <= most
@@ -144,13 +144,13 @@ def later_layer(pair: StudentPair) -> Claim | None:
        published=f"Qwen2.5-7B: nearly gone without the first 10 layers; Gemma-3-4B keeps some [{PAPER}, figures 39 to 41]")  # fmt: skip
 def without_first_third(pair: StudentPair) -> Claim | None:
     """With about a third (a quarter to two fifths) of the layers frozen, from the first on, at most .4 of the lift is left."""
-    frozen = pair.part.num_layers - len(pair.part.get(LAYERS))
+    frozen = pair.part.num_layers - len(pair.part.facts.get(LAYERS))
     text = f"with the first {frozen} of {pair.part.num_layers} layers frozen, at most .4 of the lift is left"
     return pair.share(text, at_most=0.4, unit="of all layers")
 
 
 @claim("C12", "another initialisation",
-       needs=(lambda group: group.get("students.model") is not None, {"students.model": None}), primary=9,
+       needs=(lambda group: group.facts.get("students.model") is not None, {"students.model": None}), primary=9,
        published=f"no transfer between models that start from different weights [{CLOUD}, abstract]")  # fmt: skip
 def other_initialisation(pair: StudentPair) -> Claim | None:
     """γ of the trait matrix is surely smaller than that of the teacher's own initialisation, which is surely above 0. If γ is above 0
@@ -183,7 +183,7 @@ def no_gamma(other: Estimate | None, own: Estimate | None, by_labels: bool | Non
 
 
 @claim("C14", "soft targets against hard ones",
-       needs=(lambda group: group.get("students.loss.kind") == "forward-kl", HARD), primary=11,
+       needs=(lambda group: group.facts.get("students.loss.kind") == "forward-kl", HARD), primary=11,
        published=f"expected of whole distributions, surprising of sampled tokens [{PAPER}, abstract]")  # fmt: skip
 def soft_not_below(pair: StudentPair) -> Claim | None:
     """The lift by forward KL minus that by tokens is at least 0; one of the two is above zero, or "no less" would say nothing."""
