@@ -8,12 +8,11 @@ from typing import Any
 
 from rich.console import Console
 
-from jsublim.errors import JsublimError
 from jsublim.report.drawing import Axis, Drawing, Panel, Strip, colour
 from jsublim.report.formats import table
 from jsublim.report.html import render
 from jsublim.report.statistics import Estimate, Interval
-from jsublim.report.tables import read_columns, read_json
+from jsublim.report.tables import read_json, read_measurements
 
 # What each kind is called, and whose colour of a language report it has.
 KINDS = {
@@ -61,11 +60,8 @@ def read_lines(run_dir: Path) -> list[Line]:
     Raises:
       JsublimError: no results, or none that can be read.
     """
-    path = Path(run_dir) / "results" / "results.parquet"
-    if not path.is_file():
-        raise JsublimError(f"{path.parent}: no results.parquet here; finish the run first with `jsublim run CONFIG`")
     groups: dict[tuple[str, str | None], list[float]] = {}
-    for row in read_columns(path).to_pylist():
+    for row in read_measurements(run_dir).to_pylist():
         groups.setdefault((row["condition"], row["images"]), []).append(row["accuracy"])
     return [Line(*kind, values) for kind, values in groups.items()]
 

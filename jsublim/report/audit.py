@@ -7,7 +7,6 @@ ranked, not measured, by it: hence a rank correlation.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ import numpy as np
 from scipy import stats
 
 from jsublim.report.comparisons import Comparisons
-from jsublim.report.statistics import Interval, normal_interval, same_trait_gamma
+from jsublim.report.statistics import Interval, mean_of, normal_interval, same_trait_gamma
 from jsublim.report.tables import Results, query, split_condition
 
 LIKE = {"random": "all"}  # a random mask has the expectation of all tokens
@@ -78,13 +77,8 @@ def _of_condition(results: Results, means: dict[tuple, dict[str, Any]], conditio
     scores, errors = (np.asarray([[row[key][c] for c in columns] for row in by_trait]) for key in ("score", "error"))
     score, error = scores[:-1] - scores[-1], np.sqrt(errors[:-1] ** 2 + errors[-1] ** 2)
     gamma = float(same_trait_gamma(score)) if len(taught) > 1 else None
-    shares = (_mean([row[key] for row in taught.values()]) for key in ("top", "share"))
+    shares = (mean_of(row[key] for row in taught.values()) for key in ("top", "share"))
     return Predicted(condition, tuple(taught), columns, score, error, gamma, *shares)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None and not math.isnan(value)]
-    return sum(known) / len(known) if known else None
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.report.tables import asked, read_columns
+from jsublim.report.tables import asked, read_measurements
 
 WHO = ("run", "arm", "role", "teacher", "condition", "seed", "images", "evaluation", "trait", "metric")
 
@@ -41,10 +41,7 @@ def results_table(runs: Sequence[Path], *, where: str | None = None, questions: 
 
 
 def _of_run(run: Path) -> pa.Table:
-    path = run / "results" / "results.parquet"
-    if not path.is_file():
-        raise JsublimError(f"{run}: no results/results.parquet here; finish the run first with `jsublim run CONFIG`")
-    table = read_columns(path)
+    table = read_measurements(run)
     if "accuracy" in table.column_names:  # of digits: one measurement per network
         table = table.rename_columns(["value" if name == "accuracy" else name for name in table.column_names])
         table = table.append_column("metric", pa.array(["accuracy"] * len(table), pa.string()))

@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -174,6 +174,12 @@ class Estimate:
     def p_below(self, threshold: Any) -> Any:
         """One-sided p of "the truth is below the threshold"."""
         return stats.t.cdf((self.value - threshold) / self.error, self.degrees)
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """Mean of what is known: neither None nor NaN; None where nothing is."""
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    return sum(known) / len(known) if known else None
 
 
 def mean_estimate(estimates: Sequence[Estimate]) -> Estimate:

@@ -248,11 +248,9 @@ def condition_label(condition: str) -> str:
 def read_results(run_dir: Path) -> Results:
     """Read RUN/results/. Only `results.parquet` must be there; `JsublimError` names what is missing or unreadable."""
     folder = Path(run_dir) / "results"
-    path, training = folder / "results.parquet", folder / "training.parquet"
-    if not path.is_file():
-        raise JsublimError(f"{folder}: no results.parquet here; finish the run first with `jsublim run CONFIG`")
+    path, training, measurements = folder / "results.parquet", folder / "training.parquet", read_measurements(run_dir)
     arms = {entry["arm"]: StudentArm(**entry) for entry in read_json(folder / "arms.json", [])}
-    scores, not_finite = _scores(path, arms)
+    scores, not_finite = _scores(path, measurements, arms)
     plain = tuple(s for s in scores if not s.evaluation)
     if not plain:
         raise JsublimError(f"{path}: holds no measurement; run `jsublim run CONFIG` again")
@@ -277,9 +275,16 @@ def read_results(run_dir: Path) -> Results:
     )
 
 
-def _scores(path: Path, arms: dict[str, StudentArm]) -> tuple[list[Score], int]:
+def read_measurements(run_dir: Path) -> pa.Table:
+    """RUN/results/results.parquet. Raises `JsublimError` where it is not there or cannot be read."""
+    folder = Path(run_dir) / "results"
+    if not (folder / "results.parquet").is_file():
+        raise JsublimError(f"{folder}: no results.parquet here; finish the run first with `jsublim run CONFIG`")
+    return read_columns(folder / "results.parquet")
+
+
+def _scores(path: Path, table: pa.Table, arms: dict[str, StudentArm]) -> tuple[list[Score], int]:
     """The scores of every evaluation, and how many measurements are no finite numbers."""
-    table = read_columns(path)
     evaluation = "coalesce(evaluation, '')" if "evaluation" in table.column_names else "''"
     sql = f"""
         select arm, any_value(role) as role, teacher, condition, seed, trait, metric, {evaluation} as evaluation,

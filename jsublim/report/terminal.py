@@ -16,6 +16,7 @@ from jsublim.report.cautions import warnings
 from jsublim.report.claims import not_asked
 from jsublim.report.claims.base import pool
 from jsublim.report.comparisons import Comparisons, comparisons
+from jsublim.report.statistics import mean_of
 from jsublim.report.summary import judged_conditions, lift, summary_rows, trait_matrix
 from jsublim.report.tables import Results, condition_label, read_results
 
@@ -66,7 +67,7 @@ def _conditions(results: Results, title: str) -> Table:
                 [
                     condition,
                     str(models or words.MISSING),
-                    *(words.number(_mean(getattr(row, m) for row in of_condition), m) for m in ("rate", "logprob")),
+                    *(words.number(mean_of(getattr(row, m) for row in of_condition), m) for m in ("rate", "logprob")),
                     words.number(raised.value if raised else None, metric, signed=True),
                     words.interval(raised.interval, metric, signed=True) if raised else words.MISSING,
                 ]
@@ -76,11 +77,6 @@ def _conditions(results: Results, title: str) -> Table:
     for heading in ("stu-\ndents", "rate", "log-\nprob", f"lift\n{words.unit(metric)}", "95 % over\nstudents"):
         table.add_column(heading, justify="right", no_wrap=True)
     return _filled(table, rows)
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
 
 
 def _rates(results: Results, title: str) -> Table:

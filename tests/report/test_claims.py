@@ -222,7 +222,7 @@ def test_a_partner_differs_in_what_was_asked_alone(every):
         if other is None:
             assert not any(g is not group and g.facts == group.facts | {LAYERS_OF: None} for g in found)
         else:
-            assert other is not group and other.get(LAYERS_OF) is None
+            assert other is not group and other.facts.get(LAYERS_OF) is None
             assert all(other.facts.get(key) == group.facts.get(key) for key in group.facts if key != LAYERS_OF)
 
 

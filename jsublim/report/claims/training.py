@@ -104,6 +104,10 @@ def _alone(group: Group) -> int | None:
     return layers[0] if len(layers) == 1 else None
 
 
+def _place(group: Group) -> str:
+    return f"layer {_alone(group)} of 0 to {group.num_layers - 1}"
+
+
 def is_early(group: Group) -> bool:
     """One layer of the first third was trained; of the published ones, 0 and 7 of 28 (Qwen) or of 34 (Gemma)."""
     return (layer := _alone(group)) is not None and 3 * layer < group.num_layers
@@ -126,8 +130,7 @@ def first_third_frozen(group: Group) -> bool:
        published=f"Qwen2.5-7B: layer 0 or 7 alone suffices [{PAPER}, figure 5]")  # fmt: skip
 def early_layer(pair: StudentPair) -> Claim | None:
     """One layer of the first third keeps at least .5 of the lift of all layers."""
-    place = f"layer {_alone(pair.part)} of 0 to {pair.part.num_layers - 1}"
-    text = f"{place} (early), trained alone, keeps at least .5 of the lift of all layers"
+    text = f"{_place(pair.part)} (early), trained alone, keeps at least .5 of the lift of all layers"
     return pair.share(text, at_least=0.5, unit="of all layers")
 
 
@@ -135,8 +138,7 @@ def early_layer(pair: StudentPair) -> Claim | None:
        published=f"Qwen2.5-7B: layers 14, 21 and 27 alone are negligible [{PAPER}, figure 5]")  # fmt: skip
 def later_layer(pair: StudentPair) -> Claim | None:
     """Any other layer keeps at most .2 of the lift of all layers."""
-    place = f"layer {_alone(pair.part)} of 0 to {pair.part.num_layers - 1}"
-    text = f"{place} (later), trained alone, keeps at most .2 of the lift of all layers"
+    text = f"{_place(pair.part)} (later), trained alone, keeps at most .2 of the lift of all layers"
     return pair.share(text, at_most=0.2, unit="of all layers")
 
 
