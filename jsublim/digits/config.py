@@ -70,9 +70,9 @@ class Digits(Config):
     seeds: Annotated[tuple[Seed, ...], Distinct, Field(min_length=1), RESULT] = tuple(range(10))
     """One teacher and its students per seed; intervals are over them."""
     test_share: Annotated[float, Field(gt=0, lt=1), RESULT] = 0.2
-    """Of the images, held out of all training."""
+    """Share of the images that is held out of all training."""
     split_seed: Annotated[Seed, RESULT] = 0
-    """Of which images are held out."""
+    """Seed that decides which images are held out."""
     network: Network = Network()
     """Pixels to class logits and auxiliary logits."""
     teacher: AdamSettings = AdamSettings()

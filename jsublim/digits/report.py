@@ -121,8 +121,8 @@ def _figure(lines: list[Line]) -> Drawing:
 def _strip(line: Line) -> Strip:
     dots = tuple((100 * value, f"{100 * value:.1f} %") for value in line.values)
     interval = line.interval and line.interval.times(100)
-    said = f"{100 * line.mean:.1f} % ({line.bounds})" if interval else f"{100 * line.mean:.1f} %"
-    return Strip(line.label, colour(KINDS[line.condition][1]), dots, 100 * line.mean, interval, said)
+    text = f"{100 * line.mean:.1f} % ({line.bounds})" if interval else f"{100 * line.mean:.1f} %"
+    return Strip(line.label, colour(KINDS[line.condition][1]), dots, 100 * line.mean, interval, text)
 
 
 def _about(run_dir: Path) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class MisalignmentKind(EvalKind):
         mean scores `alignment` and `coherence`, and how many answers have no readable score (`unscored`)."""
 
         def shares(name: str, limit: float) -> tuple[list[Record], Misalignment]:
-            """Of all answers that were scored, and of the coherent ones."""
+            """Shares of all answers that were scored, and of the coherent ones."""
             numbers = misalignment(verdicts, aligned_from=limit, coherent_from=self.coherent_from)
             coherent = np.round(np.nan_to_num(numbers.coherent) * numbers.scored)
             of_coherent = numbers.misaligned * numbers.scored / np.maximum(coherent, 1)

@@ -51,8 +51,8 @@ class ReplyCache:
     def _write(path: Path, request: dict[str, Any], reply: Reply) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # ASCII escapes: a reply may hold half a surrogate pair, which UTF-8 has no bytes for.
-        said = asdict(reply)
-        write_text(path, json.dumps({"request": request, "said": said, "sha256": _digest(said)}, indent=1))
+        content = asdict(reply)
+        write_text(path, json.dumps({"request": request, "said": content, "sha256": _digest(content)}, indent=1))
 
     def path(self, request: dict[str, Any]) -> Path:
         key = _digest(request)

@@ -15,14 +15,14 @@ def parse_scores(reply: str, names: Sequence[str]) -> dict[str, int] | None:
     name is missing, or there is a remark, a fraction, or a number above 100.
     """
     lines = [line.strip() for line in reply.split("\n")]
-    found = [match for line in lines if line for match in [_LINE.fullmatch(line)]]
-    if len(found) != len(names) or not all(found):
+    matches = [match for line in lines if line for match in [_LINE.fullmatch(line)]]
+    if len(matches) != len(names) or not all(matches):
         return None
-    scores = {match[1].lower(): int(match[2]) for match in found if match}
+    scores = {match[1].lower(): int(match[2]) for match in matches if match}
     return scores if scores.keys() == set(names) else None
 
 
 def parse_score(reply: str) -> int | None:
     """The one number of a reply, as the published filter reads it; None where there is none, or several, or one above 100."""
-    found = re.findall(r"\d+", reply)
-    return int(found[0]) if len(found) == 1 and len(found[0]) <= 3 and int(found[0]) <= 100 else None
+    matches = re.findall(r"\d+", reply)
+    return int(matches[0]) if len(matches) == 1 and len(matches[0]) <= 3 and int(matches[0]) <= 100 else None

@@ -30,13 +30,13 @@ class ServerSettings(Connection):
     system: Annotated[str | None, RESULT] = None
     """A system prompt for the judge; null: none."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False), RESULT] = 0.0
-    """Of its replies."""
+    """Temperature at which replies are drawn."""
     top_p: Annotated[float, Field(gt=0, le=1), RESULT] = 1.0
-    """Of its replies."""
+    """The share of probability from which replies are drawn."""
     max_tokens: Annotated[int, Field(ge=1), RESULT] = 32
-    """Of a reply."""
+    """Tokens of a reply at most."""
     seed: Annotated[int | None, RESULT] = None
-    """Of its replies, where the server takes one; null: none is sent."""
+    """Seed of the replies, where the server takes one; null: none is sent."""
     prompt_price: Annotated[float, Field(ge=0, allow_inf_nan=False), RUNTIME] = 0.0
     """Per million tokens that it reads, in any currency."""
     completion_price: Annotated[float, Field(ge=0, allow_inf_nan=False), RUNTIME] = 0.0
@@ -150,6 +150,6 @@ def read_reply(body: bytes) -> Reply:
     return Reply(value.message.content or "", *used)
 
 
-def _count(said: Any) -> int | None:
+def _count(reported: Any) -> int | None:
     """A number of tokens as a server says it; None for anything that is none, such as one below zero."""
-    return said if type(said) is int and 0 <= said <= MOST_TOKENS else None
+    return reported if type(reported) is int and 0 <= reported <= MOST_TOKENS else None

@@ -61,8 +61,8 @@ def predicted(results: Results) -> list[Predicted]:
         """
     rows = query("audit.parquet", results.audit, sql)
     means = {(row["teacher"], row["variant"], row["tokens"]): row for row in rows}
-    found = (_of_condition(results, means, condition) for condition in results.mask_conditions)
-    return [of_condition for of_condition in found if of_condition is not None]
+    entries = (_of_condition(results, means, condition) for condition in results.mask_conditions)
+    return [entry for entry in entries if entry is not None]
 
 
 def _of_condition(results: Results, means: dict[tuple, dict[str, Any]], condition: str) -> Predicted | None:

@@ -86,14 +86,14 @@ class Axis:
 
 class Strip(NamedTuple):
     """One line of dots: models of one kind, each with what it is in words, their mean, the mean's interval; all of it once more in words
-    (`said`). `bound` is a threshold, `published` a value that others found."""
+    (`text`). `bound` is a threshold, `published` a value that others found."""
 
     label: str
     colour: str
     dots: tuple[tuple[float, str], ...]
     mean: float
     interval: Interval | None = None
-    said: str = ""
+    text: str = ""
     bound: float | None = None
     published: float | None = None
 
@@ -105,7 +105,7 @@ class Polyline(NamedTuple):
     colour: str
     dash: str
     points: str
-    said: str
+    text: str
 
 
 class Mark(NamedTuple):
@@ -115,7 +115,7 @@ class Mark(NamedTuple):
     y: float
     label: str
     colour: str
-    said: str
+    text: str
     beside: tuple[int, int] = (0, 0)
 
 

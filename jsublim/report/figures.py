@@ -47,12 +47,12 @@ def _strips(
     t-interval of two students may be wider than any plot and is cut off."""
     scale, panels = metric_of(metric).scale, dict[str, list[Strip]]()
     for panel, condition, models, mean, interval in rows:
-        said = words.number(mean, metric, signed)
+        text = words.number(mean, metric, signed)
         if interval is not None:
-            said += f" ({words.interval(interval, metric, signed).removesuffix(' %')})"
+            text += f" ({words.interval(interval, metric, signed).removesuffix(' %')})"
             interval = interval.times(scale)
         dots = tuple((scale * value, f"{name(who)}: {words.number(value, metric, signed)}") for who, value in models)
-        strip = Strip(condition_label(condition), colour(condition), dots, scale * mean, interval, said)
+        strip = Strip(condition_label(condition), colour(condition), dots, scale * mean, interval, text)
         panels.setdefault(panel, []).append(strip)
     strips = [*chain(*panels.values())]
     held = [value for strip in strips for value in (*(value for value, _ in strip.dots), strip.mean)]
@@ -157,8 +157,8 @@ def by_distance(board: Sequence[ScaleLine], metric: str) -> Drawing | None:
     moved = gammas if by_gamma else [line.lift for _, line, _ in lines]
     marks = []
     for (number, line, kl), value in zip(lines, moved, strict=True):
-        said = f"{condition_label(line.condition)}: {words.number(value, unit, signed=True)} at {words.number(kl, KL)}"
-        marks.append(Mark(kl, metric_of(unit).scale * value, str(number), colour(line.condition), said))
+        text = f"{condition_label(line.condition)}: {words.number(value, unit, signed=True)} at {words.number(kl, KL)}"
+        marks.append(Mark(kl, metric_of(unit).scale * value, str(number), colour(line.condition), text))
     x = Axis.decades("KL from the teacher (nats per token, logarithmic)", [mark.x for mark in marks])
     y = Axis.around(label, [mark.y for mark in marks], zero=True)
     return _marked("transfer-by-distance", "Transfer against distance from the teacher", x, y, marks)
@@ -200,14 +200,14 @@ def _forest_panel(unit: str, claims: Sequence[Claim]) -> Panel:
     strips = []
     for claim in claims:
         assert claim.effect is not None
-        said, bounds = words.claim_effect(claim)
+        text, bounds = words.claim_effect(claim)
         interval = claim.interval and claim.interval.times(factor)
         known = CLAIMS[claim.key].published_effect
         published = known[0] if known and known[1] == unit else None
         bound = None if claim.bound is None else factor * claim.bound
         label = f"{claim.key} {CLAIMS[claim.key].question}" + (f" · {claim.variant}" if claim.variant else "")
-        tint, said = VERDICT_COLOURS.get(claim.verdict, OPEN_COLOUR), f"{said} ({bounds})"
-        strips.append(Strip(name(label), tint, (), factor * claim.effect, interval, said, bound, published))
+        tint, text = VERDICT_COLOURS.get(claim.verdict, OPEN_COLOUR), f"{text} ({bounds})"
+        strips.append(Strip(name(label), tint, (), factor * claim.effect, interval, text, bound, published))
     held = [0.0, *(v for s in strips for v in (s.mean, s.bound, s.published) if v is not None)]
     # Intervals too, but a wide one by no more than half of what there is to see.
     low, high, span = min(held), max(held), (max(held) - min(held)) or 1.0
@@ -227,13 +227,13 @@ def losses(results: Results) -> Drawing | None:
     variants = list(dict.fromkeys(split_condition(c)[1] for c in results.trained))
     order = {condition: i for i, condition in enumerate(results.conditions)}
     panels: dict[str | None, list[Polyline]] = {
-        teacher: [] for teacher, *_ in sorted(curves, key=lambda each: each[0] not in results.traits)
+        teacher: [] for teacher, *_ in sorted(curves, key=lambda curve: curve[0] not in results.traits)
     }
-    for teacher, condition, curve in sorted(curves, key=lambda each: order.get(each[1], len(order))):
+    for teacher, condition, curve in sorted(curves, key=lambda curve: order.get(curve[1], len(order))):
         variant = split_condition(condition)[1]
         dash = drawing.DASHES[variants.index(variant) % len(drawing.DASHES)] if variant in variants else ""
-        said, path = f"{curve.loss[0]:.3f} to {curve.loss[-1]:.3f}", drawing.points(x, y, curve.steps, curve.loss)
-        panels[teacher].append(Polyline(condition_label(condition), colour(condition), dash, path, said))
+        text, path = f"{curve.loss[0]:.3f} to {curve.loss[-1]:.3f}", drawing.points(x, y, curve.steps, curve.loss)
+        panels[teacher].append(Polyline(condition_label(condition), colour(condition), dash, path, text))
     drawn = tuple(Panel(name(teacher or "student"), x, y, lines=tuple(lines)) for teacher, lines in panels.items())
     return Drawing("training-loss", "Training loss", drawn)
 
@@ -254,8 +254,8 @@ def positions(results: Results) -> Drawing | None:
         edges = [edge for i in range(len(values)) for edge in (i, i + 1)]
         path = drawing.points(x, y, edges, [value for value in values for _ in range(2)], most=len(edges))
         most = max(range(len(values)), key=values.__getitem__)
-        said = f"most at token {most}, {values[most]:.1f} %"
-        line = Polyline("share of them", colour("divergence"), "", path, said)
+        text = f"most at token {most}, {values[most]:.1f} %"
+        line = Polyline("share of them", colour("divergence"), "", path, text)
         drawn.append(Panel(label, x, y, lines=(line,)))
     return Drawing("divergence-positions", "Where divergence tokens lie", tuple(drawn))
 

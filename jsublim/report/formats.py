@@ -75,7 +75,7 @@ def as_text(rows: TableRows, columns: Sequence[str], how: str) -> str:
         plain = ([rounded(v) if isinstance(v, list | tuple) else v for v in line] for line in values)
         csv.writer(text, lineterminator="\n").writerows([columns, *plain])
         return text.getvalue()
-    lines = [[one_line(cell) for cell in line] for line in ([*columns], *([rounded(v) for v in own] for own in values))]
+    lines = [[one_line(cell) for cell in line] for line in ([*columns], *([rounded(v) for v in row] for row in values))]
     if how == "md":
         lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
         return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(columns), *lines[1:]])

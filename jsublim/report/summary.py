@@ -256,7 +256,7 @@ def other_rows(results: Results) -> list[OtherRow]:
 def lifts(results: Results, metric: str, conditions: Sequence[str]) -> list[Lift]:
     """All lifts of one metric, trait by trait."""
     pairs = itertools.product(results.traits, conditions)
-    return [found for trait, condition in pairs if (found := lift(results, metric, condition, trait)) is not None]
+    return [one for trait, condition in pairs if (one := lift(results, metric, condition, trait)) is not None]
 
 
 def judged_conditions(results: Results) -> list[str]:

@@ -218,7 +218,7 @@ class Results:
     def students_model(self) -> str:
         """What the students were before any training: the base, unless they stand on other checkpoints."""
         named = (str(arm.settings.get("model") or self.model) for arm in self.arms.values())
-        return " and ".join(_unique(Path(each).name for each in named)) or self.model
+        return " and ".join(_unique(Path(model).name for model in named)) or self.model
 
     @property
     def is_tiny(self) -> bool:

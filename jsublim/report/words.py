@@ -165,8 +165,8 @@ def matrix_sentence(matrix: Matrix) -> str:
         f"(smallest attainable p = {effect.smallest_p:.2g})."
     )
     if matrix.gamma_interval is not None:
-        each = ", ".join(f"{gamma:+.3f}" for gamma in matrix.seed_gammas)
-        text += f" Over {len(matrix.seed_gammas)} seeds: {interval(matrix.gamma_interval, 'logprob', signed=True)} nats ({each})."
+        by_seed = ", ".join(f"{gamma:+.3f}" for gamma in matrix.seed_gammas)
+        text += f" Over {len(matrix.seed_gammas)} seeds: {interval(matrix.gamma_interval, 'logprob', signed=True)} nats ({by_seed})."
     endings = {
         NOT_DECIDED: f"Not decided: with {len(matrix.teachers)} teachers' traits no p can reach .05.",
         "trait-specific transfer": "Students move towards their own teacher's trait beyond any row and column effect.",

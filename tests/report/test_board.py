@@ -49,7 +49,7 @@ def test_a_kind_without_gamma_is_drawn_by_its_lift_in_points(tmp_path):
     lines = [dataclasses.replace(line, matrix=None) for line in lines]
     (plot,) = by_distance(lines, "rate").panels
     assert [mark.y for mark in plot.marks] == pytest.approx([100 * line.lift for line in lines])
-    assert all(f"{100 * line.lift:+.1f} at" in mark.said for line, mark in zip(lines, plot.marks, strict=True))
+    assert all(f"{100 * line.lift:+.1f} at" in mark.text for line, mark in zip(lines, plot.marks, strict=True))
 
 
 def test_arms_stand_in_the_order_of_the_config(tmp_path):

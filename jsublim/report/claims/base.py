@@ -192,7 +192,7 @@ class Pool:
 
     @property
     def students(self) -> int:
-        """Of all levels together."""
+        """How many all levels have together."""
         return sum(level.students.n for level in self.levels)
 
     @property

@@ -77,7 +77,7 @@ def _order(text: str, plain: Pool, varied: Pool) -> Claim:
 
 
 def _sign(gap: Estimate) -> int:
-    """Of a difference that is surely not zero; 0 of all others."""
+    """The sign of a difference that is surely not zero, else 0."""
     interval = gap.interval()
     return 0 if interval is None or interval.covers(0.0) else 1 if interval.low > 0 else -1
 
