@@ -77,7 +77,7 @@ def scale(results: Results, compared: Comparisons) -> OneScale | None:
         if both is None:
             continue
         part, of = (level.lift for level in both.levels)
-        line = ScaleLine(condition, both.levels[0].students.n, *both.lift)
+        line = ScaleLine(condition, both.levels[0].students, *both.lift)
         if not open_for and both.traits == yardstick.traits:
             seeds = _by_seed(results, metric, condition, both.traits, float(whole.value))
             of_it = (

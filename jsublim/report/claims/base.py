@@ -10,12 +10,12 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from jsublim.evals.metric import metric_of
 from jsublim.report import summary
 from jsublim.report.statistics import Estimate, Interval, mean_estimate, share_bounds, share_p_above
-from jsublim.report.summary import NOT_DECIDED, Measured
+from jsublim.report.summary import NOT_DECIDED, Measured, reference_condition
 from jsublim.report.tables import Results, Score, StudentArm, split_condition
 
 HOLDS, FAILS = "holds", "does not hold"
@@ -166,11 +166,11 @@ class claim:
 CLAIMS: dict[str, claim] = {}  # by key, in the order of the report
 
 
-@dataclass(frozen=True)
-class Level:
-    """Mean over the pooled traits of a group's students, and how far it lies above the models that it is measured from."""
+class Level(NamedTuple):
+    """How many students of a group there are, and how far their mean over the pooled traits lies above the models that it is measured
+    from."""
 
-    students: Estimate
+    students: int
     lift: Estimate
 
 
@@ -193,7 +193,7 @@ class Pool:
     @property
     def students(self) -> int:
         """How many all levels have together."""
-        return sum(level.students.n for level in self.levels)
+        return sum(level.students for level in self.levels)
 
     @property
     def lift(self) -> Measured:
@@ -219,32 +219,28 @@ def pool(results: Results, metric: str, *names: str, traits: Sequence[str] | Non
     shared = tuple(
         t
         for t in (results.traits if traits is None else traits)
-        if all(
-            summary.scores_for(results, metric, c, t) and summary.reference_condition(results, metric, t, c)
-            for c in names
-        )
+        if all(summary.scores_for(results, metric, c, t) and reference_condition(results, metric, t, c) for c in names)
     )
     return Pool(metric, shared, tuple(_level(results, metric, name, shared) for name in names)) if shared else None
 
 
 def _level(results: Results, metric: str, condition: str, traits: tuple[str, ...]) -> Level:
     students = mean_estimate([summary.estimate(summary.scores_for(results, metric, condition, t)) for t in traits])
-    references = [summary.reference_condition(results, metric, t, condition) or "" for t in traits]
+    references = [reference_condition(results, metric, t, condition) or "" for t in traits]
     zeros = [results.select(metric, r, t) for r, t in zip(references, traits, strict=True)]
     one_control = len(set(references)) == 1 and split_condition(references[0])[0] == "control"
     reference = _over_traits(zeros) if one_control else mean_estimate([summary.estimate(zero) for zero in zeros])
-    return Level(students, students - reference)
+    return Level(students.n, students - reference)
 
 
 def _over_traits(by_trait: list[list[Score]]) -> Estimate:
     """Control students averaged over traits first: one student's numbers on several traits are not independent."""
-    values: dict[str, list[float]] = {}
-    every = [score for scores in by_trait for score in scores]
-    for score in every:
-        values.setdefault(score.arm, []).append(score.mean)
-    return Estimate.of(
-        [sum(v) / len(v) for v in values.values()], summary.sampling_variance(every), summary.group_of(every)
-    )
+    of_arm: dict[str, list[float]] = {}
+    scores = [score for of_trait in by_trait for score in of_trait]
+    for score in scores:
+        of_arm.setdefault(score.arm, []).append(score.mean)
+    means = [sum(values) / len(values) for values in of_arm.values()]
+    return Estimate.of(means, summary.sampling_variance(scores), summary.group_of(scores))
 
 
 def no_lift(whole: Level) -> str:
@@ -293,21 +289,17 @@ def share(
     return replace(claim, effect=effect, interval=interval, verdict=verdict, reason=reason)
 
 
-def above_zero(pooled: Pool, text: str, difference: Estimate, what: str, open_for: str = "", **more: Any) -> Claim:
+def above_zero(pooled: Pool, text: str, difference: Estimate, what: str, open_for: str = "") -> Claim:
     """A lift, or a difference of lifts, held against zero: no lower. Nothing is decided where `open_for` says why."""
-    interval = pooled.between(difference)
-    fields = {
-        "verdict": NOT_DECIDED if open_for else judge(interval, at_least=0.0),
-        "reason": open_for or f"{what}, {pooled.words}",
-        "p": all_of(difference.p_above(0.0)),
-    }
-    effect = {"effect": float(difference.value), "interval": interval, "bound": 0.0}
-    return Claim(text, pooled.metric, pooled.unit, **{"students": difference.n} | fields | effect | more)
+    interval, effect = pooled.between(difference), float(difference.value)
+    verdict = NOT_DECIDED if open_for else judge(interval, at_least=0.0)
+    reason, p = open_for or f"{what}, {pooled.words}", all_of(difference.p_above(0.0))
+    return Claim(text, pooled.metric, pooled.unit, difference.n, verdict, reason, effect, interval, p, bound=0.0)
 
 
 def no_lower(pooled: Pool, text: str, what: str, lifted: Sequence[Level]) -> Claim:
     """The lift of the pool's first group held against its second's: no lower. Nothing is decided unless one of `lifted` is above
     zero."""
     difference, open_for = pooled.levels[0].lift - pooled.levels[1].lift, [no_lift(level) for level in lifted]
-    p = all_of(difference.p_above(0.0), min(level.lift.p_above(0.0) for level in lifted))
-    return above_zero(pooled, text, difference, what, open_for[-1] if all(open_for) else "", p=p)
+    claim = above_zero(pooled, text, difference, what, open_for[-1] if all(open_for) else "")
+    return replace(claim, p=all_of(difference.p_above(0.0), min(level.lift.p_above(0.0) for level in lifted)))

@@ -127,8 +127,8 @@ def more_mixed(results: Results, metric: str) -> Iterator[Claim]:
         verdict = HOLDS if in_order and base.judge(whole.interval(), at_most=0.0) == HOLDS else NOT_DECIDED
         if open_for or any(base.judge(step.interval(), at_most=0.0) == FAILS for step in steps):
             verdict = NOT_DECIDED if open_for else FAILS
-        more = {"verdict": verdict, "p": p, "students": pooled.students, "variant": members[-1].variant}
-        yield base.above_zero(pooled, text, whole, reason, open_for, **more)
+        claim = base.above_zero(pooled, text, whole, reason, open_for)
+        yield replace(claim, verdict=verdict, p=p, students=pooled.students, variant=members[-1].variant)
 
 
 def _but_share(group: Group) -> dict:

@@ -34,12 +34,9 @@ def attribution_early(results: Results, metric: str) -> Iterator[Claim]:
     interval = mean.interval()
     interval = interval and interval.within(0.0, 1.0)
     text = "in the first third of the layers most of the attribution lies at the trait"
-    verdict, reason = (
-        base.judge(interval, at_least=MOST),
-        f"over {mean.n} rows of {', '.join(by_trait)}, not over students",
-    )
+    reason = f"over {mean.n} rows of {', '.join(by_trait)}, not over students"
     numbers = float(mean.value), interval, base.all_of(mean.p_above(MOST)), MOST
-    yield Claim(text, "attribution", "of the attribution", 0, verdict, reason, *numbers)
+    yield Claim(text, "attribution", "of the attribution", 0, base.judge(interval, at_least=MOST), reason, *numbers)
 
 
 @claim("C11", "evaluation temperature and top-p",
@@ -63,9 +60,8 @@ def _order(text: str, plain: Pool, varied: Pool) -> Claim:
     """Its p is stricter than its verdict: that all of the orders are surely kept."""
     lifts = [[level.lift for level in pooled.levels] for pooled in (plain, varied)]
     gaps = [[a - b for a, b in itertools.combinations(of_pool, 2)] for of_pool in lifts]
-    orders = [
-        (gap * _sign(before), _sign(gap) * _sign(before)) for before, gap in zip(*gaps, strict=True) if _sign(before)
-    ]
+    signs = ((gap, _sign(gap), _sign(before)) for before, gap in zip(*gaps, strict=True))
+    orders = [(gap * before, now * before) for gap, now, before in signs if before]
     if not orders:
         reason = "no two conditions are surely apart in the plain evaluation"
         return Claim(text, plain.metric, "of the sure orders", plain.students, reason=reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 from jsublim.report.claims import base
 from jsublim.report.claims.base import CLOUD, FAILS, HOLDS, PAPER, Claim, Group, StudentPair, claim
@@ -32,11 +33,8 @@ def transfers(results: Results, metric: str) -> Iterator[Claim]:
     judged, text = judged_conditions(results), "students move to their teacher's trait"
     for group in (group for group in base.groups(results) if group.name in judged):
         if pooled := base.pool(results, metric, group.name):
-            (level,) = pooled.levels
-            students = level.students.n
-            yield base.above_zero(
-                pooled, text, level.lift, "above the reference", students=students, variant=group.variant
-            )
+            claim = base.above_zero(pooled, text, pooled.levels[0].lift, "above the reference")
+            yield replace(claim, students=pooled.students, variant=group.variant)
 
 
 @claim("C1", "the control against the base model", primary=14)
@@ -58,14 +56,10 @@ def control_near_base(results: Results, metric: str) -> Iterator[Claim]:
         verdict = FAILS
     reason = f"the trait whose interval reaches furthest, of {len(differences)}: {furthest}"
     ps = (p for d in differences.values() for p in (d.p_above(-CONTROL_MARGIN), d.p_below(CONTROL_MARGIN)))
-    text, effect = (
-        "students of the teacher without a trait stay within 3 points of the base model",
-        float(difference.value),
-    )
-    bound = math.copysign(CONTROL_MARGIN, effect)
-    yield Claim(
-        text, "rate", "points", difference.n, verdict, reason, effect, difference.interval(), base.all_of(*ps), bound
-    )
+    text = "students of the teacher without a trait stay within 3 points of the base model"
+    effect, interval, p = float(difference.value), difference.interval(), base.all_of(*ps)
+    numbers = effect, interval, p, math.copysign(CONTROL_MARGIN, effect)
+    yield Claim(text, "rate", "points", difference.n, verdict, reason, *numbers)
 
 
 def _reach(interval: Interval | None) -> float:
