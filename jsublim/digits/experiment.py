@@ -21,7 +21,7 @@ from jsublim.digits.config import CLASSES, AdamSettings, Digits, DigitsStudents,
 from jsublim.errors import UsageError
 
 PIXELS = 64
-Weights = dict[str, Any]
+Weights = list[dict[str, Any]]
 
 
 class DigitsData(NamedTuple):
@@ -42,9 +42,8 @@ def read_digits(test_share: float, split_seed: int) -> DigitsData:
     try:
         from sklearn.datasets import load_digits
     except ImportError:
-        raise UsageError(
-            "digits: the images come with scikit-learn, which is not installed; pip install scikit-learn"
-        ) from None
+        why = "digits: the images come with scikit-learn, which is not installed; pip install scikit-learn"
+        raise UsageError(why) from None
     pixels, digits = map(np.asarray, load_digits(return_X_y=True))
     images, labels = (pixels / 16).astype(np.float32), digits.astype(np.int32)
     order = np.random.default_rng(split_seed).permutation(len(images))
@@ -52,28 +51,19 @@ def read_digits(test_share: float, split_seed: int) -> DigitsData:
     return DigitsData(*map(jnp.asarray, (images[train], labels[train], images[test], labels[test])))
 
 
-class DigitsNet(nnx.Module):
-    """Pixels `[..., P]` to logits `[..., K]`."""
-
-    def __init__(self, network: Network, *, rngs: nnx.Rngs):
-        sizes = (PIXELS, *network.hidden, CLASSES + network.auxiliary)
-        self.layers = nnx.List([nnx.Linear(i, o, rngs=rngs) for i, o in itertools.pairwise(sizes)])
-
-    def __call__(self, x: Array) -> Array:
-        *hidden, last = self.layers
-        for layer in hidden:
-            x = jax.nn.relu(layer(x))
-        return last(x)
-
-
 def init(network: Network, key: Array) -> Weights:
-    return nnx.to_pure_dict(nnx.state(DigitsNet(network, rngs=nnx.Rngs(key))))
+    """Kernel and bias of each layer, from pixels to logits."""
+    sizes, rngs = (PIXELS, *network.hidden, CLASSES + network.auxiliary), nnx.Rngs(key)
+    layers = (nnx.Linear(i, o, rngs=rngs) for i, o in itertools.pairwise(sizes))
+    return [nnx.to_pure_dict(nnx.state(layer)) for layer in layers]
 
 
-def logits(network: Network, params: Weights, images: Array) -> Array:
-    """Images `[..., P]` to logits `[..., K]`: the first ten are the classes, the rest auxiliary."""
-    graph = nnx.split(nnx.eval_shape(lambda: DigitsNet(network, rngs=nnx.Rngs(0))))[0]
-    return nnx.merge(graph, params)(images)
+def logits(params: Weights, images: Array) -> Array:
+    """Images `[..., P]` to logits `[..., K]`, ReLU between layers: the first ten are the classes, the rest auxiliary."""
+    *hidden, last = params
+    for layer in hidden:
+        images = jax.nn.relu(images @ layer["kernel"] + layer["bias"])
+    return images @ last["kernel"] + last["bias"]
 
 
 def class_loss(logits_BK: Array, labels_B: Array) -> Array:
@@ -94,9 +84,9 @@ def distillation_loss(student_BK: Array, teacher_BK: Array, used_K: Array, hard:
     return optax.losses.kl_divergence(log_BK, target_BK).mean()
 
 
-def accuracy(network: Network, params: Weights, images_NP: Array, labels_N: Array) -> Array:
+def accuracy(params: Weights, images_NP: Array, labels_N: Array) -> Array:
     """Share of images whose largest class logit is the label's."""
-    return (logits(network, params, images_NP)[:, :CLASSES].argmax(-1) == labels_N).mean()
+    return (logits(params, images_NP)[:, :CLASSES].argmax(-1) == labels_N).mean()
 
 
 def train(
@@ -154,11 +144,11 @@ def _run_seed(
 ) -> Accuracies:
     own_key, other_key, taught, distilled = jax.random.split(jax.random.key(seed), 4)
     start, other_start = init(network, own_key), init(network, other_key)
-    measure = lambda params: accuracy(network, params, data.test_NP, data.test_labels_N)  # noqa: E731
+    measure = lambda params: accuracy(params, data.test_NP, data.test_labels_N)  # noqa: E731
 
     def teacher_loss(params: Weights, t: Array) -> Array:
         drawn_B = jax.random.randint(jax.random.fold_in(taught, t), (teacher.batch_size,), 0, len(data.train_NP))
-        return class_loss(logits(network, params, data.train_NP[drawn_B]), data.train_labels_N[drawn_B])
+        return class_loss(logits(params, data.train_NP[drawn_B]), data.train_labels_N[drawn_B])
 
     trained, _, learned = train(start, teacher_loss, teacher, teacher.steps, measure)
 
@@ -169,8 +159,8 @@ def _run_seed(
             noise_BP = jax.random.uniform(for_noise, shape, minval=-students.noise, maxval=students.noise)
             digits_BP = data.train_NP[jax.random.randint(for_digits, shape[:1], 0, len(data.train_NP))]
             # Noise, digits and what the teacher says of them do not depend on the student: computed once per seed.
-            says = [logits(network, trained, images_BP) for images_BP in (noise_BP, digits_BP)]
-            student_BK = logits(network, params, jnp.where(of_noise, noise_BP, digits_BP))
+            says = [logits(trained, images_BP) for images_BP in (noise_BP, digits_BP)]
+            student_BK = logits(params, jnp.where(of_noise, noise_BP, digits_BP))
             return distillation_loss(student_BK, jnp.where(of_noise, *says), used_K, hard)
 
         params = jax.tree.map(lambda a, b: jnp.where(other, b, a), start, other_start)
