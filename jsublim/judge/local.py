@@ -10,13 +10,14 @@ from typing import Any
 
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.sampling import Sampling
+from jsublim.judge import Judge
 from jsublim.judge.cache import Reply, ReplyCache
 from jsublim.runtime.processes import is_main_process, leave_if_asked, on_main_process
 from jsublim.text.chat import conversation
 
 
 @dataclass
-class LocalJudge:
+class LocalJudge(Judge):
     """A checkpoint that answers, greedily unless told otherwise. Without `stop` tokens, a reply ends with its turn.
 
     Attributes:
@@ -79,9 +80,6 @@ class LocalJudge:
     def _request(self, number: int, prompt: str) -> dict[str, Any]:
         """What a reply depends on; where it is sampled, also on its number, which is its random stream."""
         return self.identity | {"prompt": prompt} | ({"row": number} if self.sampling.temperature else {})
-
-    def check(self) -> None:
-        pass
 
     def release_memory(self) -> None:
         self._awake.clear()

@@ -14,6 +14,7 @@ from jsublim.core.bucket import Bucket
 from jsublim.core.client import Client, Connection, Retry
 from jsublim.core.section import RESULT, RUNTIME
 from jsublim.errors import JsublimError
+from jsublim.judge import Judge
 from jsublim.judge.cache import Reply, ReplyCache
 from jsublim.runtime.processes import each_from_main, leave_if_asked
 from jsublim.text.chat import conversation
@@ -93,7 +94,7 @@ class Spending:
             self.completion_tokens += used[1]
 
 
-class ServerJudge:
+class ServerJudge(Judge):
     """Asks a server from several threads, within a rate and a budget. Every reply is kept in the folder `cache` at once (and
     in the bucket, if there is one); a reply that is there costs nothing, and needs neither server nor key.
 
@@ -120,9 +121,6 @@ class ServerJudge:
     def check(self) -> None:
         """Raises `UsageError` where a key is wanted and none is usable."""
         self._client.key()
-
-    def release_memory(self) -> None:
-        pass
 
     def ask(self, prompts: Sequence[str]) -> list[str]:
         """One reply per prompt, in order. A prompt that occurs twice is asked once.
