@@ -44,6 +44,12 @@ class Predicted:
         i, j = self.teachers.index(teacher), self.traits.index(teacher)
         return normal_interval(self.score[i, j], self.error[i, j])
 
+    @property
+    def own(self) -> tuple[float, float]:
+        """The score of the teacher's own trait, mean over teachers, and half the widest of their intervals."""
+        widths = (interval.high - interval.low for interval in map(self.interval, self.teachers))
+        return float(np.mean(np.diag(self.score))), max(widths) / 2
+
 
 def predicted(results: Results) -> list[Predicted]:
     """One entry per condition of the students."""

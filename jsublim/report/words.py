@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from jsublim.evals.metric import metric_of
-from jsublim.report.audit import Agreement, Predicted
+from jsublim.report.audit import Agreement
 from jsublim.report.claims import FAILS, HOLDS, Claim
 from jsublim.report.claims.training import transfers
 from jsublim.report.comparisons import Comparison, Comparisons
@@ -234,16 +232,3 @@ def predicted_sentence(agreement: Agreement | None) -> str:
         f"Over {kinds}, γ as the audit predicted it and γ of the students have a rank correlation of "
         f"{agreement.rho:+.2f} (Spearman's, p = {agreement.p:.2g})."
     )
-
-
-def predicted_cells(one: Predicted, agreement: Agreement | None) -> tuple[str, str, str, str]:
-    """Cells of one condition: the own trait's score (mean over teachers, with the widest interval's half), γ predicted and of the
-    students, and the share of divergence tokens among those that move the trait most."""
-    half = max((interval.high - interval.low) / 2 for interval in map(one.interval, one.teachers))
-    score = f"{float(np.mean(np.diag(one.score))):+.3g} ± {half:.2g}"
-    trained = {condition: f"{gamma:+.3f}" for condition, _, gamma in agreement.pairs} if agreement else {}
-    top = MISSING
-    if one.top_divergence is not None and one.divergence_share is not None:
-        top = f"{one.top_divergence:.0%} (of all {one.divergence_share:.0%})"
-    gamma = MISSING if one.gamma is None else f"{one.gamma:+.3g}"
-    return score, gamma, trained.get(one.condition, MISSING), top
