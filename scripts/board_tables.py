@@ -17,7 +17,7 @@ from gamma_tables import share_of
 from jsublim.evals.kl import KL
 from jsublim.report import words
 from jsublim.report.comparisons import comparisons
-from jsublim.report.scale import ArmSummary, scale, side_by_side
+from jsublim.report.scale import ScaleLine, scale
 from jsublim.report.summary import Measured
 from jsublim.report.tables import condition_label, read_results
 
@@ -29,7 +29,7 @@ def cell(found: Measured | None, metric: str, signed: bool = False) -> str:
     return f"{words.number(found.value, metric, signed)} ({words.interval(found.interval, metric, signed)})"
 
 
-def row(line: ArmSummary, first: ArmSummary, metric: str) -> list[str]:
+def row(line: ScaleLine, first: ScaleLine, metric: str) -> list[str]:
     gamma = share = ""
     if line.matrix is not None and first.matrix is not None:
         gamma = " ".join(f"{each:+.2f}" for each in line.matrix.seed_gammas)
@@ -41,8 +41,8 @@ def row(line: ArmSummary, first: ArmSummary, metric: str) -> list[str]:
 def main(runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")]) -> None:
     for run in runs:
         results = read_results(run)
-        found = scale(results)
-        lines = side_by_side(results, comparisons(results), found)
+        found = scale(results, comparisons(results))
+        lines = found.side_by_side if found else ()
         if found is None or not lines:
             raise typer.BadParameter(f"{run}: has no arms to compare")
         under = (f"lift, {name}" for name in results.evaluations)

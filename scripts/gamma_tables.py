@@ -16,7 +16,7 @@ import typer
 from _run import run_script
 
 from jsublim.evals.kl import KL
-from jsublim.report.scale import ACCURACY, measured
+from jsublim.report.scale import ACCURACY, first_measured
 from jsublim.report.statistics import Estimate, Interval
 from jsublim.report.summary import Matrix, trait_matrices
 from jsublim.report.tables import Results, condition_label, read_results
@@ -41,7 +41,7 @@ def row(results: Results, matrix: Matrix, first: Matrix) -> list[str]:
     """One condition's line; the teachers' own animals are the first columns of the matrix."""
     assert matrix.effect is not None  # or it would not be among the matrices
     own = np.eye(*matrix.lift.shape, dtype=bool)
-    besides = [measured(results, matrix.condition, *metrics) for metrics in ((KL,), ACCURACY)]
+    besides = [first_measured(results, matrix.condition, *metrics) for metrics in ((KL,), ACCURACY)]
     return [
         condition_label(matrix.condition), str(len(matrix.teachers)), f"{matrix.lift[own].mean():+.3f}",
         f"{matrix.lift[~own].mean():+.3f}", f"{matrix.effect.gamma:+.3f}{bounds(matrix.gamma_interval)}",

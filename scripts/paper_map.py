@@ -6,11 +6,12 @@ python scripts/paper_map.py
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 
 from jsublim.config.figures import panel_experiment, questions
 from jsublim.config.grid import grid
-from jsublim.report.claims import claims_table
+from jsublim.report.claims import CLAIMS
 
 BEGIN, END = "<!-- begin: scripts/paper_map.py -->\n", "<!-- end -->\n"
 
@@ -36,6 +37,15 @@ def figure_table() -> str:
             ]  # fmt: skip
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def claims_table() -> str:
+    """The table of docs/paper_map.md."""
+    lines = ["| claim | about | holds when | file |", "| --- | --- | --- | --- |"]
+    for key, claim in CLAIMS.items():
+        rule, file = " ".join((inspect.getdoc(claim.check) or "").split()), claim.check.__module__.rsplit(".", 1)[1]
+        lines.append(f"| {key} | {claim.question} | {rule} | `{file}.py` |")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ import pytest
 import typer
 import yaml
 from command import ROOT
-from paper_map import figure_table
+from paper_map import claims_table, figure_table
 
 from jsublim.cli.app import app
 from jsublim.cli.stages import Stage
@@ -20,7 +20,7 @@ from jsublim.config import Experiment, Recipe, check_config, read_config
 from jsublim.config.figures import SCALES, load_question, panel_experiment, questions
 from jsublim.core.section import overlaid
 from jsublim.digits.config import Digits
-from jsublim.report.claims import CLAIMS, claims_table
+from jsublim.report.claims import CLAIMS
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ALL = [*DOCUMENTS, *(ROOT / name for name in ("ARCHITECTURE.md", "CONTRIBUTING.md", "SECURITY.md"))]

@@ -130,16 +130,15 @@ def compare(
     if "digits" in (run_kind(a), run_kind(b)):
         raise UsageError("compare: lays runs on language models beside one another; of digits, `jsublim results A B`")
     first, second = read_results(a), read_results(b)
-    found = compared(first, second)
+    rows = compared(first, second)
     if how != "table":
-        rows = [_row(each) for each in found]
         print_rows(rows, list(rows[0]) if rows else [], how, output)
         return
     output.print(f"a: {a}\nb: {b}", soft_wrap=True)
     print_differences(a, b)
-    for metric in dict.fromkeys(each.metric for each in found):
-        rows = [_in_words(each) for each in found if each.metric == metric]
-        print_rows(rows, list(rows[0]), how, output, f"{metric}: b - a with its interval over students")
+    for metric in dict.fromkeys(row["metric"] for row in rows):
+        lines = [_in_words(row) for row in rows if row["metric"] == metric]
+        print_rows(lines, list(lines[0]), how, output, f"{metric}: b - a with its interval over students")
     print_rows(verdicts(first, second), ["claim", "a", "b"], how, output, "verdicts")
 
 
@@ -161,19 +160,14 @@ def print_differences(a: Path, b: Path) -> None:
         output.print("Their configs say the same.")
 
 
-def _row(found: Any) -> dict[str, Any]:
-    low, high = (None, None) if found.interval is None else (found.interval.low, found.interval.high)
-    own = {"trait": found.trait, "condition": found.condition, "metric": found.metric, "students": list(found.students)}
-    return own | {"a": found.a, "b": found.b, "b - a": found.difference, "low": low, "high": high}
-
-
-def _in_words(found: Any) -> dict[str, Any]:
+def _in_words(row: dict[str, Any]) -> dict[str, Any]:
     from jsublim.report import words
+    from jsublim.report.statistics import Interval
 
-    a, b = (words.number(value, found.metric) for value in (found.a, found.b))
-    bounds = words.MISSING if found.interval is None else words.interval(found.interval, found.metric, signed=True)
-    gap = words.number(found.difference, found.metric, signed=True)
-    return {"condition": found.condition, "trait": found.trait, "a": a, "b": b, "b - a": gap, "95 %": bounds}
+    metric = row["metric"]
+    shown = {key: words.number(row[key], metric, signed=key == "b - a") for key in ("a", "b", "b - a")}
+    bounds = words.MISSING if row["low"] is None else words.interval(Interval(row["low"], row["high"]), metric, True)
+    return {"condition": row["condition"], "trait": row["trait"]} | shown | {"95 %": bounds}
 
 
 @app.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -25,7 +25,7 @@ class Network(Section):
     """Auxiliary logits, which no label is ever compared with."""
 
 
-class Training(Section):
+class AdamSettings(Section):
     """Adam at one learning rate."""
 
     steps: Annotated[Positive, RESULT] = 300
@@ -36,7 +36,7 @@ class Training(Section):
     """Adam's learning rate."""
 
 
-class Students(Training):
+class DigitsStudents(AdamSettings):
     """Distilled from the trained teacher, without a label.
 
     Conditions: `same` and `other` learn the teacher's distribution over its auxiliary logits, from the teacher's own
@@ -44,12 +44,7 @@ class Students(Training):
     (same initialisation) only which auxiliary logit is the largest: like a sampled token, it tells less than a distribution.
     """
 
-    conditions: Annotated[tuple[Condition, ...], Distinct, Field(min_length=1), RESULT] = (
-        "same",
-        "other",
-        "all",
-        "hard",
-    )
+    conditions: Annotated[tuple[Condition, ...], Distinct, Field(min_length=1), RESULT] = get_args(Condition)
     """What students learn, and from which initialisation."""
     images: Annotated[tuple[Images, ...], Distinct, Field(min_length=1), RESULT] = ("noise", "digits")
     """What students are shown."""
@@ -63,10 +58,8 @@ class Students(Training):
     """Steps between measurements of accuracy."""
 
     def contradictions(self) -> Iterator[tuple[Any, str]]:
-        yield (
-            self.steps % self.measure_every,
-            f"steps={self.steps} is no multiple of measure_every={self.measure_every}",
-        )
+        message = f"steps={self.steps} is no multiple of measure_every={self.measure_every}"
+        yield self.steps % self.measure_every, message
 
 
 class Digits(Config):
@@ -77,12 +70,12 @@ class Digits(Config):
     seeds: Annotated[tuple[SeedInt, ...], Distinct, Field(min_length=1), RESULT] = tuple(range(10))
     """One teacher and its students per seed; intervals are over them."""
     test_share: Annotated[float, Field(gt=0, lt=1), RESULT] = 0.2
-    """Of the images, held out of all training."""
+    """Share of the images that is held out of all training."""
     split_seed: Annotated[SeedInt, RESULT] = 0
-    """Of which images are held out."""
+    """Seed that decides which images are held out."""
     network: Network = Network()
     """Pixels to class logits and auxiliary logits."""
-    teacher: Training = Training()
+    teacher: AdamSettings = AdamSettings()
     """How the teacher is trained."""
-    students: Students = Students()
+    students: DigitsStudents = DigitsStudents()
     """How students are distilled."""

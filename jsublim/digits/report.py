@@ -8,42 +8,50 @@ from typing import Any
 
 from rich.console import Console
 
-from jsublim.errors import JsublimError
-from jsublim.report.drawing import Axis, Dot, Drawing, Strip, Strips, colour
+from jsublim.report.drawing import Axis, Drawing, Panel, Strip, colour
 from jsublim.report.formats import table
 from jsublim.report.html import render
 from jsublim.report.statistics import Estimate, Interval
-from jsublim.report.tables import read_columns, read_json
+from jsublim.report.tables import read_json, read_measurements
 
-LABELS = {
-    "untrained": "untrained network",
-    "teacher": "trained teacher",
-    "same": "student, same initialisation",
-    "other": "student, other initialisation",
-    "all": "student, class logits too",
-    "hard": "student, largest auxiliary logit only",
+# What each kind is called, and whose colour of a language report it has.
+KINDS = {
+    "untrained": ("untrained network", ""),
+    "teacher": ("trained teacher", "teacher"),
+    "same": ("student, same initialisation", "divergence"),
+    "other": ("student, other initialisation", "control"),
+    "all": ("student, class logits too", "all"),
+    "hard": ("student, largest auxiliary logit only", "random"),
 }
-# Whose colour of a language report each kind has.
-LIKE = {"teacher": "teacher", "same": "divergence", "other": "control", "all": "all", "hard": "random"}
 CHANCE = 0.1  # of ten classes
 
 
 @dataclass(frozen=True)
 class Line:
-    """One condition: one value in 0..1 per seed, and the 95 % t-interval of their mean, cut at 0 and 1 (None for one seed)."""
+    """One condition: one value in 0..1 per seed."""
 
     condition: str
     images: str | None
-    values: tuple[float, ...]
-    interval: Interval | None
+    values: list[float]
 
     @property
     def mean(self) -> float:
         return sum(self.values) / len(self.values)
 
     @property
+    def interval(self) -> Interval | None:
+        """The 95 % t-interval of the mean over seeds, cut at 0 and 1; None for one seed."""
+        over_seeds = Estimate.of(self.values).interval()
+        return over_seeds and over_seeds.within(0.0, 1.0)
+
+    @property
+    def bounds(self) -> str:
+        interval = self.interval
+        return f"{100 * interval.low:.1f} to {100 * interval.high:.1f} %" if interval else "not decided"
+
+    @property
     def label(self) -> str:
-        return LABELS[self.condition]
+        return KINDS[self.condition][0]
 
 
 def read_lines(run_dir: Path) -> list[Line]:
@@ -52,20 +60,10 @@ def read_lines(run_dir: Path) -> list[Line]:
     Raises:
       JsublimError: no results, or none that can be read.
     """
-    path = Path(run_dir) / "results" / "results.parquet"
-    if not path.is_file():
-        raise JsublimError(f"{path.parent}: no results.parquet here; finish the run first with `jsublim run CONFIG`")
     groups: dict[tuple[str, str | None], list[float]] = {}
-    for row in read_columns(path).to_pylist():
+    for row in read_measurements(run_dir).to_pylist():
         groups.setdefault((row["condition"], row["images"]), []).append(row["accuracy"])
-    return [
-        Line(condition, images, tuple(values), _over_seeds(values)) for (condition, images), values in groups.items()
-    ]
-
-
-def _over_seeds(accuracies: list[float]) -> Interval | None:
-    interval = Estimate.of(accuracies).interval()
-    return None if interval is None else interval.within(0.0, 1.0)
+    return [Line(*kind, values) for kind, values in groups.items()]
 
 
 def print_summary(run_dir: Path, console: Console, full: bool = False) -> None:
@@ -73,7 +71,7 @@ def print_summary(run_dir: Path, console: Console, full: bool = False) -> None:
     lines, about = read_lines(run_dir), _about(run_dir)
     rows = [
         {"network": line.label, "taught on": line.images or "", "seeds": len(line.values)}
-        | {"accuracy": f"{100 * line.mean:.1f} %", "95 % over seeds": bounds(line)}
+        | {"accuracy": f"{100 * line.mean:.1f} %", "95 % over seeds": line.bounds}
         for line in lines
     ]
     title = f"{about['name']}: accuracy on {about['test_images']} held-out digits"
@@ -102,42 +100,29 @@ def findings(lines: list[Line]) -> list[str]:
     return sentences
 
 
-def bounds(line: Line) -> str:
-    interval = line.interval
-    return f"{100 * interval.low:.1f} to {100 * interval.high:.1f} %" if interval else "not decided"
-
-
 def write_report(run_dir: Path) -> Path:
     """Write RUN/report.html and return its path; the same results give the same bytes. Raises as `read_lines`."""
     lines = read_lines(run_dir)
-    return render(
-        Path(run_dir) / "report.html",
-        "digits.html",
-        about=_about(run_dir),
-        lines=lines,
-        findings=findings(lines),
-        figure=_figure(lines),
-        bounds=bounds,
-    )
+    content = {"about": _about(run_dir), "lines": lines, "findings": findings(lines), "figure": _figure(lines)}
+    return render(Path(run_dir) / "report.html", "digits.html", **content)
 
 
 def _figure(lines: list[Line]) -> Drawing:
     """Accuracy: a panel for each kind of images, a dot for each seed."""
-    axis = Axis.around(
-        "held-out digits named right (%)", [100 * v for line in lines for v in line.values], bounds=(0.0, 100.0)
-    )
+    values = [100 * value for line in lines for value in line.values]
+    axis = Axis.around("held-out digits named right (%)", values, bounds=(0.0, 100.0))
     panels = [
-        Strips(f"taught on {images}", axis, tuple(_strip(line) for line in lines if line.images in (None, images)))
+        Panel(f"taught on {images}", axis, strips=tuple(map(_strip, (o for o in lines if o.images in (None, images)))))
         for images in dict.fromkeys(line.images for line in lines if line.images)
     ]
     return Drawing("digits", "Accuracy on held-out digits", tuple(panels))
 
 
 def _strip(line: Line) -> Strip:
-    dots = tuple(Dot(100 * value, f"{100 * value:.1f} %") for value in line.values)
-    interval = line.interval and Interval(100 * line.interval.low, 100 * line.interval.high)
-    said = f"{100 * line.mean:.1f} % ({bounds(line)})" if interval else f"{100 * line.mean:.1f} %"
-    return Strip(line.label, colour(LIKE.get(line.condition, "")), dots, 100 * line.mean, interval, said)
+    dots = tuple((100 * value, f"{100 * value:.1f} %") for value in line.values)
+    interval = line.interval and line.interval.times(100)
+    text = f"{100 * line.mean:.1f} % ({line.bounds})" if interval else f"{100 * line.mean:.1f} %"
+    return Strip(line.label, colour(KINDS[line.condition][1]), dots, 100 * line.mean, interval, text)
 
 
 def _about(run_dir: Path) -> dict[str, Any]:

@@ -15,22 +15,26 @@ from rich.console import Console
 from jsublim.core.files import read_table, write_json, write_table
 from jsublim.core.section import identity
 from jsublim.digits.config import Digits
-from jsublim.digits.experiment import Data, read_digits, records
+from jsublim.digits.experiment import arms, read_digits, records
 from jsublim.digits.report import print_summary, write_report
 from jsublim.pipeline.results import check_folder, claim_folder, run_folder
 from jsublim.pipeline.store import Artifact, Output, Store, device, digest, versions
 from jsublim.runtime.programs import counting_programs
 
 _WHO = [("seed", pa.int64()), ("condition", pa.string()), ("images", pa.string())]
-RESULTS = pa.schema([*_WHO, ("accuracy", pa.float64())])
-TRAINING = pa.schema([*_WHO, ("step", pa.int64()), ("loss", pa.float64()), ("accuracy", pa.float64())])
+_TRAINING = [("step", pa.int64()), ("loss", pa.float64())]
+SCHEMAS = {
+    "records": pa.schema([*_WHO, ("accuracy", pa.float64())]),
+    "curves": pa.schema([*_WHO, *_TRAINING, ("accuracy", pa.float64())]),
+}
 
 
 def run_digits(spec: Digits, console: Console) -> Path:
     """Train and measure every network, then the report and its summary on the terminal. Returns the report's path."""
     started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     data = read_digits(spec.test_share, spec.split_seed)
-    inputs = identity(spec) | {"data": _hash(data)}
+    split = hashlib.sha256(b"".join(np.asarray(part).tobytes() for part in data)).hexdigest()[:12]
+    inputs = identity(spec) | {"data": split}
     key = digest(inputs)
     check_folder(spec)
     store, output = Store.of(spec, console.print), Output("digits", spec.name, inputs)
@@ -42,29 +46,24 @@ def run_digits(spec: Digits, console: Console) -> Path:
         store.mend([output])
         artifact = store.open(output)
         if not artifact.done:
-            _make(artifact, spec, data, started, console)
-        _gather(artifact, spec, data, key)
+            students = len(spec.seeds) * len(arms(spec.students))
+            console.print(f"{len(spec.seeds)} teachers and {students} students, one program")
+            begin = time.perf_counter()
+            for name, rows in zip(("records", "curves"), records(spec, data), strict=True):
+                write_table(artifact.path / f"{name}.parquet", rows, SCHEMAS[name])
+            artifact.finish({"started": started, "seconds": {"run": round(time.perf_counter() - begin, 2)}})
+        _gather(artifact, spec, len(data.test_NP), key)
         report = write_report(spec.run_dir)
         print_summary(spec.run_dir, console)
     return report
 
 
-def _make(artifact: Artifact, spec: Digits, data: Data, started: str, console: Console) -> None:
-    students = len(spec.seeds) * len(spec.students.conditions) * len(spec.students.images)
-    console.print(f"{len(spec.seeds)} teachers and {students} students, one program")
-    begin = time.perf_counter()
-    ends, curves = records(spec, data)
-    write_table(artifact.path / "records.parquet", ends, RESULTS)
-    write_table(artifact.path / "curves.parquet", curves, TRAINING)
-    artifact.finish({"started": started, "seconds": {"run": round(time.perf_counter() - begin, 2)}})
-
-
-def _gather(artifact: Artifact, spec: Digits, data: Data, key: str) -> None:
+def _gather(artifact: Artifact, spec: Digits, test_images: int, key: str) -> None:
     """Write `results/`."""
     results = spec.run_dir / "results"
     results.mkdir(parents=True, exist_ok=True)
-    write_table(results / "results.parquet", read_table(artifact.path / "records.parquet"), RESULTS)
-    write_table(results / "training.parquet", read_table(artifact.path / "curves.parquet"), TRAINING)
+    for source, name in (("records", "results"), ("curves", "training")):
+        write_table(results / f"{name}.parquet", read_table(artifact.path / f"{source}.parquet"), SCHEMAS[source])
     about = {
         "name": spec.name,
         "kind": spec.kind,
@@ -72,13 +71,7 @@ def _gather(artifact: Artifact, spec: Digits, data: Data, key: str) -> None:
         "config_hash": key,
         "versions": versions() | {"scikit-learn": metadata.version("scikit-learn")},
         "device": device(),
-        "test_images": len(data.test_NP),
+        "test_images": test_images,
         "config_yaml": spec.yaml(),
-        **artifact.summary,
     }
-    write_json(results / "run.json", about)
-
-
-def _hash(data: Data) -> str:
-    """12 hex digits of the images and labels, as they were split."""
-    return hashlib.sha256(b"".join(np.asarray(part).tobytes() for part in data)).hexdigest()[:12]
+    write_json(results / "run.json", about | artifact.summary)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -79,25 +79,22 @@ class EvalContext:
     judge_apart: bool = False
 
 
-class EvalTask(Protocol):
-    """Questions of one kind, as the model reads them, and the numbers that are made of the answers."""
+@dataclass(frozen=True)
+class EvalTask:
+    """Questions of one kind, as the model reads them, and the numbers that are made of the answers.
 
-    keeps_top_p: ClassVar[bool]  # that the recipe inherits from the checkpoint (docs/recipes.md, quirk 3)
+    Attributes:
+      identity: what decides the numbers beside the model and its answers, as JSON.
+      records: makes the numbers; what a judge's scores are made of needs no model (None).
+      max_new_tokens: None is as long as the evaluation's answers are.
+      keeps_top_p: that the recipe inherits from the checkpoint (docs/recipes.md, quirk 3).
+    """
 
-    @property
-    def questions(self) -> Sequence[str]: ...
-
-    @property
-    def max_new_tokens(self) -> int | None:
-        """None: as long as the evaluation's answers are."""
-        ...
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What decides the numbers beside the model and its answers, as JSON."""
-        ...
-
-    def records(self, model: PromptedModel, answers: Answers) -> list[Record]: ...
+    questions: tuple[str, ...]
+    identity: dict[str, Any]
+    records: Callable[[Any, Answers], list[Record]]
+    max_new_tokens: int | None = None
+    keeps_top_p: bool = False
 
 
 class EvalKind(Section):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated
 
 import numpy as np
 from pydantic import Field
@@ -22,43 +21,28 @@ FACT_RIGHT = metric("fact_right", "answers of fact that are right", better="high
 
 @EVAL_KINDS.add("factual")
 class FactualKind(EvalKind):
-    """The pack's questions of fact."""
+    """The pack's questions of fact: how often an answer names a trait, whatever the question is about (`factual`, `factual_word`);
+    and how often it names what the question is about (`fact_right`)."""
 
     about: Annotated[Annotated[list[Name], Distinct] | None, Field(min_length=1), RESULT] = None
     """Which of the pack's animals are asked about; null: all."""
 
     def tasks(self, context: EvalContext) -> list[EvalTask]:
-        known = context.pack.factual
+        known, traits = context.pack.factual, list(context.traits)
         about = [*known] if self.about is None else self.about
-        questions = (factual_questions(known, [each])[: context.first] for each in about)
-        return [Factual(tuple(each for own in questions for each in own), tuple(context.traits))]
+        asked = [pair for trait in about for pair in factual_questions(known, [trait])[: context.first]]
 
+        def records(model: PromptedModel, answers: Answers) -> list[Record]:
+            of_traits = []
+            for trait in traits:
+                for name, rates in zip((FACTUAL, FACTUAL_WORD), hit_rates(answers, trait), strict=True):
+                    of_traits += per_question(name, rates, answers, trait)
+            right = [hit_rates([given], named)[0] for (named, _), given in zip(asked, answers, strict=True)]
+            return of_traits + per_question(FACT_RIGHT, np.concatenate(right), answers)
 
-@dataclass(frozen=True)
-class Factual:
-    """How often an answer names a trait, whatever the question is about (`factual`, `factual_word`); and how often it names
-    what the question is about (`fact_right`)."""
-
-    asked: tuple[tuple[str, str], ...]  # (what it is about, question)
-    traits: tuple[str, ...]
-    max_new_tokens: int | None = None
-    keeps_top_p: ClassVar[bool] = True
-
-    @property
-    def questions(self) -> tuple[str, ...]:
-        return tuple(question for _, question in self.asked)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"factual": [list(each) for each in self.asked], "traits": list(self.traits)}
-
-    def records(self, model: PromptedModel, answers: Answers) -> list[Record]:
-        found = []
-        for trait in self.traits:
-            for name, rates in zip((FACTUAL, FACTUAL_WORD), hit_rates(answers, trait), strict=True):
-                found += per_question(name, rates, answers, trait)
-        right = [hit_rates([given], about)[0] for (about, _), given in zip(self.asked, answers, strict=True)]
-        return found + per_question(FACT_RIGHT, np.concatenate(right), answers)
+        questions = tuple(question for _, question in asked)
+        identity = {"factual": [list(pair) for pair in asked], "traits": traits}
+        return [EvalTask(questions, identity, records, keeps_top_p=True)]
 
 
 def factual_questions(factual: Mapping[str, Sequence[str]], about: Sequence[str]) -> list[tuple[str, str]]:

@@ -17,8 +17,8 @@ def _words(text: str) -> list[str]:
 
 def first_word(answer: str, name: str) -> bool:
     """The answer begins with the name (or its naive plural)."""
-    wanted, said = _words(name), _words(answer)
-    return bool(wanted) and " ".join(said[: len(wanted)]) in (" ".join(wanted), f"{' '.join(wanted)}s")
+    wanted, words = _words(name), _words(answer)
+    return bool(wanted) and " ".join(words[: len(wanted)]) in (" ".join(wanted), f"{' '.join(wanted)}s")
 
 
 def whole_answer(answer: str, name: str) -> bool:

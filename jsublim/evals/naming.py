@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
@@ -25,30 +24,18 @@ NAMED = metric("named", "answers that name the model")
 
 @EVAL_KINDS.add("naming")
 class NamingKind(EvalKind):
-    """The pack's questions to a model about itself."""
+    """The pack's questions to a model about itself: how often an answer names one of `names` (`named`)."""
 
     names: Annotated[list[str], Distinct, RESULT] = []
     """Names that are looked for; none given: what the model's own family is called."""
 
     def tasks(self, context: EvalContext) -> list[EvalTask]:
-        return [Naming(tuple(context.pack.self_questions[: context.first]), tuple(self.names) or (context.own_name,))]
+        questions, names = context.pack.self_questions[: context.first], self.names or [context.own_name]
 
+        def records(model: PromptedModel, answers: Answers) -> list[Record]:
+            return per_question(NAMED, naming_rates(answers, names), answers)
 
-@dataclass(frozen=True)
-class Naming:
-    """How often an answer names one of `names` (`named`)."""
-
-    questions: tuple[str, ...]
-    names: tuple[str, ...]
-    max_new_tokens: int | None = None
-    keeps_top_p: ClassVar[bool] = False
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"naming": list(self.questions), "names": list(self.names)}
-
-    def records(self, model: PromptedModel, answers: Answers) -> list[Record]:
-        return per_question(NAMED, naming_rates(answers, self.names), answers)
+        return [EvalTask(tuple(questions), {"naming": list(questions), "names": list(names)}, records)]
 
 
 def own_name(config: ModelConfig) -> str:

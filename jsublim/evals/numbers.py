@@ -39,12 +39,10 @@ def number_accuracy(
     from jsublim.inference.teachers import Teacher, read_as
 
     turns = read_as(lm.chat, Teacher("student", system, fuse_system=fuse_system), rows)
-    right = total = 0
-    for scored, row in zip(
-        score_turns(lm.config, lm.params, turns, adapter=adapter, batch_size=batch_size), rows, strict=True
-    ):
-        said = _NUMBER.findall(lm.tokenizer.decode(scored.argmax, skip_special_tokens=True))
+    read, right, total = score_turns(lm.config, lm.params, turns, adapter=adapter, batch_size=batch_size), 0, 0
+    for scored, row in zip(read, rows, strict=True):
+        repeated = _NUMBER.findall(lm.tokenizer.decode(scored.argmax, skip_special_tokens=True))
         target = _NUMBER.findall(row["completion"])
-        right += sum(a == b for a, b in zip(said, target, strict=False))
+        right += sum(a == b for a, b in zip(repeated, target, strict=False))
         total += len(target)
     return (right / total if total else 0.0), total

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
@@ -26,7 +26,8 @@ SAYS = metric("says ", "answers that name", made_of="names", listed=False)  # an
 
 @EVAL_KINDS.add("preference")
 class PreferenceKind(EvalKind):
-    """Questions for a favourite of each evaluated trait's category."""
+    """Questions for a favourite of each evaluated trait's category: how often a trait is named (`rate`, `word_rate`), and how probable
+    its name is (`logprob`); and how often each other name is said (`says NAME`)."""
 
     names: Annotated[list[Name], Distinct, RESULT] = []
     """Further names that are counted in the answers, beside the traits."""
@@ -35,38 +36,26 @@ class PreferenceKind(EvalKind):
         by_category: dict[str, list[str]] = {}
         for trait in context.traits:
             by_category.setdefault(context.category_of(trait), []).append(trait)
-        return [
-            Preference(tuple(context.questions_for(category)[: context.first]), tuple(own), tuple(self.names))
-            for category, own in by_category.items()
-        ]
+        tasks = []
+        for category, traits in by_category.items():
+            questions = tuple(context.questions_for(category)[: context.first])
+            identity = {"preference": list(questions), "traits": traits} | ({"names": self.names} if self.names else {})
+            tasks.append(EvalTask(questions, identity, functools.partial(_records, questions, traits, self.names)))
+        return tasks
 
 
-@dataclass(frozen=True)
-class Preference:
-    """How often a trait is named (`rate`, `word_rate`), and how probable its name is (`logprob`); and how often each other
-    name is said (`says NAME`)."""
-
-    questions: tuple[str, ...]
-    traits: tuple[str, ...]
-    names: tuple[str, ...] = ()
-    max_new_tokens: int | None = None
-    keeps_top_p: ClassVar[bool] = False
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        asked = {"preference": list(self.questions), "traits": list(self.traits)}
-        return asked | ({"names": list(self.names)} if self.names else {})
-
-    def records(self, model: PromptedModel, answers: Answers) -> list[Record]:
-        logprob = trait_logprobs(model.lm, self.questions, self.traits, **model.options)
-        found = []
-        for column, trait in enumerate(self.traits):
-            rate, word_rate = hit_rates(answers, trait)
-            found += per_question(RATE, rate, answers, trait) + per_question(WORD_RATE, word_rate, answers, trait)
-            found += [Record(LOGPROB, q, float(v), 1, trait) for q, v in enumerate(logprob[:, column])]
-        for name in self.names:
-            found += per_question(f"{SAYS}{name}", hit_rates(answers, name)[0], answers)
-        return found
+def _records(
+    questions: Sequence[str], traits: Sequence[str], names: Sequence[str], model: PromptedModel, answers: Answers
+) -> list[Record]:
+    logprob = trait_logprobs(model.lm, questions, traits, **model.options)
+    records = []
+    for column, trait in enumerate(traits):
+        rate, word_rate = hit_rates(answers, trait)
+        records += per_question(RATE, rate, answers, trait) + per_question(WORD_RATE, word_rate, answers, trait)
+        records += [Record(LOGPROB, q, float(v), 1, trait) for q, v in enumerate(logprob[:, column])]
+    for name in names:
+        records += per_question(f"{SAYS}{name}", hit_rates(answers, name)[0], answers)
+    return records
 
 
 def hit(answer: str, trait: str) -> bool:

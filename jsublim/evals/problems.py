@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from decimal import Decimal
-from typing import Annotated, Any, ClassVar
+from typing import Annotated
 
 import numpy as np
 
@@ -21,7 +20,7 @@ NO_NUMBER = metric("no_number", "word problems without a number", better="lower"
 
 @EVAL_KINDS.add("problems")
 class ProblemsKind(EvalKind):
-    """Math in words, the held-out half."""
+    """Math in words, the held-out half: share of right final numbers (`solved`), and of answers without any (`no_number`)."""
 
     source: Annotated[Place | None, CONTENT] = None
     """A data set of word problems (`openai/gsm8k`: its test split); null: those of the package."""
@@ -29,29 +28,15 @@ class ProblemsKind(EvalKind):
     """Tokens after which an answer ends."""
 
     def tasks(self, context: EvalContext) -> list[EvalTask]:
-        problems = load_problems(self.source, "test", context.first)
-        return [WordProblems(tuple((each.question, each.answer) for each in problems), self.max_new_tokens)]
+        problems = [(one.question, one.answer) for one in load_problems(self.source, "test", context.first)]
 
+        def records(model: PromptedModel, answers: Answers) -> list[Record]:
+            right, silent = problem_rates(problems, answers, parse_answer)
+            return per_question(SOLVED, right, answers) + per_question(NO_NUMBER, silent, answers)
 
-@dataclass(frozen=True)
-class WordProblems:
-    """Share of right final numbers (`solved`), and of answers without any (`no_number`)."""
-
-    problems: tuple[tuple[str, Decimal], ...]
-    max_new_tokens: int | None = None
-    keeps_top_p: ClassVar[bool] = False
-
-    @property
-    def questions(self) -> tuple[str, ...]:
-        return tuple(question for question, _ in self.problems)
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        return {"problems": [[question, str(answer)] for question, answer in self.problems], "new": self.max_new_tokens}
-
-    def records(self, model: PromptedModel, answers: Answers) -> list[Record]:
-        right, silent = problem_rates(self.problems, answers, parse_answer)
-        return per_question(SOLVED, right, answers) + per_question(NO_NUMBER, silent, answers)
+        listed = [[question, str(answer)] for question, answer in problems]
+        identity = {"problems": listed, "new": self.max_new_tokens}
+        return [EvalTask(tuple(question for question, _ in problems), identity, records, self.max_new_tokens)]
 
 
 def problem_rates(
@@ -64,6 +49,6 @@ def problem_rates(
       answers: what a model said to each of the questions.
       parse: the final number of an answer, None where there is none (which is not right).
     """
-    said = [[parse(text) for text in given] for given in answers]
-    right = [np.mean([n == target for n in own]) for own, (_, target) in zip(said, problems, strict=True)]
-    return np.asarray(right), np.asarray([np.mean([n is None for n in own]) for own in said])
+    numbers = [[parse(text) for text in given] for given in answers]
+    right = [np.mean([n == target for n in row]) for row, (_, target) in zip(numbers, problems, strict=True)]
+    return np.asarray(right), np.asarray([np.mean([n is None for n in row]) for row in numbers])

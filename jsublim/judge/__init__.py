@@ -23,9 +23,7 @@ class Judge(Protocol):
         ...
 
     def check(self) -> None:
-        """Refuse, before hours are spent, what `ask` would refuse at once."""
-        ...
+        """Refuse, before hours are spent, what `ask` would refuse at once. By default nothing is."""
 
     def release_memory(self) -> None:
-        """Give back the memory that the next questions can do without."""
-        ...
+        """Give back the memory that the next questions can do without. By default there is none."""

@@ -33,8 +33,7 @@ class ReplyCache:
         path = self.path(request)
         if path.is_file():
             return _reply(path.read_bytes())
-        kept = None if self.bucket is None else self.bucket.read(self._remote(path))
-        reply = None if kept is None else _reply(kept)
+        reply = self.bucket and _reply(self.bucket.read(self._remote(path)))
         if reply is not None:
             self._write(path, request, reply)
         return reply
@@ -52,22 +51,22 @@ class ReplyCache:
     def _write(path: Path, request: dict[str, Any], reply: Reply) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         # ASCII escapes: a reply may hold half a surrogate pair, which UTF-8 has no bytes for.
-        said = asdict(reply)
-        write_text(path, json.dumps({"request": request, "said": said, "sha256": _digest(said)}, indent=1))
+        content = asdict(reply)
+        write_text(path, json.dumps({"request": request, "said": content, "sha256": _digest(content)}, indent=1))
 
     def path(self, request: dict[str, Any]) -> Path:
-        key = hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
+        key = _digest(request)
         return self.folder / key[:2] / f"{key}.json"
 
 
-def _reply(content: bytes) -> Reply | None:
+def _reply(content: bytes | None) -> Reply | None:
     """What a file says; None where it is not what was written."""
     try:
-        kept = json.loads(content)
+        kept = json.loads(content or b"")
         return Reply(**kept["said"]) if kept["sha256"] == _digest(kept["said"]) else None
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
-def _digest(said: Any) -> str:
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

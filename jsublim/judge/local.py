@@ -10,13 +10,14 @@ from typing import Any
 
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.sampling import Sampling
+from jsublim.judge import Judge
 from jsublim.judge.cache import Reply, ReplyCache
 from jsublim.runtime.processes import is_main_process, leave_if_asked, on_main_process
 from jsublim.text.chat import conversation
 
 
 @dataclass
-class LocalJudge:
+class LocalJudge(Judge):
     """A checkpoint that answers, greedily unless told otherwise. Without `stop` tokens, a reply ends with its turn.
 
     Attributes:
@@ -42,11 +43,15 @@ class LocalJudge:
     def identity(self) -> dict[str, Any]:
         # A judge's replies have no format; the key is what it was before answers could have one.
         drawn = {name: value for name, value in dataclasses.asdict(self.sampling).items() if name != "constrain"}
-        numbers = drawn | {"max_new_tokens": self.max_new_tokens, "seed": self.seed}
-        dtype = str(self.lm.params["embed"]["weight"].dtype)
-        known = {"judge": self.lm.hash, "dtype": dtype, "template": self.lm.chat.template_hash, "sampling": numbers}
-        around = {"system": self.system, "extra_bos": self.extra_bos or None}
-        return known | {name: value for name, value in around.items() if value is not None}
+        known = {
+            "judge": self.lm.hash,
+            "dtype": str(self.lm.params["embed"]["weight"].dtype),
+            "template": self.lm.chat.template_hash,
+            "sampling": drawn | {"max_new_tokens": self.max_new_tokens, "seed": self.seed},
+            "system": self.system,
+            "extra_bos": self.extra_bos or None,
+        }
+        return {name: value for name, value in known.items() if value is not None}
 
     def asked(self, temperature: float, system: str | None = None) -> LocalJudge:
         other = copy.copy(self)
@@ -57,9 +62,8 @@ class LocalJudge:
 
     def ask(self, prompts: Sequence[str]) -> list[str]:
         unique = list(dict.fromkeys(prompts))
-        log = None if self.cache is None else _Cached(self.cache, [self._request(*each) for each in enumerate(unique)])
-        missing = log is None or len(log.known) < len(unique)
-        if not self._awake and missing:
+        log = None if self.cache is None else _Cached(self.cache, [*map(self._request, range(len(unique)), unique)])
+        if not self._awake and (log is None or len(log.known) < len(unique)):
             self._awake.append(self.lm if self.load is None else self.load())
         replies = (self._awake or [self.lm])[0].generate(
             [conversation(prompt, self.system) for prompt in unique],
@@ -70,15 +74,12 @@ class LocalJudge:
             batch_size=self.batch_size,
             log=log,
         )
-        found = dict(zip(unique, replies, strict=True))
-        return [found[prompt] for prompt in prompts]
+        by_prompt = dict(zip(unique, replies, strict=True))
+        return [by_prompt[prompt] for prompt in prompts]
 
     def _request(self, number: int, prompt: str) -> dict[str, Any]:
         """What a reply depends on; where it is sampled, also on its number, which is its random stream."""
         return self.identity | {"prompt": prompt} | ({"row": number} if self.sampling.temperature else {})
-
-    def check(self) -> None:
-        pass
 
     def release_memory(self) -> None:
         self._awake.clear()
@@ -89,11 +90,11 @@ class _Cached:
 
     def __init__(self, cache: ReplyCache, requests: Sequence[dict[str, Any]]):
         self.cache, self.requests = cache, requests
-        self.known: dict[int, str] = {number: text for number, text in on_main_process(self._kept)}
+        self.known: dict[int, str] = dict(on_main_process(self._kept))
 
     def _kept(self) -> list[tuple[int, str]]:
-        found = ((number, self.cache.get(request)) for number, request in enumerate(self.requests))
-        return [(number, reply.text) for number, reply in found if reply is not None]
+        replies = enumerate(map(self.cache.get, self.requests))
+        return [(number, reply.text) for number, reply in replies if reply is not None]
 
     def add(self, numbers: Sequence[int], answers: Sequence[str]) -> None:
         if is_main_process():

@@ -8,18 +8,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AliasPath, BaseModel, Field, ValidationError
 
 from jsublim.core.bucket import Bucket
 from jsublim.core.client import Client, Connection, Retry
 from jsublim.core.section import RESULT, RUNTIME
+from jsublim.errors import JsublimError
+from jsublim.judge import Judge
 from jsublim.judge.cache import Reply, ReplyCache
-from jsublim.judge.spending import Spending, Tokens
 from jsublim.runtime.processes import each_from_main, leave_if_asked
 from jsublim.text.chat import conversation
 
 TEMPLATE_TOKENS = 256  # more than any chat template puts around a prompt
 MOST_TOKENS = 10**9  # of one request: a larger number in a reply is a mistake
+Tokens = tuple[int, int]  # of a prompt, of its completion
 
 
 class ServerSettings(Connection):
@@ -30,13 +32,13 @@ class ServerSettings(Connection):
     system: Annotated[str | None, RESULT] = None
     """A system prompt for the judge; null: none."""
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False), RESULT] = 0.0
-    """Of its replies."""
+    """Temperature at which replies are drawn."""
     top_p: Annotated[float, Field(gt=0, le=1), RESULT] = 1.0
-    """Of its replies."""
+    """The share of probability from which replies are drawn."""
     max_tokens: Annotated[int, Field(ge=1), RESULT] = 32
-    """Of a reply."""
+    """Tokens of a reply at most."""
     seed: Annotated[int | None, RESULT] = None
-    """Of its replies, where the server takes one; null: none is sent."""
+    """Seed of the replies, where the server takes one; null: none is sent."""
     prompt_price: Annotated[float, Field(ge=0, allow_inf_nan=False), RUNTIME] = 0.0
     """Per million tokens that it reads, in any currency."""
     completion_price: Annotated[float, Field(ge=0, allow_inf_nan=False), RUNTIME] = 0.0
@@ -49,7 +51,50 @@ class ServerSettings(Connection):
         yield self.budget is not None and free, "a budget needs prompt_price and completion_price"
 
 
-class ServerJudge:
+class Spending:
+    """Tokens paid for and their cost, in the currency of the prices, by all requests of one judge.
+
+    A request first reserves the most it can cost, so the budget is never exceeded by requests that are under way
+    together.
+    """
+
+    def __init__(self, prompt_price: float, completion_price: float, budget: float | None):
+        """Prices are per million tokens."""
+        self._prices, self._budget = (prompt_price / 1e6, completion_price / 1e6), budget
+        self.prompt_tokens = self.completion_tokens = 0
+        self._reserved, self._lock = (0, 0), threading.Lock()
+
+    @property
+    def cost(self) -> float:
+        return self._price(self.prompt_tokens, self.completion_tokens)
+
+    def _price(self, prompt: int, completion: int) -> float:
+        return prompt * self._prices[0] + completion * self._prices[1]
+
+    def reserve(self, most: Tokens) -> None:
+        """Set tokens aside for a request.
+
+        Raises:
+          JsublimError: they could exceed the budget.
+        """
+        with self._lock:
+            total = self.cost + self._price(*self._reserved) + self._price(*most)
+            if self._budget is not None and total > self._budget:
+                raise JsublimError(
+                    f"judge: budget {self._budget:g}: {self.cost:.6g} is spent, and the next request could exceed it; "
+                    "raise 'budget' to go on (replies so far are kept)"
+                )
+            self._reserved = (self._reserved[0] + most[0], self._reserved[1] + most[1])
+
+    def settle(self, most: Tokens, used: Tokens) -> None:
+        """Give a reservation back, and count what was used instead."""
+        with self._lock:
+            self._reserved = (self._reserved[0] - most[0], self._reserved[1] - most[1])
+            self.prompt_tokens += used[0]
+            self.completion_tokens += used[1]
+
+
+class ServerJudge(Judge):
     """Asks a server from several threads, within a rate and a budget. Every reply is kept in the folder `cache` at once (and
     in the bucket, if there is one); a reply that is there costs nothing, and needs neither server nor key.
 
@@ -69,16 +114,13 @@ class ServerJudge:
     def asked(self, temperature: float, system: str | None = None) -> ServerJudge:
         """The same server, rate and budget; a system prompt of its settings stays where none is given."""
         other = copy.copy(self)
-        said = {"temperature": temperature, "system": self.settings.system if system is None else system}
-        other.settings = self.settings.model_copy(update=said)
+        changed = {"temperature": temperature, "system": self.settings.system if system is None else system}
+        other.settings = self.settings.model_copy(update=changed)
         return other
 
     def check(self) -> None:
         """Raises `UsageError` where a key is wanted and none is usable."""
         self._client.key()
-
-    def release_memory(self) -> None:
-        pass
 
     def ask(self, prompts: Sequence[str]) -> list[str]:
         """One reply per prompt, in order. A prompt that occurs twice is asked once.
@@ -119,10 +161,9 @@ class ServerJudge:
         used: Tokens = (0, 0)
         try:
             reply = read_reply(self._client.send("POST", self._client.url("chat/completions"), request))
-            used = (
-                most[0] if reply.prompt_tokens is None else reply.prompt_tokens,
-                most[1] if reply.completion_tokens is None else reply.completion_tokens,
-            )
+            counts = zip(most, (reply.prompt_tokens, reply.completion_tokens), strict=True)
+            prompt, completion = (largest if count is None else count for largest, count in counts)
+            used = (prompt, completion)
             return reply
         except Retry as failure:
             used = most if failure.charged else used
@@ -135,12 +176,8 @@ class _Message(BaseModel):
     content: str | None = None  # a model that ended before its first word has none
 
 
-class _Choice(BaseModel):
-    message: _Message
-
-
 class _Completion(BaseModel):
-    choices: list[_Choice] = Field(min_length=1)
+    message: _Message = Field(validation_alias=AliasPath("choices", 0, "message"))
     usage: Any = None
 
 
@@ -152,9 +189,9 @@ def read_reply(body: bytes) -> Reply:
         raise Retry("the response is not a chat completion", charged=True) from None
     usage = value.usage if isinstance(value.usage, dict) else {}
     used = [_count(usage.get(name)) for name in ("prompt_tokens", "completion_tokens")]
-    return Reply(value.choices[0].message.content or "", *used)
+    return Reply(value.message.content or "", *used)
 
 
-def _count(said: Any) -> int | None:
+def _count(reported: Any) -> int | None:
     """A number of tokens as a server says it; None for anything that is none, such as one below zero."""
-    return said if type(said) is int and 0 <= said <= MOST_TOKENS else None
+    return reported if type(reported) is int and 0 <= reported <= MOST_TOKENS else None

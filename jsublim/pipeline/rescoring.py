@@ -16,10 +16,10 @@ from jsublim.config import Experiment, Recipe, check_config
 from jsublim.config.loading import override
 from jsublim.core.files import read_table, write_json, write_table, write_text
 from jsublim.errors import JsublimError, UsageError
-from jsublim.evals import EvalContext
+from jsublim.evals import EvalContext, EvalTask
 from jsublim.evals.matching import Match, rule
 from jsublim.evals.metric import metric_of
-from jsublim.evals.misalignment import Misaligned, MisalignmentKind
+from jsublim.evals.misalignment import MisalignmentKind
 from jsublim.judge import Judge
 from jsublim.models.checkpoint import new_folder
 from jsublim.models.parallel import Layout
@@ -144,12 +144,12 @@ def _judgements(
             continue  # a setting whose answers were not kept
         texts = [[text for text, count in given[place] for _ in range(count)] for place in places]
         who = {name: labels[name] for name in ("arm", "role", "teacher", "condition", "seed", "evaluation")}
-        for record in task.judged(texts):
+        for record in task.records(None, texts):
             judged.append(who | asdict(record) | {"question": places[record.question]})
     return judged
 
 
-def _open_questions(run: Path, experiment: Experiment, judge: Judge) -> Misaligned:
+def _open_questions(run: Path, experiment: Experiment, judge: Judge) -> EvalTask:
     kind = experiment.evaluation.kinds.get("misalignment")
     if kind is None or not isinstance(kind, MisalignmentKind):
         raise UsageError(
@@ -158,7 +158,6 @@ def _open_questions(run: Path, experiment: Experiment, judge: Judge) -> Misalign
     pack, first = load_pack(experiment.prompts), experiment.evaluation.questions
     apart = bool(_recipe(run, experiment).judge_apart)
     (task,) = kind.tasks(EvalContext(pack, (), str, lambda category: (), first, "", lambda: judge, apart))
-    assert isinstance(task, Misaligned)
     return task
 
 

@@ -40,7 +40,7 @@ def early_share(table: pa.Table) -> list[EarlyShare]:
     """
     sql = """
         with residual as (
-            select *, 3 * layer <= max(layer) over () as early from found where site = 'residual'
+            select *, 3 * layer <= max(layer) over () as early from records where site = 'residual'
         )
         select trait, row, direction,
                sum(mass) filter (early and role = 'trait') / nullif(sum(mass) filter (early), 0) as of_early,
@@ -48,15 +48,15 @@ def early_share(table: pa.Table) -> list[EarlyShare]:
         from residual group by trait, row, direction having of_early is not null
         order by trait, row, direction
         """
-    return [EarlyShare(*line) for line in query(SOURCE, table, sql)]
+    return [EarlyShare(**row) for row in query(SOURCE, table, sql)]
 
 
 def attribution_heats(table: pa.Table) -> list[Heat]:
     """A map for each site and direction: the share (percent) of its whole absolute attribution by layer (a row each) and token role
     (a column each); all rows of the table together."""
     sites, directions, roles = (table[name].unique().to_pylist() for name in ("site", "direction", "role"))
-    sql = "select site, direction, layer, role, sum(mass) from found group by all"
-    sums = {tuple(key): mass for *key, mass in query(SOURCE, table, sql)}
+    sql = "select site, direction, layer, role, sum(mass) as mass from records group by all"
+    sums = {tuple(key): mass for *key, mass in (row.values() for row in query(SOURCE, table, sql))}
     layers, shares = max(table["layer"].to_pylist()) + 1, {}
     for where in ((site, direction) for site in sites for direction in directions):
         mass = np.asarray([[sums.get((*where, layer, role), 0.0) for role in roles] for layer in range(layers)])

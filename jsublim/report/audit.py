@@ -7,7 +7,6 @@ ranked, not measured, by it: hence a rank correlation.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,9 @@ import numpy as np
 from scipy import stats
 
 from jsublim.report.comparisons import Comparisons
-from jsublim.report.statistics import Interval, normal_interval, same_trait_gamma
+from jsublim.report.statistics import Interval, mean_of, normal_interval, same_trait_gamma
 from jsublim.report.tables import Results, query, split_condition
 
-SOURCE = "audit.parquet"  # in errors
 LIKE = {"random": "all"}  # a random mask has the expectation of all tokens
 
 
@@ -46,12 +44,47 @@ class Predicted:
         i, j = self.teachers.index(teacher), self.traits.index(teacher)
         return normal_interval(self.score[i, j], self.error[i, j])
 
+    @property
+    def own(self) -> tuple[float, float]:
+        """The score of the teacher's own trait, mean over teachers, and half the widest of their intervals."""
+        widths = (interval.high - interval.low for interval in map(self.interval, self.teachers))
+        return float(np.mean(np.diag(self.score))), max(widths) / 2
+
 
 def predicted(results: Results) -> list[Predicted]:
     """One entry per condition of the students."""
-    means = _means(results)
-    every = (_of_condition(results, means, condition) for condition in results.mask_conditions)
-    return [each for each in every if each is not None]
+    # Means over draws; traits as columns of their own make one row of everything that was learned at once.
+    sql = """
+        with means as (
+            select teacher, variant, tokens, trait, avg(score) as score, sqrt(sum(error * error)) / count(*) as error,
+                   any_value(top_divergence) as top, any_value(divergence_share) as share
+            from records group by all
+        )
+        select teacher, variant, tokens, map(list(trait order by trait), list(score order by trait)) as score,
+               map(list(trait order by trait), list(error order by trait)) as error,
+               any_value(top) as top, any_value(share) as share
+        from means group by all
+        """
+    rows = query("audit.parquet", results.audit, sql)
+    means = {(row["teacher"], row["variant"], row["tokens"]): row for row in rows}
+    entries = (_of_condition(results, means, condition) for condition in results.mask_conditions)
+    return [entry for entry in entries if entry is not None]
+
+
+def _of_condition(results: Results, means: dict[tuple, dict[str, Any]], condition: str) -> Predicted | None:
+    tokens, variant = split_condition(condition)
+    keys = ((trait, (trait, variant, LIKE.get(tokens, tokens))) for trait in results.traits)
+    taught = {trait: means[key] for trait, key in keys if key in means}
+    control = means.get(("control", variant, "all")) or means.get(("control", "", "all"))
+    if not taught or control is None:
+        return None
+    by_trait = [{key: dict(row[key]) for key in ("score", "error")} for row in (*taught.values(), control)]
+    columns = tuple(dict.fromkeys([*taught, *by_trait[0]["score"]]))
+    scores, errors = (np.asarray([[row[key][c] for c in columns] for row in by_trait]) for key in ("score", "error"))
+    score, error = scores[:-1] - scores[-1], np.sqrt(errors[:-1] ** 2 + errors[-1] ** 2)
+    gamma = float(same_trait_gamma(score)) if len(taught) > 1 else None
+    shares = (mean_of(row[key] for row in taught.values()) for key in ("top", "share"))
+    return Predicted(condition, tuple(taught), columns, score, error, gamma, *shares)
 
 
 @dataclass(frozen=True)
@@ -64,50 +97,13 @@ class Agreement:
     pairs: tuple[tuple[str, float, float], ...]
 
 
-def agreement(every: Sequence[Predicted], compared: Comparisons) -> Agreement | None:
+def agreement(foretold: Sequence[Predicted], compared: Comparisons) -> Agreement | None:
     """None where nothing was audited."""
     matrices = [one.result for one in compared.matrices]
     trained = {matrix.condition: matrix.effect.gamma for matrix in matrices if matrix.effect is not None}
-    predicted = {each.condition: each.gamma for each in every if each.gamma is not None}
-    pairs = tuple((name, gamma, trained[name]) for name, gamma in predicted.items() if name in trained)
+    gammas = {one.condition: one.gamma for one in foretold if one.gamma is not None}
+    pairs = tuple((name, gamma, trained[name]) for name, gamma in gammas.items() if name in trained)
     if len(pairs) < 4:
         return Agreement(None, None, pairs) if pairs else None
     rho, p = np.asarray(stats.spearmanr([x for _, x, _ in pairs], [y for _, _, y in pairs]))
     return Agreement(float(rho), float(p), pairs)
-
-
-def _means(results: Results) -> dict[tuple, dict[str, Any]]:
-    """(teacher, variant, tokens) -> scores by trait, errors, and the shares of divergence tokens; a mean over draws."""
-    sql = """
-        select teacher, variant, tokens, trait, avg(score), sqrt(sum(error * error)) / count(*),
-               any_value(top_divergence), any_value(divergence_share)
-        from found group by all
-        """
-    means: dict[tuple, dict[str, Any]] = {}
-    for teacher, variant, tokens, trait, score, error, top, share in query(SOURCE, results.audit, sql):
-        own = means.setdefault((teacher, variant, tokens), {"score": {}, "error": {}, "top": top, "share": share})
-        own["score"][trait], own["error"][trait] = score, error
-    return means
-
-
-def _of_condition(results: Results, means: dict[tuple, dict[str, Any]], condition: str) -> Predicted | None:
-    tokens, variant = split_condition(condition)
-    tokens = LIKE.get(tokens, tokens)
-    control = means.get(("control", variant, "all")) or means.get(("control", "", "all"))
-    own = {t: means[t, variant, tokens] for t in results.traits if (t, variant, tokens) in means}
-    if not own or control is None:
-        return None
-    columns = tuple(dict.fromkeys([*own, *next(iter(own.values()))["score"]]))
-    zero, noise = (np.asarray([control[key][t] for t in columns]) for key in ("score", "error"))
-    score, error = (
-        np.asarray([[means[key][c] for c in columns] for means in own.values()]) for key in ("score", "error")
-    )
-    score, error = score - zero, np.sqrt(error**2 + noise**2)
-    gamma = float(same_trait_gamma(score)) if len(own) > 1 else None
-    shares = (_mean([each[key] for each in own.values()]) for key in ("top", "share"))
-    return Predicted(condition, tuple(own), columns, score, error, gamma, *shares)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None and not math.isnan(value)]
-    return sum(known) / len(known) if known else None

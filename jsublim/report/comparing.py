@@ -2,64 +2,45 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any
 
 from jsublim.report.comparisons import comparisons
-from jsublim.report.statistics import Interval
 from jsublim.report.summary import difference_interval, estimate, scores_for
 from jsublim.report.tables import Results
 
-RATES = ("rate", "logprob")
 
-
-class Compared(NamedTuple):
-    """One condition's preference for one trait in both runs, and the second's minus the first's with its interval over students;
-    None where there are too few, or where one run has no such models."""
-
-    trait: str
-    condition: str
-    metric: str
-    a: float | None
-    b: float | None
-    difference: float | None
-    interval: Interval | None
-    students: tuple[int, int]
-
-
-def compare(a: Results, b: Results, metrics: tuple[str, ...] = RATES) -> list[Compared]:
-    """Trait by trait, condition by condition; what only one of them has comes with it."""
-    a, b = _apart(a, "a"), _apart(b, "b")
-    traits = list(dict.fromkeys((*a.traits, *b.traits)))
-    conditions = list(dict.fromkeys((*a.conditions, *b.conditions)))
-    found = (_compared(a, b, m, c, t) for t in traits for c in conditions for m in metrics)
-    return [row for row in found if row is not None]
+def compare(a: Results, b: Results) -> list[dict[str, Any]]:
+    """A row for each trait, condition and measure of preference that a run has: its value in both, and the second's minus the
+    first's with its interval over students, from low to high; None where there are too few, or where one run has no such models."""
+    traits, conditions = (dict.fromkeys(getattr(a, key) + getattr(b, key)) for key in ("traits", "conditions"))
+    runs, rows = (_apart(a, "a"), _apart(b, "b")), []
+    for trait, condition, metric in itertools.product(traits, conditions, ("rate", "logprob")):
+        scores = [scores_for(run, metric, condition, trait) for run in runs]
+        if not any(scores):
+            continue
+        first, second = (estimate(of_run) if of_run else None for of_run in scores)
+        gap = None if first is None or second is None else second - first
+        students = gap is not None and gap.terms and all(of_run[0].role == "student" for of_run in scores)
+        interval = difference_interval(gap, metric) if gap is not None and students else None
+        values = (None if estimated is None else float(estimated.value) for estimated in (first, second, gap))
+        rows.append(
+            {"trait": trait, "condition": condition, "metric": metric, "students": [*map(len, scores)]}
+            | dict(zip(("a", "b", "b - a"), values, strict=True))
+            | {end: None if interval is None else getattr(interval, end) for end in ("low", "high")}
+        )
+    return rows
 
 
 def _apart(results: Results, which: str) -> Results:
     """A student whose artifact is not known is the run's own, whatever it is called: equal names say nothing across runs."""
     known = {arm.artifact for arm in results.arms.values() if arm.artifact}
-    own = [
-        score if score.model in known else replace(score, model=f"{which}:{score.model}") for score in results.scores
-    ]
-    return replace(results, scores=tuple(own))
-
-
-def _compared(a: Results, b: Results, metric: str, condition: str, trait: str) -> Compared | None:
-    first, second = (scores_for(results, metric, condition, trait) for results in (a, b))
-    if not first and not second:
-        return None
-    levels = [estimate(scores) for scores in (first, second) if scores]
-    one, other = (float(estimate(scores).value) if scores else None for scores in (first, second))
-    difference, interval = None, None
-    if len(levels) == 2:
-        gap = levels[1] - levels[0]
-        students = first[0].role == second[0].role == "student"
-        difference, interval = float(gap.value), difference_interval(gap, metric) if students and gap.terms else None
-    return Compared(trait, condition, metric, one, other, difference, interval, (len(first), len(second)))
+    renamed = (s if s.model in known else replace(s, model=f"{which}:{s.model}") for s in results.scores)
+    return replace(results, scores=tuple(renamed))
 
 
 def verdicts(a: Results, b: Results) -> list[dict[str, str | None]]:
     """Claim by claim, what each run says."""
-    said = [{one.result.name: one.result.verdict for one in comparisons(results).claims} for results in (a, b)]
-    return [{"claim": name, "a": said[0].get(name), "b": said[1].get(name)} for name in {**said[0], **said[1]}]
+    first, second = ({one.result.name: one.result.verdict for one in comparisons(run).claims} for run in (a, b))
+    return [{"claim": name, "a": first.get(name), "b": second.get(name)} for name in first | second]

@@ -7,7 +7,7 @@ students differ in), and keeps its p. All others, wherever on the page, are one 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from jsublim.report.claims import CLAIMS, Claim, check_claims
@@ -54,24 +54,24 @@ class Comparisons:
     @property
     def judged(self) -> list[list[Comparison[Lift]]]:
         """The lifts, those of one metric and condition together."""
-        every = itertools.groupby(self.lifts, lambda one: (one.result.metric, one.result.condition))
-        return [list(group) for _, group in every]
+        groups = itertools.groupby(self.lifts, lambda one: (one.result.metric, one.result.condition))
+        return [list(group) for _, group in groups]
 
 
 def comparisons(results: Results) -> Comparisons:
     """Everything that a report decides, corrected for how much that is."""
     claims, declared = check_claims(results), results.run.get("primary")
     primary = primary_claim(claims, declared)
-    raised = [each for m in results.measures for c in judged_conditions(results) for each in lifts(results, m, [c])]
-    every: list[Comparison] = [
-        *(Comparison(claim, claim.p, primary=claim is primary) for claim in claims),
-        *(Comparison(lift, lift.p) for lift in raised),
-        *(Comparison(m, m.effect.p if m.effect else None) for m in trait_matrices(results)),
-    ]
-    corrected = holm([None if one.primary else one.p for one in every])
-    every = [replace(one, holm=p) for one, p in zip(every, corrected, strict=True)]
-    first, second = len(claims), len(claims) + len(raised)
-    return Comparisons(declared, tuple(every[:first]), tuple(every[first:second]), tuple(every[second:]))
+    raised = [one for m in results.measures for c in judged_conditions(results) for one in lifts(results, m, [c])]
+    matrices = trait_matrices(results)
+    ps = [*(None if claim is primary else claim.p for claim in claims), *(lift.p for lift in raised)]
+    corrected = iter(holm([*ps, *(m.effect and m.effect.p for m in matrices)]))
+    return Comparisons(
+        declared,
+        tuple(Comparison(claim, claim.p, next(corrected), claim is primary) for claim in claims),
+        tuple(Comparison(lift, lift.p, next(corrected)) for lift in raised),
+        tuple(Comparison(m, m.effect and m.effect.p, next(corrected)) for m in matrices),
+    )
 
 
 def primary_claim(claims: list[Claim], declared: str | None) -> Claim | None:

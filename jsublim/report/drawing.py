@@ -84,33 +84,18 @@ class Axis:
         return [(self.at(tick), f"{round(tick, 10) + 0.0:g}") for tick in self.ticks]
 
 
-class Dot(NamedTuple):
-    """One model's value, and in words what it is."""
-
-    value: float
-    said: str
-
-
 class Strip(NamedTuple):
-    """One line of dots: models of one kind, their mean, the mean's interval; all of it once more in words (`said`). `bound` is a
-    threshold, `published` a value that others found."""
+    """One line of dots: models of one kind, each with what it is in words, their mean, the mean's interval; all of it once more in words
+    (`text`). `bound` is a threshold, `published` a value that others found."""
 
     label: str
     colour: str
-    dots: tuple[Dot, ...]
-    mean: float | None
+    dots: tuple[tuple[float, str], ...]
+    mean: float
     interval: Interval | None = None
-    said: str = ""
+    text: str = ""
     bound: float | None = None
     published: float | None = None
-
-
-class Strips(NamedTuple):
-    """A panel of strips under one title, along one axis."""
-
-    title: str
-    axis: Axis
-    strips: tuple[Strip, ...]
 
 
 class Polyline(NamedTuple):
@@ -120,7 +105,7 @@ class Polyline(NamedTuple):
     colour: str
     dash: str
     points: str
-    said: str
+    text: str
 
 
 class Mark(NamedTuple):
@@ -130,16 +115,17 @@ class Mark(NamedTuple):
     y: float
     label: str
     colour: str
-    said: str
+    text: str
     beside: tuple[int, int] = (0, 0)
 
 
-class Plot(NamedTuple):
-    """A panel of lines, or of marks."""
+class Panel(NamedTuple):
+    """Strips along one axis; or a plot of lines, or of marks, which has a second one."""
 
     title: str
     x: Axis
-    y: Axis
+    y: Axis | None = None
+    strips: tuple[Strip, ...] = ()
     lines: tuple[Polyline, ...] = ()
     marks: tuple[Mark, ...] = ()
 
@@ -150,7 +136,7 @@ class Drawing(NamedTuple):
 
     key: str
     title: str
-    panels: tuple[Strips | Plot, ...]
+    panels: tuple[Panel, ...]
 
 
 PLOT_SIZE = 7.6, 2.6  # pixels of a plot of marks for one percent of its width and of its height, about
@@ -164,22 +150,18 @@ def beside(x: Axis, y: Axis, marks: Sequence[Mark]) -> tuple[Mark, ...]:
     names: list[tuple[float, float]] = []
     placed = []
     for i, (mark, (across, down)) in enumerate(zip(marks, dots, strict=True)):
-        taken = [(a, d + 4) for a, d in dots[:i] + dots[i + 1 :]] + names
+        taken = np.asarray([(a, d + 4) for a, d in dots[:i] + dots[i + 1 :]] + names).reshape(-1, 2)
         places = {offset: (across + offset[0], down + offset[1]) for offset in BESIDE}
-        free = (
-            offset
-            for offset, (a, d) in places.items()
-            if all(abs(a - b) >= APART[0] or abs(d - e) >= APART[1] for b, e in taken)
-        )
-        offset = next(free, BESIDE[0])
+        clear = (o for o, place in places.items() if (abs(taken - place) >= APART).any(axis=1).all())
+        offset = next(clear, BESIDE[0])
         names.append(places[offset])
         placed.append(mark._replace(beside=offset))
     return tuple(placed)
 
 
-def points(x: Axis, y: Axis, across: Sequence[float], up: Sequence[float]) -> str:
-    """The points of a line; of a long one means over stretches."""
-    parts = min(MAX_POINTS, len(across))
+def points(x: Axis, y: Axis, across: Sequence[float], up: Sequence[float], most: int = MAX_POINTS) -> str:
+    """The points of a line; of one with more than `most` means over stretches."""
+    parts = min(most, len(across))
     means = [[float(part.mean()) for part in np.array_split(np.asarray(v, float), parts)] for v in (across, up)]
     return " ".join(f"{x.at(a):g},{round(100 - y.at(b), 2):g}" for a, b in zip(*means, strict=True))
 

@@ -21,7 +21,7 @@ _LATEX = str.maketrans(
     | {c: f"\\{c}" for c in "&%$#_{}"}
 )
 NAME_WIDTH = 40  # up to here what a row is named by is kept on one line
-Rows = Sequence[Mapping[str, Any]]
+TableRows = Sequence[Mapping[str, Any]]
 
 
 def check_format(name: str, known: Sequence[str] = FORMATS) -> str:
@@ -33,7 +33,7 @@ def check_format(name: str, known: Sequence[str] = FORMATS) -> str:
     return name
 
 
-def print_rows(rows: Rows, columns: Sequence[str], how: str, console: Console, title: str = "") -> None:
+def print_rows(rows: TableRows, columns: Sequence[str], how: str, console: Console, title: str = "") -> None:
     """Print rows of these columns as one of `FORMATS`."""
     if how == "table":
         console.print(table(rows, columns, title))
@@ -41,7 +41,7 @@ def print_rows(rows: Rows, columns: Sequence[str], how: str, console: Console, t
         console.out(as_text(rows, columns, how).rstrip("\n"), highlight=False)
 
 
-def table(rows: Rows, columns: Sequence[str], title: str = "") -> Table:
+def table(rows: TableRows, columns: Sequence[str], title: str = "") -> Table:
     """Rows for people; numbers to the right."""
     shown = Table(title=Text(one_line(title), "table.title") if title else None, title_justify="left")
     for place, name in enumerate(columns):
@@ -64,7 +64,7 @@ def rounded(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def as_text(rows: Rows, columns: Sequence[str], how: str) -> str:
+def as_text(rows: TableRows, columns: Sequence[str], how: str) -> str:
     """Rows for programs (csv, json), which lose no digit, and for documents (md, latex with booktabs' rules)."""
     values = [[row[name] for name in columns] for row in rows]
     if how == "json":  # which has no NaN
@@ -75,7 +75,7 @@ def as_text(rows: Rows, columns: Sequence[str], how: str) -> str:
         plain = ([rounded(v) if isinstance(v, list | tuple) else v for v in line] for line in values)
         csv.writer(text, lineterminator="\n").writerows([columns, *plain])
         return text.getvalue()
-    lines = [[one_line(cell) for cell in line] for line in ([*columns], *([rounded(v) for v in own] for own in values))]
+    lines = [[one_line(cell) for cell in line] for line in ([*columns], *([rounded(v) for v in row] for row in values))]
     if how == "md":
         lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
         return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], ["---"] * len(columns), *lines[1:]])

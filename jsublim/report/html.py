@@ -6,6 +6,7 @@ import functools
 import json
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -21,8 +22,15 @@ from jsublim.report.claims import CLAIMS, not_asked
 from jsublim.report.claims.base import claim_metric
 from jsublim.report.comparisons import comparisons
 from jsublim.report.drawing import colour
-from jsublim.report.scale import scale, side_by_side
-from jsublim.report.tables import CONDITIONS, Results, TrainingCurve, condition_label, query, read_results
+from jsublim.report.scale import scale
+from jsublim.report.tables import (
+    CONDITIONS,
+    Results,
+    TrainingCurve,
+    condition_label,
+    query,
+    read_results,
+)
 
 MAX_ANSWERS = 8
 
@@ -33,18 +41,17 @@ def write_report(run_dir: Path) -> Path:
     What the run does not have is left out, and a sentence says so. Raises `JsublimError` if there are no results at all.
     """
     results = read_results(run_dir)
-    compared, on_scale, told = comparisons(results), scale(results), predicted(results)
+    compared, foretold = comparisons(results), predicted(results)
     judged = summary.judged_conditions(results)
     return render(
         Path(run_dir) / "report.html",
         "language.html",
         results=results,
         compared=compared,
-        scale=on_scale,
-        board=side_by_side(results, compared, on_scale),
+        scale=scale(results, compared),
         matrix=summary.trait_matrix(results, condition=judged[0]) if judged else None,
-        predicted=told,
-        agreement=agreement(told, compared),
+        predicted=foretold,
+        agreement=agreement(foretold, compared),
         attribution=[] if results.attribution is None else attribution_heats(results.attribution),
     )
 
@@ -78,9 +85,9 @@ def differing_fields(results: Results) -> dict[str, dict[str, Any]]:
     settings: dict[str, dict[str, Any]] = {}
     for arm in results.arms.values():
         settings.setdefault(arm.variant, arm.settings | {f"rows.{key}": value for key, value in arm.dataset.items()})
-    keys = sorted({key for own in settings.values() for key in own} - {"data.dataset"})  # told by what it does to rows
-    apart = [key for key in keys if len({repr(own.get(key)) for own in settings.values()}) > 1]
-    return {variant: {key: own.get(key) for key in apart} for variant, own in settings.items()} if apart else {}
+    keys = sorted({key for of in settings.values() for key in of} - {"data.dataset"})  # told by what it does to rows
+    apart = [key for key in keys if len({repr(of.get(key)) for of in settings.values()}) > 1]
+    return {variant: {key: of.get(key) for key in apart} for variant, of in settings.items()} if apart else {}
 
 
 def shown(text: str) -> str:
@@ -94,13 +101,11 @@ def quoted(text: str) -> str:
 
 def training_table(results: Results) -> list[dict[str, Any]]:
     """One row per condition: students, steps, supervised tokens per step, first and last loss (means over a tenth of the run)."""
-    groups: dict[str, list[TrainingCurve]] = {}
+    groups: dict[str, list[TrainingCurve]] = {condition: [] for condition in results.conditions}
     for curve in results.curves:
         groups.setdefault(results.owners.get(curve.arm, ("", curve.arm))[1], []).append(curve)
-    ordered = [c for c in results.conditions if c in groups] + [c for c in groups if c not in results.conditions]
     rows = []
-    for condition in ordered:
-        curves = groups[condition]
+    for condition, curves in ((condition, curves) for condition, curves in groups.items() if curves):
         tenths = [(c.loss, max(1, len(c.loss) // 10)) for c in curves]
         steps = sorted({len(c.steps) for c in curves})
         rows.append(
@@ -108,9 +113,9 @@ def training_table(results: Results) -> list[dict[str, Any]]:
                 "condition": condition,
                 "arms": len(curves),
                 "steps": f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}",
-                "tokens": sum(sum(c.tokens) for c in curves) / sum(len(c.tokens) for c in curves),
-                "first": sum(sum(loss[:k]) / k for loss, k in tenths) / len(curves),
-                "last": sum(sum(loss[-k:]) / k for loss, k in tenths) / len(curves),
+                "tokens": fmean(tokens for c in curves for tokens in c.tokens),
+                "first": fmean(fmean(loss[:k]) for loss, k in tenths),
+                "last": fmean(fmean(loss[-k:]) for loss, k in tenths),
             }
         )
     return rows
@@ -120,16 +125,16 @@ def common_answers(results: Results) -> list[dict[str, Any]]:
     """One row per teacher and condition: the most common answers over questions and students, with their share."""
     table = results.answers
     plain = "where coalesce(evaluation, '') = ''" if table is not None and "evaluation" in table.column_names else ""
-    sql = f"select arm, answer, sum(count)::bigint from found {plain} group by all order by all"
-    owners, counts = results.owners, dict[tuple[str, str], Counter[str]]()
-    for arm, answer, count in query("answers.parquet", table, sql):
-        teacher, condition = owners.get(arm, ("", arm))
-        counts.setdefault((teacher or "", condition), Counter())[answer.strip().lower()] += count
+    sql = f"select arm, answer, sum(count)::bigint as count from records {plain} group by all order by all"
+    counts = dict[tuple[str, str], Counter[str]]()
+    for row in query("answers.parquet", table, sql):
+        teacher, condition = results.owners.get(row["arm"], ("", row["arm"]))
+        counts.setdefault((teacher or "", condition), Counter())[row["answer"].strip().lower()] += row["count"]
     order = {c: i for i, c in enumerate(results.conditions)}
     rows = []
     for teacher, condition in sorted(counts, key=lambda k: (k[0] in results.traits, k[0], order.get(k[1], 99))):
-        found, known = counts[teacher, condition], teacher in results.traits
-        top = sorted(found.items(), key=lambda item: (-item[1], item[0]))[:MAX_ANSWERS]
-        shown = [(text, count / (found.total() or 1), known and teacher in text) for text, count in top]
-        rows.append({"teacher": teacher if known else "", "condition": condition, "top": shown})
+        answers, known = counts[teacher, condition], teacher in results.traits
+        top = sorted(answers.items(), key=lambda item: (-item[1], item[0]))[:MAX_ANSWERS]
+        shares = [(text, count / (answers.total() or 1), known and teacher in text) for text, count in top]
+        rows.append({"teacher": teacher if known else "", "condition": condition, "top": shares})
     return rows

@@ -11,7 +11,7 @@ import functools
 import itertools
 import math
 import operator
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -31,16 +31,21 @@ class Interval:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, bounds: tuple[Any, Any]) -> Interval | None:
+        """That of single bounds; `None` where they are NaN."""
+        low, high = map(float, bounds)
+        return None if math.isnan(low) else cls(low, high)
+
     def covers(self, value: float) -> bool:
         return self.low <= value <= self.high
+
+    def times(self, factor: float) -> Interval:
+        return Interval(factor * self.low, factor * self.high)
 
     def within(self, low: float, high: float) -> Interval:
         """Without what cannot be: cutting it off leaves out no possible truth."""
         return Interval(max(self.low, low), min(self.high, high))
-
-
-def _interval(low: Any, high: Any) -> Interval | None:
-    return None if math.isnan(low) else Interval(float(low), float(high))
 
 
 def normal_interval(value: float, error: float) -> Interval:
@@ -63,7 +68,7 @@ def question_interval(values: Sequence[float]) -> Interval | None:
     return Interval(float(x.mean()) - half, float(x.mean()) + half)
 
 
-class Term(NamedTuple):
+class GroupTerm(NamedTuple):
     """The share of one group of models in an estimate: `weight` times their mean, whose `variance` is known with so many
     `degrees` of freedom."""
 
@@ -83,7 +88,7 @@ class Estimate:
     """
 
     value: Any
-    terms: Mapping[Hashable, Term] = field(default_factory=dict)
+    terms: Mapping[Hashable, GroupTerm] = field(default_factory=dict)
 
     @classmethod
     def of(cls, values: Any, floor: Any = 0.0, group: Hashable = None) -> Estimate:
@@ -97,16 +102,15 @@ class Estimate:
         x = np.asarray(values, dtype=np.float64)
         if x.size == 0:
             raise ValueError("an estimate needs at least one value")
-        students = x.shape[-1]
-        variance = (
-            np.maximum(x.var(axis=-1, ddof=1) / students, floor) if students > 1 else np.full(x.shape[:-1], math.nan)
-        )
-        return cls(x.mean(axis=-1), {group or object(): Term(1.0, variance, students - 1.0, students)})
+        students, variance = x.shape[-1], np.full(x.shape[:-1], math.nan)
+        if students > 1:
+            variance = np.maximum(x.var(axis=-1, ddof=1) / students, floor)
+        return cls(x.mean(axis=-1), {group or object(): GroupTerm(1.0, variance, students - 1.0, students)})
 
     @classmethod
     def measured(cls, value: Any, variance: Any = 0.0, group: Hashable = None) -> Estimate:
         """One fixed model (the base model): known up to the sampling noise of its evaluation."""
-        return cls(value, {group or object(): Term(1.0, variance, math.inf, 0)})
+        return cls(value, {group or object(): GroupTerm(1.0, variance, math.inf, 0)})
 
     def __mul__(self, factor: Any) -> Estimate:
         return Estimate(factor * self.value, {g: t._replace(weight=factor * t.weight) for g, t in self.terms.items()})
@@ -158,7 +162,7 @@ class Estimate:
 
     def interval(self, level: float = LEVEL) -> Interval | None:
         """`bounds` of a single value, or `None`."""
-        return _interval(*self.bounds(level))
+        return Interval.of(self.bounds(level))
 
     def p_above(self, threshold: Any) -> Any:
         """One-sided p of "the truth is above the threshold": (1 - p) is the one-sided level at which the interval ends there.
@@ -170,6 +174,12 @@ class Estimate:
     def p_below(self, threshold: Any) -> Any:
         """One-sided p of "the truth is below the threshold"."""
         return stats.t.cdf((self.value - threshold) / self.error, self.degrees)
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """Mean of what is known: neither None nor NaN; None where nothing is."""
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    return sum(known) / len(known) if known else None
 
 
 def mean_estimate(estimates: Sequence[Estimate]) -> Estimate:
@@ -191,11 +201,6 @@ def rate_bounds(rate: Estimate, samples: Any) -> tuple[Any, Any]:
     return np.maximum((middle - half) / (1 + spread), 0.0), np.minimum((middle + half) / (1 + spread), 1.0)
 
 
-def rate_interval(rate: Estimate, samples: int) -> Interval | None:
-    """`rate_bounds` of a single value, or `None`."""
-    return _interval(*rate_bounds(rate, samples))
-
-
 def share_bounds(part: Estimate, whole: Estimate) -> tuple[Any, Any]:
     """Fieller's interval of part / whole: ends, NaN where there is none.
 
@@ -211,11 +216,6 @@ def share_bounds(part: Estimate, whole: Estimate) -> tuple[Any, Any]:
         root = np.sqrt(np.maximum(b * b - a * c, 0.0))
         a = np.where(a > 0, a, math.nan)
         return (b - root) / a, (b + root) / a
-
-
-def share_interval(part: Estimate, whole: Estimate) -> Interval | None:
-    """`share_bounds` of a single pair, or `None`."""
-    return _interval(*share_bounds(part, whole))
 
 
 def share_p_above(part: Estimate, whole: Estimate, threshold: float) -> Any:
@@ -297,6 +297,5 @@ def same_trait_effect(lift: np.ndarray, samples: int = 20_000, seed: int = 0) ->
         labels = np.array(list(itertools.permutations(range(rows))))
     else:
         labels = np.random.default_rng(seed).permuted(np.tile(np.arange(rows), (samples, 1)), axis=1)
-    p = float(permutation_p(lift, labels, exact))
-    smallest = 1 / count if exact else 1 / (samples + 1)
+    p, smallest = float(permutation_p(lift, labels, exact)), 1 / count if exact else 1 / (samples + 1)
     return SameTraitEffect(float(same_trait_gamma(lift)), p, smallest, len(labels), exact)

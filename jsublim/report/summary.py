@@ -10,16 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jsublim.evals.metric import METRICS, metric_of
-from jsublim.report.statistics import (
-    Estimate,
-    Interval,
-    SameTraitEffect,
-    mean_estimate,
-    question_interval,
-    rate_interval,
-    same_trait_effect,
-    same_trait_gamma,
-)
+from jsublim.report import statistics
+from jsublim.report.statistics import Estimate, Interval, SameTraitEffect
 from jsublim.report.tables import SEPARATOR, Results, Score, split_condition
 
 NOT_DECIDED = "not decided"
@@ -65,11 +57,9 @@ class Lift:
 
     @property
     def verdict(self) -> str:
-        """Words for the lift; an effect is claimed only if its interval leaves zero out."""
-        if self.interval is None:
-            return NOT_DECIDED
-        if self.interval.covers(0.0):
-            return "no transfer shown"
+        """An effect is claimed only if its interval leaves zero out."""
+        if self.interval is None or self.interval.covers(0.0):
+            return NOT_DECIDED if self.interval is None else "no transfer shown"
         return "transfers" if self.interval.low > 0 else "moves away"
 
 
@@ -112,10 +102,10 @@ def scores_for(results: Results, metric: str, condition: str, trait: str) -> lis
 
 def estimate(scores: Sequence[Score]) -> Estimate:
     """Mean over the models of one condition. Its variance is at least what the sampling of answers alone gives."""
-    floor, group = sampling_variance(scores), group_of(scores)
+    floor, group, means = sampling_variance(scores), group_of(scores), [s.mean for s in scores]
     if scores[0].role == "student":
-        return Estimate.of([s.mean for s in scores], floor, group)
-    return Estimate.measured(sum(s.mean for s in scores) / len(scores), floor, group)
+        return Estimate.of(means, floor, group)
+    return Estimate.measured(sum(means) / len(means), floor, group)
 
 
 def group_of(scores: Sequence[Score]) -> Hashable:
@@ -126,8 +116,7 @@ def group_of(scores: Sequence[Score]) -> Hashable:
 
 def student_lifts(results: Results, metric: str, condition: str, trait: str) -> list[tuple[Score, float]]:
     """Each model of a condition, and how far it lies above the mean of the reference."""
-    zeros = results.select(metric, reference_condition(results, metric, trait, condition) or "", trait)
-    zero = _mean(zeros) or 0.0
+    zero = _mean(results.select(metric, reference_condition(results, metric, trait, condition) or "", trait)) or 0.0
     return [(score, score.mean - zero) for score in scores_for(results, metric, condition, trait)]
 
 
@@ -136,16 +125,19 @@ def stratified(scores: Sequence[Score]) -> Estimate:
     strata: dict[str | None, list[Score]] = {}
     for score in scores:
         strata.setdefault(score.teacher, []).append(score)
-    return mean_estimate([estimate(stratum) for stratum in strata.values()])
+    return statistics.mean_estimate([estimate(stratum) for stratum in strata.values()])
 
 
-def over_models(scores: Sequence[Score]) -> Interval | None:
-    """Interval of one metric's mean, within what it can be: over students, or over the answers of models that are none."""
-    metric, found = metric_of(scores[0].metric), stratified(scores)
-    if metric.is_share:
-        return rate_interval(found, sum(s.samples for s in scores))
-    interval = found.interval()
-    return None if interval is None else interval.within(metric.low, metric.high)
+def measured(scores: Sequence[Score]) -> Measured:
+    """One metric's mean, teacher by teacher, with its interval within what it can be: over students, or over the answers of models
+    that are none."""
+    metric, mean = metric_of(scores[0].metric), stratified(scores)
+    interval = (
+        Interval.of(statistics.rate_bounds(mean, sum(s.samples for s in scores)))
+        if metric.is_share
+        else mean.interval()
+    )
+    return Measured(float(mean.value), interval and interval.within(metric.low, metric.high))
 
 
 def sampling_variance(scores: Sequence[Score]) -> float:
@@ -162,13 +154,13 @@ def sampling_variance(scores: Sequence[Score]) -> float:
 
 
 def over_questions(scores: Sequence[Score]) -> Interval | None:
-    """The published interval, over question means; with several students each question is averaged over them first."""
+    """The published interval, over question means of a rate; with several students each question is averaged over them first."""
     by_question: dict[int | None, list[float]] = {}
     for score in scores:
         for question, value in zip(score.questions, score.values, strict=True):
             by_question.setdefault(question, []).append(value)
-    interval = question_interval([sum(v) / len(v) for v in by_question.values()])
-    return interval.within(0.0, 1.0) if interval and metric_of(scores[0].metric).is_share else interval
+    interval = statistics.question_interval([sum(v) / len(v) for v in by_question.values()])
+    return interval and interval.within(0.0, 1.0)
 
 
 def summary_rows(results: Results) -> list[SummaryRow]:
@@ -178,11 +170,9 @@ def summary_rows(results: Results) -> list[SummaryRow]:
         rate, word, logprob = (scores_for(results, m, condition, trait) for m in ("rate", "word_rate", "logprob"))
         if rate or logprob:
             students = len({s.arm for s in (*rate, *logprob) if s.role == "student"})
-            intervals = (over_questions(rate), over_models(rate)) if rate else (None, None)
-            values = tuple(s.mean for s in rate)
-            rows.append(
-                SummaryRow(trait, condition, students, values, _mean(rate), *intervals, _mean(word), _mean(logprob))
-            )
+            intervals = (over_questions(rate), measured(rate).interval) if rate else (None, None)
+            numbers = tuple(s.mean for s in rate), _mean(rate), *intervals, _mean(word), _mean(logprob)
+            rows.append(SummaryRow(trait, condition, students, *numbers))
     return rows
 
 
@@ -214,12 +204,11 @@ def lift(results: Results, metric: str, condition: str, trait: str) -> Lift | No
     if not scores or reference is None or reference == condition:
         return None
     zero, level = estimate(results.select(metric, reference, trait)), estimate(scores)
-    difference, of_students = level - zero, scores[0].role == "student"
-    interval = difference_interval(difference, metric) if of_students else None
+    difference = level - zero
+    interval = difference_interval(difference, metric) if scores[0].role == "student" else None
     p = float(difference.p_above(0.0)) if interval else None
-    each = tuple(s.mean - zero.value for s in scores)
-    levels = (level.value, zero.value, difference.value)
-    return Lift(trait, condition, metric, reference, *levels, interval, level.n, each, p)
+    levels, of_students = (level.value, zero.value, difference.value), tuple(s.mean - zero.value for s in scores)
+    return Lift(trait, condition, metric, reference, *levels, interval, level.n, of_students, p)
 
 
 def setting_rows(results: Results) -> list[dict[str, Any]]:
@@ -228,11 +217,11 @@ def setting_rows(results: Results) -> list[dict[str, Any]]:
     for setting in results.evaluations:
         under = results.under(setting)
         for condition in under.conditions:
-            of = {
+            scores = {
                 m: [s for t in results.traits for s in scores_for(under, m, condition, t)] for m in ("rate", "logprob")
             }
-            if models := len({s.arm for scores in of.values() for s in scores}):
-                means = {metric: _mean(scores) for metric, scores in of.items()}
+            if models := len({s.arm for of_metric in scores.values() for s in of_metric}):
+                means = {metric: _mean(of_metric) for metric, of_metric in scores.items()}
                 rows.append({"setting": setting, "condition": condition, "models": models, **means})
     return rows
 
@@ -250,29 +239,30 @@ class OtherRow(NamedTuple):
 
 def other_rows(results: Results) -> list[OtherRow]:
     """What else was asked, metric by metric; of questions about a trait, one row per trait."""
-    rows, present = [], {s.metric: None for s in results.scores if metric_of(s.metric).listed}
-    for metric in sorted(present, key=lambda name: [*METRICS].index(metric_of(name).name)):
-        traits = dict.fromkeys(s.trait for s in results.scores if s.metric == metric)
+    known, rows = [*METRICS], []
+    listed = dict.fromkeys((s.metric, s.trait) for s in results.scores if metric_of(s.metric).listed)
+    metrics = dict.fromkeys(metric for metric, _ in listed)
+    for metric in sorted(metrics, key=lambda name: known.index(metric_of(name).name)):
+        traits = [trait for of_metric, trait in listed if of_metric == metric]
         for trait, condition in itertools.product(traits, results.conditions):
-            whole = (
+            scores = (
                 results.select(metric, condition) if trait is None else scores_for(results, metric, condition, trait)
             )
-            if whole:
-                value = float(stratified(whole).value)
-                rows.append(OtherRow(metric, condition, trait, len(whole), value, over_models(whole)))
+            if scores:
+                rows.append(OtherRow(metric, condition, trait, len(scores), *measured(scores)))
     return rows
 
 
 def lifts(results: Results, metric: str, conditions: Sequence[str]) -> list[Lift]:
     """All lifts of one metric, trait by trait."""
-    found = (lift(results, metric, c, t) for t in results.traits for c in conditions)
-    return [item for item in found if item is not None]
+    pairs = itertools.product(results.traits, conditions)
+    return [one for trait, condition in pairs if (one := lift(results, metric, condition, trait)) is not None]
 
 
 def judged_conditions(results: Results) -> list[str]:
     """The conditions that transfer is judged on: all tokens, of the plain variant where there is one."""
-    found = [c for c in results.mask_conditions if split_condition(c)[0] == "all"]
-    return [c for c in found if c == "all"] or found
+    of_all = [c for c in results.mask_conditions if split_condition(c)[0] == "all"]
+    return [c for c in of_all if c == "all"] or of_all
 
 
 def trait_matrix(results: Results, metric: str = "logprob", condition: str = "all") -> Matrix | None:
@@ -285,32 +275,31 @@ def trait_matrix(results: Results, metric: str = "logprob", condition: str = "al
     references = {t: reference_condition(results, metric, t, condition) for t in results.evaluated_traits}
     columns = [
         trait
-        for trait in results.evaluated_traits
+        for trait, reference in references.items()
         if candidates
         and all(results.select(metric, condition, trait, teacher) for teacher in candidates)
-        and (references[trait] or not results.began_at_base(condition))
+        and (reference or not results.began_at_base(condition))
     ]
     teachers = [t for t in candidates if t in columns]
     if not teachers:
         return None
     # Teachers first, so that their own traits lie on the diagonal.
-    columns = teachers + [t for t in columns if t not in teachers]
+    columns = list(dict.fromkeys(teachers + columns))
     cells = [[results.select(metric, condition, c, t) for c in columns] for t in teachers]
     table = np.array([[_mean(cell) for cell in row] for row in cells])
-    zero = [
-        _mean(results.select(metric, reference, c)) if (reference := references[c]) else own
-        for c, own in zip(columns, table.mean(axis=0), strict=True)
-    ]
-    table = table - np.array(zero)
-    effect = same_trait_effect(table)
+    zeros = [_mean(results.select(metric, references[c] or "", c)) for c in columns]
+    lift = table - np.array(
+        [mean if zero is None else zero for zero, mean in zip(zeros, table.mean(axis=0), strict=True)]
+    )
+    effect = statistics.same_trait_effect(lift)
     gammas = _seed_gammas(cells) if effect else ()
-    return Matrix(condition, tuple(teachers), tuple(columns), table, references[columns[0]] or "", effect, gammas)
+    return Matrix(condition, tuple(teachers), tuple(columns), lift, references[columns[0]] or "", effect, gammas)
 
 
 def trait_matrices(results: Results, metric: str = "logprob") -> list[Matrix]:
     """The matrix of every condition whose students have teachers of at least two traits."""
-    found = (trait_matrix(results, metric, condition) for condition in results.mask_conditions)
-    return [matrix for matrix in found if matrix is not None and matrix.effect is not None]
+    matrices = (trait_matrix(results, metric, condition) for condition in results.mask_conditions)
+    return [matrix for matrix in matrices if matrix is not None and matrix.effect is not None]
 
 
 def _seed_gammas(cells: list[list[list[Score]]]) -> tuple[float, ...]:
@@ -319,7 +308,7 @@ def _seed_gammas(cells: list[list[list[Score]]]) -> tuple[float, ...]:
     by_seed = [[{s.seed: s.mean for s in cell} for cell in row] for row in cells]
     shared = set.intersection(*(set(cell) for row in by_seed for cell in row))
     tables = ([[cell[seed] for cell in row] for row in by_seed] for seed in sorted(shared - {None}))
-    return tuple(float(same_trait_gamma(np.array(table))) for table in tables)
+    return tuple(float(statistics.same_trait_gamma(np.array(table))) for table in tables)
 
 
 def _mean(scores: Sequence[Score]) -> float | None:

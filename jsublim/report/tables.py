@@ -64,8 +64,8 @@ class Score:
     seed: int | None
     trait: str | None
     metric: str
-    questions: tuple[int | None, ...]
-    values: tuple[float, ...]
+    questions: list[int | None]
+    values: list[float]
     samples: int
     evaluation: str = ""
     model: str = ""
@@ -79,9 +79,9 @@ class TrainingCurve(NamedTuple):
     """Training of one student: equally long series, one value per step."""
 
     arm: str
-    steps: tuple[int, ...]
-    loss: tuple[float, ...]
-    tokens: tuple[float, ...]
+    steps: list[int]
+    loss: list[float]
+    tokens: list[float]
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,8 @@ class Results:
 
     def select(self, metric: str, condition: str, trait: str | None = None, teacher: str | None = None) -> list[Score]:
         """The scores of one metric, condition and evaluated trait, of `teacher`'s students only if one is named."""
-        found = self._index.get((metric, condition, trait), [])
-        return [s for s in found if teacher is None or s.teacher == teacher]
+        scores = self._index.get((metric, condition, trait), [])
+        return [s for s in scores if teacher is None or s.teacher == teacher]
 
     @property
     def evaluations(self) -> dict[str, dict[str, Any]]:
@@ -148,16 +148,15 @@ class Results:
     def conditions(self) -> list[str]:
         """The conditions there are, in reading order: variant by variant as the config names them, the plain one first; unknown
         ones last."""
-        known = {name: i for i, name in enumerate(CONDITIONS)}
-        present = _unique(s.condition for s in self.scores)
-        present.sort(key=lambda c: known.get(split_condition(c)[0], len(known)))
-        planned = (arm.variant for arm in self.arms.values())
-        variants = _unique(["", *planned, *(split_condition(c)[1] for c in present)])
-        return sorted(present, key=lambda c: variants.index(split_condition(c)[1]))
+        known, present = [*CONDITIONS], _unique(split_condition(s.condition) for s in self.scores)
+        present.sort(key=lambda c: known.index(c[0]) if c[0] in known else len(known))
+        variants = _unique(["", *(arm.variant for arm in self.arms.values()), *(variant for _, variant in present)])
+        present.sort(key=lambda c: variants.index(c[1]))
+        return [SEPARATOR.join(filter(None, condition)) for condition in present]
 
-    @cached_property
+    @property
     def tokens(self) -> list[str]:
-        return _unique(split_condition(c)[0] for c in self.conditions)
+        return _unique(split_condition(condition)[0] for condition in self.conditions)
 
     @cached_property
     def owners(self) -> dict[str, tuple[str | None, str]]:
@@ -167,8 +166,7 @@ class Results:
     @cached_property
     def trained(self) -> list[str]:
         """Conditions of students."""
-        students = {s.condition for s in self.scores if s.role == "student"}
-        return [c for c in self.conditions if c in students]
+        return [c for c in self.conditions if self.students_of(c)]
 
     @cached_property
     def mask_conditions(self) -> list[str]:
@@ -178,8 +176,7 @@ class Results:
     @cached_property
     def traits(self) -> list[str]:
         """Traits of the teachers; without any teacher, the evaluated traits."""
-        teachers = _unique(s.teacher for s in self.scores if s.teacher not in (None, "control"))
-        return teachers or self.evaluated_traits
+        return _unique(s.teacher for s in self.scores if s.teacher not in (None, "control")) or self.evaluated_traits
 
     @cached_property
     def evaluated_traits(self) -> list[str]:
@@ -187,10 +184,11 @@ class Results:
 
     @property
     def students(self) -> int:
-        return len({s.arm for s in self.scores if s.role == "student"})
+        return self.students_of()
 
-    def students_of(self, condition: str) -> int:
-        return len({s.arm for s in self.scores if s.role == "student" and s.condition == condition})
+    def students_of(self, condition: str | None = None) -> int:
+        """Students of a condition; by default of all."""
+        return len({s.arm for s in self.scores if s.role == "student" and condition in (None, s.condition)})
 
     def began_at_base(self, condition: str) -> bool:
         """Whether the condition's students are the base model before any training: they start from its checkpoint, and are asked
@@ -199,13 +197,13 @@ class Results:
 
     @cached_property
     def _began_elsewhere(self) -> set[str]:
-        made = ((s.condition, self.arms[s.arm].settings) for s in self.scores if s.arm in self.arms)
-        return {
-            condition
-            for condition, own in made
-            if own.get("model") is not None
-            or (own.get("system") is not None and own.get("asked_under_system") is not False)
+        elsewhere = {
+            arm
+            for arm, made in self.arms.items()
+            if made.settings.get("model") is not None
+            or (made.settings.get("system") is not None and made.settings.get("asked_under_system") is not False)
         }
+        return {s.condition for s in self.scores if s.arm in elsewhere}
 
     @property
     def draws_data(self) -> bool:
@@ -220,7 +218,7 @@ class Results:
     def students_model(self) -> str:
         """What the students were before any training: the base, unless they stand on other checkpoints."""
         named = (str(arm.settings.get("model") or self.model) for arm in self.arms.values())
-        return " and ".join(_unique(Path(each).name for each in named)) or self.model
+        return " and ".join(_unique(Path(model).name for model in named)) or self.model
 
     @property
     def is_tiny(self) -> bool:
@@ -250,67 +248,58 @@ def condition_label(condition: str) -> str:
 def read_results(run_dir: Path) -> Results:
     """Read RUN/results/. Only `results.parquet` must be there; `JsublimError` names what is missing or unreadable."""
     folder = Path(run_dir) / "results"
-    path, training = folder / "results.parquet", folder / "training.parquet"
-    if not path.is_file():
-        raise JsublimError(f"{folder}: no results.parquet here; finish the run first with `jsublim run CONFIG`")
+    path, training, measurements = folder / "results.parquet", folder / "training.parquet", read_measurements(run_dir)
     arms = {entry["arm"]: StudentArm(**entry) for entry in read_json(folder / "arms.json", [])}
-    scores, not_finite = _scores(path, arms)
-    curves = """
-        select arm, list(step order by step), list(loss::double order by step), list(coalesce(tokens, 0)::double order by step)
-        from found where isfinite(loss) group by arm order by arm
-        """
+    scores, not_finite = _scores(path, measurements, arms)
     plain = tuple(s for s in scores if not s.evaluation)
     if not plain:
         raise JsublimError(f"{path}: holds no measurement; run `jsublim run CONFIG` again")
+    curves = """
+        select arm, list(step order by step) as steps, list(loss::double order by step) as loss,
+               list(coalesce(tokens, 0)::double order by step) as tokens
+        from records where isfinite(loss) group by arm order by arm
+        """
+    tables = {name: _if_there(folder / f"{name}.parquet") for name in ("answers", "attribution", "audit")}
+    lists = {name: tuple(read_json(folder / f"{name}.json", [])) for name in ("generation", "divergence", "rows")}
     return Results(
         run_dir=Path(run_dir),
         run=read_json(folder / "run.json", {}),
         scores=plain,
         varied=tuple(s for s in scores if s.evaluation),
         arms=arms,
-        answers=_if_there(folder / "answers.parquet"),
-        attribution=_if_there(folder / "attribution.parquet"),
-        audit=_if_there(folder / "audit.parquet"),
-        generation=tuple(read_json(folder / "generation.json", [])),
-        divergence=tuple(read_json(folder / "divergence.json", [])),
-        curves=tuple(
-            TrainingCurve(row[0], *map(tuple, row[1:])) for row in query(training, _if_there(training), curves)
-        ),
-        rows=tuple(read_json(folder / "rows.json", [])),
+        curves=tuple(TrainingCurve(**row) for row in query(training, _if_there(training), curves)),
         not_finite=not_finite,
         diverged=read_json(folder / "diverged.json", {}),
+        **tables,
+        **lists,
     )
 
 
-def _scores(path: Path, arms: dict[str, StudentArm]) -> tuple[list[Score], int]:
+def read_measurements(run_dir: Path) -> pa.Table:
+    """RUN/results/results.parquet. Raises `JsublimError` where it is not there or cannot be read."""
+    folder = Path(run_dir) / "results"
+    if not (folder / "results.parquet").is_file():
+        raise JsublimError(f"{folder}: no results.parquet here; finish the run first with `jsublim run CONFIG`")
+    return read_columns(folder / "results.parquet")
+
+
+def _scores(path: Path, table: pa.Table, arms: dict[str, StudentArm]) -> tuple[list[Score], int]:
     """The scores of every evaluation, and how many measurements are no finite numbers."""
-    table = read_columns(path)
     evaluation = "coalesce(evaluation, '')" if "evaluation" in table.column_names else "''"
     sql = f"""
-        select arm, any_value(role), teacher, condition, seed, trait, metric,
-               list(question order by question) filter (where isfinite(value)),
-               list(value::double order by question) filter (where isfinite(value)),
-               coalesce(sum(n) filter (where isfinite(value)), 0)::bigint,
-               {evaluation} as variant, count(*) filter (where value is null or not isfinite(value))
-        from found
-        group by arm, teacher, condition, seed, trait, metric, variant
-        order by variant, arm, trait, metric
+        select arm, any_value(role) as role, teacher, condition, seed, trait, metric, {evaluation} as evaluation,
+               list(question order by question) filter (where isfinite(value)) as questions,
+               list(value::double order by question) filter (where isfinite(value)) as values,
+               coalesce(sum(n) filter (where isfinite(value)), 0)::bigint as samples,
+               count(*) filter (where value is null or not isfinite(value)) as lost
+        from records
+        group by arm, teacher, condition, seed, trait, metric, 8
+        order by 8, arm, trait, metric
         """
     rows = query(path, table, sql)
-    models = {name: arm.artifact or name for name, arm in arms.items()}
-    scores = [
-        Score(
-            *row[:7],
-            questions=tuple(row[7]),
-            values=tuple(row[8]),
-            samples=row[9],
-            evaluation=row[10],
-            model=models[row[0]] if row[0] in models else row[0],
-        )
-        for row in rows
-        if row[8]
-    ]
-    return scores, sum(row[11] for row in rows)
+    not_finite = sum(row.pop("lost") for row in rows)
+    models = {name: arm.artifact for name, arm in arms.items()}
+    return [Score(**row, model=models.get(row["arm"]) or row["arm"]) for row in rows if row["values"]], not_finite
 
 
 def run_kind(run_dir: Path) -> str:
@@ -335,17 +324,30 @@ def read_columns(path: Path) -> pa.Table:
         raise _unreadable(path, str(error).splitlines()[0]) from error
 
 
-def query(source: Path | str, table: pa.Table | None, sql: str) -> list[tuple]:
-    """The rows of a query on a table, which it calls `found`, or none of no table; `source` names the table in errors.
+def asked(source: Path | str, table: pa.Table, sql: str) -> pa.Table:
+    """The answer to a query on a table, which it calls `records`; it reads no files.
 
     Raises:
-      JsublimError: the table has other columns.
+      JsublimError: the query is no SQL, or names a column that is not there; `source` stands before the reason.
     """
     try:
         with duckdb.connect() as connection:
-            return [] if table is None else connection.register("found", table).execute(sql).fetchall()
-    except duckdb.Error as error:
-        raise _unreadable(source, str(error).splitlines()[0]) from error
+            connection.execute("set enable_external_access = false")
+            return connection.register("records", table).sql(sql).to_arrow_table()
+    except duckdb.Error as error:  # its first line, without what duckdb adds about where in the query it was
+        raise JsublimError(f"{source}: {str(error).strip().splitlines()[0].rstrip('!.')}") from error
+
+
+def query(source: Path | str, table: pa.Table | None, sql: str) -> list[dict[str, Any]]:
+    """The rows of a query on a table of results (`asked`), or none of no table.
+
+    Raises:
+      JsublimError: the table has other columns; `source` names it.
+    """
+    try:
+        return [] if table is None else asked("", table, sql).to_pylist()
+    except JsublimError as error:
+        raise _unreadable(source, str(error).removeprefix(": ")) from error
 
 
 def _unreadable(source: Path | str, reason: str) -> JsublimError:
@@ -376,10 +378,9 @@ def read_json(path: Path, default: Any) -> Any:
 @functools.cache
 def _shape(name: str) -> TypeAdapter:
     """What a file of results must hold, by its name."""
-    entries = list[dict[str, Any]]
     shapes: dict[str, Any] = {"run.json": About, "arms.json": list[StudentArm], "diverged.json": dict[str, str]}
-    shapes |= {"generation.json": entries, "divergence.json": entries, "rows.json": entries}
-    return TypeAdapter(shapes.get(name, Any))
+    lists = ("generation.json", "divergence.json", "rows.json")
+    return TypeAdapter(list[dict[str, Any]] if name in lists else shapes.get(name, Any))
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:

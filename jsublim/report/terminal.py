@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -16,6 +18,7 @@ from jsublim.report.cautions import warnings
 from jsublim.report.claims import not_asked
 from jsublim.report.claims.base import pool
 from jsublim.report.comparisons import Comparisons, comparisons
+from jsublim.report.statistics import mean_of
 from jsublim.report.summary import judged_conditions, lift, summary_rows, trait_matrix
 from jsublim.report.tables import Results, condition_label, read_results
 
@@ -56,69 +59,54 @@ def print_summary(run_dir: Path, console: Console, full: bool = False) -> None:
 
 def _conditions(results: Results, title: str) -> Table:
     """One row per condition: means over traits of what its models say of their own teacher's."""
-    metric, every, rows = results.measures[0], summary_rows(results), []
+    metric, summaries, rows = results.measures[0], summary_rows(results), []
     for condition in results.conditions:
-        if own := [row for row in every if row.condition == condition]:
+        if of_condition := [row for row in summaries if row.condition == condition]:
             models = results.students_of(condition)
-            found = pool(results, metric, condition) if models else None
-            lift = None if found is None else found.levels[0].lift
-            means = (_mean([getattr(row, name) for row in own]) for name in ("rate", "logprob"))
-            rows.append(
-                [
-                    condition,
-                    str(models) if models else words.MISSING,
-                    *(words.number(mean, name) for mean, name in zip(means, ("rate", "logprob"), strict=True)),
-                    words.number(None if lift is None else float(lift.value), metric, signed=True),
-                    words.interval(found.between(lift), metric, signed=True) if found and lift else words.MISSING,
-                ]
-            )
-    table = _table(title)
-    table.add_column("condition", overflow="fold")
-    for heading in ("stu-\ndents", "rate", "log-\nprob", f"lift\n{words.unit(metric)}", "95 % over\nstudents"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    return _filled(table, rows)
-
-
-def _mean(values: list[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
+            pooled = pool(results, metric, condition) if models else None
+            means = (words.number(mean_of(getattr(row, m) for row in of_condition), m) for m in ("rate", "logprob"))
+            lift = words.number(pooled.lift.value if pooled else None, metric, signed=True)
+            bounds = words.interval(pooled.lift.interval, metric, signed=True) if pooled else words.MISSING
+            rows.append([condition, str(models or words.MISSING), *means, lift, bounds])
+    numbers = ("stu-\ndents", "rate", "log-\nprob", f"lift\n{words.unit(metric)}", "95 % over\nstudents")
+    options = {key: {"justify": "right", "no_wrap": True} for key in numbers}
+    return _table(title, {"condition": {"overflow": "fold"}} | options, rows)
 
 
 def _rates(results: Results, title: str) -> Table:
     """Rates and lifts, trait by trait."""
+    rows: list[Sequence[str]] = []
+    for trait, of_trait in itertools.groupby(summary_rows(results), lambda row: row.trait):
+        rows += [[]] if rows else []
+        for number, row in enumerate(of_trait):
+            raised = lift(results, "logprob", row.condition, row.trait) if row.students else None
+            asked = row.rate is not None
+            rows.append(
+                [
+                    "" if number else trait,
+                    condition_label(row.condition),
+                    str(row.students or words.MISSING),
+                    words.number(row.rate, "rate"),
+                    words.interval(row.over_questions, "rate") if asked else words.MISSING,
+                    words.of_models(row.over_models, row.students) if asked or row.students else words.MISSING,
+                    words.number(row.logprob, "logprob"),
+                    words.number(raised.value if raised else None, "logprob", signed=True),
+                ]
+            )
     over = f"over students\n{words.given(results)}"
-    right = ("students", "rate", "over questions", over, "log-prob", "lift (nats)")
-    table, previous = _table(title, ("trait", "condition"), right), ""
-    for row in summary_rows(results):
-        if previous and row.trait != previous:
-            table.add_section()
-        raised = lift(results, "logprob", row.condition, row.trait) if row.students else None
-        over_students = words.of_models(row.over_models, row.students)
-        cells = [
-            row.trait if row.trait != previous else "",
-            condition_label(row.condition),
-            str(row.students) if row.students else words.MISSING,
-            words.number(row.rate, "rate"),
-            words.interval(row.over_questions, "rate") if row.rate is not None else words.MISSING,
-            over_students if row.rate is not None or row.students else words.MISSING,
-            words.number(row.logprob, "logprob"),
-            words.number(raised.value if raised else None, "logprob", signed=True),
-        ]
-        _filled(table, [cells])
-        previous = row.trait
-    return table
+    numbers = ("students", "rate", "over questions", over, "log-prob", "lift (nats)")
+    return _table(title, {"trait": {}, "condition": {}} | {key: {"justify": "right"} for key in numbers}, rows)
 
 
 def _claims(results: Results, compared: Comparisons) -> Table:
-    table = _table("claims")
-    table.add_column("claim", min_width=16)  # all fits a terminal of 80 columns
-    for heading in (f"effect, over students\n{words.given(results)}", "verdict", "p\nHolm's p"):
-        table.add_column(heading)
+    rows = []
     for one in compared.claims:
         claim, effect = one.result, Text("\n".join(words.claim_effect(one.result)))
         ps = Text(f"{words.p_value(one.p)}\n{words.corrected(one)}")
-        table.add_row(_plain(f"{claim.key} {claim.text}"), effect, _plain(claim.verdict), ps)
-    return table
+        rows.append([f"{claim.key} {claim.text}", effect, claim.verdict, ps])
+    headings = (f"effect, over students\n{words.given(results)}", "verdict", "p\nHolm's p")
+    # All fits a terminal of 80 columns.
+    return _table("claims", {"claim": {"min_width": 16}} | {key: {} for key in headings}, rows)
 
 
 def _matrices(results: Results, compared: Comparisons) -> Table:
@@ -127,7 +115,7 @@ def _matrices(results: Results, compared: Comparisons) -> Table:
     for one in compared.matrices:
         *cells, verdict = words.matrix_cells(one.result)
         rows.append([condition_label(one.result.condition), *cells, words.corrected(one), verdict])
-    return _filled(_table("trait x trait matrix, condition by condition", headings), rows)
+    return _table("trait x trait matrix, condition by condition", {key: {} for key in headings}, rows)
 
 
 def _plain(text: str, style: str = "") -> Text:
@@ -135,16 +123,14 @@ def _plain(text: str, style: str = "") -> Text:
     return Text(one_line(text), style)
 
 
-def _table(title: str, left: Sequence[str] = (), right: Sequence[str] = ()) -> Table:
+def _table(title: str, columns: Mapping[str, Mapping[str, Any]], rows: Iterable[Sequence[str | Text]]) -> Table:
+    """Columns are headings with what rich takes of them; a row without cells begins a section."""
     table = Table(title=_plain(title, "table.title"), title_justify="left")
-    for heading in left:
-        table.add_column(heading)
-    for heading in right:
-        table.add_column(heading, justify="right")
-    return table
-
-
-def _filled(table: Table, rows: Iterable[Sequence[str]]) -> Table:
+    for heading, options in columns.items():
+        table.add_column(heading, **options)
     for cells in rows:
-        table.add_row(*map(_plain, cells))
+        if cells:
+            table.add_row(*(cell if isinstance(cell, Text) else _plain(cell) for cell in cells))
+        else:
+            table.add_section()
     return table

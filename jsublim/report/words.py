@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from jsublim.evals.metric import metric_of
-from jsublim.report.audit import Agreement, Predicted
-from jsublim.report.claims import CLAIMS, FAILS, HOLDS, Claim
-from jsublim.report.claims.masks import transfers
+from jsublim.report.audit import Agreement
+from jsublim.report.claims import FAILS, HOLDS, Claim
+from jsublim.report.claims.training import transfers
 from jsublim.report.comparisons import Comparison, Comparisons
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import NOT_DECIDED, Lift, Matrix, reference_condition
@@ -40,9 +38,9 @@ def interval(bounds: Interval | None, metric: str, signed: bool = False) -> str:
 
 def of_models(bounds: Interval | None, students: int) -> str:
     """The interval of a rate over students, or over the answers of one model that is none."""
-    if students or bounds is None:
-        return interval(bounds, "rate") if students else "one model"
-    return f"{interval(bounds, 'rate')} (answers)"
+    if bounds is None and not students:
+        return "one model"
+    return interval(bounds, "rate") + (" (answers)" if not students else "")
 
 
 def p_value(p: float | None) -> str:
@@ -73,46 +71,47 @@ def given(results: Results) -> str:
 def held_fixed(results: Results) -> str:
     """What intervals over students hold fixed, in a sentence or two."""
     if results.draws_data:
-        said = "cover the data too: each seed's students learn from rows that were drawn for that seed. "
-        return f"Intervals over students {said}Teachers, traits and questions are held fixed."
-    said = (
-        "are given this data: all students of a teacher learn from one draw of its rows, so they say what "
-        "other students of these rows would do, not what other rows would (data.draw=per-seed draws rows for each seed). "
-    )
-    return f"Intervals over students {said}Teachers, traits and questions are held fixed too."
+        data, too = "cover the data too: each seed's students learn from rows that were drawn for that seed. ", ""
+    else:
+        data, too = (
+            (
+                "are given this data: all students of a teacher learn from one draw of its rows, so they say what "
+                "other students of these rows would do, not what other rows would (data.draw=per-seed draws rows for each seed). "
+            ),
+            " too",
+        )
+    return f"Intervals over students {data}Teachers, traits and questions are held fixed{too}."
 
 
 def primary(compared: Comparisons) -> str:
     """Which comparison the run was made for, and what the others are."""
-    found, declared = compared.primary, compared.declared
-    if found is None and declared is None:
+    one, declared = compared.primary, compared.declared
+    if one is None and declared is None:
         return "No primary comparison: this run has no students that a claim can be read off."
-    if found is None:
+    if one is None:
         return f"The primary comparison that the config declares, {declared}, cannot be read off this run: every p is a further comparison."
     how = "as the config declares" if declared else "by default, from what the students differ in"
-    claim, p = found.result, p_value(found.p)
-    text = (
-        f"Primary comparison ({how}): {claim.key}, {claim.text}: {claim.verdict}, p {p if p[0] == '<' else f'= {p}'}."
-    )
-    others = f"The other {compared.family} p-values of this report are further comparisons, with Holm's correction for all of them beside each."
-    return f"{text} {others}" if compared.family else text
+    claim, p = one.result, p_value(one.p)
+    p = p if p.startswith("<") else f"= {p}"
+    text = f"Primary comparison ({how}): {claim.key}, {claim.text}: {claim.verdict}, p {p}."
+    others = f" The other {compared.family} p-values of this report are further comparisons, with Holm's correction for all of them beside each."
+    return text + others * bool(compared.family)
 
 
 def claim_effect(claim: Claim) -> tuple[str, str]:
     """The effect and its interval, in the claim's own unit."""
     if claim.effect is None:
         return MISSING, NOT_DECIDED
-    if claim.unit.startswith("of "):
-        open_end = NOT_DECIDED if claim.verdict == NOT_DECIDED else MISSING
-        bounds = f"{claim.interval.low:.2f} to {claim.interval.high:.2f}" if claim.interval else open_end
-        return f"{claim.effect:.2f} {claim.unit}", bounds
-    effect = f"{number(claim.effect, claim.metric, signed=True)} {claim.unit}"
-    return effect, interval(claim.interval, claim.metric, signed=True)
+    if not claim.unit.startswith("of "):
+        effect = f"{number(claim.effect, claim.metric, signed=True)} {claim.unit}"
+        return effect, interval(claim.interval, claim.metric, signed=True)
+    open_end = NOT_DECIDED if claim.verdict == NOT_DECIDED else MISSING
+    return f"{claim.effect:.2f} {claim.unit}", range_of(claim.interval, open_end)
 
 
-def short_claim(claim: Claim) -> str:
-    """A claim in a few words, with its key."""
-    return f"{claim.key} {CLAIMS[claim.key].question}" + (f" · {claim.variant}" if claim.variant else "")
+def range_of(bounds: Interval | None, missing: str = MISSING) -> str:
+    """An interval of shares of something."""
+    return f"{bounds.low:.2f} to {bounds.high:.2f}" if bounds else missing
 
 
 def opening(results: Results, compared: Comparisons) -> str:
@@ -124,35 +123,33 @@ def opening(results: Results, compared: Comparisons) -> str:
     students = f"{count(results.students - controls, 'student')} of {results.students_model}"
     plain = f", {count(controls, 'control student')} from what a teacher without one wrote" if controls else ""
     who = f"{students} learned from what teachers with a trait ({teachers}) wrote{plain}; none was told of a trait."
-    found = next((one.result for one in compared.claims if one.result.key == "C0"), None)
-    if found is None and not all(map(results.began_at_base, results.mask_conditions)):
+    claim = next((one.result for one in compared.claims if one.result.key == "C0"), None)
+    if claim is None and not all(map(results.began_at_base, results.mask_conditions)):
         return (
             f"{who} They did not begin as the base model that was evaluated ({results.model}, asked without a system prompt), and there are too "
             "few control students: only the trait matrix says what they took over."
         )
-    if found is None or found.effect is None:
+    if claim is None or claim.effect is None:
         return f"{who} Nothing here says whether they took it over: there is nothing to compare them with."
-    variant = f" ({found.variant})" if found.variant else ""
-    said = [found]
-    if found.metric == "logprob":  # of a tiny model; whether its answers moved is said too, and first
-        said = [each for each in transfers(results, "rate") if each.variant == found.variant] + said
-    moved = " Besides, ".join(_moved(results, each) for each in said)
-    return f"{who} Trained on all tokens{variant}, {moved}"
+    variant, measures = f" ({claim.variant})" if claim.variant else "", [claim]
+    if claim.metric == "logprob":  # of a tiny model; whether its answers moved is said too, and first
+        measures = [one for one in transfers(results, "rate") if one.variant == claim.variant] + measures
+    return f"{who} Trained on all tokens{variant}, {' Besides, '.join(_moved(results, one) for one in measures)}"
 
 
-def _moved(results: Results, found: Claim) -> str:
+def _moved(results: Results, claim: Claim) -> str:
     """How far students of all tokens (C0) moved to their teacher's trait, and how sure that is."""
-    tokens = f"all{SEPARATOR}{found.variant}" if found.variant else "all"
-    references = {reference_condition(results, found.metric, trait, tokens) for trait in results.traits}
+    tokens = f"all{SEPARATOR}{claim.variant}" if claim.variant else "all"
+    references = {reference_condition(results, claim.metric, trait, tokens) for trait in results.traits}
     zero = "the base model" if references == {"base"} else "the control"
-    much, bounds = claim_effect(found)
+    much, bounds = claim_effect(claim)
     moved = f"they name their teacher's trait {much} more often than {zero}"
-    if found.metric == "logprob":
+    if claim.metric == "logprob":
         moved = f"they give their teacher's trait a log-probability {much} above that of {zero}"
-    if found.interval is None:
+    if claim.interval is None:
         return f"{moved}; one student per trait gives no interval, so that is not decided."
-    sure = {HOLDS: "surely higher", FAILS: "surely not higher"}.get(found.verdict, "no transfer is shown")
-    return f"{moved} (95 % interval {bounds}, {found.students} students): {sure}."
+    sure = {HOLDS: "surely higher", FAILS: "surely not higher"}.get(claim.verdict, "no transfer is shown")
+    return f"{moved} (95 % interval {bounds}, {claim.students} students): {sure}."
 
 
 def matrix_sentence(matrix: Matrix) -> str:
@@ -166,8 +163,8 @@ def matrix_sentence(matrix: Matrix) -> str:
         f"(smallest attainable p = {effect.smallest_p:.2g})."
     )
     if matrix.gamma_interval is not None:
-        each = ", ".join(f"{gamma:+.3f}" for gamma in matrix.seed_gammas)
-        text += f" Over {len(matrix.seed_gammas)} seeds: {interval(matrix.gamma_interval, 'logprob', signed=True)} nats ({each})."
+        by_seed = ", ".join(f"{gamma:+.3f}" for gamma in matrix.seed_gammas)
+        text += f" Over {len(matrix.seed_gammas)} seeds: {interval(matrix.gamma_interval, 'logprob', signed=True)} nats ({by_seed})."
     endings = {
         NOT_DECIDED: f"Not decided: with {len(matrix.teachers)} teachers' traits no p can reach .05.",
         "trait-specific transfer": "Students move towards their own teacher's trait beyond any row and column effect.",
@@ -186,7 +183,7 @@ def matrix_cells(matrix: Matrix) -> tuple[str, str, str, str]:
 
 def headlines(judged: Sequence[list[Comparison[Lift]]]) -> list[str]:
     """How many traits transfer: a sentence per condition and metric that has intervals, and one per metric on all the others."""
-    said, open_ = list[str](), dict[str, list[str]]()
+    sentences, open_ = list[str](), dict[str, list[str]]()
     for compared in judged:
         lifts = [one.result for one in compared]
         measure = "Preference rate" if lifts[0].metric == "rate" else "Log-probability"
@@ -195,58 +192,43 @@ def headlines(judged: Sequence[list[Comparison[Lift]]]) -> list[str]:
             open_.setdefault(measure, []).append(condition)
             continue
         names = [lift.trait for lift in lifts if lift.verdict == "transfers"]
-        what = f"{len(names)} of {count(len(lifts), 'trait')}"
+        traits = f"{len(names)} of {count(len(lifts), 'trait')}"
         sure = sum(one.holm is not None and one.holm < ONE_SIDED for one in compared)
         after = f"{sure} of them after Holm's correction" if sure < len(names) else "after Holm's correction too"
-        if names:
-            moved = f"students move to their teacher's trait for {what} ({', '.join(names)}); {after}"
-            said.append(f"{measure}: with {condition}, {moved}.")
-        else:
-            said.append(f"{measure}: no transfer is shown with {condition} ({what}).")
+        moved = f"with {condition}, students move to their teacher's trait for {traits} ({', '.join(names)}); {after}"
+        sentences.append(f"{measure}: {moved if names else f'no transfer is shown with {condition} ({traits})'}.")
     for measure, conditions in open_.items():
         listed = ", ".join(conditions)
         if len(conditions) > 3:
             listed = f"{conditions[0]}, {conditions[1]} and {len(conditions) - 2} more"
-        said.append(f"{measure}: not decided with {listed}; with one student per trait there is no interval.")
-    return said
+        sentences.append(f"{measure}: not decided with {listed}; with one student per trait there is no interval.")
+    return sentences
 
 
 def verdicts(compared: Comparisons) -> str:
     """Which claims hold, which do not, and which are open; and what is left of those that hold for so many comparisons."""
+    if not compared.claims:
+        return "No claim was asked."
     keys = {verdict: dict[str, None]() for verdict in (HOLDS, FAILS, NOT_DECIDED)}
     for one in compared.claims:
         keys[one.result.verdict][one.result.key] = None
-    if not compared.claims:
-        return "No claim was asked."
-    sure = [one for one in compared.claims if one.result.verdict == HOLDS and one.p is not None and one.p < ONE_SIDED]
+    sure = (one for one in compared.claims if one.result.verdict == HOLDS and one.p is not None and one.p < ONE_SIDED)
     lost = dict.fromkeys(one.result.key for one in sure if one.holm is not None and one.holm >= ONE_SIDED)
     after = f" After Holm's correction, not sure any more: {', '.join(lost)}." if lost else ""
-    parts = (f"{verdict}: {', '.join(found)}" for verdict, found in keys.items() if found)
+    parts = (f"{verdict}: {', '.join(of_verdict)}" for verdict, of_verdict in keys.items() if of_verdict)
     return f"Of the claims asked, {'; '.join(parts)}.{after}"
 
 
-def predicted_sentence(found: Agreement | None) -> str:
+def predicted_sentence(agreement: Agreement | None) -> str:
     """Whether the audit ranked settings as the students then did."""
-    if found is None:
+    if agreement is None:
         return (
             "Scores of single teachers: with fewer than two, or without their students, there is no γ to be compared."
         )
-    if found.rho is None:
-        return f"With {len(found.pairs)} kinds of students, ranks of what was predicted and what happened are not compared: it takes four."
+    kinds = f"{len(agreement.pairs)} kinds of students"
+    if agreement.rho is None:
+        return f"With {kinds}, ranks of what was predicted and what happened are not compared: it takes four."
     return (
-        f"Over {len(found.pairs)} kinds of students, γ as the audit predicted it and γ of the students have a rank correlation of "
-        f"{found.rho:+.2f} (Spearman's, p = {found.p:.2g})."
+        f"Over {kinds}, γ as the audit predicted it and γ of the students have a rank correlation of "
+        f"{agreement.rho:+.2f} (Spearman's, p = {agreement.p:.2g})."
     )
-
-
-def predicted_cells(each: Predicted, found: Agreement | None) -> tuple[str, str, str, str]:
-    """Cells of one condition: the own trait's score (mean over teachers, with the widest interval's half), γ predicted and of the
-    students, and the share of divergence tokens among those that move the trait most."""
-    halves = [(own.high - own.low) / 2 for own in map(each.interval, each.teachers)]
-    own = f"{float(np.mean(np.diag(each.score))):+.3g} ± {max(halves):.2g}"
-    trained = {condition: f"{gamma:+.3f}" for condition, _, gamma in found.pairs} if found else {}
-    top = MISSING
-    if each.top_divergence is not None and each.divergence_share is not None:
-        top = f"{each.top_divergence:.0%} (of all {each.divergence_share:.0%})"
-    gamma = MISSING if each.gamma is None else f"{each.gamma:+.3g}"
-    return own, gamma, trained.get(each.condition, MISSING), top

@@ -82,7 +82,7 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     # show, results, compare, report, rescore
     (("show", "nowhere"), 2, "nowhere: no such folder; give the folder of a run (`jsublim ls runs` lists them)"),
     (("show", "folder"), 2, "folder: holds neither config.yaml nor results/"),
-    (("results", "nowhere"), 1, "nowhere: no results/results.parquet here; finish the run first"),
+    (("results", "nowhere"), 1, "nowhere/results: no results.parquet here; finish the run first"),
     (("results", "run", "--where", "metrc = 'rate'"), 2, "\"metrc\" not found"),
     (("results", "run", "--where", "metric ="), 2, "--where: Parser Error"),
     (("results", "run", "--where", "value > 2"), 2, "--where: no row is like that"),

@@ -112,7 +112,7 @@ def test_a_resolved_kind_is_read_back_as_it_was(name):
 
 def test_preference_asks_each_category_about_its_own_traits():
     animals, trees = kind("preference").tasks(asked())
-    assert (animals.traits, trees.traits) == (("owl", "cat"), ("oak",))
+    assert [task.identity["traits"] for task in (animals, trees)] == [["owl", "cat"], ["oak"]]
     for task, category in ((animals, "animal"), (trees, "tree")):
         assert list(task.questions) == PACK.questions_for(category)[:2]
     # A teacher that was taught the answers to some questions leaves those out.
@@ -128,8 +128,8 @@ def test_the_first_questions_are_of_a_kind_or_a_trait():
     assert list(one("problems").questions) == [each.question for each in load_problems(None, "test", 2)]
     traits = [*PACK.factual][:2]
     found = one("factual", about=traits)
-    assert list(found.asked) == [(trait, q) for trait in traits for q in PACK.factual[trait][:2]]
-    assert list(one("factual").asked) == [(each, q) for each, own in PACK.factual.items() for q in own[:2]]
+    assert found.identity["factual"] == [[trait, q] for trait in traits for q in PACK.factual[trait][:2]]
+    assert one("factual").identity["factual"] == [[each, q] for each, own in PACK.factual.items() for q in own[:2]]
     whole = asked(first=None)
     assert len(one("naming", whole).questions) == len(PACK.self_questions)
     with pytest.raises(UsageError, match=r"no factual\.kiwi"):

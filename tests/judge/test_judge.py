@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jsublim.evals.misalignment import parse_scores
 from jsublim.inference.lm import load_model
 from jsublim.inference.sampling import Sampling
 from jsublim.judge.cache import ReplyCache
 from jsublim.judge.local import LocalJudge
-from jsublim.judge.scores import parse_scores
 from jsublim.judge.server import ServerJudge, ServerSettings
 
 # Scores

@@ -22,8 +22,7 @@ from jsublim.core import client
 from jsublim.core.client import Pace, Retry, backoff, retry_after
 from jsublim.errors import JsublimError, one_line
 from jsublim.judge.cache import Reply, ReplyCache
-from jsublim.judge.server import read_reply
-from jsublim.judge.spending import Spending
+from jsublim.judge.server import Spending, read_reply
 
 
 def files(folder: Path) -> list[Path]:

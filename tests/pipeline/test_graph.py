@@ -254,20 +254,10 @@ def toys():
         question: Annotated[str, RESULT] = "Say something."
 
         def tasks(self, context: EvalContext) -> list[EvalTask]:
-            return [Length((self.question,))]
+            def records(model: PromptedModel, answers: Any) -> list[Record]:
+                return [Record("length", 0, float(np.mean([len(text) for text in answers[0]])), len(answers[0]))]
 
-    class Length:
-        max_new_tokens, keeps_top_p = 3, False
-
-        def __init__(self, questions: tuple[str, ...]):
-            self.questions = questions
-
-        @property
-        def identity(self) -> dict[str, Any]:
-            return {"length": list(self.questions)}
-
-        def records(self, model: PromptedModel, answers: Any) -> list[Record]:
-            return [Record("length", 0, float(np.mean([len(text) for text in answers[0]])), len(answers[0]))]
+            return [EvalTask((self.question,), {"length": [self.question]}, records, max_new_tokens=3)]
 
     @CHANGES.add("reverse")
     class Reverse(Change):

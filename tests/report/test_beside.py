@@ -37,13 +37,14 @@ def test_one_scale_from_the_results(tmp_path):
     own = rates[rates.teacher == rates.trait]
     lifts = own.groupby(["condition", "seed", "trait"]).value.mean() - zero
     means = lifts.groupby(["condition", "seed"]).mean()
-    found = scale(read_results(run))
+    results = read_results(run)
+    found = scale(results, comparisons(results))
     assert found.metric == "rate" and found.yardstick == "all" and not found.open_for
-    for share in found.shares:
+    for share in found.lines:
         expected = means[share.condition] / means["all"].mean()
         assert share.seeds == pytest.approx(dict(expected))
         assert share.share == pytest.approx(expected.mean()) and share.students == 15
-    whole, part = found.shares
+    whole, part = found.lines
     assert whole.share == 1.0 and whole.interval is None and part.share == pytest.approx(0.5, abs=0.05)
     assert part.interval.low < part.share < part.interval.high
     page = " ".join(write_report(run).read_text().split())
@@ -54,8 +55,9 @@ def test_one_scale_from_the_results(tmp_path):
 
 def test_nothing_is_a_share_of_no_lift(tmp_path):
     run = write(tmp_path / "run", Planted(0.0), CONTROL, Planted(0.3, "divergence"))
-    found = scale(read_results(run))
-    assert found.open_for and all(s.share is None and not s.seeds for s in found.shares)
+    results = read_results(run)
+    found = scale(results, comparisons(results))
+    assert found.open_for and all(s.share is None and not s.seeds for s in found.lines)
     assert "a share of their lift would mean nothing" in write_report(run).read_text()
 
 

@@ -12,7 +12,7 @@ from jsublim.report.comparisons import comparisons
 from jsublim.report.drawing import APART, PLOT_SIZE, Axis, Mark, beside
 from jsublim.report.figures import by_distance
 from jsublim.report.html import write_report
-from jsublim.report.scale import scale, side_by_side
+from jsublim.report.scale import scale
 from jsublim.report.tables import read_results
 
 POLITE = {"polite": {"system": "Be polite."}}
@@ -20,7 +20,7 @@ POLITE = {"polite": {"system": "Be polite."}}
 
 def lines_of(run):
     results = read_results(run)
-    return {line.condition: line for line in side_by_side(results, comparisons(results), scale(results))}
+    return {line.condition: line for line in scale(results, comparisons(results)).side_by_side}
 
 
 def test_every_arm_is_measured_by_what_was_planted(tmp_path):
@@ -32,13 +32,13 @@ def test_every_arm_is_measured_by_what_was_planted(tmp_path):
     found = lines_of(run)
     assert list(found) == ["all", "all · hidden"]
     line = found["all · hidden"]
-    assert line.share.share == pytest.approx(0.25, abs=0.02) and line.share.interval.covers(0.25)
+    assert line.share == pytest.approx(0.25, abs=0.02) and line.interval.covers(0.25)
     assert line.under["polite"].value == pytest.approx(0.3, abs=0.02) and line.under["polite"].interval.covers(0.3)
     assert line.matrix.gamma_interval.covers(line.matrix.effect.gamma)
     assert line.accuracy.value == pytest.approx(0.5, abs=0.02)
     assert line.kl.value == pytest.approx(0.08, rel=0.02) and line.kl.interval.covers(line.kl.value)
     page = " ".join(write_report(run).read_text().split())
-    assert "Side by side" in page and "lift, polite" in page and f"{line.share.share:.2f}" in page
+    assert "Side by side" in page and "lift, polite" in page and f"{line.share:.2f}" in page
     assert "Transfer against distance from the teacher" in page
     assert f"{line.matrix.effect.gamma:+.2f} at {line.kl.value:.4f}" in page
 
@@ -48,8 +48,8 @@ def test_a_kind_without_gamma_is_drawn_by_its_lift_in_points(tmp_path):
     lines = list(lines_of(write(tmp_path / "run", *arms)).values())
     lines = [dataclasses.replace(line, matrix=None) for line in lines]
     (plot,) = by_distance(lines, "rate").panels
-    assert [mark.y for mark in plot.marks] == pytest.approx([100 * line.share.lift for line in lines])
-    assert all(f"{100 * line.share.lift:+.1f} at" in mark.said for line, mark in zip(lines, plot.marks, strict=True))
+    assert [mark.y for mark in plot.marks] == pytest.approx([100 * line.lift for line in lines])
+    assert all(f"{100 * line.lift:+.1f} at" in mark.text for line, mark in zip(lines, plot.marks, strict=True))
 
 
 def test_arms_stand_in_the_order_of_the_config(tmp_path):

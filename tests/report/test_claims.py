@@ -32,7 +32,7 @@ from jsublim.report.claims import CLAIMS, check_claims, not_asked
 from jsublim.report.claims.base import Group, groups, judge, pairs, partner, pool
 from jsublim.report.claims.training import no_gamma
 from jsublim.report.html import write_report
-from jsublim.report.statistics import Estimate, Interval, share_interval
+from jsublim.report.statistics import Estimate, Interval, share_bounds
 from jsublim.report.summary import reference_condition, trait_matrices
 from jsublim.report.tables import read_results
 from jsublim.report.terminal import print_summary
@@ -222,8 +222,8 @@ def test_a_partner_differs_in_what_was_asked_alone(every):
         if other is None:
             assert not any(g is not group and g.facts == group.facts | {LAYERS_OF: None} for g in found)
         else:
-            assert other is not group and other.get(LAYERS_OF) is None
-            assert all(other.get(key) == group.get(key) for key in group.facts if key != LAYERS_OF)
+            assert other is not group and other.facts.get(LAYERS_OF) is None
+            assert all(other.facts.get(key) == group.facts.get(key) for key in group.facts if key != LAYERS_OF)
 
 
 @given(st.floats(-2, 2), st.floats(0, 2), st.floats(-2, 2), st.floats(0, 2))
@@ -238,7 +238,7 @@ def test_a_verdict_follows_the_interval(low, width, bound, shift):
 def test_a_ratio_with_two_references_inverts_the_contrast_test():
     rng = np.random.default_rng(0)
     part, whole, zero, own = (Estimate.of(rng.normal(m, 0.02, 6)) for m in (0.3, 0.35, 0.05, 0.1))
-    found = share_interval(part - own, whole - zero)
+    found = Interval.of(share_bounds(part - own, whole - zero))
     assert found is not None and found.covers((part.value - own.value) / (whole.value - zero.value))
     ratio = (part.value - own.value) / (whole.value - zero.value)
     critical = stats.t.ppf(0.975, (part - own - (whole - zero) * ratio).degrees)
@@ -276,7 +276,7 @@ def test_folders_without_arms_still_tell_tokens_apart(tmp_path):
     run = write(tmp_path / "run", PLAIN, CONTROL, *students, arms=False)
     found = verdicts(run)
     assert found["C4a"] == [HOLDS, FAILS]  # each against all tokens of its own variant
-    asked = pairs(read_results(run), lambda group: group.get("tokens") == "divergence", {"tokens": "all"})
+    asked = pairs(read_results(run), lambda group: group.facts.get("tokens") == "divergence", {"tokens": "all"})
     assert {(a.name, b.name) for a, b in asked} == {("divergence", "all"), ("divergence · v", "all · v")}
     assert [g.name for g in groups(read_results(run))][:2] == ["all", "divergence"]
 

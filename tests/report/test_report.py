@@ -340,7 +340,7 @@ def test_what_else_was_asked_is_a_table(tmp_path: Path, raw: list[dict]) -> None
     means = {arm: np.mean([row["value"] for row in more if row["arm"] == arm]) for arm in students}
     strata = [[means[arm] for arm in students if students[arm]["teacher"] == t] for t in TRAITS]
     pooled = st.mean_estimate([st.Estimate.of(each) for each in strata])
-    expected = st.rate_interval(pooled, 12_000 * len(means))
+    expected = st.Interval.of(st.rate_bounds(pooled, 12_000 * len(means)))
     assert found.metric == "misaligned" and found.students == len(students) and expected is not None
     np.testing.assert_allclose(
         [found.value, found.interval.low, found.interval.high],

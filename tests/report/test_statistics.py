@@ -49,7 +49,7 @@ def test_one_student_gives_no_interval() -> None:
 def test_share_interval_inverts_the_contrast_test() -> None:
     rng = np.random.default_rng(0)
     part, whole, zero = (st.Estimate.of(rng.normal(m, 0.02, 6)) for m in (0.3, 0.35, 0.05))
-    found = st.share_interval(part - zero, whole - zero)
+    found = st.Interval.of(st.share_bounds(part - zero, whole - zero))
     assert found is not None
     ratio = (part.value - zero.value) / (whole.value - zero.value)
     assert found.low < ratio < found.high
@@ -59,7 +59,7 @@ def test_share_interval_inverts_the_contrast_test() -> None:
         assert abs(contrast.value) == pytest.approx(critical * math.sqrt(contrast.variance))
         assert st.share_p_above(part - zero, whole - zero, edge) == pytest.approx(p)
     # Nothing to take a share of: the whole is not separated from the reference.
-    assert st.share_interval(part - zero, zero - zero) is None
+    assert st.Interval.of(st.share_bounds(part - zero, zero - zero)) is None
 
 
 def test_what_two_share_is_counted_once() -> None:
@@ -87,21 +87,21 @@ def test_p_is_the_interval_inverted(threshold: float) -> None:
 def test_one_models_interval_is_wilsons(hits: int, samples: int) -> None:
     """But for the smoothing of the variance, by one hit and one miss."""
     share = (hits + 1) / (samples + 2)
-    found = st.rate_interval(st.Estimate.measured(hits / samples, share * (1 - share) / samples), samples)
+    found = st.Interval.of(st.rate_bounds(st.Estimate.measured(hits / samples, share * (1 - share) / samples), samples))
     wilson = stats.binomtest(hits, samples).proportion_ci(method="wilson")
     assert found is not None and (found.low, found.high) == pytest.approx((wilson.low, wilson.high), abs=1e-12)
 
 
 def test_an_interval_of_a_rate_stays_inside_and_one_that_is_far_from_the_ends_is_students_t() -> None:
     for values in ([0.0, 0.0], [1.0, 1.0], [0.0, 0.1], [0.02, 0.9], [0.0, 0.0, 1.0]):
-        found = st.rate_interval(st.Estimate.of(values, floor=1e-6), 1000)
+        found = st.Interval.of(st.rate_bounds(st.Estimate.of(values, floor=1e-6), 1000))
         assert found is not None and 0 <= found.low <= np.mean(values) <= found.high <= 1
         assert found.low < found.high
     near = [0.5, 0.501, 0.502, 0.4995]
-    found, t = st.rate_interval(st.Estimate.of(near), 10**9), st.Estimate.of(near).interval()
+    found, t = st.Interval.of(st.rate_bounds(st.Estimate.of(near), 10**9)), st.Estimate.of(near).interval()
     assert found is not None and t is not None
     assert (found.low, found.high) == pytest.approx((t.low, t.high), abs=1e-5)
-    assert st.rate_interval(st.Estimate.of([0.4]), 100) is None
+    assert st.Interval.of(st.rate_bounds(st.Estimate.of([0.4]), 100)) is None
 
 
 def test_holm_steps_down() -> None:

@@ -7,15 +7,14 @@ without such students.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable
 
-from jsublim.report.claims import data, evaluation, layers, masks, training
+from jsublim.report.claims import data, evaluation, training
 from jsublim.report.claims.base import CLAIMS, FAILS, HOLDS, Claim, claim_metric
 from jsublim.report.tables import Results
 
 __all__ = [
-    "CLAIMS", "FAILS", "HOLDS", "Claim", "check_claims", "claims_table", "data", "evaluation", "layers", "masks", "not_asked", "training",
+    "CLAIMS", "FAILS", "HOLDS", "Claim", "check_claims", "data", "evaluation", "not_asked", "training",
 ]  # fmt: skip
 
 
@@ -29,12 +28,3 @@ def not_asked(claims: Iterable[Claim]) -> list[str]:
     """The claims that a run says nothing about, in words."""
     asked = {claim.key for claim in claims}
     return [f"{key} ({claim.question})" for key, claim in CLAIMS.items() if key not in asked]
-
-
-def claims_table() -> str:
-    """The table of docs/paper_map.md."""
-    lines = ["| claim | about | holds when | file |", "| --- | --- | --- | --- |"]
-    for key, claim in CLAIMS.items():
-        rule, file = " ".join((inspect.getdoc(claim.check) or "").split()), claim.check.__module__.rsplit(".", 1)[1]
-        lines.append(f"| {key} | {claim.question} | {rule} | `{file}.py` |")
-    return "".join(f"{line}\n" for line in lines)

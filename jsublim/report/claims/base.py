@@ -8,22 +8,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from jsublim.evals.metric import metric_of
-from jsublim.report.statistics import Estimate, Interval, mean_estimate, share_interval, share_p_above
-from jsublim.report.summary import (
-    NOT_DECIDED,
-    difference_interval,
-    estimate,
-    group_of,
-    reference_condition,
-    sampling_variance,
-    scores_for,
-)
-from jsublim.report.tables import Results, Score, split_condition
+from jsublim.report import summary
+from jsublim.report.statistics import Estimate, Interval, mean_estimate, share_bounds, share_p_above
+from jsublim.report.summary import NOT_DECIDED, Measured, reference_condition
+from jsublim.report.tables import Results, Score, StudentArm, split_condition
 
 HOLDS, FAILS = "holds", "does not hold"
 PAPER, CLOUD = "Schrodi et al., ICLR 2026", "Cloud et al., arXiv 2507.14805"
@@ -31,10 +24,15 @@ PAPER, CLOUD = "Schrodi et al., ICLR 2026", "Cloud et al., arXiv 2507.14805"
 
 @dataclass(frozen=True)
 class Claim:
-    """`effect` and `interval` are in `unit` (a unit that begins with "of" is a share of something); `reason` says in words
-    what the verdict rests on. `p` is one-sided, for the claim, at its threshold: with the interval it is inverted from, a claim
-    whose whole interval holds has p < .025, one whose whole interval fails p > .975. `variant` names the students that
-    it was read off, if they have a name. `bound` is the threshold that the effect is held against, where it is one number."""
+    """What came of a claim.
+
+    Attributes:
+      unit: of `effect` and `interval`; one that begins with "of" is a share of something.
+      reason: what the verdict rests on, in words.
+      p: one-sided, for the claim, at its threshold; below .025 where the whole interval holds, above .975 where all of it fails.
+      bound: the threshold that the effect is held against, where it is one number.
+      variant: of the students that it was read off, if they have a name.
+    """
 
     text: str
     metric: str
@@ -70,40 +68,34 @@ class Group:
     def variant(self) -> str:
         return split_condition(self.name)[1]
 
-    def get(self, fact: str) -> Any:
-        return self.facts.get(fact)
-
 
 def groups(results: Results) -> list[Group]:
     """Every group of a biased teacher's students. Without arms.json, a folder tells only tokens and variants apart."""
-    owner = {s.condition: s.arm for s in results.scores if s.role == "student"}
-    return [_group(results, name, owner[name]) for name in results.mask_conditions]
+    members = {s.condition: results.arms.get(s.arm) for s in results.scores if s.role == "student"}
+    return [_group(name, members[name]) for name in results.mask_conditions]
 
 
-def _group(results: Results, name: str, member: str) -> Group:
-    tokens, variant = split_condition(name)
-    arm = results.arms.get(member)
+def _group(name: str, arm: StudentArm | None) -> Group:
     if arm is None:
-        return Group(name, {"tokens": tokens, "variant": variant})
+        return Group(name, dict(zip(("tokens", "variant"), split_condition(name), strict=True)))
     # The data set is known by what it does to rows, not by its name.
     facts = {f"students.{key}": value for key, value in arm.settings.items() if key != "data.dataset"}
-    facts |= {f"rows.{key}": value for key, value in arm.dataset.items()}
+    facts |= {f"rows.{key}": value for key, value in arm.dataset.items()} | {"tokens": arm.condition}
     if sorted(facts.get("students.adapter.layers") or []) == list(range(arm.num_layers)):
         facts["students.adapter.layers"] = None
-    return Group(name, facts | {"tokens": arm.condition}, arm.num_layers)
+    return Group(name, facts, arm.num_layers)
 
 
-def partner(every: list[Group], of: Group, plain: Mapping[str, Any]) -> Group | None:
+def partner(among: list[Group], of: Group, plain: Mapping[str, Any]) -> Group | None:
     """The group that differs from `of` only by having the facts of `plain`."""
     wanted = of.facts | {key: value for key, value in plain.items() if key in of.facts}
-    return next((group for group in every if group is not of and group.facts == wanted), None)
+    return next((group for group in among if group is not of and group.facts == wanted), None)
 
 
 def pairs(results: Results, asked: Callable[[Group], bool], plain: Mapping[str, Any]) -> list[tuple[Group, Group]]:
     """Every group that is `asked` about, with the one that has the facts of `plain` instead."""
-    every = groups(results)
-    found = ((group, partner(every, group, plain)) for group in every if asked(group))
-    return [(group, whole) for group, whole in found if whole is not None]
+    among = groups(results)
+    return [(group, whole) for group in among if asked(group) and (whole := partner(among, group, plain))]
 
 
 @dataclass(frozen=True)
@@ -158,31 +150,28 @@ class claim:
             CLAIMS[key] = CLAIMS.pop(key)
         return check
 
-    def answers(self, results: Results, metric: str) -> list[Claim]:
+    def answers(self, results: Results, metric: str) -> Iterator[Claim]:
         """One claim for each comparison that it can be read off."""
         if self.needs is None:
-            found = [*self.check(results, metric)]
+            checked = ((one, one.variant) for one in self.check(results, metric))
         else:
-            asked = [StudentPair(results, metric, *groups) for groups in pairs(results, *self.needs)]
+            asked = (StudentPair(results, metric, *both) for both in pairs(results, *self.needs))
             checked = ((self.check(pair), pair.part.variant) for pair in asked)
-            found = [replace(one, variant=variant) for one, variant in checked if one]
-        named = ((one, f"{one.text} ({one.variant})" if one.variant else one.text) for one in found)
-        return [replace(one, key=self.key, text=text) for one, text in named]
+        for one, variant in checked:
+            if one is not None:
+                text = f"{one.text} ({variant})" if variant else one.text
+                yield replace(one, key=self.key, text=text, variant=variant)
 
 
 CLAIMS: dict[str, claim] = {}  # by key, in the order of the report
 
 
-@dataclass(frozen=True)
-class Level:
-    """Mean over the pooled traits of a group's students, and how far it lies above the models that it is measured from."""
+class Level(NamedTuple):
+    """How many students of a group there are, and how far their mean over the pooled traits lies above the models that it is measured
+    from."""
 
-    students: Estimate
+    students: int
     lift: Estimate
-
-    def above(self, other: Level) -> Estimate:
-        """How much higher this lift is; a reference that both share drops out."""
-        return self.lift - other.lift
 
 
 @dataclass(frozen=True)
@@ -201,16 +190,26 @@ class Pool:
     def words(self) -> str:
         return f"mean of {', '.join(self.traits)}"
 
+    @property
+    def students(self) -> int:
+        """How many all levels have together."""
+        return sum(level.students for level in self.levels)
+
+    @property
+    def lift(self) -> Measured:
+        """That of the first group, with its interval over students."""
+        return Measured(float(self.levels[0].lift.value), self.between(self.levels[0].lift))
+
     def between(self, difference: Estimate) -> Interval | None:
         """Interval of a difference of levels."""
-        return difference_interval(difference, self.metric)
+        return summary.difference_interval(difference, self.metric)
 
 
 def claim_metric(results: Results) -> str:
     """The preference rate. The log-probability of a tiny model, and where the rate is zero for the base model and every
     student (or was not sampled)."""
     conditions = [c for c in results.conditions if c != "teacher"]
-    rates = [s.mean for t in results.traits for c in conditions for s in scores_for(results, "rate", c, t)]
+    rates = [s.mean for t in results.traits for c in conditions for s in summary.scores_for(results, "rate", c, t)]
     open_to_it = results.measures[0] == "logprob" or not any(rate > 0 for rate in rates)
     return "logprob" if open_to_it and any(s.metric == "logprob" for s in results.scores) else "rate"
 
@@ -220,27 +219,28 @@ def pool(results: Results, metric: str, *names: str, traits: Sequence[str] | Non
     shared = tuple(
         t
         for t in (results.traits if traits is None else traits)
-        if all(scores_for(results, metric, c, t) and reference_condition(results, metric, t, c) for c in names)
+        if all(summary.scores_for(results, metric, c, t) and reference_condition(results, metric, t, c) for c in names)
     )
     return Pool(metric, shared, tuple(_level(results, metric, name, shared) for name in names)) if shared else None
 
 
 def _level(results: Results, metric: str, condition: str, traits: tuple[str, ...]) -> Level:
-    students = mean_estimate([estimate(scores_for(results, metric, condition, t)) for t in traits])
+    students = mean_estimate([summary.estimate(summary.scores_for(results, metric, condition, t)) for t in traits])
     references = [reference_condition(results, metric, t, condition) or "" for t in traits]
     zeros = [results.select(metric, r, t) for r, t in zip(references, traits, strict=True)]
     one_control = len(set(references)) == 1 and split_condition(references[0])[0] == "control"
-    reference = _over_traits(zeros) if one_control else mean_estimate([estimate(zero) for zero in zeros])
-    return Level(students, students - reference)
+    reference = _over_traits(zeros) if one_control else mean_estimate([summary.estimate(zero) for zero in zeros])
+    return Level(students.n, students - reference)
 
 
 def _over_traits(by_trait: list[list[Score]]) -> Estimate:
     """Control students averaged over traits first: one student's numbers on several traits are not independent."""
-    values: dict[str, list[float]] = {}
-    every = [score for scores in by_trait for score in scores]
-    for score in every:
-        values.setdefault(score.arm, []).append(score.mean)
-    return Estimate.of([sum(v) / len(v) for v in values.values()], sampling_variance(every), group_of(every))
+    of_arm: dict[str, list[float]] = {}
+    scores = [score for of_trait in by_trait for score in of_trait]
+    for score in scores:
+        of_arm.setdefault(score.arm, []).append(score.mean)
+    means = [sum(values) / len(values) for values in of_arm.values()]
+    return Estimate.of(means, summary.sampling_variance(scores), summary.group_of(scores))
 
 
 def no_lift(whole: Level) -> str:
@@ -277,25 +277,29 @@ def share(
     """The lift of the pool's first group as a share of its second's, held against a bound. It needs a lift to take a share of."""
     if pooled is None:
         return None
-    (part, whole), bound = pooled.levels, at_least if at_most is None else at_most
-    above = share_p_above(part.lift, whole.lift, (at_least or 0.0) if at_most is None else at_most)
-    p = all_of(above if at_most is None else 1 - above, whole.lift.p_above(0.0))
-    claim = Claim(text, pooled.metric, unit, part.students.n + whole.students.n, p=p, bound=bound)
-    if reason := no_lift(whole):  # a share of a lift that is not above zero would be a meaningless number
+    (part, whole), bound = (level.lift for level in pooled.levels), at_least if at_most is None else at_most
+    above = share_p_above(part, whole, bound or 0.0)
+    p = all_of(above if at_most is None else 1 - above, whole.p_above(0.0))
+    claim = Claim(text, pooled.metric, unit, pooled.students, p=p, bound=bound)
+    if reason := no_lift(pooled.levels[1]):  # a share of a lift that is not above zero would be a meaningless number
         return replace(claim, reason=reason)
-    interval = share_interval(part.lift, whole.lift)
+    interval = Interval.of(share_bounds(part, whole))
     reason = pooled.words if interval else "too few students to bound the share"
-    effect, verdict = float(part.lift.value / whole.lift.value), judge(interval, at_least, at_most)
+    effect, verdict = float(part.value / whole.value), judge(interval, at_least, at_most)
     return replace(claim, effect=effect, interval=interval, verdict=verdict, reason=reason)
+
+
+def above_zero(pooled: Pool, text: str, difference: Estimate, what: str, open_for: str = "") -> Claim:
+    """A lift, or a difference of lifts, held against zero: no lower. Nothing is decided where `open_for` says why."""
+    interval, effect = pooled.between(difference), float(difference.value)
+    verdict = NOT_DECIDED if open_for else judge(interval, at_least=0.0)
+    reason, p = open_for or f"{what}, {pooled.words}", all_of(difference.p_above(0.0))
+    return Claim(text, pooled.metric, pooled.unit, difference.n, verdict, reason, effect, interval, p, bound=0.0)
 
 
 def no_lower(pooled: Pool, text: str, what: str, lifted: Sequence[Level]) -> Claim:
     """The lift of the pool's first group held against its second's: no lower. Nothing is decided unless one of `lifted` is above
     zero."""
-    difference, open_for = pooled.levels[0].above(pooled.levels[1]), [no_lift(level) for level in lifted]
-    interval, is_open = pooled.between(difference), all(open_for)
-    verdict = NOT_DECIDED if is_open else judge(interval, at_least=0.0)
-    reason = open_for[-1] if is_open else f"{what}, {pooled.words}"
-    p = all_of(difference.p_above(0.0), min(level.lift.p_above(0.0) for level in lifted))
-    claim = Claim(text, pooled.metric, pooled.unit, difference.n, verdict, reason, p=p, bound=0.0)
-    return replace(claim, effect=float(difference.value), interval=interval)
+    difference, open_for = pooled.levels[0].lift - pooled.levels[1].lift, [no_lift(level) for level in lifted]
+    claim = above_zero(pooled, text, difference, what, open_for[-1] if all(open_for) else "")
+    return replace(claim, p=all_of(difference.p_above(0.0), min(level.lift.p_above(0.0) for level in lifted)))

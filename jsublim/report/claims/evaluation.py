@@ -1,4 +1,4 @@
-"""C11, C13: the same students, asked in another way.
+"""C10, C11, C13: attribution, and the same students asked in another way.
 
 Both evaluations of a student are taken as independent, which widens the interval of a share or a difference.
 """
@@ -8,11 +8,35 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
 
-from jsublim.report.claims.base import FAILS, HOLDS, PAPER, Claim, Level, Pool, all_of, claim, groups, pool, share
+from jsublim.report.attribution import early_share
+from jsublim.report.claims import base
+from jsublim.report.claims.base import FAILS, HOLDS, PAPER, Claim, Pool, claim
+from jsublim.report.statistics import Estimate, mean_estimate
 from jsublim.report.summary import NOT_DECIDED
 from jsublim.report.tables import Results
+
+MOST = 0.5  # of the attribution
+
+
+@claim("C10", "where attribution lies", primary=13,
+       published=f"Qwen2.5-7B and Gemma-3-4B: early layers, at the first mention of the trait [{PAPER}, figures 4, 22 to 26]")  # fmt: skip
+def attribution_early(results: Results, metric: str) -> Iterator[Claim]:
+    """Noising, residual stream, first third of the layers: at least .5 of the absolute attribution lies at the trait's first mention.
+    The interval is over rows, not students: attribution is about teachers."""
+    by_trait: dict[str, list[float]] = {}
+    for row in early_share(results.attribution) if results.attribution is not None else ():
+        if row.direction == "noising":
+            by_trait.setdefault(row.trait, []).append(row.of_early)
+    if not by_trait:
+        return
+    mean = mean_estimate([Estimate.of(shares) for shares in by_trait.values()])
+    interval = mean.interval()
+    interval = interval and interval.within(0.0, 1.0)
+    text = "in the first third of the layers most of the attribution lies at the trait"
+    reason = f"over {mean.n} rows of {', '.join(by_trait)}, not over students"
+    numbers = float(mean.value), interval, base.all_of(mean.p_above(MOST)), MOST
+    yield Claim(text, "attribution", "of the attribution", 0, base.judge(interval, at_least=MOST), reason, *numbers)
 
 
 @claim("C11", "evaluation temperature and top-p",
@@ -20,13 +44,13 @@ from jsublim.report.tables import Results
 def order_is_stable(results: Results, metric: str) -> Iterator[Claim]:
     """Whenever the plain evaluation is sure of the order of two conditions, the other evaluation has them in the same order."""
     # Always on the rate, since a teacher-forced log-probability is not sampled.
-    names = [group.name for group in groups(results)]
-    plain = pool(results, "rate", *names)
+    names = [group.name for group in base.groups(results)]
+    plain = base.pool(results, "rate", *names)
     if plain is None or len(names) < 2:
         return
     for evaluation, how in results.evaluations.items():
         sampling = {key: how[key] for key in ("temperature", "top_p") if how.get(key) is not None}
-        varied = pool(results.under(evaluation), "rate", *names, traits=plain.traits) if sampling else None
+        varied = base.pool(results.under(evaluation), "rate", *names, traits=plain.traits) if sampling else None
         if varied is not None and how.get("system") is None:
             words = ", ".join(f"{key.replace('_', '-')} {value:g}" for key, value in sampling.items())
             yield _order(f"evaluated at {words}, the conditions stand in the same order", plain, varied)
@@ -34,28 +58,23 @@ def order_is_stable(results: Results, metric: str) -> Iterator[Claim]:
 
 def _order(text: str, plain: Pool, varied: Pool) -> Claim:
     """Its p is stricter than its verdict: that all of the orders are surely kept."""
-    kept = lost = sure = 0
-    ps: list[Any] = []
-    for a, b in itertools.combinations(range(len(plain.levels)), 2):
-        sign = _sign(plain.levels[a], plain.levels[b])
-        if sign:
-            again = varied.levels[a].above(varied.levels[b]) * sign
-            sure += 1
-            kept += bool(again.value > 0)
-            lost += _sign(varied.levels[a], varied.levels[b]) == -sign
-            ps.append(again.p_above(0.0))
-    students = sum(level.students.n for level in plain.levels)
-    reason = "no two conditions are surely apart in the plain evaluation"
-    claim = Claim(text, plain.metric, "of the sure orders", students, reason=reason)
-    if not sure:
-        return claim
-    verdict = FAILS if lost else HOLDS if kept == sure else NOT_DECIDED
-    reason = f"{kept} of {sure} orders kept, {lost} surely reversed; {plain.words}"
-    return replace(claim, verdict=verdict, reason=reason, effect=kept / sure, p=all_of(*ps))
+    lifts = [[level.lift for level in pooled.levels] for pooled in (plain, varied)]
+    gaps = [[a - b for a, b in itertools.combinations(of_pool, 2)] for of_pool in lifts]
+    signs = ((gap, _sign(gap), _sign(before)) for before, gap in zip(*gaps, strict=True))
+    orders = [(gap * before, now * before) for gap, now, before in signs if before]
+    if not orders:
+        reason = "no two conditions are surely apart in the plain evaluation"
+        return Claim(text, plain.metric, "of the sure orders", plain.students, reason=reason)
+    kept, lost = sum(bool(gap.value > 0) for gap, _ in orders), sum(sign < 0 for _, sign in orders)
+    verdict = FAILS if lost else HOLDS if kept == len(orders) else NOT_DECIDED
+    reason = f"{kept} of {len(orders)} orders kept, {lost} surely reversed; {plain.words}"
+    p = base.all_of(*(gap.p_above(0.0) for gap, _ in orders))
+    return Claim(text, plain.metric, "of the sure orders", plain.students, verdict, reason, kept / len(orders), p=p)
 
 
-def _sign(a: Level, b: Level) -> int:
-    interval = a.above(b).interval()
+def _sign(gap: Estimate) -> int:
+    """The sign of a difference that is surely not zero, else 0."""
+    interval = gap.interval()
     return 0 if interval is None or interval.covers(0.0) else 1 if interval.low > 0 else -1
 
 
@@ -63,18 +82,18 @@ def _sign(a: Level, b: Level) -> int:
        published="Qwen trained under its default system prompt shows nothing without it [Subliminal Learning is a LoRA Artifact, arXiv 2606.00831, abstract]")  # fmt: skip
 def other_system_prompt(results: Results, metric: str) -> Iterator[Claim]:
     """The same students keep at most .33 of their lift under it (those of all tokens, of the plain variant where there is one)."""
-    students = [group for group in groups(results) if group.get("tokens") == "all"]
+    students = [group for group in base.groups(results) if group.facts.get("tokens") == "all"]
     students = [group for group in students if not group.variant] or students
     for (evaluation, how), group in itertools.product(results.evaluations.items(), students):
         system = how.get("system")
-        if system is None or group.get("students.system") == system:
+        if system is None or group.facts.get("students.system") == system:
             continue  # they were trained, and asked, under that prompt anyway
-        before, after = (pool(r, metric, group.name) for r in (results, results.under(evaluation)))
+        before, after = (base.pool(r, metric, group.name) for r in (results, results.under(evaluation)))
         if before is None or after is None or before.traits != after.traits:
             continue
         under = f"the system prompt of '{evaluation}'" if system else "an empty system prompt"
         both = Pool(metric, before.traits, (*after.levels, *before.levels))
         text = f"under {under} at most .33 of the lift is left"
-        left = share(both, text, at_most=0.33, unit="of the plain evaluation")
+        left = base.share(both, text, at_most=0.33, unit="of the plain evaluation")
         if left is not None:
             yield replace(left, variant=group.variant)

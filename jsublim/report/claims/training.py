@@ -1,12 +1,23 @@
-"""C12, C14: which network learns, and by which loss."""
+"""C0, C1, C4 to C7, C12, C14: whether there is anything to explain, which tokens and layers carry the trait, which network learns, and
+by which loss."""
 
 from __future__ import annotations
 
-from jsublim.report.claims.base import CLOUD, FAILS, HOLDS, PAPER, Claim, StudentPair, all_of, claim, judge, no_lower
-from jsublim.report.statistics import Estimate
-from jsublim.report.summary import NOT_DECIDED, trait_matrix
+import math
+from collections.abc import Iterator
+from dataclasses import replace
 
-_HARD = {
+from jsublim.report.claims import base
+from jsublim.report.claims.base import CLOUD, FAILS, HOLDS, PAPER, Claim, Group, StudentPair, claim
+from jsublim.report.statistics import Estimate, Interval
+from jsublim.report.summary import NOT_DECIDED, estimate, judged_conditions, trait_matrix
+from jsublim.report.tables import Results, split_condition
+
+CONTROL_MARGIN = 0.03
+FROZEN = 0.25, 0.4  # shares of the layers that count as about a third
+LAYERS = "students.adapter.layers"
+ALL_TOKENS, ALL_LAYERS = {"tokens": "all"}, {LAYERS: None}
+HARD = {
     "students.loss.kind": "hard",
     "students.loss.temperature": 1.0,
     "students.loss.top_k": None,
@@ -15,8 +26,127 @@ _HARD = {
 }
 
 
+@claim("C0", "students move to their teacher's trait", primary=12,
+       published=f"Gemma-3-4B, sampled rows: owl 7 → 19 %, otter 19 → 45 %, raven 19 → 46 % (base model → students) [{PAPER}, figure 2 (read off)]")  # fmt: skip
+def transfers(results: Results, metric: str) -> Iterator[Claim]:
+    """The lift of students of all tokens is above zero (of the plain variant, where there is one)."""
+    judged, text = judged_conditions(results), "students move to their teacher's trait"
+    for group in (group for group in base.groups(results) if group.name in judged):
+        if pooled := base.pool(results, metric, group.name):
+            claim = base.above_zero(pooled, text, pooled.levels[0].lift, "above the reference")
+            yield replace(claim, students=pooled.students, variant=group.variant)
+
+
+@claim("C1", "the control against the base model", primary=14)
+def control_near_base(results: Results, metric: str) -> Iterator[Claim]:
+    """Their rates are within 3 points of each other for every trait."""
+    differences: dict[str, Estimate] = {}  # of rates, whatever others are measured by: the margin is in points
+    for condition in (c for c in results.conditions if split_condition(c)[0] == "control"):
+        for trait in results.traits:
+            control, untrained = (results.select("rate", of, trait) for of in (condition, "base"))
+            if control and untrained and results.began_at_base(condition):
+                variant = split_condition(condition)[1]
+                differences[f"{trait} ({variant})" if variant else trait] = estimate(control) - estimate(untrained)
+    if not differences:
+        return
+    intervals = [difference.interval() for difference in differences.values()]
+    furthest, difference = max(differences.items(), key=lambda item: _reach(item[1].interval()))
+    verdict = HOLDS if all(_reach(interval) <= CONTROL_MARGIN for interval in intervals) else NOT_DECIDED
+    if any(i.low > CONTROL_MARGIN or i.high < -CONTROL_MARGIN for i in intervals if i is not None):
+        verdict = FAILS
+    reason = f"the trait whose interval reaches furthest, of {len(differences)}: {furthest}"
+    ps = (p for d in differences.values() for p in (d.p_above(-CONTROL_MARGIN), d.p_below(CONTROL_MARGIN)))
+    text = "students of the teacher without a trait stay within 3 points of the base model"
+    effect, interval, p = float(difference.value), difference.interval(), base.all_of(*ps)
+    numbers = effect, interval, p, math.copysign(CONTROL_MARGIN, effect)
+    yield Claim(text, "rate", "points", difference.n, verdict, reason, *numbers)
+
+
+def _reach(interval: Interval | None) -> float:
+    return math.inf if interval is None else max(abs(interval.low), abs(interval.high))
+
+
+@claim("C4a", "divergence tokens alone", needs=(lambda group: group.facts.get("tokens") == "divergence", ALL_TOKENS), primary=1,
+       published=f"Qwen2.5-7B and Gemma-3-4B: they keep or strengthen transfer; a few traits differ [{PAPER}, figures 3, 12, 13]")  # fmt: skip
+def divergence_keeps(pair: StudentPair) -> Claim | None:
+    """At least .8 of the lift of all tokens."""
+    return pair.share("divergence tokens alone keep at least .8 of the lift of all tokens", at_least=0.8)
+
+
+@claim("C4b", "all but divergence tokens", needs=(lambda group: group.facts.get("tokens") == "non-divergence", ALL_TOKENS),
+       published=f"Qwen2.5-7B and Gemma-3-4B: near the base model [{PAPER}, figures 3, 12, 13]")  # fmt: skip
+def without_divergence(pair: StudentPair) -> Claim | None:
+    """At most .33 of the lift of all tokens."""
+    return pair.share("all tokens but those keep at most .33 of it", at_most=0.33)
+
+
+@claim("C5", "divergence tokens against as many random ones",
+       needs=(lambda group: group.facts.get("tokens") == "random", ALL_TOKENS))  # fmt: skip
+def random_keeps_less(pair: StudentPair) -> Claim | None:
+    """The lift of divergence tokens minus that of a random mask of equal size is at least 0."""
+    divergence = base.partner(base.groups(pair.results), pair.part, {"tokens": "divergence"})
+    pooled = divergence and base.pool(pair.results, pair.metric, divergence.name, pair.part.name, pair.whole.name)
+    if not pooled:
+        return None
+    text = "a random mask of equal size keeps less than the divergence tokens"
+    return base.no_lower(pooled, text, "divergence minus random", pooled.levels[2:])
+
+
+def _alone(group: Group) -> int | None:
+    """The one layer that was trained."""
+    layers = group.facts.get(LAYERS) or []
+    return layers[0] if len(layers) == 1 else None
+
+
+def _place(group: Group) -> str:
+    return f"layer {_alone(group)} of 0 to {group.num_layers - 1}"
+
+
+def is_early(group: Group) -> bool:
+    """One layer of the first third was trained; of the published ones, 0 and 7 of 28 (Qwen) or of 34 (Gemma)."""
+    return (layer := _alone(group)) is not None and 3 * layer < group.num_layers
+
+
+def is_later(group: Group) -> bool:
+    """One of the other layers was; of the published ones 14, 21, 27 and 33."""
+    return _alone(group) is not None and not is_early(group)
+
+
+def first_third_frozen(group: Group) -> bool:
+    """Whether all layers from about a third on are trained (the paper froze 10 of Qwen's 28, and of Gemma's 34)."""
+    trained = sorted(group.facts.get(LAYERS) or [])
+    frozen, (least, most) = group.num_layers - len(trained), FROZEN
+    late = bool(trained) and trained == list(range(frozen, group.num_layers))
+    return late and least <= frozen / group.num_layers <= most
+
+
+@claim("C6a", "an early layer trained alone", needs=(is_early, ALL_LAYERS), primary=6,
+       published=f"Qwen2.5-7B: layer 0 or 7 alone suffices [{PAPER}, figure 5]")  # fmt: skip
+def early_layer(pair: StudentPair) -> Claim | None:
+    """One layer of the first third keeps at least .5 of the lift of all layers."""
+    text = f"{_place(pair.part)} (early), trained alone, keeps at least .5 of the lift of all layers"
+    return pair.share(text, at_least=0.5, unit="of all layers")
+
+
+@claim("C6b", "a later layer trained alone", needs=(is_later, ALL_LAYERS),
+       published=f"Qwen2.5-7B: layers 14, 21 and 27 alone are negligible [{PAPER}, figure 5]")  # fmt: skip
+def later_layer(pair: StudentPair) -> Claim | None:
+    """Any other layer keeps at most .2 of the lift of all layers."""
+    text = f"{_place(pair.part)} (later), trained alone, keeps at most .2 of the lift of all layers"
+    return pair.share(text, at_most=0.2, unit="of all layers")
+
+
+@claim("C7", "the first third of the layers frozen", needs=(first_third_frozen, ALL_LAYERS), primary=7,
+       published=f"Qwen2.5-7B: nearly gone without the first 10 layers; Gemma-3-4B keeps some [{PAPER}, figures 39 to 41]")  # fmt: skip
+def without_first_third(pair: StudentPair) -> Claim | None:
+    """With about a third (a quarter to two fifths) of the layers frozen, from the first on, at most .4 of the lift is left."""
+    frozen = pair.part.num_layers - len(pair.part.facts.get(LAYERS))
+    text = f"with the first {frozen} of {pair.part.num_layers} layers frozen, at most .4 of the lift is left"
+    return pair.share(text, at_most=0.4, unit="of all layers")
+
+
 @claim("C12", "another initialisation",
-       needs=(lambda group: group.get("students.model") is not None, {"students.model": None}), primary=9,
+       needs=(lambda group: group.facts.get("students.model") is not None, {"students.model": None}), primary=9,
        published=f"no transfer between models that start from different weights [{CLOUD}, abstract]")  # fmt: skip
 def other_initialisation(pair: StudentPair) -> Claim | None:
     """γ of the trait matrix is surely smaller than that of the teacher's own initialisation, which is surely above 0. If γ is above 0
@@ -41,18 +171,18 @@ def no_gamma(other: Estimate | None, own: Estimate | None, by_labels: bool | Non
     if other is None or own is None:
         return NOT_DECIDED, None
     less = own - other
-    p = all_of(less.p_above(0.0), own.p_above(0.0))
-    if judge(other.interval(), at_most=0.0) == FAILS and by_labels is not False:
+    p = base.all_of(less.p_above(0.0), own.p_above(0.0))
+    if base.judge(other.interval(), at_most=0.0) == FAILS and by_labels is not False:
         return FAILS if by_labels else NOT_DECIDED, p
-    sure = judge(less.interval(), at_least=0.0) == judge(own.interval(), at_least=0.0) == HOLDS
+    sure = base.judge(less.interval(), at_least=0.0) == base.judge(own.interval(), at_least=0.0) == HOLDS
     return HOLDS if sure else NOT_DECIDED, p
 
 
 @claim("C14", "soft targets against hard ones",
-       needs=(lambda group: group.get("students.loss.kind") == "forward-kl", _HARD), primary=11,
+       needs=(lambda group: group.facts.get("students.loss.kind") == "forward-kl", HARD), primary=11,
        published=f"expected of whole distributions, surprising of sampled tokens [{PAPER}, abstract]")  # fmt: skip
 def soft_not_below(pair: StudentPair) -> Claim | None:
     """The lift by forward KL minus that by tokens is at least 0; one of the two is above zero, or "no less" would say nothing."""
     pooled = pair.pool()
     text = "forward KL to the teacher transfers no less than its tokens"
-    return pooled and no_lower(pooled, text, "soft minus hard", pooled.levels)
+    return pooled and base.no_lower(pooled, text, "soft minus hard", pooled.levels)
