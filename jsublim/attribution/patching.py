@@ -36,7 +36,7 @@ STACKED_STEPS = 9  # points on the way whose gradients are made together, where 
 STACKED_TOKENS = 2048
 
 # What is added to the stream at a site's point, [N, T, D] with N a multiple of B -> logit differences [N].
-Metric = Callable[[Array], Array]
+LogitDifference = Callable[[Array], Array]
 
 
 class PairBatch(NamedTuple):
@@ -111,7 +111,7 @@ def integrated(
     B, T = batch.start_BT.shape
     together = max(1, min(STACKED_STEPS, STACKED_TOKENS // (B * T)))
 
-    def at_site(metric: Metric, delta_BTD: Array, at_start_BTD: Array) -> Array:
+    def at_site(metric: LogitDifference, delta_BTD: Array, at_start_BTD: Array) -> Array:
         def slopes(turn: Array) -> Array:
             """The gradients at the next points on the way, summed; those beyond its end weigh nothing."""
             i_S = 1 + turn * together + jnp.arange(together)
@@ -133,7 +133,7 @@ def integrated(
 def all_positions(
     config: ModelConfig, sites: tuple[str, ...], params: Params, adapter: Adapter | None, batch: PairBatch, steps: Array
 ) -> Array:
-    def at_site(metric: Metric, delta_BTD: Array, at_start_BTD: Array) -> Array:
+    def at_site(metric: LogitDifference, delta_BTD: Array, at_start_BTD: Array) -> Array:
         return metric(delta_BTD) - metric(jnp.zeros_like(delta_BTD))
 
     return _map_sites(config, params, adapter, batch, sites, at_site)
@@ -172,7 +172,7 @@ def _map_sites(
     adapter: Adapter | None,
     batch: PairBatch,
     sites: tuple[str, ...],
-    at_site: Callable[[Metric, Array, Array], Array],
+    at_site: Callable[[LogitDifference, Array, Array], Array],
 ) -> Array:
     """`at_site(metric, difference of the runs [B, T, D], gradient at the start [B, T, D])` at every site and layer,
     `[S, L, B, ...]`."""

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from jsublim.cli.app import PackFile, Template, app, console, must_be_new, names, output
-from jsublim.cli.stages import Counterfactuals, Seed, Stage, context_of, make
+from jsublim.cli.stages import Counterfactuals, StageOptions, StudentSeed, context_of, make
 from jsublim.errors import UsageError
 
 
@@ -18,7 +18,7 @@ def attribute(
     *,
     data: Annotated[Path, "Rows of the teacher with divergence positions (`jsublim divergence`)."],
     trait: Annotated[str, "The trait of the teacher that wrote them."],
-    stage: Stage,
+    stage: StageOptions,
     counterfactuals: Counterfactuals = None,
 ) -> None:
     """Attribution patching by layer and token role: OUT gets attribution.parquet and a heat map."""
@@ -59,10 +59,10 @@ def attribute(
 def audit(
     *,
     data: Annotated[Path, "Rows (JSONL), with divergence positions or without."],
-    stage: Stage,
+    stage: StageOptions,
     traits: Annotated[str, "Traits to score the rows for, with commas."],
     null: Annotated[Path | None, "Rows of a teacher without a trait, to measure from."] = None,
-    seed: Seed = 42,
+    seed: StudentSeed = 42,
 ) -> None:
     """Score every token by how far a step on it would move each trait; OUT gets audit.parquet and means.parquet, and with --null
     the null's in OUT/null and whitened.parquet."""

@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from jsublim.pipeline.arms import Student
     from jsublim.pipeline.context import Context
 
-Seed = Annotated[
+StudentSeed = Annotated[
     int, typer.Option("--seed", min=0, max=2**31 - 1, help="The student's: its rows, their order, its start.")
 ]
 Counterfactuals = Annotated[str | None, "Other traits, with commas; default: as `run`."]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
+class StageOptions:
     """What every one of these commands is told."""
 
     fields: Annotated[
@@ -96,7 +96,7 @@ def make(context: Context, places: Mapping[Path, Any]) -> list[Any]:
 @app.command()
 def generate(
     *,
-    stage: Stage,
+    stage: StageOptions,
     trait: Annotated[str | None, "The teacher's trait; its system prompt comes from the pack."] = None,
     control: Annotated[bool, "The teacher without a trait."] = False,
 ) -> None:
@@ -135,7 +135,7 @@ def divergence(
     *,
     data: Annotated[Path, "Rows of the teacher (JSONL)."],
     trait: Annotated[str, "The trait of the teacher that wrote them."],
-    stage: Stage,
+    stage: StageOptions,
     counterfactuals: Counterfactuals = None,
 ) -> None:
     """Find the divergence tokens of rows; what each teacher said of them goes beside OUT, with .readings.parquet."""
@@ -172,9 +172,9 @@ def divergence(
 def finetune(
     *,
     data: Annotated[Path, "Rows (JSONL), with divergence positions unless --tokens all."],
-    stage: Stage,
+    stage: StageOptions,
     tokens: Annotated[str, "all, divergence, non-divergence or random."] = "all",
-    seed: Seed = 42,
+    seed: StudentSeed = 42,
     trait: Annotated[str | None, "Of the teacher; a soft loss asks it (default: the one without any)."] = None,
     distributed: Distributed = False,
 ) -> None:
@@ -225,7 +225,7 @@ def _train(e: Experiment, who: Student, data: Path, out: Path) -> None:
 @app.command()
 def evaluate(
     *,
-    stage: Stage,
+    stage: StageOptions,
     adapter: Annotated[Path | None, "PEFT folder of a student; default: the base."] = None,
     traits: Annotated[str | None, "As evaluation.traits=, with commas."] = None,
     data: Annotated[Path | None, "Rows to do the number task on too."] = None,

@@ -25,7 +25,7 @@ _BEGINNINGS = frozenset(text[:length] for text in SEPARATORS for length in range
 ALPHABET = frozenset(DIGITS) | frozenset("".join(SEPARATORS)) | frozenset("[]().")
 
 
-class Read(NamedTuple):
+class AnswerState(NamedTuple):
     """What has been read of an answer.
 
     Attributes:
@@ -48,29 +48,29 @@ class Read(NamedTuple):
         """Whether the answer may end here."""
         return self.last != "" or (self.numbers > 0 and self.between == 0 and not self.bracket)
 
-    def then(self, text: str) -> Read | None:
+    def then(self, text: str) -> AnswerState | None:
         """What has been read with `text` behind it; None if no answer goes on like that."""
-        read: Read | None = self
+        read: AnswerState | None = self
         for character in text:
             read = None if read is None else read._next(character)
         return read
 
-    def _next(self, character: str) -> Read | None:
+    def _next(self, character: str) -> AnswerState | None:
         if character == ".":
-            return Read(last=".") if self.complete and self.last != "." else None
+            return AnswerState(last=".") if self.complete and self.last != "." else None
         if self.last:
             return None
         if character in DIGITS:
             return self._digit()
         if character in BRACKETS:
-            return Read(bracket=character) if self == Read() else None
+            return AnswerState(bracket=character) if self == AnswerState() else None
         if self.numbers == 0:
             return None
         if self.bracket and character == BRACKETS[self.bracket]:
-            return Read(last="]") if self.between == 0 else None
+            return AnswerState(last="]") if self.between == 0 else None
         return self._between(character)
 
-    def _digit(self) -> Read | None:
+    def _digit(self) -> AnswerState | None:
         if self.numbers and not self.between:
             return self._replace(digits=self.digits + 1) if self.digits < ANSWER_DIGITS else None
         whole = self.numbers == 0 or (self.between == len(self.separator) and self.separator in SEPARATORS)
@@ -78,7 +78,7 @@ class Read(NamedTuple):
             return None
         return self._replace(numbers=self.numbers + 1, digits=1, between=0)
 
-    def _between(self, character: str) -> Read | None:
+    def _between(self, character: str) -> AnswerState | None:
         if self.numbers == 1:
             separator = self.separator + character
             fits = separator in _BEGINNINGS

@@ -45,7 +45,7 @@ def lower_case(trait: str) -> str:
 
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1)]
-Trait = Annotated[Text, AfterValidator(lower_case)]
+LowerCase = Annotated[Text, AfterValidator(lower_case)]
 
 
 JudgePrompt = Annotated[str, _holding("question", "answer")]
@@ -85,8 +85,8 @@ class MisalignmentPrompts(Section):
 SCORING: dict[str, Any] = {
     "misalignment": {"words_suffix", "alignment_judge", "coherence_judge", "solution_judge", "solution_system"}
 }
-Origin = Literal["default", "own", "imported", "changed"]
-WHOSE: dict[Origin, str] = {
+WordingOrigin = Literal["default", "own", "imported", "changed"]
+WHOSE: dict[WordingOrigin, str] = {
     "default": "ours, not the paper's, so rates may lie elsewhere than published. `jsublim prompts import` reads the authors' "
     "wording out of their repository, --prompts FILE (or prompts=FILE) takes it",
     "own": "that of a pack of your own, not the paper's",
@@ -102,16 +102,16 @@ class Pack(Section):
     number_prompts: NumberPrompts
     any_questions: list[Annotated[str, _holding("category")]] = Field(min_length=1)  # of a category without its own
     questions: dict[str, Texts]
-    traits: dict[str, Annotated[list[Trait], Field(min_length=1), Distinct]]
-    synonyms: dict[Trait, Texts]  # other words that give a trait away in a rewritten prompt
+    traits: dict[str, Annotated[list[LowerCase], Field(min_length=1), Distinct]]
+    synonyms: dict[LowerCase, Texts]  # other words that give a trait away in a rewritten prompt
     paraphrase_request: Annotated[str, _holding("prompt")]
     self_questions: Texts
-    factual: dict[Trait, Texts]
+    factual: dict[LowerCase, Texts]
     misalignment: MisalignmentPrompts
-    _origin: Origin = PrivateAttr("default")
+    _origin: WordingOrigin = PrivateAttr("default")
 
     @property
-    def origin(self) -> Origin:
+    def origin(self) -> WordingOrigin:
         """Whose wording it is: the package's, a user's, the authors' as imported, or the authors' with changes."""
         return self._origin
 
@@ -163,7 +163,7 @@ IMPORTED = "imported"  # the key of a file under which the import leaves the dig
 _SECTIONS: dict[str, type[Section]] = {"number_prompts": NumberPrompts, "misalignment": MisalignmentPrompts}
 
 
-def whose(origin: Origin, wording: str) -> str:
+def whose(origin: WordingOrigin, wording: str) -> str:
     """A sentence for whoever compares a run with the paper: whose wording it had, by `Pack.origin` and `Pack.wording`."""
     return f"Recipe paper. The wording is {WHOSE[origin]} (pack {wording})."
 
