@@ -18,7 +18,6 @@ from jsublim.cli import (  # noqa: F401 (they register their commands)
     forecast,
     launch,
     listing,
-    rescoring,
     showing,
     stages,
 )

@@ -6,9 +6,7 @@ import math
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from jsublim.cli.app import PackFile, Template, app, console, must_be_new, names, output
+from jsublim.cli.app import PackFile, Template, app, console, must_be_new, names, output, print_table
 from jsublim.cli.stages import Counterfactuals, StageOptions, StudentSeed, context_of, make
 from jsublim.errors import UsageError
 
@@ -27,27 +25,27 @@ def attribute(
     from jsublim.pipeline.arms import Source
     from jsublim.pipeline.experiment import attribution
     from jsublim.report.attribution import attribution_heats, early_share
-    from jsublim.report.formats import table
     from jsublim.report.html import render
     from jsublim.text.rows import read_rows
 
     read_rows(data, ("prompt", "completion", "divergence_positions"))
-    out, base = stage.out, {"attribution": {}, "teachers": {"traits": [trait]}}
+    base = {"attribution": {}, "teachers": {"traits": [trait]}}
     e = stage.experiment("attribute", base, teachers__counterfactuals=names(counterfactuals) or None)
     if e.attribution is None:
         raise UsageError("attribution: null given; leave it out or give its fields")
-    context = context_of(e, {Source(trait): data})
-    (summary,) = make(context, {out: attribution(context.setup, Source(trait))})
+    out, context = stage.out, context_of(e, {Source(trait): data})
+    (summary,) = make(context, out, attribution(context.setup, Source(trait)))
     effects = pq.ParquetFile(out / "attribution.parquet").read()
     render(out / "heat_map.html", "attribution.html", attribution=attribution_heats(effects))
     skipped = "".join(f"; {count} skipped: {reason}" for reason, count in summary["skipped"].items())
     console.print(f"{summary['used']} of {summary['rows']} rows used, {summary['pairs']} pairs{skipped}")
-    lines = [
-        {"direction": direction, "site": site, "completeness error": f"{error:.1%}"}
-        for direction, errors in summary["completeness_error"].items()
-        for site, error in errors.items()
-    ]
-    console.print(table(lines, ["direction", "site", "completeness error"]))
+    print_table(
+        [
+            {"direction": direction, "site": site, "completeness error": f"{error:.1%}"}
+            for direction, errors in summary["completeness_error"].items()
+            for site, error in errors.items()
+        ]
+    )
     shares = early_share(effects)
     if shares:
         mean = sum(share.of_early for share in shares) / len(shares)
@@ -82,12 +80,12 @@ def audit(
         raise UsageError(
             "students: null given; rows are scored for what a student trains; leave it out or give its fields"
         )
-    given = {Source(NOBODY): data} | ({} if null is None else {Source(CONTROL): null})
+    out, files = stage.out, [data] if null is None else [data, null]
+    places = [out, out / "null"][: len(files)]
+    given = dict(zip((Source(NOBODY), Source(CONTROL)), files, strict=False))
     context = context_of(e, given)
-    students = [Student(source.teacher, "all", seed, settings=e.students) for source in given]
-    out, nodes = stage.out, [audit_of(context.setup, student) for student in students]
-    places = dict(zip((out, out / "null"), nodes, strict=False))
-    make(context, places)
+    for place, source in zip(places, given, strict=True):
+        make(context, place, audit_of(context.setup, Student(source.teacher, "all", seed, settings=e.students)))
     if null is not None:
         scores, of_null = (read_columns(place / "audit.parquet") for place in places)
         with atomic(out / "whitened.parquet") as scratch:
@@ -100,7 +98,6 @@ def _print_means(paths: list[Path]) -> None:
     """The mean score of all tokens for each trait; beside it what is left beyond the null's rows, if there are any: with its interval,
     and in standard errors."""
     from jsublim.core.files import read_table
-    from jsublim.report.formats import table
     from jsublim.report.statistics import LEVEL, normal_interval
 
     means, *null = ({line["trait"]: line for line in read_table(path) if line["tokens"] == "all"} for path in paths)
@@ -115,14 +112,14 @@ def _print_means(paths: list[Path]) -> None:
             shown[f"beyond it ({LEVEL:.0%})"] = f"{beyond:+.2g} ({interval.low:+.2g} to {interval.high:+.2g})"
             shown["in errors"] = f"{beyond / error if error else 0.0:+.1f}"
         lines.append(shown)
-    console.print(table(lines, list(lines[0])))
+    print_table(lines)
 
 
 @app.command()
 def steer(
     *,
     model: Annotated[str, "Checkpoint folder, bundled name (tiny-qwen2), or owner/name of the hub."],
-    layer: Annotated[int, typer.Option("--layer", min=0, help="The vector is added after this layer.")],
+    layer: Annotated[int, "The vector is added after this layer.", {"min": 0}],
     out: Annotated[Path, "Where the result goes; an unfinished one there is continued."],
     trait: Annotated[str | None, "Toward the pack's system prompt of this trait."] = None,
     category: Annotated[str | None, "Of a trait that the pack doesn't list."] = None,

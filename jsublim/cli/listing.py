@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from jsublim.cli.app import Format, Json, app, must_be_new, output
+from jsublim.cli.app import Format, Json, app, must_be_new, output, print_json
 from jsublim.core.reading import near_or_all
 from jsublim.errors import JsublimError, UsageError
 
@@ -61,7 +61,6 @@ def doctor(
 ) -> None:
     """Look at versions, devices, memory and disk, and compile a small step and check it: what is wrong, and what to do."""
     import dataclasses
-    import json
 
     from jsublim.cli.doctor import examine
 
@@ -73,7 +72,7 @@ def doctor(
             if finding.wrong:
                 output.print(f"  wrong: {finding.wrong}", style="bold")
     if as_json:
-        output.out(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2, ensure_ascii=False))
+        print_json([dataclasses.asdict(finding) for finding in findings])
     wrong = [finding.what for finding in findings if finding.wrong]
     if wrong:
         raise JsublimError(f"doctor: {', '.join(wrong)}: see above")

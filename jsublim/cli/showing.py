@@ -1,31 +1,23 @@
-"""Commands that read what runs have left: show, results, compare, verify. They compute nothing, and need no model."""
+"""Commands that read what runs have left: show, results, compare, rescore, verify. They need no model, but for a judge's scores."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from jsublim.cli.app import Format, Json, app, kinds, output
+from jsublim.cli.app import Format, Json, Run, app, console, kinds, output, print_json
 from jsublim.errors import JsublimError, UsageError
 
-Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")]
+if TYPE_CHECKING:
+    from jsublim.report.comparing import Compared
+
+SHOWN = ("run", "name", "status", "model", "model_revision", "device", "started", "report", "store", "no_verdicts")
 
 
 @app.command()
-def show(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")], as_json: Json = False) -> None:
+def show(run: Run, as_json: Json = False) -> None:
     """What was run and what came of it: status, config, times, verdicts, artifacts."""
-    about = about_any_run(run)
-    if as_json:
-        output.out(json.dumps(about, indent=2, ensure_ascii=False))
-        return
-    print_about(about)
-
-
-def about_any_run(run: Path) -> dict[str, Any]:
-    """As `about_run`, with the findings of a digits run too."""
     from jsublim.pipeline.showing import about_run
 
     about = about_run(run, kinds())
@@ -33,68 +25,57 @@ def about_any_run(run: Path) -> dict[str, Any]:
         from jsublim.digits.report import findings, read_lines
 
         about["findings"] = findings(read_lines(run))
-    return about
+    print_json(about) if as_json else print_about(about)
+
+
+def say_result(report: Path, as_json: bool) -> None:
+    """What a run has come to: where its report is, or what `jsublim show` says, as JSON."""
+    if as_json:
+        show(report.parent, as_json=True)
+    else:
+        output.out(report)
 
 
 def print_about(about: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from jsublim.report.formats import rounded, table
+    from jsublim.report.formats import print_rows, rounded
     from jsublim.report.words import p_value
 
     facts = Table("", "", show_header=False, box=None, padding=(0, 2, 0, 0))
     facts.columns[1].overflow = "fold"
-    for key in (
-        "run",
-        "name",
-        "status",
-        "model",
-        "model_revision",
-        "device",
-        "started",
-        "report",
-        "store",
-        "no_verdicts",
-    ):
-        if about.get(key) is not None:
-            facts.add_row(key.replace("_", " "), Text(str(about[key])))
+    lines = [(key.replace("_", " "), str(about[key])) for key in SHOWN if about.get(key) is not None]
     seconds = about["seconds"]
     if seconds:
-        facts.add_row("seconds", ", ".join(f"{kind} {value:g}" for kind, value in seconds.items()))
-        facts.add_row("in all", f"{sum(seconds.values()) / 60:.1f} minutes")
-    for kind, found in about["artifacts"].items():
-        others = {"damaged": found["damaged"], "unfinished": found["there"] - found["whole"] - found["damaged"]}
-        rest = "".join(f", {count} {what}" for what, count in others.items() if count)
-        facts.add_row(f"artifacts: {kind}", f"{found['whole']}{rest}, {found['bytes'] / 1e6:.3g} MB")
-    for place in about["rescored_as"]:
-        facts.add_row("rescored", Text(place))
+        lines.append(("seconds", ", ".join(f"{kind} {value:g}" for kind, value in seconds.items())))
+        lines.append(("in all", f"{sum(seconds.values()) / 60:.1f} minutes"))
+    for kind, count in about["artifacts"].items():
+        others = {"damaged": count["damaged"], "unfinished": count["there"] - count["whole"] - count["damaged"]}
+        rest = "".join(f", {number} {what}" for what, number in others.items() if number)
+        lines.append((f"artifacts: {kind}", f"{count['whole']}{rest}, {count['bytes'] / 1e6:.3g} MB"))
+    lines += [("rescored", place) for place in about["rescored_as"]]
     if about.get("rescored"):
-        facts.add_row(
-            "rescored by", Text(", ".join(f"{key} {rounded(value)}" for key, value in about["rescored"].items()))
-        )
+        lines.append(("rescored by", ", ".join(f"{key} {rounded(value)}" for key, value in about["rescored"].items())))
+    for name, text in lines:
+        facts.add_row(name, Text(text))
     output.print(facts)
-    config = [
-        {"field": name, "value": json.dumps(value, ensure_ascii=False)} for name, value in about["config"].items()
-    ]
+    config = [{"field": key, "value": json.dumps(value, ensure_ascii=False)} for key, value in about["config"].items()]
     if config:
-        output.print(table(config, ["field", "value"], "config, where it differs from the defaults"))
+        print_rows(config, ["field", "value"], "table", output, "config, where it differs from the defaults")
     if about["verdicts"]:
         rows = [v | {"p": p_value(v["p"]), "primary": "primary" if v["primary"] else ""} for v in about["verdicts"]]
-        output.print(table(rows, ["claim", "text", "verdict", "p", "primary"], "verdicts"))
+        print_rows(rows, ["claim", "text", "verdict", "p", "primary"], "table", output, "verdicts")
     for sentence in about.get("findings", []):
         output.print(sentence)
 
 
 @app.command()
 def results(
-    runs: Runs,
-    where: Annotated[
-        str | None, typer.Option("--where", help="A condition in SQL: \"metric = 'rate' and teacher = trait\".")
-    ] = None,
-    questions: Annotated[
-        bool, typer.Option("--questions", help="A row for each question; default: means over questions.")
-    ] = False,
+    runs: Annotated[list[Path], "Folders of runs.", {"metavar": "RUN..."}],
+    *,
+    where: Annotated[str | None, "A condition in SQL: \"metric = 'rate' and teacher = trait\"."] = None,
+    questions: Annotated[bool, "A row for each question; default: means over questions."] = False,
     how: Format = "table",
 ) -> None:
     """Print the results of runs: a row for each model, trait and metric."""
@@ -116,8 +97,8 @@ def results(
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A run's folder.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another run's folder.")],
+    a: Annotated[Path, "A run's folder.", {"metavar": "A"}],
+    b: Annotated[Path, "Another run's folder.", {"metavar": "B"}],
     how: Format = "table",
 ) -> None:
     """Lay two runs beside one another: differences of their configs, their results, and B minus A with intervals."""
@@ -130,15 +111,15 @@ def compare(
     if "digits" in (run_kind(a), run_kind(b)):
         raise UsageError("compare: lays runs on language models beside one another; of digits, `jsublim results A B`")
     first, second = read_results(a), read_results(b)
-    found = compared(first, second)
+    conditions = compared(first, second)
     if how != "table":
-        rows = [_row(each) for each in found]
+        rows = [_in_numbers(condition) for condition in conditions]
         print_rows(rows, list(rows[0]) if rows else [], how, output)
         return
     output.print(f"a: {a}\nb: {b}", soft_wrap=True)
     print_differences(a, b)
-    for metric in dict.fromkeys(each.metric for each in found):
-        rows = [_in_words(each) for each in found if each.metric == metric]
+    for metric in dict.fromkeys(condition.metric for condition in conditions):
+        rows = [_in_words(condition) for condition in conditions if condition.metric == metric]
         print_rows(rows, list(rows[0]), how, output, f"{metric}: b - a with its interval over students")
     print_rows(verdicts(first, second), ["claim", "a", "b"], how, output, "verdicts")
 
@@ -161,43 +142,58 @@ def print_differences(a: Path, b: Path) -> None:
         output.print("Their configs say the same.")
 
 
-def _row(found: Any) -> dict[str, Any]:
-    low, high = (None, None) if found.interval is None else (found.interval.low, found.interval.high)
-    own = {"trait": found.trait, "condition": found.condition, "metric": found.metric, "students": list(found.students)}
-    return own | {"a": found.a, "b": found.b, "b - a": found.difference, "low": low, "high": high}
+def _in_numbers(c: Compared) -> dict[str, Any]:
+    low, high = (None, None) if c.interval is None else (c.interval.low, c.interval.high)
+    about = {"trait": c.trait, "condition": c.condition, "metric": c.metric, "students": list(c.students)}
+    return about | {"a": c.a, "b": c.b, "b - a": c.difference, "low": low, "high": high}
 
 
-def _in_words(found: Any) -> dict[str, Any]:
+def _in_words(c: Compared) -> dict[str, Any]:
     from jsublim.report import words
 
-    a, b = (words.number(value, found.metric) for value in (found.a, found.b))
-    bounds = words.MISSING if found.interval is None else words.interval(found.interval, found.metric, signed=True)
-    gap = words.number(found.difference, found.metric, signed=True)
-    return {"condition": found.condition, "trait": found.trait, "a": a, "b": b, "b - a": gap, "95 %": bounds}
+    a, b = (words.number(value, c.metric) for value in (c.a, c.b))
+    bounds = words.MISSING if c.interval is None else words.interval(c.interval, c.metric, signed=True)
+    gap = words.number(c.difference, c.metric, signed=True)
+    return {"condition": c.condition, "trait": c.trait, "a": a, "b": b, "b - a": gap, "95 %": bounds}
 
 
 @app.command()
-def verify(store: Annotated[str, typer.Argument(metavar="STORE", help="A folder (RUN/artifacts) or a URL.")]) -> None:
+def rescore(
+    run: Run,
+    fields: Annotated[
+        list[str] | None, "Another judge: judge.model=FOLDER, or judge.server.base_url=URL judge.server.model=NAME."
+    ] = None,
+    *,
+    match: Annotated[
+        str | None, "When an answer names a trait: substring, word, first, exact, or a regex with {name}."
+    ] = None,
+    out: Annotated[Path | None, "Default: a folder of its own in RUN/rescored."] = None,
+) -> None:
+    """Make new results of a run's answers, by another matching rule or judge. The old ones stay; no model is asked."""
+    from jsublim.pipeline import rescoring
+    from jsublim.report.html import write_report
+    from jsublim.report.terminal import print_summary
+
+    made = rescoring.rescore(run, rescoring.rescoring_of(run, match, fields or []), out)
+    report = write_report(made)
+    print_summary(made, console)
+    output.out(report)
+
+
+@app.command()
+def verify(store: Annotated[str, "A folder (RUN/artifacts) or a URL.", {"metavar": "STORE"}]) -> None:
     """Read every artifact of a store, and name those that are not what was written. Nothing is changed."""
     from jsublim.pipeline import verifying
 
     count, read, damaged = 0, 0, 0
-    for found in verifying.verify(store):
-        count, read = count + 1, read + found.bytes
-        if found.damage is not None:
+    for artifact in verifying.verify(store):
+        count, read = count + 1, read + artifact.bytes
+        if artifact.damage is not None:
             damaged += 1
-            output.print(found.damage, soft_wrap=True)
+            output.print(artifact.damage, soft_wrap=True)
     output.print(f"{count} artifacts, {read:,} bytes read; {damaged} damaged", soft_wrap=True)
     if damaged:
         raise JsublimError(
             f"{store}: {damaged} of {count} artifacts are damaged; remove DONE from those, and the commands that made them make "
             "them again"
         )
-
-
-def say_result(report: Path, as_json: bool) -> None:
-    """What a run has come to: where its report is, or what `jsublim show` says, as JSON."""
-    if not as_json:
-        output.out(report)
-        return
-    output.out(json.dumps(about_any_run(report.parent), indent=2, ensure_ascii=False))

@@ -14,17 +14,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from jsublim.cli.app import console
 from jsublim.errors import JsublimError, UsageError
 
 if TYPE_CHECKING:
     from jsublim.config import Experiment
 
-Distributed = Annotated[
-    bool, typer.Option("--distributed", help="One of several processes, with run.parallel (docs/pods.md).")
-]
+Distributed = Annotated[bool, "One of several processes, with run.parallel (docs/pods.md)."]
 
 
 class Speaker:
