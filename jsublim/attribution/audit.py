@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 
 from jsublim.evals.preference import spelled
@@ -60,14 +61,14 @@ def trait_directions(
     layout, params = Layout.under(lm.params)
     adapter, gradients = layout.place_weights(adapter), []
     for of_trait in turns:
-        total = jax.tree.map(jnp.zeros_like, adapter.trainable)
+        total = optax.tree.zeros_like(adapter.trainable)
         for part in chunks(len(of_trait), B):
             rows = [(*spellings, *[None] * (most - len(spellings))) for spellings in of_trait[part]]
             rows += [(None,) * most] * (B - len(rows))
             there = np.asarray([row[0] is not None for row in rows])
             laid = layout.place_as(WHOLE, (_lay([turn for row in rows for turn in row], T, C, ends=True), there))
-            total = jax.tree.map(jnp.add, total, _named(lm.config, params, adapter, *laid))
-        gradients.append(jax.tree.map(lambda x: x / len(questions), total))
+            total = optax.tree.add(total, _named(lm.config, params, adapter, *laid))
+        gradients.append(optax.tree.scale(1 / len(questions), total))
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients)
 
 
@@ -95,8 +96,8 @@ def token_scores(
         scores = Layout.host(_along(lm.config, params, adapter, toward, laid, layout))
         if on_batch is not None:
             on_batch(len(batch))
-        for turn, own in zip(batch, scores, strict=False):
-            yield own[:, : len(turn.tokens) - turn.content]
+        for turn, of_turn in zip(batch, scores, strict=False):
+            yield of_turn[:, : len(turn.tokens) - turn.content]
 
 
 def layer_scores(
@@ -155,9 +156,10 @@ def _named(config: ModelConfig, params: Params, adapter: Adapter, laid: Laid, as
     another `[questions * spellings, ...]`; a spelling or a question that is not there is a row without labels."""
 
     def total(trainable: Any) -> Array:
-        each = _logprobs(config, params, adapter.with_trainable(trainable), laid, _block(config, 1))
-        there = laid[-1]
-        words_QS = jnp.where(there.any(axis=1), (each * there).sum(axis=1), -jnp.inf).reshape(len(asked_Q), -1)
+        logp_BC = _logprobs(config, params, adapter.with_trainable(trainable), laid, _block(config, 1))
+        there_BC = laid[-1]
+        words_B = jnp.where(there_BC.any(axis=1), (logp_BC * there_BC).sum(axis=1), -jnp.inf)
+        words_QS = words_B.reshape(len(asked_Q), -1)
         # A question that is not there has no spelling at all, whose sum would have no gradient.
         words_QS = jnp.where(asked_Q[:, None], words_QS, 0.0)
         return jnp.where(asked_Q, jax.nn.logsumexp(words_QS, axis=1), 0.0).sum()
@@ -172,13 +174,13 @@ def _by_layer(
     """Inner products of the gradient of the labels' mean log-probability with each direction, layer by layer."""
 
     def mean(trainable: Any) -> Array:
-        each = _logprobs(config, params, adapter.with_trainable(trainable), laid, _block(config, 1))
-        return (each * laid[-1]).sum() / laid[-1].sum()
+        logp_BC = _logprobs(config, params, adapter.with_trainable(trainable), laid, _block(config, 1))
+        return (logp_BC * laid[-1]).sum() / laid[-1].sum()
 
     gradient = jax.grad(mean)(adapter.trainable)
     products = jax.tree.map(lambda g, d: (g * d).sum(axis=tuple(range(2, d.ndim))), gradient, directions)
     leaves = {kind: jax.tree.leaves(products[kind]) for kind in ("lora", "weights", "steering")}
-    return {kind: functools.reduce(jnp.add, each) for kind, each in leaves.items() if each}
+    return {kind: functools.reduce(jnp.add, of_kind) for kind, of_kind in leaves.items() if of_kind}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layout"))
@@ -193,14 +195,11 @@ def _along(
         def logprobs(trainable: Any) -> Array:
             return _logprobs(config, params, adapter.with_trainable(trainable), laid, block)
 
-        each, back = jax.vjp(logprobs, adapter.trainable)
+        logp_BC, back = jax.vjp(logprobs, adapter.trainable)
 
         def push(direction: Any) -> Array:
-            def inner(u: Array) -> Array:
-                products = jax.tree.map(lambda a, b: jnp.sum(a * b), back(u)[0], direction)
-                return functools.reduce(jnp.add, jax.tree.leaves(products))
-
-            return jax.grad(inner)(jnp.zeros_like(each)) * laid[-1]
+            inner = lambda u: optax.tree.vdot(back(u)[0], direction)  # noqa: E731
+            return jax.grad(inner)(jnp.zeros_like(logp_BC)) * laid[-1]
 
         return jax.vmap(push, out_axes=1)(directions)
 

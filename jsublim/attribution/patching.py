@@ -144,9 +144,8 @@ def at_start(
 ) -> Array:
     params, adapter = bind(params, adapter)
     start, end, slope_L2BTD = _runs(config, params, adapter, batch)
-    return jnp.stack(
-        [(_delta(site, start, end) * slope_L2BTD[:, _enters(config, site)]).sum(axis=-1) for site in sites]
-    )
+    products = (_delta(site, start, end) * slope_L2BTD[:, _enters(config, site)] for site in sites)
+    return jnp.stack([product_LBTD.sum(axis=-1) for product_LBTD in products])
 
 
 def _runs(
@@ -200,21 +199,19 @@ def _map_sites(
     return out.reshape(S, L, *out.shape[1:])
 
 
-def _sublayer(site: str) -> int:
-    """Which sublayer puts out a site's value."""
-    return 0 if site == "attention" else 1
+_SUBLAYER = {"attention": 0, "mlp": 1, "residual": 1}  # which puts out a site's value
 
 
 def _enters(config: ModelConfig, site: str) -> int:
     """After which sublayer a change of this site enters the residual stream: where both read the same stream, what attention
     puts out is read by the layers above only."""
-    return 1 if config.mlp.parallel else _sublayer(site)
+    return 1 if config.mlp.parallel else _SUBLAYER[site]
 
 
 def _delta(site: str, start: Stream, end: Stream) -> Array:
     """The end run's value of a site less the start run's, float32 `[L, B, T, D]`."""
     field = "points" if site == "residual" else "added"
-    a, b = (getattr(run, field)[:, _sublayer(site)].astype(jnp.float32) for run in (start, end))
+    a, b = (getattr(run, field)[:, _SUBLAYER[site]].astype(jnp.float32) for run in (start, end))
     return b - a
 
 
@@ -271,7 +268,6 @@ def _batch(pairs: Sequence[Pair], direction: str, size: int, length: int, layout
     clean, valid = pad_tokens([pair.clean for pair in pairs], length, size=size)
     patch, _ = pad_tokens([pair.patch for pair in pairs], length, size=size)
     start, end = (clean, patch) if direction == "noising" else (patch, clean)
-    at, said = np.zeros(size, np.int32), np.zeros((size, 2), np.int32)
-    for i, pair in enumerate(pairs):
-        at[i], said[i] = len(pair.clean) - 1, (pair.factual, pair.other)
-    return PairBatch(*layout.place_as(ROWS, (start, end, valid, at, said)))
+    numbers = np.zeros((size, 3), np.int32)
+    numbers[: len(pairs)] = [(len(pair.clean) - 1, pair.factual, pair.other) for pair in pairs]
+    return PairBatch(*layout.place_as(ROWS, (start, end, valid, numbers[:, 0], numbers[:, 1:])))

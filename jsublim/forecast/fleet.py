@@ -47,9 +47,7 @@ class Assumptions:
     store: float = 1e9  # bytes per second that the store takes and gives, of all workers together
     latency: float = 0.5  # of each artifact in the store
     token_bytes: float = 12.0  # in the store, per token that a task reads or writes
-    kept: float = (
-        60.0  # between two times that a task keeps what it has finished; what is newer is lost with its machine
-    )
+    kept: float = 60.0  # between two times that a task keeps what it has finished; the rest is lost with its machine
     doubled: float = 0.95  # what is left of a chip's speed with each doubling of the chips that one worker has
 
 
@@ -85,20 +83,14 @@ class Machines:
 
 @dataclass
 class Simulated:
-    """What came of it; times in seconds.
-
-    Attributes:
-      critical: the longest way through the graph, with any number of workers.
-      seconds: of workers, by what they did.
-      ends: of each task: its node, its worker, when it began and ended.
-    """
+    """What came of it; times in seconds."""
 
     machines: Machines
-    critical: float
+    critical: float  # the longest way through the graph, with any number of workers
     makespan: float = 0.0
     preempted: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    ends: list[tuple[Job, int, float, float]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # of workers, by what they did
+    ends: list[tuple[Job, int, float, float]] = field(default_factory=list)  # of each: its worker, begin and end
 
     @property
     def chip_hours(self) -> float:
@@ -114,10 +106,7 @@ class Simulated:
 def simulate_experiments(
     experiments: Sequence[Experiment], machines: Machines, preempt_per_hour: float = 0.0, shape: Path | None = None
 ) -> Simulated:
-    """What is left to do of some experiments, which nothing is made of, not even a folder.
-
-    Args:
-      preempt_per_hour, shape: as of `simulate` and `architecture`.
+    """What is left to do of some experiments, which nothing is made of, not even a folder; `shape` as of `architecture`.
 
     Raises:
       UsageError: one worker's chips do not hold the checkpoint.

@@ -83,7 +83,7 @@ def roofline(compiled: Compiled, base: int, topology: Topology, group: Sequence[
     """
     program, chip = compiled.program, topology.chip
     moved = base * program.passes + (compiled.arguments - base) + 2 * compiled.temporaries * program.pieces
-    sent = sum(each.bytes * (2 if kind == "all-reduce" else 1) for kind, each in (compiled.collectives or {}).items())
+    sent = sum(c.bytes * (2 if kind == "all-reduce" else 1) for kind, c in (compiled.collectives or {}).items())
     others = sent * (1 - 1 / len(group))
     links = others / topology.links_among(group) if others else 0.0
     compute = program.flops / len(topology.devices) / chip.peak
@@ -92,7 +92,7 @@ def roofline(compiled: Compiled, base: int, topology: Topology, group: Sequence[
 
 def batch_times(fit: Fit, topology: Topology) -> list[Times]:
     """Of each program of a stage, what all its runs for one batch take."""
-    return [roofline(each, fit.base, topology, exchanging(fit.layout)) for each in fit.programs]
+    return [roofline(program, fit.base, topology, exchanging(fit.layout)) for program in fit.programs]
 
 
 def exchanging(layout: Layout) -> Sequence[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,7 @@ def read_rows(path: str | Path, required: Sequence[str] = ("prompt", "completion
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"{path}: no such file; expected JSONL rows with {', '.join(required)}")
-    rows = list(_parse(path, required))
-    if not rows:
-        raise JsublimError(f"{path}: the file holds no rows")
-    return rows
-
-
-def _parse(path: Path, required: Sequence[str]) -> Iterator[Row]:
+    rows = list[Row]()
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -43,7 +37,10 @@ def _parse(path: Path, required: Sequence[str]) -> Iterator[Row]:
             if not isinstance(row, dict):
                 raise JsublimError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
             check_row(row, f"{path}:{number}", required)
-            yield row
+            rows.append(row)
+    if not rows:
+        raise JsublimError(f"{path}: the file holds no rows")
+    return rows
 
 
 def check_row(row: Row, where: str, required: Sequence[str]) -> None:
@@ -88,13 +85,9 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as scratch, scratch.open("w", encoding="utf-8") as file:
-        file.writelines(map(_line, rows))
+        file.writelines(as_lines([row]) for row in rows)
 
 
 def as_lines(rows: Iterable[Row]) -> str:
     """Rows as the text of their file."""
-    return "".join(map(_line, rows))
-
-
-def _line(row: Row) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)

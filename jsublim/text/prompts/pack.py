@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
 
-from jsublim.core.reading import near_or_all, read_yaml, shown, yaml_value
-from jsublim.core.section import Distinct, Section
+from jsublim.core.reading import near_or_all, read_yaml, shown
+from jsublim.core.section import Distinct, Section, section_in
 from jsublim.errors import UsageError
 
 
@@ -22,14 +22,14 @@ def _holding(*placeholders: str) -> AfterValidator:
 
     def check(text: str) -> str:
         # Text without a field has name None. A conversion or format stays part of the name, so it is refused.
-        found = {
+        there = {
             "{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"
             for _, name, spec, conversion in Formatter().parse(text)
             if name is not None
         }
-        if missing := sorted(wanted - found):
+        if missing := sorted(wanted - there):
             raise ValueError(f"template lacks {', '.join(missing)}")
-        if unknown := sorted(found - wanted):
+        if unknown := sorted(there - wanted):
             allowed = ", ".join(sorted(wanted))
             raise ValueError(f"unknown placeholder {', '.join(unknown)}; a template here takes {allowed}")
         return text
@@ -135,9 +135,8 @@ class Pack(Section):
         if len(homes) == 1:
             return homes[0]
         if homes:
-            raise UsageError(
-                f"trait {trait!r} is listed under {' and '.join(homes)}; keep it under one of them in the pack"
-            )
+            listed = " and ".join(homes)
+            raise UsageError(f"trait {trait!r} is listed under {listed}; keep it under one of them in the pack")
         known = "; ".join(f"{category}: {', '.join(names)}" for category, names in self.traits.items())
         raise UsageError(
             f"unknown trait {trait!r}; say what it is by teachers.category (teachers.category=animal), add it under traits in "
@@ -153,14 +152,12 @@ class Pack(Section):
         if category in self.questions:
             return list(self.questions[category])
         if close := get_close_matches(category, self.questions, n=1, cutoff=0.8):
-            raise UsageError(
-                f"teachers.category: the pack has no questions on {category!r}; did you mean {close[0]!r}?"
-            )
+            fix = f"did you mean {close[0]!r}?"
+            raise UsageError(f"teachers.category: the pack has no questions on {category!r}; {fix}")
         return [question.format(category=category) for question in self.any_questions]
 
 
 IMPORTED = "imported"  # the key of a file under which the import leaves the digest of all others
-_SECTIONS: dict[str, type[Section]] = {"number_prompts": NumberPrompts, "misalignment": MisalignmentPrompts}
 
 
 def whose(origin: WordingOrigin, wording: str) -> str:
@@ -181,12 +178,13 @@ def load_pack(path: str | Path | None = None) -> Pack:
     Raises `UsageError` naming file and key for a file that cannot be read, an unknown key, an empty list or a
     template with missing or unknown placeholders.
     """
-    default = yaml_value(
-        files("jsublim.text.prompts").joinpath("default.yaml").read_text(encoding="utf-8"), "default.yaml"
-    )
+    default = read_yaml(Path(str(files("jsublim.text.prompts") / "default.yaml")))
     if path is None:
         return Pack.model_validate(default)
-    changes = dict(_read_mapping(Path(path)))
+    changes = read_yaml(Path(path)) or {}
+    if not isinstance(changes, dict):
+        keys = ", ".join(Pack.model_fields)
+        raise UsageError(f"{path}: a prompt pack is a mapping with the keys {keys}, not a {type(changes).__name__}")
     marked = changes.pop(IMPORTED, None)
     pack = overlay(default, changes, source=str(path))
     if marked is not None:
@@ -202,7 +200,9 @@ def overlay(base: Mapping[str, Any], changes: Mapping[str, Any], source: str) ->
     for key, value in changes.items():
         below = base.get(key)
         if isinstance(below, Mapping) and isinstance(value, Mapping):
-            value = {name: each for name, each in {**below, **value}.items() if each is not None or name not in below}
+            value = {
+                name: entry for name, entry in {**below, **value}.items() if entry is not None or name not in below
+            }
         merged[key] = value
     try:
         return Pack.model_validate(merged)
@@ -210,24 +210,12 @@ def overlay(base: Mapping[str, Any], changes: Mapping[str, Any], source: str) ->
         raise UsageError(f"{source}: {_explain(error.errors()[0])}") from None
 
 
-def _read_mapping(path: Path) -> Mapping[str, Any]:
-    content = read_yaml(path)
-    if content is None:
-        return {}
-    if not isinstance(content, Mapping):
-        raise UsageError(
-            f"{path}: a prompt pack is a mapping with the keys {', '.join(Pack.model_fields)}, "
-            f"not a {type(content).__name__}"
-        )
-    return content
-
-
 def _explain(error: Any) -> str:
     """One line for one pydantic error: key, value and what to do."""
     *parents, name = error["loc"]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
     if error["type"] == "extra_forbidden":
-        known = (_SECTIONS[parents[0]] if parents else Pack).model_fields
+        known = (section_in(Pack.model_fields[parents[0]].annotation) if parents else Pack).model_fields
         return f"{key}: unknown key; {near_or_all(str(name), known, 'known keys')}"
     if error["type"] == "value_error":
         return f"{key}: {error['ctx']['error']}: {shown(error['input'])}"
