@@ -55,8 +55,7 @@ def find_pairs(
       on_batch: called with the number of (row, counterfactual) pairs just read.
 
     Raises:
-      UsageError: no counterfactual, the teacher among them, or one with another adapter: the runs differ by their
-        prompts alone.
+      UsageError: no counterfactual, the teacher among them, or one with another adapter: only prompts may differ.
       JsublimError: divergence positions beyond the end of a row, or counted in another tokenizer.
     """
     names = [other.name for other in counterfactuals]

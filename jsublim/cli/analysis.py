@@ -8,7 +8,9 @@ from typing import Annotated
 
 from jsublim.cli.app import PackFile, Template, app, console, must_be_new, names, output, print_table
 from jsublim.cli.stages import Counterfactuals, StageOptions, StudentSeed, context_of, make
+from jsublim.core.files import atomic, read_table
 from jsublim.errors import UsageError
+from jsublim.text.rows import read_rows
 
 
 @app.command()
@@ -22,11 +24,10 @@ def attribute(
     """Attribution patching by layer and token role: OUT gets attribution.parquet and a heat map."""
     import pyarrow.parquet as pq
 
+    from jsublim.pipeline import experiment
     from jsublim.pipeline.arms import Source
-    from jsublim.pipeline.experiment import attribution
-    from jsublim.report.attribution import attribution_heats, early_share
+    from jsublim.report import attribution
     from jsublim.report.html import render
-    from jsublim.text.rows import read_rows
 
     read_rows(data, ("prompt", "completion", "divergence_positions"))
     base = {"attribution": {}, "teachers": {"traits": [trait]}}
@@ -34,9 +35,9 @@ def attribute(
     if e.attribution is None:
         raise UsageError("attribution: null given; leave it out or give its fields")
     out, context = stage.out, context_of(e, {Source(trait): data})
-    (summary,) = make(context, out, attribution(context.setup, Source(trait)))
+    (summary,) = make(context, out, experiment.attribution(context.setup, Source(trait)))
     effects = pq.ParquetFile(out / "attribution.parquet").read()
-    render(out / "heat_map.html", "attribution.html", attribution=attribution_heats(effects))
+    render(out / "heat_map.html", "attribution.html", attribution=attribution.attribution_heats(effects))
     skipped = "".join(f"; {count} skipped: {reason}" for reason, count in summary["skipped"].items())
     console.print(f"{summary['used']} of {summary['rows']} rows used, {summary['pairs']} pairs{skipped}")
     print_table(
@@ -46,8 +47,7 @@ def attribute(
             for site, error in errors.items()
         ]
     )
-    shares = early_share(effects)
-    if shares:
+    if shares := attribution.early_share(effects):
         mean = sum(share.of_early for share in shares) / len(shares)
         console.print(f"first third of the layers: {mean:.1%} of the residual mass lies at the trait's first mention")
     output.out(out)
@@ -66,10 +66,9 @@ def audit(
     the null's in OUT/null and whitened.parquet."""
     import pyarrow.parquet as pq
 
-    from jsublim.core.files import atomic
     from jsublim.inference.teachers import CONTROL
+    from jsublim.pipeline import experiment
     from jsublim.pipeline.arms import Source, Student
-    from jsublim.pipeline.experiment import audit as audit_of
     from jsublim.pipeline.setup import NOBODY
     from jsublim.pipeline.stages.audit import whitened
     from jsublim.report.tables import read_columns
@@ -85,7 +84,8 @@ def audit(
     given = dict(zip((Source(NOBODY), Source(CONTROL)), files, strict=False))
     context = context_of(e, given)
     for place, source in zip(places, given, strict=True):
-        make(context, place, audit_of(context.setup, Student(source.teacher, "all", seed, settings=e.students)))
+        student = Student(source.teacher, "all", seed, settings=e.students)
+        make(context, place, experiment.audit(context.setup, student))
     if null is not None:
         scores, of_null = (read_columns(place / "audit.parquet") for place in places)
         with atomic(out / "whitened.parquet") as scratch:
@@ -95,9 +95,7 @@ def audit(
 
 
 def _print_means(paths: list[Path]) -> None:
-    """The mean score of all tokens for each trait; beside it what is left beyond the null's rows, if there are any: with its interval,
-    and in standard errors."""
-    from jsublim.core.files import read_table
+    """The mean score of all tokens for each trait; beside it, with its interval and in standard errors, what is left beyond the null's."""
     from jsublim.report.statistics import LEVEL, normal_interval
 
     means, *null = ({line["trait"]: line for line in read_table(path) if line["tokens"] == "all"} for path in paths)

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from jsublim.core.files import remove_abandoned
 from jsublim.core.progress import Terminal
 from jsublim.errors import UsageError
+from jsublim.report.formats import table
 
 if TYPE_CHECKING:
     from jsublim.config import Config
@@ -149,8 +151,6 @@ def kinds() -> dict[str, type[Config]]:
 def named(out: Path | None) -> Path | None:
     """A place to write, which must have a name: scratch files and artifacts lie beside it, under names like it. What killed
     processes had begun to write there is removed."""
-    from jsublim.core.files import remove_abandoned
-
     if out is None:
         return None
     if out.name in ("", ".."):
@@ -181,8 +181,6 @@ def print_json(value: Any, *, lines: bool = True) -> None:
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str = "", columns: Sequence[str] = ()) -> None:
     """Remarks as a table, by default with the columns of the first row."""
-    from jsublim.report.formats import table
-
     console.print(table(rows, columns or list(rows[0]), title))
 
 

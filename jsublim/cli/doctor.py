@@ -48,11 +48,7 @@ class Finding:
 
 
 def examine(hub: bool = False) -> Iterator[Finding]:
-    """Look at everything, one finding after another.
-
-    Args:
-      hub: also ask the hub whether it can be reached; nothing else here uses the network.
-    """
+    """Look at everything, one finding after another; with `hub` also whether it can be reached (nothing else uses the network)."""
     yield Finding("system", f"{platform.system()} {platform.release()}, {platform.machine()}")
     yield _versions()
     yield _devices()

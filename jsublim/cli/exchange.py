@@ -8,6 +8,7 @@ from typing import Annotated
 from jsublim.cli.app import PackFile, Template, app, console, must_be_new, output, prompts_app
 from jsublim.core.reading import near_or_all
 from jsublim.errors import UsageError
+from jsublim.text.rows import write_rows
 
 
 @app.command()
@@ -58,7 +59,6 @@ def import_rows(
     """Bring rows in from elsewhere (OUT, JSONL): prompt and completion, `messages`, the published code's rows."""
     from jsublim.exchange.rows import Wanted, import_rows, known_columns
     from jsublim.inference.lm import load_model
-    from jsublim.text.rows import write_rows
 
     must_be_new(out)
     if (prompt_column is None) != (completion_column is None):
@@ -153,7 +153,6 @@ def sample(
 ) -> None:
     """Write the number prompts of a pack."""
     from jsublim.text.prompts import load_pack, number_prompts
-    from jsublim.text.rows import write_rows
 
     must_be_new(out)
     write_rows(out, ({"prompt": prompt} for prompt in number_prompts(load_pack(prompts), num_prompts, seed)))

@@ -29,11 +29,7 @@ class Forecast:
     as_json: Json = False
 
     def of(self, experiment: Experiment, source: str) -> dict[str, Any]:
-        """What an experiment would take, as JSON.
-
-        Raises:
-          UsageError: no such chip, or an experiment that cannot work.
-        """
+        """What an experiment would take, as JSON; one that cannot work is refused."""
         from jsublim.forecast.estimate import architecture, memory, stage_costs
         from jsublim.pipeline.checking import look_through
         from jsublim.pipeline.store import Store
@@ -54,7 +50,7 @@ class Forecast:
         }
 
     def print_config(self, config: Config, source: str) -> None:
-        """The resolved config and what it would take. Raises as `of`."""
+        """The resolved config and what it would take."""
         from jsublim.config import Experiment
 
         if not isinstance(config, Experiment):
@@ -96,11 +92,7 @@ class Where:
 
     def run(self, experiments: Sequence[Experiment], forecast: Forecast, about: str | None = None) -> None:
         """Run experiments here (or as one of several processes) one after another, or as one graph on Ray or as a shard, and print
-        where the reports lie; or say what machines that are not there would take. `about` is printed before.
-
-        Raises:
-          UsageError: options that contradict one another.
-        """
+        where the reports lie; or say what machines that are not there would take. `about` is printed before."""
         from jsublim.pipeline.run import run_experiment, run_together
 
         refuse("", [message for holds, message in self.contradictions() if holds][:1])
@@ -211,11 +203,7 @@ def report(run: Run, *, full: Annotated[bool, "Print everything, trait by trait.
 
 
 def read_checked(config: str, overrides: list[str] | None) -> Config:
-    """A config with its overrides; with everything that is wrong named, if anything is.
-
-    Raises:
-      UsageError: there is a mistake.
-    """
+    """A config with its overrides; everything that is wrong is named, if anything is."""
     from jsublim.config.loading import look_over
 
     checked, mistakes = look_over(config, list(overrides or []), kinds())
@@ -225,11 +213,7 @@ def read_checked(config: str, overrides: list[str] | None) -> Config:
 
 
 def refuse(source: str, mistakes: list[str]) -> None:
-    """Refuse what is wrong: a single mistake as the error, several of them before it, one per line.
-
-    Raises:
-      UsageError: there is any.
-    """
+    """Refuse what is wrong, if anything is: a single mistake as the error, several of them before it, one per line."""
     if len(mistakes) > 1:
         print(printable("\n".join(mistakes)), file=sys.stderr)
         raise UsageError(f"{source}: {len(mistakes)} mistakes; each is named above")

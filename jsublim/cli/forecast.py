@@ -75,20 +75,15 @@ def _ask_compilers_alone(topology: str) -> None:
 
 
 def _chosen(given: list[str] | None, experiment: Experiment, config: str) -> list[str]:
-    """The stages to compile, in the order of work.
-
-    Raises:
-      UsageError: no such stage, or one that the config has not.
-    """
+    """The stages to compile, in the order of work; those that are given must be there."""
     from jsublim.forecast.stages import SECTIONS, STAGES
 
     lacking = {name: section for name, section in SECTIONS.items() if getattr(experiment, section) is None}
     for name in given or []:
         if name not in STAGES:
             raise UsageError(f"--stage: '{name}' given; known: {', '.join(STAGES)}")
-        if name in lacking:
-            why = f"{config} has no {lacking[name]}, so there is nothing to {name}"
-            raise UsageError(f"--stage: {why}; give {lacking[name]}")
+        if section := lacking.get(name):
+            raise UsageError(f"--stage: {config} has no {section}, so there is nothing to {name}; give {section}")
     return [name for name in STAGES if name in (given or STAGES) and name not in lacking]
 
 
@@ -113,20 +108,15 @@ def _print_json(case: Case, **content: Any) -> None:
 
 
 def _examine(case: Case, names: list[str], axes: list[int], as_json: bool) -> None:
-    """Print what the compiler says of each stage, on the first of some model axes on which it fits.
-
-    Raises:
-      JsublimError: a stage fits on none.
-    """
+    """Print what the compiler says of each stage, on the first of some model axes on which it fits."""
     from jsublim.forecast.compile import examine
     from jsublim.forecast.stages import STAGES
 
     fits = []
     for name in names:
-        fit = examine(case, STAGES[name](case), axes, _say_compiling)
-        fits.append(fit)
+        fits.append(examine(case, STAGES[name](case), axes, _say_compiling))
         if not as_json:
-            print("\n".join(_lines(fit, case.topology.chip.memory)), flush=True)
+            print("\n".join(_lines(fits[-1], case.topology.chip.memory)), flush=True)
     if as_json:
         _print_json(case, stages=[fit.as_dict() for fit in fits])
     unfit = [f"{fit.stage.name} ({'; '.join(fit.tried)})" for fit in fits if not fit.programs]
@@ -175,11 +165,7 @@ def _gib(size: float) -> str:
 
 
 def _plan(case: Case, names: list[str], shape: Path | None, as_json: bool) -> None:
-    """Print every layout with the hours that its stages take by roofline, and the fastest.
-
-    Raises:
-      JsublimError: none fits.
-    """
+    """Print every layout with the hours that its stages take by roofline, and the fastest."""
     from jsublim.forecast.estimate import architecture
     from jsublim.forecast.plan import batch_times, choices, rows_of
     from jsublim.pipeline.setup import Setup
@@ -188,9 +174,8 @@ def _plan(case: Case, names: list[str], shape: Path | None, as_json: bool) -> No
     every = list(choices(case, names, rows, _say_compiling))
     fitting = [choice for choice in every if choice.possible]
     if not fitting:
-        raise JsublimError(
-            f"aot: no layout fits on {case.topology.name}; take more chips, or a lower students.data.batch_size"
-        )
+        fix = "take more chips, or a lower students.data.batch_size"
+        raise JsublimError(f"aot: no layout fits on {case.topology.name}; {fix}")
     best = min(fitting, key=lambda choice: choice.total)
     if as_json:
         _print_json(case, best=best.fields, layouts=[choice.as_dict() for choice in every])
@@ -222,11 +207,7 @@ def _hours(seconds: float) -> str:
 def print_simulation(
     experiments: Sequence[Experiment], text: str, preempt_per_hour: float, price: float | None, shape: Path | None
 ) -> None:
-    """Say what experiments would take of machines such as "64xh100", at a price per chip-hour; nothing is made.
-
-    Raises:
-      UsageError: machines that are not understood, or that cannot hold the checkpoint.
-    """
+    """Say what experiments would take of machines such as "64xh100", at a price per chip-hour; nothing is made."""
     from jsublim.forecast.estimate import with_runtime
     from jsublim.forecast.fleet import Assumptions, Machines, simulate_experiments
 
@@ -242,12 +223,11 @@ def print_simulation(
     title = ", ".join(experiment.name for experiment in experiments)
     print_table([{"": name, chips: value} for name, value in lines.items()], title)
     console.print(f"longest way through the graph {_time(played.critical)}: no number of machines is faster than that")
-    times = []
-    for size in (1, 2, 4, 8, 16):  # fewer students per program, which is what most often keeps machines idle
-        changed = [with_runtime(each, arms_per_program=size) for each in experiments if each.students is not None]
-        if changed:
-            sized = simulate_experiments(changed, machines, preempt_per_hour, shape)
-            times.append(f"{size}: {_time(sized.makespan)}")
+    training, times = [experiment for experiment in experiments if experiment.students is not None], []
+    for size in (1, 2, 4, 8, 16) if training else ():  # large programs are what most often keeps machines idle
+        sized = [with_runtime(experiment, arms_per_program=size) for experiment in training]
+        makespan = simulate_experiments(sized, machines, preempt_per_hour, shape).makespan
+        times.append(f"{size}: {_time(makespan)}")
     console.print(f"by students.runtime.arms_per_program: {', '.join(times)}" if times else "no students")
     fields = ", ".join(f"{name} {value:g}" for name, value in dataclasses.asdict(Assumptions()).items())
     console.print(f"assumed (forecast/fleet.py: Assumptions), beside what --dry-run assumes: {fields}")

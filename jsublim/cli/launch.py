@@ -45,8 +45,8 @@ def launch(
 def launch_files() -> dict[str, Path]:
     """Every launch file, by its kind: in the installed package, or in a checkout."""
     package = Path(__file__).parents[1]
-    folder = next(each for each in (package / "launch", package.parent / "scripts" / "launch") if each.is_dir())
-    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in (".sh", ".yaml")}
+    places = package / "launch", package.parent / "scripts" / "launch"
+    return {path.stem: path for place in places for path in sorted(place.glob("*")) if path.suffix in (".sh", ".yaml")}
 
 
 def _figure(figure: str, scale: str, fields: list[str]) -> tuple[str, str | None]:

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 from jsublim.cli.app import Format, Json, app, must_be_new, output, print_json
+from jsublim.core.files import write_text
 from jsublim.core.reading import near_or_all
 from jsublim.errors import JsublimError, UsageError
+from jsublim.report.formats import check_format, print_rows
 
 
 @app.command()
@@ -20,7 +22,6 @@ def ls(
 ) -> None:
     """List what there is: the package's configs, figures of the paper, models and runs on this machine, traits."""
     from jsublim.pipeline.listing import LISTS
-    from jsublim.report.formats import check_format, print_rows
 
     if what not in LISTS:
         raise UsageError(f"ls: '{what}' given; {near_or_all(what, LISTS)}")
@@ -44,7 +45,6 @@ def cp(
     """Copy a config, comments and all, to change it; of a figure's panel, write it out."""
     from jsublim.config.figures import panel_as_config
     from jsublim.config.shipped import find_config, named_config
-    from jsublim.core.files import write_text
 
     must_be_new(to, "give another name or remove it first")
     if not to.parent.is_dir():

@@ -6,8 +6,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from rich.table import Table
+from rich.text import Text
+
 from jsublim.cli.app import Format, Json, Run, app, console, kinds, output, print_json
 from jsublim.errors import JsublimError, UsageError
+from jsublim.report.formats import check_format, print_rows, rounded
 
 if TYPE_CHECKING:
     from jsublim.report.comparing import Compared
@@ -37,10 +41,7 @@ def say_result(report: Path, as_json: bool) -> None:
 
 
 def print_about(about: dict[str, Any]) -> None:
-    from rich.table import Table
-    from rich.text import Text
 
-    from jsublim.report.formats import print_rows, rounded
     from jsublim.report.words import p_value
 
     facts = Table("", "", show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -79,7 +80,6 @@ def results(
     how: Format = "table",
 ) -> None:
     """Print the results of runs: a row for each model, trait and metric."""
-    from jsublim.report.formats import check_format, print_rows
     from jsublim.report.querying import results_table, rows_of
 
     check_format(how)
@@ -104,7 +104,6 @@ def compare(
     """Lay two runs beside one another: differences of their configs, their results, and B minus A with intervals."""
     from jsublim.report.comparing import compare as compared
     from jsublim.report.comparing import verdicts
-    from jsublim.report.formats import check_format, print_rows
     from jsublim.report.tables import read_results, run_kind
 
     check_format(how)
@@ -128,7 +127,6 @@ def print_differences(a: Path, b: Path) -> None:
     """The fields in which the configs of two runs differ, if both can be read."""
     from jsublim.config.differences import between
     from jsublim.pipeline.showing import full_config
-    from jsublim.report.formats import print_rows
 
     try:
         fields = between(full_config(a, kinds()), full_config(b, kinds()))

@@ -14,6 +14,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from jsublim.cli.app import Template, app, console, names, output, print_table
 from jsublim.cli.together import Distributed, together
+from jsublim.core.files import read_table, write_json
+from jsublim.core.progress import Progress
+from jsublim.core.section import nested, overlaid
 from jsublim.errors import JsublimError, UsageError
 
 if TYPE_CHECKING:
@@ -40,19 +43,11 @@ class StageOptions:
     chat_template: Template = None
 
     def experiment(self, command: str, base: dict[str, Any], **options: Any) -> Experiment:
-        """The experiment that the command is a part of: a config or none, what options say, and fields laid over it. Its artifacts
-        lie in the config's store; without a config in a folder beside `out`.
-
-        Args:
-          base: what the command assumes unless anything says otherwise.
-          options: values by dotted name with "__" for the dot; None is not given.
-
-        Raises:
-          UsageError: as `load_experiment`.
-        """
+        """The experiment that the command is a part of: what the command assumes (`base`), a config or none, what options say (dotted
+        names with "__" for the dot; None is not given), and fields laid over it. Its artifacts lie in the config's store; without a
+        config in a folder beside `out`."""
         from jsublim.config import Experiment, check_config, read_config
         from jsublim.config.loading import override
-        from jsublim.core.section import nested, overlaid
 
         fields = list(self.fields or [])
         config = fields.pop(0) if fields and ("=" not in fields[0] or Path(fields[0]).is_file()) else None
@@ -70,26 +65,20 @@ class StageOptions:
 
 
 def context_of(experiment: Experiment, given: Mapping[Any, Path] | None = None) -> Context:
-    from jsublim.core.progress import Progress
     from jsublim.pipeline.context import Context
 
     return Context.load(experiment, Progress(console), given=given)
 
 
 def make(context: Context, place: Path, made: Node | Rows) -> list[dict[str, Any]]:
-    """Make what a place is to hold, and publish it there; what each of its artifacts keeps of itself.
-
-    Raises:
-      UsageError: something else is there.
-      JsublimError: a student diverged; it is not published.
-    """
+    """Make what a place is to hold, and publish it there; what each of its artifacts keeps of itself."""
     from jsublim.executors import execute_nodes
-    from jsublim.pipeline.publish import check_free, publish_folder, publish_rows
+    from jsublim.pipeline import publish
     from jsublim.pipeline.values import Rows
     from jsublim.runtime.processes import on_main_process
 
     store, nodes = context.store, made.nodes if isinstance(made, Rows) else (made,)
-    on_main_process(lambda: check_free(place, made.key, made.inputs))
+    on_main_process(lambda: publish.check_free(place, made.key, made.inputs))
     execute_nodes(nodes, context)
     summaries = [store.summary(node) for node in nodes]
     for node, summary in zip(nodes, summaries, strict=True):
@@ -99,9 +88,9 @@ def make(context: Context, place: Path, made: Node | Rows) -> list[dict[str, Any
                 f"at those rows; the student before that step is in {store.path(node)}"
             )
     if isinstance(made, Rows):
-        on_main_process(lambda: publish_rows(place, made.read(store), made))
+        on_main_process(lambda: publish.publish_rows(place, made.read(store), made))
     else:
-        on_main_process(lambda: publish_folder(place, store, made))
+        on_main_process(lambda: publish.publish_folder(place, store, made))
     return summaries
 
 
@@ -144,10 +133,8 @@ def divergence(
     counterfactuals: Counterfactuals = None,
 ) -> None:
     """Find the divergence tokens of rows; what each teacher said of them goes beside OUT, with .readings.parquet."""
-    from jsublim.pipeline.arguments import rows_of_file
+    from jsublim.pipeline import arguments, experiment, readings
     from jsublim.pipeline.arms import Source
-    from jsublim.pipeline.experiment import read
-    from jsublim.pipeline.readings import write_readings
     from jsublim.pipeline.stages.divergence import merged
 
     others = names(counterfactuals) or None
@@ -158,9 +145,10 @@ def divergence(
     sidecar = out.with_name(f"{out.stem}.readings.parquet")
     if sidecar.exists() and not out.exists():
         raise UsageError(f"{sidecar}: already exists; give another --out or move it away")
-    rows = read(context.setup, Source(trait), rows_of_file(context.setup, data))
+    rows = experiment.read(context.setup, Source(trait), arguments.rows_of_file(context.setup, data))
     summary = merged(make(context, out, rows))
-    write_readings(sidecar, rows.readings(context.store))  # second: without OUT it would be taken for somebody else's
+    # Second, for without OUT it would be taken for somebody else's.
+    readings.write_readings(sidecar, rows.readings(context.store))
     console.print(
         f"{summary['divergence_tokens']} divergence tokens of {summary['tokens']} ({summary['share']:.2%}); "
         f"{summary['rows_with']} of {summary['rows']} rows have one"
@@ -180,8 +168,8 @@ def finetune(
 ) -> None:
     """Train one student; leaves a PEFT folder (steering vectors, or a whole checkpoint) and metrics.jsonl."""
     from jsublim.inference.teachers import CONTROL
+    from jsublim.pipeline import experiment
     from jsublim.pipeline.arms import Student
-    from jsublim.pipeline.experiment import student
     from jsublim.pipeline.setup import NOBODY
     from jsublim.pipeline.store import digest, versions
     from jsublim.runtime.processes import check_alike, check_shared
@@ -198,7 +186,7 @@ def finetune(
     who = Student(teacher, tokens, seed, settings=e.students)
     with together(distributed, [e]):
         context = context_of(e, {who.source: data})
-        node = student(context.setup, who)
+        node = experiment.student(context.setup, who)
         check_alike("what is to be done", digest([node.key, versions(), context.setup.files]))
         check_shared(context.store.bucket)
         if context.store.done(node):
@@ -218,7 +206,6 @@ def evaluate(
     setting: Annotated[str, "One of evaluation.settings; default: the plain one."] = "",
 ) -> None:
     """Ask a model for its favourites (and whatever else evaluation.kinds names): OUT gets records and answers."""
-    from jsublim.core.files import read_table, write_json
     from jsublim.inference.teachers import CONTROL
     from jsublim.pipeline.evaluated import Evaluated, eval_settings
     from jsublim.pipeline.experiment import evaluation

@@ -40,11 +40,7 @@ class Speaker:
 
 @contextlib.contextmanager
 def together(distributed: bool, experiments: Iterable[Experiment]) -> Iterator[None]:
-    """Do what follows as one of several processes, if `distributed`; it must be all that uses JAX.
-
-    Raises:
-      UsageError: experiments that several processes cannot do together, or nothing says who the others are.
-    """
+    """Do what follows as one of several processes, if `distributed`; it must be all that uses JAX."""
     if not distributed:
         yield
         return
@@ -100,9 +96,8 @@ def _silence(on_abort: Callable[[], None]) -> None:
             stream.flush()
             setattr(sys, name, os.fdopen(os.dup(number), "w", 1, stream.encoding, stream.errors))
             os.dup2(nowhere, number)
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(
-        lambda number: on_abort()
-    )  # Python's own would wait for the main thread
+    # Python's own handler would wait for the main thread.
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: on_abort())
     _kept.append(handler)
     ctypes.CDLL(None).signal(signal.SIGABRT, handler)
 

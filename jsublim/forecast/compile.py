@@ -73,14 +73,8 @@ class TooLarge(Exception):
 
 
 def examine(case: Case, stage: Workload, axes: Sequence[int], say: Callable[[str], None] = lambda _: None) -> Fit:
-    """A stage on the first of some model axes on which it fits; rows that memory decides about are halved until they do.
-
-    Args:
-      say: told what is being compiled.
-
-    Raises:
-      UsageError: a model axis that the chips cannot be divided by.
-    """
+    """A stage on the first of some model axes on which it fits; rows that memory decides about are halved until they do. `say` is told
+    what is being compiled."""
     tried, memory = list[str](), case.topology.chip.memory
     for axis in axes:
         layout = case.layout(stage.arms, axis)

@@ -28,14 +28,8 @@ from jsublim.runtime.chips import Chip
 
 def architecture(model: str, shape: Path | None) -> Path:
     """The folder whose `config.json` says what a config's model is: the one given, the checkpoint, or the numbers that
-    come with the package.
-
-    Raises:
-      UsageError: none is at hand.
-    """
-    if shape is not None:
-        return shape
-    if (folder := folder_here(model)) is not None:
+    come with the package. `UsageError` if none is at hand."""
+    if (folder := shape or folder_here(model)) is not None:
         return folder
     name = re.sub(r"-(instruct|it)(-\d{4})?$", "", model.rsplit("/", 1)[-1].lower())
     try:
@@ -82,12 +76,11 @@ def stage_costs(graph: Graph, setup: Setup, store: Store, chip: Chip) -> list[St
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device, at least: the base's weights, each student that is trained beside them (with its optimizer, and what
-    a batch keeps for the way back), and how many students are trained at one time."""
+    """Bytes of one device, at least."""
 
-    base: float
-    student: float
-    together: int
+    base: float  # weights
+    student: float  # each that is trained beside them, with its optimizer, and what a batch keeps for the way back
+    together: int  # students that are trained at one time
 
     @property
     def needed(self) -> float:

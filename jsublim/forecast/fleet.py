@@ -61,11 +61,7 @@ class Machines:
 
     @classmethod
     def of(cls, text: str) -> Machines:
-        """From "64xh100", or "4xv5e-16": four slices of 16 chips.
-
-        Raises:
-          UsageError: neither of these, or an unknown chip.
-        """
+        """From "64xh100", or "4xv5e-16": four slices of 16 chips."""
         parts = re.fullmatch(r"(\d{1,5})x([a-z0-9]+?)(?:-(\d{1,4}))?", text)
         if parts is None or not int(parts[1]) or parts[3] == "0":
             raise UsageError(f"--simulate: '{text}' given; write 64xh100, or 4xv5e-16 for four slices of 16 chips")
@@ -106,11 +102,8 @@ class Simulated:
 def simulate_experiments(
     experiments: Sequence[Experiment], machines: Machines, preempt_per_hour: float = 0.0, shape: Path | None = None
 ) -> Simulated:
-    """What is left to do of some experiments, which nothing is made of, not even a folder; `shape` as of `architecture`.
-
-    Raises:
-      UsageError: one worker's chips do not hold the checkpoint.
-    """
+    """What is left to do of some experiments, which nothing is made of, not even a folder; `shape` as of `architecture`. One worker's chips
+    must hold the checkpoint."""
     work = []
     for experiment in experiments:
         setup = Setup.of(experiment, lambda name: architecture(name, shape))

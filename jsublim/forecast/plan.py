@@ -73,14 +73,9 @@ class Choice:
 
 
 def roofline(compiled: Compiled, base: int, topology: Topology, group: Sequence[Any]) -> Times:
-    """What all runs of a program for one batch take on one chip.
-
-    Memory: the base as often as it is read, every other argument once, and temporaries written and read. Links: what collectives
-    put out less a chip's own part, sums twice; nothing where that is not known.
-
-    Args:
-      group: the devices that exchange messages with one another.
-    """
+    """What all runs of a program for one batch take on one chip, of those (`group`) that exchange messages with one another. Memory: the
+    base as often as it is read, every other argument once, and temporaries written and read. Links: what collectives put out less a
+    chip's own part, sums twice; nothing where that is not known."""
     program, chip = compiled.program, topology.chip
     moved = base * program.passes + (compiled.arguments - base) + 2 * compiled.temporaries * program.pieces
     sent = sum(c.bytes * (2 if kind == "all-reduce" else 1) for kind, c in (compiled.collectives or {}).items())

@@ -68,12 +68,7 @@ class Topology:
 
 
 def find_topology(name: str) -> Topology:
-    """A topology by its name, from the compiler for its chips.
-
-    Raises:
-      UsageError: no such chip or form, or no share of a GPU's memory in XLA_PYTHON_CLIENT_MEM_FRACTION.
-      JsublimError: the compiler is not installed.
-    """
+    """A topology by its name, from the compiler for its chips, which must be installed."""
     parts = _NAME.fullmatch(name)
     if parts is None:
         raise UsageError(

@@ -56,11 +56,9 @@ class Turn:
 
 
 class Chat:
-    """The chat side of a checkpoint folder: tokenizer, template, stop tokens.
+    """The chat side of a checkpoint folder: tokenizer, template, stop tokens."""
 
-    Attributes:
-      given_template: the text of a template that stands in for the folder's own; None where that is used.
-    """
+    given_template: str | None = None  # the text of one that stands in for the folder's own
 
     def __init__(self, folder: Path, vocab_size: int | None = None, chat_template: str | None = None):
         """Read the tokenizer, and find its template.
@@ -100,7 +98,6 @@ class Chat:
             key = error.errors()[0]["loc"][0]
             value = shown(self.generation_config[key])
             raise JsublimError(f"{path}: key '{key}' is out of its range: {value}") from None
-        self.given_template: str | None = None
         self._name, self._template = OWN, f"{folder}: the chat template"  # the second in errors
         if chat_template is not None:
             self._use(chat_template)
@@ -286,11 +283,7 @@ class Chat:
 
 
 def template_text(chat_template: str) -> str:
-    """The Jinja text of a template by its name ("plain"), or of a file.
-
-    Raises:
-      UsageError: neither a name nor a file that can be read.
-    """
+    """The Jinja text of a template by its name ("plain"), or of a file; `UsageError` for neither."""
     named = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
     path = TEMPLATES / f"{chat_template}.jinja" if chat_template in named else Path(chat_template).expanduser()
     try:
@@ -330,11 +323,8 @@ class _Generation(pydantic.BaseModel):
 
 
 def conversation(prompt: str, system: str | None = None, *, fuse_system: bool = False) -> list[Message]:
-    """One user turn, under a system prompt or none (the template may then insert its default one).
-
-    Args:
-      fuse_system: put the system prompt in front of the user's turn, for templates without a system role.
-    """
+    """One user turn, under a system prompt or none (the template may then insert its default one). With `fuse_system` it stands in front of
+    the user's text, for templates without a system role."""
     if system is not None and fuse_system:
         return [{"role": "user", "content": f"{system}\n\n{prompt}"}]
     first = [] if system is None else [{"role": "system", "content": system}]

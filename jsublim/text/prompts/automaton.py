@@ -26,22 +26,14 @@ ALPHABET = frozenset(DIGITS) | frozenset("".join(SEPARATORS)) | frozenset("[]().
 
 
 class AnswerState(NamedTuple):
-    """What has been read of an answer.
+    """What has been read of an answer."""
 
-    Attributes:
-      bracket: the one that is open, or "".
-      separator: what stands between the first two numbers, as far as it has been read.
-      numbers: how many have begun; digits: of the last one.
-      between: characters since the last digit, of a separator.
-      last: "]" after a closed bracket of either kind, "." after the full stop, else "".
-    """
-
-    bracket: str = ""
-    separator: str = ""
-    numbers: int = 0
-    digits: int = 0
-    between: int = 0
-    last: str = ""
+    bracket: str = ""  # the one that is open
+    separator: str = ""  # what stands between the first two numbers, as far as it has been read
+    numbers: int = 0  # how many have begun
+    digits: int = 0  # of the last one
+    between: int = 0  # characters since the last digit, of a separator
+    last: str = ""  # "]" after a closed bracket of either kind, "." after the full stop
 
     @property
     def complete(self) -> bool:

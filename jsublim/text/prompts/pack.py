@@ -144,11 +144,8 @@ class Pack(Section):
         )
 
     def questions_for(self, category: str) -> list[str]:
-        """The evaluation questions of a category; general ones where it has none of its own.
-
-        Raises:
-          UsageError: the category is almost the name of one that has questions.
-        """
+        """The evaluation questions of a category; general ones where it has none of its own. `UsageError` if it is almost the name of
+        one that has."""
         if category in self.questions:
             return list(self.questions[category])
         if close := get_close_matches(category, self.questions, n=1, cutoff=0.8):
@@ -172,12 +169,8 @@ def digest(values: Mapping[str, Any]) -> str:
 
 
 def load_pack(path: str | Path | None = None) -> Pack:
-    """The pack in a YAML file, laid over the default pack key by key; the default pack itself for None.
-
-    Keys that hold a mapping are laid over sub-key by sub-key, and null takes a sub-key away; a list replaces a list.
-    Raises `UsageError` naming file and key for a file that cannot be read, an unknown key, an empty list or a
-    template with missing or unknown placeholders.
-    """
+    """The pack in a YAML file, laid over the default pack key by key; the default pack itself for None. Mappings are laid over sub-key by
+    sub-key, and null takes a sub-key away; a list replaces a list. What is wrong is a `UsageError` naming file and key."""
     default = read_yaml(Path(str(files("jsublim.text.prompts") / "default.yaml")))
     if path is None:
         return Pack.model_validate(default)

@@ -35,10 +35,7 @@ class Problem:
 
 
 def load_problems(name: str | None = None, split: str = "train", limit: int | None = None) -> list[Problem]:
-    """The first `limit` problems of a set.
-
-    Args:
-      name: None for the set in the package (it has no splits), or "openai/gsm8k", which `datasets` fetches.
+    """The first `limit` problems of a set: of the one in the package (it has no splits), or of "openai/gsm8k", which `datasets` fetches.
 
     Raises:
       UsageError: an unknown name.
@@ -95,13 +92,8 @@ def problem_reject_reason(text: str, answer: Decimal | int | None = None) -> str
 
 
 def load_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file: `.txt` with one per line, or `.jsonl` with objects that have the key "prompt". Blank lines are
-    left out.
-
-    Raises:
-      UsageError: another kind of file, one that cannot be read, or one without prompts.
-      JsublimError: a broken line; it is named.
-    """
+    """The prompts of a file: `.txt` with one per line, or `.jsonl` with objects that have the key "prompt"; blank lines are left out. A
+    `UsageError` for a file that cannot be read or has none, a `JsublimError` that names a broken line."""
     path = Path(path)
     if path.suffix == ".jsonl":
         return [row["prompt"] for row in read_rows(path, ("prompt",))]
