@@ -16,7 +16,7 @@ from typing import Annotated
 import jax
 import numpy as np
 import typer
-from _run import run_script
+from _run import print_table, run_script
 
 from jsublim.attribution.audit import layer_scores
 from jsublim.config import Experiment, Students
@@ -66,13 +66,14 @@ def screen(experiment: Experiment, first: int, questions: int, batch: int, rank:
         n = min(map(len, own.values()))
         matrix = np.moveaxis(np.stack([own[trait][:n] for trait in traits]), (0, 2), (-2, -1))
         gammas = same_trait_gamma(matrix)
-        print(f"\n{experiment.name}, {dataset or 'plain answers'}: {n} batches of {batch} rows, {len(traits)} teachers")
-        print("\n| student | " + " | ".join(KINDS) + " |\n| --- | --- | --- |")
         lines = [("every layer", gammas.sum(axis=2))]
         lines += [(f"layer {layer}", gammas[:, :, layer]) for layer in range(gammas.shape[2])]
-        for label, each in lines:
-            cells = [ratio(each[:, kind]) for kind in range(len(KINDS))]
-            print(f"| {label} | " + " | ".join(f"{mean:+.2e} ({over:+.1f})" for mean, over in cells) + " |")
+        rows = []
+        for label, of_kinds in lines:
+            ratios = [ratio(of_kinds[:, kind]) for kind in range(len(KINDS))]
+            rows.append([label, *(f"{mean:+.2e} ({over:+.1f})" for mean, over in ratios)])
+        title = f"{dataset or 'plain answers'}: {n} batches of {batch} rows, {len(traits)} teachers"
+        print_table(f"{experiment.name}, {title}", ["student", *KINDS], rows)
 
 
 def main(
