@@ -191,7 +191,7 @@ def _along(
     has a derivative backwards only, so the derivative forwards is had as that of <u, J v> = <J^T u, v> by u."""
     block = _block(config, 1 + jax.tree.leaves(directions)[0].shape[0])
 
-    def own(params: Params, adapter: Adapter, directions: Directions, laid: Laid) -> Array:
+    def on_device(params: Params, adapter: Adapter, directions: Directions, laid: Laid) -> Array:
         def logprobs(trainable: Any) -> Array:
             return _logprobs(config, params, adapter.with_trainable(trainable), laid, block)
 
@@ -203,7 +203,7 @@ def _along(
 
         return jax.vmap(push, out_axes=1)(directions)
 
-    return layout.spread(own, (WHOLE, WHOLE, WHOLE, ROWS), ROWS)(params, adapter, directions, laid)
+    return layout.spread(on_device, (WHOLE, WHOLE, WHOLE, ROWS), ROWS)(params, adapter, directions, laid)
 
 
 def _block(config: ModelConfig, copies: int) -> int:

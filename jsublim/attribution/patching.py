@@ -99,10 +99,10 @@ def compare(
 ) -> Array:
     """A program's results for the pairs of a batch, each device having its own: `[B, S, L, ...]`."""
 
-    def own(*arrays: Any) -> Array:
+    def on_device(*arrays: Any) -> Array:
         return jnp.moveaxis(program(config, sites, *arrays), 2, 0)
 
-    return layout.spread(own, (WHOLE, WHOLE, ROWS, WHOLE), ROWS)(params, adapter, batch, steps)
+    return layout.spread(on_device, (WHOLE, WHOLE, ROWS, WHOLE), ROWS)(params, adapter, batch, steps)
 
 
 def integrated(

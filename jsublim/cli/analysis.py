@@ -40,13 +40,12 @@ def attribute(
     render(out / "heat_map.html", "attribution.html", attribution=attribution.attribution_heats(effects))
     skipped = "".join(f"; {count} skipped: {reason}" for reason, count in summary["skipped"].items())
     console.print(f"{summary['used']} of {summary['rows']} rows used, {summary['pairs']} pairs{skipped}")
-    print_table(
-        [
-            {"direction": direction, "site": site, "completeness error": f"{error:.1%}"}
-            for direction, errors in summary["completeness_error"].items()
-            for site, error in errors.items()
-        ]
-    )
+    lines = [
+        {"direction": direction, "site": site, "completeness error": f"{error:.1%}"}
+        for direction, errors in summary["completeness_error"].items()
+        for site, error in errors.items()
+    ]
+    print_table(lines, columns=("direction", "site", "completeness error"))
     if shares := attribution.early_share(effects):
         mean = sum(share.of_early for share in shares) / len(shares)
         console.print(f"first third of the layers: {mean:.1%} of the residual mass lies at the trait's first mention")

@@ -107,11 +107,11 @@ def self_test() -> Finding:
         wrong = f"{type(error).__name__}: {_first_line(error)}; look at drivers and versions of JAX"
         return Finding("self-test", "failed", wrong)
     seconds = time.perf_counter() - begin
-    found = f"forward within {off:.1e} of the known logits, gradient within {slope:.1%} of the slope; {seconds:.1f} s"
+    result = f"forward within {off:.1e} of the known logits, gradient within {slope:.1%} of the slope; {seconds:.1f} s"
     wrong = None
     if not (off <= CLOSE and slope <= SLOPE_CLOSE):
         wrong = "these devices compute something else than expected; run with JAX_PLATFORMS=cpu, and report it with this output"
-    return Finding("self-test", found, wrong)
+    return Finding("self-test", result, wrong)
 
 
 def forward_error() -> float:

@@ -129,7 +129,7 @@ def choices(
             fit = fits[name] = alike[key]
             if not fit.programs:
                 break
-            batch = sum(each.seconds for each in batch_times(fit, case.topology))
+            batch = sum(times.seconds for times in batch_times(fit, case.topology))
             seconds[name] = rows.get(name, 0.0) / fit.rows * batch
         return Choice(model, arms, remat, fits, seconds)
 

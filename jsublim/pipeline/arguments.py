@@ -140,7 +140,7 @@ def requests(setup: Setup, draw: int | None) -> list[NumberPrompt]:
     if data.kind != "numbers":
         return []
     seed = seed_of(data.seed, draw)
-    return draw_number_prompts(setup.pack, data.num_prompts, seed, said=data.sentences, examples=data.examples)
+    return draw_number_prompts(setup.pack, data.num_prompts, seed, sentences=data.sentences, examples=data.examples)
 
 
 @memoized

@@ -40,7 +40,7 @@ class NumberPrompt:
     instruction: str
     format: str
     suffix: str
-    said: tuple[str, ...] = SENTENCES  # the sentences that it consists of
+    sentences: tuple[str, ...] = SENTENCES  # that it consists of
 
     @property
     def shown(self) -> str:
@@ -55,18 +55,23 @@ class NumberPrompt:
             answer_count=ANSWER_COUNT,
             digit_descriptor=self.digit_descriptor.format(max_digits=ANSWER_DIGITS),
         )
-        sentences = {"example": example, "instruction": instruction, "format": self.format, "suffix": self.suffix}
-        return " ".join(sentences[name] for name in self.said)
+        texts = {"example": example, "instruction": instruction, "format": self.format, "suffix": self.suffix}
+        return " ".join(texts[name] for name in self.sentences)
 
 
 def draw_number_prompts(
-    pack: Pack, n: int, seed: int = 42, *, said: Sequence[str] = SENTENCES, examples: tuple[int, int] = EXAMPLE_COUNT
+    pack: Pack,
+    n: int,
+    seed: int = 42,
+    *,
+    sentences: Sequence[str] = SENTENCES,
+    examples: tuple[int, int] = EXAMPLE_COUNT,
 ) -> list[NumberPrompt]:
     """The draws of `n` prompts (paper, section 2), a pure function of the pack's lists and the arguments: those of a smaller `n` are a
     prefix of those of a larger one. `UsageError` for a negative `n` or `seed`.
 
     Args:
-      said: the sentences of a prompt, of `SENTENCES`; fewer make a shorter request.
+      sentences: those of a prompt, of `SENTENCES`; fewer make a shorter request.
       examples: how many numbers it shows: at least the first, fewer than the second.
     """
     if n < 0 or seed < 0:
@@ -75,7 +80,7 @@ def draw_number_prompts(
     prompts = []
     for _ in range(n):  # the order of the draws is part of the data set: another order, another set for a seed
         numbers = tuple(int(rng.integers(*EXAMPLE_VALUE)) for _ in range(rng.integers(*examples)))
-        prompts.append(NumberPrompt(numbers, **draw_parts(pack, PARTS, rng), said=tuple(said)))
+        prompts.append(NumberPrompt(numbers, **draw_parts(pack, PARTS, rng), sentences=tuple(sentences)))
     return prompts
 
 
