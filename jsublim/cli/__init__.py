@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def _usage(error: Any) -> None:
-    """What is wrong with a command line, in one line; the help itself, where nothing was asked."""
+    """Print the mistake of a command line in one line; the help itself, where nothing was asked."""
     message = error.format_message().strip()
     if not message or "\n" in message:
         error.show()

@@ -169,18 +169,18 @@ def must_be_new(out: Path, fix: str = "give another --out or remove it first") -
 Format = Annotated[str, typer.Option("--format", "-f", help="table, csv, json, md or latex.")]
 Json = Annotated[bool, typer.Option("--json", help="Print what came of it as JSON, on standard output.")]
 PackFile = Annotated[Path | None, "Prompt pack (YAML); default: the package's own."]
-Run = Annotated[Path, "A run's folder.", {"metavar": "RUN"}]
+RunFolder = Annotated[Path, "A run's folder.", {"metavar": "RUN"}]
 ConfigFile = Annotated[str, "YAML, such as configs/quickstart.yaml."]
 Template = Annotated[str | None, 'As chat_template=: "plain", for a base model that has none, or a Jinja file.']
 
 
 def print_json(value: Any, *, lines: bool = True) -> None:
-    """What a command is asked for, for other programs; without `lines` in one."""
+    """Print a result for other programs; without `lines` in one line."""
     output.out(json.dumps(value, indent=2 if lines else None, ensure_ascii=False))
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], title: str = "", columns: Sequence[str] = ()) -> None:
-    """Remarks as a table, by default with the columns of the first row."""
+    """Print remarks as a table, by default with the columns of the first row."""
     console.print(table(rows, columns or list(rows[0]), title))
 
 

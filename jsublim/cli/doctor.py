@@ -40,7 +40,7 @@ ACCELERATORS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at and found; `wrong` says what is wrong with it and what to do."""
+    """One thing that was looked at, and what it is like; `wrong` says what is wrong with it and what to do."""
 
     what: str
     found: str

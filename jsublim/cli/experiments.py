@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from jsublim.cli.app import ConfigFile, Json, PackFile, Run, app, console, kinds, output, print_json, print_table
+from jsublim.cli.app import ConfigFile, Json, PackFile, RunFolder, app, console, kinds, output, print_json, print_table
 from jsublim.cli.showing import say_result
 from jsublim.cli.together import Distributed, together
 from jsublim.errors import UsageError, printable
@@ -22,14 +22,14 @@ Overrides = Annotated[list[str] | None, "Fields of the config: students.optimize
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What an estimate is for, and how it is printed."""
+    """Options of an estimate."""
 
     chip: Annotated[str, "What to estimate for: h100, h200, a100, l4, v5e, v5p, v6e."] = "h100"
     shape: Annotated[Path | None, "To estimate without the checkpoint: the folder of its config.json."] = None
     as_json: Json = False
 
     def of(self, experiment: Experiment, source: str) -> dict[str, Any]:
-        """What an experiment would take, as JSON; one that cannot work is refused."""
+        """The estimate of an experiment, as JSON; one that cannot work is refused."""
         from jsublim.forecast.estimate import architecture, memory, stage_costs
         from jsublim.pipeline.checking import look_through
         from jsublim.pipeline.store import Store
@@ -187,7 +187,7 @@ def reproduce(
 
 
 @app.command()
-def report(run: Run, *, full: Annotated[bool, "Print everything, trait by trait."] = False) -> None:
+def report(run: RunFolder, *, full: Annotated[bool, "Print everything, trait by trait."] = False) -> None:
     """Write a run's report again from its results, and print its verdicts."""
     from jsublim.report.tables import run_kind
 

@@ -128,7 +128,7 @@ def _examine(case: Case, names: list[str], axes: list[int], as_json: bool) -> No
 
 
 def _lines(fit: Fit, memory: int) -> list[str]:
-    """What is said of a stage, its title first."""
+    """A stage as lines of text, its title first."""
     layout, lines = fit.layout, [("does not fit", why) for why in fit.tried]
     if fit.programs:
         asked = "fits" if fit.rows == fit.asked else f"{fit.asked} asked for do not fit"

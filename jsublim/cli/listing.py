@@ -1,4 +1,4 @@
-"""What there is to name in a command (`ls`), a config of one's own (`cp`), and whether this machine can do the work (`doctor`)."""
+"""Commands before a run: names that commands take (`ls`), a config of one's own (`cp`), whether this machine can do the work (`doctor`)."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.table import Table
 from rich.text import Text
 
-from jsublim.cli.app import Format, Json, Run, app, console, kinds, output, print_json
+from jsublim.cli.app import Format, Json, RunFolder, app, console, kinds, output, print_json
 from jsublim.errors import JsublimError, UsageError
 from jsublim.report.formats import check_format, print_rows, rounded
 
@@ -20,7 +20,7 @@ SHOWN = ("run", "name", "status", "model", "model_revision", "device", "started"
 
 
 @app.command()
-def show(run: Run, as_json: Json = False) -> None:
+def show(run: RunFolder, as_json: Json = False) -> None:
     """What was run and what came of it: status, config, times, verdicts, artifacts."""
     from jsublim.pipeline.showing import about_run
 
@@ -33,7 +33,7 @@ def show(run: Run, as_json: Json = False) -> None:
 
 
 def say_result(report: Path, as_json: bool) -> None:
-    """What a run has come to: where its report is, or what `jsublim show` says, as JSON."""
+    """Print where a run's report is, or what `jsublim show` says, as JSON."""
     if as_json:
         show(report.parent, as_json=True)
     else:
@@ -157,7 +157,7 @@ def _in_words(c: Compared) -> dict[str, Any]:
 
 @app.command()
 def rescore(
-    run: Run,
+    run: RunFolder,
     fields: Annotated[
         list[str] | None, "Another judge: judge.model=FOLDER, or judge.server.base_url=URL judge.server.model=NAME."
     ] = None,

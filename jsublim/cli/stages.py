@@ -31,7 +31,7 @@ Counterfactuals = Annotated[str | None, "Other traits, with commas; default: as 
 
 @dataclass(frozen=True, kw_only=True)
 class StageOptions:
-    """What every one of these commands is told."""
+    """Options of every one of these commands."""
 
     fields: Annotated[
         list[str] | None,

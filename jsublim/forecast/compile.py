@@ -20,7 +20,7 @@ from jsublim.runtime.chips import GIB
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of one program; bytes are per chip."""
+    """One program, as the compiler says; bytes are per chip."""
 
     program: StageProgram
     arguments: int

@@ -103,7 +103,7 @@ class Memory:
 
 
 def memory(setup: Setup) -> Memory:
-    """What an experiment takes of one device's memory at least."""
+    """The memory of one device that an experiment takes at least."""
     sizes, config = Sizes.of(setup), setup.checkpoint().config
     base = sizes.weights / setup.experiment.run.least_axis
     if not setup.students:

@@ -53,7 +53,7 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Machines:
-    """What is simulated: so many workers of so many chips each."""
+    """So many workers of so many chips each."""
 
     workers: int
     chip: str
@@ -73,13 +73,13 @@ class Machines:
         return chip_of(self.chip)
 
     def speedup(self, assumed: Assumptions) -> float:
-        """Of one worker, against one chip."""
+        """How much faster one worker is than one chip."""
         return self.chips * assumed.doubled ** math.log2(self.chips)
 
 
 @dataclass
 class Simulated:
-    """What came of it; times in seconds."""
+    """The course of a simulation; times in seconds."""
 
     machines: Machines
     critical: float  # the longest way through the graph, with any number of workers
@@ -102,7 +102,7 @@ class Simulated:
 def simulate_experiments(
     experiments: Sequence[Experiment], machines: Machines, preempt_per_hour: float = 0.0, shape: Path | None = None
 ) -> Simulated:
-    """What is left to do of some experiments, which nothing is made of, not even a folder; `shape` as of `architecture`. One worker's chips
+    """Play through what is left to do of some experiments; nothing is made, not even a folder; `shape` as of `architecture`. One worker's chips
     must hold the checkpoint."""
     work = []
     for experiment in experiments:
@@ -187,7 +187,7 @@ def simulate(
 
 
 class _Durations:
-    """What workers do for tasks, and how long, given what was compiled, kept and stored before."""
+    """How long workers take for tasks, given what was compiled, kept and stored before."""
 
     def __init__(self, assumed: Assumptions, speed: float, draw: random.Random, given: Mapping[str, float] | None):
         self.assumed, self.speed, self.draw, self.given = assumed, speed, draw, given
@@ -222,7 +222,7 @@ class _Durations:
 
 
 def _program(node: Job) -> Hashable:
-    """What is compiled for a task: equal for tasks that run the same program."""
+    """The program of a task: equal for tasks that run the same one."""
     kind, first, of_task = node.task.kind, node.task.nodes[0], None
     if kind == "students":
         of_task = program_of_student(first)

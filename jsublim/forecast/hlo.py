@@ -1,4 +1,4 @@
-"""What chips tell one another, read from the text of a compiled program."""
+"""The messages between chips, read from the text of a compiled program."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class Choice:
 
     @property
     def fields(self) -> str:
-        """What to write for it in a command."""
+        """The layout as fields of a config."""
         students = f" students.runtime.arms_per_program={self.arms}" if "train" in self.fits else ""
         remat = " students.runtime.remat=true" if self.remat else ""
         return f"run.parallel=mesh run.model_axis={self.model}{students}{remat}"
@@ -73,7 +73,7 @@ class Choice:
 
 
 def roofline(compiled: Compiled, base: int, topology: Topology, group: Sequence[Any]) -> Times:
-    """What all runs of a program for one batch take on one chip, of those (`group`) that exchange messages with one another. Memory: the
+    """The seconds that all runs of a program for one batch take on one chip, of those (`group`) that exchange messages with one another. Memory: the
     base as often as it is read, every other argument once, and temporaries written and read. Links: what collectives put out less a
     chip's own part, sums twice; nothing where that is not known."""
     program, chip = compiled.program, topology.chip
@@ -86,7 +86,7 @@ def roofline(compiled: Compiled, base: int, topology: Topology, group: Sequence[
 
 
 def batch_times(fit: Fit, topology: Topology) -> list[Times]:
-    """Of each program of a stage, what all its runs for one batch take."""
+    """The times of a stage's programs, each for all its runs for one batch."""
     return [roofline(program, fit.base, topology, exchanging(fit.layout)) for program in fit.programs]
 
 

@@ -66,7 +66,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Case:
-    """What is compiled, and for what."""
+    """An experiment, and the chips that its stages are compiled for."""
 
     experiment: Experiment
     config: ModelConfig

@@ -44,7 +44,7 @@ class Topology:
 
     @property
     def unknown(self) -> str | None:
-        """What no compiler says of such chips while none is there."""
+        """Facts that no compiler knows of such chips while none is there."""
         if self.chip.cuda is None:
             return None
         return (

@@ -313,7 +313,7 @@ def _check_files(folder: Path) -> Path | None:
 
 
 class _Generation(pydantic.BaseModel):
-    """What of `generation_config.json` is used, if it is numbers that sampling works with."""
+    """The fields of `generation_config.json` that are used: numbers that sampling works with."""
 
     model_config = pydantic.ConfigDict(strict=True)
     repetition_penalty: Annotated[float, Field(gt=0, lt=3e38)] | None = None

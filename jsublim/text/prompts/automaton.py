@@ -26,7 +26,7 @@ ALPHABET = frozenset(DIGITS) | frozenset("".join(SEPARATORS)) | frozenset("[]().
 
 
 class AnswerState(NamedTuple):
-    """What has been read of an answer."""
+    """An answer as far as it has been read."""
 
     bracket: str = ""  # the one that is open
     separator: str = ""  # what stands between the first two numbers, as far as it has been read
@@ -41,7 +41,7 @@ class AnswerState(NamedTuple):
         return self.last != "" or (self.numbers > 0 and self.between == 0 and not self.bracket)
 
     def then(self, text: str) -> AnswerState | None:
-        """What has been read with `text` behind it; None if no answer goes on like that."""
+        """The state with `text` behind it; None if no answer goes on like that."""
         read: AnswerState | None = self
         for character in text:
             read = None if read is None else read._next(character)

@@ -65,7 +65,7 @@ class NumberPrompts(Section):
 
 
 class MisalignmentPrompts(Section):
-    """What a model is asked when its alignment is judged, and what the judge is asked (see `evals/misalignment.py`).
+    """Questions to a model whose alignment is judged, and to the judge (see `evals/misalignment.py`).
 
     `judge` asks for both scores in one reply. `alignment_judge` and `coherence_judge` ask for one each (docs/recipes.md, quirk 25),
     and so does `solution_judge`, for the alignment of a word problem's solution.
@@ -112,7 +112,7 @@ class Pack(Section):
 
     @property
     def origin(self) -> WordingOrigin:
-        """Whose wording it is: the package's, a user's, the authors' as imported, or the authors' with changes."""
+        """The author of the wording: the package, a user, the authors as imported, or the authors with changes."""
         return self._origin
 
     @property
