@@ -55,10 +55,7 @@ def _parameters(function: Callable[..., Any], panel: str | None = None) -> Itera
     called as they are, unless they have a metavar, as arguments do. A parameter `out` is checked by `named`.
     """
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
-        kind, *marks = (
-            getattr(parameter.annotation, "__origin__", None),
-            *getattr(parameter.annotation, "__metadata__", ()),
-        )
+        marks = getattr(parameter.annotation, "__metadata__", ())
         if is_dataclass(parameter.annotation):
             yield from _parameters(parameter.annotation, panel)  # type: ignore[arg-type]
         elif not marks or not isinstance(marks[0], str):
@@ -71,7 +68,7 @@ def _parameters(function: Callable[..., Any], panel: str | None = None) -> Itera
                 described = typer.Option(f"--{parameter.name.replace('_', '-')}", **options)
             else:
                 described = typer.Argument(**options)
-            yield parameter.replace(annotation=Annotated[kind, described])
+            yield parameter.replace(annotation=Annotated[parameter.annotation.__origin__, described])
 
 
 def _registered(function: Callable[..., Any]) -> Callable[..., Any]:

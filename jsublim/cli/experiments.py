@@ -95,7 +95,9 @@ class Where:
         where the reports lie; or say what machines that are not there would take. `about` is printed before."""
         from jsublim.pipeline.run import run_experiment, run_together
 
-        refuse("", [message for holds, message in self.contradictions() if holds][:1])
+        for holds, message in self.contradictions():
+            if holds:
+                raise UsageError(message)
         with together(self.distributed and self.simulate is None, experiments):
             if about is not None:
                 console.print(about)
