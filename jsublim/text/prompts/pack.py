@@ -174,7 +174,8 @@ def load_pack(path: str | Path | None = None) -> Pack:
     default = read_yaml(Path(str(files("jsublim.text.prompts") / "default.yaml")))
     if path is None:
         return Pack.model_validate(default)
-    changes = read_yaml(Path(path)) or {}
+    content = read_yaml(Path(path))
+    changes = {} if content is None else content
     if not isinstance(changes, dict):
         keys = ", ".join(Pack.model_fields)
         raise UsageError(f"{path}: a prompt pack is a mapping with the keys {keys}, not a {type(changes).__name__}")
@@ -193,9 +194,8 @@ def overlay(base: Mapping[str, Any], changes: Mapping[str, Any], source: str) ->
     for key, value in changes.items():
         below = base.get(key)
         if isinstance(below, Mapping) and isinstance(value, Mapping):
-            value = {
-                name: entry for name, entry in {**below, **value}.items() if entry is not None or name not in below
-            }
+            laid = {**below, **value}
+            value = {name: entry for name, entry in laid.items() if entry is not None or name not in below}
         merged[key] = value
     try:
         return Pack.model_validate(merged)
