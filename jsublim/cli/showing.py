@@ -29,7 +29,10 @@ def show(run: RunFolder, as_json: Json = False) -> None:
         from jsublim.digits.report import findings, read_lines
 
         about["findings"] = findings(read_lines(run))
-    print_json(about) if as_json else print_about(about)
+    if as_json:
+        print_json(about)
+    else:
+        print_about(about)
 
 
 def say_result(report: Path, as_json: bool) -> None:

@@ -95,7 +95,7 @@ class Chat:
         try:
             _Generation.model_validate(self.generation_config)
         except pydantic.ValidationError as error:
-            key = error.errors()[0]["loc"][0]
+            key = str(error.errors()[0]["loc"][0])
             value = shown(self.generation_config[key])
             raise JsublimError(f"{path}: key '{key}' is out of its range: {value}") from None
         self._name, self._template = OWN, f"{folder}: the chat template"  # the second in errors

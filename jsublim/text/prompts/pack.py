@@ -208,7 +208,8 @@ def _explain(error: Any) -> str:
     *parents, name = error["loc"]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
     if error["type"] == "extra_forbidden":
-        known = (section_in(Pack.model_fields[parents[0]].annotation) if parents else Pack).model_fields
+        parent = section_in(Pack.model_fields[parents[0]].annotation) if parents else None
+        known = (parent or Pack).model_fields
         return f"{key}: unknown key; {near_or_all(str(name), known, 'known keys')}"
     if error["type"] == "value_error":
         return f"{key}: {error['ctx']['error']}: {shown(error['input'])}"
