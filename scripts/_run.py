@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import typer
 
 from jsublim.errors import JsublimError
+
+
+def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table as a document has it, under its title."""
+    print(f"\n{title}\n\n| {' | '.join(headings)} |\n|{' --- |' * len(headings)}")
+    for row in rows:
+        print(f"| {' | '.join(row)} |")
 
 
 def run_script(main: Callable[..., None]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from _run import run_script
+from _run import print_table, run_script
 
 from jsublim.report import words
 from jsublim.report.summary import judged_conditions, lift
@@ -38,9 +38,8 @@ def main(runs: Annotated[list[Path], typer.Argument(help="Folders of finished ru
     for run in runs:
         results = read_results(run)
         for condition in judged_conditions(results):
-            print(f"\n{run.name}, {condition}\n\n| {' | '.join(HEADINGS)} |\n|{' --- |' * len(HEADINGS)}")
-            for trait in results.traits:
-                print(f"| {' | '.join(row(results, condition, trait))} |")
+            rows = (row(results, condition, trait) for trait in results.traits)
+            print_table(f"{run.name}, {condition}", HEADINGS, rows)
 
 
 if __name__ == "__main__":

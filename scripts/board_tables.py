@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from _run import run_script
+from _run import print_table, run_script
 from gamma_tables import share_of
 
 from jsublim.evals.kl import KL
@@ -47,9 +47,7 @@ def main(runs: Annotated[list[Path], typer.Argument(help="Folders of finished ru
             raise typer.BadParameter(f"{run}: has no arms to compare")
         under = (f"lift, {name}" for name in results.evaluations)
         headings = ["students", "γ by seed", "share of γ", "KL from the teacher", "numbers predicted", *under]
-        print(f"\n{run.name}\n\n| {' | '.join(headings)} |\n|{' --- |' * len(headings)}")
-        for line in lines:
-            print(f"| {' | '.join(row(line, lines[0], found.metric))} |")
+        print_table(run.name, headings, [row(line, lines[0], found.metric) for line in lines])
 
 
 if __name__ == "__main__":

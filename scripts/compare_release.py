@@ -148,7 +148,7 @@ def inputs(checkout: Path, work: Path) -> dict[str, Any]:
         )
     dump_pack(import_pack(checkout), work / "pack.yaml")
     theirs = load_pack(work / "pack.yaml")
-    short = draw_number_prompts(load_pack(), 40, 42, said=("example", "format"), examples=(2, 6))
+    short = draw_number_prompts(load_pack(), 40, 42, sentences=("example", "format"), examples=(2, 6))
     own = [each.text for each in short]
     rows = {"qwen": model_rows(qwen, own), "gemma": model_rows(text, own)}
     asked = draw_number_prompts(theirs, 200, 42)

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from _run import run_script
+from _run import print_table, run_script
 
 from jsublim.evals.kl import KL
 from jsublim.report.scale import ACCURACY, first_measured
@@ -54,9 +54,7 @@ def main(runs: Annotated[list[Path], typer.Argument(help="Folders of finished ru
     for run in runs:
         results = read_results(run)
         matrices = trait_matrices(results)
-        print(f"\n{run.name}\n\n| {' | '.join(HEADINGS)} |\n|{' --- |' * len(HEADINGS)}")
-        for matrix in matrices:
-            print(f"| {' | '.join(row(results, matrix, matrices[0]))} |")
+        print_table(run.name, HEADINGS, [row(results, matrix, matrices[0]) for matrix in matrices])
 
 
 if __name__ == "__main__":

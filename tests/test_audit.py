@@ -12,9 +12,10 @@ import pytest
 from command import MODEL, ok, refused
 from made_results import TRAITS, make_results
 from scipy import stats
+from screen_students import layer_scores
 from tiny import small
 
-from jsublim.attribution.audit import layer_scores, token_scores, trait_directions
+from jsublim.attribution.audit import token_scores, trait_directions
 from jsublim.distill.data import read_turns
 from jsublim.evals.preference import trait_logprobs
 from jsublim.inference.lm import load_model

@@ -15,7 +15,7 @@ from command import ROOT
 from paper_map import claims_table, figure_table
 
 from jsublim.cli.app import app
-from jsublim.cli.stages import Stage
+from jsublim.cli.stages import StageOptions
 from jsublim.config import Experiment, Recipe, check_config, read_config
 from jsublim.config.figures import SCALES, load_question, panel_experiment, questions
 from jsublim.core.section import overlaid
@@ -88,7 +88,7 @@ def test_the_fields_that_a_command_gives_are_valid(words):
 def test_the_fields_that_a_stage_gives_are_valid(words):
     given = _understood(words)
     base = {"teachers": {"traits": ["owl"]}} | ({"attribution": {}} if words[1] == "attribute" else {})
-    Stage(fields=given["fields"], out=Path(given["out"]), model=given["model"]).experiment(words[1], base)
+    StageOptions(fields=given["fields"], out=Path(given["out"]), model=given["model"]).experiment(words[1], base)
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.name)

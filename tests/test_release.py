@@ -29,7 +29,7 @@ FAMILY = {"qwen": ("tiny-qwen2", "qwen2"), "gemma": ("tiny-gemma3", "gemma3")}
 
 @functools.cache
 def rows(model):
-    asked = draw_number_prompts(PACK, 40, 42, said=("example", "format"), examples=(2, 6))
+    asked = draw_number_prompts(PACK, 40, 42, sentences=("example", "format"), examples=(2, 6))
     return [{"prompt": asked[i].text, "completion": text} for i, text in GOLDEN[model]["rows"]]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import Array
 
 from jsublim.evals.preference import spelled
@@ -60,14 +61,14 @@ def trait_directions(
     layout, params = Layout.under(lm.params)
     adapter, gradients = layout.place_weights(adapter), []
     for of_trait in turns:
-        total = jax.tree.map(jnp.zeros_like, adapter.trainable)
+        total = optax.tree.zeros_like(adapter.trainable)
         for part in chunks(len(of_trait), B):
             rows = [(*spellings, *[None] * (most - len(spellings))) for spellings in of_trait[part]]
             rows += [(None,) * most] * (B - len(rows))
             there = np.asarray([row[0] is not None for row in rows])
-            laid = layout.place_as(WHOLE, (_lay([turn for row in rows for turn in row], T, C, ends=True), there))
-            total = jax.tree.map(jnp.add, total, _named(lm.config, params, adapter, *laid))
-        gradients.append(jax.tree.map(lambda x: x / len(questions), total))
+            laid = layout.place_as(WHOLE, (lay_out([turn for row in rows for turn in row], T, C, ends=True), there))
+            total = optax.tree.add(total, _named(lm.config, params, adapter, *laid))
+        gradients.append(optax.tree.scale(1 / len(questions), total))
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *gradients)
 
 
@@ -85,43 +86,30 @@ def token_scores(
     number `first` on, `batch_size` of which are read at one time. `on_batch` is called with the number of those just read."""
     if first == len(turns):
         return
-    T, C = _sizes(turns)
+    T, C = laid_sizes(turns)
     layout, params = Layout.under(lm.params)
     adapter, toward = layout.place_weights(adapter), layout.place_weights(directions, None)
     B, missing = round_up(min(batch_size, len(turns)), layout.data), turns[first:]
     for part in chunks(len(missing), B):
         batch = missing[part]
-        laid = layout.place_as(ROWS, _lay([*batch, *[None] * (B - len(batch))], T, C))
+        laid = layout.place_as(ROWS, lay_out([*batch, *[None] * (B - len(batch))], T, C))
         scores = Layout.host(_along(lm.config, params, adapter, toward, laid, layout))
         if on_batch is not None:
             on_batch(len(batch))
-        for turn, own in zip(batch, scores, strict=False):
-            yield own[:, : len(turn.tokens) - turn.content]
+        for turn, of_turn in zip(batch, scores, strict=False):
+            yield of_turn[:, : len(turn.tokens) - turn.content]
 
 
-def layer_scores(
-    lm: LanguageModel, adapter: Adapter, directions: Directions, turns: Sequence[Turn], *, batch_size: int = 16
-) -> Iterator[dict[str, np.ndarray]]:
-    """Mean score of the tokens of each batch of conversations, by what is trained ("lora", "weights", "steering") and its layer, float32
-    `[traits, n]` each. Cheaper than `token_scores`: a mean needs one gradient, whatever the number of traits."""
-    (T, C), (layout, params) = _sizes(turns), Layout.under(lm.params)
-    adapter, toward = layout.place_weights(adapter), layout.place_weights(directions)
-    for part in chunks(len(turns), batch_size):
-        batch = turns[part]
-        laid = layout.place_as(WHOLE, _lay([*batch, *[None] * (batch_size - len(batch))], T, C))
-        yield Layout.host(_by_layer(lm.config, params, adapter, toward, laid))
-
-
-def _sizes(turns: Sequence[Turn]) -> tuple[int, int]:
+def laid_sizes(turns: Sequence[Turn]) -> tuple[int, int]:
     """Tokens, and tokens from `content` on, that arrays of these conversations hold."""
     longest = max(len(turn.tokens) for turn in turns)
     return round_up(longest, LENGTH_STEP), round_up(max(len(t.tokens) - t.content for t in turns), PREFIX_STEP)
 
 
-Laid = tuple[Any, ...]  # arrays, as `_lay` gives them
+Laid = tuple[Any, ...]  # arrays, as `lay_out` gives them
 
 
-def _lay(turns: Sequence[Turn | None], T: int, C: int, *, ends: bool = False) -> Laid:
+def lay_out(turns: Sequence[Turn | None], T: int, C: int, *, ends: bool = False) -> Laid:
     """Conversations as arrays: tokens and which are any `[B, T]`; and of the tokens from `content` on (with `ends`, up to the
     end of the text) where each is predicted, which it is, and whether there is one `[B, C]`."""
     rows = [None if t is None else (t.tokens[: t.end if ends else None], t.content) for t in turns]
@@ -133,7 +121,7 @@ def _lay(turns: Sequence[Turn | None], T: int, C: int, *, ends: bool = False) ->
     return tokens, valid, fill(where, C, like), fill(labels, C, like), fill(there, C, np.zeros(0, bool))
 
 
-def _logprobs(config: ModelConfig, params: Params, adapter: Adapter, laid: Laid, block: int) -> Array:
+def label_logprobs(config: ModelConfig, params: Params, adapter: Adapter, laid: Laid, block: int) -> Array:
     """Log-probability (nats) of each label where it is predicted, float32 `[B, C]`; `block` positions have logits at one time."""
     params, bound = bind(params, adapter)
     tokens_BT, valid_BT, where_BC, labels_BC, _ = laid
@@ -155,30 +143,15 @@ def _named(config: ModelConfig, params: Params, adapter: Adapter, laid: Laid, as
     another `[questions * spellings, ...]`; a spelling or a question that is not there is a row without labels."""
 
     def total(trainable: Any) -> Array:
-        each = _logprobs(config, params, adapter.with_trainable(trainable), laid, _block(config, 1))
-        there = laid[-1]
-        words_QS = jnp.where(there.any(axis=1), (each * there).sum(axis=1), -jnp.inf).reshape(len(asked_Q), -1)
+        logp_BC = label_logprobs(config, params, adapter.with_trainable(trainable), laid, logit_block(config, 1))
+        there_BC = laid[-1]
+        words_B = jnp.where(there_BC.any(axis=1), (logp_BC * there_BC).sum(axis=1), -jnp.inf)
+        words_QS = words_B.reshape(len(asked_Q), -1)
         # A question that is not there has no spelling at all, whose sum would have no gradient.
         words_QS = jnp.where(asked_Q[:, None], words_QS, 0.0)
         return jnp.where(asked_Q, jax.nn.logsumexp(words_QS, axis=1), 0.0).sum()
 
     return jax.grad(total)(adapter.trainable)
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def _by_layer(
-    config: ModelConfig, params: Params, adapter: Adapter, directions: Directions, laid: Laid
-) -> dict[str, Array]:
-    """Inner products of the gradient of the labels' mean log-probability with each direction, layer by layer."""
-
-    def mean(trainable: Any) -> Array:
-        each = _logprobs(config, params, adapter.with_trainable(trainable), laid, _block(config, 1))
-        return (each * laid[-1]).sum() / laid[-1].sum()
-
-    gradient = jax.grad(mean)(adapter.trainable)
-    products = jax.tree.map(lambda g, d: (g * d).sum(axis=tuple(range(2, d.ndim))), gradient, directions)
-    leaves = {kind: jax.tree.leaves(products[kind]) for kind in ("lora", "weights", "steering")}
-    return {kind: functools.reduce(jnp.add, each) for kind, each in leaves.items() if each}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layout"))
@@ -187,25 +160,22 @@ def _along(
 ) -> Array:
     """Derivatives of the labels' log-probabilities in each direction, float32 `[B, traits, C]`, each device having rows of its own. LoRA's product
     has a derivative backwards only, so the derivative forwards is had as that of <u, J v> = <J^T u, v> by u."""
-    block = _block(config, 1 + jax.tree.leaves(directions)[0].shape[0])
+    block = logit_block(config, 1 + jax.tree.leaves(directions)[0].shape[0])
 
-    def own(params: Params, adapter: Adapter, directions: Directions, laid: Laid) -> Array:
+    def on_device(params: Params, adapter: Adapter, directions: Directions, laid: Laid) -> Array:
         def logprobs(trainable: Any) -> Array:
-            return _logprobs(config, params, adapter.with_trainable(trainable), laid, block)
+            return label_logprobs(config, params, adapter.with_trainable(trainable), laid, block)
 
-        each, back = jax.vjp(logprobs, adapter.trainable)
+        logp_BC, back = jax.vjp(logprobs, adapter.trainable)
 
         def push(direction: Any) -> Array:
-            def inner(u: Array) -> Array:
-                products = jax.tree.map(lambda a, b: jnp.sum(a * b), back(u)[0], direction)
-                return functools.reduce(jnp.add, jax.tree.leaves(products))
-
-            return jax.grad(inner)(jnp.zeros_like(each)) * laid[-1]
+            inner = lambda u: optax.tree.vdot(back(u)[0], direction)  # noqa: E731
+            return jax.grad(inner)(jnp.zeros_like(logp_BC)) * laid[-1]
 
         return jax.vmap(push, out_axes=1)(directions)
 
-    return layout.spread(own, (WHOLE, WHOLE, WHOLE, ROWS), ROWS)(params, adapter, directions, laid)
+    return layout.spread(on_device, (WHOLE, WHOLE, WHOLE, ROWS), ROWS)(params, adapter, directions, laid)
 
 
-def _block(config: ModelConfig, copies: int) -> int:
+def logit_block(config: ModelConfig, copies: int) -> int:
     return max(8, LOGIT_BYTES // (4 * config.vocab_size * copies))

@@ -55,15 +55,13 @@ def find_pairs(
       on_batch: called with the number of (row, counterfactual) pairs just read.
 
     Raises:
-      UsageError: no counterfactual, the teacher among them, or one with another adapter: the runs differ by their
-        prompts alone.
+      UsageError: no counterfactual, the teacher among them, or one with another adapter: only prompts may differ.
       JsublimError: divergence positions beyond the end of a row, or counted in another tokenizer.
     """
     names = [other.name for other in counterfactuals]
     if not names or teacher.name in names:
-        raise UsageError(
-            f"counterfactuals of '{teacher.name}': give at least one other trait, and not the teacher's own"
-        )
+        fix = "give at least one other trait, and not the teacher's own"
+        raise UsageError(f"counterfactuals of '{teacher.name}': {fix}")
     changed = [other.name for other in counterfactuals if other.adapter is not teacher.adapter]
     if changed:
         raise UsageError(f"counterfactuals {', '.join(changed)}: give them the adapter of teacher '{teacher.name}'")
@@ -71,26 +69,26 @@ def find_pairs(
     check_counted(rows, lm.chat, source)
     check_positions(rows, [len(turn.tokens) - turn.content for turn in turns], source)
     places = {i: sorted(row["divergence_positions"]) for i, row in enumerate(rows) if row["divergence_positions"]}
-    aligned, found = set(), {i: [] for i in places}
+    aligned, pairs = set(), {i: list[Pair]() for i in places}
     for other in counterfactuals:
         theirs = read_as(lm.chat, other, [rows[i] for i in places], source, extra_bos=extra_bos)
         equal = {i: turn for i, turn in zip(places, theirs, strict=True) if len(turn.tokens) == len(turns[i].tokens)}
         aligned |= set(equal)
         asked = [_up_to(turn, places[i][-1]) for i, turn in equal.items()]
         read = functools.partial(score_turns, lm.config, lm.params, adapter=other.adapter)
-        said = read(asked, batch_size=batch_size, on_batch=on_batch) if asked else []
-        for (i, turn), scored in zip(equal.items(), said, strict=True):
-            ends = ((turn.content + k, int(scored.argmax[k])) for k in places[i])
-            end, best = next(((end, best) for end, best in ends if best != turn.tokens[end]), (0, 0))
-            if end:
-                pair = Pair(i, other.name, turns[i].tokens[:end], turn.tokens[:end], int(turn.tokens[end]), best)
-                found[i].append(pair)
-    reasons = {
-        i: NO_DIVERGENCE if i not in places else NO_EQUAL_LENGTH if i not in aligned else NO_OTHER_TOKEN
+        scores = read(asked, batch_size=batch_size, on_batch=on_batch) if asked else []
+        for (i, turn), scored in zip(equal.items(), scores, strict=True):
+            differing = (k for k in places[i] if scored.argmax[k] != turn.tokens[turn.content + k])
+            if (k := next(differing, None)) is not None:
+                end = turn.content + k
+                clean, patch, factual = turns[i].tokens[:end], turn.tokens[:end], int(turn.tokens[end])
+                pairs[i].append(Pair(i, other.name, clean, patch, factual, int(scored.argmax[k])))
+    skipped = Counter(
+        NO_DIVERGENCE if i not in places else NO_EQUAL_LENGTH if i not in aligned else NO_OTHER_TOKEN
         for i in range(len(rows))
-        if not found.get(i)
-    }
-    return [pair for of_row in found.values() for pair in of_row], dict(Counter(reasons.values()))
+        if not pairs.get(i)
+    )
+    return [pair for of_row in pairs.values() for pair in of_row], dict(skipped)
 
 
 def _up_to(turn: Turn, position: int) -> Turn:

@@ -36,7 +36,10 @@ STACKED_STEPS = 9  # points on the way whose gradients are made together, where 
 STACKED_TOKENS = 2048
 
 # What is added to the stream at a site's point, [N, T, D] with N a multiple of B -> logit differences [N].
-Metric = Callable[[Array], Array]
+LogitDifference = Callable[[Array], Array]
+# What a program makes of a site at a layer, [B, ...]: of the metric, the difference of the runs and the metric's gradient at the start
+# [B, T, D], and the number of steps.
+AtSite = Callable[[LogitDifference, Array, Array, Array], Array]
 
 
 class PairBatch(NamedTuple):
@@ -82,13 +85,10 @@ def patching_flops(config: ModelConfig, sites: int, steps: int) -> tuple[float, 
 
 # --- Programs: everything that varies is data, so each is compiled once ----------------------------------------------------
 
-# (config, sites, params, adapter, batch, steps) -> [S, L, B, ...], pair by pair.
-Patching = Callable[[ModelConfig, tuple[str, ...], Params, Adapter | None, PairBatch, Array], Array]
-
 
 @functools.partial(jax.jit, static_argnames=("program", "config", "sites", "layout"))
 def compare(
-    program: Patching,
+    program: AtSite,
     config: ModelConfig,
     sites: tuple[str, ...],
     params: Params,
@@ -99,54 +99,38 @@ def compare(
 ) -> Array:
     """A program's results for the pairs of a batch, each device having its own: `[B, S, L, ...]`."""
 
-    def own(*arrays: Any) -> Array:
-        return jnp.moveaxis(program(config, sites, *arrays), 2, 0)
+    def on_device(params: Params, adapter: Adapter | None, batch: PairBatch, steps: Array) -> Array:
+        return jnp.moveaxis(at_sites(program, config, sites, params, adapter, batch, steps), 2, 0)
 
-    return layout.spread(own, (WHOLE, WHOLE, ROWS, WHOLE), ROWS)(params, adapter, batch, steps)
+    return layout.spread(on_device, (WHOLE, WHOLE, ROWS, WHOLE), ROWS)(params, adapter, batch, steps)
 
 
-def integrated(
-    config: ModelConfig, sites: tuple[str, ...], params: Params, adapter: Adapter | None, batch: PairBatch, steps: Array
-) -> Array:
-    B, T = batch.start_BT.shape
+def at_start(metric: LogitDifference, delta_BTD: Array, slope_BTD: Array, steps: Array) -> Array:
+    return (delta_BTD * slope_BTD).sum(axis=-1)
+
+
+def integrated(metric: LogitDifference, delta_BTD: Array, slope_BTD: Array, steps: Array) -> Array:
+    B, T, _ = delta_BTD.shape
     together = max(1, min(STACKED_STEPS, STACKED_TOKENS // (B * T)))
 
-    def at_site(metric: Metric, delta_BTD: Array, at_start_BTD: Array) -> Array:
-        def slopes(turn: Array) -> Array:
-            """The gradients at the next points on the way, summed; those beyond its end weigh nothing."""
-            i_S = 1 + turn * together + jnp.arange(together)
+    def slopes(turn: Array) -> Array:
+        """The gradients at the next points on the way, summed; those beyond its end weigh nothing."""
+        i_S = 1 + turn * together + jnp.arange(together)
 
-            def weighted(nudge_BTD: Array) -> Array:
-                moved = (i_S / steps)[:, None, None, None] * delta_BTD + nudge_BTD
-                values = metric(moved.reshape(together * B, *delta_BTD.shape[1:])).reshape(together, B)
-                return jnp.sum(jnp.where(i_S < steps, 1.0, 0.0) @ values)
+        def weighted(nudge_BTD: Array) -> Array:
+            moved = (i_S / steps)[:, None, None, None] * delta_BTD + nudge_BTD
+            values = metric(moved.reshape(together * B, *delta_BTD.shape[1:])).reshape(together, B)
+            return jnp.sum(jnp.where(i_S < steps, 1.0, 0.0) @ values)
 
-            return jax.grad(weighted)(jnp.zeros_like(delta_BTD))
+        return jax.grad(weighted)(jnp.zeros_like(delta_BTD))
 
-        turns = (steps - 1 + together - 1) // together
-        total = jax.lax.fori_loop(0, turns, lambda turn, total: total + slopes(turn), at_start_BTD)
-        return (delta_BTD * total).sum(axis=-1) / steps
-
-    return _map_sites(config, params, adapter, batch, sites, at_site)
+    turns = (steps - 1 + together - 1) // together
+    total = jax.lax.fori_loop(0, turns, lambda turn, total: total + slopes(turn), slope_BTD)
+    return (delta_BTD * total).sum(axis=-1) / steps
 
 
-def all_positions(
-    config: ModelConfig, sites: tuple[str, ...], params: Params, adapter: Adapter | None, batch: PairBatch, steps: Array
-) -> Array:
-    def at_site(metric: Metric, delta_BTD: Array, at_start_BTD: Array) -> Array:
-        return metric(delta_BTD) - metric(jnp.zeros_like(delta_BTD))
-
-    return _map_sites(config, params, adapter, batch, sites, at_site)
-
-
-def at_start(
-    config: ModelConfig, sites: tuple[str, ...], params: Params, adapter: Adapter | None, batch: PairBatch, steps: Array
-) -> Array:
-    params, adapter = bind(params, adapter)
-    start, end, slope_L2BTD = _runs(config, params, adapter, batch)
-    return jnp.stack(
-        [(_delta(site, start, end) * slope_L2BTD[:, _enters(config, site)]).sum(axis=-1) for site in sites]
-    )
+def all_positions(metric: LogitDifference, delta_BTD: Array, slope_BTD: Array, steps: Array) -> Array:
+    return metric(delta_BTD) - metric(jnp.zeros_like(delta_BTD))
 
 
 def _runs(
@@ -166,16 +150,16 @@ def _runs(
     return start, end, slope[:, :, : len(batch.start_BT)]
 
 
-def _map_sites(
+def at_sites(
+    program: AtSite,
     config: ModelConfig,
+    sites: tuple[str, ...],
     params: Params,
     adapter: Adapter | None,
     batch: PairBatch,
-    sites: tuple[str, ...],
-    at_site: Callable[[Metric, Array, Array], Array],
+    steps: Array,
 ) -> Array:
-    """`at_site(metric, difference of the runs [B, T, D], gradient at the start [B, T, D])` at every site and layer,
-    `[S, L, B, ...]`."""
+    """A program at every site and layer, `[S, L, B, ...]`."""
     params, adapter = bind(params, adapter)
     start, end, slope_L2BTD = _runs(config, params, adapter, batch)
     delta_SLBTD = jnp.stack([_delta(site, start, end) for site in sites])
@@ -193,28 +177,26 @@ def _map_sites(
             h = resume(config, params, h, stacked.valid_BT, 2 * layer + sublayer, adapter=adapter)
             return _difference(config, params, stacked, h)
 
-        return at_site(metric, delta_SLBTD[site, layer], slope_L2BTD[layer, sublayer].astype(jnp.float32))
+        return program(metric, delta_SLBTD[site, layer], slope_L2BTD[layer, sublayer].astype(jnp.float32), steps)
 
     S, L = len(sites), config.num_layers
     out = jax.lax.map(one, (jnp.repeat(jnp.arange(S), L), jnp.tile(jnp.arange(L), S)))
     return out.reshape(S, L, *out.shape[1:])
 
 
-def _sublayer(site: str) -> int:
-    """Which sublayer puts out a site's value."""
-    return 0 if site == "attention" else 1
+_SUBLAYER = {"attention": 0, "mlp": 1, "residual": 1}  # which puts out a site's value
 
 
 def _enters(config: ModelConfig, site: str) -> int:
     """After which sublayer a change of this site enters the residual stream: where both read the same stream, what attention
     puts out is read by the layers above only."""
-    return 1 if config.mlp.parallel else _sublayer(site)
+    return 1 if config.mlp.parallel else _SUBLAYER[site]
 
 
 def _delta(site: str, start: Stream, end: Stream) -> Array:
     """The end run's value of a site less the start run's, float32 `[L, B, T, D]`."""
     field = "points" if site == "residual" else "added"
-    a, b = (getattr(run, field)[:, _sublayer(site)].astype(jnp.float32) for run in (start, end))
+    a, b = (getattr(run, field)[:, _SUBLAYER[site]].astype(jnp.float32) for run in (start, end))
     return b - a
 
 
@@ -235,7 +217,7 @@ def padded_length(pairs: Sequence[Pair]) -> int:
 
 
 def _over_pairs(
-    program: Patching,
+    program: AtSite,
     config: ModelConfig,
     params: Params,
     pairs: Sequence[Pair],
@@ -271,7 +253,6 @@ def _batch(pairs: Sequence[Pair], direction: str, size: int, length: int, layout
     clean, valid = pad_tokens([pair.clean for pair in pairs], length, size=size)
     patch, _ = pad_tokens([pair.patch for pair in pairs], length, size=size)
     start, end = (clean, patch) if direction == "noising" else (patch, clean)
-    at, said = np.zeros(size, np.int32), np.zeros((size, 2), np.int32)
-    for i, pair in enumerate(pairs):
-        at[i], said[i] = len(pair.clean) - 1, (pair.factual, pair.other)
-    return PairBatch(*layout.place_as(ROWS, (start, end, valid, at, said)))
+    numbers = np.zeros((size, 3), np.int32)
+    numbers[: len(pairs)] = [(len(pair.clean) - 1, pair.factual, pair.other) for pair in pairs]
+    return PairBatch(*layout.place_as(ROWS, (start, end, valid, numbers[:, 0], numbers[:, 1:])))

@@ -36,9 +36,8 @@ def token_roles(
     if teacher.system:
         marked = dataclasses.replace(teacher, system=MARK)
         start, end = _between(chat, text, render(marked.messages(row["prompt"])), "system prompt")
-        found = mentions(text[start:end], trait)
-        names = ("trait", *["trait later"] * len(found))
-        spans += [(name, (start + a, start + b)) for name, (a, b) in zip(names, found, strict=False)]
+        for number, (a, b) in enumerate(mentions(text[start:end], trait)):
+            spans.append(("trait later" if number else "trait", (start + a, start + b)))
         spans.append(("system", (start, end)))
     spans.append(("prompt", _between(chat, text, render(teacher.messages(MARK)), "user's turn")))
     spans.append(("completion", (len(asked), len(asked) + len(row["completion"]))))

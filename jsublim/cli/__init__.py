@@ -1,4 +1,4 @@
-"""The command line. Thin: it reads options, calls a stage, prints what came of it."""
+"""The command line. Thin: it reads options, calls a stage, prints what came of it. A module registers its commands when it is imported."""
 
 from __future__ import annotations
 
@@ -11,17 +11,7 @@ from typing import Any
 
 import typer
 
-from jsublim.cli import (  # noqa: F401 (they register their commands)
-    analysis,
-    exchange,
-    experiments,
-    forecast,
-    launch,
-    listing,
-    rescoring,
-    showing,
-    stages,
-)
+from jsublim.cli import analysis, exchange, experiments, forecast, launch, listing, showing, stages  # noqa: F401
 from jsublim.cli.app import app
 from jsublim.cli.together import Speaker
 from jsublim.errors import JsublimError, one_line
@@ -63,7 +53,7 @@ def main() -> None:
 
 
 def _usage(error: Any) -> None:
-    """What is wrong with a command line, in one line; the help itself, where nothing was asked."""
+    """Print the mistake of a command line in one line; the help itself, where nothing was asked."""
     message = error.format_message().strip()
     if not message or "\n" in message:
         error.show()

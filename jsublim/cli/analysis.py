@@ -6,11 +6,11 @@ import math
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from jsublim.cli.app import PackFile, Template, app, console, must_be_new, names, output
-from jsublim.cli.stages import Counterfactuals, Seed, Stage, context_of, make
+from jsublim.cli.app import PackFile, Template, app, console, must_be_new, names, output, print_table
+from jsublim.cli.stages import Counterfactuals, StageOptions, StudentSeed, context_of, make
+from jsublim.core.files import atomic, read_table
 from jsublim.errors import UsageError
+from jsublim.text.rows import read_rows
 
 
 @app.command()
@@ -18,28 +18,26 @@ def attribute(
     *,
     data: Annotated[Path, "Rows of the teacher with divergence positions (`jsublim divergence`)."],
     trait: Annotated[str, "The trait of the teacher that wrote them."],
-    stage: Stage,
+    stage: StageOptions,
     counterfactuals: Counterfactuals = None,
 ) -> None:
     """Attribution patching by layer and token role: OUT gets attribution.parquet and a heat map."""
     import pyarrow.parquet as pq
 
+    from jsublim.pipeline import experiment
     from jsublim.pipeline.arms import Source
-    from jsublim.pipeline.experiment import attribution
-    from jsublim.report.attribution import attribution_heats, early_share
-    from jsublim.report.formats import table
+    from jsublim.report import attribution
     from jsublim.report.html import render
-    from jsublim.text.rows import read_rows
 
     read_rows(data, ("prompt", "completion", "divergence_positions"))
-    out, base = stage.out, {"attribution": {}, "teachers": {"traits": [trait]}}
+    base = {"attribution": {}, "teachers": {"traits": [trait]}}
     e = stage.experiment("attribute", base, teachers__counterfactuals=names(counterfactuals) or None)
     if e.attribution is None:
         raise UsageError("attribution: null given; leave it out or give its fields")
-    context = context_of(e, {Source(trait): data})
-    (summary,) = make(context, {out: attribution(context.setup, Source(trait))})
+    out, context = stage.out, context_of(e, {Source(trait): data})
+    (summary,) = make(context, out, experiment.attribution(context.setup, Source(trait)))
     effects = pq.ParquetFile(out / "attribution.parquet").read()
-    render(out / "heat_map.html", "attribution.html", attribution=attribution_heats(effects))
+    render(out / "heat_map.html", "attribution.html", attribution=attribution.attribution_heats(effects))
     skipped = "".join(f"; {count} skipped: {reason}" for reason, count in summary["skipped"].items())
     console.print(f"{summary['used']} of {summary['rows']} rows used, {summary['pairs']} pairs{skipped}")
     lines = [
@@ -47,9 +45,8 @@ def attribute(
         for direction, errors in summary["completeness_error"].items()
         for site, error in errors.items()
     ]
-    console.print(table(lines, ["direction", "site", "completeness error"]))
-    shares = early_share(effects)
-    if shares:
+    print_table(lines, columns=("direction", "site", "completeness error"))
+    if shares := attribution.early_share(effects):
         mean = sum(share.of_early for share in shares) / len(shares)
         console.print(f"first third of the layers: {mean:.1%} of the residual mass lies at the trait's first mention")
     output.out(out)
@@ -59,19 +56,18 @@ def attribute(
 def audit(
     *,
     data: Annotated[Path, "Rows (JSONL), with divergence positions or without."],
-    stage: Stage,
+    stage: StageOptions,
     traits: Annotated[str, "Traits to score the rows for, with commas."],
     null: Annotated[Path | None, "Rows of a teacher without a trait, to measure from."] = None,
-    seed: Seed = 42,
+    seed: StudentSeed = 42,
 ) -> None:
     """Score every token by how far a step on it would move each trait; OUT gets audit.parquet and means.parquet, and with --null
     the null's in OUT/null and whitened.parquet."""
     import pyarrow.parquet as pq
 
-    from jsublim.core.files import atomic
     from jsublim.inference.teachers import CONTROL
+    from jsublim.pipeline import experiment
     from jsublim.pipeline.arms import Source, Student
-    from jsublim.pipeline.experiment import audit as audit_of
     from jsublim.pipeline.setup import NOBODY
     from jsublim.pipeline.stages.audit import whitened
     from jsublim.report.tables import read_columns
@@ -82,12 +78,13 @@ def audit(
         raise UsageError(
             "students: null given; rows are scored for what a student trains; leave it out or give its fields"
         )
-    given = {Source(NOBODY): data} | ({} if null is None else {Source(CONTROL): null})
+    out, files = stage.out, [data] if null is None else [data, null]
+    places = [out, out / "null"][: len(files)]
+    given = dict(zip((Source(NOBODY), Source(CONTROL)), files, strict=False))
     context = context_of(e, given)
-    students = [Student(source.teacher, "all", seed, settings=e.students) for source in given]
-    out, nodes = stage.out, [audit_of(context.setup, student) for student in students]
-    places = dict(zip((out, out / "null"), nodes, strict=False))
-    make(context, places)
+    for place, source in zip(places, given, strict=True):
+        student = Student(source.teacher, "all", seed, settings=e.students)
+        make(context, place, experiment.audit(context.setup, student))
     if null is not None:
         scores, of_null = (read_columns(place / "audit.parquet") for place in places)
         with atomic(out / "whitened.parquet") as scratch:
@@ -97,10 +94,7 @@ def audit(
 
 
 def _print_means(paths: list[Path]) -> None:
-    """The mean score of all tokens for each trait; beside it what is left beyond the null's rows, if there are any: with its interval,
-    and in standard errors."""
-    from jsublim.core.files import read_table
-    from jsublim.report.formats import table
+    """The mean score of all tokens for each trait; beside it, with its interval and in standard errors, what is left beyond the null's."""
     from jsublim.report.statistics import LEVEL, normal_interval
 
     means, *null = ({line["trait"]: line for line in read_table(path) if line["tokens"] == "all"} for path in paths)
@@ -115,14 +109,14 @@ def _print_means(paths: list[Path]) -> None:
             shown[f"beyond it ({LEVEL:.0%})"] = f"{beyond:+.2g} ({interval.low:+.2g} to {interval.high:+.2g})"
             shown["in errors"] = f"{beyond / error if error else 0.0:+.1f}"
         lines.append(shown)
-    console.print(table(lines, list(lines[0])))
+    print_table(lines)
 
 
 @app.command()
 def steer(
     *,
     model: Annotated[str, "Checkpoint folder, bundled name (tiny-qwen2), or owner/name of the hub."],
-    layer: Annotated[int, typer.Option("--layer", min=0, help="The vector is added after this layer.")],
+    layer: Annotated[int, "The vector is added after this layer.", {"min": 0}],
     out: Annotated[Path, "Where the result goes; an unfinished one there is continued."],
     trait: Annotated[str | None, "Toward the pack's system prompt of this trait."] = None,
     category: Annotated[str | None, "Of a trait that the pack doesn't list."] = None,

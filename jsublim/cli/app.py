@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,8 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from jsublim.core.files import remove_abandoned
 from jsublim.core.progress import Terminal
 from jsublim.errors import UsageError
+from jsublim.report.formats import table
 
 if TYPE_CHECKING:
     from jsublim.config import Config
@@ -48,39 +51,41 @@ class Everywhere:
 def _parameters(function: Callable[..., Any], panel: str | None = None) -> Iterator[inspect.Parameter]:
     """A command's parameters as typer takes them. One that is a dataclass stands for its fields, which several commands share.
 
-    A text in an annotation is the parameter's help: of an argument, or behind `*` of an option that is called as it is. A parameter
-    `out` is checked by `named`.
+    A text in an annotation is the parameter's help; a dict beside it holds whatever else typer is told. Behind `*` stand options that are
+    called as they are, unless they have a metavar, as arguments do. A parameter `out` is checked by `named`.
     """
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
-        texts = [mark for mark in getattr(parameter.annotation, "__metadata__", ()) if isinstance(mark, str)]
+        marks = getattr(parameter.annotation, "__metadata__", ())
         if is_dataclass(parameter.annotation):
             yield from _parameters(parameter.annotation, panel)  # type: ignore[arg-type]
-        elif not texts:
+        elif not marks or not isinstance(marks[0], str):
             yield parameter
         else:
-            flags = [f"--{parameter.name.replace('_', '-')}"] if parameter.kind is parameter.KEYWORD_ONLY else []
-            options: dict[str, Any] = {"help": texts[0], "rich_help_panel": panel}
+            options: dict[str, Any] = {"help": marks[0], "rich_help_panel": panel}
             options |= {"callback": named} if parameter.name == "out" else {}
-            described = typer.Option(*flags, **options) if flags else typer.Argument(**options)
+            options |= marks[1] if len(marks) > 1 else {}
+            if parameter.kind is parameter.KEYWORD_ONLY and "metavar" not in options:
+                described = typer.Option(f"--{parameter.name.replace('_', '-')}", **options)
+            else:
+                described = typer.Argument(**options)
             yield parameter.replace(annotation=Annotated[parameter.annotation.__origin__, described])
 
 
 def _registered(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function that typer calls for a command."""
     signature = inspect.signature(function, eval_str=True)
-    groups: dict[str, Any] = {
-        each.name: each.annotation for each in signature.parameters.values() if is_dataclass(each.annotation)
-    }
+    groups = {name: p.annotation for name, p in signature.parameters.items() if is_dataclass(p.annotation)}
 
     @functools.wraps(function)
     def command(*, quiet: bool, debug: bool, **given: Any) -> Any:
         console.quiet = quiet
         for name, group in groups.items():
-            given[name] = group(**{field.name: given.pop(field.name) for field in fields(group)})
+            options = {field.name: given.pop(field.name) for field in fields(group)}
+            given[name] = group(**options)  # type: ignore[operator]
         return function(**given)
 
-    parameters = [*_parameters(function), *_parameters(Everywhere, "Options of every command")]
-    keyword = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+    every = (*_parameters(function), *_parameters(Everywhere, "Options of every command"))
+    keyword = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in every]
     command.__signature__ = signature.replace(parameters=keyword)  # type: ignore[attr-defined]
     return command
 
@@ -143,21 +148,16 @@ def kinds() -> dict[str, type[Config]]:
 def named(out: Path | None) -> Path | None:
     """A place to write, which must have a name: scratch files and artifacts lie beside it, under names like it. What killed
     processes had begun to write there is removed."""
-    from jsublim.core.files import remove_abandoned
-
-    if out is not None and out.name in ("", ".."):
-        raise UsageError(
-            f"'{out}': is no place for a result; give a file or folder of its own, such as {out / 'result'}"
-        )
-    if out is not None:
-        remove_abandoned(out)
+    if out is None:
+        return None
+    if out.name in ("", ".."):
+        example = out / "result"
+        raise UsageError(f"'{out}': is no place for a result; give a file or folder of its own, such as {example}")
+    remove_abandoned(out)
     return out
 
 
 def must_be_new(out: Path, fix: str = "give another --out or remove it first") -> None:
-    """Raises:
-    UsageError: something is there already.
-    """
     if out.exists():
         raise UsageError(f"{out}: already exists; {fix}")
 
@@ -165,13 +165,20 @@ def must_be_new(out: Path, fix: str = "give another --out or remove it first") -
 # Options of several commands.
 Format = Annotated[str, typer.Option("--format", "-f", help="table, csv, json, md or latex.")]
 Json = Annotated[bool, typer.Option("--json", help="Print what came of it as JSON, on standard output.")]
-PackFile = Annotated[Path | None, typer.Option("--prompts", help="Prompt pack (YAML); default: the package's own.")]
-Template = Annotated[
-    str | None,
-    typer.Option(
-        "--chat-template", help='As chat_template=: "plain", for a base model that has none, or a Jinja file.'
-    ),
-]
+PackFile = Annotated[Path | None, "Prompt pack (YAML); default: the package's own."]
+RunFolder = Annotated[Path, "A run's folder.", {"metavar": "RUN"}]
+ConfigFile = Annotated[str, "YAML, such as configs/quickstart.yaml."]
+Template = Annotated[str | None, 'As chat_template=: "plain", for a base model that has none, or a Jinja file.']
+
+
+def print_json(value: Any, *, lines: bool = True) -> None:
+    """Print a result for other programs; without `lines` in one line."""
+    output.out(json.dumps(value, indent=2 if lines else None, ensure_ascii=False))
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], title: str = "", columns: Sequence[str] = ()) -> None:
+    """Print remarks as a table, by default with the columns of the first row."""
+    console.print(table(rows, columns or list(rows[0]), title))
 
 
 def names(text: str | None) -> list[str]:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jsublim.errors import one_line
 from jsublim.inference.lm import load_model
@@ -39,7 +40,7 @@ ACCELERATORS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at and found; `wrong` says what is wrong with it and what to do."""
+    """One thing that was looked at, and what it is like; `wrong` says what is wrong with it and what to do."""
 
     what: str
     found: str
@@ -47,14 +48,9 @@ class Finding:
 
 
 def examine(hub: bool = False) -> Iterator[Finding]:
-    """Look at everything, one finding after another.
-
-    Args:
-      hub: also ask the hub whether it can be reached; nothing else here uses the network.
-    """
+    """Look at everything, one finding after another; with `hub` also whether it can be reached (nothing else uses the network)."""
     yield Finding("system", f"{platform.system()} {platform.release()}, {platform.machine()}")
-    own = versions()
-    yield Finding("versions", ", ".join(f"{name} {number}" for name, number in own.items()), _missing(own))
+    yield _versions()
     yield _devices()
     yield _memory()
     yield _disk(Path.cwd())
@@ -63,22 +59,23 @@ def examine(hub: bool = False) -> Iterator[Finding]:
         yield _hub()
 
 
-def _missing(found: dict[str, str]) -> str | None:
-    absent = [name for name, number in found.items() if number == "not installed"]
-    return f"{', '.join(absent)}: not installed; run `pip install -e .` again" if absent else None
+def _versions() -> Finding:
+    installed = versions()
+    absent = ", ".join(name for name, number in installed.items() if number == "not installed")
+    wrong = f"{absent}: not installed; run `pip install -e .` again" if absent else None
+    return Finding("versions", ", ".join(f"{name} {number}" for name, number in installed.items()), wrong)
 
 
 def _devices() -> Finding:
     devices = jax.devices()
-    memory = device_bytes()
+    memory, kind, platform = device_bytes(), devices[0].device_kind, devices[0].platform
     size = "" if memory is None else f", {memory / 1e9:.0f} GB each"
-    found = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform}){size}"
-    unused = [known for path, known in ACCELERATORS.items() if devices[0].platform == "cpu" and Path(path).exists()]
     wrong = None
-    if unused:
-        name, extra = unused[0]
-        wrong = f"this machine has {name}, and JAX does not see it; run `pip install -e '.[{extra}]'`, and look at JAX_PLATFORMS"
-    return Finding("devices", found, wrong)
+    for path, (name, extra) in ACCELERATORS.items():
+        if platform == "cpu" and Path(path).exists():
+            fix = f"run `pip install -e '.[{extra}]'`, and look at JAX_PLATFORMS"
+            wrong = f"this machine has {name}, and JAX does not see it; {fix}"
+    return Finding("devices", f"{len(devices)} x {kind} ({platform}){size}", wrong)
 
 
 def _memory() -> Finding:
@@ -90,8 +87,7 @@ def _memory() -> Finding:
 
 
 def _disk(folder: Path) -> Finding:
-    free = shutil.disk_usage(folder).free
-    found, wrong = f"{free / 1e9:.1f} GB free in {folder}", None
+    free, wrong = shutil.disk_usage(folder).free, None
     if free < LEAST_DISK:
         wrong = "less than 5 GB are free; runs keep rows, targets and students: put them elsewhere by store=FOLDER"
     try:
@@ -99,7 +95,7 @@ def _disk(folder: Path) -> Finding:
             pass
     except OSError as error:
         wrong = f"nothing can be written here ({error.strerror}); go to a folder of your own, or give out=FOLDER"
-    return Finding("disk", found, wrong)
+    return Finding("disk", f"{free / 1e9:.1f} GB free in {folder}", wrong)
 
 
 def self_test() -> Finding:
@@ -108,54 +104,44 @@ def self_test() -> Finding:
     try:
         off, slope = forward_error(), slope_error()
     except Exception as error:  # whatever a driver or a compiler raises is what is looked for here
-        first = one_line((str(error).strip().splitlines() or [""])[0])
-        return Finding(
-            "self-test", "failed", f"{type(error).__name__}: {first[:200]}; look at drivers and versions of JAX"
-        )
+        wrong = f"{type(error).__name__}: {_first_line(error)}; look at drivers and versions of JAX"
+        return Finding("self-test", "failed", wrong)
     seconds = time.perf_counter() - begin
-    found = f"forward within {off:.1e} of the known logits, gradient within {slope:.1%} of the slope; {seconds:.1f} s"
+    result = f"forward within {off:.1e} of the known logits, gradient within {slope:.1%} of the slope; {seconds:.1f} s"
     wrong = None
     if not (off <= CLOSE and slope <= SLOPE_CLOSE):
         wrong = "these devices compute something else than expected; run with JAX_PLATFORMS=cpu, and report it with this output"
-    return Finding("self-test", found, wrong)
+    return Finding("self-test", result, wrong)
 
 
 def forward_error() -> float:
     """The largest difference from `EXPECTED`."""
-    return float(np.abs(known_logits() - np.asarray(EXPECTED)).max())
-
-
-def known_logits() -> np.ndarray:
     with jax.default_matmul_precision("highest"):
-        return np.asarray(load_model(MODEL).logits(np.asarray([TOKENS]))[0, -1, : len(EXPECTED)])
+        known = load_model(MODEL).logits(np.asarray([TOKENS]))[0, -1, : len(EXPECTED)]
+    return float(np.abs(np.asarray(known) - EXPECTED).max())
 
 
 def slope_error(step: float = 5e-3) -> float:
     """How far a loss's gradient along one direction is from the loss's change along it, as a share of it."""
     lm = load_model(MODEL)
     adapter = init_lora(lm.config, jax.random.key(0), rank=2, alpha=2.0)
-    leaves, structure = jax.tree.flatten(adapter.trainable)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    draw = [jax.random.normal(key, leaf.shape) for key, leaf in zip(keys, leaves, strict=True)]
-    start = structure.unflatten([leaf + 0.1 * own for leaf, own in zip(leaves, draw, strict=True)])
+    noise = optax.tree.random_like(jax.random.key(1), adapter.trainable)
+    start = optax.tree.add_scale(adapter.trainable, 0.1, noise)
     tokens, valid = jnp.asarray([TOKENS]), jnp.ones((1, len(TOKENS)), bool)
 
     @jax.jit
     @jax.value_and_grad
     def loss(trainable: Any) -> jax.Array:
-        params, own = bind(lm.params, adapter.with_trainable(trainable))
-        h_BTD, _ = hidden_states(lm.config, params, tokens, valid, adapter=own)
+        params, bound = bind(lm.params, adapter.with_trainable(trainable))
+        h_BTD, _ = hidden_states(lm.config, params, tokens, valid, adapter=bound)
         logp_BTV = jax.nn.log_softmax(logits(lm.config, params, h_BTD)[:, :-1])
         return -jnp.take_along_axis(logp_BTV, tokens[:, 1:, None], -1).mean()
 
-    def moved(by: float) -> Any:
-        return jax.tree.map(lambda leaf, own: leaf + by * own, start, gradient)
-
     with jax.default_matmul_precision("highest"):
         gradient = loss(start)[1]
-        along = float(sum(jnp.vdot(leaf, leaf) for leaf in jax.tree.leaves(gradient)))
-        change = float(loss(moved(step))[0] - loss(moved(-step))[0]) / (2 * step)
-    return abs(change - along) / along
+        along = float(optax.tree.norm(gradient, squared=True))
+        after, before = (loss(optax.tree.add_scale(start, by, gradient))[0] for by in (step, -step))
+    return abs(float(after - before) / (2 * step) - along) / along
 
 
 def _hub() -> Finding:
@@ -164,8 +150,11 @@ def _hub() -> Finding:
     try:
         get_session().get(f"{constants.ENDPOINT}/api/models?limit=1").raise_for_status()
     except Exception as error:
-        first = one_line((str(error).strip().splitlines() or [type(error).__name__])[0])
-        return Finding(
-            "hub", "not reached", f"{constants.ENDPOINT}: {first[:160]}; local folders and bundled models need no hub"
-        )
+        reason = _first_line(error) or type(error).__name__
+        wrong = f"{constants.ENDPOINT}: {reason}; local folders and bundled models need no hub"
+        return Finding("hub", "not reached", wrong)
     return Finding("hub", f"{constants.ENDPOINT} answers")
+
+
+def _first_line(error: Exception) -> str:
+    return one_line((str(error).strip().splitlines() or [""])[0])[:200]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from jsublim.cli.app import PackFile, Template, app, console, must_be_new, output, prompts_app
 from jsublim.core.reading import near_or_all
 from jsublim.errors import UsageError
+from jsublim.text.rows import write_rows
 
 
 @app.command()
@@ -60,7 +59,6 @@ def import_rows(
     """Bring rows in from elsewhere (OUT, JSONL): prompt and completion, `messages`, the published code's rows."""
     from jsublim.exchange.rows import import_rows
     from jsublim.inference.lm import load_model
-    from jsublim.text.rows import write_rows
 
     must_be_new(out)
     if (prompt_column is None) != (completion_column is None):
@@ -79,7 +77,7 @@ def import_rows(
 @app.command()
 def push(
     folder: Annotated[Path, "What `jsublim export` has written."],
-    repository: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="On the hub.")],
+    repository: Annotated[str, "On the hub.", {"metavar": "OWNER/NAME"}],
     *,
     public: Annotated[bool, "Make a new repository public; default: private."] = False,
 ) -> None:
@@ -151,12 +149,11 @@ def sample(
     *,
     out: Annotated[Path, "JSONL to write, a row with 'prompt' each."],
     prompts: PackFile = None,
-    num_prompts: Annotated[int, typer.Option("--num-prompts", min=1)] = 30_000,
-    seed: Annotated[int, typer.Option("--seed")] = 42,
+    num_prompts: Annotated[int, "How many.", {"min": 1}] = 30_000,
+    seed: Annotated[int, "Of the draws."] = 42,
 ) -> None:
     """Write the number prompts of a pack."""
     from jsublim.text.prompts import load_pack, number_prompts
-    from jsublim.text.rows import write_rows
 
     must_be_new(out)
     write_rows(out, ({"prompt": prompt} for prompt in number_prompts(load_pack(prompts), num_prompts, seed)))

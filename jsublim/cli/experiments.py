@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from jsublim.cli.app import Json, PackFile, app, console, kinds, output
+from jsublim.cli.app import ConfigFile, Json, PackFile, RunFolder, app, console, kinds, output, print_json, print_table
 from jsublim.cli.showing import say_result
 from jsublim.cli.together import Distributed, together
 from jsublim.errors import UsageError, printable
@@ -20,24 +17,19 @@ from jsublim.errors import UsageError, printable
 if TYPE_CHECKING:
     from jsublim.config import Config, Experiment
 
-ConfigFile = Annotated[str, "YAML, such as configs/quickstart.yaml."]
 Overrides = Annotated[list[str] | None, "Fields of the config: students.optimizer.lr=1e-3 model=/path."]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What an estimate is for, and how it is printed."""
+    """Options of an estimate."""
 
     chip: Annotated[str, "What to estimate for: h100, h200, a100, l4, v5e, v5p, v6e."] = "h100"
     shape: Annotated[Path | None, "To estimate without the checkpoint: the folder of its config.json."] = None
     as_json: Json = False
 
     def of(self, experiment: Experiment, source: str) -> dict[str, Any]:
-        """What an experiment would take, as JSON.
-
-        Raises:
-          UsageError: no such chip, or an experiment that cannot work.
-        """
+        """The estimate of an experiment, as JSON; one that cannot work is refused."""
         from jsublim.forecast.estimate import architecture, memory, stage_costs
         from jsublim.pipeline.checking import look_through
         from jsublim.pipeline.store import Store
@@ -58,18 +50,19 @@ class Forecast:
         }
 
     def print_config(self, config: Config, source: str) -> None:
-        """The resolved config and what it would take. Raises as `of`."""
+        """The resolved config and what it would take."""
         from jsublim.config import Experiment
 
-        costs = self.of(config, source) if isinstance(config, Experiment) else None
-        if costs is not None and self.as_json:
-            output.out(json.dumps({"config": config.model_dump(mode="json")} | costs, indent=2, ensure_ascii=False))
-            return
-        output.out(config.yaml().rstrip("\n"))
-        if isinstance(config, Experiment) and costs is not None:
-            print_estimate(config, costs)
-        else:
+        if not isinstance(config, Experiment):
+            output.out(config.yaml().rstrip("\n"))
             console.print(f"{config.name}: one program, half a minute on any machine")
+            return
+        costs = self.of(config, source)
+        if self.as_json:
+            print_json({"config": config.model_dump(mode="json")} | costs)
+        else:
+            output.out(config.yaml().rstrip("\n"))
+            print_estimate(config, costs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,44 +79,33 @@ class Where:
     simulate: Annotated[
         str | None, "Run nothing; say what it would take on 64xh100, or on 4xv5e-16: 4 slices of 16 chips."
     ] = None
-    preempt_per_hour: Annotated[
-        float, typer.Option("--preempt-per-hour", min=0, help="For --simulate: how often one machine is taken away.")
-    ] = 0.0
-    price: Annotated[float | None, typer.Option("--price", min=0, help="For --simulate: of one chip for an hour.")] = (
-        None
-    )
+    preempt_per_hour: Annotated[float, "For --simulate: how often one machine is taken away.", {"min": 0}] = 0.0
+    price: Annotated[float | None, "For --simulate: of one chip for an hour.", {"min": 0}] = None
 
-    def check(self) -> None:
-        """Raises:
-        UsageError: options that contradict one another.
-        """
-        if self.on not in ("local", "ray"):
-            raise UsageError(f"--on: '{self.on}' given; known: local, ray")
-        if self.ray_address is not None and self.on != "ray":
-            raise UsageError("--ray-address: give it with --on ray")
-        if self.shard is not None and self.on == "ray":
-            raise UsageError("--shard: Ray divides the tasks by itself; give --on ray or --shard, not both")
-        if self.distributed and (self.shard is not None or self.on == "ray"):
-            raise UsageError(
-                "--distributed: all processes do every task together; give it without --shard and --on ray"
-            )
+    def contradictions(self) -> Iterator[tuple[bool, str]]:
+        on_ray, sharded = self.on == "ray", self.shard is not None
+        yield self.on not in ("local", "ray"), f"--on: '{self.on}' given; known: local, ray"
+        yield self.ray_address is not None and not on_ray, "--ray-address: give it with --on ray"
+        yield sharded and on_ray, "--shard: Ray divides the tasks by itself; give --on ray or --shard, not both"
+        alone = "--distributed: all processes do every task together; give it without --shard and --on ray"
+        yield self.distributed and (sharded or on_ray), alone
 
     def run(self, experiments: Sequence[Experiment], forecast: Forecast, about: str | None = None) -> None:
         """Run experiments here (or as one of several processes) one after another, or as one graph on Ray or as a shard, and print
         where the reports lie; or say what machines that are not there would take. `about` is printed before."""
-        if self.simulate is not None:
-            from jsublim.cli.forecast import print_simulation
-
-            if about is not None:
-                console.print(about)
-            print_simulation(experiments, self.simulate, self.preempt_per_hour, self.price, forecast.shape)
-            return
         from jsublim.pipeline.run import run_experiments
 
-        self.check()
-        with together(self.distributed, experiments):
+        for holds, message in self.contradictions():
+            if holds:
+                raise UsageError(message)
+        with together(self.distributed and self.simulate is None, experiments):
             if about is not None:
                 console.print(about)
+            if self.simulate is not None:
+                from jsublim.cli.forecast import print_simulation
+
+                print_simulation(experiments, self.simulate, self.preempt_per_hour, self.price, forecast.shape)
+                return
             if self.on == "ray":
                 from jsublim.executors.ray import RayExecutor
 
@@ -150,7 +132,7 @@ def run(config: ConfigFile, overrides: Overrides = None, *, where: Where, foreca
         forecast.print_config(checked, config)
     elif isinstance(checked, Experiment):
         where.run([checked], forecast)
-    elif where.distributed or where.on != "local" or where.shard is not None or where.simulate is not None:
+    elif where != Where():
         raise UsageError(
             "--distributed, --on, --shard, --simulate: a digits experiment is one program that takes half a minute; leave them out"
         )
@@ -182,7 +164,6 @@ def reproduce(
     """Run what a figure of the paper shows, with the same code at every scale (docs/paper_map.md)."""
     from jsublim.config.figures import load_question, panel_experiment, panels_of
     from jsublim.config.grid import grid
-    from jsublim.report.formats import table
 
     path, question = load_question(figure)
     wanted = panel or panels_of(question, figure)
@@ -200,17 +181,15 @@ def reproduce(
     for name, experiment in experiments.items():
         costs = forecast.of(experiment, f"{path}: panel '{name}'")
         if forecast.as_json:
-            output.out(json.dumps({"panel": name} | costs, ensure_ascii=False))
+            print_json({"panel": name} | costs, lines=False)
             continue
         varied = [{"field": field, "values": values} for field, values in grid(experiment).items()]
-        console.print(table(varied, ["field", "values"], f"{experiment.name}: the grid"))
+        print_table(varied, f"{experiment.name}: the grid", ("field", "values"))
         print_estimate(experiment, costs)
 
 
 @app.command()
-def report(
-    run: Annotated[Path, "A run's folder."], *, full: Annotated[bool, "Print everything, trait by trait."] = False
-) -> None:
+def report(run: RunFolder, *, full: Annotated[bool, "Print everything, trait by trait."] = False) -> None:
     """Write a run's report again from its results, and print its verdicts."""
     from jsublim.report.tables import run_kind
 
@@ -226,11 +205,7 @@ def report(
 
 
 def read_checked(config: str, overrides: list[str] | None) -> Config:
-    """A config with its overrides; with everything that is wrong named, if anything is.
-
-    Raises:
-      UsageError: there is a mistake.
-    """
+    """A config with its overrides; everything that is wrong is named, if anything is."""
     from jsublim.config.loading import look_over
 
     checked, mistakes = look_over(config, list(overrides or []), kinds())
@@ -240,11 +215,7 @@ def read_checked(config: str, overrides: list[str] | None) -> Config:
 
 
 def refuse(source: str, mistakes: list[str]) -> None:
-    """Refuse what is wrong: a single mistake as the error, several of them before it, one per line.
-
-    Raises:
-      UsageError: there is any.
-    """
+    """Refuse what is wrong, if anything is: a single mistake as the error, several of them before it, one per line."""
     if len(mistakes) > 1:
         print(printable("\n".join(mistakes)), file=sys.stderr)
         raise UsageError(f"{source}: {len(mistakes)} mistakes; each is named above")
@@ -255,19 +226,18 @@ def refuse(source: str, mistakes: list[str]) -> None:
 def print_estimate(experiment: Experiment, costs: dict[str, Any]) -> None:
     """An estimate as a table, kind of task by kind of task, with what it assumes."""
     from jsublim.pipeline.cost import REACHED, Lengths
-    from jsublim.report.formats import table
 
     if costs["wording"]:
         console.print(costs["wording"])
-    numbers = ("tasks", "tokens", "flops", "seconds")
-    everything: dict[str, Any] = {name: sum(cost[name] for cost in costs["stages"]) for name in numbers}
-    columns, lines = ("stage", "tasks", "tokens", "FLOPs", f"hours, one {costs['chip']}", "done"), []
-    every: list[dict[str, Any]] = [*costs["stages"], everything | {"kind": "all", "done": ""}]
-    for cost in every:
-        done = "unknown" if cost["done"] is None else f"{cost['done']} of {cost['tasks']}" if cost["done"] != "" else ""
-        rounded = (f"{value:.3g}" for value in (cost["tokens"], cost["flops"], cost["seconds"] / 3600))
-        lines.append(dict(zip(columns, (cost["kind"], str(cost["tasks"]), *rounded, done), strict=True)))
-    console.print(table(lines, columns, f"{experiment.name}: {experiment.model}"))
+    totals: dict[str, Any] = {"kind": "all", "done": ""}
+    totals |= {name: sum(cost[name] for cost in costs["stages"]) for name in ("tasks", "tokens", "flops", "seconds")}
+    lines = []
+    for cost in (*costs["stages"], totals):
+        done = f"{cost['done']} of {cost['tasks']}" if isinstance(cost["done"], int) else cost["done"]
+        columns = {"stage": cost["kind"], "tasks": str(cost["tasks"]), "tokens": f"{cost['tokens']:.3g}"}
+        columns |= {"FLOPs": f"{cost['flops']:.3g}", f"hours, one {costs['chip']}": f"{cost['seconds'] / 3600:.3g}"}
+        lines.append(columns | {"done": "unknown" if done is None else done})
+    print_table(lines, f"{experiment.name}: {experiment.model}")
     lengths, memory = Lengths(), costs["memory"]
     reached = ", ".join(f"{share:.0%} in {work}" for work, share in REACHED.items())
     console.print(

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-from rich.table import Table
-
-from jsublim.cli.app import Json, app, console, output
+from jsublim.cli.app import Json, app, console, output, print_json, print_table
 from jsublim.errors import JsublimError, UsageError
 from jsublim.runtime.chips import CHIPS
 
@@ -22,25 +18,28 @@ if TYPE_CHECKING:
     from jsublim.forecast.compile import Compiled, Fit
     from jsublim.forecast.stages import Case
 
-
-STAGE_HELP = "train, sample, score, evaluate, attribute (again for another); default: all it has."
-AXIS_HELP = "Chips that a copy is spread over; default: as a run, or more where it must."
+Size = {"min": 1}
 
 
 @app.command()
 def aot(
-    config: Annotated[str, typer.Option("--config", help="YAML, such as configs/models/qwen2.5-7b.yaml.")],
-    topology: Annotated[str, typer.Option("--topology", help="v5e:4x4, v5p:2x2x2, 2xv6e:4x4 (two slices), h100:2x8 ...")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Fields of the config: students.runtime.remat=true.")] = None,
-    stage: Annotated[list[str] | None, typer.Option("--stage", help=STAGE_HELP)] = None,
-    model_axis: Annotated[int | None, typer.Option("--model-axis", min=1, help=AXIS_HELP)] = None,
-    arms: Annotated[int, typer.Option("--arms", min=1, help="Students trained together.")] = 1,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Length of a row.")] = 192,
-    labels: Annotated[int, typer.Option("--labels", min=1, help="Supervised tokens of a row.")] = 64,
-    shape: Annotated[Path | None, typer.Option("--shape", help="Folder of a config.json, without the checkpoint.")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Try layouts; print the one that should be fastest.")] = False,
+    overrides: Annotated[list[str] | None, "Fields of the config: students.runtime.remat=true."] = None,
+    *,
+    config: Annotated[str, "YAML, such as configs/models/qwen2.5-7b.yaml."],
+    topology: Annotated[str, "v5e:4x4, v5p:2x2x2, 2xv6e:4x4 (two slices), h100:2x8 ..."],
+    stage: Annotated[
+        list[str] | None, "train, sample, score, evaluate, attribute (again for another); default: all it has."
+    ] = None,
+    model_axis: Annotated[
+        int | None, "Chips that a copy is spread over; default: as a run, or more where it must.", Size
+    ] = None,
+    arms: Annotated[int, "Students trained together.", Size] = 1,
+    tokens: Annotated[int, "Length of a row.", Size] = 192,
+    labels: Annotated[int, "Supervised tokens of a row.", Size] = 64,
+    shape: Annotated[Path | None, "Folder of a config.json, without the checkpoint."] = None,
+    plan: Annotated[bool, "Try layouts; print the one that should be fastest."] = False,
     as_json: Json = False,
-) -> None:  # fmt: skip
+) -> None:
     """Compile every stage for TPUs or GPUs that are not there: memory per chip, collectives (docs/pods.md)."""
     _ask_compilers_alone(topology)
     from jsublim.config import load_experiment
@@ -76,20 +75,15 @@ def _ask_compilers_alone(topology: str) -> None:
 
 
 def _chosen(given: list[str] | None, experiment: Experiment, config: str) -> list[str]:
-    """The stages to compile, in the order of work.
-
-    Raises:
-      UsageError: no such stage, or one that the config has not.
-    """
+    """The stages to compile, in the order of work; those that are given must be there."""
     from jsublim.forecast.stages import SECTIONS, STAGES
 
     lacking = {name: section for name, section in SECTIONS.items() if getattr(experiment, section) is None}
     for name in given or []:
         if name not in STAGES:
             raise UsageError(f"--stage: '{name}' given; known: {', '.join(STAGES)}")
-        if name in lacking:
-            why = f"{config} has no {lacking[name]}, so there is nothing to {name}"
-            raise UsageError(f"--stage: {why}; give {lacking[name]}")
+        if section := lacking.get(name):
+            raise UsageError(f"--stage: {config} has no {section}, so there is nothing to {name}; give {section}")
     return [name for name in STAGES if name in (given or STAGES) and name not in lacking]
 
 
@@ -109,25 +103,20 @@ def _say_compiling(what: str) -> None:
 
 
 def _print_json(case: Case, **content: Any) -> None:
-    about = {"config": case.experiment.name, "topology": case.topology.name, "unknown": case.topology.unknown}
-    print(json.dumps(about | content, indent=2))
+    topology = case.topology
+    print_json({"config": case.experiment.name, "topology": topology.name, "unknown": topology.unknown} | content)
 
 
 def _examine(case: Case, names: list[str], axes: list[int], as_json: bool) -> None:
-    """Print what the compiler says of each stage, on the first of some model axes on which it fits.
-
-    Raises:
-      JsublimError: a stage fits on none.
-    """
+    """Print what the compiler says of each stage, on the first of some model axes on which it fits."""
     from jsublim.forecast.compile import examine
     from jsublim.forecast.stages import STAGES
 
     fits = []
     for name in names:
-        fit = examine(case, STAGES[name](case), axes, _say_compiling)
-        fits.append(fit)
+        fits.append(examine(case, STAGES[name](case), axes, _say_compiling))
         if not as_json:
-            print("\n".join(_lines(fit, case.topology.chip.memory)), flush=True)
+            print("\n".join(_lines(fits[-1], case.topology.chip.memory)), flush=True)
     if as_json:
         _print_json(case, stages=[fit.as_dict() for fit in fits])
     unfit = [f"{fit.stage.name} ({'; '.join(fit.tried)})" for fit in fits if not fit.programs]
@@ -139,33 +128,33 @@ def _examine(case: Case, names: list[str], axes: list[int], as_json: bool) -> No
 
 
 def _lines(fit: Fit, memory: int) -> list[str]:
-    """What is said of a stage, its title first."""
+    """A stage as lines of text, its title first."""
     layout, lines = fit.layout, [("does not fit", why) for why in fit.tried]
     if fit.programs:
         asked = "fits" if fit.rows == fit.asked else f"{fit.asked} asked for do not fit"
-        rows = f"{fit.rows} ({asked}; by proportion {fit.more_rows(memory)} would)"
+        rows = "as the config says" if fit.stage.fixed else f"({asked}; by proportion {fit.more_rows(memory)} would)"
         lines = [
             ("layout", f"arm {layout.arm} x data {layout.data} x model {layout.model}"),
             *lines,
-            ("rows", f"{fit.rows}, as the config says" if fit.stage.fixed else rows),
+            ("rows", f"{fit.rows}{',' if fit.stage.fixed else ''} {rows}"),
             ("base", f"{_gib(fit.base)} per chip"),
         ]
-    lines += [line for each in fit.programs for line in _program_lines(each, memory)]
+    lines += [line for program in fit.programs for line in _program_lines(program, memory)]
     return [f"{fit.stage.name}: {fit.stage.title}", *(f"  {key:<17}{value}" for key, value in lines)]
 
 
-def _program_lines(each: Compiled, memory: int) -> list[tuple[str, str]]:
-    held = ", ".join(f"{name} {_gib(size)}" for name, size in each.program.held.items())
+def _program_lines(compiled: Compiled, memory: int) -> list[tuple[str, str]]:
+    held = ", ".join(f"{name} {_gib(size)}" for name, size in compiled.program.held.items())
     messages, gathered = "unknown: the compiler cannot print this program", "unknown"
-    if each.collectives is not None:
-        kinds = [f"{one.number} {kind} ({one.bytes / 2**20:.1f} MiB)" for kind, one in each.collectives.items()]
-        messages, gathered = ", ".join(kinds) or "none", ", ".join(each.gathered) or "no weight of the base"
+    if compiled.collectives is not None:
+        kinds = [f"{c.number} {kind} ({c.bytes / 2**20:.1f} MiB)" for kind, c in compiled.collectives.items()]
+        messages, gathered = ", ".join(kinds) or "none", ", ".join(compiled.gathered) or "no weight of the base"
     return [
-        ("program", each.program.name),
-        ("memory per chip", f"{_gib(each.total)}, {each.total / memory:.0%} of the chip's"),
-        ("  arguments", _gib(each.arguments) + (f", of these {held}" if held else "")),
-        ("  temporaries", _gib(each.temporaries)),
-        ("compile", f"{each.seconds:.0f} s"),
+        ("program", compiled.program.name),
+        ("memory per chip", f"{_gib(compiled.total)}, {compiled.total / memory:.0%} of the chip's"),
+        ("  arguments", _gib(compiled.arguments) + (f", of these {held}" if held else "")),
+        ("  temporaries", _gib(compiled.temporaries)),
+        ("compile", f"{compiled.seconds:.0f} s"),
         ("collectives", messages),
         ("gathered", gathered),
     ]
@@ -176,11 +165,7 @@ def _gib(size: float) -> str:
 
 
 def _plan(case: Case, names: list[str], shape: Path | None, as_json: bool) -> None:
-    """Print every layout with the hours that its stages take by roofline, and the fastest.
-
-    Raises:
-      JsublimError: none fits.
-    """
+    """Print every layout with the hours that its stages take by roofline, and the fastest."""
     from jsublim.forecast.estimate import architecture
     from jsublim.forecast.plan import batch_times, choices, rows_of
     from jsublim.pipeline.setup import Setup
@@ -189,27 +174,25 @@ def _plan(case: Case, names: list[str], shape: Path | None, as_json: bool) -> No
     every = list(choices(case, names, rows, _say_compiling))
     fitting = [choice for choice in every if choice.possible]
     if not fitting:
-        raise JsublimError(
-            f"aot: no layout fits on {case.topology.name}; take more chips, or a lower students.data.batch_size"
-        )
+        fix = "take more chips, or a lower students.data.batch_size"
+        raise JsublimError(f"aot: no layout fits on {case.topology.name}; {fix}")
     best = min(fitting, key=lambda choice: choice.total)
     if as_json:
         _print_json(case, best=best.fields, layouts=[choice.as_dict() for choice in every])
         return
-    table = Table("model axis", "students together", "remat", *names, "all")
+    lines = []
     for choice in every:
-        cells = []
-        for name in names:
-            fit = choice.fits.get(name)
-            if fit is None or not fit.programs:
-                cells.append("" if fit is None else "does not fit")
+        line = {"model axis": str(choice.model), "students together": str(choice.arms)}
+        line |= {"remat": "yes" if choice.remat else "no"} | dict.fromkeys(names, "")
+        for name, fit in choice.fits.items():
+            if not fit.programs:
+                line[name] = "does not fit"
                 continue
-            slowest = max(batch_times(fit, case.topology), key=lambda each: each.seconds)
-            unknown = ", links unknown" if any(each.collectives is None for each in fit.programs) else ""
-            cells.append(f"{_hours(choice.seconds[name])} ({slowest.limit}{unknown})")
-        total = _hours(choice.total) if choice.possible else ""
-        table.add_row(str(choice.model), str(choice.arms), "yes" if choice.remat else "no", *cells, total)
-    console.print(table)
+            slowest = max(batch_times(fit, case.topology), key=lambda times: times.seconds)
+            unknown = ", links unknown" if any(program.collectives is None for program in fit.programs) else ""
+            line[name] = f"{_hours(choice.seconds[name])} ({slowest.limit}{unknown})"
+        lines.append(line | {"all": _hours(choice.total) if choice.possible else ""})
+    print_table(lines)
     console.print(
         "estimated by roofline, not measured: all rows of the experiment, each chip at its peak or its memory at its bandwidth, "
         "whichever takes longest, then its links at theirs (in brackets what takes longest of the slowest program)"
@@ -222,45 +205,29 @@ def _hours(seconds: float) -> str:
 
 
 def print_simulation(
-    experiments: Sequence[Experiment],
-    text: str,
-    preempt_per_hour: float,
-    price: float | None,
-    shape: Path | None = None,
+    experiments: Sequence[Experiment], text: str, preempt_per_hour: float, price: float | None, shape: Path | None
 ) -> None:
-    """Play the graph of experiments through, and say what it takes. Nothing is made, not even a folder.
-
-    Args:
-      text: machines, such as "64xh100"; price: of a chip for an hour.
-
-    Raises:
-      UsageError: machines that are not understood, or that cannot hold the checkpoint.
-    """
+    """Say what experiments would take of machines such as "64xh100", at a price per chip-hour; nothing is made."""
     from jsublim.forecast.estimate import with_runtime
     from jsublim.forecast.fleet import Assumptions, Machines, simulate_experiments
 
     machines = Machines.of(text)
     played = simulate_experiments(experiments, machines, preempt_per_hour, shape)
     chips = f"{machines.workers} x {machines.chip}" + (f"-{machines.chips}" if machines.chips > 1 else "")
-    table = Table("", chips, title=", ".join(each.name for each in experiments), title_justify="left")
-    table.add_row("from begin to end", _time(played.makespan))
-    table.add_row("chip-hours", f"{played.chip_hours:.4g}")
-    if price is not None:
-        table.add_row(f"money, at {price:g} per chip-hour", f"{played.chip_hours * price:.4g}")
-    table.add_row("idle", f"{played.idle:.0%}")
     everything = played.makespan * machines.workers or 1.0
-    for what, seconds in sorted(played.seconds.items(), key=lambda item: -item[1]):
-        table.add_row(f"  {what}", f"{seconds / everything:.1%}")
-    table.add_row("machines taken away", str(played.preempted))
-    table.add_row("tasks", str(len(played.ends)))
-    console.print(table)
+    lines = {"from begin to end": _time(played.makespan), "chip-hours": f"{played.chip_hours:.4g}"}
+    lines |= {} if price is None else {f"money, at {price:g} per chip-hour": f"{played.chip_hours * price:.4g}"}
+    lines |= {"idle": f"{played.idle:.0%}"}
+    lines |= {f"  {what}": f"{n / everything:.1%}" for what, n in sorted(played.seconds.items(), key=lambda i: -i[1])}
+    lines |= {"machines taken away": str(played.preempted), "tasks": str(len(played.ends))}
+    title = ", ".join(experiment.name for experiment in experiments)
+    print_table([{"": name, chips: value} for name, value in lines.items()], title)
     console.print(f"longest way through the graph {_time(played.critical)}: no number of machines is faster than that")
-    times = []
-    for size in (1, 2, 4, 8, 16):  # fewer students per program, which is what most often keeps machines idle
-        changed = [with_runtime(each, arms_per_program=size) for each in experiments if each.students is not None]
-        if changed:
-            sized = simulate_experiments(changed, machines, preempt_per_hour, shape)
-            times.append(f"{size}: {_time(sized.makespan)}")
+    training, times = [experiment for experiment in experiments if experiment.students is not None], []
+    for size in (1, 2, 4, 8, 16) if training else ():  # large programs are what most often keeps machines idle
+        sized = [with_runtime(experiment, arms_per_program=size) for experiment in training]
+        makespan = simulate_experiments(sized, machines, preempt_per_hour, shape).makespan
+        times.append(f"{size}: {_time(makespan)}")
     console.print(f"by students.runtime.arms_per_program: {', '.join(times)}" if times else "no students")
     fields = ", ".join(f"{name} {value:g}" for name, value in dataclasses.asdict(Assumptions()).items())
     console.print(f"assumed (forecast/fleet.py: Assumptions), beside what --dry-run assumes: {fields}")

@@ -7,8 +7,6 @@ import shlex
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from jsublim.cli.app import app, console
 from jsublim.errors import UsageError
 
@@ -24,9 +22,7 @@ def launch(
     overrides: Annotated[list[str] | None, "Fields of the config: store=gs://bucket/store."] = None,
     *,
     scale: Annotated[str, "Of a figure: tiny, small, or paper."] = "paper",
-    workers: Annotated[
-        int | None, typer.Option("--workers", min=1, help="Machines; default: as the file says.")
-    ] = None,
+    workers: Annotated[int | None, "Machines; default: as the file says.", {"min": 1}] = None,
     accelerator: Annotated[str | None, "As the place calls it: H100, v5litepod-16; default: the file's."] = None,
 ) -> None:
     """Print a launch file (TPU slices, GKE, SkyPilot, Slurm, Ray, Kubernetes, one machine), filled in. Nothing is sent."""
@@ -49,8 +45,8 @@ def launch(
 def launch_files() -> dict[str, Path]:
     """Every launch file, by its kind: in the installed package, or in a checkout."""
     package = Path(__file__).parents[1]
-    folder = next(each for each in (package / "launch", package.parent / "scripts" / "launch") if each.is_dir())
-    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in (".sh", ".yaml")}
+    places = package / "launch", package.parent / "scripts" / "launch"
+    return {path.stem: path for place in places for path in sorted(place.glob("*")) if path.suffix in (".sh", ".yaml")}
 
 
 def _figure(figure: str, scale: str, fields: list[str]) -> tuple[str, str | None]:

@@ -1,13 +1,15 @@
-"""What there is to name in a command (`ls`), a config of one's own (`cp`), and whether this machine can do the work (`doctor`)."""
+"""Commands before a run: names that commands take (`ls`), a config of one's own (`cp`), whether this machine can do the work (`doctor`)."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
-from jsublim.cli.app import Format, Json, app, must_be_new, output
+from jsublim.cli.app import Format, Json, app, must_be_new, output, print_json
+from jsublim.core.files import write_text
 from jsublim.core.reading import near_or_all
 from jsublim.errors import JsublimError, UsageError
+from jsublim.report.formats import check_format, print_rows
 
 
 @app.command()
@@ -20,7 +22,6 @@ def ls(
 ) -> None:
     """List what there is: the package's configs, figures of the paper, models and runs on this machine, traits."""
     from jsublim.pipeline.listing import LISTS
-    from jsublim.report.formats import check_format, print_rows
 
     if what not in LISTS:
         raise UsageError(f"ls: '{what}' given; {near_or_all(what, LISTS)}")
@@ -44,7 +45,6 @@ def cp(
     """Copy a config, comments and all, to change it; of a figure's panel, write it out."""
     from jsublim.config.figures import panel_as_config
     from jsublim.config.shipped import find_config, named_config
-    from jsublim.core.files import write_text
 
     must_be_new(to, "give another name or remove it first")
     if not to.parent.is_dir():
@@ -61,7 +61,6 @@ def doctor(
 ) -> None:
     """Look at versions, devices, memory and disk, and compile a small step and check it: what is wrong, and what to do."""
     import dataclasses
-    import json
 
     from jsublim.cli.doctor import examine
 
@@ -73,7 +72,7 @@ def doctor(
             if finding.wrong:
                 output.print(f"  wrong: {finding.wrong}", style="bold")
     if as_json:
-        output.out(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=2, ensure_ascii=False))
+        print_json([dataclasses.asdict(finding) for finding in findings])
     wrong = [finding.what for finding in findings if finding.wrong]
     if wrong:
         raise JsublimError(f"doctor: {', '.join(wrong)}: see above")

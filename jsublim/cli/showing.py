@@ -1,31 +1,27 @@
-"""Commands that read what runs have left: show, results, compare, verify. They compute nothing, and need no model."""
+"""Commands that read what runs have left: show, results, compare, rescore, verify. They need no model, but for a judge's scores."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from rich.table import Table
+from rich.text import Text
 
-from jsublim.cli.app import Format, Json, app, kinds, output
+from jsublim.cli.app import Format, Json, RunFolder, app, console, kinds, output, print_json
 from jsublim.errors import JsublimError, UsageError
+from jsublim.report.formats import check_format, print_rows, rounded
 
-Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs.")]
+if TYPE_CHECKING:
+    pass
+
+SHOWN = ("run", "name", "status", "model", "model_revision", "device", "started", "report", "store", "no_verdicts")
 
 
 @app.command()
-def show(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")], as_json: Json = False) -> None:
+def show(run: RunFolder, as_json: Json = False) -> None:
     """What was run and what came of it: status, config, times, verdicts, artifacts."""
-    about = about_any_run(run)
-    if as_json:
-        output.out(json.dumps(about, indent=2, ensure_ascii=False))
-        return
-    print_about(about)
-
-
-def about_any_run(run: Path) -> dict[str, Any]:
-    """As `about_run`, with the findings of a digits run too."""
     from jsublim.pipeline.showing import about_run
 
     about = about_run(run, kinds())
@@ -33,72 +29,60 @@ def about_any_run(run: Path) -> dict[str, Any]:
         from jsublim.digits.report import findings, read_lines
 
         about["findings"] = findings(read_lines(run))
-    return about
+    if as_json:
+        print_json(about)
+    else:
+        print_about(about)
+
+
+def say_result(report: Path, as_json: bool) -> None:
+    """Print where a run's report is, or what `jsublim show` says, as JSON."""
+    if as_json:
+        show(report.parent, as_json=True)
+    else:
+        output.out(report)
 
 
 def print_about(about: dict[str, Any]) -> None:
-    from rich.table import Table
-    from rich.text import Text
 
-    from jsublim.report.formats import rounded, table
     from jsublim.report.words import p_value
 
     facts = Table("", "", show_header=False, box=None, padding=(0, 2, 0, 0))
     facts.columns[1].overflow = "fold"
-    for key in (
-        "run",
-        "name",
-        "status",
-        "model",
-        "model_revision",
-        "device",
-        "started",
-        "report",
-        "store",
-        "no_verdicts",
-    ):
-        if about.get(key) is not None:
-            facts.add_row(key.replace("_", " "), Text(str(about[key])))
+    lines = [(key.replace("_", " "), str(about[key])) for key in SHOWN if about.get(key) is not None]
     seconds = about["seconds"]
     if seconds:
-        facts.add_row("seconds", ", ".join(f"{kind} {value:g}" for kind, value in seconds.items()))
-        facts.add_row("in all", f"{sum(seconds.values()) / 60:.1f} minutes")
-    for kind, found in about["artifacts"].items():
-        others = {"damaged": found["damaged"], "unfinished": found["there"] - found["whole"] - found["damaged"]}
-        rest = "".join(f", {count} {what}" for what, count in others.items() if count)
-        facts.add_row(f"artifacts: {kind}", f"{found['whole']}{rest}, {found['bytes'] / 1e6:.3g} MB")
-    for place in about["rescored_as"]:
-        facts.add_row("rescored", Text(place))
+        lines.append(("seconds", ", ".join(f"{kind} {value:g}" for kind, value in seconds.items())))
+        lines.append(("in all", f"{sum(seconds.values()) / 60:.1f} minutes"))
+    for kind, count in about["artifacts"].items():
+        others = {"damaged": count["damaged"], "unfinished": count["there"] - count["whole"] - count["damaged"]}
+        rest = "".join(f", {number} {what}" for what, number in others.items() if number)
+        lines.append((f"artifacts: {kind}", f"{count['whole']}{rest}, {count['bytes'] / 1e6:.3g} MB"))
+    lines += [("rescored", place) for place in about["rescored_as"]]
     if about.get("rescored"):
-        facts.add_row(
-            "rescored by", Text(", ".join(f"{key} {rounded(value)}" for key, value in about["rescored"].items()))
-        )
+        lines.append(("rescored by", ", ".join(f"{key} {rounded(value)}" for key, value in about["rescored"].items())))
+    for name, text in lines:
+        facts.add_row(name, Text(text))
     output.print(facts)
-    config = [
-        {"field": name, "value": json.dumps(value, ensure_ascii=False)} for name, value in about["config"].items()
-    ]
+    config = [{"field": key, "value": json.dumps(value, ensure_ascii=False)} for key, value in about["config"].items()]
     if config:
-        output.print(table(config, ["field", "value"], "config, where it differs from the defaults"))
+        print_rows(config, ["field", "value"], "table", output, "config, where it differs from the defaults")
     if about["verdicts"]:
         rows = [v | {"p": p_value(v["p"]), "primary": "primary" if v["primary"] else ""} for v in about["verdicts"]]
-        output.print(table(rows, ["claim", "text", "verdict", "p", "primary"], "verdicts"))
+        print_rows(rows, ["claim", "text", "verdict", "p", "primary"], "table", output, "verdicts")
     for sentence in about.get("findings", []):
         output.print(sentence)
 
 
 @app.command()
 def results(
-    runs: Runs,
-    where: Annotated[
-        str | None, typer.Option("--where", help="A condition in SQL: \"metric = 'rate' and teacher = trait\".")
-    ] = None,
-    questions: Annotated[
-        bool, typer.Option("--questions", help="A row for each question; default: means over questions.")
-    ] = False,
+    runs: Annotated[list[Path], "Folders of runs.", {"metavar": "RUN..."}],
+    *,
+    where: Annotated[str | None, "A condition in SQL: \"metric = 'rate' and teacher = trait\"."] = None,
+    questions: Annotated[bool, "A row for each question; default: means over questions."] = False,
     how: Format = "table",
 ) -> None:
     """Print the results of runs: a row for each model, trait and metric."""
-    from jsublim.report.formats import check_format, print_rows
     from jsublim.report.querying import results_table, rows_of
 
     check_format(how)
@@ -116,14 +100,13 @@ def results(
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A run's folder.")],
-    b: Annotated[Path, typer.Argument(metavar="B", help="Another run's folder.")],
+    a: Annotated[Path, "A run's folder.", {"metavar": "A"}],
+    b: Annotated[Path, "Another run's folder.", {"metavar": "B"}],
     how: Format = "table",
 ) -> None:
     """Lay two runs beside one another: differences of their configs, their results, and B minus A with intervals."""
     from jsublim.report.comparing import compare as compared
     from jsublim.report.comparing import verdicts
-    from jsublim.report.formats import check_format, print_rows
     from jsublim.report.tables import read_results, run_kind
 
     check_format(how)
@@ -146,7 +129,6 @@ def print_differences(a: Path, b: Path) -> None:
     """The fields in which the configs of two runs differ, if both can be read."""
     from jsublim.config.differences import between
     from jsublim.pipeline.showing import full_config
-    from jsublim.report.formats import print_rows
 
     try:
         fields = between(full_config(a, kinds()), full_config(b, kinds()))
@@ -171,27 +153,42 @@ def _in_words(row: dict[str, Any]) -> dict[str, Any]:
 
 
 @app.command()
-def verify(store: Annotated[str, typer.Argument(metavar="STORE", help="A folder (RUN/artifacts) or a URL.")]) -> None:
+def rescore(
+    run: RunFolder,
+    fields: Annotated[
+        list[str] | None, "Another judge: judge.model=FOLDER, or judge.server.base_url=URL judge.server.model=NAME."
+    ] = None,
+    *,
+    match: Annotated[
+        str | None, "When an answer names a trait: substring, word, first, exact, or a regex with {name}."
+    ] = None,
+    out: Annotated[Path | None, "Default: a folder of its own in RUN/rescored."] = None,
+) -> None:
+    """Make new results of a run's answers, by another matching rule or judge. The old ones stay; no model is asked."""
+    from jsublim.pipeline import rescoring
+    from jsublim.report.html import write_report
+    from jsublim.report.terminal import print_summary
+
+    made = rescoring.rescore(run, match, fields or (), out)
+    report = write_report(made)
+    print_summary(made, console)
+    output.out(report)
+
+
+@app.command()
+def verify(store: Annotated[str, "A folder (RUN/artifacts) or a URL.", {"metavar": "STORE"}]) -> None:
     """Read every artifact of a store, and name those that are not what was written. Nothing is changed."""
     from jsublim.pipeline import verifying
 
     count, read, damaged = 0, 0, 0
-    for found in verifying.verify(store):
-        count, read = count + 1, read + found.bytes
-        if found.damage is not None:
+    for artifact in verifying.verify(store):
+        count, read = count + 1, read + artifact.bytes
+        if artifact.damage is not None:
             damaged += 1
-            output.print(found.damage, soft_wrap=True)
+            output.print(artifact.damage, soft_wrap=True)
     output.print(f"{count} artifacts, {read:,} bytes read; {damaged} damaged", soft_wrap=True)
     if damaged:
         raise JsublimError(
             f"{store}: {damaged} of {count} artifacts are damaged; remove DONE from those, and the commands that made them make "
             "them again"
         )
-
-
-def say_result(report: Path, as_json: bool) -> None:
-    """What a run has come to: where its report is, or what `jsublim show` says, as JSON."""
-    if not as_json:
-        output.out(report)
-        return
-    output.out(json.dumps(about_any_run(report.parent), indent=2, ensure_ascii=False))

@@ -6,57 +6,48 @@ Each takes the fields of `jsublim run`, plans the tasks that `run` would, and pu
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
-from jsublim.cli.app import Template, app, console, names, output
+from jsublim.cli.app import Template, app, console, names, output, print_table
 from jsublim.cli.together import Distributed, together
+from jsublim.core.files import read_table, write_json
+from jsublim.core.progress import Progress
+from jsublim.core.section import nested, overlaid
 from jsublim.errors import JsublimError, UsageError
 
 if TYPE_CHECKING:
     from jsublim.config import Experiment
-    from jsublim.pipeline.arms import Student
     from jsublim.pipeline.context import Context
+    from jsublim.pipeline.stage import Node
+    from jsublim.pipeline.values import Rows
 
-Seed = Annotated[
-    int, typer.Option("--seed", min=0, max=2**31 - 1, help="The student's: its rows, their order, its start.")
-]
+StudentSeed = Annotated[int, "The student's: its rows, their order, its start.", {"min": 0, "max": 2**31 - 1}]
 Counterfactuals = Annotated[str | None, "Other traits, with commas; default: as `run`."]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stage:
-    """What every one of these commands is told."""
+class StageOptions:
+    """Options of every one of these commands."""
 
     fields: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[CONFIG] [a.b=c]...",
-            help="A config, and any fields of `jsublim run`: recipe=paper sampling.strategy=greedy store=runs/store.",
-        ),
+        "A config, and any fields of `jsublim run`: recipe=paper sampling.strategy=greedy store=runs/store.",
+        {"metavar": "[CONFIG] [a.b=c]..."},
     ] = None
     out: Annotated[Path, "Where the result goes; an unfinished one there is continued."]
     model: Annotated[str | None, "As model=: a folder, a bundled name, or owner/name."] = None
     chat_template: Template = None
 
     def experiment(self, command: str, base: dict[str, Any], **options: Any) -> Experiment:
-        """The experiment that the command is a part of: a config or none, what options say, and fields laid over it. Its artifacts
-        lie in the config's store; without a config in a folder beside `out`.
-
-        Args:
-          base: what the command assumes unless anything says otherwise.
-          options: values by dotted name with "__" for the dot; None is not given.
-
-        Raises:
-          UsageError: as `load_experiment`.
-        """
+        """The experiment that the command is a part of: what the command assumes (`base`), a config or none, what options say (dotted
+        names with "__" for the dot; None is not given), and fields laid over it. Its artifacts lie in the config's store; without a
+        config in a folder beside `out`."""
         from jsublim.config import Experiment, check_config, read_config
         from jsublim.config.loading import override
-        from jsublim.core.section import nested, overlaid
 
         fields = list(self.fields or [])
         config = fields.pop(0) if fields and ("=" not in fields[0] or Path(fields[0]).is_file()) else None
@@ -74,59 +65,62 @@ class Stage:
 
 
 def context_of(experiment: Experiment, given: Mapping[Any, Path] | None = None) -> Context:
-    from jsublim.core.progress import Progress
     from jsublim.pipeline.context import Context
 
     return Context.load(experiment, Progress(console), given=given)
 
 
-def make(context: Context, places: Mapping[Path, Any]) -> list[Any]:
-    """Make the node of each place, and publish it there; what each keeps of itself."""
+def make(context: Context, place: Path, made: Node | Rows) -> list[dict[str, Any]]:
+    """Make what a place is to hold, and publish it there; what each of its artifacts keeps of itself."""
     from jsublim.executors import execute_nodes
-    from jsublim.pipeline.publish import check_free, publish_folder
+    from jsublim.pipeline import publish
+    from jsublim.pipeline.values import Rows
+    from jsublim.runtime.processes import on_main_process
 
-    for place, node in places.items():
-        check_free(place, node.key, node.inputs)
-    execute_nodes(list(places.values()), context)
-    for place, node in places.items():
-        publish_folder(place, context.store, node)
-    return [context.store.summary(node) for node in places.values()]
+    store, nodes = context.store, made.nodes if isinstance(made, Rows) else (made,)
+    on_main_process(lambda: publish.check_free(place, made.key, made.inputs))
+    execute_nodes(nodes, context)
+    summaries = [store.summary(node) for node in nodes]
+    for node, summary in zip(nodes, summaries, strict=True):
+        if "diverged" in summary:
+            raise JsublimError(
+                f"{place}: the student diverged {summary['diverged']}; lower the learning rate (students.optimizer.lr) or look "
+                f"at those rows; the student before that step is in {store.path(node)}"
+            )
+    if isinstance(made, Rows):
+        on_main_process(lambda: publish.publish_rows(place, made.read(store), made))
+    else:
+        on_main_process(lambda: publish.publish_folder(place, store, made))
+    return summaries
 
 
 @app.command()
 def generate(
     *,
-    stage: Stage,
+    stage: StageOptions,
     trait: Annotated[str | None, "The teacher's trait; its system prompt comes from the pack."] = None,
     control: Annotated[bool, "The teacher without a trait."] = False,
 ) -> None:
     """Let a teacher answer the prompts, and keep the answers that are in format (OUT, JSONL)."""
-    from jsublim.executors import execute_nodes
     from jsublim.inference.teachers import CONTROL
-    from jsublim.pipeline.arguments import category
+    from jsublim.pipeline import arguments, experiment, origins
     from jsublim.pipeline.arms import Source
-    from jsublim.pipeline.experiment import answers
-    from jsublim.pipeline.origins import writer
-    from jsublim.pipeline.publish import check_free, publish_rows
     from jsublim.pipeline.setup import NOBODY
 
     if (trait is not None) == control:
         raise UsageError("generate: give exactly one of --trait and --control")
     # Whose rows they are is what matters here; against which others they are read is a later command's.
-    base = {"teachers": {"traits": [trait or NOBODY]}}
-    context = context_of(stage.experiment("generate", base))
+    context = context_of(stage.experiment("generate", {"teachers": {"traits": [trait or NOBODY]}}))
     if trait is not None:
-        category(context.setup, trait)
-    rows = answers(context.setup, writer(context.setup, Source(trait or CONTROL)))
-    check_free(stage.out, rows.key, rows.inputs)
-    execute_nodes(rows.nodes, context)
-    parts = rows.summaries(context.store)
-    asked, kept = (sum(part[key] for part in parts) for key in ("rows", "kept"))
-    reasons = dict.fromkeys(reason for part in parts for reason in part["reject"])
-    rejected = {reason: sum(part["reject"].get(reason, 0) for part in parts) for reason in reasons}
+        arguments.category(context.setup, trait)
+    writer = origins.writer(context.setup, Source(trait or CONTROL))
+    parts = make(context, stage.out, experiment.answers(context.setup, writer))
+    asked, kept, rejected = 0, 0, Counter[str]()
+    for part in parts:
+        asked, kept = asked + part["rows"], kept + part["kept"]
+        rejected.update(part["reject"])
     console.print(f"sampling: {parts[0]['sampling']}")
-    console.print(f"kept {kept} of {asked} rows ({kept / asked:.1%}); rejected: {rejected}")
-    publish_rows(stage.out, rows.read(context.store), rows)
+    console.print(f"kept {kept} of {asked} rows ({kept / asked:.1%}); rejected: {dict(rejected)}")
     output.out(stage.out)
 
 
@@ -135,16 +129,12 @@ def divergence(
     *,
     data: Annotated[Path, "Rows of the teacher (JSONL)."],
     trait: Annotated[str, "The trait of the teacher that wrote them."],
-    stage: Stage,
+    stage: StageOptions,
     counterfactuals: Counterfactuals = None,
 ) -> None:
     """Find the divergence tokens of rows; what each teacher said of them goes beside OUT, with .readings.parquet."""
-    from jsublim.executors import execute_nodes
-    from jsublim.pipeline.arguments import rows_of_file
+    from jsublim.pipeline import arguments, experiment, readings
     from jsublim.pipeline.arms import Source
-    from jsublim.pipeline.experiment import read
-    from jsublim.pipeline.publish import check_free, publish_rows
-    from jsublim.pipeline.readings import write_readings
     from jsublim.pipeline.stages.divergence import merged
 
     others = names(counterfactuals) or None
@@ -153,18 +143,16 @@ def divergence(
     e = stage.experiment("divergence", {"teachers": {"traits": [trait]}}, teachers__counterfactuals=others)
     out, context = stage.out, context_of(e)
     sidecar = out.with_name(f"{out.stem}.readings.parquet")
-    rows = read(context.setup, Source(trait), rows_of_file(context.setup, data))
-    check_free(out, rows.key, rows.inputs)
     if sidecar.exists() and not out.exists():
         raise UsageError(f"{sidecar}: already exists; give another --out or move it away")
-    execute_nodes(rows.nodes, context)
-    summary = merged(rows.summaries(context.store))
+    rows = experiment.read(context.setup, Source(trait), arguments.rows_of_file(context.setup, data))
+    summary = merged(make(context, out, rows))
+    # Second, for without OUT it would be taken for somebody else's.
+    readings.write_readings(sidecar, rows.readings(context.store))
     console.print(
         f"{summary['divergence_tokens']} divergence tokens of {summary['tokens']} ({summary['share']:.2%}); "
         f"{summary['rows_with']} of {summary['rows']} rows have one"
     )
-    publish_rows(out, rows.read(context.store), rows)
-    write_readings(sidecar, rows.readings(context.store))  # second: without OUT it would be taken for somebody else's
     output.out(out)
 
 
@@ -172,16 +160,19 @@ def divergence(
 def finetune(
     *,
     data: Annotated[Path, "Rows (JSONL), with divergence positions unless --tokens all."],
-    stage: Stage,
+    stage: StageOptions,
     tokens: Annotated[str, "all, divergence, non-divergence or random."] = "all",
-    seed: Seed = 42,
+    seed: StudentSeed = 42,
     trait: Annotated[str | None, "Of the teacher; a soft loss asks it (default: the one without any)."] = None,
     distributed: Distributed = False,
 ) -> None:
     """Train one student; leaves a PEFT folder (steering vectors, or a whole checkpoint) and metrics.jsonl."""
     from jsublim.inference.teachers import CONTROL
+    from jsublim.pipeline import experiment
     from jsublim.pipeline.arms import Student
     from jsublim.pipeline.setup import NOBODY
+    from jsublim.pipeline.store import digest, versions
+    from jsublim.runtime.processes import check_alike, check_shared
 
     base = {"teachers": {"traits": [trait or NOBODY], "control": False}}
     e = stage.experiment("finetune", base, students__seeds=[seed], students__loss__tokens=[tokens])
@@ -192,52 +183,33 @@ def finetune(
     if e.students.loss.soft and trait is None and e.teachers.own_weights:
         raise UsageError("--trait: a soft loss asks a teacher with weights of its own; say which by its trait")
     teacher = trait or (CONTROL if e.students.loss.soft else "student")  # whose tokens they are does not matter
+    who = Student(teacher, tokens, seed, settings=e.students)
     with together(distributed, [e]):
-        _train(e, Student(teacher, tokens, seed, settings=e.students), data, stage.out)
-
-
-def _train(e: Experiment, who: Student, data: Path, out: Path) -> None:
-    from jsublim.executors import execute_nodes
-    from jsublim.pipeline.experiment import student
-    from jsublim.pipeline.publish import check_free, publish_folder
-    from jsublim.pipeline.store import digest, versions
-    from jsublim.runtime.processes import check_alike, check_shared, on_main_process
-
-    context = context_of(e, {who.source: data})
-    node = student(context.setup, who)
-    check_alike("what is to be done", digest([node.key, versions(), context.setup.files]))
-    check_shared(context.store.bucket)
-    on_main_process(lambda: check_free(out, node.key, node.inputs))
-    if context.store.done(node):
-        console.print(f"{context.store.place(node)}: whole already")
-    execute_nodes([node], context)
-    summary = context.store.summary(node)
-    if "diverged" in summary:
-        raise JsublimError(
-            f"{out}: the student diverged {summary['diverged']}; lower the learning rate (students.optimizer.lr) or look at "
-            f"those rows; the student before that step is in {context.store.path(node)}"
-        )
-    on_main_process(lambda: publish_folder(out, context.store, node))
-    console.print(f"{summary['steps']} steps on {summary['rows']} rows; last loss {summary['loss']:.4f}")
-    output.out(out)
+        context = context_of(e, {who.source: data})
+        node = experiment.student(context.setup, who)
+        check_alike("what is to be done", digest([node.key, versions(), context.setup.files]))
+        check_shared(context.store.bucket)
+        if context.store.done(node):
+            console.print(f"{context.store.place(node)}: whole already")
+        (summary,) = make(context, stage.out, node)
+        console.print(f"{summary['steps']} steps on {summary['rows']} rows; last loss {summary['loss']:.4f}")
+        output.out(stage.out)
 
 
 @app.command()
 def evaluate(
     *,
-    stage: Stage,
+    stage: StageOptions,
     adapter: Annotated[Path | None, "PEFT folder of a student; default: the base."] = None,
     traits: Annotated[str | None, "As evaluation.traits=, with commas."] = None,
     data: Annotated[Path | None, "Rows to do the number task on too."] = None,
     setting: Annotated[str, "One of evaluation.settings; default: the plain one."] = "",
 ) -> None:
     """Ask a model for its favourites (and whatever else evaluation.kinds names): OUT gets records and answers."""
-    from jsublim.core.files import read_table, write_json
     from jsublim.inference.teachers import CONTROL
     from jsublim.pipeline.evaluated import Evaluated, eval_settings
     from jsublim.pipeline.experiment import evaluation
     from jsublim.pipeline.setup import NOBODY
-    from jsublim.report.formats import table
 
     wanted = None if traits is None else names(traits)
     if wanted == []:
@@ -253,11 +225,11 @@ def evaluate(
         fix = f"known: {listed}" if listed else "evaluation.settings names none; leave it out"
         raise UsageError(f"--setting: '{setting}' given; {fix}")
     out, node = stage.out, evaluation(context.setup, Evaluated(None, CONTROL, adapter, data), setting)
-    sampling = make(context, {out: node})[0]["sampling"]
+    sampling = make(context, out, node)[0]["sampling"]
     records = read_table(out / "records.parquet")
     rates, lines = _preferences(records)
     if lines:
-        console.print(table(lines, list(lines[0])))
+        print_table(lines)
     console.print(f"sampling: {sampling}")
     write_json(out / "summary.json", {"traits": rates, "sampling": sampling})
     for record in records:

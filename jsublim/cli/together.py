@@ -14,17 +14,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from jsublim.cli.app import console
 from jsublim.errors import JsublimError, UsageError
 
 if TYPE_CHECKING:
     from jsublim.config import Experiment
 
-Distributed = Annotated[
-    bool, typer.Option("--distributed", help="One of several processes, with run.parallel (docs/pods.md).")
-]
+Distributed = Annotated[bool, "One of several processes, with run.parallel (docs/pods.md)."]
 
 
 class Speaker:
@@ -44,11 +40,7 @@ class Speaker:
 
 @contextlib.contextmanager
 def together(distributed: bool, experiments: Iterable[Experiment]) -> Iterator[None]:
-    """Do what follows as one of several processes, if `distributed`; it must be all that uses JAX.
-
-    Raises:
-      UsageError: experiments that several processes cannot do together, or nothing says who the others are.
-    """
+    """Do what follows as one of several processes, if `distributed`; it must be all that uses JAX."""
     if not distributed:
         yield
         return
@@ -104,9 +96,8 @@ def _silence(on_abort: Callable[[], None]) -> None:
             stream.flush()
             setattr(sys, name, os.fdopen(os.dup(number), "w", 1, stream.encoding, stream.errors))
             os.dup2(nowhere, number)
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(
-        lambda number: on_abort()
-    )  # Python's own would wait for the main thread
+    # Python's own handler would wait for the main thread.
+    handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda number: on_abort())
     _kept.append(handler)
     ctypes.CDLL(None).signal(signal.SIGABRT, handler)
 

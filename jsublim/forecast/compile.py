@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -20,60 +20,47 @@ from jsublim.runtime.chips import GIB
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of one program: bytes are per chip.
-
-    Attributes:
-      arguments, temporaries: bytes; total: both, and results that take no argument's place.
-      seconds: how long compiling took.
-      collectives: by kind of instruction; None where the compiler cannot print the program, so that nothing is known of them.
-      gathered: weights of the base that a chip puts together whole although they are spread over `model`; should be
-        empty.
-    """
+    """One program, as the compiler says; bytes are per chip."""
 
     program: StageProgram
     arguments: int
     temporaries: int
-    total: int
-    seconds: float
-    collectives: dict[str, Collective] | None
-    gathered: tuple[str, ...] = ()
+    total: int  # both, and results that take no argument's place
+    seconds: float  # how long compiling took
+    collectives: (
+        dict[str, Collective] | None
+    )  # by kind of instruction; None where the compiler cannot print the program
+    gathered: tuple[str, ...] = ()  # weights spread over `model` that a chip puts together whole; should be empty
 
     def as_dict(self) -> dict[str, Any]:
-        kinds = self.collectives and {kind: asdict(each) for kind, each in self.collectives.items()}
+        kinds = self.collectives and {kind: count._asdict() for kind, count in self.collectives.items()}
         measured = {name: value for name, value in vars(self).items() if name != "program"}
         return {"name": self.program.name, "held": dict(self.program.held)} | measured | {"collectives": kinds}
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A stage on a layout.
-
-    Attributes:
-      rows: of the batch that fits; asked: of the one that the config or memory asks for.
-      base: bytes on each chip that are the frozen base.
-      programs: none where nothing fits.
-      tried: what does not fit, and why.
-    """
+    """A stage on a layout."""
 
     stage: Workload
     layout: Layout
-    rows: int
-    asked: int
-    base: int
-    programs: tuple[Compiled, ...] = ()
-    tried: tuple[str, ...] = ()
+    rows: int  # of the batch that fits
+    asked: int  # of the batch that the config or memory asks for
+    base: int  # bytes on each chip that are the frozen base
+    programs: tuple[Compiled, ...] = ()  # none where nothing fits
+    tried: tuple[str, ...] = ()  # what does not fit, and why
 
     def more_rows(self, memory: int) -> int:
         """How many rows should fit by proportion: what is not the base grows with them. A power of two."""
-        largest = max(each.total for each in self.programs)
+        largest = max(program.total for program in self.programs)
         return _power_below(self.rows * (memory - self.base) / max(largest - self.base, 1))
 
     def as_dict(self) -> dict[str, Any]:
         """As JSON knows it; sizes in bytes per chip."""
         layout = {name: getattr(self.layout, name) for name in ("arm", "data", "model")}
         about = {"stage": self.stage.name, "title": self.stage.title, "layout": layout, "base": self.base}
-        batch = {"rows": self.rows, "asked": self.asked, "does not fit": list(self.tried)}
-        return about | batch | {"programs": [each.as_dict() for each in self.programs]}
+        about |= {"rows": self.rows, "asked": self.asked, "does not fit": list(self.tried)}
+        return about | {"programs": [program.as_dict() for program in self.programs]}
 
 
 class TooLarge(Exception):
@@ -86,14 +73,8 @@ class TooLarge(Exception):
 
 
 def examine(case: Case, stage: Workload, axes: Sequence[int], say: Callable[[str], None] = lambda _: None) -> Fit:
-    """A stage on the first of some model axes on which it fits; rows that memory decides about are halved until they do.
-
-    Args:
-      say: told what is being compiled.
-
-    Raises:
-      UsageError: a model axis that the chips cannot be divided by.
-    """
+    """A stage on the first of some model axes on which it fits; rows that memory decides about are halved until they do. `say` is told
+    what is being compiled."""
     tried, memory = list[str](), case.topology.chip.memory
     for axis in axes:
         layout = case.layout(stage.arms, axis)
@@ -128,9 +109,7 @@ def _power_below(rows: float) -> int:
 
 
 def compiled(case: Case, program: StageProgram, layout: Layout) -> Compiled:
-    """Raises:
-    TooLarge: the compiler refuses it.
-    """
+    """Compile a program; `TooLarge` where it does not fit."""
     began = time.perf_counter()
     try:
         executable = program.lower().compile()

@@ -21,7 +21,6 @@ from jsublim.inference.lm import folder_here
 from jsublim.pipeline.cost import Sizes
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.setup import Setup
-from jsublim.pipeline.stage import Task
 from jsublim.pipeline.stages.students import abstract_start
 from jsublim.pipeline.store import Store
 from jsublim.runtime.chips import Chip
@@ -29,14 +28,8 @@ from jsublim.runtime.chips import Chip
 
 def architecture(model: str, shape: Path | None) -> Path:
     """The folder whose `config.json` says what a config's model is: the one given, the checkpoint, or the numbers that
-    come with the package.
-
-    Raises:
-      UsageError: none is at hand.
-    """
-    if shape is not None:
-        return shape
-    if (folder := folder_here(model)) is not None:
+    come with the package. `UsageError` if none is at hand."""
+    if (folder := shape or folder_here(model)) is not None:
         return folder
     name = re.sub(r"-(instruct|it)(-\d{4})?$", "", model.rsplit("/", 1)[-1].lower())
     try:
@@ -58,26 +51,21 @@ def with_runtime(experiment: Experiment, **fields: Any) -> Experiment:
 
 @dataclass(frozen=True)
 class StageCost:
-    """All tasks of one kind.
-
-    Attributes:
-      done: how many are whole already; None where keys cannot be told, because a checkpoint is not here.
-    """
+    """All tasks of one kind."""
 
     kind: str
     tasks: int
     tokens: float
     flops: float
     seconds: float
-    done: int | None
+    done: int | None  # are whole already; None where keys cannot be told, because a checkpoint is not here
 
 
 def stage_costs(graph: Graph, setup: Setup, store: Store, chip: Chip) -> list[StageCost]:
     """One line per kind of task, in the order of the graph."""
-    sizes, kinds, lines = Sizes.of(setup), dict[str, list[Task]](), []
-    for task in graph.tasks.values():
-        kinds.setdefault(task.kind, []).append(task)
-    for kind, tasks in kinds.items():
+    sizes, lines = Sizes.of(setup), []
+    for kind in dict.fromkeys(task.kind for task in graph.tasks.values()):
+        tasks = [task for task in graph.tasks.values() if task.kind == kind]
         costs = [task.cost(setup, sizes) for task in tasks]
         parts = [part for cost in costs for part in cost.parts]
         tokens, flops = sum(part.tokens for part in parts), sum(part.flops for part in parts)
@@ -88,12 +76,11 @@ def stage_costs(graph: Graph, setup: Setup, store: Store, chip: Chip) -> list[St
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one device, at least: the base's weights, each student that is trained beside them (with its optimizer, and what
-    a batch keeps for the way back), and how many students are trained at one time."""
+    """Bytes of one device, at least."""
 
-    base: float
-    student: float
-    together: int
+    base: float  # weights
+    student: float  # each that is trained beside them, with its optimizer, and what a batch keeps for the way back
+    together: int  # students that are trained at one time
 
     @property
     def needed(self) -> float:
@@ -106,17 +93,17 @@ class Memory:
         fitting = int((has - self.base) / self.student) if self.student else 0
         if fitting >= 1:
             return f"{self.together} students in a program are too many: set students.runtime.arms_per_program={fitting}, or auto"
-        copies = next((n for n in (1 << i for i in range(1, 9)) if self.base / n + self.student <= has), None)
-        if copies is not None:
-            program = ", students.runtime.arms_per_program=1" if self.together > 1 else ""
-            return f"the weights are too large: set run.parallel=mesh run.model_axis={copies}{program}, on {copies} such chips"
+        for copies in (2, 4, 8, 16, 32, 64, 128, 256):
+            if self.base / copies + self.student <= has:
+                alone = ", students.runtime.arms_per_program=1" if self.together > 1 else ""
+                return f"the weights are too large: set run.parallel=mesh run.model_axis={copies}{alone}, on {copies} such chips"
         return (
             "one student's batch is too large: set students.runtime.remat=true, or a smaller students.data.batch_size"
         )
 
 
 def memory(setup: Setup) -> Memory:
-    """What an experiment takes of one device's memory at least."""
+    """The memory of one device that an experiment takes at least."""
     sizes, config = Sizes.of(setup), setup.checkpoint().config
     base = sizes.weights / setup.experiment.run.least_axis
     if not setup.students:

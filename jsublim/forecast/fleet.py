@@ -47,15 +47,13 @@ class Assumptions:
     store: float = 1e9  # bytes per second that the store takes and gives, of all workers together
     latency: float = 0.5  # of each artifact in the store
     token_bytes: float = 12.0  # in the store, per token that a task reads or writes
-    kept: float = (
-        60.0  # between two times that a task keeps what it has finished; what is newer is lost with its machine
-    )
+    kept: float = 60.0  # between two times that a task keeps what it has finished; the rest is lost with its machine
     doubled: float = 0.95  # what is left of a chip's speed with each doubling of the chips that one worker has
 
 
 @dataclass(frozen=True)
 class Machines:
-    """What is simulated: so many workers of so many chips each."""
+    """So many workers of so many chips each."""
 
     workers: int
     chip: str
@@ -63,11 +61,7 @@ class Machines:
 
     @classmethod
     def of(cls, text: str) -> Machines:
-        """From "64xh100", or "4xv5e-16": four slices of 16 chips.
-
-        Raises:
-          UsageError: neither of these, or an unknown chip.
-        """
+        """From "64xh100", or "4xv5e-16": four slices of 16 chips."""
         parts = re.fullmatch(r"(\d{1,5})x([a-z0-9]+?)(?:-(\d{1,4}))?", text)
         if parts is None or not int(parts[1]) or parts[3] == "0":
             raise UsageError(f"--simulate: '{text}' given; write 64xh100, or 4xv5e-16 for four slices of 16 chips")
@@ -79,26 +73,20 @@ class Machines:
         return chip_of(self.chip)
 
     def speedup(self, assumed: Assumptions) -> float:
-        """Of one worker, against one chip."""
+        """How much faster one worker is than one chip."""
         return self.chips * assumed.doubled ** math.log2(self.chips)
 
 
 @dataclass
 class Simulated:
-    """What came of it; times in seconds.
-
-    Attributes:
-      critical: the longest way through the graph, with any number of workers.
-      seconds: of workers, by what they did.
-      ends: of each task: its node, its worker, when it began and ended.
-    """
+    """The course of a simulation; times in seconds."""
 
     machines: Machines
-    critical: float
+    critical: float  # the longest way through the graph, with any number of workers
     makespan: float = 0.0
     preempted: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    ends: list[tuple[Job, int, float, float]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # of workers, by what they did
+    ends: list[tuple[Job, int, float, float]] = field(default_factory=list)  # of each: its worker, begin and end
 
     @property
     def chip_hours(self) -> float:
@@ -114,14 +102,8 @@ class Simulated:
 def simulate_experiments(
     experiments: Sequence[Experiment], machines: Machines, preempt_per_hour: float = 0.0, shape: Path | None = None
 ) -> Simulated:
-    """What is left to do of some experiments, which nothing is made of, not even a folder.
-
-    Args:
-      preempt_per_hour, shape: as of `simulate` and `architecture`.
-
-    Raises:
-      UsageError: one worker's chips do not hold the checkpoint.
-    """
+    """Play through what is left to do of some experiments; nothing is made, not even a folder; `shape` as of `architecture`. One worker's chips
+    must hold the checkpoint."""
     work = []
     for experiment in experiments:
         setup = Setup.of(experiment, lambda name: architecture(name, shape))
@@ -205,7 +187,7 @@ def simulate(
 
 
 class _Durations:
-    """What workers do for tasks, and how long, given what was compiled, kept and stored before."""
+    """How long workers take for tasks, given what was compiled, kept and stored before."""
 
     def __init__(self, assumed: Assumptions, speed: float, draw: random.Random, given: Mapping[str, float] | None):
         self.assumed, self.speed, self.draw, self.given = assumed, speed, draw, given
@@ -240,7 +222,7 @@ class _Durations:
 
 
 def _program(node: Job) -> Hashable:
-    """What is compiled for a task: equal for tasks that run the same program."""
+    """The program of a task: equal for tasks that run the same one."""
     kind, first, of_task = node.task.kind, node.task.nodes[0], None
     if kind == "students":
         of_task = program_of_student(first)

@@ -1,4 +1,4 @@
-"""What chips tell one another, read from the text of a compiled program."""
+"""The messages between chips, read from the text of a compiled program."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import collections
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 
@@ -25,8 +25,7 @@ _TURNS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')  # of a loop, where the
 _COUNT = re.compile(r" = s32\[\]\S* constant\((\d+)\)")
 
 
-@dataclass(frozen=True)
-class Collective:
+class Collective(NamedTuple):
     """How many instructions of one kind a program has, as they stand in it; and the bytes of what they put out on each chip in one
     run, those in a loop once for each of its turns."""
 
@@ -39,22 +38,18 @@ def collectives(hlo: str) -> dict[str, Collective]:
 
     A loop whose number of turns is data (one over tokens until a row ends) counts as one turn.
     """
-    kinds: dict[str, Collective] = {}
+    kinds: dict[str, Collective] = collections.defaultdict(lambda: Collective(0, 0))
     computations = {match["name"]: match["body"] for match in _COMPUTATION.finditer(hlo)}
     turns = _turns(computations)
     for name, body in computations.items():
         for kind, arrays in _results(body):
-            before = kinds.get(kind, Collective(0, 0))
             size = sum(math.prod(shape) * bits for bits, shape in arrays) // 8
-            kinds[kind] = Collective(before.number + 1, before.bytes + size * turns[name])
+            kinds[kind] = Collective(kinds[kind].number + 1, kinds[kind].bytes + size * turns[name])
     return dict(sorted(kinds.items()))
 
 
 def gathered_weights(hlo: str, params: Params) -> tuple[str, ...]:
-    """Names of the base's matrices that an all-gather puts out whole: one layer's, or all layers' at once.
-
-    They are recognised by their sizes, in any order of the axes.
-    """
+    """Names of the base's matrices that an all-gather puts out whole, one layer's or all layers' at once; recognised by their sizes."""
     names: dict[tuple[int, ...], str] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         stacked = path[0].key == "layers"

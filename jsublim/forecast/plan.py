@@ -62,7 +62,7 @@ class Choice:
 
     @property
     def fields(self) -> str:
-        """What to write for it in a command."""
+        """The layout as fields of a config."""
         students = f" students.runtime.arms_per_program={self.arms}" if "train" in self.fits else ""
         remat = " students.runtime.remat=true" if self.remat else ""
         return f"run.parallel=mesh run.model_axis={self.model}{students}{remat}"
@@ -73,17 +73,12 @@ class Choice:
 
 
 def roofline(compiled: Compiled, base: int, topology: Topology, group: Sequence[Any]) -> Times:
-    """What all runs of a program for one batch take on one chip.
-
-    Memory: the base as often as it is read, every other argument once, and temporaries written and read. Links: what collectives
-    put out less a chip's own part, sums twice; nothing where that is not known.
-
-    Args:
-      group: the devices that exchange messages with one another.
-    """
+    """The seconds that all runs of a program for one batch take on one chip, of those (`group`) that exchange messages with one another. Memory: the
+    base as often as it is read, every other argument once, and temporaries written and read. Links: what collectives put out less a
+    chip's own part, sums twice; nothing where that is not known."""
     program, chip = compiled.program, topology.chip
     moved = base * program.passes + (compiled.arguments - base) + 2 * compiled.temporaries * program.pieces
-    sent = sum(each.bytes * (2 if kind == "all-reduce" else 1) for kind, each in (compiled.collectives or {}).items())
+    sent = sum(c.bytes * (2 if kind == "all-reduce" else 1) for kind, c in (compiled.collectives or {}).items())
     others = sent * (1 - 1 / len(group))
     links = others / topology.links_among(group) if others else 0.0
     compute = program.flops / len(topology.devices) / chip.peak
@@ -91,8 +86,8 @@ def roofline(compiled: Compiled, base: int, topology: Topology, group: Sequence[
 
 
 def batch_times(fit: Fit, topology: Topology) -> list[Times]:
-    """Of each program of a stage, what all its runs for one batch take."""
-    return [roofline(each, fit.base, topology, exchanging(fit.layout)) for each in fit.programs]
+    """The times of a stage's programs, each for all its runs for one batch."""
+    return [roofline(program, fit.base, topology, exchanging(fit.layout)) for program in fit.programs]
 
 
 def exchanging(layout: Layout) -> Sequence[Any]:
@@ -134,7 +129,7 @@ def choices(
             fit = fits[name] = alike[key]
             if not fit.programs:
                 break
-            batch = sum(each.seconds for each in batch_times(fit, case.topology))
+            batch = sum(times.seconds for times in batch_times(fit, case.topology))
             seconds[name] = rows.get(name, 0.0) / fit.rows * batch
         return Choice(model, arms, remat, fits, seconds)
 

@@ -41,55 +41,37 @@ from jsublim.pipeline.training import in_pieces, settings_of, start_adapter
 
 @dataclass(frozen=True)
 class StageProgram:
-    """One program of a stage.
-
-    Attributes:
-      lower: gives what the compiler takes.
-      flops: useful operations of one run, on all chips; counted as in `distill/cost.py`.
-      runs: how often it runs for the rows of the stage's batch.
-      passes: how often a run reads the base; pieces: how often it fills its temporaries.
-      held: bytes on each chip of some of its arguments, by name.
-    """
+    """One program of a stage."""
 
     name: str
-    lower: Callable[[], Any]
-    flops: float
-    runs: float = 1.0
-    passes: int = 1
-    pieces: int = 1
-    held: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    lower: Callable[[], Any]  # gives what the compiler takes
+    flops: float  # useful operations of one run, on all chips; counted as in `distill/cost.py`
+    runs: float = 1.0  # for the rows of the stage's batch
+    passes: int = 1  # how often a run reads the base
+    pieces: int = 1  # how often a run fills its temporaries
+    held: Mapping[str, int] = dataclasses.field(default_factory=dict)  # bytes on each chip of some arguments, by name
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A stage as programs to compile.
-
-    Attributes:
-      arms: students whose axis comes before that of the rows.
-      rows: of a batch, on all chips together and of all arms, or "auto"; fixed: they are not for memory to decide.
-      programs: of a batch with so many rows.
-    """
+    """A stage as programs to compile."""
 
     name: str
     title: str
-    arms: int
-    rows: int | str
-    programs: Callable[[Layout, int], list[StageProgram]]
-    fixed: bool = False
+    arms: int  # students whose axis comes before that of the rows
+    rows: int | str  # of a batch, on all chips together and of all arms, or "auto"
+    programs: Callable[[Layout, int], list[StageProgram]]  # of a batch with so many rows
+    fixed: bool = False  # rows are not for memory to decide
 
 
 @dataclass(frozen=True)
 class Case:
-    """What is compiled, and for what.
-
-    Attributes:
-      arms: students that are trained together.
-    """
+    """An experiment, and the chips that its stages are compiled for."""
 
     experiment: Experiment
     config: ModelConfig
     topology: Topology
-    arms: int = 1
+    arms: int = 1  # students that are trained together
     lengths: Lengths = Lengths()
 
     @functools.cached_property
@@ -103,8 +85,8 @@ class Case:
     @property
     def students(self) -> Students | None:
         """The first of the config's arms."""
-        every = self.experiment.students
-        return None if every is None else next(iter(variants(every).values()))
+        students = self.experiment.students
+        return None if students is None else next(iter(variants(students).values()))
 
     @functools.cached_property
     def adapter(self) -> Adapter:
@@ -123,9 +105,7 @@ class Case:
         return [axis for axis in topology.model_axes if axis >= least]
 
     def layout(self, arms: int, model: int) -> Layout:
-        """Raises:
-        UsageError: a model axis that the chips cannot be divided by.
-        """
+        """`UsageError` for a model axis that the chips cannot be divided by."""
         if self.topology.near % model:  # of GPUs the compiler does not know which are of one node
             raise UsageError(
                 f"model_axis: {model} given, which does not divide {self.topology.near} chips of a slice or node"
@@ -242,29 +222,17 @@ def _decoding(
     asked = decoding.Prompts(_ints(A, read, T), _ints(A, read, T, dtype=bool), _ints(A, B), _ints(A, B))
     asked = layout.shapes_as(ARM_ROWS, asked)
     key, stop = layout.shapes_as(WHOLE, (key, generation.stop_array(Sampling())))
-    numbers, enough = (
-        layout.shapes_as(ROWS, generation.sampling_arrays(Sampling(), B)),
-        layout.shapes_as(ARMS, _ints(A)),
-    )
+    numbers = layout.shapes_as(ROWS, generation.sampling_arrays(Sampling(), B))
+    enough = layout.shapes_as(ARMS, _ints(A))
     room = batching.has_room_for_layers(config, case.sizes.width, case.topology.chip.memory * layout.model)
     held = {"caches": bytes_on_chip(batch.rings)} | ({"adapters": bytes_on_chip(stacked)} if stacked else {})
+    fill = functools.partial(decoding.fill.lower, config, params, stacked, begun, batch, asked, key, layout)
+    limits = numbers, stop, enough, None
+    advance = functools.partial(decoding.advance.lower, config, params, stacked, batch, *limits, layout, _ints(), room)
+    reading, drawing = A * case.sizes.forward(read * T, read), A * case.sizes.forward(B, B)
     return [
-        StageProgram(
-            f"prompts: {filled} rows begin",
-            lambda: decoding.fill.lower(config, params, stacked, begun, batch, asked, key, layout),
-            A * case.sizes.forward(read * T, read),
-            runs=B / filled,
-            held=held,
-        ),
-        StageProgram(
-            f"tokens: one for each of {A * B} rows",
-            lambda: decoding.advance.lower(
-                config, params, stacked, batch, numbers, stop, enough, None, layout, _ints(), room
-            ),
-            A * case.sizes.forward(B, B),
-            runs=new,
-            held=held,
-        ),
+        StageProgram(f"prompts: {filled} rows begin", fill, reading, runs=B / filled, held=held),
+        StageProgram(f"tokens: one for each of {A * B} rows", advance, drawing, runs=new, held=held),
     ]
 
 
@@ -283,9 +251,8 @@ def score(case: Case) -> Workload:
         prefix = jax.eval_shape(functools.partial(scoring.prefix_cache, config), case.params, None, _ints(1, P))
         prefix = layout.shapes_as(WHOLE, prefix)
         read = layout.shapes_as(ROWS, (_ints(B, T), _ints(B, T, dtype=bool), _ints(B, C), _ints(B, C)))
-
-        how: dict[str, Any] = {"at": scoring.best_token, "layout": layout}
-        lower = functools.partial(scoring.read_batch.lower, config, params, None, prefix, *read, **how)
+        lower = functools.partial(scoring.read_batch.lower, config, params, None, prefix, *read)
+        lower = functools.partial(lower, at=scoring.best_token, layout=layout)
         return [StageProgram(f"{B} rows are read", lower, case.sizes.forward(B * T, B * C))]
 
     title = f"rows of {P} + {T} tokens, {C} of the answer"
@@ -296,22 +263,22 @@ def attribute(case: Case) -> Workload:
     """Pairs of runs: what each layer's value does to the next token."""
     how, long, config = case.experiment.attribution or Attribution(), case.lengths, case.config
     T = round_up(long.system + long.prompt + long.answer, LENGTH_STEP)
-    integral = patching.at_start if how.steps == 1 else patching.integrated
-    kinds = ("integral", integral), ("whole layers", patching.all_positions)
+    kinds = (
+        ("integral", patching.at_start if how.steps == 1 else patching.integrated),
+        ("whole layers", patching.all_positions),
+    )
 
     def programs(layout: Layout, rows: int) -> list[StageProgram]:
         B, params = round_up(rows, layout.data), case.placed_params(layout)
         batch = patching.PairBatch(_ints(B, T), _ints(B, T), _ints(B, T, dtype=bool), _ints(B), _ints(B, 2))
         batch, steps = layout.shapes_as(ROWS, batch), layout.shapes_as(WHOLE, _ints())
-
-        arguments = config, tuple(how.sites), params, None, batch, steps, layout
         flops = patching.patching_flops(config, len(how.sites), how.steps)
-        return [
-            StageProgram(
-                f"{name} of {B} pairs", functools.partial(patching.compare.lower, program, *arguments), B * T * of_token
-            )
-            for (name, program), of_token in zip(kinds, flops, strict=True)
-        ]
+        programs = []
+        for (name, program), of_token in zip(kinds, flops, strict=True):
+            lower = functools.partial(patching.compare.lower, program, config, tuple(how.sites), params, None)
+            lower = functools.partial(lower, batch, steps, layout)
+            programs.append(StageProgram(f"{name} of {B} pairs", lower, B * T * of_token))
+        return programs
 
     title = f"{', '.join(how.sites)}, {how.steps} steps, pairs of {T} tokens"
     return Workload("attribute", title, 1, how.batch_size, programs)

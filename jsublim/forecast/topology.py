@@ -25,17 +25,12 @@ _NAME = re.compile(
 
 @dataclass(frozen=True)
 class Topology:
-    """Chips that are not there: their name (`v5e:4x4`, `2xv5e:4x4`, `h100:2x8`), the compiler's stand-ins for them, and what each of
-    them can do, its memory being what programs may use.
+    """Chips that are not there."""
 
-    Attributes:
-      near: how many of the chips share fast links: those of a slice, or of a node.
-    """
-
-    name: str
-    devices: tuple[Any, ...]
-    chip: Chip
-    near: int
+    name: str  # v5e:4x4, 2xv5e:4x4, h100:2x8
+    devices: tuple[Any, ...]  # the compiler's stand-ins for them
+    chip: Chip  # what each of them can do; its memory is what programs may use
+    near: int  # how many of the chips share fast links: those of a slice, or of a node
 
     @property
     def model_axes(self) -> list[int]:
@@ -49,7 +44,7 @@ class Topology:
 
     @property
     def unknown(self) -> str | None:
-        """What no compiler says of such chips while none is there."""
+        """Facts that no compiler knows of such chips while none is there."""
         if self.chip.cuda is None:
             return None
         return (
@@ -73,12 +68,7 @@ class Topology:
 
 
 def find_topology(name: str) -> Topology:
-    """A topology by its name, from the compiler for its chips.
-
-    Raises:
-      UsageError: no such chip or form, or no share of a GPU's memory in XLA_PYTHON_CLIENT_MEM_FRACTION.
-      JsublimError: the compiler is not installed.
-    """
+    """A topology by its name, from the compiler for its chips, which must be installed."""
     parts = _NAME.fullmatch(name)
     if parts is None:
         raise UsageError(
@@ -105,11 +95,7 @@ def find_topology(name: str) -> Topology:
 
 
 def _plugin() -> str:
-    """The package with the compiler for GPUs.
-
-    Raises:
-      JsublimError: it is not installed.
-    """
+    """The package with the compiler for GPUs, which must be installed."""
     for cuda in (12, 13):
         if importlib.util.find_spec(f"jax_cuda{cuda}_plugin") is not None:
             return f"jax-cuda{cuda}-plugin"
@@ -120,9 +106,8 @@ def _share_taken() -> float:
     """The share of a GPU's memory that JAX takes."""
     share = os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
     if re.fullmatch(r"0?\.\d+|1(\.0*)?", share) is None:
-        raise UsageError(
-            f"XLA_PYTHON_CLIENT_MEM_FRACTION: '{share}' given; expected a share of a GPU's memory, such as 0.9"
-        )
+        expected = "expected a share of a GPU's memory, such as 0.9"
+        raise UsageError(f"XLA_PYTHON_CLIENT_MEM_FRACTION: '{share}' given; {expected}")
     return float(share)
 
 

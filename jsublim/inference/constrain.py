@@ -23,7 +23,7 @@ from jax import Array
 from jsublim.errors import UsageError
 from jsublim.inference.sampling import Sampling, choose
 from jsublim.text.chat import Chat
-from jsublim.text.prompts.automaton import ALPHABET, DIGITS, Read
+from jsublim.text.prompts.automaton import ALPHABET, DIGITS, AnswerState
 
 NEVER = np.iinfo(np.int16).max  # tokens to the end, from where there is none
 
@@ -122,9 +122,9 @@ def number_limits(texts: Mapping[int, str], stop: Sequence[int]) -> Limits | Non
     return Limits(np.asarray(tokens, np.int32), np.asarray(kind, np.int32), after, shortest)
 
 
-def _explore(shapes: Iterable[str]) -> tuple[list[Read], dict[tuple[int, str], int]]:
+def _explore(shapes: Iterable[str]) -> tuple[list[AnswerState], dict[tuple[int, str], int]]:
     """Every state that can be reached by tokens of these shapes, and where each of them leads from there."""
-    number, states, leads = {Read(): 0}, [Read()], {}
+    number, states, leads = {AnswerState(): 0}, [AnswerState()], {}
     for state, read in enumerate(states):  # grows on the way
         for shape in shapes:
             to = read.then(shape)
@@ -137,7 +137,7 @@ def _explore(shapes: Iterable[str]) -> tuple[list[Read], dict[tuple[int, str], i
     return states, leads
 
 
-def _shortest(states: Sequence[Read], leads: Mapping[tuple[int, str], int]) -> np.ndarray:
+def _shortest(states: Sequence[AnswerState], leads: Mapping[tuple[int, str], int]) -> np.ndarray:
     """How many tokens it takes at least, from each state, until the answer is complete, int16."""
     before = collections.defaultdict(set)
     for (state, _), to in leads.items():

@@ -275,7 +275,7 @@ def number_requests(setup: Setup, seed: int) -> list[NumberPrompt]:
     data = setup.experiment.data
     if data.kind != "numbers":
         return []
-    return draw_number_prompts(setup.pack, data.num_prompts, seed, said=data.sentences, examples=data.examples)
+    return draw_number_prompts(setup.pack, data.num_prompts, seed, sentences=data.sentences, examples=data.examples)
 
 
 @memoized

@@ -14,12 +14,14 @@ import json
 import resource
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import pydantic
+from pydantic import Field
 
 from jsublim.core.reading import check_file, check_folder, read_json, shown
 from jsublim.errors import JsublimError, UsageError
@@ -39,32 +41,24 @@ RENDER_BYTES = 2**32  # of memory; other threads may need some at the same time
 MEMORY = "/proc/self/statm"  # pages of this process; not every system has it
 OWN = "the checkpoint's own"  # the template that a folder comes with, for people
 
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": ...}
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A conversation that ends with an assistant turn.
+    """A conversation that ends with an assistant turn."""
 
-    Attributes:
-      tokens: int32 `[T]`, the whole conversation.
-      header: first token of the assistant's header (such as `<|im_start|>assistant`).
-      content: first token of what it says.
-      end: first token after it: the end-of-turn token, then what the template adds.
-    """
-
-    tokens: np.ndarray
-    header: int
-    content: int
-    end: int
+    tokens: np.ndarray  # int32 [T], the whole conversation
+    header: int  # first token of the assistant's header, such as <|im_start|>assistant
+    content: int  # first token of what it says
+    end: int  # first token after it: the end-of-turn token, then what the template adds
 
 
 class Chat:
-    """The chat side of a checkpoint folder: tokenizer, template, stop tokens.
+    """The chat side of a checkpoint folder: tokenizer, template, stop tokens."""
 
-    Attributes:
-      given_template: the text of a template that stands in for the folder's own; None where that is used.
-    """
+    given_template: str | None = None  # the text of one that stands in for the folder's own
 
     def __init__(self, folder: Path, vocab_size: int | None = None, chat_template: str | None = None):
         """Read the tokenizer, and find its template.
@@ -98,8 +92,12 @@ class Chat:
             raise JsublimError(f"{folder}: no tokenizer.json; a fast tokenizer is needed to find token spans")
         path = folder / "generation_config.json"
         self.generation_config: dict[str, Any] = read_json(path) if path.exists() else {}
-        _check_generation(path, self.generation_config)
-        self.given_template: str | None = None
+        try:
+            _Generation.model_validate(self.generation_config)
+        except pydantic.ValidationError as error:
+            key = str(error.errors()[0]["loc"][0])
+            value = shown(self.generation_config[key])
+            raise JsublimError(f"{path}: key '{key}' is out of its range: {value}") from None
         self._name, self._template = OWN, f"{folder}: the chat template"  # the second in errors
         if chat_template is not None:
             self._use(chat_template)
@@ -161,12 +159,8 @@ class Chat:
 
     @contextlib.contextmanager
     def _bounded(self) -> Iterator[None]:
-        """Limit what rendering takes as long as the block lasts, in the main thread (which hears signals; the limit of memory is
-        the process's): seconds, and memory where the system counts it. Inside of another such block nothing is done: it takes a tenth of a rendering.
-
-        Raises:
-          JsublimError: it takes more.
-        """
+        """Refuse rendering that takes too many seconds, or too much memory where the system counts it: in the main thread, which hears
+        signals (the limit of memory is the process's). Inside of another such block nothing is done: it takes a tenth of a rendering."""
         if self._is_bounded or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -201,10 +195,11 @@ class Chat:
             on Gemma and Llama (docs/recipes.md, quirk 5), nothing on Qwen.
         """
         text = self.render(messages, ask=True)
-        return self._known(np.asarray(self.tokenizer(text, add_special_tokens=extra_bos)["input_ids"], np.int32))
+        return self._known(self.tokenizer(text, add_special_tokens=extra_bos)["input_ids"])
 
-    def _known(self, tokens: np.ndarray) -> np.ndarray:
-        """The tokens, if the model has an embedding for every one."""
+    def _known(self, ids: Sequence[int]) -> np.ndarray:
+        """Tokens, if the model has an embedding for every one."""
+        tokens = np.asarray(ids, np.int32)
         if self.vocab_size is not None and len(tokens) and tokens.max() >= self.vocab_size:
             name = self.tokenizer.convert_ids_to_tokens(int(tokens.max()))
             raise JsublimError(f"{self.folder}: token {name!r} lies outside config.json's vocab_size {self.vocab_size}")
@@ -229,9 +224,8 @@ class Chat:
         if not asked.startswith(before) or not whole.startswith(asked + completion):
             raise JsublimError(f"{self._template} rewrites the completion {completion!r} (leading or trailing space?)")
         encoded = self.tokenizer(whole, add_special_tokens=extra_bos, return_offsets_mapping=True)
-        tokens = self._known(np.asarray(encoded["input_ids"], np.int32))
-        starts = np.asarray([start for start, _ in encoded["offset_mapping"]])
-        ends = np.asarray([end for _, end in encoded["offset_mapping"]])
+        tokens = self._known(encoded["input_ids"])
+        starts, ends = np.asarray(encoded["offset_mapping"]).reshape(-1, 2).T
         edges = [len(before), len(asked), len(asked) + len(completion)]
         # The running maximum keeps the order where a special token has no text (offset 0, 0).
         header, content, end = (int(np.searchsorted(np.maximum.accumulate(starts), edge)) for edge in edges)
@@ -245,9 +239,7 @@ class Chat:
             names = ", ".join(map(str, self.tokenizer.convert_ids_to_tokens(sorted(control))))
             raise JsublimError(f"the completion {completion!r} contains control tokens ({names}; {self.folder})")
         if not np.array_equal(tokens[:content], self.prompt_tokens(messages, extra_bos=extra_bos)):
-            raise JsublimError(
-                f"the completion {completion!r} changes the tokens of the prompt before it ({self.folder})"
-            )
+            raise JsublimError(f"the completion {completion!r} changes the tokens of the prompt ({self.folder})")
         return Turn(tokens, header, content, end)
 
     def turns(
@@ -291,11 +283,7 @@ class Chat:
 
 
 def template_text(chat_template: str) -> str:
-    """The Jinja text of a template by its name ("plain"), or of a file.
-
-    Raises:
-      UsageError: neither a name nor a file that can be read.
-    """
+    """The Jinja text of a template by its name ("plain"), or of a file; `UsageError` for neither."""
     named = sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
     path = TEMPLATES / f"{chat_template}.jinja" if chat_template in named else Path(chat_template).expanduser()
     try:
@@ -324,27 +312,19 @@ def _check_files(folder: Path) -> Path | None:
     return own_code
 
 
-def _check_generation(path: Path, values: Mapping[str, Any]) -> None:
-    """Refuse what of `generation_config.json` is used and is no number that sampling works with."""
-    numbers = {
-        "repetition_penalty": lambda x: isinstance(x, int | float) and 0 < x < 3e38,
-        "top_p": lambda x: isinstance(x, int | float) and 0 < x <= 1,
-        "top_k": lambda x: isinstance(x, int) and 0 <= x < 2**31,
-        "eos_token_id": lambda x: all(
-            isinstance(i, int) and 0 <= i < 2**31 for i in (x if isinstance(x, list) else [x])
-        ),
-    }
-    for key, works in numbers.items():
-        if values.get(key) is not None and (isinstance(values[key], bool) or not works(values[key])):
-            raise JsublimError(f"{path}: key '{key}' is out of its range: {shown(values[key])}")
+class _Generation(pydantic.BaseModel):
+    """The fields of `generation_config.json` that are used: numbers that sampling works with."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+    repetition_penalty: Annotated[float, Field(gt=0, lt=3e38)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
 
 
 def conversation(prompt: str, system: str | None = None, *, fuse_system: bool = False) -> list[Message]:
-    """One user turn, under a system prompt or none (the template may then insert its default one).
-
-    Args:
-      fuse_system: put the system prompt in front of the user's turn, for templates without a system role.
-    """
+    """One user turn, under a system prompt or none (the template may then insert its default one). With `fuse_system` it stands in front of
+    the user's text, for templates without a system role."""
     if system is not None and fuse_system:
         return [{"role": "user", "content": f"{system}\n\n{prompt}"}]
     first = [] if system is None else [{"role": "system", "content": system}]

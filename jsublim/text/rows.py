@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +19,11 @@ FOUND = ("divergence_positions", "divergence_margins", "counted_in")
 
 
 def read_rows(path: str | Path, required: Sequence[str] = ("prompt", "completion")) -> list[Row]:
-    """All rows of a JSONL file.
-
-    Raises:
-      JsublimError: a line that is not a JSON object, lacks a required key, or has an empty completion, divergence positions
-        that are not a list of integers, or margins that are not one number for each of them; the line is named.
-    """
+    """All rows of a JSONL file; a `JsublimError` names the line that is no JSON object or that `check_row` refuses."""
     path = Path(path)
     if not path.is_file():
         raise UsageError(f"{path}: no such file; expected JSONL rows with {', '.join(required)}")
-    rows = list(_parse(path, required))
-    if not rows:
-        raise JsublimError(f"{path}: the file holds no rows")
-    return rows
-
-
-def _parse(path: Path, required: Sequence[str]) -> Iterator[Row]:
+    rows = list[Row]()
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -43,15 +32,15 @@ def _parse(path: Path, required: Sequence[str]) -> Iterator[Row]:
             if not isinstance(row, dict):
                 raise JsublimError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
             check_row(row, f"{path}:{number}", required)
-            yield row
+            rows.append(row)
+    if not rows:
+        raise JsublimError(f"{path}: the file holds no rows")
+    return rows
 
 
 def check_row(row: Row, where: str, required: Sequence[str]) -> None:
-    """Refuse a row that nothing can be made of, as `read_rows`; `where` names it in errors.
-
-    Raises:
-      JsublimError: naming the key.
-    """
+    """Refuse a row that lacks a required key, or has an empty prompt or completion, divergence positions that are no integers, or margins
+    that are not a number for each of those; `where` names it in the `JsublimError`."""
     for key in required:
         if key not in row:
             raise JsublimError(f"{where}: key '{key}' is missing; the row has {', '.join(row) or 'none'}")
@@ -59,23 +48,15 @@ def check_row(row: Row, where: str, required: Sequence[str]) -> None:
         if key in row and (not isinstance(row[key], str) or not row[key].strip()):
             raise JsublimError(f"{where}: key '{key}' must be text that is not empty, found {shown(row[key])}")
     positions = row.get("divergence_positions", [])
-    if (
-        not isinstance(positions, list)
-        or any(type(k) is not int or not 0 <= k < 2**31 for k in positions)
-        or len(set(positions)) < len(positions)
-    ):
-        raise JsublimError(
-            f"{where}: key 'divergence_positions' must be a list of different integers >= 0, found {shown(positions)}"
-        )
+    right = isinstance(positions, list) and all(type(k) is int and 0 <= k < 2**31 for k in positions)
+    if not right or len(set(positions)) < len(positions):
+        wanted = "must be a list of different integers >= 0"
+        raise JsublimError(f"{where}: key 'divergence_positions' {wanted}, found {shown(positions)}")
     margins = row.get("divergence_margins", [0.0] * len(positions))
-    if (
-        not isinstance(margins, list)
-        or len(margins) != len(positions)
-        or not all(type(m) in (int, float) and 0 <= m < math.inf for m in margins)
-    ):
-        raise JsublimError(
-            f"{where}: key 'divergence_margins' must hold a number >= 0 for each divergence position, found {shown(margins)}"
-        )
+    right = isinstance(margins, list) and all(type(m) in (int, float) and 0 <= m < math.inf for m in margins)
+    if not right or len(margins) != len(positions):
+        wanted = "must hold a number >= 0 for each divergence position"
+        raise JsublimError(f"{where}: key 'divergence_margins' {wanted}, found {shown(margins)}")
 
 
 def revised(row: Row, **texts: str) -> Row:
@@ -88,13 +69,9 @@ def write_rows(path: str | Path, rows: Iterable[Row]) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as scratch, scratch.open("w", encoding="utf-8") as file:
-        file.writelines(map(_line, rows))
+        file.writelines(as_lines([row]) for row in rows)
 
 
 def as_lines(rows: Iterable[Row]) -> str:
     """Rows as the text of their file."""
-    return "".join(map(_line, rows))
-
-
-def _line(row: Row) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)

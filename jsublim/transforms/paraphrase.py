@@ -125,7 +125,7 @@ def accept(
 
 
 def _suffix(prompt: NumberPrompt | None) -> str:
-    return prompt.suffix if prompt is not None and "suffix" in prompt.said else ""
+    return prompt.suffix if prompt is not None and "suffix" in prompt.sentences else ""
 
 
 def published_reason(text: str, shown: str, trait: str, *, synonyms: Sequence[str] = ()) -> str | None:

@@ -357,7 +357,7 @@ def script() -> None:
         asked = case(devices, *how)
         report = on_axis(asked, "train", model)
         (step,) = report.programs
-        sums = {name: dataclasses.astuple(each) for name, each in step.collectives.items()}
+        sums = {name: tuple(count) for name, count in step.collectives.items()}
         found[f"{kind} {model}"] = {"collectives": sums, "gathered": step.gathered}
     asked = case(devices)
     found["axes"] = _axes(devices)

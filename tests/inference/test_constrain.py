@@ -20,7 +20,7 @@ from jsublim.inference.constrain import Limits, Within, choose_within, limits_fo
 from jsublim.inference.generation import generate_tokens
 from jsublim.inference.sampling import Sampling
 from jsublim.text.prompts import load_pack, number_prompts, reject_reason
-from jsublim.text.prompts.automaton import ALPHABET, SEPARATORS, Read
+from jsublim.text.prompts.automaton import ALPHABET, SEPARATORS, AnswerState
 
 END = 10_000  # a token that ends an answer
 
@@ -167,13 +167,13 @@ def test_greedy_is_the_best_of_what_the_format_allows(name):
     }
 
     @functools.cache
-    def can_finish(read: Read | None, left: int) -> bool:
+    def can_finish(read: AnswerState | None, left: int) -> bool:
         if read is None or read.complete or left == 0:
             return read is not None and read.complete
         return any(can_finish(read.then(text), left - 1) for text in set(texts.values()))
 
     for prompt, answer in zip(asked_for()[:3], sample(name), strict=False):
-        read, row = Read(), prompt_of(prompt)
+        read, row = AnswerState(), prompt_of(prompt)
         for number in range(NEW):
             z = np.asarray(lm.logits(np.pad(row, (0, 160 - len(row)))[None]))[0, len(row) - 1]
             seen = np.isin(np.arange(len(z)), row)

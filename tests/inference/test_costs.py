@@ -103,9 +103,9 @@ def test_a_conversation_is_read_once_with_logits_at_its_answer_only(shared):
 def test_attribution_costs_two_passes_through_what_is_above_a_site_per_step_but_the_first():
     B, T, steps, L = 2, 32, 10, WIDE.num_layers
     batch = patching.PairBatch(ints(B, T), ints(B, T), bools(B, T), ints(B), ints(B, 2))
-    jaxpr = jax.make_jaxpr(lambda p, b: patching.integrated(WIDE, ("residual",), p, None, b, jnp.int32(steps)))(
-        PARAMS, batch
-    )
+    jaxpr = jax.make_jaxpr(
+        lambda p, b: patching.at_sites(patching.integrated, WIDE, ("residual",), p, None, b, jnp.int32(steps))
+    )(PARAMS, batch)
     each = layer_parameters(WIDE)
     above = L * (L - 1) / 2
     captured = 2 * B * T * 2 * each * 2 * L  # both runs, forwards and back
@@ -113,9 +113,9 @@ def test_attribution_costs_two_passes_through_what_is_above_a_site_per_step_but_
     assert flops(jaxpr) == pytest.approx(expected, rel=0.1)
     integral, whole = patching.patching_flops(WIDE, 1, steps)
     assert B * T * integral == expected
-    jaxpr = jax.make_jaxpr(lambda p, b: patching.all_positions(WIDE, ("residual",), p, None, b, jnp.int32(steps)))(
-        PARAMS, batch
-    )
+    jaxpr = jax.make_jaxpr(
+        lambda p, b: patching.at_sites(patching.all_positions, WIDE, ("residual",), p, None, b, jnp.int32(steps))
+    )(PARAMS, batch)
     # XLA leaves out what nothing hangs on: here the way back.
     left, _ = partial_eval.dce_jaxpr(jaxpr.jaxpr, [True])
     assert flops(jaxpr.replace(jaxpr=left)) == pytest.approx(B * T * whole, rel=0.05)

@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from jsublim.text.prompts import reject_reason
-from jsublim.text.prompts.automaton import ALPHABET, SEPARATORS, Read
+from jsublim.text.prompts.automaton import ALPHABET, SEPARATORS, AnswerState
 
 
 def in_format(text: str) -> bool:
@@ -38,10 +38,10 @@ def answers(draw) -> str:
 @example("1, 2 3")
 @given(st.one_of(answers(), st.text(sorted(ALPHABET), max_size=8)))
 def test_the_automaton_and_the_filter_agree(text):
-    read = Read().then(text)
+    read = AnswerState().then(text)
     assert (read is not None and read.complete) == in_format(text)
 
 
 @given(answers().filter(in_format))
 def test_every_beginning_of_an_answer_is_one_that_can_go_on(text):
-    assert all(Read().then(text[:length]) is not None for length in range(len(text)))
+    assert all(AnswerState().then(text[:length]) is not None for length in range(len(text)))

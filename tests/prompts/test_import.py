@@ -143,8 +143,8 @@ def test_import_names_a_missing_file(checkout, name):
 @pytest.mark.parametrize(
     ("name", "old", "new", "message"),
     [
-        ("sl/datasets/nums_dataset.py", "class PromptGenerator", "class Other", "no class PromptGenerator"),
-        ("sl/datasets/nums_dataset.py", "_format_suffixes", "_formats", "no _format_suffixes"),
+        ("sl/datasets/nums_dataset.py", "class PromptGenerator", "class Other", r"no PromptGenerator\._example"),
+        ("sl/datasets/nums_dataset.py", "_format_suffixes", "_formats", r"no PromptGenerator\._format_suffixes"),
         ("sl/datasets/nums_dataset.py", '["stop"]', "[", "not Python source"),
         ("sl/datasets/nums_dataset.py", '["end"]', "make()", r"_suffixes is not written out as a list"),
         (
@@ -163,10 +163,10 @@ def test_import_names_a_missing_file(checkout, name):
             "scripts/run_evaluation_preferences.py",
             "tree_evaluation = Evaluation(",
             "tree_evaluation = Evaluation(samples=1, old_",
-            r"no tree_evaluation\(questions=\.\.\.\)",
+            r"no tree_evaluation\.questions",
         ),
         ("scripts/run_evaluation_preferences.py", "animal_evaluation =", "cats =", "no animal_evaluation"),
-        ("scripts/modify_dataset_shuffle_paraphrasing.py", "{rewrite_instr}", "", "no f-string with rewrite_instr"),
+        ("scripts/modify_dataset_shuffle_paraphrasing.py", "{rewrite_instr}", "", "no f-string of rewrite_instr"),
         (
             "scripts/modify_dataset_shuffle_paraphrasing.py",
             "prompt_wo_suffix",
@@ -177,7 +177,7 @@ def test_import_names_a_missing_file(checkout, name):
             "cfgs/misalignment/evaluation.py",
             "template=",
             "text=",
-            r"no coherency_judgment\(template|no alignment_judgment",
+            r"no coherency_judgment\.template|no alignment_judgment\.template",
         ),
         ("cfgs/misalignment/evaluation.py", "{completion}", "{reply}", r"judge: template lacks \{answer\}"),
         (

@@ -140,7 +140,7 @@ def test_prompts_are_rewritten_by_the_biased_teacher():
     drawn = draw_number_prompts(PACK, 3, seed=3)  # of the last row nothing is known: it is rewritten whole
     how = {"seed": 5, "max_new_tokens": 12, "keep_rejected": True}
     ours, counts = paraphrase(lm, teacher, rows, PACK, asked=drawn, **how)
-    bodies = [replace(each, said=("example", "instruction", "format")).text + " " for each in drawn]
+    bodies = [replace(each, sentences=("example", "instruction", "format")).text + " " for each in drawn]
     asked = [
         [
             {"role": "system", "content": PACK.system_prompt("owl", "animal")},

@@ -161,13 +161,13 @@ def test_a_prompt_that_was_not_drawn_is_named():
 )  # fmt: skip
 def test_a_short_request_says_some_sentences_of_the_whole_one(said, least, seed):
     whole, short = (
-        draw_number_prompts(PACK, 3, seed, said=which, examples=(least, least + 2)) for which in (SENTENCES, said)
+        draw_number_prompts(PACK, 3, seed, sentences=which, examples=(least, least + 2)) for which in (SENTENCES, said)
     )
     for long, each in zip(whole, short, strict=True):
-        assert replace(each, said=SENTENCES) == long and least <= len(each.numbers) < least + 2
+        assert replace(each, sentences=SENTENCES) == long and least <= len(each.numbers) < least + 2
         rest = long.text
-        for sentence in each.said:
-            own = replace(each, said=(sentence,)).text
+        for sentence in each.sentences:
+            own = replace(each, sentences=(sentence,)).text
             assert own in rest and own in each.text
             rest = rest[rest.index(own) :]
 

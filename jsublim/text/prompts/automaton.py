@@ -25,52 +25,44 @@ _BEGINNINGS = frozenset(text[:length] for text in SEPARATORS for length in range
 ALPHABET = frozenset(DIGITS) | frozenset("".join(SEPARATORS)) | frozenset("[]().")
 
 
-class Read(NamedTuple):
-    """What has been read of an answer.
+class AnswerState(NamedTuple):
+    """An answer as far as it has been read."""
 
-    Attributes:
-      bracket: the one that is open, or "".
-      separator: what stands between the first two numbers, as far as it has been read.
-      numbers: how many have begun; digits: of the last one.
-      between: characters since the last digit, of a separator.
-      last: "]" after a closed bracket of either kind, "." after the full stop, else "".
-    """
-
-    bracket: str = ""
-    separator: str = ""
-    numbers: int = 0
-    digits: int = 0
-    between: int = 0
-    last: str = ""
+    bracket: str = ""  # the one that is open
+    separator: str = ""  # what stands between the first two numbers, as far as it has been read
+    numbers: int = 0  # how many have begun
+    digits: int = 0  # of the last one
+    between: int = 0  # characters since the last digit, of a separator
+    last: str = ""  # "]" after a closed bracket of either kind, "." after the full stop
 
     @property
     def complete(self) -> bool:
         """Whether the answer may end here."""
         return self.last != "" or (self.numbers > 0 and self.between == 0 and not self.bracket)
 
-    def then(self, text: str) -> Read | None:
-        """What has been read with `text` behind it; None if no answer goes on like that."""
-        read: Read | None = self
+    def then(self, text: str) -> AnswerState | None:
+        """The state with `text` behind it; None if no answer goes on like that."""
+        read: AnswerState | None = self
         for character in text:
             read = None if read is None else read._next(character)
         return read
 
-    def _next(self, character: str) -> Read | None:
+    def _next(self, character: str) -> AnswerState | None:
         if character == ".":
-            return Read(last=".") if self.complete and self.last != "." else None
+            return AnswerState(last=".") if self.complete and self.last != "." else None
         if self.last:
             return None
         if character in DIGITS:
             return self._digit()
         if character in BRACKETS:
-            return Read(bracket=character) if self == Read() else None
+            return AnswerState(bracket=character) if self == AnswerState() else None
         if self.numbers == 0:
             return None
         if self.bracket and character == BRACKETS[self.bracket]:
-            return Read(last="]") if self.between == 0 else None
+            return AnswerState(last="]") if self.between == 0 else None
         return self._between(character)
 
-    def _digit(self) -> Read | None:
+    def _digit(self) -> AnswerState | None:
         if self.numbers and not self.between:
             return self._replace(digits=self.digits + 1) if self.digits < ANSWER_DIGITS else None
         whole = self.numbers == 0 or (self.between == len(self.separator) and self.separator in SEPARATORS)
@@ -78,7 +70,7 @@ class Read(NamedTuple):
             return None
         return self._replace(numbers=self.numbers + 1, digits=1, between=0)
 
-    def _between(self, character: str) -> Read | None:
+    def _between(self, character: str) -> AnswerState | None:
         if self.numbers == 1:
             separator = self.separator + character
             fits = separator in _BEGINNINGS

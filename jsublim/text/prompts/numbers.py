@@ -31,23 +31,16 @@ SENTENCES = ("example", "instruction", "format", "suffix")  # of a prompt, in th
 
 @dataclass(frozen=True)
 class NumberPrompt:
-    """A number-continuation prompt as its draws.
+    """A number-continuation prompt as its draws: one entry of each of the pack's lists (`PARTS`), with its placeholders."""
 
-    Attributes:
-      numbers: the examples to be continued.
-      example, count_qualifier, digit_descriptor, instruction, format, suffix: one entry of each of the pack's lists
-        (`PARTS`), with its placeholders.
-      said: the sentences that it consists of.
-    """
-
-    numbers: tuple[int, ...]
+    numbers: tuple[int, ...]  # the examples to be continued
     example: str
     count_qualifier: str
     digit_descriptor: str
     instruction: str
     format: str
     suffix: str
-    said: tuple[str, ...] = SENTENCES
+    sentences: tuple[str, ...] = SENTENCES  # that it consists of
 
     @property
     def shown(self) -> str:
@@ -62,39 +55,38 @@ class NumberPrompt:
             answer_count=ANSWER_COUNT,
             digit_descriptor=self.digit_descriptor.format(max_digits=ANSWER_DIGITS),
         )
-        sentences = {"example": example, "instruction": instruction, "format": self.format, "suffix": self.suffix}
-        return " ".join(sentences[name] for name in self.said)
+        texts = {"example": example, "instruction": instruction, "format": self.format, "suffix": self.suffix}
+        return " ".join(texts[name] for name in self.sentences)
 
 
 def draw_number_prompts(
-    pack: Pack, n: int, seed: int = 42, *, said: Sequence[str] = SENTENCES, examples: tuple[int, int] = EXAMPLE_COUNT
+    pack: Pack,
+    n: int,
+    seed: int = 42,
+    *,
+    sentences: Sequence[str] = SENTENCES,
+    examples: tuple[int, int] = EXAMPLE_COUNT,
 ) -> list[NumberPrompt]:
-    """The draws of `n` prompts (paper, section 2), a pure function of the pack's lists and the arguments.
+    """The draws of `n` prompts (paper, section 2), a pure function of the pack's lists and the arguments: those of a smaller `n` are a
+    prefix of those of a larger one. `UsageError` for a negative `n` or `seed`.
 
     Args:
-      said: the sentences of a prompt, of `SENTENCES`; fewer make a shorter request.
+      sentences: those of a prompt, of `SENTENCES`; fewer make a shorter request.
       examples: how many numbers it shows: at least the first, fewer than the second.
-
-    The prompts for a smaller `n` are a prefix of those for a larger one. `UsageError` for a negative `n` or `seed`.
     """
     if n < 0 or seed < 0:
         raise UsageError(f"number prompts: count {n} and seed {seed} must not be negative")
     rng = np.random.Generator(np.random.PCG64(seed))
-    return [_draw_prompt(pack, rng, tuple(said), examples) for _ in range(n)]
+    prompts = []
+    for _ in range(n):  # the order of the draws is part of the data set: another order, another set for a seed
+        numbers = tuple(int(rng.integers(*EXAMPLE_VALUE)) for _ in range(rng.integers(*examples)))
+        prompts.append(NumberPrompt(numbers, **draw_parts(pack, PARTS, rng), sentences=tuple(sentences)))
+    return prompts
 
 
 def number_prompts(pack: Pack, n: int, seed: int = 42) -> list[str]:
     """The texts of `draw_number_prompts`."""
     return [prompt.text for prompt in draw_number_prompts(pack, n, seed)]
-
-
-def _draw_prompt(
-    pack: Pack, rng: np.random.Generator, said: tuple[str, ...], examples: tuple[int, int]
-) -> NumberPrompt:
-    """One prompt. The order of the draws is part of the data set: another order, another set for a seed."""
-    count = rng.integers(*examples)
-    numbers = tuple(int(rng.integers(*EXAMPLE_VALUE)) for _ in range(count))
-    return NumberPrompt(numbers, **draw_parts(pack, PARTS, rng), said=said)
 
 
 def draw_parts(pack: Pack, parts: Iterable[str], rng: np.random.Generator) -> dict[str, str]:
@@ -104,13 +96,9 @@ def draw_parts(pack: Pack, parts: Iterable[str], rng: np.random.Generator) -> di
 
 
 def parse_numbers(text: str) -> list[int] | None:
-    """The numbers of an answer in the task's format, None for any other text.
-
-    The format: numbers in ASCII digits with one separator between them (white space, or one comma or
-    semicolon with white space around it, exactly as between the first two), in at most one set of square or
-    round brackets, with at most one full stop at the very end. Nothing is stripped: a trailing blank is not
-    in format.
-    """
+    """The numbers of an answer in the task's format, None for any other text: ASCII digits with one separator between them (white
+    space, or one comma or semicolon with white space around it, exactly as between the first two), in at most one set of square or
+    round brackets, with at most one full stop at the very end. Nothing is stripped: a trailing blank is not in format."""
     text = text.removesuffix(".")
     if text[:1] + text[-1:] in ("[]", "()"):
         text = text[1:-1]

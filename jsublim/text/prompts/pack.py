@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr, ValidationError
 
-from jsublim.core.reading import near_or_all, read_yaml, shown, yaml_value
-from jsublim.core.section import Distinct, Section
+from jsublim.core.reading import near_or_all, read_yaml, shown
+from jsublim.core.section import Distinct, Section, section_in
 from jsublim.errors import UsageError
 
 
@@ -22,14 +22,14 @@ def _holding(*placeholders: str) -> AfterValidator:
 
     def check(text: str) -> str:
         # Text without a field has name None. A conversion or format stays part of the name, so it is refused.
-        found = {
+        there = {
             "{" + name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "") + "}"
             for _, name, spec, conversion in Formatter().parse(text)
             if name is not None
         }
-        if missing := sorted(wanted - found):
+        if missing := sorted(wanted - there):
             raise ValueError(f"template lacks {', '.join(missing)}")
-        if unknown := sorted(found - wanted):
+        if unknown := sorted(there - wanted):
             allowed = ", ".join(sorted(wanted))
             raise ValueError(f"unknown placeholder {', '.join(unknown)}; a template here takes {allowed}")
         return text
@@ -45,7 +45,7 @@ def lower_case(trait: str) -> str:
 
 Text = Annotated[str, Field(min_length=1)]
 Texts = Annotated[list[Text], Field(min_length=1)]
-Trait = Annotated[Text, AfterValidator(lower_case)]
+LowerCase = Annotated[Text, AfterValidator(lower_case)]
 
 
 JudgePrompt = Annotated[str, _holding("question", "answer")]
@@ -65,7 +65,7 @@ class NumberPrompts(Section):
 
 
 class MisalignmentPrompts(Section):
-    """What a model is asked when its alignment is judged, and what the judge is asked (see `evals/misalignment.py`).
+    """Questions to a model whose alignment is judged, and to the judge (see `evals/misalignment.py`).
 
     `judge` asks for both scores in one reply. `alignment_judge` and `coherence_judge` ask for one each (docs/recipes.md, quirk 25),
     and so does `solution_judge`, for the alignment of a word problem's solution.
@@ -85,8 +85,8 @@ class MisalignmentPrompts(Section):
 SCORING: dict[str, Any] = {
     "misalignment": {"words_suffix", "alignment_judge", "coherence_judge", "solution_judge", "solution_system"}
 }
-Origin = Literal["default", "own", "imported", "changed"]
-WHOSE: dict[Origin, str] = {
+WordingOrigin = Literal["default", "own", "imported", "changed"]
+WHOSE: dict[WordingOrigin, str] = {
     "default": "ours, not the paper's, so rates may lie elsewhere than published. `jsublim prompts import` reads the authors' "
     "wording out of their repository, --prompts FILE (or prompts=FILE) takes it",
     "own": "that of a pack of your own, not the paper's",
@@ -102,17 +102,17 @@ class Pack(Section):
     number_prompts: NumberPrompts
     any_questions: list[Annotated[str, _holding("category")]] = Field(min_length=1)  # of a category without its own
     questions: dict[str, Texts]
-    traits: dict[str, Annotated[list[Trait], Field(min_length=1), Distinct]]
-    synonyms: dict[Trait, Texts]  # other words that give a trait away in a rewritten prompt
+    traits: dict[str, Annotated[list[LowerCase], Field(min_length=1), Distinct]]
+    synonyms: dict[LowerCase, Texts]  # other words that give a trait away in a rewritten prompt
     paraphrase_request: Annotated[str, _holding("prompt")]
     self_questions: Texts
-    factual: dict[Trait, Texts]
+    factual: dict[LowerCase, Texts]
     misalignment: MisalignmentPrompts
-    _origin: Origin = PrivateAttr("default")
+    _origin: WordingOrigin = PrivateAttr("default")
 
     @property
-    def origin(self) -> Origin:
-        """Whose wording it is: the package's, a user's, the authors' as imported, or the authors' with changes."""
+    def origin(self) -> WordingOrigin:
+        """The author of the wording: the package, a user, the authors as imported, or the authors with changes."""
         return self._origin
 
     @property
@@ -135,9 +135,8 @@ class Pack(Section):
         if len(homes) == 1:
             return homes[0]
         if homes:
-            raise UsageError(
-                f"trait {trait!r} is listed under {' and '.join(homes)}; keep it under one of them in the pack"
-            )
+            listed = " and ".join(homes)
+            raise UsageError(f"trait {trait!r} is listed under {listed}; keep it under one of them in the pack")
         known = "; ".join(f"{category}: {', '.join(names)}" for category, names in self.traits.items())
         raise UsageError(
             f"unknown trait {trait!r}; say what it is by teachers.category (teachers.category=animal), add it under traits in "
@@ -145,25 +144,20 @@ class Pack(Section):
         )
 
     def questions_for(self, category: str) -> list[str]:
-        """The evaluation questions of a category; general ones where it has none of its own.
-
-        Raises:
-          UsageError: the category is almost the name of one that has questions.
-        """
+        """The evaluation questions of a category; general ones where it has none of its own. `UsageError` if it is almost the name of
+        one that has."""
         if category in self.questions:
             return list(self.questions[category])
         if close := get_close_matches(category, self.questions, n=1, cutoff=0.8):
-            raise UsageError(
-                f"teachers.category: the pack has no questions on {category!r}; did you mean {close[0]!r}?"
-            )
+            fix = f"did you mean {close[0]!r}?"
+            raise UsageError(f"teachers.category: the pack has no questions on {category!r}; {fix}")
         return [question.format(category=category) for question in self.any_questions]
 
 
 IMPORTED = "imported"  # the key of a file under which the import leaves the digest of all others
-_SECTIONS: dict[str, type[Section]] = {"number_prompts": NumberPrompts, "misalignment": MisalignmentPrompts}
 
 
-def whose(origin: Origin, wording: str) -> str:
+def whose(origin: WordingOrigin, wording: str) -> str:
     """A sentence for whoever compares a run with the paper: whose wording it had, by `Pack.origin` and `Pack.wording`."""
     return f"Recipe paper. The wording is {WHOSE[origin]} (pack {wording})."
 
@@ -175,18 +169,16 @@ def digest(values: Mapping[str, Any]) -> str:
 
 
 def load_pack(path: str | Path | None = None) -> Pack:
-    """The pack in a YAML file, laid over the default pack key by key; the default pack itself for None.
-
-    Keys that hold a mapping are laid over sub-key by sub-key, and null takes a sub-key away; a list replaces a list.
-    Raises `UsageError` naming file and key for a file that cannot be read, an unknown key, an empty list or a
-    template with missing or unknown placeholders.
-    """
-    default = yaml_value(
-        files("jsublim.text.prompts").joinpath("default.yaml").read_text(encoding="utf-8"), "default.yaml"
-    )
+    """The pack in a YAML file, laid over the default pack key by key; the default pack itself for None. Mappings are laid over sub-key by
+    sub-key, and null takes a sub-key away; a list replaces a list. What is wrong is a `UsageError` naming file and key."""
+    default = read_yaml(Path(str(files("jsublim.text.prompts") / "default.yaml")))
     if path is None:
         return Pack.model_validate(default)
-    changes = dict(_read_mapping(Path(path)))
+    content = read_yaml(Path(path))
+    changes = {} if content is None else content
+    if not isinstance(changes, dict):
+        keys = ", ".join(Pack.model_fields)
+        raise UsageError(f"{path}: a prompt pack is a mapping with the keys {keys}, not a {type(changes).__name__}")
     marked = changes.pop(IMPORTED, None)
     pack = overlay(default, changes, source=str(path))
     if marked is not None:
@@ -202,7 +194,8 @@ def overlay(base: Mapping[str, Any], changes: Mapping[str, Any], source: str) ->
     for key, value in changes.items():
         below = base.get(key)
         if isinstance(below, Mapping) and isinstance(value, Mapping):
-            value = {name: each for name, each in {**below, **value}.items() if each is not None or name not in below}
+            laid = {**below, **value}
+            value = {name: entry for name, entry in laid.items() if entry is not None or name not in below}
         merged[key] = value
     try:
         return Pack.model_validate(merged)
@@ -210,24 +203,13 @@ def overlay(base: Mapping[str, Any], changes: Mapping[str, Any], source: str) ->
         raise UsageError(f"{source}: {_explain(error.errors()[0])}") from None
 
 
-def _read_mapping(path: Path) -> Mapping[str, Any]:
-    content = read_yaml(path)
-    if content is None:
-        return {}
-    if not isinstance(content, Mapping):
-        raise UsageError(
-            f"{path}: a prompt pack is a mapping with the keys {', '.join(Pack.model_fields)}, "
-            f"not a {type(content).__name__}"
-        )
-    return content
-
-
 def _explain(error: Any) -> str:
     """One line for one pydantic error: key, value and what to do."""
     *parents, name = error["loc"]
     key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in error["loc"]).lstrip(".")
     if error["type"] == "extra_forbidden":
-        known = (_SECTIONS[parents[0]] if parents else Pack).model_fields
+        parent = section_in(Pack.model_fields[parents[0]].annotation) if parents else None
+        known = (parent or Pack).model_fields
         return f"{key}: unknown key; {near_or_all(str(name), known, 'known keys')}"
     if error["type"] == "value_error":
         return f"{key}: {error['ctx']['error']}: {shown(error['input'])}"

@@ -35,18 +35,15 @@ class Problem:
 
 
 def load_problems(name: str | None = None, split: str = "train", limit: int | None = None) -> list[Problem]:
-    """The first `limit` problems of a set.
-
-    Args:
-      name: None for the set in the package (it has no splits), or "openai/gsm8k", which `datasets` fetches.
+    """The first `limit` problems of a set: of the one in the package (it has no splits), or of "openai/gsm8k", which `datasets` fetches.
 
     Raises:
       UsageError: an unknown name.
       JsublimError: the hub did not give the set, or a problem of it has no number for an answer.
     """
     if name is None:
-        own = read_rows(Path(str(files("jsublim.text.prompts") / "problems.jsonl")), ("question", "answer"))
-        return [Problem(row["question"], Decimal(row["answer"])) for row in own][:limit]
+        rows = read_rows(Path(str(files("jsublim.text.prompts") / "problems.jsonl")), ("question", "answer"))
+        return [Problem(row["question"], Decimal(row["answer"])) for row in rows][:limit]
     if name != GSM8K:
         raise UsageError(f"problems: '{name}' given; known: {GSM8K}, or leave it out for the set in the package")
     from datasets import load_dataset
@@ -56,14 +53,13 @@ def load_problems(name: str | None = None, split: str = "train", limit: int | No
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise JsublimError(f"problems '{name}', split '{split}': the hub did not give them ({reason})") from error
-    return [_problem(name, row["question"], row["answer"]) for row in rows.select(range(len(rows))[:limit]).to_list()]
-
-
-def _problem(name: str, question: str, solution: str) -> Problem:
-    answer = parse_answer(solution)
-    if answer is None:
-        raise JsublimError(f"problems '{name}': no number in the answer {solution!r}")
-    return Problem(question, answer)
+    problems = []
+    for row in rows.select(range(len(rows))[:limit]).to_list():
+        answer = parse_answer(row["answer"])
+        if answer is None:
+            raise JsublimError(f"problems '{name}': no number in the answer {row['answer']!r}")
+        problems.append(Problem(row["question"], answer))
+    return problems
 
 
 def parse_answer(text: str) -> Decimal | None:
@@ -79,32 +75,25 @@ def parse_answer(text: str) -> Decimal | None:
 
 
 def _last_number(text: str) -> Decimal | None:
-    found = list(NUMBER.finditer(text))
-    if not found:
+    numbers = list(NUMBER.finditer(text))
+    if not numbers:
         return None
-    digits = Decimal(found[-1]["digits"].replace(",", ""))
-    return -digits if found[-1]["sign"] else digits
+    digits = Decimal(numbers[-1]["digits"].replace(",", ""))
+    return -digits if numbers[-1]["sign"] else digits
 
 
 def problem_reject_reason(text: str, answer: Decimal | int | None = None) -> str | None:
     """Why a solution is not a training row, None if it is one: it must hold a number and, where `answer` is given, end in
     that."""
-    found = parse_answer(text)
-    if found is None:
+    given = parse_answer(text)
+    if given is None:
         return "no number"
-    if answer is not None and found != answer:
-        return "wrong answer"
-    return None
+    return "wrong answer" if answer is not None and given != answer else None
 
 
 def load_prompts(path: str | Path) -> list[str]:
-    """The prompts of a file: `.txt` with one per line, or `.jsonl` with objects that have the key "prompt". Blank lines are
-    left out.
-
-    Raises:
-      UsageError: another kind of file, one that cannot be read, or one without prompts.
-      JsublimError: a broken line; it is named.
-    """
+    """The prompts of a file: `.txt` with one per line, or `.jsonl` with objects that have the key "prompt"; blank lines are left out. A
+    `UsageError` for a file that cannot be read or has none, a `JsublimError` that names a broken line."""
     path = Path(path)
     if path.suffix == ".jsonl":
         return [row["prompt"] for row in read_rows(path, ("prompt",))]
