@@ -83,17 +83,15 @@ class Adapter:
 
     def with_rank(self, rank: int) -> Adapter:
         """The same function at another rank: cut, or padded with zeros (whose gradients are zero, so they stay)."""
+        if all(pair["a"].shape[-1] == rank for pair in self.lora.values()):
+            return self
 
         def fit(x: Array, axis: int) -> Array:
             x = jax.lax.slice_in_dim(x, 0, min(rank, x.shape[axis]), axis=axis)
-            missing = [(0, 0)] * x.ndim
-            missing[axis] = (0, rank - x.shape[axis])
-            return jnp.pad(x, missing)
+            return jnp.pad(x, [(0, rank - x.shape[axis]) if i == x.ndim + axis else (0, 0) for i in range(x.ndim)])
 
-        lora = {
-            n: p | {"a": fit(p["a"], p["a"].ndim - 1), "b": fit(p["b"], p["b"].ndim - 2)} for n, p in self.lora.items()
-        }
-        return replace(self, lora=lora)
+        fitted = {name: {f: fit(p[f], axis) for f, axis in RANK_AXES} for name, p in self.lora.items()}
+        return replace(self, lora={name: pair | fitted[name] for name, pair in self.lora.items()})
 
 
 def at_every_layer(adapter: Adapter, num_layers: int) -> Adapter:
@@ -119,7 +117,7 @@ def sum_adapters(one: Adapter, other: Adapter) -> Adapter:
     layers = tuple(sorted({*one.layers, *other.layers}))
 
     def spread(adapter: Adapter) -> tuple[dict[str, Any], Array | None]:
-        # Scales are multiplied in, for a sum of two products has but one.
+        # Scaling are multiplied in, for a sum of two products has but one.
         lora = {n: {"a": p["a"], "b": p["b"] * p["scale"][:, None, None]} for n, p in adapter.lora.items()}
         places = np.asarray([layers.index(layer) for layer in adapter.layers], np.int32)
         return _spread((lora, adapter.steering), places, len(layers))
@@ -166,18 +164,14 @@ def init_lora(
         raise UsageError(f"projections: {unknown or 'none'} given; this model has {', '.join(shapes)}")
     if rank < 1:
         raise UsageError(f"rank: {rank} given; it must be at least 1")
-    n, lora = len(chosen), {}
+    n, scale, lora = len(chosen), alpha / (math.sqrt(rank) if rslora else rank), {}
     for index, name in enumerate(PROJECTIONS):
-        if name not in projections or name not in shapes:
-            continue
-        inputs, outputs = shapes[name]
-        bound = 1.0 / math.sqrt(inputs)
-        a = jax.random.uniform(jax.random.fold_in(key, index), (n, inputs, rank), jnp.float32, -bound, bound)
-        lora[name] = {
-            "a": a,
-            "b": jnp.zeros((n, rank, outputs), jnp.float32),
-            "scale": jnp.full((n,), alpha / (math.sqrt(rank) if rslora else rank), jnp.float32),
-        }
+        if name in projections and name in shapes:
+            inputs, outputs = shapes[name]
+            bound = 1.0 / math.sqrt(inputs)
+            a = jax.random.uniform(jax.random.fold_in(key, index), (n, inputs, rank), jnp.float32, -bound, bound)
+            others = {"b": np.zeros((n, rank, outputs), np.float32), "scale": np.full(n, scale, np.float32)}
+            lora[name] = {"a": a} | jax.device_put(others)
     return Adapter(chosen, lora=lora)
 
 
@@ -224,10 +218,8 @@ def bind(params: dict[str, Any], adapter: Adapter | None) -> tuple[dict[str, Any
     and no longer in the adapter. Every compiled program that takes both calls this once, before anything else."""
     if adapter is None or not adapter.ends:
         return params, adapter
-    ends = {
-        name: jax.tree.map(lambda new, base: new.astype(base.dtype), end, params[name])
-        for name, end in adapter.ends.items()
-    }
+    base = {name: params[name] for name in adapter.ends}
+    ends = jax.tree.map(lambda new, base: new.astype(base.dtype), adapter.ends, base)
     return params | ends, replace(adapter, ends={})
 
 
@@ -251,10 +243,8 @@ def merge_full(params: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
     if adapter.weights is None:
         return params
     index = jnp.asarray(adapter.layers)
-    layers = jax.tree.map(
-        lambda base, new: base.at[index].set(new.astype(base.dtype)), params["layers"], adapter.weights
-    )
-    return params | {"layers": layers}
+    put = lambda base, new: base.at[index].set(new.astype(base.dtype))  # noqa: E731
+    return params | {"layers": jax.tree.map(put, params["layers"], adapter.weights)}
 
 
 def merge(params: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
@@ -267,9 +257,8 @@ def merge(params: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
     for name, pair in adapter.lora.items():
         base = layers[name]["kernel"]
         change = pair["scale"][:, None, None] * (pair["a"] @ pair["b"])
-        layers[name] = layers[name] | {
-            "kernel": base.at[index].set((base[index].astype(jnp.float32) + change).astype(base.dtype))
-        }
+        merged = (base[index].astype(jnp.float32) + change).astype(base.dtype)
+        layers[name] = layers[name] | {"kernel": base.at[index].set(merged)}
     return params | {"layers": layers}
 
 
@@ -278,7 +267,12 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
     if len({adapter.layers for adapter in adapters}) > 1:
         raise ValueError("arms trained together must train the same layers")
     rank = max(adapter.rank for adapter in adapters)
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(adapter.with_rank(rank) for adapter in adapters))
+    return _stack([adapter.with_rank(rank) for adapter in adapters])
+
+
+@jax.jit
+def _stack(adapters: list[Adapter]) -> Adapter:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
 
 
 def adapter_of(stacked: Adapter, arm: int) -> Adapter:
