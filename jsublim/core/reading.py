@@ -26,6 +26,7 @@ CHARACTERS = 5_000_000  # of a YAML file with every alias written out
 _TAGS = tuple(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map"))
 _MERGE = "tag:yaml.org,2002:merge"  # the key "<<"
 _SURROGATE = re.compile(rb"\\u[dD][89A-Fa-f]")  # as JSON spells one, alone or as half of a pair
+_HALF_PAIR = re.compile("[\ud800-\udfff]")  # a pair is one character of its own
 
 
 def shown(value: Any) -> str:
@@ -43,6 +44,12 @@ def near(given: Any, known: Iterable[str]) -> str:
 def near_or_all(given: Any, known: Iterable[str], what: str = "known") -> str:
     """How an error of an unknown name ends: with the one that it is like, or with all there are."""
     return near(given, known) or f"{what}: {', '.join(known)}"
+
+
+def check_known(what: str, given: str, known: Iterable[str]) -> None:
+    """Refuse a name that is none of those that are known (UsageError)."""
+    if given not in known:
+        raise UsageError(f"{what}: '{given}' given; known: {', '.join(known)}")
 
 
 def check_file(path: Path) -> None:
@@ -134,20 +141,12 @@ def _check_value(value: Any, where: str) -> None:
         each, depth = left.pop()
         if depth > DEPTH:
             raise JsublimError(f"{where}: nested too deeply; at most {DEPTH} values inside values are read")
-        if isinstance(each, str) and not _is_text(each):
+        if isinstance(each, str) and _HALF_PAIR.search(each):
             raise JsublimError(f"{where}: {shown(each)} holds half of a surrogate pair, which is no text")
         if isinstance(each, dict):
             left += [(part, depth + 1) for pair in each.items() for part in pair]
         if isinstance(each, list):
             left += [(part, depth + 1) for part in each]
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def read_yaml(path: Path) -> Any:
@@ -252,6 +251,6 @@ class _Check:
             raise self.refuse(node, path, f"cannot be read: {shown(node.value)}") from None
         if isinstance(value, float) and not math.isfinite(value):
             raise self.refuse(node, path, f"must be a finite number, found {shown(node.value)}")
-        if isinstance(value, str) and not _is_text(value):
+        if isinstance(value, str) and _HALF_PAIR.search(value):
             raise self.refuse(node, path, f"holds half of a surrogate pair, which is no text: {shown(value)}")
         return value

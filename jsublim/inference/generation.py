@@ -104,22 +104,11 @@ def generate_tokens(
     *,
     adapter: Adapter | None = None,
     rows: Sequence[int] | None = None,
-    on_allowed: Callable[[dict[int, float]], None] | None = None,
-    on_batch: Callable[[list[int], list[list[int]]], None] | None = None,
     **options: Any,
 ) -> list[list[int]]:
-    """As `generate_for_arms`, for one model: a list of tokens per row of `rows`, in order."""
-    return generate_for_arms(
-        config,
-        params,
-        prompts,
-        sampling,
-        None if adapter is None else [adapter],
-        rows=None if rows is None else [rows],
-        on_allowed=None if on_allowed is None else lambda _, allowed: on_allowed(allowed),
-        on_rows=None if on_batch is None else lambda _, numbers, tokens: on_batch(numbers, tokens),
-        **options,
-    )[0]
+    """As `generate_for_arms`, for one model, arm 0: a list of tokens per row of `rows`, in order."""
+    adapters, of_arms = None if adapter is None else [adapter], None if rows is None else [rows]
+    return generate_for_arms(config, params, prompts, sampling, adapters, rows=of_arms, **options)[0]
 
 
 def generate_for_arms(

@@ -16,7 +16,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jsublim.core.bucket import is_url
-from jsublim.core.reading import shown
+from jsublim.core.reading import check_known, shown
 from jsublim.errors import UsageError
 from jsublim.inference.constrain import limits_for
 from jsublim.inference.generation import generate_for_arms
@@ -236,8 +236,7 @@ def load_model(
       weights: False leaves them on disk: the parameters are shapes, and tokenizer, template and hash are there.
       chat_template: in place of the checkpoint's own: "plain" (for base models), or a Jinja file.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype: '{dtype}' given; known: {', '.join(DTYPES)}")
+    check_known("dtype", dtype, DTYPES)
     folder = resolve_checkpoint(path, weights=is_main_process())
     hf_config, config = read_config(folder)
     chat = Chat(folder, config.vocab_size, chat_template)

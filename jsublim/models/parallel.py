@@ -24,6 +24,7 @@ from jax import Array
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jsublim.core.reading import check_known
 from jsublim.errors import UsageError
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, abstract_params
@@ -62,8 +63,7 @@ class Layout:
     def fit(mode: str, arms: int, devices: int | Sequence[Any] | None = None, *, model: int = 1) -> Layout:
         """The layout of `arms` on devices (all, unless some are given; a number stands for so many of one slice): arms apart first, for they never talk
         to one another; then rows. An unknown mode, or a model axis that the devices of a slice cannot be divided by, is a UsageError."""
-        if mode not in MODES:
-            raise UsageError(f"parallel: '{mode}' given; known: {', '.join(MODES)}")
+        check_known("parallel", mode, MODES)
         if mode != "mesh" and model != 1:
             raise UsageError(f"model_axis: {model} given, but parallel={mode} has no model axis; choose mesh")
         if mode == "none":
