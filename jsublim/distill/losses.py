@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from jsublim.core.reading import check_known
@@ -66,14 +67,13 @@ class Loss:
 
 def divergence(kind: str, logp: Array, logq: Array) -> Array:
     """A divergence (nats) of teacher `logp` and student `logq`, log-probabilities `[..., V]`, over the last axis."""
-    p, q = jnp.exp(logp), jnp.exp(logq)
-    kl = lambda p, difference: jnp.sum(p * difference, axis=-1)  # noqa: E731
+    kl = optax.losses.kl_divergence_with_log_targets  # of (logq, logp): KL(p | q)
     if kind == "forward-kl":
-        return kl(p, logp - logq)
+        return kl(logq, logp)
     if kind == "reverse-kl":
-        return kl(q, logq - logp)
+        return kl(logp, logq)
     logm = jnp.logaddexp(logp, logq) - jnp.log(2.0)
-    return 0.5 * kl(p, logp - logm) + 0.5 * kl(q, logq - logm)
+    return 0.5 * kl(logm, logp) + 0.5 * kl(logm, logq)
 
 
 def _kl_to_base(config: ModelConfig, base: Params, z: Array, at: dict[str, Array]) -> Array:
@@ -160,11 +160,11 @@ def _blocks(size: int, h_ND: Array, at: dict[str, Array]) -> tuple[Array, dict[s
     N = h_ND.shape[0]
     fewest = math.ceil(N / size)
     count = next((c for c in range(fewest, 2 * fewest) if N % c == 0), fewest)  # with nothing to add, if there is one
-    each = math.ceil(N / count)
+    size = math.ceil(N / count)
 
     def deal(x: Array) -> Array:
-        x = jnp.pad(x, [(0, count * each - N)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(each, count, *x.shape[1:]).swapaxes(0, 1)
+        x = jnp.pad(x, [(0, count * size - N)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(size, count, *x.shape[1:]).swapaxes(0, 1)
 
     return jax.tree.map(deal, (h_ND, at))
 

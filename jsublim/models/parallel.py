@@ -225,8 +225,8 @@ def device_bytes() -> int | None:
     """Bytes of an accelerator's memory that may be used; None where devices are the CPU."""
     # Asked for by all: where nobody has used a device yet, processes wait for one another until they have them.
     stats = jax.local_devices()[0].memory_stats() or {}
-    own = int(stats["bytes_limit"]) if "bytes_limit" in stats else None
-    return on_main_process(lambda: own)  # batches are as large on all processes
+    limit = int(stats["bytes_limit"]) if "bytes_limit" in stats else None
+    return on_main_process(lambda: limit)  # batches are as large on all processes
 
 
 @functools.cache
