@@ -103,7 +103,7 @@ class LanguageModel:
     ) -> Array:
         """Next-token logits, float32 `[B, T, V]`, of tokens int `[B, T]`; the mask is 0 on padding (left or right), None is no padding."""
         tokens = jnp.asarray(tokens, jnp.int32)
-        valid = jnp.ones(tokens.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
+        valid = np.ones(tokens.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
         return _logits(self.config, self.params, adapter, tokens, valid)
 
     def generate(

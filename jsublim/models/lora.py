@@ -197,10 +197,14 @@ def init_full(
     if "head" in ends and config.tied:
         raise UsageError("ends: this model's head is its embedding; name 'embed', which trains both")
     chosen = () if layers == () and ends else check_layers(config, layers)
-    index = jnp.asarray(chosen, jnp.int32)
-    weights = jax.tree.map(lambda leaf: leaf[index].astype(jnp.float32), params["layers"]) if chosen else None
+    weights = _masters(params["layers"], np.asarray(chosen, np.int32)) if chosen else None
     masters = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), {end: params[end] for end in ENDS if end in ends})
     return Adapter(chosen, weights=weights, ends=masters)
+
+
+@jax.jit
+def _masters(layers: Any, index: Array) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index].astype(jnp.float32), layers)
 
 
 def init_steering(config: ModelConfig, layers: tuple[int, ...] | None = None) -> Adapter:
