@@ -33,11 +33,8 @@ def text_config(hf: HFConfig) -> dict[str, Any]:
         return hf.values
     shared = ("dtype", "torch_dtype", "eos_token_id", "bos_token_id", "tie_word_embeddings")
     inherited = {key: hf.values[key] for key in shared if key in hf.values}
-    return (
-        inherited
-        | hf.section("text_config").values
-        | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
-    )
+    text = hf.section("text_config").values
+    return inherited | text | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
 
 
 def read(hf: HFConfig) -> ModelConfig:
