@@ -50,7 +50,7 @@ def abstract_step(
     return (
         layout.shapes(params, layout.params_sharding(config, str(dtype))),
         placed(state),
-        layout.shapes(batches, layout.batch_sharding(batches)),
+        layout.shapes(batches, layout.batch_sharding),
         placed(numbers),
         placed(teacher),
     )

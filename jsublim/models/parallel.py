@@ -138,14 +138,16 @@ class Layout:
             lambda path, leaf: self.sharding(path, leaf, lead) if leaf.ndim else self.shard(), state
         )
 
-    def batch_sharding(self, batch: Any) -> Any:
-        """How a batch `[A, M, B, ...]` lies: rows over `data`. Under `pmap` it is `[devices, A, M, B / devices, ...]`."""
-        spec = ("data",) if self.mode == "pmap" else ("arm", None, "data")
-        return jax.tree.map(lambda _: self.shard(*spec), batch)
+    @property
+    def batch_sharding(self) -> NamedSharding | None:
+        """How every array of a batch `[A, M, B, ...]` lies: rows over `data`. Under `pmap` it is `[devices, A, M, B / devices, ...]`."""
+        return self.shard("data") if self.mode == "pmap" else self.shard("arm", None, "data")
 
     def _each(self, function: Callable[[Any, NamedSharding | None], Any], tree: Any, shardings: Any) -> Any:
-        if self.mesh is None:
-            return jax.tree.map(lambda leaf: function(leaf, None), tree)
+        """`function(leaf, sharding)` on a tree; `shardings` is a tree like it, or one for all."""
+        one = shardings if isinstance(shardings, NamedSharding) else None
+        if self.mesh is None or one is not None:
+            return jax.tree.map(lambda leaf: function(leaf, one), tree)
         return jax.tree.map(function, tree, shardings)
 
     def place(self, tree: Any, shardings: Any) -> Any:
@@ -164,7 +166,7 @@ class Layout:
 
     def place_as(self, spec: PartitionSpec, tree: Any) -> Any:
         """As `place`, all arrays of a tree in one way: WHOLE, ROWS, ARMS or ARM_ROWS."""
-        return self.place(tree, jax.tree.map(lambda _: self.shard(*spec), tree))
+        return self.place(tree, self.shard(*spec))
 
     def place_weights(self, tree: Any, *lead: str | None) -> Any:
         """As `place`, a checkpoint, or an adapter with the axes of `lead` before its own."""
@@ -178,7 +180,7 @@ class Layout:
             return np.moveaxis(x.reshape(A, M, self.data, B // self.data, *more), 2, 0)
 
         batch = jax.tree.map(by_device, batch) if self.mode == "pmap" else batch
-        return self.place(batch, self.batch_sharding(batch))
+        return self.place(batch, self.batch_sharding)
 
     def shapes(self, tree: Any, shardings: Any) -> Any:
         """Arrays or their shapes as shapes that lie so: what a program is compiled from where there are no arrays."""
@@ -188,7 +190,7 @@ class Layout:
 
     def shapes_as(self, spec: PartitionSpec, tree: Any) -> Any:
         """As `shapes`, all arrays of a tree in one way: WHOLE, ROWS, ARMS or ARM_ROWS."""
-        return self.shapes(tree, jax.tree.map(lambda _: self.shard(*spec), tree))
+        return self.shapes(tree, self.shard(*spec))
 
     @staticmethod
     def host(tree: Any) -> Any:
