@@ -25,9 +25,14 @@ def csv_logger(folder: Path, training: str, first: int) -> Iterator[Log]:
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)[1:] if path.exists() else []
     kept = (line for line in lines if line.endswith("\n") and int(line.split(",", 1)[0]) < first)
     write_text(path, "".join(["step,name,value\n", *kept]))
-    with path.open("a", encoding="utf-8", newline="", buffering=1) as file:
+    with path.open("a", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        yield lambda step, values: writer.writerows((step, name, value) for name, value in values.items())
+
+        def log(step: int, values: Mapping[str, float]) -> None:
+            writer.writerows((step, name, value) for name, value in values.items())
+            file.flush()
+
+        yield log
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def positions_loss(
 
     Args:
       coefficients: of the loss's terms, float32 scalars.
-      params: the student's; base: the frozen ones, whose head a live teacher has too. BlockLoss both, the head only is read.
+      params: the student's; base: the frozen ones, whose head a live teacher has too. Of both, the head only is read.
       h_nD: the student's hidden states; at: what stands at the positions: `labels`, `weights`, and with a soft loss the
         teacher's hidden states `teacher` `[n, D]`, or its stored `ids` `[n, k]` and `logp` `[n, k + 1]`.
     """

@@ -117,7 +117,7 @@ def sum_adapters(one: Adapter, other: Adapter) -> Adapter:
     layers = tuple(sorted({*one.layers, *other.layers}))
 
     def spread(adapter: Adapter) -> tuple[dict[str, Any], Array | None]:
-        # Scaling are multiplied in, for a sum of two products has but one.
+        # Scales are multiplied in, for a sum of two products has but one.
         lora = {n: {"a": p["a"], "b": p["b"] * p["scale"][:, None, None]} for n, p in adapter.lora.items()}
         places = np.asarray([layers.index(layer) for layer in adapter.layers], np.int32)
         return _spread((lora, adapter.steering), places, len(layers))
