@@ -25,21 +25,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Adapter": "jsublim.models.lora",
-    "JsublimError": "jsublim.errors",
-    "LanguageModel": "jsublim.inference.lm",
-    "Run": "jsublim.api",
-    "Sampling": "jsublim.inference.sampling",
-    "UsageError": "jsublim.errors",
-    "load_adapter": "jsublim.models.peft",
-    "load_model": "jsublim.inference.lm",
-    "results": "jsublim.api",
-    "run": "jsublim.api",
+    "jsublim.api": ("Run", "results", "run"),
+    "jsublim.errors": ("JsublimError", "UsageError"),
+    "jsublim.inference.lm": ("LanguageModel", "load_model"),
+    "jsublim.inference.sampling": ("Sampling",),
+    "jsublim.models.lora": ("Adapter",),
+    "jsublim.models.peft": ("load_adapter",),
 }
 
 
 def __getattr__(name: str) -> Any:
     # Loaded on first use: reading a report or a config must not start an accelerator runtime.
-    if name not in _HOMES:
+    home = next((home for home, names in _HOMES.items() if name in names), None)
+    if home is None:
         raise AttributeError(f"module 'jsublim' has no attribute '{name}'")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(home), name)

@@ -58,7 +58,7 @@ def run(
     """
     source = "config" if isinstance(config, Mapping) else str(config)
     values = copy.deepcopy(dict(config)) if isinstance(config, Mapping) else read_config(config)
-    for name, value in {**(fields or {}), **{key.replace("__", "."): each for key, each in more.items()}}.items():
+    for name, value in {**(fields or {}), **{key.replace("__", "."): value for key, value in more.items()}}.items():
         lay_over(values, name, value)
     checked = check_config(kind_of(values, Path(source), KINDS), values, source)
     console = Terminal(stderr=True, quiet=quiet)
@@ -81,7 +81,7 @@ def results(*runs: str | Path | Run, where: str | None = None, questions: bool =
       UsageError: a condition that is no SQL, or names a column that is not there.
       JsublimError: a run without results.
     """
-    folders = [each.folder if isinstance(each, Run) else Path(each) for each in runs]
+    folders = [run.folder if isinstance(run, Run) else Path(run) for run in runs]
     table = results_table(folders, where=where, questions=questions)
     if not frame:
         return table

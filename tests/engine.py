@@ -13,14 +13,14 @@ from jsublim.distill.batches import Shape, collate
 from jsublim.distill.data import Example
 from jsublim.distill.step import Arms
 from jsublim.distill.trainer import numbers_of
-from jsublim.models.config import Biases, Local, ModelConfig, Norms, Rope, Scales
+from jsublim.models.config import Biases, Local, ModelConfig, Norms, Rope, Scaling
 from jsublim.models.decoder import Params, abstract_params
 from jsublim.models.lora import Adapter, init_full, init_lora, init_steering, stack_adapters
 
 # Biases, local layers, a soft cap; what a model axis of 2 divides but for the vocabulary.
 CONFIG = ModelConfig(
     family="qwen2", vocab_size=61, hidden_size=20, intermediate_size=28, num_layers=3, num_heads=4, num_kv_heads=2,
-    head_dim=6, norms=Norms(1e-6), rope=Rope(1000.0), tied=True, biases=Biases(qkv=True), scales=Scales(softcap=8.0),
+    head_dim=6, norms=Norms(1e-6), rope=Rope(1000.0), tied=True, biases=Biases(qkv=True), scales=Scaling(softcap=8.0),
     local=Local((True, False, True), 5),
 )  # fmt: skip
 

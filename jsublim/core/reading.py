@@ -26,6 +26,7 @@ CHARACTERS = 5_000_000  # of a YAML file with every alias written out
 _TAGS = tuple(f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map"))
 _MERGE = "tag:yaml.org,2002:merge"  # the key "<<"
 _SURROGATE = re.compile(rb"\\u[dD][89A-Fa-f]")  # as JSON spells one, alone or as half of a pair
+_HALF_PAIR = re.compile("[\ud800-\udfff]")  # a pair is one character of its own
 
 
 def shown(value: Any) -> str:
@@ -43,6 +44,12 @@ def near(given: Any, known: Iterable[str]) -> str:
 def near_or_all(given: Any, known: Iterable[str], what: str = "known") -> str:
     """How an error of an unknown name ends: with the one that it is like, or with all there are."""
     return near(given, known) or f"{what}: {', '.join(known)}"
+
+
+def check_known(what: str, given: str, known: Iterable[str]) -> None:
+    """Refuse a name that is none of those that are known (UsageError)."""
+    if given not in known:
+        raise UsageError(f"{what}: '{given}' given; known: {', '.join(known)}")
 
 
 def check_file(path: Path) -> None:
@@ -109,10 +116,10 @@ def json_value(text: bytes, where: str, *, nan: bool = False) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         raise ValueError(f"key {shown(repeated(key for key, _ in pairs))} is given twice")
-    return found
+    return mapping
 
 
 def repeated(values: Iterable[Hashable]) -> Any:
@@ -131,23 +138,15 @@ def _finite(text: str) -> float:
 def _check_value(value: Any, where: str) -> None:
     left: list[tuple[Any, int]] = [(value, 0)]
     while left:
-        each, depth = left.pop()
+        part, depth = left.pop()
         if depth > DEPTH:
             raise JsublimError(f"{where}: nested too deeply; at most {DEPTH} values inside values are read")
-        if isinstance(each, str) and not _is_text(each):
-            raise JsublimError(f"{where}: {shown(each)} holds half of a surrogate pair, which is no text")
-        if isinstance(each, dict):
-            left += [(part, depth + 1) for pair in each.items() for part in pair]
-        if isinstance(each, list):
-            left += [(part, depth + 1) for part in each]
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
+        if isinstance(part, str) and _HALF_PAIR.search(part):
+            raise JsublimError(f"{where}: {shown(part)} holds half of a surrogate pair, which is no text")
+        if isinstance(part, dict):
+            left += [(inner, depth + 1) for pair in part.items() for inner in pair]
+        if isinstance(part, list):
+            left += [(inner, depth + 1) for inner in part]
 
 
 def read_yaml(path: Path) -> Any:
@@ -205,17 +204,17 @@ class _Check:
     def size(self, node: yaml.Node, path: tuple[str, ...]) -> tuple[int, int]:
         """Characters with every alias written out, and how deep values lie in values."""
         if id(node) in self.known:
-            found = self.known[id(node)]
-            if found is None:
+            known = self.known[id(node)]
+            if known is None:
                 raise self.refuse(node, path, "holds itself, by an alias; write it out")
-            return found
+            return known
         self.known[id(node)] = None
         if node.tag not in _TAGS:
             raise self.refuse(node, path, f"has the type {node.tag.rsplit(':', 1)[-1]}; put text in quotes")
         if isinstance(node, yaml.MappingNode):
             parts = self._pairs(node, path)
         elif isinstance(node, yaml.SequenceNode):
-            parts = [self.size(each, (*path, str(i))) for i, each in enumerate(node.value)]
+            parts = [self.size(entry, (*path, str(i))) for i, entry in enumerate(node.value)]
         elif isinstance(node, yaml.ScalarNode):
             self._scalar(node, path)
             parts = [(len(node.value), -1)]
@@ -252,6 +251,6 @@ class _Check:
             raise self.refuse(node, path, f"cannot be read: {shown(node.value)}") from None
         if isinstance(value, float) and not math.isfinite(value):
             raise self.refuse(node, path, f"must be a finite number, found {shown(node.value)}")
-        if isinstance(value, str) and not _is_text(value):
+        if isinstance(value, str) and _HALF_PAIR.search(value):
             raise self.refuse(node, path, f"holds half of a surrogate pair, which is no text: {shown(value)}")
         return value

@@ -31,9 +31,8 @@ class Arm:
     # Of what is added to the loss (`losses.TERMS`) the coefficient, and the share of that which is left at the end.
     terms: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     noise: float = 0.0  # size of what is added to each trained array at the end, see `lora.with_noise`
-    projected_directions: Trainable | None = (
-        None  # orthonormal; its gradient is kept at right angles to them (`projection.py`)
-    )
+    # Orthonormal; its gradient is kept at right angles to them (`projection.py`).
+    projected_directions: Trainable | None = None
     frozen_adapter: Adapter | None = None  # stands in its forward pass as long as it is trained
     teacher: Adapter | None = None  # of its live teacher, where that has one
     rollout: Rollout | None = None  # makes an on-policy arm's rows
@@ -61,9 +60,8 @@ class Settings:
     checkpoint_every: int = 100  # steps between saved states
     parallel: str = "none"  # or pmap, mesh
     model_axis: int = 1  # devices that one copy of the base is spread over
-    cache_below: bool = (
-        False  # keep the hidden states below one-layer arms in host memory instead of computing them each epoch
-    )
+    # Keep the hidden states below one-layer arms in host memory instead of computing them each epoch.
+    cache_below: bool = False
     peak_tflops: float | None = None  # of one device, for the ratio of what was reached to it
     logs: Logs = NOWHERE  # where numbers go beside `metrics.jsonl`
 

@@ -200,24 +200,13 @@ def _cost(shape: Shape, config: ModelConfig) -> float:
     return shape.filled * sum(T * (layer + ATTENTION_COST * 2 * T * heads) for T in (shape.tokens, shape.teacher))
 
 
-@dataclass(frozen=True)
-class PackedLine(Example):
-    """Rows one after another, as one example; of each token as the student reads it, and as a live teacher does, its
-    position in its row, and which row that is, from 1 on: 0 is the beginning. Arrays int32 `[T]` and `[T']`."""
-
-    positions: np.ndarray | None = None
-    branch: np.ndarray | None = None
-    teacher_positions: np.ndarray | None = None
-    teacher_branch: np.ndarray | None = None
-
-
 def one_after_another(rows: Sequence[np.ndarray], beginning: int) -> np.ndarray:
     """Something of each token of some rows `[T_i, ...]`, as it lies on a line: the rows' beginning once, and the rest of each."""
     return np.concatenate([rows[0][:beginning], *(row[beginning:] for row in rows)])
 
 
-def joined(rows: Sequence[Example], beginning: int) -> PackedLine:
-    """Rows as one line."""
+def joined(rows: Sequence[Example], beginning: int) -> Example:
+    """Rows one after another, as one line."""
     kinds = {name: [getattr(row, name) for row in rows] for name in (f.name for f in fields(Example))}
     known = {name: values for name, values in kinds.items() if values[0] is not None}
     made = {name: np.concatenate(known[name]) for name in ("labels", "weights", "ids", "logp") if name in known}
@@ -232,7 +221,7 @@ def joined(rows: Sequence[Example], beginning: int) -> PackedLine:
             f"{prefix}where": np.concatenate([at + n for at, n in zip(known[f"{prefix}where"], before, strict=True)]),
         }
         made[f"{prefix}positions"], made[f"{prefix}branch"] = branched(first, rest)
-    return PackedLine(
+    return Example(
         **{name: value if value.dtype == np.float32 else value.astype(np.int32) for name, value in made.items()}
     )
 

@@ -38,17 +38,17 @@ def training_flops(
       stored: the teacher's distribution is stored, so it is not computed.
       cached: so is the hidden state below the one trained layer.
     """
-    L, each = config.num_layers, layer_parameters(config)
+    L, layer = config.num_layers, layer_parameters(config)
     table = config.hidden_size * config.vocab_size
     lowest = 0 if "embed" in adapter.ends else min(adapter.layers, default=L)
     one = len(adapter.layers) == 1 and not adapter.ends
     forward = L - lowest if cached and one else L
     backward = max(L - lowest - (1 if one else 0), 0)
     factors = sum(leaf.size for pair in adapter.trainable["lora"].values() for leaf in pair.values())
-    weights = each * len(adapter.layers) if adapter.weights is not None else 0
-    body = tokens * (2 * each * (forward + backward) + 6 * factors + 2 * weights)
+    weights = layer * len(adapter.layers) if adapter.weights is not None else 0
+    body = tokens * (2 * layer * (forward + backward) + 6 * factors + 2 * weights)
     reads_back = 2 if jax.tree.leaves(adapter.trainable) else 1
     trained_head = 1 if ("embed" if config.tied else "head") in adapter.ends else 0
     heads = reads_back + trained_head + (1 if loss.soft and not stored else 0) + (1 if loss.reads_base else 0)
-    others = teacher_tokens * 2 * each * L + (tokens * 2 * each * L if loss.reads_base else 0)
+    others = teacher_tokens * 2 * layer * L + (tokens * 2 * layer * L if loss.reads_base else 0)
     return float(body + others + supervised * 2 * table * heads)

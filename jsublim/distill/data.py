@@ -18,7 +18,7 @@ from jsublim.text.rows import Row
 
 @dataclass(frozen=True)
 class Example:
-    """One row, cut after its last supervised token."""
+    """One row, cut after its last supervised token; or several as one line of a batch (`batches.joined`)."""
 
     tokens: np.ndarray  # int32 [T]
     where: np.ndarray  # int32 [C], positions whose next token is supervised
@@ -28,6 +28,11 @@ class Example:
     teacher_where: np.ndarray | None = None  # int32 [C], in that
     ids: np.ndarray | None = None  # int32 [C, k], a stored teacher's k best tokens
     logp: np.ndarray | None = None  # float32 [C, k + 1], log-probabilities of those and of all others together
+    # In a line, of each token its position in its row, and which row that is, from 1 on (0 is the beginning): int32 [T], and [T'].
+    positions: np.ndarray | None = None
+    branch: np.ndarray | None = None
+    teacher_positions: np.ndarray | None = None
+    teacher_branch: np.ndarray | None = None
 
 
 def read_turns(

@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 
+from jsublim.core.reading import check_known
 from jsublim.errors import UsageError
 from jsublim.inference.scoring import top_k_log_probs
 from jsublim.models import decoder
@@ -44,9 +46,9 @@ class Loss:
     terms: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for what, given, known in (("loss", (self.kind,), LOSSES), ("terms", self.terms, TERMS)):
-            if unknown := [name for name in given if name not in known]:
-                raise UsageError(f"{what}: '{unknown[0]}' given; known: {', '.join(known)}")
+        check_known("loss", self.kind, LOSSES)
+        for term in self.terms:
+            check_known("terms", term, TERMS)
         if not self.temperature > 0:
             raise UsageError(f"temperature: {self.temperature} given; it must be above 0")
         if self.kind == "hard" and self.temperature != 1.0:
@@ -65,14 +67,13 @@ class Loss:
 
 def divergence(kind: str, logp: Array, logq: Array) -> Array:
     """A divergence (nats) of teacher `logp` and student `logq`, log-probabilities `[..., V]`, over the last axis."""
-    p, q = jnp.exp(logp), jnp.exp(logq)
-    kl = lambda p, difference: jnp.sum(p * difference, axis=-1)  # noqa: E731
+    kl = optax.losses.kl_divergence_with_log_targets  # of (logq, logp): KL(p | q)
     if kind == "forward-kl":
-        return kl(p, logp - logq)
+        return kl(logq, logp)
     if kind == "reverse-kl":
-        return kl(q, logq - logp)
+        return kl(logp, logq)
     logm = jnp.logaddexp(logp, logq) - jnp.log(2.0)
-    return 0.5 * kl(p, logp - logm) + 0.5 * kl(q, logq - logm)
+    return 0.5 * kl(logm, logp) + 0.5 * kl(logm, logq)
 
 
 def _kl_to_base(config: ModelConfig, base: Params, z: Array, at: dict[str, Array]) -> Array:
@@ -81,7 +82,7 @@ def _kl_to_base(config: ModelConfig, base: Params, z: Array, at: dict[str, Array
     return divergence("reverse-kl", start, jax.nn.log_softmax(z))
 
 
-class Term(NamedTuple):
+class LossTerm(NamedTuple):
     """An addition to a token's loss, times a coefficient of the arm."""
 
     # (config, the base's head, student's logits [n, V], what stands at the positions) -> [n]
@@ -89,7 +90,7 @@ class Term(NamedTuple):
     reads_base: bool = False  # the base's hidden states `base` [n, D] are among what stands there
 
 
-TERMS = {"kl_to_base": Term(_kl_to_base, reads_base=True)}  # a name is that of its coefficient in a config
+TERMS = {"kl_to_base": LossTerm(_kl_to_base, reads_base=True)}  # a name is that of its coefficient in a config
 
 
 def positions_loss(
@@ -122,11 +123,11 @@ def positions_loss(
     return jnp.sum(at["weights"] * nats)
 
 
-Of = Callable[..., Array]  # (trained, fixed, h_nD, at) -> scalar
+BlockLoss = Callable[..., Array]  # (trained, fixed, h_nD, at) -> scalar
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def blockwise(of: Of, size: int, trained: Any, fixed: Any, h_ND: Array, at: dict[str, Array]) -> Array:
+def blockwise(of: BlockLoss, size: int, trained: Any, fixed: Any, h_ND: Array, at: dict[str, Array]) -> Array:
     """The sum of `of(trained, fixed, h_nD, at)` over blocks of at most `size` positions. Differentiable in `trained` and `h_ND`: their gradients
     are made block by block beside the value, so the head costs one product forwards and one backwards, and nothing of it is kept or
     recomputed (Hsu et al. 2024, arXiv 2410.10989, do so in one GPU kernel)."""
@@ -135,7 +136,7 @@ def blockwise(of: Of, size: int, trained: Any, fixed: Any, h_ND: Array, at: dict
     )[0]
 
 
-def _forward(of: Of, size: int, trained: Any, fixed: Any, h_ND: Array, at: dict[str, Array]):
+def _forward(of: BlockLoss, size: int, trained: Any, fixed: Any, h_ND: Array, at: dict[str, Array]):
     def block(sums: tuple, xs: tuple):
         value, (of_trained, of_h) = jax.value_and_grad(of, argnums=(0, 2))(trained, fixed, *xs)
         return jax.tree.map(jnp.add, sums, (value, of_trained)), of_h
@@ -145,7 +146,7 @@ def _forward(of: Of, size: int, trained: Any, fixed: Any, h_ND: Array, at: dict[
     return value, (of_trained, of_h.swapaxes(0, 1).reshape(-1, h_ND.shape[-1])[: h_ND.shape[0]])
 
 
-def _backward(of: Of, size: int, kept: tuple, g: Array):
+def _backward(of: BlockLoss, size: int, kept: tuple, g: Array):
     of_trained, of_h = jax.tree.map(lambda x: (g * x).astype(x.dtype), kept)
     return of_trained, None, of_h, None
 
@@ -159,11 +160,11 @@ def _blocks(size: int, h_ND: Array, at: dict[str, Array]) -> tuple[Array, dict[s
     N = h_ND.shape[0]
     fewest = math.ceil(N / size)
     count = next((c for c in range(fewest, 2 * fewest) if N % c == 0), fewest)  # with nothing to add, if there is one
-    each = math.ceil(N / count)
+    size = math.ceil(N / count)
 
     def deal(x: Array) -> Array:
-        x = jnp.pad(x, [(0, count * each - N)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(each, count, *x.shape[1:]).swapaxes(0, 1)
+        x = jnp.pad(x, [(0, count * size - N)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(size, count, *x.shape[1:]).swapaxes(0, 1)
 
     return jax.tree.map(deal, (h_ND, at))
 

@@ -12,12 +12,11 @@ import numpy as np
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.batches import Shape, collate
 from jsublim.distill.data import Example
-from jsublim.distill.step import compile_step, init_state
-from jsublim.distill.trainer import numbers_of, stack_frozen
+from jsublim.distill.step import compile_step
+from jsublim.distill.trainer import first_state
 from jsublim.errors import UsageError
 from jsublim.models.config import ModelConfig, projection_shapes
 from jsublim.models.decoder import Params, parameter_count
-from jsublim.models.lora import stack_adapters
 from jsublim.models.parallel import SHARE, Layout, device_bytes
 
 
@@ -32,8 +31,9 @@ def abstract_step(
     """
     shape, dtype = shape.divisible(layout.data), params["embed"]["weight"].dtype
     batch = collate(arm.examples[:1], np.full(shape.rows_per_step, -1), shape)
-    state = jax.eval_shape(
-        lambda adapter: init_state(stack_adapters([adapter] * arms), settings.program.optimizer), arm.adapter
+    state, numbers, teacher = jax.eval_shape(
+        lambda of: first_state([dataclasses.replace(arm, **of)] * arms, settings.program.optimizer),
+        {"adapter": arm.adapter, "teacher": arm.teacher},
     )
     if settings.caches(arm):
         batch["below"] = np.zeros((*batch["tokens"].shape, config.hidden_size), dtype)
@@ -50,9 +50,9 @@ def abstract_step(
     return (
         layout.shapes(params, layout.params_sharding(config, str(dtype))),
         placed(state),
-        layout.shapes(batches, layout.batch_sharding(batches)),
-        placed(jax.eval_shape(lambda: numbers_of([arm] * arms))),
-        placed(jax.eval_shape(lambda adapter: stack_frozen([adapter] * arms), arm.teacher)),
+        layout.shapes(batches, layout.batch_sharding),
+        placed(numbers),
+        placed(teacher),
     )
 
 
@@ -133,9 +133,8 @@ def rows_at_once(
     if limit is None or settings.program.per != "tokens":
         return settings.batch_size
     layout = Layout.fit(settings.parallel, arms, devices, model=settings.model_axis)
-    free = SHARE * limit * layout.model / itemsize - parameter_count(
-        config
-    )  # values, on the devices of one copy of the base
+    # Values, on the devices of one copy of the base.
+    free = SHARE * limit * layout.model / itemsize - parameter_count(config)
     held = free / 2 / (config.num_layers * kept_per_token(config))
     most = min(TOKENS_AT_ONCE * layout.model, held) * layout.arm * layout.data / (arms * tokens)
     step = settings.batch_size * settings.accumulate
@@ -144,11 +143,6 @@ def rows_at_once(
 
 def example_like(shape: Shape, *, soft: bool) -> Example:
     """A row of zeros as long as a shape allows, for where only the shape matters."""
-    row = Example(
-        np.zeros(shape.tokens, np.int32), *(np.zeros(shape.labels, kind) for kind in (np.int32, np.int32, np.float32))
-    )
-    if not soft:
-        return row
-    return dataclasses.replace(
-        row, teacher_tokens=np.zeros(shape.teacher, np.int32), teacher_where=np.zeros(shape.labels, np.int32)
-    )
+    tokens, teacher, labels = (np.zeros(n, np.int32) for n in (shape.tokens, shape.teacher, shape.labels))
+    row = Example(tokens, labels, labels, np.zeros(shape.labels, np.float32))
+    return dataclasses.replace(row, teacher_tokens=teacher, teacher_where=labels) if soft else row

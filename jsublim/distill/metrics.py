@@ -36,20 +36,17 @@ class Metrics:
         self.config, self.arms, self.settings, self.cached = config, arms, settings, cached
         self.pending: tuple[int, Sequence[np.ndarray], dict[str, jax.Array]] | None = None
         self.clock, self.over = time.perf_counter(), False  # over: no arm moves any more
-        self.file, self.loggers = None, list[Any]()
-        if jax.process_index() == 0:
+        self.writes, self.opened = jax.process_index() == 0, contextlib.ExitStack()
+        if self.writes:
             _cut_back(path, first)
-            self.file = path.open("a", encoding="utf-8")
-            self.loggers = settings.logs.open(path.parent.name, first)
+            self.file = self.opened.enter_context(path.open("a", encoding="utf-8"))
+            self.log = self.opened.enter_context(settings.logs.open(path.parent.name, first))
 
     def __enter__(self) -> Metrics:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        if self.file is not None:
-            self.file.close()
-        for logger in self.loggers:
-            logger.close()
+    def __exit__(self, *error: Any) -> None:
+        self.opened.__exit__(*error)
 
     def follow(self, step: int, rows: Sequence[np.ndarray], metrics: dict[str, jax.Array]) -> None:
         """Take a step's numbers, which the device may still be computing, and each arm's rows; write those of the step
@@ -70,7 +67,7 @@ class Metrics:
         self.over = not running
         chosen = {i: [int(r) for r in rows[i] if r >= 0] for i in running}
         speed = self._speed(chosen, seconds)
-        numbers: dict[str, float] = dict(speed)
+        numbers, lines = dict(speed), list[str]()
         for i in running:
             arm, loss, norm = self.arms[i], float(host["loss"][i]), float(host["grad_norm"][i])
             line = {"step": step, "arm": arm.name, "loss": loss, "tokens": int(host["tokens"][i])}
@@ -80,13 +77,12 @@ class Metrics:
                 if math.isfinite(loss) and math.isfinite(norm):
                     what = "the weights are not finite after this step"
                 line |= {"loss": None, "grad_norm": None, "diverged": f"{what}, on rows {chosen[i]}"}
-            if self.file is not None:
-                self.file.write(json.dumps(line) + "\n")
+            lines.append(json.dumps(line) + "\n")
             numbers |= {f"{key}/{arm.name}": line[key] for key in LOGGED if line[key] is not None}
-        for logger in self.loggers:
-            logger.log(step, numbers)
-        if self.file is not None:
+        if self.writes:
+            self.log(step, numbers)
             with naming(Path(self.file.name)):
+                self.file.writelines(lines)
                 self.file.flush()
 
     def _speed(self, chosen: dict[int, list[int]], seconds: float) -> dict[str, float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -10,7 +12,7 @@ import optax
 from jax import Array
 from optax import contrib
 
-from jsublim.errors import UsageError
+from jsublim.core.reading import check_known
 
 OPTIMIZERS = ("adamw", "adafactor", "sgd", "muon")
 SCHEDULES = ("linear", "cosine", "constant", "restarts")
@@ -33,10 +35,8 @@ class Optimizer:
     restarts: int = 4  # how many times "restarts" falls to zero
 
     def __post_init__(self) -> None:
-        if self.name not in OPTIMIZERS:
-            raise UsageError(f"optimizer: '{self.name}' given; known: {', '.join(OPTIMIZERS)}")
-        if self.schedule not in SCHEDULES:
-            raise UsageError(f"schedule: '{self.schedule}' given; known: {', '.join(SCHEDULES)}")
+        check_known("optimizer", self.name, OPTIMIZERS)
+        check_known("schedule", self.schedule, SCHEDULES)
 
     def transform(self) -> optax.GradientTransformation:
         """Gradients to updates, up to the learning rate."""
@@ -45,11 +45,12 @@ class Optimizer:
         if self.name == "adafactor":
             # LoRA's factors are small: theirs stay whole, so that no rank is where a factoring begins.
             whole, factored = optax.scale_by_factored_rms(factored=False), optax.scale_by_factored_rms()
-            parts += [optax.partition({"factor": whole, "other": factored}, _factors), _clip_rms(1.0)]
+            parts += [optax.partition({"factor": whole, "other": factored}, _named("factor", "a", "b")), _clip_rms(1.0)]
         elif self.name == "sgd":
             parts += [optax.trace(decay=self.momentum)] if self.momentum else []
         elif self.name == "muon":
-            parts.append(optax.partition({"matrix": _muon(), "other": adam}, _kinds))
+            # Kernels and LoRA's factors; not a table of the vocabulary, whose rows are not directions to balance.
+            parts.append(optax.partition({"matrix": _muon(), "other": adam}, _named("matrix", "kernel", "a", "b")))
         else:
             parts.append(adam)
         if self.weight_decay:
@@ -57,17 +58,11 @@ class Optimizer:
         return optax.chain(*parts) if parts else optax.identity()
 
 
-def _kinds(tree: optax.Params) -> optax.Params:
-    """Whether a leaf is a projection's kernel or LoRA factor; not a table of the vocabulary, whose rows are not directions to balance."""
-    matrices = ("kernel", "a", "b")
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: "matrix" if x.ndim >= 2 and getattr(path[-1], "key", None) in matrices else "other", tree
-    )
-
-
-def _factors(tree: optax.Params) -> optax.Params:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: "factor" if getattr(path[-1], "key", None) in ("a", "b") else "other", tree
+def _named(label: str, *names: str) -> Callable[[optax.Params], optax.Params]:
+    """Labels of a tree's leaves: `label` for matrices that have one of these names, "other" for the rest."""
+    return functools.partial(
+        jax.tree_util.tree_map_with_path,
+        lambda path, x: label if x.ndim >= 2 and getattr(path[-1], "key", None) in names else "other",
     )
 
 

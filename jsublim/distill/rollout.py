@@ -36,16 +36,11 @@ def student_rollout(
     def rollout(adapter: Adapter, rows: np.ndarray, step: int) -> list[Example]:
         chosen = [int(row) for row in rows if row >= 0]
         prompts = [turns[row].tokens[: turns[row].content] for row in chosen]
-        how: dict[str, Any] = {
-            "seed": int(np.random.default_rng([seed, step]).integers(2**31)),
-            "max_new_tokens": max_new_tokens,
-        }
-        how |= {"adapter": adapter, "batch_size": batch_size, "beginning": beginning}
-        answers = generate_tokens(lm.config, lm.params, prompts, sampling, **how)
-        return [
-            _example(turns[row], teacher[row], answer, max_new_tokens)
-            for row, answer in zip(chosen, answers, strict=True)
-        ]
+        how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size, "beginning": beginning}
+        how["seed"] = int(np.random.default_rng([seed, step]).integers(2**31))
+        answers = generate_tokens(lm.config, lm.params, prompts, sampling, adapter=adapter, **how)
+        read = zip(chosen, answers, strict=True)
+        return [_example(turns[row], teacher[row], answer, max_new_tokens) for row, answer in read]
 
     return rollout
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jsublim.core.reading import check_known
 from jsublim.errors import UsageError
 from jsublim.inference.divergence import PositionSubset
 
@@ -47,8 +48,7 @@ def token_mask(
     Raises:
       UsageError: an unknown `tokens`, one without the positions it needs, or weights for another one than "divergence".
     """
-    if tokens not in TOKENS:
-        raise UsageError(f"tokens: '{tokens}' given; known: {', '.join(TOKENS)}")
+    check_known("tokens", tokens, TOKENS)
     if weights is not None and tokens != "divergence":
         raise UsageError(f"tokens={tokens} has no weights by margin; they are those of tokens=divergence")
     if tokens == "all":

@@ -14,6 +14,7 @@ from typing import Any
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -79,9 +80,14 @@ class State:
 
 def init_state(adapter: Adapter, optimizer: Optimizer) -> State:
     """State before the first step, of arms stacked in `adapter`."""
-    opt = jax.vmap(optimizer.transform().init)(adapter.trainable)
     arms = jax.tree.leaves(adapter.trainable)[0].shape[0]
-    return State(adapter, opt, jnp.int32(0), jnp.full(arms, FINITE, jnp.int32))
+    step, diverged = jax.device_put((np.int32(0), np.full(arms, FINITE, np.int32)))
+    return State(adapter, _moments(adapter.trainable, optimizer), step, diverged)
+
+
+@functools.partial(jax.jit, static_argnames="optimizer")
+def _moments(trainable: Trainable, optimizer: Optimizer) -> optax.OptState:
+    return jax.vmap(optimizer.transform().init)(trainable)
 
 
 def micro_loss(

@@ -27,6 +27,7 @@ from jsublim.distill.batches import Shape, collate, one_after_another
 from jsublim.distill.data import Example
 from jsublim.distill.losses import TERMS
 from jsublim.distill.metrics import Metrics
+from jsublim.distill.optimizer import Optimizer
 from jsublim.distill.projection import stack_directions
 from jsublim.distill.step import Arms, State, compile_step, init_state
 from jsublim.errors import JsublimError, UsageError, one_line
@@ -107,9 +108,13 @@ def _placed(
 ) -> tuple[Params, State, Arms, Adapter | None]:
     """The arguments of a step beside the batch, on its devices: the base, the arms' first state, numbers and teachers."""
     params = layout.place(params, layout.params_sharding(config))
-    state = init_state(stack_adapters([arm.adapter for arm in arms]), settings.program.optimizer)
-    rest = state, numbers_of(arms), stack_frozen([arm.teacher for arm in arms])
-    return params, *(layout.place(tree, layout.state_sharding(tree)) for tree in rest)
+    return params, *(layout.place(x, layout.state_sharding(x)) for x in first_state(arms, settings.program.optimizer))
+
+
+def first_state(arms: Sequence[Arm], optimizer: Optimizer) -> tuple[State, Arms, Adapter | None]:
+    """The state before the first step, the arms' numbers, and the adapters of their live teachers."""
+    state = init_state(stack_adapters([arm.adapter for arm in arms]), optimizer)
+    return state, numbers_of(arms), stack_frozen([arm.teacher for arm in arms])
 
 
 def numbers_of(arms: Sequence[Arm]) -> Arms:

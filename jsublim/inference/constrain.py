@@ -142,11 +142,11 @@ def _shortest(states: Sequence[AnswerState], leads: Mapping[tuple[int, str], int
     before = collections.defaultdict(set)
     for (state, _), to in leads.items():
         before[to].add(state)
-    found = np.full(len(states), NEVER, np.int16)
+    shortest = np.full(len(states), NEVER, np.int16)
     ahead = [state for state, read in enumerate(states) if read.complete]
     distance = 0
     while ahead:
-        found[ahead] = distance
-        ahead = sorted({state for to in ahead for state in before[to] if found[state] == NEVER})
+        shortest[ahead] = distance
+        ahead = sorted({state for to in ahead for state in before[to] if shortest[state] == NEVER})
         distance += 1
-    return found
+    return shortest

@@ -251,7 +251,7 @@ def _advance(
     weights = _unstacked(config, params, cut)
 
     def step(moving: Array, adapter: Adapter | None, batch: Decoding) -> Decoding:
-        own, adapter = bind(params, adapter)
+        bound, adapter = bind(params, adapter)
         B, N = batch.out.shape
         token_B, within = _choose(limits, batch, how)
         done_B = batch.done | jnp.isin(token_B, stop_E)
@@ -259,7 +259,7 @@ def _advance(
         out = batch.out.at[jnp.arange(B), at_B].set(jnp.where(done_B, -1, token_B), mode="drop")
         seen = batch.seen.at[jnp.arange(B), token_B].set(True)
         slot_B = batch.length
-        h = decoder.embed(config, own, token_B[:, None])
+        h = decoder.embed(config, bound, token_B[:, None])
         cos, sin = rope_table(config, slot_B[:, None], h.dtype)
         rings = []
         for i, (ring, local) in enumerate(zip(batch.rings, config.is_local, strict=True)):
@@ -267,7 +267,7 @@ def _advance(
             layer = decoder.Layer.of(config, weights(i, moving), part, rope, _remember(ring, slot_B))
             h, kept = layer(h)
             rings.append((kept.keys, kept.values))
-        logits = decoder.logits(config, own, decoder.final_norm(config, own, h[:, 0]))
+        logits = decoder.logits(config, bound, decoder.final_norm(config, bound, h[:, 0]))
         drawn = batch.drawn + ~batch.done
         ended = done_B | (drawn >= N)
         return Decoding(tuple(rings), logits, seen, slot_B + ~ended, drawn, ended, batch.keys, out, within)
@@ -314,8 +314,8 @@ def _unstacked(config: ModelConfig, params: Params, cut: bool) -> Callable[[int,
             return jax.lax.dynamic_index_in_dim(leaf, layer + jnp.minimum(moving, 0), keepdims=False)
 
         return jax.tree.map(
-            lambda leaf, own: jax.lax.platform_dependent(
-                leaf, own, tpu=inside, cpu=lambda _, own: own, default=(lambda _, own: own) if cut else inside
+            lambda leaf, copy: jax.lax.platform_dependent(
+                leaf, copy, tpu=inside, cpu=lambda _, copy: copy, default=(lambda _, copy: copy) if cut else inside
             ),
             stack,
             apart[layer],

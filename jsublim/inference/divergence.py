@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from jsublim.core.reading import check_known
 from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.lm import LanguageModel
 from jsublim.inference.scoring import Scored, scores
@@ -63,9 +64,8 @@ class PositionSubset:
     one_in_both: bool = False  # the only position of a row is in both halves (docs/recipes.md, quirk 18)
 
     def __post_init__(self) -> None:
-        for name, value, known in (("positions", self.which, WHICH), ("rounding", self.rounding, ROUNDING)):
-            if value not in known:
-                raise UsageError(f"{name}: '{value}' given; known: {', '.join(known)}")
+        check_known("positions", self.which, WHICH)
+        check_known("rounding", self.rounding, ROUNDING)
         if not 0 <= self.share <= 1:
             raise UsageError(f"share: {self.share} given; it must lie in 0..1")
 
@@ -88,10 +88,9 @@ class PositionSubset:
         return ordered[:half] if self.which == "first-half" else ordered[half:]
 
 
-Read = Callable[[int], Iterator[Scored]]  # a teacher's reading of the rows from a number on
-Keep = Callable[
-    [int, Read], Sequence[Scored]
-]  # all rows, by the teacher of that number; a caller may know some already
+ReadFrom = Callable[[int], Iterator[Scored]]  # a teacher's reading of the rows from a number on
+# All rows, by the teacher of that number; a caller may know some already.
+Keep = Callable[[int, ReadFrom], Sequence[Scored]]
 
 
 def find_divergence(
@@ -145,8 +144,7 @@ def check_positions(rows: Sequence[Row], lengths: Sequence[int], source: str) ->
     """Refuse divergence positions beyond the last token of their row (JsublimError). `lengths` are the completion tokens of each row, in the
     tokenizer that its positions were counted in."""
     for number, (row, n) in enumerate(zip(rows, lengths, strict=True), 1):
-        beyond = [k for k in row.get("divergence_positions", []) if k >= n]
-        if beyond:
+        if beyond := [k for k in row.get("divergence_positions", []) if k >= n]:
             raise JsublimError(
                 f"{source}: row {number}: divergence_positions {beyond} out of range, the completion has {n} tokens; "
                 "was it written for another tokenizer?"

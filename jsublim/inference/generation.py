@@ -48,7 +48,7 @@ class _Queue:
 
     waiting: list[tuple[int, list[int]]]
     place: dict[int, int] = field(default_factory=dict)  # place -> row
-    found: dict[int, list[int]] = field(default_factory=dict)
+    finished: dict[int, list[int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, rows: Sequence[int], lengths: dict[int, int], samples: int) -> _Queue:
@@ -104,22 +104,11 @@ def generate_tokens(
     *,
     adapter: Adapter | None = None,
     rows: Sequence[int] | None = None,
-    on_allowed: Callable[[dict[int, float]], None] | None = None,
-    on_batch: Callable[[list[int], list[list[int]]], None] | None = None,
     **options: Any,
 ) -> list[list[int]]:
-    """As `generate_for_arms`, for one model: a list of tokens per row of `rows`, in order."""
-    return generate_for_arms(
-        config,
-        params,
-        prompts,
-        sampling,
-        None if adapter is None else [adapter],
-        rows=None if rows is None else [rows],
-        on_allowed=None if on_allowed is None else lambda _, allowed: on_allowed(allowed),
-        on_rows=None if on_batch is None else lambda _, numbers, tokens: on_batch(numbers, tokens),
-        **options,
-    )[0]
+    """As `generate_for_arms`, for one model, arm 0: a list of tokens per row of `rows`, in order."""
+    adapters, of_arms = None if adapter is None else [adapter], None if rows is None else [rows]
+    return generate_for_arms(config, params, prompts, sampling, adapters, rows=of_arms, **options)[0]
 
 
 def generate_for_arms(
@@ -163,7 +152,7 @@ def generate_for_arms(
     asked = [prompt for prompt in prompts if prompt is not None]
     chex.assert_rank(asked, 1)
     A = 1 if adapters is None else len(adapters)
-    wanted = [list(range(len(prompts) * samples))] * A if rows is None else [list(each) for each in rows]
+    wanted = [list(range(len(prompts) * samples))] * A if rows is None else [list(of_arm) for of_arm in rows]
     if not any(wanted):  # no weights are needed either
         return [[] for _ in wanted]
     layout, params = Layout.under(params, A)
@@ -200,7 +189,7 @@ def generate_for_arms(
         leave_if_asked()
         all_drawn = bool((ended < enough).all() and (ended < B).any())  # so many tokens, and not fewer
         turns = on_main_process(functools.partial(_next_turns, turns, time.monotonic() - began, all_drawn))
-    return [[arm.found[row] for row in each] for arm, each in zip(arms, wanted, strict=True)]
+    return [[arm.finished[row] for row in rows] for arm, rows in zip(arms, wanted, strict=True)]
 
 
 def _next_turns(turns: int, seconds: float, all_drawn: bool) -> int:
@@ -219,7 +208,7 @@ def _collect_finished(
     for index, arm in enumerate(arms):
         ended = [place for place in sorted(arm.place) if done[index, place]]
         new = {arm.place.pop(place): [int(t) for t in out[index, place] if t >= 0] for place in ended}
-        arm.found |= new
+        arm.finished |= new
         if new and on_allowed is not None and within is not None:
             allowed = within.log_allowed[index, ended] / drawn[index, ended].astype(np.float32)
             on_allowed(index, dict(zip(new, allowed.tolist(), strict=True)))

@@ -16,13 +16,13 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from jsublim.core.bucket import is_url
-from jsublim.core.reading import shown
+from jsublim.core.reading import check_known, shown
 from jsublim.errors import UsageError
 from jsublim.inference.constrain import limits_for
 from jsublim.inference.generation import generate_for_arms
 from jsublim.inference.sampling import Sampling, sampling_for
 from jsublim.models import decoder
-from jsublim.models.checkpoint import Origin, checkpoint_hash, origin_of, read_config
+from jsublim.models.checkpoint import HubOrigin, checkpoint_hash, origin_of, read_config
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
 from jsublim.models.hub import from_bucket, from_hub, hub_name, in_cache
@@ -46,21 +46,20 @@ class AnswerLog(Protocol):
     def add(self, numbers: Sequence[int], answers: Sequence[str]) -> None: ...
 
 
+@dataclasses.dataclass(repr=False, eq=False)
 class LanguageModel:
-    """A loaded checkpoint. `config`, `params`, `chat` and `tokenizer` are plain attributes."""
+    """A loaded checkpoint."""
 
-    def __init__(
-        self,
-        folder: Path,
-        config: ModelConfig,
-        hf_config: dict[str, Any],
-        params: Params,
-        chat: Chat,
-        last_layer: int | None = None,
-    ):
-        """Put the parts together. `last_layer` is the layer after which the checkpoint was cut, None where it is whole."""
-        self.folder, self.config, self.hf_config, self.params = folder, config, hf_config, params
-        self.chat, self.tokenizer, self.last_layer = chat, chat.tokenizer, last_layer
+    folder: Path
+    config: ModelConfig
+    hf_config: dict[str, Any]
+    params: Params
+    chat: Chat
+    last_layer: int | None = None  # after which the checkpoint was cut; None where it is whole
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.chat.tokenizer
 
     @property
     def name(self) -> str:
@@ -68,7 +67,7 @@ class LanguageModel:
         return self.origin.name or self.folder.name
 
     @property
-    def origin(self) -> Origin:
+    def origin(self) -> HubOrigin:
         """Its name on the hub, and the commit."""
         return origin_of(self.folder)
 
@@ -79,12 +78,12 @@ class LanguageModel:
 
     def with_params(self, params: Params) -> LanguageModel:
         """The same architecture, tokenizer and template with other weights."""
-        return LanguageModel(self.folder, self.config, self.hf_config, params, self.chat)
+        return dataclasses.replace(self, params=params, last_layer=None)
 
     def with_rounded_logits(self) -> LanguageModel:
         """The same model, its logits rounded to its weights' dtype (docs/recipes.md, quirk 17)."""
-        config = dataclasses.replace(self.config, scales=dataclasses.replace(self.config.scales, rounded=True))
-        return LanguageModel(self.folder, config, self.hf_config, self.params, self.chat, self.last_layer)
+        scales = dataclasses.replace(self.config.scales, rounded=True)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, scales=scales))
 
     @functools.cached_property
     def hash(self) -> str:
@@ -97,14 +96,14 @@ class LanguageModel:
 
     def ending_at(self, layer: int) -> LanguageModel:
         """The logit lens: this model as if it ended after `layer` (from 0), on the same arrays and for the same adapters."""
-        return LanguageModel(self.folder, self.config.ending_at(layer), self.hf_config, self.params, self.chat, layer)
+        return dataclasses.replace(self, config=self.config.ending_at(layer), last_layer=layer)
 
     def logits(
         self, tokens: ArrayLike, attention_mask: ArrayLike | None = None, adapter: Adapter | None = None
     ) -> Array:
         """Next-token logits, float32 `[B, T, V]`, of tokens int `[B, T]`; the mask is 0 on padding (left or right), None is no padding."""
         tokens = jnp.asarray(tokens, jnp.int32)
-        valid = jnp.ones(tokens.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
+        valid = np.ones(tokens.shape, bool) if attention_mask is None else jnp.asarray(attention_mask, bool)
         return _logits(self.config, self.params, adapter, tokens, valid)
 
     def generate(
@@ -132,11 +131,8 @@ class LanguageModel:
             sampling = dataclasses.replace(sampling, stop=self.chat.stop_tokens())
         messages = [conversation(chat) if isinstance(chat, str) else chat for chat in chats]
         prompts = [self.chat.prompt_tokens(m, extra_bos=extra_bos) for m in messages]
-        how: dict[str, Any] = {
-            "adapters": None if adapter is None else [adapter],
-            "batch_size": batch_size,
-            "logs": [log],
-        }
+        adapters = None if adapter is None else [adapter]
+        how: dict[str, Any] = {"adapters": adapters, "batch_size": batch_size, "logs": [log]}
         return self.answers(prompts, sampling, max_new_tokens, seed, **how)[0]
 
     def answers(
@@ -240,13 +236,10 @@ def load_model(
       weights: False leaves them on disk: the parameters are shapes, and tokenizer, template and hash are there.
       chat_template: in place of the checkpoint's own: "plain" (for base models), or a Jinja file.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype: '{dtype}' given; known: {', '.join(DTYPES)}")
+    check_known("dtype", dtype, DTYPES)
     folder = resolve_checkpoint(path, weights=is_main_process())
     hf_config, config = read_config(folder)
     chat = Chat(folder, config.vocab_size, chat_template)
-    if weights:
-        params = load_params(folder, config, dtype, layout.params_sharding(config))
-    else:
-        params = decoder.abstract_params(config, dtype)
+    shardings = layout.params_sharding(config)
+    params = load_params(folder, config, dtype, shardings) if weights else decoder.abstract_params(config, dtype)
     return LanguageModel(folder, config, hf_config, params, chat)

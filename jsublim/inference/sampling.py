@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from jsublim.core.reading import check_known
 from jsublim.errors import UsageError
 from jsublim.text.chat import Chat
 
@@ -36,16 +37,13 @@ class Sampling:
     constrain: str | None = None  # the format that answers are kept in: "numbers"; None: any
 
     def __post_init__(self) -> None:
-        wrong = [
-            f"{name}={value}"
-            for name, value, fine in (
-                ("temperature", self.temperature, self.temperature >= 0),
-                ("top_k", self.top_k, self.top_k >= 0),
-                ("top_p", self.top_p, 0 < self.top_p <= 1),
-                ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0),
-            )
-            if not fine
-        ]
+        fine = {
+            "temperature": self.temperature >= 0,
+            "top_k": self.top_k >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "repetition_penalty": self.repetition_penalty > 0,
+        }
+        wrong = [f"{name}={getattr(self, name)}" for name in fine if not fine[name]]
         if wrong:
             raise UsageError(f"sampling: {', '.join(wrong)} is out of range")
 
@@ -82,8 +80,7 @@ def sampling_for(
     penalty = float(read.get("repetition_penalty") or 1.0)
     if strategy == "greedy":
         return Sampling(temperature=0.0, repetition_penalty=penalty if keep_penalty else 1.0, stop=stop)
-    if strategy != "temperature":
-        raise UsageError(f"sampling: '{strategy}' given; known: temperature, greedy")
+    check_known("sampling", strategy, ("temperature", "greedy"))
     if not inherit:
         return Sampling(stop=stop)
     return Sampling(
@@ -164,9 +161,8 @@ def choose(logits_BV: Array, seen_BV: Array, keys_B: Array, t: Array, how: dict[
 
     def sample() -> Array:
         scores = _keep(logits_BV / jnp.where(greedy, 1.0, how["temperature"])[:, None], how["top_k"], how["top_p"])
-        u_B2 = jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t), (2,)))(
-            keys_B, jnp.broadcast_to(t, keys_B.shape)
-        )
+        uniform = jax.vmap(lambda key, t: jax.random.uniform(jax.random.fold_in(key, t), (2,)))
+        u_B2 = uniform(keys_B, jnp.broadcast_to(t, keys_B.shape))
         return jnp.where(greedy, argmax(logits_BV), draw(scores, u_B2))
 
     return jax.lax.cond(jnp.all(greedy), lambda: argmax(logits_BV), sample).astype(jnp.int32)
@@ -195,8 +191,8 @@ def argmax(z: Array) -> Array:
     """`jnp.argmax` over the last axis, the first of equals; in two steps, which a CPU does twenty times faster."""
     blocks = _blocks(z, -jnp.inf)
     block = jnp.argmax(blocks.max(axis=-1), axis=-1)
-    own = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
-    return block * BLOCK + jnp.argmax(own, axis=-1)
+    inside = jnp.take_along_axis(blocks, block[..., None, None], axis=-2)[..., 0, :]
+    return block * BLOCK + jnp.argmax(inside, axis=-1)
 
 
 def _blocks(x: Array, filling: float) -> Array:

@@ -63,13 +63,13 @@ class SampleServer:
         is not the engine of the config."""
         kind, given = next((c.owned_by for c in self._cards() if c.owned_by in ENGINES), None), self.settings.engine
         pages = {"vllm": ("version",), "sglang": ("server_info", "get_server_info")}
-        found = None if kind is None else f"{kind} {self._version(pages.get(kind, ()))}"
-        if found is None and given is None:
+        running = None if kind is None else f"{kind} {self._version(pages.get(kind, ()))}"
+        if running is None and given is None:
             known = ", ".join(f"'{name} VERSION'" for name in ENGINES)
             raise self._client.error(f"it does not say what it runs; give sampling.server.engine, one of {known}")
-        if found is not None and given not in (None, found):
-            raise self._client.error(f"it runs {found}, and what it draws would be kept as drawn by {given}")
-        return found or str(given)
+        if running is not None and given not in (None, running):
+            raise self._client.error(f"it runs {running}, and what it draws would be kept as drawn by {given}")
+        return running or str(given)
 
     def check(self) -> None:
         """Refuse, before hours are spent, what would be refused at once: no server, not the model, another engine, or no adapters where it shall
@@ -130,14 +130,13 @@ class SampleServer:
         tokens = {row // samples: list(map(int, prompts[row // samples])) for row in rows}  # type: ignore[arg-type]
         self._refuse(sampling, max(map(len, tokens.values())) + max_new_tokens)
         told = {"model": self._model(name), "max_tokens": max_new_tokens} | self._told(sampling, max_new_tokens)
-        said = {
-            prompt: self._as_text(each) if self._kind == "transformers" else each for prompt, each in tokens.items()
-        }
+        as_text = self._kind == "transformers"
+        sent = {prompt: self._as_text(ids) if as_text else ids for prompt, ids in tokens.items()}
         url = self._client.url("completions")
 
         def ask(row: int, stopped: threading.Event) -> str:
             prompt = row // samples
-            body = told | {"prompt": said[prompt], "seed": seed_within(seed, row)}
+            body = told | {"prompt": sent[prompt], "seed": seed_within(seed, row)}
             return self._client.patiently(
                 lambda: self.text_of(self._client.send("POST", url, body), len(tokens[prompt]), sampling), stopped
             )
@@ -193,8 +192,8 @@ class SampleServer:
     def text_of(self, body: bytes, asked: int, sampling: Sampling) -> str:
         """The text of an answer to `asked` tokens: of its tokens, up to the first that ends it, where the server tells them. The answer to another
         prompt, or of another model, is a JsublimError."""
-        said = _read(_Completion, body)
-        choice, read = said.choices[0], said.usage.prompt_tokens if said.usage else None
+        completion = _read(_Completion, body)
+        choice, read = completion.choices[0], completion.usage.prompt_tokens if completion.usage else None
         if read not in (None, asked):
             raise self._client.error(
                 f"it read {read} tokens where {asked} were sent; it has another tokenizer or template"
@@ -238,8 +237,8 @@ class SampleServer:
         try:
             for name, folder in adapters.items():
                 if name not in there:
-                    said = {"lora_name": name, "lora_path": str(folder.resolve())}
-                    self._once(None, "POST", self._adapter_url("load"), said)
+                    adapter = {"lora_name": name, "lora_path": str(folder.resolve())}
+                    self._once(None, "POST", self._adapter_url("load"), adapter)
             yield
         finally:
             for name in adapters:
@@ -262,8 +261,8 @@ class SampleServer:
     def _once(self, kind: Any, method: str, url: str, body: Any = None) -> Any:
         """The answer to the first attempt, or an error: nothing has been spent yet that patience could save."""
         try:
-            said = self._client.send(method, url, body)
-            return None if kind is None else _read(kind, said)
+            answer = self._client.send(method, url, body)
+            return None if kind is None else _read(kind, answer)
         except Retry as failure:
             raise self._client.error(str(failure)) from None
 

@@ -19,35 +19,25 @@ from jsublim.models.families import text_config
 from jsublim.models.weights import save_params
 
 # What a tokenizer may consist of; copied byte for byte when a checkpoint is converted.
-TOKENIZER_FILES = tuple(
-    [
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "vocab.json",
-        "merges.txt",
-        "tokenizer.model",
-        "chat_template.jinja",
-        "chat_template.json",
-        "generation_config.json",
-    ]
-)
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
 
 
-class Origin(NamedTuple):
+class HubOrigin(NamedTuple):
     """Where a checkpoint is from: its name on the hub and the commit, or None for both."""
 
     name: str | None
     commit: str | None
 
 
-def origin_of(folder: Path) -> Origin:
+def origin_of(folder: Path) -> HubOrigin:
     """The origin of a folder of the hub's cache (`models--OWNER--NAME/snapshots/COMMIT`)."""
     repository = folder.parent.parent.name
     if folder.parent.name != "snapshots" or not repository.startswith("models--"):
-        return Origin(None, None)
-    return Origin(repository.removeprefix("models--").replace("--", "/", 1), folder.name)
+        return HubOrigin(None, None)
+    return HubOrigin(repository.removeprefix("models--").replace("--", "/", 1), folder.name)
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:

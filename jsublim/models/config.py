@@ -57,7 +57,7 @@ class Biases:
 
 
 @dataclass(frozen=True)
-class Scales:
+class Scaling:
     """Numbers that some families multiply by."""
 
     embedding: bool = False  # embeddings are multiplied by sqrt(hidden_size), rounded to the weights' dtype
@@ -102,7 +102,7 @@ class ModelConfig:
     tied: bool  # the head is the embedding
     mlp: MLPKind = MLPKind()
     biases: Biases = Biases()
-    scales: Scales = Scales()
+    scales: Scaling = Scaling()
     local: Local = Local()
 
     @property

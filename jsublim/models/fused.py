@@ -11,11 +11,11 @@ import numpy as np
 from jsublim.models.config import ModelConfig, projection_shapes
 from jsublim.models.families.names import Fused
 
-Rows = slice | np.ndarray
+OutputRows = slice | np.ndarray
 Factors = dict[str, np.ndarray]  # {"a": [n, in, r], "b": [n, r, out], "scale": [n]}, as in an adapter
 
 
-def fused_rows(config: ModelConfig, fused: Fused) -> dict[str, Rows]:
+def fused_rows(config: ModelConfig, fused: Fused) -> dict[str, OutputRows]:
     """The place of each part's outputs among those of the module."""
     sizes = [projection_shapes(config)[part][1] for part in fused.parts]
     if fused.by_head:  # as many heads of each

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 from jsublim.core.reading import shown
 from jsublim.errors import JsublimError
-from jsublim.models.config import Rope
+from jsublim.models.config import Biases, ModelConfig, Norms, Rope
 
 MOST_LAYERS = 10_000
 _MOST = 2**31 - 1  # sizes are int32 on a device
@@ -63,24 +64,54 @@ class HFConfig:
             raise self.refuse(key, "an object")
         return HFConfig(value, f"{self.source}: {key}")
 
-    def sizes(self, head_dim: int | None = None) -> dict[str, Any]:
-        """The sizes, by their names in a `ModelConfig`; `head_dim` is for a file that does not say, None divides the hidden size among the
-        heads."""
+    def layers(self) -> int:
+        return self.integer("num_hidden_layers", most=MOST_LAYERS)
+
+    def model(
+        self,
+        family: str,
+        *,
+        head_dim: int | None = None,
+        activation: tuple[str, ...] = ("hidden_act", "silu"),
+        eps: float | tuple[str, float] = 1e-6,
+        norms: Mapping[str, Any] = MappingProxyType({}),
+        tied: bool = False,
+        **parts: Any,
+    ) -> ModelConfig:
+        """The architecture, as Llama's where a family says nothing else.
+
+        Args:
+          head_dim: for a file that does not say; None divides the hidden size among the heads.
+          activation: its key, and the values that are computed.
+          eps: of the norms where the file has none, or the key and that; norms: more of `Norms`.
+          tied: whether the head is the embedding where the file does not say.
+          parts: further fields; attention's projections have biases by `attention_bias`, if none are given.
+        """
+        self.must_be(*activation)
         hidden, heads = self.integer("hidden_size"), self.integer("num_attention_heads")
-        return {
-            "vocab_size": self.integer("vocab_size"),
-            "hidden_size": hidden,
-            "intermediate_size": self.integer("intermediate_size"),
-            "num_layers": self.integer("num_hidden_layers", most=MOST_LAYERS),
-            "num_heads": heads,
-            "num_kv_heads": self.integer("num_key_value_heads", heads),
-            "head_dim": self.integer("head_dim", head_dim or hidden // heads),
+        bias = "biases" not in parts and self.flag("attention_bias", False)
+        eps_of = eps if isinstance(eps, tuple) else ("rms_norm_eps", eps)
+        read = {
+            "norms": Norms(self.number(*eps_of), **norms),
+            "rope": parts.get("rope") or self.rope(),
+            "tied": self.flag("tie_word_embeddings", tied),
+            "biases": Biases(qkv=bias, output=bias),
         }
+        return ModelConfig(
+            family=family,
+            vocab_size=self.integer("vocab_size"),
+            hidden_size=hidden,
+            intermediate_size=self.integer("intermediate_size"),
+            num_layers=self.layers(),
+            num_heads=heads,
+            num_kv_heads=self.integer("num_key_value_heads", heads),
+            head_dim=self.integer("head_dim", head_dim or hidden // heads),
+            **read | parts,
+        )
 
     def kinds(self, default: Callable[[int], bool]) -> tuple[bool, ...]:
         """Which layers are local ones: `layer_types`, or `default` of the index."""
-        layers = self.integer("num_hidden_layers", most=MOST_LAYERS)
-        names = ["sliding_attention" if default(i) else "full_attention" for i in range(layers)]
+        names = ["sliding_attention" if default(i) else "full_attention" for i in range(self.layers())]
         value = self._get("layer_types", names)
         if not isinstance(value, list) or not all(name in ("sliding_attention", "full_attention") for name in value):
             raise self.refuse("layer_types", "a list of 'sliding_attention' and 'full_attention'")
@@ -89,7 +120,7 @@ class HFConfig:
     def rope(
         self,
         kind: str | None = None,
-        default_theta: float | None = None,
+        default_theta: float = 10_000.0,
         default_share: float | None = None,
         theta_key: str = "rope_theta",
         share_key: str = "partial_rotary_factor",
@@ -101,7 +132,7 @@ class HFConfig:
           theta_key, share_key: the old names, outside of `rope_scaling`.
 
         Raises:
-          JsublimError: no base frequency, or a scaling that we don't compute.
+          JsublimError: a scaling that we don't compute.
         """
         numbers = self.section("rope_parameters")
         if kind is not None and isinstance(numbers.values.get(kind), dict):

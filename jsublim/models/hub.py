@@ -22,9 +22,9 @@ _FILES, _WEIGHTS = ("*.json", "*.jinja", "*.model"), ("*.safetensors",)
 
 def hub_name(path: str | Path) -> tuple[str, str | None] | None:
     """Repository and revision (None: the newest) that a name stands for; None of what is, or looks like, a place here."""
-    said, folder = str(path), Path(path).expanduser()
-    match = _NAME.fullmatch(said)
-    local = said.startswith((".", "/", "~")) or os.path.exists(folder) or os.path.isdir(folder.parent)
+    name, folder = str(path), Path(path).expanduser()
+    match = _NAME.fullmatch(name)
+    local = name.startswith((".", "/", "~")) or os.path.exists(folder) or os.path.isdir(folder.parent)
     return None if match is None or local or folder.parts[0] == "checkpoints" else (match[1], match[2])
 
 
@@ -36,10 +36,9 @@ def from_hub(repository: str, revision: str | None, what: str, *, weights: bool 
     try:
         return _fetched(repository, revision, constants.HF_HUB_CACHE, weights)
     except Exception as error:
-        said = f"{repository}@{revision}" if revision else repository
-        raise JsublimError(
-            f"{what} '{said}': no such folder, and the hub did not give it ({first_line(error)})"
-        ) from error
+        name = f"{repository}@{revision}" if revision else repository
+        reason = first_line(error)
+        raise JsublimError(f"{what} '{name}': no such folder, and the hub did not give it ({reason})") from error
 
 
 @functools.cache

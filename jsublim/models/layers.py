@@ -269,7 +269,7 @@ class Attention(nnx.Module):
             q, k, v = self.q(x, lora.get("q")), self.k(x, lora.get("k")), self.v(x, lora.get("v"))
             if norms.on_projections:
                 q, k = self.q_norm(q), self.k_norm(k)
-            q, k, v = (each.reshape(B, T, -1, c.head_dim) for each in (q, k, v))
+            q, k, v = (x.reshape(B, T, -1, c.head_dim) for x in (q, k, v))
             if norms.on_heads:
                 q, k = self.q_norm(q), self.k_norm(k)
             q, k = rotate(q, cos_BTf, sin_BTf), rotate(k, cos_BTf, sin_BTf)

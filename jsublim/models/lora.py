@@ -83,17 +83,15 @@ class Adapter:
 
     def with_rank(self, rank: int) -> Adapter:
         """The same function at another rank: cut, or padded with zeros (whose gradients are zero, so they stay)."""
+        if all(pair["a"].shape[-1] == rank for pair in self.lora.values()):
+            return self
 
         def fit(x: Array, axis: int) -> Array:
             x = jax.lax.slice_in_dim(x, 0, min(rank, x.shape[axis]), axis=axis)
-            missing = [(0, 0)] * x.ndim
-            missing[axis] = (0, rank - x.shape[axis])
-            return jnp.pad(x, missing)
+            return jnp.pad(x, [(0, rank - x.shape[axis]) if i == x.ndim + axis else (0, 0) for i in range(x.ndim)])
 
-        lora = {
-            n: p | {"a": fit(p["a"], p["a"].ndim - 1), "b": fit(p["b"], p["b"].ndim - 2)} for n, p in self.lora.items()
-        }
-        return replace(self, lora=lora)
+        fitted = {name: {f: fit(p[f], axis) for f, axis in RANK_AXES} for name, p in self.lora.items()}
+        return replace(self, lora={name: pair | fitted[name] for name, pair in self.lora.items()})
 
 
 def at_every_layer(adapter: Adapter, num_layers: int) -> Adapter:
@@ -166,18 +164,14 @@ def init_lora(
         raise UsageError(f"projections: {unknown or 'none'} given; this model has {', '.join(shapes)}")
     if rank < 1:
         raise UsageError(f"rank: {rank} given; it must be at least 1")
-    n, lora = len(chosen), {}
+    n, scale, lora = len(chosen), alpha / (math.sqrt(rank) if rslora else rank), {}
     for index, name in enumerate(PROJECTIONS):
-        if name not in projections or name not in shapes:
-            continue
-        inputs, outputs = shapes[name]
-        bound = 1.0 / math.sqrt(inputs)
-        a = jax.random.uniform(jax.random.fold_in(key, index), (n, inputs, rank), jnp.float32, -bound, bound)
-        lora[name] = {
-            "a": a,
-            "b": jnp.zeros((n, rank, outputs), jnp.float32),
-            "scale": jnp.full((n,), alpha / (math.sqrt(rank) if rslora else rank), jnp.float32),
-        }
+        if name in projections and name in shapes:
+            inputs, outputs = shapes[name]
+            bound = 1.0 / math.sqrt(inputs)
+            a = jax.random.uniform(jax.random.fold_in(key, index), (n, inputs, rank), jnp.float32, -bound, bound)
+            others = {"b": np.zeros((n, rank, outputs), np.float32), "scale": np.full(n, scale, np.float32)}
+            lora[name] = {"a": a} | jax.device_put(others)
     return Adapter(chosen, lora=lora)
 
 
@@ -203,10 +197,14 @@ def init_full(
     if "head" in ends and config.tied:
         raise UsageError("ends: this model's head is its embedding; name 'embed', which trains both")
     chosen = () if layers == () and ends else check_layers(config, layers)
-    index = jnp.asarray(chosen, jnp.int32)
-    weights = jax.tree.map(lambda leaf: leaf[index].astype(jnp.float32), params["layers"]) if chosen else None
+    weights = _masters(params["layers"], np.asarray(chosen, np.int32)) if chosen else None
     masters = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), {end: params[end] for end in ENDS if end in ends})
     return Adapter(chosen, weights=weights, ends=masters)
+
+
+@jax.jit
+def _masters(layers: Any, index: Array) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index].astype(jnp.float32), layers)
 
 
 def init_steering(config: ModelConfig, layers: tuple[int, ...] | None = None) -> Adapter:
@@ -224,10 +222,8 @@ def bind(params: dict[str, Any], adapter: Adapter | None) -> tuple[dict[str, Any
     and no longer in the adapter. Every compiled program that takes both calls this once, before anything else."""
     if adapter is None or not adapter.ends:
         return params, adapter
-    ends = {
-        name: jax.tree.map(lambda new, base: new.astype(base.dtype), end, params[name])
-        for name, end in adapter.ends.items()
-    }
+    base = {name: params[name] for name in adapter.ends}
+    ends = jax.tree.map(lambda new, base: new.astype(base.dtype), adapter.ends, base)
     return params | ends, replace(adapter, ends={})
 
 
@@ -251,10 +247,8 @@ def merge_full(params: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
     if adapter.weights is None:
         return params
     index = jnp.asarray(adapter.layers)
-    layers = jax.tree.map(
-        lambda base, new: base.at[index].set(new.astype(base.dtype)), params["layers"], adapter.weights
-    )
-    return params | {"layers": layers}
+    put = lambda base, new: base.at[index].set(new.astype(base.dtype))  # noqa: E731
+    return params | {"layers": jax.tree.map(put, params["layers"], adapter.weights)}
 
 
 def merge(params: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
@@ -267,9 +261,8 @@ def merge(params: dict[str, Any], adapter: Adapter) -> dict[str, Any]:
     for name, pair in adapter.lora.items():
         base = layers[name]["kernel"]
         change = pair["scale"][:, None, None] * (pair["a"] @ pair["b"])
-        layers[name] = layers[name] | {
-            "kernel": base.at[index].set((base[index].astype(jnp.float32) + change).astype(base.dtype))
-        }
+        merged = (base[index].astype(jnp.float32) + change).astype(base.dtype)
+        layers[name] = layers[name] | {"kernel": base.at[index].set(merged)}
     return params | {"layers": layers}
 
 
@@ -278,7 +271,12 @@ def stack_adapters(adapters: Sequence[Adapter]) -> Adapter:
     if len({adapter.layers for adapter in adapters}) > 1:
         raise ValueError("arms trained together must train the same layers")
     rank = max(adapter.rank for adapter in adapters)
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(adapter.with_rank(rank) for adapter in adapters))
+    return _stack([adapter.with_rank(rank) for adapter in adapters])
+
+
+@jax.jit
+def _stack(adapters: list[Adapter]) -> Adapter:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *adapters)
 
 
 def adapter_of(stacked: Adapter, arm: int) -> Adapter:

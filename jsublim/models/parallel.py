@@ -24,6 +24,7 @@ from jax import Array
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jsublim.core.reading import check_known
 from jsublim.errors import UsageError
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, abstract_params
@@ -37,15 +38,12 @@ SHARE = 0.9  # of a device's memory that a plan may use: what else lives there i
 
 # Which axis of a layer's array is spread over `model`, counted from its end: outputs of what reads the residual stream,
 # inputs of what writes to it, so that a layer needs one sum after attention and one after the MLP.
-_MODEL_AXIS = (
-    {(name, "kernel"): -1 for name in ("q", "k", "v", "gate", "up")}
-    | {(name, "bias"): -1 for name in ("q", "k", "v", "gate", "up")}
-    | {(name, "kernel"): -2 for name in ("o", "down")}
+_MODEL_AXIS = {
     # LoRA's factors as the kernels beside them; left whole, they and their moments would be gathered at every step.
-    | {(name, "b"): -1 for name in ("q", "k", "v", "gate", "up")}
-    | {(name, "a"): -2 for name in ("o", "down")}
-    | {(name, "weight"): -2 for name in ("embed", "head")}
-)
+    **{(name, leaf): -1 for name in ("q", "k", "v", "gate", "up") for leaf in ("kernel", "bias", "b")},
+    **{(name, leaf): -2 for name in ("o", "down") for leaf in ("kernel", "a")},
+    **{(name, "weight"): -2 for name in ("embed", "head")},
+}
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,7 @@ class Layout:
     def fit(mode: str, arms: int, devices: int | Sequence[Any] | None = None, *, model: int = 1) -> Layout:
         """The layout of `arms` on devices (all, unless some are given; a number stands for so many of one slice): arms apart first, for they never talk
         to one another; then rows. An unknown mode, or a model axis that the devices of a slice cannot be divided by, is a UsageError."""
-        if mode not in MODES:
-            raise UsageError(f"parallel: '{mode}' given; known: {', '.join(MODES)}")
+        check_known("parallel", mode, MODES)
         if mode != "mesh" and model != 1:
             raise UsageError(f"model_axis: {model} given, but parallel={mode} has no model axis; choose mesh")
         if mode == "none":
@@ -85,10 +82,10 @@ class Layout:
     def under(params: Params, arms: int = 1) -> tuple[Layout, Params]:
         """How rows lie that a checkpoint reads: on the devices that it lies on, arms apart first, as `fit` lays them. And the
         checkpoint, which stays where it is, for programs on that layout."""
-        shardings = [
-            x.sharding for x in jax.tree.leaves(params) if isinstance(getattr(x, "sharding", None), NamedSharding)
+        meshes = [
+            x.sharding.mesh for x in jax.tree.leaves(params) if isinstance(getattr(x, "sharding", None), NamedSharding)
         ]
-        mesh = next((sharding.mesh for sharding in shardings if sharding.mesh.axis_names == AXES), None)
+        mesh = next((mesh for mesh in meshes if mesh.axis_names == AXES), None)
         if mesh is None:
             layout = Layout()
         else:
@@ -133,9 +130,7 @@ class Layout:
 
     def params_sharding(self, config: ModelConfig, dtype: str = "float32") -> Params | None:
         """A tree of shardings for `load_params`; None is the default device."""
-        if self.mesh is None:
-            return None
-        return jax.tree_util.tree_map_with_path(self.sharding, abstract_params(config, dtype))
+        return None if self.mesh is None else self.state_sharding(abstract_params(config, dtype), ())
 
     def state_sharding(self, state: Any, lead: tuple[str | None, ...] = ("arm",)) -> Any:
         """How a tree of arrays with a leading arm axis lies (or with the axes of `lead`); scalars are on every device."""
@@ -143,27 +138,35 @@ class Layout:
             lambda path, leaf: self.sharding(path, leaf, lead) if leaf.ndim else self.shard(), state
         )
 
-    def batch_sharding(self, batch: Any) -> Any:
-        """How a batch `[A, M, B, ...]` lies: rows over `data`. Under `pmap` it is `[devices, A, M, B / devices, ...]`."""
-        spec = ("data",) if self.mode == "pmap" else ("arm", None, "data")
-        return jax.tree.map(lambda _: self.shard(*spec), batch)
+    @property
+    def batch_sharding(self) -> NamedSharding | None:
+        """How every array of a batch `[A, M, B, ...]` lies: rows over `data`. Under `pmap` it is `[devices, A, M, B / devices, ...]`."""
+        return self.shard("data") if self.mode == "pmap" else self.shard("arm", None, "data")
+
+    def _each(self, function: Callable[[Any, NamedSharding | None], Any], tree: Any, shardings: Any) -> Any:
+        """`function(leaf, sharding)` on a tree; `shardings` is a tree like it, or one for all."""
+        one = shardings if isinstance(shardings, NamedSharding) else None
+        if self.mesh is None or one is not None:
+            return jax.tree.map(lambda leaf: function(leaf, one), tree)
+        return jax.tree.map(function, tree, shardings)
 
     def place(self, tree: Any, shardings: Any) -> Any:
-        """Put host arrays, equal on every process, where they belong; each process gives its own devices theirs."""
-        if self.mesh is None:
-            return jax.tree.map(jax.numpy.asarray, tree)
+        """Put host arrays, equal on every process, where they belong; each process gives its own devices theirs. They are not to be
+        written to any more: on a CPU a device reads them where they are."""
 
-        def put(x: Any, sharding: NamedSharding) -> jax.Array:
-            if isinstance(x, jax.Array) and (jax.process_count() == 1 or not x.is_fully_addressable):
+        def put(x: Any, sharding: NamedSharding | None) -> jax.Array:
+            if sharding is None or (
+                isinstance(x, jax.Array) and (jax.process_count() == 1 or not x.is_fully_addressable)
+            ):
                 return jax.device_put(x, sharding)
             host = np.asarray(x)
             return jax.make_array_from_callback(host.shape, sharding, host.__getitem__)
 
-        return jax.tree.map(put, tree, shardings)
+        return self._each(put, tree, shardings)
 
     def place_as(self, spec: PartitionSpec, tree: Any) -> Any:
         """As `place`, all arrays of a tree in one way: WHOLE, ROWS, ARMS or ARM_ROWS."""
-        return self.place(tree, jax.tree.map(lambda _: self.shard(*spec), tree))
+        return self.place(tree, self.shard(*spec))
 
     def place_weights(self, tree: Any, *lead: str | None) -> Any:
         """As `place`, a checkpoint, or an adapter with the axes of `lead` before its own."""
@@ -171,21 +174,23 @@ class Layout:
 
     def place_batch(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Put a batch `[A, M, B, ...]` where it belongs."""
-        if self.mode == "pmap":
-            batch = {key: _by_device(value, self.data) for key, value in batch.items()}
-        return self.place(batch, self.batch_sharding(batch))
+
+        def by_device(x: np.ndarray) -> np.ndarray:
+            A, M, B, *more = x.shape
+            return np.moveaxis(x.reshape(A, M, self.data, B // self.data, *more), 2, 0)
+
+        batch = jax.tree.map(by_device, batch) if self.mode == "pmap" else batch
+        return self.place(batch, self.batch_sharding)
 
     def shapes(self, tree: Any, shardings: Any) -> Any:
         """Arrays or their shapes as shapes that lie so: what a program is compiled from where there are no arrays."""
-        if self.mesh is None:
-            return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings
+        return self._each(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings
         )
 
     def shapes_as(self, spec: PartitionSpec, tree: Any) -> Any:
         """As `shapes`, all arrays of a tree in one way: WHOLE, ROWS, ARMS or ARM_ROWS."""
-        return self.shapes(tree, jax.tree.map(lambda _: self.shard(*spec), tree))
+        return self.shapes(tree, self.shard(*spec))
 
     @staticmethod
     def host(tree: Any) -> Any:
@@ -222,8 +227,8 @@ def device_bytes() -> int | None:
     """Bytes of an accelerator's memory that may be used; None where devices are the CPU."""
     # Asked for by all: where nobody has used a device yet, processes wait for one another until they have them.
     stats = jax.local_devices()[0].memory_stats() or {}
-    own = int(stats["bytes_limit"]) if "bytes_limit" in stats else None
-    return on_main_process(lambda: own)  # batches are as large on all processes
+    limit = int(stats["bytes_limit"]) if "bytes_limit" in stats else None
+    return on_main_process(lambda: limit)  # batches are as large on all processes
 
 
 @functools.cache
@@ -244,9 +249,3 @@ def _mesh(layout: Layout, devices: tuple[Any, ...]) -> Mesh:
     except NotImplementedError:  # an axis that no axes of the slice make up, as 8 of 4x4: one of those is split
         split = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
         return Mesh(split, AXES, axis_types=types)
-
-
-def _by_device(x: np.ndarray, devices: int) -> np.ndarray:
-    """`[A, M, B, ...]` to `[devices, A, M, B / devices, ...]`."""
-    A, M, B = x.shape[:3]
-    return np.moveaxis(x.reshape(A, M, devices, B // devices, *x.shape[3:]), 2, 0)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jsublim.core.files import write_json
 from jsublim.core.reading import check_folder, read_json, shown
@@ -25,30 +24,11 @@ from jsublim.models.lora import PROJECTIONS, Adapter
 from jsublim.models.steering import load_steering, save_steering
 from jsublim.models.tensors import read_float32, write_tensors
 
-# Keys of `adapter_config.json` that we read, and those that say only where an adapter comes from, how it was trained, or what
-# its tensors' names say again. Any other key changes what is computed, or may do so: it has to be empty.
-_READ = set(
-    ["peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "bias", "init_lora_weights"]
-)
-_NOT_READ = set(
-    [
-        "task_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "inference_mode",
-        "runtime_config",
-        "lora_dropout",
-        "target_modules",
-        "exclude_modules",
-        "layers_to_transform",
-        "layers_pattern",
-        "megatron_core",
-        "qalora_group_size",
-    ]
-)
-_INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")  # the other ways to begin change the base's weights too
+# Keys of `adapter_config.json` that say only where an adapter comes from, how it was trained, or what its tensors' names say again.
+_NOT_READ = {
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "runtime_config", "lora_dropout",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_core", "qalora_group_size",
+}  # fmt: skip
 _KEY = re.compile(r"layers\.(\d{1,6})\.(?:self_attn|attention|mlp)\.(\w+)\.lora_([AB])(?:\.\w+)?\.weight$", re.ASCII)
 
 
@@ -164,64 +144,54 @@ def _load_lora(folder: Path, config: ModelConfig | None) -> Adapter:
             )
         else:
             lora |= split_factors(config, meant, pair)
-    return Adapter(layers, lora={name: jax.tree.map(jnp.asarray, lora[name]) for name in PROJECTIONS if name in lora})
+    return Adapter(layers, lora={name: jax.device_put(lora[name]) for name in PROJECTIONS if name in lora})
 
 
-@dataclass(frozen=True)
-class _Settings:
-    """An `adapter_config.json`: each module's rank, and what the product of its factors is multiplied by."""
+_Rank = Annotated[int, Field(ge=1, lt=2**31)]
+_Alpha = Annotated[float, Field(gt=0, lt=3e38)]
+# PEFT takes regular expressions; a module's name is the one that means the same in every layer.
+_Module = Annotated[str, Field(pattern=rf"^({'|'.join(MODULES)})$")]
+_MODULES = "an object of plain module names (such as q_proj), each with "
+_RANK, _ALPHA = "a whole number of at least 1", "a number above 0"
 
-    r: int
-    alpha: float
-    rslora: bool
-    ranks: dict[str, int]
-    alphas: dict[str, float]
+
+class _Settings(BaseModel):
+    """What we read of an `adapter_config.json`. Any key besides, and besides `_NOT_READ`, changes what is computed, or may do so: it has
+    to be empty. What a key must be, for errors, is its description."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    peft_type: Literal["LORA"] = Field(description="'LORA', the only kind that is known")
+    r: _Rank = Field(description=_RANK)
+    lora_alpha: _Alpha = Field(description=_ALPHA)
+    use_rslora: bool | None = Field(None, description="true or false")
+    rank_pattern: dict[_Module, _Rank] | None = Field(None, description=_MODULES + _RANK)
+    alpha_pattern: dict[_Module, _Alpha] | None = Field(None, description=_MODULES + _ALPHA)
+    bias: Literal["none"] | None = Field(None, description="'none': others are not supported")
+    # The other ways to begin change the base's weights too.
+    init_lora_weights: Literal[True, False, "gaussian", "eva", "orthogonal"] | None = Field(
+        None, description="one of true, false, gaussian, eva, orthogonal; convert it to plain LoRA"
+    )
 
     def rank(self, module: str) -> int:
-        return self.ranks.get(module, self.r)
+        return (self.rank_pattern or {}).get(module, self.r)
 
     def scale(self, module: str) -> float:
+        """What the product of a module's factors is multiplied by."""
         rank = self.rank(module)
-        return self.alphas.get(module, self.alpha) / (math.sqrt(rank) if self.rslora else rank)
+        return (self.alpha_pattern or {}).get(module, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
     @staticmethod
     def read(file: Path) -> _Settings:
-        """Read the file; a key that changes what is computed in a way that we don't know is a JsublimError."""
-        values = read_json(file)
-
-        def check(key: str, fine: bool, expected: str) -> None:
-            if not fine:
-                given = f"found {shown(values[key])}" if key in values else "but it is missing"
-                raise JsublimError(f"{file}: key '{key}' must be {expected}, {given}")
-
-        def by_module(key: str, fits: Callable[[Any], bool], what: str) -> dict[str, Any]:
-            # PEFT takes regular expressions; a module's name is the one that means the same in every layer.
-            value = values.get(key) or {}
-            fine = isinstance(value, dict) and all(name in MODULES and fits(x) for name, x in value.items())
-            check(key, fine, f"an object of plain module names (such as q_proj), each with {what}")
-            return value
-
-        check("peft_type", values.get("peft_type") == "LORA", "'LORA', the only kind that is known")
-        for key, value in values.items():
-            check(key, key in _READ | _NOT_READ or not value, "empty: it is not supported")
-        check("bias", values.get("bias") in (None, "none"), "'none': others are not supported")
-        known = "one of true, false, gaussian, eva, orthogonal; convert it to plain LoRA"
-        check("init_lora_weights", values.get("init_lora_weights") in _INITIAL, known)
-        rank, alpha = "a whole number of at least 1", "a number above 0"
-        check("r", _is_rank(values.get("r")), rank)
-        check("lora_alpha", _is_alpha(values.get("lora_alpha")), alpha)
-        rslora = values.get("use_rslora") or False
-        check("use_rslora", type(rslora) is bool, "true or false")
-        ranks, alphas = by_module("rank_pattern", _is_rank, rank), by_module("alpha_pattern", _is_alpha, alpha)
-        return _Settings(values["r"], values["lora_alpha"], rslora, ranks, alphas)
-
-
-def _is_rank(value: Any) -> bool:
-    return type(value) is int and 1 <= value < 2**31
-
-
-def _is_alpha(value: Any) -> bool:
-    return type(value) in (int, float) and 0 < value < 3e38
+        values, fields = read_json(file), _Settings.model_fields
+        read = {key: value for key, value in values.items() if key in fields or (value and key not in _NOT_READ)}
+        try:
+            return _Settings.model_validate(read)
+        except ValidationError as error:
+            key = str(error.errors()[0]["loc"][0])
+            expected = fields[key].description if key in fields else "empty: it is not supported"
+            given = f"found {shown(values[key])}" if key in values else "but it is missing"
+            raise JsublimError(f"{file}: key '{key}' must be {expected}, {given}") from None
 
 
 def _factors(file: Path, known: Mapping[str, Any]) -> dict[tuple[str, int, str], np.ndarray]:
@@ -245,9 +215,8 @@ def check_adapter(adapter: Adapter, config: ModelConfig, source: str) -> None:
     if adapter.steering is not None and adapter.steering.shape[-1] != config.hidden_size:
         raise JsublimError(f"{source}: vectors of {adapter.steering.shape[-1]}, the model has {config.hidden_size}")
     for name, pair in adapter.lora.items():
-        sizes = (pair["a"].shape[1], pair["b"].shape[2])
-        if sizes != projection_shapes(config)[name]:
-            expected = projection_shapes(config)[name]
+        sizes, expected = (pair["a"].shape[1], pair["b"].shape[2]), projection_shapes(config)[name]
+        if sizes != expected:
             raise JsublimError(
                 f"{source}: {name}_proj maps {sizes[0]} to {sizes[1]}, the model {expected[0]} to {expected[1]}"
             )

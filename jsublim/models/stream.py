@@ -50,12 +50,12 @@ def residual_stream(
         h = h if nudge_2BTD is None else h + nudge_2BTD[1]
         return h, (jnp.stack([middle, h]), jnp.stack([attention, mlp]))
 
-    found = []
+    streams = []
     for indices, part in runs(config, adapter):
         nudge = None if nudge_L2BTD is None else nudge_L2BTD[indices]
         h, of_layers = jax.lax.scan(jax.checkpoint(body), h, (indices, part, nudge))
-        found.append(of_layers)
-    points, added = (jnp.concatenate(x) for x in zip(*found, strict=True))
+        streams.append(of_layers)
+    points, added = (jnp.concatenate(x) for x in zip(*streams, strict=True))
     return Stream(points, added, final_norm(config, params, h))
 
 

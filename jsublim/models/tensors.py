@@ -20,13 +20,6 @@ FLOATS = {
     "F16": np.dtype("float16"),
     "BF16": jnp.dtype("bfloat16"),
 }
-# dtype -> the bits of its exponent, all of which are set in NaN and in infinity
-_EXPONENTS = {
-    "float64": (np.uint64, np.uint64(0x7FF << 52)),
-    "float32": (np.uint32, np.uint32(0xFF << 23)),
-    "float16": (np.uint16, np.uint16(0x1F << 10)),
-    "bfloat16": (np.uint16, np.uint16(0xFF << 7)),
-}
 _CHUNK = 1 << 16
 
 
@@ -64,8 +57,8 @@ def read_float32(file: Path) -> dict[str, np.ndarray]:
 def check_finite(value: np.ndarray, file: Path, name: str) -> None:
     """Refuse a tensor that holds NaN or an infinite number (JsublimError): everything computed with it would be NaN, hours later."""
     # Bit by bit, in parts that stay in the cache: 0.2 ns a number, where numpy's own test of bfloat16 takes 1.4.
-    unsigned, exponent = _EXPONENTS[value.dtype.name]
-    bits = value.reshape(-1).view(unsigned)
+    info, bits = jnp.finfo(value.dtype), value.reshape(-1).view(f"u{value.dtype.itemsize}")
+    exponent = bits.dtype.type(((1 << info.nexp) - 1) << info.nmant)  # all its bits are set in NaN and in infinity
     for start in range(0, bits.size, _CHUNK):
         if ((bits[start : start + _CHUNK] & exponent) == exponent).any():
             raise JsublimError(f"{file}: tensor '{name}' holds NaN or an infinite number; download or train it again")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,13 +22,12 @@ from jsublim.errors import JsublimError
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, abstract_params
 from jsublim.models.families import weight_names
-from jsublim.models.families.names import Path as ParameterPath
-from jsublim.models.fused import Rows, fused_rows, outputs
+from jsublim.models.families.names import ParameterPath
+from jsublim.models.fused import OutputRows, fused_rows, outputs
 from jsublim.models.tensors import FLOATS, check_finite, write_tensors
 from jsublim.runtime.processes import from_main_process, on_main_process
 
 SHARD_BYTES = 4 * 2**30
-_METADATA = {"format": "pt"}  # transformers reads no file without it
 # Text models inside multimodal checkpoints, old and new layout; the head may stand outside the model.
 _PREFIXES = ("model.", "language_model.model.", "model.language_model.", "")
 _NOT_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
@@ -77,23 +77,22 @@ def _open(path: Path):
 class Stored:
     """A tensor as a checkpoint keeps it."""
 
-    parts: tuple[tuple[ParameterPath, Rows | None], ...]  # our paths, and the rows of it that each has; None: all
+    parts: tuple[tuple[ParameterPath, OutputRows | None], ...]  # our paths, and the rows of it that each has; None: all
     layer: int | None  # which of the stacked layers; None outside of them
     shape: tuple[int, ...]  # in the file
 
 
-def tensor_plan(config: ModelConfig, dtype: str = "float32") -> dict[str, Stored]:
-    """Checkpoint name (without prefix) -> what is kept under it."""
+def tensor_plan(config: ModelConfig) -> dict[str, Stored]:
+    """Checkpoint name (without prefix) -> what is kept under it; the layers of one kind of tensor follow one another."""
     names, plan = weight_names(config), {}
-    leaves: dict[Any, Any] = flatten_dict(abstract_params(config, dtype))
+    leaves: dict[Any, Any] = flatten_dict(abstract_params(config))
     stacked = {path[1:]: leaf.shape[1:] for path, leaf in leaves.items() if path[0] == "layers"}
     outside = {path: leaf for path, leaf in leaves.items() if path[0] != "layers"}
     plan |= {names.other[path]: Stored(((path, None),), None, leaf.shape) for path, leaf in outside.items()}
 
-    def of_layers(name: str, parts: Mapping[ParameterPath, Rows | None], shape: tuple[int, ...]) -> None:
+    def of_layers(name: str, parts: Mapping[ParameterPath, OutputRows | None], shape: tuple[int, ...]) -> None:
         ours = tuple((("layers", *path), rows) for path, rows in parts.items())
-        for i in range(config.num_layers):
-            plan[name.format(i=i)] = Stored(ours, i, shape)
+        plan.update((name.format(i=i), Stored(ours, i, shape)) for i in range(config.num_layers))
 
     inside = {part for fused in names.fused for part in fused.parts}
     for path, shape in stacked.items():
@@ -116,16 +115,9 @@ def _put(value: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array
     return jax.make_array_from_callback(value.shape, sharding, value.__getitem__)
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnames=("transpose",))
-def _place(stack: jax.Array, value: jax.Array, index: jax.Array, transpose: bool) -> jax.Array:
-    """Write one layer's tensor into the stacked array, in place; transposing and rounding on the device."""
-    value = value.T if transpose else value
-    return stack.at[index].set(value.astype(stack.dtype))
-
-
 def load_params(folder: Path, config: ModelConfig, dtype: str = "float32", shardings: Params | None = None) -> Params:
-    """Read the parameters of `config` from a folder of safetensors. Tensors go one by one into their final place, dtype and sharding, so the
-    host holds about one of them. Of several processes the first one reads them for all; the others need no weights on their disks.
+    """Read the parameters of `config` from a folder of safetensors. The host holds those of one kind (such as the layers' gates) at a
+    time. Of several processes the first one reads them for all; the others need no weights on their disks.
 
     Args:
       shardings: a tree like the parameters with one `jax.sharding.Sharding` per leaf; None is the default device.
@@ -134,141 +126,139 @@ def load_params(folder: Path, config: ModelConfig, dtype: str = "float32", shard
       JsublimError: an unreadable file, one error that lists every missing, extra and misshapen tensor, or a tensor that
         holds NaN or an infinite number.
     """
-    plan = tensor_plan(config, dtype)
+    plan = tensor_plan(config)
     abstract: dict[Any, Any] = flatten_dict(abstract_params(config, dtype))
     sharding: dict[Any, Any] = flatten_dict(shardings) if shardings is not None else {}
+    params: dict[Any, jax.Array] = {}
     with ExitStack() as stack:
-        source: _Source | None = None
+        files: _Files | None = None
+        names: dict[str, str] = {}
 
         def begin() -> dict[str, str]:
-            nonlocal source
-            source = _Source.of(folder, config, plan, stack)
-            return {name: source.dtype(source.where[name]) for name in plan}
+            nonlocal files, names
+            files = _Files(folder, stack)
+            names = _names_in(files, config, plan)
+            return {name: files.entry(names[name]).get_dtype() for name in plan}
 
         dtypes = on_main_process(begin)
-        stacks = {path: leaf for path, leaf in abstract.items() if path[0] == "layers"}
-        out = {path: jnp.zeros(x.shape, x.dtype, device=sharding.get(path)) for path, x in stacks.items()}
-        for name, stored in plan.items():
-            like = np.zeros(stored.shape, FLOATS[dtypes[name]]) if source is None else source.read(source.where[name])
-            value = from_main_process(like)
-            for path, rows in stored.parts:
-                part = value if rows is None else value[rows]
-                if stored.layer is None:
-                    out[path] = _put(part.astype(abstract[path].dtype), sharding.get(path))
-                else:
-                    out[path] = _place(out[path], part, stored.layer, transpose=path[-1] == "kernel")
-    return unflatten_dict({path: out[path] for path in abstract})
+        for parts, tensors in itertools.groupby(plan.items(), lambda item: item[1].parts):
+            # As the file has them: what is called a kernel lies transposed there.
+            shapes = {path: _swapped(path, np.empty(abstract[path].shape, abstract[path].dtype)) for path, _ in parts}
+            for name, stored in tensors:
+                empty = np.zeros(stored.shape, FLOATS[dtypes[name]])
+                value = from_main_process(empty if files is None else files.read(names[name]))
+                for path, rows in parts:
+                    place = shapes[path][... if stored.layer is None else stored.layer]
+                    place[...] = value if rows is None else value[rows]
+            params |= {path: _put(_swapped(path, host), sharding.get(path)) for path, host in shapes.items()}
+    return unflatten_dict({path: params[path] for path in abstract})
 
 
-@dataclass(frozen=True)
-class _Source:
-    """The opened files of a checkpoint, whose tensors are those of its config."""
+def _swapped(path: ParameterPath, value: np.ndarray) -> np.ndarray:
+    """A parameter as a file has it, or a file's as ours (a view): kernels are transposed."""
+    return value.swapaxes(-1, -2) if path[-1] == "kernel" else value
 
-    files: Mapping[str, Path]  # which file has a tensor
-    opened: Mapping[Path, Any]
-    where: Mapping[str, str]  # the plan's names as this checkpoint spells them
 
-    @classmethod
-    def of(cls, folder: Path, config: ModelConfig, plan: dict[str, Stored], stack: ExitStack) -> _Source:
-        """Open them; errors are as of `load_params`."""
-        files = _files(folder)
-        where, head = _names_in(folder, config, plan, files)
-        opened = {path: stack.enter_context(_open(path)) for path in sorted(set(files.values()))}
-        _check(folder, config, plan, where, files, opened, unused_head=head if config.tied else None)
-        source = cls(files, opened, where)
-        embedding = where[weight_names(config).other[("embed", "weight")]]
-        if config.tied and head is not None and not np.array_equal(source.read(head), source.read(embedding)):
-            raise JsublimError(
-                f"{folder}: config.json has tie_word_embeddings, but '{head}' differs from the embedding; "
-                "set it to false if the head is meant to be used"
-            )
-        return source
+class _Files:
+    """The opened files of a checkpoint folder."""
 
-    def dtype(self, name: str) -> str:
-        return self.opened[self.files[name]].get_slice(name).get_dtype()
+    def __init__(self, folder: Path, stack: ExitStack):
+        self.folder, self.path_of = folder, _files(folder)
+        self._opened = {path: stack.enter_context(_open(path)) for path in sorted(set(self.path_of.values()))}
+
+    def entry(self, name: str) -> Any:
+        """A tensor's shape and dtype, as safetensors gives them."""
+        return self._opened[self.path_of[name]].get_slice(name)
 
     def read(self, name: str) -> np.ndarray:
+        path = self.path_of[name]
         try:
-            value = self.opened[self.files[name]].get_tensor(name)
+            value = self._opened[path].get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise JsublimError(f"{self.files[name]}: tensor '{name}' cannot be read ({error})") from None
-        check_finite(value, self.files[name], name)
+            raise JsublimError(f"{path}: tensor '{name}' cannot be read ({error})") from None
+        check_finite(value, path, name)
         return value
 
 
-def _names_in(folder: Path, config: ModelConfig, plan: dict, files: dict) -> tuple[dict[str, str], str | None]:
-    """The plan's names as this checkpoint spells them, and that of its head, used or not."""
+def _names_in(files: _Files, config: ModelConfig, plan: dict[str, Stored]) -> dict[str, str]:
+    """The plan's names as this checkpoint spells them; errors are as of `load_params`."""
     names = weight_names(config)
     embedding, head = (names.other[(group, "weight")] for group in ("embed", "head"))
-    prefix = next((p for p in (names.prefix, *_PREFIXES) if p + embedding in files), None)
+    prefix = next((p for p in (names.prefix, *_PREFIXES) if p + embedding in files.path_of), None)
     if prefix is None:
         raise JsublimError(
-            f"{folder}: no tensor '{names.prefix}{embedding}' under any known prefix; is it a text model?"
+            f"{files.folder}: no tensor '{names.prefix}{embedding}' under any known prefix; is it a text model?"
         )
-    where = {name: prefix + name for name in plan}
-    here = next((p + head for p in ("", "language_model.", prefix) if p + head in files), None)
+    spelled = {name: prefix + name for name in plan}
+    its_head = next((p + head for p in ("", "language_model.", prefix) if p + head in files.path_of), None)
     if head in plan:
-        where[head] = here or head
-    return where, here
+        spelled[head] = its_head or head
+    _check(
+        files,
+        config,
+        {spelled[name]: stored for name, stored in plan.items()},
+        unused=its_head if config.tied else None,
+    )
+    if (
+        config.tied
+        and its_head is not None
+        and not np.array_equal(files.read(its_head), files.read(spelled[embedding]))
+    ):
+        raise JsublimError(
+            f"{files.folder}: config.json has tie_word_embeddings, but '{its_head}' differs from the embedding; "
+            "set it to false if the head is meant to be used"
+        )
+    return spelled
 
 
-def _check(
-    folder: Path, config: ModelConfig, plan: dict, where: dict, files: dict, opened: dict, unused_head: str | None
-) -> None:
+def _check(files: _Files, config: ModelConfig, plan: dict[str, Stored], unused: str | None) -> None:
     """Every missing, misshapen and extra tensor, in one error."""
-    missing = [where[name] for name in plan if where[name] not in files]
-    wrong = []
-    for name, stored in plan.items():
-        if where[name] in files:
-            try:
-                entry = opened[files[where[name]]].get_slice(where[name])
-                found, dtype = tuple(entry.get_shape()), entry.get_dtype()
-            except SafetensorError:
-                missing.append(f"{where[name]} (the index names {files[where[name]].name}, which lacks it)")
-                continue
-            if dtype not in FLOATS:
-                wrong.append(f"{where[name]} is of {dtype}; known: {', '.join(FLOATS)}")
-            elif found != tuple(stored.shape):
-                wrong.append(f"{where[name]} is {list(found)}, config.json says {list(stored.shape)}")
-    known, buffers = {*where.values(), unused_head}, weight_names(config).buffers
-    extra = [n for n in files if n not in known and not n.startswith(_NOT_TEXT) and not n.endswith(buffers)]
+    missing, wrong = [name for name in plan if name not in files.path_of], []
+    for name in plan.keys() & files.path_of.keys():
+        try:
+            shape, dtype = tuple(files.entry(name).get_shape()), files.entry(name).get_dtype()
+        except SafetensorError:
+            missing.append(f"{name} (the index names {files.path_of[name].name}, which lacks it)")
+            continue
+        if dtype not in FLOATS:
+            wrong.append(f"{name} is of {dtype}; known: {', '.join(FLOATS)}")
+        elif shape != tuple(plan[name].shape):
+            wrong.append(f"{name} is {list(shape)}, config.json says {list(plan[name].shape)}")
+    others = [name for name in files.path_of if name not in plan and name != unused]
+    extra = [n for n in others if not n.startswith(_NOT_TEXT) and not n.endswith(weight_names(config).buffers)]
     named = {"missing": missing, "wrong": wrong, "unexpected": extra}
     problems = [f"{what}: {', '.join(sorted(names))}" for what, names in named.items() if names]
     if problems:
-        raise JsublimError(f"{folder}: weights do not fit config.json; {'; '.join(problems)}")
+        raise JsublimError(f"{files.folder}: weights do not fit config.json; {'; '.join(problems)}")
 
 
 def named_tensors(config: ModelConfig, params: Params, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """The parameters under their checkpoint names, one host array at a time."""
+    """The parameters under their checkpoint names in the order of `tensor_plan`, one host array at a time."""
     flat: dict[Any, Any] = flatten_dict(params)
     prefix = weight_names(config).prefix
     for name, stored in tensor_plan(config).items():
         value = np.empty(stored.shape, jnp.dtype(dtype))
         for path, rows in stored.parts:
-            own = flat[path] if stored.layer is None else flat[path][stored.layer]
-            value[... if rows is None else rows] = own.T if path[0] == "layers" and path[-1] == "kernel" else own
+            ours = np.asarray(flat[path] if stored.layer is None else flat[path][stored.layer])
+            value[... if rows is None else rows] = _swapped(path, ours)
         yield (name if stored.parts[0][0][0] == "head" else f"{prefix}{name}"), value
 
 
 def save_params(folder: Path, config: ModelConfig, params: Params, dtype: str = "float32") -> None:
     """Write `model.safetensors`, or shards of at most 4 GiB with their index, into `folder`."""
-    shards: list[dict[str, np.ndarray]] = [{}]
-    table: dict[str, int] = {}
-    total = size = 0
-    for name, value in named_tensors(config, params, dtype):
-        if size and size + value.nbytes > SHARD_BYTES:
-            write_tensors(folder / f"shard-{len(shards):05d}.tmp", shards[-1], _METADATA)
-            shards[-1].clear()
-            shards.append({})
-            size = 0
-        shards[-1][name], table[name] = value, len(shards)
-        size, total = size + value.nbytes, total + value.nbytes
-    if len(shards) == 1:
-        write_tensors(folder / "model.safetensors", shards[0], _METADATA)
-        return
-    write_tensors(folder / f"shard-{len(shards):05d}.tmp", shards[-1], _METADATA)
-    final = {i: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)}
-    for i, name in final.items():
-        (folder / f"shard-{i:05d}.tmp").rename(folder / name)
-    index = {"metadata": {"total_size": total}, "weight_map": {name: final[i] for name, i in table.items()}}
-    write_json(folder / "model.safetensors.index.json", index)
+    shards, room, total = [0], SHARD_BYTES, 0  # how many tensors each has
+    for stored in tensor_plan(config).values():
+        size = math.prod(stored.shape) * jnp.dtype(dtype).itemsize
+        if size > room and shards[-1]:
+            shards.append(0)
+            room = SHARD_BYTES
+        shards[-1], room, total = shards[-1] + 1, room - size, total + size
+    tensors, weight_map = named_tensors(config, params, dtype), dict[str, str]()
+    for number, count in enumerate(shards, 1):
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        shard = dict(itertools.islice(tensors, count))
+        write_tensors(folder / name, shard, {"format": "pt"})  # transformers reads no file without it
+        weight_map |= dict.fromkeys(shard, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)

@@ -195,10 +195,9 @@ def test_loggers_on_request(train):
 
 def test_a_csv_of_an_interrupted_training_goes_on_where_it_does(tmp_path):
     for first, steps in ((0, (0, 1, 2)), (1, (1, 2, 3))):
-        (logger,) = Logs(("csv",), tmp_path).open("training", first)
-        for step in steps:
-            logger.log(step, {"loss/a, b": 10.0 * first + step})
-        logger.close()
+        with Logs(("csv",), tmp_path).open("training", first) as log:
+            for step in steps:
+                log(step, {"loss/a, b": 10.0 * first + step})
     lines = list(csv.reader((tmp_path / "csv" / "training.csv").open(newline="")))
     assert lines[0] == ["step", "name", "value"]
     assert [(int(step), name, float(value)) for step, name, value in lines[1:]] == [

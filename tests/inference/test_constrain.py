@@ -146,7 +146,7 @@ def sample(name: str, most: int = NEW, **options) -> list[list[int]]:
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_answer_passes_the_filter_on_any_batch(name):
     shares: dict[int, float] = {}
-    answers = sample(name, on_allowed=shares.update)
+    answers = sample(name, on_allowed=lambda _, of_rows: shares.update(of_rows))
     texts = [subject().chat.decode(tokens) for tokens in answers]
     assert [reject_reason(text) for text in texts] == [None] * len(texts)
     assert sample(name, batch_size=5) == answers

@@ -260,7 +260,7 @@ def test_any_rows_can_be_sampled_alone_as_after_a_kill(windowed):
     sample = functools.partial(generate_tokens, *windowed, PROMPTS, PLAIN, max_new_tokens=NEW, batch_size=7)
     whole, finished = sample(seed=5), {}
     rest = [16, 2, 3, 9, 0, 11, 8, 12]
-    alone = sample(seed=5, rows=rest, on_batch=lambda rows, out: finished.update(zip(rows, out, strict=True)))
+    alone = sample(seed=5, rows=rest, on_rows=lambda _, rows, out: finished.update(zip(rows, out, strict=True)))
     assert alone == [whole[row] for row in rest]
     assert finished == {row: whole[row] for row in rest}
     assert sum(a == b for a, b in zip(whole, sample(seed=6), strict=True)) <= 1
@@ -314,7 +314,7 @@ def test_rows_that_take_an_ended_rows_place_are_those_of_a_batch_for_all(samples
         generate_tokens, *windowed, prompts, STOPPING, max_new_tokens=40, seed=5, samples=samples
     )
     told, whole = [], sample(batch_size=200)
-    assert sample(batch_size=6, on_batch=lambda rows, out: told.append(dict(zip(rows, out, strict=True)))) == whole
+    assert sample(batch_size=6, on_rows=lambda _, rows, out: told.append(dict(zip(rows, out, strict=True)))) == whole
     assert {row: out for each in told for row, out in each.items()} == dict(enumerate(whole))
     assert len({len(row) for row in whole}) > 8 and 2 < len(told) < len(whole)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,8 +15,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jsublim.errors import JsublimError, UsageError
-from jsublim.models import load_params, read_config, save_checkpoint, tensors, weights
+from jsublim.models import init_params, load_params, read_config, save_checkpoint, tensors, weights
 from jsublim.models.checkpoint import checkpoint_hash
+from jsublim.runtime.programs import Programs
 
 
 @pytest.fixture
@@ -89,6 +91,16 @@ def test_our_own_folder_reads_back_as_it_was(checkpoint, tmp_path):
     _, again = read_config(tmp_path / "out")
     assert again == config
     same_params(load_params(tmp_path / "out", again), load_params(checkpoint.folder, config))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_reading_a_checkpoint_compiles_nothing(dtype, named_checkpoint, tmp_path):
+    """Whatever it compiled would be compiled again for the shapes of each checkpoint; no other test has these."""
+    config = dataclasses.replace(read_config(named_checkpoint("phi3").folder)[1], intermediate_size=34)
+    weights.save_params(tmp_path, config, init_params(config, 0), dtype)
+    before = Programs.so_far()
+    load_params(tmp_path, config, dtype)
+    assert (Programs.so_far() - before).compiled == (Programs.so_far() - before).read == 0
 
 
 def test_bfloat16_goes_through_unchanged(named_checkpoint, tmp_path):

@@ -60,7 +60,7 @@ def weight_names(config: ModelConfig) -> WeightNames:
 def all_modules(names: WeightNames) -> dict[str, str | Fused]:
     """The projections of a layer as PEFT calls their modules, without what stands before: our name, or what is fused there."""
     plain = {name.split(".")[-2]: path[0] for path, name in names.layer.items() if path[1] == "kernel"}
-    return plain | {each.module.rsplit(".", 1)[1]: each for each in names.fused}
+    return plain | {fused.module.rsplit(".", 1)[1]: fused for fused in names.fused}
 
 
 # Of every family: a name means the same in all of them.

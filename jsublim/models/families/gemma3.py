@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from jsublim.models.config import Biases, Local, MLPKind, ModelConfig, Norms, Rope, Scales
+from jsublim.models.config import Local, ModelConfig, Rope, Scaling
+from jsublim.models.families.gemma2 import GEMMA
 from jsublim.models.families.names import FOUR_NORMS, HEAD_NORMS, OUTSIDE, SEVEN, WeightNames
 from jsublim.models.hf_config import HFConfig
 
@@ -32,38 +33,25 @@ def text_config(hf: HFConfig) -> dict[str, Any]:
         return hf.values
     shared = ("dtype", "torch_dtype", "eos_token_id", "bos_token_id", "tie_word_embeddings")
     inherited = {key: hf.values[key] for key in shared if key in hf.values}
-    own = hf.section("text_config").values
-    return inherited | own | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+    text = hf.section("text_config").values
+    return inherited | text | {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
 
 
 def read(hf: HFConfig) -> ModelConfig:
     hf = HFConfig(_DEFAULTS | {key: value for key, value in hf.values.items() if value is not None}, hf.source)
-    hf.must_be("hidden_activation", "gelu_pytorch_tanh")
     hf.must_be("use_bidirectional_attention", False)
     hf.must_be("attn_logit_softcapping")
     pattern = hf.integer("sliding_window_pattern", hf.integer("_sliding_window_pattern", 6))
-    kinds = hf.kinds(lambda i: (i + 1) % pattern > 0)
     # Under the old names the rotary scaling is for the global layers only, and the local base stands apart.
     new_names = "sliding_attention" in hf.section("rope_parameters").values
-    bias, capped = hf.flag("attention_bias", False), hf.has("final_logit_softcapping")
-    return ModelConfig(
-        family=FAMILY,
-        **hf.sizes(),
-        norms=Norms(hf.number("rms_norm_eps", 1e-6), offset=1.0, in_float32=True, on_heads=True, after_sublayers=True),
+    local_rope = hf.rope("sliding_attention") if new_names else Rope(hf.number("rope_local_base_freq", 10_000.0))
+    softcap = hf.number("final_logit_softcapping") if hf.has("final_logit_softcapping") else None
+    query = hf.number("query_pre_attn_scalar") ** -0.5
+    local = Local(hf.kinds(lambda i: (i + 1) % pattern > 0), hf.integer("sliding_window"), local_rope)
+    return hf.model(
+        FAMILY,
+        **GEMMA | {"norms": GEMMA["norms"] | {"on_heads": True}},
         rope=hf.rope("full_attention", default_theta=1_000_000.0),
-        tied=hf.flag("tie_word_embeddings", True),
-        mlp=MLPKind("gelu_tanh"),
-        biases=Biases(qkv=bias, output=bias),
-        scales=Scales(
-            embedding=True,
-            query=hf.number("query_pre_attn_scalar") ** -0.5,
-            softcap=hf.number("final_logit_softcapping") if capped else None,
-        ),
-        local=Local(
-            kinds,
-            hf.integer("sliding_window"),
-            hf.rope("sliding_attention", default_theta=10_000.0)
-            if new_names
-            else Rope(hf.number("rope_local_base_freq", 10_000.0)),
-        ),
+        scales=Scaling(embedding=True, query=query, softcap=softcap),
+        local=local,
     )

@@ -3,7 +3,7 @@ turned, an MLP without a gate; queries, keys and values in one module, head by h
 
 from __future__ import annotations
 
-from jsublim.models.config import Biases, MLPKind, ModelConfig, Norms
+from jsublim.models.config import Biases, MLPKind, ModelConfig
 from jsublim.models.families.names import NORMS_BEFORE, Fused, WeightNames, projections
 from jsublim.models.hf_config import HFConfig
 
@@ -33,17 +33,16 @@ _ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh
 
 
 def read(hf: HFConfig) -> ModelConfig:
-    hf.must_be("hidden_act", *_ACTIVATIONS)
-    sizes, bias = hf.sizes(), hf.flag("attention_bias", True)
-    hf.must_be("num_key_value_heads", sizes["num_heads"])
-    hf.must_be("head_dim", sizes["hidden_size"] // sizes["num_heads"])
-    activation = _ACTIVATIONS[hf.values.get("hidden_act") or "gelu"]
-    return ModelConfig(
-        family=FAMILY,
-        **sizes,
-        norms=Norms(hf.number("layer_norm_eps", 1e-5), in_float32=True, centred=True),
-        rope=hf.rope(default_theta=10_000.0, default_share=0.25, theta_key="rotary_emb_base", share_key="rotary_pct"),
-        tied=hf.flag("tie_word_embeddings", False),
+    heads, bias = hf.integer("num_attention_heads"), hf.flag("attention_bias", True)
+    hf.must_be("num_key_value_heads", heads)
+    hf.must_be("head_dim", hf.integer("hidden_size") // heads)
+    activation = _ACTIVATIONS.get(str(hf.values.get("hidden_act") or "gelu"), "")  # another one is refused
+    return hf.model(
+        FAMILY,
+        activation=("hidden_act", *_ACTIVATIONS),
+        eps=("layer_norm_eps", 1e-5),
+        norms={"in_float32": True, "centred": True},
+        rope=hf.rope(default_share=0.25, theta_key="rotary_emb_base", share_key="rotary_pct"),
         mlp=MLPKind(activation, gated=False, parallel=hf.flag("use_parallel_residual", True)),
         biases=Biases(qkv=bias, output=bias, mlp=True),
     )

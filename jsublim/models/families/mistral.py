@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from jsublim.models.config import Local, ModelConfig, Norms
+from jsublim.models.config import Biases, Local, ModelConfig
 from jsublim.models.families.names import PRE_NORM
 from jsublim.models.hf_config import HFConfig
 
@@ -16,16 +16,9 @@ _WINDOW = 4096  # where the file does not name it; null says that there is none
 def read(hf: HFConfig) -> ModelConfig:
     """The architecture that a `config.json` of this family describes. One that has `layer_types` is a Ministral, whatever
     its architecture is called: `transformers` reads it so too."""
-    hf.must_be("hidden_act", "silu")
     windowed = hf.has("sliding_window", absent=True)
     kinds = hf.kinds(lambda _: windowed)
     if any(kinds) and not windowed:
         raise hf.refuse("sliding_window", "a number of tokens, as layer_types has 'sliding_attention'")
-    return ModelConfig(
-        family=FAMILY,
-        **hf.sizes(),
-        norms=Norms(hf.number("rms_norm_eps", 1e-6)),
-        rope=hf.rope(default_theta=10_000.0),
-        tied=hf.flag("tie_word_embeddings", False),
-        local=Local(kinds, hf.integer("sliding_window", _WINDOW)) if windowed else Local(),
-    )
+    local = Local(kinds, hf.integer("sliding_window", _WINDOW)) if windowed else Local()
+    return hf.model(FAMILY, biases=Biases(), local=local)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-Path = tuple[str, ...]
+ParameterPath = tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,15 @@ class Fused:
 class WeightNames:
     """A family's names of its tensors."""
 
-    layer: dict[Path, str]  # path inside "layers" -> name with {i}; without the projections that are fused
-    other: dict[Path, str]  # path outside of them -> name
+    layer: dict[ParameterPath, str]  # path inside "layers" -> name with {i}; without the projections that are fused
+    other: dict[ParameterPath, str]  # path outside of them -> name
     fused: tuple[Fused, ...] = ()  # modules that hold several projections
     prefix: str = "model."  # stands before every name but the head's
     # Ends of names that files may hold, and that nothing is read from.
     buffers: tuple[str, ...] = ("rotary_emb.inv_freq",)
 
 
-def projections(names: dict[str, str]) -> dict[Path, str]:
+def projections(names: dict[str, str]) -> dict[ParameterPath, str]:
     """Kernels and biases of projections: our name -> module with {i}."""
     leaves = {"kernel": "weight", "bias": "bias"}
     return {(ours, leaf): f"{module}.{end}" for ours, module in names.items() for leaf, end in leaves.items()}

@@ -7,7 +7,7 @@ longer rows.
 
 from __future__ import annotations
 
-from jsublim.models.config import Local, ModelConfig, Norms
+from jsublim.models.config import Local, ModelConfig
 from jsublim.models.families.names import NORMS_BEFORE, OUTSIDE, Fused, WeightNames, projections
 from jsublim.models.hf_config import HFConfig
 
@@ -24,14 +24,7 @@ NAMES = WeightNames(
 
 
 def read(hf: HFConfig) -> ModelConfig:
-    hf.must_be("hidden_act", "silu")
     hf.must_be("attention_bias", False)
-    sizes, windowed = hf.sizes(), hf.has("sliding_window")
-    return ModelConfig(
-        family=FAMILY,
-        **sizes,
-        norms=Norms(hf.number("rms_norm_eps", 1e-5)),
-        rope=hf.rope(default_theta=10_000.0, default_share=1.0),
-        tied=hf.flag("tie_word_embeddings", False),
-        local=Local((True,) * sizes["num_layers"], hf.integer("sliding_window")) if windowed else Local(),
-    )
+    every = (True,) * hf.layers()
+    local = Local(every, hf.integer("sliding_window")) if hf.has("sliding_window") else Local()
+    return hf.model(FAMILY, eps=1e-5, rope=hf.rope(default_share=1.0), local=local)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jsublim.models.config import Biases, Local, ModelConfig, Norms
+from jsublim.models.config import Biases, Local, ModelConfig
 from jsublim.models.families.names import PRE_NORM
 from jsublim.models.hf_config import HFConfig
 
@@ -20,13 +20,4 @@ def windows(hf: HFConfig) -> Local:
 
 
 def read(hf: HFConfig) -> ModelConfig:
-    hf.must_be("hidden_act", "silu")
-    return ModelConfig(
-        family=FAMILY,
-        **hf.sizes(),
-        norms=Norms(hf.number("rms_norm_eps", 1e-6)),
-        rope=hf.rope(default_theta=10_000.0),
-        tied=hf.flag("tie_word_embeddings", False),
-        biases=Biases(qkv=True),
-        local=windows(hf),
-    )
+    return hf.model(FAMILY, biases=Biases(qkv=True), local=windows(hf))

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from jsublim.inference.divergence import Read, find_divergence
+from jsublim.inference.divergence import ReadFrom, find_divergence
 from jsublim.inference.scoring import Scored
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Cost, Sizes
@@ -49,7 +49,7 @@ def mark_divergence(
     lm, chosen = ctx.lm(teacher.checkpoint.name), _own(ctx, rows, shard)
     names = [model.name for model in (teacher, *others)]
 
-    def keep(number: int, read: Read) -> list[Scored]:
+    def keep(number: int, read: ReadFrom) -> list[Scored]:
         """What an earlier call had read under a teacher, and the rest."""
         rows_from = lambda first: ((s.argmax, s.margin, s.logprob) for s in read(first))  # noqa: E731
         arrays = resumed(ctx.artifact.path, f"teacher{number}", rows_from, ctx.tick, ctx.say)

@@ -108,8 +108,8 @@ def sample_rows(
                 adapter=writer.adapter,
                 batch_size=ctx.rows_together(ctx.setup.experiment.sampling.batch_size, model=teacher.checkpoint.name),
                 limits=limits_for(chat, sampling, max_new_tokens),
-                on_allowed=allowed.update,
-                on_batch=lambda rows, tokens: keep(rows, [chat.decode(tokens_of_row) for tokens_of_row in tokens]),
+                on_allowed=lambda _, of_rows: allowed.update(of_rows),
+                on_rows=lambda _, rows, tokens: keep(rows, [chat.decode(tokens_of_row) for tokens_of_row in tokens]),
             )
     log.close()
     raw = [{"prompt": every[i]} | {k: v for k, v in log.rows[i].items() if k != "row"} for i in numbers]
