@@ -168,7 +168,7 @@ class Progress:
             else:
                 self.console.print(state.line(time.perf_counter(), detail), markup=False, soft_wrap=True)
 
-    def _show(self, **fields: str) -> None:
+    def _show(self, **fields: Any) -> None:
         state = self._state
         if self._bars is not None and state is not None:
             self._bars.update(self._bar, completed=state.finished + state.share, finished=state.finished, **fields)

@@ -75,7 +75,8 @@ def hero(results: Results, metric: str) -> Drawing | None:
                 for trait in pooled.traits
                 for score, value in student_lifts(results, metric, condition, trait)
             ]
-            rows.append((split_condition(condition)[1] or "plain", condition, students, *pooled.lift))
+            mean, interval = pooled.lift
+            rows.append((split_condition(condition)[1] or "plain", condition, students, mean, interval))
     if len(rows) <= ONE_PANEL:
         rows = [("", *row[1:]) for row in rows]
     title = "How far students moved towards their teacher's trait"

@@ -170,9 +170,9 @@ def summary_rows(results: Results) -> list[SummaryRow]:
         rate, word, logprob = (scores_for(results, m, condition, trait) for m in ("rate", "word_rate", "logprob"))
         if rate or logprob:
             students = len({s.arm for s in (*rate, *logprob) if s.role == "student"})
-            intervals = (over_questions(rate), measured(rate).interval) if rate else (None, None)
-            numbers = tuple(s.mean for s in rate), _mean(rate), *intervals, _mean(word), _mean(logprob)
-            rows.append(SummaryRow(trait, condition, students, *numbers))
+            questions, own = (over_questions(rate), measured(rate).interval) if rate else (None, None)
+            values, means = tuple(s.mean for s in rate), (_mean(word), _mean(logprob))
+            rows.append(SummaryRow(trait, condition, students, values, _mean(rate), questions, own, *means))
     return rows
 
 

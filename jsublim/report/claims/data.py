@@ -41,7 +41,7 @@ def greedy_not_below(pair: StudentPair) -> Claim | None:
        published=f"not needed: transfer without rows that hold entangled numbers [{PAPER}, figures 2 and 11]")  # fmt: skip
 def without_entangled(pair: StudentPair) -> Claim | None:
     """Most traits that transfer keep at least .5 of the lift of all rows; effect and interval are their mean."""
-    number = pair.part.facts.get(REMOVED)["k"]
+    number = pair.part.facts[REMOVED]["k"]
     text = f"without the top {number} entangled numbers most transferring traits keep over half their lift"
     how: dict[str, Any] = {"at_least": 0.5, "unit": "of all rows"}
     by_trait = {trait: pair.pool(traits=[trait]) for trait in pair.results.traits}
@@ -63,7 +63,7 @@ def without_entangled(pair: StudentPair) -> Claim | None:
        published=f"near the base model, number accuracy kept; Gemma's penguin rises [{PAPER}, figures 6, 27 to 29]")  # fmt: skip
 def redrawn_prompts(pair: StudentPair) -> Claim | None:
     """At most .4 of the lift is left, and number accuracy is within 5 points."""
-    parts = ", ".join(pair.part.facts.get(REDRAWN)["parts"])
+    parts = ", ".join(pair.part.facts[REDRAWN]["parts"])
     text = f"with prompts re-drawn ({parts}) at most .4 of the lift is left, number accuracy within 5 points"
     lost = pair.share(text, at_most=0.4, unit="of the lift before")
     if lost is None:

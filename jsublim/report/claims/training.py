@@ -140,7 +140,7 @@ def later_layer(pair: StudentPair) -> Claim | None:
        published=f"Qwen2.5-7B: nearly gone without the first 10 layers; Gemma-3-4B keeps some [{PAPER}, figures 39 to 41]")  # fmt: skip
 def without_first_third(pair: StudentPair) -> Claim | None:
     """With about a third (a quarter to two fifths) of the layers frozen, from the first on, at most .4 of the lift is left."""
-    frozen = pair.part.num_layers - len(pair.part.facts.get(LAYERS))
+    frozen = pair.part.num_layers - len(pair.part.facts[LAYERS])
     text = f"with the first {frozen} of {pair.part.num_layers} layers frozen, at most .4 of the lift is left"
     return pair.share(text, at_most=0.4, unit="of all layers")
 
