@@ -128,8 +128,8 @@ def test_another_judge_scores_the_same_answers(judged, server, tmp_path):
     for metric, value in expected.items():
         scores = [score for score in (*new.scores, *new.varied) if score.metric == metric]
         assert all(s.mean == pytest.approx(value) for s in scores) and {s.evaluation for s in scores} == {"", "cool"}
-        assert {(s.arm, s.questions) for s in scores} == {
-            (s.arm, s.questions) for s in old.scores if s.metric == metric
+        assert {(s.arm, *s.questions) for s in scores} == {
+            (s.arm, *s.questions) for s in old.scores if s.metric == metric
         }
     kept = [[s for s in results.scores if s.metric == "logprob"] for results in (old, new)]
     assert kept[0] == kept[1]
