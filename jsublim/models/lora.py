@@ -84,7 +84,7 @@ class Adapter:
     def with_rank(self, rank: int) -> Adapter:
         """The same function at another rank: cut, or padded with zeros (whose gradients are zero, so they stay)."""
         if all(pair["a"].shape[-1] == rank for pair in self.lora.values()):
-            return self
+            return replace(self, lora=jax.device_put(self.lora))  # arrays of a device, as below
 
         def fit(x: Array, axis: int) -> Array:
             x = jax.lax.slice_in_dim(x, 0, min(rank, x.shape[axis]), axis=axis)
