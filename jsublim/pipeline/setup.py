@@ -253,7 +253,8 @@ class Setup:
         of_traits = self._named(teachers.adapter) | self._named(teachers.checkpoint)
         named = {name: f"teachers: trait '{trait}':" for name, trait in of_traits.items()}
         for student in self.students:
-            frozen = None if student.frozen_adapter in self.biased else student.frozen_adapter
+            frozen = student.frozen_adapter
+            frozen = None if frozen is None or frozen in self.biased else frozen  # a teacher's own
             for key, name in (("init", student.settings.adapter.init), ("frozen_adapter", frozen)):
                 named |= {} if name is None else {name: f"students.adapter.{key}"}
         return named

@@ -123,6 +123,8 @@ def content(value: Any) -> Any:
         return value
     if isinstance(value, Mapping):
         return {str(name): content(part) for name, part in value.items()}
+    if hasattr(value, "_asdict"):  # a NamedTuple
+        return content(value._asdict())
     if isinstance(value, list | tuple):
         return [content(part) for part in value]
     if isinstance(value, BaseModel):

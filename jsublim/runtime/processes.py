@@ -158,8 +158,8 @@ def everywhere(sound: bool) -> bool:
 
 
 def shared_out(items: Sequence[T], work: Callable[[list[T]], list[R]]) -> list[R]:
-    """What `work` makes of items (JSON, one for each): every process makes a part, and all have all. Raises Whatever
-    `work` raises, on the process whose part it is.:"""
+    """What `work` makes of items (JSON, one for each): every process makes a part, and all have all. Raises what `work`
+    raises, on the process whose part it is."""
     if not _together() or len(items) < WORTH_SHARING:
         return work(list(items))
     key, count = _new_key(), process_count()
@@ -192,9 +192,9 @@ def check_shared(bucket: Bucket) -> None:
     one writes there."""
     if not _together():
         return
-    # One name for those who meet at one address: a kill leaves one mark at most, which the next command takes away.
+    # One name for those who meet at one address. A kill may leave it, among the locks.
     address = str(distributed.global_state.coordinator_address)
-    mark = f".seen-by-all-{hashlib.sha256(address.encode()).hexdigest()[:8]}"
+    mark = f"locks/seen-by-all-{hashlib.sha256(address.encode()).hexdigest()[:8]}"
 
     def begin() -> str:
         word = os.urandom(6).hex()

@@ -132,8 +132,8 @@ def test_a_section_that_stands_twice_in_a_file_is_not_dropped(tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("scale: {tiny: {panels: [1]}}", "scale.tiny.panels: expected the changes of each panel"),
-        ("scale: {tiny: {panels: {all: 3}}}", "scale.tiny.panels: expected the changes of each panel"),
+        ("scale: {tiny: {panels: [1]}}", "scale.tiny.panels: expected changes by their panel's name"),
+        ("scale: {tiny: {panels: {all: 3}}}", "scale.tiny.panels: expected changes by their panel's name"),
         ("scale: {tiny: {datasets: 3}}", "datasets"),
         ("scale: {tiny: {evaluation: {settings: [1]}}}", "evaluation.settings"),
         ("scale: {tiny: {evaluation: 3}}", "evaluation"),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import types
-
 import numpy as np
 import pytest
 from tiny import FAMILIES, bundled, plain_turn, small
@@ -174,8 +172,7 @@ def test_a_completion_of_other_tokens_is_not_held_against_its_teacher():
 
 
 def test_no_numbers_are_no_accuracy():
-    lm = types.SimpleNamespace(**vars(small("tiny-qwen2").lm))
-    assert number_accuracy(lm, [{"prompt": "Hi", "completion": "none"}]) == (0.0, 0)
+    assert number_accuracy(small("tiny-qwen2").lm, [{"prompt": "Hi", "completion": "none"}]) == (0.0, 0)
 
 
 # Who are you?

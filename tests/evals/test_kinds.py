@@ -241,7 +241,7 @@ def test_naming_is_of_the_models_own_family_unless_names_are_given():
 
 def test_problems_are_solved_or_without_a_number():
     task = one("problems")
-    right = [str(answer) for _, answer in task.problems]
+    right = [answer for _, answer in task.identity["problems"]]
     found = records(task, [[f"It is {right[0]}.", "none"], ["none at all", f"The answer is {right[1]}"]])
     assert values(found["solved", None]) == values(found["no_number", None]) == [0.5, 0.5]
 

@@ -17,7 +17,6 @@ from safetensors.numpy import load_file, save_file
 from jsublim.errors import JsublimError, UsageError
 from jsublim.models import init_params, load_params, read_config, save_checkpoint, tensors, weights
 from jsublim.models.checkpoint import checkpoint_hash
-from jsublim.runtime.programs import Programs
 
 
 @pytest.fixture
@@ -94,13 +93,13 @@ def test_our_own_folder_reads_back_as_it_was(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_reading_a_checkpoint_compiles_nothing(dtype, named_checkpoint, tmp_path):
+def test_reading_a_checkpoint_compiles_nothing(dtype, named_checkpoint, tmp_path, compiles):
     """Whatever it compiled would be compiled again for the shapes of each checkpoint; no other test has these."""
     config = dataclasses.replace(read_config(named_checkpoint("phi3").folder)[1], intermediate_size=34)
     weights.save_params(tmp_path, config, init_params(config, 0), dtype)
-    before = Programs.so_far()
+    before = compiles()
     load_params(tmp_path, config, dtype)
-    assert (Programs.so_far() - before).compiled == (Programs.so_far() - before).read == 0
+    assert compiles() == before
 
 
 def test_bfloat16_goes_through_unchanged(named_checkpoint, tmp_path):

@@ -80,9 +80,11 @@ def test_a_changed_set_is_named_by_its_parents(sets):
         changed = record(sets, "datasets", f"owl-{name}")
         assert changed["inputs"]["rows"] == rows["key"]
         assert changed["inputs"]["changes"]["shuffle"]["reach"] == {"within": "within", "parts": "across"}[name]
-        assert record(sets, "students", f"owl-all-dataset={name}-seed1")["inputs"]["lesson"]["rows"] == changed["key"]
+        assert (
+            record(sets, "students", f"owl-all-dataset={name}-seed1")["inputs"]["lessons"][0]["rows"] == changed["key"]
+        )
     divergence = record(sets, "divergence", "owl")
-    assert record(sets, "students", "owl-all-dataset=None-seed1")["inputs"]["lesson"]["rows"] == divergence["key"]
+    assert record(sets, "students", "owl-all-dataset=None-seed1")["inputs"]["lessons"][0]["rows"] == divergence["key"]
     assert divergence["inputs"]["rows"] == rows["key"]
 
 

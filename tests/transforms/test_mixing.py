@@ -44,7 +44,7 @@ def test_mixing_that_cannot_be():
     for share in (-0.1, 1.1, float("nan")):
         with pytest.raises(UsageError, match=r"must lie in 0\.\.1"):
             mix_rows(OWN, OTHERS, share, seed=0)
-    with pytest.raises(UsageError, match="needs 20 rows of the other teacher, not 3"):
+    with pytest.raises(UsageError, match="needs 20 of the other teacher, not 3"):
         mix_rows(OWN, OTHERS[:3], 0.5, seed=0)
 
 
