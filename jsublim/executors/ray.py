@@ -88,12 +88,12 @@ class RayExecutor:
             return
         progress = work[0][1].progress
         with self._cluster(runs[0]) as ray, progress.stage("tasks", len(jobs)) as tick:
-            drive = _Drive(ray, runs[0], Frontier(jobs), progress, tick, self.times)
+            driver = _Driver(ray, runs[0], Frontier(jobs), progress, tick, self.times)
             try:
-                drive.run()
+                driver.run()
             finally:
-                drive.stop()
-        drive.raise_failures()
+                driver.stop()
+        driver.raise_failures()
 
     @contextlib.contextmanager
     def _cluster(self, run: Devices) -> Iterator[Any]:
@@ -118,7 +118,7 @@ class RayExecutor:
 
 
 @dataclass
-class _Hand:
+class _WorkerHandle:
     """A worker as the driver sees it."""
 
     number: int
@@ -127,7 +127,7 @@ class _Hand:
     job: Job | None = None  # that it is at
 
 
-class _Drive:
+class _Driver:
     """One pass through a graph: each worker is started, gets one task after the other, and is lost or stopped."""
 
     def __init__(
@@ -135,9 +135,9 @@ class _Drive:
     ):
         self.ray, self.devices, self.frontier, self.progress, self.tick = ray, devices, frontier, progress, tick
         self.times = times
-        self.starting: dict[Any, _Hand] = {}  # by what Ray will answer; so is `busy`
-        self.busy: dict[Any, _Hand] = {}
-        self.idle: list[_Hand] = []
+        self.starting: dict[Any, _WorkerHandle] = {}  # by what Ray will answer; so is `busy`
+        self.busy: dict[Any, _WorkerHandle] = {}
+        self.idle: list[_WorkerHandle] = []
         self.lost: Counter[str] = Counter()  # workers, by the key of their task
         self.failed: list[str] = []  # lines
         self.number = 0  # of the last worker
@@ -151,8 +151,8 @@ class _Drive:
             have = len(self.starting) + len(self.idle) + len(self.busy)
             for _ in range(min(self._wanted(), len(self.frontier.left)) - have):
                 self.number += 1
-                hand = _Hand(self.number, self._start())
-                self.starting[hand.actor.where.remote()] = hand
+                handle = _WorkerHandle(self.number, self._start())
+                self.starting[handle.actor.where.remote()] = handle
             self._assign()
             waiting = [*self.starting, *self.busy]
             answered, _ = self.ray.wait(waiting, timeout=LOOK) if waiting else ([], [])
@@ -165,12 +165,12 @@ class _Drive:
                 self._begun(ref) if ref in self.starting else self._ended(ref)
 
     def stop(self) -> None:
-        for hand in (*self.starting.values(), *self.idle, *self.busy.values()):
-            self._kill(hand)
+        for handle in (*self.starting.values(), *self.idle, *self.busy.values()):
+            self._kill(handle)
 
-    def _kill(self, hand: _Hand) -> None:
+    def _kill(self, handle: _WorkerHandle) -> None:
         with contextlib.suppress(Exception):  # it may be gone, and so may the cluster
-            self.ray.kill(hand.actor)
+            self.ray.kill(handle.actor)
 
     def raise_failures(self) -> None:
         for line in self.failed:
@@ -217,64 +217,64 @@ class _Drive:
     def _assign(self) -> None:
         """Give the idle workers what is ready; a judge's budget and pace are shared out among all."""
         while self.idle:
-            hand = self.idle[-1]
-            hand.job = self.frontier.take(lambda job, known=hand.checkpoint: job.checkpoint == known)
-            if hand.job is None:
+            handle = self.idle[-1]
+            handle.job = self.frontier.take(lambda job, known=handle.checkpoint: job.checkpoint == known)
+            if handle.job is None:
                 return
             self.idle.pop()
-            hand.checkpoint = hand.job.checkpoint
-            experiment = one_workers_share(hand.job.context.setup.experiment, max(1, self._wanted()))
-            self.busy[hand.actor.make.remote(experiment, hand.job.task.key)] = hand
+            handle.checkpoint = handle.job.checkpoint
+            experiment = one_workers_share(handle.job.context.setup.experiment, max(1, self._wanted()))
+            self.busy[handle.actor.make.remote(experiment, handle.job.task.key)] = handle
 
     def _begun(self, ref: Any) -> None:
-        hand = self.starting.pop(ref)
+        handle = self.starting.pop(ref)
         try:
-            self.progress.say(f"worker {hand.number}: {self.ray.get(ref)}")
+            self.progress.say(f"worker {handle.number}: {self.ray.get(ref)}")
         except self.ray.exceptions.RayError as error:
             self.begins += 1
             if self.begins >= BEGINS and not self.idle and not self.busy:
                 raise JsublimError(f"--on ray: {BEGINS} workers could not begin: {first_line(error)}") from None
             return
         self.begins = 0
-        self.idle.append(hand)
+        self.idle.append(handle)
 
     def _ended(self, ref: Any) -> None:
-        hand = self.busy.pop(ref)
-        job = hand.job
+        handle = self.busy.pop(ref)
+        job = handle.job
         assert job is not None, "it was busy"
         try:
             outcome: TaskOutcome = self.ray.get(ref)
         except self.ray.exceptions.RayError as error:
-            return self._again(job, hand, first_line(error))
+            return self._again(job, handle, first_line(error))
         for line in outcome.lines:
             self.progress.say(line)
         if outcome.preempted:
-            return self._again(job, hand, "its machine is taken away")
-        self.idle.append(hand)
+            return self._again(job, handle, "its machine is taken away")
+        self.idle.append(handle)
         if outcome.error is not None:
             self._give_up(job, outcome.error)
         elif not seen(job.task, job.context):
             store = job.context.setup.experiment.store_dir
             self._give_up(
-                job, f"{store}: does not show here what worker {hand.number} made; all machines must share it"
+                job, f"{store}: does not show here what worker {handle.number} made; all machines must share it"
             )
         else:
             now, spent = time.monotonic(), job.context.progress.seconds
-            self.times.append((job, hand.number, now - outcome.seconds, now))
+            self.times.append((job, handle.number, now - outcome.seconds, now))
             spent[job.task.kind] = round(spent.get(job.task.kind, 0.0) + outcome.seconds, 2)
             self.frontier.finish(job.key)
             self.tick(1)
 
-    def _again(self, job: Job, hand: _Hand, why: str) -> None:
+    def _again(self, job: Job, handle: _WorkerHandle, why: str) -> None:
         """A worker was lost; another one begins its task again, from what it had left in the store."""
-        self._kill(hand)
+        self._kill(handle)
         self.lost[job.key] += 1
         times, most = self.lost[job.key], self.devices.retries
         if times > most:
             self._give_up(job, f"its worker was lost {times} times, the last time because: {why} (run.retries={most})")
         else:
             self.progress.say(
-                f"{job.name}: worker {hand.number} was lost ({why}); begun again, {times} of {most} times"
+                f"{job.name}: worker {handle.number} was lost ({why}); begun again, {times} of {most} times"
             )
             self.frontier.give_back(job.key)
 
