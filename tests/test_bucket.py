@@ -1,4 +1,4 @@
-"""Objects behind a URL, on a real S3 server, and in a folder: whole or not there, created by one of many, errors of one line."""
+"""Objects at a URL, on a real S3 server, and in a folder: whole or not there, created by one of many, errors of one line."""
 
 from __future__ import annotations
 

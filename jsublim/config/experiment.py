@@ -34,7 +34,7 @@ class Config(Section):
     """Where artifacts go: a folder, or s3://bucket/folder or gs://bucket/folder; several runs may share a store. null: inside the run's
     folder."""
     store_cache: Annotated[Place | None, RUNTIME] = None
-    """The folder of this machine that a store behind a URL is read and written through; null: one of the user's cache."""
+    """The folder of this machine that a store at a URL is read and written through; null: one of the user's cache."""
 
     @property
     def run_dir(self) -> Path:

@@ -1,4 +1,4 @@
-"""Objects behind a URL (`s3://`, `gs://`), or files below a folder by the same names and calls: read and written whole."""
+"""Objects at a URL (`s3://`, `gs://`), or files below a folder by the same names and calls: read and written whole."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_url(url: str) -> str:
 
 
 def cache_folder(kind: str, url: str) -> Path:
-    """Where the user's cache keeps what lies behind a URL; `kind` is what it is: stores, checkpoints."""
+    """Where the user's cache keeps what lies at a URL; `kind` is what it is: stores, checkpoints."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     name = f"{url.rstrip('/').rsplit('/', 1)[-1]}-{hashlib.sha256(url.encode()).hexdigest()[:8]}"
     return Path(cache) / "jsublim" / kind / name

@@ -286,7 +286,7 @@ def _newest(saved: ocp.CheckpointManager, like: dict[str, Any], say: Callable[[s
     if broken and tree is None:
         raise JsublimError(
             f"{saved.directory}: the saved state does not fit these arms, or is damaged ({next(iter(broken.values()))}); move the "
-            "folder away to train from the beginning (with a store behind a URL, from the state that was sent there)"
+            "folder away to train from the beginning (with a store at a URL, from the state that was sent there)"
         )
     for step, why in broken.items():
         folder = Path(saved.directory) / str(step)

@@ -52,7 +52,7 @@ def resumed(
             first, clock = len(rows), time.monotonic()
         if leave:
             raise Preempted(
-                f"{artifact}: stopped by a signal; {len(rows)} rows of {name} are kept, and the same command goes on"
+                f"{artifact}: stopped by a signal; {len(rows)} rows of {name} are kept, and the same command continues"
             )
     if first < len(rows):
         _save(folder, name, first, rows[first:])

@@ -1,4 +1,4 @@
-"""What a store behind a URL has besides artifacts: the newest saved state of each training, so that another machine can go on,
+"""What a store at a URL has besides artifacts: the newest saved state of each training, so that another machine can go on,
 as files in `training/<name>/<step>/` with a mark as artifacts have; and compiled programs."""
 
 from __future__ import annotations

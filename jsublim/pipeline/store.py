@@ -1,4 +1,4 @@
-"""A store: artifacts under the hash of what went into them, in a folder or behind a URL.
+"""A store: artifacts under the hash of what went into them, in a folder or at a URL.
 
 They are made deterministically, so nothing is lost where two machines make the same one: the first that is whole counts. On
 one machine (or in a folder that several share) a lock of the operating system keeps two runs from doing the same work.

@@ -48,7 +48,7 @@ class _State:
 
 
 class Preempted(JsublimError):
-    """The machine is being taken away. What was finished is kept, and the same command goes on."""
+    """The machine is being taken away. What was finished is kept, and the same command continues."""
 
     code = 75  # EX_TEMPFAIL of sysexits.h: try again
 
@@ -323,4 +323,4 @@ def leaving() -> bool:
 def leave_if_asked() -> None:
     """To be called where all that was done is kept. Raises Preempted: the machine is being taken away."""
     if leaving():
-        raise Preempted("stopped by a signal; what was finished is kept, and the same command goes on")
+        raise Preempted("stopped by a signal; what was finished is kept, and the same command continues")

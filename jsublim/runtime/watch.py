@@ -95,7 +95,7 @@ class Watch:
             if said.startswith("stopped"):
                 self._end(f"process {who} has stopped; it says why", int(said.split()[1]))
             if time.monotonic() - when > self.time_out:
-                self._end(f"{gone(who)} for {self.time_out:g} s; the same command goes on", 1)
+                self._end(f"{gone(who)} for {self.time_out:g} s; the same command continues", 1)
 
     def _tell(self, what: str) -> None:
         client().key_value_set(f"{TELL}/alive/{process_index()}", what, allow_overwrite=True)

@@ -1,4 +1,4 @@
-"""Commands that stop midway, for a loss, a full disk or Ctrl-C: one line says why, and the same command goes on."""
+"""Commands that stop midway, for a loss, a full disk or Ctrl-C: one line says why, and the same command continues."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store behind a URL, on a real S3 server: what one machine has made, another has; nothing damaged is ever used."""
+"""A store at a URL, on a real S3 server: what one machine has made, another has; nothing damaged is ever used."""
 
 from __future__ import annotations
 
