@@ -89,7 +89,9 @@ def alone(tmp_path_factory) -> Path:
     child = start(*command(out))
     code, err = stop_when(child, lambda: any(p.stat().st_size for p in logs.glob("*/progress.jsonl")), signal.SIGTERM)
     assert code == 75 and "Traceback" not in err, err
-    assert err.splitlines()[-1] == "error: stopped by a signal; what was finished is kept, and the same command continues"
+    assert (
+        err.splitlines()[-1] == "error: stopped by a signal; what was finished is kept, and the same command continues"
+    )
     assert not (out / "report.html").exists()
     ok(*command(out))
     return out

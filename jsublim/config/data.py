@@ -97,7 +97,7 @@ class Dataset(Section):
     def _changes_by_name(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        fields = {key: each for key, each in value.items() if key in cls.model_fields and key != "changes"}
+        fields = {key: given for key, given in value.items() if key in cls.model_fields and key != "changes"}
         changes = {}
         for name, options in value.items():
             if not isinstance(name, str):
@@ -108,7 +108,7 @@ class Dataset(Section):
                 known = [*(key for key in cls.model_fields if key != "changes"), *CHANGES.known]
                 raise ValueError(f"unknown key '{name}'; {near_or_all(name, known, 'known keys')}")
             changes[name] = CHANGES.parse(name, options)
-        return fields | {"changes": dict(sorted(changes.items(), key=lambda each: each[1].order))}
+        return fields | {"changes": dict(sorted(changes.items(), key=lambda given: given[1].order))}
 
     @model_serializer(mode="wrap")
     def _flat(self, handler: Any) -> dict[str, Any]:

@@ -98,7 +98,7 @@ class Experiment(Config):
     """The checkpoint that teachers and students stand on: a folder, s3://bucket/folder or gs://bucket/folder, a bundled name, or
     owner/name of the hub."""
     model_revision: Annotated[Place | None, RUNTIME] = None
-    """Of a model of the hub: a branch, tag or commit. No key names it: the checkpoint's content is part of them."""
+    """Branch, tag or commit of a model of the hub. No key names it: the checkpoint's content is part of them."""
     chat_template: Annotated[Place | None, CONTENT] = None
     """In place of the checkpoints' own template: `plain` (for base models), or a Jinja file; null: their own."""
     dtype: Annotated[Literal["float32", "bfloat16"], RESULT] = "float32"

@@ -29,11 +29,11 @@ def problems(kind: type[pydantic.BaseModel], values: Mapping[str, Any]) -> list[
             kind.model_validate(rest)
             break
         except pydantic.ValidationError as error:
-            errors = [each for each in _of_fields(error, kind, rest) if not _follows(each, gone)]
-        new = [line for each in errors for line in _in_words(each, kind, rest)]
+            errors = [entry for entry in _of_fields(error, kind, rest) if not _follows(entry, gone)]
+        new = [line for entry in errors for line in _in_words(entry, kind, rest)]
         lines += [line for line in _without_followers(new) if line not in lines]
-        errors.sort(key=lambda each: each["type"] == "missing")  # a misspelt key is why another one is missing
-        if not errors or not all([_taken_out(each, kind, rest, gone) for each in errors]):
+        errors.sort(key=lambda entry: entry["type"] == "missing")  # a misspelt key is why another one is missing
+        if not errors or not all([_taken_out(entry, kind, rest, gone) for entry in errors]):
             break
     return lines
 
@@ -46,22 +46,22 @@ def _follows(error: Mapping[str, Any], gone: set[Location]) -> bool:
 def first_problem(error: pydantic.ValidationError, kind: type[pydantic.BaseModel], values: Mapping[str, Any]) -> str:
     """The first mistake alone."""
     errors = _of_fields(error, kind, values)
-    return _without_followers([line for each in errors for line in _in_words(each, kind, values)])[0]
+    return _without_followers([line for entry in errors for line in _in_words(entry, kind, values)])[0]
 
 
 def _of_fields(error: pydantic.ValidationError, kind: Any, values: Any) -> list[dict[str, Any]]:
     """One entry per field: of a field that may be one thing or another, pydantic has an entry for each."""
     entries: dict[Location, dict[str, Any]] = {}
-    for each in error.errors():
-        place, said, what = _place(each, kind, values), _said(each), each["type"]
-        if what == "missing" and isinstance(each["loc"][-1], int):  # in a list of so many entries
+    for entry in error.errors():
+        place, said, what = _place(entry, kind, values), _said(entry), entry["type"]
+        if what == "missing" and isinstance(entry["loc"][-1], int):  # in a list of so many entries
             what, said = "too_short", "an entry is missing"
         if place in entries and entries[place]["type"] not in ("missing", "extra_forbidden"):
             if said not in entries[place]["said"]:
                 entries[place]["said"] += f" or {said.removeprefix('input should be ')}"
         else:
-            entries[place] = {"type": what, "place": place, "said": said, "input": each["input"]}
-            entries[place] |= {"expected": str(each.get("ctx", {}).get("expected", ""))}
+            entries[place] = {"type": what, "place": place, "said": said, "input": entry["input"]}
+            entries[place] |= {"expected": str(entry.get("ctx", {}).get("expected", ""))}
     return list(entries.values())
 
 
@@ -140,12 +140,12 @@ def _below(kind: Any, part: int | str) -> Any:
     """The type of what lies under a key: of a section's field, or of the entries of a mapping or a list."""
     if part in _fields(kind):
         return _fields(kind)[str(part)].annotation
-    entries = (get_args(each)[-1] for each in _alternatives(kind) if get_origin(each) in (dict, list, tuple))
+    entries = (get_args(entry)[-1] for entry in _alternatives(kind) if get_origin(entry) in (dict, list, tuple))
     return next(entries, None)
 
 
 def _fields(kind: Any) -> Mapping[str, Any]:
-    return {name: field for each in _alternatives(kind) for name, field in getattr(each, "model_fields", {}).items()}
+    return {name: field for entry in _alternatives(kind) for name, field in getattr(entry, "model_fields", {}).items()}
 
 
 def _alternatives(kind: Any) -> Iterator[Any]:
@@ -153,7 +153,7 @@ def _alternatives(kind: Any) -> Iterator[Any]:
     if get_origin(kind) is Annotated:
         yield from _alternatives(get_args(kind)[0])
     elif get_origin(kind) in (Union, UnionType):
-        for each in get_args(kind):
-            yield from _alternatives(each)
+        for entry in get_args(kind):
+            yield from _alternatives(entry)
     else:
         yield kind

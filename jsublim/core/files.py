@@ -69,8 +69,8 @@ def atomic(path: str | Path) -> Iterator[Path]:
 def remove_abandoned(place: Path) -> None:
     """Remove what processes that are gone had begun to write: inside a folder, and beside a file or folder, under its name.
     Others may be writing there; theirs stays."""
-    beside = place.parent.glob(f".{glob.escape(place.stem)}.*{PARTIAL}")
-    for path in [*beside, *place.glob(f".*{PARTIAL}")]:
+    outside = place.parent.glob(f".{glob.escape(place.stem)}.*{PARTIAL}")
+    for path in [*outside, *place.glob(f".*{PARTIAL}")]:
         if SCRATCH.search(path.name):
             with suppress(OSError):
                 lock = _opened(path)
@@ -105,7 +105,7 @@ def _sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """Of a file's content."""
+    """The digest of a file's content."""
     with path.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 

@@ -142,12 +142,12 @@ def _row(given: Any, where: str, columns: tuple[str, str] | None) -> Row:
 def _of_messages(messages: Any, where: str) -> Row:
     """Prompt, completion and system prompt of one exchange."""
     wrong = f"{where}: messages must be one of the user and one of the assistant (after one of the system, or none)"
-    if not isinstance(messages, list) or not all(isinstance(each, Mapping) for each in messages):
+    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         raise JsublimError(f"{wrong}, found {shown(messages)}")
-    roles = [each.get("role") for each in messages]
+    roles = [message.get("role") for message in messages]
     if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
         raise JsublimError(f"{wrong}, found {', '.join(map(str, roles)) or 'none'}")
-    texts = {each["role"]: each.get("content") for each in messages}
+    texts = {message["role"]: message.get("content") for message in messages}
     prompt, completion = texts.pop("user"), texts.pop("assistant")
     return {"prompt": prompt, "completion": completion} | texts
 

@@ -57,8 +57,8 @@ class Shard:
         for tasks, context in work:
             mend(tasks, context)
         jobs = merged(work)
-        own = {key for key, shard in dealt(jobs, self.count).items() if shard == self.index}
-        progress, failed = work[0][1].progress, self._do(Frontier(jobs), own)
+        keys = {key for key, shard in dealt(jobs, self.count).items() if shard == self.index}
+        progress, failed = work[0][1].progress, self._do(Frontier(jobs), keys)
         if failed:
             raise TasksFailed(
                 f"{self}: failed tasks: {failed}; everything else of its own that does not need them is done. Mend what their "
@@ -66,19 +66,19 @@ class Shard:
             )
         others = sum(not job.done for job in jobs.values())
         missing = f"; {others} of others are not, and whoever ends last writes the report" if others else ""
-        progress.say(f"{self}: its {len(own)} of {len(jobs)} tasks are done{missing}")
+        progress.say(f"{self}: its {len(keys)} of {len(jobs)} tasks are done{missing}")
 
-    def _do(self, frontier: Frontier, own: set[str]) -> int:
+    def _do(self, frontier: Frontier, keys: set[str]) -> int:
         """Do these tasks, as they become ready. Returns how many failed."""
         failed, last = 0, None
         while True:
             leave_if_asked()
             frontier.see()
-            if not own & frontier.left:
+            if not keys & frontier.left:
                 return failed
-            ready = [job for job in frontier.ready if job.key in own]
+            ready = [job for job in frontier.ready if job.key in keys]
             if not ready:
-                self._wait(frontier, own)
+                self._wait(frontier, keys)
                 continue
             job = next((job for job in ready if last is not None and job.checkpoint == last.checkpoint), ready[0])
             if last is not None and job.checkpoint != last.checkpoint:
@@ -95,8 +95,8 @@ class Shard:
             else:
                 frontier.finish(job.key)
 
-    def _wait(self, frontier: Frontier, own: set[str]) -> None:
-        needed = with_parents(frontier.jobs[key].task for key in own & frontier.left)
+    def _wait(self, frontier: Frontier, keys: set[str]) -> None:
+        needed = with_parents(frontier.jobs[key].task for key in keys & frontier.left)
         jobs = [job for job in frontier.ready if job.task.key in needed]
         more = f" and {len(jobs) - 3} more" if len(jobs) > 3 else ""
         names = ", ".join(job.name for job in jobs[:3])

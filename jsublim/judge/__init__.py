@@ -11,7 +11,7 @@ class Judge(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What its replies depend on, as JSON: part of the key of every artifact that is made from them."""
+        """All that its replies depend on, as JSON: part of the key of every artifact that is made from them."""
         ...
 
     def ask(self, prompts: Sequence[str]) -> list[str]:

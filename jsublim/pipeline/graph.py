@@ -79,7 +79,7 @@ def results_key(setup: Setup) -> str:
     """What the results of a run hang on: every field that is not only about how, files by their content."""
     e = setup.experiment
     content = [None if e.data.kind == "numbers" else digest(prompts(setup, e.data.seed)), questions(setup).identity]
-    hashes = {name: each.hash for name, each in setup.checkpoints.items()}
+    hashes = {name: checkpoint.hash for name, checkpoint in setup.checkpoints.items()}
     hashes |= {} if setup.judge is None else {"judge": setup.judge.hash}
     hashes |= {name: setup.content(name, what) for name, what in setup.adapters().items()}
     hashes |= {} if setup.engine is None else {"engine": setup.engine}

@@ -23,13 +23,13 @@ FIGURES = "paper"  # the folder of configs that are no experiments by themselves
 def configs() -> Table:
     """The configs that come with the package: the name that commands take, and the first sentence of its comment."""
     home = find_config("configs/quickstart.yaml").parent
-    found = []
+    listed = []
     for path in sorted(home.rglob("*.yaml")):
         name = path.relative_to(home)
         if name.parts[0] != FIGURES:
             model = read_yaml(path).get("model", "")
-            found.append({"config": f"configs/{name}", "model": model, "about": first_sentence(path)})
-    return found
+            listed.append({"config": f"configs/{name}", "model": model, "about": first_sentence(path)})
+    return listed
 
 
 def first_sentence(path: Path) -> str:
@@ -56,13 +56,13 @@ def models() -> Table:
 
     places = {"bundled": (BUNDLED, "*"), "checkpoints/": (Path("checkpoints"), "*")}
     places["hub's cache"] = (Path(constants.HF_HUB_CACHE), "models--*/snapshots/*")
-    found = []
+    listed = []
     for where, (folder, pattern) in places.items():
         for path in sorted(folder.glob(pattern)):
             if (path / "config.json").is_file():
                 name = origin_of(path).name or (path.name if where == "bundled" else str(path))
-                found.append({"model": name, "where": where} | _shape(path) | {"revision": origin_of(path).commit})
-    return found
+                listed.append({"model": name, "where": where} | _shape(path) | {"revision": origin_of(path).commit})
+    return listed
 
 
 def _shape(folder: Path) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _shape(folder: Path) -> dict[str, Any]:
 
 
 def _rounded(count: int) -> str:
-    unit, name = next((each for each in ((1e9, "B"), (1e6, "M")) if count >= each[0]), (1e3, "K"))
+    unit, name = next((scale for scale in ((1e9, "B"), (1e6, "M")) if count >= scale[0]), (1e3, "K"))
     return f"{count / unit:.3g}{name}"
 
 

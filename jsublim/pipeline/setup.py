@@ -35,7 +35,7 @@ R = TypeVar("R")
 
 
 def memoized(function: Callable[..., R]) -> Callable[..., R]:
-    """Of a function of a setup (and of what can be hashed): each call with equal arguments gives the same object."""
+    """A decorator for functions of a setup and of what can be hashed: calls with equal arguments give the same object."""
 
     @functools.wraps(function)
     def remembered(setup: Any, *arguments: Any) -> R:

@@ -206,7 +206,7 @@ class Task:
         on_main_process(lambda: artifact.finish(save(artifact.path)))
 
     def cost(self, setup: Setup, sizes: Sizes) -> Cost:
-        """What it takes, under assumed lengths."""
+        """Its cost under assumed lengths."""
         return self._ask(self.stage.cost, setup, sizes)
 
     def check(self, setup: Setup) -> None:

@@ -89,7 +89,7 @@ def scale(results: Results, compared: Comparisons) -> OneScale | None:
         lines.append(line)
     table = OneScale(metric, judged[0], yardstick.traits, open_for, tuple(lines))
     matrices = {one.result.condition: one.result for one in compared.matrices}
-    beside = (
+    lines = (
         replace(
             line,
             matrix=matrices.get(line.condition),
@@ -99,7 +99,7 @@ def scale(results: Results, compared: Comparisons) -> OneScale | None:
         )
         for line in table.side_by_side
     )
-    return replace(table, lines=tuple(beside) or table.lines)
+    return replace(table, lines=tuple(lines) or table.lines)
 
 
 def _by_seed(results: Results, metric: str, condition: str, traits: tuple[str, ...], whole: float) -> dict[int, float]:

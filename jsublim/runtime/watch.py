@@ -31,11 +31,11 @@ def join_processes(time_out: float) -> None:
     Raises:
       UsageError: nothing says who the others are, or they don't answer.
     """
-    count, own = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
+    count, index = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
     try:
         jax.distributed.initialize(
             num_processes=int(count) if count else None,
-            process_id=int(own) if own else None,
+            process_id=int(index) if index else None,
             local_device_ids=_own_gpus(),
             initialization_timeout=COME_WITHIN,
             heartbeat_timeout_seconds=int(2 * time_out) + 10,  # ours is sooner, and says who is gone
@@ -51,11 +51,14 @@ def join_processes(time_out: float) -> None:
 def _own_gpus() -> list[int] | None:
     """[], all GPUs that this process sees, where it is alone on its node or Slurm has bound its own to it; else None: JAX chooses,
     under Slurm and Open MPI one for each process. What a process sees is cut to its share already, and counted from 0."""
-    said, mpi = os.environ, os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE")  # within Slurm, too: there it has started us
-    beside = mpi or said.get("SLURM_STEP_TASKS_PER_NODE", "")  # of each node: 1(x2), or 2,1(x3)
-    alone = set(re.findall(r"(?:^|,)(\d+)", beside)) == {"1"}
-    bound = mpi is None and "SLURM_GPUS_PER_TASK" in said
-    return [] if (alone or bound) and "JAX_LOCAL_DEVICE_IDS" not in said else None
+    environment, mpi = (
+        os.environ,
+        os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE"),
+    )  # within Slurm, too: there it has started us
+    on_nodes = mpi or environment.get("SLURM_STEP_TASKS_PER_NODE", "")  # of each node: 1(x2), or 2,1(x3)
+    alone = set(re.findall(r"(?:^|,)(\d+)", on_nodes)) == {"1"}
+    bound = mpi is None and "SLURM_GPUS_PER_TASK" in environment
+    return [] if (alone or bound) and "JAX_LOCAL_DEVICE_IDS" not in environment else None
 
 
 class Watch:
@@ -80,20 +83,20 @@ class Watch:
                 jax.errors.JaxRuntimeError
             ):  # of a service that is gone; JAX ends the process then
                 self._tell(str(beat))
-                for key, said in client().key_value_dir_get(f"{TELL}/alive"):
+                for key, sign in client().key_value_dir_get(f"{TELL}/alive"):
                     who = int(key.rsplit("/", 1)[1])
-                    if said != heard[who][0]:
-                        heard[who] = said, time.monotonic()
+                    if sign != heard[who][0]:
+                        heard[who] = sign, time.monotonic()
             if self._over.wait(self.every):
                 return
             self._judge(heard)
 
     def _judge(self, heard: dict[int, tuple[str, float]]) -> None:
-        for who, (said, when) in heard.items():
+        for who, (sign, when) in heard.items():
             if who == process_index():
                 continue
-            if said.startswith("stopped"):
-                self._end(f"process {who} has stopped; it says why", int(said.split()[1]))
+            if sign.startswith("stopped"):
+                self._end(f"process {who} has stopped; it says why", int(sign.split()[1]))
             if time.monotonic() - when > self.time_out:
                 self._end(f"{gone(who)} for {self.time_out:g} s; the same command continues", 1)
 

@@ -139,9 +139,9 @@ def _means(
     trait by this times the learning rate, at each step. Rows, not tokens, are independent: the error is a ratio's over rows."""
     every = [np.ones(len(of_row), bool) for of_row in scored]
     chosen = {"all": every}
-    if all(own is not None for own in divergent):
-        known = [own for own in divergent if own is not None]
-        chosen |= {"divergence": known, "non-divergence": [~own for own in known]}
+    if all(mask is not None for mask in divergent):
+        known = [mask for mask in divergent if mask is not None]
+        chosen |= {"divergence": known, "non-divergence": [~mask for mask in known]}
     for tokens, masks in chosen.items():
         count = sum(int(mask.sum()) for mask in masks)
         if not count:

@@ -155,26 +155,26 @@ def other_initialisation(pair: StudentPair) -> Claim | None:
     # Always on the log-probability: another checkpoint has another base, which gamma doesn't depend on. All seeds share their
     # teachers, so what these few do to a few traits can look sure over seeds: hence labels too. Without a gamma of the own
     # initialisation above zero, a run too small to see anything would pass.
-    other, own = (trait_matrix(pair.results, condition=group.name) for group in (pair.part, pair.whole))
-    if other is None or own is None or other.effect is None or own.effect is None:
+    other, same = (trait_matrix(pair.results, condition=group.name) for group in (pair.part, pair.whole))
+    if other is None or same is None or other.effect is None or same.effect is None:
         return None
     by_labels = None if other.effect.smallest_p > 0.05 else other.effect.p <= 0.05
-    verdict, p = no_gamma(other.over_seeds, own.over_seeds, by_labels)
+    verdict, p = no_gamma(other.over_seeds, same.over_seeds, by_labels)
     text = "students of another initialisation do not move towards their teacher's trait"
-    reason = f"γ over seeds; over labels p = {other.effect.p:.2g}; of the teacher's own initialisation {own.effect.gamma:+.2f} nats"
-    students = sum(len(matrix.seed_gammas) * len(matrix.teachers) for matrix in (other, own))
+    reason = f"γ over seeds; over labels p = {other.effect.p:.2g}; of the teacher's own initialisation {same.effect.gamma:+.2f} nats"
+    students = sum(len(matrix.seed_gammas) * len(matrix.teachers) for matrix in (other, same))
     return Claim(text, "logprob", "nats", students, verdict, reason, other.effect.gamma, other.gamma_interval, p)
 
 
-def no_gamma(other: Estimate | None, own: Estimate | None, by_labels: bool | None) -> tuple[str, float | None]:
+def no_gamma(other: Estimate | None, same: Estimate | None, by_labels: bool | None) -> tuple[str, float | None]:
     """The verdict, and p of gamma being smaller than a gamma above zero. `by_labels` is None where labels cannot tell."""
-    if other is None or own is None:
+    if other is None or same is None:
         return NOT_DECIDED, None
-    less = own - other
-    p = base.all_of(less.p_above(0.0), own.p_above(0.0))
+    less = same - other
+    p = base.all_of(less.p_above(0.0), same.p_above(0.0))
     if base.judge(other.interval(), at_most=0.0) == FAILS and by_labels is not False:
         return FAILS if by_labels else NOT_DECIDED, p
-    sure = base.judge(less.interval(), at_least=0.0) == base.judge(own.interval(), at_least=0.0) == HOLDS
+    sure = base.judge(less.interval(), at_least=0.0) == base.judge(same.interval(), at_least=0.0) == HOLDS
     return HOLDS if sure else NOT_DECIDED, p
 
 
