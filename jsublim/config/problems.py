@@ -116,6 +116,8 @@ def _taken_out(error: Mapping[str, Any], kind: Any, values: Any, gone: set[Locat
         values = values[part]
     if error["type"] == "missing" or last is None:
         return last in values
+    if last not in values:
+        return True  # gone with an entry of it
     if error["type"] == "extra_forbidden":
         meant = difflib.get_close_matches(str(last), fields_at(kind, tuple(parents)), n=1)
         values |= {name: values[last] for name in meant if name not in values}

@@ -17,6 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from jsublim.errors import JsublimError, first_line
+
 PARTIAL = ".partial"  # how the name of an unfinished file ends
 DAMAGED = ".damaged"  # and that of one that is not what was written
 SCRATCH = re.compile(rf"\.[0-9a-f]{{8,}}{re.escape(PARTIAL)}$")  # and that of one of ours
@@ -137,8 +139,12 @@ def write_table(path: str | Path, rows: list[dict[str, Any]], schema: Any) -> No
 
 
 def read_table(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of one parquet file."""
+    """The rows of one parquet file. Raises JsublimError: it is broken."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    # A path that holds "key=value" is no partition.
-    return pq.ParquetFile(path).read().to_pylist()
+    try:
+        # A path that holds "key=value" is no partition.
+        return pq.ParquetFile(path).read().to_pylist()
+    except (pa.ArrowException, ValueError) as error:
+        raise JsublimError(f"{path}: cannot be read ({first_line(error)})") from error

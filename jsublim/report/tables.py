@@ -319,7 +319,9 @@ def read_columns(path: Path) -> pa.Table:
     """
     try:
         check_file(path)
-        return pq.ParquetFile(path).read()
+        table = pq.ParquetFile(path).read()
+        table.validate(full=True)  # text that is none would be seen when it is read
+        return table
     except (pa.ArrowException, OSError, ValueError) as error:  # the last: a column's name that is no text
         raise _unreadable(path, str(error).splitlines()[0]) from error
 

@@ -78,6 +78,12 @@ def test_what_is_taken_out_to_look_further_is_not_called_missing():
     )
 
 
+def test_a_list_with_two_mistakes_is_taken_out_once():
+    values = {"name": "x", "model": MODEL, "data": {"examples": [None]}}
+    lines = problems(Experiment, values)
+    assert any(line.startswith("data.examples") for line in lines) and len(lines) == len(set(lines))
+
+
 def test_what_no_field_tells_is_found_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     wrong = ("teachers.traits=[unicorn,dragon]", "students.adapter.layers=[99]", "evaluation.traits=[owl]")

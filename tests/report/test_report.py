@@ -14,6 +14,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from made_results import EFFECTS, GAMMA, TRAITS, make_results, write_table
@@ -21,6 +22,7 @@ from rich.console import Console
 from scipy import optimize, stats
 
 import jsublim.report.statistics as st
+from jsublim.core.files import read_table
 from jsublim.errors import JsublimError
 from jsublim.report.claims import check_claims
 from jsublim.report.html import write_report
@@ -377,6 +379,22 @@ def test_broken_files_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(JsublimError, match=r"results\.parquet") as caught:
         write_report(run)
     assert "\n" not in str(caught.value)
+
+
+def test_text_that_is_none_is_a_broken_file(tmp_path: Path) -> None:
+    """Parquet keeps bytes, and says that they are UTF-8."""
+    run = make_results(tmp_path / "run", seeds=(1,), extras=False)
+    path = run / "results" / "results.parquet"
+    table = pq.ParquetFile(path).read()
+    wrong = b"\xc8" * len(table)
+    offsets = np.arange(len(table) + 1, dtype=np.int32)
+    traits = pa.Array.from_buffers(pa.string(), len(table), [None, pa.py_buffer(offsets), pa.py_buffer(wrong)])
+    place = table.column_names.index("trait")
+    pq.write_table(table.set_column(place, "trait", traits), path)
+    with pytest.raises(JsublimError, match=r"results\.parquet: cannot be read"):
+        read_results(run)
+    with pytest.raises(JsublimError, match=r"results\.parquet: cannot be read"):
+        read_table(path)
 
 
 def test_terminal_shows_the_page_numbers(run_dir: Path, page: str) -> None:
