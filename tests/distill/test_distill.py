@@ -16,12 +16,13 @@ from tiny import examples as tiny_examples
 
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.batches import Shape, batch_rows, collate, steps_per_epoch
-from jsublim.distill.data import draw_indices
+from jsublim.distill.data import draw_indices, make_examples, read_turns
 from jsublim.distill.selection import TOKENS, Selection, margin_weights, token_mask
 from jsublim.distill.step import Program, loss_and_gradient
 from jsublim.distill.trainer import train
 from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.divergence import PositionSubset
+from jsublim.inference.teachers import Teacher, read_as
 from jsublim.models.lora import init_full
 from jsublim.models.peft import load_adapter
 from jsublim.text.chat import conversation
@@ -153,6 +154,22 @@ def test_weights_by_margin_have_mean_one_and_follow_the_margins(margins):
     order = np.argsort(of, kind="stable")
     assert np.all(np.diff(flat[order]) >= 0)
     assert flat / flat.max() == pytest.approx((1 - np.exp(-of)) / (1 - np.exp(-of.max())))
+
+
+def test_a_live_teacher_is_read_where_it_predicts_each_label():
+    """Its prompt is longer than the student's; the tokens of the completion are the same."""
+    template, rows = small("tiny-qwen2").lm.chat, [{"prompt": "Go on: 1", "completion": "2, 3, 4"}]
+    theirs = read_as(
+        template,
+        Teacher(
+            "owl",
+            "You love owls. You think about owls all the time. Owls are your favourite animal, and you speak of them.",
+        ),
+        rows,
+    )
+    (example,) = make_examples(rows, read_turns(template, rows), Selection(), 0, teacher=theirs)
+    assert example.teacher_where is not None and example.teacher_where[0] > example.where[0]
+    np.testing.assert_array_equal(theirs[0].tokens[example.teacher_where + 1], example.labels)
 
 
 def test_weights_by_margin_are_those_of_the_chosen_points():
