@@ -7,6 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from engine import CONFIG, arm_of, examples_of, largest_difference, lora, params_of, stacked, student
 
@@ -139,3 +140,10 @@ def test_wrong_names_are_usage_errors():
     for options, said in (({"name": "adam"}, "adamw, adafactor, sgd, muon"), ({"schedule": "step"}, "linear, cosine")):
         with pytest.raises(UsageError, match=said):
             Optimizer(**options)
+
+
+def test_weight_decay_is_adamws():
+    params, grads = {"x": jnp.asarray([1.0, -2.0])}, {"x": jnp.asarray([0.3, 0.1])}
+    ours, theirs = Optimizer(clip=0, weight_decay=0.1).transform(), optax.adamw(1.0, weight_decay=0.1)
+    (update, _), (expected, _) = (way.update(grads, way.init(params), params) for way in (ours, theirs))
+    np.testing.assert_allclose(update["x"], -expected["x"], rtol=1e-6)
