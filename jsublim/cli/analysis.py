@@ -70,7 +70,7 @@ def audit(
     from jsublim.pipeline.arms import Source, Student
     from jsublim.pipeline.setup import NOBODY
     from jsublim.pipeline.stages.audit import whitened
-    from jsublim.report.tables import read_columns
+    from jsublim.report.tables import read_result
 
     base = {"audit": {}, "teachers": {"traits": [NOBODY], "control": False}}
     e = stage.experiment("audit", base, students__seeds=[seed], evaluation__traits=names(traits))
@@ -86,7 +86,7 @@ def audit(
         student = Student(source.teacher, "all", seed, settings=e.students)
         make(context, place, experiment.audit(context.setup, student))
     if null is not None:
-        scores, of_null = (read_columns(place / "audit.parquet") for place in places)
+        scores, of_null = (read_result(place / "audit.parquet") for place in places)
         with atomic(out / "whitened.parquet") as scratch:
             pq.write_table(whitened(scores, of_null), scratch)
     _print_means([place / "means.parquet" for place in places])

@@ -138,13 +138,21 @@ def write_table(path: str | Path, rows: list[dict[str, Any]], schema: Any) -> No
         pq.write_table(pa.Table.from_pylist(rows, schema), scratch)
 
 
+def read_columns(path: str | Path) -> Any:
+    """A parquet file as a pyarrow table: "key=value" or "*" in its path means nothing, unlike to `duckdb` and to `pq.read_table`.
+    Raises pyarrow.ArrowException, OSError, ValueError: it is broken."""
+    import pyarrow.parquet as pq
+
+    table = pq.ParquetFile(path).read()
+    table.validate(full=True)  # text that is none would be seen when it is read
+    return table
+
+
 def read_table(path: str | Path) -> list[dict[str, Any]]:
     """The rows of one parquet file. Raises JsublimError: it is broken."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        # A path that holds "key=value" is no partition.
-        return pq.ParquetFile(path).read().to_pylist()
+        return read_columns(path).to_pylist()
     except (pa.ArrowException, ValueError) as error:
         raise JsublimError(f"{path}: cannot be read ({first_line(error)})") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow.csv as csv
 
 from jsublim.models.checkpoint import new_folder
-from jsublim.report.tables import read_columns
+from jsublim.report.tables import read_result
 
 
 def tables_of(folder: Path) -> list[Path]:
@@ -25,7 +25,7 @@ def export_results(folder: Path, out: Path) -> None:
     """
     with new_folder(out) as scratch:
         for path in tables_of(folder):
-            csv.write_csv(read_columns(path), scratch / f"{path.stem}.csv")
+            csv.write_csv(read_result(path), scratch / f"{path.stem}.csv")
         about = folder / "results" / "run.json"
         if about.is_file():
             shutil.copyfile(about, scratch / about.name)

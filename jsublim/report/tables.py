@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 import duckdb
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from jsublim.core.files import read_columns
 from jsublim.core.reading import check_file, json_value, shown
 from jsublim.errors import JsublimError, one_line
 
@@ -280,7 +280,7 @@ def read_measurements(run_dir: Path) -> pa.Table:
     folder = Path(run_dir) / "results"
     if not (folder / "results.parquet").is_file():
         raise JsublimError(f"{folder}: no results.parquet here; finish the run first with `jsublim run CONFIG`")
-    return read_columns(folder / "results.parquet")
+    return read_result(folder / "results.parquet")
 
 
 def _scores(path: Path, table: pa.Table, arms: dict[str, StudentArm]) -> tuple[list[Score], int]:
@@ -308,20 +308,14 @@ def run_kind(run_dir: Path) -> str:
 
 
 def _if_there(path: Path) -> pa.Table | None:
-    return read_columns(path) if path.is_file() else None
+    return read_result(path) if path.is_file() else None
 
 
-def read_columns(path: Path) -> pa.Table:
-    """A parquet file as it is: "key=value" or "*" in its path means nothing, unlike to `duckdb` and to `pq.read_table`.
-
-    Raises:
-      JsublimError: it is broken.
-    """
+def read_result(path: Path) -> pa.Table:
+    """A parquet file of results. Raises JsublimError: it is broken."""
     try:
         check_file(path)
-        table = pq.ParquetFile(path).read()
-        table.validate(full=True)  # text that is none would be seen when it is read
-        return table
+        return read_columns(path)
     except (pa.ArrowException, OSError, ValueError) as error:  # the last: a column's name that is no text
         raise _unreadable(path, str(error).splitlines()[0]) from error
 
