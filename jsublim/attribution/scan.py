@@ -4,8 +4,6 @@ A student with trained part w takes a step on rows whose mean gradient of log p(
 of every answer a by eta <g, grad log p(a)>: the derivative of all answers at once in the direction g, so one pass over the rows serves the whole
 vocabulary. (`audit.py` asks the same of traits that one already suspects, and of every token.) Rows that teach nothing in particular (a null)
 have such derivatives too; what lies beyond theirs is the rows' own. Rows are cut into groups, whose spread is the error.
-
-Letters: G groups of rows, K directions, Q questions, V vocabulary, S tokens that are looked at, W words.
 """
 
 from __future__ import annotations
@@ -21,14 +19,17 @@ import optax
 from jax import Array
 
 from jsublim.attribution.audit import Laid, label_logprobs, laid_sizes, lay_out, logit_block
+from jsublim.distill.data import read_turns
 from jsublim.inference.batching import PROMPT_STEP, chunks, pad_tokens, round_up
 from jsublim.inference.lm import LanguageModel
 from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
-from jsublim.models.lora import Adapter, Trainable, bind
+from jsublim.models.lora import Adapter, Trainable, bind, init_steering
 from jsublim.models.parallel import HERE, ROWS, WHOLE, Layout
 from jsublim.text.chat import Turn, conversation
+from jsublim.text.prompts import load_pack, scan_questions
+from jsublim.text.rows import Row
 
 GROUPS = 20  # of the rows of a data set
 LEAST = 1e-3  # probability, mean over a category's questions, below which an answer is not looked at
@@ -162,7 +163,6 @@ def _prompts(
 
 
 def _longest(prompts: Sequence[np.ndarray]) -> int:
-    """Tokens that an array of questions with the beginning of an answer holds."""
     return round_up(max(map(len, prompts)) + LONGEST, PROMPT_STEP)
 
 
@@ -244,6 +244,39 @@ class Finding(NamedTuple):
     z: float
     p: float
     limit: float
+
+
+def scan(
+    lm: LanguageModel,
+    data: Mapping[str, Sequence[Row]],
+    null: Sequence[Row] | None = None,
+    *,
+    adapter: Adapter | None = None,
+    questions: Mapping[str, Sequence[str]] | None = None,
+    batch_size: int = 16,
+) -> dict[str, list[Finding]]:
+    """What rows would teach a student that starts at `adapter`, as `jsublim scan` says it: the answers that each data set makes more probable,
+    most certain first.
+
+    Args:
+      data: rows by name; null: rows that teach nothing. Without it each data set is measured against the others.
+      adapter: by default a steering vector after each layer: few numbers to train, so that little noise reaches the answers.
+      questions: by category; default: the 200 that come with the package.
+
+    Raises:
+      JsublimError: a row that the chat template does not take.
+    """
+    adapter = init_steering(lm.config) if adapter is None else adapter
+    sets = dict(data) if null is None else dict(data) | {"": null}
+
+    def gradients(name: str, rows: Sequence[Row]) -> Trainable:
+        groups = group_gradients(lm, adapter, read_turns(lm.chat, rows, name or "null"), batch_size=batch_size)
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *groups)
+
+    trees = {name: gradients(name, rows) for name, rows in sets.items()}
+    nobody = trees.pop("", None)
+    bank = scan_questions(load_pack()) if questions is None else questions
+    return find_words(lm, adapter, trees, nobody, bank)
 
 
 def find_words(
