@@ -137,7 +137,9 @@ class Panel(NamedTuple):
 
     @property
     def title_lines(self) -> list[str]:
-        return textwrap.wrap(self.title, TITLE_WIDTH, break_long_words=False)
+        """On more than one line where it is long: first what comes before a colon."""
+        parts = [self.title] if len(self.title) <= TITLE_WIDTH else self.title.split(": ", 1)
+        return [line for part in parts for line in textwrap.wrap(part, TITLE_WIDTH, break_long_words=False)]
 
 
 class Drawing(NamedTuple):

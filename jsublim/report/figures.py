@@ -97,11 +97,20 @@ def _rises(results: Results, metric: str) -> Drawing | None:
             ]
             mean, interval = pooled.lift
             rows.append((split_condition(condition)[1], condition, students, mean, interval))
-    arms = {variant for variant, *_ in rows}
-    by_arm = len(arms) > 1 and (len(arms) < len(rows) or len(rows) > ONE_PANEL)
-    titles, measure = arm_titles(results), "Rate" if metric == RATE else "Log-probability"
-    rows = [(f"{measure}, {titles[row[0]]}" if by_arm else measure, *row[1:]) for row in rows]
-    return _strips("", "", _risen(metric), metric, rows, by_arm=by_arm)
+    measure = "Rate" if metric == RATE else "Log-probability"
+    by_arm, rows = _arm_by_arm(results, rows, f"{measure}, ")
+    return _strips(
+        "", "", _risen(metric), metric, rows if by_arm else [(measure, *row[1:]) for row in rows], by_arm=by_arm
+    )
+
+
+def _arm_by_arm(results: Results, rows: list[StripRow], before: str = "") -> tuple[bool, list[StripRow]]:
+    """Whether arms have panels of their own, since some of them have several kinds of students or all would be too many; and the rows,
+    whose panels are variants, with the panels' titles."""
+    arms, titles = {variant for variant, *_ in rows}, arm_titles(results)
+    if len(arms) == 1 or (len(arms) == len(rows) and len(rows) <= ONE_PANEL):
+        return False, [("", *row[1:]) for row in rows]
+    return True, [(before + titles[row[0]], *row[1:]) for row in rows]
 
 
 def arm_titles(results: Results) -> dict[str, str]:
@@ -150,14 +159,21 @@ def raised(results: Results) -> Drawing | None:
     return _strips("log-probabilities", "Log-probability of the trait", label, LOGPROB, rows)
 
 
-def gammas(compared: Comparisons) -> Drawing | None:
+def gammas(results: Results, compared: Comparisons) -> Drawing | None:
     """The same-trait effect of each kind of student; a dot is a seed."""
-    rows = (
-        ("", m.condition, _numbered("seed", m.seed_gammas), m.effect.gamma, m.gamma_interval)
+    rows: list[StripRow] = [
+        (
+            split_condition(m.condition)[1],
+            m.condition,
+            _numbered("seed", m.seed_gammas),
+            m.effect.gamma,
+            m.gamma_interval,
+        )
         for m in (one.result for one in compared.matrices)
         if m.effect is not None
-    )
-    return _strips("gammas", "Trait-specific transfer", "γ (nats)", LOGPROB, rows)
+    ]
+    by_arm, rows = _arm_by_arm(results, rows)
+    return _strips("gammas", "Trait-specific transfer", "γ (nats)", LOGPROB, rows, by_arm=by_arm)
 
 
 def accuracy(results: Results) -> Drawing | None:

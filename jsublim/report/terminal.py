@@ -75,12 +75,11 @@ def _conditions(results: Results, compared: Comparisons, title: str) -> Table:
     arm = ""
     for condition in results.conditions:
         if of_condition := [row for row in summaries if row.condition == condition]:
-            models = results.students_of(condition)
-            pooled = pool(results, metric, condition) if models else None
+            models, (tokens, variant) = results.students_of(condition), split_condition(condition)
+            pooled = pool(results, metric, condition) if models and tokens != "control" else None
             means = (words.number(mean_of(getattr(row, m) for row in of_condition), m) for m in ("rate", "logprob"))
             lift = words.number(pooled.lift.value if pooled else None, metric, signed=True)
             bounds = words.interval(pooled.lift.interval, metric, signed=True) if pooled else words.MISSING
-            tokens, variant = split_condition(condition)
             rows += [[], [titles[variant]]] if variant != arm and rows else []
             rows.append([condition_label(tokens), str(models or words.MISSING), *means, lift, bounds])
             arm = variant

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from jsublim.evals.metric import metric_of
@@ -167,14 +168,16 @@ def headlines(judged: Sequence[list[Comparison[Lift]]]) -> list[str]:
 
 def verdicts(compared: Comparisons) -> str:
     """How many claims hold, do not hold, and are not decided, and which."""
+    phrases = {
+        HOLDS: (HOLDS, "hold"),
+        FAILS: (FAILS, "do not hold"),
+        NOT_DECIDED: ("is not decided", "are not decided"),
+    }
     parts = []
-    for verdict, one, many in (
-        (HOLDS, HOLDS, "hold"),
-        (FAILS, FAILS, "do not hold"),
-        (NOT_DECIDED, "is not decided", "are not decided"),
-    ):
-        keys = [claim.result.key for claim in compared.claims if claim.verdict == verdict]
-        parts += [f"{len(keys)} {one if len(keys) == 1 else many} ({', '.join(dict.fromkeys(keys))})"] if keys else []
+    for verdict, (one, many) in phrases.items():
+        keys = Counter(claim.result.key for claim in compared.claims if claim.verdict == verdict)
+        listed = ", ".join(key if times == 1 else f"{key} ×{times}" for key, times in keys.items())
+        parts += [f"{keys.total()} {one if keys.total() == 1 else many} ({listed})"] if keys else []
     return f"Of {count(len(compared.claims), 'claim')} that this run can check, {', '.join(parts)}."
 
 

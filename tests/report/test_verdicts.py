@@ -114,7 +114,7 @@ class Rows(HTMLParser):
 
 
 @given(experiments)
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_no_verdict_contradicts_another(e):
     with tempfile.TemporaryDirectory() as folder:
         run = written(Path(folder) / "run", e)
