@@ -138,10 +138,11 @@ def test_no_verdict_contradicts_another(e):
     # The page: claims in their table and their figure, lifts and matrices in theirs.
     said = {cells[0]: cells[1] for cells in tables.get("claims", [[]])[1:]}
     assert said == {f"{one.result.key} {one.result.text}": one.verdict for one in compared.claims}
-    drawn = forest(compared)
-    colours = {strip.text: strip.colour for panel in (drawn.panels if drawn else ()) for strip in panel.strips}
-    for one in (one for one in compared.claims if one.result.effect is not None):
-        assert VERDICT_COLOURS.get(one.verdict, OPEN_COLOUR) in colours.values()
+    drawn, shown = forest(compared), [one for one in compared.claims if one.result.effect is not None]
+    units = ["share" if one.result.unit.startswith("of ") else one.result.unit for one in shown]
+    in_panels = [one for unit in dict.fromkeys(units) for one, own in zip(shown, units, strict=True) if own == unit]
+    colours = [strip.colour for panel in (drawn.panels if drawn else ()) for strip in panel.strips]
+    assert colours == [VERDICT_COLOURS.get(one.verdict, OPEN_COLOUR) for one in in_panels]
     rises = [cells[6] for cells in tables.get("transfer", []) if len(cells) == 8 and cells[0] in TRAITS]
     assert rises == [one.verdict for one in compared.lifts]
     above = [(cells[0], cells[4]) for cells in tables.get("gamma", [[]])[1:]]

@@ -159,12 +159,18 @@ class claim:
         if self.needs is None:
             checked = ((one, one.variant) for one in self.check(results, metric))
         else:
-            asked = (StudentPair(results, metric, *both) for both in pairs(results, *self.needs))
-            checked = ((self.check(pair), pair.part.variant) for pair in asked)
+            asked = [StudentPair(results, metric, *both) for both in pairs(results, *self.needs)]
+            variants = [pair.part.variant for pair in asked]
+            checked = ((self._of(pair, variants.count(pair.part.variant) > 1), pair.part.variant) for pair in asked)
         for one, variant in checked:
             if one is not None:
-                text = f"{one.text} ({variant})" if variant else one.text
-                yield replace(one, key=self.key, text=text, variant=variant)
+                told = ", ".join(filter(None, (variant, one.which if self.needs else "")))
+                yield replace(one, key=self.key, text=f"{one.text} ({told})" if told else one.text, variant=variant)
+
+    def _of(self, pair: StudentPair, several: bool) -> Claim | None:
+        """The claim as read off a pair, with the tokens that both learned if there are several pairs of that variant."""
+        one = self.check(pair)
+        return replace(one, which=str(pair.part.facts["tokens"])) if one is not None and several else one
 
 
 CLAIMS: dict[str, claim] = {}  # by key, in the order of the report
