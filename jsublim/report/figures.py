@@ -79,11 +79,8 @@ def hero(results: Results, compared: Comparisons) -> Drawing | None:
     drawn = [_rises(results, metric) for metric in metrics]
     panels = [panel for drawing in drawn if drawing for panel in drawing.panels]
     panels = panels if len(panels) > 1 else [panel._replace(title="") for panel in panels]  # its axis says it all
-    return (
-        Drawing("transfer-by-tokens", "How far students moved towards their teacher's trait", tuple(panels))
-        if panels
-        else None
-    )
+    title = "How far students moved towards their teacher's trait"
+    return Drawing("transfer-by-tokens", title, tuple(panels)) if panels else None
 
 
 def _rises(results: Results, metric: str) -> Drawing | None:
