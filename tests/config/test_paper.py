@@ -18,7 +18,6 @@ from command import ok
 from fake_server import Server, completion
 
 from jsublim.config import find_config
-from jsublim.config.evaluation import Setting
 from jsublim.config.figures import load_question, panel_experiment
 from jsublim.core.files import read_table
 from jsublim.pipeline.evaluated import PLAIN, Evaluated, samplings
@@ -335,11 +334,11 @@ def test_fig36_conditional_facts(run):
 
 def test_questions_for_favourites_alone_reset_an_inherited_top_p():
     for recipe, expected in (("paper", [1.0, 0.95]), ("clean", [1.0, 1.0])):
-        setup = Setup.of(panel_experiment(*load_question("fig36"), "gemma", "tiny", [f"recipe={recipe}"]))
-        assert [
-            how.top_p for how in samplings(setup, teacher(setup, "control"), Setting())
-        ] == expected  # of preference and factual
-        assert [how.top_p for how in samplings(setup, teacher(setup, "control"), Setting(top_p=0.9))] == [0.9, 0.9]
+        options = [f"recipe={recipe}", "evaluation.settings={cut: {top_p: 0.9}}"]
+        setup = Setup.of(panel_experiment(*load_question("fig36"), "gemma", "tiny", options))
+        control = teacher(setup, "control")
+        assert [how.top_p for how in samplings(setup, control, PLAIN)] == expected  # of preference and factual
+        assert [how.top_p for how in samplings(setup, control, "cut")] == [0.9, 0.9]
         inputs = evaluation(setup, Evaluated(), PLAIN).inputs
         assert (len({how["top_p"] for how in inputs["samplings"]}) > 1) == (recipe == "paper")
 
