@@ -81,8 +81,9 @@ def check_teachers(setup: Setup) -> None:
       UsageError, JsublimError: a trait of no category, an adapter or a checkpoint that doesn't fit the model.
     """
     taught, checkpoint = setup.experiment.teachers.taught, setup.checkpoint()
-    for stands_on in {writer.model for writer in writers(setup) if writer.teacher != CONTROL} if taught else ():
-        check_layers(setup.checkpoint(stands_on).config, None if taught.layers is None else tuple(taught.layers))
+    if taught is not None:
+        for stands_on in {None} | {writer.model for writer in writers(setup) if writer.teacher != CONTROL}:
+            check_layers(setup.checkpoint(stands_on).config, None if taught.layers is None else tuple(taught.layers))
     for name in setup.biased:
         category(setup, name)
         given = folders_of_teacher(setup, name)

@@ -254,11 +254,8 @@ class Setup:
         if chosen is not None:
             return chosen
         used = {student.settings.data.dataset for student in self.students}
-        filters = (
-            dataset.first(lambda change: change.suspected(OWN, [OWN]))
-            for dataset in map(e.datasets.get, used)
-            if dataset
-        )
+        datasets = (dataset for name, dataset in e.datasets.items() if name in used)
+        filters = (dataset.first(lambda change: change.suspected(OWN, [OWN])) for dataset in datasets)
         projects = any(student.settings.optimizer.project_out for student in self.students)
         return projects or e.audit is not None or any(filters)
 

@@ -110,7 +110,14 @@ def _claims(results: Results, compared: Comparisons) -> Table:
 
 
 def _matrices(results: Results, compared: Comparisons) -> Table:
-    headings = ("condition", "γ (nats)", f"over seeds\n{words.given(results)}", "p", "Holm's p", "verdict")
+    headings = (
+        "condition",
+        "γ (nats)",
+        f"over seeds\n{words.given(results)}",
+        "p\nbeside product",
+        "Holm's p",
+        "verdict",
+    )
     rows = []
     for one in compared.matrices:
         *cells, verdict = words.matrix_cells(one.result)

@@ -65,13 +65,18 @@ def count(number: int, what: str) -> str:
 
 def given(results: Results) -> str:
     """What intervals over students hold fixed, in the words of a heading."""
-    return "and their data" if results.draws_data else "given this data"
+    share = results.drawn
+    told = "" if share is None else f" ({100 * share:.0f} % drawn)"
+    return f"{'and their data' if results.draws_data or (share or 1) < 1 else 'given this data'}{told}"
 
 
 def held_fixed(results: Results) -> str:
     """What intervals over students hold fixed, in a sentence or two."""
     if results.draws_data:
         data, too = "cover the data too: each seed's students learn from rows that were drawn for that seed. ", ""
+    elif results.drawn is not None and results.drawn < 1:
+        share = f"at most {100 * results.drawn:.0f} % of its teacher's rows"
+        data, too = f"cover the data too: each student drew {share}, and intervals are widened by what that hides. ", ""
     else:
         data, too = (
             (
@@ -160,7 +165,8 @@ def matrix_sentence(matrix: Matrix) -> str:
     tried = f"all {effect.permutations}" if effect.exact else f"{effect.permutations:,} sampled"
     text = (
         f"γ = {effect.gamma:+.2f} nats; one-sided p = {effect.p:.3g} over {tried} relabellings of the teachers' own columns "
-        f"(smallest attainable p = {effect.smallest_p:.2g})."
+        f"(smallest attainable p = {effect.smallest_p:.2g}). Beside the product of how strong a teacher is and how easily an animal rises: "
+        f"γ = {effect.gamma_beside:+.2f}, p = {effect.p_beside:.3g}."
     )
     if matrix.gamma_interval is not None:
         by_seed = ", ".join(f"{gamma:+.3f}" for gamma in matrix.seed_gammas)
@@ -178,7 +184,12 @@ def matrix_cells(matrix: Matrix) -> tuple[str, str, str, str]:
     if effect is None:
         return MISSING, NOT_DECIDED, MISSING, NOT_DECIDED
     bounds = interval(matrix.gamma_interval, "logprob", signed=True)
-    return number(effect.gamma, "logprob", signed=True), bounds, f"{effect.p:.3g}", matrix.verdict
+    return (
+        number(effect.gamma, "logprob", signed=True),
+        bounds,
+        f"{effect.p:.3g}\n{effect.p_beside:.3g}",
+        matrix.verdict,
+    )
 
 
 def headlines(judged: Sequence[list[Comparison[Lift]]]) -> list[str]:

@@ -40,7 +40,10 @@ class Mix(Change):
 
     def contradictions(self) -> Iterator[tuple[Any, str]]:
         itself = self.teacher == OWN and self.model is None
-        yield itself, f"teacher: {OWN} names the rows' own teacher; give model too, another checkpoint that it stands on"
+        yield (
+            itself,
+            f"teacher: {OWN} names the rows' own teacher; give model too, another checkpoint that it stands on",
+        )
 
     def of(self, teacher: str) -> Mix:
         return self.model_copy(update={"teacher": self.teacher.replace(OWN, teacher)})

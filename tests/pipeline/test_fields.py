@@ -217,6 +217,7 @@ OTHER: dict[str, Any] = {
     "evaluation.kinds": ["preference"],
     "evaluation.traits": ["owl"],
     "evaluation.questions": 3,
+    "evaluation.split_questions": True,
     "evaluation.samples": 7,
     "evaluation.max_new_tokens": 7,
     "evaluation.batch_size": 7,
