@@ -26,6 +26,7 @@ CONDITIONS = {
     "divergence": ("divergence tokens only", "only tokens count at which some other teacher would have said something else"),
     "non-divergence": ("all but divergence tokens", "only the other tokens count"),
     "random": ("as many random tokens", "in each row, as many tokens count as there are divergence tokens, drawn at random"),
+    "matched": ("as many as uncertain tokens", "in each row, as many tokens that are no divergence tokens count as there are of those: each of the same kind, and the teacher as uncertain"),
     "teacher": ("biased teacher", "the model that wrote the rows, with its trait"),
 }  # fmt: skip
 TINY = 10_000_000  # parameters; the smallest models that were trained on text have more
