@@ -11,7 +11,8 @@ from jsublim.core.reading import check_known
 from jsublim.errors import UsageError
 from jsublim.inference.divergence import PositionSubset
 
-TOKENS = ("all", "divergence", "non-divergence", "random", "matched")
+COMPARED = ("all", "divergence", "non-divergence", "random")  # unless a config chooses
+TOKENS = (*COMPARED, "matched")
 
 
 @dataclass(frozen=True)
