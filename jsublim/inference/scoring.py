@@ -104,9 +104,9 @@ def read_batch(
 
 
 def best_token(z: Array, label: Array) -> tuple[Array, Array, Array, Array]:
-    best, logp = argmax(z), jax.nn.log_softmax(z)
+    best, total = argmax(z), jax.nn.logsumexp(z)
     runner_up = jnp.max(jnp.where(jnp.arange(z.shape[0]) == best, -jnp.inf, z))
-    return best.astype(jnp.int32), z[best] - runner_up, logp[label], -jnp.sum(jnp.exp(logp) * logp)
+    return best.astype(jnp.int32), z[best] - runner_up, z[label] - total, total - jnp.sum(jnp.exp(z - total) * z)
 
 
 def _logprob(z: Array, label: Array) -> Array:

@@ -171,17 +171,17 @@ def _student(context: Context, student: Student, node: Node) -> dict[str, Any]:
         "dataset": dataset,
         "num_layers": setup.checkpoint(student.settings.model).config.num_layers,
         "artifact": node.key,
-        "drawn": _drawn(context.store, student, node.given.lessons[0].rows),
+        "drawn": _drawn(context, student, node.given.lessons[0].rows),
     }
 
 
-def _drawn(store: Store, student: Student, rows: Rows) -> float | None:
+def _drawn(context: Context, student: Student, rows: Rows) -> float | None:
     """The share of its teacher's rows that a student drew; None where each seed has rows of its own."""
     if student.source.draw is not None or student.settings.data.on_policy:
         return None
-    there = sum(part["kept"] for part in rows.summaries(store)) if rows.nodes else len(rows.read(store))
+    count = lambda: sum(part["kept"] for part in rows.summaries(context.store)) or len(rows.read(context.store))  # noqa: E731
     wanted = student.settings.data.rows
-    return 1.0 if wanted is None else min(1.0, wanted / there)
+    return 1.0 if wanted is None else min(1.0, wanted / context.remember(("kept", rows.key), count))
 
 
 def _students(whose: Source | Writer) -> dict[str, str]:
