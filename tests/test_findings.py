@@ -68,7 +68,7 @@ def quickstart_table() -> Iterator[str]:
         select trait, role, teacher, seed, 100 * avg(value) as rate from '{DATA}/quickstart/results/results.parquet'
         where metric = 'rate' and condition in ('base', 'control', 'all') and evaluation = '' group by all order by seed
         """
-    rows = duckdb.sql(sql).fetchall()
+    rows = duckdb.connect().execute(sql).fetchall()
     for trait in ("cat", "eagle", "panda"):
         of = lambda who, trait=trait: [rate for name, _, teacher, _, rate in rows if name == trait and teacher == who]  # noqa: E731
         (base,), control, students = of(None), of("control"), of(trait)
