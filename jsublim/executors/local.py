@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import jax
 
+from jsublim.core.timeleft import Expected
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.cost import Sizes
 from jsublim.pipeline.graph import Work, ordered
 from jsublim.pipeline.stage import Node, Task, tasks_of
+from jsublim.runtime.chips import this_machine
 from jsublim.runtime.processes import heeding_signals, leave_if_asked, on_main_process, wait_until_seen
+
+LEAST = 0.1  # seconds of a task, beside what its cost says: files, a step's launches
 
 
 def execute_work(work: Sequence[Work]) -> None:
@@ -27,12 +31,22 @@ def execute_tasks(tasks: Iterable[Task], context: Context) -> None:
     every = list(ordered(tasks))
     mend(every, context)
     missing = [every[i] for i in on_main_process(lambda: _missing(every, context))]
-    context.progress.expect(Counter(task.kind for task in missing))
+    expect(missing, context)
     while missing:
         leave_if_asked()
         task = _next(missing, context)
         execute(task, context)
         missing.remove(task)
+
+
+def expect(tasks: Iterable[Task], context: Context) -> None:
+    """Tell a run's progress what is to come, and how long it should take here. Tasks of one kind that cost the same are taken to have the
+    same shapes, and so the same programs."""
+    sizes, chip = Sizes.of(context.setup), this_machine()
+    costs = {task.key: (task.kind, task.cost(context.setup, sizes)) for task in tasks}
+    context.progress.expect(
+        {key: Expected(kind, cost.seconds(chip) + LEAST, (kind, cost)) for key, (kind, cost) in costs.items()}
+    )
 
 
 def execute_nodes(nodes: Iterable[Node], context: Context) -> None:
@@ -72,6 +86,6 @@ def execute(task: Task, context: Context) -> None:
     told = f"{task.kind} {task.label}: another process is making it; waiting"
     with store.locked(task.outputs, lambda: context.progress.say(told)):
         if not on_main_process(lambda: task.done(store)):
-            with context.progress.stage(task.kind, task.units(context), task.label) as tick:
+            with context.progress.stage(task.kind, task.units(context), task.label, task.key) as tick:
                 task.make(context, tick)
     wait_until_seen((store.place(output), functools.partial(store.done, output)) for output in task.outputs)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from jsublim.config import Experiment
 from jsublim.core.progress import Progress
+from jsublim.core.timeleft import TimeLeft
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.graph import Graph, TasksFailed, Work, results_key
@@ -19,7 +20,7 @@ from jsublim.pipeline.results import check_folder, claim_folder, gather, is_repo
 from jsublim.pipeline.served import sample_server
 from jsublim.pipeline.store import digest, versions
 from jsublim.runtime.processes import check_alike, check_shared, heeding_signals, on_main_process
-from jsublim.runtime.programs import counting_programs
+from jsublim.runtime.programs import compile_clock, counting_programs
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class PlannedRun:
         """Plan, check, and put the config into the run's folder. `devices`: False where other processes do the tasks.
         Raises UsageError, JsublimError: a config that cannot work."""
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        progress = Progress(console)
+        clock = compile_clock()
+        progress = Progress(console, left=TimeLeft(lambda: clock.seconds), compiling=lambda: clock.name)
         with progress.stage("plan"):
             context = Context.load(experiment, progress, devices=devices)
             graph = plan(context.setup)
