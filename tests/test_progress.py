@@ -28,7 +28,9 @@ def test_without_a_terminal_there_is_a_line_now_and_then_even_while_nothing_is_f
         progress.watch(lambda: "loss 1.2500")
         wait_until(lambda: "loss 1.2500" in console.file.getvalue())
     lines = [line for line in console.file.getvalue().splitlines() if "so far" in line]
-    assert re.fullmatch(r"\d+%, 0:\d\d so far, about \d:\d\d left; students 0 of 2, owl, compiling step \(1 of 1\)", lines[0])
+    assert re.fullmatch(
+        r"\d+%, 0:\d\d so far, about \d:\d\d left; students 0 of 2, owl, compiling step \(1 of 1\)", lines[0]
+    )
     lines = [line for line in lines if "loss" in line]
     assert re.search(r"students 0 of 2, owl, 50%, [\d.]+ a second, loss 1.2500", lines[0])
     progress.close()

@@ -124,7 +124,12 @@ class Where:
 
 @app.command()
 def run(config: ConfigFile, overrides: Overrides = None, *, where: Where, forecast: Forecast) -> None:
-    """Run an experiment: generate, find divergence tokens, distil, evaluate, report. Run again, it continues."""
+    """Run an experiment: generate, find divergence tokens, distil, evaluate, report. Run again, it continues.
+
+    For example: jsublim run configs/quickstart.yaml students.seeds=[1]
+
+    The report is runs/NAME/report.html, beside it lie results/ and artifacts/; out=FOLDER puts them elsewhere.
+    """
     from jsublim.config import Experiment
 
     checked = read_checked(config, overrides)
@@ -161,7 +166,12 @@ def reproduce(
     where: Where,
     forecast: Forecast,
 ) -> None:
-    """Run what a figure of the paper shows, with the same code at every scale (docs/paper_map.md)."""
+    """Run what a figure of the paper shows, with the same code at every scale (docs/paper_map.md).
+
+    For example: jsublim reproduce fig03 --panel qwen-greedy --dry-run
+
+    Each panel is an experiment of its own, whose report is runs/FIGURE-PANEL-SCALE/report.html.
+    """
     from jsublim.config.figures import load_question, panel_experiment, panels_of
     from jsublim.config.grid import grid
 

@@ -85,7 +85,7 @@ class Progress:
     Attributes:
       left: of the whole run, which may be several experiments; each of them has a progress of its own.
       compiling: what is being compiled now, if anything.
-      seconds: how long each kind of work took, by its name; lines: what was said, each line once.
+      seconds: how long each kind of work took, by its name; note: told of each time; lines: what was said, each line once.
     """
 
     def __init__(
@@ -98,6 +98,7 @@ class Progress:
         self.console, self.line_every = console or Console(quiet=True), line_every
         self.left, self.compiling = left or TimeLeft(), compiling
         self.seconds: dict[str, float] = {}
+        self.note: Callable[[str, float], object] = lambda kind, seconds: None
         self.lines: list[str] = []
         self._expected: Counter[str] = Counter()
         self._finished: Counter[str] = Counter()
@@ -151,9 +152,14 @@ class Progress:
             raise
         finally:
             self.left.end()
-            self.seconds[kind] = round(self.seconds.get(kind, 0.0) + time.perf_counter() - begin, 2)
+            self.took(kind, time.perf_counter() - begin)
         if state.finished >= state.expected:
             self.close()
+
+    def took(self, kind: str, seconds: float) -> None:
+        """Add to what a kind of work took."""
+        self.seconds[kind] = round(self.seconds.get(kind, 0.0) + seconds, 2)
+        self.note(kind, seconds)
 
     def _open(self, kind: str) -> None:
         self._state = StageState(kind, max(self._expected[kind], 1), self._finished[kind])
@@ -198,13 +204,13 @@ class Progress:
         return self._detail() if self._detail else ""
 
     def close(self) -> None:
-        """Leave one line in place of the bars."""
+        """Leave one line in place of the bars, if anything was finished."""
         state, self._state, self._detail = self._state, None, None
         if self._ended is not None:
             self._ended.set()
-        if self._bars is not None:
+        if self._bars is not None and self.console.is_terminal:
             self._bars.stop()
         self._bars = self._ended = None
-        if state is not None:
+        if state is not None and state.finished:
             count = f"{state.finished} of {state.expected}" if state.expected > 1 else "done"
             self.console.print(f"{state.kind}: {count}, {clock(time.perf_counter() - state.begun)}", highlight=False)

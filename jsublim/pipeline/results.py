@@ -39,6 +39,7 @@ from jsublim.text.rows import read_rows
 K = TypeVar("K", Source, Writer)
 SHOWN = 2  # rows of a teacher whose divergence tokens are known; of another one, one
 MARK = "config.hash"  # of a run's folder: the key of what its results hang on
+TIMES = "times.log"  # there too: a line for each thing that a call did
 _WHO = {
     "arm": "string",
     "role": "string",
@@ -227,7 +228,7 @@ def _about(context: Context, key: str, started: str) -> dict[str, Any]:
         "wording": {"origin": setup.pack.origin, "hash": setup.pack.wording, "said": setup.wording},
         "versions": versions(),
         "config_hash": key,
-        **_times(e, key, started, context.progress.seconds),
+        **_times(e, key, started),
         "command": f"jsublim run {shlex.quote(str(e.run_dir / 'config.yaml'))}",
         "evaluations": {name: setting.model_dump() for name, setting in e.evaluation.settings.items()},
         "config_yaml": e.yaml(),
@@ -246,16 +247,25 @@ def _about(context: Context, key: str, started: str) -> dict[str, Any]:
     return about
 
 
-def _times(e: Config, key: str, started: str, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """When the run was begun, and how long each kind of work took in all calls together: one that finds everything whole
-    changes nothing."""
+def note_seconds(folder: Path, key: str, started: str, kind: str, seconds: float) -> None:
+    """Add a line to what `_times` reads: how long a call that `started` then worked on something. Other processes may add theirs."""
+    with (folder / TIMES).open("a", encoding="utf-8") as file:
+        file.write(f"{key} {started} {kind} {seconds:.2f}\n")
+
+
+def _times(e: Config, key: str, started: str) -> dict[str, Any]:
+    """When the run was begun, and how long each kind of work took in all calls together, those that were interrupted too. Only the first
+    one's planning counts: a call that finds everything whole changes nothing."""
+    text = (e.run_dir / TIMES).read_text(encoding="utf-8", errors="replace") if (e.run_dir / TIMES).is_file() else ""
+    lines = re.findall(rf"^{key} (\S+) (\w+) ([\d.]+)$", text, re.MULTILINE)  # a kill may have cut one
     old = read_json(e.run_dir / "results" / "run.json", {})
-    if old.get("config_hash") != key:
-        return {"started": started, "seconds": dict(seconds)}
-    worked = {kind: taken for kind, taken in seconds.items() if kind != "plan"}
-    before = old.get("seconds", {})
-    every = {kind: round(before.get(kind, 0.0) + worked.get(kind, 0.0), 2) for kind in {**before, **worked}}
-    return {"started": old.get("started", started), "seconds": every}
+    if old.get("config_hash") == key and all(kind == "plan" for _, kind, _ in lines):  # made by an earlier version
+        return {"started": old.get("started", started), "seconds": old.get("seconds", {})}
+    first, seconds = min((when for when, *_ in lines), default=started), dict[str, float]()
+    for when, kind, taken in lines:
+        if kind != "plan" or when == first:
+            seconds[kind] = round(seconds.get(kind, 0.0) + float(taken), 2)
+    return {"started": first, "seconds": seconds}
 
 
 def run_folder(experiment: Config) -> Output:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from jsublim.core.timeleft import TimeLeft
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.experiment import plan
 from jsublim.pipeline.graph import Graph, TasksFailed, Work, results_key
-from jsublim.pipeline.results import check_folder, claim_folder, gather, is_reported, run_folder
+from jsublim.pipeline.results import check_folder, claim_folder, gather, is_reported, note_seconds, run_folder
 from jsublim.pipeline.served import sample_server
 from jsublim.pipeline.store import digest, versions
 from jsublim.runtime.processes import check_alike, check_shared, heeding_signals, on_main_process
@@ -65,6 +66,10 @@ class PlannedRun:
             sample_server(context).check()
         with context.store.locked([run_folder(experiment)], self._wait):
             claim_folder(experiment, self.key, self.console)
+        note = functools.partial(note_seconds, experiment.run_dir, self.key, self.started)
+        for kind, seconds in context.progress.seconds.items():
+            note(kind, seconds)
+        context.progress.note = note
 
     @property
     def work(self) -> Work:

@@ -42,7 +42,7 @@ def test_show_says_what_was_run_and_what_came_of_it(runs):
     claims = check_claims(read_results(runs[0]))
     assert [(v["claim"], v["verdict"]) for v in about["verdicts"]] == [(c.name, c.verdict) for c in claims] != []
     text = ok("show", runs[0]).out
-    assert "students.loss.tokens" in text and "1.5 minutes" in text and "C4a" in text
+    assert "students.loss.tokens" in text and "1:33" in text and "C4a" in text
 
 
 def test_results_are_means_over_questions_and_sql_chooses(runs):

@@ -182,7 +182,7 @@ def evaluate_models(ctx: Context, nodes: Sequence[Node], everyone: Sequence[Node
             on_server.append((node.key, model))
     by = drawn_by(ctx, on_server[0][1] if on_server else None)
     for sampling in dict.fromkeys(given.samplings):
-        ctx.say(f"sampling, evaluation{by}: {sampling.numbers()}")
+        ctx.say(f"answers to questions are drawn {sampling.words}{by}")
     with server_with(ctx, on_server) if on_server else nullcontext((None, [])) as (server, names):
         _ask(ctx, sound, None if server is None else functools.partial(server.answers, names))
 

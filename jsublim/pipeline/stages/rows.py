@@ -85,8 +85,7 @@ def sample_rows(
     missing = [i for i in numbers if i not in log.rows]
     if missing:
         on_server = None if engine is None else served(ctx.setup, teacher)
-        strategy = "temperature" if sampling.temperature else "greedy"
-        ctx.say(f"sampling, {strategy}{drawn_by(ctx, on_server)}: {sampling.numbers()}")
+        ctx.say(f"rows are drawn {sampling.words}{drawn_by(ctx, on_server)}")
         writer = teacher.teacher(ctx)
         # A row's random numbers are those of its place among all prompts, whatever the task it is in; and the shapes
         # are those of all the task's prompts, whatever is left of them.
