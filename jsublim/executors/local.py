@@ -11,8 +11,9 @@ from jsublim.core.timeleft import Expected
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Sizes
 from jsublim.pipeline.graph import Work, ordered
+from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stage import Node, Task, tasks_of
-from jsublim.runtime.chips import this_machine
+from jsublim.runtime.chips import Chip, this_machine
 from jsublim.runtime.processes import heeding_signals, leave_if_asked, on_main_process, wait_until_seen
 
 LEAST = 0.1  # seconds of a task, beside what its cost says: files, a step's launches
@@ -31,7 +32,7 @@ def execute_tasks(tasks: Iterable[Task], context: Context) -> None:
     every = list(ordered(tasks))
     mend(every, context)
     missing = [every[i] for i in on_main_process(lambda: _missing(every, context))]
-    expect(missing, context)
+    context.progress.expect(expected(missing, context.setup, this_machine()))
     while missing:
         leave_if_asked()
         task = _next(missing, context)
@@ -39,14 +40,11 @@ def execute_tasks(tasks: Iterable[Task], context: Context) -> None:
         missing.remove(task)
 
 
-def expect(tasks: Iterable[Task], context: Context) -> None:
-    """Tell a run's progress what is to come, and how long it should take here. Tasks of one kind that cost the same are taken to have the
-    same shapes, and so the same programs."""
-    sizes, chip = Sizes.of(context.setup), this_machine()
-    costs = {task.key: (task.kind, task.cost(context.setup, sizes)) for task in tasks}
-    context.progress.expect(
-        {key: Expected(kind, cost.seconds(chip) + LEAST, (kind, cost)) for key, (kind, cost) in costs.items()}
-    )
+def expected(tasks: Iterable[Task], setup: Setup, chip: Chip) -> dict[str, Expected]:
+    """What tasks should take, by key. Those of one kind that cost the same are taken to have the same shapes, and so the same programs."""
+    sizes = Sizes.of(setup)
+    costs = {task.key: (task.kind, task.cost(setup, sizes)) for task in tasks}
+    return {key: Expected(kind, cost.seconds(chip) + LEAST, (kind, cost)) for key, (kind, cost) in costs.items()}
 
 
 def execute_nodes(nodes: Iterable[Node], context: Context) -> None:
