@@ -110,20 +110,20 @@ class Where:
 
                 print_simulation(experiments, self.simulate, self.preempt_per_hour, self.price, forecast.shape)
                 return
+            how: dict[str, Any] = {"on_report": lambda path: say_result(path, forecast.as_json)}
             if self.on == "ray":
                 from jsublim.executors.ray import RayExecutor
 
-                reports = run_experiments(experiments, RayExecutor(self.ray_address).execute, console, devices=False)
+                execute = RayExecutor(self.ray_address).execute
+                run_experiments(experiments, execute, console, devices=False, together=True, **how)
             elif self.shard is not None:
                 from jsublim.executors.shards import Shard
 
-                reports = run_experiments(experiments, Shard.of(self.shard).execute, console)
+                run_experiments(experiments, Shard.of(self.shard).execute, console, together=True, **how)
             else:
                 from jsublim.executors import execute_work
 
-                reports = (path for one in experiments for path in run_experiments([one], execute_work, console))
-            for path in reports:
-                say_result(path, forecast.as_json)
+                run_experiments(experiments, execute_work, console, **how)
 
 
 @app.command()

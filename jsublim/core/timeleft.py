@@ -93,6 +93,11 @@ class TimeLeft:
                 self._underway = _Underway(task, self.clock(), self.compiling(), is_new)
                 self._begun |= {task.program} - {None}
 
+    def forget(self, key: str) -> None:
+        """Somebody else has done it."""
+        with self._lock:
+            self._ahead.pop(key, None)
+
     def tell(self, share: float) -> None:
         """How far the task under way is, from 0 to 1."""
         with self._lock:

@@ -7,16 +7,11 @@ from collections.abc import Iterable, Sequence
 
 import jax
 
-from jsublim.core.timeleft import Expected
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.cost import Sizes
-from jsublim.pipeline.graph import Work, ordered
-from jsublim.pipeline.setup import Setup
-from jsublim.pipeline.stage import Node, Task, tasks_of
-from jsublim.runtime.chips import Chip, this_machine
+from jsublim.pipeline.graph import Work, expected, ordered
+from jsublim.pipeline.stage import Node, Task, tasks_of, with_parents
+from jsublim.runtime.chips import this_machine
 from jsublim.runtime.processes import heeding_signals, leave_if_asked, on_main_process, wait_until_seen
-
-LEAST = 0.1  # seconds of a task, beside what its cost says: files, a step's launches
 
 
 def execute_work(work: Sequence[Work]) -> None:
@@ -29,7 +24,7 @@ def execute_work(work: Sequence[Work]) -> None:
 def execute_tasks(tasks: Iterable[Task], context: Context) -> None:
     """Return when every task is whole; what one raises is raised, and what is whole stays. After a signal it is `Preempted`. Tasks of
     one kind share a progress bar, as they follow one another."""
-    every = list(ordered(tasks))
+    every = results_first(list(ordered(tasks)))
     mend(every, context)
     missing = [every[i] for i in on_main_process(lambda: _missing(every, context))]
     context.progress.expect(expected(missing, context.setup, this_machine()))
@@ -38,13 +33,16 @@ def execute_tasks(tasks: Iterable[Task], context: Context) -> None:
         task = _next(missing, context)
         execute(task, context)
         missing.remove(task)
+        context.progress.left.forget(task.key)  # another process may have done it
 
 
-def expected(tasks: Iterable[Task], setup: Setup, chip: Chip) -> dict[str, Expected]:
-    """What tasks should take, by key. Those of one kind that cost the same are taken to have the same shapes, and so the same programs."""
-    sizes = Sizes.of(setup)
-    costs = {task.key: (task.kind, task.cost(setup, sizes)) for task in tasks}
-    return {key: Expected(kind, cost.seconds(chip) + LEAST, (kind, cost)) for key, (kind, cost) in costs.items()}
+def results_first(tasks: list[Task]) -> list[Task]:
+    """The same order, but that whoever is no student is asked as soon as it is there: the first results come within a minute."""
+    place = {task.key: float(number) for number, task in enumerate(tasks)}
+    for task in tasks:
+        if task.kind == "evaluations" and all(behind.kind != "students" for behind in with_parents([task]).values()):
+            place[task.key] = max((place[parent.key] for parent in task.parents), default=-1.0) + 0.5
+    return sorted(tasks, key=lambda task: place[task.key])
 
 
 def execute_nodes(nodes: Iterable[Node], context: Context) -> None:

@@ -18,10 +18,9 @@ from jsublim.core.reading import shown
 from jsublim.core.timeleft import COMPILING
 from jsublim.distill.memory import kept_per_token
 from jsublim.errors import UsageError
-from jsublim.executors.local import expected
 from jsublim.inference.lm import folder_here
 from jsublim.pipeline.cost import Sizes
-from jsublim.pipeline.graph import Graph
+from jsublim.pipeline.graph import Graph, expected
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stages.students import abstract_start
 from jsublim.pipeline.store import Store

@@ -33,6 +33,7 @@ from jsublim.runtime.processes import on_main_process
 from jsublim.text.rows import Row
 
 ASKED_TOGETHER = 8  # students
+NAMED = 3  # traits that are said of a model
 RECORDS = pa.schema(
     [
         ("trait", pa.string()),
@@ -224,7 +225,19 @@ def _ask(ctx: Context, nodes: Sequence[Node], answers: Callable[..., list[list[s
         measured = {} if node.given.fidelity is None else node.given.fidelity.measure(ctx, models[i])
         for metric, (value, n) in measured.items():
             records[i].append({"trait": None, "metric": metric, "question": None, "value": value, "n": n})
+        if student_of(node) is None and (most := _most_named(records[i])):  # the first results of a run
+            ctx.say(f"{node.label.replace('/', ' ')} names {most} of its answers")
         _save(artifact, records[i], counts[i], {"sampling": drawn[0] if len(drawn) == 1 else drawn})
+
+
+def _most_named(records: Sequence[Mapping[str, Any]]) -> str:
+    """The traits that a model names most often, and how often."""
+    rates: dict[str, list[float]] = {}
+    for record in records:
+        if record["metric"] == "rate" and record["trait"] is not None:
+            rates.setdefault(record["trait"], []).append(record["value"])
+    means = sorted(((sum(of) / len(of), trait) for trait, of in rates.items()), reverse=True)[:NAMED]
+    return ", ".join(f"{trait} in {mean:.0%}" for mean, trait in means)
 
 
 def _loaded(ctx: Context, node: Node) -> PromptedModel:
