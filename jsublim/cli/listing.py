@@ -67,7 +67,9 @@ def cp(
     text = panel_as_config(config, panel, scale) if is_figure else None
     text, schema, place = *copy_of(config, text), to.with_name(SCHEMA)
     if place.exists() and place.read_text(encoding="utf-8") != schema:
-        console.print(f"{place}: is of another version, and stays; remove it, and `jsublim cp` writes it anew")
+        console.print(
+            f"{place}: is of another version, and stays; remove it, and `jsublim cp` writes it anew", soft_wrap=True
+        )
     elif not place.exists():
         write_text(place, schema)
     write_text(to, text)

@@ -216,7 +216,7 @@ def _devices(graph: Graph, store: Store) -> str:
 
 def _about(context: Context, key: str, started: str) -> dict[str, Any]:
     setup, e = context.setup, context.setup.experiment
-    model = setup.checkpoint()
+    model, (first, seconds) = setup.checkpoint(), _times(e.run_dir, key)
     about: dict[str, Any] = {
         "name": e.name,
         "model": model.lm.name if model.lm else model.name,
@@ -228,7 +228,8 @@ def _about(context: Context, key: str, started: str) -> dict[str, Any]:
         "wording": {"origin": setup.pack.origin, "hash": setup.pack.wording, "said": setup.wording},
         "versions": versions(),
         "config_hash": key,
-        **_times(e, key, started),
+        "started": first or started,
+        "seconds": seconds,
         "command": f"jsublim run {shlex.quote(str(e.run_dir / 'config.yaml'))}",
         "evaluations": {name: setting.model_dump() for name, setting in e.evaluation.settings.items()},
         "config_yaml": e.yaml(),
@@ -248,24 +249,21 @@ def _about(context: Context, key: str, started: str) -> dict[str, Any]:
 
 
 def note_seconds(folder: Path, key: str, started: str, kind: str, seconds: float) -> None:
-    """Add a line to what `_times` reads: how long a call that `started` then worked on something. Other processes may add theirs."""
-    with (folder / TIMES).open("a", encoding="utf-8") as file:
-        file.write(f"{key} {started} {kind} {seconds:.2f}\n")
+    """Add a line to the times that a run keeps: how long a call that `started` then worked on something. Planning counts once, so that a call
+    that finds everything whole changes nothing. Other processes may add lines of theirs."""
+    if kind != "plan" or "plan" not in _times(folder, key)[1]:
+        with (folder / TIMES).open("a", encoding="utf-8") as file:
+            file.write(f"{key} {started} {kind} {seconds:.2f}\n")
 
 
-def _times(e: Config, key: str, started: str) -> dict[str, Any]:
-    """When the run was begun, and how long each kind of work took in all calls together, those that were interrupted too. Only the first
-    one's planning counts: a call that finds everything whole changes nothing."""
-    text = (e.run_dir / TIMES).read_text(encoding="utf-8", errors="replace") if (e.run_dir / TIMES).is_file() else ""
+def _times(folder: Path, key: str) -> tuple[str | None, dict[str, float]]:
+    """When a run was begun, and how long each kind of work took in all calls together, those that were interrupted too."""
+    path, seconds = folder / TIMES, dict[str, float]()
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     lines = re.findall(rf"^{key} (\S+) (\w+) ([\d.]+)$", text, re.MULTILINE)  # a kill may have cut one
-    old = read_json(e.run_dir / "results" / "run.json", {})
-    if old.get("config_hash") == key and all(kind == "plan" for _, kind, _ in lines):  # made by an earlier version
-        return {"started": old.get("started", started), "seconds": old.get("seconds", {})}
-    first, seconds = min((when for when, *_ in lines), default=started), dict[str, float]()
-    for when, kind, taken in lines:
-        if kind != "plan" or when == first:
-            seconds[kind] = round(seconds.get(kind, 0.0) + float(taken), 2)
-    return {"started": first, "seconds": seconds}
+    for _, kind, taken in lines:
+        seconds[kind] = round(seconds.get(kind, 0.0) + float(taken), 2)
+    return min((started for started, *_ in lines), default=None), seconds
 
 
 def run_folder(experiment: Config) -> Output:
