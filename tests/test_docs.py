@@ -91,6 +91,13 @@ def test_the_fields_that_a_stage_gives_are_valid(words):
     StageOptions(fields=given["fields"], out=Path(given["out"]), model=given["model"]).experiment(words[1], base)
 
 
+def test_every_page_stands_in_the_sites_navigation():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    named = set(re.findall(r"[\w/.-]+\.md", str(site["nav"])))
+    assert {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")} <= named
+    assert site["strict"] and site["validation"]["nav"]["omitted_files"] == "warn"  # so it is an error
+
+
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.name)
 def test_links_to_files_lead_to_files(path):
     for target, place in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", path.read_text(encoding="utf-8")):

@@ -221,7 +221,9 @@ def report(run: RunFolder, *, full: Annotated[bool, "Print everything, trait by 
 def read_checked(config: str, overrides: list[str] | None) -> Config:
     """A config with its overrides; everything that is wrong is named, if anything is."""
     from jsublim.config.loading import look_over
+    from jsublim.config.shipped import named_config
 
+    config = named_config(config)
     checked, mistakes = look_over(config, list(overrides or []), kinds())
     refuse(config, mistakes)
     assert checked is not None
