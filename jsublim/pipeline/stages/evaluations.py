@@ -226,18 +226,19 @@ def _ask(ctx: Context, nodes: Sequence[Node], answers: Callable[..., list[list[s
         for metric, (value, n) in measured.items():
             records[i].append({"trait": None, "metric": metric, "question": None, "value": value, "n": n})
         if student_of(node) is None and (most := _most_named(records[i])):  # the first results of a run
-            ctx.say(f"{node.label.replace('/', ' ')} names {most} of its answers")
+            ctx.say(f"{node.label.replace('/', ' ')} names {most}")
         _save(artifact, records[i], counts[i], {"sampling": drawn[0] if len(drawn) == 1 else drawn})
 
 
 def _most_named(records: Sequence[Mapping[str, Any]]) -> str:
-    """The traits that a model names most often, and how often."""
+    """The traits that a model names most often, and how often, in words; nothing where it was not asked about any."""
     rates: dict[str, list[float]] = {}
     for record in records:
         if record["metric"] == "rate" and record["trait"] is not None:
             rates.setdefault(record["trait"], []).append(record["value"])
     means = sorted(((sum(of) / len(of), trait) for trait, of in rates.items()), reverse=True)[:NAMED]
-    return ", ".join(f"{trait} in {mean:.0%}" for mean, trait in means)
+    named = ", ".join(f"{trait} in {mean:.0%}" for mean, trait in means if mean)
+    return f"{named} of its answers" if named else "none of the traits" if rates else ""
 
 
 def _loaded(ctx: Context, node: Node) -> PromptedModel:
