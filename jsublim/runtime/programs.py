@@ -153,12 +153,12 @@ class CompileClock:
         jax.monitoring.register_scalar_listener(self._begins)
         jax.monitoring.register_event_duration_secs_listener(self._ends)
 
-    def _begins(self, event: str, _: float, fun_name: str = "", **__: Any) -> None:
+    def _begins(self, event: str, value: float, **about: str | int) -> None:
         if event in _STEPS:
             with self._lock:
-                self._open[threading.get_ident()].append((fun_name, time.perf_counter()))
+                self._open[threading.get_ident()].append((str(about.get("fun_name", "")), time.perf_counter()))
 
-    def _ends(self, event: str, _: float, **__: Any) -> None:
+    def _ends(self, event: str, duration_secs: float, **about: str | int) -> None:
         if event in _STEPS:
             with self._lock:
                 begun = self._open[threading.get_ident()]
