@@ -21,10 +21,8 @@ from jsublim.core.timeleft import Expected, TimeLeft
 from jsublim.errors import printable
 
 Tick = Callable[[int], None]  # called with the number of units just finished
-LINE_EVERY, LOOK_EVERY = (
-    60.0,
-    1.0,
-)  # seconds: between lines where there is no terminal, between looks where there is one
+LINE_EVERY = 60.0  # seconds between lines where there is no terminal
+LOOK_EVERY = 1.0  # the same between looks where there is one
 
 
 def no_tick(units: int) -> None:
@@ -201,7 +199,8 @@ class Progress:
         if (name := self.compiling()) is not None:
             begun, known = self.left.programs
             return f"compiling {name}" + (f" ({begun} of {known})" if known else "")
-        return self._detail() if self._detail else ""
+        detail = self._detail  # another thread may take it away
+        return detail() if detail else ""
 
     def close(self) -> None:
         """Leave one line in place of the bars, if anything was finished."""

@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -250,9 +251,9 @@ def _about(context: Context, key: str, started: str) -> dict[str, Any]:
 
 def note_seconds(folder: Path, key: str, started: str, kind: str, seconds: float) -> None:
     """Add a line to the times that a run keeps: how long a call that `started` then worked on something. Planning counts once, so that a call
-    that finds everything whole changes nothing. Other processes may add lines of theirs."""
+    that finds everything whole changes nothing. Other processes may add lines of theirs. A line that cannot be written stops nobody."""
     if kind != "plan" or "plan" not in _times(folder, key)[1]:
-        with (folder / TIMES).open("a", encoding="utf-8") as file:
+        with suppress(OSError), (folder / TIMES).open("a", encoding="utf-8") as file:
             file.write(f"{key} {started} {kind} {seconds:.2f}\n")
 
 
