@@ -78,15 +78,16 @@ def look_over(path: str | Path, overrides: list[str], kinds: Mapping[str, type[K
 def unknown_traits(values: Mapping[str, Any]) -> list[str]:
     """A line for each trait of teachers that the prompt pack does not list, as far as values that may be wrong tell that."""
     teachers, prompts = values.get("teachers"), values.get("prompts")
-    if not isinstance(teachers, dict) or "category" in teachers or not isinstance(teachers.get("traits"), list):
+    if not isinstance(teachers, dict) or "category" in teachers or not isinstance(prompts, str | None):
         return []
-    lines = []
-    for trait in teachers["traits"]:
-        try:
-            load_pack(prompts).category_of(trait)
-        except (UsageError, TypeError) as error:  # a trait that is no text is among the other mistakes
-            lines += [str(error)] if isinstance(trait, str) else []
-    return lines
+    traits, lines = teachers.get("traits"), dict[str, None]()
+    for trait in traits if isinstance(traits, list) else ():
+        if isinstance(trait, str) and trait == trait.lower():  # any other is among the other mistakes
+            try:
+                load_pack(prompts).category_of(trait)
+            except UsageError as error:
+                lines[str(error)] = None
+    return list(lines)
 
 
 def kind_of(values: dict[str, Any], path: Path, kinds: Mapping[str, type[Kind]]) -> type[Kind]:

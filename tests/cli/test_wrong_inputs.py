@@ -20,7 +20,7 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     # run
     (("run",), 2, "Missing argument 'config'; see `jsublim run --help`"),
     (("run", "configs/none.yaml"), 2, "configs/none.yaml: no such config file"),
-    (("run", "folder"), 2, "config 'folder': no such file; `jsublim ls configs`"),
+    (("run", "folder"), 2, "config 'folder': no such file"),
     (("run", "broken.yaml"), 2, "broken.yaml: not valid YAML"),
     (("run", "list.yaml"), 2, "list.yaml: expected keys at the top, found list"),
     (("run", "configs/paper/fig03.yaml"), 2, "`jsublim reproduce fig03`"),
