@@ -71,6 +71,7 @@ def test_after_the_first_fifth_the_estimate_is_within_a_factor_of_one_and_a_half
 
     for i, (key, task) in enumerate(tasks.items()):
         left.begin(key)
+        left.seconds()
         for _ in range(10 if i % 5 < 2 else 0):
             compiled[0] += compiling / 10
             pass_by(compiling / 10)
@@ -78,6 +79,7 @@ def test_after_the_first_fifth_the_estimate_is_within_a_factor_of_one_and_a_half
             pass_by(task.seconds * slow[task.kind] / 10)
             if task.kind != "rows":  # which are drawn in one batch, and say nothing before that
                 left.tell(step / 10)
+                assert left.seconds() >= 0  # when all of it is done, too
         left.end()
     late = [(at, said) for at, said in looks if 0.2 * now[0] < at < now[0]]
     assert late and all(1 / 1.5 < (at + said) / now[0] < 1.5 for at, said in late)

@@ -124,7 +124,7 @@ class TimeLeft:
             if now is not None:
                 kind, worked, share = now.task.kind, self._worked(now), now.share
                 # Since it last said how far it is, it has gone on; nearly to its end at most.
-                rest = (1 - share) * now.task.seconds * self._speed(kind, should, took)
+                rest = max((1 - share) * now.task.seconds * self._speed(kind, should, took), 1e-9)
                 share += (1 - share) * min((worked - now.told) / rest, NEARLY)
                 should[kind] = should.get(kind, 0.0) + share * now.task.seconds
                 took[kind] = took.get(kind, 0.0) + worked
