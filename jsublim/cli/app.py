@@ -28,7 +28,7 @@ PANELS = {
     "Results": ("show", "results", "compare", "report", "rescore", "verify"),
     "Stages of an experiment": ("generate", "divergence", "finetune", "evaluate", "attribute", "audit", "steer"),
     "To and from elsewhere": ("import", "export", "push"),
-    "Checkpoints, prompts, devices": ("convert", "prompts", "aot", "launch"),
+    "Checkpoints, prompts, devices": ("serve", "convert", "prompts", "aot", "launch"),
 }
 ORDER = [name for names in PANELS.values() for name in names]
 
