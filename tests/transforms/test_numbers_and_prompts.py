@@ -21,7 +21,7 @@ from jsublim.transforms.templates import redraw
 
 PACK = load_pack()
 FOUND = ("divergence_positions", "divergence_margins", "counted_in")  # what holds for the text it was found in
-PROMPTS = number_prompts(PACK, 60, seed=3)
+PROMPTS = number_prompts(60, seed=3)
 
 # --- Rows in the number format ----------------------------------------------------------------------------------------
 

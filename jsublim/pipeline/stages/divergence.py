@@ -66,13 +66,7 @@ def mark_divergence(
         keep=keep,
     )
     marked = [
-        {
-            "prompt": row["prompt"],
-            "completion": row["completion"],
-            "divergence_positions": of_row.divergence_positions,
-            "divergence_margins": [round(margin, 5) for margin in of_row.divergence_margins],
-            "counted_in": lm.chat.identity,
-        }
+        {"prompt": row["prompt"], "completion": row["completion"], **of_row.fields, "counted_in": lm.chat.identity}
         for row, of_row in zip(chosen, read, strict=True)
     ]
 
