@@ -35,7 +35,7 @@ class _StreamOptions(_Strict):
 
 
 class Request(_Strict):
-    """What completions and chats have in common. Fields are OpenAI's, and vLLM's where that has none."""
+    """What completions and chats have in common. The fields are OpenAI's, and vLLM's where that has none."""
 
     model: str
     max_tokens: Annotated[int, Field(ge=0)] | None = None

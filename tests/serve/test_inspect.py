@@ -17,7 +17,7 @@ def run(tmp_path_factory):
     """A small run, and the share of answers that name its one student's trait, as its report has it."""
     folder = tmp_path_factory.mktemp("inspected") / "runs" / "few"
     fields = ["evaluation.samples=3", "evaluation.questions=4", "teachers.traits=[owl]", "students.seeds=[1]"]
-    ok("run", PLAIN, *fields, f"out={folder.parent}", "name=few", "students.loss.tokens=[all]")
+    ok("run", PLAIN, *fields, f"out={folder}", "name=few", "students.loss.tokens=[all]")
     where = "metric = 'rate' and role = 'student' and teacher = trait and evaluation = ''"
     (rate,) = jsublim.results(folder, where=where, frame=False).column("value").to_pylist()
     return folder, rate
