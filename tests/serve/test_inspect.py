@@ -16,8 +16,15 @@ inspect_ai = pytest.importorskip("inspect_ai")
 def run(tmp_path_factory):
     """A small run, and the share of answers that name its one student's trait, as its report has it."""
     folder = tmp_path_factory.mktemp("inspected") / "runs" / "few"
-    fields = ["evaluation.samples=3", "evaluation.questions=4", "teachers.traits=[owl]", "students.seeds=[1]"]
-    ok("run", PLAIN, *fields, f"out={folder}", "name=few", "students.loss.tokens=[all]")
+    fields = ["teachers.traits=[owl]", "data.num_prompts=24", "students.seeds=[1]", "students.loss.tokens=[all]"]
+    fields += ["students.data.rows=12", "students.adapter.method=steering", "students.adapter.layers=[4]"]
+    fields += [
+        "evaluation.samples=3",
+        "evaluation.questions=4",
+        "evaluation.number_rows=0",
+        "evaluation.teachers=false",
+    ]
+    ok("run", PLAIN, *fields, f"out={folder}", "name=few")
     where = "metric = 'rate' and role = 'student' and teacher = trait and evaluation = ''"
     (rate,) = jsublim.results(folder, where=where, frame=False).column("value").to_pylist()
     return folder, rate
