@@ -175,7 +175,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "pad_token_id": 0,
             "num_hidden_layers": 4,
             "sliding_window": 4,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+            "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
             "rope_parameters": {
                 "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
                 "full_attention": {

@@ -51,7 +51,6 @@ def place_of(name: str) -> tuple[str, str]:
     return name, ""
 
 
-@modelapi(name="jsublim")
 class JsublimAPI(ModelAPI):
     """A student of a run (`jsublim/RUN/cat-all-seed1`), or a checkpoint by its name, in this process."""
 
@@ -113,6 +112,11 @@ class JsublimAPI(ModelAPI):
         if isinstance(why, JsublimError):
             raise why
         return drawn, why
+
+
+@modelapi(name="jsublim")
+def jsublim_models() -> type[ModelAPI]:
+    return JsublimAPI
 
 
 @solver
