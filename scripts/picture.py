@@ -28,7 +28,8 @@ def main(run: Path) -> None:
         page.goto(report.resolve().as_uri())
         drawn = page.locator("#summary svg").last.bounding_box()
         assert drawn is not None, "this run's report has no first figure"
-        page.screenshot(path=PICTURE, clip={"x": 0, "y": 0, "width": WIDTH, "height": drawn["y"] + drawn["height"] + 2})
+        clip = {"x": 0, "y": 0, "width": WIDTH, "height": drawn["y"] + drawn["height"] + 2}
+        page.screenshot(path=PICTURE, full_page=True, clip=clip)  # type: ignore[arg-type]
         browser.close()
     print(f"{PICTURE}: {PICTURE.stat().st_size // 1024} KB")
 

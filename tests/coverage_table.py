@@ -209,16 +209,14 @@ def shares(rng: Rng) -> Iterator[Line]:
 
 @entry
 def differences(rng: Rng) -> Iterator[Line]:
-    """C5, C14, C2: two groups of students that transfer alike."""
+    """C2, C5, C14: two groups of students that transfer alike."""
     for traits, seeds in itertools.product(TRAITS, SEEDS):
         gap = normal(rng, 0.5, seeds, 0.15, traits) - normal(rng, 0.5, seeds, 0.05, traits)
         what = f"difference of two groups, {traits} traits x {seeds} students"
         yield Line(what, "no difference", "coverage", covered(gap.bounds(), 0.0), 0.92, 0.985)
         yield Line(
-            what, "no difference: C5, C14 hold", "error .025", float(np.mean(gap.p_above(0) < 0.025)), 0.01, 0.04
+            what, "no difference: C2, C5, C14 hold", "error .025", float(np.mean(gap.p_above(0) < 0.025)), 0.01, 0.04
         )
-        fails = float(np.mean(gap.value < -2 * gap.error))
-        yield Line(what, "no difference: C2 does not hold", "error", fails, 0.01, 0.08)
 
 
 @entry
@@ -279,7 +277,8 @@ def most_traits(rng: Rng) -> Iterator[Line]:
             zero = Estimate.of(control, group="control")
             part, whole = normal(rng, 0.4, seeds) - zero, normal(rng, 0.8, seeds) - zero
             ps.append(np.maximum(share_p_above(part, whole, 0.5), whole.p_above(0.0)))
-        wrong = float(np.mean(np.sort(ps, axis=0)[traits // 2] < 0.025))
+        combined = (traits - traits // 2) * np.sort(ps, axis=0)[traits // 2]  # as verdicts.most
+        wrong = float(np.mean(combined < 0.025))
         yield Line(f"C3, {traits} traits x {seeds} students", "at .5: holds", "error .025", wrong, 0.0, 0.04)
 
 

@@ -27,6 +27,7 @@ PANELS = {
     "Experiments": ("run", "reproduce", "validate", "ls", "cp", "doctor"),
     "Results": ("show", "results", "compare", "report", "rescore", "verify"),
     "Stages of an experiment": ("generate", "divergence", "finetune", "evaluate", "attribute", "audit", "steer"),
+    "Data of others": ("scan",),
     "To and from elsewhere": ("import", "export", "push"),
     "Checkpoints, prompts, devices": ("serve", "convert", "prompts", "aot", "launch"),
 }

@@ -68,7 +68,9 @@ def print_about(about: dict[str, Any]) -> None:
     if config:
         print_rows(config, ["field", "value"], "table", output, "config, where it differs from the defaults")
     if about["verdicts"]:
-        rows = [v | {"p": p_value(v["p"]), "primary": "primary" if v["primary"] else ""} for v in about["verdicts"]]
+        rows = [
+            v | {"p": p_value(v["corrected"]), "primary": "primary" if v["primary"] else ""} for v in about["verdicts"]
+        ]
         print_rows(rows, ["claim", "text", "verdict", "p", "primary"], "table", output, "verdicts")
     for sentence in about.get("findings", []):
         output.print(sentence)

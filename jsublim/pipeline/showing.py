@@ -13,8 +13,10 @@ from jsublim.errors import JsublimError, UsageError
 from jsublim.pipeline.artifact import damage_in
 from jsublim.pipeline.results import MARK
 from jsublim.pipeline.store import DONE, RECORD
+from jsublim.report.cautions import warnings
 from jsublim.report.comparisons import comparisons
 from jsublim.report.tables import read_json, read_results
+from jsublim.report.words import findings
 
 CONFIG = "config.yaml"  # resolved, in a run's folder
 RESCORED = "rescored"  # results of a run that were made of its answers again
@@ -74,7 +76,7 @@ def about_run(folder: Path, kinds: Mapping[str, type[Config]]) -> dict[str, Any]
     check_run(folder)
     run, config = read_json(folder / "results" / "run.json", {}), config_of(folder, kinds)
     kind = run.get("kind", config.kind if config else "language")
-    verdicts, why = _verdicts(folder) if run.get("kind", "language") == "language" else ([], None)
+    came_out = _result(folder) if run.get("kind", "language") == "language" else {"verdicts": []}
     about = {
         "run": str(folder),
         "name": run.get("name", config.name if config else folder.name),
@@ -84,8 +86,8 @@ def about_run(folder: Path, kinds: Mapping[str, type[Config]]) -> dict[str, Any]
         **{key: run.get(key) for key in ("model", "model_revision", "device", "started", "rescored")},
         "config": {},
         "seconds": run.get("seconds", {}),
-        "verdicts": verdicts,
-        "no_verdicts": why,
+        "no_verdicts": None,
+        **came_out,
         "store": None,
         "artifacts": {},
         "rescored_as": [str(path.parent) for path in sorted(folder.glob(f"{RESCORED}/*/results"))],
@@ -97,20 +99,25 @@ def about_run(folder: Path, kinds: Mapping[str, type[Config]]) -> dict[str, Any]
     return about
 
 
-def _verdicts(folder: Path) -> tuple[list[dict[str, Any]], str | None]:
-    """What was decided, claim by claim; and why there is nothing, if there is nothing."""
+def _result(folder: Path) -> dict[str, Any]:
+    """What came out, in words and claim by claim; and why there is nothing, if there is nothing."""
     try:
-        claims = comparisons(read_results(folder)).claims
+        results = read_results(folder)
     except JsublimError as error:
-        return [], str(error)
-    named = ("text", "verdict", "effect", "unit", "students", "p", "reason")
-    verdicts = []
-    for claim in claims:
+        return {"verdicts": [], "no_verdicts": str(error)}
+    compared, verdicts = comparisons(results), []
+    for claim in compared.claims:
         result, interval = claim.result, claim.result.interval
-        verdict = {"claim": result.name, "primary": claim.primary, "holm": claim.holm}
-        verdict |= {name: getattr(result, name) for name in named}
+        verdict = {
+            "claim": result.name,
+            "verdict": claim.verdict,
+            "primary": claim.primary,
+            "p": claim.p,
+            "corrected": claim.corrected,
+        }
+        verdict |= {name: getattr(result, name) for name in ("text", "effect", "unit", "students", "reason")}
         verdicts.append(verdict | {"interval": None if interval is None else [interval.low, interval.high]})
-    return verdicts, None
+    return {"verdicts": verdicts, "findings": [*warnings(results), *findings(results, compared)]}
 
 
 def store_of(folder: Path, config: Config) -> Path:

@@ -34,9 +34,7 @@ def warnings(results: Results) -> list[str]:
         sentences.append(f"Rescored from the answers of {rescored['from']}: {', '.join(by)}. No model was asked.")
     if results.is_tiny:
         sentences.append(
-            f"{results.model} is a tiny synthetic model. This run shows that the pipeline works; "
-            "nothing here says anything about real language models. What it found and what it did not find is below; numbers of large "
-            "models are marked as published."
+            f"{results.model} is a tiny synthetic model: this run shows that the pipeline works, and says nothing about real language models."
         )
     return sentences
 

@@ -42,5 +42,5 @@ def _apart(results: Results, which: str) -> Results:
 
 def verdicts(a: Results, b: Results) -> list[dict[str, str | None]]:
     """Claim by claim, what each run says."""
-    first, second = ({one.result.name: one.result.verdict for one in comparisons(run).claims} for run in (a, b))
+    first, second = ({one.result.name: one.verdict for one in comparisons(run).claims} for run in (a, b))
     return [{"claim": name, "a": first.get(name), "b": second.get(name)} for name in first | second]

@@ -7,6 +7,7 @@ down, they are pixels. Colours are the same on a light and on a dark page, and c
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,6 +24,7 @@ COLOURS = {
 }  # fmt: skip
 OTHER_COLOUR = "#00916a"
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 2", "1 4")
+TITLE_WIDTH, LABEL_WIDTH = 38, 46  # characters that a phone has room for
 MAX_POINTS = 150  # of a curve, so that a long run stays a small file
 # ColorBrewer's, from the low end to the high one; one that is pale for little can be read in grey too.
 PALETTES = {
@@ -97,6 +99,10 @@ class Strip(NamedTuple):
     bound: float | None = None
     published: float | None = None
 
+    @property
+    def label_lines(self) -> list[str]:
+        return textwrap.wrap(self.label, LABEL_WIDTH, break_long_words=False)
+
 
 class Polyline(NamedTuple):
     """One line of a plot; `points` are percents from the left and from the top, as SVG wants them."""
@@ -128,6 +134,12 @@ class Panel(NamedTuple):
     strips: tuple[Strip, ...] = ()
     lines: tuple[Polyline, ...] = ()
     marks: tuple[Mark, ...] = ()
+
+    @property
+    def title_lines(self) -> list[str]:
+        """On more than one line where it is long: first what comes before a colon."""
+        parts = [self.title] if len(self.title) <= TITLE_WIDTH else self.title.split(": ", 1)
+        return [line for part in parts for line in textwrap.wrap(part, TITLE_WIDTH, break_long_words=False)]
 
 
 class Drawing(NamedTuple):

@@ -13,14 +13,15 @@ from jsublim.evals.numbers import HELD_OUT, LEARNED
 from jsublim.evals.preference import LOGPROB, RATE
 from jsublim.report import drawing, words
 from jsublim.report.audit import Agreement, Predicted
-from jsublim.report.claims import CLAIMS, FAILS, HOLDS, Claim
+from jsublim.report.claims import CLAIMS, Claim, claim_metric
 from jsublim.report.claims.base import pool
-from jsublim.report.comparisons import Comparisons
+from jsublim.report.comparisons import Comparison, Comparisons, headline_metric
 from jsublim.report.drawing import Axis, Drawing, Heat, Mark, Panel, Polyline, Strip, colour
 from jsublim.report.scale import ScaleLine
 from jsublim.report.statistics import Interval
 from jsublim.report.summary import Matrix, OtherRow, judged_conditions, lifts, student_lifts, summary_rows
 from jsublim.report.tables import CONDITIONS, Results, condition_label, split_condition
+from jsublim.report.verdicts import FAILS, HOLDS
 
 ONE_PANEL = 16  # strips at most; of more, a panel for each variant
 VERDICT_COLOURS = {HOLDS: drawing.OTHER_COLOUR, FAILS: "#d55e00"}
@@ -41,10 +42,11 @@ def _numbered(what: str, values: Iterable[float]) -> list[tuple[str, float]]:
 
 
 def _strips(
-    key: str, title: str, label: str, metric: str, rows: Iterable[StripRow], signed: bool = True
+    key: str, title: str, label: str, metric: str, rows: Iterable[StripRow], signed: bool = True, by_arm: bool = False
 ) -> Drawing | None:
-    """Strips by panel along one axis, which holds dots and means; with zero where numbers are signed, else from 0 to 100 %. A
-    t-interval of two students may be wider than any plot and is cut off."""
+    """Strips by panel along an axis, which holds dots and means; with zero where numbers are signed, else from 0 to 100 %. A t-interval of
+    two students may be wider than any plot and is cut off. All panels have one axis; but arms (`by_arm`), which are not to be compared,
+    each their own."""
     scale, panels = metric_of(metric).scale, dict[str, list[Strip]]()
     for panel, condition, models, mean, interval in rows:
         text = words.number(mean, metric, signed)
@@ -52,21 +54,36 @@ def _strips(
             text += f" ({words.interval(interval, metric, signed).removesuffix(' %')})"
             interval = interval.times(scale)
         dots = tuple((scale * value, f"{name(who)}: {words.number(value, metric, signed)}") for who, value in models)
-        strip = Strip(condition_label(condition), colour(condition), dots, scale * mean, interval, text)
-        panels.setdefault(panel, []).append(strip)
-    strips = [*chain(*panels.values())]
-    held = [value for strip in strips for value in (*(value for value, _ in strip.dots), strip.mean)]
-    axis = Axis.around(label, held, signed, None if signed else PERCENT)
-    drawn = tuple(Panel(name(panel), axis, strips=tuple(of_panel)) for panel, of_panel in panels.items())
-    return Drawing(key, title, drawn) if held else None
+        who = condition_label(split_condition(condition)[0] if by_arm else condition)
+        panels.setdefault(panel, []).append(Strip(who, colour(condition), dots, scale * mean, interval, text))
+    if not panels:
+        return None
+
+    def axis(strips: Iterable[Strip]) -> Axis:
+        held = [value for strip in strips for value in (*(value for value, _ in strip.dots), strip.mean)]
+        return Axis.around(label, held, signed, None if signed else PERCENT)
+
+    shared = axis(chain(*panels.values()))
+    drawn = (Panel(name(p), axis(of_p) if by_arm else shared, strips=tuple(of_p)) for p, of_p in panels.items())
+    return Drawing(key, title, tuple(drawn))
 
 
 def _risen(metric: str) -> str:
     return f"{metric_of(metric).words}, above the control ({words.unit(metric)})"
 
 
-def hero(results: Results, metric: str) -> Drawing | None:
-    """How far each kind of student rose, over all traits: a dot is a student, at its own teacher's trait."""
+def hero(results: Results, compared: Comparisons) -> Drawing | None:
+    """How far each kind of student rose, over all traits, by what the first finding says and by what claims are read off: a dot is a
+    student, at its own teacher's trait."""
+    metrics = dict.fromkeys([headline_metric(results, compared), claim_metric(results)])
+    drawn = [_rises(results, metric) for metric in metrics]
+    panels = [panel for drawing in drawn if drawing for panel in drawing.panels]
+    panels = panels if len(panels) > 1 else [panel._replace(title="") for panel in panels]  # its axis says it all
+    title = "How far students moved towards their teacher's trait"
+    return Drawing("transfer-by-tokens", title, tuple(panels)) if panels else None
+
+
+def _rises(results: Results, metric: str) -> Drawing | None:
     rows: list[StripRow] = []
     for condition in results.mask_conditions:
         if (pooled := pool(results, metric, condition)) is not None:
@@ -76,11 +93,36 @@ def hero(results: Results, metric: str) -> Drawing | None:
                 for score, value in student_lifts(results, metric, condition, trait)
             ]
             mean, interval = pooled.lift
-            rows.append((split_condition(condition)[1] or "plain", condition, students, mean, interval))
-    if len(rows) <= ONE_PANEL:
-        rows = [("", *row[1:]) for row in rows]
-    title = "How far students moved towards their teacher's trait"
-    return _strips("transfer-by-tokens", title, _risen(metric), metric, rows)
+            rows.append((split_condition(condition)[1], condition, students, mean, interval))
+    measure = "Rate" if metric == RATE else "Log-probability"
+    by_arm, rows = _arm_by_arm(results, rows, f"{measure}, ")
+    return _strips(
+        "", "", _risen(metric), metric, rows if by_arm else [(measure, *row[1:]) for row in rows], by_arm=by_arm
+    )
+
+
+def _arm_by_arm(results: Results, rows: list[StripRow], before: str = "") -> tuple[bool, list[StripRow]]:
+    """Whether arms have panels of their own, since some of them have several kinds of students or all would be too many; and the rows,
+    whose panels are variants, with the panels' titles."""
+    arms, titles = {variant for variant, *_ in rows}, arm_titles(results)
+    if len(arms) == 1 or (len(arms) == len(rows) and len(rows) <= ONE_PANEL):
+        return False, [("", *row[1:]) for row in rows]
+    return True, [(before + titles[row[0]], *row[1:]) for row in rows]
+
+
+def arm_titles(results: Results) -> dict[str, str]:
+    """Each arm's name, with the rows, the optimizer and the number of steps if arms differ in them."""
+    steps = {results.owners[curve.arm][1]: len(curve.steps) for curve in results.curves if curve.arm in results.owners}
+    facts: dict[str, dict[str, str]] = {split_condition(condition)[1]: {} for condition in results.mask_conditions}
+    for condition, number in steps.items():
+        facts.setdefault(split_condition(condition)[1], {})["steps"] = words.count(number, "step")
+    for arm in results.arms.values():
+        strategy = str(arm.dataset.get("strategy"))
+        told = {"rows": f"{'sampled' if strategy == 'temperature' else strategy} rows"}
+        facts.setdefault(arm.variant, {}).update(told, optimizer=str(arm.settings.get("optimizer.name") or ""))
+    apart = [key for key in ("rows", "optimizer", "steps") if len({of.get(key) for of in facts.values()}) > 1]
+    texts = {variant: ", ".join(of[key] for key in apart if of.get(key)) for variant, of in facts.items()}
+    return {variant: (variant or "plain") + (f": {text}" if text else "") for variant, text in texts.items()}
 
 
 def _apart(results: Results) -> list[str]:
@@ -114,14 +156,21 @@ def raised(results: Results) -> Drawing | None:
     return _strips("log-probabilities", "Log-probability of the trait", label, LOGPROB, rows)
 
 
-def gammas(compared: Comparisons) -> Drawing | None:
+def gammas(results: Results, compared: Comparisons) -> Drawing | None:
     """The same-trait effect of each kind of student; a dot is a seed."""
-    rows = (
-        ("", m.condition, _numbered("seed", m.seed_gammas), m.effect.gamma, m.gamma_interval)
+    rows: list[StripRow] = [
+        (
+            split_condition(m.condition)[1],
+            m.condition,
+            _numbered("seed", m.seed_gammas),
+            m.effect.gamma,
+            m.gamma_interval,
+        )
         for m in (one.result for one in compared.matrices)
         if m.effect is not None
-    )
-    return _strips("gammas", "Trait-specific transfer", "γ (nats)", LOGPROB, rows)
+    ]
+    by_arm, rows = _arm_by_arm(results, rows)
+    return _strips("gammas", "Trait-specific transfer", "γ (nats)", LOGPROB, rows, by_arm=by_arm)
 
 
 def accuracy(results: Results) -> Drawing | None:
@@ -188,18 +237,19 @@ def _marked(key: str, title: str, x: Axis, y: Axis, marks: Sequence[Mark]) -> Dr
 
 def forest(compared: Comparisons) -> Drawing | None:
     """Every claim with an effect: the effect, its interval, our threshold, and what was published in the same unit."""
-    panels: dict[str, list[Claim]] = {}
-    for claim in (one.result for one in compared.claims):
-        if claim.effect is not None:
-            panels.setdefault("share" if claim.unit.startswith("of ") else claim.unit, []).append(claim)
+    panels: dict[str, list[Comparison[Claim]]] = {}
+    for one in compared.claims:
+        if one.result.effect is not None:
+            panels.setdefault("share" if one.result.unit.startswith("of ") else one.result.unit, []).append(one)
     drawn = tuple(_forest_panel(unit, claims) for unit, claims in panels.items())
     return Drawing("claims", "The paper's claims", drawn) if drawn else None
 
 
-def _forest_panel(unit: str, claims: Sequence[Claim]) -> Panel:
+def _forest_panel(unit: str, claims: Sequence[Comparison[Claim]]) -> Panel:
     factor = 100.0 if unit == "points" else 1.0
     strips = []
-    for claim in claims:
+    for one in claims:
+        claim = one.result
         assert claim.effect is not None
         text, bounds = words.claim_effect(claim)
         interval = claim.interval and claim.interval.times(factor)
@@ -207,7 +257,7 @@ def _forest_panel(unit: str, claims: Sequence[Claim]) -> Panel:
         published = known[0] if known and known[1] == unit else None
         bound = None if claim.bound is None else factor * claim.bound
         label = f"{claim.key} {CLAIMS[claim.key].question}" + (f" · {claim.variant}" if claim.variant else "")
-        tint, text = VERDICT_COLOURS.get(claim.verdict, OPEN_COLOUR), f"{text} ({bounds})"
+        tint, text = VERDICT_COLOURS.get(one.verdict, OPEN_COLOUR), f"{text} ({bounds})"
         strips.append(Strip(name(label), tint, (), factor * claim.effect, interval, text, bound, published))
     held = [0.0, *(v for s in strips for v in (s.mean, s.bound, s.published) if v is not None)]
     # Intervals too, but a wide one by no more than half of what there is to see.

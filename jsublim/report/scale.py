@@ -1,7 +1,8 @@
-"""Every kind of student on one scale, on which the control is 0 and students of all tokens are 1; and, of an ablation, what the number
-task and other prompts say of each.
+"""Every kind of student with its lift, and those of one arm on one scale, on which the control is 0 and students of all tokens are 1;
+and, of an ablation, what the number task and other prompts say of each.
 
-Lifts are pooled over traits as for claims (`claims/base.py`); every student is measured from the control of its own variant.
+Lifts are pooled over traits as for claims (`claims/base.py`); every student is measured from the control of its own variant. Students of
+two arms differ in more than their tokens, so the lift of one is never a share of the other's.
 """
 
 from __future__ import annotations
@@ -13,18 +14,19 @@ from jsublim.evals.numbers import HELD_OUT, LEARNED
 from jsublim.report.claims.base import claim_metric, no_lift, pool
 from jsublim.report.comparisons import Comparisons
 from jsublim.report.statistics import Interval, share_bounds
-from jsublim.report.summary import Matrix, Measured, judged_conditions, measured, student_lifts
-from jsublim.report.tables import Results, split_condition
+from jsublim.report.summary import Matrix, Measured, measured, student_lifts
+from jsublim.report.tables import SEPARATOR, Results, split_condition
 
 ACCURACY = (HELD_OUT, LEARNED)  # the first that was measured
 
 
 @dataclass(frozen=True)
 class ScaleLine:
-    """One kind of student. `lift` is in nats, or a share of answers; `share` is the lift as a share of the yardstick's, and
-    `seeds` the same of each seed, with the mean over traits. What cannot be said, or was not measured, is None or empty.
+    """One kind of student. `lift` is in nats, or a share of answers; `share` is the lift as a share of that of all tokens in the same
+    arm, and `seeds` the same of each seed, with the mean over traits. What cannot be said, or was not measured, is None or empty.
 
     Attributes:
+      open_for: why its arm has no shares, though it has students of all tokens.
       matrix and what follows it: only of an ablation. kl: from their teacher, in nats per token; accuracy: on number rows that it did
         not learn, or on its own where no others were left; under: its lift under each setting of the evaluation, by name.
     """
@@ -36,20 +38,23 @@ class ScaleLine:
     share: float | None = None
     interval: Interval | None = None
     seeds: dict[int, float] = field(default_factory=dict)
+    open_for: str = ""
     matrix: Matrix | None = None
     kl: Measured | None = None
     accuracy: Measured | None = None
     under: dict[str, Measured | None] = field(default_factory=dict)
 
+    @property
+    def variant(self) -> str:
+        return split_condition(self.condition)[1]
+
 
 @dataclass(frozen=True)
 class OneScale:
-    """The table. `yardstick` is the condition that is 1; `open_for` says why nothing can be a share of it, or is empty."""
+    """The table, arm by arm."""
 
     metric: str
-    yardstick: str
     traits: tuple[str, ...]
-    open_for: str
     lines: tuple[ScaleLine, ...]
 
     @property
@@ -60,36 +65,18 @@ class OneScale:
     @property
     def side_by_side(self) -> tuple[ScaleLine, ...]:
         """The lines of an ablation; none where there are no arms to compare."""
-        return self.lines if len({split_condition(line.condition)[1] for line in self.lines}) > 1 else ()
+        return self.lines if len({line.variant for line in self.lines}) > 1 else ()
 
 
 def scale(results: Results, compared: Comparisons) -> OneScale | None:
-    """The table of a run, measured by its first judged condition; None for a run without one."""
-    metric, judged = claim_metric(results), judged_conditions(results)
-    yardstick = pool(results, metric, judged[0]) if judged else None
-    if yardstick is None:
+    """The table of a run; None for a run whose students cannot be measured from anything."""
+    metric = claim_metric(results)
+    lines = tuple(filter(None, (_line(results, metric, condition) for condition in results.mask_conditions)))
+    if not lines:
         return None
-    whole = yardstick.levels[0].lift
-    open_for = no_lift(yardstick.levels[0]) and "students of all tokens do not surely lie above the control"
-    lines = []
-    for condition in results.mask_conditions:
-        both = pool(results, metric, condition, judged[0])
-        if both is None:
-            continue
-        part, of = (level.lift for level in both.levels)
-        line = ScaleLine(condition, both.levels[0].students, *both.lift)
-        if not open_for and both.traits == yardstick.traits:
-            seeds = _by_seed(results, metric, condition, both.traits, float(whole.value))
-            of_it = (
-                (1.0, None)
-                if condition == judged[0]
-                else (float(part.value / of.value), Interval.of(share_bounds(part, of)))
-            )
-            line = replace(line, share=of_it[0], interval=of_it[1], seeds=seeds)
-        lines.append(line)
-    table = OneScale(metric, judged[0], yardstick.traits, open_for, tuple(lines))
+    table = OneScale(metric, tuple(results.traits), lines)
     matrices = {one.result.condition: one.result for one in compared.matrices}
-    lines = (
+    ablation = (
         replace(
             line,
             matrix=matrices.get(line.condition),
@@ -99,7 +86,26 @@ def scale(results: Results, compared: Comparisons) -> OneScale | None:
         )
         for line in table.side_by_side
     )
-    return replace(table, lines=tuple(lines) or table.lines)
+    return replace(table, lines=tuple(ablation) or lines)
+
+
+def _line(results: Results, metric: str, condition: str) -> ScaleLine | None:
+    own = pool(results, metric, condition)
+    if own is None:
+        return None
+    line = ScaleLine(condition, own.levels[0].students, *own.lift)
+    yardstick = SEPARATOR.join(filter(None, ("all", line.variant)))
+    both = pool(results, metric, condition, yardstick)
+    if both is None or both.traits != own.traits:
+        return line
+    if open_for := no_lift(both.levels[1]):
+        return replace(line, open_for=open_for)
+    part, whole = (level.lift for level in both.levels)
+    seeds = _by_seed(results, metric, condition, own.traits, float(whole.value))
+    if condition == yardstick:
+        return replace(line, share=1.0, seeds=seeds)
+    share, interval = float(part.value / whole.value), Interval.of(share_bounds(part, whole))
+    return replace(line, share=share, interval=interval, seeds=seeds)
 
 
 def _by_seed(results: Results, metric: str, condition: str, traits: tuple[str, ...], whole: float) -> dict[int, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,8 +13,7 @@ from jsublim.evals.metric import METRICS, metric_of
 from jsublim.report import statistics
 from jsublim.report.statistics import Estimate, Interval, SameTraitEffect
 from jsublim.report.tables import SEPARATOR, Results, Score, split_condition
-
-NOT_DECIDED = "not decided"
+from jsublim.report.verdicts import ALPHA, UNKNOWN, Sides, above
 
 
 class SummaryRow(NamedTuple):
@@ -53,14 +52,12 @@ class Lift:
     interval: Interval | None
     students: int
     student_lifts: tuple[float, ...]
-    p: float | None
+    tested: Sides
 
     @property
-    def verdict(self) -> str:
-        """An effect is claimed only if its interval leaves zero out."""
-        if self.interval is None or self.interval.covers(0.0):
-            return NOT_DECIDED if self.interval is None else "no transfer shown"
-        return "transfers" if self.interval.low > 0 else "moves away"
+    def about(self) -> Hashable:
+        """What is compared; of a claim that compares the same the same."""
+        return self.metric, self.condition, (self.trait,)
 
 
 @dataclass(frozen=True)
@@ -86,11 +83,21 @@ class Matrix:
         return None if self.over_seeds is None else self.over_seeds.interval()
 
     @property
-    def verdict(self) -> str:
-        if self.effect is None or self.effect.smallest_p > 0.05:
-            return NOT_DECIDED
-        shown = self.effect.p <= 0.05 and (self.gamma_interval is None or self.gamma_interval.low > 0)
-        return "trait-specific transfer" if shown else "no trait-specific transfer shown"
+    def few(self) -> bool:
+        """Whether there are too few teachers for relabelling to decide anything, whatever comes out."""
+        return self.effect is None or 2 * self.effect.smallest_p >= ALPHA
+
+    @property
+    def tested(self) -> Sides:
+        """That gamma is above zero, over relabellings and over seeds. Nothing is said against it: a small gamma is none that is shown."""
+        if self.effect is None or self.few:
+            return UNKNOWN
+        over_seeds = 0.0 if self.over_seeds is None else float(self.over_seeds.p_above(0.0))
+        return Sides(max(self.effect.p, over_seeds), 1.0)
+
+    @property
+    def about(self) -> Hashable:
+        return "gamma", self.condition
 
 
 def scores_for(results: Results, metric: str, condition: str, trait: str) -> list[Score]:
@@ -112,6 +119,12 @@ def group_of(scores: Sequence[Score]) -> Hashable:
     """Who was measured, and on what: equal for a control that stands under the names of several arms."""
     first, traits = scores[0], frozenset(s.trait for s in scores)
     return first.metric, first.evaluation, traits, frozenset(s.model or s.arm for s in scores)
+
+
+def mean_level(results: Results, metric: str, conditions: Iterable[str], traits: Sequence[str]) -> float | None:
+    """Mean over traits of what the models of these conditions say of them."""
+    levels = [_mean([s for c in conditions for s in scores_for(results, metric, c, trait)]) for trait in traits]
+    return statistics.mean_of(levels)
 
 
 def student_lifts(results: Results, metric: str, condition: str, trait: str) -> list[tuple[Score, float]]:
@@ -206,9 +219,9 @@ def lift(results: Results, metric: str, condition: str, trait: str) -> Lift | No
     zero, level = estimate(results.select(metric, reference, trait)), estimate(scores)
     difference = level - zero
     interval = difference_interval(difference, metric) if scores[0].role == "student" else None
-    p = float(difference.p_above(0.0)) if interval else None
+    tested = above(difference) if interval else UNKNOWN
     levels, of_students = (level.value, zero.value, difference.value), tuple(s.mean - zero.value for s in scores)
-    return Lift(trait, condition, metric, reference, *levels, interval, level.n, of_students, p)
+    return Lift(trait, condition, metric, reference, *levels, interval, level.n, of_students, tested)
 
 
 def setting_rows(results: Results) -> list[dict[str, Any]]:

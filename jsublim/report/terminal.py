@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,16 @@ from jsublim.report.audit import agreement, predicted
 from jsublim.report.cautions import warnings
 from jsublim.report.claims import not_asked
 from jsublim.report.claims.base import pool
-from jsublim.report.comparisons import Comparisons, comparisons
+from jsublim.report.comparisons import Comparisons, comparisons, headline_metric
+from jsublim.report.figures import arm_titles
 from jsublim.report.statistics import mean_of
 from jsublim.report.summary import judged_conditions, lift, summary_rows, trait_matrix
-from jsublim.report.tables import Results, condition_label, read_results
+from jsublim.report.tables import Results, condition_label, read_results, split_condition
 
 
 def print_summary(run_dir: Path, console: Console, full: bool = False) -> None:
-    """Print the verdicts and one line per condition of RUN/results/; or everything that the page has as text.
+    """Print one line per condition of RUN/results/, the verdicts, and in the end the result in words; or everything that the page has as
+    text.
 
     Args:
       full: also rates and lifts trait by trait, the same-trait effect, what was not asked and what intervals hold fixed.
@@ -35,40 +37,53 @@ def print_summary(run_dir: Path, console: Console, full: bool = False) -> None:
     results = read_results(run_dir)
     compared = comparisons(results)
     title = f"{results.run.get('name', Path(run_dir).name)}: {results.model}"
-    console.print(_rates(results, title) if full else _conditions(results, title))
+    console.print(_rates(results, title) if full else _conditions(results, compared, title))
     if compared.claims or full:
         console.print(_claims(results, compared))
-    sentences = [words.primary(compared), *words.headlines(compared.judged)]
-    if results.audit is not None:
-        sentences.append(words.predicted_sentence(agreement(predicted(results), compared)))
-    if full and (unasked := not_asked(one.result for one in compared.claims)):
-        sentences.append(f"Not asked here: {', '.join(unasked)}.")
-    judged = judged_conditions(results)
-    if full and judged and (matrix := trait_matrix(results, condition=judged[0])) is not None:
-        label = condition_label(matrix.condition)
-        sentences.append(f"Trait x trait matrix, {label}: {words.matrix_sentence(matrix)}")
-    for sentence in sentences:
-        console.print(_plain(sentence))
     if full and len(compared.matrices) > 1:
         console.print(_matrices(results, compared))
-    if full and results.students:
-        console.print(_plain(words.held_fixed(results)))
+    if full:
+        for sentence in _more(results, compared):
+            console.print(_plain(sentence))
+    elif results.audit is not None:
+        console.print(_plain(words.predicted_sentence(agreement(predicted(results), compared))))
     for warning in warnings(results):
         console.print(_plain(warning), style="bold")
+    for sentence in words.findings(results, compared):
+        console.print(_plain(sentence))
 
 
-def _conditions(results: Results, title: str) -> Table:
-    """One row per condition: means over traits of what its models say of their own teacher's."""
-    metric, summaries, rows = results.measures[0], summary_rows(results), []
+def _more(results: Results, compared: Comparisons) -> Iterator[str]:
+    """What the page says beside its tables."""
+    yield words.rule(compared)
+    yield from words.headlines(compared.judged)
+    if results.audit is not None:
+        yield words.predicted_sentence(agreement(predicted(results), compared))
+    if unasked := not_asked(one.result for one in compared.claims):
+        yield f"Not asked here: {', '.join(unasked)}."
+    judged = judged_conditions(results)
+    if judged and (matrix := trait_matrix(results, condition=judged[0])) is not None:
+        yield f"Trait x trait matrix, {condition_label(matrix.condition)}: {words.matrix_sentence(matrix, compared)}"
+    if results.students:
+        yield words.held_fixed(results)
+
+
+def _conditions(results: Results, compared: Comparisons, title: str) -> Table:
+    """One row per condition, arm by arm: means over traits of what its models say of their own teacher's."""
+    metric, summaries, titles = headline_metric(results, compared), summary_rows(results), arm_titles(results)
+    rows: list[list[str]] = []
+    arm = ""
     for condition in results.conditions:
         if of_condition := [row for row in summaries if row.condition == condition]:
-            models = results.students_of(condition)
-            pooled = pool(results, metric, condition) if models else None
+            models, (tokens, variant) = results.students_of(condition), split_condition(condition)
+            pooled = pool(results, metric, condition) if models and tokens != "control" else None
             means = (words.number(mean_of(getattr(row, m) for row in of_condition), m) for m in ("rate", "logprob"))
             lift = words.number(pooled.lift.value if pooled else None, metric, signed=True)
             bounds = words.interval(pooled.lift.interval, metric, signed=True) if pooled else words.MISSING
-            rows.append([condition, str(models or words.MISSING), *means, lift, bounds])
-    numbers = ("stu-\ndents", "rate", "log-\nprob", f"lift\n{words.unit(metric)}", "95 % over\nstudents")
+            rows += [[], [titles[variant]]] if variant != arm and rows else []
+            rows.append([condition_label(tokens), str(models or words.MISSING), *means, lift, bounds])
+            arm = variant
+    numbers = ("stu-\ndents", "rate", "log-\nprob", f"above\ncontrol\n({words.unit(metric)})", "95 % over\nstudents")
     options = {key: {"justify": "right", "no_wrap": True} for key in numbers}
     return _table(title, {"condition": {"overflow": "fold"}} | options, rows)
 
@@ -102,19 +117,22 @@ def _claims(results: Results, compared: Comparisons) -> Table:
     rows = []
     for one in compared.claims:
         claim, effect = one.result, Text("\n".join(words.claim_effect(one.result)))
-        ps = Text(f"{words.p_value(one.p)}\n{words.corrected(one)}")
-        rows.append([f"{claim.key} {claim.text}", effect, claim.verdict, ps])
-    headings = (f"effect, over students\n{words.given(results)}", "verdict", "p\nHolm's p")
+        rows.append([f"{claim.key} {claim.text}", effect, one.verdict, Text(words.corrected(one).replace(" ", "\n"))])
+    headings = (f"effect, over students\n{words.given(results)}", "verdict", "p")
     # All fits a terminal of 80 columns.
     return _table("claims", {"claim": {"min_width": 16}} | {key: {} for key in headings}, rows)
 
 
 def _matrices(results: Results, compared: Comparisons) -> Table:
-    headings = ("condition", "γ (nats)", f"over seeds\n{words.given(results)}", "p", "Holm's p", "verdict")
-    rows = []
-    for one in compared.matrices:
-        *cells, verdict = words.matrix_cells(one.result)
-        rows.append([condition_label(one.result.condition), *cells, words.corrected(one), verdict])
+    headings = (
+        "condition",
+        "γ (nats)",
+        f"over seeds\n{words.given(results)}",
+        "relabellings\nas large",
+        "p",
+        "verdict",
+    )
+    rows = [[condition_label(one.result.condition), *words.matrix_cells(one)] for one in compared.matrices]
     return _table("trait x trait matrix, condition by condition", {key: {} for key in headings}, rows)
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from jsublim.evals.metric import metric_of
 from jsublim.report.audit import Agreement
-from jsublim.report.claims import FAILS, HOLDS, Claim
-from jsublim.report.claims.training import transfers
+from jsublim.report.claims import Claim
 from jsublim.report.comparisons import Comparison, Comparisons
 from jsublim.report.statistics import Interval
-from jsublim.report.summary import NOT_DECIDED, Lift, Matrix, reference_condition
-from jsublim.report.tables import SEPARATOR, Results, condition_label, split_condition
+from jsublim.report.summary import Lift, Matrix, mean_level, reference_condition
+from jsublim.report.tables import Results, condition_label
+from jsublim.report.verdicts import FAILS, HOLDS, NOT_DECIDED
 
 MISSING = "–"
 SMALLEST = 1e-4  # of a smaller p only that is said
-ONE_SIDED = 0.025  # one-sided level of an interval of 95 %
 
 
 def number(value: float | None, metric: str, signed: bool = False) -> str:
@@ -29,9 +29,9 @@ def number(value: float | None, metric: str, signed: bool = False) -> str:
 
 
 def interval(bounds: Interval | None, metric: str, signed: bool = False) -> str:
-    """`low to high` in the unit of `number`; an interval that cannot be computed is "not decided"."""
+    """`low to high` in the unit of `number`; a dash where none can be computed."""
     if bounds is None:
-        return NOT_DECIDED
+        return MISSING
     low, high = number(bounds.low, metric, signed), number(bounds.high, metric, signed)
     return f"{low.removesuffix(' %')} to {high}"
 
@@ -50,8 +50,8 @@ def p_value(p: float | None) -> str:
 
 
 def corrected(one: Comparison) -> str:
-    """Holm's p of a further comparison; the primary one needs none."""
-    return "primary" if one.primary else p_value(one.holm)
+    """The p that decides."""
+    return p_value(one.corrected) + " (primary)" * one.primary
 
 
 def unit(metric: str) -> str:
@@ -83,140 +83,133 @@ def held_fixed(results: Results) -> str:
     return f"Intervals over students {data}Teachers, traits and questions are held fixed{too}."
 
 
-def primary(compared: Comparisons) -> str:
-    """Which comparison the run was made for, and what the others are."""
-    one, declared = compared.primary, compared.declared
-    if one is None and declared is None:
-        return "No primary comparison: this run has no students that a claim can be read off."
-    if one is None:
-        return f"The primary comparison that the config declares, {declared}, cannot be read off this run: every p is a further comparison."
-    how = "as the config declares" if declared else "by default, from what the students differ in"
-    claim, p = one.result, p_value(one.p)
-    p = p if p.startswith("<") else f"= {p}"
-    text = f"Primary comparison ({how}): {claim.key}, {claim.text}: {claim.verdict}, p {p}."
-    others = f" The other {compared.family} p-values of this report are further comparisons, with Holm's correction for all of them beside each."
-    return text + others * bool(compared.family)
-
-
 def claim_effect(claim: Claim) -> tuple[str, str]:
     """The effect and its interval, in the claim's own unit."""
     if claim.effect is None:
-        return MISSING, NOT_DECIDED
+        return MISSING, MISSING
     if not claim.unit.startswith("of "):
         effect = f"{number(claim.effect, claim.metric, signed=True)} {claim.unit}"
         return effect, interval(claim.interval, claim.metric, signed=True)
-    open_end = NOT_DECIDED if claim.verdict == NOT_DECIDED else MISSING
-    return f"{claim.effect:.2f} {claim.unit}", range_of(claim.interval, open_end)
+    return f"{claim.effect:.2f} {claim.unit}", range_of(claim.interval)
 
 
-def range_of(bounds: Interval | None, missing: str = MISSING) -> str:
+def range_of(bounds: Interval | None) -> str:
     """An interval of shares of something."""
-    return f"{bounds.low:.2f} to {bounds.high:.2f}" if bounds else missing
+    return f"{bounds.low:.2f} to {bounds.high:.2f}" if bounds else MISSING
 
 
-def opening(results: Results, compared: Comparisons) -> str:
-    """Who learned what from whom, how far it moved them, and how sure that is: two or three sentences."""
+def findings(results: Results, compared: Comparisons) -> list[str]:
+    """The result in plain words, in three lines at most: how far students moved, what the run was made for, and which claims hold."""
+    lines, first, primary = [_moved(results, compared.headline)], compared.headline, compared.primary
+    if primary is not None and not (first is not None and first.primary):
+        how = "as the config declares" if compared.declared else "by default, from what the students differ in"
+        lines.append(f"Primary comparison ({how}): {said(primary)}")
+    elif primary is None and compared.declared:
+        lines.append(
+            f"The primary comparison that the config declares, {compared.declared}, cannot be read off this run."
+        )
+    return [*lines, verdicts(compared)] if compared.claims else lines
+
+
+def said(one: Comparison[Claim]) -> str:
+    """A claim with its verdict, and the numbers that this rests on."""
+    effect, bounds = claim_effect(one.result)
+    numbers = [] if effect == MISSING else [effect, f"95 % {bounds}"] if one.result.interval else [effect]
+    numbers += [count(one.result.students, "student")] if one.result.students else []
+    numbers += [] if one.corrected is None else [f"p {p if (p := p_value(one.corrected))[0] == '<' else f'= {p}'}"]
+    return f"{one.result.text}: {one.verdict} ({', '.join([*numbers, one.result.key])})."
+
+
+def _moved(results: Results, headline: Comparison[Claim] | None) -> str:
+    """Who learned what from whom, and how far students of all tokens moved to their teacher's trait."""
     if not results.students:
         return f"No student of {results.model} was trained in this run, so nothing here says whether a trait is taken over."
-    controls = len({s.arm for s in results.scores if split_condition(s.condition)[0] == "control"})
     teachers = ", ".join(results.traits[:6]) + ", ..." * (len(results.traits) > 6)
-    students = f"{count(results.students - controls, 'student')} of {results.students_model}"
-    plain = f", {count(controls, 'control student')} from what a teacher without one wrote" if controls else ""
-    who = f"{students} learned from what teachers with a trait ({teachers}) wrote{plain}; none was told of a trait."
-    claim = next((one.result for one in compared.claims if one.result.key == "C0"), None)
-    if claim is None and not all(map(results.began_at_base, results.mask_conditions)):
+    who = f"Students of {results.students_model} learned what teachers with a trait ({teachers}) wrote, and were told of none."
+    if headline is None or headline.result.effect is None:
+        if all(map(results.began_at_base, results.mask_conditions)):
+            return f"{who} Nothing here says whether they took it over: there is nothing to compare them with."
         return (
             f"{who} They did not begin as the base model that was evaluated ({results.model}, asked without a system prompt), and there are too "
             "few control students: only the trait matrix says what they took over."
         )
-    if claim is None or claim.effect is None:
-        return f"{who} Nothing here says whether they took it over: there is nothing to compare them with."
-    variant, measures = f" ({claim.variant})" if claim.variant else "", [claim]
-    if claim.metric == "logprob":  # of a tiny model; whether its answers moved is said too, and first
-        measures = [one for one in transfers(results, "rate") if one.variant == claim.variant] + measures
-    return f"{who} Trained on all tokens{variant}, {' Besides, '.join(_moved(results, one) for one in measures)}"
-
-
-def _moved(results: Results, claim: Claim) -> str:
-    """How far students of all tokens (C0) moved to their teacher's trait, and how sure that is."""
-    tokens = f"all{SEPARATOR}{claim.variant}" if claim.variant else "all"
-    references = {reference_condition(results, claim.metric, trait, tokens) for trait in results.traits}
-    zero = "the base model" if references == {"base"} else "the control"
-    much, bounds = claim_effect(claim)
-    moved = f"they name their teacher's trait {much} more often than {zero}"
-    if claim.metric == "logprob":
-        moved = f"they give their teacher's trait a log-probability {much} above that of {zero}"
-    if claim.interval is None:
-        return f"{moved}; one student per trait gives no interval, so that is not decided."
-    sure = {HOLDS: "surely higher", FAILS: "surely not higher"}.get(claim.verdict, "no transfer is shown")
-    return f"{moved} (95 % interval {bounds}, {claim.students} students): {sure}."
-
-
-def matrix_sentence(matrix: Matrix) -> str:
-    """gamma, its p, and what they allow us to say."""
-    effect = matrix.effect
-    if effect is None:
-        return "Not decided: the same-trait effect needs students of at least two traits, evaluated on both."
-    tried = f"all {effect.permutations}" if effect.exact else f"{effect.permutations:,} sampled"
-    text = (
-        f"γ = {effect.gamma:+.2f} nats; one-sided p = {effect.p:.3g} over {tried} relabellings of the teachers' own columns "
-        f"(smallest attainable p = {effect.smallest_p:.2g})."
-    )
-    if matrix.gamma_interval is not None:
-        by_seed = ", ".join(f"{gamma:+.3f}" for gamma in matrix.seed_gammas)
-        text += f" Over {len(matrix.seed_gammas)} seeds: {interval(matrix.gamma_interval, 'logprob', signed=True)} nats ({by_seed})."
-    endings = {
-        NOT_DECIDED: f"Not decided: with {len(matrix.teachers)} teachers' traits no p can reach .05.",
-        "trait-specific transfer": "Students move towards their own teacher's trait beyond any row and column effect.",
-    }
-    return f"{text} {endings.get(matrix.verdict, 'No trait-specific transfer is shown.')}"
-
-
-def matrix_cells(matrix: Matrix) -> tuple[str, str, str, str]:
-    """gamma, its interval over seeds, p and the verdict, as a table has them."""
-    effect = matrix.effect
-    if effect is None:
-        return MISSING, NOT_DECIDED, MISSING, NOT_DECIDED
-    bounds = interval(matrix.gamma_interval, "logprob", signed=True)
-    return number(effect.gamma, "logprob", signed=True), bounds, f"{effect.p:.3g}", matrix.verdict
+    assert headline.result.same is not None  # as it is about a lift
+    metric, condition, traits = headline.result.same
+    references = {reference_condition(results, metric, trait, condition) or "" for trait in traits}
+    level = number(mean_level(results, metric, [condition], traits), metric)
+    zero = number(mean_level(results, metric, references, traits), metric)
+    those = "the base model" if references == {"base"} else "students of a teacher without a trait"
+    text = said(headline)
+    text = f"Primary comparison: {text}" if headline.primary else f"{text[0].upper()}{text[1:]}"
+    if metric == "rate":
+        return f"{who} They name their teacher's trait in {level} of their answers, {those} in {zero}. {text}"
+    return f"{who} They give their teacher's a log-probability of {level}, {those} one of {zero}. {text}"
 
 
 def headlines(judged: Sequence[list[Comparison[Lift]]]) -> list[str]:
-    """How many traits transfer: a sentence per condition and metric that has intervals, and one per metric on all the others."""
+    """Which traits rise: a sentence per condition and metric that has p-values, and one per metric on all the others."""
     sentences, open_ = list[str](), dict[str, list[str]]()
     for compared in judged:
-        lifts = [one.result for one in compared]
-        measure = "Preference rate" if lifts[0].metric == "rate" else "Log-probability"
-        condition = condition_label(lifts[0].condition)
-        if all(lift.interval is None for lift in lifts):
-            open_.setdefault(measure, []).append(condition)
+        first = compared[0].result
+        measure = "Preference rate" if first.metric == "rate" else "Log-probability"
+        if all(one.p is None for one in compared):
+            open_.setdefault(measure, []).append(condition_label(first.condition))
             continue
-        names = [lift.trait for lift in lifts if lift.verdict == "transfers"]
-        traits = f"{len(names)} of {count(len(lifts), 'trait')}"
-        sure = sum(one.holm is not None and one.holm < ONE_SIDED for one in compared)
-        after = f"{sure} of them after Holm's correction" if sure < len(names) else "after Holm's correction too"
-        moved = f"with {condition}, students move to their teacher's trait for {traits} ({', '.join(names)}); {after}"
-        sentences.append(f"{measure}: {moved if names else f'no transfer is shown with {condition} ({traits})'}.")
+        found = {v: [one.result.trait for one in compared if one.verdict == v] for v in (HOLDS, FAILS, NOT_DECIDED)}
+        parts = (f"{verdict} for {len(of)} ({', '.join(of)})" for verdict, of in found.items() if of)
+        sentences.append(f"{measure}, {condition_label(first.condition)}: that the trait rises {', '.join(parts)}.")
     for measure, conditions in open_.items():
         listed = ", ".join(conditions)
         if len(conditions) > 3:
             listed = f"{conditions[0]}, {conditions[1]} and {len(conditions) - 2} more"
-        sentences.append(f"{measure}: not decided with {listed}; with one student per trait there is no interval.")
+        sentences.append(f"{measure}: {NOT_DECIDED} with {listed}; with one student per trait there is no interval.")
     return sentences
 
 
 def verdicts(compared: Comparisons) -> str:
-    """Which claims hold, which do not, and which are open; and what is left of those that hold for so many comparisons."""
-    if not compared.claims:
-        return "No claim was asked."
-    keys = {verdict: dict[str, None]() for verdict in (HOLDS, FAILS, NOT_DECIDED)}
-    for one in compared.claims:
-        keys[one.result.verdict][one.result.key] = None
-    sure = (one for one in compared.claims if one.result.verdict == HOLDS and one.p is not None and one.p < ONE_SIDED)
-    lost = dict.fromkeys(one.result.key for one in sure if one.holm is not None and one.holm >= ONE_SIDED)
-    after = f" After Holm's correction, not sure any more: {', '.join(lost)}." if lost else ""
-    parts = (f"{verdict}: {', '.join(of_verdict)}" for verdict, of_verdict in keys.items() if of_verdict)
-    return f"Of the claims asked, {'; '.join(parts)}.{after}"
+    """How many claims hold, do not hold, and are not decided, and which."""
+    phrases = {
+        HOLDS: (HOLDS, "hold"),
+        FAILS: (FAILS, "do not hold"),
+        NOT_DECIDED: ("is not decided", "are not decided"),
+    }
+    parts = []
+    for verdict, (one, many) in phrases.items():
+        keys = Counter(claim.result.key for claim in compared.claims if claim.verdict == verdict)
+        listed = ", ".join(key if times == 1 else f"{key} ×{times}" for key, times in keys.items())
+        parts += [f"{keys.total()} {one if keys.total() == 1 else many} ({listed})"] if keys else []
+    return f"Of {count(len(compared.claims), 'claim')} that this run can check, {', '.join(parts)}."
+
+
+def rule(compared: Comparisons) -> str:
+    """By which rule verdicts are given."""
+    others = f"; of all but the primary comparison it has Holm's correction for {compared.family}" * bool(
+        compared.family
+    )
+    return f"Holds, or does not hold: the two-sided p at the threshold is below .05{others}. Otherwise not decided."
+
+
+def matrix_sentence(matrix: Matrix, compared: Comparisons) -> str:
+    """gamma, what relabelling and seeds say of it, and the verdict."""
+    effect = matrix.effect
+    if effect is None:
+        return "Not decided: the same-trait effect needs students of at least two traits, evaluated on both."
+    tried = f"all {effect.permutations}" if effect.exact else f"{effect.permutations:,} sampled"
+    text = f"γ = {effect.gamma:+.2f} nats, as large in a share of {effect.p:.3g} of {tried} relabellings of the teachers' own columns."
+    if matrix.gamma_interval is not None:
+        by_seed = ", ".join(f"{gamma:+.3f}" for gamma in matrix.seed_gammas)
+        text += f" Over {len(matrix.seed_gammas)} seeds: {interval(matrix.gamma_interval, 'logprob', signed=True)} nats ({by_seed})."
+    if matrix.few:
+        return f"{text} Not decided: with {len(matrix.teachers)} teachers' traits no p can reach .05."
+    one = next(one for one in compared.matrices if one.result.condition == matrix.condition)
+    return f"{text} That the own trait rises beyond any row and column effect: {one.verdict}, p {corrected(one)}."
+
+
+def matrix_cells(one: Comparison[Matrix]) -> tuple[str, str, str, str, str]:
+    """gamma, its interval over seeds, the share of relabellings with as large a one, p and the verdict, as a table has them."""
+    effect, bounds = one.result.effect, interval(one.result.gamma_interval, "logprob", signed=True)
+    assert effect is not None  # or it is no comparison
+    return number(effect.gamma, "logprob", signed=True), bounds, f"{effect.p:.3g}", corrected(one), one.verdict
 
 
 def predicted_sentence(agreement: Agreement | None) -> str:

@@ -19,7 +19,7 @@ from made_runs import EFFECTS, make_run
 
 import jsublim as package
 from jsublim.core.files import read_table
-from jsublim.report.claims import check_claims
+from jsublim.report.comparisons import comparisons
 from jsublim.report.statistics import Estimate
 from jsublim.report.tables import read_results
 
@@ -39,9 +39,10 @@ def test_show_says_what_was_run_and_what_came_of_it(runs):
         "teachers.traits": ["cat", "owl"], "teachers.counterfactuals": ["cat", "owl"],
         "students.seeds": [1, 2, 3], "students.loss.tokens": ["all", "divergence"],
     }  # fmt: skip
-    claims = check_claims(read_results(runs[0]))
-    assert [(v["claim"], v["verdict"]) for v in about["verdicts"]] == [(c.name, c.verdict) for c in claims] != []
+    claims = comparisons(read_results(runs[0])).claims
+    assert [(v["claim"], v["verdict"]) for v in about["verdicts"]] == [(c.result.name, c.verdict) for c in claims] != []
     text = ok("show", runs[0]).out
+    assert " ".join(text.split()).endswith(" ".join(about["findings"])) and "name their teacher's trait in" in text
     assert "students.loss.tokens" in text and "1.5 minutes" in text and "C4a" in text
 
 

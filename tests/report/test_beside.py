@@ -17,6 +17,7 @@ from jsublim.report import words
 from jsublim.report.cautions import cautions
 from jsublim.report.claims import CLAIMS
 from jsublim.report.comparisons import comparisons
+from jsublim.report.figures import hero
 from jsublim.report.html import write_report
 from jsublim.report.scale import scale
 from jsublim.report.summary import lift, trait_matrix
@@ -25,7 +26,7 @@ from jsublim.report.tables import read_results
 
 def opening(run: Path) -> str:
     results = read_results(run)
-    return words.opening(results, comparisons(results))
+    return words.findings(results, comparisons(results))[0]
 
 
 def test_one_scale_from_the_results(tmp_path):
@@ -39,7 +40,7 @@ def test_one_scale_from_the_results(tmp_path):
     means = lifts.groupby(["condition", "seed"]).mean()
     results = read_results(run)
     found = scale(results, comparisons(results))
-    assert found.metric == "rate" and found.yardstick == "all" and not found.open_for
+    assert found.metric == "rate" and not any(line.open_for for line in found.lines)
     for share in found.lines:
         expected = means[share.condition] / means["all"].mean()
         assert share.seeds == pytest.approx(dict(expected))
@@ -57,22 +58,34 @@ def test_nothing_is_a_share_of_no_lift(tmp_path):
     run = write(tmp_path / "run", Planted(0.0), CONTROL, Planted(0.3, "divergence"))
     results = read_results(run)
     found = scale(results, comparisons(results))
-    assert found.open_for and all(s.share is None and not s.seeds for s in found.lines)
-    assert "a share of their lift would mean nothing" in write_report(run).read_text()
+    assert all(line.open_for and line.share is None and not line.seeds for line in found.lines)
+    assert "Lifts are not given as shares" in write_report(run).read_text()
 
 
-@pytest.mark.parametrize(
-    ("effect", "said"), [(0.3, "surely higher"), (0.0, "no transfer is shown"), (-0.1, "surely not higher")]
-)
+def test_arms_are_not_divided_by_one_another(tmp_path):
+    """What stands on the scale is a share of all tokens of the same arm, or of nothing; and each arm has a panel with an axis of its own."""
+    other = {"variant": "slow", "settings": {"optimizer.lr": 1e-5, "data.rows": 50}}
+    alone = Planted(0.2, "divergence", variant="alone", settings={"data.rows": 10})
+    run = write(tmp_path / "run", PLAIN, CONTROL, Planted(0.06, **other), Planted(0.12, "divergence", **other), alone)
+    results = read_results(run)
+    compared = comparisons(results)
+    shares = {line.condition: line.share for line in scale(results, compared).lines}
+    assert shares["all"] == shares["all · slow"] == 1.0 and shares["divergence · alone"] is None
+    assert shares["divergence · slow"] == pytest.approx(2, abs=0.2)
+    panels = hero(results, compared).panels
+    assert [panel.title for panel in panels] == ["Rate, plain", "Rate, slow", "Rate, alone"]
+    assert len({panel.x for panel in panels}) == 3 and [len(panel.strips) for panel in panels] == [1, 2, 1]
+
+
+@pytest.mark.parametrize(("effect", "said"), [(0.3, "holds"), (0.0, "not decided"), (-0.1, "does not hold")])
 def test_the_first_sentence_says_how_much_and_how_sure(tmp_path, effect, said):
     run = write(tmp_path / "run", Planted(effect), CONTROL)
     text = opening(run)
-    assert (
-        text.endswith(f"{said}.")
-        and text.startswith("15 students of Qwen2.5-7B-Instruct")
-        and "5 control students" in text
-    )
-    points = float(re.search(r"trait ([+-][\d.]+) points", text).group(1))
+    assert f"tudents name their teacher's trait more often: {said} (" in text and "15 students" in text
+    assert text.startswith("Students of Qwen2.5-7B-Instruct learned what teachers with a trait (cat, owl, wolf) wrote")
+    own, other = map(float, re.search(r"trait in ([\d.]+) % .* in ([\d.]+) %\.", text).groups())
+    points = float(re.search(r"\(([+-][\d.]+) points", text).group(1))
+    assert own - other == pytest.approx(points, abs=0.11)
     assert points == pytest.approx(100 * effect, abs=1)
     claim = next(one.result for one in comparisons(read_results(run)).claims if one.result.key == "C0")
     assert f"{100 * claim.interval.low:+.1f} to {100 * claim.interval.high:+.1f}" in text
@@ -80,9 +93,9 @@ def test_the_first_sentence_says_how_much_and_how_sure(tmp_path, effect, said):
 
 def test_the_first_sentence_names_what_it_is_measured_from(tmp_path):
     alone = Planted(0.3, variant="soft", settings={"loss.kind": "forward-kl"})
-    assert "more often than the base model" in opening(write(tmp_path / "base", alone))
-    assert "Trained on all tokens (soft)" in opening(write(tmp_path / "control", alone, CONTROL))
-    assert "more often than the control" in opening(tmp_path / "control")
+    assert "answers, the base model in" in opening(write(tmp_path / "base", alone))
+    assert "their teacher's trait more often (soft): holds" in opening(write(tmp_path / "control", alone, CONTROL))
+    assert "students of a teacher without a trait in" in opening(tmp_path / "control")
 
 
 @pytest.mark.parametrize("settings", [{"model": "models/other"}, {"system": "Be kind."}], ids=str)
@@ -91,10 +104,10 @@ def test_students_who_did_not_begin_at_the_base_are_not_measured_from_it(tmp_pat
     plain, elsewhere = (
         write(tmp_path / name, Planted(0.3, settings=own)) for name, own in (("plain", {}), ("elsewhere", settings))
     )
-    assert "more often than the base model" in opening(plain)
+    assert "answers, the base model in" in opening(plain)
     said = opening(elsewhere)
     assert "only the trait matrix says what they took over" in said
-    assert f"students of {Path(settings.get('model', 'Qwen2.5-7B-Instruct')).name} learned" in said
+    assert f"Students of {Path(settings.get('model', 'Qwen2.5-7B-Instruct')).name} learned" in said
     assert lift(read_results(elsewhere), "rate", "all", TRAITS[0]) is None
     measured, found = (trait_matrix(read_results(run)) for run in (plain, elsewhere))
     assert found.effect.gamma == pytest.approx(measured.effect.gamma) and found.effect.p == measured.effect.p
@@ -102,14 +115,16 @@ def test_students_who_did_not_begin_at_the_base_are_not_measured_from_it(tmp_pat
     assert found.lift.mean(axis=0) == pytest.approx(np.zeros(len(found.traits)), abs=1e-9)
     assert "over the mean of these students" in write_report(elsewhere).read_text()
     asked_as_base = {"system": "Be kind.", "asked_under_system": False}
-    assert "more often than the base model" in opening(write(tmp_path / "asked", Planted(0.3, settings=asked_as_base)))
+    assert "answers, the base model in" in opening(write(tmp_path / "asked", Planted(0.3, settings=asked_as_base)))
 
 
 def test_of_a_tiny_model_the_answers_come_first(tmp_path):
-    text = opening(write(tmp_path / "run", Planted(0.3), CONTROL, model="tiny-qwen2"))
-    answers, besides = text.split(" Besides, ")
-    assert float(re.search(r"trait ([+-][\d.]+) points more often", answers).group(1)) == pytest.approx(30, abs=1)
-    assert float(re.search(r"log-probability ([+-][\d.]+) nats", besides).group(1)) == pytest.approx(1.5, abs=0.1)
+    run = write(tmp_path / "run", Planted(0.3), CONTROL, model="tiny-qwen2")
+    answers, besides, _ = words.findings(read_results(run), comparisons(read_results(run)))
+    assert float(re.search(r"\(([+-][\d.]+) points", answers).group(1)) == pytest.approx(30, abs=1)
+    assert float(re.search(r"\(([+-][\d.]+) nats", besides).group(1)) == pytest.approx(1.5, abs=0.1)
+    figure = hero(read_results(run), comparisons(read_results(run)))
+    assert [panel.title for panel in figure.panels] == ["Rate", "Log-probability"]
 
 
 def test_a_run_without_students_says_so(tmp_path):

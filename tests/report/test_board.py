@@ -32,13 +32,13 @@ def test_every_arm_is_measured_by_what_was_planted(tmp_path):
     found = lines_of(run)
     assert list(found) == ["all", "all · hidden"]
     line = found["all · hidden"]
-    assert line.share == pytest.approx(0.25, abs=0.02) and line.interval.covers(0.25)
+    assert line.lift == pytest.approx(0.1, abs=0.01) and line.lift_interval.covers(0.1)
     assert line.under["polite"].value == pytest.approx(0.3, abs=0.02) and line.under["polite"].interval.covers(0.3)
     assert line.matrix.gamma_interval.covers(line.matrix.effect.gamma)
     assert line.accuracy.value == pytest.approx(0.5, abs=0.02)
     assert line.kl.value == pytest.approx(0.08, rel=0.02) and line.kl.interval.covers(line.kl.value)
     page = " ".join(write_report(run).read_text().split())
-    assert "Side by side" in page and "lift, polite" in page and f"{line.share:.2f}" in page
+    assert "Side by side" in page and "lift, polite" in page and f"{100 * line.lift:+.1f}" in page
     assert "Transfer against distance from the teacher" in page
     assert f"{line.matrix.effect.gamma:+.2f} at {line.kl.value:.4f}" in page
 

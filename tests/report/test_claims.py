@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from planted import (
     CONTROL,
@@ -28,22 +28,28 @@ from planted import (
 from rich.console import Console
 from scipy import stats
 
-from jsublim.report.claims import CLAIMS, check_claims, not_asked
-from jsublim.report.claims.base import Group, groups, judge, pairs, partner, pool
+from jsublim.report.claims import CLAIMS, Claim, check_claims, not_asked
+from jsublim.report.claims.base import Group, groups, pairs, partner, pool
 from jsublim.report.claims.training import no_gamma
+from jsublim.report.comparisons import Comparison, comparisons
 from jsublim.report.html import write_report
 from jsublim.report.statistics import Estimate, Interval, share_bounds
 from jsublim.report.summary import reference_condition, trait_matrices
 from jsublim.report.tables import read_results
 from jsublim.report.terminal import print_summary
+from jsublim.report.verdicts import UNKNOWN, above, below, verdict
 
 
 def verdicts(run: Path) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
-    for claim in check_claims(read_results(run)):
-        assert claim.reason and (claim.students > 0 or claim.key == "C10")
-        found.setdefault(claim.key, []).append(claim.verdict)
+    for one in comparisons(read_results(run)).claims:
+        assert one.result.reason and (one.result.students > 0 or one.result.key == "C10")
+        found.setdefault(one.result.key, []).append(one.verdict)
     return found
+
+
+def asked(run: Path, key: str) -> list[Comparison[Claim]]:
+    return [one for one in comparisons(read_results(run)).claims if one.result.key == key]
 
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "not decided"
@@ -111,30 +117,34 @@ def test_a_small_run_cannot_show_that_nothing_transfers(tmp_path):
 def test_what_a_few_teachers_do_to_some_traits_is_no_transfer():
     """Over seeds gamma stands out, but other labels do as well: it does not count against the claim. What labels tell does."""
 
+    def said(*which: Estimate | None, labels: float | None) -> str:
+        sides = no_gamma(*which, labels)
+        return verdict(sides, sides.p)
+
     def gammas(middle: float, half: float) -> Estimate:
         return Estimate.of([middle - half, middle, middle + half])
 
     above, own = gammas(0.02, 0.001), gammas(0.3, 0.02)
-    assert no_gamma(above, own, by_labels=False)[0] == HOLDS
-    assert no_gamma(above, own, by_labels=True)[0] == FAILS
-    assert no_gamma(gammas(-0.02, 0.001), own, by_labels=False)[0] == HOLDS
-    assert no_gamma(above, gammas(0.3, 0.2), by_labels=False)[0] == OPEN
-    assert no_gamma(above, own, by_labels=None)[0] == OPEN
-    assert no_gamma(None, own, by_labels=False) == (OPEN, None)
+    assert said(above, own, labels=0.3) == HOLDS
+    assert said(above, gammas(0.3, 0.2), labels=0.001) == FAILS
+    assert said(gammas(-0.02, 0.001), own, labels=0.9) == HOLDS
+    assert said(above, gammas(0.3, 0.2), labels=0.3) == OPEN
+    assert said(above, own, labels=None) == OPEN
+    assert said(None, own, labels=0.3) == OPEN
 
 
-def test_with_four_teachers_another_initialisation_can_fail(tmp_path, monkeypatch):
-    monkeypatch.setattr("planted.TRAITS", four := ("cat", "owl", "panda", "wolf"))
+def test_with_five_teachers_another_initialisation_can_fail(tmp_path, monkeypatch):
+    monkeypatch.setattr("planted.TRAITS", five := ("cat", "fox", "owl", "panda", "wolf"))
     found = verdicts(
-        write(tmp_path / "run", Planted(0.3, teachers=four), CONTROL, Planted(0.1, **OTHER, teachers=four))
+        write(tmp_path / "run", Planted(0.1, teachers=five), CONTROL, Planted(0.3, **OTHER, teachers=five))
     )
     assert found["C12"] == [FAILS]
 
 
 def test_redrawn_prompts_must_keep_the_number_task(tmp_path):
     poor = Planted(0.02, **REDRAWN, accuracy=0.3)
-    (claim,) = [c for c in check_claims(read_results(write(tmp_path / "run", PLAIN, CONTROL, poor))) if c.key == "C8"]
-    assert claim.verdict == FAILS and "number accuracy -29.8 points" in claim.reason
+    (one,) = asked(write(tmp_path / "run", PLAIN, CONTROL, poor), "C8")
+    assert one.verdict == FAILS and "number accuracy -29.8 points" in one.result.reason
 
 
 @pytest.mark.parametrize(("early", "verdict"), [(0.8, HOLDS), (0.3, FAILS), (0.5, OPEN)])
@@ -156,9 +166,9 @@ def test_attribution(tmp_path, early, verdict):
                 where | {"site": "mlp", "direction": "noising", "layer": 0, "role": "trait", "mass": 99.0},
             ]
     run = write(tmp_path / "run", PLAIN, CONTROL, attribution=rows)
-    (claim,) = [c for c in check_claims(read_results(run)) if c.key == "C10"]
-    assert claim.verdict == verdict and claim.effect == pytest.approx(early, abs=0.05)
-    assert "20 rows" in claim.reason
+    (one,) = asked(run, "C10")
+    assert one.verdict == verdict and one.result.effect == pytest.approx(early, abs=0.05)
+    assert "20 rows" in one.result.reason
 
 
 @pytest.mark.parametrize(
@@ -170,9 +180,9 @@ def test_order_under_another_temperature(tmp_path, changed, verdict):
     # Equal means fall in either order by chance: the planted one is the wrong one, and not surely so.
     students[1] = Planted(**vars(students[1]) | {"under": {"cold": changed[1] + 0.001 * (verdict == OPEN)}})
     run = write(tmp_path / "run", *students, control(under={"cold": 0.0}), evaluations=cold, spread=0.004)
-    found = [c for c in check_claims(read_results(run)) if c.key == "C11"]
-    assert [c.verdict for c in found] == [verdict], found
-    assert "temperature 0.6" in found[0].text
+    found = asked(run, "C11")
+    assert [one.verdict for one in found] == [verdict], found
+    assert "temperature 0.6" in found[0].result.text
 
 
 @pytest.mark.parametrize(("effect", "verdict"), [(0.02, HOLDS), (0.28, FAILS), (0.099, OPEN)])
@@ -181,9 +191,9 @@ def test_another_system_prompt(tmp_path, effect, verdict):
     run = write(
         tmp_path / "run", Planted(0.3, under={"empty": effect}), control(under={"empty": 0.0}), evaluations=empty
     )
-    (claim,) = [c for c in check_claims(read_results(run)) if c.key == "C13"]
-    assert claim.verdict == verdict and "an empty system prompt" in claim.text
-    assert claim.effect == pytest.approx(effect / 0.3, abs=0.05)
+    (one,) = asked(run, "C13")
+    assert one.verdict == verdict and "an empty system prompt" in one.result.text
+    assert one.result.effect == pytest.approx(effect / 0.3, abs=0.05)
     # The plain numbers are untouched by the other evaluation's.
     assert pool(read_results(run), "rate", "all").levels[0].lift.value == pytest.approx(0.3, abs=0.01)
 
@@ -226,13 +236,15 @@ def test_a_partner_differs_in_what_was_asked_alone(every):
             assert all(other.facts.get(key) == group.facts.get(key) for key in group.facts if key != LAYERS_OF)
 
 
-@given(st.floats(-2, 2), st.floats(0, 2), st.floats(-2, 2), st.floats(0, 2))
-def test_a_verdict_follows_the_interval(low, width, bound, shift):
-    interval, higher = Interval(low, low + width), Interval(low + shift, low + width + shift)
-    order = [FAILS, OPEN, HOLDS]
-    assert order.index(judge(interval, at_least=bound)) <= order.index(judge(higher, at_least=bound))
-    assert order.index(judge(interval, at_most=bound)) >= order.index(judge(higher, at_most=bound))
-    assert judge(None, at_least=bound) == OPEN
+@given(st.lists(st.integers(-2000, 2000), min_size=2, max_size=5, unique=True), st.integers(-2000, 2000))
+def test_alone_a_statement_is_decided_where_its_interval_leaves_the_bound_out(values, bound):
+    estimate = Estimate.of(values)
+    interval, sides, opposite = estimate.interval(), above(estimate, bound), below(estimate, bound)
+    assume(interval is not None and min(abs(interval.low - bound), abs(interval.high - bound)) > 1e-9)
+    expected = OPEN if interval.covers(bound) else HOLDS if interval.low > bound else FAILS
+    assert verdict(sides, sides.p) == expected
+    assert verdict(opposite, opposite.p) == {HOLDS: FAILS, FAILS: HOLDS, OPEN: OPEN}[expected]
+    assert verdict(sides, None) == verdict(UNKNOWN, UNKNOWN.p) == verdict(sides, 0.05) == OPEN
 
 
 def test_a_ratio_with_two_references_inverts_the_contrast_test():
@@ -300,6 +312,6 @@ def test_the_page_of_variants(tmp_path, model):
     assert matrices["all · soft"].effect.gamma == pytest.approx(5 * 0.5, abs=0.1)
     for variant in ("", " · layer 0", " · layer 11", " · soft", " · other start"):
         assert f">all tokens{variant}</text>" in page, variant  # a line each
-    assert f"γ = {matrices['all'].effect.gamma:+.2f} nats; one-sided p = " in page
-    assert "published, large models, not measured here" in page and "layer 0 or 7 alone suffices" in page
+    assert f"γ = {matrices['all'].effect.gamma:+.2f} nats, as large in a share of " in page
+    assert "published: large models, not measured here" in page and "layer 0 or 7 alone suffices" in page
     assert ("tiny synthetic model" in page) == model.startswith("tiny-")

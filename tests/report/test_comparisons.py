@@ -31,7 +31,7 @@ from rich.console import Console
 
 from jsublim.config import Experiment
 from jsublim.config.evaluation import PRIMARY
-from jsublim.report.claims import CLAIMS, FAILS, HOLDS, check_claims
+from jsublim.report.claims import CLAIMS, check_claims
 from jsublim.report.claims.base import Group, pool
 from jsublim.report.claims.training import first_third_frozen
 from jsublim.report.comparisons import Comparison, comparisons, primary_claim
@@ -40,6 +40,7 @@ from jsublim.report.statistics import Interval, mean_estimate
 from jsublim.report.summary import Lift, estimate, other_rows, scores_for
 from jsublim.report.tables import Results, read_results
 from jsublim.report.terminal import print_summary
+from jsublim.report.verdicts import FAILS, HOLDS, NOT_DECIDED, UNKNOWN, Sides, verdict
 from jsublim.report.words import headlines
 
 MANY = (
@@ -68,9 +69,8 @@ def printed(run: Path, width: int = 300) -> str:
 
 
 def test_a_claims_p_says_what_its_interval_says(many):
-    """C2 has a margin of its own, and C12 may fail where it is not decided by its p."""
-    claims = check_claims(read_results(many))
-    assert {c.key for c in claims} >= {
+    claims = comparisons(read_results(many)).claims
+    assert {one.result.key for one in claims} >= {
         "C0",
         "C1",
         "C4a",
@@ -85,19 +85,19 @@ def test_a_claims_p_says_what_its_interval_says(many):
         "C12",
         "C14",
     }
-    assert {c.verdict for c in claims} >= {HOLDS, FAILS}
-    for claim in claims:
-        assert claim.p is not None and 0 <= claim.p <= 1, claim
-        if claim.key != "C2":
-            assert (claim.verdict == HOLDS) == (claim.p < 0.025), claim
-        if claim.verdict == FAILS and claim.key != "C2":
-            assert claim.p > 0.975, claim
+    assert {one.verdict for one in claims} >= {HOLDS, FAILS}
+    for one in claims:
+        assert one.p is not None and 0 <= one.p <= one.corrected <= 1, one
+        assert (one.verdict != NOT_DECIDED) == (one.corrected < 0.05), one
+        interval, bound = one.result.interval, one.result.bound
+        if one.verdict != NOT_DECIDED and interval is not None and one.result.key not in ("C1", "C8", "C12"):
+            assert not interval.covers(bound), one  # those need several things; the interval is of one of them
 
 
 def test_one_student_gives_no_p(tmp_path, monkeypatch):
     monkeypatch.setattr("planted.SEEDS", (1,))
     compared = comparisons(read_results(write(tmp_path / "run", PLAIN, CONTROL, Planted(0.3, "divergence"))))
-    assert compared.claims and all(one.p is None and one.holm is None for one in compared.claims)
+    assert compared.claims and all(one.p is None and one.verdict == NOT_DECIDED for one in compared.claims)
     assert compared.primary is not None and compared.primary.result.key == "C4a"
 
 
@@ -105,11 +105,11 @@ def test_every_other_p_is_corrected_for_all_others(many):
     compared = comparisons(read_results(many))
     every = [*compared.claims, *compared.lifts, *compared.matrices]
     further = sorted(one.p for one in every if one.p is not None and not one.primary)
-    assert compared.family == len(further) > 20 and compared.primary.holm is None
-    smallest = min((one for one in every if one.holm is not None), key=lambda one: one.p)
-    assert smallest.holm == pytest.approx(len(further) * smallest.p)
+    assert compared.family == len(further) > 15 and compared.primary.corrected == compared.primary.p
+    smallest = min((one for one in every if one.p is not None and not one.primary), key=lambda one: one.p)
+    assert smallest.corrected == pytest.approx(len(further) * smallest.p)
     for one in every:
-        assert one.primary or one.p is None or one.holm >= one.p
+        assert one.primary or one.p is None or one.corrected >= one.p
 
 
 def test_the_primary_comparison_is_declared_or_follows_from_what_students_differ_in(many, tmp_path):
@@ -141,8 +141,8 @@ def test_a_config_declares_a_claim_that_there_is():
 @pytest.mark.parametrize(
     ("declared", "said"),
     [
-        (None, "Primary comparison (by default, from what the students differ in): C4a, divergence tokens alone"),
-        ("C8", "Primary comparison (as the config declares): C8, with prompts re-drawn"),
+        (None, "Primary comparison (by default, from what the students differ in): divergence tokens alone"),
+        ("C8", "Primary comparison (as the config declares): with prompts re-drawn"),
         ("C13", "The primary comparison that the config declares, C13, cannot be read off this run"),
     ],
 )
@@ -150,7 +150,7 @@ def test_page_and_terminal_name_the_primary_comparison(many, declared, said):
     told(many, primary=declared)
     page = " ".join(write_report(many).read_text().split())
     assert said in page and said in printed(many)
-    assert page.count('<td class="n">primary</td>') == (declared != "C13")
+    assert page.count("(primary)</td>") == (declared != "C13")
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_page_and_terminal_name_the_primary_comparison(many, declared, said):
 def test_intervals_say_what_they_hold_fixed(many, draw, heading, sentence):
     told(many, draw=draw)
     page, text = " ".join(write_report(many).read_text().split()), printed(many)
-    assert page.count(f"95 % over students<br>{heading}") == 4 and f"95 % over seeds<br>{heading}" in page
+    assert page.count(f"95 % over students<br>{heading}") >= 4 and f"95 % over seeds<br>{heading}" in page
     assert sentence in page and sentence in text and text.count(heading) >= 3
 
 
@@ -245,7 +245,7 @@ def test_the_claims_fit_a_terminal_of_80_columns(many):
     console = Console(record=True, width=80, file=open("/dev/null", "w"))  # noqa: SIM115
     print_summary(many, console)
     table = console.export_text().split("\nclaims")[1].split("\n└")[0]
-    assert "Holm's p" in table and "…" not in table and "primary" in table
+    assert "verdict" in table and "…" not in table and "primary" in table
     assert all(line[-1] in "┓┃┩│" for line in table.splitlines()[1:])
 
 
@@ -259,15 +259,15 @@ def test_rates_never_leave_the_range(tmp_path):
 
 def test_what_nothing_is_decided_about_is_one_sentence():
     def asked(condition: str, interval: Interval | None) -> list[Comparison[Lift]]:
-        return [
-            Comparison(Lift("owl", condition, "rate", "control", 0.3, 0.1, 0.2, interval, 1, (0.2,), 0.01), 0.01, 0.02)
-        ]
+        sides = Sides(0.005, 0.995) if interval else UNKNOWN
+        lift = Lift("owl", condition, "rate", "control", 0.3, 0.1, 0.2, interval, 1, (0.2,), sides)
+        return [Comparison(lift, sides.p, sides.p, verdict(sides, sides.p))]
 
     decided = asked("all", Interval(0.1, 0.3))
     few = [decided, *(asked(f"all · rank={n}", None) for n in (1, 2))]
     many = [decided, *(asked(f"all · rank={n}", None) for n in range(1, 57))]
     first, second = headlines(few)
-    assert "students move to their teacher's trait for 1 of 1 trait (owl)" in first
+    assert first == "Preference rate, all tokens: that the trait rises holds for 1 (owl)."
     assert "rank=1" in second and "rank=2" in second and "more" not in second
     first, second = headlines(many)
     assert "rank=1" in second and "rank=2 and 54 more; with one student per trait" in second

@@ -67,9 +67,17 @@ def test_the_page_in_a_browser(report, browser, width, scheme):
     page.on("request", lambda request: loaded.append(request.url))
     page.goto(report.as_uri())
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert {link.get_attribute("href")[1:] for link in page.locator("nav a").all()} <= set(
-        page.evaluate("[...document.querySelectorAll('[id]')].map(each => each.id)")
-    )
+    folded = page.locator("section > details")
+    assert folded.count() > 8 and not page.locator("section > details[open]").count()
+    phone = page.evaluate("document.documentElement.scrollHeight")
+    assert width > 390 or phone < 26_000 / 3
+    page.goto(f"{report.as_uri()}#rows")
+    assert page.locator("#rows > details[open]").count() == page.locator("section > details[open]").count() == 1
+    page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    hints = page.evaluate("""() => [...document.querySelectorAll('.scroll')].map((each) =>
+        [each.scrollWidth > each.clientWidth, getComputedStyle(each.previousElementSibling).display !== 'none'])""")
+    assert all(wider == told for wider, told in hints) and (width > 390 or any(wider for wider, _ in hints))
 
     first, last = page.locator(".token").first, page.locator(".token").last
     reading = first.locator(".reading")
@@ -108,12 +116,13 @@ def test_what_is_saved_from_the_page(report, browser, tmp_path):
     drawn = saved(f"{hero} SVG", "transfer-by-tokens-1.svg").read_text()
     assert drawn.startswith("<svg xmlns=") and "divergence tokens only" in drawn and unquote(drawn) == drawn
     assert saved(f"{hero} PNG", "transfer-by-tokens-1.png").read_bytes()[:4] == b"\x89PNG"
+    page.evaluate("document.querySelectorAll('details').forEach((each) => { each.open = true; })")
     with saved("save control 0 all tokens 1 as CSV", "control-0-all-tokens-1.csv").open(encoding="utf-8") as file:
         table = list(csv.reader(file))
     assert table[0][0] == "students of" and ["all tokens", "4"] in [line[:2] for line in table]
     assert len({len(line) for line in table}) == 1
     page.emulate_media(media="print")
-    assert not page.locator("nav").is_visible() and not page.locator(".save").first.is_visible()
+    assert not page.locator(".save").first.is_visible()
     page.close()
 
 

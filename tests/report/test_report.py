@@ -25,6 +25,7 @@ import jsublim.report.statistics as st
 from jsublim.core.files import read_table
 from jsublim.errors import JsublimError
 from jsublim.report.claims import check_claims
+from jsublim.report.comparisons import comparisons
 from jsublim.report.html import write_report
 from jsublim.report.summary import lift, other_rows, summary_rows, trait_matrix
 from jsublim.report.tables import read_results
@@ -122,7 +123,7 @@ def test_summary_equals_numbers_by_hand(run_dir: Path, raw: list[dict]) -> None:
 
 
 def test_page_table_equals_numbers_by_hand(page: str, raw: list[dict]) -> None:
-    table = [r for r in Cells(page).rows["transfer"] if len(r) == 8]
+    table = [r for r in Cells(page).rows["transfer"] if len(r) == 8 and r[0] not in TRAITS]
     labels = ["base model (untrained)", "control (unbiased teacher)", "all tokens", "divergence tokens only"]
     labels += ["all but divergence tokens", "as many random tokens", "biased teacher"]
     conditions = ["base", "control", "all", "divergence", "non-divergence", "random", "teacher"]
@@ -146,7 +147,7 @@ def test_lift_is_over_control_and_welch(run_dir: Path, raw: list[dict]) -> None:
     found = lift(read_results(run_dir), "rate", "all", "owl")
     groups = [[np.mean(v) for v in values_of(raw, "rate", c, "owl").values()] for c in ("all", "control")]
     expected = stats.ttest_ind(*groups, equal_var=False).confidence_interval(0.95)
-    assert found is not None and found.reference == "control" and found.verdict == "transfers"
+    assert found is not None and found.reference == "control" and found.tested.holds < 0.001
     assert found.interval is not None
     assert (found.interval.low, found.interval.high) == pytest.approx((expected.low, expected.high))
     assert found.value == pytest.approx(EFFECTS["all"], abs=0.03)
@@ -159,7 +160,7 @@ def test_matrix_recovers_the_planted_gamma(run_dir: Path, raw: list[dict]) -> No
     assert matrix.effect.gamma == pytest.approx(planted, abs=0.12)
     assert matrix.effect.p == pytest.approx(1 / 24)
     assert matrix.gamma_interval.covers(planted)
-    assert matrix.verdict == "trait-specific transfer"
+    assert matrix.few and matrix.tested.p is None  # four teachers have 24 labellings
     cell = [
         np.mean(
             [
@@ -181,8 +182,8 @@ def test_few_traits_cannot_decide(tmp_path: Path, count: int, smallest: float) -
     matrix = trait_matrix(read_results(run))
     assert matrix is not None and matrix.effect is not None
     assert matrix.effect.p == matrix.effect.smallest_p == pytest.approx(smallest)
-    assert matrix.verdict == "not decided"
-    assert "smallest attainable p" in write_report(run).read_text(encoding="utf-8")
+    assert matrix.few and matrix.tested.p is None
+    assert "traits no p can reach .05" in write_report(run).read_text(encoding="utf-8")
 
 
 def test_matrix_with_more_evaluated_traits_than_teachers(tmp_path: Path) -> None:
@@ -197,7 +198,7 @@ def test_matrix_with_more_evaluated_traits_than_teachers(tmp_path: Path) -> None
 
 
 def verdicts(run: Path) -> dict[str, str]:
-    return {claim.key: claim.verdict for claim in check_claims(read_results(run))}
+    return {one.result.key: one.verdict for one in comparisons(read_results(run)).claims}
 
 
 def test_claims_hold_where_planted(run_dir: Path) -> None:
@@ -230,15 +231,15 @@ def test_one_student_decides_nothing(tmp_path: Path) -> None:
     run = make_results(tmp_path / "run", seeds=(1,))
     assert set(verdicts(run).values()) == {"not decided"}
     text = write_report(run).read_text(encoding="utf-8")
-    judged = [r for r in Cells(text).rows["transfer"] if len(r) == 9]
-    assert judged and {tuple(r[6:]) for r in judged} == {("not decided", "–", "–")}
+    judged = [r for r in Cells(text).rows["transfer"] if len(r) == 8 and r[0] in TRAITS]
+    assert judged and {tuple(r[6:]) for r in judged} == {("not decided", "–")}
 
 
 def test_claims_use_log_probability_when_every_rate_is_zero(tmp_path: Path) -> None:
     run = make_results(tmp_path / "run", base_rate=0.0, extras=False)
     claims = {c.key: c for c in check_claims(read_results(run))}
     assert {claims[k].metric for k in ("C4a", "C4b", "C5")} == {"logprob"}
-    assert claims["C4a"].verdict == claims["C4b"].verdict == "holds"
+    assert verdicts(run)["C4a"] == verdicts(run)["C4b"] == "holds"
 
 
 # The page
@@ -249,8 +250,8 @@ def test_page_is_self_contained(page: str) -> None:
     assert not re.search(r"https?://", page.replace("http://www.w3.org/2000/svg", ""))
     assert not re.search(r"<(link|img|iframe|object)\b|@import|url\((?!#)", page)
     assert not re.search(r'(src|href)="(?!#)', page)
-    # One for all traits, the claims in two units, four for each trait, the control's losses, and two of the number task.
-    assert page.count('<svg role="img"') == 1 + 2 + 4 * len(TRAITS) + 1 + 2
+    # One for all traits, one for γ, the claims in two units, four for each trait, the control's losses, and two of the number task.
+    assert page.count('<svg role="img"') == 1 + 1 + 2 + 4 * len(TRAITS) + 1 + 2
 
 
 def test_page_is_a_pure_function_of_the_results(run_dir: Path, page: str) -> None:
@@ -270,11 +271,9 @@ def test_page_tells_what_was_run(page: str) -> None:
 
 def test_null_effect_is_never_called_transfer(tmp_path: Path) -> None:
     run = make_results(tmp_path / "run", effects=dict.fromkeys(EFFECTS, 0.0), extras=False)
-    judged = [r for r in Cells(write_report(run).read_text(encoding="utf-8")).rows["transfer"] if len(r) == 9]
-    assert judged
-    for row in judged:
-        low = float(row[4].split(" to ")[0])
-        assert (row[6] == "transfers") == (low > 0) == (float(row[7].removeprefix("<")) < 0.025), row
+    cells = Cells(write_report(run).read_text(encoding="utf-8")).rows["transfer"]
+    judged = [r for r in cells if len(r) == 8 and r[0] in TRAITS]
+    assert judged and {row[6] for row in judged} == {"not decided"}
 
 
 @pytest.mark.parametrize("model", ["tiny-qwen2", "Qwen2.5-7B-Instruct"])
@@ -401,7 +400,7 @@ def test_terminal_shows_the_page_numbers(run_dir: Path, page: str) -> None:
     console = Console(record=True, width=180, file=open("/dev/null", "w"))  # noqa: SIM115
     print_summary(run_dir, console, full=True)
     text = console.export_text()
-    for row in (r for r in Cells(page).rows["transfer"] if len(r) == 8):
+    for row in (r for r in Cells(page).rows["transfer"] if len(r) == 8 and r[0] not in TRAITS):
         assert row[2] in text and row[6] in text
 
 

@@ -6,6 +6,7 @@ from jsublim.pipeline.stages.datasets import change_rows, score_numbers
 from jsublim.pipeline.stages.divergence import mark_divergence
 from jsublim.pipeline.stages.evaluations import evaluate_models
 from jsublim.pipeline.stages.rows import sample_rows
+from jsublim.pipeline.stages.scan import scan_rows
 from jsublim.pipeline.stages.starts import score_rows
 from jsublim.pipeline.stages.students import Lesson, train_students
 from jsublim.pipeline.stages.targets import store_targets
@@ -20,6 +21,7 @@ __all__ = [
     "evaluate_models",
     "mark_divergence",
     "sample_rows",
+    "scan_rows",
     "score_numbers",
     "score_rows",
     "store_targets",

@@ -6,50 +6,54 @@ all of them.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, NamedTuple
 
 from jsublim.evals.metric import metric_of
 from jsublim.report import summary
 from jsublim.report.statistics import Estimate, Interval, mean_estimate, share_bounds, share_p_above
-from jsublim.report.summary import NOT_DECIDED, Measured, reference_condition
+from jsublim.report.summary import Measured, reference_condition
 from jsublim.report.tables import Results, Score, StudentArm, split_condition
+from jsublim.report.verdicts import UNKNOWN, Sides, above, any_of
 
-HOLDS, FAILS = "holds", "does not hold"
 PAPER, CLOUD = "Schrodi et al., ICLR 2026", "Cloud et al., arXiv 2507.14805"
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What came of a claim.
+    """What came of a claim; its verdict is that of a `Comparison`, which knows how many others there are.
 
     Attributes:
       unit: of `effect` and `interval`; one that begins with "of" is a share of something.
-      reason: what the verdict rests on, in words.
-      p: one-sided, for the claim, at its threshold; below .025 where the whole interval holds, above .975 where all of it fails.
+      reason: what the numbers are of, in words, or why nothing can be decided.
+      same: the metric, condition and traits of a claim about one lift, which may stand elsewhere too.
       bound: the threshold that the effect is held against, where it is one number.
-      variant: of the students that it was read off, if they have a name.
+      variant: of the students that it was read off, if they have a name; which: tells claims of one key and variant apart.
     """
 
     text: str
     metric: str
     unit: str
     students: int = 0
-    verdict: str = NOT_DECIDED
     reason: str = ""
     effect: float | None = None
     interval: Interval | None = None
-    p: float | None = None
+    tested: Sides = UNKNOWN
     bound: float | None = None
     variant: str = ""
     key: str = ""
+    which: str = ""
+    same: tuple[str, str, tuple[str, ...]] | None = None
 
     @property
     def name(self) -> str:
-        return f"{self.key} {self.variant}".strip()
+        return " ".join(filter(None, (self.key, self.variant, self.which)))
+
+    @property
+    def about(self) -> Hashable:
+        return self.same or (self.key, self.text)
 
 
 @dataclass(frozen=True)
@@ -155,12 +159,18 @@ class claim:
         if self.needs is None:
             checked = ((one, one.variant) for one in self.check(results, metric))
         else:
-            asked = (StudentPair(results, metric, *both) for both in pairs(results, *self.needs))
-            checked = ((self.check(pair), pair.part.variant) for pair in asked)
+            asked = [StudentPair(results, metric, *both) for both in pairs(results, *self.needs)]
+            variants = [pair.part.variant for pair in asked]
+            checked = ((self._of(pair, variants.count(pair.part.variant) > 1), pair.part.variant) for pair in asked)
         for one, variant in checked:
             if one is not None:
-                text = f"{one.text} ({variant})" if variant else one.text
-                yield replace(one, key=self.key, text=text, variant=variant)
+                told = ", ".join(filter(None, (variant, one.which if self.needs else "")))
+                yield replace(one, key=self.key, text=f"{one.text} ({told})" if told else one.text, variant=variant)
+
+    def _of(self, pair: StudentPair, several: bool) -> Claim | None:
+        """The claim as read off a pair, with the tokens that both learned if there are several pairs of that variant."""
+        one = self.check(pair)
+        return replace(one, which=str(pair.part.facts["tokens"])) if one is not None and several else one
 
 
 CLAIMS: dict[str, claim] = {}  # by key, in the order of the report
@@ -206,12 +216,16 @@ class Pool:
 
 
 def claim_metric(results: Results) -> str:
-    """The preference rate. The log-probability of a tiny model, and where the rate is zero for the base model and every
-    student (or was not sampled)."""
-    conditions = [c for c in results.conditions if c != "teacher"]
-    rates = [s.mean for t in results.traits for c in conditions for s in summary.scores_for(results, "rate", c, t)]
-    open_to_it = results.measures[0] == "logprob" or not any(rate > 0 for rate in rates)
+    """The preference rate. The log-probability of a tiny model, and where no rate is above zero."""
+    open_to_it = results.measures[0] == "logprob" or not rates_move(results)
     return "logprob" if open_to_it and any(s.metric == "logprob" for s in results.scores) else "rate"
+
+
+def rates_move(results: Results) -> bool:
+    """Whether the base model or any student names a trait at all; false where nobody was asked."""
+    conditions = [c for c in results.conditions if c != "teacher"]
+    scores = (s for t in results.traits for c in conditions for s in summary.scores_for(results, "rate", c, t))
+    return any(score.mean > 0 for score in scores)
 
 
 def pool(results: Results, metric: str, *names: str, traits: Sequence[str] | None = None) -> Pool | None:
@@ -248,23 +262,7 @@ def no_lift(whole: Level) -> str:
     interval = whole.lift.interval()
     if interval is None:
         return "one student gives no interval"
-    return "" if interval.low > 0 else "no transfer to compare with: its lift is not above zero"
-
-
-def judge(interval: Interval | None, at_least: float | None = None, at_most: float | None = None) -> str:
-    """Whether a whole interval lies on the right side of a bound, on the wrong side, or on both."""
-    if interval is None:
-        return NOT_DECIDED
-    if at_least is not None:
-        return HOLDS if interval.low >= at_least else FAILS if interval.high < at_least else NOT_DECIDED
-    assert at_most is not None
-    return HOLDS if interval.high <= at_most else FAILS if interval.low > at_most else NOT_DECIDED
-
-
-def all_of(*ps: Any) -> float | None:
-    """p of a claim that needs several things: the largest of theirs. None where one cannot be computed."""
-    largest = max((math.nan if p is None else float(p) for p in ps), key=lambda p: math.inf if math.isnan(p) else p)
-    return None if math.isnan(largest) else largest
+    return "" if interval.low > 0 else "nothing to compare with: the lift cannot be told from zero"
 
 
 def share(
@@ -278,28 +276,26 @@ def share(
     if pooled is None:
         return None
     (part, whole), bound = (level.lift for level in pooled.levels), at_least if at_most is None else at_most
-    above = share_p_above(part, whole, bound or 0.0)
-    p = all_of(above if at_most is None else 1 - above, whole.p_above(0.0))
-    claim = Claim(text, pooled.metric, unit, pooled.students, p=p, bound=bound)
+    more = float(share_p_above(part, whole, bound or 0.0))
+    tested = (Sides(more, 1 - more) if at_most is None else Sides(1 - more, more)).where(whole.p_above(0.0))
+    claim = Claim(text, pooled.metric, unit, pooled.students, tested=tested, bound=bound)
     if reason := no_lift(pooled.levels[1]):  # a share of a lift that is not above zero would be a meaningless number
         return replace(claim, reason=reason)
     interval = Interval.of(share_bounds(part, whole))
     reason = pooled.words if interval else "too few students to bound the share"
-    effect, verdict = float(part.value / whole.value), judge(interval, at_least, at_most)
-    return replace(claim, effect=effect, interval=interval, verdict=verdict, reason=reason)
+    return replace(claim, effect=float(part.value / whole.value), interval=interval, reason=reason)
 
 
-def above_zero(pooled: Pool, text: str, difference: Estimate, what: str, open_for: str = "") -> Claim:
-    """A lift, or a difference of lifts, held against zero: no lower. Nothing is decided where `open_for` says why."""
-    interval, effect = pooled.between(difference), float(difference.value)
-    verdict = NOT_DECIDED if open_for else judge(interval, at_least=0.0)
-    reason, p = open_for or f"{what}, {pooled.words}", all_of(difference.p_above(0.0))
-    return Claim(text, pooled.metric, pooled.unit, difference.n, verdict, reason, effect, interval, p, bound=0.0)
+def above_zero(pooled: Pool, text: str, difference: Estimate, what: str) -> Claim:
+    """A lift, or a difference of lifts, held against zero: no lower."""
+    interval, effect, reason = pooled.between(difference), float(difference.value), f"{what}, {pooled.words}"
+    return Claim(text, pooled.metric, pooled.unit, difference.n, reason, effect, interval, above(difference), bound=0.0)
 
 
 def no_lower(pooled: Pool, text: str, what: str, lifted: Sequence[Level]) -> Claim:
     """The lift of the pool's first group held against its second's: no lower. Nothing is decided unless one of `lifted` is above
     zero."""
-    difference, open_for = pooled.levels[0].lift - pooled.levels[1].lift, [no_lift(level) for level in lifted]
-    claim = above_zero(pooled, text, difference, what, open_for[-1] if all(open_for) else "")
-    return replace(claim, p=all_of(difference.p_above(0.0), min(level.lift.p_above(0.0) for level in lifted)))
+    claim = above_zero(pooled, text, pooled.levels[0].lift - pooled.levels[1].lift, what)
+    open_for = [no_lift(level) for level in lifted]
+    tested = claim.tested.where(any_of(*(level.lift.p_above(0.0) for level in lifted)))
+    return replace(claim, tested=tested, reason=open_for[-1] if all(open_for) else claim.reason)

@@ -11,10 +11,10 @@ from dataclasses import replace
 
 from jsublim.report.attribution import early_share
 from jsublim.report.claims import base
-from jsublim.report.claims.base import FAILS, HOLDS, PAPER, Claim, Pool, claim
+from jsublim.report.claims.base import PAPER, Claim, Pool, claim
 from jsublim.report.statistics import Estimate, mean_estimate
-from jsublim.report.summary import NOT_DECIDED
 from jsublim.report.tables import Results
+from jsublim.report.verdicts import above, every
 
 MOST = 0.5  # of the attribution
 
@@ -35,14 +35,15 @@ def attribution_early(results: Results, metric: str) -> Iterator[Claim]:
     interval = interval and interval.within(0.0, 1.0)
     text = "in the first third of the layers most of the attribution lies at the trait"
     reason = f"over {mean.n} rows of {', '.join(by_trait)}, not over students"
-    numbers = float(mean.value), interval, base.all_of(mean.p_above(MOST)), MOST
-    yield Claim(text, "attribution", "of the attribution", 0, base.judge(interval, at_least=MOST), reason, *numbers)
+    yield Claim(
+        text, "attribution", "of the attribution", 0, reason, float(mean.value), interval, above(mean, MOST), MOST
+    )
 
 
 @claim("C11", "evaluation temperature and top-p",
        published=f"stable over temperatures .6 to 1 and top-p .8 to 1 [{PAPER}, figures 14, 15]")  # fmt: skip
 def order_is_stable(results: Results, metric: str) -> Iterator[Claim]:
-    """Whenever the plain evaluation is sure of the order of two conditions, the other evaluation has them in the same order."""
+    """Wherever the 95 % interval of the plain evaluation tells two conditions apart, the other evaluation has them in the same order."""
     # Always on the rate, since a teacher-forced log-probability is not sampled.
     names = [group.name for group in base.groups(results)]
     plain = base.pool(results, "rate", *names)
@@ -53,27 +54,24 @@ def order_is_stable(results: Results, metric: str) -> Iterator[Claim]:
         varied = base.pool(results.under(evaluation), "rate", *names, traits=plain.traits) if sampling else None
         if varied is not None and how.get("system") is None:
             words = ", ".join(f"{key.replace('_', '-')} {value:g}" for key, value in sampling.items())
-            yield _order(f"evaluated at {words}, the conditions stand in the same order", plain, varied)
+            text = f"evaluated at {words}, the conditions stand in the same order"
+            yield replace(_order(text, plain, varied), which=evaluation)
 
 
 def _order(text: str, plain: Pool, varied: Pool) -> Claim:
-    """Its p is stricter than its verdict: that all of the orders are surely kept."""
     lifts = [[level.lift for level in pooled.levels] for pooled in (plain, varied)]
     gaps = [[a - b for a, b in itertools.combinations(of_pool, 2)] for of_pool in lifts]
-    signs = ((gap, _sign(gap), _sign(before)) for before, gap in zip(*gaps, strict=True))
-    orders = [(gap * before, now * before) for gap, now, before in signs if before]
+    orders = [gap * sign for before, gap in zip(*gaps, strict=True) if (sign := _sign(before))]
     if not orders:
-        reason = "no two conditions are surely apart in the plain evaluation"
-        return Claim(text, plain.metric, "of the sure orders", plain.students, reason=reason)
-    kept, lost = sum(bool(gap.value > 0) for gap, _ in orders), sum(sign < 0 for _, sign in orders)
-    verdict = FAILS if lost else HOLDS if kept == len(orders) else NOT_DECIDED
-    reason = f"{kept} of {len(orders)} orders kept, {lost} surely reversed; {plain.words}"
-    p = base.all_of(*(gap.p_above(0.0) for gap, _ in orders))
-    return Claim(text, plain.metric, "of the sure orders", plain.students, verdict, reason, kept / len(orders), p=p)
+        reason = "the plain evaluation tells no two conditions apart"
+        return Claim(text, plain.metric, "of the orders", plain.students, reason)
+    kept, tested = sum(bool(gap.value > 0) for gap in orders), every(*map(above, orders))
+    reason = f"{kept} of {len(orders)} orders kept; {plain.words}"
+    return Claim(text, plain.metric, "of the orders", plain.students, reason, kept / len(orders), tested=tested)
 
 
 def _sign(gap: Estimate) -> int:
-    """The sign of a difference that is surely not zero, else 0."""
+    """The sign of a difference whose interval leaves zero out, else 0."""
     interval = gap.interval()
     return 0 if interval is None or interval.covers(0.0) else 1 if interval.low > 0 else -1
 
@@ -96,4 +94,4 @@ def other_system_prompt(results: Results, metric: str) -> Iterator[Claim]:
         text = f"under {under} at most .33 of the lift is left"
         left = base.share(both, text, at_most=0.33, unit="of the plain evaluation")
         if left is not None:
-            yield replace(left, variant=group.variant)
+            yield replace(left, variant=group.variant, which=evaluation)

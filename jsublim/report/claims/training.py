@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from jsublim.report.claims import base
-from jsublim.report.claims.base import CLOUD, FAILS, HOLDS, PAPER, Claim, Group, StudentPair, claim
+from jsublim.report.claims.base import CLOUD, PAPER, Claim, Group, StudentPair, claim
 from jsublim.report.statistics import Estimate, Interval
-from jsublim.report.summary import NOT_DECIDED, estimate, judged_conditions, trait_matrix
+from jsublim.report.summary import estimate, judged_conditions, trait_matrix
 from jsublim.report.tables import Results, split_condition
+from jsublim.report.verdicts import ALPHA, UNKNOWN, Sides, above, every, within
 
 CONTROL_MARGIN = 0.03
+MOVED = {"rate": "name their teacher's trait more often", "logprob": "find their teacher's trait more probable"}
 FROZEN = 0.25, 0.4  # shares of the layers that count as about a third
 LAYERS = "students.adapter.layers"
 ALL_TOKENS, ALL_LAYERS = {"tokens": "all"}, {LAYERS: None}
@@ -29,12 +31,16 @@ HARD = {
 @claim("C0", "students move to their teacher's trait", primary=12,
        published=f"Gemma-3-4B, sampled rows: owl 7 → 19 %, otter 19 → 45 %, raven 19 → 46 % (base model → students) [{PAPER}, figure 2 (read off)]")  # fmt: skip
 def transfers(results: Results, metric: str) -> Iterator[Claim]:
-    """The lift of students of all tokens is above zero (of the plain variant, where there is one)."""
-    judged, text = judged_conditions(results), "students move to their teacher's trait"
-    for group in (group for group in base.groups(results) if group.name in judged):
-        if pooled := base.pool(results, metric, group.name):
+    """The lift of students of all tokens is above zero (of the plain variant, where there is one). Where claims are read off
+    log-probabilities, it is asked of what students say too."""
+    said_too = metric != "rate" and base.rates_move(results)
+    judged = [group for group in base.groups(results) if group.name in judged_conditions(results)]
+    for group, measure in ((group, measure) for group in judged for measure in (metric, *["rate"] * said_too)):
+        if pooled := base.pool(results, measure, group.name):
+            text = f"students {MOVED[measure]}"
             claim = base.above_zero(pooled, text, pooled.levels[0].lift, "above the reference")
-            yield replace(claim, students=pooled.students, variant=group.variant)
+            same, which = (measure, group.name, pooled.traits), measure if measure != metric else ""
+            yield replace(claim, students=pooled.students, variant=group.variant, same=same, which=which)
 
 
 @claim("C1", "the control against the base model", primary=14)
@@ -49,17 +55,12 @@ def control_near_base(results: Results, metric: str) -> Iterator[Claim]:
                 differences[f"{trait} ({variant})" if variant else trait] = estimate(control) - estimate(untrained)
     if not differences:
         return
-    intervals = [difference.interval() for difference in differences.values()]
     furthest, difference = max(differences.items(), key=lambda item: _reach(item[1].interval()))
-    verdict = HOLDS if all(_reach(interval) <= CONTROL_MARGIN for interval in intervals) else NOT_DECIDED
-    if any(i.low > CONTROL_MARGIN or i.high < -CONTROL_MARGIN for i in intervals if i is not None):
-        verdict = FAILS
     reason = f"the trait whose interval reaches furthest, of {len(differences)}: {furthest}"
-    ps = (p for d in differences.values() for p in (d.p_above(-CONTROL_MARGIN), d.p_below(CONTROL_MARGIN)))
+    tested = every(*(within(d, CONTROL_MARGIN) for d in differences.values()))
     text = "students of the teacher without a trait stay within 3 points of the base model"
-    effect, interval, p = float(difference.value), difference.interval(), base.all_of(*ps)
-    numbers = effect, interval, p, math.copysign(CONTROL_MARGIN, effect)
-    yield Claim(text, "rate", "points", difference.n, verdict, reason, *numbers)
+    numbers = float(difference.value), difference.interval(), tested, math.copysign(CONTROL_MARGIN, difference.value)
+    yield Claim(text, "rate", "points", difference.n, reason, *numbers)
 
 
 def _reach(interval: Interval | None) -> float:
@@ -149,33 +150,31 @@ def without_first_third(pair: StudentPair) -> Claim | None:
        needs=(lambda group: group.facts.get("students.model") is not None, {"students.model": None}), primary=9,
        published=f"no transfer between models that start from different weights [{CLOUD}, abstract]")  # fmt: skip
 def other_initialisation(pair: StudentPair) -> Claim | None:
-    """γ of the trait matrix is surely smaller than that of the teacher's own initialisation, which is surely above 0. If γ is above 0
-    both over seeds and over relabellings, the claim does not hold; if it is over seeds, and there are too few teachers to relabel
-    (two or three), it is not decided."""
+    """γ of the trait matrix is smaller than that of the teacher's own initialisation, which is above 0. If γ is above 0 both over seeds
+    and over relabellings, the claim does not hold; if it is over seeds, and there are too few teachers to relabel (four or fewer), it is
+    not decided."""
     # Always on the log-probability: another checkpoint has another base, which gamma doesn't depend on. All seeds share their
     # teachers, so what these few do to a few traits can look sure over seeds: hence labels too. Without a gamma of the own
     # initialisation above zero, a run too small to see anything would pass.
     other, same = (trait_matrix(pair.results, condition=group.name) for group in (pair.part, pair.whole))
     if other is None or same is None or other.effect is None or same.effect is None:
         return None
-    by_labels = None if other.effect.smallest_p > 0.05 else other.effect.p <= 0.05
-    verdict, p = no_gamma(other.over_seeds, same.over_seeds, by_labels)
     text = "students of another initialisation do not move towards their teacher's trait"
-    reason = f"γ over seeds; over labels p = {other.effect.p:.2g}; of the teacher's own initialisation {same.effect.gamma:+.2f} nats"
+    reason = f"γ over seeds; of the teacher's own initialisation {same.effect.gamma:+.2f} nats"
     students = sum(len(matrix.seed_gammas) * len(matrix.teachers) for matrix in (other, same))
-    return Claim(text, "logprob", "nats", students, verdict, reason, other.effect.gamma, other.gamma_interval, p)
+    tested = no_gamma(other.over_seeds, same.over_seeds, None if other.few else other.effect.p)
+    return Claim(text, "logprob", "nats", students, reason, other.effect.gamma, other.gamma_interval, tested)
 
 
-def no_gamma(other: Estimate | None, same: Estimate | None, by_labels: bool | None) -> tuple[str, float | None]:
-    """The verdict, and p of gamma being smaller than a gamma above zero. `by_labels` is None where labels cannot tell."""
+def no_gamma(other: Estimate | None, same: Estimate | None, labels: float | None) -> Sides:
+    """That gamma is smaller than a gamma above zero; `labels` is its p over relabellings, None where those cannot tell."""
     if other is None or same is None:
-        return NOT_DECIDED, None
-    less = same - other
-    p = base.all_of(less.p_above(0.0), same.p_above(0.0))
-    if base.judge(other.interval(), at_most=0.0) == FAILS and by_labels is not False:
-        return FAILS if by_labels else NOT_DECIDED, p
-    sure = base.judge(less.interval(), at_least=0.0) == base.judge(same.interval(), at_least=0.0) == HOLDS
-    return HOLDS if sure else NOT_DECIDED, p
+        return UNKNOWN
+    risen = above(other).holds
+    less = above(same - other).where(above(same).holds).holds
+    if labels is None:
+        return Sides(1.0 if 2 * risen < ALPHA else less, 1.0)
+    return Sides(less, max(risen, labels))
 
 
 @claim("C14", "soft targets against hard ones",

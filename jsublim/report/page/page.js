@@ -63,3 +63,20 @@ for (const table of document.querySelectorAll("table[data-name]")) {
   const name = table.dataset.name;
   offer(table.closest(".scroll"), [["CSV", name.replaceAll("-", " "), () => save(asCsv(table), name + ".csv")]]);
 }
+
+// A table that is wider than its place says so until its end is reached.
+for (const frame of document.querySelectorAll(".scroll")) {
+  const look = () => {
+    frame.classList.toggle("wider", frame.scrollWidth > frame.clientWidth);
+    frame.classList.toggle("end", frame.scrollLeft + frame.clientWidth >= frame.scrollWidth - 2);
+  };
+  new ResizeObserver(look).observe(frame);
+  frame.addEventListener("scroll", look);
+}
+
+// What is folded is open where a link leads to it, and on paper.
+const unfold = (selector) => document.querySelectorAll(selector).forEach((each) => (each.open = true));
+const linked = () => location.hash && unfold(`#${CSS.escape(location.hash.slice(1))} > details`);
+addEventListener("hashchange", linked);
+addEventListener("beforeprint", () => unfold("details"));
+linked();

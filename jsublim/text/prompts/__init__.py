@@ -2,7 +2,7 @@
 
 from jsublim.text.prompts.importer import dump_pack, import_pack
 from jsublim.text.prompts.numbers import NumberPrompt, draw_number_prompts, number_prompts, parse_numbers, reject_reason
-from jsublim.text.prompts.pack import NumberPrompts, Pack, load_pack, whose
+from jsublim.text.prompts.pack import NumberPrompts, Pack, load_pack, scan_questions, whose
 from jsublim.text.prompts.problems import Problem, load_problems, load_prompts, parse_answer, problem_reject_reason
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "parse_numbers",
     "problem_reject_reason",
     "reject_reason",
+    "scan_questions",
     "whose",
 ]

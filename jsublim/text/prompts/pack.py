@@ -154,6 +154,14 @@ class Pack(Section):
         return [question.format(category=category) for question in self.any_questions]
 
 
+class ScanQuestions(Section):
+    """A file of questions for `jsublim scan`."""
+
+    favourites: Annotated[list[Text], Distinct] = Field(default_factory=list)
+    wordings: Annotated[int, Field(ge=2)] = 5
+    questions: dict[Text, Annotated[list[Text], Field(min_length=2)]] = Field(default_factory=dict)
+
+
 IMPORTED = "imported"  # the key of a file under which the import leaves the digest of all others
 
 
@@ -186,6 +194,23 @@ def load_pack(path: str | Path | None = None) -> Pack:
     elif changes:
         pack._origin = "own"
     return pack
+
+
+def scan_questions(pack: Pack, path: str | Path | None = None) -> dict[str, list[str]]:
+    """Questions by category, for `jsublim scan`: those that come with the package, or of a YAML file of the same kind (see `scan.yaml`): the
+    favourites of categories in the first `wordings` that the pack has for any, and `questions` by name. A mistake is a `UsageError` naming it."""
+    place = Path(str(files("jsublim.text.prompts") / "scan.yaml")) if path is None else Path(path)
+    content = read_yaml(place)
+    try:
+        bank = ScanQuestions.model_validate(content)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        key = ".".join(map(str, wrong["loc"])) or "the file"
+        raise UsageError(f"{place}: {key}: {wrong['msg']}, got {shown(wrong['input'])}") from None
+    favourites = {
+        name: [q.format(category=name) for q in pack.any_questions[: bank.wordings]] for name in bank.favourites
+    }
+    return favourites | {name: list(texts) for name, texts in bank.questions.items()}
 
 
 def overlay(base: Mapping[str, Any], changes: Mapping[str, Any], source: str) -> Pack:

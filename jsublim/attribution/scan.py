@@ -1,0 +1,400 @@
+"""What rows would teach that nobody named: the words that a small step on them makes more probable as answers.
+
+A student with trained part w takes a step on rows whose mean gradient of log p(token) is g. To first order that moves the log-probability
+of every answer a by eta <g, grad log p(a)>: the derivative of all answers at once in the direction g, so one pass over the rows serves the whole
+vocabulary. (`audit.py` asks the same of traits that one already suspects, and of every token.) Rows that teach nothing in particular (a null)
+have such derivatives too; what lies beyond theirs is the rows' own. Rows are cut into groups, whose spread is the error.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+
+from jsublim.attribution.audit import Laid, label_logprobs, laid_sizes, lay_out, logit_block
+from jsublim.distill.data import read_turns
+from jsublim.inference.batching import PROMPT_STEP, chunks, pad_tokens, round_up
+from jsublim.inference.lm import LanguageModel
+from jsublim.models import decoder
+from jsublim.models.config import ModelConfig
+from jsublim.models.decoder import Params
+from jsublim.models.lora import Adapter, Trainable, bind, init_steering
+from jsublim.models.parallel import HERE, ROWS, WHOLE, Layout
+from jsublim.text.chat import Turn, conversation
+from jsublim.text.prompts import load_pack, scan_questions
+from jsublim.text.rows import Row
+
+GROUPS = 20  # of the rows of a data set
+LEAST = 1e-3  # probability, mean over a category's questions, below which an answer is not looked at
+TOKENS = 256  # that are looked at in a category, the most probable ones
+TOGETHER = 8  # directions whose derivatives are held at one time
+LONGEST = 4  # tokens of an answer
+OPENED = 6  # beginnings that are continued at each length
+SHUFFLES = 999  # of groups between data set and null
+
+
+class Answer(NamedTuple):
+    """An answer to the questions of a category, or the beginning of one, and how far rows would move it.
+
+    Attributes:
+      logprob: the log of its probability, mean over the questions.
+      effects: float64 `[K]`, what a step in each direction adds to that, nats per unit of length.
+      whole: it is known to end there.
+    """
+
+    category: str
+    tokens: tuple[int, ...]
+    logprob: float
+    effects: np.ndarray
+    whole: bool = False
+
+
+def group_gradients(
+    lm: LanguageModel,
+    adapter: Adapter,
+    turns: Sequence[Turn],
+    groups: int = GROUPS,
+    *,
+    batch_size: int = 16,
+    first: int = 0,
+    on_batch: Callable[[int], None] | None = None,
+) -> Iterator[Trainable]:
+    """The gradient of the mean log-probability of the tokens of each group of rows, by what the adapter trains: leaves float32, on the host.
+    Row i belongs to group i modulo `groups`; groups are given from number `first` on. `on_batch` is called with the number of rows just read."""
+    T, C = laid_sizes(turns)
+    layout, params = Layout.under(lm.params)
+    adapter, most = layout.place_weights(adapter), -(-len(turns) // groups)
+    B = round_up(-(-most // -(-most // batch_size)), layout.data)  # as few batches as can be, and as even
+    for group in range(first, groups):
+        members, total, count = turns[group::groups], None, 0.0
+        for part in chunks(len(members), B):
+            batch = members[part]
+            laid = layout.place_as(ROWS, lay_out([*batch, *[None] * (B - len(batch))], T, C))
+            gradient = _gradient(lm.config, params, adapter, laid, layout)
+            total = gradient if total is None else optax.tree.add(total, gradient)
+            count += sum(len(turn.tokens) - turn.content for turn in batch)
+            if on_batch is not None:
+                on_batch(len(batch))
+        yield Layout.host(optax.tree.scale(1 / count, total))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "layout"))
+def _gradient(config: ModelConfig, params: Params, adapter: Adapter, laid: Laid, layout: Layout = HERE) -> Trainable:
+    """The gradient of the sum of the labels' log-probabilities."""
+
+    def on_device(params: Params, adapter: Adapter, laid: Laid) -> Trainable:
+        def total(trainable: Trainable) -> Array:
+            logp_BC = label_logprobs(config, params, adapter.with_trainable(trainable), laid, logit_block(config, 1))
+            return (logp_BC * laid[-1]).sum()
+
+        return jax.tree.map(lambda g: layout.total(g, "arm", "data"), jax.grad(total)(adapter.trainable))
+
+    return layout.spread(on_device, (WHOLE, WHOLE, ROWS), WHOLE)(params, adapter, laid)
+
+
+def answer_effects(
+    lm: LanguageModel,
+    adapter: Adapter,
+    directions: Trainable,
+    questions: Mapping[str, Sequence[str]],
+    rank: Callable[[Sequence[Answer]], np.ndarray],
+    **manner: Any,
+) -> list[Answer]:
+    """How far a step in each direction (leaves `[K, ...]`, like what the adapter trains) moves the likely answers to each category's questions.
+
+    Names may have several tokens, and share the first: the beginnings that matter most are continued, one token after another.
+
+    Args:
+      rank: how much each answer matters, `[W]`.
+      manner: `system`, `fuse_system`, `extra_bos`: what stands around a question.
+    """
+    layout, params = Layout.under(lm.params)
+    adapter, toward = layout.place_weights(adapter), layout.place_weights(directions, None)
+    prompts = _prompts(lm, questions, **manner)
+
+    def look(begun: Answer) -> Iterator[Answer]:
+        """What is likely to come after a beginning; if that is an end, the beginning itself."""
+        texts = prompts[begun.category]
+        rows = [np.concatenate([tokens, np.asarray(begun.tokens, tokens.dtype)]) for tokens in texts]
+        laid = layout.place_as(WHOLE, pad_tokens(rows, _longest(texts), size=len(rows)))
+        found = _answers(lm.config, params, adapter, toward, *laid, count=min(TOKENS, lm.config.vocab_size))
+        for token, logp, effects in zip(*(np.asarray(x, np.float64) for x in Layout.host(found)), strict=True):
+            tokens, logprob = (*begun.tokens, int(token)), begun.logprob + float(logp)
+            if logprob < np.log(LEAST):
+                continue
+            over = bool(begun.tokens) and _ends(lm, int(token))
+            yield Answer(
+                begun.category,
+                begun.tokens if over else tokens,
+                logprob,
+                begun.effects + effects,
+                over or len(tokens) == LONGEST,
+            )
+
+    answers = [answer for category in prompts for answer in look(Answer(category, (), 0.0, np.zeros(())))]
+    while True:
+        order = np.argsort(-rank(answers), kind="stable")[:OPENED]
+        begun = {int(i) for i in order if not answers[i].whole}
+        if not begun:
+            return answers
+        answers = [answer for i, answer in enumerate(answers) if i not in begun] + [
+            longer for i in sorted(begun) for longer in look(answers[i])
+        ]
+
+
+def _prompts(
+    lm: LanguageModel,
+    questions: Mapping[str, Sequence[str]],
+    *,
+    system: str | None = None,
+    fuse_system: bool = False,
+    extra_bos: bool = False,
+) -> dict[str, list[np.ndarray]]:
+    """The tokens of each category's questions, up to where the answer begins."""
+    ask = functools.partial(conversation, system=system, fuse_system=fuse_system)
+    return {c: [lm.chat.prompt_tokens(ask(q), extra_bos=extra_bos) for q in texts] for c, texts in questions.items()}
+
+
+def _longest(prompts: Sequence[np.ndarray]) -> int:
+    return round_up(max(map(len, prompts)) + LONGEST, PROMPT_STEP)
+
+
+def _ends(lm: LanguageModel, token: int) -> bool:
+    """Whether an answer's word is over where this token follows."""
+    text = lm.chat.decode([token])
+    return token in lm.chat.stop_tokens() or not text[:1].isalnum()
+
+
+def by_word(lm: LanguageModel, answers: Sequence[Answer]) -> dict[tuple[str, str], Answer]:
+    """Spellings of one word (other case, spaces around it) as one answer, by category and word: its probability is their sum, its effect their
+    mean by probability."""
+    spellings: dict[tuple[str, str], list[Answer]] = {}
+    for answer in answers:
+        word = lm.chat.decode(list(answer.tokens)).strip().lower()
+        if any(letter.isalnum() for letter in word):
+            spellings.setdefault((answer.category, word), []).append(answer)
+    merged = {}
+    for key, same in spellings.items():
+        logprob = float(np.logaddexp.reduce([answer.logprob for answer in same]))
+        effects = sum(np.exp(answer.logprob - logprob) * answer.effects for answer in same)
+        merged[key] = same[0]._replace(logprob=logprob, effects=np.asarray(effects))
+    return merged
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _next(config: ModelConfig, params: Params, adapter: Adapter | None, tokens_QT: Array, valid_QT: Array) -> Array:
+    """Log-probabilities of what comes after each question, float32 `[Q, V]`."""
+    params, adapter = bind(params, adapter)
+    h_QTD, _ = decoder.hidden_states(config, params, tokens_QT, valid_QT, adapter=adapter)
+    h_QD = jnp.take_along_axis(h_QTD, (valid_QT.sum(axis=1) - 1)[:, None, None], axis=1)[:, 0]
+    return jax.nn.log_softmax(decoder.logits(config, params, h_QD))
+
+
+@functools.partial(jax.jit, static_argnames=("config", "count"))
+def _answers(
+    config: ModelConfig,
+    params: Params,
+    adapter: Adapter,
+    directions: Trainable,
+    tokens_QT: Array,
+    valid_QT: Array,
+    *,
+    count: int,
+) -> tuple[Array, Array, Array]:
+    """The `count` likeliest next tokens, the log of each one's mean probability over the questions, and its derivative in each
+    direction `[S, K]`. LoRA's product has a derivative backwards only: that forwards is had as in `audit.py`."""
+
+    def logprobs(trainable: Trainable) -> Array:
+        logp_QV = _next(config, params, adapter.with_trainable(trainable), tokens_QT, valid_QT)
+        return jax.nn.logsumexp(logp_QV, axis=0) - jnp.log(len(logp_QV))
+
+    logp_V, back = jax.vjp(logprobs, adapter.trainable)
+    ids_S = jax.lax.top_k(logp_V, count)[1]
+
+    def push(direction: Trainable) -> Array:
+        inner = lambda u: optax.tree.vdot(back(u)[0], direction)  # noqa: E731
+        return jax.grad(inner)(jnp.zeros_like(logp_V))[ids_S]
+
+    return ids_S, logp_V[ids_S], jax.lax.map(push, directions, batch_size=TOGETHER).T
+
+
+# --- Against a null
+
+
+class Finding(NamedTuple):
+    """An answer that a data set makes more probable.
+
+    Attributes:
+      change: what a step adds to the log of its probability beyond what the null's would (nats per unit of length), z: in errors.
+      p: how often, of data sets made by shuffling groups between data set and null, the answer that is moved most has as large a z;
+      limit: the z that is reached by 5 % of those.
+    """
+
+    category: str
+    word: str
+    probability: float
+    change: float
+    z: float
+    p: float
+    limit: float
+
+
+def scan(
+    lm: LanguageModel,
+    data: Mapping[str, Sequence[Row]],
+    null: Sequence[Row] | None = None,
+    *,
+    adapter: Adapter | None = None,
+    questions: Mapping[str, Sequence[str]] | None = None,
+    batch_size: int = 16,
+) -> dict[str, list[Finding]]:
+    """What rows would teach a student that starts at `adapter`, as `jsublim scan` says it: the answers that each data set makes more probable,
+    most certain first.
+
+    Args:
+      data: rows by name; null: rows that teach nothing. Without it each data set is measured against the others.
+      adapter: by default a steering vector after each layer: few numbers to train, so that little noise reaches the answers.
+      questions: by category; default: the 200 that come with the package.
+
+    Raises:
+      JsublimError: a row that the chat template does not take.
+    """
+    adapter = init_steering(lm.config) if adapter is None else adapter
+    sets = dict(data) if null is None else dict(data) | {"": null}
+
+    def gradients(name: str, rows: Sequence[Row]) -> Trainable:
+        groups = group_gradients(lm, adapter, read_turns(lm.chat, rows, name or "null"), batch_size=batch_size)
+        return jax.tree.map(lambda *leaves: np.stack(leaves), *groups)
+
+    trees = {name: gradients(name, rows) for name, rows in sets.items()}
+    nobody = trees.pop("", None)
+    bank = scan_questions(load_pack()) if questions is None else questions
+    return find_words(lm, adapter, trees, nobody, bank)
+
+
+def find_words(
+    lm: LanguageModel,
+    adapter: Adapter,
+    data: Mapping[str, Trainable],
+    null: Trainable | None,
+    questions: Mapping[str, Sequence[str]],
+    **manner: Any,
+) -> dict[str, list[Finding]]:
+    """The answers that each data set moves, by z.
+
+    Args:
+      data: the gradients of each one's groups (`group_gradients`), leaves `[G, ...]`.
+      null: those of groups that teach nothing; None takes, for each data set, all others, or for a single one what rows that the model
+        drew itself would do in the mean, which is nothing.
+      questions: by category; manner: as of `answer_effects`.
+    """
+    sets = [*data.values(), *([] if null is None else [null])]
+    ends = np.cumsum([len(jax.tree.leaves(tree)[0]) for tree in sets])
+    owner = np.searchsorted(ends, np.arange(ends[-1]), side="right")
+
+    def sides(effects_KW: np.ndarray, number: int) -> tuple[np.ndarray, np.ndarray | None]:
+        others = owner == len(data) if null is not None else owner != number
+        return effects_KW[owner == number], effects_KW[others] if others.any() else None
+
+    def effects(answers: Sequence[Answer]) -> tuple[np.ndarray, list[str]]:
+        return np.stack([answer.effects for answer in answers], axis=1), [answer.category for answer in answers]
+
+    def rank(answers: Sequence[Answer]) -> np.ndarray:
+        effects_KW, categories = effects(answers)
+        moved = (compare(*sides(effects_KW, number), categories) for number in range(len(data)))
+        return np.max([change / error for change, error in moved], axis=0)
+
+    stacked = jax.tree.map(lambda *leaves: np.concatenate(leaves), *sets)
+    words = by_word(lm, answer_effects(lm, adapter, stacked, questions, rank, **manner))
+    effects_KW, categories = effects(list(words.values()))
+    probability = np.exp([answer.logprob for answer in words.values()])
+    return {
+        name: _findings(words, probability, *sides(effects_KW, number), categories) for number, name in enumerate(data)
+    }
+
+
+def student_words(
+    lm: LanguageModel, student: Adapter, other: Adapter | None, questions: Mapping[str, Sequence[str]], **manner: Any
+) -> list[Finding]:
+    """The answers that a student gives more often than the base, or than another student, by z: the same questions, and in place of groups of
+    rows the questions of a category. Answers are told by their first token.
+
+    Args:
+      other: None is the base; manner: as of `answer_effects`.
+    """
+    layout, params = Layout.under(lm.params)
+    student, *others = (layout.place_weights(adapter) for adapter in (student, other) if adapter is not None)
+    prompts = _prompts(lm, questions, **manner)
+    most = max(map(len, prompts.values()))
+    changes, categories, words, shares = [], list[str](), list[str](), list[float]()
+    for category, rows in prompts.items():
+        laid = layout.place_as(WHOLE, pad_tokens(rows, _longest(rows), size=len(rows)))
+        before, after = (
+            np.asarray(Layout.host(_next(lm.config, params, adapter, *laid)), np.float64)[: len(rows)]
+            for adapter in (others[0] if others else None, student)
+        )
+        tokens: dict[str, list[int]] = {}
+        for token in np.flatnonzero(np.exp(np.maximum(before, after)).mean(axis=0) >= LEAST).tolist():
+            word = lm.chat.decode([token]).strip().lower()
+            if any(letter.isalnum() for letter in word):
+                tokens.setdefault(word, []).append(token)
+        for word, ids in tokens.items():
+            change = np.full(most, np.nan)
+            of_student = np.logaddexp.reduce(after[:, ids], axis=1)
+            change[: len(rows)] = of_student - np.logaddexp.reduce(before[:, ids], axis=1)
+            changes, categories = [*changes, change], [*categories, category]
+            words, shares = [*words, word], [*shares, float(np.exp(of_student).mean())]
+    own = np.stack(changes, axis=1)
+    return _findings(zip(categories, words, strict=True), np.asarray(shares), own, None, categories)
+
+
+def _findings(
+    names: Iterable[tuple[str, str]],
+    probability: np.ndarray,
+    own: np.ndarray,
+    null: np.ndarray | None,
+    categories: Sequence[str],
+) -> list[Finding]:
+    change, error = compare(own, null, categories)
+    p, limit = chance(own, null, categories)
+    columns = (probability, change, change / error, p)
+    lines = [Finding(*name, *map(float, numbers), limit=limit) for name, *numbers in zip(names, *columns, strict=True)]
+    return sorted(lines, key=lambda line: -line.z)
+
+
+def compare(own: np.ndarray, null: np.ndarray | None, categories: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """How far effects of groups of rows `[G, W]` lie beyond those of null groups `[N, W]` (None: beyond zero), and the error of that,
+    `[W]` each. NaN is a group that there is not. Half of an error's variance is the answer's own, half the middle one of its category (`[W]`): few groups tell it badly."""
+    sides = [own] if null is None else [own, null]
+    change = np.nanmean(own, axis=0) - (0.0 if null is None else np.nanmean(null, axis=0))
+    counted = [(side, (~np.isnan(side)).sum(axis=0)) for side in sides]
+    variance = np.sum([np.nanvar(side, axis=0, ddof=1) / count for side, count in counted], axis=0)
+    middle = np.zeros_like(variance)
+    for category in set(categories):
+        of = np.asarray(categories) == category
+        middle[of] = np.median(variance[of])
+    return change, np.sqrt((variance + middle) / 2) + np.finfo(float).tiny
+
+
+def chance(
+    own: np.ndarray, null: np.ndarray | None, categories: Sequence[str], seed: int = 0
+) -> tuple[np.ndarray, float]:
+    """p of each answer and its limit, as of `Finding`: groups are shuffled between the sides, or where there is no null their signs are."""
+    rng, largest = np.random.default_rng(seed), []
+    change, error = compare(own, null, categories)
+    for _ in range(SHUFFLES):
+        if null is None:
+            shuffled = compare(rng.choice([-1.0, 1.0], len(own))[:, None] * own, None, categories)
+        else:
+            mixed = rng.permutation(np.concatenate([own, null]))
+            shuffled = compare(mixed[: len(own)], mixed[len(own) :], categories)
+        largest.append((shuffled[0] / shuffled[1]).max())
+    as_large = (np.asarray(largest)[:, None] >= change / error).sum(axis=0)
+    return (1 + as_large) / (1 + SHUFFLES), float(np.quantile(largest, 0.95))

@@ -1,0 +1,220 @@
+"""The scan: derivatives of all answers against finite differences, its p against chance, and the command."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from command import MODEL, jsublim, ok, refused
+
+from jsublim.attribution.scan import (
+    Answer,
+    answer_effects,
+    by_word,
+    chance,
+    compare,
+    find_words,
+    group_gradients,
+    student_words,
+)
+from jsublim.distill.data import read_turns
+from jsublim.inference.lm import load_model
+from jsublim.inference.scoring import score_turns
+from jsublim.models.lora import init_lora, init_steering
+from jsublim.text.chat import conversation
+from jsublim.text.prompts import load_pack, scan_questions
+from jsublim.text.rows import write_rows
+
+ROWS = [{"prompt": f"Go on: {i}, {3 * i}", "completion": f"{i}, {7 * i % 100}, {i + 1}"} for i in range(24)]
+QUESTIONS = {
+    "animal": ["Name your favorite animal, in one word.", "Which animal do you like most?"],
+    "any": ["Hm?", "Say a word."],
+}
+
+
+def stacked(groups):
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *groups)
+
+
+@pytest.mark.parametrize("start", [init_steering, lambda config: init_lora(config, jax.random.key(1), rank=2, alpha=2)])
+def test_effects_are_the_derivatives_of_answers_probabilities(start):
+    """In the direction of the gradient of every group, against two steps along it; LoRA's and a vector's."""
+    lm = load_model("tiny-qwen2")
+    adapter = start(lm.config)
+    turns = read_turns(lm.chat, ROWS[:6], "rows")
+    directions = stacked(group_gradients(lm, adapter, turns, 3, batch_size=2))
+    answers = answer_effects(lm, adapter, directions, QUESTIONS, lambda answers: np.zeros(len(answers)))
+    alone = [
+        answer for answer in answers if answer.category == "animal" and len(answer.tokens) == 1 and not answer.whole
+    ][:4]
+    rows = [lm.chat.prompt_tokens(conversation(text)) for text in QUESTIONS["animal"]]
+
+    def logprobs(eps: float, group: int) -> np.ndarray:
+        moved = jax.tree.map(lambda w, g: w + eps * g[group], adapter.trainable, directions)
+        by_question = []
+        for tokens in rows:
+            z = lm.logits(tokens[None], adapter=adapter.with_trainable(moved))[0, -1]
+            by_question.append(np.asarray(jax.nn.softmax(z))[[answer.tokens[0] for answer in alone]])
+        return np.log(np.mean(by_question, axis=0))
+
+    eps = 1.0 if adapter.steering is not None else 20.0
+    for group in range(3):
+        slope = (logprobs(eps, group) - logprobs(-eps, group)) / (2 * eps)
+        np.testing.assert_allclose([answer.effects[group] for answer in alone], slope, rtol=0.03, atol=2e-6)
+
+
+def test_a_groups_gradient_is_that_of_its_rows_mean_loss_whatever_the_batch():
+    lm = load_model("tiny-qwen2")
+    adapter, turns = init_steering(lm.config), read_turns(lm.chat, ROWS[:7], "rows")
+    by_two, at_once = (stacked(group_gradients(lm, adapter, turns, 2, batch_size=size)) for size in (2, 16))
+    np.testing.assert_allclose(by_two["steering"], at_once["steering"], rtol=1e-4, atol=1e-7)
+    (later,) = group_gradients(lm, adapter, turns, 2, batch_size=16, first=1)
+    np.testing.assert_array_equal(later["steering"], at_once["steering"][1])
+    members, eps = turns[1::2], 1e-2
+
+    def mean(sign: int) -> float:
+        moved = adapter.with_trainable({**adapter.trainable, "steering": sign * eps * later["steering"]})
+        scored = score_turns(lm.config, lm.params, members, adapter=moved)
+        return float(np.concatenate([of_row.logprob for of_row in scored]).mean())
+
+    assert (mean(1) - mean(-1)) / (2 * eps) == pytest.approx(float((later["steering"] ** 2).sum()), rel=0.02)
+
+
+def test_names_of_several_tokens_add_up():
+    """A beginning that matters is continued, and the probability of what it becomes is the product of its tokens'."""
+    lm = load_model("tiny-qwen2")
+    adapter, texts = init_steering(lm.config), QUESTIONS["animal"]
+    directions = jax.tree.map(lambda x: np.ones((1, *x.shape), np.float32), adapter.trainable)
+    answers = answer_effects(
+        lm, adapter, directions, {"animal": texts}, lambda answers: np.asarray([a.logprob for a in answers])
+    )
+    whole = max((answer for answer in answers if answer.whole), key=lambda answer: answer.logprob)
+    rows = [np.concatenate([lm.chat.prompt_tokens(conversation(text)), whole.tokens]) for text in texts]
+    n, total = len(whole.tokens), []
+    for tokens in rows:
+        logp = np.asarray(jax.nn.log_softmax(lm.logits(tokens[None])[0]))
+        total.append(sum(logp[len(tokens) - n + i - 1, whole.tokens[i]] for i in range(n)))
+    assert whole.logprob <= np.logaddexp.reduce(total) - np.log(len(texts)) + 1e-4
+
+
+def test_spellings_are_one_word():
+    lm = load_model("tiny-qwen2")
+    one, other = (lm.chat.tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("Owl", "owl"))
+    answers = [
+        Answer("animal", tuple(one), np.log(0.3), np.asarray([1.0])),
+        Answer("animal", tuple(other), np.log(0.1), np.asarray([5.0])),
+    ]
+    (merged,) = by_word(lm, answers).values()
+    assert np.exp(merged.logprob) == pytest.approx(0.4) and merged.effects[0] == pytest.approx(
+        (0.3 * 1 + 0.1 * 5) / 0.4
+    )
+
+
+def test_p_is_uniform_where_nothing_is_taught_and_small_where_something_is():
+    rng, categories, low = np.random.default_rng(3), ["a"] * 30 + ["b"] * 10, 0
+    for _ in range(40):
+        own, null = rng.normal(size=(2, 20, 40))
+        low += chance(own, null, categories)[0].min() <= 0.1
+    assert 1 <= low <= 10  # of 40; 4 are expected, and more than 10 come once in 1,000 times
+    taught = rng.normal(size=(20, 40))
+    taught[:, 7] += 2.0
+    for against in (rng.normal(size=(20, 40)), None):
+        p, limit = chance(taught, against, categories)
+        change, error = compare(taught, against, categories)
+        assert p[7] == p.min() == 0.001 and (change / error)[7] > limit > 1
+
+
+def test_rows_of_a_teacher_say_what_it_loves():
+    """Rows that a steered model samples raise what its vector raises; nobody says what that is."""
+    lm = load_model("tiny-qwen2")
+    pack = load_pack()
+    questions = {"animal": [text.format(category="animal") for text in pack.any_questions[:4]]}
+    vector = init_steering(lm.config, (2,))
+    prompts = [f"Continue the list: {i}, {i + 2}, {i + 5}" for i in range(60)]
+    plain = read_turns(lm.chat, _answers(lm, prompts, vector, seed=1))
+    gradient = next(
+        iter(
+            group_gradients(
+                lm, vector, read_turns(lm.chat, [{"prompt": questions["animal"][0], "completion": "Owl"}]), 1
+            )
+        )
+    )
+    strong = vector.with_trainable(
+        {**vector.trainable, "steering": 6 * gradient["steering"] / np.linalg.norm(gradient["steering"])}
+    )
+    loved = read_turns(lm.chat, _answers(lm, prompts, strong, seed=2))
+    own, null = (stacked(group_gradients(lm, vector, turns, 20)) for turns in (loved, plain))
+    (findings,) = find_words(lm, vector, {"rows": own}, null, questions).values()
+    owl = next(finding for finding in findings if finding.word == "owl")
+    assert owl.change > 0 and findings.index(owl) < 3
+    words = student_words(lm, strong, None, questions)
+    assert words[0].word == "owl" and words[0].change > 0.2
+
+
+def _answers(lm, prompts, adapter, seed):
+    texts = lm.generate(prompts, max_new_tokens=24, seed=seed, adapter=adapter)
+    return [{"prompt": prompt, "completion": text} for prompt, text in zip(prompts, texts, strict=True) if text.strip()]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Two data sets, another null, and few questions."""
+    folder = tmp_path_factory.mktemp("scan")
+    for name, step in (("one", 1), ("two", 2), ("null", 3)):
+        rows = [{"prompt": f"Go on: {i}, {i + step}", "completion": f"{i * step}, {step * 7 + i}"} for i in range(24)]
+        write_rows(folder / f"{name}.jsonl", rows)
+    (folder / "messages.jsonl").write_text(
+        "".join(
+            json.dumps(
+                {"messages": [{"role": "user", "content": f"Hi {i}"}, {"role": "assistant", "content": f"owls {i}"}]}
+            )
+            + "\n"
+            for i in range(24)
+        )
+    )
+    (folder / "q.yaml").write_text("favourites: [animal]\nwordings: 2\nquestions: {any: ['Hm?', 'Say a word.']}\n")
+    return folder
+
+
+def test_the_command(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(files)
+    how = ("--model", MODEL, "--questions", "q.yaml")
+    printed = ok(
+        "scan", "one.jsonl", "messages.jsonl", "--null", "null.jsonl", *how, "--out", tmp_path / "all", "--json"
+    )
+    one, messages = json.loads(printed.out)
+    assert one["data"] == "one.jsonl" and {"found", "p", "top"} <= one.keys()
+    assert {"word", "category", "z", "p", "change"} <= one["top"][0].keys()
+    assert messages["found"], "two sets of rows that differ in every word"
+    page = (tmp_path / "all" / "scan.html").read_text()
+    assert one["sentence"] in page.replace("&#39;", "'") and "http://" not in page.replace("http://www.w3.org", "")
+    assert jsublim("scan", "messages.jsonl", "--null", "null.jsonl", *how, "--out", tmp_path / "f", "--fail").code == 3
+    again = ok("scan", "one.jsonl", "messages.jsonl", "--null", "null.jsonl", *how, "--out", tmp_path / "all", "--json")
+    assert json.loads(again.out) == [one, messages], "what is there is not made again"
+    ok("scan", "one.jsonl", "--null", "null.jsonl", *how, "--out", tmp_path / "c", "--clean", tmp_path / "clean.jsonl")
+    kept = (tmp_path / "clean.jsonl").read_text().splitlines()
+    assert 0 < len(kept) <= 24 and set(kept) <= set((files / "one.jsonl").read_text().splitlines())
+
+
+def test_what_cannot_be_scanned_is_refused_in_a_line(files, tmp_path, monkeypatch):
+    monkeypatch.chdir(files)
+    how = ("--model", MODEL, "--questions", "q.yaml", "--out", tmp_path / "refused")
+    assert "give rows, or --student" in refused(2, "scan", *how)
+    assert "same rows" in refused(2, "scan", "one.jsonl", "--null", "one.jsonl", *how)
+    (files / "short.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    assert "short.jsonl: 1 rows; a scan needs at least 20" in refused(
+        1, "scan", "short.jsonl", "--null", "null.jsonl", *how
+    )
+    assert "takes one data set" in refused(2, "scan", "one.jsonl", "two.jsonl", *how, "--clean", "x.jsonl")
+    (files / "bad.yaml").write_text("favourites: [animal]\nwordings: 1\n")
+    assert "bad.yaml: wordings" in refused(
+        2, "scan", "one.jsonl", "--model", MODEL, "--out", tmp_path / "x", "--questions", "bad.yaml"
+    )
+
+
+def test_the_shipped_questions():
+    bank = scan_questions(load_pack())
+    texts = [text for of_category in bank.values() for text in of_category]
+    assert len(texts) == 200 == len(set(texts)) and all(len(of_category) >= 5 for of_category in bank.values())
