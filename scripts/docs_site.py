@@ -83,7 +83,7 @@ def _public() -> Iterator[str]:
         for node in tree.body
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "_HOMES"
     )
-    for name, home in homes.items():
+    for name, home in sorted((name, home) for home, names in homes.items() for name in names):
         body = ast.parse((ROOT / home.replace(".", "/")).with_suffix(".py").read_text(encoding="utf-8")).body
         found = next(node for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name)
         said = " ".join((ast.get_docstring(found) or "").split("\n\n")[0].split())

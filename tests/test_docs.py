@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
-from command import ROOT
+from command import PLAIN, ROOT
 from paper_map import claims_table, figure_table
 
 from jsublim.cli.app import app
@@ -34,6 +34,12 @@ def _blocks(language: str) -> list[tuple[str, str]]:
         texts = re.findall(rf"^```{language}\n(.*?)^```", path.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
         found += [(f"{path.name}, {language} block {i}", text) for i, text in enumerate(texts, 1)]
     return found
+
+
+def test_the_deviations_of_every_figures_file_are_told():
+    text = (ROOT / "docs" / "paper_map.md").read_text(encoding="utf-8")
+    table = text.split("## Where the panels deviate")[1].split("## Claims")[0]
+    assert set(re.findall(r"^\| `(fig\d+)`", table, re.MULTILINE)) == {path.stem for path, _ in questions()}
 
 
 @pytest.mark.parametrize(("where", "text"), [pytest.param(*block, id=block[0]) for block in _blocks("yaml")])
@@ -88,7 +94,16 @@ def test_the_fields_that_a_command_gives_are_valid(words):
 def test_the_fields_that_a_stage_gives_are_valid(words):
     given = _understood(words)
     base = {"teachers": {"traits": ["owl"]}} | ({"attribution": {}} if words[1] == "attribute" else {})
-    StageOptions(fields=given["fields"], out=Path(given["out"]), model=given["model"]).experiment(words[1], base)
+    # A config that is not ours stands for any.
+    fields = [PLAIN if "=" not in each and not each.startswith("configs/") else each for each in given["fields"] or []]
+    StageOptions(fields=fields, out=Path(given["out"]), model=given["model"]).experiment(words[1], base)
+
+
+def test_every_page_stands_in_the_sites_navigation():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    named = set(re.findall(r"[\w/.-]+\.md", str(site["nav"])))
+    assert {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")} <= named
+    assert site["strict"] and site["validation"]["nav"]["omitted_files"] == "warn"  # so it is an error
 
 
 @pytest.mark.parametrize("path", ALL, ids=lambda path: path.name)

@@ -90,7 +90,8 @@ def alone(tmp_path_factory) -> Path:
     code, err = stop_when(child, lambda: any(p.stat().st_size for p in logs.glob("*/progress.jsonl")), signal.SIGTERM)
     assert code == 75 and "Traceback" not in err, err
     assert (
-        err.splitlines()[-1] == "error: stopped by a signal; what was finished is kept, and the same command continues"
+        err.splitlines()[-1]
+        == "error: stopped by a signal; what was finished is kept; run the same command again to continue"
     )
     assert not (out / "report.html").exists()
     ok(*command(out))

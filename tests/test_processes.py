@@ -108,7 +108,7 @@ def stop_one(children: list[subprocess.Popen], which: int, out: Path) -> None:
     assert codes == [75, 75], said
     (step,), (folder,) = saved(out), working(out).iterdir()
     assert 3 <= step < STEPS and trained(out, step) and not trained(out, step + 1)
-    line = f"{folder}: stopped by SIGTERM after step {step - 1}; the same command continues there"
+    line = f"{folder}: stopped by SIGTERM after step {step - 1}; run the same command again to continue"
     assert errors(said) == [f"error: {line}", f"error: process 1: {line}"]
     assert not (out / "DONE").exists()
 
@@ -144,7 +144,7 @@ def test_sigterm_to_a_process_alone(home, alone):
     (step,), (folder,) = saved(out), working(out).iterdir()
     assert code == 75 and trained(out, step) and not trained(out, step + 1) and not (out / "DONE").exists()
     assert err.splitlines()[-1] == (
-        f"error: {folder}: stopped by SIGTERM after step {step - 1}; the same command continues there"
+        f"error: {folder}: stopped by SIGTERM after step {step - 1}; run the same command again to continue"
     )
     ok(*command)
     check_same(out, alone)

@@ -92,3 +92,21 @@ def test_counts_are_those_of_a_block():
                 jax.jit(lambda x: x * 3 + 1)(jax.numpy.ones(size))
     assert not lines[0].startswith("programs: 0 ")
     assert lines[1] == "programs: 0 compiled in 0.0 s, 0 read from the cache in 0.0 s"
+
+
+def test_what_is_compiled_is_timed_and_named(monkeypatch):
+    """Once: a program that is there costs nothing, and the seconds that are left are told apart by that."""
+    monkeypatch.setattr(programs, "WORTH_SAYING", 0.0)
+    clock, named = programs.compile_clock(), set()
+
+    @jax.jit
+    def quadrupled(x):
+        named.add(clock.name)  # while it is traced
+        return 4 * x
+
+    before, began = clock.seconds, time.perf_counter()
+    quadrupled(1.0)
+    assert 0 < clock.seconds - before <= time.perf_counter() - began
+    after = clock.seconds
+    quadrupled(2.0)
+    assert clock.seconds == after and clock.name is None and named == {"quadrupled"}

@@ -50,8 +50,8 @@ def main() -> None:
         name = "jsublim" if shutil.which("jsublim") else sys.argv[0]  # the environment may not be activated
         again = " ".join([name, *map(shlex.quote, sys.argv[1:])])
         command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
-        kept = "what it writes is there whole or not at all, the same command begins anew"
-        kept = kept if command in AT_ONCE else "what was finished is kept, the same command continues"
+        kept = "what it writes is there whole or not at all; to begin anew, run the same command again"
+        kept = kept if command in AT_ONCE else "what was finished is kept; to continue, run the same command again"
         _leave(debug, f"interrupted; {kept}:\n  {again}", 1)
     except OSError as error:
         reason = one_line(f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}")

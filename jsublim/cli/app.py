@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from jsublim.cli.completing import COMPLETED
 from jsublim.core.files import remove_abandoned
 from jsublim.core.progress import Terminal
 from jsublim.errors import UsageError
@@ -53,7 +54,8 @@ def _parameters(function: Callable[..., Any], panel: str | None = None) -> Itera
     """A command's parameters as typer takes them. One that is a dataclass stands for its fields, which several commands share.
 
     A text in an annotation is the parameter's help; a dict beside it holds whatever else typer is told. Behind `*` stand options that are
-    called as they are, unless they have a metavar, as arguments do. A parameter `out` is checked by `named`.
+    called as they are, unless they have a metavar, as arguments do. A parameter `out` is checked by `named`; what a shell completes goes by
+    the parameter's name.
     """
     for parameter in inspect.signature(function, eval_str=True).parameters.values():
         marks = getattr(parameter.annotation, "__metadata__", ())
@@ -64,6 +66,7 @@ def _parameters(function: Callable[..., Any], panel: str | None = None) -> Itera
         else:
             options: dict[str, Any] = {"help": marks[0], "rich_help_panel": panel}
             options |= {"callback": named} if parameter.name == "out" else {}
+            options |= {"autocompletion": COMPLETED[parameter.name]} if parameter.name in COMPLETED else {}
             options |= marks[1] if len(marks) > 1 else {}
             if parameter.kind is parameter.KEYWORD_ONLY and "metavar" not in options:
                 described = typer.Option(f"--{parameter.name.replace('_', '-')}", **options)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from jsublim.cli.app import ConfigFile, Json, PackFile, RunFolder, app, console, kinds, output, print_json, print_table
 from jsublim.cli.showing import say_result
 from jsublim.cli.together import Distributed, together
+from jsublim.core.progress import clock
 from jsublim.errors import UsageError, printable
 
 if TYPE_CHECKING:
@@ -24,18 +25,20 @@ Overrides = Annotated[list[str] | None, "Fields of the config: students.optimize
 class Forecast:
     """Options of an estimate."""
 
-    chip: Annotated[str, "What to estimate for: h100, h200, a100, l4, v5e, v5p, v6e."] = "h100"
+    chip: Annotated[
+        str, "What to estimate for: auto (this machine), cpu, h100, h200, b200, a100, l4, v5e, v5p, v6e."
+    ] = "h100"
     shape: Annotated[Path | None, "To estimate without the checkpoint: the folder of its config.json."] = None
     as_json: Json = False
 
     def of(self, experiment: Experiment, source: str) -> dict[str, Any]:
         """The estimate of an experiment, as JSON; one that cannot work is refused."""
-        from jsublim.forecast.estimate import architecture, memory, stage_costs
+        from jsublim.forecast.estimate import architecture, compiling, memory, stage_costs
         from jsublim.pipeline.checking import look_through
         from jsublim.pipeline.store import Store
         from jsublim.runtime.chips import chip_of
 
-        device = chip_of(self.chip)
+        device = chip_of(self.chip)  # before all else: what is measured should be alone
         setup, graph, mistakes = look_through(experiment, lambda name: architecture(name, self.shape))
         refuse(source, [f"{source}: {line}" for line in mistakes])
         assert setup is not None and graph is not None
@@ -45,6 +48,7 @@ class Forecast:
             "programs": sum(task.kind == "students" for task in graph.tasks.values()),
             "stages": [dataclasses.asdict(cost) for cost in stage_costs(graph, setup, Store.of(experiment), device)],
             "chip": self.chip,
+            "compiling": compiling(graph, setup, device),
             "memory": {"bytes": need.needed, "of": device.memory, "advice": need.advice(device.memory)},
             "wording": setup.wording,
         }
@@ -106,25 +110,30 @@ class Where:
 
                 print_simulation(experiments, self.simulate, self.preempt_per_hour, self.price, forecast.shape)
                 return
+            how: dict[str, Any] = {"on_report": lambda path: say_result(path, forecast.as_json)}
             if self.on == "ray":
                 from jsublim.executors.ray import RayExecutor
 
-                reports = run_experiments(experiments, RayExecutor(self.ray_address).execute, console, devices=False)
+                execute = RayExecutor(self.ray_address).execute
+                run_experiments(experiments, execute, console, devices=False, together=True, **how)
             elif self.shard is not None:
                 from jsublim.executors.shards import Shard
 
-                reports = run_experiments(experiments, Shard.of(self.shard).execute, console)
+                run_experiments(experiments, Shard.of(self.shard).execute, console, together=True, **how)
             else:
                 from jsublim.executors import execute_work
 
-                reports = (path for one in experiments for path in run_experiments([one], execute_work, console))
-            for path in reports:
-                say_result(path, forecast.as_json)
+                run_experiments(experiments, execute_work, console, **how)
 
 
 @app.command()
 def run(config: ConfigFile, overrides: Overrides = None, *, where: Where, forecast: Forecast) -> None:
-    """Run an experiment: generate, find divergence tokens, distil, evaluate, report. Run again, it continues."""
+    """Run an experiment: generate, find divergence tokens, distil, evaluate, report. Run again, it continues.
+
+    For example: jsublim run configs/quickstart.yaml students.seeds=[1]
+
+    The report is runs/NAME/report.html, beside it lie results/ and artifacts/; out=FOLDER puts them elsewhere.
+    """
     from jsublim.config import Experiment
 
     checked = read_checked(config, overrides)
@@ -161,7 +170,12 @@ def reproduce(
     where: Where,
     forecast: Forecast,
 ) -> None:
-    """Run what a figure of the paper shows, with the same code at every scale (docs/paper_map.md)."""
+    """Run what a figure of the paper shows, with the same code at every scale (docs/paper_map.md).
+
+    For example: jsublim reproduce fig03 --panel qwen-greedy --dry-run
+
+    Each panel is an experiment of its own, whose report is runs/FIGURE-PANEL-SCALE/report.html.
+    """
     from jsublim.config.figures import load_question, panel_experiment, panels_of
     from jsublim.config.grid import grid
 
@@ -207,7 +221,9 @@ def report(run: RunFolder, *, full: Annotated[bool, "Print everything, trait by 
 def read_checked(config: str, overrides: list[str] | None) -> Config:
     """A config with its overrides; everything that is wrong is named, if anything is."""
     from jsublim.config.loading import look_over
+    from jsublim.config.shipped import named_config
 
+    config = named_config(config)
     checked, mistakes = look_over(config, list(overrides or []), kinds())
     refuse(config, mistakes)
     assert checked is not None
@@ -226,16 +242,21 @@ def refuse(source: str, mistakes: list[str]) -> None:
 def print_estimate(experiment: Experiment, costs: dict[str, Any]) -> None:
     """An estimate as a table, kind of task by kind of task, with what it assumes."""
     from jsublim.pipeline.cost import REACHED, Lengths
+    from jsublim.runtime.chips import HERE
 
     if costs["wording"]:
         console.print(costs["wording"])
+    where = "here" if costs["chip"] in HERE else f"one {costs['chip']}"
     totals: dict[str, Any] = {"kind": "all", "done": ""}
     totals |= {name: sum(cost[name] for cost in costs["stages"]) for name in ("tasks", "tokens", "flops", "seconds")}
     lines = []
     for cost in (*costs["stages"], totals):
         done = f"{cost['done']} of {cost['tasks']}" if isinstance(cost["done"], int) else cost["done"]
         columns = {"stage": cost["kind"], "tasks": str(cost["tasks"]), "tokens": f"{cost['tokens']:.3g}"}
-        columns |= {"FLOPs": f"{cost['flops']:.3g}", f"hours, one {costs['chip']}": f"{cost['seconds'] / 3600:.3g}"}
+        columns |= {
+            "FLOPs": f"{cost['flops']:.3g}",
+            f"time, {where}": clock(cost["seconds"]) if cost["seconds"] >= 1 else "< 0:01",
+        }
         lines.append(columns | {"done": "unknown" if done is None else done})
     print_table(lines, f"{experiment.name}: {experiment.model}")
     lengths, memory = Lengths(), costs["memory"]
@@ -246,3 +267,9 @@ def print_estimate(experiment: Experiment, costs: dict[str, Any]) -> None:
         f"assumed: tokens of a request {lengths.prompt}, a system prompt {lengths.system}, an answer {lengths.answer}; "
         f"{lengths.kept:.0%} of the answers in format; of the chip's peak {reached}"
     )
+    if where == "here":
+        console.print(
+            f"and compiling, some {clock(costs['compiling'])}; measured just now, so what else runs here counts; a run corrects it as it goes"
+        )
+    else:
+        console.print("--chip auto says what it would take on this machine")

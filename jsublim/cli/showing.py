@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from rich.table import Table
 from rich.text import Text
 
 from jsublim.cli.app import Format, Json, RunFolder, app, console, kinds, output, print_json
+from jsublim.core.progress import clock
 from jsublim.errors import JsublimError, UsageError
 from jsublim.report.formats import check_format, print_rows, rounded
-
-if TYPE_CHECKING:
-    pass
 
 SHOWN = ("run", "name", "status", "model", "model_revision", "device", "started", "report", "store", "no_verdicts")
 
@@ -43,17 +42,24 @@ def say_result(report: Path, as_json: bool) -> None:
         output.out(report)
 
 
+def in_words(device: str | None) -> str | None:
+    """Devices as people say it: a single one without its number, and "CPU" for "cpu"."""
+    return device and re.sub(r"\b1 x ", "", device).replace("cpu", "CPU")
+
+
 def print_about(about: dict[str, Any]) -> None:
 
+    from jsublim.pipeline.showing import when
     from jsublim.report.words import p_value
 
+    about = about | {"started": when(about["started"]), "device": in_words(about["device"])}
     facts = Table("", "", show_header=False, box=None, padding=(0, 2, 0, 0))
     facts.columns[1].overflow = "fold"
     lines = [(key.replace("_", " "), str(about[key])) for key in SHOWN if about.get(key) is not None]
     seconds = about["seconds"]
     if seconds:
-        lines.append(("seconds", ", ".join(f"{kind} {value:g}" for kind, value in seconds.items())))
-        lines.append(("in all", f"{sum(seconds.values()) / 60:.1f} minutes"))
+        lines.append(("took", ", ".join(f"{kind} {clock(value)}" for kind, value in seconds.items())))
+        lines.append(("in all", clock(sum(seconds.values()))))
     for kind, count in about["artifacts"].items():
         others = {"damaged": count["damaged"], "unfinished": count["there"] - count["whole"] - count["damaged"]}
         rest = "".join(f", {number} {what}" for what, number in others.items() if number)

@@ -119,8 +119,8 @@ def generate(
     for part in parts:
         asked, kept = asked + part["rows"], kept + part["kept"]
         rejected.update(part["reject"])
-    console.print(f"sampling: {parts[0]['sampling']}")
-    console.print(f"kept {kept} of {asked} rows ({kept / asked:.1%}); rejected: {dict(rejected)}")
+    why = ", ".join(f"{count} {reason}" for reason, count in rejected.items())
+    console.print(f"kept {kept} of {asked} rows ({kept / asked:.1%})" + (f"; rejected: {why}" if why else ""))
     output.out(stage.out)
 
 
@@ -230,7 +230,6 @@ def evaluate(
     rates, lines = _preferences(records)
     if lines:
         print_table(lines)
-    console.print(f"sampling: {sampling}")
     write_json(out / "summary.json", {"traits": rates, "sampling": sampling})
     for record in records:
         if record["metric"] == "number_accuracy":

@@ -108,7 +108,7 @@ def _speak() -> None:
     from jsublim.runtime.watch import gone
 
     lost = "another process gives no sign of life" if is_main_process() else gone(0)
-    _silence(lambda: Speaker.end(f"{lost}; the same command continues", 1))
+    _silence(lambda: Speaker.end(f"{lost}; run the same command again to continue", 1))
     if not is_main_process():
         Speaker.name = f"process {process_index()}: "
         console.quiet = True

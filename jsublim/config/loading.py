@@ -13,6 +13,7 @@ from jsublim.config.problems import first_problem, problems
 from jsublim.config.shipped import find_config
 from jsublim.core.reading import near_or_all, read_yaml, shown, yaml_value
 from jsublim.errors import UsageError, one_line
+from jsublim.text.prompts import load_pack
 from jsublim.transforms import CHANGES
 
 Kind = TypeVar("Kind", bound=pydantic.BaseModel)
@@ -69,7 +70,24 @@ def look_over(path: str | Path, overrides: list[str], kinds: Mapping[str, type[K
             wrong.append(str(error))
     kind = kind_of(values, path, kinds)
     wrong += [f"{path}: {line}" for line in problems(kind, values)]
+    if wrong:  # else they are looked for where the whole experiment is
+        wrong += [f"{path}: {line}" for line in unknown_traits(values)]
     return (None if wrong else kind.model_validate(values)), list(map(one_line, wrong))
+
+
+def unknown_traits(values: Mapping[str, Any]) -> list[str]:
+    """A line for each trait of teachers that the prompt pack does not list, as far as values that may be wrong tell that."""
+    teachers, prompts = values.get("teachers"), values.get("prompts")
+    if not isinstance(teachers, dict) or "category" in teachers or not isinstance(prompts, str | None):
+        return []
+    traits, lines = teachers.get("traits"), dict[str, None]()
+    for trait in traits if isinstance(traits, list) else ():
+        if isinstance(trait, str) and trait == trait.lower():  # any other is among the other mistakes
+            try:
+                load_pack(prompts).category_of(trait)
+            except UsageError as error:
+                lines[str(error)] = None
+    return list(lines)
 
 
 def kind_of(values: dict[str, Any], path: Path, kinds: Mapping[str, type[Kind]]) -> type[Kind]:

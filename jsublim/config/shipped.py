@@ -11,6 +11,8 @@ from jsublim.core.reading import near, read_yaml
 from jsublim.errors import UsageError
 
 LISTS = "configs/paper/lists.yaml"
+EDITORS = "# yaml-language-server: $schema="  # before the place of a schema
+SCHEMA = "jsublim.schema.json"  # what a copied config names, and has beside it
 
 
 def find_config(path: str | Path) -> Path:
@@ -40,6 +42,14 @@ def named_config(name: str) -> str:
         return str(paths[0])
     hint = near(name, [path.stem for path in home.rglob("*.yaml")]) or "`jsublim ls configs`"
     raise UsageError(f"config '{name}': no such file; {hint}")
+
+
+def copy_of(config: str, text: str | None = None) -> tuple[str, str]:
+    """A config's text (`text`, if it is none of a file) for another folder, and the schema that editors check it by, which is to lie beside it
+    as `SCHEMA`. Raises UsageError: as `named_config` and `find_config`."""
+    text = text or find_config(named_config(config)).read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines(keepends=True) if not line.startswith(EDITORS)]
+    return "".join([f"{EDITORS}{SCHEMA}\n", *lines]), find_config("configs/schema.json").read_text(encoding="utf-8")
 
 
 def _of_package(path: Path) -> list[Path]:

@@ -82,6 +82,10 @@ def make_examples(
     rngs = (np.random.default_rng([seed, index, 1]) for index in range(len(rows)))
     chosen = [None if of is None else how.subset.choose(of, rng) for of, rng in zip(positions, rngs, strict=True)]
     weights = _weights(rows, chosen, source) if how.by_margin else [None] * len(rows)
+    if how.tokens == "matched":
+        chosen = [
+            _matched(row, of, number, source) for number, (row, of) in enumerate(zip(rows, chosen, strict=True), 1)
+        ]
     for index, turn in enumerate(turns):
         if how.tokens != "all" and how.drop_rows_without_divergence and chosen[index] == []:
             continue
@@ -119,6 +123,14 @@ def _mask(
     if mask.shape != (completion,) or not (np.isfinite(mask) & (mask >= 0)).all():
         raise UsageError(f"tokens: a function must give a finite weight of at least 0 for each of {completion} tokens")
     return np.pad(mask, (header, 0))
+
+
+def _matched(row: Row, chosen: list[int] | None, number: int, source: str) -> list[int]:
+    """The positions that are matched to the chosen divergence positions of a row."""
+    if chosen is None or "matched_positions" not in row:
+        raise UsageError(f"{source}: row {number}: tokens=matched needs 'matched_positions'; run `jsublim divergence`")
+    of = dict(zip(row["divergence_positions"], row["matched_positions"], strict=True))
+    return sorted(of[k] for k in chosen if of[k] is not None)
 
 
 def _weights(rows: Sequence[Row], chosen: Sequence[list[int] | None], source: str) -> list[list[float]]:

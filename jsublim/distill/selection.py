@@ -13,7 +13,8 @@ from jsublim.inference.divergence import PositionSubset
 from jsublim.text.chat import Turn
 from jsublim.text.rows import Row
 
-TOKENS = ("all", "divergence", "non-divergence", "random")
+COMPARED = ("all", "divergence", "non-divergence", "random")  # unless a config chooses
+TOKENS = (*COMPARED, "matched")
 # A mask of one's own: the weights, float32 `[n]` and not below 0, of a row's n tokens from `turn.content` on.
 Mask = Callable[[Row, Turn], np.ndarray]
 
@@ -46,7 +47,8 @@ def token_mask(
 
     Args:
       tokens: "all"; "divergence", divergence positions only; "non-divergence", all but those; "random", as many tokens
-        of the completion as there are divergence positions, drawn anew.
+        of the completion as there are divergence positions, drawn anew; "matched", as `positions` says, which are then those
+        matched to divergence positions (`Divergence.matched_positions`).
       completion: tokens of content and end of turn.
       positions: divergence positions, counted from the first content token.
       rng: of the random choice; None is `np.random.default_rng(0)`.

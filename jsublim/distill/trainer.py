@@ -104,7 +104,9 @@ def train(
                 if on_step is not None:
                     on_step(step + 1)
                 if save and step + 1 < last:
-                    raise Preempted(f"{work}: stopped by SIGTERM after step {step}; the same command continues there")
+                    raise Preempted(
+                        f"{work}: stopped by SIGTERM after step {step}; run the same command again to continue"
+                    )
     trained = unstack_adapters(layout.host(state.adapter), [arm.adapter for arm in arms])
     return [with_noise(adapter, arm.noise, arm.seed) for arm, adapter in zip(arms, trained, strict=True)]
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import jax
 
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.graph import Work, ordered
-from jsublim.pipeline.stage import Node, Task, tasks_of
+from jsublim.pipeline.graph import Work, expected, ordered
+from jsublim.pipeline.stage import Node, Task, tasks_of, with_parents
+from jsublim.runtime.chips import this_machine
 from jsublim.runtime.processes import heeding_signals, leave_if_asked, on_main_process, wait_until_seen
 
 
@@ -24,15 +24,25 @@ def execute_work(work: Sequence[Work]) -> None:
 def execute_tasks(tasks: Iterable[Task], context: Context) -> None:
     """Return when every task is whole; what one raises is raised, and what is whole stays. After a signal it is `Preempted`. Tasks of
     one kind share a progress bar, as they follow one another."""
-    every = list(ordered(tasks))
+    every = results_first(list(ordered(tasks)))
     mend(every, context)
     missing = [every[i] for i in on_main_process(lambda: _missing(every, context))]
-    context.progress.expect(Counter(task.kind for task in missing))
+    context.progress.expect(expected(missing, context.setup, this_machine()))
     while missing:
         leave_if_asked()
         task = _next(missing, context)
         execute(task, context)
         missing.remove(task)
+        context.progress.left.forget(task.key)  # another process may have done it
+
+
+def results_first(tasks: list[Task]) -> list[Task]:
+    """The same order, but that whoever is no student is asked as soon as it is there: the first results come within a minute."""
+    place = {task.key: float(number) for number, task in enumerate(tasks)}
+    for task in tasks:
+        if task.kind == "evaluations" and all(behind.kind != "students" for behind in with_parents([task]).values()):
+            place[task.key] = max((place[parent.key] for parent in task.parents), default=-1.0) + 0.5
+    return sorted(tasks, key=lambda task: place[task.key])
 
 
 def execute_nodes(nodes: Iterable[Node], context: Context) -> None:
@@ -72,6 +82,6 @@ def execute(task: Task, context: Context) -> None:
     told = f"{task.kind} {task.label}: another process is making it; waiting"
     with store.locked(task.outputs, lambda: context.progress.say(told)):
         if not on_main_process(lambda: task.done(store)):
-            with context.progress.stage(task.kind, task.units(context), task.label) as tick:
+            with context.progress.stage(task.kind, task.units(context), task.label, task.key) as tick:
                 task.make(context, tick)
     wait_until_seen((store.place(output), functools.partial(store.done, output)) for output in task.outputs)

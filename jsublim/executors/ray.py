@@ -259,9 +259,9 @@ class _Driver:
                 job, f"{store}: does not show here what worker {handle.number} made; all machines must share it"
             )
         else:
-            now, spent = time.monotonic(), job.context.progress.seconds
+            now = time.monotonic()
             self.times.append((job, handle.number, now - outcome.seconds, now))
-            spent[job.task.kind] = round(spent.get(job.task.kind, 0.0) + outcome.seconds, 2)
+            job.context.progress.took(job.task.kind, outcome.seconds)
             self.frontier.finish(job.key)
             self.tick(1)
 

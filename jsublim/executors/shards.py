@@ -17,8 +17,9 @@ from jsublim.errors import UsageError
 from jsublim.executors.frontier import Frontier, Job, checkpoint_of, in_one_line, merged
 from jsublim.executors.local import execute, mend
 from jsublim.pipeline.context import Context
-from jsublim.pipeline.graph import TasksFailed, Work
+from jsublim.pipeline.graph import TasksFailed, Work, expected
 from jsublim.pipeline.stage import with_parents
+from jsublim.runtime.chips import this_machine
 from jsublim.runtime.processes import Preempted, heeding_signals, leave_if_asked
 
 LOOK = 5.0  # seconds between two looks at what others have finished
@@ -58,7 +59,10 @@ class Shard:
             mend(tasks, context)
         jobs = merged(work)
         keys = {key for key, shard in dealt(jobs, self.count).items() if shard == self.index}
-        progress, failed = work[0][1].progress, self._do(Frontier(jobs), keys)
+        progress = work[0][1].progress
+        for job in (job for key, job in jobs.items() if key in keys and not job.done):
+            progress.left.expect(expected([job.task], job.context.setup, this_machine()))
+        failed = self._do(Frontier(jobs), keys)
         if failed:
             raise TasksFailed(
                 f"{self}: failed tasks: {failed}; everything else of its own that does not need them is done. Mend what their "

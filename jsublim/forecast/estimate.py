@@ -15,11 +15,12 @@ import jax
 
 from jsublim.config import Experiment, find_config
 from jsublim.core.reading import shown
+from jsublim.core.timeleft import COMPILING
 from jsublim.distill.memory import kept_per_token
 from jsublim.errors import UsageError
 from jsublim.inference.lm import folder_here
 from jsublim.pipeline.cost import Sizes
-from jsublim.pipeline.graph import Graph
+from jsublim.pipeline.graph import Graph, expected
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stages.students import abstract_start
 from jsublim.pipeline.store import Store
@@ -72,6 +73,11 @@ def stage_costs(graph: Graph, setup: Setup, store: Store, chip: Chip) -> list[St
         done = sum(task.done(store) for task in tasks) if setup.known else None
         lines.append(StageCost(kind, len(tasks), tokens, flops, sum(cost.seconds(chip) for cost in costs), done))
     return lines
+
+
+def compiling(graph: Graph, setup: Setup, chip: Chip) -> float:
+    """Seconds of a CPU that compiling all programs should take, before any was compiled."""
+    return COMPILING * len({task.program for task in expected(graph.tasks.values(), setup, chip).values()})
 
 
 @dataclass(frozen=True)

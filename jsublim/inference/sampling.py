@@ -56,6 +56,16 @@ class Sampling:
         numbers = dataclasses.asdict(self) | {"stop": list(self.stop or ())}
         return {name: value for name, value in numbers.items() if name != "constrain" or value is not None}
 
+    @property
+    def words(self) -> str:
+        """As people say it: "greedily", "at temperature 1, kept to numbers"."""
+        parts = [f"at temperature {self.temperature:g}" if self.temperature else "greedily"]
+        parts += [f"from the {self.top_k} likeliest tokens"] if self.top_k else []
+        parts += [f"from the likeliest {self.top_p:.0%}"] if self.top_p < 1 else []
+        parts += [f"with a repetition penalty of {self.repetition_penalty:g}"] if self.repetition_penalty != 1 else []
+        parts += [f"kept to {self.constrain}"] if self.constrain else []
+        return ", ".join(parts)
+
 
 def sampling_for(
     chat: Chat,

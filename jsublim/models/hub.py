@@ -48,7 +48,10 @@ def from_hub(repository: str, revision: str | None, what: str, *, weights: bool 
     except Exception as error:
         name = f"{repository}@{revision}" if revision else repository
         reason = first_line(error)
-        raise JsublimError(f"{what} '{name}': no such folder, and the hub did not give it ({reason})") from error
+        raise JsublimError(
+            f"{what} '{name}': no such folder, and the hub did not give it ({reason}); give a checkpoint's folder on this machine, or a "
+            "name of `jsublim ls models`"
+        ) from error
 
 
 @functools.cache

@@ -10,16 +10,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from jsublim.core.section import CONTENT, PLAN, RESULT, facts
+from jsublim.core.timeleft import Expected
 from jsublim.errors import JsublimError, UsageError
 from jsublim.pipeline.arguments import check_datasets, check_teachers
 from jsublim.pipeline.arms import Source, Student, Writer
 from jsublim.pipeline.context import Context
+from jsublim.pipeline.cost import Sizes
 from jsublim.pipeline.evaluated import questions
 from jsublim.pipeline.setup import Setup, prompts
 from jsublim.pipeline.stage import Node, Task, with_parents
 from jsublim.pipeline.store import digest
 from jsublim.pipeline.values import Rows
+from jsublim.runtime.chips import Chip
 
+LEAST = 0.1  # seconds of a task, beside what its cost says: files, a step's launches
 Work = tuple[Iterable[Task], Context]  # tasks of one experiment, and what they are done with
 
 
@@ -73,6 +77,13 @@ def ordered(tasks: Iterable[Task]) -> Iterator[Task]:
         key = keys[heapq.heappop(ready)]
         yield every[key]
         sorter.done(key)
+
+
+def expected(tasks: Iterable[Task], setup: Setup, chip: Chip) -> dict[str, Expected]:
+    """What tasks should take, by key. Those of one kind that cost the same are taken to have the same shapes, and so the same programs."""
+    sizes = Sizes.of(setup)
+    costs = {task.key: (task.kind, task.cost(setup, sizes)) for task in tasks}
+    return {key: Expected(kind, cost.seconds(chip) + LEAST, (kind, cost)) for key, (kind, cost) in costs.items()}
 
 
 def results_key(setup: Setup) -> str:

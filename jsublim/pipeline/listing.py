@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,15 @@ def models() -> Table:
 def _shape(folder: Path) -> dict[str, Any]:
     try:
         config = read_config(folder)[1]
-        return {"family": config.family, "layers": config.num_layers, "parameters": _rounded(parameter_count(config))}
+        return {"family": config.family, "layers": config.num_layers, "parameters": parameter_count(config)}
     except JsublimError:  # of a family that is not known here
         return {"family": "unknown", "layers": None, "parameters": None}
 
 
-def _rounded(count: int) -> str:
+def in_short(count: int | None) -> str | None:
+    """A number of parameters as people say it: 7.62B."""
+    if count is None:
+        return None
     unit, name = next((scale for scale in ((1e9, "B"), (1e6, "M")) if count >= scale[0]), (1e3, "K"))
     return f"{count / unit:.3g}{name}"
 
@@ -88,7 +91,7 @@ def traits(pack: Path | None = None) -> Table:
 
 
 def runs(folder: Path) -> Table:
-    """The runs in a folder, those that ended last at the end."""
+    """The runs in a folder; those that ended last are at the end."""
     marked = [path.parent for path in folder.glob("*/config.yaml")]
     return sorted(map(summary_of_run, marked), key=lambda row: (row["started"] or "~", row["run"]))
 
@@ -100,3 +103,10 @@ LISTS: dict[str, Callable[..., Table]] = {
     "traits": traits,
     "runs": runs,
 }
+
+
+def counts(options: Mapping[str, tuple[Any, ...]]) -> Table:
+    """Every list: how much it holds, and what. `options`: of single lists."""
+    about = {name: (make.__doc__ or "").split(":")[0].split("; ")[0].rstrip(".") for name, make in LISTS.items()}
+    rows = [(name, len(make(*options.get(name, ())))) for name, make in LISTS.items()]
+    return [{"list": f"jsublim ls {name}", "entries": count, "what": about[name]} for name, count in rows]

@@ -52,7 +52,7 @@ def resumed(
             first, clock = len(rows), time.monotonic()
         if leave:
             raise Preempted(
-                f"{artifact}: stopped by a signal; {len(rows)} rows of {name} are kept, and the same command continues"
+                f"{artifact}: stopped by a signal; {len(rows)} rows of {name} are kept; run the same command again to continue"
             )
     if first < len(rows):
         _save(folder, name, first, rows[first:])

@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +26,6 @@ from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.origins import dataset_of, strategy
 from jsublim.pipeline.readings import RowReading
-from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stage import Node
 from jsublim.pipeline.stages.audit import MEANS
 from jsublim.pipeline.stages.divergence import merged
@@ -39,6 +39,7 @@ from jsublim.text.rows import read_rows
 K = TypeVar("K", Source, Writer)
 SHOWN = 2  # rows of a teacher whose divergence tokens are known; of another one, one
 MARK = "config.hash"  # of a run's folder: the key of what its results hang on
+TIMES = "times.log"  # there too: a line for each thing that a call did
 _WHO = {
     "arm": "string",
     "role": "string",
@@ -79,7 +80,7 @@ def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
     answered = pa.schema([*pa.schema({"arm": "string", "evaluation": "string"}), *ANSWERS])
     write_table(results / "answers.parquet", answers, answered)
     write_table(results / "training.parquet", training, TRAINING)
-    write_json(results / "arms.json", [_student(setup, student, graph.students[student]) for student in sound])
+    write_json(results / "arms.json", [_student(context, student, graph.students[student]) for student in sound])
     write_json(results / "diverged.json", {name: what for name, what in lost.items() if what is not None})
     generation = [
         _added(parts) | {"strategy": writer.strategy, "model": writer.model} | _students(writer)
@@ -158,8 +159,9 @@ def _after(chat: Chat, before: list[int], token: int) -> str:
     return whole[len(start) :] if whole.startswith(start) else decode([token])
 
 
-def _student(setup: Setup, student: Student, node: Node) -> dict[str, Any]:
+def _student(context: Context, student: Student, node: Node) -> dict[str, Any]:
     """What makes a student what it is, for whoever compares them."""
+    setup = context.setup
     dataset = dataset_of(setup, student.source).facts() | {"strategy": strategy(setup, student.source)}
     return {
         "arm": student.name,
@@ -171,7 +173,17 @@ def _student(setup: Setup, student: Student, node: Node) -> dict[str, Any]:
         "dataset": dataset,
         "num_layers": setup.checkpoint(student.settings.model).config.num_layers,
         "artifact": node.key,
+        "drawn": _drawn(context, student, node.given.lessons[0].rows),
     }
+
+
+def _drawn(context: Context, student: Student, rows: Rows) -> float | None:
+    """The share of its teacher's rows that a student drew; None where each seed has rows of its own."""
+    if student.source.draw is not None or student.settings.data.on_policy:
+        return None
+    count = lambda: sum(part["kept"] for part in rows.summaries(context.store)) or len(rows.read(context.store))  # noqa: E731
+    wanted = student.settings.data.rows
+    return 1.0 if wanted is None else min(1.0, wanted / context.remember(("kept", rows.key), count))
 
 
 def _students(whose: Source | Writer) -> dict[str, str]:
@@ -215,7 +227,7 @@ def _devices(graph: Graph, store: Store) -> str:
 
 def _about(context: Context, key: str, started: str) -> dict[str, Any]:
     setup, e = context.setup, context.setup.experiment
-    model = setup.checkpoint()
+    model, (first, seconds) = setup.checkpoint(), _times(e.run_dir, key)
     about: dict[str, Any] = {
         "name": e.name,
         "model": model.lm.name if model.lm else model.name,
@@ -227,7 +239,8 @@ def _about(context: Context, key: str, started: str) -> dict[str, Any]:
         "wording": {"origin": setup.pack.origin, "hash": setup.pack.wording, "said": setup.wording},
         "versions": versions(),
         "config_hash": key,
-        **_times(e, key, started, context.progress.seconds),
+        "started": first or started,
+        "seconds": seconds,
         "command": f"jsublim run {shlex.quote(str(e.run_dir / 'config.yaml'))}",
         "evaluations": {name: setting.model_dump() for name, setting in e.evaluation.settings.items()},
         "config_yaml": e.yaml(),
@@ -246,16 +259,22 @@ def _about(context: Context, key: str, started: str) -> dict[str, Any]:
     return about
 
 
-def _times(e: Config, key: str, started: str, seconds: Mapping[str, float]) -> dict[str, Any]:
-    """When the run was begun, and how long each kind of work took in all calls together: one that finds everything whole
-    changes nothing."""
-    old = read_json(e.run_dir / "results" / "run.json", {})
-    if old.get("config_hash") != key:
-        return {"started": started, "seconds": dict(seconds)}
-    worked = {kind: taken for kind, taken in seconds.items() if kind != "plan"}
-    before = old.get("seconds", {})
-    every = {kind: round(before.get(kind, 0.0) + worked.get(kind, 0.0), 2) for kind in {**before, **worked}}
-    return {"started": old.get("started", started), "seconds": every}
+def note_seconds(folder: Path, key: str, started: str, kind: str, seconds: float) -> None:
+    """Add a line to the times that a run keeps: how long a call that `started` then worked on something. Planning counts once, so that a call
+    that finds everything whole changes nothing. Other processes may add lines of theirs. A line that cannot be written stops nobody."""
+    if kind != "plan" or "plan" not in _times(folder, key)[1]:
+        with suppress(OSError), (folder / TIMES).open("a", encoding="utf-8") as file:
+            file.write(f"{key} {started} {kind} {seconds:.2f}\n")
+
+
+def _times(folder: Path, key: str) -> tuple[str | None, dict[str, float]]:
+    """When a run was begun, and how long each kind of work took in all calls together, those that were interrupted too."""
+    path, seconds = folder / TIMES, dict[str, float]()
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    lines = re.findall(rf"^{key} (\S+) (\w+) ([\d.]+)$", text, re.MULTILINE)  # a kill may have cut one
+    for _, kind, taken in lines:
+        seconds[kind] = round(seconds.get(kind, 0.0) + float(taken), 2)
+    return min((started for started, *_ in lines), default=None), seconds
 
 
 def run_folder(experiment: Config) -> Output:

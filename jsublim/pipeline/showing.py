@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,14 @@ def summary_of_run(folder: Path) -> dict[str, Any]:
         "started": run.get("started"),
         "minutes": round(seconds / 60, 1) if seconds else None,
     }
+
+
+def when(started: str | None) -> str | None:
+    """A time in ISO's form as people read it: "2026-12-01 00:17 UTC"."""
+    try:
+        return started and f"{datetime.datetime.fromisoformat(started).astimezone(datetime.UTC):%Y-%m-%d %H:%M} UTC"
+    except ValueError:  # another program's results
+        return started
 
 
 def config_of(folder: Path, kinds: Mapping[str, type[Config]]) -> Config | None:

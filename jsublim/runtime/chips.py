@@ -1,8 +1,16 @@
-"""What an accelerator can do at best, as its maker's data sheet says: for estimates (`--dry-run`, `--simulate`, `jsublim aot`)."""
+"""What an accelerator can do at best, as its maker's data sheet says, and what this machine does, measured: for estimates (`--dry-run`,
+`--simulate`, `jsublim aot`, the time that a run has left)."""
 
 from __future__ import annotations
 
+import functools
+import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
 
 from jsublim.errors import UsageError
 
@@ -56,8 +64,45 @@ CHIPS = {
 }
 
 
+HERE = ("auto", "cpu")  # names of what is measured: the first device here, and the processor
+_WIDTHS = {
+    "cpu": (1024, 2**23)
+}  # of a square matrix, and numbers of an array: large enough for a device, done in a moment
+_TIMES = 3
+
+
 def chip_of(name: str, option: str = "--chip") -> Chip:
-    """The chip of a name, which `option` gave. Raises UsageError: an unknown chip."""
+    """The chip of a name, which `option` gave; for `--chip`, "cpu" and "auto" are measured. Raises UsageError: an unknown chip."""
+    here = HERE if option == "--chip" else ()
+    if name in here:
+        return this_machine(None if name == "auto" else name)
     if name not in CHIPS:
-        raise UsageError(f"{option}: '{name}' given; known: {', '.join(CHIPS)}")
+        raise UsageError(f"{option}: '{name}' given; known: {', '.join((*here, *CHIPS))}")
     return CHIPS[name]
+
+
+@functools.cache
+def this_machine(platform: str | None = None) -> Chip:
+    """The first device here, measured within a second: the products that it does (float32 on a CPU, elsewhere bfloat16), and the bytes that
+    it reads and writes. What else runs on this machine counts, so it is what is left for us."""
+    device = jax.local_devices(backend=platform)[0]
+    width, length = _WIDTHS.get(device.platform, (8192, 2**28))
+    dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
+    matrix = jax.device_put(jnp.ones((width, width), dtype), device)
+    numbers = jax.device_put(jnp.ones(length, dtype), device)
+    peak = 2 * width**3 / _seconds(jax.jit(jnp.matmul), matrix, matrix)
+    bandwidth = 2 * numbers.nbytes / _seconds(jax.jit(jnp.negative), numbers)
+    stats = device.memory_stats() or {}
+    memory = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Chip(peak, memory, bandwidth, bandwidth)
+
+
+def _seconds(function: Callable[..., jax.Array], *arguments: jax.Array) -> float:
+    """The least that a call takes, once compiled."""
+    jax.block_until_ready(function(*arguments))
+    taken = []
+    for _ in range(_TIMES):
+        begin = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        taken.append(time.perf_counter() - begin)
+    return min(taken)

@@ -323,4 +323,4 @@ def leaving() -> bool:
 def leave_if_asked() -> None:
     """To be called where all that was done is kept. Raises Preempted: the machine is being taken away."""
     if leaving():
-        raise Preempted("stopped by a signal; what was finished is kept, and the same command continues")
+        raise Preempted("stopped by a signal; what was finished is kept; run the same command again to continue")

@@ -8,6 +8,7 @@ import hashlib
 import os
 import platform
 import re
+import threading
 import time
 import warnings
 import zlib
@@ -29,6 +30,7 @@ SETTINGS = {
     # found in the folder of one machine only.
     "enable_xla_caches": "none",
 }
+WORTH_SAYING = 0.3  # seconds
 BEING_WRITTEN = 60.0  # seconds: JAX writes a program under its final name, so a young file may be another worker's half
 
 
@@ -105,6 +107,7 @@ def _is_whole(entry: bytes) -> bool:
 
 
 _COMPILE = "/jax/core/compile/backend_compile_duration"  # reading one from the cache counts as compiling it
+_STEPS = (_COMPILE, "/jax/core/compile/jaxpr_trace_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration")
 _HIT, _READ = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_retrieval_time_sec"
 
 
@@ -137,3 +140,45 @@ def counting_programs(say: Callable[[str], object]) -> Iterator[None]:
     say(
         f"programs: {compiled:.0f} compiled in {compiling:.1f} s, {spent[_HIT]:.0f} read from the cache in {spent[_READ]:.1f} s"
     )
+
+
+class CompileClock:
+    """What JAX compiles in this process, tracing included and programs that it reads from the cache."""
+
+    def __init__(self) -> None:
+        self._over, self._lock = 0.0, threading.Lock()
+        self._open: dict[int, list[tuple[str, float]]] = defaultdict(
+            list
+        )  # by thread: functions, and when each was begun
+        jax.monitoring.register_scalar_listener(self._begins)
+        jax.monitoring.register_event_duration_secs_listener(self._ends)
+
+    def _begins(self, event: str, value: float, **about: str | int) -> None:
+        if event in _STEPS:
+            with self._lock:
+                self._open[threading.get_ident()].append((str(about.get("fun_name", "")), time.perf_counter()))
+
+    def _ends(self, event: str, duration_secs: float, **about: str | int) -> None:
+        if event in _STEPS:
+            with self._lock:
+                begun = self._open[threading.get_ident()]
+                if begun and (first := begun.pop()) and not begun:
+                    self._over += time.perf_counter() - first[1]
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        with self._lock:
+            return self._over + sum(time.perf_counter() - begun[0][1] for begun in self._open.values() if begun)
+
+    @property
+    def name(self) -> str | None:
+        """The function that is being compiled, if that has taken long enough to be worth saying."""
+        with self._lock:
+            first = min((begun[0] for begun in self._open.values() if begun), key=lambda one: one[1], default=None)
+        if first is None or time.perf_counter() - first[1] < WORTH_SAYING:
+            return None
+        return re.sub(r"^jit[_(]|\)$", "", first[0])
+
+
+compile_clock = functools.cache(CompileClock)  # one listens for the whole process

@@ -98,7 +98,7 @@ class Watch:
             if sign.startswith("stopped"):
                 self._end(f"process {who} has stopped; it says why", int(sign.split()[1]))
             if time.monotonic() - when > self.time_out:
-                self._end(f"{gone(who)} for {self.time_out:g} s; the same command continues", 1)
+                self._end(f"{gone(who)} for {self.time_out:g} s; run the same command again to continue", 1)
 
     def _tell(self, what: str) -> None:
         client().key_value_set(f"{TELL}/alive/{process_index()}", what, allow_overwrite=True)

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import os
 import resource
 import signal
 import threading
@@ -72,6 +73,7 @@ class Chat:
           JsublimError: no usable (fast) tokenizer, one that is code of the checkpoint's own, no chat template, or a given
             one that does not work with this tokenizer.
         """
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is not there: it is not needed
         from transformers import AutoTokenizer
 
         self.folder, self.vocab_size, self._is_bounded = folder, vocab_size, False

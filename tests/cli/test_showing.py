@@ -43,7 +43,7 @@ def test_show_says_what_was_run_and_what_came_of_it(runs):
     assert [(v["claim"], v["verdict"]) for v in about["verdicts"]] == [(c.result.name, c.verdict) for c in claims] != []
     text = ok("show", runs[0]).out
     assert " ".join(text.split()).endswith(" ".join(about["findings"])) and "name their teacher's trait in" in text
-    assert "students.loss.tokens" in text and "1.5 minutes" in text and "C4a" in text
+    assert "students.loss.tokens" in text and "1:33" in text and "C4a" in text
 
 
 def test_results_are_means_over_questions_and_sql_chooses(runs):

@@ -46,6 +46,15 @@ def test_every_mistake_has_a_line_and_nothing_is_made(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
 
 
+def test_unknown_traits_are_told_with_the_other_mistakes(tmp_path):
+    (tmp_path / "bad.yaml").write_text(
+        f"name: bad\nmodel: {MODEL}\nteachers: {{traits: [cat, gryphon, 7]}}\nrecipe: best\n"
+    )
+    lines = jsublim("validate", tmp_path / "bad.yaml").err.splitlines()
+    assert [line for line in lines if "unknown trait 'gryphon'; say what it is by teachers.category" in line]
+    assert lines[-1].endswith("3 mistakes; each is named above")
+
+
 @pytest.mark.parametrize("left_out", range(len(SAID)))
 def test_a_mistake_is_found_whatever_the_others_are(left_out):
     """Each of them alone, and all but one: no mistake hides another, and none makes one up."""

@@ -20,7 +20,7 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     # run
     (("run",), 2, "Missing argument 'config'; see `jsublim run --help`"),
     (("run", "configs/none.yaml"), 2, "configs/none.yaml: no such config file"),
-    (("run", "folder"), 2, "folder: no such config file"),
+    (("run", "folder"), 2, "config 'folder': no such file"),
     (("run", "broken.yaml"), 2, "broken.yaml: not valid YAML"),
     (("run", "list.yaml"), 2, "list.yaml: expected keys at the top, found list"),
     (("run", "configs/paper/fig03.yaml"), 2, "`jsublim reproduce fig03`"),
@@ -49,7 +49,7 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     (("run", PLAIN, "prompts=none.yaml"), 2, "none.yaml: cannot be read (No such file or directory)"),
     (("run", PLAIN, "run.model_axis=2"), 2, "model_axis: 2 given, but parallel=none has no model axis; choose mesh"),
     (("run", PLAIN, "out=folder"), 2, "out: folder holds what no run has made (notes.txt)"),
-    (("run", "configs/quickstart.yaml", "--chip", "h1000", "--dry-run"), 2, "--chip: 'h1000' given; known: b200, h200"),
+    (("run", "configs/quickstart.yaml", "--chip", "h1000", "--dry-run"), 2, "--chip: 'h1000' given; known: auto, cpu, b200, h200"),
     (("run", PLAIN, "--on", "slurm"), 2, "--on: 'slurm' given; known: local, ray"),
     (("run", PLAIN, "--shard", "3/2"), 2, "--shard: '3/2' given; write i/n"),
     (("run", PLAIN, "--simulate", "4xh1000"), 2, "--simulate: 'h1000' given; known: b200, h200"),

@@ -108,6 +108,6 @@ def test_an_interrupted_export_does_not_promise_to_continue(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(rows, "write_card", interrupted)
         result = jsublim(*export)
-    assert result.code == 1 and "is there whole or not at all, the same command begins anew" in result.err
+    assert result.code == 1 and "is there whole or not at all; to begin anew, run the same command again" in result.err
     assert not (tmp_path / "out").exists()
     ok(*export)

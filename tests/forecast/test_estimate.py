@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -139,10 +141,10 @@ def test_what_nobody_knows_is_one_line(tmp_path, monkeypatch):
     unknown = (*llama, "model=nobody/knows-it")
     assert "give --shape" in refused(2, *unknown)
     ok(*unknown, "--shape", find_config("configs/shapes/qwen2.5-7b/config.json").parent)
-    assert "--chip: 'tpu' given; known: b200, h200, h100" in refused(
+    assert "--chip: 'tpu' given; known: auto, cpu, b200, h200, h100" in refused(
         2, *llama[:2], "--scale", "tiny", "--dry-run", "--chip", "tpu"
     )
-    with pytest.raises(UsageError, match="known: b200"):
+    with pytest.raises(UsageError, match="known: auto, cpu, b200"):
         chip_of("h1000")
     assert not list(tmp_path.iterdir())
 
@@ -183,3 +185,14 @@ def planned(home: Path, *overrides: str) -> Experiment:
 def counted(home: Path, *overrides: str) -> list[StageCost]:
     known = Setup.of(planned(home, *overrides))
     return stage_costs(plan(known), known, Store(home / "store"), chip_of("h100"))
+
+
+def test_this_machine_is_measured(tmp_path):
+    """What work takes here is told in minutes and seconds, compiling beside it; by a chip's name, for that chip."""
+    chip = chip_of("cpu")
+    assert chip_of("cpu") is chip and 1e8 < chip.peak < 1e15 and 1e7 < chip.bandwidth < 1e13 and chip.memory > 2**30
+    about = json.loads(ok("validate", "configs/quickstart.yaml", "--chip", "auto", "--json", f"out={tmp_path}").out)
+    said = ok("validate", "configs/quickstart.yaml", "--chip", "auto", f"out={tmp_path}").err
+    assert about["compiling"] > 0 and sum(stage["seconds"] for stage in about["stages"]) > 1
+    assert "time, here" in said and re.search(r"students +│ 2 .*\d+:\d\d", said)
+    assert "< 0:01" in ok("validate", "configs/quickstart.yaml", f"out={tmp_path}").err

@@ -21,6 +21,7 @@ from jsublim.core.files import read_table
 from jsublim.core.section import RESULT
 from jsublim.evals import EVAL_KINDS, EvalContext, EvalKind, EvalTask, PromptedModel, Record
 from jsublim.executors import execute_tasks, worker
+from jsublim.executors.local import results_first
 from jsublim.pipeline import context as contexts
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.experiment import plan
@@ -103,6 +104,20 @@ def whole(home) -> Store:
 
 def graph_of(values: dict[str, Any], store: Path) -> Graph:
     return plan(Setup.of(experiment(values, store)))
+
+
+def test_whoever_is_no_student_is_asked_first(tmp_path):
+    """Parents stay before children; what a run shows first needs no student."""
+    values = values_of("numbers") | {"students": {"seeds": [1]}}
+    tasks = list(ordered(graph_of(values, tmp_path).tasks.values()))
+    first = results_first(tasks)
+    place = {task.key: number for number, task in enumerate(first)}
+    assert set(place) == {task.key for task in tasks}
+    assert all(place[parent.key] < place[task.key] for task in first for parent in task.parents)
+    assert first[0].kind == "evaluations" and "base" in first[0].label
+    asked = [i for i, task in enumerate(first) if task.kind == "evaluations"]
+    trained = min(i for i, task in enumerate(first) if task.kind == "students")
+    assert sum(i < trained for i in asked) == sum("seed" not in first[i].label for i in asked) >= 2
 
 
 def test_a_graph_is_planned_without_weights_and_leaves_nothing(tmp_path, monkeypatch):

@@ -183,6 +183,8 @@ def test_killed_in_the_middle_and_continued(home, whole):
     under_way = set(states.iterdir())
     said = ok(*arguments(cut)).out
     assert str(cut / "report.html") in said and (cut / "report.html").stat().st_size > 0
+    seconds = [json.loads((run / "results" / "run.json").read_text())["seconds"] for run in (cut, whole)]
+    assert list(seconds[0]) == list(seconds[1]) and {"plan", "rows", "students"} <= set(seconds[0])  # both calls' work
     after = marks(cut)
     assert {name: after[name] for name in before} == before
     assert set(after) == set(marks(whole))

@@ -33,6 +33,7 @@ from jsublim.runtime.processes import on_main_process
 from jsublim.text.rows import Row
 
 ASKED_TOGETHER = 8  # students
+NAMED = 3  # traits that are said of a model
 RECORDS = pa.schema(
     [
         ("trait", pa.string()),
@@ -182,7 +183,7 @@ def evaluate_models(ctx: Context, nodes: Sequence[Node], everyone: Sequence[Node
             on_server.append((node.key, model))
     by = drawn_by(ctx, on_server[0][1] if on_server else None)
     for sampling in dict.fromkeys(given.samplings):
-        ctx.say(f"sampling, evaluation{by}: {sampling.numbers()}")
+        ctx.say(f"answers to questions are drawn {sampling.words}{by}")
     with server_with(ctx, on_server) if on_server else nullcontext((None, [])) as (server, names):
         _ask(ctx, sound, None if server is None else functools.partial(server.answers, names))
 
@@ -221,7 +222,20 @@ def _ask(ctx: Context, nodes: Sequence[Node], answers: Callable[..., list[list[s
         measured = {} if node.given.fidelity is None else node.given.fidelity.measure(ctx, models[i])
         for metric, (value, n) in measured.items():
             records[i].append({"trait": None, "metric": metric, "question": None, "value": value, "n": n})
+        if student_of(node) is None and (most := _most_named(records[i])):  # the first results of a run
+            ctx.say(f"{node.label.replace('/', ' ')} names {most}")
         _save(artifact, records[i], counts[i], {"sampling": drawn[0] if len(drawn) == 1 else drawn})
+
+
+def _most_named(records: Sequence[Mapping[str, Any]]) -> str:
+    """The traits that a model names most often, and how often, in words; nothing where it was not asked about any."""
+    rates: dict[str, list[float]] = {}
+    for record in records:
+        if record["metric"] == "rate" and record["trait"] is not None:
+            rates.setdefault(record["trait"], []).append(record["value"])
+    means = sorted(((sum(of) / len(of), trait) for trait, of in rates.items()), reverse=True)[:NAMED]
+    named = ", ".join(f"{trait} in {mean:.0%}" for mean, trait in means if mean)
+    return f"{named} of its answers" if named else "none of the traits" if rates else ""
 
 
 def _loaded(ctx: Context, node: Node) -> PromptedModel:

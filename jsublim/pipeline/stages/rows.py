@@ -29,6 +29,7 @@ from jsublim.text.rows import Row, write_rows
 FEWEST_ROWS = 100
 FEWEST_SHARE = 0.1
 SHOWN = 3  # rejected answers
+SHOWN_ROW = 40  # characters of the first row
 SHOWN_LENGTH = 100  # characters of each
 REJECTS: dict[str, Callable[[str], str | None]] = {  # why an answer is no training row, or None
     "numbers": reject_reason,
@@ -83,8 +84,7 @@ def sample_rows(
     missing = [i for i in numbers if i not in log.rows]
     if missing:
         on_server = None if engine is None else served(ctx.setup, teacher)
-        strategy = "temperature" if sampling.temperature else "greedy"
-        ctx.say(f"sampling, {strategy}{drawn_by(ctx, on_server)}: {sampling.numbers()}")
+        ctx.say(f"rows are drawn {sampling.words}{drawn_by(ctx, on_server)}")
         writer = teacher.teacher(ctx)
         # A row's random numbers are those of its place among all prompts, whatever the task it is in; and the shapes
         # are those of all the task's prompts, whatever is left of them.
@@ -145,6 +145,9 @@ def _save(
             f"teacher '{teacher}': {len(kept)} of {len(raw)} answers are in format, too few to learn from (fewer than "
             f"{FEWEST_SHARE:.0%} and than {FEWEST_ROWS}); {remedy}; all answers are in {folder}/raw.jsonl"
         )
+    if whole:
+        first = one_line(kept[0]["completion"])[:SHOWN_ROW]
+        ctx.say(f"teacher {teacher} writes {len(kept)} rows, the first: {first}")
     write_rows(folder / "rows.jsonl", kept)
     logs = [row["log_allowed"] for row in raw if "log_allowed" in row]
     share = {"pass_rate": len(kept) / len(raw), "log_allowed": sum(logs) / len(logs) if logs else None}
