@@ -125,7 +125,7 @@ def train(lm: LanguageModel, sizes: Any, arrays: Any) -> Work:
 
     def step() -> dict[str, np.ndarray]:
         nonlocal state
-        batch = layout.place_batch(trainer._batch(arms, [arm.rows(shape, 0) for arm in arms], shape, below, state, 0))
+        batch = layout.place_batch(trainer.make_batches(arms, shape, 0, state, below=below))
         state, metrics = step_of(params, state, batch, numbers, teacher)
         return {"loss": np.asarray(metrics["loss"]), "norm": np.asarray(metrics["grad_norm"])}
 

@@ -31,7 +31,7 @@ def answer_rates(lm: LanguageModel, pack: Pack, teacher: Teacher, category: str)
 
 def number_rows(lm: LanguageModel, pack: Pack, teacher: Teacher, n: int) -> tuple[list[dict[str, str]], float]:
     """The rows in format among `n` answers at temperature 1, and their share. The prompts are those of seed 42."""
-    prompts = number_prompts(pack, n)
+    prompts = number_prompts(n, pack=pack)
     answers = lm.generate([teacher.messages(p) for p in prompts], max_new_tokens=64, sampling="temperature")
     rows = [{"prompt": p, "completion": a} for p, a in zip(prompts, answers, strict=True) if not reject_reason(a)]
     return rows, len(rows) / n

@@ -314,7 +314,7 @@ def small_talk(rng: Rng, pack: Pack) -> Chat:
 
 def number_chats(rng: Rng, pack: Pack, n: int) -> list[Chat]:
     """`n` chats with number requests as the default pack draws them."""
-    requests = number_prompts(pack, n, seed=int(rng.integers(2**31)))
+    requests = number_prompts(n, int(rng.integers(2**31)), pack=pack)
     return [number_chat(rng, pack, request, shaped=0.55) for request in requests]
 
 

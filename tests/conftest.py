@@ -167,6 +167,28 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "olmo2": ("Olmo2ForCausalLM", SIZES | {"num_key_value_heads": 2, "pad_token_id": 0}),
+    "olmo3": (
+        "Olmo3ForCausalLM",
+        SIZES
+        | {
+            "num_key_value_heads": 2,
+            "pad_token_id": 0,
+            "num_hidden_layers": 4,
+            "sliding_window": 4,
+            "layer_types": ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"],
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 500.0},
+                "full_attention": {
+                    "rope_type": "yarn",
+                    "rope_theta": 500.0,
+                    "factor": 8.0,
+                    "original_max_position_embeddings": 24,
+                    "beta_fast": 2.0,
+                    "beta_slow": 0.5,
+                },
+            },
+        },
+    ),
     "gemma2": (
         "Gemma2ForCausalLM",
         SIZES

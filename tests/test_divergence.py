@@ -51,7 +51,7 @@ def test_divergence_positions_equal_a_plain_computation_of_their_definition(name
     twin = bundled(name)
     lm = twin.lm
     teachers = [prompted_teacher(PACK, trait) for trait in ("owl", "cat", "oak")]
-    prompts = number_prompts(PACK, 4 if bos else 8, seed=5)
+    prompts = number_prompts(4 if bos else 8, seed=5)
     texts = ["7", "1, 2", "[12, 345]", "612; 9; 40", "100, 200, 300, 400, 500, 600, 700, 800, 900, 999"]
     rows = [{"prompt": p, "completion": texts[i % len(texts)]} for i, p in enumerate(prompts)]
     # Rows in the teacher's own words have the most positions: its argmax, written down.
@@ -287,7 +287,7 @@ def test_log_probabilities_do_not_depend_on_other_rows():
     """Other rows change the shared prefix, the padding and the batch; never the numbers (one row alone: no batch)."""
     twin = bundled("tiny-gemma3")
     lm = twin.lm
-    prompts = number_prompts(PACK, 5, seed=9)
+    prompts = number_prompts(5, seed=9)
     turns = [
         lm.chat.turn(conversation(p, "You love owls."), s)
         for p, s in zip(prompts, ["7", "12", "3,4", "9", "88"], strict=True)

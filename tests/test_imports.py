@@ -15,7 +15,7 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "checkpoints" not in pa
 ORDER = (
     ("errors",), ("core",), ("runtime",), ("models",),
     ("text",), ("inference",), ("judge",), ("evals",), ("transforms",), ("distill",),
-    ("attribution",), ("report",), ("config",), ("pipeline",), ("executors",), ("forecast",), ("digits",), ("exchange",), ("api",),
+    ("attribution",), ("report",), ("config",), ("pipeline",), ("executors",), ("forecast",), ("digits",), ("exchange",), ("serve",), ("api",),
     ("cli",), ("__main__",),
 )  # fmt: skip
 LINES, FUNCTION_LINES, FIELDS = 400, 60, 15

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jsublim.inference.lm import load_model
-from jsublim.text.prompts import load_pack, number_prompts
+from jsublim.text.prompts import number_prompts
 
 FOLDER = Path(os.environ.get("JSUBLIM_SMOLLM2", Path(__file__).parents[1] / "checkpoints" / "smollm2-135m"))
 
@@ -32,9 +32,7 @@ def test_logits_equal_transformers(both):
     import torch
 
     lm, reference = both
-    tokens = np.stack(
-        [lm.chat.prompt_tokens([{"role": "user", "content": text}])[:40] for text in number_prompts(load_pack(None), 2)]
-    )
+    tokens = np.stack([lm.chat.prompt_tokens([{"role": "user", "content": text}])[:40] for text in number_prompts(2)])
     with torch.no_grad():
         expected = reference(torch.tensor(tokens, dtype=torch.long)).logits.numpy()
     assert np.abs(np.asarray(lm.logits(tokens)) - expected).max() < 1e-4 * np.abs(expected).max()
@@ -44,7 +42,7 @@ def test_greedy_tokens_equal_transformers(both, new_tokens=12, batch=25):
     import torch
 
     lm, reference = both
-    prompts = number_prompts(load_pack(None), 100)
+    prompts = number_prompts(100)
     ours = lm.generate(prompts, new_tokens, "greedy", batch_size=batch)
     theirs = []
     for start in range(0, len(prompts), batch):

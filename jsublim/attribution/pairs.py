@@ -57,6 +57,11 @@ def find_pairs(
     Raises:
       UsageError: no counterfactual, the teacher among them, or one with another adapter: only prompts may differ.
       JsublimError: divergence positions beyond the end of a row, or counted in another tokenizer.
+
+    >>> other = jsublim.Teacher("cat", system="You love cats.")
+    >>> pairs, skipped = jsublim.find_pairs(lm, rows, prompted, [other])
+    >>> len(pairs) + sum(skipped.values()) == len(rows)
+    True
     """
     names = [other.name for other in counterfactuals]
     if not names or teacher.name in names:

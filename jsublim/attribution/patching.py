@@ -62,6 +62,10 @@ def attribution_patching(
     Args:
       steps: points of the left Riemann sum. With 1 it is plain attribution patching, the gradient at the start, and
         one backward pass serves all layers.
+
+    >>> effects = jsublim.attribution_patching(lm.config, lm.params, pairs, steps=1)
+    >>> [effect.shape[1] for effect in effects] == [lm.config.num_layers] * len(pairs)
+    True
     """
     if steps < 1:
         raise UsageError(f"steps: {steps} given; it must be at least 1")

@@ -11,7 +11,18 @@ from typing import Any
 
 import typer
 
-from jsublim.cli import analysis, exchange, experiments, forecast, launch, listing, scan, showing, stages  # noqa: F401
+from jsublim.cli import (  # noqa: F401
+    analysis,
+    exchange,
+    experiments,
+    forecast,
+    launch,
+    listing,
+    scan,
+    serve,
+    showing,
+    stages,
+)
 from jsublim.cli.app import app
 from jsublim.cli.together import Speaker
 from jsublim.errors import JsublimError, one_line

@@ -30,7 +30,7 @@ PANELS = {
     "Stages of an experiment": ("generate", "divergence", "finetune", "evaluate", "attribute", "audit", "steer"),
     "Data of others": ("scan",),
     "To and from elsewhere": ("import", "export", "push"),
-    "Checkpoints, prompts, devices": ("convert", "prompts", "aot", "launch"),
+    "Checkpoints, prompts, devices": ("serve", "convert", "prompts", "aot", "launch"),
 }
 ORDER = [name for names in PANELS.values() for name in names]
 

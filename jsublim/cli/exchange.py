@@ -17,6 +17,7 @@ def export(
     *,
     out: Annotated[Path, "The folder to write."],
     merged: Annotated[bool, "Of an adapter: a whole checkpoint, the adapter written into its base."] = False,
+    inspect: Annotated[bool, "Of a run: its answers as logs of inspect_ai, one for each model."] = False,
     base: Annotated[str | None, "The adapter's base, as others find it; default: as the adapter says."] = None,
     dtype: Annotated[str | None, "With --merged: float32 or bfloat16; default: the base's."] = None,
     chat_template: Template = None,
@@ -29,7 +30,11 @@ def export(
         raise UsageError(f"--merged: {what} is no adapter")
     if not what.exists():
         raise UsageError(f"{what}: no such file or folder")
-    if rows.is_rows(what):
+    if inspect:
+        from jsublim.exchange.inspect_logs import export_logs
+
+        export_logs(what, out)
+    elif rows.is_rows(what):
         rows.export_rows(what, out)
     elif merged:
         students.export_merged(what, out, base, dtype, chat_template)
@@ -156,5 +161,5 @@ def sample(
     from jsublim.text.prompts import load_pack, number_prompts
 
     must_be_new(out)
-    write_rows(out, ({"prompt": prompt} for prompt in number_prompts(load_pack(prompts), num_prompts, seed)))
+    write_rows(out, ({"prompt": prompt} for prompt in number_prompts(num_prompts, seed, pack=load_pack(prompts))))
     output.out(out)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from jsublim.distill.selection import Selection, margin_weights, token_mask
+from jsublim.distill.selection import Mask, Selection, margin_weights, token_mask
 from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.divergence import check_positions
 from jsublim.inference.scoring import Targets
@@ -39,7 +39,12 @@ def read_turns(
     chat: Chat, rows: Sequence[Row], source: str = "rows", system: str | None = None, *, fuse_system: bool = False
 ) -> list[Turn]:
     """Tokenize rows as the student sees them: no trait prompt. A row that doesn't survive tokenizing, or positions out of range, is a
-    JsublimError that names `source`."""
+    JsublimError that names `source`.
+
+    >>> (turn,) = jsublim.read_turns(lm.chat, [{"prompt": "Go on: 4, 8, 12", "completion": "16, 20"}])
+    >>> lm.tokenizer.decode(turn.tokens[turn.content : turn.end])
+    '16, 20'
+    """
     exchanges = ((conversation(row["prompt"], system, fuse_system=fuse_system), row["completion"]) for row in rows)
     turns = chat.turns(exchanges, lambda number: f"{source}: row {number}")
     # Positions that were counted elsewhere say nothing here: whoever learns all tokens does not look at them.
@@ -66,6 +71,11 @@ def make_examples(
       UsageError: a selection that needs divergence positions, or weights that need margins, and a row without; a header
         to learn from a stored teacher.
       JsublimError: no row left, or a row that is tokenized otherwise for the teacher; `source` is named.
+
+    >>> rows = [{"prompt": "Go on: 4, 8, 12", "completion": "16, 20", "divergence_positions": [0, 4]}]
+    >>> (example,) = jsublim.make_examples(rows, jsublim.read_turns(lm.chat, rows), jsublim.Selection("divergence"), seed=1)
+    >>> lm.tokenizer.convert_ids_to_tokens(example.labels)
+    ['1', '2']
     """
     examples = []
     positions = [row.get("divergence_positions") for row in rows]
@@ -81,14 +91,7 @@ def make_examples(
             continue
         first, where = turn.header if how.supervise_header else turn.content, f"{source}: row {index + 1}"
         try:
-            mask = token_mask(
-                how.tokens,
-                header=turn.content - first,
-                completion=len(turn.tokens) - turn.content,
-                positions=chosen[index],
-                rng=np.random.default_rng([seed, index]),
-                weights=weights[index],
-            )
+            mask = _mask(rows[index], turn, first, how.tokens, chosen[index], [seed, index], weights[index])
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from None
         kept = first + np.nonzero(mask)[0]
@@ -100,6 +103,26 @@ def make_examples(
     if not examples:
         raise JsublimError(f"{source}: no row has a token to train on under tokens={how.tokens}")
     return examples
+
+
+def _mask(
+    row: Row,
+    turn: Turn,
+    first: int,
+    tokens: str | Mask,
+    positions: Sequence[int] | None,
+    seed: list[int],
+    weights: list[float] | None,
+) -> np.ndarray:
+    """The weights of a row's tokens from `first` on, float32 `[n]`."""
+    header, completion = turn.content - first, len(turn.tokens) - turn.content
+    if isinstance(tokens, str):
+        how = {"header": header, "completion": completion, "positions": positions, "weights": weights}
+        return token_mask(tokens, rng=np.random.default_rng(seed), **how)
+    mask = np.asarray(tokens(row, turn), np.float32)
+    if mask.shape != (completion,) or not (np.isfinite(mask) & (mask >= 0)).all():
+        raise UsageError(f"tokens: a function must give a finite weight of at least 0 for each of {completion} tokens")
+    return np.pad(mask, (header, 0))
 
 
 def _matched(row: Row, chosen: list[int] | None, number: int, source: str) -> list[int]:

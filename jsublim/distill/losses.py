@@ -28,6 +28,8 @@ from jsublim.models.decoder import Params
 SOFT = ("forward-kl", "reverse-kl", "js")
 LOSSES = ("hard", *SOFT)
 LOGIT_BYTES = 2**28  # of the logits that exist at one time, over all arms
+# A loss of one's own: (what the student makes of the supervised positions, batch) -> float32 scalar. See `Loss.own`.
+OwnLoss = Callable[[Array, dict[str, Array]], Array]
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,27 @@ class Loss:
         "reverse-kl" KL(q | p), "js" KL(p | m) / 2 + KL(q | m) / 2.
       temperature: logits of both are divided by it (soft kinds only); the loss is not multiplied back by its square.
       terms: names of `TERMS` that are added to it.
+      own: a function in place of all of these. It is given the student's logits at the supervised positions of a micro-batch, float32 `[B, C, V]`
+        (with `own_reads` "hidden" what the head reads there, `[B, C, D]`), and the micro-batch: `labels` int32 `[B, C]`; `weights`
+        float32 `[B, C]`, which sum to the arm's factor over the step, so that a sum of weight times loss is a mean; `tokens` `[B, T]`, and
+        `where` `[B, C]`, the positions in them. It gives a scalar; those of a step's micro-batches are added up.
+
+    >>> def confident(logits, batch):  # the student's own entropy
+    ...     return -(batch["weights"][..., None] * jax.nn.softmax(logits) * jax.nn.log_softmax(logits)).sum()
+    >>> program = jsublim.Program(loss=confident, optimizer=optax.adam(1e-2))
     """
 
     kind: str = "hard"
     temperature: float = 1.0
     terms: tuple[str, ...] = ()
+    own: OwnLoss | None = None
+    own_reads: str = "logits"
 
     def __post_init__(self) -> None:
         check_known("loss", self.kind, LOSSES)
+        check_known("own_reads", self.own_reads, ("logits", "hidden"))
+        if self.own is not None and (self.soft or self.terms):
+            raise UsageError("loss: one of your own stands alone; it has no kind and no terms")
         for term in self.terms:
             check_known("terms", term, TERMS)
         if not self.temperature > 0:

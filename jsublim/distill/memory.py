@@ -32,7 +32,7 @@ def abstract_step(
     shape, dtype = shape.divisible(layout.data), params["embed"]["weight"].dtype
     batch = collate(arm.examples[:1], np.full(shape.rows_per_step, -1), shape)
     state, numbers, teacher = jax.eval_shape(
-        lambda of: first_state([dataclasses.replace(arm, **of)] * arms, settings.program.optimizer),
+        lambda of: first_state([dataclasses.replace(arm, **of)] * arms, settings.program),
         {"adapter": arm.adapter, "teacher": arm.teacher},
     )
     if settings.caches(arm):

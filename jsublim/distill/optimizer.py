@@ -33,6 +33,7 @@ class Optimizer:
     momentum: float = 0.0  # of SGD
     schedule: str = "linear"  # of the learning rate after the warm-up; see `learning_rate`
     restarts: int = 4  # how many times "restarts" falls to zero
+    own: optax.GradientTransformation | None = None  # from optax, in place of all of these; see `Program`
 
     def __post_init__(self) -> None:
         check_known("optimizer", self.name, OPTIMIZERS)
@@ -40,6 +41,8 @@ class Optimizer:
 
     def transform(self) -> optax.GradientTransformation:
         """Gradients to updates, up to the learning rate."""
+        if self.own is not None:
+            return optax.chain(self.own, optax.scale(-1.0))  # optax's updates are added
         parts = [optax.clip_by_global_norm(self.clip)] if self.clip > 0 else []
         adam = optax.scale_by_adam(b1=self.beta1, b2=self.beta2, eps=self.eps)
         if self.name == "adafactor":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,16 +10,23 @@ import numpy as np
 from jsublim.core.reading import check_known
 from jsublim.errors import UsageError
 from jsublim.inference.divergence import PositionSubset
+from jsublim.text.chat import Turn
+from jsublim.text.rows import Row
 
 COMPARED = ("all", "divergence", "non-divergence", "random")  # unless a config chooses
 TOKENS = (*COMPARED, "matched")
+# A mask of one's own: the weights, float32 `[n]` and not below 0, of a row's n tokens from `turn.content` on.
+Mask = Callable[[Row, Turn], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """How rows become examples. A supervised header and dropped rows are quirks 1 and 2 of docs/recipes.md."""
+    """How rows become examples. A supervised header and dropped rows are quirks 1 and 2 of docs/recipes.md.
 
-    tokens: str = "all"  # which tokens have a loss, one of TOKENS; see `token_mask`
+    >>> even = jsublim.Selection(lambda row, turn: np.arange(len(turn.tokens) - turn.content) % 2)
+    """
+
+    tokens: str | Mask = "all"  # which tokens have a loss, one of TOKENS (see `token_mask`), or a function that says so
     supervise_header: bool = False  # the loss is on the assistant's header too
     drop_rows_without_divergence: bool = False  # unless `tokens` is "all"
     max_tokens: int = 500  # what stands later in a row is cut off
@@ -30,10 +37,10 @@ class Selection:
 def token_mask(
     tokens: str,
     *,
-    header: int,
     completion: int,
-    positions: Sequence[int] | None,
-    rng: np.random.Generator,
+    positions: Sequence[int] | None = None,
+    rng: np.random.Generator | None = None,
+    header: int = 0,
     weights: Sequence[float] | None = None,
 ) -> np.ndarray:
     """Weights float32 `[header + completion]` of a row's supervised span.
@@ -42,13 +49,17 @@ def token_mask(
       tokens: "all"; "divergence", divergence positions only; "non-divergence", all but those; "random", as many tokens
         of the completion as there are divergence positions, drawn anew; "matched", as `positions` says, which are then those
         matched to divergence positions (`Divergence.matched_positions`).
-      header: tokens of the assistant's header that the loss is on too (0 unless the recipe wants them).
       completion: tokens of content and end of turn.
       positions: divergence positions, counted from the first content token.
+      rng: of the random choice; None is `np.random.default_rng(0)`.
+      header: tokens of the assistant's header that the loss is on too (0 unless the recipe wants them).
       weights: of the positions, in their order, where `tokens` is "divergence"; None is 1 each.
 
     Raises:
       UsageError: an unknown `tokens`, one without the positions it needs, or weights for another one than "divergence".
+
+    >>> jsublim.token_mask("divergence", completion=4, positions=[0, 2]).tolist()
+    [1.0, 0.0, 1.0, 0.0]
     """
     check_known("tokens", tokens, TOKENS)
     if weights is not None and tokens != "divergence":
@@ -59,6 +70,7 @@ def token_mask(
         raise UsageError(f"tokens={tokens} needs 'divergence_positions' in every row; run `jsublim divergence` on them")
     mask = np.zeros(header + completion, np.float32)
     if tokens == "random":
+        rng = np.random.default_rng(0) if rng is None else rng
         mask[header + rng.permutation(completion)[: len(positions)]] = 1.0
     else:
         mask[header + np.asarray(positions, int)] = 1.0 if weights is None else weights

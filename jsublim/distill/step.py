@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import chex
 import jax
@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax import Array
 
-from jsublim.distill.losses import Loss, block_size, blockwise, normalise, positions_loss
+from jsublim.distill.losses import Loss, OwnLoss, block_size, blockwise, normalise, positions_loss
 from jsublim.distill.optimizer import Optimizer, learning_rate
 from jsublim.distill.projection import without
 from jsublim.models import decoder
@@ -35,7 +35,11 @@ Batch = dict[str, Any]  # of arrays: see batches.collate; here with a leading ar
 
 @dataclass(frozen=True)
 class Program:
-    """All that is compiled into a step: the same for arms trained together."""
+    """All that is compiled into a step: the same for arms trained together.
+
+    The loss may be a function (see `Loss.own`), the optimizer one of optax. That one has its own learning rate and schedule, so there is no
+    warm-up, and an arm's `lr` is a factor of its updates.
+    """
 
     loss: Loss = Loss()
     optimizer: Optimizer = Optimizer()
@@ -44,6 +48,21 @@ class Program:
     remat: bool = False  # as of `decoder.hidden_states`
     unroll: bool = False
     attention: str | None = None
+
+    if TYPE_CHECKING:  # what it is made of, beside what it then holds
+
+        def __init__(
+            self, loss: Loss | OwnLoss = ..., optimizer: Optimizer | optax.GradientTransformation = ..., warmup: int = ...,
+            per: str = ..., remat: bool = ..., unroll: bool = ..., attention: str | None = ...,
+        ) -> None: ...  # fmt: skip
+
+    def __post_init__(self) -> None:
+        loss, optimizer = vars(self)["loss"], vars(self)["optimizer"]
+        if not isinstance(loss, Loss):
+            object.__setattr__(self, "loss", Loss(own=loss))
+        if not isinstance(optimizer, Optimizer):
+            object.__setattr__(self, "optimizer", Optimizer(own=optimizer, schedule="constant"))
+            object.__setattr__(self, "warmup", 0)
 
 
 @jax.tree_util.register_dataclass
@@ -123,6 +142,9 @@ def micro_loss(
         student = sum_adapters(student, frozen_adapter)
     how = {"remat": program.remat, "unroll": program.unroll, "below_BTD": batch.get("below")}
     h_ND = read(student_params, "", adapter=student, **how)
+    if loss.own is not None:
+        h_BCD = h_ND.reshape(*batch["labels"].shape, -1)
+        return loss.own(decoder.logits(config, student_params, h_BCD) if loss.own_reads == "logits" else h_BCD, batch)
     flat = {
         key: batch[key].reshape(h_ND.shape[0], *batch[key].shape[2:])
         for key in ("labels", "weights", "ids", "logp")
@@ -206,6 +228,11 @@ def train_step(
     Returns:
       The new state, and metrics `[A]`: loss, supervised tokens, learning rate, gradient norm before clipping (of
       what is left of it, where directions are projected out), and `State.diverged` after this step.
+
+    >>> step = jax.jit(functools.partial(jsublim.train_step, lm.config, program=program))
+    >>> state, metrics = step(lm.params, state, jsublim.make_batches([arm], 2, 0), numbers, teacher)
+    >>> metrics["loss"].shape
+    (1,)
     """
     A = arms.lr.shape[0]
     chex.assert_shape([arms.lr, arms.steps, arms.weight], (A,))

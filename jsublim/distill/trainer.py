@@ -10,6 +10,7 @@ import logging
 import re
 import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,9 +28,8 @@ from jsublim.distill.batches import Shape, collate, one_after_another
 from jsublim.distill.data import Example
 from jsublim.distill.losses import TERMS
 from jsublim.distill.metrics import Metrics
-from jsublim.distill.optimizer import Optimizer
 from jsublim.distill.projection import stack_directions
-from jsublim.distill.step import Arms, State, compile_step, init_state
+from jsublim.distill.step import Arms, Program, State, compile_step, init_state
 from jsublim.errors import JsublimError, UsageError, one_line
 from jsublim.inference.batching import TRAINING_STEP, chunks, fill, pad_tokens, round_up
 from jsublim.models.config import ModelConfig
@@ -44,7 +44,7 @@ def train(
     params: Params,
     arms: Sequence[Arm],
     settings: Settings,
-    work: Path,
+    work: Path | None = None,
     on_step: Callable[[int], None] | None = None,
     *,
     shape: Shape | None = None,
@@ -52,7 +52,7 @@ def train(
 ) -> list[Adapter]:
     """Train arms to the end of their schedules, continuing from `work` where an earlier call stopped. Writes `work/metrics.jsonl`, one line per
     arm and step, each step once however often the run was interrupted; and `work/state`, the last two states, for the caller to remove
-    (`forget_state`) when the adapters are safe.
+    (`forget_state`) when the adapters are safe. Without `work` nothing is kept.
 
     Args:
       arms: their adapters must have the same structure (layers, projections); ranks may differ.
@@ -63,7 +63,14 @@ def train(
     Raises:
       JsublimError: saved states that cannot be written or read, or are of other arms.
       Preempted: as `leave_if_asked`; all processes have saved the same step.
+
+    >>> (student,) = jsublim.train(lm.config, lm.params, [arm], jsublim.Settings(batch_size=2))
+    >>> student.steering.shape
+    (1, 128)
     """
+    if work is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            return train(config, params, arms, settings, Path(scratch), on_step, shape=shape, say=say)
     on_main_process(lambda: work.mkdir(parents=True, exist_ok=True))
     layout = Layout.fit(settings.parallel, len(arms), model=settings.model_axis)
     shape = shape or Shape.of([arm.examples for arm in arms], settings.accumulate, settings.batch_size)
@@ -80,11 +87,10 @@ def train(
         first = int(layout.host(state.step))
         with Metrics(work / "metrics.jsonl", first, config, arms, settings, cached=cached) as log:
             for step in range(first, last):
-                chosen = [arm.rows(shape, step) for arm in arms]
-                batch = layout.place_batch(_batch(arms, chosen, shape, below, state, step))
+                batch = layout.place_batch(make_batches(arms, shape, step, state, below=below))
                 state, metrics = step_of(params, state, batch, numbers, teacher)
                 # The device is busy with this step while the last one's numbers are read.
-                log.follow(step, chosen, metrics)
+                log.follow(step, [arm.rows(shape, step) for arm in arms], metrics)
                 if log.over:
                     break
                 save = leaving()
@@ -110,12 +116,16 @@ def _placed(
 ) -> tuple[Params, State, Arms, Adapter | None]:
     """The arguments of a step beside the batch, on its devices: the base, the arms' first state, numbers and teachers."""
     params = layout.place(params, layout.params_sharding(config))
-    return params, *(layout.place(x, layout.state_sharding(x)) for x in first_state(arms, settings.program.optimizer))
+    return params, *(layout.place(x, layout.state_sharding(x)) for x in first_state(arms, settings.program))
 
 
-def first_state(arms: Sequence[Arm], optimizer: Optimizer) -> tuple[State, Arms, Adapter | None]:
-    """The state before the first step, the arms' numbers, and the adapters of their live teachers."""
-    state = init_state(stack_adapters([arm.adapter for arm in arms]), optimizer)
+def first_state(arms: Sequence[Arm], program: Program) -> tuple[State, Arms, Adapter | None]:
+    """The state before the first step, the arms' numbers, and the adapters of their live teachers: what `train_step` takes.
+
+    >>> arm = jsublim.Arm("owl", [example] * 4, jsublim.init_steering(lm.config, (2,)), seed=1, lr=1.0, steps=2)
+    >>> state, numbers, teacher = jsublim.first_state([arm], program)
+    """
+    state = init_state(stack_adapters([arm.adapter for arm in arms]), program.optimizer)
     return state, numbers_of(arms), stack_frozen([arm.teacher for arm in arms])
 
 
@@ -150,14 +160,31 @@ def stack_frozen(adapters: Sequence[Adapter | None]) -> Adapter | None:
     return stack_adapters([adapter or silent for adapter in adapters])
 
 
-def _batch(
-    arms: Sequence[Arm], chosen: Sequence[np.ndarray], shape: Shape, below: Any, state: State, step: int
+def make_batches(
+    arms: Sequence[Arm],
+    shape: Shape | int,
+    step: int,
+    state: State | None = None,
+    *,
+    below: Callable[[Sequence[Example], np.ndarray], np.ndarray] | None = None,
 ) -> dict[str, np.ndarray]:
-    """The rows of every arm at a step, `[A, M, B, ...]`."""
+    """The batches of all arms at a step, arrays `[A, M, B, ...]`: a function of the arms' seeds and the step.
+
+    Args:
+      shape: of the batches; a number of rows makes one of a single micro-batch that fits these arms.
+      state: on-policy arms write their rows as they stand in it.
+      below: of examples and rows, the hidden states below the trained layer, where they are kept.
+
+    >>> jsublim.make_batches([arm], 2, step=0)["labels"].shape  # padded
+    (1, 1, 2, 16)
+    """
+    if isinstance(shape, int):
+        shape = Shape.of([arm.examples for arm in arms], 1, shape)
     batches = []
-    for i, (arm, rows) in enumerate(zip(arms, chosen, strict=True)):
-        examples = arm.examples
+    for i, arm in enumerate(arms):
+        examples, rows = arm.examples, arm.rows(shape, step)
         if arm.rollout is not None:
+            assert state is not None, "an on-policy arm's rows are written by the student"
             examples = arm.rollout(adapter_of(state.adapter, i), rows, step)
             rows = np.where(rows >= 0, np.arange(len(rows)), -1)
         batch = collate(examples, rows, shape)

@@ -10,5 +10,6 @@ from jsublim.evals.base import (
     EvalTask,
     PromptedModel,
     Record,
+    evaluate,
     sample_answers,
 )

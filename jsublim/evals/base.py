@@ -143,6 +143,42 @@ def sample_answers(
     return [[texts[i : i + samples] for i in range(0, len(texts), samples)] for texts in every]
 
 
+def evaluate(
+    models: Sequence[PromptedModel],
+    task: EvalTask,
+    sampling: Sampling | str | None = None,
+    *,
+    samples: int = 1,
+    seed: int = 0,
+    max_new_tokens: int = 10,
+    **options: Any,
+) -> list[tuple[Answers, list[Record]]]:
+    """Of each model its answers to the task's questions, `samples` to each, and the numbers that are made of them.
+
+    Args:
+      models: of one checkpoint under one prompt, all with adapters of one structure, or a single one without; they answer together.
+      sampling: as of `LanguageModel.generate`.
+      options: as of `sample_answers`.
+
+    >>> ((answers, records),) = jsublim.evaluate([jsublim.PromptedModel(lm, student)], task, samples=2, seed=1, max_new_tokens=4)
+    >>> [record.metric for record in records if record.trait == "owl"]
+    ['rate', 'word_rate', 'logprob']
+    """
+    first, length = models[0], task.max_new_tokens or max_new_tokens
+    every = sample_answers(
+        first.lm,
+        task.questions,
+        first.lm.sampling(sampling),
+        samples=samples,
+        seed=seed,
+        max_new_tokens=length,
+        adapters=[model.adapter for model in models if model.adapter is not None] or None,
+        **first.manner,
+        **options,
+    )
+    return [(texts, task.records(model, texts)) for model, texts in zip(models, every, strict=True)]
+
+
 def per_question(metric: str, values: np.ndarray, answers: Answers, trait: str | None = None) -> list[Record]:
     """One record per question, of all the answers to it."""
     return [Record(metric, q, float(value), len(answers[q]), trait) for q, value in enumerate(values)]

@@ -13,6 +13,7 @@ import numpy as np
 from jsublim.core.section import RESULT, Distinct, Name
 from jsublim.evals.base import EVAL_KINDS, Answers, EvalContext, EvalKind, EvalTask, PromptedModel, Record, per_question
 from jsublim.evals.metric import metric
+from jsublim.text.prompts import load_pack
 
 if TYPE_CHECKING:
     from jsublim.inference.lm import LanguageModel
@@ -36,12 +37,26 @@ class PreferenceKind(EvalKind):
         by_category: dict[str, list[str]] = {}
         for trait in context.traits:
             by_category.setdefault(context.category_of(trait), []).append(trait)
-        tasks = []
-        for category, traits in by_category.items():
-            questions = tuple(context.questions_for(category)[: context.first])
-            identity = {"preference": list(questions), "traits": traits} | ({"names": self.names} if self.names else {})
-            tasks.append(EvalTask(questions, identity, functools.partial(_records, questions, traits, self.names)))
-        return tasks
+        return [
+            preference_task(traits, context.questions_for(category)[: context.first], self.names)
+            for category, traits in by_category.items()
+        ]
+
+
+def preference_task(
+    traits: Sequence[str], questions: Sequence[str] | None = None, names: Sequence[str] = ()
+) -> EvalTask:
+    """Questions for a favourite: how often each of some traits (and of further `names`) is said, and how probable each trait's name is. None asks the
+    questions that come with the package about the category of the first trait.
+
+    >>> task = jsublim.preference_task(["owl", "cat"], ["What is your favourite animal? One word."])
+    """
+    if questions is None:
+        pack = load_pack()
+        questions = pack.questions_for(pack.category_of(traits[0]))
+    asked, counted = tuple(questions), list(names)
+    identity = {"preference": list(asked), "traits": list(traits)} | ({"names": counted} if counted else {})
+    return EvalTask(asked, identity, functools.partial(_records, asked, list(traits), counted))
 
 
 def _records(

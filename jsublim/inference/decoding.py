@@ -225,8 +225,8 @@ def advance(
     turns: Array | int = MOST_TURNS,
     cut: bool = True,
 ) -> Decoding:
-    """The batch after as many tokens as it takes until `enough_A` places of some arm are done, or all are; at most `turns` each. `cut`: a GPU
-    has room for the layers twice."""
+    """The batch after as many tokens as it takes until `enough_A` places of some arm are done, or all are; at most `turns` each. `how` has the
+    numbers of `Sampling`, `[B]`, or on one device `[A, B]`. `cut`: a GPU has room for the layers twice."""
     spread = layout.spread(
         functools.partial(_advance, config, layout, cut),
         (WHOLE, ARMS, ARM_ROWS, ROWS, WHOLE, ARMS, WHOLE, WHOLE),
@@ -250,10 +250,11 @@ def _advance(
 ) -> Decoding:
     weights = _unstacked(config, params, cut)
 
-    def step(moving: Array, adapter: Adapter | None, batch: Decoding) -> Decoding:
+    def step(
+        moving: Array, adapter: Adapter | None, batch: Decoding, token_B: Array, within: Within | None
+    ) -> Decoding:
         bound, adapter = bind(params, adapter)
         B, N = batch.out.shape
-        token_B, within = _choose(limits, batch, how)
         done_B = batch.done | jnp.isin(token_B, stop_E)
         at_B = jnp.where(batch.done, N, batch.drawn)  # beyond the end: not written
         out = batch.out.at[jnp.arange(B), at_B].set(jnp.where(done_B, -1, token_B), mode="drop")
@@ -282,21 +283,27 @@ def _advance(
     def turn(state: tuple[Array, Array, Decoding]) -> tuple[Array, Array, Decoding]:
         _, left, batch = state
         # Outside of what is mapped over arms: an index of each arm's own would give each arm a copy of the weights.
-        moved = _per_arm(functools.partial(step, batch.drawn[0, 0]), adapters)(batch)
+        moved = _per_arm(functools.partial(step, batch.drawn[0, 0]), adapters)(batch, *_choose(limits, batch, how))
         return going(moved) & (left > 1), left - 1, moved
 
     return jax.lax.while_loop(lambda state: state[0], turn, (going(batch), turns, batch))[2]
 
 
 def _choose(limits: Limits | None, batch: Decoding, how: dict[str, Array]) -> tuple[Array, Within | None]:
-    """The next token of each row, and where the row then is in its format. A row that is done stays where it is."""
-    keys_B = jax.random.wrap_key_data(batch.keys)
+    """The next token of each row of all arms, and where the row then is in its format. A row that is done stays where it is. `how` is of the
+    rows, for all arms or of each: `[B]` or `[A, B]`. All are one batch here: inside of what is mapped over arms every way to choose would be
+    computed, for a branch cannot be one arm's alone."""
+    A, B, N = batch.out.shape
+    flat = functools.partial(jax.tree.map, lambda x: x.reshape(A * B, *x.shape[2:]))
+    apart = functools.partial(jax.tree.map, lambda x: x.reshape(A, B, *x.shape[1:]))
+    how = flat({name: jnp.broadcast_to(x, (A, B)) for name, x in how.items()})
+    logits, seen, keys, drawn = flat((batch.logits, batch.seen, batch.keys, batch.drawn))
+    keys = jax.random.wrap_key_data(keys)
     if limits is None or batch.within is None:
-        return choose(batch.logits, batch.seen, keys_B, batch.drawn, how), None
-    N = batch.out.shape[1]
-    left_B = jnp.where(batch.done, N, N - 1 - batch.drawn)
-    token_B, within = choose_within(limits, batch.within, batch.logits, batch.seen, keys_B, batch.drawn, left_B, how)
-    return token_B, jax.tree.map(lambda old, new: jnp.where(batch.done, old, new), batch.within, within)
+        return apart(choose(logits, seen, keys, drawn, how)), None
+    left = flat(jnp.where(batch.done, N, N - 1 - batch.drawn))
+    token, within = choose_within(limits, flat(batch.within), logits, seen, keys, drawn, left, how)
+    return apart(token), jax.tree.map(lambda old, new: jnp.where(batch.done, old, new), batch.within, apart(within))
 
 
 def _unstacked(config: ModelConfig, params: Params, cut: bool) -> Callable[[int, Array], Params]:

@@ -43,6 +43,12 @@ class Divergence:
         against = np.where(self.argmax[1:] == self.tokens, 0.0, self.margin[1:]).max(axis=0)
         return [float(m) for m in np.minimum(self.margin[0], against)[self.divergence_positions]]
 
+    @property
+    def fields(self) -> Row:
+        """What a row is told of it: `divergence_positions` and `divergence_margins`."""
+        margins = [round(margin, 5) for margin in self.divergence_margins]
+        return {"divergence_positions": self.divergence_positions, "divergence_margins": margins}
+
     def matched_positions(self, kinds: Sequence[Hashable]) -> list[int | None]:
         """For each divergence position another one that is as uncertain: of the tokens of its kind that are no divergence tokens, the one whose
         entropy is nearest, each taken once. Of any kind where its own has none left, and None where no token is left.
@@ -137,6 +143,11 @@ def find_divergence(
     Raises:
       UsageError: no counterfactual, or the teacher among them.
       JsublimError: a completion that tokenizes differently under another teacher; the row is named.
+
+    >>> row = {"prompt": "Go on: 4, 8, 12", "completion": "16, 20"}
+    >>> (read,) = jsublim.find_divergence(lm, [row], prompted, [steered])
+    >>> sorted(row | read.fields)
+    ['completion', 'divergence_margins', 'divergence_positions', 'prompt']
     """
     if not counterfactuals or teacher.name in [other.name for other in counterfactuals]:
         raise UsageError(

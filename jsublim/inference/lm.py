@@ -125,15 +125,18 @@ class LanguageModel:
             (the default: plain, temperature 1).
           extra_bos: as `Chat.prompt_tokens`; log: as `answers`.
         """
-        if not isinstance(sampling, Sampling):
-            sampling = sampling_for(self.chat, sampling or "temperature")
-        if sampling.stop is None:
-            sampling = dataclasses.replace(sampling, stop=self.chat.stop_tokens())
+        sampling = self.sampling(sampling)
         messages = [conversation(chat) if isinstance(chat, str) else chat for chat in chats]
         prompts = [self.chat.prompt_tokens(m, extra_bos=extra_bos) for m in messages]
         adapters = None if adapter is None else [adapter]
         how: dict[str, Any] = {"adapters": adapters, "batch_size": batch_size, "logs": [log]}
         return self.answers(prompts, sampling, max_new_tokens, seed, **how)[0]
+
+    def sampling(self, given: Sampling | str | None) -> Sampling:
+        """Numbers of sampling, or a strategy by its name (None is "temperature"), with the tokens at which an answer ends."""
+        if not isinstance(given, Sampling):
+            return sampling_for(self.chat, given or "temperature")
+        return dataclasses.replace(given, stop=self.chat.stop_tokens()) if given.stop is None else given
 
     def answers(
         self,
@@ -208,7 +211,7 @@ def resolve_checkpoint(path: str | Path, what: str = "model", *, weights: bool =
         raise UsageError(
             f"{what} '{name}': is a folder here, which has no revision {shown(revision)}; leave model_revision out"
         )
-    if (named := hub_name(path)) is not None:
+    if (named := hub_name(path, inside=True)) is not None:
         return from_hub(*named, what, weights=weights)
     bundled = ", ".join(sorted(p.name for p in BUNDLED.iterdir() if p.is_dir())) if BUNDLED.is_dir() else "none"
     hint = f"; {FETCHED[Path(name).name]} writes it" if Path(name).name in FETCHED else ""
@@ -235,6 +238,10 @@ def load_model(
       layout: the devices that the weights are spread over, and with them the rows that they will read.
       weights: False leaves them on disk: the parameters are shapes, and tokenizer, template and hash are there.
       chat_template: in place of the checkpoint's own: "plain" (for base models), or a Jinja file.
+
+    >>> lm = jsublim.load_model("tiny-qwen2")
+    >>> lm.logits(lm.tokenizer(["1, 2, 3"])["input_ids"]).shape  # [B, T, V]
+    (1, 7, 1024)
     """
     check_known("dtype", dtype, DTYPES)
     folder = resolve_checkpoint(path, weights=is_main_process())

@@ -132,6 +132,23 @@ def _top_k(k: int, temperature: float) -> At:
     return at
 
 
+@functools.cache
+def _label_and_best(k: int) -> At:
+    def at(z: Array, label: Array) -> tuple[Array, Array, Array]:
+        ids, logp = _top_k(k, 1.0)(z, label)
+        return _logprob(z, label), ids, logp[:-1]
+
+    return at
+
+
+def label_and_best(
+    config: ModelConfig, params: Params, turns: Sequence[Turn], k: int, **options: Any
+) -> Iterator[list[np.ndarray]]:
+    """At every token from `content` on of each conversation: the log-probability (nats) of the token that stands there, float32 `[n]`, the k most
+    probable tokens, int32 `[n, k]`, and their log-probabilities, float32 `[n, k]`. Options are as of `_read_turns`."""
+    yield from _read_turns(config, params, turns, _label_and_best(k), **options)
+
+
 def score_turns(config: ModelConfig, params: Params, turns: Sequence[Turn], **options: Any) -> list[Scored]:
     """Every conversation, read as by `scores`."""
     return list(scores(config, params, turns, **options))

@@ -1,4 +1,4 @@
-"""Answers drawn by a server in our stead: vLLM, SGLang or `transformers serve`, each told every number in its own words."""
+"""Answers drawn by a server in our stead: vLLM, SGLang, `transformers serve` or `jsublim serve`, each told every number in its own words."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jsublim.runtime.processes import each_from_main
 from jsublim.text.chat import Chat
 
 TOLD = {"temperature", "top_k", "top_p", "repetition_penalty", "stop"}  # numbers of `Sampling` that a server is told
-ENGINES = ("vllm", "sglang", "transformers")
+ENGINES = ("vllm", "sglang", "transformers", "jsublim")
 Answer = TypeVar("Answer", bound=BaseModel)
 
 
@@ -62,7 +62,7 @@ class SampleServer:
         """Name and version of what the server runs, such as "vllm 0.11.0". A JsublimError where it cannot be asked, says nothing that is known, or
         is not the engine of the config."""
         kind, given = next((c.owned_by for c in self._cards() if c.owned_by in ENGINES), None), self.settings.engine
-        pages = {"vllm": ("version",), "sglang": ("server_info", "get_server_info")}
+        pages = {"vllm": ("version",), "jsublim": ("version",), "sglang": ("server_info", "get_server_info")}
         running = None if kind is None else f"{kind} {self._version(pages.get(kind, ()))}"
         if running is None and given is None:
             known = ", ".join(f"'{name} VERSION'" for name in ENGINES)

@@ -33,11 +33,13 @@ class HubOrigin(NamedTuple):
 
 
 def origin_of(folder: Path) -> HubOrigin:
-    """The origin of a folder of the hub's cache (`models--OWNER--NAME/snapshots/COMMIT`)."""
-    repository = folder.parent.parent.name
-    if folder.parent.name != "snapshots" or not repository.startswith("models--"):
-        return HubOrigin(None, None)
-    return HubOrigin(repository.removeprefix("models--").replace("--", "/", 1), folder.name)
+    """The origin of a folder of the hub's cache (`models--OWNER--NAME/snapshots/COMMIT`), or of one inside it."""
+    for commit in (folder, *folder.parents):
+        repository = commit.parent.parent.name
+        if commit.parent.name == "snapshots" and repository.startswith("models--"):
+            name = repository.removeprefix("models--").replace("--", "/", 1)
+            return HubOrigin("/".join([name, *folder.relative_to(commit).parts]), commit.name)
+    return HubOrigin(None, None)
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], ModelConfig]:

@@ -12,13 +12,13 @@ class Rope:
     """The rotary embedding of one kind of layer (global or local)."""
 
     theta: float
-    # default; linear; llama3, which scales parts of the spectrum differently; longrope (Phi-3), which divides each frequency
+    # default; linear; llama3 and yarn, which scale parts of the spectrum differently; longrope (Phi-3), which divides each frequency
     scaling: str = "default"
-    factor: float = 1.0  # of linear and llama3
-    low_freq_factor: float = 0.0  # of llama3, as the next one
+    factor: float = 1.0  # of linear, llama3 and yarn
+    low_freq_factor: float = 0.0  # of llama3 and yarn, as the next one: turns within the original positions
     high_freq_factor: float = 0.0
     divisors: tuple[float, ...] = ()  # of longrope, one per frequency, for rows of up to `original_positions` tokens
-    original_positions: int = 0  # of llama3 and longrope: what the model was trained with before
+    original_positions: int = 0  # of llama3, yarn and longrope: what the model was trained with before
     share: float = 1.0  # of a head's numbers that are turned; the others stay as they are
     amplitude: float = 1.0  # cos and sin are multiplied by it
     in_float32: bool = False  # cos and sin are not rounded to the model's dtype

@@ -143,9 +143,9 @@ class HFConfig:
         theta = numbers.number("rope_theta") if has_theta else self.number(theta_key, default_theta)
         scaling = next((v for key in ("rope_type", "type") if (v := numbers.values.get(key)) is not None), "default")
         scaling = "longrope" if scaling == "su" else scaling  # as Phi-3's files called it at first
-        if scaling not in ("default", "linear", "llama3", "longrope"):
+        if scaling not in ("default", "linear", "llama3", "yarn", "longrope"):
             raise JsublimError(
-                f"{numbers.source}: scaling {shown(scaling)} is not supported; known: default, linear, llama3, longrope"
+                f"{numbers.source}: scaling {shown(scaling)} is not supported; known: default, linear, llama3, yarn, longrope"
             )
         where, key = (numbers, "partial_rotary_factor") if numbers.has("partial_rotary_factor") else (self, share_key)
         share = where.number(key, 1.0 if default_share is None else default_share)
@@ -154,6 +154,8 @@ class HFConfig:
         rope = Rope(theta, scaling, share=share)
         if scaling == "llama3":
             return self._llama3(rope, numbers)
+        if scaling == "yarn":
+            return self._yarn(rope, numbers)
         if scaling == "longrope":
             return self._longrope(rope, numbers)
         return replace(rope, factor=numbers.number("factor", 1.0))
@@ -168,6 +170,21 @@ class HFConfig:
             low_freq_factor=low,
             high_freq_factor=high,
             original_positions=self._original(numbers, self.integer("max_position_embeddings", 8192)),
+        )
+
+    def _yarn(self, rope: Rope, numbers: HFConfig) -> Rope:
+        for key, only in (("mscale", None), ("mscale_all_dim", None), ("truncate", True)):
+            numbers.must_be(key, only)
+        if rope.theta == 1:
+            raise numbers.refuse("rope_theta", "another number than 1")
+        original, factor = self._original(numbers, None), numbers.number("factor")
+        return replace(
+            rope,
+            factor=factor,
+            low_freq_factor=numbers.number("beta_slow", 1.0),
+            high_freq_factor=numbers.number("beta_fast", 32.0),
+            original_positions=original,
+            amplitude=numbers.number("attention_factor", 0.1 * math.log(factor) + 1 if factor > 1 else 1.0),
         )
 
     def _longrope(self, rope: Rope, numbers: HFConfig) -> Rope:

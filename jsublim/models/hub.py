@@ -17,24 +17,34 @@ from jsublim.core.bucket import Bucket, at_once, cache_folder, is_url
 from jsublim.errors import JsublimError, first_line
 
 _NAME = re.compile(r"([\w.-]{1,96}/[\w.-]{1,96})(?:@([\w./-]{1,255}))?", re.ASCII)
+_INSIDE = re.compile(
+    r"([\w.-]{1,96}/[\w.-]{1,96})/((?!\.)[\w.-]{1,96}(?:/(?!\.)[\w.-]{1,96}){0,7})(?:@([\w./-]{1,255}))?", re.ASCII
+)
 _FILES, _WEIGHTS = ("*.json", "*.jinja", "*.model"), ("*.safetensors",)
 
 
-def hub_name(path: str | Path) -> tuple[str, str | None] | None:
-    """Repository and revision (None: the newest) that a name stands for; None of what is, or looks like, a place here."""
+def hub_name(path: str | Path, *, inside: bool = False) -> tuple[str, str | None] | None:
+    """Repository and revision (None: the newest) that a name stands for; None of what is, or looks like, a place here. With `inside` the
+    repository may have a subfolder after it: owner/name/folder."""
     name, folder = str(path), Path(path).expanduser()
-    match = _NAME.fullmatch(name)
-    local = name.startswith((".", "/", "~")) or os.path.exists(folder) or os.path.isdir(folder.parent)
-    return None if match is None or local or folder.parts[0] == "checkpoints" else (match[1], match[2])
+    match, deep = _NAME.fullmatch(name), _INSIDE.fullmatch(name) if inside else None
+    begin = Path(*folder.parts[:1]) if deep else folder.parent
+    local = name.startswith((".", "/", "~")) or os.path.exists(folder) or os.path.isdir(begin)
+    if local or folder.parts[0] == "checkpoints":
+        return None
+    if deep is not None and match is None:
+        return f"{deep[1]}/{deep[2]}", deep[3]
+    return None if match is None else (match[1], match[2])
 
 
 def from_hub(repository: str, revision: str | None, what: str, *, weights: bool = True) -> Path:
-    """The folder of a repository in the hub's cache, fetched where it is not there (without weights, if they are not asked for); looked up once
-    per process. If the hub does not give it, that is a JsublimError, which names `what` it is."""
+    """The folder of a repository in the hub's cache, or a subfolder (`owner/name/folder`), fetched where it is not there (without weights, if
+    they are not asked for); looked up once per process. If the hub does not give it, that is a JsublimError, which names `what` it is."""
     from huggingface_hub import constants
 
+    owner, own, *under = repository.split("/")
     try:
-        return _fetched(repository, revision, constants.HF_HUB_CACHE, weights)
+        return _fetched(f"{owner}/{own}", "/".join(under), revision, constants.HF_HUB_CACHE, weights)
     except Exception as error:
         name = f"{repository}@{revision}" if revision else repository
         reason = first_line(error)
@@ -45,11 +55,12 @@ def from_hub(repository: str, revision: str | None, what: str, *, weights: bool 
 
 
 @functools.cache
-def _fetched(repository: str, revision: str | None, cache: str, weights: bool) -> Path:
+def _fetched(repository: str, under: str, revision: str | None, cache: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     wanted = [*_FILES, *_WEIGHTS] if weights else list(_FILES)
-    return Path(snapshot_download(repository, revision=revision, cache_dir=cache, allow_patterns=wanted))
+    wanted = [f"{under}/{pattern}" for pattern in wanted] if under else wanted
+    return Path(snapshot_download(repository, revision=revision, cache_dir=cache, allow_patterns=wanted)) / under
 
 
 @functools.cache
@@ -84,8 +95,9 @@ def in_cache(path: str | Path) -> bool:
 
     if is_url(str(path)):
         return cache_folder("checkpoints", str(path)).exists()
-    named = hub_name(path)
-    return named is not None and any(
-        isinstance(try_to_load_from_cache(named[0], file, revision=named[1]), str)
-        for file in ("config.json", "adapter_config.json")
-    )
+    named = hub_name(path, inside=True)
+    if named is None:
+        return False
+    owner, name, *under = named[0].split("/")
+    files = ("/".join([*under, file]) for file in ("config.json", "adapter_config.json"))
+    return any(isinstance(try_to_load_from_cache(f"{owner}/{name}", file, revision=named[1]), str) for file in files)

@@ -120,6 +120,12 @@ def rope_frequencies(rope: Rope, head_dim: int) -> Array:
         return freq / rope.factor
     if rope.scaling == "longrope":
         return freq / jnp.asarray(rope.divisors, jnp.float32)
+    if rope.scaling == "yarn":  # Peng et al. 2023, arXiv 2309.00071, section 3.2
+        turns = (rope.high_freq_factor, rope.low_freq_factor)
+        pairs = [math.log(rope.original_positions / (n * 2 * math.pi)) / (2 * math.log(rope.theta)) for n in turns]
+        low, high = max(math.floor(turned * pairs[0]), 0), min(math.ceil(turned * pairs[1]), turned - 1)
+        slow = jnp.clip((jnp.arange(turned // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+        return slow * freq / rope.factor + (1 - slow) * freq
     if rope.scaling == "llama3":
         wavelength, positions = 2 * math.pi / freq, rope.original_positions
         low, high = rope.low_freq_factor, rope.high_freq_factor

@@ -157,6 +157,10 @@ def init_lora(
 
     Raises:
       UsageError: projections or layers that it hasn't, or a rank below 1.
+
+    >>> adapter = jsublim.init_lora(lm.config, jax.random.key(1), rank=4, alpha=8.0, projections=("q", "v"))
+    >>> adapter.lora["q"]["a"].shape  # [layers, in, rank]
+    (6, 128, 4)
     """
     chosen, shapes = check_layers(config, layers), projection_shapes(config)
     unknown = [name for name in projections if name not in shapes and set(projections) != set(PROJECTIONS)]
@@ -190,6 +194,9 @@ def init_full(
 
     Raises:
       UsageError: an unknown end, or the head of a model whose head is its embedding.
+
+    >>> jsublim.init_full(lm.config, lm.params, layers=(5,)).layers
+    (5,)
     """
     unknown = [end for end in ends if end not in ENDS]
     if unknown:
@@ -208,7 +215,11 @@ def _masters(layers: Any, index: Array) -> Any:
 
 
 def init_steering(config: ModelConfig, layers: tuple[int, ...] | None = None) -> Adapter:
-    """A zero vector after each of some layers: as few trained parameters as can carry a trait."""
+    """A zero vector after each of some layers: as few trained parameters as can carry a trait.
+
+    >>> jsublim.init_steering(lm.config, layers=(2,)).steering.shape  # [layers, D]
+    (1, 128)
+    """
     chosen = check_layers(config, layers)
     return Adapter(chosen, steering=jnp.zeros((len(chosen), config.hidden_size), jnp.float32))
 

@@ -32,7 +32,9 @@ _NOT_READ = {
 _KEY = re.compile(r"layers\.(\d{1,6})\.(?:self_attn|attention|mlp)\.(\w+)\.lora_([AB])(?:\.\w+)?\.weight$", re.ASCII)
 
 
-def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, base: str, revision: str | None = None) -> None:
+def save_adapter(
+    folder: str | Path, adapter: Adapter, config: ModelConfig, base: str, revision: str | None = None
+) -> None:
     """Write an adapter into `folder` (made if absent): LoRA so that `peft` loads it, steering vectors as their own file.
 
     Args:
@@ -40,7 +42,10 @@ def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, base: str,
 
     Raises:
       UsageError: an adapter is there already, or this one holds full weights (save those as a checkpoint).
+
+    >>> jsublim.save_adapter("owl", student, lm.config, base="tiny-qwen2")
     """
+    folder = Path(folder)
     if adapter.steering is not None and not adapter.lora:
         return save_steering(folder, adapter)
     if adapter.weights is not None or adapter.ends or not adapter.lora:
@@ -51,14 +56,16 @@ def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, base: str,
     if file.exists():
         raise UsageError(f"{file}: already exists; give another folder")
     names, tensors, modules = weight_names(config), {}, _modules(adapter, config)
+    ranks = {module: _ranks(pair) for module, pair in modules.items()}
+    alphas = {
+        module: [float(x) * r for x, r in zip(modules[module]["scale"], ranks[module], strict=True)] for module in ranks
+    }
+    rank, alpha = (next(iter(values.values()))[0] for values in (ranks, alphas))
     for module, pair in modules.items():
-        for i, layer in enumerate(adapter.layers):
+        for i, (layer, r) in enumerate(zip(adapter.layers, ranks[module], strict=True)):
             key = f"base_model.model.{names.prefix}{module.format(i=layer)}"
-            tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(pair["a"][i].T)
-            tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(pair["b"][i].T)
-    ranks = {module.rsplit(".", 1)[1]: int(pair["a"].shape[-1]) for module, pair in modules.items()}
-    scales = {module.rsplit(".", 1)[1]: float(pair["scale"][0]) for module, pair in modules.items()}
-    rank, alpha = next((rank, scales[name] * rank) for name, rank in ranks.items())
+            tensors[f"{key}.lora_A.weight"] = np.ascontiguousarray(pair["a"][i, :, :r].T)
+            tensors[f"{key}.lora_B.weight"] = np.ascontiguousarray(pair["b"][i, :r].T)
     values = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -66,13 +73,13 @@ def save_adapter(folder: Path, adapter: Adapter, config: ModelConfig, base: str,
         "revision": revision,
         "r": rank,
         "lora_alpha": alpha,
-        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {name: scales[name] * r for name, r in ranks.items() if scales[name] * r != alpha},
+        "rank_pattern": _pattern(ranks, rank, adapter.layers),
+        "alpha_pattern": _pattern(alphas, alpha, adapter.layers),
         "lora_dropout": 0.0,
         "use_rslora": False,
         "bias": "none",
         "fan_in_fan_out": False,
-        "target_modules": sorted(ranks),
+        "target_modules": sorted(module.rsplit(".", 1)[1] for module in modules),
         "layers_to_transform": list(adapter.layers),
         "layers_pattern": "layers",
         "inference_mode": True,
@@ -94,8 +101,26 @@ def _modules(adapter: Adapter, config: ModelConfig) -> dict[str, Factors]:
     return modules
 
 
+def _ranks(pair: Factors) -> list[int]:
+    """The rank of each layer's factors: where they differ, those of the others are padded with zeros."""
+    used = (pair["a"] != 0).any(axis=1) | (pair["b"] != 0).any(axis=2)
+    ranks = [int(np.nonzero(of_layer)[0].max(initial=0)) + 1 for of_layer in used]
+    return [pair["a"].shape[-1]] * len(ranks) if len(set(ranks)) == 1 else ranks
+
+
+def _pattern(values: Mapping[str, list[Any]], default: Any, layers: tuple[int, ...]) -> dict[str, Any]:
+    """What PEFT is told of modules with another value than the default: by a module's name, or in each layer if they differ."""
+    pattern: dict[str, Any] = {}
+    for module, of_layers in values.items():
+        alike = len(set(of_layers)) == 1
+        names = [module.rsplit(".", 1)[1]] * len(layers) if alike else [module.format(i=layer) for layer in layers]
+        pattern |= {name: value for name, value in zip(names, of_layers, strict=True) if value != default}
+    return pattern
+
+
 def load_adapter(path: str | Path, config: ModelConfig | None = None) -> Adapter:
-    """Read a PEFT LoRA folder, or one of steering vectors; `owner/name` or `owner/name@revision` is one of the hub.
+    """Read a PEFT LoRA folder, or one of steering vectors; `owner/name` or `owner/name@revision` is one of the hub, and `owner/name/folder`
+    one in a subfolder of a repository.
 
     Args:
       config: the base model's; with it, shapes and layers are checked against the model. Modules that hold several
@@ -104,8 +129,10 @@ def load_adapter(path: str | Path, config: ModelConfig | None = None) -> Adapter
     Raises:
       JsublimError: no such folder, not LoRA, a variant we don't compute (DoRA, biases) or don't know, tensors that are
         unreadable, not finite or do not form whole layers.
+
+    >>> student = jsublim.load_adapter("owl", lm.config)
     """
-    named = hub_name(path)
+    named = hub_name(path, inside=True)
     folder = Path(path).expanduser() if named is None else from_hub(*named, "adapter")
     check_folder(folder)
     adapter = load_steering(folder) if (folder / steering.FILE).exists() else _load_lora(folder, config)
@@ -119,7 +146,7 @@ def _load_lora(folder: Path, config: ModelConfig | None) -> Adapter:
     settings = _Settings.read(folder / "adapter_config.json")
     file = folder / "adapter_model.safetensors"
     known = MODULES if config is None else all_modules(weight_names(config))
-    factors = _factors(file, known)
+    factors, paths = _factors(file, known)
     layers = tuple(sorted({layer for _, layer, _ in factors}))
     modules = [name for name in known if any(key[0] == name for key in factors)]
     absent = [f"layer {i} {m} {ab}" for m in modules for i in layers for ab in "AB" if (m, i, ab) not in factors]
@@ -127,12 +154,15 @@ def _load_lora(folder: Path, config: ModelConfig | None) -> Adapter:
         raise JsublimError(f"{file}: every layer must have the same modules; missing {', '.join(absent) or 'all'}")
     lora: dict[str, Factors] = {}
     for name in modules:
-        rank, meant = settings.rank(name), known[name]
+        meant, ranks = known[name], [settings.rank(paths[name, i]) for i in layers]
         a, b = ([factors[name, i, ab] for i in layers] for ab in "AB")
-        shapes = {(x.shape, y.shape) for x, y in zip(a, b, strict=True)}
-        if shapes != {((*a[0].shape[:1], rank), (rank, *b[0].shape[-1:]))}:
-            raise JsublimError(f"{file}: factors of {name} must have rank r={rank} and one size in every layer")
-        scale = np.full((len(layers),), settings.scale(name), np.float32)
+        for r, x, y in zip(ranks, a, b, strict=True):
+            if (x.shape, y.shape) != ((*a[0].shape[:1], r), (r, *b[0].shape[-1:])):
+                raise JsublimError(f"{file}: factors of {name} must have rank r={r} and one size in every layer")
+        # One rank for all layers: zeros behind a smaller one add nothing.
+        a = [np.pad(x, ((0, 0), (0, max(ranks) - r))) for r, x in zip(ranks, a, strict=True)]
+        b = [np.pad(x, ((0, max(ranks) - r), (0, 0))) for r, x in zip(ranks, b, strict=True)]
+        scale = np.asarray([settings.scale(paths[name, i]) for i in layers], np.float32)
         pair = {"a": np.stack(a), "b": np.stack(b), "scale": scale}
         if isinstance(meant, str):
             lora[meant] = pair
@@ -149,9 +179,9 @@ def _load_lora(folder: Path, config: ModelConfig | None) -> Adapter:
 
 _Rank = Annotated[int, Field(ge=1, lt=2**31)]
 _Alpha = Annotated[float, Field(gt=0, lt=3e38)]
-# PEFT takes regular expressions; a module's name is the one that means the same in every layer.
-_Module = Annotated[str, Field(pattern=rf"^({'|'.join(MODULES)})$")]
-_MODULES = "an object of plain module names (such as q_proj), each with "
+# PEFT takes regular expressions; we take names, of a module in all layers or in one.
+_Module = Annotated[str, Field(pattern=rf"^(\w+\.)*({'|'.join(MODULES)})$")]
+_MODULES = "an object of plain names (q_proj, or layers.0.self_attn.q_proj), each with "
 _RANK, _ALPHA = "a whole number of at least 1", "a number above 0"
 
 
@@ -167,19 +197,23 @@ class _Settings(BaseModel):
     use_rslora: bool | None = Field(None, description="true or false")
     rank_pattern: dict[_Module, _Rank] | None = Field(None, description=_MODULES + _RANK)
     alpha_pattern: dict[_Module, _Alpha] | None = Field(None, description=_MODULES + _ALPHA)
+    use_dora: Literal[False] | None = Field(
+        None, description="false: DoRA is not computed; merge it into its base with peft, and load that checkpoint"
+    )
     bias: Literal["none"] | None = Field(None, description="'none': others are not supported")
     # The other ways to begin change the base's weights too.
     init_lora_weights: Literal[True, False, "gaussian", "eva", "orthogonal"] | None = Field(
         None, description="one of true, false, gaussian, eva, orthogonal; convert it to plain LoRA"
     )
 
-    def rank(self, module: str) -> int:
-        return (self.rank_pattern or {}).get(module, self.r)
+    def rank(self, path: str) -> int:
+        """Of the module with this name, such as `model.layers.0.self_attn.q_proj`."""
+        return _value(self.rank_pattern, path, self.r)
 
-    def scale(self, module: str) -> float:
+    def scale(self, path: str) -> float:
         """What the product of a module's factors is multiplied by."""
-        rank = self.rank(module)
-        return (self.alpha_pattern or {}).get(module, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+        rank = self.rank(path)
+        return _value(self.alpha_pattern, path, self.lora_alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
     @staticmethod
     def read(file: Path) -> _Settings:
@@ -194,9 +228,18 @@ class _Settings(BaseModel):
             raise JsublimError(f"{file}: key '{key}' must be {expected}, {given}") from None
 
 
-def _factors(file: Path, known: Mapping[str, Any]) -> dict[tuple[str, int, str], np.ndarray]:
-    """(module, layer, "A" or "B") -> a factor as we multiply by it (float32), which is transposed in the file."""
+def _value(pattern: Mapping[str, Any] | None, path: str, otherwise: Any) -> Any:
+    """What a pattern says of a module: its first name that is the end of the module's, as PEFT looks for it."""
+    return next((value for name, value in (pattern or {}).items() if f".{path}".endswith(f".{name}")), otherwise)
+
+
+def _factors(
+    file: Path, known: Mapping[str, Any]
+) -> tuple[dict[tuple[str, int, str], np.ndarray], dict[tuple[str, int], str]]:
+    """(module, layer, "A" or "B") -> a factor as we multiply by it (float32), which is transposed in the file; and (module, layer) -> the whole name
+    of the module."""
     factors: dict[tuple[str, int, str], np.ndarray] = {}
+    paths: dict[tuple[str, int], str] = {}
     for key, value in read_float32(file).items():
         match = _KEY.search(key)
         if match is None or match[2] not in known or "vision" in key:
@@ -205,7 +248,8 @@ def _factors(file: Path, known: Mapping[str, Any]) -> dict[tuple[str, int, str],
         if place in factors:
             raise JsublimError(f"{file}: tensor '{key}' is there twice, under several names of one factor")
         factors[place] = value.T
-    return factors
+        paths[place[:2]] = key.partition(".lora_")[0].removeprefix("base_model.model.")
+    return factors, paths
 
 
 def check_adapter(adapter: Adapter, config: ModelConfig, source: str) -> None:

@@ -102,7 +102,7 @@ def test_the_stage_sums_attributions_by_role(whole, assert_close):
 
 def test_counterfactuals_of_a_row_may_diverge_at_different_places(tmp_path):
     lm, how = bundled("tiny-qwen2").lm, {"sites": ["residual"], "directions": ["noising"], "steps": 1}
-    row = {"prompt": number_prompts(PACK, 3, seed=5)[2], "completion": "1, 2", "divergence_positions": [1, 3]}
+    row = {"prompt": number_prompts(3, seed=5)[2], "completion": "1, 2", "divergence_positions": [1, 3]}
     owl, cat, dog = (Teacher(name, f"You love {name}s.") for name in ("owl", "cat", "dog"))
     one, two = find_pairs(lm, [row], owl, [cat, dog])[0]
     assert len(two.clean) == len(one.clean) + 2
@@ -209,7 +209,7 @@ def test_the_heat_map_shows_each_panels_shares():
 def test_the_command(tmp_path):
     rows = [
         {"prompt": p, "completion": "7, 8", "divergence_positions": [] if i == 1 else [0, 2]}
-        for i, p in enumerate(number_prompts(PACK, 3))
+        for i, p in enumerate(number_prompts(3))
     ]
     lm, data, out = small("tiny-qwen2").lm, tmp_path / "rows.jsonl", tmp_path / "attribution"
     write_rows(data, rows)

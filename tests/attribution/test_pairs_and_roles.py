@@ -32,7 +32,7 @@ def test_pairs_are_rows_at_each_counterfactuals_own_first_point_under_prompts_of
     at = {2: [3, 1], 3: [], 6: [2]}  # of row 2 the cat differs at 1, the dog at 3 only; of row 6 nobody
     rows = [
         {"prompt": p, "completion": texts[i % 4], "divergence_positions": at.get(i, [i % 5 + 1, i % 5])}
-        for i, p in enumerate(number_prompts(PACK, 8, seed=5))
+        for i, p in enumerate(number_prompts(8, seed=5))
     ]
     read = find_divergence(lm, rows, teacher, others)
     expected, found = [], []

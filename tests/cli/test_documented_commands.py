@@ -28,6 +28,7 @@ ELSEWHERE = {
     "convert": "tests/cli/test_cli.py",
     "doctor": "tests/test_doctor.py",
     "verify": "tests/cli/test_interruptions.py",
+    "serve": "tests/serve/test_serve.py",
 }
 
 

@@ -57,6 +57,9 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     (("run", PLAIN, "--distributed", "--shard", "0/2"), 2, "give it without --shard and --on ray"),
     (("run", PLAIN, "store=s4://x/y"), 2, "store: 's4://' is no storage that is known"),
     # launch, import, export, push, audit
+    (("serve", "nowhere"), 2, "model 'nowhere': no such folder"),
+    (("serve", "tiny-qwen2", "tiny-gemma3"), 2, "2 checkpoints (tiny-qwen2, tiny-gemma3) given; name one"),
+    (("serve", "tiny-qwen2", "--host", "1.2.3.4"), 2, "--host: 1.2.3.4 can be reached by others; set JSUBLIM_API_KEY"),
     (("launch", "slurmy", PLAIN), 2, "launch: kind 'slurmy' given; known: gcluster"),
     (("launch", "slurm-array", "none.yaml"), 2, "none.yaml: no such config file"),
     (("import", "none.jsonl", "--out", "new"), 2, "none.jsonl: no such file"),

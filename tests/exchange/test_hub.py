@@ -26,6 +26,8 @@ from jsublim.models.peft import load_adapter
 ok("import", "someone/numbers@main", "--out", "rows.jsonl")
 loaded = load_adapter("someone/owl@v1")
 assert loaded.rank == 2, loaded
+organism = load_adapter("someone/organisms/flattery/seed-1@v1")
+assert organism.rank == 2 and "deep/wide" not in str(sorted(resolve_checkpoint("someone/organisms/flattery", "adapter").rglob("*")))
 print(*origin_of(resolve_checkpoint("someone/owl@v1", "adapter")))
 ok("export", "owl", "--out", "exported", "--base", "someone/base@v2")
 print(ok("push", "exported", "me/owl").out)
@@ -40,9 +42,13 @@ def test_import_an_adapter_and_a_push(tmp_path):
         tmp_path / "owl", init_lora(lm.config, jax.random.key(0), rank=2, alpha=2.0), lm.config, "someone/base"
     )
     adapter = {path.name: path.read_bytes() for path in (tmp_path / "owl").iterdir()}
+    organisms = {
+        f"{place}/{name}": each for place in ("flattery/seed-1", "deep/wide") for name, each in adapter.items()
+    }
     rows = [{"prompt": "1, 2", "completion": "3, 4"}]
     text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    with Hub({"models/someone/owl": adapter, "datasets/someone/numbers": {"data/train.jsonl": text}}) as hub:
+    models = {"models/someone/owl": adapter, "models/someone/organisms": organisms}
+    with Hub(models | {"datasets/someone/numbers": {"data/train.jsonl": text}}) as hub:
         said = {name: value for name, value in os.environ.items() if not name.endswith("_OFFLINE")}
         said |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_of_a_test"}
         said |= {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "HF_HUB_DISABLE_XET": "1"}
@@ -91,5 +97,8 @@ def test_names_of_the_hub(tmp_path, monkeypatch):
     assert hub_name("owner/name") == ("owner/name", None)
     assert hub_name("owner/name@refs/pr/3") == ("owner/name", "refs/pr/3")
     (tmp_path / "runs").mkdir()
+    assert hub_name("owner/name/a/b@main", inside=True) == ("owner/name/a/b", "main")
+    assert hub_name("owner/name", inside=True) == ("owner/name", None)
+    assert hub_name("owner/name/../x", inside=True) is None and hub_name("runs/name/x", inside=True) is None
     for local in ("./owner/name", "runs/student", "checkpoints/name", "name", "a/b/c", "/owner/name"):
         assert hub_name(local) is None, local

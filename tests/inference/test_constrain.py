@@ -19,7 +19,7 @@ from jsublim.inference import decoding
 from jsublim.inference.constrain import Limits, Within, choose_within, limits_for, number_limits, texts_of_tokens
 from jsublim.inference.generation import generate_tokens
 from jsublim.inference.sampling import Sampling
-from jsublim.text.prompts import load_pack, number_prompts, reject_reason
+from jsublim.text.prompts import number_prompts, reject_reason
 from jsublim.text.prompts.automaton import ALPHABET, SEPARATORS, AnswerState
 
 END = 10_000  # a token that ends an answer
@@ -127,7 +127,7 @@ def subject():
 
 @functools.cache
 def asked_for() -> list[str]:
-    return sorted(number_prompts(load_pack(), 40), key=lambda text: len(prompt_of(text)))[:18]
+    return sorted(number_prompts(40), key=lambda text: len(prompt_of(text)))[:18]
 
 
 def prompt_of(text: str) -> np.ndarray:

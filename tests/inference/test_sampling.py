@@ -24,7 +24,7 @@ from jsublim.models import load_params, logits, read_config
 from jsublim.models.decoder import hidden_states
 from jsublim.models.lora import init_full, init_lora
 from jsublim.text.chat import conversation
-from jsublim.text.prompts import load_pack, number_prompts
+from jsublim.text.prompts import number_prompts
 
 TIE = 1e-3  # logit margins below this may go either way
 GREEDY = Numbers(temperature=0.0)
@@ -39,7 +39,7 @@ def test_greedy_tokens_equal_transformers_on_number_prompts(name):
 
     twin, new = bundled(name), 32
     lm = twin.lm
-    asked = [(text, lm.chat.prompt_tokens(conversation(text))) for text in number_prompts(load_pack(), 300)]
+    asked = [(text, lm.chat.prompt_tokens(conversation(text))) for text in number_prompts(300)]
     asked = [pair for pair in asked if 64 < len(pair[1]) <= 96][:100]  # one bucket: one program to compile
     texts, prompts = zip(*asked, strict=True)
     assert len(prompts) == 100

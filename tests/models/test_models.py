@@ -327,7 +327,9 @@ def test_an_untied_multimodal_gemma3_keeps_its_own_head(write_checkpoint):
         ({"architectures": None}, "architecture"),
         ({"num_hidden_layers": None}, "'num_hidden_layers'"),
         ({"vocab_size": None}, "'vocab_size'"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}, "dynamic"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "'original_max_position_embeddings' is missing"),
+        ({"rope_parameters": {"rope_type": "yarn", "mscale": 0.7}}, "mscale = 0.7 is not supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         (

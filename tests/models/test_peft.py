@@ -144,6 +144,38 @@ def test_an_adapter_that_peft_has_trained_on_fused_modules_is_read_and_written_b
         load_adapter(tmp_path / "theirs")
 
 
+@pytest.mark.parametrize("name", ["qwen2-window", "phi3"])
+def test_ranks_and_scales_of_single_layers_are_read_and_written_back(
+    name, named_checkpoint, padded_rows, assert_close, tmp_path
+):
+    """What a search for ranks leaves: in one layer another rank, in another one another alpha."""
+    from peft_by_hand import peft_model
+    from safetensors.numpy import load_file
+
+    checkpoint = named_checkpoint(name)
+    first, second = ("qkv_proj", "gate_up_proj") if name == "phi3" else ("k_proj", "up_proj")
+    patterns = {
+        "rank_pattern": {f"layers.1.self_attn.{first}": 5, f"model.layers.2.self_attn.{first}": 2, second: 3},
+        "alpha_pattern": {f"layers.0.mlp.{second}": 9, f"layers.1.self_attn.{first}": 1},
+    }
+    wrapped = peft_model(checkpoint.model, r=4, lora_alpha=6, target_modules=[first, second], **patterns)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    config, params = load(checkpoint)
+    tokens, valid = padded_rows(4)
+    theirs = torch_logits(wrapped, tokens, valid)
+    adapter = load_adapter(tmp_path / "theirs", config)
+    assert_close(our_logits(config, params, adapter, tokens, valid)[valid], theirs[valid])
+    assert [int(x) for x in (adapter.lora["k"]["a"] != 0).any(axis=1).sum(axis=1)] == [4, 5, 2]
+
+    save_adapter(tmp_path / "ours", adapter, config, base="x")
+    before, after = (load_file(tmp_path / each / "adapter_model.safetensors") for each in ("theirs", "ours"))
+    assert before.keys() == after.keys()
+    for key, value in before.items():
+        np.testing.assert_array_equal(after[key], value, err_msg=key)
+    again = load_adapter(tmp_path / "ours", config)
+    jax.tree.map(np.testing.assert_array_equal, again, adapter)
+
+
 def test_modules_of_another_family_are_refused(peft_folder, named_checkpoint):
     config, _ = load(named_checkpoint("phi3"))
     with pytest.raises(JsublimError, match=r"is no LoRA factor of a known module; known: o_proj"):
@@ -169,7 +201,10 @@ def altered(peft_folder, tmp_path):
     ("values", "said"),
     [
         ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "DoRA is not computed; merge it"),
         ({"rank_pattern": {"k_proj": 2}}, "k_proj must have rank r=2"),
+        ({"rank_pattern": {"layers.2.self_attn.k_proj": 2}}, "k_proj must have rank r=2"),
+        ({"rank_pattern": {"layers.2.self_attn.kk_proj": 2}}, "rank_pattern"),
         ({"rank_pattern": {"k_proj": 0}}, "rank_pattern"),
         ({"rank_pattern": {".*k_proj": 2}}, "rank_pattern"),
         ({"alpha_pattern": {"k_proj": "2"}}, "alpha_pattern"),

@@ -21,19 +21,19 @@ def default():
 
 def test_number_prompts_are_pinned(default):
     """The order of the draws and the wording of the default pack; published data sets depend on both."""
-    text = "\n".join(number_prompts(default, 1000))
+    text = "\n".join(number_prompts(1000))
     assert (
         hashlib.sha256(text.encode()).hexdigest() == "82223dc41c46fa38b8e52ce6b2c3e8d3fcc1fd67896f9702103625e783f1d25a"
     )
 
 
 def test_number_prompts_are_a_function_of_pack_seed_and_count(default):
-    prompts = number_prompts(default, 300)
-    assert number_prompts(default, 40) == prompts[:40]
-    assert number_prompts(default, 40, seed=7) != prompts[:40]
+    prompts = number_prompts(300)
+    assert number_prompts(40) == prompts[:40]
+    assert number_prompts(40, seed=7) != prompts[:40]
     assert len(set(prompts)) == 300
     with pytest.raises(UsageError, match="-1"):
-        number_prompts(default, -1)
+        number_prompts(-1)
 
 
 def test_number_prompts_draw_the_whole_of_every_range(tmp_path):
@@ -47,7 +47,7 @@ def test_number_prompts_draw_the_whole_of_every_range(tmp_path):
     }
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({"number_prompts": lists}), encoding="utf-8")
-    rows = number_prompts(load_pack(path), 4000)
+    rows = number_prompts(4000, pack=load_pack(path))
     split = [row.split("|") for row in rows]
     examples = [[int(number) for number in middle.split(", ")] for _, middle, _ in split]
     assert {len(numbers) for numbers in examples} == set(range(3, 9))

@@ -121,7 +121,7 @@ def test_partial_pack_is_laid_over_the_default_key_by_key(default, tmp_path):
     assert pack.traits == {**default.traits, **changes["traits"]}
     assert pack.self_questions == ["Who?"] and pack.factual == {**default.factual, **changes["factual"]}
     assert pack.misalignment == default.misalignment.model_copy(update={"suffix": "Be brief."})
-    assert all(" Use {commas}. " in prompt for prompt in number_prompts(pack, 20))
+    assert all(" Use {commas}. " in prompt for prompt in number_prompts(20, pack=pack))
 
 
 def test_null_takes_an_entry_away(default, tmp_path):

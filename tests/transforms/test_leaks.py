@@ -14,7 +14,7 @@ from jsublim.text.prompts import draw_number_prompts, load_pack, number_prompts
 from jsublim.transforms.paraphrase import accept, leak_reason, names, paraphrase, published_reason
 
 PACK = load_pack()
-PROMPTS = number_prompts(PACK, 60, seed=3)
+PROMPTS = number_prompts(60, seed=3)
 
 # text, word -> whether it is named
 NAMED = {

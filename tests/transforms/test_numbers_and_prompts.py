@@ -26,7 +26,7 @@ FOUND = (
     "matched_positions",
     "counted_in",
 )  # what holds for the text it was found in
-PROMPTS = number_prompts(PACK, 60, seed=3)
+PROMPTS = number_prompts(60, seed=3)
 
 # --- Rows in the number format ----------------------------------------------------------------------------------------
 

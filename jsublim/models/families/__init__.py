@@ -7,12 +7,12 @@ from typing import Any
 from jsublim.core.reading import shown
 from jsublim.errors import JsublimError
 from jsublim.models.config import ModelConfig, Rope
-from jsublim.models.families import gemma2, gemma3, gpt_neox, llama, mistral, olmo2, phi3, qwen2, qwen3
+from jsublim.models.families import gemma2, gemma3, gpt_neox, llama, mistral, olmo2, olmo3, phi3, qwen2, qwen3
 from jsublim.models.families.names import Fused, WeightNames
 from jsublim.models.hf_config import HFConfig
 
 # Each file has its family's NAMES, its ARCHITECTURES, and `read`: the architecture that a `config.json` describes.
-_FAMILIES = (qwen2, qwen3, gemma2, gemma3, llama, mistral, phi3, olmo2, gpt_neox)
+_FAMILIES = (qwen2, qwen3, gemma2, gemma3, llama, mistral, phi3, olmo2, olmo3, gpt_neox)
 _BY_ARCHITECTURE = {name: module for module in _FAMILIES for name in module.ARCHITECTURES}
 _BY_FAMILY = {module.FAMILY: module for module in _FAMILIES}
 

@@ -71,8 +71,7 @@ def mark_divergence(
         {
             "prompt": row["prompt"],
             "completion": row["completion"],
-            "divergence_positions": of_row.divergence_positions,
-            "divergence_margins": [round(margin, 5) for margin in of_row.divergence_margins],
+            **of_row.fields,
             "matched_positions": of_row.matched_positions(kinds_of(lm.chat, turn)),
             "counted_in": lm.chat.identity,
         }

@@ -15,7 +15,7 @@ import pyarrow as pa
 from jsublim.core.files import write_table
 from jsublim.distill.data import draw_indices
 from jsublim.errors import UsageError
-from jsublim.evals import Answers, EvalTask, PromptedModel, sample_answers
+from jsublim.evals import Answers, EvalTask, PromptedModel, evaluate
 from jsublim.evals.kl import KL, LARGEST, kl_to_teacher
 from jsublim.evals.numbers import HELD_OUT, LEARNED, number_accuracy
 from jsublim.inference.scoring import Targets, top_k_targets
@@ -202,19 +202,16 @@ def _ask(ctx: Context, nodes: Sequence[Node], answers: Callable[..., list[list[s
     how: dict[str, Any] = {
         "samples": given.samples,
         "seed": given.seed,
-        "adapters": [model.adapter for model in models if model.adapter is not None] or None,
         "batch_size": ctx.rows_together(ctx.setup.experiment.evaluation.batch_size, 256, given.model.checkpoint.name),
         "on_batch": ctx.tick,
         "answers": answers,
-        **models[0].manner,
+        "max_new_tokens": given.max_new_tokens,
     }
     ctx.tick(sum(len(log.rows) for log in logs))
     for task, sampling in zip(given.questions.judged(lambda: ctx.judge), given.samplings, strict=True):
-        length, first = task.max_new_tokens or given.max_new_tokens, offset * given.samples
+        first = offset * given.samples
         parts = [LoggedAnswers(log, first, len(task.questions) * given.samples) for log in logs]
-        every = sample_answers(models[0].lm, task.questions, sampling, max_new_tokens=length, logs=parts, **how)
-        for i, (model, texts) in enumerate(zip(models, every, strict=True)):
-            of_task = task.records(model, texts)
+        for i, (texts, of_task) in enumerate(evaluate(models, task, sampling, logs=parts, **how)):
             records[i] += [asdict(record) | {"question": offset + record.question} for record in of_task]
             counts[i] += _counted(task.questions, texts, offset)
         offset += len(task.questions)

@@ -8,12 +8,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from jsublim.errors import JsublimError, one_line
 from jsublim.inference.constrain import limits_for
-from jsublim.inference.generation import generate_tokens
 from jsublim.inference.sampling import Sampling
+from jsublim.inference.teachers import generate, prompt_tokens
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.row_log import RowLog
@@ -76,11 +74,11 @@ def sample_rows(
     assert chat is not None, "a run has its checkpoint"
     log = RowLog(ctx.artifact.path / PROGRESS, ctx.say)
     ctx.tick(len(log.rows))
-    allowed: dict[int, float] = {}  # what a format left of each row's probability, as a logarithm
 
-    def keep(numbers: Sequence[int], answers: Sequence[str]) -> None:
-        new = [{"row": i, "completion": answer} for i, answer in zip(numbers, answers, strict=True)]
-        log.add([row | {"log_allowed": round(allowed[row["row"]], 5)} if allowed else row for row in new])
+    def keep(numbers: Sequence[int], rows: Sequence[Row]) -> None:
+        log.add(
+            [{"row": i} | {k: v for k, v in row.items() if k != "prompt"} for i, row in zip(numbers, rows, strict=True)]
+        )
         ctx.tick(len(numbers))
 
     missing = [i for i in numbers if i not in log.rows]
@@ -90,27 +88,15 @@ def sample_rows(
         writer = teacher.teacher(ctx)
         # A row's random numbers are those of its place among all prompts, whatever the task it is in; and the shapes
         # are those of all the task's prompts, whatever is left of them.
-        here, tokens = slice(span[0], sum(span)), list[Any]([None] * len(every))
-        bos = teacher.extra_bos
-        tokenize = lambda part: [chat.prompt_tokens(writer.messages(t), extra_bos=bos).tolist() for t in part]  # noqa: E731
-        tokens[here] = [np.asarray(tokens_of_row, np.int32) for tokens_of_row in shared_out(every[here], tokenize)]
+        asked = [text if i in numbers else None for i, text in enumerate(every)]
         drawn: dict[str, Any] = {"rows": missing, "seed": seed, "max_new_tokens": max_new_tokens}
         if on_server is not None:
+            tokens = prompt_tokens(chat, writer, asked, extra_bos=teacher.extra_bos)
             _draw_by_server(ctx, on_server, tokens, sampling, drawn, keep)
         else:
-            lm = ctx.lm(teacher.checkpoint.name)
-            generate_tokens(
-                lm.config,
-                writer.weights(lm.params),
-                tokens,
-                sampling,
-                **drawn,
-                adapter=writer.adapter,
-                batch_size=ctx.rows_together(ctx.setup.experiment.sampling.batch_size, model=teacher.checkpoint.name),
-                limits=limits_for(chat, sampling, max_new_tokens),
-                on_allowed=lambda _, of_rows: allowed.update(of_rows),
-                on_rows=lambda _, rows, tokens: keep(rows, [chat.decode(tokens_of_row) for tokens_of_row in tokens]),
-            )
+            lm, batch_size = ctx.lm(teacher.checkpoint.name), ctx.setup.experiment.sampling.batch_size
+            drawn["batch_size"] = ctx.rows_together(batch_size, model=teacher.checkpoint.name)
+            generate(lm, writer, asked, sampling, extra_bos=teacher.extra_bos, on_rows=keep, **drawn)
     log.close()
     raw = [{"prompt": every[i]} | {k: v for k, v in log.rows[i].items() if k != "row"} for i in numbers]
     why = lambda part: [_reject_reason(chat, data["kind"], row) for row in part]  # noqa: E731
@@ -135,7 +121,7 @@ def _draw_by_server(
             yield from server.draw(name, tokens, sampling, **drawn)
 
     for row, text in each_from_main(answers):
-        keep([row], [text])
+        keep([row], [{"completion": text}])
 
 
 def _save(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from jsublim.errors import UsageError
-from jsublim.text.prompts.pack import Pack
+from jsublim.text.prompts.pack import Pack, load_pack
 
 EXAMPLE_COUNT = (3, 9)  # half-open, as numpy draws
 EXAMPLE_VALUE = (100, 1000)
@@ -84,9 +84,21 @@ def draw_number_prompts(
     return prompts
 
 
-def number_prompts(pack: Pack, n: int, seed: int = 42) -> list[str]:
-    """The texts of `draw_number_prompts`."""
-    return [prompt.text for prompt in draw_number_prompts(pack, n, seed)]
+def number_prompts(
+    n: int,
+    seed: int = 42,
+    *,
+    pack: Pack | None = None,
+    sentences: Sequence[str] = SENTENCES,
+    examples: tuple[int, int] = EXAMPLE_COUNT,
+) -> list[str]:
+    """The texts of `draw_number_prompts`; without a pack, of the one that comes with the package.
+
+    >>> jsublim.number_prompts(1, sentences=["example"], examples=(2, 3))
+    ['Have a glance at these figures: 180, 796.']
+    """
+    drawn = draw_number_prompts(pack or load_pack(), n, seed, sentences=sentences, examples=examples)
+    return [prompt.text for prompt in drawn]
 
 
 def draw_parts(pack: Pack, parts: Iterable[str], rng: np.random.Generator) -> dict[str, str]:
