@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from jsublim.api import Run, results, run
     from jsublim.attribution.pairs import find_pairs
     from jsublim.attribution.patching import attribution_patching
+    from jsublim.attribution.scan import scan
     from jsublim.distill.arm import Arm, Settings
     from jsublim.distill.data import make_examples, read_turns
     from jsublim.distill.losses import Loss
@@ -57,6 +58,7 @@ __all__ = [
     "results",
     "run",
     "save_adapter",
+    "scan",
     "token_mask",
     "train",
     "train_step",
