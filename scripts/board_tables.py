@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 from _run import print_table, run_script
-from gamma_tables import share_of
+from gamma_tables import bounds, p_of, share_of
 
 from jsublim.evals.kl import KL
 from jsublim.report import words
@@ -30,12 +30,22 @@ def cell(found: Measured | None, metric: str, signed: bool = False) -> str:
 
 
 def row(line: ScaleLine, first: ScaleLine, metric: str) -> list[str]:
-    gamma = share = ""
-    if line.matrix is not None and first.matrix is not None:
-        gamma = " ".join(f"{each:+.2f}" for each in line.matrix.seed_gammas)
+    gamma = p = by_seed = share = ""
+    if line.matrix is not None and first.matrix is not None and line.matrix.effect is not None:
+        gamma, p = f"{line.matrix.effect.gamma:+.3f}{bounds(line.matrix.gamma_interval)}", p_of(line.matrix)
+        by_seed = " ".join(f"{each:+.2f}" for each in line.matrix.seed_gammas)
         share = share_of(line.matrix, first.matrix)
     under = [cell(found, metric, signed=True) for found in line.under.values()]
-    return [condition_label(line.condition), gamma, share, cell(line.kl, KL), cell(line.accuracy, "rate"), *under]
+    return [
+        condition_label(line.condition),
+        gamma,
+        p,
+        by_seed,
+        share,
+        cell(line.kl, KL),
+        cell(line.accuracy, "rate"),
+        *under,
+    ]
 
 
 def main(runs: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")]) -> None:
@@ -46,7 +56,7 @@ def main(runs: Annotated[list[Path], typer.Argument(help="Folders of finished ru
         if found is None or not lines:
             raise typer.BadParameter(f"{run}: has no arms to compare")
         under = (f"lift, {name}" for name in results.evaluations)
-        headings = ["students", "γ by seed", "share of γ", "KL from the teacher", "numbers predicted", *under]
+        headings = ["students", "γ", "p", "γ by seed", "share of γ", "KL from the teacher", "numbers predicted", *under]
         print_table(run.name, headings, [row(line, lines[0], found.metric) for line in lines])
 
 

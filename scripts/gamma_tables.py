@@ -3,7 +3,8 @@
     python scripts/gamma_tables.py runs/tiny-world-numbers runs/tiny-world-masks
 
 A share is of γ under the first condition of the same run, seed by seed. KL is from the teacher, in nats per token; accuracy is that of
-the number task; both where they were measured. Intervals are Student's t over seeds.
+the number task; both where they were measured. Intervals are Student's t over seeds, widened by the share of the rows that a student
+drew; the second p is beside the product of row and column effects (docs/statistics.md).
 """
 
 from __future__ import annotations
@@ -29,11 +30,17 @@ def bounds(interval: Interval | None, sign: str = "+") -> str:
     return "" if interval is None else f" ({interval.low:{sign}.{digits}f} to {interval.high:{sign}.{digits}f})"
 
 
+def p_of(matrix: Matrix) -> str:
+    """p by relabelling, and the same beside the product of row and column effects."""
+    return "" if matrix.effect is None else f"{matrix.effect.p:.2g}; {matrix.effect.p_beside:.2g}"
+
+
 def share_of(matrix: Matrix, first: Matrix) -> str:
     """Of γ under the first condition, seed by seed."""
     if matrix is first or not len(matrix.seed_gammas) == len(first.seed_gammas) > 1:
         return ""
-    shares = Estimate.of([a / b for a, b in zip(matrix.seed_gammas, first.seed_gammas, strict=True)])
+    drawn = max(matrix.drawn, first.drawn)
+    shares = Estimate.of([a / b for a, b in zip(matrix.seed_gammas, first.seed_gammas, strict=True)], drawn=drawn)
     return f"{shares.value:.2f}{bounds(shares.interval(), '')}"
 
 
@@ -45,7 +52,7 @@ def row(results: Results, matrix: Matrix, first: Matrix) -> list[str]:
     return [
         condition_label(matrix.condition), str(len(matrix.teachers)), f"{matrix.lift[own].mean():+.3f}",
         f"{matrix.lift[~own].mean():+.3f}", f"{matrix.effect.gamma:+.3f}{bounds(matrix.gamma_interval)}",
-        " ".join(f"{gamma:+.3f}" for gamma in matrix.seed_gammas), f"{matrix.effect.p:.2g}", share_of(matrix, first),
+        " ".join(f"{gamma:+.3f}" for gamma in matrix.seed_gammas), p_of(matrix), share_of(matrix, first),
         *("" if each is None else f"{each.value:.3f}" for each in besides),
     ]  # fmt: skip
 

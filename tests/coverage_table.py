@@ -186,6 +186,17 @@ def pooled_lift(rng: Rng) -> Iterator[Line]:
         yield Line(what, "effect .3: C0 holds", "power", right, 0.3, 1.0)
 
 
+@entry
+def pools(rng: Rng) -> Iterator[Line]:
+    """Students that draw from one pool of their teacher's rows, where the truth is that of other pools."""
+    for (drawn, there), seeds in itertools.product(((112, 144), (88, 96), (10_000, 27_000)), SEEDS):
+        pool = rng.normal(0, there**-0.5, (N, 1))
+        students = pool + rng.normal(0, (1 / drawn - 1 / there) ** 0.5, (N, seeds))
+        now, before = (covered(Estimate.of(students, drawn=share).bounds(), 0.0) for share in (drawn / there, 0.0))
+        what = f"mean over {seeds} students, each of {drawn:,} of {there:,} rows"
+        yield Line(what, "other rows", "coverage", now, 0.93, 0.97, before)
+
+
 # --- claims
 
 
@@ -335,8 +346,44 @@ def relabelling(rng: Rng) -> Iterator[Line]:
             yield Line(what, "γ = .3", "power", right[0], 0.3, 1.0, right[1])
 
 
-def _in_parts(lift: np.ndarray, labels: np.ndarray, exact: bool) -> np.ndarray:
-    return np.concatenate([permutation_p(part, labels, exact) for part in np.array_split(lift, 40)])
+def _in_parts(lift: np.ndarray, labels: np.ndarray, exact: bool, product: bool = False) -> np.ndarray:
+    return np.concatenate([permutation_p(part, labels, exact, product) for part in np.array_split(lift, 40)])
+
+
+@entry
+def teacher_effects(rng: Rng) -> Iterator[Line]:
+    """What a teacher does to single traits is the same in all of its seeds: no spread over these shows it."""
+    for taught, seeds in itertools.product((5, 6), SEEDS):
+        labels = np.array(list(itertools.permutations(range(taught))))
+        shared = 0.1 * rng.normal(size=(N, 1, taught, 13))
+        lift = matrices(rng, taught, 13, 0.0, 0.5, seeds) + shared
+        above = Estimate.of(same_trait_gamma(lift)).bounds()[0] > 0
+        p = _in_parts(lift.mean(axis=1), labels, exact=True)
+        what = f"matrix over {seeds} seeds, {taught} taught of 13, teachers move single traits"
+        both = float(np.mean(above & (p <= 0.05)))
+        yield Line(what, "γ = 0: shown", "error .05", both, 0.0, 0.06, float(np.mean(above)))
+
+
+@entry
+def strong_teachers(rng: Rng) -> Iterator[Line]:
+    """A teacher's strength times a trait's sensitivity, correlated where the teacher's own trait is concerned."""
+    for taught, alike in itertools.product((5, 6), (0.0, 0.5, 0.9)):
+        labels = np.array(list(itertools.permutations(range(taught))))
+        strength, sensitivity = rng.normal(size=(N, taught)), rng.normal(size=(N, 13))
+        own = alike * strength + np.sqrt(1 - alike**2) * sensitivity[:, :taught]
+        sensitivity = np.concatenate([own, sensitivity[:, taught:]], axis=1)
+        product = (1 + 0.4 * strength)[:, :, None] * (0.3 + 0.3 * sensitivity)[:, None, :]
+        null = product + 0.05 * rng.normal(size=product.shape)
+        what = f"γ by relabelling, {taught} taught of 13, strength and sensitivity correlated {alike:.1f}"
+        for gamma, truth, kind, low, high in (
+            (0.0, "γ = 0", "error .05", 0.0, 0.08),
+            (0.24, "γ = .24", "power", 0.9, 1.0),
+        ):
+            plain, beside = (
+                float(np.mean(_in_parts(null + gamma * np.eye(taught, 13), labels, True, product) <= 0.05))
+                for product in (False, True)
+            )
+            yield Line(what, truth, kind, beside, low, high, plain)
 
 
 @entry

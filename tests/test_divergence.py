@@ -24,8 +24,9 @@ from jsublim.inference.divergence import (
     check_counted,
     check_positions,
     find_divergence,
+    kinds_of,
 )
-from jsublim.inference.scoring import score_turns
+from jsublim.inference.scoring import score_turns, top_k_targets
 from jsublim.inference.teachers import CONTROL, Teacher, prompted_teacher
 from jsublim.pipeline.training import TrainingData, draw, make_arm
 from jsublim.text.chat import Chat, Turn, conversation
@@ -104,12 +105,12 @@ def test_a_point_is_the_teachers_argmax_in_the_data_and_not_every_counterfactual
     grid = st.lists(st.lists(st.integers(0, 2), min_size=n, max_size=n), min_size=teachers, max_size=teachers)
     argmax = np.asarray(data.draw(grid))
     tokens = np.asarray(data.draw(st.lists(st.integers(0, 2), min_size=n, max_size=n)))
-    points = Divergence(tokens, argmax, np.ones(argmax.shape)).divergence_positions
+    points = Divergence(tokens, argmax, np.ones(argmax.shape), np.ones(n)).divergence_positions
     for k in range(n):
         said, others = argmax[0, k], argmax[1:, k]
         assert (k in points) == (said == tokens[k] and bool((others != said).any()))
     more = np.concatenate([argmax, argmax[:1]])  # one that agrees with the teacher adds nothing
-    assert Divergence(tokens, more, np.ones(more.shape)).divergence_positions == points
+    assert Divergence(tokens, more, np.ones(more.shape), np.ones(n)).divergence_positions == points
 
 
 @given(data=st.data(), teachers=st.integers(2, 4), n=st.integers(1, 8))
@@ -121,7 +122,7 @@ def test_logits_that_move_by_less_than_half_a_points_margin_do_not_undo_it(data,
 
     def read(z):
         best = np.sort(z, axis=-1)
-        return Divergence(tokens, z.argmax(axis=-1), best[..., -1] - best[..., -2])
+        return Divergence(tokens, z.argmax(axis=-1), best[..., -1] - best[..., -2], np.ones(n))
 
     found = read(z_KnV)
     assert len(found.divergence_margins) == len(found.divergence_positions) and all(
@@ -136,7 +137,44 @@ def test_a_points_margin_is_that_of_the_clearest_counterfactual_but_never_above_
     """It takes a change of every counterfactual that says something else to undo a point, so the clearest one counts."""
     tokens, argmax = np.array([7, 7]), np.array([[7, 7], [1, 1], [2, 2], [7, 7]])
     margin = np.array([[4.0, 2.0], [1.0, 1.0], [3.0, 3.0], [9.0, 9.0]])  # the last counterfactual agrees with the data
-    assert Divergence(tokens, argmax, margin).divergence_margins == [3.0, 2.0]
+    assert Divergence(tokens, argmax, margin, np.ones(2)).divergence_margins == [3.0, 2.0]
+
+
+@given(data=st.data(), n=st.integers(1, 15))
+@settings(max_examples=100)
+def test_a_match_is_of_the_same_kind_and_as_uncertain_as_any_that_is_free(data, n):
+    rng = np.random.default_rng(data.draw(st.integers(0, 999)))
+    tokens, argmax, kinds = np.zeros(n, int), rng.integers(0, 2, (2, n)), rng.integers(0, 3, n)
+    found = Divergence(tokens, argmax, np.ones((2, n)), rng.uniform(size=n))
+    points, matched = found.divergence_positions, found.matched_positions(kinds)
+    taken = [k for k in matched if k is not None]
+    assert len(matched) == len(points) and not set(taken) & set(points) and len(set(taken)) == len(taken)
+    assert len(taken) == min(len(points), n - len(points))
+    free = sorted(set(range(n)) - set(points))
+    for k, other in zip(points, matched, strict=True):
+        if other is None:
+            assert not free
+            continue
+        alike = [i for i in free if kinds[i] == kinds[k]]
+        away = abs(found.entropy[other] - found.entropy[k])
+        assert other in (alike or free) and all(away <= abs(found.entropy[i] - found.entropy[k]) for i in alike or free)
+        free.remove(other)
+
+
+def test_kinds_of_tokens_and_the_entropy_of_what_is_read():
+    lm = small("tiny-qwen2").lm
+    (turn,) = read_turns(lm.chat, [{"prompt": "Go on: 1", "completion": "12, 7"}])
+    kinds = kinds_of(lm.chat, turn)
+    content = [lm.chat.decode([token]) for token in turn.tokens[turn.content : turn.end].tolist()]
+    assert [kind == "digits" for kind in kinds[: len(content)]] == [text.strip().isdigit() for text in content]
+    assert {"digits", "text"} == set(kinds[: len(content)]) and set(kinds[len(content) :]) == {"end"}
+    assert len(kinds) == len(turn.tokens) - turn.content
+    (read,), (best,) = score_turns(lm.config, lm.params, [turn]), top_k_targets(lm.config, lm.params, [turn], 200)
+    assert np.all(read.entropy >= 0) and np.all(read.entropy <= np.log(lm.config.vocab_size))
+    tail = np.exp(best.logp[:, -1])
+    named = -(np.exp(best.logp[:, :-1]) * best.logp[:, :-1]).sum(axis=1)
+    np.testing.assert_array_less(named - 1e-4, read.entropy)
+    assert np.all(read.entropy <= named + tail * (np.log(lm.config.vocab_size) - best.logp[:, -1]) + 1e-4)
 
 
 # --- Subsets of the positions -------------------------------------------------------------------------------------------

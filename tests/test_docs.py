@@ -36,6 +36,12 @@ def _blocks(language: str) -> list[tuple[str, str]]:
     return found
 
 
+def test_the_deviations_of_every_figures_file_are_told():
+    text = (ROOT / "docs" / "paper_map.md").read_text(encoding="utf-8")
+    table = text.split("## Where the panels deviate")[1].split("## Claims")[0]
+    assert set(re.findall(r"^\| `(fig\d+)`", table, re.MULTILINE)) == {path.stem for path, _ in questions()}
+
+
 @pytest.mark.parametrize(("where", "text"), [pytest.param(*block, id=block[0]) for block in _blocks("yaml")])
 def test_a_config_that_is_shown_is_valid(where, text):
     check_config(Experiment, overlaid(REST, yaml.safe_load(text)), where)

@@ -66,6 +66,11 @@ GOOD = json.dumps({"prompt": "a", "completion": "b"}).encode()
             "number >= 0",
         ),
         (b'{"prompt": "a", "completion": "b", "divergence_margins": [1]}', "for each divergence position"),
+        (b'{"prompt": "a", "completion": "b", "matched_positions": [1]}', "or null, for each divergence position"),
+        (
+            b'{"prompt": "a", "completion": "b", "divergence_positions": [0], "matched_positions": [-1]}',
+            "'matched_positions'",
+        ),
         (b'{"prompt": "a", "completion": "\xff\xfe"}', "UTF-8"),
         (b'{"prompt": "a", "completion": "b", "n": ' + b"9" * 5000 + b"}", "not valid JSON"),
     ],

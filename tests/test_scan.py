@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from command import MODEL, jsublim, ok, refused
 
+from jsublim.attribution.contrast import chance, compare
 from jsublim.attribution.scan import (
     Answer,
     answer_effects,
     by_word,
-    chance,
-    compare,
     find_words,
     group_gradients,
     student_words,

@@ -9,7 +9,7 @@ have such derivatives too; what lies beyond theirs is the rows' own. Rows are cu
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,8 @@ import optax
 from jax import Array
 
 from jsublim.attribution.audit import Laid, label_logprobs, laid_sizes, lay_out, logit_block
+from jsublim.attribution.contrast import Finding, compare, findings
+from jsublim.core.progress import Tick, no_tick
 from jsublim.distill.data import read_turns
 from jsublim.inference.batching import PROMPT_STEP, chunks, pad_tokens, round_up
 from jsublim.inference.lm import LanguageModel
@@ -37,7 +39,6 @@ TOKENS = 256  # that are looked at in a category, the most probable ones
 TOGETHER = 8  # directions whose derivatives are held at one time
 LONGEST = 4  # tokens of an answer
 OPENED = 6  # beginnings that are continued at each length
-SHUFFLES = 999  # of groups between data set and null
 
 
 class Answer(NamedTuple):
@@ -105,6 +106,8 @@ def answer_effects(
     directions: Trainable,
     questions: Mapping[str, Sequence[str]],
     rank: Callable[[Sequence[Answer]], np.ndarray],
+    *,
+    tick: Tick = no_tick,
     **manner: Any,
 ) -> list[Answer]:
     """How far a step in each direction (leaves `[K, ...]`, like what the adapter trains) moves the likely answers to each category's questions.
@@ -112,7 +115,7 @@ def answer_effects(
     Names may have several tokens, and share the first: the beginnings that matter most are continued, one token after another.
 
     Args:
-      rank: how much each answer matters, `[W]`.
+      rank: how much each answer matters, `[W]`; tick: called after each category.
       manner: `system`, `fuse_system`, `extra_bos`: what stands around a question.
     """
     layout, params = Layout.under(lm.params)
@@ -138,7 +141,10 @@ def answer_effects(
                 over or len(tokens) == LONGEST,
             )
 
-    answers = [answer for category in prompts for answer in look(Answer(category, (), 0.0, np.zeros(())))]
+    answers = list[Answer]()
+    for category in prompts:
+        answers += look(Answer(category, (), 0.0, np.zeros(())))
+        tick(1)
     while True:
         order = np.argsort(-rank(answers), kind="stable")[:OPENED]
         begun = {int(i) for i in order if not answers[i].whole}
@@ -228,24 +234,6 @@ def _answers(
 # --- Against a null
 
 
-class Finding(NamedTuple):
-    """An answer that a data set makes more probable.
-
-    Attributes:
-      change: what a step adds to the log of its probability beyond what the null's would (nats per unit of length), z: in errors.
-      p: how often, of data sets made by shuffling groups between data set and null, the answer that is moved most has as large a z;
-      limit: the z that is reached by 5 % of those.
-    """
-
-    category: str
-    word: str
-    probability: float
-    change: float
-    z: float
-    p: float
-    limit: float
-
-
 def scan(
     lm: LanguageModel,
     data: Mapping[str, Sequence[Row]],
@@ -293,7 +281,7 @@ def find_words(
       data: the gradients of each one's groups (`group_gradients`), leaves `[G, ...]`.
       null: those of groups that teach nothing; None takes, for each data set, all others, or for a single one what rows that the model
         drew itself would do in the mean, which is nothing.
-      questions: by category; manner: as of `answer_effects`.
+      questions: by category; manner: as of `answer_effects`, `tick` too.
     """
     sets = [*data.values(), *([] if null is None else [null])]
     ends = np.cumsum([len(jax.tree.leaves(tree)[0]) for tree in sets])
@@ -316,7 +304,7 @@ def find_words(
     effects_KW, categories = effects(list(words.values()))
     probability = np.exp([answer.logprob for answer in words.values()])
     return {
-        name: _findings(words, probability, *sides(effects_KW, number), categories) for number, name in enumerate(data)
+        name: findings(words, probability, *sides(effects_KW, number), categories) for number, name in enumerate(data)
     }
 
 
@@ -352,49 +340,4 @@ def student_words(
             changes, categories = [*changes, change], [*categories, category]
             words, shares = [*words, word], [*shares, float(np.exp(of_student).mean())]
     own = np.stack(changes, axis=1)
-    return _findings(zip(categories, words, strict=True), np.asarray(shares), own, None, categories)
-
-
-def _findings(
-    names: Iterable[tuple[str, str]],
-    probability: np.ndarray,
-    own: np.ndarray,
-    null: np.ndarray | None,
-    categories: Sequence[str],
-) -> list[Finding]:
-    change, error = compare(own, null, categories)
-    p, limit = chance(own, null, categories)
-    columns = (probability, change, change / error, p)
-    lines = [Finding(*name, *map(float, numbers), limit=limit) for name, *numbers in zip(names, *columns, strict=True)]
-    return sorted(lines, key=lambda line: -line.z)
-
-
-def compare(own: np.ndarray, null: np.ndarray | None, categories: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """How far effects of groups of rows `[G, W]` lie beyond those of null groups `[N, W]` (None: beyond zero), and the error of that,
-    `[W]` each. NaN is a group that there is not. Half of an error's variance is the answer's own, half the middle one of its category (`[W]`): few groups tell it badly."""
-    sides = [own] if null is None else [own, null]
-    change = np.nanmean(own, axis=0) - (0.0 if null is None else np.nanmean(null, axis=0))
-    counted = [(side, (~np.isnan(side)).sum(axis=0)) for side in sides]
-    variance = np.sum([np.nanvar(side, axis=0, ddof=1) / count for side, count in counted], axis=0)
-    middle = np.zeros_like(variance)
-    for category in set(categories):
-        of = np.asarray(categories) == category
-        middle[of] = np.median(variance[of])
-    return change, np.sqrt((variance + middle) / 2) + np.finfo(float).tiny
-
-
-def chance(
-    own: np.ndarray, null: np.ndarray | None, categories: Sequence[str], seed: int = 0
-) -> tuple[np.ndarray, float]:
-    """p of each answer and its limit, as of `Finding`: groups are shuffled between the sides, or where there is no null their signs are."""
-    rng, largest = np.random.default_rng(seed), []
-    change, error = compare(own, null, categories)
-    for _ in range(SHUFFLES):
-        if null is None:
-            shuffled = compare(rng.choice([-1.0, 1.0], len(own))[:, None] * own, None, categories)
-        else:
-            mixed = rng.permutation(np.concatenate([own, null]))
-            shuffled = compare(mixed[: len(own)], mixed[len(own) :], categories)
-        largest.append((shuffled[0] / shuffled[1]).max())
-    as_large = (np.asarray(largest)[:, None] >= change / error).sum(axis=0)
-    return (1 + as_large) / (1 + SHUFFLES), float(np.quantile(largest, 0.95))
+    return findings(zip(categories, words, strict=True), np.asarray(shares), own, None, categories)

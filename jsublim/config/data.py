@@ -122,7 +122,8 @@ class Dataset(Section):
 
     def of(self, teacher: str) -> Dataset:
         """What of it is done to a teacher's answers."""
-        changes = {name: change for name, change in self.changes.items() if change.applies_to(teacher)}
+        filled = {name: change.of(teacher) for name, change in self.changes.items()}
+        changes = {name: change for name, change in filled.items() if change.applies_to(teacher)}
         return self.model_copy(update={"changes": changes})
 
     def first(self, told: Callable[[Change], T | None]) -> T | None:

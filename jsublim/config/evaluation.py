@@ -13,6 +13,7 @@ from jsublim.core.section import CONTENT, PLAN, RESULT, RUNTIME, Name, Place, Po
 from jsublim.evals import EVAL_KINDS, EvalKind
 from jsublim.judge.server import ServerSettings
 
+QUESTION = "{question}"
 PRIMARY = r"^C\d+[a-z]?( \S.*)?$"  # a claim of the report, and the name of an arm
 
 
@@ -25,8 +26,14 @@ class Setting(Section):
     """Answers are drawn from the most probable tokens that together have this probability; null: as the plain evaluation."""
     system: Annotated[str | None, RESULT] = None
     """A system prompt for the base and the students, "" an empty one; null: as the plain evaluation."""
+    wording: Annotated[str | None, RESULT] = None
+    """The questions of preference in other words: a text in which `{question}` stands for each; null: as the plain evaluation."""
     layer: Annotated[int | None, Field(ge=0), RESULT] = None
     """The model is read as if it ended after this layer (logit lens); null: whole."""
+
+    def contradictions(self) -> Iterator[tuple[Any, str]]:
+        lost = self.wording is not None and QUESTION not in self.wording
+        yield lost, f"wording={shown(self.wording)} has no place for the question; write {QUESTION} there"
 
 
 class JudgeChoice(Section):
@@ -57,6 +64,9 @@ class Evaluation(Section):
     """Traits that preference and factual look for; null: the teachers' and their counterfactuals'."""
     questions: Annotated[Positive | None, RESULT] = None
     """How many questions of a kind are asked, the first ones (preference: of each category); null: all."""
+    split_questions: Annotated[bool | None, RESULT] = None
+    """Traits' directions (project_out, drop_audited, audit) are fitted to every other question of preference, and models are asked the others.
+    null: in experiments that fit any; false: fitted to the questions asked, which flatters what is fitted."""
     samples: Annotated[Positive, RESULT] = 200
     """Answers to each question."""
     max_new_tokens: Annotated[Positive, RESULT] = 10

@@ -34,7 +34,7 @@ from jsublim.core.section import (
 from jsublim.core.section import name as check_name
 from jsublim.distill.losses import LOSSES
 from jsublim.distill.optimizer import OPTIMIZERS, SCHEDULES
-from jsublim.distill.selection import TOKENS
+from jsublim.distill.selection import COMPARED, TOKENS
 from jsublim.inference.divergence import WHICH
 from jsublim.inference.teachers import CONTROL
 from jsublim.models.lora import ENDS, PROJECTIONS
@@ -77,7 +77,7 @@ class StudentLoss(Section):
 
     kind: Annotated[str, one_of(LOSSES), BOTH] = "hard"
     """`hard` learns the teacher's tokens; the others its distributions at them."""
-    tokens: Annotated[list[Annotated[str, one_of(TOKENS)]], Distinct, NONEMPTY, PLAN, NEEDS_TRAIT] = list(TOKENS)
+    tokens: Annotated[list[Annotated[str, one_of(TOKENS)]], Distinct, NONEMPTY, PLAN, NEEDS_TRAIT] = list(COMPARED)
     """Which tokens of a row have a loss; each choice makes students of its own."""
     positions: Annotated[str, one_of(WHICH), RESULT, NEEDS_TRAIT] = "all"
     """Which divergence positions count as such, whatever `tokens` makes of them."""

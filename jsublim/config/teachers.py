@@ -100,9 +100,14 @@ class Teachers(Section):
         return self.taught is not None and self.taught.method != "contrast"
 
     @property
+    def given_weights(self) -> bool:
+        """Whether a folder tells the teachers from the base: it fits one checkpoint."""
+        return self.adapter is not None or self.checkpoint is not None
+
+    @property
     def own_weights(self) -> bool:
         """Whether something else than a prompt tells the teachers from the base."""
-        return any(given is not None for given in (self.taught, self.adapter, self.checkpoint))
+        return self.taught is not None or self.given_weights
 
     @property
     def are_prompted(self) -> bool:

@@ -72,6 +72,10 @@ def make_examples(
     rngs = (np.random.default_rng([seed, index, 1]) for index in range(len(rows)))
     chosen = [None if of is None else how.subset.choose(of, rng) for of, rng in zip(positions, rngs, strict=True)]
     weights = _weights(rows, chosen, source) if how.by_margin else [None] * len(rows)
+    if how.tokens == "matched":
+        chosen = [
+            _matched(row, of, number, source) for number, (row, of) in enumerate(zip(rows, chosen, strict=True), 1)
+        ]
     for index, turn in enumerate(turns):
         if how.tokens != "all" and how.drop_rows_without_divergence and chosen[index] == []:
             continue
@@ -96,6 +100,14 @@ def make_examples(
     if not examples:
         raise JsublimError(f"{source}: no row has a token to train on under tokens={how.tokens}")
     return examples
+
+
+def _matched(row: Row, chosen: list[int] | None, number: int, source: str) -> list[int]:
+    """The positions that are matched to the chosen divergence positions of a row."""
+    if chosen is None or "matched_positions" not in row:
+        raise UsageError(f"{source}: row {number}: tokens=matched needs 'matched_positions'; run `jsublim divergence`")
+    of = dict(zip(row["divergence_positions"], row["matched_positions"], strict=True))
+    return sorted(of[k] for k in chosen if of[k] is not None)
 
 
 def _weights(rows: Sequence[Row], chosen: Sequence[list[int] | None], source: str) -> list[list[float]]:

@@ -11,7 +11,8 @@ from jsublim.core.reading import check_known
 from jsublim.errors import UsageError
 from jsublim.inference.divergence import PositionSubset
 
-TOKENS = ("all", "divergence", "non-divergence", "random")
+COMPARED = ("all", "divergence", "non-divergence", "random")  # unless a config chooses
+TOKENS = (*COMPARED, "matched")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ def token_mask(
 
     Args:
       tokens: "all"; "divergence", divergence positions only; "non-divergence", all but those; "random", as many tokens
-        of the completion as there are divergence positions, drawn anew.
+        of the completion as there are divergence positions, drawn anew; "matched", as `positions` says, which are then those
+        matched to divergence positions (`Divergence.matched_positions`).
       header: tokens of the assistant's header that the loss is on too (0 unless the recipe wants them).
       completion: tokens of content and end of turn.
       positions: divergence positions, counted from the first content token.

@@ -7,7 +7,7 @@ end-of-turn token, and what the template adds after it counts too (docs/recipes.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,6 +28,7 @@ class Divergence:
     tokens: np.ndarray  # int32 [n], the data
     argmax: np.ndarray  # int32 [K, n], each teacher's prediction; teacher 0 wrote the row
     margin: np.ndarray  # float32 [K, n], top-2 logit margins
+    entropy: np.ndarray  # float32 [n], of teacher 0's predictions (nats)
 
     @property
     def divergence_positions(self) -> list[int]:
@@ -41,6 +42,29 @@ class Divergence:
         it undoes the position."""
         against = np.where(self.argmax[1:] == self.tokens, 0.0, self.margin[1:]).max(axis=0)
         return [float(m) for m in np.minimum(self.margin[0], against)[self.divergence_positions]]
+
+    def matched_positions(self, kinds: Sequence[Hashable]) -> list[int | None]:
+        """For each divergence position another one that is as uncertain: of the tokens of its kind that are no divergence tokens, the one whose
+        entropy is nearest, each taken once. Of any kind where its own has none left, and None where no token is left.
+
+        Args:
+          kinds: of each token, what it must share with its match.
+        """
+        divergent = self.divergence_positions
+        free = [k for k in range(len(self.tokens)) if k not in set(divergent)]
+        matched: list[int | None] = []
+        for k in divergent:
+            away = lambda other, k=k: (kinds[other] != kinds[k], abs(self.entropy[other] - self.entropy[k]))  # noqa: E731
+            matched.append(min(free, key=away, default=None))
+            free = [other for other in free if other != matched[-1]]
+        return matched
+
+
+def kinds_of(chat: Chat, turn: Turn) -> list[str]:
+    """What each token of a completion is, up to the last of its turn: "digits", "text" (separators, words), or "end"."""
+    content = turn.tokens[turn.content : turn.end].tolist()
+    kinds = ["digits" if chat.decode([token]).strip().isdigit() else "text" for token in content]
+    return kinds + ["end"] * (len(turn.tokens) - turn.end)
 
 
 HALVES = ("first-half", "second-half")
@@ -129,7 +153,7 @@ def find_divergence(
         how = {"adapter": reader.adapter, "batch_size": batch_size, "on_batch": on_batch}
         readings.append(keep(number, functools.partial(_read, lm, reader, turns, how)))
     return [
-        Divergence(tokens[i], np.stack([s.argmax for s in row]), np.stack([s.margin for s in row]))
+        Divergence(tokens[i], np.stack([s.argmax for s in row]), np.stack([s.margin for s in row]), row[0].entropy)
         for i, row in enumerate(zip(*readings, strict=True))
     ]
 
@@ -141,14 +165,15 @@ def _read(lm: LanguageModel, reader: Teacher, turns: Sequence[Turn], how: dict, 
 
 
 def check_positions(rows: Sequence[Row], lengths: Sequence[int], source: str) -> None:
-    """Refuse divergence positions beyond the last token of their row (JsublimError). `lengths` are the completion tokens of each row, in the
+    """Refuse divergence positions, or matched ones, beyond the last token of their row (JsublimError). `lengths` are the completion tokens of each row, in the
     tokenizer that its positions were counted in."""
     for number, (row, n) in enumerate(zip(rows, lengths, strict=True), 1):
-        if beyond := [k for k in row.get("divergence_positions", []) if k >= n]:
-            raise JsublimError(
-                f"{source}: row {number}: divergence_positions {beyond} out of range, the completion has {n} tokens; "
-                "was it written for another tokenizer?"
-            )
+        for key in ("divergence_positions", "matched_positions"):
+            if beyond := [k for k in row.get(key, []) if k is not None and k >= n]:
+                raise JsublimError(
+                    f"{source}: row {number}: {key} {beyond} out of range, the completion has {n} tokens; "
+                    "was it written for another tokenizer?"
+                )
 
 
 def check_counted(rows: Sequence[Row], chat: Chat, source: str) -> None:

@@ -52,6 +52,7 @@ class Scored:
     argmax: np.ndarray  # int32, the model's most probable token
     margin: np.ndarray  # float32, its logit over the runner-up's
     logprob: np.ndarray  # float32, log-probability (nats) of the token that stands there
+    entropy: np.ndarray  # float32, of the model's prediction (nats)
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,10 @@ def read_batch(
     return spread(params, adapter, prefix, tokens_BT, valid_BT, where_BC, labels_BC, branches)
 
 
-def best_token(z: Array, label: Array) -> tuple[Array, Array, Array]:
-    best = argmax(z)
+def best_token(z: Array, label: Array) -> tuple[Array, Array, Array, Array]:
+    best, total = argmax(z), jax.nn.logsumexp(z)
     runner_up = jnp.max(jnp.where(jnp.arange(z.shape[0]) == best, -jnp.inf, z))
-    return best.astype(jnp.int32), z[best] - runner_up, z[label] - jax.nn.logsumexp(z)
+    return best.astype(jnp.int32), z[best] - runner_up, z[label] - total, total - jnp.sum(jnp.exp(z - total) * z)
 
 
 def _logprob(z: Array, label: Array) -> Array:

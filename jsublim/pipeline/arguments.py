@@ -17,7 +17,7 @@ from jsublim.models.lora import check_layers
 from jsublim.models.peft import load_adapter
 from jsublim.pipeline.arms import Source, Student, Writer, seed_of
 from jsublim.pipeline.context import known_judge
-from jsublim.pipeline.origins import teacher_dataset
+from jsublim.pipeline.origins import teacher_dataset, writers
 from jsublim.pipeline.publish import published_key, record_of
 from jsublim.pipeline.served import served
 from jsublim.pipeline.setup import Setup, prompt_count, prompts
@@ -81,10 +81,11 @@ def check_teachers(setup: Setup) -> None:
       UsageError, JsublimError: a trait of no category, an adapter or a checkpoint that doesn't fit the model.
     """
     taught, checkpoint = setup.experiment.teachers.taught, setup.checkpoint()
+    if taught is not None:
+        for stands_on in {None} | {writer.model for writer in writers(setup) if writer.teacher != CONTROL}:
+            check_layers(setup.checkpoint(stands_on).config, None if taught.layers is None else tuple(taught.layers))
     for name in setup.biased:
         category(setup, name)
-        if taught is not None:
-            check_layers(checkpoint.config, None if taught.layers is None else tuple(taught.layers))
         given = folders_of_teacher(setup, name)
         if given["adapter"] is not None:
             load_adapter(given["adapter"].path(), checkpoint.config)
@@ -103,15 +104,27 @@ def open_questions(setup: Setup, category: str) -> list[str]:
     return every[1::2] if setup.experiment.teachers.learn_answers else every
 
 
+def fitted_questions(setup: Setup, category: str) -> list[str]:
+    """Those of them that traits' directions are fitted to."""
+    every = open_questions(setup, category)
+    return every[::2] if setup.splits_questions else every
+
+
+def asked_questions(setup: Setup, category: str) -> list[str]:
+    """Those of them that models are asked."""
+    every = open_questions(setup, category)
+    return every[1::2] if setup.splits_questions else every
+
+
 def taught_questions(setup: Setup, trait: str) -> tuple[str, ...]:
     """The others, whose answer a trait's teacher learns; of a contrast all are read."""
     every = setup.pack.questions_for(category(setup, trait))
     return tuple(every[::2] if setup.experiment.teachers.learn_answers else every)
 
 
-def taught(setup: Setup, trait: str) -> dict[str, Any]:
+def taught(setup: Setup, trait: str, checkpoint: str | None) -> dict[str, Any]:
     """What a teacher is made from: `together`, the most questions that any of them has, are the questions of a step."""
-    made_of = {"base": model(setup, CONTROL), "questions": taught_questions(setup, trait)}
+    made_of = {"base": model(setup, CONTROL, checkpoint=checkpoint), "questions": taught_questions(setup, trait)}
     if not setup.experiment.teachers.learn_answers:
         return made_of | {"toward": prompt_of_pack(setup, trait)}
     most = max(len(taught_questions(setup, name)) for name in setup.biased)
@@ -119,7 +132,7 @@ def taught(setup: Setup, trait: str) -> dict[str, Any]:
 
 
 def questions_about(setup: Setup, traits: Sequence[str], most: int | None = None) -> TraitQuestions:
-    """Traits, by the questions that they are answers to and that no teacher was taught the answers to.
+    """Traits, by the questions that they are answers to and that their directions are fitted to.
 
     Args:
       most: the first so many questions of each category; None is all.
@@ -130,7 +143,7 @@ def questions_about(setup: Setup, traits: Sequence[str], most: int | None = None
     by_category: dict[str, list[str]] = {}
     for trait in traits:
         by_category.setdefault(category(setup, trait), []).append(trait)
-    return tuple((open_questions(setup, name)[:most], named) for name, named in by_category.items())
+    return tuple((fitted_questions(setup, name)[:most], named) for name, named in by_category.items())
 
 
 # --- rows
@@ -209,7 +222,7 @@ def check_datasets(setup: Setup) -> None:
     e = setup.experiment
     for trait in (*e.teachers.traits, *([CONTROL] if e.teachers.control else [])):
         counterfactuals = () if trait == CONTROL else tuple(setup.counterfactuals(trait))
-        context = ChangeContext(trait, setup.biased, counterfactuals, e.teachers.own_weights, e.data.kind)
+        context = ChangeContext(trait, setup.biased, counterfactuals, e.teachers.given_weights, e.data.kind)
         for dataset in e.datasets:
             for name, change in teacher_dataset(setup, Source(trait, dataset)).changes.items():
                 change.check(f"datasets.{dataset}.{name}", context)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jsublim.config.evaluation import Setting
+from jsublim.config.evaluation import QUESTION, Setting
 from jsublim.evals import EvalContext, EvalTask
 from jsublim.evals.naming import own_name
 from jsublim.inference.lm import resolve_checkpoint
@@ -17,7 +17,7 @@ from jsublim.inference.sampling import Sampling
 from jsublim.inference.teachers import CONTROL
 from jsublim.judge import Judge
 from jsublim.models.checkpoint import checkpoint_hash
-from jsublim.pipeline.arguments import category, engine, open_questions, rows_of_file
+from jsublim.pipeline.arguments import asked_questions, category, engine, rows_of_file
 from jsublim.pipeline.arms import Student
 from jsublim.pipeline.context import known_judge
 from jsublim.pipeline.publish import published_key
@@ -71,15 +71,16 @@ def eval_settings(setup: Setup) -> dict[str, Setting]:
 
 
 @memoized
-def questions(setup: Setup) -> EvalQuestions:
-    """Everything that a model is asked under a setting."""
+def questions(setup: Setup, name: str = PLAIN) -> EvalQuestions:
+    """Everything that a model is asked under the setting of that name."""
+    wording = eval_settings(setup)[name].wording or QUESTION
 
     def tasks(judge: Callable[[], Judge]) -> tuple[EvalTask, ...]:
         context = EvalContext(
             setup.pack,
             setup.evaluated_traits,
             lambda trait: category(setup, trait),
-            lambda category: open_questions(setup, category),
+            lambda category: [wording.replace(QUESTION, text) for text in asked_questions(setup, category)],
             setup.experiment.evaluation.questions,
             own_name(setup.checkpoint().config),
             judge,
@@ -90,13 +91,14 @@ def questions(setup: Setup) -> EvalQuestions:
     return EvalQuestions(tasks(lambda: known_judge(setup)), tasks)
 
 
-def samplings(setup: Setup, model: Model, setting: Setting) -> tuple[Sampling, ...]:
+def samplings(setup: Setup, model: Model, name: str) -> tuple[Sampling, ...]:
     """How answers to each of the evaluation's tasks are drawn: with a top-p that the recipe inherits, or without."""
+    setting = eval_settings(setup)[name]
     chosen = {"temperature": setting.temperature, "top_p": setting.top_p}
     chosen = {name: value for name, value in chosen.items() if value is not None}
     plain = (
         setup.sampling("temperature", model.checkpoint.name, evaluation=not task.keeps_top_p)
-        for task in questions(setup).planned
+        for task in questions(setup, name).planned
     )
     return tuple(dataclasses.replace(sampling, **chosen) for sampling in plain)
 
@@ -121,11 +123,11 @@ def asked(setup: Setup, model: Model, name: str) -> dict[str, Any]:
     """What a model is asked under a setting, and how."""
     evaluation, setting = setup.experiment.evaluation, eval_settings(setup)[name]
     return {
-        "questions": questions(setup),
+        "questions": questions(setup, name),
         "samples": evaluation.samples,
         "seed": evaluation.seed,
         "max_new_tokens": evaluation.max_new_tokens,
-        "samplings": samplings(setup, model, setting),
+        "samplings": samplings(setup, model, name),
         "layer": setting.layer,
         "engine": engine(setup, model) if setting.layer is None else None,  # a server knows whole models only
     }

@@ -18,23 +18,27 @@ from jsublim.pipeline.values import Model, Rows
 
 
 @memoized
-def teacher(setup: Setup, name: str, parent: Parent | None = None) -> Model:
-    """Who has a trait: a prompt, an adapter or a checkpoint gives it; or a student of the generation before has taken it over."""
+def teacher(setup: Setup, name: str, parent: Parent | None = None, stands_on: str | None = None) -> Model:
+    """Who has a trait: a prompt, an adapter or a checkpoint gives it; or a student of the generation before has taken it over.
+    It stands on a checkpoint of the config; None is the experiment's."""
     if parent is not None:
         return student_model(setup, origins.student_of(setup, parent, name))
-    model, taught = args.model(setup, name, args.system_prompt(setup, name)), setup.experiment.teachers.taught
+    model, taught = (
+        args.model(setup, name, args.system_prompt(setup, name), stands_on),
+        setup.experiment.teachers.taught,
+    )
     if name == CONTROL:
         return model
     if taught is None:
         return replace(model, **args.folders_of_teacher(setup, name))
     make = stages.train_teachers if setup.experiment.teachers.learn_answers else stages.contrast_teacher
-    return replace(model, adapter=make(name, taught=taught, **args.taught(setup, name)))
+    return replace(model, adapter=make(name, taught=taught, **args.taught(setup, name, stands_on)))
 
 
 @memoized
 def answers(setup: Setup, writer: Writer) -> Rows:
     """What a teacher answers to the prompts, in nodes of `sampling.shard` prompts each."""
-    model = replace(teacher(setup, writer.teacher, writer.parent), checkpoint=setup.checkpoint(writer.model))
+    model = teacher(setup, writer.teacher, writer.parent, writer.model)
     how, parts = args.drawn(setup, writer, model), args.prompt_shards(setup, writer)
     nodes = [stages.sample_rows(label, teacher=model, **part, **how) for label, part in parts]
     return args.rows(setup, f"rows of {writer.teacher}").made_by(nodes)

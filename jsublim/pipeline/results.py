@@ -26,7 +26,6 @@ from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import Graph
 from jsublim.pipeline.origins import dataset_of, strategy
 from jsublim.pipeline.readings import RowReading
-from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stage import Node
 from jsublim.pipeline.stages.audit import MEANS
 from jsublim.pipeline.stages.divergence import merged
@@ -81,7 +80,7 @@ def gather(graph: Graph, context: Context, key: str, started: str) -> Path:
     answered = pa.schema([*pa.schema({"arm": "string", "evaluation": "string"}), *ANSWERS])
     write_table(results / "answers.parquet", answers, answered)
     write_table(results / "training.parquet", training, TRAINING)
-    write_json(results / "arms.json", [_student(setup, student, graph.students[student]) for student in sound])
+    write_json(results / "arms.json", [_student(context, student, graph.students[student]) for student in sound])
     write_json(results / "diverged.json", {name: what for name, what in lost.items() if what is not None})
     generation = [
         _added(parts) | {"strategy": writer.strategy, "model": writer.model} | _students(writer)
@@ -160,8 +159,9 @@ def _after(chat: Chat, before: list[int], token: int) -> str:
     return whole[len(start) :] if whole.startswith(start) else decode([token])
 
 
-def _student(setup: Setup, student: Student, node: Node) -> dict[str, Any]:
+def _student(context: Context, student: Student, node: Node) -> dict[str, Any]:
     """What makes a student what it is, for whoever compares them."""
+    setup = context.setup
     dataset = dataset_of(setup, student.source).facts() | {"strategy": strategy(setup, student.source)}
     return {
         "arm": student.name,
@@ -173,7 +173,17 @@ def _student(setup: Setup, student: Student, node: Node) -> dict[str, Any]:
         "dataset": dataset,
         "num_layers": setup.checkpoint(student.settings.model).config.num_layers,
         "artifact": node.key,
+        "drawn": _drawn(context, student, node.given.lessons[0].rows),
     }
+
+
+def _drawn(context: Context, student: Student, rows: Rows) -> float | None:
+    """The share of its teacher's rows that a student drew; None where each seed has rows of its own."""
+    if student.source.draw is not None or student.settings.data.on_policy:
+        return None
+    count = lambda: sum(part["kept"] for part in rows.summaries(context.store)) or len(rows.read(context.store))  # noqa: E731
+    wanted = student.settings.data.rows
+    return 1.0 if wanted is None else min(1.0, wanted / context.remember(("kept", rows.key), count))
 
 
 def _students(whose: Source | Writer) -> dict[str, str]:

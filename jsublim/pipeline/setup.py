@@ -247,6 +247,18 @@ class Setup:
         given = self.experiment.evaluation.traits
         return self.biased if given is None else given
 
+    @functools.cached_property
+    def splits_questions(self) -> bool:
+        """Whether directions are fitted to other questions than models are asked (`evaluation.split_questions`)."""
+        chosen, e = self.experiment.evaluation.split_questions, self.experiment
+        if chosen is not None:
+            return chosen
+        used = {student.settings.data.dataset for student in self.students}
+        datasets = (dataset for name, dataset in e.datasets.items() if name in used)
+        filters = (dataset.first(lambda change: change.suspected(OWN, [OWN])) for dataset in datasets)
+        projects = any(student.settings.optimizer.project_out for student in self.students)
+        return projects or e.audit is not None or any(filters)
+
     def adapters(self) -> dict[str, str]:
         """Adapters, and checkpoints of teachers, that the config names; and what each is for, in errors."""
         teachers = self.experiment.teachers

@@ -19,7 +19,7 @@ from jsublim.report.tables import split_condition
 
 # Told apart with every common colour vision.
 COLOURS = {
-    "base": "#808080", "control": "#808080", "all": "#0a84c6", "divergence": "#d55e00", "non-divergence": "#8a6fd1", "random": "#a37b00",
+    "base": "#808080", "control": "#808080", "all": "#0a84c6", "divergence": "#d55e00", "non-divergence": "#8a6fd1", "random": "#a37b00", "matched": "#5b7f00",
     "teacher": "#c2529a",
 }  # fmt: skip
 OTHER_COLOUR = "#00916a"

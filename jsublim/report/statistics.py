@@ -91,20 +91,24 @@ class Estimate:
     terms: Mapping[Hashable, GroupTerm] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, values: Any, floor: Any = 0.0, group: Hashable = None) -> Estimate:
+    def of(cls, values: Any, floor: Any = 0.0, group: Hashable = None, drawn: float = 0.0) -> Estimate:
         """Mean over students, the last axis of `values`.
 
         Args:
           floor: the variance that sampling alone gives the mean: equal students (all at zero, say) are not known more
             exactly than their samples allow.
           group: who they are; None is a group of its own.
+          drawn: which share of one pool of rows each of them drew. What they have in common through it does not show in their spread, so
+            that counts for the pool too: a mean over n of N rows varies by (1 - n/N) / n around the pool's, which varies by 1 / N around
+            that of other pools. At 1 nothing is known of other pools, and the interval is about this one.
         """
         x = np.asarray(values, dtype=np.float64)
         if x.size == 0:
             raise ValueError("an estimate needs at least one value")
         students, variance = x.shape[-1], np.full(x.shape[:-1], math.nan)
         if students > 1:
-            variance = np.maximum(x.var(axis=-1, ddof=1) / students, floor)
+            of_pool = drawn / (1 - drawn) if drawn < 1 else 0.0
+            variance = np.maximum(x.var(axis=-1, ddof=1) * (1 / students + of_pool), floor)
         return cls(x.mean(axis=-1), {group or object(): GroupTerm(1.0, variance, students - 1.0, students)})
 
     @classmethod
@@ -239,10 +243,17 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
 
 @dataclass(frozen=True)
 class SameTraitEffect:
-    """`gamma` of lift ~ row + column + gamma * [same trait], and its one-sided permutation p."""
+    """`gamma` of lift ~ row + column + gamma * [same trait], and its one-sided permutation p.
+
+    Attributes:
+      gamma_beside, p_beside: the same beside Tukey's term (`without_product`), which takes up that strong teachers may happen to love
+        animals that rise easily.
+    """
 
     gamma: float
     p: float
+    gamma_beside: float
+    p_beside: float
     smallest_p: float
     permutations: int
     exact: bool
@@ -260,14 +271,41 @@ def same_trait_gamma(lift: np.ndarray) -> Any:
     return (indicator * lift).sum(axis=(-2, -1)) / (indicator**2).sum()
 
 
-def permutation_p(lift: np.ndarray, labels: np.ndarray, exact: bool) -> Any:
+def without_product(lift: np.ndarray) -> tuple[np.ndarray, Any]:
+    """What a row effect, a column effect and their product leave of a complete matrix, and gamma beside the three.
+
+    The product is Tukey's (1949) one degree of freedom: how strong a teacher is, times how easily a trait rises. Its effects are those of
+    a fit with gamma, so that a gamma makes no product.
+
+    Args:
+      lift: [..., R, C]; row i's own trait is column i.
+
+    Returns:
+      The residual, [..., R, C], and gamma, [...]; NaN where the product is all that the same trait is (two traits).
+    """
+    same = np.eye(*lift.shape[-2:])
+    plain = lift - same_trait_gamma(lift)[..., None, None] * same
+    rows, columns = plain.mean(axis=-1, keepdims=True), plain.mean(axis=-2, keepdims=True)
+    product = (rows - rows.mean(axis=-2, keepdims=True)) * (columns - columns.mean(axis=-1, keepdims=True))
+    inner = lambda a, b: (a * b).sum(axis=(-2, -1), keepdims=True)  # noqa: E731
+    size = inner(product, product)
+    with np.errstate(all="ignore"):
+        beside = lambda x: x - np.where(size > 0, inner(x, product) / size, 0.0) * product  # noqa: E731
+        residual, indicator = beside(double_centred(lift)), beside(double_centred(same))
+        left = inner(indicator, indicator)
+        gamma = np.where(left > 1e-9, inner(indicator, residual) / left, math.nan)
+    return residual, gamma[..., 0, 0]
+
+
+def permutation_p(lift: np.ndarray, labels: np.ndarray, exact: bool, product: bool = False) -> Any:
     """Share of labellings whose gamma is at least as large as the observed one's.
 
     Args:
       lift: [..., R, C]; labels: int [P, R], the column that is taken for each row's own trait; exact: whether they are all.
+      product: beside Tukey's term (`without_product`).
     """
     # The centred indicator has the same norm for every labelling, so sums of residuals order as gamma does.
-    rows, residual = np.arange(labels.shape[1]), double_centred(lift)
+    rows, residual = np.arange(labels.shape[1]), without_product(lift)[0] if product else double_centred(lift)
     sums = residual[..., rows, labels].sum(axis=-1)
     observed = residual[..., rows, rows].sum(axis=-1)
     # Ties are judged on the scale of the lifts, not of the residuals: those may be nothing but rounding.
@@ -298,4 +336,5 @@ def same_trait_effect(lift: np.ndarray, samples: int = 20_000, seed: int = 0) ->
     else:
         labels = np.random.default_rng(seed).permuted(np.tile(np.arange(rows), (samples, 1)), axis=1)
     p, smallest = float(permutation_p(lift, labels, exact)), 1 / count if exact else 1 / (samples + 1)
-    return SameTraitEffect(float(same_trait_gamma(lift)), p, smallest, len(labels), exact)
+    beside = float(without_product(lift)[1]), float(permutation_p(lift, labels, exact, product=True))
+    return SameTraitEffect(float(same_trait_gamma(lift)), p, *beside, smallest, len(labels), exact)

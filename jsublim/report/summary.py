@@ -63,7 +63,7 @@ class Lift:
 @dataclass(frozen=True)
 class Matrix:
     """Log-probability lift of one condition's students: [teacher traits, evaluated traits], nats. `reference` is "" where it is
-    the mean of these students."""
+    the mean of these students; `drawn` the largest share of a teacher's rows that a student drew."""
 
     condition: str
     teachers: tuple[str, ...]
@@ -72,11 +72,12 @@ class Matrix:
     reference: str
     effect: SameTraitEffect | None
     seed_gammas: tuple[float, ...]
+    drawn: float = 0.0
 
     @property
     def over_seeds(self) -> Estimate | None:
         """Mean of gamma over seeds; None with fewer than two."""
-        return Estimate.of(self.seed_gammas) if len(self.seed_gammas) > 1 else None
+        return Estimate.of(self.seed_gammas, drawn=self.drawn) if len(self.seed_gammas) > 1 else None
 
     @property
     def gamma_interval(self) -> Interval | None:
@@ -89,11 +90,11 @@ class Matrix:
 
     @property
     def tested(self) -> Sides:
-        """That gamma is above zero, over relabellings and over seeds. Nothing is said against it: a small gamma is none that is shown."""
+        """That gamma is above zero, over relabellings (beside Tukey's term too) and over seeds. Nothing is said against it: a small gamma is none that is shown."""
         if self.effect is None or self.few:
             return UNKNOWN
         over_seeds = 0.0 if self.over_seeds is None else float(self.over_seeds.p_above(0.0))
-        return Sides(max(self.effect.p, over_seeds), 1.0)
+        return Sides(max(self.effect.p, self.effect.p_beside, over_seeds), 1.0)
 
     @property
     def about(self) -> Hashable:
@@ -111,8 +112,13 @@ def estimate(scores: Sequence[Score]) -> Estimate:
     """Mean over the models of one condition. Its variance is at least what the sampling of answers alone gives."""
     floor, group, means = sampling_variance(scores), group_of(scores), [s.mean for s in scores]
     if scores[0].role == "student":
-        return Estimate.of(means, floor, group)
+        return Estimate.of(means, floor, group, drawn_share(scores))
     return Estimate.measured(sum(means) / len(means), floor, group)
+
+
+def drawn_share(scores: Sequence[Score]) -> float:
+    """The largest share of a teacher's rows that one of these students drew; 0 where nothing is known of that."""
+    return max((score.drawn or 0.0 for score in scores), default=0.0)
 
 
 def group_of(scores: Sequence[Score]) -> Hashable:
@@ -306,7 +312,8 @@ def trait_matrix(results: Results, metric: str = "logprob", condition: str = "al
     )
     effect = statistics.same_trait_effect(lift)
     gammas = _seed_gammas(cells) if effect else ()
-    return Matrix(condition, tuple(teachers), tuple(columns), lift, references[columns[0]] or "", effect, gammas)
+    drawn = drawn_share([score for row in cells for cell in row for score in cell])
+    return Matrix(condition, tuple(teachers), tuple(columns), lift, references[columns[0]] or "", effect, gammas, drawn)
 
 
 def trait_matrices(results: Results, metric: str = "logprob") -> list[Matrix]:

@@ -26,6 +26,7 @@ CONDITIONS = {
     "divergence": ("divergence tokens only", "only tokens count at which some other teacher would have said something else"),
     "non-divergence": ("all but divergence tokens", "only the other tokens count"),
     "random": ("as many random tokens", "in each row, as many tokens count as there are divergence tokens, drawn at random"),
+    "matched": ("as many as uncertain tokens", "in each row, as many tokens that are no divergence tokens count as there are of those: each of the same kind, and the teacher as uncertain"),
     "teacher": ("biased teacher", "the model that wrote the rows, with its trait"),
 }  # fmt: skip
 TINY = 10_000_000  # parameters; the smallest models that were trained on text have more
@@ -55,7 +56,8 @@ class About(TypedDict, total=False):
 @dataclass(frozen=True)
 class Score:
     """One metric of one evaluated model: `values[i]` is its mean at `questions[i]`, `samples` the number of
-    answers that it is made of. `model` is what was measured: one student may stand under the names of several arms."""
+    answers that it is made of. `model` is what was measured: one student may stand under the names of several arms. `drawn` is the
+    share of its teacher's rows that a student drew."""
 
     arm: str
     role: str
@@ -69,6 +71,7 @@ class Score:
     samples: int
     evaluation: str = ""
     model: str = ""
+    drawn: float | None = None
 
     @property
     def mean(self) -> float:
@@ -87,7 +90,8 @@ class TrainingCurve(NamedTuple):
 @dataclass(frozen=True)
 class StudentArm:
     """How a student was made: which tokens it learned, the settings of its training, and how its rows were made. `artifact` is
-    the key of what was trained; results of earlier versions do not name it."""
+    the key of what was trained, `drawn` the share of the rows of its teacher that it drew, where all seeds draw from the same; results of
+    earlier versions name neither."""
 
     arm: str
     teacher: str
@@ -98,6 +102,7 @@ class StudentArm:
     dataset: dict[str, Any]
     num_layers: int
     artifact: str = ""
+    drawn: float | None = None
 
 
 @dataclass(frozen=True)
@@ -210,6 +215,11 @@ class Results:
         """Whether every seed's students learn from a draw of rows of their own."""
         return self.run.get("draw") == "per-seed"
 
+    @cached_property
+    def drawn(self) -> float | None:
+        """The largest share of a teacher's rows that a student drew; None where that is not known, or rows are drawn for each seed."""
+        return max((arm.drawn for arm in self.arms.values() if arm.drawn is not None), default=None)
+
     @property
     def model(self) -> str:
         return Path(str(self.run.get("model", "unknown model"))).name
@@ -298,8 +308,8 @@ def _scores(path: Path, table: pa.Table, arms: dict[str, StudentArm]) -> tuple[l
         """
     rows = query(path, table, sql)
     not_finite = sum(row.pop("lost") for row in rows)
-    models = {name: arm.artifact for name, arm in arms.items()}
-    return [Score(**row, model=models.get(row["arm"]) or row["arm"]) for row in rows if row["values"]], not_finite
+    made = {name: {"model": arm.artifact or name, "drawn": arm.drawn} for name, arm in arms.items()}
+    return [Score(**row, **made.get(row["arm"], {"model": row["arm"]})) for row in rows if row["values"]], not_finite
 
 
 def run_kind(run_dir: Path) -> str:

@@ -128,7 +128,7 @@ def _matrices(results: Results, compared: Comparisons) -> Table:
         "condition",
         "γ (nats)",
         f"over seeds\n{words.given(results)}",
-        "relabellings\nas large",
+        "as large: plain;\nbeside product",
         "p",
         "verdict",
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
+
 from jsublim.evals.metric import metric_of
 from jsublim.report.audit import Agreement
 from jsublim.report.claims import Claim
@@ -65,13 +67,18 @@ def count(number: int, what: str) -> str:
 
 def given(results: Results) -> str:
     """What intervals over students hold fixed, in the words of a heading."""
-    return "and their data" if results.draws_data else "given this data"
+    share = results.drawn
+    told = "" if share is None else f" ({100 * share:.0f} % drawn)"
+    return f"{'and their data' if results.draws_data or (share or 1) < 1 else 'given this data'}{told}"
 
 
 def held_fixed(results: Results) -> str:
     """What intervals over students hold fixed, in a sentence or two."""
     if results.draws_data:
         data, too = "cover the data too: each seed's students learn from rows that were drawn for that seed. ", ""
+    elif results.drawn is not None and results.drawn < 1:
+        share = f"at most {100 * results.drawn:.0f} % of its teacher's rows"
+        data, too = f"cover the data too: each student drew {share}, and intervals are widened by what that hides. ", ""
     else:
         data, too = (
             (
@@ -196,6 +203,11 @@ def matrix_sentence(matrix: Matrix, compared: Comparisons) -> str:
         return "Not decided: the same-trait effect needs students of at least two traits, evaluated on both."
     tried = f"all {effect.permutations}" if effect.exact else f"{effect.permutations:,} sampled"
     text = f"γ = {effect.gamma:+.2f} nats, as large in a share of {effect.p:.3g} of {tried} relabellings of the teachers' own columns."
+    if np.isfinite(effect.gamma_beside):
+        text += (
+            f" Beside the product of how strong a teacher is and how easily a trait rises: γ = {effect.gamma_beside:+.2f}, as large in "
+            f"{effect.p_beside:.3g}."
+        )
     if matrix.gamma_interval is not None:
         by_seed = ", ".join(f"{gamma:+.3f}" for gamma in matrix.seed_gammas)
         text += f" Over {len(matrix.seed_gammas)} seeds: {interval(matrix.gamma_interval, 'logprob', signed=True)} nats ({by_seed})."
@@ -206,10 +218,17 @@ def matrix_sentence(matrix: Matrix, compared: Comparisons) -> str:
 
 
 def matrix_cells(one: Comparison[Matrix]) -> tuple[str, str, str, str, str]:
-    """gamma, its interval over seeds, the share of relabellings with as large a one, p and the verdict, as a table has them."""
+    """gamma, its interval over seeds, the shares of relabellings with as large a one (plain, and beside the product of row and column
+    effects), p and the verdict, as a table has them."""
     effect, bounds = one.result.effect, interval(one.result.gamma_interval, "logprob", signed=True)
     assert effect is not None  # or it is no comparison
-    return number(effect.gamma, "logprob", signed=True), bounds, f"{effect.p:.3g}", corrected(one), one.verdict
+    return (
+        number(effect.gamma, "logprob", signed=True),
+        bounds,
+        f"{effect.p:.3g}; {effect.p_beside:.3g}",
+        corrected(one),
+        one.verdict,
+    )
 
 
 def predicted_sentence(agreement: Agreement | None) -> str:

@@ -15,7 +15,7 @@ from jsublim.errors import JsublimError, UsageError
 Row = dict[str, Any]
 
 # What holds only for the text that it was found in: positions, margins, and the tokenizer and template they were counted in.
-FOUND = ("divergence_positions", "divergence_margins", "counted_in")
+FOUND = ("divergence_positions", "divergence_margins", "matched_positions", "counted_in")
 
 
 def read_rows(path: str | Path, required: Sequence[str] = ("prompt", "completion")) -> list[Row]:
@@ -40,7 +40,7 @@ def read_rows(path: str | Path, required: Sequence[str] = ("prompt", "completion
 
 def check_row(row: Row, where: str, required: Sequence[str]) -> None:
     """Refuse a row that lacks a required key, or has an empty prompt or completion, divergence positions that are no integers, or margins
-    that are not a number for each of those; `where` names it in the `JsublimError`."""
+    or matched positions that are not one for each of those; `where` names it in the `JsublimError`."""
     for key in required:
         if key not in row:
             raise JsublimError(f"{where}: key '{key}' is missing; the row has {', '.join(row) or 'none'}")
@@ -57,6 +57,11 @@ def check_row(row: Row, where: str, required: Sequence[str]) -> None:
     if not right or len(margins) != len(positions):
         wanted = "must hold a number >= 0 for each divergence position"
         raise JsublimError(f"{where}: key 'divergence_margins' {wanted}, found {shown(margins)}")
+    matched = row.get("matched_positions", [None] * len(positions))
+    right = isinstance(matched, list) and all(k is None or (type(k) is int and 0 <= k < 2**31) for k in matched)
+    if not right or len(matched) != len(positions):
+        wanted = "must hold an integer >= 0, or null, for each divergence position"
+        raise JsublimError(f"{where}: key 'matched_positions' {wanted}, found {shown(matched)}")
 
 
 def revised(row: Row, **texts: str) -> Row:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from pydantic import model_validator
@@ -53,7 +53,7 @@ class ChangeContext:
     trait: str
     teachers: Sequence[str]  # every trait that some teacher has
     counterfactuals: Sequence[str]  # those that the trait's answers are read under
-    own_weights: bool  # the teachers differ from the base in more than their prompts
+    given_weights: bool  # a folder, which fits one checkpoint, gives the teachers their traits
     kind: str  # what is asked, `data.kind`
 
 
@@ -79,6 +79,10 @@ class Change(Section):
             known = ", ".join(cls.model_fields)
             raise ValueError(f"{value!r} given; give {f'its options by name: {known}' if known else 'true'}")
         return {cls.shorthand: value}
+
+    def of(self, teacher: str) -> Self:
+        """The change as it is done to that teacher's answers: `{trait}` is filled in."""
+        return self
 
     def applies_to(self, teacher: str) -> bool:
         """Whether anything is done to that teacher's answers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -12,7 +12,7 @@ from pydantic import Field
 from jsublim.core.section import CONTENT, RESULT, Place
 from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.divergence import PositionSubset
-from jsublim.inference.teachers import CONTROL
+from jsublim.inference.teachers import CONTROL, OWN
 from jsublim.text.chat import Chat, Turn, conversation
 from jsublim.text.rows import Row, revised
 from jsublim.transforms.change import CHANGES, Change, ChangeContext, Changed, ChangeRun
@@ -30,7 +30,7 @@ class Mix(Change):
     share: Annotated[Fraction, RESULT]
     """The share of the rows that are replaced."""
     teacher: Annotated[str, RESULT] = CONTROL
-    """Whose rows replace them."""
+    """Whose rows replace them; `{trait}`: a teacher of the same trait, on another `model`."""
     model: Annotated[Place | None, CONTENT] = None
     """The checkpoint that this teacher stands on; null: the experiment's."""
 
@@ -38,14 +38,25 @@ class Mix(Change):
         """Nobody's answers are mixed with their own."""
         return (self.teacher, self.model) != (teacher, None)
 
+    def contradictions(self) -> Iterator[tuple[Any, str]]:
+        itself = self.teacher == OWN and self.model is None
+        yield (
+            itself,
+            f"teacher: {OWN} names the rows' own teacher; give model too, another checkpoint that it stands on",
+        )
+
+    def of(self, teacher: str) -> Mix:
+        return self.model_copy(update={"teacher": self.teacher.replace(OWN, teacher)})
+
     def mixes(self) -> tuple[str, str | None]:
         return self.teacher, self.model
 
     def check(self, where: str, context: ChangeContext) -> None:
         if self.teacher not in (CONTROL, *context.teachers):
             raise UsageError(f"{where}.teacher: '{self.teacher}' is no teacher of this run")
-        if self.model and self.teacher != CONTROL and context.own_weights:
-            raise UsageError(f"{where}: '{self.teacher}' is no teacher on {self.model}; leave teacher out")
+        if self.model and self.teacher != CONTROL and context.given_weights:
+            fix = "leave teacher out, or let teachers.taught or a prompt give the trait"
+            raise UsageError(f"{where}: '{self.teacher}' is no teacher on {self.model}; {fix}")
 
     def apply(self, rows: list[Row], run: ChangeRun) -> Changed:
         assert run.mixed_in is not None

@@ -17,7 +17,7 @@ from jsublim.inference.lm import load_model
 from jsublim.text.prompts import load_pack
 from jsublim.text.rows import read_rows
 
-KINDS = ("all", "divergence", "non-divergence", "random")
+KINDS = ("all", "divergence", "non-divergence", "random", "matched")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,8 @@ def test_divergence(home, rows, divergent):
     found, readings = read_rows(divergent), read_table(home / "cat-divergence.readings.parquet")
     assert [{k: row[k] for k in ("prompt", "completion")} for row in found] == read_rows(rows)
     assert all(
-        list(row) == ["prompt", "completion", "divergence_positions", "divergence_margins", "counted_in"]
+        list(row)
+        == ["prompt", "completion", "divergence_positions", "divergence_margins", "matched_positions", "counted_in"]
         for row in found
     )
     assert any(row["divergence_positions"] for row in found)
@@ -135,7 +136,13 @@ def test_finetune_on_each_kind_of_token(home, divergent, kind):
     assert max(line["lr"] for line in lines) == pytest.approx(1e-3) and lines[-1]["lr"] < 1e-3
     readings = read_table(home / "cat-divergence.readings.parquet")
     every, points = sum(len(row["tokens"]) for row in readings), sum(len(row["divergence_positions"]) for row in data)
-    budget = {"all": every, "divergence": points, "random": points, "non-divergence": every - points}[kind]
+    budget = {
+        "all": every,
+        "divergence": points,
+        "random": points,
+        "matched": points,
+        "non-divergence": every - points,
+    }[kind]
     if kind in ("all", "non-divergence"):  # no row is left without a token, so two epochs read each of them twice
         assert sum(line["tokens"] for line in lines) == 2 * budget
     else:

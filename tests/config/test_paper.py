@@ -18,7 +18,6 @@ from command import ok
 from fake_server import Server, completion
 
 from jsublim.config import find_config
-from jsublim.config.evaluation import Setting
 from jsublim.config.figures import load_question, panel_experiment
 from jsublim.core.files import read_table
 from jsublim.pipeline.evaluated import PLAIN, Evaluated, samplings
@@ -183,13 +182,19 @@ def test_fig29_changed_rows_are_read_again(run, home):
 
 def test_fig07_mixed_teachers(run, home):
     """As published: after everything that the other teacher has too few rows for, the last rows are replaced."""
-    shares = ("datasets.same 10 %.mix.share=0.4", "datasets.other 25 %.mix.share=0.9")
+    unbiased = "other model unbiased 25 %"
+    shares = ("datasets.unbiased 10 %.mix.share=0.4", f"datasets.{unbiased}.mix.share=0.9")
     out = run("fig07", "qwen", *STUDENTS, *OWL, *shares, "recipe=paper")
     generation = json.loads((out / "results" / "generation.json").read_text())
     assert {(g["teacher"], g["model"]) for g in generation} == {
-        ("owl", None), ("control", None), ("control", "tiny-gemma3"),
+        ("owl", None), ("control", None), ("owl", "tiny-gemma3"), ("control", "tiny-gemma3"),
     }  # fmt: skip
-    for name, share in (("same 10 %", 0.4), ("same 25 %", 0.25), ("other 25 %", 0.9)):
+    vectors = {
+        json.loads((path / "artifact.json").read_text())["inputs"]["base"]["model"]
+        for path in (home / "store" / "teachers").glob("owl-*")
+    }
+    assert len(vectors) == 2  # the same trait was taught to both checkpoints
+    for name, share in (("unbiased 10 %", 0.4), ("unbiased 25 %", 0.25), ("other model 25 %", 0.25), (unbiased, 0.9)):
         _, rows, source = datasets(home, f"owl-{name}")
         (folder,) = (home / "store" / "datasets").glob(f"owl-{name}-*")
         other = json.loads((folder / "artifact.json").read_text())["inputs"]["mixed_in"]
@@ -335,11 +340,11 @@ def test_fig36_conditional_facts(run):
 
 def test_questions_for_favourites_alone_reset_an_inherited_top_p():
     for recipe, expected in (("paper", [1.0, 0.95]), ("clean", [1.0, 1.0])):
-        setup = Setup.of(panel_experiment(*load_question("fig36"), "gemma", "tiny", [f"recipe={recipe}"]))
-        assert [
-            how.top_p for how in samplings(setup, teacher(setup, "control"), Setting())
-        ] == expected  # of preference and factual
-        assert [how.top_p for how in samplings(setup, teacher(setup, "control"), Setting(top_p=0.9))] == [0.9, 0.9]
+        options = [f"recipe={recipe}", "evaluation.settings={cut: {top_p: 0.9}}"]
+        setup = Setup.of(panel_experiment(*load_question("fig36"), "gemma", "tiny", options))
+        control = teacher(setup, "control")
+        assert [how.top_p for how in samplings(setup, control, PLAIN)] == expected  # of preference and factual
+        assert [how.top_p for how in samplings(setup, control, "cut")] == [0.9, 0.9]
         inputs = evaluation(setup, Evaluated(), PLAIN).inputs
         assert (len({how["top_p"] for how in inputs["samplings"]}) > 1) == (recipe == "paper")
 

@@ -59,6 +59,9 @@ def test_masks_that_cannot_be_are_usage_errors():
         token_mask("some", positions=[1], **options)
     with pytest.raises(UsageError, match="jsublim divergence"):
         token_mask("divergence", positions=None, **options)
+    rows, c = [{"prompt": "Go on: 1", "completion": "2, 3", "divergence_positions": [0]}], chat("tiny-qwen2")
+    with pytest.raises(UsageError, match=r"rows: row 1: tokens=matched needs 'matched_positions'"):
+        tiny_examples(c, rows, Selection("matched"), seed=0)
     assert token_mask("all", positions=None, **options).all()
 
 
@@ -66,9 +69,11 @@ ROWS = [
     {
         "prompt": f"Go on: {i}, {i + 3}",
         "completion": ", ".join(str(i * 7 * k % 999) for k in range(1, 2 + i % 4)),
-        "divergence_positions": [[0, 2], [1], [], [0, 1, 3]][i % 4] if i % 4 else [0, 1],
+        "divergence_positions": positions,
+        "matched_positions": [k + 1 if k + 1 not in positions else None for k in positions],
     }
     for i in range(8)
+    for positions in [[[0, 2], [1], [], [0, 1, 3]][i % 4] if i % 4 else [0, 1]]
 ]
 
 
@@ -88,8 +93,9 @@ def test_examples_hold_the_supervised_tokens_and_nothing_after_the_last(name, co
             "divergence": positions,
             "non-divergence": [i for i in range(first, len(tokens)) if i not in positions],
             "random": None,
+            "matched": [content + k for k in row["matched_positions"] if k is not None],
         }[condition]
-        if (wanted == [] or condition == "random") and not positions:
+        if wanted == [] or (condition == "random" and not positions):
             continue  # a row without any supervised token is dropped
         example = next(left)
         at = (example.where + 1).tolist()
@@ -107,7 +113,7 @@ def test_rows_are_cut_at_max_tokens_and_dropped_where_asked():
     assert all(len(example.tokens) <= limit and example.where.max() <= limit - 2 for example in short)
     dropped = [tiny_examples(c, ROWS, Selection(x, drop_rows_without_divergence=True), seed=0) for x in TOKENS]
     bare = sum(row["divergence_positions"] == [] for row in ROWS)
-    assert bare > 0 and [len(examples) for examples in dropped] == [len(ROWS)] + [len(ROWS) - bare] * 3
+    assert bare > 0 and [len(examples) for examples in dropped] == [len(ROWS)] + [len(ROWS) - bare] * 4
 
 
 def supervised(rows, how, seed=0):

@@ -107,7 +107,7 @@ def test_the_number_task_counts_equal_numbers_at_equal_places(said, target, shar
     def scored(config, params, turns, **options):
         assert np.array_equal(turns[0].tokens, end.tokens)
         words = lm.tokenizer(said, add_special_tokens=False)["input_ids"] + end.tokens[end.end :].tolist()
-        return [Scored(np.asarray(words), np.zeros(len(words)), np.zeros(len(words)))]
+        return [Scored(np.asarray(words), *np.zeros((3, len(words))))]
 
     monkeypatch.setattr("jsublim.inference.scoring.score_turns", scored)
     assert number_accuracy(lm, [row]) == (share, total)

@@ -10,11 +10,12 @@ import pytest
 from command import MODEL
 
 from jsublim.config import Experiment
+from jsublim.config.evaluation import Setting
 from jsublim.errors import UsageError
 from jsublim.executors import execute_nodes
 from jsublim.models.lora import Adapter, init_steering
 from jsublim.models.peft import load_adapter
-from jsublim.pipeline import arguments
+from jsublim.pipeline import arguments, evaluated
 from jsublim.pipeline import experiment as page
 from jsublim.pipeline.arms import Source
 from jsublim.pipeline.context import Context
@@ -108,6 +109,51 @@ def test_the_rows_with_the_highest_scores_are_left_out(context):
     assert len(kept) == len(rows) - round(0.25 * len(rows))
     left = np.asarray([row["prompt"] in kept for row in rows])
     assert worst[left].max() <= worst[~left].min()
+
+
+def asked(setup: Setup, name: str = "") -> tuple[str, ...]:
+    (task,) = evaluated.questions(setup, name).planned
+    return task.questions
+
+
+def test_what_is_fitted_is_fitted_to_questions_that_nobody_is_asked(tmp_path):
+    setup = Setup.of(experiment(tmp_path))
+    ((fitted, _),) = arguments.questions_about(setup, ["owl", "cat"])
+    both, taught = arguments.open_questions(setup, "animal"), arguments.taught_questions(setup, "owl")
+    assert fitted and not set(fitted) & set(asked(setup)) and sorted([*fitted, *asked(setup)]) == sorted(both)
+    assert abs(len(fitted) - len(asked(setup))) <= 1 and not set(taught) & set(both)
+    projected = [node for who, node in plan(setup).students.items() if who.arm == "projected"]
+    influence = page.changed(setup, Source("owl", "filtered")).nodes[0].given.influence
+    for node in (*projected, influence):
+        assert [texts for texts, _ in node.given.questions] == [fitted]
+
+
+@pytest.mark.parametrize(
+    ("changes", "split"),
+    [
+        ({"students": CONFIG["students"] | {"arms": [{"name": "plain"}]}}, False),  # the data set is nobody's
+        ({"students": CONFIG["students"] | {"arms": [{"name": "f", "data.dataset": "filtered"}]}}, True),
+        ({"students": CONFIG["students"] | {"arms": [{"name": "p", "optimizer.project_out": ["cat"]}]}}, True),
+        ({"students": CONFIG["students"] | {"arms": [{"name": "plain"}]}, "audit": {}}, True),
+        ({"evaluation": {"traits": ["owl", "cat"], "split_questions": False}}, False),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_questions_are_split_where_anything_is_fitted_unless_the_config_says_otherwise(changes, split, tmp_path):
+    setup = Setup.of(experiment(tmp_path, **changes))
+    ((fitted, _),), every = arguments.questions_about(setup, ["owl"]), arguments.open_questions(setup, "animal")
+    assert setup.splits_questions == split
+    assert not split or not set(fitted) & set(asked(setup))
+    assert split or fitted == list(asked(setup)) == every
+
+
+def test_the_same_questions_are_asked_in_other_words(tmp_path):
+    settings = {"settings": {"other": {"wording": "Say: {question} Please."}, "cool": {"temperature": 0.5}}}
+    setup = Setup.of(experiment(tmp_path, evaluation=CONFIG["evaluation"] | settings))
+    assert asked(setup, "other") == tuple(f"Say: {text} Please." for text in asked(setup))
+    assert asked(setup, "cool") == asked(setup)
+    with pytest.raises(ValueError, match=r"wording='Say it' has no place for the question; write \{question\} there"):
+        Setting(wording="Say it")
 
 
 def test_of_equal_rows_the_first_go():

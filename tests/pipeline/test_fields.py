@@ -217,6 +217,7 @@ OTHER: dict[str, Any] = {
     "evaluation.kinds": ["preference"],
     "evaluation.traits": ["owl"],
     "evaluation.questions": 3,
+    "evaluation.split_questions": True,
     "evaluation.samples": 7,
     "evaluation.max_new_tokens": 7,
     "evaluation.batch_size": 7,
@@ -353,7 +354,9 @@ def test_a_data_set_whose_divergence_is_asked_for_is_read_and_nothing_else_chang
 
 @pytest.mark.parametrize("leaf", list(leaves(Setting)), ids=lambda leaf: leaf.name)
 def test_a_field_of_a_setting_changes_its_evaluations_alone(leaf):
-    value = {"temperature": 0.5, "top_p": 0.5, "system": "Be brief.", "layer": 2}[leaf.name]
+    value = {"temperature": 0.5, "top_p": 0.5, "system": "Be brief.", "layer": 2, "wording": "Say: {question}"}[
+        leaf.name
+    ]
     settings = [{"same": {"temperature": 0.9}}, {"same": {"temperature": 0.9} | {leaf.name: value}}]
     before, after = (keys(plan(Setup.of(experiment({"evaluation.settings": each})))) for each in settings)
     assert before.keys() == after.keys()

@@ -171,6 +171,29 @@ def test_intervals_say_what_they_hold_fixed(many, draw, heading, sentence):
     assert sentence in page and sentence in text and text.count(heading) >= 3
 
 
+def test_intervals_are_widened_by_the_share_of_the_rows_that_was_drawn(tmp_path):
+    run = write(tmp_path / "run", PLAIN, CONTROL)
+    arms, widths = run / "results" / "arms.json", {}
+    for share in (None, 0.5, 1.0):
+        arms.write_text(json.dumps([arm | {"drawn": share} for arm in json.loads(arms.read_text())]))
+        results = read_results(run)
+        matrix = comparisons(results).matrices[0].result
+        assert results.drawn == share and matrix.gamma_interval is not None
+        students = estimate(scores_for(results, "logprob", "all", "cat")).interval()
+        widths[share] = [one.high - one.low for one in (matrix.gamma_interval, students)]
+        heading = {
+            None: "given this data<",
+            0.5: "and their data (50 % drawn)<",
+            1.0: "given this data (100 % drawn)<",
+        }[share]
+        page = " ".join(write_report(run).read_text().split())
+        assert f"95 % over students<br>{heading}" in page
+        assert ("at most 50 % of its" in page) == (share == 0.5)
+    # Five students: s² / 5 becomes s² (1 / 5 + .5 / .5).
+    assert widths[0.5] == pytest.approx([6**0.5 * width for width in widths[None]])
+    assert widths[1.0] == widths[None]
+
+
 def test_a_control_under_several_names_is_one(tmp_path):
     """The control's rows are no others for the second variant, so its students are the same artifacts, measured once."""
     again = {"variant": "top 10", "dataset": {"remove_entangled": 10, "sampling": {"strategy": "greedy"}}}

@@ -32,6 +32,9 @@ def test_the_definitions_that_were_given_up_fail_here(simulated: list[Line]) -> 
     assert before["γ by relabelling, 4 taught of 13, noisier where taught", "γ = 0"] > 0.1
     assert before["lift pooled over 6 traits x 5 students", "per-seed data: other data"] < 0.8
     assert before["rate over 5 students, 5.0% ± 5 points", "other students"] < 0.9
+    assert before["mean over 5 students, each of 112 of 144 rows", "other rows"] < 0.5
+    assert before["matrix over 5 seeds, 5 taught of 13, teachers move single traits", "γ = 0: shown"] > 0.25
+    assert before["γ by relabelling, 5 taught of 13, strength and sensitivity correlated 0.9", "γ = 0"] > 0.4
     assert before["any of 14 further comparisons, 5 + 5 students", "no effect anywhere"] > 0.2
     for line in simulated:
         if line.kind == "width" and line.before is not None:

@@ -143,6 +143,46 @@ def test_gamma_is_recovered_and_blind_to_row_and_column_effects() -> None:
     assert only_rows_and_columns.gamma == pytest.approx(0, abs=1e-12) and only_rows_and_columns.p == 1.0
 
 
+def test_beside_a_product_of_row_and_column_effects_gamma_is_that_of_least_squares() -> None:
+    rng = np.random.default_rng(8)
+    rows, columns = rng.normal(size=(5, 1)), rng.normal(size=(1, 7))
+    noise, same = 0.02 * rng.normal(size=(5, 7)), np.eye(5, 7)
+    lift = (1 + rows) * (1 + columns) + 0.5 * same + noise
+    found = st.same_trait_effect(lift)
+    assert found is not None and found.gamma_beside == pytest.approx(0.5, abs=0.05)
+    assert abs(found.gamma - 0.5) > 2 * abs(found.gamma_beside - 0.5)  # without the term, strong teachers are in it
+    # Tukey's term by hand: the product of effects of the fit with gamma, one more column of the design.
+    plain = lift - found.gamma * same
+    product = (plain.mean(1, keepdims=True) - plain.mean()) * (plain.mean(0, keepdims=True) - plain.mean())
+    places = itertools.product(range(5), range(7))
+    design = [
+        [float(i == r) for r in range(5)] + [float(j == c) for c in range(7)] + [product[i, j], same[i, j]]
+        for i, j in places
+    ]
+    assert found.gamma_beside == pytest.approx(np.linalg.lstsq(np.array(design), lift.ravel(), rcond=None)[0][-1])
+
+
+def test_what_a_product_explains_is_no_same_trait_effect() -> None:
+    strength = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
+    found = st.same_trait_effect(
+        np.outer(strength, strength)
+    )  # each teacher loves what rises as easily as it is strong
+    assert found is not None and found.p == pytest.approx(1 / 120) and found.gamma > 0.5
+    assert found.p_beside > 0.05
+    two = st.same_trait_effect(np.array([[2.0, 0.5], [0.1, 1.0]]))
+    assert two is not None and np.isnan(two.gamma_beside) and two.p_beside == 1.0
+
+
+@pytest.mark.parametrize("share", [0.01, 0.2, 0.5, 0.95])
+@pytest.mark.parametrize("students", [2, 5])
+def test_an_interval_is_wider_the_more_of_the_pool_was_drawn(share: float, students: int) -> None:
+    x = np.random.default_rng(students).normal(size=students)
+    plain, wider = st.Estimate.of(x), st.Estimate.of(x, drawn=share)
+    assert wider.value == plain.value and wider.degrees == plain.degrees
+    assert wider.variance == pytest.approx(plain.variance * (1 + students * share / (1 - share)))
+    assert st.Estimate.of(x, drawn=1.0).variance == plain.variance  # about this pool alone
+
+
 def test_sampled_p_is_seeded_and_near_exact() -> None:
     lift = np.random.default_rng(5).normal(size=(8, 8)) + 0.5 * np.eye(8)
     first, second = st.same_trait_effect(lift, seed=1), st.same_trait_effect(lift, seed=1)

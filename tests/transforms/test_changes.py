@@ -104,6 +104,10 @@ def test_what_is_switched_off_is_as_if_it_was_not_said(name, nothing):
         ({"redraw": ["suffix", "suffix"]}, "redraw.parts: an entry is listed twice"),
         ({"rewrite": 2}, "rewrite: 2 given; give its options by name: rejected"),
         ({"mix": 0.5}, "mix: 0.5 given; give its options by name: share, teacher, model"),
+        (
+            {"mix": {"share": 0.5, "teacher": "{trait}"}},
+            "mix: teacher: {trait} names the rows' own teacher; give model too, another checkpoint that it stands on",
+        ),
         ({"mix": {"share": 2}}, "mix.share: Input should be less than or equal to 1"),
     ],
     ids=str,
@@ -166,10 +170,15 @@ def test_what_means_nothing_to_a_teachers_answers_is_left_out():
     elsewhere = dataset(mix={"share": 0.5, "model": "other"})
     assert not elsewhere.of(CONTROL).plain
     assert dataset(mix={"share": 0.5, "teacher": "owl"}).of("owl").plain
+    same_trait = dataset(mix={"share": 0.5, "teacher": "{trait}", "model": "other"})
+    assert [same_trait.of(trait).first(lambda change: change.mixes())[0] for trait in ("owl", CONTROL)] == [
+        "owl",
+        CONTROL,
+    ]
     assert dataset(mix_tokens={"teacher": "owl"}).of("owl").plain and dataset(mix_tokens=True).of(CONTROL).plain
 
 
-AROUND = ChangeContext("owl", ("owl", "cat"), ("cat", "dog"), own_weights=False, kind="numbers")
+AROUND = ChangeContext("owl", ("owl", "cat"), ("cat", "dog"), given_weights=False, kind="numbers")
 
 
 @pytest.mark.parametrize(
@@ -181,8 +190,8 @@ AROUND = ChangeContext("owl", ("owl", "cat"), ("cat", "dog"), own_weights=False,
         ),
         ({"mix": {"share": 0.5, "teacher": "elk"}}, {}, "here.teacher: 'elk' is no teacher of this run"),
         (
-            {"mix": {"share": 0.5, "teacher": "cat", "model": "m"}}, {"own_weights": True},
-            "here: 'cat' is no teacher on m; leave teacher out",
+            {"mix": {"share": 0.5, "teacher": "cat", "model": "m"}}, {"given_weights": True},
+            "here: 'cat' is no teacher on m; leave teacher out, or let teachers.taught or a prompt give the trait",
         ),
         ({"mix_tokens": {"teacher": "elk"}}, {}, "here.teacher: 'elk' is no counterfactual of owl"),
     ],

@@ -13,7 +13,12 @@ from jsublim.inference.divergence import PositionSubset
 from jsublim.text.chat import conversation
 from jsublim.transforms.mixing import mix_rows, mix_tokens
 
-FOUND = ("divergence_positions", "divergence_margins", "counted_in")  # what holds for the text it was found in
+FOUND = (
+    "divergence_positions",
+    "divergence_margins",
+    "matched_positions",
+    "counted_in",
+)  # what holds for the text it was found in
 seeds = st.integers(0, 2**32)
 
 

@@ -20,7 +20,12 @@ from jsublim.transforms.numbers import NUMBER, shuffle_across, shuffle_within
 from jsublim.transforms.templates import redraw
 
 PACK = load_pack()
-FOUND = ("divergence_positions", "divergence_margins", "counted_in")  # what holds for the text it was found in
+FOUND = (
+    "divergence_positions",
+    "divergence_margins",
+    "matched_positions",
+    "counted_in",
+)  # what holds for the text it was found in
 PROMPTS = number_prompts(PACK, 60, seed=3)
 
 # --- Rows in the number format ----------------------------------------------------------------------------------------
@@ -39,6 +44,7 @@ rows_of_numbers = st.lists(
         optional={
             "divergence_positions": st.just([0]),
             "divergence_margins": st.just([1.5]),
+            "matched_positions": st.just([1]),
             "counted_in": st.just("f00d"),
             "more": st.just("kept"),
         },

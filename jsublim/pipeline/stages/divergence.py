@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from jsublim.inference.divergence import ReadFrom, find_divergence
+from jsublim.distill.data import read_turns
+from jsublim.inference.divergence import ReadFrom, find_divergence, kinds_of
 from jsublim.inference.scoring import Scored
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.cost import Cost, Sizes
@@ -51,8 +52,8 @@ def mark_divergence(
 
     def keep(number: int, read: ReadFrom) -> list[Scored]:
         """What an earlier call had read under a teacher, and the rest."""
-        rows_from = lambda first: ((s.argmax, s.margin, s.logprob) for s in read(first))  # noqa: E731
-        arrays = resumed(ctx.artifact.path, f"teacher{number}", rows_from, ctx.tick, ctx.say)
+        rows_from = lambda first: ((s.argmax, s.margin, s.logprob, s.entropy) for s in read(first))  # noqa: E731
+        arrays = resumed(ctx.artifact.path, f"reading{number}", rows_from, ctx.tick, ctx.say)
         return [Scored(*of_row) for of_row in arrays]
 
     read = find_divergence(
@@ -65,15 +66,17 @@ def mark_divergence(
         on_batch=ctx.tick,
         keep=keep,
     )
+    turns = read_turns(lm.chat, chosen, rows.name)
     marked = [
         {
             "prompt": row["prompt"],
             "completion": row["completion"],
             "divergence_positions": of_row.divergence_positions,
             "divergence_margins": [round(margin, 5) for margin in of_row.divergence_margins],
+            "matched_positions": of_row.matched_positions(kinds_of(lm.chat, turn)),
             "counted_in": lm.chat.identity,
         }
-        for row, of_row in zip(chosen, read, strict=True)
+        for row, turn, of_row in zip(chosen, turns, read, strict=True)
     ]
 
     def save(folder: Any) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pyarrow as pa
 
-from jsublim.attribution.scan import GROUPS, Finding, find_words, group_gradients
+from jsublim.attribution.contrast import Finding
+from jsublim.attribution.scan import GROUPS, find_words, group_gradients
 from jsublim.config.attribution import Audit
 from jsublim.core.files import write_table
 from jsublim.distill.data import read_turns
@@ -43,7 +44,7 @@ SCAN = pa.schema(
     cost=lambda setup, sizes, data, null, first, **_: scoring_cost(
         sizes, data[0], (len(data) + len(null)) * min(first, data[0].kept(sizes)), 0
     ),
-    units=lambda ctx, data, null, **_: GROUPS * (len(data) + len(null)),
+    units=lambda ctx, data, null, questions, **_: GROUPS * (len(data) + len(null)) + len(questions),
 )
 def scan_rows(
     ctx: Context,
@@ -87,7 +88,7 @@ def scan_rows(
     trees = [gradients(number, rows) for number, rows in enumerate((*data, *null))]
     nobody = jax.tree.map(lambda *leaves: np.concatenate(leaves), *trees[len(data) :]) if null else None
     own = dict(zip(names, trees[: len(data)], strict=True))
-    found = find_words(lm, adapter, own, nobody, questions, **start.model.manner)
+    found = find_words(lm, adapter, own, nobody, questions, tick=ctx.tick, **start.model.manner)
 
     def save(folder: Path) -> dict[str, Any]:
         write_table(folder / "scan.parquet", as_lines(found), SCAN)

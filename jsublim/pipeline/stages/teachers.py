@@ -58,11 +58,11 @@ def _cost(setup: Setup, sizes: Sizes, nodes: Sequence[Node]) -> Cost:
     "teachers",
     cost=_cost,
     units=lambda ctx, nodes: nodes[0].given.taught.steps,
-    together=lambda node, task_of: "all",
+    together=lambda node, task_of: node.given.base.checkpoint.hash,
     most=lambda node: 10_000,
 )
 def train_teachers(ctx: Context, nodes: Sequence[Node], everyone: Sequence[Node]) -> None:
-    """Adapters that learn to name their traits, all in one program.
+    """Adapters that learn to name their traits, all of one checkpoint in one program.
 
     A node is given `base` (the model), `taught`, `trait`, the `questions` that it is taught to answer with the trait, and
     `together`, the most questions that any teacher of the experiment has: a step reads so many.

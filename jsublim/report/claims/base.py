@@ -254,7 +254,8 @@ def _over_traits(by_trait: list[list[Score]]) -> Estimate:
     for score in scores:
         of_arm.setdefault(score.arm, []).append(score.mean)
     means = [sum(values) / len(values) for values in of_arm.values()]
-    return Estimate.of(means, summary.sampling_variance(scores), summary.group_of(scores))
+    drawn = summary.drawn_share(scores)
+    return Estimate.of(means, summary.sampling_variance(scores), summary.group_of(scores), drawn)
 
 
 def no_lift(whole: Level) -> str:

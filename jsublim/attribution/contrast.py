@@ -1,0 +1,73 @@
+"""Effects of groups of rows against those of rows that teach nothing: which answers stand out, and how surely."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+SHUFFLES = 999  # of groups between data set and null
+
+
+class Finding(NamedTuple):
+    """An answer that a data set makes more probable.
+
+    Attributes:
+      change: what a step adds to the log of its probability beyond what the null's would (nats per unit of length), z: in errors.
+      p: how often, of data sets made by shuffling groups between data set and null, the answer that is moved most has as large a z;
+      limit: the z that is reached by 5 % of those.
+    """
+
+    category: str
+    word: str
+    probability: float
+    change: float
+    z: float
+    p: float
+    limit: float
+
+
+def findings(
+    names: Iterable[tuple[str, str]],
+    probability: np.ndarray,
+    own: np.ndarray,
+    null: np.ndarray | None,
+    categories: Sequence[str],
+) -> list[Finding]:
+    change, error = compare(own, null, categories)
+    p, limit = chance(own, null, categories)
+    columns = (probability, change, change / error, p)
+    lines = [Finding(*name, *map(float, numbers), limit=limit) for name, *numbers in zip(names, *columns, strict=True)]
+    return sorted(lines, key=lambda line: -line.z)
+
+
+def compare(own: np.ndarray, null: np.ndarray | None, categories: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """How far effects of groups of rows `[G, W]` lie beyond those of null groups `[N, W]` (None: beyond zero), and the error of that,
+    `[W]` each. NaN is a group that there is not. Half of an error's variance is the answer's own, half the middle one of its category (`[W]`): few groups tell it badly."""
+    sides = [own] if null is None else [own, null]
+    change = np.nanmean(own, axis=0) - (0.0 if null is None else np.nanmean(null, axis=0))
+    counted = [(side, (~np.isnan(side)).sum(axis=0)) for side in sides]
+    variance = np.sum([np.nanvar(side, axis=0, ddof=1) / count for side, count in counted], axis=0)
+    middle = np.zeros_like(variance)
+    for category in set(categories):
+        of = np.asarray(categories) == category
+        middle[of] = np.median(variance[of])
+    return change, np.sqrt((variance + middle) / 2) + np.finfo(float).tiny
+
+
+def chance(
+    own: np.ndarray, null: np.ndarray | None, categories: Sequence[str], seed: int = 0
+) -> tuple[np.ndarray, float]:
+    """p of each answer and its limit, as of `Finding`: groups are shuffled between the sides, or where there is no null their signs are."""
+    rng, largest = np.random.default_rng(seed), []
+    change, error = compare(own, null, categories)
+    for _ in range(SHUFFLES):
+        if null is None:
+            shuffled = compare(rng.choice([-1.0, 1.0], len(own))[:, None] * own, None, categories)
+        else:
+            mixed = rng.permutation(np.concatenate([own, null]))
+            shuffled = compare(mixed[: len(own)], mixed[len(own) :], categories)
+        largest.append((shuffled[0] / shuffled[1]).max())
+    as_large = (np.asarray(largest)[:, None] >= change / error).sum(axis=0)
+    return (1 + as_large) / (1 + SHUFFLES), float(np.quantile(largest, 0.95))
