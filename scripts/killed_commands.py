@@ -31,7 +31,7 @@ import jsublim.report.html
 ROOT = Path(__file__).parents[1]
 KILL = 4  # of faults.c
 LAST = 16  # operations, in which a command publishes what it has made
-TIMED = {"artifact.json", "DONE", "run.json", "report.html", "config.yaml"}  # hold times or places
+TIMED = {"artifact.json", "DONE", "run.json", "times.log", "report.html", "config.yaml"}  # hold times or places
 MODEL = ("--model", "tiny-qwen2")
 DIGITS = ("seeds=[0]", "teacher.steps=20", "students.steps=20", "students.measure_every=10")
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 WIDTH, HEIGHT, EVERY = 80, 40, 60.0
 CONTROL = re.compile(r"\x1b\[([?0-9;]*)([A-Za-z])")
-BARS = ("whole run", "━")
+BARS = "whole run"
 LEFT = re.compile(r"([\d:]+) so far, about ([\d:]+) left")
 
 
@@ -87,12 +87,13 @@ def main() -> None:
         screen.write(decode(data))
         if time.monotonic() - began > looks * EVERY:
             looks += 1
-            still = [line for line in screen.lines[kept:] if not line.startswith(BARS) and "━" not in line]
-            moving = [line.rstrip() for line in screen.lines[kept:] if "━" in line]
-            if match := LEFT.search("\n".join(moving)):
+            # The bars are the last thing on the screen; one that has just begun has no "━".
+            bars = next((i for i in range(kept, len(screen.lines)) if screen.lines[i].startswith(BARS)), None)
+            if bars is not None and (match := LEFT.search(screen.lines[bars])):
                 said.append((seconds(match[1]), seconds(match[2])))
-                shown += [line.rstrip() for line in still if line.strip()] + [f"    {line}" for line in moving]
-                kept = len(screen.lines) - len(moving) - sum(not line.strip() for line in screen.lines[kept:])
+                shown += [line.rstrip() for line in screen.lines[kept:bars] if line.strip()]
+                shown += [f"    {line.rstrip()}" for line in screen.lines[bars:] if line.strip()]
+                kept = bars
     code, took = child.wait(), time.monotonic() - began
     shown += [line.rstrip() for line in screen.lines[kept:]]
     minutes, rest = divmod(round(took), 60)

@@ -32,6 +32,7 @@ TIMED = {
     "DONE",
     "metrics.jsonl",
     "run.json",
+    "times.log",
     "report.html",
     "config.yaml",
 }  # hold times, speeds or places
