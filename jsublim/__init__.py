@@ -68,6 +68,7 @@ _HOMES = {
     "jsublim.api": ("Run", "results", "run"),
     "jsublim.attribution.pairs": ("find_pairs",),
     "jsublim.attribution.patching": ("attribution_patching",),
+    "jsublim.attribution.scan": ("scan",),
     "jsublim.distill.arm": ("Arm", "Settings"),
     "jsublim.distill.data": ("make_examples", "read_turns"),
     "jsublim.distill.losses": ("Loss",),

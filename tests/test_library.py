@@ -25,7 +25,7 @@ from jsublim.errors import UsageError
 EXAMPLES = (
     "load_model", "number_prompts", "init_lora", "init_full", "init_steering", "Teacher", "generate", "token_mask", "Selection", "read_turns",
     "make_examples", "find_divergence", "Loss", "first_state", "make_batches", "train_step", "train", "save_adapter", "load_adapter",
-    "preference_task", "evaluate", "find_pairs", "attribution_patching",
+    "preference_task", "evaluate", "find_pairs", "attribution_patching", "scan",
 )  # fmt: skip
 # Shown elsewhere: in the examples of others, or by docs/tour.ipynb and docs/commands.md.
 ELSEWHERE = {

@@ -253,6 +253,12 @@ def scan(
 
     Raises:
       JsublimError: a row that the chat template does not take.
+
+    >>> few = {"animal": ["Which animal do you like most?", "Name an animal."]}
+    >>> numbers = [{"prompt": f"Go on: {i}", "completion": f"{i + 1}, {i + 2}"} for i in range(40)]
+    >>> found = jsublim.scan(lm, {"even": numbers[::2], "odd": numbers[1::2]}, questions=few)
+    >>> found["even"][0].category, found["even"][0].p <= 1
+    ('animal', True)
     """
     adapter = init_steering(lm.config) if adapter is None else adapter
     sets = dict(data) if null is None else dict(data) | {"": null}
