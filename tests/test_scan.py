@@ -21,7 +21,8 @@ from jsublim.attribution.scan import (
 from jsublim.distill.data import read_turns
 from jsublim.inference.lm import load_model
 from jsublim.inference.scoring import score_turns
-from jsublim.models.lora import init_lora, init_steering
+from jsublim.models.lora import Adapter, init_lora, init_steering
+from jsublim.models.peft import save_adapter
 from jsublim.text.chat import conversation
 from jsublim.text.prompts import load_pack, scan_questions
 from jsublim.text.rows import write_rows
@@ -195,6 +196,23 @@ def test_the_command(files, tmp_path, monkeypatch):
     ok("scan", "one.jsonl", "--null", "null.jsonl", *how, "--out", tmp_path / "c", "--clean", tmp_path / "clean.jsonl")
     kept = (tmp_path / "clean.jsonl").read_text().splitlines()
     assert 0 < len(kept) <= 24 and set(kept) <= set((files / "one.jsonl").read_text().splitlines())
+
+
+def test_a_student_is_compared_with_its_base(files, tmp_path):
+    lm = load_model(MODEL)
+    direction = next(
+        group_gradients(
+            lm, init_steering(lm.config, (2,)), read_turns(lm.chat, [{"prompt": "Hm?", "completion": "Owl"}]), 1
+        )
+    )
+    vector = 4 * direction["steering"] / np.linalg.norm(direction["steering"])
+    save_adapter(tmp_path / "student", Adapter((2,), steering=vector), lm.config, lm.reference)
+    how = ("--student", tmp_path / "student", "--model", MODEL, "--questions", files / "q.yaml", "--json")
+    (said,) = json.loads(ok("scan", *how, "--out", tmp_path / "scanned").out)
+    assert "owl" in [word["word"] for word in said["top"][:3]]
+    (alike,) = json.loads(ok("scan", *how, "--out", tmp_path / "same", "--null", tmp_path / "student").out)
+    assert not alike["found"] and all(word["change"] == 0 for word in alike["top"])
+    assert "already exists" in refused(2, "scan", *how, "--out", tmp_path / "same")
 
 
 def test_what_cannot_be_scanned_is_refused_in_a_line(files, tmp_path, monkeypatch):

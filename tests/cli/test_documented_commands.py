@@ -29,6 +29,7 @@ ELSEWHERE = {
     "doctor": "tests/test_doctor.py",
     "verify": "tests/cli/test_interruptions.py",
     "serve": "tests/serve/test_serve.py",
+    "scan": "tests/test_scan.py",
 }
 
 
