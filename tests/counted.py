@@ -11,11 +11,11 @@ from jsublim.core.progress import Progress
 stage = Progress.stage
 
 
-def counted(self: Progress, kind: str, units: int | None = None, label: str = "") -> Any:
+def counted(self: Progress, kind: str, units: int | None = None, label: str = "", key: str = "") -> Any:
     if label:
         with open(os.environ["MADE"], "a", encoding="utf-8") as file:
             file.write(f"{kind} {label}\n")
-    return stage(self, kind, units, label)
+    return stage(self, kind, units, label, key)
 
 
 if __name__ == "__main__":

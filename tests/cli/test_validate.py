@@ -28,7 +28,7 @@ SAID = (
     "sampling.batch_size: input should be a valid integer, unable to parse string as an integer or 'auto', found 'x'",
     "datasets.greedy: unknown key 'shufle'; did you mean 'shuffle'?",
     "students.seeds: an entry is listed twice: 1, found [1, 1]",
-    "students.loss.tokens.0: input should be 'all', 'divergence', 'non-divergence' or 'random', found 'al'; did you mean 'all'?",
+    "students.loss.tokens.0: input should be 'all', 'divergence', 'non-divergence', 'random' or 'matched', found 'al'; did you mean 'all'?",
     "unknown key 'modle'; did you mean 'model'?",
     "students.data.dataset: 'greed' is no data set; datasets has greedy",  # found once the rest is out of the way
 )

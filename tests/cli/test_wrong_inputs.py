@@ -66,6 +66,8 @@ WRONG: list[tuple[tuple[str, ...], int, str]] = [
     (("export", "none", "--out", "new"), 2, "none: no such file or folder"),
     (("push", "folder", "me/owl"), 2, "push what `jsublim export` has written"),
     (("audit", *M, "--data", "none.jsonl", "--traits", "owl", "--out", "new"), 2, "none.jsonl: no such file; expected JSONL rows"),
+    (("scan", *M, "--out", "new"), 2, "scan: give rows, or --student ADAPTER"),
+    (("scan", "none.jsonl", *M, "--out", "new"), 2, "none.jsonl: no such file"),
     (("audit", *M, *ROWS, "--traits", "unicorn", "--out", "new"), 2, "say what it is by teachers.category"),
     # verify, validate, reproduce, ls, cp
     (("verify", "nowhere"), 2, "nowhere: holds no artifacts"),

@@ -17,7 +17,7 @@ from tiny import examples as tiny_examples
 from jsublim.distill.arm import Arm, Settings
 from jsublim.distill.batches import Shape, batch_rows, collate, steps_per_epoch
 from jsublim.distill.data import draw_indices, make_examples, read_turns
-from jsublim.distill.selection import TOKENS, Selection, margin_weights, token_mask
+from jsublim.distill.selection import COMPARED, TOKENS, Selection, margin_weights, token_mask
 from jsublim.distill.step import Program, loss_and_gradient
 from jsublim.distill.trainer import train
 from jsublim.errors import JsublimError, UsageError
@@ -140,7 +140,7 @@ POINTED = [
 @pytest.mark.parametrize("share", [0.5, 1.0])
 def test_a_subset_of_the_points_acts_before_the_condition(which, share):
     subset = PositionSubset(which, share, "paper", one_in_both=True)
-    masked = {x: supervised(POINTED, Selection(x, subset=subset), seed=4) for x in TOKENS}
+    masked = {x: supervised(POINTED, Selection(x, subset=subset), seed=4) for x in COMPARED}
     for i, (row, (every, _), (chosen, _), (others, _), (drawn, _)) in enumerate(
         zip(POINTED, *masked.values(), strict=True)
     ):
