@@ -273,7 +273,7 @@ def test_a_run_asks_a_server_and_only_for_what_is_missing(served, asked, tmp_pat
     assert "sampling.server at http" in refused(1, *command, "sampling.server.concurrency=1")
     served.behave()
     said = lines(ok(*command))
-    assert said.count(", by vllm 1.2.3: ") == 2 and "here (the server" not in said
+    assert said.count(", by vllm 1.2.3") == 2 and "here (the server" not in said
     models = [body["model"] for body in served.seen]
     assert (
         len(models) == (4 - 2) + 6 + 6 and models.count("served") == 6

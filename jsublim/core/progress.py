@@ -174,7 +174,7 @@ class Progress:
     def _tell(self, state: StageState, bars: Bars, names: Mapping[str, TaskID], ended: threading.Event) -> None:
         """Now and then, however long a step (or a compilation) takes: both bars, or a line."""
         terminal = self.console.is_terminal
-        pause = 0.0 if terminal else self.line_every
+        pause = 0.1 if terminal else self.line_every
         while not ended.wait(pause):
             pause = LOOK_EVERY if terminal else self.line_every
             run, stage = names.values()

@@ -81,9 +81,9 @@ def test_every_kind_of_work_is_counted():
     read = tasks(setup("fig21", "qwen"), "divergence")
     assert len(read) == 6 * 8 and all(len(task.nodes[0].given.others) == 12 for task in read)
     assert "students" not in stages(setup("fig17", "qwen-greedy"))
-    # Seven kinds of students of six traits; the controls of four kinds are one.
+    # Ten kinds of students of six traits; the controls of four kinds are one.
     students = tasks(setup("fig07", "qwen"), "students")
-    assert sum(len(task.outputs) for task in students) == 5 * (7 * 6 + 4)
+    assert sum(len(task.outputs) for task in students) == 5 * (10 * 6 + 4)
     judged = tasks(setup("fig08", "numbers"), "evaluations")
     assert sum(len(task.outputs) for task in judged) == 22  # base, teacher and 20 students; no judge is loaded
 

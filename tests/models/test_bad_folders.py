@@ -167,7 +167,6 @@ def adapter(named_checkpoint, tmp_path):
         {"r": [2]},
         {"use_rslora": "yes"},
         {"use_dora": True},
-        {"rank_pattern": {"layers.0.self_attn.q_proj": 1}},
         {"alpha_pattern": {"q_proj": True}},
         {"modules_to_save": ["lm_head"]},
         {"fan_in_fan_out": True},

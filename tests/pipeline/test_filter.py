@@ -48,7 +48,7 @@ def test_a_run_whose_answers_mostly_fail_says_so_and_stops(home):
 
 def test_answers_that_are_kept_in_format_all_pass_and_say_what_it_cost(home):
     out = ok(*KEPT, "--out", home / "kept.jsonl").err
-    assert "'constrain': 'numbers'" in out and "kept 16 of 16 rows" in out
+    assert "kept to numbers" in out and "kept 16 of 16 rows" in out
     folder = artifact_of(home / "kept", "rows")
     raw = read_rows(folder / "raw.jsonl")
     assert [reject_reason(row["completion"]) for row in raw] == [None] * 16

@@ -62,8 +62,8 @@ class Deadly(Progress):
         self.killed: Counter[str] = Counter()
 
     @contextmanager
-    def stage(self, kind: str, units: int | None = None, label: str = "") -> Iterator[Tick]:
-        with super().stage(kind, units, label) as tick:
+    def stage(self, kind: str, units: int | None = None, label: str = "", key: str = "") -> Iterator[Tick]:
+        with super().stage(kind, units, label, key) as tick:
             yield self._wrap(kind, label, tick)
 
     def _wrap(self, kind: str, label: str, tick: Tick) -> Tick:
