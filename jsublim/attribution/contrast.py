@@ -10,7 +10,7 @@ import numpy as np
 SHUFFLES = 999  # of groups between data set and null
 
 
-class Finding(NamedTuple):
+class MovedAnswer(NamedTuple):
     """An answer that a data set makes more probable.
 
     Attributes:
@@ -34,11 +34,13 @@ def findings(
     own: np.ndarray,
     null: np.ndarray | None,
     categories: Sequence[str],
-) -> list[Finding]:
+) -> list[MovedAnswer]:
     change, error = compare(own, null, categories)
     p, limit = chance(own, null, categories)
     columns = (probability, change, change / error, p)
-    lines = [Finding(*name, *map(float, numbers), limit=limit) for name, *numbers in zip(names, *columns, strict=True)]
+    lines = [
+        MovedAnswer(*name, *map(float, numbers), limit=limit) for name, *numbers in zip(names, *columns, strict=True)
+    ]
     return sorted(lines, key=lambda line: -line.z)
 
 
@@ -59,7 +61,7 @@ def compare(own: np.ndarray, null: np.ndarray | None, categories: Sequence[str])
 def chance(
     own: np.ndarray, null: np.ndarray | None, categories: Sequence[str], seed: int = 0
 ) -> tuple[np.ndarray, float]:
-    """p of each answer and its limit, as of `Finding`: groups are shuffled between the sides, or where there is no null their signs are."""
+    """p of each answer and its limit, as of `MovedAnswer`: groups are shuffled between the sides, or where there is no null their signs are."""
     rng, largest = np.random.default_rng(seed), []
     change, error = compare(own, null, categories)
     for _ in range(SHUFFLES):

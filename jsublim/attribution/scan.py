@@ -19,7 +19,7 @@ import optax
 from jax import Array
 
 from jsublim.attribution.audit import Laid, label_logprobs, laid_sizes, lay_out, logit_block
-from jsublim.attribution.contrast import Finding, compare, findings
+from jsublim.attribution.contrast import MovedAnswer, compare, findings
 from jsublim.core.progress import Tick, no_tick
 from jsublim.distill.data import read_turns
 from jsublim.inference.batching import PROMPT_STEP, chunks, pad_tokens, round_up
@@ -242,7 +242,7 @@ def scan(
     adapter: Adapter | None = None,
     questions: Mapping[str, Sequence[str]] | None = None,
     batch_size: int = 16,
-) -> dict[str, list[Finding]]:
+) -> dict[str, list[MovedAnswer]]:
     """What rows would teach a student that starts at `adapter`, as `jsublim scan` says it: the answers that each data set makes more probable,
     most certain first.
 
@@ -280,7 +280,7 @@ def find_words(
     null: Trainable | None,
     questions: Mapping[str, Sequence[str]],
     **manner: Any,
-) -> dict[str, list[Finding]]:
+) -> dict[str, list[MovedAnswer]]:
     """The answers that each data set moves, by z.
 
     Args:
@@ -316,7 +316,7 @@ def find_words(
 
 def student_words(
     lm: LanguageModel, student: Adapter, other: Adapter | None, questions: Mapping[str, Sequence[str]], **manner: Any
-) -> list[Finding]:
+) -> list[MovedAnswer]:
     """The answers that a student gives more often than the base, or than another student, by z: the same questions, and in place of groups of
     rows the questions of a category. Answers are told by their first token.
 

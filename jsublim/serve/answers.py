@@ -10,7 +10,7 @@ import numpy as np
 UNFINISHED = "\ufffd"  # what a tokenizer shows of a character whose other bytes are still to come
 
 
-class Text:
+class AnswerText:
     """The text of an answer whose tokens come some at a time, up to the first of some texts that end it."""
 
     def __init__(self, tokenizer: Any, stops: Sequence[str]):

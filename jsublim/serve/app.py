@@ -23,9 +23,9 @@ from jsublim.core.reading import shown
 from jsublim.errors import JsublimError, UsageError, one_line
 from jsublim.inference.sampling import Sampling
 from jsublim.serve import wire
-from jsublim.serve.answers import Text, chat_logprobs, completion_logprobs
+from jsublim.serve.answers import AnswerText, chat_logprobs, completion_logprobs
 from jsublim.serve.catalogue import Catalogue
-from jsublim.serve.engine import Engine, Job, Reading
+from jsublim.serve.engine import AnswerJob, Engine, Reading
 from jsublim.serve.wire import ChatCompletion, Completion, failure
 
 KEY = "JSUBLIM_API_KEY"  # of the environment; clients send it as their API key
@@ -35,7 +35,7 @@ SEEDS = 2**31
 
 
 @dataclass
-class Limits:
+class ServeLimits:
     """What one request may take."""
 
     slots: int = 32  # rows that are decoded at one time
@@ -43,7 +43,7 @@ class Limits:
     seconds: float = 600.0
 
 
-class Refused(Exception):
+class BadRequest(Exception):
     """A request that is answered with an error."""
 
     def __init__(self, status: int, message: str):
@@ -57,9 +57,9 @@ class Asked:
 
     body: Completion | ChatCompletion
     prompts: list[np.ndarray]
-    jobs: list[Job]
+    jobs: list[AnswerJob]
     events: asyncio.Queue[tuple[int, list[int], str | JsublimError | None]]
-    texts: list[Text]
+    texts: list[AnswerText]
     id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -85,7 +85,7 @@ class Asked:
         return about | {"choices": choices}
 
 
-def make_app(catalogue: Catalogue, limits: Limits, say: Callable[[str], None]) -> Any:
+def make_app(catalogue: Catalogue, limits: ServeLimits, say: Callable[[str], None]) -> Any:
     """The ASGI application; `say` is told a line about each request. The key is that of the environment (`KEY`), if there is one."""
     service = Service(catalogue, limits)
 
@@ -102,9 +102,9 @@ def make_app(catalogue: Catalogue, limits: Limits, say: Callable[[str], None]) -
             try:
                 given = request.headers.get("authorization", "").removeprefix("Bearer ")
                 if key and not hmac.compare_digest(given.encode(), key.encode()):
-                    raise Refused(401, f"wrong or no API key; it is {KEY} of the server's environment")
+                    raise BadRequest(401, f"wrong or no API key; it is {KEY} of the server's environment")
                 return await handle(request)
-            except Refused as refusal:
+            except BadRequest as refusal:
                 return JSONResponse(failure(str(refusal)), refusal.status)
             except JsublimError as error:
                 return JSONResponse(failure(one_line(str(error))), 400)
@@ -167,7 +167,7 @@ def logged(app: Any, say: Callable[[str], None]) -> Any:
 class Service:
     """Requests to a catalogue's models."""
 
-    def __init__(self, catalogue: Catalogue, limits: Limits):
+    def __init__(self, catalogue: Catalogue, limits: ServeLimits):
         self.catalogue, self.limits, self.lm = catalogue, limits, catalogue.lm
         self.engine = Engine(self.lm, catalogue.adapter, slots=limits.slots, length=limits.length)
 
@@ -177,7 +177,7 @@ class Service:
 
     def known(self, name: str) -> str:
         if name not in self.catalogue.names:
-            raise Refused(404, f"the model {shown(name)} does not exist; /v1/models lists those that do")
+            raise BadRequest(404, f"the model {shown(name)} does not exist; /v1/models lists those that do")
         return name
 
     async def answer(self, request: Request, kind: type[Completion] | type[ChatCompletion]) -> Response:
@@ -185,7 +185,7 @@ class Service:
         request.scope["about"] = f"'{self.known(body.model)}'"
         asked = self.asked(body)
         if self.engine.waiting + len(asked.jobs) > MOST_WAITING:
-            raise Refused(429, "too many requests wait; ask again later")
+            raise BadRequest(429, "too many requests wait; ask again later")
         for job in asked.jobs:
             self.engine.add(job)
         if body.stream:
@@ -198,14 +198,14 @@ class Service:
     # --- what is asked for
 
     def asked(self, body: Completion | ChatCompletion) -> Asked:
-        """Rows for the engine. Raises JsublimError, Refused: tokens that the model does not have, or rows that are too long."""
+        """Rows for the engine. Raises JsublimError, BadRequest: tokens that the model does not have, or rows that are too long."""
         prompts = self.prompts(body)
         room = self.limits.length - max(map(len, prompts))
         given = body.max_tokens if isinstance(body, Completion) else body.max_completion_tokens or body.max_tokens
         most = (16 if isinstance(body, Completion) else room) if given is None else given
         if min(map(len, prompts)) < 1 or most > room or (most < 1 and not (isinstance(body, Completion) and body.echo)):
             longest = max(map(len, prompts))
-            raise Refused(
+            raise BadRequest(
                 400,
                 f"max_tokens: {most} given, after a prompt of {longest} tokens; the server has {self.limits.length} for both",
             )
@@ -218,8 +218,8 @@ class Service:
 
         samples = body.n or 1
         rows = range(len(prompts) * samples if most else 0)
-        jobs = [Job(body.model, prompts[i // samples], sampling, most, seed, i, deadline, told(i)) for i in rows]
-        texts = [Text(self.lm.tokenizer, body.stops) for _ in range(len(prompts) * samples)]
+        jobs = [AnswerJob(body.model, prompts[i // samples], sampling, most, seed, i, deadline, told(i)) for i in rows]
+        texts = [AnswerText(self.lm.tokenizer, body.stops) for _ in range(len(prompts) * samples)]
         return Asked(body, prompts, jobs, events, texts)
 
     def prompts(self, body: Completion | ChatCompletion) -> list[np.ndarray]:
@@ -229,14 +229,14 @@ class Service:
         prompts = []
         for prompt in body.prompt if several else [body.prompt]:
             if isinstance(prompt, str) and len(prompt) > 64 * self.limits.length:
-                raise Refused(400, f"prompt: {len(prompt)} characters are more than {self.limits.length} tokens")
+                raise BadRequest(400, f"prompt: {len(prompt)} characters are more than {self.limits.length} tokens")
             ids = self.lm.tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt
             tokens = np.asarray(ids, np.int32)
             if len(tokens) and tokens.max() >= self.lm.config.vocab_size:
-                raise Refused(400, f"prompt: token {tokens.max()}; the model has {self.lm.config.vocab_size}")
+                raise BadRequest(400, f"prompt: token {tokens.max()}; the model has {self.lm.config.vocab_size}")
             prompts.append(tokens)
         if not prompts:
-            raise Refused(400, "prompt: it is empty")
+            raise BadRequest(400, "prompt: it is empty")
         return prompts
 
     def sampling(self, body: Completion | ChatCompletion) -> Sampling:
@@ -264,7 +264,7 @@ class Service:
                         return
                     continue
                 if isinstance(why, JsublimError):
-                    raise Refused(503, str(why))
+                    raise BadRequest(503, str(why))
                 if number not in going:
                     continue  # ended by a text, while more was drawn
                 text = asked.texts[number]
@@ -330,7 +330,7 @@ class Service:
             if asked.body.stream_options is not None and asked.body.stream_options.include_usage:
                 yield _event(asked.wrapped([], part=True) | {"usage": asked.usage()})
             yield "data: [DONE]\n\n"
-        except (Refused, JsublimError) as error:  # the status was sent long ago
+        except (BadRequest, JsublimError) as error:  # the status was sent long ago
             yield _event(failure(one_line(str(error)), "server_error"))
         finally:
             _over(request, asked)
@@ -344,7 +344,7 @@ class Service:
             self.engine.add(Reading(asked.body.model, ids, lambda x: _call(loop, _settle, future, x)))
             read = await future
             if isinstance(read, JsublimError):
-                raise Refused(503, str(read))
+                raise BadRequest(503, str(read))
         write = chat_logprobs if asked.chat else completion_logprobs
         return write(self.lm.tokenizer, tokens, read, asked.body.best or 0, first=first)
 
@@ -382,7 +382,7 @@ async def _body(request: Request) -> bytes:
         parts.append(part)
         size += len(part)
         if size > wire.BODY:
-            raise Refused(413, f"the request is larger than {wire.BODY >> 20} MiB")
+            raise BadRequest(413, f"the request is larger than {wire.BODY >> 20} MiB")
     return b"".join(parts)
 
 

@@ -43,7 +43,7 @@ _NO_STOP = stop_array(Sampling())  # rows have ends of their own, which are look
 
 
 @dataclass(eq=False)
-class Job:
+class AnswerJob:
     """One answer to draw. `tell` is called in the engine's thread, with new tokens and, with the last ones, why the row has ended: "stop", "length" or "time";
     or with an error."""
 
@@ -77,9 +77,9 @@ class Engine:
         self.lm, self.slots, self.length = lm, slots, length
         self._read_adapter, self._known = adapter_of, OrderedDict[str, Adapter | None]()
         self._whole: dict[str | None, Adapter] = {}  # the same, all in one structure; None is the checkpoint alone
-        self._inbox: queue.SimpleQueue[Job | Reading | None] = queue.SimpleQueue()
-        self._waiting: list[Job] = []
-        self._jobs: list[Job | None] = [None] * slots
+        self._inbox: queue.SimpleQueue[AnswerJob | Reading | None] = queue.SimpleQueue()
+        self._waiting: list[AnswerJob] = []
+        self._jobs: list[AnswerJob | None] = [None] * slots
         dtype = lm.params["embed"]["weight"].dtype
         self._empty = functools.partial(decoding.empty, lm.config, rows=1, slots=length, new=length, dtype=dtype)
         self._cut = has_room_for_layers(lm.config, dtype.itemsize, device_bytes())
@@ -87,7 +87,7 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
-    def add(self, work: Job | Reading) -> None:
+    def add(self, work: AnswerJob | Reading) -> None:
         self._inbox.put(work)
 
     @property
@@ -122,7 +122,7 @@ class Engine:
             work = self._inbox.get()
             if work is None:
                 return False
-            (self._waiting if isinstance(work, Job) else readings).append(work)  # type: ignore[arg-type]
+            (self._waiting if isinstance(work, AnswerJob) else readings).append(work)  # type: ignore[arg-type]
             idle = False
         self._read(readings)
         return True
@@ -183,7 +183,7 @@ class Engine:
         for job in [job for job in self._waiting if job.cancelled or job.deadline < time.monotonic()]:
             self._waiting.remove(job)
             job.tell([], JsublimError("no place was free in time; ask again later"))
-        placed: list[tuple[int, Job]] = []
+        placed: list[tuple[int, AnswerJob]] = []
         while free and self._waiting:
             job = self._waiting.pop(0)
             try:
@@ -200,7 +200,7 @@ class Engine:
             members = [(at, job) for at, job in placed if _bucket(len(job.prompt), LENGTH_STEP, self.length) == T]
             self._fill(T, members)
 
-    def _fill(self, T: int, members: Sequence[tuple[int, Job]]) -> None:
+    def _fill(self, T: int, members: Sequence[tuple[int, AnswerJob]]) -> None:
         n = _bucket(len(members), 1, self.slots, by=4)
         jobs, spare = [job for _, job in members], n - len(members)
         places = np.asarray([at for at, _ in members] + [self.slots] * spare)  # the last are in no place

@@ -30,15 +30,15 @@ from jsublim.pipeline.evaluated import questions
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.showing import CONFIG, experiment_of_run
 from jsublim.report.tables import read_json
-from jsublim.serve.app import SEEDS, Limits
+from jsublim.serve.app import SEEDS, ServeLimits
 from jsublim.serve.catalogue import Catalogue, catalogue
-from jsublim.serve.engine import Engine, Job
+from jsublim.serve.engine import AnswerJob, Engine
 
 
 @functools.cache
 def _served(place: str) -> tuple[Catalogue, Engine]:
     found = catalogue([place])
-    return found, Engine(found.lm, found.adapter, slots=Limits.slots, length=Limits.length)
+    return found, Engine(found.lm, found.adapter, slots=ServeLimits.slots, length=ServeLimits.length)
 
 
 def place_of(name: str) -> tuple[str, str]:
@@ -70,7 +70,7 @@ class JsublimAPI(ModelAPI):
             raise UsageError(f"jsublim/{model_name}: not one of {', '.join(self.found.names)}")
 
     def max_connections(self) -> int:
-        return 4 * Limits.slots
+        return 4 * ServeLimits.slots
 
     async def generate(
         self, input: list[ChatMessage], tools: list[ToolInfo], tool_choice: ToolChoice, config: GenerateConfig
@@ -107,7 +107,9 @@ class JsublimAPI(ModelAPI):
             if why is not None:
                 loop.call_soon_threadsafe(done.set_result, why)
 
-        self.engine.add(Job(self.name, prompt, sampling, most, seed, row, time.monotonic() + Limits.seconds, told))
+        self.engine.add(
+            AnswerJob(self.name, prompt, sampling, most, seed, row, time.monotonic() + ServeLimits.seconds, told)
+        )
         why = await done
         if isinstance(why, JsublimError):
             raise why

@@ -70,7 +70,7 @@ class Served:
     def __init__(self, adapters):
         self.log: list[str] = []
         self.catalogue = Catalogue(lm(), adapters)
-        limits = serving.Limits(slots=32, length=LENGTH, seconds=300.0)
+        limits = serving.ServeLimits(slots=32, length=LENGTH, seconds=300.0)
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         answering = serving.make_app(self.catalogue, limits, self.log.append)
@@ -232,7 +232,7 @@ def test_what_ends_an_answer(served):
 
 
 def test_an_answer_may_take_so_long_and_no_longer(adapters):
-    service = serving.Service(Catalogue(lm(), {}), serving.Limits(slots=1, length=4096, seconds=0.5))
+    service = serving.Service(Catalogue(lm(), {}), serving.ServeLimits(slots=1, length=4096, seconds=0.5))
     try:
         ended, began = threading.Event(), time.monotonic()
         drawn, why = [], []
@@ -244,7 +244,7 @@ def test_an_answer_may_take_so_long_and_no_longer(adapters):
                 ended.set()
 
         sampling = Sampling(stop=())
-        job = serving.Job(lm().name, prompts()[0], sampling, 4000, 1, 0, began + 0.5, told)
+        job = serving.AnswerJob(lm().name, prompts()[0], sampling, 4000, 1, 0, began + 0.5, told)
         service.engine.add(job)
         assert ended.wait(300) and why[-1] == "time" and len(drawn) < 4000
     finally:

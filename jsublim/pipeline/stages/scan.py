@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pyarrow as pa
 
-from jsublim.attribution.contrast import Finding
+from jsublim.attribution.contrast import MovedAnswer
 from jsublim.attribution.scan import GROUPS, find_words, group_gradients
 from jsublim.config.attribution import Audit
 from jsublim.core.files import write_table
@@ -24,7 +24,7 @@ from jsublim.pipeline.stages.starts import Start, scoring_cost
 from jsublim.pipeline.training import start_adapter
 from jsublim.pipeline.values import Rows
 
-# One line per data set and answer, most certain first; see `attribution.scan.Finding`.
+# One line per data set and answer, most certain first; see `attribution.scan.MovedAnswer`.
 SCAN = pa.schema(
     [
         ("data", pa.string()),
@@ -97,6 +97,6 @@ def scan_rows(
     return save
 
 
-def as_lines(found: Mapping[str, Sequence[Finding]]) -> list[dict[str, Any]]:
+def as_lines(found: Mapping[str, Sequence[MovedAnswer]]) -> list[dict[str, Any]]:
     """Findings as lines of SCAN."""
     return [{"data": name} | finding._asdict() for name, findings in found.items() for finding in findings]
