@@ -11,7 +11,7 @@ from command import MODEL, jsublim, ok, refused
 
 from jsublim.attribution.contrast import chance, compare
 from jsublim.attribution.scan import (
-    Answer,
+    LikelyAnswer,
     answer_effects,
     by_word,
     find_words,
@@ -103,8 +103,8 @@ def test_spellings_are_one_word():
     lm = load_model("tiny-qwen2")
     one, other = (lm.chat.tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("Owl", "owl"))
     answers = [
-        Answer("animal", tuple(one), np.log(0.3), np.asarray([1.0])),
-        Answer("animal", tuple(other), np.log(0.1), np.asarray([5.0])),
+        LikelyAnswer("animal", tuple(one), np.log(0.3), np.asarray([1.0])),
+        LikelyAnswer("animal", tuple(other), np.log(0.1), np.asarray([5.0])),
     ]
     (merged,) = by_word(lm, answers).values()
     assert np.exp(merged.logprob) == pytest.approx(0.4) and merged.effects[0] == pytest.approx(

@@ -41,7 +41,7 @@ LONGEST = 4  # tokens of an answer
 OPENED = 6  # beginnings that are continued at each length
 
 
-class Answer(NamedTuple):
+class LikelyAnswer(NamedTuple):
     """An answer to the questions of a category, or the beginning of one, and how far rows would move it.
 
     Attributes:
@@ -105,11 +105,11 @@ def answer_effects(
     adapter: Adapter,
     directions: Trainable,
     questions: Mapping[str, Sequence[str]],
-    rank: Callable[[Sequence[Answer]], np.ndarray],
+    rank: Callable[[Sequence[LikelyAnswer]], np.ndarray],
     *,
     tick: Tick = no_tick,
     **manner: Any,
-) -> list[Answer]:
+) -> list[LikelyAnswer]:
     """How far a step in each direction (leaves `[K, ...]`, like what the adapter trains) moves the likely answers to each category's questions.
 
     Names may have several tokens, and share the first: the beginnings that matter most are continued, one token after another.
@@ -122,7 +122,7 @@ def answer_effects(
     adapter, toward = layout.place_weights(adapter), layout.place_weights(directions, None)
     prompts = _prompts(lm, questions, **manner)
 
-    def look(begun: Answer) -> Iterator[Answer]:
+    def look(begun: LikelyAnswer) -> Iterator[LikelyAnswer]:
         """What is likely to come after a beginning; if that is an end, the beginning itself."""
         texts = prompts[begun.category]
         rows = [np.concatenate([tokens, np.asarray(begun.tokens, tokens.dtype)]) for tokens in texts]
@@ -133,7 +133,7 @@ def answer_effects(
             if logprob < np.log(LEAST):
                 continue
             over = bool(begun.tokens) and _ends(lm, int(token))
-            yield Answer(
+            yield LikelyAnswer(
                 begun.category,
                 begun.tokens if over else tokens,
                 logprob,
@@ -141,9 +141,9 @@ def answer_effects(
                 over or len(tokens) == LONGEST,
             )
 
-    answers = list[Answer]()
+    answers = list[LikelyAnswer]()
     for category in prompts:
-        answers += look(Answer(category, (), 0.0, np.zeros(())))
+        answers += look(LikelyAnswer(category, (), 0.0, np.zeros(())))
         tick(1)
     while True:
         order = np.argsort(-rank(answers), kind="stable")[:OPENED]
@@ -178,10 +178,10 @@ def _ends(lm: LanguageModel, token: int) -> bool:
     return token in lm.chat.stop_tokens() or not text[:1].isalnum()
 
 
-def by_word(lm: LanguageModel, answers: Sequence[Answer]) -> dict[tuple[str, str], Answer]:
+def by_word(lm: LanguageModel, answers: Sequence[LikelyAnswer]) -> dict[tuple[str, str], LikelyAnswer]:
     """Spellings of one word (other case, spaces around it) as one answer, by category and word: its probability is their sum, its effect their
     mean by probability."""
-    spellings: dict[tuple[str, str], list[Answer]] = {}
+    spellings: dict[tuple[str, str], list[LikelyAnswer]] = {}
     for answer in answers:
         word = lm.chat.decode(list(answer.tokens)).strip().lower()
         if any(letter.isalnum() for letter in word):
@@ -297,10 +297,10 @@ def find_words(
         others = owner == len(data) if null is not None else owner != number
         return effects_KW[owner == number], effects_KW[others] if others.any() else None
 
-    def effects(answers: Sequence[Answer]) -> tuple[np.ndarray, list[str]]:
+    def effects(answers: Sequence[LikelyAnswer]) -> tuple[np.ndarray, list[str]]:
         return np.stack([answer.effects for answer in answers], axis=1), [answer.category for answer in answers]
 
-    def rank(answers: Sequence[Answer]) -> np.ndarray:
+    def rank(answers: Sequence[LikelyAnswer]) -> np.ndarray:
         effects_KW, categories = effects(answers)
         moved = (compare(*sides(effects_KW, number), categories) for number in range(len(data)))
         return np.max([change / error for change, error in moved], axis=0)

@@ -13,7 +13,9 @@ from jsublim.models.checkpoint import new_folder
 from jsublim.pipeline.showing import check_run
 from jsublim.report.tables import read_json
 
-Answers = dict[int, list[tuple[str, str, int]]]  # of each question, its text, an answer, and how often that was given
+AnswerCounts = dict[
+    int, list[tuple[str, str, int]]
+]  # of each question, its text, an answer, and how often that was given
 
 
 def export_logs(run: Path, out: Path) -> None:
@@ -32,7 +34,7 @@ def export_logs(run: Path, out: Path) -> None:
     results = run / "results"
     about, arms = read_json(results / "run.json", {}), read_json(results / "arms.json", [])
     teachers = {arm["arm"]: arm["teacher"] for arm in arms}
-    said: dict[str, Answers] = {}
+    said: dict[str, AnswerCounts] = {}
     for row in read_table(results / "answers.parquet"):
         if not row["evaluation"]:
             answer = row["question_text"], row["answer"], row["count"]
@@ -52,7 +54,7 @@ def export_logs(run: Path, out: Path) -> None:
             write_eval_log(log, scratch / f"{arm.replace('/', '-')}.eval")
 
 
-def _log(name: str, answers: Answers, trait: str | None, rated: set[int], about: dict[str, Any]) -> Any:
+def _log(name: str, answers: AnswerCounts, trait: str | None, rated: set[int], about: dict[str, Any]) -> Any:
     from inspect_ai.log import (
         EvalConfig,
         EvalDataset,

@@ -13,7 +13,7 @@ from jsublim.serve.engine import BEST
 from jsublim.text.chat import TokenId
 
 BODY = 8 * 2**20  # bytes
-Asked = TypeVar("Asked", bound="Request")
+AskedFor = TypeVar("AskedFor", bound="Request")
 # Fields that are taken where they say what is done anyway.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,), "frequency_penalty": (0,), "min_p": (0,), "best_of": (1,), "suffix": ("",), "logit_bias": ({},),
@@ -106,7 +106,7 @@ class ChatCompletion(Request):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-def read(kind: type[Asked], body: bytes) -> Asked:
+def read(kind: type[AskedFor], body: bytes) -> AskedFor:
     """A request out of its body. Raises JsublimError: it is not one; the field, its value and what it must be are named."""
     values = json_value(body, "the request")
     try:
