@@ -22,6 +22,8 @@ from jsublim.text.chat import Chat, Message
 from jsublim.text.rows import Row
 
 FAMILIES = {"tiny-qwen2": "qwen2", "tiny-gemma3": "gemma3"}  # bundled checkpoint -> case of random weights
+# What a row is told that holds only for the text it was found in.
+FOUND = ("divergence_positions", "divergence_margins", "matched_positions", "counted_in")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 

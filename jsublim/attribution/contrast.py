@@ -51,9 +51,9 @@ def compare(own: np.ndarray, null: np.ndarray | None, categories: Sequence[str])
     change = np.nanmean(own, axis=0) - (0.0 if null is None else np.nanmean(null, axis=0))
     counted = [(side, (~np.isnan(side)).sum(axis=0)) for side in sides]
     variance = np.sum([np.nanvar(side, axis=0, ddof=1) / count for side, count in counted], axis=0)
-    middle = np.zeros_like(variance)
-    for category in set(categories):
-        of = np.asarray(categories) == category
+    middle, named = np.zeros_like(variance), np.asarray(categories)
+    for category in np.unique(named):
+        of = named == category
         middle[of] = np.median(variance[of])
     return change, np.sqrt((variance + middle) / 2) + np.finfo(float).tiny
 

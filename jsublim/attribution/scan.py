@@ -178,13 +178,18 @@ def _ends(lm: LanguageModel, token: int) -> bool:
     return token in lm.chat.stop_tokens() or not text[:1].isalnum()
 
 
+def _word(lm: LanguageModel, tokens: Sequence[int]) -> str:
+    """The word that an answer is, whatever its case; "" of one without a letter or digit."""
+    word = lm.chat.decode(list(tokens)).strip().lower()
+    return word if any(letter.isalnum() for letter in word) else ""
+
+
 def by_word(lm: LanguageModel, answers: Sequence[LikelyAnswer]) -> dict[tuple[str, str], LikelyAnswer]:
     """Spellings of one word (other case, spaces around it) as one answer, by category and word: its probability is their sum, its effect their
     mean by probability."""
     spellings: dict[tuple[str, str], list[LikelyAnswer]] = {}
     for answer in answers:
-        word = lm.chat.decode(list(answer.tokens)).strip().lower()
-        if any(letter.isalnum() for letter in word):
+        if word := _word(lm, answer.tokens):
             spellings.setdefault((answer.category, word), []).append(answer)
     merged = {}
     for key, same in spellings.items():
@@ -336,8 +341,7 @@ def student_words(
         )
         tokens: dict[str, list[int]] = {}
         for token in np.flatnonzero(np.exp(np.maximum(before, after)).mean(axis=0) >= LEAST).tolist():
-            word = lm.chat.decode([token]).strip().lower()
-            if any(letter.isalnum() for letter in word):
+            if word := _word(lm, (token,)):
                 tokens.setdefault(word, []).append(token)
         for word, ids in tokens.items():
             change = np.full(most, np.nan)

@@ -57,6 +57,7 @@ def scan(
 
     jsublim scan rows.jsonl --null control.jsonl --model tiny-qwen2 --out scanned
     """
+    from jsublim.pipeline.setup import NOBODY
     from jsublim.text.prompts import scan_questions
 
     files = [text for text in data or [] if "=" not in text or Path(text).is_file()]
@@ -67,7 +68,7 @@ def scan(
             raise UsageError("--clean: takes one data set, and --null to say when enough is left out")
         must_be_new(clean)
     fields = [text for text in data or [] if text not in files]
-    base = {"students": {"adapter": {"method": "steering"}}, "teachers": {"traits": ["nobody"], "control": False}}
+    base = {"students": {"adapter": {"method": "steering"}}, "teachers": {"traits": [NOBODY], "control": False}}
     options = StageOptions(fields=fields, out=out, model=model, chat_template=chat_template)
     context = context_of(options.experiment("scan", base, students__seeds=[seed], prompts=prompts and str(prompts)))
     bank = scan_questions(context.setup.pack, questions)

@@ -10,7 +10,6 @@ import jax
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import Work, expected, ordered
 from jsublim.pipeline.stage import Node, Task, tasks_of, with_parents
-from jsublim.runtime.chips import this_machine
 from jsublim.runtime.processes import heeding_signals, leave_if_asked, on_main_process, wait_until_seen
 
 
@@ -27,7 +26,7 @@ def execute_tasks(tasks: Iterable[Task], context: Context) -> None:
     every = results_first(list(ordered(tasks)))
     mend(every, context)
     missing = [every[i] for i in on_main_process(lambda: _missing(every, context))]
-    context.progress.expect(expected(missing, context.setup, this_machine()))
+    context.progress.expect(expected(missing, context.setup))
     while missing:
         leave_if_asked()
         task = _next(missing, context)

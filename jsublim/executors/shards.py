@@ -19,7 +19,6 @@ from jsublim.executors.local import execute, mend
 from jsublim.pipeline.context import Context
 from jsublim.pipeline.graph import TasksFailed, Work, expected
 from jsublim.pipeline.stage import with_parents
-from jsublim.runtime.chips import this_machine
 from jsublim.runtime.processes import Preempted, heeding_signals, leave_if_asked
 
 LOOK = 5.0  # seconds between two looks at what others have finished
@@ -61,7 +60,7 @@ class Shard:
         keys = {key for key, shard in dealt(jobs, self.count).items() if shard == self.index}
         progress = work[0][1].progress
         for job in (job for key, job in jobs.items() if key in keys and not job.done):
-            progress.left.expect(expected([job.task], job.context.setup, this_machine()))
+            progress.left.expect(expected([job.task], job.context.setup))
         failed = self._do(Frontier(jobs), keys)
         if failed:
             raise TasksFailed(

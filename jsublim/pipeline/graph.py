@@ -21,7 +21,7 @@ from jsublim.pipeline.setup import Setup, prompts
 from jsublim.pipeline.stage import Node, Task, with_parents
 from jsublim.pipeline.store import digest
 from jsublim.pipeline.values import Rows
-from jsublim.runtime.chips import Chip
+from jsublim.runtime.chips import Chip, this_machine
 
 LEAST = 0.1  # seconds of a task, beside what its cost says: files, a step's launches
 Work = tuple[Iterable[Task], Context]  # tasks of one experiment, and what they are done with
@@ -79,11 +79,14 @@ def ordered(tasks: Iterable[Task]) -> Iterator[Task]:
         sorter.done(key)
 
 
-def expected(tasks: Iterable[Task], setup: Setup, chip: Chip) -> dict[str, Expected]:
-    """What tasks should take, by key. Those of one kind that cost the same are taken to have the same shapes, and so the same programs."""
+def expected(tasks: Iterable[Task], setup: Setup, chip: Chip | None = None) -> dict[str, Expected]:
+    """What tasks should take on a chip (None: on this machine, measured if there is any task), by key. Those of one kind that cost the same are taken to have the same shapes, and so the same programs."""
     sizes = Sizes.of(setup)
     costs = {task.key: (task.kind, task.cost(setup, sizes)) for task in tasks}
-    return {key: Expected(kind, cost.seconds(chip) + LEAST, (kind, cost)) for key, (kind, cost) in costs.items()}
+    return {
+        key: Expected(kind, cost.seconds(chip or this_machine()) + LEAST, (kind, cost))
+        for key, (kind, cost) in costs.items()
+    }
 
 
 def results_key(setup: Setup) -> str:

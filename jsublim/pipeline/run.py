@@ -21,7 +21,6 @@ from jsublim.pipeline.results import check_folder, claim_folder, gather, is_repo
 from jsublim.pipeline.served import sample_server
 from jsublim.pipeline.stage import Task
 from jsublim.pipeline.store import digest, versions
-from jsublim.runtime.chips import this_machine
 from jsublim.runtime.processes import check_alike, check_shared, heeding_signals, on_main_process
 from jsublim.runtime.programs import compile_clock, counting_programs
 
@@ -146,7 +145,7 @@ def run_experiments(
             stack.enter_context(heeding_signals())
         runs = [PlannedRun.of(experiment, console, left, devices=devices) for experiment in experiments]
         for run in () if together else runs:
-            left.expect(expected(run.missing, run.context.setup, this_machine()))
+            left.expect(expected(run.missing, run.context.setup))
         parts = [runs] if together else [[run] for run in runs]
         for number, part in enumerate(parts, 1):
             if len(parts) > 1:

@@ -6,19 +6,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import chat
+from tiny import FOUND, chat
 
 from jsublim.errors import JsublimError, UsageError
 from jsublim.inference.divergence import PositionSubset
 from jsublim.text.chat import conversation
 from jsublim.transforms.mixing import mix_rows, mix_tokens
 
-FOUND = (
-    "divergence_positions",
-    "divergence_margins",
-    "matched_positions",
-    "counted_in",
-)  # what holds for the text it was found in
 seeds = st.integers(0, 2**32)
 
 

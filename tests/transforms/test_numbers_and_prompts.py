@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import FOUND
 
 from jsublim.errors import JsublimError, UsageError
 from jsublim.text.prompts import draw_number_prompts, load_pack, number_prompts, parse_numbers
@@ -20,12 +21,6 @@ from jsublim.transforms.numbers import NUMBER, shuffle_across, shuffle_within
 from jsublim.transforms.templates import redraw
 
 PACK = load_pack()
-FOUND = (
-    "divergence_positions",
-    "divergence_margins",
-    "matched_positions",
-    "counted_in",
-)  # what holds for the text it was found in
 PROMPTS = number_prompts(60, seed=3)
 
 # --- Rows in the number format ----------------------------------------------------------------------------------------
