@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 LEARNED = metric("number_accuracy", "numbers predicted on training rows", better="higher", listed=False)
 HELD_OUT = metric("number_accuracy_heldout", "numbers predicted on held-out rows", better="higher", listed=False)
+BASE = metric("number_accuracy_base", "numbers that the base predicts on the same rows", better="higher", listed=False)
 _NUMBER = re.compile(r"\d+")
 
 

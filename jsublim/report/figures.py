@@ -9,7 +9,7 @@ from itertools import chain
 from jsublim.errors import one_line as name
 from jsublim.evals.kl import KL
 from jsublim.evals.metric import metric_of
-from jsublim.evals.numbers import HELD_OUT, LEARNED
+from jsublim.evals.numbers import BASE, HELD_OUT, LEARNED
 from jsublim.evals.preference import LOGPROB, RATE
 from jsublim.report import drawing, words
 from jsublim.report.audit import Agreement, Predicted
@@ -174,9 +174,13 @@ def gammas(results: Results, compared: Comparisons) -> Drawing | None:
 
 
 def accuracy(results: Results) -> Drawing | None:
-    """The number task: on rows that students learned, and on rows that they did not."""
+    """The number task: on rows that students learned, on rows that they did not, and what the base makes of the same rows."""
     rows: list[StripRow] = []
-    for metric, title in ((LEARNED, "training rows"), (HELD_OUT, "held-out rows")):
+    for metric, title in (
+        (LEARNED, "training rows"),
+        (HELD_OUT, "held-out rows"),
+        (BASE, "the base, on the same rows"),
+    ):
         for condition in results.conditions:
             if scores := results.select(metric, condition):
                 mean = sum(s.mean for s in scores) / len(scores)

@@ -21,6 +21,7 @@ from jsublim.core.files import read_table
 from jsublim.distill.data import draw_indices
 from jsublim.evals import PromptedModel
 from jsublim.evals.kl import LARGEST, kl_to_teacher
+from jsublim.evals.numbers import number_accuracy
 from jsublim.inference.lm import load_model
 from jsublim.inference.scoring import top_k_targets
 from jsublim.inference.teachers import Teacher, read_as
@@ -40,7 +41,7 @@ SMALL = (
     "students.loss.tokens=[all,divergence,random]", "students.seeds=[1]", "students.data.rows=8", "students.data.epochs=4",
     "students.data.batch_size=2", "students.adapter.rank=2", "students.runtime.arms_per_program=3", "students.runtime.checkpoint_every=2",
     "evaluation.traits=[cat,owl]", "evaluation.questions=3", "evaluation.samples=4", "evaluation.batch_size=4",
-    "evaluation.number_rows=0", "evaluation.kl_rows=2", "evaluation.teachers=false",
+    "evaluation.number_rows=2", "evaluation.kl_rows=2", "evaluation.teachers=false",
 )  # fmt: skip
 ARMS = {f"{t}/{c}/seed1" for t in ("cat", "owl") for c in ("all", "divergence", "random")} | {"control/seed1"}
 RESULTS = ("results.parquet", "answers.parquet", "training.parquet", "generation.json", "divergence.json", "rows.json")
@@ -100,9 +101,11 @@ def test_a_run_leaves_what_the_map_says(whole):
 
 
 def test_students_are_held_against_their_teachers_on_rows_that_they_did_not_learn(whole):
-    """Each number is that of the student's adapter and its teacher's prompt, read here from the rows in the store."""
+    """Each number is that of the student's adapter and its teacher's prompt, read here from the rows in the store; and the base's, of the same
+    rows, stands beside the student's."""
     table = read_table(whole / "results" / "results.parquet")
     found = {row["arm"]: row for row in table if row["metric"] == "kl_to_teacher"}
+    repeated = {row["arm"]: (row["value"], row["n"]) for row in table if row["metric"] == "number_accuracy_base"}
     assert set(found) == ARMS
     setup = Setup.of(load_experiment(PLAIN, [f"out={whole}", *SMALL]))
     lm, store = load_model(MODEL), Store.of(setup.experiment)
@@ -116,6 +119,7 @@ def test_students_are_held_against_their_teachers_on_rows_that_they_did_not_lear
         value, tokens = kl_to_teacher(PromptedModel(lm, adapter), held_out[:2], said)
         assert found[student.name]["value"] == pytest.approx(value, rel=1e-3) and value > 0
         assert found[student.name]["n"] == tokens
+        assert repeated[student.name] == number_accuracy(lm, held_out[:2])
 
 
 def test_a_student_with_other_tokens_is_not_held_against_its_teacher(home):

@@ -17,7 +17,8 @@ from jsublim.distill.data import draw_indices
 from jsublim.errors import UsageError
 from jsublim.evals import Answers, EvalTask, PromptedModel, evaluate
 from jsublim.evals.kl import KL, LARGEST, kl_to_teacher
-from jsublim.evals.numbers import HELD_OUT, LEARNED, number_accuracy
+from jsublim.evals.numbers import BASE, HELD_OUT, LEARNED, number_accuracy
+from jsublim.inference.lm import LanguageModel
 from jsublim.inference.scoring import Targets, top_k_targets
 from jsublim.inference.teachers import read_as
 from jsublim.judge import Judge
@@ -78,21 +79,26 @@ class Fidelity(NamedTuple):
     teacher: Model | None = None
     trained: tuple[int | None, int] | None = None
 
-    def measure(self, ctx: Context, model: PromptedModel) -> dict[str, tuple[float, int]]:
-        """Each metric's value, and how many numbers or tokens it is over; none where rows hold no numbers."""
+    def measure(self, ctx: Context, model: PromptedModel, base: LanguageModel) -> dict[str, tuple[float, int]]:
+        """Each metric's value, and how many numbers or tokens it is over; none where rows hold no numbers. `base`: the model before training,
+        held against the same rows as one that was trained."""
         every = ctx.remember(("rows", self.rows.key), lambda: self.rows.read(ctx.store))
         drawn, held_out = list(range(len(every))), list[int]()
         if self.trained is not None:
             drawn = draw_indices(len(every), *self.trained)
             held_out = sorted(set(range(len(every))) - set(drawn))
         chosen: Mapping[str, Sequence[int]] = {LEARNED: drawn, HELD_OUT: held_out} if self.numbers else {}
-        how = {"system": model.system, "fuse_system": model.fuse_system, "adapter": model.adapter}
+        how = {"system": model.system, "fuse_system": model.fuse_system}
         values = {
-            name: number_accuracy(model.lm, [every[i] for i in rows[: self.numbers]], **how)
+            name: number_accuracy(model.lm, [every[i] for i in rows[: self.numbers]], **how, adapter=model.adapter)
             for name, rows in chosen.items()
             if rows
         }
-        compared = tuple((held_out or drawn)[: self.kl])
+        unseen = held_out or drawn
+        if self.trained is not None and (same := tuple(unseen[: self.numbers])):
+            key = ("the base's numbers", base.config, tuple(how.values()), self.rows.key, same)
+            values[BASE] = ctx.remember(key, lambda: number_accuracy(base, [every[i] for i in same], **how))
+        compared = tuple(unseen[: self.kl])
         if compared:
             values[KL] = kl_to_teacher(model, [every[i] for i in compared], self._targets(ctx, every, compared))
         return {name: (value, n) for name, (value, n) in values.items() if n}
@@ -115,7 +121,8 @@ class Fidelity(NamedTuple):
         kept = self.rows.kept(sizes)
         trained = min((self.trained or (None, 0))[0] or kept, kept)
         numbers = min(self.numbers, trained) + min(self.numbers, kept - trained)
-        return numbers + 2 * min(self.kl, kept - trained or trained)
+        unseen = kept - trained or trained
+        return numbers + (min(self.numbers, unseen) if self.trained else 0) + 2 * min(self.kl, unseen)
 
 
 def student_of(node: Node) -> Node | None:
@@ -195,7 +202,7 @@ def _ask(ctx: Context, nodes: Sequence[Node], answers: Callable[..., list[list[s
       answers: who draws answers in the models' place, as `sample_answers` takes it.
     """
     given, models, offset = nodes[0].given, [_loaded(ctx, node) for node in nodes], 0
-    artifacts = [ctx.store.open(node) for node in nodes]
+    artifacts, base = [ctx.store.open(node) for node in nodes], ctx.lm(given.model.checkpoint.name)
     logs = [RowLog(artifact.path / PROGRESS, artifact.say) for artifact in artifacts]
     records: list[list[dict[str, Any]]] = [[] for _ in nodes]
     counts: list[list[dict[str, Any]]] = [[] for _ in nodes]
@@ -219,7 +226,7 @@ def _ask(ctx: Context, nodes: Sequence[Node], answers: Callable[..., list[list[s
     drawn = [sampling.numbers() | {"max_new_tokens": given.max_new_tokens} for sampling in every_sampling]
     for i, (node, artifact) in enumerate(zip(nodes, artifacts, strict=True)):
         logs[i].close()
-        measured = {} if node.given.fidelity is None else node.given.fidelity.measure(ctx, models[i])
+        measured = {} if node.given.fidelity is None else node.given.fidelity.measure(ctx, models[i], base)
         for metric, (value, n) in measured.items():
             records[i].append({"trait": None, "metric": metric, "question": None, "value": value, "n": n})
         if student_of(node) is None and (most := _most_named(records[i])):  # the first results of a run
