@@ -15,9 +15,6 @@ from jsublim.cli.app import Json, PackFile, Template, app, console, must_be_new,
 from jsublim.cli.stages import StageOptions, StudentSeed, context_of, make
 from jsublim.core.files import read_table, write_table
 from jsublim.errors import JsublimError, UsageError
-from jsublim.report.drawing import Cell, Heat, cell
-from jsublim.report.html import render
-from jsublim.report.statistics import LEVEL
 from jsublim.text.rows import Row, read_rows, write_rows
 
 if TYPE_CHECKING:
@@ -25,9 +22,6 @@ if TYPE_CHECKING:
     from jsublim.pipeline.stage import Node
     from jsublim.pipeline.stages.starts import Start
     from jsublim.pipeline.values import Rows
-
-SHOWN = 8  # words of a data set
-NAMED = 3  # of those, in a sentence
 
 
 @app.command()
@@ -58,6 +52,8 @@ def scan(
     jsublim scan rows.jsonl --null control.jsonl --model tiny-qwen2 --out scanned
     """
     from jsublim.pipeline.setup import NOBODY
+    from jsublim.report.html import render
+    from jsublim.report.scan import verdicts_of, word_map
     from jsublim.text.prompts import scan_questions
 
     files = [text for text in data or [] if "=" not in text or Path(text).is_file()]
@@ -78,8 +74,7 @@ def scan(
     else:
         compare_student(context, out, student, null or [], bank)
     lines = read_table(out / "scan.parquet")
-    names = dict.fromkeys(line["data"] for line in lines)
-    verdicts = [verdict(name, [line for line in lines if line["data"] == name]) for name in names]
+    verdicts = verdicts_of(lines)
     render(out / "scan.html", "scan.html", verdicts=verdicts, map=word_map(verdicts, lines))
     if as_json:
         print_json(verdicts)
@@ -193,41 +188,6 @@ def compare_student(
     words = student_words(lm, adapter, others[0] if others else None, bank)
     with new_folder(out) as folder:
         write_table(folder / "scan.parquet", as_lines({str(student): words}), SCAN)
-
-
-def verdict(name: str, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What a data set teaches, in a sentence and in numbers: found are words whose p is at most 5 %."""
-    first = dict[str, Mapping[str, Any]]()  # by word, where it is moved most certainly
-    for line in lines:
-        first.setdefault(line["word"], line)
-    keys = ("word", "category", "probability", "change", "z", "p")
-    top = [{key: line[key] for key in keys} for line in list(first.values())[:SHOWN]]
-    best, found = lines[0], [word for word in top if word["p"] <= 1 - LEVEL]
-    named = [f"{w['word']} (asked for {w['category']}: z {w['z']:.1f}, p {w['p']:.3f})" for w in found or top[:1]]
-    sentence = "these rows teach: " + ", ".join(named[:NAMED])
-    if not found:
-        times = best["limit"] / max(best["z"], 0.1)
-        sentence = (
-            f"nothing found; most certain is {named[0]}, which would be found if it were {times:.1f} times as strong"
-        )
-    return {"data": name, "found": bool(found), "p": best["p"], "sentence": sentence, "top": top}
-
-
-def word_map(verdicts: Sequence[Mapping[str, Any]], lines: Sequence[Mapping[str, Any]]) -> Heat:
-    """z of each data set's first words, in every data set."""
-    words = list(dict.fromkeys((w["word"], w["category"]) for said in verdicts for w in said["top"]))
-    z = {(line["data"], line["word"], line["category"]): line["z"] for line in lines}
-    names, high = [said["data"] for said in verdicts], max(z.values())
-
-    def of(name: str, word: tuple[str, str]) -> Cell:
-        value = z.get((name, *word), 0.0)
-        return cell(f"{value:.1f}", min(1.0, max(0.0, value / max(high, 1.0))), "YlGnBu")
-
-    rows = tuple(
-        (f"{word}, asked for {category}", tuple(of(name, (word, category)) for name in names))
-        for word, category in words
-    )
-    return Heat("z of each word, by data set", "word", tuple(names), rows)
 
 
 def _shown(word: Mapping[str, Any]) -> dict[str, str]:

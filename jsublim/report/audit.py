@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from jsublim.report.comparisons import Comparisons
 from jsublim.report.statistics import Interval, mean_of, normal_interval, same_trait_gamma
@@ -105,5 +104,7 @@ def agreement(foretold: Sequence[Predicted], compared: Comparisons) -> Agreement
     pairs = tuple((name, gamma, trained[name]) for name, gamma in gammas.items() if name in trained)
     if len(pairs) < 4:
         return Agreement(None, None, pairs) if pairs else None
-    rho, p = np.asarray(stats.spearmanr([x for _, x, _ in pairs], [y for _, _, y in pairs]))
+    from scipy.stats import spearmanr
+
+    rho, p = np.asarray(spearmanr([x for _, x, _ in pairs], [y for _, _, y in pairs]))
     return Agreement(float(rho), float(p), pairs)

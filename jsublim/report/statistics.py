@@ -16,7 +16,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import stats
+
+# Not scipy.stats, which takes a second to load. Student's distribution and its quantiles, and the normal's.
+from scipy.special import ndtri, stdtr, stdtrit
 
 LEVEL = 0.95
 QUANTILE = (1 + LEVEL) / 2  # at which its upper end lies
@@ -50,7 +52,7 @@ class Interval:
 
 def normal_interval(value: float, error: float) -> Interval:
     """The interval of a value whose error is known and normal."""
-    half = stats.norm.ppf(QUANTILE) * error
+    half = ndtri(QUANTILE) * error
     return Interval(float(value - half), float(value + half))
 
 
@@ -63,7 +65,7 @@ def question_interval(values: Sequence[float]) -> Interval | None:
     x = np.asarray(values, dtype=np.float64)
     if x.size < 2:
         return None
-    critical = stats.norm.ppf(QUANTILE) if x.size > 30 else stats.t.ppf(QUANTILE, x.size - 1)
+    critical = ndtri(QUANTILE) if x.size > 30 else stdtrit(x.size - 1, QUANTILE)
     half = float(critical * x.std(ddof=1) / math.sqrt(x.size))
     return Interval(float(x.mean()) - half, float(x.mean()) + half)
 
@@ -161,7 +163,7 @@ class Estimate:
 
     def bounds(self, level: float = LEVEL) -> tuple[Any, Any]:
         """Ends of the t-interval over students (Welch-Satterthwaite for several groups), NaN where it cannot be computed."""
-        half = stats.t.ppf((1 + level) / 2, self.degrees) * self.error
+        half = stdtrit(self.degrees, (1 + level) / 2) * self.error
         return self.value - half, self.value + half
 
     def interval(self, level: float = LEVEL) -> Interval | None:
@@ -173,11 +175,11 @@ class Estimate:
 
         So an interval of 95 % lies above it just where p < .025, and below it where p > .975. NaN where there is no interval.
         """
-        return stats.t.sf((self.value - threshold) / self.error, self.degrees)
+        return stdtr(self.degrees, -(self.value - threshold) / self.error)
 
     def p_below(self, threshold: Any) -> Any:
         """One-sided p of "the truth is below the threshold"."""
-        return stats.t.cdf((self.value - threshold) / self.error, self.degrees)
+        return stdtr(self.degrees, (self.value - threshold) / self.error)
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:
@@ -199,7 +201,7 @@ def rate_bounds(rate: Estimate, samples: Any) -> tuple[Any, Any]:
     normal. `samples` is the number of answers: none of 2,000 does not count as never.
     """
     share = (rate.value * samples + 1) / (samples + 2)
-    spread = stats.t.ppf(QUANTILE, rate.degrees) ** 2 * rate.error**2 / (share * (1 - share))
+    spread = stdtrit(rate.degrees, QUANTILE) ** 2 * rate.error**2 / (share * (1 - share))
     middle = rate.value + spread / 2
     half = np.sqrt(spread * (rate.value * (1 - rate.value) + spread / 4))
     return np.maximum((middle - half) / (1 + spread), 0.0), np.minimum((middle + half) / (1 + spread), 1.0)
@@ -213,7 +215,7 @@ def share_bounds(part: Estimate, whole: Estimate) -> tuple[Any, Any]:
     """
     with np.errstate(all="ignore"):
         contrast = part - whole * (part.value / whole.value)
-        t2 = stats.t.ppf(QUANTILE, contrast.degrees) ** 2
+        t2 = stdtrit(contrast.degrees, QUANTILE) ** 2
         a = whole.value**2 - t2 * whole.error**2
         b = part.value * whole.value - t2 * part.covariance(whole)
         c = part.value**2 - t2 * part.error**2
@@ -227,7 +229,7 @@ def share_p_above(part: Estimate, whole: Estimate, threshold: float) -> Any:
     with np.errstate(all="ignore"):
         degrees = (part - whole * (part.value / whole.value)).degrees  # those of the interval
     contrast = part - whole * threshold
-    return stats.t.sf(contrast.value / contrast.error, degrees)
+    return stdtr(degrees, -contrast.value / contrast.error)
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:

@@ -8,11 +8,12 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-
-import jax
-import jax.numpy as jnp
+from typing import TYPE_CHECKING
 
 from jsublim.errors import UsageError
+
+if TYPE_CHECKING:
+    import jax
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
@@ -85,6 +86,9 @@ def chip_of(name: str, option: str = "--chip") -> Chip:
 def this_machine(platform: str | None = None) -> Chip:
     """The first device here, measured within a second: the products that it does (float32 on a CPU, elsewhere bfloat16), and the bytes that
     it reads and writes. What else runs on this machine counts, so it is what is left for us."""
+    import jax
+    import jax.numpy as jnp
+
     device = jax.local_devices(backend=platform)[0]
     width, length = _WIDTHS.get(device.platform, (8192, 2**28))
     dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
@@ -99,6 +103,8 @@ def this_machine(platform: str | None = None) -> Chip:
 
 def _seconds(function: Callable[..., jax.Array], *arguments: jax.Array) -> float:
     """The least that a call takes, once compiled."""
+    import jax
+
     jax.block_until_ready(function(*arguments))
     taken = []
     for _ in range(_TIMES):
