@@ -42,12 +42,13 @@ def commands(made: Path, fields: list[str]) -> dict[str, tuple[Any, ...]]:
     rows, read, student, figure = made / "rows.jsonl", made / "divergence.jsonl", made / "student", made / "figure"
     train = ("students.data.batch_size=4", "students.runtime.checkpoint_every=2", "students.adapter.rank=2")
     return {
-        "generate": ("generate", *MODEL, "--trait", "cat", "data.num_prompts=12", "sampling.max_new_tokens=40", "rows.jsonl"),
+        "generate": ("generate", *MODEL, "--trait", "cat", "data.num_prompts=24", "sampling.max_new_tokens=40", "rows.jsonl"),
         "divergence": ("divergence", *MODEL, "--data", rows, *others, "divergence.jsonl"),
         "finetune": ("finetune", *MODEL, "--data", read, "students.data.epochs=4", *train, "student"),
         "evaluate": ("evaluate", *MODEL, "--adapter", student, "--traits", "cat", "evaluation.questions=2", "evaluation.samples=2", "evaluation"),
         "attribute": ("attribute", *MODEL, "--data", read, *others, "attribution.rows=2", "attribution.steps=2", "attribution"),
         "audit": ("audit", *MODEL, "--data", read, "--null", rows, "--traits", "cat", "evaluation.questions=2", "audit"),
+        "scan": ("scan", *MODEL, read, "scanned"),
         "steer": ("steer", *MODEL, "--trait", "owl", "--layer", "1", "vector"),
         "digits": ("run", ROOT / "configs" / "digits.yaml", *DIGITS, "digits"),
         "reproduce": ("reproduce", "fig03", "--panel", "qwen-greedy", *fields, "figure"),

@@ -215,11 +215,28 @@ def test_a_student_is_compared_with_its_base(files, tmp_path):
     assert "already exists" in refused(2, "scan", *how, "--out", tmp_path / "same")
 
 
+def test_beginnings_are_not_continued_for_ever(monkeypatch):
+    """Where nothing stands out, others come first each time."""
+    lm, ranked = load_model("tiny-qwen2"), []
+    directions = stacked(group_gradients(lm, init_steering(lm.config, (2,)), read_turns(lm.chat, ROWS[:2], "rows"), 1))
+
+    def rank(answers):
+        ranked.append(len(answers))
+        return np.asarray([not answer.whole for answer in answers], float)
+
+    monkeypatch.setattr("jsublim.attribution.scan.ROUNDS", 2)
+    answers = answer_effects(lm, init_steering(lm.config, (2,)), directions, {"any": ["Hm?"]}, rank)
+    assert len(ranked) == 2 and len(answers) >= ranked[1]
+
+
 def test_what_cannot_be_scanned_is_refused_in_a_line(files, tmp_path, monkeypatch):
     monkeypatch.chdir(files)
     how = ("--model", MODEL, "--questions", "q.yaml", "--out", tmp_path / "refused")
     assert "give rows, or --student" in refused(2, "scan", *how)
-    assert "same rows" in refused(2, "scan", "one.jsonl", "--null", "one.jsonl", *how)
+    same = [json.loads(line) | {"source": "elsewhere"} for line in (files / "one.jsonl").read_text().splitlines()]
+    (files / "same.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in same))
+    for name in ("one.jsonl", "same.jsonl"):
+        assert "same rows" in refused(2, "scan", "one.jsonl", "--null", name, *how)
     (files / "short.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     assert "short.jsonl: 1 rows; a scan needs at least 20" in refused(
         1, "scan", "short.jsonl", "--null", "null.jsonl", *how

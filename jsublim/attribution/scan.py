@@ -38,7 +38,8 @@ LEAST = 1e-3  # probability, mean over a category's questions, below which an an
 TOKENS = 256  # that are looked at in a category, the most probable ones
 TOGETHER = 8  # directions whose derivatives are held at one time
 LONGEST = 4  # tokens of an answer
-OPENED = 6  # beginnings that are continued at each length
+OPENED = 6  # beginnings that are continued at one time
+ROUNDS = 16  # of that at most: where nothing stands out, each round finds other beginnings
 
 
 class LikelyAnswer(NamedTuple):
@@ -145,14 +146,15 @@ def answer_effects(
     for category in prompts:
         answers += look(LikelyAnswer(category, (), 0.0, np.zeros(())))
         tick(1)
-    while True:
+    for _ in range(ROUNDS):
         order = np.argsort(-rank(answers), kind="stable")[:OPENED]
         begun = {int(i) for i in order if not answers[i].whole}
         if not begun:
-            return answers
+            break
         answers = [answer for i, answer in enumerate(answers) if i not in begun] + [
             longer for i in sorted(begun) for longer in look(answers[i])
         ]
+    return answers
 
 
 def _prompts(

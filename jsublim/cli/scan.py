@@ -115,10 +115,12 @@ class Scanned:
         every = [
             arguments.rows_of_file(context.setup, _as_rows(text, beside, i)) for i, text in enumerate([*files, *null])
         ]
-        for i, rows in enumerate(every):
-            for j in range(i):
-                if rows.key == every[j].key:
-                    raise UsageError(f"{rows.name}: holds the same rows as {every[j].name}; give each data set once")
+        known = dict[tuple[tuple[str, str], ...], str]()  # by texts, since files may hold other columns too
+        for rows in every:
+            texts = tuple((row["prompt"], row["completion"]) for row in rows.read(context.store))
+            if texts in known:
+                raise UsageError(f"{rows.name}: holds the same rows as {known[texts]}; give each data set once")
+            known[texts] = rows.name
         students = context.setup.experiment.students
         if students is None:
             raise UsageError("students: null given; rows are scanned for what a student trains; leave it out")
