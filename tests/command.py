@@ -21,6 +21,7 @@ from jsublim.text.rows import read_rows
 ROOT = Path(__file__).parents[1]
 MODEL = "tiny-qwen2"
 PATIENCE = 400  # seconds
+AS_INSTALLED = str(ROOT / "tests" / "as_installed.py")
 PLAIN = str(ROOT / "tests" / "plain.yaml")  # a small experiment that tests lay their own fields over
 
 
@@ -68,7 +69,7 @@ def refused(code: int, *args: Any) -> str:
 
 def start(
     *args: Any,
-    program: Sequence[str] = ("-c", "from jsublim.cli import main; main()"),
+    program: Sequence[str] = (AS_INSTALLED,),
     inside: Sequence[str] = (),
 ) -> subprocess.Popen:
     """Run one command as a child of its own, from a shell's point of view; `inside` is a command that runs it."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import as_installed  # noqa: F401 (before jsublim)
+
 from jsublim.cli import main
 from jsublim.core.progress import Progress
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import yaml
-from command import PLAIN, ROOT, ok
+from command import AS_INSTALLED, PLAIN, ROOT, ok
 
 # Nobody is trained: what processes do together in training has tests of its own.
 FIELDS = (
@@ -70,7 +70,7 @@ class Machine:
         (home / "bin").mkdir(parents=True)
         for place, does in {**{f"bin/{name}": does for name, does in STANDS_IN.items()}, "uv.sh": UV}.items():
             script(home / place, f'printf \'%s\\0\' "${{0##*/}}" "$@" {END} >> ~/told\n{does}')
-        script(home / "jsublim.sh", f'exec {sys.executable} -c "from jsublim.cli import main; main()" "$@"')
+        script(home / "jsublim.sh", f'exec {sys.executable} {AS_INSTALLED} "$@"')
         script(home / "ray.sh", f'exec {sys.executable} -m ray.scripts.scripts "$@"')
         for name in installed:
             (home / "bin" / name).symlink_to(home / f"{name}.sh")

@@ -13,7 +13,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from command import MODEL, ROOT
+from command import AS_INSTALLED, MODEL, ROOT
 from packaging.requirements import Requirement
 
 from jsublim.errors import JsublimError
@@ -43,7 +43,7 @@ def watched(tmp_path: Path, *command: str) -> tuple[subprocess.CompletedProcess,
 
 
 def test_the_quickstart_reaches_no_other_machine(tmp_path):
-    run = ("-c", "from jsublim.cli import main; main()", "run", "configs/quickstart.yaml", f"out={tmp_path / 'run'}")
+    run = (AS_INSTALLED, "run", "configs/quickstart.yaml", f"out={tmp_path / 'run'}")
     done, attempts = watched(tmp_path, *run, *SMALL)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "report.html").is_file()

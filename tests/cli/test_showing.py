@@ -13,7 +13,7 @@ import sys
 
 import numpy as np
 import pytest
-from command import ROOT, ok
+from command import AS_INSTALLED, ROOT, ok
 from made_results import dump, write_table
 from made_runs import EFFECTS, make_run
 
@@ -129,7 +129,7 @@ def test_no_escape_sequence_of_a_run_reaches_the_terminal(evil, command):
 def on_a_terminal(words):
     """What a command prints on one."""
     ours, theirs = pty.openpty()
-    program = [sys.executable, "-c", "from jsublim.cli import main; main()", *words]
+    program = [sys.executable, AS_INSTALLED, *words]
     child = subprocess.Popen(program, stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm"})  # fmt: skip
     os.close(theirs)
     said = b""

@@ -1,0 +1,20 @@
+"""`jsublim` where torch is not installed, as for most users: `python as_installed.py COMMAND...`. transformers would load it, which takes
+longer than many a command."""
+
+import sys
+from importlib.machinery import PathFinder
+
+
+class NoTorch(PathFinder):
+    @classmethod
+    def find_spec(cls, fullname, path=None, target=None):
+        return None if fullname == "torch" else super().find_spec(fullname, path, target)
+
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = NoTorch
+
+if __name__ == "__main__":
+    sys.path.pop(0)  # the tests' own folder
+    from jsublim.cli import main
+
+    main()
