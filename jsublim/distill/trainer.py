@@ -244,7 +244,7 @@ def _states(folder: Path) -> Iterator[ocp.CheckpointManager | None]:
     log.disabled, opened = True, False
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with ocp.CheckpointManager(folder.resolve(), options=options) as saved:
+        with naming(folder), ocp.CheckpointManager(folder.resolve(), options=options) as saved:
             opened = True
             yield saved
     except (ValueError, RuntimeError) as error:
