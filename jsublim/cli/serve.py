@@ -38,7 +38,7 @@ def serve(
     except OSError as error:
         raise UsageError(f"--host {host} --port {port}: cannot listen there ({error.strerror}); give another") from None
     # Every request has its line from the application; uvicorn adds what never became one.
-    answering = make_app(served, ServeLimits(slots, length, seconds), console.print)
+    answering = make_app(served, ServeLimits(slots, length, seconds), console.out)
     settings = uvicorn.Config(answering, log_config=None, access_log=False, timeout_graceful_shutdown=5)
     address = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}/v1"
     output.print(f"{len(served.names)} models on {address}")
