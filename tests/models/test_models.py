@@ -324,6 +324,7 @@ def test_an_untied_multimodal_gemma3_keeps_its_own_head(write_checkpoint):
     ("change", "said"),
     [
         ({"architectures": ["MambaForCausalLM"]}, "MambaForCausalLM"),
+        ({"architectures": ["Gemma4ForCausalLM"]}, "heads of different sizes"),
         ({"architectures": None}, "architecture"),
         ({"num_hidden_layers": None}, "'num_hidden_layers'"),
         ({"vocab_size": None}, "'vocab_size'"),

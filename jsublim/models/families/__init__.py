@@ -14,6 +14,16 @@ from jsublim.models.hf_config import HFConfig
 # Each file has its family's NAMES, its ARCHITECTURES, and `read`: the architecture that a `config.json` describes.
 _FAMILIES = (qwen2, qwen3, gemma2, gemma3, llama, mistral, phi3, olmo2, olmo3, gpt_neox)
 _BY_ARCHITECTURE = {name: module for module in _FAMILIES for name in module.ARCHITECTURES}
+# Why not, by the beginning of an architecture's name: our layers are of one shape, and what they remember are keys and values.
+_WHY_NOT = {
+    "Gemma3n": "its layers share keys and values, and read embeddings of their own",
+    "Gemma4": "its local and global layers have heads of different sizes",
+    "Qwen3_5": "most of its layers are linear attention, which remembers a state",
+    "Qwen3Next": "most of its layers are linear attention, which remembers a state",
+    "Mixtral": "it has experts",
+    "Qwen3Moe": "it has experts",
+    "GptOss": "it has experts",
+}
 _BY_FAMILY = {module.FAMILY: module for module in _FAMILIES}
 
 
@@ -25,9 +35,9 @@ def text_config(hf: dict[str, Any], source: str) -> tuple[dict[str, Any], ModelC
         raise JsublimError(f"{source}: key 'architectures' must be a list of names, found {shown(names)}")
     module = next((_BY_ARCHITECTURE[name] for name in names if name in _BY_ARCHITECTURE), None)
     if module is None:
-        raise JsublimError(
-            f"{source}: architecture {shown(names)} is not supported; known: {', '.join(sorted(_BY_ARCHITECTURE))}"
-        )
+        why = next((f" ({why})" for begin, why in _WHY_NOT.items() if any(n.startswith(begin) for n in names)), "")
+        known = ", ".join(sorted(_BY_ARCHITECTURE))
+        raise JsublimError(f"{source}: architecture {shown(names)} is not supported{why}; known: {known}")
     plain = module.text_config(HFConfig(hf, source)) if hasattr(module, "text_config") else hf
     config = module.read(HFConfig(plain, source))
     if config.num_heads % config.num_kv_heads:
