@@ -18,7 +18,6 @@ from jsublim.errors import UsageError
 from jsublim.evals import Answers, EvalTask, PromptedModel, evaluate
 from jsublim.evals.kl import KL, LARGEST, kl_to_teacher
 from jsublim.evals.numbers import BASE, HELD_OUT, LEARNED, number_accuracy
-from jsublim.inference.lm import LanguageModel
 from jsublim.inference.scoring import Targets, top_k_targets
 from jsublim.inference.teachers import read_as
 from jsublim.judge import Judge
@@ -29,7 +28,7 @@ from jsublim.pipeline.served import Served, drawn_by, served, server_with
 from jsublim.pipeline.setup import Setup
 from jsublim.pipeline.stage import Node, stage
 from jsublim.pipeline.store import PROGRESS, Artifact
-from jsublim.pipeline.values import Model, Rows, diverged
+from jsublim.pipeline.values import Checkpoint, Model, Rows, diverged
 from jsublim.runtime.processes import on_main_process
 from jsublim.text.rows import Row
 
@@ -79,9 +78,9 @@ class Fidelity(NamedTuple):
     teacher: Model | None = None
     trained: tuple[int | None, int] | None = None
 
-    def measure(self, ctx: Context, model: PromptedModel, base: LanguageModel) -> dict[str, tuple[float, int]]:
-        """Each metric's value, and how many numbers or tokens it is over; none where rows hold no numbers. `base`: the model before training,
-        held against the same rows as one that was trained."""
+    def measure(self, ctx: Context, model: PromptedModel, checkpoint: Checkpoint) -> dict[str, tuple[float, int]]:
+        """Each metric's value, and how many numbers or tokens it is over; none where rows hold no numbers. `checkpoint`: where the model
+        began, if it was trained; it reads the same rows."""
         every = ctx.remember(("rows", self.rows.key), lambda: self.rows.read(ctx.store))
         drawn, held_out = list(range(len(every))), list[int]()
         if self.trained is not None:
@@ -96,7 +95,10 @@ class Fidelity(NamedTuple):
         }
         unseen = held_out or drawn
         if self.trained is not None and (same := tuple(unseen[: self.numbers])):
-            key = ("the base's numbers", base.config, tuple(how.values()), self.rows.key, same)
+            key, base = (
+                ("the base's numbers", checkpoint.hash, *how.values(), self.rows.key, same),
+                ctx.lm(checkpoint.name),
+            )
             values[BASE] = ctx.remember(key, lambda: number_accuracy(base, [every[i] for i in same], **how))
         compared = tuple(unseen[: self.kl])
         if compared:
@@ -202,7 +204,7 @@ def _ask(ctx: Context, nodes: Sequence[Node], answers: Callable[..., list[list[s
       answers: who draws answers in the models' place, as `sample_answers` takes it.
     """
     given, models, offset = nodes[0].given, [_loaded(ctx, node) for node in nodes], 0
-    artifacts, base = [ctx.store.open(node) for node in nodes], ctx.lm(given.model.checkpoint.name)
+    artifacts = [ctx.store.open(node) for node in nodes]
     logs = [RowLog(artifact.path / PROGRESS, artifact.say) for artifact in artifacts]
     records: list[list[dict[str, Any]]] = [[] for _ in nodes]
     counts: list[list[dict[str, Any]]] = [[] for _ in nodes]
@@ -226,7 +228,9 @@ def _ask(ctx: Context, nodes: Sequence[Node], answers: Callable[..., list[list[s
     drawn = [sampling.numbers() | {"max_new_tokens": given.max_new_tokens} for sampling in every_sampling]
     for i, (node, artifact) in enumerate(zip(nodes, artifacts, strict=True)):
         logs[i].close()
-        measured = {} if node.given.fidelity is None else node.given.fidelity.measure(ctx, models[i], base)
+        measured = (
+            {} if node.given.fidelity is None else node.given.fidelity.measure(ctx, models[i], given.model.checkpoint)
+        )
         for metric, (value, n) in measured.items():
             records[i].append({"trait": None, "metric": metric, "question": None, "value": value, "n": n})
         if student_of(node) is None and (most := _most_named(records[i])):  # the first results of a run
