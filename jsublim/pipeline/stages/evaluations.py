@@ -33,6 +33,7 @@ from jsublim.runtime.processes import on_main_process
 from jsublim.text.rows import Row
 
 ASKED_TOGETHER = 8  # students
+BASE_ROWS = 200  # that the base reads beside a student, as a reference
 NAMED = 3  # traits that are said of a model
 RECORDS = pa.schema(
     [
@@ -80,7 +81,7 @@ class Fidelity(NamedTuple):
 
     def measure(self, ctx: Context, model: PromptedModel, checkpoint: Checkpoint) -> dict[str, tuple[float, int]]:
         """Each metric's value, and how many numbers or tokens it is over; none where rows hold no numbers. `checkpoint`: where the model
-        began, if it was trained; it reads the same rows."""
+        began, if it was trained; it reads the first of the same rows."""
         every = ctx.remember(("rows", self.rows.key), lambda: self.rows.read(ctx.store))
         drawn, held_out = list(range(len(every))), list[int]()
         if self.trained is not None:
@@ -94,7 +95,7 @@ class Fidelity(NamedTuple):
             if rows
         }
         unseen = held_out or drawn
-        if self.trained is not None and (same := tuple(unseen[: self.numbers])):
+        if self.trained is not None and (same := tuple(unseen[: min(self.numbers, BASE_ROWS)])):
             key, base = (
                 ("the base's numbers", checkpoint.hash, *how.values(), self.rows.key, same),
                 ctx.lm(checkpoint.name),
@@ -124,7 +125,7 @@ class Fidelity(NamedTuple):
         trained = min((self.trained or (None, 0))[0] or kept, kept)
         numbers = min(self.numbers, trained) + min(self.numbers, kept - trained)
         unseen = kept - trained or trained
-        return numbers + (min(self.numbers, unseen) if self.trained else 0) + 2 * min(self.kl, unseen)
+        return numbers + (min(self.numbers, unseen, BASE_ROWS) if self.trained else 0) + 2 * min(self.kl, unseen)
 
 
 def student_of(node: Node) -> Node | None:
