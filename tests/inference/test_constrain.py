@@ -188,17 +188,18 @@ def test_greedy_is_the_best_of_what_the_format_allows(name):
             read, row = read.then(texts[best]), np.append(row, np.int32(best))
 
 
+@pytest.mark.parametrize("after", [5, 0])
 @pytest.mark.parametrize("how", SETTINGS.values(), ids=SETTINGS)
-def test_tokens_are_drawn_with_the_probabilities_of_transformers_among_the_allowed(how):
-    """The format is laid over the logits before everything else."""
+def test_tokens_are_drawn_with_the_probabilities_of_transformers_among_the_allowed(how, after):
+    """The format is laid over the logits before everything else; of the last token, that the answer is complete with it."""
     limits = number_limits(dict(enumerate([*"0123456789", ", ", " ", "x", "[", "]", "end"])), [15])
     n, rng = 4000, np.random.default_rng(2)
     z = (1.2 * rng.standard_normal(16)).astype(np.float32)
     state = next(to for token, to in allowed(limits, 0, 99).items() if token == 4)
-    masked = np.where(np.isin(np.arange(16), list(allowed(limits, state, 5))), z, -np.inf).astype(np.float32)
+    masked = np.where(np.isin(np.arange(16), list(allowed(limits, state, after))), z, -np.inf).astype(np.float32)
     seen, keys = np.isin(np.arange(16), [4, 11]), jax.random.split(jax.random.key(5), n)
     where = Within(np.full(n, state, np.int32), np.full(n, 1.0, np.float32))
-    left, drawn = np.full(n, 5, np.int32), np.ones(n, np.int32)
+    left, drawn = np.full(n, after, np.int32), np.ones(n, np.int32)
     tokens, within = jax.jit(choose_within)(
         limits, where, np.tile(z, (n, 1)), np.tile(seen, (n, 1)), keys, drawn, left, arrays([how] * n)
     )
@@ -213,7 +214,7 @@ def test_tokens_are_drawn_with_the_probabilities_of_transformers_among_the_allow
         assert stats.chisquare(counts[expected > 0], n * expected[expected > 0]).pvalue > 1e-4
     share = special.logsumexp(masked) - special.logsumexp(z)
     np.testing.assert_allclose(within.log_allowed, 1.0 + share, rtol=1e-5)
-    assert set(np.asarray(within.state).tolist()) <= set(allowed(limits, state, 5).values())
+    assert set(np.asarray(within.state).tolist()) <= set(allowed(limits, state, after).values())
 
 
 def test_one_program_serves_every_number_and_none_is_paid_for_without_a_format():
