@@ -30,6 +30,14 @@ INPUTS = {"model": "abc", "seed": 1, "system": "You love owls.", "stop": (1, 2)}
 OWL = Output("rows", "owl", INPUTS)
 
 
+def test_a_key_is_of_the_kind_and_the_inputs_and_of_nothing_else():
+    """It names a task by itself, so nothing of another kind may have it."""
+    key = Output("rows", "owl", {"seed": 1, "model": "m"}).key
+    assert Output("rows", "cat", {"model": "m", "seed": 1}).key == key
+    others = [Output("divergence", "owl", {"seed": 1, "model": "m"}), Output("rows", "owl", {"seed": 2, "model": "m"})]
+    assert len({key, *(other.key for other in others)}) == 3
+
+
 def test_an_artifact_is_whole_only_once_done_has_its_name(tmp_path, monkeypatch):
     artifact = Artifact(tmp_path / "a", OWL)
     assert not artifact.done
