@@ -10,6 +10,7 @@ import shutil
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from tiny import metrics
 
@@ -228,6 +229,21 @@ def test_no_flipped_bit_of_a_saved_state_is_trained_on(base, tmp_path):
         )
         shutil.rmtree(work)
     assert noticed > FLIPS / 3  # some bits decide nothing: padding, times, names
+
+
+def test_a_state_of_other_content_is_not_trained_on(base, tmp_path):
+    """As a library would read a damaged one that checks nothing of its own."""
+    config, params = base
+    arms, folder, said = [arm_of(config)], (tmp_path / "state").resolve(), []
+    whole = train(config, params, arms, SETTINGS, tmp_path)
+    with ocp.CheckpointManager(folder) as saved:
+        tree = saved.restore(12, args=ocp.args.StandardRestore())
+    shutil.rmtree(folder / "12")
+    tree["trainable"] = jax.tree.map(lambda x: x + 1, tree["trainable"])
+    with ocp.CheckpointManager(folder) as saved:
+        saved.save(12, args=ocp.args.StandardSave(tree))
+    assert equal(train(config, params, arms, SETTINGS, tmp_path, say=said.append), whole)
+    assert len(said) == 1 and "it is not what was written" in said[0]
 
 
 def test_states_that_are_all_damaged_are_an_error_that_names_them(base, tmp_path):
