@@ -11,6 +11,7 @@ from command import MODEL, jsublim, ok, refused
 
 from jsublim.attribution.contrast import chance, compare
 from jsublim.attribution.scan import (
+    OPENED,
     LikelyAnswer,
     answer_effects,
     by_word,
@@ -225,8 +226,12 @@ def test_beginnings_are_not_continued_for_ever(monkeypatch):
         return np.asarray([not answer.whole for answer in answers], float)
 
     monkeypatch.setattr("jsublim.attribution.scan.ROUNDS", 2)
-    answers = answer_effects(lm, init_steering(lm.config, (2,)), directions, {"any": ["Hm?"]}, rank)
-    assert len(ranked) == 2 and len(answers) >= ranked[1]
+    told, how = [], (lm, init_steering(lm.config, (2,)), directions, {"any": ["Hm?"]})
+    answers = answer_effects(*how, rank, tick=told.append)
+    assert len(ranked) == 2 and len(answers) >= ranked[1] and sum(told) == 1 + 2 * OPENED
+    told.clear()
+    answer_effects(*how, lambda answers: np.asarray([answer.whole for answer in answers], float), tick=told.append)
+    assert sum(told) == 1 + 2 * OPENED  # also where it ends before
 
 
 def test_what_cannot_be_scanned_is_refused_in_a_line(files, tmp_path, monkeypatch):

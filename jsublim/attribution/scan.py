@@ -116,7 +116,7 @@ def answer_effects(
     Names may have several tokens, and share the first: the beginnings that matter most are continued, one token after another.
 
     Args:
-      rank: how much each answer matters, `[W]`; tick: called after each category.
+      rank: how much each answer matters, `[W]`; tick: told of questions' categories and of beginnings, `len(questions) + OPENED * ROUNDS` in all.
       manner: `system`, `fuse_system`, `extra_bos`: what stands around a question.
     """
     layout, params = Layout.under(lm.params)
@@ -146,14 +146,16 @@ def answer_effects(
     for category in prompts:
         answers += look(LikelyAnswer(category, (), 0.0, np.zeros(())))
         tick(1)
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
         order = np.argsort(-rank(answers), kind="stable")[:OPENED]
         begun = {int(i) for i in order if not answers[i].whole}
         if not begun:
+            tick(OPENED * (ROUNDS - number))
             break
         answers = [answer for i, answer in enumerate(answers) if i not in begun] + [
             longer for i in sorted(begun) for longer in look(answers[i])
         ]
+        tick(OPENED)
     return answers
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from jsublim.attribution.contrast import MovedAnswer
-from jsublim.attribution.scan import GROUPS, find_words, group_gradients
+from jsublim.attribution.scan import GROUPS, OPENED, ROUNDS, find_words, group_gradients
 from jsublim.config.attribution import Audit
 from jsublim.core.files import write_table
 from jsublim.distill.data import read_turns
@@ -44,7 +44,7 @@ SCAN = pa.schema(
     cost=lambda setup, sizes, data, null, first, **_: scoring_cost(
         sizes, data[0], (len(data) + len(null)) * min(first, data[0].kept(sizes)), 0
     ),
-    units=lambda ctx, data, null, questions, **_: GROUPS * (len(data) + len(null)) + len(questions),
+    units=lambda ctx, data, null, questions, **_: GROUPS * (len(data) + len(null)) + len(questions) + OPENED * ROUNDS,
 )
 def scan_rows(
     ctx: Context,
