@@ -17,7 +17,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from scipy.stats import rankdata
+from scipy.stats import spearmanr
 
 import jsublim as js
 from jsublim.attribution.scan import group_gradients
@@ -62,12 +62,8 @@ def students(
     return [student for part in parts for student in js.train(lm.config, lm.params, part, settings)]
 
 
-def spearman(predicted: np.ndarray, measured: np.ndarray) -> float:
-    return float(np.corrcoef(rankdata(predicted), rankdata(measured))[0, 1])
-
-
 def score(predicted_HW: np.ndarray, measured_HW: np.ndarray) -> float:
-    return float(np.mean([spearman(p, m) for p, m in zip(predicted_HW.T, measured_HW.T, strict=True)]))
+    return float(np.mean([spearmanr(p, m).statistic for p, m in zip(predicted_HW.T, measured_HW.T, strict=True)]))
 
 
 def interval(predicted_HW: np.ndarray, measured_HW: np.ndarray) -> list[float]:
@@ -100,7 +96,9 @@ def main() -> None:
         learned = students(lm, rows, halves, given.optimizer, given.lr, given.batch_size)
         measured = np.stack([trait_logprobs(lm, asked, traits, adapter=student).mean(axis=0) for student in learned])
         line = {"rows": path.stem, "score": score(predicted, measured), "interval": interval(predicted, measured)}
-        line["by trait"] = {t: spearman(predicted[:, i], measured[:, i]) for i, t in enumerate(traits)}
+        line["by trait"] = {
+            t: float(spearmanr(predicted[:, i], measured[:, i]).statistic) for i, t in enumerate(traits)
+        }
         print(json.dumps(line), flush=True)
 
 

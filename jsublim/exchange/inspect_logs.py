@@ -13,9 +13,8 @@ from jsublim.models.checkpoint import new_folder
 from jsublim.pipeline.showing import check_run
 from jsublim.report.tables import read_json
 
-AnswerCounts = dict[
-    int, list[tuple[str, str, int]]
-]  # of each question, its text, an answer, and how often that was given
+# Of each question, its text, an answer, and how often that was given.
+AnswerCounts = dict[int, list[tuple[str, str, int]]]
 
 
 def export_logs(run: Path, out: Path) -> None:

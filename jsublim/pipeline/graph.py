@@ -80,7 +80,8 @@ def ordered(tasks: Iterable[Task]) -> Iterator[Task]:
 
 
 def expected(tasks: Iterable[Task], setup: Setup, chip: Chip | None = None) -> dict[str, Expected]:
-    """What tasks should take on a chip (None: on this machine, measured if there is any task), by key. Those of one kind that cost the same are taken to have the same shapes, and so the same programs."""
+    """What tasks should take on a chip (None: on this machine, measured if there is any task), by key. Those of one kind that cost the same are
+    taken to have the same shapes, and so the same programs."""
     sizes = Sizes.of(setup)
     costs = {task.key: (task.kind, task.cost(setup, sizes)) for task in tasks}
     return {

@@ -96,11 +96,9 @@ class Fidelity(NamedTuple):
         }
         unseen = held_out or drawn
         if self.trained is not None and (same := tuple(unseen[: min(self.numbers, BASE_ROWS)])):
-            key, base = (
-                ("the base's numbers", checkpoint.hash, *how.values(), self.rows.key, same),
-                ctx.lm(checkpoint.name),
-            )
-            values[BASE] = ctx.remember(key, lambda: number_accuracy(base, [every[i] for i in same], **how))
+            key = ("the base's numbers", checkpoint.hash, *how.values(), self.rows.key, same)
+            rows = [every[i] for i in same]
+            values[BASE] = ctx.remember(key, lambda: number_accuracy(ctx.lm(checkpoint.name), rows, **how))
         compared = tuple(unseen[: self.kl])
         if compared:
             values[KL] = kl_to_teacher(model, [every[i] for i in compared], self._targets(ctx, every, compared))
@@ -229,9 +227,8 @@ def _ask(ctx: Context, nodes: Sequence[Node], answers: Callable[..., list[list[s
     drawn = [sampling.numbers() | {"max_new_tokens": given.max_new_tokens} for sampling in every_sampling]
     for i, (node, artifact) in enumerate(zip(nodes, artifacts, strict=True)):
         logs[i].close()
-        measured = (
-            {} if node.given.fidelity is None else node.given.fidelity.measure(ctx, models[i], given.model.checkpoint)
-        )
+        fidelity = node.given.fidelity
+        measured = {} if fidelity is None else fidelity.measure(ctx, models[i], given.model.checkpoint)
         for metric, (value, n) in measured.items():
             records[i].append({"trait": None, "metric": metric, "question": None, "value": value, "n": n})
         if student_of(node) is None and (most := _most_named(records[i])):  # the first results of a run
