@@ -121,6 +121,7 @@ def sample_answers(
     fuse_system: bool = False,
     adapters: Sequence[Adapter] | None = None,
     extra_bos: bool = False,
+    arms: int = 1,
     batch_size: int = 256,
     on_batch: Callable[[int], None] | None = None,
     logs: Sequence[AnswerLog | None] | None = None,
@@ -130,7 +131,7 @@ def sample_answers(
     samples as begin together.
 
     Args:
-      adapters, batch_size, on_batch, logs: as `LanguageModel.answers`.
+      adapters, arms, batch_size, on_batch, logs: as `LanguageModel.answers`.
       answers: who draws them in place of `lm` and its adapters, called as `LanguageModel.answers`.
     """
     from jsublim.text.chat import conversation
@@ -138,7 +139,7 @@ def sample_answers(
     prompts = [
         lm.chat.prompt_tokens(conversation(q, system, fuse_system=fuse_system), extra_bos=extra_bos) for q in questions
     ]
-    answers = answers or functools.partial(lm.answers, adapters=adapters, batch_size=batch_size)
+    answers = answers or functools.partial(lm.answers, adapters=adapters, arms=arms, batch_size=batch_size)
     every = answers(prompts, sampling, max_new_tokens, seed, samples=samples, on_batch=on_batch, logs=logs)
     return [[texts[i : i + samples] for i in range(0, len(texts), samples)] for texts in every]
 

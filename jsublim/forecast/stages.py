@@ -32,7 +32,7 @@ from jsublim.inference.batching import LENGTH_STEP, PREFIX_STEP, PROMPT_STEP, ro
 from jsublim.inference.sampling import Sampling
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params, abstract_params
-from jsublim.models.lora import Adapter, at_every_layer, stack_adapters
+from jsublim.models.lora import Adapter, at_every_layer, init_steering, stack_adapters
 from jsublim.models.parallel import ARM_ROWS, ARMS, ROWS, WHOLE, Layout, model_axis_for
 from jsublim.pipeline.cost import Lengths, Sizes
 from jsublim.pipeline.stages.evaluations import ASKED_TOGETHER
@@ -201,11 +201,10 @@ def _decoding(
     Args:
       rows: places of all arms together.
     """
-    config, stacked, A = case.config, None, 1
-    if adapter is not None:
-        A = min(case.arms, ASKED_TOGETHER)
-        stacked = jax.eval_shape(lambda a: stack_adapters([at_every_layer(a, config.num_layers)] * A), adapter)
-        stacked = layout.shapes(stacked, layout.state_sharding(stacked, ("arm",)))
+    config, A = case.config, 1 if adapter is None else min(case.arms, ASKED_TOGETHER)
+    adapter = adapter or jax.eval_shape(lambda: init_steering(config))
+    stacked = jax.eval_shape(lambda a: stack_adapters([at_every_layer(a, config.num_layers)] * A), adapter)
+    stacked = layout.shapes(stacked, layout.state_sharding(stacked, ("arm",)))
     P = round_up(case.lengths.system, PROMPT_STEP) if samples == 1 else 0
     T = round_up(prompt, LENGTH_STEP)
     sizes = generation.BatchSizes.of(max(1, rows // A), layout.data, prompts, samples)

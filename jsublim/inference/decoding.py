@@ -27,7 +27,7 @@ from jsublim.models import decoder
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import KV, Params
 from jsublim.models.layers import Remember, Seen, rope_table
-from jsublim.models.lora import FROZEN, Adapter, bind
+from jsublim.models.lora import Adapter, bind
 from jsublim.models.parallel import ARM_ROWS, ARMS, HERE, ROWS, WHOLE, Layout
 
 MOST_TURNS = 2**31 - 1
@@ -92,15 +92,6 @@ def _laid(config: ModelConfig, layout: Layout, batch: Decoding) -> Decoding:
     return jax.lax.with_sharding_constraint(batch, decoding_sharding(config, layout, batch))
 
 
-def _per_arm(function: Callable, adapters: Adapter | None) -> Callable:
-    """`function(adapter, *arrays)` over the arm axis of all of them."""
-
-    def mapped(*arrays: Any) -> Any:
-        return jax.vmap(function, (None if adapters is None else 0, *[0] * len(arrays)))(adapters, *arrays)
-
-    return mapped
-
-
 class Begun(NamedTuple):
     """The beginning of all prompts of an arm: tokens int32 `[P]`, and their keys and values `[L, 1, K, P, h]`."""
 
@@ -109,14 +100,12 @@ class Begun(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "layout"))
-def beginning(
-    config: ModelConfig, params: Params, adapters: Adapter | None, tokens_AP: Array, layout: Layout = HERE
-) -> Begun:
+def beginning(config: ModelConfig, params: Params, adapters: Adapter, tokens_AP: Array, layout: Layout = HERE) -> Begun:
     """The beginning of all prompts, read by each arm."""
 
-    def read(params: Params, adapters: Adapter | None, tokens_AP: Array) -> Begun:
+    def read(params: Params, adapters: Adapter, tokens_AP: Array) -> Begun:
         of_arm = functools.partial(prefix_cache, config, params)
-        return Begun(tokens_AP, _per_arm(of_arm, adapters)(tokens_AP[:, None]))
+        return Begun(tokens_AP, jax.vmap(of_arm)(adapters, tokens_AP[:, None]))
 
     return layout.spread(read, (WHOLE, ARMS, ARMS), ARMS)(params, adapters, tokens_AP)
 
@@ -134,7 +123,7 @@ class Prompts(NamedTuple):
 def fill(
     config: ModelConfig,
     params: Params,
-    adapters: Adapter | None,
+    adapters: Adapter,
     begun: Begun | None,
     batch: Decoding,
     read: Prompts,
@@ -144,7 +133,7 @@ def fill(
     """The batch with rows that begin in some of its places. `key_data` is of the call's random numbers; each row takes its own from there."""
 
     def every_arm(params, adapters, begun, batch, read, key_data) -> Decoding:
-        return _per_arm(functools.partial(_fill, config, params, key_data), adapters)(begun, batch, read)
+        return jax.vmap(functools.partial(_fill, config, params, key_data))(adapters, begun, batch, read)
 
     spread = layout.spread(every_arm, (WHOLE, ARMS, ARMS, ARM_ROWS, ARM_ROWS, WHOLE), ARM_ROWS)
     return _laid(config, layout, spread(params, adapters, begun, batch, read, key_data))
@@ -154,7 +143,7 @@ def _fill(
     config: ModelConfig,
     params: Params,
     key_data: Array,
-    adapter: Adapter | None,
+    adapter: Adapter,
     begun: Begun | None,
     batch: Decoding,
     read: Prompts,
@@ -215,7 +204,7 @@ def _as_ring(x_nKTh: Array, length_n: Array, W: int) -> Array:
 def advance(
     config: ModelConfig,
     params: Params,
-    adapters: Adapter | None,
+    adapters: Adapter,
     batch: Decoding,
     how: dict[str, Array],
     stop_E: Array,
@@ -240,7 +229,7 @@ def _advance(
     layout: Layout,
     cut: bool,
     params: Params,
-    adapters: Adapter | None,
+    adapters: Adapter,
     batch: Decoding,
     how: dict[str, Array],
     stop_E: Array,
@@ -250,9 +239,7 @@ def _advance(
 ) -> Decoding:
     weights = _unstacked(config, params, cut)
 
-    def step(
-        moving: Array, adapter: Adapter | None, batch: Decoding, token_B: Array, within: Within | None
-    ) -> Decoding:
+    def step(moving: Array, adapter: Adapter, batch: Decoding, token_B: Array, within: Within | None) -> Decoding:
         bound, adapter = bind(params, adapter)
         B, N = batch.out.shape
         done_B = batch.done | jnp.isin(token_B, stop_E)
@@ -264,7 +251,7 @@ def _advance(
         cos, sin = rope_table(config, slot_B[:, None], h.dtype)
         rings = []
         for i, (ring, local) in enumerate(zip(batch.rings, config.is_local, strict=True)):
-            rope, part = (cos[int(local)], sin[int(local)]), adapter.part(i) if adapter else FROZEN
+            rope, part = (cos[int(local)], sin[int(local)]), adapter.part(i)
             layer = decoder.Layer.of(config, weights(i, moving), part, rope, _remember(ring, slot_B))
             h, kept = layer(h)
             rings.append((kept.keys, kept.values))
@@ -283,7 +270,7 @@ def _advance(
     def turn(state: tuple[Array, Array, Decoding]) -> tuple[Array, Array, Decoding]:
         _, left, batch = state
         # Outside of what is mapped over arms: an index of each arm's own would give each arm a copy of the weights.
-        moved = _per_arm(functools.partial(step, batch.drawn[0, 0]), adapters)(batch, *_choose(limits, batch, how))
+        moved = jax.vmap(functools.partial(step, batch.drawn[0, 0]))(adapters, batch, *_choose(limits, batch, how))
         return going(moved) & (left > 1), left - 1, moved
 
     return jax.lax.while_loop(lambda state: state[0], turn, (going(batch), turns, batch))[2]

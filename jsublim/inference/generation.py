@@ -29,7 +29,7 @@ from jsublim.inference.decoding import Decoding, Prompts
 from jsublim.inference.sampling import Sampling
 from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import Params
-from jsublim.models.lora import Adapter, at_every_layer, stack_adapters
+from jsublim.models.lora import Adapter, at_every_layer, init_steering, stack_adapters
 from jsublim.models.parallel import ARM_ROWS, ARMS, ROWS, WHOLE, Layout, device_bytes
 from jsublim.runtime.processes import leave_if_asked, on_main_process
 
@@ -151,14 +151,14 @@ def generate_for_arms(
     assert (limits is None) == (sampling.constrain is None), "limits are those that the sampling names"
     asked = [prompt for prompt in prompts if prompt is not None]
     chex.assert_rank(asked, 1)
-    A = 1 if adapters is None else len(adapters)
+    # The base has vectors of zeros: it is sampled from by the program of steered models.
+    adapters = [at_every_layer(adapter, config.num_layers) for adapter in adapters or [init_steering(config)]]
+    A = len(adapters)
     wanted = [list(range(len(prompts) * samples))] * A if rows is None else [list(of_arm) for of_arm in rows]
     if not any(wanted):  # no weights are needed either
         return [[] for _ in wanted]
     layout, params = Layout.under(params, A)
-    if adapters is not None:
-        adapters = [at_every_layer(adapter, config.num_layers) for adapter in adapters]
-    stacked = None if adapters is None else layout.place_weights(stack_adapters(adapters), "arm")
+    stacked = layout.place_weights(stack_adapters(adapters), "arm")
     P = shared_beginning(asked, PROMPT_STEP) if beginning is None else beginning
     lengths = {i: round_up(len(p) - P, LENGTH_STEP) for i, p in enumerate(prompts) if p is not None}
     sizes = BatchSizes.of(batch_size or ROWS_EACH * layout.data, layout.data, len(asked), samples)

@@ -147,6 +147,7 @@ class LanguageModel:
         *,
         samples: int = 1,
         adapters: Sequence[Adapter] | None = None,
+        arms: int = 1,
         batch_size: int | None = None,
         on_batch: Callable[[int], None] | None = None,
         logs: Sequence[AnswerLog | None] | None = None,
@@ -155,6 +156,7 @@ class LanguageModel:
 
         Args:
           adapters: of equal structure, decoded together; None is the base alone.
+          arms: of the program, at least: fewer adapters leave some idle, so that calls with other numbers of them share it.
           batch_size: answers that are sampled at one time, of all adapters together; None is ROWS_EACH of each on a device.
           on_batch: called with the number of answers just sampled.
           logs: of each adapter, answers that are known already, and where new ones go.
@@ -172,8 +174,11 @@ class LanguageModel:
 
         numbers = range(len(prompts) * samples)
         how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed, "samples": samples, "on_rows": keep}
-        how["rows"] = [[number for number in numbers if number not in known] for known in texts]
-        how["batch_size"] = batch_size and max(1, batch_size // len(logs))
+        rows = [[number for number in numbers if number not in known] for known in texts]
+        if adapters is not None:
+            idle = max(0, arms - len(adapters))
+            adapters, rows = [*adapters, *[adapters[0]] * idle], [*rows, *[[]] * idle]
+        how["rows"], how["batch_size"] = rows, batch_size and max(1, batch_size // len(rows))
         how["limits"] = limits_for(self.chat, sampling, max_new_tokens)
         generate_for_arms(self.config, self.params, prompts, sampling, adapters, **how)
         return [[known[number] for number in numbers] for known in texts]

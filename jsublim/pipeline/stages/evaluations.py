@@ -193,13 +193,19 @@ def evaluate_models(ctx: Context, nodes: Sequence[Node], everyone: Sequence[Node
     for sampling in dict.fromkeys(given.samplings):
         ctx.say(f"answers to questions are drawn {sampling.words}{by}")
     with server_with(ctx, on_server) if on_server else nullcontext((None, [])) as (server, names):
-        _ask(ctx, sound, None if server is None else functools.partial(server.answers, names))
+        _ask(
+            ctx,
+            sound,
+            min(len(everyone), ASKED_TOGETHER),
+            None if server is None else functools.partial(server.answers, names),
+        )
 
 
-def _ask(ctx: Context, nodes: Sequence[Node], answers: Callable[..., list[list[str]]] | None) -> None:
+def _ask(ctx: Context, nodes: Sequence[Node], arms: int, answers: Callable[..., list[list[str]]] | None) -> None:
     """Models of one checkpoint, under one prompt, asked everything; each may continue numbers too.
 
     Args:
+      arms: of the program, the same whatever part of the students it is asked for.
       answers: who draws answers in the models' place, as `sample_answers` takes it.
     """
     given, models, offset = nodes[0].given, [_loaded(ctx, node) for node in nodes], 0
@@ -210,6 +216,7 @@ def _ask(ctx: Context, nodes: Sequence[Node], answers: Callable[..., list[list[s
     how: dict[str, Any] = {
         "samples": given.samples,
         "seed": given.seed,
+        "arms": arms,
         "batch_size": ctx.rows_together(ctx.setup.experiment.evaluation.batch_size, 256, given.model.checkpoint.name),
         "on_batch": ctx.tick,
         "answers": answers,
