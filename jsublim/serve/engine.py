@@ -13,7 +13,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ from jsublim.inference.lm import LanguageModel
 from jsublim.inference.sampling import Sampling
 from jsublim.inference.scoring import label_and_best
 from jsublim.models.config import ModelConfig, projection_shapes
-from jsublim.models.lora import Adapter, at_every_layer, stack_adapters
+from jsublim.models.lora import Adapter, at_every_layer, init_steering, stack_adapters
 from jsublim.models.parallel import device_bytes
 from jsublim.text.chat import Turn
 
@@ -37,8 +37,8 @@ TURNS = 8  # tokens that the batch moves by
 BEST = 20  # most probable tokens that can be asked for
 KEPT = 64  # adapters in memory that nobody asks for at the moment
 TOGETHER = 16  # texts whose probabilities are read at one time
-# The rank of each projection that some adapter has, and whether one has vectors.
-Structure = tuple[tuple[tuple[str, int], ...], bool]
+# The rank of each projection that some adapter has; all have vectors, if of zeros.
+Structure = tuple[tuple[str, int], ...]
 _NO_STOP = stop_array(Sampling())  # rows have ends of their own, which are looked for between calls
 
 
@@ -162,17 +162,14 @@ class Engine:
         known = [adapter for adapter in self._known.values() if adapter is not None]
         rank = max((adapter.rank for adapter in known), default=0)
         ranks = {name: rank for adapter in known for name in adapter.lora}
-        return tuple(sorted(ranks.items())), any(adapter.steering is not None for adapter in known)
+        return tuple(sorted(ranks.items()))
 
-    def _stacked(self, names: Sequence[str | None]) -> Adapter | None:
-        """The adapters of some models in one structure, `[n, ...]` each: what one lacks is zero. None: no adapter is known."""
-        ranks, vectors = structure = self._structure()
-        if not ranks and not vectors:
-            return None
+    def _stacked(self, names: Sequence[str | None]) -> Adapter:
+        """The adapters of some models in one structure, `[n, ...]` each: what one lacks is zero."""
         for name in names:
             if name not in self._whole:
                 adapter = None if name is None else self._known[name]
-                self._whole[name] = _widened(adapter, self.lm.config, structure)
+                self._whole[name] = _widened(adapter, self.lm.config, self._structure())
         return stack_adapters([self._whole[name] for name in names])
 
     # --- rows
@@ -284,15 +281,14 @@ class Engine:
 
 def _widened(adapter: Adapter | None, config: ModelConfig, structure: Structure) -> Adapter:
     """The same function in a structure: what it lacks is zero."""
-    (ranks, vectors), L, shapes = structure, config.num_layers, projection_shapes(config)
-    layers, lora = tuple(range(L)), {}
-    adapter = Adapter(layers) if adapter is None else adapter
-    for name, rank in ranks:
+    nothing_added, lora = init_steering(config), dict[str, Any]()
+    adapter, L, shapes = adapter or nothing_added, config.num_layers, projection_shapes(config)
+    for name, rank in structure:
         inputs, outputs = shapes[name]
         nothing = {"a": jnp.zeros((L, inputs, rank)), "b": jnp.zeros((L, rank, outputs)), "scale": jnp.zeros(L)}
         lora[name] = adapter.with_rank(rank).lora.get(name, nothing)
-    steering = jnp.zeros((L, config.hidden_size)) if vectors and adapter.steering is None else adapter.steering
-    return Adapter(layers, lora=lora, steering=steering)
+    steering = nothing_added.steering if adapter.steering is None else adapter.steering
+    return replace(nothing_added, lora=lora, steering=steering)
 
 
 def _bucket(n: int, least: int, most: int, by: int = 2) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from tiny import FAMILIES, bundled, plain_turn, small
@@ -15,10 +17,12 @@ from jsublim.evals.naming import naming_rates, own_name
 from jsublim.evals.numbers import number_accuracy
 from jsublim.evals.preference import hit, hit_rates, trait_logprobs, word_hit
 from jsublim.evals.problems import problem_rates
+from jsublim.inference import decoding
 from jsublim.inference.sampling import Sampling
 from jsublim.inference.scoring import Scored, top_k_targets
 from jsublim.inference.teachers import Teacher, read_as
 from jsublim.judge.local import LocalJudge
+from jsublim.models.lora import init_steering
 from jsublim.text.chat import conversation
 from jsublim.text.prompts import load_pack
 
@@ -289,3 +293,21 @@ def test_a_grid_of_sampling_numbers_is_one_program(compiles):
     answers += [ask(how) for how in grid[1:]]
     assert compiles() == before
     assert len({str(each) for each in answers}) == len(grid)
+
+
+def test_how_many_students_are_asked_together_is_no_other_program_and_the_base_is_one_of_them(compiles):
+    lm = small("tiny-qwen2").lm
+    students = [
+        replace(init_steering(lm.config, (1,)), steering=np.full((1, lm.config.hidden_size), x)) for x in (3, -3)
+    ]
+    how = Sampling(temperature=1.0)
+    ask = lambda adapters: sample_answers(lm, QUESTIONS, how, samples=3, seed=1, adapters=adapters, arms=3)  # noqa: E731
+    first = ask([students[0]] * 3)
+    before = compiles()
+    both, one = ask(students), ask(students[:1])
+    assert compiles() == before
+    assert both[0] == one[0] == first[0] != both[1] and len(both) == 2 and len(one) == 1
+    alone = lambda adapters: sample_answers(lm, QUESTIONS, how, samples=3, seed=1, adapters=adapters)  # noqa: E731
+    assert alone(students[:1]) == one
+    before = decoding.advance._cache_size()
+    assert alone(None) != one and decoding.advance._cache_size() == before

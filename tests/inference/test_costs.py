@@ -18,7 +18,7 @@ from jsublim.inference.constrain import number_limits
 from jsublim.inference.decoding import Begun, Prompts
 from jsublim.models.config import Local, layer_parameters, projection_shapes
 from jsublim.models.decoder import abstract_params
-from jsublim.models.lora import init_lora, stack_adapters
+from jsublim.models.lora import init_lora, init_steering, stack_adapters
 
 # Wide, so that projections are nearly everything. Shapes only: nothing of this size exists.
 WIDE = dataclasses.replace(
@@ -26,6 +26,7 @@ WIDE = dataclasses.replace(
     vocab_size=16381, local=Local(),
 )  # fmt: skip
 PARAMS = abstract_params(WIDE)
+BASE = stack_adapters([init_steering(WIDE)])
 BODY, HEAD = WIDE.num_layers * layer_parameters(WIDE), WIDE.hidden_size * WIDE.vocab_size
 
 
@@ -51,7 +52,7 @@ def test_a_prompt_is_read_once_and_what_all_begin_with_not_at_all(begun):
     n, T, B = 2, 32, 8
     read = Prompts(ints(1, n, T), bools(1, n, T), ints(1, B), ints(1, B))
     earlier = Begun(ints(1, begun), prefix(begun, (1,))) if begun else None
-    jaxpr = jax.make_jaxpr(lambda p, e, b, r: decoding.fill(WIDE, p, None, e, b, r, np.zeros(2, "u4")))(
+    jaxpr = jax.make_jaxpr(lambda p, e, b, r: decoding.fill(WIDE, p, BASE, e, b, r, np.zeros(2, "u4")))(
         PARAMS, earlier, empty(B), read
     )
     assert flops(jaxpr) == pytest.approx(2 * n * T * BODY + 2 * n * HEAD, rel=0.05)
@@ -65,7 +66,7 @@ def test_a_token_costs_a_product_with_every_weight_and_a_format_none(limits):
         for k, v in (("temperature", "f4"), ("top_k", "i4"), ("top_p", "f4"), ("repetition_penalty", "f4"))
     }
     jaxpr = jax.make_jaxpr(
-        lambda p, b: decoding.advance(WIDE, p, None, b, how, np.full(8, -2), np.ones(1, int), limits)
+        lambda p, b: decoding.advance(WIDE, p, BASE, b, how, np.full(8, -2), np.ones(1, int), limits)
     )(PARAMS, empty(B, limited=limits is not None))
     (loop,) = [e for e in every_equation(jaxpr.jaxpr) if e.primitive.name == "while" and "dot_general" in str(e)]
     products = [e for e in every_equation(loop.params["body_jaxpr"].jaxpr) if e.primitive.name == "dot_general"]
