@@ -298,7 +298,8 @@ def test_a_grid_of_sampling_numbers_is_one_program(compiles):
 def test_how_many_students_are_asked_together_is_no_other_program_and_the_base_is_one_of_them(compiles):
     lm = small("tiny-qwen2").lm
     students = [
-        replace(init_steering(lm.config, (1,)), steering=np.full((1, lm.config.hidden_size), x)) for x in (3, -3)
+        replace(init_steering(lm.config, (1,)), steering=np.full((1, lm.config.hidden_size), x, np.float32))
+        for x in (3, -3)
     ]
     how = Sampling(temperature=1.0)
     ask = lambda adapters: sample_answers(lm, QUESTIONS, how, samples=3, seed=1, adapters=adapters, arms=3)  # noqa: E731
