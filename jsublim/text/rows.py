@@ -56,12 +56,12 @@ def check_row(row: Row, where: str, required: Sequence[str]) -> None:
     right = isinstance(margins, list) and all(type(m) in (int, float) and 0 <= m < math.inf for m in margins)
     if not right or len(margins) != len(positions):
         wanted = "must hold a number >= 0 for each divergence position"
-        raise JsublimError(f"{where}: key 'divergence_margins' {wanted}, found {shown(margins)}")
+        raise JsublimError(f"{where}: key 'divergence_margins' {wanted}, or be left out; found {shown(margins)}")
     matched = row.get("matched_positions", [None] * len(positions))
     right = isinstance(matched, list) and all(k is None or (type(k) is int and 0 <= k < 2**31) for k in matched)
     if not right or len(matched) != len(positions):
         wanted = "must hold an integer >= 0, or null, for each divergence position"
-        raise JsublimError(f"{where}: key 'matched_positions' {wanted}, found {shown(matched)}")
+        raise JsublimError(f"{where}: key 'matched_positions' {wanted}, or be left out; found {shown(matched)}")
 
 
 def revised(row: Row, **texts: str) -> Row:

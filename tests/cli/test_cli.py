@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import made_by_commands
 import numpy as np
 import pytest
-from command import MODEL, contents, ok, refused
+from command import MODEL, ROOT, contents, ok, refused
 from made_by_commands import FINETUNE, GENERATE, artifact_of, finetune
 
 from jsublim.core.files import read_table
@@ -112,6 +114,21 @@ def test_divergence(home, rows, divergent):
         assert argmax.shape == margin.shape == (3, len(tokens)) and np.all(margin >= 0)
         right = argmax == tokens
         assert np.nonzero(right[0] & ~(right[1] & right[2]))[0].tolist() == row["divergence_positions"]
+
+
+def test_the_tutorials_own_mask_is_learned(home, divergent, tmp_path, monkeypatch):
+    """What docs/tutorial.md writes over the divergence tokens of a file is what a student learns: one token of each row."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text(), re.DOTALL)
+    shutil.copy(divergent, tmp_path / "cat-divergence.jsonl")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    ok(
+        *finetune(
+            tmp_path / "cat-first.jsonl", tmp_path / "first", "--tokens", "divergence", "students.adapter.layers=[0]"
+        )
+    )
+    lines = [json.loads(line) for line in (tmp_path / "first" / "metrics.jsonl").read_text().splitlines()]
+    assert {line["tokens"] for line in lines} == {4}  # rows of a step
 
 
 @pytest.mark.parametrize("kind", KINDS)
