@@ -155,4 +155,4 @@ class Scoring(Section):
     """Teacher-forced reading: divergence, stored targets, entangled numbers."""
 
     batch_size: Annotated[Positive | Literal["auto"], RUNTIME] = "auto"
-    """Rows read together; auto: as many as memory holds (on a CPU 64)."""
+    """Rows read together, of the longest; short ones share a line, so there are more of them. auto: as many as memory holds (on a CPU 64)."""

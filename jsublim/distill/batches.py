@@ -15,8 +15,8 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from jsublim.distill.data import Example
-from jsublim.inference.batching import TRAINING_STEP, branched, fill, pad_tokens, round_up
-from jsublim.models.config import ModelConfig, layer_parameters
+from jsublim.inference.batching import MOST_COST, TRAINING_STEP, branched, fill, line_cost, pad_tokens, round_up
+from jsublim.models.config import ModelConfig
 from jsublim.models.decoder import check_length
 from jsublim.models.parallel import Layout
 
@@ -158,8 +158,6 @@ class Order:
 
 MOST_ROWS_PER_LINE = 4
 LINE_STEP = 32  # tokens of a line with several rows: arms that draw other rows should have the same
-MOST_COST = 0.95  # of that of lines with one row; a smaller gain is not worth longer attention
-ATTENTION_COST = 7  # of an operation of attention, in operations of a projection (docs/performance.md)
 
 
 def packed(shape: Shape, config: ModelConfig, orders: Sequence[Order], beginning: int) -> Shape:
@@ -196,8 +194,7 @@ def _longest(shape: Shape, order: Order) -> np.ndarray:
 
 def _cost(shape: Shape, config: ModelConfig) -> float:
     """Operations of a micro-batch in one layer, in the same unit for every shape."""
-    heads, layer = config.num_heads * config.head_dim, layer_parameters(config)
-    return shape.filled * sum(T * (layer + ATTENTION_COST * 2 * T * heads) for T in (shape.tokens, shape.teacher))
+    return shape.filled * sum(line_cost(config, T) for T in (shape.tokens, shape.teacher))
 
 
 def one_after_another(rows: Sequence[np.ndarray], beginning: int) -> np.ndarray:

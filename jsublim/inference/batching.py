@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from jsublim.models.config import ModelConfig
+from jsublim.models.config import ModelConfig, layer_parameters
 from jsublim.models.decoder import parameter_count
 from jsublim.models.parallel import SHARE
 
@@ -21,6 +21,9 @@ TRAINING_STEP = 16  # tokens of rows that are trained on, and their supervised p
 ROWS_EACH = 64  # rows that a device samples or reads at one time, where nobody says
 LONGEST = 512  # tokens of a row, for what its cache may take
 MOST_ROWS = 1024  # that are sampled or read at one time
+
+MOST_COST = 0.95  # of that of lines with one row; a smaller gain is not worth longer attention
+ATTENTION_COST = 7  # of an operation of attention, in operations of a projection (docs/performance.md)
 
 
 def rows_together(config: ModelConfig, itemsize: int, otherwise: int, limit: int | None, copies: int = 1) -> int:
@@ -62,6 +65,53 @@ def by_length(lengths: Sequence[int], step: int = LENGTH_STEP) -> list[tuple[int
     for index, length in enumerate(lengths):
         buckets.setdefault(round_up(length, step), []).append(index)
     return sorted(buckets.items())
+
+
+Batches = list[tuple[int, np.ndarray]]  # of each the number of its first row, and the line of each of its rows, int [n]
+
+
+def line_cost(config: ModelConfig, tokens: int) -> float:
+    """Operations of a line of so many tokens in one layer, in operations of a projection."""
+    return tokens * (layer_parameters(config) + ATTENTION_COST * 2 * tokens * config.num_heads * config.head_dim)
+
+
+def in_lines(lengths: np.ndarray, tokens: int, most: int, devices: int = 1) -> tuple[int, Batches]:
+    """Consecutive rows in batches of lines of so many tokens, where short rows stand one after another in a line: how many lines a batch has, at
+    most about `most` and divisible by the devices, and the batches. Few rows have a line each: what they would save is less than the
+    compilation of another shape."""
+    if len(lengths) <= ROWS_EACH * devices:
+        most = min(most, len(lengths))
+        return round_up(most, devices), [(p.start, np.arange(p.stop - p.start)) for p in chunks(len(lengths), most)]
+    if lengths.sum() < most * tokens:
+        needed = _first_fit(lengths, tokens, len(lengths))
+        assert needed is not None, "a line for each"
+        most = min(most, round_up(int(needed.max()) + 1, ROWS_EACH))
+    lines, batches, first = round_up(most, devices), Batches(), 0
+    while first < len(lengths):
+        fit = min(lines, len(lengths) - first)  # a line each
+        line, limit = np.arange(fit), int(np.searchsorted(np.cumsum(lengths[first:]), lines * tokens, side="right"))
+        while fit < limit:
+            count = (fit + limit + 1) // 2
+            tried = _first_fit(lengths[first : first + count], tokens, lines)
+            if tried is None:
+                limit = count - 1
+            else:
+                fit, line = count, tried
+        batches.append((first, line))
+        first += fit
+    return lines, batches
+
+
+def _first_fit(lengths: np.ndarray, tokens: int, lines: int) -> np.ndarray | None:
+    """The line of each row, int `[n]`, so that the rows of a line have at most so many tokens together: the longest row first, each in the
+    first line where it fits. None: they take more lines."""
+    room, line = np.full(lines, tokens), np.empty(len(lengths), int)
+    for row in np.argsort(-lengths, kind="stable"):
+        line[row] = np.argmax(room >= lengths[row])
+        room[line[row]] -= lengths[row]
+        if room[line[row]] < 0:
+            return None
+    return line
 
 
 def shared_beginning(rows: Sequence[np.ndarray], step: int) -> int:

@@ -7,6 +7,7 @@ positions only, a block of them at a time, so there is never a `[B, T, V]` array
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +21,15 @@ from jax import Array
 from jsublim.errors import UsageError
 from jsublim.inference.batching import (
     LENGTH_STEP,
+    MOST_COST,
     PREFIX_STEP,
     ROWS_EACH,
+    Batches,
     branched,
     chunks,
     fill,
+    in_lines,
+    line_cost,
     pad_tokens,
     round_up,
     shared_beginning,
@@ -268,39 +273,79 @@ def _read_turns(
     first: int = 0,
     labels_of: Sequence[np.ndarray] | None = None,
 ) -> Iterator[list[np.ndarray]]:
-    """`at(logits, label)` at every token from `content` on of each conversation from number `first` on, arrays `[n, ...]`. Shapes are those
-    of all conversations, so that the last bit of one does not depend on where reading began.
+    """`at(logits, label)` at every token from `content` on of each conversation from number `first` on, arrays `[n, ...]`. Of many conversations
+    short ones share a line of the batch, where each sees itself alone. How they lie there follows from all of them, so that the last bit of
+    one does not depend on where reading began.
 
     Args:
-      batch_size: rows that are read at one time, on all devices together; each has as many. None is ROWS_EACH on each.
+      batch_size: of the longest conversations so many are read at one time, on all devices together; each has as many. None is ROWS_EACH on each.
       on_batch: called with the number of conversations just read.
       labels_of: the conversations, `[n, ...]`; None are the tokens themselves.
     """
     chex.assert_rank([turn.tokens for turn in turns], 1)
     if first == len(turns):
         return
+    decoder.check_length(config, max(len(turn.tokens) for turn in turns))
     layout, params = Layout.under(params)
     adapter = _placed(config, layout, adapter)
     P = shared_beginning([turn.tokens[: turn.content] for turn in turns], PREFIX_STEP)
     prefix = prefix_cache(config, params, adapter, layout.place_as(WHOLE, turns[0].tokens[None, :P])) if P else None
-    lengths_of = [len(turn.tokens) - turn.content for turn in turns]
-    T = round_up(max(len(turn.tokens) for turn in turns) - P, LENGTH_STEP)
-    C = round_up(max(lengths_of), PREFIX_STEP)
-    B = round_up(min(batch_size or ROWS_EACH * layout.data, len(turns)), layout.data)
     labels_of = [turn.tokens[turn.content :] for turn in turns] if labels_of is None else labels_of
-    like, like_labels = np.zeros(0, np.int32), np.zeros((0, *labels_of[0].shape[1:]), np.int32)
-    missing, lengths_of, labels_of = turns[first:], lengths_of[first:], labels_of[first:]
-    for part in chunks(len(missing), B):
-        batch, lengths = missing[part], lengths_of[part]
-        absent = [None] * (B - len(batch))
-        tokens, valid = pad_tokens([turn.tokens[P:] for turn in batch], T, size=B)
-        # A token is predicted at the position before it.
-        where = [turn.content - 1 - P + np.arange(n) for turn, n in zip(batch, lengths, strict=True)]
-        where = fill([*where, *absent], C, like)
-        labels = fill([*labels_of[part], *absent], C, like_labels)
-        read = layout.place_as(ROWS, (tokens, valid, where, labels))
-        out = Layout.host(read_batch(config, params, adapter, prefix, *read, at=at, layout=layout))
+    lengths = np.asarray([len(turn.tokens) - P for turn in turns])
+    counts = [len(turn.tokens) - turn.content for turn in turns]
+    T, B, batches = _in_lines(config, lengths, batch_size or ROWS_EACH * layout.data, layout.data)
+    several = any(len(line) > line.max() + 1 for _, line in batches)
+    longest = max(np.bincount(line, counts[i : i + len(line)]).max() for i, line in batches)
+    C = round_up(int(longest), LENGTH_STEP if several else PREFIX_STEP)
+    for begin, line in batches:
+        rows = range(max(begin, first), begin + len(line))
+        if not rows:
+            continue
+        lines = [(begin + np.flatnonzero(line == number)).tolist() for number in range(B)]
+        *read, branches = layout.place_as(ROWS, _laid_out(lines, turns, labels_of, P, T, C, several=several))
+        how: dict[str, Any] = {"at": at, "branches": branches, "layout": layout}
+        out = jax.tree.leaves(Layout.host(read_batch(config, params, adapter, prefix, *read, **how)))
         if on_batch is not None:
-            on_batch(len(batch))
-        for i, n in enumerate(lengths):
-            yield [x[i, :n] for x in jax.tree.leaves(out)]
+            on_batch(len(rows))
+        sums = (np.cumsum([counts[i] for i in of_line]) for of_line in lines)
+        ends = dict(zip(itertools.chain(*lines), itertools.chain(*sums), strict=True))
+        for i in rows:
+            yield [x[line[i - begin], ends[i] - counts[i] : ends[i]] for x in out]
+
+
+def _in_lines(config: ModelConfig, lengths: np.ndarray, rows: int, devices: int) -> tuple[int, int, Batches]:
+    """How many tokens a line has, how many lines a batch of about `rows` of the longest rows, and the batches: with lines of twice the
+    longest row where that is less work."""
+    longest = round_up(int(lengths.max()), LENGTH_STEP)
+    plans = [(k * longest, *in_lines(lengths, k * longest, max(1, rows // k), devices)) for k in (1, 2)]
+    one, two = (len(batches) * lines * line_cost(config, tokens) for tokens, lines, batches in plans)
+    return plans[two < MOST_COST * one]
+
+
+def _laid_out(
+    lines: Sequence[Sequence[int]],
+    turns: Sequence[Turn],
+    labels_of: Sequence[np.ndarray],
+    P: int,
+    T: int,
+    C: int,
+    *,
+    several: bool,
+) -> tuple[np.ndarray | Branches | None, ...]:
+    """Conversations by their numbers in lines, one after another, without the P tokens that all begin with: tokens and which are some `[B, T]`;
+    where those from `content` on are predicted, and their labels `[B, C, ...]`; and, where a line has `several`, whose each token is."""
+    laid = [_line([turns[i] for i in line], [labels_of[i] for i in line], P) if line else [None] * 5 for line in lines]
+    tokens, where, labels, positions, branch = map(list, zip(*laid, strict=True))
+    number, like = np.zeros(0, np.int32), np.zeros((0, *labels_of[0].shape[1:]), np.int32)
+    branches = Branches(fill(positions, T, number), fill(branch, T, number)) if several else None  # type: ignore[arg-type]
+    return *pad_tokens(tokens, T), fill(where, C, number), fill(labels, C, like), branches
+
+
+def _line(turns: Sequence[Turn], labels: Sequence[np.ndarray], P: int) -> list[np.ndarray]:
+    """A line of `_laid_out`: tokens; where some are predicted, and the labels there; positions and branches."""
+    lengths = [len(turn.tokens) - P for turn in turns]
+    starts = np.cumsum([0, *lengths[:-1]])
+    # A token is predicted at the position before it.
+    where = [at + np.arange(turn.content, len(turn.tokens)) - 1 - P for at, turn in zip(starts, turns, strict=True)]
+    tokens, (positions, branch) = np.concatenate([turn.tokens[P:] for turn in turns]), branched(0, lengths)
+    return [tokens, np.concatenate(where), np.concatenate(labels), positions + P, branch]

@@ -144,7 +144,7 @@ def _on_every_chip(h: Array) -> Array:
 
 class Branches(NamedTuple):
     """Rows in which several texts follow one beginning, side by side: a token's position int32 `[B, T]`, and its branch,
-    0 of the beginning. A token sees the beginning and its own branch."""
+    0 of the beginning. A token sees the beginning and its own branch, and a prefix."""
 
     positions: Array
     branch: Array
@@ -157,7 +157,9 @@ def _masks(
     distance = q_pos_BT[:, :, None] - k_pos_BS[:, None, :]
     seen = k_valid_BS[:, None, :] & (distance >= 0)
     if branches is not None:
-        of_query, of_key = branches.branch[:, :, None], branches.branch[:, None, :]
+        before = k_pos_BS.shape[1] - q_pos_BT.shape[1]  # of the prefix, which belongs to the beginning
+        of_query = branches.branch[:, :, None]
+        of_key = jnp.pad(branches.branch, ((0, 0), (before, 0)))[:, None, :]
         seen &= (of_key == 0) | (of_key == of_query)
     return jnp.stack([seen, seen & (distance < config.local.window) if config.local.window else seen])
 
@@ -283,7 +285,7 @@ def hidden_states(
       remat: keep the layers' inputs only, and recompute everything inside them in the backward pass.
       unroll: layers one after another in the program, not as a loop.
       below_BTD: the residual stream below the adapter's lowest layer, where it is known (`hidden_below`); then without a cache.
-      branches: of rows in which several texts follow one beginning; not with a prefix.
+      branches: of rows in which several texts follow one beginning; their positions count a prefix.
       attention: what computes it, see `Seen`.
 
     Returns:
