@@ -26,7 +26,7 @@ from jsublim.pipeline.cost import Cost, Sizes
 from jsublim.pipeline.row_log import LoggedAnswers, RowLog
 from jsublim.pipeline.served import Served, drawn_by, served, server_with
 from jsublim.pipeline.setup import Setup
-from jsublim.pipeline.stage import Node, stage
+from jsublim.pipeline.stage import Node, split_evenly, stage
 from jsublim.pipeline.store import PROGRESS, Artifact
 from jsublim.pipeline.values import Checkpoint, Model, Rows, diverged
 from jsublim.runtime.processes import on_main_process
@@ -196,7 +196,7 @@ def evaluate_models(ctx: Context, nodes: Sequence[Node], everyone: Sequence[Node
         _ask(
             ctx,
             sound,
-            min(len(everyone), ASKED_TOGETHER),
+            len(split_evenly(everyone, ASKED_TOGETHER)[0]),
             None if server is None else functools.partial(server.answers, names),
         )
 
@@ -205,7 +205,7 @@ def _ask(ctx: Context, nodes: Sequence[Node], arms: int, answers: Callable[..., 
     """Models of one checkpoint, under one prompt, asked everything; each may continue numbers too.
 
     Args:
-      arms: of the program, the same whatever part of the students it is asked for.
+      arms: of the program, as many as the largest part of those students has: the last part, or what a kill left, is asked by it too.
       answers: who draws answers in the models' place, as `sample_answers` takes it.
     """
     given, models, offset = nodes[0].given, [_loaded(ctx, node) for node in nodes], 0
