@@ -62,6 +62,13 @@ def read(params: Any) -> Any:
     return {"tokens": [x.argmax.tolist() for x in said], "values": [x for s in said for x in (*s.margin, *s.logprob)]}
 
 
+def read_in_lines(params: Any) -> Any:
+    """More rows than have a line each on eight devices."""
+    turns = [Turn(text, 0, len(text) - 1 - i % 5, len(text) - 1) for i, text in enumerate(texts(560, 30, 8))]
+    said = scoring.score_turns(CONFIG, params, turns, adapter=lora(CONFIG, 3), batch_size=64)
+    return {"values": [x for s in said for x in (*s.margin, *s.logprob)]}
+
+
 def answers(params: Any) -> Any:
     after = [text[16:] for text in texts(5, 9, 4)]
     return {"values": scoring.score_answers(CONFIG, params, texts(15, 30, 6), after).ravel()}
@@ -89,7 +96,7 @@ def heard_to_the_bit() -> bool:
     return all(x.tobytes() == y.tobytes() and x.shape == y.shape for x, y in zip(every, heard, strict=True))
 
 
-STAGES: dict[str, Work] = {each.__name__: each for each in (sampled, read, answers, attributed)}
+STAGES: dict[str, Work] = {each.__name__: each for each in (sampled, read, read_in_lines, answers, attributed)}
 
 
 class Watch:

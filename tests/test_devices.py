@@ -16,6 +16,7 @@ HERE = Path(__file__).parent
 PROGRAMS = {
     "sampled": {"fill", "advance"},
     "read": {"read_batch"},
+    "read_in_lines": {"read_batch"},
     "answers": {"read_batch"},
     "attributed": {"compare"},
 }
