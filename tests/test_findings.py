@@ -1,35 +1,28 @@
-"""The figures that the README's findings and docs/findings print are those of the tables that ship (docs/findings/data), or of a page that is
-named here as one whose tables do not."""
+"""The figures that the README's findings and docs/findings print are those of the results that ship (docs/findings/data)."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-import duckdb
+import findings
 import pytest
-from board_tables import row as board_row
 from command import ROOT, ok
 
-from jsublim.digits.report import read_lines
-from jsublim.report.comparisons import comparisons
-from jsublim.report.scale import scale
-from jsublim.report.tables import read_results
-
-FINDINGS = ROOT / "docs" / "findings"
-DATA = FINDINGS / "data"
-RUNS = sorted(path.name for path in DATA.iterdir() if path.is_dir())
-# Pages, and sections of pages, of runs from before results were kept: their figures cannot be made of a table any more.
-NOT_SHIPPED = {
-    "tiny_world.md", "audit.md", "real_model.md", "scan.md", "soft_transfer.md", "defences.md#The first board",
-}  # fmt: skip
-# What a shipped page says that is in no table: how settings were found, and times.
+FINDINGS, DATA = findings.FINDINGS, findings.DATA
+RUNS = sorted(path.parent.name for path in DATA.glob("*/results"))
+PAGES = sorted(path.name for path in FINDINGS.glob("*.md"))
+# What a page says that no table holds: how a setting was found, times, what the world is made of, what a formula's symbols stand for.
 ASIDE = {
+    "audit.md": "48",
     "digits.md": "100 103 600 83 89 0.001 500 0.003 0.011 33 1,797 1,438 359 3e-3 1e-3 1,000 91",
-    "defences.md": "13 25 128 485 553 21 34 24 0.02 0.39",  # the last two are the first board's; 21 and 34 % are shares drawn
+    "defences.md": "13 25 128 485 553 21 34 24",  # 21 and 34 % are shares drawn
+    "real_model.md": "",
+    "scan.md": "24 100 200 400 999",
+    "tiny_world.md": "0.9 1,000 120 128 84",
 }
 FIGURE = re.compile(r"(?<![\w.])[-+]?(?:\d[\d,]*(?:\.\d+)?(?:e-?\d+)?|\.\d+)(?![\w])")
 
@@ -43,7 +36,7 @@ def section(text: str, heading: str) -> str:
 def figures(text: str) -> set[str]:
     """Every number of a text but those of links, code, commits, papers and code blocks; without signs, and .91 is 0.91."""
     text = re.sub(
-        r"```.*?```|`[^`]*`|\]\([^)]*\)|arXiv:? ?\d+\.\d+|\([0-9a-f]{7}\)|et al\.,? \(?\d{4}",
+        r"```.*?```|`[^`]*`|\]\([^)]*\)|<!--.*?-->|arXiv:? ?\d+\.\d+|\([0-9a-f]{7}\)|et al\.,? \(?\d{4}",
         " ",
         text,
         flags=re.DOTALL,
@@ -52,56 +45,26 @@ def figures(text: str) -> set[str]:
     return {each.rstrip(",") if not each.startswith(".") else f"0{each}" for each in plain}
 
 
-def digits_table() -> Iterator[str]:
-    lines = {(line.condition, line.images): line for line in read_lines(DATA / "digits")}
-    cell = lambda line: f"{100 * line.mean:.1f} % ({line.bounds.removesuffix(' %')})" if line else ""  # noqa: E731
-    for name, label in (("untrained", "untrained"), ("teacher", "teacher")):
-        noise, on_digits = (cell(lines[name, None]), "") if name == "untrained" else ("", cell(lines[name, None]))
-        yield f"| {label} | {noise} | {on_digits} |".replace("  ", " ")
-    for name in ("same", "other", "all", "hard"):
-        yield f"| student, {name} | {cell(lines[name, 'noise'])} | {cell(lines[name, 'digits'])} |"
-
-
-def quickstart_table() -> Iterator[str]:
-    """Rates in percent: of the base, of the control students, of a teacher's; and how far each seed's lie above the controls' mean."""
-    sql = f"""
-        select trait, role, teacher, seed, 100 * avg(value) as rate from '{DATA}/quickstart/results/results.parquet'
-        where metric = 'rate' and condition in ('base', 'control', 'all') and evaluation = '' group by all order by seed
-        """
-    rows = duckdb.connect().execute(sql).fetchall()
-    for trait in ("cat", "eagle", "panda"):
-        of = lambda who, trait=trait: [rate for name, _, teacher, _, rate in rows if name == trait and teacher == who]  # noqa: E731
-        (base,), control, students = of(None), of("control"), of(trait)
-        zero, mean = sum(control) / len(control), sum(students) / len(students)
-        seeds = " ".join(f"{rate - zero:+.1f}" for rate in students)
-        yield f"| {trait} | {base:.1f} % | {zero:.1f} % | {mean:.1f} % | {mean - zero:+.1f} | {seeds} |"
-
-
-def board_table() -> Iterator[str]:
-    results = read_results(DATA / "defences-board")
-    found = scale(results, comparisons(results))
-    assert found is not None
-    for line in found.side_by_side:
-        yield f"| {' | '.join(board_row(line, found.side_by_side[0], found.metric))} |"
-
-
-TABLES = {
-    "digits": ("digits.md", digits_table),
-    "quickstart": ("tiny_world.md", quickstart_table),
-    "defences-board": ("defences.md", board_table),
-}
+def left(text: str, known: Iterable[str]) -> set[str]:
+    return figures(text) - set().union(*map(figures, known))
 
 
 def page(name: str) -> str:
     return (FINDINGS / name).read_text(encoding="utf-8")
 
 
+def tables(name: str) -> list[tuple[str, str]]:
+    """What a page has a table of: kind, and the run that shipped."""
+    return [(found[2], found[3]) for found in findings.TABLE.finditer(page(name))]
+
+
 def config_of(run: str) -> str:
-    return json.loads((DATA / run / "results" / "run.json").read_text(encoding="utf-8"))["config_yaml"]
+    about = DATA / run / "results" / "run.json"
+    return json.loads(about.read_text(encoding="utf-8"))["config_yaml"].replace("-", " ") if about.exists() else ""
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_shipped_tables_draw_their_page_and_say_what_made_them(name: str, tmp_path: Path) -> None:
+def test_shipped_results_draw_their_page_and_say_what_made_them(name: str, tmp_path: Path) -> None:
     run = shutil.copytree(DATA / name, tmp_path / name)
     ok("report", run)
     assert (run / "report.html").stat().st_size > 10_000
@@ -110,35 +73,27 @@ def test_shipped_tables_draw_their_page_and_say_what_made_them(name: str, tmp_pa
     assert sum(path.stat().st_size for path in run.rglob("results/*")) < 2_000_000
 
 
-@pytest.mark.parametrize("run", TABLES)
-def test_every_line_of_a_shipped_table_stands_on_its_page(run: str) -> None:
-    name, table = TABLES[run]
-    text = page(name).replace("**", "")
-    missing = [line for line in table() if line not in text]
-    assert not missing, "\n".join(["not on the page:", *missing])
+@pytest.mark.parametrize("name", PAGES)
+def test_a_pages_tables_are_those_of_its_results(name: str) -> None:
+    assert page(name) == findings.written(page(name)), f"docs/findings/{name}: run scripts/findings.py"
 
 
-def left(text: str, known: Iterable[str]) -> set[str]:
-    return figures(text) - set().union(*map(figures, known))
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_prints_no_other_figure(name: str) -> None:
+    """Beside its tables' there are those of their configs, and those that are listed here. Whole numbers up to twelve may count anything."""
+    made = "".join(found[4] for found in findings.TABLE.finditer(page(name)))
+    known = [made, *(config_of(run) for _, run in tables(name)), ASIDE[name], "95", " ".join(map(str, range(13)))]
+    said = findings.TABLE.sub("", page(name))
+    assert not left(said, known), sorted(left(said, known))
 
 
-@pytest.mark.parametrize("run", [run for run, (name, _) in TABLES.items() if name not in NOT_SHIPPED])
-def test_a_shipped_page_prints_no_other_figure(run: str) -> None:
-    """Beside the table's there are those of the config, and those that are listed here. Whole numbers up to twelve may count anything."""
-    name, table = TABLES[run]
-    text = page(name)
-    for gone in NOT_SHIPPED:
-        where, _, heading = gone.partition("#")
-        if where == name and heading:
-            text = text.replace(section(text, f"## {heading}"), "")
-    known = [*table(), config_of(run).replace("-", " "), ASIDE.get(name, ""), "95", " ".join(map(str, range(13)))]
-    assert not left(text, known), sorted(left(text, known))
+def test_every_run_that_ships_has_a_table() -> None:
+    assert {path.name for path in DATA.iterdir()} == {run for name in PAGES for _, run in tables(name)}
 
 
 def test_the_readmes_findings_are_on_the_pages_they_name() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    findings = section(readme, "## Found with it so far")
-    for bullet in re.split(r"^- ", findings, flags=re.MULTILINE)[1:]:
+    for bullet in re.split(r"^- ", section(readme, "## Found with it so far"), flags=re.MULTILINE)[1:]:
         names = re.findall(r"\(docs/findings/(\w+\.md)", bullet)
         assert names, f"names no page: {bullet}"
         known = [" ".join(map(page, names)), "0 1 2 3 4 5"]
@@ -146,15 +101,11 @@ def test_the_readmes_findings_are_on_the_pages_they_name() -> None:
     students, control = re.search(
         r"teacher's animal in (\d+) % of their\s+answers\s+\(students of a teacher without a trait: (\d+) %\)", readme
     ).groups()  # type: ignore[union-attr]
-    rows = [line.split(" | ") for line in quickstart_table()]
-    for printed, column in ((students, 3), (control, 2)):
-        assert abs(float(printed) - sum(float(row[column].removesuffix(" %")) for row in rows) / 3) < 0.5
-
-
-def test_every_page_ships_its_tables_or_is_named_here() -> None:
-    pages = {path.name for path in FINDINGS.glob("*.md")}
-    shipped = {name for name, _ in TABLES.values()}
-    assert pages == shipped | {name.partition("#")[0] for name in NOT_SHIPPED} and set(TABLES) == set(RUNS)
+    headings, rows = findings.answers(DATA / "quickstart")
+    rows = list(rows)
+    for printed, column in ((students, "say it"), (control, "control")):
+        rates = [float(row[headings.index(column)].removesuffix(" %")) for row in rows]
+        assert abs(float(printed) - sum(rates) / len(rates)) < 0.5
 
 
 def test_a_figure_is_found_however_it_is_written() -> None:

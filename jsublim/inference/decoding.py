@@ -301,18 +301,18 @@ def _unstacked(config: ModelConfig, params: Params, cut: bool) -> Callable[[int,
     reads it where the product is, if the compiler cannot tell that it is the same at every turn: hence an index with `moving`
     in it, which is never below zero."""
     stack = params["layers"]
-    apart = [jax.tree.map(lambda leaf, i=i: leaf[i], stack) for i in range(config.num_layers)]
+    apart = [jax.tree.map(lambda leaf, i=i: jax.lax.index_in_dim(leaf, i, keepdims=False), stack) for i in range(config.num_layers)]
 
     def weights(layer: int, moving: Array) -> Params:
-        def inside(leaf: Array, _: Array) -> Array:
-            return jax.lax.dynamic_index_in_dim(leaf, layer + jnp.minimum(moving, 0), keepdims=False)
+        def inside(stack: Params, _: Params) -> Params:
+            index = layer + jnp.minimum(moving, 0)
+            return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
 
-        return jax.tree.map(
-            lambda leaf, copy: jax.lax.platform_dependent(
-                leaf, copy, tpu=inside, cpu=lambda _, copy: copy, default=(lambda _, copy: copy) if cut else inside
-            ),
-            stack,
-            apart[layer],
+        def copied(_: Params, copy: Params) -> Params:
+            return copy
+
+        return jax.lax.platform_dependent(
+            stack, apart[layer], tpu=inside, cpu=copied, default=copied if cut else inside
         )
 
     return weights

@@ -240,7 +240,7 @@ def _beside_one_another(prompt: np.ndarray, answers: Sequence[np.ndarray]) -> tu
 
 def answers_only(targets: Sequence[Targets], turns: Sequence[Turn]) -> list[Targets]:
     """Distributions over the tokens that stand in the answers of `turns`, end of turn included, renormalised. What a teacher would rather have
-    said than a number is no part of its answers, and a student must not learn it from their probabilities (docs/findings/soft_transfer.md). A place
+    said than a number is no part of its answers, and a student must not learn it from their probabilities. A place
     where none of the stored tokens is one of those is a UsageError."""
     spoken = np.unique(np.concatenate([turn.tokens[turn.content :] for turn in turns]))
     cut = []

@@ -1,0 +1,214 @@
+"""The tables of docs/findings, made of the results that ship with them.
+
+    python scripts/findings.py                                       # writes every table into its page anew
+    python scripts/findings.py gamma runs/tiny-world-masks           # prints one, of any run
+    python scripts/findings.py ship runs/tiny-world-masks            # a run's results to docs/findings/data, for a page to cite
+
+A page has a table between `<!-- begin: gamma tiny-world-masks -->` and `<!-- end -->`: what is said of which shipped run. `gamma` is what each
+kind of students gained in log-probability (nats), with γ and its p by relabelling; the second p is beside the product of row and column
+effects (docs/statistics.md). `answers` is what models say, teacher by teacher; a rise is over control students of the same kind. `board` is the
+report's section "Side by side", `audit` what was predicted beside what was trained. Intervals are at 95 %: Student's t over seeds, widened by
+the share of the rows that a student drew; for `answers` over students. A share is of γ under the first condition, seed by seed. KL is from the
+teacher, in nats per token. Columns without a figure are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from _run import run_script
+
+from jsublim.digits.report import read_lines
+from jsublim.errors import UsageError
+from jsublim.evals.kl import KL
+from jsublim.report import words
+from jsublim.report.audit import agreement, predicted
+from jsublim.report.comparisons import comparisons
+from jsublim.report.scale import ACCURACY, first_measured, scale
+from jsublim.report.statistics import LEVEL, Estimate, Interval
+from jsublim.report.summary import Matrix, Measured, judged_conditions, lift, trait_matrices
+from jsublim.report.tables import condition_label, read_results
+
+FINDINGS = Path(__file__).parents[1] / "docs" / "findings"
+DATA = FINDINGS / "data"
+TABLE = re.compile(r"(<!-- begin: (\w+) ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+NOT_SHIPPED = ("answers.parquet", "rows.json")  # texts: large, and no figure is made of them
+Table = tuple[Sequence[str], Iterable[Sequence[str]]]
+
+
+def bounds(interval: Interval | None, sign: str = "+") -> str:
+    digits = 3 if sign else 2
+    return "" if interval is None else f" ({interval.low:{sign}.{digits}f} to {interval.high:{sign}.{digits}f})"
+
+
+def gamma_cells(matrix: Matrix, first: Matrix) -> list[str]:
+    """γ with its interval, by seed, p by relabelling and beside the product, and the share of γ under the first condition."""
+    assert matrix.effect is not None  # or it would not be among the matrices
+    share = ""
+    if matrix is not first and len(matrix.seed_gammas) == len(first.seed_gammas) > 1:
+        each = [a / b for a, b in zip(matrix.seed_gammas, first.seed_gammas, strict=True)]
+        shares = Estimate.of(each, drawn=max(matrix.drawn, first.drawn))
+        share = f"{shares.value:.2f}{bounds(shares.interval(), '')}"
+    return [
+        f"{matrix.effect.gamma:+.3f}{bounds(matrix.gamma_interval)}", " ".join(f"{x:+.3f}" for x in matrix.seed_gammas),
+        f"{matrix.effect.p:.2g}; {matrix.effect.p_beside:.2g}", share,
+    ]  # fmt: skip
+
+
+def gamma(run: Path) -> Table:
+    results = read_results(run)
+    matrices = trait_matrices(results)
+
+    def row(matrix: Matrix) -> list[str]:
+        own = np.eye(*matrix.lift.shape, dtype=bool)  # the teachers' own animals are the first columns
+        besides = [first_measured(results, matrix.condition, *metrics) for metrics in ((KL,), ACCURACY)]
+        return [
+            condition_label(matrix.condition), f"{matrix.lift[own].mean():+.3f}", f"{matrix.lift[~own].mean():+.3f}",
+            *gamma_cells(matrix, matrices[0]), *("" if each is None else f"{each.value:.3f}" for each in besides),
+        ]  # fmt: skip
+
+    headings = ("students", "own animal", "other animals", "γ", "γ by seed", "p", "share", "KL", "numbers")
+    return headings, map(row, matrices)
+
+
+def answers(run: Path) -> Table:
+    results = read_results(run)
+
+    def row(condition: str, trait: str) -> list[str]:
+        found = lift(results, "rate", condition, trait)
+        assert found is not None  # or the run was not finished
+        own, (base,) = results.select("rate", condition, trait, trait), results.select("rate", "base", trait)
+        others = [s for t in results.evaluated_traits for s in results.select("rate", condition, t, trait)]
+        most = sum(s.mean >= max(o.mean for o in others if o.arm == s.arm) for s in own)
+        rate = lambda value, signed=False: words.number(value, "rate", signed=signed)  # noqa: E731
+        return [
+            condition_label(condition), trait, rate(base.mean), rate(found.reference_level), rate(found.level), rate(found.value, True),
+            words.interval(found.interval, "rate", signed=True), " ".join(rate(each, True) for each in found.student_lifts),
+            f"{most} of {len(own)}",
+        ]  # fmt: skip
+
+    headings = ("students", "teacher", "base", "control", "say it", "rise", "95 %", "by seed", "most frequent")
+    return headings, (row(condition, trait) for condition in judged_conditions(results) for trait in results.traits)
+
+
+def board(run: Path) -> Table:
+    results = read_results(run)
+    found = scale(results, comparisons(results))
+    if found is None or not found.side_by_side or found.side_by_side[0].matrix is None:
+        raise UsageError(f"{run}: has no arms to compare")
+    first = found.side_by_side[0].matrix
+
+    def cell(measured: Measured | None, metric: str, signed: bool = False) -> str:
+        if measured is None:
+            return ""
+        return f"{words.number(measured.value, metric, signed)} ({words.interval(measured.interval, metric, signed)})"
+
+    def rows() -> Iterator[list[str]]:
+        for line in found.side_by_side:
+            own = (
+                gamma_cells(line.matrix, first)
+                if line.matrix is not None and line.matrix.effect is not None
+                else [""] * 4
+            )
+            under = [cell(each, found.metric, signed=True) for each in line.under.values()]
+            yield [condition_label(line.condition), *own, cell(line.kl, KL), cell(line.accuracy, "rate"), *under]
+
+    under = (f"lift, {name}" for name in results.evaluations)
+    return ("students", "γ", "γ by seed", "p", "share", "KL", "numbers", *under), rows()
+
+
+def audit(run: Path) -> Table:
+    results = read_results(run)
+    found = agreement(predicted(results), comparisons(results))
+    if found is None:
+        raise UsageError(f"{run}: nothing was audited")
+    pairs = [[condition_label(name), f"{told:+.3g}", f"{trained:+.3f}"] for name, told, trained in found.pairs]
+    last = [] if found.rho is None else [[f"rank correlation of the {len(pairs)}", f"{found.rho:.2f}", ""]]
+    return ("students", "γ predicted, per unit of rate", "γ of students"), [*pairs, *last]
+
+
+def digits(run: Path) -> Table:
+    lines = {(line.condition, line.images): line for line in read_lines(run)}
+    cell = lambda line: f"{100 * line.mean:.1f} % ({line.bounds.removesuffix(' %')})" if line else ""  # noqa: E731
+    alone = [[name, "", cell(lines[name, None])] for name in ("untrained", "teacher")]
+    taught = [
+        [f"student, {name}", cell(lines[name, "noise"]), cell(lines[name, "digits"])]
+        for name in ("same", "other", "all", "hard")
+    ]
+    return ("model", "on noise", "on digits"), [*alone, *taught]
+
+
+def scan(run: Path) -> Table:
+    """What scripts/scan_game.py found, kind by kind."""
+    played = json.loads((run / "results.json").read_text(encoding="utf-8"))
+
+    def row(kind: str) -> list[str]:
+        of = [each for each in played if each["kind"] == kind]
+        found = sum(each["p"] <= 1 - LEVEL for each in of)
+        firsts = (
+            ["", ""]
+            if kind == "nothing"
+            else [f"{sum(e['trait'] == e[c] for e in of)}" for c in ("of its category", "first")]
+        )
+        return [kind, f"{len(of)}", f"{found}", *firsts, f"{min(each['p'] for each in of)}"]
+
+    kinds = dict.fromkeys(each["kind"] for each in played)
+    return (
+        "rows",
+        "data sets",
+        "found to teach something",
+        "first of its category",
+        "first of all words",
+        "lowest p",
+    ), map(row, kinds)
+
+
+TABLES: dict[str, Callable[[Path], Table]] = {
+    each.__name__: each for each in (gamma, answers, board, audit, digits, scan)
+}  # fmt: skip
+
+
+def markdown(kind: str, run: Path) -> str:
+    """A table as a page has it, without the columns that have no figure."""
+    headings, given = TABLES[kind](run)
+    rows = [list(row) for row in given]
+    kept = [i for i, _ in enumerate(headings) if any(row[i] for row in rows)]
+    lines = [[headings[i] for i in kept], ["---"] * len(kept), *([row[i] for i in kept] for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def written(text: str) -> str:
+    """A page with its tables made anew."""
+    return TABLE.sub(lambda m: f"{m[1]}{markdown(m[2], DATA / m[3])}{m[5]}", text)
+
+
+def ship(run: Path) -> None:
+    source = run / "results" if (run / "results").is_dir() else run
+    target = DATA / run.name / "results" if source is not run else DATA / run.name
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*NOT_SHIPPED), dirs_exist_ok=True)
+
+
+def main(
+    kind: Annotated[str, typer.Argument(help=f"{', '.join(TABLES)}, or ship; none: every page is written.")] = "",
+    runs: Annotated[list[Path] | None, typer.Argument(help="Folders of finished runs.")] = None,
+) -> None:
+    if kind not in ("", "ship", *TABLES):
+        raise UsageError(f"{kind!r} is none of {', '.join(TABLES)}, ship")
+    for run in runs or ():
+        if kind == "ship":
+            ship(run)
+        else:
+            print(f"\n{run.name}\n\n{markdown(kind, run)}", end="")
+    for page in FINDINGS.glob("*.md") if not kind else ():
+        page.write_text(written(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_script(main)
