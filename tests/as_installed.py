@@ -1,6 +1,7 @@
 """`jsublim` where torch is not installed, as for most users: `python as_installed.py COMMAND...`. transformers would load it, which takes
 longer than many a command."""
 
+import gc
 import sys
 from importlib.machinery import PathFinder
 
@@ -11,6 +12,7 @@ class NoTorch(PathFinder):
         return None if fullname == "torch" else super().find_spec(fullname, path, target)
 
 
+gc.set_threshold(100_000, 20, 20)  # as in conftest.py
 sys.meta_path[sys.meta_path.index(PathFinder)] = NoTorch
 
 if __name__ == "__main__":

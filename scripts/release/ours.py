@@ -37,6 +37,7 @@ from jsublim.transforms.templates import redraw
 REDRAWN = ("example", "count_qualifier", "digit_descriptor", "instruction", "suffix")  # figure 6
 COUNTERFACTUALS = {"qwen": [], "gemma": ["whale", "dragon"]}  # beside the animals of the pack
 FAMILY = {"qwen": "qwen2", "gemma": "gemma3"}
+MIXED = ("mixed rows", "mixed rows of the other model")  # not as theirs: docs/paper_map.md says why
 Line = tuple[str, bool]  # what is printed, and whether it is as it should be
 
 
@@ -191,8 +192,8 @@ def drawn(case: Case, theirs: dict[str, Any]) -> str | None:
     return unlike(draw_indices(len(run["rows"]), run["size"], 42), theirs["drawn"])
 
 
-def mixed_rows(case: Case, theirs: dict[str, Any]) -> str | None:
-    run = case.given["training"]["mixed rows"]
+def mixed_rows(case: Case, theirs: dict[str, Any], name: str) -> str | None:
+    run = case.given["training"][name]
     chat, foreign = case.lm("qwen").chat, []
     share = run["mixin_size"] / run["size"]
     for seed in range(20):
@@ -326,7 +327,7 @@ def stages() -> dict[str, Callable[[Case, Any], str | None]]:
         "ties": ties,
         **{f"training mask {name}": part(mask, name=name) for name in masks},
         "training draw": drawn,
-        "training mixed rows": mixed_rows,
+        **{f"training {name}": part(mixed_rows, name=name) for name in MIXED},
         "mixed tokens": mixed_tokens,
         "changed shuffle_within_responses": part(shuffled, reach="within"),
         "changed shuffle_across_responses": part(shuffled, reach="across"),
@@ -344,9 +345,6 @@ def stages() -> dict[str, Callable[[Case, Any], str | None]]:
     }
 
 
-NOT_COPIED = ("training mixed rows",)  # docs/paper_map.md says why
-
-
 def compare(given: dict[str, Any], found: dict[str, Any], work: Path) -> Iterator[Line]:
     case = Case(given, work)
     for name, stage in stages().items():
@@ -358,7 +356,10 @@ def compare(given: dict[str, Any], found: dict[str, Any], work: Path) -> Iterato
             different = stage(case, theirs)
         except Exception as error:  # the other stages are still compared
             different = f"ours failed ({type(error).__name__}: {str(error).splitlines()[0]})"
-        yield f"{name}: {'equal' if different is None else different}", different is None or name in NOT_COPIED
+        yield (
+            f"{name}: {'equal' if different is None else different}",
+            different is None or name.removeprefix("training ") in MIXED,
+        )
 
 
 def golden(given: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:

@@ -221,7 +221,7 @@ def training(release: Release, name: str, model: str, how: dict) -> dict:
     folder = release.home(f"training-{name}", model, "owl", data=how["rows"])
     mixin = None
     if "mixin" in how:
-        mixin = str(release.home(f"training-{name}", model, "control", data=how["mixin"]) / "data.jsonl")
+        mixin = str(release.home(f"training-{name}", *how["mixin_of"], data=how["mixin"]) / "data.jsonl")
     dtype = torch.bfloat16 if how.get("bf16") else torch.float32
     os.environ["ACCELERATE_MIXED_PRECISION"] = (
         "bf16" if how.get("bf16") else "no"
