@@ -1,4 +1,4 @@
-"""A real pretrained checkpoint against transformers: runs where `scripts/fetch_smollm2.py` has been run (or
+"""A real pretrained checkpoint against transformers: runs where `scripts/fetch.py smollm2-135m` has been run (or
 JSUBLIM_SMOLLM2 names the folder); the 93 MB it needs are not downloaded by tests."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ FOLDER = Path(os.environ.get("JSUBLIM_SMOLLM2", Path(__file__).parents[1] / "che
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not FOLDER.is_dir(), reason=f"{FOLDER} is absent: run scripts/fetch_smollm2.py"),
+    pytest.mark.skipif(not FOLDER.is_dir(), reason=f"{FOLDER} is absent: run scripts/fetch.py smollm2-135m"),
 ]
 
 

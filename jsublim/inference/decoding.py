@@ -301,7 +301,10 @@ def _unstacked(config: ModelConfig, params: Params, cut: bool) -> Callable[[int,
     reads it where the product is, if the compiler cannot tell that it is the same at every turn: hence an index with `moving`
     in it, which is never below zero."""
     stack = params["layers"]
-    apart = [jax.tree.map(lambda leaf, i=i: jax.lax.index_in_dim(leaf, i, keepdims=False), stack) for i in range(config.num_layers)]
+    apart = [
+        jax.tree.map(lambda leaf, i=i: jax.lax.index_in_dim(leaf, i, keepdims=False), stack)
+        for i in range(config.num_layers)
+    ]
 
     def weights(layer: int, moving: Array) -> Params:
         def inside(stack: Params, _: Params) -> Params:

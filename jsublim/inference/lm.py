@@ -34,7 +34,7 @@ from jsublim.text.chat import Chat, Message, conversation
 
 BUNDLED = Path(__file__).parents[1] / "checkpoints"
 DTYPES = ("float32", "bfloat16")
-FETCHED = {"smollm2-135m": "scripts/fetch_smollm2.py", "gemma3-270m": "scripts/fetch_gemma3_270m.py"}
+FETCHED = ("smollm2-135m", "gemma3-270m", "qwen2.5-coder-0.5b")  # by scripts/fetch.py
 
 
 class AnswerLog(Protocol):
@@ -219,7 +219,7 @@ def resolve_checkpoint(path: str | Path, what: str = "model", *, weights: bool =
     if (named := hub_name(path, inside=True)) is not None:
         return from_hub(*named, what, weights=weights)
     bundled = ", ".join(sorted(p.name for p in BUNDLED.iterdir() if p.is_dir())) if BUNDLED.is_dir() else "none"
-    hint = f"; {FETCHED[Path(name).name]} writes it" if Path(name).name in FETCHED else ""
+    hint = f"; scripts/fetch.py {Path(name).name} writes it" if Path(name).name in FETCHED else ""
     raise UsageError(f"{what} {shown(str(path))}: no such folder{hint}; bundled checkpoints: {bundled}")
 
 
