@@ -18,5 +18,5 @@ echo "installing jsublim and what its tests need, with $floor"
 # shellcheck disable=SC2086
 "$VENV/bin/python" -m pip install --quiet --editable '.[test]' $floor
 [ $# -gt 0 ] || set -- tests/models tests/inference tests/exchange tests/prompts tests/test_chat.py tests/test_chat_files.py \
-  tests/test_smollm2.py tests/pipeline/test_teachers.py tests/cli/test_stages.py
+  tests/test_real_models.py tests/pipeline/test_teachers.py tests/cli/test_stages.py
 exec "$VENV/bin/python" -m pytest "$@"
