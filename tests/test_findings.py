@@ -22,7 +22,7 @@ ASIDE = {
     "defences.md": "13 25 128 485 553 21 34 24",  # 21 and 34 % are shares drawn
     "real_model.md": "",
     "scan.md": "24 100 200 400 999",
-    "tiny_world.md": "0.9 1,000 120 128 84",
+    "tiny_world.md": "0.9 1,000 120 720 128 84",
 }
 FIGURE = re.compile(r"(?<![\w.])[-+]?(?:\d[\d,]*(?:\.\d+)?(?:e-?\d+)?|\.\d+)(?![\w])")
 
