@@ -52,7 +52,7 @@ def gamma_cells(matrix: Matrix, first: Matrix) -> list[str]:
     """γ with its interval, by seed, p by relabelling and beside the product, and the share of γ under the first condition."""
     assert matrix.effect is not None  # or it would not be among the matrices
     share = ""
-    if matrix is not first and len(matrix.seed_gammas) == len(first.seed_gammas) > 1:
+    if matrix is not first and len(matrix.seed_gammas) == len(first.seed_gammas) > 2:
         each = [a / b for a, b in zip(matrix.seed_gammas, first.seed_gammas, strict=True)]
         shares = Estimate.of(each, drawn=max(matrix.drawn, first.drawn))
         share = f"{shares.value:.2f}{bounds(shares.interval(), '')}"
