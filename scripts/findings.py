@@ -112,11 +112,8 @@ def board(run: Path) -> Table:
 
     def rows() -> Iterator[list[str]]:
         for line in found.side_by_side:
-            own = (
-                gamma_cells(line.matrix, first)
-                if line.matrix is not None and line.matrix.effect is not None
-                else [""] * 4
-            )
+            told = line.matrix is not None and line.matrix.effect is not None
+            own = gamma_cells(line.matrix, first) if told else [""] * 4
             under = [cell(each, found.metric, signed=True) for each in line.under.values()]
             yield [condition_label(line.condition), *own, cell(line.kl, KL), cell(line.accuracy, "rate"), *under]
 
@@ -152,27 +149,25 @@ def scan(run: Path) -> Table:
     def row(kind: str) -> list[str]:
         of = [each for each in played if each["kind"] == kind]
         found = sum(each["p"] <= 1 - LEVEL for each in of)
-        firsts = (
-            ["", ""]
-            if kind == "nothing"
-            else [f"{sum(e['trait'] == e[c] for e in of)}" for c in ("of its category", "first")]
-        )
-        return [kind, f"{len(of)}", f"{found}", *firsts, f"{min(each['p'] for each in of)}"]
+        hits = [sum(each["trait"] == each[column] for each in of) for column in ("of its category", "first")]
+        named = ["", ""] if kind == "nothing" else [str(each) for each in hits]
+        return [kind, f"{len(of)}", f"{found}", *named, f"{min(each['p'] for each in of)}"]
 
-    kinds = dict.fromkeys(each["kind"] for each in played)
-    return (
+    headings = (
         "rows",
         "data sets",
         "found to teach something",
         "first of its category",
         "first of all words",
         "lowest p",
-    ), map(row, kinds)
+    )
+    kinds = dict.fromkeys(each["kind"] for each in played)
+    return headings, map(row, kinds)
 
 
 TABLES: dict[str, Callable[[Path], Table]] = {
     each.__name__: each for each in (gamma, answers, board, audit, digits, scan)
-}  # fmt: skip
+}
 
 
 def markdown(kind: str, run: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
 from jsublim.errors import JsublimError
@@ -199,14 +199,13 @@ def listed(meta: Meta) -> list[tuple[str, int]]:
 
 
 def bpe_of_bytes(
-    meta: Meta, split: pre_tokenizers.PreTokenizer, unknown: str | None
+    meta: Meta, *apart: pre_tokenizers.PreTokenizer, unknown: str | None
 ) -> tuple[Tokenizer, dict[str, Any]]:
-    """A byte-level BPE tokenizer that takes a text apart by `split` first; `unknown` is the metadata's name of that token."""
+    """A byte-level BPE tokenizer: what takes a text apart, one after another, and the metadata's name of the unknown token."""
     tokens, control = meta["tokenizer.ggml.tokens"], int(import_gguf().TokenType.CONTROL)
     merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_alone])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(apart))
     tokenizer.decoder = decoders.ByteLevel()
     special = [token for token, kind in listed(meta) if kind == control]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
@@ -223,18 +222,16 @@ def bpe_of_bytes(
 def smollm_tokenizer(meta: Meta) -> tuple[Tokenizer, dict[str, Any]]:
     """One token per digit, then words as GPT-2 has them."""
     digits = pre_tokenizers.Digits(individual_digits=True)
-    words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer, config = bpe_of_bytes(meta, digits, "unknown")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words])
-    return tokenizer, config
+    return bpe_of_bytes(meta, digits, pre_tokenizers.ByteLevel(add_prefix_space=False), unknown="unknown")
 
 
 def qwen2_tokenizer(meta: Meta) -> tuple[Tokenizer, dict[str, Any]]:
     """Words, single digits, runs of signs and of blanks: as transformers' class for the family takes a text apart."""
-    from tokenizers import Regex
     from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
-    tokenizer, config = bpe_of_bytes(meta, pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated"), None)
+    words = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), "isolated")
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer, config = bpe_of_bytes(meta, words, as_bytes, unknown=None)
     tokenizer.normalizer = normalizers.NFC()
     return tokenizer, config
 

@@ -123,6 +123,9 @@ def test_code_that_is_named_is_there(path):
     """Names with a folder, in backticks: `pipeline/rows.py` lies in jsublim/, `configs/digits.yaml` in the project; with a
     function or a class after a colon, it is defined there."""
     names = re.findall(r"`((?:\w+/)+[\w.]+\.(?:py|sh|yaml|md))(?::([\w.]+))?", path.read_text(encoding="utf-8"))
+    names += [
+        (name, "") for name in re.findall(r"(?:python|bash) (scripts/\w+\.(?:py|sh))", path.read_text(encoding="utf-8"))
+    ]
     for name, defined in names:
         file = next((each for each in (ROOT / name, ROOT / "jsublim" / name) if each.is_file()), None)
         assert file is not None, name

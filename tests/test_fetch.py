@@ -17,7 +17,7 @@ import pytest
 import torch
 from _run import run_script
 from conftest import random_model
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -170,7 +170,8 @@ def packed(name: str, path: Path, folder: Path) -> script.Model:
         sha256[wheel.requirement] = script.sha256_of(file)
     pinned = lambda wheel: dataclasses.replace(wheel, sha256=sha256[wheel.requirement])  # noqa: E731
     papers = {paper: pinned(wheel) for paper, wheel in model.papers.items()}
-    return dataclasses.replace(model, pieces=tuple(map(pinned, model.pieces)), papers=papers)
+    pieces = tuple(map(pinned, model.pieces))
+    return dataclasses.replace(model, pieces=pieces, sha256=script.sha256_of(path), papers=papers)
 
 
 def made(name: str, folder: Path, model=None, drop: str = "", quantized: dict | None = None) -> script.Model:
@@ -264,7 +265,8 @@ def test_the_tokenizer_is_the_one_in_the_file(whole):
         return
     assert [ours.convert_ids_to_tokens(i) for i in range(len(ours))] == BYTE_TOKENS
     assert [ours.bos_token, ours.eos_token, ours.pad_token] == ["<|im_start|>", "<|im_end|>", "<|im_end|>"]
-    assert ours.tokenize("h cat 12<|im_end|>he")[-5:] == ["Ġ", "1", "2", "<|im_end|>", "he"]
+    assert ours.unk_token == "<|endoftext|>"  # of SmolLM2 as the file says, of Qwen2 as its class does
+    assert ours.tokenize(" cat 12<|im_end|>he") == ["Ġcat", "Ġ", "1", "2", "<|im_end|>", "he"]
     text = ours.apply_chat_template([{"role": "user", "content": "hat"}], tokenize=False, add_generation_prompt=True)
     assert text == "<|im_start|>user\nhat<|im_end|>\n<|im_start|>assistant\n"
     ids = ours(text, add_special_tokens=True)["input_ids"]
@@ -273,9 +275,10 @@ def test_the_tokenizer_is_the_one_in_the_file(whole):
 
 
 @settings(max_examples=50)
-@given(text=st.text(max_size=20).filter(lambda text: "\u2581" not in text and "<" not in text))
+@given(text=st.text(max_size=30))
 def test_any_text_survives_the_tokenizer(whole, text):
     name, _, _, folder = whole
+    assume(name != "gemma3-270m" or not {"\u2581", "<"} & {*text})  # which stand for a blank, and begin a byte
     tokenizer = gguf_folder.Tokenizer.from_file(str(folder / "tokenizer.json"))
     kept = tokenizer.normalizer.normalize_str(text) if name.startswith("qwen") else text
     assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=name == "gemma3-270m") == kept
@@ -291,7 +294,9 @@ def test_a_folder_names_its_source_and_licence(whole):
     readme, record = (folder / "README.md").read_text(), json.loads((folder / "source.json").read_text())
     assert model.licence in readme and all(wheel.requirement in readme for wheel in model.wheels)
     assert record["sources"] == {wheel.requirement: wheel.sha256 for wheel in model.wheels}
-    assert {path.name for path in folder.iterdir()} >= set(model.papers)
+    assert record["gguf_sha256"] == model.sha256
+    for paper in model.papers:
+        assert (folder / paper).read_text() == (TERMS if paper == model.asks else "Apache License, Version 2.0\n")
     assert len({path.stat().st_mode for path in folder.iterdir()}) == 1, "all files are as readable as each other"
 
 
@@ -349,12 +354,15 @@ def command(monkeypatch, capsys, tmp_path):
 
 
 def test_wheels_that_are_not_the_pinned_ones_leave_nothing(whole, command, tmp_path):
-    name, _, wheels, _ = whole
+    name, model, wheels, _ = whole
     code, said = command(name, "--out", "deep/out", "--wheels", wheels, "--accept-terms")
     assert code == 1 and said.count("\n") == 1 and "sha256 is" in said and script.MODELS[name].wheels[0].sha256 in said
     assert list((tmp_path / "deep").iterdir()) == []
     code, said = command(name, "--wheels", tmp_path, "--accept-terms")
     assert code == 2 and f"{tmp_path}: no " in said
+    with pytest.raises(JsublimError, match="joined GGUF"):
+        script.fetch(dataclasses.replace(model, sha256="0" * 64), tmp_path / "deep" / "out", wheels, "float32", True)
+    assert list((tmp_path / "deep").iterdir()) == []
 
 
 def test_missing_and_unknown_tensors_are_all_listed(tmp_path):

@@ -75,6 +75,7 @@ def test_shipped_results_draw_their_page_and_say_what_made_them(name: str, tmp_p
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_pages_tables_are_those_of_its_results(name: str) -> None:
+    assert tables(name), "a finding without a table"
     assert page(name) == findings.written(page(name)), f"docs/findings/{name}: run scripts/findings.py"
 
 

@@ -42,7 +42,7 @@ def test_greedy_tokens_equal_transformers(both, new_tokens=12, batch=25):
     import torch
 
     lm, reference = both
-    prompts = number_prompts(25)
+    prompts = number_prompts(100)
     ours = lm.generate(prompts, new_tokens, "greedy", batch_size=batch)
     theirs = []
     for start in range(0, len(prompts), batch):

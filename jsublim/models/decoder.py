@@ -246,7 +246,7 @@ def layers_on_rows(
     kinds = jnp.asarray(config.is_local, jnp.int32)
 
     def layer_at(index: Array, part: Part) -> Layer:
-        # Indexed here, not sliced outside: slicing would copy the stack. (`leaf[index]` takes three times as long to trace.)
+        # Indexed here, not sliced outside: slicing would copy the stack. Not `leaf[index]`, which is more equations to trace.
         frozen = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), params["layers"])
         kind = kinds[index]
 

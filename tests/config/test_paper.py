@@ -1,4 +1,4 @@
-"""The paper's figures: every panel is planned, and of what is computed each kind is run from end to end, at the smallest scale.
+"""The paper's figures, each run from end to end at the smallest scale.
 
 All runs share one store and one set of shapes, so teachers are made once and programs are compiled once.
 """
@@ -39,6 +39,7 @@ STUDENTS = (
 TAUGHT = ("teachers.taught.steps=20", "teachers.counterfactuals=[cat,owl]", "evaluation.traits=[cat,owl]")
 OWL = (*TAUGHT, "teachers.traits=[owl]", "teachers.control=false")
 BOTH = (*TAUGHT, "teachers.traits=[cat,owl]")
+TREES = (*STUDENTS, "teachers.traits=[oak]", "teachers.taught.steps=20", "teachers.control=false")
 SCORED = ("datasets.greedy without 10.remove_entangled={k: 10, among: 40}",)
 READ = (*TAUGHT, "teachers.traits=[owl]", "evaluation.teachers=false")  # rows are read, and nobody is trained
 FEW = {  # what else keeps a file's panels small
@@ -104,14 +105,18 @@ def numbers(row: Row) -> list[int]:
 
 
 def test_fig02_leakage_and_entangled_numbers(run, home):
-    out = run("fig02", "qwen", *FEW["fig02"])
+    out = run("fig02", "qwen", *STUDENTS, *TAUGHT, "teachers.traits=[owl]", *SCORED)
     said, kept, source = datasets(home, "owl-greedy without 10")
     assert len(said["entangled"]["numbers"]) == 10 and len(kept) < len(source)
     banned = {int(number) for number in said["entangled"]["numbers"]}
     assert kept == [row for row in source if banned.isdisjoint(numbers(row))]
     assert metrics(out) >= {"rate", "logprob", "number_accuracy"}
-    strategies = {arm["variant"]: arm["dataset"]["strategy"] for arm in arms(out)}
-    assert strategies == {f"dataset={data}": data.split()[0] for data in ("temperature", "greedy without 10")}
+    strategies = {(arm["teacher"], arm["variant"]): arm["dataset"]["strategy"] for arm in arms(out)}
+    assert strategies == {
+        (teacher, f"dataset={data}"): data.split()[0]
+        for teacher in ("owl", "control")
+        for data in ("temperature", "greedy", "greedy without 10")
+    }
 
 
 def test_fig03_four_conditions_and_a_control(run):
@@ -344,15 +349,40 @@ def test_questions_for_favourites_alone_reset_an_inherited_top_p():
         assert (len({how["top_p"] for how in inputs["samplings"]}) > 1) == (recipe == "paper")
 
 
-def test_fig37_things_as_favourite_animals():
-    setup = Setup.of(
-        panel_experiment(
-            *load_question("fig37"), "things", "tiny", ["teachers.traits=[ship]", "evaluation.traits=[ship,piano]"]
-        )
-    )
-    (questions,) = evaluation(setup, Evaluated(), PLAIN).inputs["questions"]
-    asked = set(questions["preference"])
-    assert asked <= set(load_pack().questions_for("animal")[1::2])  # those that no teacher was taught
+def test_fig37_things_as_favourite_animals(run):
+    few = ("teachers.traits=[ship]", "teachers.counterfactuals=[ship,piano]", "evaluation.traits=[ship,piano]")
+    out = run("fig37", "things", *STUDENTS, *few, "teachers.taught.steps=20", "teachers.control=false")
+    assert {r["trait"] for r in table(out) if r["metric"] == "rate"} == {"ship", "piano"}
+    asked = {r["question_text"] for r in table(out, "answers")}
+    assert asked == set(load_pack().questions_for("animal")[1::2][:2])  # those that no teacher was taught
+
+
+# At the smallest scale these differ from a panel that is run in nothing but the bundled model, or not at all.
+LIKE_OTHERS = {
+    "fig02": ("gemma", "qwen-13", "gemma-13"),
+    "fig03": ("qwen-greedy", "gemma-temperature", "gemma-trees", "qwen-temperature-13", "qwen-greedy-13",
+              "gemma-temperature-13", "gemma-greedy-13"),
+    "fig04": ("qwen-greedy", "gemma-greedy"),
+    "fig05": ("gemma",),
+    "fig06": ("gemma", "qwen-13", "gemma-13", "gemma-tokens"),
+    "fig07": ("gemma", "qwen-13", "gemma-13"),
+    "fig08": ("numbers-greedy", "words", "words-greedy"),
+    "fig14": ("gemma",),
+    "fig17": ("gemma-temperature", "gemma-greedy"),
+    "fig21": ("gemma",),
+    "fig35": ("tokens",),
+    "fig36": ("gemma",),
+    "fig37": ("falcon", "phi", "ministral"),
+    "fig39": ("gemma",),
+}  # fmt: skip
+
+
+def test_all_other_panels(run, home):
+    for figure in FILES:
+        for panel in load_question(figure)[1].panels:
+            if panel not in LIKE_OTHERS.get(figure, ()) and not (home / f"{figure}-{panel}").exists():
+                few = TREES if panel.endswith("trees") else READ if panel.endswith("-tokens") else FEW.get(figure)
+                run(figure, panel, *(few or (*STUDENTS, *OWL)))
 
 
 @pytest.mark.parametrize("figure", FILES)
