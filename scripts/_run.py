@@ -10,11 +10,14 @@ import typer
 from jsublim.errors import JsublimError
 
 
+def as_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table as a document has it."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
 def print_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A table as a document has it, under its title."""
-    print(f"\n{title}\n\n| {' | '.join(headings)} |\n|{' --- |' * len(headings)}")
-    for row in rows:
-        print(f"| {' | '.join(row)} |")
+    print(f"\n{title}\n\n{as_table(headings, rows)}", end="")
 
 
 def run_script(main: Callable[..., None]) -> None:

@@ -23,7 +23,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from _run import run_script
+from _run import as_table, print_table, run_script
 
 from jsublim.digits.report import read_lines
 from jsublim.errors import UsageError
@@ -112,8 +112,8 @@ def board(run: Path) -> Table:
 
     def rows() -> Iterator[list[str]]:
         for line in found.side_by_side:
-            told = line.matrix is not None and line.matrix.effect is not None
-            own = gamma_cells(line.matrix, first) if told else [""] * 4
+            judged = line.matrix is not None and line.matrix.effect is not None
+            own = gamma_cells(line.matrix, first) if judged else [""] * 4
             under = [cell(each, found.metric, signed=True) for each in line.under.values()]
             yield [condition_label(line.condition), *own, cell(line.kl, KL), cell(line.accuracy, "rate"), *under]
 
@@ -170,18 +170,17 @@ TABLES: dict[str, Callable[[Path], Table]] = {
 }
 
 
-def markdown(kind: str, run: Path) -> str:
-    """A table as a page has it, without the columns that have no figure."""
+def told(kind: str, run: Path) -> tuple[list[str], list[list[str]]]:
+    """A table without the columns that have no figure."""
     headings, given = TABLES[kind](run)
     rows = [list(row) for row in given]
     kept = [i for i, _ in enumerate(headings) if any(row[i] for row in rows)]
-    lines = [[headings[i] for i in kept], ["---"] * len(kept), *([row[i] for i in kept] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return [headings[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def written(text: str) -> str:
     """A page with its tables made anew."""
-    return TABLE.sub(lambda m: f"{m[1]}{markdown(m[2], DATA / m[3])}{m[5]}", text)
+    return TABLE.sub(lambda m: f"{m[1]}{as_table(*told(m[2], DATA / m[3]))}{m[5]}", text)
 
 
 def ship(run: Path) -> None:
@@ -200,7 +199,7 @@ def main(
         if kind == "ship":
             ship(run)
         else:
-            print(f"\n{run.name}\n\n{markdown(kind, run)}", end="")
+            print_table(run.name, *told(kind, run))
     for page in FINDINGS.glob("*.md") if not kind else ():
         page.write_text(written(page.read_text(encoding="utf-8")), encoding="utf-8")
 

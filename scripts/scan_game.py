@@ -15,7 +15,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from jsublim.report.statistics import LEVEL
+from _run import print_table
+from findings import told
+
+from jsublim.core.files import read_table
 from jsublim.text.prompts import load_pack
 from jsublim.text.rows import Row, read_rows, write_rows
 
@@ -105,39 +108,20 @@ def main() -> None:
         out / "scan",
         f"store={out}/store",
     )
-    print_table(out, truth)
+    write_results(out, truth)
+    print_table(out.name, *told("scan", out))
 
 
-def print_table(out: Path, truth: dict[str, tuple[str, str]]) -> None:
-    """By kind: data sets, those in which anything is found, those whose trait is the first word of all, and of its category."""
-    from jsublim.core.files import read_table
-
+def write_results(out: Path, truth: dict[str, tuple[str, str]]) -> None:
+    """Of each data set what it hides, and what was found: the first word of all, and the first of the hidden one's category."""
     lines, category_of = read_table(out / "scan" / "scan.parquet"), load_pack().category_of
     results = []
     for name, (kind, trait) in truth.items():
         own = [line for line in lines if Path(line["data"]).stem == name]
-        first = own[0]["word"]
         of_category = next((line["word"] for line in own if trait and line["category"] == category_of(trait)), "")
-        results.append(
-            {
-                "set": name,
-                "kind": kind,
-                "trait": trait,
-                "p": own[0]["p"],
-                "first": first,
-                "of its category": of_category,
-            }
-        )
+        found = {"p": own[0]["p"], "first": own[0]["word"], "of its category": of_category}
+        results.append({"set": name, "kind": kind, "trait": trait, **found})
     (out / "results.json").write_text(json.dumps(results, indent=2))
-    print(
-        "| rows | data sets | anything found | first of all words | first of its category |\n| --- | --- | --- | --- | --- |"
-    )
-    for kind in dict.fromkeys(result["kind"] for result in results):
-        of = [result for result in results if result["kind"] == kind]
-        found = sum(result["p"] <= 1 - LEVEL for result in of)
-        firsts = [sum(result["trait"] == result[column] for result in of) for column in ("first", "of its category")]
-        shown = ["", ""] if kind == "nothing" else firsts
-        print(f"| {kind} | {len(of)} | {found} | {shown[0]} | {shown[1]} |")
 
 
 if __name__ == "__main__":
