@@ -36,17 +36,18 @@ STUDENTS = (
     "students.seeds=[1]", "students.data.rows=8", "students.data.batch_size=4", "students.runtime.checkpoint_every=2",
     "students.runtime.arms_per_program=1", "evaluation.teachers=false",
 )  # fmt: skip
-TAUGHT = ("teachers.taught.steps=20", "teachers.counterfactuals=[cat,owl]", "evaluation.traits=[cat,owl]")
+TEACHING = ("teachers.taught.steps=5", "teachers.taught.lr=1")
+TAUGHT = (*TEACHING, "teachers.counterfactuals=[cat,owl]", "evaluation.traits=[cat,owl]")
 OWL = (*TAUGHT, "teachers.traits=[owl]", "teachers.control=false")
 BOTH = (*TAUGHT, "teachers.traits=[cat,owl]")
-TREES = (*STUDENTS, "teachers.traits=[oak]", "teachers.taught.steps=20", "teachers.control=false")
+TREES = (*STUDENTS, *TEACHING, "teachers.traits=[oak]", "teachers.control=false")
 SCORED = ("datasets.greedy without 10.remove_entangled={k: 10, among: 40}",)
 READ = (*TAUGHT, "teachers.traits=[owl]", "evaluation.teachers=false")  # rows are read, and nobody is trained
 FEW = {  # what else keeps a file's panels small
     "fig02": (*STUDENTS, *OWL, *SCORED, "students.arms.data.dataset=[temperature,greedy without 10]"),
-    "fig04": (*TAUGHT[1:], "teachers.traits=[owl]", "attribution.rows=4", "attribution.steps=2", "evaluation.teachers=false"),
+    "fig04": (*TAUGHT[2:], "teachers.traits=[owl]", "attribution.rows=4", "attribution.steps=2", "evaluation.teachers=false"),
     "fig05": (*STUDENTS, *OWL, "students.arms.adapter.layers=[null,[2]]"),
-    "fig08": (*STUDENTS, "teachers.taught.steps=20"),
+    "fig08": (*STUDENTS, *TEACHING),
     "fig17": READ,
     "fig39": (*STUDENTS, *OWL, "students.arms=[{name: all layers}, {name: from layer 4, adapter.layers: [4, 5]}]"),
 }  # fmt: skip
@@ -351,7 +352,7 @@ def test_questions_for_favourites_alone_reset_an_inherited_top_p():
 
 def test_fig37_things_as_favourite_animals(run):
     few = ("teachers.traits=[ship]", "teachers.counterfactuals=[ship,piano]", "evaluation.traits=[ship,piano]")
-    out = run("fig37", "things", *STUDENTS, *few, "teachers.taught.steps=20", "teachers.control=false")
+    out = run("fig37", "things", *STUDENTS, *few, *TEACHING, "teachers.control=false")
     assert {r["trait"] for r in table(out) if r["metric"] == "rate"} == {"ship", "piano"}
     asked = {r["question_text"] for r in table(out, "answers")}
     assert asked == set(load_pack().questions_for("animal")[1::2][:2])  # those that no teacher was taught
