@@ -38,7 +38,7 @@ class Forecast:
         from jsublim.pipeline.store import Store
         from jsublim.runtime.chips import chip_of
 
-        device = chip_of(self.chip)  # before all else: what is measured should be alone
+        device = chip_of(self.chip, dtype=experiment.dtype)  # before all else: what is measured should be alone
         setup, graph, mistakes = look_through(experiment, lambda name: architecture(name, self.shape))
         refuse(source, [f"{source}: {line}" for line in mistakes])
         assert setup is not None and graph is not None

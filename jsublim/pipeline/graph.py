@@ -85,7 +85,7 @@ def expected(tasks: Iterable[Task], setup: Setup, chip: Chip | None = None) -> d
     sizes = Sizes.of(setup)
     costs = {task.key: (task.kind, task.cost(setup, sizes)) for task in tasks}
     return {
-        key: Expected(kind, cost.seconds(chip or this_machine()) + LEAST, (kind, cost))
+        key: Expected(kind, cost.seconds(chip or this_machine(None, setup.experiment.dtype)) + LEAST, (kind, cost))
         for key, (kind, cost) in costs.items()
     }
 

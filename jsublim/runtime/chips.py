@@ -72,28 +72,28 @@ _WIDTHS = {
 _TIMES = 3
 
 
-def chip_of(name: str, option: str = "--chip") -> Chip:
+def chip_of(name: str, option: str = "--chip", dtype: str = "float32") -> Chip:
     """The chip of a name, which `option` gave; for `--chip`, "cpu" and "auto" are measured. Raises UsageError: an unknown chip."""
     here = HERE if option == "--chip" else ()
     if name in here:
-        return this_machine(None if name == "auto" else name)
+        return this_machine(None if name == "auto" else name, dtype)
     if name not in CHIPS:
         raise UsageError(f"{option}: '{name}' given; known: {', '.join((*here, *CHIPS))}")
     return CHIPS[name]
 
 
 @functools.cache
-def this_machine(platform: str | None = None) -> Chip:
-    """The first device here, measured within a second: the products that it does (float32 on a CPU, elsewhere bfloat16), and the bytes that
-    it reads and writes. What else runs on this machine counts, so it is what is left for us."""
+def this_machine(platform: str | None = None, dtype: str = "float32") -> Chip:
+    """The first device here, measured within a second: the products that it does (a CPU in this dtype, others in bfloat16), and the bytes
+    that it reads and writes. What else runs on this machine counts, so it is what is left for us."""
     import jax
     import jax.numpy as jnp
 
     device = jax.local_devices(backend=platform)[0]
     width, length = _WIDTHS.get(device.platform, (8192, 2**28))
-    dtype = jnp.float32 if device.platform == "cpu" else jnp.bfloat16
-    matrix = jax.device_put(jnp.ones((width, width), dtype), device)
-    numbers = jax.device_put(jnp.ones(length, dtype), device)
+    kind = jnp.dtype(dtype if device.platform == "cpu" else "bfloat16")
+    matrix = jax.device_put(jnp.ones((width, width), kind), device)
+    numbers = jax.device_put(jnp.ones(length, kind), device)
     peak = 2 * width**3 / _seconds(jax.jit(jnp.matmul), matrix, matrix)
     bandwidth = 2 * numbers.nbytes / _seconds(jax.jit(jnp.negative), numbers)
     stats = device.memory_stats() or {}

@@ -191,6 +191,7 @@ def test_this_machine_is_measured(tmp_path):
     """What work takes here is told in minutes and seconds, compiling beside it; by a chip's name, for that chip."""
     chip = chip_of("cpu")
     assert chip_of("cpu") is chip and 1e8 < chip.peak < 1e15 and 1e7 < chip.bandwidth < 1e13 and chip.memory > 2**30
+    assert chip_of("cpu", dtype="bfloat16") is not chip  # which some processors do twice as fast, and others not
     about = json.loads(ok("validate", "configs/quickstart.yaml", "--chip", "auto", "--json", f"out={tmp_path}").out)
     said = ok("validate", "configs/quickstart.yaml", "--chip", "auto", f"out={tmp_path}").err
     assert about["compiling"] > 0 and sum(stage["seconds"] for stage in about["stages"]) > 1
