@@ -8,7 +8,7 @@ A page has a table between `<!-- begin: gamma tiny-world-masks -->` and `<!-- en
 kind of students gained in log-probability (nats), with γ and its p by relabelling; the second p is beside the product of row and column
 effects (docs/statistics.md). `answers` is what models say, teacher by teacher; a rise is over control students of the same kind. `board` is the
 report's section "Side by side", `rows` what teachers wrote, `attribution` where it lies, `audit` what was predicted beside what was trained. Intervals are at 95 %: Student's t over seeds, widened by
-the share of the rows that a student drew; for `answers` over students. A share is of γ under the first condition, seed by seed. KL is from the
+the share of the rows that a student drew; for `answers` over students. A share is of γ under the first condition, seed by seed, where that is above zero by its p. KL is from the
 teacher, in nats per token. Columns without a figure are left out.
 """
 
@@ -54,7 +54,8 @@ def gamma_cells(matrix: Matrix, first: Matrix) -> list[str]:
     """γ with its interval, by seed, p by relabelling and beside the product, and the share of γ under the first condition."""
     assert matrix.effect is not None  # or it would not be among the matrices
     share = ""
-    if matrix is not first and len(matrix.seed_gammas) == len(first.seed_gammas) > 2:
+    told = first.effect is not None and first.effect.p <= 1 - LEVEL  # a share of what may be nothing says nothing
+    if matrix is not first and told and len(matrix.seed_gammas) == len(first.seed_gammas) > 2:
         each = [a / b for a, b in zip(matrix.seed_gammas, first.seed_gammas, strict=True)]
         shares = Estimate.of(each, drawn=max(matrix.drawn, first.drawn))
         share = f"{shares.value:.2f}{bounds(shares.interval(), '')}"
