@@ -1,4 +1,4 @@
-"""The paper's figures, each run from end to end at the smallest scale.
+"""The paper's figures, each run from end to end at the smallest scale; every panel is planned.
 
 All runs share one store and one set of shapes, so teachers are made once and programs are compiled once.
 """
@@ -37,7 +37,8 @@ STUDENTS = (
     "students.runtime.arms_per_program=1", "evaluation.teachers=false",
 )  # fmt: skip
 TEACHING = ("teachers.taught.steps=5", "teachers.taught.lr=1")
-TAUGHT = (*TEACHING, "teachers.counterfactuals=[cat,owl]", "evaluation.traits=[cat,owl]")
+OF_TWO = ("teachers.counterfactuals=[cat,owl]", "evaluation.traits=[cat,owl]")
+TAUGHT = (*TEACHING, *OF_TWO)
 OWL = (*TAUGHT, "teachers.traits=[owl]", "teachers.control=false")
 BOTH = (*TAUGHT, "teachers.traits=[cat,owl]")
 TREES = (*STUDENTS, *TEACHING, "teachers.traits=[oak]", "teachers.control=false")
@@ -45,7 +46,7 @@ SCORED = ("datasets.greedy without 10.remove_entangled={k: 10, among: 40}",)
 READ = (*TAUGHT, "teachers.traits=[owl]", "evaluation.teachers=false")  # rows are read, and nobody is trained
 FEW = {  # what else keeps a file's panels small
     "fig02": (*STUDENTS, *OWL, *SCORED, "students.arms.data.dataset=[temperature,greedy without 10]"),
-    "fig04": (*TAUGHT[2:], "teachers.traits=[owl]", "attribution.rows=4", "attribution.steps=2", "evaluation.teachers=false"),
+    "fig04": (*OF_TWO, "teachers.traits=[owl]", "attribution.rows=4", "attribution.steps=2", "evaluation.teachers=false"),
     "fig05": (*STUDENTS, *OWL, "students.arms.adapter.layers=[null,[2]]"),
     "fig08": (*STUDENTS, *TEACHING),
     "fig17": READ,
