@@ -212,6 +212,11 @@ def test_the_derivative_that_is_written_out_is_that_of_the_product(dtype, close)
     ours, back = jax.vjp(lambda *each: low_rank(*each, scale), x, a, b)
     theirs, expected = jax.vjp(plain, x, a, b)
     assert ours.dtype == dtype and [each.dtype for each in back(g)] == [dtype, jnp.float32, jnp.float32]
+    # In one program, as several students are.
+    arms = jax.tree.map(lambda each: jnp.stack([each, each]), (x, a, b, g))
+    several = jax.jit(jax.vmap(lambda x, a, b, g: jax.vjp(lambda *each: low_rank(*each, scale), x, a, b)[1](g)))(*arms)
+    for one, both in zip(back(g), several, strict=True):
+        np.testing.assert_allclose(both[1].astype(jnp.float32), one.astype(jnp.float32), rtol=close, atol=close)
     for one, other in zip((ours, *back(g)), (theirs, *expected(g.astype(jnp.float32))), strict=True):
         scale_of = float(jnp.abs(other).max())
         np.testing.assert_allclose(one.astype(jnp.float32) / scale_of, other.astype(jnp.float32) / scale_of, atol=close)
