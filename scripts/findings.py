@@ -7,7 +7,7 @@
 A page has a table between `<!-- begin: gamma tiny-world-masks -->` and `<!-- end -->`: what is said of which shipped run. `gamma` is what each
 kind of students gained in log-probability (nats), with γ and its p by relabelling; the second p is beside the product of row and column
 effects (docs/statistics.md). `answers` is what models say, teacher by teacher; a rise is over control students of the same kind. `board` is the
-report's section "Side by side", `teachers` what they wrote, `audit` what was predicted beside what was trained. Intervals are at 95 %: Student's t
+report's section "Side by side", `teachers` what they wrote, `attribution` where it lies, `audit` what was predicted beside what was trained. Intervals are at 95 %: Student's t
 over seeds, widened by the share of the rows that a student drew; for `answers` over students. A share is of γ under the first condition, seed by
 seed, where that γ is above zero by its p. KL is from the teacher, in nats per token. Columns without a figure are left out.
 """
@@ -29,8 +29,10 @@ from jsublim.digits.report import read_lines
 from jsublim.errors import UsageError
 from jsublim.evals.kl import KL
 from jsublim.report import words
+from jsublim.report.attribution import attribution_heats
 from jsublim.report.audit import agreement, predicted
 from jsublim.report.comparisons import comparisons
+from jsublim.report.drawing import Heat
 from jsublim.report.scale import ACCURACY, first_measured, scale
 from jsublim.report.statistics import LEVEL, Estimate, Interval
 from jsublim.report.summary import Matrix, Measured, judged_conditions, lift, trait_matrices
@@ -181,8 +183,23 @@ def teachers(run: Path) -> Table:
     return headings, map(row, results.generation)
 
 
+def attribution(run: Path) -> Table:
+    """Where the residual stream's absolute attribution lies: its share at each kind of token, by third of the layers."""
+    table = read_results(run).attribution
+    if table is None:
+        raise UsageError(f"{run}: nothing was attributed")
+    heats = [heat for heat in attribution_heats(table) if heat.title.startswith("residual")]
+
+    def of_thirds(heat: Heat) -> Iterator[list[str]]:
+        shares = np.array([[float(each.text) for each in line] for _, line in heat.rows])
+        for name, part in zip(("first", "second", "last"), np.array_split(shares, 3), strict=True):
+            yield [heat.title.split(", ")[1], name, *(f"{100 * x:.0f} %" for x in part.sum(axis=0) / part.sum())]
+
+    return ("direction", "third of the layers", *heats[0].columns), (line for heat in heats for line in of_thirds(heat))
+
+
 TABLES: dict[str, Callable[[Path], Table]] = {
-    each.__name__: each for each in (gamma, answers, teachers, board, audit, digits, scan)
+    each.__name__: each for each in (gamma, answers, teachers, attribution, board, audit, digits, scan)
 }
 
 

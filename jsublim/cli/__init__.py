@@ -47,8 +47,9 @@ def main() -> None:
     except JsublimError as error:
         _leave(debug, f"error: {Speaker.name}{error}", error.code)
     except (KeyboardInterrupt, typer.Abort):
-        name = "jsublim" if shutil.which("jsublim") else sys.argv[0]  # the environment may not be activated
-        again = " ".join([name, *map(shlex.quote, sys.argv[1:])])
+        program = [sys.executable, "-m", "jsublim"] if sys.argv[0].endswith("__main__.py") else [sys.argv[0]]
+        # Where it is on the path its name is enough; the environment may not be activated.
+        again = shlex.join([*(["jsublim"] if shutil.which("jsublim") else program), *sys.argv[1:]])
         command = next((word for word in sys.argv[1:] if not word.startswith("-")), "")
         kept = "what it writes is there whole or not at all; to begin anew, run the same command again"
         kept = kept if command in AT_ONCE else "what was finished is kept; to continue, run the same command again"
