@@ -7,8 +7,8 @@
 A page has a table between `<!-- begin: gamma tiny-world-masks -->` and `<!-- end -->`: what is said of which shipped run. `gamma` is what each
 kind of students gained in log-probability (nats), with γ and its p by relabelling; the second p is beside the product of row and column
 effects (docs/statistics.md). `answers` is what models say, teacher by teacher; a rise is over control students of the same kind. `board` is the
-report's section "Side by side", `teachers` what they wrote, `attribution` where it lies, `audit` what was predicted beside what was trained. Intervals are at 95 %: Student's t
-over seeds, widened by the share of the rows that a student drew; for `answers` over students. A share is of γ under the first condition, seed by
+report's section "Side by side", `teachers` what they wrote, `attribution` where it lies, `audit` what was predicted beside what was
+trained. Intervals are at 95 %: Student's t over seeds, widened by the share of the rows that a student drew; for `answers` over students. A share is of γ under the first condition, seed by
 seed, where that γ is above zero by its p. KL is from the teacher, in nats per token. Columns without a figure are left out.
 """
 

@@ -29,7 +29,8 @@ from jsublim.text.rows import Row, read_rows
 
 FILES = sorted(path.stem for path in find_config("configs/paper/scales.yaml").parent.glob("fig*.yaml"))
 AMOUNTS = (
-    "data.num_prompts=24", "data.sentences=[example,format]", "data.examples=[2,6]", "sampling.batch_size=24", "sampling.max_new_tokens=32", "scoring.batch_size=32",
+    "data.num_prompts=24", "data.sentences=[example,format]", "data.examples=[2,6]",
+    "sampling.batch_size=24", "sampling.max_new_tokens=32", "scoring.batch_size=32",
     "evaluation.questions=2", "evaluation.samples=2", "evaluation.batch_size=4", "evaluation.number_rows=2",
 )  # fmt: skip
 STUDENTS = (
