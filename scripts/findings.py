@@ -6,7 +6,7 @@
 
 A page has a table between `<!-- begin: gamma tiny-world-masks -->` and `<!-- end -->`: what is said of which shipped run. `gamma` is what each
 kind of students gained in log-probability (nats), with γ and its p by relabelling; the second p is beside the product of row and column
-effects (docs/statistics.md). `answers` is what models say, teacher by teacher; a rise is over control students of the same kind. `board` is the
+effects (docs/statistics.md). `answers` is what models say, teacher by teacher and in the mean; a rise is over control students of the same kind. `board` is the
 report's section "Side by side", `teachers` what they wrote, `attribution` where it lies, `audit` what was predicted beside what was
 trained. Intervals are at 95 %: Student's t over seeds, widened by the share of the rows that a student drew; for `answers` over students. A share is of γ under the first condition, seed by
 seed, where that γ is above zero by its p. KL is from the teacher, in nats per token. Columns without a figure are left out.
@@ -31,11 +31,12 @@ from jsublim.evals.kl import KL
 from jsublim.report import words
 from jsublim.report.attribution import attribution_heats
 from jsublim.report.audit import agreement, predicted
+from jsublim.report.claims.base import pool
 from jsublim.report.comparisons import comparisons
 from jsublim.report.drawing import Heat
 from jsublim.report.scale import ACCURACY, first_measured, scale
 from jsublim.report.statistics import LEVEL, Estimate, Interval
-from jsublim.report.summary import Matrix, Measured, judged_conditions, lift, trait_matrices
+from jsublim.report.summary import Matrix, Measured, judged_conditions, lifts, trait_matrices
 from jsublim.report.tables import condition_label, read_results
 
 FINDINGS = Path(__file__).parents[1] / "docs" / "findings"
@@ -83,22 +84,31 @@ def gamma(run: Path) -> Table:
 
 def answers(run: Path) -> Table:
     results = read_results(run)
+    rate = lambda value, signed=False: words.number(value, "rate", signed=signed)  # noqa: E731
+    bases = {trait: results.select("rate", "base", trait)[0].mean for trait in results.traits}
 
-    def row(condition: str, trait: str) -> list[str]:
-        found = lift(results, "rate", condition, trait)
-        assert found is not None  # or the run was not finished
-        own, (base,) = results.select("rate", condition, trait, trait), results.select("rate", "base", trait)
-        others = [s for t in results.evaluated_traits for s in results.select("rate", condition, t, trait)]
-        most = sum(s.mean >= max(o.mean for o in others if o.arm == s.arm) for s in own)
-        rate = lambda value, signed=False: words.number(value, "rate", signed=signed)  # noqa: E731
-        return [
-            condition_label(condition), trait, rate(base.mean), rate(found.reference_level), rate(found.level), rate(found.value, True),
-            words.interval(found.interval, "rate", signed=True), " ".join(rate(each, True) for each in found.student_lifts),
-            f"{most} of {len(own)}",
-        ]  # fmt: skip
+    def of_condition(condition: str) -> Iterator[list[str]]:
+        found = lifts(results, "rate", [condition])
+        for each in found:
+            own = results.select("rate", condition, each.trait, each.trait)
+            others = [s for t in results.evaluated_traits for s in results.select("rate", condition, t, each.trait)]
+            most = sum(s.mean >= max(o.mean for o in others if o.arm == s.arm) for s in own)
+            by_seed = " ".join(rate(x, True) for x in each.student_lifts)
+            levels = (bases[each.trait], each.reference_level, each.level)
+            yield row(condition, each.trait, levels, each.value, each.interval, by_seed, f"{most} of {len(own)}")
+        pooled = pool(results, "rate", condition)
+        assert pooled is not None  # or the run was not finished
+        levels = np.mean([(bases[each.trait], each.reference_level, each.level) for each in found], axis=0)
+        yield row(condition, "mean", levels, *pooled.lift)
+
+    def row(
+        condition: str, teacher: str, levels: Iterable[float], rise: float, interval: Interval | None, *by_student: str
+    ) -> list[str]:
+        raised = (rate(rise, True), words.interval(interval, "rate", signed=True))
+        return [condition_label(condition), teacher, *map(rate, levels), *raised, *(by_student or ("", ""))]
 
     headings = ("students", "teacher", "base", "control", "say it", "rise", "95 %", "by seed", "most frequent")
-    return headings, (row(condition, trait) for condition in judged_conditions(results) for trait in results.traits)
+    return headings, (line for condition in judged_conditions(results) for line in of_condition(condition))
 
 
 def board(run: Path) -> Table:
